@@ -1,0 +1,141 @@
+"""Files to flat ``{name: array}`` and back: PyTorch, safetensors, Orbax. Which spelling the names are in is not this package's business."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from flax_resblock.checkpoint.atomic import refuse_existing, replacing
+from flax_resblock.checkpoint.record import Record, digest, digests
+from flax_resblock.errors import CheckpointError, InputError, some
+
+__all__ = ["FORMATS", "Record", "digest", "digests", "output_format", "read", "refuse_existing", "replacing", "write"]
+
+FORMATS: Mapping[str, tuple[str, ...]] = {
+    "pytorch": (".pt", ".pth", ".th", ".bin", ".ckpt"),
+    "safetensors": (".safetensors",),
+    "orbax": ("",),
+}
+"""Output formats by file name suffix; a name without suffix is a folder."""
+
+DIGESTS = "sha256"
+"""Metadata entry: a JSON object of tensor name to SHA-256."""
+
+
+def output_format(path: Path) -> str:
+    """The format that a file name asks for.
+
+    Raises:
+      InputError: A suffix that no format has.
+    """
+    for name, suffixes in FORMATS.items():
+        if path.suffix.lower() in suffixes:
+            return name
+    known = ", ".join(suffix for suffixes in FORMATS.values() for suffix in suffixes if suffix)
+    raise InputError(f"{path}: the suffix {path.suffix!r} names no format. Use {known}, or a name without suffix for an Orbax folder.")
+
+
+def _resolve(path: Path) -> tuple[str, Path]:
+    """Format and actual file, by content and not by name."""
+    if path.is_dir():
+        from flax_resblock.checkpoint import orbax_folder
+
+        if orbax_folder.is_orbax(path):
+            return "orbax", path
+        for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"):
+            if (path / name).is_file():
+                return ("pytorch" if name.endswith(".bin") else "safetensors"), path / name
+        raise CheckpointError(f"{path} is a folder without a checkpoint: no Orbax metadata, no model.safetensors. Give the checkpoint itself.")
+    try:
+        with path.open("rb") as handle:
+            head = handle.read(9)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist. Check the path.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    if not head:
+        raise CheckpointError(f"{path} is empty. The download or copy failed; get it again.")
+    if path.name.endswith(".safetensors.index.json") or path.suffix == ".safetensors" or head[8:9] == b"{":
+        return "safetensors", path
+    if head.startswith((b"PK", b"\x80")):
+        return "pytorch", path
+    raise CheckpointError(
+        f"{path} is neither a PyTorch checkpoint (zip or pickle) nor safetensors: it begins with {head!r}. Check that it is the right file."
+    )
+
+
+def read(path: str | Path, *, entry: str | None = None) -> Record:
+    """Reads any checkpoint; nothing in it is executed.
+
+    Args:
+      path: ``.pt``, ``.pth``, ``.th``, ``.safetensors`` (or its shard index), an Orbax folder, or a folder with ``model.safetensors``.
+      entry: Name of the entry that holds the state dict in a training checkpoint; None finds it.
+    Raises:
+      CheckpointError: Not a checkpoint, damaged, one that would execute code, or a tensor that differs from its recorded SHA-256.
+      MissingDependencyError: A PyTorch file where torch is not installed.
+    """
+    format_name, file = _resolve(Path(path))
+    if format_name == "orbax":
+        from flax_resblock.checkpoint import orbax_folder
+
+        record = orbax_folder.read(file)
+    elif format_name == "safetensors":
+        from flax_resblock.checkpoint import safetensors_file
+
+        record = safetensors_file.read(file, entry=entry)
+    else:
+        from flax_resblock.checkpoint import torch_file
+
+        record = torch_file.read(file, entry=entry)
+    _verify(record, _recorded_digests(record))
+    return record
+
+
+def _recorded_digests(record: Record) -> dict[str, str]:
+    try:
+        recorded = json.loads(record.metadata.get(DIGESTS, "{}"))
+        return {str(key): str(value) for key, value in recorded.items()}
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{record.source}: its list of SHA-256 digests is damaged. Copy the checkpoint again.") from error
+
+
+def _verify(record: Record, expected: Mapping[str, str]) -> None:
+    changed = [key for key, sha in expected.items() if key not in record.tensors or digest(record.tensors[key]) != sha]
+    if changed:
+        raise CheckpointError(f"{record.source} is damaged: {some(changed)} differ from the SHA-256 recorded when it was written. Copy it again.")
+
+
+def _writer(format_name: str) -> Callable[[Path, Mapping[str, np.ndarray], Mapping[str, str]], None]:
+    if format_name == "orbax":
+        from flax_resblock.checkpoint import orbax_folder as module
+    elif format_name == "safetensors":
+        from flax_resblock.checkpoint import safetensors_file as module
+    else:
+        from flax_resblock.checkpoint import torch_file as module
+    return module.write
+
+
+def write(path: str | Path, tensors: Mapping[str, np.ndarray], *, metadata: Mapping[str, str] | None = None, force: bool = False) -> None:
+    """Writes a checkpoint: to a temporary name, read back and compared by SHA-256, then renamed into place.
+
+    Args:
+      path: The suffix decides the format: ``.pth`` (``.pt``, ``.th``), ``.safetensors``, none for an Orbax folder.
+      tensors: Arrays by name.
+      metadata: Strings kept beside the tensors where the format has a place for them (not in a ``.pth``).
+      force: Replace what is there.
+    Raises:
+      InputError: An unknown suffix, a destination that exists, or a folder that cannot be written to.
+      CheckpointError: What was read back differs from what was written (a failing disk); nothing is left at ``path``.
+    """
+    path = Path(path)
+    write_tensors = _writer(output_format(path))
+    expected = digests(tensors)
+    try:
+        with replacing(path, force=force) as temporary:
+            write_tensors(temporary, tensors, {**(metadata or {}), DIGESTS: json.dumps(expected)})
+            _verify(read(temporary), expected)
+    except OSError as error:
+        raise InputError(f"{path} could not be written: {error.strerror or error}. Nothing was left there.") from error

@@ -1,0 +1,67 @@
+"""Outputs that exist whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flax_resblock.errors import InputError
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raises InputError when ``path`` exists and may not be replaced, or cannot be created there."""
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder {path.parent} does not exist. Create it first.")
+    if os.path.lexists(path) and not force:
+        raise InputError(f"{path} exists. Choose another name, or pass --force (force=True) to replace it.")
+
+
+@contextmanager
+def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary path in the same folder that takes the name ``path`` when the block ends well, and vanishes when it does not.
+
+    Args:
+      path: The destination, a file or a folder; the block decides which by what it creates at the temporary path.
+      force: Replace what is there.
+    Raises:
+      InputError: The destination exists without ``force``, or its folder cannot be written to.
+    """
+    refuse_existing(path, force)
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be written to: {error.strerror}. Choose another folder.") from error
+    temporary = scratch / path.name
+    try:
+        yield temporary
+        _sync(temporary)
+        refuse_existing(path, force)  # it may have appeared meanwhile
+        if temporary.is_dir() and path.is_dir() and not path.is_symlink():
+            path.rename(scratch / "replaced")  # a folder cannot be renamed over a folder that has content
+        elif temporary.is_file() and path.is_dir():
+            raise InputError(f"{path} is a folder and would be replaced by a file. Remove it first, or choose another name.")
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    for file in [path] if path.is_file() else [child for child in path.rglob("*") if child.is_file()]:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

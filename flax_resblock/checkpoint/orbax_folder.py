@@ -1,0 +1,76 @@
+"""Orbax folders, as JAX programs write them. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_resblock.checkpoint.record import Record
+from flax_resblock.errors import CheckpointError
+
+METADATA_FILE = "flax_resblock.json"
+"""Beside Orbax's own files: the architecture and a SHA-256 of every tensor."""
+
+
+def _orbax() -> Any:
+    logging.getLogger("absl").setLevel(logging.ERROR)  # one line of INFO per call otherwise
+    from orbax.checkpoint import v1
+
+    return v1
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
+    if isinstance(tree, Mapping):
+        items = tree.items()
+    elif isinstance(tree, list | tuple):
+        items = ((str(i), value) for i, value in enumerate(tree))
+    else:
+        return {prefix: np.asarray(tree)}
+    return {name: leaf for key, value in items for name, leaf in _flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def _nest(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in tensors.items():
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = np.asarray(value)
+    return tree
+
+
+def is_orbax(path: Path) -> bool:
+    """Whether the folder is an Orbax checkpoint."""
+    return any((path / name).exists() for name in ("_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint"))
+
+
+def read(path: Path) -> Record:
+    """Reads an Orbax checkpoint; names are the paths of its tree joined by dots.
+
+    Raises:
+      CheckpointError: Not a checkpoint, or a damaged one.
+    """
+    try:
+        tree = _orbax().load(path.resolve())
+    except Exception as error:  # Orbax and TensorStore raise their own and each other's types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} is not an Orbax checkpoint, or a damaged one ({reason[:160]}). Copy it again.") from error
+    metadata = {}
+    if (path / METADATA_FILE).is_file():
+        try:
+            metadata = dict(json.loads((path / METADATA_FILE).read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise CheckpointError(f"{path / METADATA_FILE} is damaged ({error}). Copy the folder again, or remove that file.") from error
+    return Record(str(path), "orbax", _flatten(tree), metadata)
+
+
+def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes an Orbax checkpoint with ``metadata`` in a JSON file beside it."""
+    _orbax().save(path.resolve(), _nest(tensors))
+    (path / METADATA_FILE).write_text(json.dumps(dict(metadata), indent=1) + "\n", encoding="utf-8")

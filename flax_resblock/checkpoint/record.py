@@ -1,0 +1,44 @@
+"""What a checkpoint file holds, whatever its format: flat arrays by name, and what else was in it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Record:
+    """A checkpoint that has been read.
+
+    Attributes:
+      source: Where it came from, for messages.
+      format: ``"pytorch"``, ``"safetensors"`` or ``"orbax"``.
+      tensors: Arrays by name, unwrapped and without prefixes; memory-mapped where the format allows.
+      metadata: What this library (or another) wrote beside the tensors.
+      notes: What was unwrapped, dropped or filled, one sentence each.
+      extras: Entries of the file beside the state dict: ``epoch``, ``optimizer``, ``best_prec1``.
+    """
+
+    source: str
+    format: str
+    tensors: Mapping[str, np.ndarray]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+def digest(array: np.ndarray) -> str:
+    """SHA-256 of dtype, shape and bits of an array, in hexadecimal."""
+    array = np.ascontiguousarray(array).reshape(array.shape)
+    sha = hashlib.sha256(f"{array.dtype.name}{list(array.shape)}".encode())
+    sha.update(array.reshape(-1).view(np.uint8).data)
+    return sha.hexdigest()
+
+
+def digests(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """:func:`digest` of every array."""
+    return {key: digest(value) for key, value in tensors.items()}

@@ -1,0 +1,128 @@
+"""PyTorch's own files (zip and legacy pickle). With :mod:`flax_resblock.parity` the only place that imports torch.
+
+Files are always opened with ``weights_only=True``: nothing in them is executed, whatever they hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from flax_resblock.checkpoint.record import Record
+from flax_resblock.checkpoint.unwrap import unwrap
+from flax_resblock.errors import CheckpointError, MissingDependencyError
+
+if TYPE_CHECKING:
+    import torch
+
+_AS_BITS = {"bfloat16": ("int16", ml_dtypes.bfloat16)}
+"""Dtypes that torch and numpy exchange as bits: torch's name, the integer type, numpy's type."""
+
+
+def import_torch() -> Any:
+    """The torch module.
+
+    Raises:
+      MissingDependencyError: It is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingDependencyError(
+            "This needs PyTorch, which is not installed: pip install 'flax-resblock[torch]'. "
+            "Without it, .safetensors and Orbax checkpoints can be read and written."
+        ) from error
+    return torch
+
+
+def to_numpy(tensor: torch.Tensor, name: str = "tensor") -> np.ndarray:
+    """The tensor's bits as a numpy array, sharing memory on the CPU.
+
+    Raises:
+      CheckpointError: A sparse, quantised or meta tensor, or a dtype without a numpy counterpart.
+    """
+    torch = import_torch()
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        kind = "quantised" if tensor.is_quantized else "empty (meta)" if tensor.is_meta else "sparse"
+        raise CheckpointError(f"{name} is a {kind} tensor. Save the model with dense weights.")
+    tensor = tensor.cpu().resolve_conj().resolve_neg()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype in _AS_BITS:
+        bits, numpy_dtype = _AS_BITS[dtype]
+        return tensor.view(getattr(torch, bits)).numpy().view(numpy_dtype)
+    try:
+        return tensor.numpy()
+    except TypeError as error:
+        raise CheckpointError(f"{name} has dtype {dtype}, which this library does not convert.") from error
+
+
+def from_numpy(array: np.ndarray) -> torch.Tensor:
+    """A tensor with the array's bits, sharing memory where the array is contiguous."""
+    torch = import_torch()
+    array = np.asarray(array)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        for dtype, (bits, numpy_dtype) in _AS_BITS.items():
+            if array.dtype == numpy_dtype:
+                return torch.from_numpy(array.view(bits)).view(getattr(torch, dtype))
+        return torch.from_numpy(array)
+
+
+def state_to_numpy(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Every tensor of a state dict as a numpy array."""
+    return {key: to_numpy(value, key) for key, value in state.items()}
+
+
+def _harmless(torch: Any) -> list[Any]:
+    """Types without behaviour that training scripts store beside the weights."""
+    types: list[Any] = [argparse.Namespace, np.dtype, torch.torch_version.TorchVersion]
+    types += [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
+    types += [(np._core.multiarray.scalar, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")]
+    return types
+
+
+def read(path: Path, *, entry: str | None = None) -> Record:
+    """Reads a ``.pt``, ``.pth``, ``.th`` or ``.bin`` file onto the CPU, memory-mapped where it is a zip archive.
+
+    Raises:
+      CheckpointError: Not such a file, damaged, or one that would execute code.
+    """
+    torch = import_torch()
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        with torch.serialization.safe_globals(_harmless(torch)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except UnpicklingError as error:
+        text = " ".join(str(error).split())
+        _, _, blocked = text.partition("Unsupported global: GLOBAL ")
+        if blocked:
+            raise CheckpointError(
+                f"{path} needs {blocked.split(' ')[0]} to be imported and run to open it. Loading never executes code, so it was refused. "
+                "If you trust the file, open it in PyTorch yourself and save model.state_dict()."
+            ) from error
+        raise CheckpointError(f"{path} is not a PyTorch checkpoint that can be opened safely: {text[:200]}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # torch.load raises whatever its parsers meet: RuntimeError, EOFError, KeyError, struct.error ...
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        what = "a damaged or truncated PyTorch zip archive" if path.read_bytes()[:2] == b"PK" else "no PyTorch checkpoint, or a damaged one"
+        raise CheckpointError(f"{path} is {what} ({reason[:160]}). Copy or download it again.") from error
+    state, extras, notes = unwrap(content, is_tensor=torch.is_tensor, source=str(path), entry=entry)
+    return Record(str(path), "pytorch", state_to_numpy(state), {}, tuple(notes), extras)
+
+
+def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes a state dict that ``model.load_state_dict(torch.load(path, weights_only=True))`` accepts. ``metadata`` has no place in it."""
+    torch = import_torch()
+    torch.save(OrderedDict((key, from_numpy(value)) for key, value in tensors.items()), path)

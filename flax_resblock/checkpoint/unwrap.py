@@ -1,0 +1,95 @@
+"""Finds the state dict inside what people save: training checkpoints, wrapped modules, exponential moving averages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax_resblock.errors import CheckpointError, some
+
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "network",
+    "net",
+    "module",
+    "model_ema",
+    "state_dict_ema",
+    "ema_state_dict",
+    "ema",
+)
+"""Entries that hold a state dict, in order of preference: trained weights before their average."""
+
+PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "encoder.", "network.", "net.")
+"""Prefixes that wrappers leave on every key: DataParallel, torch.compile, Lightning and self-supervised frameworks."""
+
+_STRAY = ("n_averaged",)
+"""Tensors that wrappers add beside the model's: the counter of torch.optim.swa_utils.AveragedModel."""
+
+
+def unwrap(
+    content: Any, *, is_tensor: Callable[[Any], bool], source: str, entry: str | None = None
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The state dict in ``content``, the entries beside it, and notes on what was done.
+
+    Args:
+      content: What the file held.
+      is_tensor: Tells tensors from other values.
+      source: For messages.
+      entry: Name of the entry that holds the state dict, None to find it.
+    Raises:
+      CheckpointError: No state dict, or no such entry.
+    """
+    notes: list[str] = []
+    extras: dict[str, Any] = {}
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{source} holds a {type(content).__name__}, not a state dict. Save model.state_dict() and convert that.")
+    while not any(map(is_tensor, content.values())) or entry is not None:
+        found = [name for name in WRAPPERS if _holds_tensors(content.get(name), is_tensor)]
+        if entry is not None:
+            if not _holds_tensors(content.get(entry), is_tensor):
+                held = ", ".join(map(str, content)) or "nothing"
+                raise CheckpointError(f"{source} has no entry {entry!r} with a state dict; it holds: {held}.")
+            chosen, entry = entry, None
+        elif found:
+            chosen = found[0]
+        else:
+            held = some([f"{key!s}: {type(value).__name__}" for key, value in content.items()], 6) or "nothing"
+            raise CheckpointError(f"{source} holds no state dict; its entries are {held}. Save model.state_dict() and convert that.")
+        others = [name for name in found if name != chosen]
+        notes.append(f"took entry '{chosen}'" + (f" (also there: {', '.join(others)}; choose with --entry)" if others else ""))
+        extras |= {str(key): value for key, value in content.items() if key != chosen}
+        content = content[chosen]
+    state = {}
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"{source} has a tensor under the key {key!r}; names of tensors are strings.")
+        if is_tensor(value):
+            state[key] = value
+        else:
+            extras[key] = value
+            notes.append(f"left out {key!r}, a {type(value).__name__}")
+    return _strip(state, notes), extras, notes
+
+
+def _holds_tensors(value: Any, is_tensor: Callable[[Any], bool]) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    return any(map(is_tensor, value.values())) or any(_holds_tensors(value.get(name), is_tensor) for name in WRAPPERS)
+
+
+def _strip(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Removes prefixes that every key has, one after the other."""
+    for stray in _STRAY:
+        if stray in state and len(state) > 1:
+            del state[stray]
+            notes.append(f"left out '{stray}'")
+    while state:
+        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None)
+        if prefix is None:
+            break
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+        notes.append(f"removed the prefix '{prefix}'")
+    return state

@@ -1,0 +1,7 @@
+"""PyTorch names and layouts to Flax paths and layouts, and back."""
+
+from flax_resblock.convert.identify import Match, identify
+from flax_resblock.convert.layouts import LAYOUTS, Layout
+from flax_resblock.convert.state_map import Entry, StateMap, TensorInfo, describe, unhealthy
+
+__all__ = ["LAYOUTS", "Entry", "Layout", "Match", "StateMap", "TensorInfo", "describe", "identify", "unhealthy"]

@@ -1,0 +1,102 @@
+"""What an ``nn.Module`` says beyond its state dict: strides, padding, norm constants. Duck-typed; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flax_resblock.architecture import BlockConfig, Kind, ResNetConfig, Slot, walk
+from flax_resblock.checkpoint.unwrap import PREFIXES
+from flax_resblock.convert.state_map import StateMap
+from flax_resblock.errors import InputError, some
+
+
+def _square(value: Any) -> int | tuple[int, ...] | str:
+    """``(2, 2)`` as 2; anything else as it is."""
+    if isinstance(value, tuple) and len(set(value)) == 1:
+        return value[0]
+    return value
+
+
+def _expected_geometry(state_map: StateMap) -> dict[str, tuple[int, int, int, int]]:
+    """Stride, padding, dilation and groups of every convolution, by slot name."""
+    config = state_map.config
+    geometry = {}
+    if isinstance(config, ResNetConfig):
+        stride, size = (2, 7) if config.stem == "imagenet" else (1, 3)
+        geometry["stem.conv"] = (stride, size // 2, 1, 1)
+        blocks = list(config.blocks())
+    else:
+        blocks = [("", None, config)]
+    for stage, index, block in blocks:
+        for slot in block.slots(stage, index):
+            if slot.kind is Kind.CONV:
+                geometry[slot.name] = _block_geometry(block, slot)
+    return geometry
+
+
+def _block_geometry(block: BlockConfig, slot: Slot) -> tuple[int, int, int, int]:
+    size = slot.shape[0]
+    carries_stride = "conv1" if block.kind == "basic" or block.stride_on == "1x1" else "conv2"
+    stride = block.stride if slot.role in (carries_stride, "shortcut.conv") else 1
+    dilation = block.dilation if size == 3 else 1
+    return stride, dilation * (size // 2), dilation, block.groups if size == 3 else 1
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    """Attributes of a module tree that decide its function.
+
+    Attributes:
+      modules: Submodules by name, wrapper prefixes removed.
+      stride: The largest stride of any convolution: that of a bare block.
+      norm_options: ``eps`` and ``momentum`` that all norms share.
+    """
+
+    modules: dict[str, Any]
+    stride: int | None
+    norm_options: dict[str, float | None]
+
+    def check(self, state_map: StateMap) -> None:
+        """Raises InputError when a convolution or norm would compute something else than its Flax twin."""
+        differences = []
+        expected = _expected_geometry(state_map)
+        for slot in walk(state_map.config):
+            module = self.modules.get(state_map.layout.module_name(slot) or "")
+            if module is None:
+                continue
+            if slot.kind is Kind.CONV:
+                found = tuple(_square(getattr(module, field, None)) for field in ("stride", "padding", "dilation", "groups"))
+                if found != expected[slot.name]:
+                    differences.append(f"{slot.name} has (stride, padding, dilation, groups) {found}, expected {expected[slot.name]}")
+                if getattr(module, "padding_mode", "zeros") != "zeros":
+                    differences.append(f"{slot.name} pads with {module.padding_mode!r}, expected 'zeros'")
+            elif slot.kind is Kind.NORM and not getattr(module, "track_running_stats", True):
+                differences.append(f"{slot.name} does not track running statistics")
+        if differences:
+            raise InputError(
+                f"the PyTorch module's tensors fit, but it computes something else than its Flax twin: {some(differences)}. "
+                "Pass architecture=ResNetConfig(...) or BlockConfig(...) that describes it; from_torch(module.state_dict()) skips this check."
+            )
+
+
+def module_facts(module: Any) -> ModuleFacts:
+    """Reads the facts off an ``nn.Module``.
+
+    Raises:
+      InputError: Norms that differ among themselves in ``eps`` or ``momentum``.
+    """
+    modules = dict(module.named_modules())
+    while True:
+        prefix = next((p for p in PREFIXES if p[:-1] in modules and all(n == "" or f"{n}.".startswith(p) for n in modules)), None)
+        if prefix is None:
+            break
+        modules = {name.removeprefix(prefix) if name != prefix[:-1] else "": value for name, value in modules.items() if name}
+    strides = [_square(m.stride) for m in modules.values() if hasattr(m, "stride") and hasattr(m, "weight")]
+    norms = {name: (m.eps, m.momentum) for name, m in modules.items() if hasattr(m, "running_var")}
+    if len(set(norms.values())) > 1:
+        shown = [f"{name} {values}" for name, values in norms.items()]
+        raise InputError(f"the module's norms differ in (eps, momentum): {some(shown)}. A Flax network has one pair for all.")
+    eps, momentum = next(iter(norms.values()), (1e-5, 0.1))
+    stride = max((s for s in strides if isinstance(s, int)), default=None)
+    return ModuleFacts(modules, stride, {"eps": eps, "momentum": momentum})

@@ -1,0 +1,167 @@
+"""A checkpoint together with the one reading of it that fits: the common start of conversion, inspection and verification. Imports no jax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from flax_resblock import architecture as arch
+from flax_resblock import checkpoint
+from flax_resblock.checkpoint import Record
+from flax_resblock.convert.identify import identify
+from flax_resblock.convert.state_map import StateMap, describe, matches_any, unhealthy
+from flax_resblock.errors import CheckpointError, InputError, some
+
+CONFIG, LAYOUT, EPS, MOMENTUM = "config", "layout", "eps", "momentum"
+"""Metadata that this library writes beside tensors."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How to read a checkpoint where its names and shapes leave it open, or where a person knows better.
+
+    Attributes:
+      architecture: Name or configuration; None finds it.
+      layout: Naming scheme; None finds it.
+      num_classes: Size of the logits; None reads it off.
+      stride: Of a bare block, which its weights do not tell.
+      ignore: Keys to drop, shell-style patterns.
+      allow_missing: Keys that may be absent and start afresh, shell-style patterns.
+    """
+
+    architecture: str | arch.Config | None = None
+    layout: str | None = None
+    num_classes: int | None = None
+    stride: int | None = None
+    ignore: Sequence[str] = ()
+    allow_missing: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that fits.
+
+    Attributes:
+      record: What the file held.
+      state_map: Its names and layouts.
+      tensors: Its arrays by name, without ignored ones, absent counters filled with zero.
+      notes: Everything that was unwrapped, dropped, filled or assumed.
+      afresh: Keys that are absent and allowed to be.
+    """
+
+    record: Record
+    state_map: StateMap
+    tensors: Mapping[str, np.ndarray]
+    notes: tuple[str, ...]
+    afresh: tuple[str, ...] = ()
+    norm_options: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def config(self) -> arch.Config:
+        """The network or bare block."""
+        return self.state_map.config
+
+    @cached_property
+    def unhealthy(self) -> list[str]:
+        """Tensors with non-finite values or negative variances."""
+        return unhealthy(self.state_map, self.tensors)
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trainable values (statistics and counters are not)."""
+        statistics = ("mean", "var", "num_batches_tracked")
+        return sum(int(np.prod(entry.flax_shape)) for entry in self.state_map.entries if entry.flax_path[-1] not in statistics)
+
+
+def _written_config(record: Record) -> arch.Config | None:
+    """The configuration that this library stored, which says more than names and shapes can (strides, dilation)."""
+    text = record.metadata.get(CONFIG)
+    if text is None:
+        return None
+    try:
+        return arch.from_json(text)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{record.source}: its stored configuration is damaged ({error}). Say --architecture NAME, or copy the file again."
+        ) from error
+
+
+def _written_norm_options(record: Record) -> dict[str, float | None]:
+    try:
+        return {
+            name: None if record.metadata[name] == "None" else float(record.metadata[name]) for name in (EPS, MOMENTUM) if name in record.metadata
+        }
+    except ValueError as error:
+        raise CheckpointError(f"{record.source}: its stored eps or momentum is no number ({error}). Copy the file again.") from error
+
+
+def interpret(record: Record, reading: Reading | None = None) -> Source:
+    """The checkpoint with the one reading that fits.
+
+    Raises:
+      CheckpointError: Nothing fits, or several readings do; the message shows the nearest and the flags to use.
+    """
+    reading = reading or Reading()
+    ignored = [key for key in record.tensors if matches_any(key, reading.ignore)]
+    tensors = {key: value for key, value in record.tensors.items() if key not in set(ignored)}
+    found = describe(tensors)
+    match = identify(
+        found,
+        architecture=reading.architecture if reading.architecture is not None else _written_config(record),
+        layout=reading.layout,
+        num_classes=reading.num_classes,
+        stride=reading.stride,
+        allow_missing=reading.allow_missing,
+        source=record.source,
+    )
+    notes = list(record.notes)
+    if ignored:
+        notes.append(f"ignored {some(ignored)}")
+    if match.misfit.afresh:
+        notes.append(f"absent, to start afresh: {some(match.misfit.afresh)}")
+    counters = match.misfit.filled_counters
+    if counters:
+        notes.append(f"filled {len(counters)} absent num_batches_tracked with 0, as PyTorch does")
+        tensors |= {key: np.zeros((), np.int64) for key in counters}
+    return Source(record, match.state_map, tensors, tuple(notes), tuple(match.misfit.afresh), _written_norm_options(record))
+
+
+def open_checkpoint(path: str | Path, reading: Reading | None = None, *, entry: str | None = None) -> Source:
+    """Reads a checkpoint of any format and finds what it is. Errors as :func:`flax_resblock.checkpoint.read` and :func:`interpret`."""
+    return interpret(checkpoint.read(path, entry=entry), reading)
+
+
+def metadata_of(config: arch.Config, layout: str, norm_options: Mapping[str, float | None]) -> dict[str, str]:
+    """What this library stores beside tensors: enough to rebuild the network without any flag."""
+    from flax_resblock import __version__
+
+    return {
+        "format": "pt" if layout != "flax" else "flax",
+        "written_by": f"flax-resblock {__version__}",
+        "architecture": arch.name_of(config),
+        CONFIG: arch.to_json(config),
+        LAYOUT: layout,
+        **{name: str(value) for name, value in norm_options.items()},
+    }
+
+
+def target_layout(source: Source, output_format: str, layout: str | None) -> str:
+    """The naming scheme of an output: what was asked for; else Flax's own for Orbax, and for the others the scheme that the network came in.
+
+    Raises:
+      InputError: PyTorch's file format with Flax's names.
+    """
+    if output_format == "orbax":
+        if layout not in (None, "flax"):
+            raise InputError(f"an Orbax folder holds Flax names; --layout {layout} is for .pth and .safetensors.")
+        return "flax"
+    if layout == "flax" and output_format == "pytorch":
+        raise InputError("a .pth file holds PyTorch names; use .safetensors or an Orbax folder for layout 'flax'.")
+    if layout is not None:
+        return layout
+    here = source.state_map.layout.name
+    return here if here != "flax" else source.record.metadata.get(LAYOUT, "flax").replace("flax", "torchvision")

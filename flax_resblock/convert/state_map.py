@@ -1,0 +1,199 @@
+"""The one description of a network that turns either spelling into the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+
+from flax_resblock.architecture import Config, Path, Slot, walk
+from flax_resblock.convert.codecs import Codec
+from flax_resblock.convert.layouts import Layout
+from flax_resblock.errors import InputError, some
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in both spellings.
+
+    Attributes:
+      flax_path: Attribute path in the nnx model, ``("stage1", 0, "conv1", "kernel")``.
+      torch_key: Key in the state dict, ``"layer1.0.conv1.weight"``.
+      codec: Between the layouts.
+      role: ``"weight"``, ``"variance"`` or ``"counter"``.
+      flax_shape: Shape on the Flax side.
+    """
+
+    flax_path: Path
+    torch_key: str
+    codec: Codec
+    role: str
+    flax_shape: tuple[int, ...]
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        """Shape in the state dict."""
+        return self.codec.torch_shape(self.flax_shape)
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """How a state dict differs from what a map expects; empty when it fits."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    wrong_shape: list[str] = field(default_factory=list)
+    wrong_dtype: list[str] = field(default_factory=list)
+    filled_counters: list[str] = field(default_factory=list)
+    afresh: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """Number of differences; absent counters (PyTorch fills them too) and keys that were allowed to be absent are none."""
+        return len(self.missing) + len(self.unexpected) + len(self.wrong_shape) + len(self.wrong_dtype)
+
+    def lines(self) -> list[str]:
+        """One line per kind of difference, for an error message."""
+        rows = (("missing", self.missing), ("unexpected", self.unexpected), ("wrong shape", self.wrong_shape), ("wrong dtype", self.wrong_dtype))
+        return [f"  {title:<12}{some(names)}" for title, names in rows if names]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a tensor that need not be in memory."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def describe(tensors: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """Shape and dtype of every array."""
+    return {key: TensorInfo(tuple(value.shape), np.dtype(value.dtype)) for key, value in tensors.items()}
+
+
+def is_floating(dtype: np.dtype) -> bool:
+    """True for numpy's and ml_dtypes' floating types (bfloat16, float8)."""
+    return dtype.kind == "f" or (dtype.kind == "V" and "float" in dtype.name)
+
+
+def matches_any(key: str, globs: Sequence[str]) -> bool:
+    """Whether a key is named by one of the shell-style patterns."""
+    return any(fnmatchcase(key, glob) for glob in globs)
+
+
+class StateMap:
+    """Entries of a network under a layout; both directions are loops over the same list.
+
+    The list also carries whatever else is kept per parameter (gradients, momentum buffers, Adam moments) and the module names of activations.
+
+    Args:
+      config: The network or bare block.
+      layout: The naming scheme.
+    Raises:
+      InputError: The scheme has no name for a place that has parameters (a projection in a scheme of option-A networks).
+    """
+
+    def __init__(self, config: Config, layout: Layout) -> None:
+        self.config = config
+        self.layout = layout
+        self.entries: tuple[Entry, ...] = tuple(entry for slot in walk(config) for entry in self._expand(slot))
+        paths, keys = ({getattr(entry, column) for entry in self.entries} for column in ("flax_path", "torch_key"))
+        if not len(paths) == len(keys) == len(self.entries):
+            raise InputError(f"layout {layout.name!r} gives two tensors of this network the same name.")
+
+    def _expand(self, slot: Slot) -> list[Entry]:
+        tensors = self.layout.tensors[slot.kind]
+        module = self.layout.module_name(slot)
+        if tensors and module is None:
+            raise InputError(f"layout {self.layout.name!r} has no name for {slot.name}; choose another layout.")
+        entries = []
+        for tensor in tensors:
+            shape = () if tensor.role == "counter" else slot.shape[-1:] if tensor.flax_name != "kernel" else slot.shape
+            entries.append(Entry((*slot.path, tensor.flax_name), f"{module}.{tensor.name}", tensor.codec, tensor.role, shape))
+        return entries
+
+    @cached_property
+    def modules(self) -> dict[str, str]:
+        """Torch module name of every slot that the scheme names, by slot name, in forward order; ``""`` is the whole of a bare block."""
+        named = {slot.name: self.layout.module_name(slot) for slot in walk(self.config)}
+        return {slot: module for slot, module in named.items() if module is not None}
+
+    def check(self, found: Mapping[str, TensorInfo], allow_missing: Sequence[str] = ()) -> Misfit:
+        """Every way in which the state dict described by ``found`` differs from this map; keys matching ``allow_missing`` (globs) may be absent."""
+        misfit = Misfit()
+        for entry in self.entries:
+            info = found.get(entry.torch_key)
+            if info is None:
+                if entry.role == "counter":
+                    misfit.filled_counters.append(entry.torch_key)
+                else:
+                    (misfit.afresh if matches_any(entry.torch_key, allow_missing) else misfit.missing).append(entry.torch_key)
+                continue
+            if info.shape != entry.torch_shape:
+                misfit.wrong_shape.append(f"{entry.torch_key} {list(info.shape)}, expected {list(entry.torch_shape)}")
+            fits = info.dtype.kind in "iu" if entry.role == "counter" else is_floating(info.dtype)
+            if not fits:
+                expected = "an integer" if entry.role == "counter" else "a floating type"
+                misfit.wrong_dtype.append(f"{entry.torch_key} {info.dtype.name}, expected {expected}")
+        known = {entry.torch_key for entry in self.entries}
+        misfit.unexpected.extend(key for key in found if key not in known)
+        return misfit
+
+    def to_flax(self, state: Mapping[str, np.ndarray]) -> dict[Path, np.ndarray]:
+        """State dict to Flax arrays by path; keys that are absent are left out (call :meth:`check` first)."""
+        entries = [entry for entry in self.entries if entry.torch_key in state]
+        return dict(zip([e.flax_path for e in entries], _parallel(lambda e: e.codec.to_flax(state[e.torch_key]), entries), strict=True))
+
+    def to_torch(self, state: Mapping[Path, np.ndarray]) -> dict[str, np.ndarray]:
+        """Flax arrays by path to a state dict, in PyTorch's order; paths that are absent are left out."""
+        entries = [entry for entry in self.entries if entry.flax_path in state]
+        return dict(zip([e.torch_key for e in entries], _parallel(lambda e: e.codec.to_torch(state[e.flax_path]), entries), strict=True))
+
+
+def transcode(source: StateMap, target: StateMap, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A state dict under ``source`` as a state dict under ``target``; arrays that both lay out alike are shared, not copied.
+
+    Args:
+      source, target: Maps of the same network.
+      state: Arrays by name under ``source``.
+    """
+    names = {entry.flax_path: entry for entry in source.entries}
+    pairs = [(names[entry.flax_path], entry) for entry in target.entries if names[entry.flax_path].torch_key in state]
+
+    def convert(pair: tuple[Entry, Entry]) -> np.ndarray:
+        old, new = pair
+        array = state[old.torch_key]
+        return array if old.codec == new.codec else new.codec.to_torch(old.codec.to_flax(array))
+
+    return dict(zip([new.torch_key for _, new in pairs], _parallel(convert, pairs), strict=True))
+
+
+def _parallel(convert: Callable[[T], np.ndarray], items: Sequence[T]) -> list[np.ndarray]:
+    """numpy releases the interpreter while it copies: two cores move a network in little more than the time of a plain copy."""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return list(pool.map(convert, items))
+
+
+def unhealthy(state_map: StateMap, state: Mapping[str, np.ndarray]) -> list[str]:
+    """Tensors with values that no healthy checkpoint has: NaN, infinity, or a negative running variance; one line each."""
+    problems = []
+    for entry in state_map.entries:
+        if entry.role == "counter" or entry.torch_key not in state:
+            continue
+        values = state[entry.torch_key]
+        if not is_floating(values.dtype):
+            continue
+        if values.dtype.kind != "f":
+            values = values.astype(np.float32)
+        bad = int(np.size(values) - np.count_nonzero(np.isfinite(values)))
+        if bad:
+            problems.append(f"{entry.torch_key} ({bad} of {values.size} values not finite)")
+        elif entry.role == "variance" and np.size(values) and float(np.min(values)) < 0:
+            problems.append(f"{entry.torch_key} (negative variance {float(np.min(values)):.3g})")
+    return problems

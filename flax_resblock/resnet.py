@@ -1,0 +1,106 @@
+"""The residual network that a :class:`~flax_resblock.architecture.ResNetConfig` describes."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_resblock.architecture import Config, ResNetConfig, architecture
+from flax_resblock.blocks import BottleneckBlock, LayerOptions, Layers, ResidualBlock, build_block
+from flax_resblock.conv import Linear, MaxPool
+
+
+class StemLayers(nnx.Module):
+    """First convolution, norm and ReLU, and for ImageNet the max pooling."""
+
+    def __init__(self, config: ResNetConfig, layers: Layers) -> None:
+        imagenet = config.stem == "imagenet"
+        self.conv = layers.conv(config.in_channels, config.stem_width, 7 if imagenet else 3, stride=2 if imagenet else 1)
+        self.norm = layers.norm(config.stem_width)
+        self.pool = MaxPool(3, stride=2, padding=1) if imagenet else None
+
+    def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
+        """``(N, H, W, in_channels)`` to ``(N, H', W', stem_width)``, a quarter of the resolution for ImageNet."""
+        x = nnx.relu(self.norm(self.conv(images), use_running_average=use_running_average))
+        return x if self.pool is None else self.pool(x)
+
+
+class ResNet(nnx.Module):
+    """Stem, stages of residual blocks, global average pooling and a linear head.
+
+    The stages are attributes ``stage1``, ``stage2`` ..., each an ``nnx.List`` of blocks; ``head`` is None where ``config.num_classes`` is None.
+
+    Args:
+      config: What to build.
+      rngs: Source of the ``params`` stream; None builds the network without values.
+      **options: See :class:`flax_resblock.blocks.LayerOptions`; ``init`` defaults to ``"kaiming_fan_out"``.
+    """
+
+    def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs | None, **options: Unpack[LayerOptions]) -> None:
+        self.config = config
+        options.setdefault("init", "kaiming_fan_out")
+        layers = Layers(rngs, options)
+        self.stem = StemLayers(config, layers)
+        stages: dict[str, list[ResidualBlock | BottleneckBlock]] = {name: [] for name in config.stage_names}
+        for stage, _, block in config.blocks():
+            stages[stage].append(build_block(block, rngs=rngs, **options))
+        for name, blocks in stages.items():
+            setattr(self, name, nnx.List(blocks))
+        self.head = (
+            Linear(config.feature_channels, config.num_classes, precision=options.get("precision"), rngs=rngs, **layers.shared)
+            if config.num_classes is not None
+            else None
+        )
+
+    def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
+        """Logits of a batch of images.
+
+        Args:
+          images: ``(N, H, W, in_channels)``, normalised.
+          use_running_average: Overrides the mode of every norm for this call.
+        Returns:
+          Logits ``(N, num_classes)``, or pooled features ``(N, feature_channels)`` of a network without head.
+        """
+        x = self.stem(images, use_running_average=use_running_average)
+        for name in self.config.stage_names:
+            for block in getattr(self, name):
+                x = block(x, use_running_average=use_running_average)
+        x = jnp.mean(x, axis=(1, 2))
+        return x if self.head is None else self.head(x)
+
+
+Model = ResNet | ResidualBlock | BottleneckBlock
+
+
+def build(config: Config, *, rngs: nnx.Rngs | None, **options: Unpack[LayerOptions]) -> Model:
+    """The network or bare block that ``config`` describes."""
+    if isinstance(config, ResNetConfig):
+        return ResNet(config, rngs=rngs, **options)
+    return build_block(config, rngs=rngs, **options)
+
+
+def create(name: str, *, rngs: nnx.Rngs | None, num_classes: int | None = ..., in_channels: int = 3, **options: Any) -> ResNet:  # pyright: ignore[reportArgumentType]
+    """A named architecture with fresh weights, in training mode.
+
+    Args:
+      name: One of :func:`flax_resblock.architectures`.
+      rngs: ``nnx.Rngs(seed)``; the ``params`` stream is drawn from. None builds the network without values.
+      num_classes: Size of the logits; default as published (1000 or 10); None: no head.
+      in_channels: Channels of the images.
+      **options: Fields of :class:`flax_resblock.ResNetConfig` (``widths=...``) and of :class:`flax_resblock.blocks.LayerOptions` (``dtype=...``).
+    Raises:
+      ValueError: An unknown name, or values that make no network.
+    Example:
+      >>> model = create("resnet18", num_classes=10, rngs=nnx.Rngs(0))
+    """
+    layer_options = {key: options.pop(key) for key in LayerOptions.__annotations__ if key in options}
+    unknown = set(options) - set(ResNetConfig.__dataclass_fields__)
+    if unknown:
+        known = (*ResNetConfig.__dataclass_fields__, *LayerOptions.__annotations__)
+        raise TypeError(f"create() got unknown option {', '.join(sorted(unknown))}; known: {', '.join(known)}.")
+    if num_classes is not ...:
+        options["num_classes"] = num_classes
+    return ResNet(architecture(name, in_channels=in_channels, **options), rngs=rngs, **layer_options)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,197 @@
+"""Models in, models out: PyTorch state dicts, modules and files to nnx models, and back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flax_resblock import checkpoint
+from flax_resblock.architecture import Config
+from flax_resblock.blocks import BottleneckBlock, ResidualBlock
+from flax_resblock.checkpoint import Record
+from flax_resblock.checkpoint.unwrap import unwrap
+from flax_resblock.convert import LAYOUTS, StateMap
+from flax_resblock.convert.modules import module_facts
+from flax_resblock.convert.source import EPS, MOMENTUM, Reading, Source, interpret, metadata_of
+from flax_resblock.errors import InputError, some
+from flax_resblock.norm import BatchNorm
+from flax_resblock.resnet import Model, ResNet, build
+
+
+def from_torch(
+    source: Any,
+    *,
+    architecture: str | Config | None = None,
+    layout: str | None = None,
+    num_classes: int | None = None,
+    stride: int | None = None,
+    ignore: Sequence[str] = (),
+    allow_missing: Sequence[str] = (),
+    **options: Any,
+) -> Model:
+    """A PyTorch residual network as an nnx model in evaluation mode.
+
+    Every value is carried bit for bit, in its own dtype: float64 weights stay float64 (as numpy arrays where jax's x64 mode is off).
+
+    Args:
+      source: A state dict of tensors or arrays, an ``nn.Module``, or a path of a checkpoint in any format.
+      architecture: Name or configuration; None finds it from names and shapes.
+      layout: Naming scheme, see :data:`flax_resblock.convert.LAYOUTS`; None finds it.
+      num_classes: Size of the logits; None reads it off.
+      stride: Of a bare block with a projection; its weights do not tell (an ``nn.Module`` does).
+      ignore: Keys to drop, shell-style patterns.
+      allow_missing: Keys that may be absent and start afresh, shell-style patterns.
+      **options: See :class:`flax_resblock.blocks.LayerOptions`. ``eps`` and ``momentum`` default to those of an ``nn.Module`` source.
+    Returns:
+      A :class:`~flax_resblock.ResNet`, or a bare block, in evaluation mode.
+    Raises:
+      CheckpointError: The tensors fit no network, or several; the message lists the differences.
+      InputError: An ``nn.Module`` whose strides, padding or norms differ from what the Flax network would do.
+    Warns:
+      UserWarning: Non-finite values or negative variances; they are carried as they are.
+    Example:
+      >>> model = from_torch(torchvision.models.resnet18())
+    """
+    reading = Reading(architecture, layout, num_classes, stride, ignore, allow_missing)
+    if callable(getattr(source, "state_dict", None)):
+        facts = module_facts(source)
+        if stride is None:
+            reading = Reading(architecture, layout, num_classes, facts.stride, ignore, allow_missing)
+        opened = interpret(_record_of(source.state_dict(), type(source).__name__), reading)
+        facts.check(opened.state_map)
+        options = {**facts.norm_options, **options}
+    elif isinstance(source, Mapping):
+        opened = interpret(_record_of(source, "the state dict"), reading)
+    elif isinstance(source, str | Path):
+        opened = interpret(checkpoint.read(source), reading)
+    else:
+        raise InputError(f"from_torch takes a state dict, an nn.Module or a path, not a {type(source).__name__}.")
+    if opened.unhealthy:
+        warnings.warn(f"{opened.record.source}: {some(opened.unhealthy)}; carried as they are.", stacklevel=2)
+    return to_model(opened, **options)
+
+
+def load(path: str | Path, **arguments: Any) -> Model:
+    """The nnx model that a checkpoint of any format holds, in evaluation mode; arguments and errors as for :func:`from_torch`."""
+    if not isinstance(path, str | Path):
+        raise InputError(f"load takes a path, not a {type(path).__name__}; from_torch takes state dicts and modules.")
+    return from_torch(path, **arguments)
+
+
+def to_model(source: Source, **options: Any) -> Model:
+    """The nnx model of an opened checkpoint, in evaluation mode.
+
+    Args:
+      source: See :func:`flax_resblock.convert.source.open_checkpoint`.
+      **options: See :class:`flax_resblock.blocks.LayerOptions`.
+    """
+    options = {**source.norm_options, **options}
+    model = build(source.config, rngs=None, **options)
+    values = source.state_map.to_flax(source.tensors)
+    if source.afresh:
+        fresh = dict(nnx.to_flat_state(nnx.state(build(source.config, rngs=nnx.Rngs(0), **options))))
+        absent = {entry.flax_path for entry in source.state_map.entries if entry.torch_key in source.afresh}
+        values |= {path: np.asarray(fresh[path][...]) for path in absent}
+    state = dict(nnx.to_flat_state(nnx.state(model)))
+    filled = [(path, variable.replace(_on_device(values[path]))) for path, variable in state.items()]
+    nnx.update(model, nnx.from_flat_state(filled))
+    model.eval()
+    return model
+
+
+def _on_device(array: np.ndarray) -> jax.Array | np.ndarray:
+    """The array on the default device; kept by numpy where jax would narrow it and lose bits."""
+    narrow = jax.dtypes.canonicalize_dtype(array.dtype)
+    if narrow == array.dtype:
+        return jnp.array(array)
+    if array.dtype.kind in "iu" and array.ndim == 0 and np.iinfo(narrow).min <= int(array) <= np.iinfo(narrow).max:
+        return jnp.array(array.astype(narrow))
+    return np.array(array)
+
+
+def _record_of(state: Mapping[str, Any], name: str) -> Record:
+    """A state dict of tensors or arrays as if it had been read from a file."""
+    content, extras, notes = unwrap(state, is_tensor=lambda value: hasattr(value, "shape") and hasattr(value, "dtype"), source=name)
+    return Record(name, "state dict", {key: _to_numpy(value, key) for key, value in content.items()}, {}, tuple(notes), extras)
+
+
+def _to_numpy(value: Any, key: str) -> np.ndarray:
+    if type(value).__module__.split(".")[0] == "torch":
+        from flax_resblock.checkpoint.torch_file import to_numpy
+
+        return to_numpy(value, key)
+    return np.asarray(value)
+
+
+def flat_arrays(model: Model) -> dict[tuple[str | int, ...], np.ndarray]:
+    """Every variable of a model by path, on the host, counters as int64."""
+    arrays = {}
+    for path, variable in dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))).items():
+        array = np.asarray(variable[...])
+        arrays[path] = array.astype(np.int64) if path[-1] == "num_batches_tracked" else array
+    return arrays
+
+
+def _config_of(model: Any) -> Config:
+    if not isinstance(model, ResNet | ResidualBlock | BottleneckBlock):
+        raise InputError(f"this takes a ResNet, ResidualBlock or BottleneckBlock of flax_resblock, not a {type(model).__name__}.")
+    return model.config
+
+
+def _map_of(model: Model, layout: str) -> StateMap:
+    if layout not in LAYOUTS:
+        raise InputError(f"layout {layout!r} is unknown; known: {', '.join(LAYOUTS)}.")
+    return StateMap(_config_of(model), LAYOUTS[layout])
+
+
+def to_torch(model: Model, layout: str = "torchvision") -> dict[str, np.ndarray]:
+    """The state dict of a model, in PyTorch's order, names and layouts; bit for bit what :func:`from_torch` was given.
+
+    Args:
+      model: A model of this library.
+      layout: Naming scheme, see :data:`flax_resblock.convert.LAYOUTS`.
+    Returns:
+      New writable arrays by name; ``num_batches_tracked`` is int64. ``torch.from_numpy`` of each loads with ``strict=True`` (bfloat16 goes through
+      :func:`flax_resblock.checkpoint.torch_file.from_numpy`).
+    Raises:
+      InputError: Not a model of this library, an unknown layout, or one that cannot name this network's parts.
+    """
+    state = _map_of(model, layout).to_torch(flat_arrays(model))
+    return {key: value if value.flags.owndata and value.flags.writeable else np.array(value) for key, value in state.items()}
+
+
+def norm_options(model: Model) -> dict[str, float | None]:
+    """``eps`` and ``momentum`` that all norms of the model share."""
+    norms = [module for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm)]
+    shared = {(norm.eps, norm.momentum) for norm in norms}
+    if len(shared) > 1:
+        raise InputError(f"the model's norms differ in (eps, momentum): {sorted(map(str, shared))}; a checkpoint holds one pair for all.")
+    return dict(zip((EPS, MOMENTUM), next(iter(shared)), strict=True))
+
+
+def save(model: Model, path: str | Path, *, layout: str = "torchvision", force: bool = False) -> None:
+    """Writes a model to a checkpoint, whole or not at all.
+
+    Args:
+      model: A model of this library.
+      path: The suffix decides the format: ``.pth`` (``.pt``, ``.th``), ``.safetensors``, or none for an Orbax folder, which holds Flax's own names.
+      layout: Naming scheme of ``.pth`` and ``.safetensors``; ``"flax"`` keeps Flax's names and layouts in a ``.safetensors``.
+      force: Replace what is there.
+    Raises:
+      InputError: An unknown suffix or layout, a destination that exists, a folder that cannot be written to.
+    """
+    path = Path(path)
+    orbax = checkpoint.output_format(path) == "orbax"
+    if checkpoint.output_format(path) == "pytorch" and layout == "flax":
+        raise InputError("a .pth file holds PyTorch names; use .safetensors or an Orbax folder for layout 'flax'.")
+    _map_of(model, layout)  # refuses an unknown layout for every format
+    checkpoint.refuse_existing(path, force)
+    tensors = to_torch(model, "flax" if orbax else layout)
+    checkpoint.write(path, tensors, metadata=metadata_of(model.config, layout, norm_options(model)), force=force)
