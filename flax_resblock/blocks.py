@@ -47,7 +47,7 @@ class Layers:
             raise TypeError(f"unknown option {', '.join(sorted(unknown))}; known: {', '.join(LayerOptions.__annotations__)}.")
         self.rngs = rngs
         self.options = options
-        self.shared = {key: options[key] for key in ("dtype", "param_dtype") if key in options}
+        self.shared: dict[str, Any] = {key: value for key, value in options.items() if key in ("dtype", "param_dtype")}
 
     def conv(self, in_channels: int, out_channels: int, size: int, *, stride: int = 1, dilation: int = 1, groups: int = 1) -> Conv:
         """A convolution padded so that stride 1 keeps the resolution."""

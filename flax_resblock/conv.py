@@ -116,7 +116,7 @@ class MaxPool(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, C)`` to ``(N, H', W', C)``."""
         pad = (self.padding, self.padding)
-        return nnx.max_pool(x, (self.window, self.window), (self.stride, self.stride), (pad, pad))
+        return nnx.max_pool(x, (self.window, self.window), (self.stride, self.stride), (pad, pad))  # pyright: ignore[reportArgumentType]
 
 
 class Linear(nnx.Module):
@@ -150,6 +150,6 @@ class Linear(nnx.Module):
         """``(..., in_features)`` to ``(..., out_features)``."""
         kernel, bias = self.kernel[...], self.bias[...]
         dtype = self.dtype or jnp.result_type(x, kernel, bias)
-        return lax.dot_general(
-            x.astype(dtype), jnp.asarray(kernel, dtype), (((x.ndim - 1,), (0,)), ((), ())), precision=self.precision
-        ) + jnp.asarray(bias, dtype)
+        return lax.dot_general(x.astype(dtype), jnp.asarray(kernel, dtype), (((x.ndim - 1,), (0,)), ((), ())), precision=self.precision) + jnp.asarray(
+            bias, dtype
+        )

@@ -26,10 +26,23 @@ class Moments(NamedTuple):
     unbiased_var: jax.Array
 
 
+def per_channel(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Broadcasts ``(C,)`` to ``(..., W, C)`` in two steps, so that its gradient is summed in two steps: over the rows, then over the rest.
+
+    XLA's CPU backend adds values one after the other: the rounding error of one long sum grows with its length, while PyTorch adds in a cascade. The
+    barrier keeps the compiler from merging the two sums.
+    """
+    if len(shape) < 3:
+        return jnp.broadcast_to(values, shape)
+    rows = jnp.broadcast_to(values, (*shape[:-2], 1, shape[-1]))
+    return jnp.broadcast_to(lax.optimization_barrier(rows), shape)
+
+
 def batch_moments(x: jax.Array, *, axis_name: Hashable | None = None) -> Moments:
     """Per-channel mean and both variances, as PyTorch computes them.
 
-    Two passes: the variance is the mean of ``(x - mean)^2``, which stays accurate when the mean is large against the standard deviation.
+    Two passes, the second one corrected: with ``shift`` the mean as the first pass found it, the mean is ``shift + mean(x - shift)`` and the variance
+    ``mean((x - shift)^2) - mean(x - shift)^2``. Both stay accurate when the mean is large against the standard deviation.
 
     Args:
       x: Activations, ``(..., C)``, floating; computed in float32 at least.
@@ -57,9 +70,11 @@ def batch_moments(x: jax.Array, *, axis_name: Hashable | None = None) -> Moments
         mean = jnp.mean(values, axes)
         return mean if axis_name is None else lax.pmean(mean, axis_name)
 
-    mean = mean_over_batch(x)
-    biased_var = mean_over_batch(jnp.square(x - mean))
-    return Moments(mean, biased_var, biased_var * (n / (n - 1)))
+    shift = lax.stop_gradient(mean_over_batch(x))
+    centred = x - shift
+    rest = mean_over_batch(centred)
+    biased_var = jnp.maximum(mean_over_batch(jnp.square(centred)) - jnp.square(rest), 0)
+    return Moments(shift + rest, biased_var, biased_var * (n / (n - 1)))
 
 
 class BatchNorm(nnx.Module):
@@ -124,9 +139,7 @@ class BatchNorm(nnx.Module):
           use_running_average: Overrides the module's mode for this call.
         """
         if x.shape[-1] != self.num_features:
-            raise ValueError(
-                f"BatchNorm over {self.num_features} channels got an input of shape {tuple(x.shape)}; channels are the last axis (NHWC)."
-            )
+            raise ValueError(f"BatchNorm over {self.num_features} channels got an input of shape {tuple(x.shape)}; channels are the last axis (NHWC).")
         scale, bias = self.scale[...], self.bias[...]
         out_dtype = self.dtype or jnp.result_type(x, scale, bias)
         compute_dtype = jnp.promote_types(out_dtype, jnp.float32)
@@ -139,7 +152,7 @@ class BatchNorm(nnx.Module):
             mean, var = moments.mean, moments.biased_var
             self._track(moments)
         mean, var, scale, bias = (jnp.asarray(value, compute_dtype) for value in (mean, var, scale, bias))
-        y = (x.astype(compute_dtype) - mean) * (lax.rsqrt(var + self.eps) * scale) + bias
+        y = (x.astype(compute_dtype) - per_channel(mean, x.shape)) * per_channel(lax.rsqrt(var + self.eps) * scale, x.shape) + per_channel(bias, x.shape)
         return y.astype(out_dtype)
 
     def _track(self, batch: Moments) -> None:
@@ -148,5 +161,5 @@ class BatchNorm(nnx.Module):
         for running, new in ((self.mean, batch.mean), (self.var, batch.unbiased_var)):
             old = jnp.asarray(running[...])
             new = lax.stop_gradient(new)
-            weight = self.momentum if self.momentum is not None else (1 / count).astype(new.dtype)
+            weight = self.momentum if self.momentum is not None else 1 / count.astype(new.dtype)
             running.set_value(((1 - weight) * old.astype(new.dtype) + weight * new).astype(old.dtype))

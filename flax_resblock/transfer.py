@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
+from pathlib import Path as FilePath
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from flax_resblock import checkpoint
-from flax_resblock.architecture import Config
+from flax_resblock.architecture import Config, Path
 from flax_resblock.blocks import BottleneckBlock, ResidualBlock
 from flax_resblock.checkpoint import Record
 from flax_resblock.checkpoint.unwrap import unwrap
@@ -69,8 +71,8 @@ def from_torch(
         options = {**facts.norm_options, **options}
     elif isinstance(source, Mapping):
         opened = interpret(_record_of(source, "the state dict"), reading)
-    elif isinstance(source, str | Path):
-        opened = interpret(checkpoint.read(source), reading)
+    elif isinstance(source, str | PathLike):
+        opened = interpret(checkpoint.read(FilePath(source)), reading)
     else:
         raise InputError(f"from_torch takes a state dict, an nn.Module or a path, not a {type(source).__name__}.")
     if opened.unhealthy:
@@ -78,9 +80,9 @@ def from_torch(
     return to_model(opened, **options)
 
 
-def load(path: str | Path, **arguments: Any) -> Model:
+def load(path: str | PathLike[str], **arguments: Any) -> Model:
     """The nnx model that a checkpoint of any format holds, in evaluation mode; arguments and errors as for :func:`from_torch`."""
-    if not isinstance(path, str | Path):
+    if not isinstance(path, str | PathLike):
         raise InputError(f"load takes a path, not a {type(path).__name__}; from_torch takes state dicts and modules.")
     return from_torch(path, **arguments)
 
@@ -93,24 +95,43 @@ def to_model(source: Source, **options: Any) -> Model:
       **options: See :class:`flax_resblock.blocks.LayerOptions`.
     """
     options = {**source.norm_options, **options}
-    model = build(source.config, rngs=None, **options)
-    values = source.state_map.to_flax(source.tensors)
+    with ThreadPoolExecutor(max_workers=1) as pool:  # the tensors move while the module tree is built
+        moving = pool.submit(source.state_map.to_flax, source.tensors, copy=True)
+        model = build(source.config, rngs=None, **options)
+        values = moving.result()
     if source.afresh:
         fresh = dict(nnx.to_flat_state(nnx.state(build(source.config, rngs=nnx.Rngs(0), **options))))
         absent = {entry.flax_path for entry in source.state_map.entries if entry.torch_key in source.afresh}
         values |= {path: np.asarray(fresh[path][...]) for path in absent}
-    state = dict(nnx.to_flat_state(nnx.state(model)))
-    filled = [(path, variable.replace(_on_device(values[path]))) for path, variable in state.items()]
-    nnx.update(model, nnx.from_flat_state(filled))
+    fill(model, values)
     model.eval()
     return model
+
+
+def fill(model: Model, values: Mapping[Path, np.ndarray]) -> None:
+    """Gives every variable of a model its value, in the dtype of the value.
+
+    Args:
+      model: Changed in place.
+      values: By attribute path, one for every variable.
+    """
+    for path, value in values.items():
+        variable_at(model, path).set_value(_on_device(value))
+
+
+def variable_at(model: nnx.Module, path: tuple[Any, ...]) -> nnx.Variable:
+    """The variable at an attribute path, ``("stage1", 0, "conv1", "kernel")``."""
+    node: Any = model
+    for part in path:
+        node = node[part] if isinstance(part, int) else getattr(node, part)
+    return node
 
 
 def _on_device(array: np.ndarray) -> jax.Array | np.ndarray:
     """The array on the default device; kept by numpy where jax would narrow it and lose bits."""
     narrow = jax.dtypes.canonicalize_dtype(array.dtype)
     if narrow == array.dtype:
-        return jnp.array(array)
+        return jax.device_put(array, may_alias=True)
     if array.dtype.kind in "iu" and array.ndim == 0 and np.iinfo(narrow).min <= int(array) <= np.iinfo(narrow).max:
         return jnp.array(array.astype(narrow))
     return np.array(array)
@@ -130,7 +151,7 @@ def _to_numpy(value: Any, key: str) -> np.ndarray:
     return np.asarray(value)
 
 
-def flat_arrays(model: Model) -> dict[tuple[str | int, ...], np.ndarray]:
+def flat_arrays(model: Model) -> dict[Path, np.ndarray]:
     """Every variable of a model by path, on the host, counters as int64."""
     arrays = {}
     for path, variable in dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))).items():
@@ -163,8 +184,7 @@ def to_torch(model: Model, layout: str = "torchvision") -> dict[str, np.ndarray]
     Raises:
       InputError: Not a model of this library, an unknown layout, or one that cannot name this network's parts.
     """
-    state = _map_of(model, layout).to_torch(flat_arrays(model))
-    return {key: value if value.flags.owndata and value.flags.writeable else np.array(value) for key, value in state.items()}
+    return _map_of(model, layout).to_torch(flat_arrays(model), copy=True)
 
 
 def norm_options(model: Model) -> dict[str, float | None]:
@@ -176,7 +196,7 @@ def norm_options(model: Model) -> dict[str, float | None]:
     return dict(zip((EPS, MOMENTUM), next(iter(shared)), strict=True))
 
 
-def save(model: Model, path: str | Path, *, layout: str = "torchvision", force: bool = False) -> None:
+def save(model: Model, path: str | PathLike[str], *, layout: str = "torchvision", force: bool = False) -> None:
     """Writes a model to a checkpoint, whole or not at all.
 
     Args:
@@ -187,7 +207,7 @@ def save(model: Model, path: str | Path, *, layout: str = "torchvision", force: 
     Raises:
       InputError: An unknown suffix or layout, a destination that exists, a folder that cannot be written to.
     """
-    path = Path(path)
+    path = FilePath(path)
     orbax = checkpoint.output_format(path) == "orbax"
     if checkpoint.output_format(path) == "pytorch" and layout == "flax":
         raise InputError("a .pth file holds PyTorch names; use .safetensors or an Orbax folder for layout 'flax'.")

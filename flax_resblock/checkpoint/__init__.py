@@ -62,9 +62,7 @@ def _resolve(path: Path) -> tuple[str, Path]:
         return "safetensors", path
     if head.startswith((b"PK", b"\x80")):
         return "pytorch", path
-    raise CheckpointError(
-        f"{path} is neither a PyTorch checkpoint (zip or pickle) nor safetensors: it begins with {head!r}. Check that it is the right file."
-    )
+    raise CheckpointError(f"{path} is neither a PyTorch checkpoint (zip or pickle) nor safetensors: it begins with {head!r}. Check that it is the right file.")
 
 
 def read(path: str | Path, *, entry: str | None = None) -> Record:
@@ -118,7 +116,7 @@ def _writer(format_name: str) -> Callable[[Path, Mapping[str, np.ndarray], Mappi
     return module.write
 
 
-def write(path: str | Path, tensors: Mapping[str, np.ndarray], *, metadata: Mapping[str, str] | None = None, force: bool = False) -> None:
+def write(path: str | Path, tensors: dict[str, np.ndarray], *, metadata: Mapping[str, str] | None = None, force: bool = False, release: bool = False) -> None:
     """Writes a checkpoint: to a temporary name, read back and compared by SHA-256, then renamed into place.
 
     Args:
@@ -126,6 +124,7 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray], *, metadata: Mapp
       tensors: Arrays by name.
       metadata: Strings kept beside the tensors where the format has a place for them (not in a ``.pth``).
       force: Replace what is there.
+      release: Empty ``tensors`` once they are written, so that they and what is read back are never in memory together.
     Raises:
       InputError: An unknown suffix, a destination that exists, or a folder that cannot be written to.
       CheckpointError: What was read back differs from what was written (a failing disk); nothing is left at ``path``.
@@ -136,6 +135,8 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray], *, metadata: Mapp
     try:
         with replacing(path, force=force) as temporary:
             write_tensors(temporary, tensors, {**(metadata or {}), DIGESTS: json.dumps(expected)})
+            if release:
+                tensors.clear()
             _verify(read(temporary), expected)
     except OSError as error:
         raise InputError(f"{path} could not be written: {error.strerror or error}. Nothing was left there.") from error

@@ -13,6 +13,9 @@ import numpy as np
 from flax_resblock.checkpoint.record import Record
 from flax_resblock.errors import CheckpointError
 
+_IN_FLIGHT = 16 << 20
+"""Bytes that Orbax may hold in its own buffers at a time."""
+
 METADATA_FILE = "flax_resblock.json"
 """Beside Orbax's own files: the architecture and a SHA-256 of every tensor."""
 
@@ -22,6 +25,15 @@ def _orbax() -> Any:
     from orbax.checkpoint import v1
 
     return v1
+
+
+def _frugal(v1: Any, largest: int) -> Any:
+    """A context in which Orbax neither copies the arrays first nor holds many of them in flight; float weights do not compress."""
+    context = v1.Context()
+    context.memory.deepcopy_host_arrays = False
+    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(_IN_FLIGHT, largest)
+    context.array.saving.use_compression = False
+    return context
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
@@ -57,7 +69,9 @@ def read(path: Path) -> Record:
       CheckpointError: Not a checkpoint, or a damaged one.
     """
     try:
-        tree = _orbax().load(path.resolve())
+        v1 = _orbax()
+        with _frugal(v1, _IN_FLIGHT):
+            tree = v1.load(path.resolve())
     except Exception as error:  # Orbax and TensorStore raise their own and each other's types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path} is not an Orbax checkpoint, or a damaged one ({reason[:160]}). Copy it again.") from error
@@ -72,5 +86,7 @@ def read(path: Path) -> Record:
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Writes an Orbax checkpoint with ``metadata`` in a JSON file beside it."""
-    _orbax().save(path.resolve(), _nest(tensors))
+    v1 = _orbax()
+    with _frugal(v1, max((value.nbytes for value in tensors.values()), default=0)):
+        v1.save(path.resolve(), _nest(tensors))
     (path / METADATA_FILE).write_text(json.dumps(dict(metadata), indent=1) + "\n", encoding="utf-8")

@@ -87,7 +87,7 @@ def _harmless(torch: Any) -> list[Any]:
     """Types without behaviour that training scripts store beside the weights."""
     types: list[Any] = [argparse.Namespace, np.dtype, torch.torch_version.TorchVersion]
     types += [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
-    types += [(np._core.multiarray.scalar, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")]
+    types += [(type(np.float64(0)).__reduce__(np.float64(0))[0], f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")]
     return types
 
 

@@ -29,9 +29,7 @@ _STRAY = ("n_averaged",)
 """Tensors that wrappers add beside the model's: the counter of torch.optim.swa_utils.AveragedModel."""
 
 
-def unwrap(
-    content: Any, *, is_tensor: Callable[[Any], bool], source: str, entry: str | None = None
-) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def unwrap(content: Any, *, is_tensor: Callable[[Any], bool], source: str, entry: str | None = None) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """The state dict in ``content``, the entries beside it, and notes on what was done.
 
     Args:

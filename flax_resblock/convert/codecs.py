@@ -24,6 +24,14 @@ def _collapse(shape: Sequence[int], axes: Sequence[int]) -> tuple[list[int], tup
     return [math.prod(shape[axis] for axis in groups[i]) for i in order], tuple(order.index(i) for i in range(len(groups)))
 
 
+def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array that begins on a cache line, which lets jax take it over on the CPU without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
 def permute(array: np.ndarray, axes: Sequence[int]) -> np.ndarray:
     """``np.ascontiguousarray(array.transpose(axes))``, about twice as fast for the kernels of a network.
 
@@ -39,7 +47,7 @@ def permute(array: np.ndarray, axes: Sequence[int]) -> np.ndarray:
     shape, order = _collapse(array.shape, axes)
     bits = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}").reshape(shape)
     view = bits.transpose(order)
-    out = np.empty(view.shape, view.dtype)
+    out = _aligned_empty(view.shape, view.dtype)
     if view.ndim < 2:
         out[...] = view
     elif order == (2, 1, 0):

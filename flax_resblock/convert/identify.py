@@ -56,14 +56,14 @@ class _Reader:
                     return shape[-1]
         return None
 
-    def grouping(self, stage: str, block: int | None, kind: str, planes: int) -> tuple[int, int]:
-        """``groups`` and ``base_width`` from the 3x3 kernel ``(3, 3, width // groups, width)``."""
-        kernel = self.shape(stage, block, "conv2", Kind.CONV)
+    def grouping(self, stage: str, block: int | None, kind: str, in_channels: int, planes: int) -> tuple[int, int]:
+        """``groups`` and ``base_width`` from the first 3x3 kernel: ``(3, 3, in_channels // groups, _)``, in a bottleneck ``(3, 3, width // groups, width)``."""
+        kernel = self.shape(stage, block, "conv1" if kind == "basic" else "conv2", Kind.CONV)
         if kernel is None or kernel[2] == 0:
             return 1, 64
-        groups = max(1, kernel[3] // kernel[2])
         if kind == "basic":
-            return groups, 64
+            return max(1, in_channels // kernel[2]), 64
+        groups = max(1, kernel[3] // kernel[2])
         per_group = kernel[3] // groups
         base_width = next((w for w in range(1, 64 * per_group + 1) if int(planes * w / 64) == per_group), 64)
         return groups, base_width
@@ -91,7 +91,7 @@ def infer_network(layout: Layout, found: Found) -> ResNetConfig | None:
     head = reader.shape("head", None, "", Kind.LINEAR) or reader.shape("head", None, "", Kind.LINEAR, "bias")
     if None in widths or not (stem or stem_norm):
         return None
-    groups, base_width = reader.grouping("stage1", 0, kind, (widths[0] or 0) // EXPANSION[kind])
+    groups, base_width = reader.grouping("stage1", 0, kind, (stem or stem_norm or (0,))[-1], (widths[0] or 0) // EXPANSION[kind])
     projects = any(reader.shape(f"stage{n}", 0, "shortcut.conv", Kind.CONV) for n in range(1, len(stages) + 1))
     changes = len(stages) > 1 or (stem or stem_norm or (0,))[-1] != widths[0]
     try:
@@ -119,9 +119,11 @@ def infer_block(layout: Layout, found: Found, stride: int | None) -> BlockConfig
     out = reader.width("", [None], 3 if kind == "bottleneck" else 2)
     if first is None or out is None:
         return None
-    groups, base_width = reader.grouping("", None, kind, out // EXPANSION[kind])
+    second = reader.shape("", None, "conv2", Kind.CONV)
     shortcut = reader.shape("", None, "shortcut.conv", Kind.CONV)
-    in_channels = first[2] * (groups if kind == "basic" else 1)
+    ungrouped = kind == "bottleneck" or second is None or second[2] == out
+    in_channels = shortcut[2] if shortcut else first[2] if ungrouped else out
+    groups, base_width = reader.grouping("", None, kind, in_channels, out // EXPANSION[kind])
     projects = shortcut is not None
     try:
         return BlockConfig(
@@ -131,7 +133,7 @@ def infer_block(layout: Layout, found: Found, stride: int | None) -> BlockConfig
             stride=stride or (2 if projects and in_channels == out else 1),
             groups=groups,
             base_width=base_width,
-            shortcut="projection" if projects or (stride or 1) == 1 and in_channels == out else "zero_pad",
+            shortcut="projection" if projects or ((stride or 1) == 1 and in_channels == out) else "zero_pad",
         )
     except ValueError:
         return None

@@ -98,11 +98,9 @@ _FLAX_PLACES = (*_STEM, *_RESIDUAL, *_DOWNSAMPLE, "head")
 _ROWS = (
     Layout("torchvision", "layer{stage}.{block}", _STEM | _RESIDUAL | _DOWNSAMPLE | {"head": "fc"}, "torchvision.models, timm, most papers"),
     Layout("sequential", "layer{stage}.{block}", _STEM | _SEQUENTIAL | {"head": "fc"}, "blocks written as nn.Sequential: block.0/1/3/4, skip.0/1"),
-    Layout("kuangliu", "layer{stage}.{block}", _STEM | _RESIDUAL | _SHORTCUT | {"head": "linear"}, "github.com/kuangliu/pytorch-cifar"),
     Layout("akamaster", "layer{stage}.{block}", _STEM | _RESIDUAL | {"head": "linear"}, "github.com/akamaster/pytorch_resnet_cifar10 (option A)"),
-    Layout(
-        "flax", "stage{stage}.{block}", {place: place for place in _FLAX_PLACES}, "this library's own names and layouts (NHWC, HWIO)", FLAX_TENSORS
-    ),
+    Layout("kuangliu", "layer{stage}.{block}", _STEM | _RESIDUAL | _SHORTCUT | {"head": "linear"}, "github.com/kuangliu/pytorch-cifar"),
+    Layout("flax", "stage{stage}.{block}", {place: place for place in _FLAX_PLACES}, "this library's own names and layouts (NHWC, HWIO)", FLAX_TENSORS),
 )
 LAYOUTS: Mapping[str, Layout] = MappingProxyType({layout.name: layout for layout in _ROWS})
-"""Every known naming scheme. The order settles ties between schemes that name the same tensors alike."""
+"""Every known naming scheme. The order settles ties between schemes that name the same tensors alike: the narrower scheme comes first."""

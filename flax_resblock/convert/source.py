@@ -85,16 +85,12 @@ def _written_config(record: Record) -> arch.Config | None:
     try:
         return arch.from_json(text)
     except ValueError as error:
-        raise CheckpointError(
-            f"{record.source}: its stored configuration is damaged ({error}). Say --architecture NAME, or copy the file again."
-        ) from error
+        raise CheckpointError(f"{record.source}: its stored configuration is damaged ({error}). Say --architecture NAME, or copy the file again.") from error
 
 
 def _written_norm_options(record: Record) -> dict[str, float | None]:
     try:
-        return {
-            name: None if record.metadata[name] == "None" else float(record.metadata[name]) for name in (EPS, MOMENTUM) if name in record.metadata
-        }
+        return {name: None if record.metadata[name] == "None" else float(record.metadata[name]) for name in (EPS, MOMENTUM) if name in record.metadata}
     except ValueError as error:
         raise CheckpointError(f"{record.source}: its stored eps or momentum is no number ({error}). Copy the file again.") from error
 

@@ -17,6 +17,7 @@ from flax_resblock.convert.layouts import Layout
 from flax_resblock.errors import InputError, some
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -145,19 +146,33 @@ class StateMap:
         misfit.unexpected.extend(key for key in found if key not in known)
         return misfit
 
-    def to_flax(self, state: Mapping[str, np.ndarray]) -> dict[Path, np.ndarray]:
-        """State dict to Flax arrays by path; keys that are absent are left out (call :meth:`check` first)."""
-        entries = [entry for entry in self.entries if entry.torch_key in state]
-        return dict(zip([e.flax_path for e in entries], _parallel(lambda e: e.codec.to_flax(state[e.torch_key]), entries), strict=True))
+    def to_flax(self, state: Mapping[str, np.ndarray], *, copy: bool = False) -> dict[Path, np.ndarray]:
+        """State dict to Flax arrays by path; keys that are absent are left out (call :meth:`check` first).
 
-    def to_torch(self, state: Mapping[Path, np.ndarray]) -> dict[str, np.ndarray]:
-        """Flax arrays by path to a state dict, in PyTorch's order; paths that are absent are left out."""
+        Args:
+          state: Arrays by name.
+          copy: Also copy arrays whose layout stays, so that nothing is shared with ``state``.
+        """
+        entries = [entry for entry in self.entries if entry.torch_key in state]
+        arrays = _parallel(lambda e: e.codec.to_flax(_owned(state[e.torch_key], e.codec, copy)), entries)
+        return dict(zip([e.flax_path for e in entries], arrays, strict=True))
+
+    def to_torch(self, state: Mapping[Path, np.ndarray], *, copy: bool = False) -> dict[str, np.ndarray]:
+        """Flax arrays by path to a state dict, in PyTorch's order; paths that are absent are left out. ``copy`` as for :meth:`to_flax`."""
         entries = [entry for entry in self.entries if entry.flax_path in state]
-        return dict(zip([e.torch_key for e in entries], _parallel(lambda e: e.codec.to_torch(state[e.flax_path]), entries), strict=True))
+        arrays = _parallel(lambda e: e.codec.to_torch(_owned(state[e.flax_path], e.codec, copy)), entries)
+        return dict(zip([e.torch_key for e in entries], arrays, strict=True))
+
+
+def _owned(array: np.ndarray, codec: Codec, copy: bool) -> np.ndarray:
+    """The array, copied where asked for and where the codec would not make a new one."""
+    return np.array(array) if copy and codec.axes is None else array
 
 
 def transcode(source: StateMap, target: StateMap, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A state dict under ``source`` as a state dict under ``target``; arrays that both lay out alike are shared, not copied.
+    """A state dict under ``source`` as a state dict under ``target``.
+
+    Where both lay out every tensor alike, the arrays are shared; else all are new, so that ``state`` (a memory-mapped file) can be let go.
 
     Args:
       source, target: Maps of the same network.
@@ -166,15 +181,19 @@ def transcode(source: StateMap, target: StateMap, state: Mapping[str, np.ndarray
     names = {entry.flax_path: entry for entry in source.entries}
     pairs = [(names[entry.flax_path], entry) for entry in target.entries if names[entry.flax_path].torch_key in state]
 
+    all_alike = all(old.codec == new.codec for old, new in pairs)
+
     def convert(pair: tuple[Entry, Entry]) -> np.ndarray:
         old, new = pair
         array = state[old.torch_key]
-        return array if old.codec == new.codec else new.codec.to_torch(old.codec.to_flax(array))
+        if old.codec == new.codec:
+            return array if all_alike else np.array(array)
+        return new.codec.to_torch(old.codec.to_flax(array))
 
     return dict(zip([new.torch_key for _, new in pairs], _parallel(convert, pairs), strict=True))
 
 
-def _parallel(convert: Callable[[T], np.ndarray], items: Sequence[T]) -> list[np.ndarray]:
+def _parallel(convert: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """numpy releases the interpreter while it copies: two cores move a network in little more than the time of a plain copy."""
     with ThreadPoolExecutor(max_workers=4) as pool:
         return list(pool.map(convert, items))
@@ -182,18 +201,21 @@ def _parallel(convert: Callable[[T], np.ndarray], items: Sequence[T]) -> list[np
 
 def unhealthy(state_map: StateMap, state: Mapping[str, np.ndarray]) -> list[str]:
     """Tensors with values that no healthy checkpoint has: NaN, infinity, or a negative running variance; one line each."""
-    problems = []
-    for entry in state_map.entries:
-        if entry.role == "counter" or entry.torch_key not in state:
-            continue
-        values = state[entry.torch_key]
-        if not is_floating(values.dtype):
-            continue
-        if values.dtype.kind != "f":
-            values = values.astype(np.float32)
-        bad = int(np.size(values) - np.count_nonzero(np.isfinite(values)))
-        if bad:
-            problems.append(f"{entry.torch_key} ({bad} of {values.size} values not finite)")
-        elif entry.role == "variance" and np.size(values) and float(np.min(values)) < 0:
-            problems.append(f"{entry.torch_key} (negative variance {float(np.min(values)):.3g})")
-    return problems
+    entries = [e for e in state_map.entries if e.role != "counter" and e.torch_key in state and is_floating(state[e.torch_key].dtype)]
+    return [problem for problem in _parallel(lambda entry: _problem(entry, state[entry.torch_key]), entries) if problem]
+
+
+def _problem(entry: Entry, values: np.ndarray) -> str:
+    if values.dtype.kind != "f":
+        values = values.astype(np.float32)
+    if entry.role != "variance" and values.dtype.itemsize >= 4:
+        flat = values.reshape(-1)
+        with np.errstate(all="ignore"):
+            if np.isfinite(np.dot(flat, flat)):  # one pass at memory speed; NaN and infinity cannot hide in a sum of squares
+                return ""
+    bad = int(values.size - np.count_nonzero(np.isfinite(values)))
+    if bad:
+        return f"{entry.torch_key} ({bad} of {values.size} values not finite)"
+    if entry.role == "variance" and values.size and float(np.min(values)) < 0:
+        return f"{entry.torch_key} (negative variance {float(np.min(values)):.3g})"
+    return ""

@@ -1,0 +1,146 @@
+"""What a conversion costs against a plain copy of the same bytes: time in memory and end to end, and peak memory of the command.
+
+    python benchmarks/convert.py [--architecture resnet50] [--rounds 7]
+
+Times are medians of interleaved rounds with their quartiles; peaks are of whole processes, less what the same conversion of a tiny checkpoint needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from flax_resblock.architecture import architecture
+from flax_resblock.convert import LAYOUTS, StateMap
+from flax_resblock.convert.state_map import transcode
+
+
+def random_state(name: str) -> dict[str, np.ndarray]:
+    """A state dict of the architecture with random values."""
+    rng = np.random.default_rng(0)
+    state = {}
+    for entry in StateMap(architecture(name), LAYOUTS["torchvision"]).entries:
+        shape = entry.torch_shape
+        state[entry.torch_key] = np.array(7, np.int64) if entry.role == "counter" else rng.random(shape, np.float32) + np.float32(0.1)
+    return state
+
+
+def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds per round of every case, run in turn."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for round_number in range(rounds + 1):
+        for name, case in cases.items():
+            start = time.perf_counter()
+            kept = case()
+            elapsed = time.perf_counter() - start
+            del kept
+            if round_number:  # the first round warms up
+                times[name].append(elapsed)
+    return times
+
+
+def in_memory(name: str, rounds: int) -> None:
+    """Prints the time of the conversion of arrays in memory against one copy of each array."""
+    from flax_resblock.transfer import from_torch
+
+    state = random_state(name)
+    state_map = StateMap(architecture(name), LAYOUTS["torchvision"])
+    size = sum(value.nbytes for value in state.values())
+    flax = state_map.to_flax(state)
+    cases: dict[str, Callable[[], object]] = {
+        "copy once per array": lambda: {key: np.copy(value) for key, value in state.items()},
+        "to Flax layout": lambda: state_map.to_flax(state),
+        "to PyTorch layout": lambda: state_map.to_torch(flax),
+        "from_torch (whole nnx model on the device)": lambda: from_torch(state),
+    }
+    times = interleaved(cases, rounds)
+    base = statistics.median(times["copy once per array"])
+    print(f"{name}, {size / 1e6:.0f} MB in {len(state)} tensors, median of {rounds} interleaved rounds [quartiles]")
+    for case, values in times.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        print(f"  {case:<44}{middle * 1e3:7.1f} ms [{low * 1e3:.1f} .. {high * 1e3:.1f}]  {middle / base:5.2f} x the copy")
+
+
+_PEAK = """
+import sys
+sys.path[:0] = [{root!r}]
+from flax_resblock.cli import run
+def peak():
+    return next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+run({warm_up!r})
+before = peak()
+print(run({arguments!r}), before, peak(), file=sys.stderr)
+"""
+
+
+def peak(arguments: list[str], warm_up: list[str]) -> int:
+    """Bytes by which the command raised the peak memory of its process above what the same command had needed for a tiny checkpoint."""
+    root = str(Path(__file__).resolve().parents[1])
+    code = _PEAK.format(root=root, arguments=arguments, warm_up=warm_up)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    status, before, after = (int(number) for number in result.stderr.split()[-3:])
+    if status:
+        raise SystemExit(f"flax-resblock {' '.join(arguments)} failed: {result.stderr}")
+    return (after - before) * 1024
+
+
+def write_sources(folder: Path, name: str) -> int:
+    """Writes the architecture in every format that can be read; returns its size in bytes."""
+    import torch
+
+    from flax_resblock.checkpoint import orbax_folder, safetensors_file, torch_file
+
+    state = random_state(name)
+    state_map = StateMap(architecture(name), LAYOUTS["torchvision"])
+    flax = transcode(state_map, StateMap(architecture(name), LAYOUTS["flax"]), state)
+    torch_file.write(folder / "zip.pth", state, {})
+    torch.save({key: torch.from_numpy(value) for key, value in state.items()}, folder / "legacy.pth", _use_new_zipfile_serialization=False)
+    safetensors_file.write(folder / "torch.safetensors", state, {})
+    safetensors_file.write(folder / "flax.safetensors", flax, {})
+    orbax_folder.write(folder / "orbax", flax, {})
+    return sum(value.nbytes for value in state.values())
+
+
+def end_to_end(name: str) -> None:
+    """Prints peak memory and time of ``flax-resblock convert`` between the formats."""
+    cases = [
+        ("zip.pth", "out.safetensors", ["--to-layout", "flax"]),
+        ("zip.pth", "out.safetensors", []),
+        ("zip.pth", "out", []),
+        ("legacy.pth", "out.safetensors", ["--to-layout", "flax"]),
+        ("torch.safetensors", "out.pth", []),
+        ("torch.safetensors", "out", []),
+        ("flax.safetensors", "out.pth", ["--to-layout", "torchvision"]),
+        ("orbax", "out.pth", []),
+        ("orbax", "out.safetensors", ["--to-layout", "torchvision"]),
+    ]
+    with tempfile.TemporaryDirectory() as big, tempfile.TemporaryDirectory() as tiny:
+        size = write_sources(Path(big), name)
+        write_sources(Path(tiny), "resnet20")
+        print(f"peak memory of `flax-resblock convert` beyond the interpreter and its imports, in sizes of the checkpoint ({size / 1e6:.0f} MB)")
+        for source, target, flags in cases:
+            arguments, warm_up = (["convert", f"{folder}/{source}", f"{folder}/{target}", "--force", *flags] for folder in (big, tiny))
+            extra = peak(arguments, warm_up)
+            print(f"  {source:<18} -> {target:<16}{' '.join(flags):<24}{extra / size:5.2f} x")
+
+
+def main() -> None:
+    """Runs both parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", default="resnet50")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    in_memory(arguments.architecture, arguments.rounds)
+    end_to_end(arguments.architecture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What several commands share: the flags that say how to read a checkpoint, and the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+
+from flax_resblock.convert.source import Reading, Source, open_checkpoint
+from flax_resblock.errors import InputError, some
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+output = Console(soft_wrap=False, highlight=False)
+"""Results."""
+
+status = Console(stderr=True, highlight=False)
+"""Progress; stays out of pipes."""
+
+Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT", help=".pth, .pt, .th, .safetensors (or its index), or an Orbax folder.")]
+
+
+@dataclass(frozen=True)
+class ReadingFlags:
+    """How to read the checkpoint where its names and shapes leave it open. All are found by themselves in most cases."""
+
+    architecture: str | None = None
+    """Architecture by name, such as resnet50."""
+    layout: str | None = None
+    """Naming scheme: torchvision, sequential, kuangliu, akamaster or flax."""
+    num_classes: int | None = None
+    """Size of the logits."""
+    stride: int | None = None
+    """Stride of a bare block with a projection; its weights do not tell."""
+    ignore: tuple[str, ...] = ()
+    """Keys to drop, shell-style patterns."""
+    allow_missing: tuple[str, ...] = ()
+    """Keys that may be absent and start afresh, shell-style patterns."""
+    entry: str | None = None
+    """Entry of a training checkpoint that holds the weights, such as model_ema."""
+
+    def open(self, path: Path) -> Source:
+        """The checkpoint, with the one reading that fits."""
+        reading = Reading(self.architecture, self.layout, self.num_classes, self.stride, self.ignore, self.allow_missing)
+        return open_checkpoint(path, reading, entry=self.entry)
+
+
+def refuse_unhealthy(source: Source, allow: bool) -> None:
+    """Raises InputError for NaN, infinities and negative variances, unless they are allowed."""
+    if source.unhealthy and not allow:
+        raise InputError(
+            f"{source.record.source} has values that no healthy checkpoint has: {some(source.unhealthy)}. "
+            "The training run diverged, or the file is damaged. Pass --allow-nonfinite to carry them bit for bit."
+        )
+
+
+def print_notes(notes: tuple[str, ...]) -> None:
+    """Everything that was unwrapped, dropped or filled."""
+    for note in notes:
+        output.print(f"  note  {note}", style="yellow", markup=False)
+
+
+def print_table(table: Table) -> None:
+    """A table, at least 100 columns wide where the output is no terminal, so that nothing is cut from a log."""
+    console = output if output.is_terminal else Console(width=max(output.width, 120), highlight=False)
+    console.print(table)
+
+
+def megabytes(count: int) -> str:
+    """``102.0 MB``; small sizes in kB."""
+    return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"

@@ -1,0 +1,6 @@
+"""``flax-resblock demo``."""
+
+
+def demo() -> int:
+    """Placeholder."""
+    return 0

@@ -1,0 +1,123 @@
+"""``flax-resblock inspect``."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from flax_resblock.architecture import Kind, name_of, to_json, walk
+from flax_resblock.checkpoint.atomic import replacing
+from flax_resblock.cli.common import Checkpoint, ReadingFlags, megabytes, output, print_notes, print_table, status
+from flax_resblock.convert.source import Source
+
+_NEAR_EPS = 10
+"""A running variance below this many eps makes the result depend on eps itself."""
+
+
+def norm_health(source: Source) -> Iterator[dict[str, Any]]:
+    """Range of scale, mean and variance, and the counter, of every batch norm."""
+    keys = {entry.flax_path: entry.torch_key for entry in source.state_map.entries}
+    eps = source.norm_options.get("eps") or 1e-5
+    for slot in walk(source.config):
+        if slot.kind is not Kind.NORM:
+            continue
+        scale, mean, var = (np.asarray(source.tensors[keys[(*slot.path, name)]], np.float64) for name in ("scale", "mean", "var"))
+        remarks = []
+        for what, count in (("variance near eps", np.sum(var < _NEAR_EPS * eps)), ("scale of 0", np.sum(scale == 0))):
+            if count:
+                remarks.append(f"{what} in {int(count)} of {len(var)} channels")
+        if np.all(var == 1) and np.all(mean == 0):
+            remarks.append("never trained")
+        yield {
+            "slot": slot.name,
+            "channels": slot.shape[0],
+            "scale": (float(scale.min()), float(scale.max())),
+            "mean": (float(mean.min()), float(mean.max())),
+            "var": (float(var.min()), float(var.max())),
+            "batches": int(source.tensors[keys[(*slot.path, "num_batches_tracked")]]),
+            "remark": ", ".join(remarks),
+        }
+
+
+def report(source: Source) -> dict[str, Any]:
+    """Everything that ``inspect`` knows, for JSON."""
+    tensors = source.tensors
+    return {
+        "source": source.record.source,
+        "format": source.record.format,
+        "architecture": name_of(source.config),
+        "config": json.loads(to_json(source.config)),
+        "layout": source.state_map.layout.name,
+        "tensors": len(tensors),
+        "parameters": source.parameter_count,
+        "bytes": sum(value.nbytes for value in tensors.values()),
+        "dtypes": dict(Counter(value.dtype.name for value in tensors.values())),
+        "notes": list(source.notes),
+        "unhealthy": source.unhealthy,
+        "other_entries": {key: _brief(value) for key, value in source.record.extras.items()},
+        "norms": list(norm_health(source)),
+    }
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, bool | int | float | str | None):
+        return repr(value)[:80]
+    if isinstance(value, Mapping) and "param_groups" in value:
+        groups = value["param_groups"]
+        settings = {k: v for k, v in groups[0].items() if k != "params" and v is not None} if groups else {}
+        return f"optimizer state, {len(groups)} parameter group(s), {len(value.get('state', {}))} tensors' buffers: {settings}"[:200]
+    if isinstance(value, Mapping | list | tuple):
+        return f"{type(value).__name__} of {len(value)}"
+    return type(value).__name__
+
+
+def inspect(checkpoint: Checkpoint, reading: ReadingFlags, json_file: Path | None = None, force: bool = False, norms: bool = False) -> int:
+    """Says what a checkpoint is: architecture, layout, tensors, the health of its batch norms, and what is odd about it. Nothing in it is executed.
+
+    Args:
+      reading: How to read the checkpoint.
+      json_file: Also write everything to this file.
+      force: Replace that file if it exists.
+      norms: List every batch norm, not only those worth a remark.
+    """
+    with status.status(f"reading {checkpoint}"):
+        source = reading.open(checkpoint)
+        facts = report(source)
+    config, tensors = facts["config"], facts["tensors"]
+    output.print(f"[bold]{facts['architecture']}[/]  {checkpoint}", soft_wrap=True)
+    rows = {
+        "format": facts["format"],
+        "layout": f"{facts['layout']} ({source.state_map.layout.origin})",
+        "tensors": f"{tensors}, {facts['parameters']:,} parameters, {megabytes(facts['bytes'])}, {', '.join(f'{n} {d}' for d, n in facts['dtypes'].items())}",
+        "shape": ", ".join(f"{key} {value}" for key, value in config.items() if key != "type"),
+    }
+    for name, text in rows.items():
+        output.print(f"  {name:<9}{text}", markup=False, soft_wrap=True)
+    for name, text in facts["other_entries"].items():
+        output.print(f"  also has {name}: {text}", markup=False, soft_wrap=True)
+    print_notes(source.notes)
+    for problem in source.unhealthy:
+        output.print(f"  problem {problem}", style="bold red", markup=False)
+    _print_norms([norm for norm in facts["norms"] if norms or norm["remark"]], len(facts["norms"]))
+    if json_file is not None:
+        with replacing(json_file, force=force) as temporary:
+            temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        output.print(f"  wrote    {json_file}", markup=False)
+    return 0
+
+
+def _print_norms(shown: list[dict[str, Any]], total: int) -> None:
+    if not shown:
+        output.print(f"  norms    {total} batch norms, nothing odd (--norms lists them)")
+        return
+    table = Table("batch norm", "channels", "scale", "running mean", "running variance", "batches", "remark", title=f"{len(shown)} of {total} batch norms")
+    for norm in shown:
+        ranges = [f"{low:.3g} .. {high:.3g}" for low, high in (norm["scale"], norm["mean"], norm["var"])]
+        table.add_row(norm["slot"], str(norm["channels"]), *ranges, str(norm["batches"]), norm["remark"])
+    print_table(table)

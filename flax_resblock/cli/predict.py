@@ -1,0 +1,197 @@
+"""``flax-resblock predict``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from rich.table import Table
+
+from flax_resblock.architecture import ResNetConfig, name_of
+from flax_resblock.cli.common import Checkpoint, ReadingFlags, output, print_notes, print_table, refuse_unhealthy, status
+from flax_resblock.errors import InputError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Images = Annotated[
+    tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...", help="PNG or JPEG files, or an .npz with 'images' (N, H, W, C), uint8.")
+]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one size with names.
+
+    Attributes:
+      pixels: ``(N, H, W, C)``, float32 from 0 to 1.
+      names: One per image.
+      labels: True classes where the file had them.
+      mean, std: Of the channels where the file had them.
+    """
+
+    pixels: np.ndarray
+    names: list[str]
+    labels: np.ndarray | None = None
+    mean: np.ndarray | None = None
+    std: np.ndarray | None = None
+
+
+def _read_npz(path: Path) -> Batch:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except Exception as error:  # zipfile, numpy and OS errors alike mean that it is no such file
+        raise InputError(f"{path} is not an .npz archive of plain arrays ({error}).") from error
+    images = arrays.get("images")
+    if images is None or images.ndim != 4 or not len(images):
+        raise InputError(f"{path} needs an array 'images' of shape (N, H, W, C); it has { ({k: v.shape for k, v in arrays.items()}) }.")
+    scaled = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images.astype(np.float32)
+    names = [f"{path.name}[{i}]" for i in range(len(images))]
+    return Batch(scaled, names, arrays.get("labels"), arrays.get("mean"), arrays.get("std"))
+
+
+def _read_image(path: Path, size: int, crop: bool, channels: int) -> np.ndarray:
+    """Short side to ``size * 256 / 224`` and centre crop for ImageNet stems, plain resize for small ones; antialiased bilinear."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("L" if channels == 1 else "RGB")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no image that can be read ({error}). Give PNG or JPEG files.") from error
+    if crop:
+        scale = round(size * 256 / 224) / min(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+        left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+        image = image.crop((left, top, left + size, top + size))
+    elif image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image, np.float32) / 255
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _load(paths: Sequence[Path], config: ResNetConfig, image_size: int | None) -> Batch:
+    archives = [path for path in paths if path.suffix == ".npz"]
+    if archives:
+        if len(paths) > 1:
+            raise InputError("give one .npz archive, or image files, not both.")
+        return _read_npz(paths[0])
+    imagenet = config.stem == "imagenet"
+    size = image_size or (224 if imagenet else 32)
+    return Batch(np.stack([_read_image(path, size, imagenet, config.in_channels) for path in paths]), [path.name for path in paths])
+
+
+def _normalisation(batch: Batch, config: ResNetConfig, mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Any, Any, str]:
+    """Mean and standard deviation of the channels, and where they come from."""
+    if (mean is None) != (std is None):
+        raise InputError("give --mean and --std together.")
+    if mean is not None and std is not None:
+        chosen, origin = (mean, std), "as given"
+    elif batch.mean is not None and batch.std is not None:
+        chosen, origin = (batch.mean, batch.std), "from the archive"
+    elif config.in_channels == 3:
+        chosen, origin = (IMAGENET_MEAN, IMAGENET_STD), "ImageNet's, the usual choice; --mean and --std change it"
+    else:
+        chosen, origin = ((0.0,) * config.in_channels, (1.0,) * config.in_channels), "none (pixels from 0 to 1); --mean and --std change it"
+    for name, values in zip(("mean", "std"), chosen, strict=True):
+        if np.size(values) != config.in_channels:
+            raise InputError(f"--{name} needs {config.in_channels} values, one per channel; got {np.size(values)}.")
+    if np.any(np.asarray(chosen[1]) <= 0):
+        raise InputError("--std must be positive.")
+    return np.asarray(chosen[0], np.float32), np.asarray(chosen[1], np.float32), origin
+
+
+def _class_names(file: Path | None, count: int) -> list[str]:
+    if file is None:
+        return [f"class {i}" for i in range(count)]
+    try:
+        names = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read as text ({error}).") from error
+    if len(names) != count:
+        raise InputError(f"{file} has {len(names)} lines; the network has {count} classes, one name per line.")
+    return names
+
+
+def predict(
+    checkpoint: Checkpoint,
+    images: Images,
+    reading: ReadingFlags,
+    top: int = 3,
+    class_names: Path | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    image_size: int | None = None,
+    logits: Path | None = None,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+) -> int:
+    """Classifies images with a checkpoint of any format, in JAX.
+
+    Args:
+      reading: How to read the checkpoint.
+      top: How many classes to show.
+      class_names: Text file with one class name per line.
+      mean: Of the channels, for pixels from 0 to 1.
+      std: Of the channels.
+      image_size: Side of the square that images are brought to; 224 (centre crop) for ImageNet stems, 32 for small ones.
+      logits: Also write the logits (N, classes) to this .npy file.
+      force: Replace that file if it exists.
+      allow_nonfinite: Use the checkpoint even if it holds NaN, infinities or negative variances.
+    """
+    from flax_resblock.checkpoint.atomic import refuse_existing, replacing
+
+    if not images:
+        raise InputError("give at least one image, or an .npz archive of images.")
+    if top < 1 or (image_size is not None and image_size < 1):
+        raise InputError(f"--top {top} and --image-size {image_size} must be positive.")
+    if logits is not None:
+        refuse_existing(logits, force)
+    source = reading.open(checkpoint)
+    refuse_unhealthy(source, allow_nonfinite)
+    config = source.config
+    if not isinstance(config, ResNetConfig) or config.num_classes is None:
+        raise InputError(f"{checkpoint} is a {name_of(config)} without a classification head; predict needs a network with logits.")
+    batch = _load(images, config, image_size)
+    if batch.pixels.shape[-1] != config.in_channels:
+        raise InputError(f"{images[0]} has {batch.pixels.shape[-1]} channels; the network takes {config.in_channels}.")
+    shift, scale, origin = _normalisation(batch, config, mean, std)
+    names = _class_names(class_names, config.num_classes)
+
+    with status.status("predicting"):
+        import jax
+        from flax import nnx
+
+        from flax_resblock.transfer import to_model
+
+        graphdef, state = nnx.split(to_model(source))
+        forward = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+        with jax.default_matmul_precision("highest"):
+            values = np.asarray(forward(state, (batch.pixels - shift) / scale), np.float32)
+    output.print(f"[bold]{name_of(config)}[/]  {checkpoint}; normalisation {origin}", soft_wrap=True)
+    print_notes(source.notes)
+    _print_predictions(values, batch, names, top)
+    if logits is not None:
+        with replacing(logits, force=force) as temporary, temporary.open("wb") as handle:
+            np.save(handle, values)
+        output.print(f"wrote {logits}", markup=False)
+    return 0
+
+
+def _print_predictions(logits: np.ndarray, batch: Batch, names: list[str], top: int) -> None:
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float64)
+    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+    top = min(top, logits.shape[1])
+    table = Table("image", *(["label"] if batch.labels is not None else []), *(f"top {i}" for i in range(1, top + 1)))
+    for i, name in enumerate(batch.names):
+        order = np.argsort(-logits[i], kind="stable")[:top]
+        label = [] if batch.labels is None else [names[int(batch.labels[i])]]
+        table.add_row(name, *label, *(f"{names[j]} {probabilities[i, j]:.1%}" for j in order))
+    print_table(table)
+    if batch.labels is not None:
+        right = int(np.sum(logits.argmax(axis=1) == batch.labels))
+        output.print(f"{right} of {len(logits)} right", style="bold")

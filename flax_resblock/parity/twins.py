@@ -1,0 +1,99 @@
+"""The same network in both frameworks and in any precision, from one checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+import torch_ref
+from flax_resblock.architecture import BlockConfig, Config, ResNetConfig, walk
+from flax_resblock.checkpoint.torch_file import from_numpy
+from flax_resblock.convert import LAYOUTS, StateMap
+from flax_resblock.convert.source import Source
+from flax_resblock.convert.state_map import is_floating, transcode
+from flax_resblock.resnet import Model, build
+from flax_resblock.transfer import fill
+
+
+def torch_twin(config: Config, norm_options: Mapping[str, Any] | None = None) -> torch.nn.Module:
+    """The reference module of ``torch_ref`` for a network or bare block, freshly initialised.
+
+    Args:
+      config: What to build.
+      norm_options: ``eps`` and ``momentum`` of every norm.
+    """
+    if isinstance(config, ResNetConfig):
+        module: torch.nn.Module = torch_ref.ResNet(**asdict(config))
+    else:
+        module = _torch_block(config)
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            for name, value in (norm_options or {}).items():
+                setattr(layer, name, value)
+    return module
+
+
+def _torch_block(config: BlockConfig) -> torch.nn.Module:
+    shared: dict[str, Any] = {"dilation": config.dilation, "groups": config.groups, "base_width": config.base_width, "shortcut": config.shortcut}
+    if config.kind == "basic":
+        return torch_ref.BasicBlock(config.in_channels, config.planes, config.stride, **shared)
+    return torch_ref.Bottleneck(config.in_channels, config.planes, config.stride, stride_on=config.stride_on, **shared)
+
+
+@dataclass(frozen=True)
+class Twins:
+    """One network, two frameworks.
+
+    Attributes:
+      config: The network or bare block.
+      state: Its tensors under torchvision's names.
+      norm_options: ``eps`` and ``momentum``.
+    """
+
+    config: Config
+    state: Mapping[str, np.ndarray]
+    norm_options: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, source: Source) -> Twins:
+        """The twins of an opened checkpoint."""
+        state_map = StateMap(source.config, LAYOUTS["torchvision"])
+        return cls(source.config, transcode(source.state_map, state_map, source.tensors), source.norm_options)
+
+    @cached_property
+    def state_map(self) -> StateMap:
+        """torchvision's names to Flax paths."""
+        return StateMap(self.config, LAYOUTS["torchvision"])
+
+    @cached_property
+    def flax_slots(self) -> dict[str, tuple[Any, ...]]:
+        """Attribute path of every slot."""
+        return {slot.name: slot.path for slot in walk(self.config)}
+
+    @property
+    def torch_slots(self) -> dict[str, str]:
+        """Module name of every slot."""
+        return self.state_map.modules
+
+    def _cast(self, dtype: Any) -> dict[str, np.ndarray]:
+        """The state in one precision; statistics stay in float32 at least, as both frameworks keep them."""
+        return {key: value.astype(dtype) if is_floating(value.dtype) else value.astype(np.int64) for key, value in self.state.items()}
+
+    def torch(self, dtype: Any) -> torch.nn.Module:
+        """The PyTorch module with its weights in ``dtype`` (a numpy dtype)."""
+        module = torch_twin(self.config, self.norm_options)
+        state = {key: from_numpy(np.array(value)) for key, value in self._cast(dtype).items()}
+        module.to(next(value.dtype for value in state.values() if value.dtype.is_floating_point))
+        module.load_state_dict(state, strict=True)
+        return module
+
+    def flax(self, dtype: Any, **options: Any) -> Model:
+        """The nnx model with its weights in ``dtype``; float64 needs jax's x64 mode."""
+        model = build(self.config, rngs=None, **{**self.norm_options, **options})
+        fill(model, self.state_map.to_flax(self._cast(dtype)))
+        return model

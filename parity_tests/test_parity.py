@@ -1,0 +1,195 @@
+"""Every block type and network: Flax equals PyTorch in float64 to 1e-12 and in float32 within PyTorch's own error; wrong variants fail by far."""
+
+import copy
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from flax_resblock import BlockConfig, ResNetConfig
+from flax_resblock.checkpoint.torch_file import from_numpy, state_to_numpy
+from flax_resblock.convert import LAYOUTS, StateMap
+from flax_resblock.parity import compare as comparing
+from flax_resblock.parity.compare import Plan, compare_twins, measure, run_both
+from flax_resblock.parity.inputs import adversarial_images, randomised_norm_state
+from flax_resblock.parity.taps import trace_torch
+from flax_resblock.parity.twins import Twins, torch_twin
+
+BLOCKS = {
+    "basic, identity": BlockConfig(in_channels=6, out_channels=6),
+    "basic, new channels": BlockConfig(in_channels=5, out_channels=8),
+    "basic, stride 2": BlockConfig(in_channels=6, out_channels=6, stride=2),
+    "basic, stride 2, new channels": BlockConfig(in_channels=3, out_channels=8, stride=2),
+    "basic, stride 3": BlockConfig(in_channels=4, out_channels=6, stride=3),
+    "basic, dilation 2": BlockConfig(in_channels=6, out_channels=6, dilation=2),
+    "basic, groups 2, stride 2": BlockConfig(in_channels=6, out_channels=8, stride=2, groups=2),
+    "option A": BlockConfig(in_channels=5, out_channels=10, stride=2, shortcut="zero_pad"),
+    "option A, odd channels": BlockConfig(in_channels=5, out_channels=8, stride=2, shortcut="zero_pad"),
+    "bottleneck, identity": BlockConfig(in_channels=16, out_channels=16, kind="bottleneck"),
+    "bottleneck, stride on 3x3": BlockConfig(in_channels=6, out_channels=16, kind="bottleneck", stride=2),
+    "bottleneck, stride on 1x1": BlockConfig(in_channels=6, out_channels=16, kind="bottleneck", stride=2, stride_on="1x1"),
+    "bottleneck, groups, base width, dilation": BlockConfig(
+        in_channels=16, out_channels=32, kind="bottleneck", stride=2, groups=4, base_width=32, dilation=2
+    ),
+}
+SIZES = [(9, 9), (8, 8), (7, 12), (10, 5)]
+NETWORKS = {
+    "ImageNet stem": ResNetConfig(depths=(1, 2), widths=(8, 12), stem_width=8, num_classes=7),
+    "CIFAR stem, option A": ResNetConfig(depths=(2, 1, 1), widths=(6, 12, 24), stem="cifar", stem_width=6, shortcut="zero_pad", num_classes=5, in_channels=1),
+    "ResNeXt": ResNetConfig(block="bottleneck", depths=(1, 1, 1), widths=(16, 16, 32), stem_width=8, groups=4, base_width=16, num_classes=3),
+    "dilated stages": ResNetConfig(block="bottleneck", depths=(1, 2, 2), widths=(4, 8, 8), stem_width=8, dilated_stages=(2, 3), num_classes=3),
+    "no head": ResNetConfig(depths=(1, 1), widths=(8, 16), stem="cifar", stem_width=4, num_classes=None),
+}
+
+
+def twins_of(config, seed=0, **norm_options) -> Twins:
+    """Twins with default weights and batch norms that look trained."""
+    torch.manual_seed(seed)
+    state = randomised_norm_state(state_to_numpy(torch_twin(config).state_dict()), seed)
+    return Twins(config, state, norm_options)
+
+
+def worst(comparison):
+    return max(comparison.measurements, key=lambda m: m.judgement.excess)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block_equals_pytorch_in_both_modes(name, size):
+    config = BLOCKS[name]
+    images = adversarial_images(config, batch=3, height=size[0], width=size[1], seed=sum(size))
+    comparison = compare_twins(twins_of(config), images)
+    assert comparison.passed, worst(comparison)
+    quantities = {(p, q) for p, q, _ in comparison.groups()}
+    assert {q for _, q in quantities} == {"eval forward", "train forward", "running statistics"}
+    assert {p for p, _ in quantities} == {"float64", "float32"}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_equals_pytorch_with_gradients(name):
+    config = NETWORKS[name]
+    comparison = compare_twins(twins_of(config), adversarial_images(config, batch=3), Plan(gradients=True))
+    assert comparison.passed, worst(comparison)
+    gradients = [m for m in comparison.measurements if m.quantity == "parameter gradient" and m.precision == "float64"]
+    trainable = [e for e in StateMap(config, LAYOUTS["torchvision"]).entries if e.flax_path[-1] in ("kernel", "scale", "bias")]
+    assert len(gradients) == len(trainable)
+
+
+def test_one_pixel_at_stride_2_still_projects():
+    """The shortcut projects because of the numbers, not because shapes differ."""
+    config = BlockConfig(in_channels=6, out_channels=6, stride=2)
+    comparison = compare_twins(twins_of(config), adversarial_images(config, batch=5, height=1, width=1))
+    assert comparison.passed, worst(comparison)
+    assert "shortcut.conv" in {m.slot for m in comparison.measurements}
+
+
+@pytest.mark.parametrize("options", [{"eps": 1e-3}, {"momentum": 0.37}, {"momentum": None}], ids=str)
+def test_norm_options_mean_the_same_on_both_sides(options):
+    config = BLOCKS["basic, stride 2, new channels"]
+    comparison = compare_twins(twins_of(config, **options), adversarial_images(config, batch=3))
+    assert comparison.passed, worst(comparison)
+
+
+# Each wrong variant is applied to the PyTorch side, so that the Flax network under test stays what users run.
+
+
+def _padded_same(module):
+    """Flax's 'SAME': at stride 2 and even size one pixel more at the end instead of one on each side."""
+    module.conv1.padding = (0, 0)
+    module.conv1.register_forward_pre_hook(lambda _, inputs: (torch.nn.functional.pad(inputs[0], (0, 1, 0, 1)),))
+
+
+def _norms(change):
+    def apply(module):
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                change(layer)
+
+    return apply
+
+
+def _biased_running_variance(layer):
+    def update(layer, inputs, _):
+        if layer.training:
+            n = inputs[0].numel() / inputs[0].shape[1]
+            old = (layer.running_var - layer.momentum * inputs[0].var((0, 2, 3), unbiased=True)) / (1 - layer.momentum)
+            layer.running_var.copy_((1 - layer.momentum) * old + layer.momentum * inputs[0].var((0, 2, 3), unbiased=True) * (n - 1) / n)
+
+    layer.register_forward_hook(update)
+
+
+def _swap_convolutions(module):
+    module.conv1.weight.data, module.conv2.weight.data = module.conv2.weight.data, module.conv1.weight.data
+
+
+def _set(attribute, value):
+    return _norms(lambda layer: setattr(layer, attribute, value))
+
+
+SQUARE = BlockConfig(in_channels=6, out_channels=6, stride=2)
+FAULTS = {
+    "eps 1e-4": (_set("eps", 1e-4), "eval forward"),
+    "momentum 0.11": (_set("momentum", 0.11), "running statistics"),
+    "momentum complement": (_set("momentum", 0.9), "running statistics"),
+    "SAME padding": (_padded_same, "eval forward"),
+    "biased running variance": (_norms(_biased_running_variance), "running statistics"),
+    "swapped convolutions": (_swap_convolutions, "eval forward"),
+    "stride on the second convolution": (lambda m: (setattr(m.conv1, "stride", (1, 1)), setattr(m.conv2, "stride", (2, 2))), "eval forward"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_a_wrong_variant_fails_by_a_hundred_times_the_limit(fault, precision, monkeypatch):
+    break_it, quantity = FAULTS[fault]
+    twins = twins_of(SQUARE)
+
+    def trace_broken(module, *args, **kwargs):
+        module = copy.deepcopy(module)
+        break_it(module)
+        return trace_torch(module, *args, **kwargs)
+
+    images = adversarial_images(SQUARE, batch=3, height=8, width=12)
+    assert compare_twins(twins, images).passed
+    monkeypatch.setattr(comparing, "trace_torch", trace_broken)
+    rows = [m for m in compare_twins(twins, images).measurements if (m.precision, m.quantity) == (precision, quantity)]
+    if precision == "float32":  # against the true yardstick, not that of the broken module
+        rows = [replace(m, judgement=replace(m.judgement, limit=max(8 * 2.0**-23, 1e-6))) for m in rows]
+    assert max(m.judgement.excess for m in rows) >= 100
+
+
+def test_statistics_of_a_second_batch_accumulate():
+    """Five batches in a row, float64: the running statistics follow PyTorch's."""
+    config, twins = SQUARE, twins_of(SQUARE)
+    module = twins.torch(np.float64).train()
+    with jax.enable_x64(True):
+        model = twins.flax(np.float64)
+        model.train()
+        for seed in range(5):
+            images = adversarial_images(config, batch=2, height=5, width=6, seed=seed)
+            module(torch.from_numpy(np.moveaxis(images, -1, 1).copy()))
+            model(jax.numpy.asarray(images))
+        for entry in twins.state_map.entries:
+            if entry.flax_path[-1] in ("mean", "var", "num_batches_tracked"):
+                node = model
+                for part in entry.flax_path:
+                    node = getattr(node, part)
+                np.testing.assert_allclose(node[...], module.state_dict()[entry.torch_key].numpy(), rtol=1e-12)
+
+
+def test_float32_errors_are_judged_against_float64_not_against_each_other():
+    config, twins = SQUARE, twins_of(SQUARE)
+    images = adversarial_images(config, batch=2)
+    flax, ours = run_both(twins, images, "float32", train=False, cotangent=None)
+    _, truth = run_both(twins, images, "float64", train=False, cotangent=None)
+    rows = list(measure(twins, "float32", "eval", flax, ours, truth))
+    assert all(0 < m.judgement.reference_error < 1e-5 for m in rows)
+    assert len({m.judgement.reference_error for m in rows}) == len({m.slot for m in rows if m.slot != "output"})
+
+
+def test_torch_loads_what_the_twins_hold():
+    twins = twins_of(SQUARE)
+    module = torch_twin(SQUARE)
+    module.load_state_dict({key: from_numpy(value) for key, value in twins.state.items()}, strict=True)

@@ -1,0 +1,428 @@
+"""Training: the same batches, from the same weights, take both frameworks along the same path; and the pieces that the loop is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import torch.nn.functional as F
+from flax import nnx
+from sklearn.datasets import load_digits
+
+import train
+import train.loop
+from flax_resblock import ResidualBlock, ResNetConfig, from_torch, load, to_torch
+from flax_resblock.convert import LAYOUTS, StateMap
+from flax_resblock.errors import InputError
+from torch_ref import ResNet as TorchResNet
+from torch_ref import training as reference
+from train.config import TrainConfig
+from train.data import Dataset, batches, digits, epoch_order, steps_per_epoch
+from train.optimizer import decays, sgd_direction
+from train.schedule import WarmupCosine
+from train.step import cross_entropy, make_eval_step, make_train_step, split
+
+TOLERANCE = 1e-10
+CONTROL = 1000 * TOLERANCE
+
+CONFIG = ResNetConfig(depths=(1, 1), widths=(8, 12), stem="cifar", stem_width=8, in_channels=1, num_classes=10)
+SETTINGS = TrainConfig(model=CONFIG, epochs=2, batch_size=32, warmup_epochs=0.5, label_smoothing=0.1)
+STEPS = 20
+SCHEDULE = WarmupCosine(peak=SETTINGS.learning_rate, warmup_steps=5, total_steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return digits()
+
+
+def torch_twin(seed: int = 0) -> TorchResNet:
+    """A float64 network with seeded weights."""
+    torch.manual_seed(seed)
+    return TorchResNet(**dataclasses.asdict(CONFIG)).double()
+
+
+def as_torch(images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().double(), torch.from_numpy(labels).long()
+
+
+def torch_epoch(dataset: Dataset, config: TrainConfig, epoch: int):
+    return (as_torch(batch.images, batch.labels) for batch in batches(dataset, config.batch_size, seed=config.seed, epoch=epoch))
+
+
+def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Relative L2."""
+    return float(np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs))
+
+
+def worst(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(distance(ours[key], theirs[key]) for key in theirs)
+
+
+class Snapshot(NamedTuple):
+    """After one step: the loss before it, the whole state dict, the evaluation logits."""
+
+    loss: float
+    state: dict[str, np.ndarray]
+    logits: np.ndarray
+
+
+def torch_state(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {key: value.detach().numpy().copy() for key, value in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def torch_trajectory(data) -> list[Snapshot]:
+    model = torch_twin()
+    optimizer = reference.sgd(model, SCHEDULE.peak)
+    scheduler = reference.warmup_cosine(optimizer, warmup_steps=SCHEDULE.warmup_steps, total_steps=STEPS)
+    images, labels = as_torch(data.test.normalised(slice(64)), data.test.labels[:64])
+    snapshots: list[Snapshot] = []
+
+    def record(step: reference.Step) -> None:
+        logits = reference.evaluate(model, images, labels).logits
+        snapshots.append(Snapshot(step.loss, torch_state(model), logits.numpy()))
+
+    some = itertools.islice(torch_epoch(data.train, SETTINGS, 0), STEPS)
+    reference.train(model, some, optimizer, scheduler, label_smoothing=SETTINGS.label_smoothing, on_step=record)
+    assert len(snapshots) == STEPS
+    return snapshots
+
+
+def jax_trajectory(data, optimizer: optax.GradientTransformation | None = None, *, step_offset: int = 0) -> list[Snapshot]:
+    """The same steps in JAX; the arguments spoil it."""
+    optimizer = optimizer or sgd_direction()
+    with jax.enable_x64(True):
+        graphdef, state = split(from_torch(torch_twin()), optimizer)
+        train_step = make_train_step(graphdef, optimizer, label_smoothing=SETTINGS.label_smoothing)
+        eval_step = make_eval_step(graphdef)
+        images = data.test.normalised(slice(64))
+        snapshots = []
+        for number, batch in enumerate(itertools.islice(batches(data.train, SETTINGS.batch_size, seed=SETTINGS.seed, epoch=0), STEPS)):
+            state, metrics = train_step(state, batch.images, batch.labels, SCHEDULE(number + step_offset))
+            values = {key: value.copy() for key, value in to_torch(nnx.merge(graphdef, state.params, state.stats)).items()}
+            snapshots.append(Snapshot(float(metrics.loss), values, np.array(eval_step(state.params, state.stats, images))))
+        assert train_step._cache_size() == 1
+    return snapshots
+
+
+def worst_of_trajectory(ours: list[Snapshot], theirs: list[Snapshot]) -> float:
+    return max(max(abs(a.loss - b.loss) / b.loss, worst(a.state, b.state), distance(a.logits, b.logits)) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_losses_parameters_statistics_and_logits_agree_at_every_step(data, torch_trajectory):
+    ours = jax_trajectory(data)
+    assert distance(ours[-1].logits, ours[0].logits) > 0.5  # the path leads somewhere
+    assert all(value.dtype == torch_trajectory[-1].state[key].dtype for key, value in ours[-1].state.items())
+    assert worst_of_trajectory(ours, torch_trajectory) <= TOLERANCE
+
+
+def all_but_the_biases(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: all(getattr(key, "key", None) != "bias" for key in path), params)
+
+
+CONTROLS = {
+    "decay on norms too": {"optimizer": optax.chain(optax.add_decayed_weights(5e-4, mask=all_but_the_biases), optax.trace(0.9, nesterov=True))},
+    "schedule one step ahead": {"step_offset": 1},
+    "decay after momentum": {"optimizer": optax.chain(optax.trace(0.9, nesterov=True), optax.add_decayed_weights(5e-4, mask=decays))},
+    "momentum 0.91": {"optimizer": sgd_direction(momentum=0.91)},
+    "no nesterov": {"optimizer": sgd_direction(nesterov=False)},
+}
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_trajectory_comparison_catches(control, data, torch_trajectory):
+    assert worst_of_trajectory(jax_trajectory(data, **CONTROLS[control]), torch_trajectory) >= CONTROL
+
+
+def test_fit_ends_where_the_torch_loop_ends(data):
+    config = dataclasses.replace(SETTINGS, batch_size=128)
+    steps = steps_per_epoch(data.train, config.batch_size)
+    twin = torch_twin(1)
+    with jax.enable_x64(True):
+        model = from_torch(twin)
+        history = train.fit(model, data.train, config, test=data.test, progress=False)
+        ours = to_torch(model)
+    optimizer = reference.sgd(twin, config.learning_rate)
+    scheduler = reference.warmup_cosine(optimizer, warmup_steps=round(0.5 * steps), total_steps=2 * steps)
+    both_epochs = itertools.chain.from_iterable(torch_epoch(data.train, config, epoch) for epoch in range(2))
+    theirs = reference.train(twin, both_epochs, optimizer, scheduler, label_smoothing=config.label_smoothing)
+    assert worst(ours, torch_state(twin)) <= TOLERANCE
+    assert [step.step for step in history.steps] == [step.step for step in theirs] == list(range(2 * steps))
+    for field in ("loss", "accuracy", "learning_rate"):
+        np.testing.assert_allclose([getattr(step, field) for step in history.steps], [getattr(step, field) for step in theirs], rtol=1e-10)
+    assert len(history.test_accuracy) == 2
+    assert history.test_accuracy[-1] == reference.evaluate(twin, *as_torch(data.test.normalised(), data.test.labels)).accuracy
+
+
+def test_fit_goes_on_from_an_epoch_that_torch_ended(data):
+    config = dataclasses.replace(SETTINGS, batch_size=128, momentum=0.0, nesterov=False)  # without buffers the weights are the whole state
+    steps = steps_per_epoch(data.train, config.batch_size)
+    twin = torch_twin(2)
+    optimizer = reference.sgd(twin, config.learning_rate, momentum=0.0, nesterov=False)
+    scheduler = reference.warmup_cosine(optimizer, warmup_steps=round(0.5 * steps), total_steps=2 * steps)
+    reference.train(twin, torch_epoch(data.train, config, 0), optimizer, scheduler, label_smoothing=config.label_smoothing)
+    with jax.enable_x64(True):
+        model = from_torch(twin)
+        train.fit(model, data.train, config, start_epoch=1, progress=False)
+        ours = to_torch(model)
+    reference.train(twin, torch_epoch(data.train, config, 1), optimizer, scheduler, label_smoothing=config.label_smoothing)
+    assert worst(ours, torch_state(twin)) <= TOLERANCE
+
+
+def test_nothing_is_compiled_again_after_the_first_step(data, monkeypatch):
+    compiled = []
+
+    def spy(*args, **kwargs):
+        compiled.append(make_train_step(*args, **kwargs))
+        return compiled[-1]
+
+    monkeypatch.setattr(train.loop, "make_train_step", spy)
+    config = dataclasses.replace(SETTINGS, batch_size=256)
+    model = from_torch(torch_twin().float())
+    train.fit(model, data.train, config, test=data.test, progress=False)
+    assert [step._cache_size() for step in compiled] == [1]
+
+
+def test_cache_size_counts_a_second_batch_size(data):
+    optimizer = sgd_direction()
+    graphdef, state = split(from_torch(torch_twin().float()), optimizer)
+    train_step = make_train_step(graphdef, optimizer)
+    for size in (8, 8, 9):
+        state, _ = train_step(state, data.train.normalised(slice(size)), data.train.labels[:size], 0.1)
+    assert train_step._cache_size() == 2
+
+
+def test_training_in_jax_alone_reaches_95_percent_on_the_digits(data):
+    config = dataclasses.replace(train.PRESETS["digits-resnet8"], epochs=3)
+    model = train.new_model(config)
+    history = train.fit(model, data.train, config, test=data.test, progress=False)
+    result = train.evaluate(model, data.test.normalised(), data.test.labels)
+    assert result.accuracy >= 0.95
+    assert history.test_accuracy[-1] == result.accuracy
+
+
+def test_bfloat16_computes_with_float32_parameters_and_statistics(data):
+    config = dataclasses.replace(SETTINGS, epochs=1, dtype="bfloat16")
+    model = train.new_model(config)
+    few = dataclasses.replace(data.train, images=data.train.images[:64], labels=data.train.labels[:64])
+    history = train.fit(model, few, config, progress=False)
+    assert all(np.isfinite(step.loss) for step in history.steps)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(model))} == {"float32", "int32"}
+    assert model(data.test.normalised(slice(2)), use_running_average=True).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_matches_torch(smoothing):
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(3, 10, (17, 10)), rng.integers(0, 10, 17)
+    expected = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels), label_smoothing=smoothing).item()
+    with jax.enable_x64(True):
+        assert float(cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing)) == pytest.approx(expected, rel=1e-14)
+        assert float(cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing + 0.01)) != pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("warmup", "total", "factor"), [(0, 10, 0.1), (1, 10, 0.1), (5, 20, 0.25), (22, 132, 0.1), (100, 5000, 1 / 3)])
+def test_schedule_matches_torch_at_every_step(warmup, total, factor):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    scheduler = reference.warmup_cosine(optimizer, warmup_steps=warmup, total_steps=total, warmup_factor=factor)
+    theirs = []
+    for _ in range(total + 1):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    schedule = WarmupCosine(peak=0.3, warmup_steps=warmup, total_steps=total, warmup_factor=factor)
+    ours = [schedule(step) for step in range(total + 1)]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.3e-12)
+    one_late = [schedule(max(step - 1, 0)) for step in range(total + 1)]
+    assert np.max(np.abs(np.subtract(one_late, theirs))) > 0.3e-9
+
+
+@pytest.mark.parametrize("step", [-1, 21])
+def test_schedule_refuses_steps_outside_the_run(step):
+    with pytest.raises(ValueError, match=r"outside the schedule's 0\.\.20"):
+        SCHEDULE(step)
+
+
+def test_the_same_tensors_decay_in_both_frameworks():
+    twin = torch_twin()
+    model = from_torch(twin.float())
+    entries = StateMap(CONFIG, LAYOUTS["torchvision"]).entries
+    mask = dict(nnx.to_flat_state(decays(nnx.state(model, nnx.Param))))
+    ours = {entry.torch_key for entry in entries if entry.flax_path in mask and mask[entry.flax_path].get_value()}
+    decay, no_decay = reference.sgd(twin, 0.1).param_groups
+    names = {id(parameter): name for name, parameter in twin.named_parameters()}
+    assert {names[id(parameter)] for parameter in decay["params"]} == ours
+    assert len(decay["params"]) + len(no_decay["params"]) == len(names)
+    assert all(parameter.ndim == 1 for parameter in no_decay["params"])
+
+
+def test_a_torch_run_resumes_bit_for_bit_from_its_checkpoint(data, tmp_path):
+    def start():
+        model = torch_twin(3)
+        optimizer = reference.sgd(model, 0.1)
+        return model, optimizer, reference.warmup_cosine(optimizer, warmup_steps=2, total_steps=8)
+
+    first = list(itertools.islice(torch_epoch(data.train, SETTINGS, 0), 8))
+    whole, optimizer, scheduler = start()
+    reference.train(whole, first, optimizer, scheduler)
+
+    half, optimizer, scheduler = start()
+    reference.train(half, first[:4], optimizer, scheduler)
+    path = tmp_path / "run.pth"
+    reference.save_checkpoint(path, half, optimizer, scheduler, epoch=1, step=4, args={"batch_size": 32})
+    checkpoint = torch.load(path, weights_only=True)
+    assert set(checkpoint) == {"model", "optimizer", "lr_scheduler", "epoch", "step", "args"}
+    resumed, optimizer, scheduler = start()
+    resumed.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scheduler.load_state_dict(checkpoint["lr_scheduler"])
+    steps = reference.train(resumed, first[4:], optimizer, scheduler, first_step=checkpoint["step"])
+    assert [step.step for step in steps] == [4, 5, 6, 7]
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+    assert load(path).config == CONFIG
+
+
+def test_evaluation_counts_every_image_exactly_once(data):
+    model = from_torch(torch_twin().float())
+    images, labels = data.test.normalised(slice(100)), data.test.labels[:100]
+    at_once, in_sevens = (train.evaluate(model, images, labels, batch_size=size) for size in (100, 7))
+    assert in_sevens.logits.shape == (100, 10)
+    np.testing.assert_allclose(in_sevens.logits, at_once.logits, rtol=1e-4, atol=1e-5)
+    assert in_sevens.accuracy == np.mean(in_sevens.predictions == labels)
+
+
+def test_both_evaluations_agree_and_restore_the_mode(data):
+    twin = torch_twin().train()
+    theirs = reference.evaluate(twin, *as_torch(data.test.normalised(), data.test.labels), batch_size=100)
+    assert twin.training
+    with jax.enable_x64(True):
+        ours = train.evaluate(from_torch(twin), data.test.normalised(), data.test.labels)
+    assert distance(ours.logits, theirs.logits.numpy()) <= 1e-12
+    assert ours.accuracy == theirs.accuracy
+    assert np.array_equal(ours.predictions, theirs.predictions.numpy())
+
+
+def test_digits_split_is_disjoint_and_complete(data):
+    bunch = load_digits()
+    everything = Counter((image.astype(np.uint8).tobytes(), int(label)) for image, label in zip(bunch.images, bunch.target, strict=True))
+    parts = Counter((image.tobytes(), int(label)) for part in data for image, label in zip(part.images, part.labels, strict=True))
+    assert parts == everything
+    assert (len(data.train), len(data.test)) == (1437, 360)
+
+
+def test_digits_split_is_deterministic_and_stratified(data):
+    again = digits()
+    for one, two in zip(data, again, strict=True):
+        assert np.array_equal(one.images, two.images)
+        assert np.array_equal(one.labels, two.labels)
+    share = np.bincount(data.test.labels) / np.bincount(load_digits().target)
+    assert np.all(np.abs(share - 0.2) < 0.01)
+
+
+def test_training_images_are_normalised(data):
+    pixels = data.train.normalised()
+    assert pixels.dtype == np.float32
+    assert abs(pixels.mean()) < 1e-5
+    assert abs(pixels.std() - 1) < 1e-5
+
+
+def test_batches_depend_on_seed_and_epoch_alone(data):
+    def stream(seed, epoch):
+        return list(batches(data.train, 100, seed=seed, epoch=epoch))
+
+    one, two = stream(5, 3), stream(5, 3)
+    assert len(one) == steps_per_epoch(data.train, 100) == 14
+    for a, b in zip(one, two, strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+        assert np.array_equal(a.images, data.train.normalised(a.indices))
+        assert np.array_equal(a.labels, data.train.labels[a.indices])
+    assert np.array_equal(np.concatenate([batch.indices for batch in one]), epoch_order(len(data.train), seed=5, epoch=3)[:1400])
+
+
+def test_every_epoch_and_seed_has_another_order():
+    orders = {(seed, epoch): epoch_order(500, seed=seed, epoch=epoch) for seed in range(3) for epoch in range(3)}
+    assert all(np.array_equal(np.sort(order), np.arange(500)) for order in orders.values())
+    for a, b in itertools.combinations(orders.values(), 2):  # (seed, epoch + 1) and (seed + 1, epoch) among them
+        assert np.mean(a == b) < 0.05
+
+
+def test_a_diverging_run_names_the_step_and_leaves_the_model_as_it_was(data):
+    config = dataclasses.replace(SETTINGS, learning_rate=1e30)
+    model = train.new_model(config)
+    before = {key: value.copy() for key, value in to_torch(model).items()}
+    with pytest.raises(train.TrainingError, match=r"the loss is (nan|inf) at step \d+ \(epoch 1, learning rate"):
+        train.fit(model, data.train, config, progress=False)
+    after = to_torch(model)
+    assert all(np.array_equal(value, after[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("learning_rate", float("nan")),
+        ("momentum", 1.0),
+        ("weight_decay", -1e-4),
+        ("warmup_epochs", 2),
+        ("warmup_factor", 0.0),
+        ("label_smoothing", 1.0),
+        ("seed", -1),
+        ("dtype", "float16"),
+    ],
+)
+def test_configuration_errors_name_the_field(field, value):
+    with pytest.raises(InputError, match=f"^{field}="):
+        dataclasses.replace(SETTINGS, **{field: value})
+
+
+def test_nesterov_without_momentum_is_refused():
+    with pytest.raises(InputError, match="nesterov=True must be False where momentum is 0"):
+        dataclasses.replace(SETTINGS, momentum=0.0)
+
+
+def test_misfits_are_refused(data):
+    model = train.new_model(SETTINGS)
+    with pytest.raises(InputError, match=r"replace\(config, model=model\.config\)"):
+        train.fit(model, data.train, TrainConfig(), progress=False)
+    with pytest.raises(InputError, match="batch_size=2000 must be from 1 to the 1437 images of digits/train"):
+        train.fit(model, data.train, dataclasses.replace(SETTINGS, batch_size=2000), progress=False)
+    with pytest.raises(InputError, match="start_epoch=2 must be at least 0 and below epochs=2"):
+        train.fit(model, data.train, SETTINGS, start_epoch=2, progress=False)
+    with pytest.raises(InputError, match="knows 10 classes; digits/train has images of 1 channels in 11 classes"):
+        train.fit(model, dataclasses.replace(data.train, num_classes=11), SETTINGS, progress=False)
+    with pytest.raises(InputError, match="a bare block"):
+        train.evaluate(ResidualBlock(1, 4, rngs=nnx.Rngs(0)), data.test.normalised(), data.test.labels)
+    with pytest.raises(InputError, match="got 5 images and 4 labels"):
+        train.evaluate(model, data.test.normalised(slice(5)), data.test.labels[:4])
+    with pytest.raises(InputError, match="float64, which jax would narrow"):
+        train.fit(from_torch(torch_twin()), data.train, SETTINGS, progress=False)
+    with pytest.raises(InputError, match="JAX_ENABLE_X64=1"):
+        train.new_model(dataclasses.replace(SETTINGS, dtype="float64"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": np.zeros((3, 8, 8), np.uint8)}, r"images have shape \(3, 8, 8\)"),
+        ({"images": np.zeros((3, 8, 8, 1), np.int64)}, "images are int64"),
+        ({"labels": np.zeros(2, np.int32)}, r"labels have shape \(2,\)"),
+        ({"labels": np.array([0, 1, 10], np.int32)}, "labels reach from 0 to 10; with 10 classes, 0 to 9"),
+        ({"std": (0.0,)}, "std above 0"),
+        ({"mean": (0.0, 0.0)}, "must give 1 numbers each"),
+    ],
+)
+def test_dataset_errors_name_the_dataset(change, message):
+    sound = {"images": np.zeros((3, 8, 8, 1), np.uint8), "labels": np.zeros(3, np.int32), "mean": (0.0,), "std": (1.0,)}
+    with pytest.raises(InputError, match=f"^tiny: .*{message}"):
+        Dataset(name="tiny", num_classes=10, **(sound | change))
