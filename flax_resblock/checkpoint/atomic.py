@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flax_resblock.checkpoint.orbax_folder import is_orbax
 from flax_resblock.errors import InputError
 
 
@@ -18,6 +19,8 @@ def refuse_existing(path: Path, force: bool) -> None:
         raise InputError(f"{path}: the folder {path.parent} does not exist. Create it first.")
     if os.path.lexists(path) and not force:
         raise InputError(f"{path} exists. Choose another name, or pass --force (force=True) to replace it.")
+    if path.is_dir() and any(path.iterdir()) and not is_orbax(path):
+        raise InputError(f"{path} is a folder that is no checkpoint; it is not replaced, even by force. Choose another name.")
 
 
 @contextmanager
@@ -40,14 +43,23 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         refuse_existing(path, force)  # it may have appeared meanwhile
-        if temporary.is_dir() and path.is_dir() and not path.is_symlink():
-            path.rename(scratch / "replaced")  # a folder cannot be renamed over a folder that has content
-        elif temporary.is_file() and path.is_dir():
-            raise InputError(f"{path} is a folder and would be replaced by a file. Remove it first, or choose another name.")
-        temporary.replace(path)
+        if os.path.lexists(path) and (temporary.is_dir() or path.is_dir()):
+            _swap(temporary, path, scratch / "replaced")
+        else:
+            temporary.replace(path)
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path, aside: Path) -> None:
+    """A folder cannot be renamed over what is there: moves that aside first, and back if the second step fails."""
+    path.rename(aside)
+    try:
+        new.rename(path)
+    except BaseException:
+        aside.rename(path)
+        raise
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,260 @@
+"""The command line as a person meets it: good input, bad input, exit statuses, nothing half-written."""
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import flax_resblock
+from flax_resblock import checkpoint
+from flax_resblock.checkpoint.torch_file import state_to_numpy
+from flax_resblock.cli import run
+from torch_ref import BasicBlock, ResNet
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "checkpoints"
+NETWORK = {"depths": (1, 1), "widths": (8, 12), "stem": "cifar", "stem_width": 8, "num_classes": 4}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    return tmp_path
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    module = ResNet(**NETWORK)
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.2, 3)
+    return module
+
+
+@pytest.fixture
+def checkpoint_file(folder):
+    torch.save({"epoch": 3, "state_dict": {f"module.{key}": value for key, value in network().state_dict().items()}}, "net.pth")
+    return "net.pth"
+
+
+def test_convert_there_and_back_is_exact(checkpoint_file, capsys):
+    assert run(["convert", checkpoint_file, "flax_folder"]) == 0
+    assert run(["convert", "flax_folder", "again.safetensors", "--to-layout", "kuangliu"]) == 0
+    assert run(["convert", "again.safetensors", "back.pth", "--to-layout", "torchvision"]) == 0
+    back, truth = torch.load("back.pth", weights_only=True), network().state_dict()
+    assert list(back) == list(truth)
+    assert all(torch.equal(back[key], truth[key]) for key in truth)
+    network(1).load_state_dict(back, strict=True)
+    output = capsys.readouterr().out
+    assert "took entry 'state_dict'" in output
+    assert "removed the prefix 'module.'" in output
+
+
+def test_inspect_says_what_it_is_and_writes_json(checkpoint_file, capsys):
+    assert run(["inspect", checkpoint_file, "--json-file", "facts.json"]) == 0
+    output = capsys.readouterr().out
+    assert "torchvision" in output
+    assert "epoch: 3" in output
+    facts = json.loads(Path("facts.json").read_text())
+    assert facts["config"]["widths"] == [8, 12]
+    assert facts["parameters"] == sum(p.numel() for p in network().parameters())
+
+
+def test_verify_passes_and_writes_json(checkpoint_file, capsys):
+    assert run(["verify", checkpoint_file, "--gradients", "--json-file", "parity.json"]) == 0
+    facts = json.loads(Path("parity.json").read_text())
+    assert facts["passed"]
+    assert facts["schema"] == 1
+    assert {m["quantity"] for m in facts["measurements"]} >= {"eval forward", "train forward", "running statistics", "parameter gradient"}
+    assert set(facts["provenance"]["sha256"]) == set(network().state_dict())
+    assert "equal: all" in capsys.readouterr().out
+
+
+def test_verify_exits_with_1_and_names_the_slot_when_something_differs(checkpoint_file, capsys, monkeypatch):
+    from flax_resblock.parity.twins import Twins
+
+    original = Twins.flax
+
+    def tampered(self, dtype, **options):
+        model = original(self, dtype, **options)
+        model.stage2[0].conv2.kernel.set_value(model.stage2[0].conv2.kernel[...] * (1 + 1e-3))
+        return model
+
+    monkeypatch.setattr(Twins, "flax", tampered)
+    assert run(["verify", checkpoint_file, "--eval-only"]) == 1
+    output = capsys.readouterr().out
+    assert "first at stage2.0.conv2" in output
+    assert "differ" in output
+
+
+def test_predict_classifies_image_files_and_archives(checkpoint_file, capsys):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    np.savez("images.npz", images=pixels, labels=np.array([0, 1, 2]), mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
+    Image.fromarray(pixels[0]).save("a.png")
+    Path("names.txt").write_text("cat\ndog\nant\nbee\n")
+    assert run(["predict", checkpoint_file, "images.npz", "--logits", "l.npy"]) == 0
+    assert "of 3 right" in capsys.readouterr().out
+    normalised = (pixels / 255 - [0.4, 0.5, 0.6]) / [0.2, 0.3, 0.25]
+    module = network().double().eval()
+    truth = module(torch.from_numpy(np.moveaxis(normalised, -1, 1).copy())).detach().numpy()
+    np.testing.assert_allclose(np.load("l.npy"), truth, rtol=1e-4, atol=1e-5)
+    flags = ["--mean", "0.4", "0.5", "0.6", "--std", "0.2", "0.3", "0.25"]
+    assert run(["predict", checkpoint_file, "a.png", "--class-names", "names.txt", "--logits", "one.npy", *flags]) == 0
+    np.testing.assert_allclose(np.load("one.npy")[0], truth[0], rtol=1e-4, atol=1e-5)
+    assert any(name in capsys.readouterr().out for name in ("cat", "dog", "ant", "bee"))
+
+
+class _Canary:
+    def __reduce__(self):
+        return os.system, ("touch canary",)
+
+
+def _broken(change):
+    def write():
+        state = dict(network().state_dict())
+        change(state)
+        torch.save(state, "bad.pth")
+
+    return write
+
+
+def _truncated():
+    torch.save(network().state_dict(), "bad.pth")
+    content = Path("bad.pth").read_bytes()
+    Path("bad.pth").write_bytes(content[: len(content) * 2 // 3])
+
+
+def _set(key, value):
+    return _broken(lambda state: state.__setitem__(key, value))
+
+
+def _poison(key, value):
+    return _broken(lambda state: state[key].view(-1).__setitem__(0, value))
+
+
+BAD = {
+    "empty file": (lambda: Path("bad.pth").write_bytes(b""), [], "is empty"),
+    "directory": (lambda: Path("bad.pth").mkdir(), [], "is a folder without a checkpoint"),
+    "text": (lambda: Path("bad.pth").write_text("hello, I am not weights\n"), [], "neither a PyTorch checkpoint"),
+    "truncated": (_truncated, [], "damaged or truncated|damaged"),
+    "absent": (lambda: None, [], "does not exist"),
+    "another network": (lambda: torch.save({"features.0.weight": torch.rand(8, 3, 3, 3)}, "bad.pth"), [], "no residual network in any known layout"),
+    "no tensors": (lambda: torch.save({"epoch": 3}, "bad.pth"), [], "holds no state dict"),
+    "missing key": (_broken(lambda s: s.pop("layer2.0.bn1.weight")), [], r"missing\s+layer2.0.bn1.weight"),
+    "extra key": (_set("layer1.0.extra.weight", torch.rand(3)), [], r"unexpected\s+layer1.0.extra.weight"),
+    "wrong shape": (_set("layer1.0.conv2.weight", torch.rand(8, 8, 3, 2)), [], r"wrong shape\s+layer1.0.conv2.weight \[8, 8, 3, 2\], expected \[8, 8, 3, 3\]"),
+    "wrong classes": (_broken(lambda s: None), ["--num-classes", "7"], r"fc.weight \[4, 12\], expected \[7, 12\]"),
+    "wrong architecture": (_broken(lambda s: None), ["--architecture", "resnet18"], "does not fit resnet18"),
+    "unknown architecture": (_broken(lambda s: None), ["--architecture", "vgg16"], "architecture 'vgg16' is unknown; known: resnet18"),
+    "unknown layout": (_broken(lambda s: None), ["--layout", "mine"], "layout 'mine' is unknown; known: torchvision"),
+    "integer weights": (_set("conv1.weight", torch.randint(0, 9, (8, 3, 3, 3))), [], r"wrong dtype\s+conv1.weight int64, expected a floating type"),
+    "not finite": (_poison("layer1.0.conv1.weight", float("nan")), [], r"layer1.0.conv1.weight \(1 of 576 values not finite\).*--allow-nonfinite"),
+    "negative variance": (_poison("bn1.running_var", -0.5), [], r"bn1.running_var \(negative variance -0.5\).*--allow-nonfinite"),
+    "code": (lambda: Path("bad.pth").write_bytes(pickle.dumps({"state_dict": _Canary()})), [], "never executes code|safely"),
+    "bare block": (lambda: torch.save(BasicBlock(4, 8, 2).state_dict(), "bad.pth"), [], "--stride 1 or --stride 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gives_one_paragraph_and_status_2_and_writes_nothing(case, folder, capsys):
+    write, flags, message = BAD[case]
+    write()
+    before = sorted(path.name for path in folder.iterdir())
+    commands = [["convert", "bad.pth", "out.safetensors", *flags], ["convert", "bad.pth", "out", *flags], ["verify", "bad.pth", *flags]]
+    for command in commands:
+        assert run(command) == 2, command
+        error = capsys.readouterr().err
+        assert error.startswith("flax-resblock: ")
+        assert "\n\n" not in error
+        assert "Traceback" not in error
+        assert re.search(message, " ".join(error.split())), error
+        assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_allow_nonfinite_carries_the_bits(folder, capsys):
+    _poison("layer1.0.conv1.weight", float("nan"))()
+    assert run(["convert", "bad.pth", "out.safetensors", "--allow-nonfinite"]) == 0
+    tensors = checkpoint.read("out.safetensors").tensors
+    truth = state_to_numpy(torch.load("bad.pth", weights_only=True))
+    assert all(tensors[key].tobytes() == truth[key].tobytes() for key in truth)
+
+
+@pytest.mark.parametrize("out", ["out.safetensors", "out.pth", "out"])
+def test_an_existing_output_is_kept_unless_forced(out, checkpoint_file, capsys):
+    Path(out).write_text("precious")
+    assert run(["convert", checkpoint_file, out]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert Path(out).read_text() == "precious"
+    assert run(["convert", checkpoint_file, out, "--force"]) == 0
+    assert flax_resblock.load(out).config.widths == (8, 12)
+
+
+def test_force_never_replaces_a_folder_that_is_no_checkpoint(checkpoint_file, capsys):
+    Path("thesis").mkdir()
+    Path("thesis/chapter.tex").write_text("years of work")
+    assert run(["convert", checkpoint_file, "thesis", "--force"]) == 2
+    assert "is no checkpoint; it is not replaced" in capsys.readouterr().err
+    assert Path("thesis/chapter.tex").read_text() == "years of work"
+
+
+def test_usage_errors_exit_with_2_and_help_with_0(capsys):
+    for arguments, status in ((["convert"], 2), (["frobnicate"], 2), (["--help"], 0), (["convert", "--help"], 0)):
+        with pytest.raises(SystemExit) as stop:
+            raise SystemExit(run(arguments))
+        assert stop.value.code == status
+    assert run(["--version"]) == 0
+    assert flax_resblock.__version__ in capsys.readouterr().out
+
+
+def test_traceback_flag_shows_where_an_error_came_from(folder):
+    with pytest.raises(flax_resblock.CheckpointError):
+        run(["inspect", "nowhere.pth", "--traceback"])
+
+
+@pytest.mark.slow
+def test_interrupt_while_writing_leaves_no_trace(folder):
+    torch.save(ResNet(widths=(64, 128, 256, 512)).state_dict(), "big.pth")
+    for delay in (0.3, 0.9, 1.4, 1.7):
+        process = subprocess.Popen([sys.executable, "-m", "flax_resblock", "convert", "big.pth", "out"], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert {path.name for path in folder.iterdir()} <= {"big.pth", "out"}
+        if (folder / "out").exists():
+            assert flax_resblock.load("out").config.depths == (2, 2, 2, 2)
+            assert run(["convert", "big.pth", "out", "--force"]) == 0
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real checkpoints are not at {SHARED}")
+@pytest.mark.parametrize(("file", "name"), [("resnet20-12fca82f.th", "resnet20"), ("resnet56-4bfd9763.th", "resnet56")])
+def test_real_checkpoints_work_with_no_flags(file, name, folder, capsys):
+    path = str(SHARED / file)
+    assert run(["inspect", path]) == 0
+    assert run(["convert", path, "out.safetensors"]) == 0
+    assert run(["verify", path]) == 0
+    output = capsys.readouterr().out
+    assert name in output
+    assert "layout 'akamaster'" in output
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real checkpoints are not at {SHARED}")
+def test_real_images_are_all_labelled_right(folder, capsys):
+    images = SHARED / "cifar10_20_images.npz"
+    assert run(["predict", str(SHARED / "resnet20-12fca82f.th"), str(images), "--logits", "l.npy"]) == 0
+    assert "20 of 20 right" in capsys.readouterr().out
+    given = np.load(SHARED / "resnet20_20_images_logits.npz")
+    truth, theirs, ours = given["logits_float64"], given["logits_float32"].astype(np.float64), np.load("l.npy").astype(np.float64)
+    own, error = (np.linalg.norm(value - truth) / np.linalg.norm(truth) for value in (theirs, ours))
+    assert error <= max(4 * own, 8 * 2.0**-23)
