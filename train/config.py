@@ -1,0 +1,73 @@
+"""What a training run is, as data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from flax_resblock.architecture import ResNetConfig
+from flax_resblock.errors import InputError
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+RESNET8_DIGITS = ResNetConfig(depths=(1, 1, 1), widths=(16, 32, 64), stem="cifar", stem_width=16, in_channels=1, num_classes=10)
+"""Six convolutions in three stages, for 8x8 images of one channel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run: SGD, linear warm-up, cosine.
+
+    Attributes:
+      model: The network.
+      epochs: Passes over the training images, over the whole run; the schedule ends with them.
+      batch_size: Images per step. An incomplete last batch is left out; every epoch has another order.
+      learning_rate: Peak.
+      momentum, nesterov: As in ``torch.optim.SGD``, without dampening.
+      weight_decay: Of convolution and linear kernels; biases and norms do not decay.
+      warmup_epochs: Length of the linear warm-up, fewer than ``epochs``; fractions are allowed.
+      warmup_factor: The warm-up starts at this share of ``learning_rate``, in (0, 1].
+      label_smoothing: In [0, 1).
+      seed: Of the initial weights and of the order of the images, 0 to 2**32 - 1.
+      dtype: Of the computation in a model that :func:`train.new_model` makes. Parameters and statistics are float32, or float64 for ``"float64"``.
+    Raises:
+      InputError: A value outside its range; the message names it.
+    """
+
+    model: ResNetConfig = field(default_factory=lambda: RESNET8_DIGITS)
+    epochs: int = 6
+    batch_size: int = 64
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    warmup_epochs: float = 1.0
+    warmup_factor: float = 0.1
+    label_smoothing: float = 0.0
+    seed: int = 0
+    dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        def require(name: str, valid: bool, meaning: str) -> None:
+            if not valid:
+                raise InputError(f"{name}={getattr(self, name)!r} must be {meaning}.")
+
+        for name in ("epochs", "batch_size"):
+            value = getattr(self, name)
+            require(name, isinstance(value, int) and value >= 1, "a positive integer")
+        require("learning_rate", math.isfinite(self.learning_rate) and self.learning_rate > 0, "positive and finite")
+        require("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
+        require("nesterov", not self.nesterov or self.momentum > 0, f"False where momentum is 0 (momentum={self.momentum})")
+        require("weight_decay", math.isfinite(self.weight_decay) and self.weight_decay >= 0, "0 or more, and finite")
+        require("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, f"at least 0 and below epochs={self.epochs}")
+        require("warmup_factor", 0 < self.warmup_factor <= 1, "above 0 and at most 1")
+        require("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1")
+        require("seed", isinstance(self.seed, int) and 0 <= self.seed < 2**32, "an integer from 0 to 2**32 - 1")
+        require("dtype", self.dtype in get_args(Dtype), f"one of {', '.join(get_args(Dtype))}")
+
+
+PRESETS: Mapping[str, TrainConfig] = MappingProxyType({"digits-resnet8": TrainConfig()})
+"""Runs by name; ``dataclasses.replace`` changes single fields."""

@@ -1,0 +1,73 @@
+"""The order of the images and the batches of each epoch, through grain; both depend on (seed, epoch) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from flax_resblock.errors import InputError, MissingDependencyError
+from train.data.dataset import Dataset
+
+if TYPE_CHECKING:
+    import grain
+
+
+class Batch(NamedTuple):
+    """Normalised images ``(N, H, W, C)`` float32, labels ``(N,)`` int32, and the images' indices in the dataset ``(N,)`` int64."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+
+
+def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
+    """Full batches in one pass; the incomplete last one is left out.
+
+    Raises:
+      InputError: Fewer images than one batch takes.
+    """
+    if not 1 <= batch_size <= len(dataset):
+        raise InputError(f"batch_size={batch_size} must be from 1 to the {len(dataset)} images of {dataset.name}.")
+    return len(dataset) // batch_size
+
+
+def _shuffled(size: int, seed: int) -> grain.MapDataset[int]:
+    try:
+        import grain
+    except ImportError as error:
+        raise MissingDependencyError("the input pipeline needs grain: pip install 'flax-resblock[train]'.") from error
+    # .seed() hashes the seed; shuffle(seed=...) would add the epoch to it, so that seed 0 in epoch 1 sees what seed 1 sees in epoch 0.
+    return grain.MapDataset.range(size).seed(seed).shuffle()
+
+
+def _epoch_of(dataset: grain.MapDataset, epoch: int) -> Iterator:
+    length = len(dataset)
+    repeated = dataset.repeat(epoch + 1)  # grain shuffles anew in every repetition
+    return (repeated[index] for index in range(epoch * length, (epoch + 1) * length))
+
+
+def epoch_order(size: int, *, seed: int, epoch: int) -> np.ndarray:
+    """The order in which epoch ``epoch`` visits ``size`` images, ``(size,)`` int64, a permutation."""
+    return np.fromiter(_epoch_of(_shuffled(size, seed), epoch), np.int64, size)
+
+
+def batches(dataset: Dataset, batch_size: int, *, seed: int, epoch: int) -> Iterator[Batch]:
+    """The full batches of one epoch: :func:`epoch_order` cut into pieces of ``batch_size``.
+
+    Args:
+      dataset: Where the images come from.
+      batch_size: Images per batch; see :func:`steps_per_epoch`.
+      seed: 0 to 2**32 - 1.
+      epoch: From 0; each has its own order.
+    Raises:
+      InputError: Fewer images than one batch takes.
+    """
+    steps_per_epoch(dataset, batch_size)
+
+    def gather(indices: np.ndarray) -> Batch:
+        return Batch(dataset.normalised(indices), dataset.labels[indices].astype(np.int32), indices)
+
+    pipeline = _shuffled(len(dataset), seed).batch(batch_size, drop_remainder=True, batch_fn=np.asarray).map(gather)
+    return _epoch_of(pipeline, epoch)

@@ -1,0 +1,183 @@
+"""The training loop and the evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flax_resblock.errors import InputError
+from flax_resblock.resnet import Model, ResNet
+from train.config import TrainConfig
+from train.data import Dataset, batches, steps_per_epoch
+from train.errors import TrainingError
+from train.optimizer import sgd_direction
+from train.progress import TrainingProgress
+from train.schedule import WarmupCosine
+from train.step import make_eval_step, make_train_step, split
+
+EVAL_BATCH = 512
+
+
+class Step(NamedTuple):
+    """One step: its number from 0 over the whole run, its epoch, mean loss and accuracy of its batch before the update, and the learning rate it used."""
+
+    step: int
+    epoch: int
+    loss: float
+    accuracy: float
+    learning_rate: float
+
+
+class Evaluation(NamedTuple):
+    """Accuracy in [0, 1], the predicted classes ``(N,)`` int64 and the logits ``(N, num_classes)``."""
+
+    accuracy: float
+    predictions: np.ndarray
+    logits: np.ndarray
+
+
+@dataclass
+class History:
+    """What a run reported.
+
+    Attributes:
+      steps: Every step, in order.
+      test_accuracy: Accuracy on the test images after each epoch, in [0, 1]; empty where none were given.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    test_accuracy: list[float] = field(default_factory=list)
+
+
+def new_model(config: TrainConfig) -> ResNet:
+    """The configured network with fresh weights from ``config.seed``, in training mode.
+
+    Raises:
+      InputError: ``dtype="float64"`` while jax's x64 mode is off.
+    """
+    if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise InputError('dtype="float64" needs jax\'s x64 mode: set JAX_ENABLE_X64=1.')
+    param_dtype = jnp.promote_types(config.dtype, jnp.float32)
+    return ResNet(config.model, rngs=nnx.Rngs(config.seed), dtype=config.dtype, param_dtype=param_dtype)
+
+
+def schedule_of(config: TrainConfig, steps: int) -> WarmupCosine:
+    """The learning rate of a run with ``steps`` steps per epoch."""
+    warmup = round(config.warmup_epochs * steps)
+    return WarmupCosine(peak=config.learning_rate, warmup_steps=warmup, total_steps=config.epochs * steps, warmup_factor=config.warmup_factor)
+
+
+def fit(
+    model: Model,
+    dataset: Dataset,
+    config: TrainConfig,
+    *,
+    test: Dataset | None = None,
+    start_epoch: int = 0,
+    on_step: Callable[[Step], None] | None = None,
+    progress: bool = True,
+) -> History:
+    """Trains a network in place.
+
+    Args:
+      model: The network that ``config.model`` describes, from :func:`new_model` or ``flax_resblock.from_torch``. It receives the new values at the end, and
+        stays as it was if the run fails; its mode (training or evaluation) does not matter and does not change.
+      dataset: Images to learn from.
+      config: The run.
+      test: Images to classify after each epoch.
+      start_epoch: Epochs that were done before, elsewhere: learning rate and order of the images go on from there; momentum starts at zero.
+      on_step: Called after each step.
+      progress: Whether to show a progress bar.
+    Returns:
+      Loss and accuracy of every step.
+    Raises:
+      InputError: Model, images and configuration do not fit each other.
+      TrainingError: The loss is not finite; the message names the step.
+    """
+    network = _check(model, dataset, config)
+    if not 0 <= start_epoch < config.epochs:
+        raise InputError(f"start_epoch={start_epoch} must be at least 0 and below epochs={config.epochs}.")
+    steps = steps_per_epoch(dataset, config.batch_size)
+    learning_rate = schedule_of(config, steps)
+    optimizer = sgd_direction(momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)
+    graphdef, state = split(network, optimizer)
+    train_step = make_train_step(graphdef, optimizer, label_smoothing=config.label_smoothing)
+    history = History()
+    epochs = range(start_epoch, config.epochs)
+    with TrainingProgress(len(epochs) * steps * config.batch_size, config.epochs, shown=progress) as bar:
+        for epoch in epochs:
+            for number, batch in enumerate(batches(dataset, config.batch_size, seed=config.seed, epoch=epoch), start=epoch * steps):
+                rate = learning_rate(number)
+                state, metrics = train_step(state, batch.images, batch.labels, rate)
+                step = Step(number, epoch, float(metrics.loss), float(metrics.accuracy), rate)
+                if not math.isfinite(step.loss):
+                    raise TrainingError(
+                        f"the loss is {step.loss} at step {number} (epoch {epoch + 1}, learning rate {rate:.3g}); the model keeps its values from before the "
+                        "run. Try a smaller learning_rate or a longer warmup_epochs, and look at the weights and images for non-finite values."
+                    )
+                history.steps.append(step)
+                bar.advance(config.batch_size, epoch=epoch, loss=step.loss, accuracy=step.accuracy)
+                if on_step is not None:
+                    on_step(step)
+            if test is not None:
+                history.test_accuracy.append(_evaluate(graphdef, state.params, state.stats, test.normalised(), test.labels).accuracy)
+    nnx.update(network, state.params, state.stats)
+    return history
+
+
+def evaluate(model: Model, images: np.ndarray, labels: np.ndarray, *, batch_size: int = EVAL_BATCH) -> Evaluation:
+    """Classifies every image exactly once, in evaluation mode; the model does not change.
+
+    Args:
+      model: A network with a head.
+      images: ``(N, H, W, C)``, normalised (:meth:`Dataset.normalised`), at least one.
+      labels: ``(N,)``, integers.
+      batch_size: Images at a time; the last batch is filled up with zeros, whose logits are dropped, so that one shape is compiled.
+    Raises:
+      InputError: A model without logits, no images, or not one label per image.
+    """
+    graphdef, params, stats = nnx.split(_with_head(model), nnx.Param, nnx.BatchStat)
+    return _evaluate(graphdef, params, stats, images, labels, batch_size)
+
+
+def _evaluate(
+    graphdef: nnx.GraphDef[ResNet], params: nnx.State, stats: nnx.State, images: np.ndarray, labels: np.ndarray, batch_size: int = EVAL_BATCH
+) -> Evaluation:
+    if not len(images) or len(images) != len(labels):
+        raise InputError(f"evaluation takes one label per image and at least one image; got {len(images)} images and {len(labels)} labels.")
+    eval_step = make_eval_step(graphdef)
+    batch_size = min(batch_size, len(images))
+    pieces = []
+    for start in range(0, len(images), batch_size):
+        piece = images[start : start + batch_size]
+        filled = np.pad(piece, [(0, batch_size - len(piece)), (0, 0), (0, 0), (0, 0)])
+        pieces.append(np.asarray(eval_step(params, stats, filled))[: len(piece)])
+    logits = np.concatenate(pieces)
+    predictions = logits.argmax(axis=1)
+    return Evaluation(float(np.mean(predictions == labels)), predictions, logits)
+
+
+def _with_head(model: Model) -> ResNet:
+    if not isinstance(model, ResNet) or model.config.num_classes is None:
+        raise InputError("training and evaluation need a ResNet with a head; a bare block, or a network with num_classes=None, has no logits.")
+    return model
+
+
+def _check(model: Model, dataset: Dataset, config: TrainConfig) -> ResNet:
+    network = _with_head(model)
+    if network.config != config.model:
+        raise InputError(f"the model is {network.config}, but config.model is {config.model}. Use replace(config, model=model.config).")
+    channels = dataset.images.shape[-1]
+    if (network.config.in_channels, network.config.num_classes) != (channels, dataset.num_classes):
+        raise InputError(
+            f"the model takes {network.config.in_channels} channels and knows {network.config.num_classes} classes; {dataset.name} has images of {channels} "
+            f"channels in {dataset.num_classes} classes."
+        )
+    return network

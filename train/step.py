@@ -1,0 +1,104 @@
+"""The compiled steps: pure functions over a model that was split once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from flax_resblock.errors import InputError
+from flax_resblock.resnet import ResNet
+
+
+class TrainState(NamedTuple):
+    """What a training step changes: parameters, running statistics, optimizer buffers."""
+
+    params: nnx.State
+    stats: nnx.State
+    opt_state: Any
+
+
+class Metrics(NamedTuple):
+    """Mean loss and accuracy of a batch before the update, scalars."""
+
+    loss: jax.Array
+    accuracy: jax.Array
+
+
+TrainStep = Callable[[TrainState, Any, Any, float], tuple[TrainState, Metrics]]
+EvalStep = Callable[[nnx.State, nnx.State, Any], jax.Array]
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+    r"""Mean cross-entropy against :math:`(1 - s) \cdot onehot + s / K`, as ``torch.nn.functional.cross_entropy`` computes it.
+
+    Args:
+      logits: ``(N, K)``; computed in float32 at least.
+      labels: ``(N,)``, integers in ``0..K-1``.
+      label_smoothing: :math:`s`, in [0, 1).
+    Returns:
+      A scalar.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    of_label = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+    return -jnp.mean((1 - label_smoothing) * of_label + label_smoothing * jnp.mean(log_p, axis=1))
+
+
+def split(model: ResNet, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef[ResNet], TrainState]:
+    """The model's structure and a fresh training state.
+
+    The state holds copies: a train step donates its input, and the model's own arrays must survive that.
+
+    Raises:
+      InputError: float64 values while jax's x64 mode is off; they would be narrowed silently.
+    """
+    graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    wide = {str(leaf.dtype) for leaf in jax.tree.leaves((params, stats)) if leaf.dtype.kind == "f" and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype}
+    if wide:
+        raise InputError(f"the model's values are {', '.join(sorted(wide))}, which jax would narrow. Turn on jax_enable_x64, or convert to float32 first.")
+    params, stats = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (params, stats))
+    return graphdef, TrainState(params, stats, optimizer.init(params))
+
+
+def make_train_step(graphdef: nnx.GraphDef[ResNet], optimizer: optax.GradientTransformation, *, label_smoothing: float = 0.0) -> TrainStep:
+    """One step of training, compiled; ``(state, images, labels, learning_rate) -> (state, metrics)``.
+
+    The given state is donated: its arrays are gone after the call. ``images`` are ``(N, H, W, C)``, ``labels`` ``(N,)`` int32, ``learning_rate`` a float,
+    so that a new rate does not compile again; a new ``N`` does.
+
+    Args:
+      graphdef: Structure of the model; see :func:`split`.
+      optimizer: Gives the direction; see :func:`train.optimizer.sgd_direction`.
+      label_smoothing: See :func:`cross_entropy`.
+    """
+
+    def train_step(state: TrainState, images: jax.Array, labels: jax.Array, learning_rate: float) -> tuple[TrainState, Metrics]:
+        def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
+            # copy=True: the running statistics change inside the gradient's trace, and their variables must belong to it
+            model = nnx.merge(graphdef, params, state.stats, copy=True)
+            logits = model(images, use_running_average=False)
+            return cross_entropy(logits, labels, label_smoothing), (logits, nnx.state(model, nnx.BatchStat))
+
+        (loss, (logits, stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        direction, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, d: p - jnp.asarray(learning_rate, p.dtype) * d, state.params, direction)
+        accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels)
+        return TrainState(params, stats, opt_state), Metrics(loss, accuracy)
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+@lru_cache(maxsize=8)
+def make_eval_step(graphdef: nnx.GraphDef[ResNet]) -> EvalStep:
+    """Logits in evaluation mode, compiled; ``(params, stats, images (N, H, W, C)) -> (N, num_classes)``. One function per structure, kept."""
+
+    def eval_step(params: nnx.State, stats: nnx.State, images: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, params, stats, copy=True)
+        return model(images, use_running_average=True)
+
+    return jax.jit(eval_step)
