@@ -17,14 +17,14 @@ from typing import Any
 import jax
 from flax import linen, nnx
 
-from flax_resblock.architecture import Config, Path
+from flax_resblock.architecture import Config
 from flax_resblock.resnet import Model, build
 from flax_resblock.transfer import variable_at
 
 COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 
 
-def _nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
+def _nested(flat: Mapping[tuple[Any, ...], Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         node = tree

@@ -30,9 +30,7 @@ BLOCKS = {
     "bottleneck, identity": BlockConfig(in_channels=16, out_channels=16, kind="bottleneck"),
     "bottleneck, stride on 3x3": BlockConfig(in_channels=6, out_channels=16, kind="bottleneck", stride=2),
     "bottleneck, stride on 1x1": BlockConfig(in_channels=6, out_channels=16, kind="bottleneck", stride=2, stride_on="1x1"),
-    "bottleneck, groups, base width, dilation": BlockConfig(
-        in_channels=16, out_channels=32, kind="bottleneck", stride=2, groups=4, base_width=32, dilation=2
-    ),
+    "bottleneck, groups, base width, dilation": BlockConfig(in_channels=16, out_channels=32, kind="bottleneck", stride=2, groups=4, base_width=32, dilation=2),
 }
 SIZES = [(9, 9), (8, 8), (7, 12), (10, 5)]
 NETWORKS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections import Counter
 from typing import NamedTuple
 
 import jax
@@ -15,17 +14,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flax import nnx
-from sklearn.datasets import load_digits
 
 import train
 import train.loop
-from flax_resblock import ResidualBlock, ResNetConfig, from_torch, load, to_torch
+from flax_resblock import ResNetConfig, from_torch, load, to_torch
 from flax_resblock.convert import LAYOUTS, StateMap
-from flax_resblock.errors import InputError
 from torch_ref import ResNet as TorchResNet
 from torch_ref import training as reference
 from train.config import TrainConfig
-from train.data import Dataset, batches, digits, epoch_order, steps_per_epoch
+from train.data import Dataset, batches, digits, steps_per_epoch
 from train.optimizer import decays, sgd_direction
 from train.schedule import WarmupCosine
 from train.step import cross_entropy, make_eval_step, make_train_step, split
@@ -310,119 +307,3 @@ def test_both_evaluations_agree_and_restore_the_mode(data):
     assert distance(ours.logits, theirs.logits.numpy()) <= 1e-12
     assert ours.accuracy == theirs.accuracy
     assert np.array_equal(ours.predictions, theirs.predictions.numpy())
-
-
-def test_digits_split_is_disjoint_and_complete(data):
-    bunch = load_digits()
-    everything = Counter((image.astype(np.uint8).tobytes(), int(label)) for image, label in zip(bunch.images, bunch.target, strict=True))
-    parts = Counter((image.tobytes(), int(label)) for part in data for image, label in zip(part.images, part.labels, strict=True))
-    assert parts == everything
-    assert (len(data.train), len(data.test)) == (1437, 360)
-
-
-def test_digits_split_is_deterministic_and_stratified(data):
-    again = digits()
-    for one, two in zip(data, again, strict=True):
-        assert np.array_equal(one.images, two.images)
-        assert np.array_equal(one.labels, two.labels)
-    share = np.bincount(data.test.labels) / np.bincount(load_digits().target)
-    assert np.all(np.abs(share - 0.2) < 0.01)
-
-
-def test_training_images_are_normalised(data):
-    pixels = data.train.normalised()
-    assert pixels.dtype == np.float32
-    assert abs(pixels.mean()) < 1e-5
-    assert abs(pixels.std() - 1) < 1e-5
-
-
-def test_batches_depend_on_seed_and_epoch_alone(data):
-    def stream(seed, epoch):
-        return list(batches(data.train, 100, seed=seed, epoch=epoch))
-
-    one, two = stream(5, 3), stream(5, 3)
-    assert len(one) == steps_per_epoch(data.train, 100) == 14
-    for a, b in zip(one, two, strict=True):
-        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-        assert np.array_equal(a.images, data.train.normalised(a.indices))
-        assert np.array_equal(a.labels, data.train.labels[a.indices])
-    assert np.array_equal(np.concatenate([batch.indices for batch in one]), epoch_order(len(data.train), seed=5, epoch=3)[:1400])
-
-
-def test_every_epoch_and_seed_has_another_order():
-    orders = {(seed, epoch): epoch_order(500, seed=seed, epoch=epoch) for seed in range(3) for epoch in range(3)}
-    assert all(np.array_equal(np.sort(order), np.arange(500)) for order in orders.values())
-    for a, b in itertools.combinations(orders.values(), 2):  # (seed, epoch + 1) and (seed + 1, epoch) among them
-        assert np.mean(a == b) < 0.05
-
-
-def test_a_diverging_run_names_the_step_and_leaves_the_model_as_it_was(data):
-    config = dataclasses.replace(SETTINGS, learning_rate=1e30)
-    model = train.new_model(config)
-    before = {key: value.copy() for key, value in to_torch(model).items()}
-    with pytest.raises(train.TrainingError, match=r"the loss is (nan|inf) at step \d+ \(epoch 1, learning rate"):
-        train.fit(model, data.train, config, progress=False)
-    after = to_torch(model)
-    assert all(np.array_equal(value, after[key]) for key, value in before.items())
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("epochs", 0),
-        ("batch_size", 0),
-        ("learning_rate", float("nan")),
-        ("momentum", 1.0),
-        ("weight_decay", -1e-4),
-        ("warmup_epochs", 2),
-        ("warmup_factor", 0.0),
-        ("label_smoothing", 1.0),
-        ("seed", -1),
-        ("dtype", "float16"),
-    ],
-)
-def test_configuration_errors_name_the_field(field, value):
-    with pytest.raises(InputError, match=f"^{field}="):
-        dataclasses.replace(SETTINGS, **{field: value})
-
-
-def test_nesterov_without_momentum_is_refused():
-    with pytest.raises(InputError, match="nesterov=True must be False where momentum is 0"):
-        dataclasses.replace(SETTINGS, momentum=0.0)
-
-
-def test_misfits_are_refused(data):
-    model = train.new_model(SETTINGS)
-    with pytest.raises(InputError, match=r"replace\(config, model=model\.config\)"):
-        train.fit(model, data.train, TrainConfig(), progress=False)
-    with pytest.raises(InputError, match="batch_size=2000 must be from 1 to the 1437 images of digits/train"):
-        train.fit(model, data.train, dataclasses.replace(SETTINGS, batch_size=2000), progress=False)
-    with pytest.raises(InputError, match="start_epoch=2 must be at least 0 and below epochs=2"):
-        train.fit(model, data.train, SETTINGS, start_epoch=2, progress=False)
-    with pytest.raises(InputError, match="knows 10 classes; digits/train has images of 1 channels in 11 classes"):
-        train.fit(model, dataclasses.replace(data.train, num_classes=11), SETTINGS, progress=False)
-    with pytest.raises(InputError, match="a bare block"):
-        train.evaluate(ResidualBlock(1, 4, rngs=nnx.Rngs(0)), data.test.normalised(), data.test.labels)
-    with pytest.raises(InputError, match="got 5 images and 4 labels"):
-        train.evaluate(model, data.test.normalised(slice(5)), data.test.labels[:4])
-    with pytest.raises(InputError, match="float64, which jax would narrow"):
-        train.fit(from_torch(torch_twin()), data.train, SETTINGS, progress=False)
-    with pytest.raises(InputError, match="JAX_ENABLE_X64=1"):
-        train.new_model(dataclasses.replace(SETTINGS, dtype="float64"))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"images": np.zeros((3, 8, 8), np.uint8)}, r"images have shape \(3, 8, 8\)"),
-        ({"images": np.zeros((3, 8, 8, 1), np.int64)}, "images are int64"),
-        ({"labels": np.zeros(2, np.int32)}, r"labels have shape \(2,\)"),
-        ({"labels": np.array([0, 1, 10], np.int32)}, "labels reach from 0 to 10; with 10 classes, 0 to 9"),
-        ({"std": (0.0,)}, "std above 0"),
-        ({"mean": (0.0, 0.0)}, "must give 1 numbers each"),
-    ],
-)
-def test_dataset_errors_name_the_dataset(change, message):
-    sound = {"images": np.zeros((3, 8, 8, 1), np.uint8), "labels": np.zeros(3, np.int32), "mean": (0.0,), "std": (1.0,)}
-    with pytest.raises(InputError, match=f"^tiny: .*{message}"):
-        Dataset(name="tiny", num_classes=10, **(sound | change))

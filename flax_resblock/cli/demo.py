@@ -57,6 +57,7 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
 
     _chapter(1, f"PyTorch: train a small ResNet for {epochs} epochs on {len(splits.train)} handwritten digits")
     torch.manual_seed(seed)
+    torch.set_num_threads(1)  # layers this small gain nothing from a second thread, and lose much when the other core is busy
     module = torch_ref.ResNet(**asdict(config.model))
     optimizer, scheduler, steps = _train_torch(module, config, splits, epochs)
     checkpoint = out / "digits.pth"
