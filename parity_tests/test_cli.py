@@ -162,7 +162,7 @@ BAD = {
     "integer weights": (_set("conv1.weight", torch.randint(0, 9, (8, 3, 3, 3))), [], r"wrong dtype\s+conv1.weight int64, expected a floating type"),
     "not finite": (_poison("layer1.0.conv1.weight", float("nan")), [], r"layer1.0.conv1.weight \(1 of 576 values not finite\).*--allow-nonfinite"),
     "negative variance": (_poison("bn1.running_var", -0.5), [], r"bn1.running_var \(negative variance -0.5\).*--allow-nonfinite"),
-    "code": (lambda: Path("bad.pth").write_bytes(pickle.dumps({"state_dict": _Canary()})), [], "never executes code|safely"),
+    "code": (lambda: Path("bad.pth").write_bytes(pickle.dumps({"state_dict": _Canary()})), [], "never executes code|without executing code"),
     "bare block": (lambda: torch.save(BasicBlock(4, 8, 2).state_dict(), "bad.pth"), [], "--stride 1 or --stride 2"),
 }
 

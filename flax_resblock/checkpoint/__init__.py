@@ -103,7 +103,8 @@ def _recorded_digests(record: Record) -> dict[str, str]:
 def _verify(record: Record, expected: Mapping[str, str]) -> None:
     changed = [key for key, sha in expected.items() if key not in record.tensors or digest(record.tensors[key]) != sha]
     if changed:
-        raise CheckpointError(f"{record.source} is damaged: {some(changed)} differ from the SHA-256 recorded when it was written. Copy it again.")
+        verb = "differs" if len(changed) == 1 else "differ"
+        raise CheckpointError(f"{record.source} is damaged: {some(changed)} {verb} from the SHA-256 recorded when it was written. Copy it again.")
 
 
 def _writer(format_name: str) -> Callable[[Path, Mapping[str, np.ndarray], Mapping[str, str]], None]:

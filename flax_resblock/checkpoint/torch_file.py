@@ -6,6 +6,7 @@ Files are always opened with ``weights_only=True``: nothing in them is executed,
 from __future__ import annotations
 
 import argparse
+import re
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -104,14 +105,16 @@ def read(path: Path, *, entry: str | None = None) -> Record:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UnpicklingError as error:
-        text = " ".join(str(error).split())
-        _, _, blocked = text.partition("Unsupported global: GLOBAL ")
+        blocked = re.search(r"\bGLOBAL:? (\S+)", str(error))
         if blocked:
             raise CheckpointError(
-                f"{path} needs {blocked.split(' ')[0]} to be imported and run to open it. Loading never executes code, so it was refused. "
+                f"{path} needs {blocked[1]} to be imported and run to open it. Loading never executes code, so it was refused. "
                 "If you trust the file, open it in PyTorch yourself and save model.state_dict()."
             ) from error
-        raise CheckpointError(f"{path} is not a PyTorch checkpoint that can be opened safely: {text[:200]}") from error
+        raise CheckpointError(
+            f"{path} is no PyTorch checkpoint, or a damaged one: its pickle cannot be read without executing code, which loading never does. "
+            "Copy or download it again."
+        ) from error
     except MemoryError:
         raise
     except Exception as error:  # torch.load raises whatever its parsers meet: RuntimeError, EOFError, KeyError, struct.error ...

@@ -51,10 +51,10 @@ def permute(array: np.ndarray, axes: Sequence[int]) -> np.ndarray:
     if view.ndim < 2:
         out[...] = view
     elif order == (2, 1, 0):
-        rows = out.reshape(shape[2], -1)
+        rows = out.reshape(shape[2], shape[1] * shape[0])
         for start in range(0, shape[2], _BAND):  # HWIO -> OIHW: whole runs of output channels first, then a plain matrix transposition
             band = np.ascontiguousarray(bits[:, :, start : start + _BAND].transpose(1, 0, 2))
-            rows[start : start + _BAND] = band.reshape(-1, band.shape[2]).T
+            rows[start : start + _BAND] = band.reshape(shape[1] * shape[0], band.shape[2]).T
     else:
         for start in range(0, view.shape[-1], _BAND):
             out[..., start : start + _BAND] = view[..., start : start + _BAND]

@@ -12,7 +12,7 @@ import numpy as np
 from flax_resblock import architecture as arch
 from flax_resblock import checkpoint
 from flax_resblock.checkpoint import Record
-from flax_resblock.convert.identify import identify
+from flax_resblock.convert.identification import identify
 from flax_resblock.convert.state_map import StateMap, describe, matches_any, unhealthy
 from flax_resblock.errors import CheckpointError, InputError, some
 

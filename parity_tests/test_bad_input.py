@@ -1,0 +1,226 @@
+"""Bad input at the level of the library: refused with a message, nothing written, nothing run. The command line's share is in test_cli.py."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flax_resblock import CheckpointError, InputError, ResNetConfig, checkpoint, from_torch, load, save, to_torch
+from flax_resblock.checkpoint import atomic, safetensors_file
+from flax_resblock.checkpoint.torch_file import from_numpy
+from parity_tests.support import assert_same_bits, random_bits
+from torch_ref import BasicBlock, Block, ResNet
+
+SMALL = ResNetConfig(depths=(1, 1), widths=(6, 10), stem="cifar", stem_width=4, num_classes=3)
+
+
+def healthy():
+    rng = np.random.default_rng(0)
+    return {key: value if value.dtype == np.int64 else rng.random(value.shape, np.float32) for key, value in random_bits(SMALL, np.float32).items()}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """The same network in every format."""
+    model = from_torch(healthy())
+    for name in ("net.pth", "net.safetensors", "net"):
+        save(model, tmp_path / name)
+    torch.save({k: from_numpy(v) for k, v in healthy().items()}, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["net.pth", "legacy.pth", "net.safetensors"])
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.3, 0.7, 0.95, 0.999])
+def test_a_truncated_file_is_refused(name, share, written):
+    content = (written / name).read_bytes()
+    (written / name).write_bytes(content[: max(1, int(len(content) * share))])
+    with pytest.raises(CheckpointError):
+        load(written / name)
+
+
+@pytest.mark.parametrize("name", ["net.safetensors", "net"])
+def test_a_changed_bit_in_a_tensor_is_noticed_and_the_tensor_named(name, written):
+    kernel = healthy()["layer2.0.conv2.weight"]
+    stored = (kernel if name.endswith("safetensors") else kernel.transpose(2, 3, 1, 0)).tobytes()
+    files = [written / name] if name.endswith("safetensors") else [p for p in (written / name).rglob("*") if p.is_file()]
+    file = next(p for p in files if stored in p.read_bytes())
+    content = bytearray(file.read_bytes())
+    content[content.find(stored) + 5] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged: (layer2.0.conv2.weight|stage2.0.conv2.kernel) differs from|damaged one \("):
+        load(written / name)
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("wrap", [lambda c: c, lambda c: {"state_dict": c}, lambda c: {"state_dict": {"conv1.weight": c}}], ids=["bare", "dict", "deep"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
+def test_code_in_a_pickle_is_not_run(wrap, zipped, tmp_path):
+    torch.save(wrap(Canary(tmp_path / "canary")), tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="never executes code"):
+        load(tmp_path / "evil.pth")
+    assert not (tmp_path / "canary").exists()
+    pickle.loads(pickle.dumps(Canary(tmp_path / "canary")))
+    assert (tmp_path / "canary").exists(), "the canary itself must be alive"
+
+
+def test_harmless_objects_beside_the_weights_are_read(tmp_path):
+    import argparse
+
+    extras = {"args": argparse.Namespace(lr=0.1), "version": torch.__version__, "acc": np.float64(93.5), "epoch": 3}
+    torch.save({"model": {k: from_numpy(v) for k, v in healthy().items()}, **extras}, tmp_path / "net.pth")
+    record = checkpoint.read(tmp_path / "net.pth")
+    assert record.extras["args"].lr == 0.1
+    assert record.extras["acc"] == 93.5
+    assert_same_bits(dict(record.tensors), healthy())
+
+
+def test_odd_values_are_carried_bit_for_bit_with_a_warning(tmp_path):
+    state = healthy()
+    state["layer1.0.conv1.weight"].view(np.uint32)[0, 0, 0, 0] = 0x7FC12345  # a NaN with a payload
+    state["bn1.running_var"][1] = -2
+    with pytest.warns(UserWarning, match=r"layer1.0.conv1.weight \(1 of \d+ values not finite\)|bn1.running_var"):
+        model = from_torch(state)
+    assert_same_bits(to_torch(model), state)
+
+
+def test_many_keys_are_summed_up():
+    state = {key: value for key, value in healthy().items() if "conv" not in key}
+    with pytest.raises(CheckpointError, match=r"missing .*and \d more"):
+        from_torch(state)
+
+
+def test_missing_and_extra_keys_can_be_allowed_by_name():
+    state = healthy()
+    del state["fc.bias"]
+    state["ema.decay"] = np.array(0.99, np.float32)
+    with pytest.raises(CheckpointError, match=r"missing\s+fc.bias\n\s+unexpected\s+ema.decay"):
+        from_torch(state)
+    model = from_torch(state, ignore=["ema.*"], allow_missing=["fc.*"])
+    assert np.all(np.isfinite(model.head.bias[...]))
+    assert np.any(np.asarray(model.head.bias[...]) != 0)
+    assert model.head.kernel[...].shape == (10, 3)
+
+
+def test_two_readings_that_fit_equally_are_a_tie(monkeypatch):
+    from dataclasses import replace
+
+    from flax_resblock.convert import identify, layouts
+    from flax_resblock.convert.identification import identify as find
+    from flax_resblock.convert.state_map import describe
+
+    mirrored = dict(layouts.LAYOUTS["torchvision"].modules, conv1="conv2", conv2="conv1", norm1="bn2", norm2="bn1")
+    rival = replace(layouts.LAYOUTS["torchvision"], name="mirrored", modules=mirrored)
+    monkeypatch.setattr("flax_resblock.convert.identification.LAYOUTS", {**layouts.LAYOUTS, "mirrored": rival})
+    square = ResNetConfig(depths=(1,), widths=(4,), stem="cifar", stem_width=4, num_classes=3)
+    with pytest.raises(CheckpointError, match=r"several readings equally well: .*'torchvision'; .*'mirrored'. Say which with --layout"):
+        find(describe(random_bits(square, np.float32)))
+    assert identify(describe(random_bits(square, np.float32)), layout="torchvision").state_map.layout.name == "torchvision"
+
+
+def test_a_module_that_computes_something_else_is_refused():
+    changes = {
+        "stride": lambda m: setattr(m.layer1[0].conv2, "stride", (2, 2)),
+        "padding": lambda m: setattr(m.layer2[0].conv1, "padding", (0, 0)),
+        "padding_mode": lambda m: setattr(m.conv1, "padding_mode", "reflect"),
+        "dilation": lambda m: setattr(m.layer1[0].conv1, "dilation", (2, 2)),
+        "eps": lambda m: setattr(m.bn1, "eps", 1e-3),
+    }
+    settings = {"depths": (1, 1), "widths": (6, 10), "stem": "cifar", "stem_width": 4, "num_classes": 3}
+    assert from_torch(ResNet(**settings)).config == SMALL
+    for name, change in changes.items():
+        module = ResNet(**settings)
+        change(module)
+        with pytest.raises(InputError, match=r"expected|differ in"):
+            from_torch(module)
+        assert from_torch(module.state_dict()).config == SMALL, name
+
+
+def test_a_bare_block_needs_its_stride_unless_it_has_no_projection_or_is_a_module():
+    with pytest.raises(CheckpointError, match="cannot be read off the weights"):
+        from_torch(BasicBlock(4, 8, 2).state_dict())
+    assert from_torch(BasicBlock(4, 8, 2).state_dict(), stride=2).config.stride == 2
+    assert from_torch(BasicBlock(4, 8, 2)).config.stride == 2
+    assert from_torch(BasicBlock(4, 4).state_dict()).config.stride == 1
+    assert from_torch(Block(4, 8)).config.stride == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [(3, "not a int"), ({}, "holds no state dict"), ({"a": 1}, "a: int"), ({"conv1.weight": torch.rand(3).to_sparse()}, "sparse")],
+    ids=["number", "empty", "no tensors", "sparse"],
+)
+def test_what_is_no_state_dict_is_refused(source, message):
+    with pytest.raises(InputError, match=message):
+        from_torch(source)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/dir.safetensors"])
+def test_a_shard_index_cannot_leave_its_folder(name, tmp_path):
+    safetensors_file.write(tmp_path / "outside.safetensors", healthy(), {})
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"conv1.weight": name}}))
+    with pytest.raises(CheckpointError, match="not a plain file name"):
+        load(folder)
+
+
+@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "absent.safetensors"}}'])
+def test_a_broken_shard_index_is_refused(index, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["net.npz", "net.h5", "net.safetensor"])
+def test_an_unknown_suffix_is_refused(name, tmp_path):
+    with pytest.raises(InputError, match="names no format"):
+        save(from_torch(healthy()), tmp_path / name)
+
+
+def test_a_missing_parent_folder_is_named(tmp_path):
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        save(from_torch(healthy()), tmp_path / "nowhere" / "net.pth")
+
+
+def test_flax_names_do_not_go_into_a_pth(tmp_path):
+    with pytest.raises(InputError, match="holds PyTorch names"):
+        save(from_torch(healthy()), tmp_path / "net.pth", layout="flax")
+
+
+@pytest.mark.parametrize("name", ["net.pth", "net.safetensors", "net"])
+def test_a_failing_write_leaves_the_old_file_and_no_trace(name, written, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic, "_sync", fail)
+    before = sorted(p.name for p in written.iterdir())
+    with pytest.raises(InputError, match="No space left on device"):
+        save(from_torch(healthy()), written / name, force=True)
+    assert sorted(p.name for p in written.iterdir()) == before
+    assert_same_bits(to_torch(load(written / name)), healthy())
+
+
+def test_what_is_read_back_is_compared(written, monkeypatch):
+    original = safetensors_file.write
+
+    def corrupting(path, tensors, metadata):
+        original(path, tensors, metadata)
+        content = bytearray(Path(path).read_bytes())
+        content[-5] ^= 1
+        Path(path).write_bytes(content)
+
+    monkeypatch.setattr(safetensors_file, "write", corrupting)
+    with pytest.raises(CheckpointError, match=r"is damaged: .* differs? from the SHA-256"):
+        save(from_torch(healthy()), written / "new.safetensors")
+    assert not (written / "new.safetensors").exists()

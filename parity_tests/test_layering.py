@@ -1,0 +1,102 @@
+"""Who may import whom, as DESIGN says: the rule is a table, and the check can fail."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from parity_tests.support import REPOSITORY
+
+FREE = {"numpy", "ml_dtypes"} | set(sys.stdlib_module_names)
+JAX = {"jax", "flax", "optax"}
+
+# Path prefix -> top-level packages and own modules that may be imported there. The longest prefix that fits a file decides.
+ALLOWED: dict[str, set[str]] = {
+    "torch_ref": {"torch", "torch_ref"},
+    "flax_resblock/architecture.py": set(),
+    "flax_resblock/errors.py": set(),
+    "flax_resblock/__init__.py": {"flax_resblock"},
+    "flax_resblock/__main__.py": {"flax_resblock.cli"},
+    "flax_resblock/initializers.py": JAX,
+    "flax_resblock/norm.py": JAX | {"flax_resblock.initializers"},
+    "flax_resblock/conv.py": JAX | {"flax_resblock.initializers"},
+    "flax_resblock/blocks.py": JAX | {f"flax_resblock.{m}" for m in ("architecture", "conv", "initializers", "norm")},
+    "flax_resblock/resnet.py": JAX | {f"flax_resblock.{m}" for m in ("architecture", "blocks", "conv")},
+    "flax_resblock/linen.py": JAX | {f"flax_resblock.{m}" for m in ("architecture", "resnet", "transfer")},
+    "flax_resblock/transfer.py": JAX | {"flax_resblock"},
+    "flax_resblock/convert": {f"flax_resblock.{m}" for m in ("architecture", "checkpoint", "convert", "errors", "__version__")} | {"flax_resblock"},
+    "flax_resblock/checkpoint": {"safetensors", "flax_resblock.checkpoint", "flax_resblock.errors"},
+    "flax_resblock/checkpoint/torch_file.py": {"torch", "flax_resblock.checkpoint", "flax_resblock.errors"},
+    "flax_resblock/checkpoint/orbax_folder.py": {"orbax", "flax_resblock.checkpoint", "flax_resblock.errors"},
+    "flax_resblock/parity": JAX | {"torch", "torch_ref", "rich", "flax_resblock"},
+    "flax_resblock/cli": JAX | {"torch", "torch_ref", "train", "rich", "tyro", "PIL", "flax_resblock"},
+    "train": JAX | {"grain", "sklearn", "rich", "flax_resblock", "train"},
+}
+NEVER_ELSEWHERE = {"flax_resblock.cli": "flax_resblock/cli", "flax_resblock.parity": ("flax_resblock/parity", "flax_resblock/cli")}
+
+
+def imports(source: str) -> set[str]:
+    """Dotted names of everything imported, ``from a import b`` as ``a.b`` and as ``a``."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def violations(root: Path) -> list[str]:
+    """``file: name`` for every import that the table does not allow."""
+    found = []
+    for file in sorted(p for top in ("torch_ref", "flax_resblock", "train") for p in (root / top).rglob("*.py")):
+        place = file.relative_to(root).as_posix()
+        rules = [prefix for prefix in ALLOWED if place == prefix or place.startswith(f"{prefix}/")]
+        allowed = ALLOWED[max(rules, key=len)] if rules else set()
+        for name in imports(file.read_text(encoding="utf-8")):
+            parents = {".".join(name.split(".")[: i + 1]) for i in range(len(name.split(".")))}
+            restricted = any(parent in NEVER_ELSEWHERE and not place.startswith(NEVER_ELSEWHERE[parent]) for parent in parents)
+            entry_point = place == "flax_resblock/__main__.py"
+            if (restricted and not entry_point) or not (name.split(".")[0] in FREE or parents & allowed):
+                found.append(f"{place}: {name}")
+    return found
+
+
+def test_every_import_is_allowed():
+    assert violations(REPOSITORY) == []
+
+
+BREACHES = {
+    "torch in a block": ("flax_resblock/blocks.py", "import torch"),
+    "torch in the converter": ("flax_resblock/convert/state_map.py", "def f():\n    import torch.nn"),
+    "jax in the converter": ("flax_resblock/convert/codecs.py", "import jax.numpy as jnp"),
+    "converter in a layer": ("flax_resblock/norm.py", "from flax_resblock.convert import LAYOUTS"),
+    "torch in training": ("train/step.py", "from torch import nn"),
+    "reference in training": ("train/loop.py", "import torch_ref.training"),
+    "flax in the reference": ("torch_ref/block.py", "from flax import nnx"),
+    "command line in the library": ("flax_resblock/transfer.py", "from flax_resblock.cli import run"),
+    "verifier in the library": ("flax_resblock/transfer.py", "from flax_resblock.parity import compare"),
+    "a new dependency": ("flax_resblock/conv.py", "import einops"),
+    "a file that no rule covers": ("flax_resblock/new.py", "import jax"),
+}
+
+
+@pytest.mark.parametrize("breach", BREACHES)
+def test_the_check_finds(breach, tmp_path):
+    place, code = BREACHES[breach]
+    (tmp_path / place).parent.mkdir(parents=True)
+    (tmp_path / place).write_text(code)
+    assert len(violations(tmp_path)) == 1
+
+
+def test_layers_know_no_pytorch_name():
+    words = ("running_mean", "running_var", "downsample", "bn1", "layer1", "state_dict")
+    for name in ("blocks", "norm", "conv", "resnet", "initializers", "architecture"):
+        code = (REPOSITORY / "flax_resblock" / f"{name}.py").read_text()
+        constants = {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        names = {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)}
+        exact = {constant for constant in constants if len(constant) < 40}
+        assert not {word for word in words if word in exact | names}, name

@@ -1,0 +1,231 @@
+"""Conversion is lossless: there and back is the same bits, for every architecture, naming scheme, dtype and file format."""
+
+import json
+import warnings
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flax_resblock import BlockConfig, ResNetConfig, architectures, checkpoint, from_torch, load, save, to_torch
+from flax_resblock.architecture import architecture
+from flax_resblock.checkpoint import safetensors_file
+from flax_resblock.checkpoint.torch_file import from_numpy, state_to_numpy
+from flax_resblock.convert import LAYOUTS, StateMap, describe, identify
+from flax_resblock.convert.source import interpret
+from flax_resblock.convert.state_map import transcode
+from parity_tests.support import DTYPES, assert_same_bits, random_bits
+from torch_ref import Block, ResNet
+
+SMALL = ResNetConfig(block="bottleneck", depths=(1, 2), widths=(4, 8), stem_width=6, num_classes=3, groups=2)
+OPTION_A = ResNetConfig(depths=(1, 1), widths=(6, 12), stem="cifar", stem_width=6, shortcut="zero_pad", num_classes=4)
+BLOCKS = {
+    "basic": BlockConfig(in_channels=4, out_channels=6, stride=2),
+    "identity": BlockConfig(in_channels=5, out_channels=5),
+    "grouped": BlockConfig(in_channels=4, out_channels=8, groups=2),
+    "bottleneck": BlockConfig(in_channels=6, out_channels=16, kind="bottleneck", stride=2),
+}
+EDGE_COUNTERS = (0, 7, 2**31 - 1, 2**31, 2**40)
+
+
+@pytest.fixture(autouse=True)
+def odd_values_are_meant():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*carried as they are")
+        yield
+
+
+@pytest.mark.parametrize("name", architectures())
+def test_every_architecture_survives_bit_for_bit(name):
+    dtype = list(DTYPES.values())[len(name) % 4]
+    state = random_bits(architecture(name), dtype, seed=len(name))
+    model = from_torch(state)
+    assert model.config == architecture(name)
+    assert_same_bits(to_torch(model), state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["resnet18", "resnet20", "resnext50_32x4d"])
+def test_every_dtype_survives_bit_for_bit_and_loads_strictly(name, dtype):
+    state = random_bits(architecture(name), DTYPES[dtype])
+    back = to_torch(from_torch({key: from_numpy(value) for key, value in state.items()}))
+    assert_same_bits(back, state)
+    assert all(value.flags.writeable for value in back.values())
+    module = ResNet(**asdict(architecture(name))).to(getattr(torch, dtype))
+    module.load_state_dict({key: from_numpy(value) for key, value in back.items()}, strict=True)
+    assert_same_bits(state_to_numpy(module.state_dict()), state)
+
+
+@pytest.mark.parametrize("counter", EDGE_COUNTERS)
+def test_the_counter_survives(counter):
+    state = random_bits(OPTION_A, np.float32, counter=counter)
+    assert_same_bits(to_torch(from_torch(state)), state)
+
+
+def test_mixed_dtypes_survive():
+    state = random_bits(SMALL, np.float32)
+    for number, key in enumerate(state):
+        if state[key].dtype == np.float32:
+            dtype = list(DTYPES.values())[number % 4]
+            state[key] = np.random.default_rng(number).integers(0, 256, (*state[key].shape, np.dtype(dtype).itemsize), np.uint8).view(dtype)[..., 0].copy()
+    assert_same_bits(to_torch(from_torch(state)), state)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("config", [SMALL, OPTION_A, *BLOCKS.values()], ids=["bottleneck", "option A", *BLOCKS])
+def test_every_naming_scheme_survives(layout, config):
+    if layout == "akamaster" and any("shortcut" in map(str, e.flax_path) for e in StateMap(config, LAYOUTS["flax"]).entries):
+        pytest.skip("akamaster's networks have no projections, so their names have no word for them")
+    state = random_bits(config, np.float32, layout=layout)
+    model = from_torch(state, stride=getattr(config, "stride", None))
+    assert model.config == config
+    assert_same_bits(to_torch(model, layout), state)
+    changed = {**state, next(iter(state)): -state[next(iter(state))]}
+    with pytest.raises(AssertionError):
+        assert_same_bits(to_torch(model, layout), changed)
+
+
+def test_a_layout_names_every_tensor_once():
+    for layout in LAYOUTS.values():
+        entries = StateMap(OPTION_A, layout).entries
+        assert len({e.torch_key for e in entries}) == len({e.flax_path for e in entries}) == len(entries)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", ["net.pth", "net.safetensors", "net"])
+def test_every_file_format_survives(dtype, target, tmp_path):
+    state = random_bits(SMALL, DTYPES[dtype], counter=2**40)
+    model = from_torch(state)
+    save(model, tmp_path / target)
+    again = load(tmp_path / target)
+    assert again.config == model.config
+    assert again.stem.norm.use_running_average
+    assert_same_bits(to_torch(again), state)
+    assert [path.name for path in tmp_path.iterdir()] == [target]
+
+
+@pytest.mark.parametrize("target", ["block.safetensors", "block"])
+def test_a_saved_block_remembers_its_stride_and_norm_constants(target, tmp_path):
+    block = Block(4, 6, stride=2)
+    for layer in block.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.eps, layer.momentum = 3e-4, None
+    model = from_torch(block)
+    assert (model.config.stride, model.norm1.eps, model.norm1.momentum) == (2, 3e-4, None)
+    save(model, tmp_path / target)
+    again = load(tmp_path / target)
+    assert (again.config, again.norm1.eps, again.norm1.momentum) == (model.config, 3e-4, None)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy pickle"])
+def test_files_written_by_torch_are_read(zipped, tmp_path):
+    state = random_bits(SMALL, np.float32)
+    torch.save({key: from_numpy(value) for key, value in state.items()}, tmp_path / "net.pth", _use_new_zipfile_serialization=zipped)
+    assert_same_bits(to_torch(load(tmp_path / "net.pth")), state)
+
+
+def test_sharded_safetensors_are_joined(tmp_path):
+    state = random_bits(SMALL, np.float32)
+    keys = list(state)
+    parts = {"a.safetensors": keys[::2], "b.safetensors": keys[1::2]}
+    for name, part in parts.items():
+        safetensors_file.write(tmp_path / name, {key: state[key] for key in part}, {})
+    index = {"weight_map": {key: name for name, part in parts.items() for key in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same_bits(to_torch(load(tmp_path / "model.safetensors.index.json")), state)
+    assert_same_bits(to_torch(load(tmp_path)), state)
+
+
+WRAPPED = {
+    "state_dict": lambda s: {"state_dict": s, "epoch": 3},
+    "model": lambda s: {"model": s, "optimizer": {"state": {}, "param_groups": []}},
+    "model_state_dict": lambda s: {"model_state_dict": s, "loss": 0.1},
+    "network": lambda s: {"network": s},
+    "net": lambda s: {"net": s, "acc": 93.1},
+    "ema": lambda s: {"ema": s},
+    "state_dict_ema": lambda s: {"state_dict_ema": s},
+    "nested": lambda s: {"state_dict": {"model": s}},
+    "module.": lambda s: {f"module.{k}": v for k, v in s.items()},
+    "_orig_mod.": lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+    "backbone.": lambda s: {f"backbone.{k}": v for k, v in s.items()},
+    "model.": lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}},
+    "encoder.": lambda s: {f"encoder.{k}": v for k, v in s.items()},
+    "module._orig_mod.": lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
+    "averaged": lambda s: {"n_averaged": torch.tensor(4), **{f"module.{k}": v for k, v in s.items()}},
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_wrappers_are_taken_off_and_named(wrapper, tmp_path):
+    state = random_bits(SMALL, np.float32)
+    torch.save(WRAPPED[wrapper]({key: from_numpy(value) for key, value in state.items()}), tmp_path / "net.pth")
+    record = checkpoint.read(tmp_path / "net.pth")
+    assert_same_bits(dict(record.tensors), state)
+    said = " ".join(record.notes)
+    word = {"nested": "entry 'model'", "averaged": "n_averaged", "module._orig_mod.": "prefix '_orig_mod.'"}.get(wrapper, f"'{wrapper}'")
+    assert word in said
+
+
+def test_trained_weights_come_before_their_average_and_the_choice_is_said(tmp_path):
+    ours, average = (random_bits(SMALL, np.float32, seed=seed) for seed in (1, 2))
+    torch.save({name: {k: from_numpy(v) for k, v in s.items()} for name, s in {"model_ema": average, "model": ours}.items()}, tmp_path / "net.pth")
+    record = checkpoint.read(tmp_path / "net.pth")
+    assert_same_bits(dict(record.tensors), ours)
+    assert "also there: model_ema" in record.notes[0]
+    assert_same_bits(dict(checkpoint.read(tmp_path / "net.pth", entry="model_ema").tensors), average)
+
+
+def test_absent_counters_are_filled_with_a_note():
+    state = {key: value for key, value in random_bits(SMALL, np.float32).items() if "num_batches" not in key}
+    source = interpret(checkpoint.Record("net", "test", state))
+    assert "filled 12 absent num_batches_tracked with 0" in " ".join(source.notes)
+    back = to_torch(from_torch(state))
+    assert {int(value) for key, value in back.items() if "num_batches" in key} == {0}
+    assert_same_bits({key: value for key, value in back.items() if "num_batches" not in key}, state)
+
+
+def test_the_model_shares_no_memory_with_its_source():
+    module = ResNet(**asdict(SMALL))
+    model = from_torch(module)
+    before = {key: value.copy() for key, value in to_torch(model).items()}
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            tensor.fill_(5)
+    assert_same_bits(to_torch(model), before)
+
+
+@st.composite
+def networks(draw):
+    kind = draw(st.sampled_from(["basic", "bottleneck"]))
+    stages = draw(st.integers(1, 3))
+    widths = draw(st.lists(st.sampled_from([4, 8, 12]), min_size=stages, max_size=stages))
+    shortcut = draw(st.sampled_from(["projection", "zero_pad"])) if kind == "basic" and widths == sorted(widths) else "projection"
+    return ResNetConfig(
+        block=kind,
+        depths=tuple(draw(st.lists(st.integers(1, 3), min_size=stages, max_size=stages))),
+        widths=tuple(widths),
+        stem=draw(st.sampled_from(["imagenet", "cifar"])),
+        stem_width=draw(st.sampled_from([w for w in (4, 8) if shortcut == "projection" or w <= widths[0]])),
+        groups=draw(st.sampled_from([1, 2, 4])) if kind == "bottleneck" else 1,
+        base_width=draw(st.sampled_from([32, 64, 128])) if kind == "bottleneck" else 64,
+        in_channels=draw(st.sampled_from([1, 3, 4])),
+        num_classes=draw(st.sampled_from([None, 1, 10])),
+        shortcut=shortcut,
+    )
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(networks(), st.sampled_from(["torchvision", "sequential", "kuangliu", "flax"]), st.integers(0, 99))
+def test_any_network_is_identified_and_survives(config, layout, seed):
+    state = random_bits(config, np.float32, layout=layout, seed=seed)
+    match = identify(describe(state))
+    found = match.state_map.config
+    if found != config:  # a network without any shape change has no shortcut to tell by
+        assert not any(block.changes_shape for _, _, block in config.blocks())
+        assert {**asdict(found), "shortcut": config.shortcut} == asdict(config)
+    torchvision = StateMap(config, LAYOUTS["torchvision"])
+    there = transcode(match.state_map, torchvision, state)
+    assert_same_bits(transcode(torchvision, match.state_map, there), state)
