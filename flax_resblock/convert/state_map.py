@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -154,13 +155,13 @@ class StateMap:
           copy: Also copy arrays whose layout stays, so that nothing is shared with ``state``.
         """
         entries = [entry for entry in self.entries if entry.torch_key in state]
-        arrays = _parallel(lambda e: e.codec.to_flax(_owned(state[e.torch_key], e.codec, copy)), entries)
+        arrays = _parallel(lambda e: e.codec.to_flax(_owned(state[e.torch_key], e.codec, copy)), entries, lambda e: state[e.torch_key].nbytes)
         return dict(zip([e.flax_path for e in entries], arrays, strict=True))
 
     def to_torch(self, state: Mapping[Path, np.ndarray], *, copy: bool = False) -> dict[str, np.ndarray]:
         """Flax arrays by path to a state dict, in PyTorch's order; paths that are absent are left out. ``copy`` as for :meth:`to_flax`."""
         entries = [entry for entry in self.entries if entry.flax_path in state]
-        arrays = _parallel(lambda e: e.codec.to_torch(_owned(state[e.flax_path], e.codec, copy)), entries)
+        arrays = _parallel(lambda e: e.codec.to_torch(_owned(state[e.flax_path], e.codec, copy)), entries, lambda e: state[e.flax_path].nbytes)
         return dict(zip([e.torch_key for e in entries], arrays, strict=True))
 
 
@@ -190,19 +191,36 @@ def transcode(source: StateMap, target: StateMap, state: Mapping[str, np.ndarray
             return array if all_alike else np.array(array)
         return new.codec.to_torch(old.codec.to_flax(array))
 
-    return dict(zip([new.torch_key for _, new in pairs], _parallel(convert, pairs), strict=True))
+    return dict(zip([new.torch_key for _, new in pairs], _parallel(convert, pairs, lambda pair: state[pair[0].torch_key].nbytes), strict=True))
 
 
-def _parallel(convert: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """numpy releases the interpreter while it copies: two cores move a network in little more than the time of a plain copy."""
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        return list(pool.map(convert, items))
+_WORTH_A_THREAD = 1 << 16
+"""Bytes below which handing a tensor to another thread costs more than it saves."""
+
+
+def _parallel(convert: Callable[[T], R], items: Sequence[T], size: Callable[[T], int]) -> list[R]:
+    """``[convert(item) for item in items]`` on every core; numpy releases the interpreter while it copies.
+
+    Args:
+      convert: Works on one tensor.
+      items: In the order of the results.
+      size: Bytes of an item's tensor; the largest go first, so that no core waits for a straggler.
+    """
+    results: dict[int, R] = {}
+    order = sorted(range(len(items)), key=lambda i: -size(items[i]))
+    large = [i for i in order if size(items[i]) >= _WORTH_A_THREAD]
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        futures = {i: pool.submit(convert, items[i]) for i in large}
+        results |= {i: convert(items[i]) for i in order[len(large) :]}
+        results |= {i: future.result() for i, future in futures.items()}
+    return [results[i] for i in range(len(items))]
 
 
 def unhealthy(state_map: StateMap, state: Mapping[str, np.ndarray]) -> list[str]:
     """Tensors with values that no healthy checkpoint has: NaN, infinity, or a negative running variance; one line each."""
     entries = [e for e in state_map.entries if e.role != "counter" and e.torch_key in state and is_floating(state[e.torch_key].dtype)]
-    return [problem for problem in _parallel(lambda entry: _problem(entry, state[entry.torch_key]), entries) if problem]
+    problems = _parallel(lambda entry: _problem(entry, state[entry.torch_key]), entries, lambda entry: state[entry.torch_key].nbytes)
+    return [problem for problem in problems if problem]
 
 
 def _problem(entry: Entry, values: np.ndarray) -> str:
