@@ -223,6 +223,17 @@ def test_traceback_flag_shows_where_an_error_came_from(folder):
         run(["inspect", "nowhere.pth", "--traceback"])
 
 
+def test_temporaries_of_a_killed_process_are_removed_and_those_of_a_live_one_kept(checkpoint_file):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for process in (dead.pid, os.getppid()):
+        Path(f".out.{process}.abc.partial").mkdir()
+        Path(f".out.{process}.abc.partial/half").write_text("x")
+    assert run(["convert", checkpoint_file, "out"]) == 0
+    assert not Path(f".out.{dead.pid}.abc.partial").exists()
+    assert Path(f".out.{os.getppid()}.abc.partial/half").exists()
+
+
 @pytest.mark.slow
 def test_interrupt_while_writing_leaves_no_trace(folder):
     torch.save(ResNet(widths=(64, 128, 256, 512)).state_dict(), "big.pth")

@@ -12,7 +12,7 @@ from flax_resblock import BlockConfig, ResNetConfig
 from flax_resblock.checkpoint.torch_file import from_numpy, state_to_numpy
 from flax_resblock.convert import LAYOUTS, StateMap
 from flax_resblock.parity import compare as comparing
-from flax_resblock.parity.compare import Plan, compare_twins, measure, run_both
+from flax_resblock.parity.compare import Plan, compare_twins, measure, run_flax, run_torch
 from flax_resblock.parity.inputs import adversarial_images, randomised_norm_state
 from flax_resblock.parity.taps import trace_torch
 from flax_resblock.parity.twins import Twins, torch_twin
@@ -180,8 +180,8 @@ def test_statistics_of_a_second_batch_accumulate():
 def test_float32_errors_are_judged_against_float64_not_against_each_other():
     config, twins = SQUARE, twins_of(SQUARE)
     images = adversarial_images(config, batch=2)
-    flax, ours = run_both(twins, images, "float32", train=False, cotangent=None)
-    _, truth = run_both(twins, images, "float64", train=False, cotangent=None)
+    flax, ours = (run(twins, images, "float32", train=False, cotangent=None) for run in (run_flax, run_torch))
+    truth = run_torch(twins, images, "float64", train=False, cotangent=None)
     rows = list(measure(twins, "float32", "eval", flax, ours, truth))
     assert all(0 < m.judgement.reference_error < 1e-5 for m in rows)
     assert len({m.judgement.reference_error for m in rows}) == len({m.slot for m in rows if m.slot != "output"})

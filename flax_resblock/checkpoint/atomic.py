@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from flax_resblock.checkpoint.orbax_folder import is_orbax
 from flax_resblock.errors import InputError
+
+_SUFFIX = ".partial"
+_PATIENCE = 100
+"""Attempts, a twentieth of a second apart, to remove a folder that is still being written to."""
 
 
 def refuse_existing(path: Path, force: bool) -> None:
@@ -34,12 +40,14 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
       InputError: The destination exists without ``force``, or its folder cannot be written to.
     """
     refuse_existing(path, force)
+    _remove_stale(path)
+    scratch: Path | None = None
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    except OSError as error:
-        raise InputError(f"{path.parent} cannot be written to: {error.strerror}. Choose another folder.") from error
-    temporary = scratch / path.name
-    try:
+        try:
+            scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.", suffix=_SUFFIX, dir=path.parent))
+        except OSError as error:
+            raise InputError(f"{path.parent} cannot be written to: {error.strerror}. Choose another folder.") from error
+        temporary = scratch / path.name
         yield temporary
         _sync(temporary)
         refuse_existing(path, force)  # it may have appeared meanwhile
@@ -49,7 +57,35 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
             temporary.replace(path)
         _sync_folder(path.parent)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            _remove(scratch)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder into which a background thread of an interrupted writer may still be writing."""
+    for _ in range(_PATIENCE):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes temporaries for this destination whose process is gone: it was killed before it could clean up."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_SUFFIX}"):
+        process = left.name.removeprefix(f".{path.name}.").split(".")[0]
+        if process.isdigit() and not _is_running(int(process)):
+            _remove(left)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _swap(new: Path, path: Path, aside: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,14 @@ def read(path: Path) -> Record:
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Writes an Orbax checkpoint with ``metadata`` in a JSON file beside it."""
-    v1 = _orbax()
-    with _frugal(v1, max((value.nbytes for value in tensors.values()), default=0)):
-        v1.save(path.resolve(), _nest(tensors))
+
+    def save() -> None:
+        v1 = _orbax()
+        with _frugal(v1, max((value.nbytes for value in tensors.values()), default=0)):
+            v1.save(path.resolve(), _nest(tensors))
+
+    # Orbax writes from threads of its own, which an interrupt of the main thread does not stop. In a thread of ours the save ends before the interrupt
+    # is raised, so that whoever cleans up after it removes everything.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pool.submit(save).result()
     (path / METADATA_FILE).write_text(json.dumps(dict(metadata), indent=1) + "\n", encoding="utf-8")

@@ -72,7 +72,7 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
     _command(convert(checkpoint, converted, ReadingFlags()), f"convert {checkpoint} {converted}")
     _chapter(4, "verify: both frameworks side by side, every slot, gradients too")
     report = out / "parity.json"
-    status = verify(checkpoint, ReadingFlags(), height=9, width=8, gradients=True, json_file=report)
+    status = verify(ReadingFlags(), checkpoint, height=9, width=8, gradients=True, json_file=report)
     _command(status, f"verify {checkpoint} --height 9 --width 8 --gradients --json-file {report}")
 
     _chapter(5, f"JAX: go on training for {epochs} epochs, from the converted weights")

@@ -57,8 +57,8 @@ class ModuleFacts:
     stride: int | None
     norm_options: dict[str, float | None]
 
-    def check(self, state_map: StateMap) -> None:
-        """Raises InputError when a convolution or norm would compute something else than its Flax twin."""
+    def differences(self, state_map: StateMap) -> list[str]:
+        """Every way in which a convolution or norm would compute something else than its Flax twin, one sentence each."""
         differences = []
         expected = _expected_geometry(state_map)
         for slot in walk(state_map.config):
@@ -73,6 +73,11 @@ class ModuleFacts:
                     differences.append(f"{slot.name} pads with {module.padding_mode!r}, expected 'zeros'")
             elif slot.kind is Kind.NORM and not getattr(module, "track_running_stats", True):
                 differences.append(f"{slot.name} does not track running statistics")
+        return differences
+
+    def check(self, state_map: StateMap) -> None:
+        """Raises InputError where there are :meth:`differences`."""
+        differences = self.differences(state_map)
         if differences:
             raise InputError(
                 f"the PyTorch module's tensors fit, but it computes something else than its Flax twin: {some(differences)}. "

@@ -77,13 +77,19 @@ class Plan:
     precisions: Sequence[str] = ("float64", "float32")
 
 
-def run_both(twins: Twins, images: np.ndarray, precision: str, *, train: bool, cotangent: np.ndarray | None) -> tuple[Trace, Trace]:
-    """Traces of the Flax and of the PyTorch twin in one precision; arguments as for :func:`flax_resblock.parity.taps.trace_flax`."""
+def run_torch(twins: Twins, images: np.ndarray, precision: str, *, train: bool, cotangent: np.ndarray | None) -> Trace:
+    """Trace of the PyTorch side in one precision; arguments as for :func:`flax_resblock.parity.taps.trace_torch`."""
     dtype = PRECISIONS[precision]
-    images, weight = images.astype(dtype), None if cotangent is None else cotangent.astype(dtype)
+    weight = None if cotangent is None else cotangent.astype(dtype)
+    return trace_torch(twins.torch(dtype), images.astype(dtype), twins.torch_slots, train=train, cotangent=weight)
+
+
+def run_flax(twins: Twins, images: np.ndarray, precision: str, *, train: bool, cotangent: np.ndarray | None) -> Trace:
+    """Trace of the Flax side in one precision; arguments as for :func:`flax_resblock.parity.taps.trace_flax`."""
+    dtype = PRECISIONS[precision]
+    weight = None if cotangent is None else cotangent.astype(dtype)
     with jax.enable_x64(True) if precision == "float64" else nullcontext():
-        flax = trace_flax(twins.flax(dtype), images, twins.flax_slots, train=train, cotangent=weight)
-    return flax, trace_torch(twins.torch(dtype), images, twins.torch_slots, train=train, cotangent=weight)
+        return trace_flax(twins.flax(dtype), images.astype(dtype), twins.flax_slots, train=train, cotangent=weight)
 
 
 def measure(twins: Twins, precision: str, mode: str, flax: Trace, ours: Trace, truth: Trace) -> Iterator[Measurement]:
@@ -165,16 +171,16 @@ def compare_twins(twins: Twins, images: np.ndarray, plan: Plan | None = None, *,
         weight = cotangent if mode == "train" or not plan.train else None
         arguments: dict[str, Any] = {"train": mode == "train", "cotangent": weight}
         progress(f"{mode} mode, float64")
-        flax, truth = run_both(twins, images, "float64", **arguments)
-        if "float64" in plan.precisions:
-            measurements += measure(twins, "float64", mode, flax, truth, truth)
-        del flax
-        for precision in (name for name in plan.precisions if name != "float64"):
+        truth = run_torch(twins, images, "float64", **arguments)
+        for precision in plan.precisions:
             progress(f"{mode} mode, {precision}")
-            flax, ours = run_both(twins, images, precision, **arguments)
+            ours = truth if precision == "float64" else run_torch(twins, images, precision, **arguments)
+            flax = run_flax(twins, images, precision, **arguments)
             rows = list(measure(twins, precision, mode, flax, ours, truth))
-            if not all(row.judgement.passed for row in rows):
+            if precision != "float64" and not all(row.judgement.passed for row in rows):
                 progress(f"{mode} mode, {precision}: PyTorch's own spread")
                 rows = _with_spread(twins, precision, mode, images, rows, flax, truth, weight)
             measurements += rows
+            del ours, flax
+        del truth  # before the next mode makes its own: these are the largest arrays of a verification
     return Comparison(tuple(measurements))

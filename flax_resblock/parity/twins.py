@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -51,13 +52,17 @@ class Twins:
 
     Attributes:
       config: The network or bare block.
-      state: Its tensors under torchvision's names.
+      state: Its tensors by their PyTorch names.
       norm_options: ``eps`` and ``momentum``.
+      layout: Naming scheme of ``state``.
+      module: The PyTorch side; None: the reference of ``torch_ref``, which has torchvision's names.
     """
 
     config: Config
     state: Mapping[str, np.ndarray]
     norm_options: Mapping[str, Any]
+    layout: str = "torchvision"
+    module: torch.nn.Module | None = None
 
     @classmethod
     def of(cls, source: Source) -> Twins:
@@ -67,18 +72,21 @@ class Twins:
 
     @cached_property
     def state_map(self) -> StateMap:
-        """torchvision's names to Flax paths."""
-        return StateMap(self.config, LAYOUTS["torchvision"])
+        """PyTorch names to Flax paths."""
+        return StateMap(self.config, LAYOUTS[self.layout])
 
     @cached_property
     def flax_slots(self) -> dict[str, tuple[Any, ...]]:
         """Attribute path of every slot."""
         return {slot.name: slot.path for slot in walk(self.config)}
 
-    @property
+    @cached_property
     def torch_slots(self) -> dict[str, str]:
-        """Module name of every slot."""
-        return self.state_map.modules
+        """Module name of every slot that the PyTorch side has as a module."""
+        if self.module is None:
+            return self.state_map.modules
+        there = dict(self.module.named_modules())
+        return {slot: name for slot, name in self.state_map.modules.items() if name in there}
 
     def _cast(self, dtype: Any) -> dict[str, np.ndarray]:
         """The state in one precision; statistics stay in float32 at least, as both frameworks keep them."""
@@ -86,7 +94,7 @@ class Twins:
 
     def torch(self, dtype: Any) -> torch.nn.Module:
         """The PyTorch module with its weights in ``dtype`` (a numpy dtype)."""
-        module = torch_twin(self.config, self.norm_options)
+        module = torch_twin(self.config, self.norm_options) if self.module is None else copy.deepcopy(self.module)
         state = {key: from_numpy(np.array(value)) for key, value in self._cast(dtype).items()}
         module.to(next(value.dtype for value in state.values() if value.dtype.is_floating_point))
         module.load_state_dict(state, strict=True)

@@ -1,0 +1,116 @@
+"""A person's own module, given as --torch FILE.py:NAME: the faults of the question are named in words, a right block passes, misuse is explained."""
+
+import pytest
+import torch
+
+from flax_resblock import InputError
+from flax_resblock.cli import run
+from flax_resblock.parity.compare import Plan
+from flax_resblock.parity.user_module import cases_of, examine, load_factory
+from parity_tests.support import REPOSITORY
+from torch_ref import BasicBlock, Block, Bottleneck, ResNet, as_asked
+
+AS_ASKED = REPOSITORY / "torch_ref" / "as_asked.py"
+OVERWRITTEN, STRIDE, CHANNELS = "the main path is overwritten", "the first convolution ignores stride", "the second convolution takes in_channels"
+FAULTS = {
+    "Block": {OVERWRITTEN, STRIDE, CHANNELS},
+    "AcceptedAnswer": {STRIDE, CHANNELS},
+    "StrideIgnored": {STRIDE},
+    "WrongChannels": {CHANNELS},
+    "BranchOverwritten": {OVERWRITTEN},
+}
+QUICK = Plan(train=False, precisions=("float64",))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_exactly_the_faults_of_each_variant_are_named(name):
+    factory = getattr(as_asked, name)
+    text = " ".join(finding for case in cases_of(factory, None) for finding in examine(factory, case, QUICK).findings)
+    assert {fault for fault in (OVERWRITTEN, STRIDE, CHANNELS) if fault in text} == FAULTS[name]
+
+
+def test_the_command_says_what_is_wrong_with_the_block_as_asked(capsys):
+    assert run(["verify", "--torch", f"{AS_ASKED}:Block", "--eval-only"]) == 1
+    output = " ".join(capsys.readouterr().out.split())
+    assert all(fault in output for fault in FAULTS["Block"])
+
+
+@pytest.mark.parametrize(
+    ("factory", "arguments"),
+    [
+        (Block, {"in_channels": 4, "out_channels": 8, "stride": 2}),
+        (BasicBlock, {"in_channels": 6, "planes": 6}),
+        (Bottleneck, {"in_channels": 16, "planes": 4}),
+        (ResNet, {"depths": [1, 1], "widths": [8, 12], "stem": "cifar", "stem_width": 8, "num_classes": 3}),
+    ],
+    ids=["question", "basic", "bottleneck", "network"],
+)
+def test_a_right_module_has_no_findings(factory, arguments):
+    case = examine(factory, arguments, Plan(gradients=True))
+    assert case.findings == []
+    assert case.comparison is not None
+    assert case.comparison.passed
+
+
+def variant(forward):
+    return type("Variant", (Block,), {"forward": forward})
+
+
+ENDINGS = {
+    "skip is not added": lambda self, x: torch.relu(self.block(x)),
+    "last ReLU is missing": lambda self, x: self.block(x) + self.skip(x),
+    "ReLU comes before the addition": lambda self, x: torch.relu(self.block(x)) + self.skip(x),
+    "skip is subtracted": lambda self, x: torch.relu(self.block(x) - self.skip(x)),
+    "branches are multiplied": lambda self, x: torch.relu(self.block(x) * self.skip(x)),
+    "main path is missing": lambda self, x: torch.relu(self.skip(x)) + 0 * self.block(x),
+}
+
+
+@pytest.mark.parametrize("words", ENDINGS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_wrong_ending_is_named(words, stride):
+    case = examine(variant(ENDINGS[words]), {"in_channels": 6, "out_channels": 6, "stride": stride}, QUICK)
+    assert len(case.findings) == 1
+    assert words in case.findings[0]
+
+
+def test_an_unknown_difference_is_not_given_a_wrong_name():
+    case = examine(variant(lambda self, x: torch.relu(self.block(x) + self.skip(x)) + 0.01 * x.mean()), {"in_channels": 6, "out_channels": 6}, QUICK)
+    assert case.findings == ["its output differs from the specification's; the table shows where it begins"]
+
+
+BAD = {
+    "no colon": ("model.py", "must be FILE.py:NAME"),
+    "no file": ("nowhere.py:Block", "does not exist"),
+    "no module": ("nowhere.at.all:Block", "ModuleNotFoundError"),
+    "no name": (f"{AS_ASKED}:Missing", "no class or function 'Missing'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_specification_is_explained(case):
+    spec, message = BAD[case]
+    with pytest.raises(InputError, match=message):
+        load_factory(spec)
+
+
+MISBEHAVED = {
+    "random": (lambda self, x: torch.relu(self.block(x) + self.skip(x)) * torch.rand(()), "another result when it is run twice"),
+    "tuple": (lambda self, x: (self.block(x), self.skip(x)), "returns a tuple, not a tensor"),
+}
+
+
+@pytest.mark.parametrize("case", MISBEHAVED)
+def test_a_module_that_cannot_be_compared_is_refused(case):
+    forward, message = MISBEHAVED[case]
+    with pytest.raises(InputError, match=message):
+        examine(variant(forward), {"in_channels": 6, "out_channels": 6}, QUICK)
+
+
+def test_a_factory_that_needs_unknown_arguments_says_so():
+    with pytest.raises(InputError, match="needs in_channels, planes; say them with --kwargs"):
+        cases_of(BasicBlock, None)
+    with pytest.raises(InputError, match=r"raised TypeError.*--kwargs"):
+        examine(Block, {"width": 3}, QUICK)
+    with pytest.raises(InputError, match="no residual network"):
+        examine(lambda: torch.nn.Linear(3, 4), {}, QUICK)
