@@ -47,7 +47,7 @@ def from_torch(
       architecture: Name or configuration; None finds it from names and shapes.
       layout: Naming scheme, see :data:`flax_resblock.convert.LAYOUTS`; None finds it.
       num_classes: Size of the logits; None reads it off.
-      stride: Of a bare block with a projection; its weights do not tell (an ``nn.Module`` does).
+      stride: Of a bare block whose skip changes shape; its weights do not tell (an ``nn.Module`` does).
       ignore: Keys to drop, shell-style patterns.
       allow_missing: Keys that may be absent and start afresh, shell-style patterns.
       **options: See :class:`flax_resblock.blocks.LayerOptions`. ``eps`` and ``momentum`` default to those of an ``nn.Module`` source.
@@ -148,7 +148,8 @@ def _to_numpy(value: Any, key: str) -> np.ndarray:
         from flax_resblock.checkpoint.torch_file import to_numpy
 
         return to_numpy(value, key)
-    return np.asarray(value)
+    array = np.asarray(value)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))  # neither jax nor torch knows the other byte order
 
 
 def flat_arrays(model: Model) -> dict[Path, np.ndarray]:

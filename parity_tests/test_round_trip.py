@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flax_resblock import BlockConfig, ResNetConfig, architectures, checkpoint, from_torch, load, save, to_torch
+from flax_resblock import BlockConfig, CheckpointError, ResNetConfig, architectures, checkpoint, from_torch, load, save, to_torch
 from flax_resblock.architecture import architecture
 from flax_resblock.checkpoint import safetensors_file
 from flax_resblock.checkpoint.torch_file import from_numpy, state_to_numpy
@@ -118,6 +118,14 @@ def test_a_saved_block_remembers_its_stride_and_norm_constants(target, tmp_path)
     save(model, tmp_path / target)
     again = load(tmp_path / target)
     assert (again.config, again.norm1.eps, again.norm1.momentum) == (model.config, 3e-4, None)
+
+
+def test_what_a_person_says_comes_before_what_the_file_remembers(tmp_path):
+    save(from_torch(random_bits(OPTION_A, np.float32)), tmp_path / "net.safetensors")
+    with pytest.raises(CheckpointError, match=r"fc.weight \[4, 12\], expected \[9, 12\]"):
+        load(tmp_path / "net.safetensors", num_classes=9)
+    save(from_torch(Block(4, 6, stride=2)), tmp_path / "block")
+    assert (load(tmp_path / "block").config.stride, load(tmp_path / "block", stride=1).config.stride) == (2, 1)
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy pickle"])

@@ -138,6 +138,8 @@ def write(path: str | Path, tensors: dict[str, np.ndarray], *, metadata: Mapping
             write_tensors(temporary, tensors, {**(metadata or {}), DIGESTS: json.dumps(expected)})
             if release:
                 tensors.clear()
-            _verify(read(temporary), expected)
+            written = read(temporary)  # which compares with the digests that the file carries, where its format has a place for them
+            if _recorded_digests(written) != expected:
+                _verify(written, expected)
     except OSError as error:
         raise InputError(f"{path} could not be written: {error.strerror or error}. Nothing was left there.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -12,6 +13,8 @@ from flax_resblock.convert.state_map import Misfit, StateMap, TensorInfo
 from flax_resblock.errors import CheckpointError, InputError
 
 Found = Mapping[str, TensorInfo]
+_KERNEL_AXES = {Kind.CONV: 4, Kind.LINEAR: 2}
+_NORM_TENSORS = ("scale", "bias", "mean", "var")
 
 
 @dataclass(frozen=True)
@@ -36,37 +39,51 @@ class _Reader:
         self.modules = {key.rpartition(".")[0] for key in found}
 
     def shape(self, stage: str, block: int | None, role: str, kind: Kind, tensor: str = "kernel") -> tuple[int, ...] | None:
-        """Flax shape of a tensor, None where it is absent."""
+        """Flax shape of a tensor; None where it is absent or has another number of axes."""
         module = self.layout.module_name(Slot(stage, block, role, kind))
         row = next(row for row in self.layout.tensors[kind] if row.flax_name == tensor)
         info = self.found.get(f"{module}.{row.name}")
-        return None if info is None else row.codec.flax_shape(info.shape)
+        shape = None if info is None else row.codec.flax_shape(info.shape)
+        return shape if shape is not None and len(shape) == (_KERNEL_AXES[kind] if tensor == "kernel" else 1) else None
 
     def has_block(self, stage: str, block: int) -> bool:
         prefix = self.layout.block_prefix(stage, block) + "."
         return any(module.startswith(prefix) for module in self.modules)
 
-    def width(self, stage: str, blocks: Iterable[int | None], number: int) -> int | None:
-        """Output channels of the ``number``-th convolution, from its kernel or its norm in any of ``blocks``."""
+    def width(self, stage: str, blocks: Iterable[int | None], conv: str, norm: str) -> int | None:
+        """Output channels of a convolution in the first of ``blocks`` that has it: what most of its kernel and the norm after it say.
+
+        A majority, so that one tensor of a wrong shape is found out by the others and not the other way round.
+        """
         for block in blocks:
-            kernel = self.shape(stage, block, f"conv{number}", Kind.CONV)
-            norm = self.shape(stage, block, f"norm{number}", Kind.NORM, "scale")
-            for shape in (kernel, norm):
-                if shape:
-                    return shape[-1]
+            shapes = [self.shape(stage, block, conv, Kind.CONV), *(self.shape(stage, block, norm, Kind.NORM, name) for name in _NORM_TENSORS)]
+            channels = Counter(shape[-1] for shape in shapes if shape)
+            if channels:
+                return channels.most_common(1)[0][0]
         return None
 
-    def grouping(self, stage: str, block: int | None, kind: str, in_channels: int, planes: int) -> tuple[int, int]:
-        """``groups`` and ``base_width`` from the first 3x3 kernel: ``(3, 3, in_channels // groups, _)``, in a bottleneck ``(3, 3, width // groups, width)``."""
-        kernel = self.shape(stage, block, "conv1" if kind == "basic" else "conv2", Kind.CONV)
-        if kernel is None or kernel[2] == 0:
+    def grouping(self, kind: str, blocks: Iterable[tuple[str, int | None, int | None, int]]) -> tuple[int, int]:
+        """``groups`` and ``base_width`` that most 3x3 kernels ``(3, 3, channels // groups, _)`` have; of two that disagree, the first is believed.
+
+        Args:
+          kind: Of every block.
+          blocks: Stage, index, input channels (None: unknown) and planes of each.
+        """
+        seen: list[tuple[int, int, int]] = []
+        for stage, block, in_channels, planes in blocks:
+            inputs = {"conv1": in_channels, "conv2": planes} if kind == "basic" else {"conv2": self.width(stage, [block], "conv2", "norm2")}
+            for conv, channels in inputs.items():
+                kernel = self.shape(stage, block, conv, Kind.CONV)
+                if kernel and channels and planes and 0 < kernel[2] <= channels:
+                    seen.append((planes, kernel[2], channels))
+        if not seen:
             return 1, 64
+        groups = Counter(channels // fan for _, fan, channels in seen).most_common(1)[0][0]
         if kind == "basic":
-            return max(1, in_channels // kernel[2]), 64
-        groups = max(1, kernel[3] // kernel[2])
-        per_group = kernel[3] // groups
-        base_width = next((w for w in range(1, 64 * per_group + 1) if int(planes * w / 64) == per_group), 64)
-        return groups, base_width
+            return groups, 64
+        needed = [(planes, inner // groups) for planes, _, inner in seen]
+        narrowest = {-(-64 * per_group // planes) for planes, per_group in needed}  # where one width serves all stages, the largest of these does
+        return groups, max(narrowest, key=lambda width: (sum(planes * width // 64 == per_group for planes, per_group in needed), -width))
 
 
 def infer_network(layout: Layout, found: Found) -> ResNetConfig | None:
@@ -83,24 +100,26 @@ def infer_network(layout: Layout, found: Found) -> ResNetConfig | None:
         stages.append(range(depth))
     if not stages:
         return None
-    kind = "bottleneck" if any(reader.width(f"stage{n}", blocks, 3) for n, blocks in enumerate(stages, 1)) else "basic"
+    kind = "bottleneck" if any(reader.width(f"stage{n}", blocks, "conv3", "norm3") for n, blocks in enumerate(stages, 1)) else "basic"
     last = 3 if kind == "bottleneck" else 2
-    widths = [reader.width(f"stage{n}", blocks, last) for n, blocks in enumerate(stages, 1)]
+    widths = [reader.width(f"stage{n}", blocks, f"conv{last}", f"norm{last}") or 0 for n, blocks in enumerate(stages, 1)]
     stem = reader.shape("stem", None, "conv", Kind.CONV)
-    stem_norm = reader.shape("stem", None, "norm", Kind.NORM, "scale")
+    stem_width = reader.width("stem", [None], "conv", "norm")
     head = reader.shape("head", None, "", Kind.LINEAR) or reader.shape("head", None, "", Kind.LINEAR, "bias")
-    if None in widths or not (stem or stem_norm):
+    if 0 in widths or not stem_width:
         return None
-    groups, base_width = reader.grouping("stage1", 0, kind, (stem or stem_norm or (0,))[-1], (widths[0] or 0) // EXPANSION[kind])
-    projects = any(reader.shape(f"stage{n}", 0, "shortcut.conv", Kind.CONV) for n in range(1, len(stages) + 1))
-    changes = len(stages) > 1 or (stem or stem_norm or (0,))[-1] != widths[0]
+    inputs = [stem_width, *widths]
+    blocks = [(f"stage{n + 1}", i, widths[n] if i else inputs[n], widths[n] // EXPANSION[kind]) for n, stage in enumerate(stages) for i in stage]
+    groups, base_width = reader.grouping(kind, blocks)
+    projects = any(reader.width(f"stage{n}", [0], "shortcut.conv", "shortcut.norm") for n in range(1, len(stages) + 1))
+    changes = len(stages) > 1 or stem_width != widths[0]
     try:
         return ResNetConfig(
             block=kind,
             depths=tuple(len(blocks) for blocks in stages),
-            widths=tuple((width or 0) // EXPANSION[kind] for width in widths),
+            widths=tuple(width // EXPANSION[kind] for width in widths),
             stem="cifar" if stem is not None and stem[0] == 3 else "imagenet",
-            stem_width=(stem or stem_norm or (0,))[-1],
+            stem_width=stem_width,
             shortcut="projection" if projects or not changes else "zero_pad",
             groups=groups,
             base_width=base_width,
@@ -114,17 +133,18 @@ def infer_network(layout: Layout, found: Found) -> ResNetConfig | None:
 def infer_block(layout: Layout, found: Found, stride: int | None) -> BlockConfig | None:
     """The bare block that the names and shapes describe under ``layout``; its stride cannot be read off the weights."""
     reader = _Reader(layout, found)
-    first = reader.shape("", None, "conv1", Kind.CONV)
-    kind = "bottleneck" if reader.width("", [None], 3) else "basic"
-    out = reader.width("", [None], 3 if kind == "bottleneck" else 2)
-    if first is None or out is None:
+    kind = "bottleneck" if reader.width("", [None], "conv3", "norm3") else "basic"
+    last = 3 if kind == "bottleneck" else 2
+    out = reader.width("", [None], f"conv{last}", f"norm{last}")
+    first, second, shortcut = (reader.shape("", None, role, Kind.CONV) for role in ("conv1", "conv2", "shortcut.conv"))
+    if out is None or (first is None and second is None):
         return None
-    second = reader.shape("", None, "conv2", Kind.CONV)
-    shortcut = reader.shape("", None, "shortcut.conv", Kind.CONV)
-    ungrouped = kind == "bottleneck" or second is None or second[2] == out
-    in_channels = shortcut[2] if shortcut else first[2] if ungrouped else out
-    groups, base_width = reader.grouping("", None, kind, in_channels, out // EXPANSION[kind])
-    projects = shortcut is not None
+    groups, base_width = reader.grouping(kind, [("", None, shortcut[2] if shortcut else None, out // EXPANSION[kind])])
+    if kind == "basic" and first and shortcut and first[2] and shortcut[2] % first[2] == 0:
+        groups = shortcut[2] // first[2]  # a projection sees every input channel: that tells more than a second kernel, which may be the wrong one
+    projects = reader.width("", [None], "shortcut.conv", "shortcut.norm") is not None
+    fan = first[2] * (groups if kind == "basic" else 1) if first else out
+    in_channels = shortcut[2] if shortcut else fan
     try:
         return BlockConfig(
             in_channels=in_channels,
@@ -139,10 +159,12 @@ def infer_block(layout: Layout, found: Found, stride: int | None) -> BlockConfig
         return None
 
 
-def _requested(wanted: str | Config, found: Found, layout: Layout, num_classes: int | None) -> Config:
+def _requested(wanted: str | Config, found: Found, layout: Layout, num_classes: int | None, stride: int | None) -> Config:
     """The configuration a person asked for; classes and channels that were left open come from the file."""
-    if not isinstance(wanted, str):
-        return wanted
+    if isinstance(wanted, BlockConfig):
+        return wanted if stride is None else replace(wanted, stride=stride)
+    if isinstance(wanted, ResNetConfig):
+        return wanted if num_classes is None else replace(wanted, num_classes=num_classes)
     seen = infer_network(layout, found)
     changes: dict[str, object] = {}
     if seen is not None:
@@ -163,7 +185,7 @@ def _matches(
     matches = []
     for layout in layouts:
         if wanted is not None:
-            config: Config | None = _requested(wanted, found, layout, num_classes)
+            config: Config | None = _requested(wanted, found, layout, num_classes, stride)
         else:
             config = infer_network(layout, found) or infer_block(layout, found, stride)
             if isinstance(config, ResNetConfig) and num_classes is not None:
@@ -175,7 +197,7 @@ def _matches(
         except InputError:
             continue  # this scheme cannot name the network at all
         matches.append(Match(state_map, state_map.check(found, allow_missing)))
-    return sorted(matches, key=lambda match: len(match.misfit))
+    return sorted(matches, key=lambda match: (len(match.misfit), len(match.misfit.unexpected)))  # of two, the one that knows every name
 
 
 def _same(a: StateMap, b: StateMap) -> bool:
@@ -200,16 +222,20 @@ def identify(
       architecture: A name or configuration, None to find it.
       layout: A name of :data:`LAYOUTS`, None to find it.
       num_classes: Size of the logits, None to read it off.
-      stride: Of a bare block with a projection, which its weights do not tell.
+      stride: Of a bare block whose skip changes shape, which its weights do not tell.
       allow_missing: Keys (globs) that may be absent.
       source: What to call the state dict in messages.
     Raises:
       CheckpointError: Nothing fits, or several readings fit; the message shows the nearest and the flag to use.
+      InputError: An unknown name, or a number of classes or a stride below 1.
     """
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f"layout {layout!r} is unknown; known: {', '.join(LAYOUTS)}.")
     if isinstance(architecture, str) and architecture not in ARCHITECTURES:
         raise InputError(f"architecture {architecture!r} is unknown; known: {', '.join(ARCHITECTURES)}.")
+    for name, number in (("num_classes", num_classes), ("stride", stride)):
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise InputError(f"{name}={number!r} must be a positive integer.")
     layouts = LAYOUTS.values() if layout is None else (LAYOUTS[layout],)
     matches = _matches(found, layouts, architecture, num_classes, stride, allow_missing)
     fitting = [match for match in matches if not len(match.misfit)]
@@ -221,10 +247,10 @@ def identify(
         choices = "; ".join(match.title for match in (best, *rivals))
         raise CheckpointError(f"{source} fits several readings equally well: {choices}. Say which with --layout NAME or --architecture NAME.")
     config = best.state_map.config
-    if isinstance(config, BlockConfig) and stride is None and config.projects and isinstance(architecture, str | None):
+    if isinstance(config, BlockConfig) and stride is None and config.changes_shape and isinstance(architecture, str | None):
         raise CheckpointError(
-            f"{source} is a bare {config.kind} block {config.in_channels}->{config.out_channels} with a projection (layout "
-            f"'{best.state_map.layout.name}'). Its stride cannot be read off the weights. Say it with --stride 1 or --stride 2 (stride=... in Python)."
+            f"{source} is a bare {config.kind} block {config.in_channels}->{config.out_channels} whose skip changes shape "
+            f"(layout '{best.state_map.layout.name}'). Its stride cannot be read off the weights. Say it with --stride 1 or --stride 2 (stride=... in Python)."
         )
     return best
 
