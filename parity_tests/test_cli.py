@@ -234,6 +234,18 @@ def test_temporaries_of_a_killed_process_are_removed_and_those_of_a_live_one_kep
     assert Path(f".out.{os.getppid()}.abc.partial/half").exists()
 
 
+def test_a_folder_that_was_moved_aside_by_a_killed_process_comes_back(checkpoint_file, capsys):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    assert run(["convert", checkpoint_file, "out"]) == 0
+    Path(f".out.{dead.pid}.abc.partial").mkdir()
+    Path("out").rename(f".out.{dead.pid}.abc.partial/replaced")
+    assert run(["convert", checkpoint_file, "out"]) == 2
+    assert "out exists" in capsys.readouterr().err
+    assert flax_resblock.load("out").config.widths == (8, 12)
+    assert not Path(f".out.{dead.pid}.abc.partial").exists()
+
+
 @pytest.mark.slow
 def test_interrupt_while_writing_leaves_no_trace(folder):
     torch.save(ResNet(widths=(64, 128, 256, 512)).state_dict(), "big.pth")

@@ -15,6 +15,8 @@ from flax_resblock.checkpoint.orbax_folder import is_orbax
 from flax_resblock.errors import InputError
 
 _SUFFIX = ".partial"
+_ASIDE = "replaced"
+"""Where the old folder waits while the new one takes its name."""
 _PATIENCE = 100
 """Attempts, a twentieth of a second apart, to remove a folder that is still being written to."""
 
@@ -39,8 +41,8 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
       InputError: The destination exists without ``force``, or its folder cannot be written to.
     """
-    refuse_existing(path, force)
     _remove_stale(path)
+    refuse_existing(path, force)
     scratch: Path | None = None
     try:
         try:
@@ -52,7 +54,7 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
         _sync(temporary)
         refuse_existing(path, force)  # it may have appeared meanwhile
         if os.path.lexists(path) and (temporary.is_dir() or path.is_dir()):
-            _swap(temporary, path, scratch / "replaced")
+            _swap(temporary, path, scratch / _ASIDE)
         else:
             temporary.replace(path)
         _sync_folder(path.parent)
@@ -71,10 +73,15 @@ def _remove(folder: Path) -> None:
 
 
 def _remove_stale(path: Path) -> None:
-    """Removes temporaries for this destination whose process is gone: it was killed before it could clean up."""
+    """Removes temporaries for this destination whose process is gone: it was killed before it could clean up.
+
+    If it was killed between moving the old folder aside and giving the new one its name, the old one gets its name back.
+    """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{_SUFFIX}"):
         process = left.name.removeprefix(f".{path.name}.").split(".")[0]
         if process.isdigit() and not _is_running(int(process)):
+            if (left / _ASIDE).exists() and not os.path.lexists(path):
+                (left / _ASIDE).rename(path)
             _remove(left)
 
 
