@@ -105,6 +105,10 @@ class BlockConfig:
             raise ValueError(f"a bottleneck has 4 output channels per plane; out_channels={self.out_channels} is not a multiple of 4.")
         if self.kind == "basic" and self.base_width != 64:
             raise ValueError(f"base_width={self.base_width} applies to bottlenecks; a basic block has none.")
+        if self.kind == "basic" and (self.in_channels % self.groups or self.out_channels % self.groups):
+            raise ValueError(f"groups={self.groups} must divide in_channels={self.in_channels} and out_channels={self.out_channels} of a basic block.")
+        if self.inner_width < 1:
+            raise ValueError(f"base_width={self.base_width} leaves a bottleneck of {self.planes} planes no inner channel.")
         if self.shortcut == "zero_pad" and self.out_channels < self.in_channels:
             raise ValueError(f"a zero_pad shortcut cannot reduce {self.in_channels} channels to {self.out_channels}.")
 

@@ -33,6 +33,71 @@ def written(tmp_path):
     return tmp_path
 
 
+NO_CHECKPOINTS = {
+    "empty": (lambda path: path.write_bytes(b""), "is empty"),
+    "directory": (lambda path: path.mkdir(), "is a folder without a checkpoint"),
+    "text": (lambda path: path.write_text("epoch 3, loss 0.1\n"), "neither a PyTorch checkpoint .* begins with b'epoch 3"),
+    "absent": (lambda path: None, "does not exist"),
+    "other zip": (lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)), "damaged or truncated PyTorch zip archive"),
+    "a number": (lambda path: torch.save(3, path), "holds a int, not a state dict"),
+    "an image": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40)), "neither a PyTorch checkpoint"),
+}
+
+
+@pytest.mark.parametrize("case", NO_CHECKPOINTS)
+def test_what_is_no_checkpoint_is_refused_by_name(case, tmp_path):
+    write, message = NO_CHECKPOINTS[case]
+    write(tmp_path / "net.pth")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match=rf"net\.pth.*{message}"):
+        load(tmp_path / "net.pth")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def _without(key):
+    return lambda state: {k: v for k, v in state.items() if k != key}
+
+
+def _with(**tensors):
+    return lambda state: {**state, **{key.replace("__", "."): value for key, value in tensors.items()}}
+
+
+VGG = {f"features.{i}.{t}": np.random.default_rng(i).random((8, 3, 3, 3) if t == "weight" else (8,), np.float32) for i in (0, 3) for t in ("weight", "bias")}
+MISFITS = {
+    "another network": (lambda state: VGG, r"no residual network in any known layout .*named like features\.0\.weight"),
+    "a missing key": (_without("layer2.0.bn2.running_var"), r"\n  missing +layer2\.0\.bn2\.running_var\n"),
+    "an extra key": (_with(aux__weight=np.zeros((2, 2), np.float32)), r"\n  unexpected +aux\.weight\n"),
+    "a wrong shape": (_with(bn1__bias=np.zeros(5, np.float32)), r"\n  wrong shape bn1\.bias \[5\], expected \[4\]\n"),
+    "another number of classes": (_with(fc__bias=np.zeros(9, np.float32)), r"\n  wrong shape fc\.bias \[9\], expected \[3\]\n"),
+    "integer weights": (_with(fc__weight=np.arange(30).reshape(3, 10)), r"\n  wrong dtype fc\.weight int64, expected a floating type\n"),
+    "a fractional counter": (_with(bn1__num_batches_tracked=np.float32(1.5)), r"bn1\.num_batches_tracked float32, expected an integer\n"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+@pytest.mark.parametrize("in_file", [False, True], ids=["dict", "file"])
+def test_what_does_not_fit_is_named(case, in_file, tmp_path):
+    change, message = MISFITS[case]
+    source = change(healthy())
+    if in_file:
+        torch.save({key: torch.as_tensor(value) for key, value in source.items()}, tmp_path / "net.pth")
+        source = tmp_path / "net.pth"
+    with pytest.raises(CheckpointError, match=message):
+        from_torch(source)
+    assert from_torch(healthy()).config == SMALL
+
+
+@pytest.mark.parametrize("name", ["net.pth", "net.safetensors", "net"])
+def test_an_existing_output_is_kept_without_force(name, written):
+    other = from_torch({key: value + 1 for key, value in healthy().items()})
+    with pytest.raises(InputError, match=f"{name} exists.*force=True"):
+        save(other, written / name)
+    assert_same_bits(to_torch(load(written / name)), healthy())
+    save(other, written / name, force=True)
+    assert_same_bits(to_torch(load(written / name)), to_torch(other))
+    assert sorted(p.name for p in written.iterdir()) == ["legacy.pth", "net", "net.pth", "net.safetensors"]
+
+
 @pytest.mark.parametrize("name", ["net.pth", "legacy.pth", "net.safetensors"])
 @pytest.mark.parametrize("share", [0.001, 0.01, 0.3, 0.7, 0.95, 0.999])
 def test_a_truncated_file_is_refused(name, share, written):
@@ -135,15 +200,30 @@ def test_a_module_that_computes_something_else_is_refused():
         "padding_mode": lambda m: setattr(m.conv1, "padding_mode", "reflect"),
         "dilation": lambda m: setattr(m.layer1[0].conv1, "dilation", (2, 2)),
         "eps": lambda m: setattr(m.bn1, "eps", 1e-3),
+        "momentum": lambda m: setattr(m.layer2[0].bn2, "momentum", None),
+        "statistics": lambda m: setattr(m.bn1, "track_running_stats", False),
+        "activation": lambda m: m.layer1[0].add_module("act", torch.nn.GELU()),
+        "pooling kept in a CIFAR stem": lambda m: setattr(m, "maxpool", torch.nn.MaxPool2d(3, 2, 1)),
+        "another global pooling": lambda m: m.add_module("avgpool", torch.nn.AdaptiveMaxPool2d(1)),
     }
     settings = {"depths": (1, 1), "widths": (6, 10), "stem": "cifar", "stem_width": 4, "num_classes": 3}
     assert from_torch(ResNet(**settings)).config == SMALL
     for name, change in changes.items():
         module = ResNet(**settings)
         change(module)
-        with pytest.raises(InputError, match=r"expected|differ in"):
-            from_torch(module)
+        for wrapped in (module, torch.nn.DataParallel(module)):
+            with pytest.raises(InputError, match=r"expected|differ in|does not track|pools by the mean"):
+                from_torch(wrapped)
         assert from_torch(module.state_dict()).config == SMALL, name
+
+
+@pytest.mark.parametrize("pool", [torch.nn.Identity(), torch.nn.MaxPool2d(2, 2), torch.nn.MaxPool2d(3, 2, 1, ceil_mode=True), torch.nn.AvgPool2d(3, 2, 1)])
+def test_another_pooling_in_an_imagenet_stem_is_refused(pool):
+    module = ResNet(depths=(1,), widths=(4,), stem_width=4)
+    assert from_torch(module).config.stem == "imagenet"
+    module.maxpool = pool
+    with pytest.raises(InputError, match=r"stem\.pool is .*expected \('MaxPool2d', 3, 2, 1, 1, False\)"):
+        from_torch(module)
 
 
 def test_a_bare_block_needs_its_stride_unless_it_has_no_projection_or_is_a_module():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 
 from parity_tests.support import REPOSITORY
 
-FREE = {"numpy", "ml_dtypes"} | set(sys.stdlib_module_names)
-JAX = {"jax", "flax", "optax"}
+FREE = set(sys.stdlib_module_names)
+ARRAYS = {"numpy", "ml_dtypes"}
+JAX = ARRAYS | {"jax", "flax", "optax"}
 
 # Path prefix -> top-level packages and own modules that may be imported there. The longest prefix that fits a file decides.
 ALLOWED: dict[str, set[str]] = {
@@ -27,10 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "flax_resblock/resnet.py": JAX | {f"flax_resblock.{m}" for m in ("architecture", "blocks", "conv")},
     "flax_resblock/linen.py": JAX | {f"flax_resblock.{m}" for m in ("architecture", "resnet", "transfer")},
     "flax_resblock/transfer.py": JAX | {"flax_resblock"},
-    "flax_resblock/convert": {f"flax_resblock.{m}" for m in ("architecture", "checkpoint", "convert", "errors", "__version__")} | {"flax_resblock"},
-    "flax_resblock/checkpoint": {"safetensors", "flax_resblock.checkpoint", "flax_resblock.errors"},
-    "flax_resblock/checkpoint/torch_file.py": {"torch", "flax_resblock.checkpoint", "flax_resblock.errors"},
-    "flax_resblock/checkpoint/orbax_folder.py": {"orbax", "flax_resblock.checkpoint", "flax_resblock.errors"},
+    "flax_resblock/convert": ARRAYS | {f"flax_resblock.{m}" for m in ("architecture", "checkpoint", "convert", "errors", "__version__")},
+    "flax_resblock/checkpoint": ARRAYS | {"safetensors", "flax_resblock.checkpoint", "flax_resblock.errors"},
+    "flax_resblock/checkpoint/torch_file.py": ARRAYS | {"torch", "flax_resblock.checkpoint", "flax_resblock.errors"},
+    "flax_resblock/checkpoint/orbax_folder.py": ARRAYS | {"orbax", "flax_resblock.checkpoint", "flax_resblock.errors"},
     "flax_resblock/parity": JAX | {"torch", "torch_ref", "rich", "flax_resblock"},
     "flax_resblock/cli": JAX | {"torch", "torch_ref", "train", "rich", "tyro", "PIL", "flax_resblock"},
     "train": JAX | {"grain", "sklearn", "rich", "flax_resblock", "train"},
@@ -39,13 +41,16 @@ NEVER_ELSEWHERE = {"flax_resblock.cli": "flax_resblock/cli", "flax_resblock.pari
 
 
 def imports(source: str) -> set[str]:
-    """Dotted names of everything imported, ``from a import b`` as ``a.b`` and as ``a``."""
+    """Dotted names of everything imported: ``from a import b`` as ``a.b``, ``import_module("a")`` and ``__import__("a")`` as ``a``."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {f"{'.' * node.level}{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            names |= {str(node.args[0].value)} if called in ("import_module", "__import__") else set()
     return names
 
 
@@ -73,6 +78,15 @@ BREACHES = {
     "torch in a block": ("flax_resblock/blocks.py", "import torch"),
     "torch in the converter": ("flax_resblock/convert/state_map.py", "def f():\n    import torch.nn"),
     "jax in the converter": ("flax_resblock/convert/codecs.py", "import jax.numpy as jnp"),
+    "jax through a layer in the converter": ("flax_resblock/convert/source.py", "from flax_resblock.blocks import ResidualBlock"),
+    "jax in the files": ("flax_resblock/checkpoint/orbax_folder.py", "import jax"),
+    "the converter in the files": ("flax_resblock/checkpoint/record.py", "from flax_resblock.convert import LAYOUTS"),
+    "torch by a string": ("flax_resblock/transfer.py", "import importlib\ntorch = importlib.import_module('torch')"),
+    "a relative import": ("flax_resblock/norm.py", "from ..torch_ref import Block"),
+    "an array in the description": ("flax_resblock/architecture.py", "import numpy as np"),
+    "numpy in the reference": ("torch_ref/block.py", "import numpy as np"),
+    "the reference in the library": ("flax_resblock/transfer.py", "from torch_ref import ResNet"),
+    "training in the library": ("flax_resblock/linen.py", "import train.step"),
     "converter in a layer": ("flax_resblock/norm.py", "from flax_resblock.convert import LAYOUTS"),
     "torch in training": ("train/step.py", "from torch import nn"),
     "reference in training": ("train/loop.py", "import torch_ref.training"),
@@ -90,6 +104,19 @@ def test_the_check_finds(breach, tmp_path):
     (tmp_path / place).parent.mkdir(parents=True)
     (tmp_path / place).write_text(code)
     assert len(violations(tmp_path)) == 1
+
+
+def test_a_tree_that_keeps_the_rules_passes(tmp_path):
+    (tmp_path / "flax_resblock" / "convert").mkdir(parents=True)
+    (tmp_path / "flax_resblock" / "convert" / "codecs.py").write_text("import math\nimport numpy as np\nfrom flax_resblock import architecture as arch\n")
+    assert violations(tmp_path) == []
+
+
+def test_the_converter_and_the_files_run_without_jax():
+    code = (
+        "import sys, flax_resblock.convert.source, flax_resblock.convert.modules, flax_resblock.checkpoint\nprint({'jax', 'flax', 'torch'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
 
 
 def test_layers_know_no_pytorch_name():

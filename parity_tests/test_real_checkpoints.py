@@ -1,5 +1,7 @@
 """Two CIFAR-10 networks that others trained, and real images."""
 
+from dataclasses import asdict
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from flax_resblock import architecture as arch
 from flax_resblock import load, to_torch
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, judge, relative_l2
 from parity_tests.support import SHARED, needs_real_checkpoints
+from torch_ref import ResNet
 
 pytestmark = needs_real_checkpoints
 FILES = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
@@ -17,7 +20,7 @@ FILES = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
 @pytest.mark.parametrize("name", FILES)
 def test_the_architecture_is_found_and_the_bits_come_back(name):
     model = load(SHARED / FILES[name])
-    assert model.config == arch.architecture(name)
+    assert (arch.name_of(model.config), model.config) == (name, arch.architecture(name))
     original = torch.load(SHARED / FILES[name], map_location="cpu", weights_only=True)["state_dict"]
     back = to_torch(model, "akamaster")
     assert {key for key in back if "num_batches" not in key} == {key.removeprefix("module.") for key in original}
@@ -39,6 +42,27 @@ def test_logits_on_real_images_are_pytorchs_in_float64():
     assert relative_l2(ours, logits["logits_float64"]) <= FLOAT64_LIMIT
     assert np.array_equal(ours.argmax(1), labels)
     assert relative_l2(batch_statistics, logits["logits_float64"]) > 1e-2
+
+
+class Akamaster(ResNet):
+    """The reference network under akamaster's names: its head is called ``linear``."""
+
+    def __init__(self):
+        super().__init__(**asdict(arch.architecture("resnet20")))
+        self.linear, self.fc = self.fc, torch.nn.Identity()
+
+    def forward(self, images):
+        return self.linear(super().forward(images))
+
+
+def test_back_under_akamasters_names_pytorch_computes_the_given_logits():
+    images, labels, logits = images_and_logits()
+    module = Akamaster().double()
+    module.load_state_dict({key: torch.from_numpy(value) for key, value in to_torch(load(SHARED / FILES["resnet20"]), "akamaster").items()}, strict=True)
+    with torch.no_grad():
+        theirs = module.eval()(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+    assert relative_l2(theirs, logits["logits_float64"]) <= FLOAT64_LIMIT
+    assert np.array_equal(theirs.argmax(1), labels)
 
 
 def test_logits_on_real_images_are_within_pytorchs_own_error_in_float32():

@@ -38,6 +38,19 @@ def test_keys_shapes_and_dtypes_are_torchvisions(name):
     assert {path: value.shape for path, value in flat.items()} == {entry.flax_path: entry.flax_shape for entry in ours.entries}
 
 
+@pytest.mark.parametrize("name", [n if n in ("resnet18", "resnet50") else pytest.param(n, marks=pytest.mark.slow) for n in TORCHVISION])
+def test_a_fresh_network_leaves_under_torchvisions_names(name):
+    with torch.device("meta"):
+        theirs = getattr(import_torchvision().models, name)(num_classes=7)
+    ours = to_torch(create(name, num_classes=7, rngs=nnx.Rngs(0)))
+    assert shapes(ours) == shapes(theirs.state_dict())
+    theirs.load_state_dict({key: torch.from_numpy(value) for key, value in ours.items()}, strict=True, assign=True)
+    last = list(ours)[-1]
+    del ours[last]
+    with pytest.raises(RuntimeError, match=f"Missing key.*{last}"):
+        theirs.load_state_dict({key: torch.from_numpy(value) for key, value in ours.items()}, strict=True, assign=True)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "wide_resnet50_2"])
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_logits_equal_torchvisions_in_float64(name, train):

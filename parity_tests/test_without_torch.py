@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 BLOCK_TORCH = """
 import sys
@@ -60,6 +61,23 @@ assert run(["convert", base + "/b", base + "/c.pth"]) == 2
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("pip install 'flax-resblock[torch]'") == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b"]
+
+
+def test_reading_a_pth_without_torch_says_what_to_install(tmp_path):
+    torch.save({"conv1.weight": torch.randn(3, 2, 3, 3)}, tmp_path / "net.pth")
+    code = (
+        BLOCK_TORCH
+        + """
+import flax_resblock as fr
+from flax_resblock.errors import MissingDependencyError
+try:
+    fr.load(sys.argv[1] + "/net.pth")
+except MissingDependencyError as error:
+    print(error)
+"""
+    )
+    result = run(code, tmp_path)
+    assert "pip install 'flax-resblock[torch]'" in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize("names", [[], ["create", "from_torch", "load", "save", "to_torch", "BatchNorm", "ResidualBlock", "ResNetConfig", "architectures"]])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +23,25 @@ METADATA_FILE = "flax_resblock.json"
 """Beside Orbax's own files: the architecture and a SHA-256 of every tensor."""
 
 
+@functools.cache
+def _silence_leftovers() -> None:
+    """Keeps tracebacks off the terminal when a folder is damaged.
+
+    When one read fails, Orbax closes its event loop under the reads still in flight, and each of them reports that from its own thread, now or later. The
+    failure itself reaches the caller; those reports say nothing more. Everything else that is reported goes where it went before.
+    """
+    previous = sys.unraisablehook
+
+    def hook(report: Any) -> None:
+        if not (isinstance(report.exc_value, RuntimeError) and str(report.exc_value) == "Event loop is closed"):
+            previous(report)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda record: not ("exception was never retrieved" in record.getMessage() and "zarr" in record.getMessage()))
+
+
 def _orbax() -> Any:
+    _silence_leftovers()
     logging.getLogger("absl").setLevel(logging.ERROR)  # one line of INFO per call otherwise
     from orbax.checkpoint import v1
 

@@ -10,6 +10,10 @@ from flax_resblock.checkpoint.unwrap import PREFIXES
 from flax_resblock.convert.state_map import StateMap
 from flax_resblock.errors import InputError, some
 
+_POOL_FIELDS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+_STEM_POOLS = {"imagenet": [("MaxPool2d", 3, 2, 1, 1, False)], "cifar": [("Identity",), ("Sequential",)]}
+"""What a module named as the stem's pooling may be, with the values of its fields; in a CIFAR stem it does nothing."""
+
 
 def _square(value: Any) -> int | tuple[int, ...] | str:
     """``(2, 2)`` as 2; anything else as it is."""
@@ -73,6 +77,24 @@ class ModuleFacts:
                     differences.append(f"{slot.name} pads with {module.padding_mode!r}, expected 'zeros'")
             elif slot.kind is Kind.NORM and not getattr(module, "track_running_stats", True):
                 differences.append(f"{slot.name} does not track running statistics")
+        return differences + self._other_layers(state_map)
+
+    def _other_layers(self, state_map: StateMap) -> list[str]:
+        """Layers without tensors, which no state dict shows: activations other than ReLU, and pooling that the Flax twin does not do."""
+        config = state_map.config
+        stem_pool = state_map.layout.modules.get("stem.pool") if isinstance(config, ResNetConfig) else None
+        expected = _STEM_POOLS[config.stem] if isinstance(config, ResNetConfig) else []
+        differences = []
+        for name, module in self.modules.items():
+            layer, home = type(module).__name__, type(module).__module__
+            if home == "torch.nn.modules.activation" and layer != "ReLU":
+                differences.append(f"{name} is {layer}, expected ReLU")
+            elif name == stem_pool:
+                found = (layer, *(_square(getattr(module, field)) for field in _POOL_FIELDS)) if layer == "MaxPool2d" else (layer,)
+                if found not in expected:
+                    differences.append(f"stem.pool is {found}, expected {expected[0]}")
+            elif home == "torch.nn.modules.pooling" and "Avg" not in layer:
+                differences.append(f"{name} is {layer}; the Flax network pools by the mean")
         return differences
 
     def check(self, state_map: StateMap) -> None:
