@@ -1,11 +1,32 @@
-"""Set-up before jax starts: a CPU backend with four simulated devices, unless another platform is asked for."""
+"""Set-up before jax starts: a CPU backend with four simulated devices, unless another platform is asked for.
+
+Tests marked ``accelerator`` need a GPU or TPU and are skipped where jax has none. To run them, leave the choice of the platform to jax:
+
+    FLAX_RESBLOCK_ACCELERATOR=1 python -m pytest -m accelerator
+
+``JAX_PLATFORMS`` does the same for one platform: ``JAX_PLATFORMS=cuda,cpu`` (with ``cpu``, on which the float64 truth is computed).
+"""
 
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ.get("FLAX_RESBLOCK_ACCELERATOR", "0") in ("", "0"):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
 
+import pytest
 import torch
 
 torch.set_num_threads(1)  # small tensors gain nothing from a second thread, and pytest-xdist already uses every core
+
+
+@pytest.fixture
+def accelerator_device():
+    """jax's first device that is no CPU; skips where there is none."""
+    from flax_resblock.parity.devices import accelerator
+
+    device = accelerator()
+    if device is None:
+        asked = os.environ.get("FLAX_RESBLOCK_ACCELERATOR", "0") not in ("", "0")
+        pytest.skip("jax has no GPU or TPU here" if asked else "needs a GPU or TPU: set FLAX_RESBLOCK_ACCELERATOR=1 to let jax use the one there is")
+    return device

@@ -72,10 +72,11 @@ def test_inspect_says_what_it_is_and_writes_json(checkpoint_file, capsys):
 
 
 def test_verify_passes_and_writes_json(checkpoint_file, capsys):
-    assert run(["verify", checkpoint_file, "--gradients", "--json-file", "parity.json"]) == 0
-    facts = json.loads(Path("parity.json").read_text())
+    assert run(["verify", checkpoint_file, "--gradients", "--json", "report.json"]) == 0
+    facts = json.loads(Path("report.json").read_text())
     assert facts["passed"]
-    assert facts["schema"] == 1
+    assert facts["schema"] == 2
+    assert {row["mantissa_bits"] for row in facts["precision_found"]} == {52, 23}
     assert {m["quantity"] for m in facts["measurements"]} >= {"eval forward", "train forward", "running statistics", "parameter gradient"}
     assert set(facts["provenance"]["sha256"]) == set(network().state_dict())
     assert "equal: all" in capsys.readouterr().out
@@ -86,8 +87,8 @@ def test_verify_exits_with_1_and_names_the_slot_when_something_differs(checkpoin
 
     original = Twins.flax
 
-    def tampered(self, dtype, **options):
-        model = original(self, dtype, **options)
+    def tampered(self, precision):
+        model = original(self, precision)
         model.stage2[0].conv2.kernel.set_value(model.stage2[0].conv2.kernel[...] * (1 + 1e-3))
         return model
 
@@ -254,7 +255,7 @@ def test_interrupt_while_writing_leaves_no_trace(folder):
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
-        assert {path.name for path in folder.iterdir()} <= {"big.pth", "out"}
+        assert {path.name for path in folder.iterdir()} <= {"big.pth", "out", "parity.json"}
         if (folder / "out").exists():
             assert flax_resblock.load("out").config.depths == (2, 2, 2, 2)
             assert run(["convert", "big.pth", "out", "--force"]) == 0

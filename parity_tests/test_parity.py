@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from flax_resblock import BlockConfig, ResNetConfig
-from flax_resblock.checkpoint.torch_file import from_numpy, state_to_numpy
+from flax_resblock.checkpoint.torch_file import from_numpy
 from flax_resblock.convert import LAYOUTS, StateMap
-from flax_resblock.parity import compare as comparing
-from flax_resblock.parity.compare import Plan, compare_twins, measure, run_flax, run_torch
-from flax_resblock.parity.inputs import adversarial_images, randomised_norm_state
+from flax_resblock.parity import parts
+from flax_resblock.parity.comparison import Plan, compare_pair
+from flax_resblock.parity.inputs import adversarial_images
+from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.taps import trace_torch
 from flax_resblock.parity.twins import Twins, torch_twin
 
@@ -43,10 +44,7 @@ NETWORKS = {
 
 
 def twins_of(config, seed=0, **norm_options) -> Twins:
-    """Twins with default weights and batch norms that look trained."""
-    torch.manual_seed(seed)
-    state = randomised_norm_state(state_to_numpy(torch_twin(config).state_dict()), seed)
-    return Twins(config, state, norm_options)
+    return Twins.random(config, seed, **norm_options)
 
 
 def worst(comparison):
@@ -58,17 +56,17 @@ def worst(comparison):
 def test_block_equals_pytorch_in_both_modes(name, size):
     config = BLOCKS[name]
     images = adversarial_images(config, batch=3, height=size[0], width=size[1], seed=sum(size))
-    comparison = compare_twins(twins_of(config), images)
+    comparison = compare_pair(twins_of(config), images)
     assert comparison.passed, worst(comparison)
     quantities = {(p, q) for p, q, _ in comparison.groups()}
-    assert {q for _, q in quantities} == {"eval forward", "train forward", "running statistics"}
+    assert {q for _, q in quantities} == {"tensors", "eval forward", "train forward", "running statistics", "running statistics after 5"}
     assert {p for p, _ in quantities} == {"float64", "float32"}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network_equals_pytorch_with_gradients(name):
     config = NETWORKS[name]
-    comparison = compare_twins(twins_of(config), adversarial_images(config, batch=3), Plan(gradients=True))
+    comparison = compare_pair(twins_of(config), adversarial_images(config, batch=3), Plan(gradients=True))
     assert comparison.passed, worst(comparison)
     gradients = [m for m in comparison.measurements if m.quantity == "parameter gradient" and m.precision == "float64"]
     trainable = [e for e in StateMap(config, LAYOUTS["torchvision"]).entries if e.flax_path[-1] in ("kernel", "scale", "bias")]
@@ -78,7 +76,7 @@ def test_network_equals_pytorch_with_gradients(name):
 def test_one_pixel_at_stride_2_still_projects():
     """The shortcut projects because of the numbers, not because shapes differ."""
     config = BlockConfig(in_channels=6, out_channels=6, stride=2)
-    comparison = compare_twins(twins_of(config), adversarial_images(config, batch=5, height=1, width=1))
+    comparison = compare_pair(twins_of(config), adversarial_images(config, batch=5, height=1, width=1))
     assert comparison.passed, worst(comparison)
     assert "shortcut.conv" in {m.slot for m in comparison.measurements}
 
@@ -86,7 +84,7 @@ def test_one_pixel_at_stride_2_still_projects():
 @pytest.mark.parametrize("options", [{"eps": 1e-3}, {"momentum": 0.37}, {"momentum": None}], ids=str)
 def test_norm_options_mean_the_same_on_both_sides(options):
     config = BLOCKS["basic, stride 2, new channels"]
-    comparison = compare_twins(twins_of(config, **options), adversarial_images(config, batch=3))
+    comparison = compare_pair(twins_of(config, **options), adversarial_images(config, batch=3))
     assert comparison.passed, worst(comparison)
 
 
@@ -150,9 +148,9 @@ def test_a_wrong_variant_fails_by_a_hundred_times_the_limit(fault, precision, mo
         return trace_torch(module, *args, **kwargs)
 
     images = adversarial_images(SQUARE, batch=3, height=8, width=12)
-    assert compare_twins(twins, images).passed
-    monkeypatch.setattr(comparing, "trace_torch", trace_broken)
-    rows = [m for m in compare_twins(twins, images).measurements if (m.precision, m.quantity) == (precision, quantity)]
+    assert compare_pair(twins, images).passed
+    monkeypatch.setattr(parts, "trace_torch", trace_broken)
+    rows = [m for m in compare_pair(twins, images).measurements if (m.precision, m.quantity) == (precision, quantity)]
     if precision == "float32":  # against the true yardstick, not that of the broken module
         rows = [replace(m, judgement=replace(m.judgement, limit=max(8 * 2.0**-23, 1e-6))) for m in rows]
     assert max(m.judgement.excess for m in rows) >= 100
@@ -161,9 +159,9 @@ def test_a_wrong_variant_fails_by_a_hundred_times_the_limit(fault, precision, mo
 def test_statistics_of_a_second_batch_accumulate():
     """Five batches in a row, float64: the running statistics follow PyTorch's."""
     config, twins = SQUARE, twins_of(SQUARE)
-    module = twins.torch(np.float64).train()
+    module = twins.torch(PRECISIONS["float64"]).train()
     with jax.enable_x64(True):
-        model = twins.flax(np.float64)
+        model = twins.flax(PRECISIONS["float64"])
         model.train()
         for seed in range(5):
             images = adversarial_images(config, batch=2, height=5, width=6, seed=seed)
@@ -178,11 +176,8 @@ def test_statistics_of_a_second_batch_accumulate():
 
 
 def test_float32_errors_are_judged_against_float64_not_against_each_other():
-    config, twins = SQUARE, twins_of(SQUARE)
-    images = adversarial_images(config, batch=2)
-    flax, ours = (run(twins, images, "float32", train=False, cotangent=None) for run in (run_flax, run_torch))
-    truth = run_torch(twins, images, "float64", train=False, cotangent=None)
-    rows = list(measure(twins, "float32", "eval", flax, ours, truth))
+    comparison = compare_pair(twins_of(SQUARE), adversarial_images(SQUARE, batch=2), Plan(train=False, precisions=("float32",)))
+    rows = [m for m in comparison.measurements if m.quantity == "eval forward"]
     assert all(0 < m.judgement.reference_error < 1e-5 for m in rows)
     assert len({m.judgement.reference_error for m in rows}) == len({m.slot for m in rows if m.slot != "output"})
 

@@ -69,5 +69,7 @@ def test_logits_on_real_images_are_within_pytorchs_own_error_in_float32():
     images, labels, logits = images_and_logits()
     ours = np.asarray(load(SHARED / FILES["resnet20"])(jax.numpy.asarray(images, np.float32)))
     assert np.array_equal(ours.argmax(1), labels)
-    assert judge(ours, logits["logits_float32"], logits["logits_float64"], 2.0**-23).passed
-    assert not judge(ours * (1 + 1e-4), logits["logits_float32"], logits["logits_float64"], 2.0**-23).passed
+    truth = logits["logits_float64"]
+    own = relative_l2(logits["logits_float32"], truth)
+    assert judge(relative_l2(ours, truth), own, 2.0**-23).passed
+    assert not judge(relative_l2(ours * (1 + 1e-4), truth), own, 2.0**-23).passed

@@ -5,13 +5,13 @@ import torch
 
 from flax_resblock import InputError
 from flax_resblock.cli import run
-from flax_resblock.parity.compare import Plan
+from flax_resblock.parity.comparison import Plan
 from flax_resblock.parity.user_module import cases_of, examine, load_factory
 from parity_tests.support import REPOSITORY
 from torch_ref import BasicBlock, Block, Bottleneck, ResNet, as_asked
 
 AS_ASKED = REPOSITORY / "torch_ref" / "as_asked.py"
-OVERWRITTEN, STRIDE, CHANNELS = "the main path is overwritten", "the first convolution ignores stride", "the second convolution takes in_channels"
+OVERWRITTEN, STRIDE, CHANNELS = "overwrites the main path", "the first convolution ignores stride", "the second convolution takes in_channels"
 FAULTS = {
     "Block": {OVERWRITTEN, STRIDE, CHANNELS},
     "AcceptedAnswer": {STRIDE, CHANNELS},
@@ -48,8 +48,9 @@ def test_the_command_says_what_is_wrong_with_the_block_as_asked(capsys):
 def test_a_right_module_has_no_findings(factory, arguments):
     case = examine(factory, arguments, Plan(gradients=True))
     assert case.findings == []
-    assert case.comparison is not None
-    assert case.comparison.passed
+    assert case.passed
+    assert case.verification is not None
+    assert {m.quantity for m in case.verification.comparison.measurements} >= {"eval forward", "parameter gradient", "running statistics after 5"}
 
 
 def variant(forward):
@@ -57,12 +58,12 @@ def variant(forward):
 
 
 ENDINGS = {
-    "skip is not added": lambda self, x: torch.relu(self.block(x)),
-    "last ReLU is missing": lambda self, x: self.block(x) + self.skip(x),
-    "ReLU comes before the addition": lambda self, x: torch.relu(self.block(x)) + self.skip(x),
-    "skip is subtracted": lambda self, x: torch.relu(self.block(x) - self.skip(x)),
-    "branches are multiplied": lambda self, x: torch.relu(self.block(x) * self.skip(x)),
-    "main path is missing": lambda self, x: torch.relu(self.skip(x)) + 0 * self.block(x),
+    "does not add the skip": lambda self, x: torch.relu(self.block(x)),
+    "has no last ReLU": lambda self, x: self.block(x) + self.skip(x),
+    "applies the ReLU before the addition": lambda self, x: torch.relu(self.block(x)) + self.skip(x),
+    "subtracts the skip": lambda self, x: torch.relu(self.block(x) - self.skip(x)),
+    "multiplies the branches": lambda self, x: torch.relu(self.block(x) * self.skip(x)),
+    "leaves the main path out": lambda self, x: torch.relu(self.skip(x)) + 0 * self.block(x),
 }
 
 
@@ -76,7 +77,8 @@ def test_a_wrong_ending_is_named(words, stride):
 
 def test_an_unknown_difference_is_not_given_a_wrong_name():
     case = examine(variant(lambda self, x: torch.relu(self.block(x) + self.skip(x)) + 0.01 * x.mean()), {"in_channels": 6, "out_channels": 6}, QUICK)
-    assert case.findings == ["its output differs from the specification's; the table shows where it begins"]
+    assert [d.cause for d in case.diagnosis] == ["unknown"]
+    assert case.findings[0].startswith("block: PyTorch differs in forward, and no known mistake explains it")
 
 
 BAD = {
@@ -96,6 +98,7 @@ def test_a_bad_specification_is_explained(case):
 
 MISBEHAVED = {
     "random": (lambda self, x: torch.relu(self.block(x) + self.skip(x)) * torch.rand(()), "another result when it is run twice"),
+    "random in training": (lambda self, x: torch.nn.functional.dropout(torch.relu(self.block(x) + self.skip(x)), 0.5, self.training), "in training mode"),
     "tuple": (lambda self, x: (self.block(x), self.skip(x)), "returns a tuple, not a tensor"),
 }
 
@@ -104,7 +107,20 @@ MISBEHAVED = {
 def test_a_module_that_cannot_be_compared_is_refused(case):
     forward, message = MISBEHAVED[case]
     with pytest.raises(InputError, match=message):
-        examine(variant(forward), {"in_channels": 6, "out_channels": 6}, QUICK)
+        examine(variant(forward), {"in_channels": 6, "out_channels": 6}, Plan(precisions=("float64",)))
+
+
+class Raising(Block):
+    def forward(self, x):
+        raise RuntimeError("not today")
+
+
+@pytest.mark.parametrize("more", [[], ["--kwargs", '{"in_channels": 4, "out_channels": 4}']])
+def test_a_module_that_raises_is_bad_input(more, capsys):
+    assert run(["verify", "--torch", f"{__name__}:Raising", "--eval-only", *more]) == 2
+    error = capsys.readouterr().err
+    assert "forward raises RuntimeError: not today" in error
+    assert len(error.strip().splitlines()) == 1
 
 
 def test_a_factory_that_needs_unknown_arguments_says_so():

@@ -1,9 +1,9 @@
 """A machine without torch can import, convert and run; and importing costs nothing."""
 
+import resource
 import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ assert run(["convert", base + "/b", base + "/c.pth"]) == 2
     result = run(code, tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("pip install 'flax-resblock[torch]'") == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b", "parity.json"]
 
 
 def test_reading_a_pth_without_torch_says_what_to_install(tmp_path):
@@ -90,6 +90,12 @@ def test_every_public_name_exists():
     assert run("import flax_resblock as f; [getattr(f, name) for name in f.__all__]; print('torch' in __import__('sys').modules)").stdout.strip() == "False"
 
 
+def _processor_seconds() -> float:
+    """Time of all child processes on the processor; unlike time on the clock it does not grow when other tests run beside this one."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.slow
 def test_importing_takes_no_longer_than_jax_and_nnx():
     everything = "import flax_resblock as f; [getattr(f, name) for name in f.__all__]"
@@ -97,9 +103,9 @@ def test_importing_takes_no_longer_than_jax_and_nnx():
     seconds = {name: [] for name in cases}
     for _ in range(7):
         for name, code in cases.items():
-            start = time.perf_counter()
+            start = _processor_seconds()
             assert run(code).returncode == 0
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(_processor_seconds() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(medians)
     assert min(seconds["ours"]) <= 1.1 * min(seconds["base"]), medians

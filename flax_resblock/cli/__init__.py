@@ -6,11 +6,14 @@ Exit status: 0 fine, 1 a comparison failed, 2 bad input or usage, 130 interrupte
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax_resblock.errors import InputError
+
+INTERRUPTED = 130
 
 DESCRIPTION = """Move residual networks between PyTorch and JAX/Flax, and prove that nothing changed on the way.
 
@@ -50,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print("flax-resblock: interrupted; outputs that were not finished were removed.", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -65,4 +68,10 @@ def _dispatch(arguments: list[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # everything is written; an interrupt while the interpreter goes down would only look like a failure
+    if code == INTERRUPTED:  # compilers of jax may still be at work in other threads; waiting for them, or tearing them down, ends in a crash
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

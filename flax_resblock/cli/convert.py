@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -12,9 +13,11 @@ from flax_resblock import checkpoint
 from flax_resblock.architecture import name_of
 from flax_resblock.cli.common import Checkpoint, ReadingFlags, megabytes, output, print_notes, refuse_unhealthy, status
 from flax_resblock.convert import LAYOUTS, StateMap
-from flax_resblock.convert.source import Source, metadata_of, target_layout
+from flax_resblock.convert.source import Reading, Source, metadata_of, target_layout
 from flax_resblock.convert.state_map import transcode
 from flax_resblock.errors import InputError, some
+from flax_resblock.parity.certificate import certificate_of
+from flax_resblock.parity.certify import certify, provenance, refuse_foreign
 
 Output = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help="Name ending in .pth, .pt, .th, .safetensors, or none for an Orbax folder.")]
 
@@ -26,20 +29,25 @@ def convert(
     to_layout: str | None = None,
     allow_nonfinite: bool = False,
     force: bool = False,
+    no_certificate: bool = False,
 ) -> int:
     """Converts a checkpoint from any format to any other, in either direction, bit for bit.
 
     The suffix of OUT decides the format: .pth for PyTorch, .safetensors for either framework, no suffix for an Orbax folder with Flax names. The output
-    is written under a temporary name, read back, compared by SHA-256, and only then renamed into place.
+    is written under a temporary name, read back, compared by SHA-256, and only then renamed into place. Then both frameworks compute with it, every slot, in
+    float64, and parity.json beside it records the result and the SHA-256 of everything. Exit status 1 when the frameworks differ.
 
     Args:
       reading: How to read the checkpoint.
       to_layout: Naming scheme of the output: torchvision, sequential, kuangliu, akamaster, or flax (.safetensors only). By default the names stay.
       allow_nonfinite: Carry NaN, infinities and negative variances.
       force: Replace OUT if it exists.
+      no_certificate: Write no parity.json, and do not run the two frameworks.
     """
     format_name = checkpoint.output_format(out)
     checkpoint.refuse_existing(out, force)
+    if not no_certificate:
+        refuse_foreign(out)
     if to_layout is not None and to_layout not in LAYOUTS:
         raise InputError(f"layout {to_layout!r} is unknown; known: {', '.join(LAYOUTS)}.")
     with status.status(f"reading {checkpoint_}"):
@@ -49,6 +57,7 @@ def convert(
         refuse_unhealthy(source, allow_nonfinite)
         target = StateMap(source.config, LAYOUTS[target_layout(source, format_name, to_layout)])
         tensors = transcode(source.state_map, target, source.tensors)
+        origin = None if no_certificate else provenance(source)  # now, as OUT may replace it
     description, source = _describe(source), None  # lets go of the file's memory before the output is read back
     with status.status(f"writing {out}"):
         layout = description.layout if target.layout.name == "flax" else target.layout.name
@@ -58,7 +67,30 @@ def convert(
     output.print(f"  from  {checkpoint_} ({description.format}, layout '{description.layout}')", markup=False, soft_wrap=True)
     output.print(f"  to    {out} ({format_name}, layout '{target.layout.name}')", markup=False, soft_wrap=True)
     print_notes(description.notes)
-    return 0
+    return 0 if origin is None else _certify(out, Reading(architecture=target.config, layout=target.layout.name), origin)
+
+
+def _certify(out: Path, reading: Reading, origin: Mapping[str, Any]) -> int:
+    """Verifies what was written, writes the certificate and returns the exit status."""
+    with status.status(f"verifying {out}"):
+        verification = certify(out, reading, origin)
+    path = certificate_of(out)
+    if "skipped" in verification:
+        output.print(f"  parity  not verified: {verification['skipped']}; SHA-256 in {path}", style="yellow", markup=False, soft_wrap=True)
+        return 0
+    worst = verification["worst"]
+    measured = f"{worst['slot']} ({worst['quantity']}) differs by {float(worst['error']):.1e} in float64, limit {worst['limit']:g}"
+    if verification["passed"]:
+        output.print(
+            f"  parity  {verification['tensors']} tensors equal in both frameworks; the worst, {measured}; certificate {path}", markup=False, soft_wrap=True
+        )
+        return 0
+    print(
+        f"flax-resblock: {out} holds every tensor bit for bit, but PyTorch and Flax do not compute the same with it: {measured}. {path} records it. "
+        f"Do not use it in Flax yet; see `flax-resblock verify {out} --slots` for every slot.",
+        file=sys.stderr,
+    )
+    return 1
 
 
 class _Description(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 from flax_resblock.cli.common import ReadingFlags, output
 from flax_resblock.cli.convert import convert
 from flax_resblock.cli.inspect import inspect
-from flax_resblock.cli.verify import verify
+from flax_resblock.cli.verify import DeviceFlags, InputFlags, ReportFlags, WhatFlags, verify
 from flax_resblock.errors import InputError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -71,9 +71,10 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
     converted = out / "digits_flax"
     _command(convert(checkpoint, converted, ReadingFlags()), f"convert {checkpoint} {converted}")
     _chapter(4, "verify: both frameworks side by side, every slot, gradients too")
-    report = out / "parity.json"
-    status = verify(ReadingFlags(), checkpoint, height=9, width=8, gradients=True, json_file=report)
-    _command(status, f"verify {checkpoint} --height 9 --width 8 --gradients --json-file {report}")
+    report = out / "verification.html"
+    flags = (InputFlags(height=9, width=8), WhatFlags(gradients=True), DeviceFlags(), ReportFlags(html=report))
+    status = verify(ReadingFlags(), *flags, checkpoint)
+    _command(status, f"verify {checkpoint} --height 9 --width 8 --gradients --html {report}")
 
     _chapter(5, f"JAX: go on training for {epochs} epochs, from the converted weights")
     jax_after = _train_jax(converted, config, splits, epochs, out / "digits_trained")

@@ -1,1 +1,23 @@
-"""Cross-framework verification: the same network in PyTorch and in Flax, slot by slot, judged by the float64 truth. Imports torch."""
+"""Cross-framework verification: the same network in PyTorch and in Flax, every tensor compared, and what is wrong said in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flax_resblock.parity.api import Verification, compare
+    from flax_resblock.parity.comparison import Comparison, Plan
+    from flax_resblock.parity.diagnose import Diagnosis
+
+__all__ = ["Comparison", "Diagnosis", "Plan", "Verification", "compare"]
+
+_HOMES = {"Comparison": "comparison", "Diagnosis": "diagnose", "Plan": "comparison", "Verification": "api", "compare": "api"}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name on first use: all of them need torch, which not every machine has."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

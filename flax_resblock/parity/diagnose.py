@@ -1,46 +1,116 @@
-"""Names the likely cause of a divergence by testing known mistakes against the data."""
+"""Says what is wrong: takes the network apart, finds the places that are wrong by themselves, and tests the known mistakes against their data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from flax_resblock.architecture import BlockConfig
-from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
-from flax_resblock.parity.taps import trace_torch
-from flax_resblock.parity.twins import Twins
+from flax_resblock.architecture import Path
+from flax_resblock.parity.anatomy import Anatomy, quantity_of
+from flax_resblock.parity.bisect import bisect
+from flax_resblock.parity.causes import NAMES, Diagnosis, Side, evidence_for
+from flax_resblock.parity.causes.layers import explain_layer
+from flax_resblock.parity.causes.tensors import explain_tensor
+from flax_resblock.parity.oracle import judge, relative_l2
+from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
+from flax_resblock.parity.parts import Devices, Isolated, Tensors, Weights, reference_run
 
 
-def explain_block(twins: Twins, images: np.ndarray) -> Iterator[str]:
-    """Known mistakes of a block's last lines, tested against the module's own tensors: what is the output made of?"""
-    if not isinstance(twins.config, BlockConfig):
-        return
-    trace = trace_torch(twins.torch(np.float64), images, twins.torch_slots)
-    last = "norm3" if twins.config.kind == "bottleneck" else "norm2"
-    if last not in trace.activations:
-        return
-    main = trace.activations[last]
-    skip = trace.activations.get("shortcut.norm", images)
+def diagnose(
+    pair: Pair, images: np.ndarray, *, train: bool = True, gradients: bool = False, precisions: Sequence[str] = (), devices: Devices | None = None
+) -> list[Diagnosis]:
+    """What is wrong with either side of a pair; empty where every place by itself is right.
 
-    def relu(value: np.ndarray) -> np.ndarray:
-        return np.maximum(value, 0)
+    Args:
+      pair: The two modules. Where it has a :meth:`~flax_resblock.parity.pair.Pair.specification`, both sides are held against that.
+      images: The input, in Flax's layout, float64.
+      train: Also in training mode.
+      gradients: Also gradients.
+      precisions: Where float64 shows nothing: precisions whose arithmetic is suspected to be narrower than it says.
+      devices: Where those are computed.
+    """
+    if not np.isfinite(images).all():
+        bad = np.argwhere(~np.isfinite(images))
+        words = f"the input holds {len(bad)} values that are not finite, first at index {bad[0].tolist()}"
+        return [Diagnosis("input", "non-finite", "torch", words, "counted before anything was computed")]
+    found = list(_tensors(pair, images))
+    blamed = {(d.side, d.slot.rpartition("/")[0] or d.slot) for d in found}
+    for mode in (False, True) if train else (False,):
+        for diagnosis in Anatomy(pair, images, mode, gradients).findings():
+            place = (diagnosis.side, diagnosis.slot.partition("/")[0])
+            if place not in blamed:
+                found.append(diagnosis)
+        blamed |= {(d.side, d.slot.partition("/")[0]) for d in found}
+    found = found or list(_by_bisection(pair, images))
+    for name in () if found else precisions:
+        found += _narrow_arithmetic(pair, images, PRECISIONS[name], devices or Devices())
+    return list(_grouped(found))
 
-    candidates = {
-        "the main path is overwritten: the output is relu(skip(x) + x), the convolutions are computed and thrown away": lambda: relu(skip + images),
-        "the main path is missing: the output is relu(skip(x))": lambda: relu(skip),
-        "the skip is not added: the output is relu of the main path alone": lambda: relu(main),
-        "the last ReLU is missing: the output is main path + skip": lambda: main + skip,
-        "ReLU comes before the addition: the output is relu(main path) + skip": lambda: relu(main) + skip,
-        "the unprojected input is added: the output is relu(main path + x)": lambda: relu(main + images),
-        "the skip is subtracted": lambda: relu(main - skip),
-        "the branches are multiplied": lambda: relu(main * skip),
+
+def _by_bisection(pair: Pair, images: np.ndarray) -> Iterator[Diagnosis]:
+    """Where nothing can be seen but that an output is wrong."""
+    sides: tuple[Side, ...] = ("flax", "torch") if pair.specification() is not None else ("flax",)
+    for side in sides:
+        slot = bisect(pair, images, side)
+        if slot is not None:
+            words = f"{NAMES[side]} computes something else here or right before it; its layers could not be looked at one by one"
+            yield Diagnosis(slot, "unknown", side, words, "found by silencing layers on both sides: the difference is gone as soon as this one is silent")
+
+
+def _narrow_arithmetic(pair: Pair, images: np.ndarray, precision: Precision, devices: Devices) -> Iterator[Diagnosis]:
+    """Layers whose error in one precision is larger than that precision explains, though float64 is right."""
+    spec = pair.specification() or pair
+    part = Isolated(False, reference_run(spec, images, train=False))
+    truth = next(part.torch(spec, PRECISIONS["float64"], images, Devices()))
+    anatomy = Anatomy(pair, images, False, False)
+    sides: dict[Side, Tensors] = {
+        "torch": next(part.torch(pair, precision, images, devices.of(precision))),
+        "flax": next(part.flax(pair, precision, images, devices.of(precision))),
     }
-    for sentence, candidate in candidates.items():
-        try:
-            value = candidate()
-        except ValueError:
-            continue  # shapes that do not add up cannot be what it computes
-        if relative_l2(trace.output, value) <= FLOAT64_LIMIT:
-            yield f"{sentence} (agrees to {relative_l2(trace.output, value):.0e})"
-            return
+    for key, right in truth.items():
+        errors: dict[Side, float] = {side: relative_l2(tensors[key], right) for side, tensors in sides.items() if key in tensors}
+        for side, error in errors.items():
+            other = errors.get("torch" if side == "flax" else "flax", 0.0)
+            layer = anatomy.layer(key[1])
+            if layer is None or quantity_of(key) != "forward" or judge(error, other, precision.epsilon).passed:
+                continue
+            cause = explain_layer(layer, np.asarray(sides[side][key], np.float64), limit=max(1e-5, 2 * other))
+            words = cause.sentence if cause is not None else "is less exact than the precision explains"
+            evidence = f"in {precision.name} its error is {error:.1e}, the other side's {other:.1e}; in float64 both are right"
+            yield Diagnosis(key[1], cause.name if cause else "reduced-precision", side, f"{NAMES[side]} {words}", evidence)
+
+
+def _grouped(found: list[Diagnosis]) -> Iterator[Diagnosis]:
+    """The same cause in many places becomes one diagnosis, at the first place."""
+    groups: dict[tuple[str, str], list[Diagnosis]] = {}
+    for diagnosis in found:
+        groups.setdefault((diagnosis.side, diagnosis.cause), []).append(diagnosis)
+    for first, *rest in groups.values():
+        yield replace(first, others=tuple(dict.fromkeys(d.slot for d in rest if d.slot != first.slot)))
+
+
+def _tensors(pair: Pair, images: np.ndarray) -> Iterator[Diagnosis]:
+    """Tensors that are not what the specification holds."""
+    spec, precision, part = pair.specification(), PRECISIONS["float64"], Weights()
+    expected = next(part.torch(spec or pair, precision, images, Devices()))
+    sides: dict[Side, Tensors] = {"flax": next(part.flax(pair, precision, images, Devices()))}
+    if spec is not None:
+        sides["torch"] = next(part.torch(pair, precision, images, Devices()))
+    by_path: dict[Path, np.ndarray] = {_path(slot): np.asarray(value, np.float64) for (_, slot), value in expected.items()}
+    for side, tensors in sides.items():
+        for (_, slot), truth in expected.items():
+            value = tensors.get(("tensors", slot))
+            if value is None or np.array_equal(value, truth, equal_nan=True):
+                continue
+            cause = explain_tensor(_path(slot), np.asarray(value, np.float64), by_path)
+            words = f"{NAMES[side]} {cause.sentence if cause else 'holds other data'}"
+            evidence = evidence_for(cause, relative_l2(value, truth), "the tensor that should be there")
+            yield Diagnosis(
+                slot, cause.name if cause else "unknown", side, f"{NAMES[side]} {words}", evidence_for(cause, difference, "the other side's tensor")
+            )
+
+
+def _path(slot: str) -> Path:
+    return tuple(int(part) if part.isdigit() else part for part in slot.replace("/", ".").split("."))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from flax_resblock.architecture import Config, ResNetConfig
+from flax_resblock.errors import InputError
 
 
 def adversarial_images(config: Config, *, batch: int, height: int | None = None, width: int | None = None, seed: int = 0) -> np.ndarray:
@@ -47,3 +50,49 @@ def randomised_norm_state(state: dict[str, np.ndarray], seed: int = 0) -> dict[s
         result[f"{prefix}.bias"] = rng.normal(0, 0.5, shape).astype(dtype)
         result[f"{prefix}.num_batches_tracked"] = np.array(rng.integers(1, 1000), np.int64)
     return result
+
+
+def more_batches(images: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, ...]:
+    """The batch itself and further ones like it: mirrored, with other contrast, brightness and noise.
+
+    Args:
+      images: ``(N, ...)``, the first batch.
+      count: How many batches.
+      seed: Of the generator.
+    """
+    rng = np.random.default_rng([seed, count])
+    spread = float(np.std(images)) or 1.0
+    batches = [images]
+    for _ in range(count - 1):
+        moved = images[rng.permutation(len(images))] * rng.uniform(0.6, 1.4) + spread * rng.normal(0, 0.3)
+        batches.append(moved + spread * rng.normal(0, 0.5, images.shape))
+    return tuple(batches)
+
+
+def read_images(path: Path, config: Config) -> np.ndarray:
+    """A batch of images from a ``.npy`` file; nothing in it is ever executed.
+
+    Args:
+      path: The file.
+      config: Says how many channels the images have.
+    Returns:
+      ``(N, H, W, C)``, float64.
+    Raises:
+      InputError: No such file, no numpy array of numbers, another rank or number of channels, values that are not finite.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"--input {path} cannot be read as a .npy array ({str(error).splitlines()[0]}). Write one with numpy.save('images.npy', images)."
+        ) from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise InputError(
+            f"--input {path} holds {getattr(array, 'dtype', type(array).__name__)}; an array of numbers is needed, (N, H, W, {config.in_channels})."
+        )
+    if array.ndim != 4 or array.shape[-1] != config.in_channels or 0 in array.shape:
+        hint = " They look like NCHW; move the channels last: images.transpose(0, 2, 3, 1)." if array.ndim == 4 and array.shape[1] == config.in_channels else ""
+        raise InputError(f"--input {path} has the shape {list(array.shape)}; the network takes (N, H, W, {config.in_channels}).{hint}")
+    if not np.isfinite(array).all():
+        raise InputError(f"--input {path} holds {np.count_nonzero(~np.isfinite(array))} values that are not finite; with them every comparison is empty.")
+    return array.astype(np.float64)

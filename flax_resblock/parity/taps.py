@@ -1,7 +1,7 @@
 """Every slot's activation and gradient, on both sides, without a line of tapping code in the models.
 
-PyTorch has forward hooks. For nnx the ``__call__`` of the classes involved is wrapped for the time of one trace; instances outside the model are left
-alone. Gradients of activations are those of a zero that is added to each of them.
+PyTorch has hooks. For nnx the ``__call__`` of the classes involved is wrapped for the time of one trace; instances outside the model are left alone.
+Gradients of activations are, on the Flax side, those of a zero that is added to each of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ import numpy as np
 import torch
 from flax import nnx
 
-Path = tuple[Any, ...]
+from flax_resblock.architecture import Path
+from flax_resblock.parity.devices import JaxDevice
+from flax_resblock.parity.pair import PRECISIONS, Precision
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Trace:
       statistics: Buffers after the run, by the names of their side.
       gradients: Of parameters, by the names of their side; of activations under ``activation_gradients``.
       input_gradient: Of the input; None when no cotangent was given.
+      inputs: What every slot was fed; only where asked for.
     """
 
     output: np.ndarray
@@ -39,26 +44,28 @@ class Trace:
     gradients: dict[Any, np.ndarray] = field(default_factory=dict)
     activation_gradients: dict[str, np.ndarray] = field(default_factory=dict)
     input_gradient: np.ndarray | None = None
+    inputs: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @contextmanager
-def hooked(model: nnx.Module, on_output: Callable[[Path, Any], Any]) -> Iterator[None]:
-    """Within the block every call of a submodule of ``model`` returns ``on_output(path, its output)``."""
-    places = {id(module): path for path, module in nnx.iter_modules(model)}
+def hooked(model: nnx.Module, on_input: Callable[[Path, Any], Any], on_output: Callable[[Path, Any], Any]) -> Iterator[None]:
+    """Within the block a submodule of ``model`` is called with ``on_input(path, x)`` and returns ``on_output(path, y)``."""
+    places: dict[int, Any] = {id(module): path for path, module in nnx.iter_modules(model)}
     defining = {next(base for base in type(m).__mro__ if "__call__" in base.__dict__) for _, m in nnx.iter_modules(model) if callable(m)}
     originals = {cls: cls.__dict__["__call__"] for cls in defining}
     running: set[int] = set()
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if id(self) not in places or id(self) in running:  # not ours, or a call of super().__call__
+            if id(self) not in places or id(self) in running or not args:  # not ours, or a call of super().__call__
                 return original(self, *args, **kwargs)
+            path = places[id(self)]
             running.add(id(self))
             try:
-                output = original(self, *args, **kwargs)
+                output = original(self, on_input(path, args[0]), *args[1:], **kwargs)
             finally:
                 running.discard(id(self))
-            return on_output(places[id(self)], output)
+            return on_output(path, output)
 
         return call
 
@@ -71,41 +78,50 @@ def hooked(model: nnx.Module, on_output: Callable[[Path, Any], Any]) -> Iterator
             setattr(cls, "__call__", original)  # noqa: B010
 
 
-def trace_flax(model: nnx.Module, images: np.ndarray, slots: Mapping[str, Path], *, train: bool = False, cotangent: np.ndarray | None = None) -> Trace:
-    """Runs an nnx model once, compiled, in the dtype of ``images``; the model is left as it was.
+def trace_flax(
+    model: nnx.Module,
+    images: np.ndarray,
+    slots: Mapping[str, Path],
+    *,
+    train: bool = False,
+    cotangent: np.ndarray | None = None,
+    precision: Precision = PRECISIONS["float32"],
+    device: JaxDevice | None = None,
+) -> Trace:
+    """Runs an nnx model once, compiled; the model is left as it was.
 
     Args:
-      model: Called with one array.
-      images: ``(N, H, W, C)``.
+      model: Called with one array; in the same precision.
+      images: ``(N, H, W, C)``, cast to ``precision.storage``.
       slots: Attribute path of every slot by name.
       train: Training mode: batch statistics normalise and update the running ones.
       cotangent: Shape of the output; gradients are those of ``sum(output * cotangent)``.
+      precision: To compute in.
+      device: To compute on; None: jax's default.
     """
-    twin = nnx.clone(model)
-    (twin.train if train else twin.eval)()
-    graphdef, params, rest = nnx.split(twin, nnx.Param, ...)
-    by_path = {path: name for name, path in slots.items()}
+    with precision.of_jax(), jax.default_device(device), jax.default_matmul_precision("highest"):
+        graphdef, params, rest = split(model, train)
+        by_path = {path: name for name, path in slots.items()}
 
-    def run(params: Any, zeros: dict[str, Any], images: Any) -> tuple[Any, Any]:
-        module = nnx.merge(graphdef, params, rest, copy=True)
-        activations: dict[str, Any] = {}
+        def run(params: Any, zeros: dict[str, Any], images: Any) -> tuple[Any, Any]:
+            module = nnx.merge(graphdef, params, rest, copy=True)
+            activations: dict[str, Any] = {}
 
-        def on_output(path: Path, output: Any) -> Any:
-            name = by_path.get(path)
-            if name is None:
-                return output
-            activations[name] = output
-            return output + zeros[name] if name in zeros else output
+            def on_output(path: Path, output: Any) -> Any:
+                name = by_path.get(path)
+                if name is None:
+                    return output
+                activations[name] = output
+                return output + zeros[name] if name in zeros else output
 
-        with hooked(module, on_output):
-            output = module(images)  # pyright: ignore[reportCallIssue]
-        return output, (activations, nnx.state(module, nnx.BatchStat))
+            with hooked(module, lambda _, value: value, on_output):
+                output = module(images)  # pyright: ignore[reportCallIssue]
+            return output, (activations, nnx.state(module, nnx.BatchStat))
 
-    with jax.default_matmul_precision("highest"):
-        x = jnp.asarray(images)
+        x = jnp.asarray(images, precision.storage)
         if cotangent is None:
             output, (activations, statistics) = jax.jit(run)(params, {}, x)
-            return Trace(_host(output), _host_tree(activations), _by_path(statistics))
+            return Trace(np.asarray(output), host_tree(activations), by_path_of(statistics))
         shapes = jax.eval_shape(run, params, {}, x)[1][0]
         zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
 
@@ -113,39 +129,54 @@ def trace_flax(model: nnx.Module, images: np.ndarray, slots: Mapping[str, Path],
             output, aux = run(params, zeros, x)
             return jnp.sum(output * weight), (output, *aux)
 
-        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
-        (of_params, of_activations, of_input), (output, activations, statistics) = gradient(params, zeros, x, jnp.asarray(cotangent))
-    return Trace(
-        _host(output),
-        _host_tree(activations),
-        _by_path(statistics),
-        _by_path(of_params),
-        {name: _host(of_activations[name]) for name in activations},
-        _host(of_input),
-    )
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), donate_argnums=(1,))
+        (of_params, of_activations, of_input), (output, activations, statistics) = gradient(params, zeros, x, jnp.asarray(cotangent, precision.storage))
+        return Trace(
+            np.asarray(output),
+            host_tree(activations),
+            by_path_of(statistics),
+            by_path_of(of_params),
+            {name: np.asarray(of_activations[name]) for name in activations},
+            np.asarray(of_input),
+        )
 
 
-def trace_torch(module: torch.nn.Module, images: np.ndarray, slots: Mapping[str, str], *, train: bool = False, cotangent: np.ndarray | None = None) -> Trace:
-    """Runs a PyTorch module once in the dtype of ``images``; the module is left as it was.
+def trace_torch(
+    module: torch.nn.Module,
+    images: np.ndarray,
+    slots: Mapping[str, str],
+    *,
+    train: bool = False,
+    cotangent: np.ndarray | None = None,
+    precision: Precision = PRECISIONS["float32"],
+    device: torch.device = CPU,
+    inputs: bool = False,
+) -> Trace:
+    """Runs a PyTorch module once; the module is left as it was.
 
     Args:
-      module: Called with one tensor ``(N, C, H, W)``.
-      images: ``(N, H, W, C)``.
+      module: Called with one tensor ``(N, C, H, W)``; in the same precision.
+      images: ``(N, H, W, C)``, cast to ``precision.storage``.
       slots: Module name of every slot by slot name; ``""`` is the module itself.
-      train, cotangent: As for :func:`trace_flax`; the cotangent is in Flax's layout.
+      train, cotangent, precision: As for :func:`trace_flax`; the cotangent is in Flax's layout.
+      device: To compute on.
+      inputs: Also keep what every slot was fed.
     """
-    twin = copy.deepcopy(module).train(train)
-    x = torch.from_numpy(_channels_first(images)).requires_grad_(cotangent is not None)
-    activations: dict[str, torch.Tensor] = {}
-    zeros: dict[str, torch.Tensor] = {}
+    twin = copy.deepcopy(module).to(device).train(train)
+    x = to_torch(images, precision, device).requires_grad_(cotangent is not None)
+    activations: dict[str, np.ndarray] = {}
+    gradients: dict[str, np.ndarray] = {}
+    fed: dict[str, np.ndarray] = {}
 
     def tap(name: str) -> Callable[..., Any]:
-        def hook(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor | None:
-            activations[name] = output.detach().clone()  # a following in-place ReLU would overwrite it
-            if cotangent is None:
-                return None
-            zeros[name] = torch.zeros_like(output, requires_grad=True)
-            return output + zeros[name]
+        def hook(_: Any, args: Any, output: Any) -> None:
+            if not isinstance(output, torch.Tensor):
+                return  # a layer that returns several things is no slot
+            if inputs and args:
+                fed[name] = from_torch(args[0], copied=True)
+            activations[name] = from_torch(output, copied=True)  # a following in-place ReLU would overwrite it
+            if output.requires_grad:
+                output.register_hook(lambda gradient: gradients.__setitem__(name, from_torch(gradient, copied=True)))
 
         return hook
 
@@ -153,35 +184,53 @@ def trace_torch(module: torch.nn.Module, images: np.ndarray, slots: Mapping[str,
     for name, place in slots.items():
         modules[place].register_forward_hook(tap(name))
     with torch.set_grad_enabled(cotangent is not None):
-        output = twin(x)
+        with precision.of_torch(device):
+            output = twin(x)
         if cotangent is not None:
-            (output * torch.from_numpy(_channels_first(cotangent))).sum().backward()
+            (output * to_torch(cotangent, precision, device)).sum().backward()
     return Trace(
-        _channels_last(output),
-        {name: _channels_last(value) for name, value in activations.items()},
-        {name: value.detach().numpy() for name, value in twin.named_buffers()},
-        {name: value.grad.numpy() for name, value in twin.named_parameters() if value.grad is not None},
-        {name: _channels_last(zero.grad) for name, zero in zeros.items() if zero.grad is not None},
-        None if x.grad is None else _channels_last(x.grad),
+        from_torch(output),
+        activations,
+        {name: value.detach().cpu().numpy() for name, value in twin.named_buffers()},
+        {} if cotangent is None else {name: gradient_of(value).cpu().numpy() for name, value in twin.named_parameters()},
+        {name: gradients[name] for name in activations if name in gradients},
+        None if x.grad is None else from_torch(x.grad),
+        fed,
     )
 
 
-def _channels_first(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(np.moveaxis(array, -1, 1)) if array.ndim == 4 else array
+def gradient_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Its gradient; zero where nothing depends on it, as jax has it."""
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
 
 
-def _channels_last(tensor: torch.Tensor) -> np.ndarray:
-    array = tensor.detach().numpy()
+def split(model: nnx.Module, train: bool) -> tuple[Any, Any, Any]:
+    """Graph, parameters and everything else of a copy of the model in training or evaluation mode."""
+    twin = nnx.clone(model)
+    (twin.train if train else twin.eval)()
+    graphdef, params, rest = nnx.split(twin, nnx.Param, ...)
+    return graphdef, params, rest
+
+
+def to_torch(array: np.ndarray, precision: Precision, device: torch.device = CPU) -> torch.Tensor:
+    """A tensor in ``precision.storage``, images from NHWC to NCHW."""
+    array = np.asarray(array, precision.storage)
+    return torch.from_numpy(np.array(np.moveaxis(array, -1, 1) if array.ndim == 4 else array, order="C")).to(device)
+
+
+def from_torch(tensor: torch.Tensor, *, copied: bool = False) -> np.ndarray:
+    """A numpy array, images from NCHW to NHWC; bfloat16 as float32, which holds it exactly."""
+    tensor = tensor.detach().cpu()
+    array = tensor.float().numpy() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.numpy()
+    array = np.array(array) if copied else array
     return np.moveaxis(array, 1, -1) if array.ndim == 4 else array
 
 
-def _host(array: Any) -> np.ndarray:
-    return np.asarray(array)
+def host_tree(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Every array of a mapping as numpy."""
+    return {name: np.asarray(value) for name, value in tree.items()}
 
 
-def _host_tree(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {name: _host(value) for name, value in tree.items()}
-
-
-def _by_path(state: Any) -> dict[Any, np.ndarray]:
-    return {path: _host(variable[...]) for path, variable in dict(nnx.to_flat_state(state)).items()}
+def by_path_of(state: Any) -> dict[Any, np.ndarray]:
+    """An nnx state as numpy arrays by attribute path."""
+    return {path: np.asarray(variable[...]) for path, variable in dict(nnx.to_flat_state(state)).items()}

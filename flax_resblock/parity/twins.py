@@ -12,11 +12,13 @@ import numpy as np
 import torch
 
 import torch_ref
-from flax_resblock.architecture import BlockConfig, Config, ResNetConfig, walk
-from flax_resblock.checkpoint.torch_file import from_numpy
+from flax_resblock.architecture import BlockConfig, Config, ResNetConfig, name_of, walk
+from flax_resblock.checkpoint.torch_file import from_numpy, state_to_numpy
 from flax_resblock.convert import LAYOUTS, StateMap
 from flax_resblock.convert.source import Source
-from flax_resblock.convert.state_map import is_floating, transcode
+from flax_resblock.convert.state_map import Entry, is_floating, transcode
+from flax_resblock.parity.inputs import randomised_norm_state
+from flax_resblock.parity.pair import Pair, Precision
 from flax_resblock.resnet import Model, build
 from flax_resblock.transfer import fill
 
@@ -47,8 +49,8 @@ def _torch_block(config: BlockConfig) -> torch.nn.Module:
 
 
 @dataclass(frozen=True)
-class Twins:
-    """One network, two frameworks.
+class Twins(Pair):
+    """A residual network or block of this library, in both frameworks.
 
     Attributes:
       config: The network or bare block.
@@ -70,38 +72,69 @@ class Twins:
         state_map = StateMap(source.config, LAYOUTS["torchvision"])
         return cls(source.config, transcode(source.state_map, state_map, source.tensors), source.norm_options)
 
+    @classmethod
+    def random(cls, config: Config, seed: int = 0, **norm_options: Any) -> Twins:
+        """Twins with PyTorch's default weights and batch norms that look trained.
+
+        Args:
+          config: The network or bare block.
+          seed: Of the weights and of the norms.
+          **norm_options: ``eps`` and ``momentum``.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            state = state_to_numpy(torch_twin(config).state_dict())
+        return cls(config, randomised_norm_state(state, seed), norm_options)
+
+    @property
+    def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Name of the architecture."""
+        return name_of(self.config)
+
     @cached_property
     def state_map(self) -> StateMap:
         """PyTorch names to Flax paths."""
         return StateMap(self.config, LAYOUTS[self.layout])
 
+    @property
+    def entries(self) -> tuple[Entry, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Those of the state map."""
+        return self.state_map.entries
+
     @cached_property
-    def flax_slots(self) -> dict[str, tuple[Any, ...]]:
+    def flax_slots(self) -> dict[str, tuple[Any, ...]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Attribute path of every slot."""
         return {slot.name: slot.path for slot in walk(self.config)}
 
     @cached_property
-    def torch_slots(self) -> dict[str, str]:
+    def torch_slots(self) -> dict[str, str]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Module name of every slot that the PyTorch side has as a module."""
         if self.module is None:
             return self.state_map.modules
         there = dict(self.module.named_modules())
         return {slot: name for slot, name in self.state_map.modules.items() if name in there}
 
-    def _cast(self, dtype: Any) -> dict[str, np.ndarray]:
-        """The state in one precision; statistics stay in float32 at least, as both frameworks keep them."""
-        return {key: value.astype(dtype) if is_floating(value.dtype) else value.astype(np.int64) for key, value in self.state.items()}
+    def specification(self) -> Twins | None:
+        """The same network with the reference of ``torch_ref`` as its PyTorch side; None where it already is."""
+        if self.module is None:
+            return None
+        return Twins(self.config, transcode(self.state_map, StateMap(self.config, LAYOUTS["torchvision"]), self.state), self.norm_options)
 
-    def torch(self, dtype: Any) -> torch.nn.Module:
-        """The PyTorch module with its weights in ``dtype`` (a numpy dtype)."""
+    def _cast(self, precision: Precision) -> dict[str, np.ndarray]:
+        """The state in one precision."""
+        return {key: value.astype(precision.storage) if is_floating(value.dtype) else value.astype(np.int64) for key, value in self.state.items()}
+
+    def torch(self, precision: Precision) -> torch.nn.Module:
+        """The PyTorch module with its weights in ``precision.storage``."""
         module = torch_twin(self.config, self.norm_options) if self.module is None else copy.deepcopy(self.module)
-        state = {key: from_numpy(np.array(value)) for key, value in self._cast(dtype).items()}
+        state = {key: from_numpy(np.array(value)) for key, value in self._cast(precision).items()}
         module.to(next(value.dtype for value in state.values() if value.dtype.is_floating_point))
         module.load_state_dict(state, strict=True)
         return module
 
-    def flax(self, dtype: Any, **options: Any) -> Model:
-        """The nnx model with its weights in ``dtype``; float64 needs jax's x64 mode."""
-        model = build(self.config, rngs=None, **{**self.norm_options, **options})
-        fill(model, self.state_map.to_flax(self._cast(dtype)))
+    def flax(self, precision: Precision) -> Model:
+        """The nnx model with its weights in ``precision.storage``."""
+        options: dict[str, Any] = {**self.norm_options, "dtype": precision.compute}
+        model = build(self.config, rngs=None, **options)
+        fill(model, self.state_map.to_flax(self._cast(precision)))
         return model

@@ -7,21 +7,24 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from flax_resblock.architecture import BlockConfig
+from flax_resblock.architecture import BlockConfig, Config
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.convert import LAYOUTS, StateMap, describe, identify
 from flax_resblock.convert.modules import module_facts
 from flax_resblock.errors import CheckpointError, InputError
-from flax_resblock.parity.compare import Comparison, Plan, compare_twins
-from flax_resblock.parity.diagnose import explain_block
+from flax_resblock.parity.api import Verification, verify_pair
+from flax_resblock.parity.comparison import Plan
+from flax_resblock.parity.diagnose import Diagnosis
 from flax_resblock.parity.inputs import adversarial_images, randomised_norm_state
+from flax_resblock.parity.pair import PRECISIONS
+from flax_resblock.parity.parts import Devices
 from flax_resblock.parity.twins import Twins
 
 BLOCK_CASES = ({"in_channels": 8, "out_channels": 8}, {"in_channels": 4, "out_channels": 8}, {"in_channels": 8, "out_channels": 8, "stride": 2})
@@ -34,13 +37,41 @@ class Case:
 
     Attributes:
       title: The call, ``Block(in_channels=8, out_channels=8)``.
-      findings: What is wrong, one sentence each; empty when nothing is.
-      comparison: Against the Flax twin; None where the module does not run or fits no network.
+      config: The network or block that it is meant to be.
+      layout: The naming scheme of its tensors.
+      state: Its tensors.
+      stated: What its own attributes and shapes say is wrong, one sentence each.
+      raised: What forward raises; empty where it does not.
+      verification: Against the Flax twin; None where the module does not run.
     """
 
     title: str
-    findings: list[str] = field(default_factory=list)
-    comparison: Comparison | None = None
+    config: Config
+    layout: str
+    state: Mapping[str, np.ndarray]
+    stated: tuple[str, ...] = ()
+    raised: str = ""
+    verification: Verification | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.stated and self.verification is not None and self.verification.passed
+
+    @property
+    def diagnosis(self) -> list[Diagnosis]:
+        """Everything that is wrong; what the attributes already say is not said again."""
+        known = " ".join(self.stated)
+        found = [Diagnosis("module", "specification", "torch", sentence, "read off the module") for sentence in self.stated]
+        if self.raised:
+            found.append(Diagnosis("module", "raises", "torch", self.raised, "seen when it was run"))
+        return found + [d for d in (self.verification.diagnosis if self.verification else ()) if d.slot.partition("/")[0] not in known]
+
+    @property
+    def findings(self) -> list[str]:
+        """The same in words; empty when nothing is wrong."""
+        found = [d.sentence if d.slot == "module" else str(d) for d in self.diagnosis]
+        return found or ([] if self.passed else ["its output differs from the specification's; the table shows where it begins"])
 
 
 def load_factory(spec: str) -> Callable[..., Any]:
@@ -94,15 +125,25 @@ def cases_of(factory: Callable[..., Any], kwargs: Mapping[str, Any] | None) -> l
     return [case for case in full if set(case) <= set(parameters)]
 
 
-def examine(factory: Callable[..., Any], arguments: Mapping[str, Any], plan: Plan, *, batch: int = 3, seed: int = 0) -> Case:
+def examine(
+    factory: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    plan: Plan,
+    *,
+    images: Callable[[Config], np.ndarray] | None = None,
+    seed: int = 0,
+    devices: Devices | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Case:
     """Builds one module and finds out whether it is what its arguments and names say.
 
     Args:
       factory: Makes the module.
       arguments: Keyword arguments; ``in_channels``, ``out_channels`` and ``stride`` also say what a block is meant to be.
-      plan, batch, seed: Of the comparison.
+      plan, seed, devices, progress: Of the comparison.
+      images: Makes the input for what the module is meant to be; by default three random images.
     Raises:
-      InputError: The factory raises, makes no module, or a module whose results change from run to run.
+      InputError: The factory raises, makes no module, or a module that cannot be compared: see :func:`flax_resblock.parity.compare`.
     """
     torch.manual_seed(seed)
     title = f"{getattr(factory, '__name__', 'factory')}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
@@ -114,26 +155,20 @@ def examine(factory: Callable[..., Any], arguments: Mapping[str, Any], plan: Pla
         raise InputError(f"{title} made a {type(module).__name__}, not an nn.Module.")
     state = randomised_norm_state(state_to_numpy(module.state_dict()), seed)
     state_map, findings = _specification(state, arguments, title)
-    if state_map is None:
-        return Case(title, findings)
     facts = module_facts(module)
     findings += [f"{difference}{_stride_remark(difference)}" for difference in facts.differences(state_map)]
     config = state_map.config
+    case = Case(title, config, state_map.layout.name, state, tuple(findings))
     twins = Twins(config, state, facts.norm_options, layout=state_map.layout.name, module=module)
-    images = adversarial_images(config, batch=batch, seed=seed)
-    if any(value.shape != entry.torch_shape for entry in state_map.entries if (value := state.get(entry.torch_key)) is not None):
-        findings += _raises(module, images)
-        return Case(title, findings)
-    raised = _raises(twins.torch(np.float64), images.astype(np.float64))
-    if raised:
-        return Case(title, findings + raised)
-    comparison = compare_twins(twins, images, plan)
-    if not comparison.passed:
-        findings += list(explain_block(twins, images)) or ["its output differs from the specification's; the table shows where it begins"]
-    return Case(title, findings, comparison)
+    batch = images(config) if images is not None else adversarial_images(config, batch=3, seed=seed)
+    shapes_fit = all(value.shape == entry.torch_shape for entry in state_map.entries if (value := state.get(entry.torch_key)) is not None)
+    raised = _raises(twins.torch(PRECISIONS["float64"]) if shapes_fit else module, batch)
+    if raised or not shapes_fit:
+        return replace(case, raised=raised)
+    return replace(case, verification=verify_pair(twins, batch, plan, seed=seed, devices=devices, progress=progress))
 
 
-def _specification(state: Mapping[str, np.ndarray], arguments: Mapping[str, Any], title: str) -> tuple[StateMap | None, list[str]]:
+def _specification(state: Mapping[str, np.ndarray], arguments: Mapping[str, Any], title: str) -> tuple[StateMap, list[str]]:
     """The map of what the module is meant to be, and how its tensors differ from that."""
     found = describe(state)
     if not {"in_channels", "out_channels"} <= set(arguments):
@@ -167,17 +202,12 @@ def _stride_remark(difference: str) -> str:
     return ": the first convolution ignores stride, so the two paths end at different resolutions" if difference.startswith("conv1 has") else ""
 
 
-def _raises(module: torch.nn.Module, images: np.ndarray) -> list[str]:
-    """What forward says, if it raises; also refuses modules that cannot be compared."""
-    x = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1))).to(next(module.parameters()).dtype)
-    module = module.eval()
-    with torch.no_grad():
-        try:
-            first, second = module(x.clone()), module(x.clone())
-        except Exception as error:
-            return [f"forward raises {type(error).__name__}: {str(error).splitlines()[0]}"]
-    if not isinstance(first, torch.Tensor):
-        raise InputError(f"the module returns a {type(first).__name__}, not a tensor; only modules that map one tensor to one tensor can be compared.")
-    if not torch.equal(first.nan_to_num(), second.nan_to_num()):
-        raise InputError("the module gives another result when it is run twice on the same input in evaluation mode; remove what is random in its forward.")
-    return []
+def _raises(module: torch.nn.Module, images: np.ndarray) -> str:
+    """What forward says, if it raises; empty where it does not."""
+    x = torch.from_numpy(np.array(np.moveaxis(images, -1, 1), order="C")).to(next(module.parameters()).dtype)
+    try:
+        with torch.no_grad():
+            module.eval()(x)
+    except Exception as error:
+        return f"forward raises {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return ""

@@ -1,0 +1,208 @@
+"""Why something else arrives at a layer although every layer before it is right: what lies between the layers, and how a block ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from flax_resblock.parity.causes import Candidate, Cause, explain
+from flax_resblock.parity.oracle import relative_l2
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What arrives at a slot.
+
+    Attributes:
+      truth: What is meant to arrive, NHWC.
+      images: The network's input.
+      outputs: What every slot before this place gave, by slot name in forward order; the most recent ones matter most.
+      all_outputs: What every slot gave; the branches of a block may run in any order.
+    """
+
+    truth: np.ndarray
+    images: np.ndarray
+    outputs: Mapping[str, np.ndarray]
+    all_outputs: Mapping[str, np.ndarray]
+
+
+def _torch(function: Callable[..., torch.Tensor], **options: float | str) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda x: function(torch.from_numpy(np.array(x, np.float64)), **options).numpy()
+
+
+ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "ReLU": lambda x: np.maximum(x, 0),
+    "no activation": lambda x: x,
+    "GELU": _torch(F.gelu),
+    "GELU (tanh form)": _torch(F.gelu, approximate="tanh"),
+    "SiLU": _torch(F.silu),
+    "LeakyReLU(0.01)": _torch(F.leaky_relu, negative_slope=0.01),
+    "LeakyReLU(0.1)": _torch(F.leaky_relu, negative_slope=0.1),
+    "LeakyReLU(0.2)": _torch(F.leaky_relu, negative_slope=0.2),
+    "ReLU6": _torch(F.relu6),
+    "ELU": _torch(F.elu),
+    "SELU": _torch(F.selu),
+    "softplus": _torch(F.softplus),
+    "tanh": np.tanh,
+    "sigmoid": _torch(torch.sigmoid),
+    "Mish": _torch(F.mish),
+    "hardswish": _torch(F.hardswish),
+}
+_CONSTANTS = {
+    "ImageNet's mean and standard deviation": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "CIFAR-10's mean and standard deviation": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
+    "mean 0.5 and standard deviation 0.5": ([0.5], [0.5]),
+    "a factor of 255": ([0.0], [255.0]),
+    "a factor of 1/255": ([0.0], [1 / 255]),
+}
+
+
+def explain_connection(connection: Connection, value: np.ndarray) -> Cause | None:
+    """The mistake by which ``value`` arrives."""
+    if np.isfinite(connection.truth).all() and not np.isfinite(value).all():
+        return Cause("non-finite", f"feeds it {np.count_nonzero(~np.isfinite(value))} of {value.size} values that are not finite", 0.0)
+    return explain(value, _candidates(connection, value))
+
+
+def _candidates(connection: Connection, value: np.ndarray) -> Iterator[Candidate]:
+    truth, images = connection.truth, connection.images
+    if truth.ndim == 4:
+        if truth.shape[-1] > 1:
+            yield "reversed-channels", "feeds the channels in reverse order (RGB and BGR)", lambda: truth[..., ::-1]
+        yield "transposed-image", "feeds the image with height and width exchanged", lambda: truth.transpose(0, 2, 1, 3)
+        yield "flipped-image", "feeds the image upside down", lambda: truth[:, ::-1]
+        yield "flipped-image", "feeds the image mirrored", lambda: truth[:, :, ::-1]
+        yield "layout", "reads the NHWC image as NCHW (reshaped instead of transposed)", lambda: truth.transpose(0, 3, 1, 2).reshape(truth.shape)
+        yield "layout", "reads the NCHW image as NHWC (reshaped instead of transposed)", lambda: _reread(truth)
+    before = [(name, array) for name, array in list(connection.outputs.items())[::-1] if array.shape == truth.shape]
+    for source, array in before:  # which layer's output, under which activation, is meant to arrive
+        meant = next((name for name, f in ACTIVATIONS.items() if relative_l2(f(array), truth) <= 1e-12), None)
+        if meant is None:
+            continue
+        for other, f in ACTIVATIONS.items():
+            if other != meant:
+                name = "missing-relu" if other == "no activation" else "other-activation"
+                yield name, f"applies {other} after {source} instead of {meant}", lambda f=f, a=array: f(a)
+        for second, theirs in [*before, *connection.all_outputs.items(), ("the input", images)]:
+            if second != source and theirs.shape == array.shape:
+                yield "skip-before-norm", f"adds {second} to {source} already here", lambda a=array, t=theirs: a + t
+        break
+    if value.shape == truth.shape and value.ndim == 4:
+        yield from _normalisation(truth, value)
+    yield from _pooling(connection, value)
+    for source, array in list(connection.outputs.items())[::-1]:
+        if source != "input" and array.shape == value.shape:
+            yield "overwritten-branch", f"feeds it the output of {source}", lambda a=array: a
+            yield "overwritten-branch", f"feeds it the ReLU of the output of {source}", lambda a=array: np.maximum(a, 0)
+    kept = value != 0
+    if value.shape == truth.shape and kept.any() and not kept.all():
+        with np.errstate(all="ignore"):
+            rate = float(1 - np.vdot(truth[kept], truth[kept]) / np.vdot(value[kept], truth[kept]))
+        if 0 < rate < 1:
+            words = f"drops {np.mean(~kept & (truth != 0)):.0%} of the values before it (dropout at rate {rate:.3g})"
+            yield "dropout", words, lambda: truth * kept / (1 - rate)
+
+
+def _reread(truth: np.ndarray) -> np.ndarray:
+    n, height, width, channels = truth.shape
+    return np.ascontiguousarray(truth).reshape(n, channels, height, width).transpose(0, 2, 3, 1)
+
+
+def _normalisation(truth: np.ndarray, value: np.ndarray) -> Iterator[Candidate]:
+    """An affine map per channel."""
+    x, y = (np.asarray(a, np.float64).reshape(-1, a.shape[-1]) for a in (truth, value))
+    centred = x - x.mean(0)
+    with np.errstate(all="ignore"):
+        scale = np.sum(centred * (y - y.mean(0)), 0) / np.sum(centred**2, 0)
+    shift = y.mean(0) - scale * x.mean(0)
+    known = ""
+    for words, (mean, deviation) in _CONSTANTS.items():
+        for once in (np.divide(1, deviation), np.asarray(deviation)):
+            if len(mean) in (1, len(scale)) and np.allclose(scale, once, rtol=1e-3):
+                known = f" ({words})"
+    listed = ", ".join(f"{a:.4g} x {b:+.4g}" for a, b in zip(scale[:4], shift[:4], strict=True)) + (", ..." if len(scale) > 4 else "")
+    yield "normalisation-constants", f"normalises its input with other constants: per channel {listed}{known}", lambda: truth * scale + shift
+
+
+def _pooling(connection: Connection, value: np.ndarray) -> Iterator[Candidate]:
+    """What comes between the last image and a linear layer."""
+    if connection.truth.ndim != 2:
+        return
+    for source, array in list(connection.outputs.items())[::-1]:
+        if array.ndim != 4 or len(array) != len(value):
+            continue
+        flat = array.shape[1] * array.shape[2] * array.shape[3]
+        if connection.truth.shape[-1] == flat:
+            words = f"flattens {source} in the order (channel, height, width) instead of (height, width, channel)"
+            yield "flatten-order", words, lambda a=array: a.transpose(0, 3, 1, 2).reshape(len(a), -1)
+            words = f"flattens {source} in the order (height, width, channel) instead of (channel, height, width)"
+            yield "flatten-order", words, lambda a=array: a.reshape(len(a), -1)
+        for activation in ("ReLU", "no activation"):
+            f = ACTIVATIONS[activation]
+            yield "other-pooling", f"takes the maximum of {source} instead of the mean", lambda a=array, f=f: f(a).max((1, 2))
+            yield "other-pooling", f"takes the sum of {source} instead of the mean", lambda a=array, f=f: f(a).sum((1, 2))
+            yield "other-pooling", f"takes the mean of {source} with activation '{activation}'", lambda a=array, f=f: f(a).mean((1, 2))
+            yield "other-pooling", f"takes one corner of {source} instead of the mean", lambda a=array, f=f: f(a)[:, 0, 0]
+            yield "other-pooling", f"takes the mean and the maximum of {source} together", lambda a=array, f=f: f(a).mean((1, 2)) + f(a).max((1, 2))
+
+
+def explain_ending(truth: np.ndarray, main: np.ndarray, skip: np.ndarray | None, x: np.ndarray, value: np.ndarray) -> Cause | None:
+    """The mistake by which a residual block ends in ``value`` instead of ``truth = relu(main + skip)``.
+
+    Args:
+      truth: What it is meant to give.
+      main: Output of the last norm.
+      skip: Output of the shortcut; None: no layer computes it.
+      x: Input of the block.
+      value: What it gave.
+    """
+    relu = ACTIVATIONS["ReLU"]
+    if skip is None:
+        skip = x if x.shape == main.shape else _zero_padded(x, main.shape, front=True)
+    candidates: list[Candidate] = [
+        (
+            "overwritten-branch",
+            "overwrites the main path: the output is relu(skip(x) + x), the convolutions are computed and thrown away",
+            lambda: relu(skip + x),
+        ),
+        ("skip-not-added", "does not add the skip: the output is relu of the main path alone", lambda: relu(main)),
+        ("missing-main", "leaves the main path out: the output is relu(skip(x))", lambda: relu(skip)),
+        ("missing-relu", "has no last ReLU: the output is main path + skip", lambda: main + skip),
+        ("relu-before-add", "applies the ReLU before the addition: the output is relu(main path) + skip", lambda: relu(main) + skip),
+        ("relu-before-add", "applies ReLU to both before the addition", lambda: relu(main) + relu(skip)),
+        ("unprojected-skip", "adds the unprojected input: the output is relu(main path + x)", lambda: relu(main + x)),
+        ("skip-subtracted", "subtracts the skip", lambda: relu(main - skip)),
+        ("skip-subtracted", "subtracts the main path", lambda: relu(skip - main)),
+        ("branches-multiplied", "multiplies the branches", lambda: relu(main * skip)),
+        ("skip-twice", "adds the skip twice", lambda: relu(main + 2 * skip)),
+        ("other-shortcut", "puts all new channels of the shortcut behind", lambda: relu(main + _zero_padded(x, main.shape, front=False))),
+        ("other-shortcut", "averages pixels in the shortcut", lambda: relu(main + _zero_padded(x, main.shape, front=True, mean=True))),
+    ]
+    for name, f in ACTIVATIONS.items():
+        if name not in ("ReLU", "no activation"):
+            candidates.append(("other-activation", f"ends in {name} instead of ReLU", lambda f=f: f(main + skip)))
+    found = explain(value, candidates)
+    if found is None and value.shape == main.shape:  # scaled branches, where the ReLU let something through
+        positive = value > 0
+        a, b = main[positive], skip[positive]
+        if positive.sum() > 2:
+            (alpha, beta), *_ = np.linalg.lstsq(np.stack([a, b], 1), value[positive], rcond=None)
+            words = f"weighs the branches: {alpha:.6g} x main path {beta:+.6g} x skip"
+            found = explain(value, [("scaled", words, lambda: relu(alpha * main + beta * skip))])
+    return found
+
+
+def _zero_padded(x: np.ndarray, shape: tuple[int, ...], *, front: bool, mean: bool = False) -> np.ndarray:
+    """Option A: every ``stride``-th pixel, new channels zero."""
+    stride = -(-x.shape[1] // shape[1])
+    small = x[:, ::stride, ::stride]
+    if mean:
+        tensor = torch.from_numpy(np.array(np.moveaxis(x, -1, 1), np.float64, order="C"))
+        small = np.moveaxis(F.avg_pool2d(tensor, stride, ceil_mode=True).numpy(), 1, -1)
+    extra = shape[-1] - x.shape[-1]
+    before = extra // 2 if front else 0
+    return np.pad(small, ((0, 0), (0, 0), (0, 0), (before, extra - before)))

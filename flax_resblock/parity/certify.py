@@ -1,0 +1,162 @@
+"""What a conversion ends with: its output is opened again, both frameworks compute with it, and the folder's ``parity.json`` gets an entry."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import platform
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from flax_resblock import checkpoint
+from flax_resblock.architecture import name_of
+from flax_resblock.convert.source import Reading, Source, open_checkpoint
+from flax_resblock.errors import InputError, some
+from flax_resblock.parity.certificate import KIND, SCHEMA, certificate_of, hashes, read_certificate
+
+PACKAGES = ("jax", "flax", "numpy", "safetensors", "orbax-checkpoint", "torch")
+BATCH = 2
+"""Images of the verification."""
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raises InputError where the certificate would go to a file that is none; such a file is never replaced."""
+    path = certificate_of(out)
+    if not os.path.lexists(path):
+        return
+    try:
+        read_certificate(path)
+    except InputError as error:
+        raise InputError(
+            f"{error} convert keeps its certificate under this name and never replaces another file, even by force. "
+            "Move that file, choose another folder, or pass --no-certificate."
+        ) from error
+
+
+def provenance(source: Source) -> dict[str, Any]:
+    """What a checkpoint is called, without its folder, and the SHA-256 of its file, of its files, or of a shard index and its shards."""
+    path = Path(source.record.source)
+    if path.suffix != ".json":
+        return {"path": path.name, "sha256": hashes(path)}
+    shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()  # plain names, which reading the source has checked
+    return {"path": path.name, "sha256": {name: hashes(path.with_name(name)) for name in sorted({path.name, *shards})}}
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Holds an interrupt back until the block has ended: the frameworks crash the process when one meets them half imported."""
+    if threading.current_thread() is not threading.main_thread():  # interrupts go to the main thread, and only it may hold them
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
+
+
+def verify_written(source: Source) -> dict[str, Any]:
+    """The quick verification: every slot in both frameworks, evaluation mode, float64.
+
+    Args:
+      source: The output, opened again.
+    Returns:
+      ``passed``, ``criterion``, ``worst``, ``tensors`` (how many were compared); or ``skipped``, why there was none.
+    """
+    if source.unhealthy:
+        return {"skipped": f"values that no healthy checkpoint has: {some(source.unhealthy)}"}
+    try:
+        with _interrupts_later():
+            import jax
+
+            from flax_resblock.parity.comparison import Plan, compare_pair
+            from flax_resblock.parity.inputs import adversarial_images
+            from flax_resblock.parity.oracle import FLOAT64_LIMIT
+            from flax_resblock.parity.twins import Twins
+
+            jax.devices("cpu")
+    except ImportError as error:
+        if error.name != "torch":
+            raise
+        return {"skipped": "PyTorch is not installed"}
+    except RuntimeError as error:  # the accelerator belongs to another process, for one
+        return {"skipped": f"jax does not start: {str(error).strip().splitlines()[0][:160]}"}
+    images = adversarial_images(source.config, batch=BATCH)
+    comparison = compare_pair(Twins.of(source), images, Plan(train=False, gradients=False, precisions=("float64",)))
+    worst = max(comparison.measurements, key=lambda row: (not row.judgement.passed, row.judgement.excess))
+    error = worst.judgement.error
+    return {
+        "passed": comparison.passed,
+        "criterion": f"evaluation mode, float64: relative L2 difference of Flax from PyTorch at most {FLOAT64_LIMIT:g} for every tensor",
+        "worst": {"quantity": worst.quantity, "slot": worst.slot, "error": error if math.isfinite(error) else str(error), "limit": worst.judgement.limit},
+        "tensors": len(comparison.measurements),
+    }
+
+
+def _versions() -> dict[str, str]:
+    from flax_resblock import __version__
+
+    found = {"flax_resblock": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # torch, on a TPU host
+            continue
+    return found
+
+
+def certify(out: Path, reading: Reading, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Opens an output again, verifies it and enters it in the certificate of its folder.
+
+    Args:
+      out: What was written.
+      reading: What it is; a ``.pth`` does not always tell.
+      origin: :func:`provenance` of what it was made from.
+    Returns:
+      ``verification`` of the entry, see :func:`verify_written`.
+    Raises:
+      InputError: The folder's ``parity.json`` is no certificate; it is left alone.
+    """
+    source = open_checkpoint(out, reading)
+    entry = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": dict(origin),
+        "output": {"sha256": hashes(out)},
+        "tensors": checkpoint.digests(source.record.tensors),
+        "architecture": name_of(source.config),
+        "layout": source.state_map.layout.name,
+        "versions": _versions(),
+        "verification": verify_written(source),
+    }
+    path = certificate_of(out)
+    try:
+        with _alone(path.parent), checkpoint.replacing(path, force=True) as temporary:
+            outputs = (read_certificate(path) if os.path.lexists(path) else {}) | {out.name: entry}
+            content = {"schema": SCHEMA, "kind": KIND, "outputs": dict(sorted(outputs.items()))}
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} could not be written: {error.strerror or error}. {out} itself is complete.") from error
+    return entry["verification"]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other conversions from changing the folder's certificate between our reading and our writing it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,250 @@
+"""Both frameworks side by side on the same input, part by part, every tensor judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from flax_resblock.parity.inputs import more_batches
+from flax_resblock.parity.oracle import Judgement, Tolerance, judge, relative_l2
+from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
+from flax_resblock.parity.parts import Devices, Forward, Isolated, Key, Part, Statistics, Tensors, Weights, reference_run
+from flax_resblock.parity.taps import trace_torch
+from flax_resblock.parity.trajectory import RECIPES, Trajectory, moderate
+
+SPREAD = 8
+"""Roundings of PyTorch that are drawn where one does not explain the error of Flax."""
+
+BATCHES = 5
+"""Training batches after which the running statistics are compared again."""
+
+BINS = 20
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One tensor in both frameworks, judged.
+
+    Attributes:
+      quantity: ``"eval forward"``, ``"train forward"``, ``"running statistics"``, ``"parameter gradient"``, ``"sgd: parameters"`` ...
+      slot: Slot name, with the tensor's name behind a slash where the slot has several; ``"output"`` and ``"input"``.
+      precision: ``"float64"``, ``"float32"`` or ``"bfloat16"``.
+      judgement: Errors and limit.
+      step: Training step (from 1) of a trajectory, else None.
+    """
+
+    quantity: str
+    slot: str
+    precision: str
+    judgement: Judgement
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How the errors of one tensor's elements are distributed.
+
+    Attributes:
+      row: The tensor.
+      edges: Logarithms to base 10 of ``|value - truth| / rms(truth)``, one more than the counts.
+      flax, torch: Elements per bin.
+      exact: Elements of the Flax tensor without any error.
+    """
+
+    row: Measurement
+    edges: tuple[float, ...]
+    flax: tuple[int, ...]
+    torch: tuple[int, ...]
+    exact: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All measurements of one verification, in forward order within each quantity; ``histogram`` is that of the worst tensor."""
+
+    measurements: tuple[Measurement, ...]
+    histogram: Histogram | None = None
+    tolerance: Tolerance | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every measurement is within its limit."""
+        return all(measurement.judgement.passed for measurement in self.measurements)
+
+    def groups(self) -> Iterator[tuple[str, str, list[Measurement]]]:
+        """Precision, quantity and its measurements."""
+        groups: dict[tuple[str, str], list[Measurement]] = {}
+        for measurement in self.measurements:
+            groups.setdefault((measurement.precision, measurement.quantity), []).append(measurement)
+        for (precision, quantity), rows in groups.items():
+            yield precision, quantity, rows
+
+    def first_divergence(self, quantity: str, precision: str) -> Measurement | None:
+        """The first row that failed: in forward order, gradients of activations in backward order (from the output to the input)."""
+        rows = [m for m in self.measurements if (m.quantity, m.precision) == (quantity, precision)]
+        if quantity == "activation gradient":
+            rows = [*(m for m in reversed(rows) if m.slot != "input"), *(m for m in rows if m.slot == "input")]
+        return next((m for m in rows if not m.judgement.passed), None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compare.
+
+    Attributes:
+      train: Also training mode: batch statistics, and running statistics after one batch and after :data:`BATCHES`.
+      gradients: Also gradients of every parameter, activation and the input (in training mode where ``train``, else in evaluation mode).
+      precisions: Among ``"float64"``, ``"float32"`` and ``"bfloat16"``.
+      isolated: Also every slot by itself, fed PyTorch's own input.
+      steps: Also so many training steps with each of ``optimizers``, everything compared after every step.
+      optimizers: Among ``"sgd"`` (Nesterov momentum, weight decay) and ``"adamw"``.
+      learning_rate: Of the training steps; None: a moderate one for this network, see :func:`flax_resblock.parity.trajectory.moderate`.
+      tolerance: Instead of the oracle's criterion.
+    """
+
+    train: bool = True
+    gradients: bool = False
+    precisions: Sequence[str] = ("float64", "float32")
+    isolated: bool = False
+    steps: int = 0
+    optimizers: Sequence[str] = tuple(RECIPES)
+    learning_rate: float | None = None
+    tolerance: Tolerance | None = None
+
+    def parts(self, pair: Pair, images: np.ndarray, seed: int) -> Iterator[Part]:
+        """What there is to run, in order."""
+        cotangent = None
+        if self.gradients or self.steps:
+            shape = trace_torch(pair.torch(PRECISIONS["float32"]), images[:1], {}).output.shape
+            cotangent = np.random.default_rng(seed).standard_normal((len(images), *shape[1:]))
+        yield Weights()
+        yield Forward(False, cotangent if self.gradients and not self.train else None)
+        if self.train:
+            yield Forward(True, cotangent if self.gradients else None)
+            if any(entry.flax_path[-1] == "var" for entry in pair.entries):
+                yield Statistics(more_batches(images, BATCHES, seed))
+        if self.isolated:
+            for train in (False, True) if self.train else (False,):
+                yield Isolated(train, reference_run(pair, images, train=train), self.gradients)
+        if self.steps and cotangent is not None:
+            for name in self.optimizers:
+                recipe = replace(RECIPES[name], learning_rate=self.learning_rate or 0.0)
+                yield moderate(Trajectory(recipe, more_batches(images, self.steps, seed), cotangent), pair)
+
+
+def compare_pair(
+    pair: Pair, images: np.ndarray, plan: Plan | None = None, *, progress: Callable[[str], None] = lambda _: None, seed: int = 0, devices: Devices | None = None
+) -> Comparison:
+    """Verifies a pair: Flax against PyTorch on the same images, every slot.
+
+    Args:
+      pair: The two modules.
+      images: ``(N, H, W, C)`` or what else the modules take, in Flax's layout, float64.
+      plan: What to compare.
+      progress: Called with a sentence before each step.
+      seed: Of the cotangent from which gradients flow back, and of further batches.
+      devices: Where to compute.
+    Returns:
+      Every measurement. The float64 truth is PyTorch's, on the CPU.
+    """
+    plan, devices = plan or Plan(), devices or Devices()
+    referee = _Referee(plan.tolerance)
+    measurements: list[Measurement] = []
+    for part in plan.parts(pair, images, seed):
+        precisions = [PRECISIONS["float64"]] if isinstance(part, Weights) else [PRECISIONS[name] for name in plan.precisions]
+        found = referee.hear(part, pair, precisions, images, devices, progress)
+        for precision in precisions:
+            rows = found[precision.name]
+            if precision.name != "float64" and plan.tolerance is None and not all(row.judgement.passed for row in rows):
+                progress(f"{part.title}, {precision.name}: PyTorch's own spread")
+                rows = _with_spread(part, pair, precision, images, devices, rows)
+            measurements += rows
+    return Comparison(tuple(measurements), referee.histogram, plan.tolerance)
+
+
+@dataclass
+class _Referee:
+    """Runs both sides of a part in step, judges, and keeps the histogram of the worst tensor; the tensors themselves are let go as soon as they are judged."""
+
+    tolerance: Tolerance | None
+    histogram: Histogram | None = field(default=None)
+
+    def hear(
+        self, part: Part, pair: Pair, precisions: Sequence[Precision], images: np.ndarray, devices: Devices, progress: Callable[[str], None]
+    ) -> dict[str, list[Measurement]]:
+        """Rows by precision."""
+        rows: dict[str, list[Measurement]] = {precision.name: [] for precision in precisions}
+        truths = part.torch(pair, PRECISIONS["float64"], images, devices.of(PRECISIONS["float64"]))
+        sides = {p.name: (part.torch(pair, p, images, devices.of(p)), part.flax(pair, p, images, devices.of(p))) for p in precisions}
+        steps = isinstance(part, Trajectory)
+        for step in range(1, part.steps + 1) if isinstance(part, Trajectory) else (1,):
+            where = f"{part.title}, step {step} of {part.steps}" if isinstance(part, Trajectory) else part.title
+            progress(f"{where}: PyTorch, float64")
+            truth = next(truths)
+            for precision in precisions:
+                torch_side, flax_side = sides[precision.name]
+                progress(f"{where}: PyTorch and Flax, {precision.name}")
+                ours = truth if precision.name == "float64" else next(torch_side)
+                own = {key: 0.0 if ours is truth else relative_l2(value, truth[key]) for key, value in ours.items()}
+                kept = ours if self.tolerance is not None or self.histogram is None else {}
+                del ours  # the largest arrays of a verification: let go before the other side makes its own
+                flax = next(flax_side)
+                rows[precision.name] += list(self._judge(part, precision, step if steps else None, flax, kept, truth, own))
+                del flax, kept
+        return rows
+
+    def _judge(
+        self, part: Part, precision: Precision, step: int | None, flax: Tensors, ours: Tensors, truth: Tensors, own: Mapping[Key, float]
+    ) -> Iterator[Measurement]:
+        for key, reference in own.items():
+            value = flax.get(key)
+            error = float("inf") if value is None else relative_l2(value, truth[key])
+            judgement = judge(error, reference, precision.epsilon, limit64=part.limit64)
+            if self.tolerance is not None and value is not None:
+                judgement = replace(judgement, error=self.tolerance.excess(value, ours[key]), limit=1.0, reference_error=0.0)
+            row = Measurement(*key, precision.name, judgement, step)
+            worst = self.histogram.row.judgement.excess if self.histogram is not None else 0.0
+            if value is not None and value.shape == truth[key].shape and judgement.excess > worst:
+                self.histogram = _histogram(row, value, ours.get(key), truth[key]) or self.histogram
+            yield row
+
+
+def _histogram(row: Measurement, flax: np.ndarray, torch: np.ndarray | None, truth: np.ndarray) -> Histogram | None:
+    """Element errors on a logarithmic scale; None where nothing is finite."""
+    truth = np.asarray(truth, np.float64)
+    rms = float(np.sqrt(np.mean(np.square(truth)))) if truth.size else 0.0
+    if not np.isfinite(rms) or rms == 0:
+        return None
+    sides = [np.abs(np.asarray(side, np.float64) - truth).ravel() / rms for side in (flax, truth if torch is None else torch)]
+    positive = np.concatenate([side[np.isfinite(side) & (side > 0)] for side in sides])
+    if not positive.size:
+        return None
+    low, high = np.log10(positive.min()), np.log10(positive.max())
+    edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
+    ours, theirs = (tuple(map(int, np.histogram(np.log10(side[np.isfinite(side) & (side > 0)]), edges)[0])) for side in sides)
+    return Histogram(row, tuple(map(float, edges)), ours, theirs, int(np.count_nonzero(sides[0] == 0)))
+
+
+def _with_spread(part: Part, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices, rows: list[Measurement]) -> list[Measurement]:
+    """The measurements with PyTorch's own error taken as the largest of several roundings.
+
+    One run of PyTorch is one draw of its rounding error. It can be lucky: a gradient jumps when an activation near zero rounds to the other side of a
+    ReLU, in one framework and not in the other. The inputs are therefore also moved by at most one unit in the last place, :data:`SPREAD` times.
+    """
+    rng = np.random.default_rng(1)
+    largest = {(row.quantity, row.slot, row.step): row.judgement.reference_error for row in rows}
+    stepped = isinstance(part, Trajectory)
+    epsilon = float(np.finfo(precision.storage).eps) if precision.compute is None else precision.epsilon
+    for _ in range(SPREAD):
+        moved = images * (1 + epsilon * rng.integers(-1, 2, images.shape))
+        truths = part.torch(pair, PRECISIONS["float64"], images, devices.of(PRECISIONS["float64"]))
+        again = part.torch(pair, precision, moved, devices.of(precision))
+        for step, (truth, ours) in enumerate(zip(truths, again, strict=True), start=1):
+            for key, value in ours.items():
+                place = (*key, step if stepped else None)
+                largest[place] = max(largest[place], relative_l2(value, truth[key]))
+    return [
+        replace(row, judgement=judge(row.judgement.error, largest[row.quantity, row.slot, row.step], precision.epsilon, limit64=part.limit64)) for row in rows
+    ]

@@ -1,0 +1,181 @@
+"""Runs a model with every slot cut out of its surroundings: each is fed, and hands on, what the reference says, while its own result is kept.
+
+A *slot's* error is then its own, and so is that of a *connection*, what lies between the slots: a ReLU, an addition, a flattening. Cotangents are random
+and belong to one slot each, so the gradients are cut apart in the same way.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+from flax_resblock.architecture import Path
+from flax_resblock.parity.devices import JaxDevice
+from flax_resblock.parity.pair import Precision
+from flax_resblock.parity.taps import Trace, by_path_of, from_torch, gradient_of, hooked, host_tree, split, to_torch
+
+Isolation = dict[str, dict[Any, np.ndarray]]
+"""``forward``: each slot's own output; ``connection``: what would have been fed to it, and ``output``; ``statistics``; and where asked for, ``parameter
+gradient``, ``input gradient`` (through the slot) and ``connection gradient`` (from the slots that follow)."""
+
+
+def cotangent_of(kind: str, name: str, shape: Iterable[int]) -> np.ndarray:
+    """What flows back into a slot's own output (``kind="own"``) or out of what arrives at it (``"incoming"``): random, and the same on every side."""
+    return np.random.default_rng(zlib.crc32(f"{kind} {name}".encode())).standard_normal(tuple(shape))
+
+
+def isolate_flax(
+    model: nnx.Module,
+    images: np.ndarray,
+    slots: Mapping[str, Path],
+    precision: Precision,
+    device: JaxDevice | None,
+    *,
+    reference: Trace,
+    train: bool,
+    gradients: bool,
+) -> Isolation:
+    """The Flax side; ``reference.inputs`` and ``reference.activations`` hold every slot of ``slots``."""
+    with precision.of_jax(), jax.default_device(device), jax.default_matmul_precision("highest"):
+        graphdef, params, rest = split(model, train)
+        by_path = {path: name for name, path in slots.items()}
+        dtype = precision.compute or precision.storage
+        fed = {name: jnp.asarray(reference.inputs[name], dtype) for name in slots if name in reference.inputs}
+        handed_on = {name: jnp.asarray(reference.activations[name], dtype) for name in slots}
+
+        def run(params: Any, into: dict[str, Any], out_of: dict[str, Any], images: Any) -> Any:
+            module = nnx.merge(graphdef, params, rest, copy=True)
+            own: dict[str, Any] = {}
+            incoming: dict[str, Any] = {}
+
+            def on_input(path: Path, value: Any) -> Any:
+                name = by_path.get(path)
+                if name not in fed:
+                    return value
+                incoming[name] = value
+                return into[name]
+
+            def on_output(path: Path, value: Any) -> Any:
+                name = by_path.get(path)
+                if name is None:
+                    return value
+                own[name] = value
+                return out_of[name]
+
+            with hooked(module, on_input, on_output):
+                incoming["output"] = module(images)  # pyright: ignore[reportCallIssue]
+            return own, incoming, nnx.state(module, nnx.BatchStat)
+
+        x = jnp.asarray(images, precision.storage)
+        if not gradients:
+            own, incoming, statistics = jax.jit(run)(params, fed, handed_on, x)
+            return _isolation(host_tree(own), host_tree(incoming), by_path_of(statistics))
+        shapes = jax.eval_shape(run, params, fed, handed_on, x)
+        weights = [
+            {name: jnp.asarray(cotangent_of(kind, name, leaf.shape), leaf.dtype) for name, leaf in part.items()}
+            for kind, part in zip(_KINDS, shapes, strict=False)
+        ]
+
+        def loss(params: Any, into: Any, out_of: Any, x: Any, weights: Any) -> Any:
+            own, incoming, statistics = run(params, into, out_of, x)
+            total = sum(
+                jnp.sum((value * weight[name]).astype(x.dtype)) for part, weight in zip((own, incoming), weights, strict=True) for name, value in part.items()
+            )
+            return total, (own, incoming, statistics)
+
+        found, (own, incoming, statistics) = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(params, fed, handed_on, x, weights)
+        return _isolation(host_tree(own), host_tree(incoming), by_path_of(statistics), by_path_of(found[0]), host_tree(found[1]), host_tree(found[2]))
+
+
+_KINDS = ("own", "incoming")
+
+
+def _isolation(own: Any, incoming: Any, statistics: Any, of_params: Any = None, of_inputs: Any = None, of_outputs: Any = None) -> Isolation:
+    return {
+        "forward": own,
+        "connection": incoming,
+        "statistics": statistics,
+        "parameter gradient": of_params or {},
+        "input gradient": of_inputs or {},
+        "connection gradient": of_outputs or {},
+    }
+
+
+def isolate_torch(
+    module: torch.nn.Module,
+    images: np.ndarray,
+    slots: Mapping[str, str],
+    precision: Precision,
+    device: torch.device,
+    *,
+    reference: Trace,
+    train: bool,
+    gradients: bool,
+) -> Isolation:
+    """The PyTorch side of the same."""
+    twin = copy.deepcopy(module).to(device).train(train)
+    own: dict[str, torch.Tensor] = {}
+    incoming: dict[str, torch.Tensor] = {}
+    into: dict[str, torch.Tensor] = {}
+    out_of: dict[str, torch.Tensor] = {}
+
+    def leaf(array: np.ndarray) -> torch.Tensor:
+        tensor = to_torch(array, precision, device)
+        return (tensor if precision.compute is None else tensor.bfloat16()).requires_grad_(gradients)
+
+    def on_input(name: str) -> Callable[..., Any]:
+        def hook(_: Any, args: Any) -> Any:
+            incoming[name] = args[0].clone()
+            into[name] = leaf(reference.inputs[name])
+            return (into[name].clone(), *args[1:])  # a clone, as an in-place operation may follow
+
+        return hook
+
+    def on_output(name: str) -> Callable[..., Any]:
+        def hook(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+            own[name] = output.clone()
+            out_of[name] = leaf(reference.activations[name])
+            return out_of[name].clone()
+
+        return hook
+
+    modules = dict(twin.named_modules())
+    for name, place in slots.items():
+        if name in reference.activations:
+            modules[place].register_forward_hook(on_output(name))
+        if name in reference.inputs:
+            modules[place].register_forward_pre_hook(on_input(name))
+    with torch.set_grad_enabled(gradients):
+        with precision.of_torch(device):
+            incoming["output"] = twin(to_torch(images, precision, device))
+        if gradients:
+            terms = [
+                (value * to_torch(cotangent_of(kind, name, from_torch(value).shape), precision, device).to(value.dtype)).to(_widest(value)).sum()
+                for kind, part in zip(_KINDS, (own, incoming), strict=True)
+                for name, value in part.items()
+            ]
+            torch.stack(terms).sum().backward()
+
+    def arrays(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, np.ndarray]:
+        return {name: from_torch(value) for name, value in tensors.items() if value is not None}
+
+    return _isolation(
+        arrays(own),
+        arrays(incoming),
+        {name: value.detach().cpu().numpy() for name, value in twin.named_buffers()},
+        {name: gradient_of(value).cpu().numpy() for name, value in twin.named_parameters()} if gradients else {},
+        arrays({name: gradient_of(value) for name, value in into.items()}) if gradients else {},
+        arrays({name: gradient_of(value) for name, value in out_of.items()}) if gradients else {},
+    )
+
+
+def _widest(value: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(value.dtype, torch.float32)

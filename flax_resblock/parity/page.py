@@ -1,0 +1,216 @@
+"""A comparison for people: one HTML document with everything in it, made from the JSON report.
+
+Names of tensors, paths and the command are whatever a file holds: they reach the page only through the template's escaping and as text of an SVG.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from flax_resblock.errors import MissingDependencyError
+from flax_resblock.parity.plots import Curve, depth_plot, histogram_plot, trajectory_plot
+
+FAMILIES = {"Forward": "forward", "Gradients": "gradient", "Statistics": "running statistics"}
+"""Heading of a group of plots, and what the names of its quantities contain."""
+
+OTHERS = "Other tensors"
+
+UNITS = ("bytes", "kB", "MB", "GB", "TB")
+
+
+class Row(NamedTuple):
+    """One measurement, with the fields of the JSON report. Not a dataclass: a template reads thousands of them."""
+
+    number: int
+    quantity: str
+    slot: str
+    precision: str
+    step: int | None
+    error: float
+    own: float
+    limit: float
+    ulp: float
+    excess: float
+    passed: bool
+
+    @property
+    def badness(self) -> tuple[bool, float]:
+        """What the worst row has most of: a failure first, NaN above infinity."""
+        return not self.passed, math.inf if math.isnan(self.excess) else self.excess
+
+
+class Group(NamedTuple):
+    """Measurements that belong together."""
+
+    key: str
+    rows: list[Row]
+    worst: Row
+    failed: int
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A plot and the words below it."""
+
+    title: str
+    worst: Row
+    failed: int
+    total: int
+    exact: int
+    infinite: int
+    svg: str
+
+
+def render_page(facts: Mapping[str, Any]) -> str:
+    """The HTML report.
+
+    Args:
+      facts: The JSON report of ``flax-resblock verify --json-file``, schema 2; numbers that JSON lacks are the strings ``"inf"``, ``"-inf"``, ``"nan"``.
+    Returns:
+      A document that asks for no other file, is complete without JavaScript, and allows no script but its own.
+    Raises:
+      MissingDependencyError: jinja2 or matplotlib is not installed.
+    """
+    try:
+        import jinja2
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(f"the HTML report needs {error.name}, which is not installed: pip install 'flax-resblock[report]'.") from error
+    facts = _visible(facts)
+    rows = [_row(number, entry) for number, entry in enumerate(facts["measurements"], start=1)]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("flax_resblock.parity", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"sci": _scientific, "times": _times, "bytes": _bytes, "digest": _digest}
+    quantities = _groups(rows, "quantity")
+    return environment.get_template("page.html.j2").render(
+        facts=facts,
+        total=len(rows),
+        failed=sum(not row.passed for row in rows),
+        precisions=_groups(rows, "precision"),
+        quantities=quantities,
+        compared=_compared(quantities),
+        matrix={(row.quantity, row.precision): group for group in _groups(rows, "quantity", "precision") for row in group.rows[:1]},
+        families=_families([row for row in rows if row.step is None]),
+        trajectories=_trajectories([row for row in rows if row.step is not None]),
+        histogram=_histogram(facts["histogram"]),
+        table=_table(rows),
+    )
+
+
+def _visible(value: Any) -> Any:
+    """Strings without characters that hide, reorder or break text: control characters, bidirectional overrides, lone surrogates appear as escapes."""
+    if isinstance(value, str):
+        return "".join(c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") else c.encode("unicode_escape").decode() for c in value)
+    if isinstance(value, Mapping):
+        return {_visible(key): _visible(item) for key, item in value.items()}
+    return [_visible(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _row(number: int, entry: Mapping[str, Any]) -> Row:
+    error, own, limit, ulp, excess = (float(entry[name]) for name in ("error", "reference_error", "limit", "ulp", "excess"))
+    return Row(number, entry["quantity"], entry["slot"], entry["precision"], entry["step"], error, own, limit, ulp, excess, entry["passed"])
+
+
+def _groups(rows: Iterable[Row], *fields: str) -> list[Group]:
+    """By the values of some fields, in order of appearance."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(getattr(row, field) for field in fields), []).append(row)
+    return [Group(str(key[0]), found, max(found, key=lambda row: row.badness), sum(not row.passed for row in found)) for key, found in groups.items()]
+
+
+def _compared(quantities: Iterable[Group]) -> str:
+    """``eval forward; sgd: loss, parameters``."""
+    parts: dict[str, list[str]] = {}
+    for group in quantities:
+        head, _, tail = group.key.partition(": ")
+        parts.setdefault(head, []).extend([tail] if tail else [])
+    return "; ".join(f"{head}: {', '.join(tails)}" if tails else head for head, tails in parts.items())
+
+
+def _table(rows: Sequence[Row]) -> list[Row]:
+    """Every measurement; of training steps the worst tensor of each step and quantity."""
+    steps = _groups([row for row in rows if row.step is not None], "quantity", "precision", "step")
+    return [*(row for row in rows if row.step is None), *(group.worst for group in steps)]
+
+
+def _curve(rows: Sequence[Row]) -> Curve:
+    return Curve([row.error for row in rows], [row.own for row in rows], [row.limit for row in rows], [row.passed for row in rows])
+
+
+def _panel(title: str, group: Group, svg: str) -> Panel:
+    exact, infinite = sum(row.error == 0 for row in group.rows), sum(not math.isfinite(row.error) for row in group.rows)
+    return Panel(title, group.worst, group.failed, len(group.rows), exact, infinite, svg)
+
+
+def _families(rows: Sequence[Row]) -> list[tuple[str, int, int, list[tuple[str, list[Panel]]]]]:
+    """Heading, failures, tensors, and the panels of each quantity, one per precision."""
+    named = {row.quantity: next((title for title, part in FAMILIES.items() if part in row.quantity), OTHERS) for row in rows}
+    families = []
+    for title in [*FAMILIES, OTHERS]:
+        members = [row for row in rows if named[row.quantity] == title]
+        quantities = []
+        for quantity in _groups(members, "quantity"):
+            panels = []
+            for group in _groups(quantity.rows, "precision"):
+                name = f"depth-{group.rows[0].number}"
+                notes = [f"{row.slot}: {_scientific(row.error)}" for row in group.rows]
+                svg = depth_plot(_curve(group.rows), [row.slot for row in group.rows], name, _label(f"{quantity.key}, {group.key}", group, "slot"), notes)
+                panels.append(_panel(group.key, group, svg))
+            quantities.append((quantity.key, panels))
+        if members:
+            families.append((title, sum(not row.passed for row in members), len(members), quantities))
+    return families
+
+
+def _trajectories(rows: Sequence[Row]) -> list[Panel]:
+    """One panel per quantity, with a line per precision through the worst tensor of each step."""
+    panels = []
+    for group in _groups(rows, "quantity"):
+        curves = {}
+        for part in _groups(group.rows, "precision"):
+            worst = [step.worst for step in _groups(part.rows, "step")]
+            curves[part.key] = ([row.step or 0 for row in worst], _curve(worst))
+        svg = trajectory_plot(curves, f"steps-{group.rows[0].number}", _label(group.key, group, "training step"))
+        panels.append(_panel(group.key, group, svg))
+    return panels
+
+
+def _label(what: str, group: Group, axis: str) -> str:
+    worst = group.worst
+    verdict = f"{group.failed} of {len(group.rows)} differ" if group.failed else f"all {len(group.rows)} within the limit"
+    return f"{what}: error by {axis}. Worst {worst.slot} with {_scientific(worst.error)}, limit {_scientific(worst.limit)}; {verdict}."
+
+
+def _histogram(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    label = f"Histogram of the errors of the elements of {found['slot']}, {found['quantity']}, {found['precision']}."
+    edges = [float(edge) for edge in found["edges"]]
+    return {**found, "of_torch": any(found["torch"]), "svg": histogram_plot(edges, found["flax"], found["torch"], "histogram", label)}
+
+
+def _scientific(value: float) -> str:
+    return f"{value:.2e}" if value and math.isfinite(value) else f"{value:g}"
+
+
+def _times(value: float) -> str:
+    """A multiple, to two digits."""
+    return f"{value:#.2g}".removesuffix(".") if value else "0"
+
+
+def _bytes(count: float) -> str:
+    power = min(int(math.log(max(count, 1), 1000)), len(UNITS) - 1)
+    return f"{count / 1000**power:.3g} {UNITS[power]}"
+
+
+def _digest(script: str) -> str:
+    """The source expression by which a content security policy allows one inline script."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"

@@ -1,0 +1,127 @@
+"""The reading of a state dict is found from names and shapes; what is wrong with one is named, down to the tensor."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from flax_resblock import BlockConfig, CheckpointError, InputError, ResNetConfig
+from flax_resblock.architecture import architecture
+from flax_resblock.convert import LAYOUTS, StateMap, TensorInfo, identify
+
+NETWORKS = {
+    "basic": ResNetConfig(depths=(1, 2), widths=(6, 10), stem="cifar", stem_width=4, num_classes=3),
+    "grouped basic": ResNetConfig(depths=(1, 1), widths=(8, 12), stem_width=4, groups=2, num_classes=4),
+    "grouped bottleneck": ResNetConfig(block="bottleneck", depths=(2, 1), widths=(4, 8), stem_width=6, num_classes=3, groups=2),
+    "option A": ResNetConfig(depths=(1, 1), widths=(6, 12), stem="cifar", stem_width=6, shortcut="zero_pad", num_classes=4),
+    "no shortcut": ResNetConfig(depths=(2,), widths=(6,), stem="cifar", stem_width=6, num_classes=4),
+    "resnext": architecture("resnext50_32x4d"),
+    "block": BlockConfig(in_channels=4, out_channels=6, stride=2),
+    "bottleneck block": BlockConfig(in_channels=6, out_channels=16, kind="bottleneck", stride=2),
+}
+READINGS = [(name, layout) for name in NETWORKS for layout in LAYOUTS if layout != "akamaster" or name in ("option A", "no shortcut")]
+
+
+def described(config, layout="torchvision"):
+    """Shapes and dtypes of a state dict, without any value."""
+    entries = StateMap(config, LAYOUTS[layout]).entries
+    return {e.torch_key: TensorInfo(e.torch_shape, np.dtype(np.int64 if e.role == "counter" else np.float32)) for e in entries}
+
+
+def complaint(found, config):
+    """What identify says about a state dict that does not fit, without the advice at its end."""
+    with pytest.raises(CheckpointError) as caught:
+        identify(found, stride=getattr(config, "stride", None))
+    return str(caught.value).split("\nNext nearest")[0].split("\nTry")[0]
+
+
+def weights(found):
+    """Keys of everything but the counters, and in a large network of every tenth."""
+    keys = [key for key in found if "num_batches" not in key]
+    return keys if len(keys) < 100 else keys[::10]
+
+
+@pytest.mark.parametrize(("name", "layout"), READINGS)
+def test_whichever_tensor_is_missing_is_named_and_no_other(name, layout):
+    config = NETWORKS[name]
+    found = described(config, layout)
+    for key in weights(found):
+        rest = {other: info for other, info in found.items() if other != key}
+        assert complaint(rest, config).split("\n")[1:] == [f"  missing     {key}"]
+
+
+@pytest.mark.parametrize(("name", "layout"), READINGS)
+def test_whichever_tensor_is_too_many_is_named_and_no_other(name, layout):
+    config = NETWORKS[name]
+    for extra in ("extra.weight", "conv9.weight", "layer1.0.bn9.bias"):
+        found = {**described(config, layout), extra: TensorInfo((3,), np.dtype(np.float32))}
+        assert complaint(found, config).split("\n")[1:] == [f"  unexpected  {extra}"]
+
+
+@pytest.mark.parametrize(("name", "layout"), READINGS)
+@pytest.mark.parametrize("damage", ["first axis longer", "no axes", "one axis more"])
+def test_whichever_tensor_has_a_wrong_shape_is_named(name, layout, damage):
+    config = NETWORKS[name]
+    found = described(config, layout)
+    for key in weights(found):
+        shape = found[key].shape
+        wrong = {"first axis longer": (shape[0] + 1, *shape[1:]), "no axes": (), "one axis more": (*shape, 1)}[damage]
+        text = complaint({**found, key: replace(found[key], shape=wrong)}, config)
+        head = key.split(".")[0] in ("fc", "linear", "head")  # weight against bias: one of the two is named, with both numbers
+        assert (key in text) or (head and "bias" in text and str(shape[0] + 1) in text), text
+
+
+@pytest.mark.parametrize(("name", "layout"), READINGS)
+def test_a_healthy_state_dict_is_found(name, layout):
+    config = NETWORKS[name]
+    assert identify(described(config, layout), stride=getattr(config, "stride", None)).state_map.config == config
+
+
+@pytest.mark.parametrize("base_width", [7, 50, 63, 65, 100])
+def test_the_base_width_serves_every_stage(base_width):
+    """Narrow stages alone do not tell it: 16 planes have 12 inner channels at 48, 49, 50 and 51."""
+    config = ResNetConfig(block="bottleneck", depths=(1, 1), widths=(16, 64), stem_width=8, groups=2, base_width=base_width, num_classes=3)
+    assert identify(described(config)).state_map.config == config
+
+
+@pytest.mark.parametrize("shortcut", ["projection", "zero_pad"])
+def test_a_stride_that_changes_the_function_is_asked_for(shortcut):
+    found = described(BlockConfig(in_channels=4, out_channels=8, stride=2, shortcut=shortcut))
+    with pytest.raises(CheckpointError, match=r"4->8 .*Its stride cannot be read off the weights.*--stride 2"):
+        identify(found)
+    assert [identify(found, stride=stride).state_map.config.stride for stride in (1, 2)] == [1, 2]
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.0, "2"])
+@pytest.mark.parametrize("name", ["stride", "num_classes"])
+def test_impossible_numbers_are_refused(name, number):
+    with pytest.raises(InputError, match=f"{name}={number!r} must be a positive integer"):
+        identify(described(NETWORKS["basic" if name == "num_classes" else "block"]), **{name: number})
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"num_classes": 9}, r"fc.weight \[3, 10\], expected \[9, 10\].*\n.*It does fit"),
+        ({"architecture": "resnet18"}, r"does not fit resnet18.*\n.*missing +layer1.1.conv1.weight.* more\n(.*\n)+It does fit"),
+        ({"architecture": "resnet19"}, "architecture 'resnet19' is unknown; known: resnet18"),
+        ({"layout": "kuangliu"}, r"unexpected .*downsample.0.weight.*\n(.*\n)*It does fit .*--layout torchvision"),
+        ({"layout": "keras"}, "layout 'keras' is unknown; known: torchvision"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_a_person_says_wrongly_is_answered_with_what_fits(said, message):
+    with pytest.raises(InputError, match=message):
+        identify(described(NETWORKS["basic"]), **said)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block": "bottleneck", "widths": (4,), "base_width": 8}, "no inner channel"),
+        ({"widths": (6,), "stem_width": 6, "groups": 4}, "groups=4 must divide in_channels=6"),
+    ],
+)
+def test_numbers_that_make_no_network_make_no_configuration(change, message):
+    with pytest.raises(ValueError, match=message):
+        ResNetConfig(depths=(1,), **change)

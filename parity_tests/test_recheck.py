@@ -1,0 +1,213 @@
+"""Outputs held against their certificate: changes are found and named, a bad certificate is refused, never followed and never replaced."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from flax_resblock import checkpoint
+from flax_resblock.cli import run
+from flax_resblock.errors import InputError
+from flax_resblock.parity.certificate import read_certificate, recheck
+from parity_tests.test_certificate import PATH, convert, sha, write_network
+from torch_ref import BasicBlock
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder but for net.pth."""
+    monkeypatch.chdir(tmp_path)
+    write_network()
+    return tmp_path
+
+
+def flip(path, offset, bit=3):
+    content = bytearray(Path(path).read_bytes())
+    content[offset] ^= 1 << bit
+    Path(path).write_bytes(content)
+
+
+def test_one_flipped_bit_is_found_and_the_tensor_named(folder):
+    convert("a.safetensors")
+    convert("b.safetensors")
+    content = Path("a.safetensors").read_bytes()
+    header_end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:header_end])
+    flip("a.safetensors", header_end + header["layer2.0.conv2.weight"]["data_offsets"][0] + 5)
+    changed, unchanged = recheck(PATH)
+    assert (changed.output, changed.status, unchanged.status) == ("a.safetensors", "changed", "unchanged")
+    assert changed.details == ("file a.safetensors has another SHA-256", "tensor layer2.0.conv2.weight has changed")
+
+
+def test_one_flipped_bit_in_a_pth_is_found_and_the_tensor_named(folder):
+    convert("a.pth", source="net.pth")
+    needle = torch.load("a.pth", weights_only=True)["fc.weight"].numpy().tobytes()
+    flip("a.pth", Path("a.pth").read_bytes().index(needle) + 17)
+    (check,) = recheck(PATH)
+    assert check.status == "changed"
+    assert check.details == ("file a.pth has another SHA-256", "tensor fc.weight has changed")
+
+
+def test_a_change_in_an_orbax_folder_names_the_file(folder):
+    convert("net_flax")
+    largest = max((p for p in Path("net_flax/").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    flip(largest, largest.stat().st_size // 2)
+    Path("net_flax/note.txt").write_text("mine")
+    Path("net_flax/flax_resblock.json").unlink()
+    (check,) = recheck(PATH)
+    assert check.status == "changed"
+    assert check.details[:3] == tuple(
+        sorted(
+            [f"file {largest.relative_to('net_flax')} has another SHA-256", "file flax_resblock.json is gone", "file note.txt is new"],
+            key=lambda d: d.split()[1],
+        )
+    )
+    assert all("tensor" in detail for detail in check.details[3:])
+    assert len(check.details) > 3
+
+
+def test_a_changed_tensor_in_a_rewritten_orbax_folder_is_named(folder):
+    convert("net_flax")
+    record = checkpoint.read("net_flax")
+    tensors = {name: np.array(value) for name, value in record.tensors.items()}
+    tensors["stage1.0.conv1.kernel"][1, 2, 3, 4] += 1e-3
+    checkpoint.write("net_flax", tensors, force=True)
+    assert "tensor stage1.0.conv1.kernel has changed" in recheck(PATH)[0].details
+    assert not any("tensor stage2" in detail for detail in recheck(PATH)[0].details)
+
+
+def test_a_file_whose_tensors_are_as_they_were_is_told_from_one_with_others(folder):
+    convert("a.safetensors")
+    record = checkpoint.read("a.safetensors")
+    safetensors.numpy.save_file({key: np.array(value, order="C") for key, value in record.tensors.items()}, "new.safetensors")
+    Path("new.safetensors").replace("a.safetensors")
+    (check,) = recheck(PATH)
+    assert check.status == "changed"
+    assert check.details[-1] == "every tensor is as it was; only the bytes around them differ"
+    tensors = safetensors.numpy.load_file("a.safetensors")
+    del tensors["fc.bias"]
+    safetensors.numpy.save_file({**tensors, "more": np.ones(2)}, "a.safetensors")
+    assert recheck(PATH)[0].details[1:] == ("tensor fc.bias is gone", "tensor more is new")
+    Path("a.safetensors").write_bytes(Path("a.safetensors").read_bytes()[:50])
+    assert "can no longer be read" in recheck(PATH)[0].details[-1]
+
+
+def test_a_bare_block_in_a_pth_is_certified_though_the_file_does_not_tell_its_stride(folder):
+    torch.save(BasicBlock(4, 6, 2).state_dict(), "block.pth")
+    assert run(["convert", "block.pth", "again.pth", "--stride", "2"]) == 0
+    assert read_certificate(PATH)["again.pth"]["verification"]["passed"] is True
+    assert [check.status for check in recheck(PATH)] == ["unchanged"]
+
+
+@pytest.mark.parametrize("out", ["net.safetensors", "net_flax"])
+def test_a_renamed_output_is_missing(out, folder):
+    convert(out)
+    Path(out).rename("elsewhere")
+    (check,) = recheck(PATH)
+    assert (check.output, check.status) == (out, "missing")
+    if out == "net.safetensors":
+        Path(out).mkdir()  # another thing under its name
+    else:
+        Path(out).write_text("")
+    assert recheck(PATH)[0].status == "missing"
+    Path(out).rmdir() if Path(out).is_dir() else Path(out).unlink()
+    Path("elsewhere").rename(out)
+    assert recheck(PATH)[0].status == "unchanged"
+
+
+def test_checking_needs_neither_framework(folder):
+    convert("net.safetensors")
+    convert("net_flax")
+    flip("net.safetensors", -3)
+    code = (
+        "import sys; from pathlib import Path; from flax_resblock.parity.certificate import read_certificate, recheck\n"
+        "print([c.status for c in recheck(Path('parity.json'))], {'jax', 'torch', 'flax'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "['changed', 'unchanged'] set()"
+
+
+def _entry(**changes):
+    return {"output": {"sha256": "0" * 64}, "tensors": {}} | changes
+
+
+def _certificate(outputs, **changes):
+    return json.dumps({"schema": 1, "kind": "flax-resblock certificate", "outputs": outputs} | changes)
+
+
+BAD = {
+    "no JSON": ("hello", "it is no JSON"),
+    "empty": ("", "it is no JSON"),
+    "not UTF-8": (b"\xff\xfe{}", "it is no JSON"),
+    "nested too deeply": ("[" * 200_000, "it is no JSON"),
+    "a list": ("[1, 2]", "its 'kind' is 'None'"),
+    "a report of verify": (json.dumps({"schema": 1, "passed": True, "measurements": []}), "its 'kind' is 'None'"),
+    "another kind": (_certificate({}, kind="thesis"), "its 'kind' is 'thesis'"),
+    "another schema": (_certificate({}, schema=2), "has schema '2'; this version of flax-resblock reads 1"),
+    "a schema that only equals 1": (_certificate({}, schema=True), "has schema 'True'"),
+    "outputs missing": (_certificate(None), "'outputs' is no object"),
+    "an absolute name": (_certificate({"/etc/passwd": _entry()}), "'/etc/passwd' is not the plain name"),
+    "a name above": (_certificate({"..": _entry()}), "'..' is not the plain name"),
+    "a name elsewhere": (_certificate({"../x.pth": _entry()}), "is not the plain name"),
+    "a name below": (_certificate({"sub/x.pth": _entry()}), "is not the plain name"),
+    "no name": (_certificate({"": _entry()}), "is not the plain name"),
+    "a name with a null": (_certificate({"a\0b": _entry()}), "is not the plain name"),
+    "an absolute file": (_certificate({"x": _entry(output={"sha256": {"/etc/passwd": "0" * 64}})}), "'/etc/passwd' in the entry of 'x' leads out"),
+    "a file above": (_certificate({"x": _entry(output={"sha256": {"d/../../y": "0" * 64}})}), "leads out of its folder"),
+    "an entry that is no object": (_certificate({"x.pth": 7}), "lacks 'output' or 'tensors'"),
+    "no digest": (_certificate({"x.pth": _entry(output={})}), "the SHA-256 of 'x.pth'"),
+    "a digest that is none": (_certificate({"x.pth": _entry(tensors={"fc.bias": "0" * 63 + "g"})}), "the SHA-256 of 'fc.bias'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_certificate_gives_one_paragraph_and_is_never_replaced(case, folder, capsys):
+    content, message = BAD[case]
+    content = content if isinstance(content, bytes) else content.encode()
+    PATH.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        recheck(PATH)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    before = sorted(folder.iterdir())
+    for flags in ([], ["--force"]):
+        assert run(["convert", "net.pth", "out.safetensors", *flags]) == 2
+        text = capsys.readouterr().err
+        assert message in " ".join(text.split())
+        assert "--no-certificate" in text
+        assert sorted(folder.iterdir()) == before
+    assert PATH.read_bytes() == content
+    assert run(["convert", "net.pth", "out.safetensors", "--no-certificate"]) == 0
+    assert PATH.read_bytes() == content
+
+
+def test_an_absent_certificate_gives_one_paragraph(folder):
+    with pytest.raises(InputError, match=r"does not exist\. Certificates are called parity\.json"):
+        recheck(PATH)
+
+
+def test_an_index_in_a_forged_certificate_leads_nowhere(folder):
+    """An output is hashed as what the certificate says it is, a file, and what that file names is not opened."""
+    Path("secret").write_text("x")
+    Path("deep").mkdir()
+    Path("deep/a.index.json").write_text(json.dumps({"weight_map": {"t": "../secret"}}))
+    Path("deep/parity.json").write_text(_certificate({"a.index.json": _entry(output={"sha256": sha("deep/a.index.json")})}))
+    assert [check.status for check in recheck(Path("deep/parity.json"))] == ["unchanged"]
+    Path("deep/a.index.json").write_text(json.dumps({"weight_map": {"t": "../../secret"}}))
+    (check,) = recheck(Path("deep/parity.json"))
+    assert check.status == "changed"
+    assert "secret" not in "".join(check.details) or "not a plain file name" in "".join(check.details)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_certificate_that_cannot_be_read_is_left_alone(folder, capsys):
+    convert("a.safetensors")
+    PATH.chmod(0)
+    assert run(["convert", "net.pth", "b.safetensors"]) == 2
+    assert "cannot be read: Permission denied" in capsys.readouterr().err
