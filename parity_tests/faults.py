@@ -126,15 +126,9 @@ def _replaced(name: str, module: Callable[[Any], torch.nn.Module]) -> Callable[[
     return edit
 
 
-def _forward(cls: type, forward: Callable[..., Any], *path: Any) -> Callable[[Any], None]:
+def forward_of(cls: type, forward: Callable[..., Any], *path: Any) -> Callable[[Any], None]:
     """Gives a module another ``__call__`` (nnx) or ``forward`` (torch)."""
     return _as(type(f"Faulty{cls.__name__}", (cls,), {"__call__" if issubclass(cls, nnx.Module) else "forward": forward}), *path)
-
-
-def _swap_kernels(model: Any) -> None:
-    first, second = model.stage2[0].conv2.kernel, model.stage1[0].conv1.kernel
-    shape = second[...].shape
-    second.set_value(first[...][:, :, : shape[2], : shape[3]] if first[...].shape != shape else first[...])
 
 
 def _exchange(block: Any) -> None:
@@ -147,7 +141,7 @@ def _same(self, x):
     return lax.conv_general_dilated(x, self.kernel[...], (self.stride,) * 2, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _rounded_conv(bits: int):
+def rounded_conv(bits: int):
     def call(self, x):
         def cut(v):
             mantissa, exponent = jnp.frexp(v)
@@ -241,10 +235,10 @@ class _SameConv(torch.nn.Conv2d):
 _CONV = ("stage2", 0, "conv1")
 _NORM = ("stage1", 0, "norm1")
 _MEAN, _DEVIATION = jnp.array([0.485, 0.456, 0.406]), jnp.array([0.229, 0.224, 0.225])
-RELU, SKIP = nnx.relu, "block"
+RELU = nnx.relu
 
 FAULTS = (
-    Fault("SAME padding of a strided convolution", "flax", _forward(Conv, _same, *_CONV), "stage2.0.conv1", "same-padding"),
+    Fault("SAME padding of a strided convolution", "flax", forward_of(Conv, _same, *_CONV), "stage2.0.conv1", "same-padding"),
     Fault("padding at the end only", "torch", _as(_SameConv, "layer2", 0, "conv1"), "stage2.0.conv1", "same-padding"),
     Fault("no padding of the stem's pooling", "flax", _as(MaxPool, "stem", "pool", padding=0), "stem.pool", "padding"),
     Fault("mean pooling in the stem", "torch", _replaced("maxpool", lambda _: torch.nn.AvgPool2d(3, 2, 1)), "stem.pool", "other-pooling"),
@@ -288,9 +282,9 @@ FAULTS = (
         "rounded-weights",
     ),
     Fault("one element damaged", "flax", _tensor(lambda k: k.at[1, 2, 0, 1].multiply(-2), "kernel", *_CONV), "stage2.0.conv1/kernel", "damaged-tensor"),
-    Fault("convolution in bfloat16", "flax", _forward(Conv, _rounded_conv(7), *_CONV), "stage2.0.conv1", "reduced-precision"),
-    Fault("convolution in TF32", "flax", _forward(Conv, _rounded_conv(10), "stem", "conv"), "stem.conv", "reduced-precision"),
-    Fault("norm in float32", "flax", _forward(BatchNorm, _half_norm, *_NORM), "stage1.0.norm1", "reduced-precision"),
+    Fault("convolution in bfloat16", "flax", forward_of(Conv, rounded_conv(7), *_CONV), "stage2.0.conv1", "reduced-precision"),
+    Fault("convolution in TF32", "flax", forward_of(Conv, rounded_conv(10), "stem", "conv"), "stem.conv", "reduced-precision"),
+    Fault("norm in float32", "flax", forward_of(BatchNorm, _half_norm, *_NORM), "stage1.0.norm1", "reduced-precision"),
     Fault("eps of another framework", "flax", _all_norms(eps=1e-3), "stem.norm", "eps"),
     Fault("eps of one norm", "torch", lambda m: setattr(m.layer2[0].bn2, "eps", 1e-4), "stage2.0.norm2", "eps"),
     Fault("momentum counted the other way", "flax", _all_norms(momentum=0.9), "stem.norm/mean", "momentum-complement"),
@@ -301,7 +295,7 @@ FAULTS = (
     Fault(
         "batch statistics in evaluation",
         "flax",
-        _forward(BatchNorm, lambda self, x, use_running_average=None: BatchNorm.__call__(self, x, use_running_average=False), *_NORM),
+        forward_of(BatchNorm, lambda self, x, use_running_average=None: BatchNorm.__call__(self, x, use_running_average=False), *_NORM),
         "stage1.0.norm1",
         "train-eval-mode",
     ),
@@ -321,20 +315,20 @@ FAULTS = (
         "stage2.0.norm1",
         "train-eval-mode",
     ),
-    Fault("instance instead of batch normalisation", "flax", _forward(BatchNorm, _instance_norm, *_NORM), "stage1.0.norm1", "other-norm"),
+    Fault("instance instead of batch normalisation", "flax", forward_of(BatchNorm, _instance_norm, *_NORM), "stage1.0.norm1", "other-norm"),
     Fault(
-        "first ReLU missing", "flax", _forward(ResidualBlock, _block(lambda y, s, x: RELU(y + s), lambda y: y), "stage1", 0), "stage1.0.conv2", "missing-relu"
+        "first ReLU missing", "flax", forward_of(ResidualBlock, _block(lambda y, s, x: RELU(y + s), lambda y: y), "stage1", 0), "stage1.0.conv2", "missing-relu"
     ),
     Fault(
         "GELU after the first convolution",
         "flax",
-        _forward(ResidualBlock, _block(lambda y, s, x: RELU(y + s), lambda y: nnx.gelu(y, approximate=False)), "stage2", 0),
+        forward_of(ResidualBlock, _block(lambda y, s, x: RELU(y + s), lambda y: nnx.gelu(y, approximate=False)), "stage2", 0),
         "stage2.0.conv2",
         "other-activation",
     ),
-    Fault("leaky ReLU in the stem", "flax", _forward(StemLayers, _stem(activation=nnx.leaky_relu), "stem"), "stem.pool", "other-activation"),
-    Fault("last ReLU missing", "flax", _forward(ResidualBlock, _block(lambda y, s, x: y + s), "stage1", 0), "stage1.0", "missing-relu"),
-    Fault("skip not added", "flax", _forward(ResidualBlock, _block(lambda y, s, x: RELU(y)), "stage1", 0), "stage1.0", "skip-not-added"),
+    Fault("leaky ReLU in the stem", "flax", forward_of(StemLayers, _stem(activation=nnx.leaky_relu), "stem"), "stem.pool", "other-activation"),
+    Fault("last ReLU missing", "flax", forward_of(ResidualBlock, _block(lambda y, s, x: y + s), "stage1", 0), "stage1.0", "missing-relu"),
+    Fault("skip not added", "flax", forward_of(ResidualBlock, _block(lambda y, s, x: RELU(y)), "stage1", 0), "stage1.0", "skip-not-added"),
     Fault(
         "skip added before the last norm",
         "torch",
@@ -345,32 +339,36 @@ FAULTS = (
     Fault(
         "main path overwritten (the question)",
         "flax",
-        _forward(ResidualBlock, _block(lambda y, s, x: RELU(s + x)), "stage1", 0),
+        forward_of(ResidualBlock, _block(lambda y, s, x: RELU(s + x)), "stage1", 0),
         "stage1.0",
         "overwritten-branch",
     ),
-    Fault("ReLU before the addition", "flax", _forward(ResidualBlock, _block(lambda y, s, x: RELU(y) + s), "stage2", 0), "stage2.0", "relu-before-add"),
-    Fault("branch scaled by 0.8", "flax", _forward(ResidualBlock, _block(lambda y, s, x: RELU(0.8 * y + s)), "stage2", 0), "stage2.0", "scaled"),
+    Fault("ReLU before the addition", "flax", forward_of(ResidualBlock, _block(lambda y, s, x: RELU(y) + s), "stage2", 0), "stage2.0", "relu-before-add"),
+    Fault("branch scaled by 0.8", "flax", forward_of(ResidualBlock, _block(lambda y, s, x: RELU(0.8 * y + s)), "stage2", 0), "stage2.0", "scaled"),
     Fault(
         "option A pads behind only",
         "flax",
-        _forward(ResidualBlock, _block(lambda y, s, x: RELU(y + jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (0, 6)))))),
+        forward_of(ResidualBlock, _block(lambda y, s, x: RELU(y + jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (0, 6)))))),
         "block",
         "other-shortcut",
         OPTION_A,
     ),
-    Fault("BGR instead of RGB", "flax", _forward(StemLayers, _stem(lambda x: x[..., ::-1]), "stem"), "stem.conv", "reversed-channels"),
+    Fault("BGR instead of RGB", "flax", forward_of(StemLayers, _stem(lambda x: x[..., ::-1]), "stem"), "stem.conv", "reversed-channels"),
     Fault(
-        "other normalisation constants", "flax", _forward(StemLayers, _stem(lambda x: (x - _MEAN) / _DEVIATION), "stem"), "stem.conv", "normalisation-constants"
+        "other normalisation constants",
+        "flax",
+        forward_of(StemLayers, _stem(lambda x: (x - _MEAN) / _DEVIATION), "stem"),
+        "stem.conv",
+        "normalisation-constants",
     ),
     Fault(
         "NCHW image read as NHWC",
         "flax",
-        _forward(StemLayers, _stem(lambda x: x.reshape(x.shape[0], x.shape[3], *x.shape[1:3]).transpose(0, 2, 3, 1)), "stem"),
+        forward_of(StemLayers, _stem(lambda x: x.reshape(x.shape[0], x.shape[3], *x.shape[1:3]).transpose(0, 2, 3, 1)), "stem"),
         "stem.conv",
         "layout",
     ),
-    Fault("maximum instead of mean before the head", "flax", _forward(ResNet, _network(lambda x: x.max((1, 2)))), "head", "other-pooling"),
+    Fault("maximum instead of mean before the head", "flax", forward_of(ResNet, _network(lambda x: x.max((1, 2)))), "head", "other-pooling"),
     Fault(
         "dropout before the head", "torch", lambda m: m.fc.register_forward_pre_hook(lambda _, args: (F.dropout(args[0], 0.3, True, False),)), "head", "dropout"
     ),
@@ -381,27 +379,27 @@ FAULTS = (
         "stage1.0.conv1",
         "bias",
     ),
-    Fault("no bias in the head", "flax", _forward(Linear, lambda self, x: x @ self.kernel[...], "head"), "head", "bias"),
+    Fault("no bias in the head", "flax", forward_of(Linear, lambda self, x: x @ self.kernel[...], "head"), "head", "bias"),
     Fault(
         "values that are not finite",
         "flax",
-        _forward(ResidualBlock, _block(lambda y, s, x: RELU(y + s), lambda y: jnp.log(RELU(y) - 0.01)), "stage2", 0),
+        forward_of(ResidualBlock, _block(lambda y, s, x: RELU(y + s), lambda y: jnp.log(RELU(y) - 0.01)), "stage2", 0),
         "stage2.0.conv2",
         "non-finite",
     ),
     Fault(
         "gradient of the skip cut",
         "flax",
-        _forward(ResidualBlock, _block(lambda y, s, x: RELU(y + lax.stop_gradient(s))), "stage1", 0),
+        forward_of(ResidualBlock, _block(lambda y, s, x: RELU(y + lax.stop_gradient(s))), "stage1", 0),
         "stage1.0",
         "cut-skip",
         gradients=True,
     ),
-    Fault("batch statistics as constants", "flax", _forward(BatchNorm, _constant_statistics, *_NORM), "stage1.0.norm1", "cut-statistics", gradients=True),
+    Fault("batch statistics as constants", "flax", forward_of(BatchNorm, _constant_statistics, *_NORM), "stage1.0.norm1", "cut-statistics", gradients=True),
     Fault(
         "a frozen kernel",
         "flax",
-        _forward(
+        forward_of(
             Conv,
             lambda self, x: lax.conv_general_dilated(
                 x, lax.stop_gradient(self.kernel[...]), (self.stride,) * 2, ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")

@@ -72,9 +72,9 @@ class Anatomy:
             wrong: set[str] = set()
             for key in sorted(self.truth, key=rank):
                 truth, value, quantity, slot = self.truth[key], tensors.get(key), quantity_of(key), key[1]
-                if value is None or relative_l2(value, truth) <= FLOAT64_LIMIT:
-                    continue
                 place = slot.partition("/")[0]
+                if value is None or relative_l2(value, truth) <= FLOAT64_LIMIT or not self._is_cut_off(place, tensors):
+                    continue
                 if quantity in ("forward", "connection"):
                     wrong.add(place)
                 elif place in wrong or (wrong and "gradient" in quantity):
@@ -117,6 +117,11 @@ class Anatomy:
         if self._is_block(slot):
             end = next((i for i, name in enumerate(names) if self._inside(name, slot)), end)
         return {"input": self.images, **{name: outputs[name] for name in names[:end]}}
+
+    def _is_cut_off(self, slot: str, tensors: Tensors) -> bool:
+        """Whether what a block gives was computed from what its layers were made to give, which needs hooks in all of them."""
+        captured = {key[1] for key in tensors if quantity_of(key) == "forward"}
+        return all(name in captured for name in self.reference.activations if self._inside(name, slot))
 
     def _inside(self, name: str, block: str) -> bool:
         return name != block and (block == "block" or name.startswith(f"{block}."))

@@ -195,7 +195,7 @@ def _chaos(pair: Pair, images: np.ndarray, plan: Plan, comparison: Comparison, s
         parts = [part for part in plan.parts(pair, images, seed) if isinstance(part, Trajectory) and part.recipe.name == name]
         spread = own_spread(moderate(parts[0], pair), pair, images)
         worst = max(m.judgement.error for m in failed if m.quantity.startswith(f"{name}:"))
-        if spread > worst / 100:
+        if spread > min(worst, 1.0) / 100:  # beyond 1 it has run off anywhere
             notes.append(
                 f"{name}: PyTorch's own float64 run, its input moved by one unit in the last place, ends {spread:.1e} away from itself; Flax ends {worst:.1e} "
                 "away. At this learning rate training is chaotic and the comparison says nothing: use a smaller one, more images or fewer steps."

@@ -107,9 +107,7 @@ def _tensors(pair: Pair, images: np.ndarray) -> Iterator[Diagnosis]:
             cause = explain_tensor(_path(slot), np.asarray(value, np.float64), by_path)
             words = f"{NAMES[side]} {cause.sentence if cause else 'holds other data'}"
             evidence = evidence_for(cause, relative_l2(value, truth), "the tensor that should be there")
-            yield Diagnosis(
-                slot, cause.name if cause else "unknown", side, f"{NAMES[side]} {words}", evidence_for(cause, difference, "the other side's tensor")
-            )
+            yield Diagnosis(slot, cause.name if cause else "unknown", side, words, evidence)
 
 
 def _path(slot: str) -> Path:

@@ -1,0 +1,168 @@
+"""The mutation study: every known fault, injected into either side, is detected, found at its place and called by its name; correct pairs raise no alarm."""
+
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from flax_resblock import BlockConfig, ResNetConfig
+from flax_resblock.conv import Conv
+from flax_resblock.parity import compare
+from flax_resblock.parity.comparison import Plan, compare_pair
+from flax_resblock.parity.diagnose import diagnose
+from flax_resblock.parity.inputs import adversarial_images
+from flax_resblock.parity.pair import PRECISIONS
+from flax_resblock.parity.twins import Twins
+from parity_tests.faults import BLOCK, FAULTS, NETWORK, Fault, Faulty, forward_of, rounded_conv
+from parity_tests.support import REPOSITORY
+
+
+def injected(fault: Fault, seed: int = 3) -> tuple[Faulty, np.ndarray]:
+    """The pair with the fault, and images: another size for a network than for a block."""
+    base = Twins.random(fault.config, seed)
+    height, width = (37, 28) if isinstance(fault.config, ResNetConfig) else (10, 7)
+    images = adversarial_images(fault.config, batch=3, height=height, width=width, seed=seed + 2)
+    return Faulty(base.config, base.state, base.norm_options, edit=fault.edit, side=fault.side), images
+
+
+def _cases():
+    """Faults of a bare block in every run; those of a network where there is time."""
+    for fault in FAULTS:
+        yield pytest.param(fault, id=f"{fault.name}-{fault.side}", marks=[] if isinstance(fault.config, BlockConfig) else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("fault", list(_cases()))
+def test_a_fault_is_detected_found_and_named(fault):
+    pair, images = injected(fault)
+    train = _passes(pair, images, Plan(train=False, precisions=("float64",)))  # what evaluation does not show, training must
+    assert not train or not _passes(pair, images, Plan(gradients=fault.gradients, precisions=("float64",)))
+    found = diagnose(pair, images, train=train, gradients=fault.gradients)
+    assert (found[0].slot, found[0].side) == (fault.slot, fault.side), found
+    assert found[0].cause == fault.cause, found
+
+
+def _passes(pair, images, plan) -> bool:
+    try:
+        return compare_pair(pair, images, plan).passed
+    except (RuntimeError, TypeError, ValueError) as error:  # shapes that do not even meet are a detection too
+        if "shape" not in str(error) and "size" not in str(error):
+            raise
+        return False
+
+
+def test_the_study_is_as_large_as_it_says():
+    assert len(FAULTS) >= 25
+    assert len({fault.name for fault in FAULTS}) >= 25
+    assert sum(fault.cause is not None for fault in FAULTS) >= 22
+    assert {fault.side for fault in FAULTS} == {"flax", "torch"}
+
+
+def test_the_table_of_the_docs_lists_exactly_these_faults():
+    text = (REPOSITORY / "docs" / "verification.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and line.count("|") == 5]
+    listed = [tuple(cell.strip().strip("`") for cell in row.strip("|").split("|")) for row in rows]
+    sides = {"flax": "Flax", "torch": "PyTorch"}
+    assert [row for row in listed if row[1] in sides.values()] == [(f.name, sides[f.side], f.slot, f.cause) for f in FAULTS]
+
+
+def test_without_a_fault_nothing_is_diagnosed():
+    """The negative control of every diagnosis."""
+    for config in (BLOCK, NETWORK):
+        pair, images = injected(Fault("none", "flax", lambda _: None, None, None, config))
+        assert diagnose(pair, images, gradients=True, precisions=("float32", "bfloat16")) == []
+
+
+@pytest.mark.parametrize("bits", [7, 10])
+def test_narrow_arithmetic_that_float64_does_not_have_is_named(bits):
+    """TF32 and bfloat16 show only where float32 is asked for: on a GPU or TPU float64 is right."""
+
+    class Narrow(Faulty):
+        def flax(self, precision):
+            model = Twins.flax(self, precision)
+            if precision.name == "float32":
+                self.edit(model)
+            return model
+
+    base = Twins.random(BLOCK, 1)
+    pair = Narrow(base.config, base.state, base.norm_options, edit=forward_of(Conv, rounded_conv(bits), "conv2"))
+    images = adversarial_images(BLOCK, batch=3, seed=4)
+    comparison = compare_pair(pair, images, Plan(train=False))
+    assert {m.precision for m in comparison.measurements if not m.judgement.passed} == {"float32"}
+    (found,) = diagnose(pair, images, train=False, precisions=("float32",))
+    assert (found.slot, found.cause, found.side) == ("conv2", "reduced-precision", "flax")
+    assert f"{bits} mantissa bits" in found.sentence
+
+
+class Opaque(torch.nn.Module):
+    """A block whose layers cannot be hooked: a function over the tensors of its state dict."""
+
+    def __init__(self, block, kernel_of=lambda kernel: kernel):
+        super().__init__()
+        for name, value in block.state_dict(keep_vars=True).items():
+            home = self
+            for part in name.split(".")[:-1]:
+                if part not in dict(home.named_children()):
+                    home.add_module(part, torch.nn.Module())
+                home = getattr(home, part)
+            home.register_parameter(name.rpartition(".")[2], value) if value.requires_grad else home.register_buffer(name.rpartition(".")[2], value)
+        self.kernel_of = kernel_of
+
+    def forward(self, x):
+        def norm(bn, y):
+            return torch.nn.functional.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.1, 1e-5)
+
+        y = torch.relu(norm(self.bn1, torch.nn.functional.conv2d(x, self.conv1.weight, padding=1)))
+        return torch.relu(norm(self.bn2, torch.nn.functional.conv2d(y, self.kernel_of(self.conv2.weight), padding=1)) + x)
+
+
+def test_where_only_outputs_can_be_seen_the_layer_is_found_by_bisection():
+    base = Twins.random(BLOCK, 1)
+    images = adversarial_images(BLOCK, batch=2, seed=4)
+    for kernel_of, expected in ((lambda k: k.flip(2), ["conv2"]), (lambda k: k, [])):
+        module = Opaque(base.torch(PRECISIONS["float32"]), kernel_of)
+        found = diagnose(Twins(BLOCK, base.state, {}, module=module), images, train=False)
+        assert [d.slot for d in found] == expected
+        assert all("silen" in d.evidence and d.side == "torch" for d in found)
+
+
+def _random_case(number: int):
+    rng = np.random.default_rng([7, number])
+    kind = ("basic", "bottleneck")[number % 2]
+    widths = [int(4 * rng.integers(1, 4)) for _ in range(2)]
+    stride, dilation = int(rng.integers(1, 4)), int(rng.integers(1, 3))
+    groups = int(rng.choice([1, 2])) if number % 3 else 1
+    if number % 5 == 4:
+        stem = ("cifar", "imagenet")[number // 5 % 2]
+        channels, classes = int(rng.integers(1, 5)), [None, 3, 11][number % 3]
+        config = ResNetConfig(block=kind, depths=(1, 1), widths=tuple(widths), stem=stem, stem_width=4, in_channels=channels, num_classes=classes)
+    else:
+        expansion = 1 if kind == "basic" else 4
+        settings = {"kind": kind, "stride": stride, "dilation": dilation, "groups": groups, "shortcut": "projection" if number % 4 else "zero_pad"}
+        config = BlockConfig(in_channels=widths[0], out_channels=max(widths) * expansion, **settings)
+    size = {"height": int(rng.integers(7, 40)), "width": int(rng.integers(7, 40))}
+    options = {"eps": float(rng.choice([1e-5, 1e-3])), "momentum": [0.1, 0.37, None][number % 3]}
+    precisions = (("float64", "float32"), ("float64", "bfloat16"), ("float32", "bfloat16"))[number % 3]
+    plan = Plan(gradients=number % 2 == 0, isolated=number % 5 == 0, steps=3 if number % 10 == 1 else 0, precisions=precisions)
+    return config, size, options, plan
+
+
+@pytest.mark.parametrize("number", [n if n % 5 == 0 else pytest.param(n, marks=pytest.mark.slow) for n in range(50)])
+def test_a_correct_pair_raises_no_alarm(number):
+    config, size, options, plan = _random_case(number)
+    images = adversarial_images(config, batch=2 + number % 3, seed=number, **size)
+    comparison = compare_pair(Twins.random(config, number, **options), images, plan)
+    failed = [m for m in comparison.measurements if not m.judgement.passed]
+    assert not failed, (config, failed[:3])
+
+
+def test_nnx_batch_norm_is_not_pytorchs():
+    """The difference that started norm.py, found by the verifier."""
+    torch_module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1, bias=False), torch.nn.BatchNorm2d(4))
+    rngs = nnx.Rngs(0)
+    flax_module = nnx.Sequential(nnx.Conv(3, 4, (3, 3), padding=1, use_bias=False, rngs=rngs), nnx.BatchNorm(4, momentum=0.9, rngs=rngs))
+    table = {"0.weight": "layers.0.kernel", "1.weight": "layers.1.scale", "1.bias": "layers.1.bias"}
+    table |= {"1.running_mean": "layers.1.mean", "1.running_var": "layers.1.var"}
+    images = np.random.default_rng(0).normal(0.7, 2, (3, 6, 5, 3))
+    found = compare(torch_module, flax_module, images, state_map=table, copy_weights=True)
+    assert not found.passed
+    assert [(d.slot, d.cause, d.side) for d in found.diagnosis] == [("layers.1/var", "biased-variance", "flax")]
