@@ -22,6 +22,9 @@ BATCHES = 5
 
 BINS = 20
 
+SAMPLE = 1 << 16
+"""Elements of a tensor that its histogram counts; of larger tensors they are taken at equal distances."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -51,6 +54,7 @@ class Histogram:
       edges: Logarithms to base 10 of ``|value - truth| / rms(truth)``, one more than the counts.
       flax, torch: Elements per bin.
       exact: Elements of the Flax tensor without any error.
+      counted, elements: How many elements were looked at (at most about :data:`SAMPLE`), of how many.
     """
 
     row: Measurement
@@ -58,6 +62,8 @@ class Histogram:
     flax: tuple[int, ...]
     torch: tuple[int, ...]
     exact: int
+    counted: int
+    elements: int
 
 
 @dataclass(frozen=True)
@@ -188,7 +194,7 @@ class _Referee:
                 progress(f"{where}: PyTorch and Flax, {precision.name}")
                 ours = truth if precision.name == "float64" else next(torch_side)
                 own = {key: 0.0 if ours is truth else relative_l2(value, truth[key]) for key, value in ours.items()}
-                kept = ours if self.tolerance is not None or self.histogram is None else {}
+                kept = ours if self.tolerance is not None else {key: _sampled(value) for key, value in ours.items()}
                 del ours  # the largest arrays of a verification: let go before the other side makes its own
                 flax = next(flax_side)
                 rows[precision.name] += list(self._judge(part, precision, step if steps else None, flax, kept, truth, own))
@@ -207,24 +213,30 @@ class _Referee:
             row = Measurement(*key, precision.name, judgement, step)
             worst = self.histogram.row.judgement.excess if self.histogram is not None else 0.0
             if value is not None and value.shape == truth[key].shape and judgement.excess > worst:
-                self.histogram = _histogram(row, value, ours.get(key), truth[key]) or self.histogram
+                self.histogram = _histogram(row, value, ours[key], truth[key]) or self.histogram
             yield row
 
 
-def _histogram(row: Measurement, flax: np.ndarray, torch: np.ndarray | None, truth: np.ndarray) -> Histogram | None:
-    """Element errors on a logarithmic scale; None where nothing is finite."""
-    truth = np.asarray(truth, np.float64)
+def _sampled(array: np.ndarray) -> np.ndarray:
+    """At most about :data:`SAMPLE` elements of an array, at equal distances."""
+    return array.flat[:: max(1, array.size // SAMPLE)]
+
+
+def _histogram(row: Measurement, flax: np.ndarray, torch: np.ndarray, truth: np.ndarray) -> Histogram | None:
+    """Element errors on a logarithmic scale; None where nothing is finite. ``torch`` may be sampled already."""
+    elements = truth.size
+    truth = np.asarray(_sampled(truth), np.float64)
     rms = float(np.sqrt(np.mean(np.square(truth)))) if truth.size else 0.0
     if not np.isfinite(rms) or rms == 0:
         return None
-    sides = [np.abs(np.asarray(side, np.float64) - truth).ravel() / rms for side in (flax, truth if torch is None else torch)]
+    sides = [np.abs(np.asarray(side, np.float64) - truth) / rms for side in (_sampled(flax), torch if torch.shape == truth.shape else _sampled(torch))]
     positive = np.concatenate([side[np.isfinite(side) & (side > 0)] for side in sides])
     if not positive.size:
         return None
     low, high = np.log10(positive.min()), np.log10(positive.max())
     edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
     ours, theirs = (tuple(map(int, np.histogram(np.log10(side[np.isfinite(side) & (side > 0)]), edges)[0])) for side in sides)
-    return Histogram(row, tuple(map(float, edges)), ours, theirs, int(np.count_nonzero(sides[0] == 0)))
+    return Histogram(row, tuple(map(float, edges)), ours, theirs, int(np.count_nonzero(sides[0] == 0)), truth.size, elements)
 
 
 def _with_spread(part: Part, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices, rows: list[Measurement]) -> list[Measurement]:
