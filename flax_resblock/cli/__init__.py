@@ -68,6 +68,11 @@ def _dispatch(arguments: list[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
+    from flax_resblock.cli.common import on_interrupt
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda found: None if found.exc_type is KeyboardInterrupt else report(found)  # swallowed by a callback, and raised again later
     code = run(sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # everything is written; an interrupt while the interpreter goes down would only look like a failure
     if code == INTERRUPTED:  # compilers of jax may still be at work in other threads; waiting for them, or tearing them down, ends in a crash

@@ -6,6 +6,7 @@ import json as json_module
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,10 +17,12 @@ from rich.markup import escape
 
 from flax_resblock.architecture import ARCHITECTURES, Config, architecture, name_of
 from flax_resblock.checkpoint.atomic import refuse_existing, replacing
-from flax_resblock.cli.common import ReadingFlags, output, print_notes, print_table, refuse_unhealthy, status
+from flax_resblock.cli.common import ReadingFlags, output, print_notes, print_table, refuse_unhealthy, status, still_wanted
 from flax_resblock.errors import InputError, MissingDependencyError
 
 if TYPE_CHECKING:
+    from rich.status import Status
+
     from flax_resblock.parity.api import Verification
     from flax_resblock.parity.comparison import Plan
     from flax_resblock.parity.parts import Devices
@@ -271,10 +274,15 @@ def _run(
 
     clock = Clock()
     with status.status("starting") as spinner:
-        progress = lambda step: spinner.update(f"comparing: {escape(step)}")  # noqa: E731
-        verification = verify_pair(twins, images, plan, progress=progress, seed=input.seed, devices=places)
+        verification = verify_pair(twins, images, plan, progress=partial(_show, spinner, "comparing"), seed=input.seed, devices=places)
     provenance = {**facts, **clock.facts(images, input.seed, places)}
     return verification, to_json(verification.comparison, provenance, verification.diagnosis, found, verification.notes)
+
+
+def _show(spinner: Status, what: str, step: str) -> None:
+    """Progress; between two steps an interrupt that got lost is noticed."""
+    still_wanted()
+    spinner.update(escape(f"{what}: {step}"))
 
 
 def _print(verification: Verification, report: ReportFlags, *, diagnosis: bool = True) -> None:
@@ -358,8 +366,7 @@ def _verify_module(spec: str, kwargs: str | None, plan: Plan, places: Devices, i
     for call in cases_of(factory, arguments):
         clock = Clock()
         with status.status(f"examining {escape(spec)}") as spinner:
-            progress = lambda step, to=spinner: to.update(f"examining {escape(spec)}: {escape(step)}")  # noqa: E731
-            case = examine(factory, call, plan, images=input.images, seed=input.seed, devices=places, progress=progress)
+            case = examine(factory, call, plan, images=input.images, seed=input.seed, devices=places, progress=partial(_show, spinner, spec))
         cases.append(case)
         if case.raised and not case.stated and arguments is not None:
             raise InputError(_cannot_run(case))

@@ -18,7 +18,7 @@ from flax_resblock.parity.diagnose import Diagnosis, diagnose
 from flax_resblock.parity.oracle import Tolerance
 from flax_resblock.parity.pair import PRECISIONS, ModulePair, Pair
 from flax_resblock.parity.parts import Devices
-from flax_resblock.parity.precision import strict
+from flax_resblock.parity.precision import measure_precision, require, strict
 from flax_resblock.parity.report import verdict_lines
 from flax_resblock.parity.taps import from_torch, to_torch
 from flax_resblock.parity.trajectory import Trajectory, moderate, own_spread
@@ -122,7 +122,12 @@ def verify_pair(
     unknown = [name for name in plan.precisions if name not in PRECISIONS]
     if unknown or not plan.precisions:
         raise InputError(f"precisions={list(plan.precisions)}: choose among {', '.join(PRECISIONS)}.")
+    places = devices or Devices()
     with strict():
+        if places.jax is not None and places.jax.platform != "cpu":  # the CPU computes what it says; others are measured first
+            require(row for name in plan.precisions for row in measure_precision("flax", places.jax, name))
+        if places.torch.type != "cpu":
+            require(row for name in plan.precisions for row in measure_precision("torch", places.torch, name))
         refuse_unfit(pair, images, train=plan.train)
         comparison = compare_pair(pair, images, plan, progress=progress, seed=seed, devices=devices)
         if comparison.passed:
