@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "flax_resblock/conv.py": JAX | {"flax_resblock.initializers"},
     "flax_resblock/blocks.py": JAX | {f"flax_resblock.{m}" for m in ("architecture", "conv", "initializers", "norm")},
     "flax_resblock/resnet.py": JAX | {f"flax_resblock.{m}" for m in ("architecture", "blocks", "conv")},
-    "flax_resblock/optimizers.py": JAX,
+    "flax_resblock/optimizers.py": JAX | {f"flax_resblock.{m}" for m in ("architecture", "convert")},
     "flax_resblock/linen.py": JAX | {f"flax_resblock.{m}" for m in ("architecture", "resnet", "transfer")},
     "flax_resblock/transfer.py": JAX | {"flax_resblock"},
     "flax_resblock/convert": ARRAYS | {f"flax_resblock.{m}" for m in ("architecture", "checkpoint", "convert", "errors", "__version__")},
@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "flax_resblock/parity": JAX | {"torch", "torch_ref", "rich", "jinja2", "matplotlib", "flax_resblock"},
     "flax_resblock/parity/certificate.py": {f"flax_resblock.{m}" for m in ("checkpoint", "errors")},
     "flax_resblock/parity/certify.py": {"jax"} | {f"flax_resblock.{m}" for m in ("architecture", "checkpoint", "convert", "errors", "parity", "__version__")},
-    "flax_resblock/cli": JAX | {"torch", "torch_ref", "train", "rich", "tyro", "PIL", "flax_resblock"},
+    "flax_resblock/cli": JAX | {"torch", "torch_ref", "train", "rich", "tyro", "PIL", "matplotlib", "flax_resblock"},
     "train": JAX | {"grain", "sklearn", "rich", "flax_resblock", "train"},
 }
 NEVER_ELSEWHERE = {"flax_resblock.cli": "flax_resblock/cli", "flax_resblock.parity": ("flax_resblock/parity", "flax_resblock/cli")}

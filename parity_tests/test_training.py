@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,14 @@ from flax import nnx
 import train
 import train.loop
 from flax_resblock import ResNetConfig, from_torch, load, to_torch
+from flax_resblock.checkpoint.torch_file import plain
 from flax_resblock.convert import LAYOUTS, StateMap
+from flax_resblock.convert.optimizer import fresh, read, write
+from flax_resblock.optimizers import direction_of
 from torch_ref import ResNet as TorchResNet
 from torch_ref import training as reference
 from train.config import TrainConfig
 from train.data import Dataset, batches, digits, steps_per_epoch
-from train.optimizer import decays, sgd_direction
 from train.schedule import WarmupCosine
 from train.step import cross_entropy, make_eval_step, make_train_step, split
 
@@ -95,6 +97,12 @@ def torch_trajectory(data) -> list[Snapshot]:
     return snapshots
 
 
+def sgd_direction(**options: Any) -> optax.GradientTransformation:
+    """What ``fit`` uses, with options of torch.optim.SGD changed."""
+    settings: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, **options}
+    return direction_of(fresh("sgd", StateMap(SETTINGS.model, LAYOUTS["torchvision"]), **settings))
+
+
 def jax_trajectory(data, optimizer: optax.GradientTransformation | None = None, *, step_offset: int = 0) -> list[Snapshot]:
     """The same steps in JAX; the arguments spoil it."""
     optimizer = optimizer or sgd_direction()
@@ -123,6 +131,10 @@ def test_losses_parameters_statistics_and_logits_agree_at_every_step(data, torch
     assert worst_of_trajectory(ours, torch_trajectory) <= TOLERANCE
 
 
+def kernels(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: any(getattr(key, "key", None) == "kernel" for key in path), params)
+
+
 def all_but_the_biases(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: all(getattr(key, "key", None) != "bias" for key in path), params)
 
@@ -130,7 +142,7 @@ def all_but_the_biases(params):
 CONTROLS = {
     "decay on norms too": {"optimizer": optax.chain(optax.add_decayed_weights(5e-4, mask=all_but_the_biases), optax.trace(0.9, nesterov=True))},
     "schedule one step ahead": {"step_offset": 1},
-    "decay after momentum": {"optimizer": optax.chain(optax.trace(0.9, nesterov=True), optax.add_decayed_weights(5e-4, mask=decays))},
+    "decay after momentum": {"optimizer": optax.chain(optax.trace(0.9, nesterov=True), optax.add_decayed_weights(5e-4, mask=kernels))},
     "momentum 0.91": {"optimizer": sgd_direction(momentum=0.91)},
     "no nesterov": {"optimizer": sgd_direction(nesterov=False)},
 }
@@ -188,6 +200,40 @@ def test_nothing_is_compiled_again_after_the_first_step(data, monkeypatch):
     model = from_torch(torch_twin().float())
     train.fit(model, data.train, config, test=data.test, progress=False)
     assert [step._cache_size() for step in compiled] == [1]
+
+
+def test_the_second_half_of_a_pytorch_run_is_pytorchs(data):
+    """fit() takes the run over with weights, momentum, schedule and order of the images: the end is where PyTorch alone would have come to."""
+    module = torch_twin()
+    few = dataclasses.replace(data.train, images=data.train.images[:320], labels=data.train.labels[:320])
+    steps = steps_per_epoch(few, SETTINGS.batch_size)
+    config = dataclasses.replace(SETTINGS, epochs=4, dtype="float64")
+    optimizer = reference.sgd(module, config.learning_rate)
+    scheduler = reference.warmup_cosine(optimizer, warmup_steps=round(config.warmup_epochs * steps), total_steps=config.epochs * steps)
+
+    def go_on(epochs):
+        for epoch in epochs:
+            reference.train(module, torch_epoch(few, config, epoch), optimizer, scheduler, label_smoothing=config.label_smoothing)
+
+    go_on(range(2))
+    state_map = StateMap(CONFIG, LAYOUTS["torchvision"])
+    record = read(plain(optimizer.state_dict()), state_map)
+    with jax.enable_x64(True):
+        models = {name: from_torch(torch_state(module)) for name in ("with its momentum", "without")}
+        with_momentum = train.fit(models["with its momentum"], few, config, start_epoch=2, optimizer_state=record, progress=False)
+        train.fit(models["without"], few, config, start_epoch=2, progress=False)
+        states = {name: to_torch(model) for name, model in models.items()}
+    go_on(range(2, 4))
+    truth = torch_state(module)
+    assert worst(states["with its momentum"], truth) <= TOLERANCE
+    assert worst(states["without"], truth) >= CONTROL
+    assert with_momentum.optimizer_state is not None
+    back = write(with_momentum.optimizer_state, state_map)
+    for number, tensors in optimizer.state_dict()["state"].items():
+        assert distance(back["state"][number]["momentum_buffer"], tensors["momentum_buffer"].numpy()) <= TOLERANCE
+    for ours, theirs in zip(back["param_groups"], optimizer.param_groups, strict=True):
+        assert ours["lr"] == pytest.approx(theirs["lr"], abs=1e-15)
+        assert ours["weight_decay"] == theirs["weight_decay"]
 
 
 def test_cache_size_counts_a_second_batch_size(data):
@@ -252,10 +298,9 @@ def test_schedule_refuses_steps_outside_the_run(step):
 
 def test_the_same_tensors_decay_in_both_frameworks():
     twin = torch_twin()
-    model = from_torch(twin.float())
-    entries = StateMap(CONFIG, LAYOUTS["torchvision"]).entries
-    mask = dict(nnx.to_flat_state(decays(nnx.state(model, nnx.Param))))
-    ours = {entry.torch_key for entry in entries if entry.flax_path in mask and mask[entry.flax_path].get_value()}
+    state_map = StateMap(CONFIG, LAYOUTS["torchvision"])
+    decaying = {path for group in fresh("sgd", state_map, weight_decay=5e-4).groups if group.options["weight_decay"] for path in group.paths}
+    ours = {entry.torch_key for entry in state_map.entries if entry.flax_path in decaying}
     decay, no_decay = reference.sgd(twin, 0.1).param_groups
     names = {id(parameter): name for name, parameter in twin.named_parameters()}
     assert {names[id(parameter)] for parameter in decay["params"]} == ours

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flax_resblock.convert import LAYOUTS, StateMap
+from flax_resblock.convert.optimizer import OptimizerState, fresh
 from flax_resblock.errors import InputError
+from flax_resblock.optimizers import direction_of, record_of, state_of
 from flax_resblock.resnet import Model, ResNet
 from train.config import TrainConfig
 from train.data import Dataset, batches, steps_per_epoch
 from train.errors import TrainingError
-from train.optimizer import sgd_direction
 from train.progress import TrainingProgress
 from train.schedule import WarmupCosine
 from train.step import make_eval_step, make_train_step, split
@@ -50,10 +52,12 @@ class History:
     Attributes:
       steps: Every step, in order.
       test_accuracy: Accuracy on the test images after each epoch, in [0, 1]; empty where none were given.
+      optimizer_state: The optimizer after the last step, which :func:`flax_resblock.convert.optimizer.write` turns into PyTorch's.
     """
 
     steps: list[Step] = field(default_factory=list)
     test_accuracy: list[float] = field(default_factory=list)
+    optimizer_state: OptimizerState | None = None
 
 
 def new_model(config: TrainConfig) -> ResNet:
@@ -81,6 +85,7 @@ def fit(
     *,
     test: Dataset | None = None,
     start_epoch: int = 0,
+    optimizer_state: OptimizerState | None = None,
     on_step: Callable[[Step], None] | None = None,
     progress: bool = True,
 ) -> History:
@@ -92,7 +97,9 @@ def fit(
       dataset: Images to learn from.
       config: The run.
       test: Images to classify after each epoch.
-      start_epoch: Epochs that were done before, elsewhere: learning rate and order of the images go on from there; momentum starts at zero.
+      start_epoch: Epochs that were done before, elsewhere: learning rate and order of the images go on from there.
+      optimizer_state: The optimizer of those epochs, from :func:`flax_resblock.convert.optimizer.read`: its buffers, momentum and decay per param group; the
+        learning rate is the configuration's. None: the configured SGD, whose momentum starts at zero.
       on_step: Called after each step.
       progress: Whether to show a progress bar.
     Returns:
@@ -106,8 +113,17 @@ def fit(
         raise InputError(f"start_epoch={start_epoch} must be at least 0 and below epochs={config.epochs}.")
     steps = steps_per_epoch(dataset, config.batch_size)
     learning_rate = schedule_of(config, steps)
-    optimizer = sgd_direction(momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)
+    record = optimizer_state or fresh(
+        "sgd",
+        StateMap(config.model, LAYOUTS["torchvision"]),
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov and config.momentum > 0,
+        weight_decay=config.weight_decay,
+    )
+    optimizer = direction_of(record)
     graphdef, state = split(network, optimizer)
+    state = state._replace(opt_state=state_of(record, state.params))
     train_step = make_train_step(graphdef, optimizer, label_smoothing=config.label_smoothing)
     history = History()
     epochs = range(start_epoch, config.epochs)
@@ -129,6 +145,7 @@ def fit(
             if test is not None:
                 history.test_accuracy.append(_evaluate(graphdef, state.params, state.stats, test.normalised(), test.labels).accuracy)
     nnx.update(network, state.params, state.stats)
+    history.optimizer_state = record_of(record, state.opt_state, learning_rate=learning_rate(config.epochs * steps))
     return history
 
 

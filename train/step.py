@@ -73,7 +73,7 @@ def make_train_step(graphdef: nnx.GraphDef[ResNet], optimizer: optax.GradientTra
 
     Args:
       graphdef: Structure of the model; see :func:`split`.
-      optimizer: Gives the direction; see :func:`train.optimizer.sgd_direction`.
+      optimizer: Gives the direction; see :func:`flax_resblock.optimizers.direction_of`.
       label_smoothing: See :func:`cross_entropy`.
     """
 

@@ -67,6 +67,24 @@ def to_numpy(tensor: torch.Tensor, name: str = "tensor") -> np.ndarray:
         raise CheckpointError(f"{name} has dtype {dtype}, which this library does not convert.") from error
 
 
+def plain(value: Any) -> Any:
+    """The same containers and values with every tensor as a numpy array."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(item) for item in value)
+    return to_numpy(value) if import_torch().is_tensor(value) else value
+
+
+def with_tensors(value: Any) -> Any:
+    """The inverse of :func:`plain`: every numpy array as a tensor."""
+    if isinstance(value, Mapping):
+        return {key: with_tensors(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(with_tensors(item) for item in value)
+    return from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
 def from_numpy(array: np.ndarray) -> torch.Tensor:
     """A tensor with the array's bits, sharing memory where the array is contiguous."""
     torch = import_torch()

@@ -119,9 +119,10 @@ class Anatomy:
         return {"input": self.images, **{name: outputs[name] for name in names[:end]}}
 
     def _is_cut_off(self, slot: str, tensors: Tensors) -> bool:
-        """Whether what a block gives was computed from what its layers were made to give, which needs hooks in all of them."""
+        """Whether what a block gives was computed from what its layers were made to give; not so where none of them could be hooked."""
         captured = {key[1] for key in tensors if quantity_of(key) == "forward"}
-        return all(name in captured for name in self.reference.activations if self._inside(name, slot))
+        inside = [name for name in self.reference.activations if self._inside(name, slot)]
+        return not inside or any(name in captured for name in inside)
 
     def _inside(self, name: str, block: str) -> bool:
         return name != block and (block == "block" or name.startswith(f"{block}."))
