@@ -5,7 +5,7 @@ import pytest
 import torch
 from flax import nnx
 
-from flax_resblock import BlockConfig, ResNetConfig
+from flax_resblock import BatchNorm, BlockConfig, ResNetConfig
 from flax_resblock.conv import Conv
 from flax_resblock.parity import compare
 from flax_resblock.parity.comparison import Plan, compare_pair
@@ -166,3 +166,59 @@ def test_nnx_batch_norm_is_not_pytorchs():
     found = compare(torch_module, flax_module, images, state_map=table, copy_weights=True)
     assert not found.passed
     assert [(d.slot, d.cause, d.side) for d in found.diagnosis] == [("layers.1/var", "biased-variance", "flax")]
+
+
+class TorchNet(torch.nn.Module):
+    """A network that this project has no name for."""
+
+    def __init__(self):
+        super().__init__()
+        self.c1 = torch.nn.Conv2d(3, 8, 3, 2, 1, bias=False)
+        self.b1 = torch.nn.BatchNorm2d(8)
+        self.c2 = torch.nn.Conv2d(8, 8, 3, 1, 1)
+        self.fc = torch.nn.Linear(8 * 4 * 4, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.c2(torch.relu(self.b1(self.c1(x)))))
+        return self.fc(x.flatten(1))
+
+
+class FlaxNet(nnx.Module):
+    """Its port, with mistakes to choose."""
+
+    def __init__(self, *, padding=1, order=(0, 3, 1, 2), activation=nnx.relu, eps=1e-5, channels=slice(None), dilation=1):
+        rngs = nnx.Rngs(0)
+        self.c1 = nnx.Conv(3, 8, (3, 3), strides=2, padding=padding, use_bias=False, rngs=rngs)
+        self.b1 = BatchNorm(8, eps=eps, rngs=rngs)
+        self.c2 = nnx.Conv(8, 8, (3, 3), padding=dilation, kernel_dilation=dilation, rngs=rngs)
+        self.fc = nnx.Linear(128, 5, rngs=rngs)
+        self.order, self.activation, self.channels = order, activation, channels
+
+    def __call__(self, x):
+        x = self.activation(self.b1(self.c1(x[..., self.channels])))
+        x = nnx.relu(self.c2(x)).transpose(self.order)
+        return self.fc(x.reshape(len(x), -1))
+
+
+PORTS = {
+    "a right one": ({}, None),
+    "'SAME' at stride 2": ({"padding": "SAME"}, ("c1", "same-padding")),
+    "flattened as NHWC": ({"order": (0, 1, 2, 3)}, ("fc", "flatten-order")),
+    "SiLU": ({"activation": nnx.silu}, ("c2", "other-activation")),
+    "no ReLU": ({"activation": lambda x: x}, ("c2", "missing-relu")),
+    "another eps": ({"eps": 1e-3}, ("b1", "eps")),
+    "BGR": ({"channels": slice(None, None, -1)}, ("c1", "reversed-channels")),
+    "dilation": ({"dilation": 2}, ("c2", "dilation")),
+}
+
+
+@pytest.mark.parametrize("port", PORTS)
+def test_a_mistake_in_a_port_of_an_unknown_network_is_named(port):
+    mistakes, expected = PORTS[port]
+    norm = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var", "num_batches_tracked": "num_batches_tracked"}
+    table = {"c1.weight": "c1.kernel", "c2.weight": "c2.kernel", "c2.bias": "c2.bias", "fc.weight": "fc.kernel", "fc.bias": "fc.bias"}
+    table |= {f"b1.{theirs}": f"b1.{ours}" for theirs, ours in norm.items()}
+    images = np.random.default_rng(2).normal(0.3, 1.5, (3, 8, 8, 3))
+    found = compare(TorchNet(), FlaxNet(**mistakes), images, state_map=table, copy_weights=True, precisions=("float64",))
+    assert [(d.slot, d.cause, d.side) for d in found.diagnosis] == ([] if expected is None else [(*expected, "flax")])
+    assert found.passed == (expected is None)

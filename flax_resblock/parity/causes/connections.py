@@ -128,26 +128,37 @@ def _normalisation(truth: np.ndarray, value: np.ndarray) -> Iterator[Candidate]:
     yield "normalisation-constants", f"normalises its input with other constants: per channel {listed}{known}", lambda: truth * scale + shift
 
 
+_FLATTENED: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "flattened in the order (channel, height, width)": lambda x: x.transpose(0, 3, 1, 2).reshape(len(x), -1),
+    "flattened in the order (height, width, channel)": lambda x: x.reshape(len(x), -1),
+    "averaged over the image": lambda x: x.mean((1, 2)),
+    "maximised over the image": lambda x: x.max((1, 2)),
+    "summed over the image": lambda x: x.sum((1, 2)),
+    "cut to one corner of the image": lambda x: x[:, 0, 0],
+    "averaged and maximised over the image, together": lambda x: x.mean((1, 2)) + x.max((1, 2)),
+}
+
+
 def _pooling(connection: Connection, value: np.ndarray) -> Iterator[Candidate]:
-    """What comes between the last image and a linear layer."""
-    if connection.truth.ndim != 2:
+    """What comes between the last image and a linear layer: an activation, and a way from the image to a vector."""
+    truth = connection.truth
+    if truth.ndim != 2:
         return
     for source, array in list(connection.outputs.items())[::-1]:
         if array.ndim != 4 or len(array) != len(value):
             continue
-        flat = array.shape[1] * array.shape[2] * array.shape[3]
-        if connection.truth.shape[-1] == flat:
-            words = f"flattens {source} in the order (channel, height, width) instead of (height, width, channel)"
-            yield "flatten-order", words, lambda a=array: a.transpose(0, 3, 1, 2).reshape(len(a), -1)
-            words = f"flattens {source} in the order (height, width, channel) instead of (channel, height, width)"
-            yield "flatten-order", words, lambda a=array: a.reshape(len(a), -1)
-        for activation in ("ReLU", "no activation"):
-            f = ACTIVATIONS[activation]
-            yield "other-pooling", f"takes the maximum of {source} instead of the mean", lambda a=array, f=f: f(a).max((1, 2))
-            yield "other-pooling", f"takes the sum of {source} instead of the mean", lambda a=array, f=f: f(a).sum((1, 2))
-            yield "other-pooling", f"takes the mean of {source} with activation '{activation}'", lambda a=array, f=f: f(a).mean((1, 2))
-            yield "other-pooling", f"takes one corner of {source} instead of the mean", lambda a=array, f=f: f(a)[:, 0, 0]
-            yield "other-pooling", f"takes the mean and the maximum of {source} together", lambda a=array, f=f: f(a).mean((1, 2)) + f(a).max((1, 2))
+        ways = [(a, how) for a in ACTIVATIONS for how in _FLATTENED if _FLATTENED[how](array).shape == truth.shape]
+        meant = next(((a, how) for a, how in ways if relative_l2(_FLATTENED[how](ACTIVATIONS[a](array)), truth) <= 1e-12), None)
+        if meant is None:
+            continue
+        for a, how in sorted(ways, key=lambda way: (way[0] != meant[0]) + (way[1] != meant[1])):  # one mistake before two
+            if (a, how) == meant:
+                continue
+            orders = "flattened" in how and "flattened" in meant[1]
+            name = "other-activation" if how == meant[1] else "flatten-order" if orders else "other-pooling"
+            words = f"feeds {source} with {a}, {how}, instead of with {meant[0]}, {meant[1]}"
+            yield name, words, lambda a=a, how=how, array=array: _FLATTENED[how](ACTIVATIONS[a](array))
+        return
 
 
 def explain_ending(truth: np.ndarray, main: np.ndarray, skip: np.ndarray | None, x: np.ndarray, value: np.ndarray) -> Cause | None:
