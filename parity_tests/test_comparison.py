@@ -275,9 +275,9 @@ def test_an_architecture_by_name_has_random_weights_and_norms(capsys):
 def test_the_battery_verifies_every_kind_of_block(capsys, monkeypatch):
     from flax_resblock.parity import battery
 
-    few = dict(list(battery.BATTERY.items())[::5])
+    few = dict(list(battery.BATTERY.items())[:: len(battery.BATTERY) - 4])
     monkeypatch.setattr(battery, "BATTERY", few)
-    assert run(["verify", "--all", "--precision", "float64", "--steps", "1"]) == 0
+    assert run(["verify", "--all", "--precision", "float64", "--steps", "1", "--optimizer", "sgd"]) == 0
     assert capsys.readouterr().out.count("equal") == len(few)
 
 

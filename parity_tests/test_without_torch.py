@@ -1,6 +1,5 @@
 """A machine without torch can import, convert and run; and importing costs nothing."""
 
-import resource
 import statistics
 import subprocess
 import sys
@@ -90,23 +89,20 @@ def test_every_public_name_exists():
     assert run("import flax_resblock as f; [getattr(f, name) for name in f.__all__]; print('torch' in __import__('sys').modules)").stdout.strip() == "False"
 
 
-def _processor_seconds() -> float:
-    """Time of all child processes on the processor; unlike time on the clock it does not grow when other tests run beside this one."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 @pytest.mark.slow
 def test_importing_takes_no_longer_than_jax_and_nnx():
-    everything = "import flax_resblock as f; [getattr(f, name) for name in f.__all__]"
-    cases = {"base": "import jax, flax.nnx", "ours": "import jax, flax.nnx, flax_resblock", "alone": "import flax_resblock", "all names": everything}
-    seconds = {name: [] for name in cases}
-    for _ in range(7):
-        for name, code in cases.items():
-            start = _processor_seconds()
-            assert run(code).returncode == 0
-            seconds[name].append(_processor_seconds() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    print(medians)
-    assert min(seconds["ours"]) <= 1.1 * min(seconds["base"]), medians
-    assert medians["alone"] <= 1.1 * medians["base"], medians
+    """Both in one process, one after the other: two processes differ by more than what is to be measured."""
+    code = """
+import time
+start = time.process_time()
+import jax, flax.nnx
+base = time.process_time()
+import flax_resblock
+ours = time.process_time()
+[getattr(flax_resblock, name) for name in flax_resblock.__all__]
+print(base - start, ours - base, time.process_time() - base)
+"""
+    rows = [[float(word) for word in run(code).stdout.split()] for _ in range(5)]
+    base, ours, all_names = (statistics.median(column) for column in zip(*rows, strict=True))
+    print(f"jax and nnx {base:.2f} s, flax_resblock {ours:.3f} s more, with every public name {all_names:.3f} s more")
+    assert all_names <= 0.1 * base
