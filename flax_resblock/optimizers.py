@@ -7,7 +7,7 @@ has lost four digits at the first step (b2 = 0.999), so the first update is wron
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,12 @@ def bias_correction(decay: float, count: jax.Array, dtype: Any) -> jax.Array:
     return -jnp.expm1(count.astype(dtype) * jnp.asarray(math.log(decay), dtype))
 
 
+def _corrected(m: jax.Array, v: jax.Array, count: jax.Array, betas: Sequence[float], eps: float) -> jax.Array:
+    """Adam's direction from its two moments."""
+    first, second = (bias_correction(float(decay), count, m.dtype) for decay in betas)
+    return (m / first) / (jnp.sqrt(v / second) + eps)
+
+
 def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
     r"""``optax.scale_by_adam`` with an accurate bias correction; its state is optax's own ``ScaleByAdamState``.
 
@@ -53,11 +59,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> opta
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, updates)
 
-        def step(m: jax.Array, v: jax.Array) -> jax.Array:
-            first, second = (bias_correction(decay, count, m.dtype) for decay in (b1, b2))
-            return (m / first) / (jnp.sqrt(v / second) + eps)
-
-        return jax.tree.map(step, mu, nu), optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+        return jax.tree.map(lambda m, v: _corrected(m, v, count, (b1, b2), eps), mu, nu), optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
     return optax.GradientTransformation(init, update)
 
@@ -144,8 +146,7 @@ def direction_of(record: OptimizerState) -> optax.GradientTransformation:
             moments.append(_each(averaged, old, gradients))
 
         def step(path: Path, m: jax.Array, v: jax.Array, parameter: jax.Array) -> jax.Array:
-            first, second = (bias_correction(float(decay), count, m.dtype) for decay in options[path]["betas"])
-            value = (m / first) / (jnp.sqrt(v / second) + float(options[path]["eps"]))
+            value = _corrected(m, v, count, options[path]["betas"], float(options[path]["eps"]))
             return scaled(path, value if coupled else decayed(path, value, parameter))
 
         return _each(step, *moments, params), optax.ScaleByAdamState(count=count, mu=moments[0], nu=moments[1])

@@ -28,16 +28,14 @@ class Kind:
       tensors: What it keeps per parameter, by torch's names.
       options: Hyper-parameters that decide what it computes.
       only: Options that have no counterpart unless they have this value.
-      counts: Whether it keeps a ``step`` per parameter.
     """
 
     tensors: tuple[str, ...]
     options: tuple[str, ...]
     only: Mapping[str, Any]
-    counts: bool = False
 
 
-_ADAM = Kind(("exp_avg", "exp_avg_sq"), ("lr", "betas", "eps", "weight_decay"), {"amsgrad": False, "maximize": False}, counts=True)
+_ADAM = Kind(("exp_avg", "exp_avg_sq"), ("lr", "betas", "eps", "weight_decay"), {"amsgrad": False, "maximize": False})
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "sgd": Kind(("momentum_buffer",), ("lr", "momentum", "nesterov", "weight_decay"), {"dampening": 0, "maximize": False}),

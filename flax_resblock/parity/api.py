@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -16,12 +16,12 @@ from flax_resblock.errors import InputError
 from flax_resblock.parity.comparison import Comparison, Plan, compare_pair
 from flax_resblock.parity.diagnose import Diagnosis, diagnose
 from flax_resblock.parity.oracle import Tolerance
-from flax_resblock.parity.pair import PRECISIONS, ModulePair, Pair
+from flax_resblock.parity.pair import PRECISIONS, ModulePair, Pair, dotted
 from flax_resblock.parity.parts import Devices
 from flax_resblock.parity.precision import measure_precision, require, strict
 from flax_resblock.parity.report import verdict_lines
 from flax_resblock.parity.taps import from_torch, to_torch
-from flax_resblock.parity.trajectory import Trajectory, moderate, own_spread
+from flax_resblock.parity.trajectory import Trajectory, own_spread
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def compare(
       >>> print(compare(torch_mlp, flax_mlp, x, state_map={"0.weight": "layers.0.kernel", "0.bias": "layers.0.bias"}))
     """
     if isinstance(state_map, StateMap):
-        table: Mapping[str, Any] = {entry.torch_key: (".".join(map(str, entry.flax_path)), entry.codec) for entry in state_map.entries}
+        table: Mapping[str, Any] = {entry.torch_key: (dotted(entry.flax_path), entry.codec) for entry in state_map.entries}
     else:
         table = state_map
     pair = ModulePair(torch_module, flax_module, table, slots=slots, copy_weights=copy_weights)
@@ -197,8 +197,8 @@ def _chaos(pair: Pair, images: np.ndarray, plan: Plan, comparison: Comparison, s
         return []
     notes = []
     for name in dict.fromkeys(m.quantity.partition(":")[0] for m in failed):
-        parts = [part for part in plan.parts(pair, images, seed) if isinstance(part, Trajectory) and part.recipe.name == name]
-        spread = own_spread(moderate(parts[0], pair), pair, images)
+        alone = replace(plan, train=False, gradients=False, isolated=False, optimizers=(name,))
+        spread = max(own_spread(part, pair, images) for part in alone.parts(pair, images, seed) if isinstance(part, Trajectory))
         worst = max(m.judgement.error for m in failed if m.quantity.startswith(f"{name}:"))
         if spread > min(worst, 1.0) / 100:  # beyond 1 it has run off anywhere
             notes.append(

@@ -16,7 +16,7 @@ from flax import nnx
 
 from flax_resblock.architecture import Path
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
-from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
+from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, dotted
 from flax_resblock.parity.taps import trace_flax, trace_torch
 from flax_resblock.transfer import variable_at
 
@@ -31,7 +31,7 @@ class Silenced(Pair):
 
     def __init__(self, pair: Pair, slots: set[str]) -> None:
         self.pair, self.title, self.entries = pair, pair.title, pair.entries
-        self.muted = [e for e in pair.entries if e.flax_path[-1] in ("kernel", "scale") and ".".join(map(str, e.flax_path[:-1])) in slots]
+        self.muted = [e for e in pair.entries if e.flax_path[-1] in ("kernel", "scale") and dotted(e.flax_path[:-1]) in slots]
 
     @property
     def flax_slots(self) -> Mapping[str, Path]:
@@ -71,7 +71,7 @@ def bisect(pair: Pair, images: np.ndarray, side: Literal["flax", "torch"]) -> st
       Name of the layer; None where the outputs agree, or still differ when every layer is silent.
     """
     spec = pair.specification() or pair
-    slots = list(dict.fromkeys(".".join(map(str, e.flax_path[:-1])) for e in pair.entries if e.flax_path[-1] in ("kernel", "scale")))
+    slots = list(dict.fromkeys(dotted(e.flax_path[:-1]) for e in pair.entries if e.flax_path[-1] in ("kernel", "scale")))
     if _agree(pair, spec, set(), images, side) or not _agree(pair, spec, set(slots), images, side):
         return None
     low, high = 0, len(slots)  # silencing the first `low` does not hide it, the first `high` does

@@ -6,13 +6,11 @@ import fcntl
 import json
 import math
 import os
-import platform
 import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from flax_resblock.architecture import name_of
 from flax_resblock.convert.source import Reading, Source, open_checkpoint
 from flax_resblock.errors import InputError, some
 from flax_resblock.parity.certificate import KIND, SCHEMA, certificate_of, hashes, read_certificate
+from flax_resblock.parity.versions import versions
 
 PACKAGES = ("jax", "flax", "numpy", "safetensors", "orbax-checkpoint", "torch")
 BATCH = 2
@@ -104,18 +103,6 @@ def verify_written(source: Source) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    from flax_resblock import __version__
-
-    found = {"flax_resblock": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # torch, on a TPU host
-            continue
-    return found
-
-
 def certify(out: Path, reading: Reading, origin: Mapping[str, Any]) -> dict[str, Any]:
     """Opens an output again, verifies it and enters it in the certificate of its folder.
 
@@ -136,7 +123,7 @@ def certify(out: Path, reading: Reading, origin: Mapping[str, Any]) -> dict[str,
         "tensors": checkpoint.digests(source.record.tensors),
         "architecture": name_of(source.config),
         "layout": source.state_map.layout.name,
-        "versions": _versions(),
+        "versions": versions(PACKAGES),
         "verification": verify_written(source),
     }
     path = certificate_of(out)

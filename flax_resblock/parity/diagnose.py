@@ -14,8 +14,8 @@ from flax_resblock.parity.causes import NAMES, Diagnosis, Side, evidence_for
 from flax_resblock.parity.causes.layers import explain_layer
 from flax_resblock.parity.causes.tensors import explain_tensor
 from flax_resblock.parity.oracle import judge, relative_l2
-from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
-from flax_resblock.parity.parts import Devices, Isolated, Tensors, Weights, reference_run
+from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, path_of
+from flax_resblock.parity.parts import Devices, Isolated, Tensors, Weights
 
 
 def diagnose(
@@ -37,15 +37,17 @@ def diagnose(
         return [Diagnosis("input", "non-finite", "torch", words, "counted before anything was computed")]
     found = list(_tensors(pair, images))
     blamed = {(d.side, d.slot.rpartition("/")[0] or d.slot) for d in found}
+    anatomies = []
     for mode in (False, True) if train else (False,):
-        for diagnosis in Anatomy(pair, images, mode, gradients).findings():
+        anatomies.append(Anatomy(pair, images, mode, gradients))
+        for diagnosis in anatomies[-1].findings():
             place = (diagnosis.side, diagnosis.slot.partition("/")[0])
             if place not in blamed:
                 found.append(diagnosis)
         blamed |= {(d.side, d.slot.partition("/")[0]) for d in found}
     found = found or list(_by_bisection(pair, images))
     for name in () if found else precisions:
-        found += _narrow_arithmetic(pair, images, PRECISIONS[name], devices or Devices())
+        found += _narrow_arithmetic(anatomies[0], PRECISIONS[name], devices or Devices())
     return list(_grouped(found))
 
 
@@ -59,17 +61,14 @@ def _by_bisection(pair: Pair, images: np.ndarray) -> Iterator[Diagnosis]:
             yield Diagnosis(slot, "unknown", side, words, "found by silencing layers on both sides: the difference is gone as soon as this one is silent")
 
 
-def _narrow_arithmetic(pair: Pair, images: np.ndarray, precision: Precision, devices: Devices) -> Iterator[Diagnosis]:
-    """Layers whose error in one precision is larger than that precision explains, though float64 is right."""
-    spec = pair.specification() or pair
-    part = Isolated(False, reference_run(spec, images, train=False))
-    truth = next(part.torch(spec, PRECISIONS["float64"], images, Devices()))
-    anatomy = Anatomy(pair, images, False, False)
+def _narrow_arithmetic(anatomy: Anatomy, precision: Precision, devices: Devices) -> Iterator[Diagnosis]:
+    """Layers of a pair taken apart in evaluation mode whose error in one precision is larger than that precision explains, though float64 is right."""
+    pair, images, part = anatomy.pair, anatomy.images, Isolated(False, anatomy.reference)
     sides: dict[Side, Tensors] = {
         "torch": next(part.torch(pair, precision, images, devices.of(precision))),
         "flax": next(part.flax(pair, precision, images, devices.of(precision))),
     }
-    for key, right in truth.items():
+    for key, right in anatomy.truth.items():
         errors: dict[Side, float] = {side: relative_l2(tensors[key], right) for side, tensors in sides.items() if key in tensors}
         for side, error in errors.items():
             other = errors.get("torch" if side == "flax" else "flax", 0.0)
@@ -98,17 +97,13 @@ def _tensors(pair: Pair, images: np.ndarray) -> Iterator[Diagnosis]:
     sides: dict[Side, Tensors] = {"flax": next(part.flax(pair, precision, images, Devices()))}
     if spec is not None:
         sides["torch"] = next(part.torch(pair, precision, images, Devices()))
-    by_path: dict[Path, np.ndarray] = {_path(slot): np.asarray(value, np.float64) for (_, slot), value in expected.items()}
+    by_path: dict[Path, np.ndarray] = {path_of(slot.replace("/", ".")): np.asarray(value, np.float64) for (_, slot), value in expected.items()}
     for side, tensors in sides.items():
         for (_, slot), truth in expected.items():
             value = tensors.get(("tensors", slot))
             if value is None or np.array_equal(value, truth, equal_nan=True):
                 continue
-            cause = explain_tensor(_path(slot), np.asarray(value, np.float64), by_path)
+            cause = explain_tensor(path_of(slot.replace("/", ".")), np.asarray(value, np.float64), by_path)
             words = f"{NAMES[side]} {cause.sentence if cause else 'holds other data'}"
             evidence = evidence_for(cause, relative_l2(value, truth), "the tensor that should be there")
             yield Diagnosis(slot, cause.name if cause else "unknown", side, words, evidence)
-
-
-def _path(slot: str) -> Path:
-    return tuple(int(part) if part.isdigit() else part for part in slot.replace("/", ".").split("."))

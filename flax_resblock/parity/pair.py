@@ -60,6 +60,16 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
 )
 
 
+def dotted(path: Path) -> str:
+    """``"stage1.0.conv1"`` of ``("stage1", 0, "conv1")``."""
+    return ".".join(map(str, path))
+
+
+def path_of(name: str) -> Path:
+    """The inverse of :func:`dotted`: numbers are indices of lists."""
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
+
+
 class Pair(ABC):
     """One model in both frameworks.
 
@@ -111,10 +121,9 @@ def entries_of(table: Rows) -> tuple[Entry, ...]:
     entries = []
     for key, row in table.items():
         path, codec = (row, None) if isinstance(row, str) else row
-        parts = tuple(int(part) if part.isdigit() else part for part in path.split("."))
         if isinstance(codec, str) and codec not in _CODECS:
             raise InputError(f"state_map[{key!r}] names the codec {codec!r}; known: {', '.join(_CODECS)}, or a Codec of flax_resblock.convert.codecs.")
-        entries.append((parts, key, _CODECS[codec] if isinstance(codec, str) else codec))
+        entries.append((path_of(path), key, _CODECS[codec] if isinstance(codec, str) else codec))
     return tuple(Entry(parts, key, codec or _GUESS, _role(key), ()) for parts, key, codec in entries)
 
 
@@ -148,8 +157,8 @@ class ModulePair(Pair):
         variables: dict[Any, Any] = dict(flat)
         self.entries = _checked(entries_of(table), state, variables)
         self._values: dict[Any, np.ndarray] = {entry.flax_path: entry.codec.to_flax(state[entry.torch_key]) for entry in self.entries} if copy_weights else {}
-        extra = {name: (place, tuple(int(p) if p.isdigit() else p for p in path.split("."))) for name, (place, path) in (slots or {}).items()}
-        found = {".".join(map(str, e.flax_path[:-1])): (e.torch_key.rpartition(".")[0], e.flax_path[:-1]) for e in self.entries if len(e.flax_path) > 1}
+        extra = {name: (place, path_of(path)) for name, (place, path) in (slots or {}).items()}
+        found = {dotted(e.flax_path[:-1]): (e.torch_key.rpartition(".")[0], e.flax_path[:-1]) for e in self.entries if len(e.flax_path) > 1}
         self._slots = {**found, **extra}
         places = dict(torch_module.named_modules())
         for name, (place, _) in self._slots.items():
@@ -185,10 +194,10 @@ class ModulePair(Pair):
 def _checked(entries: tuple[Entry, ...], state: Mapping[str, np.ndarray], variables: Mapping[Path, Any]) -> tuple[Entry, ...]:
     """The entries with their codecs and shapes filled in, once they are known to fit both sides."""
     keys, paths = {entry.torch_key for entry in entries}, [entry.flax_path for entry in entries]
-    problems = [f"PyTorch has no tensor {key!r}" for key in keys - set(state)] + [f"Flax has no variable {_dotted(p)!r}" for p in set(paths) - set(variables)]
-    problems += [f"two rows lead to {_dotted(path)!r}" for path in set(paths) if paths.count(path) > 1]
+    problems = [f"PyTorch has no tensor {key!r}" for key in keys - set(state)] + [f"Flax has no variable {dotted(p)!r}" for p in set(paths) - set(variables)]
+    problems += [f"two rows lead to {dotted(path)!r}" for path in set(paths) if paths.count(path) > 1]
     problems += [f"no row names PyTorch's {key!r}" for key in state if key not in keys and _role(key) != "counter"]
-    problems += [f"no row names Flax's {_dotted(path)!r}" for path in variables if path not in paths and path[-1] != "num_batches_tracked"]
+    problems += [f"no row names Flax's {dotted(path)!r}" for path in variables if path not in paths and path[-1] != "num_batches_tracked"]
     if problems:
         raise InputError(f"state_map does not pair the two modules: {some(sorted(problems))}. Every tensor of both sides needs a row.")
     filled = []
@@ -200,11 +209,7 @@ def _checked(entries: tuple[Entry, ...], state: Mapping[str, np.ndarray], variab
         if codec.flax_shape(there) != shape:
             raise InputError(
                 f"state_map[{entry.torch_key!r}]: PyTorch's {list(there)} is {codec.flax_shape(there)} under the codec {codec.name!r}, but Flax's "
-                f"{_dotted(entry.flax_path)} is {list(shape)}. Map it to another tensor or give the codec as a pair (path, codec)."
+                f"{dotted(entry.flax_path)} is {list(shape)}. Map it to another tensor or give the codec as a pair (path, codec)."
             )
         filled.append(Entry(entry.flax_path, entry.torch_key, codec, entry.role, shape))
     return tuple(filled)
-
-
-def _dotted(path: Path) -> str:
-    return ".".join(map(str, path))

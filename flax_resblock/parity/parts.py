@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from flax import nnx
 from flax_resblock.parity.devices import JaxDevice
 from flax_resblock.parity.isolation import isolate_flax, isolate_torch
 from flax_resblock.parity.oracle import FLOAT64_LIMIT
-from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
-from flax_resblock.parity.taps import CPU, Trace, to_torch, trace_flax, trace_torch
+from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, dotted
+from flax_resblock.parity.taps import CPU, Trace, by_path_of, split, to_torch, trace_flax, trace_torch
 
 Key = tuple[str, str]
 """Quantity and slot, ``("train forward", "stage1.0.conv1")``; a tensor's name stands behind a slash."""
@@ -81,7 +80,7 @@ def by_entries(pair: Pair, quantity: str, values: dict[Any, np.ndarray], *, side
             continue
         value = values.get(entry.torch_key if side == "torch" else entry.flax_path)
         if value is not None:
-            name = f"{'.'.join(map(str, entry.flax_path[:-1]))}/{entry.flax_path[-1]}".removeprefix("/")
+            name = f"{dotted(entry.flax_path[:-1])}/{entry.flax_path[-1]}".removeprefix("/")
             found[quantity, name] = entry.codec.to_flax(value) if side == "torch" else value
     return found
 
@@ -104,7 +103,7 @@ class Weights(Part):
 
     def flax(self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices) -> Iterator[Tensors]:
         with precision.of_jax():
-            state = {path: np.asarray(variable[...]) for path, variable in nnx.to_flat_state(nnx.state(pair.flax(precision)))}
+            state = by_path_of(nnx.state(pair.flax(precision)))
         yield {**by_entries(pair, "tensors", state, side="flax"), **by_entries(pair, "tensors", state, side="flax", statistics=True)}
 
 
@@ -174,7 +173,7 @@ class Statistics(Part):
 
     def flax(self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices) -> Iterator[Tensors]:
         with precision.of_jax(), jax.default_device(devices.jax), jax.default_matmul_precision("highest"):
-            graphdef, statistics, rest = _by_statistics(pair.flax(precision))
+            graphdef, statistics, rest = split(pair.flax(precision), True, nnx.BatchStat)
 
             @jax.jit
             def step(statistics: Any, rest: Any, batch: Any) -> Any:
@@ -184,15 +183,8 @@ class Statistics(Part):
 
             for batch in (images, *self.batches[1:]):
                 statistics = step(statistics, rest, jnp.asarray(batch, precision.storage))
-            found = {path: np.asarray(variable[...]) for path, variable in nnx.to_flat_state(statistics)}
+            found = by_path_of(statistics)
         yield by_entries(pair, self.quantity, found, side="flax", statistics=True)
-
-
-def _by_statistics(model: nnx.Module) -> tuple[Any, Any, Any]:
-    twin = nnx.clone(model)
-    twin.train()
-    graphdef, statistics, rest = nnx.split(twin, nnx.BatchStat, ...)
-    return graphdef, statistics, rest
 
 
 @dataclass(frozen=True)
@@ -241,8 +233,3 @@ def reference_run(pair: Pair, images: np.ndarray, *, train: bool) -> Trace:
     """PyTorch's float64 run with what every slot was fed, for :class:`Isolated`."""
     precision = PRECISIONS["float64"]
     return trace_torch(pair.torch(precision), images, pair.torch_slots, train=train, precision=precision, inputs=True)
-
-
-def seed_of(name: str) -> int:
-    """A number that depends on a name and on nothing else."""
-    return zlib.crc32(name.encode())

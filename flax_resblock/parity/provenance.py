@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import resource
 import sys
 import time
@@ -20,6 +19,9 @@ from flax_resblock.convert.source import Source
 from flax_resblock.parity.devices import describe
 from flax_resblock.parity.parts import Devices
 from flax_resblock.parity.user_module import Case
+from flax_resblock.parity.versions import versions
+
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "numpy")
 
 
 def of_source(source: Source) -> dict[str, Any]:
@@ -46,15 +48,6 @@ def _combined(tensors: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{name}\0{value}\n" for name, value in sorted(tensors.items())).encode()).hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """Of everything that computes."""
-    from importlib.metadata import version
-
-    from flax_resblock import __version__
-
-    return {"flax_resblock": __version__, **{name: version(name) for name in ("jax", "jaxlib", "flax", "torch", "numpy")}, "python": platform.python_version()}
-
-
 class Clock:
     """Started before a verification, asked after it."""
 
@@ -69,7 +62,7 @@ class Clock:
         return {
             "command": " ".join(["flax-resblock", *sys.argv[1:]]),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": versions(),
+            "versions": versions(PACKAGES),
             "devices": {"jax": describe(devices.jax or jax.devices()[0]), "torch": str(devices.torch), "oracle": "cpu"},
             "input": {"batch": batch, **size, "seed": seed},
             "seconds": round(time.perf_counter() - self.start, 1),

@@ -204,12 +204,12 @@ def gradient_of(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
 
 
-def split(model: nnx.Module, train: bool) -> tuple[Any, Any, Any]:
-    """Graph, parameters and everything else of a copy of the model in training or evaluation mode."""
+def split(model: nnx.Module, train: bool, variables: Any = nnx.Param) -> tuple[Any, Any, Any]:
+    """Graph, one kind of variables (the parameters) and everything else of a copy of the model in training or evaluation mode."""
     twin = nnx.clone(model)
     (twin.train if train else twin.eval)()
-    graphdef, params, rest = nnx.split(twin, nnx.Param, ...)
-    return graphdef, params, rest
+    graphdef, chosen, rest = nnx.split(twin, variables, ...)
+    return graphdef, chosen, rest
 
 
 def to_torch(array: np.ndarray, precision: Precision, device: torch.device = CPU) -> torch.Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 from flax_resblock.architecture import Path
 from flax_resblock.parity.causes import FORMATS, Candidate, Cause, explain, rounded
 from flax_resblock.parity.oracle import relative_l2
+from flax_resblock.parity.pair import dotted
 
 
 def explain_tensor(path: Path, value: np.ndarray, expected: Mapping[Path, np.ndarray]) -> Cause | None:
@@ -37,7 +38,7 @@ def _candidates(path: Path, value: np.ndarray, expected: Mapping[Path, np.ndarra
         yield "reshaped-kernel", "holds PyTorch's matrix reshaped instead of transposed", lambda: right.T.reshape(right.shape)
     for other, theirs in expected.items():
         if other != path and theirs.shape == right.shape and theirs.size > 1 and np.ptp(theirs) > 0:
-            name = ".".join(map(str, other))
+            name = dotted(other)
             yield "swapped-tensor", f"holds the data of {name}", lambda t=theirs: t
     start = {"scale": 1.0, "bias": 0.0, "mean": 0.0, "var": 1.0}.get(str(path[-1]))
     if start is not None:
