@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flax_resblock.errors import CheckpointError, InputError
     from flax_resblock.norm import BatchNorm
     from flax_resblock.resnet import ResNet, create
-    from flax_resblock.transfer import from_torch, load, save, to_torch
+    from flax_resblock.transfer import from_torch, load, load_run, save, to_torch
 
 __all__ = [
     "BatchNorm",
@@ -31,6 +31,7 @@ __all__ = [
     "create",
     "from_torch",
     "load",
+    "load_run",
     "save",
     "to_torch",
 ]
@@ -41,7 +42,7 @@ _MODULES = {
     "errors": ("CheckpointError", "InputError"),
     "norm": ("BatchNorm",),
     "resnet": ("ResNet", "create"),
-    "transfer": ("from_torch", "load", "save", "to_torch"),
+    "transfer": ("from_torch", "load", "load_run", "save", "to_torch"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -28,14 +28,20 @@ def bias_correction(decay: float, count: jax.Array, dtype: Any) -> jax.Array:
       count: Updates so far, this one included; integer scalar.
       dtype: Floating dtype of the result.
     """
-    if decay == 0:
-        return jnp.ones((), dtype)
-    return -jnp.expm1(count.astype(dtype) * jnp.asarray(math.log(decay), dtype))
+    return _bias_correction(_log(decay), count, dtype)
 
 
-def _corrected(m: jax.Array, v: jax.Array, count: jax.Array, betas: Sequence[float], eps: float) -> jax.Array:
-    """Adam's direction from its two moments."""
-    first, second = (bias_correction(float(decay), count, m.dtype) for decay in betas)
+def _log(decay: float) -> float:
+    return math.log(decay) if decay else -math.inf
+
+
+def _bias_correction(log_decay: Any, count: jax.Array, dtype: Any) -> jax.Array:
+    return -jnp.expm1(count.astype(dtype) * jnp.asarray(log_decay, dtype))
+
+
+def _corrected(m: jax.Array, v: jax.Array, count: jax.Array, logs: tuple[Any, Any], eps: float) -> jax.Array:
+    """Adam's direction from its two moments; ``logs`` are the logarithms of the betas."""
+    first, second = (_bias_correction(log, count, m.dtype) for log in logs)
     return (m / first) / (jnp.sqrt(v / second) + eps)
 
 
@@ -59,7 +65,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> opta
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, updates)
 
-        return jax.tree.map(lambda m, v: _corrected(m, v, count, (b1, b2), eps), mu, nu), optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+        return jax.tree.map(lambda m, v: _corrected(m, v, count, (_log(b1), _log(b2)), eps), mu, nu), optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
     return optax.GradientTransformation(init, update)
 
@@ -89,69 +95,90 @@ def _each(function: Callable[..., Any], paths: Any, *trees: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda keys, *leaves: function(_path(keys), *leaves), paths, *trees)
 
 
-def direction_of(record: OptimizerState) -> optax.GradientTransformation:
-    r"""The direction :math:`d` of a torch optimizer; the update is :math:`p - \eta d` with the first param group's learning rate :math:`\eta`.
+def moving(momenta: Sequence[float]) -> np.ndarray:
+    """Momenta (or Adam's first betas) of the param groups at one step, for :func:`optimizer_of`.
 
-    Every param group keeps its own decay, momentum, betas and eps; one with another learning rate keeps its ratio to the first. The rate itself stays
-    outside, so that it can be computed on the host in float64, as torch does. Its state is optax's: ``TraceState`` for SGD, ``ScaleByAdamState`` for Adam and
-    AdamW, with what torch calls ``momentum_buffer``, ``exp_avg`` and ``exp_avg_sq``.
+    Returns:
+      ``(groups, 3)`` float64: the momentum, its complement and its logarithm, which would lose digits if they were computed from a float32 momentum.
+    """
+    return np.array([(float(momentum), 1 - float(momentum), _log(float(momentum))) for momentum in momenta])
+
+
+def optimizer_of(record: OptimizerState) -> optax.GradientTransformationExtraArgs:
+    r"""A torch optimizer as an optax transformation: :math:`p \leftarrow p + u` is torch's update.
+
+    Every param group keeps its own rate, decay, momentum, betas and eps. ``update`` takes two more arguments, so that a schedule can be computed on the
+    host in float64, as torch does, and a new rate compiles nothing: ``learning_rates``, ``(groups,)``, and ``momenta``, from :func:`moving`; None leaves
+    what the groups have. The state is optax's: ``TraceState`` for SGD, ``ScaleByAdamState`` for Adam and AdamW, with what torch calls
+    ``momentum_buffer``, ``exp_avg`` and ``exp_avg_sq``.
 
     Args:
       record: The optimizer of a model whose parameters are an nnx state of ``nnx.Param``.
+    Example:
+      >>> optimizer = optimizer_of(record)
+      >>> updates, state = optimizer.update(gradients, state, params, learning_rates=(0.1, 0.1))
+      >>> params = optax.apply_updates(params, updates)
     """
-    options = {path: group.options for group in record.groups for path in group.paths}
-    first = float(record.groups[0].options["lr"])
-    ratios = {path: float(option["lr"]) / first if first else 1.0 for path, option in options.items()}
-    coupled = record.kind != "adamw"
+    group_of = {path: number for number, group in enumerate(record.groups) for path in group.paths}
+    options = [group.options for group in record.groups]
+    adam, coupled = record.kind != "sgd", record.kind != "adamw"
 
-    def decayed(path: Path, value: jax.Array, parameter: jax.Array) -> jax.Array:
-        decay = float(options[path]["weight_decay"])
-        return value + decay * parameter if decay else value
-
-    def scaled(path: Path, value: jax.Array) -> jax.Array:
-        return value if ratios[path] == 1 else value * ratios[path]
-
-    def sgd_init(params: Any) -> optax.TraceState:
-        return optax.TraceState(trace=jax.tree.map(jnp.zeros_like, params))
-
-    def sgd_update(updates: Any, state: Any, params: Any = None) -> Any:
-        gradients = _each(decayed, updates, params)
-
-        def moved(path: Path, g: jax.Array, buffer: jax.Array) -> jax.Array:
-            momentum = float(options[path]["momentum"])
-            return g + momentum * buffer if momentum else buffer  # torch keeps no buffer without momentum
-
-        trace = _each(moved, gradients, state.trace)
-
-        def step(path: Path, g: jax.Array, buffer: jax.Array) -> jax.Array:
-            ahead = g + float(options[path]["momentum"]) * buffer if options[path]["nesterov"] else buffer
-            return scaled(path, ahead if options[path]["momentum"] else g)
-
-        return _each(step, gradients, trace), optax.TraceState(trace=trace)
-
-    def adam_init(params: Any) -> optax.ScaleByAdamState:
+    def init(params: Any) -> Any:
         zeros = jax.tree.map(jnp.zeros_like, params)
-        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=zeros, nu=zeros)
+        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=zeros, nu=zeros) if adam else optax.TraceState(trace=zeros)
 
-    def adam_update(updates: Any, state: Any, params: Any = None) -> Any:
-        count = jnp.asarray(optax.safe_increment(state.count))
+    def update(updates: Any, state: Any, params: Any = None, *, learning_rates: Any = None, momenta: Any = None, **_: Any) -> Any:
+        rates = [group["lr"] for group in options] if learning_rates is None else learning_rates
+
+        moved_by = moving([group["betas"][0] if adam else group["momentum"] for group in options]).tolist() if momenta is None else momenta
+
+        def decayed(path: Path, value: jax.Array, parameter: jax.Array) -> jax.Array:
+            decay = float(options[group_of[path]]["weight_decay"])
+            return value + decay * parameter if decay else value
+
+        def scaled(path: Path, value: jax.Array) -> jax.Array:
+            return -(jnp.asarray(rates[group_of[path]], value.dtype) * value)
+
         gradients = _each(decayed, updates, params) if coupled else updates
-        moments = []
-        for which, old in ((0, state.mu), (1, state.nu)):
+        if not adam:
 
-            def averaged(path: Path, m: jax.Array, g: jax.Array, which: int = which) -> jax.Array:
-                decay = float(options[path]["betas"][which])
-                return decay * m + (1 - decay) * (jnp.square(g) if which else g)
+            def moved(path: Path, g: jax.Array, buffer: jax.Array) -> jax.Array:
+                momentum = moved_by[group_of[path]][0]
+                return buffer if _is_zero(momentum) else g + jnp.asarray(momentum, g.dtype) * buffer  # torch keeps no buffer without momentum
 
-            moments.append(_each(averaged, old, gradients))
+            def sgd(path: Path, g: jax.Array, buffer: jax.Array) -> jax.Array:
+                momentum = moved_by[group_of[path]][0]
+                if _is_zero(momentum):
+                    return scaled(path, g)
+                return scaled(path, g + jnp.asarray(momentum, g.dtype) * buffer if options[group_of[path]]["nesterov"] else buffer)
+
+            trace = _each(moved, gradients, state.trace)
+            return _each(sgd, gradients, trace), optax.TraceState(trace=trace)
+
+        count = jnp.asarray(optax.safe_increment(state.count))
+
+        def averaged(path: Path, m: jax.Array, g: jax.Array) -> jax.Array:
+            decay, complement, _ = (jnp.asarray(value, m.dtype) for value in moved_by[group_of[path]])
+            return decay * m + complement * g
+
+        def squared(path: Path, v: jax.Array, g: jax.Array) -> jax.Array:
+            decay = float(options[group_of[path]]["betas"][1])
+            return decay * v + (1 - decay) * jnp.square(g)
 
         def step(path: Path, m: jax.Array, v: jax.Array, parameter: jax.Array) -> jax.Array:
-            value = _corrected(m, v, count, options[path]["betas"], float(options[path]["eps"]))
+            option = options[group_of[path]]
+            value = _corrected(m, v, count, (moved_by[group_of[path]][2], _log(float(option["betas"][1]))), float(option["eps"]))
             return scaled(path, value if coupled else decayed(path, value, parameter))
 
-        return _each(step, *moments, params), optax.ScaleByAdamState(count=count, mu=moments[0], nu=moments[1])
+        mu, nu = _each(averaged, state.mu, gradients), _each(squared, state.nu, gradients)
+        return _each(step, mu, nu, params), optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
-    return optax.GradientTransformation(sgd_init, sgd_update) if record.kind == "sgd" else optax.GradientTransformation(adam_init, adam_update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether a momentum is none, rather than one that the schedule moves."""
+    return isinstance(value, float) and value == 0
 
 
 _SLOTS = {"momentum_buffer": "trace", "exp_avg": "mu", "exp_avg_sq": "nu"}
@@ -159,7 +186,7 @@ _SLOTS = {"momentum_buffer": "trace", "exp_avg": "mu", "exp_avg_sq": "nu"}
 
 
 def state_of(record: OptimizerState, params: Any) -> Any:
-    """The optax state for :func:`direction_of`, filled with what torch had; what torch had not made yet is zero.
+    """The optax state for :func:`optimizer_of`, filled with what torch had; what torch had not made yet is zero.
 
     Args:
       record: The optimizer.
@@ -175,13 +202,12 @@ def state_of(record: OptimizerState, params: Any) -> Any:
     return optax.ScaleByAdamState(count=jnp.asarray(count, jnp.int32), mu=tree("exp_avg"), nu=tree("exp_avg_sq"))
 
 
-def record_of(record: OptimizerState, state: Any, *, learning_rate: float | None = None) -> OptimizerState:
+def record_of(record: OptimizerState, state: Any) -> OptimizerState:
     """The torch optimizer again, with what optax has now.
 
     Args:
       record: What it was; its groups and options stay.
-      state: State of :func:`direction_of`.
-      learning_rate: Of the first param group from now on; the others keep their ratio. None: as it was.
+      state: State of :func:`optimizer_of`.
     """
     tensors: dict[str, dict[Path, np.ndarray]] = {}
     for name, before in record.tensors.items():
@@ -192,8 +218,4 @@ def record_of(record: OptimizerState, state: Any, *, learning_rate: float | None
     if record.kind != "sgd":
         like = next(iter(record.steps.values()), np.zeros((), np.float32))
         steps = {path: np.asarray(int(state.count), like.dtype) for path in tensors["exp_avg"]}
-    groups = record.groups
-    if learning_rate is not None:
-        first = float(groups[0].options["lr"]) or 1.0
-        groups = tuple(replace(group, options={**group.options, "lr": learning_rate * (float(group.options["lr"]) / first)}) for group in groups)
-    return replace(record, tensors=tensors, steps=steps, groups=groups)
+    return replace(record, tensors=tensors, steps=steps)

@@ -19,9 +19,10 @@ from flax_resblock.architecture import Config, Path
 from flax_resblock.blocks import BottleneckBlock, ResidualBlock
 from flax_resblock.checkpoint import Record
 from flax_resblock.checkpoint.unwrap import unwrap
-from flax_resblock.convert import LAYOUTS, StateMap
+from flax_resblock.convert import LAYOUTS, StateMap, run_file
 from flax_resblock.convert.modules import module_facts
-from flax_resblock.convert.source import EPS, MOMENTUM, Reading, Source, interpret, metadata_of
+from flax_resblock.convert.run import Run
+from flax_resblock.convert.source import EPS, MOMENTUM, Reading, Source, interpret, metadata_of, open_checkpoint
 from flax_resblock.errors import InputError, some
 from flax_resblock.norm import BatchNorm
 from flax_resblock.resnet import Model, ResNet, build
@@ -85,6 +86,26 @@ def load(path: str | PathLike[str], **arguments: Any) -> Model:
     if not isinstance(path, str | PathLike):
         raise InputError(f"load takes a path, not a {type(path).__name__}; from_torch takes state dicts and modules.")
     return from_torch(path, **arguments)
+
+
+def load_run(path: str | PathLike[str], *, optimizer: str | None = None, per_epoch: bool | None = None, **arguments: Any) -> tuple[Model, Run]:
+    """Model and training run of a checkpoint: PyTorch's own, Lightning's, a Hugging Face Trainer folder, or one of this library's.
+
+    Args:
+      path: The checkpoint.
+      optimizer: ``"adam"`` or ``"adamw"``, where the file does not tell (torch before 2.6).
+      per_epoch: Whether the learning-rate scheduler was stepped once per epoch (or once per batch); None finds it from the counters.
+      **arguments: ``entry`` (which of several state dicts), and those of :class:`flax_resblock.convert.source.Reading`.
+    Returns:
+      The nnx model in evaluation mode, and the :class:`~flax_resblock.convert.run.Run`, which :func:`train.fit` goes on with and :func:`save` writes.
+    Raises:
+      CheckpointError: As for :func:`from_torch`; and no optimizer, or one that does not fit.
+    Example:
+      >>> model, run = load_run("run.pth")
+    """
+    entry = arguments.pop("entry", None)
+    source = open_checkpoint(FilePath(path), Reading(**arguments), entry=entry, run=True)
+    return to_model(source), source.run(kind=optimizer, per_epoch=per_epoch)
 
 
 def to_model(source: Source, **options: Any) -> Model:
@@ -197,12 +218,14 @@ def norm_options(model: Model) -> dict[str, float | None]:
     return dict(zip((EPS, MOMENTUM), next(iter(shared)), strict=True))
 
 
-def save(model: Model, path: str | PathLike[str], *, layout: str = "torchvision", force: bool = False) -> None:
-    """Writes a model to a checkpoint, whole or not at all.
+def save(model: Model, path: str | PathLike[str], *, run: Run | None = None, layout: str = "torchvision", force: bool = False) -> None:
+    """Writes a model, and the run that trains it, to a checkpoint, whole or not at all.
 
     Args:
       model: A model of this library.
       path: The suffix decides the format: ``.pth`` (``.pt``, ``.th``), ``.safetensors``, or none for an Orbax folder, which holds Flax's own names.
+      run: Optimizer, schedule and counters, as :func:`load_run` and :func:`train.fit` give them. A ``.pth`` then is a training checkpoint, with the entries
+        ``"model"``, ``"optimizer"``, ``"lr_scheduler"``, ``"epoch"`` and ``"step"``.
       layout: Naming scheme of ``.pth`` and ``.safetensors``; ``"flax"`` keeps Flax's names and layouts in a ``.safetensors``.
       force: Replace what is there.
     Raises:
@@ -214,5 +237,6 @@ def save(model: Model, path: str | PathLike[str], *, layout: str = "torchvision"
         raise InputError("a .pth file holds PyTorch names; use .safetensors or an Orbax folder for layout 'flax'.")
     _map_of(model, layout)  # refuses an unknown layout for every format
     checkpoint.refuse_existing(path, force)
-    tensors = to_torch(model, "flax" if orbax else layout)
-    checkpoint.write(path, tensors, metadata=metadata_of(model.config, layout, norm_options(model)), force=force)
+    layout_there = "flax" if orbax else layout
+    tensors = to_torch(model, layout_there)
+    run_file.write(path, tensors, metadata_of(model.config, layout, norm_options(model)), run, _map_of(model, layout_there), force=force)

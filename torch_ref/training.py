@@ -130,7 +130,7 @@ def save_checkpoint(
     Args:
       path: File to write; replaced if it exists.
       model, optimizer, scheduler: Their state dicts become ``"model"``, ``"optimizer"``, ``"lr_scheduler"`` (None without a scheduler).
-      epoch: Epochs done.
+      epoch: Number, from 0, of the last epoch that was completed; a run that goes on starts with ``epoch + 1``, as those scripts do.
       step: Optimizer steps done.
       args: The run's settings, plain values only, so that ``torch.load(weights_only=True)`` reads the file.
     """

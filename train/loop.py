@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
@@ -12,23 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_resblock.convert import LAYOUTS, StateMap
-from flax_resblock.convert.optimizer import OptimizerState, fresh
-from flax_resblock.errors import InputError
-from flax_resblock.optimizers import direction_of, record_of, state_of
+from flax_resblock.convert.run import Run
+from flax_resblock.errors import InputError, some
+from flax_resblock.optimizers import optimizer_of, record_of, state_of
 from flax_resblock.resnet import Model, ResNet
+from flax_resblock.schedules import OneCycleLR
 from train.config import TrainConfig
 from train.data import Dataset, batches, steps_per_epoch
 from train.errors import TrainingError
+from train.pace import Pace, new_run
 from train.progress import TrainingProgress
-from train.schedule import WarmupCosine
 from train.step import make_eval_step, make_train_step, split
 
 EVAL_BATCH = 512
 
 
 class Step(NamedTuple):
-    """One step: its number from 0 over the whole run, its epoch, mean loss and accuracy of its batch before the update, and the learning rate it used."""
+    """One step: its number from 0 over the whole run, its epoch, mean loss and accuracy of its batch before the update, and the learning rate of
+    the first param group."""
 
     step: int
     epoch: int
@@ -52,12 +53,12 @@ class History:
     Attributes:
       steps: Every step, in order.
       test_accuracy: Accuracy on the test images after each epoch, in [0, 1]; empty where none were given.
-      optimizer_state: The optimizer after the last step, which :func:`flax_resblock.convert.optimizer.write` turns into PyTorch's.
+      run: Optimizer, schedule and counters after the last step; :func:`flax_resblock.save` writes them beside the model.
     """
 
     steps: list[Step] = field(default_factory=list)
     test_accuracy: list[float] = field(default_factory=list)
-    optimizer_state: OptimizerState | None = None
+    run: Run | None = None
 
 
 def new_model(config: TrainConfig) -> ResNet:
@@ -72,20 +73,13 @@ def new_model(config: TrainConfig) -> ResNet:
     return ResNet(config.model, rngs=nnx.Rngs(config.seed), dtype=config.dtype, param_dtype=param_dtype)
 
 
-def schedule_of(config: TrainConfig, steps: int) -> WarmupCosine:
-    """The learning rate of a run with ``steps`` steps per epoch."""
-    warmup = round(config.warmup_epochs * steps)
-    return WarmupCosine(peak=config.learning_rate, warmup_steps=warmup, total_steps=config.epochs * steps, warmup_factor=config.warmup_factor)
-
-
 def fit(
     model: Model,
     dataset: Dataset,
     config: TrainConfig,
     *,
     test: Dataset | None = None,
-    start_epoch: int = 0,
-    optimizer_state: OptimizerState | None = None,
+    run: Run | None = None,
     on_step: Callable[[Step], None] | None = None,
     progress: bool = True,
 ) -> History:
@@ -97,9 +91,9 @@ def fit(
       dataset: Images to learn from.
       config: The run.
       test: Images to classify after each epoch.
-      start_epoch: Epochs that were done before, elsewhere: learning rate and order of the images go on from there.
-      optimizer_state: The optimizer of those epochs, from :func:`flax_resblock.convert.optimizer.read`: its buffers, momentum and decay per param group; the
-        learning rate is the configuration's. None: the configured SGD, whose momentum starts at zero.
+      run: A run to go on with, in PyTorch or here, from :func:`flax_resblock.load_run`: its optimizer with all buffers, its schedule (the rates that the param
+        groups have, where it has none) and its counters, which also give the order of the images. It ends after ``config.epochs`` epochs, those before
+        included. None: the configured SGD and schedule from the start.
       on_step: Called after each step.
       progress: Whether to show a progress bar.
     Returns:
@@ -109,29 +103,22 @@ def fit(
       TrainingError: The loss is not finite; the message names the step.
     """
     network = _check(model, dataset, config)
-    if not 0 <= start_epoch < config.epochs:
-        raise InputError(f"start_epoch={start_epoch} must be at least 0 and below epochs={config.epochs}.")
     steps = steps_per_epoch(dataset, config.batch_size)
-    learning_rate = schedule_of(config, steps)
-    record = optimizer_state or fresh(
-        "sgd",
-        StateMap(config.model, LAYOUTS["torchvision"]),
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov and config.momentum > 0,
-        weight_decay=config.weight_decay,
-    )
-    optimizer = direction_of(record)
+    run = run or new_run(config, steps)
+    pace, record, end = Pace.of(run, steps), run.optimizer, config.epochs * steps
+    _check_run(run, network, pace, end)
+    optimizer = optimizer_of(record)
     graphdef, state = split(network, optimizer)
     state = state._replace(opt_state=state_of(record, state.params))
     train_step = make_train_step(graphdef, optimizer, label_smoothing=config.label_smoothing)
     history = History()
-    epochs = range(start_epoch, config.epochs)
-    with TrainingProgress(len(epochs) * steps * config.batch_size, config.epochs, shown=progress) as bar:
-        for epoch in epochs:
-            for number, batch in enumerate(batches(dataset, config.batch_size, seed=config.seed, epoch=epoch), start=epoch * steps):
-                rate = learning_rate(number)
-                state, metrics = train_step(state, batch.images, batch.labels, rate)
+    with TrainingProgress((end - pace.start) * config.batch_size, config.epochs, shown=progress) as bar:
+        for epoch in range(pace.start // steps, config.epochs):
+            first = max(pace.start - epoch * steps, 0)
+            for number, batch in enumerate(batches(dataset, config.batch_size, seed=config.seed, epoch=epoch, first=first), start=epoch * steps + first):
+                rates = pace.rates(number)
+                state, metrics = train_step(state, batch.images, batch.labels, rates)
+                rate = float(rates.learning_rates[0])
                 step = Step(number, epoch, float(metrics.loss), float(metrics.accuracy), rate)
                 if not math.isfinite(step.loss):
                     raise TrainingError(
@@ -145,7 +132,8 @@ def fit(
             if test is not None:
                 history.test_accuracy.append(_evaluate(graphdef, state.params, state.stats, test.normalised(), test.labels).accuracy)
     nnx.update(network, state.params, state.stats)
-    history.optimizer_state = record_of(record, state.opt_state, learning_rate=learning_rate(config.epochs * steps))
+    after = pace.after(end)
+    history.run = replace(after, optimizer=record_of(after.optimizer, state.opt_state))
     return history
 
 
@@ -198,3 +186,22 @@ def _check(model: Model, dataset: Dataset, config: TrainConfig) -> ResNet:
             f"channels in {dataset.num_classes} classes."
         )
     return network
+
+
+def _check_run(run: Run, network: ResNet, pace: Pace, end: int) -> None:
+    """Refuses a run that does not fit the network, is already over, or whose schedule cannot go that far."""
+    theirs = {path for group in run.optimizer.groups for path in group.paths}
+    ours = set(dict(nnx.to_flat_state(nnx.state(network, nnx.Param))))
+    if theirs != ours:
+        only = sorted(".".join(map(str, path)) for path in theirs ^ ours)
+        raise InputError(f"the run's optimizer is another model's: {some(only)} {'is' if len(only) == 1 else 'are'} only on one side.")
+    if not 0 <= pace.start < end:
+        raise InputError(
+            f"the run is at step {pace.start}, and epochs={end // pace.steps} end at step {end} ({pace.steps} per epoch): nothing is left. Take more epochs."
+        )
+    last = run.schedule.schedule.length if run.schedule is not None and isinstance(run.schedule.schedule, OneCycleLR) else None
+    if last is not None and pace.position(end - 1) > last:
+        raise InputError(
+            f"the one-cycle schedule of this run ends at its step {last}, but epochs={end // pace.steps} would take it to {pace.position(end - 1)}. "
+            "Take fewer epochs."
+        )

@@ -13,6 +13,7 @@ from flax import nnx
 
 from flax_resblock.errors import InputError
 from flax_resblock.resnet import ResNet
+from train.pace import Rates
 
 
 class TrainState(NamedTuple):
@@ -30,7 +31,7 @@ class Metrics(NamedTuple):
     accuracy: jax.Array
 
 
-TrainStep = Callable[[TrainState, Any, Any, float], tuple[TrainState, Metrics]]
+TrainStep = Callable[[TrainState, Any, Any, Rates], tuple[TrainState, Metrics]]
 EvalStep = Callable[[nnx.State, nnx.State, Any], jax.Array]
 
 
@@ -65,19 +66,19 @@ def split(model: ResNet, optimizer: optax.GradientTransformation) -> tuple[nnx.G
     return graphdef, TrainState(params, stats, optimizer.init(params))
 
 
-def make_train_step(graphdef: nnx.GraphDef[ResNet], optimizer: optax.GradientTransformation, *, label_smoothing: float = 0.0) -> TrainStep:
-    """One step of training, compiled; ``(state, images, labels, learning_rate) -> (state, metrics)``.
+def make_train_step(graphdef: nnx.GraphDef[ResNet], optimizer: optax.GradientTransformationExtraArgs, *, label_smoothing: float = 0.0) -> TrainStep:
+    """One step of training, compiled; ``(state, images, labels, rates) -> (state, metrics)``.
 
-    The given state is donated: its arrays are gone after the call. ``images`` are ``(N, H, W, C)``, ``labels`` ``(N,)`` int32, ``learning_rate`` a float,
-    so that a new rate does not compile again; a new ``N`` does.
+    The given state is donated: its arrays are gone after the call. ``images`` are ``(N, H, W, C)``, ``labels`` ``(N,)`` int32. New rates do not compile
+    again; a new ``N`` does.
 
     Args:
       graphdef: Structure of the model; see :func:`split`.
-      optimizer: Gives the direction; see :func:`flax_resblock.optimizers.direction_of`.
+      optimizer: See :func:`flax_resblock.optimizers.optimizer_of`.
       label_smoothing: See :func:`cross_entropy`.
     """
 
-    def train_step(state: TrainState, images: jax.Array, labels: jax.Array, learning_rate: float) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, images: jax.Array, labels: jax.Array, rates: Rates) -> tuple[TrainState, Metrics]:
         def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
             # copy=True: the running statistics change inside the gradient's trace, and their variables must belong to it
             model = nnx.merge(graphdef, params, state.stats, copy=True)
@@ -85,8 +86,8 @@ def make_train_step(graphdef: nnx.GraphDef[ResNet], optimizer: optax.GradientTra
             return cross_entropy(logits, labels, label_smoothing), (logits, nnx.state(model, nnx.BatchStat))
 
         (loss, (logits, stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        direction, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, d: p - jnp.asarray(learning_rate, p.dtype) * d, state.params, direction)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, learning_rates=rates.learning_rates, momenta=rates.momenta)
+        params: Any = optax.apply_updates(state.params, updates)
         accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels)
         return TrainState(params, stats, opt_state), Metrics(loss, accuracy)
 

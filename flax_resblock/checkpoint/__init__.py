@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from flax_resblock.checkpoint.atomic import refuse_existing, replacing
-from flax_resblock.checkpoint.record import Record, digest, digests
+from flax_resblock.checkpoint.record import Record, arrays_in, digest, digests
 from flax_resblock.errors import CheckpointError, InputError, some
 
 __all__ = ["FORMATS", "Record", "digest", "digests", "output_format", "read", "refuse_existing", "replacing", "write"]
@@ -65,12 +67,13 @@ def _resolve(path: Path) -> tuple[str, Path]:
     raise CheckpointError(f"{path} is neither a PyTorch checkpoint (zip or pickle) nor safetensors: it begins with {head!r}. Check that it is the right file.")
 
 
-def read(path: str | Path, *, entry: str | None = None) -> Record:
+def read(path: str | Path, *, entry: str | None = None, run: bool = False) -> Record:
     """Reads any checkpoint; nothing in it is executed.
 
     Args:
       path: ``.pt``, ``.pth``, ``.th``, ``.safetensors`` (or its shard index), an Orbax folder, or a folder with ``model.safetensors``.
       entry: Name of the entry that holds the state dict in a training checkpoint; None finds it.
+      run: Also read what a training run left in files beside the weights; and entries beside them have numpy arrays for tensors.
     Raises:
       CheckpointError: Not a checkpoint, damaged, one that would execute code, or a tensor that differs from its recorded SHA-256.
       MissingDependencyError: A PyTorch file where torch is not installed.
@@ -89,7 +92,18 @@ def read(path: str | Path, *, entry: str | None = None) -> Record:
 
         record = torch_file.read(file, entry=entry)
     _verify(record, _recorded_digests(record))
-    return record
+    return _with_run(record, Path(path)) if run else record
+
+
+def _with_run(record: Record, path: Path) -> Record:
+    from flax_resblock.checkpoint.trainer_folder import beside
+
+    extras = {**record.extras, **(beside(path) if path.is_dir() and record.format != "orbax" else {})}
+    if not extras or (record.format == "safetensors" and not path.is_dir()):
+        return record
+    from flax_resblock.checkpoint.torch_file import plain
+
+    return replace(record, extras=plain(extras))
 
 
 def _recorded_digests(record: Record) -> dict[str, str]:
@@ -107,7 +121,7 @@ def _verify(record: Record, expected: Mapping[str, str]) -> None:
         raise CheckpointError(f"{record.source} is damaged: {some(changed)} {verb} from the SHA-256 recorded when it was written. Copy it again.")
 
 
-def _writer(format_name: str) -> Callable[[Path, Mapping[str, np.ndarray], Mapping[str, str]], None]:
+def _writer(format_name: str) -> Callable[..., None]:
     if format_name == "orbax":
         from flax_resblock.checkpoint import orbax_folder as module
     elif format_name == "safetensors":
@@ -117,13 +131,22 @@ def _writer(format_name: str) -> Callable[[Path, Mapping[str, np.ndarray], Mappi
     return module.write
 
 
-def write(path: str | Path, tensors: dict[str, np.ndarray], *, metadata: Mapping[str, str] | None = None, force: bool = False, release: bool = False) -> None:
+def write(
+    path: str | Path,
+    tensors: dict[str, np.ndarray],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    extras: Mapping[str, Any] | None = None,
+    force: bool = False,
+    release: bool = False,
+) -> None:
     """Writes a checkpoint: to a temporary name, read back and compared by SHA-256, then renamed into place.
 
     Args:
       path: The suffix decides the format: ``.pth`` (``.pt``, ``.th``), ``.safetensors``, none for an Orbax folder.
       tensors: Arrays by name.
       metadata: Strings kept beside the tensors where the format has a place for them (not in a ``.pth``).
+      extras: Entries of a training checkpoint, numpy arrays for tensors; for a ``.pth`` only, where ``tensors`` then become the entry ``"model"``.
       force: Replace what is there.
       release: Empty ``tensors`` once they are written, so that they and what is read back are never in memory together.
     Raises:
@@ -133,13 +156,18 @@ def write(path: str | Path, tensors: dict[str, np.ndarray], *, metadata: Mapping
     path = Path(path)
     write_tensors = _writer(output_format(path))
     expected = digests(tensors)
+    beside = {} if extras is None else {"extras": extras}
     try:
         with replacing(path, force=force) as temporary:
-            write_tensors(temporary, tensors, {**(metadata or {}), DIGESTS: json.dumps(expected)})
+            write_tensors(temporary, tensors, {**(metadata or {}), DIGESTS: json.dumps(expected)}, **beside)
             if release:
                 tensors.clear()
-            written = read(temporary)  # which compares with the digests that the file carries, where its format has a place for them
+            written = read(temporary, run=bool(extras))  # which compares with the digests that the file carries, where its format has a place for them
             if _recorded_digests(written) != expected:
                 _verify(written, expected)
+            if extras and digests(arrays_in(written.extras)) != digests(arrays_in(extras)):
+                raise CheckpointError(
+                    f"{path}: the optimizer that was read back differs from what was written; the disk may be failing. Nothing was left there."
+                )
     except OSError as error:
         raise InputError(f"{path} could not be written: {error.strerror or error}. Nothing was left there.") from error

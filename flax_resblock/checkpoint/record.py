@@ -42,3 +42,11 @@ def digest(array: np.ndarray) -> str:
 def digests(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
     """:func:`digest` of every array."""
     return {key: digest(value) for key, value in tensors.items()}
+
+
+def arrays_in(value: Any, name: str = "") -> dict[str, np.ndarray]:
+    """Every array in nested mappings and lists, by the path that leads to it."""
+    if isinstance(value, np.ndarray):
+        return {name: value}
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return {path: array for key, item in items for path, array in arrays_in(item, f"{name}/{key}").items()}

@@ -9,7 +9,7 @@ import argparse
 import re
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -72,16 +72,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(plain(item) for item in value)
+        return [plain(item) for item in value] if isinstance(value, list) else tuple(map(plain, value))
     return to_numpy(value) if import_torch().is_tensor(value) else value
 
 
 def with_tensors(value: Any) -> Any:
     """The inverse of :func:`plain`: every numpy array as a tensor."""
+    if isinstance(value, Counter):
+        return value
     if isinstance(value, Mapping):
         return {key: with_tensors(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(with_tensors(item) for item in value)
+        return [with_tensors(item) for item in value] if isinstance(value, list) else tuple(map(with_tensors, value))
     return from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
@@ -110,8 +112,8 @@ def _harmless(torch: Any) -> list[Any]:
     return types
 
 
-def read(path: Path, *, entry: str | None = None) -> Record:
-    """Reads a ``.pt``, ``.pth``, ``.th`` or ``.bin`` file onto the CPU, memory-mapped where it is a zip archive.
+def load(path: Path) -> Any:
+    """What ``torch.save`` wrote, on the CPU, memory-mapped where the file is a zip archive.
 
     Raises:
       CheckpointError: Not such a file, damaged, or one that would execute code.
@@ -121,7 +123,7 @@ def read(path: Path, *, entry: str | None = None) -> Record:
     try:
         with torch.serialization.safe_globals(_harmless(torch)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UnpicklingError as error:
         blocked = re.search(r"\bGLOBAL:? (\S+)", str(error))
         if blocked:
@@ -139,11 +141,19 @@ def read(path: Path, *, entry: str | None = None) -> Record:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = "a damaged or truncated PyTorch zip archive" if path.read_bytes()[:2] == b"PK" else "no PyTorch checkpoint, or a damaged one"
         raise CheckpointError(f"{path} is {what} ({reason[:160]}). Copy or download it again.") from error
-    state, extras, notes = unwrap(content, is_tensor=torch.is_tensor, source=str(path), entry=entry)
+
+
+def read(path: Path, *, entry: str | None = None) -> Record:
+    """Reads a ``.pt``, ``.pth``, ``.th`` or ``.bin`` file; errors as for :func:`load`."""
+    state, extras, notes = unwrap(load(path), is_tensor=import_torch().is_tensor, source=str(path), entry=entry)
     return Record(str(path), "pytorch", state_to_numpy(state), {}, tuple(notes), extras)
 
 
-def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes a state dict that ``model.load_state_dict(torch.load(path, weights_only=True))`` accepts. ``metadata`` has no place in it."""
+def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], extras: Mapping[str, Any] | None = None) -> None:
+    """Writes a state dict that ``model.load_state_dict(torch.load(path, weights_only=True))`` accepts. ``metadata`` has no place in it.
+
+    With ``extras``, the entries of a training checkpoint, the state dict is the entry ``"model"`` beside them.
+    """
     torch = import_torch()
-    torch.save(OrderedDict((key, from_numpy(value)) for key, value in tensors.items()), path)
+    state = OrderedDict((key, from_numpy(value)) for key, value in tensors.items())
+    torch.save(state if extras is None else {"model": state, **with_tensors(extras)}, path)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
 
+from flax_resblock.convert import run_file
+from flax_resblock.convert.optimizer import find
+from flax_resblock.convert.run import Run
 from flax_resblock.convert.source import Reading, Source, open_checkpoint
 from flax_resblock.errors import InputError, some
 
@@ -43,10 +46,44 @@ class ReadingFlags:
     entry: str | None = None
     """Entry of a training checkpoint that holds the weights, such as model_ema."""
 
-    def open(self, path: Path) -> Source:
-        """The checkpoint, with the one reading that fits."""
+    def open(self, path: Path, *, run: bool = False) -> Source:
+        """The checkpoint, with the one reading that fits; ``run`` also reads what a training run left in files beside it."""
         reading = Reading(self.architecture, self.layout, self.num_classes, self.stride, self.ignore, self.allow_missing)
-        return open_checkpoint(path, reading, entry=self.entry)
+        return open_checkpoint(path, reading, entry=self.entry, run=run)
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """What to do with the training run in a checkpoint: optimizer, schedule, counters."""
+
+    with_optimizer: bool = False
+    """Carry optimizer, learning-rate schedule and counters too, so that the run goes on where it stopped."""
+    weights_only: bool = False
+    """Carry the weights and BatchNorm statistics alone, whatever else is there."""
+    optimizer: Literal["sgd", "adam", "adamw"] | None = None
+    """The optimizer's name, where the file does not tell (torch before 2.6 writes Adam and AdamW alike)."""
+    schedule_unit: Literal["batch", "epoch"] | None = None
+    """What the learning-rate scheduler counted, where the file does not tell."""
+
+    def of(self, source: Source) -> Run:
+        """The run in an opened checkpoint."""
+        return source.run(kind=self.optimizer, per_epoch=None if self.schedule_unit is None else self.schedule_unit == "epoch")
+
+
+def optimizer_left_out(source: Source) -> str | None:
+    """Where an opened checkpoint has an optimizer; None where it has none."""
+    if run_file.holds_run(source.record.metadata):
+        return "its optimizer"
+    found = find(source.record.extras)
+    return None if found is None else f"its optimizer, entry '{found[0]}',"
+
+
+def print_found(run: Run) -> None:
+    """Every entry of a training checkpoint, and what became of it."""
+    for found in run.found:
+        output.print(f"  {'used   ' if found.used else 'ignored'} {found.name}: {found.use}", style="" if found.used else "dim", markup=False, soft_wrap=True)
+    if run.problem:
+        output.print(f"  note    no schedule: {run.problem}", style="yellow", markup=False, soft_wrap=True)
 
 
 def refuse_unhealthy(source: Source, allow: bool) -> None:

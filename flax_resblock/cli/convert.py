@@ -11,8 +11,19 @@ import tyro
 
 from flax_resblock import checkpoint
 from flax_resblock.architecture import name_of
-from flax_resblock.cli.common import Checkpoint, ReadingFlags, megabytes, output, print_notes, refuse_unhealthy, status
-from flax_resblock.convert import LAYOUTS, StateMap
+from flax_resblock.cli.common import (
+    Checkpoint,
+    ReadingFlags,
+    RunFlags,
+    megabytes,
+    optimizer_left_out,
+    output,
+    print_found,
+    print_notes,
+    refuse_unhealthy,
+    status,
+)
+from flax_resblock.convert import LAYOUTS, StateMap, run_file
 from flax_resblock.convert.source import Reading, Source, metadata_of, target_layout
 from flax_resblock.convert.state_map import transcode
 from flax_resblock.errors import InputError, some
@@ -26,6 +37,7 @@ def convert(
     checkpoint_: Checkpoint,
     out: Output,
     reading: ReadingFlags,
+    training: RunFlags,
     to_layout: str | None = None,
     allow_nonfinite: bool = False,
     force: bool = False,
@@ -39,6 +51,7 @@ def convert(
 
     Args:
       reading: How to read the checkpoint.
+      training: What to do with the training run in it.
       to_layout: Naming scheme of the output: torchvision, sequential, kuangliu, akamaster, or flax (.safetensors only). By default the names stay.
       allow_nonfinite: Carry NaN, infinities and negative variances.
       force: Replace OUT if it exists.
@@ -51,22 +64,29 @@ def convert(
     if to_layout is not None and to_layout not in LAYOUTS:
         raise InputError(f"layout {to_layout!r} is unknown; known: {', '.join(LAYOUTS)}.")
     with status.status(f"reading {checkpoint_}"):
-        source = reading.open(checkpoint_)
+        carry = training.with_optimizer and not training.weights_only
+        source = reading.open(checkpoint_, run=carry)
         if source.afresh:
             raise InputError(f"{checkpoint_} lacks {some(list(source.afresh))}; convert writes what a checkpoint holds and starts nothing afresh.")
         refuse_unhealthy(source, allow_nonfinite)
         target = StateMap(source.config, LAYOUTS[target_layout(source, format_name, to_layout)])
         tensors = transcode(source.state_map, target, source.tensors)
         origin = None if no_certificate else provenance(source)  # now, as OUT may replace it
+        run = training.of(source) if carry else None
+        left = None if carry or training.weights_only else optimizer_left_out(source)
     description, source = _describe(source), None  # lets go of the file's memory before the output is read back
     with status.status(f"writing {out}"):
         layout = description.layout if target.layout.name == "flax" else target.layout.name
         count, size = len(tensors), sum(value.nbytes for value in tensors.values())
-        checkpoint.write(out, tensors, metadata=metadata_of(target.config, layout, description.norm_options), force=force, release=True)
+        run_file.write(out, tensors, metadata_of(target.config, layout, description.norm_options), run, target, force=force, release=True)
     output.print(f"[bold]{name_of(target.config)}[/]: {count} tensors, {megabytes(size)}, read back and equal bit for bit", soft_wrap=True)
     output.print(f"  from  {checkpoint_} ({description.format}, layout '{description.layout}')", markup=False, soft_wrap=True)
     output.print(f"  to    {out} ({format_name}, layout '{target.layout.name}')", markup=False, soft_wrap=True)
     print_notes(description.notes)
+    if run is not None:
+        print_found(run)
+    elif left:
+        output.print(f"  note  the weights alone; {left} stays behind (--with-optimizer carries the run)", style="yellow", markup=False, soft_wrap=True)
     return 0 if origin is None else _certify(out, Reading(architecture=target.config, layout=target.layout.name), origin)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flax_resblock.cli.common import ReadingFlags, output, print_notes
+from flax_resblock.cli.common import ReadingFlags, RunFlags, output, print_found
 from flax_resblock.cli.convert import convert
 from flax_resblock.cli.inspect import inspect
 from flax_resblock.cli.verify import DeviceFlags, InputFlags, ReportFlags, WhatFlags, verify
@@ -61,7 +61,7 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
     module = torch_ref.ResNet(**asdict(config.model))
     optimizer, scheduler, steps = _train_torch(module, config, splits, epochs)
     checkpoint = out / "digits.pth"
-    torch_ref.training.save_checkpoint(checkpoint, module, optimizer, scheduler, epoch=epochs, step=steps)
+    torch_ref.training.save_checkpoint(checkpoint, module, optimizer, scheduler, epoch=epochs - 1, step=steps)
     torch_before = _evaluate_torch(module, splits)
     output.print(f"test accuracy {torch_before.accuracy:.2%}; saved {checkpoint}")
 
@@ -69,7 +69,7 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
     _command(inspect(checkpoint, ReadingFlags()), f"inspect {checkpoint}")
     _chapter(3, "convert it to Flax")
     converted = out / "digits_flax"
-    _command(convert(checkpoint, converted, ReadingFlags()), f"convert {checkpoint} {converted}")
+    _command(convert(checkpoint, converted, ReadingFlags(), RunFlags(with_optimizer=True)), f"convert {checkpoint} {converted} --with-optimizer")
     _chapter(4, "verify: both frameworks side by side, every slot, gradients too")
     report = out / "verification.html"
     flags = (InputFlags(height=9, width=8), WhatFlags(gradients=True), DeviceFlags(), ReportFlags(html=report))
@@ -78,7 +78,7 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
 
     _chapter(5, f"go on for {epochs} epochs in both, momentum and schedule included")
     torch_losses = _go_on_in_torch(module, config, splits, epochs, optimizer, scheduler)
-    jax_losses, jax_after = _go_on_in_jax(checkpoint, converted, config, splits, epochs, out / "digits_trained")
+    jax_losses, jax_after = _go_on_in_jax(converted, config, splits, out / "digits_trained")
     torch_after = _evaluate_torch(module, splits)
     for epoch, (ours, theirs) in enumerate(zip(_by_epoch(jax_losses, epochs), _by_epoch(torch_losses, epochs), strict=True), start=epochs + 1):
         output.print(f"  epoch {epoch}  mean loss in PyTorch {theirs:.6f}, in JAX {ours:.6f}")
@@ -91,9 +91,13 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
 
     _chapter(6, "convert back, and load it in PyTorch")
     back = out / "digits_trained.pth"
-    _command(convert(out / "digits_trained", back, ReadingFlags()), f"convert {out / 'digits_trained'} {back}")
+    _command(convert(out / "digits_trained", back, ReadingFlags(), RunFlags(with_optimizer=True)), f"convert {out / 'digits_trained'} {back} --with-optimizer")
     module = torch_ref.ResNet(**asdict(config.model))
-    module.load_state_dict(torch.load(back, weights_only=True), strict=True)
+    saved = torch.load(back, weights_only=True)
+    module.load_state_dict(saved["model"], strict=True)
+    optimizer.load_state_dict(saved["optimizer"])
+    scheduler.load_state_dict(saved["lr_scheduler"])
+    output.print(f"model, optimizer and scheduler of PyTorch load it; the scheduler stands at step {scheduler.last_epoch}", soft_wrap=True)
     same = _compare_predictions(_evaluate_torch(module, splits), jax_after)
     output.print(f"\n[bold]Done[/] in {time.perf_counter() - started:.0f} s. The files are in {out.resolve()}", soft_wrap=True)
     return 0 if same and status == 0 else 1
@@ -164,23 +168,15 @@ def _go_on_in_torch(module: Any, config: Any, splits: Splits, done: int, optimiz
     return losses
 
 
-def _go_on_in_jax(checkpoint: Path, converted: Path, config: Any, splits: Splits, done: int, out: Path) -> tuple[list[float], Any]:
-    """The rest of the run in JAX, from the converted weights and the checkpoint's optimizer; saves the result and evaluates it."""
+def _go_on_in_jax(checkpoint: Path, config: Any, splits: Splits, out: Path) -> tuple[list[float], Any]:
+    """The rest of the run in JAX; saves the result and evaluates it."""
     import flax_resblock
-    from flax_resblock.checkpoint import read as read_checkpoint
-    from flax_resblock.checkpoint.torch_file import plain
-    from flax_resblock.convert import LAYOUTS, StateMap
-    from flax_resblock.convert.optimizer import find, read
     from train import evaluate, fit
 
-    entry = find(read_checkpoint(checkpoint).extras)
-    if entry is None:
-        raise AssertionError("the demo's checkpoint holds its optimizer")
-    state = read(plain(entry[1]), StateMap(config.model, LAYOUTS["torchvision"]), source=f"{checkpoint}, entry '{entry[0]}'")
-    print_notes(state.notes)
-    model = flax_resblock.load(converted)
-    history = fit(model, splits.train, config, start_epoch=done, optimizer_state=state)
-    flax_resblock.save(model, out)
+    model, run = flax_resblock.load_run(checkpoint)
+    print_found(run)
+    history = fit(model, splits.train, config, run=run)
+    flax_resblock.save(model, out, run=history.run)
     return [step.loss for step in history.steps], evaluate(model, splits.test.normalised(), splits.test.labels)
 
 

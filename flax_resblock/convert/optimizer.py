@@ -1,12 +1,8 @@
-"""The state of a ``torch.optim`` optimizer, tensor by tensor and option by option, through the same StateMap as the weights.
-
-A torch optimizer numbers its parameters; which number is which tensor is nowhere written down unless it was given names. It is found from the usual ways to
-split parameters into groups, and only where exactly one of them fits.
-"""
+"""The state of a ``torch.optim`` optimizer, tensor by tensor and option by option, through the same StateMap as the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -14,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.architecture import Path
+from flax_resblock.convert.param_groups import WEIGHTS_ONLY, names_of, trainable
 from flax_resblock.convert.state_map import Entry, StateMap
 from flax_resblock.errors import CheckpointError, some
-
-WEIGHTS_ONLY = "Go on with the weights alone (--weights-only): they do not depend on it."
 
 
 @dataclass(frozen=True)
@@ -43,8 +38,11 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "adamw": _ADAM,
     }
 )
-IGNORED = ("foreach", "fused", "capturable", "differentiable", "initial_lr", "swap_params")
-"""Options that change how torch computes, not what; kept for the way back. ``initial_lr`` belongs to the scheduler."""
+IGNORED = ("foreach", "fused", "capturable", "differentiable", "swap_params")
+"""Options that change how torch computes, not what; kept for the way back."""
+
+SCHEDULED = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
+"""Options that belong to a learning-rate scheduler, which keeps them in the param groups."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +77,6 @@ class OptimizerState:
     notes: tuple[str, ...] = ()
 
 
-def trainable(state_map: StateMap) -> list[Entry]:
-    """Entries of the parameters, in the order of ``model.parameters()``."""
-    return [entry for entry in state_map.entries if entry.flax_path[-1] in ("kernel", "scale", "bias")]
-
-
 def read(state: Mapping[str, Any], state_map: StateMap, *, kind: str | None = None, source: str = "the optimizer") -> OptimizerState:
     """The state dict of a torch optimizer.
 
@@ -102,7 +95,7 @@ def read(state: Mapping[str, Any], state_map: StateMap, *, kind: str | None = No
     per_parameter = {int(number): tensors for number, tensors in per_parameter.items()}
     numbers = [[int(number) for number in group["params"]] for group in groups]
     _check_options(groups, kind, source)
-    keys, how = _names(groups, numbers, per_parameter, state_map, source)
+    keys, how = names_of(groups, numbers, per_parameter, state_map, source)
     entries = {entry.torch_key: entry for entry in trainable(state_map)}
     of_number = {number: entries[key] for group, names in zip(numbers, keys, strict=True) for number, key in zip(group, names, strict=True)}
     stray = sorted(set(per_parameter) - set(of_number))
@@ -127,14 +120,36 @@ def read(state: Mapping[str, Any], state_map: StateMap, *, kind: str | None = No
             f"{source} has parameters that were updated a different number of times ({counts} steps); optax counts once for all of them. {WEIGHTS_ONLY}"
         )
     notes = [f"{kind}, {len(groups)} param group{'s' if len(groups) > 1 else ''}: {how}"]
-    absent = [f"{len(of_number) - len(found)} of {len(of_number)} {name}" for name, found in tensors.items() if len(found) < len(of_number)]
-    if absent and not (kind == "sgd" and not any(group.get("momentum") for group in groups)):
-        notes.append(f"absent, as before the first step: {', '.join(absent)}; they start at zero")
+    lacking = _lacking(kind, groups, keys, entries, tensors)
+    if lacking:
+        name, absent, expected = lacking
+        if len(absent) < expected or steps:
+            raise CheckpointError(
+                f"{source} lacks {name} of {len(absent)} of {expected} parameters: {some(absent)}. torch makes it with a parameter's first gradient, so these "
+                f"were frozen, which JAX would not keep, or the file is damaged. {WEIGHTS_ONLY}"
+            )
+        notes.append(f"no {name} yet, as before the first step; it starts at zero")
     made = tuple(
         Group({name: value for name, value in group.items() if name not in ("params", "param_names")}, tuple(entries[key].flax_path for key in names))
         for group, names in zip(groups, keys, strict=True)
     )
     return OptimizerState(kind, made, tensors, steps, tuple(notes))
+
+
+def _lacking(
+    kind: str,
+    groups: Sequence[Mapping[str, Any]],
+    keys: Sequence[Sequence[str]],
+    entries: Mapping[str, Entry],
+    tensors: Mapping[str, Mapping[Path, np.ndarray]],
+) -> tuple[str, list[str], int] | None:
+    """The first tensor that parameters lack, their names, and how many should have it."""
+    expected = [key for group, names in zip(groups, keys, strict=True) for key in names if kind != "sgd" or group["momentum"]]
+    for name, found in tensors.items():
+        absent = [key for key in expected if entries[key].flax_path not in found]
+        if absent:
+            return name, absent, len(expected)
+    return None
 
 
 ENTRIES = ("optimizer", "optimizer_state_dict", "optimizer_state", "optim", "opt", "optimizer_states")
@@ -226,7 +241,7 @@ def _kind(groups: Sequence[Mapping[str, Any]], kind: str | None, source: str) ->
 
 
 def _check_options(groups: Sequence[Mapping[str, Any]], kind: str, source: str) -> None:
-    known = {*KINDS[kind].options, *KINDS[kind].only, *IGNORED, "params", "param_names", "decoupled_weight_decay"}
+    known = {*KINDS[kind].options, *KINDS[kind].only, *IGNORED, *SCHEDULED, "params", "param_names", "decoupled_weight_decay"}
     for number, group in enumerate(groups):
         for name, value in KINDS[kind].only.items():
             if group.get(name, value) != value:
@@ -237,64 +252,3 @@ def _check_options(groups: Sequence[Mapping[str, Any]], kind: str, source: str) 
         if missing or other:
             words = f"lacks {some(missing)}" if missing else f"has options that {kind} does not know: {some(other)}"
             raise CheckpointError(f"{source}, param group {number} {words}. {WEIGHTS_ONLY}")
-
-
-def _splits(entries: Sequence[Entry]) -> dict[str, list[list[Entry]]]:
-    """The usual ways to split parameters, each in the model's order."""
-
-    def apart(words: str, first: Callable[[Entry], bool]) -> dict[str, list[list[Entry]]]:
-        yes, no = [e for e in entries if first(e)], [e for e in entries if not first(e)]
-        return {f"{words} first": [yes, no], f"{words} last": [no, yes]}
-
-    kernels, biases = [e for e in entries if e.flax_path[-1] == "kernel"], [e for e in entries if e.flax_path[-1] == "bias"]
-    scales = [e for e in entries if e.flax_path[-1] == "scale"]
-    return {
-        "all parameters in the model's order": [list(entries)],
-        **apart("kernels", lambda e: e.flax_path[-1] == "kernel"),
-        **apart("biases", lambda e: e.flax_path[-1] == "bias"),
-        **apart("norms", lambda e: e.flax_path[-1] == "scale" or (e.flax_path[-1] == "bias" and "head" not in e.flax_path)),
-        **apart("the head", lambda e: e.flax_path[0] == "head"),
-        "kernels, norm scales, biases": [kernels, scales, biases],
-        "kernels, biases, norm scales": [kernels, biases, scales],
-        "norm scales, kernels, biases": [scales, kernels, biases],
-    }
-
-
-def _names(
-    groups: Sequence[Mapping[str, Any]], numbers: list[list[int]], per_parameter: Mapping[int, Mapping[str, Any]], state_map: StateMap, source: str
-) -> tuple[list[tuple[str, ...]], str]:
-    """Names of the parameters of every group, and how they were found."""
-    entries = trainable(state_map)
-    known = {entry.torch_key for entry in entries}
-    if all("param_names" in group for group in groups):
-        named = [tuple(str(name).removeprefix("module.") for name in group["param_names"]) for group in groups]
-        strangers = [name for names in named for name in names if name not in known]
-        if strangers or sorted(name for names in named for name in names) != sorted(known):
-            missing = sorted(known - {name for names in named for name in names})
-            words = f"names {some(strangers)}, which the model does not have" if strangers else f"leaves out {some(missing)}"
-            raise CheckpointError(f"{source} does not belong to this model: it {words}. {WEIGHTS_ONLY}")
-        return named, "parameters by name"
-    total = sum(map(len, numbers))
-    if total != len(entries):
-        raise CheckpointError(f"{source} does not belong to this model: it has {total} parameters, the model {len(entries)}. {WEIGHTS_ONLY}")
-
-    def fits(split: list[list[Entry]]) -> bool:
-        if [len(part) for part in split] != [len(group) for group in numbers]:
-            return False
-        pairs = ((n, e) for group, part in zip(numbers, split, strict=True) for n, e in zip(group, part, strict=True))
-        return all(np.shape(v) == e.torch_shape for n, e in pairs for name, v in per_parameter.get(n, {}).items() if name != "step" and v is not None)
-
-    found = {tuple(tuple(e.torch_key for e in part) for part in split): words for words, split in list(_splits(entries).items())[::-1] if fits(split)}
-    if len(found) != 1:
-        sizes = " + ".join(str(len(group)) for group in numbers)
-        words = (
-            "does not fit any of the usual ways to group the model's parameters"
-            if not found
-            else f"fits {len(found)} of the usual ways: {some(list(found.values()))}"
-        )
-        raise CheckpointError(
-            f"{source} has param groups of {sizes} parameters, which {words}. Make it from named parameters, torch.optim.SGD(model.named_parameters()), "
-            f"so that it carries their names. {WEIGHTS_ONLY}"
-        )
-    (names, how), *_ = found.items()
-    return list(names), how

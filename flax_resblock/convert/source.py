@@ -12,7 +12,10 @@ import numpy as np
 from flax_resblock import architecture as arch
 from flax_resblock import checkpoint
 from flax_resblock.checkpoint import Record
+from flax_resblock.convert import run as runs
+from flax_resblock.convert import run_file
 from flax_resblock.convert.identification import identify
+from flax_resblock.convert.run import Run
 from flax_resblock.convert.state_map import StateMap, describe, matches_any, unhealthy
 from flax_resblock.errors import CheckpointError, InputError, some
 
@@ -70,6 +73,19 @@ class Source:
         """Tensors with non-finite values or negative variances."""
         return unhealthy(self.state_map, self.tensors)
 
+    def run(self, *, kind: str | None = None, per_epoch: bool | None = None) -> Run:
+        """The training run in the checkpoint: optimizer, schedule, counters.
+
+        Args:
+          kind: ``"sgd"``, ``"adam"`` or ``"adamw"``, where the optimizer's options do not tell.
+          per_epoch: Whether the scheduler counts epochs (or batches); None finds it.
+        Raises:
+          CheckpointError: It holds none, or one that cannot go on; the message says why.
+        """
+        if run_file.holds_run(self.record.metadata):
+            return run_file.unpack(self.record.tensors, self.record.metadata, self.state_map, source=self.record.source)
+        return runs.read(self.record.extras, self.state_map, kind=kind, per_epoch=per_epoch, source=self.record.source)
+
     @property
     def parameter_count(self) -> int:
         """Number of trainable values (statistics and counters are not)."""
@@ -104,6 +120,8 @@ def interpret(record: Record, reading: Reading | None = None) -> Source:
     reading = reading or Reading()
     ignored = [key for key in record.tensors if matches_any(key, reading.ignore)]
     tensors = {key: value for key, value in record.tensors.items() if key not in set(ignored)}
+    if run_file.holds_run(record.metadata):
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(run_file.TENSORS)}
     found = describe(tensors)
     match = identify(
         found,
@@ -126,9 +144,9 @@ def interpret(record: Record, reading: Reading | None = None) -> Source:
     return Source(record, match.state_map, tensors, tuple(notes), tuple(match.misfit.afresh), _written_norm_options(record))
 
 
-def open_checkpoint(path: str | Path, reading: Reading | None = None, *, entry: str | None = None) -> Source:
-    """Reads a checkpoint of any format and finds what it is. Errors as :func:`flax_resblock.checkpoint.read` and :func:`interpret`."""
-    return interpret(checkpoint.read(path, entry=entry), reading)
+def open_checkpoint(path: str | Path, reading: Reading | None = None, *, entry: str | None = None, run: bool = False) -> Source:
+    """Reads a checkpoint of any format and finds what it is; arguments and errors as for :func:`flax_resblock.checkpoint.read` and :func:`interpret`."""
+    return interpret(checkpoint.read(path, entry=entry, run=run), reading)
 
 
 def metadata_of(config: arch.Config, layout: str, norm_options: Mapping[str, float | None]) -> dict[str, str]:

@@ -42,10 +42,10 @@ def _shuffled(size: int, seed: int) -> grain.MapDataset[int]:
     return grain.MapDataset.range(size).seed(seed).shuffle()
 
 
-def _epoch_of(dataset: grain.MapDataset, epoch: int) -> Iterator:
+def _epoch_of(dataset: grain.MapDataset, epoch: int, first: int = 0) -> Iterator:
     length = len(dataset)
     repeated = dataset.repeat(epoch + 1)  # grain shuffles anew in every repetition
-    return (repeated[index] for index in range(epoch * length, (epoch + 1) * length))
+    return (repeated[index] for index in range(epoch * length + first, (epoch + 1) * length))
 
 
 def epoch_order(size: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -53,7 +53,7 @@ def epoch_order(size: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.fromiter(_epoch_of(_shuffled(size, seed), epoch), np.int64, size)
 
 
-def batches(dataset: Dataset, batch_size: int, *, seed: int, epoch: int) -> Iterator[Batch]:
+def batches(dataset: Dataset, batch_size: int, *, seed: int, epoch: int, first: int = 0) -> Iterator[Batch]:
     """The full batches of one epoch: :func:`epoch_order` cut into pieces of ``batch_size``.
 
     Args:
@@ -61,6 +61,7 @@ def batches(dataset: Dataset, batch_size: int, *, seed: int, epoch: int) -> Iter
       batch_size: Images per batch; see :func:`steps_per_epoch`.
       seed: 0 to 2**32 - 1.
       epoch: From 0; each has its own order.
+      first: Batches at the start of the epoch to leave out.
     Raises:
       InputError: Fewer images than one batch takes.
     """
@@ -70,4 +71,4 @@ def batches(dataset: Dataset, batch_size: int, *, seed: int, epoch: int) -> Iter
         return Batch(dataset.normalised(indices), dataset.labels[indices].astype(np.int32), indices)
 
     pipeline = _shuffled(len(dataset), seed).batch(batch_size, drop_remainder=True, batch_fn=np.asarray).map(gather)
-    return _epoch_of(pipeline, epoch)
+    return _epoch_of(pipeline, epoch, first)

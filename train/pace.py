@@ -1,0 +1,97 @@
+"""Which learning rate and momentum a run has at which step, for every param group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from flax_resblock.convert import LAYOUTS, StateMap
+from flax_resblock.convert.optimizer import Group, fresh
+from flax_resblock.convert.run import Run
+from flax_resblock.convert.schedule import ScheduleState, scheduled
+from flax_resblock.optimizers import moving
+from flax_resblock.schedules import Schedule, warmup_cosine
+from train.config import TrainConfig
+
+
+class Rates(NamedTuple):
+    """What changes from step to step, for every param group: learning rates ``(groups,)`` and, where the schedule moves it, the momentum ``(groups, 3)``."""
+
+    learning_rates: np.ndarray
+    momenta: np.ndarray | None = None
+
+
+def schedule_of(config: TrainConfig, steps: int) -> Schedule:
+    """The configured schedule with ``steps`` steps per epoch, once per batch."""
+    return warmup_cosine(round(config.warmup_epochs * steps), config.epochs * steps, config.warmup_factor)
+
+
+def new_run(config: TrainConfig, steps: int) -> Run:
+    """The configured run before its first step.
+
+    Args:
+      config: The run.
+      steps: Steps per epoch.
+    """
+    record = fresh(
+        "sgd",
+        StateMap(config.model, LAYOUTS["torchvision"]),
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov and config.momentum > 0,
+        weight_decay=config.weight_decay,
+    )
+    settings = {"epochs": config.epochs, "batch_size": config.batch_size, "label_smoothing": config.label_smoothing}
+    return at(Run(record, ScheduleState(schedule_of(config, steps), 0), 0, 0, settings), 0)
+
+
+def at(run: Run, position: int) -> Run:
+    """The run with its schedule, and the rates of its param groups, at another position."""
+    if run.schedule is None:
+        return run
+    schedule = run.schedule.schedule
+    groups = tuple(Group(scheduled(group.options, schedule, position), group.paths) for group in run.optimizer.groups)
+    return replace(run, optimizer=replace(run.optimizer, groups=groups), schedule=replace(run.schedule, position=position))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """A run's rates by step.
+
+    Attributes:
+      run: Where it goes on.
+      steps: Steps per epoch.
+      start: Step at which it goes on, from 0 over the whole run.
+    """
+
+    run: Run
+    steps: int
+    start: int
+
+    @classmethod
+    def of(cls, run: Run, steps: int) -> Pace:
+        """From the run's own counters: steps done, else epochs done."""
+        return cls(run, steps, run.steps if run.steps is not None else (run.epochs or 0) * steps)
+
+    def position(self, step: int) -> int:
+        """How often a scheduler of torch would have been stepped before ``step``."""
+        state = self.run.schedule
+        if state is None:
+            return 0
+        return state.position + (step // self.steps - self.start // self.steps if state.per_epoch else step - self.start)
+
+    def after(self, step: int) -> Run:
+        """The run when ``step`` steps are done, with the buffers that it had."""
+        return replace(at(self.run, self.position(step)), steps=step, epochs=step // self.steps)
+
+    def rates(self, step: int) -> Rates:
+        """Of the step numbered ``step``."""
+        groups = [group.options for group in self.run.optimizer.groups]
+        if self.run.schedule is None:
+            return Rates(np.array([float(group["lr"]) for group in groups]))
+        schedule, position = self.run.schedule.schedule, self.position(step)
+        momenta = [schedule.momentum(position, group) for group in groups]
+        moved = [momentum for momentum in momenta if momentum is not None]
+        return Rates(np.array([schedule.rate(position, group) for group in groups]), moving(moved) if moved else None)
