@@ -23,6 +23,9 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
 }
 """Output formats by file name suffix; a name without suffix is a folder."""
 
+RUN_FOLDER = "checkpoint"
+"""Name of the Orbax folder inside the folder that a training run writes."""
+
 DIGESTS = "sha256"
 """Metadata entry: a JSON object of tensor name to SHA-256."""
 
@@ -45,8 +48,9 @@ def _resolve(path: Path) -> tuple[str, Path]:
     if path.is_dir():
         from flax_resblock.checkpoint import orbax_folder
 
-        if orbax_folder.is_orbax(path):
-            return "orbax", path
+        for folder in (path, path / RUN_FOLDER):
+            if orbax_folder.is_orbax(folder):
+                return "orbax", folder
         for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"):
             if (path / name).is_file():
                 return ("pytorch" if name.endswith(".bin") else "safetensors"), path / name

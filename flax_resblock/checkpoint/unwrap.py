@@ -44,8 +44,10 @@ def unwrap(content: Any, *, is_tensor: Callable[[Any], bool], source: str, entry
     extras: dict[str, Any] = {}
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{source} holds a {type(content).__name__}, not a state dict. Save model.state_dict() and convert that.")
-    while not any(map(is_tensor, content.values())) or entry is not None:
-        found = [name for name in WRAPPERS if _holds_tensors(content.get(name), is_tensor)]
+    while True:
+        found = [name for name in WRAPPERS if _holds_tensors(content.get(name), is_tensor)]  # beside tensors, such as a random state, too
+        if entry is None and not found and any(map(is_tensor, content.values())):
+            break
         if entry is not None:
             if not _holds_tensors(content.get(entry), is_tensor):
                 held = ", ".join(map(str, content)) or "nothing"

@@ -28,9 +28,10 @@ def commands() -> dict[str, Callable[..., int]]:
     from flax_resblock.cli.demo import demo
     from flax_resblock.cli.inspect import inspect
     from flax_resblock.cli.predict import predict
+    from flax_resblock.cli.train import train
     from flax_resblock.cli.verify import verify
 
-    return {command.__name__: command for command in (demo, inspect, convert, verify, predict)}
+    return {command.__name__: command for command in (demo, inspect, convert, verify, train, predict)}
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,0 +1,246 @@
+"""``flax-resblock train``."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from flax_resblock.architecture import name_of
+from flax_resblock.checkpoint import RUN_FOLDER, replacing
+from flax_resblock.cli.common import ReadingFlags, RunFlags, output, print_found, print_notes, refuse_unhealthy, status
+from flax_resblock.convert.run import Run
+from flax_resblock.convert.schedule import ScheduleState, describe
+from flax_resblock.convert.source import Source
+from flax_resblock.errors import InputError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from flax_resblock.resnet import Model
+    from train import History, TrainConfig
+    from train.data import Dataset
+
+Preset = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET", help="Run by name: digits-resnet8.")]
+
+
+@dataclass(frozen=True)
+class SettingFlags:
+    """Settings of the run that differ from the preset's, or from those of the run that goes on."""
+
+    epochs: int | None = None
+    """Passes over the training images, those before a resumption included."""
+    batch_size: int | None = None
+    """Images per step."""
+    learning_rate: float | None = None
+    """Peak learning rate."""
+    momentum: float | None = None
+    """Momentum of SGD."""
+    weight_decay: float | None = None
+    """Weight decay of convolution and linear kernels."""
+    warmup_epochs: float | None = None
+    """Length of the linear warm-up."""
+    label_smoothing: float | None = None
+    """Label smoothing, from 0 to below 1."""
+    seed: int | None = None
+    """Seed of the weights and of the order of the images."""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """Dtype of the computation."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that were given."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None}
+
+
+OF_NEW_RUNS = ("learning_rate", "momentum", "weight_decay", "warmup_epochs")
+"""Settings that a run which goes on brings along in its optimizer and schedule."""
+
+
+def train(
+    reading: ReadingFlags,
+    training: RunFlags,
+    settings: SettingFlags,
+    preset: Preset = "digits-resnet8",
+    resume: Path | None = None,
+    out: Path | None = None,
+    schedule: Literal["constant", "warmup-cosine"] | None = None,
+    allow_nonfinite: bool = False,
+) -> int:
+    """Trains a network in JAX: from scratch, or from where a PyTorch run stopped, with its optimizer, schedule and counters.
+
+    --resume takes a training checkpoint of a plain PyTorch loop, torchvision's references, timm or Lightning, a Hugging Face Trainer folder, or what this
+    command or `convert --with-optimizer` wrote. The folder OUT gets the checkpoint, every step's loss and a summary; convert OUT run.pth --with-optimizer
+    takes the run back to PyTorch.
+
+    Args:
+      reading: How to read the checkpoint.
+      training: What to do with the training run in it. train carries it anyway, unless --weights-only is given.
+      settings: What differs from the preset.
+      preset: The run.
+      resume: Checkpoint to go on from.
+      out: Folder for the results, which must not exist yet; runs/PRESET by default.
+      schedule: Another learning rate than that of the checkpoint: constant, or linear warm-up and cosine over the whole run.
+      allow_nonfinite: Go on from NaN, infinities and negative variances.
+    """
+    try:
+        from train import PRESETS, evaluate, fit, new_model
+        from train.data import digits
+    except ImportError as error:
+        raise MissingDependencyError(f"training needs {error.name}, which is not installed: pip install 'flax-resblock[train]'.") from error
+    if preset not in PRESETS:
+        raise InputError(f"preset {preset!r} is unknown; known: {', '.join(PRESETS)}.")
+    out = out or Path("runs") / preset
+    _refuse_existing(out)
+    splits = digits()
+    started = time.perf_counter()
+    if resume is None:
+        config = _changed(PRESETS[preset], settings.given)
+        _wide(config.dtype == "float64")
+        model, run = new_model(config), None
+    else:
+        with status.status(f"reading {resume}"):
+            source = reading.open(resume, run=not training.weights_only)
+            refuse_unhealthy(source, allow_nonfinite)
+            model = _model_of(source, settings.dtype)
+        output.print(f"[bold]{name_of(source.config)}[/]  {resume}", soft_wrap=True)
+        print_notes(source.notes)
+        config = replace(PRESETS[preset], model=source.config)
+        if training.weights_only:
+            config, run = _changed(config, settings.given), None
+        else:
+            run = training.of(source)
+            print_found(run)
+            config, run = _going_on(run, config, settings.given, splits.train, schedule)
+    history = fit(model, splits.train, config, test=splits.test, run=run)
+    accuracy = evaluate(model, splits.test.normalised(), splits.test.labels).accuracy
+    _save(out, model, config, history, accuracy, time.perf_counter() - started)
+    done = len(history.steps)
+    output.print(f"{done} step{'s' if done != 1 else ''}, last loss {history.steps[-1].loss:.4f}, test accuracy {accuracy:.2%}")
+    output.print(f"wrote {out}; back to PyTorch: flax-resblock convert {out} run.pth --with-optimizer", markup=False, soft_wrap=True)
+    return 0
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out} exists. A run is never overwritten: choose another folder with --out, or remove it.")
+
+
+def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
+    """The configuration with other settings; a run of few epochs gets a warm-up of half of them at most, where none was asked for."""
+    if "epochs" in changes and "warmup_epochs" not in changes:
+        changes = {**changes, "warmup_epochs": min(config.warmup_epochs, changes["epochs"] / 2)}
+    return replace(config, **changes)
+
+
+def _wide(wanted: bool) -> None:
+    """Turns on jax's 64-bit mode where the run needs it."""
+    if wanted:
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+
+
+def _model_of(source: Source, dtype: str | None) -> Model:
+    from flax_resblock.transfer import to_model
+
+    _wide("float64" in (dtype, *(value.dtype.name for value in source.tensors.values())))
+    return to_model(source, **({} if dtype is None else {"dtype": dtype}))
+
+
+def _going_on(run: Run, config: TrainConfig, given: dict[str, Any], dataset: Dataset, schedule: str | None) -> tuple[TrainConfig, Run]:
+    """Configuration and schedule of a run that goes on: what was given, else what the run says of itself, else the preset."""
+    from train.data import steps_per_epoch
+    from train.pace import Pace, at, schedule_of
+
+    if schedule is None:
+        fixed = [name for name in OF_NEW_RUNS if name in given]
+        if fixed:
+            flag = f"--{fixed[0].replace('_', '-')}"
+            raise InputError(
+                f"{flag} has no place in a run that goes on, which has its own optimizer and schedule. Leave it out, take the weights alone (--weights-only), "
+                "or take another learning rate with --schedule."
+            )
+        if run.problem:
+            raise InputError(f"{run.problem} Say --schedule constant to go on at the rate that the optimizer has, or --schedule warmup-cosine.")
+    config = _changed(config, {**run.settings, **given})
+    steps = steps_per_epoch(dataset, config.batch_size)
+    pace = Pace.of(run, steps)
+    if schedule == "constant" or (schedule is None and run.schedule is None):
+        run = replace(run, schedule=None)
+        rates = ", ".join(f"{float(group.options['lr']):.4g}" for group in run.optimizer.groups)
+        output.print(f"  learning rate  {rates}, constant", markup=False)
+    elif schedule == "warmup-cosine":
+        run = _rescaled(run, given.get("learning_rate"))
+        run = at(replace(run, schedule=ScheduleState(schedule_of(config, steps), 0)), pace.start)
+    elif run.schedule is not None and "epochs" not in {*given, *run.settings}:
+        config = replace(config, epochs=_epochs_of(run.schedule, pace))
+    if run.schedule is not None:
+        output.print(f"  learning rate  {describe(run.schedule)}", markup=False)
+    _compare_counters(run, steps)
+    output.print(f"  goes on at step {pace.start}, epoch {pace.start // steps + 1} of {config.epochs}, {steps} steps per epoch", markup=False)
+    return config, run
+
+
+def _rescaled(run: Run, learning_rate: float | None) -> Run:
+    """The run with another base rate of its first param group; the other groups keep their ratio to it."""
+    groups = run.optimizer.groups
+    bases = [float(group.options.get("initial_lr", group.options["lr"])) for group in groups]
+    factor = 1.0 if learning_rate is None or not bases[0] else learning_rate / bases[0]
+    options = [{**group.options, "lr": base * factor, "initial_lr": base * factor} for group, base in zip(groups, bases, strict=True)]
+    made = tuple(replace(group, options=option) for group, option in zip(groups, options, strict=True))
+    return replace(run, optimizer=replace(run.optimizer, groups=made))
+
+
+def _epochs_of(state: ScheduleState, pace: Any) -> int:
+    """Epochs after which the schedule has nothing more to say; one more than are done where it goes on for ever."""
+    done = pace.start // pace.steps
+    length = state.schedule.length
+    if length is None:
+        raise InputError("neither the checkpoint nor its schedule says how long the run is. Say --epochs, those that are done included.")
+    left = max(length - state.position, 0)
+    return max(done + left if state.per_epoch else round((pace.start + left) / pace.steps), done + 1)
+
+
+def _compare_counters(run: Run, steps: int) -> None:
+    """Tells where steps and epochs of the run do not go together with the steps per epoch here."""
+    if not run.steps or not run.epochs:
+        return
+    possible = {math.ceil(run.steps / count) for count in (run.epochs, run.epochs + 1)} | {run.steps // count for count in (run.epochs, run.epochs + 1)}
+    if steps not in possible:
+        output.print(
+            f"  note  the run took {run.steps} steps in about {run.epochs} epochs, {run.steps // run.epochs} each; here an epoch has {steps}. "
+            "Set --batch-size to that of the run if it should see as many images per step.",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _save(out: Path, model: Model, config: TrainConfig, history: History, accuracy: float, seconds: float) -> None:
+    """Writes the folder of a run, whole or not at all."""
+    from flax_resblock.transfer import save
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir():
+        out.rmdir()  # empty, and a folder cannot be renamed over it
+    summary = {
+        "steps": len(history.steps),
+        "last_step": history.steps[-1].step,
+        "loss": history.steps[-1].loss,
+        "mean_loss_of_last_10": float(np.mean([step.loss for step in history.steps[-10:]])),
+        "test_accuracy": accuracy,
+        "test_accuracy_by_epoch": history.test_accuracy,
+        "seconds": round(seconds, 1),
+        "config": asdict(config),
+    }
+    with status.status(f"writing {out}"), replacing(out) as temporary:
+        temporary.mkdir()
+        save(model, temporary / RUN_FOLDER, run=history.run)
+        lines = (json.dumps(step._asdict()) for step in history.steps)
+        (temporary / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (temporary / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

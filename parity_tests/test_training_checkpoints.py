@@ -1,0 +1,220 @@
+"""Training checkpoints as people have them go on in JAX with no flags, and come back to PyTorch."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import flax_resblock
+import train
+from flax_resblock import CheckpointError, load_run
+from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2
+from parity_tests import runs
+from parity_tests.runs import DONE, EPOCHS, SPELLINGS, STEPS
+
+
+def worst(ours, theirs):
+    return max(relative_l2(ours[key], value) for key, value in theirs.items())
+
+
+def goes_on(path, *, epochs=EPOCHS, change=lambda run: run, **arguments):
+    """Weights and run after the rest of the run in JAX."""
+    with jax.enable_x64(True):
+        model, run = load_run(path, **arguments)
+        history = train.fit(model, runs.few_digits(), runs.config(epochs=epochs), run=change(run), progress=False)
+        return flax_resblock.to_torch(model), model, history.run
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_run_goes_on_in_jax_and_comes_back(spelling, tmp_path):
+    run, path = runs.saved(spelling, tmp_path)
+    there = runs.twin(run).epochs(2)
+    ours, model, carried = goes_on(path, epochs=DONE + 2)
+    assert worst(ours, there.state()) <= TRAJECTORY_LIMIT
+    flax_resblock.save(model, tmp_path / "back.pth", run=carried)
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    again = SPELLINGS[spelling][0]()
+    again.model.load_state_dict(back["model"], strict=True)
+    again.optimizer.load_state_dict(back["optimizer"])
+    if again.scheduler is not None:
+        again.scheduler.load_state_dict(back["lr_scheduler"])
+    assert (back["epoch"], back["step"]) == (there.epoch - 1, there.step)
+    again.epoch = back["epoch"] + 1
+    assert worst(again.epochs(2).state(), there.epochs(2).state()) <= TRAJECTORY_LIMIT
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_momentum_and_schedule_matter(spelling, tmp_path):
+    run, path = runs.saved(spelling, tmp_path)
+    truth = run.epochs(1).state()
+    dropped = lambda r: replace(r, optimizer=replace(r.optimizer, tensors={name: {} for name in r.optimizer.tensors}))  # noqa: E731
+    assert worst(goes_on(path, epochs=DONE + 1, change=dropped)[0], truth) >= 1000 * TRAJECTORY_LIMIT
+    if run.scheduler is not None:
+        late = lambda r: replace(r, schedule=replace(r.schedule, position=r.schedule.position + 1))  # noqa: E731
+        assert worst(goes_on(path, epochs=DONE + 1, change=late)[0], truth) >= 1000 * TRAJECTORY_LIMIT
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ""])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_format_holds_the_same_run(spelling, suffix, tmp_path):
+    _, path = runs.saved(spelling, tmp_path)
+    model, run = load_run(path)
+    flax_resblock.save(model, tmp_path / f"copy{suffix}", run=run)
+    again, copied = load_run(tmp_path / f"copy{suffix}")
+    assert worst(flax_resblock.to_torch(again), flax_resblock.to_torch(model)) == 0
+    assert copied.schedule == run.schedule
+    assert (copied.epochs, copied.settings) == (run.epochs if suffix != ".pth" or run.epochs is None else copied.epochs, run.settings)
+    assert copied.optimizer.kind == run.optimizer.kind
+    for ours, theirs in zip(copied.optimizer.groups, run.optimizer.groups, strict=True):
+        assert ours.paths == theirs.paths
+        assert dict(ours.options) == dict(theirs.options)
+    for name, tensors in run.optimizer.tensors.items():
+        assert copied.optimizer.tensors[name].keys() == tensors.keys()
+        for key, value in tensors.items():
+            np.testing.assert_array_equal(copied.optimizer.tensors[name][key], value)
+    assert {path: float(step) for path, step in copied.optimizer.steps.items()} == {path: float(step) for path, step in run.optimizer.steps.items()}
+
+
+EXPECTED = {
+    "a plain loop with GradScaler and EMA": ({"optimizer_state_dict", "global_step", "epoch", "scheduler_state_dict"}, {"scaler", "ema", "rng", "best_acc"}),
+    "torchvision's reference": ({"optimizer", "lr_scheduler", "epoch", "args"}, {"model_ema", "scaler"}),
+    "Lightning": (
+        {"optimizer_states", "lr_schedulers", "epoch", "global_step", "hyper_parameters"},
+        {"loops", "callbacks", "MixedPrecision", "hparams_name", "pytorch-lightning_version"},
+    ),
+    "timm": ({"optimizer", "epoch", "args"}, {"amp_scaler", "state_dict_ema", "metric", "version", "arch"}),
+    "Hugging Face Trainer": ({"optimizer", "scheduler", "epoch", "global_step", "trainer_state"}, {"rng_state.pth", "training_args.bin"}),
+}
+
+
+@pytest.mark.parametrize("spelling", EXPECTED)
+def test_every_entry_is_listed_as_used_or_ignored(spelling, tmp_path):
+    _, path = runs.saved(spelling, tmp_path)
+    _, run = load_run(path)
+    used, ignored = ({found.name for found in run.found if found.used is which} for which in (True, False))
+    assert (used, ignored) == EXPECTED[spelling]
+
+
+def test_counters_are_read_in_each_spelling(tmp_path):
+    for number, spelling in enumerate(SPELLINGS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        _, path = runs.saved(spelling, folder)
+        _, run = load_run(path)
+        assert run.problem is None
+        steps = run.steps if run.steps is not None else run.epochs * STEPS
+        assert steps == DONE * STEPS, spelling
+
+
+def test_a_gradscaler_that_skipped_steps_leaves_the_schedule_ahead_of_adam(tmp_path):
+    run, path = runs.saved("Lightning", tmp_path)
+    skipped = 3
+
+    def change(content):
+        del content["global_step"]
+        content["epoch"] = 40  # of a longer run: not the scheduler's count
+        for state in content["optimizer_states"][0]["state"].values():
+            state["step"] -= skipped
+
+    _, found = load_run(runs.rewritten(path, change))
+    assert found.schedule is not None
+    assert (found.schedule.position, found.schedule.per_epoch) == (run.step, False)
+    assert float(next(iter(found.optimizer.steps.values()))) == run.step - skipped
+
+
+def test_what_a_scheduler_counted_can_be_said(tmp_path):
+    _, path = runs.saved("torchvision's reference", tmp_path)
+    runs.rewritten(path, lambda content: content.update(epoch=90, global_step=4711))
+    _, run = load_run(path)
+    assert run.schedule is None
+    assert "stepped 2 times in a run of 4711 optimizer steps in epoch 90" in (run.problem or "")
+    assert "--schedule-unit" in (run.problem or "")
+    for per_epoch in (True, False):
+        _, run = load_run(path, per_epoch=per_epoch)
+        assert run.schedule is not None
+        assert run.schedule.per_epoch is per_epoch
+
+
+def test_a_schedule_without_counterpart_leaves_the_optimizer_usable(tmp_path):
+    def build():
+        return runs.started(runs.momentum_sgd(runs.by_kind), lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.5))
+
+    run = build().epochs(1)
+    path = runs.plain_loop(run, tmp_path)
+    _, found = load_run(path)
+    assert found.schedule is None
+    assert "LambdaLR keeps its function in the program" in (found.problem or "")
+    assert worst(goes_on(path, epochs=2)[0], run.epochs(1).state()) <= TRAJECTORY_LIMIT  # that function happens to be constant
+
+
+def _dropped_buffers(content):
+    content["optimizer_state_dict"]["state"] = {}
+
+
+def _frozen(content):
+    for number in list(content["optimizer_state_dict"]["state"])[:3]:
+        del content["optimizer_state_dict"]["state"][number]
+
+
+def _another_model(content):
+    content["optimizer_state_dict"] = torch.optim.SGD(torch.nn.Linear(3, 4).parameters(), momentum=0.9).state_dict()
+
+
+def _unsupported(content):
+    content["optimizer_state_dict"] = torch.optim.RMSprop(runs.started(lambda m: None, None).model.parameters()).state_dict()
+
+
+def _two_optimizers(content):
+    content["optimizer_states"] = [content.pop("optimizer_state_dict")] * 2
+
+
+def _unknown_parameters(content):
+    for group in content["optimizer_state_dict"]["param_groups"]:
+        group["param_names"] = [f"other.{number}" for number in group["params"]]
+
+
+BAD = {
+    "no optimizer": (
+        lambda content: content.pop("optimizer_state_dict"),
+        r"holds no optimizer that could go on; .* it has: epoch, global_step",
+    ),
+    "two optimizers": (_two_optimizers, "holds no optimizer that could go on"),
+    "no buffers after many steps": (_dropped_buffers, r"took 10 steps, but .* keeps none of the buffers \(momentum_buffer\)|fits 2 of the usual ways"),
+    "some buffers missing": (_frozen, r"lacks momentum_buffer of 3 of 20 parameters: conv1\.weight, .*frozen"),
+    "another model's": (_another_model, "it has 2 parameters, the model 20"),
+    "no counterpart": (_unsupported, "no optimizer with a counterpart here"),
+    "unknown parameters": (_unknown_parameters, r"names other\.0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_an_optimizer_that_cannot_go_on_is_refused_and_the_weights_are_offered(case, tmp_path):
+    change, words = BAD[case]
+    _, path = runs.saved("a plain loop with GradScaler and EMA", tmp_path)
+    runs.rewritten(path, change)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        load_run(path)
+    assert "--weights-only" in str(caught.value)
+    flax_resblock.load(path)
+
+
+def test_damage_in_the_stored_run_is_found(tmp_path):
+    _, path = runs.saved("Lightning", tmp_path)
+    model, run = load_run(path)
+    flax_resblock.save(model, tmp_path / "copy.safetensors", run=run)
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    with safe_open(tmp_path / "copy.safetensors", framework="numpy") as file:
+        metadata, tensors = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    for name, changed in {"cut": metadata["run"][:-40], "empty": "{}", "a list": "[]"}.items():
+        save_file(tensors, tmp_path / "bad.safetensors", metadata={**metadata, "run": changed})
+        with pytest.raises(CheckpointError, match="record of the training run is damaged"):
+            load_run(tmp_path / "bad.safetensors")
+        assert name
+    key = next(key for key in tensors if key.startswith("optimizer.exp_avg."))
+    save_file({**tensors, key: tensors[key] + 1}, tmp_path / "bad.safetensors", metadata=metadata)
+    with pytest.raises(CheckpointError, match=r"optimizer\.exp_avg\..* differs from the SHA-256"):
+        load_run(tmp_path / "bad.safetensors")
