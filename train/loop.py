@@ -197,7 +197,7 @@ def _check_run(run: Run, network: ResNet, pace: Pace, end: int) -> None:
         raise InputError(f"the run's optimizer is another model's: {some(only)} {'is' if len(only) == 1 else 'are'} only on one side.")
     if not 0 <= pace.start < end:
         raise InputError(
-            f"the run is at step {pace.start}, and epochs={end // pace.steps} end at step {end} ({pace.steps} per epoch): nothing is left. Take more epochs."
+            f"the run is over: it is at step {pace.start}, and its {end // pace.steps} epochs of {pace.steps} steps end at {end}. Take more epochs to go on."
         )
     last = run.schedule.schedule.length if run.schedule is not None and isinstance(run.schedule.schedule, OneCycleLR) else None
     if last is not None and pace.position(end - 1) > last:

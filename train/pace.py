@@ -72,8 +72,10 @@ class Pace:
 
     @classmethod
     def of(cls, run: Run, steps: int) -> Pace:
-        """From the run's own counters: steps done, else epochs done."""
-        return cls(run, steps, run.steps if run.steps is not None else (run.epochs or 0) * steps)
+        """From the run's own counters: steps done; epochs done, where the steps are unknown or belong to epochs of another length."""
+        epochs = run.epochs or 0
+        by_steps = run.steps is not None and (not epochs or epochs * steps <= run.steps <= (epochs + 1) * steps)
+        return cls(run, steps, run.steps or 0 if by_steps else epochs * steps)
 
     def position(self, step: int) -> int:
         """How often a scheduler of torch would have been stepped before ``step``."""

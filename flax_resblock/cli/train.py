@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from flax_resblock.resnet import Model
     from train import History, TrainConfig
     from train.data import Dataset
+    from train.pace import Pace
 
 Preset = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET", help="Run by name: digits-resnet8.")]
 
@@ -177,11 +177,12 @@ def _going_on(run: Run, config: TrainConfig, given: dict[str, Any], dataset: Dat
     elif schedule == "warmup-cosine":
         run = _rescaled(run, given.get("learning_rate"))
         run = at(replace(run, schedule=ScheduleState(schedule_of(config, steps), 0)), pace.start)
-    elif run.schedule is not None and "epochs" not in {*given, *run.settings}:
-        config = replace(config, epochs=_epochs_of(run.schedule, pace))
+        pace = Pace.of(run, steps)
+    if "epochs" not in given:
+        config = replace(config, epochs=_epochs_of(run, pace, config))
     if run.schedule is not None:
         output.print(f"  learning rate  {describe(run.schedule)}", markup=False)
-    _compare_counters(run, steps)
+    _compare_counters(run, pace)
     output.print(f"  goes on at step {pace.start}, epoch {pace.start // steps + 1} of {config.epochs}, {steps} steps per epoch", markup=False)
     return config, run
 
@@ -196,25 +197,25 @@ def _rescaled(run: Run, learning_rate: float | None) -> Run:
     return replace(run, optimizer=replace(run.optimizer, groups=made))
 
 
-def _epochs_of(state: ScheduleState, pace: Any) -> int:
-    """Epochs after which the schedule has nothing more to say; one more than are done where it goes on for ever."""
+def _epochs_of(run: Run, pace: Pace, config: TrainConfig) -> int:
+    """Epochs of the whole run: until its schedule ends, else as its own settings say, else as many more as the preset has."""
     done = pace.start // pace.steps
-    length = state.schedule.length
-    if length is None:
-        raise InputError("neither the checkpoint nor its schedule says how long the run is. Say --epochs, those that are done included.")
-    left = max(length - state.position, 0)
-    return max(done + left if state.per_epoch else round((pace.start + left) / pace.steps), done + 1)
+    if run.schedule is not None and run.schedule.schedule.length is not None:
+        left = run.schedule.schedule.length - pace.position(pace.start)
+        if left > 0:
+            return max(done + left if run.schedule.per_epoch else round((pace.start + left) / pace.steps), done + 1)
+    if "epochs" in run.settings:
+        return run.settings["epochs"]
+    output.print(f"  note  the checkpoint does not say how long the run is: {config.epochs} more epochs (--epochs)", style="yellow", markup=False)
+    return done + config.epochs
 
 
-def _compare_counters(run: Run, steps: int) -> None:
+def _compare_counters(run: Run, pace: Pace) -> None:
     """Tells where steps and epochs of the run do not go together with the steps per epoch here."""
-    if not run.steps or not run.epochs:
-        return
-    possible = {math.ceil(run.steps / count) for count in (run.epochs, run.epochs + 1)} | {run.steps // count for count in (run.epochs, run.epochs + 1)}
-    if steps not in possible:
+    if run.steps and run.epochs and run.steps != pace.start:
         output.print(
-            f"  note  the run took {run.steps} steps in about {run.epochs} epochs, {run.steps // run.epochs} each; here an epoch has {steps}. "
-            "Set --batch-size to that of the run if it should see as many images per step.",
+            f"  note  the run took {run.steps} steps in {run.epochs} epochs, and here an epoch has {pace.steps}: it had other images, or needs its own "
+            "--batch-size. It goes on by its epochs.",
             style="yellow",
             markup=False,
             soft_wrap=True,

@@ -93,6 +93,8 @@ def unpack(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], state
         if schedule is not None:
             schedule = ScheduleState(*scheduling.read(schedule, groups, source=source), content["per_epoch"])
         steps, epochs, settings = content["steps"], content["epochs"], content["settings"]
+    except CheckpointError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{source}: its record of the training run is damaged ({type(error).__name__}: {error}). {WEIGHTS_ONLY}") from error
     record = optimizers.read({"state": state, "param_groups": groups}, state_map, kind=kind, source=f"{source}, its optimizer")

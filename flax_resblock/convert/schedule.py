@@ -79,6 +79,8 @@ def read(state: Mapping[str, Any], groups: Sequence[Options], *, source: str = "
                     f"{source} gives param group {number} the learning rate {expected:.9g} at its step {position}, but the optimizer has {found:.9g}: it was "
                     "changed by other means than the schedule."
                 )
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError, ZeroDivisionError, IndexError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{source} is no complete state of a learning-rate scheduler ({type(error).__name__}: {error}).") from error
     return schedule, position

@@ -1,0 +1,238 @@
+"""``flax-resblock train`` and ``convert --with-optimizer`` as a person meets them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flax_resblock import checkpoint, load_run
+from flax_resblock.cli import run as command
+from parity_tests import runs
+from parity_tests.test_without_torch import BLOCK_TORCH
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """A data set of a few images, so that a run takes a second; and jax's mode as it was."""
+    import jax
+
+    from train.data import Splits
+
+    data = runs.few_digits()
+    monkeypatch.setattr("train.data.digits", lambda: Splits(data, data))
+    wide = jax.config.read("jax_enable_x64")
+    yield
+    jax.config.update("jax_enable_x64", wide)
+
+
+def test_a_loop_without_settings_resumes_with_no_flags_and_a_note(folder, capsys):
+    _, path = runs.saved("a plain loop with GradScaler and EMA", folder)
+    assert command(["train", "--resume", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "the run took 10 steps in 2 epochs, and here an epoch has 1" in text
+    assert "ignored scaler: loss scaling is for float16" in text
+    assert "ignored ema: averaged weights" in text
+
+
+@pytest.mark.parametrize("spelling", runs.SPELLINGS)
+def test_a_checkpoint_resumes_where_it_stopped(spelling, folder, capsys):
+    run, path = runs.saved(spelling, folder)
+    size = ["--batch-size", str(runs.BATCH)] if "plain" in spelling else []  # which has no settings in it
+    assert command(["train", "--resume", str(path), *size]) == 0, capsys.readouterr().err
+    text = capsys.readouterr().out
+    _, after = load_run("runs/digits-resnet8")
+    there = run.epochs(runs.EPOCHS - runs.DONE)
+    assert after.steps == there.step
+    assert f"goes on at step {runs.DONE * runs.STEPS}, epoch {runs.DONE + 1} of {runs.EPOCHS}, {runs.STEPS} steps per epoch" in text
+    assert command(["convert", "runs/digits-resnet8", "back.pth", "--with-optimizer", "--no-certificate"]) == 0
+    back = torch.load("back.pth", weights_only=True)
+    truth = there.state()
+    assert max(np.linalg.norm(back["model"][key].numpy() - value) / np.linalg.norm(value) for key, value in truth.items() if np.any(value)) <= 1e-10
+    again = runs.SPELLINGS[spelling][0]()
+    again.optimizer.load_state_dict(back["optimizer"])
+    if again.scheduler is not None:
+        again.scheduler.load_state_dict(back["lr_scheduler"])
+        assert again.scheduler.last_epoch == there.scheduler.last_epoch
+    lines = [json.loads(line) for line in Path("runs/digits-resnet8/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(runs.DONE * runs.STEPS, runs.EPOCHS * runs.STEPS))
+    assert json.loads(Path("runs/digits-resnet8/summary.json").read_text())["last_step"] == runs.EPOCHS * runs.STEPS - 1
+
+
+def test_a_finished_run_goes_on_at_another_rate(folder):
+    assert command(["train", "--batch-size", str(runs.BATCH), "--epochs", "2", "--out", "first"]) == 0
+    assert command(["train", "--resume", "first", "--epochs", "3", "--schedule", "warmup-cosine", "--learning-rate", "0.01", "--out", "on"]) == 0
+    _, run = load_run("on")
+    assert (run.steps, run.epochs) == (3 * runs.STEPS, 3)
+    rates = [json.loads(line)["learning_rate"] for line in Path("on/metrics.jsonl").read_text().splitlines()]
+    assert len(rates) == runs.STEPS
+    assert 0 < rates[-1] < rates[0] < 0.01
+
+
+def test_convert_without_the_flag_says_what_stays_behind(folder, capsys):
+    _, path = runs.saved("torchvision's reference", folder)
+    assert command(["convert", str(path), "weights.safetensors", "--no-certificate"]) == 0
+    assert "its optimizer, entry 'optimizer', stays behind (--with-optimizer carries the run)" in capsys.readouterr().out
+    assert command(["convert", str(path), "run.safetensors", "--with-optimizer", "--no-certificate"]) == 0
+    text = capsys.readouterr().out
+    assert "used    lr_scheduler: SequentialLR at step 2, one per epoch" in text
+    assert "ignored scaler: loss scaling is for float16" in text
+    assert "ignored model_ema: averaged weights; --entry model_ema takes them" in text
+    assert command(["convert", "run.safetensors", "again.pth", "--no-certificate"]) == 0
+    assert "its optimizer stays behind" in capsys.readouterr().out
+    assert command(["train", "--resume", "weights.safetensors"]) == 2
+    assert "holds no optimizer that could go on" in capsys.readouterr().err
+
+
+def test_a_certificate_covers_the_run(folder, capsys):
+    _, path = runs.saved("Lightning", folder)
+    assert command(["convert", str(path), "run", "--with-optimizer"]) == 0
+    assert command(["verify", "--certificate", "parity.json"]) == 0
+    key = next(key for key in checkpoint.read("run").tensors if key.startswith("optimizer.exp_avg."))
+    assert key in json.loads(Path("parity.json").read_text())["outputs"]["run"]["tensors"]
+
+
+def _changed(key, value):
+    def change(content, path):
+        content["optimizer"]["param_groups"][0][key] = value
+
+    return change
+
+
+def _rmsprop(content, path):
+    content["optimizer"] = torch.optim.RMSprop(runs.started(lambda m: None, None).model.parameters()).state_dict()
+
+
+def _other_model(content, path):
+    content["optimizer"] = torch.optim.SGD(torch.nn.Linear(3, 4).parameters(), momentum=0.9).state_dict()
+
+
+def _no_buffers(content, path):
+    content["optimizer"]["state"] = {number: value for number, value in content["optimizer"]["state"].items() if number > 4}
+
+
+def _unknown_names(content, path):
+    for group in content["optimizer"]["param_groups"]:
+        group["param_names"] = [f"nobody.{number}" for number in group["params"]]
+
+
+BAD = {
+    "an optimizer of another model": (_other_model, "does not belong to this model: it has 2 parameters, the model 20"),
+    "missing buffers": (_no_buffers, "lacks momentum_buffer of 5 of 20 parameters"),
+    "unknown parameters": (_unknown_names, "it names nobody.0"),
+    "an unsupported optimizer": (_rmsprop, "no optimizer with a counterpart here"),
+    "dampening": (_changed("dampening", 0.1), "param group 0: dampening=0.1 has no counterpart"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_go_on_is_one_paragraph_with_status_2(case, folder, capsys):
+    change, words = BAD[case]
+    _, path = runs.saved("torchvision's reference", folder)
+    runs.rewritten(path, lambda content: change(content, path))
+    before = sorted(folder.rglob("*"))
+    for arguments in (["train", "--resume", str(path)], ["convert", str(path), "out", "--with-optimizer"]):
+        assert command(arguments) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert "--weights-only" in error
+        assert error.count("\n") == 1
+    assert sorted(folder.rglob("*")) == before
+    assert command(["convert", str(path), "out", "--with-optimizer", "--weights-only", "--no-certificate"]) == 0
+    assert command(["train", "--resume", str(path), "--weights-only", "--epochs", "1", "--batch-size", str(runs.BATCH)]) == 0
+
+
+def test_a_schedule_without_counterpart_needs_a_word(folder, capsys):
+    run = runs.started(runs.momentum_sgd(runs.by_kind), lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.5))
+    path = runs.plain_loop(run.epochs(1), folder)
+    size = ["--batch-size", str(runs.BATCH), "--epochs", "2"]
+    assert command(["train", "--resume", str(path), *size]) == 2
+    error = capsys.readouterr().err
+    assert "LambdaLR keeps its function in the program, not in the file. Say --schedule constant" in error
+    for schedule in ("constant", "warmup-cosine"):
+        assert command(["train", "--resume", str(path), "--schedule", schedule, "--out", schedule, *size]) == 0
+    assert "0.025, 0.025, constant" in capsys.readouterr().out
+    rates = [json.loads(line)["learning_rate"] for line in Path("constant/metrics.jsonl").read_text().splitlines()]
+    assert rates == [0.025] * runs.STEPS
+    rates = [json.loads(line)["learning_rate"] for line in Path("warmup-cosine/metrics.jsonl").read_text().splitlines()]
+    assert rates[0] == pytest.approx(0.05)
+    assert rates == sorted(rates, reverse=True)
+
+
+OTHER = {
+    "an unknown preset": (["train", "nonesuch"], "preset 'nonesuch' is unknown; known: digits-resnet8"),
+    "a folder that exists": (["train", "--out", "full"], "full exists. A run is never overwritten"),
+    "no such checkpoint": (["train", "--resume", "nowhere.pth"], "nowhere.pth does not exist"),
+    "a bad setting": (["train", "--epochs", "0"], "epochs=0 must be a positive integer"),
+    "more images than there are": (["train", "--batch-size", "999"], "batch_size=999 must be from 1 to the 120 images"),
+    "a rate for a run that has one": (["train", "--resume", "run.pth", "--learning-rate", "0.1"], "--learning-rate has no place in a run that goes on"),
+    "a run that is over": (["train", "--resume", "run.pth", "--epochs", "2"], "the run is over: it is at step 10, and its 2 epochs of 5 steps end at 10"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_bad_arguments_are_one_paragraph_with_status_2(case, folder, capsys):
+    arguments, words = OTHER[case]
+    _, path = runs.saved("a plain loop with GradScaler and EMA", folder)
+    (folder / "full").mkdir()
+    (folder / "full" / "file").touch()
+    assert path.name == "run.pth"
+    size = [] if "--batch-size" in arguments else ["--batch-size", str(runs.BATCH)]
+    assert command([*arguments, *size]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["full", "run.pth"]
+
+
+def test_an_images_shape_that_does_not_fit_is_refused(folder, capsys):
+    from torch_ref import ResNet
+
+    model = ResNet(depths=(1,), widths=(4,), stem="cifar", stem_width=4, num_classes=10)
+    torch.save({"model": model.state_dict(), "optimizer": torch.optim.SGD(model.parameters(), 0.1).state_dict(), "epoch": 0}, "rgb.pth")
+    assert command(["train", "--resume", "rgb.pth"]) == 2
+    assert "the model takes 3 channels and knows 10 classes" in capsys.readouterr().err
+
+
+def test_an_interrupt_leaves_nothing_behind(folder):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flax_resblock", "train", "--epochs", "400"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    time.sleep(7)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert list(folder.iterdir()) == []
+
+
+def test_a_host_without_torch_goes_on_with_a_run_in_safetensors(folder):
+    _, path = runs.saved("a plain loop with GradScaler and EMA", folder)
+    assert command(["convert", str(path), "run.safetensors", "--with-optimizer", "--no-certificate"]) == 0
+    code = (
+        BLOCK_TORCH
+        + """
+from flax_resblock.cli import run
+assert run(["train", "--resume", "run.safetensors", "--batch-size", "256", "--epochs", "3"]) == 0
+assert run(["convert", "runs/digits-resnet8", "back.safetensors", "--with-optimizer"]) == 0
+assert "torch" not in sys.modules
+"""
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    _, run = load_run("back.safetensors")
+    assert run.optimizer.kind == "sgd"
+    assert len(run.optimizer.tensors["momentum_buffer"]) == 20
