@@ -17,16 +17,16 @@ from flax import nnx
 
 import train
 import train.loop
-from flax_resblock import ResNetConfig, from_torch, load, to_torch
-from flax_resblock.checkpoint.torch_file import plain
+from flax_resblock import ResNetConfig, from_torch, load, load_run, to_torch
 from flax_resblock.convert import LAYOUTS, StateMap
-from flax_resblock.convert.optimizer import fresh, read, write
-from flax_resblock.optimizers import direction_of
+from flax_resblock.convert.optimizer import fresh, write
+from flax_resblock.optimizers import optimizer_of
+from flax_resblock.schedules import warmup_cosine
 from torch_ref import ResNet as TorchResNet
 from torch_ref import training as reference
 from train.config import TrainConfig
 from train.data import Dataset, batches, digits, steps_per_epoch
-from train.schedule import WarmupCosine
+from train.pace import Pace, Rates, new_run
 from train.step import cross_entropy, make_eval_step, make_train_step, split
 
 TOLERANCE = 1e-10
@@ -35,7 +35,8 @@ CONTROL = 1000 * TOLERANCE
 CONFIG = ResNetConfig(depths=(1, 1), widths=(8, 12), stem="cifar", stem_width=8, in_channels=1, num_classes=10)
 SETTINGS = TrainConfig(model=CONFIG, epochs=2, batch_size=32, warmup_epochs=0.5, label_smoothing=0.1)
 STEPS = 20
-SCHEDULE = WarmupCosine(peak=SETTINGS.learning_rate, warmup_steps=5, total_steps=STEPS)
+WARMUP = 5
+SCHEDULE = warmup_cosine(WARMUP, STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +83,8 @@ def torch_state(model: torch.nn.Module) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def torch_trajectory(data) -> list[Snapshot]:
     model = torch_twin()
-    optimizer = reference.sgd(model, SCHEDULE.peak)
-    scheduler = reference.warmup_cosine(optimizer, warmup_steps=SCHEDULE.warmup_steps, total_steps=STEPS)
+    optimizer = reference.sgd(model, SETTINGS.learning_rate)
+    scheduler = reference.warmup_cosine(optimizer, warmup_steps=WARMUP, total_steps=STEPS)
     images, labels = as_torch(data.test.normalised(slice(64)), data.test.labels[:64])
     snapshots: list[Snapshot] = []
 
@@ -97,15 +98,31 @@ def torch_trajectory(data) -> list[Snapshot]:
     return snapshots
 
 
-def sgd_direction(**options: Any) -> optax.GradientTransformation:
+def sgd(**options: Any) -> optax.GradientTransformationExtraArgs:
     """What ``fit`` uses, with options of torch.optim.SGD changed."""
     settings: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, **options}
-    return direction_of(fresh("sgd", StateMap(SETTINGS.model, LAYOUTS["torchvision"]), **settings))
+    return optimizer_of(fresh("sgd", StateMap(SETTINGS.model, LAYOUTS["torchvision"]), **settings))
 
 
-def jax_trajectory(data, optimizer: optax.GradientTransformation | None = None, *, step_offset: int = 0) -> list[Snapshot]:
+def at_the_first_rate(*direction: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Transformations of the gradient as an optimizer: all parameters take the first group's learning rate."""
+    chained = optax.chain(*direction)
+
+    def update(updates: Any, state: Any, params: Any = None, *, learning_rates: Any, **_: Any) -> Any:
+        updates, state = chained.update(updates, state, params)
+        return jax.tree.map(lambda update: -learning_rates[0] * update, updates), state
+
+    return optax.GradientTransformationExtraArgs(chained.init, update)
+
+
+def same_rate(learning_rate: float) -> Rates:
+    """For both param groups."""
+    return Rates(np.full(2, learning_rate))
+
+
+def jax_trajectory(data, optimizer: optax.GradientTransformationExtraArgs | None = None, *, step_offset: int = 0) -> list[Snapshot]:
     """The same steps in JAX; the arguments spoil it."""
-    optimizer = optimizer or sgd_direction()
+    optimizer = optimizer or sgd()
     with jax.enable_x64(True):
         graphdef, state = split(from_torch(torch_twin()), optimizer)
         train_step = make_train_step(graphdef, optimizer, label_smoothing=SETTINGS.label_smoothing)
@@ -113,7 +130,8 @@ def jax_trajectory(data, optimizer: optax.GradientTransformation | None = None, 
         images = data.test.normalised(slice(64))
         snapshots = []
         for number, batch in enumerate(itertools.islice(batches(data.train, SETTINGS.batch_size, seed=SETTINGS.seed, epoch=0), STEPS)):
-            state, metrics = train_step(state, batch.images, batch.labels, SCHEDULE(number + step_offset))
+            rate = SCHEDULE.rate(number + step_offset, {"lr": SETTINGS.learning_rate})
+            state, metrics = train_step(state, batch.images, batch.labels, same_rate(rate))
             values = {key: value.copy() for key, value in to_torch(nnx.merge(graphdef, state.params, state.stats)).items()}
             snapshots.append(Snapshot(float(metrics.loss), values, np.array(eval_step(state.params, state.stats, images))))
         assert train_step._cache_size() == 1
@@ -140,11 +158,11 @@ def all_but_the_biases(params):
 
 
 CONTROLS = {
-    "decay on norms too": {"optimizer": optax.chain(optax.add_decayed_weights(5e-4, mask=all_but_the_biases), optax.trace(0.9, nesterov=True))},
+    "decay on norms too": {"optimizer": at_the_first_rate(optax.add_decayed_weights(5e-4, mask=all_but_the_biases), optax.trace(0.9, nesterov=True))},
     "schedule one step ahead": {"step_offset": 1},
-    "decay after momentum": {"optimizer": optax.chain(optax.trace(0.9, nesterov=True), optax.add_decayed_weights(5e-4, mask=kernels))},
-    "momentum 0.91": {"optimizer": sgd_direction(momentum=0.91)},
-    "no nesterov": {"optimizer": sgd_direction(nesterov=False)},
+    "decay after momentum": {"optimizer": at_the_first_rate(optax.trace(0.9, nesterov=True), optax.add_decayed_weights(5e-4, mask=kernels))},
+    "momentum 0.91": {"optimizer": sgd(momentum=0.91)},
+    "no nesterov": {"optimizer": sgd(nesterov=False)},
 }
 
 
@@ -173,6 +191,12 @@ def test_fit_ends_where_the_torch_loop_ends(data):
     assert history.test_accuracy[-1] == reference.evaluate(twin, *as_torch(data.test.normalised(), data.test.labels)).accuracy
 
 
+def test_decay_before_the_momentum_written_in_optax_is_the_same_optimizer(data, torch_trajectory):
+    """The wrapper of the controls spoils nothing by itself."""
+    chain = at_the_first_rate(optax.add_decayed_weights(5e-4, mask=kernels), optax.trace(0.9, nesterov=True))
+    assert worst_of_trajectory(jax_trajectory(data, chain), torch_trajectory) <= TOLERANCE
+
+
 def test_fit_goes_on_from_an_epoch_that_torch_ended(data):
     config = dataclasses.replace(SETTINGS, batch_size=128, momentum=0.0, nesterov=False)  # without buffers the weights are the whole state
     steps = steps_per_epoch(data.train, config.batch_size)
@@ -182,10 +206,11 @@ def test_fit_goes_on_from_an_epoch_that_torch_ended(data):
     reference.train(twin, torch_epoch(data.train, config, 0), optimizer, scheduler, label_smoothing=config.label_smoothing)
     with jax.enable_x64(True):
         model = from_torch(twin)
-        train.fit(model, data.train, config, start_epoch=1, progress=False)
+        history = train.fit(model, data.train, config, run=Pace.of(new_run(config, steps), steps).after(steps), progress=False)
         ours = to_torch(model)
     reference.train(twin, torch_epoch(data.train, config, 1), optimizer, scheduler, label_smoothing=config.label_smoothing)
     assert worst(ours, torch_state(twin)) <= TOLERANCE
+    assert [(step.step, step.epoch) for step in history.steps] == [(step, 1) for step in range(steps, 2 * steps)]
 
 
 def test_nothing_is_compiled_again_after_the_first_step(data, monkeypatch):
@@ -202,7 +227,7 @@ def test_nothing_is_compiled_again_after_the_first_step(data, monkeypatch):
     assert [step._cache_size() for step in compiled] == [1]
 
 
-def test_the_second_half_of_a_pytorch_run_is_pytorchs(data):
+def test_the_second_half_of_a_pytorch_run_is_pytorchs(data, tmp_path):
     """fit() takes the run over with weights, momentum, schedule and order of the images: the end is where PyTorch alone would have come to."""
     module = torch_twin()
     few = dataclasses.replace(data.train, images=data.train.images[:320], labels=data.train.labels[:320])
@@ -216,19 +241,23 @@ def test_the_second_half_of_a_pytorch_run_is_pytorchs(data):
             reference.train(module, torch_epoch(few, config, epoch), optimizer, scheduler, label_smoothing=config.label_smoothing)
 
     go_on(range(2))
-    state_map = StateMap(CONFIG, LAYOUTS["torchvision"])
-    record = read(plain(optimizer.state_dict()), state_map)
+    reference.save_checkpoint(tmp_path / "run.pth", module, optimizer, scheduler, epoch=1, step=2 * steps)
     with jax.enable_x64(True):
-        models = {name: from_torch(torch_state(module)) for name in ("with its momentum", "without")}
-        with_momentum = train.fit(models["with its momentum"], few, config, start_epoch=2, optimizer_state=record, progress=False)
-        train.fit(models["without"], few, config, start_epoch=2, progress=False)
-        states = {name: to_torch(model) for name, model in models.items()}
+        model, run = load_run(tmp_path / "run.pth")
+        without = from_torch(torch_state(module))
+        history = train.fit(model, few, config, run=run, progress=False)
+        forgotten = dataclasses.replace(run.optimizer, tensors={"momentum_buffer": {}})
+        train.fit(without, few, config, run=dataclasses.replace(run, optimizer=forgotten), progress=False)
+        ours, ours_without = to_torch(model), to_torch(without)
     go_on(range(2, 4))
     truth = torch_state(module)
-    assert worst(states["with its momentum"], truth) <= TOLERANCE
-    assert worst(states["without"], truth) >= CONTROL
-    assert with_momentum.optimizer_state is not None
-    back = write(with_momentum.optimizer_state, state_map)
+    assert worst(ours, truth) <= TOLERANCE
+    assert worst(ours_without, truth) >= CONTROL
+    assert [step.step for step in history.steps] == list(range(2 * steps, 4 * steps))
+    assert history.run is not None
+    assert history.run.schedule is not None
+    assert (history.run.epochs, history.run.steps, history.run.schedule.position) == (4, 4 * steps, 4 * steps)
+    back = write(history.run.optimizer, StateMap(CONFIG, LAYOUTS["torchvision"]))
     for number, tensors in optimizer.state_dict()["state"].items():
         assert distance(back["state"][number]["momentum_buffer"], tensors["momentum_buffer"].numpy()) <= TOLERANCE
     for ours, theirs in zip(back["param_groups"], optimizer.param_groups, strict=True):
@@ -237,11 +266,11 @@ def test_the_second_half_of_a_pytorch_run_is_pytorchs(data):
 
 
 def test_cache_size_counts_a_second_batch_size(data):
-    optimizer = sgd_direction()
+    optimizer = sgd()
     graphdef, state = split(from_torch(torch_twin().float()), optimizer)
     train_step = make_train_step(graphdef, optimizer)
     for size in (8, 8, 9):
-        state, _ = train_step(state, data.train.normalised(slice(size)), data.train.labels[:size], 0.1)
+        state, _ = train_step(state, data.train.normalised(slice(size)), data.train.labels[:size], same_rate(0.1))
     assert train_step._cache_size() == 2
 
 
@@ -274,28 +303,6 @@ def test_cross_entropy_matches_torch(smoothing):
         assert float(cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing + 0.01)) != pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize(("warmup", "total", "factor"), [(0, 10, 0.1), (1, 10, 0.1), (5, 20, 0.25), (22, 132, 0.1), (100, 5000, 1 / 3)])
-def test_schedule_matches_torch_at_every_step(warmup, total, factor):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-    scheduler = reference.warmup_cosine(optimizer, warmup_steps=warmup, total_steps=total, warmup_factor=factor)
-    theirs = []
-    for _ in range(total + 1):
-        theirs.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    schedule = WarmupCosine(peak=0.3, warmup_steps=warmup, total_steps=total, warmup_factor=factor)
-    ours = [schedule(step) for step in range(total + 1)]
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.3e-12)
-    one_late = [schedule(max(step - 1, 0)) for step in range(total + 1)]
-    assert np.max(np.abs(np.subtract(one_late, theirs))) > 0.3e-9
-
-
-@pytest.mark.parametrize("step", [-1, 21])
-def test_schedule_refuses_steps_outside_the_run(step):
-    with pytest.raises(ValueError, match=r"outside the schedule's 0\.\.20"):
-        SCHEDULE(step)
-
-
 def test_the_same_tensors_decay_in_both_frameworks():
     twin = torch_twin()
     state_map = StateMap(CONFIG, LAYOUTS["torchvision"])
@@ -314,21 +321,23 @@ def test_a_torch_run_resumes_bit_for_bit_from_its_checkpoint(data, tmp_path):
         optimizer = reference.sgd(model, 0.1)
         return model, optimizer, reference.warmup_cosine(optimizer, warmup_steps=2, total_steps=8)
 
-    first = list(itertools.islice(torch_epoch(data.train, SETTINGS, 0), 8))
+    few = dataclasses.replace(data.train, images=data.train.images[:128], labels=data.train.labels[:128])
     whole, optimizer, scheduler = start()
-    reference.train(whole, first, optimizer, scheduler)
+    for epoch in range(2):
+        reference.train(whole, torch_epoch(few, SETTINGS, epoch), optimizer, scheduler)
 
     half, optimizer, scheduler = start()
-    reference.train(half, first[:4], optimizer, scheduler)
+    reference.train(half, torch_epoch(few, SETTINGS, 0), optimizer, scheduler)
     path = tmp_path / "run.pth"
-    reference.save_checkpoint(path, half, optimizer, scheduler, epoch=1, step=4, args={"batch_size": 32})
+    reference.save_checkpoint(path, half, optimizer, scheduler, epoch=0, step=4, args={"batch_size": 32})
     checkpoint = torch.load(path, weights_only=True)
     assert set(checkpoint) == {"model", "optimizer", "lr_scheduler", "epoch", "step", "args"}
     resumed, optimizer, scheduler = start()
     resumed.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     scheduler.load_state_dict(checkpoint["lr_scheduler"])
-    steps = reference.train(resumed, first[4:], optimizer, scheduler, first_step=checkpoint["step"])
+    second = torch_epoch(few, SETTINGS, checkpoint["epoch"] + 1)
+    steps = reference.train(resumed, second, optimizer, scheduler, first_step=checkpoint["step"])
     assert [step.step for step in steps] == [4, 5, 6, 7]
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
     assert load(path).config == CONFIG

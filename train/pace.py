@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flax_resblock.convert import LAYOUTS, StateMap
-from flax_resblock.convert.optimizer import Group, fresh
+from flax_resblock.convert.optimizer import fresh
 from flax_resblock.convert.run import Run
 from flax_resblock.convert.schedule import ScheduleState, scheduled
 from flax_resblock.optimizers import moving
@@ -52,7 +52,7 @@ def at(run: Run, position: int) -> Run:
     if run.schedule is None:
         return run
     schedule = run.schedule.schedule
-    groups = tuple(Group(scheduled(group.options, schedule, position), group.paths) for group in run.optimizer.groups)
+    groups = tuple(replace(group, options=scheduled(group.options, schedule, position)) for group in run.optimizer.groups)
     return replace(run, optimizer=replace(run.optimizer, groups=groups), schedule=replace(run.schedule, position=position))
 
 

@@ -13,8 +13,11 @@ from rich.table import Table
 
 from flax_resblock.architecture import Kind, name_of, to_json, walk
 from flax_resblock.checkpoint.atomic import replacing
-from flax_resblock.cli.common import Checkpoint, ReadingFlags, megabytes, output, print_notes, print_table, status
+from flax_resblock.cli.common import Checkpoint, ReadingFlags, megabytes, optimizer_left_out, output, print_notes, print_table, status
+from flax_resblock.convert.optimizer import KINDS
+from flax_resblock.convert.schedule import describe
 from flax_resblock.convert.source import Source
+from flax_resblock.errors import CheckpointError, MissingDependencyError
 
 _NEAR_EPS = 10
 """A running variance below this many eps makes the result depend on eps itself."""
@@ -61,8 +64,24 @@ def report(source: Source) -> dict[str, Any]:
         "notes": list(source.notes),
         "unhealthy": source.unhealthy,
         "other_entries": {key: _brief(value) for key, value in source.record.extras.items()},
+        "run": _run(source),
         "norms": list(norm_health(source)),
     }
+
+
+def _run(source: Source) -> dict[str, str]:
+    """What a training run in the checkpoint is, and whether it can go on; empty where there is none."""
+    if optimizer_left_out(source) is None:
+        return {}
+    try:
+        run = source.run()
+    except CheckpointError as error:
+        return {"problem": f"its training run cannot go on in JAX: {error}"}
+    first = {name: value for name, value in run.optimizer.groups[0].options.items() if name in KINDS[run.optimizer.kind].options}
+    facts = {"run": f"{run.optimizer.notes[0]}; of the first: {', '.join(f'{name} {value}' for name, value in first.items())}"}
+    counters = [f"{name} {count}" for name, count in (("step", run.steps), ("epoch", run.epochs)) if count is not None]
+    facts["at"] = ", ".join([*counters, *([] if run.schedule is None else [describe(run.schedule)])]) or "an unknown step"
+    return facts | ({"problem": f"no schedule: {run.problem}"} if run.problem else {})
 
 
 def _brief(value: Any) -> str:
@@ -70,8 +89,7 @@ def _brief(value: Any) -> str:
         return repr(value)[:80]
     if isinstance(value, Mapping) and "param_groups" in value:
         groups = value["param_groups"]
-        settings = {k: v for k, v in groups[0].items() if k != "params" and v is not None} if groups else {}
-        return f"optimizer state, {len(groups)} parameter group(s), {len(value.get('state', {}))} tensors' buffers: {settings}"[:200]
+        return f"optimizer state, {len(groups)} param group{'s' if len(groups) != 1 else ''}, buffers of {len(value.get('state', {}))} tensors"
     if isinstance(value, Mapping | list | tuple):
         return f"{type(value).__name__} of {len(value)}"
     return type(value).__name__
@@ -87,7 +105,10 @@ def inspect(checkpoint: Checkpoint, reading: ReadingFlags, json_file: Path | Non
       norms: List every batch norm, not only those worth a remark.
     """
     with status.status(f"reading {checkpoint}"):
-        source = reading.open(checkpoint)
+        try:
+            source = reading.open(checkpoint, run=True)
+        except MissingDependencyError:
+            source = reading.open(checkpoint)  # the run lies in files of PyTorch beside weights that are not
         facts = report(source)
     config, tensors = facts["config"], facts["tensors"]
     output.print(f"[bold]{facts['architecture']}[/]  {checkpoint}", soft_wrap=True)
@@ -102,6 +123,8 @@ def inspect(checkpoint: Checkpoint, reading: ReadingFlags, json_file: Path | Non
     for name, text in facts["other_entries"].items():
         output.print(f"  also has {name}: {text}", markup=False, soft_wrap=True)
     print_notes(source.notes)
+    for what, text in facts["run"].items():
+        output.print(f"  {what:<9}{text}", style="yellow" if what == "problem" else "", markup=False, soft_wrap=True)
     for problem in source.unhealthy:
         output.print(f"  problem {problem}", style="bold red", markup=False)
     _print_norms([norm for norm in facts["norms"] if norms or norm["remark"]], len(facts["norms"]))

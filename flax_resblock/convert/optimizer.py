@@ -52,10 +52,12 @@ class Group:
     Attributes:
       options: As torch has them, in torch's order.
       paths: Flax paths of its parameters, in torch's order.
+      named: Whether torch knows its parameters by name, ``torch.optim.SGD(model.named_parameters())``.
     """
 
     options: Mapping[str, Any]
     paths: tuple[Path, ...]
+    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,11 @@ def read(state: Mapping[str, Any], state_map: StateMap, *, kind: str | None = No
             )
         notes.append(f"no {name} yet, as before the first step; it starts at zero")
     made = tuple(
-        Group({name: value for name, value in group.items() if name not in ("params", "param_names")}, tuple(entries[key].flax_path for key in names))
+        Group(
+            {name: value for name, value in group.items() if name not in ("params", "param_names")},
+            tuple(entries[key].flax_path for key in names),
+            named="param_names" in group,
+        )
         for group, names in zip(groups, keys, strict=True)
     )
     return OptimizerState(kind, made, tensors, steps, tuple(notes))
@@ -208,7 +214,8 @@ def write(state: OptimizerState, state_map: StateMap) -> dict[str, Any]:
     groups: list[dict[str, Any]] = []
     number = 0
     for group in state.groups:
-        groups.append({**group.options, "params": list(range(number, number + len(group.paths)))})
+        names = {"param_names": [entries[path].torch_key for path in group.paths]} if group.named else {}
+        groups.append({**names, **group.options, "params": list(range(number, number + len(group.paths)))})
         for path in group.paths:
             entry = entries[path]
             found: dict[str, Any] = {}

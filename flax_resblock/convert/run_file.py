@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def pack(run: Run, state_map: StateMap) -> tuple[dict[str, np.ndarray], dict[str
     counter = next(iter(record.steps.values()), None)
     content = {
         "optimizer": record.kind,
-        "groups": [{"options": group.options, "parameters": [entries[path].torch_key for path in group.paths]} for group in record.groups],
+        "groups": [
+            {"options": group.options, "parameters": [entries[path].torch_key for path in group.paths], "named": group.named} for group in record.groups
+        ],
         "count": None if counter is None else {"value": float(counter), "dtype": counter.dtype.name},
         "schedule": None if run.schedule is None else scheduling.write(run.schedule, [group.options for group in record.groups]),
         "per_epoch": run.schedule is not None and run.schedule.per_epoch,
@@ -93,11 +96,14 @@ def unpack(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], state
         if schedule is not None:
             schedule = ScheduleState(*scheduling.read(schedule, groups, source=source), content["per_epoch"])
         steps, epochs, settings = content["steps"], content["epochs"], content["settings"]
+        named = [bool(group["named"]) for group in content["groups"]]
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{source}: its record of the training run is damaged ({type(error).__name__}: {error}). {WEIGHTS_ONLY}") from error
     record = optimizers.read({"state": state, "param_groups": groups}, state_map, kind=kind, source=f"{source}, its optimizer")
+    restored = tuple(replace(group, named=name) for group, name in zip(record.groups, named, strict=True))
+    record = replace(record, groups=restored)
     found = [Found("optimizer", record.notes[0], True)]
     if schedule is not None:
         found.append(Found("schedule", scheduling.describe(schedule), True))
