@@ -227,7 +227,8 @@ def test_nothing_is_compiled_again_after_the_first_step(data, monkeypatch):
     assert [step._cache_size() for step in compiled] == [1]
 
 
-def test_the_second_half_of_a_pytorch_run_is_pytorchs(data, tmp_path):
+@pytest.mark.parametrize(("epoch", "batch"), [(2, 0), (1, 3)], ids=["after an epoch", "within an epoch"])
+def test_the_rest_of_a_pytorch_run_is_pytorchs(epoch, batch, data, tmp_path):
     """fit() takes the run over with weights, momentum, schedule and order of the images: the end is where PyTorch alone would have come to."""
     module = torch_twin()
     few = dataclasses.replace(data.train, images=data.train.images[:320], labels=data.train.labels[:320])
@@ -236,12 +237,14 @@ def test_the_second_half_of_a_pytorch_run_is_pytorchs(data, tmp_path):
     optimizer = reference.sgd(module, config.learning_rate)
     scheduler = reference.warmup_cosine(optimizer, warmup_steps=round(config.warmup_epochs * steps), total_steps=config.epochs * steps)
 
-    def go_on(epochs):
-        for epoch in epochs:
-            reference.train(module, torch_epoch(few, config, epoch), optimizer, scheduler, label_smoothing=config.label_smoothing)
+    every = itertools.chain.from_iterable(torch_epoch(few, config, number) for number in range(config.epochs))
+    done = epoch * steps + batch
 
-    go_on(range(2))
-    reference.save_checkpoint(tmp_path / "run.pth", module, optimizer, scheduler, epoch=1, step=2 * steps)
+    def go_on(count):
+        reference.train(module, itertools.islice(every, count), optimizer, scheduler, label_smoothing=config.label_smoothing)
+
+    go_on(done)
+    reference.save_checkpoint(tmp_path / "run.pth", module, optimizer, scheduler, epoch=epoch - 1, step=done)
     with jax.enable_x64(True):
         model, run = load_run(tmp_path / "run.pth")
         without = from_torch(torch_state(module))
@@ -249,11 +252,11 @@ def test_the_second_half_of_a_pytorch_run_is_pytorchs(data, tmp_path):
         forgotten = dataclasses.replace(run.optimizer, tensors={"momentum_buffer": {}})
         train.fit(without, few, config, run=dataclasses.replace(run, optimizer=forgotten), progress=False)
         ours, ours_without = to_torch(model), to_torch(without)
-    go_on(range(2, 4))
+    go_on(4 * steps - done)
     truth = torch_state(module)
     assert worst(ours, truth) <= TOLERANCE
     assert worst(ours_without, truth) >= CONTROL
-    assert [step.step for step in history.steps] == list(range(2 * steps, 4 * steps))
+    assert [step.step for step in history.steps] == list(range(done, 4 * steps))
     assert history.run is not None
     assert history.run.schedule is not None
     assert (history.run.epochs, history.run.steps, history.run.schedule.position) == (4, 4 * steps, 4 * steps)

@@ -14,10 +14,13 @@ from sklearn.datasets import load_digits
 import train
 import train.loop
 from flax_resblock import ResidualBlock, ResNetConfig, from_torch, to_torch
+from flax_resblock.convert.schedule import ScheduleState
 from flax_resblock.errors import InputError
+from flax_resblock.schedules import OneCycleLR, Phase
 from torch_ref import ResNet as TorchResNet
 from train.config import TrainConfig
 from train.data import Dataset, batches, digits, epoch_order, steps_per_epoch
+from train.pace import Pace, new_run
 
 CONFIG = ResNetConfig(depths=(1, 1), widths=(8, 12), stem="cifar", stem_width=8, in_channels=1, num_classes=10)
 SETTINGS = TrainConfig(model=CONFIG, epochs=2, batch_size=32, warmup_epochs=0.5, label_smoothing=0.1)
@@ -65,6 +68,14 @@ def test_batches_depend_on_seed_and_epoch_alone(data):
     assert np.array_equal(np.concatenate([batch.indices for batch in one]), epoch_order(len(data.train), seed=5, epoch=3)[:1400])
 
 
+def test_an_epoch_taken_up_in_the_middle_has_the_same_batches_left(data):
+    one = list(batches(data.train, 100, seed=5, epoch=3))
+    for first in (0, 6, 13, 14):
+        left = list(batches(data.train, 100, seed=5, epoch=3, first=first))
+        assert len(left) == len(one) - first
+        assert all(np.array_equal(a.indices, b.indices) for a, b in zip(left, one[first:], strict=True))
+
+
 def test_every_epoch_and_seed_has_another_order():
     orders = {(seed, epoch): epoch_order(500, seed=seed, epoch=epoch) for seed in range(3) for epoch in range(3)}
     assert all(np.array_equal(np.sort(order), np.arange(500)) for order in orders.values())
@@ -107,14 +118,28 @@ def test_nesterov_without_momentum_is_refused():
         dataclasses.replace(SETTINGS, momentum=0.0)
 
 
+def test_a_run_that_cannot_go_on_here_is_refused(data):
+    model = train.new_model(SETTINGS)
+    steps = steps_per_epoch(data.train, SETTINGS.batch_size)
+    begun = new_run(SETTINGS, steps)
+    with pytest.raises(InputError, match="the run is over: it is at step 88, and its 2 epochs of 44 steps end at 88"):
+        train.fit(model, data.train, SETTINGS, run=Pace.of(begun, steps).after(2 * steps), progress=False)
+    with pytest.raises(InputError, match="the run is over: it is at step 88"):
+        train.fit(model, data.train, SETTINGS, run=dataclasses.replace(begun, steps=None, epochs=2), progress=False)
+    another = new_run(dataclasses.replace(SETTINGS, model=dataclasses.replace(CONFIG, depths=(1, 2))), steps)
+    with pytest.raises(InputError, match=r"the run's optimizer is another model's: stage2\.1\.\S+, .* are only on one side"):
+        train.fit(model, data.train, SETTINGS, run=another, progress=False)
+    one_cycle = OneCycleLR(80, (Phase(20.0, "lr", "lr", "momentum", "momentum"), Phase(79.0, "lr", "lr", "momentum", "momentum")), "cos", True, False)
+    with pytest.raises(InputError, match="the one-cycle schedule of this run ends at its step 80, but epochs=2 would take it to 87"):
+        train.fit(model, data.train, SETTINGS, run=dataclasses.replace(begun, schedule=ScheduleState(one_cycle, 0)), progress=False)
+
+
 def test_misfits_are_refused(data):
     model = train.new_model(SETTINGS)
     with pytest.raises(InputError, match=r"replace\(config, model=model\.config\)"):
         train.fit(model, data.train, TrainConfig(), progress=False)
     with pytest.raises(InputError, match="batch_size=2000 must be from 1 to the 1437 images of digits/train"):
         train.fit(model, data.train, dataclasses.replace(SETTINGS, batch_size=2000), progress=False)
-    with pytest.raises(InputError, match="start_epoch=2 must be at least 0 and below epochs=2"):
-        train.fit(model, data.train, SETTINGS, start_epoch=2, progress=False)
     with pytest.raises(InputError, match="knows 10 classes; digits/train has images of 1 channels in 11 classes"):
         train.fit(model, dataclasses.replace(data.train, num_classes=11), SETTINGS, progress=False)
     with pytest.raises(InputError, match="a bare block"):
