@@ -210,10 +210,12 @@ def record_of(record: OptimizerState, state: Any) -> OptimizerState:
       state: State of :func:`optimizer_of`.
     """
     tensors: dict[str, dict[Path, np.ndarray]] = {}
+    kept = {path for group in record.groups for path in group.paths if record.kind != "sgd" or group.options["momentum"]}
     for name, before in record.tensors.items():
         now: dict[Path, np.ndarray] = {}
         _each(lambda path, leaf, now=now: now.update({path: np.asarray(leaf)}), getattr(state, _SLOTS[name]))
-        tensors[name] = {path: value for path, value in now.items() if path in before or np.any(value)}  # torch makes a buffer at the first step
+        stepped = bool(before) or (any(map(np.any, now.values())) if record.kind == "sgd" else int(state.count) > 0)  # torch makes them at the first step
+        tensors[name] = {path: value for path, value in now.items() if stepped and (path in kept or path in before)}
     steps: dict[Path, np.ndarray] = {}
     if record.kind != "sgd":
         like = next(iter(record.steps.values()), np.zeros((), np.float32))

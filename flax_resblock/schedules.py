@@ -93,7 +93,7 @@ class MultiStepLR(Scaled):
     gamma: float
 
     def share(self, step: int) -> float:
-        return self.gamma ** sum(0 < milestone <= step for milestone in self.milestones)
+        return self.gamma ** sum(0 <= milestone <= step for milestone in self.milestones)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class PolynomialLR(Scaled):
     power: float
 
     def share(self, step: int) -> float:
-        return (1 - min(step, self.total_iters) / self.total_iters) ** self.power
+        return (1 - min(step, self.total_iters) / self.total_iters) ** self.power if self.total_iters else 1.0  # torch does nothing where it is 0
 
     @property
     def length(self) -> int:

@@ -70,6 +70,7 @@ SCHEDULERS: dict[str, Make] = {
     "linear up": LINEAR,
     "linear down": partial(LinearLR, start_factor=0.9, end_factor=0.1, total_iters=30),
     "exponential": partial(ExponentialLR, gamma=0.9),
+    "multi-step from the start": partial(MultiStepLR, milestones=[0, 4], gamma=0.3),
     "polynomial": partial(PolynomialLR, total_iters=17, power=2.5),
     "cosine down and up again": partial(CosineAnnealingLR, T_max=12, eta_min=0.002),
     "cosine down to 0": partial(CosineAnnealingLR, T_max=STEPS),
@@ -218,11 +219,11 @@ whole = st.integers(1, 15)
 share = st.floats(0.05, 0.99)
 SINGLE = st.one_of(
     st.builds(partial, st.just(StepLR), step_size=whole, gamma=share),
-    st.builds(partial, st.just(MultiStepLR), milestones=st.lists(whole, max_size=5), gamma=share),
+    st.builds(partial, st.just(MultiStepLR), milestones=st.lists(st.integers(0, 15), max_size=5), gamma=share),
     st.builds(partial, st.just(ConstantLR), factor=share, total_iters=whole),
     st.builds(partial, st.just(LinearLR), start_factor=share, end_factor=share, total_iters=whole),
     st.builds(partial, st.just(ExponentialLR), gamma=share),
-    st.builds(partial, st.just(PolynomialLR), total_iters=whole, power=st.floats(0.5, 3)),
+    st.builds(partial, st.just(PolynomialLR), total_iters=st.integers(0, 15), power=st.floats(0.5, 3)),
     st.builds(partial, st.just(CosineAnnealingLR), T_max=whole, eta_min=st.floats(0, 0.05)),
 )
 ONE_CYCLE = st.builds(
@@ -354,16 +355,32 @@ def lambda_lr(optimizer: torch.optim.Optimizer) -> LRScheduler:
     return torch_schedules.LambdaLR(optimizer, lambda step: 0.9**step)
 
 
+class Held(LRScheduler):
+    """Exponential, after a while."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, gamma: float = 0.9, hold: int = 3) -> None:
+        self.gamma, self.hold = gamma, hold
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        return [base * self.gamma ** max(0, self.last_epoch - self.hold) for base in self.base_lrs]
+
+
 REFUSED: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], str]] = {
-    "LambdaLR": (lambda_lr, "LambdaLR keeps its function in the program, not in the file"),
-    "LambdaLR after a warm-up": (sequence([5], LINEAR, lambda_lr), "LambdaLR keeps its function in the program"),
+    "LambdaLR": (lambda_lr, r"LambdaLR \(or MultiplicativeLR\) keeps its function in the program, not in the file"),
+    "LambdaLR after a warm-up": (sequence([5], LINEAR, lambda_lr), "keeps its function in the program"),
     "ReduceLROnPlateau": (torch_schedules.ReduceLROnPlateau, "ReduceLROnPlateau depends on what was measured, not on the step"),
     "CosineAnnealingWarmRestarts": (partial(torch_schedules.CosineAnnealingWarmRestarts, T_0=4), "CosineAnnealingWarmRestarts has no counterpart here"),
     "CyclicLR": (partial(torch_schedules.CyclicLR, base_lr=0.1, max_lr=0.4), "CyclicLR has no counterpart here"),
     "ChainedScheduler": (
         lambda optimizer: torch_schedules.ChainedScheduler([LINEAR(optimizer), ExponentialLR(optimizer, 0.9)]),
-        "no learning-rate scheduler with a counterpart here: it has _last_lr, _schedulers",
+        "ChainedScheduler has no counterpart here",
     ),
+    "SWALR": (partial(torch.optim.swa_utils.SWALR, swa_lr=0.01), "SWALR has no counterpart here"),
+    "a sequence in a sequence": (sequence([8], sequence([2], LINEAR, partial(ConstantLR, total_iters=3)), LINEAR), "a SequentialLR inside a SequentialLR"),
+    "one cycle in a sequence": (sequence([8], partial(OneCycleLR, max_lr=1.0, total_steps=10), LINEAR), "a OneCycleLR inside a SequentialLR"),
+    "a constant of no steps after a warm-up": (sequence([5], LINEAR, partial(ConstantLR, total_iters=0)), "a ConstantLR of 0 steps after another"),
+    "a scheduler of one's own with torch's field": (Held, "no learning-rate scheduler with a counterpart here: it has gamma, hold"),
     "another object's state": (lambda optimizer: optimizer, "no learning-rate scheduler with a counterpart here: it has param_groups, state"),
 }
 
@@ -380,6 +397,21 @@ def test_a_scheduler_without_counterpart_is_refused_by_name(name):
     make, words = REFUSED[name]
     optimizer = two_rates()
     assert_refused(make(optimizer).state_dict(), options_of(optimizer), words)
+
+
+def test_rates_that_the_scheduler_did_not_begin_with_are_refused():
+    optimizer = two_rates()
+    state = ExponentialLR(optimizer, 0.9).state_dict()
+    groups = [{**group, "initial_lr": 0.5, "lr": 0.5} for group in options_of(optimizer)]
+    assert_refused(state, groups, r"scales the learning rates \[0\.1, 0\.03\], but the optimizer began with \[0\.5, 0\.5\]")
+
+
+def test_a_rate_that_is_no_number_is_refused():
+    optimizer = two_rates()
+    scheduler = ExponentialLR(optimizer, 0.9)
+    optimizer.step()
+    scheduler.step()
+    assert_refused({**scheduler.state_dict(), "gamma": float("nan")}, options_of(optimizer), "the learning rate nan at its step 1")
 
 
 def test_a_rate_changed_by_hand_is_refused_with_both_rates():

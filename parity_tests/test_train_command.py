@@ -161,7 +161,7 @@ def test_a_schedule_without_counterpart_needs_a_word(folder, capsys):
     size = ["--batch-size", str(runs.BATCH), "--epochs", "2"]
     assert command(["train", "--resume", str(path), *size]) == 2
     error = capsys.readouterr().err
-    assert "LambdaLR keeps its function in the program, not in the file. Say --schedule constant" in error
+    assert "keeps its function in the program, not in the file. Say --schedule constant" in error
     for schedule in ("constant", "warmup-cosine"):
         assert command(["train", "--resume", str(path), "--schedule", schedule, "--out", schedule, *size]) == 0
     assert "0.025, 0.025, constant" in capsys.readouterr().out

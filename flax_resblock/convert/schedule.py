@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
@@ -23,14 +23,18 @@ _FIELDS: Mapping[type[Schedule], tuple[str, ...]] = MappingProxyType(
         schedules.ExponentialLR: ("gamma",),
     }
 )
-"""Schedules whose fields are entries of the state dict; the first whose entries are all there is the one."""
+"""Schedules whose fields are entries of the state dict."""
+
+_COMMON = frozenset({"base_lrs", "last_epoch", "verbose", "_step_count", "_is_initial", "_get_lr_called_within_step", "_last_lr"})
+"""Entries that every scheduler may have."""
+_ONE_CYCLE = frozenset({"total_steps", "_schedule_phases", "_anneal_func_type", "anneal_func", "cycle_momentum", "use_beta1"})
 
 _WITHOUT_COUNTERPART: Mapping[str, str] = MappingProxyType(
     {
-        "lr_lambdas": "LambdaLR keeps its function in the program, not in the file",
+        "lr_lambdas": "LambdaLR (or MultiplicativeLR) keeps its function in the program, not in the file",
         "patience": "ReduceLROnPlateau depends on what was measured, not on the step",
         "T_0": "CosineAnnealingWarmRestarts has no counterpart here",
-        "swa_lrs": "SWALR has no counterpart here",
+        "_anneal_strategy": "SWALR has no counterpart here",
         "max_lrs": "CyclicLR has no counterpart here",
     }
 )
@@ -71,10 +75,10 @@ def read(state: Mapping[str, Any], groups: Sequence[Options], *, source: str = "
       CheckpointError: A scheduler without counterpart, a damaged state, or rates that are not on the schedule.
     """
     try:
-        schedule, position = _schedule(state, source), int(state["last_epoch"])
+        schedule, position = _schedule(state, groups, source), int(state["last_epoch"])
         for number, group in enumerate(groups):
             expected, found = schedule.rate(position, group), float(group["lr"])
-            if abs(expected - found) > _NEAR * max(abs(expected), base_rate(group)):
+            if not abs(expected - found) <= _NEAR * max(abs(expected), base_rate(group)):
                 raise CheckpointError(
                     f"{source} gives param group {number} the learning rate {expected:.9g} at its step {position}, but the optimizer has {found:.9g}: it was "
                     "changed by other means than the schedule."
@@ -86,23 +90,44 @@ def read(state: Mapping[str, Any], groups: Sequence[Options], *, source: str = "
     return schedule, position
 
 
-def _schedule(state: Mapping[str, Any], source: str) -> Schedule:
+def _schedule(state: Mapping[str, Any], groups: Sequence[Options], source: str) -> Schedule:
     for marker, why in _WITHOUT_COUNTERPART.items():
         if marker in state:
             raise CheckpointError(f"{source}: {why}.")
-    if "_milestones" in state:
-        return SequentialLR(tuple(_schedule(part, source) for part in state["_schedulers"]), tuple(int(step) for step in state["_milestones"]))
-    if "_schedule_phases" in state:
+    if "_schedulers" in state:
+        return _sequence(state, groups, source)
+    schedule = _simple(state, state.keys() - _COMMON, source)
+    bases = [float(base) for base in state["base_lrs"]]
+    if bases != [base_rate(group) for group in groups]:
+        raise CheckpointError(f"{source} scales the learning rates {bases}, but the optimizer began with {[base_rate(group) for group in groups]}.")
+    return schedule
+
+
+def _simple(state: Mapping[str, Any], own: Set[str], source: str) -> Schedule:
+    """A schedule that has no others in it, by the entries that are its own."""
+    if "_schedule_phases" in own and own <= _ONE_CYCLE:
         phases = tuple(Phase(**phase) for phase in state["_schedule_phases"])
         anneal = {"cos": "cos", "linear": "linear"}[state["_anneal_func_type"]]
         return OneCycleLR(int(state["total_steps"]), phases, anneal, bool(state["cycle_momentum"]), bool(state.get("use_beta1")))
-    if {"milestones", "gamma"} <= state.keys():
+    if own == {"milestones", "gamma"}:
         counts = {int(step): int(count) for step, count in state["milestones"].items()}
         return MultiStepLR(tuple(sorted(step for step, count in counts.items() for _ in range(count))), float(state["gamma"]))
     for kind, fields in _FIELDS.items():
-        if set(fields) <= state.keys():
+        if own == set(fields):
             return kind(**{name: state[name] for name in fields})
-    raise CheckpointError(f"{source} is no learning-rate scheduler with a counterpart here: it has {some(sorted(map(str, state)))}.")
+    raise CheckpointError(f"{source} is no learning-rate scheduler with a counterpart here: it has {some(sorted(map(str, own))) or 'nothing of its own'}.")
+
+
+def _sequence(state: Mapping[str, Any], groups: Sequence[Options], source: str) -> SequentialLR:
+    if "_milestones" not in state:
+        raise CheckpointError(f"{source}: ChainedScheduler has no counterpart here.")
+    members = tuple(_schedule(part, groups, source) for part in state["_schedulers"])
+    for number, member in enumerate(members):
+        if isinstance(member, SequentialLR | OneCycleLR):
+            raise CheckpointError(f"{source}: a {type(member).__name__} inside a SequentialLR has no counterpart here.")
+        if number and getattr(member, "total_iters", 1) == 0:
+            raise CheckpointError(f"{source}: a {type(member).__name__} of 0 steps after another schedule has no counterpart here.")
+    return SequentialLR(members, tuple(int(step) for step in state["_milestones"]))
 
 
 def scheduled(options: Options, schedule: Schedule, position: int) -> dict[str, Any]:
