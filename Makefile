@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help setup demo test test-all lint bench clean
+.PHONY: help setup demo test test-all lint bench decorrelation clean
 
 help:
 	@echo "make demo      the whole story on handwritten digits, under two minutes"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-all  every test"
 	@echo "make lint      ruff and pyright"
 	@echo "make bench     conversion against a plain copy"
+	@echo "make decorrelation   how long float32 runs stay together, docs/decorrelation.png"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flax-resblock needs Python 3.11 or newer; say which with make PYTHON=python3.12")'
@@ -38,6 +39,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/convert.py
+
+decorrelation: $(STAMP)
+	$(BIN)/python benchmarks/decorrelation.py docs/decorrelation.png
 
 clean:
 	rm -rf $(VENV) demo_out .pytest_cache .ruff_cache .hypothesis *.egg-info

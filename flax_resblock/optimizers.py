@@ -124,8 +124,8 @@ def optimizer_of(record: OptimizerState) -> optax.GradientTransformationExtraArg
     adam, coupled = record.kind != "sgd", record.kind != "adamw"
 
     def init(params: Any) -> Any:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=zeros, nu=zeros) if adam else optax.TraceState(trace=zeros)
+        first, second = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))  # two, as a step that donates its state must not see a buffer twice
+        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=first, nu=second) if adam else optax.TraceState(trace=first)
 
     def update(updates: Any, state: Any, params: Any = None, *, learning_rates: Any = None, momenta: Any = None, **_: Any) -> Any:
         rates = [group["lr"] for group in options] if learning_rates is None else learning_rates

@@ -53,3 +53,19 @@ def test_every_quantity_and_field_of_the_json_is_documented():
     assert all(f"`{field}`" in text for field in facts["measurements"][0])
     stated = {m["quantity"].replace("isolated train", "isolated").replace("adamw", "sgd") for m in facts["measurements"]}
     assert all(f"`{quantity}`" in text for quantity in stated if not ("isolated" in quantity and quantity.split()[-1] in ("gradient", "statistics")))
+
+
+def test_the_example_of_a_moving_run_does_what_it_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (REPOSITORY / "docs" / "training-runs.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(code, "training-runs.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == re.search(r"print\(.*\)  # (.*)", code)[1]
+
+
+def test_every_schedule_that_is_carried_is_documented():
+    from flax_resblock.convert import schedule
+
+    text = (REPOSITORY / "docs" / "training-runs.md").read_text(encoding="utf-8")
+    carried = {kind.__name__ for kind in schedule._FIELDS} | {"MultiStepLR", "OneCycleLR", "SequentialLR"}
+    assert all(name in text for name in carried)

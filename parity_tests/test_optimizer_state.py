@@ -477,3 +477,11 @@ def test_flags_that_only_say_how_are_kept():
     record = read(state, MAP)
     assert isinstance(record, OptimizerState)
     assert write(record, MAP)["param_groups"][0]["foreach"] is True
+
+
+def test_a_fresh_state_can_be_donated():
+    """A compiled step donates its state: no array may be in it twice."""
+    for kind in ("sgd", "adam", "adamw"):
+        state = optimizer_of(fresh(kind, MAP)).init(nnx.state(from_torch(plain(module_of().float().state_dict())), nnx.Param))
+        pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+        assert len(set(pointers)) == len(pointers)
