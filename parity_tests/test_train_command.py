@@ -1,7 +1,8 @@
 """``flax-resblock train`` and ``convert --with-optimizer`` as a person meets them."""
 
 import json
-import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 
 from flax_resblock import checkpoint, load_run
 from flax_resblock.cli import run as command
-from parity_tests import runs
+from parity_tests import preemption, runs
 from parity_tests.test_without_torch import BLOCK_TORCH
 
 
@@ -80,6 +81,29 @@ def test_a_finished_run_goes_on_at_another_rate(folder):
     rates = [json.loads(line)["learning_rate"] for line in Path("on/metrics.jsonl").read_text().splitlines()]
     assert len(rates) == runs.STEPS
     assert 0 < rates[-1] < rates[0] < 0.01
+
+
+def test_a_run_goes_on_in_its_own_folder_and_is_not_overwritten(folder, capsys):
+    flags = ["train", "--batch-size", str(runs.BATCH), "--out", "on"]
+    assert command([*flags, "--epochs", "2", "--resume", "auto"]) == 0
+    assert command([*flags, "--epochs", "2"]) == 2
+    assert "on exists. A run is never overwritten: go on with it (--resume auto)" in capsys.readouterr().err
+    assert command([*flags, "--resume", "auto"]) == 0
+    assert "the run in on is complete" in capsys.readouterr().out
+    assert command([*flags, "--resume", "on", "--epochs", "3", "--schedule", "constant", "--keep", "2"]) == 0
+    assert sorted(path.name for path in Path("on/checkpoints").iterdir()) == ["step-00000010", "step-00000015"]
+    lines = [json.loads(line) for line in Path("on/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(3 * runs.STEPS))
+    assert json.loads(Path("on/config.json").read_text())["epochs"] == 3
+
+
+def test_a_diverging_run_names_its_last_good_checkpoint(folder, capsys):
+    flags = ["--learning-rate", "1e30", "--batch-size", str(runs.BATCH), "--save-every", "1", "--out", "wild", "--warmup-epochs", "0"]
+    assert command(["train", *flags]) == 2
+    error = capsys.readouterr().err
+    saved = re.search(r"the loss is (nan|inf) at step (\d+).*The last good checkpoint: (wild/checkpoints/step-\d+|none yet)\.", error)
+    assert saved, error
+    assert int(saved[2]) >= 1
 
 
 def test_convert_without_the_flag_says_what_stays_behind(folder, capsys):
@@ -207,16 +231,30 @@ def test_an_images_shape_that_does_not_fit_is_refused(folder, capsys):
     assert "the model takes 3 channels and knows 10 classes" in capsys.readouterr().err
 
 
-def test_an_interrupt_leaves_nothing_behind(folder):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flax_resblock", "train", "--epochs", "400"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
-    )
-    time.sleep(7)
+@pytest.mark.slow
+def test_a_run_that_is_killed_ends_bit_for_bit_where_it_would_have(folder):
+    """The short form of ``python -m parity_tests.preemption``."""
+    preemption.finished(folder / "whole")
+    truth = preemption.state(folder / "whole")
+    assert preemption.interrupted(folder / "killed", random.Random(1), int(signal.SIGKILL), most=1) == 1
+    assert preemption.differences(preemption.state(folder / "killed"), truth) == []
+    assert preemption.differences((truth[0], truth[1], truth[2][:-1]), truth) == ["number of steps"]
+
+
+def test_an_interrupt_saves_and_says_how_to_go_on(folder):
+    code = "from flax_resblock.cli import main; main()"
+    flags = ["train", "--epochs", "400", "--batch-size", "256", "--out", "out"]
+    process = subprocess.Popen([sys.executable, "-c", code, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not Path("out/metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "Traceback" not in error
-    assert list(folder.iterdir()) == []
+    step = int(re.search(r"stopped after step (\d+); out/checkpoints/step-\d+ is written. Go on with --resume auto --out out", error)[1])
+    _, run = load_run("out")
+    assert (run.steps, len(Path("out/metrics.jsonl").read_text().splitlines())) == (step, step)
 
 
 def test_a_host_without_torch_goes_on_with_a_run_in_safetensors(folder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,10 @@ from flax_resblock.resnet import Model, ResNet
 from flax_resblock.schedules import OneCycleLR
 from train.config import TrainConfig
 from train.data import Dataset, batches, steps_per_epoch
-from train.errors import TrainingError
+from train.errors import Stopped, TrainingError
 from train.pace import Pace, new_run
 from train.progress import TrainingProgress
-from train.step import make_eval_step, make_train_step, split
+from train.step import TrainState, make_eval_step, make_train_step, split
 
 EVAL_BATCH = 512
 
@@ -36,6 +36,18 @@ class Step(NamedTuple):
     loss: float
     accuracy: float
     learning_rate: float
+
+
+class Saver(Protocol):
+    """Keeps a run, as :class:`train.run_folder.RunFolder` does."""
+
+    def due(self, step: int, /) -> bool:
+        """Whether to keep the state after ``step`` steps."""
+        ...
+
+    def save(self, model: ResNet, run: Run, /) -> None:
+        """Keeps it; the values are the saver's own."""
+        ...
 
 
 class Evaluation(NamedTuple):
@@ -81,6 +93,8 @@ def fit(
     test: Dataset | None = None,
     run: Run | None = None,
     on_step: Callable[[Step], None] | None = None,
+    saver: Saver | None = None,
+    stop: Callable[[], bool] | None = None,
     progress: bool = True,
 ) -> History:
     """Trains a network in place.
@@ -95,12 +109,15 @@ def fit(
         groups have, where it has none) and its counters, which also give the order of the images. It ends after ``config.epochs`` epochs, those before
         included. None: the configured SGD and schedule from the start.
       on_step: Called after each step.
+      saver: Receives copies of model and run after the steps that it wants, after the last one, and before a stop.
+      stop: Asked after each step whether to end the run there.
       progress: Whether to show a progress bar.
     Returns:
       Loss and accuracy of every step.
     Raises:
       InputError: Model, images and configuration do not fit each other.
       TrainingError: The loss is not finite; the message names the step.
+      Stopped: ``stop`` said so; the model stays as it was.
     """
     network = _check(model, dataset, config)
     steps = steps_per_epoch(dataset, config.batch_size)
@@ -129,12 +146,23 @@ def fit(
                 bar.advance(config.batch_size, epoch=epoch, loss=step.loss, accuracy=step.accuracy)
                 if on_step is not None:
                     on_step(step)
+                stopped, done = stop is not None and stop(), number + 1
+                if saver is not None and (stopped or done == end or saver.due(done)):
+                    saver.save(*_copies(graphdef, state, pace.after(done)))
+                if stopped and done < end:
+                    raise Stopped(done)
             if test is not None:
                 history.test_accuracy.append(_evaluate(graphdef, state.params, state.stats, test.normalised(), test.labels).accuracy)
     nnx.update(network, state.params, state.stats)
     after = pace.after(end)
     history.run = replace(after, optimizer=record_of(after.optimizer, state.opt_state))
     return history
+
+
+def _copies(graphdef: nnx.GraphDef[ResNet], state: TrainState, run: Run) -> tuple[ResNet, Run]:
+    """Model and run with values of their own: the next step takes the arrays of this one."""
+    params, stats, opt_state = jax.tree.map(lambda leaf: np.array(leaf, copy=True), tuple(state))
+    return nnx.merge(graphdef, params, stats), replace(run, optimizer=record_of(run.optimizer, opt_state))
 
 
 def evaluate(model: Model, images: np.ndarray, labels: np.ndarray, *, batch_size: int = EVAL_BATCH) -> Evaluation:

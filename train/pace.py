@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +28,11 @@ def schedule_of(config: TrainConfig, steps: int) -> Schedule:
     return warmup_cosine(round(config.warmup_epochs * steps), config.epochs * steps, config.warmup_factor)
 
 
+def settings_of(config: TrainConfig) -> dict[str, object]:
+    """The configuration without the network, as a checkpoint keeps it."""
+    return {field.name: getattr(config, field.name) for field in fields(config) if field.name != "model"}
+
+
 def new_run(config: TrainConfig, steps: int) -> Run:
     """The configured run before its first step.
 
@@ -43,8 +48,7 @@ def new_run(config: TrainConfig, steps: int) -> Run:
         nesterov=config.nesterov and config.momentum > 0,
         weight_decay=config.weight_decay,
     )
-    settings = {"epochs": config.epochs, "batch_size": config.batch_size, "label_smoothing": config.label_smoothing}
-    return at(Run(record, ScheduleState(schedule_of(config, steps), 0), 0, 0, settings), 0)
+    return at(Run(record, ScheduleState(schedule_of(config, steps), 0), 0, 0, settings_of(config)), 0)
 
 
 def at(run: Run, position: int) -> Run:

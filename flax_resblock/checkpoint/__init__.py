@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.checkpoint.atomic import refuse_existing, replacing
+from flax_resblock.checkpoint.atomic import refuse_existing, remove, replacing
 from flax_resblock.checkpoint.record import Record, arrays_in, digest, digests
 from flax_resblock.errors import CheckpointError, InputError, some
 
-__all__ = ["FORMATS", "Record", "digest", "digests", "output_format", "read", "refuse_existing", "replacing", "write"]
+__all__ = ["FORMATS", "Record", "digest", "digests", "output_format", "read", "refuse_existing", "remove", "replacing", "write"]
 
 FORMATS: Mapping[str, tuple[str, ...]] = {
     "pytorch": (".pt", ".pth", ".th", ".bin", ".ckpt"),
@@ -23,8 +23,8 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
 }
 """Output formats by file name suffix; a name without suffix is a folder."""
 
-RUN_FOLDER = "checkpoint"
-"""Name of the Orbax folder inside the folder that a training run writes."""
+RUN_FOLDER = "checkpoints"
+"""Where the folder of a training run has its Orbax folders; the last by name is the newest."""
 
 DIGESTS = "sha256"
 """Metadata entry: a JSON object of tensor name to SHA-256."""
@@ -48,7 +48,7 @@ def _resolve(path: Path) -> tuple[str, Path]:
     if path.is_dir():
         from flax_resblock.checkpoint import orbax_folder
 
-        for folder in (path, path / RUN_FOLDER):
+        for folder in (path, *sorted((path / RUN_FOLDER).glob("*"), reverse=True)):
             if orbax_folder.is_orbax(folder):
                 return "orbax", folder
         for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"):

@@ -63,6 +63,16 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
             _remove(scratch)
 
 
+def remove(folder: Path) -> None:
+    """Removes a checkpoint folder: out of sight at once, and never seen half removed."""
+    aside = folder.parent / f".{folder.name}.{os.getpid()}.{_ASIDE}{_SUFFIX}"
+    try:
+        folder.rename(aside)
+    except FileNotFoundError:
+        return
+    _remove(aside)
+
+
 def _remove(folder: Path) -> None:
     """Removes a folder into which a background thread of an interrupted writer may still be writing."""
     for _ in range(_PATIENCE):
