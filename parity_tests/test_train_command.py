@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+import flax_resblock
 from flax_resblock import checkpoint, load_run
 from flax_resblock.cli import run as command
 from parity_tests import preemption, runs
 from parity_tests.test_without_torch import BLOCK_TORCH
+from torch_ref import ResNet
 
 
 @pytest.fixture
@@ -95,6 +97,28 @@ def test_a_run_goes_on_in_its_own_folder_and_is_not_overwritten(folder, capsys):
     lines = [json.loads(line) for line in Path("on/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(3 * runs.STEPS))
     assert json.loads(Path("on/config.json").read_text())["epochs"] == 3
+
+
+def test_a_network_of_a_thousand_classes_learns_ten_with_its_first_parts_frozen(folder, capsys):
+    torch.manual_seed(0)
+    module = ResNet(depths=(1, 1, 1), widths=(4, 6, 8), stem="imagenet", stem_width=4, num_classes=1000)
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.2, 3)
+    torch.save(module.state_dict(), "imagenet.pth")
+    flags = ["--epochs", "1", "--batch-size", str(runs.BATCH), "--out", "tuned"]
+    assert command(["train", "--init", "imagenet.pth", "--freeze", "stem", "stage1", *flags]) == 0
+    text = capsys.readouterr().out
+    assert "imagenet.pth has 1000 classes: the head starts afresh, with 10" in text
+    assert "grey images, repeated for the network's 3 channels" in text
+    after = flax_resblock.to_torch(flax_resblock.load("tuned"))
+    before = {key: value.numpy() for key, value in module.state_dict().items()}
+    same = {key for key in before if after[key].shape == before[key].shape and after[key].tobytes() == before[key].tobytes()}
+    assert same == {key for key in before if key.startswith(("conv1", "bn1", "layer1"))}
+    assert after["fc.weight"].shape == (10, 8)
+    assert command(["train", "--freeze", "stage9", "--out", "other"]) == 2
+    assert "freeze=('stage9',) must be some of stem, stage1, stage2, stage3, head, but not all" in capsys.readouterr().err
 
 
 def test_a_diverging_run_names_its_last_good_checkpoint(folder, capsys):
@@ -223,8 +247,6 @@ def test_bad_arguments_are_one_paragraph_with_status_2(case, folder, capsys):
 
 
 def test_an_images_shape_that_does_not_fit_is_refused(folder, capsys):
-    from torch_ref import ResNet
-
     model = ResNet(depths=(1,), widths=(4,), stem="cifar", stem_width=4, num_classes=10)
     torch.save({"model": model.state_dict(), "optimizer": torch.optim.SGD(model.parameters(), 0.1).state_dict(), "epoch": 0}, "rgb.pth")
     assert command(["train", "--resume", "rgb.pth"]) == 2

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, get_args
 
-from flax_resblock.architecture import ResNetConfig
+from flax_resblock.architecture import ResNetConfig, walk
 from flax_resblock.errors import InputError
 
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -31,6 +31,7 @@ class TrainConfig:
       warmup_epochs: Length of the linear warm-up, fewer than ``epochs``; fractions are allowed.
       warmup_factor: The warm-up starts at this share of ``learning_rate``, in (0, 1].
       label_smoothing: In [0, 1).
+      freeze: Parts that keep their parameters and running statistics: ``"stem"``, ``"stage1"`` ...
       seed: Of the initial weights and of the order of the images, 0 to 2**32 - 1.
       dtype: Of the computation in a model that :func:`train.new_model` makes. Parameters and statistics are float32, or float64 for ``"float64"``.
     Raises:
@@ -47,6 +48,7 @@ class TrainConfig:
     warmup_epochs: float = 1.0
     warmup_factor: float = 0.1
     label_smoothing: float = 0.0
+    freeze: tuple[str, ...] = ()
     seed: int = 0
     dtype: Dtype = "float32"
 
@@ -65,6 +67,8 @@ class TrainConfig:
         require("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, f"at least 0 and below epochs={self.epochs}")
         require("warmup_factor", 0 < self.warmup_factor <= 1, "above 0 and at most 1")
         require("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1")
+        parts = list(dict.fromkeys(str(slot.path[0]) for slot in walk(self.model)))
+        require("freeze", set(self.freeze) < set(parts), f"some of {', '.join(parts)}, but not all")
         require("seed", isinstance(self.seed, int) and 0 <= self.seed < 2**32, "an integer from 0 to 2**32 - 1")
         require("dtype", self.dtype in get_args(Dtype), f"one of {', '.join(get_args(Dtype))}")
 

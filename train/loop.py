@@ -125,9 +125,9 @@ def fit(
     pace, record, end = Pace.of(run, steps), run.optimizer, config.epochs * steps
     _check_run(run, network, pace, end)
     optimizer = optimizer_of(record)
-    graphdef, state = split(network, optimizer)
+    graphdef, state = split(network, optimizer, freeze=config.freeze)
     state = state._replace(opt_state=state_of(record, state.params))
-    train_step = make_train_step(graphdef, optimizer, label_smoothing=config.label_smoothing)
+    train_step = make_train_step(graphdef, optimizer, label_smoothing=config.label_smoothing, freeze=config.freeze)
     history = History()
     with TrainingProgress((end - pace.start) * config.batch_size, config.epochs, shown=progress) as bar:
         for epoch in range(pace.start // steps, config.epochs):

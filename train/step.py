@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -50,15 +50,26 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     return -jnp.mean((1 - label_smoothing) * of_label + label_smoothing * jnp.mean(log_p, axis=1))
 
 
-def split(model: ResNet, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef[ResNet], TrainState]:
-    """The model's structure and a fresh training state.
+def split(model: ResNet, optimizer: optax.GradientTransformation, *, freeze: Sequence[str] = ()) -> tuple[nnx.GraphDef[ResNet], TrainState]:
+    """The model's structure, in training mode but for the frozen parts, and a fresh training state.
 
     The state holds copies: a train step donates its input, and the model's own arrays must survive that.
 
+    Args:
+      model: Does not change.
+      optimizer: See :func:`make_train_step`.
+      freeze: Parts whose norms use their running statistics, ``"stem"``, ``"stage1"`` ...
     Raises:
       InputError: float64 values while jax's x64 mode is off; they would be narrowed silently.
     """
-    graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    graphdef, values = nnx.split(model)
+    training = nnx.merge(graphdef, values)
+    training.train()
+    for part in freeze:
+        block_or_list = getattr(training, part)
+        for module in block_or_list if isinstance(block_or_list, nnx.List) else (block_or_list,):
+            module.eval()
+    graphdef, params, stats = nnx.split(training, nnx.Param, nnx.BatchStat)
     wide = {str(leaf.dtype) for leaf in jax.tree.leaves((params, stats)) if leaf.dtype.kind == "f" and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype}
     if wide:
         raise InputError(f"the model's values are {', '.join(sorted(wide))}, which jax would narrow. Turn on jax_enable_x64, or convert to float32 first.")
@@ -66,7 +77,9 @@ def split(model: ResNet, optimizer: optax.GradientTransformation) -> tuple[nnx.G
     return graphdef, TrainState(params, stats, optimizer.init(params))
 
 
-def make_train_step(graphdef: nnx.GraphDef[ResNet], optimizer: optax.GradientTransformationExtraArgs, *, label_smoothing: float = 0.0) -> TrainStep:
+def make_train_step(
+    graphdef: nnx.GraphDef[ResNet], optimizer: optax.GradientTransformationExtraArgs, *, label_smoothing: float = 0.0, freeze: Sequence[str] = ()
+) -> TrainStep:
     """One step of training, compiled; ``(state, images, labels, rates) -> (state, metrics)``.
 
     The given state is donated: its arrays are gone after the call. ``images`` are ``(N, H, W, C)``, ``labels`` ``(N,)`` int32. New rates do not compile
@@ -76,18 +89,22 @@ def make_train_step(graphdef: nnx.GraphDef[ResNet], optimizer: optax.GradientTra
       graphdef: Structure of the model; see :func:`split`.
       optimizer: See :func:`flax_resblock.optimizers.optimizer_of`.
       label_smoothing: See :func:`cross_entropy`.
+      freeze: Parts whose parameters keep their bits.
     """
+    frozen = frozenset(freeze)
 
     def train_step(state: TrainState, images: jax.Array, labels: jax.Array, rates: Rates) -> tuple[TrainState, Metrics]:
         def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
             # copy=True: the running statistics change inside the gradient's trace, and their variables must belong to it
             model = nnx.merge(graphdef, params, state.stats, copy=True)
-            logits = model(images, use_running_average=False)
+            logits = model(images)
             return cross_entropy(logits, labels, label_smoothing), (logits, nnx.state(model, nnx.BatchStat))
 
         (loss, (logits, stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, learning_rates=rates.learning_rates, momenta=rates.momenta)
         params: Any = optax.apply_updates(state.params, updates)
+        if frozen:
+            params = jax.tree_util.tree_map_with_path(lambda keys, new, old: old if keys[0].key in frozen else new, params, state.params)
         accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels)
         return TrainState(params, stats, opt_state), Metrics(loss, accuracy)
 

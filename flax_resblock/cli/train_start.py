@@ -1,0 +1,217 @@
+"""Where a training run begins: afresh, from the weights of a checkpoint, or where another run stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from flax_resblock.architecture import ResNetConfig, name_of
+from flax_resblock.cli.common import ReadingFlags, RunFlags, output, print_found, print_notes, refuse_unhealthy, status
+from flax_resblock.convert import StateMap
+from flax_resblock.convert.run import Run
+from flax_resblock.convert.schedule import ScheduleState, describe
+from flax_resblock.convert.source import Reading, Source, interpret
+from flax_resblock.errors import InputError
+
+if TYPE_CHECKING:
+    from flax_resblock.resnet import Model
+    from train import TrainConfig
+    from train.data import Dataset
+    from train.pace import Pace
+
+
+@dataclass(frozen=True)
+class SettingFlags:
+    """Settings of the run that differ from the preset's, or from those of the run that goes on."""
+
+    epochs: int | None = None
+    """Passes over the training images, those before a resumption included."""
+    batch_size: int | None = None
+    """Images per step."""
+    learning_rate: float | None = None
+    """Peak learning rate."""
+    momentum: float | None = None
+    """Momentum of SGD."""
+    weight_decay: float | None = None
+    """Weight decay of convolution and linear kernels."""
+    warmup_epochs: float | None = None
+    """Length of the linear warm-up."""
+    label_smoothing: float | None = None
+    """Label smoothing, from 0 to below 1."""
+    freeze: tuple[str, ...] | None = None
+    """Parts that keep their parameters and running statistics: stem, stage1 and so on."""
+    seed: int | None = None
+    """Seed of the weights and of the order of the images."""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """Dtype of the computation."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that were given."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None}
+
+
+OF_NEW_RUNS = ("learning_rate", "momentum", "weight_decay", "warmup_epochs")
+"""Settings that a run which goes on brings along in its optimizer and schedule."""
+
+
+def start(
+    reading: ReadingFlags,
+    training: RunFlags,
+    settings: SettingFlags,
+    preset: TrainConfig,
+    resume: Path | None,
+    schedule: str | None,
+    dataset: Dataset,
+    allow_nonfinite: bool,
+) -> tuple[Model, Run | None, TrainConfig]:
+    """Model, run and configuration, afresh or from a checkpoint."""
+    from train import new_model
+
+    if resume is None:
+        config = _changed(preset, settings.given)
+        _wide(config.dtype == "float64")
+        return new_model(config), None, config
+    with status.status(f"reading {resume}"):
+        source = reading.open(resume, run=not training.weights_only)
+        refuse_unhealthy(source, allow_nonfinite)
+        run = None if training.weights_only else training.of(source)
+    output.print(f"[bold]{name_of(source.config)}[/]  {resume}", soft_wrap=True)
+    print_notes(source.notes)
+    config = replace(preset, model=source.config)
+    if run is None:
+        config = _changed(config, settings.given)
+    else:
+        print_found(run)
+        config, run = _going_on(run, config, settings.given, dataset, schedule)
+    with status.status("building the network"):
+        return _model_of(source, config.dtype), run, config
+
+
+def initialised(
+    path: Path, reading: ReadingFlags, settings: SettingFlags, preset: TrainConfig, dataset: Dataset, allow_nonfinite: bool
+) -> tuple[Model, TrainConfig]:
+    """Weights of a checkpoint, with a head for the classes of the data set."""
+    with status.status(f"reading {path}"):
+        source = reading.open(path)
+        refuse_unhealthy(source, allow_nonfinite)
+        config = source.config
+        if not isinstance(config, ResNetConfig):
+            raise InputError(f"{path} is a bare block; training needs a network.")
+        if config.num_classes != dataset.num_classes:
+            was = "no head" if config.num_classes is None else f"{config.num_classes} classes"
+            head = tuple(entry.torch_key for entry in source.state_map.entries if entry.flax_path[0] == "head")
+            config = replace(config, num_classes=dataset.num_classes)
+            made = StateMap(config, source.state_map.layout)
+            fresh = tuple(entry.torch_key for entry in made.entries if entry.flax_path[0] == "head")
+            source = interpret(source.record, Reading(config, made.layout.name, ignore=(*reading.ignore, *head), allow_missing=fresh))
+            output.print(f"  note  {path} has {was}: the head starts afresh, with {dataset.num_classes}", style="yellow", markup=False, soft_wrap=True)
+    output.print(f"[bold]{name_of(config)}[/]  {path}", soft_wrap=True)
+    print_notes(source.notes)
+    changed = _changed(replace(preset, model=config), settings.given)
+    return _model_of(source, changed.dtype), changed
+
+
+def with_channels(dataset: Dataset, channels: int) -> Dataset:
+    """Grey images for a network that takes colours: the same plane three times."""
+    if dataset.images.shape[-1] != 1 or channels != 3:
+        return dataset
+    output.print(f"  note  {dataset.name}: grey images, repeated for the network's 3 channels", style="yellow", markup=False)
+    return replace(dataset, images=np.repeat(dataset.images, 3, axis=-1), mean=dataset.mean * 3, std=dataset.std * 3)
+
+
+def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
+    """The configuration with other settings; a run of few epochs gets a warm-up of half of them at most, where none was asked for."""
+    if "epochs" in changes and "warmup_epochs" not in changes:
+        changes = {**changes, "warmup_epochs": min(config.warmup_epochs, changes["epochs"] / 2)}
+    return replace(config, **changes)
+
+
+def _wide(wanted: bool) -> None:
+    """Turns on jax's 64-bit mode where the run needs it."""
+    if wanted:
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+
+
+def _model_of(source: Source, dtype: str) -> Model:
+    from flax_resblock.transfer import to_model
+
+    wide = any(value.dtype.name == "float64" for value in source.tensors.values())
+    _wide(wide or dtype == "float64")
+    return to_model(source, **({} if wide else {"dtype": dtype}))
+
+
+def _going_on(run: Run, config: TrainConfig, given: dict[str, Any], dataset: Dataset, schedule: str | None) -> tuple[TrainConfig, Run]:
+    """Configuration and schedule of a run that goes on: what was given, else what the run says of itself, else the preset."""
+    from train.data import steps_per_epoch
+    from train.pace import Pace, at, schedule_of, settings_of
+
+    if schedule is None:
+        fixed = [name for name in OF_NEW_RUNS if name in given]
+        if fixed:
+            flag = f"--{fixed[0].replace('_', '-')}"
+            raise InputError(
+                f"{flag} has no place in a run that goes on, which has its own optimizer and schedule. Leave it out, take the weights alone (--weights-only), "
+                "or take another learning rate with --schedule."
+            )
+        if run.problem:
+            raise InputError(f"{run.problem} Say --schedule constant to go on at the rate that the optimizer has, or --schedule warmup-cosine.")
+    config = _changed(config, {**run.settings, **given})
+    steps = steps_per_epoch(dataset, config.batch_size)
+    pace = Pace.of(run, steps)
+    if schedule == "constant" or (schedule is None and run.schedule is None):
+        run = replace(run, schedule=None)
+        rates = ", ".join(f"{float(group.options['lr']):.4g}" for group in run.optimizer.groups)
+        output.print(f"  learning rate  {rates}, constant", markup=False)
+    elif schedule == "warmup-cosine":
+        run = _rescaled(run, given.get("learning_rate"))
+        run = at(replace(run, schedule=ScheduleState(schedule_of(config, steps), 0)), pace.start)
+        pace = Pace.of(run, steps)
+    if "epochs" not in given:
+        config = replace(config, epochs=_epochs_of(run, pace, config))
+    if run.schedule is not None:
+        output.print(f"  learning rate  {describe(run.schedule)}", markup=False)
+    _compare_counters(run, pace)
+    run = replace(run, settings=settings_of(config))
+    output.print(f"  goes on at step {pace.start}, epoch {pace.start // steps + 1} of {config.epochs}, {steps} steps per epoch", markup=False)
+    return config, run
+
+
+def _rescaled(run: Run, learning_rate: float | None) -> Run:
+    """The run with another base rate of its first param group; the other groups keep their ratio to it."""
+    groups = run.optimizer.groups
+    bases = [float(group.options.get("initial_lr", group.options["lr"])) for group in groups]
+    factor = 1.0 if learning_rate is None or not bases[0] else learning_rate / bases[0]
+    options = [{**group.options, "lr": base * factor, "initial_lr": base * factor} for group, base in zip(groups, bases, strict=True)]
+    made = tuple(replace(group, options=option) for group, option in zip(groups, options, strict=True))
+    return replace(run, optimizer=replace(run.optimizer, groups=made))
+
+
+def _epochs_of(run: Run, pace: Pace, config: TrainConfig) -> int:
+    """Epochs of the whole run: until its schedule ends, else as its own settings say, else as many more as the preset has."""
+    done = pace.start // pace.steps
+    if run.schedule is not None and run.schedule.schedule.length is not None:
+        left = run.schedule.schedule.length - pace.position(pace.start)
+        if left > 0:
+            return max(done + left if run.schedule.per_epoch else round((pace.start + left) / pace.steps), done + 1)
+    if "epochs" in run.settings:
+        return run.settings["epochs"]
+    output.print(f"  note  the checkpoint does not say how long the run is: {config.epochs} more epochs (--epochs)", style="yellow", markup=False)
+    return done + config.epochs
+
+
+def _compare_counters(run: Run, pace: Pace) -> None:
+    """Tells where steps and epochs of the run do not go together with the steps per epoch here."""
+    if run.steps and run.epochs and run.steps != pace.start:
+        output.print(
+            f"  note  the run took {run.steps} steps in {run.epochs} epochs, and here an epoch has {pace.steps}: it had other images, or needs its own "
+            "--batch-size. It goes on by its epochs.",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
