@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler as torch_schedules
 from torch.optim.lr_scheduler import (
@@ -223,7 +223,7 @@ SINGLE = st.one_of(
     st.builds(partial, st.just(ConstantLR), factor=share, total_iters=whole),
     st.builds(partial, st.just(LinearLR), start_factor=share, end_factor=share, total_iters=whole),
     st.builds(partial, st.just(ExponentialLR), gamma=share),
-    st.builds(partial, st.just(PolynomialLR), total_iters=st.integers(0, 15), power=st.floats(0.5, 3)),
+    st.builds(partial, st.just(PolynomialLR), total_iters=whole, power=st.floats(0.5, 3)),
     st.builds(partial, st.just(CosineAnnealingLR), T_max=whole, eta_min=st.floats(0, 0.05)),
 )
 ONE_CYCLE = st.builds(
@@ -243,6 +243,7 @@ SEQUENCE = st.lists(SINGLE, min_size=2, max_size=3).flatmap(
 
 
 @settings(max_examples=150, deadline=None)
+@example(make=partial(PolynomialLR, total_iters=0))  # which does nothing in torch, alone, and fails there after another
 @given(make=st.one_of(SINGLE, ONE_CYCLE, SEQUENCE))
 def test_any_parameters_give_torchs_rates_and_state(make):
     moments = walked(make, steps=20)

@@ -36,7 +36,7 @@ def few(monkeypatch):
     from train.data import Splits
 
     data = runs.few_digits()
-    monkeypatch.setattr("train.data.digits", lambda: Splits(data, data))
+    monkeypatch.setattr("train.data.opening.digits", lambda: Splits(data, data))
     wide = jax.config.read("jax_enable_x64")
     yield
     jax.config.update("jax_enable_x64", wide)
@@ -119,6 +119,22 @@ def test_a_network_of_a_thousand_classes_learns_ten_with_its_first_parts_frozen(
     assert after["fc.weight"].shape == (10, 8)
     assert command(["train", "--freeze", "stage9", "--out", "other"]) == 2
     assert "freeze=('stage9',) must be some of stem, stage1, stage2, stage3, head, but not all" in capsys.readouterr().err
+
+
+def test_data_of_ones_own_train_and_their_settings_come_back(folder, capsys):
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"{name}_{part}": values
+        for part in ("train", "test")
+        for name, values in (("x", rng.integers(0, 256, (40, 9, 8, 1), np.uint8)), ("y", np.arange(40) % 10))
+    }
+    np.savez("own.npz", **arrays)
+    assert command(["train", "--data", "own.npz", "--batch-size", "20", "--epochs", "2", "--seed", "3", "--out", "own"]) == 0
+    assert command(["train", "--resume", "own", "--epochs", "3", "--schedule", "constant", "--out", "on"]) == 0
+    stored = json.loads(Path("on/config.json").read_text())
+    assert (stored["data"], stored["seed"], stored["batch_size"]) == ("own.npz", 3, 20)
+    assert command(["train", "--data", "nothing", "--out", "none"]) == 2
+    assert "nothing does not exist. Data are 'digits'" in capsys.readouterr().err
 
 
 def test_a_diverging_run_names_its_last_good_checkpoint(folder, capsys):
@@ -247,10 +263,10 @@ def test_bad_arguments_are_one_paragraph_with_status_2(case, folder, capsys):
 
 
 def test_an_images_shape_that_does_not_fit_is_refused(folder, capsys):
-    model = ResNet(depths=(1,), widths=(4,), stem="cifar", stem_width=4, num_classes=10)
-    torch.save({"model": model.state_dict(), "optimizer": torch.optim.SGD(model.parameters(), 0.1).state_dict(), "epoch": 0}, "rgb.pth")
-    assert command(["train", "--resume", "rgb.pth"]) == 2
-    assert "the model takes 3 channels and knows 10 classes" in capsys.readouterr().err
+    model = ResNet(depths=(1,), widths=(4,), stem="cifar", stem_width=4, in_channels=2, num_classes=10)
+    torch.save({"model": model.state_dict(), "optimizer": torch.optim.SGD(model.parameters(), 0.1).state_dict(), "epoch": 0}, "net.pth")
+    assert command(["train", "--resume", "net.pth", "--batch-size", str(runs.BATCH)]) == 2
+    assert "the model takes 2 channels and knows 10 classes; few has images of 1 channels in 10 classes" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -25,9 +25,9 @@ from flax_resblock.schedules import warmup_cosine
 from torch_ref import ResNet as TorchResNet
 from torch_ref import training as reference
 from train.config import TrainConfig
-from train.data import Dataset, batches, digits, steps_per_epoch
+from train.data import Augmentation, Dataset, batches, digits, steps_per_epoch
 from train.pace import Pace, Rates, new_run
-from train.step import cross_entropy, make_eval_step, make_train_step, split
+from train.step import Mixed, cross_entropy, make_eval_step, make_train_step, split
 
 TOLERANCE = 1e-10
 CONTROL = 1000 * TOLERANCE
@@ -364,3 +364,25 @@ def test_both_evaluations_agree_and_restore_the_mode(data):
     assert distance(ours.logits, theirs.logits.numpy()) <= 1e-12
     assert ours.accuracy == theirs.accuracy
     assert np.array_equal(ours.predictions, theirs.predictions.numpy())
+
+
+def test_mixed_labels_weigh_as_torchs_probabilities_do():
+    rng = np.random.default_rng(1)
+    logits, labels, others = rng.normal(1, 4, (9, 10)), rng.integers(0, 10, 9), rng.integers(0, 10, 9)
+    weight = 0.3
+    first, second = (F.one_hot(torch.from_numpy(chosen), 10).double() for chosen in (labels, others))
+    expected = F.cross_entropy(torch.from_numpy(logits), weight * first + (1 - weight) * second, label_smoothing=0.1).item()
+    with jax.enable_x64(True):
+        mixed = Mixed(jnp.asarray(others), jnp.full(9, weight))
+        assert float(cross_entropy(jnp.asarray(logits), jnp.asarray(labels), 0.1, mixed)) == pytest.approx(expected, rel=1e-14)
+
+
+def test_augmented_and_mixed_runs_are_repeated_bit_for_bit(data):
+    config = dataclasses.replace(SETTINGS, epochs=1, batch_size=128, dtype="float32", augmentation=Augmentation(pad=1, flip=True, mixup=0.3))
+    ends = []
+    for augmentation in (config.augmentation, config.augmentation, Augmentation()):
+        model = from_torch(torch_twin().float())
+        train.fit(model, data.train, dataclasses.replace(config, augmentation=augmentation), progress=False)
+        ends.append(to_torch(model))
+    assert all(ends[0][key].tobytes() == value.tobytes() for key, value in ends[1].items())
+    assert worst(ends[2], {key: value.astype(np.float64) for key, value in ends[0].items()}) > 1e-3

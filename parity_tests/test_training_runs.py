@@ -141,7 +141,7 @@ def apart(ours: Snapshot, theirs: Snapshot) -> float:
     return max(relative_l2(a, b) for a, b in pairs)
 
 
-@pytest.fixture(scope="module", params=OPTIMIZERS)
+@pytest.fixture(scope="module", params=[pytest.param(kind, marks=pytest.mark.xdist_group(f"runs-{kind}")) for kind in OPTIMIZERS])
 def stayed(request, tmp_path_factory) -> tuple[str, list[Snapshot], Path]:
     """The run that never leaves PyTorch, and the file that it saved on its way."""
     run = Torch(request.param)

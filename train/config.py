@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from flax_resblock.architecture import ResNetConfig, walk
+from flax_resblock.architecture import ResNetConfig, architecture, walk
 from flax_resblock.errors import InputError
+from train.data import Augmentation
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 
@@ -32,6 +33,9 @@ class TrainConfig:
       warmup_factor: The warm-up starts at this share of ``learning_rate``, in (0, 1].
       label_smoothing: In [0, 1).
       freeze: Parts that keep their parameters and running statistics: ``"stem"``, ``"stage1"`` ...
+      augmentation: What is done to the training images at random.
+      data: ``"digits"`` or a path, see :func:`train.data.open_data`.
+      workers: Processes that decode and augment; 0: a thread of the training process.
       seed: Of the initial weights and of the order of the images, 0 to 2**32 - 1.
       dtype: Of the computation in a model that :func:`train.new_model` makes. Parameters and statistics are float32, or float64 for ``"float64"``.
     Raises:
@@ -49,6 +53,9 @@ class TrainConfig:
     warmup_factor: float = 0.1
     label_smoothing: float = 0.0
     freeze: tuple[str, ...] = ()
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    data: str = "digits"
+    workers: int = 0
     seed: int = 0
     dtype: Dtype = "float32"
 
@@ -73,5 +80,65 @@ class TrainConfig:
         require("dtype", self.dtype in get_args(Dtype), f"one of {', '.join(get_args(Dtype))}")
 
 
-PRESETS: Mapping[str, TrainConfig] = MappingProxyType({"digits-resnet8": TrainConfig()})
-"""Runs by name; ``dataclasses.replace`` changes single fields."""
+def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
+    """The configuration with other values, also as JSON gives them back; a run of few epochs gets a warm-up of half of them at most, if none was asked for.
+
+    Args:
+      config: The rest.
+      settings: By field.
+    Raises:
+      InputError: A value outside its range.
+    """
+    changes = _with_tuples(settings)
+    if isinstance(changes.get("augmentation"), Mapping):
+        changes["augmentation"] = Augmentation(**_with_tuples(changes["augmentation"]))
+    if "epochs" in changes and "warmup_epochs" not in changes:
+        changes["warmup_epochs"] = min(config.warmup_epochs, changes["epochs"] / 2)
+    return replace(config, **changes)
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+_STANDARD = Augmentation(pad=4, flip=True)
+_CIFAR = {
+    "data": "cifar-10-batches-bin",
+    "epochs": 182,  # 64,000 steps of 128 images
+    "batch_size": 128,
+    "learning_rate": 0.1,
+    "nesterov": False,
+    "weight_decay": 1e-4,
+    "augmentation": _STANDARD,
+}
+PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
+    {
+        "digits-resnet8": TrainConfig(),
+        "fashion-resnet20": TrainConfig(
+            model=replace(architecture("resnet20"), in_channels=1),
+            data="/usr/share/dataset-fashion-mnist",
+            epochs=3,
+            batch_size=128,
+            learning_rate=0.1,
+            augmentation=Augmentation(pad=2, flip=True),
+        ),
+        "cifar10-resnet20": TrainConfig(model=architecture("resnet20"), **_CIFAR),
+        "cifar10-resnet56": TrainConfig(model=architecture("resnet56"), **_CIFAR),
+        "imagenet-resnet50": TrainConfig(
+            model=architecture("resnet50"),
+            data="imagenet",
+            epochs=90,
+            batch_size=256,
+            learning_rate=0.1,
+            nesterov=False,
+            weight_decay=1e-4,
+            warmup_epochs=5.0,
+            label_smoothing=0.1,
+            augmentation=Augmentation(random_resized_crop=(0.08, 1.0), flip=True),
+            workers=8,
+        ),
+    }
+)
+"""Runs by name; ``dataclasses.replace`` changes single fields. He et al. 2016, arXiv:1512.03385 (CIFAR); Goyal et al. 2017, arXiv:1706.02677 (ImageNet), both
+with half a cosine instead of steps."""

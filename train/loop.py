@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
@@ -18,11 +19,11 @@ from flax_resblock.optimizers import optimizer_of, record_of, state_of
 from flax_resblock.resnet import Model, ResNet
 from flax_resblock.schedules import OneCycleLR
 from train.config import TrainConfig
-from train.data import Dataset, batches, steps_per_epoch
+from train.data import Dataset, Source, Stream, evaluation_batches, steps_per_epoch
 from train.errors import Stopped, TrainingError
 from train.pace import Pace, new_run
 from train.progress import TrainingProgress
-from train.step import TrainState, make_eval_step, make_train_step, split
+from train.step import Mixed, TrainState, make_eval_step, make_train_step, split
 
 EVAL_BATCH = 512
 
@@ -87,10 +88,10 @@ def new_model(config: TrainConfig) -> ResNet:
 
 def fit(
     model: Model,
-    dataset: Dataset,
+    dataset: Source,
     config: TrainConfig,
     *,
-    test: Dataset | None = None,
+    test: Source | None = None,
     run: Run | None = None,
     on_step: Callable[[Step], None] | None = None,
     saver: Saver | None = None,
@@ -130,11 +131,13 @@ def fit(
     train_step = make_train_step(graphdef, optimizer, label_smoothing=config.label_smoothing, freeze=config.freeze)
     history = History()
     with TrainingProgress((end - pace.start) * config.batch_size, config.epochs, shown=progress) as bar:
-        for epoch in range(pace.start // steps, config.epochs):
-            first = max(pace.start - epoch * steps, 0)
-            for number, batch in enumerate(batches(dataset, config.batch_size, seed=config.seed, epoch=epoch, first=first), start=epoch * steps + first):
+        stream = Stream(dataset, config.batch_size, seed=config.seed, augmentation=config.augmentation, workers=config.workers)
+        with closing(stream.from_step(pace.start)) as coming:
+            for number, batch in zip(range(pace.start, end), coming, strict=False):
+                epoch = number // steps
                 rates = pace.rates(number)
-                state, metrics = train_step(state, batch.images, batch.labels, rates)
+                mixed = None if batch.labels_b is None else Mixed(batch.labels_b, batch.weight)
+                state, metrics = train_step(state, batch.images, batch.labels, rates, mixed)
                 rate = float(rates.learning_rates[0])
                 step = Step(number, epoch, float(metrics.loss), float(metrics.accuracy), rate)
                 if not math.isfinite(step.loss):
@@ -149,10 +152,10 @@ def fit(
                 stopped, done = stop is not None and stop(), number + 1
                 if saver is not None and (stopped or done == end or saver.due(done)):
                     saver.save(*_copies(graphdef, state, pace.after(done)))
+                if test is not None and done % steps == 0:
+                    history.test_accuracy.append(_evaluate(graphdef, state.params, state.stats, test).accuracy)
                 if stopped and done < end:
                     raise Stopped(done)
-            if test is not None:
-                history.test_accuracy.append(_evaluate(graphdef, state.params, state.stats, test.normalised(), test.labels).accuracy)
     nnx.update(network, state.params, state.stats)
     after = pace.after(end)
     history.run = replace(after, optimizer=record_of(after.optimizer, state.opt_state))
@@ -176,25 +179,38 @@ def evaluate(model: Model, images: np.ndarray, labels: np.ndarray, *, batch_size
     Raises:
       InputError: A model without logits, no images, or not one label per image.
     """
-    graphdef, params, stats = nnx.split(_with_head(model), nnx.Param, nnx.BatchStat)
-    return _evaluate(graphdef, params, stats, images, labels, batch_size)
-
-
-def _evaluate(
-    graphdef: nnx.GraphDef[ResNet], params: nnx.State, stats: nnx.State, images: np.ndarray, labels: np.ndarray, batch_size: int = EVAL_BATCH
-) -> Evaluation:
     if not len(images) or len(images) != len(labels):
         raise InputError(f"evaluation takes one label per image and at least one image; got {len(images)} images and {len(labels)} labels.")
+    network = _with_head(model)
+    classes = max(network.config.num_classes or 0, int(labels.max()) + 1)
+    channels = images.shape[-1]
+    source = Dataset(name="images", images=images, labels=labels, num_classes=classes, mean=(0.0,) * channels, std=(1.0,) * channels)
+    return evaluate_source(network, source, batch_size=batch_size)
+
+
+def evaluate_source(model: Model, source: Source, *, batch_size: int = EVAL_BATCH) -> Evaluation:
+    """Classifies every image of a data set exactly once, in evaluation mode; the model does not change.
+
+    Args:
+      model: A network with a head.
+      source: The images; they are normalised as it says.
+      batch_size: Images at a time; the last batch is filled up, so that one shape is compiled.
+    Raises:
+      InputError: A model without logits.
+    """
+    graphdef, params, stats = nnx.split(_with_head(model), nnx.Param, nnx.BatchStat)
+    return _evaluate(graphdef, params, stats, source, batch_size)
+
+
+def _evaluate(graphdef: nnx.GraphDef[ResNet], params: nnx.State, stats: nnx.State, source: Source, batch_size: int = EVAL_BATCH) -> Evaluation:
     eval_step = make_eval_step(graphdef)
-    batch_size = min(batch_size, len(images))
     pieces = []
-    for start in range(0, len(images), batch_size):
-        piece = images[start : start + batch_size]
-        filled = np.pad(piece, [(0, batch_size - len(piece)), (0, 0), (0, 0), (0, 0)])
-        pieces.append(np.asarray(eval_step(params, stats, filled))[: len(piece)])
+    with closing(evaluation_batches(source, min(batch_size, len(source)))) as coming:
+        for batch in coming:
+            pieces.append(np.asarray(eval_step(params, stats, batch.images))[batch.valid])
     logits = np.concatenate(pieces)
     predictions = logits.argmax(axis=1)
-    return Evaluation(float(np.mean(predictions == labels)), predictions, logits)
+    return Evaluation(float(np.mean(predictions == source.labels)), predictions, logits)
 
 
 def _with_head(model: Model) -> ResNet:
@@ -203,11 +219,11 @@ def _with_head(model: Model) -> ResNet:
     return model
 
 
-def _check(model: Model, dataset: Dataset, config: TrainConfig) -> ResNet:
+def _check(model: Model, dataset: Source, config: TrainConfig) -> ResNet:
     network = _with_head(model)
     if network.config != config.model:
         raise InputError(f"the model is {network.config}, but config.model is {config.model}. Use replace(config, model=model.config).")
-    channels = dataset.images.shape[-1]
+    channels = dataset.shape[-1]
     if (network.config.in_channels, network.config.num_classes) != (channels, dataset.num_classes):
         raise InputError(
             f"the model takes {network.config.in_channels} channels and knows {network.config.num_classes} classes; {dataset.name} has images of {channels} "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ def schedule_of(config: TrainConfig, steps: int) -> Schedule:
 
 def settings_of(config: TrainConfig) -> dict[str, object]:
     """The configuration without the network, as a checkpoint keeps it."""
-    return {field.name: getattr(config, field.name) for field in fields(config) if field.name != "model"}
+    return {name: value for name, value in asdict(config).items() if name != "model"}
 
 
 def new_run(config: TrainConfig, steps: int) -> Run:

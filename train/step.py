@@ -31,22 +31,33 @@ class Metrics(NamedTuple):
     accuracy: jax.Array
 
 
-TrainStep = Callable[[TrainState, Any, Any, Rates], tuple[TrainState, Metrics]]
+class Mixed(NamedTuple):
+    """Of images that were mixed: labels of the other image ``(N,)`` int32, and the weight of the first ``(N,)`` float32."""
+
+    labels: Any
+    weight: Any
+
+
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
 EvalStep = Callable[[nnx.State, nnx.State, Any], jax.Array]
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0, mixed: Mixed | None = None) -> jax.Array:
     r"""Mean cross-entropy against :math:`(1 - s) \cdot onehot + s / K`, as ``torch.nn.functional.cross_entropy`` computes it.
 
     Args:
       logits: ``(N, K)``; computed in float32 at least.
       labels: ``(N,)``, integers in ``0..K-1``.
       label_smoothing: :math:`s`, in [0, 1).
+      mixed: Second labels, and the weight of the first, of images that were mixed.
     Returns:
       A scalar.
     """
     log_p = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
     of_label = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+    if mixed is not None:
+        others = jnp.take_along_axis(log_p, mixed.labels[:, None], axis=1)[:, 0]
+        of_label = mixed.weight * of_label + (1 - mixed.weight) * others
     return -jnp.mean((1 - label_smoothing) * of_label + label_smoothing * jnp.mean(log_p, axis=1))
 
 
@@ -80,7 +91,7 @@ def split(model: ResNet, optimizer: optax.GradientTransformation, *, freeze: Seq
 def make_train_step(
     graphdef: nnx.GraphDef[ResNet], optimizer: optax.GradientTransformationExtraArgs, *, label_smoothing: float = 0.0, freeze: Sequence[str] = ()
 ) -> TrainStep:
-    """One step of training, compiled; ``(state, images, labels, rates) -> (state, metrics)``.
+    """One step of training, compiled; ``(state, images, labels, rates, mixed=None) -> (state, metrics)``.
 
     The given state is donated: its arrays are gone after the call. ``images`` are ``(N, H, W, C)``, ``labels`` ``(N,)`` int32. New rates do not compile
     again; a new ``N`` does.
@@ -93,12 +104,12 @@ def make_train_step(
     """
     frozen = frozenset(freeze)
 
-    def train_step(state: TrainState, images: jax.Array, labels: jax.Array, rates: Rates) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, images: jax.Array, labels: jax.Array, rates: Rates, mixed: Mixed | None = None) -> tuple[TrainState, Metrics]:
         def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
             # copy=True: the running statistics change inside the gradient's trace, and their variables must belong to it
             model = nnx.merge(graphdef, params, state.stats, copy=True)
             logits = model(images)
-            return cross_entropy(logits, labels, label_smoothing), (logits, nnx.state(model, nnx.BatchStat))
+            return cross_entropy(logits, labels, label_smoothing, mixed), (logits, nnx.state(model, nnx.BatchStat))
 
         (loss, (logits, stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, learning_rates=rates.learning_rates, momenta=rates.momenta)

@@ -14,14 +14,18 @@ import tyro
 
 from flax_resblock.checkpoint import RUN_FOLDER
 from flax_resblock.cli.common import ReadingFlags, RunFlags, on_interrupt, output, status
-from flax_resblock.cli.train_start import SettingFlags, initialised, start, with_channels
+from flax_resblock.cli.train_start import SettingFlags, initialised, start
 from flax_resblock.errors import InputError, MissingDependencyError
 
 if TYPE_CHECKING:
     from train import History
 
 
-Preset = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET", help="Run by name: digits-resnet8.")]
+Preset = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="PRESET", help="Run by name: digits-resnet8, fashion-resnet20, cifar10-resnet20, cifar10-resnet56, imagenet-resnet50."),
+]
 
 
 def train(
@@ -58,8 +62,9 @@ def train(
       allow_nonfinite: Go on from NaN, infinities and negative variances.
     """
     try:
-        from train import PRESETS, Stopped, TrainingError, evaluate, fit
-        from train.data import Splits, digits, steps_per_epoch
+        from train import PRESETS, Stopped, TrainingError, fit
+        from train.data import steps_per_epoch
+        from train.loop import evaluate_source
         from train.run_folder import SUMMARY, RunFolder
     except ImportError as error:
         raise MissingDependencyError(f"training needs {error.name}, which is not installed: pip install 'flax-resblock[train]'.") from error
@@ -72,14 +77,12 @@ def train(
     if resume == out and (out / SUMMARY).is_file() and settings.epochs is None:
         output.print(f"the run in {out} is complete; --epochs takes it further", markup=False, soft_wrap=True)
         return 0
-    splits = digits()
     started = time.perf_counter()
     if init is not None and resume is None:
-        model, config = initialised(init, reading, settings, PRESETS[preset], splits.train, allow_nonfinite)
+        model, config, splits = initialised(init, reading, settings, PRESETS[preset], allow_nonfinite)
         run = None
     else:
-        model, run, config = start(reading, training, settings, PRESETS[preset], resume, schedule, splits.train, allow_nonfinite)
-    splits = Splits(*(with_channels(part, config.model.in_channels) for part in splits))
+        model, run, config, splits = start(reading, training, settings, PRESETS[preset], resume, schedule, allow_nonfinite)
     every = save_every or steps_per_epoch(splits.train, config.batch_size)
     with RunFolder(out, config, every=every, keep=keep) as folder, Stop() as stop:
         try:
@@ -91,7 +94,7 @@ def train(
         except TrainingError as error:
             folder.wait()
             raise TrainingError(f"{error} The last good checkpoint: {folder.saved or 'none yet'}.") from error
-        accuracy = evaluate(model, splits.test.normalised(), splits.test.labels).accuracy
+        accuracy = evaluate_source(model, splits.test).accuracy
         folder.finish(_summary(history, accuracy, time.perf_counter() - started))
     done = len(history.steps)
     output.print(f"{done} step{'s' if done != 1 else ''}, last loss {history.steps[-1].loss:.4f}, test accuracy {accuracy:.2%}")

@@ -19,7 +19,8 @@ from flax_resblock.errors import InputError
 if TYPE_CHECKING:
     from flax_resblock.resnet import Model
     from train import TrainConfig
-    from train.data import Dataset
+    from train.data import Source as Source_
+    from train.data import Splits
     from train.pace import Pace
 
 
@@ -43,6 +44,10 @@ class SettingFlags:
     """Label smoothing, from 0 to below 1."""
     freeze: tuple[str, ...] | None = None
     """Parts that keep their parameters and running statistics: stem, stage1 and so on."""
+    data: str | None = None
+    """What to learn from: digits, or a path to an IDX, CIFAR or image folder, or an .npz archive."""
+    workers: int | None = None
+    """Processes that decode and augment the images."""
     seed: int | None = None
     """Seed of the weights and of the order of the images."""
     dtype: Literal["float32", "bfloat16", "float64"] | None = None
@@ -65,16 +70,17 @@ def start(
     preset: TrainConfig,
     resume: Path | None,
     schedule: str | None,
-    dataset: Dataset,
     allow_nonfinite: bool,
-) -> tuple[Model, Run | None, TrainConfig]:
-    """Model, run and configuration, afresh or from a checkpoint."""
+) -> tuple[Model, Run | None, TrainConfig, Splits[Source_]]:
+    """Model, run, configuration and data, afresh or from a checkpoint."""
     from train import new_model
+    from train.config import with_settings
 
     if resume is None:
-        config = _changed(preset, settings.given)
+        config = with_settings(preset, settings.given)
         _wide(config.dtype == "float64")
-        return new_model(config), None, config
+        splits = _open(config)
+        return new_model(config), None, config, splits
     with status.status(f"reading {resume}"):
         source = reading.open(resume, run=not training.weights_only)
         refuse_unhealthy(source, allow_nonfinite)
@@ -83,18 +89,24 @@ def start(
     print_notes(source.notes)
     config = replace(preset, model=source.config)
     if run is None:
-        config = _changed(config, settings.given)
+        config = with_settings(config, settings.given)
+        splits = _open(config)
     else:
         print_found(run)
-        config, run = _going_on(run, config, settings.given, dataset, schedule)
+        config, run, splits = _going_on(run, config, settings.given, schedule)
     with status.status("building the network"):
-        return _model_of(source, config.dtype), run, config
+        return _model_of(source, config.dtype), run, config, splits
 
 
 def initialised(
-    path: Path, reading: ReadingFlags, settings: SettingFlags, preset: TrainConfig, dataset: Dataset, allow_nonfinite: bool
-) -> tuple[Model, TrainConfig]:
-    """Weights of a checkpoint, with a head for the classes of the data set."""
+    path: Path, reading: ReadingFlags, settings: SettingFlags, preset: TrainConfig, allow_nonfinite: bool
+) -> tuple[Model, TrainConfig, Splits[Source_]]:
+    """Weights of a checkpoint, with a head for the classes of the data set; configuration and data."""
+    from train.config import with_settings
+
+    changed = with_settings(preset, settings.given)
+    splits = _open(changed)
+    dataset = splits.train
     with status.status(f"reading {path}"):
         source = reading.open(path)
         refuse_unhealthy(source, allow_nonfinite)
@@ -111,23 +123,35 @@ def initialised(
             output.print(f"  note  {path} has {was}: the head starts afresh, with {dataset.num_classes}", style="yellow", markup=False, soft_wrap=True)
     output.print(f"[bold]{name_of(config)}[/]  {path}", soft_wrap=True)
     print_notes(source.notes)
-    changed = _changed(replace(preset, model=config), settings.given)
-    return _model_of(source, changed.dtype), changed
+    changed = with_settings(replace(preset, model=config), settings.given)
+    return _model_of(source, changed.dtype), changed, _fitted(splits, changed.model.in_channels)
 
 
-def with_channels(dataset: Dataset, channels: int) -> Dataset:
+def _open(config: TrainConfig) -> Splits[Source_]:
+    """The data; grey images for a network that takes colours become colours."""
+    from train.data import open_data
+
+    with status.status(f"opening {config.data}"):
+        splits = open_data(config.data)
+    for part in splits:
+        print_notes(part.notes)
+    return _fitted(splits, config.model.in_channels)
+
+
+def _fitted(splits: Splits[Source_], channels: int) -> Splits[Source_]:
+    from train.data import Splits
+
+    return Splits(*(_with_channels(part, channels) for part in splits))
+
+
+def _with_channels(dataset: Source_, channels: int) -> Source_:
     """Grey images for a network that takes colours: the same plane three times."""
-    if dataset.images.shape[-1] != 1 or channels != 3:
+    from train.data import Dataset
+
+    if not isinstance(dataset, Dataset) or dataset.shape[-1] != 1 or channels != 3:
         return dataset
     output.print(f"  note  {dataset.name}: grey images, repeated for the network's 3 channels", style="yellow", markup=False)
     return replace(dataset, images=np.repeat(dataset.images, 3, axis=-1), mean=dataset.mean * 3, std=dataset.std * 3)
-
-
-def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
-    """The configuration with other settings; a run of few epochs gets a warm-up of half of them at most, where none was asked for."""
-    if "epochs" in changes and "warmup_epochs" not in changes:
-        changes = {**changes, "warmup_epochs": min(config.warmup_epochs, changes["epochs"] / 2)}
-    return replace(config, **changes)
 
 
 def _wide(wanted: bool) -> None:
@@ -146,8 +170,9 @@ def _model_of(source: Source, dtype: str) -> Model:
     return to_model(source, **({} if wide else {"dtype": dtype}))
 
 
-def _going_on(run: Run, config: TrainConfig, given: dict[str, Any], dataset: Dataset, schedule: str | None) -> tuple[TrainConfig, Run]:
+def _going_on(run: Run, config: TrainConfig, given: dict[str, Any], schedule: str | None) -> tuple[TrainConfig, Run, Splits[Source_]]:
     """Configuration and schedule of a run that goes on: what was given, else what the run says of itself, else the preset."""
+    from train.config import with_settings
     from train.data import steps_per_epoch
     from train.pace import Pace, at, schedule_of, settings_of
 
@@ -161,8 +186,9 @@ def _going_on(run: Run, config: TrainConfig, given: dict[str, Any], dataset: Dat
             )
         if run.problem:
             raise InputError(f"{run.problem} Say --schedule constant to go on at the rate that the optimizer has, or --schedule warmup-cosine.")
-    config = _changed(config, {**run.settings, **given})
-    steps = steps_per_epoch(dataset, config.batch_size)
+    config = with_settings(config, {**run.settings, **given})
+    splits = _open(config)
+    steps = steps_per_epoch(splits.train, config.batch_size)
     pace = Pace.of(run, steps)
     if schedule == "constant" or (schedule is None and run.schedule is None):
         run = replace(run, schedule=None)
@@ -179,7 +205,7 @@ def _going_on(run: Run, config: TrainConfig, given: dict[str, Any], dataset: Dat
     _compare_counters(run, pace)
     run = replace(run, settings=settings_of(config))
     output.print(f"  goes on at step {pace.start}, epoch {pace.start // steps + 1} of {config.epochs}, {steps} steps per epoch", markup=False)
-    return config, run
+    return config, run, splits
 
 
 def _rescaled(run: Run, learning_rate: float | None) -> Run:

@@ -7,13 +7,10 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.errors import MissingDependencyError
-from train.data.dataset import Dataset, Splits
-
-_TEST_EVERY = 5
-_SPLIT_SEED = 0
+from train.data.dataset import Dataset, Splits, held_out
 
 
-def digits() -> Splits:
+def digits() -> Splits[Dataset]:
     """1437 training and 360 test images, ``(N, 8, 8, 1)`` uint8 in 0..16; always the same split, every class in proportion.
 
     Both halves are normalised by the mean and standard deviation of the training pixels.
@@ -29,11 +26,7 @@ def digits() -> Splits:
     bunch: Any = load_digits()
     images = bunch.images.astype(np.uint8)[..., None]
     labels = bunch.target.astype(np.int32)
-    # Every fifth image of a shuffled list ordered by class: stratified to within one image per class. RandomState's stream is frozen by numpy.
-    shuffled = np.random.RandomState(_SPLIT_SEED).permutation(len(images))
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    in_test = np.zeros(len(images), bool)
-    in_test[by_class[::_TEST_EVERY]] = True
+    in_test = held_out(labels)
     pixels = images[~in_test].astype(np.float64)
     mean, std = (float(pixels.mean()),), (float(pixels.std()),)
 
