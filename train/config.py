@@ -114,7 +114,7 @@ _CIFAR = {
 }
 PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
     {
-        "digits-resnet8": TrainConfig(),
+        "digits-resnet8": TrainConfig(epochs=20, learning_rate=0.1),
         "fashion-resnet20": TrainConfig(
             model=replace(architecture("resnet20"), in_channels=1),
             data="/usr/share/dataset-fashion-mnist",

@@ -52,7 +52,7 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / DONE).write_text("Files of `flax-resblock demo`. The next demo replaces this folder.\n", encoding="utf-8")
-    config = replace(PRESETS["digits-resnet8"], epochs=2 * epochs, seed=seed)
+    config = replace(PRESETS["digits-resnet8"], epochs=2 * epochs, learning_rate=0.05, seed=seed)
     splits = digits()
 
     _chapter(1, f"PyTorch: train a small ResNet for {epochs} epochs on {len(splits.train)} handwritten digits")
