@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help setup demo test test-all lint bench decorrelation clean
+.PHONY: help setup demo test test-all stress lint bench decorrelation clean
 
 help:
 	@echo "make demo      the whole story on handwritten digits, under two minutes"
 	@echo "make test      the tests that take seconds each"
-	@echo "make test-all  every test"
+	@echo "make test-all  every test but those of make stress"
+	@echo "make stress    kills 40 training runs at random moments, half an hour"
 	@echo "make lint      ruff and pyright"
 	@echo "make bench     conversion against a plain copy"
 	@echo "make decorrelation   how long float32 runs stay together, docs/decorrelation.png"
@@ -27,10 +28,14 @@ demo: $(STAMP)
 	$(BIN)/flax-resblock demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow and not stress"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not stress"
+
+stress: $(STAMP)
+	$(BIN)/python -m pytest -m stress
+	$(BIN)/python -m parity_tests.preemption --runs 40
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -283,13 +283,16 @@ def test_workers_change_nothing_and_are_gone_when_the_stream_is_closed(pictures)
 def test_a_program_may_end_while_a_stream_is_open(tmp_path):
     script = tmp_path / "open.py"
     script.write_text(
-        "from train.data import Stream, digits\n"
+        "import numpy as np\n"
+        "from train.data import Augmentation, Dataset, Stream\n"
         "if __name__ == '__main__':\n"
-        "    iterator = Stream(digits().train, 64, seed=0, workers=1).from_step(0)\n"
+        "    images = np.zeros((64, 400, 400, 3), np.uint8)\n"  # slow enough that the workers are busy at the end
+        "    data = Dataset(name='slow', images=images, labels=np.zeros(64, int), num_classes=1, mean=(0.0,) * 3, std=(1.0,) * 3)\n"
+        "    iterator = Stream(data, 32, seed=0, augmentation=Augmentation(random_resized_crop=(0.9, 1.0)), workers=2).from_step(0)\n"
         "    print(next(iterator).images.shape)\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, timeout=120, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
-    assert done.stdout == "(64, 8, 8, 1)\n"
+    assert done.stdout == "(32, 400, 400, 3)\n"
     assert "Traceback" not in done.stderr
 
 
@@ -317,10 +320,13 @@ def test_batches_are_made_ahead_and_a_dropped_stream_leaves_no_thread(pictures):
     assert prefetch_threads() == []
 
 
-def test_an_image_lost_during_a_run_ends_it_by_name(pictures, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_lost_during_a_run_ends_it_by_name(pictures, tmp_path, workers):
     (tmp_path / "7.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match=r"7\.jpg cannot be decoded"):
-        first(Stream(pictures, 4, seed=0), 3)
+    with pytest.raises(InputError, match=r"7\.jpg cannot be decoded") as caught:
+        first(Stream(pictures, 4, seed=0, workers=workers), 3)
+    assert multiprocessing.active_children() == []  # although the traceback is still held
+    assert caught.traceback
 
 
 @pytest.mark.parametrize(

@@ -395,3 +395,10 @@ def test_an_image_damaged_after_opening_is_refused_by_name(tmp_path):
 def test_class_names_must_fit_the_classes():
     with pytest.raises(InputError, match="tiny: 2 class names for 3 classes"):
         Dataset(name="tiny", images=IMAGES[..., None], labels=LABELS % 3, num_classes=3, mean=(0.0,), std=(1.0,), class_names=("a", "b"))
+
+
+def test_files_must_fit_their_labels():
+    with pytest.raises(InputError, match=r"tiny: 2 files and int64 labels \(3,\); expected an integer for each"):
+        FolderDataset(name="tiny", files=("a", "b"), labels=np.zeros(3, np.int64), class_names=("a",))
+    with pytest.raises(InputError, match="tiny: labels reach from 0 to 1; with 1 classes, 0 to 0"):
+        FolderDataset(name="tiny", files=("a", "b"), labels=np.arange(2), class_names=("a",))

@@ -27,6 +27,7 @@ from torch_ref import training as reference
 from train.config import TrainConfig
 from train.data import Augmentation, Dataset, batches, digits, steps_per_epoch
 from train.pace import Pace, Rates, new_run
+from train.run_folder import RunFolder
 from train.step import Mixed, cross_entropy, make_eval_step, make_train_step, split
 
 TOLERANCE = 1e-10
@@ -386,3 +387,31 @@ def test_augmented_and_mixed_runs_are_repeated_bit_for_bit(data):
         ends.append(to_torch(model))
     assert all(ends[0][key].tobytes() == value.tobytes() for key, value in ends[1].items())
     assert worst(ends[2], {key: value.astype(np.float64) for key, value in ends[0].items()}) > 1e-3
+
+
+def test_a_run_that_stops_in_an_epoch_goes_on_bit_for_bit(data, tmp_path):
+    config = dataclasses.replace(SETTINGS, epochs=2, batch_size=256, dtype="float32")
+    models = {name: from_torch(torch_twin().float()) for name in ("whole", "stopped")}
+    whole = train.fit(models["whole"], data.train, config, progress=False)
+    losses: list[float] = []
+    with RunFolder(tmp_path / "run", config) as folder:
+        with pytest.raises(train.Stopped, match="stopped after 3 steps"):
+            train.fit(
+                models["stopped"],
+                data.train,
+                config,
+                on_step=lambda step: losses.append(step.loss),
+                saver=folder,
+                stop=lambda: len(losses) == 3,
+                progress=False,
+            )
+        folder.wait()
+    model, run = load_run(tmp_path / "run" / "checkpoints" / "step-00000003")
+    rest = train.fit(model, data.train, config, run=run, progress=False)
+    assert [*losses, *(step.loss for step in rest.steps)] == [step.loss for step in whole.steps]
+    ours, theirs = to_torch(model), to_torch(models["whole"])
+    assert all(ours[key].tobytes() == value.tobytes() for key, value in theirs.items())
+    assert rest.run is not None
+    assert whole.run is not None
+    for path, value in whole.run.optimizer.tensors["momentum_buffer"].items():
+        assert rest.run.optimizer.tensors["momentum_buffer"][path].tobytes() == value.tobytes()

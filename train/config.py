@@ -117,7 +117,7 @@ PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
         "digits-resnet8": TrainConfig(epochs=20, learning_rate=0.1),
         "fashion-resnet20": TrainConfig(
             model=replace(architecture("resnet20"), in_channels=1),
-            data="/usr/share/dataset-fashion-mnist",
+            data="/usr/share/datasets/fashion-mnist",
             epochs=3,
             batch_size=128,
             learning_rate=0.1,

@@ -62,8 +62,7 @@ class RunFolder:
 
     def _begin(self, first: int) -> TextIO:
         """Creates the folder, or goes on in one whose last steps are taken again."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / RUN_FOLDER).mkdir(exist_ok=True)
+        (self.folder / RUN_FOLDER).mkdir(parents=True, exist_ok=True)
         with checkpoint.replacing(self.folder / "config.json", force=True) as temporary:
             temporary.write_text(json.dumps(asdict(self.config), indent=1) + "\n", encoding="utf-8")
         metrics = self.folder / "metrics.jsonl"
@@ -93,6 +92,7 @@ class RunFolder:
 
     def _save(self, model: ResNet, run: Run) -> None:
         path = self.folder / RUN_FOLDER / f"step-{run.steps:08d}"
+        path.parent.mkdir(parents=True, exist_ok=True)
         save(model, path, run=run, force=True)
         self.saved = path
         for old in sorted((self.folder / RUN_FOLDER).glob("step-*"))[: -self.keep]:

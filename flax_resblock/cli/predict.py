@@ -63,15 +63,14 @@ def _read_image(path: Path, size: int, crop: bool, channels: int) -> np.ndarray:
             image = opened.convert("L" if channels == 1 else "RGB")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is no image that can be read ({error}). Give PNG or JPEG files.") from error
+    pixels = np.asarray(image).reshape(image.height, image.width, -1)
     if crop:
-        scale = round(size * 256 / 224) / min(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
-        left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-        image = image.crop((left, top, left + size, top + size))
+        from train.data.images import fit
+
+        pixels = fit(pixels, size)
     elif image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image, np.float32) / 255
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+        pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).reshape(size, size, -1)
+    return pixels.astype(np.float32) / 255
 
 
 def _load(paths: Sequence[Path], config: ResNetConfig, image_size: int | None) -> Batch:

@@ -22,7 +22,7 @@ class Augmentation:
 
     Attributes:
       pad: Zero pixels on each side, of which a window of the original size is then cut; before normalisation, so that the border is black.
-      flip: Mirror every other image, left to right.
+      flip: Mirror each image left to right with probability 1/2.
       random_resized_crop: Least and greatest share of an image's area, 0 to 1; a window of that area and of an aspect ratio from 3/4 to 4/3 is resized.
         Szegedy et al. 2014, arXiv:1409.4842; ImageNet's usual range is (0.08, 1).
       size: Side in pixels of the resized crop; None for the size of the evaluation images.

@@ -32,6 +32,8 @@ class FolderDataset:
       size: Side in pixels of the square that evaluation takes, :func:`train.data.images.fit`.
       mean, std: Per channel, for pixels from 0 to 255; ImageNet's.
       notes: What was left out, one sentence each.
+    Raises:
+      InputError: No files, or labels that do not fit them.
     """
 
     name: str
@@ -42,6 +44,13 @@ class FolderDataset:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        labels = self.labels
+        if not self.files or labels.shape != (len(self.files),) or not np.issubdtype(labels.dtype, np.integer):
+            raise InputError(f"{self.name}: {len(self.files)} files and {labels.dtype} labels {labels.shape}; expected an integer for each, at least one.")
+        if labels.min() < 0 or labels.max() >= self.num_classes:
+            raise InputError(f"{self.name}: labels reach from {labels.min()} to {labels.max()}; with {self.num_classes} classes, 0 to {self.num_classes - 1}.")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -79,7 +88,7 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def image_folder(root: Path, *, strict: bool, size: int, on_progress: Callable[[str], None] | None = None) -> Splits[FolderDataset]:
-    """``root/train/CLASS/...`` and ``root/val/CLASS/...`` or ``root/test/CLASS/...``, JPEG and PNG, in the order of torchvision's ``ImageFolder``.
+    """``root/train/CLASS/...`` and ``root/val/CLASS/...``, or ``test`` where there is no ``val``; JPEG and PNG, in the order of torchvision's ``ImageFolder``.
 
     Every file is decoded once to find damaged ones, which are left out and counted in ``notes``.
 

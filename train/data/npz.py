@@ -44,8 +44,8 @@ def npz_archive(path: Path) -> Splits[Dataset]:
     mean, std = _moments(path, arrays, pairs[0][0])
     classes = int(pairs[0][1].max()) + 1
     parts = [
-        Dataset(name=f"{path.name}/{part}", images=images, labels=labels, num_classes=classes, mean=mean, std=std, notes=notes)
-        for part, (images, labels) in zip(("train", "test"), pairs, strict=True)
+        Dataset(name=f"{path.name}/{part}", images=images, labels=labels, num_classes=classes, mean=mean, std=std, notes=said)
+        for part, (images, labels), said in zip(("train", "test"), pairs, (notes, ()), strict=True)
     ]
     return Splits(*parts)
 
