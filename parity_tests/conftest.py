@@ -5,9 +5,12 @@ Tests marked ``accelerator`` need a GPU or TPU and are skipped where jax has non
     FLAX_RESBLOCK_ACCELERATOR=1 python -m pytest -m accelerator
 
 ``JAX_PLATFORMS`` does the same for one platform: ``JAX_PLATFORMS=cuda,cpu`` (with ``cpu``, on which the float64 truth is computed).
+
+Tests marked ``slow`` come last. ``FLAX_RESBLOCK_TEST_SECONDS=900`` skips, by name, those that have not begun 900 s after the start.
 """
 
 import os
+import time
 
 if os.environ.get("FLAX_RESBLOCK_ACCELERATOR", "0") in ("", "0"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,6 +21,19 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # small tensors gain nothing from a second thread, and pytest-xdist already uses every core
+
+
+_STARTED = time.monotonic()
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # a stable sort
+
+
+def pytest_runtest_setup(item):
+    seconds = float(os.environ.get("FLAX_RESBLOCK_TEST_SECONDS", "inf"))
+    if item.get_closest_marker("slow") is not None and time.monotonic() - _STARTED > seconds:
+        pytest.skip(f"no time left: {seconds:g} s are over (FLAX_RESBLOCK_TEST_SECONDS)")
 
 
 @pytest.fixture
