@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from flax_resblock.architecture import ResNetConfig, architecture, walk
+from flax_resblock.convert.run_file import with_tuples
 from flax_resblock.errors import InputError
 from train.data import Augmentation
 
@@ -89,17 +90,12 @@ def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConf
     Raises:
       InputError: A value outside its range.
     """
-    changes = _with_tuples(settings)
+    changes = with_tuples(settings)
     if isinstance(changes.get("augmentation"), Mapping):
-        changes["augmentation"] = Augmentation(**_with_tuples(changes["augmentation"]))
+        changes["augmentation"] = Augmentation(**with_tuples(changes["augmentation"]))
     if "epochs" in changes and "warmup_epochs" not in changes:
         changes["warmup_epochs"] = min(config.warmup_epochs, changes["epochs"] / 2)
     return replace(config, **changes)
-
-
-def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has lists only."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 _STANDARD = Augmentation(pad=4, flip=True)

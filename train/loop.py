@@ -185,20 +185,7 @@ def evaluate(model: Model, images: np.ndarray, labels: np.ndarray, *, batch_size
     classes = max(network.config.num_classes or 0, int(labels.max()) + 1)
     channels = images.shape[-1]
     source = Dataset(name="images", images=images, labels=labels, num_classes=classes, mean=(0.0,) * channels, std=(1.0,) * channels)
-    return evaluate_source(network, source, batch_size=batch_size)
-
-
-def evaluate_source(model: Model, source: Source, *, batch_size: int = EVAL_BATCH) -> Evaluation:
-    """Classifies every image of a data set exactly once, in evaluation mode; the model does not change.
-
-    Args:
-      model: A network with a head.
-      source: The images; they are normalised as it says.
-      batch_size: Images at a time; the last batch is filled up, so that one shape is compiled.
-    Raises:
-      InputError: A model without logits.
-    """
-    graphdef, params, stats = nnx.split(_with_head(model), nnx.Param, nnx.BatchStat)
+    graphdef, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
     return _evaluate(graphdef, params, stats, source, batch_size)
 
 

@@ -12,7 +12,7 @@ from flax_resblock.convert.optimizer import fresh
 from flax_resblock.convert.run import Run
 from flax_resblock.convert.schedule import ScheduleState, scheduled
 from flax_resblock.optimizers import moving
-from flax_resblock.schedules import Schedule, warmup_cosine
+from flax_resblock.schedules import Fixed, Schedule, warmup_cosine
 from train.config import TrainConfig
 
 
@@ -95,9 +95,8 @@ class Pace:
     def rates(self, step: int) -> Rates:
         """Of the step numbered ``step``."""
         groups = [group.options for group in self.run.optimizer.groups]
-        if self.run.schedule is None:
-            return Rates(np.array([float(group["lr"]) for group in groups]))
-        schedule, position = self.run.schedule.schedule, self.position(step)
+        schedule = Fixed() if self.run.schedule is None else self.run.schedule.schedule
+        position = self.position(step)
         momenta = [schedule.momentum(position, group) for group in groups]
         moved = [momentum for momentum in momenta if momentum is not None]
         return Rates(np.array([schedule.rate(position, group) for group in groups]), moving(moved) if moved else None)

@@ -10,7 +10,7 @@ import re
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -67,24 +67,27 @@ def to_numpy(tensor: torch.Tensor, name: str = "tensor") -> np.ndarray:
         raise CheckpointError(f"{name} has dtype {dtype}, which this library does not convert.") from error
 
 
+def _mapped(leaf: Callable[[Any], Any], value: Any) -> Any:
+    """The same containers with ``leaf`` of everything in them that is none."""
+    if isinstance(value, Counter):
+        return value  # of numbers; torch's MultiStepLR wants the type
+    if isinstance(value, Mapping):
+        return {key: _mapped(leaf, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_mapped(leaf, item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return leaf(value)
+
+
 def plain(value: Any) -> Any:
     """The same containers and values with every tensor as a numpy array."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value] if isinstance(value, list) else tuple(map(plain, value))
-    return to_numpy(value) if import_torch().is_tensor(value) else value
+    is_tensor = import_torch().is_tensor
+    return _mapped(lambda leaf: to_numpy(leaf) if is_tensor(leaf) else leaf, value)
 
 
 def with_tensors(value: Any) -> Any:
     """The inverse of :func:`plain`: every numpy array as a tensor."""
-    if isinstance(value, Counter):
-        return value
-    if isinstance(value, Mapping):
-        return {key: with_tensors(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [with_tensors(item) for item in value] if isinstance(value, list) else tuple(map(with_tensors, value))
-    return from_numpy(value) if isinstance(value, np.ndarray) else value
+    return _mapped(lambda leaf: from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, value)
 
 
 def from_numpy(array: np.ndarray) -> torch.Tensor:

@@ -58,18 +58,15 @@ def _read_image(path: Path, size: int, crop: bool, channels: int) -> np.ndarray:
     """Short side to ``size * 256 / 224`` and centre crop for ImageNet stems, plain resize for small ones; antialiased bilinear."""
     from PIL import Image
 
+    from train.data.images import fit, resize
+
     try:
         with Image.open(path) as opened:
             image = opened.convert("L" if channels == 1 else "RGB")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is no image that can be read ({error}). Give PNG or JPEG files.") from error
     pixels = np.asarray(image).reshape(image.height, image.width, -1)
-    if crop:
-        from train.data.images import fit
-
-        pixels = fit(pixels, size)
-    elif image.size != (size, size):
-        pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).reshape(size, size, -1)
+    pixels = fit(pixels, size) if crop else resize(pixels, size, size)
     return pixels.astype(np.float32) / 255
 
 

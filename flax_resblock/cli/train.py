@@ -64,7 +64,6 @@ def train(
     try:
         from train import PRESETS, Stopped, TrainingError, fit
         from train.data import steps_per_epoch
-        from train.loop import evaluate_source
         from train.run_folder import SUMMARY, RunFolder
     except ImportError as error:
         raise MissingDependencyError(f"training needs {error.name}, which is not installed: pip install 'flax-resblock[train]'.") from error
@@ -94,7 +93,7 @@ def train(
         except TrainingError as error:
             folder.wait()
             raise TrainingError(f"{error} The last good checkpoint: {folder.saved or 'none yet'}.") from error
-        accuracy = evaluate_source(model, splits.test).accuracy
+        accuracy = history.test_accuracy[-1]  # after the last epoch, with which every run ends
         folder.finish(_summary(history, accuracy, time.perf_counter() - started))
     done = len(history.steps)
     output.print(f"{done} step{'s' if done != 1 else ''}, last loss {history.steps[-1].loss:.4f}, test accuracy {accuracy:.2%}")

@@ -162,12 +162,15 @@ ENTRIES = ("optimizer", "optimizer_state_dict", "optimizer_state", "optim", "opt
 """Entries of a training checkpoint that hold it; Lightning keeps a list under the last."""
 
 
+def only(value: Any) -> Any:
+    """What is in a list of one: Lightning keeps lists of optimizers and schedulers."""
+    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+
+
 def find(extras: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
     """The state dict of an optimizer among the entries of a training checkpoint, with the entry's name; None where there is none."""
     for name in ENTRIES:
-        value = extras.get(name)
-        if isinstance(value, list | tuple) and len(value) == 1:
-            value = value[0]
+        value = only(extras.get(name))
         if isinstance(value, Mapping) and "param_groups" in value:
             return name, value
     return None

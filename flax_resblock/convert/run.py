@@ -88,13 +88,14 @@ def read(extras: Mapping[str, Any], state_map: StateMap, *, kind: str | None = N
     record = optimizers.read(state, state_map, kind=kind, source=f"{source}, entry '{name}'")
     found = {name: Found(name, f"{record.notes[0]}", True)}
     steps, epoch = _count(extras, _STEPS, found), _count(extras, _EPOCHS, found)
-    if steps is None and record.steps:
+    explicit = steps is not None
+    if not explicit and record.steps:
         steps = int(float(next(iter(record.steps.values()))))
     settings = _settings(extras, found)
     run = Run(record, None, steps, epoch, settings)
-    entry = next(((key, _only(extras[key])) for key in _SCHEDULERS if extras.get(key)), None)
+    entry = next(((key, optimizers.only(extras[key])) for key in _SCHEDULERS if extras.get(key)), None)
     if entry is not None:
-        run = _with_schedule(run, *entry, per_epoch, _explicit(extras), source, found)
+        run = _with_schedule(run, *entry, per_epoch, explicit, source, found)
     elif epoch is not None and {"arch", "version"} <= extras.keys():
         run = replace(run, epochs=epoch + 1)  # timm stores the last epoch that was done
     if run.steps and not any(record.tensors.values()) and (record.kind != "sgd" or any(group.options["momentum"] for group in record.groups)):
@@ -140,15 +141,6 @@ def _stepped_per_epoch(run: Run, position: int, explicit: bool, source: str) -> 
         f"{source} was stepped {position} times in a run of {counts}, which does not show whether it counts batches or epochs. "
         "Say --schedule-unit batch or epoch."
     )
-
-
-def _only(value: Any) -> Any:
-    """Lightning keeps lists."""
-    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
-
-
-def _explicit(extras: Mapping[str, Any]) -> bool:
-    return any(_number(extras.get(name)) is not None for name in _STEPS)
 
 
 def _number(value: Any) -> int | None:

@@ -59,6 +59,11 @@ def _as_number(value: Any) -> Any:
     return value.item() if isinstance(value, np.ndarray | np.generic) and value.ndim == 0 else repr(value)
 
 
+def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that JSON gave back as lists, as the tuples that they were."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
 def holds_run(metadata: Mapping[str, str]) -> bool:
     """Whether :func:`pack` wrote this metadata."""
     return RUN in metadata
@@ -83,8 +88,7 @@ def unpack(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], state
         for group in content["groups"]:
             for key in group["parameters"]:
                 numbers[key] = len(numbers)
-            options = {name: tuple(value) if isinstance(value, list) else value for name, value in group["options"].items()}
-            groups.append({**options, "params": [numbers[key] for key in group["parameters"]], "param_names": list(group["parameters"])})
+            groups.append({**with_tuples(group["options"]), "params": [numbers[key] for key in group["parameters"]], "param_names": list(group["parameters"])})
         for name, value in tensors.items():
             if name.startswith(TENSORS):
                 tensor, _, key = name.removeprefix(TENSORS).partition(".")

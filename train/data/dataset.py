@@ -107,8 +107,7 @@ class Dataset:
             raise InputError(f"{self.name}: images are {images.dtype}; expected uint8 or floating.")
         if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
             raise InputError(f"{self.name}: labels have shape {labels.shape} and dtype {labels.dtype}; expected {images.shape[:1]} integers, one per image.")
-        if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise InputError(f"{self.name}: labels reach from {labels.min()} to {labels.max()}; with {self.num_classes} classes, 0 to {self.num_classes - 1}.")
+        check_range(self.name, labels, self.num_classes)
         channels = images.shape[-1]
         if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0:
             raise InputError(f"{self.name}: mean={self.mean} and std={self.std} must give {channels} numbers each, std above 0.")
@@ -145,6 +144,12 @@ class Splits(NamedTuple, Generic[S]):
 
     train: S
     test: S
+
+
+def check_range(name: str, labels: np.ndarray, num_classes: int) -> None:
+    """Raises InputError for labels outside ``0..num_classes-1``."""
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise InputError(f"{name}: labels reach from {labels.min()} to {labels.max()}; with {num_classes} classes, 0 to {num_classes - 1}.")
 
 
 def normalise(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from flax_resblock.errors import InputError, some
-from train.data.dataset import Splits, normalise
+from train.data.dataset import Splits, check_range, normalise
 from train.data.images import damage, decode, fit
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255)
@@ -49,8 +49,7 @@ class FolderDataset:
         labels = self.labels
         if not self.files or labels.shape != (len(self.files),) or not np.issubdtype(labels.dtype, np.integer):
             raise InputError(f"{self.name}: {len(self.files)} files and {labels.dtype} labels {labels.shape}; expected an integer for each, at least one.")
-        if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise InputError(f"{self.name}: labels reach from {labels.min()} to {labels.max()}; with {self.num_classes} classes, 0 to {self.num_classes - 1}.")
+        check_range(self.name, labels, self.num_classes)
 
     def __len__(self) -> int:
         return len(self.files)
