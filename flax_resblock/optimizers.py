@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from flax_resblock.architecture import Path
-from flax_resblock.convert.optimizer import OptimizerState
+from flax_resblock.convert.optimizer import KINDS, OptimizerState
 
 
 def bias_correction(decay: float, count: jax.Array, dtype: Any) -> jax.Array:
@@ -85,14 +85,14 @@ def adamw(
     return optax.chain(scale_by_adam(b1, b2, eps), optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate))
 
 
-def _path(keys: tuple[Any, ...]) -> Path:
+def path_of(keys: tuple[Any, ...]) -> Path:
     """The attribute path of a leaf of an nnx state."""
     return tuple(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
 
 
 def _each(function: Callable[..., Any], paths: Any, *trees: Any) -> Any:
     """``function(path, *leaves)`` for every leaf of trees of the same structure."""
-    return jax.tree_util.tree_map_with_path(lambda keys, *leaves: function(_path(keys), *leaves), paths, *trees)
+    return jax.tree_util.tree_map_with_path(lambda keys, *leaves: function(path_of(keys), *leaves), paths, *trees)
 
 
 def moving(momenta: Sequence[float]) -> np.ndarray:
@@ -105,12 +105,12 @@ def moving(momenta: Sequence[float]) -> np.ndarray:
 
 
 def optimizer_of(record: OptimizerState) -> optax.GradientTransformationExtraArgs:
-    r"""A torch optimizer as an optax transformation: :math:`p \leftarrow p + u` is torch's update.
+    r"""An optimizer as an optax transformation: :math:`p \leftarrow p + u` is torch's update.
 
     Every param group keeps its own rate, decay, momentum, betas and eps. ``update`` takes two more arguments, so that a schedule can be computed on the
     host in float64, as torch does, and a new rate compiles nothing: ``learning_rates``, ``(groups,)``, and ``momenta``, from :func:`moving`; None leaves
-    what the groups have. The state is optax's: ``TraceState`` for SGD, ``ScaleByAdamState`` for Adam and AdamW, with what torch calls
-    ``momentum_buffer``, ``exp_avg`` and ``exp_avg_sq``.
+    what the groups have. The state is optax's: ``TraceState`` for SGD and LARS, ``ScaleByAdamState`` for Adam, AdamW and LAMB, with what torch calls
+    ``momentum_buffer``, ``exp_avg`` and ``exp_avg_sq``. LARS and LAMB are optax's, their trust ratio applied to the groups that have a coefficient for it.
 
     Args:
       record: The optimizer of a model whose parameters are an nnx state of ``nnx.Param``.
@@ -119,28 +119,41 @@ def optimizer_of(record: OptimizerState) -> optax.GradientTransformationExtraArg
       >>> updates, state = optimizer.update(gradients, state, params, learning_rates=(0.1, 0.1))
       >>> params = optax.apply_updates(params, updates)
     """
+    kind = KINDS[record.kind]
     group_of = {path: number for number, group in enumerate(record.groups) for path in group.paths}
     options = [group.options for group in record.groups]
-    adam, coupled = record.kind != "sgd", record.kind != "adamw"
+    coupled = record.kind not in ("adamw", "lamb")
 
     def init(params: Any) -> Any:
         first, second = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))  # two, as a step that donates its state must not see a buffer twice
-        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=first, nu=second) if adam else optax.TraceState(trace=first)
+        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=first, nu=second) if kind.counts else optax.TraceState(trace=first)
 
     def update(updates: Any, state: Any, params: Any = None, *, learning_rates: Any = None, momenta: Any = None, **_: Any) -> Any:
         rates = [group["lr"] for group in options] if learning_rates is None else learning_rates
 
-        moved_by = moving([group["betas"][0] if adam else group["momentum"] for group in options]).tolist() if momenta is None else momenta
+        moved_by = moving([group["betas"][0] if kind.counts else group["momentum"] for group in options]).tolist() if momenta is None else momenta
 
         def decayed(path: Path, value: jax.Array, parameter: jax.Array) -> jax.Array:
             decay = float(options[group_of[path]]["weight_decay"])
             return value + decay * parameter if decay else value
 
         def scaled(path: Path, value: jax.Array) -> jax.Array:
-            return -(jnp.asarray(rates[group_of[path]], value.dtype) * value)
+            return jnp.asarray(rates[group_of[path]], value.dtype) * value
+
+        def trusted(path: Path, value: jax.Array, parameter: jax.Array) -> jax.Array:
+            option = options[group_of[path]]
+            if not kind.adaptive or not option["trust_coefficient"]:
+                return value
+            eps = float(option["eps"]) if not kind.counts else 0.0  # LAMB's eps is Adam's
+            ratio = optax.scale_by_trust_ratio(trust_coefficient=float(option["trust_coefficient"]), eps=eps)
+            return ratio.update(value, ratio.init(parameter), parameter)[0]  # pyright: ignore[reportReturnType]
+
+        def lowered(updates: Any) -> Any:
+            return jax.tree.map(jnp.negative, updates)
 
         gradients = _each(decayed, updates, params) if coupled else updates
-        if not adam:
+        if not kind.counts:
+            early = kind.adaptive  # LARS multiplies by the rate before the momentum, SGD after it
 
             def moved(path: Path, g: jax.Array, buffer: jax.Array) -> jax.Array:
                 momentum = moved_by[group_of[path]][0]
@@ -149,11 +162,14 @@ def optimizer_of(record: OptimizerState) -> optax.GradientTransformationExtraArg
             def sgd(path: Path, g: jax.Array, buffer: jax.Array) -> jax.Array:
                 momentum = moved_by[group_of[path]][0]
                 if _is_zero(momentum):
-                    return scaled(path, g)
-                return scaled(path, g + jnp.asarray(momentum, g.dtype) * buffer if options[group_of[path]]["nesterov"] else buffer)
+                    return g
+                return g + jnp.asarray(momentum, g.dtype) * buffer if options[group_of[path]]["nesterov"] else buffer
 
+            if early:
+                gradients = _each(scaled, _each(trusted, gradients, params))
             trace = _each(moved, gradients, state.trace)
-            return _each(sgd, gradients, trace), optax.TraceState(trace=trace)
+            steps = _each(sgd, gradients, trace)
+            return lowered(steps if early else _each(scaled, steps)), optax.TraceState(trace=trace)
 
         count = jnp.asarray(optax.safe_increment(state.count))
 
@@ -168,10 +184,10 @@ def optimizer_of(record: OptimizerState) -> optax.GradientTransformationExtraArg
         def step(path: Path, m: jax.Array, v: jax.Array, parameter: jax.Array) -> jax.Array:
             option = options[group_of[path]]
             value = _corrected(m, v, count, (moved_by[group_of[path]][2], _log(float(option["betas"][1]))), float(option["eps"]))
-            return scaled(path, value if coupled else decayed(path, value, parameter))
+            return scaled(path, value if coupled else trusted(path, decayed(path, value, parameter), parameter))
 
         mu, nu = _each(averaged, state.mu, gradients), _each(squared, state.nu, gradients)
-        return _each(step, mu, nu, params), optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+        return lowered(_each(step, mu, nu, params)), optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -196,7 +212,7 @@ def state_of(record: OptimizerState, params: Any) -> Any:
     def tree(name: str) -> Any:
         return _each(lambda path, p: jnp.zeros_like(p) if path not in record.tensors[name] else jnp.array(record.tensors[name][path]), params)
 
-    if record.kind == "sgd":
+    if not KINDS[record.kind].counts:
         return optax.TraceState(trace=tree("momentum_buffer"))
     count = int(float(next(iter(record.steps.values())))) if record.steps else 0
     return optax.ScaleByAdamState(count=jnp.asarray(count, jnp.int32), mu=tree("exp_avg"), nu=tree("exp_avg_sq"))
@@ -210,14 +226,15 @@ def record_of(record: OptimizerState, state: Any) -> OptimizerState:
       state: State of :func:`optimizer_of`.
     """
     tensors: dict[str, dict[Path, np.ndarray]] = {}
-    kept = {path for group in record.groups for path in group.paths if record.kind != "sgd" or group.options["momentum"]}
+    kind = KINDS[record.kind]
+    kept = {path for group in record.groups for path in group.paths if kind.buffered(group.options)}
     for name, before in record.tensors.items():
         now: dict[Path, np.ndarray] = {}
         _each(lambda path, leaf, now=now: now.update({path: np.asarray(leaf)}), getattr(state, _SLOTS[name]))
-        stepped = bool(before) or (any(map(np.any, now.values())) if record.kind == "sgd" else int(state.count) > 0)  # torch makes them at the first step
+        stepped = bool(before) or (any(map(np.any, now.values())) if not kind.counts else int(state.count) > 0)  # torch makes them at the first step
         tensors[name] = {path: value for path, value in now.items() if stepped and (path in kept or path in before)}
     steps: dict[Path, np.ndarray] = {}
-    if record.kind != "sgd":
+    if kind.counts:
         like = next(iter(record.steps.values()), np.zeros((), np.float32))
         steps = {path: np.asarray(int(state.count), like.dtype) for path in tensors["exp_avg"]}
     return replace(record, tensors=tensors, steps=steps)

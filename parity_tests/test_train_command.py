@@ -237,7 +237,7 @@ def test_a_schedule_without_counterpart_needs_a_word(folder, capsys):
 
 
 OTHER = {
-    "an unknown preset": (["train", "nonesuch"], "preset 'nonesuch' is unknown; known: digits-resnet8"),
+    "an unknown preset": (["train", "--preset", "nonesuch"], "preset 'nonesuch' is unknown; known: digits-resnet8"),
     "a folder that exists": (["train", "--out", "full"], "full exists. A run is never overwritten"),
     "no such checkpoint": (["train", "--resume", "nowhere.pth"], "nowhere.pth does not exist"),
     "a bad setting": (["train", "--epochs", "0"], "epochs=0 must be a positive integer"),

@@ -395,18 +395,18 @@ def test_a_run_that_stops_in_an_epoch_goes_on_bit_for_bit(data, tmp_path):
     whole = train.fit(models["whole"], data.train, config, progress=False)
     losses: list[float] = []
     with RunFolder(tmp_path / "run", config) as folder:
-        with pytest.raises(train.Stopped, match="stopped after 3 steps"):
+        with pytest.raises(train.Stopped, match="stopped after 4 steps"):
             train.fit(
                 models["stopped"],
                 data.train,
                 config,
                 on_step=lambda step: losses.append(step.loss),
                 saver=folder,
-                stop=lambda: len(losses) == 3,
+                stop=lambda: len(losses) == 3,  # known while the fourth is computed
                 progress=False,
             )
         folder.wait()
-    model, run = load_run(tmp_path / "run" / "checkpoints" / "step-00000003")
+    model, run = load_run(tmp_path / "run" / "checkpoints" / "step-00000004")
     rest = train.fit(model, data.train, config, run=run, progress=False)
     assert [*losses, *(step.loss for step in rest.steps)] == [step.loss for step in whole.steps]
     ours, theirs = to_torch(model), to_torch(models["whole"])

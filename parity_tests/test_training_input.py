@@ -130,7 +130,7 @@ def test_a_run_that_cannot_go_on_here_is_refused(data):
     with pytest.raises(InputError, match=r"the run's optimizer is another model's: stage2\.1\.\S+, .* are only on one side"):
         train.fit(model, data.train, SETTINGS, run=another, progress=False)
     one_cycle = OneCycleLR(80, (Phase(20.0, "lr", "lr", "momentum", "momentum"), Phase(79.0, "lr", "lr", "momentum", "momentum")), "cos", True, False)
-    with pytest.raises(InputError, match="the one-cycle schedule of this run ends at its step 80, but epochs=2 would take it to 87"):
+    with pytest.raises(InputError, match="the one-cycle schedule of this run ends at its step 80, but its 2 epochs of 44 steps would take it to 87"):
         train.fit(model, data.train, SETTINGS, run=dataclasses.replace(begun, schedule=ScheduleState(one_cycle, 0)), progress=False)
 
 

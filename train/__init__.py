@@ -1,7 +1,23 @@
-"""The training program, in JAX alone: configuration, data, schedule, optimizer, step and loop. Never imports torch."""
+"""The training program, in JAX alone: configuration, data, schedule, optimizer, devices, step and loop. Never imports torch."""
 
-from train.config import PRESETS, TrainConfig
+from train.config import TrainConfig
+from train.devices import data_mesh
 from train.errors import Stopped, TrainingError
-from train.loop import Evaluation, History, Step, evaluate, fit, new_model
+from train.evaluation import Evaluation, evaluate
+from train.loop import History, Judged, Step, fit, new_model
+from train.presets import PRESETS
 
-__all__ = ["PRESETS", "Evaluation", "History", "Step", "Stopped", "TrainConfig", "TrainingError", "evaluate", "fit", "new_model"]
+__all__ = [
+    "PRESETS",
+    "Evaluation",
+    "History",
+    "Judged",
+    "Step",
+    "Stopped",
+    "TrainConfig",
+    "TrainingError",
+    "data_mesh",
+    "evaluate",
+    "fit",
+    "new_model",
+]

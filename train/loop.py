@@ -1,4 +1,4 @@
-"""The training loop and the evaluation."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from flax_resblock.convert.run import Run
 from flax_resblock.errors import InputError, some
@@ -19,13 +20,13 @@ from flax_resblock.optimizers import optimizer_of, record_of, state_of
 from flax_resblock.resnet import Model, ResNet
 from flax_resblock.schedules import OneCycleLR
 from train.config import TrainConfig
-from train.data import Dataset, Source, Stream, evaluation_batches, steps_per_epoch
+from train.data import Batch, Source, Stream, steps_per_epoch
+from train.devices import Placement, on_host
 from train.errors import Stopped, TrainingError
-from train.pace import Pace, new_run
+from train.evaluation import evaluate_state, with_head
+from train.pace import Pace, Rates, new_run
 from train.progress import TrainingProgress
-from train.step import Mixed, TrainState, make_eval_step, make_train_step, split
-
-EVAL_BATCH = 512
+from train.step import Metrics, Mixed, TrainState, make_train_step, split
 
 
 class Step(NamedTuple):
@@ -39,24 +40,32 @@ class Step(NamedTuple):
     learning_rate: float
 
 
+class Judged(NamedTuple):
+    """What the test images said after ``step`` steps: accuracy in [0, 1] and mean cross-entropy, and the same of the averaged weights where they are kept."""
+
+    step: int
+    epoch: int
+    accuracy: float
+    loss: float
+    ema_accuracy: float | None = None
+    ema_loss: float | None = None
+
+    @property
+    def best(self) -> float:
+        """The accuracy by which checkpoints are compared: of the averaged weights where they are kept."""
+        return self.accuracy if self.ema_accuracy is None else self.ema_accuracy
+
+
 class Saver(Protocol):
     """Keeps a run, as :class:`train.run_folder.RunFolder` does."""
 
-    def due(self, step: int, /) -> bool:
-        """Whether to keep the state after ``step`` steps."""
+    def due(self, step: int, judged: Judged | None, /) -> bool:
+        """Whether to keep the state after ``step`` steps, of which ``judged`` was found out, where it was."""
         ...
 
     def save(self, model: ResNet, run: Run, /) -> None:
         """Keeps it; the values are the saver's own."""
         ...
-
-
-class Evaluation(NamedTuple):
-    """Accuracy in [0, 1], the predicted classes ``(N,)`` int64 and the logits ``(N, num_classes)``."""
-
-    accuracy: float
-    predictions: np.ndarray
-    logits: np.ndarray
 
 
 @dataclass
@@ -65,13 +74,18 @@ class History:
 
     Attributes:
       steps: Every step, in order.
-      test_accuracy: Accuracy on the test images after each epoch, in [0, 1]; empty where none were given.
+      judged: What the test images said after each epoch and at the end; empty where none were given.
       run: Optimizer, schedule and counters after the last step; :func:`flax_resblock.save` writes them beside the model.
     """
 
     steps: list[Step] = field(default_factory=list)
-    test_accuracy: list[float] = field(default_factory=list)
+    judged: list[Judged] = field(default_factory=list)
     run: Run | None = None
+
+    @property
+    def test_accuracy(self) -> list[float]:
+        """Accuracy on the test images after each epoch, in [0, 1]."""
+        return [judged.accuracy for judged in self.judged]
 
 
 def new_model(config: TrainConfig) -> ResNet:
@@ -94,8 +108,10 @@ def fit(
     test: Source | None = None,
     run: Run | None = None,
     on_step: Callable[[Step], None] | None = None,
+    on_judged: Callable[[Judged], None] | None = None,
     saver: Saver | None = None,
     stop: Callable[[], bool] | None = None,
+    mesh: Mesh | None = None,
     progress: bool = True,
 ) -> History:
     """Trains a network in place.
@@ -105,109 +121,179 @@ def fit(
         stays as it was if the run fails; its mode (training or evaluation) does not matter and does not change.
       dataset: Images to learn from.
       config: The run.
-      test: Images to classify after each epoch.
+      test: Images to classify after each epoch and at the end.
       run: A run to go on with, in PyTorch or here, from :func:`flax_resblock.load_run`: its optimizer with all buffers, its schedule (the rates that the param
-        groups have, where it has none) and its counters, which also give the order of the images. It ends after ``config.epochs`` epochs, those before
-        included. None: the configured SGD and schedule from the start.
-      on_step: Called after each step.
+        groups have, where it has none) and its counters, which also give the order of the images. It ends where ``config`` says, what was done before
+        included. None: the configured optimizer and schedule from the start.
+      on_step: Called with each step once its numbers are known, while the next one is computed.
+      on_judged: Called after each evaluation.
       saver: Receives copies of model and run after the steps that it wants, after the last one, and before a stop.
-      stop: Asked after each step whether to end the run there.
+      stop: Asked after each step whether to end the run there; in a run of several processes one that says so ends all.
+      mesh: The devices that share each batch, from :func:`train.data_mesh`; None: jax's default device alone.
       progress: Whether to show a progress bar.
     Returns:
       Loss and accuracy of every step.
     Raises:
-      InputError: Model, images and configuration do not fit each other.
-      TrainingError: The loss is not finite; the message names the step.
+      InputError: Model, images, devices and configuration do not fit each other.
+      TrainingError: The loss is not finite; the message names the step and the images.
       Stopped: ``stop`` said so; the model stays as it was.
     """
     network = _check(model, dataset, config)
+    placement = Placement(mesh)
+    placement.check(config.batch_size, config.accumulate)
     steps = steps_per_epoch(dataset, config.batch_size)
     run = run or new_run(config, steps)
-    pace, record, end = Pace.of(run, steps), run.optimizer, config.epochs * steps
+    pace, record, end = Pace.of(run, steps), run.optimizer, config.end(steps)
     _check_run(run, network, pace, end)
     optimizer = optimizer_of(record)
-    graphdef, state = split(network, optimizer, freeze=config.freeze)
-    state = state._replace(opt_state=state_of(record, state.params))
-    train_step = make_train_step(graphdef, optimizer, label_smoothing=config.label_smoothing, freeze=config.freeze)
+    graphdef, state = split(network, optimizer, freeze=config.freeze, placement=placement)
+    state = state._replace(opt_state=placement.copies(state_of(record, state.params)), ema=_averages(config, run, state, placement))
+    train_step = make_train_step(
+        graphdef,
+        optimizer,
+        label_smoothing=config.label_smoothing,
+        freeze=config.freeze,
+        accumulate=config.accumulate,
+        clip_norm=config.clip_norm,
+        ema=config.ema,
+        replicas=config.batch_norm == "replica" and placement.devices > 1,
+        mesh=mesh,
+    )
     history = History()
-    with TrainingProgress((end - pace.start) * config.batch_size, config.epochs, shown=progress) as bar:
-        stream = Stream(dataset, config.batch_size, seed=config.seed, augmentation=config.augmentation, workers=config.workers)
+    several = placement.shard[1] > 1
+    with TrainingProgress((end - pace.start) * config.batch_size, -(-end // steps), shown=progress) as bar:
+
+        def reported(pending: _Pending) -> bool:
+            """Waits for the numbers of a step; whether any process wants to stop."""
+            step = pending.known(steps)
+            history.steps.append(step)
+            bar.advance(config.batch_size, epoch=step.epoch, loss=step.loss, accuracy=step.accuracy)
+            if on_step is not None:
+                on_step(step)
+            return pending.metrics.stop is not None and bool(np.asarray(pending.metrics.stop))
+
+        def asked() -> bool:
+            return stop is not None and stop()
+
+        stream = Stream(
+            dataset,
+            config.batch_size,
+            seed=config.seed,
+            augmentation=config.augmentation,
+            shard=placement.shard,
+            pieces=config.accumulate,
+            workers=config.workers,
+        )
+        pending: _Pending | None = None
         with closing(stream.from_step(pace.start)) as coming:
             for number, batch in zip(range(pace.start, end), coming, strict=False):
-                epoch = number // steps
-                rates = pace.rates(number)
-                mixed = None if batch.labels_b is None else Mixed(batch.labels_b, batch.weight)
-                state, metrics = train_step(state, batch.images, batch.labels, rates, mixed)
-                rate = float(rates.learning_rates[0])
-                step = Step(number, epoch, float(metrics.loss), float(metrics.accuracy), rate)
-                if not math.isfinite(step.loss):
-                    raise TrainingError(
-                        f"the loss is {step.loss} at step {number} (epoch {epoch + 1}, learning rate {rate:.3g}); the model keeps its values from before the "
-                        "run. Try a smaller learning_rate or a longer warmup_epochs, and look at the weights and images for non-finite values."
-                    )
-                history.steps.append(step)
-                bar.advance(config.batch_size, epoch=epoch, loss=step.loss, accuracy=step.accuracy)
-                if on_step is not None:
-                    on_step(step)
-                stopped, done = stop is not None and stop(), number + 1
-                if saver is not None and (stopped or done == end or saver.due(done)):
+                rates, done = pace.rates(number), number + 1
+                flag = placement.spread(np.full(placement.devices // placement.shard[1], asked(), np.int32)) if several else None
+                state, metrics = train_step(state, *_on_devices(batch, config.accumulate, placement, rates), flag)
+                stopped = pending is not None and reported(pending)  # while this step is computed
+                if not several:
+                    stopped = asked()
+                pending = _Pending(number, rates, batch.indices, metrics)
+                judging = test is not None and (done % steps == 0 or done == end)
+                if not (stopped or judging or done == end or (saver is not None and saver.due(done, None))):
+                    continue
+                reported(pending)
+                pending = None
+                judged = _judge(graphdef, state, test, config, placement, done, steps) if judging and test is not None else None
+                if judged is not None:
+                    history.judged.append(judged)
+                    if on_judged is not None:
+                        on_judged(judged)
+                if saver is not None and (stopped or done == end or saver.due(done, judged)):
                     saver.save(*_copies(graphdef, state, pace.after(done)))
-                if test is not None and done % steps == 0:
-                    history.test_accuracy.append(_evaluate(graphdef, state.params, state.stats, test).accuracy)
                 if stopped and done < end:
                     raise Stopped(done)
-    nnx.update(network, state.params, state.stats)
-    after = pace.after(end)
-    history.run = replace(after, optimizer=record_of(after.optimizer, state.opt_state))
+    params, stats = on_host((state.params, state.stats)) if several else (state.params, state.stats)
+    nnx.update(network, params, stats)
+    _, history.run = _copies(graphdef, state, pace.after(end))
     return history
 
 
+class _Pending(NamedTuple):
+    """A step that is being computed."""
+
+    number: int
+    rates: Rates
+    indices: np.ndarray
+    metrics: Metrics
+
+    def known(self, steps: int) -> Step:
+        """The step, once it is done.
+
+        Raises:
+          TrainingError: Its loss is not finite.
+        """
+        rate = float(self.rates.learning_rates[0])
+        step = Step(self.number, self.number // steps, float(self.metrics.loss), float(self.metrics.accuracy), rate)
+        if not math.isfinite(step.loss):
+            raise TrainingError(
+                f"the loss is {step.loss} at step {step.step} (epoch {step.epoch + 1}, learning rate {rate:.3g}), on images "
+                f"{some([str(index) for index in self.indices])}; the model keeps its values from before the run. Try a smaller learning_rate or a longer "
+                "warmup_epochs, and look at the weights and images for non-finite values.",
+                step=step.step,
+                indices=self.indices,
+            )
+        return step
+
+
+def _on_devices(batch: Batch, pieces: int, placement: Placement, rates: Rates) -> tuple[Any, ...]:
+    """What a step takes after the state: images, labels, rates, what is mixed."""
+
+    def placed(array: np.ndarray) -> Any:
+        if pieces == 1:
+            return placement.spread(array)
+        return placement.spread(array.reshape(pieces, -1, *array.shape[1:]), axis=1)
+
+    mixed = None if batch.labels_b is None else Mixed(placed(batch.labels_b), placed(np.asarray(batch.weight)))
+    return placed(batch.images), placed(batch.labels), rates, mixed
+
+
+def _averages(config: TrainConfig, run: Run, state: TrainState, placement: Placement) -> tuple[nnx.State, nnx.State] | None:
+    """The averaged weights and statistics to go on with: the run's, or the weights as they are."""
+    if not config.ema:
+        return None
+
+    def kept(values: nnx.State) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda keys, leaf: run.ema.get(tuple(key.key for key in keys if hasattr(key, "key")), leaf), values)
+
+    return placement.copies((kept(state.params), kept(state.stats)) if run.ema else (state.params, state.stats))
+
+
+def _judge(graphdef: nnx.GraphDef[ResNet], state: TrainState, test: Source, config: TrainConfig, placement: Placement, done: int, steps: int) -> Judged:
+    """What the test images say of the weights, and of their averages."""
+    found: list[float] = []
+    for params, stats in ((state.params, state.stats), *([state.ema] if state.ema is not None else [])):
+        evaluation = evaluate_state(graphdef, params, stats, test, placement=placement, workers=config.workers)
+        found += [evaluation.accuracy, evaluation.loss]
+    return Judged(done, -(-done // steps), *found)
+
+
 def _copies(graphdef: nnx.GraphDef[ResNet], state: TrainState, run: Run) -> tuple[ResNet, Run]:
-    """Model and run with values of their own: the next step takes the arrays of this one."""
-    params, stats, opt_state = jax.tree.map(lambda leaf: np.array(leaf, copy=True), tuple(state))
-    return nnx.merge(graphdef, params, stats), replace(run, optimizer=record_of(run.optimizer, opt_state))
+    """Model and run with values of their own: the next step takes the arrays of this one.
 
-
-def evaluate(model: Model, images: np.ndarray, labels: np.ndarray, *, batch_size: int = EVAL_BATCH) -> Evaluation:
-    """Classifies every image exactly once, in evaluation mode; the model does not change.
-
-    Args:
-      model: A network with a head.
-      images: ``(N, H, W, C)``, normalised (:meth:`Dataset.normalised`), at least one.
-      labels: ``(N,)``, integers.
-      batch_size: Images at a time; the last batch is filled up with zeros, whose logits are dropped, so that one shape is compiled.
     Raises:
-      InputError: A model without logits, no images, or not one label per image.
+      TrainingError: A parameter is not finite.
     """
-    if not len(images) or len(images) != len(labels):
-        raise InputError(f"evaluation takes one label per image and at least one image; got {len(images)} images and {len(labels)} labels.")
-    network = _with_head(model)
-    classes = max(network.config.num_classes or 0, int(labels.max()) + 1)
-    channels = images.shape[-1]
-    source = Dataset(name="images", images=images, labels=labels, num_classes=classes, mean=(0.0,) * channels, std=(1.0,) * channels)
-    graphdef, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
-    return _evaluate(graphdef, params, stats, source, batch_size)
+    params, stats, opt_state, ema = on_host(tuple(state))
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+        raise TrainingError(f"the parameters are not finite after step {(run.steps or 1) - 1}. Try a smaller learning_rate or a longer warmup_epochs.")
+    averaged = {} if ema is None else {path: leaf for part in ema for path, leaf in _by_path(part).items()}
+    return nnx.merge(graphdef, params, stats), replace(run, optimizer=record_of(run.optimizer, opt_state), ema=averaged)
 
 
-def _evaluate(graphdef: nnx.GraphDef[ResNet], params: nnx.State, stats: nnx.State, source: Source, batch_size: int = EVAL_BATCH) -> Evaluation:
-    eval_step = make_eval_step(graphdef)
-    pieces = []
-    with closing(evaluation_batches(source, min(batch_size, len(source)))) as coming:
-        for batch in coming:
-            pieces.append(np.asarray(eval_step(params, stats, batch.images))[batch.valid])
-    logits = np.concatenate(pieces)
-    predictions = logits.argmax(axis=1)
-    return Evaluation(float(np.mean(predictions == source.labels)), predictions, logits)
-
-
-def _with_head(model: Model) -> ResNet:
-    if not isinstance(model, ResNet) or model.config.num_classes is None:
-        raise InputError("training and evaluation need a ResNet with a head; a bare block, or a network with num_classes=None, has no logits.")
-    return model
+def _by_path(values: nnx.State) -> dict[tuple[Any, ...], np.ndarray]:
+    """Arrays by attribute path; counters as int64, as checkpoints have them."""
+    flat = {path: np.asarray(variable[...]) for path, variable in dict(nnx.to_flat_state(values)).items()}
+    return {path: array.astype(np.int64) if path[-1] == "num_batches_tracked" else array for path, array in flat.items()}
 
 
 def _check(model: Model, dataset: Source, config: TrainConfig) -> ResNet:
-    network = _with_head(model)
+    network = with_head(model)
     if network.config != config.model:
         raise InputError(f"the model is {network.config}, but config.model is {config.model}. Use replace(config, model=model.config).")
     channels = dataset.shape[-1]
@@ -227,12 +313,15 @@ def _check_run(run: Run, network: ResNet, pace: Pace, end: int) -> None:
         only = sorted(".".join(map(str, path)) for path in theirs ^ ours)
         raise InputError(f"the run's optimizer is another model's: {some(only)} {'is' if len(only) == 1 else 'are'} only on one side.")
     if not 0 <= pace.start < end:
-        raise InputError(
-            f"the run is over: it is at step {pace.start}, and its {end // pace.steps} epochs of {pace.steps} steps end at {end}. Take more epochs to go on."
-        )
+        raise InputError(f"the run is over: it is at step {pace.start}, and {_length(end, pace.steps)} end at {end}. Take more epochs to go on.")
     last = run.schedule.schedule.length if run.schedule is not None and isinstance(run.schedule.schedule, OneCycleLR) else None
     if last is not None and pace.position(end - 1) > last:
         raise InputError(
-            f"the one-cycle schedule of this run ends at its step {last}, but epochs={end // pace.steps} would take it to {pace.position(end - 1)}. "
+            f"the one-cycle schedule of this run ends at its step {last}, but {_length(end, pace.steps)} would take it to {pace.position(end - 1)}. "
             "Take fewer epochs."
         )
+
+
+def _length(end: int, steps: int) -> str:
+    """How long a run is, in words."""
+    return f"its {end // steps} epochs of {steps} steps" if end % steps == 0 else f"its {end} steps"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flax_resblock.convert import LAYOUTS, StateMap
-from flax_resblock.convert.optimizer import fresh
+from flax_resblock.convert.optimizer import KINDS, fresh
 from flax_resblock.convert.run import Run
 from flax_resblock.convert.schedule import ScheduleState, scheduled
 from flax_resblock.optimizers import moving
@@ -25,7 +25,7 @@ class Rates(NamedTuple):
 
 def schedule_of(config: TrainConfig, steps: int) -> Schedule:
     """The configured schedule with ``steps`` steps per epoch, once per batch."""
-    return warmup_cosine(round(config.warmup_epochs * steps), config.epochs * steps, config.warmup_factor)
+    return warmup_cosine(config.warmup(steps), config.end(steps), config.warmup_factor)
 
 
 def settings_of(config: TrainConfig) -> dict[str, object]:
@@ -40,13 +40,14 @@ def new_run(config: TrainConfig, steps: int) -> Run:
       config: The run.
       steps: Steps per epoch.
     """
+    own: dict[str, Any] = {"betas": config.betas} if KINDS[config.optimizer].counts else {"momentum": config.momentum, "nesterov": config.nesterov}
     record = fresh(
-        "sgd",
+        config.optimizer,
         StateMap(config.model, LAYOUTS["torchvision"]),
+        decay=config.decay,
         lr=config.learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov and config.momentum > 0,
         weight_decay=config.weight_decay,
+        **own,
     )
     return at(Run(record, ScheduleState(schedule_of(config, steps), 0), 0, 0, settings_of(config)), 0)
 

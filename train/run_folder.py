@@ -2,8 +2,12 @@
 
     config.json             the resolved configuration
     metrics.jsonl           one line per step
-    checkpoints/step-...    Orbax folders: weights, statistics, optimizer, schedule, counters, and a SHA-256 of every tensor
+    evaluations.jsonl       one line per evaluation
+    tensorboard/            the same as event files
+    checkpoints/step-...    Orbax folders: weights, statistics, averages, optimizer, schedule, counters, settings, and a SHA-256 of every tensor
+    best                    a link to the checkpoint with the highest test accuracy
     summary.json            at the end of the run
+    curves.png              at the end of the run
 
 A run that is killed at any moment leaves whole checkpoints only; what was being written vanishes with the next save.
 """
@@ -11,22 +15,28 @@ A run that is killed at any moment leaves whole checkpoints only; what was being
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from flax_resblock import checkpoint
 from flax_resblock.checkpoint import RUN_FOLDER
 from flax_resblock.convert.run import Run
+from flax_resblock.errors import InputError
 from flax_resblock.resnet import ResNet
 from flax_resblock.transfer import save
 from train.config import TrainConfig
-from train.loop import Step
+from train.curves import draw_curves
+from train.loop import Judged, Step
+from train.records import JUDGED, STEPS, Records, best, recorded
 
 SUMMARY = "summary.json"
 """Says that the run is complete."""
+BEST = "best"
+_CURVES = "curves.png"
 
 
 class RunFolder:
@@ -36,14 +46,15 @@ class RunFolder:
       folder: Where.
       config: The run's configuration.
       every: Steps between two checkpoints; 0: one at the end.
-      keep: How many checkpoints to keep, the newest.
+      keep: How many checkpoints to keep, the newest; the best one stays beside them.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, *, every: int = 0, keep: int = 3) -> None:
         self.folder, self.config, self.every, self.keep = folder, config, every, keep
         self._writer = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[None] | None = None
-        self._metrics: TextIO | None = None
+        self._records: Records | None = None
+        self._best = best(folder)
         self.saved: Path | None = None
 
     def __enter__(self) -> RunFolder:
@@ -51,28 +62,42 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self._writer.shutdown(wait=True)
-        if self._metrics is not None:
-            self._metrics.close()
+        if self._records is not None:
+            self._records.close()
 
     def record(self, step: Step) -> None:
-        """A step was taken."""
-        if self._metrics is None:
-            self._metrics = self._begin(step.step)
-        self._metrics.write(json.dumps(step._asdict()) + "\n")
+        """A step was taken.
 
-    def _begin(self, first: int) -> TextIO:
+        Raises:
+          InputError: The folder, or a checkpoint that was being written, cannot be written.
+        """
+        if self._records is None:
+            self._records = self._begin(step.step)
+        self._records.step(step)
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def judged(self, judged: Judged) -> None:
+        """The test images were classified; comes before the checkpoint of the same step."""
+        if self._records is not None:
+            self._records.judged(judged)
+
+    def _begin(self, first: int) -> Records:
         """Creates the folder, or goes on in one whose last steps are taken again."""
-        (self.folder / RUN_FOLDER).mkdir(parents=True, exist_ok=True)
-        with checkpoint.replacing(self.folder / "config.json", force=True) as temporary:
-            temporary.write_text(json.dumps(asdict(self.config), indent=1) + "\n", encoding="utf-8")
-        metrics = self.folder / "metrics.jsonl"
-        kept = [line for line in _lines(metrics) if json.loads(line)["step"] < first]
-        with checkpoint.replacing(metrics, force=True) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        return metrics.open("a", encoding="utf-8", buffering=1)
+        try:
+            (self.folder / RUN_FOLDER).mkdir(parents=True, exist_ok=True)
+            with checkpoint.replacing(self.folder / "config.json", force=True) as temporary:
+                temporary.write_text(json.dumps(asdict(self.config), indent=1) + "\n", encoding="utf-8")
+            records = Records(self.folder, first)
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot be written ({error.strerror}). Choose another folder with --out, or make room.") from error
+        self._best = best(self.folder)  # an evaluation that is made again no longer counts
+        return records
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written when ``step`` steps are done."""
+    def due(self, step: int, judged: Judged | None) -> bool:
+        """Whether a checkpoint is to be written when ``step`` steps are done: every so often, and when it is the best so far."""
+        if judged is not None and (self._best is None or judged.best > self._best.accuracy):
+            return True
         return bool(self.every) and step % self.every == 0
 
     def save(self, model: ResNet, run: Run) -> None:
@@ -82,32 +107,56 @@ class RunFolder:
           InputError: The one before could not be written.
         """
         self.wait()
-        self._pending = self._writer.submit(self._save, model, run)
+        self._best = best(self.folder)
+        self._pending = self._writer.submit(self._save, model, run, self._best.step if self._best else None)
 
     def wait(self) -> None:
-        """Waits until the last checkpoint is written."""
+        """Waits until the last checkpoint is written.
+
+        Raises:
+          InputError: It could not be written.
+        """
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _save(self, model: ResNet, run: Run) -> None:
-        path = self.folder / RUN_FOLDER / f"step-{run.steps:08d}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(model, path, run=run, force=True)
-        self.saved = path
-        for old in sorted((self.folder / RUN_FOLDER).glob("step-*"))[: -self.keep]:
-            checkpoint.remove(old)
+    def _path(self, step: int) -> Path:
+        return self.folder / RUN_FOLDER / f"step-{step:08d}"
+
+    def _save(self, model: ResNet, run: Run, best_step: int | None) -> None:
+        path = self._path(run.steps or 0)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(model, path, run=run, force=True)
+            self.saved = path
+            if best_step == run.steps:
+                self._point_at(path)
+            kept = {path, *([self._path(best_step)] if best_step is not None else [])}
+            for old in sorted(path.parent.glob("step-*"))[: -self.keep]:
+                if old not in kept:
+                    checkpoint.remove(old)
+        except Exception as error:  # InputError, or whatever Orbax and the disk raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            whole = sorted(path.parent.glob("step-*"))
+            raise InputError(
+                f"the checkpoint {path} could not be written ({reason[:300]}). The last whole one is {whole[-1] if whole else 'none yet'}. Make room, "
+                "and go on with --resume auto."
+            ) from error
+
+    def _point_at(self, path: Path) -> None:
+        """Makes ``best`` a link to a checkpoint, in one step."""
+        scratch = self.folder / f".{BEST}.{os.getpid()}"
+        scratch.unlink(missing_ok=True)
+        scratch.symlink_to(path.relative_to(self.folder))
+        scratch.replace(self.folder / BEST)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """The run is over."""
+        """The run is over: draws its curves and says so."""
         self.wait()
+        steps, judged = recorded(self.folder / STEPS), recorded(self.folder / JUDGED)
+        found = best(self.folder)
+        about = {"best_step": found.step, "best_accuracy": found.accuracy} if found else {}
+        with checkpoint.replacing(self.folder / _CURVES, force=True) as temporary:
+            draw_curves(steps, judged, temporary)
         with checkpoint.replacing(self.folder / SUMMARY, force=True) as temporary:
-            temporary.write_text(json.dumps({**summary, "config": asdict(self.config)}, indent=1) + "\n", encoding="utf-8")
-
-
-def _lines(file: Path) -> list[str]:
-    """The whole lines of a file; the last one may have been cut off by a kill."""
-    if not file.is_file():
-        return []
-    *whole, _ = file.read_text(encoding="utf-8").split("\n")
-    return whole
+            temporary.write_text(json.dumps({**summary, **about, "config": asdict(self.config)}, indent=1) + "\n", encoding="utf-8")

@@ -10,25 +10,30 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
 from flax_resblock.errors import InputError
 from flax_resblock.resnet import ResNet
+from train.devices import AXIS, Placement
 from train.pace import Rates
 
 
 class TrainState(NamedTuple):
-    """What a training step changes: parameters, running statistics, optimizer buffers."""
+    """What a training step changes: parameters, running statistics, optimizer buffers, and averages of the first two, ``(params, stats)``, where kept."""
 
     params: nnx.State
     stats: nnx.State
     opt_state: Any
+    ema: tuple[nnx.State, nnx.State] | None = None
 
 
 class Metrics(NamedTuple):
-    """Mean loss and accuracy of a batch before the update, scalars."""
+    """Mean loss and accuracy of a batch before the update, scalars; ``stop``: whether any process wants to, int32, where it was asked."""
 
     loss: jax.Array
     accuracy: jax.Array
+    stop: jax.Array | None = None
 
 
 class Mixed(NamedTuple):
@@ -36,6 +41,15 @@ class Mixed(NamedTuple):
 
     labels: Any
     weight: Any
+
+
+class _Learned(NamedTuple):
+    """What one piece of a batch says: mean loss, accuracy, new running statistics, gradients."""
+
+    loss: jax.Array
+    accuracy: jax.Array
+    stats: nnx.State
+    gradients: nnx.State
 
 
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
@@ -61,7 +75,16 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     return -jnp.mean((1 - label_smoothing) * of_label + label_smoothing * jnp.mean(log_p, axis=1))
 
 
-def split(model: ResNet, optimizer: optax.GradientTransformation, *, freeze: Sequence[str] = ()) -> tuple[nnx.GraphDef[ResNet], TrainState]:
+def clipped(gradients: Any, max_norm: float) -> Any:
+    """Gradients whose norm over all of them together is ``max_norm`` at most, as ``torch.nn.utils.clip_grad_norm_`` shortens them."""
+    norm = optax.global_norm(gradients)
+    factor = jnp.minimum(max_norm / (norm + 1e-6), 1.0)  # torch adds the 1e-6
+    return jax.tree.map(lambda gradient: gradient * factor.astype(gradient.dtype), gradients)
+
+
+def split(
+    model: ResNet, optimizer: optax.GradientTransformation, *, freeze: Sequence[str] = (), placement: Placement | None = None
+) -> tuple[nnx.GraphDef[ResNet], TrainState]:
     """The model's structure, in training mode but for the frozen parts, and a fresh training state.
 
     The state holds copies: a train step donates its input, and the model's own arrays must survive that.
@@ -70,9 +93,11 @@ def split(model: ResNet, optimizer: optax.GradientTransformation, *, freeze: Seq
       model: Does not change.
       optimizer: See :func:`make_train_step`.
       freeze: Parts whose norms use their running statistics, ``"stem"``, ``"stage1"`` ...
+      placement: Where the state lies.
     Raises:
       InputError: float64 values while jax's x64 mode is off; they would be narrowed silently.
     """
+    placement = placement or Placement()
     graphdef, values = nnx.split(model)
     training = nnx.merge(graphdef, values)
     training.train()
@@ -84,50 +109,128 @@ def split(model: ResNet, optimizer: optax.GradientTransformation, *, freeze: Seq
     wide = {str(leaf.dtype) for leaf in jax.tree.leaves((params, stats)) if leaf.dtype.kind == "f" and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype}
     if wide:
         raise InputError(f"the model's values are {', '.join(sorted(wide))}, which jax would narrow. Turn on jax_enable_x64, or convert to float32 first.")
-    params, stats = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (params, stats))
+    params, stats = placement.copies((params, stats))
     return graphdef, TrainState(params, stats, optimizer.init(params))
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef[ResNet], optimizer: optax.GradientTransformationExtraArgs, *, label_smoothing: float = 0.0, freeze: Sequence[str] = ()
+    graphdef: nnx.GraphDef[ResNet],
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    label_smoothing: float = 0.0,
+    freeze: Sequence[str] = (),
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    ema: float = 0.0,
+    replicas: bool = False,
+    mesh: Mesh | None = None,
 ) -> TrainStep:
-    """One step of training, compiled; ``(state, images, labels, rates, mixed=None) -> (state, metrics)``.
+    """One step of training, compiled; ``(state, images, labels, rates, mixed=None, stop=None) -> (state, metrics)``.
 
-    The given state is donated: its arrays are gone after the call. ``images`` are ``(N, H, W, C)``, ``labels`` ``(N,)`` int32. New rates do not compile
-    again; a new ``N`` does.
+    The given state is donated: its arrays are gone after the call. ``images`` are ``(N, H, W, C)``, ``labels`` ``(N,)`` int32; where a batch is accumulated,
+    they, and what is mixed, have an axis of pieces before: ``(accumulate, N / accumulate, ...)``. New rates do not compile again; a new ``N`` does.
 
     Args:
       graphdef: Structure of the model; see :func:`split`.
       optimizer: See :func:`flax_resblock.optimizers.optimizer_of`.
       label_smoothing: See :func:`cross_entropy`.
       freeze: Parts whose parameters keep their bits.
+      accumulate: Pieces of a batch.
+      clip_norm: See :func:`clipped`.
+      ema: Decay of the averages; 0 where the state has none.
+      replicas: Every device normalises its own images, and the running statistics are the first one's; else those of the whole batch.
+      mesh: The devices; None: jax's default one.
     """
     frozen = frozenset(freeze)
 
-    def train_step(state: TrainState, images: jax.Array, labels: jax.Array, rates: Rates, mixed: Mixed | None = None) -> tuple[TrainState, Metrics]:
+    def learn(params: nnx.State, stats: nnx.State, images: jax.Array, labels: jax.Array, mixed: Mixed | None) -> _Learned:
         def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
             # copy=True: the running statistics change inside the gradient's trace, and their variables must belong to it
-            model = nnx.merge(graphdef, params, state.stats, copy=True)
+            model = nnx.merge(graphdef, params, stats, copy=True)
             logits = model(images)
-            return cross_entropy(logits, labels, label_smoothing, mixed), (logits, nnx.state(model, nnx.BatchStat))
+            loss = cross_entropy(logits, labels, label_smoothing, mixed)
+            # inside the differentiated function: the gradient of a parameter that all devices share is summed over them by itself
+            return lax.pmean(loss, AXIS) if replicas else loss, (logits, nnx.state(model, nnx.BatchStat))
 
-        (loss, (logits, stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        (loss, (logits, new)), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels)
+        if replicas:
+            accuracy, new = lax.pmean(accuracy, AXIS), jax.tree.map(_of_first, new)
+        return _Learned(loss, accuracy, new, gradients)
+
+    if replicas:
+        if mesh is None:
+            raise ValueError("replicas need a mesh")
+        whole, spread = PartitionSpec(), PartitionSpec(AXIS)
+        learn = jax.shard_map(learn, mesh=mesh, in_specs=(whole, whole, spread, spread, spread), out_specs=whole)
+
+    def learn_all(state: TrainState, images: jax.Array, labels: jax.Array, mixed: Mixed | None) -> _Learned:
+        if accumulate == 1:
+            return learn(state.params, state.stats, images, labels, mixed)
+
+        def piece(stats: nnx.State, batch: tuple[jax.Array, jax.Array, Mixed | None]) -> tuple[nnx.State, tuple[jax.Array, jax.Array, nnx.State]]:
+            learned = learn(state.params, stats, *batch)
+            return learned.stats, (learned.loss, learned.accuracy, learned.gradients)
+
+        if jax.default_backend() == "cpu":  # whose convolutions are many times slower inside a loop
+            stats, learned = state.stats, []
+            for number in range(accumulate):
+                stats, one = piece(stats, jax.tree.map(lambda array, n=number: array[n], (images, labels, mixed)))
+                learned.append(one)
+            means = jax.tree.map(lambda *values: sum(values[1:], values[0]) / accumulate, *learned)
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+
+            def summed(carry: Any, batch: Any) -> tuple[Any, None]:
+                stats, sums = carry
+                stats, one = piece(stats, batch)
+                return (stats, jax.tree.map(jnp.add, sums, one)), None
+
+            wide = jnp.promote_types(jax.tree.leaves(state.params)[0].dtype, jnp.float32)
+            (stats, sums), _ = lax.scan(summed, (state.stats, (jnp.zeros((), wide), jnp.zeros(()), zeros)), (images, labels, mixed))
+            means = jax.tree.map(lambda value: value / accumulate, sums)
+        return _Learned(means[0], means[1], stats, means[2])
+
+    def train_step(
+        state: TrainState, images: jax.Array, labels: jax.Array, rates: Rates, mixed: Mixed | None = None, stop: jax.Array | None = None
+    ) -> tuple[TrainState, Metrics]:
+        learned = learn_all(state, images, labels, mixed)
+        gradients = learned.gradients if clip_norm is None else clipped(_without(learned.gradients, frozen), clip_norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, learning_rates=rates.learning_rates, momenta=rates.momenta)
         params: Any = optax.apply_updates(state.params, updates)
         if frozen:
             params = jax.tree_util.tree_map_with_path(lambda keys, new, old: old if keys[0].key in frozen else new, params, state.params)
-        accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels)
-        return TrainState(params, stats, opt_state), Metrics(loss, accuracy)
+        averages = None if state.ema is None else jax.tree.map(lambda old, new: _averaged(old, new, ema), state.ema, (params, learned.stats))
+        wanted = None if stop is None else jnp.max(stop)
+        return TrainState(params, learned.stats, opt_state, averages), Metrics(learned.loss, learned.accuracy, wanted)
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=Placement(mesh).copied)
+
+
+def _of_first(value: jax.Array) -> jax.Array:
+    """What the first device has, on all of them."""
+    return lax.psum(jnp.where(lax.axis_index(AXIS) == 0, value, jnp.zeros_like(value)), AXIS)
+
+
+def _without(gradients: Any, frozen: frozenset[str]) -> Any:
+    """Zero gradients of frozen parts, so that they do not count in the norm."""
+    return jax.tree_util.tree_map_with_path(lambda keys, value: jnp.zeros_like(value) if keys[0].key in frozen else value, gradients) if frozen else gradients
+
+
+def _averaged(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
+    """``decay * old + (1 - decay) * new``; counters take the new value."""
+    return old + (1 - decay) * (new - old) if jnp.issubdtype(old.dtype, jnp.floating) else new
 
 
 @lru_cache(maxsize=8)
-def make_eval_step(graphdef: nnx.GraphDef[ResNet]) -> EvalStep:
-    """Logits in evaluation mode, compiled; ``(params, stats, images (N, H, W, C)) -> (N, num_classes)``. One function per structure, kept."""
+def make_eval_step(graphdef: nnx.GraphDef[ResNet], mesh: Mesh | None = None) -> EvalStep:
+    """Logits in evaluation mode, compiled; ``(params, stats, images (N, H, W, C)) -> (N, num_classes)``, whole on every device.
+
+    One function per structure, kept.
+    """
 
     def eval_step(params: nnx.State, stats: nnx.State, images: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, params, stats, copy=True)
         return model(images, use_running_average=True)
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step, out_shardings=Placement(mesh).copied)

@@ -54,7 +54,20 @@ def _frugal(v1: Any, largest: int) -> Any:
     context.memory.deepcopy_host_arrays = False
     context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(_IN_FLIGHT, largest)
     context.array.saving.use_compression = False
+    alone = _alone()
+    if alone is not None:
+        context.multiprocessing = v1.options.MultiprocessingOptions(**alone)
     return context
+
+
+def _alone() -> dict[str, Any] | None:
+    """In a program of several processes: the options that let Orbax work in this one without waiting for the others; else None."""
+    import jax
+
+    if not jax.distributed.is_initialized():
+        return None
+    process = jax.process_index()
+    return {"primary_host": process, "active_processes": {process}, "barrier_sync_key_prefix": f"process{process}"}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
@@ -105,11 +118,24 @@ def read(path: Path) -> Record:
     return Record(str(path), "orbax", _flatten(tree), metadata)
 
 
+def _save_alone(path: Path, tree: dict[str, Any], alone: Mapping[str, Any]) -> None:
+    """The same folder, by Orbax's older interface, which knows how to save in one process of several."""
+    import orbax.checkpoint as v0
+
+    options = v0.options.MultiprocessingOptions(**alone)
+    with v0.Checkpointer(v0.PyTreeCheckpointHandler(multiprocessing_options=options), multiprocessing_options=options) as checkpointer:
+        checkpointer.save(path, v0.args.PyTreeSave(tree))
+
+
 def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Writes an Orbax checkpoint with ``metadata`` in a JSON file beside it."""
 
     def save() -> None:
         v1 = _orbax()
+        alone = _alone()
+        if alone is not None:  # v1 cannot save without the other processes
+            _save_alone(path.resolve(), _nest(tensors), alone)
+            return
         with _frugal(v1, max((value.nbytes for value in tensors.values()), default=0)):
             v1.save(path.resolve(), _nest(tensors))
 

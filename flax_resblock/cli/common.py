@@ -44,7 +44,7 @@ class ReadingFlags:
     allow_missing: tuple[str, ...] = ()
     """Keys that may be absent and start afresh, shell-style patterns."""
     entry: str | None = None
-    """Entry of a training checkpoint that holds the weights, such as model_ema."""
+    """Entry of a training checkpoint that holds the weights, such as model_ema for averaged weights."""
 
     def open(self, path: Path, *, run: bool = False) -> Source:
         """The checkpoint, with the one reading that fits; ``run`` also reads what a training run left in files beside it."""
@@ -60,8 +60,8 @@ class RunFlags:
     """Carry optimizer, learning-rate schedule and counters too, so that the run goes on where it stopped."""
     weights_only: bool = False
     """Carry the weights and BatchNorm statistics alone, whatever else is there."""
-    optimizer: Literal["sgd", "adam", "adamw"] | None = None
-    """The optimizer's name, where the file does not tell (torch before 2.6 writes Adam and AdamW alike)."""
+    optimizer: Literal["sgd", "adam", "adamw", "lars", "lamb"] | None = None
+    """The optimizer: of the run in a checkpoint, where the file does not tell (torch before 2.6 writes Adam and AdamW alike), or of a new run."""
     schedule_unit: Literal["batch", "epoch"] | None = None
     """What the learning-rate scheduler counted, where the file does not tell."""
 

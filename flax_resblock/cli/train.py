@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
+from flax_resblock import checkpoint
 from flax_resblock.checkpoint import RUN_FOLDER
 from flax_resblock.cli.common import ReadingFlags, RunFlags, on_interrupt, output, status
-from flax_resblock.cli.train_start import SettingFlags, initialised, start
-from flax_resblock.errors import InputError, MissingDependencyError
+from flax_resblock.cli.evaluate import classify
+from flax_resblock.cli.train_flags import ScaleFlags, SettingFlags
+from flax_resblock.cli.train_start import Start, afresh, fresh_config, initialised, start
+from flax_resblock.errors import CheckpointError, InputError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from train import History
+    from train import History, TrainConfig
 
 
 Preset = Annotated[
-    str,
-    tyro.conf.Positional,
-    tyro.conf.arg(metavar="PRESET", help="Run by name: digits-resnet8, fashion-resnet20, cifar10-resnet20, cifar10-resnet56, imagenet-resnet50."),
+    str, tyro.conf.arg(metavar="NAME", help="Run by name: digits-resnet8, fashion-resnet20, cifar10-resnet20, cifar10-resnet56, imagenet-resnet50.")
 ]
 
 
@@ -32,73 +37,138 @@ def train(
     reading: ReadingFlags,
     training: RunFlags,
     settings: SettingFlags,
+    scale: ScaleFlags,
     preset: Preset = "digits-resnet8",
     resume: Path | None = None,
     init: Path | None = None,
+    eval_only: Path | None = None,
     out: Path | None = None,
     schedule: Literal["constant", "warmup-cosine"] | None = None,
     save_every: int | None = None,
     keep: int = 3,
+    print_config: bool = False,
+    strict: bool = False,
     allow_nonfinite: bool = False,
 ) -> int:
     """Trains a network in JAX: from scratch, or from where a run stopped, in PyTorch or here, with its optimizer, schedule and counters.
 
     --resume takes a training checkpoint of a plain PyTorch loop, torchvision's references, timm or Lightning, a Hugging Face Trainer folder, what this
-    command or `convert --with-optimizer` wrote, or the word auto: go on with what is in OUT, or begin. OUT gets checkpoints, every step's loss and a
-    summary; convert OUT run.pth --with-optimizer takes the run back to PyTorch. SIGINT and SIGTERM save and end with status 130 or 143; a run that was
-    killed goes on from its last checkpoint, bit for bit.
+    command or `convert --with-optimizer` wrote, or the word auto: go on with what is in OUT, or begin. OUT gets checkpoints, every step's loss as JSON lines
+    and TensorBoard events, curves and a summary; convert OUT run.pth --with-optimizer takes the run back to PyTorch. SIGINT and SIGTERM save and end with
+    status 130 or 143; a run that was killed goes on from its last checkpoint, bit for bit.
 
     Args:
-      reading: How to read the checkpoint.
+      reading: How to read the checkpoint. Without one, --architecture and --num-classes say what to train.
       training: What to do with the training run in it. train carries it anyway, unless --weights-only is given.
       settings: What differs from the preset.
+      scale: Devices and processes.
       preset: The run.
       resume: Checkpoint to go on from, or auto.
       init: Checkpoint whose weights the run begins with; where it has another number of classes, or no head, the head starts afresh.
+      eval_only: Checkpoint to classify the test images with, instead of training: accuracy and confusion matrix; with --out also as files.
       out: Folder for the results; runs/PRESET by default. It must not exist yet, unless the run in it goes on.
       schedule: Another learning rate than that of the checkpoint: constant, or linear warm-up and cosine over the whole run.
       save_every: Steps between two checkpoints; by default one per epoch.
-      keep: Checkpoints to keep, the newest.
+      keep: Checkpoints to keep, the newest; the best one stays beside them.
+      print_config: Print the resolved configuration as JSON, and do nothing else.
+      strict: Refuse an image folder with damaged images, instead of leaving them out.
       allow_nonfinite: Go on from NaN, infinities and negative variances.
     """
     try:
-        from train import PRESETS, Stopped, TrainingError, fit
-        from train.data import steps_per_epoch
-        from train.run_folder import SUMMARY, RunFolder
+        from train import PRESETS, cluster
     except ImportError as error:
         raise MissingDependencyError(f"training needs {error.name}, which is not installed: pip install 'flax-resblock[train]'.") from error
     if preset not in PRESETS:
         raise InputError(f"preset {preset!r} is unknown; known: {', '.join(PRESETS)}.")
     if keep < 1 or (save_every is not None and save_every < 1):
         raise InputError(f"--keep {keep} and --save-every {save_every} must be at least 1.")
-    out = out or Path("runs") / preset
-    resume = _resumed(resume, out)
-    if resume == out and (out / SUMMARY).is_file() and settings.epochs is None:
-        output.print(f"the run in {out} is complete; --epochs takes it further", markup=False, soft_wrap=True)
-        return 0
+    if sum(given is not None for given in (resume, init, eval_only)) > 1:
+        raise InputError("--resume, --init and --eval-only each say where the weights come from. Give one of them.")
+    several = cluster.connect(cluster.Cluster(scale.coordinator, scale.num_processes, scale.process_id))
+    try:
+        with only_first_speaks(several) as first:
+            config, optimizer, given = PRESETS[preset], training.optimizer, settings.given
+            if eval_only is not None:
+                return classify(eval_only, reading, config, given, scale.devices, out if first else None, strict)
+            if print_config and resume is None and init is None:
+                return _printed(fresh_config(config, reading, optimizer, given))
+            out = out or Path("runs") / preset
+            resume = _resumed(resume, out)
+            if resume == out and (out / "summary.json").is_file() and not {"epochs", "steps"} & given.keys():
+                output.print(f"the run in {out} is complete; --epochs takes it further", markup=False, soft_wrap=True)
+                return 0
+            if resume is not None:
+                begin = start(reading, training, given, config, _whole(resume, out), schedule, allow_nonfinite, strict)
+            elif init is not None:
+                begin = initialised(init, reading, optimizer, given, config, allow_nonfinite, strict)
+            else:
+                begin = afresh(config, reading, optimizer, given, strict)
+            if print_config:
+                return _printed(begin.config)
+            return _run(begin, out, save_every, keep, scale.devices, first)
+    except Exception as error:
+        if several and type(error).__name__ == "JaxRuntimeError":  # a collective failed: whoever watches the others says which of them, if it can
+            time.sleep(2)
+            cluster.lost("a process")
+        raise
+    finally:
+        cluster.leave()
+
+
+def _run(begin: Start, out: Path, save_every: int | None, keep: int, devices: int | None, first: bool) -> int:
+    """Trains; process 0 of several writes everything down."""
+    from train import Stopped, TrainingError, data_mesh, fit
+    from train.data import steps_per_epoch
+    from train.run_folder import RunFolder
+
     started = time.perf_counter()
-    if init is not None and resume is None:
-        model, config, splits = initialised(init, reading, settings, PRESETS[preset], allow_nonfinite)
-        run = None
-    else:
-        model, run, config, splits = start(reading, training, settings, PRESETS[preset], resume, schedule, allow_nonfinite)
+    config, splits = begin.config, begin.splits
     every = save_every or steps_per_epoch(splits.train, config.batch_size)
     with RunFolder(out, config, every=every, keep=keep) as folder, Stop() as stop:
+        writing: dict[str, Any] = {"on_step": folder.record, "on_judged": folder.judged, "saver": folder} if first else {}
         try:
-            history = fit(model, splits.train, config, test=splits.test, run=run, on_step=folder.record, saver=folder, stop=stop.asked)
+            history = fit(
+                begin.model, splits.train, config, test=splits.test, run=begin.run, stop=stop.asked, mesh=data_mesh(devices), progress=first, **writing
+            )
         except Stopped as stopped:
             folder.wait()
-            print(f"flax-resblock: stopped after step {stopped.step}; {folder.saved} is written. Go on with --resume auto --out {out}.", file=sys.stderr)
-            return 128 + (stop.signal or 0)
+            if first:
+                print(f"flax-resblock: stopped after step {stopped.step}; {folder.saved} is written. Go on with --resume auto --out {out}.", file=sys.stderr)
+            return 128 + (stop.signal or signal.SIGTERM)
         except TrainingError as error:
             folder.wait()
-            raise TrainingError(f"{error} The last good checkpoint: {folder.saved or 'none yet'}.") from error
-        accuracy = history.test_accuracy[-1]  # after the last epoch, with which every run ends
-        folder.finish(_summary(history, accuracy, time.perf_counter() - started))
-    done = len(history.steps)
-    output.print(f"{done} step{'s' if done != 1 else ''}, last loss {history.steps[-1].loss:.4f}, test accuracy {accuracy:.2%}")
+            where = ""
+            if first and error.indices is not None and out.is_dir():
+                diverged = out / "diverged.json"
+                diverged.write_text(json.dumps({"step": error.step, "images": error.indices.tolist()}) + "\n", encoding="utf-8")
+                where = f" All images of that step: {diverged}."
+            raise TrainingError(f"{error}{where} The last good checkpoint: {folder.saved or 'none yet'}.") from error
+        if first:
+            folder.finish(_summary(history, time.perf_counter() - started))
+    done, judged = len(history.steps), history.judged[-1]  # every run ends with an evaluation
+    averaged = "" if judged.ema_accuracy is None else f", of the averaged weights {judged.ema_accuracy:.2%}"
+    output.print(f"{done} step{'s' if done != 1 else ''}, last loss {history.steps[-1].loss:.4f}, test accuracy {judged.accuracy:.2%}{averaged}")
     output.print(f"wrote {out}; back to PyTorch: flax-resblock convert {out} run.pth --with-optimizer", markup=False, soft_wrap=True)
     return 0
+
+
+def _printed(config: TrainConfig) -> int:
+    print(json.dumps(asdict(config), indent=1))
+    return 0
+
+
+@contextmanager
+def only_first_speaks(several: bool) -> Iterator[bool]:
+    """Whether this is the process that prints and writes; the others are silent but for errors."""
+    import jax
+
+    first = not several or jax.process_index() == 0
+    before = output.quiet, status.quiet
+    output.quiet, status.quiet = before if first else (True, True)
+    try:
+        yield first
+    finally:
+        output.quiet, status.quiet = before
 
 
 class Stop:
@@ -140,14 +210,29 @@ def _resumed(resume: Path | None, out: Path) -> Path | None:
     return resume
 
 
-def _summary(history: History, accuracy: float, seconds: float) -> dict[str, Any]:
+def _whole(resume: Path, out: Path) -> Path:
+    """The checkpoint to go on from; where the newest of a run is damaged, the error names the one before it."""
+    if resume != out:
+        return resume
+    found = sorted((out / RUN_FOLDER).glob("step-*"))
+    try:
+        checkpoint.read(out)
+    except CheckpointError as error:
+        before = f"Remove {found[-1]}, and --resume auto goes on from {found[-2].name}." if len(found) > 1 else "It is the only one of this run; begin again."
+        raise CheckpointError(f"{error} {before}") from error
+    return resume
+
+
+def _summary(history: History, seconds: float) -> dict[str, Any]:
     """What a finished run leaves behind as JSON."""
     return {
         "steps": len(history.steps),
         "last_step": history.steps[-1].step,
         "loss": history.steps[-1].loss,
         "mean_loss_of_last_10": float(np.mean([step.loss for step in history.steps[-10:]])),
-        "test_accuracy": accuracy,
+        "test_accuracy": history.judged[-1].accuracy,
+        "test_loss": history.judged[-1].loss,
+        "ema_accuracy": history.judged[-1].ema_accuracy,
         "test_accuracy_by_epoch": history.test_accuracy,
         "seconds": round(seconds, 1),
     }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from flax_resblock.architecture import ResNetConfig, name_of
+from flax_resblock.architecture import ResNetConfig, architecture, name_of
 from flax_resblock.cli.common import ReadingFlags, RunFlags, output, print_found, print_notes, refuse_unhealthy, status
 from flax_resblock.convert import StateMap
 from flax_resblock.convert.run import Run
@@ -24,63 +24,66 @@ if TYPE_CHECKING:
     from train.pace import Pace
 
 
-@dataclass(frozen=True)
-class SettingFlags:
-    """Settings of the run that differ from the preset's, or from those of the run that goes on."""
-
-    epochs: int | None = None
-    """Passes over the training images, those before a resumption included."""
-    batch_size: int | None = None
-    """Images per step."""
-    learning_rate: float | None = None
-    """Peak learning rate."""
-    momentum: float | None = None
-    """Momentum of SGD."""
-    weight_decay: float | None = None
-    """Weight decay of convolution and linear kernels."""
-    warmup_epochs: float | None = None
-    """Length of the linear warm-up."""
-    label_smoothing: float | None = None
-    """Label smoothing, from 0 to below 1."""
-    freeze: tuple[str, ...] | None = None
-    """Parts that keep their parameters and running statistics: stem, stage1 and so on."""
-    data: str | None = None
-    """What to learn from: digits, or a path to an IDX, CIFAR or image folder, or an .npz archive."""
-    workers: int | None = None
-    """Processes that decode and augment the images."""
-    seed: int | None = None
-    """Seed of the weights and of the order of the images."""
-    dtype: Literal["float32", "bfloat16", "float64"] | None = None
-    """Dtype of the computation."""
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """Those that were given."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None}
-
-
-OF_NEW_RUNS = ("learning_rate", "momentum", "weight_decay", "warmup_epochs")
+OF_NEW_RUNS = ("learning_rate", "momentum", "nesterov", "betas", "weight_decay", "decay", "warmup_epochs", "warmup_steps")
 """Settings that a run which goes on brings along in its optimizer and schedule."""
+
+
+class Start(NamedTuple):
+    """Where a run begins: model, run to go on with, configuration, data."""
+
+    model: Model
+    run: Run | None
+    config: TrainConfig
+    splits: Splits[Source_]
+
+
+def fresh_config(preset: TrainConfig, reading: ReadingFlags, optimizer: str | None, given: dict[str, Any]) -> TrainConfig:
+    """The configuration of a run that begins afresh, before its data are known."""
+    from train.config import with_settings
+
+    settings = {**given, **({} if optimizer is None else {"optimizer": optimizer})}
+    if reading.architecture is not None:
+        settings["model"] = architecture(reading.architecture)
+    config = with_settings(preset, settings)
+    return config if reading.num_classes is None else replace(config, model=replace(config.model, num_classes=reading.num_classes))
+
+
+def afresh(preset: TrainConfig, reading: ReadingFlags, optimizer: str | None, given: dict[str, Any], strict: bool) -> Start:
+    """A run from random weights; the network gets the channels and the classes of the data."""
+    from train import new_model
+
+    config = fresh_config(preset, reading, optimizer, given)
+    _wide(config.dtype == "float64")
+    splits = opened(config, strict, fit_channels=reading.architecture is not None)
+    classes = _classes(reading.num_classes, splits)
+    model = replace(config.model, in_channels=splits.train.shape[-1], num_classes=classes)
+    if model != config.model:
+        output.print(f"  note  the network gets {model.in_channels} channels and {classes} classes, as {splits.train.name} has", style="yellow", markup=False)
+    config = replace(config, model=model)
+    return Start(new_model(config), None, config, splits)
+
+
+def _classes(asked: int | None, splits: Splits[Source_]) -> int:
+    """Size of the logits: what was asked for, where the data fit into it, else what the data have."""
+    there = splits.train.num_classes
+    if asked is not None and asked < there:
+        raise InputError(f"--num-classes {asked} is less than the {there} classes that {splits.train.name} has. Leave it out, or choose other data.")
+    return asked or there
 
 
 def start(
     reading: ReadingFlags,
     training: RunFlags,
-    settings: SettingFlags,
+    given: dict[str, Any],
     preset: TrainConfig,
-    resume: Path | None,
+    resume: Path,
     schedule: str | None,
     allow_nonfinite: bool,
-) -> tuple[Model, Run | None, TrainConfig, Splits[Source_]]:
-    """Model, run, configuration and data, afresh or from a checkpoint."""
-    from train import new_model
+    strict: bool,
+) -> Start:
+    """Model, run, configuration and data of a run that goes on."""
     from train.config import with_settings
 
-    if resume is None:
-        config = with_settings(preset, settings.given)
-        _wide(config.dtype == "float64")
-        splits = _open(config)
-        return new_model(config), None, config, splits
     with status.status(f"reading {resume}"):
         source = reading.open(resume, run=not training.weights_only)
         refuse_unhealthy(source, allow_nonfinite)
@@ -89,53 +92,54 @@ def start(
     print_notes(source.notes)
     config = replace(preset, model=source.config)
     if run is None:
-        config = with_settings(config, settings.given)
-        splits = _open(config)
+        config = with_settings(config, given)
+        splits = opened(config, strict)
     else:
         print_found(run)
-        config, run, splits = _going_on(run, config, settings.given, schedule)
+        config, run, splits = _going_on(run, config, given, schedule, strict)
     with status.status("building the network"):
-        return _model_of(source, config.dtype), run, config, splits
+        return Start(model_of(source, config.dtype), run, config, splits)
 
 
 def initialised(
-    path: Path, reading: ReadingFlags, settings: SettingFlags, preset: TrainConfig, allow_nonfinite: bool
-) -> tuple[Model, TrainConfig, Splits[Source_]]:
+    path: Path, reading: ReadingFlags, optimizer: str | None, given: dict[str, Any], preset: TrainConfig, allow_nonfinite: bool, strict: bool
+) -> Start:
     """Weights of a checkpoint, with a head for the classes of the data set; configuration and data."""
     from train.config import with_settings
 
-    changed = with_settings(preset, settings.given)
-    splits = _open(changed)
-    dataset = splits.train
+    settings = {**given, **({} if optimizer is None else {"optimizer": optimizer})}
+    parts_later = {name: value for name, value in settings.items() if name != "freeze"}  # which parts there are, the checkpoint tells
+    splits = opened(with_settings(preset, parts_later), strict, fit_channels=False)
+    classes = _classes(reading.num_classes, splits)
     with status.status(f"reading {path}"):
-        source = reading.open(path)
+        source = replace(reading, num_classes=None).open(path)
         refuse_unhealthy(source, allow_nonfinite)
         config = source.config
         if not isinstance(config, ResNetConfig):
             raise InputError(f"{path} is a bare block; training needs a network.")
-        if config.num_classes != dataset.num_classes:
+        if config.num_classes != classes:
             was = "no head" if config.num_classes is None else f"{config.num_classes} classes"
             head = tuple(entry.torch_key for entry in source.state_map.entries if entry.flax_path[0] == "head")
-            config = replace(config, num_classes=dataset.num_classes)
+            config = replace(config, num_classes=classes)
             made = StateMap(config, source.state_map.layout)
             fresh = tuple(entry.torch_key for entry in made.entries if entry.flax_path[0] == "head")
             source = interpret(source.record, Reading(config, made.layout.name, ignore=(*reading.ignore, *head), allow_missing=fresh))
-            output.print(f"  note  {path} has {was}: the head starts afresh, with {dataset.num_classes}", style="yellow", markup=False, soft_wrap=True)
+            output.print(f"  note  {path} has {was}: the head starts afresh, with {classes}", style="yellow", markup=False, soft_wrap=True)
     output.print(f"[bold]{name_of(config)}[/]  {path}", soft_wrap=True)
     print_notes(source.notes)
-    changed = with_settings(replace(preset, model=config), settings.given)
-    return _model_of(source, changed.dtype), changed, _fitted(splits, changed.model.in_channels)
+    changed = with_settings(replace(preset, model=config), settings)
+    return Start(model_of(source, changed.dtype), None, changed, _fitted(splits, changed.model.in_channels))
 
 
-def _open(config: TrainConfig) -> Splits[Source_]:
+def opened(config: TrainConfig, strict: bool = False, *, fit_channels: bool = True) -> Splits[Source_]:
     """The data; grey images for a network that takes colours become colours."""
     from train.data import open_data
 
-    with status.status(f"opening {config.data}"):
-        splits = open_data(config.data)
+    with status.status(f"opening {config.data}") as shown:
+        splits = open_data(config.data, strict=strict, image_size=config.image_size, on_progress=shown.update)
     for part in splits:
         print_notes(part.notes)
-    return _fitted(splits, config.model.in_channels)
+    return _fitted(splits, config.model.in_channels) if fit_channels else splits
 
 
 def _fitted(splits: Splits[Source_], channels: int) -> Splits[Source_]:
@@ -162,7 +166,7 @@ def _wide(wanted: bool) -> None:
         jax.config.update("jax_enable_x64", True)
 
 
-def _model_of(source: Source, dtype: str) -> Model:
+def model_of(source: Source, dtype: str) -> Model:
     from flax_resblock.transfer import to_model
 
     wide = any(value.dtype.name == "float64" for value in source.tensors.values())
@@ -170,7 +174,7 @@ def _model_of(source: Source, dtype: str) -> Model:
     return to_model(source, **({} if wide else {"dtype": dtype}))
 
 
-def _going_on(run: Run, config: TrainConfig, given: dict[str, Any], schedule: str | None) -> tuple[TrainConfig, Run, Splits[Source_]]:
+def _going_on(run: Run, config: TrainConfig, given: dict[str, Any], schedule: str | None, strict: bool) -> tuple[TrainConfig, Run, Splits[Source_]]:
     """Configuration and schedule of a run that goes on: what was given, else what the run says of itself, else the preset."""
     from train.config import with_settings
     from train.data import steps_per_epoch
@@ -186,8 +190,8 @@ def _going_on(run: Run, config: TrainConfig, given: dict[str, Any], schedule: st
             )
         if run.problem:
             raise InputError(f"{run.problem} Say --schedule constant to go on at the rate that the optimizer has, or --schedule warmup-cosine.")
-    config = with_settings(config, {**run.settings, **given})
-    splits = _open(config)
+    config = with_settings(with_settings(config, run.settings), given)
+    splits = opened(config, strict)
     steps = steps_per_epoch(splits.train, config.batch_size)
     pace = Pace.of(run, steps)
     if schedule == "constant" or (schedule is None and run.schedule is None):
@@ -198,13 +202,13 @@ def _going_on(run: Run, config: TrainConfig, given: dict[str, Any], schedule: st
         run = _rescaled(run, given.get("learning_rate"))
         run = at(replace(run, schedule=ScheduleState(schedule_of(config, steps), 0)), pace.start)
         pace = Pace.of(run, steps)
-    if "epochs" not in given:
+    if not {"epochs", "steps"} & given.keys() and config.steps is None:
         config = replace(config, epochs=_epochs_of(run, pace, config))
     if run.schedule is not None:
         output.print(f"  learning rate  {describe(run.schedule)}", markup=False)
     _compare_counters(run, pace)
     run = replace(run, settings=settings_of(config))
-    output.print(f"  goes on at step {pace.start}, epoch {pace.start // steps + 1} of {config.epochs}, {steps} steps per epoch", markup=False)
+    output.print(f"  goes on at step {pace.start}, epoch {pace.start // steps + 1} of {-(-config.end(steps) // steps)}, {steps} steps per epoch", markup=False)
     return config, run, splits
 
 

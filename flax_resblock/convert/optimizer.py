@@ -23,11 +23,25 @@ class Kind:
       tensors: What it keeps per parameter, by torch's names.
       options: Hyper-parameters that decide what it computes.
       only: Options that have no counterpart unless they have this value.
+      in_torch: Whether ``torch.optim`` has it.
+      adaptive: Whether the update of a kernel is scaled by the ratio of the kernel's norm to its own (the options ``trust_coefficient`` and, for LARS, ``eps``;
+        0 leaves it as it is).
     """
 
     tensors: tuple[str, ...]
     options: tuple[str, ...]
     only: Mapping[str, Any]
+    in_torch: bool = True
+    adaptive: bool = False
+
+    @property
+    def counts(self) -> bool:
+        """Whether it counts its steps, as Adam does."""
+        return "exp_avg" in self.tensors
+
+    def buffered(self, options: Mapping[str, Any]) -> bool:
+        """Whether parameters of a group with these options have tensors; without momentum SGD keeps none."""
+        return self.counts or bool(options["momentum"])
 
 
 _ADAM = Kind(("exp_avg", "exp_avg_sq"), ("lr", "betas", "eps", "weight_decay"), {"amsgrad": False, "maximize": False})
@@ -36,6 +50,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "sgd": Kind(("momentum_buffer",), ("lr", "momentum", "nesterov", "weight_decay"), {"dampening": 0, "maximize": False}),
         "adam": _ADAM,
         "adamw": _ADAM,
+        "lars": Kind(("momentum_buffer",), ("lr", "momentum", "nesterov", "weight_decay", "trust_coefficient", "eps"), {}, in_torch=False, adaptive=True),
+        "lamb": Kind(_ADAM.tensors, (*_ADAM.options, "trust_coefficient"), {}, in_torch=False, adaptive=True),
     }
 )
 IGNORED = ("foreach", "fused", "capturable", "differentiable", "swap_params")
@@ -65,10 +81,10 @@ class OptimizerState:
     """An optimizer between the frameworks.
 
     Attributes:
-      kind: ``"sgd"``, ``"adam"`` or ``"adamw"``.
+      kind: One of :data:`KINDS`.
       groups: Its param groups.
       tensors: By torch's name of the tensor, then by Flax path, in Flax's layout. Parameters without one (torch makes them on first use) are absent.
-      steps: By Flax path; empty for SGD.
+      steps: By Flax path; empty for SGD and LARS.
       notes: What was found out and what was left out.
     """
 
@@ -150,7 +166,7 @@ def _lacking(
     tensors: Mapping[str, Mapping[Path, np.ndarray]],
 ) -> tuple[str, list[str], int] | None:
     """The first tensor that parameters lack, their names, and how many should have it."""
-    expected = [key for group, names in zip(groups, keys, strict=True) for key in names if kind != "sgd" or group["momentum"]]
+    expected = [key for group, names in zip(groups, keys, strict=True) for key in names if KINDS[kind].buffered(group)]
     for name, found in tensors.items():
         absent = [key for key in expected if entries[key].flax_path not in found]
         if absent:
@@ -184,25 +200,32 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         | {"capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": False},
         "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "amsgrad": False, "maximize": False, "foreach": None}
         | {"capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True},
+        "lars": {"lr": 1.0, "momentum": 0.9, "weight_decay": 0, "nesterov": False, "trust_coefficient": 0.001, "eps": 0.0},
+        "lamb": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0, "trust_coefficient": 1.0},
     }
 )
-"""torch's options and their defaults."""
+"""torch's options and their defaults; optax's for what torch does not have."""
 
 
-def fresh(kind: str, state_map: StateMap, *, decay_kernels_only: bool = True, **options: Any) -> OptimizerState:
+def fresh(kind: str, state_map: StateMap, *, decay: Sequence[str] = ("kernel",), **options: Any) -> OptimizerState:
     """An optimizer before its first step, for a run that begins in JAX.
 
     Args:
-      kind: ``"sgd"``, ``"adam"`` or ``"adamw"``.
+      kind: One of :data:`KINDS`.
       state_map: Of the model.
-      decay_kernels_only: Two param groups: kernels decay; biases and norm scales, in the second group, do not.
+      decay: Which parameters decay, some of ``"kernel"``, ``"scale"``, ``"bias"``; those that do are the first param group.
       **options: torch's names: ``lr``, ``momentum``, ``weight_decay`` ...
     """
     settings = {**_DEFAULTS[kind], **options}
-    paths = [entry.flax_path for entry in trainable(state_map)]
-    kernels, others = (tuple(path for path in paths if (path[-1] == "kernel") == wanted) for wanted in (True, False))
-    groups = (Group(settings, kernels), Group({**settings, "weight_decay": 0.0}, others)) if decay_kernels_only else (Group(settings, tuple(paths)),)
-    return OptimizerState(kind, groups, {name: {} for name in KINDS[kind].tensors})
+    members: dict[tuple[bool, bool], list[Path]] = {}
+    for entry in trainable(state_map):
+        what = str(entry.flax_path[-1])
+        members.setdefault((what in decay, KINDS[kind].adaptive and what == "kernel"), []).append(entry.flax_path)
+    groups = []
+    for (decays, adapts), paths in sorted(members.items(), reverse=True):
+        own = {**settings, "weight_decay": settings["weight_decay"] if decays else 0.0}
+        groups.append(Group(own | ({"trust_coefficient": 0.0} if KINDS[kind].adaptive and not adapts else {}), tuple(paths)))
+    return OptimizerState(kind, tuple(groups), {name: {} for name in KINDS[kind].tensors})
 
 
 def write(state: OptimizerState, state_map: StateMap) -> dict[str, Any]:
@@ -211,7 +234,14 @@ def write(state: OptimizerState, state_map: StateMap) -> dict[str, Any]:
     Args:
       state: The optimizer.
       state_map: Of the model.
+    Raises:
+      CheckpointError: An optimizer that torch does not have.
     """
+    if not KINDS[state.kind].in_torch:
+        raise CheckpointError(
+            f"{state.kind} has no counterpart in torch.optim, so a PyTorch file cannot hold this run. Write a .safetensors file or an Orbax folder, or the "
+            "weights without --with-optimizer."
+        )
     entries = {entry.flax_path: entry for entry in trainable(state_map)}
     per_parameter: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []

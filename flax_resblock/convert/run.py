@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from flax_resblock.architecture import Path
 from flax_resblock.convert import optimizer as optimizers
 from flax_resblock.convert import schedule as scheduling
 from flax_resblock.convert.optimizer import KINDS, OptimizerState
 from flax_resblock.convert.param_groups import WEIGHTS_ONLY
 from flax_resblock.convert.schedule import ScheduleState
-from flax_resblock.convert.state_map import StateMap
+from flax_resblock.convert.state_map import StateMap, describe
 from flax_resblock.errors import CheckpointError, some
 
 
@@ -38,6 +39,7 @@ class Run:
       settings: The script's own settings that a run needs: ``epochs``, ``batch_size``, ``label_smoothing``.
       found: Every entry of the file beside the weights, and what became of it.
       problem: Why the schedule of the file cannot be carried.
+      ema: Averaged parameters and statistics by Flax path, in Flax's layout; empty where none are kept.
     """
 
     optimizer: OptimizerState
@@ -47,8 +49,15 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict)
     found: tuple[Found, ...] = ()
     problem: str | None = None
+    ema: Mapping[Path, np.ndarray] = field(default_factory=dict)
 
 
+OURS = "written_by"
+"""Entry of ``"args"`` that says that this library wrote them, so that all of them are its own settings."""
+EPOCHS_DONE = "epochs_done"
+"""Entry that counts epochs without the doubt whether ``"epoch"`` is the last one or the next."""
+EMA = "model_ema"
+"""Entry with the averaged weights, as torchvision's reference scripts name it."""
 _SCHEDULERS = ("lr_scheduler", "scheduler", "lr_schedulers", "scheduler_state_dict", "lr_scheduler_state_dict", "sched", "lr_sched")
 _STEPS = ("global_step", "step", "steps", "iteration", "iter", "num_updates", "num_steps")
 _EPOCHS = ("epoch", "current_epoch", "start_epoch")
@@ -98,13 +107,29 @@ def read(extras: Mapping[str, Any], state_map: StateMap, *, kind: str | None = N
         run = _with_schedule(run, *entry, per_epoch, explicit, source, found)
     elif epoch is not None and {"arch", "version"} <= extras.keys():
         run = replace(run, epochs=epoch + 1)  # timm stores the last epoch that was done
-    if run.steps and not any(record.tensors.values()) and (record.kind != "sgd" or any(group.options["momentum"] for group in record.groups)):
+    if run.steps and not any(record.tensors.values()) and any(KINDS[record.kind].buffered(group.options) for group in record.groups):
         raise CheckpointError(
             f"{source} took {run.steps} steps, but its entry '{name}' keeps none of the buffers ({some(list(KINDS[record.kind].tensors))}) that {record.kind} "
             f"has by then. Going on without them would be another run. {WEIGHTS_ONLY}"
         )
+    done = _count(extras, (EPOCHS_DONE,), found)
+    if done is not None:
+        run = replace(run, epochs=done)
+    if EMA in extras and settings.get("ema"):
+        run = replace(run, ema=_averaged(extras[EMA], state_map, f"{source}, entry '{EMA}'"))
+        found[EMA] = Found(EMA, f"averaged weights, decay {settings['ema']}", True)
     rest = [Found(str(key), _REASONS.get(str(key), "not needed to go on"), False) for key in extras if key not in found]
     return replace(run, found=(*found.values(), *rest))
+
+
+def _averaged(state: Any, state_map: StateMap, source: str) -> dict[Path, np.ndarray]:
+    """Averaged weights and statistics by Flax path."""
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{source} holds no averaged weights, but a {type(state).__name__}. {WEIGHTS_ONLY}")
+    misfit = state_map.check(describe(state))
+    if len(misfit):
+        raise CheckpointError(f"{source} is not the state of this model: {'; '.join(line.strip() for line in misfit.lines())}. {WEIGHTS_ONLY}")
+    return state_map.to_flax(state)
 
 
 def _with_schedule(run: Run, name: str, state: Any, per_epoch: bool | None, explicit: bool, source: str, found: dict[str, Found]) -> Run:
@@ -163,6 +188,9 @@ def _settings(extras: Mapping[str, Any], found: dict[str, Found]) -> dict[str, A
     for name in _SETTINGS:
         values = extras.get(name)
         values = values if isinstance(values, Mapping) else getattr(values, "__dict__", {})
+        if str(values.get(OURS, "")).startswith("flax-resblock"):
+            found[name] = Found(name, "all settings of the run", True)
+            return {key: value for key, value in values.items() if key != OURS}
         chosen = {}
         for ours, theirs in _NAMES.items():
             value = next((values[key] for key in theirs if isinstance(values.get(key), int | float)), None)

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from flax_resblock import checkpoint
+from flax_resblock.checkpoint import Record
 from flax_resblock.convert import optimizer as optimizers
 from flax_resblock.convert import schedule as scheduling
 from flax_resblock.convert.param_groups import WEIGHTS_ONLY, trainable
-from flax_resblock.convert.run import Found, Run
+from flax_resblock.convert.run import EMA, EPOCHS_DONE, OURS, Found, Run
 from flax_resblock.convert.schedule import ScheduleState
 from flax_resblock.convert.state_map import StateMap
 from flax_resblock.errors import CheckpointError
@@ -27,6 +28,8 @@ RUN = "run"
 """Metadata entry with the run as JSON."""
 TENSORS = "optimizer."
 """What the names of the optimizer's tensors begin with, where they lie beside the weights."""
+AVERAGED = "ema."
+"""What the names of averaged weights and statistics begin with."""
 
 
 def pack(run: Run, state_map: StateMap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -38,6 +41,7 @@ def pack(run: Run, state_map: StateMap) -> tuple[dict[str, np.ndarray], dict[str
         for name, found in record.tensors.items()
         for path, value in found.items()
     }
+    tensors |= {f"{AVERAGED}{key}": value for key, value in state_map.to_torch(run.ema).items()}
     counter = next(iter(record.steps.values()), None)
     content = {
         "optimizer": record.kind,
@@ -67,6 +71,18 @@ def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 def holds_run(metadata: Mapping[str, str]) -> bool:
     """Whether :func:`pack` wrote this metadata."""
     return RUN in metadata
+
+
+def averaged(record: Record) -> Record:
+    """A checkpoint that :func:`pack` wrote, with its averaged weights in the place of the trained ones, and without the run.
+
+    Raises:
+      CheckpointError: It keeps none.
+    """
+    tensors = {name.removeprefix(AVERAGED): value for name, value in record.tensors.items() if name.startswith(AVERAGED)}
+    if not tensors:
+        raise CheckpointError(f"{record.source} keeps no averaged weights: the run had --ema 0. Leave out --entry {EMA}.")
+    return replace(record, tensors=tensors, metadata={name: value for name, value in record.metadata.items() if name != RUN})
 
 
 def unpack(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], state_map: StateMap, *, source: str = "the checkpoint") -> Run:
@@ -109,30 +125,38 @@ def unpack(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], state
     restored = tuple(replace(group, named=name) for group, name in zip(record.groups, named, strict=True))
     record = replace(record, groups=restored)
     found = [Found("optimizer", record.notes[0], True)]
+    averages = state_map.to_flax({name.removeprefix(AVERAGED): value for name, value in tensors.items() if name.startswith(AVERAGED)})
+    if averages:
+        found.append(Found("ema", "averaged weights and statistics", True))
     if schedule is not None:
         found.append(Found("schedule", scheduling.describe(schedule), True))
     found += [Found(name, f"{count}", True) for name, count in (("steps", steps), ("epochs", epochs)) if count is not None]
-    return Run(record, schedule, steps, epochs, settings, tuple(found))
+    return Run(record, schedule, steps, epochs, settings, tuple(found), ema=averages)
 
 
 def to_checkpoint(run: Run, state_map: StateMap) -> dict[str, Any]:
     """The entries of a PyTorch training checkpoint beside ``"model"``, as torchvision's reference scripts name them, with numpy arrays for tensors.
 
-    ``"epoch"`` is the number, from 0, of the last epoch that was completed, as there; ``"step"`` counts optimizer steps done.
+    ``"epoch"`` is the number, from 0, of the last epoch that was completed, as there; ``"epochs_done"`` and ``"step"`` count epochs and optimizer steps done.
 
     Args:
       run: The run.
       state_map: Of the model.
     """
+    from flax_resblock import __version__
+
     entries: dict[str, Any] = {"optimizer": optimizers.write(run.optimizer, state_map), "lr_scheduler": None}
     if run.schedule is not None:
         entries["lr_scheduler"] = scheduling.write(run.schedule, [group.options for group in run.optimizer.groups])
     if run.epochs is not None:
         entries["epoch"] = run.epochs - 1
+        entries[EPOCHS_DONE] = run.epochs
     if run.steps is not None:
         entries["step"] = run.steps
     if run.settings:
-        entries["args"] = dict(run.settings)
+        entries["args"] = {OURS: f"flax-resblock {__version__}", **run.settings}
+    if run.ema:
+        entries[EMA] = state_map.to_torch(run.ema)
     return entries
 
 

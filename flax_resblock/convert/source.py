@@ -121,7 +121,7 @@ def interpret(record: Record, reading: Reading | None = None) -> Source:
     ignored = [key for key in record.tensors if matches_any(key, reading.ignore)]
     tensors = {key: value for key, value in record.tensors.items() if key not in set(ignored)}
     if run_file.holds_run(record.metadata):
-        tensors = {key: value for key, value in tensors.items() if not key.startswith(run_file.TENSORS)}
+        tensors = {key: value for key, value in tensors.items() if not key.startswith((run_file.TENSORS, run_file.AVERAGED))}
     found = describe(tensors)
     match = identify(
         found,
@@ -146,7 +146,11 @@ def interpret(record: Record, reading: Reading | None = None) -> Source:
 
 def open_checkpoint(path: str | Path, reading: Reading | None = None, *, entry: str | None = None, run: bool = False) -> Source:
     """Reads a checkpoint of any format and finds what it is; arguments and errors as for :func:`flax_resblock.checkpoint.read` and :func:`interpret`."""
-    return interpret(checkpoint.read(path, entry=entry, run=run), reading)
+    flat = entry == runs.EMA and Path(path).suffix in ("", ".safetensors")  # formats without entries, where averaged weights have names of their own
+    record = checkpoint.read(path, entry=None if flat else entry, run=run)
+    if flat:
+        record = run_file.averaged(record)
+    return interpret(record, reading)
 
 
 def metadata_of(config: arch.Config, layout: str, norm_options: Mapping[str, float | None]) -> dict[str, str]:

@@ -61,7 +61,8 @@ class Stream:
       batch_size: Images per step over all shards.
       seed: 0 to 2**32 - 1.
       augmentation: What is done to the images at random.
-      shard: This process's number and how many there are; it gets its contiguous piece of each batch.
+      shard: This process's number and how many there are; it gets its contiguous share of each piece of each batch.
+      pieces: Pieces that the batch is computed in, see :class:`train.TrainConfig`; what a process gets is one after the other its share of each.
       workers: Processes that decode and augment; each receives a copy of a dataset in memory. 0: a thread of this process does it. As with every use of
         multiprocessing, a script that starts workers needs ``if __name__ == "__main__":``.
     Raises:
@@ -73,11 +74,12 @@ class Stream:
     seed: int = field(kw_only=True)
     augmentation: Augmentation | None = field(default=None, kw_only=True)
     shard: tuple[int, int] = field(default=(0, 1), kw_only=True)
+    pieces: int = field(default=1, kw_only=True)
     workers: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         steps_per_epoch(self.dataset, self.batch_size)
-        _shard_rows(self.batch_size, self.shard)
+        _shard_rows(self.batch_size, self.shard, self.pieces)
         check_workers(self.workers)
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed={self.seed} must be from 0 to 2**32 - 1.")
@@ -110,11 +112,25 @@ class Stream:
         return np.random.Generator(np.random.Philox(key=[self.seed, purpose], counter=[0, 0, 0, step]))
 
     def _read(self, step: int, indices: np.ndarray) -> _Pixels:
-        """The images of this shard, after one more, the first one's partner, where images are mixed. Chance decides for the whole batch, whatever the shard."""
+        """The images of this shard and, where images are mixed, their partners. Chance decides for the whole batch, whatever the shard."""
         choices = draw(self._augmentation, self._random(step, _AUGMENT), self.batch_size)
-        rows = _shard_rows(self.batch_size, self.shard)
-        rows = np.insert(rows, 0, (rows[0] - 1) % self.batch_size) if self._augmentation.mixes else rows
+        rows = self._rows_read
         return _Pixels(step, indices[rows], augmented(self._augmentation, self.dataset, indices[rows], choices.of(rows)))
+
+    @property
+    def _rows(self) -> np.ndarray:
+        """The rows of the whole batch that this process gets."""
+        return _shard_rows(self.batch_size, self.shard, self.pieces)
+
+    @property
+    def _partners(self) -> np.ndarray:
+        """The row that each of them is mixed with: the one before, the first with the last."""
+        return (self._rows - 1) % self.batch_size
+
+    @property
+    def _rows_read(self) -> np.ndarray:
+        """The rows that a worker makes: each once, in ascending order where images are mixed."""
+        return np.union1d(self._rows, self._partners) if self._augmentation.mixes else self._rows
 
     def _finish(self, pixels: _Pixels) -> Batch:
         """Normalises and mixes, in the process that trains: fewer bytes come from the workers."""
@@ -124,8 +140,9 @@ class Stream:
         if not self._augmentation.mixes:
             return Batch(images, labels, indices)
         mixing = draw_mixing(self._augmentation, self._random(step, _MIX), images.shape[1], images.shape[2])
-        weight = np.full(len(labels) - 1, mixing.weight, np.float32)
-        return Batch(mix(images[1:], images[:-1], mixing), labels[1:], indices[1:], labels[:-1], weight)
+        own, partners = (np.searchsorted(self._rows_read, rows) for rows in (self._rows, self._partners))
+        weight = np.full(len(own), mixing.weight, np.float32)
+        return Batch(mix(images[own], images[partners], mixing), labels[own], indices[own], labels[partners], weight)
 
 
 def evaluation_batches(dataset: Source, batch_size: int, shard: tuple[int, int] = (0, 1), *, workers: int = 0) -> Generator[EvaluationBatch, None, None]:
@@ -158,11 +175,12 @@ def evaluation_batches(dataset: Source, batch_size: int, shard: tuple[int, int] 
     return prefetched(numbers.map(read), finish, workers, len(rows) * math.prod(dataset.shape) * dataset.fitted(slice(0)).itemsize)
 
 
-def _shard_rows(batch_size: int, shard: tuple[int, int]) -> np.ndarray:
-    """The rows of a global batch that a shard gets."""
+def _shard_rows(batch_size: int, shard: tuple[int, int], pieces: int = 1) -> np.ndarray:
+    """The rows of a global batch that a shard gets: its share of each piece."""
     number, count = shard
     if not 0 <= number < count:
         raise InputError(f"shard={shard} must be (number, count) with 0 <= number < count.")
-    if batch_size < 1 or batch_size % count:
-        raise InputError(f"batch_size={batch_size} must be a positive multiple of the {count} shards: each gets the same number of images.")
-    return np.arange(batch_size // count) + number * (batch_size // count)
+    if batch_size < 1 or pieces < 1 or batch_size % (count * pieces):
+        by = f"the {count} shards" + (f" times {pieces} pieces" if pieces > 1 else "")
+        raise InputError(f"batch_size={batch_size} must be a positive multiple of {by}: each gets the same number of images.")
+    return np.arange(batch_size).reshape(pieces, count, -1)[:, number].reshape(-1)
