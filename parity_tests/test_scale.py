@@ -79,7 +79,7 @@ def test_pieces_of_mixed_batches_do_not_depend_on_devices_or_processes(alone, tm
     whole = scaled(tmp_path / "whole.npz", 1, *flags)
     assert worst(scaled(tmp_path / "four.npz", 4, *flags), whole) <= LIMIT
     assert worst(scaled(tmp_path / "two.npz", 2, *flags, processes=2), whole) <= LIMIT
-    assert worst(whole, alone) >= 1e6 * LIMIT
+    assert worst({"losses": whole["losses"]}, {"losses": alone["losses"]}) >= 1e6 * LIMIT
 
 
 def test_replicas_are_pytorchs_distributed_data_parallel(tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_replicas_are_pytorchs_distributed_data_parallel(tmp_path, monkeypatch):
         jax.config.update("jax_enable_x64", wide)
 
 
-FLAGS = ("--epochs", "30", "--batch-size", "64", "--save-every", "7", "--resume", "auto", "--seed", "5")
+FLAGS = ("--epochs", "4", "--batch-size", "64", "--save-every", "7", "--resume", "auto", "--seed", "5")
 
 
 def joined(out, flags=FLAGS):

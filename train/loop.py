@@ -51,9 +51,9 @@ class Judged(NamedTuple):
     ema_loss: float | None = None
 
     @property
-    def best(self) -> float:
-        """The accuracy by which checkpoints are compared: of the averaged weights where they are kept."""
-        return self.accuracy if self.ema_accuracy is None else self.ema_accuracy
+    def best(self) -> tuple[float, float]:
+        """Accuracy and loss by which checkpoints are compared: of the averaged weights where they are kept."""
+        return (self.accuracy, self.loss) if self.ema_accuracy is None or self.ema_loss is None else (self.ema_accuracy, self.ema_loss)
 
 
 class Saver(Protocol):
@@ -297,7 +297,7 @@ def _check(model: Model, dataset: Source, config: TrainConfig) -> ResNet:
     if network.config != config.model:
         raise InputError(f"the model is {network.config}, but config.model is {config.model}. Use replace(config, model=model.config).")
     channels = dataset.shape[-1]
-    if (network.config.in_channels, network.config.num_classes) != (channels, dataset.num_classes):
+    if network.config.in_channels != channels or (network.config.num_classes or 0) < dataset.num_classes:
         raise InputError(
             f"the model takes {network.config.in_channels} channels and knows {network.config.num_classes} classes; {dataset.name} has images of {channels} "
             f"channels in {dataset.num_classes} classes."

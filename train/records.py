@@ -78,16 +78,17 @@ def recorded(file: Path) -> list[dict[str, Any]]:
 
 
 class Best(NamedTuple):
-    """The evaluation with the highest accuracy, the earliest of equals."""
+    """The evaluation with the highest accuracy; of equals the one with the lowest loss."""
 
     step: int
     accuracy: float
+    loss: float
 
 
 def best(folder: Path) -> Best | None:
     """The best evaluation of a run so far; None before the first."""
-    found = [Best(judged.step, judged.best) for judged in (Judged(**line) for line in recorded(folder / JUDGED))]
-    return max(found, key=lambda one: (one.accuracy, -one.step), default=None)
+    found = [Best(judged.step, *judged.best) for judged in (Judged(**line) for line in recorded(folder / JUDGED))]
+    return max(found, key=lambda one: (one.accuracy, -one.loss), default=None)
 
 
 def _reopened(file: Path, kept: Any) -> TextIO:

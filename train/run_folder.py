@@ -96,7 +96,7 @@ class RunFolder:
 
     def due(self, step: int, judged: Judged | None) -> bool:
         """Whether a checkpoint is to be written when ``step`` steps are done: every so often, and when it is the best so far."""
-        if judged is not None and (self._best is None or judged.best > self._best.accuracy):
+        if judged is not None and best(self.folder) != self._best:
             return True
         return bool(self.every) and step % self.every == 0
 

@@ -77,7 +77,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
 
 def clipped(gradients: Any, max_norm: float) -> Any:
     """Gradients whose norm over all of them together is ``max_norm`` at most, as ``torch.nn.utils.clip_grad_norm_`` shortens them."""
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     factor = jnp.minimum(max_norm / (norm + 1e-6), 1.0)  # torch adds the 1e-6
     return jax.tree.map(lambda gradient: gradient * factor.astype(gradient.dtype), gradients)
 

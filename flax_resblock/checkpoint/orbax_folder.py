@@ -54,9 +54,8 @@ def _frugal(v1: Any, largest: int) -> Any:
     context.memory.deepcopy_host_arrays = False
     context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(_IN_FLIGHT, largest)
     context.array.saving.use_compression = False
-    alone = _alone()
-    if alone is not None:
-        context.multiprocessing = v1.options.MultiprocessingOptions(**alone)
+    for name, value in (_alone() or {}).items():
+        setattr(context.multiprocessing, name, value)
     return context
 
 

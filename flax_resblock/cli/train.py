@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -107,12 +108,24 @@ def train(
                 return _printed(begin.config)
             return _run(begin, out, save_every, keep, scale.devices, first)
     except Exception as error:
-        if several and type(error).__name__ == "JaxRuntimeError":  # a collective failed: whoever watches the others says which of them, if it can
-            time.sleep(2)
-            cluster.lost("a process")
+        if several:
+            _end_all(error)
         raise
     finally:
         cluster.leave()
+
+
+def _end_all(error: Exception) -> None:
+    """Ends a process of several that failed, and so the others: jax's own way out would wait for them, while they wait for this one."""
+    from train import cluster
+
+    if type(error).__name__ == "JaxRuntimeError":  # a collective failed, as another process is gone; whoever watches it says which, if it can
+        time.sleep(2)
+        cluster.lost("a process")
+    if isinstance(error, InputError):
+        print(f"flax-resblock: {error}", file=sys.stderr, flush=True)
+        time.sleep(1)  # what is wrong in all of them is said by all of them
+        os._exit(2)
 
 
 def _run(begin: Start, out: Path, save_every: int | None, keep: int, devices: int | None, first: bool) -> int:
