@@ -280,3 +280,24 @@ def test_the_best_checkpoint_stays_and_is_linked(tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["best_step"], summary["best_accuracy"]) == (best.step, best.accuracy)
     assert checkpoint.read(tmp_path / "out" / "best").metadata["config"]
+
+
+def test_nothing_is_compiled_again_after_the_first_step_on_several_devices():
+    from flax_resblock.optimizers import state_of
+    from train.devices import Placement, data_mesh
+    from train.pace import Pace, new_run
+    from train.step import make_train_step, split
+
+    config = dataclasses.replace(scale.CONFIG, accumulate=2, ema=0.9)
+    placement, run = Placement(data_mesh(4)), new_run(config, 44)
+    optimizer = optimizer_of(run.optimizer)
+    graphdef, state = split(scale.start_model(), optimizer, placement=placement)
+    state = state._replace(opt_state=placement.copies(state_of(run.optimizer, state.params)), ema=placement.copies((state.params, state.stats)))
+    step = make_train_step(graphdef, optimizer, accumulate=2, ema=0.9, replicas=True, mesh=placement.mesh)
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        images, labels = rng.normal(size=(2, 16, 8, 8, 1)).astype(np.float32), rng.integers(0, 10, (2, 16)).astype(np.int32)
+        state, _ = step(state, placement.spread(images, axis=1), placement.spread(labels, axis=1), Pace.of(run, 44).rates(number))
+    assert step._cache_size() == 1
+    step(state, placement.spread(images[:, :8], axis=1), placement.spread(labels[:, :8], axis=1), Pace.of(run, 44).rates(3))
+    assert step._cache_size() == 2

@@ -269,7 +269,7 @@ def test_an_images_shape_that_does_not_fit_is_refused(folder, capsys):
     assert "the model takes 2 channels and knows 10 classes; few has images of 1 channels in 10 classes" in capsys.readouterr().err
 
 
-@pytest.mark.stress
+@pytest.mark.slow
 def test_a_run_that_is_killed_ends_bit_for_bit_where_it_would_have(folder):
     """The short form of ``python -m parity_tests.preemption``."""
     preemption.finished(folder / "whole")

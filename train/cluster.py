@@ -23,11 +23,15 @@ _HEARTBEAT = 10
 """Seconds after which a process that does not answer counts as dead, where no closed connection tells sooner."""
 _CHIPS = ("/dev/accel*", "/dev/vfio/[0-9]*")
 """Device files of TPU chips."""
+_MAYBE_ALONE = "Cloud TPU VM"
+"""A host with chips of its own, and maybe others: only its metadata server knows, which jax asks."""
 _DONE = b"."
 """What a process sends when it ends well."""
 _KEY = "flax_resblock/watch"
 _PATIENCE = 300
 """Seconds that processes wait for each other at the start."""
+_INTRODUCTION = 30
+"""Seconds that they then wait for each other's connection."""
 
 Environment = Mapping[str, str]
 
@@ -54,7 +58,7 @@ def detected(environment: Environment | None = None) -> str | None:
     environment = os.environ if environment is None else environment
     found = next((name for name, present in _SIGNS.items() if present(environment)), None)
     if found is None and importlib.util.find_spec("libtpu") is not None and any(map(glob.glob, _CHIPS)) and environment.get("TPU_SKIP_MDS_QUERY") is None:
-        return "Cloud TPU VM"  # of one host or of many: only its metadata server knows, which jax asks
+        return _MAYBE_ALONE
     return found
 
 
@@ -101,7 +105,8 @@ def connect(cluster: Cluster) -> bool:
       InputError: They were not found.
     """
     cluster.check()
-    if cluster.coordinator is None and detected() is None:
+    kind = detected() if cluster.coordinator is None else "--coordinator"
+    if kind is None:
         return False
     try:
         jax.distributed.initialize(
@@ -109,9 +114,11 @@ def connect(cluster: Cluster) -> bool:
         )
         jax.devices()  # every process takes part in this
     except Exception as error:  # jax, gRPC and the detection of clusters raise all kinds
+        if kind == _MAYBE_ALONE and not jax.distributed.is_initialized():
+            return False
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"the processes of this run did not find each other ({reason[:200]}). Check that --coordinator names process 0, that --num-processes processes "
+            f"the processes of this run ({kind}) did not find each other ({reason[:200]}). Check that --coordinator names process 0, that --num-processes processes "
             "were started, each with its own --process-id, and that the port is open."
         ) from error
     if jax.process_count() > 1:
@@ -144,25 +151,30 @@ def leave() -> None:
 
 
 def _watch() -> None:
-    """Connects every process with process 0, so that the end of one is noticed at once: its connection closes."""
+    """Connects every process with process 0, so that the end of one is noticed at once: its connection closes. Where a firewall is between them, jax's own
+    heartbeats notice it later."""
     from jax._src.distributed import global_state  # jax's own store of keys; it has no public name
 
     client: Any = global_state.client
-    if jax.process_index() == 0:
-        host = (global_state.coordinator_address or "localhost").rpartition(":")[0].strip("[]")
-        listener = socket.create_server(("", 0))
-        client.key_value_set(_KEY, f"{host}:{listener.getsockname()[1]}")
-        listener.settimeout(_PATIENCE)
-        for _ in range(1, jax.process_count()):
-            connection, _ = listener.accept()
-            _observe(connection, f"process {int.from_bytes(connection.recv(4), 'big')}")
-        listener.close()
-    else:
-        host, _, port = client.blocking_key_value_get(_KEY, _PATIENCE * 1000).rpartition(":")
-        connection = socket.create_connection((host, int(port)), timeout=_PATIENCE)
-        connection.settimeout(None)
-        connection.sendall(jax.process_index().to_bytes(4, "big"))
-        _observe(connection, "process 0")
+    try:
+        if jax.process_index() == 0:
+            host = (global_state.coordinator_address or "localhost").rpartition(":")[0].strip("[]")
+            with socket.create_server(("", 0)) as listener:
+                client.key_value_set(_KEY, f"{host}:{listener.getsockname()[1]}")
+                listener.settimeout(_INTRODUCTION)
+                for _ in range(1, jax.process_count()):
+                    connection, _ = listener.accept()
+                    _observe(connection, f"process {int.from_bytes(connection.recv(4), 'big')}")
+        else:
+            host, _, port = client.blocking_key_value_get(_KEY, _PATIENCE * 1000).rpartition(":")
+            connection = socket.create_connection((host, int(port)), timeout=_INTRODUCTION)
+            connection.sendall(jax.process_index().to_bytes(4, "big"))
+            _observe(connection, "process 0")
+    except OSError as error:
+        print(
+            f"flax-resblock: process {jax.process_index()} cannot watch the others ({error}); if one dies, this is noticed within {_HEARTBEAT} s.",
+            file=sys.stderr,
+        )
 
 
 def _observe(connection: socket.socket, who: str) -> None:
