@@ -118,8 +118,8 @@ def connect(cluster: Cluster) -> bool:
             return False
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"the processes of this run ({kind}) did not find each other ({reason[:200]}). Check that --coordinator names process 0, that --num-processes processes "
-            "were started, each with its own --process-id, and that the port is open."
+            f"the processes of this run ({kind}) did not find each other ({reason[:200]}). Check that --coordinator names process 0, that --num-processes "
+            "processes were started, each with its own --process-id, and that the port is open."
         ) from error
     if jax.process_count() > 1:
         _watch()
