@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "flax_resblock/cli": JAX | {"torch", "torch_ref", "train", "rich", "tyro", "PIL", "matplotlib", "flax_resblock"},
     "train": JAX | {"rich", "flax_resblock", "train"},
     "train/curves.py": ARRAYS | {"matplotlib", "flax_resblock.errors"},
-    "train/records.py": {"tensorboardX", "flax_resblock.checkpoint", "flax_resblock.errors", "train.loop"},
+    "train/records.py": {"tensorboardX", "flax_resblock.checkpoint", "flax_resblock.errors", "train.reports"},
     "train/data": ARRAYS | {"PIL", "absl", "grain", "sklearn", "flax_resblock.errors", "train.data"},
 }
 NEVER_ELSEWHERE = {"flax_resblock.cli": "flax_resblock/cli", "flax_resblock.parity": ("flax_resblock/parity", "flax_resblock/cli")}

@@ -234,8 +234,8 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_whole(small_disk, capsys):
 
 
 def test_a_write_that_fails_names_the_file(tmp_path, monkeypatch):
-    from train.loop import Step
     from train.records import Records
+    from train.reports import Step
 
     records = Records(tmp_path, 0)
 

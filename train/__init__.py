@@ -4,8 +4,9 @@ from train.config import TrainConfig
 from train.devices import data_mesh
 from train.errors import Stopped, TrainingError
 from train.evaluation import Evaluation, evaluate
-from train.loop import History, Judged, Step, fit, new_model
+from train.loop import fit, new_model
 from train.presets import PRESETS
+from train.reports import History, Judged, Step
 
 __all__ = [
     "PRESETS",

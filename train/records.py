@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from flax_resblock import checkpoint
 from flax_resblock.errors import InputError, MissingDependencyError
-from train.loop import Judged, Step
+from train.reports import Judged, Step
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter

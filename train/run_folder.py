@@ -30,8 +30,8 @@ from flax_resblock.resnet import ResNet
 from flax_resblock.transfer import save
 from train.config import TrainConfig
 from train.curves import draw_curves
-from train.loop import Judged, Step
 from train.records import JUDGED, STEPS, Records, best, recorded
+from train.reports import Judged, Step
 
 SUMMARY = "summary.json"
 """Says that the run is complete."""
