@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from rich.markup import escape
 from rich.table import Table
 
 from flax_resblock.architecture import ResNetConfig, name_of
@@ -168,7 +169,7 @@ def predict(
         forward = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
         with jax.default_matmul_precision("highest"):
             values = np.asarray(forward(state, (batch.pixels - shift) / scale), np.float32)
-    output.print(f"[bold]{name_of(config)}[/]  {checkpoint}; normalisation {origin}", soft_wrap=True)
+    output.print(f"[bold]{name_of(config)}[/]  {escape(str(checkpoint))}; normalisation {origin}", soft_wrap=True)
     print_notes(source.notes)
     _print_predictions(values, batch, names, top)
     if logits is not None:
@@ -185,8 +186,8 @@ def _print_predictions(logits: np.ndarray, batch: Batch, names: list[str], top: 
     table = Table("image", *(["label"] if batch.labels is not None else []), *(f"top {i}" for i in range(1, top + 1)))
     for i, name in enumerate(batch.names):
         order = np.argsort(-logits[i], kind="stable")[:top]
-        label = [] if batch.labels is None else [names[int(batch.labels[i])]]
-        table.add_row(name, *label, *(f"{names[j]} {probabilities[i, j]:.1%}" for j in order))
+        label = [] if batch.labels is None else [escape(names[int(batch.labels[i])])]
+        table.add_row(escape(name), *label, *(escape(f"{names[j]} {probabilities[i, j]:.1%}") for j in order))
     print_table(table)
     if batch.labels is not None:
         right = int(np.sum(logits.argmax(axis=1) == batch.labels))

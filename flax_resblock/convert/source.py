@@ -11,7 +11,7 @@ import numpy as np
 
 from flax_resblock import architecture as arch
 from flax_resblock import checkpoint
-from flax_resblock.checkpoint import Record
+from flax_resblock.checkpoint import LIMITS, Limits, Record
 from flax_resblock.convert import run as runs
 from flax_resblock.convert import run_file
 from flax_resblock.convert.identification import identify
@@ -34,6 +34,7 @@ class Reading:
       stride: Of a bare block, which its weights do not tell.
       ignore: Keys to drop, shell-style patterns.
       allow_missing: Keys that may be absent and start afresh, shell-style patterns.
+      limits: What the file may declare before it is refused.
     """
 
     architecture: str | arch.Config | None = None
@@ -42,6 +43,7 @@ class Reading:
     stride: int | None = None
     ignore: Sequence[str] = ()
     allow_missing: Sequence[str] = ()
+    limits: Limits = LIMITS
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ def interpret(record: Record, reading: Reading | None = None) -> Source:
 
 def open_checkpoint(path: str | Path, reading: Reading | None = None, *, entry: str | None = None, run: bool = False) -> Source:
     """Reads a checkpoint of any format and finds what it is; arguments and errors as for :func:`flax_resblock.checkpoint.read` and :func:`interpret`."""
-    return interpret(checkpoint.read(path, entry=entry, run=run), reading)
+    limits = LIMITS if reading is None else reading.limits
+    return interpret(checkpoint.read(path, entry=entry, run=run, limits=limits), reading)
 
 
 def metadata_of(config: arch.Config, layout: str, norm_options: Mapping[str, float | None]) -> dict[str, str]:
