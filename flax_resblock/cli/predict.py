@@ -42,11 +42,9 @@ class Batch:
 
 
 def _read_npz(path: Path) -> Batch:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except Exception as error:  # zipfile, numpy and OS errors alike mean that it is no such file
-        raise InputError(f"{path} is not an .npz archive of plain arrays ({error}).") from error
+    from train.data.bounded import read_npz
+
+    arrays = read_npz(path)
     images = arrays.get("images")
     if images is None or images.ndim != 4 or not len(images):
         raise InputError(f"{path} needs an array 'images' of shape (N, H, W, C); it has { ({k: v.shape for k, v in arrays.items()}) }.")
@@ -64,7 +62,7 @@ def _read_image(path: Path, size: int, crop: bool, channels: int) -> np.ndarray:
     try:
         with Image.open(path) as opened:
             image = opened.convert("L" if channels == 1 else "RGB")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # Pillow's plugins raise what they meet, and DecompressionBombError is neither of the usual
         raise InputError(f"{path} is no image that can be read ({error}). Give PNG or JPEG files.") from error
     pixels = np.asarray(image).reshape(image.height, image.width, -1)
     pixels = fit(pixels, size) if crop else resize(pixels, size, size)

@@ -15,9 +15,10 @@ from flax_resblock.checkpoint import LIMITS, Limits, Record
 from flax_resblock.convert import run as runs
 from flax_resblock.convert import run_file
 from flax_resblock.convert.identification import identify
+from flax_resblock.convert.param_groups import WEIGHTS_ONLY
 from flax_resblock.convert.run import Run
 from flax_resblock.convert.state_map import StateMap, describe, matches_any, unhealthy
-from flax_resblock.errors import CheckpointError, InputError, some
+from flax_resblock.errors import CheckpointError, InputError, some, visible
 
 CONFIG, LAYOUT, EPS, MOMENTUM = "config", "layout", "eps", "momentum"
 """Metadata that this library writes beside tensors."""
@@ -84,9 +85,17 @@ class Source:
         Raises:
           CheckpointError: It holds none, or one that cannot go on; the message says why.
         """
-        if run_file.holds_run(self.record.metadata):
-            return run_file.unpack(self.record.tensors, self.record.metadata, self.state_map, source=self.record.source)
-        return runs.read(self.record.extras, self.state_map, kind=kind, per_epoch=per_epoch, source=self.record.source)
+        source = self.record.source
+        try:
+            if run_file.holds_run(self.record.metadata):
+                return run_file.unpack(self.record.tensors, self.record.metadata, self.state_map, source=source)
+            return runs.read(self.record.extras, self.state_map, kind=kind, per_epoch=per_epoch, source=source)
+        except InputError:
+            raise
+        except Exception as error:  # entries of any type under the names of a training program: whatever they do not support is raised
+            raise CheckpointError(
+                f"{source}: its training run is damaged, or no training program's ({type(error).__name__}: {visible(str(error))[:160]}). {WEIGHTS_ONLY}"
+            ) from error
 
     @property
     def parameter_count(self) -> int:
