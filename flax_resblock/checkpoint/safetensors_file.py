@@ -31,6 +31,9 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 
+_LONGEST = 255
+"""Bytes of a name that file systems take."""
+
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
@@ -88,8 +91,8 @@ def _shards(index: Path, limits: Limits) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is not an index of safetensors shards: it has no 'weight_map' of tensor names to file names.") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or visible(name) != name:
-            raise CheckpointError(f"{index} names the shard {name!r}, which is not a plain file name in its folder.")
+        if not isinstance(name, str) or Path(name).name != name or visible(name) != name or len(name.encode()) > _LONGEST:
+            raise CheckpointError(f"{index} names the shard {str(name)[:200]!r}, which is not a plain file name in its folder.")
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names the shard {name}, which is not there. Copy all shards into {index.parent}.")
     return [index.parent / name for name in names]

@@ -110,16 +110,22 @@ def _written_config(record: Record) -> arch.Config | None:
     if text is None:
         return None
     try:
-        return arch.from_json(text)
-    except ValueError as error:
-        raise CheckpointError(f"{record.source}: its stored configuration is damaged ({error}). Say --architecture NAME, or copy the file again.") from error
+        config = arch.from_json(text)
+        blocks = sum(getattr(config, "depths", ()))
+        if blocks > len(record.tensors):
+            raise ValueError(f"it has {blocks:,} blocks, and the file {len(record.tensors):,} tensors")
+        return config
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{record.source}: its stored configuration is damaged ({visible(str(error))[:160]}). Say --architecture NAME, or copy the file again."
+        ) from error
 
 
 def _written_norm_options(record: Record) -> dict[str, float | None]:
     try:
         return {name: None if record.metadata[name] == "None" else float(record.metadata[name]) for name in (EPS, MOMENTUM) if name in record.metadata}
     except ValueError as error:
-        raise CheckpointError(f"{record.source}: its stored eps or momentum is no number ({error}). Copy the file again.") from error
+        raise CheckpointError(f"{record.source}: its stored eps or momentum is no number ({visible(str(error))[:120]}). Copy the file again.") from error
 
 
 def interpret(record: Record, reading: Reading | None = None) -> Source:

@@ -236,7 +236,9 @@ def _config(files: Files, rng: random.Random) -> Files:
     data = files["net.safetensors"]
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    config = {"type": "BlockConfig", "in_channels": 4, "out_channels": 4, "kind": "basic", "stride": 1}
+    block = {"type": "BlockConfig", "in_channels": 4, "out_channels": 4, "kind": "basic", "stride": 1}
+    network = {"type": "ResNetConfig", "block": "basic", "depths": [1, 1], "widths": [4, 6], "stem": "cifar", "stem_width": 4, "num_classes": 3}
+    config = rng.choice((block, network))
     run = {"optimizer": "sgd", "groups": [], "count": None, "schedule": None, "per_epoch": False, "steps": 1, "epochs": 0, "settings": {}}
     texts = {"config": config, "run": run, "sha256": {"conv1.weight": "ab" * 32}, "eps": 1e-5, "momentum": 0.1}
     part = rng.choice(list(texts))

@@ -44,8 +44,8 @@ def read_idx(path: Path, dimensions: int, most: int = MOST_BYTES) -> np.ndarray:
             head = file.read(header)
             if not head.startswith(magic):
                 raise InputError(
-                    f"{path} begins with 0x{head[:4].hex()}; an IDX file of unsigned bytes in {dimensions} dimension{'s' if dimensions > 1 else ''} begins with "
-                    f"0x{magic.hex()}. Images and labels may be exchanged, or it is another kind of file."
+                    f"{path} begins with 0x{head[:4].hex()}; an IDX file of unsigned bytes in {dimensions} dimension{'s' if dimensions > 1 else ''} "
+                    f"begins with 0x{magic.hex()}. Images and labels may be exchanged, or it is another kind of file."
                 )
             whole = len(head) == header
             shape = tuple(np.frombuffer(head[4:], ">u4").tolist()) if whole else ()
