@@ -16,6 +16,8 @@ _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCAL = struct.Struct("<4s5H3L2H")
+_LARGE = (0xFFFF, 0xFFFFFFFF)
+"""What stands for a number of entries, and for a number of bytes, that is in the longer form only."""
 _ENCRYPTED, _COMPRESSED_PATCH = 1 << 0, 1 << 5
 
 
@@ -40,8 +42,11 @@ def _directory(handle: BinaryIO, path: Path, size: int, limits: Limits) -> int:
             if end64 > place - _END64_LOCATOR.size - _END64.size:
                 raise _broken(path, "its directory lies outside the file")
             handle.seek(end64)
+            short_form = entries, length, start
             magic, *_, entries, length, start = _END64.unpack(handle.read(_END64.size))
-            if magic != b"PK\x06\x06":
+            if magic != b"PK\x06\x06" or any(
+                short not in (_LARGE[i > 0], long) for i, (short, long) in enumerate(zip(short_form, (entries, length, start), strict=True))
+            ):
                 raise _broken(path, "its directory is not where it should be")
             end = end64
     if start + length != end:
