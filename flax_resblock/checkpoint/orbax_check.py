@@ -10,7 +10,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,10 @@ _ZSTD_BLOCK = 1 << 17
 _ZSTD_KINDS = ("stored", "repeated", "compressed")
 
 
+class DamagedFolderError(CheckpointError):
+    """A folder whose database cannot be read."""
+
+
 def check_folder(folder: Path, limits: Limits) -> None:
     """Refuses a folder with links that lead out of it, anything but files and folders, or more than the limits allow once expanded.
 
@@ -47,9 +51,30 @@ def check_folder(folder: Path, limits: Limits) -> None:
         raise
     except Exception as error:  # TensorStore raises ValueError for damage of any kind; JSON and UTF-8 have their own
         reason = visible(str(error).strip().splitlines()[0])[:300] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{folder} is not an Orbax checkpoint, or a damaged one ({reason}). Copy it again.") from error
+        raise DamagedFolderError(f"{folder} is not an Orbax checkpoint, or a damaged one ({reason}). Copy it again.") from error
     limits.check(folder, "max_tensors", len(arrays), "tensors")
     limits.check(folder, "max_bytes", sum(size for _, size in arrays), "bytes of tensors")
+
+
+def unreadable(folder: Path, names: Iterable[str]) -> list[str]:
+    """Which of these tensors a damaged folder no longer gives: the database has a checksum for every group of small tensors, which it loses together."""
+    import tensorstore
+
+    lost = set(names)
+    for file in sorted(folder.rglob(_MANIFEST)):
+        try:
+            store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{file.parent.resolve().as_posix()}/"}).result()
+            values = {name: (store.read(f"{name}/zarr.json"), store.read(f"{name}/.zarray")) for name in lost}
+        except Exception:  # this one is the damaged one
+            continue
+        for name, found in values.items():
+            try:
+                if any(value.result().state == "value" for value in found):
+                    lost.discard(name)
+            except Exception:  # any kind of damage; the name stays among the lost
+                continue
+        break  # the first is that of the whole, the others are parts that the writing processes left
+    return sorted(lost)
 
 
 def _files(folder: Path, limits: Limits) -> Iterator[Path]:
