@@ -84,7 +84,13 @@ def records(path: Path, limits: Limits) -> dict[str, int]:
     for info in found:
         name = info.orig_filename  # zipfile cuts the other at a NUL
         place = PurePosixPath(name)
-        if place.parts[:1] != (folder,) or len(place.parts) < 2 or ".." in place.parts or place.as_posix() != name or visible(name) != name:
+        if (
+            place.parts[:1] != (folder,)
+            or len(place.parts) < 2
+            or ".." in place.parts
+            or place.as_posix() != name
+            or visible(name.removeprefix(folder)) != name.removeprefix(folder)
+        ):
             raise CheckpointError(
                 f"{path} has a record called {visible(name[:200])!r}; torch.save names all of them {visible(folder)[:80]}/... It is no PyTorch file."
             )

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class _Console(Console):
-    """A terminal that shows what acts on terminals in names from files as escapes, in lines, tables and progress alike."""
+    """A terminal that shows what acts on terminals in names from files as escapes, line breaks too, in lines, tables and progress alike."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Every string that is printed or stands in a cell of a table comes through here."""
-        return super().render_str(visible(text, keep="\n"), **options)
+        return super().render_str(visible(text), **options)
 
     def status(self, status: Any, **options: Any) -> Status:
         """Progress; its text is plain, whatever brackets a path may have."""
