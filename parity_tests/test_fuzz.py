@@ -20,12 +20,12 @@ pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), rea
 @pytest.mark.slow
 @pytest.mark.xdist_group("fuzz")
 def test_no_mutated_file_gets_what_none_may_get(tmp_path, monkeypatch):
-    """A minute of `make fuzz`, with another seed for every version of the code that names its files."""
+    """A few seconds of `make fuzz`; .ci/run has a minute."""
     monkeypatch.chdir(tmp_path)
-    tally = fuzz(float(os.environ.get("FLAX_RESBLOCK_FUZZ_SECONDS", "60")), list(MUTATIONS), seed=7)
+    tally = fuzz(float(os.environ.get("FLAX_RESBLOCK_FUZZ_SECONDS", "12")), list(MUTATIONS), seed=7)
     assert not tally.failures, tally.failures[:5]
     assert set(tally.outcomes) == set(MUTATIONS)
-    assert tally.total > 1000
+    assert tally.total > 200
     for category, counts in tally.outcomes.items():
         assert counts["refused"], category
 

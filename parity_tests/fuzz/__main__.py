@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from parity_tests.fuzz import guided
 from parity_tests.fuzz.mutations import MUTATIONS, mutated
 from parity_tests.fuzz.samples import samples
 
@@ -55,7 +56,7 @@ def keep(category: str, seed: int) -> None:
         path.write_bytes(data)
 
 
-class Slave:
+class Watched:
     """A worker process, started again when it dies."""
 
     def __init__(self) -> None:
@@ -114,26 +115,26 @@ class Slave:
                 self.process.wait()
 
 
-def started() -> Slave:
-    slave = Slave()
-    if slave.answer(180) != "ready\n":
-        slave.process.kill()
-        raise RuntimeError(f"the worker does not start: {''.join(slave.errors)}")
-    return slave
+def started() -> Watched:
+    worker = Watched()
+    if worker.answer(180) != "ready\n":
+        worker.process.kill()
+        raise RuntimeError(f"the worker does not start: {''.join(worker.errors)}")
+    return worker
 
 
 def work(order: list[str], seeds: range, end: float, tally: Tally) -> None:
     """Sends files to one worker until the time is over."""
-    slave = started()
+    worker = started()
     for seed in seeds:
         if time.monotonic() > end:
             break
         category = order[seed % len(order)]
-        answer = slave.ask(category, seed)
+        answer = worker.ask(category, seed)
         tally.add(category, seed, answer)
         if answer["outcome"] in ("HANG", "CRASH"):
-            slave = started()
-    slave.close()
+            worker = started()
+    worker.close()
 
 
 def fuzz(seconds: float, categories: list[str], *, seed: int = 0, workers: int = 2) -> Tally:
@@ -164,7 +165,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000)
     parser.add_argument("--category", choices=list(MUTATIONS), action="append")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--engine", choices=("structured", "atheris"), default="structured")
     options = parser.parse_args(arguments)
+    if options.engine == "atheris":
+        try:
+            return guided.run(options.seconds)
+        except ImportError as error:
+            print(f"atheris cannot be imported ({error}): pip install 'flax-resblock[dev]', on Linux. Going on with the structured search.", file=sys.stderr)
     start = time.monotonic()
     print(f"seed {options.seed}", flush=True)
     tally = fuzz(options.seconds, options.category or list(MUTATIONS), seed=options.seed, workers=options.workers)

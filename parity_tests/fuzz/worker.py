@@ -17,8 +17,8 @@ from parity_tests.fuzz.mutations import mutated
 from parity_tests.fuzz.samples import Files, samples
 
 COMMAND_EVERY = 60
-"""One in so many checkpoints is also given to the command itself."""
-FEATURELESS = ("idx", "cifar binary", "cifar pickle", "npz", "config json")
+"""Two in so many checkpoints are also given to the command itself, `inspect` and `convert` in turn."""
+NO_CHECKPOINTS = ("idx", "cifar binary", "cifar pickle", "npz", "config json")
 
 
 class Worker:
@@ -34,13 +34,16 @@ class Worker:
             outcome = targets.open_one(category, targets.put(self.folder, files))
             assert outcome == "exact" or category == "config json", (category, outcome)
         targets.put(self.folder, self.samples["pth zip"])
-        targets.command("pth zip", self.folder, self.out)
+        for convert in (False, True):
+            targets.command(self.folder, self.out, convert=convert)
 
     def one(self, category: str, seed: int) -> dict[str, object]:
         """Opens the file of this seed: what came of it, seconds, bytes of memory beyond what was taken before."""
-        return self.open(category, mutated(category, self.samples[category], seed), by_command=category not in FEATURELESS and seed % COMMAND_EVERY == 0)
+        return self.open(
+            category, mutated(category, self.samples[category], seed), seed, by_command=category not in NO_CHECKPOINTS and seed % COMMAND_EVERY < 2
+        )
 
-    def open(self, category: str, files: Files, *, by_command: bool = False) -> dict[str, object]:
+    def open(self, category: str, files: Files, seed: int = 1, *, by_command: bool = False) -> dict[str, object]:
         """Opens these files."""
         folder = targets.put(self.folder, files)
         before, start = guards.forget_peak(), time.monotonic()
@@ -48,7 +51,7 @@ class Worker:
             try:
                 outcome = targets.open_one(category, folder)
                 if by_command:
-                    targets.command(category, folder, self.out)
+                    targets.command(folder, self.out, convert=bool(seed % 2))
             except BaseException as error:  # whatever it is, it is what this looks for
                 outcome, place = "VIOLATION", traceback.extract_tb(error.__traceback__)[-1]
                 found.append(f"{type(error).__name__}: {str(error)[:300]} ({Path(place.filename).name}:{place.lineno})")
