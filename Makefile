@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help setup demo test test-all stress lint bench decorrelation clean
+.PHONY: help setup demo test test-all stress fuzz lint bench decorrelation clean
 
 help:
 	@echo "make demo      the whole story on handwritten digits, under two minutes"
 	@echo "make test      the tests that take seconds each"
 	@echo "make test-all  every test but those of make stress"
-	@echo "make stress    kills 40 training runs at random moments, half an hour"
+	@echo "make stress    kills 40 training runs and 200 conversions at random moments, three quarters of an hour"
+	@echo "make fuzz      opens mutated files for five minutes; longer with SECONDS=3600"
 	@echo "make lint      ruff and pyright"
 	@echo "make bench     conversion against a plain copy"
 	@echo "make decorrelation   how long float32 runs stay together, docs/decorrelation.png"
@@ -36,6 +37,11 @@ test-all: $(STAMP)
 stress: $(STAMP)
 	$(BIN)/python -m pytest -m stress
 	$(BIN)/python -m parity_tests.preemption --runs 40
+	$(BIN)/python -m parity_tests.kills --kills 200
+
+SECONDS ?= 300
+fuzz: $(STAMP)
+	$(BIN)/python -m parity_tests.fuzz $(SECONDS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

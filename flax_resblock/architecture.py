@@ -19,6 +19,9 @@ StridePlacement = Literal["3x3", "1x1"]
 Stem = Literal["imagenet", "cifar"]
 Path = tuple[str | int, ...]
 
+MOST_BLOCKS = 10_000
+"""Of a network; a configuration in a file may say any number."""
+
 EXPANSION: Mapping[str, int] = MappingProxyType({"basic": 1, "bottleneck": 4})
 
 
@@ -189,6 +192,10 @@ class ResNetConfig:
                 raise ValueError(f"depths, widths, stem_width, in_channels and num_classes must be positive integers; got {field!r} in {self}.")
         if self.stem not in ("imagenet", "cifar"):
             raise ValueError(f"stem {self.stem!r} is unknown; choose 'imagenet' or 'cifar'.")
+        if self.block not in EXPANSION:
+            raise ValueError(f"block {self.block!r} is unknown; choose 'basic' or 'bottleneck'.")
+        if sum(self.depths) > MOST_BLOCKS:
+            raise ValueError(f"depths={self.depths} are more than {MOST_BLOCKS:,} blocks.")
         if not set(self.dilated_stages) <= set(range(2, len(self.depths) + 1)):
             raise ValueError(f"dilated_stages={self.dilated_stages} must be among 2..{len(self.depths)}; stage 1 has no stride to replace.")
         for _ in self.blocks():  # every block checks itself

@@ -17,7 +17,7 @@ from flax import nnx
 from flax_resblock import checkpoint
 from flax_resblock.architecture import Config, Path
 from flax_resblock.blocks import BottleneckBlock, ResidualBlock
-from flax_resblock.checkpoint import Record
+from flax_resblock.checkpoint import LIMITS, Limits, Record
 from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.convert import LAYOUTS, StateMap, run_file
 from flax_resblock.convert.modules import module_facts
@@ -37,6 +37,7 @@ def from_torch(
     stride: int | None = None,
     ignore: Sequence[str] = (),
     allow_missing: Sequence[str] = (),
+    limits: Limits = LIMITS,
     **options: Any,
 ) -> Model:
     """A PyTorch residual network as an nnx model in evaluation mode.
@@ -51,6 +52,7 @@ def from_torch(
       stride: Of a bare block whose skip changes shape; its weights do not tell (an ``nn.Module`` does).
       ignore: Keys to drop, shell-style patterns.
       allow_missing: Keys that may be absent and start afresh, shell-style patterns.
+      limits: What a file may declare before it is refused, see :class:`flax_resblock.checkpoint.Limits`.
       **options: See :class:`flax_resblock.blocks.LayerOptions`. ``eps`` and ``momentum`` default to those of an ``nn.Module`` source.
     Returns:
       A :class:`~flax_resblock.ResNet`, or a bare block, in evaluation mode.
@@ -73,7 +75,7 @@ def from_torch(
     elif isinstance(source, Mapping):
         opened = interpret(_record_of(source, "the state dict"), reading)
     elif isinstance(source, str | PathLike):
-        opened = interpret(checkpoint.read(FilePath(source)), reading)
+        opened = interpret(checkpoint.read(FilePath(source), limits=limits), reading)
     else:
         raise InputError(f"from_torch takes a state dict, an nn.Module or a path, not a {type(source).__name__}.")
     if opened.unhealthy:

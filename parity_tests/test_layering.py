@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "flax_resblock/checkpoint": ARRAYS | {"safetensors", "flax_resblock.checkpoint", "flax_resblock.errors"},
     "flax_resblock/checkpoint/torch_file.py": ARRAYS | {"torch", "flax_resblock.checkpoint", "flax_resblock.errors"},
     "flax_resblock/checkpoint/orbax_folder.py": ARRAYS | {"jax", "orbax", "flax_resblock.checkpoint", "flax_resblock.errors"},
+    "flax_resblock/checkpoint/orbax_check.py": ARRAYS | {"tensorstore", "flax_resblock.checkpoint", "flax_resblock.errors"},
     "flax_resblock/parity": JAX | {"torch", "torch_ref", "rich", "jinja2", "matplotlib", "flax_resblock"},
     "flax_resblock/parity/certificate.py": {f"flax_resblock.{m}" for m in ("checkpoint", "errors")},
     "flax_resblock/parity/certify.py": {"jax"} | {f"flax_resblock.{m}" for m in ("architecture", "checkpoint", "convert", "errors", "parity", "__version__")},

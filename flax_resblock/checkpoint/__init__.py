@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from flax_resblock.checkpoint import sidecar
 from flax_resblock.checkpoint.atomic import refuse_existing, remove, replacing
-from flax_resblock.checkpoint.record import Record, arrays_in, digest, digests
-from flax_resblock.errors import CheckpointError, InputError, some
+from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files, check_names
+from flax_resblock.checkpoint.record import DIGESTS, METADATA_DIGEST, Record, arrays_in, digest, digests, metadata_digest
+from flax_resblock.errors import CheckpointError, InputError, OutputError, some, visible
 
-__all__ = ["FORMATS", "Record", "digest", "digests", "output_format", "read", "refuse_existing", "remove", "replacing", "write"]
+__all__ = ["FORMATS", "LIMITS", "Limits", "Record", "digest", "digests", "output_format", "read", "refuse_existing", "remove", "replacing", "write"]
 
 FORMATS: Mapping[str, tuple[str, ...]] = {
     "pytorch": (".pt", ".pth", ".th", ".bin", ".ckpt"),
@@ -23,11 +26,11 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
 }
 """Output formats by file name suffix; a name without suffix is a folder."""
 
+_OURS = Limits(*[sys.maxsize] * 4)
+"""For reading back what was just written."""
+
 RUN_FOLDER = "checkpoints"
 """Where the folder of a training run has its Orbax folders; the last by name is the newest."""
-
-DIGESTS = "sha256"
-"""Metadata entry: a JSON object of tensor name to SHA-256."""
 
 
 def output_format(path: Path) -> str:
@@ -43,7 +46,7 @@ def output_format(path: Path) -> str:
     raise InputError(f"{path}: the suffix {path.suffix!r} names no format. Use {known}, or a name without suffix for an Orbax folder.")
 
 
-def _resolve(path: Path) -> tuple[str, Path]:
+def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
     """Format and actual file, by content and not by name."""
     if path.is_dir():
         from flax_resblock.checkpoint import orbax_folder
@@ -52,14 +55,15 @@ def _resolve(path: Path) -> tuple[str, Path]:
             if orbax_folder.is_orbax(folder):
                 return "orbax", folder
         for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"):
-            if (path / name).is_file():
+            if (path / name).is_file():  # which a link may stand for: caches of downloads consist of them
                 return ("pytorch" if name.endswith(".bin") else "safetensors"), path / name
         raise CheckpointError(f"{path} is a folder without a checkpoint: no Orbax metadata, no model.safetensors. Give the checkpoint itself.")
     try:
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist. Check the path.")
+        check_files([path], limits, path)
         with path.open("rb") as handle:
             head = handle.read(9)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist. Check the path.") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     if not head:
@@ -71,38 +75,44 @@ def _resolve(path: Path) -> tuple[str, Path]:
     raise CheckpointError(f"{path} is neither a PyTorch checkpoint (zip or pickle) nor safetensors: it begins with {head!r}. Check that it is the right file.")
 
 
-def read(path: str | Path, *, entry: str | None = None, run: bool = False) -> Record:
+def read(path: str | Path, *, entry: str | None = None, run: bool = False, limits: Limits = LIMITS) -> Record:
     """Reads any checkpoint; nothing in it is executed.
 
     Args:
       path: ``.pt``, ``.pth``, ``.th``, ``.safetensors`` (or its shard index), an Orbax folder, or a folder with ``model.safetensors``.
       entry: Name of the entry that holds the state dict in a training checkpoint; None finds it.
       run: Also read what a training run left in files beside the weights; and entries beside them have numpy arrays for tensors.
+      limits: What it may declare; see :class:`Limits`.
     Raises:
-      CheckpointError: Not a checkpoint, damaged, one that would execute code, or a tensor that differs from its recorded SHA-256.
+      CheckpointError: Not a checkpoint, damaged, beyond the limits, one that would execute code, or a tensor that differs from its recorded SHA-256.
       MissingDependencyError: A PyTorch file where torch is not installed.
     """
-    format_name, file = _resolve(Path(path))
+    format_name, file = _resolve(Path(path), limits)
     if format_name == "orbax":
         from flax_resblock.checkpoint import orbax_folder
 
-        record = orbax_folder.read(file)
+        record = orbax_folder.read(file, limits)
     elif format_name == "safetensors":
         from flax_resblock.checkpoint import safetensors_file
 
-        record = safetensors_file.read(file, entry=entry)
+        record = safetensors_file.read(file, entry=entry, limits=limits)
     else:
         from flax_resblock.checkpoint import torch_file
 
-        record = torch_file.read(file, entry=entry)
+        record = torch_file.read(file, entry=entry, limits=limits)
+    check_names(record.tensors, record.source)
     _verify(record, _recorded_digests(record))
-    return _with_run(record, Path(path)) if run else record
+    if record.metadata.get(METADATA_DIGEST, metadata_digest(record.metadata)) != metadata_digest(record.metadata):
+        raise CheckpointError(
+            f"{record.source} is damaged: what it says beside its tensors differs from the SHA-256 recorded when it was written. Copy it again."
+        )
+    return _with_run(record, Path(path), limits) if run else record
 
 
-def _with_run(record: Record, path: Path) -> Record:
+def _with_run(record: Record, path: Path, limits: Limits) -> Record:
     from flax_resblock.checkpoint.trainer_folder import beside
 
-    extras = {**record.extras, **(beside(path) if path.is_dir() and record.format != "orbax" else {})}
+    extras = {**record.extras, **(beside(path, limits) if path.is_dir() and record.format != "orbax" else {})}
     if not extras or (record.format == "safetensors" and not path.is_dir()):
         return record
     from flax_resblock.checkpoint.torch_file import plain
@@ -114,7 +124,7 @@ def _recorded_digests(record: Record) -> dict[str, str]:
     try:
         recorded = json.loads(record.metadata.get(DIGESTS, "{}"))
         return {str(key): str(value) for key, value in recorded.items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{record.source}: its list of SHA-256 digests is damaged. Copy the checkpoint again.") from error
 
 
@@ -149,29 +159,41 @@ def write(
     Args:
       path: The suffix decides the format: ``.pth`` (``.pt``, ``.th``), ``.safetensors``, none for an Orbax folder.
       tensors: Arrays by name.
-      metadata: Strings kept beside the tensors where the format has a place for them (not in a ``.pth``).
+      metadata: Strings kept beside the tensors where the format has a place for them (not in a ``.pth``, whose SHA-256 lie in a file beside it).
       extras: Entries of a training checkpoint, numpy arrays for tensors; for a ``.pth`` only, where ``tensors`` then become the entry ``"model"``.
       force: Replace what is there.
       release: Empty ``tensors`` once they are written, so that they and what is read back are never in memory together.
     Raises:
-      InputError: An unknown suffix, a destination that exists, or a folder that cannot be written to.
+      InputError: An unknown suffix, or a destination that exists.
+      OutputError: A full or failing disk, or a folder that cannot be written to; nothing is left at ``path``.
       CheckpointError: What was read back differs from what was written (a failing disk); nothing is left at ``path``.
     """
     path = Path(path)
-    write_tensors = _writer(output_format(path))
+    format_name = output_format(path)
     expected = digests(tensors)
+    metadata = {**(metadata or {}), DIGESTS: json.dumps(expected)}
     beside = {} if extras is None else {"extras": extras}
+    companions = ()
+    if format_name == "pytorch":
+        sidecar.refuse_foreign(path)
+        companions = (sidecar.sidecar_of(path).name,)
+    with replacing(path, force=force, companions=companions) as temporary:
+        _writing(path, _writer(format_name), temporary, tensors, {**metadata, METADATA_DIGEST: metadata_digest(metadata)}, **beside)
+        if release:
+            tensors.clear()
+        written = read(temporary, run=bool(extras), limits=_OURS)  # which compares with the digests that lie in it or beside it
+        if _recorded_digests(written) != expected:
+            _verify(written, expected)
+        if extras and digests(arrays_in(written.extras)) != digests(arrays_in(extras)):
+            raise CheckpointError(f"{path}: the optimizer that was read back differs from what was written; the disk may be failing. Nothing was left there.")
+
+
+def _writing(path: Path, write: Callable[..., None], *arguments: Any, **extras: Any) -> None:
+    """Writes, and turns what the three formats' own writers raise at a full or failing disk into one error."""
     try:
-        with replacing(path, force=force) as temporary:
-            write_tensors(temporary, tensors, {**(metadata or {}), DIGESTS: json.dumps(expected)}, **beside)
-            if release:
-                tensors.clear()
-            written = read(temporary, run=bool(extras))  # which compares with the digests that the file carries, where its format has a place for them
-            if _recorded_digests(written) != expected:
-                _verify(written, expected)
-            if extras and digests(arrays_in(written.extras)) != digests(arrays_in(extras)):
-                raise CheckpointError(
-                    f"{path}: the optimizer that was read back differs from what was written; the disk may be failing. Nothing was left there."
-                )
-    except OSError as error:
-        raise InputError(f"{path} could not be written: {error.strerror or error}. Nothing was left there.") from error
+        write(*arguments, **extras)
+    except (InputError, OSError, MemoryError):
+        raise
+    except Exception as error:  # RuntimeError of torch, SafetensorError, ValueError of TensorStore: none of them an OSError
+        reason = visible(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
+        raise OutputError(f"{path} could not be written: {reason[:200]}. Is the disk full? Nothing was left there.") from error

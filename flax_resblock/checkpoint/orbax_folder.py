@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.checkpoint.record import Record
-from flax_resblock.errors import CheckpointError
+from flax_resblock.checkpoint.contents import check_content
+from flax_resblock.checkpoint.limits import LIMITS, Limits
+from flax_resblock.checkpoint.orbax_check import DamagedFolderError, check_folder, unreadable
+from flax_resblock.checkpoint.record import DIGESTS, Record
+from flax_resblock.errors import CheckpointError, some, visible
 
 _IN_FLIGHT = 16 << 20
 """Bytes that Orbax may hold in its own buffers at a time."""
@@ -95,26 +98,46 @@ def is_orbax(path: Path) -> bool:
     return any((path / name).exists() for name in ("_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint"))
 
 
-def read(path: Path) -> Record:
+def read(path: Path, limits: Limits = LIMITS) -> Record:
     """Reads an Orbax checkpoint; names are the paths of its tree joined by dots.
 
     Raises:
-      CheckpointError: Not a checkpoint, or a damaged one.
+      CheckpointError: Not a checkpoint, a damaged one, or beyond the limits.
     """
+    try:
+        check_folder(path, limits)
+    except DamagedFolderError as error:
+        raise CheckpointError(f"{error}{_lost(path)}") from error
     try:
         v1 = _orbax()
         with _frugal(v1, _IN_FLIGHT):
             tree = v1.load(path.resolve())
     except Exception as error:  # Orbax and TensorStore raise their own and each other's types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} is not an Orbax checkpoint, or a damaged one ({reason[:160]}). Copy it again.") from error
-    metadata = {}
-    if (path / METADATA_FILE).is_file():
-        try:
-            metadata = dict(json.loads((path / METADATA_FILE).read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise CheckpointError(f"{path / METADATA_FILE} is damaged ({error}). Copy the folder again, or remove that file.") from error
-    return Record(str(path), "orbax", _flatten(tree), metadata)
+        reason = visible(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} is not an Orbax checkpoint, or a damaged one ({reason[:160]}). Copy it again.{_lost(path)}") from error
+    check_content(tree, limits, lambda value: int(getattr(value, "nbytes", 0)) if hasattr(value, "dtype") else None, str(path))
+    return Record(str(path), "orbax", _flatten(tree), _metadata(path / METADATA_FILE))
+
+
+def _lost(path: Path) -> str:
+    """A sentence that names the tensors which a damaged folder no longer gives, where it says which it should have."""
+    try:
+        lost = unreadable(path, json.loads(_metadata(path / METADATA_FILE).get(DIGESTS, "{}")))
+    except (CheckpointError, ValueError, RecursionError):
+        return ""
+    return f" Of its tensors, {some(lost)} cannot be read." if lost else ""
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    if not file.is_file():
+        return {}
+    try:
+        metadata = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("it is no object of strings")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}). Copy the folder again, or remove that file.") from error
+    return metadata
 
 
 def _save_alone(path: Path, tree: dict[str, Any], alone: Mapping[str, Any]) -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+DIGESTS = "sha256"
+"""Metadata entry: a JSON object of tensor name to SHA-256."""
+METADATA_DIGEST = "sha256_of_metadata"
+"""Metadata entry: SHA-256 of all other entries."""
 
 
 @dataclass(frozen=True)
@@ -50,3 +56,9 @@ def arrays_in(value: Any, name: str = "") -> dict[str, np.ndarray]:
         return {name: value}
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
     return {path: array for key, item in items for path, array in arrays_in(item, f"{name}/{key}").items()}
+
+
+def metadata_digest(metadata: Mapping[str, str]) -> str:
+    """SHA-256 of all entries but :data:`METADATA_DIGEST`."""
+    content = json.dumps({key: value for key, value in metadata.items() if key != METADATA_DIGEST}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -6,15 +6,17 @@ import json
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files
 from flax_resblock.checkpoint.record import Record
 from flax_resblock.checkpoint.unwrap import unwrap
-from flax_resblock.errors import CheckpointError
+from flax_resblock.errors import CheckpointError, visible
 
 _DTYPES = {
     "F64": np.float64,
@@ -29,57 +31,90 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 
+_LONGEST = 255
+"""Bytes of a name that file systems take."""
 
-def _read_one(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"it has {visible(key[:120])!r} twice")
+        found[key] = value
+    return found
+
+
+def _header(path: Path, limits: Limits) -> dict[str, Any]:
+    """The header, once its length is known to be within the file and the limits. Two entries of one name are refused: which counts depends on the reader."""
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(f"{path} is not a safetensors file, or a damaged one: {size:,} bytes, and a header of {length:,}. Copy or download it again.")
+        limits.check(path, "max_header_bytes", length, "bytes of header")
+        return json.loads(handle.read(length), object_pairs_hook=_object)
+
+
+def _read_one(path: Path, limits: Limits) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:  # validates the header: offsets, overlaps, sizes
+        header = _header(path, limits)
+        with safetensors.safe_open(path, framework="numpy") as file:  # validates the rest: offsets, overlaps, sizes, types
             metadata = file.metadata() or {}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file, or a damaged one ({error}). Copy or download it again.") from error
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is not a safetensors file, or a damaged one ({visible(str(error)[:300])}). Copy or download it again.") from error
+    limits.check(path, "max_tensors", len(header), "tensors")
     with path.open("rb") as handle:
         view = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
     header_end = 8 + int.from_bytes(view[:8], "little")
     tensors = {}
-    for name, info in json.loads(bytes(view[8:header_end])).items():
+    for name, info in header.items():
         if name == "__metadata__":
             continue
         dtype = _DTYPES.get(info["dtype"])
         if dtype is None:
-            raise CheckpointError(f"{path}: {name} has dtype {info['dtype']}, which this library does not convert.")
+            raise CheckpointError(f"{path}: {visible(name)[:200]} has dtype {visible(info['dtype'])}, which this library does not convert.")
         start, end = info["data_offsets"]
-        tensors[name] = np.frombuffer(view[header_end + start : header_end + end], dtype).reshape(info["shape"])
+        try:
+            tensors[name] = np.frombuffer(view[header_end + start : header_end + end], dtype).reshape(info["shape"])
+        except ValueError as error:  # numpy knows fewer axes, and none as long as an empty tensor may have
+            raise CheckpointError(f"{path}: {visible(name)[:200]} has the shape {str(info['shape'])[:120]}, which is no array's ({error}).") from error
     return tensors, metadata
 
 
-def _shards(index: Path) -> list[Path]:
+def _shards(index: Path, limits: Limits) -> list[Path]:
+    limits.check(index, "max_header_bytes", index.stat().st_size, "bytes of index")
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_object)["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is not an index of safetensors shards: it has no 'weight_map' of tensor names to file names.") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index} names the shard {name!r}, which is not a plain file name in its folder.")
+        if not isinstance(name, str) or Path(name).name != name or visible(name) != name or len(name.encode()) > _LONGEST:
+            raise CheckpointError(f"{index} names the shard {str(name)[:200]!r}, which is not a plain file name in its folder.")
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names the shard {name}, which is not there. Copy all shards into {index.parent}.")
     return [index.parent / name for name in names]
 
 
-def read(path: Path, *, entry: str | None = None) -> Record:
+def read(path: Path, *, entry: str | None = None, limits: Limits = LIMITS) -> Record:
     """Reads a ``.safetensors`` file, or all shards that a ``.safetensors.index.json`` names; memory-mapped.
 
     Raises:
-      CheckpointError: Damaged, a shard missing, or a tensor in two shards.
+      CheckpointError: Damaged, beyond the limits, a shard missing, or a tensor in two shards.
     """
-    files = _shards(path) if path.suffix == ".json" else [path]
+    files = _shards(path, limits) if path.suffix == ".json" else [path]
+    check_files(files, limits, path)
     tensors: dict[str, np.ndarray] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        more, more_metadata = _read_one(file)
+        more, more_metadata = _read_one(file, limits)
         twice = tensors.keys() & more.keys()
         if twice:
-            raise CheckpointError(f"{path}: {sorted(twice)[0]} is in two shards.")
+            raise CheckpointError(f"{path}: {visible(sorted(twice)[0])[:200]} is in two shards.")
         tensors |= more
+        limits.check(path, "max_tensors", len(tensors), "tensors")
         metadata |= more_metadata
     state, extras, notes = unwrap(tensors, is_tensor=lambda value: isinstance(value, np.ndarray), source=str(path), entry=entry)
     if len(files) > 1:

@@ -1,14 +1,15 @@
 """PyTorch's own files (zip and legacy pickle). With :mod:`flax_resblock.parity` the only place that imports torch.
 
-Files are always opened with ``weights_only=True``: nothing in them is executed, whatever they hold.
+Files are always opened with ``weights_only=True``: nothing in them is executed, whatever they hold. Before that their structure is checked without torch, and
+after it what came out; docs/security.md says against what.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import warnings
-import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,15 +19,28 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from flax_resblock.checkpoint.record import Record
+from flax_resblock.checkpoint import sidecar
+from flax_resblock.checkpoint.contents import check_content
+from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files
+from flax_resblock.checkpoint.pickle_scan import scan
+from flax_resblock.checkpoint.record import DIGESTS, Record, digest, digests
 from flax_resblock.checkpoint.unwrap import unwrap
-from flax_resblock.errors import CheckpointError, MissingDependencyError
+from flax_resblock.checkpoint.zip_directory import MAGIC as ZIP
+from flax_resblock.checkpoint.zip_directory import read_record, records
+from flax_resblock.errors import CheckpointError, MissingDependencyError, some, visible
 
 if TYPE_CHECKING:
     import torch
 
 _AS_BITS = {"bfloat16": ("int16", ml_dtypes.bfloat16)}
 """Dtypes that torch and numpy exchange as bits: torch's name, the integer type, numpy's type."""
+
+_PICKLE = "data.pkl"
+_SERIALIZATION_ID = ".data/serialization_id"
+"""Records of the zip archive: the pickle, and PyTorch's own mark of its content."""
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""The first of the five pickles with which torch.save began until version 1.6: a number by which they are known."""
+_LEGACY_PICKLES = 5
 
 
 def import_torch() -> Any:
@@ -115,23 +129,61 @@ def _harmless(torch: Any) -> list[Any]:
     return types
 
 
-def load(path: Path) -> Any:
+def _check_zip(path: Path, limits: Limits) -> None:
+    """Refuses an archive that is not laid out as torch.save does, or whose pickle asks for more than its records hold."""
+    sizes = records(path, limits)
+    if "constants.pkl" in sizes:
+        raise CheckpointError(f"{path} is a TorchScript archive, a program. Save model.state_dict() instead.")
+    if _PICKLE not in sizes:
+        raise CheckpointError(f"{path} is a damaged or truncated PyTorch zip archive (it has no {_PICKLE}), or another kind of zip archive.")
+    limits.check(path, "max_header_bytes", sizes[_PICKLE], "bytes of pickle")
+    found = scan(read_record(path, _PICKLE, limits.header), limits, source=str(path))
+    for key, size in found.storages.items():
+        held = sizes.get(f"data/{key}")
+        if held is None or held < size:
+            raise CheckpointError(
+                f"{path} declares {size:,} bytes for storage {visible(key)[:60]!r}, and has {held or 0:,}. It is damaged: copy or download it again."
+            )
+
+
+def _check_legacy(path: Path, limits: Limits) -> None:
+    """Refuses a file of the old format whose pickles ask for more than the file holds."""
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        data = handle.read(limits.header)
+    end, declared, keys = 0, 0, 0
+    for number in range(_LEGACY_PICKLES):
+        if number and not data.startswith(_LEGACY):
+            raise CheckpointError(f"{path} is no PyTorch checkpoint, or a damaged one: a pickle, but not one of torch.save. Copy or download it again.")
+        if len(data) < size and end >= len(data):
+            limits.check(path, "max_header_bytes", size, "bytes of pickles or more")
+        found = scan(data, limits, start=end, source=str(path))
+        end, declared, keys = found.end, declared + sum(found.storages.values()), keys + len(found.storages)
+    if declared + 8 * keys > size - end:
+        raise CheckpointError(f"{path} declares {declared:,} bytes of tensors, and has {size - end:,} for them. It is truncated: copy or download it again.")
+
+
+def load(path: Path, limits: Limits = LIMITS) -> Any:
     """What ``torch.save`` wrote, on the CPU, memory-mapped where the file is a zip archive.
 
     Raises:
-      CheckpointError: Not such a file, damaged, or one that would execute code.
+      CheckpointError: Not such a file, damaged, beyond the limits, or one that would execute code.
     """
     torch = import_torch()
-    is_zip = zipfile.is_zipfile(path)
+    check_files([path], limits, path)
+    with path.open("rb") as handle:
+        head = handle.read(len(ZIP))
+    is_zip = head.startswith(ZIP[:2])
+    (_check_zip if is_zip else _check_legacy)(path, limits)
     try:
         with torch.serialization.safe_globals(_harmless(torch)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UnpicklingError as error:
         blocked = re.search(r"\bGLOBAL:? (\S+)", str(error))
         if blocked:
             raise CheckpointError(
-                f"{path} needs {blocked[1]} to be imported and run to open it. Loading never executes code, so it was refused. "
+                f"{path} needs {visible(blocked[1])[:160]} to be imported and run to open it. Loading never executes code, so it was refused. "
                 "If you trust the file, open it in PyTorch yourself and save model.state_dict()."
             ) from error
         raise CheckpointError(
@@ -141,22 +193,54 @@ def load(path: Path) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # torch.load raises whatever its parsers meet: RuntimeError, EOFError, KeyError, struct.error ...
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        what = "a damaged or truncated PyTorch zip archive" if path.read_bytes()[:2] == b"PK" else "no PyTorch checkpoint, or a damaged one"
+        reason = visible(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
+        what = "a damaged or truncated PyTorch zip archive" if is_zip else "no PyTorch checkpoint, or a damaged one"
         raise CheckpointError(f"{path} is {what} ({reason[:160]}). Copy or download it again.") from error
+    check_content(content, limits, lambda value: value.numel() * value.element_size() if torch.is_tensor(value) else None, str(path))
+    return content
 
 
-def read(path: Path, *, entry: str | None = None) -> Record:
-    """Reads a ``.pt``, ``.pth``, ``.th`` or ``.bin`` file; errors as for :func:`load`."""
-    state, extras, notes = unwrap(load(path), is_tensor=import_torch().is_tensor, source=str(path), entry=entry)
-    return Record(str(path), "pytorch", state_to_numpy(state), {}, tuple(notes), extras)
+def read(path: Path, *, entry: str | None = None, limits: Limits = LIMITS) -> Record:
+    """Reads a ``.pt``, ``.pth``, ``.th`` or ``.bin`` file; errors as for :func:`load`. What lies beside the state dict is held against its digests here."""
+    state, extras, notes = unwrap(load(path, limits), is_tensor=import_torch().is_tensor, source=str(path), entry=entry)
+    tensors = state_to_numpy(state)
+    return Record(str(path), "pytorch", tensors, _recorded(path, tensors, extras, notes, entry), tuple(notes), extras)
+
+
+def _recorded(path: Path, tensors: Mapping[str, np.ndarray], extras: Mapping[str, Any], notes: list[str], entry: str | None) -> dict[str, str]:
+    """Metadata with the SHA-256 of the tensors, where they lie beside the file and belong to it."""
+    found = sidecar.read(path)
+    if found is None or entry is not None:
+        return {}
+    place = sidecar.sidecar_of(path)
+    if found.identity != _identity(path):
+        if digests(tensors) != found.tensors:
+            notes.append(f"not held against {place.name}, which describes another file: {path.name} was written later, by something else. Remove it")
+        return {}
+    if found.extras or found.rest:
+        arrays, rest = sidecar.of_extras(plain(extras))
+        changed = [name for name, sha in found.extras.items() if arrays.get(name) != sha]
+        if changed or arrays.keys() - found.extras.keys() or rest != found.rest:
+            what = some(changed) if changed else "what lies beside the weights"
+            raise CheckpointError(f"{path} is damaged: {what} differs from the SHA-256 recorded when it was written. Copy it again.")
+    return {DIGESTS: json.dumps(found.tensors)}
+
+
+def _identity(path: Path) -> str:
+    """PyTorch's own mark of a zip archive's content, which damage to a tensor leaves as it is; empty for a file without one."""
+    with path.open("rb") as handle:
+        is_zip = handle.read(len(ZIP)) == ZIP
+    return read_record(path, _SERIALIZATION_ID, 256).decode("ascii", "replace") if is_zip else ""
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], extras: Mapping[str, Any] | None = None) -> None:
-    """Writes a state dict that ``model.load_state_dict(torch.load(path, weights_only=True))`` accepts. ``metadata`` has no place in it.
+    """Writes a state dict that ``model.load_state_dict(torch.load(path, weights_only=True))`` accepts, and the SHA-256 of everything in a file beside it.
+    ``metadata`` has no place in it.
 
     With ``extras``, the entries of a training checkpoint, the state dict is the entry ``"model"`` beside them.
     """
     torch = import_torch()
     state = OrderedDict((key, from_numpy(value)) for key, value in tensors.items())
     torch.save(state if extras is None else {"model": state, **with_tensors(extras)}, path)
+    recorded = json.loads(metadata[DIGESTS]) if DIGESTS in metadata else {key: digest(value) for key, value in tensors.items()}
+    sidecar.write(path, sidecar.Sidecar(_identity(path), recorded, *(({}, "") if extras is None else sidecar.of_extras(extras))))

@@ -9,11 +9,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from typing import Any
 
-from flax_resblock.errors import InputError
+from flax_resblock.errors import InputError, visible
 
 INTERRUPTED = 130
+LINE_BREAK = "\n"
 
 DESCRIPTION = """Move residual networks between PyTorch and JAX/Flax, and prove that nothing changed on the way.
 
@@ -40,27 +42,44 @@ def run(arguments: Sequence[str]) -> int:
     show_traceback = "--traceback" in arguments
     if show_traceback:
         arguments.remove("--traceback")
-    if arguments in (["--version"], ["-V"]):
-        from flax_resblock import __version__
-
-        print(f"flax-resblock {__version__}")
-        return 0
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
     except InputError as error:
         if show_traceback:
             raise
-        print(f"flax-resblock: {error}", file=sys.stderr)
+        print(f"flax-resblock: {visible(str(error), keep=LINE_BREAK)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("flax-resblock: interrupted; outputs that were not finished were removed.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except (OSError, MemoryError) as error:  # a disk that fails while it is read, a full one that takes our output, a machine without the memory
+        if show_traceback:
+            raise
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
+        what = (error.strerror or str(error)) + (f": {error.filename}" if error.filename else "") if isinstance(error, OSError) else "not enough memory"
+        print(f"flax-resblock: {visible(what)}. Nothing was left half-written. Check the disk and the memory, then run it again.", file=sys.stderr)
+        return 2
+
+
+def _drop_output() -> None:
+    """What standard output could not take goes nowhere, instead of being tried again while the interpreter goes down."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:
+    if arguments in (["--version"], ["-V"]):
+        from flax_resblock import __version__
+
+        print(f"flax-resblock {__version__}")
+        return 0
     import tyro
 
     config: tuple[Any, ...] = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff)
@@ -72,6 +91,9 @@ def main() -> None:
     from flax_resblock.cli.common import on_interrupt
 
     signal.signal(signal.SIGINT, on_interrupt)
+    for stream in (sys.stdout, sys.stderr):  # names from files may have characters that the terminal's encoding lacks
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     report = sys.unraisablehook
     sys.unraisablehook = lambda found: None if found.exc_type is KeyboardInterrupt else report(found)  # swallowed by a callback, and raised again later
     code = run(sys.argv[1:])

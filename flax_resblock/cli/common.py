@@ -4,24 +4,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
+from rich.text import Text
 
+from flax_resblock.checkpoint import LIMITS, Limits
 from flax_resblock.convert import run_file
 from flax_resblock.convert.optimizer import find
 from flax_resblock.convert.run import Run
 from flax_resblock.convert.source import Reading, Source, open_checkpoint
-from flax_resblock.errors import InputError, some
+from flax_resblock.errors import InputError, some, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-output = Console(soft_wrap=False, highlight=False)
+
+class _Console(Console):
+    """A terminal that shows what acts on terminals in names from files as escapes, line breaks too, in lines, tables and progress alike."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every string that is printed or stands in a cell of a table comes through here."""
+        return super().render_str(visible(text), **options)
+
+    def status(self, status: Any, **options: Any) -> Status:
+        """Progress; its text is plain, whatever brackets a path may have."""
+        return super().status(escape(visible(str(status))), **options)
+
+
+output = _Console(soft_wrap=False, highlight=False)
 """Results."""
 
-status = Console(stderr=True, highlight=False)
+status = _Console(stderr=True, highlight=False)
 """Progress; stays out of pipes."""
 
 Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT", help=".pth, .pt, .th, .safetensors (or its index), or an Orbax folder.")]
@@ -45,10 +62,12 @@ class ReadingFlags:
     """Keys that may be absent and start afresh, shell-style patterns."""
     entry: str | None = None
     """Entry of a training checkpoint that holds the weights, such as model_ema for averaged weights."""
+    limits: Limits = LIMITS
+    """What the file may declare before it is refused; docs/security.md says why."""
 
     def open(self, path: Path, *, run: bool = False) -> Source:
         """The checkpoint, with the one reading that fits; ``run`` also reads what a training run left in files beside it."""
-        reading = Reading(self.architecture, self.layout, self.num_classes, self.stride, self.ignore, self.allow_missing)
+        reading = Reading(self.architecture, self.layout, self.num_classes, self.stride, self.ignore, self.allow_missing, self.limits)
         return open_checkpoint(path, reading, entry=self.entry, run=run)
 
 
@@ -103,7 +122,7 @@ def print_notes(notes: tuple[str, ...]) -> None:
 
 def print_table(table: Table) -> None:
     """A table, at least 100 columns wide where the output is no terminal, so that nothing is cut from a log."""
-    console = output if output.is_terminal else Console(width=max(output.width, 120), highlight=False)
+    console = output if output.is_terminal else _Console(width=max(output.width, 120), highlight=False)
     console.print(table)
 
 

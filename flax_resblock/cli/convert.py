@@ -87,7 +87,7 @@ def convert(
         print_found(run)
     elif left:
         output.print(f"  note  the weights alone; {left} stays behind (--with-optimizer carries the run)", style="yellow", markup=False, soft_wrap=True)
-    return 0 if origin is None else _certify(out, Reading(architecture=target.config, layout=target.layout.name), origin)
+    return 0 if origin is None else _certify(out, Reading(architecture=target.config, layout=target.layout.name, limits=reading.limits), origin)
 
 
 def _certify(out: Path, reading: Reading, origin: Mapping[str, Any]) -> int:

@@ -99,7 +99,8 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
     scheduler.load_state_dict(saved["lr_scheduler"])
     output.print(f"model, optimizer and scheduler of PyTorch load it; the scheduler stands at step {scheduler.last_epoch}", soft_wrap=True)
     same = _compare_predictions(_evaluate_torch(module, splits), jax_after)
-    output.print(f"\n[bold]Done[/] in {time.perf_counter() - started:.0f} s. The files are in {out.resolve()}", soft_wrap=True)
+    output.print()
+    output.print(f"[bold]Done[/] in {time.perf_counter() - started:.0f} s. The files are in {out.resolve()}", soft_wrap=True)
     return 0 if same and status == 0 else 1
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from flax_resblock.architecture import Kind, name_of, to_json, walk
@@ -111,7 +112,7 @@ def inspect(checkpoint: Checkpoint, reading: ReadingFlags, json_file: Path | Non
             source = reading.open(checkpoint)  # the run lies in files of PyTorch beside weights that are not
         facts = report(source)
     config, tensors = facts["config"], facts["tensors"]
-    output.print(f"[bold]{facts['architecture']}[/]  {checkpoint}", soft_wrap=True)
+    output.print(f"[bold]{escape(facts['architecture'])}[/]  {escape(str(checkpoint))}", soft_wrap=True)
     rows = {
         "format": facts["format"],
         "layout": f"{facts['layout']} ({source.state_map.layout.origin})",
@@ -142,5 +143,5 @@ def _print_norms(shown: list[dict[str, Any]], total: int) -> None:
     table = Table("batch norm", "channels", "scale", "running mean", "running variance", "batches", "remark", title=f"{len(shown)} of {total} batch norms")
     for norm in shown:
         ranges = [f"{low:.3g} .. {high:.3g}" for low, high in (norm["scale"], norm["mean"], norm["var"])]
-        table.add_row(norm["slot"], str(norm["channels"]), *ranges, str(norm["batches"]), norm["remark"])
+        table.add_row(escape(norm["slot"]), str(norm["channels"]), *ranges, str(norm["batches"]), norm["remark"])
     print_table(table)

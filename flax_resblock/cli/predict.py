@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from rich.markup import escape
 from rich.table import Table
 
 from flax_resblock.architecture import ResNetConfig, name_of
@@ -41,11 +42,9 @@ class Batch:
 
 
 def _read_npz(path: Path) -> Batch:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except Exception as error:  # zipfile, numpy and OS errors alike mean that it is no such file
-        raise InputError(f"{path} is not an .npz archive of plain arrays ({error}).") from error
+    from train.data.bounded import read_npz
+
+    arrays = read_npz(path)
     images = arrays.get("images")
     if images is None or images.ndim != 4 or not len(images):
         raise InputError(f"{path} needs an array 'images' of shape (N, H, W, C); it has { ({k: v.shape for k, v in arrays.items()}) }.")
@@ -63,7 +62,7 @@ def _read_image(path: Path, size: int, crop: bool, channels: int) -> np.ndarray:
     try:
         with Image.open(path) as opened:
             image = opened.convert("L" if channels == 1 else "RGB")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # Pillow's plugins raise what they meet, and DecompressionBombError is neither of the usual
         raise InputError(f"{path} is no image that can be read ({error}). Give PNG or JPEG files.") from error
     pixels = np.asarray(image).reshape(image.height, image.width, -1)
     pixels = fit(pixels, size) if crop else resize(pixels, size, size)
@@ -168,7 +167,7 @@ def predict(
         forward = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
         with jax.default_matmul_precision("highest"):
             values = np.asarray(forward(state, (batch.pixels - shift) / scale), np.float32)
-    output.print(f"[bold]{name_of(config)}[/]  {checkpoint}; normalisation {origin}", soft_wrap=True)
+    output.print(f"[bold]{name_of(config)}[/]  {escape(str(checkpoint))}; normalisation {origin}", soft_wrap=True)
     print_notes(source.notes)
     _print_predictions(values, batch, names, top)
     if logits is not None:
@@ -185,8 +184,8 @@ def _print_predictions(logits: np.ndarray, batch: Batch, names: list[str], top: 
     table = Table("image", *(["label"] if batch.labels is not None else []), *(f"top {i}" for i in range(1, top + 1)))
     for i, name in enumerate(batch.names):
         order = np.argsort(-logits[i], kind="stable")[:top]
-        label = [] if batch.labels is None else [names[int(batch.labels[i])]]
-        table.add_row(name, *label, *(f"{names[j]} {probabilities[i, j]:.1%}" for j in order))
+        label = [] if batch.labels is None else [escape(names[int(batch.labels[i])])]
+        table.add_row(escape(name), *label, *(escape(f"{names[j]} {probabilities[i, j]:.1%}") for j in order))
     print_table(table)
     if batch.labels is not None:
         right = int(np.sum(logits.argmax(axis=1) == batch.labels))

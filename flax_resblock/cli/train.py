@@ -99,7 +99,10 @@ def train(
                 output.print(f"the run in {out} is complete; --epochs takes it further", markup=False, soft_wrap=True)
                 return 0
             if resume is not None:
-                begin = start(reading, training, given, config, _whole(resume, out), schedule, allow_nonfinite, strict)
+                try:
+                    begin = start(reading, training, given, config, resume, schedule, allow_nonfinite, strict)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{error}{_damage(out) if resume == out else ''}") from error
             elif init is not None:
                 begin = initialised(init, reading, optimizer, given, config, allow_nonfinite, strict)
             else:
@@ -223,17 +226,14 @@ def _resumed(resume: Path | None, out: Path) -> Path | None:
     return resume
 
 
-def _whole(resume: Path, out: Path) -> Path:
-    """The checkpoint to go on from; where the newest of a run is damaged, the error names the one before it."""
-    if resume != out:
-        return resume
+def _damage(out: Path) -> str:
+    """Where the newest checkpoint of a run cannot be read, what to do about it; empty where it can."""
     found = sorted((out / RUN_FOLDER).glob("step-*"))
     try:
         checkpoint.read(out)
-    except CheckpointError as error:
-        before = f"Remove {found[-1]}, and --resume auto goes on from {found[-2].name}." if len(found) > 1 else "It is the only one of this run; begin again."
-        raise CheckpointError(f"{error} {before}") from error
-    return resume
+    except CheckpointError:
+        return f" Remove {found[-1]}, and --resume auto goes on from {found[-2].name}." if len(found) > 1 else " It is the only one of this run; begin again."
+    return ""
 
 
 def _summary(history: History, seconds: float) -> dict[str, Any]:

@@ -365,7 +365,7 @@ def _verify_module(spec: str, kwargs: str | None, plan: Plan, places: Devices, i
     cases = []
     for call in cases_of(factory, arguments):
         clock = Clock()
-        with status.status(f"examining {escape(spec)}") as spinner:
+        with status.status(f"examining {spec}") as spinner:
             case = examine(factory, call, plan, images=input.images, seed=input.seed, devices=places, progress=partial(_show, spinner, spec))
         cases.append(case)
         if case.raised and not case.stated and arguments is not None:

@@ -11,13 +11,14 @@ import numpy as np
 
 from flax_resblock import architecture as arch
 from flax_resblock import checkpoint
-from flax_resblock.checkpoint import Record
+from flax_resblock.checkpoint import LIMITS, Limits, Record
 from flax_resblock.convert import run as runs
 from flax_resblock.convert import run_file
 from flax_resblock.convert.identification import identify
+from flax_resblock.convert.param_groups import WEIGHTS_ONLY
 from flax_resblock.convert.run import Run
 from flax_resblock.convert.state_map import StateMap, describe, matches_any, unhealthy
-from flax_resblock.errors import CheckpointError, InputError, some
+from flax_resblock.errors import CheckpointError, InputError, some, visible
 
 CONFIG, LAYOUT, EPS, MOMENTUM = "config", "layout", "eps", "momentum"
 """Metadata that this library writes beside tensors."""
@@ -34,6 +35,7 @@ class Reading:
       stride: Of a bare block, which its weights do not tell.
       ignore: Keys to drop, shell-style patterns.
       allow_missing: Keys that may be absent and start afresh, shell-style patterns.
+      limits: What the file may declare before it is refused.
     """
 
     architecture: str | arch.Config | None = None
@@ -42,6 +44,7 @@ class Reading:
     stride: int | None = None
     ignore: Sequence[str] = ()
     allow_missing: Sequence[str] = ()
+    limits: Limits = LIMITS
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,17 @@ class Source:
         Raises:
           CheckpointError: It holds none, or one that cannot go on; the message says why.
         """
-        if run_file.holds_run(self.record.metadata):
-            return run_file.unpack(self.record.tensors, self.record.metadata, self.state_map, source=self.record.source)
-        return runs.read(self.record.extras, self.state_map, kind=kind, per_epoch=per_epoch, source=self.record.source)
+        source = self.record.source
+        try:
+            if run_file.holds_run(self.record.metadata):
+                return run_file.unpack(self.record.tensors, self.record.metadata, self.state_map, source=source)
+            return runs.read(self.record.extras, self.state_map, kind=kind, per_epoch=per_epoch, source=source)
+        except InputError:
+            raise
+        except Exception as error:  # entries of any type under the names of a training program: whatever they do not support is raised
+            raise CheckpointError(
+                f"{source}: its training run is damaged, or no training program's ({type(error).__name__}: {visible(str(error))[:160]}). {WEIGHTS_ONLY}"
+            ) from error
 
     @property
     def parameter_count(self) -> int:
@@ -99,16 +110,22 @@ def _written_config(record: Record) -> arch.Config | None:
     if text is None:
         return None
     try:
-        return arch.from_json(text)
-    except ValueError as error:
-        raise CheckpointError(f"{record.source}: its stored configuration is damaged ({error}). Say --architecture NAME, or copy the file again.") from error
+        config = arch.from_json(text)
+        blocks = sum(getattr(config, "depths", ()))
+        if blocks > len(record.tensors):
+            raise ValueError(f"it has {blocks:,} blocks, and the file {len(record.tensors):,} tensors")
+        return config
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{record.source}: its stored configuration is damaged ({visible(str(error))[:160]}). Say --architecture NAME, or copy the file again."
+        ) from error
 
 
 def _written_norm_options(record: Record) -> dict[str, float | None]:
     try:
         return {name: None if record.metadata[name] == "None" else float(record.metadata[name]) for name in (EPS, MOMENTUM) if name in record.metadata}
     except ValueError as error:
-        raise CheckpointError(f"{record.source}: its stored eps or momentum is no number ({error}). Copy the file again.") from error
+        raise CheckpointError(f"{record.source}: its stored eps or momentum is no number ({visible(str(error))[:120]}). Copy the file again.") from error
 
 
 def interpret(record: Record, reading: Reading | None = None) -> Source:
@@ -147,7 +164,8 @@ def interpret(record: Record, reading: Reading | None = None) -> Source:
 def open_checkpoint(path: str | Path, reading: Reading | None = None, *, entry: str | None = None, run: bool = False) -> Source:
     """Reads a checkpoint of any format and finds what it is; arguments and errors as for :func:`flax_resblock.checkpoint.read` and :func:`interpret`."""
     flat = entry == runs.EMA and Path(path).suffix in ("", ".safetensors")  # formats without entries, where averaged weights have names of their own
-    record = checkpoint.read(path, entry=None if flat else entry, run=run)
+    limits = LIMITS if reading is None else reading.limits
+    record = checkpoint.read(path, entry=None if flat else entry, run=run, limits=limits)
     if flat:
         record = run_file.averaged(record)
     return interpret(record, reading)

@@ -24,6 +24,8 @@ SCHEMA = 1
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _CHUNK = 1 << 22
+_LONGEST = 255
+"""Bytes of a name that file systems take."""
 
 Hashes = str | dict[str, str]
 """SHA-256 of a file; of a folder or a set of shards: of each of its files, by sorted relative name."""
@@ -103,7 +105,15 @@ def _flaw(name: str, entry: Any) -> str | None:
 def _is_inside(name: str) -> bool:
     """Whether a relative name, taken literally, stays below its folder."""
     path = Path(name)
-    return name not in ("", ".") and not path.is_absolute() and not path.drive and ".." not in path.parts and path.as_posix() == name and "\0" not in name
+    return (
+        len(name.encode("utf-8", "replace")) <= _LONGEST
+        and name not in ("", ".")
+        and not path.is_absolute()
+        and not path.drive
+        and ".." not in path.parts
+        and path.as_posix() == name
+        and "\0" not in name
+    )
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from flax_resblock import checkpoint
 from flax_resblock.architecture import name_of
+from flax_resblock.checkpoint.atomic import alone
 from flax_resblock.convert.source import Reading, Source, open_checkpoint
-from flax_resblock.errors import InputError, some
+from flax_resblock.errors import InputError, OutputError, some
 from flax_resblock.parity.certificate import KIND, SCHEMA, certificate_of, hashes, read_certificate
 from flax_resblock.parity.versions import versions
 
@@ -128,22 +128,10 @@ def certify(out: Path, reading: Reading, origin: Mapping[str, Any]) -> dict[str,
     }
     path = certificate_of(out)
     try:
-        with _alone(path.parent), checkpoint.replacing(path, force=True) as temporary:
+        with alone(path.parent), checkpoint.replacing(path, force=True) as temporary:
             outputs = (read_certificate(path) if os.path.lexists(path) else {}) | {out.name: entry}
             content = {"schema": SCHEMA, "kind": KIND, "outputs": dict(sorted(outputs.items()))}
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} could not be written: {error.strerror or error}. {out} itself is complete.") from error
+    except OutputError as error:
+        raise OutputError(f"{error} {out} itself is complete.") from error
     return entry["verification"]
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other conversions from changing the folder's certificate between our reading and our writing it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -8,12 +8,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from flax_resblock.errors import MissingDependencyError
+from flax_resblock.errors import MissingDependencyError, visible
 from flax_resblock.parity.plots import Curve, depth_plot, histogram_plot, trajectory_plot
 
 FAMILIES = {"Forward": "forward", "Gradients": "gradient", "Statistics": "running statistics"}
@@ -105,9 +104,9 @@ def render_page(facts: Mapping[str, Any]) -> str:
 
 
 def _visible(value: Any) -> Any:
-    """Strings without characters that hide, reorder or break text: control characters, bidirectional overrides, lone surrogates appear as escapes."""
+    """Strings as :func:`flax_resblock.errors.visible` shows them."""
     if isinstance(value, str):
-        return "".join(c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") else c.encode("unicode_escape").decode() for c in value)
+        return visible(value)
     if isinstance(value, Mapping):
         return {_visible(key): _visible(item) for key, item in value.items()}
     return [_visible(item) for item in value] if isinstance(value, list | tuple) else value

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.errors import InputError
+from train.data.bounded import check_file
 from train.data.dataset import Dataset, Splits, pixel_moments
 from train.data.inert_pickle import load_inert
 
 _PIXELS = 3 * 32 * 32
+_MOST_BYTES = 1 << 30
+"""Of one file; the largest of the distributions has 155 MB."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ EDITIONS = (
 
 def _read(path: Path) -> bytes:
     try:
+        check_file(path, _MOST_BYTES)
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error}). It belongs to the data set: unpack the archive again.") from error

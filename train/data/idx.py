@@ -6,10 +6,12 @@ import gzip
 import math
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from flax_resblock.errors import InputError
+from train.data.bounded import MOST_BYTES, check_file
 from train.data.dataset import Dataset, Splits, pixel_moments
 
 _GZIP = b"\x1f\x8b"
@@ -23,35 +25,51 @@ def find_idx(folder: Path, stem: str, dimensions: int) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def read_idx(path: Path, dimensions: int) -> np.ndarray:
+def read_idx(path: Path, dimensions: int, most: int = MOST_BYTES) -> np.ndarray:
     """The array of unsigned bytes in an IDX file, compressed or not.
 
     Args:
       path: The file; gzip is recognised by its first bytes.
       dimensions: How many the array must have: 3 for images ``(N, H, W)``, 1 for labels ``(N,)``.
+      most: Bytes that the array may have.
     Raises:
-      InputError: Another magic number, another number of bytes than the header says, or damaged compression.
+      InputError: Another magic number, another number of bytes than the header says, more than ``most``, or damaged compression.
     Reference: http://yann.lecun.com/exdb/mnist/
     """
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if data.startswith(_GZIP) else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} cannot be read ({error}). It may be cut off or damaged: fetch it again.") from error
     magic = bytes((0, 0, 8, dimensions))
     header = 4 + 4 * dimensions
-    if not data.startswith(magic):
-        raise InputError(
-            f"{path} begins with 0x{data[:4].hex()}; an IDX file of unsigned bytes in {dimensions} dimension{'s' if dimensions > 1 else ''} begins with "
-            f"0x{magic.hex()}. Images and labels may be exchanged, or it is another kind of file."
-        )
-    whole = len(data) >= header
-    shape = tuple(np.frombuffer(data[4:header], ">u4").tolist()) if whole else ()
-    size = header + math.prod(shape) if whole else header
-    if len(data) != size:
-        announced = f"its header announces {size:,}, an array {shape}" if whole else f"its header alone takes {header}"
-        raise InputError(f"{path} has {len(data):,} bytes; {announced}. It may be cut off or damaged: fetch it again.")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+    try:
+        check_file(path, most)
+        with path.open("rb") as plain, _opened(plain) as file:
+            head = file.read(header)
+            if not head.startswith(magic):
+                raise InputError(
+                    f"{path} begins with 0x{head[:4].hex()}; an IDX file of unsigned bytes in {dimensions} dimension{'s' if dimensions > 1 else ''} "
+                    f"begins with 0x{magic.hex()}. Images and labels may be exchanged, or it is another kind of file."
+                )
+            whole = len(head) == header
+            shape = tuple(np.frombuffer(head[4:], ">u4").tolist()) if whole else ()
+            size = math.prod(shape) if whole else 0
+            announced = f"its header announces {header + size:,}, an array {shape}" if whole else f"its header alone takes {header}"
+            compressed = isinstance(file, gzip.GzipFile)
+            if compressed and size > most:
+                raise InputError(f"{path} is compressed, and {announced}; at most {most:,} are read into memory. It may be damaged: fetch it again.")
+            found = path.stat().st_size - header
+            data = file.read(size + 1) if compressed or found == size else b""
+            found = len(data) if compressed else found
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read ({error}). It may be cut off or damaged: fetch it again.") from error
+    if not whole or found != size:
+        more = "more than " if compressed and found > size else ""
+        raise InputError(f"{path} has {more}{header + found - bool(more):,} bytes; {announced}. It may be cut off or damaged: fetch it again.")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _opened(plain: BinaryIO) -> BinaryIO | gzip.GzipFile:
+    """The file itself, or what comes out of it where it is compressed."""
+    compressed = plain.read(len(_GZIP)) == _GZIP
+    plain.seek(0)
+    return gzip.GzipFile(fileobj=plain) if compressed else plain
 
 
 def idx_folder(folder: Path) -> Splits[Dataset]:

@@ -76,9 +76,19 @@ class _Unpickler(pickle.Unpickler):
         return found
 
 
+_MOST_OPCODES = 3_000_000
+"""The largest CIFAR file has a tenth; each can make an object of 64 bytes."""
+_MOST_TUPLES = 1000
+"""Arrays need a handful; nested by the hundred thousand, they exhaust the interpreter's own stack where one is the key of a dictionary."""
+
+
 def _check_opcodes(data: bytes) -> None:
-    """Refuses other instructions, and places in the memo that the unpickler would reserve gigabytes for."""
-    for opcode, argument, _ in pickletools.genops(data):
+    """Refuses other instructions, too many of them, and places in the memo that the unpickler would reserve gigabytes for."""
+    tuples = 0
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        tuples += opcode.name.startswith("TUPLE")
+        if number > _MOST_OPCODES or tuples > _MOST_TUPLES:
+            raise pickle.UnpicklingError("it has far more instructions than any file of this kind")
         if opcode.name not in _OPCODES:
             raise pickle.UnpicklingError(f"it asks for {opcode.name}, which plain data do not need; nothing was run")
         if opcode.name == "LONG_BINPUT" and isinstance(argument, int) and argument > len(data):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from flax_resblock.errors import InputError
+from train.data.bounded import read_npz
 from train.data.dataset import Dataset, Splits, held_out, pixel_moments
 
 _SPLIT = (("x_train", "y_train", "x_test", "y_test"), ("train_images", "train_labels", "test_images", "test_labels"))
@@ -23,11 +24,7 @@ def npz_archive(path: Path) -> Splits[Dataset]:
     Raises:
       InputError: Not such an archive, or arrays that do not fit together.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except Exception as error:  # zipfile, zlib, numpy and OS errors alike mean that it is no such file
-        raise InputError(f"{path} is not an .npz archive of plain arrays ({error}). Write it with numpy.savez, without objects.") from error
+    arrays = read_npz(path)
     notes: tuple[str, ...] = ()
     names = next((names for names in (*_SPLIT, _WHOLE) if set(names) <= set(arrays)), None)
     if names is None:

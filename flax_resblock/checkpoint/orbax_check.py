@@ -1,0 +1,172 @@
+"""An Orbax folder, held against the limits before Orbax and TensorStore allocate what it declares.
+
+A few hundred bytes of metadata can announce an array of any size, whose absent chunks are then filled with zeros; a few of compressed data can expand to any
+size. Needs TensorStore to list what is in the database, and reads no array.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_resblock.checkpoint.limits import Limits, check_files
+from flax_resblock.errors import CheckpointError, visible
+
+_MANIFEST = "manifest.ocdbt"
+_ARRAY_FILES = (".zarray", "zarr.json")
+_CODECS = frozenset({"bytes", "crc32c", "sharding_indexed", "transpose", "zstd"})
+_OTHER_ITEMSIZES = {"bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int4": 1, "uint4": 1}
+
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_ZSTD_BLOCK = 1 << 17
+"""Bytes that one block of a zstd frame expands to at most."""
+_ZSTD_KINDS = ("stored", "repeated", "compressed")
+
+
+class DamagedFolderError(CheckpointError):
+    """A folder whose database cannot be read."""
+
+
+def check_folder(folder: Path, limits: Limits) -> None:
+    """Refuses a folder with links that lead out of it, anything but files and folders, or more than the limits allow once expanded.
+
+    Raises:
+      CheckpointError: What it is that would be too much, or that its metadata are damaged.
+    """
+    files = list(_files(folder, limits))
+    check_files(files, limits, folder)
+    described = sum(file.stat().st_size for file in files if file.suffix == ".json" or file.name.isupper())
+    limits.check(folder, "max_header_bytes", described, "bytes of metadata")
+    limits.check(folder, "max_bytes", sum(map(_expanded, files)), "bytes once its compressed data are expanded")
+    try:
+        arrays = [entry for found in _arrays(folder, files) for entry in found]
+    except CheckpointError:
+        raise
+    except Exception as error:  # TensorStore raises ValueError for damage of any kind; JSON and UTF-8 have their own
+        reason = visible(str(error).strip().splitlines()[0])[:300] if str(error).strip() else type(error).__name__
+        raise DamagedFolderError(f"{folder} is not an Orbax checkpoint, or a damaged one ({reason}). Copy it again.") from error
+    limits.check(folder, "max_tensors", len(arrays), "tensors")
+    limits.check(folder, "max_bytes", sum(size for _, size in arrays), "bytes of tensors")
+
+
+def unreadable(folder: Path, names: Iterable[str]) -> list[str]:
+    """Which of these tensors a damaged folder no longer gives: the database has a checksum for every group of small tensors, which it loses together."""
+    import tensorstore
+
+    lost = set(names)
+    for file in sorted(folder.rglob(_MANIFEST)):
+        try:
+            store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{file.parent.resolve().as_posix()}/"}).result()
+            values = {name: (store.read(f"{name}/zarr.json"), store.read(f"{name}/.zarray")) for name in lost}
+        except Exception:  # this one is the damaged one
+            continue
+        for name, found in values.items():
+            try:
+                if any(value.result().state == "value" for value in found):
+                    lost.discard(name)
+            except Exception:  # any kind of damage; the name stays among the lost
+                continue
+        break  # the first is that of the whole, the others are parts that the writing processes left
+    return sorted(lost)
+
+
+def _files(folder: Path, limits: Limits) -> Iterator[Path]:
+    inside = folder.resolve()
+    for parent, folders, names in os.walk(folder):
+        if len(Path(parent).relative_to(folder).parts) > limits.max_nesting:
+            limits.check(folder, "max_nesting", limits.max_nesting + 1, "levels of folders or more")
+        for name in (*folders, *names):
+            path = Path(parent) / name
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise CheckpointError(f"{path} is a symbolic link that leads out of the checkpoint. Replace it by what it stands for, if you trust it.")
+        yield from (Path(parent) / name for name in names)
+
+
+def _expanded(file: Path) -> int:
+    """At most so many bytes come out of the compressed frames in a file, found by walking their blocks without expanding any."""
+    if not file.stat().st_size:
+        return 0
+    total = 0
+    with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        place = data.find(_ZSTD)
+        while place >= 0:
+            end, size = _frame(data, place)
+            total += size
+            place = data.find(_ZSTD, end)
+    return total
+
+
+def _frame(data: mmap.mmap, start: int) -> tuple[int, int]:
+    """Where a zstd frame ends, and how much it expands to at most (RFC 8878, section 3.1.1). What only looks like a frame ends at the first odd block."""
+    descriptor = data[start + 4] if start + 4 < len(data) else 0
+    single = descriptor >> 5 & 1
+    place = start + 5 + (not single) + (0, 1, 2, 4)[descriptor & 3] + ((1 if single else 0), 2, 4, 8)[descriptor >> 6]
+    total, last = 0, False
+    while not last and place + 3 <= len(data):
+        block = int.from_bytes(data[place : place + 3], "little")
+        last, kind, size = bool(block & 1), block >> 1 & 3, block >> 3
+        if kind == len(_ZSTD_KINDS) or size > _ZSTD_BLOCK:
+            break
+        total += _ZSTD_BLOCK if _ZSTD_KINDS[kind] == "compressed" else size
+        place += 3 + (1 if _ZSTD_KINDS[kind] == "repeated" else size)
+    return max(min(place, len(data)), start + 4), total
+
+
+def _arrays(folder: Path, files: list[Path]) -> Iterator[Iterator[tuple[str, int]]]:
+    import tensorstore
+
+    for file in files:
+        if file.name == _MANIFEST:
+            base = f"file://{file.parent.resolve().as_posix()}/"
+            store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+            keys = [key.decode("utf-8") for key in store.list().result()]
+            wanted = [key for key in keys if key.rpartition("/")[2] in _ARRAY_FILES]
+            yield (_array(key, value.result().value) for key, value in [(key, store.read(key)) for key in wanted]) if wanted else iter(())
+        elif file.name in _ARRAY_FILES:
+            yield iter([_array(str(file.relative_to(folder)), file.read_bytes())])
+
+
+def _array(key: str, content: bytes) -> tuple[str, int]:
+    """Name of an array, and how many bytes it takes: of its shape, or of one chunk where that is larger."""
+    facts: Any = json.loads(content)
+    name = visible(key.rpartition("/")[0])[:200]
+    if not isinstance(facts, dict):
+        raise ValueError(f"{name} is no array")
+    if facts.get("node_type") == "group":
+        return name, 0
+    grid = facts.get("chunk_grid") or {"configuration": {"chunk_shape": facts.get("chunks", [])}}
+    shape, chunk = facts["shape"], grid["configuration"]["chunk_shape"]
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, *chunk)):
+        raise ValueError(f"{name} has the shape {str(shape)[:120]}")
+    foreign = sorted(_codec_names(facts) - _CODECS)
+    if foreign or facts.get("filters"):
+        raise CheckpointError(
+            f"{name} is stored with the codec {visible((foreign or ['filter'])[0])[:60]}, which Orbax does not write. Save the checkpoint anew."
+        )
+    return name, max(math.prod(shape), math.prod(chunk)) * _itemsize(str(facts.get("data_type", facts.get("dtype"))))
+
+
+def _codec_names(facts: dict[str, Any]) -> set[str]:
+    pending: list[Any] = [facts.get("codecs"), [facts.get("compressor")]]
+    names: set[str] = set()
+    while pending:
+        value = pending.pop()
+        for codec in value if isinstance(value, list) else []:
+            if isinstance(codec, dict):
+                names.add(str(codec.get("name", codec.get("id"))))
+                settings = codec.get("configuration") or {}
+                pending += [settings.get("codecs"), settings.get("index_codecs")]
+    return names
+
+
+def _itemsize(dtype: str) -> int:
+    if dtype in _OTHER_ITEMSIZES:
+        return _OTHER_ITEMSIZES[dtype]
+    return np.dtype(dtype).itemsize

@@ -1,0 +1,77 @@
+"""A slice of the fuzzer, and proofs that it sees what it looks for."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from parity_tests.fuzz import pickles
+from parity_tests.fuzz.__main__ import fuzz
+from parity_tests.fuzz.mutations import MUTATIONS, mutated
+from parity_tests.fuzz.samples import samples
+from parity_tests.support import REPOSITORY
+
+pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc to measure memory")
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("fuzz")
+def test_no_mutated_file_gets_what_none_may_get(tmp_path, monkeypatch):
+    """A few seconds of `make fuzz`; .ci/run has a minute."""
+    monkeypatch.chdir(tmp_path)
+    tally = fuzz(float(os.environ.get("FLAX_RESBLOCK_FUZZ_SECONDS", "12")), list(MUTATIONS), seed=7)
+    assert not tally.failures, tally.failures[:5]
+    assert set(tally.outcomes) == set(MUTATIONS)
+    assert tally.total > 200
+    for category, counts in tally.outcomes.items():
+        assert counts["refused"], category
+
+
+def test_every_mutation_is_repeatable_and_changes_something():
+    for category, files in samples().items():
+        changed = [mutated(category, files, seed) for seed in range(30)]
+        assert changed == [mutated(category, files, seed) for seed in range(30)]
+        assert sum(new != files for new in changed) > 20, category
+
+
+CANARY = """
+import json, os, pickle, sys, tempfile, time
+from pathlib import Path
+from parity_tests.fuzz import targets, worker
+os.chdir(sandbox := tempfile.mkdtemp())
+work = worker.Worker(Path(sandbox))
+def opener(category, folder):
+    how, data = sys.argv[1], (folder / "net.pth").read_bytes()
+    if how == "run":
+        pickle.loads(data)
+    elif how == "write":
+        Path(tempfile.gettempdir(), "flax_resblock_outside").write_text("x")
+    elif how == "memory":
+        bytearray(300_000_000)
+    elif how == "wrong":
+        raise KeyError("unforeseen")
+targets._OPENERS["canary"] = opener
+print(json.dumps(work.open("canary", {"net.pth": bytes.fromhex(sys.argv[2])})))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "sees"),
+    [("run", "code: os.system"), ("write", "file outside: open"), ("memory", "memory: 3"), ("wrong", "KeyError: 'unforeseen'"), ("nothing", None)],
+)
+def test_the_guard_sees(how, sees):
+    """The canary: a pickle that is really run, a file that is really written, memory that is really taken."""
+    payload = b"\x80\x02" + pickles.PIECES["system"] + b"."
+    assert pickle.loads(b"\x80\x02" + pickles.call("math", "sqrt", b"K\x04") + b".") == 2
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run([sys.executable, "-c", CANARY, how, payload.hex()], capture_output=True, text=True, env=environment, check=False)
+    answer = json.loads(result.stdout.splitlines()[-1])
+    if sees is None:
+        assert (answer["outcome"], answer["found"]) == ("exact", [])
+    else:
+        assert answer["outcome"] == "VIOLATION"
+        assert any(found.startswith(sees) for found in answer["found"]), answer
