@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 
 from flax_resblock import CheckpointError, InputError, checkpoint
+from flax_resblock.cli import run
 from flax_resblock.convert.source import Reading, open_checkpoint
 from flax_resblock.parity.certificate import recheck
 from parity_tests.fuzz import samples
@@ -92,3 +93,27 @@ def test_an_empty_tensor_of_any_shape_is_read_or_refused(tmp_path):
     (tmp_path / "net.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + np.float32(3).tobytes())
     with pytest.raises(CheckpointError):
         checkpoint.read(tmp_path / "net.safetensors")
+
+
+def test_a_record_marked_as_a_folder_is_refused(tmp_path):
+    """PyTorch's own reader, without memory mapping, then gives whatever was in memory before."""
+    data = bytearray(samples.samples()["pth zip"]["net.pth"])
+    place = data.rindex(b"PK\x01\x02", 0, data.rindex(b"archive/data/4"))
+    data[place + 38] |= 0x10
+    (tmp_path / "net.pth").write_bytes(data)
+    with pytest.raises(CheckpointError, match="'archive/data/4' is marked as a folder"):
+        checkpoint.read(tmp_path / "net.pth")
+
+
+def test_param_groups_that_are_none_do_not_stop_inspect(tmp_path, capsys):
+    (tmp_path / "net.pth").write_bytes(samples.saved({**samples.training(), "optimizer": {"param_groups": 1e308, "state": {}}}))
+    assert run(["inspect", str(tmp_path / "net.pth")]) == 0
+    assert "also has optimizer: dict of 2" in capsys.readouterr().out
+
+
+def test_an_endless_message_of_zipfile_is_cut(tmp_path):
+    data = samples.samples()["npz"]["data.npz"]
+    (tmp_path / "data.npz").write_bytes(data[:26] + b"\xff\x0f" + data[28:])
+    with pytest.raises(InputError, match=r"not an \.npz archive") as error:
+        read_npz(tmp_path / "data.npz")
+    assert len(str(error.value)) < 800

@@ -19,6 +19,8 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _LARGE = (0xFFFF, 0xFFFFFFFF)
 """What stands for a number of entries, and for a number of bytes, that is in the longer form only."""
 _ENCRYPTED, _COMPRESSED_PATCH = 1 << 0, 1 << 5
+_FOLDER = 1 << 4
+"""Of the attributes, as DOS has them."""
 
 
 def _broken(path: Path, why: str) -> CheckpointError:
@@ -109,6 +111,8 @@ def _check_record(handle: BinaryIO, path: Path, info: zipfile.ZipInfo, end: int,
             f"{path}: its record {name!r} is compressed to {info.compress_size:,} of {info.file_size:,} bytes. torch.save never compresses, and a small file "
             "could fill any memory. Unpack it and pack it again without compression (zip -0), if you trust it."
         )
+    if info.external_attr & _FOLDER:  # PyTorch's reader takes nothing out of a folder, and leaves what was in memory before
+        raise _broken(path, f"its record {name!r} is marked as a folder")
     if info.flag_bits & (_ENCRYPTED | _COMPRESSED_PATCH):
         raise CheckpointError(f"{path}: its record {name!r} is encrypted. Give the file that torch.save wrote.")
     handle.seek(info.header_offset)

@@ -88,9 +88,8 @@ def _run(source: Source) -> dict[str, str]:
 def _brief(value: Any) -> str:
     if isinstance(value, bool | int | float | str | None):
         return repr(value)[:80]
-    if isinstance(value, Mapping) and "param_groups" in value:
-        groups = value["param_groups"]
-        return f"optimizer state, {len(groups)} param group{'s' if len(groups) != 1 else ''}, buffers of {len(value.get('state', {}))} tensors"
+    if isinstance(value, Mapping) and isinstance(groups := value.get("param_groups"), list) and isinstance(state := value.get("state", {}), Mapping):
+        return f"optimizer state, {len(groups)} param group{'s' if len(groups) != 1 else ''}, buffers of {len(state)} tensors"
     if isinstance(value, Mapping | list | tuple):
         return f"{type(value).__name__} of {len(value)}"
     return type(value).__name__

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_resblock.errors import InputError
+from flax_resblock.errors import InputError, visible
 
 MOST_BYTES = 16 << 30
 """Of one file, and of what comes out of it once it is expanded; a data set that lies in memory is smaller."""
@@ -59,4 +59,4 @@ def read_npz(path: Path, most: int = MOST_BYTES) -> dict[str, np.ndarray]:
             found = {key: arrays[key] for key in arrays.files}
         return {key: value for key, value in found.items() if isinstance(value, np.ndarray)}  # members that are no arrays come as bytes
     except Exception as error:  # zipfile, zlib, numpy and OS errors alike mean that it is no such file
-        raise InputError(f"{path} is not an .npz archive of plain arrays ({error}). Write it with numpy.savez, without objects.") from error
+        raise InputError(f"{path} is not an .npz archive of plain arrays ({visible(str(error)[:300])}). Write it with numpy.savez, without objects.") from error
