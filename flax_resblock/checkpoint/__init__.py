@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flax_resblock.checkpoint.atomic import refuse_existing, remove, replacing
+from flax_resblock.checkpoint.model_folder import texts_beside, weights_in
 from flax_resblock.checkpoint.record import Record, arrays_in, digest, digests
 from flax_resblock.errors import CheckpointError, InputError, some
 
@@ -51,9 +53,9 @@ def _resolve(path: Path) -> tuple[str, Path]:
         for folder in (path, *sorted((path / RUN_FOLDER).glob("*"), reverse=True)):
             if orbax_folder.is_orbax(folder):
                 return "orbax", folder
-        for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"):
-            if (path / name).is_file():
-                return ("pytorch" if name.endswith(".bin") else "safetensors"), path / name
+        weights = weights_in(path)
+        if weights is not None:
+            return ("pytorch" if ".bin" in weights.name else "safetensors"), weights
         raise CheckpointError(f"{path} is a folder without a checkpoint: no Orbax metadata, no model.safetensors. Give the checkpoint itself.")
     try:
         with path.open("rb") as handle:
@@ -64,6 +66,8 @@ def _resolve(path: Path) -> tuple[str, Path]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     if not head:
         raise CheckpointError(f"{path} is empty. The download or copy failed; get it again.")
+    if path.name.endswith(".bin.index.json"):
+        return "pytorch", path
     if path.name.endswith(".safetensors.index.json") or path.suffix == ".safetensors" or head[8:9] == b"{":
         return "safetensors", path
     if head.startswith((b"PK", b"\x80")):
@@ -75,7 +79,8 @@ def read(path: str | Path, *, entry: str | None = None, run: bool = False) -> Re
     """Reads any checkpoint; nothing in it is executed.
 
     Args:
-      path: ``.pt``, ``.pth``, ``.th``, ``.safetensors`` (or its shard index), an Orbax folder, or a folder with ``model.safetensors``.
+      path: ``.pt``, ``.pth``, ``.th``, ``.safetensors``, a shard index, an Orbax folder, or a folder with ``model.safetensors`` or ``pytorch_model.bin``, whose
+        ``config.json`` then is in the metadata.
       entry: Name of the entry that holds the state dict in a training checkpoint; None finds it.
       run: Also read what a training run left in files beside the weights; and entries beside them have numpy arrays for tensors.
     Raises:
@@ -95,6 +100,7 @@ def read(path: str | Path, *, entry: str | None = None, run: bool = False) -> Re
         from flax_resblock.checkpoint import torch_file
 
         record = torch_file.read(file, entry=entry)
+    record = replace(record, metadata={**texts_beside(file), **record.metadata})
     _verify(record, _recorded_digests(record))
     return _with_run(record, Path(path)) if run else record
 
@@ -125,7 +131,11 @@ def _verify(record: Record, expected: Mapping[str, str]) -> None:
         raise CheckpointError(f"{record.source} is damaged: {some(changed)} {verb} from the SHA-256 recorded when it was written. Copy it again.")
 
 
-def _writer(format_name: str) -> Callable[..., None]:
+def _writer(format_name: str, files: Mapping[str, str] | None) -> Callable[..., None]:
+    if files is not None:
+        from flax_resblock.checkpoint import safetensors_file
+
+        return partial(safetensors_file.write_folder, files=files)
     if format_name == "orbax":
         from flax_resblock.checkpoint import orbax_folder as module
     elif format_name == "safetensors":
@@ -141,6 +151,7 @@ def write(
     *,
     metadata: Mapping[str, str] | None = None,
     extras: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
     force: bool = False,
     release: bool = False,
 ) -> None:
@@ -151,6 +162,7 @@ def write(
       tensors: Arrays by name.
       metadata: Strings kept beside the tensors where the format has a place for them (not in a ``.pth``).
       extras: Entries of a training checkpoint, numpy arrays for tensors; for a ``.pth`` only, where ``tensors`` then become the entry ``"model"``.
+      files: Texts by name; ``path``, without suffix, then becomes a folder of ``model.safetensors`` and these files.
       force: Replace what is there.
       release: Empty ``tensors`` once they are written, so that they and what is read back are never in memory together.
     Raises:
@@ -158,7 +170,7 @@ def write(
       CheckpointError: What was read back differs from what was written (a failing disk); nothing is left at ``path``.
     """
     path = Path(path)
-    write_tensors = _writer(output_format(path))
+    write_tensors = _writer(output_format(path), files)
     expected = digests(tensors)
     beside = {} if extras is None else {"extras": extras}
     try:

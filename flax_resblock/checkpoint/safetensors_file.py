@@ -12,6 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from flax_resblock.checkpoint.model_folder import shards
 from flax_resblock.checkpoint.record import Record
 from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.errors import CheckpointError
@@ -51,27 +52,13 @@ def _read_one(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     return tensors, metadata
 
 
-def _shards(index: Path) -> list[Path]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not an index of safetensors shards: it has no 'weight_map' of tensor names to file names.") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index} names the shard {name!r}, which is not a plain file name in its folder.")
-        if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index} names the shard {name}, which is not there. Copy all shards into {index.parent}.")
-    return [index.parent / name for name in names]
-
-
 def read(path: Path, *, entry: str | None = None) -> Record:
     """Reads a ``.safetensors`` file, or all shards that a ``.safetensors.index.json`` names; memory-mapped.
 
     Raises:
       CheckpointError: Damaged, a shard missing, or a tensor in two shards.
     """
-    files = _shards(path) if path.suffix == ".json" else [path]
+    files = shards(path) if path.suffix == ".json" else [path]
     tensors: dict[str, np.ndarray] = {}
     metadata: dict[str, str] = {}
     for file in files:
@@ -90,3 +77,11 @@ def read(path: Path, *, entry: str | None = None) -> Record:
 def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Writes one ``.safetensors`` file."""
     safetensors.numpy.save_file({key: np.asarray(value, order="C") for key, value in tensors.items()}, path, metadata=dict(metadata))
+
+
+def write_folder(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], files: Mapping[str, str]) -> None:
+    """Writes a folder as hubs have them: ``model.safetensors``, and text files by name beside it."""
+    path.mkdir()
+    write(path / "model.safetensors", tensors, metadata)
+    for name, text in files.items():
+        (path / name).write_text(text, encoding="utf-8")

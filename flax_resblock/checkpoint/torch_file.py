@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
+from flax_resblock.checkpoint.model_folder import shards
 from flax_resblock.checkpoint.record import Record
 from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.errors import CheckpointError, MissingDependencyError
@@ -147,8 +148,9 @@ def load(path: Path) -> Any:
 
 
 def read(path: Path, *, entry: str | None = None) -> Record:
-    """Reads a ``.pt``, ``.pth``, ``.th`` or ``.bin`` file; errors as for :func:`load`."""
-    state, extras, notes = unwrap(load(path), is_tensor=import_torch().is_tensor, source=str(path), entry=entry)
+    """Reads a ``.pt``, ``.pth``, ``.th`` or ``.bin`` file, or all that a ``.bin.index.json`` names; errors as for :func:`load`."""
+    content = {key: value for shard in shards(path) for key, value in load(shard).items()} if path.suffix == ".json" else load(path)
+    state, extras, notes = unwrap(content, is_tensor=import_torch().is_tensor, source=str(path), entry=entry)
     return Record(str(path), "pytorch", state_to_numpy(state), {}, tuple(notes), extras)
 
 

@@ -1,0 +1,63 @@
+"""Folders of weights and JSON as hubs have them: the weights under well-known names, and what lies beside them as text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from flax_resblock.errors import CheckpointError
+
+CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
+WEIGHTS = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+"""Names of the weights, in order of preference."""
+
+_LARGEST = 16 << 20
+"""Bytes; a configuration with a thousand class names has 70 thousand."""
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The weights of a folder; None where there are none."""
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index of a sharded checkpoint names, in order.
+
+    Raises:
+      CheckpointError: No such index, or a shard that is not there.
+    """
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not an index of shards: it has no 'weight_map' of tensor names to file names.") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index} names the shard {name!r}, which is not a plain file name in its folder.")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index} names the shard {name}, which is not there. Copy all shards into {index.parent}.")
+    return [index.parent / name for name in names]
+
+
+def texts_beside(weights: Path) -> dict[str, str]:
+    """The JSON files beside weights with a well-known name, by name.
+
+    Raises:
+      CheckpointError: One that is no text.
+    """
+    if weights.name not in WEIGHTS:
+        return {}
+    texts = {}
+    for name in (CONFIG_FILE, PREPROCESSOR_FILE):
+        file = weights.parent / name
+        if file.is_file() and file.stat().st_size <= _LARGEST:
+            try:
+                texts[name] = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise CheckpointError(f"{file} cannot be read as text ({error}). Copy the folder again, or remove that file.") from error
+    return texts
