@@ -88,7 +88,7 @@ def _huggingface(head: bool = True, **changes: Any) -> Family:
 
 
 def _timm(name: str, **changes: Any) -> Family:
-    options = {"channels": (16, 16, 32, 32), "layers": (1, 1, 2, 1), "num_classes": 5, **changes}
+    options = {"channels": (8, 16, 24, 32), "layers": (1, 2, 1, 1), "num_classes": 5, **changes}
 
     def save(module: torch.nn.Module, folder: Path) -> None:
         import_timm().models.save_for_hf(module, folder, safe_serialization=True)
@@ -100,7 +100,7 @@ FAMILIES = {
     "huggingface basic": _huggingface(),
     "huggingface bottleneck": _huggingface(layer_type="bottleneck"),
     "huggingface basic, first stage strided": _huggingface(downsample_in_first_stage=True),
-    "huggingface bottleneck, first stage strided": _huggingface(layer_type="bottleneck", downsample_in_first_stage=True),
+    "huggingface bottleneck, first stage strided": _huggingface(layer_type="bottleneck", hidden_sizes=[12, 16], downsample_in_first_stage=True),
     "huggingface bottleneck, stride on the 1x1": _huggingface(layer_type="bottleneck", downsample_in_bottleneck=True),
     "huggingface without head": _huggingface(head=False, hidden_sizes=[12, 16], depths=[2, 1]),
     "timm resnet18": _timm("resnet18"),
@@ -112,12 +112,12 @@ FAMILIES = {
     "timm resnet152d": _timm("resnet152d", stem_width=8),
     "timm resnet50s": _timm("resnet50s", stem_width=8),
     "timm wide_resnet50_2": _timm("wide_resnet50_2"),
-    "timm resnext50_32x4d": _timm("resnext50_32x4d"),
-    "timm resnext50d_32x4d": _timm("resnext50d_32x4d", stem_width=8),
+    "timm resnext50_32x4d": _timm("resnext50_32x4d", channels=(16, 32, 32, 32)),
+    "timm resnext50d_32x4d": _timm("resnext50d_32x4d", channels=(16, 32, 32, 32), stem_width=8),
     "timm seresnet18": _timm("seresnet18"),
     "timm seresnet50": _timm("seresnet50"),
     "timm seresnet152d": _timm("seresnet152d", stem_width=8),
-    "timm seresnext50_32x4d": _timm("seresnext50_32x4d"),
+    "timm seresnext50_32x4d": _timm("seresnext50_32x4d", channels=(16, 32, 32, 32)),
     "timm ecaresnet26t": _timm("ecaresnet26t", stem_width=16),
     "timm ecaresnet50d": _timm("ecaresnet50d", stem_width=8),
     "timm resnetblur18": _timm("resnetblur18"),

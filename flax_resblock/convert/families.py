@@ -34,15 +34,16 @@ class Family:
     proof: str
 
 
-_EQUAL = "built, randomised and saved by the package, converted with no flags; every slot, statistic and gradient in float64 <= 1e-12; loaded back strictly, bit for bit"
+_EQUAL = "built and saved by the package, converted with no flags; every slot, statistic and gradient in float64 <= 1e-12; loaded back strictly, bit for bit"
+_FEATURES = "built and saved by the package, converted with no flags; the stages' outputs in float64 <= 1e-12, evaluation mode"
 _NAMES = "every key and shape of every named architecture; logits in float64 <= 1e-12"
 _KEYS = "the project's key set, made by hand from its code, around a network of torchvision; equal bit for bit"
 _TRANSFORMERS, _TIMM, _TORCHVISION = "transformers 5.24.0", "timm 1.0.31", "torchvision 0.28.0"
 
 FAMILIES = (
     Family("torchvision classification", "torchvision", "resnet, resnext, wide_resnet", _TORCHVISION, _NAMES),
-    Family("torchvision detection", "torchvision", "`backbone.body.*` of Faster R-CNN, RetinaNet, Mask R-CNN, FCOS", _TORCHVISION, _EQUAL),
-    Family("torchvision segmentation", "torchvision", "`backbone.*` of FCN and DeepLabV3, dilated", _TORCHVISION, _EQUAL),
+    Family("torchvision detection", "torchvision", "`backbone.body.*` of Faster R-CNN, RetinaNet, Mask R-CNN, FCOS", _TORCHVISION, _FEATURES),
+    Family("torchvision segmentation", "torchvision", "`backbone.*` of FCN and DeepLabV3, dilated", _TORCHVISION, _FEATURES),
     Family(
         "transformers ResNet",
         "huggingface",
@@ -65,7 +66,7 @@ FAMILIES = (
 NOT_CONVERTED = (
     ("timm resnetv2, BiT", "pre-activation order: the norms have other channels than the convolutions before them, and projections have none"),
     ("timm resnetaa", "average pooling of odd sizes cuts off the last row, which the shortcut does not"),
-    ("timm resnetrs, senet154, ecaresnet*_pruned, ecaresnetlight", "a convolution for the stem's pooling, 3x3 projections, widths of their own in every block"),
+    ("timm resnetrs, senet154, ecaresnet*_pruned", "a convolution for the stem's pooling, 3x3 projections, widths of their own in every block"),
     ("timm resnet50_gn", "GroupNorm"),
     ("transformers with hidden_act other than relu", "another activation"),
     ("Caffe2 names (`res2_0_branch2a_w`)", "norms folded into scale and bias, without statistics"),

@@ -20,7 +20,7 @@ from flax_resblock.convert.identification import identify
 from flax_resblock.convert.layouts import LAYOUTS
 from flax_resblock.convert.run import Run
 from flax_resblock.convert.state_map import StateMap, describe, matches_any, unhealthy
-from flax_resblock.convert.torso import describe_left_out, find_torso
+from flax_resblock.convert.torso import describe_left_out, find_torso, nearly
 from flax_resblock.convert.traits import Assumption, assumptions, told_by_entries
 from flax_resblock.errors import CheckpointError, InputError, some
 
@@ -146,16 +146,22 @@ def interpret(record: Record, reading: Reading | None = None) -> Source:
     notes += said
     wanted = reading.architecture if reading.architecture is not None else _written_config(record)
     by_file = {**by_entries, **(torso.traits if torso else {}), **(hub.traits if hub else {})} if wanted is None else {}
-    match = identify(
-        describe(tensors),
-        architecture=wanted,
-        layout=reading.layout,
-        num_classes=reading.num_classes,
-        stride=reading.stride,
-        allow_missing=reading.allow_missing,
-        traits={**by_file, **reading.traits},
-        source=record.source,
-    )
+    try:
+        match = identify(
+            describe(tensors),
+            architecture=wanted,
+            layout=reading.layout,
+            num_classes=reading.num_classes,
+            stride=reading.stride,
+            allow_missing=reading.allow_missing,
+            traits={**by_file, **reading.traits},
+            source=record.source,
+        )
+    except CheckpointError as error:
+        almost = nearly(key for key in record.tensors if key not in set(ignored))
+        if not almost:
+            raise
+        raise CheckpointError(f"{error}\n{almost}") from error
     if match.misfit.afresh:
         notes.append(f"absent, to start afresh: {some(match.misfit.afresh)}")
     counters = match.misfit.filled_counters

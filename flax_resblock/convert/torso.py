@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flax_resblock.convert.state_map import matches_any
+from flax_resblock.errors import some
 
 
 @dataclass(frozen=True)
@@ -57,26 +58,45 @@ TORSOS = (
     Torso("MoCo v3", "base_encoder.", ("base_encoder.fc.*", "momentum_encoder.*", "predictor.*")),
     Torso("SimSiam", "encoder.", ("encoder.fc.*", "predictor.*")),
     Torso("SimCLR with a projector", "encoder.", ("projector.*",)),
-    Torso("SimCLR with the projection in fc", "", ("fc.[0-9].*",)),
-    Torso("SwAV", "", ("projection_head.*", "prototypes.*")),
     Torso("DINO", "backbone.", ("head.mlp.*", "head.last_layer.*")),
     Torso("BYOL (byol-pytorch)", "online_encoder.net.", ("online_encoder.projector.*", "target_encoder.*", "online_predictor.*", "net.*")),
     Torso("BYOL (online network)", "encoder.", ("projetion.*", "projection.*")),
     Torso("Barlow Twins and VICReg", "backbone.", ("projector.*", "bn.*")),
     Torso("lightly", "backbone.", ("projection_head.*", "prediction_head.*", "backbone_momentum.*", "projection_head_momentum.*", "prototypes.*")),
     Torso("segmentation_models_pytorch", "encoder.", ("decoder.*", "segmentation_head.*", "classification_head.*")),
+    Torso("SimCLR with the projection in fc", "", ("fc.[0-9].*",)),
+    Torso("SwAV", "", ("projection_head.*", "prototypes.*")),
 )
-"""Every known place. A row applies only where it explains every tensor; nothing else is ever left out."""
+"""Every known place; rows without prefix, which hold whatever is not beside, come last.
+
+A row applies only where it explains every tensor; nothing else is ever left out."""
 
 
 def find_torso(keys: Iterable[str]) -> Torso | None:
     """The first row that explains every tensor, with some in the network and some beside it."""
     keys = list(keys)
-    for torso in TORSOS:
-        held = [torso.holds(key) for key in keys]
-        if any(held) and not all(held) and all(inside or matches_any(key, torso.beside) for inside, key in zip(held, keys, strict=True)):
-            return torso
-    return None
+    return next((torso for torso in TORSOS if _applies(torso, keys) and not unexplained(torso, keys)), None)
+
+
+def _applies(torso: Torso, keys: list[str]) -> bool:
+    held = sum(map(torso.holds, keys))
+    return 0 < held < len(keys)
+
+
+def unexplained(torso: Torso, keys: Iterable[str]) -> list[str]:
+    """Tensors that are neither in the network nor beside it."""
+    return [key for key in keys if not torso.holds(key) and not matches_any(key, torso.beside)]
+
+
+def nearly(keys: Iterable[str]) -> str:
+    """A sentence on the row that leaves the fewest tensors unexplained; empty where that is more than a tenth of them."""
+    keys = list(keys)
+    rows = [torso for torso in TORSOS if torso.prefix and _applies(torso, keys) and any(matches_any(key, torso.beside) for key in keys)]
+    left = {torso.name: unexplained(torso, keys) for torso in rows}
+    name = min(left, key=lambda name: len(left[name]), default=None)
+    if name is None or not left[name] or len(left[name]) > len(keys) / 10:
+        return ""
+    return f"It is almost a checkpoint of {name}, but these are neither in its network nor beside it: {some(left[name])}; --ignore PATTERN drops them."
 
 
 def describe_left_out(torso: Torso, keys: Iterable[str]) -> str:

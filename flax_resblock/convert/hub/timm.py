@@ -12,12 +12,17 @@ from flax_resblock.errors import CheckpointError, InputError
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _BLURRED = ("resnetblur",)
+_AVERAGED = "average pooling carries its strides, and cuts off the last row of an odd size, which its shortcuts do not"
 _OTHER_FUNCTION = {
-    "resnetaa": "average pooling carries its strides",
-    "seresnetaa": "average pooling carries its strides",
-    "seresnextaa": "average pooling carries its strides",
+    "resnetaa": _AVERAGED,
+    "seresnetaa": _AVERAGED,
+    "seresnextaa": _AVERAGED,
+    "resnetv2": "its blocks normalise before they convolve (pre-activation)",
+    "resnetrs": "a convolution takes the place of its stem's pooling",
+    "senet154": "3x3 convolutions project its shortcuts",
+    "legacy_se": "its stem pools without padding",
 }
-"""Beginnings of names whose networks have the tensors of others and compute something else."""
+"""Beginnings of names whose networks compute something else; some have the tensors of others."""
 
 _IN_THE_TENSORS = (
     *("num_classes", "in_chans", "channels", "layers", "cardinality", "base_width", "stem_width", "stem_type", "avg_down", "block"),
