@@ -202,7 +202,7 @@ class BlockConfig:
             yield Slot(stage, block, "attention", Kind.ACTIVATION)
         if self.projects:
             pooled = self.shortcut == "pooled"
-            if pooled:
+            if pooled and self.stride > 1:  # at stride 1 the pool hands its input on
                 yield Slot(stage, block, "shortcut.pool", Kind.ACTIVATION)
             place = "shortcut.projection" if pooled else "shortcut"
             yield Slot(stage, block, f"{place}.conv", Kind.CONV, (1, 1, self.in_channels, channels))

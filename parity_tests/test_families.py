@@ -43,6 +43,15 @@ def saved(name, folder):
     return module
 
 
+def from_timms_folder(folder):
+    """What timm builds from its config.json and loads; in float64, which its float32 parameters would cut off."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        return import_timm().create_model(f"local-dir:{folder}", pretrained=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def output_of(module, images):
     with torch.no_grad():
         return module.eval()(to_torch(images, PRECISIONS["float64"])).numpy()
@@ -71,7 +80,7 @@ def test_a_family_converts_without_flags_computes_the_same_and_goes_back(name, t
     stated = {row.quantity for row in comparison.measurements}
     assert {"eval forward", "train forward", "running statistics", "parameter gradient"} <= stated
     if family.layout == "torchvision":
-        target, back = "timm", lambda folder: import_timm().create_model(f"local-dir:{folder}", pretrained=True)
+        target, back = "timm", from_timms_folder
     else:
         target, back = family.layout, lambda folder: type(module).from_pretrained(folder)
     assert run(["convert", str(tmp_path / "ours.safetensors"), str(tmp_path / "back"), "--to-layout", target, "--no-certificate"]) == 0
@@ -108,7 +117,7 @@ def test_what_no_tensor_tells_is_told_by_config_json(name, tmp_path):
     (tmp_path / "theirs" / "model.safetensors").rename(tmp_path / "alone.safetensors")
     alone = open_checkpoint(tmp_path / "alone.safetensors")
     assert getattr(alone.config, field) == CHOICES[name][field]  # what is assumed where nobody says
-    assert relative_l2(evaluated(tmp_path / "alone.safetensors", images), truth) > 1e-3
+    assert relative_l2(evaluated(tmp_path / "alone.safetensors", images), truth) > 1e6 * FLOAT64_LIMIT
     told = Reading(traits={field: getattr(folder.config, field)})
     assert open_checkpoint(tmp_path / "alone.safetensors", told).config == folder.config
 
