@@ -21,6 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,train,report,dev]'
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[families]'
 	touch $(STAMP)
 
 setup: $(STAMP)

@@ -1,7 +1,6 @@
 """What a residual network is, as data: its configuration, the table of named architectures, and the walk over every slot.
 
-A *slot* is one place in the network that has parameters or an activation worth comparing: ``stage1.0.conv1``, ``head``. Both frameworks, the converter
-and the verifier speak of slots; this module knows no array and no framework.
+What a slot and a block are is in :mod:`flax_resblock.block_config`, whose names are to be had here too. This module knows no array and no framework.
 """
 
 from __future__ import annotations
@@ -9,146 +8,46 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from enum import Enum
 from types import MappingProxyType
 from typing import Literal
 
-BlockKind = Literal["basic", "bottleneck"]
-Shortcut = Literal["projection", "zero_pad"]
-StridePlacement = Literal["3x3", "1x1"]
-Stem = Literal["imagenet", "cifar"]
-Path = tuple[str | int, ...]
+from flax_resblock.block_config import (
+    EXPANSION,
+    Antialias,
+    Attention,
+    BlockConfig,
+    BlockKind,
+    Kind,
+    Path,
+    Shortcut,
+    Slot,
+    StridePlacement,
+)
 
+__all__ = [
+    "ARCHITECTURES",
+    "EXPANSION",
+    "BlockConfig",
+    "Config",
+    "Kind",
+    "Path",
+    "ResNetConfig",
+    "Shortcut",
+    "Slot",
+    "Stem",
+    "StridePlacement",
+    "architecture",
+    "architectures",
+    "from_json",
+    "name_of",
+    "to_json",
+    "walk",
+]
 MOST_BLOCKS = 10_000
 """Of a network; a configuration in a file may say any number."""
 
-EXPANSION: Mapping[str, int] = MappingProxyType({"basic": 1, "bottleneck": 4})
 
-
-class Kind(Enum):
-    """What a slot holds; decides which tensors belong to it."""
-
-    CONV = "conv"
-    NORM = "norm"
-    LINEAR = "linear"
-    ACTIVATION = "activation"
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One place of a network.
-
-    Attributes:
-      stage: ``"stem"``, ``"stage1"`` ..., ``"head"``, or ``""`` in a bare block.
-      block: Index of the block within its stage; None outside the stages.
-      role: Dotted place within the block or stem, ``"conv1"``, ``"shortcut.norm"``; ``""`` is the whole.
-      kind: What it holds.
-      shape: Shape of its kernel ``(kh, kw, I // groups, O)`` or ``(in, out)``, or ``(C,)`` of a norm; ``()`` for an activation.
-    """
-
-    stage: str
-    block: int | None
-    role: str
-    kind: Kind
-    shape: tuple[int, ...] = ()
-
-    @property
-    def path(self) -> Path:
-        """Attribute path in the Flax module: ``("stage1", 0, "shortcut", "conv")``."""
-        place: Path = (self.stage,) if self.stage else ()
-        if self.block is not None:
-            place += (self.block,)
-        return place + tuple(self.role.split(".")) if self.role else place
-
-    @property
-    def name(self) -> str:
-        """Dotted path, ``"stage1.0.shortcut.conv"``; a bare block as a whole is ``"block"``."""
-        return ".".join(map(str, self.path)) or "block"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockConfig:
-    """One residual block.
-
-    Attributes:
-      in_channels, out_channels: Channels of its input and output.
-      kind: ``"basic"``: two 3x3 convolutions; ``"bottleneck"``: 1x1, 3x3, 1x1 with ``out_channels / 4`` planes.
-      stride: Of the block; 1 keeps the resolution.
-      dilation: Of the 3x3 convolutions.
-      groups, base_width: As in torchvision: the inner width is ``int(planes * base_width / 64) * groups``; a basic block takes groups only.
-      shortcut: Where stride or channels change: ``"projection"`` is a 1x1 convolution and a norm; ``"zero_pad"`` is option A of He et al. 2016, a
-        strided slice with zero channels added on both sides.
-      stride_on: Which convolution of a bottleneck carries the stride: ``"3x3"`` as torchvision, ``"1x1"`` as Caffe and He et al.
-    Raises:
-      ValueError: Numbers that make no block.
-    """
-
-    in_channels: int
-    out_channels: int
-    kind: BlockKind = "basic"
-    stride: int = 1
-    dilation: int = 1
-    groups: int = 1
-    base_width: int = 64
-    shortcut: Shortcut = "projection"
-    stride_on: StridePlacement = "3x3"
-
-    def __post_init__(self) -> None:
-        for field in ("in_channels", "out_channels", "stride", "dilation", "groups", "base_width"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field}={value!r} must be a positive integer.")
-        if self.kind not in EXPANSION:
-            raise ValueError(f"block kind {self.kind!r} is unknown; choose 'basic' or 'bottleneck'.")
-        if self.shortcut not in ("projection", "zero_pad"):
-            raise ValueError(f"shortcut {self.shortcut!r} is unknown; choose 'projection' or 'zero_pad'.")
-        if self.stride_on not in ("3x3", "1x1"):
-            raise ValueError(f"stride_on={self.stride_on!r} is unknown; choose '3x3' or '1x1'.")
-        if self.out_channels % EXPANSION[self.kind]:
-            raise ValueError(f"a bottleneck has 4 output channels per plane; out_channels={self.out_channels} is not a multiple of 4.")
-        if self.kind == "basic" and self.base_width != 64:
-            raise ValueError(f"base_width={self.base_width} applies to bottlenecks; a basic block has none.")
-        if self.kind == "basic" and (self.in_channels % self.groups or self.out_channels % self.groups):
-            raise ValueError(f"groups={self.groups} must divide in_channels={self.in_channels} and out_channels={self.out_channels} of a basic block.")
-        if self.inner_width < 1:
-            raise ValueError(f"base_width={self.base_width} leaves a bottleneck of {self.planes} planes no inner channel.")
-        if self.shortcut == "zero_pad" and self.out_channels < self.in_channels:
-            raise ValueError(f"a zero_pad shortcut cannot reduce {self.in_channels} channels to {self.out_channels}.")
-
-    @property
-    def planes(self) -> int:
-        """Channels before expansion, torchvision's ``planes``."""
-        return self.out_channels // EXPANSION[self.kind]
-
-    @property
-    def inner_width(self) -> int:
-        """Channels between the convolutions."""
-        return self.planes if self.kind == "basic" else int(self.planes * self.base_width / 64) * self.groups
-
-    @property
-    def changes_shape(self) -> bool:
-        """Whether the skip must change resolution or channels; decided by the numbers, not by the shapes that meet (1x1 inputs at stride 2)."""
-        return self.stride != 1 or self.in_channels != self.out_channels
-
-    @property
-    def projects(self) -> bool:
-        """Whether the skip has parameters."""
-        return self.changes_shape and self.shortcut == "projection"
-
-    def slots(self, stage: str = "", block: int | None = None) -> Iterator[Slot]:
-        """The slots of this block in forward order; the block's own output comes last."""
-        width, groups = self.inner_width, self.groups
-        if self.kind == "basic":
-            kernels = [(3, self.in_channels // groups, width), (3, width // groups, self.out_channels)]
-        else:
-            kernels = [(1, self.in_channels, width), (3, width // groups, width), (1, width, self.out_channels)]
-        for i, (size, fan, out) in enumerate(kernels, start=1):
-            yield Slot(stage, block, f"conv{i}", Kind.CONV, (size, size, fan, out))
-            yield Slot(stage, block, f"norm{i}", Kind.NORM, (out,))
-        if self.projects:
-            yield Slot(stage, block, "shortcut.conv", Kind.CONV, (1, 1, self.in_channels, self.out_channels))
-            yield Slot(stage, block, "shortcut.norm", Kind.NORM, (self.out_channels,))
-        yield Slot(stage, block, "", Kind.ACTIVATION)
+Stem = Literal["imagenet", "deep", "cifar"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +58,13 @@ class ResNetConfig:
       block: Kind of every block.
       depths: Blocks per stage.
       widths: Planes per stage (a bottleneck's output has four times as many channels).
-      stem: ``"imagenet"``: 7x7 convolution of stride 2 and 3x3 max pooling of stride 2; ``"cifar"``: 3x3 convolution of stride 1.
+      stem: ``"imagenet"``: 7x7 convolution of stride 2 and 3x3 max pooling of stride 2; ``"deep"``: three 3x3 convolutions, the first of stride 2, and the
+        same pooling; ``"cifar"``: 3x3 convolution of stride 1.
       stem_width: Channels of the stem.
-      shortcut, stride_on, groups, base_width: See :class:`BlockConfig`.
+      stem_hidden: Channels of the first two convolutions of a deep stem; ``()`` for the others.
+      first_stride: Stride of the first stage; that of the others is 2.
+      shortcut, stride_on, groups, base_width, attention, attention_ratio: See :class:`BlockConfig`.
+      antialias: See :class:`BlockConfig`; a blur also carries the stride of the stem's pooling.
       dilated_stages: Stages (from 1) whose stride is replaced by dilation, torchvision's ``replace_stride_with_dilation``.
       in_channels: Channels of the images.
       num_classes: Size of the logits; None: no head, the network returns pooled features.
@@ -174,8 +77,13 @@ class ResNetConfig:
     widths: tuple[int, ...] = (64, 128, 256, 512)
     stem: Stem = "imagenet"
     stem_width: int = 64
+    stem_hidden: tuple[int, ...] = ()
+    first_stride: int = 1
     shortcut: Shortcut = "projection"
     stride_on: StridePlacement = "3x3"
+    attention: Attention = "none"
+    attention_ratio: float = 1 / 16
+    antialias: Antialias = "none"
     groups: int = 1
     base_width: int = 64
     dilated_stages: tuple[int, ...] = ()
@@ -183,19 +91,24 @@ class ResNetConfig:
     num_classes: int | None = 1000
 
     def __post_init__(self) -> None:
-        for field in ("depths", "widths", "dilated_stages"):
+        for field in ("depths", "widths", "stem_hidden", "dilated_stages"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if not self.depths or len(self.depths) != len(self.widths):
             raise ValueError(f"depths={self.depths} and widths={self.widths} must name the same stages, at least one.")
-        for field in (*self.depths, *self.widths, self.stem_width, self.in_channels, *((self.num_classes,) if self.num_classes is not None else ())):
+        classes = () if self.num_classes is None else (self.num_classes,)
+        for field in (*self.depths, *self.widths, *self.stem_hidden, self.stem_width, self.in_channels, *classes):
             if not isinstance(field, int) or field < 1:
                 raise ValueError(f"depths, widths, stem_width, in_channels and num_classes must be positive integers; got {field!r} in {self}.")
-        if self.stem not in ("imagenet", "cifar"):
-            raise ValueError(f"stem {self.stem!r} is unknown; choose 'imagenet' or 'cifar'.")
         if self.block not in EXPANSION:
             raise ValueError(f"block {self.block!r} is unknown; choose 'basic' or 'bottleneck'.")
         if sum(self.depths) > MOST_BLOCKS:
             raise ValueError(f"depths={self.depths} are more than {MOST_BLOCKS:,} blocks.")
+        if self.stem not in ("imagenet", "deep", "cifar"):
+            raise ValueError(f"stem {self.stem!r} is unknown; choose 'imagenet', 'deep' or 'cifar'.")
+        if len(self.stem_hidden) != (2 if self.stem == "deep" else 0):
+            raise ValueError(f"stem_hidden={self.stem_hidden} must give the channels of two convolutions for a deep stem, and none for another.")
+        if self.first_stride not in (1, 2):
+            raise ValueError(f"first_stride={self.first_stride!r} must be 1 or 2.")
         if not set(self.dilated_stages) <= set(range(2, len(self.depths) + 1)):
             raise ValueError(f"dilated_stages={self.dilated_stages} must be among 2..{len(self.depths)}; stage 1 has no stride to replace.")
         for _ in self.blocks():  # every block checks itself
@@ -215,7 +128,7 @@ class ResNetConfig:
         """Stage name, index and configuration of every block, in forward order."""
         channels, dilation = self.stem_width, 1
         for number, (stage, depth, width) in enumerate(zip(self.stage_names, self.depths, self.widths, strict=True), start=1):
-            stride, previous_dilation = (1 if number == 1 else 2), dilation
+            stride, previous_dilation = (self.first_stride if number == 1 else 2), dilation
             if number in self.dilated_stages:
                 dilation, stride = dilation * stride, 1
             for index in range(depth):
@@ -229,16 +142,25 @@ class ResNetConfig:
                     base_width=self.base_width,
                     shortcut=self.shortcut,
                     stride_on=self.stride_on,
+                    attention=self.attention,
+                    attention_ratio=self.attention_ratio,
+                    antialias=self.antialias,
                 )
                 yield stage, index, config
                 channels = config.out_channels
 
     def slots(self) -> Iterator[Slot]:
         """Every slot in forward order."""
-        size = 7 if self.stem == "imagenet" else 3
-        yield Slot("stem", None, "conv", Kind.CONV, (size, size, self.in_channels, self.stem_width))
-        yield Slot("stem", None, "norm", Kind.NORM, (self.stem_width,))
-        if self.stem == "imagenet":
+        if self.stem == "deep":
+            channels = (self.in_channels, *self.stem_hidden, self.stem_width)
+            for i in (1, 2, 3):
+                yield Slot("stem", None, f"conv{i}", Kind.CONV, (3, 3, channels[i - 1], channels[i]))
+                yield Slot("stem", None, f"norm{i}", Kind.NORM, (channels[i],))
+        else:
+            size = 7 if self.stem == "imagenet" else 3
+            yield Slot("stem", None, "conv", Kind.CONV, (size, size, self.in_channels, self.stem_width))
+            yield Slot("stem", None, "norm", Kind.NORM, (self.stem_width,))
+        if self.stem != "cifar":
             yield Slot("stem", None, "pool", Kind.ACTIVATION)
         for stage, index, block in self.blocks():
             yield from block.slots(stage, index)
@@ -276,7 +198,7 @@ def walk(config: Config) -> Iterator[Slot]:
     return config.slots()
 
 
-def _bottleneck(depths: tuple[int, ...], **changes: int) -> ResNetConfig:
+def _bottleneck(depths: tuple[int, ...], **changes: object) -> ResNetConfig:
     return ResNetConfig(block="bottleneck", depths=depths, **changes)  # pyright: ignore[reportArgumentType]
 
 
@@ -289,18 +211,39 @@ def _cifar_stem(config: ResNetConfig) -> ResNetConfig:
     return replace(config, stem="cifar", num_classes=10)
 
 
+def _timm(config: ResNetConfig, variant: str = "", attention: Attention = "none", antialias: Antialias = "none") -> ResNetConfig:
+    """timm's variants: the letters of :data:`_VARIANTS`, attention in every block, blurred strides."""
+    return replace(config, **_VARIANTS[variant], attention=attention, antialias=antialias)
+
+
+_DEEP, _TIERED = (32, 32), (24, 32)
+_VARIANTS: Mapping[str, dict[str, object]] = MappingProxyType(
+    {
+        "": {},
+        "c": {"stem": "deep", "stem_hidden": _DEEP},
+        "d": {"stem": "deep", "stem_hidden": _DEEP, "shortcut": "pooled"},
+        "t": {"stem": "deep", "stem_hidden": _TIERED, "shortcut": "pooled"},
+        "s": {"stem": "deep", "stem_hidden": (64, 64), "stem_width": 128},
+    }
+)
+"""The letters behind timm's and Gluon's names: which stem, and whether shortcuts pool."""
+
 _RESNET18 = ResNetConfig()
 _RESNET34 = ResNetConfig(depths=(3, 4, 6, 3))
 _RESNET50 = _bottleneck((3, 4, 6, 3))
+
+_RESNET101, _RESNET152 = _bottleneck((3, 4, 23, 3)), _bottleneck((3, 8, 36, 3))
+_RESNET26 = _bottleneck((2, 2, 2, 2))
+_RESNEXT50 = _bottleneck((3, 4, 6, 3), groups=32, base_width=4)
 
 ARCHITECTURES: Mapping[str, ResNetConfig] = MappingProxyType(
     {
         "resnet18": _RESNET18,
         "resnet34": _RESNET34,
         "resnet50": _RESNET50,
-        "resnet101": _bottleneck((3, 4, 23, 3)),
-        "resnet152": _bottleneck((3, 8, 36, 3)),
-        "resnext50_32x4d": _bottleneck((3, 4, 6, 3), groups=32, base_width=4),
+        "resnet101": _RESNET101,
+        "resnet152": _RESNET152,
+        "resnext50_32x4d": _RESNEXT50,
         "resnext101_32x8d": _bottleneck((3, 4, 23, 3), groups=32, base_width=8),
         "resnext101_64x4d": _bottleneck((3, 4, 23, 3), groups=64, base_width=4),
         "wide_resnet50_2": _bottleneck((3, 4, 6, 3), base_width=128),
@@ -313,9 +256,48 @@ ARCHITECTURES: Mapping[str, ResNetConfig] = MappingProxyType(
         "resnet18_cifar": _cifar_stem(_RESNET18),
         "resnet34_cifar": _cifar_stem(_RESNET34),
         "resnet50_cifar": _cifar_stem(_RESNET50),
+        "resnet50_caffe": replace(_RESNET50, stride_on="1x1"),
+        "resnet101_caffe": replace(_RESNET101, stride_on="1x1"),
+        "resnet152_caffe": replace(_RESNET152, stride_on="1x1"),
+        "resnet10t": _timm(ResNetConfig(depths=(1, 1, 1, 1)), "t"),
+        "resnet14t": _timm(_bottleneck((1, 1, 1, 1)), "t"),
+        "resnet18d": _timm(_RESNET18, "d"),
+        "resnet26": _RESNET26,
+        "resnet26d": _timm(_RESNET26, "d"),
+        "resnet26t": _timm(_RESNET26, "t"),
+        "resnet34d": _timm(_RESNET34, "d"),
+        "resnet50c": _timm(_RESNET50, "c"),
+        "resnet50d": _timm(_RESNET50, "d"),
+        "resnet50s": _timm(_RESNET50, "s"),
+        "resnet50t": _timm(_RESNET50, "t"),
+        "resnet101c": _timm(_RESNET101, "c"),
+        "resnet101d": _timm(_RESNET101, "d"),
+        "resnet101s": _timm(_RESNET101, "s"),
+        "resnet152c": _timm(_RESNET152, "c"),
+        "resnet152d": _timm(_RESNET152, "d"),
+        "resnet152s": _timm(_RESNET152, "s"),
+        "resnet200d": _timm(_bottleneck((3, 24, 36, 3)), "d"),
+        "resnext50d_32x4d": _timm(_RESNEXT50, "d"),
+        "resnext101_32x4d": _bottleneck((3, 4, 23, 3), groups=32, base_width=4),
+        "seresnet18": _timm(_RESNET18, attention="se"),
+        "seresnet34": _timm(_RESNET34, attention="se"),
+        "seresnet50": _timm(_RESNET50, attention="se"),
+        "seresnet50t": _timm(_RESNET50, "t", attention="se"),
+        "seresnet101": _timm(_RESNET101, attention="se"),
+        "seresnet152": _timm(_RESNET152, attention="se"),
+        "seresnet152d": _timm(_RESNET152, "d", attention="se"),
+        "seresnext50_32x4d": _timm(_RESNEXT50, attention="se"),
+        "ecaresnet26t": _timm(_RESNET26, "t", attention="eca"),
+        "ecaresnet50d": _timm(_RESNET50, "d", attention="eca"),
+        "ecaresnet50t": _timm(_RESNET50, "t", attention="eca"),
+        "ecaresnet101d": _timm(_RESNET101, "d", attention="eca"),
+        "resnetblur18": _timm(_RESNET18, antialias="blur"),
+        "resnetblur50": _timm(_RESNET50, antialias="blur"),
+        "resnetblur50d": _timm(_RESNET50, "d", antialias="blur"),
+        "resnetblur101d": _timm(_RESNET101, "d", antialias="blur"),
     }
 )
-"""Torchvision's ten, the CIFAR networks of He et al. 2016 (arXiv:1512.03385), and ImageNet networks with the CIFAR stem."""
+"""Torchvision's ten; the CIFAR networks of He et al. 2016 (arXiv:1512.03385), and ImageNet networks with the CIFAR stem; Caffe's; timm's."""
 
 
 def architectures() -> tuple[str, ...]:
@@ -341,4 +323,5 @@ def name_of(config: Config) -> str:
     for name, known in ARCHITECTURES.items():
         if replace(known, num_classes=config.num_classes, in_channels=config.in_channels) == config:
             return name
-    return f"custom {config.block} ResNet, depths {config.depths}, widths {config.widths}, {config.stem} stem, {config.shortcut} shortcuts"
+    attention = "" if config.attention == "none" else f", {config.attention} attention"
+    return f"custom {config.block} ResNet, depths {config.depths}, widths {config.widths}, {config.stem} stem, {config.shortcut} shortcuts{attention}"

@@ -37,15 +37,17 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, dila
 
 
 class Conv(nnx.Module):
-    """2-d convolution without bias, equal to ``torch.nn.Conv2d(..., bias=False)`` up to the layout.
+    """2-d convolution, equal to ``torch.nn.Conv2d`` up to the layout; without bias unless asked for.
 
     Attributes:
       kernel: ``nnx.Param``, ``(kernel_size, kernel_size, in_channels // groups, out_channels)``.
+      bias: ``nnx.Param``, ``(out_channels,)``, or None.
 
     Args:
       in_channels, out_channels: Channels of input ``(N, H, W, in_channels)`` and output.
       kernel_size, stride, padding, dilation: In pixels, square; padding is on each side.
       groups: Must divide both channel counts.
+      use_bias: Whether there is a bias; it starts as ``nn.Conv2d`` starts it.
       dtype: Dtype of the computation; None: the promotion of input and kernel.
       param_dtype: Dtype of the kernel at initialisation.
       precision: See :func:`convolve`.
@@ -65,6 +67,7 @@ class Conv(nnx.Module):
         padding: int = 0,
         dilation: int = 1,
         groups: int = 1,
+        use_bias: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         precision: lax.PrecisionLike = None,
@@ -83,6 +86,8 @@ class Conv(nnx.Module):
         self.precision = precision
         shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
         self.kernel = nnx.Param(initial_value(kernel_init, rngs, shape, param_dtype))
+        fan_in = kernel_size**2 * in_channels // groups
+        self.bias = nnx.Param(initial_value(uniform_bias(fan_in), rngs, (out_channels,), param_dtype)) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, in_channels)`` to ``(N, H', W', out_channels)``."""
@@ -90,7 +95,7 @@ class Conv(nnx.Module):
             raise ValueError(f"Conv expects (N, H, W, {self.in_channels}) with channels last (NHWC); got shape {tuple(x.shape)}.")
         kernel = self.kernel[...]
         dtype = self.dtype or jnp.result_type(x, kernel)
-        return convolve(
+        y = convolve(
             x.astype(dtype),
             jnp.asarray(kernel, dtype),
             stride=self.stride,
@@ -99,6 +104,43 @@ class Conv(nnx.Module):
             groups=self.groups,
             precision=self.precision,
         )
+        return y if self.bias is None else y + jnp.asarray(self.bias[...], dtype)
+
+
+class ChannelConv(nnx.Module):
+    """A convolution along the channels, without bias and padded to keep their number.
+
+    Attributes:
+      kernel: ``nnx.Param``, ``(window, 1, 1)``.
+
+    Args:
+      window: Channels that each output sees; odd.
+      dtype, param_dtype, precision, rngs: As for :class:`flax_resblock.conv.Conv`.
+      kernel_init: Its initialiser.
+    """
+
+    def __init__(
+        self,
+        window: int,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: lax.PrecisionLike = None,
+        kernel_init: Initializer,
+        rngs: nnx.Rngs | None,
+    ) -> None:
+        self.dtype = dtype
+        self.precision = precision
+        self.kernel = nnx.Param(initial_value(kernel_init, rngs, (window, 1, 1), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(N, C)`` to ``(N, C)``."""
+        kernel = self.kernel[...]
+        dtype = self.dtype or jnp.result_type(x, kernel)
+        side = kernel.shape[0] // 2
+        rows = x.astype(dtype)[:, :, None]
+        y = lax.conv_general_dilated(rows, jnp.asarray(kernel, dtype), (1,), [(side, side)], dimension_numbers=("NWC", "WIO", "NWC"), precision=self.precision)
+        return y[:, :, 0]
 
 
 class MaxPool(nnx.Module):
@@ -117,6 +159,46 @@ class MaxPool(nnx.Module):
         """``(N, H, W, C)`` to ``(N, H', W', C)``."""
         pad = (self.padding, self.padding)
         return nnx.max_pool(x, (self.window, self.window), (self.stride, self.stride), (pad, pad))  # pyright: ignore[reportArgumentType]
+
+
+class AveragePool(nnx.Module):
+    """Mean over ``stride`` by ``stride`` pixels; at the end of an odd size over those that are there.
+
+    Equal to ``torch.nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)``.
+
+    Args:
+      stride: And window, in pixels; 1 copies the input.
+    """
+
+    def __init__(self, stride: int) -> None:
+        self.stride = stride
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(N, H, W, C)`` to ``(N, ceil(H / stride), ceil(W / stride), C)``."""
+        if self.stride == 1:
+            return x
+        window = (self.stride, self.stride)
+        pads = [(0, -size % self.stride) for size in x.shape[1:3]]
+        return nnx.avg_pool(x, window, window, pads, count_include_pad=False)  # pyright: ignore[reportArgumentType]
+
+
+class Blur(nnx.Module):
+    """The binomial filter ``[1, 2, 1] / 4`` in both directions, with one pixel of reflection on each side (Zhang 2019, arXiv:1904.11486).
+
+    Args:
+      stride: In pixels.
+    """
+
+    def __init__(self, stride: int) -> None:
+        self.stride = stride
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(N, H, W, C)`` to ``(N, ceil(H / stride), ceil(W / stride), C)``; height and width at least 2."""
+        row = jnp.asarray([0.25, 0.5, 0.25], x.dtype)
+        channels = x.shape[-1]
+        kernel = jnp.broadcast_to((row[:, None] * row)[:, :, None, None], (3, 3, 1, channels))
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+        return convolve(padded, kernel, stride=self.stride, padding=0, dilation=1, groups=channels, precision=lax.Precision.HIGHEST)
 
 
 class Linear(nnx.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path as FilePath
 from typing import Any
@@ -20,6 +21,7 @@ from flax_resblock.blocks import BottleneckBlock, ResidualBlock
 from flax_resblock.checkpoint import LIMITS, Limits, Record
 from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.convert import LAYOUTS, StateMap, run_file
+from flax_resblock.convert.hub import files_of
 from flax_resblock.convert.modules import module_facts
 from flax_resblock.convert.run import Run
 from flax_resblock.convert.source import EPS, MOMENTUM, Reading, Source, interpret, metadata_of, open_checkpoint
@@ -38,6 +40,7 @@ def from_torch(
     ignore: Sequence[str] = (),
     allow_missing: Sequence[str] = (),
     limits: Limits = LIMITS,
+    traits: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Model:
     """A PyTorch residual network as an nnx model in evaluation mode.
@@ -53,6 +56,8 @@ def from_torch(
       ignore: Keys to drop, shell-style patterns.
       allow_missing: Keys that may be absent and start afresh, shell-style patterns.
       limits: What a file may declare before it is refused, see :class:`flax_resblock.checkpoint.Limits`.
+      traits: Fields of :class:`~flax_resblock.ResNetConfig` that no tensor tells, ``{"stride_on": "1x1"}``; an ``nn.Module`` says them itself, and so does
+        the ``config.json`` of a folder.
       **options: See :class:`flax_resblock.blocks.LayerOptions`. ``eps`` and ``momentum`` default to those of an ``nn.Module`` source.
     Returns:
       A :class:`~flax_resblock.ResNet`, or a bare block, in evaluation mode.
@@ -64,12 +69,16 @@ def from_torch(
     Example:
       >>> model = from_torch(torchvision.models.resnet18())
     """
-    reading = Reading(architecture, layout, num_classes, stride, ignore, allow_missing)
+    reading = Reading(architecture, layout, num_classes, stride, ignore, allow_missing, limits, traits or {})
     if callable(getattr(source, "state_dict", None)):
         facts = module_facts(source)
         if stride is None:
-            reading = Reading(architecture, layout, num_classes, facts.stride, ignore, allow_missing)
-        opened = interpret(_record_of(source.state_dict(), type(source).__name__), reading)
+            reading = replace(reading, stride=facts.stride)
+        record = _record_of(source.state_dict(), type(source).__name__)
+        opened = interpret(record, reading)
+        if architecture is None:
+            reading = replace(reading, traits={**facts.traits(opened.state_map), **reading.traits})
+            opened = interpret(record, reading)
         facts.check(opened.state_map)
         options = {**facts.norm_options, **options}
     elif isinstance(source, Mapping):
@@ -225,7 +234,8 @@ def save(model: Model, path: str | PathLike[str], *, run: Run | None = None, lay
 
     Args:
       model: A model of this library.
-      path: The suffix decides the format: ``.pth`` (``.pt``, ``.th``), ``.safetensors``, or none for an Orbax folder, which holds Flax's own names.
+      path: The suffix decides the format: ``.pth`` (``.pt``, ``.th``), ``.safetensors``, or none for an Orbax folder, which holds Flax's own names; with the
+        layout ``"huggingface"`` or ``"timm"``, for a folder that transformers or timm loads.
       run: Optimizer, schedule and counters, as :func:`load_run` and :func:`train.fit` give them. A ``.pth`` then is a training checkpoint, with the entries
         ``"model"``, ``"optimizer"``, ``"lr_scheduler"``, ``"epoch"`` and ``"step"``.
       layout: Naming scheme of ``.pth`` and ``.safetensors``; ``"flax"`` keeps Flax's names and layouts in a ``.safetensors``.
@@ -234,11 +244,12 @@ def save(model: Model, path: str | PathLike[str], *, run: Run | None = None, lay
       InputError: An unknown suffix or layout, a destination that exists, a folder that cannot be written to.
     """
     path = FilePath(path)
-    orbax = checkpoint.output_format(path) == "orbax"
+    _map_of(model, layout)  # refuses an unknown layout for every format
+    folder = checkpoint.output_format(path) == "orbax"
+    files = files_of(LAYOUTS[layout].hub, model.config, {}) if folder and LAYOUTS[layout].hub else None
     if checkpoint.output_format(path) == "pytorch" and layout == "flax":
         raise InputError("a .pth file holds PyTorch names; use .safetensors or an Orbax folder for layout 'flax'.")
-    _map_of(model, layout)  # refuses an unknown layout for every format
     checkpoint.refuse_existing(path, force)
-    layout_there = "flax" if orbax else layout
+    layout_there = "flax" if folder and files is None else layout
     tensors = to_torch(model, layout_there)
-    run_file.write(path, tensors, metadata_of(model.config, layout, norm_options(model)), run, _map_of(model, layout_there), force=force)
+    run_file.write(path, tensors, metadata_of(model.config, layout, norm_options(model)), run, _map_of(model, layout_there), files=files, force=force)

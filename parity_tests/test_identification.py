@@ -16,10 +16,30 @@ NETWORKS = {
     "option A": ResNetConfig(depths=(1, 1), widths=(6, 12), stem="cifar", stem_width=6, shortcut="zero_pad", num_classes=4),
     "no shortcut": ResNetConfig(depths=(2,), widths=(6,), stem="cifar", stem_width=6, num_classes=4),
     "resnext": architecture("resnext50_32x4d"),
+    "se": ResNetConfig(depths=(1, 1), widths=(16, 24), stem="deep", stem_hidden=(4, 6), stem_width=8, shortcut="pooled", attention="se", num_classes=3),
+    "eca": ResNetConfig(block="bottleneck", depths=(2, 1), widths=(4, 8), stem_width=8, attention="eca", num_classes=3),
+    "deep, without head": ResNetConfig(depths=(1, 1), widths=(8, 12), stem="deep", stem_hidden=(4, 6), stem_width=8, num_classes=None),
+    "strided at once": ResNetConfig(depths=(1, 1), widths=(8, 12), stem_width=8, first_stride=2, num_classes=3),
     "block": BlockConfig(in_channels=4, out_channels=6, stride=2),
     "bottleneck block": BlockConfig(in_channels=6, out_channels=16, kind="bottleneck", stride=2),
 }
-READINGS = [(name, layout) for name in NETWORKS for layout in LAYOUTS if layout != "akamaster" or name in ("option A", "no shortcut")]
+
+
+def names(layout, config):
+    """Whether a naming scheme has names for all of a network, and is not another one's again."""
+    try:
+        return layout != "timm" and bool(StateMap(config, LAYOUTS[layout]))
+    except InputError:
+        return False
+
+
+EVERY_NETWORK = ("torchvision", "sequential", "akamaster", "kuangliu", "flax")
+READINGS = [
+    (name, layout)
+    for name, config in NETWORKS.items()
+    for layout in LAYOUTS
+    if names(layout, config) and (layout in EVERY_NETWORK or name in ("basic", "grouped bottleneck", "se", "eca", "deep, without head"))
+]
 
 
 def described(config, layout="torchvision"):
@@ -67,7 +87,7 @@ def test_whichever_tensor_has_a_wrong_shape_is_named(name, layout, damage):
         shape = found[key].shape
         wrong = {"first axis longer": (shape[0] + 1, *shape[1:]), "no axes": (), "one axis more": (*shape, 1)}[damage]
         text = complaint({**found, key: replace(found[key], shape=wrong)}, config)
-        head = key.split(".")[0] in ("fc", "linear", "head")  # weight against bias: one of the two is named, with both numbers
+        head = key.split(".")[0] in ("fc", "linear", "head", "classifier", "backbone")  # weight against bias: one of the two is named, with both numbers
         assert (key in text) or (head and "bias" in text and str(shape[0] + 1) in text), text
 
 

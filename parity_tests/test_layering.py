@@ -18,7 +18,8 @@ JAX = ARRAYS | {"jax", "flax", "optax"}
 # Path prefix -> top-level packages and own modules that may be imported there. The longest prefix that fits a file decides.
 ALLOWED: dict[str, set[str]] = {
     "torch_ref": {"torch", "torch_ref"},
-    "flax_resblock/architecture.py": set(),
+    "flax_resblock/block_config.py": set(),
+    "flax_resblock/architecture.py": {"flax_resblock.block_config"},
     "flax_resblock/errors.py": set(),
     "flax_resblock/schedules.py": set(),
     "flax_resblock/__init__.py": {"flax_resblock"},
@@ -26,7 +27,10 @@ ALLOWED: dict[str, set[str]] = {
     "flax_resblock/initializers.py": JAX,
     "flax_resblock/norm.py": JAX | {"flax_resblock.initializers"},
     "flax_resblock/conv.py": JAX | {"flax_resblock.initializers"},
-    "flax_resblock/blocks.py": JAX | {f"flax_resblock.{m}" for m in ("architecture", "conv", "initializers", "norm")},
+    "flax_resblock/layers.py": JAX | {f"flax_resblock.{m}" for m in ("conv", "initializers", "norm")},
+    "flax_resblock/attention.py": JAX | {f"flax_resblock.{m}" for m in ("block_config", "layers")},
+    "flax_resblock/shortcuts.py": JAX | {f"flax_resblock.{m}" for m in ("block_config", "conv", "layers")},
+    "flax_resblock/blocks.py": JAX | {f"flax_resblock.{m}" for m in ("attention", "block_config", "conv", "layers", "shortcuts")},
     "flax_resblock/resnet.py": JAX | {f"flax_resblock.{m}" for m in ("architecture", "blocks", "conv")},
     "flax_resblock/optimizers.py": JAX | {f"flax_resblock.{m}" for m in ("architecture", "convert")},
     "flax_resblock/linen.py": JAX | {f"flax_resblock.{m}" for m in ("architecture", "resnet", "transfer")},
@@ -131,7 +135,7 @@ def test_the_converter_and_the_files_run_without_jax():
 
 def test_layers_know_no_pytorch_name():
     words = ("running_mean", "running_var", "downsample", "bn1", "layer1", "state_dict")
-    for name in ("blocks", "norm", "conv", "resnet", "initializers", "architecture"):
+    for name in ("attention", "architecture", "block_config", "blocks", "conv", "initializers", "layers", "norm", "resnet", "shortcuts"):
         code = (REPOSITORY / "flax_resblock" / f"{name}.py").read_text()
         constants = {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
         names = {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)}

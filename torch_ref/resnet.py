@@ -6,34 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def _conv(in_channels: int, out_channels: int, size: int, stride: int = 1, dilation: int = 1, groups: int = 1) -> nn.Conv2d:
-    padding = dilation * (size // 2)
-    return nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=padding, dilation=dilation, groups=groups, bias=False)
-
-
-class ZeroPad(nn.Module):
-    """Option-A shortcut of He et al. 2016: a strided slice, new channels zero, half of them in front."""
-
-    def __init__(self, extra_channels: int, stride: int) -> None:
-        super().__init__()
-        self.extra_channels = extra_channels
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        front = self.extra_channels // 2
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, front, self.extra_channels - front))
-
-
-def _downsample(in_channels: int, out_channels: int, stride: int, shortcut: str) -> nn.Module | None:
-    if stride == 1 and in_channels == out_channels:
-        return None
-    if shortcut == "zero_pad":
-        return ZeroPad(out_channels - in_channels, stride)
-    return nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+from torch_ref.layers import Blur, channel_attention, conv, downsample
 
 
 class BasicBlock(nn.Module):
@@ -51,17 +26,25 @@ class BasicBlock(nn.Module):
         groups: int = 1,
         base_width: int = 64,
         shortcut: str = "projection",
+        attention: str = "none",
+        attention_ratio: float = 1 / 16,
+        antialias: str = "none",
     ) -> None:
         super().__init__()
-        self.conv1 = _conv(in_channels, planes, 3, stride, dilation, groups)
+        blurs = antialias == "blur" and stride == 2
+        self.conv1 = conv(in_channels, planes, 3, 1 if blurs else stride, dilation, groups)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = _conv(planes, planes, 3, 1, dilation, groups)
+        self.aa = Blur(planes, stride) if blurs else None
+        self.conv2 = conv(planes, planes, 3, 1, dilation, groups)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.downsample = _downsample(in_channels, planes, stride, shortcut)
+        self.se = channel_attention(attention, planes, attention_ratio)
+        self.downsample = downsample(in_channels, planes, stride, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         out = torch.relu(self.bn1(self.conv1(x)))
+        out = out if self.aa is None else self.aa(out)
         out = self.bn2(self.conv2(out))
+        out = out if self.se is None else self.se(out)
         return torch.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
@@ -81,23 +64,40 @@ class Bottleneck(nn.Module):
         base_width: int = 64,
         shortcut: str = "projection",
         stride_on: str = "3x3",
+        attention: str = "none",
+        attention_ratio: float = 1 / 16,
+        antialias: str = "none",
     ) -> None:
         super().__init__()
         width = int(planes * (base_width / 64.0)) * groups
-        first, second = (stride, 1) if stride_on == "1x1" else (1, stride)
-        self.conv1 = _conv(in_channels, width, 1, first)
+        blurs = antialias == "blur" and stride == 2
+        first, second = (stride, 1) if stride_on == "1x1" else (1, 1 if blurs else stride)
+        self.conv1 = conv(in_channels, width, 1, first)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv(width, width, 3, second, dilation, groups)
+        self.conv2 = conv(width, width, 3, second, dilation, groups)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = _conv(width, planes * self.expansion, 1)
+        self.aa = Blur(width, stride) if blurs else None
+        self.conv3 = conv(width, planes * self.expansion, 1)
         self.bn3 = nn.BatchNorm2d(planes * self.expansion)
-        self.downsample = _downsample(in_channels, planes * self.expansion, stride, shortcut)
+        self.se = channel_attention(attention, planes * self.expansion, attention_ratio)
+        self.downsample = downsample(in_channels, planes * self.expansion, stride, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         out = torch.relu(self.bn1(self.conv1(x)))
         out = torch.relu(self.bn2(self.conv2(out)))
+        out = out if self.aa is None else self.aa(out)
         out = self.bn3(self.conv3(out))
+        out = out if self.se is None else self.se(out)
         return torch.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+def _stem_convolutions(stem: str, in_channels: int, hidden: Sequence[int], width: int) -> nn.Module:
+    if stem != "deep":
+        return conv(in_channels, width, 7, 2) if stem == "imagenet" else conv(in_channels, width, 3)
+    layers: list[nn.Module] = []
+    for index, (inputs, outputs) in enumerate(zip((in_channels, *hidden), hidden, strict=False)):
+        layers += [conv(inputs, outputs, 3, 1 if index else 2), nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers, conv(hidden[-1], width, 3))
 
 
 class ResNet(nn.Module):
@@ -106,9 +106,11 @@ class ResNet(nn.Module):
     Args:
       block: ``"basic"`` or ``"bottleneck"``.
       depths, widths: Blocks and planes per stage.
-      stem: ``"imagenet"`` (7x7 stride 2, max pooling) or ``"cifar"`` (3x3).
+      stem: ``"imagenet"`` (7x7 stride 2, max pooling), ``"deep"`` (three 3x3, max pooling) or ``"cifar"`` (3x3).
       stem_width: Channels of the stem.
-      shortcut, stride_on, groups, base_width: Of every block.
+      stem_hidden: Channels of a deep stem's first two convolutions.
+      first_stride: Stride of the first stage.
+      shortcut, stride_on, groups, base_width, attention, attention_ratio, antialias: Of every block.
       dilated_stages: Stages (from 1) whose stride is replaced by dilation.
       in_channels, num_classes: Channels of the images, size of the logits (None: no head).
       zero_init_residual: Start the last norm of every block at zero.
@@ -122,8 +124,13 @@ class ResNet(nn.Module):
         widths: Sequence[int] = (64, 128, 256, 512),
         stem: str = "imagenet",
         stem_width: int = 64,
+        stem_hidden: Sequence[int] = (),
+        first_stride: int = 1,
         shortcut: str = "projection",
         stride_on: str = "3x3",
+        attention: str = "none",
+        attention_ratio: float = 1 / 16,
+        antialias: str = "none",
         groups: int = 1,
         base_width: int = 64,
         dilated_stages: Sequence[int] = (),
@@ -132,17 +139,20 @@ class ResNet(nn.Module):
         zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
-        imagenet = stem == "imagenet"
-        self.conv1 = _conv(in_channels, stem_width, 7, 2) if imagenet else _conv(in_channels, stem_width, 3)
+        self.conv1 = _stem_convolutions(stem, in_channels, stem_hidden, stem_width)
         self.bn1 = nn.BatchNorm2d(stem_width)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if imagenet else nn.Identity()
+        self.maxpool: nn.Module = nn.Identity()
+        if stem != "cifar" and antialias == "blur":
+            self.maxpool = nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), Blur(stem_width, 2))
+        elif stem != "cifar":
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
         make_block = BasicBlock if block == "basic" else partial(Bottleneck, stride_on=stride_on)
         expansion = BasicBlock.expansion if block == "basic" else Bottleneck.expansion
         channels, dilation = stem_width, 1
         self.stages: list[nn.Sequential] = []
         for number, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
-            stride, previous_dilation = (1 if number == 1 else 2), dilation
+            stride, previous_dilation = (first_stride if number == 1 else 2), dilation
             if number in dilated_stages:
                 dilation, stride = dilation * stride, 1
             blocks = []
@@ -156,6 +166,9 @@ class ResNet(nn.Module):
                         groups=groups,
                         base_width=base_width,
                         shortcut=shortcut,
+                        attention=attention,
+                        attention_ratio=attention_ratio,
+                        antialias=antialias,
                     )
                 )
                 channels = width * expansion

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from flax_resblock.checkpoint import sidecar
 from flax_resblock.checkpoint.atomic import refuse_existing, remove, replacing
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files, check_names
+from flax_resblock.checkpoint.model_folder import texts_beside, weights_in
 from flax_resblock.checkpoint.record import DIGESTS, METADATA_DIGEST, Record, arrays_in, digest, digests, metadata_digest
 from flax_resblock.errors import CheckpointError, InputError, OutputError, some, visible
 
@@ -54,9 +56,9 @@ def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
         for folder in (path, *sorted((path / RUN_FOLDER).glob("*"), reverse=True)):
             if orbax_folder.is_orbax(folder):
                 return "orbax", folder
-        for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"):
-            if (path / name).is_file():  # which a link may stand for: caches of downloads consist of them
-                return ("pytorch" if name.endswith(".bin") else "safetensors"), path / name
+        weights = weights_in(path)
+        if weights is not None:  # which a link may stand for: caches of downloads consist of them
+            return ("pytorch" if ".bin" in weights.name else "safetensors"), weights
         raise CheckpointError(f"{path} is a folder without a checkpoint: no Orbax metadata, no model.safetensors. Give the checkpoint itself.")
     try:
         if not path.exists():
@@ -68,6 +70,8 @@ def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     if not head:
         raise CheckpointError(f"{path} is empty. The download or copy failed; get it again.")
+    if path.name.endswith(".bin.index.json"):
+        return "pytorch", path
     if path.name.endswith(".safetensors.index.json") or path.suffix == ".safetensors" or head[8:9] == b"{":
         return "safetensors", path
     if head.startswith((b"PK", b"\x80")):
@@ -79,7 +83,8 @@ def read(path: str | Path, *, entry: str | None = None, run: bool = False, limit
     """Reads any checkpoint; nothing in it is executed.
 
     Args:
-      path: ``.pt``, ``.pth``, ``.th``, ``.safetensors`` (or its shard index), an Orbax folder, or a folder with ``model.safetensors``.
+      path: ``.pt``, ``.pth``, ``.th``, ``.safetensors``, a shard index, an Orbax folder, or a folder with ``model.safetensors`` or ``pytorch_model.bin``, whose
+        ``config.json`` then is in the metadata.
       entry: Name of the entry that holds the state dict in a training checkpoint; None finds it.
       run: Also read what a training run left in files beside the weights; and entries beside them have numpy arrays for tensors.
       limits: What it may declare; see :class:`Limits`.
@@ -106,6 +111,7 @@ def read(path: str | Path, *, entry: str | None = None, run: bool = False, limit
         raise CheckpointError(
             f"{record.source} is damaged: what it says beside its tensors differs from the SHA-256 recorded when it was written. Copy it again."
         )
+    record = replace(record, metadata={**texts_beside(file), **record.metadata})  # which no digest covers
     return _with_run(record, Path(path), limits) if run else record
 
 
@@ -135,7 +141,11 @@ def _verify(record: Record, expected: Mapping[str, str]) -> None:
         raise CheckpointError(f"{record.source} is damaged: {some(changed)} {verb} from the SHA-256 recorded when it was written. Copy it again.")
 
 
-def _writer(format_name: str) -> Callable[..., None]:
+def _writer(format_name: str, files: Mapping[str, str] | None) -> Callable[..., None]:
+    if files is not None:
+        from flax_resblock.checkpoint import safetensors_file
+
+        return partial(safetensors_file.write_folder, files=files)
     if format_name == "orbax":
         from flax_resblock.checkpoint import orbax_folder as module
     elif format_name == "safetensors":
@@ -151,6 +161,7 @@ def write(
     *,
     metadata: Mapping[str, str] | None = None,
     extras: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
     force: bool = False,
     release: bool = False,
 ) -> None:
@@ -161,6 +172,7 @@ def write(
       tensors: Arrays by name.
       metadata: Strings kept beside the tensors where the format has a place for them (not in a ``.pth``, whose SHA-256 lie in a file beside it).
       extras: Entries of a training checkpoint, numpy arrays for tensors; for a ``.pth`` only, where ``tensors`` then become the entry ``"model"``.
+      files: Texts by name; ``path``, without suffix, then becomes a folder of ``model.safetensors`` and these files.
       force: Replace what is there.
       release: Empty ``tensors`` once they are written, so that they and what is read back are never in memory together.
     Raises:
@@ -178,7 +190,7 @@ def write(
         sidecar.refuse_foreign(path)
         companions = (sidecar.sidecar_of(path).name,)
     with replacing(path, force=force, companions=companions) as temporary:
-        _writing(path, _writer(format_name), temporary, tensors, {**metadata, METADATA_DIGEST: metadata_digest(metadata)}, **beside)
+        _writing(path, _writer(format_name, files), temporary, tensors, {**metadata, METADATA_DIGEST: metadata_digest(metadata)}, **beside)
         if release:
             tensors.clear()
         written = read(temporary, run=bool(extras), limits=_OURS)  # which compares with the digests that lie in it or beside it

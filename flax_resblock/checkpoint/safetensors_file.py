@@ -14,6 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files
+from flax_resblock.checkpoint.model_folder import shards, without_twins
 from flax_resblock.checkpoint.record import Record
 from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.errors import CheckpointError, visible
@@ -31,18 +32,6 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 
-_LONGEST = 255
-"""Bytes of a name that file systems take."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"it has {visible(key[:120])!r} twice")
-        found[key] = value
-    return found
-
 
 def _header(path: Path, limits: Limits) -> dict[str, Any]:
     """The header, once its length is known to be within the file and the limits. Two entries of one name are refused: which counts depends on the reader."""
@@ -52,7 +41,7 @@ def _header(path: Path, limits: Limits) -> dict[str, Any]:
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{path} is not a safetensors file, or a damaged one: {size:,} bytes, and a header of {length:,}. Copy or download it again.")
         limits.check(path, "max_header_bytes", length, "bytes of header")
-        return json.loads(handle.read(length), object_pairs_hook=_object)
+        return json.loads(handle.read(length), object_pairs_hook=without_twins)
 
 
 def _read_one(path: Path, limits: Limits) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -83,28 +72,13 @@ def _read_one(path: Path, limits: Limits) -> tuple[dict[str, np.ndarray], dict[s
     return tensors, metadata
 
 
-def _shards(index: Path, limits: Limits) -> list[Path]:
-    limits.check(index, "max_header_bytes", index.stat().st_size, "bytes of index")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_object)["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is not an index of safetensors shards: it has no 'weight_map' of tensor names to file names.") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or visible(name) != name or len(name.encode()) > _LONGEST:
-            raise CheckpointError(f"{index} names the shard {str(name)[:200]!r}, which is not a plain file name in its folder.")
-        if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index} names the shard {name}, which is not there. Copy all shards into {index.parent}.")
-    return [index.parent / name for name in names]
-
-
 def read(path: Path, *, entry: str | None = None, limits: Limits = LIMITS) -> Record:
     """Reads a ``.safetensors`` file, or all shards that a ``.safetensors.index.json`` names; memory-mapped.
 
     Raises:
       CheckpointError: Damaged, beyond the limits, a shard missing, or a tensor in two shards.
     """
-    files = _shards(path, limits) if path.suffix == ".json" else [path]
+    files = shards(path, limits) if path.suffix == ".json" else [path]
     check_files(files, limits, path)
     tensors: dict[str, np.ndarray] = {}
     metadata: dict[str, str] = {}
@@ -125,3 +99,11 @@ def read(path: Path, *, entry: str | None = None, limits: Limits = LIMITS) -> Re
 def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Writes one ``.safetensors`` file."""
     safetensors.numpy.save_file({key: np.asarray(value, order="C") for key, value in tensors.items()}, path, metadata=dict(metadata))
+
+
+def write_folder(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], files: Mapping[str, str]) -> None:
+    """Writes a folder as hubs have them: ``model.safetensors``, and text files by name beside it."""
+    path.mkdir()
+    write(path / "model.safetensors", tensors, metadata)
+    for name, text in files.items():
+        (path / name).write_text(text, encoding="utf-8")

@@ -22,6 +22,7 @@ import numpy as np
 from flax_resblock.checkpoint import sidecar
 from flax_resblock.checkpoint.contents import check_content
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files
+from flax_resblock.checkpoint.model_folder import shards
 from flax_resblock.checkpoint.pickle_scan import scan
 from flax_resblock.checkpoint.record import DIGESTS, Record, digest, digests
 from flax_resblock.checkpoint.unwrap import unwrap
@@ -201,10 +202,32 @@ def load(path: Path, limits: Limits = LIMITS) -> Any:
 
 
 def read(path: Path, *, entry: str | None = None, limits: Limits = LIMITS) -> Record:
-    """Reads a ``.pt``, ``.pth``, ``.th`` or ``.bin`` file; errors as for :func:`load`. What lies beside the state dict is held against its digests here."""
-    state, extras, notes = unwrap(load(path, limits), is_tensor=import_torch().is_tensor, source=str(path), entry=entry)
+    """Reads a ``.pt``, ``.pth``, ``.th`` or ``.bin`` file, or all that a ``.bin.index.json`` names; errors as for :func:`load`.
+
+    What lies beside the state dict is held against its digests here.
+    """
+    content = _sharded(path, limits) if path.suffix == ".json" else load(path, limits)
+    state, extras, notes = unwrap(content, is_tensor=import_torch().is_tensor, source=str(path), entry=entry)
     tensors = state_to_numpy(state)
     return Record(str(path), "pytorch", tensors, _recorded(path, tensors, extras, notes, entry), tuple(notes), extras)
+
+
+def _sharded(index: Path, limits: Limits) -> dict[str, Any]:
+    """The state dicts of all shards together."""
+    files = shards(index, limits)
+    check_files(files, limits, index)
+    found: dict[str, Any] = {}
+    for file in files:
+        content = load(file, limits)
+        if not isinstance(content, Mapping):
+            raise CheckpointError(f"{file}, which {index.name} names, is no state dict but a {type(content).__name__}. Copy the folder again.")
+        twins = found.keys() & content.keys()
+        if twins:
+            raise CheckpointError(
+                f"{index}: {some(sorted(map(str, twins)))} in two shards; which one counts would depend on the reader. Copy the folder again."
+            )
+        found |= content
+    return found
 
 
 def _recorded(path: Path, tensors: Mapping[str, np.ndarray], extras: Mapping[str, Any], notes: list[str], entry: str | None) -> dict[str, str]:

@@ -19,11 +19,14 @@ WRAPPERS = (
     "state_dict_ema",
     "ema_state_dict",
     "ema",
+    "online_network_state_dict",
+    "teacher",
+    "student",
 )
 """Entries that hold a state dict, in order of preference: trained weights before their average."""
 
-PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "encoder.", "network.", "net.")
-"""Prefixes that wrappers leave on every key: DataParallel, torch.compile, Lightning and self-supervised frameworks."""
+PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "encoder.", "network.", "net.", "resnet.", "timm_model.", "bottom_up.", "body.")
+"""Prefixes that wrappers leave on every key: DataParallel, torch.compile, Lightning, self-supervised frameworks, hubs, detectors."""
 
 _STRAY = ("n_averaged",)
 """Tensors that wrappers add beside the model's: the counter of torch.optim.swa_utils.AveragedModel."""

@@ -17,6 +17,7 @@ from flax_resblock.convert import run_file
 from flax_resblock.convert.optimizer import find
 from flax_resblock.convert.run import Run
 from flax_resblock.convert.source import Reading, Source, open_checkpoint
+from flax_resblock.convert.traits import FIELDS
 from flax_resblock.errors import InputError, some, visible
 
 if TYPE_CHECKING:
@@ -41,7 +42,11 @@ output = _Console(soft_wrap=False, highlight=False)
 status = _Console(stderr=True, highlight=False)
 """Progress; stays out of pipes."""
 
-Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT", help=".pth, .pt, .th, .safetensors (or its index), or an Orbax folder.")]
+Checkpoint = Annotated[
+    Path,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="CKPT", help=".pth, .pt, .th, .safetensors (or its index), an Orbax folder, or one of transformers or timm."),
+]
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class ReadingFlags:
     architecture: str | None = None
     """Architecture by name, such as resnet50."""
     layout: str | None = None
-    """Naming scheme: torchvision, sequential, kuangliu, akamaster or flax."""
+    """Naming scheme: torchvision, sequential, kuangliu, akamaster, huggingface, detectron2, flax ...; docs/families.md lists them."""
     num_classes: int | None = None
     """Size of the logits."""
     stride: int | None = None
@@ -62,12 +67,21 @@ class ReadingFlags:
     """Keys that may be absent and start afresh, shell-style patterns."""
     entry: str | None = None
     """Entry of a training checkpoint that holds the weights, such as model_ema for averaged weights."""
+    stride_on: Literal["3x3", "1x1"] | None = None
+    """Which convolution of a bottleneck carries the stride: 3x3 as in torchvision, 1x1 as in Caffe's networks. No tensor tells."""
+    first_stride: Literal[1, 2] | None = None
+    """Stride of the first stage. Tensors tell it for basic blocks only."""
+    antialias: Literal["none", "blur"] | None = None
+    """Whether strides are blurred, as in timm's resnetblur. No tensor tells."""
+    dilated_stages: tuple[int, ...] | None = None
+    """Stages (from 1) whose stride is replaced by dilation. No tensor tells."""
     limits: Limits = LIMITS
     """What the file may declare before it is refused; docs/security.md says why."""
 
     def open(self, path: Path, *, run: bool = False) -> Source:
         """The checkpoint, with the one reading that fits; ``run`` also reads what a training run left in files beside it."""
-        reading = Reading(self.architecture, self.layout, self.num_classes, self.stride, self.ignore, self.allow_missing, self.limits)
+        traits = {name: value for name in FIELDS if (value := getattr(self, name)) is not None}
+        reading = Reading(self.architecture, self.layout, self.num_classes, self.stride, self.ignore, self.allow_missing, self.limits, traits)
         return open_checkpoint(path, reading, entry=self.entry, run=run)
 
 

@@ -24,6 +24,7 @@ from flax_resblock.cli.common import (
     status,
 )
 from flax_resblock.convert import LAYOUTS, StateMap, run_file
+from flax_resblock.convert.hub import files_of
 from flax_resblock.convert.source import Reading, Source, metadata_of, target_layout
 from flax_resblock.convert.state_map import transcode
 from flax_resblock.errors import InputError, some
@@ -45,14 +46,16 @@ def convert(
 ) -> int:
     """Converts a checkpoint from any format to any other, in either direction, bit for bit.
 
-    The suffix of OUT decides the format: .pth for PyTorch, .safetensors for either framework, no suffix for an Orbax folder with Flax names. The output
-    is written under a temporary name, read back, compared by SHA-256, and only then renamed into place. Then both frameworks compute with it, every slot, in
-    float64, and parity.json beside it records the result and the SHA-256 of everything. Exit status 1 when the frameworks differ.
+    The suffix of OUT decides the format: .pth for PyTorch, .safetensors for either framework, no suffix for an Orbax folder with Flax names, or, with
+    --to-layout huggingface or timm, for a folder with config.json that transformers or timm loads. The output is written under a temporary name, read back,
+    compared by SHA-256, and only then renamed into place. Then both frameworks compute with it, every slot, in float64, and parity.json beside it records
+    the result and the SHA-256 of everything. Exit status 1 when the frameworks differ.
 
     Args:
       reading: How to read the checkpoint.
       training: What to do with the training run in it.
-      to_layout: Naming scheme of the output: torchvision, sequential, kuangliu, akamaster, or flax (.safetensors only). By default the names stay.
+      to_layout: Naming scheme of the output: torchvision, huggingface, timm and others that docs/families.md lists, or flax (.safetensors only). By default
+        the names stay.
       allow_nonfinite: Carry NaN, infinities and negative variances.
       force: Replace OUT if it exists.
       no_certificate: Write no parity.json, and do not run the two frameworks.
@@ -70,6 +73,10 @@ def convert(
             raise InputError(f"{checkpoint_} lacks {some(list(source.afresh))}; convert writes what a checkpoint holds and starts nothing afresh.")
         refuse_unhealthy(source, allow_nonfinite)
         target = StateMap(source.config, LAYOUTS[target_layout(source, format_name, to_layout)])
+        files = None
+        if format_name == "orbax" and target.layout.hub:
+            format_name = f"folder for {target.layout.hub}"
+            files = files_of(target.layout.hub, source.config, source.record.metadata)
         tensors = transcode(source.state_map, target, source.tensors)
         origin = None if no_certificate else provenance(source)  # now, as OUT may replace it
         run = training.of(source) if carry else None
@@ -78,7 +85,8 @@ def convert(
     with status.status(f"writing {out}"):
         layout = description.layout if target.layout.name == "flax" else target.layout.name
         count, size = len(tensors), sum(value.nbytes for value in tensors.values())
-        run_file.write(out, tensors, metadata_of(target.config, layout, description.norm_options), run, target, force=force, release=True)
+        metadata = metadata_of(target.config, layout, description.norm_options, description.metadata)
+        run_file.write(out, tensors, metadata, run, target, files=files, force=force, release=True)
     output.print(f"[bold]{name_of(target.config)}[/]: {count} tensors, {megabytes(size)}, read back and equal bit for bit", soft_wrap=True)
     output.print(f"  from  {checkpoint_} ({description.format}, layout '{description.layout}')", markup=False, soft_wrap=True)
     output.print(f"  to    {out} ({format_name}, layout '{target.layout.name}')", markup=False, soft_wrap=True)
@@ -120,7 +128,8 @@ class _Description(NamedTuple):
     layout: str
     notes: tuple[str, ...]
     norm_options: Mapping[str, float | None]
+    metadata: Mapping[str, str]
 
 
 def _describe(source: Source) -> _Description:
-    return _Description(source.record.format, source.state_map.layout.name, source.notes, source.norm_options)
+    return _Description(source.record.format, source.state_map.layout.name, source.notes, source.norm_options, source.record.metadata)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -14,6 +14,8 @@ from rich.table import Table
 
 from flax_resblock.architecture import ResNetConfig, name_of
 from flax_resblock.cli.common import Checkpoint, ReadingFlags, output, print_notes, print_table, refuse_unhealthy, status
+from flax_resblock.cli.images import read_image
+from flax_resblock.convert.hub import Preprocessing
 from flax_resblock.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -53,34 +55,28 @@ def _read_npz(path: Path) -> Batch:
     return Batch(scaled, names, arrays.get("labels"), arrays.get("mean"), arrays.get("std"))
 
 
-def _read_image(path: Path, size: int, crop: bool, channels: int) -> np.ndarray:
-    """Short side to ``size * 256 / 224`` and centre crop for ImageNet stems, plain resize for small ones; antialiased bilinear."""
-    from PIL import Image
-
-    from train.data.images import fit, resize
-
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("L" if channels == 1 else "RGB")
-    except Exception as error:  # Pillow's plugins raise what they meet, and DecompressionBombError is neither of the usual
-        raise InputError(f"{path} is no image that can be read ({error}). Give PNG or JPEG files.") from error
-    pixels = np.asarray(image).reshape(image.height, image.width, -1)
-    pixels = fit(pixels, size) if crop else resize(pixels, size, size)
-    return pixels.astype(np.float32) / 255
+def _default_preprocessing(config: ResNetConfig) -> Preprocessing:
+    """A shorter side of ``size * 256 / 224`` and a centre crop for ImageNet stems, plain resize for small ones; ImageNet's constants for colour."""
+    colour = config.in_channels == 3
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if colour else ((0.0,) * config.in_channels, (1.0,) * config.in_channels)
+    origin = "ImageNet's, the usual choice" if colour else "none (pixels from 0 to 1)"
+    if config.stem == "cifar":
+        return Preprocessing(mean, std, (32, 32), 1.0, "bilinear", False, origin)
+    return Preprocessing(mean, std, (224, 224), 224 / 256, "bilinear", True, origin)
 
 
-def _load(paths: Sequence[Path], config: ResNetConfig, image_size: int | None) -> Batch:
+def _load(paths: Sequence[Path], preprocessing: Preprocessing, channels: int) -> Batch:
     archives = [path for path in paths if path.suffix == ".npz"]
     if archives:
         if len(paths) > 1:
             raise InputError("give one .npz archive, or image files, not both.")
         return _read_npz(paths[0])
-    imagenet = config.stem == "imagenet"
-    size = image_size or (224 if imagenet else 32)
-    return Batch(np.stack([_read_image(path, size, imagenet, config.in_channels) for path in paths]), [path.name for path in paths])
+    return Batch(np.stack([read_image(path, preprocessing, channels) for path in paths]), [path.name for path in paths])
 
 
-def _normalisation(batch: Batch, config: ResNetConfig, mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Any, Any, str]:
+def _normalisation(
+    batch: Batch, preprocessing: Preprocessing, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[np.ndarray, np.ndarray, str]:
     """Mean and standard deviation of the channels, and where they come from."""
     if (mean is None) != (std is None):
         raise InputError("give --mean and --std together.")
@@ -88,20 +84,20 @@ def _normalisation(batch: Batch, config: ResNetConfig, mean: Sequence[float] | N
         chosen, origin = (mean, std), "as given"
     elif batch.mean is not None and batch.std is not None:
         chosen, origin = (batch.mean, batch.std), "from the archive"
-    elif config.in_channels == 3:
-        chosen, origin = (IMAGENET_MEAN, IMAGENET_STD), "ImageNet's, the usual choice; --mean and --std change it"
     else:
-        chosen, origin = ((0.0,) * config.in_channels, (1.0,) * config.in_channels), "none (pixels from 0 to 1); --mean and --std change it"
+        chosen, origin = (preprocessing.mean, preprocessing.std), f"{preprocessing.origin}; --mean and --std change it"
     for name, values in zip(("mean", "std"), chosen, strict=True):
-        if np.size(values) != config.in_channels:
-            raise InputError(f"--{name} needs {config.in_channels} values, one per channel; got {np.size(values)}.")
+        if np.size(values) != channels:
+            raise InputError(f"--{name} needs {channels} values, one per channel; got {np.size(values)}.")
     if np.any(np.asarray(chosen[1]) <= 0):
         raise InputError("--std must be positive.")
     return np.asarray(chosen[0], np.float32), np.asarray(chosen[1], np.float32), origin
 
 
-def _class_names(file: Path | None, count: int) -> list[str]:
+def _class_names(file: Path | None, labels: Sequence[str], count: int) -> list[str]:
     if file is None:
+        if len(labels) == count:
+            return list(labels)
         return [f"class {i}" for i in range(count)]
     try:
         names = file.read_text(encoding="utf-8").splitlines()
@@ -127,13 +123,15 @@ def predict(
 ) -> int:
     """Classifies images with a checkpoint of any format, in JAX.
 
+    Class names, size, crop and normalisation are those of the checkpoint's config.json where it has one (transformers, timm) or was converted from one.
+
     Args:
       reading: How to read the checkpoint.
       top: How many classes to show.
       class_names: Text file with one class name per line.
       mean: Of the channels, for pixels from 0 to 1.
       std: Of the channels.
-      image_size: Side of the square that images are brought to; 224 (centre crop) for ImageNet stems, 32 for small ones.
+      image_size: Side of the square that images are brought to; by default 224 (centre crop) for ImageNet stems, 32 for small ones.
       logits: Also write the logits (N, classes) to this .npy file.
       force: Replace that file if it exists.
       allow_nonfinite: Use the checkpoint even if it holds NaN, infinities or negative variances.
@@ -151,11 +149,15 @@ def predict(
     config = source.config
     if not isinstance(config, ResNetConfig) or config.num_classes is None:
         raise InputError(f"{checkpoint} is a {name_of(config)} without a classification head; predict needs a network with logits.")
-    batch = _load(images, config, image_size)
+    hub = source.hub
+    preprocessing = hub.preprocessing if hub is not None and hub.preprocessing is not None else _default_preprocessing(config)
+    if image_size is not None:
+        preprocessing = replace(preprocessing, size=(image_size, image_size))
+    batch = _load(images, preprocessing, config.in_channels)
     if batch.pixels.shape[-1] != config.in_channels:
         raise InputError(f"{images[0]} has {batch.pixels.shape[-1]} channels; the network takes {config.in_channels}.")
-    shift, scale, origin = _normalisation(batch, config, mean, std)
-    names = _class_names(class_names, config.num_classes)
+    shift, scale, origin = _normalisation(batch, preprocessing, config.in_channels, mean, std)
+    names = _class_names(class_names, hub.labels if hub is not None else (), config.num_classes)
 
     with status.status("predicting"):
         import jax
@@ -167,7 +169,8 @@ def predict(
         forward = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
         with jax.default_matmul_precision("highest"):
             values = np.asarray(forward(state, (batch.pixels - shift) / scale), np.float32)
-    output.print(f"[bold]{name_of(config)}[/]  {escape(str(checkpoint))}; normalisation {origin}", soft_wrap=True)
+    seen = f"{batch.pixels.shape[1]}x{batch.pixels.shape[2]} pixels"
+    output.print(f"[bold]{name_of(config)}[/]  {escape(str(checkpoint))}; {seen}; normalisation {escape(origin)}", soft_wrap=True)
     print_notes(source.notes)
     _print_predictions(values, batch, names, top)
     if logits is not None:
@@ -184,8 +187,8 @@ def _print_predictions(logits: np.ndarray, batch: Batch, names: list[str], top: 
     table = Table("image", *(["label"] if batch.labels is not None else []), *(f"top {i}" for i in range(1, top + 1)))
     for i, name in enumerate(batch.names):
         order = np.argsort(-logits[i], kind="stable")[:top]
-        label = [] if batch.labels is None else [escape(names[int(batch.labels[i])])]
-        table.add_row(escape(name), *label, *(escape(f"{names[j]} {probabilities[i, j]:.1%}") for j in order))
+        label = [] if batch.labels is None else [names[int(batch.labels[i])]]
+        table.add_row(name, *label, *(f"{escape(names[j])} {probabilities[i, j]:.1%}" for j in order))
     print_table(table)
     if batch.labels is not None:
         right = int(np.sum(logits.argmax(axis=1) == batch.labels))

@@ -23,6 +23,8 @@ from flax_resblock.errors import InputError, MissingDependencyError
 if TYPE_CHECKING:
     from rich.status import Status
 
+    from flax_resblock.convert.source import Source
+    from flax_resblock.parity.ambiguity import Consequence
     from flax_resblock.parity.api import Verification
     from flax_resblock.parity.comparison import Plan
     from flax_resblock.parity.parts import Devices
@@ -213,6 +215,9 @@ def verify(
     print_notes(subject.notes)
     verification, facts = _run(subject.twins, images, plan, places, input, subject.facts, found)
     _print(verification, report)
+    consequences = [consequence.note for consequence in _consequences(subject, images)]
+    print_notes(tuple(consequences))
+    facts["notes"] += consequences
     _write(facts, report)
     return 0 if verification.passed else 1
 
@@ -225,6 +230,17 @@ class _Subject:
     title: str
     facts: dict[str, Any]
     notes: tuple[str, ...] = ()
+    source: Source | None = None
+
+
+def _consequences(subject: _Subject, images: np.ndarray) -> list[Consequence]:
+    """What the choices that no tensor tells change."""
+    if subject.source is None or not subject.source.assumed:
+        return []
+    from flax_resblock.parity.ambiguity import consequences
+
+    with status.status("trying what was not assumed"):
+        return list(consequences(subject.source, images))
 
 
 def _subject(checkpoint: Path | None, reading: ReadingFlags, input: InputFlags, allow_nonfinite: bool) -> _Subject:
@@ -244,7 +260,7 @@ def _subject(checkpoint: Path | None, reading: ReadingFlags, input: InputFlags, 
     refuse_unhealthy(source, allow_nonfinite)
     if source.afresh:
         raise InputError("verify compares what a checkpoint holds; it cannot start keys afresh.")
-    return _Subject(Twins.of(source), str(checkpoint), of_source(source), source.notes)
+    return _Subject(Twins.of(source), str(checkpoint), of_source(source), source.notes, source)
 
 
 def _devices(flags: DeviceFlags, plan: Plan) -> tuple[Devices, list[Any]]:

@@ -99,4 +99,5 @@ class Codec:
 
 AS_IS = Codec("as is")
 OIHW_HWIO = Codec("OIHW <-> HWIO", (2, 3, 1, 0))
+OIW_WIO = Codec("OIW <-> WIO", (2, 1, 0))
 TRANSPOSED = Codec("transposed", (1, 0))

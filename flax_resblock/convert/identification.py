@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from typing import Any
 
-from flax_resblock.architecture import ARCHITECTURES, EXPANSION, BlockConfig, Config, Kind, ResNetConfig, Slot, architecture, name_of
+from flax_resblock.architecture import ARCHITECTURES, BlockConfig, Config, ResNetConfig, architecture, name_of
+from flax_resblock.convert.inference import Found, infer_block, infer_network
 from flax_resblock.convert.layouts import LAYOUTS, Layout
-from flax_resblock.convert.state_map import Misfit, StateMap, TensorInfo
-from flax_resblock.errors import CheckpointError, InputError
-
-Found = Mapping[str, TensorInfo]
-_KERNEL_AXES = {Kind.CONV: 4, Kind.LINEAR: 2}
-_NORM_TENSORS = ("scale", "bias", "mean", "var")
+from flax_resblock.convert.state_map import Misfit, StateMap
+from flax_resblock.convert.traits import with_traits
+from flax_resblock.errors import CheckpointError, InputError, some
 
 
 @dataclass(frozen=True)
@@ -28,135 +25,6 @@ class Match:
     def title(self) -> str:
         """``resnet18 in layout 'torchvision'``."""
         return f"{name_of(self.state_map.config)} in layout '{self.state_map.layout.name}'"
-
-
-class _Reader:
-    """Looks tensors up by place under one layout."""
-
-    def __init__(self, layout: Layout, found: Found) -> None:
-        self.layout = layout
-        self.found = found
-        self.modules = {key.rpartition(".")[0] for key in found}
-
-    def shape(self, stage: str, block: int | None, role: str, kind: Kind, tensor: str = "kernel") -> tuple[int, ...] | None:
-        """Flax shape of a tensor; None where it is absent or has another number of axes."""
-        module = self.layout.module_name(Slot(stage, block, role, kind))
-        row = next(row for row in self.layout.tensors[kind] if row.flax_name == tensor)
-        info = self.found.get(f"{module}.{row.name}")
-        shape = None if info is None else row.codec.flax_shape(info.shape)
-        return shape if shape is not None and len(shape) == (_KERNEL_AXES[kind] if tensor == "kernel" else 1) else None
-
-    def has_block(self, stage: str, block: int) -> bool:
-        prefix = self.layout.block_prefix(stage, block) + "."
-        return any(module.startswith(prefix) for module in self.modules)
-
-    def width(self, stage: str, blocks: Iterable[int | None], conv: str, norm: str) -> int | None:
-        """Output channels of a convolution in the first of ``blocks`` that has it: what most of its kernel and the norm after it say.
-
-        A majority, so that one tensor of a wrong shape is found out by the others and not the other way round.
-        """
-        for block in blocks:
-            shapes = [self.shape(stage, block, conv, Kind.CONV), *(self.shape(stage, block, norm, Kind.NORM, name) for name in _NORM_TENSORS)]
-            channels = Counter(shape[-1] for shape in shapes if shape)
-            if channels:
-                return channels.most_common(1)[0][0]
-        return None
-
-    def grouping(self, kind: str, blocks: Iterable[tuple[str, int | None, int | None, int]]) -> tuple[int, int]:
-        """``groups`` and ``base_width`` that most 3x3 kernels ``(3, 3, channels // groups, _)`` have; of two that disagree, the first is believed.
-
-        Args:
-          kind: Of every block.
-          blocks: Stage, index, input channels (None: unknown) and planes of each.
-        """
-        seen: list[tuple[int, int, int]] = []
-        for stage, block, in_channels, planes in blocks:
-            inputs = {"conv1": in_channels, "conv2": planes} if kind == "basic" else {"conv2": self.width(stage, [block], "conv2", "norm2")}
-            for conv, channels in inputs.items():
-                kernel = self.shape(stage, block, conv, Kind.CONV)
-                if kernel and channels and planes and 0 < kernel[2] <= channels:
-                    seen.append((planes, kernel[2], channels))
-        if not seen:
-            return 1, 64
-        groups = Counter(channels // fan for _, fan, channels in seen).most_common(1)[0][0]
-        if kind == "basic":
-            return groups, 64
-        needed = [(planes, inner // groups) for planes, _, inner in seen]
-        narrowest = {-(-64 * per_group // planes) for planes, per_group in needed}  # where one width serves all stages, the largest of these does
-        return groups, max(narrowest, key=lambda width: (sum(planes * width // 64 == per_group for planes, per_group in needed), -width))
-
-
-def infer_network(layout: Layout, found: Found) -> ResNetConfig | None:
-    """The network that the names and shapes describe under ``layout``, None where they describe none.
-
-    Tolerates single missing tensors, so that the error can name them.
-    """
-    reader = _Reader(layout, found)
-    stages: list[range] = []
-    for number in count(1):
-        depth = next(block for block in count() if not reader.has_block(f"stage{number}", block))
-        if depth == 0:
-            break
-        stages.append(range(depth))
-    if not stages:
-        return None
-    kind = "bottleneck" if any(reader.width(f"stage{n}", blocks, "conv3", "norm3") for n, blocks in enumerate(stages, 1)) else "basic"
-    last = 3 if kind == "bottleneck" else 2
-    widths = [reader.width(f"stage{n}", blocks, f"conv{last}", f"norm{last}") or 0 for n, blocks in enumerate(stages, 1)]
-    stem = reader.shape("stem", None, "conv", Kind.CONV)
-    stem_width = reader.width("stem", [None], "conv", "norm")
-    head = reader.shape("head", None, "", Kind.LINEAR) or reader.shape("head", None, "", Kind.LINEAR, "bias")
-    if 0 in widths or not stem_width:
-        return None
-    inputs = [stem_width, *widths]
-    blocks = [(f"stage{n + 1}", i, widths[n] if i else inputs[n], widths[n] // EXPANSION[kind]) for n, stage in enumerate(stages) for i in stage]
-    groups, base_width = reader.grouping(kind, blocks)
-    projects = any(reader.width(f"stage{n}", [0], "shortcut.conv", "shortcut.norm") for n in range(1, len(stages) + 1))
-    changes = len(stages) > 1 or stem_width != widths[0]
-    try:
-        return ResNetConfig(
-            block=kind,
-            depths=tuple(len(blocks) for blocks in stages),
-            widths=tuple(width // EXPANSION[kind] for width in widths),
-            stem="cifar" if stem is not None and stem[0] == 3 else "imagenet",
-            stem_width=stem_width,
-            shortcut="projection" if projects or not changes else "zero_pad",
-            groups=groups,
-            base_width=base_width,
-            in_channels=stem[2] if stem else 3,
-            num_classes=head[-1] if head else None,
-        )
-    except ValueError:
-        return None
-
-
-def infer_block(layout: Layout, found: Found, stride: int | None) -> BlockConfig | None:
-    """The bare block that the names and shapes describe under ``layout``; its stride cannot be read off the weights."""
-    reader = _Reader(layout, found)
-    kind = "bottleneck" if reader.width("", [None], "conv3", "norm3") else "basic"
-    last = 3 if kind == "bottleneck" else 2
-    out = reader.width("", [None], f"conv{last}", f"norm{last}")
-    first, second, shortcut = (reader.shape("", None, role, Kind.CONV) for role in ("conv1", "conv2", "shortcut.conv"))
-    if out is None or (first is None and second is None):
-        return None
-    groups, base_width = reader.grouping(kind, [("", None, shortcut[2] if shortcut else None, out // EXPANSION[kind])])
-    if kind == "basic" and first and shortcut and first[2] and shortcut[2] % first[2] == 0:
-        groups = shortcut[2] // first[2]  # a projection sees every input channel: that tells more than a second kernel, which may be the wrong one
-    projects = reader.width("", [None], "shortcut.conv", "shortcut.norm") is not None
-    fan = first[2] * (groups if kind == "basic" else 1) if first else out
-    in_channels = shortcut[2] if shortcut else fan
-    try:
-        return BlockConfig(
-            in_channels=in_channels,
-            out_channels=out,
-            kind=kind,
-            stride=stride or (2 if projects and in_channels == out else 1),
-            groups=groups,
-            base_width=base_width,
-            shortcut="projection" if projects or ((stride or 1) == 1 and in_channels == out) else "zero_pad",
-        )
-    except ValueError:
-        return None
 
 
 def _requested(wanted: str | Config, found: Found, layout: Layout, num_classes: int | None, stride: int | None) -> Config:
@@ -181,6 +49,7 @@ def _matches(
     num_classes: int | None,
     stride: int | None,
     allow_missing: Sequence[str] = (),
+    traits: Mapping[str, Any] | None = None,
 ) -> list[Match]:
     matches = []
     for layout in layouts:
@@ -192,6 +61,7 @@ def _matches(
                 config = replace(config, num_classes=num_classes)
         if config is None:
             continue
+        config = with_traits(config, traits or {})
         try:
             state_map = StateMap(config, layout)
         except InputError:
@@ -213,6 +83,7 @@ def identify(
     num_classes: int | None = None,
     stride: int | None = None,
     allow_missing: Sequence[str] = (),
+    traits: Mapping[str, Any] | None = None,
     source: str = "the state dict",
 ) -> Match:
     """The one reading of a state dict that fits.
@@ -224,6 +95,7 @@ def identify(
       num_classes: Size of the logits, None to read it off.
       stride: Of a bare block whose skip changes shape, which its weights do not tell.
       allow_missing: Keys (globs) that may be absent.
+      traits: Fields of the configuration that no tensor tells; see :mod:`flax_resblock.convert.traits`.
       source: What to call the state dict in messages.
     Raises:
       CheckpointError: Nothing fits, or several readings fit; the message shows the nearest and the flag to use.
@@ -237,7 +109,7 @@ def identify(
         if number is not None and (not isinstance(number, int) or number < 1):
             raise InputError(f"{name}={number!r} must be a positive integer.")
     layouts = LAYOUTS.values() if layout is None else (LAYOUTS[layout],)
-    matches = _matches(found, layouts, architecture, num_classes, stride, allow_missing)
+    matches = _matches(found, layouts, architecture, num_classes, stride, allow_missing, traits)
     fitting = [match for match in matches if not len(match.misfit)]
     if not fitting:
         raise CheckpointError(_no_fit(found, source, matches, architecture is not None or layout is not None or num_classes is not None, stride))
@@ -260,13 +132,13 @@ def _no_fit(found: Found, source: str, matches: list[Match], was_told: bool, str
     if not matches:
         keys = list(found)
         sample = f"its {len(keys)} tensors are named like {', '.join(keys[:3])}" if keys else "it holds no tensors"
-        nearest = f" Nearest: {free[0].title} ({_differences(free[0])})." if free else ""
+        nearest = f" Nearest: {free[0].title} ({_differences(free[0])})." if free else _closest_family(found)
         return (
             f"{source} is no residual network in any known layout ({', '.join(LAYOUTS)}); {sample}.{nearest} "
             "Check that it is the right file; --architecture NAME with --layout NAME lists every difference from one reading."
         )
     best = matches[0]
-    lines = [f"{source} does not fit {best.title}.", *best.misfit.lines()]
+    lines = [f"{source} does not fit {best.title}; {_fitting(best, found)} of its {len(found)} tensors do.", *best.misfit.lines()]
     better = [match for match in free if len(match.misfit) < len(best.misfit)]
     others = [match for match in (better or matches[1:]) if match is not best]
     if better and not len(better[0].misfit):
@@ -280,3 +152,27 @@ def _no_fit(found: Found, source: str, matches: list[Match], was_told: bool, str
 def _differences(match: Match) -> str:
     number = len(match.misfit)
     return f"{number} difference{'' if number == 1 else 's'}"
+
+
+def _fitting(match: Match, found: Found) -> int:
+    """How many tensors of a state dict are what a reading expects under their names."""
+    return len(found) - len(match.misfit.unexpected) - len(match.misfit.wrong_shape) - len(match.misfit.wrong_dtype)
+
+
+def _closest_family(found: Found) -> str:
+    """Which named network in which layout has the most tensors of a state dict that no layout can be read in, and which tensors do not fit it."""
+    best: tuple[int, Match] | None = None
+    for layout in LAYOUTS.values():
+        for config in ARCHITECTURES.values():
+            try:
+                state_map = StateMap(config, layout)
+            except InputError:
+                continue
+            fits = sum((info := found.get(entry.torch_key)) is not None and info.shape == entry.torch_shape for entry in state_map.entries)
+            if fits and (best is None or fits > best[0]):
+                best = fits, Match(state_map, state_map.check(found))
+    if best is None:
+        return " No tensor of it fits any known family."
+    fits, match = best
+    others = [*match.misfit.unexpected, *match.misfit.wrong_shape]
+    return f" Closest family: {match.title}, which {fits} of {len(found)} tensors fit; these do not: {some(others)}."

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from flax_resblock.architecture import Kind, Slot
-from flax_resblock.convert.codecs import AS_IS, OIHW_HWIO, TRANSPOSED, Codec
+from flax_resblock.convert.codecs import AS_IS, OIHW_HWIO, OIW_WIO, TRANSPOSED, Codec
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Tensor:
 TORCH_TENSORS: Mapping[Kind, tuple[Tensor, ...]] = MappingProxyType(
     {
         Kind.CONV: (Tensor("kernel", "weight", OIHW_HWIO),),
+        Kind.BIASED_CONV: (Tensor("kernel", "weight", OIHW_HWIO), Tensor("bias", "bias")),
+        Kind.CHANNEL_CONV: (Tensor("kernel", "weight", OIW_WIO),),
         Kind.NORM: (
             Tensor("scale", "weight"),
             Tensor("bias", "bias"),
@@ -52,9 +54,11 @@ class Layout:
 
     Attributes:
       name: What ``--layout`` takes.
-      stage: Template of a block's prefix, over ``{stage}`` (from 1) and ``{block}`` (from 0).
+      stage: Template of a block's prefix, over ``{stage}`` (from ``first_stage``) and ``{block}`` (from 0).
       modules: Module name of every place: ``"stem.conv"``, ``"head"``, and within a block ``"conv1"``, ``"shortcut.norm"``.
       origin: Who writes such checkpoints.
+      first_stage: Number of the first stage in the template.
+      hub: Whose folders of weights and ``config.json`` have these names: a key of :data:`flax_resblock.convert.hub.HUBS`; empty: nobody's.
       tensors: Names and codecs of a layer's tensors.
     """
 
@@ -62,11 +66,13 @@ class Layout:
     stage: str
     modules: Mapping[str, str]
     origin: str
+    first_stage: int = 1
+    hub: str = ""
     tensors: Mapping[Kind, tuple[Tensor, ...]] = field(default_factory=lambda: TORCH_TENSORS)
 
     def block_prefix(self, stage: str, block: int | None) -> str:
         """``"layer2.0"``; empty for a bare block."""
-        return "" if block is None else self.stage.format(stage=stage.removeprefix("stage"), block=block)
+        return "" if block is None else self.stage.format(stage=int(stage.removeprefix("stage")) - 1 + self.first_stage, block=block)
 
     def module_name(self, slot: Slot) -> str | None:
         """Name of the module that holds ``slot``; None where this scheme has no such place; ``""`` for a bare block as a whole."""
@@ -83,6 +89,17 @@ _RESIDUAL = {"conv1": "conv1", "norm1": "bn1", "conv2": "conv2", "norm2": "bn2",
 _STEM = {"stem.conv": "conv1", "stem.norm": "bn1", "stem.pool": "maxpool"}
 _DOWNSAMPLE = {"shortcut.conv": "downsample.0", "shortcut.norm": "downsample.1"}
 _SHORTCUT = {"shortcut.conv": "shortcut.0", "shortcut.norm": "shortcut.1"}
+_POOLED = {"shortcut.pool": "downsample.0", "shortcut.projection.conv": "downsample.1", "shortcut.projection.norm": "downsample.2"}
+_ATTENTION = {"attention": "se", "attention.reduce": "se.fc1", "attention.expand": "se.fc2", "attention.conv": "se.conv", "blur": "aa"}
+
+
+def _stem_sequence(name: str, last_norm: str) -> dict[str, str]:
+    """A deep stem as one ``nn.Sequential`` of convolution, norm, ReLU; the last norm may stand outside."""
+    places = {f"stem.conv{i + 1}": f"{name}.{3 * i}" for i in range(3)} | {f"stem.norm{i + 1}": f"{name}.{3 * i + 1}" for i in range(3)}
+    return places | {"stem.norm3": last_norm}
+
+
+_TORCHVISION = _STEM | _stem_sequence("conv1", "bn1") | _RESIDUAL | _DOWNSAMPLE | _POOLED | _ATTENTION
 _SEQUENTIAL = {
     "conv1": "block.0",
     "norm1": "block.1",
@@ -93,14 +110,73 @@ _SEQUENTIAL = {
     "shortcut.conv": "skip.0",
     "shortcut.norm": "skip.1",
 }
-_FLAX_PLACES = (*_STEM, *_RESIDUAL, *_DOWNSAMPLE, "head")
+_CHILDREN = {"stem.conv": "0", "stem.norm": "1", "stem.pool": "3"}
+_DETECTRON2 = {
+    "stem.conv": "stem.conv1",
+    "stem.norm": "stem.conv1.norm",
+    "conv1": "conv1",
+    "norm1": "conv1.norm",
+    "conv2": "conv2",
+    "norm2": "conv2.norm",
+    "conv3": "conv3",
+    "norm3": "conv3.norm",
+    "shortcut.conv": "shortcut",
+    "shortcut.norm": "shortcut.norm",
+    "head": "linear",
+}
+
+
+def _huggingface(prefix: str) -> dict[str, str]:
+    """``ResNetModel`` in transformers: every convolution and its norm in a module of their own."""
+    stem = {"stem.conv": "embedder.embedder.convolution", "stem.norm": "embedder.embedder.normalization", "stem.pool": "embedder.pooler"}
+    main = {f"{kind}{i + 1}": f"layer.{i}.{name}" for i in range(3) for kind, name in (("conv", "convolution"), ("norm", "normalization"))}
+    skip = {"shortcut.conv": "shortcut.convolution", "shortcut.norm": "shortcut.normalization"}
+    return {place: prefix + name for place, name in stem.items()} | main | skip
+
+
+_FLAX_PLACES = (*_TORCHVISION, "head")
 
 _ROWS = (
-    Layout("torchvision", "layer{stage}.{block}", _STEM | _RESIDUAL | _DOWNSAMPLE | {"head": "fc"}, "torchvision.models, timm, most papers"),
+    Layout("torchvision", "layer{stage}.{block}", _TORCHVISION | {"head": "fc"}, "torchvision.models, timm, most papers"),
     Layout("sequential", "layer{stage}.{block}", _STEM | _SEQUENTIAL | {"head": "fc"}, "blocks written as nn.Sequential: block.0/1/3/4, skip.0/1"),
     Layout("akamaster", "layer{stage}.{block}", _STEM | _RESIDUAL | {"head": "linear"}, "github.com/akamaster/pytorch_resnet_cifar10 (option A)"),
     Layout("kuangliu", "layer{stage}.{block}", _STEM | _RESIDUAL | _SHORTCUT | {"head": "linear"}, "github.com/kuangliu/pytorch-cifar"),
-    Layout("flax", "stage{stage}.{block}", {place: place for place in _FLAX_PLACES}, "this library's own names and layouts (NHWC, HWIO)", FLAX_TENSORS),
+    Layout("timm", "layer{stage}.{block}", _TORCHVISION | {"head": "fc"}, "timm's folders (torchvision's names)", hub="timm"),
+    Layout(
+        "huggingface",
+        "resnet.encoder.stages.{stage}.layers.{block}",
+        _huggingface("resnet.") | {"head": "classifier.1"},
+        "transformers.ResNetForImageClassification",
+        first_stage=0,
+        hub="transformers",
+    ),
+    Layout(
+        "huggingface_torso",
+        "encoder.stages.{stage}.layers.{block}",
+        _huggingface(""),
+        "transformers.ResNetModel, ResNetBackbone",
+        first_stage=0,
+        hub="transformers",
+    ),
+    Layout(
+        "openmmlab",
+        "backbone.layer{stage}.{block}",
+        {place: f"backbone.{name}" for place, name in (_STEM | _stem_sequence("stem", "stem.7")).items()}
+        | _RESIDUAL
+        | _DOWNSAMPLE
+        | _POOLED
+        | {"head": "head.fc"},
+        "mmpretrain classifiers",
+    ),
+    Layout(
+        "openmmlab_torso",
+        "layer{stage}.{block}",
+        _stem_sequence("stem", "stem.7") | _RESIDUAL | _DOWNSAMPLE | _POOLED,
+        "mmdet and mmseg, deep stem (ResNetV1d)",
+    ),
+    Layout("detectron2", "res{stage}.{block}", _DETECTRON2, "detectron2", first_stage=2),
+    Layout("children", "{stage}.{block}", _CHILDREN | _RESIDUAL | _DOWNSAMPLE, "nn.Sequential(*resnet.children()) without fc: lightly, BYOL", first_stage=4),
+    Layout("flax", "stage{stage}.{block}", {place: place for place in _FLAX_PLACES}, "this library's own names and layouts (NHWC, HWIO)", tensors=FLAX_TENSORS),
 )
 LAYOUTS: Mapping[str, Layout] = MappingProxyType({layout.name: layout for layout in _ROWS})
 """Every known naming scheme. The order settles ties between schemes that name the same tensors alike: the narrower scheme comes first."""

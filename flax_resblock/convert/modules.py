@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
-from flax_resblock.architecture import BlockConfig, Kind, ResNetConfig, Slot, walk
+from flax_resblock.architecture import BlockConfig, Config, Kind, ResNetConfig, Slot, walk
 from flax_resblock.checkpoint.unwrap import PREFIXES
 from flax_resblock.convert.state_map import StateMap
+from flax_resblock.convert.traits import TRAITS
 from flax_resblock.errors import InputError, some
 
 _POOL_FIELDS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-_STEM_POOLS = {"imagenet": [("MaxPool2d", 3, 2, 1, 1, False)], "cifar": [("Identity",), ("Sequential",)]}
-"""What a module named as the stem's pooling may be, with the values of its fields; in a CIFAR stem it does nothing."""
+_MAX_POOL, _NOTHING = [("MaxPool2d", 3, 2, 1, 1, False)], [("Identity",), ("Sequential",)]
+_STEM_POOLS = {("imagenet", "none"): _MAX_POOL, ("deep", "none"): _MAX_POOL, ("imagenet", "blur"): [("Sequential",)], ("deep", "blur"): [("Sequential",)]}
+"""By stem and antialias, what a module named as the stem's pooling may be, with the values of its fields; in a CIFAR stem it does nothing."""
+_BLURS = ("Blur", "BlurPool2d")
+_AVERAGE_FIELDS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
 
 
 def _square(value: Any) -> int | tuple[int, ...] | str:
@@ -27,24 +32,26 @@ def _expected_geometry(state_map: StateMap) -> dict[str, tuple[int, int, int, in
     config = state_map.config
     geometry = {}
     if isinstance(config, ResNetConfig):
-        stride, size = (2, 7) if config.stem == "imagenet" else (1, 3)
-        geometry["stem.conv"] = (stride, size // 2, 1, 1)
-        blocks = list(config.blocks())
-    else:
-        blocks = [("", None, config)]
-    for stage, index, block in blocks:
+        stride = 1 if config.stem == "cifar" else 2
+        geometry |= {"stem.conv": (stride, 3 if config.stem == "imagenet" else 1, 1, 1), "stem.conv1": (2, 1, 1, 1)}
+        geometry |= dict.fromkeys(("stem.conv2", "stem.conv3"), (1, 1, 1, 1))
+    for stage, index, block in _blocks(config):
         for slot in block.slots(stage, index):
             if slot.kind is Kind.CONV:
                 geometry[slot.name] = _block_geometry(block, slot)
     return geometry
 
 
+def _blocks(config: Config) -> list[tuple[str, int | None, BlockConfig]]:
+    return list(config.blocks()) if isinstance(config, ResNetConfig) else [("", None, config)]
+
+
 def _block_geometry(block: BlockConfig, slot: Slot) -> tuple[int, int, int, int]:
     size = slot.shape[0]
-    carries_stride = "conv1" if block.kind == "basic" or block.stride_on == "1x1" else "conv2"
-    stride = block.stride if slot.role in (carries_stride, "shortcut.conv") else 1
+    if slot.role.startswith("shortcut"):
+        return (block.stride if slot.role == "shortcut.conv" else 1), 0, 1, 1
     dilation = block.dilation if size == 3 else 1
-    return stride, dilation * (size // 2), dilation, block.groups if size == 3 else 1
+    return block.strides[int(slot.role[-1]) - 1], dilation * (size // 2), dilation, block.groups if size == 3 else 1
 
 
 @dataclass(frozen=True)
@@ -81,21 +88,55 @@ class ModuleFacts:
 
     def _other_layers(self, state_map: StateMap) -> list[str]:
         """Layers without tensors, which no state dict shows: activations other than ReLU, and pooling that the Flax twin does not do."""
-        config = state_map.config
-        stem_pool = state_map.layout.modules.get("stem.pool") if isinstance(config, ResNetConfig) else None
-        expected = _STEM_POOLS[config.stem] if isinstance(config, ResNetConfig) else []
+        config, layout = state_map.config, state_map.layout
         differences = []
+        known = {}
+        if isinstance(config, ResNetConfig) and "stem.pool" in layout.modules:
+            known[layout.modules["stem.pool"]] = ("stem.pool", _POOL_FIELDS, _STEM_POOLS.get((config.stem, config.antialias), _NOTHING))
+        for stage, index, block in _blocks(config):
+            places: dict[str, list[tuple[Any, ...]]] = {"blur": [(name,) for name in _BLURS] if block.blurs else [("Identity",)]}
+            if block.projects and block.shortcut == "pooled":
+                places["shortcut.pool"] = [("AvgPool2d", block.stride, block.stride, 0, True, False)] + [("Identity",)] * (block.stride == 1)
+            for place, expected in places.items():
+                slot = Slot(stage, index, place, Kind.ACTIVATION)
+                known[layout.module_name(slot) or ""] = (slot.name, _AVERAGE_FIELDS, expected)
+        attention = layout.modules.get("attention")
         for name, module in self.modules.items():
             layer, home = type(module).__name__, type(module).__module__
-            if home == "torch.nn.modules.activation" and layer != "ReLU":
-                differences.append(f"{name} is {layer}, expected ReLU")
-            elif name == stem_pool:
-                found = (layer, *(_square(getattr(module, field)) for field in _POOL_FIELDS)) if layer == "MaxPool2d" else (layer,)
+            if name in known and name:
+                place, fields, expected = known[name]
+                found = (layer, *(_square(getattr(module, field, None)) for field in fields)) if layer in ("MaxPool2d", "AvgPool2d") else (layer,)
                 if found not in expected:
-                    differences.append(f"stem.pool is {found}, expected {expected[0]}")
-            elif home == "torch.nn.modules.pooling" and "Avg" not in layer:
+                    differences.append(f"{place} is {found}, expected {expected[0]}")
+            elif home == "torch.nn.modules.activation" and layer != "ReLU" and not (layer == "Sigmoid" and attention in name.split(".")):
+                differences.append(f"{name} is {layer}, expected ReLU")
+            elif home == "torch.nn.modules.pooling" and "Avg" not in layer and not any(name.startswith(f"{place}.") for place in known if place):
                 differences.append(f"{name} is {layer}; the Flax network pools by the mean")
         return differences
+
+    def traits(self, state_map: StateMap) -> dict[str, Any]:
+        """What the module says of the things that no tensor tells: the values under which it has the fewest :meth:`differences`.
+
+        Args:
+          state_map: As read off the tensors alone.
+        """
+        config = state_map.config
+        if not isinstance(config, ResNetConfig) or not self.differences(state_map):
+            return {}
+        last = len(config.depths)
+        dilated = [tuple(range(first, last + 1)) for first in range(last + 1, 1, -1)]
+        choices = [trait.choices for trait in TRAITS if trait.matters(config)]
+        names = [*(trait.field for trait in TRAITS if trait.matters(config)), "dilated_stages"]
+        best: tuple[int, dict[str, Any]] | None = None
+        for values in product(*choices, dilated):
+            traits = dict(zip(names, values, strict=True))
+            try:
+                number = len(self.differences(StateMap(replace(config, **traits), state_map.layout)))
+            except ValueError:
+                continue  # such a network does not exist
+            if best is None or number < best[0]:
+                best = number, traits
+        return best[1] if best else {}
 
     def check(self, state_map: StateMap) -> None:
         """Raises InputError where there are :meth:`differences`."""

@@ -167,6 +167,7 @@ def write(
     run: Run | None,
     state_map: StateMap,
     *,
+    files: Mapping[str, str] | None = None,
     force: bool = False,
     release: bool = False,
 ) -> None:
@@ -178,6 +179,7 @@ def write(
       metadata: See :func:`flax_resblock.convert.source.metadata_of`.
       run: None writes the weights alone.
       state_map: Of the file.
+      files: See :func:`flax_resblock.checkpoint.write`.
       force: Replace what is there.
       release: Empty ``tensors`` once they are written.
     """
@@ -188,4 +190,4 @@ def write(
         more, about = pack(run, state_map)
         tensors |= more
         metadata = {**metadata, **about}
-    checkpoint.write(path, tensors, metadata=metadata, extras=extras, force=force, release=release)
+    checkpoint.write(path, tensors, metadata=metadata, extras=extras, files=files, force=force, release=release)

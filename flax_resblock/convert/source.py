@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +15,14 @@ from flax_resblock import checkpoint
 from flax_resblock.checkpoint import LIMITS, Limits, Record
 from flax_resblock.convert import run as runs
 from flax_resblock.convert import run_file
+from flax_resblock.convert.hub import HubConfig, kept_files, read_hub
 from flax_resblock.convert.identification import identify
+from flax_resblock.convert.layouts import LAYOUTS
 from flax_resblock.convert.param_groups import WEIGHTS_ONLY
 from flax_resblock.convert.run import Run
 from flax_resblock.convert.state_map import StateMap, describe, matches_any, unhealthy
+from flax_resblock.convert.torso import describe_left_out, find_torso, nearly
+from flax_resblock.convert.traits import Assumption, assumptions, told_by_entries
 from flax_resblock.errors import CheckpointError, InputError, some, visible
 
 CONFIG, LAYOUT, EPS, MOMENTUM = "config", "layout", "eps", "momentum"
@@ -36,6 +41,8 @@ class Reading:
       ignore: Keys to drop, shell-style patterns.
       allow_missing: Keys that may be absent and start afresh, shell-style patterns.
       limits: What the file may declare before it is refused.
+      traits: Fields of :class:`~flax_resblock.ResNetConfig` that no tensor tells (``{"stride_on": "1x1"}``); None of them: see
+        :mod:`flax_resblock.convert.traits`.
     """
 
     architecture: str | arch.Config | None = None
@@ -45,6 +52,7 @@ class Reading:
     ignore: Sequence[str] = ()
     allow_missing: Sequence[str] = ()
     limits: Limits = LIMITS
+    traits: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,9 @@ class Source:
       tensors: Its arrays by name, without ignored ones, absent counters filled with zero.
       notes: Everything that was unwrapped, dropped, filled or assumed.
       afresh: Keys that are absent and allowed to be.
+      norm_options: ``eps`` and ``momentum`` where the checkpoint has them.
+      hub: What its ``config.json`` says; None where there is none.
+      assumed: Choices that no tensor tells and nobody made.
     """
 
     record: Record
@@ -65,6 +76,8 @@ class Source:
     notes: tuple[str, ...]
     afresh: tuple[str, ...] = ()
     norm_options: Mapping[str, float | None] = field(default_factory=dict)
+    hub: HubConfig | None = None
+    assumed: tuple[Assumption, ...] = ()
 
     @property
     def config(self) -> arch.Config:
@@ -139,26 +152,46 @@ def interpret(record: Record, reading: Reading | None = None) -> Source:
     tensors = {key: value for key, value in record.tensors.items() if key not in set(ignored)}
     if run_file.holds_run(record.metadata):
         tensors = {key: value for key, value in tensors.items() if not key.startswith((run_file.TENSORS, run_file.AVERAGED))}
-    found = describe(tensors)
-    match = identify(
-        found,
-        architecture=reading.architecture if reading.architecture is not None else _written_config(record),
-        layout=reading.layout,
-        num_classes=reading.num_classes,
-        stride=reading.stride,
-        allow_missing=reading.allow_missing,
-        source=record.source,
-    )
+    torso = find_torso(tensors)
     notes = list(record.notes)
     if ignored:
         notes.append(f"ignored {some(ignored)}")
+    if torso is not None:
+        notes.append(describe_left_out(torso, tensors))
+        tensors = {key.removeprefix(torso.prefix): value for key, value in tensors.items() if torso.holds(key)}
+    hub, (by_entries, said) = read_hub(record.metadata, record.source), told_by_entries(record.extras)
+    notes += said
+    wanted = reading.architecture if reading.architecture is not None else _written_config(record)
+    by_file = {**by_entries, **(torso.traits if torso else {}), **(hub.traits if hub else {})} if wanted is None else {}
+    try:
+        match = identify(
+            describe(tensors),
+            architecture=wanted,
+            layout=reading.layout,
+            num_classes=reading.num_classes,
+            stride=reading.stride,
+            allow_missing=reading.allow_missing,
+            traits={**by_file, **reading.traits},
+            source=record.source,
+        )
+    except CheckpointError as error:
+        almost = nearly(key for key in record.tensors if key not in set(ignored))
+        if not almost:
+            raise
+        raise CheckpointError(f"{error}\n{almost}") from error
     if match.misfit.afresh:
         notes.append(f"absent, to start afresh: {some(match.misfit.afresh)}")
     counters = match.misfit.filled_counters
     if counters:
         notes.append(f"filled {len(counters)} absent num_batches_tracked with 0, as PyTorch does")
         tensors |= {key: np.zeros((), np.int64) for key in counters}
-    return Source(record, match.state_map, tensors, tuple(notes), tuple(match.misfit.afresh), _written_norm_options(record))
+    config = match.state_map.config
+    if isinstance(config, arch.ResNetConfig) and config.num_classes is None:
+        notes.append("no classification head: the network returns pooled features")
+    assumed = assumptions(config, match.state_map.layout, {**by_file, **reading.traits}) if wanted is None else []
+    notes += [assumption.note for assumption in assumed]
+    afresh = tuple(match.misfit.afresh)
+    return Source(record, match.state_map, tensors, tuple(notes), afresh, _written_norm_options(record), hub, tuple(assumed))
 
 
 def open_checkpoint(path: str | Path, reading: Reading | None = None, *, entry: str | None = None, run: bool = False) -> Source:
@@ -171,8 +204,15 @@ def open_checkpoint(path: str | Path, reading: Reading | None = None, *, entry: 
     return interpret(record, reading)
 
 
-def metadata_of(config: arch.Config, layout: str, norm_options: Mapping[str, float | None]) -> dict[str, str]:
-    """What this library stores beside tensors: enough to rebuild the network without any flag."""
+def metadata_of(config: arch.Config, layout: str, norm_options: Mapping[str, float | None], source: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What this library stores beside tensors: enough to rebuild the network without any flag.
+
+    Args:
+      config: The network or bare block.
+      layout: Naming scheme.
+      norm_options: ``eps`` and ``momentum``.
+      source: Metadata of the checkpoint that it came from, whose ``config.json`` is kept.
+    """
     from flax_resblock import __version__
 
     return {
@@ -182,17 +222,22 @@ def metadata_of(config: arch.Config, layout: str, norm_options: Mapping[str, flo
         CONFIG: arch.to_json(config),
         LAYOUT: layout,
         **{name: str(value) for name, value in norm_options.items()},
+        **kept_files(source or {}),
     }
 
 
 def target_layout(source: Source, output_format: str, layout: str | None) -> str:
     """The naming scheme of an output: what was asked for; else Flax's own for Orbax, and for the others the scheme that the network came in.
 
+    A name without suffix is an Orbax folder; with the layout of a hub, a folder as that hub has them.
+
     Raises:
       InputError: PyTorch's file format with Flax's names.
     """
     if output_format == "orbax":
-        if layout not in (None, "flax"):
+        if layout is None or LAYOUTS[layout].hub:
+            return layout or "flax"
+        if layout != "flax":
             raise InputError(f"an Orbax folder holds Flax names; --layout {layout} is for .pth and .safetensors.")
         return "flax"
     if layout == "flax" and output_format == "pytorch":

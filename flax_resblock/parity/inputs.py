@@ -22,7 +22,7 @@ def adversarial_images(config: Config, *, batch: int, height: int | None = None,
     """
     rng = np.random.default_rng(seed)
     stem = config.stem if isinstance(config, ResNetConfig) else None
-    size = {"imagenet": (65, 48), "cifar": (33, 32), None: (15, 14)}[stem]
+    size = {"imagenet": (65, 48), "deep": (65, 48), "cifar": (33, 32), None: (15, 14)}[stem]
     height, width = height or size[0], width or size[1]
     channels = config.in_channels
     mean, scale = rng.uniform(-2, 2, channels), rng.uniform(0.3, 2, channels)

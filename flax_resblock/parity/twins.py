@@ -41,8 +41,11 @@ def torch_twin(config: Config, norm_options: Mapping[str, Any] | None = None) ->
     return module
 
 
+_OF_EVERY_BLOCK = ("dilation", "groups", "base_width", "shortcut", "attention", "attention_ratio", "antialias")
+
+
 def _torch_block(config: BlockConfig) -> torch.nn.Module:
-    shared: dict[str, Any] = {"dilation": config.dilation, "groups": config.groups, "base_width": config.base_width, "shortcut": config.shortcut}
+    shared: dict[str, Any] = {name: getattr(config, name) for name in _OF_EVERY_BLOCK}
     if config.kind == "basic":
         return torch_ref.BasicBlock(config.in_channels, config.planes, config.stride, **shared)
     return torch_ref.Bottleneck(config.in_channels, config.planes, config.stride, stride_on=config.stride_on, **shared)

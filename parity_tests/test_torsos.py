@@ -1,0 +1,218 @@
+"""Backbones are taken out of the checkpoints of detectors, segmenters and self-supervised training: each from the key set that the project writes."""
+
+import numpy as np
+import pytest
+import torch
+
+from flax_resblock import CheckpointError, ResNetConfig
+from flax_resblock.checkpoint.torch_file import from_numpy
+from flax_resblock.convert import LAYOUTS, StateMap
+from flax_resblock.convert.source import Reading, open_checkpoint
+from flax_resblock.convert.torso import TORSOS, find_torso
+from parity_tests.support import assert_same_bits, random_bits
+
+TORSO = ResNetConfig(block="bottleneck", depths=(2, 1, 1, 1), widths=(4, 8, 12, 16), stem_width=8, num_classes=None)
+COUNTERS = "num_batches_tracked"
+
+
+def linear(name):
+    return [f"{name}.weight", f"{name}.bias"]
+
+
+def norm(name, counter=True):
+    return [*linear(name), f"{name}.running_mean", f"{name}.running_var", *([f"{name}.{COUNTERS}"] if counter else [])]
+
+
+def layer_names(state, prefix):
+    return [f"{prefix}{key}" for key in state]
+
+
+RPN = [*linear("rpn.head.conv.0.0"), *linear("rpn.head.cls_logits"), *linear("rpn.head.bbox_pred")]
+FPN = [key for part in ("inner_blocks", "layer_blocks") for i in range(4) for key in linear(f"backbone.fpn.{part}.{i}.0")]
+BOXES = [key for part in ("box_head.fc6", "box_head.fc7", "box_predictor.cls_score", "box_predictor.bbox_pred") for key in linear(f"roi_heads.{part}")]
+DETECTRON2_FPN = [key for i in range(2, 6) for part in ("lateral", "output") for key in linear(f"backbone.fpn_{part}{i}")]
+DETECTRON2_RPN = [key for part in ("conv", "objectness_logits", "anchor_deltas") for key in linear(f"proposal_generator.rpn_head.{part}")]
+DETECTRON2_BOXES = [
+    key for part in ("box_head.fc1", "box_head.fc2", "box_predictor.cls_score", "box_predictor.bbox_pred") for key in linear(f"roi_heads.{part}")
+]
+MMDET = [key for part in ("lateral_convs", "fpn_convs") for i in range(4) for key in linear(f"neck.{part}.{i}.conv")]
+MMDET += [key for part in ("rpn_conv", "rpn_cls", "rpn_reg") for key in linear(f"rpn_head.{part}")]
+MMDET += [key for part in ("fc_cls", "fc_reg", "shared_fcs.0", "shared_fcs.1") for key in linear(f"roi_head.bbox_head.{part}")]
+
+# Torso: what the file has around the network, given the network's own keys; and how the file nests it.
+CASES = {
+    "torchvision detection": lambda keys: [*FPN, *RPN, *BOXES],
+    "torchvision segmentation": lambda keys: [
+        *norm("classifier.1"),
+        "classifier.0.weight",
+        *linear("classifier.4"),
+        "aux_classifier.0.weight",
+        *linear("aux_classifier.4"),
+    ],
+    "detectron2 FPN": lambda keys: [*DETECTRON2_FPN, *DETECTRON2_RPN, *DETECTRON2_BOXES, "pixel_mean", "pixel_std"],
+    "detectron2 C4": lambda keys: [
+        *DETECTRON2_RPN,
+        *layer_names(["0.conv1.weight", "0.conv1.norm.weight"], "roi_heads.res5."),
+        *linear("roi_heads.box_predictor.cls_score"),
+    ],
+    "mmdetection": lambda keys: MMDET,
+    "MoCo v1 and v2": lambda keys: [
+        *layer_names(keys, "encoder_k."),
+        *linear("encoder_q.fc.0"),
+        *linear("encoder_q.fc.2"),
+        *linear("encoder_k.fc.0"),
+        *linear("encoder_k.fc.2"),
+        "queue",
+        "queue_ptr",
+    ],
+    "MoCo v3": lambda keys: [
+        *layer_names(keys, "momentum_encoder."),
+        "base_encoder.fc.0.weight",
+        *norm("base_encoder.fc.1"),
+        "base_encoder.fc.3.weight",
+        "predictor.0.weight",
+        *norm("predictor.1"),
+    ],
+    "SimSiam": lambda keys: [
+        "encoder.fc.0.weight",
+        *norm("encoder.fc.1"),
+        *linear("encoder.fc.6"),
+        "predictor.0.weight",
+        *norm("predictor.1"),
+        *linear("predictor.3"),
+    ],
+    "SimCLR with a projector": lambda keys: ["projector.0.weight", "projector.2.weight"],
+    "SimCLR with the projection in fc": lambda keys: [*linear("fc.0"), *linear("fc.2")],
+    "SwAV": lambda keys: [*linear("projection_head.0"), *norm("projection_head.1"), *linear("projection_head.3"), "prototypes.weight"],
+    "DINO": lambda keys: [*linear("head.mlp.0"), *linear("head.mlp.2"), *linear("head.mlp.4"), "head.last_layer.weight_g", "head.last_layer.weight_v"],
+    "BYOL (byol-pytorch)": lambda keys: [
+        *layer_names(keys, "net."),
+        *layer_names(keys, "target_encoder.net."),
+        *linear("online_encoder.projector.0"),
+        *norm("online_encoder.projector.1"),
+        *linear("target_encoder.projector.0"),
+        *linear("online_predictor.0"),
+        *linear("online_predictor.3"),
+    ],
+    "BYOL (online network)": lambda keys: [*linear("projetion.net.0"), *norm("projetion.net.1"), *linear("projetion.net.3")],
+    "Barlow Twins and VICReg": lambda keys: [
+        "projector.0.weight",
+        *norm("projector.1"),
+        "projector.3.weight",
+        "bn.running_mean",
+        "bn.running_var",
+        f"bn.{COUNTERS}",
+    ],
+    "lightly": lambda keys: [
+        "projection_head.layers.0.weight",
+        *norm("projection_head.layers.1"),
+        *layer_names(keys, "backbone_momentum."),
+        *linear("prediction_head.layers.3"),
+    ],
+    "segmentation_models_pytorch": lambda keys: ["decoder.blocks.0.conv1.0.weight", *norm("decoder.blocks.0.conv1.1"), *linear("segmentation_head.0")],
+}
+LAYOUT_OF = {"detectron2 FPN": "detectron2", "detectron2 C4": "detectron2", "lightly": "children", "BYOL (online network)": "children"}
+NO_COUNTERS = ("torchvision detection", "detectron2 FPN", "detectron2 C4")
+"""Their norms are frozen and count nothing."""
+WRAPPED = {
+    "torchvision detection": lambda state: {"model": state, "epoch": 25},
+    "mmdetection": lambda state: {
+        "meta": {"epoch": 12, "config": "model = dict(backbone=dict(type='ResNet', depth=50, style='pytorch'))"},
+        "state_dict": state,
+    },
+    "detectron2 FPN": lambda state: {"model": state, "iteration": 89999},
+    "MoCo v1 and v2": lambda state: {"epoch": 200, "arch": "resnet50", "state_dict": {f"module.{key}": value for key, value in state.items()}},
+    "MoCo v3": lambda state: {"epoch": 300, "arch": "resnet50", "state_dict": {f"module.{key}": value for key, value in state.items()}},
+    "SimSiam": lambda state: {"epoch": 100, "arch": "resnet50", "state_dict": {f"module.{key}": value for key, value in state.items()}},
+    "SimCLR with the projection in fc": lambda state: {
+        "epoch": 100,
+        "arch": "resnet50",
+        "state_dict": {f"backbone.{key}": value for key, value in state.items()},
+    },
+    "SwAV": lambda state: {f"module.{key}": value for key, value in state.items()},
+    "DINO": lambda state: {"student": {f"module.{key}": value * 0 for key, value in state.items()}, "teacher": state, "epoch": 800},
+    "Barlow Twins and VICReg": lambda state: {"epoch": 1000, "model": {f"module.{key}": value for key, value in state.items()}},
+    "BYOL (online network)": lambda state: {"online_network_state_dict": state, "target_network_state_dict": {key: value * 0 for key, value in state.items()}},
+}
+
+
+def written(name, path, config=TORSO):
+    """The file of a project, and the network in it by its own names."""
+    layout = LAYOUT_OF.get(name, "torchvision")
+    if name == "detectron2 C4":
+        config = ResNetConfig(block="bottleneck", depths=(2, 1, 1), widths=(4, 8, 12), stem_width=8, num_classes=None)
+    network = random_bits(config, np.float32, layout=layout)
+    network = {key: np.nan_to_num(value, nan=1.0) if value.dtype == np.float32 else value for key, value in network.items()}
+    network = {key: np.abs(value) if key.endswith("running_var") else value for key, value in network.items()}
+    if name in NO_COUNTERS:
+        network = {key: value for key, value in network.items() if COUNTERS not in key}
+    prefix = next(torso.prefix for torso in TORSOS if torso.name == name)
+    state = {f"{prefix}{key}": from_numpy(value) for key, value in network.items()}
+    state |= {key: torch.full((3,), 0.25) for key in CASES[name](list(network))}
+    torch.save(WRAPPED.get(name, lambda state: state)(state), path)
+    return config, network
+
+
+def test_every_torso_has_a_case():
+    assert set(CASES) == {torso.name for torso in TORSOS}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_network_is_taken_out_bit_for_bit_and_the_rest_is_named(name, tmp_path):
+    config, network = written(name, tmp_path / "file.pth")
+    source = open_checkpoint(tmp_path / "file.pth")
+    assert (source.config.depths, source.config.widths, source.config.num_classes) == (config.depths, config.widths, None)
+    kept = {key: np.asarray(source.tensors[key]) for key in network}
+    assert_same_bits(kept, network)
+    (left,) = [note for note in source.notes if note.startswith("took the network")]
+    assert f"({name}); left out {len(CASES[name](list(network)))} tensors beside it: " in left
+    assert any(note.startswith("no classification head") for note in source.notes)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_tensor_that_no_row_explains_is_not_left_out(name, tmp_path):
+    written(name, tmp_path / "file.pth")
+    content = torch.load(tmp_path / "file.pth", weights_only=True)
+    state = next((content[entry] for entry in ("model", "state_dict", "teacher", "online_network_state_dict") if entry in content), content)
+    wrapper = next((p for p in ("module.", "backbone.") if all(key.startswith(p) for key in state)), "")
+    state[f"{wrapper}surprise.weight"] = torch.ones(3)
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=r"surprise\.weight"):
+        open_checkpoint(tmp_path / "file.pth")
+
+
+def test_a_plain_network_is_no_torso():
+    for layout in LAYOUTS.values():
+        config = ResNetConfig(depths=(1, 1), widths=(4, 8), stem_width=8, num_classes=None if "torso" in layout.name or layout.name == "children" else 3)
+        try:
+            keys = [entry.torch_key for entry in StateMap(config, layout).entries]
+        except ValueError:
+            continue
+        assert find_torso(keys) is None, layout.name
+
+
+@pytest.mark.parametrize(("style", "stride_on"), [("caffe", "1x1"), ("pytorch", "3x3")])
+def test_openmmlab_says_where_the_stride_is(style, stride_on, tmp_path):
+    state = {f"backbone.{key}": from_numpy(value) for key, value in random_bits(TORSO, np.float32).items()}
+    state |= {key: torch.full((3,), 0.25) for key in MMDET}
+    torch.save({"meta": {"config": f"model = dict(backbone=dict(depth=50, style='{style}'))"}, "state_dict": state}, tmp_path / "file.pth")
+    source = open_checkpoint(tmp_path / "file.pth")
+    assert source.config.stride_on == stride_on
+    assert source.assumed == ()
+    assert any(f"its entry meta.config has style='{style}'" in note for note in source.notes)
+
+
+def test_where_nobody_says_the_assumption_and_its_flag_are_stated(tmp_path):
+    torch.save({key: from_numpy(value) for key, value in random_bits(TORSO, np.float32).items()}, tmp_path / "file.pth")
+    source = open_checkpoint(tmp_path / "file.pth")
+    assert source.config.stride_on == "3x3"
+    assert any("assumed" in note and "--stride-on 1x1" in note for note in source.notes)
+    told = open_checkpoint(tmp_path / "file.pth", Reading(traits={"stride_on": "1x1"}))
+    assert told.config.stride_on == "1x1"
+    assert not any("assumed" in note for note in told.notes)
+
+
+def test_a_basic_network_has_nothing_to_assume(tmp_path):
+    config = ResNetConfig(depths=(1, 1), widths=(4, 8), stem_width=8, num_classes=3)
+    torch.save({key: from_numpy(value) for key, value in random_bits(config, np.float32).items()}, tmp_path / "file.pth")
+    assert open_checkpoint(tmp_path / "file.pth").assumed == ()
