@@ -124,6 +124,8 @@ def kill_many(folder: Path, kills: int, rng: random.Random) -> tuple[Counter[str
         found += bool(temporaries(out))
         state = left(out, *truths[name])
         outcomes[f"{begins_with} -> {state}"] += 1
+        if done % 20 == 0:
+            print(f"{done} kills", flush=True)
         if state not in ("new", begins_with):
             wrong.append(f"kill {done}, {name}: {begins_with} became {state}")
         with redirect_stdout(StringIO()):
