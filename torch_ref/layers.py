@@ -78,6 +78,8 @@ def channel_attention(kind: str, channels: int, ratio: float) -> nn.Module | Non
 class Blur(nn.Module):
     """Zhang 2019: the filter [1, 2, 1] / 4 in both directions, reflecting one pixel on each side."""
 
+    kernel: Tensor
+
     def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
