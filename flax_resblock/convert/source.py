@@ -161,6 +161,8 @@ def interpret(record: Record, reading: Reading | None = None) -> Source:
         tensors = {key.removeprefix(torso.prefix): value for key, value in tensors.items() if torso.holds(key)}
     hub, (by_entries, said) = read_hub(record.metadata, record.source), told_by_entries(record.extras)
     notes += said
+    if hub is not None:
+        notes.append(hub.sentence)
     wanted = reading.architecture if reading.architecture is not None else _written_config(record)
     by_file = {**by_entries, **(torso.traits if torso else {}), **(hub.traits if hub else {})} if wanted is None else {}
     try:

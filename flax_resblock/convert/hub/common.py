@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -38,11 +38,15 @@ class HubConfig:
       traits: Fields of the configuration that no tensor tells; see :mod:`flax_resblock.convert.traits`.
       labels: Class names in order; empty where there are none.
       preprocessing: None where the folder does not say.
-      note: What was taken from it, for people.
     """
 
     hub: str
     traits: Mapping[str, Any]
     labels: Sequence[str] = ()
     preprocessing: Preprocessing | None = None
-    note: str = field(default="")
+
+    @property
+    def sentence(self) -> str:
+        """What it says of the network, for people."""
+        said = ", ".join(f"{name} {value}" for name, value in self.traits.items())
+        return f"its config.json ({self.hub}) says {said}" + (f" and names {len(self.labels)} classes" if self.labels else "")
