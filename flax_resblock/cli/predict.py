@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +11,12 @@ import numpy as np
 import tyro
 from rich.table import Table
 
-from flax_resblock.architecture import ResNetConfig, name_of
+from flax_resblock.architecture import Config, ResNetConfig, name_of
 from flax_resblock.cli.common import Checkpoint, ReadingFlags, output, print_notes, print_table, refuse_unhealthy, status
 from flax_resblock.errors import InputError
+
+MANIFEST = "manifest.json"
+"""Marks the folder of an exported network."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -81,14 +84,23 @@ def _load(paths: Sequence[Path], config: ResNetConfig, image_size: int | None) -
     return Batch(np.stack([_read_image(path, size, imagenet, config.in_channels) for path in paths]), [path.name for path in paths])
 
 
-def _normalisation(batch: Batch, config: ResNetConfig, mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Any, Any, str]:
-    """Mean and standard deviation of the channels, and where they come from."""
+def normalisation_of(
+    file_mean: np.ndarray | None, file_std: np.ndarray | None, config: Config, mean: Sequence[float] | None, std: Sequence[float] | None, file: str = "archive"
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Mean and standard deviation of the channels, and where they come from.
+
+    Args:
+      file_mean, file_std: Of the archive of images, or whatever ``file`` names.
+      config: Of the network.
+      mean, std: As given by the person.
+      file: Where the first two come from.
+    """
     if (mean is None) != (std is None):
         raise InputError("give --mean and --std together.")
     if mean is not None and std is not None:
         chosen, origin = (mean, std), "as given"
-    elif batch.mean is not None and batch.std is not None:
-        chosen, origin = (batch.mean, batch.std), "from the archive"
+    elif file_mean is not None and file_std is not None:
+        chosen, origin = (file_mean, file_std), f"from the {file}"
     elif config.in_channels == 3:
         chosen, origin = (IMAGENET_MEAN, IMAGENET_STD), "ImageNet's, the usual choice; --mean and --std change it"
     else:
@@ -113,6 +125,56 @@ def _class_names(file: Path | None, count: int) -> list[str]:
     return names
 
 
+@dataclass(frozen=True)
+class _Network:
+    """What predicts: a checkpoint, or an exported network.
+
+    Attributes:
+      config: What it is.
+      forward: Normalised images ``(N, H, W, C)``, float32, to logits.
+      image_size: That images are brought to; None: the usual one of the stem.
+      mean, std: Of the channels, where an exported network records them.
+      notes: On how it was read.
+    """
+
+    config: Config
+    forward: Callable[[np.ndarray], Any]
+    image_size: int | None
+    mean: np.ndarray | None = None
+    std: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _open(path: Path, reading: ReadingFlags, image_size: int | None, allow_nonfinite: bool) -> _Network:
+    if (path / MANIFEST).is_file():
+        return _open_exported(path, image_size)
+    source = reading.open(path)
+    refuse_unhealthy(source, allow_nonfinite)
+
+    def forward(images: np.ndarray) -> Any:
+        import jax
+        from flax import nnx
+
+        from flax_resblock.transfer import to_model
+
+        graphdef, state = nnx.split(to_model(source))
+        with jax.default_matmul_precision("highest"):
+            return jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, images)
+
+    return _Network(source.config, forward, image_size, notes=source.notes)
+
+
+def _open_exported(folder: Path, image_size: int | None) -> _Network:
+    from flax_resblock.export import open_exported
+
+    exported = open_exported(folder)
+    if exported.fixed_size is not None and image_size not in (None, exported.fixed_size):
+        raise InputError(f"{folder} was exported for images of {exported.fixed_size} pixels; leave --image-size out, or export with --any-image-size.")
+    recorded = exported.manifest.get("preprocessing", {})
+    mean, std = (np.asarray(recorded[name], np.float32) if name in recorded else None for name in ("mean", "std"))
+    return _Network(exported.config, exported, image_size or exported.fixed_size, mean, std)
+
+
 def predict(
     checkpoint: Checkpoint,
     images: Images,
@@ -126,7 +188,7 @@ def predict(
     force: bool = False,
     allow_nonfinite: bool = False,
 ) -> int:
-    """Classifies images with a checkpoint of any format, in JAX.
+    """Classifies images with a checkpoint of any format, or with the folder that export wrote, in JAX.
 
     Args:
       reading: How to read the checkpoint.
@@ -147,29 +209,21 @@ def predict(
         raise InputError(f"--top {top} and --image-size {image_size} must be positive.")
     if logits is not None:
         refuse_existing(logits, force)
-    source = reading.open(checkpoint)
-    refuse_unhealthy(source, allow_nonfinite)
-    config = source.config
+    network = _open(checkpoint, reading, image_size, allow_nonfinite)
+    config = network.config
     if not isinstance(config, ResNetConfig) or config.num_classes is None:
         raise InputError(f"{checkpoint} is a {name_of(config)} without a classification head; predict needs a network with logits.")
-    batch = _load(images, config, image_size)
+    batch = _load(images, config, network.image_size)
     if batch.pixels.shape[-1] != config.in_channels:
         raise InputError(f"{images[0]} has {batch.pixels.shape[-1]} channels; the network takes {config.in_channels}.")
-    shift, scale, origin = _normalisation(batch, config, mean, std)
+    found = (batch.mean, batch.std, "archive") if batch.mean is not None and batch.std is not None else (network.mean, network.std, "export")
+    shift, scale, origin = normalisation_of(found[0], found[1], config, mean, std, file=found[2])
     names = _class_names(class_names, config.num_classes)
 
     with status.status("predicting"):
-        import jax
-        from flax import nnx
-
-        from flax_resblock.transfer import to_model
-
-        graphdef, state = nnx.split(to_model(source))
-        forward = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
-        with jax.default_matmul_precision("highest"):
-            values = np.asarray(forward(state, (batch.pixels - shift) / scale), np.float32)
+        values = np.asarray(network.forward((batch.pixels - shift) / scale), np.float32)
     output.print(f"[bold]{name_of(config)}[/]  {checkpoint}; normalisation {origin}", soft_wrap=True)
-    print_notes(source.notes)
+    print_notes(network.notes)
     _print_predictions(values, batch, names, top)
     if logits is not None:
         with replacing(logits, force=force) as temporary, temporary.open("wb") as handle:
