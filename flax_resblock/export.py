@@ -46,7 +46,7 @@ def _require_flatbuffers() -> None:
         raise MissingDependencyError("jax writes and reads exported programs with flatbuffers, which is not installed: pip install flatbuffers.") from error
 
 
-def _weights(model: Model) -> dict[str, np.ndarray]:
+def weights_of(model: Model) -> dict[str, np.ndarray]:
     """What evaluation needs, by dotted path."""
     flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
     found = {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in flat.items() if path[-1] != "num_batches_tracked"}
@@ -57,7 +57,7 @@ def _weights(model: Model) -> dict[str, np.ndarray]:
 
 
 def forward_of(model: Model) -> Callable[[Mapping[str, Any], Any], Any]:
-    """``(weights, images) -> outputs`` in evaluation mode, with weights by dotted path as in :func:`_weights`; slots are named in the program."""
+    """``(weights, images) -> outputs`` in evaluation mode, with weights by dotted path as in :func:`weights_of`; slots are named in the program."""
     graphdef, state = nnx.split(model)
     names = {path: ".".join(map(str, path)) for path in dict(nnx.to_flat_state(state))}
 
@@ -97,7 +97,7 @@ def export_model(
       image_size: Side of the images in pixels; None: any height and width from 32 on. The batch is always free.
       platforms: Where the program shall run, of :data:`PLATFORMS`.
       precision: ``"highest"`` is float32 everywhere; ``"high"`` and ``"default"`` are faster on TPU and CUDA and lose bits.
-      bake_weights: Make them constants of the program.
+      bake_weights: Make them constants of the program; the compiler then computes some of them in advance, which changes last bits.
       facts: Further entries of the manifest.
       force: Replace an exported folder that is there.
     Returns:
@@ -113,7 +113,7 @@ def export_model(
         raise InputError(f"precision {precision!r} is unknown; choose from default, high, highest.")
     if image_size is not None and image_size < 1:
         raise InputError(f"image size {image_size} must be positive.")
-    weights = _weights(model)
+    weights = weights_of(model)
     forward = forward_of(model)
     images = _input_spec(model.config, image_size)
     kept = {} if bake_weights else weights
@@ -143,7 +143,7 @@ def export_model(
     with replacing(folder, force=force) as temporary:
         temporary.mkdir()
         (temporary / PROGRAM).write_bytes(program)
-        safetensors.numpy.save_file({name: np.ascontiguousarray(value) for name, value in kept.items()}, temporary / WEIGHTS)
+        (temporary / WEIGHTS).write_bytes(safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in kept.items()}))
         manifest["sha256"] = {name: _sha256(temporary / name) for name in (PROGRAM, WEIGHTS)}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return manifest

@@ -42,7 +42,7 @@ def export(
       image_size: Side of the images; 224 for ImageNet stems, 32 for small ones.
       any_image_size: Leave height and width free, from 32 pixels on.
       precision: Of convolutions and products: highest is float32; default is bfloat16 on TPU and TF32 on CUDA.
-      bake_weights: Make the weights constants of the program; weights.safetensors is then empty.
+      bake_weights: Make the weights constants of the program; weights.safetensors is then empty, and last bits of the outputs may change.
       fold_batch_norm: Fold the norms into the convolutions; faster, and no longer equal bit for bit. The error is measured and stated.
       mean: Of the channels, for pixels from 0 to 1; recorded for predict.
       std: Of the channels.
