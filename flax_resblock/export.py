@@ -103,7 +103,7 @@ def export_model(
     Returns:
       The manifest.
     Raises:
-      InputError: An unknown platform or precision, float64 weights, images that are too small, a folder that exists.
+      InputError: An unknown platform or precision, float64 weights, zero-padded shortcuts with any image size, a folder that exists.
     """
     _require_flatbuffers()
     unknown = [platform for platform in platforms if platform not in PLATFORMS]
@@ -113,6 +113,10 @@ def export_model(
         raise InputError(f"precision {precision!r} is unknown; choose from default, high, highest.")
     if image_size is not None and image_size < 1:
         raise InputError(f"image size {image_size} must be positive.")
+    if image_size is None and model.config.shortcut == "zero_pad":
+        raise InputError(
+            "a network with zero-padded shortcuts is exported for one image size: jax cannot prove that their sizes meet. Say which, --image-size."
+        )
     weights = weights_of(model)
     forward = forward_of(model)
     images = _input_spec(model.config, image_size)

@@ -44,6 +44,7 @@ def test_products_of_cuda_are_custom_calls_and_fused_dots():
     assert found == {
         ("head", "product", "backward"): ("default", "default"),
         ("stem.conv", "convolution", "forward"): ("high", "high"),
+        ("stem.conv", "convolution", "backward"): ("highest", "highest"),  # fused with the update of the momentum
         ("head", "product", "forward"): ("highest", "highest"),
     }
 

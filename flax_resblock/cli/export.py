@@ -61,7 +61,7 @@ def export(
         raise InputError("export writes what a checkpoint holds; it starts no keys afresh.")
     config = source.config
     shift, scale, origin = normalisation_of(None, None, config, mean, std)
-    size = None if any_image_size else image_size or default_image_size(config)
+    size = None if any_image_size else default_image_size(config) if image_size is None else image_size
     facts: dict[str, Any] = {
         "source": str(checkpoint.name),
         "preprocessing": {"pixels": "RGB from 0 to 1", "mean": [float(value) for value in shift], "std": [float(value) for value in scale]},
