@@ -196,8 +196,9 @@ def _title(request: Request, outcome: Outcome, name: str) -> str:
 
 def _print(request: Request, outcome: Outcome, name: str, every_slot: bool) -> None:
     output.print(_title(request, outcome, name), soft_wrap=True)
+    verb = "refused" if outcome.program is None else "compiled"
     output.print(
-        f"  devices      {outcome.devices} x {outcome.device_kind}, compiled in {outcome.seconds:.0f} s with none of them present", markup=False, soft_wrap=True
+        f"  devices      {outcome.devices} x {outcome.device_kind}, {verb} in {outcome.seconds:.0f} s with none of them present", markup=False, soft_wrap=True
     )
     memory, program = outcome.memory, outcome.program
     if memory is None or program is None:
