@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+COMPILERS := $(VENV)/compilers
 
-.PHONY: help setup demo test test-all stress fuzz lint bench decorrelation clean
+.PHONY: help setup compilers demo test test-all stress fuzz lint bench decorrelation clean
 
 help:
 	@echo "make demo      the whole story on handwritten digits, under two minutes"
@@ -13,6 +14,7 @@ help:
 	@echo "make stress    kills 40 training runs and 200 conversions at random moments, three quarters of an hour"
 	@echo "make fuzz      opens mutated files for five minutes; longer with SECONDS=3600"
 	@echo "make lint      ruff and pyright"
+	@echo "make compilers the compilers for TPU and CUDA (400 MB), for flax-resblock aot; no device needed"
 	@echo "make bench     conversion against a plain copy"
 	@echo "make decorrelation   how long float32 runs stay together, docs/decorrelation.png"
 
@@ -26,13 +28,20 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP)
 
+# Apart from the other packages, so that jax does not look for devices with them. Without them their tests are skipped, and say so.
+$(COMPILERS)/installed: $(STAMP)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(COMPILERS) libtpu jax-cuda12-plugin jax-cuda12-pjrt
+	mkdir -p $(COMPILERS) && touch $@
+
+compilers: $(COMPILERS)/installed
+
 demo: $(STAMP)
 	$(BIN)/flax-resblock demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow and not stress"
 
-test-all: $(STAMP)
+test-all: $(STAMP) compilers
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not stress"
 
 stress: $(STAMP)

@@ -24,6 +24,17 @@ torch.set_num_threads(1)  # small tensors gain nothing from a second thread, and
 
 
 _STARTED = time.monotonic()
+_ON_ACCELERATOR = os.environ.get("FLAX_RESBLOCK_ACCELERATOR", "0") not in ("", "0")
+
+
+def pytest_report_header():
+    """On a device: every switch of precision and determinism that the comparisons set."""
+    if not _ON_ACCELERATOR:
+        return None
+    from flax_resblock.parity.switches import make_xla_deterministic, sentence
+
+    make_xla_deterministic()
+    return sentence()
 
 
 def pytest_collection_modifyitems(items):
@@ -43,6 +54,5 @@ def accelerator_device():
 
     device = accelerator()
     if device is None:
-        asked = os.environ.get("FLAX_RESBLOCK_ACCELERATOR", "0") not in ("", "0")
-        pytest.skip("jax has no GPU or TPU here" if asked else "needs a GPU or TPU: set FLAX_RESBLOCK_ACCELERATOR=1 to let jax use the one there is")
+        pytest.skip("jax has no GPU or TPU here" if _ON_ACCELERATOR else "needs a GPU or TPU: set FLAX_RESBLOCK_ACCELERATOR=1 to let jax use the one there is")
     return device

@@ -22,6 +22,9 @@ from pathlib import Path
 from flax_resblock.checkpoint.orbax_folder import is_orbax
 from flax_resblock.errors import InputError, OutputError
 
+EXPORTED = "model.stablehlo"
+"""Marks the folder of an exported network."""
+
 _SUFFIX = ".partial"
 _ASIDE = "replaced"
 """Where the old folder waits while the new one takes its name, where the file system cannot exchange the two in one step."""
@@ -39,7 +42,7 @@ def refuse_existing(path: Path, force: bool) -> None:
         raise InputError(f"{path}: the folder {path.parent} does not exist. Create it first.")
     if os.path.lexists(path) and not force:
         raise InputError(f"{path} exists. Choose another name, or pass --force (force=True) to replace it.")
-    if path.is_dir() and any(path.iterdir()) and not is_orbax(path):
+    if path.is_dir() and any(path.iterdir()) and not is_orbax(path) and not (path / EXPORTED).is_file():
         raise InputError(f"{path} is a folder that is no checkpoint; it is not replaced, even by force. Choose another name.")
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 from rich.markup import escape
 from rich.table import Table
 
-from flax_resblock.architecture import ResNetConfig, name_of
+from flax_resblock.architecture import Config, ResNetConfig, name_of
 from flax_resblock.cli.common import Checkpoint, ReadingFlags, output, print_notes, print_table, refuse_unhealthy, status
 from flax_resblock.cli.images import read_image
 from flax_resblock.convert.hub import Preprocessing
+from flax_resblock.convert.source import Source
 from flax_resblock.errors import InputError
+
+MANIFEST = "manifest.json"
+"""Marks the folder of an exported network."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -55,14 +59,20 @@ def _read_npz(path: Path) -> Batch:
     return Batch(scaled, names, arrays.get("labels"), arrays.get("mean"), arrays.get("std"))
 
 
-def _default_preprocessing(config: ResNetConfig) -> Preprocessing:
+def _default_preprocessing(config: Config) -> Preprocessing:
     """A shorter side of ``size * 256 / 224`` and a centre crop for ImageNet stems, plain resize for small ones; ImageNet's constants for colour."""
     colour = config.in_channels == 3
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if colour else ((0.0,) * config.in_channels, (1.0,) * config.in_channels)
     origin = "ImageNet's, the usual choice" if colour else "none (pixels from 0 to 1)"
-    if config.stem == "cifar":
+    if not isinstance(config, ResNetConfig) or config.stem == "cifar":
         return Preprocessing(mean, std, (32, 32), 1.0, "bilinear", False, origin)
     return Preprocessing(mean, std, (224, 224), 224 / 256, "bilinear", True, origin)
+
+
+def preprocessing_of(source: Source) -> Preprocessing:
+    """What a checkpoint's ``config.json`` says of its images; else the usual choice for its network."""
+    hub = source.hub
+    return hub.preprocessing if hub is not None and hub.preprocessing is not None else _default_preprocessing(source.config)
 
 
 def _load(paths: Sequence[Path], preprocessing: Preprocessing, channels: int) -> Batch:
@@ -74,16 +84,23 @@ def _load(paths: Sequence[Path], preprocessing: Preprocessing, channels: int) ->
     return Batch(np.stack([read_image(path, preprocessing, channels) for path in paths]), [path.name for path in paths])
 
 
-def _normalisation(
-    batch: Batch, preprocessing: Preprocessing, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+def normalisation_of(
+    file: tuple[np.ndarray | None, np.ndarray | None], preprocessing: Preprocessing, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Mean and standard deviation of the channels, and where they come from."""
+    """Mean and standard deviation of the channels, and where they come from.
+
+    Args:
+      file: Those of an archive of images, where it has them.
+      preprocessing: Of the network.
+      channels: How many it takes.
+      mean, std: As given by the person.
+    """
     if (mean is None) != (std is None):
         raise InputError("give --mean and --std together.")
     if mean is not None and std is not None:
         chosen, origin = (mean, std), "as given"
-    elif batch.mean is not None and batch.std is not None:
-        chosen, origin = (batch.mean, batch.std), "from the archive"
+    elif file[0] is not None and file[1] is not None:
+        chosen, origin = (file[0], file[1]), "from the archive"
     else:
         chosen, origin = (preprocessing.mean, preprocessing.std), f"{preprocessing.origin}; --mean and --std change it"
     for name, values in zip(("mean", "std"), chosen, strict=True):
@@ -108,6 +125,60 @@ def _class_names(file: Path | None, labels: Sequence[str], count: int) -> list[s
     return names
 
 
+@dataclass(frozen=True)
+class _Network:
+    """What predicts: a checkpoint, or an exported network.
+
+    Attributes:
+      config: What it is.
+      forward: Normalised images ``(N, H, W, C)``, float32, to logits.
+      preprocessing: What is done to an image.
+      labels: Names of the classes, where it has them.
+      notes: On how it was read.
+    """
+
+    config: Config
+    forward: Callable[[np.ndarray], Any]
+    preprocessing: Preprocessing
+    labels: Sequence[str] = ()
+    notes: tuple[str, ...] = ()
+
+
+def _open(path: Path, reading: ReadingFlags, image_size: int | None, allow_nonfinite: bool) -> _Network:
+    if (path / MANIFEST).is_file():
+        return _open_exported(path, image_size)
+    source = reading.open(path)
+    refuse_unhealthy(source, allow_nonfinite)
+
+    def forward(images: np.ndarray) -> Any:
+        import jax
+        from flax import nnx
+
+        from flax_resblock.transfer import to_model
+
+        graphdef, state = nnx.split(to_model(source))
+        with jax.default_matmul_precision("highest"):
+            return jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, images)
+
+    return _Network(source.config, forward, _sized(preprocessing_of(source), image_size), source.hub.labels if source.hub else (), source.notes)
+
+
+def _open_exported(folder: Path, image_size: int | None) -> _Network:
+    from flax_resblock.export import open_exported
+
+    exported = open_exported(folder)
+    if exported.fixed_size is not None and image_size not in (None, exported.fixed_size):
+        raise InputError(f"{folder} was exported for images of {exported.fixed_size} pixels; leave --image-size out, or export with --any-image-size.")
+    recorded, usual = exported.manifest.get("preprocessing", {}), _default_preprocessing(exported.config)
+    mean, std = (tuple(recorded.get(name, getattr(usual, name))) for name in ("mean", "std"))
+    preprocessing = replace(usual, mean=mean, std=std, origin="from the export") if recorded else usual
+    return _Network(exported.config, exported, _sized(preprocessing, image_size or exported.fixed_size))
+
+
+def _sized(preprocessing: Preprocessing, image_size: int | None) -> Preprocessing:
+    return preprocessing if image_size is None else replace(preprocessing, size=(image_size, image_size))
+
+
 def predict(
     checkpoint: Checkpoint,
     images: Images,
@@ -121,7 +192,7 @@ def predict(
     force: bool = False,
     allow_nonfinite: bool = False,
 ) -> int:
-    """Classifies images with a checkpoint of any format, in JAX.
+    """Classifies images with a checkpoint of any format, or with the folder that export wrote, in JAX.
 
     Class names, size, crop and normalisation are those of the checkpoint's config.json where it has one (transformers, timm) or was converted from one.
 
@@ -144,34 +215,21 @@ def predict(
         raise InputError(f"--top {top} and --image-size {image_size} must be positive.")
     if logits is not None:
         refuse_existing(logits, force)
-    source = reading.open(checkpoint)
-    refuse_unhealthy(source, allow_nonfinite)
-    config = source.config
+    network = _open(checkpoint, reading, image_size, allow_nonfinite)
+    config = network.config
     if not isinstance(config, ResNetConfig) or config.num_classes is None:
         raise InputError(f"{checkpoint} is a {name_of(config)} without a classification head; predict needs a network with logits.")
-    hub = source.hub
-    preprocessing = hub.preprocessing if hub is not None and hub.preprocessing is not None else _default_preprocessing(config)
-    if image_size is not None:
-        preprocessing = replace(preprocessing, size=(image_size, image_size))
-    batch = _load(images, preprocessing, config.in_channels)
+    batch = _load(images, network.preprocessing, config.in_channels)
     if batch.pixels.shape[-1] != config.in_channels:
         raise InputError(f"{images[0]} has {batch.pixels.shape[-1]} channels; the network takes {config.in_channels}.")
-    shift, scale, origin = _normalisation(batch, preprocessing, config.in_channels, mean, std)
-    names = _class_names(class_names, hub.labels if hub is not None else (), config.num_classes)
+    shift, scale, origin = normalisation_of((batch.mean, batch.std), network.preprocessing, config.in_channels, mean, std)
+    names = _class_names(class_names, network.labels, config.num_classes)
 
     with status.status("predicting"):
-        import jax
-        from flax import nnx
-
-        from flax_resblock.transfer import to_model
-
-        graphdef, state = nnx.split(to_model(source))
-        forward = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
-        with jax.default_matmul_precision("highest"):
-            values = np.asarray(forward(state, (batch.pixels - shift) / scale), np.float32)
+        values = np.asarray(network.forward((batch.pixels - shift) / scale), np.float32)
     seen = f"{batch.pixels.shape[1]}x{batch.pixels.shape[2]} pixels"
     output.print(f"[bold]{name_of(config)}[/]  {escape(str(checkpoint))}; {seen}; normalisation {escape(origin)}", soft_wrap=True)
-    print_notes(source.notes)
+    print_notes(network.notes)
     _print_predictions(values, batch, names, top)
     if logits is not None:
         with replacing(logits, force=force) as temporary, temporary.open("wb") as handle:

@@ -268,7 +268,9 @@ def _devices(flags: DeviceFlags, plan: Plan) -> tuple[Devices, list[Any]]:
     from flax_resblock.parity.devices import jax_device, torch_device
     from flax_resblock.parity.parts import Devices
     from flax_resblock.parity.precision import measure_precision, require, strict
+    from flax_resblock.parity.switches import make_xla_deterministic, sentence
 
+    make_xla_deterministic()
     places = Devices(jax_device(flags.device), torch_device(flags.torch_device))
     cpu = jax_device("cpu")
     found = []
@@ -277,6 +279,8 @@ def _devices(flags: DeviceFlags, plan: Plan) -> tuple[Devices, list[Any]]:
             found += measure_precision("flax", cpu if name == "float64" else places.jax, name)
             found += measure_precision("torch", torch_device(None) if name == "float64" else places.torch, name)
     require(found)
+    if (places.jax.platform if places.jax is not None else "cpu", places.torch.type) != ("cpu", "cpu"):
+        output.print(f"  {sentence()}", markup=False, soft_wrap=True)
     return places, found
 
 

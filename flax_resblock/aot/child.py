@@ -1,0 +1,109 @@
+"""The process that compiles: ``python -m flax_resblock.aot.child``. One request per line on stdin up to an empty line, one outcome per line on stdout.
+
+It ends when its stdin closes, even in the middle of a compilation: nobody is left who wants the result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from flax_resblock.aot.hlo import read
+from flax_resblock.aot.outcome import Memory, Outcome, bytes_needed
+from flax_resblock.aot.request import Request
+from flax_resblock.aot.targets import GPUS, TPUS, Target
+from flax_resblock.errors import InputError
+
+
+def devices_of(target: Target, slices: int) -> list[Any]:
+    """The devices of a topology.
+
+    Raises:
+      InputError: The compiler knows no such topology.
+    """
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {}
+    if target.platform == "tpu":
+        name = f"{TPUS[target.chip].compiler_name}:{target.topology}"
+        if set(target.topology.split("x")) == {"1"}:
+            options["chips_per_host_bounds"] = (1, 1, 1)
+        if slices > 1:
+            options["num_slices"] = slices
+    else:
+        name = ""
+        options = {"topology": f"1x1x{target.topology}", "target_config": GPUS[target.chip].description()}
+    try:
+        return list(topologies.get_topology_desc(platform=target.platform, topology_name=name, **options).devices)
+    except Exception as error:  # the compilers raise several kinds, none of them their own
+        reason = str(error).strip().splitlines()[0][:300]
+        raise InputError(f"the compiler for {target.platform} does not know {target}: {reason}. Usual ones are 1x1, 2x2, 4x4 and 2x2x1, 2x2x2.") from error
+
+
+def compile_one(request: Request) -> Outcome:
+    """Compiles one program and says what became of it.
+
+    Raises:
+      InputError: The request cannot be compiled whatever the compiler.
+    """
+    from flax_resblock.aot.program import lower
+
+    target = request.parsed_target
+    devices = devices_of(target, request.slices)
+    lowered = lower(request, devices)
+    begun = time.monotonic()
+    facts: dict[str, Any] = {"devices": len(devices), "device_kind": devices[0].device_kind}
+    try:
+        compiled = lowered.compile()
+    except Exception as error:  # jaxlib's own class is private
+        needed = bytes_needed(str(error))
+        if needed is None:
+            raise
+        return Outcome(**facts, capacity=needed[1], seconds=time.monotonic() - begun, memory=None, needed=needed[0], program=None)
+    seconds = time.monotonic() - begun
+    memory = Memory.of(compiled.memory_analysis())
+    text = compiled.as_text()
+    if request.hlo:
+        with open(request.hlo, "w", encoding="utf-8") as handle:
+            handle.write(text)
+    capacity = TPUS[target.chip].memory if target.platform == "tpu" else GPUS[target.chip].memory
+    return Outcome(**facts, capacity=capacity, seconds=seconds, memory=memory, needed=memory.total, program=read(text))
+
+
+def _answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            yield {"outcome": compile_one(Request.from_json(line)).to_plain()}
+        except InputError as error:
+            yield {"input_error": str(error)}
+        except Exception as error:  # whatever it is, the parent tells the person
+            yield {"error": f"{type(error).__name__}: {error}"}
+
+
+def main() -> None:
+    """Reads requests, compiles, answers."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what the compilers print belongs on stderr
+    lines = []
+    for line in sys.stdin:
+        if not line.strip():
+            break
+        lines.append(line)
+
+    def end_with_stdin() -> None:
+        sys.stdin.read()
+        os._exit(1)
+
+    threading.Thread(target=end_with_stdin, daemon=True).start()
+    for answer in _answers(iter(lines)):
+        print(json.dumps(answer), file=answers, flush=True)
+    os._exit(0)  # the compilers' threads need no farewell
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Runs the compilers, in a child process that has the environment they need; the parent's jax never notices."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from importlib.metadata import distributions, requires, version
+from pathlib import Path
+from typing import IO
+
+from flax_resblock.aot.outcome import Outcome
+from flax_resblock.aot.request import Request
+from flax_resblock.errors import InputError, MissingDependencyError
+
+Progress = Callable[[int, float], None]
+"""Called about every second with the number of finished compilations and the seconds since the start."""
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_ID": "0",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+"""libtpu then believes to be on a TPU host and asks nobody; jax computes on the CPU. Devices and compiler flags of the parent are not handed on."""
+
+COMPILERS = Path(sys.prefix) / "compilers"
+"""Where the compilers may be installed apart from everything else, so that jax does not look for devices with them in every program that it runs."""
+
+EXTRAS = {"tpu": "tpu-aot", "cuda": "cuda-aot"}
+
+_done: dict[Request, Outcome] = {}
+
+
+def _installed(package: str) -> str | None:
+    found = next(iter(distributions(name=package, path=[str(COMPILERS), *sys.path])), None)
+    return None if found is None else found.version
+
+
+def _libtpu_of_jax() -> str:
+    """Which libtpu this jax was built for, such as ``"0.0.42.*"``; ``"*"`` where it does not say."""
+    pins = [line.split(";")[0].strip() for line in requires("jax") or []]
+    return next((pin.removeprefix("libtpu==") for pin in pins if pin.startswith("libtpu==")), "*")
+
+
+def require_compiler(platform: str) -> None:
+    """Lets pass where the compiler for a platform is installed, in the version that belongs to the installed jax.
+
+    Raises:
+      MissingDependencyError: It is not installed; the message says what to install.
+      InputError: It belongs to another jax.
+    """
+    jax = version("jax")
+    wanted = {"libtpu": _libtpu_of_jax()} if platform == "tpu" else {"jax-cuda12-plugin": jax, "jax-cuda12-pjrt": jax}
+    specs = " ".join(f"'{name}=={pin}'" for name, pin in wanted.items())
+    install = f"pip install --no-deps --target {COMPILERS} {specs}"
+    found = {name: _installed(name) for name in wanted}
+    missing = [name for name, there in found.items() if there is None]
+    if missing:
+        raise MissingDependencyError(
+            f"compiling for {platform} needs {' and '.join(missing)}, which is not installed: {install} "
+            f"(or, beside everything else, pip install 'flax-resblock[{EXTRAS[platform]}]'). No device and no driver are needed."
+        )
+    for name, there in found.items():
+        if not fnmatchcase(str(there), wanted[name]):
+            raise InputError(f"{name} {there} does not belong to jax {jax}, which needs {wanted[name]}; together they may compile something else. {install}")
+
+
+def compile_ahead(requests: Sequence[Request], progress: Progress | None = None) -> list[Outcome]:
+    """Compiles programs with no device present, one after the other; what was compiled before in this process is not compiled again.
+
+    Args:
+      requests: Checked before anything starts.
+      progress: See :data:`Progress`.
+    Returns:
+      One outcome per request; a program that is too large for the memory has one too.
+    Raises:
+      InputError: A request that cannot be compiled, a compiler that is missing or of another version.
+    """
+    for request in requests:
+        request.check()
+    for platform in dict.fromkeys(request.parsed_target.platform for request in requests):
+        require_compiler(platform)
+    new = [request for request in dict.fromkeys(requests) if request not in _done]
+    if new:
+        _run_child(new, progress or (lambda done, seconds: None))
+    return [_done[request] for request in requests]
+
+
+def _run_child(requests: Sequence[Request], progress: Progress) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")} | ENVIRONMENT
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), str(COMPILERS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tempfile.TemporaryFile() as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "flax_resblock.aot.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            child.stdin.write(("\n".join(request.to_json() for request in requests) + "\n\n").encode())
+            child.stdin.flush()
+            answers = _lines(child.stdout)
+            begun = time.monotonic()
+            for done, request in enumerate(requests):
+                _done[request] = _outcome(request, _next(answers, done, begun, progress), child, log)
+        finally:
+            child.kill()  # also where it has ended, and where a person interrupts: a compilation does not listen
+            child.wait()
+
+
+def _lines(stream: IO[bytes]) -> queue.Queue[bytes | None]:
+    """Lines as they come, then None."""
+    lines: queue.Queue[bytes | None] = queue.Queue()
+
+    def fill() -> None:
+        for line in stream:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=fill, daemon=True).start()
+    return lines
+
+
+def _next(answers: queue.Queue[bytes | None], done: int, begun: float, progress: Progress) -> bytes | None:
+    while True:
+        progress(done, time.monotonic() - begun)
+        try:
+            return answers.get(timeout=1)
+        except queue.Empty:
+            continue
+
+
+def _outcome(request: Request, line: bytes | None, child: subprocess.Popen[bytes], log: IO[bytes]) -> Outcome:
+    title = f"{request.what} of batch {request.batch} for {request.target}"
+    if line is None:
+        log.seek(0)
+        last = log.read().decode(errors="replace").strip().splitlines()[-1:]
+        raise InputError(f"the compiler ended with status {child.wait()} while it compiled the {title}. Its last words: {''.join(last)[:400] or 'none'}")
+    answer = json.loads(line)
+    if "input_error" in answer:
+        raise InputError(answer["input_error"])
+    if "error" in answer:
+        words = " ".join(answer["error"].split())[:600]
+        raise InputError(f"the compiler refused the {title}: {words}")
+    return Outcome.from_plain(answer["outcome"])

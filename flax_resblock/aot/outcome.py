@@ -1,0 +1,146 @@
+"""What a compilation found out, and whether it holds what was asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flax_resblock.aot.hlo import Collective, Narrow, Product, Program
+from flax_resblock.aot.request import Request
+from flax_resblock.aot.targets import ARITHMETIC
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([0-9.]+)([KMGT]?)"
+_REFUSALS = (
+    re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
+    re.compile(rf"Used {_SIZE} of {_SIZE} hbm", re.IGNORECASE),
+)
+"""How libtpu says that a program needs more memory than there is."""
+
+
+def bytes_needed(refusal: str) -> tuple[int, int] | None:
+    """Bytes that a program would need and those there are, from a compiler's refusal; None where it refused for another reason."""
+    for pattern in _REFUSALS:
+        found = pattern.search(refusal)
+        if found:
+            needed, there = found[1], found[3]
+            return int(float(needed) * _UNITS[found[2]]), int(float(there) * _UNITS[found[4]])
+    return None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device.
+
+    Attributes:
+      arguments: Parameters, optimizer state, images.
+      outputs: Of these ``aliased`` take the place of arguments.
+      temporaries: Activations and whatever else lives only during the run.
+      code: The program itself.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+
+    @classmethod
+    def of(cls, stats: Any) -> Memory:
+        """From jax's ``CompiledMemoryStats``."""
+        return cls(
+            stats.argument_size_in_bytes,
+            stats.output_size_in_bytes,
+            stats.alias_size_in_bytes,
+            stats.temp_size_in_bytes,
+            stats.generated_code_size_in_bytes,
+        )
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One program, compiled or refused for its size.
+
+    Attributes:
+      devices: How many there are.
+      device_kind: As jax names it, ``"TPU v5 lite"``.
+      capacity: Bytes on each device.
+      seconds: The compilation took.
+      memory: None where the compiler refused.
+      needed: Bytes on each device.
+      program: None where the compiler refused.
+    """
+
+    devices: int
+    device_kind: str
+    capacity: int
+    seconds: float
+    memory: Memory | None
+    needed: int
+    program: Program | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether it runs in the memory there is."""
+        return self.program is not None and self.needed <= self.capacity
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON; :meth:`from_plain` reads it."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Outcome:
+        """What :meth:`to_plain` wrote."""
+        memory, program = plain["memory"], plain["program"]
+        return cls(**{**plain, "memory": None if memory is None else Memory(**memory), "program": None if program is None else _program(program)})
+
+
+def _program(plain: Mapping[str, Any]) -> Program:
+    products = (Product(**{**one, "precision": tuple(one["precision"]), "operands": tuple(one["operands"])}) for one in plain["products"])
+    collectives = (Collective(**{**one, "shapes": tuple(map(tuple, one["shapes"]))}) for one in plain["collectives"])
+    return Program(tuple(products), tuple(collectives), tuple(Narrow(**one) for one in plain["narrow"]), plain["cycles"])
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A product, or values, of another precision than was asked for."""
+
+    slot: str
+    sentence: str
+
+
+def computed_in(platform: str, product: Product) -> str:
+    """What a product is really computed in: ``"float32"``, ``"TF32"``, ``"bfloat16"``; its operands' type where that is narrower already."""
+    kind = product.operands[0]
+    if kind != "f32":
+        return {"bf16": "bfloat16", "f16": "float16"}.get(kind, kind)
+    return ARITHMETIC[platform, product.kind].get(product.precision[0], product.precision[0])
+
+
+def findings(request: Request, program: Program) -> list[Finding]:
+    """The precision certificate: everything that is not as asked for; empty where it holds.
+
+    Every convolution and product has, on both operands, the precision that was asked for at its slot. Where float32 at ``"highest"`` was asked for
+    everywhere, no value is of a narrower type. At least one convolution or product is there.
+    """
+    platform = request.parsed_target.platform
+    found = []
+    for product in program.products:
+        asked = request.precision_of(product.slot)
+        if product.precision != (asked, asked):
+            place, real = product.slot or "a product without a slot", computed_in(platform, product)
+            words = f"{place}: the {product.direction} {product.kind} has precision {{{','.join(product.precision)}}}, asked for was {asked}; it runs in {real}"
+            found.append(Finding(product.slot, words))
+    strict = request.dtype == "float32" and request.precision == "highest" and all(precision == "highest" for _, precision in request.slot_precision)
+    if strict:
+        found += [Finding(one.slot, f"{one.slot or 'between the layers'}: {one.count} values of type {one.dtype}") for one in program.narrow]
+    if not program.products:
+        found.append(Finding("", "the program has no convolution and no product at all"))
+    return found

@@ -1,0 +1,121 @@
+"""What to compile, and for what; a value that can be compared, hashed and sent to another process."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from flax_resblock import architecture as arch
+from flax_resblock.aot.targets import Target, parse
+from flax_resblock.architecture import Kind, ResNetConfig, walk
+from flax_resblock.errors import InputError
+
+What = Literal["forward", "train-step"]
+Dtype = Literal["float32", "bfloat16"]
+Precision = Literal["default", "high", "highest"]
+BatchStatistics = Literal["global", "replica"]
+
+PRECISIONS: tuple[Precision, ...] = ("default", "high", "highest")
+_BLOCK_SIZE = 16
+
+
+def default_image_size(config: arch.Config) -> int:
+    """224 for ImageNet stems, 32 for CIFAR stems, 16 for a bare block."""
+    if not isinstance(config, ResNetConfig):
+        return _BLOCK_SIZE
+    return 224 if config.stem == "imagenet" else 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One program to compile.
+
+    Attributes:
+      subject: A configuration in JSON, see :func:`flax_resblock.architecture.to_json`; or the folder of an exported network, with ``exported``.
+      exported: Whether ``subject`` is such a folder; it brings its own precision and dtype.
+      target: ``"tpu:v5e:2x2"``, see :func:`flax_resblock.aot.targets.parse`.
+      slices: TPU slices that train together.
+      what: ``"forward"`` in evaluation mode, or ``"train-step"``: forward in training mode, backward, and an update of SGD with momentum.
+      batch: Images, over all devices.
+      height, width: Of the images.
+      dtype: Of the computation; parameters are float32.
+      precision: jax's ``default_matmul_precision``; ``"highest"`` is what :func:`flax_resblock.parity.precision.strict` sets.
+      slot_precision: ``(slot, precision)`` pairs that differ from it.
+      batch_norm: Of the train step: statistics of the global batch, or of each device's share.
+      hlo: File that the optimised program is written to, as text.
+    """
+
+    subject: str
+    target: str
+    exported: bool = False
+    slices: int = 1
+    what: What = "forward"
+    batch: int = 8
+    height: int = _BLOCK_SIZE
+    width: int = _BLOCK_SIZE
+    dtype: Dtype = "float32"
+    precision: Precision = "highest"
+    slot_precision: tuple[tuple[str, str], ...] = ()
+    batch_norm: BatchStatistics = "global"
+    hlo: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slot_precision", tuple((slot, precision) for slot, precision in self.slot_precision))
+
+    @property
+    def config(self) -> arch.Config:
+        """The network or block; not of an exported one."""
+        return arch.from_json(self.subject)
+
+    @property
+    def parsed_target(self) -> Target:
+        """The target."""
+        return parse(self.target)
+
+    def precision_of(self, slot: str) -> str:
+        """What was asked for at a slot."""
+        return dict(self.slot_precision).get(slot, self.precision)
+
+    def check(self) -> None:
+        """Raises InputError for what cannot be compiled, before a compiler starts."""
+        target = self.parsed_target
+        if min(self.batch, self.height, self.width, self.slices) < 1:
+            raise InputError(f"batch {self.batch}, image size {self.height} x {self.width} and slices {self.slices} must be positive.")
+        if self.slices > 1 and target.platform != "tpu":
+            raise InputError(f"slices are TPU slices; {self.target} has none. Say how many GPUs, as in cuda:{target.chip}:8.")
+        if self.exported:
+            if self.what != "forward":
+                raise InputError(f"{self.subject} is an exported network, which can only run forward; give a checkpoint or an architecture for a train step.")
+            return
+        slots = {slot.name for slot in walk(self.config) if slot.kind in (Kind.CONV, Kind.LINEAR)}
+        for slot, precision in self.slot_precision:
+            if slot not in slots:
+                raise InputError(f"there is no convolution or product at {slot!r}; there is one at each of {', '.join(sorted(slots))}.")
+            if precision not in PRECISIONS:
+                raise InputError(f"precision {precision!r} of {slot} is unknown; choose from {', '.join(PRECISIONS)}.")
+
+    def but(self, **changes: Any) -> Request:
+        """The same with some fields changed."""
+        return replace(self, **changes)
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> Request:
+        """What :meth:`to_json` wrote."""
+        return cls(**json.loads(line))
+
+
+def request_for(config: arch.Config, target: str, **options: Any) -> Request:
+    """A request for a network or block, with its usual image size unless ``height`` and ``width`` say otherwise; checked.
+
+    Raises:
+      InputError: See :meth:`Request.check`.
+    """
+    size = default_image_size(config)
+    request = Request(subject=arch.to_json(config), target=target, **{"height": size, "width": size, **options})
+    request.check()
+    return request
