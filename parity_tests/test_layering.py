@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "flax_resblock/parity/certify.py": {"jax"} | {f"flax_resblock.{m}" for m in ("architecture", "checkpoint", "convert", "errors", "parity", "__version__")},
     "flax_resblock/cli": JAX | {"torch", "torch_ref", "train", "rich", "tyro", "PIL", "matplotlib", "flax_resblock"},
     "train": JAX | {"rich", "flax_resblock", "train"},
-    "train/curves.py": ARRAYS | {"matplotlib", "flax_resblock.errors"},
+    "train/curves.py": ARRAYS | {"matplotlib", "flax_resblock.errors", "train.reports"},
     "train/records.py": {"tensorboardX", "flax_resblock.checkpoint", "flax_resblock.errors", "train.reports"},
     "train/data": ARRAYS | {"PIL", "absl", "grain", "sklearn", "flax_resblock.errors", "train.data"},
 }

@@ -272,7 +272,7 @@ def test_the_best_checkpoint_stays_and_is_linked(tmp_path):
     config = dataclasses.replace(scale.CONFIG, steps=None, epochs=6, batch_size=240, warmup_steps=None, learning_rate=0.2)
     with RunFolder(tmp_path / "out", config, every=1, keep=1) as folder:
         history = train.fit(scale.start_model(), images, config, test=test, saver=folder, on_step=folder.record, on_judged=folder.judged, progress=False)
-        folder.finish({})
+        folder.finish(1.0)
     best = max(history.judged, key=lambda judged: (judged.accuracy, -judged.loss))
     assert (tmp_path / "out" / "best").resolve().name == f"step-{best.step:08d}"
     left = {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()}

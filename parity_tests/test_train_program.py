@@ -271,3 +271,15 @@ print(*found)
     single, half = map(float, result.stdout.split())
     assert single >= 0.985
     assert abs(single - half) <= 0.005
+
+
+def test_a_run_that_was_killed_before_its_summary_is_summed_up(capsys, tmp_path):
+    said(capsys, *SHORT, "--out", "out")
+    summary = tmp_path / "out" / "summary.json"
+    before = json.loads(summary.read_text())
+    summary.unlink()
+    (tmp_path / "out" / "curves.png").unlink()
+    assert "complete but for its summary" in said(capsys, "--out", "out", "--resume", "auto")
+    assert {**json.loads(summary.read_text()), "seconds": before["seconds"]} == before
+    assert (tmp_path / "out" / "curves.png").is_file()
+    assert "is complete" in said(capsys, "--out", "out", "--resume", "auto")

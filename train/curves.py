@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.errors import MissingDependencyError
+from train.reports import Judged
 
 _SMOOTH = 50
 """Steps that the bold line of the loss is averaged over, at most."""
 
 
-def draw_curves(steps: Sequence[Mapping[str, Any]], judged: Sequence[Mapping[str, Any]], path: Path) -> None:
+def draw_curves(steps: Sequence[Mapping[str, Any]], judged: Sequence[Judged], path: Path) -> None:
     """Loss, accuracy and learning rate over the steps, as a PNG.
 
     Args:
       steps: Entries of ``metrics.jsonl``.
-      judged: Entries of ``evaluations.jsonl``; may be empty.
+      judged: The evaluations; may be none.
       path: The file.
     Raises:
       MissingDependencyError: matplotlib is not installed.
@@ -30,11 +31,11 @@ def draw_curves(steps: Sequence[Mapping[str, Any]], judged: Sequence[Mapping[str
     _noisy(loss, numbers, np.array([step["loss"] for step in steps]), "training")
     _noisy(accuracy, numbers, 100 * np.array([step["accuracy"] for step in steps]), "training")
     for name, label, style in (("", "test", "o-"), ("ema_", "test, averaged weights", "s--")):
-        present = [entry for entry in judged if entry.get(f"{name}accuracy") is not None]
+        present = [one for one in judged if getattr(one, f"{name}accuracy") is not None]
         if present:
-            at = [entry["step"] for entry in present]
-            loss.plot(at, [entry[f"{name}loss"] for entry in present], style, label=label, markersize=4)
-            accuracy.plot(at, [100 * entry[f"{name}accuracy"] for entry in present], style, label=label, markersize=4)
+            at = [one.step for one in present]
+            loss.plot(at, [getattr(one, f"{name}loss") for one in present], style, label=label, markersize=4)
+            accuracy.plot(at, [100 * getattr(one, f"{name}accuracy") for one in present], style, label=label, markersize=4)
     rate.plot(numbers, [step["learning_rate"] for step in steps], color="tab:green")
     for axes, words in ((loss, "cross-entropy"), (accuracy, "accuracy, %"), (rate, "learning rate")):
         axes.set_ylabel(words)

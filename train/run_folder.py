@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from flax_resblock import checkpoint
 from flax_resblock.checkpoint import RUN_FOLDER
@@ -150,13 +150,30 @@ class RunFolder:
         scratch.symlink_to(path.relative_to(self.folder))
         scratch.replace(self.folder / BEST)
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """The run is over: draws its curves and says so."""
+    def finish(self, seconds: float) -> None:
+        """The run is over: draws its curves and sums it up, from what was written down.
+
+        Args:
+          seconds: That it took.
+        """
         self.wait()
-        steps, judged = recorded(self.folder / STEPS), recorded(self.folder / JUDGED)
-        found = best(self.folder)
-        about = {"best_step": found.step, "best_accuracy": found.accuracy} if found else {}
+        steps, judged = recorded(self.folder / STEPS), [Judged(**line) for line in recorded(self.folder / JUDGED)]
         with checkpoint.replacing(self.folder / _CURVES, force=True) as temporary:
             draw_curves(steps, judged, temporary)
+        found, last = best(self.folder), judged[-1] if judged else None
+        summary = {
+            "steps": len(steps),
+            "last_step": steps[-1]["step"],
+            "loss": steps[-1]["loss"],
+            "mean_loss_of_last_10": float(np.mean([step["loss"] for step in steps[-10:]])),
+            "test_accuracy": last and last.accuracy,
+            "test_loss": last and last.loss,
+            "ema_accuracy": last and last.ema_accuracy,
+            "test_accuracy_by_epoch": [one.accuracy for one in judged],
+            "best_step": found and found.step,
+            "best_accuracy": found and found.accuracy,
+            "seconds": round(seconds, 1),
+            "config": asdict(self.config),
+        }
         with checkpoint.replacing(self.folder / SUMMARY, force=True) as temporary:
-            temporary.write_text(json.dumps({**summary, **about, "config": asdict(self.config)}, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

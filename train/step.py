@@ -145,6 +145,8 @@ def make_train_step(
 
     def learn(params: nnx.State, stats: nnx.State, images: jax.Array, labels: jax.Array, mixed: Mixed | None) -> _Learned:
         def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
+            if replicas:  # so that gradients are summed over the devices in the shape of the parameters, not of the activations
+                params = jax.tree.map(lambda leaf: lax.pcast(leaf, AXIS, to="varying"), params)
             # copy=True: the running statistics change inside the gradient's trace, and their variables must belong to it
             model = nnx.merge(graphdef, params, stats, copy=True)
             logits = model(images)

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 import tyro
 
 from flax_resblock import checkpoint
@@ -26,7 +25,7 @@ from flax_resblock.cli.train_start import Start, afresh, fresh_config, initialis
 from flax_resblock.errors import CheckpointError, InputError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from train import History, TrainConfig
+    from train import TrainConfig
 
 
 Preset = Annotated[
@@ -77,6 +76,7 @@ def train(
     """
     try:
         from train import PRESETS, cluster
+        from train.run_folder import SUMMARY
     except ImportError as error:
         raise MissingDependencyError(f"training needs {error.name}, which is not installed: pip install 'flax-resblock[train]'.") from error
     if preset not in PRESETS:
@@ -95,7 +95,7 @@ def train(
                 return _printed(fresh_config(config, reading, optimizer, given))
             out = out or Path("runs") / preset
             resume = _resumed(resume, out)
-            if resume == out and (out / "summary.json").is_file() and not {"epochs", "steps"} & given.keys():
+            if resume == out and (out / SUMMARY).is_file() and not {"epochs", "steps"} & given.keys():
                 output.print(f"the run in {out} is complete; --epochs takes it further", markup=False, soft_wrap=True)
                 return 0
             if resume is not None:
@@ -109,6 +109,8 @@ def train(
                 begin = afresh(config, reading, optimizer, given, strict)
             if print_config:
                 return _printed(begin.config)
+            if resume == out and not (out / SUMMARY).is_file() and _complete(begin):
+                return _summed_up(begin, out, first)
             return _run(begin, out, save_every, keep, scale.devices, first)
     except Exception as error:
         if several:
@@ -116,6 +118,26 @@ def train(
         raise
     finally:
         cluster.leave()
+
+
+def _complete(begin: Start) -> bool:
+    """Whether the last step is done."""
+    from train.data import steps_per_epoch
+    from train.pace import Pace
+
+    steps = steps_per_epoch(begin.splits.train, begin.config.batch_size)
+    return begin.run is not None and Pace.of(begin.run, steps).start == begin.config.end(steps)
+
+
+def _summed_up(begin: Start, out: Path, first: bool) -> int:
+    """Ends a run that was killed between its last checkpoint and its summary."""
+    from train.run_folder import RunFolder
+
+    if first:
+        with RunFolder(out, begin.config) as folder:
+            folder.finish(0.0)
+    output.print(f"the run in {out} was complete but for its summary, which is written now", markup=False, soft_wrap=True)
+    return 0
 
 
 def _end_all(error: Exception) -> None:
@@ -160,7 +182,7 @@ def _run(begin: Start, out: Path, save_every: int | None, keep: int, devices: in
                 where = f" All images of that step: {diverged}."
             raise TrainingError(f"{error}{where} The last good checkpoint: {folder.saved or 'none yet'}.") from error
         if first:
-            folder.finish(_summary(history, time.perf_counter() - started))
+            folder.finish(time.perf_counter() - started)
     done, judged = len(history.steps), history.judged[-1]  # every run ends with an evaluation
     averaged = "" if judged.ema_accuracy is None else f", of the averaged weights {judged.ema_accuracy:.2%}"
     output.print(f"{done} step{'s' if done != 1 else ''}, last loss {history.steps[-1].loss:.4f}, test accuracy {judged.accuracy:.2%}{averaged}")
@@ -234,18 +256,3 @@ def _damage(out: Path) -> str:
     except CheckpointError:
         return f" Remove {found[-1]}, and --resume auto goes on from {found[-2].name}." if len(found) > 1 else " It is the only one of this run; begin again."
     return ""
-
-
-def _summary(history: History, seconds: float) -> dict[str, Any]:
-    """What a finished run leaves behind as JSON."""
-    return {
-        "steps": len(history.steps),
-        "last_step": history.steps[-1].step,
-        "loss": history.steps[-1].loss,
-        "mean_loss_of_last_10": float(np.mean([step.loss for step in history.steps[-10:]])),
-        "test_accuracy": history.judged[-1].accuracy,
-        "test_loss": history.judged[-1].loss,
-        "ema_accuracy": history.judged[-1].ema_accuracy,
-        "test_accuracy_by_epoch": history.test_accuracy,
-        "seconds": round(seconds, 1),
-    }
