@@ -56,7 +56,11 @@ FAMILIES = (
     Family("timm ECA-ResNet", "timm", "d and t", _TIMM, _EQUAL),
     Family("timm ResNet-Blur", "timm", "plain and d, told by config.json or --antialias blur", _TIMM, _EQUAL),
     Family(
-        "Caffe and MSRA", "torchvision", "resnet50_caffe and the others, with --stride-on 1x1 or an OpenMMLab configuration in the file", "torch_ref", _EQUAL
+        "Caffe and MSRA",
+        "torchvision",
+        "resnet50_caffe and the others, with --stride-on 1x1 or an OpenMMLab configuration in the file",
+        "transformers 5.24.0",
+        "the stride placement is that of its downsample_in_bottleneck, proved there; no package with Caffe's own weights was at hand",
     ),
     Family("detectron2", "detectron2", "stem and res2 to res5", "none", _KEYS),
     Family("OpenMMLab", "openmmlab", "mmpretrain classifiers; mmdet backbones, deep stem too", "none", _KEYS),

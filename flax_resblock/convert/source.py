@@ -240,7 +240,7 @@ def target_layout(source: Source, output_format: str, layout: str | None) -> str
         if layout is None or LAYOUTS[layout].hub:
             return layout or "flax"
         if layout != "flax":
-            raise InputError(f"an Orbax folder holds Flax names; --layout {layout} is for .pth and .safetensors.")
+            raise InputError(f"an Orbax folder holds Flax names; --to-layout {layout} is for .pth and .safetensors.")
         return "flax"
     if layout == "flax" and output_format == "pytorch":
         raise InputError("a .pth file holds PyTorch names; use .safetensors or an Orbax folder for layout 'flax'.")
