@@ -1,6 +1,6 @@
 """The preset ``fashion-resnet20`` in JAX and the same recipe in plain PyTorch: same initial weights, same batches, each framework in a process of its own.
 
-    python benchmarks/fashion.py [docs/fashion.png] [--data FOLDER] [--epochs N]
+    python benchmarks/fashion.py [docs/fashion.png] [--data FOLDER] [--epochs N] [--seed N]
 
 Prints both test accuracies after each epoch, and draws both curves.
 """
@@ -84,10 +84,11 @@ def main() -> None:
     parser.add_argument("picture", nargs="?", default="docs/fashion.png")
     parser.add_argument("--data")
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--side", choices=("jax", "torch"), help="only this side, its numbers into the file PICTURE, an .npz")
     options = parser.parse_args()
     config = PRESETS["fashion-resnet20"]
-    config = replace(config, data=options.data or config.data, epochs=options.epochs or config.epochs)
+    config = replace(config, data=options.data or config.data, epochs=options.epochs or config.epochs, seed=options.seed)
     if options.side:
         losses, accuracies = (in_jax if options.side == "jax" else in_torch)(config)
         np.savez(options.picture, losses=losses, accuracies=accuracies)
@@ -96,7 +97,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, side in (("JAX", "jax"), ("PyTorch", "torch")):
             file = Path(folder) / f"{side}.npz"
-            subprocess.run([sys.executable, __file__, str(file), "--side", side, "--data", config.data, "--epochs", str(config.epochs)], check=True)
+            flags = ["--side", side, "--data", config.data, "--epochs", str(config.epochs), "--seed", str(config.seed)]
+            subprocess.run([sys.executable, __file__, str(file), *flags], check=True)
             with np.load(file) as archive:
                 found[name] = archive["losses"], archive["accuracies"]
     draw(found, Path(options.picture))

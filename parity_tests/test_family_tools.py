@@ -45,7 +45,7 @@ def test_a_new_head_leaves_everything_else_alone():
     model.replace_head(7, rngs=nnx.Rngs(1))
     after = flax_resblock.to_torch(model)
     assert after["fc.weight"].shape == (7, 12)
-    assert after["fc.weight"].dtype == before["conv1.weight"].dtype
+    assert after["fc.weight"].dtype == before["conv1.0.weight"].dtype
     assert all(after[key].tobytes() == value.tobytes() for key, value in before.items())
     assert model.config.num_classes == 7
     images = jax.numpy.zeros((2, 33, 33, 3))

@@ -95,7 +95,7 @@ def test_create_names_unknown_options_and_architectures():
         ({"dilated_stages": (1,)}, "stage 1 has no stride"),
         ({"base_width": 128}, "basic block has none"),
         ({"shortcut": "zero_pad", "widths": (64, 32, 64, 64)}, "cannot reduce 64 channels to 32"),
-        ({"stem": "fancy"}, "'imagenet' or 'cifar'"),
+        ({"stem": "fancy"}, "'imagenet', 'deep' or 'cifar'"),
     ],
     ids=str,
 )

@@ -10,6 +10,7 @@ import torch
 import flax_resblock
 import train
 from flax_resblock import CheckpointError, load_run
+from flax_resblock.checkpoint.record import METADATA_DIGEST
 from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2
 from parity_tests import runs
 from parity_tests.runs import DONE, EPOCHS, SPELLINGS, STEPS
@@ -224,6 +225,10 @@ def test_damage_in_the_stored_run_is_found(tmp_path):
         metadata, tensors = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     for name, changed in {"cut": metadata["run"][:-40], "empty": "{}", "a list": "[]"}.items():
         save_file(tensors, tmp_path / "bad.safetensors", metadata={**metadata, "run": changed})
+        with pytest.raises(CheckpointError, match="what it says beside its tensors differs from the SHA-256"):
+            load_run(tmp_path / "bad.safetensors")
+        unsigned = {key: value for key, value in metadata.items() if key != METADATA_DIGEST}
+        save_file(tensors, tmp_path / "bad.safetensors", metadata={**unsigned, "run": changed})
         with pytest.raises(CheckpointError, match="record of the training run is damaged"):
             load_run(tmp_path / "bad.safetensors")
         assert name
