@@ -44,7 +44,7 @@ class EfficientChannelAttention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, C)`` to the same shape."""
-        return x * nnx.sigmoid(self.conv(jnp.mean(x, axis=(1, 2))))[:, None, None, :]
+        return x * nnx.sigmoid(self.conv(jnp.mean(x, axis=(1, 2))[:, None]))[:, :, None, :]
 
 
 def build_attention(config: BlockConfig, layers: Layers) -> SqueezeExcitation | EfficientChannelAttention | None:

@@ -134,13 +134,13 @@ class ChannelConv(nnx.Module):
         self.kernel = nnx.Param(initial_value(kernel_init, rngs, (window, 1, 1), param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, C)`` to ``(N, C)``."""
+        """``(N, 1, C)`` to ``(N, 1, C)``, as ``torch.nn.Conv1d`` has it."""
         kernel = self.kernel[...]
         dtype = self.dtype or jnp.result_type(x, kernel)
         side = kernel.shape[0] // 2
-        rows = x.astype(dtype)[:, :, None]
+        rows = jnp.swapaxes(x.astype(dtype), 1, 2)
         y = lax.conv_general_dilated(rows, jnp.asarray(kernel, dtype), (1,), [(side, side)], dimension_numbers=("NWC", "WIO", "NWC"), precision=self.precision)
-        return y[:, :, 0]
+        return jnp.swapaxes(y, 1, 2)
 
 
 class MaxPool(nnx.Module):

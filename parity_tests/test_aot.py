@@ -123,7 +123,10 @@ def test_fast_mode_is_exactly_what_was_asked_for(target):
     real = "bfloat16" if target.startswith("tpu") else "TF32"
     assert all(finding.sentence.endswith(f"it runs in {real}") for finding in lowered)
     request, outcome = compiled(target)["network"]
-    assert {product.slot for product in program_of(outcome).products if product.precision == ("default", "default")} == {"head"}
+    products = program_of(outcome).products
+    head = {"head"} & {product.slot for product in products}  # v4's compiler makes multiplications and sums of so small a product
+    assert {product.slot for product in products if product.precision == ("default", "default")} == head
+    assert head or target == "tpu:v4"
     request, outcome = compiled(target)["bfloat16"]
     assert {one.dtype for one in program_of(outcome).narrow} == {"bf16"}
 
@@ -174,7 +177,7 @@ def test_slow_arithmetic_costs_cycles():
 @pytest.mark.parametrize("chip", TPUS)
 def test_what_does_not_fit_is_refused_with_the_memory_that_there_is(chip):
     skip_without("tpu")
-    request = request_for(architecture("resnet18"), f"tpu:{chip}", batch=2**16, precision="default")
+    request = request_for(architecture("resnet18"), f"tpu:{chip}", batch=2**19, precision="default")
     (outcome,) = compile_ahead([request])
     assert outcome.program is None
     assert not outcome.fits
