@@ -54,9 +54,12 @@ class Guard:
             yield self.found
         finally:
             self._active = False
-            if CANARY in os.environ or any(CANARY in name for name in os.listdir(self.allowed)):
+            touched = [self.allowed / name for name in os.listdir(self.allowed) if CANARY in name]
+            if CANARY in os.environ or touched:
                 self.found.append("code: the canary was touched")
                 os.environ.pop(CANARY, None)
+                for file in touched:  # so that the next file is not blamed
+                    file.unlink()
 
 
 def forget_peak() -> int:
