@@ -11,7 +11,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,16 +36,7 @@ def in_torch(config: TrainConfig) -> tuple[list[float], list[float]]:
 
     train, test = open_data(config.data)
     steps = steps_per_epoch(train, config.batch_size)
-    network = config.model
-    model = ResNet(
-        depths=network.depths,
-        widths=network.widths,
-        stem=network.stem,
-        stem_width=network.stem_width,
-        shortcut=network.shortcut,
-        in_channels=network.in_channels,
-        num_classes=network.num_classes,
-    )
+    model = ResNet(**asdict(config.model))
     model.load_state_dict({key: torch.from_numpy(value) for key, value in to_torch(new_model(config)).items()})
     optimizer = training.sgd(model, config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov)
     scheduler = training.warmup_cosine(optimizer, warmup_steps=config.warmup(steps), total_steps=config.end(steps), warmup_factor=config.warmup_factor)
