@@ -47,6 +47,16 @@ def pytest_runtest_setup(item):
         pytest.skip(f"no time left: {seconds:g} s are over (FLAX_RESBLOCK_TEST_SECONDS)")
 
 
+@pytest.fixture(autouse=True)
+def _working_directory():
+    """A test that leaves the process in another folder fails, instead of one that comes after it."""
+    before = os.getcwd()
+    yield
+    after = os.getcwd()
+    os.chdir(before)
+    assert after == before
+
+
 @pytest.fixture
 def accelerator_device():
     """jax's first device that is no CPU; skips where there is none."""

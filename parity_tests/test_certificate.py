@@ -204,16 +204,15 @@ def _half(self, text, **_):
 def test_an_interrupt_leaves_a_complete_output_and_no_half_certificate(where, folder, monkeypatch, capsys):
     convert("before.safetensors")
     certified = PATH.read_bytes()
-    if where == "verifying":
-        monkeypatch.setattr("flax_resblock.parity.certify.verify_written", _interrupt)
-    else:
-        monkeypatch.setattr(Path, "write_text", _half)
-    assert run(["convert", "net.pth", "out.safetensors"]) == 130
+    with monkeypatch.context() as patch:
+        if where == "verifying":
+            patch.setattr("flax_resblock.parity.certify.verify_written", _interrupt)
+        else:
+            patch.setattr(Path, "write_text", _half)
+        assert run(["convert", "net.pth", "out.safetensors"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert_whole(folder, certified)
     assert "out.safetensors" not in read_certificate(PATH)
-    monkeypatch.undo()
-    os.chdir(folder)
     convert("out.safetensors", "--force")
     assert [check.status for check in recheck(PATH)] == ["unchanged", "unchanged"]
 

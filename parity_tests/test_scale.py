@@ -14,6 +14,7 @@ import torch
 
 from flax_resblock.errors import InputError
 from parity_tests import preemption, scale
+from parity_tests.support import REPOSITORY
 from train import cluster, data_mesh
 from train.data import Stream
 from train.devices import Placement
@@ -33,7 +34,8 @@ def free_port():
 
 def together(commands, devices=1):
     """Runs commands side by side until all have ended."""
-    processes = [subprocess.Popen(command, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
+    options = {"env": environment(devices), "cwd": REPOSITORY, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **options) for command in commands]
     for process in processes:
         _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error[-3000:]
