@@ -10,8 +10,8 @@ from flax import nnx
 
 from flax_resblock.attention import build_attention
 from flax_resblock.block_config import Antialias, Attention, BlockConfig, Shortcut, StridePlacement
-from flax_resblock.conv import Blur
 from flax_resblock.layers import LayerOptions, Layers
+from flax_resblock.pooling import Blur
 from flax_resblock.shortcuts import build_shortcut
 
 __all__ = ["BottleneckBlock", "LayerOptions", "Layers", "ResidualBlock", "build_block"]

@@ -1,8 +1,8 @@
-"""Convolution and pooling with explicit padding; how a convolution is lowered is decided here and nowhere else."""
+"""Convolution with explicit padding; how it is lowered is decided here and nowhere else."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,54 @@ from flax import nnx
 from jax import lax
 
 from flax_resblock.initializers import Initializer, initial_value, torch_default, uniform_bias
+from flax_resblock.lowering.primitives import DIMENSIONS, Forms, convolution
+from flax_resblock.lowering.switch import Lowering, for_cpu, known
 
 
-def convolve(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, dilation: int, groups: int, precision: lax.PrecisionLike) -> jax.Array:
+class _Case(NamedTuple):
+    """Convolutions that a CPU computes in another form than XLA's own."""
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    channels: int
+    forms: Forms
+    why: str
+
+
+_CASES = (
+    _Case((1,), (1, 2), 1, Forms("pointwise", "pointwise", "pointwise"), "XLA's kernel gradient transposes both operands first: 2 to 8 times as long"),
+    _Case((3,), (1,), 64, Forms("winograd", "winograd", "winograd"), "4/9 of the multiplications; below 64 channels its additions cost more than that saves"),
+    _Case((3,), (2,), 64, Forms("xla", "taps", "taps"), "XLA's input gradient multiplies the zeros between the pixels too, and its kernel gradient transposes"),
+)
+"""The first row that fits decides: kernel size and stride are listed, and input and output have at least so many channels."""
+
+
+def _forms(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, dilation: int, groups: int) -> Forms | None:
+    size = kernel.shape[0]
+    if kernel.shape[1] != size or padding != size // 2 or dilation != 1 or groups != 1 or x.dtype not in (jnp.float32, jnp.float64):
+        return None
+    if not all(isinstance(extent, int) for extent in x.shape[1:]) or 0 in x.shape:
+        return None
+    channels = min(kernel.shape[2:])
+    return next((case.forms for case in _CASES if size in case.kernel and stride in case.strides and channels >= case.channels), None)
+
+
+def _manual_axes(x: jax.Array) -> list[Any]:
+    """The axes of a ``shard_map`` along which ``x`` differs; jax 0.10 has had two names for them."""
+    return [getattr(jax.typeof(x), name, None) for name in ("mat", "vma")]
+
+
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    precision: lax.PrecisionLike,
+    lowering: Lowering = "auto",
+) -> jax.Array:
     """2-d cross-correlation, NHWC by HWIO, ``padding`` pixels on *each* side (``'SAME'`` pads (0, 1) at stride 2 on even sizes; PyTorch pads (1, 1)).
 
     Args:
@@ -21,16 +66,22 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, dila
       stride, padding, dilation: In pixels, equal in both directions.
       groups: Channel groups; output channels are assigned to groups in order, as in PyTorch.
       precision: ``lax.Precision`` of the products; only HIGHEST is float32 on TPU and on CUDA tensor cores.
+      lowering: ``"auto"``: on a CPU, in the form that is fastest for the shapes; elsewhere, and everywhere with ``"xla"``, ``lax.conv_general_dilated``.
     Returns:
       ``(N, H', W', O)`` with ``H' = (H + 2 padding - dilation (kh - 1) - 1) // stride + 1``.
     """
+    forms = None
+    if for_cpu(lowering):
+        forms = _forms(x, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    if forms is not None and _manual_axes(x) == _manual_axes(kernel):
+        return convolution(x, kernel, stride=stride, padding=padding, precision=precision, forms=forms)
     return lax.conv_general_dilated(
         x,
         kernel,
         window_strides=(stride, stride),
         padding=((padding, padding), (padding, padding)),
         rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        dimension_numbers=DIMENSIONS,
         feature_group_count=groups,
         precision=precision,
     )
@@ -50,7 +101,7 @@ class Conv(nnx.Module):
       use_bias: Whether there is a bias; it starts as ``nn.Conv2d`` starts it.
       dtype: Dtype of the computation; None: the promotion of input and kernel.
       param_dtype: Dtype of the kernel at initialisation.
-      precision: See :func:`convolve`.
+      precision, conv_lowering: See :func:`convolve`.
       kernel_init: Default as ``nn.Conv2d`` does.
       rngs: Source of the ``params`` stream; None builds the module without values.
     Raises:
@@ -71,6 +122,7 @@ class Conv(nnx.Module):
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         precision: lax.PrecisionLike = None,
+        conv_lowering: Lowering = "auto",
         kernel_init: Initializer = torch_default,
         rngs: nnx.Rngs | None,
     ) -> None:
@@ -84,6 +136,7 @@ class Conv(nnx.Module):
         self.groups = groups
         self.dtype = dtype
         self.precision = precision
+        self.conv_lowering = known(conv_lowering)
         shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
         self.kernel = nnx.Param(initial_value(kernel_init, rngs, shape, param_dtype))
         fan_in = kernel_size**2 * in_channels // groups
@@ -103,6 +156,7 @@ class Conv(nnx.Module):
             dilation=self.dilation,
             groups=self.groups,
             precision=self.precision,
+            lowering=self.conv_lowering,
         )
         return y if self.bias is None else y + jnp.asarray(self.bias[...], dtype)
 
@@ -141,97 +195,3 @@ class ChannelConv(nnx.Module):
         rows = jnp.swapaxes(x.astype(dtype), 1, 2)
         y = lax.conv_general_dilated(rows, jnp.asarray(kernel, dtype), (1,), [(side, side)], dimension_numbers=("NWC", "WIO", "NWC"), precision=self.precision)
         return jnp.swapaxes(y, 1, 2)
-
-
-class MaxPool(nnx.Module):
-    """Max pooling, equal to ``torch.nn.MaxPool2d``: pads with minus infinity on both sides.
-
-    Args:
-      window, stride, padding: In pixels, square.
-    """
-
-    def __init__(self, window: int, stride: int, padding: int) -> None:
-        self.window = window
-        self.stride = stride
-        self.padding = padding
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, H, W, C)`` to ``(N, H', W', C)``."""
-        pad = (self.padding, self.padding)
-        return nnx.max_pool(x, (self.window, self.window), (self.stride, self.stride), (pad, pad))  # pyright: ignore[reportArgumentType]
-
-
-class AveragePool(nnx.Module):
-    """Mean over ``stride`` by ``stride`` pixels; at the end of an odd size over those that are there.
-
-    Equal to ``torch.nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)``.
-
-    Args:
-      stride: And window, in pixels; 1 copies the input.
-    """
-
-    def __init__(self, stride: int) -> None:
-        self.stride = stride
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, H, W, C)`` to ``(N, ceil(H / stride), ceil(W / stride), C)``."""
-        if self.stride == 1:
-            return x
-        window = (self.stride, self.stride)
-        pads = [(0, -size % self.stride) for size in x.shape[1:3]]
-        return nnx.avg_pool(x, window, window, pads, count_include_pad=False)  # pyright: ignore[reportArgumentType]
-
-
-class Blur(nnx.Module):
-    """The binomial filter ``[1, 2, 1] / 4`` in both directions, with one pixel of reflection on each side (Zhang 2019, arXiv:1904.11486).
-
-    Args:
-      stride: In pixels.
-    """
-
-    def __init__(self, stride: int) -> None:
-        self.stride = stride
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, H, W, C)`` to ``(N, ceil(H / stride), ceil(W / stride), C)``; height and width at least 2."""
-        row = jnp.asarray([0.25, 0.5, 0.25], x.dtype)
-        channels = x.shape[-1]
-        kernel = jnp.broadcast_to((row[:, None] * row)[:, :, None, None], (3, 3, 1, channels))
-        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
-        return convolve(padded, kernel, stride=self.stride, padding=0, dilation=1, groups=channels, precision=lax.Precision.HIGHEST)
-
-
-class Linear(nnx.Module):
-    """Affine map of the last axis, equal to ``torch.nn.Linear`` up to the transposed kernel.
-
-    Attributes:
-      kernel: ``nnx.Param``, ``(in_features, out_features)``.
-      bias: ``nnx.Param``, ``(out_features,)``.
-
-    Args:
-      in_features, out_features: Sizes of the last axis.
-      dtype, param_dtype, precision, rngs: As for :class:`Conv`. Both parameters start as ``nn.Linear`` starts them.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: lax.PrecisionLike = None,
-        rngs: nnx.Rngs | None,
-    ) -> None:
-        self.dtype = dtype
-        self.precision = precision
-        self.kernel = nnx.Param(initial_value(torch_default, rngs, (in_features, out_features), param_dtype))
-        self.bias = nnx.Param(initial_value(uniform_bias(in_features), rngs, (out_features,), param_dtype))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``(..., in_features)`` to ``(..., out_features)``."""
-        kernel, bias = self.kernel[...], self.bias[...]
-        dtype = self.dtype or jnp.result_type(x, kernel, bias)
-        return lax.dot_general(x.astype(dtype), jnp.asarray(kernel, dtype), (((x.ndim - 1,), (0,)), ((), ())), precision=self.precision) + jnp.asarray(
-            bias, dtype
-        )

@@ -11,6 +11,7 @@ from jax import lax
 
 from flax_resblock.conv import ChannelConv, Conv
 from flax_resblock.initializers import INITIALIZERS, Initializer, InitName
+from flax_resblock.lowering.switch import Lowering
 from flax_resblock.norm import BatchNorm
 
 
@@ -21,6 +22,7 @@ class LayerOptions(TypedDict, total=False):
       dtype: Dtype of the computation; None (default): the promotion of input and parameters. Batch statistics stay in float32 at least.
       param_dtype: Dtype of the parameters at initialisation, float32 by default.
       precision: ``lax.Precision`` of convolutions and products; for true float32 on TPU and GPU use ``lax.Precision.HIGHEST``.
+      conv_lowering: ``"auto"`` (default) or ``"xla"``; see :func:`flax_resblock.conv_lowering`.
       eps, momentum, axis_name: See :class:`flax_resblock.BatchNorm`.
       init: ``"torch_default"`` as a bare ``nn.Conv2d`` (default of a block) or ``"kaiming_fan_out"`` (default of a network).
       zero_init_residual: Start the last norm's scale of every block at zero (Goyal et al. 2017); False by default, as in torchvision.
@@ -29,6 +31,7 @@ class LayerOptions(TypedDict, total=False):
     dtype: Any
     param_dtype: Any
     precision: lax.PrecisionLike
+    conv_lowering: Lowering
     eps: float
     momentum: float | None
     axis_name: Hashable | None
@@ -59,6 +62,7 @@ class Layers:
             groups=groups,
             use_bias=use_bias,
             precision=self.options.get("precision"),
+            conv_lowering=self.options.get("conv_lowering", "auto"),
             kernel_init=self._kernel_init(),
             rngs=self.rngs,
             **self.shared,

@@ -7,6 +7,7 @@ estimate, computes the variance as ``E[x^2] - E[x]^2``, counts momentum the othe
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from flax import nnx
 from jax import lax
 
 from flax_resblock.initializers import initial_value
+from flax_resblock.lowering.switch import for_cpu
 
 
 class Moments(NamedTuple):
@@ -75,6 +77,45 @@ def batch_moments(x: jax.Array, *, axis_name: Hashable | None = None) -> Moments
     rest = mean_over_batch(centred)
     biased_var = jnp.maximum(mean_over_batch(jnp.square(centred)) - jnp.square(rest), 0)
     return Moments(shift + rest, biased_var, biased_var * (n / (n - 1)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalised_by_batch(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> tuple[jax.Array, Moments]:
+    r"""Normalises by the batch's own moments, with a gradient that needs two sums over the batch.
+
+    .. math:: dx = \frac{scale}{\sigma} \left(dy - \overline{dy} - \hat x\; \overline{dy\, \hat x}\right)
+
+    The gradient that jax derives has four, each of which is a pass over memory on a CPU. No gradient flows into the moments.
+
+    Args:
+      x: ``(..., C)``, float32 or wider, as ``scale`` and ``bias`` ``(C,)``.
+      eps: Added to the variance.
+    """
+    return _forward(x, scale, bias, eps)[0]
+
+
+def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> tuple[tuple[jax.Array, Moments], tuple[jax.Array, ...]]:
+    moments = batch_moments(x)
+    inverse = lax.rsqrt(moments.biased_var + eps)
+    return ((x - moments.mean) * (inverse * scale) + bias, moments), (x, moments.mean, inverse, scale)
+
+
+def _backward(eps: float, kept: tuple[jax.Array, ...], cotangents: tuple[jax.Array, Moments]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, mean, inverse, scale = kept
+    dy, n = cotangents[0], x.size // x.shape[-1]
+    centred = x - mean
+    total, along = _channel_sum(dy), _channel_sum(dy * centred)
+    dx = (scale * inverse) * (dy - total / n - centred * (jnp.square(inverse) * along / n))
+    return dx, along * inverse, total
+
+
+normalised_by_batch.defvjp(_forward, _backward)
+
+
+def _channel_sum(values: jax.Array) -> jax.Array:
+    """``(..., C)`` to ``(C,)``, in the two steps of :func:`per_channel`."""
+    rows = lax.optimization_barrier(jnp.sum(values, axis=-2)) if values.ndim > 2 else values
+    return jnp.sum(rows, axis=tuple(range(rows.ndim - 1)))
 
 
 class BatchNorm(nnx.Module):
@@ -147,6 +188,10 @@ class BatchNorm(nnx.Module):
             use_running_average = self.use_running_average
         if use_running_average:
             mean, var = self.mean[...], self.var[...]
+        elif self.axis_name is None and for_cpu():
+            y, moments = normalised_by_batch(*(jnp.asarray(value, compute_dtype) for value in (x, scale, bias)), self.eps)
+            self._track(moments)
+            return y.astype(out_dtype)
         else:
             moments = batch_moments(x, axis_name=self.axis_name)
             mean, var = moments.mean, moments.biased_var

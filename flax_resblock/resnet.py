@@ -11,7 +11,9 @@ from flax import nnx
 
 from flax_resblock.architecture import Config, ResNetConfig, architecture
 from flax_resblock.blocks import BottleneckBlock, LayerOptions, Layers, ResidualBlock, build_block
-from flax_resblock.conv import Blur, Conv, Linear, MaxPool
+from flax_resblock.conv import Conv
+from flax_resblock.linear import Linear
+from flax_resblock.pooling import Blur, MaxPool
 
 
 class BlurredMaxPool(nnx.Module):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_resblock.block_config import BlockConfig
-from flax_resblock.conv import AveragePool
 from flax_resblock.layers import Layers
+from flax_resblock.pooling import AveragePool
 
 
 class IdentityShortcut(nnx.Module):

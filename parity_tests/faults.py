@@ -15,9 +15,11 @@ from torch.nn import functional as F
 
 from flax_resblock import BlockConfig, ResNetConfig
 from flax_resblock.blocks import ResidualBlock
-from flax_resblock.conv import Conv, Linear, MaxPool
+from flax_resblock.conv import Conv
+from flax_resblock.linear import Linear
 from flax_resblock.norm import BatchNorm, batch_moments
 from flax_resblock.parity.twins import Twins
+from flax_resblock.pooling import MaxPool
 from flax_resblock.resnet import ResNet, StemLayers
 from torch_ref import BasicBlock
 

@@ -10,7 +10,7 @@ from scipy import stats
 import torch_ref
 from flax_resblock import BlockConfig, BottleneckBlock, ResidualBlock, ResNetConfig, architectures, create
 from flax_resblock.architecture import architecture, from_json, to_json, walk
-from flax_resblock.conv import Linear
+from flax_resblock.linear import Linear
 from flax_resblock.resnet import ResNet
 
 SIGNIFICANT = 1e-4

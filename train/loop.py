@@ -27,7 +27,7 @@ from train.evaluation import evaluate_state, with_head
 from train.pace import Pace, Rates, new_run
 from train.progress import TrainingProgress
 from train.reports import History, Judged, Saver, Step
-from train.step import Metrics, Mixed, TrainState, make_train_step, split
+from train.step import Leaves, Metrics, Mixed, TrainState, make_train_step, split
 
 
 def new_model(config: TrainConfig) -> ResNet:
@@ -101,6 +101,7 @@ def fit(
         replicas=config.batch_norm == "replica" and placement.devices > 1,
         mesh=mesh,
     )
+    leaves = Leaves(state)
     history = History()
     several = placement.shard[1] > 1
     with TrainingProgress((end - pace.start) * config.batch_size, -(-end // steps), shown=progress) as bar:
@@ -131,7 +132,7 @@ def fit(
             for number, batch in zip(range(pace.start, end), coming, strict=False):
                 rates, done = pace.rates(number), number + 1
                 flag = placement.spread(np.full(placement.devices // placement.shard[1], asked(), np.int32)) if several else None
-                state, metrics = train_step(state, *_on_devices(batch, config.accumulate, placement, rates), flag)
+                metrics = train_step.advance(leaves, *_on_devices(batch, config.accumulate, placement, rates), flag)
                 stopped = pending is not None and reported(pending)  # while this step is computed
                 if not several:
                     stopped = asked()
@@ -141,18 +142,19 @@ def fit(
                     continue
                 reported(pending)
                 pending = None
-                judged = _judge(graphdef, state, test, config, placement, done, steps) if judging and test is not None else None
+                judged = _judge(graphdef, leaves.state, test, config, placement, done, steps) if judging and test is not None else None
                 if judged is not None:
                     history.judged.append(judged)
                     if on_judged is not None:
                         on_judged(judged)
                 if saver is not None and (stopped or done == end or saver.due(done, judged)):
-                    saver.save(*_copies(graphdef, state, pace.after(done)))
+                    saver.save(*_copies(graphdef, leaves.state, pace.after(done)))
                 if stopped and done < end:
                     raise Stopped(done)
+    state = leaves.state
     params, stats = on_host((state.params, state.stats)) if several else (state.params, state.stats)
     nnx.update(network, params, stats)
-    _, history.run = _copies(graphdef, state, pace.after(end))
+    _, history.run = _copies(graphdef, leaves.state, pace.after(end))
     return history
 
 

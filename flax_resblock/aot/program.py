@@ -17,6 +17,7 @@ from flax_resblock.aot.request import Request
 from flax_resblock.aot.slots import named_slots
 from flax_resblock.architecture import ResNetConfig
 from flax_resblock.errors import InputError
+from flax_resblock.lowering.switch import conv_lowering
 from flax_resblock.resnet import build
 
 AXIS = "batch"
@@ -106,7 +107,7 @@ def lower(request: Request, devices: Sequence[Any]) -> Any:
     if request.exported and len(devices) > 1:
         raise InputError(f"an exported network runs on one device; choose a target with one, such as tpu:v5e:1x1 or cuda:h100, instead of {request.target}.")
     mesh = Mesh(np.array(devices), (AXIS,))
-    with jax.default_matmul_precision(request.precision):
+    with jax.default_matmul_precision(request.precision), conv_lowering("xla"):  # as on a host of that device, though this one may have a CPU alone
         if request.exported:
             return _lower_exported(request, mesh)
         return _lower_forward(request, mesh) if request.what == "forward" else _lower_step(request, mesh)

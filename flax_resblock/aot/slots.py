@@ -10,7 +10,8 @@ import jax
 from flax import nnx
 
 from flax_resblock.aot.hlo import SLOT
-from flax_resblock.conv import Conv, Linear
+from flax_resblock.conv import Conv
+from flax_resblock.linear import Linear
 from flax_resblock.norm import BatchNorm
 
 _LAYERS = (Conv, Linear, BatchNorm)
