@@ -32,7 +32,8 @@ _CASES = (
 """The first row that fits decides: kernel size and stride are listed, and input and output have at least so many channels."""
 
 
-def _forms(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, dilation: int, groups: int) -> Forms | None:
+def forms_of(x: Any, kernel: Any, *, stride: int, padding: int, dilation: int, groups: int) -> Forms | None:
+    """How a CPU computes a convolution, from shapes and dtypes alone; None: as XLA does. Arguments as for :func:`convolve`."""
     size = kernel.shape[0]
     if kernel.shape[1] != size or padding != size // 2 or dilation != 1 or groups != 1 or x.dtype not in (jnp.float32, jnp.float64):
         return None
@@ -72,7 +73,7 @@ def convolve(
     """
     forms = None
     if for_cpu(lowering):
-        forms = _forms(x, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups)
+        forms = forms_of(x, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups)
     if forms is not None and _manual_axes(x) == _manual_axes(kernel):
         return convolution(x, kernel, stride=stride, padding=padding, precision=precision, forms=forms)
     return lax.conv_general_dilated(
