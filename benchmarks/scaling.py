@@ -136,9 +136,9 @@ def in_child(name: str) -> dict[str, Any]:
     """:func:`compile_one` in a process with the compilers' environment; ends this program where it fails."""
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(COMPILERS)])}
     environment.pop("XLA_FLAGS", None)
-    done = subprocess.run([sys.executable, __file__, "--compile", name], env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, __file__, "--compile", name], env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"compiling {name!r} ended with status {done.returncode}; what the compiler said is above.")
+        raise SystemExit(f"{done.stderr.strip()}\ncompiling {name!r} ended with status {done.returncode}; what the compiler said is above.")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -198,7 +198,7 @@ def decode_rate() -> tuple[float, int]:
 
 
 def step_seconds(what: str, batch: int) -> float:
-    """Of one run of the program on this CPU, float32, with random values."""
+    """Of one run of the program on this CPU as XLA lowers it, float32, with random values."""
     import jax
 
     from flax_resblock.aot.program import lower
@@ -255,10 +255,15 @@ def main() -> None:
         os._exit(0)  # the compilers' threads need no farewell
     if not options.document.exists():
         parser.error(f"{options.document} does not exist; the tables are written into a document that has <!-- table NAME --> lines.")
-    figures = json.loads(options.figures.read_text(encoding="utf-8")) if options.figures.exists() else {"programs": {}}
+    try:
+        figures = json.loads(options.figures.read_text(encoding="utf-8")) if options.figures.exists() else {"programs": {}}
+    except ValueError as error:
+        parser.error(f"{options.figures} is no JSON ({error}); remove it to obtain all figures anew.")
 
-    def keep() -> None:
-        options.figures.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    def keep() -> None:  # whole or not at all: an interrupt may come at any moment
+        part = options.figures.with_suffix(".part")
+        part.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        part.replace(options.figures)
 
     again = set(PROGRAMS) | {"measured"} if "all" in options.again else set(options.again)
     if "measured" in again or "measured" not in figures:
@@ -281,4 +286,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; run it again to go on with the next figure", file=sys.stderr)
+        sys.exit(130)
