@@ -95,7 +95,19 @@ class Program:
 
 
 @dataclass(frozen=True)
-class _Instruction:
+class Instruction:
+    """One line of a program.
+
+    Attributes:
+      name: Of its value.
+      type: Of its value, with layout: ``"f32[64]{0:T(128)S(1)}"``, or several in parentheses.
+      opcode: ``"fusion"`` ...
+      operands: Names of the values it takes.
+      text: The whole line.
+      entry: Whether it belongs to the computation that is run, and not to one that is called from there.
+      types: Of the values of the same computation, by name.
+    """
+
     name: str
     type: str
     opcode: str
@@ -103,10 +115,10 @@ class _Instruction:
     text: str
     entry: bool
     types: dict[str, str]
-    """Types of the values of the same computation, by name."""
 
     @property
     def scope(self) -> str:
+        """``op_name`` of its metadata: what the traced program calls the operation, with :data:`SLOT` where a layer has one."""
         found = _SCOPE.search(self.text)
         return found[1] if found else ""
 
@@ -117,7 +129,8 @@ def slot_of(scope: str) -> str:
     return found[-1] if found else ""
 
 
-def _instructions(text: str) -> Iterator[_Instruction]:
+def instructions(text: str) -> Iterator[Instruction]:
+    """Every instruction of optimised HLO, in order."""
     types: dict[str, str] = {}
     entry = False
     for line in text.splitlines():
@@ -129,7 +142,7 @@ def _instructions(text: str) -> Iterator[_Instruction]:
         if found:
             types[found["name"]] = found["type"]
             inside = found["rest"].split("), ")[0]
-            yield _Instruction(found["name"], found["type"], found["opcode"], tuple(_OPERAND.findall(inside)), line, entry, types)
+            yield Instruction(found["name"], found["type"], found["opcode"], tuple(_OPERAND.findall(inside)), line, entry, types)
 
 
 def _arrays(type_text: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -142,7 +155,7 @@ def _bytes(kind: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * bits // 8
 
 
-def _is_product(instruction: _Instruction) -> bool:
+def _is_product(instruction: Instruction) -> bool:
     if instruction.opcode == "custom-call":
         target = _CALL_TARGET.search(instruction.text)
         return target is not None and target[1].startswith(("__cudnn$conv", "__cublas"))
@@ -157,7 +170,7 @@ def _precision(text: str) -> tuple[str, str]:
     return (found[1].lower(), found[2].lower()) if found else ("default", "default")
 
 
-def _product(instruction: _Instruction) -> Product:
+def _product(instruction: Instruction) -> Product:
     scope = instruction.scope
     kinds = [_arrays(instruction.types.get(name, ""))[:1] for name in instruction.operands[:2]]
     operands = [found[0][0] if found else "" for found in kinds] + ["", ""]
@@ -171,7 +184,7 @@ def _product(instruction: _Instruction) -> Product:
     )
 
 
-def _collective(instruction: _Instruction) -> Collective | None:
+def _collective(instruction: Instruction) -> Collective | None:
     kind = instruction.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
@@ -191,7 +204,7 @@ def read(text: str) -> Program:
     products, collectives, cycles = [], [], 0
     narrow: Counter[tuple[str, str]] = Counter()
     count = 0
-    for count, instruction in enumerate(_instructions(text), start=1):  # noqa: B007
+    for count, instruction in enumerate(instructions(text), start=1):  # noqa: B007
         if _is_product(instruction):
             products.append(_product(instruction))
         collective = _collective(instruction)
