@@ -123,9 +123,9 @@ class CompiledInference:
 def compile_inference(model: Model, example: Any) -> CompiledInference:
     """A function for inference alone, as fast as this machine's compiler makes it.
 
-    Norms are folded into the convolutions (see :func:`flax_resblock.fold.fold_batch_norm` and ``docs/export.md`` for what that does to the last bits), on a CPU
-    the kernels of Winograd convolutions are transformed now and not at each call, and the example's batch size is compiled at once. Other batch sizes are filled
-    up to the next power of two, or cut.
+    Norms are folded into the convolutions (see :func:`flax_resblock.fold.fold_batch_norm` and ``docs/export.md`` for what that does to the last bits). On a
+    CPU the kernels of Winograd convolutions are transformed now and not at each call. The example's batch size is compiled at once; other sizes are filled up
+    to the next power of two, or cut.
 
     Args:
       model: Evaluated in evaluation mode, whatever its mode; does not change, and later changes to it are not seen.

@@ -25,20 +25,25 @@ ALLOWED: dict[str, set[str]] = {
     "flax_resblock/__init__.py": {"flax_resblock"},
     "flax_resblock/__main__.py": {"flax_resblock.cli"},
     "flax_resblock/initializers.py": JAX,
-    "flax_resblock/norm.py": JAX | {"flax_resblock.initializers"},
-    "flax_resblock/conv.py": JAX | {"flax_resblock.initializers"},
-    "flax_resblock/layers.py": JAX | {f"flax_resblock.{m}" for m in ("conv", "initializers", "norm")},
+    "flax_resblock/lowering": JAX | {"flax_resblock.lowering"},
+    "flax_resblock/norm.py": JAX | {f"flax_resblock.{m}" for m in ("initializers", "lowering")},
+    "flax_resblock/conv.py": JAX | {f"flax_resblock.{m}" for m in ("initializers", "lowering")},
+    "flax_resblock/linear.py": JAX | {"flax_resblock.initializers"},
+    "flax_resblock/pooling.py": JAX | {"flax_resblock.conv"},
+    "flax_resblock/layers.py": JAX | {f"flax_resblock.{m}" for m in ("conv", "initializers", "lowering", "norm")},
     "flax_resblock/attention.py": JAX | {f"flax_resblock.{m}" for m in ("block_config", "layers")},
-    "flax_resblock/shortcuts.py": JAX | {f"flax_resblock.{m}" for m in ("block_config", "conv", "layers")},
-    "flax_resblock/blocks.py": JAX | {f"flax_resblock.{m}" for m in ("attention", "block_config", "conv", "layers", "shortcuts")},
-    "flax_resblock/resnet.py": JAX | {f"flax_resblock.{m}" for m in ("architecture", "blocks", "conv")},
+    "flax_resblock/shortcuts.py": JAX | {f"flax_resblock.{m}" for m in ("block_config", "layers", "pooling")},
+    "flax_resblock/blocks.py": JAX | {f"flax_resblock.{m}" for m in ("attention", "block_config", "layers", "pooling", "shortcuts")},
+    "flax_resblock/resnet.py": JAX | {f"flax_resblock.{m}" for m in ("architecture", "blocks", "conv", "linear", "pooling")},
     "flax_resblock/optimizers.py": JAX | {f"flax_resblock.{m}" for m in ("architecture", "convert")},
     "flax_resblock/linen.py": JAX | {f"flax_resblock.{m}" for m in ("architecture", "resnet", "transfer")},
     "flax_resblock/transfer.py": JAX | {"flax_resblock"},
-    "flax_resblock/aot": JAX | {f"flax_resblock.{m}" for m in ("aot", "architecture", "conv", "errors", "export", "norm", "resnet")},
+    "flax_resblock/aot": JAX | {f"flax_resblock.{m}" for m in ("aot", "architecture", "conv", "errors", "export", "linear", "lowering", "norm", "resnet")},
     "flax_resblock/aot/hlo.py": set(),
     "flax_resblock/export.py": JAX | {"flatbuffers", "safetensors", "flax_resblock"},
     "flax_resblock/fold.py": JAX | {"flax_resblock"},
+    "flax_resblock/inference.py": JAX | {"flax_resblock"},
+    "flax_resblock/bench": JAX | {"torch", "safetensors", "train", "rich", "matplotlib", "flax_resblock"},
     "flax_resblock/convert": ARRAYS | {f"flax_resblock.{m}" for m in ("architecture", "checkpoint", "convert", "errors", "schedules", "__version__")},
     "flax_resblock/checkpoint": ARRAYS | {"safetensors", "flax_resblock.checkpoint", "flax_resblock.errors"},
     "flax_resblock/checkpoint/torch_file.py": ARRAYS | {"torch", "flax_resblock.checkpoint", "flax_resblock.errors"},
@@ -53,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "train/records.py": {"tensorboardX", "flax_resblock.checkpoint", "flax_resblock.errors", "train.reports"},
     "train/data": ARRAYS | {"PIL", "absl", "grain", "sklearn", "flax_resblock.errors", "train.data"},
 }
-NEVER_ELSEWHERE = {"flax_resblock.cli": "flax_resblock/cli", "flax_resblock.parity": ("flax_resblock/parity", "flax_resblock/cli")}
+NEVER_ELSEWHERE = {"flax_resblock.cli": "flax_resblock/cli", "flax_resblock.parity": ("flax_resblock/bench", "flax_resblock/parity", "flax_resblock/cli")}
 
 
 def imports(source: str) -> set[str]:

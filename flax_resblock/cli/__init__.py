@@ -27,6 +27,7 @@ Every command takes --help; --traceback shows where an error came from."""
 def commands() -> dict[str, Callable[..., int]]:
     """The subcommands by name; their modules import jax and torch only when they run."""
     from flax_resblock.cli.aot import aot
+    from flax_resblock.cli.bench import bench
     from flax_resblock.cli.convert import convert
     from flax_resblock.cli.demo import demo
     from flax_resblock.cli.export import export
@@ -35,7 +36,7 @@ def commands() -> dict[str, Callable[..., int]]:
     from flax_resblock.cli.train import train
     from flax_resblock.cli.verify import verify
 
-    return {command.__name__: command for command in (demo, inspect, convert, verify, train, predict, export, aot)}
+    return {command.__name__: command for command in (demo, inspect, convert, verify, train, predict, export, aot, bench)}
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -125,6 +125,10 @@ def _class_names(file: Path | None, labels: Sequence[str], count: int) -> list[s
     return names
 
 
+AT_ONCE = 32
+"""Images that are computed together."""
+
+
 @dataclass(frozen=True)
 class _Network:
     """What predicts: a checkpoint, or an exported network.
@@ -144,7 +148,7 @@ class _Network:
     notes: tuple[str, ...] = ()
 
 
-def _open(path: Path, reading: ReadingFlags, image_size: int | None, allow_nonfinite: bool) -> _Network:
+def _open(path: Path, reading: ReadingFlags, image_size: int | None, allow_nonfinite: bool, exact: bool) -> _Network:
     if (path / MANIFEST).is_file():
         return _open_exported(path, image_size)
     source = reading.open(path)
@@ -154,10 +158,14 @@ def _open(path: Path, reading: ReadingFlags, image_size: int | None, allow_nonfi
         import jax
         from flax import nnx
 
+        from flax_resblock.inference import compile_inference
         from flax_resblock.transfer import to_model
 
-        graphdef, state = nnx.split(to_model(source))
+        model = to_model(source)
         with jax.default_matmul_precision("highest"):
+            if not exact:
+                return compile_inference(model, images[:AT_ONCE])(images)
+            graphdef, state = nnx.split(model)
             return jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, images)
 
     return _Network(source.config, forward, _sized(preprocessing_of(source), image_size), source.hub.labels if source.hub else (), source.notes)
@@ -189,6 +197,7 @@ def predict(
     std: tuple[float, ...] | None = None,
     image_size: int | None = None,
     logits: Path | None = None,
+    exact: bool = False,
     force: bool = False,
     allow_nonfinite: bool = False,
 ) -> int:
@@ -204,6 +213,7 @@ def predict(
       std: Of the channels.
       image_size: Side of the square that images are brought to; by default 224 (centre crop) for ImageNet stems, 32 for small ones.
       logits: Also write the logits (N, classes) to this .npy file.
+      exact: Leave the batch norms as they are instead of folding them into the convolutions: slower, and the last bits are those of the model and its export.
       force: Replace that file if it exists.
       allow_nonfinite: Use the checkpoint even if it holds NaN, infinities or negative variances.
     """
@@ -215,7 +225,7 @@ def predict(
         raise InputError(f"--top {top} and --image-size {image_size} must be positive.")
     if logits is not None:
         refuse_existing(logits, force)
-    network = _open(checkpoint, reading, image_size, allow_nonfinite)
+    network = _open(checkpoint, reading, image_size, allow_nonfinite, exact)
     config = network.config
     if not isinstance(config, ResNetConfig) or config.num_classes is None:
         raise InputError(f"{checkpoint} is a {name_of(config)} without a classification head; predict needs a network with logits.")

@@ -1,0 +1,1 @@
+"""Both frameworks side by side: the same weights, the same batches, equal threads, turn by turn, each in a process of its own."""

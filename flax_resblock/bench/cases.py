@@ -1,0 +1,85 @@
+"""What is timed, and who takes part: rows of data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+What = Literal["train-step", "forward", "inference", "conversion"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time.
+
+    Attributes:
+      what: ``"train-step"``: loss, gradients, SGD with momentum; ``"forward"``: evaluation mode, every layer as it is; ``"inference"``: each side's own
+        preparation for inference, before the clock starts; ``"conversion"``: from a file to arrays on the device.
+      architecture: A name of :func:`flax_resblock.architectures`, or ``"block"``: one residual block of 64 channels.
+      image_size: Side of the square images (of the block: activations), in pixels; up to 64 the network has the stem for small images.
+      batch: Images.
+    """
+
+    what: What
+    architecture: str
+    image_size: int
+    batch: int
+
+    @property
+    def title(self) -> str:
+        """``"train-step resnet18 32x32 batch 32"``."""
+        return self.what + f" {self.architecture}" + ("" if self.what == "conversion" else f" {self.image_size}x{self.image_size} batch {self.batch}")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to do it.
+
+    Attributes:
+      name: In tables.
+      side: ``"torch"`` or ``"jax"``.
+      how: What its worker makes of it.
+    """
+
+    name: str
+    side: Literal["torch", "jax"]
+    how: str
+
+
+_EVERY = (
+    Contestant("PyTorch eager", "torch", "eager"),
+    Contestant("torch.compile", "torch", "compile"),
+    Contestant("flax-resblock", "jax", "auto"),
+    Contestant("plain XLA", "jax", "xla"),
+)
+
+CONTESTANTS: dict[What, tuple[Contestant, ...]] = {
+    "train-step": _EVERY,
+    "forward": _EVERY,
+    "inference": (
+        Contestant("PyTorch eager, fused", "torch", "eager"),
+        Contestant("torch.compile, frozen", "torch", "compile"),
+        Contestant("flax-resblock", "jax", "auto"),
+        Contestant("plain XLA", "jax", "xla"),
+    ),
+    "conversion": (
+        Contestant("torch.load, load_state_dict", "torch", "eager"),
+        Contestant("flax-resblock", "jax", "auto"),
+        Contestant("copy of the bytes", "jax", "copy"),
+    ),
+}
+"""The first is the one that others are compared with."""
+
+QUICK = (Case("train-step", "resnet18", 32, 32), Case("inference", "resnet18", 32, 8))
+
+FULL = (
+    Case("train-step", "resnet18", 32, 32),
+    Case("train-step", "resnet18", 32, 128),
+    Case("train-step", "resnet50", 224, 8),
+    Case("train-step", "block", 32, 32),
+    Case("forward", "resnet18", 32, 32),
+    Case("forward", "resnet50", 224, 8),
+    Case("forward", "block", 32, 32),
+    *(Case("inference", name, size, batch) for name, size in (("resnet18", 32), ("resnet50", 224)) for batch in (1, 8, 32)),
+    Case("conversion", "resnet50", 224, 1),
+)

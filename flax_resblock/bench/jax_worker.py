@@ -1,0 +1,126 @@
+"""JAX's side: ``python -m flax_resblock.bench.jax_worker TASK``. It never imports torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import flax_resblock
+from flax_resblock.bench.worker import Task, batch_of, serve
+from flax_resblock.inference import compile_inference
+from flax_resblock.lowering.switch import compiler_options, conv_lowering
+from flax_resblock.resnet import ResNet
+from train.pace import Rates
+from train.step import Leaves, make_train_step, split
+
+LEARNING_RATE, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
+
+
+class _Sgd:
+    """The same update as ``torch.optim.SGD`` with momentum and decay."""
+
+    def __init__(self) -> None:
+        self._chain = optax.chain(optax.add_decayed_weights(DECAY), optax.trace(MOMENTUM), optax.scale(-LEARNING_RATE))
+
+    def init(self, params: Any) -> Any:
+        return self._chain.init(params)
+
+    def update(self, gradients: Any, state: Any, params: Any, **_: Any) -> Any:
+        return self._chain.update(gradients, state, params)
+
+
+def train_step(task: Task) -> Callable[[], float]:
+    """The step of :mod:`train`, as ``flax-resblock train`` runs it; of a bare block, the same with the mean square as loss."""
+    model = flax_resblock.load(task.weights)
+    images, labels = (jnp.asarray(array) for array in batch_of(task.case))
+    optimizer: Any = _Sgd()
+    if isinstance(model, ResNet):
+        graphdef, state = split(model, optimizer)
+        step, leaves = make_train_step(graphdef, optimizer), Leaves(state)
+        rates = Rates(np.zeros(1, np.float32))
+        return lambda: float(step.advance(leaves, images, labels, rates).loss)
+    return _block_step(model, optimizer, images)
+
+
+def _block_step(model: nnx.Module, optimizer: Any, images: jax.Array) -> Callable[[], float]:
+    model.train()
+    graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    leaves, structure = jax.tree.flatten((params, stats, optimizer.init(params)))
+
+    def step(leaves: list[jax.Array], images: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        params, stats, state = jax.tree.unflatten(structure, leaves)
+
+        def loss_of(params: Any) -> Any:
+            block = nnx.merge(graphdef, params, stats, copy=True)
+            return jnp.mean(jnp.square(block(images))), nnx.state(block, nnx.BatchStat)
+
+        (loss, new), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return jax.tree.leaves((optax.apply_updates(params, updates), new, state)), loss
+
+    compiled = jax.jit(step, donate_argnums=0, compiler_options=compiler_options() or None)
+    held = [[jnp.array(leaf, copy=True) for leaf in leaves]]
+
+    def run() -> float:
+        held[0], loss = compiled(held[0], images)
+        return float(loss)
+
+    return run
+
+
+def forward(task: Task) -> Callable[[], jax.Array]:
+    """In evaluation mode; for inference as :func:`flax_resblock.compile_inference` prepares it."""
+    model = flax_resblock.load(task.weights)
+    images = jnp.asarray(batch_of(task.case)[0])
+    if task.case.what == "inference" and task.how == "auto":
+        compiled = compile_inference(model, images)
+        return lambda: jax.block_until_ready(compiled(images))
+    graphdef, state = nnx.split(model)
+    leaves, structure = jax.tree.flatten(state)
+    evaluate = jax.jit(
+        lambda leaves, images: nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))(images, use_running_average=True),
+        compiler_options=compiler_options() or None,
+    )
+    return lambda: jax.block_until_ready(evaluate(leaves, images))
+
+
+def conversion(task: Task) -> Callable[[], Any]:
+    """From PyTorch's names and layout in a file to a model on the device; or the least that this can be, its bytes copied in memory."""
+    path = task.weights
+    if task.how == "copy":
+        from safetensors.numpy import load_file
+
+        tensors = load_file(path)
+        return lambda: {name: np.copy(tensor) for name, tensor in tensors.items()}
+
+    def load() -> Any:
+        return jax.block_until_ready(jax.tree.leaves(nnx.state(flax_resblock.load(path))))
+
+    return load
+
+
+def _total(tensors: Any) -> float:
+    return float(sum(np.asarray(leaf, np.float64).sum() for leaf in jax.tree.leaves(tensors)))
+
+
+def main() -> None:
+    """Serves one task."""
+    task = Task.of(sys.argv[1])
+    with conv_lowering("xla" if task.how == "xla" else "auto"):
+        if task.case.what == "train-step":
+            serve(task.threads, lambda: train_step(task), float)
+        elif task.case.what == "conversion":
+            serve(task.threads, lambda: conversion(task), _total)
+        else:
+            serve(task.threads, lambda: forward(task), lambda outputs: float(np.abs(np.asarray(outputs, np.float64)).mean()))
+
+
+if __name__ == "__main__":
+    main()

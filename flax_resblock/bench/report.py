@@ -1,0 +1,103 @@
+"""Tables, JSON and a picture of what was timed."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from flax_resblock.bench.cases import Case
+from flax_resblock.bench.run import Result
+from flax_resblock.errors import MissingDependencyError
+
+MEBI = 1 << 20
+
+
+def machine() -> dict[str, Any]:
+    """Name, cores, memory and versions: what a time means nothing without."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    versions = {package: metadata.version(package) for package in ("jax", "jaxlib", "flax", "torch", "numpy")}
+    return {"cpu": name, "cores": os.cpu_count(), "memory_bytes": memory, "python": platform.python_version(), "versions": versions}
+
+
+def sentence(found: dict[str, Any]) -> str:
+    """The machine in a line."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"{found['cpu']}, {found['cores']} cores, {found['memory_bytes'] / (1 << 30):.0f} GiB; Python {found['python']}, {versions}"
+
+
+def table(case: Case, results: Sequence[Result]) -> Table:
+    """One row per contestant: medians with quartiles; seconds until the first result, and of a process that finds it compiled; memory."""
+    found = Table(title=case.title, title_justify="left")
+    found.add_column("", no_wrap=True)
+    for column in ("ms", "ratio", "first s", "cached s", "peak MiB"):
+        found.add_column(column, justify="right", no_wrap=True)
+    for result in results:
+        if result.failed:
+            found.add_row(result.contestant, "failed")
+            continue
+        low, middle, high = (1e3 * value for value in result.quartiles(result.rounds))
+        ratio = result.quartiles(result.ratios)
+        cached = "" if result.cached is None else f"{result.cached:.1f}"
+        times = f"{middle:.4g} ({low:.4g}-{high:.4g})", f"{ratio[1]:.2f} ({ratio[0]:.2f}-{ratio[2]:.2f})"
+        found.add_row(result.contestant, *times, f"{result.first:.1f}", cached, f"{result.peak / MEBI:.0f}")
+    return found
+
+
+def disagreement(results: Sequence[Result]) -> float:
+    """The largest relative difference of what was computed to what the first one computed; the copy of bytes computes the same sum."""
+    values = [result.value for result in results if not result.failed]
+    return max(abs(value - values[0]) for value in values) / abs(values[0])
+
+
+def content(cases: Sequence[tuple[Case, Sequence[Result]]], settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything, as JSON."""
+    return {
+        "machine": machine(),
+        "settings": settings,
+        "cases": [{"case": vars(case), "title": case.title, "results": [result.content() for result in results]} for case, results in cases],
+    }
+
+
+def picture(cases: Sequence[tuple[Case, Sequence[Result]]], path: Path) -> None:
+    """Ratios with their quartiles, a group of bars per case, as PNG.
+
+    Raises:
+      MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("pictures need matplotlib: pip install 'flax-resblock[train]'.") from error
+    colours = {"PyTorch": "#ee8866", "torch": "#ffcc88", "flax-resblock": "#4477aa", "plain": "#99bbdd", "copy": "#bbbbbb"}
+    rows = [(case, result) for case, results in cases for result in results if not result.failed]
+    figure = Figure(figsize=(8, 0.24 * len(rows) + 0.5 * len(cases) + 0.8), layout="constrained")
+    axes = figure.add_subplot()
+    position, ticks, seen = 0.0, [], set()
+    for case, results in cases:
+        good = [result for result in results if not result.failed]
+        for result in good:
+            low, middle, high = result.quartiles(result.ratios)
+            key = next(key for key in colours if result.contestant.startswith(key))
+            axes.barh(position, middle, 0.9, color=colours[key], label=result.contestant if result.contestant not in seen else None)
+            axes.plot([low, high], [position, position], color="black", linewidth=1)
+            axes.text(max(high, middle) + 0.02, position, f"{middle:.2f}", va="center", fontsize=7)
+            seen.add(result.contestant)
+            position += 1
+        ticks.append((position - (len(good) + 1) / 2, case.title))
+        position += 1
+    axes.set_yticks([tick for tick, _ in ticks], [title for _, title in ticks], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set_xlabel("time as a ratio to the first of each group; median and quartiles of interleaved rounds; lower is faster")
+    axes.legend(fontsize=7, loc="lower right")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=150, format="png")

@@ -1,0 +1,193 @@
+"""Runs the contestants of a case turn by turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flax_resblock
+from flax_resblock.bench.cases import CONTESTANTS, Case, Contestant
+from flax_resblock.bench.worker import Task, config_of
+from flax_resblock.errors import InputError
+from flax_resblock.resnet import build
+
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+ROUND_SECONDS, MOST_REPEATS = 0.6, 40
+
+
+@dataclass
+class Result:
+    """What one contestant did.
+
+    Attributes:
+      contestant: Its name.
+      rounds: Median seconds of every round.
+      ratios: Of these to the first contestant's of the same round.
+      first: Seconds until the first result: compilation and all that belongs to it.
+      cached: The same in a process that finds it in the compilation cache; None where there is no cache.
+      values: Loss, or mean size of the outputs, after the first repetition.
+      imported, peak: Bytes held once everything is imported, and at most; of a process that finds its programs in the cache where there is one.
+      faults: Page faults of a repetition.
+      failed: Why there are no numbers.
+    """
+
+    contestant: str
+    rounds: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    first: float = 0.0
+    cached: float | None = None
+    value: float = 0.0
+    imported: int = 0
+    peak: int = 0
+    faults: int = 0
+    failed: str = ""
+
+    def quartiles(self, values: Sequence[float]) -> tuple[float, float, float]:
+        """First quartile, median, third quartile."""
+        if len(values) < 2:
+            return (values[0],) * 3
+        first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+        return first, statistics.median(values), third
+
+    def content(self) -> dict[str, Any]:
+        """As JSON, with the medians."""
+        found = asdict(self)
+        if self.rounds:
+            found |= {"seconds_quartiles": self.quartiles(self.rounds), "ratio_quartiles": self.quartiles(self.ratios)}
+        return found
+
+
+class _Worker:
+    """A process of a contestant."""
+
+    def __init__(self, contestant: Contestant, task: Task, environment: dict[str, str]) -> None:
+        self.contestant = contestant
+        module = f"flax_resblock.bench.{contestant.side}_worker"
+        self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  # lives as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, task.text()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment,
+        )
+
+    def answer(self) -> dict[str, Any]:
+        """The next line.
+
+        Raises:
+          RuntimeError: The process ended instead.
+        """
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            lines = self._errors.read().strip().splitlines() or [f"status {self._process.returncode}"]
+            raise RuntimeError(lines[-1][:300])
+        return json.loads(line)
+
+    def ask(self, repeats: int) -> dict[str, Any]:
+        """The answer to a number of repetitions."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{repeats}\n")
+        self._process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+
+def measure(case: Case, *, rounds: int, threads: int, huge_pages: bool, on_progress: Callable[[str, int], None] = lambda text, done: None) -> list[Result]:
+    """Times every contestant of a case.
+
+    Each works in a process of its own, alone: the others wait for their turn. A round gives every contestant one turn of several repetitions.
+
+    Args:
+      case: What to do.
+      rounds: How many turns each gets.
+      threads: That a process may use; where the system can, it is kept on as many cores.
+      huge_pages: Whether the allocator of both frameworks asks for huge pages, as ``flax-resblock train`` does.
+      on_progress: Called with a text and the number of turns done.
+    Raises:
+      InputError: No contestant got to its first result.
+    """
+    with tempfile.TemporaryDirectory(prefix="flax-resblock-bench") as folder, ExitStack() as stack:
+        weights = Path(folder) / "weights.safetensors"
+        on_progress("preparing weights", 0)
+        _write_weights(case, weights)
+        environment = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "JAX_COMPILATION_CACHE_DIR")}
+        environment |= {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu", "FLAX_RESBLOCK_CONV_LOWERING": ""}
+        environment |= {"JAX_COMPILATION_CACHE_DIR": str(Path(folder) / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        if huge_pages:
+            environment["GLIBC_TUNABLES"] = HUGE_PAGES
+        results: dict[str, Result] = {}
+        workers: dict[str, _Worker] = {}
+        for contestant in CONTESTANTS[case.what]:
+            result = results[contestant.name] = Result(contestant.name)
+            task = Task(case, contestant.how, threads, weights)
+            on_progress(f"{contestant.name}: compiling", 0)
+            try:
+                worker = _started(contestant, task, environment, result, stack)
+            except RuntimeError as error:
+                result.failed = str(error)
+                continue
+            workers[contestant.name] = worker
+        if not workers:
+            raise InputError(f"{case.title}: nobody got to a result: " + "; ".join(f"{name}: {result.failed}" for name, result in results.items()))
+        _take_turns(workers, results, rounds, on_progress)
+        return list(results.values())
+
+
+def _write_weights(case: Case, path: Path) -> None:
+    from flax import nnx
+
+    flax_resblock.save(build(config_of(case), rngs=nnx.Rngs(0)), path)
+
+
+def _started(contestant: Contestant, task: Task, environment: dict[str, str], result: Result, stack: ExitStack) -> _Worker:
+    """A worker that is ready; of jax, the second one, which finds its programs compiled."""
+
+    def start() -> tuple[_Worker, dict[str, Any]]:
+        worker = _Worker(contestant, task, environment)
+        stack.callback(worker.close)
+        return worker, worker.answer()
+
+    worker, ready = start()
+    result.first, result.value = ready["first"], ready["value"]
+    if contestant.side == "jax" and task.case.what != "conversion":
+        worker.close()
+        worker, ready = start()
+        result.cached = ready["first"]
+    result.imported = ready["imported"]
+    return worker
+
+
+def _take_turns(workers: dict[str, _Worker], results: dict[str, Result], rounds: int, on_progress: Callable[[str, int], None]) -> None:
+    repeats: dict[str, int] = {}
+    for name, worker in workers.items():  # warms up
+        worker.ask(2)
+        fastest = min(worker.ask(2)["seconds"])
+        repeats[name] = max(1, min(MOST_REPEATS, round(ROUND_SECONDS / fastest)))
+    for number in range(rounds):
+        for name, worker in workers.items():
+            on_progress(f"round {number + 1} of {rounds}: {name}", number)
+            answer, result = worker.ask(repeats[name]), results[name]
+            result.rounds.append(statistics.median(answer["seconds"]))
+            result.peak, result.faults = answer["peak"], answer["faults"]
+        base = next(iter(workers))
+        for name in workers:
+            results[name].ratios.append(results[name].rounds[-1] / results[base].rounds[-1])

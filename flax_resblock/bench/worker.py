@@ -1,0 +1,97 @@
+"""What the processes of both frameworks have in common: they prepare, say so, and then time as many repetitions as they are asked for.
+
+Lines of JSON in both directions: ``{"first": seconds, "imported": bytes}`` once ready; then, for each number that is read,
+``{"seconds": [...], "value": v, "peak": bytes, "faults": n}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_resblock.architecture import Config, architecture
+from flax_resblock.bench.cases import Case
+from flax_resblock.block_config import BlockConfig
+
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker is told.
+
+    Attributes:
+      case: What to do.
+      how: See :class:`flax_resblock.bench.cases.Contestant`.
+      threads: That it may use.
+      weights: A ``.safetensors`` file with torchvision's names.
+    """
+
+    case: Case
+    how: str
+    threads: int
+    weights: Path
+
+    @classmethod
+    def of(cls, text: str) -> Task:
+        """From :meth:`text`."""
+        content = json.loads(text)
+        return cls(Case(**content["case"]), content["how"], content["threads"], Path(content["weights"]))
+
+    def text(self) -> str:
+        """As JSON."""
+        return json.dumps({"case": vars(self.case), "how": self.how, "threads": self.threads, "weights": str(self.weights)})
+
+
+def config_of(case: Case) -> Config:
+    """The network or block."""
+    if case.architecture == "block":
+        return BlockConfig(in_channels=64, out_channels=64)
+    if case.what == "conversion":
+        return architecture(case.architecture)
+    return architecture(case.architecture, num_classes=CLASSES, stem="cifar" if case.image_size <= 64 else "imagenet")
+
+
+def batch_of(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Images ``(N, H, W, C)`` float32 and labels ``(N,)`` int32, the same in every process."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(0.2, 1.0, (case.batch, case.image_size, case.image_size, config_of(case).in_channels))
+    return images.astype(np.float32), rng.integers(0, CLASSES, case.batch).astype(np.int32)
+
+
+def resident() -> int:
+    """The largest amount of memory that this process has held so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def serve(threads: int, prepare: Callable[[], Callable[[], Any]], value: Callable[[Any], float]) -> None:
+    """Prepares, and then repeats until the input ends.
+
+    Args:
+      threads: That the process may use; where the system can, it is kept on as many cores.
+      prepare: Gives what is timed; it returns once the result is there.
+      value: A number that shows what was computed: the loss, or the sum of the outputs.
+    """
+    if hasattr(os, "sched_setaffinity"):  # before the frameworks start their threads
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    imported, start = resident(), time.perf_counter()
+    run = prepare()
+    result = run()
+    print(json.dumps({"first": time.perf_counter() - start, "imported": imported, "value": value(result)}), flush=True)
+    for line in sys.stdin:
+        seconds, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(int(line)):
+            start = time.perf_counter()
+            result = run()
+            seconds.append(time.perf_counter() - start)
+        faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // len(seconds)
+        print(json.dumps({"seconds": seconds, "value": value(result), "peak": resident(), "faults": faults}), flush=True)
