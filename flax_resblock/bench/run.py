@@ -21,7 +21,7 @@ from flax_resblock.errors import InputError
 from flax_resblock.resnet import build
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
-ROUND_SECONDS, MOST_REPEATS = 0.6, 40
+ROUND_SECONDS, FEWEST_REPEATS, MOST_REPEATS = 1.2, 3, 60
 
 
 @dataclass
@@ -181,7 +181,7 @@ def _take_turns(workers: dict[str, _Worker], results: dict[str, Result], rounds:
     for name, worker in workers.items():  # warms up
         worker.ask(2)
         fastest = min(worker.ask(2)["seconds"])
-        repeats[name] = max(1, min(MOST_REPEATS, round(ROUND_SECONDS / fastest)))
+        repeats[name] = max(FEWEST_REPEATS, min(MOST_REPEATS, round(ROUND_SECONDS / fastest)))
     for number in range(rounds):
         for name, worker in workers.items():
             on_progress(f"round {number + 1} of {rounds}: {name}", number)
