@@ -8,6 +8,8 @@ from flax import nnx
 from jax import lax
 
 from flax_resblock.conv import convolve
+from flax_resblock.lowering.max_pool import max_pool
+from flax_resblock.lowering.switch import for_cpu
 
 
 class MaxPool(nnx.Module):
@@ -24,6 +26,8 @@ class MaxPool(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, C)`` to ``(N, H', W', C)``."""
+        if for_cpu():
+            return max_pool(x, self.window, self.stride, self.padding)
         pad = (self.padding, self.padding)
         return nnx.max_pool(x, (self.window, self.window), (self.stride, self.stride), (pad, pad))  # pyright: ignore[reportArgumentType]
 

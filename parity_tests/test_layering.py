@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "flax_resblock/norm.py": JAX | {f"flax_resblock.{m}" for m in ("initializers", "lowering")},
     "flax_resblock/conv.py": JAX | {f"flax_resblock.{m}" for m in ("initializers", "lowering")},
     "flax_resblock/linear.py": JAX | {"flax_resblock.initializers"},
-    "flax_resblock/pooling.py": JAX | {"flax_resblock.conv"},
+    "flax_resblock/pooling.py": JAX | {f"flax_resblock.{m}" for m in ("conv", "lowering")},
     "flax_resblock/layers.py": JAX | {f"flax_resblock.{m}" for m in ("conv", "initializers", "lowering", "norm")},
     "flax_resblock/attention.py": JAX | {f"flax_resblock.{m}" for m in ("block_config", "layers")},
     "flax_resblock/shortcuts.py": JAX | {f"flax_resblock.{m}" for m in ("block_config", "layers", "pooling")},

@@ -60,13 +60,13 @@ def input_gradient(dy: jax.Array, kernel: jax.Array, size: tuple[int, int], stri
     taps, inner = kernel.shape[0], kernel.shape[2]
     shares = lax.dot_general(dy.reshape(-1, channels), kernel.reshape(-1, channels), (((1,), (1,)), ((), ())), precision=precision)
     shares = shares.reshape(n, tall, wide, taps, taps, inner)
-    rows = [_overlap([shares[:, :, :, i, j] for j in range(taps)], stride, axis=2) for i in range(taps)]
-    padded = _overlap(rows, stride, axis=1)
+    rows = [overlapped([shares[:, :, :, i, j] for j in range(taps)], stride, axis=2) for i in range(taps)]
+    padded = overlapped(rows, stride, axis=1)
     ends = [(-padding, padding + whole - had, 0) for whole, had in zip(size, padded.shape[1:3], strict=True)]
     return lax.pad(padded, jnp.zeros((), padded.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
 
 
-def _overlap(parts: list[jax.Array], stride: int, axis: int) -> jax.Array:
+def overlapped(parts: list[jax.Array], stride: int, axis: int) -> jax.Array:
     """Adds ``parts[i]``, whose pixel ``t`` belongs at ``stride * t + i``: first within each phase of the stride, then the phases are interleaved."""
     most = (len(parts) - 1) // stride
     phases = []
