@@ -256,16 +256,19 @@ def test_a_write_that_fails_names_the_file(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_bfloat16_learns_the_digits():
-    """Whole digits, in a process of its own. How far it stays behind float32 is in docs/training.md; one test image is 0.28 points."""
+    """Whole digits, in a process of its own: within half a point of float32. One test image is 0.28 points."""
     code = """
 import dataclasses, train
 from train.data import digits
-config = dataclasses.replace(train.PRESETS["digits-resnet8"], dtype="bfloat16")
 images, test = digits()
-print(train.fit(train.new_model(config), images, config, test=test, progress=False).test_accuracy[-1])
+for dtype in ("float32", "bfloat16"):
+    config = dataclasses.replace(train.PRESETS["digits-resnet8"], dtype=dtype)
+    print(train.fit(train.new_model(config), images, config, test=test, progress=False).test_accuracy[-1])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(result.stdout) >= 0.98
+    single, half = map(float, result.stdout.split())
+    assert min(single, half) >= 0.985
+    assert half >= single - 0.005
 
 
 def test_a_run_that_was_killed_before_its_summary_is_summed_up(capsys, tmp_path):

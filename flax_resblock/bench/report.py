@@ -66,6 +66,21 @@ def content(cases: Sequence[tuple[Case, Sequence[Result]]], settings: dict[str, 
     }
 
 
+def markdown(found: dict[str, Any]) -> str:
+    """The table for a document, from :func:`content`: PyTorch eager's milliseconds, and the others' ratios to it with their quartiles."""
+    lines = ["| | PyTorch eager | torch.compile | flax-resblock | plain XLA |", "| --- | ---: | ---: | ---: | ---: |"]
+    for case in found["cases"]:
+        base, *others = case["results"]
+        if case["case"]["what"] == "conversion" or base["failed"]:
+            continue
+        cells = [f"{1e3 * base['seconds_quartiles'][1]:.4g} ms"]
+        for result in others:
+            low, middle, high = result.get("ratio_quartiles", (0, 0, 0))
+            cells.append("failed" if result["failed"] else f"{middle:.2f} ({low:.2f}-{high:.2f})")
+        lines.append(f"| {case['title']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def picture(cases: Sequence[tuple[Case, Sequence[Result]]], path: Path) -> None:
     """Ratios with their quartiles, a group of bars per case, as PNG.
 

@@ -20,7 +20,7 @@ from flax_resblock.bench.worker import Task, config_of
 from flax_resblock.errors import InputError
 from flax_resblock.resnet import build
 
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as flax_resblock.cli.huge_pages
 ROUND_SECONDS, FEWEST_REPEATS, MOST_REPEATS = 1.2, 3, 60
 
 
@@ -133,7 +133,7 @@ def measure(case: Case, *, rounds: int, threads: int, huge_pages: bool, on_progr
         environment |= {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu", "FLAX_RESBLOCK_CONV_LOWERING": ""}
         environment |= {"JAX_COMPILATION_CACHE_DIR": str(Path(folder) / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         if huge_pages:
-            environment["GLIBC_TUNABLES"] = HUGE_PAGES
+            environment |= HUGE_PAGES
         results: dict[str, Result] = {}
         workers: dict[str, _Worker] = {}
         for contestant in CONTESTANTS[case.what]:

@@ -1,0 +1,36 @@
+"""Puts the table of a benchmark into README.md and docs/performance.md, between the marks that they have for it.
+
+    flax-resblock bench --what full --json-file docs/bench.json --png docs/bench.png --force
+    python benchmarks/speed.py docs/bench.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from flax_resblock.bench.report import markdown, sentence
+
+BEGIN, END = "<!-- table bench -->", "<!-- end bench -->"
+DOCUMENTS = (Path("README.md"), Path("docs/performance.md"))
+
+
+def filled(document: str, found: dict) -> str:
+    """The document with the table of these figures."""
+    before, rest = document.split(BEGIN)
+    _, after = rest.split(END)
+    settings = found["settings"]
+    machine = f"{sentence(found['machine'])}; {settings['threads']} threads, {settings['rounds']} rounds, malloc: {settings['malloc']}."
+    return f"{before}{BEGIN}\n\n{markdown(found)}\n\n{machine}\n\n{END}{after}"
+
+
+def main() -> None:
+    """Rewrites both documents."""
+    found = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    for path in DOCUMENTS:
+        path.write_text(filled(path.read_text(encoding="utf-8"), found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
