@@ -43,7 +43,9 @@ def keep_compiled(environment: MutableMapping[str, str]) -> str | None:
         environment[_SWITCH] = "false"
         return None
     try:
-        folder = Path(wanted).expanduser().absolute() if wanted else Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax-resblock" / "xla"
+        folder = (
+            Path(wanted).expanduser().absolute() if wanted else Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax-resblock" / "xla"
+        )
         _make_own(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home
         environment[VARIABLE] = "off"
