@@ -133,7 +133,8 @@ def test_half_written_programs_are_removed_and_whole_or_new_ones_kept(tmp_path):
     tmp_path.chmod(0o700)
     for name, age in (("whole-cache", 600), ("whole-atime", 600), ("half-cache", 600), ("coming-cache", 0)):
         (tmp_path / name).write_bytes(b"x")
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
+        written = time.time() - age
+        os.utime(tmp_path / name, (written, written))
     keep_compiled({"FLAX_RESBLOCK_CACHE": str(tmp_path)})
     assert sorted(os.listdir(tmp_path)) == ["coming-cache", "whole-atime", "whole-cache"]
 

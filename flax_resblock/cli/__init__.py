@@ -12,7 +12,7 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from io import TextIOWrapper
-from typing import Any, NoReturn
+from typing import Any
 
 from flax_resblock import __version__
 from flax_resblock.cli.cache import keep_compiled
@@ -83,7 +83,7 @@ def _drop_output() -> None:
 def _dispatch(arguments: list[str]) -> int:
     """Runs one command. Only its own module is imported, and for the overview none."""
     if not arguments or arguments[0] not in COMMANDS:
-        _overview(arguments or ["--help"])
+        return _overview(arguments or ["--help"])
     name, *rest = arguments
     import tyro
 
@@ -92,16 +92,20 @@ def _dispatch(arguments: list[str]) -> int:
     return tyro.cli(command, prog=f"flax-resblock {name}", args=rest, config=config)
 
 
-def _overview(arguments: list[str]) -> NoReturn:
-    """Prints help, version or what is wrong with a command line that begins with no command, and exits."""
-    parser = ArgumentParser("flax-resblock", description=DESCRIPTION, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("-V", "--version", action="version", version=f"flax-resblock {__version__}")
+def _overview(arguments: list[str]) -> int:
+    """Prints help or version, or exits with what is wrong with a command line that begins with no command."""
+    parser = ArgumentParser("flax-resblock", description=DESCRIPTION, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", help="show this help message")
+    parser.add_argument("-V", "--version", action="store_true", help="show the version")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, summary in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
-    parser.parse_known_args(arguments)
-    parser.error(f"{arguments[0]!r} is no option here; the command comes first")
+    asked, _ = parser.parse_known_args(arguments)
+    if not (asked.help or asked.version):
+        parser.error(f"{arguments[0]!r} is no option here; the command comes first")
+    print(parser.format_help() if asked.help else f"flax-resblock {__version__}\n", end="")
+    return 0
 
 
 def main() -> None:
