@@ -8,6 +8,7 @@ Times are medians of interleaved rounds with their quartiles; peaks are of whole
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from flax_resblock import checkpoint
 from flax_resblock.architecture import architecture
 from flax_resblock.convert import LAYOUTS, StateMap
 from flax_resblock.convert.state_map import transcode
@@ -47,6 +50,12 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str
     return times
 
 
+def spread(values: list[float], scale: float = 1.0) -> str:
+    """Median and quartiles."""
+    low, middle, high = (value * scale for value in statistics.quantiles(values, n=4))
+    return f"{middle:8.1f} [{low:.1f} .. {high:.1f}]"
+
+
 def in_memory(name: str, rounds: int) -> None:
     """Prints the time of the conversion of arrays in memory against one copy of each array."""
     from flax_resblock.transfer import from_torch
@@ -65,24 +74,62 @@ def in_memory(name: str, rounds: int) -> None:
     base = statistics.median(times["copy once per array"])
     print(f"{name}, {size / 1e6:.0f} MB in {len(state)} tensors, median of {rounds} interleaved rounds [quartiles]")
     for case, values in times.items():
-        low, middle, high = statistics.quantiles(values, n=4)
-        print(f"  {case:<44}{middle * 1e3:7.1f} ms [{low * 1e3:.1f} .. {high * 1e3:.1f}]  {middle / base:5.2f} x the copy")
+        print(f"  {case:<44}{spread(values, 1e3)} ms  {statistics.median(values) / base:5.2f} x the copy")
+
+
+def from_file(name: str, rounds: int) -> None:
+    """Prints the time from a file in the page cache to jax arrays, against one copy of its bytes and the reading of the file."""
+    from flax_resblock import load
+    from flax_resblock.convert.source import open_checkpoint
+    from flax_resblock.transfer import arrays_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_sources(Path(folder), name)
+        files = [Path(folder, file) for file in ("torch.safetensors", "zip.pth")]
+        for file in files:  # the same without, and with SHA-256 of the tensors
+            shutil.copy(file, file.with_stem("plain"))
+            checkpoint.write(file.with_stem("hashed"), dict(checkpoint.read(file).tensors))
+        content = np.fromfile(files[0], np.uint8)
+        warm = np.empty_like(content)
+        copies: dict[str, Callable[[], object]] = {"fresh": content.copy, "warm": lambda: np.copyto(warm, content)}
+        cases = dict(copies)
+        for file in files:
+            plain, hashed, suffix = file.with_stem("plain"), file.with_stem("hashed"), file.suffix
+            cases |= {
+                f"read {suffix}": plain.read_bytes,
+                f"arrays {suffix}": lambda plain=plain: jax.block_until_ready(arrays_of(open_checkpoint(plain))),
+                f"hashed {suffix}": lambda hashed=hashed: jax.block_until_ready(arrays_of(open_checkpoint(hashed))),
+                f"model {suffix}": lambda plain=plain: load(plain),
+            }
+        times = interleaved(cases, rounds)
+    print(f"{name} from a file of {len(content) / 1e6:.0f} MB in the page cache, median of {rounds} interleaved rounds [quartiles]")
+    print(f"  one copy of its bytes into fresh pages (the base)  {spread(times['fresh'], 1e3)} ms")
+    print(f"  one copy of its bytes into warm pages              {spread(times['warm'], 1e3)} ms")
+    for suffix in (file.suffix for file in files):
+        print(f"  {suffix:<13}reading its bytes into fresh memory  {spread(times[f'read {suffix}'], 1e3)} ms")
+        for case, what in (("arrays", "to jax arrays"), ("hashed", "to jax arrays, SHA-256 checked"), ("model", "flax_resblock.load, an nnx model")):
+            rows = zip(times[f"{case} {suffix}"], times[f"read {suffix}"], times["fresh"], strict=True)
+            ratios = [(whole - read) / copy for whole, read, copy in rows]
+            print(f"  {'':<13}{what:<38}{spread(times[f'{case} {suffix}'], 1e3)} ms; less the reading, in copies:{spread(ratios)}")
 
 
 _PEAK = """
 import sys
 sys.path[:0] = [{root!r}]
+from flax_resblock import load
 from flax_resblock.cli import run
+def work(command, *arguments):
+    return load(*arguments) is None if command == "load" else run([command, *arguments])
 def peak():
     return next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
-run({warm_up!r})
+work(*{warm_up!r})
 before = peak()
-print(run({arguments!r}), before, peak(), file=sys.stderr)
+print(int(work(*{arguments!r})), before, peak(), file=sys.stderr)
 """
 
 
 def peak(arguments: list[str], warm_up: list[str]) -> int:
-    """Bytes by which the command raised the peak memory of its process above what the same command had needed for a tiny checkpoint."""
+    """Bytes by which the command, or ``load``, raised the peak memory of its process above what it had needed for a tiny checkpoint."""
     root = str(Path(__file__).resolve().parents[1])
     code = _PEAK.format(root=root, arguments=arguments, warm_up=warm_up)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -125,6 +172,9 @@ def end_to_end(name: str) -> None:
     with tempfile.TemporaryDirectory() as big, tempfile.TemporaryDirectory() as tiny:
         size = write_sources(Path(big), name)
         write_sources(Path(tiny), "resnet20")
+        print(f"peak memory beyond interpreter and imports, in sizes of the checkpoint ({size / 1e6:.0f} MB): flax_resblock.load")
+        for source in ("zip.pth", "legacy.pth", "torch.safetensors", "flax.safetensors", "orbax"):
+            print(f"  {source:<18}{peak(['load', f'{big}/{source}'], ['load', f'{tiny}/{source}']) / size:5.2f} x")
         print(f"peak memory of `flax-resblock convert --no-certificate` beyond interpreter and imports, in sizes of the checkpoint ({size / 1e6:.0f} MB)")
         for source, target, flags in cases:
             arguments, warm_up = (["convert", f"{folder}/{source}", f"{folder}/{target}", "--force", "--no-certificate", *flags] for folder in (big, tiny))
@@ -133,12 +183,13 @@ def end_to_end(name: str) -> None:
 
 
 def main() -> None:
-    """Runs both parts."""
+    """Runs all parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", default="resnet50")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     in_memory(arguments.architecture, arguments.rounds)
+    from_file(arguments.architecture, arguments.rounds)
     end_to_end(arguments.architecture)
 
 

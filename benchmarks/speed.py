@@ -1,7 +1,7 @@
 """Puts the table of a benchmark into README.md and docs/performance.md, between the marks that they have for it.
 
-    flax-resblock bench --what full --json-file docs/bench.json --png docs/bench.png --force
-    python benchmarks/speed.py docs/bench.json
+flax-resblock bench --what full --json-file docs/bench.json --png docs/bench.png --force
+python benchmarks/speed.py docs/bench.json
 """
 
 from __future__ import annotations

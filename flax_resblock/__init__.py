@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from flax_resblock.architecture import BlockConfig, ResNetConfig, architectures
     from flax_resblock.blocks import BottleneckBlock, ResidualBlock
     from flax_resblock.errors import CheckpointError, InputError
+    from flax_resblock.inference import compile_inference
+    from flax_resblock.lowering.switch import compiler_options, conv_lowering
     from flax_resblock.norm import BatchNorm
     from flax_resblock.resnet import ResNet, create
     from flax_resblock.transfer import from_torch, load, load_run, save, to_torch
@@ -28,6 +30,9 @@ __all__ = [
     "ResNetConfig",
     "ResidualBlock",
     "architectures",
+    "compile_inference",
+    "compiler_options",
+    "conv_lowering",
     "create",
     "from_torch",
     "load",
@@ -40,6 +45,8 @@ _MODULES = {
     "architecture": ("BlockConfig", "ResNetConfig", "architectures"),
     "blocks": ("BottleneckBlock", "ResidualBlock"),
     "errors": ("CheckpointError", "InputError"),
+    "inference": ("compile_inference",),
+    "lowering.switch": ("compiler_options", "conv_lowering"),
     "norm": ("BatchNorm",),
     "resnet": ("ResNet", "create"),
     "transfer": ("from_torch", "load", "load_run", "save", "to_torch"),

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path as FilePath
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -127,17 +125,26 @@ def to_model(source: Source, **options: Any) -> Model:
       **options: See :class:`flax_resblock.blocks.LayerOptions`.
     """
     options = {**source.norm_options, **options}
-    with ThreadPoolExecutor(max_workers=1) as pool:  # the tensors move while the module tree is built
-        moving = pool.submit(source.state_map.to_flax, source.tensors, copy=True)
-        model = build(source.config, rngs=None, **options)
-        values = moving.result()
+    values = arrays_of(source)
+    model = build(source.config, rngs=None, **options)
     if source.afresh:
         fresh = dict(nnx.to_flat_state(nnx.state(build(source.config, rngs=nnx.Rngs(0), **options))))
         absent = {entry.flax_path for entry in source.state_map.entries if entry.torch_key in source.afresh}
-        values |= {path: np.asarray(fresh[path][...]) for path in absent}
-    fill(model, values)
+        values |= {path: fresh[path][...] for path in absent}
+    _set(model, values)
     model.eval()
     return model
+
+
+def arrays_of(source: Source) -> dict[Path, jax.Array | np.ndarray]:
+    """The values of an opened checkpoint by attribute path, in Flax's layout on jax's default device; nothing is shared with its file.
+
+    One copy is made of each tensor on every core, into one block of memory, which lives as long as any of the arrays does.
+
+    Args:
+      source: See :func:`flax_resblock.convert.source.open_checkpoint`.
+    """
+    return on_device(source.state_map.to_flax(source.tensors, in_one_block=True))
 
 
 def fill(model: Model, values: Mapping[Path, np.ndarray]) -> None:
@@ -147,8 +154,12 @@ def fill(model: Model, values: Mapping[Path, np.ndarray]) -> None:
       model: Changed in place.
       values: By attribute path, one for every variable.
     """
+    _set(model, on_device(values))
+
+
+def _set(model: Model, values: Mapping[Path, Any]) -> None:
     for path, value in values.items():
-        variable_at(model, path).set_value(_on_device(value))
+        variable_at(model, path).set_value(value)
 
 
 def variable_at(model: nnx.Module, path: tuple[Any, ...]) -> nnx.Variable:
@@ -159,14 +170,20 @@ def variable_at(model: nnx.Module, path: tuple[Any, ...]) -> nnx.Variable:
     return node
 
 
-def _on_device(array: np.ndarray) -> jax.Array | np.ndarray:
-    """The array on the default device; kept by numpy where jax would narrow it and lose bits."""
+def on_device(arrays: Mapping[Path, np.ndarray]) -> dict[Path, jax.Array | np.ndarray]:
+    """Every array on jax's default device, which takes it over as it is where that is the CPU; kept by numpy where jax would narrow it and lose bits."""
+    kept = {path: value for path, array in arrays.items() if (value := _as_jax_keeps_it(array)) is not None}
+    moved = dict(zip(kept, jax.device_put(list(kept.values()), may_alias=True), strict=True))  # in one call, as each has its price
+    return {path: moved[path] if path in moved else np.array(array) for path, array in arrays.items()}
+
+
+def _as_jax_keeps_it(array: np.ndarray) -> np.ndarray | None:
+    """The same values in a dtype that jax has: small counters as int32; None where there is none."""
     narrow = jax.dtypes.canonicalize_dtype(array.dtype)
     if narrow == array.dtype:
-        return jax.device_put(array, may_alias=True)
-    if array.dtype.kind in "iu" and array.ndim == 0 and np.iinfo(narrow).min <= int(array) <= np.iinfo(narrow).max:
-        return jnp.array(array.astype(narrow))
-    return np.array(array)
+        return array
+    fits = array.dtype.kind in "iu" and array.ndim == 0 and np.iinfo(narrow).min <= int(array) <= np.iinfo(narrow).max
+    return array.astype(narrow) if fits else None
 
 
 def _record_of(state: Mapping[str, Any], name: str) -> Record:

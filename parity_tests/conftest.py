@@ -14,6 +14,7 @@ import time
 
 if os.environ.get("FLAX_RESBLOCK_ACCELERATOR", "0") in ("", "0"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["FLAX_RESBLOCK_CACHE"] = "off"  # the programs that tests start neither use nor leave anything in the user's home
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_resblock.convert.codecs import AS_IS, OIHW_HWIO, TRANSPOSED, permute
+from flax_resblock.convert.codecs import AS_IS, OIHW_HWIO, TRANSPOSED, one_block, permute
 from parity_tests.support import DTYPES
 
 
@@ -39,6 +39,38 @@ def test_the_convolution_codec_inverts_itself(shape, seed):
     assert flax.shape == (shape[2], shape[3], shape[1], shape[0]) == OIHW_HWIO.flax_shape(shape)
     assert OIHW_HWIO.torch_shape(flax.shape) == tuple(shape)
     assert OIHW_HWIO.to_torch(flax).tobytes() == kernel.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("shape", [(300, 37, 3, 3), (9, 301, 5, 7), (3, 2, 200, 300), (1000, 70, 1, 1)], ids=str)
+def test_kernels_of_more_than_one_block_are_moved_whole(shape, dtype):
+    kernel = random_array(shape, dtype, 5)
+    flax = OIHW_HWIO.to_flax(kernel)
+    assert flax.tobytes() == np.ascontiguousarray(kernel.transpose(2, 3, 1, 0)).tobytes()
+    assert OIHW_HWIO.to_torch(flax).tobytes() == kernel.tobytes()
+
+
+def test_arrays_of_one_block_begin_on_cache_lines_and_do_not_overlap():
+    like = [
+        ((3, 5), np.dtype(np.float32)),
+        ((), np.dtype(np.int64)),
+        ((0, 4), np.dtype(np.float64)),
+        ((17,), np.dtype(np.float16)),
+        ((40, 40), np.dtype(np.float32)),
+    ]
+    arrays = one_block(like)
+    assert [(array.shape, array.dtype) for array in arrays] == like
+    assert all(array.ctypes.data % 64 == 0 for array in arrays if array.size)
+    for number, array in enumerate(arrays):
+        array[...] = number
+    assert [np.unique(array).tolist() for array in arrays] == [[0], [1], [], [3], [4]]
+
+
+def test_the_given_place_receives_what_a_new_array_would_have():
+    for codec, array in ((OIHW_HWIO, random_array((6, 5, 3, 3), np.float32, 6)), (AS_IS, random_array((6, 5), np.float32, 7))):
+        (place,) = one_block([(codec.to_flax(array).shape, array.dtype)])
+        assert codec.to_flax(array, place) is place
+        assert place.tobytes() == codec.to_flax(array).tobytes()
 
 
 def test_input_of_any_memory_order_is_taken():

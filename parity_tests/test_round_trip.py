@@ -4,9 +4,11 @@ import json
 import warnings
 from dataclasses import asdict, replace
 
+import jax
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -287,3 +289,33 @@ def test_any_network_is_identified_and_survives(config, layout, seed):
     torchvision = StateMap(config, LAYOUTS["torchvision"])
     there = transcode(match.state_map, torchvision, state)
     assert_same_bits(transcode(torchvision, match.state_map, there), state)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_loaded_model_shares_nothing_with_its_file(suffix, tmp_path):
+    pixels = ResNetConfig(depths=(1, 1), widths=(6, 12), stem="cifar", stem_width=6, in_channels=1)  # a kernel whose layout changes without moving a value
+    path, state = tmp_path / f"net{suffix}", random_bits(pixels, np.float32, seed=8)
+    checkpoint.write(path, dict(state))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # random bits are rarely finite
+        model = load(path)
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.write(bytes(size))
+    assert_same_bits(to_torch(model), state)
+
+
+def test_values_go_where_and_as_wide_as_the_caller_says(tmp_path):
+    path, state = tmp_path / "net.safetensors", random_bits(SMALL, np.float64, seed=9)
+    checkpoint.write(path, dict(state))
+    device = jax.devices()[-1]
+    with warnings.catch_warnings(), jax.enable_x64(True), jax.default_device(device):
+        warnings.simplefilter("ignore")
+        wide = load(path)
+    assert {(leaf.dtype.name, *leaf.devices()) for leaf in jax.tree.leaves(nnx.state(wide, nnx.Param))} == {("float64", device)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        narrow = load(path)
+    assert {type(leaf) for leaf in jax.tree.leaves(nnx.state(narrow, nnx.Param))} == {np.ndarray}  # jax would make them float32
+    for model in (wide, narrow):
+        assert_same_bits(to_torch(model), state)

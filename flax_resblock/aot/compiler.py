@@ -33,6 +33,7 @@ ENVIRONMENT = {
     "TPU_LOG_DIR": "disabled",
     "TPU_STDERR_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is examined is what was compiled just now
 }
 """libtpu then believes to be on a TPU host and asks nobody; jax computes on the CPU. Devices and compiler flags of the parent are not handed on."""
 

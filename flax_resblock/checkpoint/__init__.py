@@ -135,7 +135,8 @@ def _recorded_digests(record: Record) -> dict[str, str]:
 
 
 def _verify(record: Record, expected: Mapping[str, str]) -> None:
-    changed = [key for key, sha in expected.items() if key not in record.tensors or digest(record.tensors[key]) != sha]
+    found = digests({key: record.tensors[key] for key in expected if key in record.tensors})
+    changed = [key for key, sha in expected.items() if found.get(key) != sha]
     if changed:
         verb = "differs" if len(changed) == 1 else "differ"
         raise CheckpointError(f"{record.source} is damaged: {some(changed)} {verb} from the SHA-256 recorded when it was written. Copy it again.")

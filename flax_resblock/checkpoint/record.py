@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from flax_resblock.checkpoint.parallel import on_every_core
+
 DIGESTS = "sha256"
 """Metadata entry: a JSON object of tensor name to SHA-256."""
 METADATA_DIGEST = "sha256_of_metadata"
@@ -47,7 +49,7 @@ def digest(array: np.ndarray) -> str:
 
 def digests(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
     """:func:`digest` of every array."""
-    return {key: digest(value) for key, value in tensors.items()}
+    return dict(zip(tensors, on_every_core(digest, list(tensors.values()), lambda array: array.nbytes), strict=True))
 
 
 def arrays_in(value: Any, name: str = "") -> dict[str, np.ndarray]:

@@ -5,13 +5,19 @@ Exit status: 0 fine, 1 a comparison failed, 2 bad input or usage, 130 interrupte
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
 from io import TextIOWrapper
 from typing import Any
 
+from flax_resblock import __version__
+from flax_resblock.cli.cache import keep_compiled
+from flax_resblock.cli.huge_pages import start_again_with_huge_pages
+from flax_resblock.cli.interrupts import on_interrupt
 from flax_resblock.errors import InputError, visible
 
 INTERRUPTED = 130
@@ -21,22 +27,21 @@ DESCRIPTION = """Move residual networks between PyTorch and JAX/Flax, and prove 
 
 Start with "flax-resblock demo", then try "flax-resblock convert resnet50.pth resnet50.safetensors" and "flax-resblock verify resnet50.pth".
 
-Every command takes --help; --traceback shows where an error came from."""
+Every command takes --help."""
 
 
-def commands() -> dict[str, Callable[..., int]]:
-    """The subcommands by name; their modules import jax and torch only when they run."""
-    from flax_resblock.cli.aot import aot
-    from flax_resblock.cli.bench import bench
-    from flax_resblock.cli.convert import convert
-    from flax_resblock.cli.demo import demo
-    from flax_resblock.cli.export import export
-    from flax_resblock.cli.inspect import inspect
-    from flax_resblock.cli.predict import predict
-    from flax_resblock.cli.train import train
-    from flax_resblock.cli.verify import verify
-
-    return {command.__name__: command for command in (demo, inspect, convert, verify, train, predict, export, aot, bench)}
+COMMANDS: Mapping[str, str] = {
+    "demo": "The whole story on real data, in under two minutes: trained in PyTorch, inspected, converted, verified, trained on in both, converted back.",
+    "inspect": "Says what a checkpoint is, how healthy its batch norms are, and what is odd about it.",
+    "convert": "Converts a checkpoint from any format to any other, in either direction, bit for bit, and certifies that both frameworks agree.",
+    "verify": "Runs the network in PyTorch and in Flax side by side, compares every slot, and says where a difference begins and why.",
+    "train": "Trains a network in JAX: from scratch, or from where a run stopped, in PyTorch or here.",
+    "predict": "Classifies images with a checkpoint of any format, or with an exported network, in JAX.",
+    "export": "Writes a network as a StableHLO program that runs with jax alone.",
+    "aot": "Compiles a network for TPUs or GPUs that are not there, and reports precision, memory and communication.",
+    "bench": "Times JAX against PyTorch on this CPU: the same weights and batches, turn by turn.",
+}
+"""What each command does, in a sentence. The command is the function of that name in the module of that name in this package."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -78,28 +83,46 @@ def _drop_output() -> None:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if arguments in (["--version"], ["-V"]):
-        from flax_resblock import __version__
-
-        print(f"flax-resblock {__version__}")
-        return 0
+    """Runs one command. Only its own module is imported, and for the overview none."""
+    if not arguments or arguments[0] not in COMMANDS:
+        return _overview(arguments or ["--help"])
+    name, *rest = arguments
     import tyro
 
+    command = getattr(importlib.import_module(f"{__name__}.{name}"), name)
     config: tuple[Any, ...] = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff)
-    return tyro.extras.subcommand_cli_from_dict(commands(), prog="flax-resblock", description=DESCRIPTION, args=arguments or ["--help"], config=config)
+    return tyro.cli(command, prog=f"flax-resblock {name}", args=rest, config=config)
+
+
+def _overview(arguments: list[str]) -> int:
+    """Prints help or version, or exits with what is wrong with a command line that begins with no command."""
+    parser = ArgumentParser("flax-resblock", description=DESCRIPTION, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", help="show this help message")
+    parser.add_argument("-V", "--version", action="store_true", help="show the version")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    asked, _ = parser.parse_known_args(arguments)
+    if not (asked.help or asked.version):
+        parser.error(f"{arguments[0]!r} is no option here; the command comes first")
+    print(parser.format_help() if asked.help else f"flax-resblock {__version__}\n", end="")
+    return 0
 
 
 def main() -> None:
     """Entry point of the console script."""
-    from flax_resblock.cli.common import on_interrupt
-
     signal.signal(signal.SIGINT, on_interrupt)
     for stream in (sys.stdout, sys.stderr):  # names from files may have characters that the terminal's encoding lacks
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     report = sys.unraisablehook
     sys.unraisablehook = lambda found: None if found.exc_type is KeyboardInterrupt else report(found)  # swallowed by a callback, and raised again later
-    code = run(sys.argv[1:])
+    arguments = sys.argv[1:]
+    start_again_with_huge_pages(arguments)
+    if COMMANDS.keys() & arguments and (warning := keep_compiled(os.environ)):
+        print(f"flax-resblock: {visible(warning)}", file=sys.stderr)
+    code = run(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # everything is written; an interrupt while the interpreter goes down would only look like a failure
     if code == INTERRUPTED:  # compilers of jax may still be at work in other threads; waiting for them, or tearing them down, ends in a crash
         sys.stdout.flush()

@@ -140,22 +140,6 @@ def print_table(table: Table) -> None:
     console.print(table)
 
 
-_interrupted = False
-
-
-def on_interrupt(*_: object) -> None:
-    """Handler of SIGINT: raises KeyboardInterrupt, and remembers that it did."""
-    global _interrupted
-    _interrupted = True
-    raise KeyboardInterrupt
-
-
-def still_wanted() -> None:
-    """Raises KeyboardInterrupt again if one was raised before: compiled code of jax that calls back into Python can swallow it."""
-    if _interrupted:
-        raise KeyboardInterrupt
-
-
 def megabytes(count: int) -> str:
     """``102.0 MB``; small sizes in kB."""
     return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"

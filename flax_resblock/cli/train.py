@@ -18,8 +18,9 @@ import tyro
 
 from flax_resblock import checkpoint
 from flax_resblock.checkpoint import RUN_FOLDER
-from flax_resblock.cli.common import ReadingFlags, RunFlags, on_interrupt, output, status
+from flax_resblock.cli.common import ReadingFlags, RunFlags, output, status
 from flax_resblock.cli.evaluate import classify
+from flax_resblock.cli.interrupts import on_interrupt
 from flax_resblock.cli.train_flags import ScaleFlags, SettingFlags
 from flax_resblock.cli.train_start import Start, afresh, fresh_config, initialised, start
 from flax_resblock.errors import CheckpointError, InputError, MissingDependencyError

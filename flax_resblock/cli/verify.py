@@ -17,7 +17,8 @@ from rich.markup import escape
 
 from flax_resblock.architecture import ARCHITECTURES, Config, architecture, name_of
 from flax_resblock.checkpoint.atomic import refuse_existing, replacing
-from flax_resblock.cli.common import ReadingFlags, output, print_notes, print_table, refuse_unhealthy, status, still_wanted
+from flax_resblock.cli.common import ReadingFlags, output, print_notes, print_table, refuse_unhealthy, status
+from flax_resblock.cli.interrupts import still_wanted
 from flax_resblock.errors import InputError, MissingDependencyError
 
 if TYPE_CHECKING:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from flax_resblock.architecture import Config, Path, Slot, walk
-from flax_resblock.convert.codecs import Codec
+from flax_resblock.checkpoint.parallel import on_every_core
+from flax_resblock.convert.codecs import Codec, one_block
 from flax_resblock.convert.layouts import Layout
 from flax_resblock.errors import InputError, some
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -147,21 +143,29 @@ class StateMap:
         misfit.unexpected.extend(key for key in found if key not in known)
         return misfit
 
-    def to_flax(self, state: Mapping[str, np.ndarray], *, copy: bool = False) -> dict[Path, np.ndarray]:
+    def to_flax(self, state: Mapping[str, np.ndarray], *, in_one_block: bool = False) -> dict[Path, np.ndarray]:
         """State dict to Flax arrays by path; keys that are absent are left out (call :meth:`check` first).
 
         Args:
           state: Arrays by name.
-          copy: Also copy arrays whose layout stays, so that nothing is shared with ``state``.
+          in_one_block: Also copy arrays whose layout stays, so that nothing is shared with ``state``, all into one block of memory; see
+            :func:`flax_resblock.convert.codecs.one_block`.
         """
         entries = [entry for entry in self.entries if entry.torch_key in state]
-        arrays = _parallel(lambda e: e.codec.to_flax(_owned(state[e.torch_key], e.codec, copy)), entries, lambda e: state[e.torch_key].nbytes)
-        return dict(zip([e.flax_path for e in entries], arrays, strict=True))
+        arrays = [state[entry.torch_key] for entry in entries]
+        places = one_block([(e.flax_shape, array.dtype) for e, array in zip(entries, arrays, strict=True)]) if in_one_block else [None] * len(entries)
+        moved = on_every_core(lambda i: entries[i].codec.to_flax(arrays[i], places[i]), range(len(entries)), lambda i: arrays[i].nbytes)
+        return dict(zip([entry.flax_path for entry in entries], moved, strict=True))
 
     def to_torch(self, state: Mapping[Path, np.ndarray], *, copy: bool = False) -> dict[str, np.ndarray]:
-        """Flax arrays by path to a state dict, in PyTorch's order; paths that are absent are left out. ``copy`` as for :meth:`to_flax`."""
+        """Flax arrays by path to a state dict, in PyTorch's order; paths that are absent are left out.
+
+        Args:
+          state: Arrays by path.
+          copy: Also copy arrays whose layout stays, so that nothing is shared with ``state``.
+        """
         entries = [entry for entry in self.entries if entry.flax_path in state]
-        arrays = _parallel(lambda e: e.codec.to_torch(_owned(state[e.flax_path], e.codec, copy)), entries, lambda e: state[e.flax_path].nbytes)
+        arrays = on_every_core(lambda e: e.codec.to_torch(_owned(state[e.flax_path], e.codec, copy)), entries, lambda e: state[e.flax_path].nbytes)
         return dict(zip([e.torch_key for e in entries], arrays, strict=True))
 
 
@@ -191,35 +195,13 @@ def transcode(source: StateMap, target: StateMap, state: Mapping[str, np.ndarray
             return array if all_alike else np.array(array)
         return new.codec.to_torch(old.codec.to_flax(array))
 
-    return dict(zip([new.torch_key for _, new in pairs], _parallel(convert, pairs, lambda pair: state[pair[0].torch_key].nbytes), strict=True))
-
-
-_WORTH_A_THREAD = 1 << 16
-"""Bytes below which handing a tensor to another thread costs more than it saves."""
-
-
-def _parallel(convert: Callable[[T], R], items: Sequence[T], size: Callable[[T], int]) -> list[R]:
-    """``[convert(item) for item in items]`` on every core; numpy releases the interpreter while it copies.
-
-    Args:
-      convert: Works on one tensor.
-      items: In the order of the results.
-      size: Bytes of an item's tensor; the largest go first, so that no core waits for a straggler.
-    """
-    results: dict[int, R] = {}
-    order = sorted(range(len(items)), key=lambda i: -size(items[i]))
-    large = [i for i in order if size(items[i]) >= _WORTH_A_THREAD]
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        futures = {i: pool.submit(convert, items[i]) for i in large}
-        results |= {i: convert(items[i]) for i in order[len(large) :]}
-        results |= {i: future.result() for i, future in futures.items()}
-    return [results[i] for i in range(len(items))]
+    return dict(zip([new.torch_key for _, new in pairs], on_every_core(convert, pairs, lambda pair: state[pair[0].torch_key].nbytes), strict=True))
 
 
 def unhealthy(state_map: StateMap, state: Mapping[str, np.ndarray]) -> list[str]:
     """Tensors with values that no healthy checkpoint has: NaN, infinity, or a negative running variance; one line each."""
     entries = [e for e in state_map.entries if e.role != "counter" and e.torch_key in state and is_floating(state[e.torch_key].dtype)]
-    problems = _parallel(lambda entry: _problem(entry, state[entry.torch_key]), entries, lambda entry: state[entry.torch_key].nbytes)
+    problems = on_every_core(lambda entry: _problem(entry, state[entry.torch_key]), entries, lambda entry: state[entry.torch_key].nbytes)
     return [problem for problem in problems if problem]
 
 
