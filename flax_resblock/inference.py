@@ -28,11 +28,12 @@ class TransformedConv(nnx.Module):
       transformed: ``nnx.List`` of sixteen ``nnx.Param``, each ``(C, O)``.
 
     Args:
-      conv: 3x3, of stride 1, padded by one pixel.
+      conv: 3x3, of stride 1, padded by one pixel; becomes a part of this.
     """
 
     def __init__(self, conv: Conv) -> None:
         self.conv = conv
+        conv.conv_lowering = "xla"  # where it is still called, the images are small
         kernels = jax.jit(winograd.transform_kernel)(conv.kernel[...])
         self.transformed = nnx.List([nnx.Param(kernel) for row in kernels for kernel in row])
 
@@ -55,7 +56,6 @@ def _transform(module: Any) -> None:
                 options = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
                 forms = forms_of(image, conv.kernel, **options)
                 if forms is not None and forms.convolution == "winograd":
-                    conv.conv_lowering = "xla"  # where it is still called, the images are small
                     setattr(node, name, TransformedConv(conv))
 
 
