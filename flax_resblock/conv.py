@@ -137,7 +137,7 @@ class Conv(nnx.Module):
         self.groups = groups
         self.dtype = dtype
         self.precision = precision
-        self.conv_lowering = known(conv_lowering)
+        self.conv_lowering: Lowering = known(conv_lowering)
         shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
         self.kernel = nnx.Param(initial_value(kernel_init, rngs, shape, param_dtype))
         fan_in = kernel_size**2 * in_channels // groups

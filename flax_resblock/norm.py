@@ -189,7 +189,8 @@ class BatchNorm(nnx.Module):
         if use_running_average:
             mean, var = self.mean[...], self.var[...]
         elif self.axis_name is None and for_cpu():
-            y, moments = normalised_by_batch(*(jnp.asarray(value, compute_dtype) for value in (x, scale, bias)), self.eps)
+            found: Any = normalised_by_batch(*(jnp.asarray(value, compute_dtype) for value in (x, scale, bias)), self.eps)
+            y, moments = found
             self._track(moments)
             return y.astype(out_dtype)
         else:

@@ -132,7 +132,7 @@ def fit(
             for number, batch in zip(range(pace.start, end), coming, strict=False):
                 rates, done = pace.rates(number), number + 1
                 flag = placement.spread(np.full(placement.devices // placement.shard[1], asked(), np.int32)) if several else None
-                metrics = train_step.advance(leaves, *_on_devices(batch, config.accumulate, placement, rates), flag)
+                metrics = train_step.advance(leaves, *_on_devices(batch, config.accumulate, placement, rates), stop=flag)
                 stopped = pending is not None and reported(pending)  # while this step is computed
                 if not several:
                     stopped = asked()

@@ -88,7 +88,7 @@ class TrainStep:
         return leaves.state, metrics
 
     def advance(self, leaves: Leaves, images: Any, labels: Any, rates: Rates, mixed: Mixed | None = None, stop: Any = None) -> Metrics:
-        """The same in place."""
+        """The same, in place."""
         leaves.arrays, metrics = self.compiled(leaves.arrays, images, labels, rates, mixed, stop, structure=leaves.structure)
         return metrics
 

@@ -54,7 +54,7 @@ class Result:
     def quartiles(self, values: Sequence[float]) -> tuple[float, float, float]:
         """First quartile, median, third quartile."""
         if len(values) < 2:
-            return (values[0],) * 3
+            return values[0], values[0], values[0]
         first, _, third = statistics.quantiles(values, n=4, method="inclusive")
         return first, statistics.median(values), third
 

@@ -18,7 +18,7 @@ LEARNING_RATE, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
 def _ready(task: Task) -> torch.nn.Module:
     module = torch_twin(config_of(task.case))
     module.load_state_dict(load_file(task.weights))
-    return module.to(memory_format=torch.channels_last)
+    return module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def _images(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +50,7 @@ def forward(task: Task) -> Callable[[], torch.Tensor]:
     if task.case.what == "inference" and task.how == "eager":
         from torch.fx.experimental.optimization import fuse
 
-        module = fuse(module).to(memory_format=torch.channels_last)
+        module = fuse(module).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if task.how == "compile":
         from torch._inductor import config
 

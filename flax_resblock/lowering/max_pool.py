@@ -28,11 +28,15 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
       x: Floating.
       window, stride, padding: In pixels, square.
     """
+    return _greatest(x, window, stride, padding)
+
+
+def _greatest(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
     return reduce(jnp.maximum, [tap for row in _taps(x, window, stride, padding) for tap in row])
 
 
 def _forward(x: jax.Array, window: int, stride: int, padding: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    y = max_pool(x, window, stride, padding)
+    y = _greatest(x, window, stride, padding)
     return y, (x, y)
 
 
