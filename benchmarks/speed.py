@@ -1,4 +1,4 @@
-"""Puts the table of a benchmark into README.md and docs/performance.md, between the marks that they have for it.
+"""Puts the table of a benchmark into README.md and docs/performance.md, between the marks that they have for it, and draws its picture beside the file.
 
 flax-resblock bench --what full --json-file docs/bench.json --png docs/bench.png --force
 python benchmarks/speed.py docs/bench.json
@@ -10,7 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-from flax_resblock.bench.report import markdown, sentence
+from flax_resblock.bench.cases import Case
+from flax_resblock.bench.report import markdown, picture, sentence
+from flax_resblock.bench.run import Result
 
 BEGIN, END = "<!-- table bench -->", "<!-- end bench -->"
 DOCUMENTS = (Path("README.md"), Path("docs/performance.md"))
@@ -26,8 +28,15 @@ def filled(document: str, found: dict) -> str:
 
 
 def main() -> None:
-    """Rewrites both documents."""
-    found = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    """Rewrites both documents and the picture."""
+    figures = Path(sys.argv[1])
+    found = json.loads(figures.read_text(encoding="utf-8"))
+    fields = Result.__dataclass_fields__
+    cases = [
+        (Case(**case["case"]), [Result(**{name: value for name, value in result.items() if name in fields}) for result in case["results"]])
+        for case in found["cases"]
+    ]
+    picture(cases, figures.with_suffix(".png"))
     for path in DOCUMENTS:
         path.write_text(filled(path.read_text(encoding="utf-8"), found), encoding="utf-8")
 

@@ -91,28 +91,28 @@ def picture(cases: Sequence[tuple[Case, Sequence[Result]]], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError("pictures need matplotlib: pip install 'flax-resblock[train]'.") from error
-    colours = {"PyTorch": "#ee8866", "torch": "#ffcc88", "flax-resblock": "#4477aa", "plain": "#99bbdd", "copy": "#bbbbbb"}
-    rows = [(case, result) for case, results in cases for result in results if not result.failed]
-    figure = Figure(figsize=(8, 0.24 * len(rows) + 0.5 * len(cases) + 0.8), layout="constrained")
+    colours = {"PyTorch": "#ee8866", "torch.compile": "#ffcc88", "flax-resblock": "#4477aa", "plain": "#99bbdd"}
+    groups = [(case.title, [r for r in results if not r.failed]) for case, results in cases if case.what != "conversion" or len(cases) == 1]
+    rows = sum(len(good) + 1 for _, good in groups)
+    figure = Figure(figsize=(8, 0.14 * rows + 0.9), layout="constrained")
     axes = figure.add_subplot()
-    position, ticks, seen = 0.0, [], set()
-    for case, results in cases:
-        good = [result for result in results if not result.failed]
+    position, ticks, seen = 0, [], set()
+    for title, good in groups:
+        ticks.append((position + (len(good) - 1) / 2, title))
         for result in good:
             low, middle, high = result.quartiles(result.ratios)
-            key = next(key for key in colours if result.contestant.startswith(key))
-            axes.barh(position, middle, 0.9, color=colours[key], label=result.contestant if result.contestant not in seen else None)
-            axes.plot([low, high], [position, position], color="black", linewidth=1)
-            axes.text(max(high, middle) + 0.02, position, f"{middle:.2f}", va="center", fontsize=7)
-            seen.add(result.contestant)
+            key = next((key for key in colours if result.contestant.startswith(key)), "")
+            axes.barh(position, middle, 0.9, color=colours.get(key, "#bbbbbb"), label=None if key in seen else result.contestant)
+            axes.plot([low, high], [position, position], color="black", linewidth=0.8)
+            axes.text(max(high, middle) + 0.02, position, f"{middle:.2f}", va="center", fontsize=6)
+            seen.add(key)
             position += 1
-        ticks.append((position - (len(good) + 1) / 2, case.title))
         position += 1
-    axes.set_yticks([tick for tick, _ in ticks], [title for _, title in ticks], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_yticks([tick for tick, _ in ticks], [title for _, title in ticks], fontsize=7)
+    axes.set_ylim(position - 0.5, -1)
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel("time as a ratio to the first of each group; median and quartiles of interleaved rounds; lower is faster")
-    axes.legend(fontsize=7, loc="lower right")
+    axes.set_xlabel("time / time of PyTorch eager: median and quartiles of interleaved rounds; lower is faster", fontsize=8)
+    figure.legend(fontsize=7, loc="outside upper right", ncols=4, frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=150, format="png")

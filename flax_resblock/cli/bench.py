@@ -34,8 +34,8 @@ def bench(
     compared, so that both sides do the same work. For numbers that mean something, leave the machine alone meanwhile.
 
     Args:
-      what: "quick" is a train step and an inference of resnet18, two minutes; "full" every row of the README's table, three quarters of an hour; the others
-        time one thing.
+      what: "quick" is a train step and an inference of resnet18, two minutes; "full" every row of the README's table, twenty minutes; the others time one
+        thing.
       architecture: Of that one thing; "block" is a single residual block of 64 channels.
       image_size: Side of the square images; up to 64 the network has the stem for small images.
       batch: Images.
