@@ -298,6 +298,6 @@ def test_nothing_is_compiled_again_after_the_first_step_on_several_devices():
     for number in range(3):
         images, labels = rng.normal(size=(2, 16, 8, 8, 1)).astype(np.float32), rng.integers(0, 10, (2, 16)).astype(np.int32)
         state, _ = step(state, placement.spread(images, axis=1), placement.spread(labels, axis=1), Pace.of(run, 44).rates(number))
-    assert step._cache_size() == 1
+    assert step.compilations == 1
     step(state, placement.spread(images[:, :8], axis=1), placement.spread(labels[:, :8], axis=1), Pace.of(run, 44).rates(3))
-    assert step._cache_size() == 2
+    assert step.compilations == 2

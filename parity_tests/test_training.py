@@ -135,7 +135,7 @@ def jax_trajectory(data, optimizer: optax.GradientTransformationExtraArgs | None
             state, metrics = train_step(state, batch.images, batch.labels, same_rate(rate))
             values = {key: value.copy() for key, value in to_torch(nnx.merge(graphdef, state.params, state.stats)).items()}
             snapshots.append(Snapshot(float(metrics.loss), values, np.array(eval_step(state.params, state.stats, images))))
-        assert train_step.compiled._cache_size() == 1
+        assert train_step.compilations == 1
     return snapshots
 
 
@@ -225,7 +225,7 @@ def test_nothing_is_compiled_again_after_the_first_step(data, monkeypatch):
     config = dataclasses.replace(SETTINGS, batch_size=256)
     model = from_torch(torch_twin().float())
     train.fit(model, data.train, config, test=data.test, progress=False)
-    assert [step.compiled._cache_size() for step in compiled] == [1]
+    assert [step.compilations for step in compiled] == [1]
 
 
 @pytest.mark.parametrize(("epoch", "batch"), [(2, 0), (1, 3)], ids=["after an epoch", "within an epoch"])
@@ -275,7 +275,7 @@ def test_cache_size_counts_a_second_batch_size(data):
     train_step = make_train_step(graphdef, optimizer)
     for size in (8, 8, 9):
         state, _ = train_step(state, data.train.normalised(slice(size)), data.train.labels[:size], same_rate(0.1))
-    assert train_step.compiled._cache_size() == 2
+    assert train_step.compilations == 2
 
 
 def test_training_in_jax_alone_reaches_95_percent_on_the_digits(data):

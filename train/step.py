@@ -81,6 +81,11 @@ class TrainStep:
             of_arrays, donate_argnums=0, static_argnames="structure", out_shardings=placement.copied, compiler_options=compiler_options() or None
         )
 
+    @property
+    def compilations(self) -> int:
+        """How many programs it has been compiled to: one, unless shapes or dtypes change."""
+        return self.compiled._cache_size()
+
     def __call__(self, state: TrainState, *batch: Any, **more: Any) -> tuple[TrainState, Metrics]:
         """``(state, images, labels, rates, mixed=None, stop=None) -> (state, metrics)``."""
         leaves = Leaves(state)
