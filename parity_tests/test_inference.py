@@ -40,7 +40,7 @@ def compiled(twins, images):
     return compile_inference(twins.flax(PRECISIONS["float32"]), images[:8])
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 21])
+@pytest.mark.parametrize("count", [1, 3, 8, 21])
 def test_any_number_of_images_gets_the_models_logits(count, compiled, images, truth, twins):
     logits = np.asarray(compiled(images[:count]))
     assert logits.shape == (count, 7)

@@ -136,16 +136,9 @@ def assert_block_equals_pytorch(block, size):
     assert comparison.passed, max(comparison.measurements, key=lambda m: m.judgement.excess)
 
 
-THREE = [
-    BlockConfig(in_channels=64, out_channels=out, stride=stride, kind=kind)
-    for out, stride, kind in ((64, 1, "basic"), (128, 2, "basic"), (256, 1, "bottleneck"))
-]
-
-
-@pytest.mark.parametrize("block", THREE, ids=brief)
-def test_blocks_equal_pytorch(block):
+def test_a_block_equals_pytorch():
     assert for_cpu()
-    assert_block_equals_pytorch(block, (7, 6))
+    assert_block_equals_pytorch(BlockConfig(in_channels=64, out_channels=128, stride=2), (7, 6))
 
 
 @pytest.mark.slow
@@ -276,6 +269,7 @@ def test_the_precision_of_the_moment_of_tracing_reaches_the_gradients():
     assert "DEFAULT, DEFAULT" not in text
 
 
+@pytest.mark.slow
 def test_digits_are_learned_as_well_in_both_lowerings():
     """The same network and images: accuracies within one point of each other, though no weight is the same to the last bit."""
     import train
