@@ -69,7 +69,12 @@ def derivatives(f, x, kernel, dy):
     return {"output": y, "along": along, **dict(zip("xk", back(dy), strict=True)), "second": jax.grad(of_gradients, argnums=(0, 1))(x, kernel)}
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, *ORDINARY], ids=str)
+def some_fast(shapes, fast):
+    """All shapes, those that are not listed marked as slow."""
+    return [shape if shape in fast else pytest.param(shape, marks=pytest.mark.slow) for shape in shapes]
+
+
+@pytest.mark.parametrize("shape", some_fast([*SHAPES, *ORDINARY], [SHAPES[2], SHAPES[4], SHAPES[7]]), ids=str)
 def test_values_and_derivatives_are_those_of_xla(shape):
     with jax.enable_x64(True):
         x, kernel, dy = map(jnp.asarray, arrays(shape))
