@@ -77,7 +77,7 @@ class TrainStep:
             state, metrics = step(jax.tree.unflatten(structure, arrays), *batch)
             return jax.tree.leaves(state), metrics
 
-        self.compiled = jax.jit(
+        self.compiled: Any = jax.jit(
             of_arrays, donate_argnums=0, static_argnames="structure", out_shardings=placement.copied, compiler_options=compiler_options() or None
         )
 
