@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +22,6 @@ from train.pace import Rates
 from train.step import Leaves, make_train_step, split
 
 
-class _Sgd:
-    """Plain momentum: the optimizer is not what is measured."""
-
-    def __init__(self) -> None:
-        self._chain = optax.sgd(0.01, momentum=0.9)
-
-    def init(self, params: Any) -> Any:
-        return self._chain.init(params)
-
-    def update(self, gradients: Any, state: Any, params: Any, **_: Any) -> Any:
-        return self._chain.update(gradients, state, params)
-
-
 def main() -> None:
     """Prints both medians, of interleaved calls."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -43,7 +29,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
     model = flax_resblock.create(options.architecture, num_classes=10, rngs=nnx.Rngs(0))
-    optimizer: Any = _Sgd()
+    optimizer = optax.with_extra_args_support(optax.sgd(0.01, momentum=0.9))
     graphdef, state = split(model, optimizer)
     step, leaves = make_train_step(graphdef, optimizer), Leaves(split(model, optimizer)[1])
     images, labels = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32), jnp.arange(2)

@@ -14,7 +14,6 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from flax_resblock.aot.hlo import Instruction, instructions, read
 from flax_resblock.aot.outcome import Memory
 from flax_resblock.aot.request import Request, request_for
 from flax_resblock.architecture import architecture
+from flax_resblock.bench.report import machine
 from flax_resblock.errors import InputError
 
 CHIPS = 8
@@ -232,13 +232,9 @@ def measure() -> dict[str, Any]:
 
 def describe() -> dict[str, Any]:
     """The machine, in numbers and words."""
-    import jax
-
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    versions = f"Python {platform.python_version()}, jax {jax.__version__}, numpy {np.__version__}"
-    return {"name": name, "cores": os.cpu_count(), "memory": memory, "versions": versions}
+    found = machine()
+    versions = f"Python {found['python']}, jax {found['versions']['jax']}, numpy {found['versions']['numpy']}"
+    return {"name": found["cpu"], "cores": found["cores"], "memory": found["memory_bytes"], "versions": versions}
 
 
 def main() -> None:

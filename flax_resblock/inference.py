@@ -48,7 +48,7 @@ class TransformedConv(nnx.Module):
 
 
 def _transform(module: Any) -> None:
-    """Replaces, in place, what :class:`TransformedConv` is for."""
+    """Replaces, in place and for a CPU alone, what :class:`TransformedConv` is for."""
     for _, node in list(nnx.iter_modules(module)):
         for name, conv in vars(node).items():
             if isinstance(conv, Conv) and for_cpu(conv.conv_lowering) and conv.dtype in (None, conv.kernel.dtype):
@@ -74,15 +74,14 @@ class CompiledInference:
         self.batch_sizes = (*(size for size in (1 << power for power in range(largest.bit_length())) if size < largest), largest)
         folded = fold_batch_norm(model)
         folded.eval()
-        if for_cpu():
-            _transform(folded)
+        _transform(folded)
         graphdef, state = nnx.split(folded)
         self._arrays, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, state))
 
         def forward(arrays: list[jax.Array], images: jax.Array) -> jax.Array:
             return nnx.merge(graphdef, jax.tree.unflatten(structure, arrays))(images, use_running_average=True)
 
-        self._jitted = jax.jit(forward, compiler_options=compiler_options() or None)
+        self._jitted = jax.jit(forward, compiler_options=compiler_options())
         self._compiled: dict[int, Any] = {}
         self._for(largest)
 

@@ -154,7 +154,7 @@ def fit(
     state = leaves.state
     params, stats = on_host((state.params, state.stats)) if several else (state.params, state.stats)
     nnx.update(network, params, stats)
-    _, history.run = _copies(graphdef, leaves.state, pace.after(end))
+    _, history.run = _copies(graphdef, state, pace.after(end))
     return history
 
 

@@ -78,7 +78,7 @@ class TrainStep:
             return jax.tree.leaves(state), metrics
 
         self.compiled: Any = jax.jit(
-            of_arrays, donate_argnums=0, static_argnames="structure", out_shardings=placement.copied, compiler_options=compiler_options() or None
+            of_arrays, donate_argnums=0, static_argnames="structure", out_shardings=placement.copied, compiler_options=compiler_options()
         )
 
     @property
@@ -280,4 +280,4 @@ def make_eval_step(graphdef: nnx.GraphDef[ResNet], mesh: Mesh | None = None) -> 
         model = nnx.merge(graphdef, params, stats, copy=True)
         return model(images, use_running_average=True)
 
-    return jax.jit(eval_step, out_shardings=Placement(mesh).copied, compiler_options=compiler_options() or None)
+    return jax.jit(eval_step, out_shardings=Placement(mesh).copied, compiler_options=compiler_options())

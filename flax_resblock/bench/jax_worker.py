@@ -13,34 +13,24 @@ import optax
 from flax import nnx
 
 import flax_resblock
-from flax_resblock.bench.worker import Task, batch_of, serve
+from flax_resblock.bench.worker import DECAY, LEARNING_RATE, MOMENTUM, Task, batch_of, serve
 from flax_resblock.inference import compile_inference
 from flax_resblock.lowering.switch import compiler_options, conv_lowering
 from flax_resblock.resnet import ResNet
 from train.pace import Rates
 from train.step import Leaves, make_train_step, split
 
-LEARNING_RATE, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
 
-
-class _Sgd:
+def _sgd() -> optax.GradientTransformationExtraArgs:
     """The same update as ``torch.optim.SGD`` with momentum and decay."""
-
-    def __init__(self) -> None:
-        self._chain = optax.chain(optax.add_decayed_weights(DECAY), optax.trace(MOMENTUM), optax.scale(-LEARNING_RATE))
-
-    def init(self, params: Any) -> Any:
-        return self._chain.init(params)
-
-    def update(self, gradients: Any, state: Any, params: Any, **_: Any) -> Any:
-        return self._chain.update(gradients, state, params)
+    return optax.with_extra_args_support(optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(LEARNING_RATE, momentum=MOMENTUM)))
 
 
 def train_step(task: Task) -> Callable[[], float]:
     """The step of :mod:`train`, as ``flax-resblock train`` runs it; of a bare block, the same with the mean square as loss."""
     model = flax_resblock.load(task.weights)
     images, labels = (jnp.asarray(array) for array in batch_of(task.case))
-    optimizer: Any = _Sgd()
+    optimizer = _sgd()
     if isinstance(model, ResNet):
         graphdef, state = split(model, optimizer)
         step, leaves = make_train_step(graphdef, optimizer), Leaves(state)
@@ -65,7 +55,7 @@ def _block_step(model: nnx.Module, optimizer: Any, images: jax.Array) -> Callabl
         updates, state = optimizer.update(gradients, state, params)
         return jax.tree.leaves((optax.apply_updates(params, updates), new, state)), loss
 
-    compiled = jax.jit(step, donate_argnums=0, compiler_options=compiler_options() or None)
+    compiled = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
     held = [[jnp.array(leaf, copy=True) for leaf in leaves]]
 
     def run() -> float:
@@ -86,7 +76,7 @@ def forward(task: Task) -> Callable[[], jax.Array]:
     leaves, structure = jax.tree.flatten(state)
     evaluate = jax.jit(
         lambda leaves, images: nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))(images, use_running_average=True),
-        compiler_options=compiler_options() or None,
+        compiler_options=compiler_options(),
     )
     return lambda: jax.block_until_ready(evaluate(leaves, images))
 

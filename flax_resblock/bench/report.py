@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from flax_resblock.bench.cases import Case
-from flax_resblock.bench.run import Result
+from flax_resblock.bench.run import Result, quartiles
 from flax_resblock.errors import MissingDependencyError
 
 MEBI = 1 << 20
@@ -43,8 +43,8 @@ def table(case: Case, results: Sequence[Result]) -> Table:
         if result.failed:
             found.add_row(result.contestant, "failed")
             continue
-        low, middle, high = (1e3 * value for value in result.quartiles(result.rounds))
-        ratio = result.quartiles(result.ratios)
+        low, middle, high = (1e3 * value for value in quartiles(result.rounds))
+        ratio = quartiles(result.ratios)
         cached = "" if result.cached is None else f"{result.cached:.1f}"
         times = f"{middle:.4g} ({low:.4g}-{high:.4g})", f"{ratio[1]:.2f} ({ratio[0]:.2f}-{ratio[2]:.2f})"
         found.add_row(result.contestant, *times, f"{result.first:.1f}", cached, f"{result.peak / MEBI:.0f}")
@@ -75,8 +75,11 @@ def markdown(found: dict[str, Any]) -> str:
             continue
         cells = [f"{1e3 * base['seconds_quartiles'][1]:.4g} ms"]
         for result in others:
-            low, middle, high = result.get("ratio_quartiles", (0, 0, 0))
-            cells.append("failed" if result["failed"] else f"{middle:.2f} ({low:.2f}-{high:.2f})")
+            if result["failed"]:
+                cells.append("failed")
+                continue
+            low, middle, high = result["ratio_quartiles"]
+            cells.append(f"{middle:.2f} ({low:.2f}-{high:.2f})")
         lines.append(f"| {case['title']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -100,7 +103,7 @@ def picture(cases: Sequence[tuple[Case, Sequence[Result]]], path: Path) -> None:
     for title, good in groups:
         ticks.append((position + (len(good) - 1) / 2, title))
         for result in good:
-            low, middle, high = result.quartiles(result.ratios)
+            low, middle, high = quartiles(result.ratios)
             key = next((key for key in colours if result.contestant.startswith(key)), "")
             axes.barh(position, middle, 0.9, color=colours.get(key, "#bbbbbb"), label=None if key in seen else result.contestant)
             axes.plot([low, high], [position, position], color="black", linewidth=0.8)

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,8 +20,15 @@ from flax_resblock.bench.worker import Task, config_of
 from flax_resblock.errors import InputError
 from flax_resblock.resnet import build
 
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as flax_resblock.cli.huge_pages
 ROUND_SECONDS, FEWEST_REPEATS, MOST_REPEATS = 1.2, 3, 60
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile; of one value itself."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    first, middle, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, middle, third
 
 
 @dataclass
@@ -34,7 +41,7 @@ class Result:
       ratios: Of these to the first contestant's of the same round.
       first: Seconds until the first result: compilation and all that belongs to it.
       cached: The same in a process that finds it in the compilation cache; None where there is no cache.
-      values: Loss, or mean size of the outputs, after the first repetition.
+      value: Loss, or mean size of the outputs, after the first repetition.
       imported, peak: Bytes held once everything is imported, and at most; of a process that finds its programs in the cache where there is one.
       faults: Page faults of a repetition.
       failed: Why there are no numbers.
@@ -51,18 +58,11 @@ class Result:
     faults: int = 0
     failed: str = ""
 
-    def quartiles(self, values: Sequence[float]) -> tuple[float, float, float]:
-        """First quartile, median, third quartile."""
-        if len(values) < 2:
-            return values[0], values[0], values[0]
-        first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-        return first, statistics.median(values), third
-
     def content(self) -> dict[str, Any]:
         """As JSON, with the medians."""
         found = asdict(self)
         if self.rounds:
-            found |= {"seconds_quartiles": self.quartiles(self.rounds), "ratio_quartiles": self.quartiles(self.ratios)}
+            found |= {"seconds_quartiles": quartiles(self.rounds), "ratio_quartiles": quartiles(self.ratios)}
         return found
 
 
@@ -70,7 +70,6 @@ class _Worker:
     """A process of a contestant."""
 
     def __init__(self, contestant: Contestant, task: Task, environment: dict[str, str]) -> None:
-        self.contestant = contestant
         module = f"flax_resblock.bench.{contestant.side}_worker"
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  # lives as long as the process
         self._process = subprocess.Popen(
@@ -111,7 +110,9 @@ class _Worker:
         self._errors.close()
 
 
-def measure(case: Case, *, rounds: int, threads: int, huge_pages: bool, on_progress: Callable[[str, int], None] = lambda text, done: None) -> list[Result]:
+def measure(
+    case: Case, *, rounds: int, threads: int, allocator: Mapping[str, str], on_progress: Callable[[str, int], None] = lambda text, done: None
+) -> list[Result]:
     """Times every contestant of a case.
 
     Each works in a process of its own, alone: the others wait for their turn. A round gives every contestant one turn of several repetitions.
@@ -120,7 +121,7 @@ def measure(case: Case, *, rounds: int, threads: int, huge_pages: bool, on_progr
       case: What to do.
       rounds: How many turns each gets.
       threads: That a process may use; where the system can, it is kept on as many cores.
-      huge_pages: Whether the allocator of both frameworks asks for huge pages, as ``flax-resblock train`` does.
+      allocator: What the environment tells the allocator of both frameworks, ``{"GLIBC_TUNABLES": ...}``; empty: its defaults.
       on_progress: Called with a text and the number of turns done.
     Raises:
       InputError: No contestant got to its first result.
@@ -132,8 +133,7 @@ def measure(case: Case, *, rounds: int, threads: int, huge_pages: bool, on_progr
         environment = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "JAX_COMPILATION_CACHE_DIR")}
         environment |= {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu", "FLAX_RESBLOCK_CONV_LOWERING": ""}
         environment |= {"JAX_COMPILATION_CACHE_DIR": str(Path(folder) / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        if huge_pages:
-            environment |= HUGE_PAGES
+        environment |= allocator
         results: dict[str, Result] = {}
         workers: dict[str, _Worker] = {}
         for contestant in CONTESTANTS[case.what]:

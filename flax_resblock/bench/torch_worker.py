@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from flax_resblock.bench.worker import Task, batch_of, config_of, serve
+from flax_resblock.bench.worker import DECAY, LEARNING_RATE, MOMENTUM, Task, batch_of, config_of, serve
 from flax_resblock.parity.twins import torch_twin
-
-LEARNING_RATE, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
 
 
 def _ready(task: Task) -> torch.nn.Module:

@@ -23,6 +23,8 @@ from flax_resblock.bench.cases import Case
 from flax_resblock.block_config import BlockConfig
 
 CLASSES = 10
+LEARNING_RATE, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
+"""Of both sides' SGD."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Literal
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flax_resblock.cli.common import output, print_table, status
+from flax_resblock.cli.huge_pages import SETTING, VARIABLE
 from flax_resblock.errors import InputError, MissingDependencyError
 
 DIFFERENT = 0.01
@@ -79,7 +80,7 @@ def bench(
             def on_progress(text: str, done: int, case: Case = case, number: int = number) -> None:
                 progress.update(bar, description=f"{case.title}: {text}", completed=number * rounds + done)
 
-            results = measure(case, rounds=rounds, threads=threads, huge_pages=malloc == "huge-pages", on_progress=on_progress)
+            results = measure(case, rounds=rounds, threads=threads, allocator={VARIABLE: SETTING} if malloc == "huge-pages" else {}, on_progress=on_progress)
             found.append((case, results))
             print_table(table(case, results))
             for result in results:

@@ -6,18 +6,8 @@ from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from flax_resblock.lowering.products import overlapped
-
-
-def _taps(x: jax.Array, window: int, stride: int, padding: int) -> list[list[jax.Array]]:
-    """What every output pixel sees, by row and column of the window, each ``(N, H', W', C)``."""
-    seen = [(size + 2 * padding - window) // stride for size in x.shape[1:3]]
-    ends = [(padding, stride * last + window - size - padding, 0) for last, size in zip(seen, x.shape[1:3], strict=True)]
-    padded = lax.optimization_barrier(lax.pad(x, jnp.array(-jnp.inf, x.dtype), ((0, 0, 0), *ends, (0, 0, 0))))
-    tall, wide = (stride * last + 1 for last in seen)
-    return [[padded[:, i : i + tall : stride, j : j + wide : stride] for j in range(window)] for i in range(window)]
+from flax_resblock.lowering.products import taps_added, taps_of
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -32,7 +22,7 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
 
 
 def _greatest(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
-    return reduce(jnp.maximum, [tap for row in _taps(x, window, stride, padding) for tap in row])
+    return reduce(jnp.maximum, [tap for row in taps_of(x, window, stride, padding, -jnp.inf) for tap in row])
 
 
 def _forward(x: jax.Array, window: int, stride: int, padding: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -44,15 +34,13 @@ def _backward(window: int, stride: int, padding: int, kept: tuple[jax.Array, jax
     x, y = kept
     free = jnp.ones(y.shape, bool)
     shares: list[list[jax.Array]] = []
-    for row in _taps(x, window, stride, padding):
+    for row in taps_of(x, window, stride, padding, -jnp.inf):
         shares.append([])
         for tap in row:
             here = free & (tap == y)
             free &= ~here
             shares[-1].append(jnp.where(here, dy, 0))
-    padded = overlapped([overlapped(row, stride, axis=2) for row in shares], stride, axis=1)
-    ends = [(-padding, padding + size - had, 0) for size, had in zip(x.shape[1:3], padded.shape[1:3], strict=True)]
-    return (lax.pad(padded, jnp.zeros((), dy.dtype), ((0, 0, 0), *ends, (0, 0, 0))),)
+    return (taps_added(shares, (x.shape[1], x.shape[2]), stride, padding),)
 
 
 max_pool.defvjp(_forward, _backward)

@@ -33,17 +33,30 @@ def pointwise_input_gradient(dy: jax.Array, kernel: jax.Array, size: tuple[int, 
     return lax.pad(pixels, jnp.zeros((), pixels.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
 
 
+def taps_of(x: jax.Array, taps: int, stride: int, padding: int, border: float) -> list[list[jax.Array]]:
+    """What every output pixel sees at each row and column of a ``taps`` by ``taps`` window, ``(N, H', W', C)``; ``border`` is the padding's value.
+
+    What computes ``x`` is fused into one copy with its border, and not into each of the slices.
+    """
+    last = [(size + 2 * padding - taps) // stride for size in x.shape[1:3]]
+    ends = [(padding, stride * end + taps - size - padding, 0) for end, size in zip(last, x.shape[1:3], strict=True)]
+    padded = lax.optimization_barrier(lax.pad(x, jnp.array(border, x.dtype), ((0, 0, 0), *ends, (0, 0, 0))))
+    tall, wide = (stride * end + 1 for end in last)
+    return [[padded[:, row : row + tall : stride, column : column + wide : stride] for column in range(taps)] for row in range(taps)]
+
+
+def taps_added(shares: list[list[jax.Array]], size: tuple[int, int], stride: int, padding: int) -> jax.Array:
+    """The transpose of :func:`taps_of`: every share ``(N, H', W', C)`` added where its pixels came from, ``(N, H, W, C)``."""
+    padded = _overlapped([_overlapped(row, stride, axis=2) for row in shares], stride, axis=1)
+    ends = [(-padding, padding + whole - had, 0) for whole, had in zip(size, padded.shape[1:3], strict=True)]
+    return lax.pad(padded, jnp.zeros((), padded.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
+
+
 def kernel_gradient(x: jax.Array, dy: jax.Array, taps: int, stride: int, padding: int, precision: lax.PrecisionLike) -> jax.Array:
     """``(k, k, C, O)`` from ``(N, H, W, C)`` and ``(N, H', W', O)``: one product for every tap, of the pixels that it sees."""
-    ends = [(padding, stride * (seen - 1) + taps - whole - padding, 0) for seen, whole in zip(dy.shape[1:3], x.shape[1:3], strict=True)]
-    # what computes x is fused into one copy with its border, and not into each of the products
-    padded, dy = lax.optimization_barrier((lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *ends, (0, 0, 0))), dy))
-    tall, wide = (stride * (seen - 1) + 1 for seen in dy.shape[1:3])
-
-    def of_tap(row: int, column: int) -> jax.Array:
-        return pointwise_kernel_gradient(padded[:, row : row + tall : stride, column : column + wide : stride], dy, 1, precision)
-
-    return jnp.concatenate([jnp.concatenate([of_tap(row, column) for column in range(taps)], axis=1) for row in range(taps)], axis=0)
+    dy = lax.optimization_barrier(dy)
+    seen = taps_of(x, taps, stride, padding, 0)
+    return jnp.concatenate([jnp.concatenate([pointwise_kernel_gradient(tap, dy, 1, precision) for tap in row], axis=1) for row in seen])
 
 
 def input_gradient(dy: jax.Array, kernel: jax.Array, size: tuple[int, int], stride: int, padding: int, precision: lax.PrecisionLike) -> jax.Array:
@@ -60,13 +73,10 @@ def input_gradient(dy: jax.Array, kernel: jax.Array, size: tuple[int, int], stri
     taps, inner = kernel.shape[0], kernel.shape[2]
     shares = lax.dot_general(dy.reshape(-1, channels), kernel.reshape(-1, channels), (((1,), (1,)), ((), ())), precision=precision)
     shares = shares.reshape(n, tall, wide, taps, taps, inner)
-    rows = [overlapped([shares[:, :, :, i, j] for j in range(taps)], stride, axis=2) for i in range(taps)]
-    padded = overlapped(rows, stride, axis=1)
-    ends = [(-padding, padding + whole - had, 0) for whole, had in zip(size, padded.shape[1:3], strict=True)]
-    return lax.pad(padded, jnp.zeros((), padded.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
+    return taps_added([[shares[:, :, :, i, j] for j in range(taps)] for i in range(taps)], size, stride, padding)
 
 
-def overlapped(parts: list[jax.Array], stride: int, axis: int) -> jax.Array:
+def _overlapped(parts: list[jax.Array], stride: int, axis: int) -> jax.Array:
     """Adds ``parts[i]``, whose pixel ``t`` belongs at ``stride * t + i``: first within each phase of the stride, then the phases are interleaved."""
     most = (len(parts) - 1) // stride
     phases = []
