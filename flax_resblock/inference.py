@@ -2,61 +2,132 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
+from jax.extend.core import ClosedJaxpr
 
-from flax_resblock.conv import Conv, forms_of
+from flax_resblock.conv import Conv, convolve
 from flax_resblock.errors import InputError
 from flax_resblock.fold import fold_batch_norm
-from flax_resblock.lowering import winograd
-from flax_resblock.lowering.switch import compiler_options, for_cpu
+from flax_resblock.lowering import onednn, winograd
+from flax_resblock.lowering.primitives import DIMENSIONS
+from flax_resblock.lowering.rewrite import Fused, evaluate
+from flax_resblock.lowering.switch import compiler_options, conv_lowering, for_cpu
 from flax_resblock.resnet import Model
 
-FEW_TILES, WIDE = 512, 256
-"""Winograd's products of fewer rows than the first pay off only from as many channels as the second: each reads sixteen matrices for what nine would do."""
+Forward = Callable[[list[jax.Array], jax.Array], jax.Array]
+
+WINOGRAD_PAYS = {True: ((64, 256),), False: ((512, 64), (0, 256))}
+"""From how many tiles and channels on, with oneDNN as the other choice or without. Its kernel is 16/9 of the plain one, its matrices four times the input."""
 
 
-class TransformedConv(nnx.Module):
-    """A convolution whose kernel Winograd's transform has already seen, for a CPU.
+class _Plan(NamedTuple):
+    """How a convolution is computed for one size of its input."""
 
-    Attributes:
-      conv: The convolution as it was, for images so small that the transform does not pay.
-      transformed: ``nnx.List`` of sixteen ``nnx.Param``, each ``(C, O)``.
+    form: Literal["onednn", "winograd", "xla"]
+    convolution: onednn.Convolution
 
-    Args:
-      conv: 3x3, of stride 1, padded by one pixel; becomes a part of this.
-    """
+    def prepared(self, kernel: jax.Array) -> Any:
+        """The kernel as :meth:`__call__` wants it."""
+        if self.form == "winograd":
+            return jax.jit(winograd.transform_kernel)(kernel)
+        return jax.jit(onednn.reordered, static_argnums=1)(kernel, self.convolution.block)
 
-    def __init__(self, conv: Conv) -> None:
-        self.conv = conv
-        conv.conv_lowering = "xla"  # where it is still called, the images are small
-        kernels = jax.jit(winograd.transform_kernel)(conv.kernel[...])
-        self.transformed = nnx.List([nnx.Param(kernel) for row in kernels for kernel in row])
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, H, W, C)`` to ``(N, H, W, O)``."""
-        tiles = x.shape[0] * -(-x.shape[1] // 2) * -(-x.shape[2] // 2)
-        if tiles < FEW_TILES and min(self.conv.kernel.shape[2:]) < WIDE:
-            return self.conv(x)
-        kernels = [kernel[...] for kernel in self.transformed]
-        y = winograd.convolve_transformed(x, [kernels[4 * row : 4 * row + 4] for row in range(4)], self.conv.precision)
-        return y if self.conv.bias is None else y + self.conv.bias[...]
+    def __call__(self, fused: Fused, kernel: Any) -> jax.Array:
+        """The convolution with what follows it."""
+        if self.form == "onednn":
+            bias = None if fused.bias is None else fused.bias.reshape(-1)
+            return replace(self.convolution, relu=fused.convolution.relu)(fused.x, kernel, bias, fused.residual)
+        y = winograd.convolve_transformed(fused.x, kernel, None) if self.form == "winograd" else _by_xla(self.convolution, fused.x, kernel)
+        for value in (fused.bias, fused.residual):
+            y = y if value is None else y + value
+        return jnp.maximum(y, 0) if fused.convolution.relu else y
 
 
-def _transform(module: Any) -> None:
-    """Replaces, in place and for a CPU alone, what :class:`TransformedConv` is for."""
-    for _, node in list(nnx.iter_modules(module)):
-        for name, conv in vars(node).items():
-            if isinstance(conv, Conv) and for_cpu(conv.conv_lowering) and conv.dtype in (None, conv.kernel.dtype):
-                image = jax.ShapeDtypeStruct((1, 4, 4, conv.in_channels), conv.kernel.dtype)
-                options = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
-                forms = forms_of(image, conv.kernel, **options)
-                if forms is not None and forms.convolution == "winograd":
-                    setattr(node, name, TransformedConv(conv))
+def _planned(of: onednn.Convolution, shape: tuple[int, ...], by_onednn: bool) -> _Plan:
+    """What is fastest for an input ``(N, H, W, I)``."""
+    tiles, channels = shape[0] * -(-shape[1] // 2) * -(-shape[2] // 2), min(of.kernel[2:])
+    square = of.kernel[:2] == (3, 3) and of.strides == of.padding == of.dilation == (1, 1) and of.groups == 1
+    if square and any(tiles >= fewest and channels >= width for fewest, width in WINOGRAD_PAYS[by_onednn]):
+        return _Plan("winograd", of)
+    return _Plan("onednn" if by_onednn else "xla", of)
+
+
+def _by_xla(of: onednn.Convolution, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    if of.kernel[:2] == (1, 1) and of.padding == (0, 0) and len(set(of.strides)) == 1:  # a product is faster
+        return convolve(x, kernel, stride=of.strides[0], padding=0, dilation=1, groups=of.groups, precision=None)
+    sides = [(side, side) for side in of.padding]
+    return lax.conv_general_dilated(x, kernel, of.strides, sides, rhs_dilation=of.dilation, dimension_numbers=DIMENSIONS, feature_group_count=of.groups)
+
+
+class _Network:
+    """A float32 model for a CPU: every convolution in the form that is fastest for its size, together with what follows it."""
+
+    def __init__(self, forward: Forward, arrays: list[jax.Array]) -> None:
+        self._forward, self._arrays = forward, arrays
+        self._by_onednn = onednn.available()
+        self._plans: dict[tuple[onednn.Convolution, tuple[int, ...]], _Plan] = {}
+        self._prepared: dict[tuple[int, _Plan], Any] = {}
+
+    def compiled(self, images: jax.ShapeDtypeStruct) -> Callable[[jax.Array], jax.Array]:
+        """For images of this shape."""
+        with conv_lowering("xla"):
+            network = jax.make_jaxpr(self._forward)(self._arrays, images)
+        plans = {leaf: self._plan(*convolution) for leaf, convolution in self._convolutions(network, images).items()}
+        inputs = [self._kernel(leaf, plans[leaf]) if leaf in plans else array for leaf, array in enumerate(self._arrays)]
+
+        def compute(fused: Fused) -> jax.Array:
+            if isinstance(fused.kernel, tuple):
+                plan, kernel = fused.kernel
+                return plan(fused, kernel)
+            plan = _planned(replace(fused.convolution, relu=False), fused.x.shape, self._by_onednn)
+            return plan(fused, plan.prepared(fused.kernel))
+
+        def run(inputs: list[Any], images: jax.Array) -> jax.Array:
+            known = [(plans[leaf], value) if leaf in plans else value for leaf, value in enumerate(inputs)]
+            return evaluate(network, [*known, images], compute)[0]
+
+        with onednn.not_kept():
+            compiled = jax.jit(run, compiler_options=compiler_options()).lower(inputs, images).compile()
+        return lambda images: compiled(inputs, images)
+
+    def _convolutions(self, network: ClosedJaxpr, images: jax.ShapeDtypeStruct) -> dict[int, tuple[onednn.Convolution, tuple[int, ...]]]:
+        """By the number of the array that is their kernel, and nothing else; with the shape of the input."""
+        uses = Counter(id(atom) for eqn in network.jaxpr.eqns for atom in eqn.invars)
+        found: dict[int, tuple[onednn.Convolution, tuple[int, ...]]] = {}
+
+        def walk(arrays: list[jax.Array], images: jax.Array) -> list[jax.Array]:
+            numbers = {id(array): leaf for leaf, (array, variable) in enumerate(zip(arrays, network.jaxpr.invars, strict=False)) if uses[id(variable)] == 1}
+
+            def note(fused: Fused) -> jax.Array:
+                if id(fused.kernel) in numbers:
+                    found[numbers[id(fused.kernel)]] = replace(fused.convolution, relu=False), fused.x.shape
+                return jnp.zeros((fused.x.shape[0], *fused.convolution.size(*fused.x.shape[1:3]), fused.convolution.kernel[3]), fused.x.dtype)
+
+            return evaluate(network, [*arrays, images], note)
+
+        jax.eval_shape(walk, self._arrays, images)
+        return found
+
+    def _plan(self, of: onednn.Convolution, shape: tuple[int, ...]) -> _Plan:
+        if (of, shape) not in self._plans:
+            plan = _planned(of, shape, self._by_onednn)
+            self._plans[of, shape] = plan._replace(convolution=onednn.order_of(of, shape)) if plan.form == "onednn" else plan
+        return self._plans[of, shape]
+
+    def _kernel(self, leaf: int, plan: _Plan) -> Any:
+        """Prepared; batch sizes with the same plan share it."""
+        if (leaf, plan) not in self._prepared:
+            self._prepared[leaf, plan] = plan.prepared(self._arrays[leaf])
+        return self._prepared[leaf, plan]
 
 
 class CompiledInference:
@@ -74,21 +145,27 @@ class CompiledInference:
         self.batch_sizes = (*(size for size in (1 << power for power in range(largest.bit_length())) if size < largest), largest)
         folded = fold_batch_norm(model)
         folded.eval()
-        _transform(folded)
         graphdef, state = nnx.split(folded)
-        self._arrays, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, state))
+        arrays, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, state))
 
         def forward(arrays: list[jax.Array], images: jax.Array) -> jax.Array:
             return nnx.merge(graphdef, jax.tree.unflatten(structure, arrays))(images, use_running_average=True)
 
-        self._jitted = jax.jit(forward, compiler_options=compiler_options())
-        self._compiled: dict[int, Any] = {}
+        single = example.dtype == jnp.float32 and all(array.dtype == jnp.float32 for array in arrays)
+        choose = all(for_cpu(node.conv_lowering) for _, node in nnx.iter_modules(folded) if isinstance(node, Conv))
+        self._network = _Network(forward, arrays) if single and choose else None
+        self._jitted, self._arrays = jax.jit(forward, compiler_options=compiler_options()), arrays
+        self._compiled: dict[int, Callable[[jax.Array], jax.Array]] = {}
         self._for(largest)
 
-    def _for(self, size: int) -> Any:
+    def _for(self, size: int) -> Callable[[jax.Array], jax.Array]:
         if size not in self._compiled:
             images = jax.ShapeDtypeStruct((size, *self.example.shape[1:]), self.example.dtype)
-            self._compiled[size] = self._jitted.lower(self._arrays, images).compile()
+            if self._network is None:
+                compiled = self._jitted.lower(self._arrays, images).compile()
+                self._compiled[size] = lambda images: compiled(self._arrays, images)
+            else:
+                self._compiled[size] = self._network.compiled(images)
         return self._compiled[size]
 
     def __call__(self, images: Any) -> jax.Array:
@@ -109,13 +186,13 @@ class CompiledInference:
             )
         largest, count = self.batch_sizes[-1], images.shape[0]
         if count in self.batch_sizes:
-            return self._for(count)(self._arrays, jnp.asarray(images, self.example.dtype))
+            return self._for(count)(jnp.asarray(images, self.example.dtype))
         parts = []
         for start in range(0, count, largest):
             part = images[start : start + largest]
             size = next(size for size in self.batch_sizes if size >= len(part))
             filled = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)]) if size > len(part) else part
-            parts.append(self._for(size)(self._arrays, jnp.asarray(filled, self.example.dtype))[: len(part)])
+            parts.append(self._for(size)(jnp.asarray(filled, self.example.dtype))[: len(part)])
         return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 

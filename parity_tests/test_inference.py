@@ -9,7 +9,8 @@ from flax import nnx
 import flax_resblock
 from flax_resblock import ResNetConfig, compile_inference
 from flax_resblock.errors import InputError
-from flax_resblock.inference import TransformedConv
+from flax_resblock.inference import WINOGRAD_PAYS
+from flax_resblock.lowering import onednn
 from flax_resblock.lowering.switch import conv_lowering
 from flax_resblock.parity.oracle import relative_l2
 from flax_resblock.parity.pair import PRECISIONS
@@ -57,24 +58,42 @@ def test_only_powers_of_two_and_the_example_are_compiled(compiled, images):
     assert compile_inference(flax_resblock.ResidualBlock(3, 4, rngs=nnx.Rngs(0)), jax.ShapeDtypeStruct((6, 5, 5, 3), jnp.float32)).batch_sizes == (1, 2, 4, 6)
 
 
-def test_winograds_kernels_are_transformed_once_on_a_cpu_and_nowhere_else(twins, images):
-    def transformed(lowering):
-        with conv_lowering(lowering):
-            made = compile_inference(twins.flax(PRECISIONS["float32"]), images[:2])
-        return made._jitted.lower(made._arrays, images[:2]).as_text(), len(made._arrays)
+@pytest.fixture(params=["oneDNN", "no oneDNN"])
+def jaxlib_of(request, monkeypatch):
+    """With a jaxlib that has the instruction, and with one that nothing is known of."""
+    onednn.available.cache_clear()
+    if request.param == "no oneDNN":
+        monkeypatch.setattr(onednn, "VERSIONS", frozenset())
+    elif not onednn.available():
+        pytest.skip("this machine or this jaxlib has no known oneDNN")
+    yield request.param
+    onednn.available.cache_clear()
 
-    here, arrays = transformed("auto")
-    plain, fewer = transformed("xla")
-    assert arrays - fewer >= 16
-    assert plain.count("stablehlo.convolution") > here.count("stablehlo.convolution")
+
+def test_either_jaxlib_gets_the_models_logits(jaxlib_of, twins, images, truth):
+    made = compile_inference(twins.flax(PRECISIONS["float32"]), images[:8])
+    plain = np.asarray(twins.flax(PRECISIONS["float32"])(jnp.asarray(images[:8]), use_running_average=True))
+    assert relative_l2(np.asarray(made(images[:8])), truth[:8]) <= max(4 * relative_l2(plain, truth[:8]), 8 * 2**-23)
+    assert made._network is not None
+    forms = {plan.form for plan in made._network._plans.values()}
+    assert forms == ({"onednn", "winograd"} if jaxlib_of == "oneDNN" else {"xla", "winograd"})
+    assert WINOGRAD_PAYS[True] != WINOGRAD_PAYS[False]
 
 
-def test_a_small_image_of_few_channels_is_convolved_as_it_is():
-    block = flax_resblock.ResidualBlock(64, 64, rngs=nnx.Rngs(0))
-    fast = TransformedConv(block.conv1)
-    for size, dots in ((4, 0), (64, 16)):
-        text = jax.jit(lambda x: fast(x)).lower(jax.ShapeDtypeStruct((1, size, size, 64), jnp.float32)).as_text()
-        assert (text.count("stablehlo.dot_general") >= 16) == bool(dots)
+@pytest.mark.parametrize("family", ["resnext50_32x4d", "seresnet18", "resnet18d"])
+def test_networks_with_groups_attention_and_pooled_shortcuts(family):
+    model = flax_resblock.create(family, num_classes=5, rngs=nnx.Rngs(2))
+    images = np.random.default_rng(3).normal(0.2, 1.0, (2, 65, 48, 3)).astype(np.float32)
+    with conv_lowering("xla"):
+        plain = np.asarray(model(jnp.asarray(images), use_running_average=True))
+    logits = np.asarray(compile_inference(model, images)(images))
+    assert relative_l2(logits, plain) < 1e-5 < relative_l2(logits[::-1], plain)
+
+
+def test_plain_lowering_is_left_alone(twins, images):
+    with conv_lowering("xla"):
+        made = compile_inference(twins.flax(PRECISIONS["float32"]), images[:2])
+    assert made._network is None
 
 
 def test_the_model_stays_as_it_was(twins, images):

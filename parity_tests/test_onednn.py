@@ -1,0 +1,102 @@
+"""XLA's instruction for oneDNN: the sums of a plain convolution, in every order of the kernel, and never in jax's cache of programs."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from flax_resblock.lowering import onednn
+from flax_resblock.lowering.onednn import Convolution, not_kept, order_of, reordered
+from flax_resblock.lowering.primitives import DIMENSIONS
+from flax_resblock.lowering.rewrite import evaluate
+from flax_resblock.parity.oracle import relative_l2
+
+pytestmark = pytest.mark.skipif(not onednn.available(), reason="this machine or this jaxlib has no known oneDNN")
+
+CASES = (
+    ((2, 9, 7, 5), Convolution((3, 3, 5, 30), (1, 1), (1, 1), (1, 1), 1)),
+    ((1, 8, 8, 256), Convolution((3, 3, 256, 96), (2, 2), (1, 1), (1, 1), 1)),
+    ((3, 13, 10, 3), Convolution((7, 7, 3, 64), (2, 2), (3, 3), (1, 1), 1)),
+    ((2, 7, 7, 48), Convolution((1, 1, 48, 80), (1, 1), (0, 0), (1, 1), 1)),
+    ((2, 11, 6, 16), Convolution((3, 2, 16, 24), (2, 1), (2, 0), (1, 2), 1)),
+    ((2, 9, 9, 32), Convolution((3, 3, 4, 32), (1, 1), (2, 2), (2, 2), 8)),
+)
+
+
+def _data(shape, of, seed=0):
+    rng = np.random.default_rng(seed)
+    outputs = (shape[0], *of.size(*shape[1:3]), of.kernel[3])
+    return [rng.normal(0.0, 1.0, size).astype(np.float32) for size in (shape, of.kernel, of.kernel[3:], outputs)]
+
+
+def _plain(of, x, kernel):
+    sides = [(side, side) for side in of.padding]
+    return lax.conv_general_dilated(x, kernel, of.strides, sides, rhs_dilation=of.dilation, dimension_numbers=DIMENSIONS, feature_group_count=of.groups)
+
+
+@pytest.mark.parametrize(("shape", "of"), CASES, ids=str)
+def test_it_computes_what_xla_computes(shape, of):
+    x, kernel, bias, residual = _data(shape, of)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(value, jnp.float64) for value in (x, kernel, bias, residual)]
+        truth = np.asarray(jnp.maximum(_plain(of, wide[0], wide[1]) + wide[2] + wide[3], 0))
+    plain = jnp.maximum(_plain(of, x, kernel) + bias + residual, 0)
+    ordered = order_of(of, shape)
+    with not_kept():
+        found = jax.jit(replace(ordered, relu=True))(x, reordered(kernel, ordered.block), bias, residual)
+        control = jax.jit(ordered)(x, reordered(kernel, ordered.block), bias, residual)
+    assert relative_l2(np.asarray(found), truth) <= max(4 * relative_l2(np.asarray(plain), truth), 8 * 2**-23)
+    assert relative_l2(np.asarray(control), truth) > 1e-2  # without its ReLU
+
+
+@pytest.mark.parametrize(("shape", "of"), [case for case in CASES if case[1].groups == 1], ids=str)
+def test_the_right_order_gives_the_same_bits_and_another_does_not(shape, of):
+    x, kernel, _, _ = _data(shape, of, seed=1)
+    ordered = order_of(of, shape)
+    with not_kept():
+        expected, found = jax.jit(of)(x, kernel), jax.jit(ordered)(x, reordered(kernel, ordered.block))
+        assert np.array_equal(found, expected)
+        if ordered.block:
+            assert not np.array_equal(jax.jit(ordered)(x, reordered(kernel[:, :, ::-1], ordered.block)), expected)
+
+
+def test_what_follows_a_convolution_is_taken_along_where_nobody_else_sees_it():
+    of = Convolution((3, 3, 4, 4), (1, 1), (1, 1), (1, 1), 1)
+    x, kernel, bias, _ = _data((2, 6, 5, 4), of)
+    seen = []
+
+    def network(kernel, bias, x):
+        y = jax.nn.relu(_plain(of, x, kernel) + bias.reshape(1, 1, 1, -1))
+        z = _plain(of, y, kernel)
+        return jax.nn.relu(z + x) + z  # z is used twice, and so is computed alone
+
+    def compute(fused):
+        seen.append((fused.convolution.relu, fused.bias is not None, fused.residual is not None))
+        y = _plain(fused.convolution, fused.x, fused.kernel)
+        y = y + sum(value for value in (fused.bias, fused.residual) if value is not None)
+        return jnp.maximum(y, 0) if fused.convolution.relu else y
+
+    found = evaluate(jax.make_jaxpr(network)(kernel, bias, x), [kernel, bias, jnp.asarray(x)], compute)[0]
+    assert seen == [(True, True, False), (False, False, False)]
+    assert relative_l2(np.asarray(found), np.asarray(network(kernel, bias, x))) < 1e-6
+
+
+def test_an_unknown_jaxlib_does_without(monkeypatch):
+    monkeypatch.setattr(onednn, "VERSIONS", frozenset({"0.0.1"}))
+    onednn.available.cache_clear()
+    assert not onednn.available()
+    onednn.available.cache_clear()
+
+
+def _kept_from():
+    return getattr(jax.config, "jax_persistent_cache_min_compile_time_secs")  # noqa: B009  # a setting that jax's types do not list
+
+
+def test_its_programs_are_never_kept():
+    before, inside = _kept_from(), []
+    with not_kept():
+        inside.append(_kept_from())
+    assert (_kept_from(), inside) == (before, [float("inf")])
