@@ -1,25 +1,20 @@
-"""A model made ready for inference alone: norms folded, kernels transformed, compiled ahead of time for a few batch sizes."""
+"""A model made ready for inference alone: norms folded, each convolution in its fastest form, compiled ahead of time for a few batch sizes."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
-from jax.extend.core import ClosedJaxpr
 
 from flax_resblock.conv import Conv, convolve
 from flax_resblock.errors import InputError
 from flax_resblock.fold import fold_batch_norm
 from flax_resblock.lowering import onednn, winograd
-from flax_resblock.lowering.primitives import DIMENSIONS
-from flax_resblock.lowering.rewrite import Fused, evaluate
+from flax_resblock.lowering.rewrite import Fused, evaluate, kernels
 from flax_resblock.lowering.switch import compiler_options, conv_lowering, for_cpu
 from flax_resblock.resnet import Model
 
@@ -39,17 +34,17 @@ class _Plan(NamedTuple):
         """The kernel as :meth:`__call__` wants it."""
         if self.form == "winograd":
             return jax.jit(winograd.transform_kernel)(kernel)
-        return jax.jit(onednn.reordered, static_argnums=1)(kernel, self.convolution.block)
+        return jax.jit(onednn.reordered, static_argnums=1)(kernel, self.convolution.block) if self.convolution.block else kernel
 
     def __call__(self, fused: Fused, kernel: Any) -> jax.Array:
         """The convolution with what follows it."""
         if self.form == "onednn":
             bias = None if fused.bias is None else fused.bias.reshape(-1)
-            return replace(self.convolution, relu=fused.convolution.relu)(fused.x, kernel, bias, fused.residual)
+            return self.convolution(fused.x, kernel, bias, fused.residual, fused.relu)
         y = winograd.convolve_transformed(fused.x, kernel, None) if self.form == "winograd" else _by_xla(self.convolution, fused.x, kernel)
         for value in (fused.bias, fused.residual):
             y = y if value is None else y + value
-        return jnp.maximum(y, 0) if fused.convolution.relu else y
+        return jnp.maximum(y, 0) if fused.relu else y
 
 
 def _planned(of: onednn.Convolution, shape: tuple[int, ...], by_onednn: bool) -> _Plan:
@@ -64,8 +59,7 @@ def _planned(of: onednn.Convolution, shape: tuple[int, ...], by_onednn: bool) ->
 def _by_xla(of: onednn.Convolution, x: jax.Array, kernel: jax.Array) -> jax.Array:
     if of.kernel[:2] == (1, 1) and of.padding == (0, 0) and len(set(of.strides)) == 1:  # a product is faster
         return convolve(x, kernel, stride=of.strides[0], padding=0, dilation=1, groups=of.groups, precision=None)
-    sides = [(side, side) for side in of.padding]
-    return lax.conv_general_dilated(x, kernel, of.strides, sides, rhs_dilation=of.dilation, dimension_numbers=DIMENSIONS, feature_group_count=of.groups)
+    return of.by_xla(x, kernel)
 
 
 class _Network:
@@ -81,14 +75,14 @@ class _Network:
         """For images of this shape."""
         with conv_lowering("xla"):
             network = jax.make_jaxpr(self._forward)(self._arrays, images)
-        plans = {leaf: self._plan(*convolution) for leaf, convolution in self._convolutions(network, images).items()}
+        plans = {leaf: self._plan(*convolution) for leaf, convolution in kernels(network).items()}
         inputs = [self._kernel(leaf, plans[leaf]) if leaf in plans else array for leaf, array in enumerate(self._arrays)]
 
         def compute(fused: Fused) -> jax.Array:
             if isinstance(fused.kernel, tuple):
                 plan, kernel = fused.kernel
                 return plan(fused, kernel)
-            plan = _planned(replace(fused.convolution, relu=False), fused.x.shape, self._by_onednn)
+            plan = _planned(fused.convolution, fused.x.shape, self._by_onednn)
             return plan(fused, plan.prepared(fused.kernel))
 
         def run(inputs: list[Any], images: jax.Array) -> jax.Array:
@@ -98,24 +92,6 @@ class _Network:
         with onednn.not_kept():
             compiled = jax.jit(run, compiler_options=compiler_options()).lower(inputs, images).compile()
         return lambda images: compiled(inputs, images)
-
-    def _convolutions(self, network: ClosedJaxpr, images: jax.ShapeDtypeStruct) -> dict[int, tuple[onednn.Convolution, tuple[int, ...]]]:
-        """By the number of the array that is their kernel, and nothing else; with the shape of the input."""
-        uses = Counter(id(atom) for eqn in network.jaxpr.eqns for atom in eqn.invars)
-        found: dict[int, tuple[onednn.Convolution, tuple[int, ...]]] = {}
-
-        def walk(arrays: list[jax.Array], images: jax.Array) -> list[jax.Array]:
-            numbers = {id(array): leaf for leaf, (array, variable) in enumerate(zip(arrays, network.jaxpr.invars, strict=False)) if uses[id(variable)] == 1}
-
-            def note(fused: Fused) -> jax.Array:
-                if id(fused.kernel) in numbers:
-                    found[numbers[id(fused.kernel)]] = replace(fused.convolution, relu=False), fused.x.shape
-                return jnp.zeros((fused.x.shape[0], *fused.convolution.size(*fused.x.shape[1:3]), fused.convolution.kernel[3]), fused.x.dtype)
-
-            return evaluate(network, [*arrays, images], note)
-
-        jax.eval_shape(walk, self._arrays, images)
-        return found
 
     def _plan(self, of: onednn.Convolution, shape: tuple[int, ...]) -> _Plan:
         if (of, shape) not in self._plans:
@@ -200,8 +176,8 @@ def compile_inference(model: Model, example: Any) -> CompiledInference:
     """A function for inference alone, as fast as this machine's compiler makes it.
 
     Norms are folded into the convolutions (see :func:`flax_resblock.fold.fold_batch_norm` and ``docs/export.md`` for what that does to the last bits). On a
-    CPU the kernels of Winograd convolutions are transformed now and not at each call. The example's batch size is compiled at once; other sizes are filled up
-    to the next power of two, or cut.
+    CPU convolutions of float32 are oneDNN's or Winograd's, whichever is faster, and their kernels are put in order now and not at each call. The example's
+    batch size is compiled at once; other sizes are filled up to the next power of two, or cut.
 
     Args:
       model: Evaluated in evaluation mode, whatever its mode; does not change, and later changes to it are not seen.

@@ -1,6 +1,6 @@
 """XLA's instruction for oneDNN: the sums of a plain convolution, in every order of the kernel, and never in jax's cache of programs."""
 
-from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax import lax
 from flax_resblock.lowering import onednn
 from flax_resblock.lowering.onednn import Convolution, not_kept, order_of, reordered
 from flax_resblock.lowering.primitives import DIMENSIONS
-from flax_resblock.lowering.rewrite import evaluate
+from flax_resblock.lowering.rewrite import evaluate, kernels
 from flax_resblock.parity.oracle import relative_l2
 
 pytestmark = pytest.mark.skipif(not onednn.available(), reason="this machine or this jaxlib has no known oneDNN")
@@ -46,7 +46,7 @@ def test_it_computes_what_xla_computes(shape, of):
     plain = jnp.maximum(_plain(of, x, kernel) + bias + residual, 0)
     ordered = order_of(of, shape)
     with not_kept():
-        found = jax.jit(replace(ordered, relu=True))(x, reordered(kernel, ordered.block), bias, residual)
+        found = jax.jit(partial(ordered, relu=True))(x, reordered(kernel, ordered.block), bias, residual)
         control = jax.jit(ordered)(x, reordered(kernel, ordered.block), bias, residual)
     assert relative_l2(np.asarray(found), truth) <= max(4 * relative_l2(np.asarray(plain), truth), 8 * 2**-23)
     assert relative_l2(np.asarray(control), truth) > 1e-2  # without its ReLU
@@ -74,14 +74,29 @@ def test_what_follows_a_convolution_is_taken_along_where_nobody_else_sees_it():
         return jax.nn.relu(z + x) + z  # z is used twice, and so is computed alone
 
     def compute(fused):
-        seen.append((fused.convolution.relu, fused.bias is not None, fused.residual is not None))
+        seen.append((fused.relu, fused.bias is not None, fused.residual is not None))
         y = _plain(fused.convolution, fused.x, fused.kernel)
         y = y + sum(value for value in (fused.bias, fused.residual) if value is not None)
-        return jnp.maximum(y, 0) if fused.convolution.relu else y
+        return jnp.maximum(y, 0) if fused.relu else y
 
     found = evaluate(jax.make_jaxpr(network)(kernel, bias, x), [kernel, bias, jnp.asarray(x)], compute)[0]
     assert seen == [(True, True, False), (False, False, False)]
     assert relative_l2(np.asarray(found), np.asarray(network(kernel, bias, x))) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "taken"), [(jnp.float32, 1), (jnp.bfloat16, 0), (jnp.float16, 0)], ids=str)
+def test_only_convolutions_of_float32_are_handed_on(dtype, taken):
+    of = Convolution((3, 3, 4, 4), (1, 1), (1, 1), (1, 1), 1)
+    x, kernel = (jnp.asarray(value, dtype) for value in _data((2, 6, 5, 4), of)[:2])
+    seen = []
+
+    def compute(fused):
+        seen.append(fused)
+        return _plain(of, fused.x, fused.kernel)
+
+    network = jax.make_jaxpr(lambda kernel, x: _plain(of, x, kernel))(kernel, x)
+    found = evaluate(network, [kernel, x], compute)[0]
+    assert (len(seen), len(kernels(network)), found.dtype) == (taken, taken, dtype)
 
 
 def test_an_unknown_jaxlib_does_without(monkeypatch):

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from flax_resblock.lowering.primitives import DIMENSIONS
 
@@ -34,13 +35,12 @@ BLOCKS = (64, 32, 48, 16, 24, 8)
 
 @dataclass(frozen=True)
 class Convolution:
-    """What the instruction computes: ``relu(conv(x) + bias + residual)``, each of the last three optional.
+    """The numbers of a convolution.
 
     Attributes:
       kernel: Shape ``(kh, kw, I / groups, O)``.
       strides, padding, dilation: In pixels, of rows and columns; padding is on each side.
       groups: Of channels.
-      relu: Whether it ends with one.
       block: The kernel's order in memory: 0 is HWIO, else see :func:`reordered`.
     """
 
@@ -49,7 +49,6 @@ class Convolution:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
-    relu: bool = False
     block: int = 0
 
     def size(self, height: int, width: int) -> tuple[int, int]:
@@ -58,20 +57,28 @@ class Convolution:
         rows, columns = ((size + 2 * pad - gap * (taps - 1) - 1) // stride + 1 for size, taps, stride, pad, gap in spans)
         return rows, columns
 
-    def __call__(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, residual: jax.Array | None = None) -> jax.Array:
-        """``(N, H', W', O)`` float32.
+    def __call__(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, residual: jax.Array | None = None, relu: bool = False) -> jax.Array:
+        """``relu(conv(x) + bias + residual)`` by oneDNN, each of the last three optional; ``(N, H', W', O)`` float32.
 
         Args:
           x: ``(N, H, W, I)`` float32.
           kernel: In the order that ``block`` says.
           bias: ``(O,)``.
           residual: Of the output's shape.
+          relu: Whether it ends with one.
         """
         shape = jax.ShapeDtypeStruct((x.shape[0], *self.size(*x.shape[1:3]), self.kernel[3]), x.dtype)
         added = [(name, value) for name, value in (("BIAS", bias), ("BINARY_ADD", residual)) if value is not None]
-        steps = [name for name, _ in added] + ["RELU"] * self.relu
+        steps = [name for name, _ in added] + ["RELU"] * relu
         call = jax.ffi.ffi_call(TARGET, shape, custom_call_api_version=2, legacy_backend_config=self._config(steps))
         return call(x, kernel, *(value for _, value in added))  # pyright: ignore[reportReturnType]
+
+    def by_xla(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The convolution alone, as XLA computes it; the kernel in HWIO."""
+        sides = [(side, side) for side in self.padding]
+        return lax.conv_general_dilated(
+            x, kernel, self.strides, sides, rhs_dilation=self.dilation, dimension_numbers=DIMENSIONS, feature_group_count=self.groups
+        )
 
     def _config(self, steps: list[str]) -> str:
         """The instruction's settings: XLA's message ``OneDnnConvolutionConfig`` (xla/service/cpu/onednn_config.proto) as JSON, whose numbers are text."""
@@ -93,7 +100,7 @@ class Convolution:
             "feature_groups": str(self.groups),
         }
         if self.block:
-            order["shape"] = _texts((*self.kernel[:2], self.kernel[2], self.kernel[3]))
+            order["shape"] = _texts(self.kernel)
             config["optimization_config"] = {"weights_prepacked": True}
         return json.dumps({"onednn_conv_config": config})
 
@@ -118,7 +125,7 @@ def order_of(convolution: Convolution, shape: tuple[int, ...]) -> Convolution:
     as values, so that sums are exact.
 
     Args:
-      convolution: With ``block`` 0 and without ReLU.
+      convolution: With ``block`` 0.
       shape: Of the input, ``(N, H, W, I)``.
     """
     if convolution.groups > 1:
@@ -146,12 +153,10 @@ def available() -> bool:
         return False
     rng = np.random.default_rng(0)
     x, kernel, bias, residual = (rng.integers(-9, 9, shape).astype(np.float32) for shape in ((2, 6, 5, 3), (3, 2, 3, 7), (7,), (2, 3, 3, 7)))
-    convolution = Convolution(kernel.shape, (2, 1), (1, 0), (1, 2), 1, relu=True)
+    convolution = Convolution(kernel.shape, (2, 1), (1, 0), (1, 2), 1)
     with not_kept():
-        found = jax.jit(convolution)(x, kernel, bias, residual)
-        expected = jax.lax.conv_general_dilated(
-            jnp.asarray(x), jnp.asarray(kernel), (2, 1), [(1, 1), (0, 0)], rhs_dilation=(1, 2), dimension_numbers=DIMENSIONS
-        )
+        found = jax.jit(convolution, static_argnames="relu")(x, kernel, bias, residual, relu=True)
+        expected = convolution.by_xla(jnp.asarray(x), jnp.asarray(kernel))
     return bool(jnp.array_equal(found, jnp.maximum(expected + bias + residual, 0)))
 
 

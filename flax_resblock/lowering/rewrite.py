@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
@@ -20,11 +21,12 @@ class Fused:
     """``relu(conv(x) + bias + residual)``, each of the last three optional.
 
     Attributes:
-      convolution: Its numbers, and whether a ReLU follows.
+      convolution: Its numbers.
       x: ``(N, H, W, I)``.
       kernel: What the network was given for it; anything, if it was.
       bias: ``(1, 1, 1, O)``.
       residual: Of the output's shape.
+      relu: Whether one follows.
     """
 
     convolution: Convolution
@@ -32,6 +34,7 @@ class Fused:
     kernel: Any
     bias: jax.Array | None = None
     residual: jax.Array | None = None
+    relu: bool = False
 
 
 Compute = Callable[[Fused], jax.Array]
@@ -98,16 +101,33 @@ _CALLS = frozenset({"jit", "pjit", "custom_jvp_call", "custom_vjp_call"})
 """What only wraps other operations: without derivatives, their content is all that counts."""
 
 
+def kernels(network: ClosedJaxpr) -> dict[int, tuple[Convolution, tuple[int, ...]]]:
+    """Which inputs are a kernel and nothing else, by their number: the convolution, and the shape of what it convolves."""
+    uses = Counter(id(atom) for atom in (*(atom for eqn in network.jaxpr.eqns for atom in eqn.invars), *network.jaxpr.outvars))
+    numbers = {id(variable): number for number, variable in enumerate(network.jaxpr.invars) if uses[id(variable)] == 1}
+    found: dict[int, tuple[Convolution, tuple[int, ...]]] = {}
+    for eqn in network.jaxpr.eqns:
+        convolution = _numbers(eqn) if eqn.primitive.name == "conv_general_dilated" else None
+        if convolution is not None and id(eqn.invars[1]) in numbers:
+            found[numbers[id(eqn.invars[1])]] = convolution, eqn.invars[0].aval.shape
+    return found
+
+
 def _convolution(operands: list[Any], eqn: Any, compute: Compute) -> _Pending | None:
+    found = _numbers(eqn)
+    return None if found is None else _Pending(Fused(found, _value(operands[0]), operands[1]), compute)
+
+
+def _numbers(eqn: Any) -> Convolution | None:
+    """None for one that is not of float32 images in NHWC, or not padded evenly."""
     p = eqn.params
-    padding = tuple(p["padding"])
+    padding, kernel = tuple(p["padding"]), eqn.invars[1].aval
     plain = p["batch_group_count"] == 1 and set(p["lhs_dilation"]) <= {1} and all(low == high >= 0 for low, high in padding)
-    if not plain or p["dimension_numbers"] != _DIMENSIONS or len(padding) != 2 or eqn.invars[1].aval.size == 0:
+    single = {atom.aval.dtype for atom in (*eqn.invars, *eqn.outvars)} == {np.dtype(np.float32)}
+    if not plain or not single or p["dimension_numbers"] != _DIMENSIONS or len(padding) != 2 or kernel.size == 0:
         return None
     (rows, _), (columns, _) = padding
-    shape = eqn.invars[1].aval.shape
-    found = Convolution(shape, tuple(p["window_strides"]), (rows, columns), tuple(p["rhs_dilation"]), p["feature_group_count"])
-    return _Pending(Fused(found, _value(operands[0]), operands[1]), compute)
+    return Convolution(kernel.shape, tuple(p["window_strides"]), (rows, columns), tuple(p["rhs_dilation"]), p["feature_group_count"])
 
 
 _DIMENSIONS = jax.lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), DIMENSIONS)
@@ -117,7 +137,7 @@ def _addition(operands: list[Any], eqn: Any, _: Compute) -> _Pending | None:
     """Of a bias or a residual; of two convolutions, the one that is ready first becomes the residual of the other."""
     shape = eqn.outvars[0].aval.shape
     for pending, other in (operands, operands[::-1]):
-        if not isinstance(pending, _Pending) or pending.fused.convolution.relu:
+        if not isinstance(pending, _Pending) or pending.fused.relu:
             continue
         if getattr(other, "shape", None) == (1, 1, 1, shape[-1]) and pending.fused.bias is None and pending.fused.residual is None:
             return pending.followed(bias=other)
@@ -129,8 +149,8 @@ def _addition(operands: list[Any], eqn: Any, _: Compute) -> _Pending | None:
 def _maximum(operands: list[Any], _: Any, __: Compute) -> _Pending | None:
     """With zero: a ReLU."""
     for pending, other in (operands, operands[::-1]):
-        if isinstance(pending, _Pending) and not pending.fused.convolution.relu and not isinstance(other, Tracer) and _is_zero(other):
-            return pending.followed(convolution=replace(pending.fused.convolution, relu=True))
+        if isinstance(pending, _Pending) and not pending.fused.relu and not isinstance(other, Tracer) and _is_zero(other):
+            return pending.followed(relu=True)
     return None
 
 
