@@ -4,8 +4,15 @@ import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import safetensors.numpy
 import torch
+
+from flax_resblock.architecture import architecture
+from flax_resblock.checkpoint.torch_file import with_tensors
+from parity_tests.fuzz import samples
+from parity_tests.support import assert_same_bits, random_bits
 
 BLOCK_TORCH = """
 import sys
@@ -62,8 +69,42 @@ assert run(["convert", base + "/b", base + "/c.pth"]) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b", "parity.json"]
 
 
-def test_reading_a_pth_without_torch_says_what_to_install(tmp_path):
-    torch.save({"conv1.weight": torch.randn(3, 2, 3, 3)}, tmp_path / "net.pth")
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_pth_is_converted_and_loaded_without_torch(legacy, tmp_path):
+    truth = random_bits(architecture("resnet20"), np.float32, seed=3)
+    torch.save(with_tensors(truth), tmp_path / "net.pth", _use_new_zipfile_serialization=not legacy)
+    code = (
+        BLOCK_TORCH
+        + """
+import flax_resblock as fr
+from flax_resblock.cli import run
+base = sys.argv[1]
+assert run(["convert", base + "/net.pth", base + "/net.safetensors", "--allow-nonfinite"]) == 0
+assert run(["inspect", base + "/net.pth"]) == 0
+model = fr.load(base + "/net.pth")
+fr.save(model, base + "/again.safetensors")
+print("torch" in sys.modules)
+"""
+    )
+    result = run(code, tmp_path)
+    assert result.stdout.endswith("False\n"), result.stderr
+    for name in ("net", "again"):
+        found = safetensors.numpy.load_file(tmp_path / f"{name}.safetensors")
+        assert_same_bits({key: found[key] for key in truth if key in found}, truth)
+
+
+def test_an_optimizer_of_pytorch_is_read_without_torch(tmp_path):
+    """Weights, momentum and schedule, as `train --resume` wants them; with torch the same comes out."""
+    torch.save(samples.training(), tmp_path / "net.pth")
+    code = "import sys\n" + "from flax_resblock.convert.source import open_checkpoint\nfrom flax_resblock.checkpoint.record import arrays_in, digests\n"
+    code += "run = open_checkpoint(sys.argv[1] + '/net.pth', run=True).run()\nprint(run)\nprint('torch' in sys.modules)\n"
+    without, with_torch = run(BLOCK_TORCH + code, tmp_path), run("import torch\n" + code, tmp_path)
+    assert without.stdout.endswith("False\n"), without.stderr
+    assert without.stdout.replace("False\n", "") == with_torch.stdout.replace("True\n", "")
+
+
+def test_a_pth_with_what_only_pytorch_can_make_says_what_to_install(tmp_path):
+    torch.save({"state_dict": {"conv1.weight": torch.randn(3, 2, 3, 3)}, "where": torch.device("cuda:1")}, tmp_path / "net.pth")
     code = (
         BLOCK_TORCH
         + """
@@ -76,7 +117,8 @@ except MissingDependencyError as error:
 """
     )
     result = run(code, tmp_path)
-    assert "pip install 'flax-resblock[torch]'" in result.stdout, result.stderr
+    assert "torch.device, which only PyTorch can read" in result.stdout, result.stderr
+    assert "pip install 'flax-resblock[torch]'" in result.stdout
 
 
 @pytest.mark.parametrize("names", [[], ["create", "from_torch", "load", "save", "to_torch", "BatchNorm", "ResidualBlock", "ResNetConfig", "architectures"]])

@@ -90,7 +90,7 @@ def read(path: str | Path, *, entry: str | None = None, run: bool = False, limit
       limits: What it may declare; see :class:`Limits`.
     Raises:
       CheckpointError: Not a checkpoint, damaged, beyond the limits, one that would execute code, or a tensor that differs from its recorded SHA-256.
-      MissingDependencyError: A PyTorch file where torch is not installed.
+      MissingDependencyError: A PyTorch file with something in it that only PyTorch can read, where torch is not installed.
     """
     format_name, file = _resolve(Path(path), limits)
     if format_name == "orbax":

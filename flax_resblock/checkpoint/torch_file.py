@@ -1,7 +1,7 @@
 """PyTorch's own files (zip and legacy pickle). With :mod:`flax_resblock.parity` the only place that imports torch.
 
-Files are always opened with ``weights_only=True``: nothing in them is executed, whatever they hold. Before that their structure is checked without torch, and
-after it what came out; docs/security.md says against what.
+Files are read without torch (:mod:`flax_resblock.checkpoint.torch_archive`). Those with something in them that only PyTorch can make, a sparse tensor or a
+device, are then opened by it, with ``weights_only=True``. Nothing in them is executed, whatever they hold; docs/security.md says what is held against what.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -19,15 +20,12 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from flax_resblock.checkpoint import sidecar
+from flax_resblock.checkpoint import sidecar, torch_archive
 from flax_resblock.checkpoint.contents import check_content
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files
 from flax_resblock.checkpoint.model_folder import shards
-from flax_resblock.checkpoint.pickle_scan import scan
 from flax_resblock.checkpoint.record import DIGESTS, Record, digest, digests
 from flax_resblock.checkpoint.unwrap import unwrap
-from flax_resblock.checkpoint.zip_directory import MAGIC as ZIP
-from flax_resblock.checkpoint.zip_directory import read_record, records
 from flax_resblock.errors import CheckpointError, MissingDependencyError, some, visible
 
 if TYPE_CHECKING:
@@ -36,27 +34,19 @@ if TYPE_CHECKING:
 _AS_BITS = {"bfloat16": ("int16", ml_dtypes.bfloat16)}
 """Dtypes that torch and numpy exchange as bits: torch's name, the integer type, numpy's type."""
 
-_PICKLE = "data.pkl"
-_SERIALIZATION_ID = ".data/serialization_id"
-"""Records of the zip archive: the pickle, and PyTorch's own mark of its content."""
-_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""The first of the five pickles with which torch.save began until version 1.6: a number by which they are known."""
-_LEGACY_PICKLES = 5
 
-
-def import_torch() -> Any:
+def import_torch(why: str = "This needs PyTorch. Without it, every checkpoint can be read, and .safetensors and Orbax written") -> Any:
     """The torch module.
 
+    Args:
+      why: For the message.
     Raises:
       MissingDependencyError: It is not installed.
     """
     try:
         import torch
     except ImportError as error:
-        raise MissingDependencyError(
-            "This needs PyTorch, which is not installed: pip install 'flax-resblock[torch]'. "
-            "Without it, .safetensors and Orbax checkpoints can be read and written."
-        ) from error
+        raise MissingDependencyError(f"{why}. PyTorch is not installed: pip install 'flax-resblock[torch]'.") from error
     return torch
 
 
@@ -96,8 +86,7 @@ def _mapped(leaf: Callable[[Any], Any], value: Any) -> Any:
 
 def plain(value: Any) -> Any:
     """The same containers and values with every tensor as a numpy array."""
-    is_tensor = import_torch().is_tensor
-    return _mapped(lambda leaf: to_numpy(leaf) if is_tensor(leaf) else leaf, value)
+    return _mapped(lambda leaf: leaf if isinstance(leaf, np.ndarray) or not _is_tensor(leaf) else to_numpy(leaf), value)
 
 
 def with_tensors(value: Any) -> Any:
@@ -118,8 +107,14 @@ def from_numpy(array: np.ndarray) -> torch.Tensor:
 
 
 def state_to_numpy(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Every tensor of a state dict as a numpy array."""
-    return {key: to_numpy(value, key) for key, value in state.items()}
+    """Every tensor of a state dict as a numpy array; what is one already stays."""
+    return {key: value if isinstance(value, np.ndarray) else to_numpy(value, key) for key, value in state.items()}
+
+
+def _is_tensor(value: Any) -> bool:
+    """Of PyTorch, which then is imported already, or an array that stands for one."""
+    torch = sys.modules.get("torch")
+    return isinstance(value, np.ndarray) or (torch is not None and torch.is_tensor(value))
 
 
 def _harmless(torch: Any) -> list[Any]:
@@ -130,56 +125,25 @@ def _harmless(torch: Any) -> list[Any]:
     return types
 
 
-def _check_zip(path: Path, limits: Limits) -> None:
-    """Refuses an archive that is not laid out as torch.save does, or whose pickle asks for more than its records hold."""
-    sizes = records(path, limits)
-    if "constants.pkl" in sizes:
-        raise CheckpointError(f"{path} is a TorchScript archive, a program. Save model.state_dict() instead.")
-    if _PICKLE not in sizes:
-        raise CheckpointError(f"{path} is a damaged or truncated PyTorch zip archive (it has no {_PICKLE}), or another kind of zip archive.")
-    limits.check(path, "max_header_bytes", sizes[_PICKLE], "bytes of pickle")
-    found = scan(read_record(path, _PICKLE, limits.header), limits, source=str(path))
-    for key, size in found.storages.items():
-        held = sizes.get(f"data/{key}")
-        if held is None or held < size:
-            raise CheckpointError(
-                f"{path} declares {size:,} bytes for storage {visible(key)[:60]!r}, and has {held or 0:,}. It is damaged: copy or download it again."
-            )
-
-
-def _check_legacy(path: Path, limits: Limits) -> None:
-    """Refuses a file of the old format whose pickles ask for more than the file holds."""
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        data = handle.read(limits.header)
-    end, declared, keys = 0, 0, 0
-    for number in range(_LEGACY_PICKLES):
-        if number and not data.startswith(_LEGACY):
-            raise CheckpointError(f"{path} is no PyTorch checkpoint, or a damaged one: a pickle, but not one of torch.save. Copy or download it again.")
-        if len(data) < size and end >= len(data):
-            limits.check(path, "max_header_bytes", size, "bytes of pickles or more")
-        found = scan(data, limits, start=end, source=str(path))
-        end, declared, keys = found.end, declared + sum(found.storages.values()), keys + len(found.storages)
-    if declared + 8 * keys > size - end:
-        raise CheckpointError(f"{path} declares {declared:,} bytes of tensors, and has {size - end:,} for them. It is truncated: copy or download it again.")
-
-
 def load(path: Path, limits: Limits = LIMITS) -> Any:
-    """What ``torch.save`` wrote, on the CPU, memory-mapped where the file is a zip archive.
+    """What ``torch.save`` wrote, with a numpy array for each tensor, memory-mapped; what only PyTorch can make, with PyTorch and its tensors on the CPU.
 
     Raises:
       CheckpointError: Not such a file, damaged, beyond the limits, or one that would execute code.
+      MissingDependencyError: It needs PyTorch, which is not installed.
     """
-    torch = import_torch()
     check_files([path], limits, path)
-    with path.open("rb") as handle:
-        head = handle.read(len(ZIP))
-    is_zip = head.startswith(ZIP[:2])
-    (_check_zip if is_zip else _check_legacy)(path, limits)
+    archive = torch_archive.read(path, limits)
+    return archive.content if archive.foreign is None else _load(path, archive, limits)
+
+
+def _load(path: Path, archive: torch_archive.Archive, limits: Limits) -> Any:
+    """The same with ``torch.load``, once it is known that nothing in the file calls anything else than what checkpoints need."""
+    torch = import_torch(f"{path} holds {visible(archive.foreign or '')[:160]}, which only PyTorch can read. Without it, give a file with nothing but tensors")
     try:
         with torch.serialization.safe_globals(_harmless(torch)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive.is_zip)
     except UnpicklingError as error:
         blocked = re.search(r"\bGLOBAL:? (\S+)", str(error))
         if blocked:
@@ -195,7 +159,7 @@ def load(path: Path, limits: Limits = LIMITS) -> Any:
         raise
     except Exception as error:  # torch.load raises whatever its parsers meet: RuntimeError, EOFError, KeyError, struct.error ...
         reason = visible(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
-        what = "a damaged or truncated PyTorch zip archive" if is_zip else "no PyTorch checkpoint, or a damaged one"
+        what = "a damaged or truncated PyTorch zip archive" if archive.is_zip else "no PyTorch checkpoint, or a damaged one"
         raise CheckpointError(f"{path} is {what} ({reason[:160]}). Copy or download it again.") from error
     check_content(content, limits, lambda value: value.numel() * value.element_size() if torch.is_tensor(value) else None, str(path))
     return content
@@ -207,7 +171,7 @@ def read(path: Path, *, entry: str | None = None, limits: Limits = LIMITS) -> Re
     What lies beside the state dict is held against its digests here.
     """
     content = _sharded(path, limits) if path.suffix == ".json" else load(path, limits)
-    state, extras, notes = unwrap(content, is_tensor=import_torch().is_tensor, source=str(path), entry=entry)
+    state, extras, notes = unwrap(content, is_tensor=_is_tensor, source=str(path), entry=entry)
     tensors = state_to_numpy(state)
     return Record(str(path), "pytorch", tensors, _recorded(path, tensors, extras, notes, entry), tuple(notes), extras)
 
@@ -236,7 +200,7 @@ def _recorded(path: Path, tensors: Mapping[str, np.ndarray], extras: Mapping[str
     if found is None or entry is not None:
         return {}
     place = sidecar.sidecar_of(path)
-    if found.identity != _identity(path):
+    if found.identity != torch_archive.identity(path):
         if digests(tensors) != found.tensors:
             notes.append(f"not held against {place.name}, which describes another file: {path.name} was written later, by something else. Remove it")
         return {}
@@ -249,13 +213,6 @@ def _recorded(path: Path, tensors: Mapping[str, np.ndarray], extras: Mapping[str
     return {DIGESTS: json.dumps(found.tensors)}
 
 
-def _identity(path: Path) -> str:
-    """PyTorch's own mark of a zip archive's content, which damage to a tensor leaves as it is; empty for a file without one."""
-    with path.open("rb") as handle:
-        is_zip = handle.read(len(ZIP)) == ZIP
-    return read_record(path, _SERIALIZATION_ID, 256).decode("ascii", "replace") if is_zip else ""
-
-
 def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], extras: Mapping[str, Any] | None = None) -> None:
     """Writes a state dict that ``model.load_state_dict(torch.load(path, weights_only=True))`` accepts, and the SHA-256 of everything in a file beside it.
     ``metadata`` has no place in it.
@@ -266,4 +223,4 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
     state = OrderedDict((key, from_numpy(value)) for key, value in tensors.items())
     torch.save(state if extras is None else {"model": state, **with_tensors(extras)}, path)
     recorded = json.loads(metadata[DIGESTS]) if DIGESTS in metadata else {key: digest(value) for key, value in tensors.items()}
-    sidecar.write(path, sidecar.Sidecar(_identity(path), recorded, *(({}, "") if extras is None else sidecar.of_extras(extras))))
+    sidecar.write(path, sidecar.Sidecar(torch_archive.identity(path), recorded, *(({}, "") if extras is None else sidecar.of_extras(extras))))

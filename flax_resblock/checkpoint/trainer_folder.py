@@ -24,10 +24,10 @@ def beside(folder: Path, limits: Limits = LIMITS) -> dict[str, Any]:
       folder: Where the weights are.
       limits: What each file may declare.
     Returns:
-      By entry name, tensors as PyTorch has them; files that are of no use to another framework with None.
+      By entry name, arrays for tensors; files that are of no use to another framework with None.
     Raises:
       CheckpointError: A damaged file, or one that would execute code.
-      MissingDependencyError: There is an optimizer, and torch is not installed.
+      MissingDependencyError: There is something in it that only PyTorch can read, and torch is not installed.
     """
     found: dict[str, Any] = {}
     for name, file in _PICKLED.items():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import struct
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from flax_resblock.checkpoint.limits import Limits
 from flax_resblock.errors import CheckpointError, visible
@@ -21,6 +22,14 @@ _LARGE = (0xFFFF, 0xFFFFFFFF)
 _ENCRYPTED, _COMPRESSED_PATCH = 1 << 0, 1 << 5
 _FOLDER = 1 << 4
 """Of the attributes, as DOS has them."""
+
+
+class Place(NamedTuple):
+    """Where a record lies in the file: its first byte, how many, and their checksum."""
+
+    start: int
+    size: int
+    crc: int
 
 
 def _broken(path: Path, why: str) -> CheckpointError:
@@ -58,8 +67,8 @@ def _directory(handle: BinaryIO, path: Path, size: int, limits: Limits) -> int:
     return start
 
 
-def records(path: Path, limits: Limits) -> dict[str, int]:
-    """Size in bytes of every record, by name without the archive's own folder, once everything was found in order.
+def records(path: Path, limits: Limits) -> dict[str, Place]:
+    """The place of every record, by name without the archive's own folder, once everything was found in order.
 
     torch.save stores records as they are, one after the other, in one folder. Anything else is refused: compressed records (a bomb, and what is mapped into
     memory cannot be compressed), records that overlap or lie outside the file, two of one name, names that lead elsewhere.
@@ -68,6 +77,7 @@ def records(path: Path, limits: Limits) -> dict[str, int]:
       CheckpointError: Not such an archive, or more records or bytes than ``limits`` allow.
     """
     size = path.stat().st_size
+    ends: dict[str, int] = {}
     with path.open("rb") as handle:
         start = _directory(handle, path, size, limits)
         try:
@@ -80,8 +90,9 @@ def records(path: Path, limits: Limits) -> dict[str, int]:
         end = 0
         for info in sorted(found, key=lambda info: info.header_offset):
             end = _check_record(handle, path, info, end, start)
+            ends[info.orig_filename] = end
     folder = found[0].orig_filename.partition("/")[0]
-    names: dict[str, int] = {}
+    names: dict[str, Place] = {}
     seen: set[str] = set()
     for info in found:
         name = info.orig_filename  # zipfile cuts the other at a NUL
@@ -99,7 +110,7 @@ def records(path: Path, limits: Limits) -> dict[str, int]:
         if name.lower() in seen:  # PyTorch's reader looks names up without regard to case
             raise CheckpointError(f"{path} has two records called {visible(name)!r}; which one counts would depend on the reader. Refused.")
         seen.add(name.lower())
-        names[name.removeprefix(f"{folder}/")] = info.file_size
+        names[name.removeprefix(f"{folder}/")] = Place(ends[name] - info.file_size, info.file_size, info.CRC)
     return names
 
 
@@ -130,18 +141,15 @@ def _raw_name(info: zipfile.ZipInfo) -> bytes:
     return info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
 
 
-def read_record(path: Path, name: str, limit: int) -> bytes:
-    """The bytes of a record, ``limit`` at most, by its name without the archive's own folder; empty where there is none.
+def read_record(path: Path, place: Place) -> bytes:
+    """The bytes of a record.
 
     Raises:
       CheckpointError: Its checksum does not fit.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                if info.orig_filename.partition("/")[2] == name:
-                    with archive.open(info) as record:
-                        return record.read(limit)
-    except zipfile.BadZipFile as error:
-        raise _broken(path, visible(str(error))) from error
-    return b""
+    with path.open("rb") as handle:
+        handle.seek(place.start)
+        content = handle.read(place.size)
+    if zlib.crc32(content) != place.crc:
+        raise _broken(path, "the checksum of one of its records does not fit")
+    return content

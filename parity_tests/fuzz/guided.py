@@ -16,7 +16,8 @@ from typing import Any
 
 from flax_resblock import architecture
 from flax_resblock.checkpoint import Limits, safetensors_file
-from flax_resblock.checkpoint.pickle_scan import _Machine, scan
+from flax_resblock.checkpoint.pickle_calls import called
+from flax_resblock.checkpoint.unpickling import _run, unpickle
 from flax_resblock.checkpoint.zip_directory import records
 from flax_resblock.errors import InputError
 from parity_tests.fuzz.samples import samples
@@ -44,7 +45,7 @@ def parsers(place: Path) -> dict[str, Callable[[bytes], Any]]:
         return feed
 
     return {
-        "pickle": lambda data: scan(data, LIMITS),
+        "pickle": lambda data: unpickle(data, LIMITS),
         "zip": from_file(lambda: records(place, LIMITS)),
         "safetensors": from_file(lambda: safetensors_file._header(place, LIMITS)),
         "idx": from_file(lambda: read_idx(place, 3, 1 << 20)),
@@ -88,7 +89,7 @@ def run(seconds: float) -> int:
     folder = Path(tempfile.mkdtemp(prefix="atheris"))
     (folder / "corpus").mkdir()
     corpus(folder / "corpus")
-    for function in (scan, _Machine.step, _Machine._generic, _Machine._made, records, safetensors_file._header, read_idx, load_inert, architecture.from_json):
+    for function in (unpickle, _run, called, records, safetensors_file._header, read_idx, load_inert, architecture.from_json):
         atheris.instrument_func(function)
     fed = parsers(folder / "input")
     started, count = time.monotonic(), 0

@@ -1,0 +1,154 @@
+"""What torch.save wrote, in its zip archive or in the one file of the time before 1.6, read without torch; arrays are views of the mapped file."""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_resblock.checkpoint.contents import check_content
+from flax_resblock.checkpoint.limits import Limits
+from flax_resblock.checkpoint.pickle_machine import Memory, Name, Storage
+from flax_resblock.checkpoint.unpickling import Unpickled, unpickle
+from flax_resblock.checkpoint.zip_directory import MAGIC, Place, read_record, records
+from flax_resblock.errors import CheckpointError, visible
+
+_PICKLE, _BYTE_ORDER = "data.pkl", "byteorder"
+_SERIALIZATION_ID = ".data/serialization_id"
+"""Records of the zip archive: the pickle, how bytes are ordered, and PyTorch's own mark of its content."""
+_LONGEST_ID = 256
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""The first of the five pickles of an old file: a number by which they are known. Version, machine, content and storages follow, then their elements."""
+_LEGACY_PICKLES, _LEGACY_CONTENT = 5, 3
+_COUNT = struct.Struct("<q")
+"""Before the elements of a storage of an old file: how many."""
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file that was found in order.
+
+    Attributes:
+      content: Its value, arrays for tensors; without meaning where ``foreign`` says something.
+      foreign: What is in it that only PyTorch can make; None for nothing.
+      is_zip: Whether it is a zip archive.
+    """
+
+    content: Any
+    foreign: str | None
+    is_zip: bool
+
+
+def read(path: Path, limits: Limits) -> Archive:
+    """The file's content.
+
+    Raises:
+      CheckpointError: Not such a file, damaged, beyond the limits, or one that would execute code.
+    """
+    is_zip = _is_zip(path)
+    found = (_read_zip if is_zip else _read_legacy)(path, limits)
+    foreign: list[str | None] = [found.foreign]
+
+    def size(value: Any) -> int | None:
+        if isinstance(value, Name | Storage):
+            foreign.append(value.text if isinstance(value, Name) else "a storage")
+        return value.nbytes if isinstance(value, np.ndarray) else None
+
+    if found.foreign is None:
+        check_content(found.content, limits, size, str(path))
+    return Archive(found.content, next((what for what in foreign if what), None), is_zip)
+
+
+def identity(path: Path) -> str:
+    """PyTorch's own mark of a zip archive's content, which damage to a tensor leaves as it is; empty for a file without one."""
+    place = records(path, _ANY).get(_SERIALIZATION_ID) if _is_zip(path) else None
+    return read_record(path, place).decode("ascii", "replace") if place and place.size <= _LONGEST_ID else ""
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as handle:
+        return handle.read(2) == MAGIC[:2]
+
+
+def _elements(path: Path, start: Callable[[Storage], int]) -> Memory:
+    """The elements of a storage, where ``start`` finds them in the mapped file; copied once where they do not lie as numbers of their size should."""
+    with path.open("rb") as handle:
+        view = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @functools.cache
+    def memory(storage: Storage) -> np.ndarray:
+        elements = np.frombuffer(view, storage.dtype, storage.count, start(storage))
+        return elements if elements.flags.aligned else elements.copy()
+
+    return memory
+
+
+def _read_zip(path: Path, limits: Limits) -> Unpickled:
+    places = records(path, limits)
+    if "constants.pkl" in places:
+        raise CheckpointError(f"{path} is a TorchScript archive, a program. Save model.state_dict() instead.")
+    if _PICKLE not in places:
+        raise CheckpointError(f"{path} is a damaged or truncated PyTorch zip archive (it has no {_PICKLE}), or another kind of zip archive.")
+    limits.check(path, "max_header_bytes", places[_PICKLE].size, "bytes of pickle")
+
+    def start(storage: Storage) -> int:
+        place = places.get(f"data/{storage.key}", Place(0, 0, 0))
+        if place.size < storage.size:
+            name = visible(storage.key)[:60]
+            raise CheckpointError(
+                f"{path} declares {storage.size:,} bytes for storage {name!r}, and has {place.size:,}. It is damaged: copy or download it again."
+            )
+        return place.start
+
+    found = unpickle(read_record(path, places[_PICKLE]), limits, _elements(path, start), source=str(path))
+    for storage in found.storages.values():
+        start(storage)
+    order = places.get(_BYTE_ORDER)
+    if order is not None and (order.size > 6 or read_record(path, order) != b"little"):
+        found.foreign = found.foreign or "numbers of another machine's byte order"
+    return found
+
+
+def _read_legacy(path: Path, limits: Limits) -> Unpickled:
+    """Twice, as where the elements are is known once the last pickle has been read."""
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        data = handle.read(limits.header)
+    parts: list[Unpickled] = []
+    for number in range(_LEGACY_PICKLES):
+        if number and not data.startswith(_LEGACY):
+            raise CheckpointError(f"{path} is no PyTorch checkpoint, or a damaged one: a pickle, but not one of torch.save. Copy or download it again.")
+        end = parts[-1].end if parts else 0
+        if len(data) < size and end >= len(data):
+            limits.check(path, "max_header_bytes", size, "bytes of pickles or more")
+        parts.append(unpickle(data, limits, start=end, source=str(path)))
+    end, declared = parts[-1].end, parts[_LEGACY_CONTENT].storages
+    total = sum(storage.size for storage in declared.values()) + _COUNT.size * len(declared)
+    if total > size - end:
+        raise CheckpointError(f"{path} declares {total:,} bytes of tensors, and has {size - end:,} for them. It is truncated: copy or download it again.")
+    keys, machine = parts[-1].content, parts[_LEGACY_CONTENT - 1].content
+    if not isinstance(keys, list) or not all(isinstance(key, str | int) for key in keys) or sorted(map(str, keys)) != sorted(declared):
+        raise CheckpointError(f"{path} is damaged: its list of storages is not that of its tensors. Copy or download it again.")
+    starts: dict[str, int] = {}
+    with path.open("rb") as handle:
+        for key in map(str, keys):
+            handle.seek(end)
+            if _COUNT.unpack(handle.read(_COUNT.size)) != (declared[key].count,):
+                raise CheckpointError(f"{path} is damaged: the storage {visible(key)[:60]!r} is not as long as it should be. Copy or download it again.")
+            starts[key] = end + _COUNT.size
+            end = starts[key] + declared[key].size
+
+    found = unpickle(data, limits, _elements(path, lambda storage: starts[storage.key]), start=parts[_LEGACY_CONTENT - 1].end, source=str(path))
+    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+        found.foreign = found.foreign or "numbers of another machine's byte order"
+    return found
+
+
+_ANY = Limits(*[1 << 62] * 4)
+"""For a file that this library has read already."""
