@@ -117,7 +117,7 @@ except MissingDependencyError as error:
 """
     )
     result = run(code, tmp_path)
-    assert "torch.device, which only PyTorch can read" in result.stdout, result.stderr
+    assert "torch.device, which needs PyTorch" in result.stdout, result.stderr
     assert "pip install 'flax-resblock[torch]'" in result.stdout
 
 

@@ -26,11 +26,18 @@ def _by_torch(name: str) -> Call:
     return lambda machine, *_: machine.unknown(name)
 
 
-def _tensor(machine: Machine, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
-    """``rest``: whether it needs a gradient, hooks, and whether bits stand for a conjugate or negative value."""
+def _flagged_tensor(machine: Machine, storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, metadata: Any = None) -> Any:
+    """``metadata``: whether bits stand for a conjugate or negative value."""
+    made = _tensor(machine, storage, offset, size, stride)
+    if not isinstance(requires_grad, bool):
+        raise UnfitError
+    return machine.unknown("a tensor whose bits stand for something else") if metadata else made
+
+
+def _tensor(machine: Machine, storage: Any, offset: Any, size: Any, stride: Any) -> Any:
     size = machine.sized(size)
-    if storage is UNKNOWN or machine.memory is None or any(rest[2:]):
-        return machine.unknown("a view of bits that stand for something else")
+    if storage is UNKNOWN or machine.memory is None:
+        return machine.unknown("a view of a storage")
     if not isinstance(storage, Storage) or not isinstance(stride, tuple) or len(stride) != len(size):
         raise UnfitError
     if not all(isinstance(n, int) and n >= 0 for n in (offset, *stride)):
@@ -61,8 +68,8 @@ def _row_major(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def _parameter(_: Machine, data: Any, *__: Any) -> Any:
-    if data is not UNKNOWN and not isinstance(data, np.ndarray):
+def _parameter(_: Machine, data: Any, requires_grad: Any, hooks: Any, state: Any = None) -> Any:
+    if (data is not UNKNOWN and not isinstance(data, np.ndarray)) or not isinstance(requires_grad, bool):
         raise UnfitError
     return data
 
@@ -135,7 +142,7 @@ def _scalar(machine: Machine, dtype: Any = None, data: Any = None) -> Any:
 _MADE: Mapping[str, Call] = MappingProxyType(
     {
         "torch._utils._rebuild_tensor": _tensor,
-        "torch._utils._rebuild_tensor_v2": _tensor,
+        "torch._utils._rebuild_tensor_v2": _flagged_tensor,
         "torch._utils._rebuild_parameter": _parameter,
         "torch._utils._rebuild_parameter_with_state": _parameter,
         "torch._utils._rebuild_tensor_v3": _checked_size(2, "a tensor of a dtype that numpy does not have"),

@@ -61,8 +61,8 @@ _LONGEST_KEY, _MOST_AXES = 16, 64
 class Machine:
     """The stack of values, how deep each nests, and the place in the data."""
 
-    def __init__(self, data: bytes, start: int, limits: Limits, source: str, memory: Memory | None) -> None:
-        self.data, self.at, self.limits, self.source, self.memory = data, start, limits, source, memory
+    def __init__(self, data: bytes, start: int, limits: Limits, source: str, memory: Memory | None, storage_items: int) -> None:
+        self.data, self.at, self.limits, self.source, self.memory, self.storage_items = data, start, limits, source, memory, storage_items
         self.stack: list[Any] = []
         self.depths: list[int] = []
         self.marks: list[int] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import mmap
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ from flax_resblock.errors import CheckpointError, visible
 _PICKLE, _BYTE_ORDER = "data.pkl", "byteorder"
 _SERIALIZATION_ID = ".data/serialization_id"
 """Records of the zip archive: the pickle, how bytes are ordered, and PyTorch's own mark of its content."""
-_LONGEST_ID = 256
+_VERSION, _NEWEST = (".data/version", "version"), 10
+"""Of the format: the records that have it, and the newest that PyTorch reads."""
+_LONGEST_TEXT = 256
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """The first of the five pickles of an old file: a number by which they are known. Version, machine, content and storages follow, then their elements."""
 _LEGACY_PICKLES, _LEGACY_CONTENT = 5, 3
+_LEGACY_VERSION = 1001
 _COUNT = struct.Struct("<q")
 """Before the elements of a storage of an old file: how many."""
 
@@ -67,8 +70,7 @@ def read(path: Path, limits: Limits) -> Archive:
 
 def identity(path: Path) -> str:
     """PyTorch's own mark of a zip archive's content, which damage to a tensor leaves as it is; empty for a file without one."""
-    place = records(path, _ANY).get(_SERIALIZATION_ID) if _is_zip(path) else None
-    return read_record(path, place).decode("ascii", "replace") if place and place.size <= _LONGEST_ID else ""
+    return _text_of(path, records(path, _ANY), (_SERIALIZATION_ID,)) if _is_zip(path) else ""
 
 
 def _is_zip(path: Path) -> bool:
@@ -109,10 +111,26 @@ def _read_zip(path: Path, limits: Limits) -> Unpickled:
     found = unpickle(read_record(path, places[_PICKLE]), limits, _elements(path, start), source=str(path))
     for storage in found.storages.values():
         start(storage)
-    order = places.get(_BYTE_ORDER)
-    if order is not None and (order.size > 6 or read_record(path, order) != b"little"):
+    if _text_of(path, places, (_BYTE_ORDER,), "little") != "little":
         found.foreign = found.foreign or "numbers of another machine's byte order"
+    _text_of(path, places, (_SERIALIZATION_ID,))
+    version = _text_of(path, places, _VERSION).strip()
+    if not version.isdecimal() or not 0 < int(version) <= _NEWEST:
+        found.foreign = found.foreign or f"version {version[:20] or 'none'} of the format"
     return found
+
+
+def _text_of(path: Path, places: Mapping[str, Place], names: tuple[str, ...], default: str = "") -> str:
+    """The text in the first of these records that is there."""
+    place = next((places[name] for name in names if name in places), None)
+    if place is None:
+        return default
+    if place.size > _LONGEST_TEXT:
+        raise CheckpointError(f"{path} has {place.size:,} bytes in its record {names[0]!r}. It is damaged: copy or download it again.")
+    try:
+        return read_record(path, place).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} has no text in its record {names[0]!r}. It is damaged: copy or download it again.") from error
 
 
 def _read_legacy(path: Path, limits: Limits) -> Unpickled:
@@ -127,12 +145,14 @@ def _read_legacy(path: Path, limits: Limits) -> Unpickled:
         end = parts[-1].end if parts else 0
         if len(data) < size and end >= len(data):
             limits.check(path, "max_header_bytes", size, "bytes of pickles or more")
-        parts.append(unpickle(data, limits, start=end, source=str(path)))
+        parts.append(unpickle(data, limits, start=end, source=str(path), legacy=True))
     end, declared = parts[-1].end, parts[_LEGACY_CONTENT].storages
     total = sum(storage.size for storage in declared.values()) + _COUNT.size * len(declared)
     if total > size - end:
         raise CheckpointError(f"{path} declares {total:,} bytes of tensors, and has {size - end:,} for them. It is truncated: copy or download it again.")
-    keys, machine = parts[-1].content, parts[_LEGACY_CONTENT - 1].content
+    _, version, machine, _, keys = (part.content for part in parts)
+    if version != _LEGACY_VERSION:
+        raise CheckpointError(f"{path} is of another version of PyTorch's old format than {_LEGACY_VERSION}, which alone was written. It is damaged.")
     if not isinstance(keys, list) or not all(isinstance(key, str | int) for key in keys) or sorted(map(str, keys)) != sorted(declared):
         raise CheckpointError(f"{path} is damaged: its list of storages is not that of its tensors. Copy or download it again.")
     starts: dict[str, int] = {}
@@ -144,7 +164,7 @@ def _read_legacy(path: Path, limits: Limits) -> Unpickled:
             starts[key] = end + _COUNT.size
             end = starts[key] + declared[key].size
 
-    found = unpickle(data, limits, _elements(path, lambda storage: starts[storage.key]), start=parts[_LEGACY_CONTENT - 1].end, source=str(path))
+    found = unpickle(data, limits, _elements(path, lambda storage: starts[storage.key]), start=parts[_LEGACY_CONTENT - 1].end, source=str(path), legacy=True)
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         found.foreign = found.foreign or "numbers of another machine's byte order"
     return found

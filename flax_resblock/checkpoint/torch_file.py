@@ -35,18 +35,21 @@ _AS_BITS = {"bfloat16": ("int16", ml_dtypes.bfloat16)}
 """Dtypes that torch and numpy exchange as bits: torch's name, the integer type, numpy's type."""
 
 
-def import_torch(why: str = "This needs PyTorch. Without it, every checkpoint can be read, and .safetensors and Orbax written") -> Any:
+def import_torch(what: str = "This") -> Any:
     """The torch module.
 
     Args:
-      why: For the message.
+      what: That needs it, for the message.
     Raises:
       MissingDependencyError: It is not installed.
     """
     try:
         import torch
     except ImportError as error:
-        raise MissingDependencyError(f"{why}. PyTorch is not installed: pip install 'flax-resblock[torch]'.") from error
+        raise MissingDependencyError(
+            f"{what} needs PyTorch, which is not installed: pip install 'flax-resblock[torch]'. "
+            "Without it, PyTorch files of tensors, numbers and text can be read, .safetensors and Orbax checkpoints read and written."
+        ) from error
     return torch
 
 
@@ -139,7 +142,7 @@ def load(path: Path, limits: Limits = LIMITS) -> Any:
 
 def _load(path: Path, archive: torch_archive.Archive, limits: Limits) -> Any:
     """The same with ``torch.load``, once it is known that nothing in the file calls anything else than what checkpoints need."""
-    torch = import_torch(f"{path} holds {visible(archive.foreign or '')[:160]}, which only PyTorch can read. Without it, give a file with nothing but tensors")
+    torch = import_torch(f"{path} holds {visible(archive.foreign or '')[:160]}, which")
     try:
         with torch.serialization.safe_globals(_harmless(torch)), warnings.catch_warnings():
             warnings.simplefilter("ignore")

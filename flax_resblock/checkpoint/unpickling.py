@@ -43,7 +43,7 @@ class Unpickled:
     end: int = 0
 
 
-def unpickle(data: bytes, limits: Limits, memory: Memory | None = None, *, start: int = 0, source: str = "the pickle") -> Unpickled:
+def unpickle(data: bytes, limits: Limits, memory: Memory | None = None, *, start: int = 0, source: str = "the pickle", legacy: bool = False) -> Unpickled:
     """Follows the instructions of one pickle.
 
     Args:
@@ -52,10 +52,11 @@ def unpickle(data: bytes, limits: Limits, memory: Memory | None = None, *, start
       memory: Where the elements of tensors are; None: a tensor counts as something that only PyTorch can make.
       start: Where in ``data``.
       source: For messages.
+      legacy: Of the format in which a storage may be a view of another.
     Raises:
       CheckpointError: Damaged, code, deeper than allowed, sizes beyond the limits, or a tensor beyond its storage.
     """
-    machine = Machine(data, start, limits, source, memory)
+    machine = Machine(data, start, limits, source, memory, storage_items=6 if legacy else 5)
     try:
         content = _run(machine)
     except RefusedError as error:
@@ -218,8 +219,8 @@ def _text(machine: Machine) -> None:
 def _storage(machine: Machine) -> None:
     """``('storage', type, key, location, number of elements)``, and in old files a view of it."""
     identity, _ = machine.pop()
-    items = identity if isinstance(identity, tuple) else ()
-    if len(items) < 5 or items[0] not in ("storage", b"storage") or not isinstance(items[1], Name):
+    items: tuple[Any, ...] = identity if isinstance(identity, tuple) else ()
+    if len(items) != machine.storage_items or items[0] not in ("storage", b"storage") or not isinstance(items[1], Name):
         raise RefusedError("refers to something that is no storage. It is damaged, or made to do harm.")
     kind, key, count = items[1].text.rpartition(".")[2].removesuffix("Storage"), items[2], items[4]
     if not isinstance(key, str | int) or not isinstance(count, int):
@@ -230,7 +231,7 @@ def _storage(machine: Machine) -> None:
     found = Storage(str(key), None if dtype is None else np.dtype(dtype), count, count * itemsize)
     if machine.storages.setdefault(found.key, found) != found:
         raise RefusedError(f"refers to the storage {visible(found.key)[:60]!r} with two sizes or types. It is damaged, or made to do harm.")
-    machine.push(machine.unknown("a view of a storage") if len(items) > 5 and items[5] is not None else found)
+    machine.push(machine.unknown("a view of a storage") if items[5:] not in ((), (None,)) else found)
 
 
 def _skip(machine: Machine) -> None:

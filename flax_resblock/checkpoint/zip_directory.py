@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -16,10 +16,14 @@ MAGIC = b"PK\x03\x04"
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
+_FIELD = struct.Struct("<2H")
 _LARGE = (0xFFFF, 0xFFFFFFFF)
 """What stands for a number of entries, and for a number of bytes, that is in the longer form only."""
-_ENCRYPTED, _COMPRESSED_PATCH = 1 << 0, 1 << 5
+_STORED = 0
+_SIZES_BEHIND, _UTF8 = 1 << 3, 1 << 11
+"""Flags that a record may have: its sizes are repeated behind it, its name is UTF-8."""
 _FOLDER = 1 << 4
 """Of the attributes, as DOS has them."""
 
@@ -36,35 +40,89 @@ def _broken(path: Path, why: str) -> CheckpointError:
     return CheckpointError(f"{path} is a damaged or truncated PyTorch zip archive ({why}). Copy or download it again.")
 
 
-def _directory(handle: BinaryIO, path: Path, size: int, limits: Limits) -> int:
-    """Where the directory begins. It must end where the records of its end begin, and those with the file: then no two readers find different ones."""
+def _directory(handle: BinaryIO, path: Path, size: int, limits: Limits) -> tuple[int, list[_Entry]]:
+    """Where the directory begins, and its entries. It must end where the records of its end begin, and those with the file: then no two readers find different
+    ones. An archive in several parts is refused."""
     if size < _END.size:
         raise _broken(path, "it ends before its directory")
-    place = size - _END.size
-    handle.seek(place)
-    magic, *_, entries, length, start, comment = _END.unpack(handle.read(_END.size))
+    end = size - _END.size
+    handle.seek(end)
+    magic, disk, first_disk, here, entries, length, start, comment = _END.unpack(handle.read(_END.size))
     if magic != b"PK\x05\x06" or comment:
         raise _broken(path, "it does not end with its directory")
-    end = place
-    if place >= _END64_LOCATOR.size:
-        handle.seek(place - _END64_LOCATOR.size)
-        magic, _, end64, _ = _END64_LOCATOR.unpack(handle.read(_END64_LOCATOR.size))
+    disks = [disk, first_disk]
+    if end >= _END64_LOCATOR.size:
+        handle.seek(end - _END64_LOCATOR.size)
+        magic, disk, end64, parts = _END64_LOCATOR.unpack(handle.read(_END64_LOCATOR.size))
         if magic == b"PK\x06\x07":
-            if end64 > place - _END64_LOCATOR.size - _END64.size:
-                raise _broken(path, "its directory lies outside the file")
-            handle.seek(end64)
-            short_form = entries, length, start
-            magic, *_, entries, length, start = _END64.unpack(handle.read(_END64.size))
-            if magic != b"PK\x06\x06" or any(
-                short not in (_LARGE[i > 0], long) for i, (short, long) in enumerate(zip(short_form, (entries, length, start), strict=True))
-            ):
+            if end64 != end - _END64_LOCATOR.size - _END64.size or parts != 1:
                 raise _broken(path, "its directory is not where it should be")
+            handle.seek(end64)
+            short_form = here, entries, length, start
+            magic, rest, _, _, disk64, first_disk, here, entries, length, start = _END64.unpack(handle.read(_END64.size))
+            long_form = here, entries, length, start
+            fits = all(short in (_LARGE[i > 1], long) for i, (short, long) in enumerate(zip(short_form, long_form, strict=True)))
+            if magic != b"PK\x06\x06" or rest != _END64.size - 12 or not fits:
+                raise _broken(path, "its directory is not where it should be")
+            disks = [disk, disk64, first_disk, *(number for number in disks if number != _LARGE[0])]
             end = end64
-    if start + length != end:
+    if start + length != end or here != entries or any(disks):
         raise _broken(path, "its directory is not where it should be")
     limits.check(path, "max_header_bytes", length, "bytes of zip directory")
     limits.check(path, "max_tensors", entries, "records")
-    return start
+    handle.seek(start)
+    found = list(_entries(path, handle.read(length)))
+    if len(found) != entries:
+        raise _broken(path, "its directory has more or fewer records than it says")
+    return start, found
+
+
+class _Entry(NamedTuple):
+    """What the directory says of a record."""
+
+    name: str
+    raw_name: bytes
+    flags: int
+    method: int
+    crc: int
+    packed: int
+    size: int
+    attributes: int
+    start: int
+
+
+def _entries(path: Path, directory: bytes) -> Iterator[_Entry]:
+    at = 0
+    while at < len(directory):
+        if len(directory) - at < _CENTRAL.size:
+            raise _broken(path, "its directory ends within a record")
+        magic, _, _, flags, method, _, _, crc, *lengths, name, extra, comment, disk, _, attributes, start = _CENTRAL.unpack_from(directory, at)
+        at += _CENTRAL.size
+        raw, more = directory[at : at + name], directory[at + name : at + name + extra]
+        at += name + extra + comment
+        if magic != b"PK\x01\x02" or at > len(directory) or comment or disk:
+            raise _broken(path, "its directory has a record that is none")
+        packed, size, start = _long_form(path, more, [*lengths, start])
+        try:
+            text = raw.decode("utf-8" if flags & _UTF8 else "cp437")
+        except UnicodeDecodeError as error:
+            raise _broken(path, f"a record's name is no text: {visible(repr(raw[:80]))}") from error
+        yield _Entry(text, raw, flags, method, crc, packed, size, attributes, start)
+
+
+def _long_form(path: Path, extra: bytes, numbers: list[int]) -> list[int]:
+    """Numbers of more than 32 bits, which then are in the extra field 1: packed size, size and start are given, size comes first there."""
+    while len(extra) >= _FIELD.size and _LARGE[1] in numbers:
+        kind, length = _FIELD.unpack_from(extra)
+        field, extra = extra[_FIELD.size : _FIELD.size + length], extra[_FIELD.size + length :]
+        if kind == 1:
+            for place in (1, 0, 2):
+                if numbers[place] == _LARGE[1]:
+                    if len(field) < 8:
+                        raise _broken(path, "its directory has a record that is none")
+                    numbers[place], field = int.from_bytes(field[:8], "little"), field[8:]
+            break
+    return numbers
 
 
 def records(path: Path, limits: Limits) -> dict[str, Place]:
@@ -77,25 +135,19 @@ def records(path: Path, limits: Limits) -> dict[str, Place]:
       CheckpointError: Not such an archive, or more records or bytes than ``limits`` allow.
     """
     size = path.stat().st_size
-    ends: dict[str, int] = {}
     with path.open("rb") as handle:
-        start = _directory(handle, path, size, limits)
-        try:
-            with zipfile.ZipFile(handle) as archive:
-                found = archive.infolist()
-        except Exception as error:  # zipfile raises struct.error, NotImplementedError and others besides its own
-            raise _broken(path, visible(str(error))) from error
-        if not found:
+        limit, entries = _directory(handle, path, size, limits)
+        if not entries:
             raise _broken(path, "it holds no records")
         end = 0
-        for info in sorted(found, key=lambda info: info.header_offset):
-            end = _check_record(handle, path, info, end, start)
-            ends[info.orig_filename] = end
-    folder = found[0].orig_filename.partition("/")[0]
+        ends: dict[_Entry, int] = {}
+        for entry in sorted(entries, key=lambda entry: entry.start):
+            ends[entry] = end = _check_record(handle, path, entry, end, limit)
+    folder = entries[0].name.partition("/")[0]
     names: dict[str, Place] = {}
     seen: set[str] = set()
-    for info in found:
-        name = info.orig_filename  # zipfile cuts the other at a NUL
+    for entry in entries:
+        name = entry.name
         place = PurePosixPath(name)
         if (
             place.parts[:1] != (folder,)
@@ -110,35 +162,31 @@ def records(path: Path, limits: Limits) -> dict[str, Place]:
         if name.lower() in seen:  # PyTorch's reader looks names up without regard to case
             raise CheckpointError(f"{path} has two records called {visible(name)!r}; which one counts would depend on the reader. Refused.")
         seen.add(name.lower())
-        names[name.removeprefix(f"{folder}/")] = Place(ends[name] - info.file_size, info.file_size, info.CRC)
+        names[name.removeprefix(f"{folder}/")] = Place(ends[entry] - entry.size, entry.size, entry.crc)
     return names
 
 
-def _check_record(handle: BinaryIO, path: Path, info: zipfile.ZipInfo, end: int, limit: int) -> int:
+def _check_record(handle: BinaryIO, path: Path, entry: _Entry, end: int, limit: int) -> int:
     """Where the record ends; ``end`` is where the one before it did, ``limit`` where the directory begins."""
-    name = visible(info.orig_filename[:200])
-    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+    name = visible(entry.name[:200])
+    if entry.method != _STORED or entry.packed != entry.size:
         raise CheckpointError(
-            f"{path}: its record {name!r} is compressed to {info.compress_size:,} of {info.file_size:,} bytes. torch.save never compresses, and a small file "
+            f"{path}: its record {name!r} is compressed to {entry.packed:,} of {entry.size:,} bytes. torch.save never compresses, and a small file "
             "could fill any memory. Unpack it and pack it again without compression (zip -0), if you trust it."
         )
-    if info.external_attr & _FOLDER:  # PyTorch's reader takes nothing out of a folder, and leaves what was in memory before
+    if entry.attributes & _FOLDER:  # PyTorch's reader takes nothing out of a folder, and leaves what was in memory before
         raise _broken(path, f"its record {name!r} is marked as a folder")
-    if info.flag_bits & (_ENCRYPTED | _COMPRESSED_PATCH):
-        raise CheckpointError(f"{path}: its record {name!r} is encrypted. Give the file that torch.save wrote.")
-    handle.seek(info.header_offset)
+    if entry.flags & ~(_UTF8 | _SIZES_BEHIND):
+        raise CheckpointError(f"{path}: its record {name!r} is encrypted, or a patch of another. Give the file that torch.save wrote.")
+    handle.seek(entry.start)
     head = handle.read(_LOCAL.size)
-    if info.header_offset < end or len(head) < _LOCAL.size or not head.startswith(MAGIC):
+    if entry.start < end or len(head) < _LOCAL.size or not head.startswith(MAGIC):
         raise _broken(path, f"its record {name!r} overlaps another, or is not where its directory says")
     *_, method, _, _, _, _, _, name_length, extra_length = _LOCAL.unpack(head)
-    end = info.header_offset + _LOCAL.size + name_length + extra_length + info.file_size
-    if end > limit or method != zipfile.ZIP_STORED or handle.read(name_length) != _raw_name(info):
+    end = entry.start + _LOCAL.size + name_length + extra_length + entry.size
+    if end > limit or method != _STORED or handle.read(name_length) != entry.raw_name:
         raise _broken(path, f"its record {name!r} is not what its directory says")
     return end
-
-
-def _raw_name(info: zipfile.ZipInfo) -> bytes:
-    return info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
 
 
 def read_record(path: Path, place: Place) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.errors import InputError
+from flax_resblock.errors import InputError, visible
 
 _BYTE_CODES = {"u1", "|u1", b"u1", b"|u1"}
 
@@ -43,19 +43,11 @@ class _Global:
         raise pickle.UnpicklingError("it would change a function")
 
 
-def _encode(text: Any, encoding: Any) -> bytes:
-    """How Python 3 writes bytes for Python 2."""
-    if not isinstance(text, str) or encoding != "latin1":
-        raise pickle.UnpicklingError("_codecs.encode with other arguments than Python's own")
-    return text.encode("latin-1")
-
-
 _MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 _ALLOWED = {
     **{(module, "_reconstruct"): _Global(lambda *args: _Stand("array", *args)) for module in _MODULES},
     ("numpy", "ndarray"): _Global(lambda *args: _Stand("none", *args)),
     ("numpy", "dtype"): _Global(lambda *args: _Stand("dtype", *args)),
-    ("_codecs", "encode"): _Global(_encode),
 }
 
 
@@ -69,7 +61,20 @@ _OPCODES = frozenset(
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        self._left = len(data)
+
+    def _encode(self, text: Any, encoding: Any) -> bytes:
+        """How Python 3 writes bytes for Python 2; one text can be encoded ten thousand times, a byte of the file only once."""
+        if not isinstance(text, str) or encoding != "latin1" or len(text) > self._left:
+            raise pickle.UnpicklingError("it calls _codecs.encode with other arguments than Python does")
+        self._left -= len(text)
+        return text.encode("latin-1")
+
     def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) == ("_codecs", "encode"):
+            return _Global(self._encode)
         found = _ALLOWED.get((module_name, global_name))
         if found is None:
             raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, which plain data do not need; nothing was run")
@@ -82,9 +87,19 @@ _MOST_TUPLES = 1000
 """Arrays need a handful; nested by the hundred thousand, they exhaust the interpreter's own stack where one is the key of a dictionary."""
 
 
+_KEEPING, _TAKING = ("BINPUT", "LONG_BINPUT", "MEMOIZE"), ("BINGET", "LONG_BINGET")
+_TUPLES = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPENDS", "SETITEMS", "BUILD"})
+"""After which a tuple can be on top: those that make one, and those that may take nothing off it."""
+
+
 def _check_opcodes(data: bytes) -> None:
-    """Refuses other instructions, too many of them, and places in the memo that the unpickler would reserve gigabytes for."""
+    """Refuses other instructions, too many of them, and places in the memo that the unpickler would reserve gigabytes for.
+
+    What may be a tuple is kept in the memo and never taken out of it: tuples that share their items can be hashed without end.
+    """
     tuples = 0
+    before = ""
+    maybe_tuple: dict[int, bool] = {}
     for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         tuples += opcode.name.startswith("TUPLE")
         if number > _MOST_OPCODES or tuples > _MOST_TUPLES:
@@ -93,6 +108,12 @@ def _check_opcodes(data: bytes) -> None:
             raise pickle.UnpicklingError(f"it asks for {opcode.name}, which plain data do not need; nothing was run")
         if opcode.name == "LONG_BINPUT" and isinstance(argument, int) and argument > len(data):
             raise pickle.UnpicklingError(f"it holds {len(data):,} bytes and keeps value number {argument:,}")
+        if opcode.name in _KEEPING:
+            maybe_tuple[len(maybe_tuple) if argument is None else int(argument)] = before in _TUPLES
+            continue
+        if opcode.name in _TAKING and maybe_tuple.get(int(argument or 0)):
+            raise pickle.UnpicklingError("it uses a tuple twice, which plain data do not need")
+        before = opcode.name
 
 
 def _value(value: Any) -> Any:
@@ -120,9 +141,10 @@ def load_inert(data: bytes, name: str) -> dict[bytes, Any]:
     """
     try:
         _check_opcodes(data)
-        content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+        content = _Unpickler(data).load()
         if not isinstance(content, dict):
             raise pickle.UnpicklingError(f"it holds a {type(content).__name__}, no dictionary")
         return {key.encode() if isinstance(key, str) else key: _value(value) for key, value in content.items()}
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise InputError(f"{name} cannot be read as plain data: {error or type(error).__name__}. Fetch it again, or take the binary version.") from error
+        reason = visible(str(error) or type(error).__name__)[:160]
+        raise InputError(f"{name} cannot be read as plain data: {reason}. Fetch it again, or take the binary version.") from error
