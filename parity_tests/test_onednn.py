@@ -63,6 +63,26 @@ def test_the_right_order_gives_the_same_bits_and_another_does_not(shape, of):
             assert not np.array_equal(jax.jit(ordered)(x, reordered(kernel[:, :, ::-1], ordered.block)), expected)
 
 
+def test_a_residual_that_is_needed_again_stays_as_it_was():
+    """The sum is written over the residual; one that is used afterwards, or belongs to the caller, is copied first."""
+    of = Convolution((3, 3, 8, 8), (1, 1), (1, 1), (1, 1), 1)
+    x, kernel, bias, residual = _data((2, 6, 5, 8), of, seed=2)
+    before = jnp.array(residual)
+
+    def twice(kernel, bias, x, residual):
+        inner = residual * 2
+        y = of(x, kernel, bias, inner, relu=True)
+        return of(y, kernel, bias, residual), inner + y  # one is an argument, the other is used again
+
+    with not_kept():
+        first, second = jax.jit(twice)(kernel, bias, x, before)
+    y = jnp.maximum(_plain(of, x, kernel) + bias + 2 * residual, 0)
+    assert np.array_equal(before, residual)
+    assert relative_l2(np.asarray(second), np.asarray(2 * residual + y)) < 1e-6
+    assert relative_l2(np.asarray(first), np.asarray(_plain(of, y, kernel) + bias + residual)) < 1e-6
+    assert relative_l2(np.asarray(second), np.asarray(2 * y)) > 1e-2  # the control: the residual overwritten
+
+
 def test_what_follows_a_convolution_is_taken_along_where_nobody_else_sees_it():
     of = Convolution((3, 3, 4, 4), (1, 1), (1, 1), (1, 1), 1)
     x, kernel, bias, _ = _data((2, 6, 5, 4), of)
