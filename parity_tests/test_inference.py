@@ -129,7 +129,7 @@ def test_every_form_computes_what_follows_the_convolution(batch, form, ends):
 
     with jax.enable_x64(True):
         wide = [jnp.asarray(value, jnp.float64) for value in (x, kernel)]
-        truth = np.asarray(plain(*wide, {name: np.asarray(value, np.float64) for name, value in given.items()}, ends))
+        truth = np.asarray(plain(wide[0], wide[1], {name: np.asarray(value, np.float64) for name, value in given.items()}, ends))
     prepared, others = plan.prepared(jnp.asarray(kernel)), () if ends else ("relu",)
     with onednn.not_kept():
         found, other = (np.asarray(jax.jit(computed, static_argnums=3)(x, prepared, given, some)) for some in (ends, others))

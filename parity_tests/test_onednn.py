@@ -135,3 +135,20 @@ def test_its_programs_are_never_kept():
     with not_kept():
         inside.append(_kept_from())
     assert (_kept_from(), inside) == (before, [float("inf")])
+
+
+@pytest.mark.parametrize(("size", "window", "stride", "padding"), [((9, 10), 3, 2, 1), ((5, 4), 5, 2, 2), ((6, 7), 2, 2, 0), ((3, 1), 3, 1, 1)], ids=str)
+def test_a_pool_in_a_traced_network_takes_its_form_for_a_cpu(size, window, stride, padding):
+    pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+
+    def network(x):
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), pads)
+
+    x = np.random.default_rng(3).normal(-5.0, 1.0, (2, *size, 3)).astype(np.float32)  # below zero: a border of zeros would show
+    traced = jax.make_jaxpr(network)(x)
+
+    def rewritten(x):
+        return evaluate(traced, [x], lambda fused: fused.x)[0]
+
+    assert "reduce_window" not in str(jax.make_jaxpr(rewritten)(x)) and "reduce_window" in str(traced)
+    assert np.array_equal(jax.jit(rewritten)(x), network(x))
