@@ -150,5 +150,6 @@ def test_a_pool_in_a_traced_network_takes_its_form_for_a_cpu(size, window, strid
     def rewritten(x):
         return evaluate(traced, [x], lambda fused: fused.x)[0]
 
-    assert "reduce_window" not in str(jax.make_jaxpr(rewritten)(x)) and "reduce_window" in str(traced)
+    assert "reduce_window" in str(traced)
+    assert "reduce_window" not in str(jax.make_jaxpr(rewritten)(x))
     assert np.array_equal(jax.jit(rewritten)(x), network(x))

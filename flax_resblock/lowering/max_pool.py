@@ -34,7 +34,7 @@ class _Run(NamedTuple):
     """Outputs beside each other whose windows lie over the image in the same way: the input pixels of the first one, and how many they are."""
 
     pixels: range
-    count: int
+    outputs: int
 
 
 def _runs(size: int, window: int, stride: int, padding: int) -> list[_Run]:
@@ -44,7 +44,9 @@ def _runs(size: int, window: int, stride: int, padding: int) -> list[_Run]:
 
 
 def _part(x: jax.Array, row: _Run, column: _Run, stride: int) -> jax.Array:
-    taps = [x[:, i : i + stride * (row.count - 1) + 1 : stride, j : j + stride * (column.count - 1) + 1 : stride] for i in row.pixels for j in column.pixels]
+    taps = [
+        x[:, i : i + stride * (row.outputs - 1) + 1 : stride, j : j + stride * (column.outputs - 1) + 1 : stride] for i in row.pixels for j in column.pixels
+    ]
     return lax.optimization_barrier(reduce(jnp.maximum, taps))  # otherwise computed pixel by pixel while they are put together
 
 
