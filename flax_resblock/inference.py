@@ -20,8 +20,11 @@ from flax_resblock.resnet import Model
 
 Forward = Callable[[list[jax.Array], jax.Array], jax.Array]
 
-WINOGRAD_PAYS = {True: ((64, 256),), False: ((512, 64), (0, 256))}
-"""From how many tiles and channels on, with oneDNN as the other choice or without. Its kernel is 16/9 of the plain one, its matrices four times the input."""
+WINOGRAD_PAYS = {True: ((32, 512), (256, 256), (1024, 128)), False: ((512, 64), (0, 256))}
+"""From how many tiles and channels on, with oneDNN as the other choice or without. With few tiles the sixteen kernels, 16/9 of the plain one, are most of what
+is read; with few channels the transforms are most of the work."""
+WINOGRAD_BYTES = 32 << 20
+"""The most that the sixteen matrices of an input may hold, with oneDNN as the other choice: beyond, the C library gets their memory anew at each call."""
 
 
 class _Plan(NamedTuple):
@@ -51,7 +54,8 @@ def _planned(of: onednn.Convolution, shape: tuple[int, ...], by_onednn: bool) ->
     """What is fastest for an input ``(N, H, W, I)``."""
     tiles, channels = shape[0] * -(-shape[1] // 2) * -(-shape[2] // 2), min(of.kernel[2:])
     square = of.kernel[:2] == (3, 3) and of.strides == of.padding == of.dilation == (1, 1) and of.groups == 1
-    if square and any(tiles >= fewest and channels >= width for fewest, width in WINOGRAD_PAYS[by_onednn]):
+    fits = not by_onednn or 16 * tiles * shape[3] * 4 <= WINOGRAD_BYTES
+    if square and fits and any(tiles >= fewest and channels >= width for fewest, width in WINOGRAD_PAYS[by_onednn]):
         return _Plan("winograd", of)
     return _Plan("onednn" if by_onednn else "xla", of)
 

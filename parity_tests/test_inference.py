@@ -1,5 +1,7 @@
 """compile_inference: the model's own logits for any number of images, compiled for a few batch sizes."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,14 +11,16 @@ from flax import nnx
 import flax_resblock
 from flax_resblock import ResNetConfig, compile_inference
 from flax_resblock.errors import InputError
-from flax_resblock.inference import WINOGRAD_PAYS
+from flax_resblock.inference import WINOGRAD_BYTES, WINOGRAD_PAYS, _planned
 from flax_resblock.lowering import onednn
+from flax_resblock.lowering.onednn import Convolution
+from flax_resblock.lowering.rewrite import Fused
 from flax_resblock.lowering.switch import conv_lowering
 from flax_resblock.parity.oracle import relative_l2
 from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.twins import Twins
 
-CONFIG = ResNetConfig(depths=(1, 1), widths=(64, 256), stem="cifar", stem_width=64, num_classes=7)
+CONFIG = ResNetConfig(depths=(1, 1), widths=(64, 512), stem="cifar", stem_width=64, num_classes=7)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +82,59 @@ def test_either_jaxlib_gets_the_models_logits(jaxlib_of, twins, images, truth):
     forms = {plan.form for plan in made._network._plans.values()}
     assert forms == ({"onednn", "winograd"} if jaxlib_of == "oneDNN" else {"xla", "winograd"})
     assert WINOGRAD_PAYS[True] != WINOGRAD_PAYS[False]
+
+
+def _square(channels):
+    return Convolution((3, 3, channels, channels), (1, 1), (1, 1), (1, 1), 1)
+
+
+@pytest.mark.parametrize(("fewest", "channels"), WINOGRAD_PAYS[True], ids=str)
+def test_winograd_is_chosen_from_as_many_tiles_on_as_pay_and_while_its_matrices_fit(fewest, channels):
+    most = WINOGRAD_BYTES // (16 * channels * 4)
+    forms = [_planned(_square(channels), (tiles, 2, 2, channels), True).form for tiles in (fewest - 1, fewest, most, most + 1)]
+    assert forms == ["onednn", "winograd", "winograd", "onednn"]
+    assert _planned(_square(channels), (most + 1, 2, 2, channels), False).form == "winograd"  # XLA's own would be slower still
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"strides": (2, 2)}, {"padding": (0, 0)}, {"dilation": (2, 2)}, {"groups": 2, "kernel": (3, 3, 256, 512)}, {"kernel": (1, 3, 512, 512)}],
+    ids=str,
+)
+def test_only_what_winograd_can_compute_is_planned_for_it(changed):
+    of = _square(512)
+    assert _planned(of, (4, 8, 8, 512), True).form == "winograd"
+    assert _planned(replace(of, **changed), (4, 8, 8, 512), True).form == "onednn"
+
+
+@pytest.mark.parametrize("ends", [(), ("bias",), ("residual",), ("bias", "residual", "relu")], ids=str)
+@pytest.mark.parametrize(("batch", "form"), [(1, "onednn"), (4, "winograd"), (1, "xla")])
+def test_every_form_computes_what_follows_the_convolution(batch, form, ends):
+    if form == "onednn" and not onednn.available():
+        pytest.skip("this machine or this jaxlib has no known oneDNN")
+    of, rng = _square(512) if form != "xla" else Convolution((3, 3, 64, 64), (1, 1), (1, 1), (1, 1), 1), np.random.default_rng(5)
+    shape = (batch, 5, 6, of.kernel[2])
+    plan = _planned(of, shape, form != "xla")
+    assert plan.form == form
+    x, kernel, residual = (rng.normal(0.0, 1.0, size).astype(np.float32) for size in (shape, of.kernel, shape))
+    given = {"bias": rng.normal(0.0, 1.0, (1, 1, 1, shape[3])).astype(np.float32), "residual": residual}
+
+    def computed(x, kernel, given, ends):
+        return plan(Fused(of, x, None, **{name: value for name, value in given.items() if name in ends}, relu="relu" in ends), kernel)
+
+    def plain(x, kernel, given, ends):
+        y = of.by_xla(x, kernel)
+        y = y + sum(given[name] for name in ("bias", "residual") if name in ends)
+        return jnp.maximum(y, 0) if "relu" in ends else y
+
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(value, jnp.float64) for value in (x, kernel)]
+        truth = np.asarray(plain(wide[0], wide[1], {name: np.asarray(value, np.float64) for name, value in given.items()}, ends))
+    prepared, others = plan.prepared(jnp.asarray(kernel)), () if ends else ("relu",)
+    with onednn.not_kept():
+        found, other = (np.asarray(jax.jit(computed, static_argnums=3)(x, prepared, given, some)) for some in (ends, others))
+    assert relative_l2(found, truth) <= max(4 * relative_l2(np.asarray(plain(x, kernel, given, ends)), truth), 8 * 2**-23)
+    assert relative_l2(other, truth) > 1e-3  # the control: something else follows
 
 
 @pytest.mark.parametrize("family", ["resnext50_32x4d", "seresnet18", "resnet18d"])

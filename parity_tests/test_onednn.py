@@ -63,6 +63,26 @@ def test_the_right_order_gives_the_same_bits_and_another_does_not(shape, of):
             assert not np.array_equal(jax.jit(ordered)(x, reordered(kernel[:, :, ::-1], ordered.block)), expected)
 
 
+def test_a_residual_that_is_needed_again_stays_as_it_was():
+    """The sum is written over the residual; one that is used afterwards, or belongs to the caller, is copied first."""
+    of = Convolution((3, 3, 8, 8), (1, 1), (1, 1), (1, 1), 1)
+    x, kernel, bias, residual = _data((2, 6, 5, 8), of, seed=2)
+    before = jnp.array(residual)
+
+    def twice(kernel, bias, x, residual):
+        inner = residual * 2
+        y = of(x, kernel, bias, inner, relu=True)
+        return of(y, kernel, bias, residual), inner + y  # one is an argument, the other is used again
+
+    with not_kept():
+        first, second = jax.jit(twice)(kernel, bias, x, before)
+    y = jnp.maximum(_plain(of, x, kernel) + bias + 2 * residual, 0)
+    assert np.array_equal(before, residual)
+    assert relative_l2(np.asarray(second), np.asarray(2 * residual + y)) < 1e-6
+    assert relative_l2(np.asarray(first), np.asarray(_plain(of, y, kernel) + bias + residual)) < 1e-6
+    assert relative_l2(np.asarray(second), np.asarray(2 * y)) > 1e-2  # the control: the residual overwritten
+
+
 def test_what_follows_a_convolution_is_taken_along_where_nobody_else_sees_it():
     of = Convolution((3, 3, 4, 4), (1, 1), (1, 1), (1, 1), 1)
     x, kernel, bias, _ = _data((2, 6, 5, 4), of)
@@ -115,3 +135,21 @@ def test_its_programs_are_never_kept():
     with not_kept():
         inside.append(_kept_from())
     assert (_kept_from(), inside) == (before, [float("inf")])
+
+
+@pytest.mark.parametrize(("size", "window", "stride", "padding"), [((9, 10), 3, 2, 1), ((5, 4), 5, 2, 2), ((6, 7), 2, 2, 0), ((3, 1), 3, 1, 1)], ids=str)
+def test_a_pool_in_a_traced_network_takes_its_form_for_a_cpu(size, window, stride, padding):
+    pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+
+    def network(x):
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), pads)
+
+    x = np.random.default_rng(3).normal(-5.0, 1.0, (2, *size, 3)).astype(np.float32)  # below zero: a border of zeros would show
+    traced = jax.make_jaxpr(network)(x)
+
+    def rewritten(x):
+        return evaluate(traced, [x], lambda fused: fused.x)[0]
+
+    assert "reduce_window" in str(traced)
+    assert "reduce_window" not in str(jax.make_jaxpr(rewritten)(x))
+    assert np.array_equal(jax.jit(rewritten)(x), network(x))

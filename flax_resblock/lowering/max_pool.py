@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from functools import partial, reduce
+from itertools import groupby
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from flax_resblock.lowering.products import taps_added, taps_of
 
@@ -22,7 +25,29 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
 
 
 def _greatest(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
-    return reduce(jnp.maximum, [tap for row in taps_of(x, window, stride, padding, -jnp.inf) for tap in row])
+    """The inside and the borders apart: a border of infinities would have every pixel of every slice compared with the image's ends."""
+    rows, columns = (_runs(size, window, stride, padding) for size in x.shape[1:3])
+    return jnp.concatenate([jnp.concatenate([_part(x, row, column, stride) for column in columns], axis=2) for row in rows], axis=1)
+
+
+class _Run(NamedTuple):
+    """Outputs beside each other whose windows lie over the image in the same way: the input pixels of the first one, and how many they are."""
+
+    pixels: range
+    outputs: int
+
+
+def _runs(size: int, window: int, stride: int, padding: int) -> list[_Run]:
+    starts = range(-padding, size + padding - window + 1, stride)
+    inside = groupby(starts, lambda start: (max(0, -start), min(window, size - start)))
+    return [_Run(range(first + low, first + high), 1 + len(rest)) for (low, high), (first, *rest) in inside]
+
+
+def _part(x: jax.Array, row: _Run, column: _Run, stride: int) -> jax.Array:
+    taps = [
+        x[:, i : i + stride * (row.outputs - 1) + 1 : stride, j : j + stride * (column.outputs - 1) + 1 : stride] for i in row.pixels for j in column.pixels
+    ]
+    return lax.optimization_barrier(reduce(jnp.maximum, taps))  # otherwise computed pixel by pixel while they are put together
 
 
 def _forward(x: jax.Array, window: int, stride: int, padding: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:

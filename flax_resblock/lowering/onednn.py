@@ -64,13 +64,14 @@ class Convolution:
           x: ``(N, H, W, I)`` float32.
           kernel: In the order that ``block`` says.
           bias: ``(O,)``.
-          residual: Of the output's shape.
+          residual: Of the output's shape; the sum is written over it, where nobody needs it any longer (otherwise XLA makes a copy).
           relu: Whether it ends with one.
         """
         shape = jax.ShapeDtypeStruct((x.shape[0], *self.size(*x.shape[1:3]), self.kernel[3]), x.dtype)
-        added = [(name, value) for name, value in (("BIAS", bias), ("BINARY_ADD", residual)) if value is not None]
+        added = [(name, value) for name, value in (("BIAS", bias), ("SUM", residual)) if value is not None]
         steps = [name for name, _ in added] + ["RELU"] * relu
-        call = jax.ffi.ffi_call(TARGET, shape, custom_call_api_version=2, legacy_backend_config=self._config(steps))
+        over = None if residual is None else {1 + len(added): 0}  # the operand that the output takes the place of
+        call = jax.ffi.ffi_call(TARGET, shape, custom_call_api_version=2, legacy_backend_config=self._config(steps), input_output_aliases=over)
         return call(x, kernel, *(value for _, value in added))  # pyright: ignore[reportReturnType]
 
     def by_xla(self, x: jax.Array, kernel: jax.Array) -> jax.Array:

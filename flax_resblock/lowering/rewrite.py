@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from flax_resblock.lowering.max_pool import max_pool
 from flax_resblock.lowering.onednn import Convolution
 from flax_resblock.lowering.primitives import DIMENSIONS
 
@@ -154,8 +155,25 @@ def _maximum(operands: list[Any], _: Any, __: Compute) -> _Pending | None:
     return None
 
 
+def _pool(operands: list[Any], eqn: Any, _: Compute) -> jax.Array | None:
+    """Of the image's pixels in a square, padded evenly."""
+    p = eqn.params
+    if len(p["window_dimensions"]) != 4:
+        return None
+    (batch, window, width, channels), (_, stride, across, _), pads = p["window_dimensions"], p["window_strides"], p["padding"]
+    even = tuple(pads) == ((0, 0), pads[1], pads[1], (0, 0)) and pads[1][0] == pads[1][1] <= window // 2
+    square = (batch, width, channels, across) == (1, window, 1, stride) and tuple(p["window_strides"][::3]) == (1, 1)
+    plain = {*p["base_dilation"], *p["window_dilation"]} == {1}
+    return max_pool(_value(operands[0]), window, stride, pads[1][0]) if even and square and plain else None
+
+
 def _is_zero(value: Any) -> bool:
     return getattr(value, "shape", None) == () and float(value) == 0
 
 
-_RULES: dict[str, Callable[[list[Any], Any, Compute], _Pending | None]] = {"conv_general_dilated": _convolution, "add": _addition, "max": _maximum}
+_RULES: dict[str, Callable[[list[Any], Any, Compute], Any]] = {
+    "conv_general_dilated": _convolution,
+    "add": _addition,
+    "max": _maximum,
+    "reduce_window_max": _pool,
+}
