@@ -24,7 +24,9 @@ from flax_resblock.norm import batch_moments, normalised_by_batch
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.inputs import adversarial_images
 from flax_resblock.parity.oracle import judge, relative_l2
+from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.precision import strict
+from flax_resblock.parity.taps import to_torch
 from flax_resblock.parity.twins import Twins
 
 # N, H, W, C, O, kernel, stride: every row of the table, odd and even sizes, one pixel, wide and narrow
@@ -135,10 +137,40 @@ def brief(block):
     return f"{block.kind[:5]} {block.in_channels}-{block.out_channels}/{block.stride} {block.attention} {block.shortcut} g{block.groups} {block.antialias}"
 
 
+class SmallestReluInput(torch.overrides.TorchFunctionMode):
+    """How near to zero the input of any ReLU comes, in units of its standard deviation."""
+
+    found = float("inf")
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        if function is torch.relu:
+            self.found = min(self.found, float(arguments[0].abs().min() / arguments[0].std()))
+        return function(*arguments, **(keywords or {}))
+
+
+def distance_from_a_kink(twins, images):
+    """In training mode and float64. Nearer than float32 rounds, the sign and with it the gradient are chance: PyTorch's own differs from machine to machine."""
+    precision = PRECISIONS["float64"]
+    with torch.no_grad(), SmallestReluInput() as smallest:
+        twins.torch(precision).train()(to_torch(images, precision))
+    return smallest.found
+
+
 def assert_block_equals_pytorch(block, size):
-    images = adversarial_images(block, batch=2, height=size[0], width=size[1], seed=1)
-    comparison = compare_pair(Twins.random(block), images, Plan(gradients=True))
+    twins = Twins.random(block)
+    candidates = (adversarial_images(block, batch=2, height=size[0], width=size[1], seed=seed) for seed in range(1, 50))
+    images = next(images for images in candidates if distance_from_a_kink(twins, images) > 3e-6)
+    comparison = compare_pair(twins, images, Plan(gradients=True))
     assert comparison.passed, max(comparison.measurements, key=lambda m: m.judgement.excess)
+
+
+def test_the_distance_from_a_kink_is_seen():
+    block = BlockConfig(in_channels=4, out_channels=4)
+    twins, images = Twins.random(block), adversarial_images(block, batch=2, seed=1)
+    first = next(key for key in twins.state if key.endswith("running_mean")).removesuffix("running_mean")
+    zeroed = {f"{first}{name}": np.array([1, 0, 1, 1], np.float32) * twins.state[f"{first}{name}"] for name in ("weight", "bias")}
+    assert 1e-7 < distance_from_a_kink(twins, images) < 0.1
+    assert distance_from_a_kink(replace(twins, state={**twins.state, **zeroed}), images) == 0
 
 
 def test_a_block_equals_pytorch():
