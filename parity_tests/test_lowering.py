@@ -126,6 +126,45 @@ def test_a_coarser_transform_would_be_seen(monkeypatch):
         test_float32_is_as_accurate_as_pytorch(shape)
 
 
+@pytest.fixture
+def two_images_at_once(monkeypatch):
+    """A kernel's gradient adds the products of two images of 5x6 pixels at a time, those of one that is left over apart."""
+    monkeypatch.setattr(winograd, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(winograd, "PART_BYTES", 2 * 16 * 9 * (64 + 66) * 8)
+
+
+def kernel_gradient_of(f, x, kernel, dy):
+    return jax.vjp(f, x, kernel)[1](dy)[1]
+
+
+@pytest.mark.parametrize("batch", [4, 5])
+def test_a_kernels_gradient_in_parts_is_the_whole_one(batch, two_images_at_once):
+    shape = (batch, 5, 6, 64, 66, 3, 1)
+    with jax.enable_x64(True):
+        x, kernel, dy = map(jnp.asarray, arrays(shape))
+        ours = jax.jit(partial(kernel_gradient_of, function(shape, "auto")))
+        assert ours.lower(x, kernel, dy).as_text().count("stablehlo.while") == 1
+        truth = kernel_gradient_of(function(shape, "xla"), x, kernel, dy)
+        assert relative_l2(ours(x, kernel, dy), truth) <= LIMIT
+        assert relative_l2(ours(x, kernel, dy.at[-1].set(0)), truth) >= 1e6 * LIMIT  # the control: without the last image
+
+
+def test_a_kernels_gradient_of_few_images_is_one_part():
+    shape = (5, 5, 6, 64, 66, 3, 1)
+    gradient = jax.jit(partial(kernel_gradient_of, function(shape, "auto")))
+    assert "stablehlo.while" not in gradient.lower(*arrays(shape, np.float32)).as_text()
+
+
+@pytest.mark.parametrize("shape", [(32, 16, 16, 64, 64, 3, 1), (5, 8, 9, 64, 96, 3, 1)], ids=str)
+def test_parts_are_as_accurate_as_pytorch(shape, two_images_at_once):
+    test_float32_is_as_accurate_as_pytorch(shape)
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["jit", "shard_map"])
+def test_parts_of_a_batch_spread_over_devices_have_the_same_gradients(mapped, two_images_at_once):
+    test_a_batch_spread_over_devices_has_the_same_gradients(mapped)
+
+
 def unique_blocks():
     """Every block that a named architecture has, once; those of small networks fall under the table's limits and are tested elsewhere."""
     names = flax_resblock.architectures()

@@ -20,6 +20,9 @@ from jax import lax
 Rows = Sequence[jax.Array]
 Grid = list[list[jax.Array]]
 
+WHOLE_BYTES, PART_BYTES = 64 << 20, 16 << 20
+"""Of the matrices of a kernel's gradient: most that are computed at once, and how many else."""
+
 
 def _b_transposed(x: Rows) -> Rows:
     return x[0] - x[2], x[1] + x[2], x[2] - x[1], x[1] - x[3]
@@ -101,10 +104,31 @@ def convolve_transformed(x: jax.Array, transformed: Grid, precision: lax.Precisi
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
     """Gradient ``(3, 3, C, O)`` from input ``(N, H, W, C)`` and output gradient ``(N, H, W, O)``."""
-    tiles, gradients = _input_tiles(x), _output_tiles(dy)
-    products = [[lax.dot_general(tiles[i][j], gradients[i][j], (((0,), (0,)), ((), ())), precision=precision) for j in range(4)] for i in range(4)]
+    products = _products_in_parts(x, dy, precision)
     columns = [_g_transposed([products[i][j] for i in range(4)]) for j in range(4)]
     return jnp.stack([jnp.stack(_g_transposed([columns[j][row] for j in range(4)])) for row in range(3)])
+
+
+def _products(x: jax.Array, dy: jax.Array, precision: lax.PrecisionLike) -> Grid:
+    """``V^T D``: sixteen matrices ``(C, O)``."""
+    tiles, gradients = _input_tiles(x), _output_tiles(dy)
+    return [[lax.dot_general(tiles[i][j], gradients[i][j], (((0,), (0,)), ((), ())), precision=precision) for j in range(4)] for i in range(4)]
+
+
+def _products_in_parts(x: jax.Array, dy: jax.Array, precision: lax.PrecisionLike) -> Grid:
+    """The same. Where ``V`` and ``D`` would be more than :data:`WHOLE_BYTES`, a loop adds the products of a few images at a time, which stay in the cache."""
+    n, height, width, _ = x.shape
+    image = 16 * _tiles(height) * _tiles(width) * (x.shape[3] + dy.shape[3]) * x.dtype.itemsize
+    if not isinstance(n, int) or n * image <= WHOLE_BYTES:
+        return _products(x, dy, precision)
+    images = max(1, PART_BYTES // image)
+
+    def added(part: jax.Array, sums: Grid) -> Grid:
+        seen, gradient = (lax.dynamic_slice_in_dim(array, part * images, images) for array in (x, dy))
+        return jax.tree.map(jnp.add, sums, _products(seen, gradient, precision))
+
+    rest = n - n % images  # where no image is left over, these products are zero
+    return lax.fori_loop(0, n // images, added, _products(x[rest:], dy[rest:], precision))
 
 
 def input_gradient(dy: jax.Array, kernel: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
