@@ -267,7 +267,7 @@ def test_interrupt_while_writing_leaves_no_trace(folder):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real checkpoints are not at {SHARED}")
-@pytest.mark.parametrize(("file", "name"), [("resnet20-12fca82f.th", "resnet20"), ("resnet56-4bfd9763.th", "resnet56")])
+@pytest.mark.parametrize(("file", "name"), [("resnet20-12fca82f.th", "resnet20"), pytest.param("resnet56-4bfd9763.th", "resnet56", marks=pytest.mark.slow)])
 def test_real_checkpoints_work_with_no_flags(file, name, folder, capsys):
     path = str(SHARED / file)
     assert run(["inspect", path]) == 0

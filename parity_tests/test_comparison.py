@@ -272,6 +272,7 @@ def test_an_architecture_by_name_has_random_weights_and_norms(capsys):
     assert run(["verify"]) == 2
 
 
+@pytest.mark.slow
 def test_the_battery_verifies_every_kind_of_block(capsys, monkeypatch):
     from flax_resblock.parity import battery
 

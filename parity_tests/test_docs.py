@@ -18,6 +18,7 @@ def printed():
     return names
 
 
+@pytest.mark.xdist_group("docs")
 def test_the_mlp_is_told_apart_by_its_gelu(printed):
     mlp = printed["mlp"]
     assert not mlp.passed
@@ -25,6 +26,7 @@ def test_the_mlp_is_told_apart_by_its_gelu(printed):
     assert "before it Flax applies GELU (tanh form) after layers.0 instead of GELU" in VERIFICATION.read_text(encoding="utf-8")
 
 
+@pytest.mark.xdist_group("docs")
 def test_the_separable_block_differs_in_its_statistics_only(printed):
     plain = printed["plain"]
     assert {m.quantity for m in plain.comparison.measurements if not m.judgement.passed} == {"running statistics", "running statistics after 5"}
@@ -33,6 +35,7 @@ def test_the_separable_block_differs_in_its_statistics_only(printed):
     assert words in " ".join(VERIFICATION.read_text(encoding="utf-8").split())
 
 
+@pytest.mark.xdist_group("docs")
 def test_the_separable_block_with_this_projects_norm_is_equal(printed):
     exact = printed["exact"]
     assert exact.passed, str(exact)

@@ -97,6 +97,7 @@ def test_every_kind_of_network_survives_with_any_image_size(name, tmp_path):
         assert np.asarray(exported(images)).tobytes() == outputs_of(model, images).tobytes()
 
 
+@pytest.mark.slow
 def test_zero_padded_shortcuts_are_exported_for_one_size(tmp_path):
     model = randomised(build(NETWORKS["CIFAR network"], rngs=nnx.Rngs(4)))
     with pytest.raises(InputError, match="is exported for one image size"):

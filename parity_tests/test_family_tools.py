@@ -26,6 +26,7 @@ def deep(**changes):
     return ResNetConfig(**{**fields, **changes})
 
 
+@pytest.mark.slow
 def test_features_are_the_stages_outputs_by_name():
     model = build(deep(), rngs=nnx.Rngs(0))
     model.eval()
@@ -59,7 +60,9 @@ def test_a_new_head_leaves_everything_else_alone():
         model.replace_head(0, rngs=nnx.Rngs(1))
 
 
-@pytest.mark.parametrize("config", [deep(attention="se"), deep(antialias="blur", attention="eca")], ids=["se", "eca and blur"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(deep(attention="se"), marks=pytest.mark.slow), deep(antialias="blur", attention="eca")], ids=["se", "eca and blur"]
+)
 def test_linen_has_the_same_options(config):
     model = build(config, rngs=nnx.Rngs(0))
     model.eval()

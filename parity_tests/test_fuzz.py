@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), rea
 @pytest.mark.slow
 @pytest.mark.xdist_group("fuzz")
 def test_no_mutated_file_gets_what_none_may_get(tmp_path, monkeypatch):
-    """A few seconds of `make fuzz`; .ci/run has a minute."""
+    """A few seconds of `make fuzz`; .ci/run has half a minute."""
     monkeypatch.chdir(tmp_path)
     tally = fuzz(float(os.environ.get("FLAX_RESBLOCK_FUZZ_SECONDS", "12")), list(MUTATIONS), seed=7)
     assert not tally.failures, tally.failures[:5]

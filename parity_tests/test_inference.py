@@ -137,7 +137,7 @@ def test_every_form_computes_what_follows_the_convolution(batch, form, ends):
     assert relative_l2(other, truth) > 1e-3  # the control: something else follows
 
 
-@pytest.mark.parametrize("family", ["resnext50_32x4d", "seresnet18", "resnet18d"])
+@pytest.mark.parametrize("family", [pytest.param("resnext50_32x4d", marks=pytest.mark.slow), pytest.param("seresnet18", marks=pytest.mark.slow), "resnet18d"])
 def test_networks_with_groups_attention_and_pooled_shortcuts(family):
     model = flax_resblock.create(family, num_classes=5, rngs=nnx.Rngs(2))
     images = np.random.default_rng(3).normal(0.2, 1.0, (2, 65, 48, 3)).astype(np.float32)

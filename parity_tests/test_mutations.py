@@ -65,6 +65,7 @@ def test_the_table_of_the_docs_lists_exactly_these_faults():
     assert [row for row in listed if row[1] in sides.values()] == [(f.name, sides[f.side], f.slot, f.cause) for f in FAULTS]
 
 
+@pytest.mark.slow
 def test_without_a_fault_nothing_is_diagnosed():
     """The negative control of every diagnosis."""
     for config in (BLOCK, NETWORK):

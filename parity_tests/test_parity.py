@@ -63,7 +63,7 @@ def test_block_equals_pytorch_in_both_modes(name, size):
     assert {p for p, _ in quantities} == {"float64", "float32"}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in ("ResNeXt", "dilated stages") else name for name in NETWORKS])
 def test_network_equals_pytorch_with_gradients(name):
     config = NETWORKS[name]
     comparison = compare_pair(twins_of(config), adversarial_images(config, batch=3), Plan(gradients=True))
@@ -136,8 +136,8 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("fault", [pytest.param(fault, marks=pytest.mark.slow) if "momentum" in fault or "on the" in fault else fault for fault in FAULTS])
+@pytest.mark.parametrize("precision", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def test_a_wrong_variant_fails_by_a_hundred_times_the_limit(fault, precision, monkeypatch):
     break_it, quantity = FAULTS[fault]
     twins = twins_of(SQUARE)

@@ -202,7 +202,7 @@ def test_lars_and_lamb_are_optaxs(kind):
     assert worst(ends[2], ends[1]) >= 1e-6
 
 
-@pytest.mark.parametrize("kind", ["lars", "lamb"])
+@pytest.mark.parametrize("kind", ["lars", pytest.param("lamb", marks=pytest.mark.slow)])
 def test_a_run_with_lars_or_lamb_goes_on_from_a_file_but_not_in_pytorch(kind, tmp_path):
     changes = {"optimizer": kind, "learning_rate": 1.0 if kind == "lars" else 0.01, "nesterov": False, "steps": 8, "warmup_steps": 2}
     whole, _ = ended(**changes)

@@ -62,6 +62,7 @@ def alone(tmp_path_factory):
     return scaled(tmp_path_factory.mktemp("alone") / "one.npz", 1)
 
 
+@pytest.mark.slow
 def test_eight_devices_take_the_steps_of_one_and_judge_every_image_once(alone, tmp_path):
     eight = scaled(tmp_path / "eight.npz", 8)
     assert eight["devices"] == 8
@@ -84,6 +85,7 @@ def test_pieces_of_mixed_batches_do_not_depend_on_devices_or_processes(alone, tm
     assert worst({"losses": whole["losses"]}, {"losses": alone["losses"]}) >= 1e6 * LIMIT
 
 
+@pytest.mark.slow
 def test_replicas_are_pytorchs_distributed_data_parallel(tmp_path, monkeypatch):
     """Every device normalises its share; the running statistics are those of the first process, as DDP keeps them."""
     import jax

@@ -54,7 +54,7 @@ def test_a_fresh_network_leaves_under_torchvisions_names(name):
         theirs.load_state_dict({key: torch.from_numpy(value) for key, value in ours.items()}, strict=True, assign=True)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "wide_resnet50_2"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnext50_32x4d", marks=pytest.mark.slow), pytest.param("wide_resnet50_2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_logits_equal_torchvisions_in_float64(name, train):
     torch.manual_seed(3)
@@ -75,6 +75,7 @@ def test_logits_equal_torchvisions_in_float64(name, train):
     module.load_state_dict({key: torch.from_numpy(value) for key, value in to_torch(model).items()}, strict=True)
 
 
+@pytest.mark.slow
 def test_dilation_is_torchvisions_replace_stride_with_dilation():
     torch.manual_seed(5)
     module = import_torchvision().models.resnet50(num_classes=5, replace_stride_with_dilation=[False, True, True]).double().eval()

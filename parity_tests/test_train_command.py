@@ -75,6 +75,7 @@ def test_a_checkpoint_resumes_where_it_stopped(spelling, folder, capsys):
     assert json.loads(Path("runs/digits-resnet8/summary.json").read_text())["last_step"] == runs.EPOCHS * runs.STEPS - 1
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_at_another_rate(folder):
     assert command(["train", "--batch-size", str(runs.BATCH), "--epochs", "2", "--out", "first"]) == 0
     assert command(["train", "--resume", "first", "--epochs", "3", "--schedule", "warmup-cosine", "--learning-rate", "0.01", "--out", "on"]) == 0
@@ -85,6 +86,7 @@ def test_a_finished_run_goes_on_at_another_rate(folder):
     assert 0 < rates[-1] < rates[0] < 0.01
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_its_own_folder_and_is_not_overwritten(folder, capsys):
     flags = ["train", "--batch-size", str(runs.BATCH), "--out", "on"]
     assert command([*flags, "--epochs", "2", "--resume", "auto"]) == 0

@@ -29,8 +29,11 @@ def trained(config, steps, **plan):
     return [m for m in comparison.measurements if m.step is not None]
 
 
-@pytest.mark.parametrize("config", [NETWORK, BLOCK], ids=["network", "block"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("config", "optimizer"),
+    [pytest.param(NETWORK, "sgd", marks=pytest.mark.slow), (NETWORK, "adamw"), (BLOCK, "sgd"), (BLOCK, "adamw")],
+    ids=["sgd-network", "adamw-network", "sgd-block", "adamw-block"],
+)
 def test_every_step_is_the_same(config, optimizer):
     rows = trained(config, 8, optimizers=(optimizer,), precisions=("float64", "float32"))
     assert all(m.judgement.passed for m in rows)
