@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,7 @@ import numpy as np
 
 from flax_resblock.checkpoint import sidecar
 from flax_resblock.checkpoint.atomic import refuse_existing, remove, replacing
-from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files, check_names
+from flax_resblock.checkpoint.limits import LIMITS, UNLIMITED, Limits, check_files, check_names
 from flax_resblock.checkpoint.model_folder import texts_beside, weights_in
 from flax_resblock.checkpoint.record import DIGESTS, METADATA_DIGEST, Record, arrays_in, digest, digests, metadata_digest
 from flax_resblock.errors import CheckpointError, InputError, OutputError, some, visible
@@ -27,9 +26,6 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
     "orbax": ("",),
 }
 """Output formats by file name suffix; a name without suffix is a folder."""
-
-_OURS = Limits(*[sys.maxsize] * 4)
-"""For reading back what was just written."""
 
 RUN_FOLDER = "checkpoints"
 """Where the folder of a training run has its Orbax folders; the last by name is the newest."""
@@ -194,7 +190,7 @@ def write(
         _writing(path, _writer(format_name, files), temporary, tensors, {**metadata, METADATA_DIGEST: metadata_digest(metadata)}, **beside)
         if release:
             tensors.clear()
-        written = read(temporary, run=bool(extras), limits=_OURS)  # which compares with the digests that lie in it or beside it
+        written = read(temporary, run=bool(extras), limits=UNLIMITED)  # which compares with the digests that lie in it or beside it
         if _recorded_digests(written) != expected:
             _verify(written, expected)
         if extras and digests(arrays_in(written.extras)) != digests(arrays_in(extras)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,9 @@ def _enough(limits: Limits, name: str, found: int) -> int:
 
 LIMITS = Limits()
 """Ample for every network and optimizer that this library knows: the largest, with Adam's moments and in float64, takes 4 GB."""
+
+UNLIMITED = Limits(*[sys.maxsize] * 4)
+"""For what this library has just written, or has read already."""
 
 _LONGEST_NAME = 512
 

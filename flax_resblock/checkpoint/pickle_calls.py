@@ -202,8 +202,7 @@ def called(machine: Machine, name: Any, arguments: Any, *, created: bool = False
         raise RefusedError(needs(name.text))
     if "_rebuild_" in name.text:
         machine.tensors += 1
-        if machine.tensors > machine.limits.max_tensors:
-            machine.limits.check(machine.source, "max_tensors", machine.tensors, "tensors or more")
+        machine.limits.check(machine.source, "max_tensors", machine.tensors, "tensors or more")
     try:
         if not isinstance(arguments, tuple):
             raise UnfitError

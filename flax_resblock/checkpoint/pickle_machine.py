@@ -146,9 +146,9 @@ class Machine:
         self.limits.check(self.source, "max_header_bytes", self.copies, "bytes of copies")
 
 
+REFUSED = "Loading never executes code, so it was refused. If you trust the file, open it in PyTorch yourself and save model.state_dict()."
+
+
 def needs(name: str) -> str:
     """Why a pickle that wants this is refused."""
-    return (
-        f"needs {visible(name)[:160]} to be imported and run to open it. Loading never executes code, so it was refused. "
-        "If you trust the file, open it in PyTorch yourself and save model.state_dict()."
-    )
+    return f"needs {visible(name)[:160]} to be imported and run to open it. {REFUSED}"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.checkpoint.contents import check_content
-from flax_resblock.checkpoint.limits import Limits
+from flax_resblock.checkpoint.limits import UNLIMITED, Limits
 from flax_resblock.checkpoint.pickle_machine import Memory, Name, Storage
 from flax_resblock.checkpoint.unpickling import Unpickled, unpickle
 from flax_resblock.checkpoint.zip_directory import MAGIC, Place, read_record, records
@@ -70,7 +70,7 @@ def read(path: Path, limits: Limits) -> Archive:
 
 def identity(path: Path) -> str:
     """PyTorch's own mark of a zip archive's content, which damage to a tensor leaves as it is; empty for a file without one."""
-    return _text_of(path, records(path, _ANY), (_SERIALIZATION_ID,)) if _is_zip(path) else ""
+    return _text_of(path, records(path, UNLIMITED), (_SERIALIZATION_ID,)) if _is_zip(path) else ""
 
 
 def _is_zip(path: Path) -> bool:
@@ -168,7 +168,3 @@ def _read_legacy(path: Path, limits: Limits) -> Unpickled:
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         found.foreign = found.foreign or "numbers of another machine's byte order"
     return found
-
-
-_ANY = Limits(*[1 << 62] * 4)
-"""For a file that this library has read already."""

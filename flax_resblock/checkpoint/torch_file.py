@@ -24,6 +24,7 @@ from flax_resblock.checkpoint import sidecar, torch_archive
 from flax_resblock.checkpoint.contents import check_content
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files
 from flax_resblock.checkpoint.model_folder import shards
+from flax_resblock.checkpoint.pickle_machine import needs
 from flax_resblock.checkpoint.record import DIGESTS, Record, digest, digests
 from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.errors import CheckpointError, MissingDependencyError, some, visible
@@ -53,12 +54,14 @@ def import_torch(what: str = "This") -> Any:
     return torch
 
 
-def to_numpy(tensor: torch.Tensor, name: str = "tensor") -> np.ndarray:
-    """The tensor's bits as a numpy array, sharing memory on the CPU.
+def to_numpy(tensor: torch.Tensor | np.ndarray, name: str = "tensor") -> np.ndarray:
+    """The tensor's bits as a numpy array, sharing memory on the CPU; what is one already stays.
 
     Raises:
       CheckpointError: A sparse, quantised or meta tensor, or a dtype without a numpy counterpart.
     """
+    if isinstance(tensor, np.ndarray):
+        return tensor
     torch = import_torch()
     tensor = tensor.detach()
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
@@ -89,7 +92,7 @@ def _mapped(leaf: Callable[[Any], Any], value: Any) -> Any:
 
 def plain(value: Any) -> Any:
     """The same containers and values with every tensor as a numpy array."""
-    return _mapped(lambda leaf: leaf if isinstance(leaf, np.ndarray) or not _is_tensor(leaf) else to_numpy(leaf), value)
+    return _mapped(lambda leaf: to_numpy(leaf) if _is_tensor(leaf) else leaf, value)
 
 
 def with_tensors(value: Any) -> Any:
@@ -110,8 +113,8 @@ def from_numpy(array: np.ndarray) -> torch.Tensor:
 
 
 def state_to_numpy(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Every tensor of a state dict as a numpy array; what is one already stays."""
-    return {key: value if isinstance(value, np.ndarray) else to_numpy(value, key) for key, value in state.items()}
+    """Every tensor of a state dict as a numpy array."""
+    return {key: to_numpy(value, key) for key, value in state.items()}
 
 
 def _is_tensor(value: Any) -> bool:
@@ -150,10 +153,7 @@ def _load(path: Path, archive: torch_archive.Archive, limits: Limits) -> Any:
     except UnpicklingError as error:
         blocked = re.search(r"\bGLOBAL:? (\S+)", str(error))
         if blocked:
-            raise CheckpointError(
-                f"{path} needs {visible(blocked[1])[:160]} to be imported and run to open it. Loading never executes code, so it was refused. "
-                "If you trust the file, open it in PyTorch yourself and save model.state_dict()."
-            ) from error
+            raise CheckpointError(f"{path} {needs(blocked[1])}") from error
         raise CheckpointError(
             f"{path} is no PyTorch checkpoint, or a damaged one: its pickle cannot be read without executing code, which loading never does. "
             "Copy or download it again."

@@ -22,7 +22,7 @@ import numpy as np
 
 from flax_resblock.checkpoint.limits import Limits
 from flax_resblock.checkpoint.pickle_calls import CALLS, called
-from flax_resblock.checkpoint.pickle_machine import Machine, Memory, Name, RefusedError, Storage, Unknown, needs
+from flax_resblock.checkpoint.pickle_machine import REFUSED, Machine, Memory, Name, RefusedError, Storage, Unknown, needs
 from flax_resblock.errors import CheckpointError, visible
 
 
@@ -86,31 +86,17 @@ def _run(machine: Machine) -> Any:
 
 def _no_instruction(code: int) -> str:
     name = next((opcode.name for opcode in pickletools.opcodes if ord(opcode.code) == code), f"0x{code:02x}")
-    return (
-        f"asks for the instruction {name}, which torch.save does not write unless it is told to. Loading never executes code, so it was refused. "
-        "If you trust the file, open it in PyTorch yourself and save model.state_dict()."
-    )
+    return f"asks for the instruction {name}, which torch.save does not write unless it is told to. {REFUSED}"
 
 
-_TYPES: Mapping[str, tuple[int, Any]] = MappingProxyType(
-    {
-        "Double": (8, np.float64),
-        "Float": (4, np.float32),
-        "Half": (2, np.float16),
-        "BFloat16": (2, ml_dtypes.bfloat16),
-        "Long": (8, np.int64),
-        "Int": (4, np.int32),
-        "Short": (2, np.int16),
-        "Char": (1, np.int8),
-        "Byte": (1, np.uint8),
-        "Bool": (1, np.bool_),
-        "ComplexDouble": (16, np.complex128),
-        "ComplexFloat": (8, np.complex64),
-    }
-    | dict.fromkeys(("Untyped", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4"), (1, None))
-    | {"QInt32": (4, None)}
+_DTYPES: Mapping[str, np.dtype] = MappingProxyType(
+    {"Double": np.dtype("f8"), "Float": np.dtype("f4"), "Half": np.dtype("f2"), "BFloat16": np.dtype(ml_dtypes.bfloat16)}
+    | {"Long": np.dtype("i8"), "Int": np.dtype("i4"), "Short": np.dtype("i2"), "Char": np.dtype("i1"), "Byte": np.dtype("u1"), "Bool": np.dtype("?")}
+    | {"ComplexDouble": np.dtype("c16"), "ComplexFloat": np.dtype("c8")}
 )
-"""Bytes per element of a storage, and numpy's type, by the first part of its type's name."""
+"""Numpy's type of the elements of a storage, by the first part of its own type's name."""
+_ITEMSIZES: Mapping[str, int] = MappingProxyType({"Untyped": 1, "QInt8": 1, "QUInt8": 1, "QInt32": 4, "QUInt4x2": 1, "QUInt2x4": 1})
+"""Bytes per element of those that numpy has no type for."""
 
 
 # The instructions that torch.load(weights_only=True) follows, by their code.
@@ -225,10 +211,10 @@ def _storage(machine: Machine) -> None:
     kind, key, count = items[1].text.rpartition(".")[2].removesuffix("Storage"), items[2], items[4]
     if not isinstance(key, str | int) or not isinstance(count, int):
         raise RefusedError("refers to a storage without a name or size. It is damaged, or made to do harm.")
-    if kind not in _TYPES or count < 0:
+    if kind not in _DTYPES.keys() | _ITEMSIZES.keys() or count < 0:
         raise RefusedError(f"has a storage {visible(str(key))[:60]!r} of {count} elements of type {visible(items[1].text)[:60]!r}. It is damaged.")
-    itemsize, dtype = _TYPES[kind]
-    found = Storage(str(key), None if dtype is None else np.dtype(dtype), count, count * itemsize)
+    dtype = _DTYPES.get(kind)
+    found = Storage(str(key), dtype, count, count * (_ITEMSIZES[kind] if dtype is None else dtype.itemsize))
     if machine.storages.setdefault(found.key, found) != found:
         raise RefusedError(f"refers to the storage {visible(found.key)[:60]!r} with two sizes or types. It is damaged, or made to do harm.")
     machine.push(machine.unknown("a view of a storage") if items[5:] not in ((), (None,)) else found)

@@ -1,4 +1,4 @@
-"""The directory of a zip archive, held against the file before PyTorch's own reader, which trusts it, sees it. Needs no torch."""
+"""The directory of a zip archive, held against the file before anything in it is read, here or by PyTorch, whose reader trusts it. Needs no torch."""
 
 from __future__ import annotations
 
