@@ -19,6 +19,7 @@ from flax_resblock.lowering.switch import compiler_options, conv_lowering, for_c
 from flax_resblock.resnet import Model
 
 Forward = Callable[[list[jax.Array], jax.Array], jax.Array]
+Compiled = Callable[[jax.Array], jax.Array]
 
 WINOGRAD_PAYS = {True: ((32, 512), (256, 256), (1024, 128)), False: ((512, 64), (0, 256))}
 """From how many tiles and channels on, with oneDNN as the other choice or without. With few tiles the sixteen kernels, 16/9 of the plain one, are most of what
@@ -66,7 +67,19 @@ def _by_xla(of: onednn.Convolution, x: jax.Array, kernel: jax.Array) -> jax.Arra
     return of.by_xla(x, kernel)
 
 
-class _Network:
+class _Plain:
+    """A model as XLA compiles it, for any dtype and device."""
+
+    def __init__(self, forward: Forward, arrays: list[jax.Array]) -> None:
+        self._forward, self._arrays = jax.jit(forward, compiler_options=compiler_options()), arrays
+
+    def compiled(self, images: jax.ShapeDtypeStruct) -> Compiled:
+        """For images of this shape."""
+        compiled = self._forward.lower(self._arrays, images).compile()
+        return lambda images: compiled(self._arrays, images)
+
+
+class _OnCpu:
     """A float32 model for a CPU: every convolution in the form that is fastest for its size, together with what follows it."""
 
     def __init__(self, forward: Forward, arrays: list[jax.Array]) -> None:
@@ -75,7 +88,7 @@ class _Network:
         self._plans: dict[tuple[onednn.Convolution, tuple[int, ...]], _Plan] = {}
         self._prepared: dict[tuple[int, _Plan], Any] = {}
 
-    def compiled(self, images: jax.ShapeDtypeStruct) -> Callable[[jax.Array], jax.Array]:
+    def compiled(self, images: jax.ShapeDtypeStruct) -> Compiled:
         """For images of this shape."""
         with conv_lowering("xla"):
             network = jax.make_jaxpr(self._forward)(self._arrays, images)
@@ -133,19 +146,13 @@ class CompiledInference:
 
         single = example.dtype == jnp.float32 and all(array.dtype == jnp.float32 for array in arrays)
         choose = all(for_cpu(node.conv_lowering) for _, node in nnx.iter_modules(folded) if isinstance(node, Conv))
-        self._network = _Network(forward, arrays) if single and choose else None
-        self._jitted, self._arrays = jax.jit(forward, compiler_options=compiler_options()), arrays
-        self._compiled: dict[int, Callable[[jax.Array], jax.Array]] = {}
+        self._network = (_OnCpu if single and choose else _Plain)(forward, arrays)
+        self._compiled: dict[int, Compiled] = {}
         self._for(largest)
 
-    def _for(self, size: int) -> Callable[[jax.Array], jax.Array]:
+    def _for(self, size: int) -> Compiled:
         if size not in self._compiled:
-            images = jax.ShapeDtypeStruct((size, *self.example.shape[1:]), self.example.dtype)
-            if self._network is None:
-                compiled = self._jitted.lower(self._arrays, images).compile()
-                self._compiled[size] = lambda images: compiled(self._arrays, images)
-            else:
-                self._compiled[size] = self._network.compiled(images)
+            self._compiled[size] = self._network.compiled(jax.ShapeDtypeStruct((size, *self.example.shape[1:]), self.example.dtype))
         return self._compiled[size]
 
     def __call__(self, images: Any) -> jax.Array:
