@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 
 import pytest
@@ -54,6 +55,15 @@ def test_the_documents_hold_the_measured_table():
         assert text == speed().filled(text, found)
         assert markdown(found) in text
     assert all(result["ratio_quartiles"][0] > 0 for case in found["cases"] for result in case["results"] if not result["failed"])
+
+
+def test_memory_is_a_workers_own():
+    """Not what the process that started it held: 300 MB here."""
+    held = bytearray(b"1") * (300 << 20)
+    command = [sys.executable, "-c", "from flax_resblock.bench.worker import resident\nprint(resident()); x = bytearray(b'1') * (200 << 20); print(resident())"]
+    before, after = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert before < len(held) / 2
+    assert after - before > 150 << 20
 
 
 @pytest.mark.parametrize(

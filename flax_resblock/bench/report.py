@@ -67,8 +67,8 @@ def content(cases: Sequence[tuple[Case, Sequence[Result]]], settings: dict[str, 
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The table for a document, from :func:`content`: PyTorch eager's milliseconds, and the others' ratios to it with their quartiles."""
-    lines = ["| | PyTorch eager | torch.compile | flax-resblock | plain XLA |", "| --- | ---: | ---: | ---: | ---: |"]
+    """The table for a document, from :func:`content`: PyTorch eager's milliseconds, ratios of the others to it with their quartiles, and of our peak memory to its."""
+    lines = ["| | PyTorch eager | torch.compile | flax-resblock | plain XLA | peak memory |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
     for case in found["cases"]:
         base, *others = case["results"]
         if case["case"]["what"] == "conversion" or base["failed"]:
@@ -80,6 +80,8 @@ def markdown(found: dict[str, Any]) -> str:
                 continue
             low, middle, high = result["ratio_quartiles"]
             cells.append(f"{middle:.2f} ({low:.2f}-{high:.2f})")
+        ours = next(result for result in others if result["contestant"] == "flax-resblock")
+        cells.append("" if ours["failed"] else f"{ours['peak'] / base['peak']:.2f}")
         lines.append(f"| {case['title']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
