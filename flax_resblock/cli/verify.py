@@ -104,6 +104,8 @@ class WhatFlags:
     """Judge by a tolerance of your own, as numpy.allclose does, instead of by PyTorch's own rounding."""
     atol: float | None = None
     """Absolute part of that tolerance."""
+    conv_lowering: Literal["xla", "auto"] = "xla"
+    """How Flax computes convolutions: as XLA does on every device, or, on a CPU, in the forms that `train` and `predict` take there because they are faster."""
 
     def plan(self) -> Plan:
         """As the verifier takes it."""
@@ -127,6 +129,7 @@ class WhatFlags:
             learning_rate=self.learning_rate,
             precisions=names.get("all" if self.all and self.precision == "both" else self.precision, (self.precision,)),
             tolerance=None if self.rtol is None and self.atol is None else Tolerance(self.rtol or 0.0, self.atol or 0.0),
+            conv_lowering=self.conv_lowering,
         )
 
 
@@ -296,7 +299,7 @@ def _run(
     clock = Clock()
     with status.status("starting") as spinner:
         verification = verify_pair(twins, images, plan, progress=partial(_show, spinner, "comparing"), seed=input.seed, devices=places)
-    provenance = {**facts, **clock.facts(images, input.seed, places)}
+    provenance = {**facts, "conv_lowering": plan.conv_lowering, **clock.facts(images, input.seed, places)}
     return verification, to_json(verification.comparison, provenance, verification.diagnosis, found, verification.notes)
 
 
@@ -397,7 +400,7 @@ def _verify_module(spec: str, kwargs: str | None, plan: Plan, places: Devices, i
             output.print(f"  {finding}", markup=False, soft_wrap=True)
         if case.verification is not None and (report.slots or not case.passed):
             _print(case.verification, report, diagnosis=False)
-        provenance = {**of_module(case), **clock.facts(input.images(case.config), input.seed, places)}
+        provenance = {**of_module(case), "conv_lowering": plan.conv_lowering, **clock.facts(input.images(case.config), input.seed, places)}
         reports.append(to_json(case.verification.comparison if case.verification else None, provenance, case.diagnosis, found))
     if all(case.raised and not case.stated for case in cases):
         raise InputError(_cannot_run(cases[0]))

@@ -13,6 +13,7 @@ from flax import nnx
 
 from flax_resblock.convert import StateMap
 from flax_resblock.errors import InputError
+from flax_resblock.lowering.switch import Lowering
 from flax_resblock.parity.comparison import Comparison, Plan, compare_pair
 from flax_resblock.parity.diagnose import Diagnosis, diagnose
 from flax_resblock.parity.oracle import Tolerance
@@ -67,6 +68,7 @@ def compare(
     precisions: Sequence[str] = ("float64", "float32"),
     rtol: float | None = None,
     atol: float | None = None,
+    conv_lowering: Lowering = "xla",
     seed: int = 0,
     devices: Devices | None = None,
 ) -> Verification:
@@ -89,6 +91,7 @@ def compare(
       steps: Also so many training steps with SGD and AdamW.
       precisions: Among ``"float64"``, ``"float32"`` and ``"bfloat16"``.
       rtol, atol: Instead of the project's criterion, as in ``numpy.allclose``; one alone leaves the other 0.
+      conv_lowering: How Flax computes the convolutions of this package; see :class:`flax_resblock.parity.comparison.Plan`.
       seed: Of cotangents, targets and further batches.
       devices: Where to compute; the CPU where not said.
     Returns:
@@ -105,7 +108,7 @@ def compare(
         table = state_map
     pair = ModulePair(torch_module, flax_module, table, slots=slots, copy_weights=copy_weights)
     tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
-    plan = Plan(train=train, gradients=gradients, isolated=isolated, steps=steps, precisions=precisions, tolerance=tolerance)
+    plan = Plan(train=train, gradients=gradients, isolated=isolated, steps=steps, precisions=precisions, tolerance=tolerance, conv_lowering=conv_lowering)
     return verify_pair(pair, np.asarray(inputs, np.float64), plan, seed=seed, devices=devices)
 
 
@@ -123,7 +126,7 @@ def verify_pair(
     if unknown or not plan.precisions:
         raise InputError(f"precisions={list(plan.precisions)}: choose among {', '.join(PRECISIONS)}.")
     places = devices or Devices()
-    with strict():
+    with strict(plan.conv_lowering):
         if places.jax is not None and places.jax.platform != "cpu":  # the CPU computes what it says; others are measured first
             require(row for name in plan.precisions for row in measure_precision("flax", places.jax, name))
         if places.torch.type != "cpu":

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from flax_resblock.lowering.switch import Lowering
 from flax_resblock.parity.inputs import more_batches
 from flax_resblock.parity.oracle import Judgement, Tolerance, judge, relative_l2
 from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
@@ -108,6 +109,8 @@ class Plan:
       optimizers: Among ``"sgd"`` (Nesterov momentum, weight decay) and ``"adamw"``.
       learning_rate: Of the training steps; None: a moderate one for this network, see :func:`flax_resblock.parity.trajectory.moderate`.
       tolerance: Instead of the oracle's criterion.
+      conv_lowering: How Flax computes convolutions: as XLA does, which is what a GPU or TPU runs, or, on a CPU, in the forms that training and inference take
+        there; see :mod:`flax_resblock.conv`. Set by :func:`flax_resblock.parity.api.verify_pair`.
     """
 
     train: bool = True
@@ -118,6 +121,7 @@ class Plan:
     optimizers: Sequence[str] = tuple(RECIPES)
     learning_rate: float | None = None
     tolerance: Tolerance | None = None
+    conv_lowering: Lowering = "xla"
 
     def parts(self, pair: Pair, images: np.ndarray, seed: int) -> Iterator[Part]:
         """What there is to run, in order."""

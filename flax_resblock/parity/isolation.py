@@ -18,6 +18,7 @@ import torch
 from flax import nnx
 
 from flax_resblock.architecture import Path
+from flax_resblock.lowering.switch import compiler_options
 from flax_resblock.parity.devices import JaxDevice
 from flax_resblock.parity.pair import Precision
 from flax_resblock.parity.taps import Trace, by_path_of, from_torch, gradient_of, hooked, host_tree, split, to_torch
@@ -76,7 +77,7 @@ def isolate_flax(
 
         x = jnp.asarray(images, precision.storage)
         if not gradients:
-            own, incoming, statistics = jax.jit(run)(params, fed, handed_on, x)
+            own, incoming, statistics = jax.jit(run, compiler_options=compiler_options())(params, fed, handed_on, x)
             return _isolation(host_tree(own), host_tree(incoming), by_path_of(statistics))
         shapes = jax.eval_shape(run, params, fed, handed_on, x)
         weights = [
@@ -91,7 +92,8 @@ def isolate_flax(
             )
             return total, (own, incoming, statistics)
 
-        found, (own, incoming, statistics) = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(params, fed, handed_on, x, weights)
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), compiler_options=compiler_options())
+        found, (own, incoming, statistics) = gradient(params, fed, handed_on, x, weights)
         return _isolation(host_tree(own), host_tree(incoming), by_path_of(statistics), by_path_of(found[0]), host_tree(found[1]), host_tree(found[2]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from flax import nnx
 
+from flax_resblock.lowering.switch import compiler_options
 from flax_resblock.parity.devices import JaxDevice
 from flax_resblock.parity.isolation import isolate_flax, isolate_torch
 from flax_resblock.parity.oracle import FLOAT64_LIMIT
@@ -175,7 +177,7 @@ class Statistics(Part):
         with precision.of_jax(), jax.default_device(devices.jax), jax.default_matmul_precision("highest"):
             graphdef, statistics, rest = split(pair.flax(precision), True, nnx.BatchStat)
 
-            @jax.jit
+            @partial(jax.jit, compiler_options=compiler_options())
             def step(statistics: Any, rest: Any, batch: Any) -> Any:
                 module = nnx.merge(graphdef, statistics, rest, copy=True)
                 module(batch)  # pyright: ignore[reportCallIssue]

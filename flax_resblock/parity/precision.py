@@ -20,7 +20,7 @@ from jax import lax
 from flax_resblock.checkpoint.torch_file import from_numpy, to_numpy
 from flax_resblock.conv import convolve
 from flax_resblock.errors import InputError
-from flax_resblock.lowering.switch import conv_lowering
+from flax_resblock.lowering.switch import Lowering, conv_lowering
 from flax_resblock.parity.devices import JaxDevice, describe
 
 Side = Literal["flax", "torch"]
@@ -78,18 +78,18 @@ def _torch_deterministic() -> Iterator[None]:
 
 
 @contextmanager
-def strict() -> Iterator[None]:
+def strict(lowering: Lowering = "xla") -> Iterator[None]:
     """Within it both frameworks compute float32 as float32, in the same way each time; every setting is what it was afterwards.
 
-    jax: ``default_matmul_precision("highest")``, which convolutions and products follow that name no precision of their own, and no other form of a
-    convolution than XLA's. torch: no TF32 and no bfloat16 in cuBLAS, cuDNN and oneDNN, no benchmarking, deterministic algorithms (an operation that has none
-    raises RuntimeError).
+    jax: ``default_matmul_precision("highest")``, which convolutions and products follow that name no precision of their own, and, unless ``lowering`` says
+    otherwise, no other form of a convolution than XLA's. torch: no TF32 and no bfloat16 in cuBLAS, cuDNN and oneDNN, no benchmarking, deterministic algorithms
+    (an operation that has none raises RuntimeError).
     """
     with ExitStack() as stack:
         stack.enter_context(_torch_ieee())
         stack.enter_context(_torch_deterministic())
         stack.enter_context(jax.default_matmul_precision("highest"))
-        stack.enter_context(conv_lowering("xla"))
+        stack.enter_context(conv_lowering(lowering))
         yield
 
 

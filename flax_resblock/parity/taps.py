@@ -19,6 +19,7 @@ import torch
 from flax import nnx
 
 from flax_resblock.architecture import Path
+from flax_resblock.lowering.switch import compiler_options
 from flax_resblock.parity.devices import JaxDevice
 from flax_resblock.parity.pair import PRECISIONS, Precision
 
@@ -120,7 +121,7 @@ def trace_flax(
 
         x = jnp.asarray(images, precision.storage)
         if cotangent is None:
-            output, (activations, statistics) = jax.jit(run)(params, {}, x)
+            output, (activations, statistics) = jax.jit(run, compiler_options=compiler_options())(params, {}, x)
             return Trace(np.asarray(output), host_tree(activations), by_path_of(statistics))
         shapes = jax.eval_shape(run, params, {}, x)[1][0]
         zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
@@ -129,7 +130,7 @@ def trace_flax(
             output, aux = run(params, zeros, x)
             return jnp.sum(output * weight), (output, *aux)
 
-        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), donate_argnums=(1,))
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), donate_argnums=(1,), compiler_options=compiler_options())
         (of_params, of_activations, of_input), (output, activations, statistics) = gradient(params, zeros, x, jnp.asarray(cotangent, precision.storage))
         return Trace(
             np.asarray(output),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +15,7 @@ import optax
 import torch
 from flax import nnx
 
+from flax_resblock.lowering.switch import compiler_options
 from flax_resblock.optimizers import adamw
 from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2
 from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
@@ -136,13 +138,13 @@ class Trajectory(Part):
                 value = optax.softmax_cross_entropy_with_integer_labels(output, jnp.asarray(labels)).mean()
             return value, nnx.state(module, nnx.Not(nnx.Param))
 
-        @jax.jit
+        @partial(jax.jit, compiler_options=compiler_options())
         def step(parameters: Any, rest: Any, state: Any, batch: Any) -> Any:
             (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(parameters, rest, batch)
             updates, state = optimizer.update(gradient, state, parameters)
             return value, optax.apply_updates(parameters, updates), rest, state
 
-        @jax.jit
+        @partial(jax.jit, compiler_options=compiler_options())
         def evaluate(parameters: Any, rest: Any, batch: Any) -> Any:
             return nnx.merge(evaluating, parameters, rest, copy=True)(batch)  # pyright: ignore[reportCallIssue]
 
