@@ -10,7 +10,7 @@ from flax import nnx
 
 from flax_resblock.attention import build_attention
 from flax_resblock.block_config import Antialias, Attention, BlockConfig, Shortcut, StridePlacement
-from flax_resblock.layers import LayerOptions, Layers
+from flax_resblock.layers import LayerOptions, Layers, joined
 from flax_resblock.pooling import Blur
 from flax_resblock.shortcuts import build_shortcut
 
@@ -82,7 +82,7 @@ class ResidualBlock(nnx.Module):
         y = y if self.blur is None else self.blur(y)
         y = self.norm2(self.conv2(y), use_running_average=use_running_average)
         y = y if self.attention is None else self.attention(y)
-        return nnx.relu(y + self.shortcut(x, use_running_average=use_running_average))
+        return joined(y, self.shortcut(x, use_running_average=use_running_average), self.conv1.conv_lowering)
 
 
 class BottleneckBlock(nnx.Module):
@@ -150,7 +150,7 @@ class BottleneckBlock(nnx.Module):
         y = y if self.blur is None else self.blur(y)
         y = self.norm3(self.conv3(y), use_running_average=use_running_average)
         y = y if self.attention is None else self.attention(y)
-        return nnx.relu(y + self.shortcut(x, use_running_average=use_running_average))
+        return joined(y, self.shortcut(x, use_running_average=use_running_average), self.conv1.conv_lowering)
 
 
 def build_block(config: BlockConfig, *, rngs: nnx.Rngs | None, **options: Unpack[LayerOptions]) -> ResidualBlock | BottleneckBlock:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, TypedDict
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
 from flax_resblock.conv import ChannelConv, Conv
 from flax_resblock.initializers import INITIALIZERS, Initializer, InitName
-from flax_resblock.lowering.switch import Lowering
+from flax_resblock.lowering.materialised import materialised
+from flax_resblock.lowering.switch import Lowering, for_cpu
 from flax_resblock.norm import BatchNorm
 
 
@@ -37,6 +39,12 @@ class LayerOptions(TypedDict, total=False):
     axis_name: Hashable | None
     init: InitName
     zero_init_residual: bool
+
+
+def joined(main: jax.Array, skip: jax.Array, lowering: Lowering) -> jax.Array:
+    """``relu(main + skip)``, the output of a block. A CPU keeps it; XLA would compute it, and all blocks before it up to their convolutions, for every user."""
+    y = nnx.relu(main + skip)
+    return materialised(y) if for_cpu(lowering) else y
 
 
 class Layers:

@@ -1,8 +1,10 @@
 """On a CPU convolutions, norms and max pooling take forms of their own: the same values, derivatives of any order, and nothing of it on other platforms."""
 
 import itertools
+import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,10 @@ import flax_resblock
 from flax_resblock import BlockConfig, ResidualBlock, ResNetConfig
 from flax_resblock import conv as conv_module
 from flax_resblock.architecture import architecture
+from flax_resblock.cli import run
 from flax_resblock.conv import convolve, forms_of
 from flax_resblock.lowering import winograd
+from flax_resblock.lowering.materialised import materialised
 from flax_resblock.lowering.max_pool import max_pool
 from flax_resblock.lowering.primitives import Forms
 from flax_resblock.lowering.switch import conv_lowering, for_cpu
@@ -217,6 +221,27 @@ def test_a_block_equals_pytorch():
     assert_block_equals_pytorch(BlockConfig(in_channels=64, out_channels=128, stride=2), (7, 6))
 
 
+@pytest.fixture
+def small_checkpoint(tmp_path, monkeypatch):
+    """Random weights and statistics; its convolutions are Winograd's, products and sums over taps."""
+    monkeypatch.chdir(tmp_path)
+    config = ResNetConfig(depths=(1, 1), widths=(64, 72), stem="cifar", stem_width=64, num_classes=5)
+    flax_resblock.save(Twins.random(config, seed=6).flax(PRECISIONS["float32"]), "small.pth")
+    return "small.pth"
+
+
+def test_the_verifier_compares_either_lowering(small_checkpoint, monkeypatch):
+    command = ["verify", small_checkpoint, "--gradients", "--height", "9", "--width", "8"]
+    assert run([*command, "--conv-lowering", "auto", "--json", "auto.json"]) == 0
+    facts = json.loads(Path("auto.json").read_text())
+    assert facts["provenance"]["conv_lowering"] == "auto"
+    exact = winograd._g
+    monkeypatch.setattr(winograd, "_g", lambda w: [value * (1 + 1e-9) for value in exact(w)])
+    assert run([*command, "--conv-lowering", "auto"]) == 1  # the control: another transform is seen, but only there
+    assert run([*command, "--json", "plain.json"]) == 0
+    assert json.loads(Path("plain.json").read_text())["provenance"]["conv_lowering"] == "xla"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("block", unique_blocks(), ids=brief)
 def test_blocks_of_every_architecture_equal_pytorch(block):
@@ -323,6 +348,41 @@ def test_the_switches(wide_network, monkeypatch):
         ResidualBlock(3, 4, conv_lowering="fast", rngs=nnx.Rngs(0))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert not for_cpu()
+
+
+def many_users(keep):
+    def f(x, y):
+        kept = keep(x * y + jnp.square(y))
+        return [kept[:, i::4] + i for i in range(4)]
+
+    return f
+
+
+def test_a_kept_value_is_computed_once():
+    x, y = (jnp.asarray(np.random.default_rng(seed).normal(size=(8, 12, 64)), jnp.float32) for seed in range(2))
+    products = {}
+    for keep in (materialised, jax.lax.optimization_barrier, lambda x: x):
+        text = jax.jit(many_users(keep)).lower(x, y).compile().as_text()
+        products[keep] = sum(" multiply(" in line for line in text.splitlines())
+    once, *several = products.values()
+    assert once == 2
+    assert min(several) >= 5  # the control: what jax offers for that does not keep it
+
+
+def test_a_kept_value_has_its_derivatives_and_other_platforms_nothing_of_it():
+    x, y = (jnp.asarray(np.random.default_rng(seed).normal(size=(2, 8, 3)), jnp.float32) for seed in range(2))
+    kept, plain = many_users(materialised), many_users(lambda x: x)
+
+    def derived(f):
+        along = jax.jvp(f, (x, y), (y, x))[1]
+        back = jax.vjp(f, x, y)[1](f(y, x))
+        return [*f(x, y), *along, *back, *jax.vmap(f)(x[None], y[None]), *jax.jacfwd(jax.jit(f))(x, y)]
+
+    for one, other in zip(derived(kept), derived(plain), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    there = [jax.jit(f).trace(x, y).lower(lowering_platforms=("tpu",)).as_text() for f in (kept, plain)]
+    assert there[0] == there[1]
+    assert "inlineable" in jax.jit(kept).lower(x, y).as_text()
 
 
 def test_vmap_and_half_precision():

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_resblock.lowering.materialised import materialised
+
 
 def _visited(x: jax.Array, stride: int) -> jax.Array:
     """The pixels that a 1x1 convolution looks at, ``(N, H', W', C)``."""
@@ -54,7 +56,7 @@ def taps_added(shares: list[list[jax.Array]], size: tuple[int, int], stride: int
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, taps: int, stride: int, padding: int, precision: lax.PrecisionLike) -> jax.Array:
     """``(k, k, C, O)`` from ``(N, H, W, C)`` and ``(N, H', W', O)``: one product for every tap, of the pixels that it sees."""
-    dy = lax.optimization_barrier(dy)
+    dy = materialised(dy)
     seen = taps_of(x, taps, stride, padding, 0)
     return jnp.concatenate([jnp.concatenate([pointwise_kernel_gradient(tap, dy, 1, precision) for tap in row], axis=1) for row in seen])
 
