@@ -67,7 +67,7 @@ def content(cases: Sequence[tuple[Case, Sequence[Result]]], settings: dict[str, 
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The table for a document, from :func:`content`: PyTorch eager's milliseconds, ratios of the others to it with their quartiles, and of our peak memory to its."""
+    """The table for a document, from :func:`content`: PyTorch eager's milliseconds, ratios of the others to it with quartiles, of our peak memory to its."""
     lines = ["| | PyTorch eager | torch.compile | flax-resblock | plain XLA | peak memory |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
     for case in found["cases"]:
         base, *others = case["results"]
