@@ -12,7 +12,7 @@ from jax import lax
 
 from flax_resblock.conv import ChannelConv, Conv
 from flax_resblock.initializers import INITIALIZERS, Initializer, InitName
-from flax_resblock.lowering.materialised import materialised
+from flax_resblock.lowering.materialised import kept
 from flax_resblock.lowering.switch import Lowering, for_cpu
 from flax_resblock.norm import BatchNorm
 
@@ -42,9 +42,12 @@ class LayerOptions(TypedDict, total=False):
 
 
 def joined(main: jax.Array, skip: jax.Array, lowering: Lowering) -> jax.Array:
-    """``relu(main + skip)``, the output of a block. A CPU keeps it; XLA would compute it, and all blocks before it up to their convolutions, for every user."""
+    """``relu(main + skip)``, the output of a block.
+
+    In training a CPU keeps it: XLA would compute it, and with it all blocks before it from their convolutions on, once for each of its users.
+    """
     y = nnx.relu(main + skip)
-    return materialised(y) if for_cpu(lowering) else y
+    return kept(y) if for_cpu(lowering) else y
 
 
 class Layers:

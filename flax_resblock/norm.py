@@ -17,6 +17,7 @@ from flax import nnx
 from jax import lax
 
 from flax_resblock.initializers import initial_value
+from flax_resblock.lowering.materialised import materialised
 from flax_resblock.lowering.switch import for_cpu
 
 
@@ -95,6 +96,7 @@ def normalised_by_batch(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: fl
 
 
 def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> tuple[tuple[jax.Array, Moments], tuple[jax.Array, ...]]:
+    x = materialised(x)
     moments = batch_moments(x)
     inverse = lax.rsqrt(moments.biased_var + eps)
     return ((x - moments.mean) * (inverse * scale) + bias, moments), (x, moments.mean, inverse, scale)

@@ -20,7 +20,7 @@ from flax_resblock.architecture import architecture
 from flax_resblock.cli import run
 from flax_resblock.conv import convolve, forms_of
 from flax_resblock.lowering import winograd
-from flax_resblock.lowering.materialised import materialised
+from flax_resblock.lowering.materialised import kept, materialised
 from flax_resblock.lowering.max_pool import max_pool
 from flax_resblock.lowering.primitives import Forms
 from flax_resblock.lowering.switch import conv_lowering, for_cpu
@@ -352,8 +352,8 @@ def test_the_switches(wide_network, monkeypatch):
 
 def many_users(keep):
     def f(x, y):
-        kept = keep(x * y + jnp.square(y))
-        return [kept[:, i::4] + i for i in range(4)]
+        z = keep(x * y + jnp.square(y))
+        return [z[:, i::4] + i for i in range(4)]
 
     return f
 
@@ -371,18 +371,33 @@ def test_a_kept_value_is_computed_once():
 
 def test_a_kept_value_has_its_derivatives_and_other_platforms_nothing_of_it():
     x, y = (jnp.asarray(np.random.default_rng(seed).normal(size=(2, 8, 3)), jnp.float32) for seed in range(2))
-    kept, plain = many_users(materialised), many_users(lambda x: x)
+    here, plain = many_users(materialised), many_users(lambda x: x)
 
     def derived(f):
         along = jax.jvp(f, (x, y), (y, x))[1]
         back = jax.vjp(f, x, y)[1](f(y, x))
         return [*f(x, y), *along, *back, *jax.vmap(f)(x[None], y[None]), *jax.jacfwd(jax.jit(f))(x, y)]
 
-    for one, other in zip(derived(kept), derived(plain), strict=True):
+    for one, other in zip(derived(here), derived(plain), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-    there = [jax.jit(f).trace(x, y).lower(lowering_platforms=("tpu",)).as_text() for f in (kept, plain)]
+    there = [jax.jit(f).trace(x, y).lower(lowering_platforms=("tpu",)).as_text() for f in (here, plain)]
     assert there[0] == there[1]
-    assert "inlineable" in jax.jit(kept).lower(x, y).as_text()
+    assert "inlineable" in jax.jit(here).lower(x, y).as_text()
+
+
+def test_only_a_derivative_keeps_what_the_backward_pass_uses():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 3)), jnp.float32)
+
+    def f(x):
+        return jnp.sum(jnp.sin(kept(x * x)))
+
+    assert "inlineable" not in jax.jit(f).lower(x).as_text()
+    assert "inlineable" in jax.jit(jax.grad(f)).lower(x).as_text()
+    np.testing.assert_allclose(jax.grad(f)(x), 2 * x * jnp.cos(x * x), rtol=1e-5)
+    block = ResidualBlock(64, 64, rngs=nnx.Rngs(0))
+    block.eval()
+    images = jax.ShapeDtypeStruct((1, 4, 4, 64), jnp.float32)
+    assert "inlineable" not in jax.jit(block).lower(images).as_text()  # so that what is exported is what is evaluated, to the last bit
 
 
 def test_vmap_and_half_precision():

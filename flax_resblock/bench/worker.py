@@ -73,7 +73,7 @@ def batch_of(case: Case) -> tuple[np.ndarray, np.ndarray]:
 def resident() -> int:
     """The largest amount of memory that this process has held so far, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # elsewhere, and in ``ru_maxrss``, a process begins with what the one that started it held
+    if status.exists():  # ``ru_maxrss`` begins with what the process held that started this one
         return next(int(line.split()[1]) << 10 for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

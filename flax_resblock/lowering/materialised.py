@@ -26,6 +26,7 @@ def _on_cpu(x: jax.Array) -> jax.Array:
         return _same(x)
 
 
+# not inlined, a call has its operand in memory; what it gives is the same memory
 _materialised = Primitive("resblock_materialised")
 _materialised.def_impl(lambda x: x)
 _materialised.def_abstract_eval(lambda x: x)
@@ -38,3 +39,14 @@ mlir.register_lowering(_materialised, mlir.lower_fun(_on_cpu, multiple_results=F
 def materialised(x: jax.Array) -> Any:
     """The same array, which a compiled program for a CPU has in memory at this place; nothing at all on other platforms. Derivatives are not affected."""
     return _materialised.bind(x)
+
+
+@jax.custom_jvp
+def kept(x: jax.Array) -> Any:
+    """The same array; where derivatives are taken, :func:`materialised`: the backward pass will use it again."""
+    return x
+
+
+@kept.defjvp
+def _(values: tuple[jax.Array], tangents: tuple[Any]) -> tuple[Any, Any]:
+    return materialised(*values), *tangents

@@ -16,7 +16,6 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from flax_resblock.lowering import products, winograd
-from flax_resblock.lowering.materialised import materialised
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -85,7 +84,7 @@ def _primitive(name: str, which: str, maps: dict[Form, Map]) -> Primitive:
         return maps["xla"](first, second, of)
 
     def on_cpu(first: jax.Array, second: jax.Array, *, of: Geometry, forms: Forms) -> jax.Array:
-        return materialised(maps[getattr(forms, which)](first, second, of))
+        return maps[getattr(forms, which)](first, second, of)
 
     def typed(first: Any, second: Any, **options: Any) -> Any:
         result = jax.eval_shape(partial(plain, **options), *(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (first, second)))

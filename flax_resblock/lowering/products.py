@@ -75,7 +75,7 @@ def input_gradient(dy: jax.Array, kernel: jax.Array, size: tuple[int, int], stri
     taps, inner = kernel.shape[0], kernel.shape[2]
     shares = lax.dot_general(dy.reshape(-1, channels), kernel.reshape(-1, channels), (((1,), (1,)), ((), ())), precision=precision)
     shares = shares.reshape(n, tall, wide, taps, taps, inner)
-    return taps_added([[shares[:, :, :, i, j] for j in range(taps)] for i in range(taps)], size, stride, padding)
+    return materialised(taps_added([[shares[:, :, :, i, j] for j in range(taps)] for i in range(taps)], size, stride, padding))
 
 
 def _overlapped(parts: list[jax.Array], stride: int, axis: int) -> jax.Array:

@@ -108,7 +108,7 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, precision: lax.PrecisionLike) -
     """Gradient ``(3, 3, C, O)`` from input ``(N, H, W, C)`` and output gradient ``(N, H, W, O)``."""
     products = _products_in_parts(x, dy, precision)
     columns = [_g_transposed([products[i][j] for i in range(4)]) for j in range(4)]
-    return jnp.stack([jnp.stack(_g_transposed([columns[j][row] for j in range(4)])) for row in range(3)])
+    return materialised(jnp.stack([jnp.stack(_g_transposed([columns[j][row] for j in range(4)])) for row in range(3)]))
 
 
 def _products(x: jax.Array, dy: jax.Array, precision: lax.PrecisionLike) -> Grid:
@@ -145,7 +145,7 @@ def input_gradient(dy: jax.Array, kernel: jax.Array, precision: lax.PrecisionLik
     rows = [_b([columns[j][i] for j in range(4)]) for i in range(4)]
     down = [_overlap([rows[i][j] for i in range(4)], axis=1) for j in range(4)]
     phases = [_overlap([down[j][row] for j in range(4)], axis=2) for row in range(2)]
-    return _interleave([list(row) for row in phases], (n, height, width))
+    return materialised(_interleave([list(row) for row in phases], (n, height, width)))
 
 
 def _overlap(parts: Rows, axis: int) -> Rows:
