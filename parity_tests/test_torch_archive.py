@@ -216,6 +216,17 @@ def test_another_byte_order_is_left_to_pytorch(place):
     assert checkpoint.read(place).tensors["a"].tobytes() == right.byteswap().tobytes()
 
 
+def test_an_alignment_that_is_no_number_is_refused_as_by_pytorch(place):
+    data = samples.saved({"state_dict": {"a": torch.randn(5)}})
+    place.write_bytes(repacked(data, lambda name, content: b"6<" if name.endswith("alignment") else content))
+    with pytest.raises(ValueError, match="6<"):
+        torch.load(place)
+    with pytest.raises(CheckpointError, match="6<"):
+        checkpoint.read(place)
+    place.write_bytes(repacked(data, lambda name, content: b"32" if name.endswith("alignment") else content))
+    assert set(checkpoint.read(place).tensors) == {"a"}
+
+
 def test_tensors_that_share_memory_share_it(place):
     base = torch.randn(6)
     place.write_bytes(samples.saved({"a": base, "b": base[2:], "c": base.view(2, 3).T}))

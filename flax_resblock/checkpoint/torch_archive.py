@@ -19,9 +19,9 @@ from flax_resblock.checkpoint.unpickling import Unpickled, unpickle
 from flax_resblock.checkpoint.zip_directory import MAGIC, Place, read_record, records
 from flax_resblock.errors import CheckpointError, visible
 
-_PICKLE, _BYTE_ORDER = "data.pkl", "byteorder"
+_PICKLE, _BYTE_ORDER, _ALIGNMENT = "data.pkl", "byteorder", ".storage_alignment"
 _SERIALIZATION_ID = ".data/serialization_id"
-"""Records of the zip archive: the pickle, how bytes are ordered, and PyTorch's own mark of its content."""
+"""Records of the zip archive: the pickle, how bytes are ordered, of how many bytes storages begin at a multiple, and PyTorch's own mark of its content."""
 _VERSION, _NEWEST = (".data/version", "version"), 10
 """Of the format: the records that have it, and the newest that PyTorch reads."""
 _LONGEST_TEXT = 256
@@ -113,6 +113,8 @@ def _read_zip(path: Path, limits: Limits) -> Unpickled:
         start(storage)
     if _text_of(path, places, (_BYTE_ORDER,), "little") != "little":
         found.foreign = found.foreign or "numbers of another machine's byte order"
+    if not _text_of(path, places, (_ALIGNMENT,), "64").strip().isdecimal():
+        found.foreign = found.foreign or "an alignment that is no number"
     _text_of(path, places, (_SERIALIZATION_ID,))
     version = _text_of(path, places, _VERSION).strip()
     if not version.isdecimal() or not 0 < int(version) <= _NEWEST:
