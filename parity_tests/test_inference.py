@@ -81,6 +81,7 @@ def test_either_jaxlib_gets_the_models_logits(jaxlib_of, twins, images, truth):
     assert isinstance(made._network, _OnCpu)
     forms = {plan.form for plan in made._network._plans.values()}
     assert forms == ({"onednn", "winograd"} if jaxlib_of == "oneDNN" else {"xla", "winograd"})
+    assert WINOGRAD_PAYS[True] != WINOGRAD_PAYS[False]
 
 
 def _square(channels):

@@ -110,7 +110,7 @@ class Plan:
       learning_rate: Of the training steps; None: a moderate one for this network, see :func:`flax_resblock.parity.trajectory.moderate`.
       tolerance: Instead of the oracle's criterion.
       conv_lowering: How Flax computes convolutions: as XLA does, which is what a GPU or TPU runs, or, on a CPU, in the forms that training and inference take
-        there; see :mod:`flax_resblock.conv`. Set by :func:`flax_resblock.parity.api.verify_pair`.
+        there; see :mod:`flax_resblock.conv`. :func:`flax_resblock.parity.api.verify_pair` heeds it; :func:`compare_pair` computes as it is called.
     """
 
     train: bool = True
