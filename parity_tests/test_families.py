@@ -247,6 +247,7 @@ def test_the_backbone_of_a_torchvision_segmenter_is_dilated(tmp_path):
     with torch.no_grad():
         theirs = module.backbone(to_torch(images, PRECISIONS["float64"]))["out"].numpy()
     with jax.enable_x64(True):
-        model = flax_resblock.load(tmp_path / "segmenter.pth")
+        traits = {"dilated_stages": (3, 4)}
+        model = flax_resblock.load(tmp_path / "segmenter.pth", traits=traits)
         assert model.config.dilated_stages == (3, 4)
         assert relative_l2(np.asarray(model.features(jax.numpy.asarray(images))["stage4"]), np.moveaxis(theirs, 1, -1)) <= FLOAT64_LIMIT

@@ -1,13 +1,18 @@
 """Backbones are taken out of the checkpoints of detectors, segmenters and self-supervised training: each from the key set that the project writes."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
+import flax_resblock
 from flax_resblock import CheckpointError, ResNetConfig
 from flax_resblock.checkpoint.torch_file import from_numpy
-from flax_resblock.convert import LAYOUTS, StateMap
+from flax_resblock.cli import run
+from flax_resblock.convert import LAYOUTS
 from flax_resblock.convert.source import Reading, open_checkpoint
+from flax_resblock.convert.state_map import describe
 from flax_resblock.convert.torso import TORSOS, find_torso
 from parity_tests.support import assert_same_bits, random_bits
 
@@ -99,6 +104,8 @@ CASES = {
         "projector.0.weight",
         *norm("projector.1"),
         "projector.3.weight",
+        *norm("projector.4"),
+        "projector.6.weight",
         "bn.running_mean",
         "bn.running_var",
         f"bn.{COUNTERS}",
@@ -112,6 +119,15 @@ CASES = {
     "segmentation_models_pytorch": lambda keys: ["decoder.blocks.0.conv1.0.weight", *norm("decoder.blocks.0.conv1.1"), *linear("segmentation_head.0")],
 }
 LAYOUT_OF = {"detectron2 FPN": "detectron2", "detectron2 C4": "detectron2", "lightly": "children", "BYOL (online network)": "children"}
+SHAPES = {
+    "classifier.4.weight": (3, 2, 1, 1),
+    "segmentation_head.0.weight": (3, 2, 3, 3),
+    "fc.0.weight": (64, 64),
+    "fc.2.weight": (8, 64),
+}
+"""Of tensors whose shape tells what they are."""
+TOLD = {"torchvision segmentation": {"dilated_stages": (3, 4)}}
+"""What the user has to say."""
 NO_COUNTERS = ("torchvision detection", "detectron2 FPN", "detectron2 C4")
 """Their norms are frozen and count nothing."""
 WRAPPED = {
@@ -148,7 +164,7 @@ def written(name, path, config=TORSO):
         network = {key: value for key, value in network.items() if COUNTERS not in key}
     prefix = next(torso.prefix for torso in TORSOS if torso.name == name)
     state = {f"{prefix}{key}": from_numpy(value) for key, value in network.items()}
-    state |= {key: torch.full((3,), 0.25) for key in CASES[name](list(network))}
+    state |= {key: torch.full(SHAPES.get(key, (3,)), 0.25) for key in CASES[name](list(network))}
     torch.save(WRAPPED.get(name, lambda state: state)(state), path)
     return config, network
 
@@ -160,7 +176,7 @@ def test_every_torso_has_a_case():
 @pytest.mark.parametrize("name", CASES)
 def test_the_network_is_taken_out_bit_for_bit_and_the_rest_is_named(name, tmp_path):
     config, network = written(name, tmp_path / "file.pth")
-    source = open_checkpoint(tmp_path / "file.pth")
+    source = open_checkpoint(tmp_path / "file.pth", Reading(traits=TOLD.get(name, {})))
     assert (source.config.depths, source.config.widths, source.config.num_classes) == (config.depths, config.widths, None)
     kept = {key: np.asarray(source.tensors[key]) for key in network}
     assert_same_bits(kept, network)
@@ -185,10 +201,11 @@ def test_a_plain_network_is_no_torso():
     for layout in LAYOUTS.values():
         config = ResNetConfig(depths=(1, 1), widths=(4, 8), stem_width=8, num_classes=None if "torso" in layout.name or layout.name == "children" else 3)
         try:
-            keys = [entry.torch_key for entry in StateMap(config, layout).entries]
+            state = random_bits(config, np.float32, layout=layout.name)
         except ValueError:
             continue
-        assert find_torso(keys) is None, layout.name
+        found = describe(state)
+        assert find_torso(found) is None, layout.name
 
 
 @pytest.mark.parametrize(("style", "stride_on"), [("caffe", "1x1"), ("pytorch", "3x3")])
@@ -216,3 +233,114 @@ def test_a_basic_network_has_nothing_to_assume(tmp_path):
     config = ResNetConfig(depths=(1, 1), widths=(4, 8), stem_width=8, num_classes=3)
     torch.save({key: from_numpy(value) for key, value in random_bits(config, np.float32).items()}, tmp_path / "file.pth")
     assert open_checkpoint(tmp_path / "file.pth").assumed == ()
+
+
+def backbone(prefix="backbone."):
+    """A network without head as part of a larger one, as PyTorch tensors."""
+    return {f"{prefix}{key}": from_numpy(value) for key, value in healthy(TORSO).items()}
+
+
+def healthy(config):
+    state = {key: np.nan_to_num(value, nan=1.0) for key, value in random_bits(config, np.float32).items()}
+    return {key: np.abs(value) if key.endswith("running_var") else value for key, value in state.items()}
+
+
+def opened(state, path, **entries):
+    torch.save({"state_dict": state, **entries} if entries else state, path)
+    return open_checkpoint(path)
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "encoder.", "model.backbone.", ""])
+@pytest.mark.parametrize("head", ["classifier", "head", "fc.1", "classifier.1", "linear", "classification_head.3", "decoder"])
+def test_a_linear_beside_the_network_is_its_head(head, prefix, tmp_path):
+    state = backbone(prefix) | {f"{head}.weight": torch.randn(5, 64), f"{head}.bias": torch.randn(5)}
+    if (head, prefix) == ("linear", ""):
+        state = {key.replace("downsample", "shortcut"): value for key, value in state.items()}  # kuangliu's own
+    source = opened(state, tmp_path / "net.pth")
+    name = "linear" if source.state_map.layout.name == "kuangliu" else "fc"
+    assert (source.config.num_classes, source.config.dilated_stages) == (5, ())
+    assert np.array_equal(source.tensors[f"{name}.weight"], state[f"{head}.weight"].numpy())
+    assert np.array_equal(source.tensors[f"{name}.bias"], state[f"{head}.bias"].numpy())
+    assert not any("left out" in note for note in source.notes)
+    if name == "fc":
+        assert any(note.startswith(f"took {head} as the classification head") for note in source.notes)
+
+
+def test_a_fine_tuned_backbone_with_a_classifier_has_the_users_own_logits(tmp_path):
+    from torch_ref import ResNet
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = ResNet(block="bottleneck", depths=(1, 1, 1, 1), widths=(4, 8, 12, 16), stem_width=8, num_classes=None)
+            self.classifier = torch.nn.Linear(64, 5)
+
+        def forward(self, x):
+            return self.classifier(self.backbone(x))
+
+    torch.manual_seed(0)
+    net = Net().eval()
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    images = torch.randn(2, 3, 65, 64)
+    with torch.no_grad():
+        theirs = net(images).numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = flax_resblock.load(tmp_path / "net.pth")
+    ours = np.asarray(model(np.moveaxis(images.numpy(), 1, -1)))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_of_several_layers_is_refused(tmp_path):
+    for head, prefix in (("classifier", "backbone."), ("fc", ""), ("fc", "backbone."), ("head", "encoder.")):
+        two = {f"{head}.0.weight": torch.ones(64, 64), f"{head}.0.bias": torch.ones(64)}
+        two |= {f"{head}.2.weight": torch.ones(5, 64), f"{head}.2.bias": torch.ones(5)}
+        entries = {"epoch": 3, "arch": "resnet50"} if not prefix else {}
+        with pytest.raises(CheckpointError, match=rf"2 fully connected layers: {head}\.0, {head}\.2") as caught:
+            opened(backbone(prefix) | two, tmp_path / "net.pth", **entries)
+        assert "--ignore" not in str(caught.value)
+
+
+def test_a_classifier_with_the_names_of_a_segmenter_is_none(tmp_path):
+    """Sequential(Linear, BatchNorm1d, ReLU, Dropout, Linear) has the names of torchvision's FCNHead."""
+    mlp = {"classifier.0.weight": torch.ones(8, 64), "classifier.4.weight": torch.ones(5, 8)}
+    mlp |= {key: torch.ones(8) for key in norm("classifier.1", counter=False)}
+    with pytest.raises(CheckpointError, match=r"2 fully connected layers: classifier\.0, classifier\.4"):
+        opened(backbone() | mlp, tmp_path / "net.pth")
+
+
+def test_a_head_beside_a_headless_naming_scheme_is_refused_by_name(tmp_path):
+    state = {f"backbone.{key}": from_numpy(value) for key, value in random_bits(TORSO, np.float32, layout="children").items()}
+    state |= {"classifier.weight": torch.ones(5, 64), "classifier.bias": torch.ones(5)}
+    with pytest.raises(CheckpointError, match="classification head classifier, and this layout has no name for a head"):
+        opened(state, tmp_path / "net.pth")
+
+
+def test_a_head_of_another_width_is_refused(tmp_path):
+    state = backbone() | {"classifier.weight": torch.ones(5, 63), "classifier.bias": torch.ones(5)}
+    with pytest.raises(CheckpointError, match="classifier was read as its head, fc"):
+        opened(state, tmp_path / "net.pth")
+
+
+def test_a_linear_of_the_features_among_a_projects_parts_is_no_extra_part(tmp_path):
+    parts = {key: torch.ones(3) for key in [*RPN, "backbone.fpn.inner_blocks.0.0.weight"]}
+    parts |= {"roi_heads.weight": torch.ones(5, 64), "roi_heads.bias": torch.ones(5)}
+    with pytest.raises(CheckpointError, match=r"roi_heads takes the 64 features .* A head is never left out"):
+        opened(backbone("backbone.body.") | parts, tmp_path / "net.pth")
+
+
+def test_no_name_says_that_a_network_is_dilated(tmp_path):
+    written("torchvision segmentation", tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=r"Say --dilated-stages 3 4 .* or --dilated-stages without a number"):
+        open_checkpoint(tmp_path / "file.pth")
+    for flags, dilated in (("3", "4"), (3, 4)), ((), ()):
+        assert run(["inspect", str(tmp_path / "file.pth"), "--dilated-stages", *flags]) == 0
+        reading = Reading(traits={"dilated_stages": dilated})
+        assert open_checkpoint(tmp_path / "file.pth", reading).config.dilated_stages == dilated
+
+
+def test_a_network_is_taken_without_its_head_where_the_user_says_so(tmp_path):
+    torch.save(backbone() | {"classifier.weight": torch.ones(5, 64)}, tmp_path / "net.pth")
+    source = open_checkpoint(tmp_path / "net.pth", Reading(ignore=("classifier.*",)))
+    assert source.config.num_classes is None
+    assert "ignored classifier.weight" in source.notes

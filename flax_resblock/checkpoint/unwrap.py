@@ -74,7 +74,7 @@ def unwrap(content: Any, *, is_tensor: Callable[[Any], bool], source: str, entry
         else:
             extras[key] = value
             notes.append(f"left out {key!r}, a {type(value).__name__}")
-    return _strip(state, notes), extras, notes
+    return strip(state, notes), extras, notes
 
 
 def _holds_tensors(value: Any, is_tensor: Callable[[Any], bool]) -> bool:
@@ -83,8 +83,13 @@ def _holds_tensors(value: Any, is_tensor: Callable[[Any], bool]) -> bool:
     return any(map(is_tensor, value.values())) or any(_holds_tensors(value.get(name), is_tensor) for name in WRAPPERS)
 
 
-def _strip(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Removes prefixes that every key has, one after the other."""
+def strip(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Removes prefixes that every key has, one after the other.
+
+    Args:
+      state: Tensors by name; tensors that wrappers add are deleted from it.
+      notes: Gets a sentence on each.
+    """
     for stray in _STRAY:
         if stray in state and len(state) > 1:
             del state[stray]

@@ -43,7 +43,7 @@ _TRANSFORMERS, _TIMM, _TORCHVISION = "transformers 5.24.0", "timm 1.0.31", "torc
 FAMILIES = (
     Family("torchvision classification", "torchvision", "resnet, resnext, wide_resnet", _TORCHVISION, _NAMES),
     Family("torchvision detection", "torchvision", "`backbone.body.*` of Faster R-CNN, RetinaNet, Mask R-CNN, FCOS", _TORCHVISION, _FEATURES),
-    Family("torchvision segmentation", "torchvision", "`backbone.*` of FCN and DeepLabV3, dilated", _TORCHVISION, _FEATURES),
+    Family("torchvision segmentation", "torchvision", "`backbone.*` of FCN and DeepLabV3, with --dilated-stages 3 4", _TORCHVISION, _FEATURES),
     Family(
         "transformers ResNet",
         "huggingface",
@@ -96,7 +96,13 @@ def markdown() -> str:
     lines += ["## Naming schemes", "", "`--layout NAME` reads, `--to-layout NAME` writes. Those of a hub also write a folder with `config.json`.", ""]
     lines += _table(("layout", "who writes it", "folder for"), ((f"`{row.name}`", row.origin, row.hub) for row in LAYOUTS.values()))
     lines += ["## Networks inside larger checkpoints", ""]
-    lines += ["A row applies only where it explains every tensor. What is left out is counted in the output.", ""]
+    lines += [
+        "A row applies only where it explains every tensor and finds the parts by which the project "
+        "is recognised. What is left out is counted in the output. A classification head is never "
+        "left out: a single fully connected layer beside a network, such as `classifier` beside "
+        "`backbone.*`, is read as its head.",
+        "",
+    ]
     beside = (", ".join(f"`{pattern}`" for pattern in row.beside) for row in TORSOS)
     lines += _table(
         ("project", "the network", "left out"),

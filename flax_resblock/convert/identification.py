@@ -145,7 +145,7 @@ def _no_fit(found: Found, source: str, matches: list[Match], was_told: bool, str
         lines.append(f"It does fit {better[0].title}; leave out what you gave, or pass --layout {better[0].state_map.layout.name}.")
     elif others:
         lines.append(f"Next nearest: {'; '.join(f'{match.title} ({_differences(match)})' for match in others[:2])}.")
-    lines.append("Try --layout NAME or --architecture NAME for another reading, --ignore KEY to drop a key, --allow-missing KEY to start one afresh.")
+    lines.append("Try --layout NAME or --architecture NAME for another reading.")
     return "\n".join(lines)
 
 

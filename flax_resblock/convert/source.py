@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,30 @@ import numpy as np
 from flax_resblock import architecture as arch
 from flax_resblock import checkpoint
 from flax_resblock.checkpoint import LIMITS, Limits, Record
+from flax_resblock.checkpoint.unwrap import strip
 from flax_resblock.convert import run as runs
 from flax_resblock.convert import run_file
 from flax_resblock.convert.hub import HubConfig, kept_files, read_hub
-from flax_resblock.convert.identification import identify
+from flax_resblock.convert.identification import Match, identify
 from flax_resblock.convert.layouts import LAYOUTS
 from flax_resblock.convert.param_groups import WEIGHTS_ONLY
 from flax_resblock.convert.run import Run
-from flax_resblock.convert.state_map import StateMap, describe, matches_any, unhealthy
-from flax_resblock.convert.torso import describe_left_out, find_torso, nearly
+from flax_resblock.convert.state_map import (
+    StateMap,
+    TensorInfo,
+    describe,
+    matches_any,
+    unhealthy,
+)
+from flax_resblock.convert.torso import (
+    Torso,
+    describe_left_out,
+    find_head,
+    find_torso,
+    head_left_out,
+    nearly,
+    several_layers,
+)
 from flax_resblock.convert.traits import Assumption, assumptions, told_by_entries
 from flax_resblock.errors import CheckpointError, InputError, some, visible
 
@@ -152,10 +167,12 @@ def interpret(record: Record, reading: Reading | None = None) -> Source:
     tensors = {key: value for key, value in record.tensors.items() if key not in set(ignored)}
     if run_file.holds_run(record.metadata):
         tensors = {key: value for key, value in tensors.items() if not key.startswith((run_file.TENSORS, run_file.AVERAGED))}
-    torso = find_torso(tensors)
     notes = list(record.notes)
     if ignored:
         notes.append(f"ignored {some(ignored)}")
+        tensors = strip(tensors, notes)
+    beside = describe(tensors)
+    torso = find_torso(beside, (*record.extras, *record.notes))
     if torso is not None:
         notes.append(describe_left_out(torso, tensors))
         tensors = {key.removeprefix(torso.prefix): value for key, value in tensors.items() if torso.holds(key)}
@@ -164,23 +181,21 @@ def interpret(record: Record, reading: Reading | None = None) -> Source:
     if hub is not None:
         notes.append(hub.sentence)
     wanted = reading.architecture if reading.architecture is not None else _written_config(record)
-    by_file = {**by_entries, **(torso.traits if torso else {}), **(hub.traits if hub else {})} if wanted is None else {}
+    by_file = {**by_entries, **(hub.traits if hub else {})} if wanted is None else {}
+    reading = replace(reading, architecture=wanted, traits={**by_file, **reading.traits})
+    if torso is not None and torso.may_dilate:
+        _refuse_untold_dilation(torso, reading, record.source)
     try:
-        match = identify(
-            describe(tensors),
-            architecture=wanted,
-            layout=reading.layout,
-            num_classes=reading.num_classes,
-            stride=reading.stride,
-            allow_missing=reading.allow_missing,
-            traits={**by_file, **reading.traits},
-            source=record.source,
-        )
+        match = _identify(tensors, reading, record.source)
+        if torso is not None:
+            _refuse_head_left_out(torso, beside, match, record.source)
     except CheckpointError as error:
-        almost = nearly(key for key in record.tensors if key not in set(ignored))
-        if not almost:
-            raise
-        raise CheckpointError(f"{error}\n{almost}") from error
+        headed = _with_head(tensors, reading, record.source) if torso is None else None
+        if headed is None:
+            hints = [nearly(beside), several_layers(beside)] if torso is None else []
+            raise CheckpointError("\n".join([str(error), *filter(None, hints)])) from error
+        tensors, match, note = headed
+        notes.append(note)
     if match.misfit.afresh:
         notes.append(f"absent, to start afresh: {some(match.misfit.afresh)}")
     counters = match.misfit.filled_counters
@@ -190,10 +205,83 @@ def interpret(record: Record, reading: Reading | None = None) -> Source:
     config = match.state_map.config
     if isinstance(config, arch.ResNetConfig) and config.num_classes is None:
         notes.append("no classification head: the network returns pooled features")
-    assumed = assumptions(config, match.state_map.layout, {**by_file, **reading.traits}) if wanted is None else []
+    assumed = assumptions(config, match.state_map.layout, reading.traits) if wanted is None else []
     notes += [assumption.note for assumption in assumed]
     afresh = tuple(match.misfit.afresh)
     return Source(record, match.state_map, tensors, tuple(notes), afresh, _written_norm_options(record), hub, tuple(assumed))
+
+
+def _identify(tensors: Mapping[str, np.ndarray], reading: Reading, source: str) -> Match:
+    return identify(
+        describe(tensors),
+        architecture=reading.architecture,
+        layout=reading.layout,
+        num_classes=reading.num_classes,
+        stride=reading.stride,
+        allow_missing=reading.allow_missing,
+        traits=reading.traits,
+        source=source,
+    )
+
+
+def _with_head(tensors: Mapping[str, np.ndarray], reading: Reading, source: str) -> tuple[dict[str, np.ndarray], Match, str] | None:
+    """The network and its head, where the head has another name than its naming scheme gives it.
+
+    Returns:
+      The tensors under the names of the scheme, the reading, and a note; None where the rest is no
+      network.
+    Raises:
+      CheckpointError: The rest is a network, and the head does not fit it.
+    """
+    head = find_head(describe(tensors))
+    if head is None:
+        return None
+    rest = {key.removeprefix(head.prefix): value for key, value in tensors.items() if not head.holds(key)}
+    wanted = reading.architecture
+    if isinstance(wanted, arch.ResNetConfig):
+        wanted = replace(wanted, num_classes=None)
+    try:
+        match = _identify(rest, replace(reading, architecture=wanted, num_classes=None), source)
+    except CheckpointError:
+        return None
+    if not isinstance(match.state_map.config, arch.ResNetConfig):
+        return None
+    layout = match.state_map.layout
+    name = layout.modules.get("head")
+    if name is None:
+        raise CheckpointError(
+            f"{source} is {match.title} with the classification head {head.module}, and this layout has no name for a head. A head is never left out."
+        )
+    rest |= {f"{name}.{key.rpartition('.')[2]}": value for key, value in tensors.items() if head.holds(key)}
+    try:
+        return rest, _identify(rest, replace(reading, layout=layout.name), source), head.note(name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}\n{head.module} was read as its head, {name}.") from error
+
+
+def _refuse_untold_dilation(torso: Torso, reading: Reading, source: str) -> None:
+    known = isinstance(reading.architecture, arch.ResNetConfig) or "dilated_stages" in reading.traits
+    if not known:
+        raise CheckpointError(
+            f"{source} holds the backbone of a segmentation network ({torso.name}), and no tensor "
+            "tells whether its last stages are dilated. Say --dilated-stages 3 4 if they are, as in "
+            "torchvision's FCN and DeepLabV3, or --dilated-stages without a number if they are not "
+            "(traits={'dilated_stages': (3, 4)}, or (), in Python)."
+        )
+
+
+def _refuse_head_left_out(torso: Torso, found: Mapping[str, TensorInfo], match: Match, source: str) -> None:
+    config = match.state_map.config
+    if not isinstance(config, arch.ResNetConfig):
+        return
+    features = [block.out_channels for _, _, block in config.blocks()][-1]
+    head = head_left_out(torso, found, features)
+    if head is not None:
+        raise CheckpointError(
+            f"{source}: {head} takes the {features} features of the network under "
+            f"'{torso.prefix}' as a classification head does, and is no known part of "
+            f"{torso.name}. A head is never left out."
+        )
 
 
 def open_checkpoint(path: str | Path, reading: Reading | None = None, *, entry: str | None = None, run: bool = False) -> Source:
