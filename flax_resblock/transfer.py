@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -63,7 +64,8 @@ def from_torch(
       CheckpointError: The tensors fit no network, or several; the message lists the differences.
       InputError: An ``nn.Module`` whose strides, padding or norms differ from what the Flax network would do.
     Warns:
-      UserWarning: Non-finite values or negative variances; they are carried as they are.
+      UserWarning: Everything that was assumed, left out, ignored, filled or unwrapped, in one
+        warning; non-finite values or negative variances, which are carried as they are.
     Example:
       >>> model = from_torch(torchvision.models.resnet18())
     """
@@ -85,13 +87,24 @@ def from_torch(
         opened = interpret(checkpoint.read(FilePath(source), limits=limits), reading)
     else:
         raise InputError(f"from_torch takes a state dict, an nn.Module or a path, not a {type(source).__name__}.")
-    if opened.unhealthy:
-        warnings.warn(f"{opened.record.source}: {some(opened.unhealthy)}; carried as they are.", stacklevel=2)
+    _warn_about(opened)
     return to_model(opened, **options)
 
 
+def _warn_about(source: Source) -> None:
+    """Warns, at the caller's own line, about everything that was not read as it stands."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        level, frame = level + 1, frame.f_back
+    name = source.record.source
+    if source.notes:
+        warnings.warn(f"{name}: {'; '.join(source.notes)}.", stacklevel=level)
+    if source.unhealthy:
+        warnings.warn(f"{name}: {some(source.unhealthy)}; carried as they are.", stacklevel=level)
+
+
 def load(path: str | PathLike[str], **arguments: Any) -> Model:
-    """The nnx model that a checkpoint of any format holds, in evaluation mode; arguments and errors as for :func:`from_torch`."""
+    """The nnx model that a checkpoint of any format holds, in evaluation mode; arguments, warnings and errors as for :func:`from_torch`."""
     if not isinstance(path, str | PathLike):
         raise InputError(f"load takes a path, not a {type(path).__name__}; from_torch takes state dicts and modules.")
     return from_torch(path, **arguments)
@@ -109,11 +122,14 @@ def load_run(path: str | PathLike[str], *, optimizer: str | None = None, per_epo
       The nnx model in evaluation mode, and the :class:`~flax_resblock.convert.run.Run`, which :func:`train.fit` goes on with and :func:`save` writes.
     Raises:
       CheckpointError: As for :func:`from_torch`; and no optimizer, or one that does not fit.
+    Warns:
+      UserWarning: As for :func:`from_torch`.
     Example:
       >>> model, run = load_run("run.pth")
     """
     entry = arguments.pop("entry", None)
     source = open_checkpoint(FilePath(path), Reading(**arguments), entry=entry, run=True)
+    _warn_about(source)
     return to_model(source), source.run(kind=optimizer, per_epoch=per_epoch)
 
 

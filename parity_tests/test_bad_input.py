@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from flax_resblock import CheckpointError, InputError, ResNetConfig, checkpoint, from_torch, load, save, to_torch
 from flax_resblock.checkpoint import atomic, safetensors_file
 from flax_resblock.checkpoint.torch_file import from_numpy
+from flax_resblock.convert.source import Reading, open_checkpoint
 from parity_tests.support import assert_same_bits, random_bits
 from torch_ref import BasicBlock, Block, ResNet
 
@@ -175,6 +177,32 @@ def test_missing_and_extra_keys_can_be_allowed_by_name():
     assert np.all(np.isfinite(model.head.bias[...]))
     assert np.any(np.asarray(model.head.bias[...]) != 0)
     assert model.head.kernel[...].shape == (10, 3)
+
+
+def test_what_the_command_line_notes_is_one_warning_of_the_api(tmp_path):
+    from flax_resblock import load_run
+
+    state = {f"module.{key}": torch.from_numpy(value) for key, value in healthy().items()}
+    state = {key: value for key, value in state.items() if "num_batches" not in key}
+    state["module.ema.decay"] = torch.tensor(0.99)
+    module = ResNet(depths=(1, 1), widths=(6, 10), stem="cifar", stem_width=4, num_classes=3)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    torch.save({"state_dict": state, "optimizer": optimizer.state_dict()}, tmp_path / "net.pth")
+    notes = open_checkpoint(tmp_path / "net.pth", Reading(ignore=("ema.*",))).notes
+    assert len(notes) >= 4
+    for call in (load, load_run, from_torch):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call(tmp_path / "net.pth", ignore=("ema.*",))
+        ours = [w for w in caught if issubclass(w.category, UserWarning) and "ignored" in str(w.message)]
+        assert [w.filename for w in ours] == [__file__]
+        assert all(note in str(ours[0].message) for note in notes)
+
+
+def test_a_checkpoint_that_is_read_as_it_stands_gives_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from_torch(healthy())
 
 
 def test_two_readings_that_fit_equally_are_a_tie(monkeypatch):

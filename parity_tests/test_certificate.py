@@ -18,7 +18,7 @@ import torch
 from flax_resblock import checkpoint
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.cli import run
-from flax_resblock.parity.certificate import read_certificate, recheck
+from flax_resblock.parity.certificate import REFERENCE, read_certificate, recheck
 from flax_resblock.parity.certify import BATCH
 from parity_tests.test_without_torch import BLOCK_TORCH
 from torch_ref import BasicBlock, ResNet
@@ -70,8 +70,30 @@ def test_a_conversion_is_certified(out, folder, capsys):
     assert {"flax_resblock", "jax", "torch", "python"} <= set(entry["versions"])
     assert entry["layout"] == ("flax" if out == "net_flax" else "torchvision")
     assert str(folder) not in PATH.read_text()
-    assert "equal in both frameworks" in capsys.readouterr().out
+    assert verification["compared_with"] == REFERENCE
+    printed = capsys.readouterr().out
+    assert f"tensors of Flax agree with PyTorch, compared with {REFERENCE}" in printed
+    assert "equal in both frameworks" not in printed
     assert [(c.output, c.status, c.details) for c in recheck(PATH)] == [(out, "unchanged", ())]
+
+
+def test_a_certificate_lists_what_was_assumed_and_left_out(folder, capsys):
+    state = {f"backbone.{key}": value for key, value in torch.load("net.pth").items()}
+    state["classifier.weight"] = state.pop("backbone.fc.weight")
+    state["classifier.bias"] = state.pop("backbone.fc.bias")
+    torch.save({"state_dict": state}, "tuned.pth")
+    entry = convert("out.safetensors", source="tuned.pth")
+    assert any(note.startswith("took classifier as the class") for note in entry["notes"])
+    assert "took entry 'state_dict'" in entry["notes"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(note in printed for note in entry["notes"])
+
+
+def test_verify_says_what_the_checkpoint_was_compared_with(folder, capsys):
+    assert run(["verify", "net.pth", "--eval-only", "--json", "r.json", "--html", "r.html"]) == 0
+    assert f"within the criterion, compared with {REFERENCE}" in capsys.readouterr().out
+    assert json.loads(Path("r.json").read_text())["provenance"]["compared_with"] == REFERENCE
+    assert Path("r.html").read_text().count(REFERENCE) == 2
 
 
 def test_the_stored_worst_is_what_the_comparison_measures(folder):

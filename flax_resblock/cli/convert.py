@@ -28,7 +28,7 @@ from flax_resblock.convert.hub import files_of
 from flax_resblock.convert.source import Reading, Source, metadata_of, target_layout
 from flax_resblock.convert.state_map import transcode
 from flax_resblock.errors import InputError, some
-from flax_resblock.parity.certificate import certificate_of
+from flax_resblock.parity.certificate import REFERENCE, certificate_of
 from flax_resblock.parity.certify import certify, provenance, refuse_foreign
 
 Output = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help="Name ending in .pth, .pt, .th, .safetensors, or none for an Orbax folder.")]
@@ -48,8 +48,10 @@ def convert(
 
     The suffix of OUT decides the format: .pth for PyTorch, .safetensors for either framework, no suffix for an Orbax folder with Flax names, or, with
     --to-layout huggingface or timm, for a folder with config.json that transformers or timm loads. The output is written under a temporary name, read back,
-    compared by SHA-256, and only then renamed into place. Then both frameworks compute with it, every slot, in float64, and parity.json beside it records
-    the result and the SHA-256 of everything. Exit status 1 when the frameworks differ.
+    compared by SHA-256, and only then renamed into place. Then Flax and the reference network in
+    PyTorch compute with it, every slot, in float64, and parity.json beside it records the result,
+    what was assumed, and the SHA-256 of everything. Your own code is not seen. Exit status 1 when
+    the frameworks differ.
 
     Args:
       reading: How to read the checkpoint.
@@ -95,13 +97,16 @@ def convert(
         print_found(run)
     elif left:
         output.print(f"  note  the weights alone; {left} stays behind (--with-optimizer carries the run)", style="yellow", markup=False, soft_wrap=True)
-    return 0 if origin is None else _certify(out, Reading(architecture=target.config, layout=target.layout.name, limits=reading.limits), origin)
+    if origin is None:
+        return 0
+    written = Reading(architecture=target.config, layout=target.layout.name, limits=reading.limits)
+    return _certify(out, written, origin, description.notes)
 
 
-def _certify(out: Path, reading: Reading, origin: Mapping[str, Any]) -> int:
+def _certify(out: Path, reading: Reading, origin: Mapping[str, Any], notes: tuple[str, ...]) -> int:
     """Verifies what was written, writes the certificate and returns the exit status."""
     with status.status(f"verifying {out}"):
-        verification = certify(out, reading, origin)
+        verification = certify(out, reading, origin, notes)
     path = certificate_of(out)
     if "skipped" in verification:
         output.print(f"  parity  not verified: {verification['skipped']}; SHA-256 in {path}", style="yellow", markup=False, soft_wrap=True)
@@ -110,7 +115,9 @@ def _certify(out: Path, reading: Reading, origin: Mapping[str, Any]) -> int:
     measured = f"{worst['slot']} ({worst['quantity']}) differs by {float(worst['error']):.1e} in float64, limit {worst['limit']:g}"
     if verification["passed"]:
         output.print(
-            f"  parity  {verification['tensors']} tensors equal in both frameworks; the worst, {measured}; certificate {path}", markup=False, soft_wrap=True
+            f"  parity  {verification['tensors']} tensors of Flax agree with PyTorch, compared with {REFERENCE}; the worst, {measured}; certificate {path}",
+            markup=False,
+            soft_wrap=True,
         )
         return 0
     print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -174,7 +175,9 @@ def _go_on_in_jax(checkpoint: Path, config: Any, splits: Splits, out: Path) -> t
     import flax_resblock
     from train import evaluate, fit
 
-    model, run = flax_resblock.load_run(checkpoint)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the demo wrote this file itself
+        model, run = flax_resblock.load_run(checkpoint)
     print_found(run)
     history = fit(model, splits.train, config, run=run)
     flax_resblock.save(model, out, run=history.run)
@@ -185,7 +188,9 @@ def _distance(module: Any, trained: Path) -> float:
     """The largest relative difference of a tensor between the PyTorch module and the network that JAX trained."""
     import flax_resblock
 
-    ours = flax_resblock.to_torch(flax_resblock.load(trained))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above
+        ours = flax_resblock.to_torch(flax_resblock.load(trained))
     theirs = {key: value.numpy().astype(np.float64) for key, value in module.state_dict().items()}
     return max(float(np.linalg.norm(ours[key] - value) / np.linalg.norm(value)) for key, value in theirs.items())
 

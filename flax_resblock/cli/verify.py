@@ -20,6 +20,7 @@ from flax_resblock.checkpoint.atomic import refuse_existing, replacing
 from flax_resblock.cli.common import ReadingFlags, output, print_notes, print_table, refuse_unhealthy, status
 from flax_resblock.cli.interrupts import still_wanted
 from flax_resblock.errors import InputError, MissingDependencyError
+from flax_resblock.parity.certificate import REFERENCE
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -218,7 +219,7 @@ def verify(
     output.print(f"[bold]{escape(name_of(subject.twins.config))}[/]  {escape(subject.title)}, input {list(images.shape)}", soft_wrap=True)
     print_notes(subject.notes)
     verification, facts = _run(subject.twins, images, plan, places, input, subject.facts, found)
-    _print(verification, report)
+    _print(verification, report, compared_with=subject.facts["compared_with"])
     consequences = [consequence.note for consequence in _consequences(subject, images)]
     print_notes(tuple(consequences))
     facts["notes"] += consequences
@@ -259,7 +260,9 @@ def _subject(checkpoint: Path | None, reading: ReadingFlags, input: InputFlags, 
             config = architecture(name, **({} if reading.num_classes is None else {"num_classes": reading.num_classes}))
         except ValueError as error:
             raise InputError(str(error)) from error
-        return _Subject(Twins.random(config, input.seed), f"random weights, seed {input.seed}", {"subject": name, "architecture": name})
+        return _Subject(
+            Twins.random(config, input.seed), f"random weights, seed {input.seed}", {"subject": name, "compared_with": REFERENCE, "architecture": name}
+        )
     source = reading.open(checkpoint)
     refuse_unhealthy(source, allow_nonfinite)
     if source.afresh:
@@ -309,7 +312,13 @@ def _show(spinner: Status, what: str, step: str) -> None:
     spinner.update(escape(f"{what}: {step}"))
 
 
-def _print(verification: Verification, report: ReportFlags, *, diagnosis: bool = True) -> None:
+def _print(
+    verification: Verification,
+    report: ReportFlags,
+    *,
+    diagnosis: bool = True,
+    compared_with: str = "",
+) -> None:
     """Tables, verdict and, where it was not printed before, the diagnosis."""
     from flax_resblock.parity.report import slot_table, summary_table, verdict_lines
 
@@ -318,7 +327,7 @@ def _print(verification: Verification, report: ReportFlags, *, diagnosis: bool =
         for group, quantity, rows in comparison.groups():
             print_table(slot_table(rows, f"{quantity}, {group}"))
     print_table(summary_table(comparison))
-    for line in verdict_lines(comparison):
+    for line in verdict_lines(comparison, compared_with):
         output.print(line, style="bold green" if comparison.passed else "bold red", markup=False, soft_wrap=True)
     for cause in verification.diagnosis if diagnosis else ():
         output.print(f"  {cause}", style="bold", markup=False, soft_wrap=True)
@@ -361,7 +370,9 @@ def _verify_battery(plan: Plan, places: Devices, input: InputFlags, report: Repo
     wrong, reports = 0, []
     for name, config in BATTERY.items():
         images = input.images(config)
-        verification, facts = _run(Twins.random(config, input.seed), images, plan, places, input, {"subject": name, "architecture": name}, found)
+        verification, facts = _run(
+            Twins.random(config, input.seed), images, plan, places, input, {"subject": name, "compared_with": REFERENCE, "architecture": name}, found
+        )
         wrong += not verification.passed
         reports.append(facts)
         verdict = f"[green]equal[/]  {len(verification.comparison.measurements)} tensors" if verification.passed else "[bold red]differs[/]"

@@ -21,6 +21,8 @@ from flax_resblock.errors import CheckpointError, InputError, MissingDependencyE
 NAME = "parity.json"
 KIND = "flax-resblock certificate"
 SCHEMA = 1
+REFERENCE = "the reference network of this description; your own code was not seen"
+"""What a checkpoint is compared with."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _CHUNK = 1 << 22

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,14 @@ from flax_resblock.architecture import name_of
 from flax_resblock.checkpoint.atomic import alone
 from flax_resblock.convert.source import Reading, Source, open_checkpoint
 from flax_resblock.errors import InputError, OutputError, some
-from flax_resblock.parity.certificate import KIND, SCHEMA, certificate_of, hashes, read_certificate
+from flax_resblock.parity.certificate import (
+    KIND,
+    REFERENCE,
+    SCHEMA,
+    certificate_of,
+    hashes,
+    read_certificate,
+)
 from flax_resblock.parity.versions import versions
 
 PACKAGES = ("jax", "flax", "numpy", "safetensors", "orbax-checkpoint", "torch")
@@ -71,7 +78,8 @@ def verify_written(source: Source) -> dict[str, Any]:
     Args:
       source: The output, opened again.
     Returns:
-      ``passed``, ``criterion``, ``worst``, ``tensors`` (how many were compared); or ``skipped``, why there was none.
+      ``passed``, ``compared_with``, ``criterion``, ``worst``, ``tensors`` (how many were
+      compared); or ``skipped``, why there was none.
     """
     if source.unhealthy:
         return {"skipped": f"values that no healthy checkpoint has: {some(source.unhealthy)}"}
@@ -97,19 +105,21 @@ def verify_written(source: Source) -> dict[str, Any]:
     error = worst.judgement.error
     return {
         "passed": comparison.passed,
+        "compared_with": REFERENCE,
         "criterion": f"evaluation mode, float64: relative L2 difference of Flax from PyTorch at most {FLOAT64_LIMIT:g} for every tensor",
         "worst": {"quantity": worst.quantity, "slot": worst.slot, "error": error if math.isfinite(error) else str(error), "limit": worst.judgement.limit},
         "tensors": len(comparison.measurements),
     }
 
 
-def certify(out: Path, reading: Reading, origin: Mapping[str, Any]) -> dict[str, Any]:
+def certify(out: Path, reading: Reading, origin: Mapping[str, Any], notes: Sequence[str] = ()) -> dict[str, Any]:
     """Opens an output again, verifies it and enters it in the certificate of its folder.
 
     Args:
       out: What was written.
       reading: What it is; a ``.pth`` does not always tell.
       origin: :func:`provenance` of what it was made from.
+      notes: What was assumed, left out or filled when that was read.
     Returns:
       ``verification`` of the entry, see :func:`verify_written`.
     Raises:
@@ -123,6 +133,7 @@ def certify(out: Path, reading: Reading, origin: Mapping[str, Any]) -> dict[str,
         "tensors": checkpoint.digests(source.record.tensors),
         "architecture": name_of(source.config),
         "layout": source.state_map.layout.name,
+        "notes": list(notes),
         "versions": versions(PACKAGES),
         "verification": verify_written(source),
     }

@@ -16,6 +16,7 @@ import numpy as np
 from flax_resblock.architecture import name_of
 from flax_resblock.checkpoint.record import digest, digests
 from flax_resblock.convert.source import Source
+from flax_resblock.parity.certificate import REFERENCE
 from flax_resblock.parity.devices import describe
 from flax_resblock.parity.parts import Devices
 from flax_resblock.parity.user_module import Case
@@ -30,6 +31,7 @@ def of_source(source: Source) -> dict[str, Any]:
     tensors = digests(source.tensors)
     return {
         "subject": name,
+        "compared_with": REFERENCE,
         "checkpoint": source.record.source,
         "checkpoint_sha256": _combined(tensors),
         "sha256": tensors,
@@ -40,7 +42,13 @@ def of_source(source: Source) -> dict[str, Any]:
 
 def of_module(case: Case) -> dict[str, Any]:
     """What is known of a person's own module."""
-    return {"subject": case.title, "architecture": name_of(case.config), "layout": case.layout, "sha256": {k: digest(v) for k, v in case.state.items()}}
+    return {
+        "subject": case.title,
+        "compared_with": f"your module {case.title}",
+        "architecture": name_of(case.config),
+        "layout": case.layout,
+        "sha256": {k: digest(v) for k, v in case.state.items()},
+    }
 
 
 def _combined(tensors: Mapping[str, str]) -> str:

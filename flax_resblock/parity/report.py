@@ -96,10 +96,20 @@ def _numbers(row: Measurement) -> tuple[str, str, str, str]:
     return f"{judgement.error:.1e}", f"{judgement.ulp:.2g}", own, f"{judgement.limit:.1e}"
 
 
-def verdict_lines(comparison: Comparison) -> list[str]:
-    """The outcome in words; where something differs, the first slot that does, in forward order or, for gradients, in backward order."""
+def verdict_lines(comparison: Comparison, compared_with: str = "") -> list[str]:
+    """The outcome in words.
+
+    Where something differs, the first slot that does, in forward order or, for gradients, in
+    backward order.
+
+    Args:
+      comparison: What was measured.
+      compared_with: The PyTorch side, in words.
+    """
     if comparison.passed:
-        return [f"equal: all {len(comparison.measurements)} tensors are within the criterion"]
+        against = f", compared with {compared_with}" if compared_with else ""
+        number = len(comparison.measurements)
+        return [f"equal: all {number} tensors are within the criterion{against}"]
     return [str(divergence) for divergence in divergences(comparison)]
 
 
