@@ -23,7 +23,7 @@ from flax_resblock.convert import LAYOUTS, StateMap, run_file
 from flax_resblock.convert.hub import files_of
 from flax_resblock.convert.modules import module_facts
 from flax_resblock.convert.run import Run
-from flax_resblock.convert.source import EPS, MOMENTUM, Reading, Source, interpret, metadata_of, open_checkpoint
+from flax_resblock.convert.source import EPS, MOMENTUM, Reading, Source, interpret, metadata_of, open_checkpoint, refuse_afresh
 from flax_resblock.errors import InputError, some
 from flax_resblock.norm import BatchNorm
 from flax_resblock.resnet import Model, ResNet, build
@@ -52,8 +52,9 @@ def from_torch(
       layout: Naming scheme, see :data:`flax_resblock.convert.LAYOUTS`; None finds it.
       num_classes: Size of the logits; None reads it off.
       stride: Of a bare block whose skip changes shape; its weights do not tell (an ``nn.Module`` does).
-      ignore: Keys to drop, shell-style patterns.
-      allow_missing: Keys that may be absent and start afresh, shell-style patterns.
+      ignore: Keys to drop, shell-style patterns; none of them in a block of the network.
+      allow_missing: Keys that may be absent, shell-style patterns. Only counters may: a model with
+        random weights is never returned.
       limits: What a file may declare before it is refused, see :class:`flax_resblock.checkpoint.Limits`.
       traits: Fields of :class:`~flax_resblock.ResNetConfig` that no tensor tells, ``{"stride_on": "1x1"}``; an ``nn.Module`` says them itself, and so does
         the ``config.json`` of a folder.
@@ -87,6 +88,7 @@ def from_torch(
         opened = interpret(checkpoint.read(FilePath(source), limits=limits), reading)
     else:
         raise InputError(f"from_torch takes a state dict, an nn.Module or a path, not a {type(source).__name__}.")
+    refuse_afresh(opened)
     _warn_about(opened)
     return to_model(opened, **options)
 
@@ -129,6 +131,7 @@ def load_run(path: str | PathLike[str], *, optimizer: str | None = None, per_epo
     """
     entry = arguments.pop("entry", None)
     source = open_checkpoint(FilePath(path), Reading(**arguments), entry=entry, run=True)
+    refuse_afresh(source)
     _warn_about(source)
     return to_model(source), source.run(kind=optimizer, per_epoch=per_epoch)
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from flax_resblock import CheckpointError, InputError, ResNetConfig, checkpoint, from_torch, load, save, to_torch
+from flax_resblock import CheckpointError, InputError, ResNetConfig, checkpoint, from_torch, load, load_run, save, to_torch
 from flax_resblock.checkpoint import atomic, safetensors_file
 from flax_resblock.checkpoint.torch_file import from_numpy
+from flax_resblock.cli import run
 from flax_resblock.convert.source import Reading, open_checkpoint
 from parity_tests.support import assert_same_bits, random_bits
 from torch_ref import BasicBlock, Block, ResNet
@@ -167,21 +168,83 @@ def test_many_keys_are_summed_up():
         from_torch(state)
 
 
-def test_missing_and_extra_keys_can_be_allowed_by_name():
+def test_extra_keys_can_be_ignored_by_name_and_missing_weights_are_never_made_up(tmp_path):
     state = healthy()
     del state["fc.bias"]
     state["ema.decay"] = np.array(0.99, np.float32)
     with pytest.raises(CheckpointError, match=r"missing\s+fc.bias\n\s+unexpected\s+ema.decay"):
         from_torch(state)
-    model = from_torch(state, ignore=["ema.*"], allow_missing=["fc.*"])
-    assert np.all(np.isfinite(model.head.bias[...]))
-    assert np.any(np.asarray(model.head.bias[...]) != 0)
-    assert model.head.kernel[...].shape == (10, 3)
+    with pytest.raises(CheckpointError, match=r"lacks fc\.bias\. Weights .* are never made up"):
+        from_torch(state, ignore=["ema.*"], allow_missing=["fc.*"])
+    torch.save({key: from_numpy(value) for key, value in state.items()}, tmp_path / "net.pth")
+    for call in (load, load_run):
+        with pytest.raises(CheckpointError, match=r"lacks fc\.bias"):
+            call(tmp_path / "net.pth", ignore=["ema.*"], allow_missing=["fc.*"])
+    state["fc.bias"] = healthy()["fc.bias"]
+    counters = [key for key in state if "num_batches" in key]
+    for key in counters:
+        del state[key]
+    with pytest.warns(UserWarning, match=r"ignored ema\.decay; filled \d+ absent num_batches_tracked"):
+        model = from_torch(state, ignore=["ema.*"], allow_missing=["*num_batches_tracked"])
+    assert_same_bits({k: v for k, v in to_torch(model).items() if k not in counters}, {k: v for k, v in state.items() if k != "ema.decay"})
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone."])
+@pytest.mark.parametrize("pattern", ["layer1.0.bn2*", "*.downsample.*", "*layer2.*", "layer1.0.extra.weight"])
+def test_a_tensor_of_a_block_cannot_be_ignored(pattern, prefix, tmp_path):
+    state = {f"{prefix}{key}": value for key, value in healthy().items()}
+    if "extra" in pattern:
+        state[f"{prefix}layer1.0.extra.weight"] = np.ones((6, 6), np.float32)
+    with pytest.raises(InputError, match=r"cannot be ignored\. A residual block without"):
+        from_torch(state, ignore=[pattern])
+
+
+def test_a_tensor_of_a_backbone_or_a_bare_block_cannot_be_ignored():
+    beside = {f"encoder.{key}": value for key, value in healthy().items() if "fc." not in key}
+    beside |= {f"projector.{i}.weight": np.ones((3, 10), np.float32) for i in (0, 2)}
+    with pytest.raises(InputError, match=r"encoder\.layer1\.0\.downsample.* cannot be ignored"):
+        from_torch(beside, ignore=["*downsample*"])
+    block = {key: value.numpy() for key, value in BasicBlock(4, 6, 2).state_dict().items()}
+    with pytest.raises(InputError, match=r"downsample.* cannot be ignored"):
+        from_torch(block, stride=2, ignore=["*downsample*", "*shortcut*"])
+
+
+def test_another_network_in_the_file_can_be_ignored():
+    two = {f"net.{key}": value for key, value in healthy().items()}
+    two |= {f"encoder.{key}": value for key, value in healthy().items()}
+    with pytest.warns(UserWarning, match=r"ignored encoder\."):
+        model = from_torch(two, ignore=["encoder.*"])
+    assert_same_bits(to_torch(model), healthy())
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "verify", "convert", "export"])
+def test_no_command_makes_weights_up(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    state = {key: from_numpy(value) for key, value in healthy().items() if "running_var" not in key}
+    torch.save(state, "net.pth")
+    more = {
+        "predict": ["image.png"],
+        "convert": ["out.safetensors"],
+        "export": ["out"],
+    }
+    arguments = [command, "net.pth", *more.get(command, [])]
+    if command == "evaluate":
+        arguments = ["train", "--eval-only", "net.pth"]
+    assert run([*arguments, "--allow-missing", "*running_var"]) == 2
+    assert "are never made up" in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["net.pth"]
+
+
+def test_no_message_advises_to_ignore_tensors_or_to_make_them_up():
+    for change in ({"surprise": np.ones(3, np.float32)}, {"bn1.weight": None}):
+        state = {key: value for key, value in {**healthy(), **change}.items() if value is not None}
+        with pytest.raises(CheckpointError) as caught:
+            from_torch(state)
+        assert "ignore" not in str(caught.value)
+        assert "allow" not in str(caught.value)
 
 
 def test_what_the_command_line_notes_is_one_warning_of_the_api(tmp_path):
-    from flax_resblock import load_run
-
     state = {f"module.{key}": torch.from_numpy(value) for key, value in healthy().items()}
     state = {key: value for key, value in state.items() if "num_batches" not in key}
     state["module.ema.decay"] = torch.tensor(0.99)

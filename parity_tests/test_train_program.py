@@ -135,6 +135,16 @@ def test_transfer_takes_the_classes_that_were_asked_for_and_parts_by_commas(caps
     assert "--num-classes 5 is less than the 10 classes" in said(capsys, "--init", "imagenet.pth", "--num-classes", "5", *SHORT, status=2)
 
 
+def test_a_head_beside_its_backbone_starts_afresh_for_other_classes(capsys):
+    module = ResNet(depths=(1, 1), widths=(4, 6), stem="imagenet", stem_width=4, num_classes=None)
+    state = {f"backbone.{key}": value for key, value in module.state_dict().items()}
+    state |= {"classifier.weight": torch.ones(7, 6), "classifier.bias": torch.ones(7)}
+    torch.save(state, "seven.pth")
+    text = said(capsys, "--init", "seven.pth", "--num-classes", "10", *SHORT, "--out", "tuned")
+    assert "seven.pth has 7 classes: the head starts afresh, with 10" in text
+    assert flax_resblock.load("tuned").config.num_classes == 10
+
+
 def test_one_source_of_weights_at_a_time(capsys):
     assert "each say where the weights come from" in said(capsys, "--resume", "a", "--init", "b", status=2)
 

@@ -101,3 +101,11 @@ def strip(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         state = {key.removeprefix(prefix): value for key, value in state.items()}
         notes.append(f"removed the prefix '{prefix}'")
     return state
+
+
+def wrapping(key: str) -> str:
+    """The prefixes of wrappers that a key begins with, ``"model.backbone."``."""
+    rest = key
+    while (prefix := next((p for p in PREFIXES if rest.startswith(p)), None)) is not None:
+        rest = rest.removeprefix(prefix)
+    return key.removesuffix(rest)

@@ -16,7 +16,7 @@ from flax_resblock.checkpoint import LIMITS, Limits
 from flax_resblock.convert import run_file
 from flax_resblock.convert.optimizer import find
 from flax_resblock.convert.run import Run
-from flax_resblock.convert.source import Reading, Source, open_checkpoint
+from flax_resblock.convert.source import Reading, Source, open_checkpoint, refuse_afresh
 from flax_resblock.convert.traits import FIELDS
 from flax_resblock.errors import InputError, some, visible
 
@@ -62,9 +62,9 @@ class ReadingFlags:
     stride: int | None = None
     """Stride of a bare block with a projection; its weights do not tell."""
     ignore: tuple[str, ...] = ()
-    """Keys to drop, shell-style patterns."""
+    """Keys to drop, shell-style patterns; none of them in a block of the network."""
     allow_missing: tuple[str, ...] = ()
-    """Keys that may be absent and start afresh, shell-style patterns."""
+    """Keys that may be absent and start afresh in `train --init`, shell-style patterns."""
     entry: str | None = None
     """Entry of a training checkpoint that holds the weights, such as model_ema for averaged weights."""
     stride_on: Literal["3x3", "1x1"] | None = None
@@ -78,11 +78,20 @@ class ReadingFlags:
     limits: Limits = LIMITS
     """What the file may declare before it is refused; docs/security.md says why."""
 
-    def open(self, path: Path, *, run: bool = False) -> Source:
-        """The checkpoint, with the one reading that fits; ``run`` also reads what a training run left in files beside it."""
+    def open(self, path: Path, *, run: bool = False, afresh: bool = False) -> Source:
+        """The checkpoint, with the one reading that fits.
+
+        Args:
+          path: The checkpoint.
+          run: Also read what a training run left in files beside it.
+          afresh: Whether weights that are absent may start afresh, as ``allow_missing`` says.
+        """
         traits = {name: value for name in FIELDS if (value := getattr(self, name)) is not None}
         reading = Reading(self.architecture, self.layout, self.num_classes, self.stride, self.ignore, self.allow_missing, self.limits, traits)
-        return open_checkpoint(path, reading, entry=self.entry, run=run)
+        source = open_checkpoint(path, reading, entry=self.entry, run=run)
+        if not afresh:
+            refuse_afresh(source)
+        return source
 
 
 @dataclass(frozen=True)

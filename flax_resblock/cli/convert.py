@@ -27,7 +27,7 @@ from flax_resblock.convert import LAYOUTS, StateMap, run_file
 from flax_resblock.convert.hub import files_of
 from flax_resblock.convert.source import Reading, Source, metadata_of, target_layout
 from flax_resblock.convert.state_map import transcode
-from flax_resblock.errors import InputError, some
+from flax_resblock.errors import InputError
 from flax_resblock.parity.certificate import REFERENCE, certificate_of
 from flax_resblock.parity.certify import certify, provenance, refuse_foreign
 
@@ -71,8 +71,6 @@ def convert(
     with status.status(f"reading {checkpoint_}"):
         carry = training.with_optimizer and not training.weights_only
         source = reading.open(checkpoint_, run=carry)
-        if source.afresh:
-            raise InputError(f"{checkpoint_} lacks {some(list(source.afresh))}; convert writes what a checkpoint holds and starts nothing afresh.")
         refuse_unhealthy(source, allow_nonfinite)
         target = StateMap(source.config, LAYOUTS[target_layout(source, format_name, to_layout)])
         files = None

@@ -57,8 +57,6 @@ def export(
         raise InputError("--image-size fixes what --any-image-size leaves free; give one of them.")
     source = reading.open(checkpoint)
     refuse_unhealthy(source, allow_nonfinite)
-    if source.afresh:
-        raise InputError("export writes what a checkpoint holds; it starts no keys afresh.")
     config = source.config
     shift, scale, origin = normalisation_of((None, None), preprocessing_of(source), config.in_channels, mean, std)
     size = None if any_image_size else default_image_size(config) if image_size is None else image_size

@@ -13,7 +13,7 @@ from flax_resblock.cli.common import ReadingFlags, RunFlags, output, print_found
 from flax_resblock.convert import StateMap
 from flax_resblock.convert.run import Run
 from flax_resblock.convert.schedule import ScheduleState, describe
-from flax_resblock.convert.source import Reading, Source, interpret
+from flax_resblock.convert.source import HEADLESS, Reading, Source, interpret
 from flax_resblock.errors import InputError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def initialised(
     splits = opened(with_settings(preset, parts_later), strict, fit_channels=False)
     classes = _classes(reading.num_classes, splits)
     with status.status(f"reading {path}"):
-        source = replace(reading, num_classes=None).open(path)
+        source = replace(reading, num_classes=None).open(path, afresh=True)
         refuse_unhealthy(source, allow_nonfinite)
         config = source.config
         if not isinstance(config, ResNetConfig):
@@ -123,7 +123,11 @@ def initialised(
             config = replace(config, num_classes=classes)
             made = StateMap(config, source.state_map.layout)
             fresh = tuple(entry.torch_key for entry in made.entries if entry.flax_path[0] == "head")
-            source = interpret(source.record, Reading(config, made.layout.name, ignore=(*reading.ignore, *head), allow_missing=fresh))
+            kept = {key: value for key, value in source.tensors.items() if key not in head}
+            notes = tuple(note for note in source.notes if note != HEADLESS)
+            record = replace(source.record, tensors=kept, notes=notes)
+            allowed = (*reading.allow_missing, *fresh)
+            source = interpret(record, Reading(config, made.layout.name, allow_missing=allowed))
             output.print(f"  note  {path} has {was}: the head starts afresh, with {classes}", style="yellow", markup=False, soft_wrap=True)
     output.print(f"[bold]{name_of(config)}[/]  {path}", soft_wrap=True)
     print_notes(source.notes)

@@ -265,8 +265,6 @@ def _subject(checkpoint: Path | None, reading: ReadingFlags, input: InputFlags, 
         )
     source = reading.open(checkpoint)
     refuse_unhealthy(source, allow_nonfinite)
-    if source.afresh:
-        raise InputError("verify compares what a checkpoint holds; it cannot start keys afresh.")
     return _Subject(Twins.of(source), str(checkpoint), of_source(source), source.notes, source)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -73,6 +74,19 @@ class Layout:
     def block_prefix(self, stage: str, block: int | None) -> str:
         """``"layer2.0"``; empty for a bare block."""
         return "" if block is None else self.stage.format(stage=int(stage.removeprefix("stage")) - 1 + self.first_stage, block=block)
+
+    def is_inside_block(self, key: str) -> bool:
+        """Whether a tensor has the name of one in a block of a network."""
+        stage, block = re.escape(self.stage).split(r"\{stage\}")
+        digits = r"\d+"
+        pattern = f"{stage}{digits}{block}".replace(r"\{block\}", digits)
+        return re.match(rf"{pattern}\.", key) is not None
+
+    def is_in_bare_block(self, key: str) -> bool:
+        """Whether a tensor has the name of one in a bare block."""
+        places = {name for place, name in self.modules.items() if not place.startswith("stem")}
+        places.discard(self.modules.get("head", ""))
+        return any(key.startswith(f"{name}.") for name in places)
 
     def module_name(self, slot: Slot) -> str | None:
         """Name of the module that holds ``slot``; None where this scheme has no such place; ``""`` for a bare block as a whole."""

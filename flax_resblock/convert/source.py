@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from flax_resblock import architecture as arch
 from flax_resblock import checkpoint
 from flax_resblock.checkpoint import LIMITS, Limits, Record
-from flax_resblock.checkpoint.unwrap import strip
+from flax_resblock.checkpoint.unwrap import strip, wrapping
 from flax_resblock.convert import run as runs
 from flax_resblock.convert import run_file
 from flax_resblock.convert.hub import HubConfig, kept_files, read_hub
@@ -44,6 +44,10 @@ CONFIG, LAYOUT, EPS, MOMENTUM = "config", "layout", "eps", "momentum"
 """Metadata that this library writes beside tensors."""
 
 
+HEADLESS = "no classification head: the network returns pooled features"
+"""Note on a network without head."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """How to read a checkpoint where its names and shapes leave it open, or where a person knows better.
@@ -53,8 +57,9 @@ class Reading:
       layout: Naming scheme; None finds it.
       num_classes: Size of the logits; None reads it off.
       stride: Of a bare block, which its weights do not tell.
-      ignore: Keys to drop, shell-style patterns.
-      allow_missing: Keys that may be absent and start afresh, shell-style patterns.
+      ignore: Keys to drop, shell-style patterns; none of them in a block of the network.
+      allow_missing: Keys that may be absent and start afresh, shell-style patterns. Only training
+        starts anything afresh, see :func:`refuse_afresh`.
       limits: What the file may declare before it is refused.
       traits: Fields of :class:`~flax_resblock.ResNetConfig` that no tensor tells (``{"stride_on": "1x1"}``); None of them: see
         :mod:`flax_resblock.convert.traits`.
@@ -167,7 +172,7 @@ def interpret(record: Record, reading: Reading | None = None) -> Source:
     tensors = {key: value for key, value in record.tensors.items() if key not in set(ignored)}
     if run_file.holds_run(record.metadata):
         tensors = {key: value for key, value in tensors.items() if not key.startswith((run_file.TENSORS, run_file.AVERAGED))}
-    notes = list(record.notes)
+    kept, notes = list(tensors), list(record.notes)
     if ignored:
         notes.append(f"ignored {some(ignored)}")
         tensors = strip(tensors, notes)
@@ -190,6 +195,7 @@ def interpret(record: Record, reading: Reading | None = None) -> Source:
         if torso is not None:
             _refuse_head_left_out(torso, beside, match, record.source)
     except CheckpointError as error:
+        _refuse_ignored_blocks(ignored, kept, torso, None, record.source)
         headed = _with_head(tensors, reading, record.source) if torso is None else None
         if headed is None:
             hints = [nearly(beside), several_layers(beside)] if torso is None else []
@@ -202,9 +208,10 @@ def interpret(record: Record, reading: Reading | None = None) -> Source:
     if counters:
         notes.append(f"filled {len(counters)} absent num_batches_tracked with 0, as PyTorch does")
         tensors |= {key: np.zeros((), np.int64) for key in counters}
+    _refuse_ignored_blocks(ignored, kept, torso, match.state_map, record.source)
     config = match.state_map.config
     if isinstance(config, arch.ResNetConfig) and config.num_classes is None:
-        notes.append("no classification head: the network returns pooled features")
+        notes.append(HEADLESS)
     assumed = assumptions(config, match.state_map.layout, reading.traits) if wanted is None else []
     notes += [assumption.note for assumption in assumed]
     afresh = tuple(match.misfit.afresh)
@@ -257,6 +264,54 @@ def _with_head(tensors: Mapping[str, np.ndarray], reading: Reading, source: str)
         return rest, _identify(rest, replace(reading, layout=layout.name), source), head.note(name)
     except CheckpointError as error:
         raise CheckpointError(f"{error}\n{head.module} was read as its head, {name}.") from error
+
+
+def refuse_afresh(source: Source) -> None:
+    """Raises CheckpointError where weights or running statistics are absent.
+
+    Only training draws new ones.
+    """
+    if source.afresh:
+        raise CheckpointError(
+            f"{source.record.source} lacks {some(list(source.afresh))}. Weights and running "
+            "statistics that a checkpoint does not hold are never made up; only the counters "
+            "num_batches_tracked may be absent, and start at 0."
+        )
+
+
+def _refuse_ignored_blocks(
+    ignored: Sequence[str],
+    kept: Iterable[str],
+    torso: Torso | None,
+    state_map: StateMap | None,
+    source: str,
+) -> None:
+    """Raises InputError where tensors of a block were ignored: what is left is another network.
+
+    Args:
+      ignored: Keys that the user asked to drop.
+      kept: The others, by the names that they have in the file.
+      torso: Where the network is; None where it has no prefix, or one that wrappers leave.
+      state_map: Of the network; None where what is left is none.
+      source: For messages.
+    """
+    layouts = LAYOUTS.values() if state_map is None else (state_map.layout,)
+    block = state_map is not None and isinstance(state_map.config, arch.BlockConfig)
+    prefixes = {wrapping(key) for key in kept} if torso is None else {torso.prefix}
+    inside = []
+    for key in ignored:
+        prefix = wrapping(key) if torso is None else torso.prefix
+        if prefix not in prefixes or not key.startswith(prefix):
+            continue
+        names = (key, key.removeprefix(prefix))
+        if any(layout.is_inside_block(name) or (block and layout.is_in_bare_block(name)) for layout in layouts for name in names):
+            inside.append(key)
+    if inside:
+        raise InputError(
+            f"{source}: {some(inside)} cannot be ignored. A residual block without one of its "
+            "tensors would be read as another block, which computes something else. Only tensors "
+            "outside the network's blocks can be ignored."
+        )
 
 
 def _refuse_untold_dilation(torso: Torso, reading: Reading, source: str) -> None:
