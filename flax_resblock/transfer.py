@@ -63,7 +63,9 @@ def from_torch(
       A :class:`~flax_resblock.ResNet`, or a bare block, in evaluation mode.
     Raises:
       CheckpointError: The tensors fit no network, or several; the message lists the differences.
-      InputError: An ``nn.Module`` whose strides, padding or norms differ from what the Flax network would do.
+      InputError: An ``nn.Module`` whose strides, padding or norms differ from those of the Flax
+        network, or whose forward pass does: the module is run on random images and compared with
+        the network built from it. The module itself is left as it was.
     Warns:
       UserWarning: Everything that was assumed, left out, ignored, filled or unwrapped, in one
         warning; non-finite values or negative variances, which are carried as they are.
@@ -81,6 +83,7 @@ def from_torch(
             reading = replace(reading, traits={**facts.traits(opened.state_map), **reading.traits})
             opened = interpret(record, reading)
         facts.check(opened.state_map)
+        _check_forward(source, opened, reading, facts.norm_options[EPS])
         options = {**facts.norm_options, **options}
     elif isinstance(source, Mapping):
         opened = interpret(_record_of(source, "the state dict"), reading)
@@ -103,6 +106,24 @@ def _warn_about(source: Source) -> None:
         warnings.warn(f"{name}: {'; '.join(source.notes)}.", stacklevel=level)
     if source.unhealthy:
         warnings.warn(f"{name}: {some(source.unhealthy)}; carried as they are.", stacklevel=level)
+
+
+def _check_forward(module: Any, opened: Source, reading: Reading, eps: float | None) -> None:
+    """Raises InputError unless the module's forward pass is that of the Flax network.
+
+    See :mod:`flax_resblock.parity.forward_check`, which needs torch and is imported here only.
+    """
+    from flax_resblock.parity.forward_check import check_forward
+
+    layout = opened.state_map.layout.name
+    same = replace(reading, architecture=opened.config, layout=layout, num_classes=None, traits={})
+
+    def values_of(state: Mapping[str, Any]) -> dict[Path, np.ndarray]:
+        again = interpret(_record_of(state, opened.record.source), same)
+        return again.state_map.to_flax(again.tensors)
+
+    eps = 1e-5 if eps is None else eps
+    check_forward(module, opened, values_of, eps=eps)
 
 
 def load(path: str | PathLike[str], **arguments: Any) -> Model:

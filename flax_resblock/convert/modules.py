@@ -144,7 +144,7 @@ class ModuleFacts:
         if differences:
             raise InputError(
                 f"the PyTorch module's tensors fit, but it computes something else than its Flax twin: {some(differences)}. "
-                "Pass architecture=ResNetConfig(...) or BlockConfig(...) that describes it; from_torch(module.state_dict()) skips this check."
+                "Pass architecture=ResNetConfig(...) or BlockConfig(...) that describes it."
             )
 
 
