@@ -1,9 +1,10 @@
-"""What a conversion costs against a plain copy of the same bytes: time in memory and end to end, and peak memory of the command.
+"""What a conversion costs against a plain copy of the same bytes: time in memory and end to end,
+and peak memory of the command.
 
     python benchmarks/convert.py [--architecture resnet50] [--rounds 7]
 
-Times are medians of interleaved rounds with their quartiles; peaks are of whole processes, less what the same conversion of a tiny checkpoint needed.
-"""
+Times are medians of interleaved rounds with their quartiles; peaks are of whole processes, less
+what the same conversion of a tiny checkpoint needed."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ import jax
 import numpy as np
 
 from flax_resblock import checkpoint
-from flax_resblock.architecture import architecture
-from flax_resblock.convert import LAYOUTS, StateMap
+from flax_resblock.config import architecture
+from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.convert.state_map import transcode
 
 
@@ -30,9 +31,13 @@ def random_state(name: str) -> dict[str, np.ndarray]:
     """A state dict of the architecture with random values."""
     rng = np.random.default_rng(0)
     state = {}
-    for entry in StateMap(architecture(name), LAYOUTS["torchvision"]).entries:
+    for entry in StateMap(architecture(name), NAMINGS["torchvision"]).entries:
         shape = entry.torch_shape
-        state[entry.torch_key] = np.array(7, np.int64) if entry.role == "counter" else rng.random(shape, np.float32) + np.float32(0.1)
+        state[entry.torch_key] = (
+            np.array(7, np.int64)
+            if entry.role == "counter"
+            else rng.random(shape, np.float32) + np.float32(0.1)
+        )
     return state
 
 
@@ -58,10 +63,10 @@ def spread(values: list[float], scale: float = 1.0) -> str:
 
 def in_memory(name: str, rounds: int) -> None:
     """Prints the time of the conversion of arrays in memory against one copy of each array."""
-    from flax_resblock.transfer import from_torch
+    from flax_resblock.io import from_torch
 
     state = random_state(name)
-    state_map = StateMap(architecture(name), LAYOUTS["torchvision"])
+    state_map = StateMap(architecture(name), NAMINGS["torchvision"])
     size = sum(value.nbytes for value in state.values())
     flax = state_map.to_flax(state)
     cases: dict[str, Callable[[], object]] = {
@@ -72,16 +77,24 @@ def in_memory(name: str, rounds: int) -> None:
     }
     times = interleaved(cases, rounds)
     base = statistics.median(times["copy once per array"])
-    print(f"{name}, {size / 1e6:.0f} MB in {len(state)} tensors, median of {rounds} interleaved rounds [quartiles]")
+    print(
+        f"{name}, {size / 1e6:.0f} MB in {len(state)} tensors, median of {rounds} interleaved "
+        f"rounds [quartiles]"
+    )
     for case, values in times.items():
-        print(f"  {case:<44}{spread(values, 1e3)} ms  {statistics.median(values) / base:5.2f} x the copy")
+        print(
+            f"  {case:<44}{spread(values, 1e3)} ms  {statistics.median(values) / base:5.2f} x "
+            f"the copy"
+        )
 
 
 def from_file(name: str, rounds: int) -> None:
-    """Prints the time from a file in the page cache to jax arrays, against one copy of its bytes and the reading of the file."""
+    """Prints the time from a file in the page cache to jax arrays, against one copy of its bytes
+    and the reading of the file.
+    """
     from flax_resblock import load
-    from flax_resblock.convert.source import open_checkpoint
-    from flax_resblock.transfer import arrays_of
+    from flax_resblock.convert.opening import open_checkpoint
+    from flax_resblock.io import arrays_of
 
     with tempfile.TemporaryDirectory() as folder:
         write_sources(Path(folder), name)
@@ -91,26 +104,48 @@ def from_file(name: str, rounds: int) -> None:
             checkpoint.write(file.with_stem("hashed"), dict(checkpoint.read(file).tensors))
         content = np.fromfile(files[0], np.uint8)
         warm = np.empty_like(content)
-        copies: dict[str, Callable[[], object]] = {"fresh": content.copy, "warm": lambda: np.copyto(warm, content)}
+        copies: dict[str, Callable[[], object]] = {
+            "fresh": content.copy,
+            "warm": lambda: np.copyto(warm, content),
+        }
         cases = dict(copies)
         for file in files:
             plain, hashed, suffix = file.with_stem("plain"), file.with_stem("hashed"), file.suffix
             cases |= {
                 f"read {suffix}": plain.read_bytes,
-                f"arrays {suffix}": lambda plain=plain: jax.block_until_ready(arrays_of(open_checkpoint(plain))),
-                f"hashed {suffix}": lambda hashed=hashed: jax.block_until_ready(arrays_of(open_checkpoint(hashed))),
+                f"arrays {suffix}": lambda plain=plain: jax.block_until_ready(
+                    arrays_of(open_checkpoint(plain))
+                ),
+                f"hashed {suffix}": lambda hashed=hashed: jax.block_until_ready(
+                    arrays_of(open_checkpoint(hashed))
+                ),
                 f"model {suffix}": lambda plain=plain: load(plain),
             }
         times = interleaved(cases, rounds)
-    print(f"{name} from a file of {len(content) / 1e6:.0f} MB in the page cache, median of {rounds} interleaved rounds [quartiles]")
+    print(
+        f"{name} from a file of {len(content) / 1e6:.0f} MB in the page cache, median of "
+        f"{rounds} interleaved rounds [quartiles]"
+    )
     print(f"  one copy of its bytes into fresh pages (the base)  {spread(times['fresh'], 1e3)} ms")
     print(f"  one copy of its bytes into warm pages              {spread(times['warm'], 1e3)} ms")
     for suffix in (file.suffix for file in files):
-        print(f"  {suffix:<13}reading its bytes into fresh memory  {spread(times[f'read {suffix}'], 1e3)} ms")
-        for case, what in (("arrays", "to jax arrays"), ("hashed", "to jax arrays, SHA-256 checked"), ("model", "flax_resblock.load, an nnx model")):
-            rows = zip(times[f"{case} {suffix}"], times[f"read {suffix}"], times["fresh"], strict=True)
+        print(
+            f"  {suffix:<13}reading its bytes into fresh memory  "
+            f"{spread(times[f'read {suffix}'], 1e3)} ms"
+        )
+        for case, what in (
+            ("arrays", "to jax arrays"),
+            ("hashed", "to jax arrays, SHA-256 checked"),
+            ("model", "flax_resblock.load, an nnx model"),
+        ):
+            rows = zip(
+                times[f"{case} {suffix}"], times[f"read {suffix}"], times["fresh"], strict=True
+            )
             ratios = [(whole - read) / copy for whole, read, copy in rows]
-            print(f"  {'':<13}{what:<38}{spread(times[f'{case} {suffix}'], 1e3)} ms; less the reading, in copies:{spread(ratios)}")
+            print(
+                f"  {'':<13}{what:<38}{spread(times[f'{case} {suffix}'], 1e3)} ms; less the "
+                f"reading, in copies:{spread(ratios)}"
+            )
 
 
 _PEAK = """
@@ -129,10 +164,14 @@ print(int(work(*{arguments!r})), before, peak(), file=sys.stderr)
 
 
 def peak(arguments: list[str], warm_up: list[str]) -> int:
-    """Bytes by which the command, or ``load``, raised the peak memory of its process above what it had needed for a tiny checkpoint."""
+    """Bytes by which the command, or ``load``, raised the peak memory of its process above what it
+    had needed for a tiny checkpoint.
+    """
     root = str(Path(__file__).resolve().parents[1])
     code = _PEAK.format(root=root, arguments=arguments, warm_up=warm_up)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     status, before, after = (int(number) for number in result.stderr.split()[-3:])
     if status:
         raise SystemExit(f"flax-resblock {' '.join(arguments)} failed: {result.stderr}")
@@ -146,10 +185,14 @@ def write_sources(folder: Path, name: str) -> int:
     from flax_resblock.checkpoint import orbax_folder, safetensors_file, torch_file
 
     state = random_state(name)
-    state_map = StateMap(architecture(name), LAYOUTS["torchvision"])
-    flax = transcode(state_map, StateMap(architecture(name), LAYOUTS["flax"]), state)
+    state_map = StateMap(architecture(name), NAMINGS["torchvision"])
+    flax = transcode(state_map, StateMap(architecture(name), NAMINGS["flax"]), state)
     torch_file.write(folder / "zip.pth", state, {})
-    torch.save({key: torch.from_numpy(value) for key, value in state.items()}, folder / "legacy.pth", _use_new_zipfile_serialization=False)
+    torch.save(
+        {key: torch.from_numpy(value) for key, value in state.items()},
+        folder / "legacy.pth",
+        _use_new_zipfile_serialization=False,
+    )
     safetensors_file.write(folder / "torch.safetensors", state, {})
     safetensors_file.write(folder / "flax.safetensors", flax, {})
     orbax_folder.write(folder / "orbax", flax, {})
@@ -157,34 +200,58 @@ def write_sources(folder: Path, name: str) -> int:
 
 
 def end_to_end(name: str) -> None:
-    """Prints peak memory of ``flax-resblock convert --no-certificate`` between the formats: of the conversion, without the verification behind it."""
+    """Prints peak memory of ``flax-resblock convert --no-certificate`` between the formats: of the
+    conversion, without the verification behind it.
+    """
     cases = [
-        ("zip.pth", "out.safetensors", ["--to-layout", "flax"]),
+        ("zip.pth", "out.safetensors", ["--to-naming", "flax"]),
         ("zip.pth", "out.safetensors", []),
         ("zip.pth", "out", []),
-        ("legacy.pth", "out.safetensors", ["--to-layout", "flax"]),
+        ("legacy.pth", "out.safetensors", ["--to-naming", "flax"]),
         ("torch.safetensors", "out.pth", []),
         ("torch.safetensors", "out", []),
-        ("flax.safetensors", "out.pth", ["--to-layout", "torchvision"]),
+        ("flax.safetensors", "out.pth", ["--to-naming", "torchvision"]),
         ("orbax", "out.pth", []),
-        ("orbax", "out.safetensors", ["--to-layout", "torchvision"]),
+        ("orbax", "out.safetensors", ["--to-naming", "torchvision"]),
     ]
     with tempfile.TemporaryDirectory() as big, tempfile.TemporaryDirectory() as tiny:
         size = write_sources(Path(big), name)
         write_sources(Path(tiny), "resnet20")
-        print(f"peak memory beyond interpreter and imports, in sizes of the checkpoint ({size / 1e6:.0f} MB): flax_resblock.load")
+        print(
+            f"peak memory beyond interpreter and imports, in sizes of the checkpoint "
+            f"({size / 1e6:.0f} MB): flax_resblock.load"
+        )
         for source in ("zip.pth", "legacy.pth", "torch.safetensors", "flax.safetensors", "orbax"):
-            print(f"  {source:<18}{peak(['load', f'{big}/{source}'], ['load', f'{tiny}/{source}']) / size:5.2f} x")
-        print(f"peak memory of `flax-resblock convert --no-certificate` beyond interpreter and imports, in sizes of the checkpoint ({size / 1e6:.0f} MB)")
+            print(
+                f"  "
+                f"{source:<18}{peak(['load', f'{big}/{source}'], ['load', f'{tiny}/{source}']) / size:5.2f} "
+                f"x"
+            )
+        print(
+            f"peak memory of `flax-resblock convert --no-certificate` beyond interpreter and "
+            f"imports, in sizes of the checkpoint ({size / 1e6:.0f} MB)"
+        )
         for source, target, flags in cases:
-            arguments, warm_up = (["convert", f"{folder}/{source}", f"{folder}/{target}", "--force", "--no-certificate", *flags] for folder in (big, tiny))
+            arguments, warm_up = (
+                [
+                    "convert",
+                    f"{folder}/{source}",
+                    f"{folder}/{target}",
+                    "--force",
+                    "--no-certificate",
+                    *flags,
+                ]
+                for folder in (big, tiny)
+            )
             extra = peak(arguments, warm_up)
             print(f"  {source:<18} -> {target:<16}{' '.join(flags):<24}{extra / size:5.2f} x")
 
 
 def main() -> None:
     """Runs all parts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--architecture", default="resnet50")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()

@@ -1,9 +1,10 @@
-"""What it costs the host to start a training step: the state as a flat list of arrays, as :class:`train.step.Leaves` hands it over, and as nnx's variables.
+"""What it costs the host to start a training step: the state as a flat list of arrays, as
+:class:`flax_resblock.training.step.Leaves` hands it over, and as nnx's variables.
 
     python benchmarks/dispatch.py [--architecture resnet18_cifar] [--rounds 30]
 
-Each call is timed until it returns, not until the step is computed; the step before has been waited for. The images are small, so that little is computed.
-"""
+Each call is timed until it returns, not until the step is computed; the step before has been waited
+for. The images are small, so that little is computed."""
 
 from __future__ import annotations
 
@@ -18,21 +19,29 @@ import optax
 from flax import nnx
 
 import flax_resblock
-from train.pace import Rates
-from train.step import Leaves, make_train_step, split
+from flax_resblock.training.pace import Rates
+from flax_resblock.training.step import Leaves, make_train_step, split
 
 
 def main() -> None:
     """Prints both medians, of interleaved calls."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--architecture", default="resnet18_cifar", choices=flax_resblock.architectures(), metavar="NAME")
+    parser.add_argument(
+        "--architecture",
+        default="resnet18_cifar",
+        choices=flax_resblock.architectures(),
+        metavar="NAME",
+    )
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
     model = flax_resblock.create(options.architecture, num_classes=10, rngs=nnx.Rngs(0))
     optimizer = optax.with_extra_args_support(optax.sgd(0.01, momentum=0.9))
     graphdef, state = split(model, optimizer)
     step, leaves = make_train_step(graphdef, optimizer), Leaves(split(model, optimizer)[1])
-    images, labels = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32), jnp.arange(2)
+    images, labels = (
+        jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32),
+        jnp.arange(2),
+    )
     rates = Rates(np.zeros(1, np.float32))
     seconds: dict[str, list[float]] = {"flat list of arrays": [], "nnx variables": []}
     for _ in range(options.rounds + 2):

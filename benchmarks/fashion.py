@@ -1,4 +1,5 @@
-"""The preset ``fashion-resnet20`` in JAX and the same recipe in plain PyTorch: same initial weights, same batches, each framework in a process of its own.
+"""The preset ``fashion-resnet20`` in JAX and the same recipe in plain PyTorch: same initial
+weights, same batches, each framework in a process of its own.
 
     python benchmarks/fashion.py [docs/fashion.png] [--data FOLDER] [--epochs N] [--seed N]
 
@@ -17,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from flax_resblock import to_torch
-from train import PRESETS, TrainConfig, fit, new_model
-from train.data import Stream, open_data, steps_per_epoch
+from flax_resblock.training import PRESETS, TrainConfig, fit, new_model
+from flax_resblock.training.data import Stream, open_data, steps_per_epoch
 
 
 def in_jax(config: TrainConfig) -> tuple[list[float], list[float]]:
@@ -37,16 +38,45 @@ def in_torch(config: TrainConfig) -> tuple[list[float], list[float]]:
     train, test = open_data(config.data)
     steps = steps_per_epoch(train, config.batch_size)
     model = ResNet(**asdict(config.model))
-    model.load_state_dict({key: torch.from_numpy(value) for key, value in to_torch(new_model(config)).items()})
-    optimizer = training.sgd(model, config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov)
-    scheduler = training.warmup_cosine(optimizer, warmup_steps=config.warmup(steps), total_steps=config.end(steps), warmup_factor=config.warmup_factor)
-    stream = Stream(train, config.batch_size, seed=config.seed, augmentation=config.augmentation).from_step(0)
-    images, labels = torch.from_numpy(test.normalised().transpose(0, 3, 1, 2).copy()), torch.from_numpy(test.labels.astype(np.int64))
+    model.load_state_dict(
+        {key: torch.from_numpy(value) for key, value in to_torch(new_model(config)).items()}
+    )
+    optimizer = training.sgd(
+        model,
+        config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+    )
+    scheduler = training.warmup_cosine(
+        optimizer,
+        warmup_steps=config.warmup(steps),
+        total_steps=config.end(steps),
+        warmup_factor=config.warmup_factor,
+    )
+    stream = Stream(
+        train, config.batch_size, seed=config.seed, augmentation=config.augmentation
+    ).from_step(0)
+    images, labels = (
+        torch.from_numpy(test.normalised().transpose(0, 3, 1, 2).copy()),
+        torch.from_numpy(test.labels.astype(np.int64)),
+    )
     losses, accuracies = [], []
     for epoch in range(config.epochs):
         of_epoch = (next(stream) for _ in range(steps))
-        batches = ((torch.from_numpy(b.images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(b.labels.astype(np.int64))) for b in of_epoch)
-        losses += [step.loss for step in training.train(model, batches, optimizer, scheduler, first_step=epoch * steps)]
+        batches = (
+            (
+                torch.from_numpy(b.images.transpose(0, 3, 1, 2).copy()),
+                torch.from_numpy(b.labels.astype(np.int64)),
+            )
+            for b in of_epoch
+        )
+        losses += [
+            step.loss
+            for step in training.train(
+                model, batches, optimizer, scheduler, first_step=epoch * steps
+            )
+        ]
         accuracies.append(training.evaluate(model, images, labels).accuracy)
         print(f"PyTorch, epoch {epoch + 1}: {accuracies[-1]:.2%}", file=sys.stderr, flush=True)
     return losses, accuracies
@@ -56,14 +86,28 @@ def draw(found: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
     """Both curves: the loss as a mean over 100 steps, the test accuracy by epoch."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.2), naming="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for (name, (losses, accuracies)), style in zip(found.items(), ("-", "--"), strict=True):
         width = min(100, len(losses))
-        loss.plot(np.arange(width, len(losses) + 1), np.convolve(losses, np.full(width, 1 / width), mode="valid"), style, label=name)
-        accuracy.plot(np.arange(1, len(accuracies) + 1), 100 * accuracies, f"o{style}", label=f"{name}: {accuracies[-1]:.2%}")
+        loss.plot(
+            np.arange(width, len(losses) + 1),
+            np.convolve(losses, np.full(width, 1 / width), mode="valid"),
+            style,
+            label=name,
+        )
+        accuracy.plot(
+            np.arange(1, len(accuracies) + 1),
+            100 * accuracies,
+            f"o{style}",
+            label=f"{name}: {accuracies[-1]:.2%}",
+        )
     loss.set(xlabel="steps", ylabel="training loss, mean of 100 steps", ylim=(0, 1))
-    accuracy.set(xlabel="epochs", ylabel="test accuracy, %", xticks=range(1, max(len(accuracies) for _, accuracies in found.values()) + 1))
+    accuracy.set(
+        xlabel="epochs",
+        ylabel="test accuracy, %",
+        xticks=range(1, max(len(accuracies) for _, accuracies in found.values()) + 1),
+    )
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
@@ -76,10 +120,19 @@ def main() -> None:
     parser.add_argument("--data")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--side", choices=("jax", "torch"), help="only this side, its numbers into the file PICTURE, an .npz")
+    parser.add_argument(
+        "--side",
+        choices=("jax", "torch"),
+        help="only this side, its numbers into the file PICTURE, an .npz",
+    )
     options = parser.parse_args()
     config = PRESETS["fashion-resnet20"]
-    config = replace(config, data=options.data or config.data, epochs=options.epochs or config.epochs, seed=options.seed)
+    config = replace(
+        config,
+        data=options.data or config.data,
+        epochs=options.epochs or config.epochs,
+        seed=options.seed,
+    )
     if options.side:
         losses, accuracies = (in_jax if options.side == "jax" else in_torch)(config)
         np.savez(options.picture, losses=losses, accuracies=accuracies)
@@ -88,14 +141,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, side in (("JAX", "jax"), ("PyTorch", "torch")):
             file = Path(folder) / f"{side}.npz"
-            flags = ["--side", side, "--data", config.data, "--epochs", str(config.epochs), "--seed", str(config.seed)]
+            flags = [
+                "--side",
+                side,
+                "--data",
+                config.data,
+                "--epochs",
+                str(config.epochs),
+                "--seed",
+                str(config.seed),
+            ]
             subprocess.run([sys.executable, __file__, str(file), *flags], check=True)
             with np.load(file) as archive:
                 found[name] = archive["losses"], archive["accuracies"]
     draw(found, Path(options.picture))
     for name, (_, accuracies) in found.items():
-        print(f"{name:<8} test accuracy by epoch: {', '.join(f'{accuracy:.2%}' for accuracy in accuracies)}")
-    print(f"difference {abs(found['JAX'][1][-1] - found['PyTorch'][1][-1]) * 100:.2f} points; wrote {options.picture}")
+        print(
+            f"{name:<8} test accuracy by epoch: "
+            f"{', '.join(f'{accuracy:.2%}' for accuracy in accuracies)}"
+        )
+    print(
+        f"difference {abs(found['JAX'][1][-1] - found['PyTorch'][1][-1]) * 100:.2f} points; "
+        f"wrote {options.picture}"
+    )
 
 
 if __name__ == "__main__":

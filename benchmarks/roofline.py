@@ -1,4 +1,6 @@
-"""What a residual network costs on paper: multiplications, bytes, the time that a device's two roofs allow, and the time of all-reduces. Arithmetic only."""
+"""What a residual network costs on paper: multiplications, bytes, the time that a device's two
+roofs allow, and the time of all-reduces. Arithmetic only.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from flax_resblock.architecture import Kind, ResNetConfig
+from flax_resblock.config import ResNetConfig, SlotKind
 
 What = Literal["forward", "train-step"]
 Fusion = Literal["fused", "alone"]
@@ -16,11 +18,15 @@ Fusion = Literal["fused", "alone"]
 ELEMENTWISE, OPTIMIZER = "BatchNorm, ReLU, addition", "optimizer"
 PARAMETER_BYTES = 4
 _OPTIMIZER_PASSES = 5
-"""Of SGD with momentum: parameter, gradient and momentum are read, parameter and momentum written."""
+"""Of SGD with momentum: parameter, gradient and momentum are read, parameter and momentum
+written.
+"""
 _PARAMETER_PASSES: Mapping[What, int] = MappingProxyType({"forward": 1, "train-step": 3})
 """Kernels are read forward and for the gradient of the input, and their own gradient is written."""
 _PRODUCT_PASSES: Mapping[What, int] = MappingProxyType({"forward": 1, "train-step": 3})
-"""The layer itself, and in training the gradients of its input and of its kernel, each with as many multiplications."""
+"""The layer itself, and in training the gradients of its input and of its kernel, each with as many
+multiplications.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +54,47 @@ class Layer:
 
     def multiply_adds(self, what: What, padding: bool) -> int:
         """Of the whole program; ``padding`` says whether multiplications with padding count."""
-        return (self.products if padding else self.inside) * (_PRODUCT_PASSES[what] - (self.first and what == "train-step"))
+        return (self.products if padding else self.inside) * (
+            _PRODUCT_PASSES[what] - (self.first and what == "train-step")
+        )
 
 
-_ALONE_FORWARD = {"conv": (1, 1), "norm": (0, 2), "relu": (0, 2), "add": (0, 3), "pool": (1, 1), "mean": (1, 1), "linear": (1, 1)}
-_FUSED_FORWARD = {"conv": (1, 1), "norm": (0, 0), "relu": (0, 0), "add": (0, 1), "pool": (1, 1), "mean": (1, 1), "linear": (1, 1)}
-_ALONE_STEP = {"conv": (3, 3), "norm": (0, 9), "relu": (0, 5), "add": (0, 6), "pool": (3, 2), "mean": (2, 2), "linear": (3, 3)}
-_FUSED_STEP = {"conv": (3, 2), "norm": (0, 2), "relu": (0, 0), "add": (0, 4), "pool": (3, 2), "mean": (2, 2), "linear": (3, 2)}
+_ALONE_FORWARD = {
+    "conv": (1, 1),
+    "norm": (0, 2),
+    "relu": (0, 2),
+    "add": (0, 3),
+    "pool": (1, 1),
+    "mean": (1, 1),
+    "linear": (1, 1),
+}
+_FUSED_FORWARD = {
+    "conv": (1, 1),
+    "norm": (0, 0),
+    "relu": (0, 0),
+    "add": (0, 1),
+    "pool": (1, 1),
+    "mean": (1, 1),
+    "linear": (1, 1),
+}
+_ALONE_STEP = {
+    "conv": (3, 3),
+    "norm": (0, 9),
+    "relu": (0, 5),
+    "add": (0, 6),
+    "pool": (3, 2),
+    "mean": (2, 2),
+    "linear": (3, 3),
+}
+_FUSED_STEP = {
+    "conv": (3, 2),
+    "norm": (0, 2),
+    "relu": (0, 0),
+    "add": (0, 4),
+    "pool": (3, 2),
+    "mean": (2, 2),
+    "linear": (3, 2),
+}
 
 TRAFFIC: Mapping[tuple[What, Fusion], Mapping[str, tuple[int, int]]] = MappingProxyType(
     {
@@ -66,13 +106,17 @@ TRAFFIC: Mapping[tuple[What, Fusion], Mapping[str, tuple[int, int]]] = MappingPr
 )
 """How often the elements of a layer's input and of its output cross the memory interface.
 
-``"alone"``: every operation is a kernel of its own. A norm in training reads its input three times and writes once (mean, deviations, normalisation);
+``"alone"``: every operation is a kernel of its own. A norm in training reads its input three times
+  and writes once (mean, deviations, normalisation);
 backward it reads gradient and input twice and writes once.
 
-``"fused"``, the least that batch statistics allow: norms, ReLUs and masks are computed where their values are written or read anyway. A convolution reads its
-input and writes its output; backward it reads the gradient of its output once for both of its own gradients and the saved input, and writes the gradient of
-the input. A norm's backward pass needs the saved output of the convolution twice, because its sums must be complete before they are used. An addition waits
-for the last norm's statistics, so that three arrays move, and the second of two gradients that meet at a block's input is one more. In evaluation nothing
+``"fused"``, the least that batch statistics allow: norms, ReLUs and masks are computed where their
+values are written or read anyway. A convolution reads its input and writes its output; backward it
+reads the gradient of its output once for both of its own gradients and the saved input, and writes
+the gradient of the input. A norm's backward pass needs the saved output of the convolution twice,
+because its sums must be complete before they are used. An addition waits for the last norm's
+statistics, so that three arrays move, and the second of two gradients that meet at a block's input
+is one more. In evaluation nothing
 waits: an addition only reads the skip.
 """
 
@@ -80,15 +124,29 @@ waits: an addition only reads the skip.
 def _inside(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """Pairs of output pixel and tap, along one axis, that meet no padding."""
     outputs = _size(size, kernel, stride, padding, dilation)
-    return sum(0 <= out * stride - padding + tap * dilation < size for out in range(outputs) for tap in range(kernel))
+    return sum(
+        0 <= out * stride - padding + tap * dilation < size
+        for out in range(outputs)
+        for tap in range(kernel)
+    )
 
 
 def _size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _conv(group: str, shape: tuple[int, ...], size: int, channels: int, stride: int, dilation: int = 1, first: bool = False) -> tuple[Layer, int]:
-    """The layer and the size of its output; ``shape`` is the kernel's, ``(kh, kw, in / groups, out)``."""
+def _conv(
+    group: str,
+    shape: tuple[int, ...],
+    size: int,
+    channels: int,
+    stride: int,
+    dilation: int = 1,
+    first: bool = False,
+) -> tuple[Layer, int]:
+    """The layer and the size of its output; ``shape`` is the kernel's, ``(kh, kw, in / groups,
+    out)``.
+    """
     kernel, _, fan, out = shape
     padding = dilation * (kernel // 2)
     after = _size(size, kernel, stride, padding, dilation)
@@ -107,7 +165,16 @@ def _conv(group: str, shape: tuple[int, ...], size: int, channels: int, stride: 
 
 def _elementwise(group: str, kinds: Iterable[str], size: int, channels: int) -> list[Layer]:
     elements = size**2 * channels
-    return [Layer(group=group, kind=kind, inputs=elements, outputs=elements, parameters=2 * channels if kind == "norm" else 0) for kind in kinds]
+    return [
+        Layer(
+            group=group,
+            kind=kind,
+            inputs=elements,
+            outputs=elements,
+            parameters=2 * channels if kind == "norm" else 0,
+        )
+        for kind in kinds
+    ]
 
 
 def layers(config: ResNetConfig, size: int) -> list[Layer]:
@@ -117,49 +184,80 @@ def layers(config: ResNetConfig, size: int) -> list[Layer]:
       ValueError: Attention, blurs and pooled shortcuts are not counted.
     """
     if config.attention != "none" or config.antialias != "none" or config.shortcut == "pooled":
-        raise ValueError("networks with attention, blurred strides or pooled shortcuts are not counted here; use resnet50 or another of torchvision's.")
+        raise ValueError(
+            "networks with attention, blurred strides or pooled shortcuts are not counted "
+            "here; use resnet50 or another of torchvision's."
+        )
     found, channels = [], config.in_channels
     for slot in config.slots():
-        if slot.stage == "stem" and slot.kind is Kind.CONV:
+        if slot.stage == "stem" and slot.kind is SlotKind.CONV:
             stride = 2 if config.stem != "cifar" and not found else 1
             conv, size = _conv("stem", slot.shape, size, channels, stride, first=not found)
             channels = slot.shape[-1]
             found += [conv, *_elementwise("stem", ("norm", "relu"), size, channels)]
     if config.stem != "cifar":
         pooled = _size(size, 3, 2, 1)
-        found.append(Layer(group="stem", kind="pool", inputs=size**2 * channels, outputs=pooled**2 * channels))
+        found.append(
+            Layer(
+                group="stem", kind="pool", inputs=size**2 * channels, outputs=pooled**2 * channels
+            )
+        )
         size = pooled
     for stage, index, block in config.blocks():
         before, channels, shortcut = size, block.in_channels, []
         for slot in block.slots(stage, index):
-            if slot.kind is Kind.CONV and slot.role == "shortcut.conv":
+            if slot.kind is SlotKind.CONV and slot.role == "shortcut.conv":
                 conv, after = _conv(stage, slot.shape, before, block.in_channels, block.stride)
                 shortcut = [conv, *_elementwise(stage, ("norm",), after, block.out_channels)]
-            elif slot.kind is Kind.CONV:
+            elif slot.kind is SlotKind.CONV:
                 number = int(slot.role.removeprefix("conv"))
-                conv, size = _conv(stage, slot.shape, size, channels, block.strides[number - 1], block.dilation if slot.shape[0] > 1 else 1)
+                conv, size = _conv(
+                    stage,
+                    slot.shape,
+                    size,
+                    channels,
+                    block.strides[number - 1],
+                    block.dilation if slot.shape[0] > 1 else 1,
+                )
                 channels = slot.shape[-1]
                 last = number == len(block.strides)
-                found += [conv, *_elementwise(stage, ("norm",) if last else ("norm", "relu"), size, channels)]
+                found += [
+                    conv,
+                    *_elementwise(stage, ("norm",) if last else ("norm", "relu"), size, channels),
+                ]
         found += [*shortcut, *_elementwise(stage, ("add", "relu"), size, channels)]
     found.append(Layer(group="head", kind="mean", inputs=size**2 * channels, outputs=channels))
     if (classes := config.num_classes) is not None:
         products = channels * classes
-        head = Layer(group="head", kind="linear", inputs=channels, outputs=classes, products=products, inside=products, parameters=products + classes)
+        head = Layer(
+            group="head",
+            kind="linear",
+            inputs=channels,
+            outputs=classes,
+            products=products,
+            inside=products,
+            parameters=products + classes,
+        )
         found.append(head)
     return found
 
 
 def flops(network: Iterable[Layer], what: What, batch: int, *, padding: bool = True) -> int:
-    """Two per multiply-add of every convolution and product; a train step has three times those of the forward pass, less the gradient of the image."""
+    """Two per multiply-add of every convolution and product; a train step has three times those of
+    the forward pass, less the gradient of the image.
+    """
     return 2 * batch * sum(layer.multiply_adds(what, padding) for layer in network)
 
 
 def moved(layer: Layer, what: What, batch: int, width: int, fusion: Fusion) -> tuple[int, int]:
-    """Bytes of activations, ``width`` each, and of parameters that a layer's passes move; see :data:`TRAFFIC`."""
+    """Bytes of activations, ``width`` each, and of parameters that a layer's passes move; see
+    :data:`TRAFFIC`.
+    """
     ins, outs = TRAFFIC[what, fusion][layer.kind]
     ins -= layer.first and what == "train-step"
-    return batch * width * (ins * layer.inputs + outs * layer.outputs), PARAMETER_BYTES * layer.parameters * _PARAMETER_PASSES[what]
+    return batch * width * (
+        ins * layer.inputs + outs * layer.outputs
+    ), PARAMETER_BYTES * layer.parameters * _PARAMETER_PASSES[what]
 
 
 def group_of(layer: Layer) -> str:
@@ -188,7 +286,9 @@ class Device:
 
 @dataclass
 class Part:
-    """A group of layers: FLOPs, bytes, and seconds at least, in all and of the layers that wait for memory."""
+    """A group of layers: FLOPs, bytes, and seconds at least, in all and of the layers that wait for
+    memory.
+    """
 
     group: str
     flops: float = 0
@@ -204,12 +304,26 @@ class Part:
     def add(self, flops: float, bytes_: float, peak: float, bandwidth: float) -> None:
         """One more operation, which takes as long as the slower of its FLOPs and its bytes."""
         seconds = max(flops / peak, bytes_ / bandwidth)
-        self.flops, self.bytes, self.seconds = self.flops + flops, self.bytes + bytes_, self.seconds + seconds
+        self.flops, self.bytes, self.seconds = (
+            self.flops + flops,
+            self.bytes + bytes_,
+            self.seconds + seconds,
+        )
         self.waiting += seconds if bytes_ / bandwidth > flops / peak else 0
 
 
-def roofline(network: Iterable[Layer], what: What, batch: int, *, width: int, fusion: Fusion, peak: float, bandwidth: float) -> dict[str, Part]:
-    """The least time of a program, by groups of layers; the operations follow one another, each at the roof that is lower for it.
+def roofline(
+    network: Iterable[Layer],
+    what: What,
+    batch: int,
+    *,
+    width: int,
+    fusion: Fusion,
+    peak: float,
+    bandwidth: float,
+) -> dict[str, Part]:
+    """The least time of a program, by groups of layers; the operations follow one another, each at
+    the roof that is lower for it.
 
     Args:
       network, what, batch: The program, and its images.
@@ -221,11 +335,21 @@ def roofline(network: Iterable[Layer], what: What, batch: int, *, width: int, fu
     parts: dict[str, Part] = {}
     for layer in network:
         part = parts.setdefault(group_of(layer), Part(group_of(layer)))
-        part.add(2 * batch * layer.multiply_adds(what, True), sum(moved(layer, what, batch, width, fusion)), peak, bandwidth)
+        part.add(
+            2 * batch * layer.multiply_adds(what, True),
+            sum(moved(layer, what, batch, width, fusion)),
+            peak,
+            bandwidth,
+        )
     parts[ELEMENTWISE] = parts.pop(ELEMENTWISE)  # last
     if what == "train-step":
         parts[OPTIMIZER] = Part(OPTIMIZER)
-        parts[OPTIMIZER].add(0, PARAMETER_BYTES * _OPTIMIZER_PASSES * sum(layer.parameters for layer in network), peak, bandwidth)
+        parts[OPTIMIZER].add(
+            0,
+            PARAMETER_BYTES * _OPTIMIZER_PASSES * sum(layer.parameters for layer in network),
+            peak,
+            bandwidth,
+        )
     return parts
 
 
@@ -235,14 +359,26 @@ def total(parts: Mapping[str, Part]) -> Part:
     return Part("all", *map(sum, zip(*sums, strict=True)))
 
 
-def balanced_batch(network: Iterable[Layer], what: What, *, width: int, fusion: Fusion, peak: float, bandwidth: float) -> int | None:
-    """The smallest batch whose FLOPs take as long as its bytes; None where the bytes take longer at every batch, as they grow with it too."""
+def balanced_batch(
+    network: Iterable[Layer],
+    what: What,
+    *,
+    width: int,
+    fusion: Fusion,
+    peak: float,
+    bandwidth: float,
+) -> int | None:
+    """The smallest batch whose FLOPs take as long as its bytes; None where the bytes take longer at
+    every batch, as they grow with it too.
+    """
     network = list(network)
     each = [moved(layer, what, 1, width, fusion) for layer in network]
     fixed = sum(parameters for _, parameters in each)
     if what == "train-step":
         fixed += PARAMETER_BYTES * _OPTIMIZER_PASSES * sum(layer.parameters for layer in network)
-    gained = flops(network, what, 1) / peak - sum(activations for activations, _ in each) / bandwidth
+    gained = (
+        flops(network, what, 1) / peak - sum(activations for activations, _ in each) / bandwidth
+    )
     return math.ceil(fixed / bandwidth / gained) if gained > 0 else None
 
 
@@ -257,7 +393,8 @@ class Network:
       inner_latency: Seconds per step.
       outer_bandwidth: Bytes/s that one group sends; 0 where there are no further groups.
       outer_latency: Seconds per step.
-      torus: Whether the close ones form a grid, whose axes are reduced one after the other; else there is a switch between them.
+      torus: Whether the close ones form a grid, whose axes are reduced one after the other; else
+        there is a switch between them.
     """
 
     name: str
@@ -269,23 +406,31 @@ class Network:
     torus: bool = False
 
     def seconds(self, bytes_: float, devices: int) -> float:
-        """Of one all-reduce: within every group, and between the groups, one after the other. ``devices`` is a power of two."""
+        """Of one all-reduce: within every group, and between the groups, one after the other.
+        ``devices`` is a power of two.
+        """
         inner = min(devices, self.inner)
         spent = 0.0
         if inner > 1 and self.torus:
             side = 2 ** (int(math.log2(inner)) // 2)
-            spent = 2 * (inner - 1) / inner * bytes_ / self.inner_bandwidth + 2 * (side + inner // side - 2) * self.inner_latency
+            spent = (
+                2 * (inner - 1) / inner * bytes_ / self.inner_bandwidth
+                + 2 * (side + inner // side - 2) * self.inner_latency
+            )
         elif inner > 1:
             spent = switched(bytes_, inner, self.inner_bandwidth, self.inner_latency)
         groups = devices // inner
-        return spent + (switched(bytes_, groups, self.outer_bandwidth, self.outer_latency) if groups > 1 else 0)
+        return spent + (
+            switched(bytes_, groups, self.outer_bandwidth, self.outer_latency) if groups > 1 else 0
+        )
 
 
 def switched(bytes_: float, members: int, bandwidth: float, latency: float) -> float:
-    """Seconds of an all-reduce through a switch, in a ring or along a tree, whichever is faster: rings are for large arrays, trees for small ones.
+    """Seconds of an all-reduce through a switch, in a ring or along a tree, whichever is faster:
+    rings are for large arrays, trees for small ones.
 
-    In a ring everything but one's own share is sent twice, in twice as many steps as there are others; along a tree and back everything is sent twice.
-    """
+    In a ring everything but one's own share is sent twice, in twice as many steps as there are
+    others; along a tree and back everything is sent twice."""
     ring = 2 * (members - 1) / members * bytes_ / bandwidth + 2 * (members - 1) * latency
     tree = 2 * bytes_ / bandwidth + 2 * math.ceil(math.log2(members)) * latency
     return min(ring, tree)

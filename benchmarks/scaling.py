@@ -1,11 +1,14 @@
-"""Scaling on paper: FLOPs, bytes and roofs of resnet50 on TPU v5e, H100 and this CPU, and what data parallelism costs; writes the tables of docs/scaling.md.
+"""Scaling on paper: FLOPs, bytes and roofs of resnet50 on TPU v5e, H100 and this CPU, and what data
+parallelism costs; writes the tables of docs/scaling.md.
 
-    python benchmarks/scaling.py [--figures docs/scaling.json] [--document docs/scaling.md] [--picture docs/scaling.png] [--again NAME...]
+    python benchmarks/scaling.py [--figures docs/scaling.json] [--document docs/scaling.md]
+    [--picture docs/scaling.png] [--again NAME...]
 
-What the compilers say of a program, and what was measured here, goes into the file of figures at once. What is there is not obtained again, so that tables
-and picture are redrawn in a second and a run that was interrupted goes on; ``--again`` names what is, ``--again all`` everything. `make compilers` installs the
-compilers of TPU and CUDA. All of it takes a quarter of an hour on two cores, nearly all of it for the TPU's.
-"""
+What the compilers say of a program, and what was measured here, goes into the file of figures at
+once. What is there is not obtained again, so that tables and picture are redrawn in a second and a
+run that was interrupted goes on; ``--again`` names what is, ``--again all`` everything. `make
+compilers` installs the compilers of TPU and CUDA. All of it takes a quarter of an hour on two
+cores, nearly all of it for the TPU's."""
 
 from __future__ import annotations
 
@@ -31,17 +34,24 @@ from flax_resblock.aot.compiler import COMPILERS, ENVIRONMENT, require_compiler
 from flax_resblock.aot.hlo import Instruction, instructions, read
 from flax_resblock.aot.outcome import Memory
 from flax_resblock.aot.request import Request, request_for
-from flax_resblock.architecture import architecture
 from flax_resblock.bench.report import machine
+from flax_resblock.config import architecture
 from flax_resblock.errors import InputError
 
 CHIPS = 8
 STRICT: dict[str, Any] = {"dtype": "float32", "precision": "highest"}
 NARROW: dict[str, Any] = {"dtype": "bfloat16", "precision": "default"}
-ARITHMETIC = {"float32": STRICT, "bfloat16": NARROW, "TF32": {"dtype": "float32", "precision": "default"}}
+ARITHMETIC = {
+    "float32": STRICT,
+    "bfloat16": NARROW,
+    "TF32": {"dtype": "float32", "precision": "default"},
+}
 
 PROGRAMS: dict[str, tuple[str, dict[str, Any]]] = {
-    f"{device} {what} {arithmetic}": (target, {"what": what, "batch": PER_CHIP, **ARITHMETIC[arithmetic]})
+    f"{device} {what} {arithmetic}": (
+        target,
+        {"what": what, "batch": PER_CHIP, **ARITHMETIC[arithmetic]},
+    )
     for device, target, names in (
         ("v5e", "tpu:v5e:1x1", ("float32", "bfloat16")),
         ("h100", "cuda:h100", ("float32", "TF32", "bfloat16")),
@@ -50,11 +60,16 @@ PROGRAMS: dict[str, tuple[str, dict[str, Any]]] = {
     for what in WHATS
     for arithmetic in names
 } | {
-    f"{device} x{CHIPS} {norm}": (target, {"what": "train-step", "batch": CHIPS * PER_CHIP, "batch_norm": norm, **NARROW})
+    f"{device} x{CHIPS} {norm}": (
+        target,
+        {"what": "train-step", "batch": CHIPS * PER_CHIP, "batch_norm": norm, **NARROW},
+    )
     for device, target in (("v5e", "tpu:v5e:2x4"), ("h100", f"cuda:h100:{CHIPS}"))
     for norm in ("global", "replica")
 }
-"""Every program that is compiled: its name, its target and the options of a :class:`flax_resblock.aot.request.Request`."""
+"""Every program that is compiled: its name, its target and the options of a
+:class:`flax_resblock.aot.request.Request`.
+"""
 
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "opt-barrier"}
 """Operations that move nothing."""
@@ -65,7 +80,9 @@ _ON_CHIP = re.compile(r"S\([1-9]\d*\)")
 
 
 def _arrays(type_text: str) -> list[tuple[int, int]]:
-    """Bytes of each array of a type, and those of them that lie outside the chip: all or, where the compiler placed it in on-chip memory, none."""
+    """Bytes of each array of a type, and those of them that lie outside the chip: all or, where the
+    compiler placed it in on-chip memory, none.
+    """
     found = []
     for bits, shape, layout in _ARRAY.findall(type_text):
         size = math.prod(int(length) for length in shape.split(",") if length) * int(bits) // 8
@@ -74,12 +91,18 @@ def _arrays(type_text: str) -> list[tuple[int, int]]:
 
 
 def _moved(instruction: Instruction) -> int:
-    """Bytes that an operation reads from and writes to the device's memory, every operand once and whole; copies to and from the chip as much as they copy."""
+    """Bytes that an operation reads from and writes to the device's memory, every operand once and
+    whole; copies to and from the chip as much as they copy.
+    """
     if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
         return 0
     written = _arrays(instruction.type)
-    sources = [_arrays(instruction.types.get(name, "")) for name in dict.fromkeys(instruction.operands)]
-    if instruction.opcode in _COPIES:  # their type repeats the operand, of which a slice only is read
+    sources = [
+        _arrays(instruction.types.get(name, "")) for name in dict.fromkeys(instruction.operands)
+    ]
+    if (
+        instruction.opcode in _COPIES
+    ):  # their type repeats the operand, of which a slice only is read
         size, outside = written[_COPIES[instruction.opcode]]
         return outside + (size if sources[0][0][1] else 0)
     if instruction.opcode.endswith("-start"):
@@ -88,7 +111,8 @@ def _moved(instruction: Instruction) -> int:
 
 
 def traffic(text: str) -> dict[str, int]:
-    """Bytes that a compiled program moves between the device and its memory, those of operations with a convolution or product and those without.
+    """Bytes that a compiled program moves between the device and its memory, those of operations
+    with a convolution or product and those without.
 
     Args:
       text: Optimised HLO.
@@ -96,21 +120,29 @@ def traffic(text: str) -> dict[str, int]:
     moved = {"products": 0, "others": 0}
     for instruction in instructions(text):
         if instruction.entry:
-            product = instruction.opcode != "copy" and re.search("conv_general_dilated|dot_general", instruction.scope)
+            product = instruction.opcode != "copy" and re.search(
+                "conv_general_dilated|dot_general", instruction.scope
+            )
             moved["products" if product else "others"] += _moved(instruction)
     return moved
 
 
 def compile_one(name: str) -> dict[str, Any]:
-    """What the compiler says of one of :data:`PROGRAMS`; in a process of its own, whose environment is the compilers'."""
+    """What the compiler says of one of :data:`PROGRAMS`; in a process of its own, whose environment
+    is the compilers'.
+    """
     import jax
 
     from flax_resblock.aot.child import devices_of
     from flax_resblock.aot.program import lower
 
     target, options = PROGRAMS[name]
-    request: Request = request_for(architecture(NAME), "tpu:v5e:1x1" if target == "cpu" else target, **options)
-    lowered = lower(request, jax.devices("cpu")[:1] if target == "cpu" else devices_of(request.parsed_target, 1))
+    request: Request = request_for(
+        architecture(NAME), "tpu:v5e:1x1" if target == "cpu" else target, **options
+    )
+    lowered = lower(
+        request, jax.devices("cpu")[:1] if target == "cpu" else devices_of(request.parsed_target, 1)
+    )
     begun = time.monotonic()
     compiled = lowered.compile()
     seconds, text = time.monotonic() - begun, compiled.as_text()
@@ -133,17 +165,33 @@ def compile_one(name: str) -> dict[str, Any]:
 
 
 def in_child(name: str) -> dict[str, Any]:
-    """:func:`compile_one` in a process with the compilers' environment; ends this program where it fails."""
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(COMPILERS)])}
+    """:func:`compile_one` in a process with the compilers' environment; ends this program where it
+    fails.
+    """
+    environment = {
+        **os.environ,
+        **ENVIRONMENT,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(COMPILERS)]),
+    }
     environment.pop("XLA_FLAGS", None)
-    done = subprocess.run([sys.executable, __file__, "--compile", name], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--compile", name],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
-        raise SystemExit(f"{done.stderr.strip()}\ncompiling {name!r} ended with status {done.returncode}; what the compiler said is above.")
+        raise SystemExit(
+            f"{done.stderr.strip()}\ncompiling {name!r} ended with status {done.returncode}; "
+            f"what the compiler said is above."
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def best(call: Callable[[], object], rounds: int = 7) -> float:
-    """Seconds of the fastest of some calls, after one that warms up: roofs are what is reached undisturbed."""
+    """Seconds of the fastest of some calls, after one that warms up: roofs are what is reached
+    undisturbed.
+    """
     times = []
     for _ in range(rounds + 1):
         begun = time.perf_counter()
@@ -163,7 +211,9 @@ def peak_of_products(size: int) -> tuple[dict[str, float], dict[str, str]]:
     for name, dtype in (("float32", np.float32), ("bfloat16", ml_dtypes.bfloat16)):
         left, right = (rng.normal(size=(size, size)).astype(dtype) for _ in range(2))
         on_jax = jax.device_put(left), jax.device_put(right)
-        calls: dict[str, Callable[[], object]] = {"jax": lambda pair=on_jax: product(*pair).block_until_ready()}
+        calls: dict[str, Callable[[], object]] = {
+            "jax": lambda pair=on_jax: product(*pair).block_until_ready()
+        }
         if dtype is np.float32:
             calls["numpy"] = lambda left=left, right=right: np.matmul(left, right)
         rates = {library: 2 * size**3 / best(call) for library, call in calls.items()}
@@ -177,22 +227,36 @@ def copy_rate(threads: int) -> float:
     source, target = np.ones(2**27, np.float32), np.empty(2**27, np.float32)
     parts = list(zip(np.array_split(source, threads), np.array_split(target, threads), strict=True))
     with ThreadPoolExecutor(threads) as pool:
-        return 2 * source.nbytes / best(lambda: list(pool.map(lambda part: np.copyto(part[1], part[0]), parts)))
+        return (
+            2
+            * source.nbytes
+            / best(lambda: list(pool.map(lambda part: np.copyto(part[1], part[0]), parts)))
+        )
 
 
 def decode_rate() -> tuple[float, int]:
-    """Images/s of one thread, and bytes of the JPEG: the mean size of ImageNet's pictures, 500 x 375 pixels and about 110 kB."""
+    """Images/s of one thread, and bytes of the JPEG: the mean size of ImageNet's pictures, 500 x
+    375 pixels and about 110 kB.
+    """
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (75, 100, 3), np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
-    pixels = np.clip(np.asarray(coarse, np.float32) + rng.normal(0, 9, (375, 500, 3)), 0, 255).astype(np.uint8)
+    coarse = Image.fromarray(rng.integers(0, 256, (75, 100, 3), np.uint8)).resize(
+        (500, 375), Image.Resampling.BICUBIC
+    )
+    pixels = np.clip(
+        np.asarray(coarse, np.float32) + rng.normal(0, 9, (375, 500, 3)), 0, 255
+    ).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=90)
 
     def decode() -> None:
         for _ in range(20):
-            np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+            np.asarray(
+                Image.open(io.BytesIO(file.getvalue()))
+                .convert("RGB")
+                .resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+            )
 
     return 20 / best(decode), len(file.getvalue())
 
@@ -227,14 +291,31 @@ def measure() -> dict[str, Any]:
     products, by = peak_of_products(size)
     decode, jpeg = decode_rate()
     steps = {what: step_seconds(what, batch) for what in WHATS}
-    return {"size": size, "products": products, "by": by, "copy": copy_rate(threads), "decode": decode, "jpeg": jpeg, "steps": steps, "steps_batch": batch}
+    return {
+        "size": size,
+        "products": products,
+        "by": by,
+        "copy": copy_rate(threads),
+        "decode": decode,
+        "jpeg": jpeg,
+        "steps": steps,
+        "steps_batch": batch,
+    }
 
 
 def describe() -> dict[str, Any]:
     """The machine, in numbers and words."""
     found = machine()
-    versions = f"Python {found['python']}, jax {found['versions']['jax']}, numpy {found['versions']['numpy']}"
-    return {"name": found["cpu"], "cores": found["cores"], "memory": found["memory_bytes"], "versions": versions}
+    versions = (
+        f"Python {found['python']}, jax {found['versions']['jax']}, numpy "
+        f"{found['versions']['numpy']}"
+    )
+    return {
+        "name": found["cpu"],
+        "cores": found["cores"],
+        "memory": found["memory_bytes"],
+        "versions": versions,
+    }
 
 
 def main() -> None:
@@ -243,18 +324,34 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, default=Path("docs/scaling.json"))
     parser.add_argument("--document", type=Path, default=Path("docs/scaling.md"))
     parser.add_argument("--picture", type=Path, default=Path("docs/scaling.png"))
-    parser.add_argument("--again", nargs="+", default=[], metavar="NAME", choices=[*PROGRAMS, "measured", "all"], help="obtain these figures anew")
+    parser.add_argument(
+        "--again",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        choices=[*PROGRAMS, "measured", "all"],
+        help="obtain these figures anew",
+    )
     parser.add_argument("--compile", choices=PROGRAMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compile:
         print(json.dumps(compile_one(options.compile)), flush=True)
         os._exit(0)  # the compilers' threads need no farewell
     if not options.document.exists():
-        parser.error(f"{options.document} does not exist; the tables are written into a document that has <!-- table NAME --> lines.")
+        parser.error(
+            f"{options.document} does not exist; the tables are written into a document that "
+            f"has <!-- table NAME --> lines."
+        )
     try:
-        figures = json.loads(options.figures.read_text(encoding="utf-8")) if options.figures.exists() else {"programs": {}}
+        figures = (
+            json.loads(options.figures.read_text(encoding="utf-8"))
+            if options.figures.exists()
+            else {"programs": {}}
+        )
     except ValueError as error:
-        parser.error(f"{options.figures} is no JSON ({error}); remove it to obtain all figures anew.")
+        parser.error(
+            f"{options.figures} is no JSON ({error}); remove it to obtain all figures anew."
+        )
 
     def keep() -> None:  # whole or not at all: an interrupt may come at any moment
         part = options.figures.with_suffix(".part")
@@ -276,7 +373,9 @@ def main() -> None:
             print(f"compiling {name}", file=sys.stderr, flush=True)
             figures["programs"][name] = in_child(name)
             keep()
-    options.document.write_text(fill(options.document.read_text(encoding="utf-8"), figures), encoding="utf-8")
+    options.document.write_text(
+        fill(options.document.read_text(encoding="utf-8"), figures), encoding="utf-8"
+    )
     draw(figures, options.picture)
     print(f"wrote {options.document} and {options.picture}")
 

@@ -1,4 +1,6 @@
-"""The tables and the picture of docs/scaling.md, from the figures that scaling.py has gathered; and what the data sheets say."""
+"""The tables and the picture of docs/scaling.md, from the figures that scaling.py has gathered; and
+what the data sheets say.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,26 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from roofline import OPTIMIZER, Device, Fusion, Layer, Network, Part, What, balanced_batch, efficiency, flops, group_of, layers, moved, roofline, total
+from roofline import (
+    OPTIMIZER,
+    Device,
+    Fusion,
+    Layer,
+    Network,
+    Part,
+    What,
+    balanced_batch,
+    efficiency,
+    flops,
+    group_of,
+    layers,
+    moved,
+    roofline,
+    total,
+)
 
 from flax_resblock.aot.sharding import expected
-from flax_resblock.architecture import architecture
+from flax_resblock.config import architecture
 
 Figures = Mapping[str, Any]
 
@@ -23,9 +41,19 @@ BACKWARD = 2 / 3
 MXU_PASSES = 6
 """Products of bfloat16 that make one of float32 on a TPU, at precision highest."""
 
-V5E = Device("TPU v5e", {"float32": 197e12 / MXU_PASSES, "bfloat16": 197e12}, 819e9, 16e9, "Google Cloud, system architecture of TPU v5e")
+V5E = Device(
+    "TPU v5e",
+    {"float32": 197e12 / MXU_PASSES, "bfloat16": 197e12},
+    819e9,
+    16e9,
+    "Google Cloud, system architecture of TPU v5e",
+)
 H100 = Device(
-    "H100 SXM", {"float32": 66.9e12, "TF32": 494.7e12, "bfloat16": 989.4e12}, 3.35e12, 80e9, "NVIDIA, H100 data sheet and architecture paper, no sparsity"
+    "H100 SXM",
+    {"float32": 66.9e12, "TF32": 494.7e12, "bfloat16": 989.4e12},
+    3.35e12,
+    80e9,
+    "NVIDIA, H100 data sheet and architecture paper, no sparsity",
 )
 BOTH = ("float32", "bfloat16")
 PER_HOST = {"v5e": 8, "h100": 8}
@@ -35,31 +63,61 @@ NETWORKS: tuple[tuple[str, tuple[str, ...], Network], ...] = (
     ("h100", BOTH, Network("NVLink, 100 Gb/s Ethernet per host", 8, 450e9, 2e-6, 12.5e9, 20e-6)),
     ("cpu", ("float32",), Network("100 Gb/s Ethernet", 1, 1, 0, 12.5e9, 20e-6)),
 )
-"""What joins which device, and the arithmetic of interest. Bandwidths are those of the data sheets, in one direction; latencies are assumed, to their order of
-magnitude."""
+"""What joins which device, and the arithmetic of interest. Bandwidths are those of the data sheets,
+in one direction; latencies are assumed, to their order of magnitude."""
 CHIPS = (8, 64, 256)
 
 
 def devices(figures: Figures) -> dict[str, Device]:
     """The three devices; the roofs of the CPU are the measured ones."""
     machine, measured = figures["machine"], figures["measured"]
-    return {"v5e": V5E, "h100": H100, "cpu": Device("this CPU", measured["products"], measured["copy"], machine["memory"], "measured here, two threads")}
+    return {
+        "v5e": V5E,
+        "h100": H100,
+        "cpu": Device(
+            "this CPU",
+            measured["products"],
+            measured["copy"],
+            machine["memory"],
+            "measured here, two threads",
+        ),
+    }
 
 
 def _cases(figures: Figures) -> list[tuple[str, Device, str]]:
-    return [(key, device, arithmetic) for key, device in devices(figures).items() for arithmetic in WIDTH if arithmetic in device.peaks]
+    return [
+        (key, device, arithmetic)
+        for key, device in devices(figures).items()
+        for arithmetic in WIDTH
+        if arithmetic in device.peaks
+    ]
 
 
 def _roof(device: Device, arithmetic: str, what: What, fusion: Fusion = "fused") -> dict[str, Part]:
-    return roofline(NETWORK, what, PER_CHIP, width=WIDTH[arithmetic], fusion=fusion, peak=device.peaks[arithmetic], bandwidth=device.bandwidth)
+    return roofline(
+        NETWORK,
+        what,
+        PER_CHIP,
+        width=WIDTH[arithmetic],
+        fusion=fusion,
+        peak=device.peaks[arithmetic],
+        bandwidth=device.bandwidth,
+    )
 
 
-def _compiled_seconds(figures: Figures, key: str, device: Device, arithmetic: str, what: What) -> float | None:
-    """The least time with the bytes of the compiled program: its products at the lower roof, everything else at that of memory."""
+def _compiled_seconds(
+    figures: Figures, key: str, device: Device, arithmetic: str, what: What
+) -> float | None:
+    """The least time with the bytes of the compiled program: its products at the lower roof,
+    everything else at that of memory.
+    """
     program = figures["programs"].get(f"{key} {what} {arithmetic}")
     if program is None:
         return None
-    products = max(flops(NETWORK, what, PER_CHIP) / device.peaks[arithmetic], program["traffic"]["products"] / device.bandwidth)
+    products = max(
+        flops(NETWORK, what, PER_CHIP) / device.peaks[arithmetic],
+        program["traffic"]["products"] / device.bandwidth,
+    )
     return products + program["traffic"]["others"] / device.bandwidth
 
 
@@ -77,16 +135,38 @@ def _short(number: float) -> str:
 def work(figures: Figures) -> str:
     """FLOPs, parameters and least traffic by group, for one image; the figures are not needed."""
     del figures
-    columns: tuple[tuple[What, Fusion], ...] = (("forward", "fused"), ("train-step", "fused"), ("train-step", "alone"))
+    columns: tuple[tuple[What, Fusion], ...] = (
+        ("forward", "fused"),
+        ("train-step", "fused"),
+        ("train-step", "alone"),
+    )
 
     def row(name: str, inside: list[Layer]) -> list[str]:
         counts = (flops(inside, what, 1) / 1e9 for what in WHATS)
-        bytes_ = (sum(moved(layer, what, 1, WIDTH["float32"], fusion)[0] for layer in inside) / 1e6 for what, fusion in columns)
-        return [name, f"{sum(layer.parameters for layer in inside) / 1e6:.2f}", *(f"{count:.2f}" for count in counts), *(f"{count:.1f}" for count in bytes_)]
+        bytes_ = (
+            sum(moved(layer, what, 1, WIDTH["float32"], fusion)[0] for layer in inside) / 1e6
+            for what, fusion in columns
+        )
+        return [
+            name,
+            f"{sum(layer.parameters for layer in inside) / 1e6:.2f}",
+            *(f"{count:.2f}" for count in counts),
+            *(f"{count:.1f}" for count in bytes_),
+        ]
 
     groups = [group for group in _roof(V5E, "float32", "train-step") if group != OPTIMIZER]
-    rows = [row(group, [layer for layer in NETWORK if group_of(layer) == group]) for group in groups]
-    head = ["per image, float32", "parameters, M", "GFLOP forward", "GFLOP train step", "MB forward", "MB train step", "MB train step, nothing fused"]
+    rows = [
+        row(group, [layer for layer in NETWORK if group_of(layer) == group]) for group in groups
+    ]
+    head = [
+        "per image, float32",
+        "parameters, M",
+        "GFLOP forward",
+        "GFLOP train step",
+        "MB forward",
+        "MB train step",
+        "MB train step, nothing fused",
+    ]
     return _table(head, [*rows, row("all", NETWORK)])
 
 
@@ -100,15 +180,60 @@ def check(figures: Figures) -> str:
                 continue
             said, memory = program["compiled"], program["memory"]
             exact = flops(NETWORK, what, PER_CHIP, padding=False)
-            counts = [f"{said['flops'] / 1e12:.3f} ({said['flops'] / exact:.3f} x)", f"{said['bytes'] / 1e9:.1f}"] if said else ["none", "none"]
-            least = [total(_roof(device, arithmetic, what, fusion)).bytes / 1e9 for fusion in ("fused", "alone")]
+            counts = (
+                [
+                    f"{said['flops'] / 1e12:.3f} ({said['flops'] / exact:.3f} x)",
+                    f"{said['bytes'] / 1e9:.1f}",
+                ]
+                if said
+                else ["none", "none"]
+            )
+            least = [
+                total(_roof(device, arithmetic, what, fusion)).bytes / 1e9
+                for fusion in ("fused", "alone")
+            ]
             moving = sum(program["traffic"].values())
-            needed = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"] + memory["code"]
-            traffic = [f"{moving / 1e9:.1f}", f"{program['traffic']['others'] / moving:.0%}", str(round(program["cycles"] / 1e6) or "none")]
+            needed = (
+                memory["arguments"]
+                + memory["outputs"]
+                - memory["aliased"]
+                + memory["temporaries"]
+                + memory["code"]
+            )
+            traffic = [
+                f"{moving / 1e9:.1f}",
+                f"{program['traffic']['others'] / moving:.0%}",
+                str(round(program["cycles"] / 1e6) or "none"),
+            ]
             name = f"{device.name}, {what}, {arithmetic}"
-            rows.append([name, f"{exact / 1e12:.3f}", *counts, *(f"{one:.1f}" for one in least), *traffic, f"{needed / 1e9:.1f}"])
-    head = ["program", "TFLOP, analytic", "compiler's TFLOP", "compiler's GB", "GB fused", "GB nothing fused"]
-    return _table([*head, "GB of its operations", "of it without a product", "compiler's Mcycles", "GB needed"], rows)
+            rows.append(
+                [
+                    name,
+                    f"{exact / 1e12:.3f}",
+                    *counts,
+                    *(f"{one:.1f}" for one in least),
+                    *traffic,
+                    f"{needed / 1e9:.1f}",
+                ]
+            )
+    head = [
+        "program",
+        "TFLOP, analytic",
+        "compiler's TFLOP",
+        "compiler's GB",
+        "GB fused",
+        "GB nothing fused",
+    ]
+    return _table(
+        [
+            *head,
+            "GB of its operations",
+            "of it without a product",
+            "compiler's Mcycles",
+            "GB needed",
+        ],
+        rows,
+    )
 
 
 def roofs(figures: Figures) -> str:
@@ -116,9 +241,16 @@ def roofs(figures: Figures) -> str:
     rows = []
     for _, device, arithmetic in _cases(figures):
         peak = device.peaks[arithmetic]
-        numbers = (peak / 1e12, device.bandwidth / 1e9, peak / device.bandwidth, device.memory / 1e9)
+        numbers = (
+            peak / 1e12,
+            device.bandwidth / 1e9,
+            peak / device.bandwidth,
+            device.memory / 1e9,
+        )
         rows.append([f"{device.name}, {arithmetic}", *map(_short, numbers), device.source])
-    return _table(["device", "TFLOP/s", "GB/s", "FLOP per byte where they meet", "memory, GB", "source"], rows)
+    return _table(
+        ["device", "TFLOP/s", "GB/s", "FLOP per byte where they meet", "memory, GB", "source"], rows
+    )
 
 
 def bounds(figures: Figures) -> str:
@@ -126,15 +258,47 @@ def bounds(figures: Figures) -> str:
     rows = []
     for key, device, arithmetic in _cases(figures):
         for what in WHATS:
-            part, alone = total(_roof(device, arithmetic, what)), total(_roof(device, arithmetic, what, "alone"))
+            part, alone = (
+                total(_roof(device, arithmetic, what)),
+                total(_roof(device, arithmetic, what, "alone")),
+            )
             compiled = _compiled_seconds(figures, key, device, arithmetic, what)
-            times = ("-" if one is None else f"{_short(1e3 * one)} ms, {_short(PER_CHIP / one)}/s" for one in (part.seconds, compiled, alone.seconds))
-            options: dict[str, Any] = {"width": WIDTH[arithmetic], "peak": device.peaks[arithmetic], "bandwidth": device.bandwidth}
-            batches = (balanced_batch(NETWORK, what, fusion=fusion, **options) for fusion in ("fused", "alone"))
-            waiting = f"{'memory' if part.waiting > part.seconds / 2 else 'compute'}, {part.waiting / part.seconds:.0%}"
+            times = (
+                "-" if one is None else f"{_short(1e3 * one)} ms, {_short(PER_CHIP / one)}/s"
+                for one in (part.seconds, compiled, alone.seconds)
+            )
+            options: dict[str, Any] = {
+                "width": WIDTH[arithmetic],
+                "peak": device.peaks[arithmetic],
+                "bandwidth": device.bandwidth,
+            }
+            batches = (
+                balanced_batch(NETWORK, what, fusion=fusion, **options)
+                for fusion in ("fused", "alone")
+            )
+            waiting = (
+                f"{'memory' if part.waiting > part.seconds / 2 else 'compute'}, "
+                f"{part.waiting / part.seconds:.0%}"
+            )
             from_ = " / ".join(str(batch or "never") for batch in batches)
-            rows.append([f"{device.name}, {what}, {arithmetic}", f"{part.intensity:.0f}", waiting, *times, from_])
-    head = ["program", "FLOP per byte", "bound by, time at memory's roof", "fused", "as compiled", "nothing fused", "compute bound from batch"]
+            rows.append(
+                [
+                    f"{device.name}, {what}, {arithmetic}",
+                    f"{part.intensity:.0f}",
+                    waiting,
+                    *times,
+                    from_,
+                ]
+            )
+    head = [
+        "program",
+        "FLOP per byte",
+        "bound by, time at memory's roof",
+        "fused",
+        "as compiled",
+        "nothing fused",
+        "compute bound from batch",
+    ]
     return _table(head, rows)
 
 
@@ -144,14 +308,33 @@ def groups(figures: Figures) -> str:
     found = [_roof(device, arithmetic, "train-step") for _, device, arithmetic in cases]
     rows = []
     for name in found[0]:
-        cells = (f"{_short(1e3 * parts[name].seconds)} {'M' if parts[name].waiting > parts[name].seconds / 2 else 'C'}" for parts in found)
+        cells = (
+            f"{_short(1e3 * parts[name].seconds)} "
+            f"{'M' if parts[name].waiting > parts[name].seconds / 2 else 'C'}"
+            for parts in found
+        )
         rows.append([name, f"{found[0][name].intensity:.0f}", *cells])
-    rows.append(["all", f"{total(found[0]).intensity:.0f}", *(_short(1e3 * total(parts).seconds) for parts in found)])
-    return _table(["ms, train step", "FLOP per byte, float32", *(f"{device.name}, {arithmetic}" for _, device, arithmetic in cases)], rows)
+    rows.append(
+        [
+            "all",
+            f"{total(found[0]).intensity:.0f}",
+            *(_short(1e3 * total(parts).seconds) for parts in found),
+        ]
+    )
+    return _table(
+        [
+            "ms, train step",
+            "FLOP per byte, float32",
+            *(f"{device.name}, {arithmetic}" for _, device, arithmetic in cases),
+        ],
+        rows,
+    )
 
 
 def scaling(figures: Figures) -> str:
-    """All-reduce against the least time of a step, for growing numbers of devices with the same batch each."""
+    """All-reduce against the least time of a step, for growing numbers of devices with the same
+    batch each.
+    """
     config = architecture(NAME)
     replica, everything = expected(config, "replica"), expected(config, "global")
     reduces, gradients = everything.all_reduces - 1, 4 * replica.elements
@@ -164,9 +347,22 @@ def scaling(figures: Figures) -> str:
             for chips in CHIPS:
                 sent = joined.seconds(gradients, chips)
                 waited = reduces * joined.seconds(statistics / reduces, chips)
-                shares = [efficiency(step, sent, 0, overlap=0), efficiency(step, sent, 0, overlap=BACKWARD), efficiency(step, sent, waited, overlap=BACKWARD)]
+                shares = [
+                    efficiency(step, sent, 0, overlap=0),
+                    efficiency(step, sent, 0, overlap=BACKWARD),
+                    efficiency(step, sent, waited, overlap=BACKWARD),
+                ]
                 name = f"{device.name}, {arithmetic}, {joined.name}"
-                rows.append([name, str(chips), _short(1e3 * step), f"{1e3 * sent:.2f}", f"{1e3 * waited:.2f}", *(f"{share:.1%}" for share in shares)])
+                rows.append(
+                    [
+                        name,
+                        str(chips),
+                        _short(1e3 * step),
+                        f"{1e3 * sent:.2f}",
+                        f"{1e3 * waited:.2f}",
+                        *(f"{share:.1%}" for share in shares),
+                    ]
+                )
     head = [
         "devices and network",
         "how many",
@@ -181,14 +377,22 @@ def scaling(figures: Figures) -> str:
 
 
 def collectives(figures: Figures) -> str:
-    """The all-reduces of the compiled programs beside those that the description of the network demands, with every value in float32."""
+    """The all-reduces of the compiled programs beside those that the description of the network
+    demands, with every value in float32.
+    """
     rows = []
     for name, program in figures["programs"].items():
         if " x" in name:
             should, sizes = expected(architecture(NAME), name.split()[-1]), program["all_reduces"]
-            found, wanted = f"{len(sizes)}, {sum(sizes) / 1e6:.2f} MB", f"{should.all_reduces}, {4 * should.elements / 1e6:.2f} MB"
+            found, wanted = (
+                f"{len(sizes)}, {sum(sizes) / 1e6:.2f} MB",
+                f"{should.all_reduces}, {4 * should.elements / 1e6:.2f} MB",
+            )
             rows.append([name, found, wanted, ", ".join(program["others"]) or "none"])
-    return _table(["train step", "all-reduces compiled", "expected, all in float32", "other collectives"], rows)
+    return _table(
+        ["train step", "all-reduces compiled", "expected, all in float32", "other collectives"],
+        rows,
+    )
 
 
 def supply(figures: Figures) -> str:
@@ -199,9 +403,20 @@ def supply(figures: Figures) -> str:
         device = devices(figures)[key]
         for arithmetic in device.peaks:
             images = count * PER_CHIP / total(_roof(device, arithmetic, "train-step")).seconds
-            cells = [f"{images:,.0f}", f"{images * 110e3 / 1e9:.1f}", f"{images * SIZE**2 * 3 / 1e9:.1f}", f"{images / decode:,.0f}"]
+            cells = [
+                f"{images:,.0f}",
+                f"{images * 110e3 / 1e9:.1f}",
+                f"{images * SIZE**2 * 3 / 1e9:.1f}",
+                f"{images / decode:,.0f}",
+            ]
             rows.append([f"{count} x {device.name}, {arithmetic}", *cells])
-    head = ["host", "images/s", "GB/s of JPEG read", "GB/s of uint8 pixels to the devices", "cores that decode"]
+    head = [
+        "host",
+        "images/s",
+        "GB/s of JPEG read",
+        "GB/s of uint8 pixels to the devices",
+        "cores that decode",
+    ]
     return _table(head, rows)
 
 
@@ -209,34 +424,63 @@ def machine(figures: Figures) -> str:
     """What was measured here, in a list."""
     here, measured, cpu = figures["machine"], figures["measured"], devices(figures)["cpu"]
     size, picture = measured["size"], f"a JPEG of {measured['jpeg'] / 1e3:.0f} kB, 500 x 375 pixels"
-    lines = [f"- {here['name']}, {here['cores']} cores, {here['memory'] / 2**30:.0f} GiB; {here['versions']}."]
-    for name, library in sorted(measured["by"].items(), key=lambda item: list(WIDTH).index(item[0])):
-        lines.append(f"- Product of two {size} x {size} matrices, {name}: {measured['products'][name] / 1e9:.0f} GFLOP/s, by {library}.")
+    lines = [
+        f"- {here['name']}, {here['cores']} cores, {here['memory'] / 2**30:.0f} GiB; "
+        f"{here['versions']}."
+    ]
+    for name, library in sorted(
+        measured["by"].items(), key=lambda item: list(WIDTH).index(item[0])
+    ):
+        lines.append(
+            f"- Product of two {size} x {size} matrices, {name}: "
+            f"{measured['products'][name] / 1e9:.0f} GFLOP/s, by {library}."
+        )
     lines.append(f"- Copy, read and write counted: {measured['copy'] / 1e9:.1f} GB/s.")
-    lines.append(f"- Decoding {picture}, and scaling it to {SIZE} x {SIZE}: {measured['decode']:.0f} images/s on one thread.")
+    lines.append(
+        f"- Decoding {picture}, and scaling it to {SIZE} x {SIZE}: {measured['decode']:.0f} "
+        f"images/s on one thread."
+    )
     for what in WHATS:
         seconds, batch = measured["steps"][what], measured["steps_batch"]
-        least = total(roofline(NETWORK, what, batch, width=4, fusion="fused", peak=cpu.peaks["float32"], bandwidth=cpu.bandwidth)).seconds
+        least = total(
+            roofline(
+                NETWORK,
+                what,
+                batch,
+                width=4,
+                fusion="fused",
+                peak=cpu.peaks["float32"],
+                bandwidth=cpu.bandwidth,
+            )
+        ).seconds
         rate = f"{seconds:.2f} s, {flops(NETWORK, what, batch) / seconds / 1e9:.0f} GFLOP/s"
         lines.append(
-            f"- {NAME}, {what}, float32, batch {batch}, XLA's own convolutions: {rate}. The roofs allow {least:.2f} s: {least / seconds:.0%} of the roof."
+            f"- {NAME}, {what}, float32, batch {batch}, XLA's own convolutions: {rate}. The "
+            f"roofs allow {least:.2f} s: {least / seconds:.0%} of the roof."
         )
     return "\n".join(lines)
 
 
 TABLES: Mapping[str, Callable[[Figures], str]] = {
-    table.__name__: table for table in (machine, work, check, roofs, bounds, groups, collectives, scaling, supply)
+    table.__name__: table
+    for table in (machine, work, check, roofs, bounds, groups, collectives, scaling, supply)
 }
 """By the name that the document has them under."""
 
 
 def fill(text: str, figures: Figures) -> str:
-    """The document with every table between ``<!-- table NAME -->`` and ``<!-- end -->`` written anew.
+    """The document with every table between ``<!-- table NAME -->`` and ``<!-- end -->`` written
+    anew.
 
     Raises:
       KeyError: A name that there is no table for.
     """
-    return re.sub(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", lambda found: f"{found[1]}\n{TABLES[found[2]](figures)}\n\n{found[3]}", text, flags=re.DOTALL)
+    return re.sub(
+        r"(<!-- table (\w+) -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}\n{TABLES[found[2]](figures)}\n\n{found[3]}",
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def draw(figures: Figures, path: Path) -> None:
@@ -245,23 +489,49 @@ def draw(figures: Figures, path: Path) -> None:
     from matplotlib.figure import Figure
 
     found = devices(figures)
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    figure = Figure(figsize=(13, 4.6), naming="constrained")
     for axes, device in zip(figure.subplots(1, len(found)), found.values(), strict=True):
         for arithmetic, peak in device.peaks.items():
             colour = f"C{list(WIDTH).index(arithmetic)}"
             x = np.geomspace(1, 3000, 200)
-            axes.loglog(x, np.minimum(peak, x * device.bandwidth), colour, label=f"{arithmetic}: {peak / 1e12:.3g} TFLOP/s")
+            axes.loglog(
+                x,
+                np.minimum(peak, x * device.bandwidth),
+                colour,
+                label=f"{arithmetic}: {peak / 1e12:.3g} TFLOP/s",
+            )
             for name, part in _roof(device, arithmetic, "train-step").items():
                 if part.flops:
                     reached = min(peak, part.intensity * device.bandwidth)
                     axes.plot(part.intensity, reached, "o", color=colour)
-                    axes.annotate(name.removeprefix("stage"), (part.intensity, reached), textcoords="offset points", xytext=(3, -11), fontsize=7, color=colour)
+                    axes.annotate(
+                        name.removeprefix("stage"),
+                        (part.intensity, reached),
+                        textcoords="offset points",
+                        xytext=(3, -11),
+                        fontsize=7,
+                        color=colour,
+                    )
             whole = total(_roof(device, arithmetic, "train-step"))
-            axes.plot(whole.intensity, whole.flops / whole.seconds, "*", color=colour, markersize=13)
+            axes.plot(
+                whole.intensity, whole.flops / whole.seconds, "*", color=colour, markersize=13
+            )
         if device.name == found["cpu"].name:
-            seconds, batch = figures["measured"]["steps"]["train-step"], figures["measured"]["steps_batch"]
-            axes.plot(total(_roof(device, "float32", "train-step")).intensity, flops(NETWORK, "train-step", batch) / seconds, "xC0", label="float32, measured")
-        axes.set(title=f"{device.name}, {_short(device.bandwidth / 1e9)} GB/s", xlabel="FLOP per byte", ylabel="FLOP/s")
+            seconds, batch = (
+                figures["measured"]["steps"]["train-step"],
+                figures["measured"]["steps_batch"],
+            )
+            axes.plot(
+                total(_roof(device, "float32", "train-step")).intensity,
+                flops(NETWORK, "train-step", batch) / seconds,
+                "xC0",
+                label="float32, measured",
+            )
+        axes.set(
+            title=f"{device.name}, {_short(device.bandwidth / 1e9)} GB/s",
+            xlabel="FLOP per byte",
+            ylabel="FLOP/s",
+        )
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False, loc="lower right", fontsize=8)
     figure.savefig(path, dpi=110)

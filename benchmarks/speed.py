@@ -1,4 +1,5 @@
-"""Puts the table of a benchmark into README.md and docs/performance.md, between the marks that they have for it, and draws its picture beside the file.
+"""Puts the table of a benchmark into README.md and docs/performance.md, between the marks that they
+have for it, and draws its picture beside the file.
 
 flax-resblock bench --what full --json-file docs/bench.json --png docs/bench.png --force
 python benchmarks/speed.py docs/bench.json
@@ -23,7 +24,10 @@ def filled(document: str, found: dict) -> str:
     before, rest = document.split(BEGIN)
     _, after = rest.split(END)
     settings = found["settings"]
-    machine = f"{sentence(found['machine'])}; {settings['threads']} threads, {settings['rounds']} rounds, malloc: {settings['malloc']}."
+    machine = (
+        f"{sentence(found['machine'])}; {settings['threads']} threads, {settings['rounds']} "
+        f"rounds, malloc: {settings['malloc']}."
+    )
     return f"{before}{BEGIN}\n\n{markdown(found)}\n\n{machine}\n\n{END}{after}"
 
 
@@ -33,7 +37,13 @@ def main() -> None:
     found = json.loads(figures.read_text(encoding="utf-8"))
     fields = Result.__dataclass_fields__
     cases = [
-        (Case(**case["case"]), [Result(**{name: value for name, value in result.items() if name in fields}) for result in case["results"]])
+        (
+            Case(**case["case"]),
+            [
+                Result(**{name: value for name, value in result.items() if name in fields})
+                for result in case["results"]
+            ],
+        )
         for case in found["cases"]
     ]
     picture(cases, figures.with_suffix(".png"))

@@ -1,24 +1,25 @@
-"""Residual networks in Flax that are PyTorch's, number for number; and the converter and the proofs that say so.
+"""Residual networks in Flax that are PyTorch's, number for number; and the converter and the proofs
+that say so.
 
-Names are imported on first use, so that ``import flax_resblock`` costs nothing and the command line starts at once. torch is never imported here.
-"""
+Names are imported on first use, so that ``import flax_resblock`` costs nothing and the command line
+starts at once. torch is never imported here."""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from flax_resblock._version import __version__
 
 if TYPE_CHECKING:
-    from flax_resblock.architecture import BlockConfig, ResNetConfig, architectures
-    from flax_resblock.blocks import BottleneckBlock, ResidualBlock
+    from flax_resblock.config import BlockConfig, ResNetConfig, architectures
+    from flax_resblock.cpu.switch import compiler_options, conv_lowering
     from flax_resblock.errors import CheckpointError, InputError
-    from flax_resblock.inference import compile_inference
-    from flax_resblock.lowering.switch import compiler_options, conv_lowering
-    from flax_resblock.norm import BatchNorm
-    from flax_resblock.resnet import ResNet, create
-    from flax_resblock.transfer import from_torch, load, load_run, save, to_torch
+    from flax_resblock.export.inference import compile_inference
+    from flax_resblock.io import from_torch, load, load_run, save, to_torch
+    from flax_resblock.nn.blocks import BottleneckBlock, ResidualBlock
+    from flax_resblock.nn.norm import BatchNorm
+    from flax_resblock.nn.resnet import ResNet, create
 
 __all__ = [
     "BatchNorm",
@@ -29,6 +30,7 @@ __all__ = [
     "ResNet",
     "ResNetConfig",
     "ResidualBlock",
+    "__version__",
     "architectures",
     "compile_inference",
     "compiler_options",
@@ -42,14 +44,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "architecture": ("BlockConfig", "ResNetConfig", "architectures"),
-    "blocks": ("BottleneckBlock", "ResidualBlock"),
+    "config": ("BlockConfig", "ResNetConfig", "architectures"),
+    "nn.blocks": ("BottleneckBlock", "ResidualBlock"),
     "errors": ("CheckpointError", "InputError"),
-    "inference": ("compile_inference",),
-    "lowering.switch": ("compiler_options", "conv_lowering"),
-    "norm": ("BatchNorm",),
-    "resnet": ("ResNet", "create"),
-    "transfer": ("from_torch", "load", "load_run", "save", "to_torch"),
+    "export.inference": ("compile_inference",),
+    "cpu.switch": ("compiler_options", "conv_lowering"),
+    "nn.norm": ("BatchNorm",),
+    "nn.resnet": ("ResNet", "create"),
+    "io": ("from_torch", "load", "load_run", "save", "to_torch"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

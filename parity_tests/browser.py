@@ -16,9 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-BINARY = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BINARY = (
+    os.environ.get("CHROMIUM")
+    or shutil.which("chromium")
+    or shutil.which("chromium-browser")
+    or shutil.which("google-chrome")
+)
 
-_LAUNCH = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+_LAUNCH = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); "
+    "os.execv(sys.argv[3], sys.argv[3:])"
+)
 """Chromium reads its commands from descriptor 3 and answers on 4."""
 
 
@@ -30,7 +38,9 @@ class Browser:
         self.events: list[dict[str, Any]] = []
         self._session: str | None = None
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
 
@@ -49,7 +59,9 @@ class Browser:
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         """A command of the DevTools protocol and its result."""
         self._count += 1
-        message = {"id": self._count, "method": method, "params": parameters} | ({"sessionId": self._session} if self._session else {})
+        message = {"id": self._count, "method": method, "params": parameters} | (
+            {"sessionId": self._session} if self._session else {}
+        )
         os.write(self._commands, json.dumps(message).encode() + b"\0")
         while (answer := self._receive()).get("id") != self._count:
             self.events.append(answer)
@@ -57,10 +69,29 @@ class Browser:
             raise RuntimeError(f"{method}: {answer['error']['message']}")
         return answer["result"]
 
-    def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False, script: bool = True) -> None:
-        """Loads a file in a window of this size, and waits until it is loaded. Forgets earlier events."""
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+    def open(
+        self,
+        path: Path,
+        *,
+        width: int = 1280,
+        height: int = 900,
+        dark: bool = False,
+        script: bool = True,
+    ) -> None:
+        """Loads a file in a window of this size, and waits until it is loaded. Forgets earlier
+        events.
+        """
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+        self.send(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
         self.send("Emulation.setScriptExecutionDisabled", value=not script)
         self.events.clear()
         self.send("Page.navigate", url=path.resolve().as_uri())
@@ -69,7 +100,9 @@ class Browser:
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""
-        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        answer = self.send(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         if "exceptionDetails" in answer:
             raise RuntimeError(str(answer["exceptionDetails"]))
         return answer["result"].get("value")
@@ -78,21 +111,38 @@ class Browser:
         """A key on the keyboard, down and up."""
         text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
+            self.send(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=code,
+                **text,
+            )
 
     def screenshot(self, path: Path) -> None:
         """The whole page as a PNG."""
-        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
+        path.write_bytes(
+            base64.b64decode(
+                self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+            )
+        )
 
     def complaints(self) -> list[str]:
-        """What the console shows: exceptions, ``console`` calls, violations of the content security policy."""
+        """What the console shows: exceptions, ``console`` calls, violations of the content security
+        policy.
+        """
         self.run("new Promise((done) => setTimeout(done, 50))")
         kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
         return [json.dumps(event["params"]) for event in self.events if event["method"] in kinds]
 
     def requests(self) -> list[str]:
         """Every address that the page asked for."""
-        return [event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        return [
+            event["params"]["request"]["url"]
+            for event in self.events
+            if event["method"] == "Network.requestWillBeSent"
+        ]
 
 
 @contextmanager
@@ -102,9 +152,27 @@ def browser(profile: Path) -> Iterator[Browser]:
     theirs_in, ours_out = os.pipe()
     ours_in, theirs_out = os.pipe()
     passed = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10) for descriptor in (theirs_in, theirs_out)]
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-first-run", "--remote-debugging-pipe"]
-    command = [sys.executable, "-c", _LAUNCH, *map(str, passed), BINARY, *flags, f"--user-data-dir={profile}"]
-    process = subprocess.Popen(command, pass_fds=passed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+        "--no-first-run",
+        "--remote-debugging-pipe",
+    ]
+    command = [
+        sys.executable,
+        "-c",
+        _LAUNCH,
+        *map(str, passed),
+        BINARY,
+        *flags,
+        f"--user-data-dir={profile}",
+    ]
+    process = subprocess.Popen(
+        command, pass_fds=passed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     for descriptor in (theirs_in, theirs_out, *passed):
         os.close(descriptor)
     try:

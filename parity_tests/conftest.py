@@ -1,27 +1,36 @@
-"""Set-up before jax starts: a CPU backend with four simulated devices, unless another platform is asked for.
+"""Set-up before jax starts: a CPU backend with four simulated devices, unless another platform is
+asked for.
 
-Tests marked ``accelerator`` need a GPU or TPU and are skipped where jax has none. To run them, leave the choice of the platform to jax:
+Tests marked ``accelerator`` need a GPU or TPU and are skipped where jax has none. To run them,
+leave the choice of the platform to jax:
 
     FLAX_RESBLOCK_ACCELERATOR=1 python -m pytest -m accelerator
 
-``JAX_PLATFORMS`` does the same for one platform: ``JAX_PLATFORMS=cuda,cpu`` (with ``cpu``, on which the float64 truth is computed).
+``JAX_PLATFORMS`` does the same for one platform: ``JAX_PLATFORMS=cuda,cpu`` (with ``cpu``, on which
+the float64 truth is computed).
 
-Tests marked ``slow`` come last. ``FLAX_RESBLOCK_TEST_SECONDS=900`` skips, by name, those that have not begun 900 s after the start.
-"""
+Tests marked ``slow`` come last. ``FLAX_RESBLOCK_TEST_SECONDS=900`` skips, by name, those that have
+not begun 900 s after the start."""
 
 import os
 import time
 
 if os.environ.get("FLAX_RESBLOCK_ACCELERATOR", "0") in ("", "0"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["FLAX_RESBLOCK_CACHE"] = "off"  # the programs that tests start neither use nor leave anything in the user's home
+os.environ["FLAX_RESBLOCK_CACHE"] = (
+    "off"  # the programs that tests start neither use nor leave anything in the user's home
+)
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+    )
 
 import pytest
 import torch
 
-torch.set_num_threads(1)  # small tensors gain nothing from a second thread, and pytest-xdist already uses every core
+torch.set_num_threads(
+    1
+)  # small tensors gain nothing from a second thread, and pytest-xdist already uses every core
 
 
 _STARTED = time.monotonic()
@@ -50,7 +59,9 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def _working_directory():
-    """A test that leaves the process in another folder fails, instead of one that comes after it."""
+    """A test that leaves the process in another folder fails, instead of one that comes after
+    it.
+    """
     before = os.getcwd()
     yield
     after = os.getcwd()
@@ -65,5 +76,12 @@ def accelerator_device():
 
     device = accelerator()
     if device is None:
-        pytest.skip("jax has no GPU or TPU here" if _ON_ACCELERATOR else "needs a GPU or TPU: set FLAX_RESBLOCK_ACCELERATOR=1 to let jax use the one there is")
+        pytest.skip(
+            "jax has no GPU or TPU here"
+            if _ON_ACCELERATOR
+            else (
+                "needs a GPU or TPU: set FLAX_RESBLOCK_ACCELERATOR=1 to let jax use the one there "
+                "is"
+            )
+        )
     return device

@@ -1,4 +1,5 @@
-"""The same steps in ``torch.nn.parallel.DistributedDataParallel`` over gloo: each process takes its share of every batch, and process 0 writes down the end.
+"""The same steps in ``torch.nn.parallel.DistributedDataParallel`` over gloo: each process takes its
+share of every batch, and process 0 writes down the end.
 
 python -m parity_tests.ddp IN.pt OUT.pt PORT RANK WORLD
 """
@@ -16,17 +17,41 @@ from torch_ref import ResNet, training
 
 
 def main() -> None:
-    source, out, port, rank, world = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+    source, out, port, rank, world = (
+        sys.argv[1],
+        sys.argv[2],
+        sys.argv[3],
+        int(sys.argv[4]),
+        int(sys.argv[5]),
+    )
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     given = torch.load(source, weights_only=True)
     config = scale.CONFIG
-    plain = ResNet(depths=config.model.depths, widths=config.model.widths, stem="cifar", stem_width=8, in_channels=1, num_classes=10).double()
+    plain = ResNet(
+        depths=config.model.depths,
+        widths=config.model.widths,
+        stem="cifar",
+        stem_width=8,
+        in_channels=1,
+        num_classes=10,
+    ).double()
     plain.load_state_dict(given["model"])
     model = torch.nn.parallel.DistributedDataParallel(plain)
-    optimizer = training.sgd(plain, config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov)
-    scheduler = training.warmup_cosine(optimizer, warmup_steps=config.warmup(1), total_steps=config.end(1), warmup_factor=config.warmup_factor)
+    optimizer = training.sgd(
+        plain,
+        config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+    )
+    scheduler = training.warmup_cosine(
+        optimizer,
+        warmup_steps=config.warmup(1),
+        total_steps=config.end(1),
+        warmup_factor=config.warmup_factor,
+    )
     losses = []
     for images, labels in zip(given["images"], given["labels"], strict=True):
         share = slice(rank * len(labels) // world, (rank + 1) * len(labels) // world)

@@ -1,4 +1,6 @@
-"""Networks of every family as other packages build and save them: small, with norms that look trained."""
+"""Networks of every family as other packages build and save them: small, with norms that look
+trained.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def import_transformers():
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """The module in float64, its weights as they are, its norms as if trained; no scale of zero, which some packages start with."""
+    """The module in float64, its weights as they are, its norms as if trained; no scale of zero,
+    which some packages start with.
+    """
     generator = torch.Generator().manual_seed(seed)
     module.double()
     with torch.no_grad():
@@ -54,23 +58,33 @@ class Family:
       build: Makes it, freshly initialised.
       save: Writes it to a folder, with the package's own function.
       plain: The same module with a tensor for its output.
-      layout: Its naming scheme.
+      naming: Its naming scheme.
     """
 
     build: Callable[[], torch.nn.Module]
     save: Callable[[torch.nn.Module, Path], None]
     plain: Callable[[torch.nn.Module], torch.nn.Module]
-    layout: str
+    naming: str
 
 
 def _huggingface(head: bool = True, **changes: Any) -> Family:
-    options = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "layer_type": "basic", **changes}
+    options = {
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16],
+        "depths": [1, 2],
+        "layer_type": "basic",
+        **changes,
+    }
 
     def build() -> torch.nn.Module:
         transformers = import_transformers()
         names = {0: "tench", 1: "goldfish", 2: "great [white] shark"}
-        config = transformers.ResNetConfig(**options, id2label=names, label2id={name: i for i, name in names.items()})
-        return (transformers.ResNetForImageClassification if head else transformers.ResNetModel)(config)
+        config = transformers.ResNetConfig(
+            **options, id2label=names, label2id={name: i for i, name in names.items()}
+        )
+        return (transformers.ResNetForImageClassification if head else transformers.ResNetModel)(
+            config
+        )
 
     def plain(module: torch.nn.Module) -> torch.nn.Module:
         base = type(module)
@@ -84,7 +98,12 @@ def _huggingface(head: bool = True, **changes: Any) -> Family:
         copy.load_state_dict(module.state_dict(), strict=True)
         return copy
 
-    return Family(build, lambda module, folder: module.save_pretrained(folder), plain, "huggingface" if head else "huggingface_torso")
+    return Family(
+        build,
+        lambda module, folder: module.save_pretrained(folder),
+        plain,
+        "huggingface" if head else "huggingface_backbone",
+    )
 
 
 def _timm(name: str, **changes: Any) -> Family:
@@ -93,15 +112,24 @@ def _timm(name: str, **changes: Any) -> Family:
     def save(module: torch.nn.Module, folder: Path) -> None:
         import_timm().models.save_for_hf(module, folder, safe_serialization=True)
 
-    return Family(lambda: import_timm().create_model(name, **options), save, lambda module: module, "torchvision")
+    return Family(
+        lambda: import_timm().create_model(name, **options),
+        save,
+        lambda module: module,
+        "torchvision",
+    )
 
 
 FAMILIES = {
     "huggingface basic": _huggingface(),
     "huggingface bottleneck": _huggingface(layer_type="bottleneck"),
     "huggingface basic, first stage strided": _huggingface(downsample_in_first_stage=True),
-    "huggingface bottleneck, first stage strided": _huggingface(layer_type="bottleneck", hidden_sizes=[12, 16], downsample_in_first_stage=True),
-    "huggingface bottleneck, stride on the 1x1": _huggingface(layer_type="bottleneck", downsample_in_bottleneck=True),
+    "huggingface bottleneck, first stage strided": _huggingface(
+        layer_type="bottleneck", hidden_sizes=[12, 16], downsample_in_first_stage=True
+    ),
+    "huggingface bottleneck, stride on the 1x1": _huggingface(
+        layer_type="bottleneck", downsample_in_bottleneck=True
+    ),
     "huggingface without head": _huggingface(head=False, hidden_sizes=[12, 16], depths=[2, 1]),
     "timm resnet18": _timm("resnet18"),
     "timm resnet50": _timm("resnet50"),

@@ -2,9 +2,9 @@
 
     python -m parity_tests.kills [--kills 200] [--seed 0]
 
-The destination must be absent, the old file or the new one, whole; and the next run must leave no temporary. Exit status 1 if that fails once. Half of the
-moments are anywhere in the run, half while the output is being written.
-"""
+The destination must be absent, the old file or the new one, whole; and the next run must leave no
+temporary. Exit status 1 if that fails once. Half of the moments are anywhere in the run, half while
+the output is being written."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ import torch
 from flax_resblock import checkpoint
 from flax_resblock.checkpoint.sidecar import sidecar_of
 from flax_resblock.cli import run
-from flax_resblock.convert import LAYOUTS, StateMap
-from flax_resblock.convert.source import open_checkpoint
+from flax_resblock.convert import NAMINGS, StateMap
+from flax_resblock.convert.opening import open_checkpoint
 from flax_resblock.convert.state_map import transcode
 from flax_resblock.errors import InputError
 from torch_ref import ResNet
@@ -38,19 +38,31 @@ def write_sources(folder: Path) -> tuple[Path, Path]:
     torch.manual_seed(0)
     large, small = folder / "large.pth", folder / "small.pth"
     torch.save(ResNet(block="bottleneck", depths=(3, 4, 6, 3)).state_dict(), large)
-    torch.save(ResNet(depths=(1,), widths=(4,), stem="cifar", stem_width=4, num_classes=3).state_dict(), small)
+    torch.save(
+        ResNet(depths=(1,), widths=(4,), stem="cifar", stem_width=4, num_classes=3).state_dict(),
+        small,
+    )
     return large, small
 
 
 def expected(source: Path, name: str) -> dict[str, str]:
     """SHA-256 of every tensor of the output."""
     opened = open_checkpoint(source)
-    target = StateMap(opened.config, LAYOUTS["flax" if name == "out" else "torchvision"])
+    target = StateMap(opened.config, NAMINGS["flax" if name == "out" else "torchvision"])
     return checkpoint.digests(transcode(opened.state_map, target, opened.tensors))
 
 
 def convert(source: Path, out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "flax_resblock", "convert", str(source), str(out), "--force", "--no-certificate"]
+    command = [
+        sys.executable,
+        "-m",
+        "flax_resblock",
+        "convert",
+        str(source),
+        str(out),
+        "--force",
+        "--no-certificate",
+    ]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -129,10 +141,15 @@ def kill_many(folder: Path, kills: int, rng: random.Random) -> tuple[Counter[str
         if state not in ("new", begins_with):
             wrong.append(f"kill {done}, {name}: {begins_with} became {state}")
         with redirect_stdout(StringIO()):
-            assert run(["convert", str(small), str(out), "--force", "--no-certificate"]) == 0, "the next run must succeed"
+            assert run(["convert", str(small), str(out), "--force", "--no-certificate"]) == 0, (
+                "the next run must succeed"
+            )
         remaining = [path.name for path in temporaries(out)]
         if remaining or left(out, *truths[name]) != "old":
-            wrong.append(f"kill {done}, {name}: after the next run there are {remaining}, and the output is {left(out, *truths[name])}")
+            wrong.append(
+                f"kill {done}, {name}: after the next run there are {remaining}, and the "
+                f"output is {left(out, *truths[name])}"
+            )
     return outcomes, found, wrong
 
 
@@ -145,7 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
         outcomes, found, wrong = kill_many(Path(folder), options.kills, random.Random(options.seed))
     for outcome, count in sorted(outcomes.items()):
         print(f"{count:5d}  {outcome}")
-    print(f"{options.kills} kills, {found} of them in the middle of writing; {len(wrong)} went wrong")
+    print(
+        f"{options.kills} kills, {found} of them in the middle of writing; {len(wrong)} went wrong"
+    )
     print(*wrong, sep="\n", end="\n" if wrong else "")
     return 1 if wrong else 0
 

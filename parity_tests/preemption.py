@@ -1,9 +1,10 @@
-"""Kills training runs at random moments and lets them go on, and compares their end with a run that nobody killed.
+"""Kills training runs at random moments and lets them go on, and compares their end with a run that
+nobody killed.
 
     python -m parity_tests.preemption [--runs 40] [--signal KILL|TERM]
 
-Parameters, statistics, optimizer and the loss of every step must be equal bit for bit. Exit status 1 if one is not.
-"""
+Parameters, statistics, optimizer and the loss of every step must be equal bit for bit. Exit status
+1 if one is not."""
 
 from __future__ import annotations
 
@@ -20,7 +21,16 @@ from pathlib import Path
 from flax_resblock import checkpoint
 
 EPOCHS, SAVE_EVERY = 4, 5
-FLAGS = ("--epochs", str(EPOCHS), "--batch-size", "64", "--save-every", str(SAVE_EVERY), "--resume", "auto")
+FLAGS = (
+    "--epochs",
+    str(EPOCHS),
+    "--batch-size",
+    "64",
+    "--save-every",
+    str(SAVE_EVERY),
+    "--resume",
+    "auto",
+)
 
 
 def start(out: Path) -> subprocess.Popen[str]:
@@ -40,10 +50,16 @@ def state(out: Path) -> tuple[dict[str, str], str, list[dict[str, float]]]:
     """SHA-256 of every tensor, the rest of the run, and all steps."""
     record = checkpoint.read(out)
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return checkpoint.digests(record.tensors), record.metadata["run"], [json.loads(line) for line in lines]
+    return (
+        checkpoint.digests(record.tensors),
+        record.metadata["run"],
+        [json.loads(line) for line in lines],
+    )
 
 
-def kill(process: subprocess.Popen[str], out: Path, rng: random.Random, number: int, before: int) -> bool:
+def kill(
+    process: subprocess.Popen[str], out: Path, rng: random.Random, number: int, before: int
+) -> bool:
     """Ends the process at a random moment of its training; False when it was over first."""
     metrics = out / "metrics.jsonl"
     moment = rng.uniform(0, 1.5)
@@ -68,7 +84,9 @@ def interrupted(out: Path, rng: random.Random, number: int, *, most: int = 3) ->
         if not kill(process, out, rng, number, before):
             _, error = process.communicate()
             if process.returncode:
-                raise RuntimeError(f"the run in {out} ended with status {process.returncode}: {error}")
+                raise RuntimeError(
+                    f"the run in {out} ended with status {process.returncode}: {error}"
+                )
             return times
         times += 1
         expected = -signal.SIGKILL if number == signal.SIGKILL else 128 + number
@@ -82,7 +100,11 @@ def differences(ours: tuple, theirs: tuple) -> list[str]:
     """What is not equal bit for bit."""
     found = [f"tensor {key}" for key in theirs[0] if ours[0].get(key) != theirs[0][key]]
     found += ["optimizer options, schedule or counters"] if ours[1] != theirs[1] else []
-    found += [f"step {theirs_['step']}" for ours_, theirs_ in zip(ours[2], theirs[2], strict=False) if ours_ != theirs_]
+    found += [
+        f"step {theirs_['step']}"
+        for ours_, theirs_ in zip(ours[2], theirs[2], strict=False)
+        if ours_ != theirs_
+    ]
     return found + (["number of steps"] if len(ours[2]) != len(theirs[2]) else [])
 
 
@@ -92,7 +114,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    number, rng, bad, kills = int(getattr(signal, f"SIG{options.signal}")), random.Random(options.seed), 0, 0
+    number, rng, bad, kills = (
+        int(getattr(signal, f"SIG{options.signal}")),
+        random.Random(options.seed),
+        0,
+        0,
+    )
     with tempfile.TemporaryDirectory() as folder:
         finished(Path(folder) / "whole")
         truth = state(Path(folder) / "whole")
@@ -104,9 +131,15 @@ def main(arguments: list[str] | None = None) -> int:
             bad += bool(wrong)
             left = [path.name for path in out.rglob(".*.partial")]
             print(
-                f"run {run + 1}: ended {times} times, {'equal' if not wrong else 'DIFFERS: ' + ', '.join(wrong[:5])}; temporaries left: {len(left)}", flush=True
+                f"run {run + 1}: ended {times} times, "
+                f"{'equal' if not wrong else 'DIFFERS: ' + ', '.join(wrong[:5])}; temporaries "
+                f"left: {len(left)}",
+                flush=True,
             )
-    print(f"{options.runs - bad} of {options.runs} runs equal bit for bit after {kills} x SIG{options.signal}")
+    print(
+        f"{options.runs - bad} of {options.runs} runs equal bit for bit after {kills} x "
+        f"SIG{options.signal}"
+    )
     return 1 if bad else 0
 
 

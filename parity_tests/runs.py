@@ -16,12 +16,14 @@ from safetensors.torch import save_file
 from torch.optim import lr_scheduler
 
 from flax_resblock import ResNetConfig
+from flax_resblock.training import TrainConfig
+from flax_resblock.training.data import Dataset, batches, digits
 from torch_ref import ResNet
 from torch_ref.training import sgd, warmup_cosine
-from train import TrainConfig
-from train.data import Dataset, batches, digits
 
-CONFIG = ResNetConfig(depths=(1, 1), widths=(4, 6), stem="cifar", stem_width=4, in_channels=1, num_classes=10)
+CONFIG = ResNetConfig(
+    depths=(1, 1), widths=(4, 6), stem="cifar", stem_width=4, in_channels=1, num_classes=10
+)
 STEPS, BATCH, EPOCHS, DONE = 5, 24, 6, 2
 """Steps per epoch, images per step, epochs of the run, epochs done when it is saved."""
 
@@ -29,19 +31,36 @@ STEPS, BATCH, EPOCHS, DONE = 5, 24, 6, 2
 def few_digits() -> Dataset:
     """As many images as :data:`STEPS` batches take."""
     train = digits().train
-    return Dataset(name="few", images=train.images[: STEPS * BATCH], labels=train.labels[: STEPS * BATCH], num_classes=10, mean=train.mean, std=train.std)
+    return Dataset(
+        name="few",
+        images=train.images[: STEPS * BATCH],
+        labels=train.labels[: STEPS * BATCH],
+        num_classes=10,
+        mean=train.mean,
+        std=train.std,
+    )
 
 
 def config(**changes: Any) -> TrainConfig:
     """The same run for the JAX loop."""
-    return TrainConfig(**{"model": CONFIG, "epochs": EPOCHS, "batch_size": BATCH, "dtype": "float64", **changes})
+    return TrainConfig(
+        **{"model": CONFIG, "epochs": EPOCHS, "batch_size": BATCH, "dtype": "float64", **changes}
+    )
 
 
 def by_kind(model: torch.nn.Module) -> list[dict[str, Any]]:
     """torchvision's ``set_weight_decay``: norms apart from everything else."""
-    norms = {p for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d) for p in module.parameters()}
+    norms = {
+        p
+        for module in model.modules()
+        if isinstance(module, torch.nn.BatchNorm2d)
+        for p in module.parameters()
+    }
     others = [p for p in model.parameters() if p not in norms]
-    return [{"params": others, "weight_decay": 1e-3}, {"params": [p for p in model.parameters() if p in norms], "weight_decay": 0.0}]
+    return [
+        {"params": others, "weight_decay": 1e-3},
+        {"params": [p for p in model.parameters() if p in norms], "weight_decay": 0.0},
+    ]
 
 
 def no_bias_decay(model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -83,15 +102,26 @@ class TorchRun:
 
     def state(self) -> dict[str, np.ndarray]:
         """Weights and statistics."""
-        return {key: value.detach().numpy().copy() for key, value in self.model.state_dict().items()}
+        return {
+            key: value.detach().numpy().copy() for key, value in self.model.state_dict().items()
+        }
 
 
 def _batches(data: Dataset, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for batch in batches(data, BATCH, seed=0, epoch=epoch):
-        yield torch.from_numpy(np.moveaxis(batch.images, -1, 1).astype(np.float64)), torch.from_numpy(batch.labels.astype(np.int64))
+        yield (
+            torch.from_numpy(np.moveaxis(batch.images, -1, 1).astype(np.float64)),
+            torch.from_numpy(batch.labels.astype(np.int64)),
+        )
 
 
-def started(optimizer: Callable[[Any], Any], scheduler: Callable[[Any], Any] | None, *, per_epoch: bool = False, seed: int = 0) -> TorchRun:
+def started(
+    optimizer: Callable[[Any], Any],
+    scheduler: Callable[[Any], Any] | None,
+    *,
+    per_epoch: bool = False,
+    seed: int = 0,
+) -> TorchRun:
     """A run before its first step, in float64."""
     torch.manual_seed(seed)
     model = ResNet(**asdict(CONFIG)).double()
@@ -100,11 +130,19 @@ def started(optimizer: Callable[[Any], Any], scheduler: Callable[[Any], Any] | N
 
 
 def _ema(model: torch.nn.Module) -> Any:
-    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
+    return torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
+    )
 
 
 def _scaler() -> dict[str, Any]:
-    return {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 10}
+    return {
+        "scale": 65536.0,
+        "growth_factor": 2.0,
+        "backoff_factor": 0.5,
+        "growth_interval": 2000,
+        "_growth_tracker": 10,
+    }
 
 
 def plain_loop(run: TorchRun, path: Path) -> Path:
@@ -131,7 +169,15 @@ def torchvision_reference(run: TorchRun, path: Path) -> Path:
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.scheduler and run.scheduler.state_dict(),
         "epoch": run.epoch - 1,
-        "args": argparse.Namespace(epochs=EPOCHS, batch_size=BATCH, lr=0.1, label_smoothing=0.0, model="resnet18", device="cuda", amp=True),
+        "args": argparse.Namespace(
+            epochs=EPOCHS,
+            batch_size=BATCH,
+            lr=0.1,
+            label_smoothing=0.0,
+            model="resnet18",
+            device="cuda",
+            amp=True,
+        ),
         "model_ema": _ema(run.model).state_dict(),
         "scaler": _scaler(),
     }
@@ -146,8 +192,19 @@ def lightning(run: TorchRun, path: Path) -> Path:
         "global_step": run.step,
         "pytorch-lightning_version": "2.5.0",
         "state_dict": {f"model.{key}": value for key, value in run.model.state_dict().items()},
-        "loops": {"fit_loop": {"state_dict": {}, "epoch_loop.state_dict": {"_batches_that_stepped": run.step}}},
-        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_path": "", "best_model_score": torch.tensor(0.5), "best_k_models": {}}},
+        "loops": {
+            "fit_loop": {
+                "state_dict": {},
+                "epoch_loop.state_dict": {"_batches_that_stepped": run.step},
+            }
+        },
+        "callbacks": {
+            "ModelCheckpoint{'monitor': None}": {
+                "best_model_path": "",
+                "best_model_score": torch.tensor(0.5),
+                "best_k_models": {},
+            }
+        },
         "optimizer_states": [run.optimizer.state_dict()],
         "lr_schedulers": [run.scheduler.state_dict()] if run.scheduler else [],
         "MixedPrecision": _scaler(),
@@ -166,7 +223,9 @@ def timm(run: TorchRun, path: Path) -> Path:
         "state_dict": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "version": 2,
-        "args": argparse.Namespace(epochs=EPOCHS, batch_size=BATCH, smoothing=0.0, opt="sgd", model="resnet8"),
+        "args": argparse.Namespace(
+            epochs=EPOCHS, batch_size=BATCH, smoothing=0.0, opt="sgd", model="resnet8"
+        ),
         "amp_scaler": _scaler(),
         "state_dict_ema": {key: value * 0.9 for key, value in run.model.state_dict().items()},
         "metric": 91.5,
@@ -179,13 +238,23 @@ def hugging_face(run: TorchRun, path: Path) -> Path:
     """The folder that a Hugging Face Trainer writes at each save."""
     folder = path / f"checkpoint-{run.step}"
     folder.mkdir()
-    save_file({key: value.contiguous() for key, value in run.model.state_dict().items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {key: value.contiguous() for key, value in run.model.state_dict().items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     torch.save(run.optimizer.state_dict(), folder / "optimizer.pt")
     if run.scheduler:
         torch.save(run.scheduler.state_dict(), folder / "scheduler.pt")
     torch.save({"python": None, "cpu": torch.get_rng_state()}, folder / "rng_state.pth")
     (folder / "training_args.bin").write_bytes(b"\x80\x02never opened")
-    state = {"epoch": float(run.epoch), "global_step": run.step, "max_steps": EPOCHS * STEPS, "num_train_epochs": EPOCHS, "train_batch_size": BATCH}
+    state = {
+        "epoch": float(run.epoch),
+        "global_step": run.step,
+        "max_steps": EPOCHS * STEPS,
+        "num_train_epochs": EPOCHS,
+        "train_batch_size": BATCH,
+    }
     (folder / "trainer_state.json").write_text(json.dumps({**state, "log_history": []}))
     return folder
 
@@ -196,7 +265,9 @@ def per_batch(optimizer: Any) -> Any:
 
 def per_epoch(optimizer: Any) -> Any:
     warmup = lr_scheduler.LinearLR(optimizer, 0.2, total_iters=1)
-    return lr_scheduler.SequentialLR(optimizer, [warmup, lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS - 1)], [1])
+    return lr_scheduler.SequentialLR(
+        optimizer, [warmup, lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS - 1)], [1]
+    )
 
 
 def adamw(groups: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -208,16 +279,29 @@ def momentum_sgd(groups: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 SPELLINGS: dict[str, tuple[Callable[[], TorchRun], Callable[[TorchRun, Path], Path]]] = {
-    "a plain loop with GradScaler and EMA": (lambda: started(lambda m: sgd(m, 0.05), per_batch), plain_loop),
-    "torchvision's reference": (lambda: started(momentum_sgd(by_kind), per_epoch, per_epoch=True), torchvision_reference),
+    "a plain loop with GradScaler and EMA": (
+        lambda: started(lambda m: sgd(m, 0.05), per_batch),
+        plain_loop,
+    ),
+    "torchvision's reference": (
+        lambda: started(momentum_sgd(by_kind), per_epoch, per_epoch=True),
+        torchvision_reference,
+    ),
     "Lightning": (lambda: started(adamw(lambda m: m.parameters()), per_batch), lightning),
     "Lightning, one step of the schedule per epoch": (
-        lambda: started(momentum_sgd(lambda m: m.parameters()), lambda o: lr_scheduler.MultiStepLR(o, [2, 3], 0.3), per_epoch=True),
+        lambda: started(
+            momentum_sgd(lambda m: m.parameters()),
+            lambda o: lr_scheduler.MultiStepLR(o, [2, 3], 0.3),
+            per_epoch=True,
+        ),
         lightning,
     ),
     "timm": (lambda: started(momentum_sgd(by_kind), None), timm),
     "Hugging Face Trainer": (
-        lambda: started(adamw(no_bias_decay), lambda o: lr_scheduler.OneCycleLR(o, 0.01, total_steps=EPOCHS * STEPS)),
+        lambda: started(
+            adamw(no_bias_decay),
+            lambda o: lr_scheduler.OneCycleLR(o, 0.01, total_steps=EPOCHS * STEPS),
+        ),
         hugging_face,
     ),
 }

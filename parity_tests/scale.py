@@ -1,7 +1,8 @@
-"""A short run on the devices of this process, or of several processes, written to a file; the tests compare such files.
+"""A short run on the devices of this process, or of several processes, written to a file; the tests
+compare such files.
 
-XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m parity_tests.scale OUT.npz [--batch-norm global|replica] [--coordinator HOST:PORT ...]
-"""
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m parity_tests.scale OUT.npz
+[--batch-norm global|replica] [--coordinator HOST:PORT ...]"""
 
 from __future__ import annotations
 
@@ -13,14 +14,16 @@ import numpy as np
 from flax import nnx
 
 from flax_resblock import to_torch
-from flax_resblock.architecture import ResNetConfig
-from train import TrainConfig, cluster, data_mesh, fit, new_model
-from train.data import Augmentation, Source, digits
-from train.devices import Placement
-from train.evaluation import evaluate_source
+from flax_resblock.config import ResNetConfig
+from flax_resblock.training import TrainConfig, cluster, data_mesh, fit, new_model
+from flax_resblock.training.data import Augmentation, DataSource, digits
+from flax_resblock.training.devices import Placement
+from flax_resblock.training.evaluation import evaluate_source
 
 CONFIG = TrainConfig(
-    model=ResNetConfig(depths=(1, 1), widths=(8, 12), stem="cifar", stem_width=8, in_channels=1, num_classes=10),
+    model=ResNetConfig(
+        depths=(1, 1), widths=(8, 12), stem="cifar", stem_width=8, in_channels=1, num_classes=10
+    ),
     steps=20,
     batch_size=32,
     learning_rate=0.05,
@@ -33,18 +36,27 @@ CONFIG = TrainConfig(
 
 
 def start_model(config: TrainConfig = CONFIG):
-    """The network with random statistics, so that no test can pass by leaving them at zero and one."""
+    """The network with random statistics, so that no test can pass by leaving them at zero and
+    one.
+    """
     model = new_model(config)
     rng = np.random.default_rng(7)
     stats = nnx.state(model, nnx.BatchStat)
     nnx.update(
         model,
-        jax.tree.map(lambda leaf: leaf if leaf.ndim == 0 else np.asarray(rng.uniform(0.3, 2.0, leaf.shape), leaf.dtype), stats),
+        jax.tree.map(
+            lambda leaf: (
+                leaf
+                if leaf.ndim == 0
+                else np.asarray(rng.uniform(0.3, 2.0, leaf.shape), leaf.dtype)
+            ),
+            stats,
+        ),
     )
     return model
 
 
-def images() -> tuple[Source, Source]:
+def images() -> tuple[DataSource, DataSource]:
     """Digits; 101 of them to judge by, which no number of devices divides."""
     train, test = digits()
     return train, replace(test, images=test.images[:101], labels=test.labels[:101])
@@ -79,7 +91,14 @@ def main() -> None:
     averaged = {f"ema/{'.'.join(map(str, path))}": value for path, value in history.run.ema.items()}
     losses = np.array([step.loss for step in history.steps])
     if jax.process_index() == 0:
-        np.savez(options.out, **to_torch(model), **averaged, losses=losses, logits=found.logits, devices=mesh.size)
+        np.savez(
+            options.out,
+            **to_torch(model),
+            **averaged,
+            losses=losses,
+            logits=found.logits,
+            devices=mesh.size,
+        )
     cluster.leave()
 
 

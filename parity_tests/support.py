@@ -10,16 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-from flax_resblock.architecture import Config
-from flax_resblock.convert import LAYOUTS, StateMap
+from flax_resblock.config import Config
+from flax_resblock.convert import NAMINGS, StateMap
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "checkpoints"
 """Real checkpoints and images, where this machine has them."""
 
-needs_real_checkpoints = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real checkpoints are not at {SHARED}")
+needs_real_checkpoints = pytest.mark.skipif(
+    not SHARED.is_dir(), reason=f"the real checkpoints are not at {SHARED}"
+)
 
-DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+DTYPES = {
+    "float32": np.float32,
+    "float64": np.float64,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
 
 
 _LIBRARIES: list[torch.library.Library] = []
@@ -27,28 +34,48 @@ _LIBRARIES: list[torch.library.Library] = []
 
 @functools.cache
 def import_torchvision():
-    """The real torchvision, or a skip. Its wheel expects two operators that the CPU build of torch does not bring; they are defined, not implemented."""
+    """The real torchvision, or a skip. Its wheel expects two operators that the CPU build of torch
+    does not bring; they are defined, not implemented.
+    """
     library = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor", "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):
+    for operator in (
+        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    ):
         try:
             library.define(operator)
         except RuntimeError:
             break  # a torchvision with its own operators
     _LIBRARIES.append(library)  # the operators last as long as the object
-    return pytest.importorskip("torchvision", reason="needs torchvision: pip install --no-deps torchvision==0.28.0", exc_type=ImportError)
+    return pytest.importorskip(
+        "torchvision",
+        reason="needs torchvision: pip install --no-deps torchvision==0.28.0",
+        exc_type=ImportError,
+    )
 
 
-def random_bits(config: Config, dtype: np.dtype | type, *, layout: str = "torchvision", seed: int = 0, counter: int = 7) -> dict[str, np.ndarray]:
-    """A state dict whose floating tensors are random bit patterns: NaN with payloads, infinities, denormals and negative zeros among them."""
+def random_bits(
+    config: Config,
+    dtype: np.dtype | type,
+    *,
+    naming: str = "torchvision",
+    seed: int = 0,
+    counter: int = 7,
+) -> dict[str, np.ndarray]:
+    """A state dict whose floating tensors are random bit patterns: NaN with payloads, infinities,
+    denormals and negative zeros among them.
+    """
     rng = np.random.default_rng(seed)
     dtype = np.dtype(dtype)
     state = {}
-    for entry in StateMap(config, LAYOUTS[layout]).entries:
+    for entry in StateMap(config, NAMINGS[naming]).entries:
         shape = entry.torch_shape
         if entry.role == "counter":
             state[entry.torch_key] = np.array(counter, np.int64)
         else:
-            state[entry.torch_key] = np.frombuffer(rng.bytes(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape)
+            state[entry.torch_key] = np.frombuffer(
+                rng.bytes(int(np.prod(shape)) * dtype.itemsize), dtype
+            ).reshape(shape)
     return state
 
 

@@ -1,4 +1,5 @@
-"""The precision certificate and the sharding proof, by the compilers of TPUs and GPUs that are not there; and the command ``aot``.
+"""The precision certificate and the sharding proof, by the compilers of TPUs and GPUs that are not
+there; and the command ``aot``.
 
 Needs the compilers: ``make compilers``. Each target compiles everything in one child process, once.
 """
@@ -16,13 +17,13 @@ import time
 import pytest
 
 from flax_resblock.aot.compiler import compile_ahead, require_compiler
+from flax_resblock.aot.memory import largest_batch, suggestions
 from flax_resblock.aot.outcome import Outcome, findings
 from flax_resblock.aot.request import Request, request_for
-from flax_resblock.aot.room import largest_batch, suggestions
 from flax_resblock.aot.sharding import differences, expected
 from flax_resblock.aot.targets import TPUS
-from flax_resblock.architecture import BlockConfig, Kind, ResNetConfig, architecture, walk
 from flax_resblock.cli import run
+from flax_resblock.config import BlockConfig, ResNetConfig, SlotKind, architecture, walk
 from flax_resblock.errors import InputError, MissingDependencyError
 from flax_resblock.parity.battery import BATTERY
 
@@ -51,12 +52,18 @@ def skip_without(target: str) -> None:
 
 def certified(target: str) -> dict[str, Request]:
     """Everything that is compiled for the certificate of a target."""
-    strict = {f"{name}, {what}": request_for(config, target, what=what, **SMALL) for name, config in BLOCKS.items() for what in ("forward", "train-step")}
+    strict = {
+        f"{name}, {what}": request_for(config, target, what=what, **SMALL)
+        for name, config in BLOCKS.items()
+        for what in ("forward", "train-step")
+    }
     return {
         **strict,
         "fast": request_for(PROJECTION, target, what="train-step", precision="default", **SMALL),
         "between": request_for(PROJECTION, target, what="train-step", precision="high", **SMALL),
-        "one lowered": request_for(PROJECTION, target, what="train-step", slot_precision=(("conv2", "default"),), **SMALL),
+        "one lowered": request_for(
+            PROJECTION, target, what="train-step", slot_precision=(("conv2", "default"),), **SMALL
+        ),
         "network": request_for(NETWORK, target, slot_precision=(("head", "default"),), **SMALL),
         "bfloat16": request_for(PROJECTION, target, dtype="bfloat16", **SMALL),
     }
@@ -66,7 +73,10 @@ def certified(target: str) -> dict[str, Request]:
 def compiled(target: str) -> dict[str, tuple[Request, Outcome]]:
     requests = certified(target)
     outcomes = compile_ahead(list(requests.values()))
-    return {name: (request, outcome) for (name, request), outcome in zip(requests.items(), outcomes, strict=True)}
+    return {
+        name: (request, outcome)
+        for (name, request), outcome in zip(requests.items(), outcomes, strict=True)
+    }
 
 
 def program_of(outcome: Outcome):
@@ -79,8 +89,13 @@ def sentences(request: Request, outcome: Outcome) -> list[str]:
 
 
 def on_each_target(test):
-    """Runs a test once per target, those of one target in one worker, where their compilations are shared."""
-    marked = [pytest.param(target, marks=[pytest.mark.xdist_group(target), pytest.mark.slow]) for target in TARGETS]
+    """Runs a test once per target, those of one target in one worker, where their compilations are
+    shared.
+    """
+    marked = [
+        pytest.param(target, marks=[pytest.mark.xdist_group(target), pytest.mark.slow])
+        for target in TARGETS
+    ]
     return pytest.mark.parametrize("target", marked)(test)
 
 
@@ -88,14 +103,20 @@ def on_each_target(test):
 def test_strict_mode_is_float32_everywhere(target):
     skip_without(target)
     for name, (request, outcome) in compiled(target).items():
-        if name not in {f"{block}, {what}" for block in BLOCKS for what in ("forward", "train-step")}:
+        if name not in {
+            f"{block}, {what}" for block in BLOCKS for what in ("forward", "train-step")
+        }:
             continue
         assert sentences(request, outcome) == [], name
         products = program_of(outcome).products
-        slots = {slot.name for slot in walk(request.config) if slot.kind is Kind.CONV}
-        assert {product.slot for product in products if product.direction == "forward"} == slots, name
+        slots = {slot.name for slot in walk(request.config) if slot.kind is SlotKind.CONV}
+        assert {product.slot for product in products if product.direction == "forward"} == slots, (
+            name
+        )
         if request.what == "train-step":
-            assert {product.slot for product in products if product.direction == "backward"} == slots, name
+            assert {
+                product.slot for product in products if product.direction == "backward"
+            } == slots, name
         assert program_of(outcome).narrow == ()
 
 
@@ -105,7 +126,11 @@ def test_one_lowered_convolution_breaks_the_certificate(target):
     request, outcome = compiled(target)["one lowered"]
     assert sentences(request, outcome) == []  # it is what was asked for
     wrong = findings(request.but(slot_precision=()), program_of(outcome))
-    lowered = {finding.sentence for finding in wrong if "has precision {default,default}, asked for was highest" in finding.sentence}
+    lowered = {
+        finding.sentence
+        for finding in wrong
+        if "has precision {default,default}, asked for was highest" in finding.sentence
+    }
     assert {finding.slot for finding in wrong if finding.sentence in lowered} == {"conv2"}
     assert {sentence.split()[2] for sentence in lowered} == {"forward", "backward"}
 
@@ -117,15 +142,25 @@ def test_fast_mode_is_exactly_what_was_asked_for(target):
         request, outcome = compiled(target)[name]
         assert sentences(request, outcome) == [], name
     request, outcome = compiled(target)["fast"]
-    assert {product.precision for product in program_of(outcome).products} == {("default", "default")}
-    lowered = [finding for finding in findings(request.but(precision="highest"), program_of(outcome)) if "asked for was highest" in finding.sentence]
+    assert {product.precision for product in program_of(outcome).products} == {
+        ("default", "default")
+    }
+    lowered = [
+        finding
+        for finding in findings(request.but(precision="highest"), program_of(outcome))
+        if "asked for was highest" in finding.sentence
+    ]
     assert {finding.slot for finding in lowered} == {"conv1", "conv2", "shortcut.conv"}
     real = "bfloat16" if target.startswith("tpu") else "TF32"
     assert all(finding.sentence.endswith(f"it runs in {real}") for finding in lowered)
     request, outcome = compiled(target)["network"]
     products = program_of(outcome).products
-    head = {"head"} & {product.slot for product in products}  # v4's compiler makes multiplications and sums of so small a product
-    assert {product.slot for product in products if product.precision == ("default", "default")} == head
+    head = {"head"} & {
+        product.slot for product in products
+    }  # v4's compiler makes multiplications and sums of so small a product
+    assert {
+        product.slot for product in products if product.precision == ("default", "default")
+    } == head
     assert head or target == "tpu:v4"
     request, outcome = compiled(target)["bfloat16"]
     assert {one.dtype for one in program_of(outcome).narrow} == {"bf16"}
@@ -140,19 +175,34 @@ TOPOLOGIES = {"one slice": ("tpu:v5e:2x2", 1), "two slices": ("tpu:v5e:2x2", 2)}
 def test_a_training_step_has_exactly_the_expected_all_reduces(topology):
     target, slices = TOPOLOGIES[topology]
     skip_without(target)
-    networks = {"network": NETWORK, "bottleneck": BLOCKS["bottleneck, stride on 3x3"], "option A": BLOCKS["option A block"]}
+    networks = {
+        "network": NETWORK,
+        "bottleneck": BLOCKS["bottleneck, stride on 3x3"],
+        "option A": BLOCKS["option A block"],
+    }
     options = {**SMALL, "batch": 16, "slices": slices, "what": "train-step"}
-    requests = {(name, mode): request_for(config, target, batch_norm=mode, **options) for name, config in networks.items() for mode in ("global", "replica")}
+    requests = {
+        (name, mode): request_for(config, target, batch_norm=mode, **options)
+        for name, config in networks.items()
+        for mode in ("global", "replica")
+    }
     outcomes = dict(zip(requests, compile_ahead(list(requests.values())), strict=True))
     for key, request in requests.items():
         assert outcomes[key].devices == 4 * slices
         assert differences(request, program_of(outcomes[key]), outcomes[key].devices) == [], key
-    # Norms in a row: the stem's, two in each block. Each costs three all-reduces; the gradients one.
+    # Norms in a row: the stem's, two in each block. Each costs three all-reduces; the gradients
+    # one.
     assert expected(NETWORK, "global").all_reduces == 5 * 3 + 1
     assert expected(NETWORK, "replica").all_reduces == 1
     for name in networks:  # the negative control: the one is not the other
-        assert differences(requests[name, "replica"], program_of(outcomes[name, "global"]), 4 * slices) != []
-        assert differences(requests[name, "global"], program_of(outcomes[name, "replica"]), 4 * slices) != []
+        assert (
+            differences(requests[name, "replica"], program_of(outcomes[name, "global"]), 4 * slices)
+            != []
+        )
+        assert (
+            differences(requests[name, "global"], program_of(outcomes[name, "replica"]), 4 * slices)
+            != []
+        )
 
 
 @pytest.mark.slow
@@ -168,7 +218,10 @@ def test_inference_on_several_devices_communicates_nothing():
 @pytest.mark.xdist_group("tpu:v5e")
 def test_slow_arithmetic_costs_cycles():
     skip_without("tpu:v5e")
-    fast, between, strict = (program_of(compiled("tpu:v5e")[name][1]).cycles for name in ("fast", "between", "basic block, stride 2, train-step"))
+    fast, between, strict = (
+        program_of(compiled("tpu:v5e")[name][1]).cycles
+        for name in ("fast", "between", "basic block, stride 2, train-step")
+    )
     assert 0 < fast < between < strict
 
 
@@ -189,7 +242,9 @@ def test_what_does_not_fit_is_refused_with_the_memory_that_there_is(chip):
 @pytest.mark.xdist_group("cuda:a100")
 def test_the_largest_batch_fits_and_the_next_does_not():
     skip_without("cuda")
-    request = request_for(BLOCKS["basic block"], "cuda:a100", what="train-step", batch=8, height=512, width=512)
+    request = request_for(
+        BLOCKS["basic block"], "cuda:a100", what="train-step", batch=8, height=512, width=512
+    )
     found = largest_batch(request, lambda one: compile_ahead([one])[0])
     assert found.outcome is not None
     assert found.outcome.fits
@@ -212,7 +267,9 @@ def test_resnet18_in_strict_mode(target):
     (outcome,) = compile_ahead([request])
     assert sentences(request, outcome) == []
     products = program_of(outcome).products
-    slots = {slot.name for slot in walk(request.config) if slot.kind in (Kind.CONV, Kind.LINEAR)}
+    slots = {
+        slot.name for slot in walk(request.config) if slot.kind in (SlotKind.CONV, SlotKind.LINEAR)
+    }
     for direction in ("forward", "backward"):
         assert {product.slot for product in products if product.direction == direction} == slots
 
@@ -243,22 +300,50 @@ def test_the_command_reports_and_writes_json(tmp_path, capsys):
     assert "TF32" in text
     first, second = json.loads(out.read_text())["programs"]
     assert first["problems"] == second["problems"] == []
-    assert {tuple(product["precision"]) for product in first["program"]["products"]} == {("highest", "highest")}
-    assert {tuple(product["precision"]) for product in second["program"]["products"]} == {("default", "default")}
+    assert {tuple(product["precision"]) for product in first["program"]["products"]} == {
+        ("highest", "highest")
+    }
+    assert {tuple(product["precision"]) for product in second["program"]["products"]} == {
+        ("default", "default")
+    }
     assert (tmp_path / "x.hlo").read_text().startswith("HloModule")
 
 
 BAD = {
-    "unknown chip": (["resnet18", "--target", "tpu:v9"], "target 'tpu:v9' is unknown. Known: tpu:v4"),
-    "wrong topology": (["resnet18", "--target", "tpu:v5e:2x2x1"], "'2x2x1' is no topology of a TPU v5e, which has 2 dimensions"),
+    "unknown chip": (
+        ["resnet18", "--target", "tpu:v9"],
+        "target 'tpu:v9' is unknown. Known: tpu:v4",
+    ),
+    "wrong topology": (
+        ["resnet18", "--target", "tpu:v5e:2x2x1"],
+        "'2x2x1' is no topology of a TPU v5e, which has 2 dimensions",
+    ),
     "no number": (["resnet18", "--target", "cuda:h100:many"], "is no number of GPUs"),
-    "slices of a GPU": (["resnet18", "--target", "cuda:h100", "--slices", "2"], "slices are TPU slices"),
+    "slices of a GPU": (
+        ["resnet18", "--target", "cuda:h100", "--slices", "2"],
+        "slices are TPU slices",
+    ),
     "no batch": (["resnet18", "--target", "tpu:v5e", "--batch", "0"], "must be positive"),
-    "no slot": (["resnet18", "--target", "tpu:v5e", "--slot-precision", "stage9.conv=high"], "there is no convolution or product at 'stage9.conv'"),
-    "no precision": (["resnet18", "--target", "tpu:v5e", "--slot-precision", "head=low"], "precision 'low' of head is unknown"),
-    "no pair": (["resnet18", "--target", "tpu:v5e", "--slot-precision", "head"], "must be NAME=VALUE"),
-    "nothing to compare": (["resnet18", "--target", "tpu:v5e", "--compare", "colour=red"], "'colour' cannot be changed"),
-    "no choice": (["resnet18", "--target", "tpu:v5e", "--compare", "precision=low"], "choose from default, high, highest"),
+    "no slot": (
+        ["resnet18", "--target", "tpu:v5e", "--slot-precision", "stage9.conv=high"],
+        "there is no convolution or product at 'stage9.conv'",
+    ),
+    "no precision": (
+        ["resnet18", "--target", "tpu:v5e", "--slot-precision", "head=low"],
+        "precision 'low' of head is unknown",
+    ),
+    "no pair": (
+        ["resnet18", "--target", "tpu:v5e", "--slot-precision", "head"],
+        "must be NAME=VALUE",
+    ),
+    "nothing to compare": (
+        ["resnet18", "--target", "tpu:v5e", "--compare", "colour=red"],
+        "'colour' cannot be changed",
+    ),
+    "no choice": (
+        ["resnet18", "--target", "tpu:v5e", "--compare", "precision=low"],
+        "choose from default, high, highest",
+    ),
     "no checkpoint": (["nothing.pth", "--target", "tpu:v5e"], "nothing.pth does not exist"),
 }
 
@@ -275,8 +360,14 @@ def test_bad_requests_are_refused_before_anything_is_compiled(case, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["resnet20", "--target", "tpu:v5e:2x2", "--batch", "6"], "a batch of 6 cannot be shared equally by the 4 devices"),
-        (["resnet20", "--target", "tpu:v5e:3x5", "--batch", "15"], "the compiler for tpu does not know tpu:v5e:3x5"),
+        (
+            ["resnet20", "--target", "tpu:v5e:2x2", "--batch", "6"],
+            "a batch of 6 cannot be shared equally by the 4 devices",
+        ),
+        (
+            ["resnet20", "--target", "tpu:v5e:3x5", "--batch", "15"],
+            "the compiler for tpu does not know tpu:v5e:3x5",
+        ),
     ],
 )
 def test_what_only_the_compiler_knows_is_one_paragraph_too(arguments, words, capsys):
@@ -290,14 +381,19 @@ def test_what_only_the_compiler_knows_is_one_paragraph_too(arguments, words, cap
 def test_a_missing_compiler_is_named_with_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr("flax_resblock.aot.compiler._installed", lambda package: None)
     assert run(["aot", "resnet18", "--target", "tpu:v5e"]) == 2
-    assert "compiling for tpu needs libtpu, which is not installed: pip install --no-deps --target" in capsys.readouterr().err
+    assert (
+        "compiling for tpu needs libtpu, which is not installed: pip install --no-deps --target"
+        in capsys.readouterr().err
+    )
     assert run(["aot", "resnet18", "--target", "cuda:a100"]) == 2
     assert "jax-cuda12-plugin and jax-cuda12-pjrt" in capsys.readouterr().err
 
 
 def test_a_compiler_of_another_version_is_refused(monkeypatch):
     monkeypatch.setattr("flax_resblock.aot.compiler._installed", lambda package: "0.0.1")
-    with pytest.raises(InputError, match=r"libtpu 0\.0\.1 does not belong to jax .*, which needs 0\.0\.\d+"):
+    with pytest.raises(
+        InputError, match=r"libtpu 0\.0\.1 does not belong to jax .*, which needs 0\.0\.\d+"
+    ):
         require_compiler("tpu")
     with pytest.raises(InputError, match=r"jax-cuda12-plugin 0\.0\.1 does not belong to jax"):
         require_compiler("cuda")
@@ -316,13 +412,33 @@ def test_an_outcome_survives_the_way_from_the_child():
 @pytest.mark.xdist_group("memory")
 def test_an_interrupt_ends_the_compilation_and_its_process(tmp_path):
     skip_without("tpu")
-    command = [sys.executable, "-m", "flax_resblock", "aot", "resnet50", "--target", "tpu:v5e:1x1", "--what", "train-step", "--batch", "8"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    command = [
+        sys.executable,
+        "-m",
+        "flax_resblock",
+        "aot",
+        "resnet50",
+        "--target",
+        "tpu:v5e:1x1",
+        "--what",
+        "train-step",
+        "--batch",
+        "8",
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
     child = None
     deadline = time.monotonic() + 60
     while child is None and time.monotonic() < deadline:
         time.sleep(0.2)
-        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+        found = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
         child = int(found[0]) if found else None
     assert child is not None
     time.sleep(2)

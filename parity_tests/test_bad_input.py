@@ -1,4 +1,6 @@
-"""Bad input at the level of the library: refused with a message, nothing written, nothing run. The command line's share is in test_cli.py."""
+"""Bad input at the level of the library: refused with a message, nothing written, nothing run. The
+command line's share is in test_cli.py.
+"""
 
 import json
 import os
@@ -10,11 +12,21 @@ import numpy as np
 import pytest
 import torch
 
-from flax_resblock import CheckpointError, InputError, ResNetConfig, checkpoint, from_torch, load, load_run, save, to_torch
+from flax_resblock import (
+    CheckpointError,
+    InputError,
+    ResNetConfig,
+    checkpoint,
+    from_torch,
+    load,
+    load_run,
+    save,
+    to_torch,
+)
 from flax_resblock.checkpoint import atomic, safetensors_file
 from flax_resblock.checkpoint.torch_file import from_numpy
 from flax_resblock.cli import run
-from flax_resblock.convert.source import Reading, open_checkpoint
+from flax_resblock.convert.opening import ReadOptions, open_checkpoint
 from parity_tests.support import assert_same_bits, random_bits
 from torch_ref import BasicBlock, Block, ResNet
 
@@ -23,7 +35,10 @@ SMALL = ResNetConfig(depths=(1, 1), widths=(6, 10), stem="cifar", stem_width=4, 
 
 def healthy():
     rng = np.random.default_rng(0)
-    return {key: value if value.dtype == np.int64 else rng.random(value.shape, np.float32) for key, value in random_bits(SMALL, np.float32).items()}
+    return {
+        key: value if value.dtype == np.int64 else rng.random(value.shape, np.float32)
+        for key, value in random_bits(SMALL, np.float32).items()
+    }
 
 
 @pytest.fixture
@@ -32,18 +47,31 @@ def written(tmp_path):
     model = from_torch(healthy())
     for name in ("net.pth", "net.safetensors", "net"):
         save(model, tmp_path / name)
-    torch.save({k: from_numpy(v) for k, v in healthy().items()}, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    torch.save(
+        {k: from_numpy(v) for k, v in healthy().items()},
+        tmp_path / "legacy.pth",
+        _use_new_zipfile_serialization=False,
+    )
     return tmp_path
 
 
 NO_CHECKPOINTS = {
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
     "directory": (lambda path: path.mkdir(), "is a folder without a checkpoint"),
-    "text": (lambda path: path.write_text("epoch 3, loss 0.1\n"), "neither a PyTorch checkpoint .* begins with b'epoch 3"),
+    "text": (
+        lambda path: path.write_text("epoch 3, loss 0.1\n"),
+        "neither a PyTorch checkpoint .* begins with b'epoch 3",
+    ),
     "absent": (lambda path: None, "does not exist"),
-    "other zip": (lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)), "damaged or truncated PyTorch zip archive"),
+    "other zip": (
+        lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)),
+        "damaged or truncated PyTorch zip archive",
+    ),
     "a number": (lambda path: torch.save(3, path), "holds a int, not a state dict"),
-    "an image": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40)), "neither a PyTorch checkpoint"),
+    "an image": (
+        lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40)),
+        "neither a PyTorch checkpoint",
+    ),
 }
 
 
@@ -62,18 +90,48 @@ def _without(key):
 
 
 def _with(**tensors):
-    return lambda state: {**state, **{key.replace("__", "."): value for key, value in tensors.items()}}
+    return lambda state: {
+        **state,
+        **{key.replace("__", "."): value for key, value in tensors.items()},
+    }
 
 
-VGG = {f"features.{i}.{t}": np.random.default_rng(i).random((8, 3, 3, 3) if t == "weight" else (8,), np.float32) for i in (0, 3) for t in ("weight", "bias")}
+VGG = {
+    f"features.{i}.{t}": np.random.default_rng(i).random(
+        (8, 3, 3, 3) if t == "weight" else (8,), np.float32
+    )
+    for i in (0, 3)
+    for t in ("weight", "bias")
+}
 MISFITS = {
-    "another network": (lambda state: VGG, r"no residual network in any known layout .*named like features\.0\.weight"),
-    "a missing key": (_without("layer2.0.bn2.running_var"), r"\n  missing +layer2\.0\.bn2\.running_var\n"),
-    "an extra key": (_with(aux__weight=np.zeros((2, 2), np.float32)), r"\n  unexpected +aux\.weight\n"),
-    "a wrong shape": (_with(bn1__bias=np.zeros(5, np.float32)), r"\n  wrong shape bn1\.bias \[5\], expected \[4\]\n"),
-    "another number of classes": (_with(fc__bias=np.zeros(9, np.float32)), r"\n  wrong shape fc\.bias \[9\], expected \[3\]\n"),
-    "integer weights": (_with(fc__weight=np.arange(30).reshape(3, 10)), r"\n  wrong dtype fc\.weight int64, expected a floating type\n"),
-    "a fractional counter": (_with(bn1__num_batches_tracked=np.float32(1.5)), r"bn1\.num_batches_tracked float32, expected an integer\n"),
+    "another network": (
+        lambda state: VGG,
+        r"no residual network in any known naming scheme .*named like features\.0\.weight",
+    ),
+    "a missing key": (
+        _without("layer2.0.bn2.running_var"),
+        r"\n  missing +layer2\.0\.bn2\.running_var\n",
+    ),
+    "an extra key": (
+        _with(aux__weight=np.zeros((2, 2), np.float32)),
+        r"\n  unexpected +aux\.weight\n",
+    ),
+    "a wrong shape": (
+        _with(bn1__bias=np.zeros(5, np.float32)),
+        r"\n  wrong shape bn1\.bias \[5\], expected \[4\]\n",
+    ),
+    "another number of classes": (
+        _with(fc__bias=np.zeros(9, np.float32)),
+        r"\n  wrong shape fc\.bias \[9\], expected \[3\]\n",
+    ),
+    "integer weights": (
+        _with(fc__weight=np.arange(30).reshape(3, 10)),
+        r"\n  wrong dtype fc\.weight int64, expected a floating type\n",
+    ),
+    "a fractional counter": (
+        _with(bn1__num_batches_tracked=np.float32(1.5)),
+        r"bn1\.num_batches_tracked float32, expected an integer\n",
+    ),
 }
 
 
@@ -83,7 +141,9 @@ def test_what_does_not_fit_is_named(case, in_file, tmp_path):
     change, message = MISFITS[case]
     source = change(healthy())
     if in_file:
-        torch.save({key: torch.as_tensor(value) for key, value in source.items()}, tmp_path / "net.pth")
+        torch.save(
+            {key: torch.as_tensor(value) for key, value in source.items()}, tmp_path / "net.pth"
+        )
         source = tmp_path / "net.pth"
     with pytest.raises(CheckpointError, match=message):
         from_torch(source)
@@ -98,7 +158,13 @@ def test_an_existing_output_is_kept_without_force(name, written):
     assert_same_bits(to_torch(load(written / name)), healthy())
     save(other, written / name, force=True)
     assert_same_bits(to_torch(load(written / name)), to_torch(other))
-    assert sorted(p.name for p in written.iterdir()) == ["legacy.pth", "net", "net.pth", "net.pth.sha256.json", "net.safetensors"]
+    assert sorted(p.name for p in written.iterdir()) == [
+        "legacy.pth",
+        "net",
+        "net.pth",
+        "net.pth.sha256.json",
+        "net.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("name", ["net.pth", "legacy.pth", "net.safetensors"])
@@ -114,12 +180,19 @@ def test_a_truncated_file_is_refused(name, share, written):
 def test_a_changed_bit_in_a_tensor_is_noticed_and_the_tensor_named(name, written):
     kernel = healthy()["layer2.0.conv2.weight"]
     stored = (kernel if name.endswith("safetensors") else kernel.transpose(2, 3, 1, 0)).tobytes()
-    files = [written / name] if name.endswith("safetensors") else [p for p in (written / name).rglob("*") if p.is_file()]
+    files = (
+        [written / name]
+        if name.endswith("safetensors")
+        else [p for p in (written / name).rglob("*") if p.is_file()]
+    )
     file = next(p for p in files if stored in p.read_bytes())
     content = bytearray(file.read_bytes())
     content[content.find(stored) + 5] ^= 4
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"is damaged: (layer2.0.conv2.weight|stage2.0.conv2.kernel) differs from|damaged one \("):
+    with pytest.raises(
+        CheckpointError,
+        match=r"is damaged: (layer2.0.conv2.weight|stage2.0.conv2.kernel) differs from|damaged one \(",
+    ):
         load(written / name)
 
 
@@ -131,10 +204,18 @@ class Canary:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("wrap", [lambda c: c, lambda c: {"state_dict": c}, lambda c: {"state_dict": {"conv1.weight": c}}], ids=["bare", "dict", "deep"])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda c: c, lambda c: {"state_dict": c}, lambda c: {"state_dict": {"conv1.weight": c}}],
+    ids=["bare", "dict", "deep"],
+)
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
 def test_code_in_a_pickle_is_not_run(wrap, zipped, tmp_path):
-    torch.save(wrap(Canary(tmp_path / "canary")), tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        wrap(Canary(tmp_path / "canary")),
+        tmp_path / "evil.pth",
+        _use_new_zipfile_serialization=zipped,
+    )
     with pytest.raises(CheckpointError, match="never executes code"):
         load(tmp_path / "evil.pth")
     assert not (tmp_path / "canary").exists()
@@ -145,8 +226,15 @@ def test_code_in_a_pickle_is_not_run(wrap, zipped, tmp_path):
 def test_harmless_objects_beside_the_weights_are_read(tmp_path):
     import argparse
 
-    extras = {"args": argparse.Namespace(lr=0.1), "version": torch.__version__, "acc": np.float64(93.5), "epoch": 3}
-    torch.save({"model": {k: from_numpy(v) for k, v in healthy().items()}, **extras}, tmp_path / "net.pth")
+    extras = {
+        "args": argparse.Namespace(lr=0.1),
+        "version": torch.__version__,
+        "acc": np.float64(93.5),
+        "epoch": 3,
+    }
+    torch.save(
+        {"model": {k: from_numpy(v) for k, v in healthy().items()}, **extras}, tmp_path / "net.pth"
+    )
     record = checkpoint.read(tmp_path / "net.pth")
     assert record.extras["args"].lr == 0.1
     assert record.extras["acc"] == 93.5
@@ -157,7 +245,9 @@ def test_odd_values_are_carried_bit_for_bit_with_a_warning(tmp_path):
     state = healthy()
     state["layer1.0.conv1.weight"].view(np.uint32)[0, 0, 0, 0] = 0x7FC12345  # a NaN with a payload
     state["bn1.running_var"][1] = -2
-    with pytest.warns(UserWarning, match=r"layer1.0.conv1.weight \(1 of \d+ values not finite\)|bn1.running_var"):
+    with pytest.warns(
+        UserWarning, match=r"layer1.0.conv1.weight \(1 of \d+ values not finite\)|bn1.running_var"
+    ):
         model = from_torch(state)
     assert_same_bits(to_torch(model), state)
 
@@ -184,13 +274,20 @@ def test_extra_keys_can_be_ignored_by_name_and_missing_weights_are_never_made_up
     counters = [key for key in state if "num_batches" in key]
     for key in counters:
         del state[key]
-    with pytest.warns(UserWarning, match=r"ignored ema\.decay; filled \d+ absent num_batches_tracked"):
+    with pytest.warns(
+        UserWarning, match=r"ignored ema\.decay; filled \d+ absent num_batches_tracked"
+    ):
         model = from_torch(state, ignore=["ema.*"], allow_missing=["*num_batches_tracked"])
-    assert_same_bits({k: v for k, v in to_torch(model).items() if k not in counters}, {k: v for k, v in state.items() if k != "ema.decay"})
+    assert_same_bits(
+        {k: v for k, v in to_torch(model).items() if k not in counters},
+        {k: v for k, v in state.items() if k != "ema.decay"},
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone."])
-@pytest.mark.parametrize("pattern", ["layer1.0.bn2*", "*.downsample.*", "*layer2.*", "layer1.0.extra.weight"])
+@pytest.mark.parametrize(
+    "pattern", ["layer1.0.bn2*", "*.downsample.*", "*layer2.*", "layer1.0.extra.weight"]
+)
 def test_a_tensor_of_a_block_cannot_be_ignored(pattern, prefix, tmp_path):
     state = {f"{prefix}{key}": value for key, value in healthy().items()}
     if "extra" in pattern:
@@ -251,13 +348,15 @@ def test_what_the_command_line_notes_is_one_warning_of_the_api(tmp_path):
     module = ResNet(depths=(1, 1), widths=(6, 10), stem="cifar", stem_width=4, num_classes=3)
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
     torch.save({"state_dict": state, "optimizer": optimizer.state_dict()}, tmp_path / "net.pth")
-    notes = open_checkpoint(tmp_path / "net.pth", Reading(ignore=("ema.*",))).notes
+    notes = open_checkpoint(tmp_path / "net.pth", ReadOptions(ignore=("ema.*",))).notes
     assert len(notes) >= 4
     for call in (load, load_run, from_torch):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             call(tmp_path / "net.pth", ignore=("ema.*",))
-        ours = [w for w in caught if issubclass(w.category, UserWarning) and "ignored" in str(w.message)]
+        ours = [
+            w for w in caught if issubclass(w.category, UserWarning) and "ignored" in str(w.message)
+        ]
         assert [w.filename for w in ours] == [__file__]
         assert all(note in str(ours[0].message) for note in notes)
 
@@ -271,17 +370,34 @@ def test_a_checkpoint_that_is_read_as_it_stands_gives_no_warning():
 def test_two_readings_that_fit_equally_are_a_tie(monkeypatch):
     from dataclasses import replace
 
-    from flax_resblock.convert import identify, layouts
-    from flax_resblock.convert.identification import identify as find
+    from flax_resblock.convert import identify
+    from flax_resblock.convert import naming as namings
+    from flax_resblock.convert.detection.candidates import identify as find
     from flax_resblock.convert.state_map import describe
 
-    mirrored = dict(layouts.LAYOUTS["torchvision"].modules, conv1="conv2", conv2="conv1", norm1="bn2", norm2="bn1")
-    rival = replace(layouts.LAYOUTS["torchvision"], name="mirrored", modules=mirrored)
-    monkeypatch.setattr("flax_resblock.convert.identification.LAYOUTS", {**layouts.LAYOUTS, "mirrored": rival})
+    mirrored = dict(
+        namings.NAMINGS["torchvision"].modules,
+        conv1="conv2",
+        conv2="conv1",
+        norm1="bn2",
+        norm2="bn1",
+    )
+    rival = replace(namings.NAMINGS["torchvision"], name="mirrored", modules=mirrored)
+    monkeypatch.setattr(
+        "flax_resblock.convert.detection.candidates.NAMINGS", {**namings.NAMINGS, "mirrored": rival}
+    )
     square = ResNetConfig(depths=(1,), widths=(4,), stem="cifar", stem_width=4, num_classes=3)
-    with pytest.raises(CheckpointError, match=r"several readings equally well: .*'torchvision'; .*'mirrored'. Say which with --layout"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"several readings equally well: .*'torchvision'; .*'mirrored'. Say which with --naming",
+    ):
         find(describe(random_bits(square, np.float32)))
-    assert identify(describe(random_bits(square, np.float32)), layout="torchvision").state_map.layout.name == "torchvision"
+    assert (
+        identify(
+            describe(random_bits(square, np.float32)), naming="torchvision"
+        ).state_map.naming.name
+        == "torchvision"
+    )
 
 
 def test_a_module_that_computes_something_else_is_refused():
@@ -294,26 +410,46 @@ def test_a_module_that_computes_something_else_is_refused():
         "momentum": lambda m: setattr(m.layer2[0].bn2, "momentum", None),
         "statistics": lambda m: setattr(m.bn1, "track_running_stats", False),
         "activation": lambda m: m.layer1[0].add_module("act", torch.nn.GELU()),
-        "pooling kept in a CIFAR stem": lambda m: setattr(m, "maxpool", torch.nn.MaxPool2d(3, 2, 1)),
+        "pooling kept in a CIFAR stem": lambda m: setattr(
+            m, "maxpool", torch.nn.MaxPool2d(3, 2, 1)
+        ),
         "another global pooling": lambda m: m.add_module("avgpool", torch.nn.AdaptiveMaxPool2d(1)),
     }
-    settings = {"depths": (1, 1), "widths": (6, 10), "stem": "cifar", "stem_width": 4, "num_classes": 3}
+    settings = {
+        "depths": (1, 1),
+        "widths": (6, 10),
+        "stem": "cifar",
+        "stem_width": 4,
+        "num_classes": 3,
+    }
     assert from_torch(ResNet(**settings)).config == SMALL
     for name, change in changes.items():
         module = ResNet(**settings)
         change(module)
         for wrapped in (module, torch.nn.DataParallel(module)):
-            with pytest.raises(InputError, match=r"expected|differ in|does not track|pools by the mean"):
+            with pytest.raises(
+                InputError, match=r"expected|differ in|does not track|pools by the mean"
+            ):
                 from_torch(wrapped)
         assert from_torch(module.state_dict()).config == SMALL, name
 
 
-@pytest.mark.parametrize("pool", [torch.nn.Identity(), torch.nn.MaxPool2d(2, 2), torch.nn.MaxPool2d(3, 2, 1, ceil_mode=True), torch.nn.AvgPool2d(3, 2, 1)])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        torch.nn.Identity(),
+        torch.nn.MaxPool2d(2, 2),
+        torch.nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        torch.nn.AvgPool2d(3, 2, 1),
+    ],
+)
 def test_another_pooling_in_an_imagenet_stem_is_refused(pool):
     module = ResNet(depths=(1,), widths=(4,), stem_width=4)
     assert from_torch(module).config.stem == "imagenet"
     module.maxpool = pool
-    with pytest.raises(InputError, match=r"stem\.pool is .*expected \('MaxPool2d', 3, 2, 1, 1, False\)"):
+    with pytest.raises(
+        InputError, match=r"stem\.pool is .*expected \('MaxPool2d', 3, 2, 1, 1, False\)"
+    ):
         from_torch(module)
 
 
@@ -328,7 +464,12 @@ def test_a_bare_block_needs_its_stride_unless_it_has_no_projection_or_is_a_modul
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [(3, "not a int"), ({}, "holds no state dict"), ({"a": 1}, "a: int"), ({"conv1.weight": torch.rand(3).to_sparse()}, "sparse")],
+    [
+        (3, "not a int"),
+        ({}, "holds no state dict"),
+        ({"a": 1}, "a: int"),
+        ({"conv1.weight": torch.rand(3).to_sparse()}, "sparse"),
+    ],
     ids=["number", "empty", "no tensors", "sparse"],
 )
 def test_what_is_no_state_dict_is_refused(source, message):
@@ -341,12 +482,16 @@ def test_a_shard_index_cannot_leave_its_folder(name, tmp_path):
     safetensors_file.write(tmp_path / "outside.safetensors", healthy(), {})
     folder = tmp_path / "in"
     folder.mkdir()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"conv1.weight": name}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"conv1.weight": name}})
+    )
     with pytest.raises(CheckpointError, match="not a plain file name"):
         load(folder)
 
 
-@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "absent.safetensors"}}'])
+@pytest.mark.parametrize(
+    "index", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "absent.safetensors"}}']
+)
 def test_a_broken_shard_index_is_refused(index, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError):
@@ -366,7 +511,7 @@ def test_a_missing_parent_folder_is_named(tmp_path):
 
 def test_flax_names_do_not_go_into_a_pth(tmp_path):
     with pytest.raises(InputError, match="holds PyTorch names"):
-        save(from_torch(healthy()), tmp_path / "net.pth", layout="flax")
+        save(from_torch(healthy()), tmp_path / "net.pth", naming="flax")
 
 
 @pytest.mark.parametrize("name", ["net.pth", "net.safetensors", "net"])

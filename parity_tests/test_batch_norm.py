@@ -9,25 +9,44 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from flax_resblock import BatchNorm
-from flax_resblock.norm import batch_moments
+from flax_resblock.nn.norm import batch_moments
 
 
 def activations(shape=(4, 5, 3, 6), seed=0, dtype=np.float64):
     rng = np.random.default_rng(seed)
-    return (rng.standard_normal(shape) * rng.uniform(0.2, 3, shape[-1]) + rng.normal(0, 4, shape[-1])).astype(dtype)
+    return (
+        rng.standard_normal(shape) * rng.uniform(0.2, 3, shape[-1]) + rng.normal(0, 4, shape[-1])
+    ).astype(dtype)
 
 
 def torch_norm(channels, **options):
     norm = torch.nn.BatchNorm2d(channels, **options).double()
     rng = np.random.default_rng(9)
-    for tensor, low, high in ((norm.weight.data, 0.3, 2), (norm.bias.data, -1, 1), (norm.running_mean, -2, 2), (norm.running_var, 0.2, 4)):
+    for tensor, low, high in (
+        (norm.weight.data, 0.3, 2),
+        (norm.bias.data, -1, 1),
+        (norm.running_mean, -2, 2),
+        (norm.running_var, 0.2, 4),
+    ):
         tensor.copy_(torch.from_numpy(rng.uniform(low, high, channels)))
     return norm
 
 
 def flax_norm(norm, **options):
-    twin = BatchNorm(norm.num_features, eps=norm.eps, momentum=norm.momentum, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **options)
-    names = {"scale": norm.weight, "bias": norm.bias, "mean": norm.running_mean, "var": norm.running_var}
+    twin = BatchNorm(
+        norm.num_features,
+        eps=norm.eps,
+        momentum=norm.momentum,
+        param_dtype=jnp.float64,
+        rngs=nnx.Rngs(0),
+        **options,
+    )
+    names = {
+        "scale": norm.weight,
+        "bias": norm.bias,
+        "mean": norm.running_mean,
+        "var": norm.running_var,
+    }
     for name, tensor in names.items():
         getattr(twin, name).set_value(jnp.asarray(tensor.detach().numpy()))
     return twin
@@ -45,13 +64,17 @@ def test_three_training_batches_and_an_evaluation_equal_pytorch(momentum, shape)
         twin = flax_norm(norm)
         for seed in range(3):
             x = activations(shape, seed)
-            np.testing.assert_allclose(twin(jnp.asarray(x)), run_torch(norm, x), rtol=1e-10, atol=1e-12)
+            np.testing.assert_allclose(
+                twin(jnp.asarray(x)), run_torch(norm, x), rtol=1e-10, atol=1e-12
+            )
         np.testing.assert_allclose(twin.mean[...], norm.running_mean.numpy(), rtol=1e-12)
         np.testing.assert_allclose(twin.var[...], norm.running_var.numpy(), rtol=1e-12)
         assert int(twin.num_batches_tracked[...]) == 3
         twin.eval()
         x = activations(shape, 7)
-        np.testing.assert_allclose(twin(jnp.asarray(x)), run_torch(norm.eval(), x), rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(
+            twin(jnp.asarray(x)), run_torch(norm.eval(), x), rtol=1e-12, atol=1e-13
+        )
 
 
 def test_running_variance_is_unbiased_and_normalisation_is_not():
@@ -90,7 +113,10 @@ def test_one_value_per_channel_is_refused_in_training_mode_as_in_pytorch(shape):
     with pytest.raises(ValueError, match=r"more than one value per channel .* \(1, (1, 1, )?4\)"):
         norm(jnp.asarray(activations(shape, dtype=np.float32)))
     assert int(norm.num_batches_tracked[...]) == 0
-    assert norm(jnp.asarray(activations(shape, dtype=np.float32)), use_running_average=True).shape == shape
+    assert (
+        norm(jnp.asarray(activations(shape, dtype=np.float32)), use_running_average=True).shape
+        == shape
+    )
 
 
 def test_wrong_channel_count_names_both_sides():
@@ -98,11 +124,15 @@ def test_wrong_channel_count_names_both_sides():
         BatchNorm(4, rngs=nnx.Rngs(0))(jnp.zeros((2, 3, 3, 5)))
 
 
-needs_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 (simulated) devices; conftest.py asks for them")
+needs_devices = pytest.mark.skipif(
+    jax.device_count() < 4, reason="needs 4 (simulated) devices; conftest.py asks for them"
+)
 
 
 def spread(x, **options):
-    """Normalises ``x`` over 4 devices inside shard_map; returns output and statistics of the first device."""
+    """Normalises ``x`` over 4 devices inside shard_map; returns output and statistics of the first
+    device.
+    """
     mesh = jax.make_mesh((4,), ("batch",))
     norm = BatchNorm(x.shape[-1], param_dtype=x.dtype, rngs=nnx.Rngs(0), **options)
     graphdef, state = nnx.split(norm)
@@ -115,7 +145,13 @@ def spread(x, **options):
     shard = PartitionSpec("batch")
     x = jax.device_put(x, jax.sharding.NamedSharding(mesh, shard))
     state = jax.device_put(state, jax.sharding.NamedSharding(mesh, PartitionSpec()))
-    mapped = jax.shard_map(body, mesh=mesh, in_specs=(PartitionSpec(), shard), out_specs=(shard, shard, shard), check_vma=False)
+    mapped = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), shard),
+        out_specs=(shard, shard, shard),
+        check_vma=False,
+    )
     return tuple(np.asarray(value) for value in jax.jit(mapped)(state, x))
 
 
@@ -146,7 +182,9 @@ def test_a_sharded_batch_under_jit_has_global_statistics():
             module = nnx.merge(graphdef, state, copy=True)
             return module(x), module.var[...]
 
-        sharding = jax.sharding.NamedSharding(jax.make_mesh((4,), ("batch",)), PartitionSpec("batch"))
+        sharding = jax.sharding.NamedSharding(
+            jax.make_mesh((4,), ("batch",)), PartitionSpec("batch")
+        )
         y, variance = step(state, jax.device_put(jnp.asarray(x), sharding))
         np.testing.assert_allclose(y, norm(jnp.asarray(x)), rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(variance, norm.var[...], rtol=1e-12)

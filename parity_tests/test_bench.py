@@ -24,14 +24,31 @@ def speed():
 @pytest.mark.slow
 def test_both_sides_compute_the_same_and_are_timed(tmp_path, capsys):
     out, png = tmp_path / "bench.json", tmp_path / "bench.png"
-    arguments = ["bench", "--what", "train-step", "--architecture", "block", "--image-size", "8", "--batch", "4", "--rounds", "2", "--threads", "1"]
+    arguments = [
+        "bench",
+        "--what",
+        "train-step",
+        "--architecture",
+        "block",
+        "--image-size",
+        "8",
+        "--batch",
+        "4",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+    ]
     assert run([*arguments, "--json-file", str(out), "--png", str(png)]) == 0
     text = capsys.readouterr().out
     assert "All computed the same" in text
     (case,) = json.loads(out.read_text())["cases"]
     names = [contestant.name for contestant in CONTESTANTS["train-step"]]
     assert [result["contestant"] for result in case["results"]] == names
-    assert all(result["failed"] or len(result["rounds"]) == len(result["ratios"]) == 2 for result in case["results"])
+    assert all(
+        result["failed"] or len(result["rounds"]) == len(result["ratios"]) == 2
+        for result in case["results"]
+    )
     assert all(name in text for name in names)
     losses = [result["value"] for result in case["results"] if not result["failed"]]
     assert max(losses) / min(losses) - 1 < 1e-5
@@ -41,27 +58,45 @@ def test_both_sides_compute_the_same_and_are_timed(tmp_path, capsys):
 
 
 def test_a_side_that_computes_something_else_is_seen():
-    right, wrong, failed = Result("a", value=2.0), Result("b", value=2.1), Result("c", failed="no compiler")
+    right, wrong, failed = (
+        Result("a", value=2.0),
+        Result("b", value=2.1),
+        Result("c", failed="no compiler"),
+    )
     assert disagreement([right, failed]) == 0
     assert disagreement([right, wrong]) == pytest.approx(0.05)
 
 
 def test_the_documents_hold_the_measured_table():
-    """README.md and docs/performance.md have the table of docs/bench.json, every row of the full benchmark, and say where it was measured."""
+    """README.md and docs/performance.md have the table of docs/bench.json, every row of the full
+    benchmark, and say where it was measured.
+    """
     found = json.loads((REPOSITORY / "docs" / "bench.json").read_text())
     assert [case["case"] for case in found["cases"]] == [vars(case) for case in FULL]
     for name in ("README.md", "docs/performance.md"):
         text = (REPOSITORY / name).read_text()
         assert text == speed().filled(text, found)
         assert markdown(found) in text
-    assert all(result["ratio_quartiles"][0] > 0 for case in found["cases"] for result in case["results"] if not result["failed"])
+    assert all(
+        result["ratio_quartiles"][0] > 0
+        for case in found["cases"]
+        for result in case["results"]
+        if not result["failed"]
+    )
 
 
 def test_memory_is_a_workers_own():
     """Not what the process that started it held: 300 MB here."""
     held = bytearray(b"1") * (300 << 20)
-    command = [sys.executable, "-c", "from flax_resblock.bench.worker import resident\nprint(resident()); x = bytearray(b'1') * (200 << 20); print(resident())"]
-    before, after = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    command = [
+        sys.executable,
+        "-c",
+        "from flax_resblock.bench.worker import resident\nprint(resident()); x = "
+        "bytearray(b'1') * (200 << 20); print(resident())",
+    ]
+    before, after = map(
+        int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    )
     assert before < len(held) / 2
     assert after - before > 150 << 20
 

@@ -1,4 +1,6 @@
-"""Single bits flipped anywhere in what this library wrote: every flip that changes a tensor is noticed, and the tensor is named."""
+"""Single bits flipped anywhere in what this library wrote: every flip that changes a tensor is
+noticed, and the tensor is named.
+"""
 
 import json
 import random
@@ -12,7 +14,7 @@ import torch
 from flax_resblock import CheckpointError, checkpoint, from_torch, save
 from flax_resblock.checkpoint.sidecar import sidecar_of
 from flax_resblock.cli import run
-from flax_resblock.convert.source import open_checkpoint
+from flax_resblock.convert.opening import open_checkpoint
 from parity_tests.fuzz import samples
 from parity_tests.test_damaged_files import healthy
 
@@ -36,9 +38,15 @@ def written(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["net.safetensors", "net.pth", "net"])
 def test_no_flipped_bit_changes_a_tensor_unnoticed(name, written):
-    """Over all bits of all files of the output: a third of the flips lie in what describes the tensors."""
+    """Over all bits of all files of the output: a third of the flips lie in what describes the
+    tensors.
+    """
     truth = checkpoint.digests(checkpoint.read(written / name).tensors)
-    files = [path for path in (sorted((written / name).rglob("*")) if name == "net" else [written / name]) if path.is_file() and path.stat().st_size]
+    files = [
+        path
+        for path in (sorted((written / name).rglob("*")) if name == "net" else [written / name])
+        if path.is_file() and path.stat().st_size
+    ]
     sizes = [8 * path.stat().st_size for path in files]
     rng = random.Random(name)
     exact = named = refused = 0
@@ -62,7 +70,9 @@ def test_no_flipped_bit_changes_a_tensor_unnoticed(name, written):
 
 @pytest.mark.parametrize("name", ["net.safetensors", "net.pth"])
 def test_a_flipped_bit_in_a_tensor_is_named(name, written):
-    """Flips within the bytes of tensors: each is refused, and the message has the name of the very tensor."""
+    """Flips within the bytes of tensors: each is refused, and the message has the name of the very
+    tensor.
+    """
     tensors = checkpoint.read(written / name).tensors
     content = (written / name).read_bytes()
     rng = random.Random(name)
@@ -70,18 +80,24 @@ def test_a_flipped_bit_in_a_tensor_is_named(name, written):
         stored = np.ascontiguousarray(tensors[key]).tobytes()
         bit = 8 * content.index(stored) + rng.randrange(8 * len(stored))
         flip(written / name, bit)
-        with pytest.raises(CheckpointError, match=rf"is damaged: {re.escape(key)} differs from the SHA-256"):
+        with pytest.raises(
+            CheckpointError, match=rf"is damaged: {re.escape(key)} differs from the SHA-256"
+        ):
             checkpoint.read(written / name)
         flip(written / name, bit)
 
 
 def test_a_flipped_bit_in_an_orbax_folder_is_named(written):
-    """Large tensors lie in files as they are; small ones share compressed groups with a checksum, and a damaged group names those that it takes along."""
+    """Large tensors lie in files as they are; small ones share compressed groups with a checksum,
+    and a damaged group names those that it takes along.
+    """
     truth = checkpoint.read(written / "net").tensors
     root = written / "net" / "state"
     (group,) = (root / "d").iterdir()
     flip(group, 8 * 300)
-    with pytest.raises(CheckpointError, match=r"Of its tensors, head\.bias, .* and \d+ more cannot be read"):
+    with pytest.raises(
+        CheckpointError, match=r"Of its tensors, head\.bias, .* and \d+ more cannot be read"
+    ):
         checkpoint.read(written / "net")
     flip(group, 8 * 300)
     key, stored = "stage2.0.conv2.kernel", truth["stage2.0.conv2.kernel"].tobytes()
@@ -96,7 +112,9 @@ def test_a_flipped_bit_in_an_orbax_folder_is_named(written):
 
 @pytest.mark.parametrize("name", ["net.safetensors", "net"])
 def test_what_lies_beside_the_tensors_is_covered_too(name, written):
-    """The configuration, eps and momentum change what a network computes as much as a weight does."""
+    """The configuration, eps and momentum change what a network computes as much as a weight
+    does.
+    """
     file = written / name if name.endswith("safetensors") else written / name / "flax_resblock.json"
     content = file.read_bytes()
     assert content.count(b"1e-05") == 1
@@ -107,14 +125,27 @@ def test_what_lies_beside_the_tensors_is_covered_too(name, written):
 
 def test_an_optimizer_in_a_pth_is_covered(tmp_path):
     (tmp_path / "run.pth").write_bytes(samples.saved(samples.training()))
-    assert run(["convert", str(tmp_path / "run.pth"), str(tmp_path / "out.pth"), "--with-optimizer", "--no-certificate"]) == 0
+    assert (
+        run(
+            [
+                "convert",
+                str(tmp_path / "run.pth"),
+                str(tmp_path / "out.pth"),
+                "--with-optimizer",
+                "--no-certificate",
+            ]
+        )
+        == 0
+    )
     record = checkpoint.read(tmp_path / "out.pth", run=True)
     moment = record.extras["optimizer"]["state"][0]["exp_avg"]
     content = (tmp_path / "out.pth").read_bytes()
     flip(tmp_path / "out.pth", 8 * content.index(moment.tobytes()) + 5)
     with pytest.raises(CheckpointError, match="is damaged: /optimizer/state/0/exp_avg differs"):
         checkpoint.read(tmp_path / "out.pth")
-    (tmp_path / "out.pth").write_bytes(content.replace(b"G?h\x93t\xbcj~\xfa", b"G?h\x93t\xbcj~\xfb"))  # the learning rate, 3e-3, in the pickle
+    (tmp_path / "out.pth").write_bytes(
+        content.replace(b"G?h\x93t\xbcj~\xfa", b"G?h\x93t\xbcj~\xfb")
+    )  # the learning rate, 3e-3, in the pickle
     if (tmp_path / "out.pth").read_bytes() != content:
         with pytest.raises(CheckpointError):
             checkpoint.read(tmp_path / "out.pth")
@@ -132,14 +163,28 @@ def test_without_its_sidecar_a_pth_still_loads_unchecked(written):
 
 def test_an_old_sidecar_beside_a_newer_file_is_no_alarm_but_a_note(written, capsys):
     """The file was saved again by something that knows nothing of digests."""
-    state = {key: torch.from_numpy(value * 2 if value.dtype == np.float32 else value) for key, value in healthy().items()}
+    state = {
+        key: torch.from_numpy(value * 2 if value.dtype == np.float32 else value)
+        for key, value in healthy().items()
+    }
     torch.save(state, written / "net.pth")
     record = checkpoint.read(written / "net.pth")
     assert record.tensors["fc.weight"].tobytes() == state["fc.weight"].numpy().tobytes()
     assert any("net.pth.sha256.json, which describes another file" in note for note in record.notes)
     assert run(["inspect", str(written / "net.pth")]) == 0
     assert "which describes another file" in " ".join(capsys.readouterr().out.split())
-    assert run(["convert", str(written / "net.safetensors"), str(written / "net.pth"), "--force", "--no-certificate"]) == 0
+    assert (
+        run(
+            [
+                "convert",
+                str(written / "net.safetensors"),
+                str(written / "net.pth"),
+                "--force",
+                "--no-certificate",
+            ]
+        )
+        == 0
+    )
     assert not any("another file" in note for note in checkpoint.read(written / "net.pth").notes)
 
 
@@ -150,16 +195,30 @@ def test_a_file_that_moved_with_its_sidecar_is_still_checked(written):
     assert not open_checkpoint(written / "copy" / "net.pth").notes
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"kind": "x"}', '{"kind": "flax-resblock digests", "identity": 3, "tensors": {}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"kind": "x"}',
+        '{"kind": "flax-resblock digests", "identity": 3, "tensors": {}}',
+        "[" * 100_000,
+    ],
+)
 def test_a_damaged_sidecar_is_refused_with_a_way_out(text, written):
     sidecar_of(written / "net.pth").write_text(text)
-    with pytest.raises(CheckpointError, match=r"net\.pth\.sha256\.json .* remove it to read net\.pth without"):
+    with pytest.raises(
+        CheckpointError, match=r"net\.pth\.sha256\.json .* remove it to read net\.pth without"
+    ):
         checkpoint.read(written / "net.pth")
 
 
 def test_a_file_of_another_kind_where_the_sidecar_goes_is_never_replaced(written, capsys):
     (written / "new.pth.sha256.json").write_text(json.dumps({"precious": 1}))
-    assert run(["convert", str(written / "net.safetensors"), str(written / "new.pth"), "--force"]) == 2
+    assert (
+        run(["convert", str(written / "net.safetensors"), str(written / "new.pth"), "--force"]) == 2
+    )
     assert "is something else" in " ".join(capsys.readouterr().err.split())
     assert not (written / "new.pth").exists()
     assert (written / "new.pth.sha256.json").read_text() == '{"precious": 1}'

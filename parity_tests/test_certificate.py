@@ -1,4 +1,6 @@
-"""parity.json after a conversion: what it says is so, every output has its entry, and an interrupt leaves neither half an output nor half a certificate."""
+"""parity.json after a conversion: what it says is so, every output has its entry, and an interrupt
+leaves neither half an output nor half a certificate.
+"""
 
 import hashlib
 import json
@@ -59,8 +61,14 @@ def convert(out, *flags, source="net.pth"):
 def test_a_conversion_is_certified(out, folder, capsys):
     entry = convert(out)
     assert entry["source"] == {"path": "net.pth", "sha256": sha("net.pth")}
-    files = sorted(p.relative_to(out).as_posix() for p in Path(out).rglob("*") if p.is_file()) if Path(out).is_dir() else None
-    assert entry["output"]["sha256"] == (sha(out) if files is None else {name: sha(Path(out) / name) for name in files})
+    files = (
+        sorted(p.relative_to(out).as_posix() for p in Path(out).rglob("*") if p.is_file())
+        if Path(out).is_dir()
+        else None
+    )
+    assert entry["output"]["sha256"] == (
+        sha(out) if files is None else {name: sha(Path(out) / name) for name in files}
+    )
     written = checkpoint.read(out).tensors
     assert entry["tensors"] == {name: checkpoint.digest(value) for name, value in written.items()}
     verification = entry["verification"]
@@ -68,7 +76,7 @@ def test_a_conversion_is_certified(out, folder, capsys):
     assert 0 < float(verification["worst"]["error"]) <= verification["worst"]["limit"] == 1e-12
     assert verification["tensors"] >= 16
     assert {"flax_resblock", "jax", "torch", "python"} <= set(entry["versions"])
-    assert entry["layout"] == ("flax" if out == "net_flax" else "torchvision")
+    assert entry["naming"] == ("flax" if out == "net_flax" else "torchvision")
     assert str(folder) not in PATH.read_text()
     assert verification["compared_with"] == REFERENCE
     printed = capsys.readouterr().out
@@ -97,15 +105,17 @@ def test_verify_says_what_the_checkpoint_was_compared_with(folder, capsys):
 
 
 def test_the_stored_worst_is_what_the_comparison_measures(folder):
-    from flax_resblock.convert.source import open_checkpoint
+    from flax_resblock.convert.opening import open_checkpoint
     from flax_resblock.parity.comparison import Plan, compare_pair
     from flax_resblock.parity.inputs import adversarial_images
-    from flax_resblock.parity.twins import Twins
+    from flax_resblock.parity.reference import ReferencePair
 
     verification = convert("net.safetensors")["verification"]
     source = open_checkpoint("net.safetensors")
     images = adversarial_images(source.config, batch=BATCH)
-    rows = compare_pair(Twins.of(source), images, Plan(train=False, precisions=("float64",))).measurements
+    rows = compare_pair(
+        ReferencePair.of(source), images, Plan(train=False, precisions=("float64",))
+    ).measurements
     assert verification["tensors"] == len(rows)
     assert verification["worst"]["error"] == max(row.judgement.error for row in rows)
 
@@ -118,7 +128,11 @@ def test_two_outputs_share_a_certificate_and_the_last_conversion_of_each_counts(
     assert read_certificate(PATH)["a.safetensors"] == first
     write_network(seed=9)
     convert("a.safetensors", "--force")
-    assert read_certificate(PATH)["a.safetensors"]["source"]["sha256"] == sha("net.pth") != first["source"]["sha256"]
+    assert (
+        read_certificate(PATH)["a.safetensors"]["source"]["sha256"]
+        == sha("net.pth")
+        != first["source"]["sha256"]
+    )
     assert [check.status for check in recheck(PATH)] == ["unchanged", "unchanged"]
 
 
@@ -126,9 +140,14 @@ def test_simultaneous_conversions_keep_each_others_entries(folder):
     names = [f"out{i}.safetensors" for i in range(3)]
     torch.save(BasicBlock(4, 6, 2).state_dict(), "block.pth")
     command = [sys.executable, "-m", "flax_resblock", "convert", "block.pth", "--stride", "2"]
-    processes = [subprocess.Popen([*command, name], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for name in names]
+    processes = [
+        subprocess.Popen([*command, name], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for name in names
+    ]
     assert [(process.wait(), process.stderr.read())[0] for process in processes] == [0, 0, 0]
-    assert [(check.output, check.status) for check in recheck(PATH)] == [(name, "unchanged") for name in names]
+    assert [(check.output, check.status) for check in recheck(PATH)] == [
+        (name, "unchanged") for name in names
+    ]
 
 
 def test_a_source_that_the_output_replaces_is_certified_as_it_was(folder):
@@ -145,19 +164,24 @@ def test_shards_and_folders_as_a_source_are_hashed_file_by_file(folder):
     halves = {"model-1.safetensors": names[:9], "model-2.safetensors": names[9:]}
     for file, keys in halves.items():
         safetensors.numpy.save_file({key: np.array(state[key], order="C") for key in keys}, file)
-    Path("model.safetensors.index.json").write_text(json.dumps({"weight_map": {key: file for file, keys in halves.items() for key in keys}}))
+    Path("model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {key: file for file, keys in halves.items() for key in keys}})
+    )
     entry = convert("joined.safetensors", source="model.safetensors.index.json")
     files = ["model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json"]
-    assert entry["source"] == {"path": "model.safetensors.index.json", "sha256": {file: sha(file) for file in files}}
+    assert entry["source"] == {
+        "path": "model.safetensors.index.json",
+        "sha256": {file: sha(file) for file in files},
+    }
     convert("net_flax")
     assert set(convert("back.pth", source="net_flax")["source"]["sha256"]) >= {"flax_resblock.json"}
 
 
 @pytest.mark.parametrize("change", ["torch", "flax"])
 def test_frameworks_that_differ_give_status_1_and_are_recorded(change, folder, capsys, monkeypatch):
-    from flax_resblock.parity.twins import Twins
+    from flax_resblock.parity.reference import ReferencePair
 
-    original = getattr(Twins, change)
+    original = getattr(ReferencePair, change)
 
     def tampered(self, *arguments, **options):
         model = original(self, *arguments, **options)
@@ -167,17 +191,23 @@ def test_frameworks_that_differ_give_status_1_and_are_recorded(change, folder, c
             model.bn1.eps *= 1.01
         return model
 
-    monkeypatch.setattr(Twins, change, tampered)
+    monkeypatch.setattr(ReferencePair, change, tampered)
     assert run(["convert", "net.pth", "out.safetensors"]) == 1
     error = " ".join(capsys.readouterr().err.split())
-    assert "out.safetensors holds every tensor bit for bit, but PyTorch and Flax do not compute the same with it" in error
+    assert (
+        "out.safetensors holds every tensor bit for bit, but PyTorch and Flax do not compute "
+        "the same with it" in error
+    )
     verification = read_certificate(PATH)["out.safetensors"]["verification"]
     assert verification["passed"] is False
     assert verification["worst"]["error"] > 100 * verification["worst"]["limit"]
     assert json.loads(PATH.read_text(), parse_constant=pytest.fail)
     assert recheck(PATH)[0].details == ("the frameworks differed on it when it was written",)
     truth = torch.load("net.pth", weights_only=True)
-    assert all(np.array_equal(value, truth[key].numpy()) for key, value in checkpoint.read("out.safetensors").tensors.items())
+    assert all(
+        np.array_equal(value, truth[key].numpy())
+        for key, value in checkpoint.read("out.safetensors").tensors.items()
+    )
 
 
 def test_values_that_are_not_finite_are_certified_and_not_verified(folder, capsys):
@@ -192,7 +222,10 @@ def test_values_that_are_not_finite_are_certified_and_not_verified(folder, capsy
 
 
 def test_without_the_certificate_nothing_is_verified_or_written(folder):
-    code = "import sys; from flax_resblock.cli import run; print(run(['convert', *sys.argv[1:]]), {'jax', 'torch'} & set(sys.modules))"
+    code = (
+        "import sys; from flax_resblock.cli import run; print(run(['convert', *sys.argv[1:]]), "
+        "{'jax', 'torch'} & set(sys.modules))"
+    )
     safe = [sys.executable, "-c", code, "net.safetensors", "out.safetensors"]
     convert("net.safetensors", "--no-certificate")
     assert not PATH.exists()
@@ -206,10 +239,17 @@ def test_without_the_certificate_nothing_is_verified_or_written(folder):
 
 def test_without_torch_a_conversion_is_certified_and_not_verified(folder):
     convert("net.safetensors", "--no-certificate")
-    code = BLOCK_TORCH + "from flax_resblock.cli import run\nprint(run(['convert', 'net.safetensors', 'flax.safetensors', '--to-layout', 'flax']))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    code = BLOCK_TORCH + (
+        "from flax_resblock.cli import run\nprint(run(['convert', 'net.safetensors', "
+        "'flax.safetensors', '--to-naming', 'flax']))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.splitlines()[-1] == "0", result.stderr
-    assert read_certificate(PATH)["flax.safetensors"]["verification"] == {"skipped": "PyTorch is not installed"}
+    assert read_certificate(PATH)["flax.safetensors"]["verification"] == {
+        "skipped": "PyTorch is not installed"
+    }
 
 
 def _interrupt(*_):
@@ -223,7 +263,9 @@ def _half(self, text, **_):
 
 
 @pytest.mark.parametrize("where", ["verifying", "writing the certificate"])
-def test_an_interrupt_leaves_a_complete_output_and_no_half_certificate(where, folder, monkeypatch, capsys):
+def test_an_interrupt_leaves_a_complete_output_and_no_half_certificate(
+    where, folder, monkeypatch, capsys
+):
     convert("before.safetensors")
     certified = PATH.read_bytes()
     with monkeypatch.context() as patch:
@@ -240,10 +282,20 @@ def test_an_interrupt_leaves_a_complete_output_and_no_half_certificate(where, fo
 
 
 def assert_whole(folder, certified=None):
-    """The output is complete and the certificate is the old one or has its entry too; nothing else lies around."""
-    assert sorted(path.name for path in folder.iterdir()) == ["before.safetensors", "net.pth", "out.safetensors", "parity.json"]
+    """The output is complete and the certificate is the old one or has its entry too; nothing else
+    lies around.
+    """
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "before.safetensors",
+        "net.pth",
+        "out.safetensors",
+        "parity.json",
+    ]
     truth = torch.load("net.pth", weights_only=True)
-    assert all(np.array_equal(value, truth[key].numpy()) for key, value in checkpoint.read("out.safetensors").tensors.items())
+    assert all(
+        np.array_equal(value, truth[key].numpy())
+        for key, value in checkpoint.read("out.safetensors").tensors.items()
+    )
     assert certified in (None, PATH.read_bytes())
     assert {check.status for check in recheck(PATH)} == {"unchanged"}
 
@@ -251,9 +303,15 @@ def assert_whole(folder, certified=None):
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.2, 0.5, 1.0, 1.5, 2.0])
 def test_an_interrupt_at_any_time_after_the_output_is_written_does_no_harm(delay, folder):
-    """jax's callbacks swallow an interrupt that meets them: then the conversion ends as if there had been none."""
+    """jax's callbacks swallow an interrupt that meets them: then the conversion ends as if there
+    had been none.
+    """
     convert("before.safetensors")
-    process = subprocess.Popen([sys.executable, "-m", "flax_resblock", "convert", "net.pth", "out.safetensors"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flax_resblock", "convert", "net.pth", "out.safetensors"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     while not Path("out.safetensors").exists():
         assert process.poll() is None
         time.sleep(0.01)

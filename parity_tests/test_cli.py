@@ -1,4 +1,6 @@
-"""The command line as a person meets it: good input, bad input, exit statuses, nothing half-written."""
+"""The command line as a person meets it: good input, bad input, exit statuses, nothing
+half-written.
+"""
 
 import fcntl
 import json
@@ -45,14 +47,20 @@ def network(seed=0):
 
 @pytest.fixture
 def checkpoint_file(folder):
-    torch.save({"epoch": 3, "state_dict": {f"module.{key}": value for key, value in network().state_dict().items()}}, "net.pth")
+    torch.save(
+        {
+            "epoch": 3,
+            "state_dict": {f"module.{key}": value for key, value in network().state_dict().items()},
+        },
+        "net.pth",
+    )
     return "net.pth"
 
 
 def test_convert_there_and_back_is_exact(checkpoint_file, capsys):
     assert run(["convert", checkpoint_file, "flax_folder"]) == 0
-    assert run(["convert", "flax_folder", "again.safetensors", "--to-layout", "kuangliu"]) == 0
-    assert run(["convert", "again.safetensors", "back.pth", "--to-layout", "torchvision"]) == 0
+    assert run(["convert", "flax_folder", "again.safetensors", "--to-naming", "kuangliu"]) == 0
+    assert run(["convert", "again.safetensors", "back.pth", "--to-naming", "torchvision"]) == 0
     back, truth = torch.load("back.pth", weights_only=True), network().state_dict()
     assert list(back) == list(truth)
     assert all(torch.equal(back[key], truth[key]) for key in truth)
@@ -78,22 +86,29 @@ def test_verify_passes_and_writes_json(checkpoint_file, capsys):
     assert facts["passed"]
     assert facts["schema"] == 2
     assert {row["mantissa_bits"] for row in facts["precision_found"]} == {52, 23}
-    assert {m["quantity"] for m in facts["measurements"]} >= {"eval forward", "train forward", "running statistics", "parameter gradient"}
+    assert {m["quantity"] for m in facts["measurements"]} >= {
+        "eval forward",
+        "train forward",
+        "running statistics",
+        "parameter gradient",
+    }
     assert set(facts["provenance"]["sha256"]) == set(network().state_dict())
     assert "equal: all" in capsys.readouterr().out
 
 
-def test_verify_exits_with_1_and_names_the_slot_when_something_differs(checkpoint_file, capsys, monkeypatch):
-    from flax_resblock.parity.twins import Twins
+def test_verify_exits_with_1_and_names_the_slot_when_something_differs(
+    checkpoint_file, capsys, monkeypatch
+):
+    from flax_resblock.parity.reference import ReferencePair
 
-    original = Twins.flax
+    original = ReferencePair.flax
 
     def tampered(self, precision):
         model = original(self, precision)
         model.stage2[0].conv2.kernel.set_value(model.stage2[0].conv2.kernel[...] * (1 + 1e-3))
         return model
 
-    monkeypatch.setattr(Twins, "flax", tampered)
+    monkeypatch.setattr(ReferencePair, "flax", tampered)
     assert run(["verify", checkpoint_file, "--eval-only"]) == 1
     output = capsys.readouterr().out
     assert "first at stage2.0.conv2" in output
@@ -103,7 +118,13 @@ def test_verify_exits_with_1_and_names_the_slot_when_something_differs(checkpoin
 def test_predict_classifies_image_files_and_archives(checkpoint_file, capsys):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    np.savez("images.npz", images=pixels, labels=np.array([0, 1, 2]), mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
+    np.savez(
+        "images.npz",
+        images=pixels,
+        labels=np.array([0, 1, 2]),
+        mean=[0.4, 0.5, 0.6],
+        std=[0.2, 0.3, 0.25],
+    )
     Image.fromarray(pixels[0]).save("a.png")
     Path("names.txt").write_text("cat\ndog\nant\nbee\n")
     assert run(["predict", checkpoint_file, "images.npz", "--logits", "l.npy"]) == 0
@@ -113,7 +134,21 @@ def test_predict_classifies_image_files_and_archives(checkpoint_file, capsys):
     truth = module(torch.from_numpy(np.moveaxis(normalised, -1, 1).copy())).detach().numpy()
     np.testing.assert_allclose(np.load("l.npy"), truth, rtol=1e-4, atol=1e-5)
     flags = ["--mean", "0.4", "0.5", "0.6", "--std", "0.2", "0.3", "0.25"]
-    assert run(["predict", checkpoint_file, "a.png", "--class-names", "names.txt", "--logits", "one.npy", *flags]) == 0
+    assert (
+        run(
+            [
+                "predict",
+                checkpoint_file,
+                "a.png",
+                "--class-names",
+                "names.txt",
+                "--logits",
+                "one.npy",
+                *flags,
+            ]
+        )
+        == 0
+    )
     np.testing.assert_allclose(np.load("one.npy")[0], truth[0], rtol=1e-4, atol=1e-5)
     assert any(name in capsys.readouterr().out for name in ("cat", "dog", "ant", "bee"))
 
@@ -149,23 +184,79 @@ def _poison(key, value):
 BAD = {
     "empty file": (lambda: Path("bad.pth").write_bytes(b""), [], "is empty"),
     "directory": (lambda: Path("bad.pth").mkdir(), [], "is a folder without a checkpoint"),
-    "text": (lambda: Path("bad.pth").write_text("hello, I am not weights\n"), [], "neither a PyTorch checkpoint"),
+    "text": (
+        lambda: Path("bad.pth").write_text("hello, I am not weights\n"),
+        [],
+        "neither a PyTorch checkpoint",
+    ),
     "truncated": (_truncated, [], "damaged or truncated|damaged"),
     "absent": (lambda: None, [], "does not exist"),
-    "another network": (lambda: torch.save({"features.0.weight": torch.rand(8, 3, 3, 3)}, "bad.pth"), [], "no residual network in any known layout"),
+    "another network": (
+        lambda: torch.save({"features.0.weight": torch.rand(8, 3, 3, 3)}, "bad.pth"),
+        [],
+        "no residual network in any known naming scheme",
+    ),
     "no tensors": (lambda: torch.save({"epoch": 3}, "bad.pth"), [], "holds no state dict"),
-    "missing key": (_broken(lambda s: s.pop("layer2.0.bn1.weight")), [], r"missing\s+layer2.0.bn1.weight"),
-    "extra key": (_set("layer1.0.extra.weight", torch.rand(3)), [], r"unexpected\s+layer1.0.extra.weight"),
-    "wrong shape": (_set("layer1.0.conv2.weight", torch.rand(8, 8, 3, 2)), [], r"wrong shape\s+layer1.0.conv2.weight \[8, 8, 3, 2\], expected \[8, 8, 3, 3\]"),
-    "wrong classes": (_broken(lambda s: None), ["--num-classes", "7"], r"fc.weight \[4, 12\], expected \[7, 12\]"),
-    "wrong architecture": (_broken(lambda s: None), ["--architecture", "resnet18"], "does not fit resnet18"),
-    "unknown architecture": (_broken(lambda s: None), ["--architecture", "vgg16"], "architecture 'vgg16' is unknown; known: resnet18"),
-    "unknown layout": (_broken(lambda s: None), ["--layout", "mine"], "layout 'mine' is unknown; known: torchvision"),
-    "integer weights": (_set("conv1.weight", torch.randint(0, 9, (8, 3, 3, 3))), [], r"wrong dtype\s+conv1.weight int64, expected a floating type"),
-    "not finite": (_poison("layer1.0.conv1.weight", float("nan")), [], r"layer1.0.conv1.weight \(1 of 576 values not finite\).*--allow-nonfinite"),
-    "negative variance": (_poison("bn1.running_var", -0.5), [], r"bn1.running_var \(negative variance -0.5\).*--allow-nonfinite"),
-    "code": (lambda: Path("bad.pth").write_bytes(pickle.dumps({"state_dict": _Canary()})), [], "never executes code|without executing code"),
-    "bare block": (lambda: torch.save(BasicBlock(4, 8, 2).state_dict(), "bad.pth"), [], "--stride 1 or --stride 2"),
+    "missing key": (
+        _broken(lambda s: s.pop("layer2.0.bn1.weight")),
+        [],
+        r"missing\s+layer2.0.bn1.weight",
+    ),
+    "extra key": (
+        _set("layer1.0.extra.weight", torch.rand(3)),
+        [],
+        r"unexpected\s+layer1.0.extra.weight",
+    ),
+    "wrong shape": (
+        _set("layer1.0.conv2.weight", torch.rand(8, 8, 3, 2)),
+        [],
+        r"wrong shape\s+layer1.0.conv2.weight \[8, 8, 3, 2\], expected \[8, 8, 3, 3\]",
+    ),
+    "wrong classes": (
+        _broken(lambda s: None),
+        ["--num-classes", "7"],
+        r"fc.weight \[4, 12\], expected \[7, 12\]",
+    ),
+    "wrong architecture": (
+        _broken(lambda s: None),
+        ["--architecture", "resnet18"],
+        "does not fit resnet18",
+    ),
+    "unknown architecture": (
+        _broken(lambda s: None),
+        ["--architecture", "vgg16"],
+        "architecture 'vgg16' is unknown; known: resnet18",
+    ),
+    "unknown naming scheme": (
+        _broken(lambda s: None),
+        ["--naming", "mine"],
+        "naming scheme 'mine' is unknown; known: torchvision",
+    ),
+    "integer weights": (
+        _set("conv1.weight", torch.randint(0, 9, (8, 3, 3, 3))),
+        [],
+        r"wrong dtype\s+conv1.weight int64, expected a floating type",
+    ),
+    "not finite": (
+        _poison("layer1.0.conv1.weight", float("nan")),
+        [],
+        r"layer1.0.conv1.weight \(1 of 576 values not finite\).*--allow-nonfinite",
+    ),
+    "negative variance": (
+        _poison("bn1.running_var", -0.5),
+        [],
+        r"bn1.running_var \(negative variance -0.5\).*--allow-nonfinite",
+    ),
+    "code": (
+        lambda: Path("bad.pth").write_bytes(pickle.dumps({"state_dict": _Canary()})),
+        [],
+        "never executes code|without executing code",
+    ),
+    "bare block": (
+        lambda: torch.save(BasicBlock(4, 8, 2).state_dict(), "bad.pth"),
+        [],
+        "--stride 1 or --stride 2",
+    ),
 }
 
 
@@ -174,7 +265,11 @@ def test_bad_input_gives_one_paragraph_and_status_2_and_writes_nothing(case, fol
     write, flags, message = BAD[case]
     write()
     before = sorted(path.name for path in folder.iterdir())
-    commands = [["convert", "bad.pth", "out.safetensors", *flags], ["convert", "bad.pth", "out", *flags], ["verify", "bad.pth", *flags]]
+    commands = [
+        ["convert", "bad.pth", "out.safetensors", *flags],
+        ["convert", "bad.pth", "out", *flags],
+        ["verify", "bad.pth", *flags],
+    ]
     for command in commands:
         assert run(command) == 2, command
         error = capsys.readouterr().err
@@ -212,7 +307,12 @@ def test_force_never_replaces_a_folder_that_is_no_checkpoint(checkpoint_file, ca
 
 
 def test_usage_errors_exit_with_2_and_help_with_0(capsys):
-    for arguments, status in ((["convert"], 2), (["frobnicate"], 2), (["--help"], 0), (["convert", "--help"], 0)):
+    for arguments, status in (
+        (["convert"], 2),
+        (["frobnicate"], 2),
+        (["--help"], 0),
+        (["convert", "--help"], 0),
+    ):
         with pytest.raises(SystemExit) as stop:
             raise SystemExit(run(arguments))
         assert stop.value.code == status
@@ -226,7 +326,9 @@ def test_traceback_flag_shows_where_an_error_came_from(folder):
 
 
 def test_temporaries_of_a_killed_process_are_removed_and_those_of_a_live_one_kept(checkpoint_file):
-    """Alive is who holds the lock; a number says nothing, as this one, which now is another process's."""
+    """Alive is who holds the lock; a number says nothing, as this one, which now is another
+    process's.
+    """
     for process in (os.getppid(), os.getpid()):
         Path(f".out.{process}.abc.partial").mkdir()
         Path(f".out.{process}.abc.partial/half").write_text("x")
@@ -256,7 +358,11 @@ def test_a_folder_that_was_moved_aside_by_a_killed_process_comes_back(checkpoint
 def test_interrupt_while_writing_leaves_no_trace(folder):
     torch.save(ResNet(widths=(64, 128, 256, 512)).state_dict(), "big.pth")
     for delay in (0.3, 0.9, 1.4, 1.7):
-        process = subprocess.Popen([sys.executable, "-m", "flax_resblock", "convert", "big.pth", "out"], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flax_resblock", "convert", "big.pth", "out"],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
@@ -267,7 +373,13 @@ def test_interrupt_while_writing_leaves_no_trace(folder):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real checkpoints are not at {SHARED}")
-@pytest.mark.parametrize(("file", "name"), [("resnet20-12fca82f.th", "resnet20"), pytest.param("resnet56-4bfd9763.th", "resnet56", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("resnet20-12fca82f.th", "resnet20"),
+        pytest.param("resnet56-4bfd9763.th", "resnet56", marks=pytest.mark.slow),
+    ],
+)
 def test_real_checkpoints_work_with_no_flags(file, name, folder, capsys):
     path = str(SHARED / file)
     assert run(["inspect", path]) == 0
@@ -275,15 +387,22 @@ def test_real_checkpoints_work_with_no_flags(file, name, folder, capsys):
     assert run(["verify", path]) == 0
     output = capsys.readouterr().out
     assert name in output
-    assert "layout 'akamaster'" in output
+    assert "naming scheme 'akamaster'" in output
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real checkpoints are not at {SHARED}")
 def test_real_images_are_all_labelled_right(folder, capsys):
     images = SHARED / "cifar10_20_images.npz"
-    assert run(["predict", str(SHARED / "resnet20-12fca82f.th"), str(images), "--logits", "l.npy"]) == 0
+    assert (
+        run(["predict", str(SHARED / "resnet20-12fca82f.th"), str(images), "--logits", "l.npy"])
+        == 0
+    )
     assert "20 of 20 right" in capsys.readouterr().out
     given = np.load(SHARED / "resnet20_20_images_logits.npz")
-    truth, theirs, ours = given["logits_float64"], given["logits_float32"].astype(np.float64), np.load("l.npy").astype(np.float64)
+    truth, theirs, ours = (
+        given["logits_float64"],
+        given["logits_float32"].astype(np.float64),
+        np.load("l.npy").astype(np.float64),
+    )
     own, error = (np.linalg.norm(value - truth) / np.linalg.norm(truth) for value in (theirs, ours))
     assert error <= max(4 * own, 8 * 2.0**-23)

@@ -11,14 +11,18 @@ from parity_tests.support import DTYPES
 
 def random_array(shape, dtype, seed):
     rng = np.random.default_rng(seed)
-    return np.frombuffer(rng.bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype).reshape(shape)
+    return np.frombuffer(rng.bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype).reshape(
+        shape
+    )
 
 
 @st.composite
 def arrays_and_axes(draw):
     shape = draw(st.lists(st.sampled_from([1, 2, 3, 7, 33, 40]), min_size=1, max_size=4))
     dtype = draw(st.sampled_from([*DTYPES.values(), np.int8, np.int64]))
-    return random_array(shape, dtype, draw(st.integers(0, 99))), draw(st.permutations(range(len(shape))))
+    return random_array(shape, dtype, draw(st.integers(0, 99))), draw(
+        st.permutations(range(len(shape)))
+    )
 
 
 @settings(max_examples=300, deadline=None)
@@ -41,8 +45,12 @@ def test_the_convolution_codec_inverts_itself(shape, seed):
     assert OIHW_HWIO.to_torch(flax).tobytes() == kernel.tobytes()
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64], ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("shape", [(300, 37, 3, 3), (9, 301, 5, 7), (3, 2, 200, 300), (1000, 70, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [np.float32, np.float16, np.float64], ids=lambda dtype: dtype.__name__
+)
+@pytest.mark.parametrize(
+    "shape", [(300, 37, 3, 3), (9, 301, 5, 7), (3, 2, 200, 300), (1000, 70, 1, 1)], ids=str
+)
 def test_kernels_of_more_than_one_block_are_moved_whole(shape, dtype):
     kernel = random_array(shape, dtype, 5)
     flax = OIHW_HWIO.to_flax(kernel)
@@ -67,7 +75,10 @@ def test_arrays_of_one_block_begin_on_cache_lines_and_do_not_overlap():
 
 
 def test_the_given_place_receives_what_a_new_array_would_have():
-    for codec, array in ((OIHW_HWIO, random_array((6, 5, 3, 3), np.float32, 6)), (AS_IS, random_array((6, 5), np.float32, 7))):
+    for codec, array in (
+        (OIHW_HWIO, random_array((6, 5, 3, 3), np.float32, 6)),
+        (AS_IS, random_array((6, 5), np.float32, 7)),
+    ):
         (place,) = one_block([(codec.to_flax(array).shape, array.dtype)])
         assert codec.to_flax(array, place) is place
         assert place.tobytes() == codec.to_flax(array).tobytes()
@@ -76,12 +87,17 @@ def test_the_given_place_receives_what_a_new_array_would_have():
 def test_input_of_any_memory_order_is_taken():
     kernel = random_array((6, 5, 3, 3), np.float32, 1)
     for view in (np.asfortranarray(kernel), kernel[::-1, ::-1], np.moveaxis(kernel, 0, -1)):
-        assert permute(view, (2, 3, 1, 0)).tobytes() == np.ascontiguousarray(view.transpose(2, 3, 1, 0)).tobytes()
+        assert (
+            permute(view, (2, 3, 1, 0)).tobytes()
+            == np.ascontiguousarray(view.transpose(2, 3, 1, 0)).tobytes()
+        )
 
 
 def test_a_wrong_permutation_is_noticed():
     kernel = random_array((5, 5, 3, 3), np.float32, 2)
-    assert OIHW_HWIO.to_flax(kernel).tobytes() != permute(kernel, (3, 2, 1, 0)).tobytes()  # a flipped kernel has the right shape
+    assert (
+        OIHW_HWIO.to_flax(kernel).tobytes() != permute(kernel, (3, 2, 1, 0)).tobytes()
+    )  # a flipped kernel has the right shape
 
 
 def test_codecs_without_a_move_share_memory():

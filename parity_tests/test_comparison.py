@@ -9,15 +9,15 @@ from flax import nnx
 
 from flax_resblock import BlockConfig, InputError, ResNetConfig, from_torch
 from flax_resblock.cli import run
-from flax_resblock.convert import LAYOUTS, StateMap
+from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.parity import compare
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.inputs import adversarial_images
 from flax_resblock.parity.oracle import Tolerance, judge, relative_l2
 from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.parts import reference_run
+from flax_resblock.parity.reference import ReferencePair
 from flax_resblock.parity.report import divergences, to_json
-from flax_resblock.parity.twins import Twins
 from parity_tests.faults import Faulty
 from torch_ref import BasicBlock
 
@@ -26,40 +26,70 @@ ACTIVATION = {"0.weight": "layers.0.kernel", "0.bias": "layers.0.bias"}
 
 
 def linear_pair():
-    return torch.nn.Sequential(torch.nn.Linear(5, 3)), nnx.Sequential(nnx.Linear(5, 3, rngs=nnx.Rngs(0)))
+    return torch.nn.Sequential(torch.nn.Linear(5, 3)), nnx.Sequential(
+        nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+    )
 
 
 X = np.random.default_rng(0).normal(0.4, 2, (4, 5))
 
 
 def test_every_precision_and_quantity_is_there():
-    plan = Plan(gradients=True, isolated=True, steps=2, precisions=("float64", "float32", "bfloat16"))
-    comparison = compare_pair(Twins.random(BLOCK), adversarial_images(BLOCK, batch=3), plan)
+    plan = Plan(
+        gradients=True, isolated=True, steps=2, precisions=("float64", "float32", "bfloat16")
+    )
+    comparison = compare_pair(ReferencePair.random(BLOCK), adversarial_images(BLOCK, batch=3), plan)
     assert comparison.passed
-    by_precision = {p: {m.quantity for m in comparison.measurements if m.precision == p} for p in plan.precisions}
-    assert by_precision["float64"] == by_precision["float32"] | {"tensors"} == by_precision["bfloat16"] | {"tensors"}
+    by_precision = {
+        p: {m.quantity for m in comparison.measurements if m.precision == p}
+        for p in plan.precisions
+    }
+    assert (
+        by_precision["float64"]
+        == by_precision["float32"] | {"tensors"}
+        == by_precision["bfloat16"] | {"tensors"}
+    )
     assert len(by_precision["float64"]) == 26
-    errors = {p: np.median([m.judgement.error for m in comparison.measurements if m.precision == p and m.quantity == "eval forward"]) for p in plan.precisions}
+    errors = {
+        p: np.median(
+            [
+                m.judgement.error
+                for m in comparison.measurements
+                if m.precision == p and m.quantity == "eval forward"
+            ]
+        )
+        for p in plan.precisions
+    }
     assert errors["float64"] < 1e-14 < errors["float32"] < 1e-6 < errors["bfloat16"] < 0.05
 
 
 def test_bfloat16_is_judged_and_can_fail():
     """A fault of ten percent is beyond what bfloat16 explains."""
-    base = Twins.random(BLOCK)
-    pair = Faulty(BLOCK, base.state, {}, edit=lambda m: m.conv2.kernel.set_value(m.conv2.kernel[...] * 1.1))
+    base = ReferencePair.random(BLOCK)
+    pair = Faulty(
+        BLOCK, base.state, {}, edit=lambda m: m.conv2.kernel.set_value(m.conv2.kernel[...] * 1.1)
+    )
     images = adversarial_images(BLOCK, batch=3)
     assert compare_pair(base, images, Plan(train=False, precisions=("bfloat16",))).passed
     rows = compare_pair(pair, images, Plan(train=False, precisions=("bfloat16",))).measurements
-    assert next(m.slot for m in rows if m.quantity == "eval forward" and not m.judgement.passed) == "conv2"
+    assert (
+        next(m.slot for m in rows if m.quantity == "eval forward" and not m.judgement.passed)
+        == "conv2"
+    )
 
 
 def test_isolation_blames_one_layer_where_the_forward_pass_blames_all_that_follow():
     config = ResNetConfig(depths=(1, 1), widths=(4, 6), stem="cifar", stem_width=4, num_classes=3)
-    base = Twins.random(config)
+    base = ReferencePair.random(config)
     pair = Faulty(config, base.state, {}, edit=lambda m: setattr(m.stage1[0].norm1, "eps", 1e-2))
     images = adversarial_images(config, batch=2, height=9, width=8)
-    rows = compare_pair(pair, images, Plan(train=False, isolated=True, precisions=("float64",))).measurements
-    wrong = {q: [m.slot for m in rows if m.quantity == q and not m.judgement.passed] for q in ("eval forward", "isolated forward")}
+    rows = compare_pair(
+        pair, images, Plan(train=False, isolated=True, precisions=("float64",))
+    ).measurements
+    wrong = {
+        q: [m.slot for m in rows if m.quantity == q and not m.judgement.passed]
+        for q in ("eval forward", "isolated forward")
+    }
     assert wrong["eval forward"][0] == "stage1.0.norm1"
     assert len(wrong["eval forward"]) > 8
     assert wrong["isolated forward"] == ["stage1.0.norm1"]
@@ -67,20 +97,27 @@ def test_isolation_blames_one_layer_where_the_forward_pass_blames_all_that_follo
 
 def test_gradients_are_sought_from_the_output_backwards():
     config = ResNetConfig(depths=(1, 1), widths=(4, 6), stem="cifar", stem_width=4, num_classes=3)
-    base = Twins.random(config)
+    base = ReferencePair.random(config)
 
     def reverse(module):
         module.layer2[0].bn1.register_forward_hook(lambda _, __, y: 2 * y.detach() - y)
 
     pair = Faulty(config, base.state, {}, edit=reverse, side="torch")
     images = adversarial_images(config, batch=2, height=9, width=8)
-    comparison = compare_pair(pair, images, Plan(train=False, gradients=True, precisions=("float64",)))
+    comparison = compare_pair(
+        pair, images, Plan(train=False, gradients=True, precisions=("float64",))
+    )
     (found,) = [d for d in divergences(comparison) if d.quantity == "activation gradient"]
-    assert (found.order, found.slot) == ("backward", "stage2.0.conv1")  # right down to norm1's output, wrong from its input on
+    assert (found.order, found.slot) == (
+        "backward",
+        "stage2.0.conv1",
+    )  # right down to norm1's output, wrong from its input on
 
 
 def test_what_every_slot_was_fed_is_what_the_one_before_gave():
-    trace = reference_run(Twins.random(BLOCK), adversarial_images(BLOCK, batch=2), train=False)
+    trace = reference_run(
+        ReferencePair.random(BLOCK), adversarial_images(BLOCK, batch=2), train=False
+    )
     np.testing.assert_array_equal(trace.inputs["norm1"], trace.activations["conv1"])
     np.testing.assert_array_equal(trace.inputs["conv2"], np.maximum(trace.activations["norm1"], 0))
 
@@ -88,10 +125,28 @@ def test_what_every_slot_was_fed_is_what_the_one_before_gave():
 def test_a_tolerance_of_ones_own_replaces_the_criterion():
     torch_module, flax_module = linear_pair()
     table = ACTIVATION
-    exact = compare(torch_module, flax_module, X, state_map=table, copy_weights=True, train=False, precisions=("float32",), rtol=1e-3)
+    exact = compare(
+        torch_module,
+        flax_module,
+        X,
+        state_map=table,
+        copy_weights=True,
+        train=False,
+        precisions=("float32",),
+        rtol=1e-3,
+    )
     assert exact.passed
     assert {m.judgement.limit for m in exact.comparison.measurements} == {1.0}
-    strict = compare(torch_module, flax_module, X, state_map=table, copy_weights=True, train=False, precisions=("float32",), rtol=1e-12)
+    strict = compare(
+        torch_module,
+        flax_module,
+        X,
+        state_map=table,
+        copy_weights=True,
+        train=False,
+        precisions=("float32",),
+        rtol=1e-12,
+    )
     assert not strict.passed
     assert "1e-12 x |PyTorch|" in to_json(strict.comparison, {})["criterion"]
 
@@ -101,7 +156,9 @@ def test_tolerances_mean_what_numpy_means():
     for _ in range(50):
         truth, noise = rng.normal(size=(3, 4)), rng.normal(size=(3, 4)) * 1e-3
         rtol, atol = rng.uniform(0, 2e-3, 2)
-        assert (Tolerance(rtol, atol).excess(truth + noise, truth) <= 1) == np.allclose(truth + noise, truth, rtol=rtol, atol=atol)
+        assert (Tolerance(rtol, atol).excess(truth + noise, truth) <= 1) == np.allclose(
+            truth + noise, truth, rtol=rtol, atol=atol
+        )
     assert Tolerance(0, 0).excess(truth, truth) == 0
     assert Tolerance(0, 0).excess(truth, truth + 1e-300 + 1e-3) == np.inf
     assert Tolerance(1, 1).excess(np.array([np.nan]), np.array([1.0])) == np.inf
@@ -122,7 +179,13 @@ def test_the_criterion():
 
 def test_a_network_of_this_project_is_a_pair_like_any_other():
     module = BasicBlock(4, 6, 2)
-    found = compare(module, from_torch(module), adversarial_images(BLOCK, batch=2), state_map=StateMap(BLOCK, LAYOUTS["torchvision"]), gradients=False)
+    found = compare(
+        module,
+        from_torch(module),
+        adversarial_images(BLOCK, batch=2),
+        state_map=StateMap(BLOCK, NAMINGS["torchvision"]),
+        gradients=False,
+    )
     assert found.passed, str(found)
 
 
@@ -133,16 +196,30 @@ def test_tensors_are_compared_as_they_are_unless_told_otherwise():
     assert "layers.0/kernel" in str(found)
     before = np.asarray(flax_module.layers[0].kernel[...])
     assert compare(torch_module, flax_module, X, state_map=ACTIVATION, copy_weights=True).passed
-    np.testing.assert_array_equal(flax_module.layers[0].kernel[...], before)  # neither module is modified
+    np.testing.assert_array_equal(
+        flax_module.layers[0].kernel[...], before
+    )  # neither module is modified
 
 
 TABLES = {
     "a row missing": ({"0.weight": "layers.0.kernel"}, "no row names PyTorch's '0.bias'"),
-    "an unknown key": (ACTIVATION | {"1.weight": "layers.0.scale"}, "PyTorch has no tensor '1.weight'"),
+    "an unknown key": (
+        ACTIVATION | {"1.weight": "layers.0.scale"},
+        "PyTorch has no tensor '1.weight'",
+    ),
     "an unknown path": (ACTIVATION | {"0.bias": "layers.0.b"}, "Flax has no variable 'layers.0.b'"),
-    "one path twice": (ACTIVATION | {"0.bias": "layers.0.kernel"}, "two rows lead to 'layers.0.kernel'"),
-    "a wrong codec": (ACTIVATION | {"0.weight": ("layers.0.kernel", "as is")}, r"PyTorch's \[3, 5\] is .* but Flax's layers.0.kernel is \[5, 3\]"),
-    "no codec": (ACTIVATION | {"0.weight": ("layers.0.kernel", "backwards")}, "names the codec 'backwards'; known:"),
+    "one path twice": (
+        ACTIVATION | {"0.bias": "layers.0.kernel"},
+        "two rows lead to 'layers.0.kernel'",
+    ),
+    "a wrong codec": (
+        ACTIVATION | {"0.weight": ("layers.0.kernel", "as is")},
+        r"PyTorch's \[3, 5\] is .* but Flax's layers.0.kernel is \[5, 3\]",
+    ),
+    "no codec": (
+        ACTIVATION | {"0.weight": ("layers.0.kernel", "backwards")},
+        "names the codec 'backwards'; known:",
+    ),
 }
 
 
@@ -171,7 +248,10 @@ MISBEHAVED = {
     "a dict": (lambda y, m: {"logits": y}, "returns a dict, not a tensor"),
     "raises": (_raise, r"refuses an input of shape \[4, 5\]: RuntimeError: not today"),
     "random": (lambda y, m: y + torch.rand(()), "in evaluation mode: it is not deterministic"),
-    "dropout": (lambda y, m: torch.nn.functional.dropout(y, 0.5, m.training), "in training mode: it is not deterministic .*train=False"),
+    "dropout": (
+        lambda y, m: torch.nn.functional.dropout(y, 0.5, m.training),
+        "in training mode: it is not deterministic .*train=False",
+    ),
 }
 
 
@@ -201,7 +281,9 @@ def test_inputs_that_do_not_fit_are_refused():
 @pytest.fixture
 def network(tmp_path, monkeypatch):
     config = ResNetConfig(depths=(1,), widths=(4,), stem="cifar", stem_width=4, num_classes=3)
-    torch.save(Twins.random(config).torch(PRECISIONS["float32"]).state_dict(), tmp_path / "net.pth")
+    torch.save(
+        ReferencePair.random(config).torch(PRECISIONS["float32"]).state_dict(), tmp_path / "net.pth"
+    )
     monkeypatch.chdir(tmp_path)
     return "net.pth"
 
@@ -247,10 +329,27 @@ def test_flags_that_make_no_sense_are_bad_input(case, network, capsys):
 
 def test_the_command_writes_both_reports_and_replaces_none(network, tmp_path, capsys):
     np.save("images.npy", np.random.default_rng(0).normal(0.2, 1, (2, 9, 8, 3)))
-    command = ["verify", network, "--input", "images.npy", "--eval-only", "--isolated", "--json", "out.json", "--html", "out.html"]
+    command = [
+        "verify",
+        network,
+        "--input",
+        "images.npy",
+        "--eval-only",
+        "--isolated",
+        "--json",
+        "out.json",
+        "--html",
+        "out.html",
+    ]
     assert run(command) == 0
     facts = json.loads((tmp_path / "out.json").read_text())
-    assert facts["provenance"]["input"] == {"batch": 2, "height": 9, "width": 8, "channels": 3, "seed": 0}
+    assert facts["provenance"]["input"] == {
+        "batch": 2,
+        "height": 9,
+        "width": 8,
+        "channels": 3,
+        "seed": 0,
+    }
     assert len(facts["provenance"]["checkpoint_sha256"]) == 64
     assert facts["histogram"]["edges"] == sorted(facts["histogram"]["edges"])
     assert sum(facts["histogram"]["flax"]) > 0
@@ -265,7 +364,22 @@ def test_the_command_writes_both_reports_and_replaces_none(network, tmp_path, ca
 
 
 def test_an_architecture_by_name_has_random_weights_and_norms(capsys):
-    assert run(["verify", "resnet20", "--height", "8", "--width", "9", "--eval-only", "--precision", "float64"]) == 0
+    assert (
+        run(
+            [
+                "verify",
+                "resnet20",
+                "--height",
+                "8",
+                "--width",
+                "9",
+                "--eval-only",
+                "--precision",
+                "float64",
+            ]
+        )
+        == 0
+    )
     output = capsys.readouterr().out
     assert "random weights, seed 0" in output
     assert run(["verify", "--architecture", "resnet7"]) == 2
@@ -278,11 +392,18 @@ def test_the_battery_verifies_every_kind_of_block(capsys, monkeypatch):
 
     few = dict(list(battery.BATTERY.items())[:: len(battery.BATTERY) - 4])
     monkeypatch.setattr(battery, "BATTERY", few)
-    assert run(["verify", "--all", "--precision", "float64", "--steps", "1", "--optimizer", "sgd"]) == 0
+    assert (
+        run(["verify", "--all", "--precision", "float64", "--steps", "1", "--optimizer", "sgd"])
+        == 0
+    )
     assert capsys.readouterr().out.count("equal") == len(few)
 
 
 @pytest.mark.accelerator
 def test_the_battery_on_the_accelerator(accelerator_device):
-    kind = "gpu" if accelerator_device.platform in ("gpu", "cuda", "rocm") else accelerator_device.platform
+    kind = (
+        "gpu"
+        if accelerator_device.platform in ("gpu", "cuda", "rocm")
+        else accelerator_device.platform
+    )
     assert run(["verify", "--all", "--device", kind]) == 0

@@ -1,4 +1,6 @@
-"""A file that was damaged anywhere is refused with one message or gives the very bits that were written; it never gives a traceback."""
+"""A file that was damaged anywhere is refused with one message or gives the very bits that were
+written; it never gives a traceback.
+"""
 
 import re
 import subprocess
@@ -16,11 +18,16 @@ SMALL = ResNetConfig(depths=(1, 1), widths=(6, 10), stem="cifar", stem_width=4, 
 
 def healthy():
     rng = np.random.default_rng(0)
-    return {key: value if value.dtype == np.int64 else rng.random(value.shape, np.float32) for key, value in random_bits(SMALL, np.float32).items()}
+    return {
+        key: value if value.dtype == np.int64 else rng.random(value.shape, np.float32)
+        for key, value in random_bits(SMALL, np.float32).items()
+    }
 
 
 def damaged(content: bytes, rng: np.random.Generator) -> bytes:
-    """One bit flipped, eight bytes replaced, or the end cut off; near the beginning, where the headers are, half of the time."""
+    """One bit flipped, eight bytes replaced, or the end cut off; near the beginning, where the
+    headers are, half of the time.
+    """
     position = int(rng.integers(min(len(content), 3000 if rng.random() < 0.5 else len(content))))
     changed = bytearray(content)
     how = rng.integers(3)
@@ -34,11 +41,18 @@ def damaged(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore:.*carried as they are")
-@pytest.mark.parametrize(("name", "times", "has_digests"), [("net.safetensors", 150, True), ("net", 40, True), ("net.pth", 150, False)])
+@pytest.mark.parametrize(
+    ("name", "times", "has_digests"),
+    [("net.safetensors", 150, True), ("net", 40, True), ("net.pth", 150, False)],
+)
 def test_damage_is_refused_or_harmless(name, times, has_digests, tmp_path):
     state = healthy()
     save(from_torch(state), tmp_path / name)
-    files = sorted(p for p in [tmp_path / name, *(tmp_path / name).rglob("*")] if p.is_file() and p.stat().st_size)
+    files = sorted(
+        p
+        for p in [tmp_path / name, *(tmp_path / name).rglob("*")]
+        if p.is_file() and p.stat().st_size
+    )
     rng = np.random.default_rng(len(name))
     refused = 0
     for _ in range(times):
@@ -47,24 +61,38 @@ def test_damage_is_refused_or_harmless(name, times, has_digests, tmp_path):
         file.write_bytes(damaged(content, rng))
         try:
             back = to_torch(load(tmp_path / name))
-            assert not has_digests or all(back[key].tobytes() == value.tobytes() for key, value in state.items())
+            assert not has_digests or all(
+                back[key].tobytes() == value.tobytes() for key, value in state.items()
+            )
         except InputError:
             refused += 1
         file.write_bytes(content)
     assert refused > times // 5
-    assert all(to_torch(load(tmp_path / name))[key].tobytes() == value.tobytes() for key, value in state.items())
+    assert all(
+        to_torch(load(tmp_path / name))[key].tobytes() == value.tobytes()
+        for key, value in state.items()
+    )
 
 
 def test_a_damaged_orbax_folder_gives_one_line_and_no_traceback(tmp_path):
-    """Orbax reads all tensors at once; those still on their way when one fails must not fill the terminal."""
+    """Orbax reads all tensors at once; those still on their way when one fails must not fill the
+    terminal.
+    """
     save(from_torch(healthy()), tmp_path / "net")
     index = max((tmp_path / "net" / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
     index.write_bytes(index.read_bytes()[: index.stat().st_size // 2])
     code = "import sys; from flax_resblock.cli import run; sys.exit(run(['inspect', sys.argv[1]]))"
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "net")], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "net")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(
-        r"flax-resblock: .*net is not an Orbax checkpoint, or a damaged one \(.*\)\. Copy it again\. Of its tensors, .* cannot be read\.\n", result.stderr
+        r"flax-resblock: .*net is not an Orbax checkpoint, or a damaged one \(.*\)\. Copy it "
+        r"again\. Of its tensors, .* cannot be read\.\n",
+        result.stderr,
     )
 
 
@@ -77,7 +105,12 @@ class Fails:
         raise RuntimeError("in a destructor")
 Fails()
 """
-    assert "RuntimeError: in a destructor" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    assert (
+        "RuntimeError: in a destructor"
+        in subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stderr
+    )
 
 
 def test_without_digests_a_flipped_bit_would_pass(tmp_path):

@@ -1,4 +1,6 @@
-"""Exported networks: equal to their source, bit for bit, with and without this package; folded batch norms; and what is refused."""
+"""Exported networks: equal to their source, bit for bit, with and without this package; folded
+batch norms; and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,14 @@ import pytest
 from flax import nnx
 
 from flax_resblock import create, load, save
-from flax_resblock.architecture import BlockConfig, ResNetConfig
 from flax_resblock.cli import run
+from flax_resblock.config import BlockConfig, ResNetConfig
 from flax_resblock.errors import InputError
-from flax_resblock.export import MANIFEST, PROGRAM, WEIGHTS, export_model, open_exported
-from flax_resblock.fold import fold_batch_norm, folding_error
-from flax_resblock.norm import BatchNorm
+from flax_resblock.export.fold import fold_batch_norm, folding_error
+from flax_resblock.export.stablehlo import MANIFEST, PROGRAM, WEIGHTS, export_model, open_exported
+from flax_resblock.nn.norm import BatchNorm
+from flax_resblock.nn.resnet import build
 from flax_resblock.parity.battery import BATTERY
-from flax_resblock.resnet import build
 from parity_tests.support import REPOSITORY
 
 SMALL = ResNetConfig(depths=(1, 1), widths=(8, 16), stem="cifar", stem_width=8, num_classes=10)
@@ -87,7 +89,9 @@ NETWORKS = {name: config for name, config in BATTERY.items() if isinstance(confi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, config in NETWORKS.items() if config.shortcut == "projection"])
+@pytest.mark.parametrize(
+    "name", [name for name, config in NETWORKS.items() if config.shortcut == "projection"]
+)
 def test_every_kind_of_network_survives_with_any_image_size(name, tmp_path):
     model = randomised(build(NETWORKS[name], rngs=nnx.Rngs(4)))
     export_model(model, tmp_path / "x", image_size=None, platforms=["cpu"])
@@ -104,30 +108,78 @@ def test_zero_padded_shortcuts_are_exported_for_one_size(tmp_path):
         export_model(model, tmp_path / "x", image_size=None)
     export_model(model, tmp_path / "x", image_size=33, platforms=["cpu"])
     images = images_for(2, 33, 33, 3)
-    assert np.asarray(open_exported(tmp_path / "x")(images)).tobytes() == outputs_of(model, images).tobytes()
+    assert (
+        np.asarray(open_exported(tmp_path / "x")(images)).tobytes()
+        == outputs_of(model, images).tobytes()
+    )
 
 
 def test_predict_takes_the_folder(checkpoint, exported, tmp_path, capsys):
     pixels = np.random.default_rng(2).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels)
     for source, out in ((checkpoint, "a.npy"), (exported, "b.npy")):
-        assert run(["predict", str(source), str(tmp_path / "images.npz"), "--exact", "--logits", str(tmp_path / out)]) == 0
+        assert (
+            run(
+                [
+                    "predict",
+                    str(source),
+                    str(tmp_path / "images.npz"),
+                    "--exact",
+                    "--logits",
+                    str(tmp_path / out),
+                ]
+            )
+            == 0
+        )
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
     assert "normalisation from the export" in capsys.readouterr().out
 
 
 def test_recorded_constants_are_used(checkpoint, tmp_path):
     constants = ["--mean", "0.1", "0.2", "0.3", "--std", "0.5", "0.6", "0.7"]
-    assert run(["export", str(checkpoint), str(tmp_path / "x"), "--platforms", "cpu", *constants]) == 0
-    np.savez(tmp_path / "images.npz", images=np.random.default_rng(2).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
-    assert run(["predict", str(checkpoint), str(tmp_path / "images.npz"), *constants, "--exact", "--logits", str(tmp_path / "a.npy")]) == 0
-    assert run(["predict", str(tmp_path / "x"), str(tmp_path / "images.npz"), "--logits", str(tmp_path / "b.npy")]) == 0
+    assert (
+        run(["export", str(checkpoint), str(tmp_path / "x"), "--platforms", "cpu", *constants]) == 0
+    )
+    np.savez(
+        tmp_path / "images.npz",
+        images=np.random.default_rng(2).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8),
+    )
+    assert (
+        run(
+            [
+                "predict",
+                str(checkpoint),
+                str(tmp_path / "images.npz"),
+                *constants,
+                "--exact",
+                "--logits",
+                str(tmp_path / "a.npy"),
+            ]
+        )
+        == 0
+    )
+    assert (
+        run(
+            [
+                "predict",
+                str(tmp_path / "x"),
+                str(tmp_path / "images.npz"),
+                "--logits",
+                str(tmp_path / "b.npy"),
+            ]
+        )
+        == 0
+    )
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
 
 
 def test_the_manifest_says_what_is_needed(exported):
     manifest = json.loads((exported / MANIFEST).read_text())
-    assert manifest["input"] == {"shape": ["batch", 32, 32, 3], "dtype": "float32", "layout": "NHWC"}
+    assert manifest["input"] == {
+        "shape": ["batch", 32, 32, 3],
+        "dtype": "float32",
+        "naming": "NHWC",
+    }
     assert manifest["output"] == {"shape": ["batch", 10], "dtype": "float32"}
     assert manifest["platforms"] == ["cpu", "cuda", "rocm", "tpu"]
     assert manifest["versions"]["jax"] == version("jax")
@@ -140,9 +192,15 @@ def test_the_manifest_says_what_is_needed(exported):
 def test_the_precision_is_inside_the_program(model, precision, tmp_path):
     export_model(model, tmp_path / "x", image_size=32, precision=precision)
     text = open_exported(tmp_path / "x").program.mlir_module()
-    found = re.findall(r"precision_config\s*=\s*\[([^\]]*)\]|precision\s*=\s*\[(\w+), (\w+)\]", text)
-    words = {word for groups in found for word in re.findall(r"DEFAULT|HIGHEST|HIGH", " ".join(groups))}
-    assert words == ({precision.upper()} if precision != "default" else set())  # the default is not spelled out
+    found = re.findall(
+        r"precision_config\s*=\s*\[([^\]]*)\]|precision\s*=\s*\[(\w+), (\w+)\]", text
+    )
+    words = {
+        word for groups in found for word in re.findall(r"DEFAULT|HIGHEST|HIGH", " ".join(groups))
+    }
+    assert words == (
+        {precision.upper()} if precision != "default" else set()
+    )  # the default is not spelled out
 
 
 def test_baked_weights_are_in_the_program_and_change_last_bits_at_most(model, tmp_path):
@@ -151,7 +209,12 @@ def test_baked_weights_are_in_the_program_and_change_last_bits_at_most(model, tm
     assert exported.weights == {}
     images = images_for(3, 32, 32, 3)
     truth = outputs_of(model, images)
-    np.testing.assert_allclose(np.asarray(exported(images)), truth, rtol=0, atol=16 * np.finfo(np.float32).eps * np.abs(truth).max())
+    np.testing.assert_allclose(
+        np.asarray(exported(images)),
+        truth,
+        rtol=0,
+        atol=16 * np.finfo(np.float32).eps * np.abs(truth).max(),
+    )
 
 
 FOLDED = {name: config for name, config in BATTERY.items() if name != "dilated network"}
@@ -163,7 +226,9 @@ def test_folding_is_no_worse_than_twice_the_unfolded_error(name):
     model = randomised(build(FOLDED[name], rngs=nnx.Rngs(5)), seed=5)
     folded = fold_batch_norm(model)
     assert not [module for _, module in nnx.iter_modules(folded) if isinstance(module, BatchNorm)]
-    assert [module for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm)]  # the model itself keeps its norms
+    assert [
+        module for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm)
+    ]  # the model itself keeps its norms
     errors = folding_error(model, folded, 33, batch=8)
     assert 0 < errors["folded"] <= 2 * errors["unfolded"]
 
@@ -181,12 +246,28 @@ def test_a_wrong_fold_is_far_outside(mistake):
 
 
 def test_the_command_folds_and_states_the_error(checkpoint, tmp_path, capsys):
-    assert run(["export", str(checkpoint), str(tmp_path / "x"), "--fold-batch-norm", "--platforms", "cpu"]) == 0
+    assert (
+        run(
+            [
+                "export",
+                str(checkpoint),
+                str(tmp_path / "x"),
+                "--fold-batch-norm",
+                "--platforms",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     stated = re.search(r"error against float64 (\S+), unfolded (\S+) ", capsys.readouterr().out)
     assert stated is not None
     recorded = json.loads((tmp_path / "x" / MANIFEST).read_text())["batch_norm_folded"]
     assert float(stated[1]) == pytest.approx(recorded["folded"], rel=0.1)
-    assert not [name for name in open_exported(tmp_path / "x").weights if name.endswith((".var", ".mean", ".scale"))]
+    assert not [
+        name
+        for name in open_exported(tmp_path / "x").weights
+        if name.endswith((".var", ".mean", ".scale"))
+    ]
 
 
 def test_a_norm_without_its_convolution_is_not_folded(model):
@@ -198,7 +279,9 @@ def test_a_norm_without_its_convolution_is_not_folded(model):
 
 def test_float64_weights_are_refused(tmp_path):
     with jax.enable_x64(True):
-        wide = build(BlockConfig(in_channels=4, out_channels=4), rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+        wide = build(
+            BlockConfig(in_channels=4, out_channels=4), rngs=nnx.Rngs(0), param_dtype=jnp.float64
+        )
         with pytest.raises(InputError, match="are float64"):
             export_model(wide, tmp_path / "x", image_size=16)
 
@@ -225,22 +308,43 @@ def scramble_program(folder):
     import hashlib
 
     (folder / PROGRAM).write_bytes(b"no program" * 100)
-    damage_manifest(lambda manifest: manifest["sha256"].update({PROGRAM: hashlib.sha256(b"no program" * 100).hexdigest()}))(folder)
+    damage_manifest(
+        lambda manifest: manifest["sha256"].update(
+            {PROGRAM: hashlib.sha256(b"no program" * 100).hexdigest()}
+        )
+    )(folder)
 
 
 DAMAGES = {
     "a future jax": (
-        damage_manifest(lambda manifest: manifest.update(calling_convention_version=99, versions={"jax": "0.99.0"})),
-        r"was written by a newer jax, 0\.99\.0 \(calling convention 99\).* install jax 0\.99\.0 or newer",
+        damage_manifest(
+            lambda manifest: manifest.update(
+                calling_convention_version=99, versions={"jax": "0.99.0"}
+            )
+        ),
+        r"was written by a newer jax, 0\.99\.0 \(calling convention 99\).* install jax "
+        r"0\.99\.0 or newer",
     ),
-    "a jax of long ago": (damage_manifest(lambda manifest: manifest.update(calling_convention_version=1)), r"a much older jax.* export again"),
-    "another schema": (damage_manifest(lambda manifest: manifest.update(schema=7)), "another version of this library"),
-    "no manifest of ours": (damage_manifest(lambda manifest: manifest.update(format="?")), "is no manifest of an exported network"),
+    "a jax of long ago": (
+        damage_manifest(lambda manifest: manifest.update(calling_convention_version=1)),
+        r"a much older jax.* export again",
+    ),
+    "another schema": (
+        damage_manifest(lambda manifest: manifest.update(schema=7)),
+        "another version of this library",
+    ),
+    "no manifest of ours": (
+        damage_manifest(lambda manifest: manifest.update(format="?")),
+        "is no manifest of an exported network",
+    ),
     "half a manifest": (lambda folder: (folder / MANIFEST).write_text("{"), "cannot be read"),
     "a flipped bit": (flip(PROGRAM), r"model\.stablehlo is damaged: its SHA-256 differs"),
     "a flipped weight": (flip(WEIGHTS), r"weights\.safetensors is damaged"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), r"weights\.safetensors is missing"),
-    "a program that jax cannot read": (scramble_program, r"was written by jax \S+ and jax \S+ cannot read it"),
+    "a program that jax cannot read": (
+        scramble_program,
+        r"was written by jax \S+ and jax \S+ cannot read it",
+    ),
 }
 
 
@@ -250,7 +354,10 @@ def test_a_damaged_folder_is_refused_in_one_paragraph(case, exported, tmp_path, 
     folder = tmp_path / "x"
     shutil.copytree(exported, folder)
     damage(folder)
-    np.savez(tmp_path / "images.npz", images=np.random.default_rng(2).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8))
+    np.savez(
+        tmp_path / "images.npz",
+        images=np.random.default_rng(2).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8),
+    )
     assert run(["predict", str(folder), str(tmp_path / "images.npz")]) == 2
     error = capsys.readouterr().err
     assert re.search(words, error), error
@@ -259,24 +366,52 @@ def test_a_damaged_folder_is_refused_in_one_paragraph(case, exported, tmp_path, 
 
 def test_bad_requests_are_refused(checkpoint, exported, tmp_path, capsys):
     for arguments, words in (
-        (["export", str(checkpoint), str(exported)], "exists. Choose another name, or pass --force"),
-        (["export", str(checkpoint), str(tmp_path / "x"), "--platforms", "cpu,abacus"], "platforms abacus: choose from cpu, cuda, rocm, tpu"),
-        (["export", str(checkpoint), str(tmp_path / "x"), "--image-size", "32", "--any-image-size"], "give one of them"),
+        (
+            ["export", str(checkpoint), str(exported)],
+            "exists. Choose another name, or pass --force",
+        ),
+        (
+            ["export", str(checkpoint), str(tmp_path / "x"), "--platforms", "cpu,abacus"],
+            "platforms abacus: choose from cpu, cuda, rocm, tpu",
+        ),
+        (
+            [
+                "export",
+                str(checkpoint),
+                str(tmp_path / "x"),
+                "--image-size",
+                "32",
+                "--any-image-size",
+            ],
+            "give one of them",
+        ),
         (["export", str(checkpoint), str(tmp_path / "x"), "--image-size", "0"], "must be positive"),
         (["export", str(tmp_path / "none.pth"), str(tmp_path / "x")], "does not exist"),
-        (["aot", str(exported), "--target", "tpu:v5e:1x1", "--what", "train-step"], "which can only run forward"),
-        (["aot", str(exported), "--target", "tpu:v5e:1x1", "--dtype", "bfloat16"], "brings its own dtype and precision"),
+        (
+            ["aot", str(exported), "--target", "tpu:v5e:1x1", "--what", "train-step"],
+            "which can only run forward",
+        ),
+        (
+            ["aot", str(exported), "--target", "tpu:v5e:1x1", "--dtype", "bfloat16"],
+            "brings its own dtype and precision",
+        ),
     ):
         assert run(arguments) == 2, arguments
         assert words in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
-    with pytest.raises(InputError, match=r"takes images of shape \(batch, 32, 32, 3\); got \(2, 33, 32, 3\)"):
+    with pytest.raises(
+        InputError, match=r"takes images of shape \(batch, 32, 32, 3\); got \(2, 33, 32, 3\)"
+    ):
         open_exported(exported)(images_for(2, 33, 32, 3))
 
 
-def test_an_exported_folder_is_replaced_by_force_and_a_folder_of_ones_own_is_not(checkpoint, exported, tmp_path, capsys):
+def test_an_exported_folder_is_replaced_by_force_and_a_folder_of_ones_own_is_not(
+    checkpoint, exported, tmp_path, capsys
+):
     shutil.copytree(exported, tmp_path / "x")
-    assert run(["export", str(checkpoint), str(tmp_path / "x"), "--platforms", "cpu", "--force"]) == 0
+    assert (
+        run(["export", str(checkpoint), str(tmp_path / "x"), "--platforms", "cpu", "--force"]) == 0
+    )
     assert open_exported(tmp_path / "x").manifest["platforms"] == ["cpu"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
@@ -292,7 +427,11 @@ def test_a_platform_that_was_left_out_is_refused(checkpoint, tmp_path):
 
 def loader() -> str:
     """The ten lines of the documentation."""
-    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "export.md").read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(.*?)```",
+        (REPOSITORY / "docs" / "export.md").read_text(encoding="utf-8"),
+        re.DOTALL,
+    )
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     return code
 
@@ -303,13 +442,26 @@ def test_ten_lines_run_a_resnet18_in_a_fresh_environment(tmp_path):
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
     pins = [f"{package}=={version(package)}" for package in packages]
-    install = subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *pins], capture_output=True, text=True)
+    install = subprocess.run(
+        [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *pins],
+        capture_output=True,
+        text=True,
+    )
     if install.returncode:
-        pytest.skip(f"pip cannot install {' '.join(pins)}: {install.stderr.strip().splitlines()[-1]}")
-    there = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True).stdout
+        pytest.skip(
+            f"pip cannot install {' '.join(pins)}: {install.stderr.strip().splitlines()[-1]}"
+        )
+    there = subprocess.run(
+        [python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True
+    ).stdout
     assert not re.search(r"^(flax|torch|optax|flax[-_]resblock)==", there, re.MULTILINE)
-    save(randomised(create("resnet18", rngs=nnx.Rngs(7)), seed=7), tmp_path / "resnet18.safetensors")
-    assert run(["export", str(tmp_path / "resnet18.safetensors"), str(tmp_path / "resnet18_exported")]) == 0
+    save(
+        randomised(create("resnet18", rngs=nnx.Rngs(7)), seed=7), tmp_path / "resnet18.safetensors"
+    )
+    assert (
+        run(["export", str(tmp_path / "resnet18.safetensors"), str(tmp_path / "resnet18_exported")])
+        == 0
+    )
     source = load(tmp_path / "resnet18.safetensors")
     for batch in (1, 7):
         images = images_for(batch, 224, 224, 3, seed=batch)

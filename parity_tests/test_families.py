@@ -1,4 +1,6 @@
-"""Networks that transformers, timm and torchvision build and save convert with no flags, compute the same, and go back."""
+"""Networks that transformers, timm and torchvision build and save convert with no flags, compute
+the same, and go back.
+"""
 
 import json
 import warnings
@@ -11,17 +13,17 @@ from flax import nnx
 
 import flax_resblock
 from flax_resblock import checkpoint
-from flax_resblock.architecture import ARCHITECTURES
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.cli import run
-from flax_resblock.convert import LAYOUTS, StateMap
-from flax_resblock.convert.source import Reading, open_checkpoint
+from flax_resblock.config import ARCHITECTURES
+from flax_resblock.convert import NAMINGS, StateMap
+from flax_resblock.convert.opening import ReadOptions, open_checkpoint
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.inputs import adversarial_images
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
 from flax_resblock.parity.pair import PRECISIONS
+from flax_resblock.parity.reference import ReferencePair
 from flax_resblock.parity.taps import to_torch
-from flax_resblock.parity.twins import Twins
 from parity_tests.families import FAMILIES, import_timm, import_transformers, randomise
 from parity_tests.support import assert_same_bits, import_torchvision
 
@@ -44,7 +46,9 @@ def saved(name, folder):
 
 
 def from_timms_folder(folder):
-    """What timm builds from its config.json and loads; in float64, which its float32 parameters would cut off."""
+    """What timm builds from its config.json and loads; in float64, which its float32 parameters
+    would cut off.
+    """
     torch.set_default_dtype(torch.float64)
     try:
         return import_timm().create_model(f"local-dir:{folder}", pretrained=True)
@@ -67,26 +71,59 @@ def evaluated(path, images, **arguments):
 def test_a_family_converts_without_flags_computes_the_same_and_goes_back(name, tmp_path):
     family = FAMILIES[name]
     module = saved(name, tmp_path / "theirs")
-    assert run(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours.safetensors"), "--no-certificate"]) == 0
+    assert (
+        run(
+            [
+                "convert",
+                str(tmp_path / "theirs"),
+                str(tmp_path / "ours.safetensors"),
+                "--no-certificate",
+            ]
+        )
+        == 0
+    )
     source = open_checkpoint(tmp_path / "ours.safetensors")
-    assert source.state_map.layout.name == family.layout
+    assert source.state_map.naming.name == family.naming
     state = state_to_numpy(module.state_dict())
     assert set(source.tensors) == set(state)
     assert_same_bits({key: np.asarray(source.tensors[key]) for key in state}, state)
     images = adversarial_images(source.config, batch=2)
-    twins = Twins(source.config, dict(source.tensors), source.norm_options, layout=family.layout, module=family.plain(module))
+    twins = ReferencePair(
+        source.config,
+        dict(source.tensors),
+        source.norm_options,
+        naming=family.naming,
+        module=family.plain(module),
+    )
     comparison = compare_pair(twins, images, Plan(gradients=True, precisions=("float64",)))
-    assert comparison.passed, [row for row in comparison.measurements if not row.judgement.passed][:3]
+    assert comparison.passed, [row for row in comparison.measurements if not row.judgement.passed][
+        :3
+    ]
     stated = {row.quantity for row in comparison.measurements}
     assert {"eval forward", "train forward", "running statistics", "parameter gradient"} <= stated
-    if family.layout == "torchvision":
+    if family.naming == "torchvision":
         target, back = "timm", from_timms_folder
     else:
-        target, back = family.layout, lambda folder: type(module).from_pretrained(folder)
-    assert run(["convert", str(tmp_path / "ours.safetensors"), str(tmp_path / "back"), "--to-layout", target, "--no-certificate"]) == 0
+        target, back = family.naming, lambda folder: type(module).from_pretrained(folder)
+    assert (
+        run(
+            [
+                "convert",
+                str(tmp_path / "ours.safetensors"),
+                str(tmp_path / "back"),
+                "--to-naming",
+                target,
+                "--no-certificate",
+            ]
+        )
+        == 0
+    )
     again = back(tmp_path / "back").double()
     assert_same_bits(state_to_numpy(again.state_dict()), state)
-    assert relative_l2(output_of(family.plain(again), images), output_of(family.plain(module), images)) == 0
+    assert (
+        relative_l2(output_of(family.plain(again), images), output_of(family.plain(module), images))
+        == 0
+    )
 
 
 @pytest.mark.parametrize("name", QUICK[:2])
@@ -95,7 +132,9 @@ def test_another_eps_would_be_noticed(name, tmp_path):
     images = adversarial_images(flax_resblock.load(tmp_path / "theirs").config, batch=2)
     truth = output_of(FAMILIES[name].plain(module), images)
     assert relative_l2(evaluated(tmp_path / "theirs", images), truth) <= FLOAT64_LIMIT
-    assert relative_l2(evaluated(tmp_path / "theirs", images, eps=1.1e-5), truth) > 100 * FLOAT64_LIMIT
+    assert (
+        relative_l2(evaluated(tmp_path / "theirs", images, eps=1.1e-5), truth) > 100 * FLOAT64_LIMIT
+    )
 
 
 CHOICES = {
@@ -117,8 +156,10 @@ def test_what_no_tensor_tells_is_told_by_config_json(name, tmp_path):
     (tmp_path / "theirs" / "model.safetensors").rename(tmp_path / "alone.safetensors")
     alone = open_checkpoint(tmp_path / "alone.safetensors")
     assert getattr(alone.config, field) == CHOICES[name][field]  # what is assumed where nobody says
-    assert relative_l2(evaluated(tmp_path / "alone.safetensors", images), truth) > 1e6 * FLOAT64_LIMIT
-    told = Reading(traits={field: getattr(folder.config, field)})
+    assert (
+        relative_l2(evaluated(tmp_path / "alone.safetensors", images), truth) > 1e6 * FLOAT64_LIMIT
+    )
+    told = ReadOptions(traits={field: getattr(folder.config, field)})
     assert open_checkpoint(tmp_path / "alone.safetensors", told).config == folder.config
 
 
@@ -129,18 +170,34 @@ def test_a_module_says_itself_what_no_tensor_tells(name):
     with jax.enable_x64(True):
         model = flax_resblock.from_torch(module)
         images = adversarial_images(model.config, batch=2)
-        assert relative_l2(np.asarray(model(jax.numpy.asarray(images))), output_of(module, images)) <= FLOAT64_LIMIT
+        assert (
+            relative_l2(np.asarray(model(jax.numpy.asarray(images))), output_of(module, images))
+            <= FLOAT64_LIMIT
+        )
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if "cifar" not in name and "caffe" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in ARCHITECTURES if "cifar" not in name and "caffe" not in name]
+)
 def test_names_and_shapes_are_timms(name):
     timm = import_timm()
     if not timm.is_model(name):
-        assert name in ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")  # He et al.'s, for CIFAR
+        assert name in (
+            "resnet20",
+            "resnet32",
+            "resnet44",
+            "resnet56",
+            "resnet110",
+        )  # He et al.'s, for CIFAR
         return
     with torch.device("meta"):
-        theirs = [(key, tuple(value.shape)) for key, value in timm.create_model(name).state_dict().items()]
-    assert [(entry.torch_key, entry.torch_shape) for entry in StateMap(ARCHITECTURES[name], LAYOUTS["timm"]).entries] == theirs
+        theirs = [
+            (key, tuple(value.shape)) for key, value in timm.create_model(name).state_dict().items()
+        ]
+    assert [
+        (entry.torch_key, entry.torch_shape)
+        for entry in StateMap(ARCHITECTURES[name], NAMINGS["timm"]).entries
+    ] == theirs
 
 
 def test_sharded_and_pickled_folders_of_transformers_are_read(tmp_path):
@@ -151,18 +208,37 @@ def test_sharded_and_pickled_folders_of_transformers_are_read(tmp_path):
     assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
     (tmp_path / "pickled").mkdir()
     module.config.save_pretrained(tmp_path / "pickled")
-    torch.save(module.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")  # as transformers before version 5 did
+    torch.save(
+        module.state_dict(), tmp_path / "pickled" / "pytorch_model.bin"
+    )  # as transformers before version 5 did
     for folder in ("whole", "shards", "pickled"):
-        assert_same_bits(dict(sorted(open_checkpoint(tmp_path / folder).tensors.items())), dict(sorted(state.items())))
+        assert_same_bits(
+            dict(sorted(open_checkpoint(tmp_path / folder).tensors.items())),
+            dict(sorted(state.items())),
+        )
         assert open_checkpoint(tmp_path / folder).hub.labels[1] == "goldfish"
-    assert transformers.ResNetForImageClassification.from_pretrained(tmp_path / "shards").config.id2label[1] == "goldfish"
+    assert (
+        transformers.ResNetForImageClassification.from_pretrained(
+            tmp_path / "shards"
+        ).config.id2label[1]
+        == "goldfish"
+    )
 
 
 def test_a_model_from_python_is_saved_for_transformers(tmp_path):
     transformers = import_transformers()
-    model = flax_resblock.create("resnet26", widths=(4, 8, 8, 16), num_classes=3, rngs=nnx.Rngs(0), first_stride=2, stride_on="1x1")
-    flax_resblock.save(model, tmp_path / "folder", layout="huggingface")
-    theirs, report = transformers.ResNetForImageClassification.from_pretrained(tmp_path / "folder", output_loading_info=True)
+    model = flax_resblock.create(
+        "resnet26",
+        widths=(4, 8, 8, 16),
+        num_classes=3,
+        rngs=nnx.Rngs(0),
+        first_stride=2,
+        stride_on="1x1",
+    )
+    flax_resblock.save(model, tmp_path / "folder", naming="huggingface")
+    theirs, report = transformers.ResNetForImageClassification.from_pretrained(
+        tmp_path / "folder", output_loading_info=True
+    )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert theirs.config.downsample_in_first_stage
@@ -173,17 +249,23 @@ def test_a_model_from_python_is_saved_for_transformers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "message"),
+    ("name", "naming", "message"),
     [
-        ("resnext50_32x4d", "huggingface", "transformers' ResNet cannot be told groups 32, base_width 4"),
+        (
+            "resnext50_32x4d",
+            "huggingface",
+            "transformers' ResNet cannot be told groups 32, base_width 4",
+        ),
         ("resnet18_cifar", "huggingface", "cannot be told stem 'cifar'"),
         ("resnet20", "timm", "timm has no name for this network"),
         ("resnet18d", "huggingface", "has no name for stem.conv1"),
     ],
 )
-def test_what_a_package_cannot_build_is_not_written_for_it(name, layout, message, tmp_path):
+def test_what_a_package_cannot_build_is_not_written_for_it(name, naming, message, tmp_path):
     with pytest.raises(flax_resblock.InputError, match=message):
-        flax_resblock.save(flax_resblock.create(name, rngs=nnx.Rngs(0)), tmp_path / "folder", layout=layout)
+        flax_resblock.save(
+            flax_resblock.create(name, rngs=nnx.Rngs(0)), tmp_path / "folder", naming=naming
+        )
     assert not (tmp_path / "folder").exists()
 
 
@@ -193,13 +275,16 @@ def test_what_a_package_cannot_build_is_not_written_for_it(name, layout, message
         ({"model_type": "resnet", "hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"architecture": "resnetaa50", "num_classes": 3}, "average pooling carries its strides"),
         ({"architecture": "resnetv2_50", "num_classes": 3}, "pre-activation"),
-        ({"architecture": "resnet50", "num_classes": 3, "model_args": {"act_layer": "silu"}}, "act_layer='silu'"),
+        (
+            {"architecture": "resnet50", "num_classes": 3, "model_args": {"act_layer": "silu"}},
+            "act_layer='silu'",
+        ),
         ({"model_type": "resnet", "id2label": {"1": "a"}}, "does not number the classes from 0"),
     ],
 )
 def test_a_config_that_means_another_network_is_refused(change, message, tmp_path):
     model = flax_resblock.create("resnet26", widths=(4, 8, 8, 16), num_classes=3, rngs=nnx.Rngs(0))
-    flax_resblock.save(model, tmp_path / "folder", layout="huggingface")
+    flax_resblock.save(model, tmp_path / "folder", naming="huggingface")
     state = checkpoint.read(tmp_path / "folder")
     (tmp_path / "other").mkdir()
     checkpoint.write(tmp_path / "other" / "model.safetensors", dict(state.tensors))
@@ -215,10 +300,15 @@ def test_the_body_of_a_torchvision_detector_is_taken_out_and_goes_back(tmp_path)
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-    module = randomise(FasterRCNN(resnet_fpn_backbone(backbone_name="resnet18", weights=None), num_classes=3)).eval()
+    module = randomise(
+        FasterRCNN(resnet_fpn_backbone(backbone_name="resnet18", weights=None), num_classes=3)
+    ).eval()
     torch.save(module.state_dict(), tmp_path / "detector.pth")
     source = open_checkpoint(tmp_path / "detector.pth")
-    assert any("took the network under 'backbone.body.' (torchvision detection)" in note for note in source.notes)
+    assert any(
+        "took the network under 'backbone.body.' (torchvision detection)" in note
+        for note in source.notes
+    )
     assert any("no classification head" in note for note in source.notes)
     images = np.random.default_rng(2).standard_normal((1, 65, 48, 3))
     with jax.enable_x64(True):
@@ -227,13 +317,18 @@ def test_the_body_of_a_torchvision_detector_is_taken_out_and_goes_back(tmp_path)
     with torch.no_grad():
         theirs = module.backbone.body(to_torch(images, PRECISIONS["float64"]))
     for number, value in enumerate(theirs.values(), start=1):
-        assert relative_l2(np.asarray(ours[f"stage{number}"]), np.moveaxis(value.numpy(), 1, -1)) <= FLOAT64_LIMIT
+        assert (
+            relative_l2(np.asarray(ours[f"stage{number}"]), np.moveaxis(value.numpy(), 1, -1))
+            <= FLOAT64_LIMIT
+        )
     state = {key: torch.from_numpy(value) for key, value in flax_resblock.to_torch(model).items()}
     before = {key: value.clone() for key, value in module.backbone.body.state_dict().items()}
     for value in module.backbone.body.state_dict().values():
         value.zero_()
     module.backbone.body.load_state_dict(state, strict=True)
-    assert all(torch.equal(value, before[key]) for key, value in module.backbone.body.state_dict().items())
+    assert all(
+        torch.equal(value, before[key]) for key, value in module.backbone.body.state_dict().items()
+    )
 
 
 @pytest.mark.slow
@@ -241,7 +336,9 @@ def test_the_backbone_of_a_torchvision_segmenter_is_dilated(tmp_path):
     import_torchvision()
     from torchvision.models.segmentation import fcn_resnet50
 
-    module = randomise(fcn_resnet50(weights=None, weights_backbone=None, num_classes=3, aux_loss=True)).eval()
+    module = randomise(
+        fcn_resnet50(weights=None, weights_backbone=None, num_classes=3, aux_loss=True)
+    ).eval()
     torch.save(module.state_dict(), tmp_path / "segmenter.pth")
     images = np.random.default_rng(2).standard_normal((1, 33, 48, 3))
     with torch.no_grad():
@@ -250,4 +347,10 @@ def test_the_backbone_of_a_torchvision_segmenter_is_dilated(tmp_path):
         traits = {"dilated_stages": (3, 4)}
         model = flax_resblock.load(tmp_path / "segmenter.pth", traits=traits)
         assert model.config.dilated_stages == (3, 4)
-        assert relative_l2(np.asarray(model.features(jax.numpy.asarray(images))["stage4"]), np.moveaxis(theirs, 1, -1)) <= FLOAT64_LIMIT
+        assert (
+            relative_l2(
+                np.asarray(model.features(jax.numpy.asarray(images))["stage4"]),
+                np.moveaxis(theirs, 1, -1),
+            )
+            <= FLOAT64_LIMIT
+        )

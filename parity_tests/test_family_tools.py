@@ -1,4 +1,6 @@
-"""What people do with networks of other families: stage outputs, a new head, predictions with their own labels, and what the commands say."""
+"""What people do with networks of other families: stage outputs, a new head, predictions with their
+own labels, and what the commands say.
+"""
 
 import json
 
@@ -10,19 +12,28 @@ from flax import nnx
 from PIL import Image
 
 import flax_resblock
-from flax_resblock import ResNetConfig, linen
-from flax_resblock.architecture import ARCHITECTURES, walk
+from flax_resblock import ResNetConfig
 from flax_resblock.checkpoint.torch_file import from_numpy
 from flax_resblock.cli import run
+from flax_resblock.config import ARCHITECTURES, walk
 from flax_resblock.convert import families
-from flax_resblock.parity.twins import Twins, torch_twin
-from flax_resblock.resnet import build
+from flax_resblock.nn import linen
+from flax_resblock.nn.resnet import build
+from flax_resblock.parity.reference import ReferencePair, torch_reference
 from parity_tests.families import FAMILIES, import_timm, randomise
 from parity_tests.support import REPOSITORY, random_bits
 
 
 def deep(**changes):
-    fields = {"depths": (1, 1), "widths": (8, 12), "stem": "deep", "stem_hidden": (4, 6), "stem_width": 8, "shortcut": "pooled", "num_classes": 3}
+    fields = {
+        "depths": (1, 1),
+        "widths": (8, 12),
+        "stem": "deep",
+        "stem_hidden": (4, 6),
+        "stem_width": 8,
+        "shortcut": "pooled",
+        "num_classes": 3,
+    }
     return ResNetConfig(**{**fields, **changes})
 
 
@@ -42,7 +53,11 @@ def test_features_are_the_stages_outputs_by_name():
 
 def test_a_new_head_leaves_everything_else_alone():
     model = build(deep(), rngs=nnx.Rngs(0), param_dtype=jax.numpy.bfloat16)
-    before = {key: value for key, value in flax_resblock.to_torch(model).items() if not key.startswith("fc")}
+    before = {
+        key: value
+        for key, value in flax_resblock.to_torch(model).items()
+        if not key.startswith("fc")
+    }
     model.replace_head(7, rngs=nnx.Rngs(1))
     after = flax_resblock.to_torch(model)
     assert after["fc.weight"].shape == (7, 12)
@@ -61,39 +76,72 @@ def test_a_new_head_leaves_everything_else_alone():
 
 
 @pytest.mark.parametrize(
-    "config", [pytest.param(deep(attention="se"), marks=pytest.mark.slow), deep(antialias="blur", attention="eca")], ids=["se", "eca and blur"]
+    "config",
+    [
+        pytest.param(deep(attention="se"), marks=pytest.mark.slow),
+        deep(antialias="blur", attention="eca"),
+    ],
+    ids=["se", "eca and blur"],
 )
 def test_linen_has_the_same_options(config):
     model = build(config, rngs=nnx.Rngs(0))
     model.eval()
     images = np.random.default_rng(1).standard_normal((2, 33, 48, 3)).astype(np.float32)
-    np.testing.assert_array_equal(linen.ResNet(config).apply(linen.variables(model), images), model(images))
+    np.testing.assert_array_equal(
+        linen.ResNet(config).apply(linen.variables(model), images), model(images)
+    )
 
 
-@pytest.mark.parametrize("name", ["resnet18d", "seresnet18", "ecaresnet26t", "resnetblur18", "resnet50_caffe"])
+@pytest.mark.parametrize(
+    "name", ["resnet18d", "seresnet18", "ecaresnet26t", "resnetblur18", "resnet50_caffe"]
+)
 def test_the_reference_has_a_module_for_every_slot(name):
     with torch.device("meta"):
-        modules = dict(torch_twin(ARCHITECTURES[name]).named_modules())
-    slots = Twins(ARCHITECTURES[name], {}, {}).torch_slots
+        modules = dict(torch_reference(ARCHITECTURES[name]).named_modules())
+    slots = ReferencePair(ARCHITECTURES[name], {}, {}).torch_slots
     assert set(slots) == {slot.name for slot in walk(ARCHITECTURES[name])}
     assert set(slots.values()) <= set(modules)
 
 
 def photograph(path):
     rng = np.random.default_rng(5)
-    Image.fromarray(np.asarray(Image.fromarray(rng.integers(0, 256, (9, 13, 3), np.uint8)).resize((300, 217)))).save(path)
+    Image.fromarray(
+        np.asarray(Image.fromarray(rng.integers(0, 256, (9, 13, 3), np.uint8)).resize((300, 217)))
+    ).save(path)
     return path
 
 
 def test_predict_sees_what_timm_sees_and_says_its_labels(tmp_path, capsys):
     timm = import_timm()
     module = randomise(FAMILIES["timm resnet18d"].build()).float().eval()
-    ours = {"mean": (0.4, 0.5, 0.45), "std": (0.2, 0.25, 0.3), "crop_pct": 0.9, "interpolation": "bicubic", "input_size": (3, 96, 96)}
+    ours = {
+        "mean": (0.4, 0.5, 0.45),
+        "std": (0.2, 0.25, 0.3),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "input_size": (3, 96, 96),
+    }
     timm.models.save_for_hf(
-        module, tmp_path / "net", model_config={"pretrained_cfg": ours, "label_names": ["a", "b", "[c]", "d", "e"]}, safe_serialization=True
+        module,
+        tmp_path / "net",
+        model_config={"pretrained_cfg": ours, "label_names": ["a", "b", "[c]", "d", "e"]},
+        safe_serialization=True,
     )
     image = photograph(tmp_path / "photo.png")
-    assert run(["predict", str(tmp_path / "net"), str(image), "--logits", str(tmp_path / "l.npy"), "--top", "5"]) == 0
+    assert (
+        run(
+            [
+                "predict",
+                str(tmp_path / "net"),
+                str(image),
+                "--logits",
+                str(tmp_path / "l.npy"),
+                "--top",
+                "5",
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert "96x96 pixels" in text
     assert "pretrained_cfg" in text
@@ -102,28 +150,61 @@ def test_predict_sees_what_timm_sees_and_says_its_labels(tmp_path, capsys):
     with torch.no_grad():
         theirs = module(transform(Image.open(image).convert("RGB"))[None]).numpy()
     np.testing.assert_allclose(np.load(tmp_path / "l.npy"), theirs, rtol=2e-5, atol=2e-5)
-    assert run(["predict", str(tmp_path / "net"), str(image), "--logits", str(tmp_path / "other.npy"), "--image-size", "64"]) == 0
+    assert (
+        run(
+            [
+                "predict",
+                str(tmp_path / "net"),
+                str(image),
+                "--logits",
+                str(tmp_path / "other.npy"),
+                "--image-size",
+                "64",
+            ]
+        )
+        == 0
+    )
     assert np.abs(np.load(tmp_path / "other.npy") - theirs).max() > 1e-3
 
 
 def test_labels_of_transformers_survive_conversion_to_orbax(tmp_path, capsys):
     family = FAMILIES["huggingface basic"]
     family.save(randomise(family.build()).float(), tmp_path / "theirs")
-    assert run(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--no-certificate"]) == 0
+    assert (
+        run(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--no-certificate"]) == 0
+    )
     capsys.readouterr()
     assert run(["predict", str(tmp_path / "ours"), str(photograph(tmp_path / "photo.png"))]) == 0
     text = capsys.readouterr().out
     assert "goldfish" in text
     assert "great [white] shark" in text
-    assert run(["convert", str(tmp_path / "ours"), str(tmp_path / "back"), "--to-layout", "huggingface", "--no-certificate"]) == 0
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["id2label"]["1"] == "goldfish"
+    assert (
+        run(
+            [
+                "convert",
+                str(tmp_path / "ours"),
+                str(tmp_path / "back"),
+                "--to-naming",
+                "huggingface",
+                "--no-certificate",
+            ]
+        )
+        == 0
+    )
+    assert (
+        json.loads((tmp_path / "back" / "config.json").read_text())["id2label"]["1"] == "goldfish"
+    )
 
 
 @pytest.fixture
 def bottleneck(tmp_path):
-    config = ResNetConfig(block="bottleneck", depths=(1, 1), widths=(4, 8), stem_width=8, num_classes=3)
-    state = Twins.random(config).state
-    torch.save({key: from_numpy(np.array(value)) for key, value in state.items()}, tmp_path / "net.pth")
+    config = ResNetConfig(
+        block="bottleneck", depths=(1, 1), widths=(4, 8), stem_width=8, num_classes=3
+    )
+    state = ReferencePair.random(config).state
+    torch.save(
+        {key: from_numpy(np.array(value)) for key, value in state.items()}, tmp_path / "net.pth"
+    )
     return tmp_path / "net.pth"
 
 
@@ -131,8 +212,14 @@ def test_verify_shows_what_the_other_placement_of_the_stride_changes(bottleneck,
     flags = ["--precision", "float64", "--eval-only"]
     assert run(["verify", str(bottleneck), *flags]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "assumed, as no tensor tells: the stride of a bottleneck is on its 3x3 convolution (torchvision); --stride-on 1x1 if" in text
-    assert "with --stride-on 1x1 (it is on its first 1x1 convolution (Caffe, He et al. 2016)) the output would differ by" in text
+    assert (
+        "assumed, as no tensor tells: the stride of a bottleneck is on its 3x3 convolution "
+        "(torchvision); --stride-on 1x1 if" in text
+    )
+    assert (
+        "with --stride-on 1x1 (it is on its first 1x1 convolution (Caffe, He et al. 2016)) the "
+        "output would differ by" in text
+    )
     assert run(["verify", str(bottleneck), "--stride-on", "1x1", *flags]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "assumed" not in text
@@ -145,15 +232,25 @@ def test_a_choice_that_makes_no_network_is_refused(bottleneck, capsys):
 
 
 def test_inspect_says_of_another_network_what_is_closest(tmp_path, capsys):
-    state = {"features.0.weight": torch.ones(8, 3, 3, 3), "features.0.bias": torch.ones(8), "fc.weight": torch.ones(1000, 512), "fc.bias": torch.ones(1000)}
+    state = {
+        "features.0.weight": torch.ones(8, 3, 3, 3),
+        "features.0.bias": torch.ones(8),
+        "fc.weight": torch.ones(1000, 512),
+        "fc.bias": torch.ones(1000),
+    }
     torch.save(state, tmp_path / "vgg.pth")
     assert run(["inspect", str(tmp_path / "vgg.pth")]) == 2
     text = " ".join(capsys.readouterr().err.split())
-    assert "Closest family: resnet18 in layout 'torchvision', which 2 of 4 tensors fit; these do not: features.0.weight, features.0.bias" in text
+    assert (
+        "Closest family: resnet18 in naming scheme 'torchvision', which 2 of 4 tensors fit; "
+        "these do not: features.0.weight, features.0.bias" in text
+    )
 
 
 def test_inspect_counts_what_fits_of_a_network_that_is_almost_one(tmp_path, capsys):
-    state = random_bits(ResNetConfig(depths=(1, 1), widths=(4, 8), stem_width=8, num_classes=3), np.float32)
+    state = random_bits(
+        ResNetConfig(depths=(1, 1), widths=(4, 8), stem_width=8, num_classes=3), np.float32
+    )
     state["layer1.0.extra.weight"] = np.ones(3, np.float32)
     torch.save({key: from_numpy(value) for key, value in state.items()}, tmp_path / "net.pth")
     assert run(["inspect", str(tmp_path / "net.pth")]) == 2

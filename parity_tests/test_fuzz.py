@@ -13,7 +13,9 @@ from parity_tests.fuzz.mutations import MUTATIONS, mutated
 from parity_tests.fuzz.samples import samples
 from parity_tests.support import REPOSITORY
 
-pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc to measure memory")
+pytestmark = pytest.mark.skipif(
+    not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc to measure memory"
+)
 
 
 @pytest.mark.slow
@@ -55,18 +57,31 @@ hows = json.loads(sys.argv[1])
 targets._OPENERS.update(dict.fromkeys(hows, opener))
 print(json.dumps({how: work.open(how, {"net.pth": bytes.fromhex(sys.argv[2])}) for how in hows}))
 """
-SEES = {"run": "code: os.system", "write": "file outside: open", "memory": "memory: 3", "wrong": "KeyError: 'unforeseen'", "nothing": None}
+SEES = {
+    "run": "code: os.system",
+    "write": "file outside: open",
+    "memory": "memory: 3",
+    "wrong": "KeyError: 'unforeseen'",
+    "nothing": None,
+}
 
 
 @pytest.mark.slow
 def test_the_guard_sees():
-    """The canary: a pickle that is really run, a file that is really written, memory that is really taken; and a file that does nothing."""
+    """The canary: a pickle that is really run, a file that is really written, memory that is really
+    taken; and a file that does nothing.
+    """
     payload = b"\x80\x02" + pickles.PIECES["system"] + b"."
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", CANARY, json.dumps(list(SEES)), payload.hex()]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     answers = json.loads(result.stdout.splitlines()[-1])
-    assert answers.pop("nothing") | {"seconds": 0, "memory": 0} == {"outcome": "exact", "found": [], "seconds": 0, "memory": 0}
+    assert answers.pop("nothing") | {"seconds": 0, "memory": 0} == {
+        "outcome": "exact",
+        "found": [],
+        "seconds": 0,
+        "memory": 0,
+    }
     for how, answer in answers.items():
         assert answer["outcome"] == "VIOLATION", how
         assert any(found.startswith(str(SEES[how])) for found in answer["found"]), answer

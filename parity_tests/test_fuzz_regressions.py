@@ -1,4 +1,6 @@
-"""Files that the fuzzer found to end in something else than an exact load or one clear error, made again by code. One test each."""
+"""Files that the fuzzer found to end in something else than an exact load or one clear error, made
+again by code. One test each.
+"""
 
 import io
 import json
@@ -11,11 +13,11 @@ import safetensors.numpy
 
 from flax_resblock import CheckpointError, InputError, checkpoint
 from flax_resblock.cli import run
-from flax_resblock.convert.source import Reading, open_checkpoint
+from flax_resblock.convert.opening import ReadOptions, open_checkpoint
 from flax_resblock.parity.certificate import recheck
+from flax_resblock.training.data.bounded import read_npz
+from flax_resblock.training.data.npz import npz_archive
 from parity_tests.fuzz import samples
-from train.data.bounded import read_npz
-from train.data.npz import npz_archive
 
 
 def test_a_member_of_an_npz_that_is_no_array_is_left_out(tmp_path):
@@ -29,13 +31,18 @@ def test_a_member_of_an_npz_that_is_no_array_is_left_out(tmp_path):
         parts = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(tmp_path / "data.npz", "w") as archive:
         for name, data in parts.items():
-            archive.writestr("labels" if name == "labels.npy" else name, data[3:] if name == "labels.npy" else data)
+            archive.writestr(
+                "labels" if name == "labels.npy" else name,
+                data[3:] if name == "labels.npy" else data,
+            )
     with pytest.raises(InputError, match="has the arrays images, mean, std; expected"):
         npz_archive(tmp_path / "data.npz")
 
 
 DAMAGED_RUNS = {
-    "a parameter that is no number": lambda run: run["optimizer"]["state"].update({"conv1.weight\x1b[31m": run["optimizer"]["state"].pop(0)}),
+    "a parameter that is no number": lambda run: run["optimizer"]["state"].update(
+        {"conv1.weight\x1b[31m": run["optimizer"]["state"].pop(0)}
+    ),
     "a group without parameters": lambda run: run["optimizer"]["param_groups"][0].pop("params"),
     "a group that is none": lambda run: run["optimizer"]["param_groups"].append(None),
 }
@@ -63,16 +70,27 @@ def test_a_certificate_with_a_name_that_no_file_system_takes_is_refused(tmp_path
 
 
 def test_a_shard_with_a_name_that_no_file_system_takes_is_refused(tmp_path):
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"conv1.weight": "x" * 5000}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"conv1.weight": "x" * 5000}})
+    )
     with pytest.raises(CheckpointError, match="not a plain file name"):
         checkpoint.read(tmp_path / "model.safetensors.index.json")
 
 
 METADATA = {
     "an endless eps": ({"eps": "[" * 9000}, "its stored eps or momentum is no number"),
-    "a network without end": ({"config": json.dumps({"type": "ResNetConfig", "depths": [10**9], "widths": [4]})}, "its stored configuration is damaged"),
-    "more blocks than tensors": ({"config": json.dumps({"type": "ResNetConfig", "depths": [999], "widths": [4]})}, "999 blocks, and the file 12 tensors"),
-    "a block of no kind": ({"config": json.dumps({"type": "ResNetConfig", "block": "x"})}, "block 'x' is unknown"),
+    "a network without end": (
+        {"config": json.dumps({"type": "ResNetConfig", "depths": [10**9], "widths": [4]})},
+        "its stored configuration is damaged",
+    ),
+    "more blocks than tensors": (
+        {"config": json.dumps({"type": "ResNetConfig", "depths": [999], "widths": [4]})},
+        "999 blocks, and the file 12 tensors",
+    ),
+    "a block of no kind": (
+        {"config": json.dumps({"type": "ResNetConfig", "block": "x"})},
+        "block 'x' is unknown",
+    ),
     "a nest": ({"config": "[" * 100_000}, "its stored configuration is damaged"),
 }
 
@@ -80,17 +98,24 @@ METADATA = {
 @pytest.mark.parametrize("case", METADATA)
 def test_metadata_of_no_network_are_one_short_error(case, tmp_path):
     metadata, match = METADATA[case]
-    (tmp_path / "net.safetensors").write_bytes(safetensors.numpy.save(samples.state(), metadata=metadata))
+    (tmp_path / "net.safetensors").write_bytes(
+        safetensors.numpy.save(samples.state(), metadata=metadata)
+    )
     with pytest.raises(CheckpointError, match=match) as error:
-        open_checkpoint(tmp_path / "net.safetensors", Reading())
+        open_checkpoint(tmp_path / "net.safetensors", ReadOptions())
     assert len(str(error.value)) < 600
 
 
 def test_an_empty_tensor_of_any_shape_is_read_or_refused(tmp_path):
     """safetensors takes axes that numpy does not."""
-    header = {"a": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    header = {
+        "a": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]},
+        "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+    }
     text = json.dumps(header).encode()
-    (tmp_path / "net.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + np.float32(3).tobytes())
+    (tmp_path / "net.safetensors").write_bytes(
+        struct.pack("<Q", len(text)) + text + np.float32(3).tobytes()
+    )
     with pytest.raises(CheckpointError):
         checkpoint.read(tmp_path / "net.safetensors")
 
@@ -106,7 +131,9 @@ def test_a_record_marked_as_a_folder_is_refused(tmp_path):
 
 
 def test_param_groups_that_are_none_do_not_stop_inspect(tmp_path, capsys):
-    (tmp_path / "net.pth").write_bytes(samples.saved({**samples.training(), "optimizer": {"param_groups": 1e308, "state": {}}}))
+    (tmp_path / "net.pth").write_bytes(
+        samples.saved({**samples.training(), "optimizer": {"param_groups": 1e308, "state": {}}})
+    )
     assert run(["inspect", str(tmp_path / "net.pth")]) == 0
     assert "also has optimizer: dict of 2" in capsys.readouterr().out
 

@@ -1,4 +1,6 @@
-"""Files made to do harm: each gets one error that says what it tried, before anything is allocated, run or followed."""
+"""Files made to do harm: each gets one error that says what it tried, before anything is allocated,
+run or followed.
+"""
 
 import gzip
 import io
@@ -14,14 +16,14 @@ import pytest
 import torch
 
 from flax_resblock import CheckpointError, InputError, checkpoint
-from flax_resblock.architecture import ResNetConfig
 from flax_resblock.checkpoint import Limits, orbax_folder, safetensors_file
 from flax_resblock.checkpoint.torch_file import with_tensors
 from flax_resblock.checkpoint.unpickling import unpickle
+from flax_resblock.config import ResNetConfig
+from flax_resblock.training.data.bounded import read_npz
+from flax_resblock.training.data.idx import read_idx
 from parity_tests.fuzz import pickles, samples
 from parity_tests.support import REPOSITORY, assert_same_bits
-from train.data.bounded import read_npz
-from train.data.idx import read_idx
 
 FRAME = b"\x80\x02}(X\x05\x00\x00\x00stateK\x01%su."
 """A pickle of a dictionary, with a place for more of it."""
@@ -37,7 +39,9 @@ def zip_of(records):
 
 def records_of(data):
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        return [(info.filename, archive.read(info), zipfile.ZIP_STORED) for info in archive.infolist()]
+        return [
+            (info.filename, archive.read(info), zipfile.ZIP_STORED) for info in archive.infolist()
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +97,19 @@ def test_what_a_pickle_tries_is_named_without_doing_it(name):
 @pytest.mark.parametrize("name", pickles.PIECES)
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_no_piece_gets_through_a_file(name, legacy, tmp_path, monkeypatch):
-    """Beside healthy weights: refused, or, where it is only odd, left out; and the weights are theirs."""
+    """Beside healthy weights: refused, or, where it is only odd, left out; and the weights are
+    theirs.
+    """
     monkeypatch.chdir(tmp_path)
     content = {"state_dict": with_tensors(samples.state()), "odd": "here"}
     data = samples.saved(content, legacy=legacy)
     old = b"X\x04\x00\x00\x00here"
     records = [] if legacy else records_of(data)
-    data = data.replace(old, pickles.PIECES[name]) if legacy else zip_of([(n, c.replace(old, pickles.PIECES[name]), m) for n, c, m in records])
+    data = (
+        data.replace(old, pickles.PIECES[name])
+        if legacy
+        else zip_of([(n, c.replace(old, pickles.PIECES[name]), m) for n, c, m in records])
+    )
     (tmp_path / "net.pth").write_bytes(data)
     try:
         found = checkpoint.read(tmp_path / "net.pth", limits=Limits(max_bytes=1 << 26)).tensors
@@ -112,7 +122,9 @@ def test_no_piece_gets_through_a_file(name, legacy, tmp_path, monkeypatch):
 
 
 def test_the_laughs_would_be_endless():
-    """The negative control of the walk: what it refuses has more values than anyone can visit, in a few hundred bytes."""
+    """The negative control of the walk: what it refuses has more values than anyone can visit, in a
+    few hundred bytes.
+    """
     from flax_resblock.checkpoint.contents import check_content
 
     value = ["x"]
@@ -131,20 +143,43 @@ def test_a_compressed_record_is_refused_and_the_same_stored_is_read(healthy, tmp
     (tmp_path / "net.pth").write_bytes(zip_of(stored))
     assert_same_bits(dict(checkpoint.read(tmp_path / "net.pth").tensors), samples.state())
     refused(
-        tmp_path / "net.pth", zip_of([(n, c, zipfile.ZIP_DEFLATED if "data/0" in n else m) for n, c, m in stored]), r"compressed to .* could fill any memory"
+        tmp_path / "net.pth",
+        zip_of([(n, c, zipfile.ZIP_DEFLATED if "data/0" in n else m) for n, c, m in stored]),
+        r"compressed to .* could fill any memory",
     )
 
 
 ARCHIVES = {
-    "two records of one name": (lambda r: [*r, (r[0][0].replace("data.pkl", "DATA.PKL"), b"x", 0)], "two records called"),
+    "two records of one name": (
+        lambda r: [*r, (r[0][0].replace("data.pkl", "DATA.PKL"), b"x", 0)],
+        "two records called",
+    ),
     "a record outside": (lambda r: [*r, ("../evil", b"x", 0)], "a record called '../evil'"),
-    "an absolute record": (lambda r: [*r, ("/etc/passwd", b"x", 0)], "a record called '/etc/passwd'"),
-    "a record of another folder": (lambda r: [*r, ("other/data/0", b"x", 0)], "a record called 'other/data/0'"),
-    "a name with an escape": (lambda r: [*r, (r[0][0] + "\x1b[2J", b"x", 0)], r"a record called '.*\\x1b\[2J'"),
+    "an absolute record": (
+        lambda r: [*r, ("/etc/passwd", b"x", 0)],
+        "a record called '/etc/passwd'",
+    ),
+    "a record of another folder": (
+        lambda r: [*r, ("other/data/0", b"x", 0)],
+        "a record called 'other/data/0'",
+    ),
+    "a name with an escape": (
+        lambda r: [*r, (r[0][0] + "\x1b[2J", b"x", 0)],
+        r"a record called '.*\\x1b\[2J'",
+    ),
     "no pickle": (lambda r: [row for row in r if "data.pkl" not in row[0]], "it has no data.pkl"),
-    "a program": (lambda r: [*r, (r[0][0].replace("data.pkl", "constants.pkl"), b"x", 0)], "TorchScript archive, a program"),
-    "a storage cut short": (lambda r: [(n, c[:-4] if "/data/0" in n else c, m) for n, c, m in r], "declares .* bytes for storage '0', and has"),
-    "a storage that is not there": (lambda r: [row for row in r if not row[0].endswith("/data/0")], "declares .* bytes for storage '0', and has 0"),
+    "a program": (
+        lambda r: [*r, (r[0][0].replace("data.pkl", "constants.pkl"), b"x", 0)],
+        "TorchScript archive, a program",
+    ),
+    "a storage cut short": (
+        lambda r: [(n, c[:-4] if "/data/0" in n else c, m) for n, c, m in r],
+        "declares .* bytes for storage '0', and has",
+    ),
+    "a storage that is not there": (
+        lambda r: [row for row in r if not row[0].endswith("/data/0")],
+        "declares .* bytes for storage '0', and has 0",
+    ),
 }
 
 
@@ -155,25 +190,53 @@ def test_an_archive_out_of_order_is_refused(case, healthy, tmp_path):
 
 
 def test_overlapping_records_are_refused(healthy, tmp_path):
-    """The second entry of the directory is made to point at the first record: one byte range under two names."""
+    """The second entry of the directory is made to point at the first record: one byte range under
+    two names.
+    """
     data = bytearray(healthy)
     start = struct.unpack("<L", data[-6:-2])[0]
     first = start
-    second = first + 46 + struct.unpack("<H", data[first + 28 : first + 30])[0] + sum(struct.unpack("<2H", data[first + 30 : first + 34]))
+    second = (
+        first
+        + 46
+        + struct.unpack("<H", data[first + 28 : first + 30])[0]
+        + sum(struct.unpack("<2H", data[first + 30 : first + 34]))
+    )
     data[second + 42 : second + 46] = data[first + 42 : first + 46]
-    refused(tmp_path / "net.pth", bytes(data), "overlaps another, or is not where|not what its directory says")
+    refused(
+        tmp_path / "net.pth",
+        bytes(data),
+        "overlaps another, or is not where|not what its directory says",
+    )
 
 
-@pytest.mark.parametrize("change", [lambda d: d + b"x", lambda d: b"x" + d[1:], lambda d: d[:-22] + d[-40:-22] + d[-22:], lambda d: d[:-3] + b"\x05\0\0"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d + b"x",
+        lambda d: b"x" + d[1:],
+        lambda d: d[:-22] + d[-40:-22] + d[-22:],
+        lambda d: d[:-3] + b"\x05\0\0",
+    ],
+)
 def test_readers_that_could_find_another_directory_are_not_asked(change, healthy, tmp_path):
-    refused(tmp_path / "net.pth", change(healthy), "damaged or truncated PyTorch zip archive|neither a PyTorch checkpoint")
+    refused(
+        tmp_path / "net.pth",
+        change(healthy),
+        "damaged or truncated PyTorch zip archive|neither a PyTorch checkpoint",
+    )
 
 
 def test_limits_are_checked_and_their_flags_named(healthy, tmp_path):
     tensors = {f"t{i}": np.random.default_rng(i).random(1000, np.float32) for i in range(9)}
     safetensors_file.write(tmp_path / "net.safetensors", tensors, {"note": "n" * 5000})
-    torch.save({key: torch.from_numpy(value) for key, value in tensors.items()}, tmp_path / "net.pth")
-    torch.save({"a": {"b": {"c": {"d": with_tensors(tensors)}}}, "e": with_tensors(tensors)}, tmp_path / "deep.pth")
+    torch.save(
+        {key: torch.from_numpy(value) for key, value in tensors.items()}, tmp_path / "net.pth"
+    )
+    torch.save(
+        {"a": {"b": {"c": {"d": with_tensors(tensors)}}}, "e": with_tensors(tensors)},
+        tmp_path / "deep.pth",
+    )
     orbax_folder.write(tmp_path / "net", tensors, {})
     for name in ("net.safetensors", "net.pth", "net"):
         with pytest.raises(CheckpointError, match=r"the limit is 20,000.*--max-bytes \d+\."):
@@ -190,8 +253,12 @@ def test_limits_are_checked_and_their_flags_named(healthy, tmp_path):
 
 def test_one_storage_under_many_names_counts_every_time(tmp_path):
     """Nine kilobytes of a file as a hundred megabytes of tensors, by a stride of 0."""
-    torch.save({"conv1.weight": torch.rand(3).as_strided((3000, 10_000), (0, 0))}, tmp_path / "net.pth")
-    with pytest.raises(CheckpointError, match="120,000,000 bytes of tensors; the limit is 100,000,000"):
+    torch.save(
+        {"conv1.weight": torch.rand(3).as_strided((3000, 10_000), (0, 0))}, tmp_path / "net.pth"
+    )
+    with pytest.raises(
+        CheckpointError, match="120,000,000 bytes of tensors; the limit is 100,000,000"
+    ):
         checkpoint.read(tmp_path / "net.pth", limits=Limits(max_bytes=10**8))
 
 
@@ -202,18 +269,54 @@ def st_file(header, data=b"", declared=None):
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 SAFETENSORS = {
-    "an endless header": (st_file({"a": F32}, bytes(8), declared=2**63), "a header of 9,223,372,036,854,775,808"),
-    "a header beyond the limit": (st_file(b"{" + b" " * 2_000_000 + b"}"), "bytes of header; the limit is 1,048,576"),
-    "two tensors of one name": (st_file(b'{"a":%b,"a":%b}' % ((json.dumps(F32).encode(),) * 2), bytes(8)), "it has 'a' twice"),
-    "overlapping tensors": (st_file({"a": F32, "b": {**F32, "data_offsets": [4, 12]}}, bytes(12)), "not a safetensors file"),
-    "offsets beyond the file": (st_file({"a": {**F32, "data_offsets": [0, 2**40]}}, bytes(8)), "not a safetensors file"),
-    "a hole": (st_file({"a": {**F32, "data_offsets": [4, 12]}}, bytes(12)), "not a safetensors file"),
-    "a shape that overflows": (st_file({"a": {**F32, "shape": [2**62, 2**62]}}, bytes(8)), "not a safetensors file"),
-    "an empty tensor with an endless axis": (st_file({"a": {**F32, "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}), "no array's|not a safetensors file"),
-    "a name that is no text": (st_file(b'{"\xff":%b}' % json.dumps(F32).encode(), bytes(8)), "not a safetensors file"),
-    "a name of half a character": (st_file({"\udc80": F32}, bytes(8)), "not a safetensors file|a tensor called"),
-    "a name that moves the cursor": (st_file({"a\x1b[2J": F32}, bytes(8)), r"a tensor called a\\x1b\[2J"),
-    "a name that reads backwards": (st_file({"a\u202eb": F32}, bytes(8)), r"a tensor called a\\u202eb"),
+    "an endless header": (
+        st_file({"a": F32}, bytes(8), declared=2**63),
+        "a header of 9,223,372,036,854,775,808",
+    ),
+    "a header beyond the limit": (
+        st_file(b"{" + b" " * 2_000_000 + b"}"),
+        "bytes of header; the limit is 1,048,576",
+    ),
+    "two tensors of one name": (
+        st_file(b'{"a":%b,"a":%b}' % ((json.dumps(F32).encode(),) * 2), bytes(8)),
+        "it has 'a' twice",
+    ),
+    "overlapping tensors": (
+        st_file({"a": F32, "b": {**F32, "data_offsets": [4, 12]}}, bytes(12)),
+        "not a safetensors file",
+    ),
+    "offsets beyond the file": (
+        st_file({"a": {**F32, "data_offsets": [0, 2**40]}}, bytes(8)),
+        "not a safetensors file",
+    ),
+    "a hole": (
+        st_file({"a": {**F32, "data_offsets": [4, 12]}}, bytes(12)),
+        "not a safetensors file",
+    ),
+    "a shape that overflows": (
+        st_file({"a": {**F32, "shape": [2**62, 2**62]}}, bytes(8)),
+        "not a safetensors file",
+    ),
+    "an empty tensor with an endless axis": (
+        st_file({"a": {**F32, "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}),
+        "no array's|not a safetensors file",
+    ),
+    "a name that is no text": (
+        st_file(b'{"\xff":%b}' % json.dumps(F32).encode(), bytes(8)),
+        "not a safetensors file",
+    ),
+    "a name of half a character": (
+        st_file({"\udc80": F32}, bytes(8)),
+        "not a safetensors file|a tensor called",
+    ),
+    "a name that moves the cursor": (
+        st_file({"a\x1b[2J": F32}, bytes(8)),
+        r"a tensor called a\\x1b\[2J",
+    ),
+    "a name that reads backwards": (
+        st_file({"a\u202eb": F32}, bytes(8)),
+        r"a tensor called a\\u202eb",
+    ),
     "a name without end": (st_file({"a" * 600: F32}, bytes(8)), "more than 512 of any kind"),
     "a nest": (st_file(b"[" * 100_000), "not a safetensors file"),
 }
@@ -237,7 +340,9 @@ def test_links_are_followed_to_files_but_not_out_of_an_orbax_folder(tmp_path):
     """Caches of downloads consist of links; a link in an Orbax folder has no such reason."""
     safetensors_file.write(tmp_path / "blob", samples.state(), {})
     (tmp_path / "model.safetensors").symlink_to("blob")
-    assert_same_bits(dict(checkpoint.read(tmp_path).tensors), dict(checkpoint.read(tmp_path / "blob").tensors))
+    assert_same_bits(
+        dict(checkpoint.read(tmp_path).tensors), dict(checkpoint.read(tmp_path / "blob").tensors)
+    )
     orbax_folder.write(tmp_path / "net", samples.state(), {})
     checkpoint.read(tmp_path / "net")
     (tmp_path / "net" / "state" / "extra").symlink_to("/etc/hostname")
@@ -248,12 +353,24 @@ def test_links_are_followed_to_files_but_not_out_of_an_orbax_folder(tmp_path):
 def zarr_in(folder, shape, chunks, compressor=None):
     orbax_folder.write(folder, samples.state(), {})
     (folder / "state" / "extra").mkdir()
-    facts = {"shape": shape, "chunks": chunks, "dtype": "<f4", "compressor": compressor, "filters": None, "order": "C", "zarr_format": 2, "fill_value": 0}
+    facts = {
+        "shape": shape,
+        "chunks": chunks,
+        "dtype": "<f4",
+        "compressor": compressor,
+        "filters": None,
+        "order": "C",
+        "zarr_format": 2,
+        "fill_value": 0,
+    }
     (folder / "state" / "extra" / ".zarray").write_text(json.dumps(facts))
 
 
 ORBAX = {
-    "an array that is nothing but absent chunks": (([2**40], [1024]), "bytes of tensors; the limit"),
+    "an array that is nothing but absent chunks": (
+        ([2**40], [1024]),
+        "bytes of tensors; the limit",
+    ),
     "a chunk larger than its array": (([1], [2**40]), "bytes of tensors; the limit"),
     "a negative shape": (([-1], [1]), "has the shape"),
     "a codec that Orbax does not write": (([4], [4], {"id": "blosc"}), "with the codec blosc"),
@@ -269,14 +386,21 @@ def test_a_hostile_array_in_an_orbax_folder_is_refused(case, tmp_path):
 
 
 def test_what_a_zstd_frame_expands_to_is_known_without_expanding_it(tmp_path):
-    """A frame of repeated blocks (RFC 8878): eight thousand blocks of four bytes are a gigabyte of zeros."""
+    """A frame of repeated blocks (RFC 8878): eight thousand blocks of four bytes are a gigabyte of
+    zeros.
+    """
     orbax_folder.write(tmp_path / "net", samples.state(), {})
     header = b"\x28\xb5\x2f\xfd\x00\x58"
     block = (1 << 17 << 3 | 1 << 1).to_bytes(3, "little") + b"\0"
-    (tmp_path / "net" / "state" / "d" / "chunk").write_bytes(header + block * 100 + (1 << 3 | 1 << 1 | 1).to_bytes(3, "little") + b"\0")
+    (tmp_path / "net" / "state" / "d" / "chunk").write_bytes(
+        header + block * 100 + (1 << 3 | 1 << 1 | 1).to_bytes(3, "little") + b"\0"
+    )
     checkpoint.read(tmp_path / "net", limits=Limits(max_bytes=1 << 26))
     (tmp_path / "net" / "state" / "d" / "chunk").write_bytes(header + block * 8192)
-    with pytest.raises(CheckpointError, match=r"1,\d{3},\d{3},\d{3} bytes once its compressed data are expanded; the limit"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"1,\d{3},\d{3},\d{3} bytes once its compressed data are expanded; the limit",
+    ):
         checkpoint.read(tmp_path / "net", limits=Limits(max_bytes=1 << 26))
 
 
@@ -285,7 +409,9 @@ def test_a_compressed_data_file_expands_to_what_it_announces_only(tmp_path):
     (tmp_path / "labels.gz").write_bytes(bomb)
     with pytest.raises(InputError, match="has more than 18 bytes; its header announces 18"):
         read_idx(tmp_path / "labels.gz", 1)
-    (tmp_path / "labels.gz").write_bytes(gzip.compress(struct.pack(">2I", 0x801, 50_000_000) + bytes(50_000_000)))
+    (tmp_path / "labels.gz").write_bytes(
+        gzip.compress(struct.pack(">2I", 0x801, 50_000_000) + bytes(50_000_000))
+    )
     assert len(read_idx(tmp_path / "labels.gz", 1)) == 50_000_000
     with pytest.raises(InputError, match="its header announces 50,000,008"):
         read_idx(tmp_path / "labels.gz", 1, most=10**7)
@@ -313,19 +439,30 @@ except checkpoint.InputError as error:
 
 
 def peak_of(path, limit):
-    result = subprocess.run([sys.executable, "-c", MEASURE, str(path), str(limit)], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path), str(limit)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=REPOSITORY,
+    )
     outcome, memory = result.stdout.split()
     return outcome, int(memory)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc to measure memory")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="needs Linux's /proc to measure memory"
+)
 @pytest.mark.parametrize("case", ["deflated", "legacy", "stride", "orbax", "healthy"])
 def test_memory_stays_within_twice_the_limit_even_for_a_bomb(case, tmp_path, healthy):
     limit = 100_000_000
     path = tmp_path / "net.pth"
     if case == "deflated":
-        records = [(n, bytes(10**9) if n.endswith("/data/0") else c, zipfile.ZIP_DEFLATED) for n, c, _ in records_of(healthy)]
+        records = [
+            (n, bytes(10**9) if n.endswith("/data/0") else c, zipfile.ZIP_DEFLATED)
+            for n, c, _ in records_of(healthy)
+        ]
         path.write_bytes(zip_of(records))
         assert path.stat().st_size < 2_000_000
     elif case == "legacy":

@@ -1,4 +1,6 @@
-"""Names that act on whoever shows them: in the terminal and in the HTML report they appear as escapes, and nothing in them runs."""
+"""Names that act on whoever shows them: in the terminal and in the HTML report they appear as
+escapes, and nothing in them runs.
+"""
 
 import json
 import re
@@ -17,7 +19,9 @@ from flax_resblock.errors import some, visible
 from parity_tests.browser import BINARY, browser
 from parity_tests.test_damaged_files import healthy
 
-ACTS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+ACTS = re.compile(
+    r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 """What acts on a terminal or reorders text; a line break is looked for apart."""
 
 HOSTILE = {
@@ -31,7 +35,10 @@ HOSTILE = {
     "return": "evil\rgood",
     "surrogate": "evil\udc80",
     "rich markup": "evil[bold red]x[/] [/nothing] [link=https://example.org]y",
-    "html": "evil<script>document.title='taken over'</script><img src=x onerror=\"document.title='taken over'\">",
+    "html": (
+        "evil<script>document.title='taken over'</script><img src=x "
+        "onerror=\"document.title='taken over'\">"
+    ),
 }
 
 
@@ -53,7 +60,11 @@ def test_a_tensor_with_such_a_name_is_shown_escaped(name, tmp_path, monkeypatch,
     monkeypatch.setenv("COLUMNS", "400")
     state = {key: from_numpy(value) for key, value in healthy().items()}
     torch.save({**state, HOSTILE[name]: torch.rand(3)}, "net.pth")
-    for command in (["inspect", "net.pth"], ["convert", "net.pth", "out.safetensors"], ["inspect", "net.pth", "--ignore", "evil*"]):
+    for command in (
+        ["inspect", "net.pth"],
+        ["convert", "net.pth", "out.safetensors"],
+        ["inspect", "net.pth", "--ignore", "evil*"],
+    ):
         code = run(command)
         output = "".join(capsys.readouterr())
         assert "evil" in output
@@ -78,7 +89,14 @@ def test_other_entries_of_a_checkpoint_are_shown_escaped(name, tmp_path, monkeyp
 def test_a_file_called_like_markup_or_an_escape_is_shown_as_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "400")
-    for name in ("net[red].pth", "net\x1b[31m.pth", "[bold]net.pth", "[nothing", "сеть ё.pth", "net.v2.pth"):
+    for name in (
+        "net[red].pth",
+        "net\x1b[31m.pth",
+        "[bold]net.pth",
+        "[nothing",
+        "сеть ё.pth",
+        "net.v2.pth",
+    ):
         torch.save({key: from_numpy(value) for key, value in healthy().items()}, name)
         assert run(["inspect", name]) == 0
         assert visible(name) in capsys.readouterr().out
@@ -98,10 +116,17 @@ def test_names_in_safetensors_and_their_messages_are_escaped(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BINARY is None, reason="needs Chromium: apt-get install chromium, or its path in the environment variable CHROMIUM")
+@pytest.mark.skipif(
+    BINARY is None,
+    reason=(
+        "needs Chromium: apt-get install chromium, or its path in the environment variable CHROMIUM"
+    ),
+)
 @pytest.mark.xdist_group("browser")
 def test_no_script_in_a_name_runs_in_the_report(tmp_path, monkeypatch, capsys):
-    """The report of a real verification: hostile names of the file, of ignored tensors, and of entries beside the weights."""
+    """The report of a real verification: hostile names of the file, of ignored tensors, and of
+    entries beside the weights.
+    """
     pytest.importorskip("jinja2", reason="needs the extra 'report'")
     monkeypatch.chdir(tmp_path)
     state = {key: from_numpy(value) for key, value in healthy().items()}
@@ -114,7 +139,9 @@ def test_no_script_in_a_name_runs_in_the_report(tmp_path, monkeypatch, capsys):
     with browser(tmp_path / "profile") as tab:
         tab.open(tmp_path / "report.html")
         assert tab.complaints() == []
-        assert "taken" not in tab.run("document.title").replace("onerror=document.title='taken-over'", "")
+        assert "taken" not in tab.run("document.title").replace(
+            "onerror=document.title='taken-over'", ""
+        )
         assert tab.run("document.querySelectorAll('img').length") == 0
         assert "onerror" in tab.run("document.body.textContent")
         assert tab.requests() == [(tmp_path / "report.html").as_uri()]

@@ -1,4 +1,6 @@
-"""The reading of a state dict is found from names and shapes; what is wrong with one is named, down to the tensor."""
+"""The reading of a state dict is found from names and shapes; what is wrong with one is named, down
+to the tensor.
+"""
 
 from dataclasses import replace
 
@@ -6,46 +8,93 @@ import numpy as np
 import pytest
 
 from flax_resblock import BlockConfig, CheckpointError, InputError, ResNetConfig
-from flax_resblock.architecture import architecture
-from flax_resblock.convert import LAYOUTS, StateMap, TensorInfo, identify
+from flax_resblock.config import architecture
+from flax_resblock.convert import NAMINGS, StateMap, TensorInfo, identify
 
 NETWORKS = {
     "basic": ResNetConfig(depths=(1, 2), widths=(6, 10), stem="cifar", stem_width=4, num_classes=3),
-    "grouped basic": ResNetConfig(depths=(1, 1), widths=(8, 12), stem_width=4, groups=2, num_classes=4),
-    "grouped bottleneck": ResNetConfig(block="bottleneck", depths=(2, 1), widths=(4, 8), stem_width=6, num_classes=3, groups=2),
-    "option A": ResNetConfig(depths=(1, 1), widths=(6, 12), stem="cifar", stem_width=6, shortcut="zero_pad", num_classes=4),
-    "no shortcut": ResNetConfig(depths=(2,), widths=(6,), stem="cifar", stem_width=6, num_classes=4),
+    "grouped basic": ResNetConfig(
+        depths=(1, 1), widths=(8, 12), stem_width=4, groups=2, num_classes=4
+    ),
+    "grouped bottleneck": ResNetConfig(
+        block="bottleneck", depths=(2, 1), widths=(4, 8), stem_width=6, num_classes=3, groups=2
+    ),
+    "option A": ResNetConfig(
+        depths=(1, 1),
+        widths=(6, 12),
+        stem="cifar",
+        stem_width=6,
+        shortcut="zero_pad",
+        num_classes=4,
+    ),
+    "no shortcut": ResNetConfig(
+        depths=(2,), widths=(6,), stem="cifar", stem_width=6, num_classes=4
+    ),
     "resnext": architecture("resnext50_32x4d"),
-    "se": ResNetConfig(depths=(1, 1), widths=(16, 24), stem="deep", stem_hidden=(4, 6), stem_width=8, shortcut="pooled", attention="se", num_classes=3),
-    "eca": ResNetConfig(block="bottleneck", depths=(2, 1), widths=(4, 8), stem_width=8, attention="eca", num_classes=3),
-    "deep, without head": ResNetConfig(depths=(1, 1), widths=(8, 12), stem="deep", stem_hidden=(4, 6), stem_width=8, num_classes=None),
-    "strided at once": ResNetConfig(depths=(1, 1), widths=(8, 12), stem_width=8, first_stride=2, num_classes=3),
+    "se": ResNetConfig(
+        depths=(1, 1),
+        widths=(16, 24),
+        stem="deep",
+        stem_hidden=(4, 6),
+        stem_width=8,
+        shortcut="pooled",
+        attention="se",
+        num_classes=3,
+    ),
+    "eca": ResNetConfig(
+        block="bottleneck",
+        depths=(2, 1),
+        widths=(4, 8),
+        stem_width=8,
+        attention="eca",
+        num_classes=3,
+    ),
+    "deep, without head": ResNetConfig(
+        depths=(1, 1),
+        widths=(8, 12),
+        stem="deep",
+        stem_hidden=(4, 6),
+        stem_width=8,
+        num_classes=None,
+    ),
+    "strided at once": ResNetConfig(
+        depths=(1, 1), widths=(8, 12), stem_width=8, first_stride=2, num_classes=3
+    ),
     "block": BlockConfig(in_channels=4, out_channels=6, stride=2),
     "bottleneck block": BlockConfig(in_channels=6, out_channels=16, kind="bottleneck", stride=2),
 }
 
 
-def names(layout, config):
+def names(naming, config):
     """Whether a naming scheme has names for all of a network, and is not another one's again."""
     try:
-        return layout != "timm" and bool(StateMap(config, LAYOUTS[layout]))
+        return naming != "timm" and bool(StateMap(config, NAMINGS[naming]))
     except InputError:
         return False
 
 
 EVERY_NETWORK = ("torchvision", "sequential", "akamaster", "kuangliu", "flax")
 READINGS = [
-    (name, layout)
+    (name, naming)
     for name, config in NETWORKS.items()
-    for layout in LAYOUTS
-    if names(layout, config) and (layout in EVERY_NETWORK or name in ("basic", "grouped bottleneck", "se", "eca", "deep, without head"))
+    for naming in NAMINGS
+    if names(naming, config)
+    and (
+        naming in EVERY_NETWORK
+        or name in ("basic", "grouped bottleneck", "se", "eca", "deep, without head")
+    )
 ]
 
 
-def described(config, layout="torchvision"):
+def described(config, naming="torchvision"):
     """Shapes and dtypes of a state dict, without any value."""
-    entries = StateMap(config, LAYOUTS[layout]).entries
-    return {e.torch_key: TensorInfo(e.torch_shape, np.dtype(np.int64 if e.role == "counter" else np.float32)) for e in entries}
+    entries = StateMap(config, NAMINGS[naming]).entries
+    return {
+        e.torch_key: TensorInfo(
+            e.torch_shape, np.dtype(np.int64 if e.role == "counter" else np.float32)
+        )
+        for e in entries
+    }
 
 
 def complaint(found, config):
@@ -61,53 +110,76 @@ def weights(found):
     return keys if len(keys) < 100 else keys[::10]
 
 
-@pytest.mark.parametrize(("name", "layout"), READINGS)
-def test_whichever_tensor_is_missing_is_named_and_no_other(name, layout):
+@pytest.mark.parametrize(("name", "naming"), READINGS)
+def test_whichever_tensor_is_missing_is_named_and_no_other(name, naming):
     config = NETWORKS[name]
-    found = described(config, layout)
+    found = described(config, naming)
     for key in weights(found):
         rest = {other: info for other, info in found.items() if other != key}
         assert complaint(rest, config).split("\n")[1:] == [f"  missing     {key}"]
 
 
-@pytest.mark.parametrize(("name", "layout"), READINGS)
-def test_whichever_tensor_is_too_many_is_named_and_no_other(name, layout):
+@pytest.mark.parametrize(("name", "naming"), READINGS)
+def test_whichever_tensor_is_too_many_is_named_and_no_other(name, naming):
     config = NETWORKS[name]
     for extra in ("extra.weight", "conv9.weight", "layer1.0.bn9.bias"):
-        found = {**described(config, layout), extra: TensorInfo((3,), np.dtype(np.float32))}
+        found = {**described(config, naming), extra: TensorInfo((3,), np.dtype(np.float32))}
         assert complaint(found, config).split("\n")[1:] == [f"  unexpected  {extra}"]
 
 
-@pytest.mark.parametrize(("name", "layout"), READINGS)
+@pytest.mark.parametrize(("name", "naming"), READINGS)
 @pytest.mark.parametrize("damage", ["first axis longer", "no axes", "one axis more"])
-def test_whichever_tensor_has_a_wrong_shape_is_named(name, layout, damage):
+def test_whichever_tensor_has_a_wrong_shape_is_named(name, naming, damage):
     config = NETWORKS[name]
-    found = described(config, layout)
+    found = described(config, naming)
     for key in weights(found):
         shape = found[key].shape
-        wrong = {"first axis longer": (shape[0] + 1, *shape[1:]), "no axes": (), "one axis more": (*shape, 1)}[damage]
+        wrong = {
+            "first axis longer": (shape[0] + 1, *shape[1:]),
+            "no axes": (),
+            "one axis more": (*shape, 1),
+        }[damage]
         text = complaint({**found, key: replace(found[key], shape=wrong)}, config)
-        head = key.split(".")[0] in ("fc", "linear", "head", "classifier", "backbone")  # weight against bias: one of the two is named, with both numbers
+        head = key.split(".")[0] in (
+            "fc",
+            "linear",
+            "head",
+            "classifier",
+            "backbone",
+        )  # weight against bias: one of the two is named, with both numbers
         assert (key in text) or (head and "bias" in text and str(shape[0] + 1) in text), text
 
 
-@pytest.mark.parametrize(("name", "layout"), READINGS)
-def test_a_healthy_state_dict_is_found(name, layout):
+@pytest.mark.parametrize(("name", "naming"), READINGS)
+def test_a_healthy_state_dict_is_found(name, naming):
     config = NETWORKS[name]
-    assert identify(described(config, layout), stride=getattr(config, "stride", None)).state_map.config == config
+    assert (
+        identify(described(config, naming), stride=getattr(config, "stride", None)).state_map.config
+        == config
+    )
 
 
 @pytest.mark.parametrize("base_width", [7, 50, 63, 65, 100])
 def test_the_base_width_serves_every_stage(base_width):
     """Narrow stages alone do not tell it: 16 planes have 12 inner channels at 48, 49, 50 and 51."""
-    config = ResNetConfig(block="bottleneck", depths=(1, 1), widths=(16, 64), stem_width=8, groups=2, base_width=base_width, num_classes=3)
+    config = ResNetConfig(
+        block="bottleneck",
+        depths=(1, 1),
+        widths=(16, 64),
+        stem_width=8,
+        groups=2,
+        base_width=base_width,
+        num_classes=3,
+    )
     assert identify(described(config)).state_map.config == config
 
 
 @pytest.mark.parametrize("shortcut", ["projection", "zero_pad"])
 def test_a_stride_that_changes_the_function_is_asked_for(shortcut):
     found = described(BlockConfig(in_channels=4, out_channels=8, stride=2, shortcut=shortcut))
-    with pytest.raises(CheckpointError, match=r"4->8 .*Its stride cannot be read off the weights.*--stride 2"):
+    with pytest.raises(
+        CheckpointError, match=r"4->8 .*Its stride cannot be read off the weights.*--stride 2"
+    ):
         identify(found)
     assert [identify(found, stride=stride).state_map.config.stride for stride in (1, 2)] == [1, 2]
 
@@ -116,17 +188,25 @@ def test_a_stride_that_changes_the_function_is_asked_for(shortcut):
 @pytest.mark.parametrize("name", ["stride", "num_classes"])
 def test_impossible_numbers_are_refused(name, number):
     with pytest.raises(InputError, match=f"{name}={number!r} must be a positive integer"):
-        identify(described(NETWORKS["basic" if name == "num_classes" else "block"]), **{name: number})
+        identify(
+            described(NETWORKS["basic" if name == "num_classes" else "block"]), **{name: number}
+        )
 
 
 @pytest.mark.parametrize(
     ("said", "message"),
     [
         ({"num_classes": 9}, r"fc.weight \[3, 10\], expected \[9, 10\].*\n.*It does fit"),
-        ({"architecture": "resnet18"}, r"does not fit resnet18.*\n.*missing +layer1.1.conv1.weight.* more\n(.*\n)+It does fit"),
+        (
+            {"architecture": "resnet18"},
+            r"does not fit resnet18.*\n.*missing +layer1.1.conv1.weight.* more\n(.*\n)+It does fit",
+        ),
         ({"architecture": "resnet19"}, "architecture 'resnet19' is unknown; known: resnet18"),
-        ({"layout": "kuangliu"}, r"unexpected .*downsample.0.weight.*\n(.*\n)*It does fit .*--layout torchvision"),
-        ({"layout": "keras"}, "layout 'keras' is unknown; known: torchvision"),
+        (
+            {"naming": "kuangliu"},
+            r"unexpected .*downsample.0.weight.*\n(.*\n)*It does fit .*--naming torchvision",
+        ),
+        ({"naming": "keras"}, "naming scheme 'keras' is unknown; known: torchvision"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -1,4 +1,6 @@
-"""compile_inference: the model's own logits for any number of images, compiled for a few batch sizes."""
+"""compile_inference: the model's own logits for any number of images, compiled for a few batch
+sizes.
+"""
 
 from dataclasses import replace
 
@@ -10,22 +12,22 @@ from flax import nnx
 
 import flax_resblock
 from flax_resblock import ResNetConfig, compile_inference
+from flax_resblock.cpu import onednn
+from flax_resblock.cpu.onednn import Convolution
+from flax_resblock.cpu.rewrite import Fused
+from flax_resblock.cpu.switch import conv_lowering
 from flax_resblock.errors import InputError
-from flax_resblock.inference import WINOGRAD_BYTES, WINOGRAD_PAYS, _OnCpu, _Plain, _planned
-from flax_resblock.lowering import onednn
-from flax_resblock.lowering.onednn import Convolution
-from flax_resblock.lowering.rewrite import Fused
-from flax_resblock.lowering.switch import conv_lowering
+from flax_resblock.export.inference import WINOGRAD_BYTES, WINOGRAD_PAYS, _OnCpu, _Plain, _planned
 from flax_resblock.parity.oracle import relative_l2
 from flax_resblock.parity.pair import PRECISIONS
-from flax_resblock.parity.twins import Twins
+from flax_resblock.parity.reference import ReferencePair
 
 CONFIG = ResNetConfig(depths=(1, 1), widths=(64, 512), stem="cifar", stem_width=64, num_classes=7)
 
 
 @pytest.fixture(scope="module")
 def twins():
-    return Twins.random(CONFIG, seed=4)
+    return ReferencePair.random(CONFIG, seed=4)
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +51,15 @@ def compiled(twins, images):
 def test_any_number_of_images_gets_the_models_logits(count, compiled, images, truth, twins):
     logits = np.asarray(compiled(images[:count]))
     assert logits.shape == (count, 7)
-    plain = np.asarray(twins.flax(PRECISIONS["float32"])(jnp.asarray(images[:count]), use_running_average=True))
-    assert relative_l2(logits, truth[:count]) <= max(4 * relative_l2(plain, truth[:count]), 8 * 2**-23)
-    assert relative_l2(logits, truth[1 : count + 1]) > 1e-3 or count == 21  # the control: other images
+    plain = np.asarray(
+        twins.flax(PRECISIONS["float32"])(jnp.asarray(images[:count]), use_running_average=True)
+    )
+    assert relative_l2(logits, truth[:count]) <= max(
+        4 * relative_l2(plain, truth[:count]), 8 * 2**-23
+    )
+    assert (
+        relative_l2(logits, truth[1 : count + 1]) > 1e-3 or count == 21
+    )  # the control: other images
 
 
 def test_only_powers_of_two_and_the_example_are_compiled(compiled, images):
@@ -59,7 +67,10 @@ def test_only_powers_of_two_and_the_example_are_compiled(compiled, images):
     for count in (1, 3, 5, 6, 7, 8, 20):
         compiled(images[:count])
     assert set(compiled._compiled) <= set(compiled.batch_sizes)
-    assert compile_inference(flax_resblock.ResidualBlock(3, 4, rngs=nnx.Rngs(0)), jax.ShapeDtypeStruct((6, 5, 5, 3), jnp.float32)).batch_sizes == (1, 2, 4, 6)
+    assert compile_inference(
+        flax_resblock.ResidualBlock(3, 4, rngs=nnx.Rngs(0)),
+        jax.ShapeDtypeStruct((6, 5, 5, 3), jnp.float32),
+    ).batch_sizes == (1, 2, 4, 6)
 
 
 @pytest.fixture(params=["oneDNN", "no oneDNN"])
@@ -76,8 +87,12 @@ def jaxlib_of(request, monkeypatch):
 
 def test_either_jaxlib_gets_the_models_logits(jaxlib_of, twins, images, truth):
     made = compile_inference(twins.flax(PRECISIONS["float32"]), images[:8])
-    plain = np.asarray(twins.flax(PRECISIONS["float32"])(jnp.asarray(images[:8]), use_running_average=True))
-    assert relative_l2(np.asarray(made(images[:8])), truth[:8]) <= max(4 * relative_l2(plain, truth[:8]), 8 * 2**-23)
+    plain = np.asarray(
+        twins.flax(PRECISIONS["float32"])(jnp.asarray(images[:8]), use_running_average=True)
+    )
+    assert relative_l2(np.asarray(made(images[:8])), truth[:8]) <= max(
+        4 * relative_l2(plain, truth[:8]), 8 * 2**-23
+    )
     assert isinstance(made._network, _OnCpu)
     forms = {plan.form for plan in made._network._plans.values()}
     assert forms == ({"onednn", "winograd"} if jaxlib_of == "oneDNN" else {"xla", "winograd"})
@@ -89,16 +104,29 @@ def _square(channels):
 
 
 @pytest.mark.parametrize(("fewest", "channels"), WINOGRAD_PAYS[True], ids=str)
-def test_winograd_is_chosen_from_as_many_tiles_on_as_pay_and_while_its_matrices_fit(fewest, channels):
+def test_winograd_is_chosen_from_as_many_tiles_on_as_pay_and_while_its_matrices_fit(
+    fewest, channels
+):
     most = WINOGRAD_BYTES // (16 * channels * 4)
-    forms = [_planned(_square(channels), (tiles, 2, 2, channels), True).form for tiles in (fewest - 1, fewest, most, most + 1)]
+    forms = [
+        _planned(_square(channels), (tiles, 2, 2, channels), True).form
+        for tiles in (fewest - 1, fewest, most, most + 1)
+    ]
     assert forms == ["onednn", "winograd", "winograd", "onednn"]
-    assert _planned(_square(channels), (most + 1, 2, 2, channels), False).form == "winograd"  # XLA's own would be slower still
+    assert (
+        _planned(_square(channels), (most + 1, 2, 2, channels), False).form == "winograd"
+    )  # XLA's own would be slower still
 
 
 @pytest.mark.parametrize(
     "changed",
-    [{"strides": (2, 2)}, {"padding": (0, 0)}, {"dilation": (2, 2)}, {"groups": 2, "kernel": (3, 3, 256, 512)}, {"kernel": (1, 3, 512, 512)}],
+    [
+        {"strides": (2, 2)},
+        {"padding": (0, 0)},
+        {"dilation": (2, 2)},
+        {"groups": 2, "kernel": (3, 3, 256, 512)},
+        {"kernel": (1, 3, 512, 512)},
+    ],
     ids=str,
 )
 def test_only_what_winograd_can_compute_is_planned_for_it(changed):
@@ -107,20 +135,39 @@ def test_only_what_winograd_can_compute_is_planned_for_it(changed):
     assert _planned(replace(of, **changed), (4, 8, 8, 512), True).form == "onednn"
 
 
-@pytest.mark.parametrize("ends", [(), ("bias",), ("residual",), ("bias", "residual", "relu")], ids=str)
+@pytest.mark.parametrize(
+    "ends", [(), ("bias",), ("residual",), ("bias", "residual", "relu")], ids=str
+)
 @pytest.mark.parametrize(("batch", "form"), [(1, "onednn"), (4, "winograd"), (1, "xla")])
 def test_every_form_computes_what_follows_the_convolution(batch, form, ends):
     if form == "onednn" and not onednn.available():
         pytest.skip("this machine or this jaxlib has no known oneDNN")
-    of, rng = _square(512) if form != "xla" else Convolution((3, 3, 64, 64), (1, 1), (1, 1), (1, 1), 1), np.random.default_rng(5)
+    of, rng = (
+        _square(512) if form != "xla" else Convolution((3, 3, 64, 64), (1, 1), (1, 1), (1, 1), 1),
+        np.random.default_rng(5),
+    )
     shape = (batch, 5, 6, of.kernel[2])
     plan = _planned(of, shape, form != "xla")
     assert plan.form == form
-    x, kernel, residual = (rng.normal(0.0, 1.0, size).astype(np.float32) for size in (shape, of.kernel, shape))
-    given = {"bias": rng.normal(0.0, 1.0, (1, 1, 1, shape[3])).astype(np.float32), "residual": residual}
+    x, kernel, residual = (
+        rng.normal(0.0, 1.0, size).astype(np.float32) for size in (shape, of.kernel, shape)
+    )
+    given = {
+        "bias": rng.normal(0.0, 1.0, (1, 1, 1, shape[3])).astype(np.float32),
+        "residual": residual,
+    }
 
     def computed(x, kernel, given, ends):
-        return plan(Fused(of, x, None, **{name: value for name, value in given.items() if name in ends}, relu="relu" in ends), kernel)
+        return plan(
+            Fused(
+                of,
+                x,
+                None,
+                **{name: value for name, value in given.items() if name in ends},
+                relu="relu" in ends,
+            ),
+            kernel,
+        )
 
     def plain(x, kernel, given, ends):
         y = of.by_xla(x, kernel)
@@ -129,15 +176,34 @@ def test_every_form_computes_what_follows_the_convolution(batch, form, ends):
 
     with jax.enable_x64(True):
         wide = [jnp.asarray(value, jnp.float64) for value in (x, kernel)]
-        truth = np.asarray(plain(wide[0], wide[1], {name: np.asarray(value, np.float64) for name, value in given.items()}, ends))
+        truth = np.asarray(
+            plain(
+                wide[0],
+                wide[1],
+                {name: np.asarray(value, np.float64) for name, value in given.items()},
+                ends,
+            )
+        )
     prepared, others = plan.prepared(jnp.asarray(kernel)), () if ends else ("relu",)
     with onednn.not_kept():
-        found, other = (np.asarray(jax.jit(computed, static_argnums=3)(x, prepared, given, some)) for some in (ends, others))
-    assert relative_l2(found, truth) <= max(4 * relative_l2(np.asarray(plain(x, kernel, given, ends)), truth), 8 * 2**-23)
+        found, other = (
+            np.asarray(jax.jit(computed, static_argnums=3)(x, prepared, given, some))
+            for some in (ends, others)
+        )
+    assert relative_l2(found, truth) <= max(
+        4 * relative_l2(np.asarray(plain(x, kernel, given, ends)), truth), 8 * 2**-23
+    )
     assert relative_l2(other, truth) > 1e-3  # the control: something else follows
 
 
-@pytest.mark.parametrize("family", [pytest.param("resnext50_32x4d", marks=pytest.mark.slow), pytest.param("seresnet18", marks=pytest.mark.slow), "resnet18d"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param("resnext50_32x4d", marks=pytest.mark.slow),
+        pytest.param("seresnet18", marks=pytest.mark.slow),
+        "resnet18d",
+    ],
+)
 def test_networks_with_groups_attention_and_pooled_shortcuts(family):
     model = flax_resblock.create(family, num_classes=5, rngs=nnx.Rngs(2))
     images = np.random.default_rng(3).normal(0.2, 1.0, (2, 65, 48, 3)).astype(np.float32)
@@ -157,10 +223,15 @@ def test_the_model_stays_as_it_was(twins, images):
     model = twins.flax(PRECISIONS["float32"])
     before = [np.array(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
     compile_inference(model, images[:1])
-    assert all(np.array_equal(old, new) for old, new in zip(before, jax.tree.leaves(nnx.state(model)), strict=True))
+    assert all(
+        np.array_equal(old, new)
+        for old, new in zip(before, jax.tree.leaves(nnx.state(model)), strict=True)
+    )
 
 
-@pytest.mark.parametrize("shape", [(2, 9, 11, 3), (2, 9, 10, 1), (9, 10, 3), (0, 9, 10, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 9, 11, 3), (2, 9, 10, 1), (9, 10, 3), (0, 9, 10, 3)], ids=str
+)
 def test_other_images_are_refused(shape, compiled):
     with pytest.raises(InputError, match=r"compiled for images \(N, 9, 10, 3\)"):
         compiled(np.ones(shape, np.float32))
@@ -169,4 +240,6 @@ def test_other_images_are_refused(shape, compiled):
 @pytest.mark.parametrize("shape", [(2, 9, 10, 4), (9, 10, 3), (0, 9, 10, 3)], ids=str)
 def test_an_example_that_is_no_batch_is_refused(shape, twins):
     with pytest.raises(InputError, match="at least one"):
-        compile_inference(twins.flax(PRECISIONS["float32"]), jax.ShapeDtypeStruct(shape, jnp.float32))
+        compile_inference(
+            twins.flax(PRECISIONS["float32"]), jax.ShapeDtypeStruct(shape, jnp.float32)
+        )

@@ -8,13 +8,22 @@ from flax import nnx
 from scipy import stats
 
 import torch_ref
-from flax_resblock import BlockConfig, BottleneckBlock, ResidualBlock, ResNetConfig, architectures, create
-from flax_resblock.architecture import architecture, from_json, to_json, walk
-from flax_resblock.linear import Linear
-from flax_resblock.resnet import ResNet
+from flax_resblock import (
+    BlockConfig,
+    BottleneckBlock,
+    ResidualBlock,
+    ResNetConfig,
+    architectures,
+    create,
+)
+from flax_resblock.config import architecture, from_json, to_json, walk
+from flax_resblock.nn.linear import Linear
+from flax_resblock.nn.resnet import ResNet
 
 SIGNIFICANT = 1e-4
-"""p-value below which two samples are said to come from different distributions; the seeds are fixed, so nothing here is left to chance."""
+"""p-value below which two samples are said to come from different distributions; the seeds are
+fixed, so nothing here is left to chance.
+"""
 
 
 def same_distribution(ours, theirs) -> bool:
@@ -24,15 +33,27 @@ def same_distribution(ours, theirs) -> bool:
 def test_a_bare_block_starts_as_nn_conv2d_does():
     torch.manual_seed(0)
     theirs, ours = torch_ref.Block(48, 64, 2), ResidualBlock(48, 64, 2, rngs=nnx.Rngs(0))
-    pairs = ((theirs.block[0], ours.conv1), (theirs.block[3], ours.conv2), (theirs.skip[0], ours.shortcut.conv))
+    pairs = (
+        (theirs.block[0], ours.conv1),
+        (theirs.block[3], ours.conv2),
+        (theirs.skip[0], ours.shortcut.conv),
+    )
     for torch_conv, conv in pairs:
         assert same_distribution(conv.kernel[...], torch_conv.weight.detach())
-        assert not same_distribution(nnx.Conv(48, 64, (3, 3), rngs=nnx.Rngs(0)).kernel[...], torch_conv.weight.detach())
+        assert not same_distribution(
+            nnx.Conv(48, 64, (3, 3), rngs=nnx.Rngs(0)).kernel[...], torch_conv.weight.detach()
+        )
 
 
 @pytest.mark.parametrize("name", ["basic", "bottleneck"])
 def test_a_network_starts_as_torchvisions_do(name):
-    settings = {"block": name, "depths": (1, 1), "widths": (32, 64), "groups": 1 if name == "basic" else 4, "num_classes": 40}
+    settings = {
+        "block": name,
+        "depths": (1, 1),
+        "widths": (32, 64),
+        "groups": 1 if name == "basic" else 4,
+        "num_classes": 40,
+    }
     torch.manual_seed(1)
     theirs, ours = torch_ref.ResNet(**settings), ResNet(ResNetConfig(**settings), rngs=nnx.Rngs(1))
     pairs = {
@@ -44,7 +65,9 @@ def test_a_network_starts_as_torchvisions_do(name):
     }
     for place, (tensor, variable) in pairs.items():
         assert same_distribution(variable[...], tensor.detach()), place
-    assert not same_distribution(ours.stage2[0].conv2.kernel[...] * 1.2, theirs.layer2[0].conv2.weight.detach())
+    assert not same_distribution(
+        ours.stage2[0].conv2.kernel[...] * 1.2, theirs.layer2[0].conv2.weight.detach()
+    )
 
 
 def test_linear_bias_is_drawn_from_the_fan_in():
@@ -67,13 +90,24 @@ def test_zero_init_residual_zeroes_the_last_norm_only_where_asked(block, zero):
 
 
 def test_options_reach_every_layer():
-    model = create("resnet20", rngs=nnx.Rngs(0), dtype=jax.numpy.bfloat16, eps=1e-3, momentum=0.2, precision="highest")
+    model = create(
+        "resnet20",
+        rngs=nnx.Rngs(0),
+        dtype=jax.numpy.bfloat16,
+        eps=1e-3,
+        momentum=0.2,
+        precision="highest",
+    )
     logits = model(np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32))
     assert logits.dtype == jax.numpy.bfloat16
     norms = [m for _, m in nnx.iter_modules(model) if type(m).__name__ == "BatchNorm"]
     assert {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.2)}
-    assert {v.dtype for _, v in nnx.to_flat_state(nnx.state(model, nnx.Param))} == {np.dtype("float32")}
-    assert {m.precision for _, m in nnx.iter_modules(model) if type(m).__name__ in ("Conv", "Linear")} == {"highest"}
+    assert {v.dtype for _, v in nnx.to_flat_state(nnx.state(model, nnx.Param))} == {
+        np.dtype("float32")
+    }
+    assert {
+        m.precision for _, m in nnx.iter_modules(model) if type(m).__name__ in ("Conv", "Linear")
+    } == {"highest"}
 
 
 def test_create_names_unknown_options_and_architectures():
@@ -104,7 +138,16 @@ def test_a_configuration_that_makes_no_network_is_refused(fields, message):
         architecture("resnet18", **fields)
 
 
-@pytest.mark.parametrize("fields", [{"out_channels": 6, "kind": "bottleneck"}, {"stride": 0}, {"groups": -1}, {"shortcut": "magic"}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"out_channels": 6, "kind": "bottleneck"},
+        {"stride": 0},
+        {"groups": -1},
+        {"shortcut": "magic"},
+    ],
+    ids=str,
+)
 def test_a_configuration_that_makes_no_block_is_refused(fields):
     with pytest.raises(ValueError, match=r"must be|unknown|multiple of 4"):
         BlockConfig(**{"in_channels": 4, "out_channels": 8, **fields})
@@ -118,7 +161,17 @@ def test_a_configuration_survives_json_and_names_every_slot_once(name):
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("text", ["", "3", "[]", '{"type": "os.system"}', '{"type": "ResNetConfig", "colour": 1}', '{"type": "ResNetConfig", "depths": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "3",
+        "[]",
+        '{"type": "os.system"}',
+        '{"type": "ResNetConfig", "colour": 1}',
+        '{"type": "ResNetConfig", "depths": 3}',
+    ],
+)
 def test_a_configuration_from_a_stranger_is_checked(text):
     with pytest.raises((ValueError, TypeError)):
         from_json(text)

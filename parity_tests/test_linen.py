@@ -6,12 +6,28 @@ import pytest
 from flax import nnx
 
 import flax_resblock
-from flax_resblock import BlockConfig, ResNetConfig, linen
+from flax_resblock import BlockConfig, ResNetConfig
+from flax_resblock.nn import linen
 
 CONFIGS = {
     "basic": ResNetConfig(depths=(1, 2), widths=(8, 12), stem="cifar", stem_width=8, num_classes=5),
-    "bottleneck": ResNetConfig(block="bottleneck", depths=(1, 1), widths=(4, 8), stem="imagenet", stem_width=6, num_classes=7, groups=2),
-    "option A, no head": ResNetConfig(depths=(1, 1), widths=(6, 12), stem="cifar", stem_width=6, shortcut="zero_pad", num_classes=None),
+    "bottleneck": ResNetConfig(
+        block="bottleneck",
+        depths=(1, 1),
+        widths=(4, 8),
+        stem="imagenet",
+        stem_width=6,
+        num_classes=7,
+        groups=2,
+    ),
+    "option A, no head": ResNetConfig(
+        depths=(1, 1),
+        widths=(6, 12),
+        stem="cifar",
+        stem_width=6,
+        shortcut="zero_pad",
+        num_classes=None,
+    ),
     "bare block": BlockConfig(in_channels=3, out_channels=8, stride=2),
 }
 
@@ -22,11 +38,13 @@ def config(request):
 
 
 def images(channels=3):
-    return np.random.default_rng(3).standard_normal((3, 19, 16, channels)).astype(np.float32) * 2 + 0.7
+    return (
+        np.random.default_rng(3).standard_normal((3, 19, 16, channels)).astype(np.float32) * 2 + 0.7
+    )
 
 
 def built(config):
-    from flax_resblock.resnet import build
+    from flax_resblock.nn.resnet import build
 
     return build(config, rngs=nnx.Rngs(11))
 
@@ -34,7 +52,9 @@ def built(config):
 def test_variables_of_a_fresh_linen_network_are_those_of_the_nnx_one(config):
     ours = linen.ResNet(config).init(jax.random.key(1), images())
     theirs = linen.variables(built(config))
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), ours) == jax.tree.map(lambda a: (a.shape, a.dtype), theirs)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), ours) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), theirs
+    )
     keys = {key.key for path, _ in jax.tree_util.tree_flatten_with_path(ours)[0] for key in path}
     assert all(isinstance(key, str) for key in keys)
 
@@ -48,7 +68,9 @@ def test_evaluation_and_training_equal_nnx_bit_for_bit(config):
     np.testing.assert_array_equal(evaluated, model(x))
     model.train()
     np.testing.assert_array_equal(trained, model(x))
-    jax.tree.map(np.testing.assert_array_equal, updates["batch_stats"], linen.variables(model)["batch_stats"])
+    jax.tree.map(
+        np.testing.assert_array_equal, updates["batch_stats"], linen.variables(model)["batch_stats"]
+    )
     assert not np.allclose(trained, evaluated, rtol=1e-2)
 
 
@@ -66,7 +88,9 @@ def test_works_under_jit_and_grad():
 
     @jax.jit
     def loss(params):
-        logits, updates = model.apply({**variables, "params": params}, images(), train=True, mutable=["batch_stats"])
+        logits, updates = model.apply(
+            {**variables, "params": params}, images(), train=True, mutable=["batch_stats"]
+        )
         return (logits**2).sum(), updates
 
     gradients, updates = jax.grad(loss, has_aux=True)(variables["params"])
@@ -86,4 +110,6 @@ def test_a_checkpoint_reaches_linen(tmp_path):
     config = CONFIGS["basic"]
     flax_resblock.save(built(config), tmp_path / "net.safetensors")
     model = flax_resblock.load(tmp_path / "net.safetensors")
-    np.testing.assert_array_equal(linen.ResNet(config).apply(linen.variables(model), images()), model(images()))
+    np.testing.assert_array_equal(
+        linen.ResNet(config).apply(linen.variables(model), images()), model(images())
+    )

@@ -1,4 +1,6 @@
-"""On a CPU convolutions, norms and max pooling take forms of their own: the same values, derivatives of any order, and nothing of it on other platforms."""
+"""On a CPU convolutions, norms and max pooling take forms of their own: the same values,
+derivatives of any order, and nothing of it on other platforms.
+"""
 
 import itertools
 import json
@@ -15,25 +17,26 @@ from flax import nnx
 
 import flax_resblock
 from flax_resblock import BlockConfig, ResidualBlock, ResNetConfig
-from flax_resblock import conv as conv_module
-from flax_resblock.architecture import architecture
 from flax_resblock.cli import run
-from flax_resblock.conv import convolve, forms_of
-from flax_resblock.lowering import winograd
-from flax_resblock.lowering.materialised import kept, materialised
-from flax_resblock.lowering.max_pool import max_pool
-from flax_resblock.lowering.primitives import Forms
-from flax_resblock.lowering.switch import conv_lowering, for_cpu
-from flax_resblock.norm import batch_moments, normalised_by_batch
+from flax_resblock.config import architecture
+from flax_resblock.cpu import winograd
+from flax_resblock.cpu.materialised import kept, materialised
+from flax_resblock.cpu.max_pool import max_pool
+from flax_resblock.cpu.primitives import Forms
+from flax_resblock.cpu.switch import conv_lowering, for_cpu
+from flax_resblock.nn import conv as conv_module
+from flax_resblock.nn.conv import convolve, forms_of
+from flax_resblock.nn.norm import batch_moments, normalised_by_batch
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.inputs import adversarial_images
 from flax_resblock.parity.oracle import judge, relative_l2
 from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.precision import strict
+from flax_resblock.parity.reference import ReferencePair
 from flax_resblock.parity.taps import to_torch
-from flax_resblock.parity.twins import Twins
 
-# N, H, W, C, O, kernel, stride: every row of the table, odd and even sizes, one pixel, wide and narrow
+# N, H, W, C, O, kernel, stride: every row of the table, odd and even sizes, one pixel, wide and
+# narrow
 SHAPES = [
     (2, 7, 6, 5, 9, 1, 1),
     (2, 7, 6, 300, 70, 1, 1),
@@ -52,7 +55,15 @@ LIMIT = 1e-12
 
 def function(shape, lowering):
     size, stride = shape[5:]
-    return partial(convolve, stride=stride, padding=size // 2, dilation=1, groups=1, precision=None, lowering=lowering)
+    return partial(
+        convolve,
+        stride=stride,
+        padding=size // 2,
+        dilation=1,
+        groups=1,
+        precision=None,
+        lowering=lowering,
+    )
 
 
 def arrays(shape, dtype=np.float64, seed=0):
@@ -65,30 +76,54 @@ def arrays(shape, dtype=np.float64, seed=0):
 
 
 def derivatives(f, x, kernel, dy):
-    """Output, both gradients, the derivative along a direction, and both gradients of a sum of gradients."""
+    """Output, both gradients, the derivative along a direction, and both gradients of a sum of
+    gradients.
+    """
     y, back = jax.vjp(f, x, kernel)
     along = jax.jvp(f, (x, kernel), (x[::-1], kernel[::-1]))[1]
 
     def of_gradients(x, kernel):
-        return sum(jnp.sum(jnp.square(each)) for each in jax.grad(lambda x, kernel: jnp.sum(f(x, kernel) ** 2 * dy), argnums=(0, 1))(x, kernel))
+        return sum(
+            jnp.sum(jnp.square(each))
+            for each in jax.grad(lambda x, kernel: jnp.sum(f(x, kernel) ** 2 * dy), argnums=(0, 1))(
+                x, kernel
+            )
+        )
 
-    return {"output": y, "along": along, **dict(zip("xk", back(dy), strict=True)), "second": jax.grad(of_gradients, argnums=(0, 1))(x, kernel)}
+    return {
+        "output": y,
+        "along": along,
+        **dict(zip("xk", back(dy), strict=True)),
+        "second": jax.grad(of_gradients, argnums=(0, 1))(x, kernel),
+    }
 
 
 def some_fast(shapes, fast):
     """All shapes, those that are not listed marked as slow."""
-    return [shape if shape in fast else pytest.param(shape, marks=pytest.mark.slow) for shape in shapes]
+    return [
+        shape if shape in fast else pytest.param(shape, marks=pytest.mark.slow) for shape in shapes
+    ]
 
 
-@pytest.mark.parametrize("shape", some_fast([*SHAPES, *ORDINARY], [SHAPES[2], SHAPES[4], SHAPES[7]]), ids=str)
+@pytest.mark.parametrize(
+    "shape", some_fast([*SHAPES, *ORDINARY], [SHAPES[2], SHAPES[4], SHAPES[7]]), ids=str
+)
 def test_values_and_derivatives_are_those_of_xla(shape):
     with jax.enable_x64(True):
         x, kernel, dy = map(jnp.asarray, arrays(shape))
-        ours, theirs = (jax.jit(partial(derivatives, function(shape, lowering)))(x, kernel, dy) for lowering in ("auto", "xla"))
+        ours, theirs = (
+            jax.jit(partial(derivatives, function(shape, lowering)))(x, kernel, dy)
+            for lowering in ("auto", "xla")
+        )
         for name, truth in theirs.items():
-            for mine, theirs_ in zip(jax.tree.leaves(ours[name]), jax.tree.leaves(truth), strict=True):
+            for mine, theirs_ in zip(
+                jax.tree.leaves(ours[name]), jax.tree.leaves(truth), strict=True
+            ):
                 assert relative_l2(mine, theirs_) <= LIMIT, name
-        assert relative_l2(function(shape, "auto")(x, 1.00001 * kernel), theirs["output"]) >= 1e6 * LIMIT
+        assert (
+            relative_l2(function(shape, "auto")(x, 1.00001 * kernel), theirs["output"])
+            >= 1e6 * LIMIT
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -100,9 +135,15 @@ def test_every_row_of_the_table_is_used(shape):
     assert forms != Forms()
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (8, 32, 32, 64, 64, 3, 1), (8, 16, 16, 128, 128, 3, 1), (4, 8, 8, 256, 512, 3, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [*SHAPES, (8, 32, 32, 64, 64, 3, 1), (8, 16, 16, 128, 128, 3, 1), (4, 8, 8, 256, 512, 3, 2)],
+    ids=str,
+)
 def test_float32_is_as_accurate_as_pytorch(shape):
-    """Against float64: no more than four times PyTorch's own error, or eight units in the last place."""
+    """Against float64: no more than four times PyTorch's own error, or eight units in the last
+    place.
+    """
     size, stride = shape[5:]
     single = arrays(shape, np.float32)
     y, back = jax.vjp(jax.jit(function(shape, "auto")), *map(jnp.asarray, single[:2]))
@@ -111,28 +152,49 @@ def test_float32_is_as_accurate_as_pytorch(shape):
     torches = []
     for dtype in (torch.float64, torch.float32):
         x, kernel, dy = (torch.from_numpy(array).to(dtype) for array in single)
-        x, kernel = x.permute(0, 3, 1, 2).requires_grad_(), kernel.permute(3, 2, 0, 1).requires_grad_()
+        x, kernel = (
+            x.permute(0, 3, 1, 2).requires_grad_(),
+            kernel.permute(3, 2, 0, 1).requires_grad_(),
+        )
         out = torch.nn.functional.conv2d(x, kernel, stride=stride, padding=size // 2)
         gradients = torch.autograd.grad(out, (x, kernel), dy.permute(0, 3, 1, 2))
-        torches.append([out.detach().permute(0, 2, 3, 1).numpy(), gradients[0].permute(0, 2, 3, 1).numpy(), gradients[1].permute(2, 3, 1, 0).numpy()])
+        torches.append(
+            [
+                out.detach().permute(0, 2, 3, 1).numpy(),
+                gradients[0].permute(0, 2, 3, 1).numpy(),
+                gradients[1].permute(2, 3, 1, 0).numpy(),
+            ]
+        )
     for name, mine, truth, theirs in zip(("output", "x", "kernel"), ours, *torches, strict=True):
-        judgement = judge(relative_l2(np.asarray(mine), truth), relative_l2(theirs, truth), float(np.finfo(np.float32).eps))
+        judgement = judge(
+            relative_l2(np.asarray(mine), truth),
+            relative_l2(theirs, truth),
+            float(np.finfo(np.float32).eps),
+        )
         errors.append((name, judgement))
     assert all(judgement.passed for _, judgement in errors), errors
 
 
 def test_a_coarser_transform_would_be_seen(monkeypatch):
-    """The control of the test above: with 1/2 a little off, as in a transform of half precision, the output fails."""
+    """The control of the test above: with 1/2 a little off, as in a transform of half precision,
+    the output fails.
+    """
     shape = (8, 16, 16, 128, 128, 3, 1)
     exact = winograd._g
-    monkeypatch.setattr(winograd, "_g", lambda w: [value.astype(jnp.float16).astype(jnp.float32) for value in exact(w)])
+    monkeypatch.setattr(
+        winograd,
+        "_g",
+        lambda w: [value.astype(jnp.float16).astype(jnp.float32) for value in exact(w)],
+    )
     with pytest.raises(AssertionError):
         test_float32_is_as_accurate_as_pytorch(shape)
 
 
 @pytest.fixture
 def two_images_at_once(monkeypatch):
-    """A kernel's gradient adds the products of two images of 5x6 pixels at a time, those of one that is left over apart."""
+    """A kernel's gradient adds the products of two images of 5x6 pixels at a time, those of one
+    that is left over apart.
+    """
     monkeypatch.setattr(winograd, "WHOLE_BYTES", 0)
     monkeypatch.setattr(winograd, "PART_BYTES", 2 * 16 * 9 * (64 + 66) * 8)
 
@@ -150,7 +212,9 @@ def test_a_kernels_gradient_in_parts_is_the_whole_one(batch, two_images_at_once)
         assert ours.lower(x, kernel, dy).as_text().count("stablehlo.while") == 1
         truth = kernel_gradient_of(function(shape, "xla"), x, kernel, dy)
         assert relative_l2(ours(x, kernel, dy), truth) <= LIMIT
-        assert relative_l2(ours(x, kernel, dy.at[-1].set(0)), truth) >= 1e6 * LIMIT  # the control: without the last image
+        assert (
+            relative_l2(ours(x, kernel, dy.at[-1].set(0)), truth) >= 1e6 * LIMIT
+        )  # the control: without the last image
 
 
 def test_a_kernels_gradient_of_few_images_is_one_part():
@@ -170,14 +234,24 @@ def test_parts_of_a_batch_spread_over_devices_have_the_same_gradients(mapped, tw
 
 
 def unique_blocks():
-    """Every block that a named architecture has, once; those of small networks fall under the table's limits and are tested elsewhere."""
+    """Every block that a named architecture has, once; those of small networks fall under the
+    table's limits and are tested elsewhere.
+    """
     names = flax_resblock.architectures()
-    found = {block: None for name in names for _, _, block in architecture(name).blocks() if max(block.in_channels, block.out_channels) >= 64}
+    found = {
+        block: None
+        for name in names
+        for _, _, block in architecture(name).blocks()
+        if max(block.in_channels, block.out_channels) >= 64
+    }
     return list(found)
 
 
 def brief(block):
-    return f"{block.kind[:5]} {block.in_channels}-{block.out_channels}/{block.stride} {block.attention} {block.shortcut} g{block.groups} {block.antialias}"
+    return (
+        f"{block.kind[:5]} {block.in_channels}-{block.out_channels}/{block.stride} "
+        f"{block.attention} {block.shortcut} g{block.groups} {block.antialias}"
+    )
 
 
 class SmallestReluInput(torch.overrides.TorchFunctionMode):
@@ -192,7 +266,9 @@ class SmallestReluInput(torch.overrides.TorchFunctionMode):
 
 
 def distance_from_a_kink(twins, images):
-    """In training mode and float64. Nearer than float32 rounds, the sign and with it the gradient are chance: PyTorch's own differs from machine to machine."""
+    """In training mode and float64. Nearer than float32 rounds, the sign and with it the gradient
+    are chance: PyTorch's own differs from machine to machine.
+    """
     precision = PRECISIONS["float64"]
     with torch.no_grad(), SmallestReluInput() as smallest:
         twins.torch(precision).train()(to_torch(images, precision))
@@ -200,8 +276,11 @@ def distance_from_a_kink(twins, images):
 
 
 def assert_block_equals_pytorch(block, size):
-    twins = Twins.random(block)
-    candidates = (adversarial_images(block, batch=2, height=size[0], width=size[1], seed=seed) for seed in range(1, 50))
+    twins = ReferencePair.random(block)
+    candidates = (
+        adversarial_images(block, batch=2, height=size[0], width=size[1], seed=seed)
+        for seed in range(1, 50)
+    )
     images = next(images for images in candidates if distance_from_a_kink(twins, images) > 3e-6)
     comparison = compare_pair(twins, images, Plan(gradients=True))
     assert comparison.passed, max(comparison.measurements, key=lambda m: m.judgement.excess)
@@ -209,9 +288,14 @@ def assert_block_equals_pytorch(block, size):
 
 def test_the_distance_from_a_kink_is_seen():
     block = BlockConfig(in_channels=4, out_channels=4)
-    twins, images = Twins.random(block), adversarial_images(block, batch=2, seed=1)
-    first = next(key for key in twins.state if key.endswith("running_mean")).removesuffix("running_mean")
-    zeroed = {f"{first}{name}": np.array([1, 0, 1, 1], np.float32) * twins.state[f"{first}{name}"] for name in ("weight", "bias")}
+    twins, images = ReferencePair.random(block), adversarial_images(block, batch=2, seed=1)
+    first = next(key for key in twins.state if key.endswith("running_mean")).removesuffix(
+        "running_mean"
+    )
+    zeroed = {
+        f"{first}{name}": np.array([1, 0, 1, 1], np.float32) * twins.state[f"{first}{name}"]
+        for name in ("weight", "bias")
+    }
     assert 1e-7 < distance_from_a_kink(twins, images) < 0.1
     assert distance_from_a_kink(replace(twins, state={**twins.state, **zeroed}), images) == 0
 
@@ -223,10 +307,16 @@ def test_a_block_equals_pytorch():
 
 @pytest.fixture
 def small_checkpoint(tmp_path, monkeypatch):
-    """Random weights and statistics; its convolutions are Winograd's, products and sums over taps."""
+    """Random weights and statistics; its convolutions are Winograd's, products and sums over
+    taps.
+    """
     monkeypatch.chdir(tmp_path)
-    config = ResNetConfig(depths=(1, 1), widths=(64, 72), stem="cifar", stem_width=64, num_classes=5)
-    flax_resblock.save(Twins.random(config, seed=6).flax(PRECISIONS["float32"]), "small.pth")
+    config = ResNetConfig(
+        depths=(1, 1), widths=(64, 72), stem="cifar", stem_width=64, num_classes=5
+    )
+    flax_resblock.save(
+        ReferencePair.random(config, seed=6).flax(PRECISIONS["float32"]), "small.pth"
+    )
     return "small.pth"
 
 
@@ -237,7 +327,9 @@ def test_the_verifier_compares_either_lowering(small_checkpoint, monkeypatch):
     assert facts["provenance"]["conv_lowering"] == "auto"
     exact = winograd._g
     monkeypatch.setattr(winograd, "_g", lambda w: [value * (1 + 1e-9) for value in exact(w)])
-    assert run([*command, "--conv-lowering", "auto"]) == 1  # the control: another transform is seen, but only there
+    assert (
+        run([*command, "--conv-lowering", "auto"]) == 1
+    )  # the control: another transform is seen, but only there
     assert run([*command, "--json", "plain.json"]) == 0
     assert json.loads(Path("plain.json").read_text())["provenance"]["conv_lowering"] == "xla"
 
@@ -245,11 +337,16 @@ def test_the_verifier_compares_either_lowering(small_checkpoint, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("block", unique_blocks(), ids=brief)
 def test_blocks_of_every_architecture_equal_pytorch(block):
-    """Outputs, statistics and gradients, float64 to 1e-12 and float32 by the oracle, at an odd and an even size."""
+    """Outputs, statistics and gradients, float64 to 1e-12 and float32 by the oracle, at an odd and
+    an even size.
+    """
     assert_block_equals_pytorch(block, (5, 6))
 
 
-@pytest.mark.parametrize(("height", "width", "window", "stride", "padding"), [(7, 8, 3, 2, 1), (9, 9, 3, 1, 1), (5, 6, 2, 2, 0), (1, 1, 3, 2, 1)])
+@pytest.mark.parametrize(
+    ("height", "width", "window", "stride", "padding"),
+    [(7, 8, 3, 2, 1), (9, 9, 3, 1, 1), (5, 6, 2, 2, 0), (1, 1, 3, 2, 1)],
+)
 def test_max_pooling_is_pytorchs_where_pixels_are_equal_too(height, width, window, stride, padding):
     rng = np.random.default_rng(0)
     pixels = rng.integers(-2, 3, (2, height, width, 5)).astype(np.float32)
@@ -272,10 +369,16 @@ def normalised(x, scale, bias):
 def test_the_norms_gradient_is_the_derived_one():
     rng = np.random.default_rng(3)
     with jax.enable_x64(True):
-        x, scale, bias = (jnp.asarray(rng.normal(1.5, 2, shape)) for shape in ((3, 5, 4, 7), (7,), (7,)))
+        x, scale, bias = (
+            jnp.asarray(rng.normal(1.5, 2, shape)) for shape in ((3, 5, 4, 7), (7,), (7,))
+        )
         dy = jnp.asarray(rng.normal(0, 1, x.shape))
         results = []
-        for f in (lambda *a: normalised_by_batch(*a, 1e-5), normalised, lambda *a: normalised_by_batch(*a, 1e-3)):
+        for f in (
+            lambda *a: normalised_by_batch(*a, 1e-5),
+            normalised,
+            lambda *a: normalised_by_batch(*a, 1e-3),
+        ):
             y, back, _ = jax.vjp(f, x, scale, bias, has_aux=True)
             results.append([y, *back(dy)])
         assert max(map(relative_l2, results[0], results[1])) <= LIMIT
@@ -284,12 +387,18 @@ def test_the_norms_gradient_is_the_derived_one():
 
 @pytest.mark.parametrize("ratio", [10, 1000])
 def test_the_norm_stays_accurate_where_the_mean_is_large(ratio):
-    """Error at mean / std = 1000: under 1e-5 for statistics and output, and PyTorch's for the gradient of x."""
+    """Error at mean / std = 1000: under 1e-5 for statistics and output, and PyTorch's for the
+    gradient of x.
+    """
     rng = np.random.default_rng(0)
     single = (rng.normal(ratio, 1, (16, 12, 12, 8))).astype(np.float32)
     dy = rng.normal(0, 1, single.shape).astype(np.float32)
     one, zero = np.ones(8, np.float32), np.zeros(8, np.float32)
-    y, back, moments = jax.vjp(lambda x: normalised_by_batch(x, jnp.asarray(one), jnp.asarray(zero), 1e-5), jnp.asarray(single), has_aux=True)
+    y, back, moments = jax.vjp(
+        lambda x: normalised_by_batch(x, jnp.asarray(one), jnp.asarray(zero), 1e-5),
+        jnp.asarray(single),
+        has_aux=True,
+    )
     wide = single.astype(np.float64)
     mean, var = wide.mean((0, 1, 2)), wide.var((0, 1, 2))
     assert relative_l2(moments.biased_var, var) <= 1e-5
@@ -298,16 +407,25 @@ def test_the_norm_stays_accurate_where_the_mean_is_large(ratio):
     for dtype in (torch.float64, torch.float32):
         x = torch.from_numpy(single).to(dtype).permute(0, 3, 1, 2).requires_grad_()
         out = torch.nn.functional.batch_norm(x, None, None, training=True, eps=1e-5)
-        (gradient,) = torch.autograd.grad(out, x, torch.from_numpy(dy).to(dtype).permute(0, 3, 1, 2))
+        (gradient,) = torch.autograd.grad(
+            out, x, torch.from_numpy(dy).to(dtype).permute(0, 3, 1, 2)
+        )
         errors[dtype] = [value.detach().permute(0, 2, 3, 1).numpy() for value in (out, gradient)]
-    for mine, truth, theirs in zip((y, back(jnp.asarray(dy))[0]), errors[torch.float64], errors[torch.float32], strict=True):
-        assert judge(relative_l2(mine, truth), relative_l2(theirs, truth), 2**-23).passed or relative_l2(mine, truth) <= 1e-5 * ratio / 100
+    for mine, truth, theirs in zip(
+        (y, back(jnp.asarray(dy))[0]), errors[torch.float64], errors[torch.float32], strict=True
+    ):
+        assert (
+            judge(relative_l2(mine, truth), relative_l2(theirs, truth), 2**-23).passed
+            or relative_l2(mine, truth) <= 1e-5 * ratio / 100
+        )
 
 
 @pytest.fixture
 def wide_network():
-    config = ResNetConfig(depths=(1, 1), widths=(64, 128), stem="cifar", stem_width=64, num_classes=5)
-    return flax_resblock.resnet.ResNet(config, rngs=nnx.Rngs(0))
+    config = ResNetConfig(
+        depths=(1, 1), widths=(64, 128), stem="cifar", stem_width=64, num_classes=5
+    )
+    return flax_resblock.nn.resnet.ResNet(config, rngs=nnx.Rngs(0))
 
 
 def program(network, platform):
@@ -318,7 +436,12 @@ def program(network, platform):
     def loss(state, images):
         return jnp.sum(nnx.merge(graphdef, state)(images, use_running_average=True) ** 2)
 
-    return jax.jit(jax.grad(loss, allow_int=True)).trace(state, images).lower(lowering_platforms=(platform,)).as_text()
+    return (
+        jax.jit(jax.grad(loss, allow_int=True))
+        .trace(state, images)
+        .lower(lowering_platforms=(platform,))
+        .as_text()
+    )
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
@@ -340,8 +463,14 @@ def test_the_switches(wide_network, monkeypatch):
         assert not for_cpu()
     with strict():
         assert program(wide_network, "cpu") == plain.replace("DEFAULT", "HIGHEST")
-    chosen = flax_resblock.resnet.ResNet(wide_network.config, conv_lowering="xla", rngs=nnx.Rngs(0))
-    assert program(chosen, "cpu").count("stablehlo.convolution") == plain.count("stablehlo.convolution") > auto.count("stablehlo.convolution")
+    chosen = flax_resblock.nn.resnet.ResNet(
+        wide_network.config, conv_lowering="xla", rngs=nnx.Rngs(0)
+    )
+    assert (
+        program(chosen, "cpu").count("stablehlo.convolution")
+        == plain.count("stablehlo.convolution")
+        > auto.count("stablehlo.convolution")
+    )
     with pytest.raises(ValueError, match="winograd"), conv_lowering("winograd"):
         pass
     with pytest.raises(ValueError, match="choose from auto, xla"):
@@ -359,7 +488,10 @@ def many_users(keep):
 
 
 def test_a_kept_value_is_computed_once():
-    x, y = (jnp.asarray(np.random.default_rng(seed).normal(size=(8, 12, 64)), jnp.float32) for seed in range(2))
+    x, y = (
+        jnp.asarray(np.random.default_rng(seed).normal(size=(8, 12, 64)), jnp.float32)
+        for seed in range(2)
+    )
     products = {}
     for keep in (materialised, jax.lax.optimization_barrier, lambda x: x):
         text = jax.jit(many_users(keep)).lower(x, y).compile().as_text()
@@ -370,17 +502,28 @@ def test_a_kept_value_is_computed_once():
 
 
 def test_a_kept_value_has_its_derivatives_and_other_platforms_nothing_of_it():
-    x, y = (jnp.asarray(np.random.default_rng(seed).normal(size=(2, 8, 3)), jnp.float32) for seed in range(2))
+    x, y = (
+        jnp.asarray(np.random.default_rng(seed).normal(size=(2, 8, 3)), jnp.float32)
+        for seed in range(2)
+    )
     here, plain = many_users(materialised), many_users(lambda x: x)
 
     def derived(f):
         along = jax.jvp(f, (x, y), (y, x))[1]
         back = jax.vjp(f, x, y)[1](f(y, x))
-        return [*f(x, y), *along, *back, *jax.vmap(f)(x[None], y[None]), *jax.jacfwd(jax.jit(f))(x, y)]
+        return [
+            *f(x, y),
+            *along,
+            *back,
+            *jax.vmap(f)(x[None], y[None]),
+            *jax.jacfwd(jax.jit(f))(x, y),
+        ]
 
     for one, other in zip(derived(here), derived(plain), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-    there = [jax.jit(f).trace(x, y).lower(lowering_platforms=("tpu",)).as_text() for f in (here, plain)]
+    there = [
+        jax.jit(f).trace(x, y).lower(lowering_platforms=("tpu",)).as_text() for f in (here, plain)
+    ]
     assert there[0] == there[1]
     assert "inlineable" in jax.jit(here).lower(x, y).as_text()
 
@@ -397,7 +540,9 @@ def test_only_a_derivative_keeps_what_the_backward_pass_uses():
     block = ResidualBlock(64, 64, rngs=nnx.Rngs(0))
     block.eval()
     images = jax.ShapeDtypeStruct((1, 4, 4, 64), jnp.float32)
-    assert "inlineable" not in jax.jit(block).lower(images).as_text()  # so that what is exported is what is evaluated, to the last bit
+    assert (
+        "inlineable" not in jax.jit(block).lower(images).as_text()
+    )  # so that what is exported is what is evaluated, to the last bit
 
 
 def test_vmap_and_half_precision():
@@ -406,7 +551,17 @@ def test_vmap_and_half_precision():
     f = function(shape, "auto")
     many = jax.vmap(f, in_axes=(0, None))(jnp.stack([x, 2 * x]), kernel)
     np.testing.assert_allclose(many[1], 2 * f(x, kernel), rtol=1e-4, atol=1e-5)
-    assert forms_of(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), stride=1, padding=1, dilation=1, groups=1) is None
+    assert (
+        forms_of(
+            x.astype(jnp.bfloat16),
+            kernel.astype(jnp.bfloat16),
+            stride=1,
+            padding=1,
+            dilation=1,
+            groups=1,
+        )
+        is None
+    )
 
 
 def test_the_precision_of_the_moment_of_tracing_reaches_the_gradients():
@@ -422,19 +577,25 @@ def test_the_precision_of_the_moment_of_tracing_reaches_the_gradients():
 
 @pytest.mark.slow
 def test_digits_are_learned_as_well_in_both_lowerings():
-    """The same network and images: accuracies within one point of each other, though no weight is the same to the last bit."""
-    import train
-    from train.data import digits
+    """The same network and images: accuracies within one point of each other, though no weight is
+    the same to the last bit.
+    """
+    from flax_resblock import training
+    from flax_resblock.training.data import digits
 
-    training, test = digits()
-    few = replace(training, images=training.images[:768], labels=training.labels[:768])
-    model = ResNetConfig(depths=(1, 1), widths=(64, 64), stem="cifar", stem_width=64, num_classes=10, in_channels=1)
-    config = replace(train.PRESETS["digits-resnet8"], model=model, epochs=4, batch_size=64, workers=0)
+    images, test = digits()
+    few = replace(images, images=images.images[:768], labels=images.labels[:768])
+    model = ResNetConfig(
+        depths=(1, 1), widths=(64, 64), stem="cifar", stem_width=64, num_classes=10, in_channels=1
+    )
+    config = replace(
+        training.PRESETS["digits-resnet8"], model=model, epochs=4, batch_size=64, workers=0
+    )
     found, weights = {}, {}
     for lowering in ("auto", "xla"):
         with conv_lowering(lowering):
-            network = train.new_model(config)
-            history = train.fit(network, few, config, test=test, progress=False)
+            network = training.new_model(config)
+            history = training.fit(network, few, config, test=test, progress=False)
         found[lowering] = history.judged[-1].accuracy
         weights[lowering] = np.asarray(network.stage1[0].conv1.kernel[...])
     assert min(found.values()) >= 0.93
@@ -450,7 +611,9 @@ def test_the_table_is_explained():
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["jit", "shard_map"])
 def test_a_batch_spread_over_devices_has_the_same_gradients(mapped):
-    """Four simulated devices, by the compiler's own partitioning and by hand: output and gradients of a Winograd convolution, 1e-12."""
+    """Four simulated devices, by the compiler's own partitioning and by hand: output and gradients
+    of a Winograd convolution, 1e-12.
+    """
     shape = (8, 6, 7, 64, 66, 3, 1)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("batch",))
     spread, whole = jax.sharding.PartitionSpec("batch"), jax.sharding.PartitionSpec()
@@ -468,7 +631,11 @@ def test_a_batch_spread_over_devices_has_the_same_gradients(mapped):
         _, back = jax.vjp(function(shape, "xla"), x, kernel)
         truth = back(dy)[::-1]
         if mapped:
-            found = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=(whole, spread, spread), out_specs=(whole, spread)))(kernel, x, dy)
+            found = jax.jit(
+                jax.shard_map(
+                    both, mesh=mesh, in_specs=(whole, spread, spread), out_specs=(whole, spread)
+                )
+            )(kernel, x, dy)
         else:
             sharding = jax.sharding.NamedSharding(mesh, spread)
             found = jax.jit(both)(kernel, jax.device_put(x, sharding), jax.device_put(dy, sharding))

@@ -1,4 +1,6 @@
-"""The mutation study: every known fault, injected into either side, is detected, found at its place and called by its name; correct pairs raise no alarm."""
+"""The mutation study: every known fault, injected into either side, is detected, found at its place
+and called by its name; correct pairs raise no alarm.
+"""
 
 import numpy as np
 import pytest
@@ -6,36 +8,46 @@ import torch
 from flax import nnx
 
 from flax_resblock import BatchNorm, BlockConfig, ResNetConfig
-from flax_resblock.conv import Conv
+from flax_resblock.nn.conv import Conv
 from flax_resblock.parity import compare
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.diagnose import diagnose
 from flax_resblock.parity.inputs import adversarial_images
 from flax_resblock.parity.pair import PRECISIONS
-from flax_resblock.parity.twins import Twins
+from flax_resblock.parity.reference import ReferencePair
 from parity_tests.faults import BLOCK, FAULTS, NETWORK, Fault, Faulty, forward_of, rounded_conv
 from parity_tests.support import REPOSITORY
 
 
 def injected(fault: Fault, seed: int = 3) -> tuple[Faulty, np.ndarray]:
     """The pair with the fault, and images: another size for a network than for a block."""
-    base = Twins.random(fault.config, seed)
+    base = ReferencePair.random(fault.config, seed)
     height, width = (37, 28) if isinstance(fault.config, ResNetConfig) else (10, 7)
     images = adversarial_images(fault.config, batch=3, height=height, width=width, seed=seed + 2)
-    return Faulty(base.config, base.state, base.norm_options, edit=fault.edit, side=fault.side), images
+    return Faulty(
+        base.config, base.state, base.norm_options, edit=fault.edit, side=fault.side
+    ), images
 
 
 def _cases():
     """Faults of a bare block in every run; those of a network where there is time."""
     for fault in FAULTS:
-        yield pytest.param(fault, id=f"{fault.name}-{fault.side}", marks=[] if isinstance(fault.config, BlockConfig) else [pytest.mark.slow])
+        yield pytest.param(
+            fault,
+            id=f"{fault.name}-{fault.side}",
+            marks=[] if isinstance(fault.config, BlockConfig) else [pytest.mark.slow],
+        )
 
 
 @pytest.mark.parametrize("fault", list(_cases()))
 def test_a_fault_is_detected_found_and_named(fault):
     pair, images = injected(fault)
-    train = _passes(pair, images, Plan(train=False, precisions=("float64",)))  # what evaluation does not show, training must
-    assert not train or not _passes(pair, images, Plan(gradients=fault.gradients, precisions=("float64",)))
+    train = _passes(
+        pair, images, Plan(train=False, precisions=("float64",))
+    )  # what evaluation does not show, training must
+    assert not train or not _passes(
+        pair, images, Plan(gradients=fault.gradients, precisions=("float64",))
+    )
     found = diagnose(pair, images, train=train, gradients=fault.gradients)
     assert (found[0].slot, found[0].side) == (fault.slot, fault.side), found
     assert found[0].cause == fault.cause, found
@@ -44,7 +56,11 @@ def test_a_fault_is_detected_found_and_named(fault):
 def _passes(pair, images, plan) -> bool:
     try:
         return compare_pair(pair, images, plan).passed
-    except (RuntimeError, TypeError, ValueError) as error:  # shapes that do not even meet are a detection too
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # shapes that do not even meet are a detection too
         if "shape" not in str(error) and "size" not in str(error):
             raise
         return False
@@ -62,7 +78,9 @@ def test_the_table_of_the_docs_lists_exactly_these_faults():
     rows = [line for line in text.splitlines() if line.startswith("| ") and line.count("|") == 5]
     listed = [tuple(cell.strip().strip("`") for cell in row.strip("|").split("|")) for row in rows]
     sides = {"flax": "Flax", "torch": "PyTorch"}
-    assert [row for row in listed if row[1] in sides.values()] == [(f.name, sides[f.side], f.slot, f.cause) for f in FAULTS]
+    assert [row for row in listed if row[1] in sides.values()] == [
+        (f.name, sides[f.side], f.slot, f.cause) for f in FAULTS
+    ]
 
 
 @pytest.mark.slow
@@ -79,13 +97,18 @@ def test_narrow_arithmetic_that_float64_does_not_have_is_named(bits):
 
     class Narrow(Faulty):
         def flax(self, precision):
-            model = Twins.flax(self, precision)
+            model = ReferencePair.flax(self, precision)
             if precision.name == "float32":
                 self.edit(model)
             return model
 
-    base = Twins.random(BLOCK, 1)
-    pair = Narrow(base.config, base.state, base.norm_options, edit=forward_of(Conv, rounded_conv(bits), "conv2"))
+    base = ReferencePair.random(BLOCK, 1)
+    pair = Narrow(
+        base.config,
+        base.state,
+        base.norm_options,
+        edit=forward_of(Conv, rounded_conv(bits), "conv2"),
+    )
     images = adversarial_images(BLOCK, batch=3, seed=4)
     comparison = compare_pair(pair, images, Plan(train=False))
     assert {m.precision for m in comparison.measurements if not m.judgement.passed} == {"float32"}
@@ -105,23 +128,33 @@ class Opaque(torch.nn.Module):
                 if part not in dict(home.named_children()):
                     home.add_module(part, torch.nn.Module())
                 home = getattr(home, part)
-            home.register_parameter(name.rpartition(".")[2], value) if value.requires_grad else home.register_buffer(name.rpartition(".")[2], value)
+            home.register_parameter(
+                name.rpartition(".")[2], value
+            ) if value.requires_grad else home.register_buffer(name.rpartition(".")[2], value)
         self.kernel_of = kernel_of
 
     def forward(self, x):
         def norm(bn, y):
-            return torch.nn.functional.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.1, 1e-5)
+            return torch.nn.functional.batch_norm(
+                y, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.1, 1e-5
+            )
 
         y = torch.relu(norm(self.bn1, torch.nn.functional.conv2d(x, self.conv1.weight, padding=1)))
-        return torch.relu(norm(self.bn2, torch.nn.functional.conv2d(y, self.kernel_of(self.conv2.weight), padding=1)) + x)
+        return torch.relu(
+            norm(
+                self.bn2,
+                torch.nn.functional.conv2d(y, self.kernel_of(self.conv2.weight), padding=1),
+            )
+            + x
+        )
 
 
 def test_where_only_outputs_can_be_seen_the_layer_is_found_by_bisection():
-    base = Twins.random(BLOCK, 1)
+    base = ReferencePair.random(BLOCK, 1)
     images = adversarial_images(BLOCK, batch=2, seed=4)
     for kernel_of, expected in ((lambda k: k.flip(2), ["conv2"]), (lambda k: k, [])):
         module = Opaque(base.torch(PRECISIONS["float32"]), kernel_of)
-        found = diagnose(Twins(BLOCK, base.state, {}, module=module), images, train=False)
+        found = diagnose(ReferencePair(BLOCK, base.state, {}, module=module), images, train=False)
         assert [d.slot for d in found] == expected
         assert all("silen" in d.evidence and d.side == "torch" for d in found)
 
@@ -135,38 +168,68 @@ def _random_case(number: int):
     if number % 5 == 4:
         stem = ("cifar", "imagenet")[number // 5 % 2]
         channels, classes = int(rng.integers(1, 5)), [None, 3, 11][number % 3]
-        config = ResNetConfig(block=kind, depths=(1, 1), widths=tuple(widths), stem=stem, stem_width=4, in_channels=channels, num_classes=classes)
+        config = ResNetConfig(
+            block=kind,
+            depths=(1, 1),
+            widths=tuple(widths),
+            stem=stem,
+            stem_width=4,
+            in_channels=channels,
+            num_classes=classes,
+        )
     else:
         expansion = 1 if kind == "basic" else 4
-        settings = {"kind": kind, "stride": stride, "dilation": dilation, "groups": groups, "shortcut": "projection" if number % 4 else "zero_pad"}
-        config = BlockConfig(in_channels=widths[0], out_channels=max(widths) * expansion, **settings)
+        settings = {
+            "kind": kind,
+            "stride": stride,
+            "dilation": dilation,
+            "groups": groups,
+            "shortcut": "projection" if number % 4 else "zero_pad",
+        }
+        config = BlockConfig(
+            in_channels=widths[0], out_channels=max(widths) * expansion, **settings
+        )
     size = {"height": int(rng.integers(7, 40)), "width": int(rng.integers(7, 40))}
     options = {"eps": float(rng.choice([1e-5, 1e-3])), "momentum": [0.1, 0.37, None][number % 3]}
     precisions = (("float64",), ("float32",), ("bfloat16",), ("float64", "float32"))[number % 4]
-    plan = Plan(gradients=number % 3 == 0, isolated=number % 5 == 0, steps=3 if number % 10 == 1 else 0, precisions=precisions)
+    plan = Plan(
+        gradients=number % 3 == 0,
+        isolated=number % 5 == 0,
+        steps=3 if number % 10 == 1 else 0,
+        precisions=precisions,
+    )
     return config, size, options, plan
 
 
-@pytest.mark.parametrize("number", [n if n % 5 == 0 else pytest.param(n, marks=pytest.mark.slow) for n in range(50)])
+@pytest.mark.parametrize(
+    "number", [n if n % 5 == 0 else pytest.param(n, marks=pytest.mark.slow) for n in range(50)]
+)
 def test_a_correct_pair_raises_no_alarm(number):
     config, size, options, plan = _random_case(number)
     images = adversarial_images(config, batch=2 + number % 3, seed=number, **size)
-    comparison = compare_pair(Twins.random(config, number, **options), images, plan)
+    comparison = compare_pair(ReferencePair.random(config, number, **options), images, plan)
     failed = [m for m in comparison.measurements if not m.judgement.passed]
     assert not failed, (config, failed[:3])
 
 
 def test_nnx_batch_norm_is_not_pytorchs():
     """The difference that started norm.py, found by the verifier."""
-    torch_module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1, bias=False), torch.nn.BatchNorm2d(4))
+    torch_module = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, padding=1, bias=False), torch.nn.BatchNorm2d(4)
+    )
     rngs = nnx.Rngs(0)
-    flax_module = nnx.Sequential(nnx.Conv(3, 4, (3, 3), padding=1, use_bias=False, rngs=rngs), nnx.BatchNorm(4, momentum=0.9, rngs=rngs))
+    flax_module = nnx.Sequential(
+        nnx.Conv(3, 4, (3, 3), padding=1, use_bias=False, rngs=rngs),
+        nnx.BatchNorm(4, momentum=0.9, rngs=rngs),
+    )
     table = {"0.weight": "layers.0.kernel", "1.weight": "layers.1.scale", "1.bias": "layers.1.bias"}
     table |= {"1.running_mean": "layers.1.mean", "1.running_var": "layers.1.var"}
     images = np.random.default_rng(0).normal(0.7, 2, (3, 6, 5, 3))
     found = compare(torch_module, flax_module, images, state_map=table, copy_weights=True)
     assert not found.passed
-    assert [(d.slot, d.cause, d.side) for d in found.diagnosis] == [("layers.1/var", "biased-variance", "flax")]
+    assert [(d.slot, d.cause, d.side) for d in found.diagnosis] == [
+        ("layers.1/var", "biased-variance", "flax")
+    ]
 
 
 class TorchNet(torch.nn.Module):
@@ -187,7 +250,16 @@ class TorchNet(torch.nn.Module):
 class FlaxNet(nnx.Module):
     """Its port, with mistakes to choose."""
 
-    def __init__(self, *, padding=1, order=(0, 3, 1, 2), activation=nnx.relu, eps=1e-5, channels=slice(None), dilation=1):
+    def __init__(
+        self,
+        *,
+        padding=1,
+        order=(0, 3, 1, 2),
+        activation=nnx.relu,
+        eps=1e-5,
+        channels=slice(None),
+        dilation=1,
+    ):
         rngs = nnx.Rngs(0)
         self.c1 = nnx.Conv(3, 8, (3, 3), strides=2, padding=padding, use_bias=False, rngs=rngs)
         self.b1 = BatchNorm(8, eps=eps, rngs=rngs)
@@ -216,10 +288,31 @@ PORTS = {
 @pytest.mark.parametrize("port", PORTS)
 def test_a_mistake_in_a_port_of_an_unknown_network_is_named(port):
     mistakes, expected = PORTS[port]
-    norm = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var", "num_batches_tracked": "num_batches_tracked"}
-    table = {"c1.weight": "c1.kernel", "c2.weight": "c2.kernel", "c2.bias": "c2.bias", "fc.weight": "fc.kernel", "fc.bias": "fc.bias"}
+    norm = {
+        "weight": "scale",
+        "bias": "bias",
+        "running_mean": "mean",
+        "running_var": "var",
+        "num_batches_tracked": "num_batches_tracked",
+    }
+    table = {
+        "c1.weight": "c1.kernel",
+        "c2.weight": "c2.kernel",
+        "c2.bias": "c2.bias",
+        "fc.weight": "fc.kernel",
+        "fc.bias": "fc.bias",
+    }
     table |= {f"b1.{theirs}": f"b1.{ours}" for theirs, ours in norm.items()}
     images = np.random.default_rng(2).normal(0.3, 1.5, (3, 8, 8, 3))
-    found = compare(TorchNet(), FlaxNet(**mistakes), images, state_map=table, copy_weights=True, precisions=("float64",))
-    assert [(d.slot, d.cause, d.side) for d in found.diagnosis] == ([] if expected is None else [(*expected, "flax")])
+    found = compare(
+        TorchNet(),
+        FlaxNet(**mistakes),
+        images,
+        state_map=table,
+        copy_weights=True,
+        precisions=("float64",),
+    )
+    assert [(d.slot, d.cause, d.side) for d in found.diagnosis] == (
+        [] if expected is None else [(*expected, "flax")]
+    )
     assert found.passed == (expected is None)

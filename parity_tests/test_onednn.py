@@ -1,4 +1,6 @@
-"""XLA's instruction for oneDNN: the sums of a plain convolution, in every order of the kernel, and never in jax's cache of programs."""
+"""XLA's instruction for oneDNN: the sums of a plain convolution, in every order of the kernel, and
+never in jax's cache of programs.
+"""
 
 from functools import partial
 
@@ -8,13 +10,15 @@ import numpy as np
 import pytest
 from jax import lax
 
-from flax_resblock.lowering import onednn
-from flax_resblock.lowering.onednn import Convolution, not_kept, order_of, reordered
-from flax_resblock.lowering.primitives import DIMENSIONS
-from flax_resblock.lowering.rewrite import evaluate, kernels
+from flax_resblock.cpu import onednn
+from flax_resblock.cpu.onednn import Convolution, not_kept, order_of, reordered
+from flax_resblock.cpu.primitives import DIMENSIONS
+from flax_resblock.cpu.rewrite import evaluate, kernels
 from flax_resblock.parity.oracle import relative_l2
 
-pytestmark = pytest.mark.skipif(not onednn.available(), reason="this machine or this jaxlib has no known oneDNN")
+pytestmark = pytest.mark.skipif(
+    not onednn.available(), reason="this machine or this jaxlib has no known oneDNN"
+)
 
 CASES = (
     ((2, 9, 7, 5), Convolution((3, 3, 5, 30), (1, 1), (1, 1), (1, 1), 1)),
@@ -29,12 +33,23 @@ CASES = (
 def _data(shape, of, seed=0):
     rng = np.random.default_rng(seed)
     outputs = (shape[0], *of.size(*shape[1:3]), of.kernel[3])
-    return [rng.normal(0.0, 1.0, size).astype(np.float32) for size in (shape, of.kernel, of.kernel[3:], outputs)]
+    return [
+        rng.normal(0.0, 1.0, size).astype(np.float32)
+        for size in (shape, of.kernel, of.kernel[3:], outputs)
+    ]
 
 
 def _plain(of, x, kernel):
     sides = [(side, side) for side in of.padding]
-    return lax.conv_general_dilated(x, kernel, of.strides, sides, rhs_dilation=of.dilation, dimension_numbers=DIMENSIONS, feature_group_count=of.groups)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        of.strides,
+        sides,
+        rhs_dilation=of.dilation,
+        dimension_numbers=DIMENSIONS,
+        feature_group_count=of.groups,
+    )
 
 
 @pytest.mark.parametrize(("shape", "of"), CASES, ids=str)
@@ -46,9 +61,13 @@ def test_it_computes_what_xla_computes(shape, of):
     plain = jnp.maximum(_plain(of, x, kernel) + bias + residual, 0)
     ordered = order_of(of, shape)
     with not_kept():
-        found = jax.jit(partial(ordered, relu=True))(x, reordered(kernel, ordered.block), bias, residual)
+        found = jax.jit(partial(ordered, relu=True))(
+            x, reordered(kernel, ordered.block), bias, residual
+        )
         control = jax.jit(ordered)(x, reordered(kernel, ordered.block), bias, residual)
-    assert relative_l2(np.asarray(found), truth) <= max(4 * relative_l2(np.asarray(plain), truth), 8 * 2**-23)
+    assert relative_l2(np.asarray(found), truth) <= max(
+        4 * relative_l2(np.asarray(plain), truth), 8 * 2**-23
+    )
     assert relative_l2(np.asarray(control), truth) > 1e-2  # without its ReLU
 
 
@@ -57,14 +76,21 @@ def test_the_right_order_gives_the_same_bits_and_another_does_not(shape, of):
     x, kernel, _, _ = _data(shape, of, seed=1)
     ordered = order_of(of, shape)
     with not_kept():
-        expected, found = jax.jit(of)(x, kernel), jax.jit(ordered)(x, reordered(kernel, ordered.block))
+        expected, found = (
+            jax.jit(of)(x, kernel),
+            jax.jit(ordered)(x, reordered(kernel, ordered.block)),
+        )
         assert np.array_equal(found, expected)
         if ordered.block:
-            assert not np.array_equal(jax.jit(ordered)(x, reordered(kernel[:, :, ::-1], ordered.block)), expected)
+            assert not np.array_equal(
+                jax.jit(ordered)(x, reordered(kernel[:, :, ::-1], ordered.block)), expected
+            )
 
 
 def test_a_residual_that_is_needed_again_stays_as_it_was():
-    """The sum is written over the residual; one that is used afterwards, or belongs to the caller, is copied first."""
+    """The sum is written over the residual; one that is used afterwards, or belongs to the caller,
+    is copied first.
+    """
     of = Convolution((3, 3, 8, 8), (1, 1), (1, 1), (1, 1), 1)
     x, kernel, bias, residual = _data((2, 6, 5, 8), of, seed=2)
     before = jnp.array(residual)
@@ -72,15 +98,21 @@ def test_a_residual_that_is_needed_again_stays_as_it_was():
     def twice(kernel, bias, x, residual):
         inner = residual * 2
         y = of(x, kernel, bias, inner, relu=True)
-        return of(y, kernel, bias, residual), inner + y  # one is an argument, the other is used again
+        return of(
+            y, kernel, bias, residual
+        ), inner + y  # one is an argument, the other is used again
 
     with not_kept():
         first, second = jax.jit(twice)(kernel, bias, x, before)
     y = jnp.maximum(_plain(of, x, kernel) + bias + 2 * residual, 0)
     assert np.array_equal(before, residual)
     assert relative_l2(np.asarray(second), np.asarray(2 * residual + y)) < 1e-6
-    assert relative_l2(np.asarray(first), np.asarray(_plain(of, y, kernel) + bias + residual)) < 1e-6
-    assert relative_l2(np.asarray(second), np.asarray(2 * y)) > 1e-2  # the control: the residual overwritten
+    assert (
+        relative_l2(np.asarray(first), np.asarray(_plain(of, y, kernel) + bias + residual)) < 1e-6
+    )
+    assert (
+        relative_l2(np.asarray(second), np.asarray(2 * y)) > 1e-2
+    )  # the control: the residual overwritten
 
 
 def test_what_follows_a_convolution_is_taken_along_where_nobody_else_sees_it():
@@ -99,12 +131,16 @@ def test_what_follows_a_convolution_is_taken_along_where_nobody_else_sees_it():
         y = y + sum(value for value in (fused.bias, fused.residual) if value is not None)
         return jnp.maximum(y, 0) if fused.relu else y
 
-    found = evaluate(jax.make_jaxpr(network)(kernel, bias, x), [kernel, bias, jnp.asarray(x)], compute)[0]
+    found = evaluate(
+        jax.make_jaxpr(network)(kernel, bias, x), [kernel, bias, jnp.asarray(x)], compute
+    )[0]
     assert seen == [(True, True, False), (False, False, False)]
     assert relative_l2(np.asarray(found), np.asarray(network(kernel, bias, x))) < 1e-6
 
 
-@pytest.mark.parametrize(("dtype", "taken"), [(jnp.float32, 1), (jnp.bfloat16, 0), (jnp.float16, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "taken"), [(jnp.float32, 1), (jnp.bfloat16, 0), (jnp.float16, 0)], ids=str
+)
 def test_only_convolutions_of_float32_are_handed_on(dtype, taken):
     of = Convolution((3, 3, 4, 4), (1, 1), (1, 1), (1, 1), 1)
     x, kernel = (jnp.asarray(value, dtype) for value in _data((2, 6, 5, 4), of)[:2])
@@ -137,14 +173,22 @@ def test_its_programs_are_never_kept():
     assert (_kept_from(), inside) == (before, [float("inf")])
 
 
-@pytest.mark.parametrize(("size", "window", "stride", "padding"), [((9, 10), 3, 2, 1), ((5, 4), 5, 2, 2), ((6, 7), 2, 2, 0), ((3, 1), 3, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("size", "window", "stride", "padding"),
+    [((9, 10), 3, 2, 1), ((5, 4), 5, 2, 2), ((6, 7), 2, 2, 0), ((3, 1), 3, 1, 1)],
+    ids=str,
+)
 def test_a_pool_in_a_traced_network_takes_its_form_for_a_cpu(size, window, stride, padding):
     pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
 
     def network(x):
-        return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), pads)
+        return lax.reduce_window(
+            x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), pads
+        )
 
-    x = np.random.default_rng(3).normal(-5.0, 1.0, (2, *size, 3)).astype(np.float32)  # below zero: a border of zeros would show
+    x = (
+        np.random.default_rng(3).normal(-5.0, 1.0, (2, *size, 3)).astype(np.float32)
+    )  # below zero: a border of zeros would show
     traced = jax.make_jaxpr(network)(x)
 
     def rewritten(x):

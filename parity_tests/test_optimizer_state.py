@@ -1,4 +1,6 @@
-"""An optimizer travels with its run: torch to optax and back bit for bit, and training goes on in the other framework as if nothing had happened."""
+"""An optimizer travels with its run: torch to optax and back bit for bit, and training goes on in
+the other framework as if nothing had happened.
+"""
 
 import copy
 import functools
@@ -16,23 +18,23 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 
 from flax_resblock import CheckpointError, ResNetConfig, from_torch, to_torch
 from flax_resblock.checkpoint.torch_file import plain, with_tensors
-from flax_resblock.convert import LAYOUTS, StateMap
-from flax_resblock.convert import schedule as scheduling
-from flax_resblock.convert.optimizer import OptimizerState, find, fresh, read, write
-from flax_resblock.convert.run import Run
-from flax_resblock.convert.schedule import ScheduleState
-from flax_resblock.optimizers import optimizer_of, record_of, state_of
+from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.parity.inputs import adversarial_images
 from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2
-from flax_resblock.schedules import Options, Schedule, base_rate
+from flax_resblock.runs import scheduler_state as scheduling
+from flax_resblock.runs.optimizer_state import OptimizerState, find, fresh, read, write
+from flax_resblock.runs.optimizers import optimizer_of, record_of, state_of
+from flax_resblock.runs.run import Run
+from flax_resblock.runs.scheduler_state import ScheduleState
+from flax_resblock.runs.schedules import Options, Schedule, base_rate
+from flax_resblock.training.pace import Pace
+from flax_resblock.training.step import TrainState, make_train_step
 from parity_tests.test_training import at_the_first_rate
 from torch_ref import ResNet
 from torch_ref.training import sgd, warmup_cosine
-from train.pace import Pace
-from train.step import TrainState, make_train_step
 
 CONFIG = ResNetConfig(depths=(1, 1), widths=(4, 6), stem="cifar", stem_width=4, num_classes=5)
-MAP = StateMap(CONFIG, LAYOUTS["torchvision"])
+MAP = StateMap(CONFIG, NAMINGS["torchvision"])
 BATCH, BEFORE, AFTER = 8, 4, 10
 
 
@@ -42,7 +44,10 @@ def module_of(seed=0):
 
 
 def _by_ndim(module, first):
-    kernels, rest = [p for p in module.parameters() if p.ndim > 1], [p for p in module.parameters() if p.ndim <= 1]
+    kernels, rest = (
+        [p for p in module.parameters() if p.ndim > 1],
+        [p for p in module.parameters() if p.ndim <= 1],
+    )
     groups = [{"params": kernels, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}]
     return groups if first else groups[::-1]
 
@@ -52,42 +57,74 @@ def _head_apart(**options):
 
     def make(module):
         body = [parameter for name, parameter in module.named_parameters() if "fc" not in name]
-        return torch.optim.SGD([{"params": body}, {"params": module.fc.parameters(), **options}], lr=0.03, momentum=0.9)
+        return torch.optim.SGD(
+            [{"params": body}, {"params": module.fc.parameters(), **options}], lr=0.03, momentum=0.9
+        )
 
     return make
 
 
 OPTIMIZERS = {
     "sgd, two groups": lambda m: sgd(m, 0.05),
-    "sgd, one group": lambda m: torch.optim.SGD(m.parameters(), lr=0.03, momentum=0.8, weight_decay=1e-3),
+    "sgd, one group": lambda m: torch.optim.SGD(
+        m.parameters(), lr=0.03, momentum=0.8, weight_decay=1e-3
+    ),
     "sgd without momentum": lambda m: torch.optim.SGD(m.parameters(), lr=0.03),
     "sgd, momentum in one group": _head_apart(momentum=0),
     "sgd, two rates": _head_apart(lr=0.09),
-    "adam": lambda m: torch.optim.Adam(m.parameters(), lr=0.003, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.01),
+    "adam": lambda m: torch.optim.Adam(
+        m.parameters(), lr=0.003, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.01
+    ),
     "adamw, decay first": lambda m: torch.optim.AdamW(_by_ndim(m, True), lr=0.003),
     "adamw, decay last": lambda m: torch.optim.AdamW(_by_ndim(m, False), lr=0.003),
-    "adamw, named": lambda m: torch.optim.AdamW(list(m.named_parameters())[::-1], lr=0.003, weight_decay=0.05),
+    "adamw, named": lambda m: torch.optim.AdamW(
+        list(m.named_parameters())[::-1], lr=0.003, weight_decay=0.05
+    ),
 }
 
 RUNS = {name: (make, None) for name, make in OPTIMIZERS.items()} | {
-    "sgd, two groups": (OPTIMIZERS["sgd, two groups"], lambda o: warmup_cosine(o, warmup_steps=3, total_steps=40)),
-    "sgd, one cycle": (OPTIMIZERS["sgd, two groups"], lambda o: OneCycleLR(o, max_lr=[0.1, 0.04], total_steps=BEFORE + AFTER)),
-    "adam, one cycle": (OPTIMIZERS["adam"], lambda o: OneCycleLR(o, max_lr=0.004, total_steps=20, three_phase=True, base_momentum=0.7)),
-    "adamw, one cycle": (OPTIMIZERS["adamw, decay first"], lambda o: OneCycleLR(o, max_lr=[0.002, 0.005], total_steps=16, anneal_strategy="linear")),
+    "sgd, two groups": (
+        OPTIMIZERS["sgd, two groups"],
+        lambda o: warmup_cosine(o, warmup_steps=3, total_steps=40),
+    ),
+    "sgd, one cycle": (
+        OPTIMIZERS["sgd, two groups"],
+        lambda o: OneCycleLR(o, max_lr=[0.1, 0.04], total_steps=BEFORE + AFTER),
+    ),
+    "adam, one cycle": (
+        OPTIMIZERS["adam"],
+        lambda o: OneCycleLR(o, max_lr=0.004, total_steps=20, three_phase=True, base_momentum=0.7),
+    ),
+    "adamw, one cycle": (
+        OPTIMIZERS["adamw, decay first"],
+        lambda o: OneCycleLR(o, max_lr=[0.002, 0.005], total_steps=16, anneal_strategy="linear"),
+    ),
     "sgd, two rates in steps": (OPTIMIZERS["sgd, two rates"], lambda o: StepLR(o, 3, 0.5)),
-    "sgd, two rates down to one": (OPTIMIZERS["sgd, two rates"], lambda o: CosineAnnealingLR(o, 12, eta_min=0.01)),
+    "sgd, two rates down to one": (
+        OPTIMIZERS["sgd, two rates"],
+        lambda o: CosineAnnealingLR(o, 12, eta_min=0.01),
+    ),
 }
 """Optimizer and scheduler, which is stepped after every batch."""
 
 
 def batches(count):
     rng = np.random.default_rng(5)
-    return [(adversarial_images(CONFIG, batch=BATCH, height=8, width=7, seed=i), rng.integers(0, 5, BATCH)) for i in range(count)]
+    return [
+        (
+            adversarial_images(CONFIG, batch=BATCH, height=8, width=7, seed=i),
+            rng.integers(0, 5, BATCH),
+        )
+        for i in range(count)
+    ]
 
 
 def torch_steps(module, optimizer, scheduler, data):
     for images, labels in data:
-        loss = torch.nn.functional.cross_entropy(module.train()(torch.from_numpy(np.moveaxis(images, -1, 1).copy())), torch.from_numpy(labels))
+        loss = torch.nn.functional.cross_entropy(
+            module.train()(torch.from_numpy(np.moveaxis(images, -1, 1).copy())),
+            torch.from_numpy(labels),
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -104,7 +141,9 @@ def set_up(name, seed=0):
 
 
 class Moment(NamedTuple):
-    """What a torch run could save after a step: the state dicts of its module, optimizer and scheduler."""
+    """What a torch run could save after a step: the state dicts of its module, optimizer and
+    scheduler.
+    """
 
     weights: dict[str, Any]
     optimizer: dict[str, Any]
@@ -118,7 +157,11 @@ def reference(name, steps):
     history = []
     for batch in batches(steps):
         torch_steps(module, optimizer, scheduler, [batch])
-        states = plain(module.state_dict()), plain(optimizer.state_dict()), None if scheduler is None else scheduler.state_dict()
+        states = (
+            plain(module.state_dict()),
+            plain(optimizer.state_dict()),
+            None if scheduler is None else scheduler.state_dict(),
+        )
         history.append(Moment(*copy.deepcopy(states)))
     return tuple(history)
 
@@ -127,19 +170,31 @@ def run_of(moment, steps):
     record = read(moment.optimizer, MAP)
     if moment.scheduler is None:
         return Run(record, steps=steps)
-    return Run(record, ScheduleState(*scheduling.read(moment.scheduler, [group.options for group in record.groups])), steps)
+    return Run(
+        record,
+        ScheduleState(
+            *scheduling.read(moment.scheduler, [group.options for group in record.groups])
+        ),
+        steps,
+    )
 
 
 COMPILED: dict[str, Any] = {}
 
 
 def compiled(graphdef, run, pace):
-    """The train step; one for all runs whose optimizers differ only in what a step is given: rates, and momenta where the schedule moves them."""
+    """The train step; one for all runs whose optimizers differ only in what a step is given: rates,
+    and momenta where the schedule moves them.
+    """
     given = {"lr", "initial_lr", "max_lr", "min_lr"}
     if pace.rates(pace.start).momenta is not None:
         given |= {"momentum", "betas", "max_momentum", "base_momentum"}
     computes = [
-        (sorted((key, value) for key, value in group.options.items() if key not in given), group.options.get("betas", ())[1:], group.paths)
+        (
+            sorted((key, value) for key, value in group.options.items() if key not in given),
+            group.options.get("betas", ())[1:],
+            group.paths,
+        )
         for group in run.optimizer.groups
     ]
     key = repr((run.optimizer.kind, computes, sorted(given)))
@@ -149,7 +204,9 @@ def compiled(graphdef, run, pace):
 
 
 def jax_steps(weights, run, data, *, optimizer=None):
-    """A run goes on in JAX; yields state dict, run and optimizer state after each step. ``optimizer`` takes another one, a chain that begins with a trace."""
+    """A run goes on in JAX; yields state dict, run and optimizer state after each step.
+    ``optimizer`` takes another one, a chain that begins with a trace.
+    """
     with jax.enable_x64(True):
         model = from_torch(weights)
         model.train()
@@ -157,9 +214,15 @@ def jax_steps(weights, run, data, *, optimizer=None):
         buffers = state_of(run.optimizer, params)
         if optimizer is not None:
             buffers = (buffers, *optimizer.init(params)[1:])
-        state = TrainState(*jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (params, stats)), buffers)
+        state = TrainState(
+            *jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (params, stats)), buffers
+        )
         pace = Pace.of(run, 1000)
-        step = make_train_step(graphdef, optimizer) if optimizer is not None else compiled(graphdef, run, pace)
+        step = (
+            make_train_step(graphdef, optimizer)
+            if optimizer is not None
+            else compiled(graphdef, run, pace)
+        )
         for number, (images, labels) in enumerate(data, start=pace.start):
             state, _ = step(state, jnp.asarray(images), jnp.asarray(labels), pace.rates(number))
             nnx.update(model, state.params, state.stats)
@@ -177,13 +240,20 @@ def momentum_of(group):
 
 @functools.cache
 def gone_on(name):
-    """State dict, run and optimizer after every step in JAX, from where torch was after :data:`BEFORE`."""
+    """State dict, run and optimizer after every step in JAX, from where torch was after
+    :data:`BEFORE`.
+    """
     start = reference(name, BEFORE + AFTER)[BEFORE - 1]
     steps = jax_steps(start.weights, run_of(start, BEFORE), batches(BEFORE + AFTER)[BEFORE:])
-    return [copy.deepcopy((weights, run, record_of(run.optimizer, state))) for weights, run, state in steps]  # the next step takes the arrays' memory
+    return [
+        copy.deepcopy((weights, run, record_of(run.optimizer, state)))
+        for weights, run, state in steps
+    ]  # the next step takes the arrays' memory
 
 
-each_run = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in RUNS])
+each_run = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in RUNS]
+)
 
 
 @each_run
@@ -192,10 +262,17 @@ def test_a_torch_run_goes_on_in_jax(name):
     for (ours, _, record), there in zip(gone_on(name), history[BEFORE:], strict=True):
         assert worst(ours, there.weights) <= TRAJECTORY_LIMIT
         expected = read(there.optimizer, MAP)
-        assert {key: set(found) for key, found in record.tensors.items()} == {key: set(found) for key, found in expected.tensors.items()}
+        assert {key: set(found) for key, found in record.tensors.items()} == {
+            key: set(found) for key, found in expected.tensors.items()
+        }
         for key, found in expected.tensors.items():
-            assert all(relative_l2(record.tensors[key][path], value) <= TRAJECTORY_LIMIT for path, value in found.items())
-        assert {path: float(step) for path, step in record.steps.items()} == {path: float(step) for path, step in expected.steps.items()}
+            assert all(
+                relative_l2(record.tensors[key][path], value) <= TRAJECTORY_LIMIT
+                for path, value in found.items()
+            )
+        assert {path: float(step) for path, step in record.steps.items()} == {
+            path: float(step) for path, step in expected.steps.items()
+        }
         for group, truth in zip(record.groups, expected.groups, strict=True):
             assert group.options["lr"] == pytest.approx(truth.options["lr"], rel=1e-12)
             assert momentum_of(group) == pytest.approx(momentum_of(truth), rel=1e-12)
@@ -206,10 +283,14 @@ def test_a_jax_run_goes_on_in_torch(name):
     history, back = reference(name, BEFORE + AFTER), 3
     weights, run, record = gone_on(name)[back - 1]
     module, optimizer, scheduler = set_up(name, seed=9)
-    module.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in weights.items()}, strict=True)
+    module.load_state_dict(
+        {key: torch.from_numpy(np.array(value)) for key, value in weights.items()}, strict=True
+    )
     optimizer.load_state_dict(with_tensors(write(record, MAP)))
     if scheduler is not None:
-        scheduler.load_state_dict(scheduling.write(run.schedule, [group.options for group in record.groups]))
+        scheduler.load_state_dict(
+            scheduling.write(run.schedule, [group.options for group in record.groups])
+        )
     torch_steps(module, optimizer, scheduler, batches(BEFORE + AFTER)[BEFORE + back :])
     assert worst(plain(module.state_dict()), history[-1].weights) <= TRAJECTORY_LIMIT
 
@@ -219,7 +300,12 @@ def _with_optimizer(run, **changes):
 
 
 def _with_options(run, **options):
-    return _with_optimizer(run, groups=tuple(replace(group, options={**group.options, **options}) for group in run.optimizer.groups))
+    return _with_optimizer(
+        run,
+        groups=tuple(
+            replace(group, options={**group.options, **options}) for group in run.optimizer.groups
+        ),
+    )
 
 
 def _with_schedule(run, schedule, position=BEFORE):
@@ -246,26 +332,52 @@ def _momentum_fixed(run):
 
 
 CONTROLS = {
-    "buffers dropped": ("sgd, two groups", lambda run: _with_optimizer(run, tensors={"momentum_buffer": {}})),
+    "buffers dropped": (
+        "sgd, two groups",
+        lambda run: _with_optimizer(run, tensors={"momentum_buffer": {}}),
+    ),
     "decay of the norms": ("sgd, two groups", lambda run: _with_options(run, weight_decay=5e-4)),
-    "schedule off by one": ("sgd, two groups", lambda run: _with_schedule(run, run.schedule.schedule, BEFORE + 1)),
+    "schedule off by one": (
+        "sgd, two groups",
+        lambda run: _with_schedule(run, run.schedule.schedule, BEFORE + 1),
+    ),
     "no Nesterov": ("sgd, two groups", lambda run: _with_options(run, nesterov=False)),
     "momentum left as it was": ("sgd, one cycle", _momentum_fixed),
     "beta of Adam left as it was": ("adam, one cycle", _momentum_fixed),
     "beta of AdamW left as it was": ("adamw, one cycle", _momentum_fixed),
-    "the first group's peak for both": ("adamw, one cycle", lambda run: _with_options(run, max_lr=0.002, initial_lr=0.002 / 25, min_lr=0.002 / 25e4)),
-    "one rate for both": ("sgd, two rates in steps", lambda run: _with_options(run, initial_lr=0.03)),
-    "steps of another length": ("sgd, two rates in steps", lambda run: _with_schedule(run, replace(run.schedule.schedule, step_size=4))),
+    "the first group's peak for both": (
+        "adamw, one cycle",
+        lambda run: _with_options(run, max_lr=0.002, initial_lr=0.002 / 25, min_lr=0.002 / 25e4),
+    ),
+    "one rate for both": (
+        "sgd, two rates in steps",
+        lambda run: _with_options(run, initial_lr=0.03),
+    ),
+    "steps of another length": (
+        "sgd, two rates in steps",
+        lambda run: _with_schedule(run, replace(run.schedule.schedule, step_size=4)),
+    ),
     "one share of the rate for both groups": ("sgd, two rates down to one", _one_share),
-    "no floor under the cosine": ("sgd, two rates down to one", lambda run: _with_schedule(run, replace(run.schedule.schedule, eta_min=0.0))),
+    "no floor under the cosine": (
+        "sgd, two rates down to one",
+        lambda run: _with_schedule(run, replace(run.schedule.schedule, eta_min=0.0)),
+    ),
 }
 
 
 def largest_error(name, change, optimizer=None):
     history = reference(name, BEFORE + AFTER)
     start = history[BEFORE - 1]
-    steps = jax_steps(start.weights, change(run_of(start, BEFORE)), batches(BEFORE + AFTER)[BEFORE:], optimizer=optimizer)
-    return max(worst(ours, there.weights) for (ours, *_), there in zip(steps, history[BEFORE:], strict=True))
+    steps = jax_steps(
+        start.weights,
+        change(run_of(start, BEFORE)),
+        batches(BEFORE + AFTER)[BEFORE:],
+        optimizer=optimizer,
+    )
+    return max(
+        worst(ours, there.weights)
+        for (ours, *_), there in zip(steps, history[BEFORE:], strict=True)
+    )
 
 
 @pytest.mark.parametrize("control", CONTROLS)
@@ -275,9 +387,13 @@ def test_what_is_carried_over_wrongly_shows_a_thousandfold(control):
 
 def test_decay_after_the_momentum_shows_a_thousandfold():
     def kernels(tree):
-        return jax.tree_util.tree_map_with_path(lambda path, _: any(getattr(key, "key", None) == "kernel" for key in path), tree)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: any(getattr(key, "key", None) == "kernel" for key in path), tree
+        )
 
-    late = at_the_first_rate(optax.trace(0.9, nesterov=True), optax.add_decayed_weights(5e-4, mask=kernels))
+    late = at_the_first_rate(
+        optax.trace(0.9, nesterov=True), optax.add_decayed_weights(5e-4, mask=kernels)
+    )
     assert largest_error("sgd, two groups", lambda run: run, late) >= 1000 * TRAJECTORY_LIMIT
 
 
@@ -288,11 +404,19 @@ def test_one_share_of_the_rate_is_right_where_the_schedule_has_no_floor():
 
 def same(ours, theirs):
     if isinstance(theirs, dict):
-        return list(ours) == list(theirs) and all(same(ours[key], value) for key, value in theirs.items())
+        return list(ours) == list(theirs) and all(
+            same(ours[key], value) for key, value in theirs.items()
+        )
     if isinstance(theirs, list | tuple):
-        return len(ours) == len(theirs) and all(same(a, b) for a, b in zip(ours, theirs, strict=True))
+        return len(ours) == len(theirs) and all(
+            same(a, b) for a, b in zip(ours, theirs, strict=True)
+        )
     if isinstance(theirs, np.ndarray):
-        return ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes()
+        return (
+            ours.dtype == theirs.dtype
+            and ours.shape == theirs.shape
+            and ours.tobytes() == theirs.tobytes()
+        )
     return type(ours) is type(theirs) and ours == theirs
 
 
@@ -318,7 +442,10 @@ def test_there_and_back_is_bit_exact(name, steps, dtype):
         "adamw, decay last",
         "adamw, one cycle",
     ):  # as many kernels as biases, and no buffer whose shape tells
-        with pytest.raises(CheckpointError, match=r"fits 2 of the usual ways: biases (fir|la)st, kernels (fir|la)st"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"fits 2 of the usual ways: biases (fir|la)st, kernels (fir|la)st",
+        ):
             read(original, MAP)
         return
     record = read(original, MAP)
@@ -336,12 +463,21 @@ def test_the_buffers_hold_what_torch_calls_them():
         state = state_of(record, nnx.state(from_torch(there.weights), nnx.Param))
     assert int(state.count) == 2
     kernel = state.mu["stage1"][0]["conv1"]["kernel"]
-    number = [path for group in record.groups for path in group.paths].index(("stage1", 0, "conv1", "kernel"))
-    np.testing.assert_array_equal(np.asarray(jax.tree.leaves(kernel)[0]), there.optimizer["state"][number]["exp_avg"].transpose(2, 3, 1, 0))
+    number = [path for group in record.groups for path in group.paths].index(
+        ("stage1", 0, "conv1", "kernel")
+    )
+    np.testing.assert_array_equal(
+        np.asarray(jax.tree.leaves(kernel)[0]),
+        there.optimizer["state"][number]["exp_avg"].transpose(2, 3, 1, 0),
+    )
 
 
 def test_an_optimizer_made_here_is_one_that_torch_takes():
-    for kind, settings in (("sgd", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}), ("adamw", {"lr": 1e-3}), ("adam", {})):
+    for kind, settings in (
+        ("sgd", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}),
+        ("adamw", {"lr": 1e-3}),
+        ("adam", {}),
+    ):
         record = fresh(kind, MAP, **settings)
         module = module_of()
         classes = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -353,7 +489,12 @@ def test_an_optimizer_made_here_is_one_that_torch_takes():
 
 def test_the_entry_of_a_training_checkpoint_is_found():
     state = plain(sgd(module_of(), 0.1).state_dict())
-    for extras in ({"optimizer": state}, {"optimizer_state_dict": state}, {"optimizer_states": [state], "epoch": 3}, {"args": {}, "optim": state}):
+    for extras in (
+        {"optimizer": state},
+        {"optimizer_state_dict": state},
+        {"optimizer_states": [state], "epoch": 3},
+        {"args": {}, "optim": state},
+    ):
         name, found = find(extras) or ("", {})
         assert name in extras
         assert found is state
@@ -379,35 +520,102 @@ def _without(*names):
 
 BAD = {
     "no state": (lambda: {"epoch": 1}, "no state of a torch optimizer"),
-    "dampening": (lambda: _edited(lambda s: s["param_groups"][0].update(dampening=0.1)), "param group 0: dampening=0.1 has no counterpart"),
-    "amsgrad": (lambda: _edited(lambda s: s["param_groups"][0].update(amsgrad=True), "adam"), "amsgrad=True has no counterpart"),
-    "another optimizer": (lambda: plain(torch.optim.RMSprop(module_of().parameters()).state_dict()), "no optimizer with a counterpart here"),
-    "another model": (lambda: plain(torch.optim.SGD(torch.nn.Linear(3, 4).parameters(), momentum=0.9).state_dict()), "it has 2 parameters, the model 20"),
-    "unknown names": (lambda: plain(torch.optim.SGD([(f"x.{n}", p) for n, p in module_of().named_parameters()]).state_dict()), r"it names x\.conv1\.weight"),
-    "names missing": (lambda: plain(torch.optim.SGD(list(module_of().named_parameters())[1:]).state_dict()), r"leaves out conv1\.weight"),
+    "dampening": (
+        lambda: _edited(lambda s: s["param_groups"][0].update(dampening=0.1)),
+        "param group 0: dampening=0.1 has no counterpart",
+    ),
+    "amsgrad": (
+        lambda: _edited(lambda s: s["param_groups"][0].update(amsgrad=True), "adam"),
+        "amsgrad=True has no counterpart",
+    ),
+    "another optimizer": (
+        lambda: plain(torch.optim.RMSprop(module_of().parameters()).state_dict()),
+        "no optimizer with a counterpart here",
+    ),
+    "another model": (
+        lambda: plain(
+            torch.optim.SGD(torch.nn.Linear(3, 4).parameters(), momentum=0.9).state_dict()
+        ),
+        "it has 2 parameters, the model 20",
+    ),
+    "unknown names": (
+        lambda: plain(
+            torch.optim.SGD([(f"x.{n}", p) for n, p in module_of().named_parameters()]).state_dict()
+        ),
+        r"it names x\.conv1\.weight",
+    ),
+    "names missing": (
+        lambda: plain(torch.optim.SGD(list(module_of().named_parameters())[1:]).state_dict()),
+        r"leaves out conv1\.weight",
+    ),
     "an odd split": (
-        lambda: plain(torch.optim.SGD([{"params": list(module_of().parameters())[:5]}, {"params": list(module_of().parameters())[5:]}]).state_dict()),
+        lambda: plain(
+            torch.optim.SGD(
+                [
+                    {"params": list(module_of().parameters())[:5]},
+                    {"params": list(module_of().parameters())[5:]},
+                ]
+            ).state_dict()
+        ),
         "param groups of 5 . 15 parameters, which does not fit any",
     ),
-    "a wrong shape": (lambda: _edited(lambda s: s["state"][0].update(momentum_buffer=np.zeros((2, 2)))), "does not fit any"),
-    "steps that differ": (lambda: _edited(lambda s: s["state"][3].update(step=np.array(9.0, np.float32)), "adam"), "updated a different number of times"),
-    "an unknown tensor": (lambda: _edited(lambda s: s["state"][3].update(square_avg=s["state"][3]["momentum_buffer"])), "keeps square_avg per parameter"),
-    "an unknown option": (lambda: _edited(lambda s: s["param_groups"][1].update(trust=1)), "param group 1 has options that sgd does not know: trust"),
-    "a missing option": (lambda: _edited(lambda s: s["param_groups"][1].pop("nesterov")), "param group 1 lacks nesterov"),
+    "a wrong shape": (
+        lambda: _edited(lambda s: s["state"][0].update(momentum_buffer=np.zeros((2, 2)))),
+        "does not fit any",
+    ),
+    "steps that differ": (
+        lambda: _edited(lambda s: s["state"][3].update(step=np.array(9.0, np.float32)), "adam"),
+        "updated a different number of times",
+    ),
+    "an unknown tensor": (
+        lambda: _edited(
+            lambda s: s["state"][3].update(square_avg=s["state"][3]["momentum_buffer"])
+        ),
+        "keeps square_avg per parameter",
+    ),
+    "an unknown option": (
+        lambda: _edited(lambda s: s["param_groups"][1].update(trust=1)),
+        "param group 1 has options that sgd does not know: trust",
+    ),
+    "a missing option": (
+        lambda: _edited(lambda s: s["param_groups"][1].pop("nesterov")),
+        "param group 1 lacks nesterov",
+    ),
     "momentum of one missing": (
         lambda: _edited(lambda s: s["state"].pop(3)),
-        r"lacks momentum_buffer of 1 of 20 parameters: layer2\.0\.conv1\.weight\..*were frozen, which JAX would not keep, or the file is damaged",
+        r"lacks momentum_buffer of 1 of 20 parameters: layer2\.0\.conv1\.weight\..*were "
+        r"frozen, which JAX would not keep, or the file is damaged",
     ),
     "momentum of two never made": (
-        lambda: _edited(lambda s: [s["state"][number].update(momentum_buffer=None) for number in (0, 8)]),
+        lambda: _edited(
+            lambda s: [s["state"][number].update(momentum_buffer=None) for number in (0, 8)]
+        ),
         r"lacks momentum_buffer of 2 of 20 parameters: conv1\.weight, \S+",
     ),
-    "first moment of one missing": (lambda: _edited(lambda s: s["state"][3].pop("exp_avg"), "adam"), "lacks exp_avg of 1 of 20 parameters"),
-    "second moment of one missing": (lambda: _edited(lambda s: s["state"][3].pop("exp_avg_sq"), "adam"), "lacks exp_avg_sq of 1 of 20 parameters"),
-    "a parameter that Adam never saw": (lambda: _edited(lambda s: s["state"].pop(0), "adam"), r"lacks exp_avg of 1 of 20 parameters: conv1\.weight\."),
-    "steps without moments": (lambda: _edited(_without("exp_avg", "exp_avg_sq"), "adam"), "lacks exp_avg of 20 of 20 parameters: .* and 17 more"),
-    "steps without second moments": (lambda: _edited(_without("exp_avg_sq"), "adamw, named"), "lacks exp_avg_sq of 20 of 20 parameters"),
-    "tensors of no parameter": (lambda: _edited(lambda s: s["state"].update({77: {}})), "parameters 77 that are in none"),
+    "first moment of one missing": (
+        lambda: _edited(lambda s: s["state"][3].pop("exp_avg"), "adam"),
+        "lacks exp_avg of 1 of 20 parameters",
+    ),
+    "second moment of one missing": (
+        lambda: _edited(lambda s: s["state"][3].pop("exp_avg_sq"), "adam"),
+        "lacks exp_avg_sq of 1 of 20 parameters",
+    ),
+    "a parameter that Adam never saw": (
+        lambda: _edited(lambda s: s["state"].pop(0), "adam"),
+        r"lacks exp_avg of 1 of 20 parameters: conv1\.weight\.",
+    ),
+    "steps without moments": (
+        lambda: _edited(_without("exp_avg", "exp_avg_sq"), "adam"),
+        "lacks exp_avg of 20 of 20 parameters: .* and 17 more",
+    ),
+    "steps without second moments": (
+        lambda: _edited(_without("exp_avg_sq"), "adamw, named"),
+        "lacks exp_avg_sq of 20 of 20 parameters",
+    ),
+    "tensors of no parameter": (
+        lambda: _edited(lambda s: s["state"].update({77: {}})),
+        "parameters 77 that are in none",
+    ),
 }
 
 
@@ -425,25 +633,41 @@ def test_only_groups_with_momentum_need_a_buffer():
     assert len(read(state, MAP).tensors["momentum_buffer"]) == 18
     state = copy.deepcopy(state)
     state["param_groups"][1]["momentum"] = 0.9
-    with pytest.raises(CheckpointError, match=r"lacks momentum_buffer of 2 of 20 parameters: fc\.weight, fc\.bias"):
+    with pytest.raises(
+        CheckpointError, match=r"lacks momentum_buffer of 2 of 20 parameters: fc\.weight, fc\.bias"
+    ):
         read(state, MAP)
 
 
 def test_an_optimizer_before_its_first_step_starts_at_zero():
-    for name, words in {"sgd, one group": "no momentum_buffer yet", "adam": "no exp_avg yet"}.items():
+    for name, words in {
+        "sgd, one group": "no momentum_buffer yet",
+        "adam": "no exp_avg yet",
+    }.items():
         record = read(plain(OPTIMIZERS[name](module_of()).state_dict()), MAP)
         assert record.notes[1] == f"{words}, as before the first step; it starts at zero"
         with jax.enable_x64(True):
-            state = state_of(record, nnx.state(from_torch(plain(module_of().state_dict())), nnx.Param))
+            state = state_of(
+                record, nnx.state(from_torch(plain(module_of().state_dict())), nnx.Param)
+            )
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(state))
-    assert len(read(plain(OPTIMIZERS["sgd without momentum"](module_of()).state_dict()), MAP).notes) == 1
+    assert (
+        len(read(plain(OPTIMIZERS["sgd without momentum"](module_of()).state_dict()), MAP).notes)
+        == 1
+    )
 
 
-@pytest.mark.parametrize("prefix", ["module.", "model.", "module._orig_mod.", "_orig_mod.module.", "model.net."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "model.", "module._orig_mod.", "_orig_mod.module.", "model.net."]
+)
 def test_names_that_wrappers_put_before_the_parameters_are_understood(prefix):
     def stepped(before):
         module = module_of()
-        optimizer = torch.optim.SGD([(f"{before}{name}", parameter) for name, parameter in module.named_parameters()][::-1], lr=0.1, momentum=0.9)
+        optimizer = torch.optim.SGD(
+            [(f"{before}{name}", parameter) for name, parameter in module.named_parameters()][::-1],
+            lr=0.1,
+            momentum=0.9,
+        )
         torch_steps(module, optimizer, None, batches(1))
         return read(plain(optimizer.state_dict()), MAP)
 
@@ -454,8 +678,13 @@ def test_names_that_wrappers_put_before_the_parameters_are_understood(prefix):
 
 
 def test_a_prefix_that_only_some_names_have_is_part_of_the_name():
-    named = [(f"module.{name}" if number else name, parameter) for number, (name, parameter) in enumerate(module_of().named_parameters())]
-    with pytest.raises(CheckpointError, match=r"names module\.bn1\.weight, .* which the model does not have"):
+    named = [
+        (f"module.{name}" if number else name, parameter)
+        for number, (name, parameter) in enumerate(module_of().named_parameters())
+    ]
+    with pytest.raises(
+        CheckpointError, match=r"names module\.bn1\.weight, .* which the model does not have"
+    ):
         read(plain(torch.optim.SGD(named).state_dict()), MAP)
 
 
@@ -482,6 +711,8 @@ def test_flags_that_only_say_how_are_kept():
 def test_a_fresh_state_can_be_donated():
     """A compiled step donates its state: no array may be in it twice."""
     for kind in ("sgd", "adam", "adamw"):
-        state = optimizer_of(fresh(kind, MAP)).init(nnx.state(from_torch(plain(module_of().float().state_dict())), nnx.Param))
+        state = optimizer_of(fresh(kind, MAP)).init(
+            nnx.state(from_torch(plain(module_of().float().state_dict())), nnx.Param)
+        )
         pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
         assert len(set(pointers)) == len(pointers)

@@ -1,4 +1,6 @@
-"""Outputs through kills, full disks, folders without permission and rivals: the destination is absent, the old one or the new one, whole."""
+"""Outputs through kills, full disks, folders without permission and rivals: the destination is
+absent, the old one or the new one, whole.
+"""
 
 import os
 import random
@@ -48,7 +50,12 @@ def test_the_look_at_what_is_left_sees_damage(tmp_path):
 def mounted(place, options):
     """A file system in memory; a skip where nothing may be mounted."""
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         pytest.skip(f"needs the right to mount a file system: {done.stderr.strip()}")
     try:
@@ -61,7 +68,10 @@ def mounted(place, options):
 def large(tmp_path):
     """A checkpoint of 2.5 MB in a file of its own."""
     torch.manual_seed(0)
-    torch.save(ResNet(depths=(1, 1, 1), widths=(64, 96, 128), stem="cifar", num_classes=10).state_dict(), tmp_path / "large.pth")
+    torch.save(
+        ResNet(depths=(1, 1, 1), widths=(64, 96, 128), stem="cifar", num_classes=10).state_dict(),
+        tmp_path / "large.pth",
+    )
     return tmp_path / "large.pth"
 
 
@@ -87,9 +97,16 @@ def test_a_full_disk_leaves_the_old_output_and_no_trace(name, room, large, tmp_p
 def test_reports_on_a_full_disk_are_whole_or_absent(name, large, tmp_path, capfd):
     with mounted(tmp_path / "disk", "size=64k") as disk:
         (disk / "filler").write_bytes(bytes(64 << 10))
-        command = ["inspect", str(large), "--json-file"] if name == "facts.json" else ["verify", str(large), "--eval-only", "--json"]
+        command = (
+            ["inspect", str(large), "--json-file"]
+            if name == "facts.json"
+            else ["verify", str(large), "--eval-only", "--json"]
+        )
         assert run([*command, str(disk / name)]) == 2
-        assert f"{name} could not be written: No space left on device" in capfd.readouterr().err or not (disk / name).exists()
+        assert (
+            f"{name} could not be written: No space left on device" in capfd.readouterr().err
+            or not (disk / name).exists()
+        )
         assert [path.name for path in disk.iterdir()] == ["filler"]
 
 
@@ -108,7 +125,13 @@ def test_a_read_only_folder_is_refused_in_one_line(name, large, tmp_path, capfd)
 def test_output_to_a_full_device_is_one_line():
     code = "import sys; from flax_resblock.cli import main; sys.argv[1:] = ['--version']; main()"
     with open("/dev/full", "w") as full:
-        result = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
     assert result.returncode != 0
     assert "flax-resblock: No space left on device" in result.stderr
     assert "Traceback" not in result.stderr
@@ -137,7 +160,12 @@ def test_of_rivals_for_one_destination_one_wins_whole(name, force, tmp_path):
     if force == "force":
         checkpoint.write(tmp_path / name, {"old": healthy()["fc.weight"]})
     rivals = [
-        subprocess.Popen([sys.executable, "-c", RIVAL, str(tmp_path / name), str(n), force], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", RIVAL, str(tmp_path / name), str(n), force],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for n in range(1, 6)
     ]
     for rival in rivals:
@@ -205,12 +233,23 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path):
 
 
 def test_a_sidecar_takes_its_place_before_its_file(tmp_path, monkeypatch):
-    """A kill between the two leaves the old file with a note, never a new file that nothing vouches for."""
+    """A kill between the two leaves the old file with a note, never a new file that nothing vouches
+    for.
+    """
     save(from_torch(healthy()), tmp_path / "net.pth")
-    monkeypatch.setattr(atomic, "_place", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr(
+        atomic, "_place", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+    )
     with pytest.raises(OutputError, match="Input/output error"):
-        save(from_torch({key: value + 1 for key, value in healthy().items()}), tmp_path / "net.pth", force=True)
+        save(
+            from_torch({key: value + 1 for key, value in healthy().items()}),
+            tmp_path / "net.pth",
+            force=True,
+        )
     record = checkpoint.read(tmp_path / "net.pth")
     assert_same_bits(dict(record.tensors), healthy())
     assert any("describes another file" in note for note in record.notes)
-    assert sorted(Path(tmp_path).iterdir()) == [tmp_path / "net.pth", sidecar_of(tmp_path / "net.pth")]
+    assert sorted(Path(tmp_path).iterdir()) == [
+        tmp_path / "net.pth",
+        sidecar_of(tmp_path / "net.pth"),
+    ]

@@ -1,4 +1,6 @@
-"""Every block type and network: Flax equals PyTorch in float64 to 1e-12 and in float32 within PyTorch's own error; wrong variants fail by far."""
+"""Every block type and network: Flax equals PyTorch in float64 to 1e-12 and in float32 within
+PyTorch's own error; wrong variants fail by far.
+"""
 
 import copy
 from dataclasses import replace
@@ -10,13 +12,13 @@ import torch
 
 from flax_resblock import BlockConfig, ResNetConfig
 from flax_resblock.checkpoint.torch_file import from_numpy
-from flax_resblock.convert import LAYOUTS, StateMap
+from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.parity import parts
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.inputs import adversarial_images
 from flax_resblock.parity.pair import PRECISIONS
+from flax_resblock.parity.reference import ReferencePair, torch_reference
 from flax_resblock.parity.taps import trace_torch
-from flax_resblock.parity.twins import Twins, torch_twin
 
 BLOCKS = {
     "basic, identity": BlockConfig(in_channels=6, out_channels=6),
@@ -27,24 +29,63 @@ BLOCKS = {
     "basic, dilation 2": BlockConfig(in_channels=6, out_channels=6, dilation=2),
     "basic, groups 2, stride 2": BlockConfig(in_channels=6, out_channels=8, stride=2, groups=2),
     "option A": BlockConfig(in_channels=5, out_channels=10, stride=2, shortcut="zero_pad"),
-    "option A, odd channels": BlockConfig(in_channels=5, out_channels=8, stride=2, shortcut="zero_pad"),
+    "option A, odd channels": BlockConfig(
+        in_channels=5, out_channels=8, stride=2, shortcut="zero_pad"
+    ),
     "bottleneck, identity": BlockConfig(in_channels=16, out_channels=16, kind="bottleneck"),
-    "bottleneck, stride on 3x3": BlockConfig(in_channels=6, out_channels=16, kind="bottleneck", stride=2),
-    "bottleneck, stride on 1x1": BlockConfig(in_channels=6, out_channels=16, kind="bottleneck", stride=2, stride_on="1x1"),
-    "bottleneck, groups, base width, dilation": BlockConfig(in_channels=16, out_channels=32, kind="bottleneck", stride=2, groups=4, base_width=32, dilation=2),
+    "bottleneck, stride on 3x3": BlockConfig(
+        in_channels=6, out_channels=16, kind="bottleneck", stride=2
+    ),
+    "bottleneck, stride on 1x1": BlockConfig(
+        in_channels=6, out_channels=16, kind="bottleneck", stride=2, stride_on="1x1"
+    ),
+    "bottleneck, groups, base width, dilation": BlockConfig(
+        in_channels=16,
+        out_channels=32,
+        kind="bottleneck",
+        stride=2,
+        groups=4,
+        base_width=32,
+        dilation=2,
+    ),
 }
 SIZES = [(9, 9), (8, 8), (7, 12), (10, 5)]
 NETWORKS = {
     "ImageNet stem": ResNetConfig(depths=(1, 2), widths=(8, 12), stem_width=8, num_classes=7),
-    "CIFAR stem, option A": ResNetConfig(depths=(2, 1, 1), widths=(6, 12, 24), stem="cifar", stem_width=6, shortcut="zero_pad", num_classes=5, in_channels=1),
-    "ResNeXt": ResNetConfig(block="bottleneck", depths=(1, 1, 1), widths=(16, 16, 32), stem_width=8, groups=4, base_width=16, num_classes=3),
-    "dilated stages": ResNetConfig(block="bottleneck", depths=(1, 2, 2), widths=(4, 8, 8), stem_width=8, dilated_stages=(2, 3), num_classes=3),
-    "no head": ResNetConfig(depths=(1, 1), widths=(8, 16), stem="cifar", stem_width=4, num_classes=None),
+    "CIFAR stem, option A": ResNetConfig(
+        depths=(2, 1, 1),
+        widths=(6, 12, 24),
+        stem="cifar",
+        stem_width=6,
+        shortcut="zero_pad",
+        num_classes=5,
+        in_channels=1,
+    ),
+    "ResNeXt": ResNetConfig(
+        block="bottleneck",
+        depths=(1, 1, 1),
+        widths=(16, 16, 32),
+        stem_width=8,
+        groups=4,
+        base_width=16,
+        num_classes=3,
+    ),
+    "dilated stages": ResNetConfig(
+        block="bottleneck",
+        depths=(1, 2, 2),
+        widths=(4, 8, 8),
+        stem_width=8,
+        dilated_stages=(2, 3),
+        num_classes=3,
+    ),
+    "no head": ResNetConfig(
+        depths=(1, 1), widths=(8, 16), stem="cifar", stem_width=4, num_classes=None
+    ),
 }
 
 
-def twins_of(config, seed=0, **norm_options) -> Twins:
-    return Twins.random(config, seed, **norm_options)
+def twins_of(config, seed=0, **norm_options) -> ReferencePair:
+    return ReferencePair.random(config, seed, **norm_options)
 
 
 def worst(comparison):
@@ -59,42 +100,75 @@ def test_block_equals_pytorch_in_both_modes(name, size):
     comparison = compare_pair(twins_of(config), images)
     assert comparison.passed, worst(comparison)
     quantities = {(p, q) for p, q, _ in comparison.groups()}
-    assert {q for _, q in quantities} == {"tensors", "eval forward", "train forward", "running statistics", "running statistics after 5"}
+    assert {q for _, q in quantities} == {
+        "tensors",
+        "eval forward",
+        "train forward",
+        "running statistics",
+        "running statistics after 5",
+    }
     assert {p for p, _ in quantities} == {"float64", "float32"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in ("ResNeXt", "dilated stages") else name for name in NETWORKS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("ResNeXt", "dilated stages")
+        else name
+        for name in NETWORKS
+    ],
+)
 def test_network_equals_pytorch_with_gradients(name):
     config = NETWORKS[name]
-    comparison = compare_pair(twins_of(config), adversarial_images(config, batch=3), Plan(gradients=True))
+    comparison = compare_pair(
+        twins_of(config), adversarial_images(config, batch=3), Plan(gradients=True)
+    )
     assert comparison.passed, worst(comparison)
-    gradients = [m for m in comparison.measurements if m.quantity == "parameter gradient" and m.precision == "float64"]
-    trainable = [e for e in StateMap(config, LAYOUTS["torchvision"]).entries if e.flax_path[-1] in ("kernel", "scale", "bias")]
+    gradients = [
+        m
+        for m in comparison.measurements
+        if m.quantity == "parameter gradient" and m.precision == "float64"
+    ]
+    trainable = [
+        e
+        for e in StateMap(config, NAMINGS["torchvision"]).entries
+        if e.flax_path[-1] in ("kernel", "scale", "bias")
+    ]
     assert len(gradients) == len(trainable)
 
 
 def test_one_pixel_at_stride_2_still_projects():
     """The shortcut projects because of the numbers, not because shapes differ."""
     config = BlockConfig(in_channels=6, out_channels=6, stride=2)
-    comparison = compare_pair(twins_of(config), adversarial_images(config, batch=5, height=1, width=1))
+    comparison = compare_pair(
+        twins_of(config), adversarial_images(config, batch=5, height=1, width=1)
+    )
     assert comparison.passed, worst(comparison)
     assert "shortcut.conv" in {m.slot for m in comparison.measurements}
 
 
-@pytest.mark.parametrize("options", [{"eps": 1e-3}, {"momentum": 0.37}, {"momentum": None}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"eps": 1e-3}, {"momentum": 0.37}, {"momentum": None}], ids=str
+)
 def test_norm_options_mean_the_same_on_both_sides(options):
     config = BLOCKS["basic, stride 2, new channels"]
     comparison = compare_pair(twins_of(config, **options), adversarial_images(config, batch=3))
     assert comparison.passed, worst(comparison)
 
 
-# Each wrong variant is applied to the PyTorch side, so that the Flax network under test stays what users run.
+# Each wrong variant is applied to the PyTorch side, so that the Flax network under test stays what
+# users run.
 
 
 def _padded_same(module):
-    """Flax's 'SAME': at stride 2 and even size one pixel more at the end instead of one on each side."""
+    """Flax's 'SAME': at stride 2 and even size one pixel more at the end instead of one on each
+    side.
+    """
     module.conv1.padding = (0, 0)
-    module.conv1.register_forward_pre_hook(lambda _, inputs: (torch.nn.functional.pad(inputs[0], (0, 1, 0, 1)),))
+    module.conv1.register_forward_pre_hook(
+        lambda _, inputs: (torch.nn.functional.pad(inputs[0], (0, 1, 0, 1)),)
+    )
 
 
 def _norms(change):
@@ -110,14 +184,22 @@ def _biased_running_variance(layer):
     def update(layer, inputs, _):
         if layer.training:
             n = inputs[0].numel() / inputs[0].shape[1]
-            old = (layer.running_var - layer.momentum * inputs[0].var((0, 2, 3), unbiased=True)) / (1 - layer.momentum)
-            layer.running_var.copy_((1 - layer.momentum) * old + layer.momentum * inputs[0].var((0, 2, 3), unbiased=True) * (n - 1) / n)
+            old = (layer.running_var - layer.momentum * inputs[0].var((0, 2, 3), unbiased=True)) / (
+                1 - layer.momentum
+            )
+            layer.running_var.copy_(
+                (1 - layer.momentum) * old
+                + layer.momentum * inputs[0].var((0, 2, 3), unbiased=True) * (n - 1) / n
+            )
 
     layer.register_forward_hook(update)
 
 
 def _swap_convolutions(module):
-    module.conv1.weight.data, module.conv2.weight.data = module.conv2.weight.data, module.conv1.weight.data
+    module.conv1.weight.data, module.conv2.weight.data = (
+        module.conv2.weight.data,
+        module.conv1.weight.data,
+    )
 
 
 def _set(attribute, value):
@@ -132,11 +214,22 @@ FAULTS = {
     "SAME padding": (_padded_same, "eval forward"),
     "biased running variance": (_norms(_biased_running_variance), "running statistics"),
     "swapped convolutions": (_swap_convolutions, "eval forward"),
-    "stride on the second convolution": (lambda m: (setattr(m.conv1, "stride", (1, 1)), setattr(m.conv2, "stride", (2, 2))), "eval forward"),
+    "stride on the second convolution": (
+        lambda m: (setattr(m.conv1, "stride", (1, 1)), setattr(m.conv2, "stride", (2, 2))),
+        "eval forward",
+    ),
 }
 
 
-@pytest.mark.parametrize("fault", [pytest.param(fault, marks=pytest.mark.slow) if "momentum" in fault or "on the" in fault else fault for fault in FAULTS])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, marks=pytest.mark.slow)
+        if "momentum" in fault or "on the" in fault
+        else fault
+        for fault in FAULTS
+    ],
+)
 @pytest.mark.parametrize("precision", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def test_a_wrong_variant_fails_by_a_hundred_times_the_limit(fault, precision, monkeypatch):
     break_it, quantity = FAULTS[fault]
@@ -150,9 +243,15 @@ def test_a_wrong_variant_fails_by_a_hundred_times_the_limit(fault, precision, mo
     images = adversarial_images(SQUARE, batch=3, height=8, width=12)
     assert compare_pair(twins, images).passed
     monkeypatch.setattr(parts, "trace_torch", trace_broken)
-    rows = [m for m in compare_pair(twins, images).measurements if (m.precision, m.quantity) == (precision, quantity)]
+    rows = [
+        m
+        for m in compare_pair(twins, images).measurements
+        if (m.precision, m.quantity) == (precision, quantity)
+    ]
     if precision == "float32":  # against the true yardstick, not that of the broken module
-        rows = [replace(m, judgement=replace(m.judgement, limit=max(8 * 2.0**-23, 1e-6))) for m in rows]
+        rows = [
+            replace(m, judgement=replace(m.judgement, limit=max(8 * 2.0**-23, 1e-6))) for m in rows
+        ]
     assert max(m.judgement.excess for m in rows) >= 100
 
 
@@ -172,17 +271,27 @@ def test_statistics_of_a_second_batch_accumulate():
                 node = model
                 for part in entry.flax_path:
                     node = getattr(node, part)
-                np.testing.assert_allclose(node[...], module.state_dict()[entry.torch_key].numpy(), rtol=1e-12)
+                np.testing.assert_allclose(
+                    node[...], module.state_dict()[entry.torch_key].numpy(), rtol=1e-12
+                )
 
 
 def test_float32_errors_are_judged_against_float64_not_against_each_other():
-    comparison = compare_pair(twins_of(SQUARE), adversarial_images(SQUARE, batch=2), Plan(train=False, precisions=("float32",)))
+    comparison = compare_pair(
+        twins_of(SQUARE),
+        adversarial_images(SQUARE, batch=2),
+        Plan(train=False, precisions=("float32",)),
+    )
     rows = [m for m in comparison.measurements if m.quantity == "eval forward"]
     assert all(0 < m.judgement.reference_error < 1e-5 for m in rows)
-    assert len({m.judgement.reference_error for m in rows}) == len({m.slot for m in rows if m.slot != "output"})
+    assert len({m.judgement.reference_error for m in rows}) == len(
+        {m.slot for m in rows if m.slot != "output"}
+    )
 
 
 def test_torch_loads_what_the_twins_hold():
     twins = twins_of(SQUARE)
-    module = torch_twin(SQUARE)
-    module.load_state_dict({key: from_numpy(value) for key, value in twins.state.items()}, strict=True)
+    module = torch_reference(SQUARE)
+    module.load_state_dict(
+        {key: from_numpy(value) for key, value in twins.state.items()}, strict=True
+    )

@@ -1,4 +1,6 @@
-"""The precision guard counts mantissa bits exactly, refuses what has too few, and names it; strict() sets both frameworks and puts everything back."""
+"""The precision guard counts mantissa bits exactly, refuses what has too few, and names it;
+strict() sets both frameworks and puts everything back.
+"""
 
 import os
 
@@ -9,31 +11,46 @@ import numpy as np
 import pytest
 import torch
 
-from flax_resblock.conv import convolve
 from flax_resblock.errors import InputError
+from flax_resblock.nn.conv import convolve
 from flax_resblock.parity.devices import accelerator, jax_device, torch_device
-from flax_resblock.parity.precision import WORKSPACE, Found, mantissa_bits, measure_precision, require, strict
+from flax_resblock.parity.precision import (
+    WORKSPACE,
+    Found,
+    mantissa_bits,
+    measure_precision,
+    require,
+    strict,
+)
 
 BITS = {"float64": 52, "float32": 23, "bfloat16": 7}
 DEVICES = {"flax": jax_device("cpu"), "torch": torch_device(None)}
 
 
 def rounded(array, bits):
-    """float32 to ``bits`` explicit mantissa bits, nearest even, by integers: what a tensor core does to its operands."""
+    """float32 to ``bits`` explicit mantissa bits, nearest even, by integers: what a tensor core
+    does to its operands.
+    """
     integers = np.ascontiguousarray(array, np.float32).view(np.uint32)
     drop = np.uint32(23 - bits)
-    integers = integers + (((integers >> drop) & 1) + (np.uint32(1) << (drop - np.uint32(1))) - np.uint32(1))
+    integers = integers + (
+        ((integers >> drop) & 1) + (np.uint32(1) << (drop - np.uint32(1))) - np.uint32(1)
+    )
     return (integers >> drop << drop).view(np.float32)
 
 
 def cut(array, bits):
     """The same by truncation."""
     drop = np.uint32(23 - bits)
-    return (np.ascontiguousarray(array, np.float32).view(np.uint32) >> drop << drop).view(np.float32)
+    return (np.ascontiguousarray(array, np.float32).view(np.uint32) >> drop << drop).view(
+        np.float32
+    )
 
 
 def three_passes(values, weights):
-    """bfloat16x3: each operand as a sum of two bfloat16 numbers, without the product of the small parts."""
+    """bfloat16x3: each operand as a sum of two bfloat16 numbers, without the product of the small
+    parts.
+    """
     (a, b), (c, d) = (
         (high, (x - high).astype(ml_dtypes.bfloat16).astype(np.float32))
         for x in (values, weights)
@@ -46,7 +63,9 @@ def accumulated_in(dtype):
     def operate(values, weights):
         total = np.zeros((len(values), weights.shape[1]), dtype)
         for channel in range(len(weights)):
-            total = (total + (values[:, channel, None] * weights[None, channel]).astype(dtype)).astype(dtype)
+            total = (
+                total + (values[:, channel, None] * weights[None, channel]).astype(dtype)
+            ).astype(dtype)
         return total.astype(values.dtype)
 
     return operate
@@ -57,7 +76,11 @@ def accumulated_in(dtype):
 def test_the_cpu_keeps_every_bit(side, dtype):
     found = measure_precision(side, DEVICES[side], dtype)
     assert [one.operation for one in found] == ["convolution", "matrix product"]
-    assert all((one.mantissa_bits, one.expected_bits, one.dtype, one.side) == (BITS[dtype], BITS[dtype], dtype, side) for one in found)
+    assert all(
+        (one.mantissa_bits, one.expected_bits, one.dtype, one.side)
+        == (BITS[dtype], BITS[dtype], dtype, side)
+        for one in found
+    )
     require(found)
 
 
@@ -80,7 +103,12 @@ def test_lost_bits_are_counted_and_refused_by_name(case):
     operate, bits, name = CROPPED[case]
     assert mantissa_bits(operate, "float32") == bits
     with pytest.raises(InputError) as error:
-        require([Found("torch", "cuda:0", "float32", "convolution", 23, 23), Found("flax", "tpu:0", "float32", "matrix product", bits, 23)])
+        require(
+            [
+                Found("torch", "cuda:0", "float32", "convolution", 23, 23),
+                Found("flax", "tpu:0", "float32", "matrix product", bits, 23),
+            ]
+        )
     message = str(error.value)
     assert f"flax on tpu:0: the float32 matrix product keeps {bits} of 23 mantissa bits" in message
     assert name in message
@@ -118,12 +146,28 @@ def test_a_low_precision_in_the_code_of_an_operation_is_found():
 
     def operate(values, weights):
         with strict():
-            return np.asarray(jnp.matmul(values.astype(jnp.bfloat16), weights.astype(jnp.bfloat16), preferred_element_type=jnp.float32))
+            return np.asarray(
+                jnp.matmul(
+                    values.astype(jnp.bfloat16),
+                    weights.astype(jnp.bfloat16),
+                    preferred_element_type=jnp.float32,
+                )
+            )
 
     assert mantissa_bits(operate, "float32") == 7
 
 
-SETTINGS = ("", "cudnn", "mkldnn", "cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
+SETTINGS = (
+    "",
+    "cudnn",
+    "mkldnn",
+    "cuda.matmul",
+    "cudnn.conv",
+    "cudnn.rnn",
+    "mkldnn.matmul",
+    "mkldnn.conv",
+    "mkldnn.rnn",
+)
 
 
 def _node(name):
@@ -134,7 +178,9 @@ def _node(name):
 
 
 def _precisions():
-    """Every setting of torch, and what each becomes when the common one changes: whether it inherits is part of its state."""
+    """Every setting of torch, and what each becomes when the common one changes: whether it
+    inherits is part of its state.
+    """
     states, before = [], torch.backends.fp32_precision
     for common in ("tf32", "ieee", before):
         torch.backends.fp32_precision = common
@@ -143,8 +189,17 @@ def _precisions():
 
 
 def _state():
-    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    return _precisions(), deterministic, torch.backends.cudnn.benchmark, os.environ.get(WORKSPACE), jax.config.jax_default_matmul_precision
+    deterministic = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    return (
+        _precisions(),
+        deterministic,
+        torch.backends.cudnn.benchmark,
+        os.environ.get(WORKSPACE),
+        jax.config.jax_default_matmul_precision,
+    )
 
 
 def _benchmark():
@@ -179,7 +234,9 @@ def settings(monkeypatch):
     os.environ.pop(WORKSPACE, None)
     torch.set_float32_matmul_precision(matmul)
     for name in SETTINGS:
-        if _node(name).fp32_precision != before[name]:  # parents come first; a setting that inherits again needs no value of its own
+        if (
+            _node(name).fp32_precision != before[name]
+        ):  # parents come first; a setting that inherits again needs no value of its own
             _node(name).fp32_precision = before[name]
     torch.backends.cudnn.benchmark = benchmark
     torch.use_deterministic_algorithms(False)
@@ -207,10 +264,14 @@ def test_strict_sets_everything_and_puts_it_back(outside, failing, settings):
 
 
 def test_strict_reaches_the_products_that_name_no_precision():
-    """What a convolution of the library is lowered to; the CPU computes the same either way, so the program is read."""
+    """What a convolution of the library is lowered to; the CPU computes the same either way, so the
+    program is read.
+    """
 
     def program():
-        conv = jax.jit(lambda x, w: convolve(x, w, stride=1, padding=1, dilation=1, groups=1, precision=None))
+        conv = jax.jit(
+            lambda x, w: convolve(x, w, stride=1, padding=1, dilation=1, groups=1, precision=None)
+        )
         return conv.lower(jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 4, 4))).as_text()
 
     assert "HIGHEST" not in program()
@@ -229,11 +290,22 @@ def test_an_absent_device_of_jax_gives_one_paragraph(kind):
     assert f"'{kind}'" in message
     assert "cpu:0" in message
     assert "\n" not in message
-    assert {"tpu": "flax-resblock[tpu]", "gpu": "flax-resblock[cuda]", "cuda": "flax-resblock[cuda]", "quantum": "Kinds are cpu, gpu"}[kind] in message
+    assert {
+        "tpu": "flax-resblock[tpu]",
+        "gpu": "flax-resblock[cuda]",
+        "cuda": "flax-resblock[cuda]",
+        "quantum": "Kinds are cpu, gpu",
+    }[kind] in message
 
 
 @pytest.mark.parametrize(
-    ("name", "advice"), [("cuda:97", "cuda|Choose one of these"), ("xpu:97", "xpu|Choose one"), ("quantum", "Names are cpu"), ("meta", "Names are cpu")]
+    ("name", "advice"),
+    [
+        ("cuda:97", "cuda|Choose one of these"),
+        ("xpu:97", "xpu|Choose one"),
+        ("quantum", "Names are cpu"),
+        ("meta", "Names are cpu"),
+    ],
 )
 def test_an_absent_device_of_torch_gives_one_paragraph(name, advice):
     with pytest.raises(InputError, match=advice) as error:

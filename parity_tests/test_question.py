@@ -1,4 +1,6 @@
-"""The block of the question: the specification passes, and each of its three faults is told apart."""
+"""The block of the question: the specification passes, and each of its three faults is told
+apart.
+"""
 
 import jax
 import numpy as np
@@ -23,13 +25,15 @@ def pair(block_class, in_channels, out_channels, stride):
             layer.running_var.uniform_(0.3, 3)
             layer.weight.data.normal_(1, 0.3)
             layer.bias.data.normal_(0, 0.4)
-    return block, flax_resblock.from_torch(block.state_dict(), layout="sequential", stride=stride)
+    return block, flax_resblock.from_torch(block.state_dict(), naming="sequential", stride=stride)
 
 
 def difference(block, model, in_channels):
     images = np.random.default_rng(1).standard_normal((2, 9, 12, in_channels)) * 1.7 + 0.4
     with torch.no_grad():
-        truth = np.moveaxis(block(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy(), 1, -1)
+        truth = np.moveaxis(
+            block(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy(), 1, -1
+        )
     with jax.enable_x64(True):
         return relative_l2(np.asarray(model(jax.numpy.asarray(images))), truth)
 
@@ -65,7 +69,9 @@ def test_third_fault_the_second_convolution_cannot_take_its_input():
     block = as_asked.WrongChannels(4, 8)
     with pytest.raises(RuntimeError, match="expected input"):
         block(torch.randn(1, 4, 9, 12))
-    with pytest.raises(InputError, match=r"wrong shape\s+block\.3\.weight \[8, 4, 3, 3\], expected \[8, 8, 3, 3\]"):
+    with pytest.raises(
+        InputError, match=r"wrong shape\s+block\.3\.weight \[8, 4, 3, 3\], expected \[8, 8, 3, 3\]"
+    ):
         flax_resblock.from_torch(block)
 
 

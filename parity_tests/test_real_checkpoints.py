@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flax_resblock import architecture as arch
+from flax_resblock import config as arch
 from flax_resblock import load, to_torch
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, judge, relative_l2
 from parity_tests.support import SHARED, needs_real_checkpoints
@@ -23,13 +23,18 @@ def test_the_architecture_is_found_and_the_bits_come_back(name):
     assert (arch.name_of(model.config), model.config) == (name, arch.architecture(name))
     original = torch.load(SHARED / FILES[name], map_location="cpu", weights_only=True)["state_dict"]
     back = to_torch(model, "akamaster")
-    assert {key for key in back if "num_batches" not in key} == {key.removeprefix("module.") for key in original}
+    assert {key for key in back if "num_batches" not in key} == {
+        key.removeprefix("module.") for key in original
+    }
     for key, value in original.items():
         assert back[key.removeprefix("module.")].tobytes() == value.numpy().tobytes()
 
 
 def images_and_logits():
-    images, logits = np.load(SHARED / "cifar10_20_images.npz"), np.load(SHARED / "resnet20_20_images_logits.npz")
+    images, logits = (
+        np.load(SHARED / "cifar10_20_images.npz"),
+        np.load(SHARED / "resnet20_20_images_logits.npz"),
+    )
     return (images["images"] / 255 - images["mean"]) / images["std"], images["labels"], logits
 
 
@@ -58,7 +63,13 @@ class Akamaster(ResNet):
 def test_back_under_akamasters_names_pytorch_computes_the_given_logits():
     images, labels, logits = images_and_logits()
     module = Akamaster().double()
-    module.load_state_dict({key: torch.from_numpy(value) for key, value in to_torch(load(SHARED / FILES["resnet20"]), "akamaster").items()}, strict=True)
+    module.load_state_dict(
+        {
+            key: torch.from_numpy(value)
+            for key, value in to_torch(load(SHARED / FILES["resnet20"]), "akamaster").items()
+        },
+        strict=True,
+    )
     with torch.no_grad():
         theirs = module.eval()(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
     assert relative_l2(theirs, logits["logits_float64"]) <= FLOAT64_LIMIT

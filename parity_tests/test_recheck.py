@@ -1,4 +1,6 @@
-"""Outputs held against their certificate: changes are found and named, a bad certificate is refused, never followed and never replaced."""
+"""Outputs held against their certificate: changes are found and named, a bad certificate is
+refused, never followed and never replaced.
+"""
 
 import json
 import os
@@ -41,8 +43,15 @@ def test_one_flipped_bit_is_found_and_the_tensor_named(folder):
     header = json.loads(content[8:header_end])
     flip("a.safetensors", header_end + header["layer2.0.conv2.weight"]["data_offsets"][0] + 5)
     changed, unchanged = recheck(PATH)
-    assert (changed.output, changed.status, unchanged.status) == ("a.safetensors", "changed", "unchanged")
-    assert changed.details == ("file a.safetensors has another SHA-256", "tensor layer2.0.conv2.weight has changed")
+    assert (changed.output, changed.status, unchanged.status) == (
+        "a.safetensors",
+        "changed",
+        "unchanged",
+    )
+    assert changed.details == (
+        "file a.safetensors has another SHA-256",
+        "tensor layer2.0.conv2.weight has changed",
+    )
 
 
 def test_one_flipped_bit_in_a_pth_is_found_and_the_tensor_named(folder):
@@ -56,7 +65,9 @@ def test_one_flipped_bit_in_a_pth_is_found_and_the_tensor_named(folder):
 
 def test_a_change_in_an_orbax_folder_names_the_file(folder):
     convert("net_flax")
-    largest = max((p for p in Path("net_flax/").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest = max(
+        (p for p in Path("net_flax/").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
     flip(largest, largest.stat().st_size // 2)
     Path("net_flax/note.txt").write_text("mine")
     Path("net_flax/flax_resblock.json").unlink()
@@ -64,7 +75,11 @@ def test_a_change_in_an_orbax_folder_names_the_file(folder):
     assert check.status == "changed"
     assert check.details[:3] == tuple(
         sorted(
-            [f"file {largest.relative_to('net_flax')} has another SHA-256", "file flax_resblock.json is gone", "file note.txt is new"],
+            [
+                f"file {largest.relative_to('net_flax')} has another SHA-256",
+                "file flax_resblock.json is gone",
+                "file note.txt is new",
+            ],
             key=lambda d: d.split()[1],
         )
     )
@@ -85,7 +100,10 @@ def test_a_changed_tensor_in_a_rewritten_orbax_folder_is_named(folder):
 def test_a_file_whose_tensors_are_as_they_were_is_told_from_one_with_others(folder):
     convert("a.safetensors")
     record = checkpoint.read("a.safetensors")
-    safetensors.numpy.save_file({key: np.array(value, order="C") for key, value in record.tensors.items()}, "new.safetensors")
+    safetensors.numpy.save_file(
+        {key: np.array(value, order="C") for key, value in record.tensors.items()},
+        "new.safetensors",
+    )
     Path("new.safetensors").replace("a.safetensors")
     (check,) = recheck(PATH)
     assert check.status == "changed"
@@ -126,10 +144,14 @@ def test_checking_needs_neither_framework(folder):
     convert("net_flax")
     flip("net.safetensors", -3)
     code = (
-        "import sys; from pathlib import Path; from flax_resblock.parity.certificate import read_certificate, recheck\n"
-        "print([c.status for c in recheck(Path('parity.json'))], {'jax', 'torch', 'flax'} & set(sys.modules))"
+        "import sys; from pathlib import Path; from flax_resblock.parity.certificate import "
+        "read_certificate, recheck\n"
+        "print([c.status for c in recheck(Path('parity.json'))], {'jax', 'torch', 'flax'} & "
+        "set(sys.modules))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "['changed', 'unchanged'] set()"
 
 
@@ -138,7 +160,9 @@ def _entry(**changes):
 
 
 def _certificate(outputs, **changes):
-    return json.dumps({"schema": 1, "kind": "flax-resblock certificate", "outputs": outputs} | changes)
+    return json.dumps(
+        {"schema": 1, "kind": "flax-resblock certificate", "outputs": outputs} | changes
+    )
 
 
 BAD = {
@@ -147,22 +171,40 @@ BAD = {
     "not UTF-8": (b"\xff\xfe{}", "it is no JSON"),
     "nested too deeply": ("[" * 200_000, "it is no JSON"),
     "a list": ("[1, 2]", "its 'kind' is 'None'"),
-    "a report of verify": (json.dumps({"schema": 1, "passed": True, "measurements": []}), "its 'kind' is 'None'"),
+    "a report of verify": (
+        json.dumps({"schema": 1, "passed": True, "measurements": []}),
+        "its 'kind' is 'None'",
+    ),
     "another kind": (_certificate({}, kind="thesis"), "its 'kind' is 'thesis'"),
-    "another schema": (_certificate({}, schema=2), "has schema '2'; this version of flax-resblock reads 1"),
+    "another schema": (
+        _certificate({}, schema=2),
+        "has schema '2'; this version of flax-resblock reads 1",
+    ),
     "a schema that only equals 1": (_certificate({}, schema=True), "has schema 'True'"),
     "outputs missing": (_certificate(None), "'outputs' is no object"),
-    "an absolute name": (_certificate({"/etc/passwd": _entry()}), "'/etc/passwd' is not the plain name"),
+    "an absolute name": (
+        _certificate({"/etc/passwd": _entry()}),
+        "'/etc/passwd' is not the plain name",
+    ),
     "a name above": (_certificate({"..": _entry()}), "'..' is not the plain name"),
     "a name elsewhere": (_certificate({"../x.pth": _entry()}), "is not the plain name"),
     "a name below": (_certificate({"sub/x.pth": _entry()}), "is not the plain name"),
     "no name": (_certificate({"": _entry()}), "is not the plain name"),
     "a name with a null": (_certificate({"a\0b": _entry()}), "is not the plain name"),
-    "an absolute file": (_certificate({"x": _entry(output={"sha256": {"/etc/passwd": "0" * 64}})}), "'/etc/passwd' in the entry of 'x' leads out"),
-    "a file above": (_certificate({"x": _entry(output={"sha256": {"d/../../y": "0" * 64}})}), "leads out of its folder"),
+    "an absolute file": (
+        _certificate({"x": _entry(output={"sha256": {"/etc/passwd": "0" * 64}})}),
+        "'/etc/passwd' in the entry of 'x' leads out",
+    ),
+    "a file above": (
+        _certificate({"x": _entry(output={"sha256": {"d/../../y": "0" * 64}})}),
+        "leads out of its folder",
+    ),
     "an entry that is no object": (_certificate({"x.pth": 7}), "lacks 'output' or 'tensors'"),
     "no digest": (_certificate({"x.pth": _entry(output={})}), "the SHA-256 of 'x.pth'"),
-    "a digest that is none": (_certificate({"x.pth": _entry(tensors={"fc.bias": "0" * 63 + "g"})}), "the SHA-256 of 'fc.bias'"),
+    "a digest that is none": (
+        _certificate({"x.pth": _entry(tensors={"fc.bias": "0" * 63 + "g"})}),
+        "the SHA-256 of 'fc.bias'",
+    ),
 }
 
 
@@ -193,16 +235,22 @@ def test_an_absent_certificate_gives_one_paragraph(folder):
 
 
 def test_an_index_in_a_forged_certificate_leads_nowhere(folder):
-    """An output is hashed as what the certificate says it is, a file, and what that file names is not opened."""
+    """An output is hashed as what the certificate says it is, a file, and what that file names is
+    not opened.
+    """
     Path("secret").write_text("x")
     Path("deep").mkdir()
     Path("deep/a.index.json").write_text(json.dumps({"weight_map": {"t": "../secret"}}))
-    Path("deep/parity.json").write_text(_certificate({"a.index.json": _entry(output={"sha256": sha("deep/a.index.json")})}))
+    Path("deep/parity.json").write_text(
+        _certificate({"a.index.json": _entry(output={"sha256": sha("deep/a.index.json")})})
+    )
     assert [check.status for check in recheck(Path("deep/parity.json"))] == ["unchanged"]
     Path("deep/a.index.json").write_text(json.dumps({"weight_map": {"t": "../../secret"}}))
     (check,) = recheck(Path("deep/parity.json"))
     assert check.status == "changed"
-    assert "secret" not in "".join(check.details) or "not a plain file name" in "".join(check.details)
+    assert "secret" not in "".join(check.details) or "not a plain file name" in "".join(
+        check.details
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

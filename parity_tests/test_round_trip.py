@@ -1,4 +1,6 @@
-"""Conversion is lossless: there and back is the same bits, for every architecture, naming scheme, dtype and file format."""
+"""Conversion is lossless: there and back is the same bits, for every architecture, naming scheme,
+dtype and file format.
+"""
 
 import json
 import warnings
@@ -12,31 +14,57 @@ from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flax_resblock import BlockConfig, CheckpointError, InputError, ResNetConfig, architectures, checkpoint, from_torch, load, save, to_torch
-from flax_resblock.architecture import architecture, walk
+from flax_resblock import (
+    BlockConfig,
+    CheckpointError,
+    InputError,
+    ResNetConfig,
+    architectures,
+    checkpoint,
+    from_torch,
+    load,
+    save,
+    to_torch,
+)
 from flax_resblock.checkpoint import safetensors_file
 from flax_resblock.checkpoint.torch_file import from_numpy, state_to_numpy
-from flax_resblock.convert import LAYOUTS, StateMap, describe, identify
-from flax_resblock.convert.source import interpret
+from flax_resblock.config import architecture, walk
+from flax_resblock.convert import NAMINGS, StateMap, describe, identify
+from flax_resblock.convert.detection.assumptions import FIELDS
+from flax_resblock.convert.opening import interpret
 from flax_resblock.convert.state_map import transcode
-from flax_resblock.convert.traits import FIELDS
 from parity_tests.support import DTYPES, assert_same_bits, random_bits
 from torch_ref import Block, ResNet
 
-SMALL = ResNetConfig(block="bottleneck", depths=(1, 2), widths=(4, 8), stem_width=6, num_classes=3, groups=2)
-OPTION_A = ResNetConfig(depths=(1, 1), widths=(6, 12), stem="cifar", stem_width=6, shortcut="zero_pad", num_classes=4)
+SMALL = ResNetConfig(
+    block="bottleneck", depths=(1, 2), widths=(4, 8), stem_width=6, num_classes=3, groups=2
+)
+OPTION_A = ResNetConfig(
+    depths=(1, 1), widths=(6, 12), stem="cifar", stem_width=6, shortcut="zero_pad", num_classes=4
+)
 BLOCKS = {
     "basic": BlockConfig(in_channels=4, out_channels=6, stride=2),
     "identity": BlockConfig(in_channels=5, out_channels=5),
     "grouped": BlockConfig(in_channels=4, out_channels=8, groups=2),
     "bottleneck": BlockConfig(in_channels=6, out_channels=16, kind="bottleneck", stride=2),
-    "wide grouped bottleneck": BlockConfig(in_channels=8, out_channels=16, kind="bottleneck", groups=2, base_width=128),
+    "wide grouped bottleneck": BlockConfig(
+        in_channels=8, out_channels=16, kind="bottleneck", groups=2, base_width=128
+    ),
     "option A block": BlockConfig(in_channels=4, out_channels=8, stride=2, shortcut="zero_pad"),
-    "grouped option A block": BlockConfig(in_channels=4, out_channels=8, groups=2, shortcut="zero_pad"),
+    "grouped option A block": BlockConfig(
+        in_channels=4, out_channels=8, groups=2, shortcut="zero_pad"
+    ),
 }
 FIRST_ONES = 18
-"""Of the table of architectures: torchvision's and the CIFAR networks, in every dtype; the others, whose tensors are of the same kinds, in one."""
-UNNAMED = {"akamaster": "shortcut.conv", "huggingface_torso": "head", "children": "head", "openmmlab_torso": "stem.conv"}
+"""Of the table of architectures: torchvision's and the CIFAR networks, in every dtype; the others,
+whose tensors are of the same kinds, in one.
+"""
+UNNAMED = {
+    "akamaster": "shortcut.conv",
+    "huggingface_backbone": "head",
+    "children": "head",
+    "openmmlab_backbone": "stem.conv",
+}
 """What a naming scheme has no name for: its networks have none."""
 EDGE_COUNTERS = (0, 7, 2**31 - 1, 2**31, 2**40)
 
@@ -49,13 +77,19 @@ def odd_values_are_meant():
 
 
 def _every_architecture_and_dtype():
-    """Small networks in every dtype; of the large ones one dtype each, in turn, and the others when there is time."""
+    """Small networks in every dtype; of the large ones one dtype each, in turn, and the others when
+    there is time.
+    """
     for number, name in enumerate(architectures()):
         large = any(word in name for word in ("50", "101", "152", "200"))
         rare = number >= FIRST_ONES
         for turn, dtype in enumerate(DTYPES):
             if not rare or turn == number % 4:
-                yield pytest.param(name, dtype, marks=[pytest.mark.slow] if rare or (large and turn != number % 4) else [])
+                yield pytest.param(
+                    name,
+                    dtype,
+                    marks=[pytest.mark.slow] if rare or (large and turn != number % 4) else [],
+                )
 
 
 @pytest.mark.parametrize(("name", "dtype"), list(_every_architecture_and_dtype()))
@@ -68,7 +102,9 @@ def test_every_architecture_survives_bit_for_bit_and_loads_strictly(name, dtype)
     assert_same_bits(back, state)
     with torch.device("meta"):
         module = ResNet(**asdict(architecture(name)))
-    module.load_state_dict({key: from_numpy(value) for key, value in back.items()}, strict=True, assign=True)
+    module.load_state_dict(
+        {key: from_numpy(value) for key, value in back.items()}, strict=True, assign=True
+    )
     assert_same_bits(state_to_numpy(module.state_dict()), state)
 
 
@@ -95,33 +131,50 @@ def test_mixed_dtypes_survive():
     for number, key in enumerate(state):
         if state[key].dtype == np.float32:
             dtype = list(DTYPES.values())[number % 4]
-            state[key] = np.random.default_rng(number).integers(0, 256, (*state[key].shape, np.dtype(dtype).itemsize), np.uint8).view(dtype)[..., 0].copy()
+            state[key] = (
+                np.random.default_rng(number)
+                .integers(0, 256, (*state[key].shape, np.dtype(dtype).itemsize), np.uint8)
+                .view(dtype)[..., 0]
+                .copy()
+            )
     assert_same_bits(to_torch(from_torch(state)), state)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("config", [SMALL, OPTION_A, *BLOCKS.values()], ids=["bottleneck", "option A", *BLOCKS])
-def test_every_naming_scheme_survives(layout, config):
-    unnamed = UNNAMED.get(layout)
+@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize(
+    "config", [SMALL, OPTION_A, *BLOCKS.values()], ids=["bottleneck", "option A", *BLOCKS]
+)
+def test_every_naming_scheme_survives(naming, config):
+    unnamed = UNNAMED.get(naming)
     if unnamed and any(slot.name.endswith(unnamed) for slot in walk(config)):
-        with pytest.raises(InputError, match=rf"'{layout}' has no name for .*{unnamed}"):
-            StateMap(config, LAYOUTS[layout])
+        with pytest.raises(InputError, match=rf"'{naming}' has no name for .*{unnamed}"):
+            StateMap(config, NAMINGS[naming])
         return
-    state = random_bits(config, np.float32, layout=layout)
+    state = random_bits(config, np.float32, naming=naming)
     model = from_torch(state, stride=getattr(config, "stride", None))
     assert model.config == config
-    assert_same_bits(to_torch(model, layout), state)
+    assert_same_bits(to_torch(model, naming), state)
     changed = {**state, next(iter(state)): -state[next(iter(state))]}
     with pytest.raises(AssertionError):
-        assert_same_bits(to_torch(model, layout), changed)
+        assert_same_bits(to_torch(model, naming), changed)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_names_every_tensor_once(layout):
-    config = replace(OPTION_A, num_classes=None) if UNNAMED.get(layout) in ("head", "stem.conv") else OPTION_A
-    config = replace(config, stem="deep", stem_hidden=(2, 3)) if layout == "openmmlab_torso" else config
-    entries = StateMap(config, LAYOUTS[layout]).entries
-    assert len({e.torch_key for e in entries}) == len({e.flax_path for e in entries}) == len(entries)
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_a_naming_names_every_tensor_once(naming):
+    config = (
+        replace(OPTION_A, num_classes=None)
+        if UNNAMED.get(naming) in ("head", "stem.conv")
+        else OPTION_A
+    )
+    config = (
+        replace(config, stem="deep", stem_hidden=(2, 3))
+        if naming == "openmmlab_backbone"
+        else config
+    )
+    entries = StateMap(config, NAMINGS[naming]).entries
+    assert (
+        len({e.torch_key for e in entries}) == len({e.flax_path for e in entries}) == len(entries)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -156,13 +209,20 @@ def test_what_a_person_says_comes_before_what_the_file_remembers(tmp_path):
     with pytest.raises(CheckpointError, match=r"fc.weight \[4, 12\], expected \[9, 12\]"):
         load(tmp_path / "net.safetensors", num_classes=9)
     save(from_torch(Block(4, 6, stride=2)), tmp_path / "block")
-    assert (load(tmp_path / "block").config.stride, load(tmp_path / "block", stride=1).config.stride) == (2, 1)
+    assert (
+        load(tmp_path / "block").config.stride,
+        load(tmp_path / "block", stride=1).config.stride,
+    ) == (2, 1)
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy pickle"])
 def test_files_written_by_torch_are_read(zipped, tmp_path):
     state = random_bits(SMALL, np.float32)
-    torch.save({key: from_numpy(value) for key, value in state.items()}, tmp_path / "net.pth", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {key: from_numpy(value) for key, value in state.items()},
+        tmp_path / "net.pth",
+        _use_new_zipfile_serialization=zipped,
+    )
     assert_same_bits(to_torch(load(tmp_path / "net.pth")), state)
 
 
@@ -193,32 +253,54 @@ WRAPPED = {
     "model.": lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}},
     "encoder.": lambda s: {f"encoder.{k}": v for k, v in s.items()},
     "module._orig_mod.": lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
-    "averaged": lambda s: {"n_averaged": torch.tensor(4), **{f"module.{k}": v for k, v in s.items()}},
+    "averaged": lambda s: {
+        "n_averaged": torch.tensor(4),
+        **{f"module.{k}": v for k, v in s.items()},
+    },
 }
 
 
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_wrappers_are_taken_off_and_named(wrapper, tmp_path):
     state = random_bits(SMALL, np.float32)
-    torch.save(WRAPPED[wrapper]({key: from_numpy(value) for key, value in state.items()}), tmp_path / "net.pth")
+    torch.save(
+        WRAPPED[wrapper]({key: from_numpy(value) for key, value in state.items()}),
+        tmp_path / "net.pth",
+    )
     record = checkpoint.read(tmp_path / "net.pth")
     assert_same_bits(dict(record.tensors), state)
     said = " ".join(record.notes)
-    word = {"nested": "entry 'model'", "averaged": "n_averaged", "module._orig_mod.": "prefix '_orig_mod.'"}.get(wrapper, f"'{wrapper}'")
+    word = {
+        "nested": "entry 'model'",
+        "averaged": "n_averaged",
+        "module._orig_mod.": "prefix '_orig_mod.'",
+    }.get(wrapper, f"'{wrapper}'")
     assert word in said
 
 
 def test_trained_weights_come_before_their_average_and_the_choice_is_said(tmp_path):
     ours, average = (random_bits(SMALL, np.float32, seed=seed) for seed in (1, 2))
-    torch.save({name: {k: from_numpy(v) for k, v in s.items()} for name, s in {"model_ema": average, "model": ours}.items()}, tmp_path / "net.pth")
+    torch.save(
+        {
+            name: {k: from_numpy(v) for k, v in s.items()}
+            for name, s in {"model_ema": average, "model": ours}.items()
+        },
+        tmp_path / "net.pth",
+    )
     record = checkpoint.read(tmp_path / "net.pth")
     assert_same_bits(dict(record.tensors), ours)
     assert "also there: model_ema" in record.notes[0]
-    assert_same_bits(dict(checkpoint.read(tmp_path / "net.pth", entry="model_ema").tensors), average)
+    assert_same_bits(
+        dict(checkpoint.read(tmp_path / "net.pth", entry="model_ema").tensors), average
+    )
 
 
 def test_absent_counters_are_filled_with_a_note():
-    state = {key: value for key, value in random_bits(SMALL, np.float32).items() if "num_batches" not in key}
+    state = {
+        key: value
+        for key, value in random_bits(SMALL, np.float32).items()
+        if "num_batches" not in key
+    }
     source = interpret(checkpoint.Record("net", "test", state))
     assert "filled 12 absent num_batches_tracked with 0" in " ".join(source.notes)
     back = to_torch(from_torch(state))
@@ -258,13 +340,19 @@ def networks(draw):
     kind = draw(st.sampled_from(["basic", "bottleneck"]))
     stages = draw(st.integers(1, 3))
     widths = draw(st.lists(st.sampled_from([4, 8, 12]), min_size=stages, max_size=stages))
-    shortcut = draw(st.sampled_from(["projection", "zero_pad"])) if kind == "basic" and widths == sorted(widths) else "projection"
+    shortcut = (
+        draw(st.sampled_from(["projection", "zero_pad"]))
+        if kind == "basic" and widths == sorted(widths)
+        else "projection"
+    )
     return ResNetConfig(
         block=kind,
         depths=tuple(draw(st.lists(st.integers(1, 3), min_size=stages, max_size=stages))),
         widths=tuple(widths),
         stem=draw(st.sampled_from(["imagenet", "cifar"])),
-        stem_width=draw(st.sampled_from([w for w in (4, 8) if shortcut == "projection" or w <= widths[0]])),
+        stem_width=draw(
+            st.sampled_from([w for w in (4, 8) if shortcut == "projection" or w <= widths[0]])
+        ),
         groups=draw(st.sampled_from([1, 2, 4])),
         base_width=draw(st.integers(16, 150)) if kind == "bottleneck" else 64,
         stride_on=draw(st.sampled_from(["3x3", "1x1"])),
@@ -274,26 +362,38 @@ def networks(draw):
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(networks(), st.sampled_from(["torchvision", "sequential", "kuangliu", "flax"]), st.integers(0, 99))
-def test_any_network_is_identified_and_survives(config, layout, seed):
-    state = random_bits(config, np.float32, layout=layout, seed=seed)
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    networks(),
+    st.sampled_from(["torchvision", "sequential", "kuangliu", "flax"]),
+    st.integers(0, 99),
+)
+def test_any_network_is_identified_and_survives(config, naming, seed):
+    state = random_bits(config, np.float32, naming=naming, seed=seed)
     match = identify(describe(state))
     found = match.state_map.config
     assert found.base_width <= config.base_width
-    assert [block.inner_width for _, _, block in found.blocks()] == [block.inner_width for _, _, block in config.blocks()]
-    told = replace(config, stride_on="3x3", base_width=found.base_width)  # weights do not tell the one, and only the inner widths of the other
+    assert [block.inner_width for _, _, block in found.blocks()] == [
+        block.inner_width for _, _, block in config.blocks()
+    ]
+    told = replace(
+        config, stride_on="3x3", base_width=found.base_width
+    )  # weights do not tell the one, and only the inner widths of the other
     if not any(block.changes_shape for _, _, block in config.blocks()):
         told = replace(told, shortcut=found.shortcut)  # no shortcut to tell by
     assert found == told
-    torchvision = StateMap(config, LAYOUTS["torchvision"])
+    torchvision = StateMap(config, NAMINGS["torchvision"])
     there = transcode(match.state_map, torchvision, state)
     assert_same_bits(transcode(torchvision, match.state_map, there), state)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_a_loaded_model_shares_nothing_with_its_file(suffix, tmp_path):
-    pixels = ResNetConfig(depths=(1, 1), widths=(6, 12), stem="cifar", stem_width=6, in_channels=1)  # a kernel whose layout changes without moving a value
+    pixels = ResNetConfig(
+        depths=(1, 1), widths=(6, 12), stem="cifar", stem_width=6, in_channels=1
+    )  # a kernel whose layout changes without moving a value
     path, state = tmp_path / f"net{suffix}", random_bits(pixels, np.float32, seed=8)
     checkpoint.write(path, dict(state))
     with warnings.catch_warnings():
@@ -312,10 +412,14 @@ def test_values_go_where_and_as_wide_as_the_caller_says(tmp_path):
     with warnings.catch_warnings(), jax.enable_x64(True), jax.default_device(device):
         warnings.simplefilter("ignore")
         wide = load(path)
-    assert {(leaf.dtype.name, *leaf.devices()) for leaf in jax.tree.leaves(nnx.state(wide, nnx.Param))} == {("float64", device)}
+    assert {
+        (leaf.dtype.name, *leaf.devices()) for leaf in jax.tree.leaves(nnx.state(wide, nnx.Param))
+    } == {("float64", device)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         narrow = load(path)
-    assert {type(leaf) for leaf in jax.tree.leaves(nnx.state(narrow, nnx.Param))} == {np.ndarray}  # jax would make them float32
+    assert {type(leaf) for leaf in jax.tree.leaves(nnx.state(narrow, nnx.Param))} == {
+        np.ndarray
+    }  # jax would make them float32
     for model in (wide, narrow):
         assert_same_bits(to_torch(model), state)

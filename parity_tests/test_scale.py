@@ -1,4 +1,6 @@
-"""Several devices, several processes: the same run as on one device, or as PyTorch's DistributedDataParallel."""
+"""Several devices, several processes: the same run as on one device, or as PyTorch's
+DistributedDataParallel.
+"""
 
 import os
 import re
@@ -13,11 +15,11 @@ import pytest
 import torch
 
 from flax_resblock.errors import InputError
+from flax_resblock.training import cluster, data_mesh
+from flax_resblock.training.data import Stream
+from flax_resblock.training.devices import Placement
 from parity_tests import preemption, scale
 from parity_tests.support import REPOSITORY
-from train import cluster, data_mesh
-from train.data import Stream
-from train.devices import Placement
 
 LIMIT, DDP_LIMIT = 1e-12, 1e-10
 
@@ -34,7 +36,13 @@ def free_port():
 
 def together(commands, devices=1):
     """Runs commands side by side until all have ended."""
-    options = {"env": environment(devices), "cwd": REPOSITORY, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options = {
+        "env": environment(devices),
+        "cwd": REPOSITORY,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
     processes = [subprocess.Popen(command, **options) for command in commands]
     for process in processes:
         _, error = process.communicate(timeout=300)
@@ -44,7 +52,17 @@ def together(commands, devices=1):
 def scaled(out, devices, *flags, processes=1):
     command = [sys.executable, "-m", "parity_tests.scale", str(out), *flags]
     port = free_port()
-    joined = [["--coordinator", f"localhost:{port}", "--num-processes", str(processes), "--process-id", str(number)] for number in range(processes)]
+    joined = [
+        [
+            "--coordinator",
+            f"localhost:{port}",
+            "--num-processes",
+            str(processes),
+            "--process-id",
+            str(number),
+        ]
+        for number in range(processes)
+    ]
     together([[*command, *(more if processes > 1 else [])] for more in joined], devices)
     return dict(np.load(out))
 
@@ -53,8 +71,14 @@ def worst(ours, theirs):
     """The largest relative difference of a tensor."""
     assert ours.keys() == theirs.keys()
     floating = [key for key in theirs if theirs[key].dtype.kind == "f"]
-    assert all(np.array_equal(ours[key], theirs[key]) for key in theirs if key not in floating and key != "devices")
-    return max(np.linalg.norm(ours[key] - theirs[key]) / np.linalg.norm(theirs[key]) for key in floating)
+    assert all(
+        np.array_equal(ours[key], theirs[key])
+        for key in theirs
+        if key not in floating and key != "devices"
+    )
+    return max(
+        np.linalg.norm(ours[key] - theirs[key]) / np.linalg.norm(theirs[key]) for key in floating
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +92,9 @@ def test_eight_devices_take_the_steps_of_one_and_judge_every_image_once(alone, t
     assert eight["devices"] == 8
     assert len(eight["logits"]) == 101
     assert worst(eight, alone) <= LIMIT
-    replica = scaled(tmp_path / "replica.npz", 8, "--batch-norm", "replica")  # the control: other statistics are another run
+    replica = scaled(
+        tmp_path / "replica.npz", 8, "--batch-norm", "replica"
+    )  # the control: other statistics are another run
     assert worst(replica, alone) >= 1e6 * LIMIT
 
 
@@ -87,32 +113,70 @@ def test_pieces_of_mixed_batches_do_not_depend_on_devices_or_processes(alone, tm
 
 @pytest.mark.slow
 def test_replicas_are_pytorchs_distributed_data_parallel(tmp_path, monkeypatch):
-    """Every device normalises its share; the running statistics are those of the first process, as DDP keeps them."""
+    """Every device normalises its share; the running statistics are those of the first process, as
+    DDP keeps them.
+    """
     import jax
 
     from flax_resblock import to_torch
-    from train import fit
+    from flax_resblock.training import fit
 
     wide = jax.config.read("jax_enable_x64")
     jax.config.update("jax_enable_x64", True)
     try:
         model, (train, _) = scale.start_model(), scale.images()
         config = scale.CONFIG
-        batches = [batch for batch, _ in zip(Stream(train, 32, seed=config.seed, augmentation=config.augmentation).from_step(0), range(20), strict=False)]
+        batches = [
+            batch
+            for batch, _ in zip(
+                Stream(train, 32, seed=config.seed, augmentation=config.augmentation).from_step(0),
+                range(20),
+                strict=False,
+            )
+        ]
         content = {
             "model": {key: torch.from_numpy(value) for key, value in to_torch(model).items()},
-            "images": torch.stack([torch.from_numpy(batch.images.transpose(0, 3, 1, 2).astype(np.float64)) for batch in batches]),
-            "labels": torch.stack([torch.from_numpy(batch.labels.astype(np.int64)) for batch in batches]),
+            "images": torch.stack(
+                [
+                    torch.from_numpy(batch.images.transpose(0, 3, 1, 2).astype(np.float64))
+                    for batch in batches
+                ]
+            ),
+            "labels": torch.stack(
+                [torch.from_numpy(batch.labels.astype(np.int64)) for batch in batches]
+            ),
         }
         torch.save(content, tmp_path / "in.pt")
         port = free_port()
-        together([[sys.executable, "-m", "parity_tests.ddp", str(tmp_path / "in.pt"), str(tmp_path / "out.pt"), str(port), str(n), "2"] for n in range(2)])
+        together(
+            [
+                [
+                    sys.executable,
+                    "-m",
+                    "parity_tests.ddp",
+                    str(tmp_path / "in.pt"),
+                    str(tmp_path / "out.pt"),
+                    str(port),
+                    str(n),
+                    "2",
+                ]
+                for n in range(2)
+            ]
+        )
         there = torch.load(tmp_path / "out.pt", weights_only=True)
-        theirs = {key: value.numpy() for key, value in there["model"].items()} | {"losses": there["losses"].numpy()}
+        theirs = {key: value.numpy() for key, value in there["model"].items()} | {
+            "losses": there["losses"].numpy()
+        }
 
         def ours(batch_norm):
             model = scale.start_model()
-            history = fit(model, train, scale.replace(config, batch_norm=batch_norm), mesh=data_mesh(2), progress=False)
+            history = fit(
+                model,
+                train,
+                scale.replace(config, batch_norm=batch_norm),
+                mesh=data_mesh(2),
+                progress=False,
+            )
             return to_torch(model) | {"losses": np.array([step.loss for step in history.steps])}
 
         assert worst(ours("replica"), theirs) <= DDP_LIMIT
@@ -121,22 +185,53 @@ def test_replicas_are_pytorchs_distributed_data_parallel(tmp_path, monkeypatch):
         jax.config.update("jax_enable_x64", wide)
 
 
-FLAGS = ("--epochs", "4", "--batch-size", "64", "--save-every", "7", "--resume", "auto", "--seed", "5")
+FLAGS = (
+    "--epochs",
+    "4",
+    "--batch-size",
+    "64",
+    "--save-every",
+    "7",
+    "--resume",
+    "auto",
+    "--seed",
+    "5",
+)
 
 
 def joined(out, flags=FLAGS):
     """A run of two processes of two devices each."""
     port = free_port()
-    command = [sys.executable, "-m", "flax_resblock", "train", "--out", str(out), *flags, "--coordinator", f"localhost:{port}", "--num-processes", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "flax_resblock",
+        "train",
+        "--out",
+        str(out),
+        *flags,
+        "--coordinator",
+        f"localhost:{port}",
+        "--num-processes",
+        "2",
+    ]
     return [
-        subprocess.Popen([*command, "--process-id", str(number)], env=environment(2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, "--process-id", str(number)],
+            env=environment(2),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for number in range(2)
     ]
 
 
 def begun(processes, out, lines):
     while len(lines_of(out)) < lines:
-        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        assert all(process.poll() is None for process in processes), [
+            process.communicate() for process in processes
+        ]
         time.sleep(0.05)
 
 
@@ -152,7 +247,9 @@ def finished(processes):
 
 
 @pytest.mark.slow
-def test_when_one_process_dies_the_others_say_so_and_the_restarted_run_ends_as_if_nothing_had_happened(tmp_path):
+def test_when_one_process_dies_the_others_say_so_and_the_restarted_run_ends_as_if_nothing_had_happened(
+    tmp_path,
+):
     finished(joined(tmp_path / "whole"))
     for victim in (1, 0):
         out = tmp_path / f"killed{victim}"
@@ -164,9 +261,15 @@ def test_when_one_process_dies_the_others_say_so_and_the_restarted_run_ends_as_i
         _, error = survivor.communicate(timeout=60)
         assert time.monotonic() - died <= 15
         assert survivor.returncode == cluster.PEER_LOST, error[-3000:]
-        assert f"flax-resblock: process {victim} of 2 is gone; process {1 - victim} cannot go on without it. Start all of them again" in error
+        assert (
+            f"flax-resblock: process {victim} of 2 is gone; process {1 - victim} cannot go on "
+            f"without it. Start all of them again" in error
+        )
         finished(joined(out))
-        assert preemption.differences(preemption.state(out), preemption.state(tmp_path / "whole")) == []
+        assert (
+            preemption.differences(preemption.state(out), preemption.state(tmp_path / "whole"))
+            == []
+        )
 
 
 @pytest.mark.slow
@@ -183,11 +286,19 @@ def test_one_process_that_is_asked_to_stop_stops_all_at_the_same_step(tmp_path):
 
 
 def test_what_the_devices_cannot_share_is_refused():
-    with pytest.raises(InputError, match=r"batch_size=30 cannot be shared equally by 4 devices\. Take 28 or 32, or fewer devices"):
+    with pytest.raises(
+        InputError,
+        match=r"batch_size=30 cannot be shared equally by 4 devices\. Take 28 or 32, or fewer devices",
+    ):
         Placement(data_mesh(4)).check(30)
-    with pytest.raises(InputError, match=r"batch_size=40 in 4 pieces cannot be shared equally by 4 devices\. Take 32 or 48"):
+    with pytest.raises(
+        InputError,
+        match=r"batch_size=40 in 4 pieces cannot be shared equally by 4 devices\. Take 32 or 48",
+    ):
         Placement(data_mesh(4)).check(40, 4)
-    with pytest.raises(InputError, match=r"devices=99 must be from 1 to \d+, the cpu devices that jax has here"):
+    with pytest.raises(
+        InputError, match=r"devices=99 must be from 1 to \d+, the cpu devices that jax has here"
+    ):
         data_mesh(99)
 
 
@@ -195,7 +306,10 @@ def test_what_the_devices_cannot_share_is_refused():
     ("variables", "kind"),
     [
         ({}, None),
-        ({"SLURM_JOB_ID": "3", "SLURM_NTASKS": "8"}, None),  # a shell inside an allocation, not a task
+        (
+            {"SLURM_JOB_ID": "3", "SLURM_NTASKS": "8"},
+            None,
+        ),  # a shell inside an allocation, not a task
         ({"SLURM_STEP_NUM_TASKS": "1"}, None),
         ({"SLURM_STEP_NUM_TASKS": "8"}, "Slurm"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),

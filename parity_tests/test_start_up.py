@@ -21,10 +21,18 @@ HEAVY = {"jax", "flax", "torch", "numpy", "rich", "tyro", "orbax", "tensorstore"
 
 
 def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT", "FLAX_RESBLOCK_CACHE", "XDG_"))}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT", "FLAX_RESBLOCK_CACHE", "XDG_"))
+    }
     path = os.pathsep.join(filter(None, [str(REPOSITORY), inherited.get("PYTHONPATH")]))
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, env={**inherited, "PYTHONPATH": path, **environment}
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**inherited, "PYTHONPATH": path, **environment},
     )
 
 
@@ -43,7 +51,11 @@ print(json.dumps([status, sorted(sys.modules)]), file=sys.stderr)
     return status, set(modules)
 
 
-@pytest.mark.parametrize(("arguments", "status"), [((), 0), (("--help",), 0), (("--version",), 0), (("inspct",), 2), (("--bogus", "inspect"), 2)], ids=str)
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [((), 0), (("--help",), 0), (("--version",), 0), (("inspct",), 2), (("--bogus", "inspect"), 2)],
+    ids=str,
+)
 def test_the_overview_imports_nothing_heavy(arguments, status):
     found, modules = imported(*arguments)
     assert found == status
@@ -90,7 +102,13 @@ def test_the_overview_lists_every_command_and_its_options():
 
 def test_the_kept_programs_lie_where_the_environment_says(tmp_path):
     for given, folder in (
-        ({"FLAX_RESBLOCK_CACHE": str(tmp_path / "own"), "JAX_COMPILATION_CACHE_DIR": "/elsewhere"}, tmp_path / "own"),
+        (
+            {
+                "FLAX_RESBLOCK_CACHE": str(tmp_path / "own"),
+                "JAX_COMPILATION_CACHE_DIR": "/elsewhere",
+            },
+            tmp_path / "own",
+        ),
         ({"XDG_CACHE_HOME": str(tmp_path / "xdg")}, tmp_path / "xdg" / "flax-resblock" / "xla"),
     ):
         environment = dict(given)
@@ -131,7 +149,12 @@ def test_a_folder_that_cannot_be_used_is_said_once_and_done_without(tmp_path):
 
 def test_half_written_programs_are_removed_and_whole_or_new_ones_kept(tmp_path):
     tmp_path.chmod(0o700)
-    for name, age in (("whole-cache", 600), ("whole-atime", 600), ("half-cache", 600), ("coming-cache", 0)):
+    for name, age in (
+        ("whole-cache", 600),
+        ("whole-atime", 600),
+        ("half-cache", 600),
+        ("coming-cache", 0),
+    ):
         (tmp_path / name).write_bytes(b"x")
         written = time.time() - age
         os.utime(tmp_path / name, (written, written))
@@ -141,13 +164,19 @@ def test_half_written_programs_are_removed_and_whole_or_new_ones_kept(tmp_path):
 
 def test_only_a_program_that_runs_a_command_makes_the_folder(checkpoints, tmp_path):
     start = "from flax_resblock.cli import main; main()"
-    for arguments, made in ((("--help",), False), (("inspect", str(checkpoints / "net.safetensors")), True)):
+    for arguments, made in (
+        (("--help",), False),
+        (("inspect", str(checkpoints / "net.safetensors")), True),
+    ):
         assert python(start, *arguments, HOME=str(tmp_path)).returncode == 0
         assert (tmp_path / ".cache" / "flax-resblock" / "xla").exists() == made
 
 
 def test_importing_the_library_changes_no_setting_of_jax(tmp_path):
-    code = "import flax_resblock, jax; flax_resblock.create; print(jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache)"
+    code = (
+        "import flax_resblock, jax; flax_resblock.create; "
+        "print(jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache)"
+    )
     result = python(code, HOME=str(tmp_path))
     assert result.stdout.split() == ["None", "True"], result.stderr
     assert not any(tmp_path.iterdir())
@@ -174,7 +203,9 @@ print(len(hits), float(jax.jit(loss)(state, images)).hex())
 def test_the_second_start_compiles_nothing_large_and_computes_the_same_bits(tmp_path):
     first, second = (python(COMPILING, HOME=str(tmp_path)) for _ in range(2))
     off = python(COMPILING, HOME=str(tmp_path), FLAX_RESBLOCK_CACHE="off")
-    (hits, bits), (more_hits, same_bits), (no_hits, again) = (result.stdout.split() for result in (first, second, off))
+    (hits, bits), (more_hits, same_bits), (no_hits, again) = (
+        result.stdout.split() for result in (first, second, off)
+    )
     assert (int(hits), int(no_hits)) == (0, 0)
     assert int(more_hits) > 0
     assert bits == same_bits == again
@@ -193,7 +224,15 @@ def test_a_damaged_program_is_compiled_anew(tmp_path):
 
 @pytest.mark.slow
 def test_programs_of_another_processor_have_other_keys():
-    """What lets machines share the folder: jax's keys hold the fingerprint of the topology, which for a CPU has its instruction sets."""
-    code = "import jax; from jax._src.lib import xla_client; print(xla_client.get_topology_for_devices(jax.devices()).fingerprint())"
-    here, again, older = (python(code, JAX_PLATFORMS="cpu", XLA_FLAGS=flags).stdout for flags in ("", "", "--xla_cpu_max_isa=SSE4_2"))
+    """What lets machines share the folder: jax's keys hold the fingerprint of the topology, which
+    for a CPU has its instruction sets.
+    """
+    code = (
+        "import jax; from jax._src.lib import xla_client; "
+        "print(xla_client.get_topology_for_devices(jax.devices()).fingerprint())"
+    )
+    here, again, older = (
+        python(code, JAX_PLATFORMS="cpu", XLA_FLAGS=flags).stdout
+        for flags in ("", "", "--xla_cpu_max_isa=SSE4_2")
+    )
     assert here == again != older

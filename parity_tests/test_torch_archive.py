@@ -1,4 +1,6 @@
-"""Files of torch.save, read without torch: what comes out is what ``torch.load`` makes of them, in value, type, shape and bits."""
+"""Files of torch.save, read without torch: what comes out is what ``torch.load`` makes of them, in
+value, type, shape and bits.
+"""
 
 import argparse
 import collections
@@ -39,9 +41,17 @@ def tensor_of(dtype, shape, view, seed):
     """Random bits, as one of the views that a state dict can hold."""
     generator = torch.Generator().manual_seed(seed)
     count = math.prod(shape)
-    raw = torch.randint(0, 2 if dtype == torch.bool else 256, (count * dtype.itemsize + 64 * dtype.itemsize,), generator=generator, dtype=torch.uint8)
+    raw = torch.randint(
+        0,
+        2 if dtype == torch.bool else 256,
+        (count * dtype.itemsize + 64 * dtype.itemsize,),
+        generator=generator,
+        dtype=torch.uint8,
+    )
     flat = raw.view(dtype)
-    whole = flat[5 : 5 + count].view(shape) if view == "offset" else flat[:count].clone().view(shape)
+    whole = (
+        flat[5 : 5 + count].view(shape) if view == "offset" else flat[:count].clone().view(shape)
+    )
     if view == "transposed":
         return whole.transpose(0, -1) if shape else whole
     if view == "channels last" and len(shape) == 4:
@@ -50,28 +60,50 @@ def tensor_of(dtype, shape, view, seed):
         return whole[::2]
     if view == "expanded":
         return whole[None].expand(3, *shape)
-    return torch.nn.Parameter(whole, requires_grad=dtype.is_floating_point) if view == "parameter" else whole
+    return (
+        torch.nn.Parameter(whole, requires_grad=dtype.is_floating_point)
+        if view == "parameter"
+        else whole
+    )
 
 
 tensors = st.builds(
     tensor_of,
     st.sampled_from(DTYPES),
     st.lists(st.integers(0, 4), max_size=5).map(tuple),
-    st.sampled_from(["whole", "offset", "transposed", "channels last", "every other", "expanded", "parameter"]),
+    st.sampled_from(
+        ["whole", "offset", "transposed", "channels last", "every other", "expanded", "parameter"]
+    ),
     st.integers(0, 2**31),
 )
-numbers = st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=9), st.binary(min_size=1, max_size=9))
+numbers = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=9),
+    st.binary(min_size=1, max_size=9),
+)
 oddities = st.one_of(
     st.builds(np.float64, st.floats()),
     st.builds(np.float32, st.floats(width=32)),
     st.builds(np.int64, st.integers(-(2**63), 2**63 - 1)),
     st.builds(np.bool_, st.booleans()),
-    st.builds(collections.Counter, st.dictionaries(st.integers(0, 99), st.integers(0, 9), max_size=3)),
+    st.builds(
+        collections.Counter, st.dictionaries(st.integers(0, 99), st.integers(0, 9), max_size=3)
+    ),
     st.sets(st.one_of(st.integers(), st.text(max_size=3)), max_size=3),
     st.lists(st.integers(0, 9), max_size=4).map(torch.Size),
-    st.dictionaries(st.sampled_from("abc"), st.integers(), max_size=3).map(lambda values: argparse.Namespace(**values)),
+    st.dictionaries(st.sampled_from("abc"), st.integers(), max_size=3).map(
+        lambda values: argparse.Namespace(**values)
+    ),
 )
-keys = st.one_of(st.text(max_size=5), st.integers(-5, 300), st.booleans(), st.tuples(st.integers(), st.text(max_size=2)))
+keys = st.one_of(
+    st.text(max_size=5),
+    st.integers(-5, 300),
+    st.booleans(),
+    st.tuples(st.integers(), st.text(max_size=2)),
+)
 contents = st.recursive(
     st.one_of(tensors, numbers, oddities),
     lambda inner: st.one_of(
@@ -89,9 +121,17 @@ def same(ours, theirs):
     if type(ours) is not type(theirs):
         return False
     if isinstance(ours, np.ndarray):
-        return ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes()
+        return (
+            ours.dtype == theirs.dtype
+            and ours.shape == theirs.shape
+            and ours.tobytes() == theirs.tobytes()
+        )
     if isinstance(ours, dict):
-        return list(ours) == list(theirs) and [type(key) for key in ours] == [type(key) for key in theirs] and all(same(ours[key], theirs[key]) for key in ours)
+        return (
+            list(ours) == list(theirs)
+            and [type(key) for key in ours] == [type(key) for key in theirs]
+            and all(same(ours[key], theirs[key]) for key in ours)
+        )
     if isinstance(ours, list | tuple):
         return len(ours) == len(theirs) and all(map(same, ours, theirs))
     if isinstance(ours, argparse.Namespace):
@@ -152,7 +192,7 @@ def test_a_training_checkpoint_needs_no_torch(legacy, place):
 FOREIGN = {
     "a device": lambda: torch.device("cuda:1"),
     "a dtype": lambda: torch.float16,
-    "a layout": lambda: torch.strided,
+    "a naming scheme": lambda: torch.strided,
     "a complex number": lambda: 1 + 2j,
     "a sparse tensor": lambda: torch.eye(3).to_sparse(),
     "a quantised tensor": lambda: torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8),
@@ -171,34 +211,50 @@ def test_what_only_pytorch_can_make_is_left_to_it(what, place):
     place.write_bytes(samples.saved({"state_dict": {"weight": torch.arange(3.0)}, "odd": [value]}))
     assert torch_archive.read(place, LIMITS).foreign
     assert torch_file.read(place).tensors["weight"].tolist() == [0, 1, 2]
-    loaded, expected = torch_file.load(place)["odd"][0], torch.load(place, weights_only=True)["odd"][0]
+    loaded, expected = (
+        torch_file.load(place)["odd"][0],
+        torch.load(place, weights_only=True)["odd"][0],
+    )
     assert type(loaded) is type(expected)
     if isinstance(value, torch.Tensor):
         assert loaded.dtype == value.dtype
-        assert loaded.layout == value.layout
+        assert loaded.naming == value.naming
 
 
 @pytest.mark.parametrize("what", ["a sparse tensor", "a quantised tensor", "a meta tensor"])
 @pytest.mark.filterwarnings("ignore")
 def test_among_the_weights_it_is_refused_by_name(what, place):
     place.write_bytes(samples.saved({"conv1.weight": torch.ones(3), "odd": FOREIGN[what]()}))
-    kind = {"a sparse tensor": "sparse", "a quantised tensor": "quantised", "a meta tensor": r"empty \(meta\)"}[what]
+    kind = {
+        "a sparse tensor": "sparse",
+        "a quantised tensor": "quantised",
+        "a meta tensor": r"empty \(meta\)",
+    }[what]
     with pytest.raises(CheckpointError, match=f"odd is a {kind} tensor"):
         torch_file.read(place)
 
 
 def repacked(data, change=lambda name, content: content, folder="archive"):
-    """The same records, one directly after the other: not where numbers of their size should lie."""
+    """The same records, one directly after the other: not where numbers of their size should
+    lie.
+    """
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(buffer, "w") as other:
         for info in archive.infolist():
-            other.writestr(zipfile.ZipInfo(f"{folder}/{info.filename.partition('/')[2]}"), change(info.filename, archive.read(info)))
+            other.writestr(
+                zipfile.ZipInfo(f"{folder}/{info.filename.partition('/')[2]}"),
+                change(info.filename, archive.read(info)),
+            )
     return buffer.getvalue()
 
 
 @pytest.mark.parametrize("folder", ["a", "ab", "abc"])
 def test_records_may_lie_anywhere(folder, place):
-    content = {"a": torch.randn(5, 7), "b": torch.randn(3, dtype=torch.float64), "c": torch.arange(9)[::2]}
+    content = {
+        "a": torch.randn(5, 7),
+        "b": torch.randn(3, dtype=torch.float64),
+        "c": torch.arange(9)[::2],
+    }
     place.write_bytes(repacked(samples.saved(content), folder=folder))
     found = torch_archive.read(place, LIMITS).content
     assert all(array.flags.aligned for array in found.values())
@@ -207,7 +263,9 @@ def test_records_may_lie_anywhere(folder, place):
 
 def test_another_byte_order_is_left_to_pytorch(place):
     data = samples.saved({"state_dict": {"a": torch.randn(5)}})
-    swapped = repacked(data, lambda name, content: b"big" if name.endswith("byteorder") else content)
+    swapped = repacked(
+        data, lambda name, content: b"big" if name.endswith("byteorder") else content
+    )
     place.write_bytes(swapped)
     assert "byte order" in (torch_archive.read(place, LIMITS).foreign or "")
     place.write_bytes(data)
@@ -218,12 +276,16 @@ def test_another_byte_order_is_left_to_pytorch(place):
 
 def test_an_alignment_that_is_no_number_is_refused_as_by_pytorch(place):
     data = samples.saved({"state_dict": {"a": torch.randn(5)}})
-    place.write_bytes(repacked(data, lambda name, content: b"6<" if name.endswith("alignment") else content))
+    place.write_bytes(
+        repacked(data, lambda name, content: b"6<" if name.endswith("alignment") else content)
+    )
     with pytest.raises(ValueError, match="6<"):
         torch.load(place)
     with pytest.raises(CheckpointError, match="6<"):
         checkpoint.read(place)
-    place.write_bytes(repacked(data, lambda name, content: b"32" if name.endswith("alignment") else content))
+    place.write_bytes(
+        repacked(data, lambda name, content: b"32" if name.endswith("alignment") else content)
+    )
     assert set(checkpoint.read(place).tensors) == {"a"}
 
 
@@ -246,11 +308,27 @@ def test_a_file_cut_short_anywhere_is_refused(legacy, place):
 
 
 def test_the_same_memory_under_many_names_is_copied_once(place):
-    """Ten thousand tensors in a record that does not lie as it should: one copy of it, not ten thousand."""
+    """Ten thousand tensors in a record that does not lie as it should: one copy of it, not ten
+    thousand.
+    """
     base = torch.randn(100_000)
     place.write_bytes(repacked(samples.saved({f"t{i}": base[i:] for i in range(500)}), folder="ab"))
     found = torch_archive.read(place, Limits()).content
-    assert len({id(functools.reduce(lambda array, _: array.base if array.base is not None else array, range(9), array)) for array in found.values()}) == 1
+    assert (
+        len(
+            {
+                id(
+                    functools.reduce(
+                        lambda array, _: array.base if array.base is not None else array,
+                        range(9),
+                        array,
+                    )
+                )
+                for array in found.values()
+            }
+        )
+        == 1
+    )
 
 
 @needs_real_checkpoints

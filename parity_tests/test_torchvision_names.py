@@ -9,22 +9,32 @@ import torch
 from flax import nnx
 
 from flax_resblock import architectures, create, from_torch, to_torch
-from flax_resblock.architecture import architecture
-from flax_resblock.convert import LAYOUTS, StateMap
+from flax_resblock.config import architecture
+from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
 from parity_tests.support import import_torchvision
 from torch_ref import ResNet
 
-TORCHVISION = [*("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d")]
+TORCHVISION = [
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+]
 TORCHVISION += ["wide_resnet50_2", "wide_resnet101_2"]
 
 
 def shapes(state):
-    return [(key, tuple(value.shape), str(value.dtype).removeprefix("torch.")) for key, value in state.items()]
+    return [
+        (key, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        for key, value in state.items()
+    ]
 
 
 def test_all_ten_architectures_of_torchvision_are_there():
-    theirs = {name for name in import_torchvision().models.list_models(import_torchvision().models) if "resne" in name or "resnext" in name}
+    theirs = {
+        name
+        for name in import_torchvision().models.list_models(import_torchvision().models)
+        if "resne" in name or "resnext" in name
+    }
     assert set(TORCHVISION) == theirs
     assert theirs <= set(architectures())
 
@@ -34,27 +44,51 @@ def test_keys_shapes_and_dtypes_are_torchvisions(name):
     with torch.device("meta"):
         theirs = shapes(getattr(import_torchvision().models, name)().state_dict())
         assert shapes(ResNet(**asdict(architecture(name))).state_dict()) == theirs
-    ours = StateMap(architecture(name), LAYOUTS["torchvision"])
-    assert [(entry.torch_key, entry.torch_shape) for entry in ours.entries] == [(key, shape) for key, shape, _ in theirs]
+    ours = StateMap(architecture(name), NAMINGS["torchvision"])
+    assert [(entry.torch_key, entry.torch_shape) for entry in ours.entries] == [
+        (key, shape) for key, shape, _ in theirs
+    ]
     model = create(name, rngs=None)
-    flat = {tuple(path): variable.get_raw_value() for path, variable in dict(nnx.to_flat_state(nnx.state(model))).items()}
-    assert {path: value.shape for path, value in flat.items()} == {entry.flax_path: entry.flax_shape for entry in ours.entries}
+    flat = {
+        tuple(path): variable.get_raw_value()
+        for path, variable in dict(nnx.to_flat_state(nnx.state(model))).items()
+    }
+    assert {path: value.shape for path, value in flat.items()} == {
+        entry.flax_path: entry.flax_shape for entry in ours.entries
+    }
 
 
-@pytest.mark.parametrize("name", [n if n in ("resnet18", "resnet50") else pytest.param(n, marks=pytest.mark.slow) for n in TORCHVISION])
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in ("resnet18", "resnet50") else pytest.param(n, marks=pytest.mark.slow)
+        for n in TORCHVISION
+    ],
+)
 def test_a_fresh_network_leaves_under_torchvisions_names(name):
     with torch.device("meta"):
         theirs = getattr(import_torchvision().models, name)(num_classes=7)
     ours = to_torch(create(name, num_classes=7, rngs=nnx.Rngs(0)))
     assert shapes(ours) == shapes(theirs.state_dict())
-    theirs.load_state_dict({key: torch.from_numpy(value) for key, value in ours.items()}, strict=True, assign=True)
+    theirs.load_state_dict(
+        {key: torch.from_numpy(value) for key, value in ours.items()}, strict=True, assign=True
+    )
     last = list(ours)[-1]
     del ours[last]
     with pytest.raises(RuntimeError, match=f"Missing key.*{last}"):
-        theirs.load_state_dict({key: torch.from_numpy(value) for key, value in ours.items()}, strict=True, assign=True)
+        theirs.load_state_dict(
+            {key: torch.from_numpy(value) for key, value in ours.items()}, strict=True, assign=True
+        )
 
 
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnext50_32x4d", marks=pytest.mark.slow), pytest.param("wide_resnet50_2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        pytest.param("resnext50_32x4d", marks=pytest.mark.slow),
+        pytest.param("wide_resnet50_2", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_logits_equal_torchvisions_in_float64(name, train):
     torch.manual_seed(3)
@@ -70,19 +104,30 @@ def test_logits_equal_torchvisions_in_float64(name, train):
         assert model.config == architecture(name, num_classes=17)
         model.train() if train else model.eval()
         ours = np.asarray(model(jax.numpy.asarray(images)))
-    theirs = module.train(train)(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).detach().numpy()
+    theirs = (
+        module.train(train)(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).detach().numpy()
+    )
     assert relative_l2(ours, theirs) <= FLOAT64_LIMIT
-    module.load_state_dict({key: torch.from_numpy(value) for key, value in to_torch(model).items()}, strict=True)
+    module.load_state_dict(
+        {key: torch.from_numpy(value) for key, value in to_torch(model).items()}, strict=True
+    )
 
 
 @pytest.mark.slow
 def test_dilation_is_torchvisions_replace_stride_with_dilation():
     torch.manual_seed(5)
-    module = import_torchvision().models.resnet50(num_classes=5, replace_stride_with_dilation=[False, True, True]).double().eval()
+    module = (
+        import_torchvision()
+        .models.resnet50(num_classes=5, replace_stride_with_dilation=[False, True, True])
+        .double()
+        .eval()
+    )
     images = np.random.default_rng(6).standard_normal((1, 65, 64, 3))
     theirs = module(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).detach().numpy()
     with jax.enable_x64(True):
-        model = from_torch(module, architecture=architecture("resnet50", num_classes=5, dilated_stages=(3, 4)))
+        model = from_torch(
+            module, architecture=architecture("resnet50", num_classes=5, dilated_stages=(3, 4))
+        )
         assert relative_l2(np.asarray(model(jax.numpy.asarray(images))), theirs) <= FLOAT64_LIMIT
         plain = from_torch(module.state_dict())
         assert relative_l2(np.asarray(plain(jax.numpy.asarray(images))), theirs) > 1e-3

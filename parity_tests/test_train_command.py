@@ -33,10 +33,10 @@ def few(monkeypatch):
     """A data set of a few images, so that a run takes a second; and jax's mode as it was."""
     import jax
 
-    from train.data import Splits
+    from flax_resblock.training.data import Splits
 
     data = runs.few_digits()
-    monkeypatch.setattr("train.data.opening.digits", lambda: Splits(data, data))
+    monkeypatch.setattr("flax_resblock.training.data.opening.digits", lambda: Splits(data, data))
     wide = jax.config.read("jax_enable_x64")
     yield
     jax.config.update("jax_enable_x64", wide)
@@ -54,34 +54,81 @@ def test_a_loop_without_settings_resumes_with_no_flags_and_a_note(folder, capsys
 @pytest.mark.parametrize("spelling", runs.SPELLINGS)
 def test_a_checkpoint_resumes_where_it_stopped(spelling, folder, capsys):
     run, path = runs.saved(spelling, folder)
-    size = ["--batch-size", str(runs.BATCH)] if "plain" in spelling else []  # which has no settings in it
+    size = (
+        ["--batch-size", str(runs.BATCH)] if "plain" in spelling else []
+    )  # which has no settings in it
     assert command(["train", "--resume", str(path), *size]) == 0, capsys.readouterr().err
     text = capsys.readouterr().out
     _, after = load_run("runs/digits-resnet8")
     there = run.epochs(runs.EPOCHS - runs.DONE)
     assert after.steps == there.step
-    assert f"goes on at step {runs.DONE * runs.STEPS}, epoch {runs.DONE + 1} of {runs.EPOCHS}, {runs.STEPS} steps per epoch" in text
-    assert command(["convert", "runs/digits-resnet8", "back.pth", "--with-optimizer", "--no-certificate"]) == 0
+    assert (
+        f"goes on at step {runs.DONE * runs.STEPS}, epoch {runs.DONE + 1} of {runs.EPOCHS}, "
+        f"{runs.STEPS} steps per epoch" in text
+    )
+    assert (
+        command(
+            ["convert", "runs/digits-resnet8", "back.pth", "--with-optimizer", "--no-certificate"]
+        )
+        == 0
+    )
     back = torch.load("back.pth", weights_only=True)
     truth = there.state()
-    assert max(np.linalg.norm(back["model"][key].numpy() - value) / np.linalg.norm(value) for key, value in truth.items() if np.any(value)) <= 1e-10
+    assert (
+        max(
+            np.linalg.norm(back["model"][key].numpy() - value) / np.linalg.norm(value)
+            for key, value in truth.items()
+            if np.any(value)
+        )
+        <= 1e-10
+    )
     again = runs.SPELLINGS[spelling][0]()
     again.optimizer.load_state_dict(back["optimizer"])
     if again.scheduler is not None:
         again.scheduler.load_state_dict(back["lr_scheduler"])
         assert again.scheduler.last_epoch == there.scheduler.last_epoch
-    lines = [json.loads(line) for line in Path("runs/digits-resnet8/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(runs.DONE * runs.STEPS, runs.EPOCHS * runs.STEPS))
-    assert json.loads(Path("runs/digits-resnet8/summary.json").read_text())["last_step"] == runs.EPOCHS * runs.STEPS - 1
+    lines = [
+        json.loads(line)
+        for line in Path("runs/digits-resnet8/metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["step"] for line in lines] == list(
+        range(runs.DONE * runs.STEPS, runs.EPOCHS * runs.STEPS)
+    )
+    assert (
+        json.loads(Path("runs/digits-resnet8/summary.json").read_text())["last_step"]
+        == runs.EPOCHS * runs.STEPS - 1
+    )
 
 
 @pytest.mark.slow
 def test_a_finished_run_goes_on_at_another_rate(folder):
-    assert command(["train", "--batch-size", str(runs.BATCH), "--epochs", "2", "--out", "first"]) == 0
-    assert command(["train", "--resume", "first", "--epochs", "3", "--schedule", "warmup-cosine", "--learning-rate", "0.01", "--out", "on"]) == 0
+    assert (
+        command(["train", "--batch-size", str(runs.BATCH), "--epochs", "2", "--out", "first"]) == 0
+    )
+    assert (
+        command(
+            [
+                "train",
+                "--resume",
+                "first",
+                "--epochs",
+                "3",
+                "--schedule",
+                "warmup-cosine",
+                "--learning-rate",
+                "0.01",
+                "--out",
+                "on",
+            ]
+        )
+        == 0
+    )
     _, run = load_run("on")
     assert (run.steps, run.epochs) == (3 * runs.STEPS, 3)
-    rates = [json.loads(line)["learning_rate"] for line in Path("on/metrics.jsonl").read_text().splitlines()]
+    rates = [
+        json.loads(line)["learning_rate"]
+        for line in Path("on/metrics.jsonl").read_text().splitlines()
+    ]
     assert len(rates) == runs.STEPS
     assert 0 < rates[-1] < rates[0] < 0.01
 
@@ -91,11 +138,22 @@ def test_a_run_goes_on_in_its_own_folder_and_is_not_overwritten(folder, capsys):
     flags = ["train", "--batch-size", str(runs.BATCH), "--out", "on"]
     assert command([*flags, "--epochs", "2", "--resume", "auto"]) == 0
     assert command([*flags, "--epochs", "2"]) == 2
-    assert "on exists. A run is never overwritten: go on with it (--resume auto)" in capsys.readouterr().err
+    assert (
+        "on exists. A run is never overwritten: go on with it (--resume auto)"
+        in capsys.readouterr().err
+    )
     assert command([*flags, "--resume", "auto"]) == 0
     assert "the run in on is complete" in capsys.readouterr().out
-    assert command([*flags, "--resume", "on", "--epochs", "3", "--schedule", "constant", "--keep", "2"]) == 0
-    assert sorted(path.name for path in Path("on/checkpoints").iterdir()) == ["step-00000010", "step-00000015"]
+    assert (
+        command(
+            [*flags, "--resume", "on", "--epochs", "3", "--schedule", "constant", "--keep", "2"]
+        )
+        == 0
+    )
+    assert sorted(path.name for path in Path("on/checkpoints").iterdir()) == [
+        "step-00000010",
+        "step-00000015",
+    ]
     lines = [json.loads(line) for line in Path("on/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(3 * runs.STEPS))
     assert json.loads(Path("on/config.json").read_text())["epochs"] == 3
@@ -103,7 +161,9 @@ def test_a_run_goes_on_in_its_own_folder_and_is_not_overwritten(folder, capsys):
 
 def test_a_network_of_a_thousand_classes_learns_ten_with_its_first_parts_frozen(folder, capsys):
     torch.manual_seed(0)
-    module = ResNet(depths=(1, 1, 1), widths=(4, 6, 8), stem="imagenet", stem_width=4, num_classes=1000)
+    module = ResNet(
+        depths=(1, 1, 1), widths=(4, 6, 8), stem="imagenet", stem_width=4, num_classes=1000
+    )
     for layer in module.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.running_mean.normal_()
@@ -116,11 +176,18 @@ def test_a_network_of_a_thousand_classes_learns_ten_with_its_first_parts_frozen(
     assert "grey images, repeated for the network's 3 channels" in text
     after = flax_resblock.to_torch(flax_resblock.load("tuned"))
     before = {key: value.numpy() for key, value in module.state_dict().items()}
-    same = {key for key in before if after[key].shape == before[key].shape and after[key].tobytes() == before[key].tobytes()}
+    same = {
+        key
+        for key in before
+        if after[key].shape == before[key].shape and after[key].tobytes() == before[key].tobytes()
+    }
     assert same == {key for key in before if key.startswith(("conv1", "bn1", "layer1"))}
     assert after["fc.weight"].shape == (10, 8)
     assert command(["train", "--freeze", "stage9", "--out", "other"]) == 2
-    assert "freeze=('stage9',) must be some of stem, stage1, stage2, stage3, head, but not all" in capsys.readouterr().err
+    assert (
+        "freeze=('stage9',) must be some of stem, stage1, stage2, stage3, head, but not all"
+        in capsys.readouterr().err
+    )
 
 
 def test_data_of_ones_own_train_and_their_settings_come_back(folder, capsys):
@@ -128,11 +195,36 @@ def test_data_of_ones_own_train_and_their_settings_come_back(folder, capsys):
     arrays = {
         f"{name}_{part}": values
         for part in ("train", "test")
-        for name, values in (("x", rng.integers(0, 256, (40, 9, 8, 1), np.uint8)), ("y", np.arange(40) % 10))
+        for name, values in (
+            ("x", rng.integers(0, 256, (40, 9, 8, 1), np.uint8)),
+            ("y", np.arange(40) % 10),
+        )
     }
     np.savez("own.npz", **arrays)
-    assert command(["train", "--data", "own.npz", "--batch-size", "20", "--epochs", "2", "--seed", "3", "--out", "own"]) == 0
-    assert command(["train", "--resume", "own", "--epochs", "3", "--schedule", "constant", "--out", "on"]) == 0
+    assert (
+        command(
+            [
+                "train",
+                "--data",
+                "own.npz",
+                "--batch-size",
+                "20",
+                "--epochs",
+                "2",
+                "--seed",
+                "3",
+                "--out",
+                "own",
+            ]
+        )
+        == 0
+    )
+    assert (
+        command(
+            ["train", "--resume", "own", "--epochs", "3", "--schedule", "constant", "--out", "on"]
+        )
+        == 0
+    )
     stored = json.loads(Path("on/config.json").read_text())
     assert (stored["data"], stored["seed"], stored["batch_size"]) == ("own.npz", 3, 20)
     assert command(["train", "--data", "nothing", "--out", "none"]) == 2
@@ -140,10 +232,25 @@ def test_data_of_ones_own_train_and_their_settings_come_back(folder, capsys):
 
 
 def test_a_diverging_run_names_its_last_good_checkpoint(folder, capsys):
-    flags = ["--learning-rate", "1e30", "--batch-size", str(runs.BATCH), "--save-every", "1", "--out", "wild", "--warmup-epochs", "0"]
+    flags = [
+        "--learning-rate",
+        "1e30",
+        "--batch-size",
+        str(runs.BATCH),
+        "--save-every",
+        "1",
+        "--out",
+        "wild",
+        "--warmup-epochs",
+        "0",
+    ]
     assert command(["train", *flags]) == 2
     error = capsys.readouterr().err
-    saved = re.search(r"the loss is (nan|inf) at step (\d+).*The last good checkpoint: (wild/checkpoints/step-\d+|none yet)\.", error)
+    saved = re.search(
+        r"the loss is (nan|inf) at step (\d+).*The last good checkpoint: "
+        r"(wild/checkpoints/step-\d+|none yet)\.",
+        error,
+    )
     assert saved, error
     assert int(saved[2]) >= 1
 
@@ -151,8 +258,14 @@ def test_a_diverging_run_names_its_last_good_checkpoint(folder, capsys):
 def test_convert_without_the_flag_says_what_stays_behind(folder, capsys):
     _, path = runs.saved("torchvision's reference", folder)
     assert command(["convert", str(path), "weights.safetensors", "--no-certificate"]) == 0
-    assert "its optimizer, entry 'optimizer', stays behind (--with-optimizer carries the run)" in capsys.readouterr().out
-    assert command(["convert", str(path), "run.safetensors", "--with-optimizer", "--no-certificate"]) == 0
+    assert (
+        "its optimizer, entry 'optimizer', stays behind (--with-optimizer carries the run)"
+        in capsys.readouterr().out
+    )
+    assert (
+        command(["convert", str(path), "run.safetensors", "--with-optimizer", "--no-certificate"])
+        == 0
+    )
     text = capsys.readouterr().out
     assert "used    lr_scheduler: SequentialLR at step 2, one per epoch" in text
     assert "ignored scaler: loss scaling is for float16" in text
@@ -167,7 +280,9 @@ def test_a_certificate_covers_the_run(folder, capsys):
     _, path = runs.saved("Lightning", folder)
     assert command(["convert", str(path), "run", "--with-optimizer"]) == 0
     assert command(["verify", "--certificate", "parity.json"]) == 0
-    key = next(key for key in checkpoint.read("run").tensors if key.startswith("optimizer.exp_avg."))
+    key = next(
+        key for key in checkpoint.read("run").tensors if key.startswith("optimizer.exp_avg.")
+    )
     assert key in json.loads(Path("parity.json").read_text())["outputs"]["run"]["tensors"]
 
 
@@ -179,15 +294,21 @@ def _changed(key, value):
 
 
 def _rmsprop(content, path):
-    content["optimizer"] = torch.optim.RMSprop(runs.started(lambda m: None, None).model.parameters()).state_dict()
+    content["optimizer"] = torch.optim.RMSprop(
+        runs.started(lambda m: None, None).model.parameters()
+    ).state_dict()
 
 
 def _other_model(content, path):
-    content["optimizer"] = torch.optim.SGD(torch.nn.Linear(3, 4).parameters(), momentum=0.9).state_dict()
+    content["optimizer"] = torch.optim.SGD(
+        torch.nn.Linear(3, 4).parameters(), momentum=0.9
+    ).state_dict()
 
 
 def _no_buffers(content, path):
-    content["optimizer"]["state"] = {number: value for number, value in content["optimizer"]["state"].items() if number > 4}
+    content["optimizer"]["state"] = {
+        number: value for number, value in content["optimizer"]["state"].items() if number > 4
+    }
 
 
 def _unknown_names(content, path):
@@ -196,7 +317,10 @@ def _unknown_names(content, path):
 
 
 BAD = {
-    "an optimizer of another model": (_other_model, "does not belong to this model: it has 2 parameters, the model 20"),
+    "an optimizer of another model": (
+        _other_model,
+        "does not belong to this model: it has 2 parameters, the model 20",
+    ),
     "missing buffers": (_no_buffers, "lacks momentum_buffer of 5 of 20 parameters"),
     "unknown parameters": (_unknown_names, "it names nobody.0"),
     "an unsupported optimizer": (_rmsprop, "no optimizer with a counterpart here"),
@@ -210,42 +334,90 @@ def test_what_cannot_go_on_is_one_paragraph_with_status_2(case, folder, capsys):
     _, path = runs.saved("torchvision's reference", folder)
     runs.rewritten(path, lambda content: change(content, path))
     before = sorted(folder.rglob("*"))
-    for arguments in (["train", "--resume", str(path)], ["convert", str(path), "out", "--with-optimizer"]):
+    for arguments in (
+        ["train", "--resume", str(path)],
+        ["convert", str(path), "out", "--with-optimizer"],
+    ):
         assert command(arguments) == 2
         error = capsys.readouterr().err
         assert words in error
         assert "--weights-only" in error
         assert error.count("\n") == 1
     assert sorted(folder.rglob("*")) == before
-    assert command(["convert", str(path), "out", "--with-optimizer", "--weights-only", "--no-certificate"]) == 0
-    assert command(["train", "--resume", str(path), "--weights-only", "--epochs", "1", "--batch-size", str(runs.BATCH)]) == 0
+    assert (
+        command(
+            ["convert", str(path), "out", "--with-optimizer", "--weights-only", "--no-certificate"]
+        )
+        == 0
+    )
+    assert (
+        command(
+            [
+                "train",
+                "--resume",
+                str(path),
+                "--weights-only",
+                "--epochs",
+                "1",
+                "--batch-size",
+                str(runs.BATCH),
+            ]
+        )
+        == 0
+    )
 
 
 def test_a_schedule_without_counterpart_needs_a_word(folder, capsys):
-    run = runs.started(runs.momentum_sgd(runs.by_kind), lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.5))
+    run = runs.started(
+        runs.momentum_sgd(runs.by_kind),
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.5),
+    )
     path = runs.plain_loop(run.epochs(1), folder)
     size = ["--batch-size", str(runs.BATCH), "--epochs", "2"]
     assert command(["train", "--resume", str(path), *size]) == 2
     error = capsys.readouterr().err
     assert "keeps its function in the program, not in the file. Say --schedule constant" in error
     for schedule in ("constant", "warmup-cosine"):
-        assert command(["train", "--resume", str(path), "--schedule", schedule, "--out", schedule, *size]) == 0
+        assert (
+            command(
+                ["train", "--resume", str(path), "--schedule", schedule, "--out", schedule, *size]
+            )
+            == 0
+        )
     assert "0.025, 0.025, constant" in capsys.readouterr().out
-    rates = [json.loads(line)["learning_rate"] for line in Path("constant/metrics.jsonl").read_text().splitlines()]
+    rates = [
+        json.loads(line)["learning_rate"]
+        for line in Path("constant/metrics.jsonl").read_text().splitlines()
+    ]
     assert rates == [0.025] * runs.STEPS
-    rates = [json.loads(line)["learning_rate"] for line in Path("warmup-cosine/metrics.jsonl").read_text().splitlines()]
+    rates = [
+        json.loads(line)["learning_rate"]
+        for line in Path("warmup-cosine/metrics.jsonl").read_text().splitlines()
+    ]
     assert rates[0] == pytest.approx(0.05)
     assert rates == sorted(rates, reverse=True)
 
 
 OTHER = {
-    "an unknown preset": (["train", "--preset", "nonesuch"], "preset 'nonesuch' is unknown; known: digits-resnet8"),
+    "an unknown preset": (
+        ["train", "--preset", "nonesuch"],
+        "preset 'nonesuch' is unknown; known: digits-resnet8",
+    ),
     "a folder that exists": (["train", "--out", "full"], "full exists. A run is never overwritten"),
     "no such checkpoint": (["train", "--resume", "nowhere.pth"], "nowhere.pth does not exist"),
     "a bad setting": (["train", "--epochs", "0"], "epochs=0 must be a positive integer"),
-    "more images than there are": (["train", "--batch-size", "999"], "batch_size=999 must be from 1 to the 120 images"),
-    "a rate for a run that has one": (["train", "--resume", "run.pth", "--learning-rate", "0.1"], "--learning-rate has no place in a run that goes on"),
-    "a run that is over": (["train", "--resume", "run.pth", "--epochs", "2"], "the run is over: it is at step 10, and its 2 epochs of 5 steps end at 10"),
+    "more images than there are": (
+        ["train", "--batch-size", "999"],
+        "batch_size=999 must be from 1 to the 120 images",
+    ),
+    "a rate for a run that has one": (
+        ["train", "--resume", "run.pth", "--learning-rate", "0.1"],
+        "--learning-rate has no place in a run that goes on",
+    ),
+    "a run that is over": (
+        ["train", "--resume", "run.pth", "--epochs", "2"],
+        "the run is over: it is at step 10, and its 2 epochs of 5 steps end at 10",
+    ),
 }
 
 
@@ -265,10 +437,22 @@ def test_bad_arguments_are_one_paragraph_with_status_2(case, folder, capsys):
 
 
 def test_an_images_shape_that_does_not_fit_is_refused(folder, capsys):
-    model = ResNet(depths=(1,), widths=(4,), stem="cifar", stem_width=4, in_channels=2, num_classes=10)
-    torch.save({"model": model.state_dict(), "optimizer": torch.optim.SGD(model.parameters(), 0.1).state_dict(), "epoch": 0}, "net.pth")
+    model = ResNet(
+        depths=(1,), widths=(4,), stem="cifar", stem_width=4, in_channels=2, num_classes=10
+    )
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "optimizer": torch.optim.SGD(model.parameters(), 0.1).state_dict(),
+            "epoch": 0,
+        },
+        "net.pth",
+    )
     assert command(["train", "--resume", "net.pth", "--batch-size", str(runs.BATCH)]) == 2
-    assert "the model takes 2 channels and knows 10 classes; few has images of 1 channels in 10 classes" in capsys.readouterr().err
+    assert (
+        "the model takes 2 channels and knows 10 classes; few has images of 1 channels in 10 "
+        "classes" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
@@ -276,7 +460,10 @@ def test_a_run_that_is_killed_ends_bit_for_bit_where_it_would_have(folder):
     """The short form of ``python -m parity_tests.preemption``."""
     preemption.finished(folder / "whole")
     truth = preemption.state(folder / "whole")
-    assert preemption.interrupted(folder / "killed", random.Random(1), int(signal.SIGKILL), most=1) == 1
+    assert (
+        preemption.interrupted(folder / "killed", random.Random(1), int(signal.SIGKILL), most=1)
+        == 1
+    )
     assert preemption.differences(preemption.state(folder / "killed"), truth) == []
     assert preemption.differences((truth[0], truth[1], truth[2][:-1]), truth) == ["number of steps"]
 
@@ -284,7 +471,12 @@ def test_a_run_that_is_killed_ends_bit_for_bit_where_it_would_have(folder):
 def test_an_interrupt_saves_and_says_how_to_go_on(folder):
     code = "from flax_resblock.cli import main; main()"
     flags = ["train", "--epochs", "400", "--batch-size", "256", "--out", "out"]
-    process = subprocess.Popen([sys.executable, "-c", code, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while not Path("out/metrics.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.05)
@@ -292,14 +484,23 @@ def test_an_interrupt_saves_and_says_how_to_go_on(folder):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "Traceback" not in error
-    step = int(re.search(r"stopped after step (\d+); out/checkpoints/step-\d+ is written. Go on with --resume auto --out out", error)[1])
+    step = int(
+        re.search(
+            r"stopped after step (\d+); out/checkpoints/step-\d+ is written. Go on with "
+            r"--resume auto --out out",
+            error,
+        )[1]
+    )
     _, run = load_run("out")
     assert (run.steps, len(Path("out/metrics.jsonl").read_text().splitlines())) == (step, step)
 
 
 def test_a_host_without_torch_goes_on_with_a_run_in_safetensors(folder):
     _, path = runs.saved("a plain loop with GradScaler and EMA", folder)
-    assert command(["convert", str(path), "run.safetensors", "--with-optimizer", "--no-certificate"]) == 0
+    assert (
+        command(["convert", str(path), "run.safetensors", "--with-optimizer", "--no-certificate"])
+        == 0
+    )
     code = (
         BLOCK_TORCH
         + """
@@ -309,7 +510,9 @@ assert run(["convert", "runs/digits-resnet8", "back.safetensors", "--with-optimi
 assert "torch" not in sys.modules
 """
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     _, run = load_run("back.safetensors")
     assert run.optimizer.kind == "sgd"

@@ -1,4 +1,6 @@
-"""The rest of ``flax-resblock train``: what it prints and leaves behind, evaluation, transfer, and what cannot go well."""
+"""The rest of ``flax-resblock train``: what it prints and leaves behind, evaluation, transfer, and
+what cannot go well.
+"""
 
 import errno
 import json
@@ -35,7 +37,18 @@ def said(capsys, *arguments, status=0):
 
 def test_the_resolved_configuration_is_printed_and_nothing_else_done(capsys, tmp_path):
     text = said(
-        capsys, "--preset", "imagenet-resnet50", "--print-config", "--learning-rate", "0.3", "--flip", "off", "--num-classes", "7", "--architecture", "resnet18"
+        capsys,
+        "--preset",
+        "imagenet-resnet50",
+        "--print-config",
+        "--learning-rate",
+        "0.3",
+        "--flip",
+        "off",
+        "--num-classes",
+        "7",
+        "--architecture",
+        "resnet18",
     )
     config = json.loads(text)
     assert (config["learning_rate"], config["label_smoothing"], config["epochs"]) == (0.3, 0.1, 90)
@@ -46,21 +59,52 @@ def test_the_resolved_configuration_is_printed_and_nothing_else_done(capsys, tmp
 
 
 def test_a_run_leaves_metrics_events_curves_and_its_best_checkpoint(capsys, tmp_path):
-    text = said(capsys, *SHORT, "--out", "out", "--ema", "0.5", "--clip-norm", "1", "--accumulate", "2", "--optimizer", "adamw", "--learning-rate", "0.01")
+    text = said(
+        capsys,
+        *SHORT,
+        "--out",
+        "out",
+        "--ema",
+        "0.5",
+        "--clip-norm",
+        "1",
+        "--accumulate",
+        "2",
+        "--optimizer",
+        "adamw",
+        "--learning-rate",
+        "0.01",
+    )
     assert "of the averaged weights" in text
-    judged = [json.loads(line) for line in (tmp_path / "out" / "evaluations.jsonl").read_text().splitlines()]
+    judged = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "evaluations.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in judged] == [runs.STEPS, 2 * runs.STEPS]
     assert all(line["ema_accuracy"] is not None for line in judged)
     assert Image.open(tmp_path / "out" / "curves.png").size[0] > 800
     assert scalars(tmp_path / "out" / "tensorboard", "train/loss") == [
-        (line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+        (line["step"], pytest.approx(line["loss"], rel=1e-6))
+        for line in map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
     ]
-    assert [step for step, _ in scalars(tmp_path / "out" / "tensorboard", "test/ema_accuracy")] == [runs.STEPS, 2 * runs.STEPS]
+    assert [step for step, _ in scalars(tmp_path / "out" / "tensorboard", "test/ema_accuracy")] == [
+        runs.STEPS,
+        2 * runs.STEPS,
+    ]
     _, run = load_run(tmp_path / "out" / "best")
-    assert (run.optimizer.kind, bool(run.ema), run.settings["accumulate"], run.settings["data"]) == ("adamw", True, 2, "digits")
-    text = said(capsys, "--resume", "out", "--out", "out", "--epochs", "3", "--schedule", "constant")
+    assert (
+        run.optimizer.kind,
+        bool(run.ema),
+        run.settings["accumulate"],
+        run.settings["data"],
+    ) == ("adamw", True, 2, "digits")
+    text = said(
+        capsys, "--resume", "out", "--out", "out", "--epochs", "3", "--schedule", "constant"
+    )
     assert "ema: averaged weights and statistics" in text
-    assert [step for step, _ in scalars(tmp_path / "out" / "tensorboard", "train/loss")] == list(range(3 * runs.STEPS))
+    assert [step for step, _ in scalars(tmp_path / "out" / "tensorboard", "train/loss")] == list(
+        range(3 * runs.STEPS)
+    )
 
 
 def scalars(events, tag):
@@ -76,7 +120,10 @@ def scalars(events, tag):
             assert masked_crc32c(data[:8]) == int.from_bytes(data[8:12], "little")
             event = event_pb2.Event.FromString(data[12 : 12 + size])
             data = data[16 + size :]
-            found |= {value.tag: {**found.get(value.tag, {}), event.step: value.simple_value} for value in event.summary.value}
+            found |= {
+                value.tag: {**found.get(value.tag, {}), event.step: value.simple_value}
+                for value in event.summary.value
+            }
     return sorted(found[tag].items())
 
 
@@ -88,11 +135,19 @@ def test_a_checkpoint_is_judged_with_its_own_data_and_with_others(capsys, tmp_pa
     content = json.loads((tmp_path / "judged" / "evaluation.json").read_text())
     counts = np.array(content["confusion"])
     assert counts.sum() == len(runs.few_digits())
-    assert np.trace(counts) / counts.sum() == content["accuracy"] == pytest.approx(summary["test_accuracy"])
+    assert (
+        np.trace(counts) / counts.sum()
+        == content["accuracy"]
+        == pytest.approx(summary["test_accuracy"])
+    )
     assert (tmp_path / "judged" / "confusion.png").is_file()
     model, data = flax_resblock.load(tmp_path / "out"), runs.few_digits()
     predicted = np.asarray(model(data.normalised())).argmax(axis=1)
-    assert all(counts[i, j] == np.sum((data.labels == i) & (predicted == j)) for i in range(10) for j in range(10))
+    assert all(
+        counts[i, j] == np.sum((data.labels == i) & (predicted == j))
+        for i in range(10)
+        for j in range(10)
+    )
     assert "judged exists" in said(capsys, "--eval-only", "out", "--out", "judged", status=2)
     colours = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
     np.savez("colours.npz", images=colours, labels=np.arange(20) % 3)
@@ -103,7 +158,11 @@ def test_a_checkpoint_is_judged_with_its_own_data_and_with_others(capsys, tmp_pa
 
 def test_many_classes_are_judged_by_their_most_frequent_confusions(capsys):
     rng = np.random.default_rng(0)
-    np.savez("many.npz", images=rng.integers(0, 256, (200, 8, 8, 1), np.uint8), labels=np.arange(200) % 20)
+    np.savez(
+        "many.npz",
+        images=rng.integers(0, 256, (200, 8, 8, 1), np.uint8),
+        labels=np.arange(200) % 20,
+    )
     said(capsys, "--data", "many.npz", "--batch-size", "40", "--epochs", "1", "--out", "out")
     text = said(capsys, "--eval-only", "out")
     assert "on many.npz/test" in text
@@ -112,27 +171,48 @@ def test_many_classes_are_judged_by_their_most_frequent_confusions(capsys):
 
 def test_a_fresh_network_gets_the_classes_and_channels_of_its_data(capsys, tmp_path):
     rng = np.random.default_rng(0)
-    np.savez("own.npz", images=rng.integers(0, 256, (60, 8, 8, 3), np.uint8), labels=np.arange(60) % 4)
+    np.savez(
+        "own.npz", images=rng.integers(0, 256, (60, 8, 8, 3), np.uint8), labels=np.arange(60) % 4
+    )
     text = said(capsys, "--data", "own.npz", *SHORT, "--out", "own")
     assert "the network gets 3 channels and 4 classes, as own.npz/train has" in text
     config = flax_resblock.load("own").config
     assert (config.in_channels, config.num_classes) == (3, 4)
     said(capsys, "--data", "own.npz", *SHORT, "--out", "six", "--num-classes", "6")
     assert flax_resblock.load("six").config.num_classes == 6
-    assert "--num-classes 3 is less than the 4 classes that own.npz/train has" in said(capsys, "--data", "own.npz", "--num-classes", "3", *SHORT, status=2)
+    assert "--num-classes 3 is less than the 4 classes that own.npz/train has" in said(
+        capsys, "--data", "own.npz", "--num-classes", "3", *SHORT, status=2
+    )
 
 
 def test_transfer_takes_the_classes_that_were_asked_for_and_parts_by_commas(capsys):
     torch.manual_seed(0)
     module = ResNet(depths=(1, 1), widths=(4, 6), stem="imagenet", stem_width=4, num_classes=1000)
     torch.save(module.state_dict(), "imagenet.pth")
-    text = said(capsys, "--init", "imagenet.pth", "--num-classes", "10", "--freeze", "stem,stage1", *SHORT, "--out", "tuned")
+    text = said(
+        capsys,
+        "--init",
+        "imagenet.pth",
+        "--num-classes",
+        "10",
+        "--freeze",
+        "stem,stage1",
+        *SHORT,
+        "--out",
+        "tuned",
+    )
     assert "imagenet.pth has 1000 classes: the head starts afresh, with 10" in text
     after = flax_resblock.to_torch(flax_resblock.load("tuned"))
     before = {key: value.numpy() for key, value in module.state_dict().items()}
-    same = {key for key in before if after[key].shape == before[key].shape and after[key].tobytes() == before[key].tobytes()}
+    same = {
+        key
+        for key in before
+        if after[key].shape == before[key].shape and after[key].tobytes() == before[key].tobytes()
+    }
     assert same == {key for key in before if key.startswith(("conv1", "bn1", "layer1"))}
-    assert "--num-classes 5 is less than the 10 classes" in said(capsys, "--init", "imagenet.pth", "--num-classes", "5", *SHORT, status=2)
+    assert "--num-classes 5 is less than the 10 classes" in said(
+        capsys, "--init", "imagenet.pth", "--num-classes", "5", *SHORT, status=2
+    )
 
 
 def test_a_head_beside_its_backbone_starts_afresh_for_other_classes(capsys):
@@ -146,36 +226,71 @@ def test_a_head_beside_its_backbone_starts_afresh_for_other_classes(capsys):
 
 
 def test_one_source_of_weights_at_a_time(capsys):
-    assert "each say where the weights come from" in said(capsys, "--resume", "a", "--init", "b", status=2)
+    assert "each say where the weights come from" in said(
+        capsys, "--resume", "a", "--init", "b", status=2
+    )
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(capsys):
-    assert "batch_size=25 cannot be shared equally by 4 devices. Take 24 or 28, or fewer devices" in said(capsys, "--batch-size", "25", status=2)
+    assert (
+        "batch_size=25 cannot be shared equally by 4 devices. Take 24 or 28, or fewer devices"
+        in said(capsys, "--batch-size", "25", status=2)
+    )
     said(capsys, "--batch-size", "25", "--devices", "1", "--epochs", "1", "--out", "one")
     assert "devices=9 must be from 1 to 4" in said(capsys, "--devices", "9", status=2)
 
 
 def test_a_diverging_run_writes_down_the_images_of_its_step(capsys, tmp_path):
-    text = said(capsys, "--learning-rate", "1e30", "--batch-size", runs.BATCH, "--save-every", "1", "--out", "wild", "--warmup-epochs", "0", status=2)
+    text = said(
+        capsys,
+        "--learning-rate",
+        "1e30",
+        "--batch-size",
+        runs.BATCH,
+        "--save-every",
+        "1",
+        "--out",
+        "wild",
+        "--warmup-epochs",
+        "0",
+        status=2,
+    )
     assert "on images " in text
-    assert "All images of that step: wild/diverged.json. The last good checkpoint: wild/checkpoints/step-0000000" in text
+    assert (
+        "All images of that step: wild/diverged.json. The last good checkpoint: "
+        "wild/checkpoints/step-0000000" in text
+    )
     content = json.loads((tmp_path / "wild" / "diverged.json").read_text())
     assert len(content["images"]) == runs.BATCH
     for path in (tmp_path / "wild" / "checkpoints").iterdir():
-        assert all(np.isfinite(value).all() for name, value in checkpoint.read(path).tensors.items() if name.endswith("kernel"))
+        assert all(
+            np.isfinite(value).all()
+            for name, value in checkpoint.read(path).tensors.items()
+            if name.endswith("kernel")
+        )
 
 
-def test_a_flipped_bit_in_the_newest_checkpoint_is_found_and_the_run_goes_on_from_the_one_before(capsys, tmp_path):
+def test_a_flipped_bit_in_the_newest_checkpoint_is_found_and_the_run_goes_on_from_the_one_before(
+    capsys, tmp_path
+):
     said(capsys, *SHORT, "--out", "out")
-    newest, before = tmp_path / "out" / "checkpoints" / "step-00000010", tmp_path / "out" / "checkpoints" / "step-00000005"
-    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    newest, before = (
+        tmp_path / "out" / "checkpoints" / "step-00000010",
+        tmp_path / "out" / "checkpoints" / "step-00000005",
+    )
+    largest = max(
+        (path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 0x10
     largest.write_bytes(data)
     (tmp_path / "out" / "summary.json").unlink()
     text = said(capsys, "--out", "out", "--resume", "auto", status=2)
     assert "damaged" in text
-    assert f"Remove out/checkpoints/{newest.name}, and --resume auto goes on from {before.name}." in text
+    assert (
+        f"Remove out/checkpoints/{newest.name}, and --resume auto goes on from {before.name}."
+        in text
+    )
     assert newest.is_dir()
     checkpoint.remove(newest)
     assert "goes on at step 5" in said(capsys, "--out", "out", "--resume", "auto")
@@ -185,10 +300,19 @@ def test_a_flipped_bit_in_the_newest_checkpoint_is_found_and_the_run_goes_on_fro
 def test_a_checkpoint_of_another_architecture_and_other_data_are_told_apart(capsys):
     said(capsys, *SHORT, "--out", "out")
     rng = np.random.default_rng(0)
-    np.savez("own.npz", images=rng.integers(0, 256, (60, 8, 8, 3), np.uint8), labels=np.arange(60) % 4)
-    text = said(capsys, "--resume", "out", "--data", "own.npz", "--epochs", "9", "--out", "other", status=2)
-    assert "the model takes 1 channels and knows 10 classes; own.npz/train has images of 3 channels in 4 classes" in text
-    assert command(["train", "--resume", "out", "--architecture", "resnet50", "--out", "other"]) == 2
+    np.savez(
+        "own.npz", images=rng.integers(0, 256, (60, 8, 8, 3), np.uint8), labels=np.arange(60) % 4
+    )
+    text = said(
+        capsys, "--resume", "out", "--data", "own.npz", "--epochs", "9", "--out", "other", status=2
+    )
+    assert (
+        "the model takes 1 channels and knows 10 classes; own.npz/train has images of 3 "
+        "channels in 4 classes" in text
+    )
+    assert (
+        command(["train", "--resume", "out", "--architecture", "resnet50", "--out", "other"]) == 2
+    )
     assert "does not fit resnet50" in capsys.readouterr().err
 
 
@@ -201,17 +325,37 @@ def image_folder(tmp_path):
             place = tmp_path / "pictures" / part / name
             place.mkdir(parents=True)
             for number in range(6):
-                Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8)).save(place / f"{number}.jpg")
+                Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8)).save(
+                    place / f"{number}.jpg"
+                )
     cut = tmp_path / "pictures" / "train" / "dog" / "3.jpg"
     cut.write_bytes(cut.read_bytes()[:-300])
     return tmp_path / "pictures"
 
 
 def test_a_damaged_image_is_left_out_with_a_count_or_refused(image_folder, capsys):
-    flags = ("--data", "pictures", "--image-size", "16", "--batch-size", "8", "--epochs", "1", "--random-resized-crop", "0.3", "1", "--flip", "on")
+    flags = (
+        "--data",
+        "pictures",
+        "--image-size",
+        "16",
+        "--batch-size",
+        "8",
+        "--epochs",
+        "1",
+        "--random-resized-crop",
+        "0.3",
+        "1",
+        "--flip",
+        "on",
+    )
     text = said(capsys, *flags, "--out", "out")
-    assert "1 of 18 images cannot be decoded and are left out: train/dog/3.jpg" in " ".join(text.split())
-    assert "1 of 18 images cannot be decoded: train/dog/3.jpg" in said(capsys, *flags, "--strict", "--out", "other", status=2)
+    assert "1 of 18 images cannot be decoded and are left out: train/dog/3.jpg" in " ".join(
+        text.split()
+    )
+    assert "1 of 18 images cannot be decoded: train/dog/3.jpg" in said(
+        capsys, *flags, "--strict", "--out", "other", status=2
+    )
     text = said(capsys, "--eval-only", "out")
     assert all(name in text for name in ("cat", "dog", "owl"))
 
@@ -226,7 +370,11 @@ def small_disk(tmp_path):
     """A file system of a few hundred kilobytes; skips where nothing can be mounted."""
     place = tmp_path / "small"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(place)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(place)],
+        capture_output=True,
+        check=False,
+    )
     if mounted.returncode:
         pytest.skip("needs the right to mount a small file system")
     yield place
@@ -234,7 +382,18 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_ends_the_run_and_keeps_what_was_whole(small_disk, capsys):
-    flags = ("--epochs", "30", "--batch-size", runs.BATCH, "--save-every", "5", "--keep", "30", "--out", small_disk / "out")
+    flags = (
+        "--epochs",
+        "30",
+        "--batch-size",
+        runs.BATCH,
+        "--save-every",
+        "5",
+        "--keep",
+        "30",
+        "--out",
+        small_disk / "out",
+    )
     text = said(capsys, *flags, status=2)
     assert "Make room, and go on with --resume auto" in text
     assert "No space left on device" in text or "could not be written" in text
@@ -244,8 +403,8 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_whole(small_disk, capsys):
 
 
 def test_a_write_that_fails_names_the_file(tmp_path, monkeypatch):
-    from train.records import Records
-    from train.reports import Step
+    from flax_resblock.training.records import Records
+    from flax_resblock.training.reports import Step
 
     records = Records(tmp_path, 0)
 
@@ -259,23 +418,30 @@ def test_a_write_that_fails_names_the_file(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(records, "_steps", Full())
-    with pytest.raises(flax_resblock.errors.InputError, match=r"metrics.jsonl cannot be written \(No space left on device\)"):
+    with pytest.raises(
+        flax_resblock.errors.InputError,
+        match=r"metrics.jsonl cannot be written \(No space left on device\)",
+    ):
         records.step(Step(0, 0, 1.0, 0.5, 0.1))
     records.close()
 
 
 @pytest.mark.slow
 def test_bfloat16_learns_the_digits():
-    """Whole digits, in a process of its own: within half a point of float32. One test image is 0.28 points."""
+    """Whole digits, in a process of its own: within half a point of float32. One test image is 0.28
+    points.
+    """
     code = """
 import dataclasses, train
-from train.data import digits
+from flax_resblock.training.data import digits
 images, test = digits()
 for dtype in ("float32", "bfloat16"):
-    config = dataclasses.replace(train.PRESETS["digits-resnet8"], dtype=dtype)
-    print(train.fit(train.new_model(config), images, config, test=test, progress=False).test_accuracy[-1])
+    config = dataclasses.replace(flax_resblock.training.PRESETS["digits-resnet8"], dtype=dtype)
+    print(flax_resblock.training.fit(flax_resblock.training.new_model(config), images, config, test=test, progress=False).test_accuracy[-1])
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     single, half = map(float, result.stdout.split())
     assert min(single, half) >= 0.985
     assert half >= single - 0.005

@@ -1,4 +1,6 @@
-"""Training: the same batches, from the same weights, take both frameworks along the same path; and the pieces that the loop is made of."""
+"""Training: the same batches, from the same weights, take both frameworks along the same path; and
+the pieces that the loop is made of.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +17,29 @@ import torch
 import torch.nn.functional as F
 from flax import nnx
 
-import train
-import train.loop
-from flax_resblock import ResNetConfig, from_torch, load, load_run, to_torch
-from flax_resblock.convert import LAYOUTS, StateMap
-from flax_resblock.convert.optimizer import fresh, write
-from flax_resblock.optimizers import optimizer_of
-from flax_resblock.schedules import warmup_cosine
+import flax_resblock.training.loop
+from flax_resblock import ResNetConfig, from_torch, load, load_run, to_torch, training
+from flax_resblock.convert import NAMINGS, StateMap
+from flax_resblock.runs.optimizer_state import fresh, write
+from flax_resblock.runs.optimizers import optimizer_of
+from flax_resblock.runs.schedules import warmup_cosine
+from flax_resblock.training.config import TrainConfig
+from flax_resblock.training.data import Augmentation, Dataset, batches, digits, steps_per_epoch
+from flax_resblock.training.pace import Pace, Rates, new_run
+from flax_resblock.training.run_folder import RunFolder
+from flax_resblock.training.step import Mixed, cross_entropy, make_eval_step, make_train_step, split
 from torch_ref import ResNet as TorchResNet
 from torch_ref import training as reference
-from train.config import TrainConfig
-from train.data import Augmentation, Dataset, batches, digits, steps_per_epoch
-from train.pace import Pace, Rates, new_run
-from train.run_folder import RunFolder
-from train.step import Mixed, cross_entropy, make_eval_step, make_train_step, split
 
 TOLERANCE = 1e-10
 CONTROL = 1000 * TOLERANCE
 
-CONFIG = ResNetConfig(depths=(1, 1), widths=(8, 12), stem="cifar", stem_width=8, in_channels=1, num_classes=10)
-SETTINGS = TrainConfig(model=CONFIG, epochs=2, batch_size=32, warmup_epochs=0.5, label_smoothing=0.1)
+CONFIG = ResNetConfig(
+    depths=(1, 1), widths=(8, 12), stem="cifar", stem_width=8, in_channels=1, num_classes=10
+)
+SETTINGS = TrainConfig(
+    model=CONFIG, epochs=2, batch_size=32, warmup_epochs=0.5, label_smoothing=0.1
+)
 STEPS = 20
 WARMUP = 5
 SCHEDULE = warmup_cosine(WARMUP, STEPS)
@@ -45,18 +50,23 @@ def data():
     return digits()
 
 
-def torch_twin(seed: int = 0) -> TorchResNet:
+def torch_reference(seed: int = 0) -> TorchResNet:
     """A float64 network with seeded weights."""
     torch.manual_seed(seed)
     return TorchResNet(**dataclasses.asdict(CONFIG)).double()
 
 
 def as_torch(images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().double(), torch.from_numpy(labels).long()
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().double(), torch.from_numpy(
+        labels
+    ).long()
 
 
 def torch_epoch(dataset: Dataset, config: TrainConfig, epoch: int):
-    return (as_torch(batch.images, batch.labels) for batch in batches(dataset, config.batch_size, seed=config.seed, epoch=epoch))
+    return (
+        as_torch(batch.images, batch.labels)
+        for batch in batches(dataset, config.batch_size, seed=config.seed, epoch=epoch)
+    )
 
 
 def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -83,7 +93,7 @@ def torch_state(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def torch_trajectory(data) -> list[Snapshot]:
-    model = torch_twin()
+    model = torch_reference()
     optimizer = reference.sgd(model, SETTINGS.learning_rate)
     scheduler = reference.warmup_cosine(optimizer, warmup_steps=WARMUP, total_steps=STEPS)
     images, labels = as_torch(data.test.normalised(slice(64)), data.test.labels[:64])
@@ -94,7 +104,9 @@ def torch_trajectory(data) -> list[Snapshot]:
         snapshots.append(Snapshot(step.loss, torch_state(model), logits.numpy()))
 
     some = itertools.islice(torch_epoch(data.train, SETTINGS, 0), STEPS)
-    reference.train(model, some, optimizer, scheduler, label_smoothing=SETTINGS.label_smoothing, on_step=record)
+    reference.train(
+        model, some, optimizer, scheduler, label_smoothing=SETTINGS.label_smoothing, on_step=record
+    )
     assert len(snapshots) == STEPS
     return snapshots
 
@@ -102,14 +114,20 @@ def torch_trajectory(data) -> list[Snapshot]:
 def sgd(**options: Any) -> optax.GradientTransformationExtraArgs:
     """What ``fit`` uses, with options of torch.optim.SGD changed."""
     settings: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, **options}
-    return optimizer_of(fresh("sgd", StateMap(SETTINGS.model, LAYOUTS["torchvision"]), **settings))
+    return optimizer_of(fresh("sgd", StateMap(SETTINGS.model, NAMINGS["torchvision"]), **settings))
 
 
-def at_the_first_rate(*direction: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Transformations of the gradient as an optimizer: all parameters take the first group's learning rate."""
+def at_the_first_rate(
+    *direction: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Transformations of the gradient as an optimizer: all parameters take the first group's
+    learning rate.
+    """
     chained = optax.chain(*direction)
 
-    def update(updates: Any, state: Any, params: Any = None, *, learning_rates: Any, **_: Any) -> Any:
+    def update(
+        updates: Any, state: Any, params: Any = None, *, learning_rates: Any, **_: Any
+    ) -> Any:
         updates, state = chained.update(updates, state, params)
         return jax.tree.map(lambda update: -learning_rates[0] * update, updates), state
 
@@ -121,47 +139,81 @@ def same_rate(learning_rate: float) -> Rates:
     return Rates(np.full(2, learning_rate))
 
 
-def jax_trajectory(data, optimizer: optax.GradientTransformationExtraArgs | None = None, *, step_offset: int = 0) -> list[Snapshot]:
+def jax_trajectory(
+    data, optimizer: optax.GradientTransformationExtraArgs | None = None, *, step_offset: int = 0
+) -> list[Snapshot]:
     """The same steps in JAX; the arguments spoil it."""
     optimizer = optimizer or sgd()
     with jax.enable_x64(True):
-        graphdef, state = split(from_torch(torch_twin()), optimizer)
+        graphdef, state = split(from_torch(torch_reference()), optimizer)
         train_step = make_train_step(graphdef, optimizer, label_smoothing=SETTINGS.label_smoothing)
         eval_step = make_eval_step(graphdef)
         images = data.test.normalised(slice(64))
         snapshots = []
-        for number, batch in enumerate(itertools.islice(batches(data.train, SETTINGS.batch_size, seed=SETTINGS.seed, epoch=0), STEPS)):
+        for number, batch in enumerate(
+            itertools.islice(
+                batches(data.train, SETTINGS.batch_size, seed=SETTINGS.seed, epoch=0), STEPS
+            )
+        ):
             rate = SCHEDULE.rate(number + step_offset, {"lr": SETTINGS.learning_rate})
             state, metrics = train_step(state, batch.images, batch.labels, same_rate(rate))
-            values = {key: value.copy() for key, value in to_torch(nnx.merge(graphdef, state.params, state.stats)).items()}
-            snapshots.append(Snapshot(float(metrics.loss), values, np.array(eval_step(state.params, state.stats, images))))
+            values = {
+                key: value.copy()
+                for key, value in to_torch(nnx.merge(graphdef, state.params, state.stats)).items()
+            }
+            snapshots.append(
+                Snapshot(
+                    float(metrics.loss),
+                    values,
+                    np.array(eval_step(state.params, state.stats, images)),
+                )
+            )
         assert train_step.compilations == 1
     return snapshots
 
 
 def worst_of_trajectory(ours: list[Snapshot], theirs: list[Snapshot]) -> float:
-    return max(max(abs(a.loss - b.loss) / b.loss, worst(a.state, b.state), distance(a.logits, b.logits)) for a, b in zip(ours, theirs, strict=True))
+    return max(
+        max(abs(a.loss - b.loss) / b.loss, worst(a.state, b.state), distance(a.logits, b.logits))
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def test_losses_parameters_statistics_and_logits_agree_at_every_step(data, torch_trajectory):
     ours = jax_trajectory(data)
     assert distance(ours[-1].logits, ours[0].logits) > 0.5  # the path leads somewhere
-    assert all(value.dtype == torch_trajectory[-1].state[key].dtype for key, value in ours[-1].state.items())
+    assert all(
+        value.dtype == torch_trajectory[-1].state[key].dtype
+        for key, value in ours[-1].state.items()
+    )
     assert worst_of_trajectory(ours, torch_trajectory) <= TOLERANCE
 
 
 def kernels(params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: any(getattr(key, "key", None) == "kernel" for key in path), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(getattr(key, "key", None) == "kernel" for key in path), params
+    )
 
 
 def all_but_the_biases(params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: all(getattr(key, "key", None) != "bias" for key in path), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: all(getattr(key, "key", None) != "bias" for key in path), params
+    )
 
 
 CONTROLS = {
-    "decay on norms too": {"optimizer": at_the_first_rate(optax.add_decayed_weights(5e-4, mask=all_but_the_biases), optax.trace(0.9, nesterov=True))},
+    "decay on norms too": {
+        "optimizer": at_the_first_rate(
+            optax.add_decayed_weights(5e-4, mask=all_but_the_biases),
+            optax.trace(0.9, nesterov=True),
+        )
+    },
     "schedule one step ahead": {"step_offset": 1},
-    "decay after momentum": {"optimizer": at_the_first_rate(optax.trace(0.9, nesterov=True), optax.add_decayed_weights(5e-4, mask=kernels))},
+    "decay after momentum": {
+        "optimizer": at_the_first_rate(
+            optax.trace(0.9, nesterov=True), optax.add_decayed_weights(5e-4, mask=kernels)
+        )
+    },
     "momentum 0.91": {"optimizer": sgd(momentum=0.91)},
     "no nesterov": {"optimizer": sgd(nesterov=False)},
 }
@@ -169,49 +221,94 @@ CONTROLS = {
 
 @pytest.mark.parametrize("control", CONTROLS)
 def test_trajectory_comparison_catches(control, data, torch_trajectory):
-    assert worst_of_trajectory(jax_trajectory(data, **CONTROLS[control]), torch_trajectory) >= CONTROL
+    assert (
+        worst_of_trajectory(jax_trajectory(data, **CONTROLS[control]), torch_trajectory) >= CONTROL
+    )
 
 
 def test_fit_ends_where_the_torch_loop_ends(data):
     config = dataclasses.replace(SETTINGS, batch_size=128)
     steps = steps_per_epoch(data.train, config.batch_size)
-    twin = torch_twin(1)
+    twin = torch_reference(1)
     with jax.enable_x64(True):
         model = from_torch(twin)
-        history = train.fit(model, data.train, config, test=data.test, progress=False)
+        history = training.fit(model, data.train, config, test=data.test, progress=False)
         ours = to_torch(model)
     optimizer = reference.sgd(twin, config.learning_rate)
-    scheduler = reference.warmup_cosine(optimizer, warmup_steps=round(0.5 * steps), total_steps=2 * steps)
-    both_epochs = itertools.chain.from_iterable(torch_epoch(data.train, config, epoch) for epoch in range(2))
-    theirs = reference.train(twin, both_epochs, optimizer, scheduler, label_smoothing=config.label_smoothing)
+    scheduler = reference.warmup_cosine(
+        optimizer, warmup_steps=round(0.5 * steps), total_steps=2 * steps
+    )
+    both_epochs = itertools.chain.from_iterable(
+        torch_epoch(data.train, config, epoch) for epoch in range(2)
+    )
+    theirs = reference.train(
+        twin, both_epochs, optimizer, scheduler, label_smoothing=config.label_smoothing
+    )
     assert worst(ours, torch_state(twin)) <= TOLERANCE
-    assert [step.step for step in history.steps] == [step.step for step in theirs] == list(range(2 * steps))
+    assert (
+        [step.step for step in history.steps]
+        == [step.step for step in theirs]
+        == list(range(2 * steps))
+    )
     for field in ("loss", "accuracy", "learning_rate"):
-        np.testing.assert_allclose([getattr(step, field) for step in history.steps], [getattr(step, field) for step in theirs], rtol=1e-10)
+        np.testing.assert_allclose(
+            [getattr(step, field) for step in history.steps],
+            [getattr(step, field) for step in theirs],
+            rtol=1e-10,
+        )
     assert len(history.test_accuracy) == 2
-    assert history.test_accuracy[-1] == reference.evaluate(twin, *as_torch(data.test.normalised(), data.test.labels)).accuracy
+    assert (
+        history.test_accuracy[-1]
+        == reference.evaluate(twin, *as_torch(data.test.normalised(), data.test.labels)).accuracy
+    )
 
 
 def test_decay_before_the_momentum_written_in_optax_is_the_same_optimizer(data, torch_trajectory):
     """The wrapper of the controls spoils nothing by itself."""
-    chain = at_the_first_rate(optax.add_decayed_weights(5e-4, mask=kernels), optax.trace(0.9, nesterov=True))
+    chain = at_the_first_rate(
+        optax.add_decayed_weights(5e-4, mask=kernels), optax.trace(0.9, nesterov=True)
+    )
     assert worst_of_trajectory(jax_trajectory(data, chain), torch_trajectory) <= TOLERANCE
 
 
 def test_fit_goes_on_from_an_epoch_that_torch_ended(data):
-    config = dataclasses.replace(SETTINGS, batch_size=128, momentum=0.0, nesterov=False)  # without buffers the weights are the whole state
+    config = dataclasses.replace(
+        SETTINGS, batch_size=128, momentum=0.0, nesterov=False
+    )  # without buffers the weights are the whole state
     steps = steps_per_epoch(data.train, config.batch_size)
-    twin = torch_twin(2)
+    twin = torch_reference(2)
     optimizer = reference.sgd(twin, config.learning_rate, momentum=0.0, nesterov=False)
-    scheduler = reference.warmup_cosine(optimizer, warmup_steps=round(0.5 * steps), total_steps=2 * steps)
-    reference.train(twin, torch_epoch(data.train, config, 0), optimizer, scheduler, label_smoothing=config.label_smoothing)
+    scheduler = reference.warmup_cosine(
+        optimizer, warmup_steps=round(0.5 * steps), total_steps=2 * steps
+    )
+    reference.train(
+        twin,
+        torch_epoch(data.train, config, 0),
+        optimizer,
+        scheduler,
+        label_smoothing=config.label_smoothing,
+    )
     with jax.enable_x64(True):
         model = from_torch(twin)
-        history = train.fit(model, data.train, config, run=Pace.of(new_run(config, steps), steps).after(steps), progress=False)
+        history = training.fit(
+            model,
+            data.train,
+            config,
+            run=Pace.of(new_run(config, steps), steps).after(steps),
+            progress=False,
+        )
         ours = to_torch(model)
-    reference.train(twin, torch_epoch(data.train, config, 1), optimizer, scheduler, label_smoothing=config.label_smoothing)
+    reference.train(
+        twin,
+        torch_epoch(data.train, config, 1),
+        optimizer,
+        scheduler,
+        label_smoothing=config.label_smoothing,
+    )
     assert worst(ours, torch_state(twin)) <= TOLERANCE
-    assert [(step.step, step.epoch) for step in history.steps] == [(step, 1) for step in range(steps, 2 * steps)]
+    assert [(step.step, step.epoch) for step in history.steps] == [
+        (step, 1) for step in range(steps, 2 * steps)
+    ]
 
 
 def test_nothing_is_compiled_again_after_the_first_step(data, monkeypatch):
@@ -221,37 +318,59 @@ def test_nothing_is_compiled_again_after_the_first_step(data, monkeypatch):
         compiled.append(make_train_step(*args, **kwargs))
         return compiled[-1]
 
-    monkeypatch.setattr(train.loop, "make_train_step", spy)
+    monkeypatch.setattr(flax_resblock.training.loop, "make_train_step", spy)
     config = dataclasses.replace(SETTINGS, batch_size=256)
-    model = from_torch(torch_twin().float())
-    train.fit(model, data.train, config, test=data.test, progress=False)
+    model = from_torch(torch_reference().float())
+    training.fit(model, data.train, config, test=data.test, progress=False)
     assert [step.compilations for step in compiled] == [1]
 
 
-@pytest.mark.parametrize(("epoch", "batch"), [(2, 0), (1, 3)], ids=["after an epoch", "within an epoch"])
+@pytest.mark.parametrize(
+    ("epoch", "batch"), [(2, 0), (1, 3)], ids=["after an epoch", "within an epoch"]
+)
 def test_the_rest_of_a_pytorch_run_is_pytorchs(epoch, batch, data, tmp_path):
-    """fit() takes the run over with weights, momentum, schedule and order of the images: the end is where PyTorch alone would have come to."""
-    module = torch_twin()
-    few = dataclasses.replace(data.train, images=data.train.images[:320], labels=data.train.labels[:320])
+    """fit() takes the run over with weights, momentum, schedule and order of the images: the end is
+    where PyTorch alone would have come to.
+    """
+    module = torch_reference()
+    few = dataclasses.replace(
+        data.train, images=data.train.images[:320], labels=data.train.labels[:320]
+    )
     steps = steps_per_epoch(few, SETTINGS.batch_size)
     config = dataclasses.replace(SETTINGS, epochs=4, dtype="float64")
     optimizer = reference.sgd(module, config.learning_rate)
-    scheduler = reference.warmup_cosine(optimizer, warmup_steps=round(config.warmup_epochs * steps), total_steps=config.epochs * steps)
+    scheduler = reference.warmup_cosine(
+        optimizer,
+        warmup_steps=round(config.warmup_epochs * steps),
+        total_steps=config.epochs * steps,
+    )
 
-    every = itertools.chain.from_iterable(torch_epoch(few, config, number) for number in range(config.epochs))
+    every = itertools.chain.from_iterable(
+        torch_epoch(few, config, number) for number in range(config.epochs)
+    )
     done = epoch * steps + batch
 
     def go_on(count):
-        reference.train(module, itertools.islice(every, count), optimizer, scheduler, label_smoothing=config.label_smoothing)
+        reference.train(
+            module,
+            itertools.islice(every, count),
+            optimizer,
+            scheduler,
+            label_smoothing=config.label_smoothing,
+        )
 
     go_on(done)
-    reference.save_checkpoint(tmp_path / "run.pth", module, optimizer, scheduler, epoch=epoch - 1, step=done)
+    reference.save_checkpoint(
+        tmp_path / "run.pth", module, optimizer, scheduler, epoch=epoch - 1, step=done
+    )
     with jax.enable_x64(True):
         model, run = load_run(tmp_path / "run.pth")
         without = from_torch(torch_state(module))
-        history = train.fit(model, few, config, run=run, progress=False)
+        history = training.fit(model, few, config, run=run, progress=False)
         forgotten = dataclasses.replace(run.optimizer, tensors={"momentum_buffer": {}})
-        train.fit(without, few, config, run=dataclasses.replace(run, optimizer=forgotten), progress=False)
+        training.fit(
+            without, few, config, run=dataclasses.replace(run, optimizer=forgotten), progress=False
+        )
         ours, ours_without = to_torch(model), to_torch(without)
     go_on(4 * steps - done)
     truth = torch_state(module)
@@ -260,10 +379,17 @@ def test_the_rest_of_a_pytorch_run_is_pytorchs(epoch, batch, data, tmp_path):
     assert [step.step for step in history.steps] == list(range(done, 4 * steps))
     assert history.run is not None
     assert history.run.schedule is not None
-    assert (history.run.epochs, history.run.steps, history.run.schedule.position) == (4, 4 * steps, 4 * steps)
-    back = write(history.run.optimizer, StateMap(CONFIG, LAYOUTS["torchvision"]))
+    assert (history.run.epochs, history.run.steps, history.run.schedule.position) == (
+        4,
+        4 * steps,
+        4 * steps,
+    )
+    back = write(history.run.optimizer, StateMap(CONFIG, NAMINGS["torchvision"]))
     for number, tensors in optimizer.state_dict()["state"].items():
-        assert distance(back["state"][number]["momentum_buffer"], tensors["momentum_buffer"].numpy()) <= TOLERANCE
+        assert (
+            distance(back["state"][number]["momentum_buffer"], tensors["momentum_buffer"].numpy())
+            <= TOLERANCE
+        )
     for ours, theirs in zip(back["param_groups"], optimizer.param_groups, strict=True):
         assert ours["lr"] == pytest.approx(theirs["lr"], abs=1e-15)
         assert ours["weight_decay"] == theirs["weight_decay"]
@@ -271,27 +397,31 @@ def test_the_rest_of_a_pytorch_run_is_pytorchs(epoch, batch, data, tmp_path):
 
 def test_cache_size_counts_a_second_batch_size(data):
     optimizer = sgd()
-    graphdef, state = split(from_torch(torch_twin().float()), optimizer)
+    graphdef, state = split(from_torch(torch_reference().float()), optimizer)
     train_step = make_train_step(graphdef, optimizer)
     for size in (8, 8, 9):
-        state, _ = train_step(state, data.train.normalised(slice(size)), data.train.labels[:size], same_rate(0.1))
+        state, _ = train_step(
+            state, data.train.normalised(slice(size)), data.train.labels[:size], same_rate(0.1)
+        )
     assert train_step.compilations == 2
 
 
 def test_training_in_jax_alone_reaches_95_percent_on_the_digits(data):
-    config = dataclasses.replace(train.PRESETS["digits-resnet8"], epochs=3)
-    model = train.new_model(config)
-    history = train.fit(model, data.train, config, test=data.test, progress=False)
-    result = train.evaluate(model, data.test.normalised(), data.test.labels)
+    config = dataclasses.replace(training.PRESETS["digits-resnet8"], epochs=3)
+    model = training.new_model(config)
+    history = training.fit(model, data.train, config, test=data.test, progress=False)
+    result = training.evaluate(model, data.test.normalised(), data.test.labels)
     assert result.accuracy >= 0.95
     assert history.test_accuracy[-1] == result.accuracy
 
 
 def test_bfloat16_computes_with_float32_parameters_and_statistics(data):
     config = dataclasses.replace(SETTINGS, epochs=1, dtype="bfloat16")
-    model = train.new_model(config)
-    few = dataclasses.replace(data.train, images=data.train.images[:64], labels=data.train.labels[:64])
-    history = train.fit(model, few, config, progress=False)
+    model = training.new_model(config)
+    few = dataclasses.replace(
+        data.train, images=data.train.images[:64], labels=data.train.labels[:64]
+    )
+    history = training.fit(model, few, config, progress=False)
     assert all(np.isfinite(step.loss) for step in history.steps)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(model))} == {"float32", "int32"}
     assert model(data.test.normalised(slice(2)), use_running_average=True).dtype == jnp.bfloat16
@@ -301,16 +431,27 @@ def test_bfloat16_computes_with_float32_parameters_and_statistics(data):
 def test_cross_entropy_matches_torch(smoothing):
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(3, 10, (17, 10)), rng.integers(0, 10, 17)
-    expected = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels), label_smoothing=smoothing).item()
+    expected = F.cross_entropy(
+        torch.from_numpy(logits), torch.from_numpy(labels), label_smoothing=smoothing
+    ).item()
     with jax.enable_x64(True):
-        assert float(cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing)) == pytest.approx(expected, rel=1e-14)
-        assert float(cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing + 0.01)) != pytest.approx(expected, rel=1e-4)
+        assert float(
+            cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing)
+        ) == pytest.approx(expected, rel=1e-14)
+        assert float(
+            cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing + 0.01)
+        ) != pytest.approx(expected, rel=1e-4)
 
 
 def test_the_same_tensors_decay_in_both_frameworks():
-    twin = torch_twin()
-    state_map = StateMap(CONFIG, LAYOUTS["torchvision"])
-    decaying = {path for group in fresh("sgd", state_map, weight_decay=5e-4).groups if group.options["weight_decay"] for path in group.paths}
+    twin = torch_reference()
+    state_map = StateMap(CONFIG, NAMINGS["torchvision"])
+    decaying = {
+        path
+        for group in fresh("sgd", state_map, weight_decay=5e-4).groups
+        if group.options["weight_decay"]
+        for path in group.paths
+    }
     ours = {entry.torch_key for entry in state_map.entries if entry.flax_path in decaying}
     decay, no_decay = reference.sgd(twin, 0.1).param_groups
     names = {id(parameter): name for name, parameter in twin.named_parameters()}
@@ -321,11 +462,13 @@ def test_the_same_tensors_decay_in_both_frameworks():
 
 def test_a_torch_run_resumes_bit_for_bit_from_its_checkpoint(data, tmp_path):
     def start():
-        model = torch_twin(3)
+        model = torch_reference(3)
         optimizer = reference.sgd(model, 0.1)
         return model, optimizer, reference.warmup_cosine(optimizer, warmup_steps=2, total_steps=8)
 
-    few = dataclasses.replace(data.train, images=data.train.images[:128], labels=data.train.labels[:128])
+    few = dataclasses.replace(
+        data.train, images=data.train.images[:128], labels=data.train.labels[:128]
+    )
     whole, optimizer, scheduler = start()
     for epoch in range(2):
         reference.train(whole, torch_epoch(few, SETTINGS, epoch), optimizer, scheduler)
@@ -333,7 +476,9 @@ def test_a_torch_run_resumes_bit_for_bit_from_its_checkpoint(data, tmp_path):
     half, optimizer, scheduler = start()
     reference.train(half, torch_epoch(few, SETTINGS, 0), optimizer, scheduler)
     path = tmp_path / "run.pth"
-    reference.save_checkpoint(path, half, optimizer, scheduler, epoch=0, step=4, args={"batch_size": 32})
+    reference.save_checkpoint(
+        path, half, optimizer, scheduler, epoch=0, step=4, args={"batch_size": 32}
+    )
     checkpoint = torch.load(path, weights_only=True)
     assert set(checkpoint) == {"model", "optimizer", "lr_scheduler", "epoch", "step", "args"}
     resumed, optimizer, scheduler = start()
@@ -343,25 +488,31 @@ def test_a_torch_run_resumes_bit_for_bit_from_its_checkpoint(data, tmp_path):
     second = torch_epoch(few, SETTINGS, checkpoint["epoch"] + 1)
     steps = reference.train(resumed, second, optimizer, scheduler, first_step=checkpoint["step"])
     assert [step.step for step in steps] == [4, 5, 6, 7]
-    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+    assert all(
+        torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items()
+    )
     assert load(path).config == CONFIG
 
 
 def test_evaluation_counts_every_image_exactly_once(data):
-    model = from_torch(torch_twin().float())
+    model = from_torch(torch_reference().float())
     images, labels = data.test.normalised(slice(100)), data.test.labels[:100]
-    at_once, in_sevens = (train.evaluate(model, images, labels, batch_size=size) for size in (100, 7))
+    at_once, in_sevens = (
+        training.evaluate(model, images, labels, batch_size=size) for size in (100, 7)
+    )
     assert in_sevens.logits.shape == (100, 10)
     np.testing.assert_allclose(in_sevens.logits, at_once.logits, rtol=1e-4, atol=1e-5)
     assert in_sevens.accuracy == np.mean(in_sevens.predictions == labels)
 
 
 def test_both_evaluations_agree_and_restore_the_mode(data):
-    twin = torch_twin().train()
-    theirs = reference.evaluate(twin, *as_torch(data.test.normalised(), data.test.labels), batch_size=100)
+    twin = torch_reference().train()
+    theirs = reference.evaluate(
+        twin, *as_torch(data.test.normalised(), data.test.labels), batch_size=100
+    )
     assert twin.training
     with jax.enable_x64(True):
-        ours = train.evaluate(from_torch(twin), data.test.normalised(), data.test.labels)
+        ours = training.evaluate(from_torch(twin), data.test.normalised(), data.test.labels)
     assert distance(ours.logits, theirs.logits.numpy()) <= 1e-12
     assert ours.accuracy == theirs.accuracy
     assert np.array_equal(ours.predictions, theirs.predictions.numpy())
@@ -369,21 +520,42 @@ def test_both_evaluations_agree_and_restore_the_mode(data):
 
 def test_mixed_labels_weigh_as_torchs_probabilities_do():
     rng = np.random.default_rng(1)
-    logits, labels, others = rng.normal(1, 4, (9, 10)), rng.integers(0, 10, 9), rng.integers(0, 10, 9)
+    logits, labels, others = (
+        rng.normal(1, 4, (9, 10)),
+        rng.integers(0, 10, 9),
+        rng.integers(0, 10, 9),
+    )
     weight = 0.3
-    first, second = (F.one_hot(torch.from_numpy(chosen), 10).double() for chosen in (labels, others))
-    expected = F.cross_entropy(torch.from_numpy(logits), weight * first + (1 - weight) * second, label_smoothing=0.1).item()
+    first, second = (
+        F.one_hot(torch.from_numpy(chosen), 10).double() for chosen in (labels, others)
+    )
+    expected = F.cross_entropy(
+        torch.from_numpy(logits), weight * first + (1 - weight) * second, label_smoothing=0.1
+    ).item()
     with jax.enable_x64(True):
         mixed = Mixed(jnp.asarray(others), jnp.full(9, weight))
-        assert float(cross_entropy(jnp.asarray(logits), jnp.asarray(labels), 0.1, mixed)) == pytest.approx(expected, rel=1e-14)
+        assert float(
+            cross_entropy(jnp.asarray(logits), jnp.asarray(labels), 0.1, mixed)
+        ) == pytest.approx(expected, rel=1e-14)
 
 
 def test_augmented_and_mixed_runs_are_repeated_bit_for_bit(data):
-    config = dataclasses.replace(SETTINGS, epochs=1, batch_size=128, dtype="float32", augmentation=Augmentation(pad=1, flip=True, mixup=0.3))
+    config = dataclasses.replace(
+        SETTINGS,
+        epochs=1,
+        batch_size=128,
+        dtype="float32",
+        augmentation=Augmentation(pad=1, flip=True, mixup=0.3),
+    )
     ends = []
     for augmentation in (config.augmentation, config.augmentation, Augmentation()):
-        model = from_torch(torch_twin().float())
-        train.fit(model, data.train, dataclasses.replace(config, augmentation=augmentation), progress=False)
+        model = from_torch(torch_reference().float())
+        training.fit(
+            model,
+            data.train,
+            dataclasses.replace(config, augmentation=augmentation),
+            progress=False,
+        )
         ends.append(to_torch(model))
     assert all(ends[0][key].tobytes() == value.tobytes() for key, value in ends[1].items())
     assert worst(ends[2], {key: value.astype(np.float64) for key, value in ends[0].items()}) > 1e-3
@@ -391,12 +563,12 @@ def test_augmented_and_mixed_runs_are_repeated_bit_for_bit(data):
 
 def test_a_run_that_stops_in_an_epoch_goes_on_bit_for_bit(data, tmp_path):
     config = dataclasses.replace(SETTINGS, epochs=2, batch_size=256, dtype="float32")
-    models = {name: from_torch(torch_twin().float()) for name in ("whole", "stopped")}
-    whole = train.fit(models["whole"], data.train, config, progress=False)
+    models = {name: from_torch(torch_reference().float()) for name in ("whole", "stopped")}
+    whole = training.fit(models["whole"], data.train, config, progress=False)
     losses: list[float] = []
     with RunFolder(tmp_path / "run", config) as folder:
-        with pytest.raises(train.Stopped, match="stopped after 4 steps"):
-            train.fit(
+        with pytest.raises(flax_resblock.training.Stopped, match="stopped after 4 steps"):
+            training.fit(
                 models["stopped"],
                 data.train,
                 config,
@@ -407,7 +579,7 @@ def test_a_run_that_stops_in_an_epoch_goes_on_bit_for_bit(data, tmp_path):
             )
         folder.wait()
     model, run = load_run(tmp_path / "run" / "checkpoints" / "step-00000004")
-    rest = train.fit(model, data.train, config, run=run, progress=False)
+    rest = training.fit(model, data.train, config, run=run, progress=False)
     assert [*losses, *(step.loss for step in rest.steps)] == [step.loss for step in whole.steps]
     ours, theirs = to_torch(model), to_torch(models["whole"])
     assert all(ours[key].tobytes() == value.tobytes() for key, value in theirs.items())

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import flax_resblock
-import train
-from flax_resblock import CheckpointError, load_run
+from flax_resblock import CheckpointError, load_run, training
 from flax_resblock.checkpoint.record import METADATA_DIGEST
 from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2
 from parity_tests import runs
@@ -24,7 +23,9 @@ def goes_on(path, *, epochs=EPOCHS, change=lambda run: run, **arguments):
     """Weights and run after the rest of the run in JAX."""
     with jax.enable_x64(True):
         model, run = load_run(path, **arguments)
-        history = train.fit(model, runs.few_digits(), runs.config(epochs=epochs), run=change(run), progress=False)
+        history = training.fit(
+            model, runs.few_digits(), runs.config(epochs=epochs), run=change(run), progress=False
+        )
         return flax_resblock.to_torch(model), model, history.run
 
 
@@ -50,11 +51,17 @@ def test_a_run_goes_on_in_jax_and_comes_back(spelling, tmp_path):
 def test_momentum_and_schedule_matter(spelling, tmp_path):
     run, path = runs.saved(spelling, tmp_path)
     truth = run.epochs(1).state()
-    dropped = lambda r: replace(r, optimizer=replace(r.optimizer, tensors={name: {} for name in r.optimizer.tensors}))  # noqa: E731
-    assert worst(goes_on(path, epochs=DONE + 1, change=dropped)[0], truth) >= 1000 * TRAJECTORY_LIMIT
+    dropped = lambda r: replace(
+        r, optimizer=replace(r.optimizer, tensors={name: {} for name in r.optimizer.tensors})
+    )
+    assert (
+        worst(goes_on(path, epochs=DONE + 1, change=dropped)[0], truth) >= 1000 * TRAJECTORY_LIMIT
+    )
     if run.scheduler is not None:
         late = lambda r: replace(r, schedule=replace(r.schedule, position=r.schedule.position + 1))  # noqa: E731
-        assert worst(goes_on(path, epochs=DONE + 1, change=late)[0], truth) >= 1000 * TRAJECTORY_LIMIT
+        assert (
+            worst(goes_on(path, epochs=DONE + 1, change=late)[0], truth) >= 1000 * TRAJECTORY_LIMIT
+        )
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ""])
@@ -75,18 +82,32 @@ def test_every_format_holds_the_same_run(spelling, suffix, tmp_path):
         assert copied.optimizer.tensors[name].keys() == tensors.keys()
         for key, value in tensors.items():
             np.testing.assert_array_equal(copied.optimizer.tensors[name][key], value)
-    assert {path: float(step) for path, step in copied.optimizer.steps.items()} == {path: float(step) for path, step in run.optimizer.steps.items()}
+    assert {path: float(step) for path, step in copied.optimizer.steps.items()} == {
+        path: float(step) for path, step in run.optimizer.steps.items()
+    }
 
 
 EXPECTED = {
-    "a plain loop with GradScaler and EMA": ({"optimizer_state_dict", "global_step", "epoch", "scheduler_state_dict"}, {"scaler", "ema", "rng", "best_acc"}),
-    "torchvision's reference": ({"optimizer", "lr_scheduler", "epoch", "args"}, {"model_ema", "scaler"}),
+    "a plain loop with GradScaler and EMA": (
+        {"optimizer_state_dict", "global_step", "epoch", "scheduler_state_dict"},
+        {"scaler", "ema", "rng", "best_acc"},
+    ),
+    "torchvision's reference": (
+        {"optimizer", "lr_scheduler", "epoch", "args"},
+        {"model_ema", "scaler"},
+    ),
     "Lightning": (
         {"optimizer_states", "lr_schedulers", "epoch", "global_step", "hyper_parameters"},
         {"loops", "callbacks", "MixedPrecision", "hparams_name", "pytorch-lightning_version"},
     ),
-    "timm": ({"optimizer", "epoch", "args"}, {"amp_scaler", "state_dict_ema", "metric", "version", "arch"}),
-    "Hugging Face Trainer": ({"optimizer", "scheduler", "epoch", "global_step", "trainer_state"}, {"rng_state.pth", "training_args.bin"}),
+    "timm": (
+        {"optimizer", "epoch", "args"},
+        {"amp_scaler", "state_dict_ema", "metric", "version", "arch"},
+    ),
+    "Hugging Face Trainer": (
+        {"optimizer", "scheduler", "epoch", "global_step", "trainer_state"},
+        {"rng_state.pth", "training_args.bin"},
+    ),
 }
 
 
@@ -94,7 +115,9 @@ EXPECTED = {
 def test_every_entry_is_listed_as_used_or_ignored(spelling, tmp_path):
     _, path = runs.saved(spelling, tmp_path)
     _, run = load_run(path)
-    used, ignored = ({found.name for found in run.found if found.used is which} for which in (True, False))
+    used, ignored = (
+        {found.name for found in run.found if found.used is which} for which in (True, False)
+    )
     assert (used, ignored) == EXPECTED[spelling]
 
 
@@ -140,23 +163,32 @@ def test_what_a_scheduler_counted_can_be_said(tmp_path):
 
 def test_a_schedule_without_counterpart_leaves_the_optimizer_usable(tmp_path):
     def build():
-        return runs.started(runs.momentum_sgd(runs.by_kind), lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.5))
+        return runs.started(
+            runs.momentum_sgd(runs.by_kind),
+            lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.5),
+        )
 
     run = build().epochs(1)
     path = runs.plain_loop(run, tmp_path)
     _, found = load_run(path)
     assert found.schedule is None
     assert "keeps its function in the program" in (found.problem or "")
-    assert worst(goes_on(path, epochs=2)[0], run.epochs(1).state()) <= TRAJECTORY_LIMIT  # that function happens to be constant
+    assert (
+        worst(goes_on(path, epochs=2)[0], run.epochs(1).state()) <= TRAJECTORY_LIMIT
+    )  # that function happens to be constant
 
 
 def test_a_first_step_without_gradient_in_places_is_carried_on(tmp_path):
-    """With the last scale of every block at 0, as zero-init-residual has it, some first gradients are exactly 0; torch keeps buffers for them all the same."""
-    config = runs.config(epochs=1, batch_size=runs.STEPS * runs.BATCH, warmup_epochs=0, dtype="float32")
-    model = train.new_model(config)
+    """With the last scale of every block at 0, as zero-init-residual has it, some first gradients
+    are exactly 0; torch keeps buffers for them all the same.
+    """
+    config = runs.config(
+        epochs=1, batch_size=runs.STEPS * runs.BATCH, warmup_epochs=0, dtype="float32"
+    )
+    model = training.new_model(config)
     for block in (*model.stage1, *model.stage2):
         block.norm2.scale.set_value(np.zeros_like(block.norm2.scale[...]))
-    history = train.fit(model, runs.few_digits(), config, progress=False)
+    history = training.fit(model, runs.few_digits(), config, progress=False)
     flax_resblock.save(model, tmp_path / "run", run=history.run)
     _, run = load_run(tmp_path / "run")
     assert any(not np.any(value) for value in run.optimizer.tensors["momentum_buffer"].values())
@@ -173,11 +205,15 @@ def _frozen(content):
 
 
 def _another_model(content):
-    content["optimizer_state_dict"] = torch.optim.SGD(torch.nn.Linear(3, 4).parameters(), momentum=0.9).state_dict()
+    content["optimizer_state_dict"] = torch.optim.SGD(
+        torch.nn.Linear(3, 4).parameters(), momentum=0.9
+    ).state_dict()
 
 
 def _unsupported(content):
-    content["optimizer_state_dict"] = torch.optim.RMSprop(runs.started(lambda m: None, None).model.parameters()).state_dict()
+    content["optimizer_state_dict"] = torch.optim.RMSprop(
+        runs.started(lambda m: None, None).model.parameters()
+    ).state_dict()
 
 
 def _two_optimizers(content):
@@ -195,8 +231,15 @@ BAD = {
         r"holds no optimizer that could go on; .* it has: epoch, global_step",
     ),
     "two optimizers": (_two_optimizers, "holds no optimizer that could go on"),
-    "no buffers after many steps": (_dropped_buffers, r"took 10 steps, but .* keeps none of the buffers \(momentum_buffer\)|fits 2 of the usual ways"),
-    "some buffers missing": (_frozen, r"lacks momentum_buffer of 3 of 20 parameters: conv1\.weight, .*frozen"),
+    "no buffers after many steps": (
+        _dropped_buffers,
+        r"took 10 steps, but .* keeps none of the buffers \(momentum_buffer\)|fits 2 of the "
+        r"usual ways",
+    ),
+    "some buffers missing": (
+        _frozen,
+        r"lacks momentum_buffer of 3 of 20 parameters: conv1\.weight, .*frozen",
+    ),
     "another model's": (_another_model, "it has 2 parameters, the model 20"),
     "no counterpart": (_unsupported, "no optimizer with a counterpart here"),
     "unknown parameters": (_unknown_parameters, r"names other\.0"),
@@ -222,10 +265,15 @@ def test_damage_in_the_stored_run_is_found(tmp_path):
     from safetensors.numpy import save_file
 
     with safe_open(tmp_path / "copy.safetensors", framework="numpy") as file:
-        metadata, tensors = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata, tensors = (
+            dict(file.metadata()),
+            {key: file.get_tensor(key) for key in file.keys()},
+        )
     for name, changed in {"cut": metadata["run"][:-40], "empty": "{}", "a list": "[]"}.items():
         save_file(tensors, tmp_path / "bad.safetensors", metadata={**metadata, "run": changed})
-        with pytest.raises(CheckpointError, match="what it says beside its tensors differs from the SHA-256"):
+        with pytest.raises(
+            CheckpointError, match="what it says beside its tensors differs from the SHA-256"
+        ):
             load_run(tmp_path / "bad.safetensors")
         unsigned = {key: value for key, value in metadata.items() if key != METADATA_DIGEST}
         save_file(tensors, tmp_path / "bad.safetensors", metadata={**unsigned, "run": changed})

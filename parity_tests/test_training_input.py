@@ -1,4 +1,6 @@
-"""What training is given: the data and its order, configurations, and everything that does not fit."""
+"""What training is given: the data and its order, configurations, and everything that does not
+fit.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,22 @@ import pytest
 from flax import nnx
 from sklearn.datasets import load_digits
 
-import train
-import train.loop
-from flax_resblock import ResidualBlock, ResNetConfig, from_torch, to_torch
-from flax_resblock.convert.schedule import ScheduleState
+import flax_resblock.training.loop
+from flax_resblock import ResidualBlock, ResNetConfig, from_torch, to_torch, training
 from flax_resblock.errors import InputError
-from flax_resblock.schedules import OneCycleLR, Phase
+from flax_resblock.runs.scheduler_state import ScheduleState
+from flax_resblock.runs.schedules import OneCycleLR, Phase
+from flax_resblock.training.config import TrainConfig
+from flax_resblock.training.data import Dataset, batches, digits, epoch_order, steps_per_epoch
+from flax_resblock.training.pace import Pace, new_run
 from torch_ref import ResNet as TorchResNet
-from train.config import TrainConfig
-from train.data import Dataset, batches, digits, epoch_order, steps_per_epoch
-from train.pace import Pace, new_run
 
-CONFIG = ResNetConfig(depths=(1, 1), widths=(8, 12), stem="cifar", stem_width=8, in_channels=1, num_classes=10)
-SETTINGS = TrainConfig(model=CONFIG, epochs=2, batch_size=32, warmup_epochs=0.5, label_smoothing=0.1)
+CONFIG = ResNetConfig(
+    depths=(1, 1), widths=(8, 12), stem="cifar", stem_width=8, in_channels=1, num_classes=10
+)
+SETTINGS = TrainConfig(
+    model=CONFIG, epochs=2, batch_size=32, warmup_epochs=0.5, label_smoothing=0.1
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +38,15 @@ def data():
 
 def test_digits_split_is_disjoint_and_complete(data):
     bunch = load_digits()
-    everything = Counter((image.astype(np.uint8).tobytes(), int(label)) for image, label in zip(bunch.images, bunch.target, strict=True))
-    parts = Counter((image.tobytes(), int(label)) for part in data for image, label in zip(part.images, part.labels, strict=True))
+    everything = Counter(
+        (image.astype(np.uint8).tobytes(), int(label))
+        for image, label in zip(bunch.images, bunch.target, strict=True)
+    )
+    parts = Counter(
+        (image.tobytes(), int(label))
+        for part in data
+        for image, label in zip(part.images, part.labels, strict=True)
+    )
     assert parts == everything
     assert (len(data.train), len(data.test)) == (1437, 360)
 
@@ -65,7 +77,10 @@ def test_batches_depend_on_seed_and_epoch_alone(data):
         assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
         assert np.array_equal(a.images, data.train.normalised(a.indices))
         assert np.array_equal(a.labels, data.train.labels[a.indices])
-    assert np.array_equal(np.concatenate([batch.indices for batch in one]), epoch_order(len(data.train), seed=5, epoch=3)[:1400])
+    assert np.array_equal(
+        np.concatenate([batch.indices for batch in one]),
+        epoch_order(len(data.train), seed=5, epoch=3)[:1400],
+    )
 
 
 def test_an_epoch_taken_up_in_the_middle_has_the_same_batches_left(data):
@@ -73,22 +88,33 @@ def test_an_epoch_taken_up_in_the_middle_has_the_same_batches_left(data):
     for first in (0, 6, 13, 14):
         left = list(batches(data.train, 100, seed=5, epoch=3, first=first))
         assert len(left) == len(one) - first
-        assert all(np.array_equal(a.indices, b.indices) for a, b in zip(left, one[first:], strict=True))
+        assert all(
+            np.array_equal(a.indices, b.indices) for a, b in zip(left, one[first:], strict=True)
+        )
 
 
 def test_every_epoch_and_seed_has_another_order():
-    orders = {(seed, epoch): epoch_order(500, seed=seed, epoch=epoch) for seed in range(3) for epoch in range(3)}
+    orders = {
+        (seed, epoch): epoch_order(500, seed=seed, epoch=epoch)
+        for seed in range(3)
+        for epoch in range(3)
+    }
     assert all(np.array_equal(np.sort(order), np.arange(500)) for order in orders.values())
-    for a, b in itertools.combinations(orders.values(), 2):  # (seed, epoch + 1) and (seed + 1, epoch) among them
+    for a, b in itertools.combinations(
+        orders.values(), 2
+    ):  # (seed, epoch + 1) and (seed + 1, epoch) among them
         assert np.mean(a == b) < 0.05
 
 
 def test_a_diverging_run_names_the_step_and_leaves_the_model_as_it_was(data):
     config = dataclasses.replace(SETTINGS, learning_rate=1e30)
-    model = train.new_model(config)
+    model = training.new_model(config)
     before = {key: value.copy() for key, value in to_torch(model).items()}
-    with pytest.raises(train.TrainingError, match=r"the loss is (nan|inf) at step \d+ \(epoch 1, learning rate"):
-        train.fit(model, data.train, config, progress=False)
+    with pytest.raises(
+        flax_resblock.training.TrainingError,
+        match=r"the loss is (nan|inf) at step \d+ \(epoch 1, learning rate",
+    ):
+        training.fit(model, data.train, config, progress=False)
     after = to_torch(model)
     assert all(np.array_equal(value, after[key]) for key, value in before.items())
 
@@ -119,37 +145,89 @@ def test_nesterov_without_momentum_is_refused():
 
 
 def test_a_run_that_cannot_go_on_here_is_refused(data):
-    model = train.new_model(SETTINGS)
+    model = training.new_model(SETTINGS)
     steps = steps_per_epoch(data.train, SETTINGS.batch_size)
     begun = new_run(SETTINGS, steps)
-    with pytest.raises(InputError, match="the run is over: it is at step 88, and its 2 epochs of 44 steps end at 88"):
-        train.fit(model, data.train, SETTINGS, run=Pace.of(begun, steps).after(2 * steps), progress=False)
+    with pytest.raises(
+        InputError,
+        match="the run is over: it is at step 88, and its 2 epochs of 44 steps end at 88",
+    ):
+        training.fit(
+            model, data.train, SETTINGS, run=Pace.of(begun, steps).after(2 * steps), progress=False
+        )
     with pytest.raises(InputError, match="the run is over: it is at step 88"):
-        train.fit(model, data.train, SETTINGS, run=dataclasses.replace(begun, steps=None, epochs=2), progress=False)
-    another = new_run(dataclasses.replace(SETTINGS, model=dataclasses.replace(CONFIG, depths=(1, 2))), steps)
-    with pytest.raises(InputError, match=r"the run's optimizer is another model's: stage2\.1\.\S+, .* are only on one side"):
-        train.fit(model, data.train, SETTINGS, run=another, progress=False)
-    one_cycle = OneCycleLR(80, (Phase(20.0, "lr", "lr", "momentum", "momentum"), Phase(79.0, "lr", "lr", "momentum", "momentum")), "cos", True, False)
-    with pytest.raises(InputError, match="the one-cycle schedule of this run ends at its step 80, but its 2 epochs of 44 steps would take it to 87"):
-        train.fit(model, data.train, SETTINGS, run=dataclasses.replace(begun, schedule=ScheduleState(one_cycle, 0)), progress=False)
+        training.fit(
+            model,
+            data.train,
+            SETTINGS,
+            run=dataclasses.replace(begun, steps=None, epochs=2),
+            progress=False,
+        )
+    another = new_run(
+        dataclasses.replace(SETTINGS, model=dataclasses.replace(CONFIG, depths=(1, 2))), steps
+    )
+    with pytest.raises(
+        InputError,
+        match=r"the run's optimizer is another model's: stage2\.1\.\S+, .* are only on one side",
+    ):
+        training.fit(model, data.train, SETTINGS, run=another, progress=False)
+    one_cycle = OneCycleLR(
+        80,
+        (
+            Phase(20.0, "lr", "lr", "momentum", "momentum"),
+            Phase(79.0, "lr", "lr", "momentum", "momentum"),
+        ),
+        "cos",
+        True,
+        False,
+    )
+    with pytest.raises(
+        InputError,
+        match=(
+            "the one-cycle schedule of this run ends at its step 80, but its 2 epochs of 44 steps "
+            "would take it to 87"
+        ),
+    ):
+        training.fit(
+            model,
+            data.train,
+            SETTINGS,
+            run=dataclasses.replace(begun, schedule=ScheduleState(one_cycle, 0)),
+            progress=False,
+        )
 
 
 def test_misfits_are_refused(data):
-    model = train.new_model(SETTINGS)
+    model = training.new_model(SETTINGS)
     with pytest.raises(InputError, match=r"replace\(config, model=model\.config\)"):
-        train.fit(model, data.train, TrainConfig(), progress=False)
-    with pytest.raises(InputError, match="batch_size=2000 must be from 1 to the 1437 images of digits/train"):
-        train.fit(model, data.train, dataclasses.replace(SETTINGS, batch_size=2000), progress=False)
-    with pytest.raises(InputError, match="knows 10 classes; digits/train has images of 1 channels in 11 classes"):
-        train.fit(model, dataclasses.replace(data.train, num_classes=11), SETTINGS, progress=False)
+        training.fit(model, data.train, TrainConfig(), progress=False)
+    with pytest.raises(
+        InputError, match="batch_size=2000 must be from 1 to the 1437 images of digits/train"
+    ):
+        training.fit(
+            model, data.train, dataclasses.replace(SETTINGS, batch_size=2000), progress=False
+        )
+    with pytest.raises(
+        InputError, match="knows 10 classes; digits/train has images of 1 channels in 11 classes"
+    ):
+        training.fit(
+            model, dataclasses.replace(data.train, num_classes=11), SETTINGS, progress=False
+        )
     with pytest.raises(InputError, match="a bare block"):
-        train.evaluate(ResidualBlock(1, 4, rngs=nnx.Rngs(0)), data.test.normalised(), data.test.labels)
+        training.evaluate(
+            ResidualBlock(1, 4, rngs=nnx.Rngs(0)), data.test.normalised(), data.test.labels
+        )
     with pytest.raises(InputError, match="got 5 images and 4 labels"):
-        train.evaluate(model, data.test.normalised(slice(5)), data.test.labels[:4])
+        training.evaluate(model, data.test.normalised(slice(5)), data.test.labels[:4])
     with pytest.raises(InputError, match="float64, which jax would narrow"):
-        train.fit(from_torch(TorchResNet(**dataclasses.asdict(CONFIG)).double()), data.train, SETTINGS, progress=False)
+        training.fit(
+            from_torch(TorchResNet(**dataclasses.asdict(CONFIG)).double()),
+            data.train,
+            SETTINGS,
+            progress=False,
+        )
     with pytest.raises(InputError, match="JAX_ENABLE_X64=1"):
-        train.new_model(dataclasses.replace(SETTINGS, dtype="float64"))
+        training.new_model(dataclasses.replace(SETTINGS, dtype="float64"))
 
 
 @pytest.mark.parametrize(
@@ -158,12 +236,20 @@ def test_misfits_are_refused(data):
         ({"images": np.zeros((3, 8, 8), np.uint8)}, r"images have shape \(3, 8, 8\)"),
         ({"images": np.zeros((3, 8, 8, 1), np.int64)}, "images are int64"),
         ({"labels": np.zeros(2, np.int32)}, r"labels have shape \(2,\)"),
-        ({"labels": np.array([0, 1, 10], np.int32)}, "labels reach from 0 to 10; with 10 classes, 0 to 9"),
+        (
+            {"labels": np.array([0, 1, 10], np.int32)},
+            "labels reach from 0 to 10; with 10 classes, 0 to 9",
+        ),
         ({"std": (0.0,)}, "std above 0"),
         ({"mean": (0.0, 0.0)}, "must give 1 numbers each"),
     ],
 )
 def test_dataset_errors_name_the_dataset(change, message):
-    sound = {"images": np.zeros((3, 8, 8, 1), np.uint8), "labels": np.zeros(3, np.int32), "mean": (0.0,), "std": (1.0,)}
+    sound = {
+        "images": np.zeros((3, 8, 8, 1), np.uint8),
+        "labels": np.zeros(3, np.int32),
+        "mean": (0.0,),
+        "std": (1.0,),
+    }
     with pytest.raises(InputError, match=f"^tiny: .*{message}"):
         Dataset(name="tiny", num_classes=10, **(sound | change))

@@ -1,4 +1,6 @@
-"""A resnet20 on the digits moves from PyTorch to JAX in the middle of its training, and back: 200 steps later it is where it would have been."""
+"""A resnet20 on the digits moves from PyTorch to JAX in the middle of its training, and back: 200
+steps later it is where it would have been.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +20,25 @@ from flax import nnx
 import flax_resblock
 from flax_resblock import ResNetConfig, load_run
 from flax_resblock.checkpoint.torch_file import plain
-from flax_resblock.convert import LAYOUTS, StateMap
-from flax_resblock.convert.optimizer import read
-from flax_resblock.convert.run import Run
-from flax_resblock.optimizers import optimizer_of, record_of, state_of
+from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2
+from flax_resblock.runs.optimizer_state import read
+from flax_resblock.runs.optimizers import optimizer_of, record_of, state_of
+from flax_resblock.runs.run import Run
+from flax_resblock.training.data import batches, digits
+from flax_resblock.training.pace import Pace
+from flax_resblock.training.step import make_train_step, split
 from torch_ref import ResNet, training
-from train.data import batches, digits
-from train.pace import Pace
-from train.step import make_train_step, split
 
-CONFIG = ResNetConfig(depths=(3, 3, 3), widths=(16, 32, 64), stem="cifar", stem_width=16, in_channels=1, num_classes=10)
-STATE_MAP = StateMap(CONFIG, LAYOUTS["torchvision"])
+CONFIG = ResNetConfig(
+    depths=(3, 3, 3),
+    widths=(16, 32, 64),
+    stem="cifar",
+    stem_width=16,
+    in_channels=1,
+    num_classes=10,
+)
+STATE_MAP = StateMap(CONFIG, NAMINGS["torchvision"])
 BATCH, WARMUP, TOTAL = 16, 30, 300
 LEAVES, RETURNS, STEPS = 20, 40, 200
 """Steps at which the run leaves PyTorch and returns to it, and how long it goes on after each."""
@@ -55,7 +64,9 @@ def data(first: int, last: int) -> Iterator[Images]:
 
 
 def groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-    kernels, rest = ([p for p in model.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
+    kernels, rest = (
+        [p for p in model.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False)
+    )
     return [{"params": kernels}, {"params": rest, "weight_decay": 0.0}]
 
 
@@ -74,7 +85,11 @@ class Snapshot:
 
 
 def buffers_of(record: Any) -> dict[tuple[str, Any], np.ndarray]:
-    return {(name, path): np.array(value) for name, found in record.tensors.items() for path, value in found.items()}
+    return {
+        (name, path): np.array(value)
+        for name, found in record.tensors.items()
+        for path, value in found.items()
+    }
 
 
 class Torch:
@@ -85,19 +100,30 @@ class Torch:
         self.model = ResNet(**asdict(CONFIG)).to(dtype)
         self.dtype, self.nudge = dtype, 0
         self.optimizer = OPTIMIZERS[kind](self.model)
-        self.scheduler = training.warmup_cosine(self.optimizer, warmup_steps=WARMUP, total_steps=TOTAL)
+        self.scheduler = training.warmup_cosine(
+            self.optimizer, warmup_steps=WARMUP, total_steps=TOTAL
+        )
 
     def steps(self, first: int, last: int) -> Iterator[Snapshot]:
         for images, labels in data(first, last):
             if self.nudge:
-                images = images * (1 + float(np.finfo(np.float32).eps) * np.random.default_rng(self.nudge).integers(-1, 2, images.shape))
-            batch = torch.from_numpy(np.moveaxis(images, -1, 1).copy()).to(self.dtype), torch.from_numpy(labels.astype(np.int64))
+                images = images * (
+                    1
+                    + float(np.finfo(np.float32).eps)
+                    * np.random.default_rng(self.nudge).integers(-1, 2, images.shape)
+                )
+            batch = (
+                torch.from_numpy(np.moveaxis(images, -1, 1).copy()).to(self.dtype),
+                torch.from_numpy(labels.astype(np.int64)),
+            )
             training.train(self.model, [batch], self.optimizer, self.scheduler)
             weights = {key: value.numpy().copy() for key, value in self.model.state_dict().items()}
             yield Snapshot(weights, buffers_of(read(plain(self.optimizer.state_dict()), STATE_MAP)))
 
     def save(self, path: Path, step: int) -> Path:
-        training.save_checkpoint(path, self.model, self.optimizer, self.scheduler, epoch=0, step=step)
+        training.save_checkpoint(
+            path, self.model, self.optimizer, self.scheduler, epoch=0, step=step
+        )
         return path
 
     def load(self, path: Path) -> None:
@@ -110,7 +136,9 @@ class Torch:
 class Jax:
     """The run in JAX, from a file; ``optimizer`` and ``late`` spoil it."""
 
-    def __init__(self, path: Path, *, spoil: Any = None, late: int = 0, optimizer: Any = None) -> None:
+    def __init__(
+        self, path: Path, *, spoil: Any = None, late: int = 0, optimizer: Any = None
+    ) -> None:
         model, run = load_run(path)
         assert isinstance(model, flax_resblock.ResNet)
         self.model, self.run = model, (spoil or (lambda run: run))(run)
@@ -122,26 +150,41 @@ class Jax:
 
     def steps(self, first: int, last: int) -> Iterator[Snapshot]:
         for number, (images, labels) in enumerate(data(first, last), start=first):
-            self.state, _ = self.step(self.state, images, labels, self.pace.rates(number + self.late))
+            self.state, _ = self.step(
+                self.state, images, labels, self.pace.rates(number + self.late)
+            )
             nnx.update(self.model, self.state.params, self.state.stats)
             yield Snapshot(
-                {k: v.copy() for k, v in flax_resblock.to_torch(self.model).items()}, buffers_of(record_of(self.run.optimizer, self.state.opt_state))
+                {k: v.copy() for k, v in flax_resblock.to_torch(self.model).items()},
+                buffers_of(record_of(self.run.optimizer, self.state.opt_state)),
             )
 
     def save(self, path: Path, step: int) -> Path:
         after = self.pace.after(step)
-        flax_resblock.save(self.model, path, run=replace(after, optimizer=record_of(after.optimizer, self.state.opt_state)))
+        flax_resblock.save(
+            self.model,
+            path,
+            run=replace(after, optimizer=record_of(after.optimizer, self.state.opt_state)),
+        )
         return path
 
 
 def apart(ours: Snapshot, theirs: Snapshot) -> float:
     assert ours.weights.keys() == theirs.weights.keys()
     assert ours.buffers.keys() == theirs.buffers.keys()
-    pairs = [*((ours.weights[key], value) for key, value in theirs.weights.items()), *((ours.buffers[key], value) for key, value in theirs.buffers.items())]
+    pairs = [
+        *((ours.weights[key], value) for key, value in theirs.weights.items()),
+        *((ours.buffers[key], value) for key, value in theirs.buffers.items()),
+    ]
     return max(relative_l2(a, b) for a, b in pairs)
 
 
-@pytest.fixture(scope="module", params=[pytest.param(kind, marks=pytest.mark.xdist_group(f"runs-{kind}")) for kind in OPTIMIZERS])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(kind, marks=pytest.mark.xdist_group(f"runs-{kind}")) for kind in OPTIMIZERS
+    ],
+)
 def stayed(request, tmp_path_factory) -> tuple[str, list[Snapshot], Path]:
     """The run that never leaves PyTorch, and the file that it saved on its way."""
     run = Torch(request.param)
@@ -164,26 +207,56 @@ def test_200_steps_later_it_is_where_it_would_have_been_and_after_its_return_too
     assert max(errors) <= TRAJECTORY_LIMIT
     again = Torch(kind, seed=1)
     again.load(back)
-    returned = [apart(ours, truth[number]) for number, ours in enumerate(again.steps(RETURNS, RETURNS + STEPS), start=RETURNS)]
+    returned = [
+        apart(ours, truth[number])
+        for number, ours in enumerate(again.steps(RETURNS, RETURNS + STEPS), start=RETURNS)
+    ]
     assert max(returned) <= TRAJECTORY_LIMIT
-    moved = relative_l2(truth[-1].weights["layer2.1.conv1.weight"], truth[LEAVES].weights["layer2.1.conv1.weight"])
+    moved = relative_l2(
+        truth[-1].weights["layer2.1.conv1.weight"], truth[LEAVES].weights["layer2.1.conv1.weight"]
+    )
     assert moved > 0.05  # the path leads somewhere
-    print(f"{kind}: worst in JAX {max(errors):.1e}, back in PyTorch {max(returned):.1e}; a kernel moved by {moved:.2f}")
+    print(
+        f"{kind}: worst in JAX {max(errors):.1e}, back in PyTorch {max(returned):.1e}; a "
+        f"kernel moved by {moved:.2f}"
+    )
 
 
 def _without_buffers(run: Run) -> Run:
-    return replace(run, optimizer=replace(run.optimizer, tensors={name: {} for name in run.optimizer.tensors}))
+    return replace(
+        run, optimizer=replace(run.optimizer, tensors={name: {} for name in run.optimizer.tensors})
+    )
 
 
 def _decaying_norms(run: Run) -> Run:
     decay = max(float(group.options["weight_decay"]) for group in run.optimizer.groups)
-    return replace(run, optimizer=replace(run.optimizer, groups=tuple(replace(g, options={**g.options, "weight_decay": decay}) for g in run.optimizer.groups)))
+    return replace(
+        run,
+        optimizer=replace(
+            run.optimizer,
+            groups=tuple(
+                replace(g, options={**g.options, "weight_decay": decay})
+                for g in run.optimizer.groups
+            ),
+        ),
+    )
 
 
 def _decay_after_momentum(run: Run) -> optax.GradientTransformationExtraArgs:
     """SGD as ``optax.chain(optax.trace, optax.add_decayed_weights)`` would have it."""
-    plain_sgd = optimizer_of(replace(run.optimizer, groups=tuple(replace(g, options={**g.options, "weight_decay": 0.0}) for g in run.optimizer.groups)))
-    decaying = {path: float(group.options["weight_decay"]) for group in run.optimizer.groups for path in group.paths}
+    plain_sgd = optimizer_of(
+        replace(
+            run.optimizer,
+            groups=tuple(
+                replace(g, options={**g.options, "weight_decay": 0.0}) for g in run.optimizer.groups
+            ),
+        )
+    )
+    decaying = {
+        path: float(group.options["weight_decay"])
+        for group in run.optimizer.groups
+        for path in group.paths
+    }
 
     def update(gradients: Any, state: Any, params: Any = None, **rates: Any) -> Any:
         updates, state = plain_sgd.update(gradients, state, params, **rates)
@@ -201,7 +274,9 @@ CONTROLS = {
     "buffers dropped": lambda path: Jax(path, spoil=_without_buffers),
     "schedule off by one step": lambda path: Jax(path, late=1),
     "decay of the norms": lambda path: Jax(path, spoil=_decaying_norms),
-    "decay after momentum": lambda path: Jax(path, optimizer=_decay_after_momentum(load_run(path)[1])),
+    "decay after momentum": lambda path: Jax(
+        path, optimizer=_decay_after_momentum(load_run(path)[1])
+    ),
 }
 
 
@@ -210,9 +285,16 @@ CONTROLS = {
 def test_what_moves_wrongly_is_a_thousand_times_off(control, stayed):
     kind, truth, path = stayed
     if kind == "adamw" and "decay" in control:
-        pytest.skip("AdamW's decay does come after its moments; that of the norms is tried with SGD")
+        pytest.skip(
+            "AdamW's decay does come after its moments; that of the norms is tried with SGD"
+        )
     with jax.enable_x64(True):
-        errors = [apart(ours, truth[number]) for number, ours in enumerate(CONTROLS[control](path).steps(LEAVES, LEAVES + 5), start=LEAVES)]
+        errors = [
+            apart(ours, truth[number])
+            for number, ours in enumerate(
+                CONTROLS[control](path).steps(LEAVES, LEAVES + 5), start=LEAVES
+            )
+        ]
     assert max(errors) >= CONTROL
 
 
@@ -222,20 +304,30 @@ DRAWS = 8
 """Other roundings of PyTorch's run: its images moved by one unit in the last place."""
 
 
-def float32_run(path: Path, kind: str, *, draw: int = 0, dtype: torch.dtype = torch.float32) -> list[Snapshot]:
+def float32_run(
+    path: Path, kind: str, *, draw: int = 0, dtype: torch.dtype = torch.float32
+) -> list[Snapshot]:
     """The first steps after the hand-over in PyTorch; ``draw`` chooses the rounding."""
     run = Torch(kind)
     run.load(path)
     run.model, run.dtype = run.model.to(dtype), dtype
     for state in run.optimizer.state.values():
-        state.update({name: value.to(dtype) for name, value in state.items() if name != "step" and value is not None})
+        state.update(
+            {
+                name: value.to(dtype)
+                for name, value in state.items()
+                if name != "step" and value is not None
+            }
+        )
     run.nudge = draw
     return list(run.steps(LEAVES, LEAVES + FIRST))
 
 
 @pytest.fixture(scope="module")
 def envelope(stayed, tmp_path_factory) -> tuple[Path, list[Snapshot], list[list[Snapshot]]]:
-    """A float32 checkpoint, the float64 truth of its next steps, and PyTorch's float32 steps in several roundings."""
+    """A float32 checkpoint, the float64 truth of its next steps, and PyTorch's float32 steps in
+    several roundings.
+    """
     kind, _, wide = stayed
     saved = torch.load(wide, weights_only=True)
     narrow = tmp_path_factory.mktemp("narrow") / "run.pth"
@@ -243,10 +335,25 @@ def envelope(stayed, tmp_path_factory) -> tuple[Path, list[Snapshot], list[list[
     def narrowed(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: narrowed(item) for key, item in value.items()}
-        return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.float64 else value
+        return (
+            value.float()
+            if isinstance(value, torch.Tensor) and value.dtype == torch.float64
+            else value
+        )
 
-    torch.save({**saved, "model": narrowed(dict(saved["model"])), "optimizer": narrowed(saved["optimizer"])}, narrow)
-    return narrow, float32_run(narrow, kind, dtype=torch.float64), [float32_run(narrow, kind, draw=draw) for draw in range(DRAWS + 1)]
+    torch.save(
+        {
+            **saved,
+            "model": narrowed(dict(saved["model"])),
+            "optimizer": narrowed(saved["optimizer"]),
+        },
+        narrow,
+    )
+    return (
+        narrow,
+        float32_run(narrow, kind, dtype=torch.float64),
+        [float32_run(narrow, kind, draw=draw) for draw in range(DRAWS + 1)],
+    )
 
 
 def of(snapshot: Snapshot) -> dict[Any, np.ndarray]:
@@ -254,7 +361,9 @@ def of(snapshot: Snapshot) -> dict[Any, np.ndarray]:
 
 
 def excess(path: Path, truth: list[Snapshot], draws: list[list[Snapshot]], **spoil: Any) -> float:
-    """JAX's float32 error in units of what the criterion allows, the worst of all tensors and steps; at most 1 passes."""
+    """JAX's float32 error in units of what the criterion allows, the worst of all tensors and
+    steps; at most 1 passes.
+    """
     ulp = float(np.finfo(np.float32).eps)
     worst = 0.0
     for step, ours in enumerate(Jax(path, **spoil).steps(LEAVES, LEAVES + FIRST)):

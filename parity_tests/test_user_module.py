@@ -1,4 +1,6 @@
-"""A person's own module, given as --torch FILE.py:NAME: the faults of the question are named in words, a right block passes, misuse is explained."""
+"""A person's own module, given as --torch FILE.py:NAME: the faults of the question are named in
+words, a right block passes, misuse is explained.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,11 @@ from parity_tests.support import REPOSITORY
 from torch_ref import BasicBlock, Block, Bottleneck, ResNet, as_asked
 
 AS_ASKED = REPOSITORY / "torch_ref" / "as_asked.py"
-OVERWRITTEN, STRIDE, CHANNELS = "overwrites the main path", "the first convolution ignores stride", "the second convolution takes in_channels"
+OVERWRITTEN, STRIDE, CHANNELS = (
+    "overwrites the main path",
+    "the first convolution ignores stride",
+    "the second convolution takes in_channels",
+)
 FAULTS = {
     "Block": {OVERWRITTEN, STRIDE, CHANNELS},
     "AcceptedAnswer": {STRIDE, CHANNELS},
@@ -25,7 +31,11 @@ QUICK = Plan(train=False, precisions=("float64",))
 @pytest.mark.parametrize("name", FAULTS)
 def test_exactly_the_faults_of_each_variant_are_named(name):
     factory = getattr(as_asked, name)
-    text = " ".join(finding for case in cases_of(factory, None) for finding in examine(factory, case, QUICK).findings)
+    text = " ".join(
+        finding
+        for case in cases_of(factory, None)
+        for finding in examine(factory, case, QUICK).findings
+    )
     assert {fault for fault in (OVERWRITTEN, STRIDE, CHANNELS) if fault in text} == FAULTS[name]
 
 
@@ -41,7 +51,16 @@ def test_the_command_says_what_is_wrong_with_the_block_as_asked(capsys):
         (Block, {"in_channels": 4, "out_channels": 8, "stride": 2}),
         (BasicBlock, {"in_channels": 6, "planes": 6}),
         (Bottleneck, {"in_channels": 16, "planes": 4}),
-        (ResNet, {"depths": [1, 1], "widths": [8, 12], "stem": "cifar", "stem_width": 8, "num_classes": 3}),
+        (
+            ResNet,
+            {
+                "depths": [1, 1],
+                "widths": [8, 12],
+                "stem": "cifar",
+                "stem_width": 8,
+                "num_classes": 3,
+            },
+        ),
     ],
     ids=["question", "basic", "bottleneck", "network"],
 )
@@ -50,7 +69,11 @@ def test_a_right_module_has_no_findings(factory, arguments):
     assert case.findings == []
     assert case.passed
     assert case.verification is not None
-    assert {m.quantity for m in case.verification.comparison.measurements} >= {"eval forward", "parameter gradient", "running statistics after 5"}
+    assert {m.quantity for m in case.verification.comparison.measurements} >= {
+        "eval forward",
+        "parameter gradient",
+        "running statistics after 5",
+    }
 
 
 def variant(forward):
@@ -60,7 +83,9 @@ def variant(forward):
 ENDINGS = {
     "does not add the skip": lambda self, x: torch.relu(self.block(x)),
     "has no last ReLU": lambda self, x: self.block(x) + self.skip(x),
-    "applies the ReLU before the addition": lambda self, x: torch.relu(self.block(x)) + self.skip(x),
+    "applies the ReLU before the addition": lambda self, x: (
+        torch.relu(self.block(x)) + self.skip(x)
+    ),
     "subtracts the skip": lambda self, x: torch.relu(self.block(x) - self.skip(x)),
     "multiplies the branches": lambda self, x: torch.relu(self.block(x) * self.skip(x)),
     "leaves the main path out": lambda self, x: torch.relu(self.skip(x)) + 0 * self.block(x),
@@ -70,15 +95,23 @@ ENDINGS = {
 @pytest.mark.parametrize("words", ENDINGS)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_wrong_ending_is_named(words, stride):
-    case = examine(variant(ENDINGS[words]), {"in_channels": 6, "out_channels": 6, "stride": stride}, QUICK)
+    case = examine(
+        variant(ENDINGS[words]), {"in_channels": 6, "out_channels": 6, "stride": stride}, QUICK
+    )
     assert len(case.findings) == 1
     assert words in case.findings[0]
 
 
 def test_an_unknown_difference_is_not_given_a_wrong_name():
-    case = examine(variant(lambda self, x: torch.relu(self.block(x) + self.skip(x)) + 0.01 * x.mean()), {"in_channels": 6, "out_channels": 6}, QUICK)
+    case = examine(
+        variant(lambda self, x: torch.relu(self.block(x) + self.skip(x)) + 0.01 * x.mean()),
+        {"in_channels": 6, "out_channels": 6},
+        QUICK,
+    )
     assert [d.cause for d in case.diagnosis] == ["unknown"]
-    assert case.findings[0].startswith("block: PyTorch differs in forward, and no known mistake explains it")
+    assert case.findings[0].startswith(
+        "block: PyTorch differs in forward, and no known mistake explains it"
+    )
 
 
 BAD = {
@@ -97,8 +130,16 @@ def test_a_bad_specification_is_explained(case):
 
 
 MISBEHAVED = {
-    "random": (lambda self, x: torch.relu(self.block(x) + self.skip(x)) * torch.rand(()), "another result when it is run twice"),
-    "random in training": (lambda self, x: torch.nn.functional.dropout(torch.relu(self.block(x) + self.skip(x)), 0.5, self.training), "in training mode"),
+    "random": (
+        lambda self, x: torch.relu(self.block(x) + self.skip(x)) * torch.rand(()),
+        "another result when it is run twice",
+    ),
+    "random in training": (
+        lambda self, x: torch.nn.functional.dropout(
+            torch.relu(self.block(x) + self.skip(x)), 0.5, self.training
+        ),
+        "in training mode",
+    ),
     "tuple": (lambda self, x: (self.block(x), self.skip(x)), "returns a tuple, not a tensor"),
 }
 
@@ -107,7 +148,9 @@ MISBEHAVED = {
 def test_a_module_that_cannot_be_compared_is_refused(case):
     forward, message = MISBEHAVED[case]
     with pytest.raises(InputError, match=message):
-        examine(variant(forward), {"in_channels": 6, "out_channels": 6}, Plan(precisions=("float64",)))
+        examine(
+            variant(forward), {"in_channels": 6, "out_channels": 6}, Plan(precisions=("float64",))
+        )
 
 
 class Raising(Block):

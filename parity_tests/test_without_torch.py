@@ -9,8 +9,8 @@ import pytest
 import safetensors.numpy
 import torch
 
-from flax_resblock.architecture import architecture
 from flax_resblock.checkpoint.torch_file import with_tensors
+from flax_resblock.config import architecture
 from parity_tests.fuzz import samples
 from parity_tests.support import assert_same_bits, random_bits
 
@@ -25,7 +25,12 @@ sys.meta_path.insert(0, NoTorch())
 
 
 def run(code, *arguments):
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_safetensors_and_orbax_work_without_torch(tmp_path):
@@ -94,17 +99,28 @@ print("torch" in sys.modules)
 
 
 def test_an_optimizer_of_pytorch_is_read_without_torch(tmp_path):
-    """Weights, momentum and schedule, as `train --resume` wants them; with torch the same comes out."""
+    """Weights, momentum and schedule, as `train --resume` wants them; with torch the same comes
+    out.
+    """
     torch.save(samples.training(), tmp_path / "net.pth")
-    code = "import sys\n" + "from flax_resblock.convert.source import open_checkpoint\nfrom flax_resblock.checkpoint.record import arrays_in, digests\n"
-    code += "run = open_checkpoint(sys.argv[1] + '/net.pth', run=True).run()\nprint(run)\nprint('torch' in sys.modules)\n"
+    code = "import sys\n" + (
+        "from flax_resblock.convert.opening import open_checkpoint\nfrom "
+        "flax_resblock.checkpoint.record import arrays_in, digests\n"
+    )
+    code += (
+        "run = open_checkpoint(sys.argv[1] + '/net.pth', "
+        "run=True).run()\nprint(run)\nprint('torch' in sys.modules)\n"
+    )
     without, with_torch = run(BLOCK_TORCH + code, tmp_path), run("import torch\n" + code, tmp_path)
     assert without.stdout.endswith("False\n"), without.stderr
     assert without.stdout.replace("False\n", "") == with_torch.stdout.replace("True\n", "")
 
 
 def test_a_pth_with_what_only_pytorch_can_make_says_what_to_install(tmp_path):
-    torch.save({"state_dict": {"conv1.weight": torch.randn(3, 2, 3, 3)}, "where": torch.device("cuda:1")}, tmp_path / "net.pth")
+    torch.save(
+        {"state_dict": {"conv1.weight": torch.randn(3, 2, 3, 3)}, "where": torch.device("cuda:1")},
+        tmp_path / "net.pth",
+    )
     code = (
         BLOCK_TORCH
         + """
@@ -121,19 +137,47 @@ except MissingDependencyError as error:
     assert "pip install 'flax-resblock[torch]'" in result.stdout
 
 
-@pytest.mark.parametrize("names", [[], ["create", "from_torch", "load", "save", "to_torch", "BatchNorm", "ResidualBlock", "ResNetConfig", "architectures"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        [],
+        [
+            "create",
+            "from_torch",
+            "load",
+            "save",
+            "to_torch",
+            "BatchNorm",
+            "ResidualBlock",
+            "ResNetConfig",
+            "architectures",
+        ],
+    ],
+)
 def test_importing_never_imports_torch(names):
-    code = "import sys, flax_resblock\n" + "".join(f"flax_resblock.{name}\n" for name in names) + "print('torch' in sys.modules)"
+    code = (
+        "import sys, flax_resblock\n"
+        + "".join(f"flax_resblock.{name}\n" for name in names)
+        + "print('torch' in sys.modules)"
+    )
     assert run(code).stdout.strip() == "False"
 
 
 def test_every_public_name_exists():
-    assert run("import flax_resblock as f; [getattr(f, name) for name in f.__all__]; print('torch' in __import__('sys').modules)").stdout.strip() == "False"
+    assert (
+        run(
+            "import flax_resblock as f; [getattr(f, name) for name in f.__all__]; "
+            "print('torch' in __import__('sys').modules)"
+        ).stdout.strip()
+        == "False"
+    )
 
 
 @pytest.mark.slow
 def test_importing_takes_no_longer_than_jax_and_nnx():
-    """Both in one process, one after the other: two processes differ by more than what is to be measured."""
+    """Both in one process, one after the other: two processes differ by more than what is to be
+    measured.
+    """
     code = """
 import time
 start = time.process_time()
@@ -146,5 +190,8 @@ print(base - start, ours - base, time.process_time() - base)
 """
     rows = [[float(word) for word in run(code).stdout.split()] for _ in range(5)]
     base, ours, all_names = (statistics.median(column) for column in zip(*rows, strict=True))
-    print(f"jax and nnx {base:.2f} s, flax_resblock {ours:.3f} s more, with every public name {all_names:.3f} s more")
+    print(
+        f"jax and nnx {base:.2f} s, flax_resblock {ours:.3f} s more, with every public name "
+        f"{all_names:.3f} s more"
+    )
     assert all_names <= 0.1 * base

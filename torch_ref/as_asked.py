@@ -1,8 +1,9 @@
-"""The block as the question had it, and what each repair leaves broken. Kept to be told apart from the specification, never to be used.
+"""The block as the question had it, and what each repair leaves broken. Kept to be told apart from
+the specification, never to be used.
 
-Three faults: the result of the main path is overwritten (``out = skip(x); out += x``), the first convolution ignores ``stride``, and the second
-convolution is declared with ``in_channels`` inputs although it receives ``out_channels``. The accepted answer repairs the first one only.
-"""
+Three faults: the result of the main path is overwritten (``out = skip(x); out += x``), the first
+convolution ignores ``stride``, and the second convolution is declared with ``in_channels`` inputs
+although it receives ``out_channels``. The accepted answer repairs the first one only."""
 
 from __future__ import annotations
 
@@ -20,10 +21,23 @@ class _Faulty(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
         self.block = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=1 if self.ignores_stride else stride, padding=1, bias=False),
+            nn.Conv2d(
+                in_channels,
+                out_channels,
+                kernel_size=3,
+                stride=1 if self.ignores_stride else stride,
+                padding=1,
+                bias=False,
+            ),
             nn.BatchNorm2d(out_channels),
             nn.ReLU(),
-            nn.Conv2d(in_channels if self.second_takes_in_channels else out_channels, out_channels, kernel_size=3, padding=1, bias=False),
+            nn.Conv2d(
+                in_channels if self.second_takes_in_channels else out_channels,
+                out_channels,
+                kernel_size=3,
+                padding=1,
+                bias=False,
+            ),
             nn.BatchNorm2d(out_channels),
         )
         self.skip = nn.Sequential()
@@ -54,7 +68,9 @@ class AcceptedAnswer(_Faulty):
 
 
 class StrideIgnored(_Faulty):
-    """Only the second fault left: the first convolution keeps the resolution whatever ``stride`` says."""
+    """Only the second fault left: the first convolution keeps the resolution whatever ``stride``
+    says.
+    """
 
     overwrites_branch = False
     second_takes_in_channels = False

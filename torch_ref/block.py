@@ -9,7 +9,8 @@ from torch import Tensor, nn
 class Block(nn.Module):
     """Two 3x3 convolutions with batch norm and a skip connection.
 
-    Attribute names are the question's (``block.0/1/3/4``, ``skip.0/1``), so that an asker's own state dict loads.
+    Attribute names are the question's (``block.0/1/3/4``, ``skip.0/1``), so that an asker's own
+    state dict loads.
 
     Args:
       in_channels, out_channels: Channels of input ``(N, in_channels, H, W)`` and output.
@@ -19,7 +20,9 @@ class Block(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
         self.block = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False),
+            nn.Conv2d(
+                in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False
+            ),
             nn.BatchNorm2d(out_channels),
             nn.ReLU(),
             nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False),
@@ -33,5 +36,7 @@ class Block(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H / stride), ceil(W / stride))``."""
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H / stride), ceil(W /
+        stride))``.
+        """
         return torch.relu(self.block(x) + self.skip(x))

@@ -1,4 +1,6 @@
-"""What residual blocks and stems are made of besides convolutions and norms: shortcuts, channel attention, blurred pooling."""
+"""What residual blocks and stems are made of besides convolutions and norms: shortcuts, channel
+attention, blurred pooling.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def conv(in_channels: int, out_channels: int, size: int, stride: int = 1, dilation: int = 1, groups: int = 1) -> nn.Conv2d:
+def conv(
+    in_channels: int,
+    out_channels: int,
+    size: int,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+) -> nn.Conv2d:
     """A convolution without bias, padded so that stride 1 keeps the resolution."""
     padding = dilation * (size // 2)
-    return nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=padding, dilation=dilation, groups=groups, bias=False)
+    return nn.Conv2d(
+        in_channels,
+        out_channels,
+        size,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=False,
+    )
 
 
 class ZeroPad(nn.Module):
-    """Option-A shortcut of He et al. 2016: a strided slice, new channels zero, half of them in front."""
+    """Option-A shortcut of He et al. 2016: a strided slice, new channels zero, half of them in
+    front.
+    """
 
     def __init__(self, extra_channels: int, stride: int) -> None:
         super().__init__()
@@ -25,7 +45,10 @@ class ZeroPad(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         front = self.extra_channels // 2
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, front, self.extra_channels - front))
+        return F.pad(
+            x[:, :, :: self.stride, :: self.stride],
+            (0, 0, 0, 0, front, self.extra_channels - front),
+        )
 
 
 def downsample(in_channels: int, out_channels: int, stride: int, shortcut: str) -> nn.Module | None:
@@ -35,13 +58,19 @@ def downsample(in_channels: int, out_channels: int, stride: int, shortcut: str) 
     if shortcut == "zero_pad":
         return ZeroPad(out_channels - in_channels, stride)
     if shortcut == "pooled":
-        pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
+        pool = (
+            nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
+            if stride > 1
+            else nn.Identity()
+        )
         return nn.Sequential(pool, conv(in_channels, out_channels, 1), nn.BatchNorm2d(out_channels))
     return nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
 
 
 class SqueezeExcitation(nn.Module):
-    """Hu et al. 2018: each channel is weighed by what two 1x1 convolutions make of the means of all."""
+    """Hu et al. 2018: each channel is weighed by what two 1x1 convolutions make of the means of
+    all.
+    """
 
     def __init__(self, channels: int, ratio: float) -> None:
         super().__init__()
@@ -55,7 +84,9 @@ class SqueezeExcitation(nn.Module):
 
 
 class EfficientChannelAttention(nn.Module):
-    """Wang et al. 2020: each channel is weighed by what a convolution along the channels makes of their means."""
+    """Wang et al. 2020: each channel is weighed by what a convolution along the channels makes of
+    their means.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -76,7 +107,9 @@ def channel_attention(kind: str, channels: int, ratio: float) -> nn.Module | Non
 
 
 class Blur(nn.Module):
-    """Zhang 2019: the filter [1, 2, 1] / 4 in both directions, reflecting one pixel on each side."""
+    """Zhang 2019: the filter [1, 2, 1] / 4 in both directions, reflecting one pixel on each
+    side.
+    """
 
     kernel: Tensor
 
@@ -84,7 +117,14 @@ class Blur(nn.Module):
         super().__init__()
         self.stride = stride
         row = torch.tensor([0.25, 0.5, 0.25])
-        self.register_buffer("kernel", (row[:, None] * row).expand(channels, 1, 3, 3).clone(), persistent=False)
+        self.register_buffer(
+            "kernel", (row[:, None] * row).expand(channels, 1, 3, 3).clone(), persistent=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), self.kernel, stride=self.stride, groups=x.shape[1])
+        return F.conv2d(
+            F.pad(x, (1, 1, 1, 1), mode="reflect"),
+            self.kernel,
+            stride=self.stride,
+            groups=x.shape[1],
+        )

@@ -106,11 +106,13 @@ class ResNet(nn.Module):
     Args:
       block: ``"basic"`` or ``"bottleneck"``.
       depths, widths: Blocks and planes per stage.
-      stem: ``"imagenet"`` (7x7 stride 2, max pooling), ``"deep"`` (three 3x3, max pooling) or ``"cifar"`` (3x3).
+      stem: ``"imagenet"`` (7x7 stride 2, max pooling), ``"deep"`` (three 3x3, max pooling) or
+        ``"cifar"`` (3x3).
       stem_width: Channels of the stem.
       stem_hidden: Channels of a deep stem's first two convolutions.
       first_stride: Stride of the first stage.
-      shortcut, stride_on, groups, base_width, attention, attention_ratio, antialias: Of every block.
+      shortcut, stride_on, groups, base_width, attention, attention_ratio, antialias: Of every
+        block.
       dilated_stages: Stages (from 1) whose stride is replaced by dilation.
       in_channels, num_classes: Channels of the images, size of the logits (None: no head).
       zero_init_residual: Start the last norm of every block at zero.

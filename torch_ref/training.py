@@ -1,4 +1,6 @@
-"""The reference training loop in plain PyTorch: SGD with Nesterov momentum, weight decay on weights only, warm-up and cosine, label smoothing."""
+"""The reference training loop in plain PyTorch: SGD with Nesterov momentum, weight decay on weights
+only, warm-up and cosine, label smoothing.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 
 class Step(NamedTuple):
-    """One optimizer step: its number from 0, mean loss and accuracy of its batch before the update, and the learning rate it used."""
+    """One optimizer step: its number from 0, mean loss and accuracy of its batch before the update,
+    and the learning rate it used.
+    """
 
     step: int
     loss: float
@@ -23,15 +27,25 @@ class Step(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Accuracy in [0, 1], the predicted classes ``(N,)`` int64 and the logits ``(N, num_classes)``."""
+    """Accuracy in [0, 1], the predicted classes ``(N,)`` int64 and the logits ``(N,
+    num_classes)``.
+    """
 
     accuracy: float
     predictions: Tensor
     logits: Tensor
 
 
-def sgd(model: nn.Module, learning_rate: float, *, momentum: float = 0.9, weight_decay: float = 5e-4, nesterov: bool = True) -> SGD:
-    """SGD with two param groups: weights of convolutions and linear layers decay; biases and everything of a batch norm do not.
+def sgd(
+    model: nn.Module,
+    learning_rate: float,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    nesterov: bool = True,
+) -> SGD:
+    """SGD with two param groups: weights of convolutions and linear layers decay; biases and
+    everything of a batch norm do not.
 
     Args:
       model: Its parameters are split over the groups, each in the order of ``model.parameters()``.
@@ -43,12 +57,18 @@ def sgd(model: nn.Module, learning_rate: float, *, momentum: float = 0.9, weight
     decayed = {layer.weight for layer in layers}
     decay = [parameter for parameter in model.parameters() if parameter in decayed]
     no_decay = [parameter for parameter in model.parameters() if parameter not in decayed]
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    groups = [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
     return SGD(groups, lr=learning_rate, momentum=momentum, nesterov=nesterov)
 
 
-def warmup_cosine(optimizer: Optimizer, *, warmup_steps: int, total_steps: int, warmup_factor: float = 0.1) -> LRScheduler:
-    """A linear warm-up from ``warmup_factor * lr`` to ``lr``, then half a cosine that reaches 0 after ``total_steps``. Step it after each batch.
+def warmup_cosine(
+    optimizer: Optimizer, *, warmup_steps: int, total_steps: int, warmup_factor: float = 0.1
+) -> LRScheduler:
+    """A linear warm-up from ``warmup_factor * lr`` to ``lr``, then half a cosine that reaches 0
+    after ``total_steps``. Step it after each batch.
 
     Args:
       optimizer: Its ``lr`` is the peak.
@@ -77,7 +97,8 @@ def train(
 
     Args:
       model: Put into training mode and changed in place.
-      batches: Images ``(N, C, H, W)`` in the model's dtype and labels ``(N,)`` int64; one epoch, or as many as wanted.
+      batches: Images ``(N, C, H, W)`` in the model's dtype and labels ``(N,)`` int64; one epoch, or
+        as many as wanted.
       optimizer: See :func:`sgd`.
       scheduler: Stepped after every batch; see :func:`warmup_cosine`.
       label_smoothing: In [0, 1); see ``torch.nn.CrossEntropyLoss``.
@@ -105,7 +126,9 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 512) -> Evaluation:
+def evaluate(
+    model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 512
+) -> Evaluation:
     """Classifies every image once, in evaluation mode; the model's mode is restored afterwards.
 
     Args:
@@ -123,16 +146,26 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: in
 
 
 def save_checkpoint(
-    path: str | Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None, *, epoch: int, step: int, args: Mapping[str, Any] | None = None
+    path: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    *,
+    epoch: int,
+    step: int,
+    args: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a training checkpoint as torchvision's reference scripts do.
 
     Args:
       path: File to write; replaced if it exists.
-      model, optimizer, scheduler: Their state dicts become ``"model"``, ``"optimizer"``, ``"lr_scheduler"`` (None without a scheduler).
-      epoch: Number, from 0, of the last epoch that was completed; a run that goes on starts with ``epoch + 1``, as those scripts do.
+      model, optimizer, scheduler: Their state dicts become ``"model"``, ``"optimizer"``,
+        ``"lr_scheduler"`` (None without a scheduler).
+      epoch: Number, from 0, of the last epoch that was completed; a run that goes on starts with
+        ``epoch + 1``, as those scripts do.
       step: Optimizer steps done.
-      args: The run's settings, plain values only, so that ``torch.load(weights_only=True)`` reads the file.
+      args: The run's settings, plain values only, so that ``torch.load(weights_only=True)`` reads
+        the file.
     """
     checkpoint = {
         "model": model.state_dict(),

@@ -1,7 +1,8 @@
-"""The process that compiles: ``python -m flax_resblock.aot.child``. One request per line on stdin up to an empty line, one outcome per line on stdout.
+"""The process that compiles: ``python -m flax_resblock.aot.child``. One request per line on stdin
+up to an empty line, one outcome per line on stdout.
 
-It ends when its stdin closes, even in the middle of a compilation: nobody is left who wants the result.
-"""
+It ends when its stdin closes, even in the middle of a compilation: nobody is left who wants the
+result."""
 
 from __future__ import annotations
 
@@ -37,12 +38,22 @@ def devices_of(target: Target, slices: int) -> list[Any]:
             options["num_slices"] = slices
     else:
         name = ""
-        options = {"topology": f"1x1x{target.topology}", "target_config": GPUS[target.chip].description()}
+        options = {
+            "topology": f"1x1x{target.topology}",
+            "target_config": GPUS[target.chip].description(),
+        }
     try:
-        return list(topologies.get_topology_desc(platform=target.platform, topology_name=name, **options).devices)
+        return list(
+            topologies.get_topology_desc(
+                platform=target.platform, topology_name=name, **options
+            ).devices
+        )
     except Exception as error:  # the compilers raise several kinds, none of them their own
         reason = str(error).strip().splitlines()[0][:300]
-        raise InputError(f"the compiler for {target.platform} does not know {target}: {reason}. Usual ones are 1x1, 2x2, 4x4 and 2x2x1, 2x2x2.") from error
+        raise InputError(
+            f"the compiler for {target.platform} does not know {target}: {reason}. Usual ones "
+            f"are 1x1, 2x2, 4x4 and 2x2x1, 2x2x2."
+        ) from error
 
 
 def compile_one(request: Request) -> Outcome:
@@ -64,7 +75,14 @@ def compile_one(request: Request) -> Outcome:
         needed = bytes_needed(str(error))
         if needed is None:
             raise
-        return Outcome(**facts, capacity=needed[1], seconds=time.monotonic() - begun, memory=None, needed=needed[0], program=None)
+        return Outcome(
+            **facts,
+            capacity=needed[1],
+            seconds=time.monotonic() - begun,
+            memory=None,
+            needed=needed[0],
+            program=None,
+        )
     seconds = time.monotonic() - begun
     memory = Memory.of(compiled.memory_analysis())
     text = compiled.as_text()
@@ -72,7 +90,14 @@ def compile_one(request: Request) -> Outcome:
         with open(request.hlo, "w", encoding="utf-8") as handle:
             handle.write(text)
     capacity = TPUS[target.chip].memory if target.platform == "tpu" else GPUS[target.chip].memory
-    return Outcome(**facts, capacity=capacity, seconds=seconds, memory=memory, needed=memory.total, program=read(text))
+    return Outcome(
+        **facts,
+        capacity=capacity,
+        seconds=seconds,
+        memory=memory,
+        needed=memory.total,
+        program=read(text),
+    )
 
 
 def _answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

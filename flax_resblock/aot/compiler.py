@@ -1,4 +1,6 @@
-"""Runs the compilers, in a child process that has the environment they need; the parent's jax never notices."""
+"""Runs the compilers, in a child process that has the environment they need; the parent's jax never
+notices.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from flax_resblock.aot.request import Request
 from flax_resblock.errors import InputError, MissingDependencyError
 
 Progress = Callable[[int, float], None]
-"""Called about every second with the number of finished compilations and the seconds since the start."""
+"""Called about every second with the number of finished compilations and the seconds since the
+start.
+"""
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -35,10 +39,14 @@ ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is examined is what was compiled just now
 }
-"""libtpu then believes to be on a TPU host and asks nobody; jax computes on the CPU. Devices and compiler flags of the parent are not handed on."""
+"""libtpu then believes to be on a TPU host and asks nobody; jax computes on the CPU. Devices and
+compiler flags of the parent are not handed on.
+"""
 
 COMPILERS = Path(sys.prefix) / "compilers"
-"""Where the compilers may be installed apart from everything else, so that jax does not look for devices with them in every program that it runs."""
+"""Where the compilers may be installed apart from everything else, so that jax does not look for
+devices with them in every program that it runs.
+"""
 
 EXTRAS = {"tpu": "tpu-aot", "cuda": "cuda-aot"}
 
@@ -51,36 +59,49 @@ def _installed(package: str) -> str | None:
 
 
 def _libtpu_of_jax() -> str:
-    """Which libtpu this jax was built for, such as ``"0.0.42.*"``; ``"*"`` where it does not say."""
+    """Which libtpu this jax was built for, such as ``"0.0.42.*"``; ``"*"`` where it does not
+    say.
+    """
     pins = [line.split(";")[0].strip() for line in requires("jax") or []]
     return next((pin.removeprefix("libtpu==") for pin in pins if pin.startswith("libtpu==")), "*")
 
 
 def require_compiler(platform: str) -> None:
-    """Lets pass where the compiler for a platform is installed, in the version that belongs to the installed jax.
+    """Lets pass where the compiler for a platform is installed, in the version that belongs to the
+    installed jax.
 
     Raises:
       MissingDependencyError: It is not installed; the message says what to install.
       InputError: It belongs to another jax.
     """
     jax = version("jax")
-    wanted = {"libtpu": _libtpu_of_jax()} if platform == "tpu" else {"jax-cuda12-plugin": jax, "jax-cuda12-pjrt": jax}
+    wanted = (
+        {"libtpu": _libtpu_of_jax()}
+        if platform == "tpu"
+        else {"jax-cuda12-plugin": jax, "jax-cuda12-pjrt": jax}
+    )
     specs = " ".join(f"'{name}=={pin}'" for name, pin in wanted.items())
     install = f"pip install --no-deps --target {COMPILERS} {specs}"
     found = {name: _installed(name) for name in wanted}
     missing = [name for name, there in found.items() if there is None]
     if missing:
         raise MissingDependencyError(
-            f"compiling for {platform} needs {' and '.join(missing)}, which is not installed: {install} "
-            f"(or, beside everything else, pip install 'flax-resblock[{EXTRAS[platform]}]'). No device and no driver are needed."
+            f"compiling for {platform} needs {' and '.join(missing)}, which is not installed: "
+            f"{install} "
+            f"(or, beside everything else, pip install 'flax-resblock[{EXTRAS[platform]}]'). "
+            f"No device and no driver are needed."
         )
     for name, there in found.items():
         if not fnmatchcase(str(there), wanted[name]):
-            raise InputError(f"{name} {there} does not belong to jax {jax}, which needs {wanted[name]}; together they may compile something else. {install}")
+            raise InputError(
+                f"{name} {there} does not belong to jax {jax}, which needs {wanted[name]}; "
+                f"together they may compile something else. {install}"
+            )
 
 
 def compile_ahead(requests: Sequence[Request], progress: Progress | None = None) -> list[Outcome]:
-    """Compiles programs with no device present, one after the other; what was compiled before in this process is not compiled again.
+    """Compiles programs with no device present, one after the other; what was compiled before in
+    this process is not compiled again.
 
     Args:
       requests: Checked before anything starts.
@@ -88,7 +109,8 @@ def compile_ahead(requests: Sequence[Request], progress: Progress | None = None)
     Returns:
       One outcome per request; a program that is too large for the memory has one too.
     Raises:
-      InputError: A request that cannot be compiled, a compiler that is missing or of another version.
+      InputError: A request that cannot be compiled, a compiler that is missing or of another
+        version.
     """
     for request in requests:
         request.check()
@@ -101,8 +123,18 @@ def compile_ahead(requests: Sequence[Request], progress: Progress | None = None)
 
 
 def _run_child(requests: Sequence[Request], progress: Progress) -> None:
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")} | ENVIRONMENT
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), str(COMPILERS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+    } | ENVIRONMENT
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [
+            str(Path(__file__).parents[2]),
+            str(COMPILERS),
+            *filter(None, [os.environ.get("PYTHONPATH")]),
+        ]
+    )
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "flax_resblock.aot.child"],
@@ -115,14 +147,19 @@ def _run_child(requests: Sequence[Request], progress: Progress) -> None:
         try:
             assert child.stdin is not None
             assert child.stdout is not None
-            child.stdin.write(("\n".join(request.to_json() for request in requests) + "\n\n").encode())
+            child.stdin.write(
+                ("\n".join(request.to_json() for request in requests) + "\n\n").encode()
+            )
             child.stdin.flush()
             answers = _lines(child.stdout)
             begun = time.monotonic()
             for done, request in enumerate(requests):
-                _done[request] = _outcome(request, _next(answers, done, begun, progress), child, log)
+                _done[request] = _outcome(
+                    request, _next(answers, done, begun, progress), child, log
+                )
         finally:
-            child.kill()  # also where it has ended, and where a person interrupts: a compilation does not listen
+            # also where it has ended, and where a person interrupts: a compilation does not listen
+            child.kill()
             child.wait()
 
 
@@ -139,7 +176,9 @@ def _lines(stream: IO[bytes]) -> queue.Queue[bytes | None]:
     return lines
 
 
-def _next(answers: queue.Queue[bytes | None], done: int, begun: float, progress: Progress) -> bytes | None:
+def _next(
+    answers: queue.Queue[bytes | None], done: int, begun: float, progress: Progress
+) -> bytes | None:
     while True:
         progress(done, time.monotonic() - begun)
         try:
@@ -148,12 +187,17 @@ def _next(answers: queue.Queue[bytes | None], done: int, begun: float, progress:
             continue
 
 
-def _outcome(request: Request, line: bytes | None, child: subprocess.Popen[bytes], log: IO[bytes]) -> Outcome:
+def _outcome(
+    request: Request, line: bytes | None, child: subprocess.Popen[bytes], log: IO[bytes]
+) -> Outcome:
     title = f"{request.what} of batch {request.batch} for {request.target}"
     if line is None:
         log.seek(0)
         last = log.read().decode(errors="replace").strip().splitlines()[-1:]
-        raise InputError(f"the compiler ended with status {child.wait()} while it compiled the {title}. Its last words: {''.join(last)[:400] or 'none'}")
+        raise InputError(
+            f"the compiler ended with status {child.wait()} while it compiled the {title}. Its "
+            f"last words: {''.join(last)[:400] or 'none'}"
+        )
     answer = json.loads(line)
     if "input_error" in answer:
         raise InputError(answer["input_error"])

@@ -1,4 +1,6 @@
-"""Reads what a compiler made of a program: the text of optimised HLO, as ``compiled.as_text()`` prints it. Plain text in, plain facts out; needs no jax."""
+"""Reads what a compiler made of a program: the text of optimised HLO, as ``compiled.as_text()``
+prints it. Plain text in, plain facts out; needs no jax.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +14,33 @@ from typing import Literal
 NARROW = ("bf16", "f16", "f8")
 """Beginnings of the names of floating types narrower than float32."""
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast", "send", "recv")
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "send",
+    "recv",
+)
 """Operations that move values between devices; ``-start`` is counted for them, ``-done`` is not."""
 
 SLOT = "slot="
 """Begins the scope that names a layer, see :func:`flax_resblock.aot.slots.named_slots`."""
 
 _BITS = {"pred": 8, "token": 0}
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)$")
+_INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)$"
+)
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _SLOT = re.compile(SLOT + r"([\w.]+)")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
-_PRECISION = re.compile(r"operand_precision=\{(\w+),(\w+)[,}]")  # cuDNN's fused ones have further operands, which are added and not multiplied
+_PRECISION = re.compile(
+    r"operand_precision=\{(\w+),(\w+)[,}]"
+)  # cuDNN's fused ones have further operands, which are added and not multiplied
 _GEMM_PRECISION = re.compile(r'"operand_precision":\["(\w+)","(\w+)"')
 _ALGORITHM = re.compile(r"\balgorithm=(\w+)")
 _CALL_TARGET = re.compile(r'custom_call_target="([^"]*)"')
@@ -85,7 +100,8 @@ class Program:
       products: Every convolution and matrix product.
       collectives: Every operation between devices.
       narrow: Values of a floating type narrower than float32.
-      cycles: The compiler's own estimate, summed over the program; 0 where it makes none (CUDA). Good for comparing two programs, not for time.
+      cycles: The compiler's own estimate, summed over the program; 0 where it makes none (CUDA).
+        Good for comparing two programs, not for time.
     """
 
     products: tuple[Product, ...]
@@ -100,11 +116,13 @@ class Instruction:
 
     Attributes:
       name: Of its value.
-      type: Of its value, with layout: ``"f32[64]{0:T(128)S(1)}"``, or several in parentheses.
+      type: Of its value, with naming scheme: ``"f32[64]{0:T(128)S(1)}"``, or several in
+        parentheses.
       opcode: ``"fusion"`` ...
       operands: Names of the values it takes.
       text: The whole line.
-      entry: Whether it belongs to the computation that is run, and not to one that is called from there.
+      entry: Whether it belongs to the computation that is run, and not to one that is called from
+        there.
       types: Of the values of the same computation, by name.
     """
 
@@ -118,13 +136,17 @@ class Instruction:
 
     @property
     def scope(self) -> str:
-        """``op_name`` of its metadata: what the traced program calls the operation, with :data:`SLOT` where a layer has one."""
+        """``op_name`` of its metadata: what the traced program calls the operation, with
+        :data:`SLOT` where a layer has one.
+        """
         found = _SCOPE.search(self.text)
         return found[1] if found else ""
 
 
 def slot_of(scope: str) -> str:
-    """The innermost slot in an operation's scope (``op_name`` of its metadata); ``""`` for an operation between the layers."""
+    """The innermost slot in an operation's scope (``op_name`` of its metadata); ``""`` for an
+    operation between the layers.
+    """
     found = _SLOT.findall(scope)
     return found[-1] if found else ""
 
@@ -142,11 +164,22 @@ def instructions(text: str) -> Iterator[Instruction]:
         if found:
             types[found["name"]] = found["type"]
             inside = found["rest"].split("), ")[0]
-            yield Instruction(found["name"], found["type"], found["opcode"], tuple(_OPERAND.findall(inside)), line, entry, types)
+            yield Instruction(
+                found["name"],
+                found["type"],
+                found["opcode"],
+                tuple(_OPERAND.findall(inside)),
+                line,
+                entry,
+                types,
+            )
 
 
 def _arrays(type_text: str) -> list[tuple[str, tuple[int, ...]]]:
-    return [(kind, tuple(int(size) for size in shape.split(",") if size)) for kind, shape in _ARRAY.findall(type_text)]
+    return [
+        (kind, tuple(int(size) for size in shape.split(",") if size))
+        for kind, shape in _ARRAY.findall(type_text)
+    ]
 
 
 def _bytes(kind: str, shape: tuple[int, ...]) -> int:
@@ -189,8 +222,15 @@ def _collective(instruction: Instruction) -> Collective | None:
     if kind not in COLLECTIVES:
         return None
     # The operands and not the result: that of a -start holds operands and results both.
-    found = [array for name in instruction.operands for array in _arrays(instruction.types.get(name, ""))]
-    return Collective(kind, tuple(shape for _, shape in found), sum(_bytes(*array) for array in found), slot_of(instruction.scope))
+    found = [
+        array for name in instruction.operands for array in _arrays(instruction.types.get(name, ""))
+    ]
+    return Collective(
+        kind,
+        tuple(shape for _, shape in found),
+        sum(_bytes(*array) for array in found),
+        slot_of(instruction.scope),
+    )
 
 
 def read(text: str) -> Program:
@@ -216,4 +256,9 @@ def read(text: str) -> Program:
             cycles += sum(map(int, _CYCLES.findall(instruction.text)[:1]))
     if not count:
         raise ValueError("this is no HLO: it has no instruction.")
-    return Program(tuple(products), tuple(collectives), tuple(Narrow(*key, number) for key, number in narrow.items()), cycles)
+    return Program(
+        tuple(products),
+        tuple(collectives),
+        tuple(Narrow(*key, number) for key, number in narrow.items()),
+        cycles,
+    )

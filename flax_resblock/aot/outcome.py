@@ -21,7 +21,9 @@ _REFUSALS = (
 
 
 def bytes_needed(refusal: str) -> tuple[int, int] | None:
-    """Bytes that a program would need and those there are, from a compiler's refusal; None where it refused for another reason."""
+    """Bytes that a program would need and those there are, from a compiler's refusal; None where it
+    refused for another reason.
+    """
     for pattern in _REFUSALS:
         found = pattern.search(refusal)
         if found:
@@ -99,13 +101,30 @@ class Outcome:
     def from_plain(cls, plain: Mapping[str, Any]) -> Outcome:
         """What :meth:`to_plain` wrote."""
         memory, program = plain["memory"], plain["program"]
-        return cls(**{**plain, "memory": None if memory is None else Memory(**memory), "program": None if program is None else _program(program)})
+        return cls(
+            **{
+                **plain,
+                "memory": None if memory is None else Memory(**memory),
+                "program": None if program is None else _program(program),
+            }
+        )
 
 
 def _program(plain: Mapping[str, Any]) -> Program:
-    products = (Product(**{**one, "precision": tuple(one["precision"]), "operands": tuple(one["operands"])}) for one in plain["products"])
-    collectives = (Collective(**{**one, "shapes": tuple(map(tuple, one["shapes"]))}) for one in plain["collectives"])
-    return Program(tuple(products), tuple(collectives), tuple(Narrow(**one) for one in plain["narrow"]), plain["cycles"])
+    products = (
+        Product(**{**one, "precision": tuple(one["precision"]), "operands": tuple(one["operands"])})
+        for one in plain["products"]
+    )
+    collectives = (
+        Collective(**{**one, "shapes": tuple(map(tuple, one["shapes"]))})
+        for one in plain["collectives"]
+    )
+    return Program(
+        tuple(products),
+        tuple(collectives),
+        tuple(Narrow(**one) for one in plain["narrow"]),
+        plain["cycles"],
+    )
 
 
 @dataclass(frozen=True)
@@ -117,7 +136,9 @@ class Finding:
 
 
 def computed_in(platform: str, product: Product) -> str:
-    """What a product is really computed in: ``"float32"``, ``"TF32"``, ``"bfloat16"``; its operands' type where that is narrower already."""
+    """What a product is really computed in: ``"float32"``, ``"TF32"``, ``"bfloat16"``; its
+    operands' type where that is narrower already.
+    """
     kind = product.operands[0]
     if kind != "f32":
         return {"bf16": "bfloat16", "f16": "float16"}.get(kind, kind)
@@ -127,20 +148,33 @@ def computed_in(platform: str, product: Product) -> str:
 def findings(request: Request, program: Program) -> list[Finding]:
     """The precision certificate: everything that is not as asked for; empty where it holds.
 
-    Every convolution and product has, on both operands, the precision that was asked for at its slot. Where float32 at ``"highest"`` was asked for
-    everywhere, no value is of a narrower type. At least one convolution or product is there.
-    """
+    Every convolution and product has, on both operands, the precision that was asked for at its
+    slot. Where float32 at ``"highest"`` was asked for everywhere, no value is of a narrower type.
+    At least one convolution or product is there."""
     platform = request.parsed_target.platform
     found = []
     for product in program.products:
         asked = request.precision_of(product.slot)
         if product.precision != (asked, asked):
             place, real = product.slot or "a product without a slot", computed_in(platform, product)
-            words = f"{place}: the {product.direction} {product.kind} has precision {{{','.join(product.precision)}}}, asked for was {asked}; it runs in {real}"
+            words = (
+                f"{place}: the {product.direction} {product.kind} has precision "
+                f"{{{','.join(product.precision)}}}, asked for was {asked}; it runs in {real}"
+            )
             found.append(Finding(product.slot, words))
-    strict = request.dtype == "float32" and request.precision == "highest" and all(precision == "highest" for _, precision in request.slot_precision)
+    strict = (
+        request.dtype == "float32"
+        and request.precision == "highest"
+        and all(precision == "highest" for _, precision in request.slot_precision)
+    )
     if strict:
-        found += [Finding(one.slot, f"{one.slot or 'between the layers'}: {one.count} values of type {one.dtype}") for one in program.narrow]
+        found += [
+            Finding(
+                one.slot,
+                f"{one.slot or 'between the layers'}: {one.count} values of type {one.dtype}",
+            )
+            for one in program.narrow
+        ]
     if not program.products:
         found.append(Finding("", "the program has no convolution and no product at all"))
     return found

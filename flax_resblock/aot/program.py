@@ -1,4 +1,6 @@
-"""The programs that are compiled: inference, and one training step, over the devices of a topology that need not exist."""
+"""The programs that are compiled: inference, and one training step, over the devices of a topology
+that need not exist.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from flax_resblock.aot.request import Request
 from flax_resblock.aot.slots import named_slots
-from flax_resblock.architecture import ResNetConfig
+from flax_resblock.config import ResNetConfig
+from flax_resblock.cpu.switch import conv_lowering
 from flax_resblock.errors import InputError
-from flax_resblock.lowering.switch import conv_lowering
-from flax_resblock.resnet import build
+from flax_resblock.nn.resnet import build
 
 AXIS = "batch"
 _RATE, _MOMENTUM = 0.1, 0.9
@@ -26,12 +28,18 @@ _RATE, _MOMENTUM = 0.1, 0.9
 
 def _model(request: Request) -> nnx.Module:
     """The network without values, every slot with the precision that was asked for by name."""
-    model = build(request.config, rngs=None, dtype=None if request.dtype == "float32" else jnp.dtype(request.dtype))
+    model = build(
+        request.config,
+        rngs=None,
+        dtype=None if request.dtype == "float32" else jnp.dtype(request.dtype),
+    )
     chosen = dict(request.slot_precision)
     for path, module in nnx.iter_modules(model):
         precision = chosen.get(".".join(map(str, path)))
         if precision is not None:
-            module.precision = jax.lax.Precision(precision.upper() if precision != "default" else None)  # pyright: ignore[reportAttributeAccessIssue]
+            module.precision = jax.lax.Precision(
+                precision.upper() if precision != "default" else None
+            )  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
 
@@ -40,16 +48,25 @@ def _in_channels(request: Request) -> int:
 
 
 def _loss(outputs: jax.Array, target: jax.Array) -> jax.Array:
-    """Cross-entropy where the target is labels ``(N,)``; else the mean of the outputs weighted by it, whose gradient is ``target`` up to a factor."""
+    """Cross-entropy where the target is labels ``(N,)``; else the mean of the outputs weighted by
+    it, whose gradient is ``target`` up to a factor.
+    """
     if target.ndim == 1:
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), target))
+        return jnp.mean(
+            optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), target)
+        )
     return jnp.mean(outputs.astype(jnp.float32) * target)
 
 
 def _step(
-    graphdef: Any, optimizer: Any, *, spread: Callable[[Any], Any] = lambda tree: tree, mean: Callable[[Any], Any] = lambda loss: loss
+    graphdef: Any,
+    optimizer: Any,
+    *,
+    spread: Callable[[Any], Any] = lambda tree: tree,
+    mean: Callable[[Any], Any] = lambda loss: loss,
 ) -> Callable[..., Any]:
-    """``(params, stats, optimizer state, images, target) -> (params, stats, optimizer state, loss)``.
+    """``(params, stats, optimizer state, images, target) -> (params, stats, optimizer state,
+    loss)``.
 
     Args:
       graphdef: Of the network.
@@ -73,44 +90,68 @@ def _step(
 
 
 def _per_replica(graphdef: Any, optimizer: Any, mesh: Mesh) -> Callable[..., Any]:
-    """Each device normalises with its own share of the batch and keeps its own running statistics, in front of which stands an axis of devices.
+    """Each device normalises with its own share of the batch and keeps its own running statistics,
+    in front of which stands an axis of devices.
 
-    The loss is averaged inside the function that is differentiated: jax then delivers the gradients of replicated parameters averaged. The parameters are
-    marked as varying before they are used, so that the gradients are summed over the devices in the shape of the parameters; left to itself, jax marks them
-    where they meet the images, after they were broadcast, and sums arrays of the size of the activations.
-    """
+    The loss is averaged inside the function that is differentiated: jax then delivers the gradients
+    of replicated parameters averaged. The parameters are marked as varying before they are used, so
+    that the gradients are summed over the devices in the shape of the parameters; left to itself,
+    jax marks them where they meet the images, after they were broadcast, and sums arrays of the
+    size of the activations."""
     step = _step(
         graphdef,
         optimizer,
-        spread=lambda tree: jax.tree.map(lambda leaf: jax.lax.pcast(leaf, AXIS, to="varying"), tree),
+        spread=lambda tree: jax.tree.map(
+            lambda leaf: jax.lax.pcast(leaf, AXIS, to="varying"), tree
+        ),
         mean=lambda loss: jax.lax.pmean(loss, AXIS),
     )
 
     def local(params: Any, stats: Any, opt_state: Any, images: Any, target: Any) -> Any:
-        params, new_stats, opt_state, loss = step(params, jax.tree.map(lambda leaf: leaf[0], stats), opt_state, images, target)
+        params, new_stats, opt_state, loss = step(
+            params, jax.tree.map(lambda leaf: leaf[0], stats), opt_state, images, target
+        )
         return params, jax.tree.map(lambda leaf: leaf[None], new_stats), opt_state, loss
 
-    return jax.shard_map(local, mesh=mesh, in_specs=(P(), P(AXIS), P(), P(AXIS), P(AXIS)), out_specs=(P(), P(AXIS), P(), P()))
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P(), P(AXIS), P(), P(AXIS), P(AXIS)),
+        out_specs=(P(), P(AXIS), P(), P()),
+    )
 
 
 def lower(request: Request, devices: Sequence[Any]) -> Any:
     """The program of a request, lowered for these devices: ``jax.stages.Lowered``.
 
     Raises:
-      InputError: A batch that the devices cannot share equally, or images that the network makes nothing of.
+      InputError: A batch that the devices cannot share equally, or images that the network makes
+        nothing of.
     """
     if request.batch % len(devices):
         raise InputError(
-            f"a batch of {request.batch} cannot be shared equally by the {len(devices)} devices of {request.target}"
-            f"{f' x {request.slices}' if request.slices > 1 else ''}; choose a multiple of {len(devices)}."
+            f"a batch of {request.batch} cannot be shared equally by the {len(devices)} "
+            f"devices of {request.target}"
+            f"{f' x {request.slices}' if request.slices > 1 else ''}; choose a multiple of "
+            f"{len(devices)}."
         )
     if request.exported and len(devices) > 1:
-        raise InputError(f"an exported network runs on one device; choose a target with one, such as tpu:v5e:1x1 or cuda:h100, instead of {request.target}.")
+        raise InputError(
+            f"an exported network runs on one device; choose a target with one, such as "
+            f"tpu:v5e:1x1 or cuda:h100, instead of {request.target}."
+        )
     mesh = Mesh(np.array(devices), (AXIS,))
-    with jax.default_matmul_precision(request.precision), conv_lowering("xla"):  # as on a host of that device, though this one may have a CPU alone
+    with (
+        jax.default_matmul_precision(request.precision),
+        conv_lowering("xla"),
+    ):  # as on a host of that device, though this one may have a CPU alone
         if request.exported:
             return _lower_exported(request, mesh)
-        return _lower_forward(request, mesh) if request.what == "forward" else _lower_step(request, mesh)
+        return (
+            _lower_forward(request, mesh)
+            if request.what == "forward"
+            else _lower_step(request, mesh)
+        )
 
 
 def _spec(mesh: Mesh, spec: P, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -122,7 +163,9 @@ def _replicated(mesh: Mesh, tree: Any) -> Any:
 
 
 def _images(request: Request, mesh: Mesh, channels: int) -> jax.ShapeDtypeStruct:
-    return _spec(mesh, P(AXIS), (request.batch, request.height, request.width, channels), jnp.float32)
+    return _spec(
+        mesh, P(AXIS), (request.batch, request.height, request.width, channels), jnp.float32
+    )
 
 
 def _lower_forward(request: Request, mesh: Mesh) -> Any:
@@ -134,7 +177,9 @@ def _lower_forward(request: Request, mesh: Mesh) -> Any:
         with named_slots(module):
             return module(images, use_running_average=True)
 
-    return jax.jit(forward).lower(_replicated(mesh, variables), _images(request, mesh, _in_channels(request)))
+    return jax.jit(forward).lower(
+        _replicated(mesh, variables), _images(request, mesh, _in_channels(request))
+    )
 
 
 def _lower_step(request: Request, mesh: Mesh) -> Any:
@@ -143,20 +188,39 @@ def _lower_step(request: Request, mesh: Mesh) -> Any:
     optimizer = optax.sgd(_RATE, momentum=_MOMENTUM)
     opt_state = jax.eval_shape(optimizer.init, params)
     images = _images(request, mesh, _in_channels(request))
-    outputs = jax.eval_shape(lambda params, stats, images: nnx.merge(graphdef, params, stats)(images, use_running_average=True), params, stats, images)
+    outputs = jax.eval_shape(
+        lambda params, stats, images: nnx.merge(graphdef, params, stats)(
+            images, use_running_average=True
+        ),
+        params,
+        stats,
+        images,
+    )
     classifies = isinstance(request.config, ResNetConfig) and request.config.num_classes is not None
-    target = _spec(mesh, P(AXIS), outputs.shape[:1] if classifies else outputs.shape, jnp.int32 if classifies else jnp.float32)
+    target = _spec(
+        mesh,
+        P(AXIS),
+        outputs.shape[:1] if classifies else outputs.shape,
+        jnp.int32 if classifies else jnp.float32,
+    )
     if request.batch_norm == "replica":
         step = _per_replica(graphdef, optimizer, mesh)
-        stats = jax.tree.map(lambda leaf: _spec(mesh, P(AXIS), (mesh.size, *leaf.shape), leaf.dtype), stats)
+        stats = jax.tree.map(
+            lambda leaf: _spec(mesh, P(AXIS), (mesh.size, *leaf.shape), leaf.dtype), stats
+        )
     else:
         step, stats = _step(graphdef, optimizer), _replicated(mesh, stats)
-    return jax.jit(step, donate_argnums=(0, 1, 2)).lower(_replicated(mesh, params), stats, _replicated(mesh, opt_state), images, target)
+    return jax.jit(step, donate_argnums=(0, 1, 2)).lower(
+        _replicated(mesh, params), stats, _replicated(mesh, opt_state), images, target
+    )
 
 
 def _lower_exported(request: Request, mesh: Mesh) -> Any:
-    from flax_resblock.export import open_exported
+    from flax_resblock.export.stablehlo import open_exported
 
     exported = open_exported(request.subject)
-    weights = {name: _spec(mesh, P(), shape, dtype) for name, (shape, dtype) in exported.weight_specs.items()}
+    weights = {
+        name: _spec(mesh, P(), shape, dtype)
+        for name, (shape, dtype) in exported.weight_specs.items()
+    }
     return jax.jit(exported.program.call).lower(weights, _images(request, mesh, exported.channels))

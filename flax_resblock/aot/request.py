@@ -1,4 +1,6 @@
-"""What to compile, and for what; a value that can be compared, hashed and sent to another process."""
+"""What to compile, and for what; a value that can be compared, hashed and sent to another
+process.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,9 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from flax_resblock import architecture as arch
+from flax_resblock import config as arch
 from flax_resblock.aot.targets import Target, parse
-from flax_resblock.architecture import Kind, ResNetConfig, walk
+from flax_resblock.config import ResNetConfig, SlotKind, walk
 from flax_resblock.errors import InputError
 
 What = Literal["forward", "train-step"]
@@ -32,15 +34,18 @@ class Request:
     """One program to compile.
 
     Attributes:
-      subject: A configuration in JSON, see :func:`flax_resblock.architecture.to_json`; or the folder of an exported network, with ``exported``.
+      subject: A configuration in JSON, see :func:`flax_resblock.config.to_json`; or the folder of
+        an exported network, with ``exported``.
       exported: Whether ``subject`` is such a folder; it brings its own precision and dtype.
       target: ``"tpu:v5e:2x2"``, see :func:`flax_resblock.aot.targets.parse`.
       slices: TPU slices that train together.
-      what: ``"forward"`` in evaluation mode, or ``"train-step"``: forward in training mode, backward, and an update of SGD with momentum.
+      what: ``"forward"`` in evaluation mode, or ``"train-step"``: forward in training mode,
+        backward, and an update of SGD with momentum.
       batch: Images, over all devices.
       height, width: Of the images.
       dtype: Of the computation; parameters are float32.
-      precision: jax's ``default_matmul_precision``; ``"highest"`` is what :func:`flax_resblock.parity.precision.strict` sets.
+      precision: jax's ``default_matmul_precision``; ``"highest"`` is what
+        :func:`flax_resblock.parity.precision.strict` sets.
       slot_precision: ``(slot, precision)`` pairs that differ from it.
       batch_norm: Of the train step: statistics of the global batch, or of each device's share.
       hlo: File that the optimised program is written to, as text.
@@ -61,7 +66,11 @@ class Request:
     hlo: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "slot_precision", tuple((slot, precision) for slot, precision in self.slot_precision))
+        object.__setattr__(
+            self,
+            "slot_precision",
+            tuple((slot, precision) for slot, precision in self.slot_precision),
+        )
 
     @property
     def config(self) -> arch.Config:
@@ -81,19 +90,36 @@ class Request:
         """Raises InputError for what cannot be compiled, before a compiler starts."""
         target = self.parsed_target
         if min(self.batch, self.height, self.width, self.slices) < 1:
-            raise InputError(f"batch {self.batch}, image size {self.height} x {self.width} and slices {self.slices} must be positive.")
+            raise InputError(
+                f"batch {self.batch}, image size {self.height} x {self.width} and slices "
+                f"{self.slices} must be positive."
+            )
         if self.slices > 1 and target.platform != "tpu":
-            raise InputError(f"slices are TPU slices; {self.target} has none. Say how many GPUs, as in cuda:{target.chip}:8.")
+            raise InputError(
+                f"slices are TPU slices; {self.target} has none. Say how many GPUs, as in "
+                f"cuda:{target.chip}:8."
+            )
         if self.exported:
             if self.what != "forward":
-                raise InputError(f"{self.subject} is an exported network, which can only run forward; give a checkpoint or an architecture for a train step.")
+                raise InputError(
+                    f"{self.subject} is an exported network, which can only run forward; give "
+                    f"a checkpoint or an architecture for a train step."
+                )
             return
-        slots = {slot.name for slot in walk(self.config) if slot.kind in (Kind.CONV, Kind.LINEAR)}
+        slots = {
+            slot.name for slot in walk(self.config) if slot.kind in (SlotKind.CONV, SlotKind.LINEAR)
+        }
         for slot, precision in self.slot_precision:
             if slot not in slots:
-                raise InputError(f"there is no convolution or product at {slot!r}; there is one at each of {', '.join(sorted(slots))}.")
+                raise InputError(
+                    f"there is no convolution or product at {slot!r}; there is one at each of "
+                    f"{', '.join(sorted(slots))}."
+                )
             if precision not in PRECISIONS:
-                raise InputError(f"precision {precision!r} of {slot} is unknown; choose from {', '.join(PRECISIONS)}.")
+                raise InputError(
+                    f"precision {precision!r} of {slot} is unknown; choose from "
+                    f"{', '.join(PRECISIONS)}."
+                )
 
     def but(self, **changes: Any) -> Request:
         """The same with some fields changed."""
@@ -110,12 +136,15 @@ class Request:
 
 
 def request_for(config: arch.Config, target: str, **options: Any) -> Request:
-    """A request for a network or block, with its usual image size unless ``height`` and ``width`` say otherwise; checked.
+    """A request for a network or block, with its usual image size unless ``height`` and ``width``
+    say otherwise; checked.
 
     Raises:
       InputError: See :meth:`Request.check`.
     """
     size = default_image_size(config)
-    request = Request(subject=arch.to_json(config), target=target, **{"height": size, "width": size, **options})
+    request = Request(
+        subject=arch.to_json(config), target=target, **{"height": size, "width": size, **options}
+    )
     request.check()
     return request

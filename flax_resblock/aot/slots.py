@@ -1,4 +1,6 @@
-"""Slot names in compiled programs: every operation of a layer carries ``slot=stage1.0.conv1`` in its metadata, from the tracer to the machine code."""
+"""Slot names in compiled programs: every operation of a layer carries ``slot=stage1.0.conv1`` in
+its metadata, from the tracer to the machine code.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +12,25 @@ import jax
 from flax import nnx
 
 from flax_resblock.aot.hlo import SLOT
-from flax_resblock.conv import Conv
-from flax_resblock.linear import Linear
-from flax_resblock.norm import BatchNorm
+from flax_resblock.nn.conv import Conv
+from flax_resblock.nn.linear import Linear
+from flax_resblock.nn.norm import BatchNorm
 
 _LAYERS = (Conv, Linear, BatchNorm)
 
 
 @contextmanager
 def named_slots(model: nnx.Module) -> Iterator[None]:
-    """Within the block, calls of ``model``'s convolutions, norms and head are traced under a scope that names their slot.
+    """Within the block, calls of ``model``'s convolutions, norms and head are traced under a scope
+    that names their slot.
 
     The classes' ``__call__`` is wrapped for that time; instances outside the model are left alone.
     """
-    names = {id(module): ".".join(map(str, path)) or "block" for path, module in nnx.iter_modules(model) if isinstance(module, _LAYERS)}
+    names = {
+        id(module): ".".join(map(str, path)) or "block"
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, _LAYERS)
+    }
     originals = {layer: layer.__call__ for layer in _LAYERS}
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:

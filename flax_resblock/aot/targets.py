@@ -1,4 +1,6 @@
-"""Chips that can be compiled for, as data, and how people name them: ``tpu:v5e:2x2``, ``tpu:v4``, ``cuda:h100:8``."""
+"""Chips that can be compiled for, as data, and how people name them: ``tpu:v5e:2x2``, ``tpu:v4``,
+``cuda:h100:8``.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class Tpu:
     Attributes:
       compiler_name: As libtpu spells it.
       topology: One host's chips; what is meant where none is said.
-      memory: Bytes that a program may use on each device, as the compiler says. A chip of v4 and 7x is two devices.
+      memory: Bytes that a program may use on each device, as the compiler says. A chip of v4 and 7x
+        is two devices.
     """
 
     compiler_name: str
@@ -43,7 +46,8 @@ TPUS: Mapping[str, Tpu] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Gpu:
-    """An NVIDIA GPU, from its data sheet and the CUDA programming guide's table of compute capabilities.
+    """An NVIDIA GPU, from its data sheet and the CUDA programming guide's table of compute
+    capabilities.
 
     Attributes:
       name: Of the product.
@@ -94,22 +98,68 @@ class Gpu:
         lines = "\n".join(f"  {name}: {value}" for name, value in fields.items())
         capability = f"  cuda_compute_capability {{ major: {major} minor: {minor} }}"
         cudnn = "dnn_version_info { major: 9 minor: 8 patch: 0 }"
-        return f'gpu_device_info {{\n{lines}\n{capability}\n}}\nplatform_name: "CUDA"\n{cudnn}\ndevice_description_str: "{self.name}"\n'
+        return (
+            f"gpu_device_info {{\n{lines}\n{capability}\n}}\nplatform_name: "
+            f'"CUDA"\n{cudnn}\ndevice_description_str: "{self.name}"\n'
+        )
 
 
 GPUS: Mapping[str, Gpu] = MappingProxyType(
     {
-        "a100": Gpu("NVIDIA A100 SXM 80GB", (8, 0), 108, 64, 2048, 164 * _KIB, 40 * _MIB, 80 * _GIB, 2.039e12, 1.41),
-        "l4": Gpu("NVIDIA L4", (8, 9), 58, 128, 1536, 100 * _KIB, 48 * _MIB, 24 * _GIB, 0.3e12, 2.04),
-        "h100": Gpu("NVIDIA H100 SXM", (9, 0), 132, 128, 2048, 228 * _KIB, 50 * _MIB, 80 * _GIB, 3.35e12, 1.98),
-        "h200": Gpu("NVIDIA H200 SXM", (9, 0), 132, 128, 2048, 228 * _KIB, 50 * _MIB, 141 * _GIB, 4.8e12, 1.98),
+        "a100": Gpu(
+            "NVIDIA A100 SXM 80GB",
+            (8, 0),
+            108,
+            64,
+            2048,
+            164 * _KIB,
+            40 * _MIB,
+            80 * _GIB,
+            2.039e12,
+            1.41,
+        ),
+        "l4": Gpu(
+            "NVIDIA L4", (8, 9), 58, 128, 1536, 100 * _KIB, 48 * _MIB, 24 * _GIB, 0.3e12, 2.04
+        ),
+        "h100": Gpu(
+            "NVIDIA H100 SXM",
+            (9, 0),
+            132,
+            128,
+            2048,
+            228 * _KIB,
+            50 * _MIB,
+            80 * _GIB,
+            3.35e12,
+            1.98,
+        ),
+        "h200": Gpu(
+            "NVIDIA H200 SXM",
+            (9, 0),
+            132,
+            128,
+            2048,
+            228 * _KIB,
+            50 * _MIB,
+            141 * _GIB,
+            4.8e12,
+            1.98,
+        ),
     }
 )
 
 ARITHMETIC: Mapping[tuple[str, Kind], Mapping[str, str]] = MappingProxyType(
     {
-        ("tpu", "convolution"): {"default": "bfloat16", "high": "three bfloat16 passes", "highest": "float32"},
-        ("tpu", "product"): {"default": "bfloat16", "high": "three bfloat16 passes", "highest": "float32"},
+        ("tpu", "convolution"): {
+            "default": "bfloat16",
+            "high": "three bfloat16 passes",
+            "highest": "float32",
+        },
+        ("tpu", "product"): {
+            "default": "bfloat16",
+            "high": "three bfloat16 passes",
+            "highest": "float32",
+        },
         ("cuda", "convolution"): {"default": "TF32", "high": "TF32", "highest": "float32"},
         ("cuda", "product"): {"default": "TF32", "high": "float32", "highest": "float32"},
     }
@@ -136,7 +186,8 @@ class Target:
 
 
 def parse(name: str) -> Target:
-    """The target that a name such as ``tpu:v5e:2x2`` or ``cuda:a100`` means; without a topology one TPU host, or one GPU.
+    """The target that a name such as ``tpu:v5e:2x2`` or ``cuda:a100`` means; without a topology one
+    TPU host, or one GPU.
 
     Raises:
       InputError: No such platform, chip or topology.
@@ -145,14 +196,25 @@ def parse(name: str) -> Target:
     if platform == "tpu" and chip in TPUS and not any(more):
         topology = topology or TPUS[chip].topology
         dimensions = TPUS[chip].topology.count("x") + 1
-        if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", topology) and topology.count("x") + 1 == dimensions:
+        if (
+            re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", topology)
+            and topology.count("x") + 1 == dimensions
+        ):
             return Target("tpu", chip, topology)
         example = TPUS[chip].topology
-        raise InputError(f"target {name!r}: {topology!r} is no topology of a TPU {chip}, which has {dimensions} dimensions. Write tpu:{chip}:{example}.")
+        raise InputError(
+            f"target {name!r}: {topology!r} is no topology of a TPU {chip}, which has "
+            f"{dimensions} dimensions. Write tpu:{chip}:{example}."
+        )
     if platform == "cuda" and chip in GPUS and not any(more):
         topology = topology or "1"
         if re.fullmatch(r"[1-9]\d{0,3}", topology):
             return Target("cuda", chip, topology)
-        raise InputError(f"target {name!r}: {topology!r} is no number of GPUs. Write cuda:{chip}:8.")
+        raise InputError(
+            f"target {name!r}: {topology!r} is no number of GPUs. Write cuda:{chip}:8."
+        )
     known = [f"tpu:{chip}" for chip in TPUS] + [f"cuda:{chip}" for chip in GPUS]
-    raise InputError(f"target {name!r} is unknown. Known: {', '.join(known)}; with a topology tpu:v5e:2x2, with a number of GPUs cuda:h100:8.")
+    raise InputError(
+        f"target {name!r} is unknown. Known: {', '.join(known)}; with a topology tpu:v5e:2x2, "
+        f"with a number of GPUs cuda:h100:8."
+    )

@@ -13,10 +13,13 @@ class Case:
     """One thing to time.
 
     Attributes:
-      what: ``"train-step"``: loss, gradients, SGD with momentum; ``"forward"``: evaluation mode, every layer as it is; ``"inference"``: each side's own
-        preparation for inference, before the clock starts; ``"conversion"``: from a file to arrays on the device.
-      architecture: A name of :func:`flax_resblock.architectures`, or ``"block"``: one residual block of 64 channels.
-      image_size: Side of the square images (of the block: activations), in pixels; up to 64 the network has the stem for small images.
+      what: ``"train-step"``: loss, gradients, SGD with momentum; ``"forward"``: evaluation mode,
+        every layer as it is; ``"inference"``: each side's own preparation for inference, before the
+        clock starts; ``"conversion"``: from a file to arrays on the device.
+      architecture: A name of :func:`flax_resblock.architectures`, or ``"block"``: one residual
+        block of 64 channels.
+      image_size: Side of the square images (of the block: activations), in pixels; up to 64 the
+        network has the stem for small images.
       batch: Images.
     """
 
@@ -28,7 +31,15 @@ class Case:
     @property
     def title(self) -> str:
         """``"train-step resnet18 32x32 batch 32"``."""
-        return self.what + f" {self.architecture}" + ("" if self.what == "conversion" else f" {self.image_size}x{self.image_size} batch {self.batch}")
+        return (
+            self.what
+            + f" {self.architecture}"
+            + (
+                ""
+                if self.what == "conversion"
+                else f" {self.image_size}x{self.image_size} batch {self.batch}"
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,10 @@ FULL = (
     Case("forward", "resnet18", 32, 32),
     Case("forward", "resnet50", 224, 8),
     Case("forward", "block", 32, 32),
-    *(Case("inference", name, size, batch) for name, size in (("resnet18", 32), ("resnet50", 224)) for batch in (1, 8, 32)),
+    *(
+        Case("inference", name, size, batch)
+        for name, size in (("resnet18", 32), ("resnet50", 224))
+        for batch in (1, 8, 32)
+    ),
     Case("conversion", "resnet50", 224, 1),
 )

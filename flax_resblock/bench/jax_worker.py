@@ -14,20 +14,24 @@ from flax import nnx
 
 import flax_resblock
 from flax_resblock.bench.worker import DECAY, LEARNING_RATE, MOMENTUM, Task, batch_of, serve
-from flax_resblock.inference import compile_inference
-from flax_resblock.lowering.switch import compiler_options, conv_lowering
-from flax_resblock.resnet import ResNet
-from train.pace import Rates
-from train.step import Leaves, make_train_step, split
+from flax_resblock.cpu.switch import compiler_options, conv_lowering
+from flax_resblock.export.inference import compile_inference
+from flax_resblock.nn.resnet import ResNet
+from flax_resblock.training.pace import Rates
+from flax_resblock.training.step import Leaves, make_train_step, split
 
 
 def _sgd() -> optax.GradientTransformationExtraArgs:
     """The same update as ``torch.optim.SGD`` with momentum and decay."""
-    return optax.with_extra_args_support(optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(LEARNING_RATE, momentum=MOMENTUM)))
+    return optax.with_extra_args_support(
+        optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(LEARNING_RATE, momentum=MOMENTUM))
+    )
 
 
 def train_step(task: Task) -> Callable[[], float]:
-    """The step of :mod:`train`, as ``flax-resblock train`` runs it; of a bare block, the same with the mean square as loss."""
+    """The step of :mod:`train`, as ``flax-resblock train`` runs it; of a bare block, the same with
+    the mean square as loss.
+    """
     model = flax_resblock.load(task.weights)
     images, labels = (jnp.asarray(array) for array in batch_of(task.case))
     optimizer = _sgd()
@@ -75,14 +79,18 @@ def forward(task: Task) -> Callable[[], jax.Array]:
     graphdef, state = nnx.split(model)
     leaves, structure = jax.tree.flatten(state)
     evaluate = jax.jit(
-        lambda leaves, images: nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))(images, use_running_average=True),
+        lambda leaves, images: nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))(
+            images, use_running_average=True
+        ),
         compiler_options=compiler_options(),
     )
     return lambda: jax.block_until_ready(evaluate(leaves, images))
 
 
 def conversion(task: Task) -> Callable[[], Any]:
-    """From PyTorch's names and layout in a file to a model on the device; or the least that this can be, its bytes copied in memory."""
+    """From PyTorch's names and layout in a file to a model on the device; or the least that this
+    can be, its bytes copied in memory.
+    """
     path = task.weights
     if task.how == "copy":
         from safetensors.numpy import load_file
@@ -109,7 +117,11 @@ def main() -> None:
         elif task.case.what == "conversion":
             serve(task.threads, lambda: conversion(task), _total)
         else:
-            serve(task.threads, lambda: forward(task), lambda outputs: float(np.abs(np.asarray(outputs, np.float64)).mean()))
+            serve(
+                task.threads,
+                lambda: forward(task),
+                lambda outputs: float(np.abs(np.asarray(outputs, np.float64)).mean()),
+            )
 
 
 if __name__ == "__main__":

@@ -20,21 +20,42 @@ MEBI = 1 << 20
 
 def machine() -> dict[str, Any]:
     """Name, cores, memory and versions: what a time means nothing without."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    lines = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
+    name = next(
+        (line.split(": ")[1] for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    versions = {package: metadata.version(package) for package in ("jax", "jaxlib", "flax", "torch", "numpy")}
-    return {"cpu": name, "cores": os.cpu_count(), "memory_bytes": memory, "python": platform.python_version(), "versions": versions}
+    versions = {
+        package: metadata.version(package)
+        for package in ("jax", "jaxlib", "flax", "torch", "numpy")
+    }
+    return {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "memory_bytes": memory,
+        "python": platform.python_version(),
+        "versions": versions,
+    }
 
 
 def sentence(found: dict[str, Any]) -> str:
     """The machine in a line."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"{found['cpu']}, {found['cores']} cores, {found['memory_bytes'] / (1 << 30):.0f} GiB; Python {found['python']}, {versions}"
+    return (
+        f"{found['cpu']}, {found['cores']} cores, {found['memory_bytes'] / (1 << 30):.0f} GiB; "
+        f"Python {found['python']}, {versions}"
+    )
 
 
 def table(case: Case, results: Sequence[Result]) -> Table:
-    """One row per contestant: medians with quartiles; seconds until the first result, and of a process that finds it compiled; memory."""
+    """One row per contestant: medians with quartiles; seconds until the first result, and of a
+    process that finds it compiled; memory.
+    """
     found = Table(title=case.title, title_justify="left")
     found.add_column("", no_wrap=True)
     for column in ("ms", "ratio", "first s", "cached s", "peak MiB"):
@@ -46,29 +67,50 @@ def table(case: Case, results: Sequence[Result]) -> Table:
         low, middle, high = (1e3 * value for value in quartiles(result.rounds))
         ratio = quartiles(result.ratios)
         cached = "" if result.cached is None else f"{result.cached:.1f}"
-        times = f"{middle:.4g} ({low:.4g}-{high:.4g})", f"{ratio[1]:.2f} ({ratio[0]:.2f}-{ratio[2]:.2f})"
-        found.add_row(result.contestant, *times, f"{result.first:.1f}", cached, f"{result.peak / MEBI:.0f}")
+        times = (
+            f"{middle:.4g} ({low:.4g}-{high:.4g})",
+            f"{ratio[1]:.2f} ({ratio[0]:.2f}-{ratio[2]:.2f})",
+        )
+        found.add_row(
+            result.contestant, *times, f"{result.first:.1f}", cached, f"{result.peak / MEBI:.0f}"
+        )
     return found
 
 
 def disagreement(results: Sequence[Result]) -> float:
-    """The largest relative difference of what was computed to what the first one computed; the copy of bytes computes the same sum."""
+    """The largest relative difference of what was computed to what the first one computed; the copy
+    of bytes computes the same sum.
+    """
     values = [result.value for result in results if not result.failed]
     return max(abs(value - values[0]) for value in values) / abs(values[0])
 
 
-def content(cases: Sequence[tuple[Case, Sequence[Result]]], settings: dict[str, Any]) -> dict[str, Any]:
+def content(
+    cases: Sequence[tuple[Case, Sequence[Result]]], settings: dict[str, Any]
+) -> dict[str, Any]:
     """Everything, as JSON."""
     return {
         "machine": machine(),
         "settings": settings,
-        "cases": [{"case": vars(case), "title": case.title, "results": [result.content() for result in results]} for case, results in cases],
+        "cases": [
+            {
+                "case": vars(case),
+                "title": case.title,
+                "results": [result.content() for result in results],
+            }
+            for case, results in cases
+        ],
     }
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The table for a document, from :func:`content`: PyTorch eager's milliseconds, ratios of the others to it with quartiles, of our peak memory to its."""
-    lines = ["| | PyTorch eager | torch.compile | flax-resblock | plain XLA | peak memory |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    """The table for a document, from :func:`content`: PyTorch eager's milliseconds, ratios of the
+    others to it with quartiles, of our peak memory to its.
+    """
+    lines = [
+        "| | PyTorch eager | torch.compile | flax-resblock | plain XLA | peak memory |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for case in found["cases"]:
         base, *others = case["results"]
         if case["case"]["what"] == "conversion" or base["failed"]:
@@ -95,11 +137,22 @@ def picture(cases: Sequence[tuple[Case, Sequence[Result]]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependencyError("pictures need matplotlib: pip install 'flax-resblock[train]'.") from error
-    colours = {"PyTorch": "#ee8866", "torch.compile": "#ffcc88", "flax-resblock": "#4477aa", "plain": "#99bbdd"}
-    groups = [(case.title, [r for r in results if not r.failed]) for case, results in cases if case.what != "conversion" or len(cases) == 1]
+        raise MissingDependencyError(
+            "pictures need matplotlib: pip install 'flax-resblock[train]'."
+        ) from error
+    colours = {
+        "PyTorch": "#ee8866",
+        "torch.compile": "#ffcc88",
+        "flax-resblock": "#4477aa",
+        "plain": "#99bbdd",
+    }
+    groups = [
+        (case.title, [r for r in results if not r.failed])
+        for case, results in cases
+        if case.what != "conversion" or len(cases) == 1
+    ]
     rows = sum(len(good) + 1 for _, good in groups)
-    figure = Figure(figsize=(8, 0.14 * rows + 0.9), layout="constrained")
+    figure = Figure(figsize=(8, 0.14 * rows + 0.9), naming="constrained")
     axes = figure.add_subplot()
     position, ticks, seen = 0, [], set()
     for title, good in groups:
@@ -107,7 +160,13 @@ def picture(cases: Sequence[tuple[Case, Sequence[Result]]], path: Path) -> None:
         for result in good:
             low, middle, high = quartiles(result.ratios)
             key = next((key for key in colours if result.contestant.startswith(key)), "")
-            axes.barh(position, middle, 0.9, color=colours.get(key, "#bbbbbb"), label=None if key in seen else result.contestant)
+            axes.barh(
+                position,
+                middle,
+                0.9,
+                color=colours.get(key, "#bbbbbb"),
+                label=None if key in seen else result.contestant,
+            )
             axes.plot([low, high], [position, position], color="black", linewidth=0.8)
             axes.text(max(high, middle) + 0.02, position, f"{middle:.2f}", va="center", fontsize=6)
             seen.add(key)
@@ -116,7 +175,10 @@ def picture(cases: Sequence[tuple[Case, Sequence[Result]]], path: Path) -> None:
     axes.set_yticks([tick for tick, _ in ticks], [title for _, title in ticks], fontsize=7)
     axes.set_ylim(position - 0.5, -1)
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel("time / time of PyTorch eager: median and quartiles of interleaved rounds; lower is faster", fontsize=8)
+    axes.set_xlabel(
+        "time / time of PyTorch eager: median and quartiles of interleaved rounds; lower is faster",
+        fontsize=8,
+    )
     figure.legend(fontsize=7, loc="outside upper right", ncols=4, frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -18,7 +18,7 @@ import flax_resblock
 from flax_resblock.bench.cases import CONTESTANTS, Case, Contestant
 from flax_resblock.bench.worker import Task, config_of
 from flax_resblock.errors import InputError
-from flax_resblock.resnet import build
+from flax_resblock.nn.resnet import build
 
 ROUND_SECONDS, FEWEST_REPEATS, MOST_REPEATS = 1.2, 3, 60
 
@@ -40,9 +40,11 @@ class Result:
       rounds: Median seconds of every round.
       ratios: Of these to the first contestant's of the same round.
       first: Seconds until the first result: compilation and all that belongs to it.
-      cached: The same in a process that finds it in the compilation cache; None where there is no cache.
+      cached: The same in a process that finds it in the compilation cache; None where there is no
+        cache.
       value: Loss, or mean size of the outputs, after the first repetition.
-      imported, peak: Bytes held once everything is imported, and at most; of a process that finds its programs in the cache where there is one.
+      imported, peak: Bytes held once everything is imported, and at most; of a process that finds
+        its programs in the cache where there is one.
       faults: Page faults of a repetition.
       failed: Why there are no numbers.
     """
@@ -62,7 +64,10 @@ class Result:
         """As JSON, with the medians."""
         found = asdict(self)
         if self.rounds:
-            found |= {"seconds_quartiles": quartiles(self.rounds), "ratio_quartiles": quartiles(self.ratios)}
+            found |= {
+                "seconds_quartiles": quartiles(self.rounds),
+                "ratio_quartiles": quartiles(self.ratios),
+            }
         return found
 
 
@@ -92,7 +97,9 @@ class _Worker:
         if not line:
             self._process.wait()
             self._errors.seek(0)
-            lines = self._errors.read().strip().splitlines() or [f"status {self._process.returncode}"]
+            lines = self._errors.read().strip().splitlines() or [
+                f"status {self._process.returncode}"
+            ]
             raise RuntimeError(lines[-1][:300])
         return json.loads(line)
 
@@ -111,17 +118,24 @@ class _Worker:
 
 
 def measure(
-    case: Case, *, rounds: int, threads: int, allocator: Mapping[str, str], on_progress: Callable[[str, int], None] = lambda text, done: None
+    case: Case,
+    *,
+    rounds: int,
+    threads: int,
+    allocator: Mapping[str, str],
+    on_progress: Callable[[str, int], None] = lambda text, done: None,
 ) -> list[Result]:
     """Times every contestant of a case.
 
-    Each works in a process of its own, alone: the others wait for their turn. A round gives every contestant one turn of several repetitions.
+    Each works in a process of its own, alone: the others wait for their turn. A round gives every
+    contestant one turn of several repetitions.
 
     Args:
       case: What to do.
       rounds: How many turns each gets.
       threads: That a process may use; where the system can, it is kept on as many cores.
-      allocator: What the environment tells the allocator of both frameworks, ``{"GLIBC_TUNABLES": ...}``; empty: its defaults.
+      allocator: What the environment tells the allocator of both frameworks, ``{"GLIBC_TUNABLES":
+        ...}``; empty: its defaults.
       on_progress: Called with a text and the number of turns done.
     Raises:
       InputError: No contestant got to its first result.
@@ -130,10 +144,24 @@ def measure(
         weights = Path(folder) / "weights.safetensors"
         on_progress("preparing weights", 0)
         _write_weights(case, weights)
-        environment = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "JAX_COMPILATION_CACHE_DIR")}
-        environment |= {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu", "FLAX_RESBLOCK_CONV_LOWERING": ""}
-        environment |= {"JAX_COMPILATION_CACHE_DIR": str(Path(folder) / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        environment["JAX_ENABLE_COMPILATION_CACHE"] = "true"  # also where the person has turned the command's own off: the second start is measured
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("GLIBC_TUNABLES", "JAX_COMPILATION_CACHE_DIR")
+        }
+        environment |= {
+            "OMP_NUM_THREADS": str(threads),
+            "JAX_PLATFORMS": "cpu",
+            "FLAX_RESBLOCK_CONV_LOWERING": "",
+        }
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": str(Path(folder) / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = (
+            # also where the person has turned the command's own off: the second start is measured
+            "true"
+        )
         environment |= allocator
         results: dict[str, Result] = {}
         workers: dict[str, _Worker] = {}
@@ -148,7 +176,10 @@ def measure(
                 continue
             workers[contestant.name] = worker
         if not workers:
-            raise InputError(f"{case.title}: nobody got to a result: " + "; ".join(f"{name}: {result.failed}" for name, result in results.items()))
+            raise InputError(
+                f"{case.title}: nobody got to a result: "
+                + "; ".join(f"{name}: {result.failed}" for name, result in results.items())
+            )
         _take_turns(workers, results, rounds, on_progress)
         return list(results.values())
 
@@ -159,7 +190,13 @@ def _write_weights(case: Case, path: Path) -> None:
     flax_resblock.save(build(config_of(case), rngs=nnx.Rngs(0)), path)
 
 
-def _started(contestant: Contestant, task: Task, environment: dict[str, str], result: Result, stack: ExitStack) -> _Worker:
+def _started(
+    contestant: Contestant,
+    task: Task,
+    environment: dict[str, str],
+    result: Result,
+    stack: ExitStack,
+) -> _Worker:
     """A worker that is ready; of jax, the second one, which finds its programs compiled."""
 
     def start() -> tuple[_Worker, dict[str, Any]]:
@@ -177,7 +214,12 @@ def _started(contestant: Contestant, task: Task, environment: dict[str, str], re
     return worker
 
 
-def _take_turns(workers: dict[str, _Worker], results: dict[str, Result], rounds: int, on_progress: Callable[[str, int], None]) -> None:
+def _take_turns(
+    workers: dict[str, _Worker],
+    results: dict[str, Result],
+    rounds: int,
+    on_progress: Callable[[str, int], None],
+) -> None:
     repeats: dict[str, int] = {}
     for name, worker in workers.items():  # warms up
         worker.ask(2)

@@ -9,19 +9,29 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from flax_resblock.bench.worker import DECAY, LEARNING_RATE, MOMENTUM, Task, batch_of, config_of, serve
-from flax_resblock.parity.twins import torch_twin
+from flax_resblock.bench.worker import (
+    DECAY,
+    LEARNING_RATE,
+    MOMENTUM,
+    Task,
+    batch_of,
+    config_of,
+    serve,
+)
+from flax_resblock.parity.reference import torch_reference
 
 
 def _ready(task: Task) -> torch.nn.Module:
-    module = torch_twin(config_of(task.case))
+    module = torch_reference(config_of(task.case))
     module.load_state_dict(load_file(task.weights))
     return module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def _images(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = batch_of(task.case)
-    return torch.from_numpy(images.transpose(0, 3, 1, 2)).contiguous(memory_format=torch.channels_last), torch.from_numpy(labels).long()
+    return torch.from_numpy(images.transpose(0, 3, 1, 2)).contiguous(
+        memory_format=torch.channels_last
+    ), torch.from_numpy(labels).long()
 
 
 def train_step(task: Task) -> Callable[[], float]:
@@ -34,7 +44,11 @@ def train_step(task: Task) -> Callable[[], float]:
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
         outputs = network(images)
-        loss = torch.nn.functional.cross_entropy(outputs, labels) if outputs.ndim == 2 else outputs.square().mean()
+        loss = (
+            torch.nn.functional.cross_entropy(outputs, labels)
+            if outputs.ndim == 2
+            else outputs.square().mean()
+        )
         loss.backward()
         optimizer.step()
         return loss.item()
@@ -81,9 +95,19 @@ def main() -> None:
         return
     torch.set_grad_enabled(False)
     if task.case.what == "conversion":
-        serve(task.threads, lambda: conversion(task), lambda module: float(sum(tensor.double().sum() for tensor in module.state_dict().values())))
+        serve(
+            task.threads,
+            lambda: conversion(task),
+            lambda module: float(
+                sum(tensor.double().sum() for tensor in module.state_dict().values())
+            ),
+        )
     else:
-        serve(task.threads, lambda: forward(task), lambda outputs: float(outputs.double().abs().mean()))
+        serve(
+            task.threads,
+            lambda: forward(task),
+            lambda outputs: float(outputs.double().abs().mean()),
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What the processes of both frameworks have in common: they prepare, say so, and then time as many repetitions as they are asked for.
+"""What the processes of both frameworks have in common: they prepare, say so, and then time as many
+repetitions as they are asked for.
 
-Lines of JSON in both directions: ``{"first": seconds, "imported": bytes}`` once ready; then, for each number that is read,
-``{"seconds": [...], "value": v, "peak": bytes, "faults": n}``.
-"""
+Lines of JSON in both directions: ``{"first": seconds, "imported": bytes}`` once ready; then, for
+each number that is read, ``{"seconds": [...], "value": v, "peak": bytes, "faults": n}``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.architecture import Config, architecture
 from flax_resblock.bench.cases import Case
-from flax_resblock.block_config import BlockConfig
+from flax_resblock.config import BlockConfig, Config, architecture
 
 CLASSES = 10
 LEARNING_RATE, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
@@ -47,11 +46,20 @@ class Task:
     def of(cls, text: str) -> Task:
         """From :meth:`text`."""
         content = json.loads(text)
-        return cls(Case(**content["case"]), content["how"], content["threads"], Path(content["weights"]))
+        return cls(
+            Case(**content["case"]), content["how"], content["threads"], Path(content["weights"])
+        )
 
     def text(self) -> str:
         """As JSON."""
-        return json.dumps({"case": vars(self.case), "how": self.how, "threads": self.threads, "weights": str(self.weights)})
+        return json.dumps(
+            {
+                "case": vars(self.case),
+                "how": self.how,
+                "threads": self.threads,
+                "weights": str(self.weights),
+            }
+        )
 
 
 def config_of(case: Case) -> Config:
@@ -60,13 +68,19 @@ def config_of(case: Case) -> Config:
         return BlockConfig(in_channels=64, out_channels=64)
     if case.what == "conversion":
         return architecture(case.architecture)
-    return architecture(case.architecture, num_classes=CLASSES, stem="cifar" if case.image_size <= 64 else "imagenet")
+    return architecture(
+        case.architecture,
+        num_classes=CLASSES,
+        stem="cifar" if case.image_size <= 64 else "imagenet",
+    )
 
 
 def batch_of(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """Images ``(N, H, W, C)`` float32 and labels ``(N,)`` int32, the same in every process."""
     rng = np.random.default_rng(0)
-    images = rng.normal(0.2, 1.0, (case.batch, case.image_size, case.image_size, config_of(case).in_channels))
+    images = rng.normal(
+        0.2, 1.0, (case.batch, case.image_size, case.image_size, config_of(case).in_channels)
+    )
     return images.astype(np.float32), rng.integers(0, CLASSES, case.batch).astype(np.int32)
 
 
@@ -74,11 +88,19 @@ def resident() -> int:
     """The largest amount of memory that this process has held so far, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():  # ``ru_maxrss`` begins with what the process held that started this one
-        return next(int(line.split()[1]) << 10 for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return next(
+            int(line.split()[1]) << 10
+            for line in status.read_text(encoding="ascii").splitlines()
+            if line.startswith("VmHWM")
+        )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
-def serve(threads: int, prepare: Callable[[], Callable[[], Any]], value: Callable[[Any], float]) -> None:
+def serve(
+    threads: int, prepare: Callable[[], Callable[[], Any]], value: Callable[[Any], float]
+) -> None:
     """Prepares, and then repeats until the input ends.
 
     Args:
@@ -91,7 +113,12 @@ def serve(threads: int, prepare: Callable[[], Callable[[], Any]], value: Callabl
     imported, start = resident(), time.perf_counter()
     run = prepare()
     result = run()
-    print(json.dumps({"first": time.perf_counter() - start, "imported": imported, "value": value(result)}), flush=True)
+    print(
+        json.dumps(
+            {"first": time.perf_counter() - start, "imported": imported, "value": value(result)}
+        ),
+        flush=True,
+    )
     for line in sys.stdin:
         run()  # after the turns of others the caches hold what is theirs
         seconds, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -100,4 +127,9 @@ def serve(threads: int, prepare: Callable[[], Callable[[], Any]], value: Callabl
             result = run()
             seconds.append(time.perf_counter() - start)
         faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // len(seconds)
-        print(json.dumps({"seconds": seconds, "value": value(result), "peak": resident(), "faults": faults}), flush=True)
+        print(
+            json.dumps(
+                {"seconds": seconds, "value": value(result), "peak": resident(), "faults": faults}
+            ),
+            flush=True,
+        )

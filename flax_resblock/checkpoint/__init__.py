@@ -1,4 +1,6 @@
-"""Files to flat ``{name: array}`` and back: PyTorch, safetensors, Orbax. Which spelling the names are in is not this package's business."""
+"""Files to flat ``{name: array}`` and back: PyTorch, safetensors, Orbax. Which spelling the names
+are in is not this package's business.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,31 @@ from flax_resblock.checkpoint import sidecar
 from flax_resblock.checkpoint.atomic import refuse_existing, remove, replacing
 from flax_resblock.checkpoint.limits import LIMITS, UNLIMITED, Limits, check_files, check_names
 from flax_resblock.checkpoint.model_folder import texts_beside, weights_in
-from flax_resblock.checkpoint.record import DIGESTS, METADATA_DIGEST, Record, arrays_in, digest, digests, metadata_digest
+from flax_resblock.checkpoint.record import (
+    DIGESTS,
+    METADATA_DIGEST,
+    Record,
+    arrays_in,
+    digest,
+    digests,
+    metadata_digest,
+)
 from flax_resblock.errors import CheckpointError, InputError, OutputError, some, visible
 
-__all__ = ["FORMATS", "LIMITS", "Limits", "Record", "digest", "digests", "output_format", "read", "refuse_existing", "remove", "replacing", "write"]
+__all__ = [
+    "FORMATS",
+    "LIMITS",
+    "Limits",
+    "Record",
+    "digest",
+    "digests",
+    "output_format",
+    "read",
+    "refuse_existing",
+    "remove",
+    "replacing",
+    "write",
+]
 
 FORMATS: Mapping[str, tuple[str, ...]] = {
     "pytorch": (".pt", ".pth", ".th", ".bin", ".ckpt"),
@@ -41,7 +64,10 @@ def output_format(path: Path) -> str:
         if path.suffix.lower() in suffixes:
             return name
     known = ", ".join(suffix for suffixes in FORMATS.values() for suffix in suffixes if suffix)
-    raise InputError(f"{path}: the suffix {path.suffix!r} names no format. Use {known}, or a name without suffix for an Orbax folder.")
+    raise InputError(
+        f"{path}: the suffix {path.suffix!r} names no format. Use {known}, or a name without "
+        f"suffix for an Orbax folder."
+    )
 
 
 def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
@@ -55,7 +81,10 @@ def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
         weights = weights_in(path)
         if weights is not None:  # which a link may stand for: caches of downloads consist of them
             return ("pytorch" if ".bin" in weights.name else "safetensors"), weights
-        raise CheckpointError(f"{path} is a folder without a checkpoint: no Orbax metadata, no model.safetensors. Give the checkpoint itself.")
+        raise CheckpointError(
+            f"{path} is a folder without a checkpoint: no Orbax metadata, no "
+            f"model.safetensors. Give the checkpoint itself."
+        )
     try:
         if not path.exists():
             raise CheckpointError(f"{path} does not exist. Check the path.")
@@ -68,25 +97,38 @@ def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
         raise CheckpointError(f"{path} is empty. The download or copy failed; get it again.")
     if path.name.endswith(".bin.index.json"):
         return "pytorch", path
-    if path.name.endswith(".safetensors.index.json") or path.suffix == ".safetensors" or head[8:9] == b"{":
+    if (
+        path.name.endswith(".safetensors.index.json")
+        or path.suffix == ".safetensors"
+        or head[8:9] == b"{"
+    ):
         return "safetensors", path
     if head.startswith((b"PK", b"\x80")):
         return "pytorch", path
-    raise CheckpointError(f"{path} is neither a PyTorch checkpoint (zip or pickle) nor safetensors: it begins with {head!r}. Check that it is the right file.")
+    raise CheckpointError(
+        f"{path} is neither a PyTorch checkpoint (zip or pickle) nor safetensors: it begins "
+        f"with {head!r}. Check that it is the right file."
+    )
 
 
-def read(path: str | Path, *, entry: str | None = None, run: bool = False, limits: Limits = LIMITS) -> Record:
+def read(
+    path: str | Path, *, entry: str | None = None, run: bool = False, limits: Limits = LIMITS
+) -> Record:
     """Reads any checkpoint; nothing in it is executed.
 
     Args:
-      path: ``.pt``, ``.pth``, ``.th``, ``.safetensors``, a shard index, an Orbax folder, or a folder with ``model.safetensors`` or ``pytorch_model.bin``, whose
-        ``config.json`` then is in the metadata.
+      path: ``.pt``, ``.pth``, ``.th``, ``.safetensors``, a shard index, an Orbax folder, or a
+        folder with ``model.safetensors`` or ``pytorch_model.bin``, whose ``config.json`` then is in
+        the metadata.
       entry: Name of the entry that holds the state dict in a training checkpoint; None finds it.
-      run: Also read what a training run left in files beside the weights; and entries beside them have numpy arrays for tensors.
+      run: Also read what a training run left in files beside the weights; and entries beside them
+        have numpy arrays for tensors.
       limits: What it may declare; see :class:`Limits`.
     Raises:
-      CheckpointError: Not a checkpoint, damaged, beyond the limits, one that would execute code, or a tensor that differs from its recorded SHA-256.
-      MissingDependencyError: A PyTorch file with something in it that only PyTorch can read, where torch is not installed.
+      CheckpointError: Not a checkpoint, damaged, beyond the limits, one that would execute code, or
+        a tensor that differs from its recorded SHA-256.
+      MissingDependencyError: A PyTorch file with something in it that only PyTorch can read, where
+        torch is not installed.
     """
     format_name, file = _resolve(Path(path), limits)
     if format_name == "orbax":
@@ -103,18 +145,26 @@ def read(path: str | Path, *, entry: str | None = None, run: bool = False, limit
         record = torch_file.read(file, entry=entry, limits=limits)
     check_names(record.tensors, record.source)
     _verify(record, _recorded_digests(record))
-    if record.metadata.get(METADATA_DIGEST, metadata_digest(record.metadata)) != metadata_digest(record.metadata):
+    if record.metadata.get(METADATA_DIGEST, metadata_digest(record.metadata)) != metadata_digest(
+        record.metadata
+    ):
         raise CheckpointError(
-            f"{record.source} is damaged: what it says beside its tensors differs from the SHA-256 recorded when it was written. Copy it again."
+            f"{record.source} is damaged: what it says beside its tensors differs from the "
+            f"SHA-256 recorded when it was written. Copy it again."
         )
-    record = replace(record, metadata={**texts_beside(file), **record.metadata})  # which no digest covers
+    record = replace(
+        record, metadata={**texts_beside(file), **record.metadata}
+    )  # which no digest covers
     return _with_run(record, Path(path), limits) if run else record
 
 
 def _with_run(record: Record, path: Path, limits: Limits) -> Record:
     from flax_resblock.checkpoint.trainer_folder import beside
 
-    extras = {**record.extras, **(beside(path, limits) if path.is_dir() and record.format != "orbax" else {})}
+    extras = {
+        **record.extras,
+        **(beside(path, limits) if path.is_dir() and record.format != "orbax" else {}),
+    }
     if not extras or (record.format == "safetensors" and not path.is_dir()):
         return record
     from flax_resblock.checkpoint.torch_file import plain
@@ -127,7 +177,9 @@ def _recorded_digests(record: Record) -> dict[str, str]:
         recorded = json.loads(record.metadata.get(DIGESTS, "{}"))
         return {str(key): str(value) for key, value in recorded.items()}
     except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{record.source}: its list of SHA-256 digests is damaged. Copy the checkpoint again.") from error
+        raise CheckpointError(
+            f"{record.source}: its list of SHA-256 digests is damaged. Copy the checkpoint again."
+        ) from error
 
 
 def _verify(record: Record, expected: Mapping[str, str]) -> None:
@@ -135,7 +187,10 @@ def _verify(record: Record, expected: Mapping[str, str]) -> None:
     changed = [key for key, sha in expected.items() if found.get(key) != sha]
     if changed:
         verb = "differs" if len(changed) == 1 else "differ"
-        raise CheckpointError(f"{record.source} is damaged: {some(changed)} {verb} from the SHA-256 recorded when it was written. Copy it again.")
+        raise CheckpointError(
+            f"{record.source} is damaged: {some(changed)} {verb} from the SHA-256 recorded "
+            f"when it was written. Copy it again."
+        )
 
 
 def _writer(format_name: str, files: Mapping[str, str] | None) -> Callable[..., None]:
@@ -162,20 +217,28 @@ def write(
     force: bool = False,
     release: bool = False,
 ) -> None:
-    """Writes a checkpoint: to a temporary name, read back and compared by SHA-256, then renamed into place.
+    """Writes a checkpoint: to a temporary name, read back and compared by SHA-256, then renamed
+    into place.
 
     Args:
-      path: The suffix decides the format: ``.pth`` (``.pt``, ``.th``), ``.safetensors``, none for an Orbax folder.
+      path: The suffix decides the format: ``.pth`` (``.pt``, ``.th``), ``.safetensors``, none for
+        an Orbax folder.
       tensors: Arrays by name.
-      metadata: Strings kept beside the tensors where the format has a place for them (not in a ``.pth``, whose SHA-256 lie in a file beside it).
-      extras: Entries of a training checkpoint, numpy arrays for tensors; for a ``.pth`` only, where ``tensors`` then become the entry ``"model"``.
-      files: Texts by name; ``path``, without suffix, then becomes a folder of ``model.safetensors`` and these files.
+      metadata: Strings kept beside the tensors where the format has a place for them (not in a
+        ``.pth``, whose SHA-256 lie in a file beside it).
+      extras: Entries of a training checkpoint, numpy arrays for tensors; for a ``.pth`` only, where
+        ``tensors`` then become the entry ``"model"``.
+      files: Texts by name; ``path``, without suffix, then becomes a folder of ``model.safetensors``
+        and these files.
       force: Replace what is there.
-      release: Empty ``tensors`` once they are written, so that they and what is read back are never in memory together.
+      release: Empty ``tensors`` once they are written, so that they and what is read back are never
+        in memory together.
     Raises:
       InputError: An unknown suffix, or a destination that exists.
-      OutputError: A full or failing disk, or a folder that cannot be written to; nothing is left at ``path``.
-      CheckpointError: What was read back differs from what was written (a failing disk); nothing is left at ``path``.
+      OutputError: A full or failing disk, or a folder that cannot be written to; nothing is left at
+        ``path``.
+      CheckpointError: What was read back differs from what was written (a failing disk); nothing is
+        left at ``path``.
     """
     path = Path(path)
     format_name = output_format(path)
@@ -187,22 +250,44 @@ def write(
         sidecar.refuse_foreign(path)
         companions = (sidecar.sidecar_of(path).name,)
     with replacing(path, force=force, companions=companions) as temporary:
-        _writing(path, _writer(format_name, files), temporary, tensors, {**metadata, METADATA_DIGEST: metadata_digest(metadata)}, **beside)
+        _writing(
+            path,
+            _writer(format_name, files),
+            temporary,
+            tensors,
+            {**metadata, METADATA_DIGEST: metadata_digest(metadata)},
+            **beside,
+        )
         if release:
             tensors.clear()
-        written = read(temporary, run=bool(extras), limits=UNLIMITED)  # which compares with the digests that lie in it or beside it
+        written = read(
+            temporary, run=bool(extras), limits=UNLIMITED
+        )  # which compares with the digests that lie in it or beside it
         if _recorded_digests(written) != expected:
             _verify(written, expected)
         if extras and digests(arrays_in(written.extras)) != digests(arrays_in(extras)):
-            raise CheckpointError(f"{path}: the optimizer that was read back differs from what was written; the disk may be failing. Nothing was left there.")
+            raise CheckpointError(
+                f"{path}: the optimizer that was read back differs from what was written; the "
+                f"disk may be failing. Nothing was left there."
+            )
 
 
 def _writing(path: Path, write: Callable[..., None], *arguments: Any, **extras: Any) -> None:
-    """Writes, and turns what the three formats' own writers raise at a full or failing disk into one error."""
+    """Writes, and turns what the three formats' own writers raise at a full or failing disk into
+    one error.
+    """
     try:
         write(*arguments, **extras)
     except (InputError, OSError, MemoryError):
         raise
-    except Exception as error:  # RuntimeError of torch, SafetensorError, ValueError of TensorStore: none of them an OSError
-        reason = visible(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
-        raise OutputError(f"{path} could not be written: {reason[:200]}. Is the disk full? Nothing was left there.") from error
+    # RuntimeError of torch, SafetensorError, ValueError of TensorStore: none of them an OSError
+    except Exception as error:
+        reason = (
+            visible(str(error).strip().splitlines()[0])
+            if str(error).strip()
+            else type(error).__name__
+        )
+        raise OutputError(
+            f"{path} could not be written: {reason[:200]}. Is the disk full? Nothing was left "
+            f"there."
+        ) from error

@@ -1,8 +1,8 @@
 """Outputs that exist whole or not at all.
 
-An output is written into a folder of its own beside its destination, flushed to the disk, and renamed. That folder stays locked while its process lives: the
-next run for the same destination removes those that nobody holds.
-"""
+An output is written into a folder of its own beside its destination, flushed to the disk, and
+renamed. That folder stays locked while its process lives: the next run for the same destination
+removes those that nobody holds."""
 
 from __future__ import annotations
 
@@ -27,36 +27,56 @@ EXPORTED = "model.stablehlo"
 
 _SUFFIX = ".partial"
 _ASIDE = "replaced"
-"""Where the old folder waits while the new one takes its name, where the file system cannot exchange the two in one step."""
+"""Where the old folder waits while the new one takes its name, where the file system cannot
+exchange the two in one step.
+"""
 _PATIENCE = 100
 """Attempts, a twentieth of a second apart, to remove a folder that is still being written to."""
 _ATTEMPTS = 100
-"""At making a temporary folder; another process may take one for left behind before it is locked."""
+"""At making a temporary folder; another process may take one for left behind before it is
+locked.
+"""
 _AT_CURRENT_FOLDER, _EXCHANGE = -100, 2
 """Of Linux's renameat2."""
 
 
 def refuse_existing(path: Path, force: bool) -> None:
-    """Raises InputError when ``path`` exists and may not be replaced, or cannot be created there."""
+    """Raises InputError when ``path`` exists and may not be replaced, or cannot be created
+    there.
+    """
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist. Create it first.")
     if os.path.lexists(path) and not force:
-        raise InputError(f"{path} exists. Choose another name, or pass --force (force=True) to replace it.")
-    if path.is_dir() and any(path.iterdir()) and not is_orbax(path) and not (path / EXPORTED).is_file():
-        raise InputError(f"{path} is a folder that is no checkpoint; it is not replaced, even by force. Choose another name.")
+        raise InputError(
+            f"{path} exists. Choose another name, or pass --force (force=True) to replace it."
+        )
+    if (
+        path.is_dir()
+        and any(path.iterdir())
+        and not is_orbax(path)
+        and not (path / EXPORTED).is_file()
+    ):
+        raise InputError(
+            f"{path} is a folder that is no checkpoint; it is not replaced, even by force. "
+            f"Choose another name."
+        )
 
 
 @contextmanager
 def replacing(path: Path, *, force: bool = False, companions: Sequence[str] = ()) -> Iterator[Path]:
-    """A temporary path in the same folder that takes the name ``path`` when the block ends well, and vanishes when it does not.
+    """A temporary path in the same folder that takes the name ``path`` when the block ends well,
+    and vanishes when it does not.
 
     Args:
-      path: The destination, a file or a folder; the block decides which by what it creates at the temporary path.
+      path: The destination, a file or a folder; the block decides which by what it creates at the
+        temporary path.
       force: Replace what is there.
-      companions: Names of files that the block writes beside the temporary path; they take their places beside ``path`` just before it does.
+      companions: Names of files that the block writes beside the temporary path; they take their
+        places beside ``path`` just before it does.
     Raises:
       InputError: The destination exists without ``force``.
-      OutputError: Its folder cannot be written to, or the disk is full or fails; from the block too.
+      OutputError: Its folder cannot be written to, or the disk is full or fails; from the block
+        too.
     """
     scratch = lock = None
     try:
@@ -74,7 +94,9 @@ def replacing(path: Path, *, force: bool = False, companions: Sequence[str] = ()
             _place(temporary, path, scratch / _ASIDE, force)
         _flush(path.parent)
     except OSError as error:
-        raise OutputError(f"{path} could not be written: {error.strerror or error}. Nothing was left there.") from error
+        raise OutputError(
+            f"{path} could not be written: {error.strerror or error}. Nothing was left there."
+        ) from error
     finally:
         if scratch is not None:
             _remove(scratch)
@@ -87,7 +109,9 @@ _held = threading.local()
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes and threads that ask for it out of a folder; within itself it does nothing."""
+    """Keeps other processes and threads that ask for it out of a folder; within itself it does
+    nothing.
+    """
     folders: set[Path] = vars(_held).setdefault("folders", set())
     place = folder.resolve()
     if place in folders:
@@ -105,7 +129,9 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint folder: out of sight at once, and never seen half removed. Also what was left of such removals by a process that was killed."""
+    """Removes a checkpoint folder: out of sight at once, and never seen half removed. Also what was
+    left of such removals by a process that was killed.
+    """
     aside = folder.parent / f".{folder.name}.{os.getpid()}.{_ASIDE}{_SUFFIX}"
     try:
         lock = os.open(folder, os.O_RDONLY)
@@ -125,7 +151,9 @@ def remove(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder into which a background thread of an interrupted writer may still be writing."""
+    """Removes a folder into which a background thread of an interrupted writer may still be
+    writing.
+    """
     for _ in range(_PATIENCE):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
@@ -137,9 +165,15 @@ def _scratch(path: Path) -> tuple[Path, int]:
     """A new temporary folder for this destination, and the descriptor that keeps it locked."""
     for _ in range(_ATTEMPTS):
         try:
-            made = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.", suffix=_SUFFIX, dir=path.parent))
+            made = Path(
+                tempfile.mkdtemp(
+                    prefix=f".{path.name}.{os.getpid()}.", suffix=_SUFFIX, dir=path.parent
+                )
+            )
         except OSError as error:
-            raise OutputError(f"{path.parent} cannot be written to: {error.strerror}. Choose another folder.") from error
+            raise OutputError(
+                f"{path.parent} cannot be written to: {error.strerror}. Choose another folder."
+            ) from error
         with suppress(FileNotFoundError):
             descriptor = os.open(made, os.O_RDONLY)
             with suppress(OSError):  # some network file systems have no locks
@@ -151,10 +185,11 @@ def _scratch(path: Path) -> tuple[Path, int]:
 
 
 def _remove_stale(path: Path) -> None:
-    """Removes temporaries for this destination whose process is gone: it was killed before it could clean up.
+    """Removes temporaries for this destination whose process is gone: it was killed before it could
+    clean up.
 
-    If it was killed between moving the old folder aside and giving the new one its name, the old one gets its name back.
-    """
+    If it was killed between moving the old folder aside and giving the new one its name, the old
+    one gets its name back."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{_SUFFIX}"):
         process = left.name.removeprefix(f".{path.name}.").split(".")[0]
         if process.isdigit() and not _is_held(left, int(process)):
@@ -164,7 +199,8 @@ def _remove_stale(path: Path) -> None:
 
 
 def _is_held(folder: Path, process: int) -> bool:
-    """Whether the process that made it lives: it holds the lock, wherever it runs. Its number says nothing, as numbers are given again.
+    """Whether the process that made it lives: it holds the lock, wherever it runs. Its number says
+    nothing, as numbers are given again.
 
     Where there are no locks, the number is all there is.
     """
@@ -214,16 +250,29 @@ def _create(new: Path, path: Path) -> None:
 
 
 def _exchange(new: Path, path: Path) -> bool:
-    """Exchanges two names in one step; False where that cannot be done. The old one is then in the temporary folder, and goes with it."""
+    """Exchanges two names in one step; False where that cannot be done. The old one is then in the
+    temporary folder, and goes with it.
+    """
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
         return False
-    return renameat2(_AT_CURRENT_FOLDER, os.fsencode(new), _AT_CURRENT_FOLDER, os.fsencode(path), ctypes.c_uint(_EXCHANGE)) == 0
+    return (
+        renameat2(
+            _AT_CURRENT_FOLDER,
+            os.fsencode(new),
+            _AT_CURRENT_FOLDER,
+            os.fsencode(path),
+            ctypes.c_uint(_EXCHANGE),
+        )
+        == 0
+    )
 
 
 def _swap(new: Path, path: Path, aside: Path) -> None:
-    """A folder cannot be renamed over what is there: moves that aside first, and back if the second step fails."""
+    """A folder cannot be renamed over what is there: moves that aside first, and back if the second
+    step fails.
+    """
     path.rename(aside)
     try:
         new.rename(path)

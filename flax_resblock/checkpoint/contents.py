@@ -1,4 +1,6 @@
-"""What came out of a file, walked once before anything recursive sees it: its depth, how many values and tensors it has, and how large they are."""
+"""What came out of a file, walked once before anything recursive sees it: its depth, how many
+values and tensors it has, and how large they are.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,21 @@ _VALUES_PER_TENSOR = 100
 def _children(value: Any, source: str) -> Iterable[Any] | None:
     if isinstance(value, Mapping):
         if isinstance(value, OrderedDict) and vars(value).keys() - {"_metadata"}:
-            raise CheckpointError(f"{source} has a dictionary with attributes of its own, which would change what it does. It is damaged, or made to do harm.")
+            raise CheckpointError(
+                f"{source} has a dictionary with attributes of its own, which would change "
+                f"what it does. It is damaged, or made to do harm."
+            )
         return value.values()
     if isinstance(value, list | tuple | set):
         return value
     return vars(value).values() if isinstance(value, argparse.Namespace) else None
 
 
-def check_content(content: Any, limits: Limits, size: Callable[[Any], int | None], source: str) -> None:
-    """Refuses what is deeper, longer or larger than allowed: containers that hold themselves, ones that share children until they are endless, huge tensors.
+def check_content(
+    content: Any, limits: Limits, size: Callable[[Any], int | None], source: str
+) -> None:
+    """Refuses what is deeper, longer or larger than allowed: containers that hold themselves, ones
+    that share children until they are endless, huge tensors.
 
     Args:
       content: Whatever a file held.
@@ -50,4 +58,9 @@ def check_content(content: Any, limits: Limits, size: Callable[[Any], int | None
                 break
         else:
             pending.pop()
-        limits.check(source, "max_tensors", max(tensors, values // _VALUES_PER_TENSOR), f"tensors, or more than {_VALUES_PER_TENSOR} values for each,")
+        limits.check(
+            source,
+            "max_tensors",
+            max(tensors, values // _VALUES_PER_TENSOR),
+            f"tensors, or more than {_VALUES_PER_TENSOR} values for each,",
+        )

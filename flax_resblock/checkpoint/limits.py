@@ -1,4 +1,6 @@
-"""How much a checkpoint may ask for before it is refused: what a stranger's file declares is checked against these numbers before anything is allocated."""
+"""How much a checkpoint may ask for before it is refused: what a stranger's file declares is
+checked against these numbers before anything is allocated.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,14 @@ from flax_resblock.errors import CheckpointError, InputError, visible
 
 @dataclass(frozen=True)
 class Limits:
-    """What a checkpoint may have at most. Reading one stays within twice ``max_bytes`` of memory, whatever the file says.
+    """What a checkpoint may have at most. Reading one stays within twice ``max_bytes`` of memory,
+    whatever the file says.
 
     Attributes:
       max_bytes: Bytes of its files together, and of its tensors together.
       max_tensors: Number of tensors, and of files and records.
-      max_header_bytes: Bytes that describe the tensors: a safetensors header, the pickles of a PyTorch file, the metadata of an Orbax folder.
+      max_header_bytes: Bytes that describe the tensors: a safetensors header, the pickles of a
+        PyTorch file, the metadata of an Orbax folder.
       max_nesting: Depth of dictionaries, lists and tuples.
     Raises:
       InputError: A limit that is not positive.
@@ -36,7 +40,9 @@ class Limits:
 
     @property
     def header(self) -> int:
-        """Bytes that a header may have: as objects of Python, one byte of a pickle or of JSON can take seventy, and all of it stays below ``max_bytes``."""
+        """Bytes that a header may have: as objects of Python, one byte of a pickle or of JSON can
+        take seventy, and all of it stays below ``max_bytes``.
+        """
         return min(self.max_header_bytes, max(1 << 20, self.max_bytes // 72))
 
     def check(self, source: object, name: str, found: int, what: str) -> None:
@@ -53,8 +59,11 @@ class Limits:
         limit = self.header if name == "max_header_bytes" else getattr(self, name)
         if found > limit:
             raise CheckpointError(
-                f"{source} declares {found:,} {what}; the limit is {limit:,}. It is damaged, made to exhaust this machine, or larger than any network here. "
-                f"If you trust it, raise the limit: {_flag('max_bytes' if limit < getattr(self, name) else name)} {_enough(self, name, found)}."
+                f"{source} declares {found:,} {what}; the limit is {limit:,}. It is damaged, "
+                f"made to exhaust this machine, or larger than any network here. "
+                f"If you trust it, raise the limit: "
+                f"{_flag('max_bytes' if limit < getattr(self, name) else name)} "
+                f"{_enough(self, name, found)}."
             )
 
 
@@ -64,11 +73,17 @@ def _flag(name: str) -> str:
 
 def _enough(limits: Limits, name: str, found: int) -> int:
     """A value of the flag with which ``found`` would pass."""
-    return found * 72 if name == "max_header_bytes" and limits.header < limits.max_header_bytes else found
+    return (
+        found * 72
+        if name == "max_header_bytes" and limits.header < limits.max_header_bytes
+        else found
+    )
 
 
 LIMITS = Limits()
-"""Ample for every network and optimizer that this library knows: the largest, with Adam's moments and in float64, takes 4 GB."""
+"""Ample for every network and optimizer that this library knows: the largest, with Adam's moments
+and in float64, takes 4 GB.
+"""
 
 UNLIMITED = Limits(*[sys.maxsize] * 4)
 """For what this library has just written, or has read already."""
@@ -77,10 +92,12 @@ _LONGEST_NAME = 512
 
 
 def check_files(paths: Iterable[Path], limits: Limits, source: object) -> None:
-    """Refuses what is no plain file (a pipe would be waited for, a device has no end), and files that are too large together.
+    """Refuses what is no plain file (a pipe would be waited for, a device has no end), and files
+    that are too large together.
 
     Raises:
-      CheckpointError: One of them is no regular file or cannot be reached, or there are too many bytes or files.
+      CheckpointError: One of them is no regular file or cannot be reached, or there are too many
+        bytes or files.
     """
     total = count = 0
     for count, path in enumerate(paths, start=1):
@@ -89,14 +106,17 @@ def check_files(paths: Iterable[Path], limits: Limits, source: object) -> None:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
         if not stat.S_ISREG(found.st_mode):
-            raise CheckpointError(f"{path} is no regular file. Copy what it stands for into a file first.")
+            raise CheckpointError(
+                f"{path} is no regular file. Copy what it stands for into a file first."
+            )
         total += found.st_size
         limits.check(source, "max_tensors", count, "files")
     limits.check(source, "max_bytes", total, "bytes in files")
 
 
 def check_names(names: Iterable[str], source: object) -> None:
-    """Refuses names of tensors that would change what a terminal or a page shows, and endless ones; no network has such names.
+    """Refuses names of tensors that would change what a terminal or a page shows, and endless ones;
+    no network has such names.
 
     Raises:
       CheckpointError: One of them, shown escaped.
@@ -104,6 +124,9 @@ def check_names(names: Iterable[str], source: object) -> None:
     for name in names:
         if len(name) > _LONGEST_NAME or visible(name) != name:
             raise CheckpointError(
-                f"{source} has a tensor called {visible(name[:80])!s}{'...' if len(name) > 80 else ''}: the name has control characters, or more than "
-                f"{_LONGEST_NAME} of any kind, which no network's names have. The file is damaged or made to mislead."
+                f"{source} has a tensor called "
+                f"{visible(name[:80])!s}{'...' if len(name) > 80 else ''}: the name has "
+                f"control characters, or more than "
+                f"{_LONGEST_NAME} of any kind, which no network's names have. The file is "
+                f"damaged or made to mislead."
             )

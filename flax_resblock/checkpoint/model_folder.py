@@ -1,4 +1,6 @@
-"""Folders of weights and JSON as hubs have them: the weights under well-known names, and what lies beside them as text."""
+"""Folders of weights and JSON as hubs have them: the weights under well-known names, and what lies
+beside them as text.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ def weights_in(folder: Path) -> Path | None:
     return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
 
 
-def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; for ``json.loads(object_pairs_hook=)``.
 
     Raises:
@@ -51,15 +53,31 @@ def shards(index: Path, limits: Limits) -> list[Path]:
     """
     limits.check(index, "max_header_bytes", index.stat().st_size, "bytes of index")
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=without_twins)["weight_map"]
+        weight_map = json.loads(
+            index.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates
+        )["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is not an index of shards: it has no 'weight_map' of tensor names to file names.") from error
+        raise CheckpointError(
+            f"{index} is not an index of shards: it has no 'weight_map' of tensor names to "
+            f"file names."
+        ) from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or visible(name) != name or len(name.encode()) > _LONGEST:
-            raise CheckpointError(f"{index} names the shard {str(name)[:200]!r}, which is not a plain file name in its folder.")
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or visible(name) != name
+            or len(name.encode()) > _LONGEST
+        ):
+            raise CheckpointError(
+                f"{index} names the shard {str(name)[:200]!r}, which is not a plain file name "
+                f"in its folder."
+            )
         if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index} names the shard {name}, which is not there. Copy all shards into {index.parent}.")
+            raise CheckpointError(
+                f"{index} names the shard {name}, which is not there. Copy all shards into "
+                f"{index.parent}."
+            )
     return [index.parent / name for name in names]
 
 
@@ -78,5 +96,8 @@ def texts_beside(weights: Path) -> dict[str, str]:
             try:
                 texts[name] = file.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise CheckpointError(f"{file} cannot be read as text ({error}). Copy the folder again, or remove that file.") from error
+                raise CheckpointError(
+                    f"{file} cannot be read as text ({error}). Copy the folder again, or "
+                    f"remove that file."
+                ) from error
     return texts

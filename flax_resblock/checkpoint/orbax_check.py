@@ -1,8 +1,8 @@
 """An Orbax folder, held against the limits before Orbax and TensorStore allocate what it declares.
 
-A few hundred bytes of metadata can announce an array of any size, whose absent chunks are then filled with zeros; a few of compressed data can expand to any
-size. Needs TensorStore to list what is in the database, and reads no array.
-"""
+A few hundred bytes of metadata can announce an array of any size, whose absent chunks are then
+filled with zeros; a few of compressed data can expand to any size. Needs TensorStore to list what
+is in the database, and reads no array."""
 
 from __future__ import annotations
 
@@ -35,36 +35,58 @@ class DamagedFolderError(CheckpointError):
 
 
 def check_folder(folder: Path, limits: Limits) -> None:
-    """Refuses a folder with links that lead out of it, anything but files and folders, or more than the limits allow once expanded.
+    """Refuses a folder with links that lead out of it, anything but files and folders, or more than
+    the limits allow once expanded.
 
     Raises:
       CheckpointError: What it is that would be too much, or that its metadata are damaged.
     """
     files = list(_files(folder, limits))
     check_files(files, limits, folder)
-    described = sum(file.stat().st_size for file in files if file.suffix == ".json" or file.name.isupper())
+    described = sum(
+        file.stat().st_size for file in files if file.suffix == ".json" or file.name.isupper()
+    )
     limits.check(folder, "max_header_bytes", described, "bytes of metadata")
-    limits.check(folder, "max_bytes", sum(map(_expanded, files)), "bytes once its compressed data are expanded")
+    limits.check(
+        folder,
+        "max_bytes",
+        sum(map(_expanded, files)),
+        "bytes once its compressed data are expanded",
+    )
     try:
         arrays = [entry for found in _arrays(folder, files) for entry in found]
     except CheckpointError:
         raise
-    except Exception as error:  # TensorStore raises ValueError for damage of any kind; JSON and UTF-8 have their own
-        reason = visible(str(error).strip().splitlines()[0])[:300] if str(error).strip() else type(error).__name__
-        raise DamagedFolderError(f"{folder} is not an Orbax checkpoint, or a damaged one ({reason}). Copy it again.") from error
+    # TensorStore raises ValueError for damage of any kind; JSON and UTF-8 have their own
+    except Exception as error:
+        reason = (
+            visible(str(error).strip().splitlines()[0])[:300]
+            if str(error).strip()
+            else type(error).__name__
+        )
+        raise DamagedFolderError(
+            f"{folder} is not an Orbax checkpoint, or a damaged one ({reason}). Copy it again."
+        ) from error
     limits.check(folder, "max_tensors", len(arrays), "tensors")
     limits.check(folder, "max_bytes", sum(size for _, size in arrays), "bytes of tensors")
 
 
 def unreadable(folder: Path, names: Iterable[str]) -> list[str]:
-    """Which of these tensors a damaged folder no longer gives: the database has a checksum for every group of small tensors, which it loses together."""
+    """Which of these tensors a damaged folder no longer gives: the database has a checksum for
+    every group of small tensors, which it loses together.
+    """
     import tensorstore
 
     lost = set(names)
     for file in sorted(folder.rglob(_MANIFEST)):
         try:
-            store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{file.parent.resolve().as_posix()}/"}).result()
-            values = {name: (store.read(f"{name}/zarr.json"), store.read(f"{name}/.zarray")) for name in lost}
+            store = tensorstore.KvStore.open(
+                {"driver": "ocdbt", "base": f"file://{file.parent.resolve().as_posix()}/"}
+            ).result()
+            values = {
+                name: (store.read(f"{name}/zarr.json"), store.read(f"{name}/.zarray"))
+                for name in lost
+            }
         except Exception:  # this one is the damaged one
             continue
         for name, found in values.items():
@@ -73,7 +95,8 @@ def unreadable(folder: Path, names: Iterable[str]) -> list[str]:
                     lost.discard(name)
             except Exception:  # any kind of damage; the name stays among the lost
                 continue
-        break  # the first is that of the whole, the others are parts that the writing processes left
+        # the first is that of the whole, the others are parts that the writing processes left
+        break
     return sorted(lost)
 
 
@@ -85,12 +108,17 @@ def _files(folder: Path, limits: Limits) -> Iterator[Path]:
         for name in (*folders, *names):
             path = Path(parent) / name
             if path.is_symlink() and not path.resolve().is_relative_to(inside):
-                raise CheckpointError(f"{path} is a symbolic link that leads out of the checkpoint. Replace it by what it stands for, if you trust it.")
+                raise CheckpointError(
+                    f"{path} is a symbolic link that leads out of the checkpoint. Replace it "
+                    f"by what it stands for, if you trust it."
+                )
         yield from (Path(parent) / name for name in names)
 
 
 def _expanded(file: Path) -> int:
-    """At most so many bytes come out of the compressed frames in a file, found by walking their blocks without expanding any."""
+    """At most so many bytes come out of the compressed frames in a file, found by walking their
+    blocks without expanding any.
+    """
     if not file.stat().st_size:
         return 0
     total = 0
@@ -104,10 +132,18 @@ def _expanded(file: Path) -> int:
 
 
 def _frame(data: mmap.mmap, start: int) -> tuple[int, int]:
-    """Where a zstd frame ends, and how much it expands to at most (RFC 8878, section 3.1.1). What only looks like a frame ends at the first odd block."""
+    """Where a zstd frame ends, and how much it expands to at most (RFC 8878, section 3.1.1). What
+    only looks like a frame ends at the first odd block.
+    """
     descriptor = data[start + 4] if start + 4 < len(data) else 0
     single = descriptor >> 5 & 1
-    place = start + 5 + (not single) + (0, 1, 2, 4)[descriptor & 3] + ((1 if single else 0), 2, 4, 8)[descriptor >> 6]
+    place = (
+        start
+        + 5
+        + (not single)
+        + (0, 1, 2, 4)[descriptor & 3]
+        + ((1 if single else 0), 2, 4, 8)[descriptor >> 6]
+    )
     total, last = 0, False
     while not last and place + 3 <= len(data):
         block = int.from_bytes(data[place : place + 3], "little")
@@ -128,13 +164,22 @@ def _arrays(folder: Path, files: list[Path]) -> Iterator[Iterator[tuple[str, int
             store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
             keys = [key.decode("utf-8") for key in store.list().result()]
             wanted = [key for key in keys if key.rpartition("/")[2] in _ARRAY_FILES]
-            yield (_array(key, value.result().value) for key, value in [(key, store.read(key)) for key in wanted]) if wanted else iter(())
+            yield (
+                (
+                    _array(key, value.result().value)
+                    for key, value in [(key, store.read(key)) for key in wanted]
+                )
+                if wanted
+                else iter(())
+            )
         elif file.name in _ARRAY_FILES:
             yield iter([_array(str(file.relative_to(folder)), file.read_bytes())])
 
 
 def _array(key: str, content: bytes) -> tuple[str, int]:
-    """Name of an array, and how many bytes it takes: of its shape, or of one chunk where that is larger."""
+    """Name of an array, and how many bytes it takes: of its shape, or of one chunk where that is
+    larger.
+    """
     facts: Any = json.loads(content)
     name = visible(key.rpartition("/")[0])[:200]
     if not isinstance(facts, dict):
@@ -148,9 +193,12 @@ def _array(key: str, content: bytes) -> tuple[str, int]:
     foreign = sorted(_codec_names(facts) - _CODECS)
     if foreign or facts.get("filters"):
         raise CheckpointError(
-            f"{name} is stored with the codec {visible((foreign or ['filter'])[0])[:60]}, which Orbax does not write. Save the checkpoint anew."
+            f"{name} is stored with the codec {visible((foreign or ['filter'])[0])[:60]}, "
+            f"which Orbax does not write. Save the checkpoint anew."
         )
-    return name, max(math.prod(shape), math.prod(chunk)) * _itemsize(str(facts.get("data_type", facts.get("dtype"))))
+    return name, max(math.prod(shape), math.prod(chunk)) * _itemsize(
+        str(facts.get("data_type", facts.get("dtype")))
+    )
 
 
 def _codec_names(facts: dict[str, Any]) -> set[str]:

@@ -30,17 +30,27 @@ METADATA_FILE = "flax_resblock.json"
 def _silence_leftovers() -> None:
     """Keeps tracebacks off the terminal when a folder is damaged.
 
-    When one read fails, Orbax closes its event loop under the reads still in flight, and each of them reports that from its own thread, now or later. The
-    failure itself reaches the caller; those reports say nothing more. Everything else that is reported goes where it went before.
-    """
+    When one read fails, Orbax closes its event loop under the reads still in flight, and each of
+    them reports that from its own thread, now or later. The failure itself reaches the caller;
+    those reports say nothing more. Everything else that is reported goes where it went before."""
     previous = sys.unraisablehook
 
     def hook(report: Any) -> None:
-        if not (isinstance(report.exc_value, RuntimeError) and str(report.exc_value) == "Event loop is closed"):
+        if not (
+            isinstance(report.exc_value, RuntimeError)
+            and str(report.exc_value) == "Event loop is closed"
+        ):
             previous(report)
 
     sys.unraisablehook = hook
-    logging.getLogger("asyncio").addFilter(lambda record: not ("exception was never retrieved" in record.getMessage() and "zarr" in record.getMessage()))
+    logging.getLogger("asyncio").addFilter(
+        lambda record: (
+            not (
+                "exception was never retrieved" in record.getMessage()
+                and "zarr" in record.getMessage()
+            )
+        )
+    )
 
 
 def _orbax() -> Any:
@@ -52,10 +62,14 @@ def _orbax() -> Any:
 
 
 def _frugal(v1: Any, largest: int) -> Any:
-    """A context in which Orbax neither copies the arrays first nor holds many of them in flight; float weights do not compress."""
+    """A context in which Orbax neither copies the arrays first nor holds many of them in flight;
+    float weights do not compress.
+    """
     context = v1.Context()
     context.memory.deepcopy_host_arrays = False
-    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(_IN_FLIGHT, largest)
+    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(
+        _IN_FLIGHT, largest
+    )
     context.array.saving.use_compression = False
     for name, value in (_alone() or {}).items():
         setattr(context.multiprocessing, name, value)
@@ -63,13 +77,19 @@ def _frugal(v1: Any, largest: int) -> Any:
 
 
 def _alone() -> dict[str, Any] | None:
-    """In a program of several processes: the options that let Orbax work in this one without waiting for the others; else None."""
+    """In a program of several processes: the options that let Orbax work in this one without
+    waiting for the others; else None.
+    """
     import jax
 
     if not jax.distributed.is_initialized():
         return None
     process = jax.process_index()
-    return {"primary_host": process, "active_processes": {process}, "barrier_sync_key_prefix": f"process{process}"}
+    return {
+        "primary_host": process,
+        "active_processes": {process},
+        "barrier_sync_key_prefix": f"process{process}",
+    }
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
@@ -79,7 +99,11 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
         items = ((str(i), value) for i, value in enumerate(tree))
     else:
         return {prefix: np.asarray(tree)}
-    return {name: leaf for key, value in items for name, leaf in _flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {
+        name: leaf
+        for key, value in items
+        for name, leaf in _flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
 
 
 def _nest(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -95,7 +119,9 @@ def _nest(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def is_orbax(path: Path) -> bool:
     """Whether the folder is an Orbax checkpoint."""
-    return any((path / name).exists() for name in ("_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint"))
+    return any(
+        (path / name).exists() for name in ("_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint")
+    )
 
 
 def read(path: Path, limits: Limits = LIMITS) -> Record:
@@ -113,14 +139,28 @@ def read(path: Path, limits: Limits = LIMITS) -> Record:
         with _frugal(v1, _IN_FLIGHT):
             tree = v1.load(path.resolve())
     except Exception as error:  # Orbax and TensorStore raise their own and each other's types
-        reason = visible(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} is not an Orbax checkpoint, or a damaged one ({reason[:160]}). Copy it again.{_lost(path)}") from error
-    check_content(tree, limits, lambda value: int(getattr(value, "nbytes", 0)) if hasattr(value, "dtype") else None, str(path))
+        reason = (
+            visible(str(error).strip().splitlines()[0])
+            if str(error).strip()
+            else type(error).__name__
+        )
+        raise CheckpointError(
+            f"{path} is not an Orbax checkpoint, or a damaged one ({reason[:160]}). Copy it "
+            f"again.{_lost(path)}"
+        ) from error
+    check_content(
+        tree,
+        limits,
+        lambda value: int(getattr(value, "nbytes", 0)) if hasattr(value, "dtype") else None,
+        str(path),
+    )
     return Record(str(path), "orbax", _flatten(tree), _metadata(path / METADATA_FILE))
 
 
 def _lost(path: Path) -> str:
-    """A sentence that names the tensors which a damaged folder no longer gives, where it says which it should have."""
+    """A sentence that names the tensors which a damaged folder no longer gives, where it says which
+    it should have.
+    """
     try:
         lost = unreadable(path, json.loads(_metadata(path / METADATA_FILE).get(DIGESTS, "{}")))
     except (CheckpointError, ValueError, RecursionError):
@@ -133,19 +173,27 @@ def _metadata(file: Path) -> dict[str, str]:
         return {}
     try:
         metadata = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        if not isinstance(metadata, dict) or not all(
+            isinstance(value, str) for value in metadata.values()
+        ):
             raise ValueError("it is no object of strings")
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}). Copy the folder again, or remove that file.") from error
+        raise CheckpointError(
+            f"{file} is damaged ({error}). Copy the folder again, or remove that file."
+        ) from error
     return metadata
 
 
 def _save_alone(path: Path, tree: dict[str, Any], alone: Mapping[str, Any]) -> None:
-    """The same folder, by Orbax's older interface, which knows how to save in one process of several."""
+    """The same folder, by Orbax's older interface, which knows how to save in one process of
+    several.
+    """
     import orbax.checkpoint as v0
 
     options = v0.options.MultiprocessingOptions(**alone)
-    with v0.Checkpointer(v0.PyTreeCheckpointHandler(multiprocessing_options=options), multiprocessing_options=options) as checkpointer:
+    with v0.Checkpointer(
+        v0.PyTreeCheckpointHandler(multiprocessing_options=options), multiprocessing_options=options
+    ) as checkpointer:
         checkpointer.save(path, v0.args.PyTreeSave(tree))
 
 
@@ -161,8 +209,9 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
         with _frugal(v1, max((value.nbytes for value in tensors.values()), default=0)):
             v1.save(path.resolve(), _nest(tensors))
 
-    # Orbax writes from threads of its own, which an interrupt of the main thread does not stop. In a thread of ours the save ends before the interrupt
-    # is raised, so that whoever cleans up after it removes everything.
+    # Orbax writes from threads of its own, which an interrupt of the main thread does not stop. In
+    # a thread of ours the save ends before the interrupt is raised, so that whoever cleans up after
+    # it removes everything.
     with ThreadPoolExecutor(max_workers=1) as pool:
         pool.submit(save).result()
     (path / METADATA_FILE).write_text(json.dumps(dict(metadata), indent=1) + "\n", encoding="utf-8")

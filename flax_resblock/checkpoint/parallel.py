@@ -15,7 +15,8 @@ WORTH_A_THREAD = 1 << 16
 
 
 def on_every_core(work: Callable[[T], R], items: Sequence[T], size: Callable[[T], int]) -> list[R]:
-    """``[work(item) for item in items]``; numpy, hashlib and jax release the interpreter while they copy or read.
+    """``[work(item) for item in items]``; numpy, hashlib and jax release the interpreter while they
+    copy or read.
 
     Args:
       work: On one tensor.

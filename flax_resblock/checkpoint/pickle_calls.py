@@ -1,4 +1,6 @@
-"""What the functions give that a checkpoint's pickle calls. None of them is imported or called: those here are written anew, and nothing else passes."""
+"""What the functions give that a checkpoint's pickle calls. None of them is imported or called:
+those here are written anew, and nothing else passes.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.checkpoint.pickle_machine import UNKNOWN, Machine, Name, RefusedError, Storage, UnfitError, needs
+from flax_resblock.checkpoint.pickle_machine import (
+    UNKNOWN,
+    Machine,
+    Name,
+    RefusedError,
+    Storage,
+    UnfitError,
+    needs,
+)
 from flax_resblock.errors import visible
 
 Call = Callable[..., Any]
 
-_DTYPES = frozenset(f"{order}{code}" for order in ("", "<", "=", "|") for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"))
+_DTYPES = frozenset(
+    f"{order}{code}"
+    for order in ("", "<", "=", "|")
+    for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
+)
 
 
 # Each takes the machine and the arguments of the call.
@@ -26,7 +40,16 @@ def _by_torch(name: str) -> Call:
     return lambda machine, *_: machine.unknown(name)
 
 
-def _flagged_tensor(machine: Machine, storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, metadata: Any = None) -> Any:
+def _flagged_tensor(
+    machine: Machine,
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any,
+    hooks: Any,
+    metadata: Any = None,
+) -> Any:
     """``metadata``: whether bits stand for a conjugate or negative value."""
     made = _tensor(machine, storage, offset, size, stride)
     if not isinstance(requires_grad, bool):
@@ -38,7 +61,11 @@ def _tensor(machine: Machine, storage: Any, offset: Any, size: Any, stride: Any)
     size = machine.sized(size)
     if storage is UNKNOWN or machine.memory is None:
         return machine.unknown("a view of a storage")
-    if not isinstance(storage, Storage) or not isinstance(stride, tuple) or len(stride) != len(size):
+    if (
+        not isinstance(storage, Storage)
+        or not isinstance(stride, tuple)
+        or len(stride) != len(size)
+    ):
         raise UnfitError
     if not all(isinstance(n, int) and n >= 0 for n in (offset, *stride)):
         raise UnfitError
@@ -47,15 +74,22 @@ def _tensor(machine: Machine, storage: Any, offset: Any, size: Any, stride: Any)
     last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     empty = 0 in size
     if not empty and offset + last >= storage.count:
-        raise RefusedError(f"has a tensor of shape {visible(str(size))[:80]} that reaches beyond its storage of {storage.count:,} elements. It is damaged.")
+        raise RefusedError(
+            f"has a tensor of shape {visible(str(size))[:80]} that reaches beyond its storage "
+            f"of {storage.count:,} elements. It is damaged."
+        )
     elements = np.empty(0, storage.dtype) if empty else machine.memory(storage)[offset:]
     try:
         if empty:
             return elements.reshape(size)
         if last + 1 == math.prod(size) and _row_major(size, stride):
             return elements[: last + 1].reshape(size)
-        return np.lib.stride_tricks.as_strided(elements, size, [step * storage.dtype.itemsize for step in stride], writeable=False)
-    except ValueError as error:  # numpy knows fewer axes, and none as long as an empty tensor may have
+        return np.lib.stride_tricks.as_strided(
+            elements, size, [step * storage.dtype.itemsize for step in stride], writeable=False
+        )
+    except (
+        ValueError
+    ) as error:  # numpy knows fewer axes, and none as long as an empty tensor may have
         raise UnfitError from error
 
 
@@ -69,7 +103,9 @@ def _row_major(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def _parameter(_: Machine, data: Any, requires_grad: Any, hooks: Any, state: Any = None) -> Any:
-    if (data is not UNKNOWN and not isinstance(data, np.ndarray)) or not isinstance(requires_grad, bool):
+    if (data is not UNKNOWN and not isinstance(data, np.ndarray)) or not isinstance(
+        requires_grad, bool
+    ):
         raise UnfitError
     return data
 
@@ -82,7 +118,9 @@ def _checked_size(position: int, name: str) -> Call:
     return call
 
 
-def _of_type(machine: Machine, function: Any = None, _: Any = None, arguments: Any = None, *__: Any) -> Any:
+def _of_type(
+    machine: Machine, function: Any = None, _: Any = None, arguments: Any = None, *__: Any
+) -> Any:
     """A tensor of a class of its own: what makes the tensor is called first."""
     called(machine, function, arguments)
     return machine.unknown("a tensor of a class of its own")
@@ -106,7 +144,11 @@ def _counter(machine: Machine, counts: Any = ()) -> Any:
 
 def _set(machine: Machine, items: Any = ()) -> Any:
     machine.copied(items)
-    return {machine.hashed(item) for item in items} if isinstance(items, list | tuple) else machine.unknown("a set")
+    return (
+        {machine.hashed(item) for item in items}
+        if isinstance(items, list | tuple)
+        else machine.unknown("a set")
+    )
 
 
 def _namespace(_: Machine) -> Any:
@@ -118,7 +160,9 @@ def _version(machine: Machine, text: Any) -> Any:
 
 
 def _encoded(machine: Machine, text: Any, codec: Any) -> Any:
-    """How Python 3 writes bytes for Python 2; other codecs can double their input, again and again."""
+    """How Python 3 writes bytes for Python 2; other codecs can double their input, again and
+    again.
+    """
     if not isinstance(text, str) or codec != "latin1":
         raise UnfitError
     machine.copied(text, 1)
@@ -145,7 +189,9 @@ _MADE: Mapping[str, Call] = MappingProxyType(
         "torch._utils._rebuild_tensor_v2": _flagged_tensor,
         "torch._utils._rebuild_parameter": _parameter,
         "torch._utils._rebuild_parameter_with_state": _parameter,
-        "torch._utils._rebuild_tensor_v3": _checked_size(2, "a tensor of a dtype that numpy does not have"),
+        "torch._utils._rebuild_tensor_v3": _checked_size(
+            2, "a tensor of a dtype that numpy does not have"
+        ),
         "torch._utils._rebuild_qtensor": _checked_size(2, "a quantised tensor"),
         "torch._utils._rebuild_meta_tensor_no_storage": _checked_size(1, "an empty (meta) tensor"),
         "torch._tensor._rebuild_from_type_v2": _of_type,
@@ -164,7 +210,11 @@ _MADE: Mapping[str, Call] = MappingProxyType(
 )
 """What a call makes."""
 _CREATED: Mapping[str, Call] = MappingProxyType(
-    {"collections.OrderedDict": _ordered, "argparse.Namespace": _namespace, "torch.torch_version.TorchVersion": _version}
+    {
+        "collections.OrderedDict": _ordered,
+        "argparse.Namespace": _namespace,
+        "torch.torch_version.TorchVersion": _version,
+    }
 )
 """What is made where a class is not called but only its ``__new__``."""
 _BY_TORCH = frozenset(
@@ -197,7 +247,10 @@ def called(machine: Machine, name: Any, arguments: Any, *, created: bool = False
     if not isinstance(name, Name):
         if name is UNKNOWN:
             return name
-        raise RefusedError("calls something that is no function. It is damaged, or made to do harm; loading never executes code, so it was refused.")
+        raise RefusedError(
+            "calls something that is no function. It is damaged, or made to do harm; loading "
+            "never executes code, so it was refused."
+        )
     if name.text not in CALLS:
         raise RefusedError(needs(name.text))
     if "_rebuild_" in name.text:
@@ -209,5 +262,6 @@ def called(machine: Machine, name: Any, arguments: Any, *, created: bool = False
         return calls.get(name.text, _by_torch(name.text))(machine, *arguments)
     except (UnfitError, TypeError) as error:  # TypeError: too few or too many
         raise RefusedError(
-            f"calls {name.text} with arguments that no checkpoint needs, or a tensor larger than the limit. It is damaged, or made to do harm."
+            f"calls {name.text} with arguments that no checkpoint needs, or a tensor larger "
+            f"than the limit. It is damaged, or made to do harm."
         ) from error

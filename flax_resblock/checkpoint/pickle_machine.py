@@ -1,4 +1,6 @@
-"""The machine that a pickle is a program for: a stack of values, how deep each nests, and what is known of the storages behind its tensors."""
+"""The machine that a pickle is a program for: a stack of values, how deep each nests, and what is
+known of the storages behind its tensors.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +63,23 @@ _LONGEST_KEY, _MOST_AXES = 16, 64
 class Machine:
     """The stack of values, how deep each nests, and the place in the data."""
 
-    def __init__(self, data: bytes, start: int, limits: Limits, source: str, memory: Memory | None, storage_items: int) -> None:
-        self.data, self.at, self.limits, self.source, self.memory, self.storage_items = data, start, limits, source, memory, storage_items
+    def __init__(
+        self,
+        data: bytes,
+        start: int,
+        limits: Limits,
+        source: str,
+        memory: Memory | None,
+        storage_items: int,
+    ) -> None:
+        self.data, self.at, self.limits, self.source, self.memory, self.storage_items = (
+            data,
+            start,
+            limits,
+            source,
+            memory,
+            storage_items,
+        )
         self.stack: list[Any] = []
         self.depths: list[int] = []
         self.marks: list[int] = []
@@ -124,29 +141,47 @@ class Machine:
         return UNKNOWN
 
     def hashed(self, key: Any) -> Any:
-        """A key, or item of a set. Tuples of tuples could share their items until hashing them never ends; long ones be hashed again and again."""
-        if isinstance(key, _SCALARS) or (isinstance(key, tuple) and len(key) <= _LONGEST_KEY and all(isinstance(item, _SCALARS) for item in key)):
+        """A key, or item of a set. Tuples of tuples could share their items until hashing them
+        never ends; long ones be hashed again and again.
+        """
+        if isinstance(key, _SCALARS) or (
+            isinstance(key, tuple)
+            and len(key) <= _LONGEST_KEY
+            and all(isinstance(item, _SCALARS) for item in key)
+        ):
             return key
         if isinstance(key, tuple | list | dict | set):
-            raise RefusedError(f"has a {type(key).__name__} as a key, which no checkpoint needs. It is damaged, or made to do harm.")
+            raise RefusedError(
+                f"has a {type(key).__name__} as a key, which no checkpoint needs. It is "
+                f"damaged, or made to do harm."
+            )
         self.unknown("a key that is no text or number")
         return None
 
     def sized(self, size: Any) -> tuple[int, ...]:
         """A shape that announces no more elements than the limit has bytes."""
-        if not isinstance(size, tuple) or len(size) > _MOST_AXES or not all(isinstance(n, int) and n >= 0 for n in size):
+        if (
+            not isinstance(size, tuple)
+            or len(size) > _MOST_AXES
+            or not all(isinstance(n, int) and n >= 0 for n in size)
+        ):
             raise UnfitError
         if math.prod(size) > self.limits.max_bytes:
             raise UnfitError
         return size
 
     def copied(self, items: Any, bytes_each: int = 8) -> None:
-        """Counts what a call is about to copy: one line of a pickle can ask for it ten thousand times."""
+        """Counts what a call is about to copy: one line of a pickle can ask for it ten thousand
+        times.
+        """
         self.copies += len(items) * bytes_each
         self.limits.check(self.source, "max_header_bytes", self.copies, "bytes of copies")
 
 
-REFUSED = "Loading never executes code, so it was refused. If you trust the file, open it in PyTorch yourself and save model.state_dict()."
+REFUSED = (
+    "Loading never executes code, so it was refused. If you trust the file, open it in "
+    "PyTorch yourself and save model.state_dict()."
+)
 
 
 def needs(name: str) -> str:

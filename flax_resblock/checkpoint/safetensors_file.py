@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files
-from flax_resblock.checkpoint.model_folder import shards, without_twins
+from flax_resblock.checkpoint.model_folder import shards, without_duplicates
 from flax_resblock.checkpoint.record import Record
 from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.errors import CheckpointError, visible
@@ -34,25 +34,35 @@ _DTYPES = {
 
 
 def _header(path: Path, limits: Limits) -> dict[str, Any]:
-    """The header, once its length is known to be within the file and the limits. Two entries of one name are refused: which counts depends on the reader."""
+    """The header, once its length is known to be within the file and the limits. Two entries of one
+    name are refused: which counts depends on the reader.
+    """
     size = path.stat().st_size
     with path.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if size < 8 or length > size - 8:
-            raise CheckpointError(f"{path} is not a safetensors file, or a damaged one: {size:,} bytes, and a header of {length:,}. Copy or download it again.")
+            raise CheckpointError(
+                f"{path} is not a safetensors file, or a damaged one: {size:,} bytes, and a "
+                f"header of {length:,}. Copy or download it again."
+            )
         limits.check(path, "max_header_bytes", length, "bytes of header")
-        return json.loads(handle.read(length), object_pairs_hook=without_twins)
+        return json.loads(handle.read(length), object_pairs_hook=without_duplicates)
 
 
 def _read_one(path: Path, limits: Limits) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         header = _header(path, limits)
-        with safetensors.safe_open(path, framework="numpy") as file:  # validates the rest: offsets, overlaps, sizes, types
+        with safetensors.safe_open(
+            path, framework="numpy"
+        ) as file:  # validates the rest: offsets, overlaps, sizes, types
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} is not a safetensors file, or a damaged one ({visible(str(error)[:300])}). Copy or download it again.") from error
+        raise CheckpointError(
+            f"{path} is not a safetensors file, or a damaged one "
+            f"({visible(str(error)[:300])}). Copy or download it again."
+        ) from error
     limits.check(path, "max_tensors", len(header), "tensors")
     with path.open("rb") as handle:
         view = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
@@ -63,17 +73,28 @@ def _read_one(path: Path, limits: Limits) -> tuple[dict[str, np.ndarray], dict[s
             continue
         dtype = _DTYPES.get(info["dtype"])
         if dtype is None:
-            raise CheckpointError(f"{path}: {visible(name)[:200]} has dtype {visible(info['dtype'])}, which this library does not convert.")
+            raise CheckpointError(
+                f"{path}: {visible(name)[:200]} has dtype {visible(info['dtype'])}, which this "
+                f"library does not convert."
+            )
         start, end = info["data_offsets"]
         try:
-            tensors[name] = np.frombuffer(view[header_end + start : header_end + end], dtype).reshape(info["shape"])
-        except ValueError as error:  # numpy knows fewer axes, and none as long as an empty tensor may have
-            raise CheckpointError(f"{path}: {visible(name)[:200]} has the shape {str(info['shape'])[:120]}, which is no array's ({error}).") from error
+            tensors[name] = np.frombuffer(
+                view[header_end + start : header_end + end], dtype
+            ).reshape(info["shape"])
+        except (
+            ValueError
+        ) as error:  # numpy knows fewer axes, and none as long as an empty tensor may have
+            raise CheckpointError(
+                f"{path}: {visible(name)[:200]} has the shape {str(info['shape'])[:120]}, "
+                f"which is no array's ({error})."
+            ) from error
     return tensors, metadata
 
 
 def read(path: Path, *, entry: str | None = None, limits: Limits = LIMITS) -> Record:
-    """Reads a ``.safetensors`` file, or all shards that a ``.safetensors.index.json`` names; memory-mapped.
+    """Reads a ``.safetensors`` file, or all shards that a ``.safetensors.index.json`` names;
+    memory-mapped.
 
     Raises:
       CheckpointError: Damaged, beyond the limits, a shard missing, or a tensor in two shards.
@@ -90,7 +111,12 @@ def read(path: Path, *, entry: str | None = None, limits: Limits = LIMITS) -> Re
         tensors |= more
         limits.check(path, "max_tensors", len(tensors), "tensors")
         metadata |= more_metadata
-    state, extras, notes = unwrap(tensors, is_tensor=lambda value: isinstance(value, np.ndarray), source=str(path), entry=entry)
+    state, extras, notes = unwrap(
+        tensors,
+        is_tensor=lambda value: isinstance(value, np.ndarray),
+        source=str(path),
+        entry=entry,
+    )
     if len(files) > 1:
         notes.insert(0, f"joined {len(files)} shards")
     return Record(str(path), "safetensors", state, metadata, tuple(notes), extras)
@@ -98,11 +124,22 @@ def read(path: Path, *, entry: str | None = None, limits: Limits = LIMITS) -> Re
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Writes one ``.safetensors`` file."""
-    safetensors.numpy.save_file({key: np.asarray(value, order="C") for key, value in tensors.items()}, path, metadata=dict(metadata))
+    safetensors.numpy.save_file(
+        {key: np.asarray(value, order="C") for key, value in tensors.items()},
+        path,
+        metadata=dict(metadata),
+    )
 
 
-def write_folder(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], files: Mapping[str, str]) -> None:
-    """Writes a folder as hubs have them: ``model.safetensors``, and text files by name beside it."""
+def write_folder(
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    files: Mapping[str, str],
+) -> None:
+    """Writes a folder as hubs have them: ``model.safetensors``, and text files by name beside
+    it.
+    """
     path.mkdir()
     write(path / "model.safetensors", tensors, metadata)
     for name, text in files.items():

@@ -1,4 +1,6 @@
-"""Beside a ``.pth``, which has no place for them: the SHA-256 of everything in it, in ``NAME.pth.sha256.json``. Needs no torch."""
+"""Beside a ``.pth``, which has no place for them: the SHA-256 of everything in it, in
+``NAME.pth.sha256.json``. Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ class Sidecar:
     """What a ``.pth`` held when it was written.
 
     Attributes:
-      identity: PyTorch's own mark of that file. Another file under the same name, written later by something else, has another, and damage to a tensor leaves
-        it as it is: the two are told apart.
+      identity: PyTorch's own mark of that file. Another file under the same name, written later by
+        something else, has another, and damage to a tensor leaves it as it is: the two are told
+        apart.
       tensors: SHA-256 of every tensor, by name.
       extras: SHA-256 of every tensor beside the state dict, by the path that leads to it.
       rest: SHA-256 of what is no tensor there: learning rates, counters.
@@ -43,7 +46,9 @@ def sidecar_of(path: Path) -> Path:
 
 def of_extras(extras: Mapping[str, Any]) -> tuple[dict[str, str], str]:
     """Digests of the arrays in ``extras``, and of everything else there."""
-    return digests(arrays_in(extras)), hashlib.sha256(repr(_without_arrays(extras)).encode("utf-8", "backslashreplace")).hexdigest()
+    return digests(arrays_in(extras)), hashlib.sha256(
+        repr(_without_arrays(extras)).encode("utf-8", "backslashreplace")
+    ).hexdigest()
 
 
 def _without_arrays(value: Any) -> Any:
@@ -56,7 +61,9 @@ def _without_arrays(value: Any) -> Any:
 
 def write(path: Path, sidecar: Sidecar) -> None:
     """Writes the digests of the file at ``path``."""
-    sidecar_of(path).write_text(json.dumps({"kind": KIND, **asdict(sidecar)}, indent=1) + "\n", encoding="utf-8")
+    sidecar_of(path).write_text(
+        json.dumps({"kind": KIND, **asdict(sidecar)}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def read(path: Path) -> Sidecar | None:
@@ -80,14 +87,17 @@ def read(path: Path) -> Sidecar | None:
             raise ValueError("its digests are no text")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{place} should hold the SHA-256 of the tensors in {path.name}, and cannot be read ({str(error)[:120]}). It is damaged: remove it to read "
+            f"{place} should hold the SHA-256 of the tensors in {path.name}, and cannot be "
+            f"read ({str(error)[:120]}). It is damaged: remove it to read "
             f"{path.name} without that check, or copy both again."
         ) from error
     return found
 
 
 def refuse_foreign(path: Path) -> None:
-    """Raises InputError where the digests of ``path`` would replace a file that is something else."""
+    """Raises InputError where the digests of ``path`` would replace a file that is something
+    else.
+    """
     place = sidecar_of(path)
     if not os.path.lexists(place):
         return
@@ -97,4 +107,7 @@ def refuse_foreign(path: Path) -> None:
     except (OSError, ValueError, RecursionError):
         ours = False
     if not ours:
-        raise InputError(f"{place} exists and is something else; the SHA-256 of the tensors in {path.name} go there. Move it, or choose another name.")
+        raise InputError(
+            f"{place} exists and is something else; the SHA-256 of the tensors in {path.name} "
+            f"go there. Move it, or choose another name."
+        )

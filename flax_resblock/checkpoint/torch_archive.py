@@ -1,4 +1,6 @@
-"""What torch.save wrote, in its zip archive or in the one file of the time before 1.6, read without torch; arrays are views of the mapped file."""
+"""What torch.save wrote, in its zip archive or in the one file of the time before 1.6, read without
+torch; arrays are views of the mapped file.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,16 @@ from flax_resblock.errors import CheckpointError, visible
 
 _PICKLE, _BYTE_ORDER, _ALIGNMENT = "data.pkl", "byteorder", ".storage_alignment"
 _SERIALIZATION_ID = ".data/serialization_id"
-"""Records of the zip archive: the pickle, how bytes are ordered, of how many bytes storages begin at a multiple, and PyTorch's own mark of its content."""
+"""Records of the zip archive: the pickle, how bytes are ordered, of how many bytes storages begin
+at a multiple, and PyTorch's own mark of its content.
+"""
 _VERSION, _NEWEST = (".data/version", "version"), 10
 """Of the format: the records that have it, and the newest that PyTorch reads."""
 _LONGEST_TEXT = 256
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""The first of the five pickles of an old file: a number by which they are known. Version, machine, content and storages follow, then their elements."""
+"""The first of the five pickles of an old file: a number by which they are known. Version, machine,
+content and storages follow, then their elements.
+"""
 _LEGACY_PICKLES, _LEGACY_CONTENT = 5, 3
 _LEGACY_VERSION = 1001
 _COUNT = struct.Struct("<q")
@@ -69,7 +75,9 @@ def read(path: Path, limits: Limits) -> Archive:
 
 
 def identity(path: Path) -> str:
-    """PyTorch's own mark of a zip archive's content, which damage to a tensor leaves as it is; empty for a file without one."""
+    """PyTorch's own mark of a zip archive's content, which damage to a tensor leaves as it is;
+    empty for a file without one.
+    """
     return _text_of(path, records(path, UNLIMITED), (_SERIALIZATION_ID,)) if _is_zip(path) else ""
 
 
@@ -79,7 +87,9 @@ def _is_zip(path: Path) -> bool:
 
 
 def _elements(path: Path, start: Callable[[Storage], int]) -> Memory:
-    """The elements of a storage, where ``start`` finds them in the mapped file; copied once where they do not lie as numbers of their size should."""
+    """The elements of a storage, where ``start`` finds them in the mapped file; copied once where
+    they do not lie as numbers of their size should.
+    """
     with path.open("rb") as handle:
         view = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -94,9 +104,14 @@ def _elements(path: Path, start: Callable[[Storage], int]) -> Memory:
 def _read_zip(path: Path, limits: Limits) -> Unpickled:
     places = records(path, limits)
     if "constants.pkl" in places:
-        raise CheckpointError(f"{path} is a TorchScript archive, a program. Save model.state_dict() instead.")
+        raise CheckpointError(
+            f"{path} is a TorchScript archive, a program. Save model.state_dict() instead."
+        )
     if _PICKLE not in places:
-        raise CheckpointError(f"{path} is a damaged or truncated PyTorch zip archive (it has no {_PICKLE}), or another kind of zip archive.")
+        raise CheckpointError(
+            f"{path} is a damaged or truncated PyTorch zip archive (it has no {_PICKLE}), or "
+            f"another kind of zip archive."
+        )
     limits.check(path, "max_header_bytes", places[_PICKLE].size, "bytes of pickle")
 
     def start(storage: Storage) -> int:
@@ -104,11 +119,14 @@ def _read_zip(path: Path, limits: Limits) -> Unpickled:
         if place.size < storage.size:
             name = visible(storage.key)[:60]
             raise CheckpointError(
-                f"{path} declares {storage.size:,} bytes for storage {name!r}, and has {place.size:,}. It is damaged: copy or download it again."
+                f"{path} declares {storage.size:,} bytes for storage {name!r}, and has "
+                f"{place.size:,}. It is damaged: copy or download it again."
             )
         return place.start
 
-    found = unpickle(read_record(path, places[_PICKLE]), limits, _elements(path, start), source=str(path))
+    found = unpickle(
+        read_record(path, places[_PICKLE]), limits, _elements(path, start), source=str(path)
+    )
     for storage in found.storages.values():
         start(storage)
     if _text_of(path, places, (_BYTE_ORDER,), "little") != "little":
@@ -122,17 +140,25 @@ def _read_zip(path: Path, limits: Limits) -> Unpickled:
     return found
 
 
-def _text_of(path: Path, places: Mapping[str, Place], names: tuple[str, ...], default: str = "") -> str:
+def _text_of(
+    path: Path, places: Mapping[str, Place], names: tuple[str, ...], default: str = ""
+) -> str:
     """The text in the first of these records that is there."""
     place = next((places[name] for name in names if name in places), None)
     if place is None:
         return default
     if place.size > _LONGEST_TEXT:
-        raise CheckpointError(f"{path} has {place.size:,} bytes in its record {names[0]!r}. It is damaged: copy or download it again.")
+        raise CheckpointError(
+            f"{path} has {place.size:,} bytes in its record {names[0]!r}. It is damaged: copy "
+            f"or download it again."
+        )
     try:
         return read_record(path, place).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} has no text in its record {names[0]!r}. It is damaged: copy or download it again.") from error
+        raise CheckpointError(
+            f"{path} has no text in its record {names[0]!r}. It is damaged: copy or download "
+            f"it again."
+        ) from error
 
 
 def _read_legacy(path: Path, limits: Limits) -> Unpickled:
@@ -143,7 +169,10 @@ def _read_legacy(path: Path, limits: Limits) -> Unpickled:
     parts: list[Unpickled] = []
     for number in range(_LEGACY_PICKLES):
         if number and not data.startswith(_LEGACY):
-            raise CheckpointError(f"{path} is no PyTorch checkpoint, or a damaged one: a pickle, but not one of torch.save. Copy or download it again.")
+            raise CheckpointError(
+                f"{path} is no PyTorch checkpoint, or a damaged one: a pickle, but not one of "
+                f"torch.save. Copy or download it again."
+            )
         end = parts[-1].end if parts else 0
         if len(data) < size and end >= len(data):
             limits.check(path, "max_header_bytes", size, "bytes of pickles or more")
@@ -151,22 +180,45 @@ def _read_legacy(path: Path, limits: Limits) -> Unpickled:
     end, declared = parts[-1].end, parts[_LEGACY_CONTENT].storages
     total = sum(storage.size for storage in declared.values()) + _COUNT.size * len(declared)
     if total > size - end:
-        raise CheckpointError(f"{path} declares {total:,} bytes of tensors, and has {size - end:,} for them. It is truncated: copy or download it again.")
+        raise CheckpointError(
+            f"{path} declares {total:,} bytes of tensors, and has {size - end:,} for them. It "
+            f"is truncated: copy or download it again."
+        )
     _, version, machine, _, keys = (part.content for part in parts)
     if version != _LEGACY_VERSION:
-        raise CheckpointError(f"{path} is of another version of PyTorch's old format than {_LEGACY_VERSION}, which alone was written. It is damaged.")
-    if not isinstance(keys, list) or not all(isinstance(key, str | int) for key in keys) or sorted(map(str, keys)) != sorted(declared):
-        raise CheckpointError(f"{path} is damaged: its list of storages is not that of its tensors. Copy or download it again.")
+        raise CheckpointError(
+            f"{path} is of another version of PyTorch's old format than {_LEGACY_VERSION}, "
+            f"which alone was written. It is damaged."
+        )
+    if (
+        not isinstance(keys, list)
+        or not all(isinstance(key, str | int) for key in keys)
+        or sorted(map(str, keys)) != sorted(declared)
+    ):
+        raise CheckpointError(
+            f"{path} is damaged: its list of storages is not that of its tensors. Copy or "
+            f"download it again."
+        )
     starts: dict[str, int] = {}
     with path.open("rb") as handle:
         for key in map(str, keys):
             handle.seek(end)
             if _COUNT.unpack(handle.read(_COUNT.size)) != (declared[key].count,):
-                raise CheckpointError(f"{path} is damaged: the storage {visible(key)[:60]!r} is not as long as it should be. Copy or download it again.")
+                raise CheckpointError(
+                    f"{path} is damaged: the storage {visible(key)[:60]!r} is not as long as "
+                    f"it should be. Copy or download it again."
+                )
             starts[key] = end + _COUNT.size
             end = starts[key] + declared[key].size
 
-    found = unpickle(data, limits, _elements(path, lambda storage: starts[storage.key]), start=parts[_LEGACY_CONTENT - 1].end, source=str(path), legacy=True)
+    found = unpickle(
+        data,
+        limits,
+        _elements(path, lambda storage: starts[storage.key]),
+        start=parts[_LEGACY_CONTENT - 1].end,
+        source=str(path),
+        legacy=True,
+    )
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         found.foreign = found.foreign or "numbers of another machine's byte order"
     return found

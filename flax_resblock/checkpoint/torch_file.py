@@ -1,8 +1,10 @@
-"""PyTorch's own files (zip and legacy pickle). With :mod:`flax_resblock.parity` the only place that imports torch.
+"""PyTorch's own files (zip and legacy pickle). With :mod:`flax_resblock.parity` the only place that
+imports torch.
 
-Files are read without torch (:mod:`flax_resblock.checkpoint.torch_archive`). Those with something in them that only PyTorch can make, a sparse tensor or a
-device, are then opened by it, with ``weights_only=True``. Nothing in them is executed, whatever they hold; docs/security.md says what is held against what.
-"""
+Files are read without torch (:mod:`flax_resblock.checkpoint.torch_archive`). Those with something
+in them that only PyTorch can make, a sparse tensor or a device, are then opened by it, with
+``weights_only=True``. Nothing in them is executed, whatever they hold; docs/security.md says what
+is held against what."""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ def import_torch(what: str = "This") -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             f"{what} needs PyTorch, which is not installed: pip install 'flax-resblock[torch]'. "
-            "Without it, PyTorch files of tensors, numbers and text can be read, .safetensors and Orbax checkpoints read and written."
+            "Without it, PyTorch files of tensors, numbers and text can be read, .safetensors "
+            "and Orbax checkpoints read and written."
         ) from error
     return torch
 
@@ -65,7 +68,9 @@ def to_numpy(tensor: torch.Tensor | np.ndarray, name: str = "tensor") -> np.ndar
     torch = import_torch()
     tensor = tensor.detach()
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        kind = "quantised" if tensor.is_quantized else "empty (meta)" if tensor.is_meta else "sparse"
+        kind = (
+            "quantised" if tensor.is_quantized else "empty (meta)" if tensor.is_meta else "sparse"
+        )
         raise CheckpointError(f"{name} is a {kind} tensor. Save the model with dense weights.")
     tensor = tensor.cpu().resolve_conj().resolve_neg()
     dtype = str(tensor.dtype).removeprefix("torch.")
@@ -75,7 +80,9 @@ def to_numpy(tensor: torch.Tensor | np.ndarray, name: str = "tensor") -> np.ndar
     try:
         return tensor.numpy()
     except TypeError as error:
-        raise CheckpointError(f"{name} has dtype {dtype}, which this library does not convert.") from error
+        raise CheckpointError(
+            f"{name} has dtype {dtype}, which this library does not convert."
+        ) from error
 
 
 def _mapped(leaf: Callable[[Any], Any], value: Any) -> Any:
@@ -127,12 +134,16 @@ def _harmless(torch: Any) -> list[Any]:
     """Types without behaviour that training scripts store beside the weights."""
     types: list[Any] = [argparse.Namespace, np.dtype, torch.torch_version.TorchVersion]
     types += [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
-    types += [(type(np.float64(0)).__reduce__(np.float64(0))[0], f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")]
+    types += [
+        (type(np.float64(0)).__reduce__(np.float64(0))[0], f"numpy.{module}.multiarray.scalar")
+        for module in ("core", "_core")
+    ]
     return types
 
 
 def load(path: Path, limits: Limits = LIMITS) -> Any:
-    """What ``torch.save`` wrote, with a numpy array for each tensor, memory-mapped; what only PyTorch can make, with PyTorch and its tensors on the CPU.
+    """What ``torch.save`` wrote, with a numpy array for each tensor, memory-mapped; what only
+    PyTorch can make, with PyTorch and its tensors on the CPU.
 
     Raises:
       CheckpointError: Not such a file, damaged, beyond the limits, or one that would execute code.
@@ -144,7 +155,9 @@ def load(path: Path, limits: Limits = LIMITS) -> Any:
 
 
 def _load(path: Path, archive: torch_archive.Archive, limits: Limits) -> Any:
-    """The same with ``torch.load``, once it is known that nothing in the file calls anything else than what checkpoints need."""
+    """The same with ``torch.load``, once it is known that nothing in the file calls anything else
+    than what checkpoints need.
+    """
     torch = import_torch(f"{path} holds {visible(archive.foreign or '')[:160]}, which")
     try:
         with torch.serialization.safe_globals(_harmless(torch)), warnings.catch_warnings():
@@ -155,28 +168,54 @@ def _load(path: Path, archive: torch_archive.Archive, limits: Limits) -> Any:
         if blocked:
             raise CheckpointError(f"{path} {needs(blocked[1])}") from error
         raise CheckpointError(
-            f"{path} is no PyTorch checkpoint, or a damaged one: its pickle cannot be read without executing code, which loading never does. "
+            f"{path} is no PyTorch checkpoint, or a damaged one: its pickle cannot be read "
+            f"without executing code, which loading never does. "
             "Copy or download it again."
         ) from error
     except MemoryError:
         raise
-    except Exception as error:  # torch.load raises whatever its parsers meet: RuntimeError, EOFError, KeyError, struct.error ...
-        reason = visible(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
-        what = "a damaged or truncated PyTorch zip archive" if archive.is_zip else "no PyTorch checkpoint, or a damaged one"
-        raise CheckpointError(f"{path} is {what} ({reason[:160]}). Copy or download it again.") from error
-    check_content(content, limits, lambda value: value.numel() * value.element_size() if torch.is_tensor(value) else None, str(path))
+    # torch.load raises whatever its parsers meet: RuntimeError, EOFError, KeyError, struct.error
+    # ...
+    except Exception as error:
+        reason = (
+            visible(str(error).strip().splitlines()[0])
+            if str(error).strip()
+            else type(error).__name__
+        )
+        what = (
+            "a damaged or truncated PyTorch zip archive"
+            if archive.is_zip
+            else "no PyTorch checkpoint, or a damaged one"
+        )
+        raise CheckpointError(
+            f"{path} is {what} ({reason[:160]}). Copy or download it again."
+        ) from error
+    check_content(
+        content,
+        limits,
+        lambda value: value.numel() * value.element_size() if torch.is_tensor(value) else None,
+        str(path),
+    )
     return content
 
 
 def read(path: Path, *, entry: str | None = None, limits: Limits = LIMITS) -> Record:
-    """Reads a ``.pt``, ``.pth``, ``.th`` or ``.bin`` file, or all that a ``.bin.index.json`` names; errors as for :func:`load`.
+    """Reads a ``.pt``, ``.pth``, ``.th`` or ``.bin`` file, or all that a ``.bin.index.json`` names;
+    errors as for :func:`load`.
 
     What lies beside the state dict is held against its digests here.
     """
     content = _sharded(path, limits) if path.suffix == ".json" else load(path, limits)
     state, extras, notes = unwrap(content, is_tensor=_is_tensor, source=str(path), entry=entry)
     tensors = state_to_numpy(state)
-    return Record(str(path), "pytorch", tensors, _recorded(path, tensors, extras, notes, entry), tuple(notes), extras)
+    return Record(
+        str(path),
+        "pytorch",
+        tensors,
+        _recorded(path, tensors, extras, notes, entry),
+        tuple(notes),
+        extras,
+    )
 
 
 def _sharded(index: Path, limits: Limits) -> dict[str, Any]:
@@ -187,17 +226,27 @@ def _sharded(index: Path, limits: Limits) -> dict[str, Any]:
     for file in files:
         content = load(file, limits)
         if not isinstance(content, Mapping):
-            raise CheckpointError(f"{file}, which {index.name} names, is no state dict but a {type(content).__name__}. Copy the folder again.")
+            raise CheckpointError(
+                f"{file}, which {index.name} names, is no state dict but a "
+                f"{type(content).__name__}. Copy the folder again."
+            )
         twins = found.keys() & content.keys()
         if twins:
             raise CheckpointError(
-                f"{index}: {some(sorted(map(str, twins)))} in two shards; which one counts would depend on the reader. Copy the folder again."
+                f"{index}: {some(sorted(map(str, twins)))} in two shards; which one counts "
+                f"would depend on the reader. Copy the folder again."
             )
         found |= content
     return found
 
 
-def _recorded(path: Path, tensors: Mapping[str, np.ndarray], extras: Mapping[str, Any], notes: list[str], entry: str | None) -> dict[str, str]:
+def _recorded(
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    extras: Mapping[str, Any],
+    notes: list[str],
+    entry: str | None,
+) -> dict[str, str]:
     """Metadata with the SHA-256 of the tensors, where they lie beside the file and belong to it."""
     found = sidecar.read(path)
     if found is None or entry is not None:
@@ -205,25 +254,47 @@ def _recorded(path: Path, tensors: Mapping[str, np.ndarray], extras: Mapping[str
     place = sidecar.sidecar_of(path)
     if found.identity != torch_archive.identity(path):
         if digests(tensors) != found.tensors:
-            notes.append(f"not held against {place.name}, which describes another file: {path.name} was written later, by something else. Remove it")
+            notes.append(
+                f"not held against {place.name}, which describes another file: {path.name} was "
+                f"written later, by something else. Remove it"
+            )
         return {}
     if found.extras or found.rest:
         arrays, rest = sidecar.of_extras(plain(extras))
         changed = [name for name, sha in found.extras.items() if arrays.get(name) != sha]
         if changed or arrays.keys() - found.extras.keys() or rest != found.rest:
             what = some(changed) if changed else "what lies beside the weights"
-            raise CheckpointError(f"{path} is damaged: {what} differs from the SHA-256 recorded when it was written. Copy it again.")
+            raise CheckpointError(
+                f"{path} is damaged: {what} differs from the SHA-256 recorded when it was "
+                f"written. Copy it again."
+            )
     return {DIGESTS: json.dumps(found.tensors)}
 
 
-def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], extras: Mapping[str, Any] | None = None) -> None:
-    """Writes a state dict that ``model.load_state_dict(torch.load(path, weights_only=True))`` accepts, and the SHA-256 of everything in a file beside it.
-    ``metadata`` has no place in it.
+def write(
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    extras: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a state dict that ``model.load_state_dict(torch.load(path, weights_only=True))``
+    accepts, and the SHA-256 of everything in a file beside it. ``metadata`` has no place in it.
 
-    With ``extras``, the entries of a training checkpoint, the state dict is the entry ``"model"`` beside them.
-    """
+    With ``extras``, the entries of a training checkpoint, the state dict is the entry ``"model"``
+    beside them."""
     torch = import_torch()
     state = OrderedDict((key, from_numpy(value)) for key, value in tensors.items())
     torch.save(state if extras is None else {"model": state, **with_tensors(extras)}, path)
-    recorded = json.loads(metadata[DIGESTS]) if DIGESTS in metadata else {key: digest(value) for key, value in tensors.items()}
-    sidecar.write(path, sidecar.Sidecar(torch_archive.identity(path), recorded, *(({}, "") if extras is None else sidecar.of_extras(extras))))
+    recorded = (
+        json.loads(metadata[DIGESTS])
+        if DIGESTS in metadata
+        else {key: digest(value) for key, value in tensors.items()}
+    )
+    sidecar.write(
+        path,
+        sidecar.Sidecar(
+            torch_archive.identity(path),
+            recorded,
+            *(({}, "") if extras is None else sidecar.of_extras(extras)),
+        ),
+    )

@@ -1,4 +1,6 @@
-"""Finds the state dict inside what people save: training checkpoints, wrapped modules, exponential moving averages."""
+"""Finds the state dict inside what people save: training checkpoints, wrapped modules, exponential
+moving averages.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,32 @@ WRAPPERS = (
 )
 """Entries that hold a state dict, in order of preference: trained weights before their average."""
 
-PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "encoder.", "network.", "net.", "resnet.", "timm_model.", "bottom_up.", "body.")
-"""Prefixes that wrappers leave on every key: DataParallel, torch.compile, Lightning, self-supervised frameworks, hubs, detectors."""
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "backbone.",
+    "model.",
+    "encoder.",
+    "network.",
+    "net.",
+    "resnet.",
+    "timm_model.",
+    "bottom_up.",
+    "body.",
+)
+"""Prefixes that wrappers leave on every key: DataParallel, torch.compile, Lightning,
+self-supervised frameworks, hubs, detectors.
+"""
 
 _STRAY = ("n_averaged",)
-"""Tensors that wrappers add beside the model's: the counter of torch.optim.swa_utils.AveragedModel."""
+"""Tensors that wrappers add beside the model's: the counter of
+torch.optim.swa_utils.AveragedModel.
+"""
 
 
-def unwrap(content: Any, *, is_tensor: Callable[[Any], bool], source: str, entry: str | None = None) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def unwrap(
+    content: Any, *, is_tensor: Callable[[Any], bool], source: str, entry: str | None = None
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """The state dict in ``content``, the entries beside it, and notes on what was done.
 
     Args:
@@ -46,29 +66,47 @@ def unwrap(content: Any, *, is_tensor: Callable[[Any], bool], source: str, entry
     notes: list[str] = []
     extras: dict[str, Any] = {}
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{source} holds a {type(content).__name__}, not a state dict. Save model.state_dict() and convert that.")
+        raise CheckpointError(
+            f"{source} holds a {type(content).__name__}, not a state dict. Save "
+            f"model.state_dict() and convert that."
+        )
     while True:
-        found = [name for name in WRAPPERS if _holds_tensors(content.get(name), is_tensor)]  # beside tensors, such as a random state, too
+        found = [
+            name for name in WRAPPERS if _holds_tensors(content.get(name), is_tensor)
+        ]  # beside tensors, such as a random state, too
         if entry is None and not found and any(map(is_tensor, content.values())):
             break
         if entry is not None:
             if not _holds_tensors(content.get(entry), is_tensor):
                 held = ", ".join(map(str, content)) or "nothing"
-                raise CheckpointError(f"{source} has no entry {entry!r} with a state dict; it holds: {held}.")
+                raise CheckpointError(
+                    f"{source} has no entry {entry!r} with a state dict; it holds: {held}."
+                )
             chosen, entry = entry, None
         elif found:
             chosen = found[0]
         else:
-            held = some([f"{key!s}: {type(value).__name__}" for key, value in content.items()], 6) or "nothing"
-            raise CheckpointError(f"{source} holds no state dict; its entries are {held}. Save model.state_dict() and convert that.")
+            held = (
+                some([f"{key!s}: {type(value).__name__}" for key, value in content.items()], 6)
+                or "nothing"
+            )
+            raise CheckpointError(
+                f"{source} holds no state dict; its entries are {held}. Save "
+                f"model.state_dict() and convert that."
+            )
         others = [name for name in found if name != chosen]
-        notes.append(f"took entry '{chosen}'" + (f" (also there: {', '.join(others)}; choose with --entry)" if others else ""))
+        notes.append(
+            f"took entry '{chosen}'"
+            + (f" (also there: {', '.join(others)}; choose with --entry)" if others else "")
+        )
         extras |= {str(key): value for key, value in content.items() if key != chosen}
         content = content[chosen]
     state = {}
     for key, value in content.items():
         if not isinstance(key, str):
-            raise CheckpointError(f"{source} has a tensor under the key {key!r}; names of tensors are strings.")
+            raise CheckpointError(
+                f"{source} has a tensor under the key {key!r}; names of tensors are strings."
+            )
         if is_tensor(value):
             state[key] = value
         else:
@@ -80,7 +118,9 @@ def unwrap(content: Any, *, is_tensor: Callable[[Any], bool], source: str, entry
 def _holds_tensors(value: Any, is_tensor: Callable[[Any], bool]) -> bool:
     if not isinstance(value, Mapping):
         return False
-    return any(map(is_tensor, value.values())) or any(_holds_tensors(value.get(name), is_tensor) for name in WRAPPERS)
+    return any(map(is_tensor, value.values())) or any(
+        _holds_tensors(value.get(name), is_tensor) for name in WRAPPERS
+    )
 
 
 def strip(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:

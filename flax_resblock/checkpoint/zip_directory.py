@@ -1,4 +1,6 @@
-"""The directory of a zip archive, held against the file before anything in it is read, here or by PyTorch, whose reader trusts it. Needs no torch."""
+"""The directory of a zip archive, held against the file before anything in it is read, here or by
+PyTorch, whose reader trusts it. Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _FIELD = struct.Struct("<2H")
 _LARGE = (0xFFFF, 0xFFFFFFFF)
-"""What stands for a number of entries, and for a number of bytes, that is in the longer form only."""
+"""What stands for a number of entries, and for a number of bytes, that is in the longer form
+only.
+"""
 _STORED = 0
 _SIZES_BEHIND, _UTF8 = 1 << 3, 1 << 11
 """Flags that a record may have: its sizes are repeated behind it, its name is UTF-8."""
@@ -37,17 +41,22 @@ class Place(NamedTuple):
 
 
 def _broken(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{path} is a damaged or truncated PyTorch zip archive ({why}). Copy or download it again.")
+    return CheckpointError(
+        f"{path} is a damaged or truncated PyTorch zip archive ({why}). Copy or download it again."
+    )
 
 
 def _directory(handle: BinaryIO, path: Path, size: int, limits: Limits) -> tuple[int, list[_Entry]]:
-    """Where the directory begins, and its entries. It must end where the records of its end begin, and those with the file: then no two readers find different
-    ones. An archive in several parts is refused."""
+    """Where the directory begins, and its entries. It must end where the records of its end begin,
+    and those with the file: then no two readers find different ones. An archive in several parts is
+    refused."""
     if size < _END.size:
         raise _broken(path, "it ends before its directory")
     end = size - _END.size
     handle.seek(end)
-    magic, disk, first_disk, here, entries, length, start, comment = _END.unpack(handle.read(_END.size))
+    magic, disk, first_disk, here, entries, length, start, comment = _END.unpack(
+        handle.read(_END.size)
+    )
     if magic != b"PK\x05\x06" or comment:
         raise _broken(path, "it does not end with its directory")
     disks = [disk, first_disk]
@@ -59,9 +68,14 @@ def _directory(handle: BinaryIO, path: Path, size: int, limits: Limits) -> tuple
                 raise _broken(path, "its directory is not where it should be")
             handle.seek(end64)
             short_form = here, entries, length, start
-            magic, rest, _, _, disk64, first_disk, here, entries, length, start = _END64.unpack(handle.read(_END64.size))
+            magic, rest, _, _, disk64, first_disk, here, entries, length, start = _END64.unpack(
+                handle.read(_END64.size)
+            )
             long_form = here, entries, length, start
-            fits = all(short in (_LARGE[i > 1], long) for i, (short, long) in enumerate(zip(short_form, long_form, strict=True)))
+            fits = all(
+                short in (_LARGE[i > 1], long)
+                for i, (short, long) in enumerate(zip(short_form, long_form, strict=True))
+            )
             if magic != b"PK\x06\x06" or rest != _END64.size - 12 or not fits:
                 raise _broken(path, "its directory is not where it should be")
             disks = [disk, disk64, first_disk, *(number for number in disks if number != _LARGE[0])]
@@ -96,7 +110,24 @@ def _entries(path: Path, directory: bytes) -> Iterator[_Entry]:
     while at < len(directory):
         if len(directory) - at < _CENTRAL.size:
             raise _broken(path, "its directory ends within a record")
-        magic, _, _, flags, method, _, _, crc, *lengths, name, extra, comment, disk, _, attributes, start = _CENTRAL.unpack_from(directory, at)
+        (
+            magic,
+            _,
+            _,
+            flags,
+            method,
+            _,
+            _,
+            crc,
+            *lengths,
+            name,
+            extra,
+            comment,
+            disk,
+            _,
+            attributes,
+            start,
+        ) = _CENTRAL.unpack_from(directory, at)
         at += _CENTRAL.size
         raw, more = directory[at : at + name], directory[at + name : at + name + extra]
         at += name + extra + comment
@@ -111,7 +142,9 @@ def _entries(path: Path, directory: bytes) -> Iterator[_Entry]:
 
 
 def _long_form(path: Path, extra: bytes, numbers: list[int]) -> list[int]:
-    """Numbers of more than 32 bits, which then are in the extra field 1: packed size, size and start are given, size comes first there."""
+    """Numbers of more than 32 bits, which then are in the extra field 1: packed size, size and
+    start are given, size comes first there.
+    """
     while len(extra) >= _FIELD.size and _LARGE[1] in numbers:
         kind, length = _FIELD.unpack_from(extra)
         field, extra = extra[_FIELD.size : _FIELD.size + length], extra[_FIELD.size + length :]
@@ -126,10 +159,12 @@ def _long_form(path: Path, extra: bytes, numbers: list[int]) -> list[int]:
 
 
 def records(path: Path, limits: Limits) -> dict[str, Place]:
-    """The place of every record, by name without the archive's own folder, once everything was found in order.
+    """The place of every record, by name without the archive's own folder, once everything was
+    found in order.
 
-    torch.save stores records as they are, one after the other, in one folder. Anything else is refused: compressed records (a bomb, and what is mapped into
-    memory cannot be compressed), records that overlap or lie outside the file, two of one name, names that lead elsewhere.
+    torch.save stores records as they are, one after the other, in one folder. Anything else is
+    refused: compressed records (a bomb, and what is mapped into memory cannot be compressed),
+    records that overlap or lie outside the file, two of one name, names that lead elsewhere.
 
     Raises:
       CheckpointError: Not such an archive, or more records or bytes than ``limits`` allow.
@@ -157,31 +192,48 @@ def records(path: Path, limits: Limits) -> dict[str, Place]:
             or visible(name.removeprefix(folder)) != name.removeprefix(folder)
         ):
             raise CheckpointError(
-                f"{path} has a record called {visible(name[:200])!r}; torch.save names all of them {visible(folder)[:80]}/... It is no PyTorch file."
+                f"{path} has a record called {visible(name[:200])!r}; torch.save names all of "
+                f"them {visible(folder)[:80]}/... It is no PyTorch file."
             )
         if name.lower() in seen:  # PyTorch's reader looks names up without regard to case
-            raise CheckpointError(f"{path} has two records called {visible(name)!r}; which one counts would depend on the reader. Refused.")
+            raise CheckpointError(
+                f"{path} has two records called {visible(name)!r}; which one counts would "
+                f"depend on the reader. Refused."
+            )
         seen.add(name.lower())
-        names[name.removeprefix(f"{folder}/")] = Place(ends[entry] - entry.size, entry.size, entry.crc)
+        names[name.removeprefix(f"{folder}/")] = Place(
+            ends[entry] - entry.size, entry.size, entry.crc
+        )
     return names
 
 
 def _check_record(handle: BinaryIO, path: Path, entry: _Entry, end: int, limit: int) -> int:
-    """Where the record ends; ``end`` is where the one before it did, ``limit`` where the directory begins."""
+    """Where the record ends; ``end`` is where the one before it did, ``limit`` where the directory
+    begins.
+    """
     name = visible(entry.name[:200])
     if entry.method != _STORED or entry.packed != entry.size:
         raise CheckpointError(
-            f"{path}: its record {name!r} is compressed to {entry.packed:,} of {entry.size:,} bytes. torch.save never compresses, and a small file "
-            "could fill any memory. Unpack it and pack it again without compression (zip -0), if you trust it."
+            f"{path}: its record {name!r} is compressed to {entry.packed:,} of {entry.size:,} "
+            f"bytes. torch.save never compresses, and a small file "
+            "could fill any memory. Unpack it and pack it again without compression (zip -0), "
+            "if you trust it."
         )
-    if entry.attributes & _FOLDER:  # PyTorch's reader takes nothing out of a folder, and leaves what was in memory before
+    if (
+        entry.attributes & _FOLDER
+    ):  # PyTorch's reader takes nothing out of a folder, and leaves what was in memory before
         raise _broken(path, f"its record {name!r} is marked as a folder")
     if entry.flags & ~(_UTF8 | _SIZES_BEHIND):
-        raise CheckpointError(f"{path}: its record {name!r} is encrypted, or a patch of another. Give the file that torch.save wrote.")
+        raise CheckpointError(
+            f"{path}: its record {name!r} is encrypted, or a patch of another. Give the file "
+            f"that torch.save wrote."
+        )
     handle.seek(entry.start)
     head = handle.read(_LOCAL.size)
     if entry.start < end or len(head) < _LOCAL.size or not head.startswith(MAGIC):
-        raise _broken(path, f"its record {name!r} overlaps another, or is not where its directory says")
+        raise _broken(
+            path, f"its record {name!r} overlaps another, or is not where its directory says"
+        )
     *_, method, _, _, _, _, _, name_length, extra_length = _LOCAL.unpack(head)
     end = entry.start + _LOCAL.size + name_length + extra_length + entry.size
     if end > limit or method != _STORED or handle.read(name_length) != entry.raw_name:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from io import TextIOWrapper
 from typing import Any
 
-from flax_resblock import __version__
+from flax_resblock._version import __version__
 from flax_resblock.cli.cache import keep_compiled
 from flax_resblock.cli.huge_pages import start_again_with_huge_pages
 from flax_resblock.cli.interrupts import on_interrupt
@@ -31,21 +31,37 @@ Every command takes --help."""
 
 
 COMMANDS: Mapping[str, str] = {
-    "demo": "The whole story on real data, in under two minutes: trained in PyTorch, inspected, converted, verified, trained on in both, converted back.",
+    "demo": (
+        "The whole story on real data, in under two minutes: trained in PyTorch, inspected, "
+        "converted, verified, trained on in both, converted back."
+    ),
     "inspect": "Says what a checkpoint is, how healthy its batch norms are, and what is odd about it.",
-    "convert": "Converts a checkpoint from any format to any other, in either direction, bit for bit, and certifies that both frameworks agree.",
-    "verify": "Runs the network in PyTorch and in Flax side by side, compares every slot, and says where a difference begins and why.",
+    "convert": (
+        "Converts a checkpoint from any format to any other, in either direction, bit for bit, "
+        "and certifies that both frameworks agree."
+    ),
+    "verify": (
+        "Runs the network in PyTorch and in Flax side by side, compares every slot, and says "
+        "where a difference begins and why."
+    ),
     "train": "Trains a network in JAX: from scratch, or from where a run stopped, in PyTorch or here.",
     "predict": "Classifies images with a checkpoint of any format, or with an exported network, in JAX.",
     "export": "Writes a network as a StableHLO program that runs with jax alone.",
-    "aot": "Compiles a network for TPUs or GPUs that are not there, and reports precision, memory and communication.",
+    "aot": (
+        "Compiles a network for TPUs or GPUs that are not there, and reports precision, memory "
+        "and communication."
+    ),
     "bench": "Times JAX against PyTorch on this CPU: the same weights and batches, turn by turn.",
 }
-"""What each command does, in a sentence. The command is the function of that name in the module of that name in this package."""
+"""What each command does, in a sentence. The command is the function of that name in the module of
+that name in this package.
+"""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs the command line and returns its exit status; errors of the input go to stderr as one paragraph."""
+    """Runs the command line and returns its exit status; errors of the input go to stderr as one
+    paragraph.
+    """
     arguments = list(arguments)
     show_traceback = "--traceback" in arguments
     if show_traceback:
@@ -60,25 +76,43 @@ def run(arguments: Sequence[str]) -> int:
         print(f"flax-resblock: {visible(str(error), keep=LINE_BREAK)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("flax-resblock: interrupted; outputs that were not finished were removed.", file=sys.stderr)
+        print(
+            "flax-resblock: interrupted; outputs that were not finished were removed.",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         _drop_output()
         return 0
-    except (OSError, MemoryError) as error:  # a disk that fails while it is read, a full one that takes our output, a machine without the memory
+    except (
+        OSError,
+        MemoryError,
+        # a disk that fails while it is read, a full one that takes our output, a machine without
+        # the memory
+    ) as error:
         if show_traceback:
             raise
         try:
             sys.stdout.flush()
         except OSError:
             _drop_output()
-        what = (error.strerror or str(error)) + (f": {error.filename}" if error.filename else "") if isinstance(error, OSError) else "not enough memory"
-        print(f"flax-resblock: {visible(what)}. Nothing was left half-written. Check the disk and the memory, then run it again.", file=sys.stderr)
+        what = (
+            (error.strerror or str(error)) + (f": {error.filename}" if error.filename else "")
+            if isinstance(error, OSError)
+            else "not enough memory"
+        )
+        print(
+            f"flax-resblock: {visible(what)}. Nothing was left half-written. Check the disk "
+            f"and the memory, then run it again.",
+            file=sys.stderr,
+        )
         return 2
 
 
 def _drop_output() -> None:
-    """What standard output could not take goes nowhere, instead of being tried again while the interpreter goes down."""
+    """What standard output could not take goes nowhere, instead of being tried again while the
+    interpreter goes down.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -90,13 +124,25 @@ def _dispatch(arguments: list[str]) -> int:
     import tyro
 
     command = getattr(importlib.import_module(f"{__name__}.{name}"), name)
-    config: tuple[Any, ...] = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff)
+    config: tuple[Any, ...] = (
+        tyro.conf.FlagCreatePairsOff,
+        tyro.conf.OmitArgPrefixes,
+        tyro.conf.HelptextFromCommentsOff,
+    )
     return tyro.cli(command, prog=f"flax-resblock {name}", args=rest, config=config)
 
 
 def _overview(arguments: list[str]) -> int:
-    """Prints help or version, or exits with what is wrong with a command line that begins with no command."""
-    parser = ArgumentParser("flax-resblock", description=DESCRIPTION, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False)
+    """Prints help or version, or exits with what is wrong with a command line that begins with no
+    command.
+    """
+    parser = ArgumentParser(
+        "flax-resblock",
+        description=DESCRIPTION,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
     parser.add_argument("-h", "--help", action="store_true", help="show this help message")
     parser.add_argument("-V", "--version", action="store_true", help="show the version")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
@@ -113,18 +159,32 @@ def _overview(arguments: list[str]) -> int:
 def main() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGINT, on_interrupt)
-    for stream in (sys.stdout, sys.stderr):  # names from files may have characters that the terminal's encoding lacks
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # names from files may have characters that the terminal's encoding lacks
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     report = sys.unraisablehook
-    sys.unraisablehook = lambda found: None if found.exc_type is KeyboardInterrupt else report(found)  # swallowed by a callback, and raised again later
+    sys.unraisablehook = lambda found: (
+        None if found.exc_type is KeyboardInterrupt else report(found)
+    )  # swallowed by a callback, and raised again later
     arguments = sys.argv[1:]
     start_again_with_huge_pages(arguments)
     if COMMANDS.keys() & arguments and (warning := keep_compiled(os.environ)):
         print(f"flax-resblock: {visible(warning)}", file=sys.stderr)
     code = run(arguments)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # everything is written; an interrupt while the interpreter goes down would only look like a failure
-    if code == INTERRUPTED:  # compilers of jax may still be at work in other threads; waiting for them, or tearing them down, ends in a crash
+    signal.signal(
+        signal.SIGINT,
+        signal.SIG_IGN,
+        # everything is written; an interrupt while the interpreter goes down would only look like a
+        # failure
+    )
+    if (
+        code == INTERRUPTED
+        # compilers of jax may still be at work in other threads; waiting for them, or tearing them
+        # down, ends in a crash
+    ):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

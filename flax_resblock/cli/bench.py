@@ -29,14 +29,16 @@ def bench(
     png: Path | None = None,
     force: bool = False,
 ) -> int:
-    """Times JAX against PyTorch on this CPU: the same weights and batches, equal threads, turn by turn, each in a process of its own.
+    """Times JAX against PyTorch on this CPU: the same weights and batches, equal threads, turn by
+    turn, each in a process of its own.
 
-    The table shows medians of the rounds with their quartiles, and the ratio to PyTorch eager (channels last) of the same round. Losses and outputs are
-    compared, so that both sides do the same work. For numbers that mean something, leave the machine alone meanwhile.
+    The table shows medians of the rounds with their quartiles, and the ratio to PyTorch eager
+    (channels last) of the same round. Losses and outputs are compared, so that both sides do the
+    same work. For numbers that mean something, leave the machine alone meanwhile.
 
     Args:
-      what: "quick" is a train step and an inference of resnet18, two minutes; "full" every row of the README's table, twenty minutes; the others time one
-        thing.
+      what: "quick" is a train step and an inference of resnet18, two minutes; "full" every row of
+        the README's table, twenty minutes; the others time one thing.
       architecture: Of that one thing; "block" is a single residual block of 64 channels.
       image_size: Side of the square images; up to 64 the network has the stem for small images.
       batch: Images.
@@ -49,12 +51,14 @@ def bench(
     """
     from importlib.util import find_spec
 
-    from flax_resblock.architecture import architectures
     from flax_resblock.checkpoint.atomic import refuse_existing, replacing
+    from flax_resblock.config import architectures
 
     missing = [name for name in ("torch", "optax") if find_spec(name) is None]
     if missing:
-        raise MissingDependencyError(f"bench needs {' and '.join(missing)}: pip install 'flax-resblock[torch,train]'.")
+        raise MissingDependencyError(
+            f"bench needs {' and '.join(missing)}: pip install 'flax-resblock[torch,train]'."
+        )
     from flax_resblock.bench.cases import FULL, QUICK, Case
     from flax_resblock.bench.report import content, disagreement, machine, picture, sentence, table
     from flax_resblock.bench.run import measure
@@ -62,37 +66,72 @@ def bench(
     cores = os.cpu_count() or 1
     threads = cores if threads is None else threads
     if architecture != "block" and architecture not in architectures():
-        raise InputError(f"--architecture {architecture!r} is unknown; choose block or one of {', '.join(architectures())}.")
+        raise InputError(
+            f"--architecture {architecture!r} is unknown; choose block or one of "
+            f"{', '.join(architectures())}."
+        )
     if min(image_size, batch, rounds, threads) < 1 or threads > cores:
-        raise InputError(f"--image-size, --batch, --rounds and --threads must be positive, and threads at most the {cores} cores that there are.")
+        raise InputError(
+            f"--image-size, --batch, --rounds and --threads must be positive, and threads at "
+            f"most the {cores} cores that there are."
+        )
     if what == "conversion" and architecture == "block":
-        raise InputError("--what conversion times a checkpoint of a network; choose another --architecture than block.")
+        raise InputError(
+            "--what conversion times a checkpoint of a network; choose another --architecture "
+            "than block."
+        )
     for path in (json_file, png):
         if path is not None:
             refuse_existing(path, force)
-    cases = {"quick": QUICK, "full": FULL}.get(what) or (Case(what, architecture, image_size, batch),)  # pyright: ignore[reportArgumentType]
-    output.print(sentence(machine()) + f"; {threads} threads, malloc: {malloc}", markup=False, soft_wrap=True)
+    cases = {"quick": QUICK, "full": FULL}.get(what) or (
+        Case(what, architecture, image_size, batch),
+    )  # pyright: ignore[reportArgumentType]
+    output.print(
+        sentence(machine()) + f"; {threads} threads, malloc: {malloc}", markup=False, soft_wrap=True
+    )
     found = []
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=status, transient=True) as progress:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=status,
+        transient=True,
+    ) as progress:
         bar = progress.add_task("", total=len(cases) * rounds)
         for number, case in enumerate(cases):
 
             def on_progress(text: str, done: int, case: Case = case, number: int = number) -> None:
-                progress.update(bar, description=f"{case.title}: {text}", completed=number * rounds + done)
+                progress.update(
+                    bar, description=f"{case.title}: {text}", completed=number * rounds + done
+                )
 
-            results = measure(case, rounds=rounds, threads=threads, allocator={VARIABLE: SETTING} if malloc == "huge-pages" else {}, on_progress=on_progress)
+            results = measure(
+                case,
+                rounds=rounds,
+                threads=threads,
+                allocator={VARIABLE: SETTING} if malloc == "huge-pages" else {},
+                on_progress=on_progress,
+            )
             found.append((case, results))
             print_table(table(case, results))
             for result in results:
                 if result.failed:
-                    output.print(f"{result.contestant}: {result.failed}", style="yellow", markup=False)
+                    output.print(
+                        f"{result.contestant}: {result.failed}", style="yellow", markup=False
+                    )
             apart = disagreement(results)
             same = "the same" if apart <= DIFFERENT else "[bold red]not the same[/]"
-            output.print(f"All computed {same}: first {'losses' if case.what == 'train-step' else 'results'} differ by {apart:.1g} of their size.")
+            output.print(
+                f"All computed {same}: first "
+                f"{'losses' if case.what == 'train-step' else 'results'} differ by {apart:.1g} "
+                f"of their size."
+            )
     settings = {"rounds": rounds, "threads": threads, "malloc": malloc}
     if json_file is not None:
         with replacing(json_file, force=force) as temporary:
-            temporary.write_text(json.dumps(content(found, settings), indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(
+                json.dumps(content(found, settings), indent=1) + "\n", encoding="utf-8"
+            )
         output.print(f"wrote {json_file}", markup=False)
     if png is not None:
         with replacing(png, force=force) as temporary:

@@ -1,4 +1,6 @@
-"""Where the programs keep what XLA has compiled, so that a command starts fast the second time. ``import flax_resblock`` leaves jax's settings alone."""
+"""Where the programs keep what XLA has compiled, so that a command starts fast the second time.
+``import flax_resblock`` leaves jax's settings alone.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,14 @@ VARIABLE = "FLAX_RESBLOCK_CACHE"
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
 _SWITCH = "JAX_ENABLE_COMPILATION_CACHE"
 _SETTINGS = {
-    "JAX_COMPILATION_CACHE_MAX_SIZE": str(512 << 20),  # bytes; then the least recently used go, and a lock keeps processes apart
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",  # fresh weights and optimizer buffers are many programs of 0.1 to 0.4 s
-    "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA reports each CPU program that it loads as foreign where LLVM was told to avoid gather: openxla/xla issue 44565
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(
+        512 << 20
+    ),  # bytes; then the least recently used go, and a lock keeps processes apart
+    # fresh weights and optimizer buffers are many programs of 0.1 to 0.4 s
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    # XLA reports each CPU program that it loads as foreign where LLVM was told to avoid gather:
+    # openxla/xla issue 44565
+    "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 """What jax and XLA read from the environment, where it says nothing."""
 
@@ -25,16 +32,19 @@ _ABANDONED = 60.0
 
 
 def keep_compiled(environment: MutableMapping[str, str]) -> str | None:
-    """Lets jax, which must not be imported yet, keep compiled programs in a folder; child processes do the same.
+    """Lets jax, which must not be imported yet, keep compiled programs in a folder; child processes
+    do the same.
 
-    The folder is ``$FLAX_RESBLOCK_CACHE``; without it ``$JAX_COMPILATION_CACHE_DIR`` with whatever else jax was told; without that
-    ``$XDG_CACHE_HOME/flax-resblock/xla``, by default ``~/.cache/flax-resblock/xla``. jax's keys hold its version, its flags and the processor's features, so
-    that machines may share it.
+    The folder is ``$FLAX_RESBLOCK_CACHE``; without it ``$JAX_COMPILATION_CACHE_DIR`` with whatever
+    else jax was told; without that ``$XDG_CACHE_HOME/flax-resblock/xla``, by default
+    ``~/.cache/flax-resblock/xla``. jax's keys hold its version, its flags and the processor's
+    features, so that machines may share it.
 
     Args:
       environment: Of the process; changed.
     Returns:
-      One sentence where the folder cannot be used and programs are compiled each time; child processes do not say it again.
+      One sentence where the folder cannot be used and programs are compiled each time; child
+      processes do not say it again.
     """
     wanted = environment.get(VARIABLE)
     if wanted is None and environment.get(_FOLDER):
@@ -44,14 +54,25 @@ def keep_compiled(environment: MutableMapping[str, str]) -> str | None:
         return None
     try:
         folder = (
-            Path(wanted).expanduser().absolute() if wanted else Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax-resblock" / "xla"
+            Path(wanted).expanduser().absolute()
+            if wanted
+            else Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+            / "flax-resblock"
+            / "xla"
         )
         _make_own(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home
         environment[VARIABLE] = "off"
         environment[_SWITCH] = "false"
-        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        return f"compiled programs are not kept, every start compiles anew: {reason}. Set {VARIABLE} to a folder of yours, or to off."
+        reason = (
+            f"{error.filename}: {error.strerror}"
+            if isinstance(error, OSError) and error.filename
+            else str(error)
+        )
+        return (
+            f"compiled programs are not kept, every start compiles anew: {reason}. Set {VARIABLE} "
+            f"to a folder of yours, or to off."
+        )
     environment[_FOLDER] = str(folder)
     for name, value in _SETTINGS.items():
         environment.setdefault(name, value)
@@ -59,7 +80,8 @@ def keep_compiled(environment: MutableMapping[str, str]) -> str | None:
 
 
 def _make_own(folder: Path) -> None:
-    """The folder, where only this user can put anything, as programs from it are run; without what a killed process left half-written.
+    """The folder, where only this user can put anything, as programs from it are run; without what
+    a killed process left half-written.
 
     Raises:
       OSError: It cannot be made or written to, or others may write to it.

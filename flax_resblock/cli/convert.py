@@ -10,7 +10,6 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from flax_resblock import checkpoint
-from flax_resblock.architecture import name_of
 from flax_resblock.cli.common import (
     Checkpoint,
     ReadingFlags,
@@ -23,15 +22,24 @@ from flax_resblock.cli.common import (
     refuse_unhealthy,
     status,
 )
-from flax_resblock.convert import LAYOUTS, StateMap, run_file
-from flax_resblock.convert.hub import files_of
-from flax_resblock.convert.source import Reading, Source, metadata_of, target_layout
+from flax_resblock.config import name_of
+from flax_resblock.convert import NAMINGS, StateMap
+from flax_resblock.convert.hubs import files_of
+from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, metadata_of, target_naming
 from flax_resblock.convert.state_map import transcode
 from flax_resblock.errors import InputError
 from flax_resblock.parity.certificate import REFERENCE, certificate_of
 from flax_resblock.parity.certify import certify, provenance, refuse_foreign
+from flax_resblock.runs import run_file
 
-Output = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help="Name ending in .pth, .pt, .th, .safetensors, or none for an Orbax folder.")]
+Output = Annotated[
+    Path,
+    tyro.conf.Positional,
+    tyro.conf.arg(
+        metavar="OUT",
+        help="Name ending in .pth, .pt, .th, .safetensors, or none for an Orbax folder.",
+    ),
+]
 
 
 def convert(
@@ -39,25 +47,26 @@ def convert(
     out: Output,
     reading: ReadingFlags,
     training: RunFlags,
-    to_layout: str | None = None,
+    to_naming: str | None = None,
     allow_nonfinite: bool = False,
     force: bool = False,
     no_certificate: bool = False,
 ) -> int:
     """Converts a checkpoint from any format to any other, in either direction, bit for bit.
 
-    The suffix of OUT decides the format: .pth for PyTorch, .safetensors for either framework, no suffix for an Orbax folder with Flax names, or, with
-    --to-layout huggingface or timm, for a folder with config.json that transformers or timm loads. The output is written under a temporary name, read back,
-    compared by SHA-256, and only then renamed into place. Then Flax and the reference network in
-    PyTorch compute with it, every slot, in float64, and parity.json beside it records the result,
-    what was assumed, and the SHA-256 of everything. Your own code is not seen. Exit status 1 when
-    the frameworks differ.
+    The suffix of OUT decides the format: .pth for PyTorch, .safetensors for either framework, no
+    suffix for an Orbax folder with Flax names, or, with
+    --to-naming huggingface or timm, for a folder with config.json that transformers or timm loads.
+    The output is written under a temporary name, read back, compared by SHA-256, and only then
+    renamed into place. Then Flax and the reference network in PyTorch compute with it, every slot,
+    in float64, and parity.json beside it records the result, what was assumed, and the SHA-256 of
+    everything. Your own code is not seen. Exit status 1 when the frameworks differ.
 
     Args:
       reading: How to read the checkpoint.
       training: What to do with the training run in it.
-      to_layout: Naming scheme of the output: torchvision, huggingface, timm and others that docs/families.md lists, or flax (.safetensors only). By default
-        the names stay.
+      to_naming: Naming scheme of the output: torchvision, huggingface, timm and others that
+        docs/families.md lists, or flax (.safetensors only). By default the names stay.
       allow_nonfinite: Carry NaN, infinities and negative variances.
       force: Replace OUT if it exists.
       no_certificate: Write no parity.json, and do not run the two frameworks.
@@ -66,60 +75,96 @@ def convert(
     checkpoint.refuse_existing(out, force)
     if not no_certificate:
         refuse_foreign(out)
-    if to_layout is not None and to_layout not in LAYOUTS:
-        raise InputError(f"layout {to_layout!r} is unknown; known: {', '.join(LAYOUTS)}.")
+    if to_naming is not None and to_naming not in NAMINGS:
+        raise InputError(f"naming scheme {to_naming!r} is unknown; known: {', '.join(NAMINGS)}.")
     with status.status(f"reading {checkpoint_}"):
         carry = training.with_optimizer and not training.weights_only
         source = reading.open(checkpoint_, run=carry)
         refuse_unhealthy(source, allow_nonfinite)
-        target = StateMap(source.config, LAYOUTS[target_layout(source, format_name, to_layout)])
+        target = StateMap(source.config, NAMINGS[target_naming(source, format_name, to_naming)])
         files = None
-        if format_name == "orbax" and target.layout.hub:
-            format_name = f"folder for {target.layout.hub}"
-            files = files_of(target.layout.hub, source.config, source.record.metadata)
+        if format_name == "orbax" and target.naming.hub:
+            format_name = f"folder for {target.naming.hub}"
+            files = files_of(target.naming.hub, source.config, source.record.metadata)
         tensors = transcode(source.state_map, target, source.tensors)
         origin = None if no_certificate else provenance(source)  # now, as OUT may replace it
         run = training.of(source) if carry else None
         left = None if carry or training.weights_only else optimizer_left_out(source)
-    description, source = _describe(source), None  # lets go of the file's memory before the output is read back
+    description, source = (
+        _describe(source),
+        None,
+    )  # lets go of the file's memory before the output is read back
     with status.status(f"writing {out}"):
-        layout = description.layout if target.layout.name == "flax" else target.layout.name
+        naming = description.naming if target.naming.name == "flax" else target.naming.name
         count, size = len(tensors), sum(value.nbytes for value in tensors.values())
-        metadata = metadata_of(target.config, layout, description.norm_options, description.metadata)
+        metadata = metadata_of(
+            target.config, naming, description.norm_options, description.metadata
+        )
         run_file.write(out, tensors, metadata, run, target, files=files, force=force, release=True)
-    output.print(f"[bold]{name_of(target.config)}[/]: {count} tensors, {megabytes(size)}, read back and equal bit for bit", soft_wrap=True)
-    output.print(f"  from  {checkpoint_} ({description.format}, layout '{description.layout}')", markup=False, soft_wrap=True)
-    output.print(f"  to    {out} ({format_name}, layout '{target.layout.name}')", markup=False, soft_wrap=True)
+    output.print(
+        f"[bold]{name_of(target.config)}[/]: {count} tensors, {megabytes(size)}, read back and "
+        f"equal bit for bit",
+        soft_wrap=True,
+    )
+    output.print(
+        f"  from  {checkpoint_} ({description.format}, naming scheme '{description.naming}')",
+        markup=False,
+        soft_wrap=True,
+    )
+    output.print(
+        f"  to    {out} ({format_name}, naming scheme '{target.naming.name}')",
+        markup=False,
+        soft_wrap=True,
+    )
     print_notes(description.notes)
     if run is not None:
         print_found(run)
     elif left:
-        output.print(f"  note  the weights alone; {left} stays behind (--with-optimizer carries the run)", style="yellow", markup=False, soft_wrap=True)
+        output.print(
+            f"  note  the weights alone; {left} stays behind (--with-optimizer carries the run)",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
     if origin is None:
         return 0
-    written = Reading(architecture=target.config, layout=target.layout.name, limits=reading.limits)
+    written = ReadOptions(
+        architecture=target.config, naming=target.naming.name, limits=reading.limits
+    )
     return _certify(out, written, origin, description.notes)
 
 
-def _certify(out: Path, reading: Reading, origin: Mapping[str, Any], notes: tuple[str, ...]) -> int:
+def _certify(
+    out: Path, reading: ReadOptions, origin: Mapping[str, Any], notes: tuple[str, ...]
+) -> int:
     """Verifies what was written, writes the certificate and returns the exit status."""
     with status.status(f"verifying {out}"):
         verification = certify(out, reading, origin, notes)
     path = certificate_of(out)
     if "skipped" in verification:
-        output.print(f"  parity  not verified: {verification['skipped']}; SHA-256 in {path}", style="yellow", markup=False, soft_wrap=True)
+        output.print(
+            f"  parity  not verified: {verification['skipped']}; SHA-256 in {path}",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
         return 0
     worst = verification["worst"]
-    measured = f"{worst['slot']} ({worst['quantity']}) differs by {float(worst['error']):.1e} in float64, limit {worst['limit']:g}"
+    measured = (
+        f"{worst['slot']} ({worst['quantity']}) differs by {float(worst['error']):.1e} in "
+        f"float64, limit {worst['limit']:g}"
+    )
     if verification["passed"]:
         output.print(
-            f"  parity  {verification['tensors']} tensors of Flax agree with PyTorch, compared with {REFERENCE}; the worst, {measured}; certificate {path}",
+            f"  parity  {verification['tensors']} tensors of Flax agree with PyTorch, compared "
+            f"with {REFERENCE}; the worst, {measured}; certificate {path}",
             markup=False,
             soft_wrap=True,
         )
         return 0
     print(
-        f"flax-resblock: {out} holds every tensor bit for bit, but PyTorch and Flax do not compute the same with it: {measured}. {path} records it. "
+        f"flax-resblock: {out} holds every tensor bit for bit, but PyTorch and Flax do not "
+        f"compute the same with it: {measured}. {path} records it. "
         f"Do not use it in Flax yet; see `flax-resblock verify {out} --slots` for every slot.",
         file=sys.stderr,
     )
@@ -130,11 +175,17 @@ class _Description(NamedTuple):
     """What is still needed of a source once its tensors are converted."""
 
     format: str
-    layout: str
+    naming: str
     notes: tuple[str, ...]
     norm_options: Mapping[str, float | None]
     metadata: Mapping[str, str]
 
 
-def _describe(source: Source) -> _Description:
-    return _Description(source.record.format, source.state_map.layout.name, source.notes, source.norm_options, source.record.metadata)
+def _describe(source: OpenedCheckpoint) -> _Description:
+    return _Description(
+        source.record.format,
+        source.state_map.naming.name,
+        source.notes,
+        source.norm_options,
+        source.record.metadata,
+    )

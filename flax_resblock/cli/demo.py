@@ -19,15 +19,17 @@ from flax_resblock.cli.verify import DeviceFlags, InputFlags, ReportFlags, WhatF
 from flax_resblock.errors import InputError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from train.data.dataset import Splits
+    from flax_resblock.training.data.dataset import Splits
 
 DONE = "demo.txt"
 """Marks a folder as the output of an earlier demo, which the next one may replace."""
 
 
 def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
-    """The whole story on real data, in under two minutes: trains a network on handwritten digits in PyTorch, saves a .pth; inspects, converts and verifies
-    it; goes on training in both frameworks from the same checkpoint, momentum and schedule included; converts back to a .pth; and shows how close they ended.
+    """The whole story on real data, in under two minutes: trains a network on handwritten digits in
+    PyTorch, saves a .pth; inspects, converts and verifies it; goes on training in both frameworks
+    from the same checkpoint, momentum and schedule included; converts back to a .pth; and shows how
+    close they ended.
 
     Needs the extras: pip install 'flax-resblock[torch,train]'.
 
@@ -39,30 +41,48 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
     if epochs < 1:
         raise InputError(f"--epochs {epochs} must be at least 1.")
     if out.exists() and not (out.is_dir() and ((out / DONE).is_file() or not any(out.iterdir()))):
-        raise InputError(f"{out} exists and is not the output of an earlier demo. Choose another folder with --out.")
+        raise InputError(
+            f"{out} exists and is not the output of an earlier demo. Choose another folder "
+            f"with --out."
+        )
     try:
         import torch
 
         import torch_ref.training
-        from train import PRESETS
-        from train.data import digits
+        from flax_resblock.training import PRESETS
+        from flax_resblock.training.data import digits
     except ImportError as error:
-        raise MissingDependencyError(f"the demo needs {error.name}, which is not installed: pip install 'flax-resblock[torch,train]'.") from error
+        raise MissingDependencyError(
+            f"the demo needs {error.name}, which is not installed: pip install "
+            f"'flax-resblock[torch,train]'."
+        ) from error
 
     started = time.perf_counter()
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    (out / DONE).write_text("Files of `flax-resblock demo`. The next demo replaces this folder.\n", encoding="utf-8")
+    (out / DONE).write_text(
+        "Files of `flax-resblock demo`. The next demo replaces this folder.\n", encoding="utf-8"
+    )
     config = replace(PRESETS["digits-resnet8"], epochs=2 * epochs, learning_rate=0.05, seed=seed)
     splits = digits()
 
-    _chapter(1, f"PyTorch: train a small ResNet for {epochs} epochs on {len(splits.train)} handwritten digits")
+    _chapter(
+        1,
+        f"PyTorch: train a small ResNet for {epochs} epochs on {len(splits.train)} handwritten "
+        f"digits",
+    )
     torch.manual_seed(seed)
-    torch.set_num_threads(1)  # layers this small gain nothing from a second thread, and lose much when the other core is busy
+    torch.set_num_threads(
+        1
+        # layers this small gain nothing from a second thread, and lose much when the other core is
+        # busy
+    )
     module = torch_ref.ResNet(**asdict(config.model))
     optimizer, scheduler, steps = _train_torch(module, config, splits, epochs)
     checkpoint = out / "digits.pth"
-    torch_ref.training.save_checkpoint(checkpoint, module, optimizer, scheduler, epoch=epochs - 1, step=steps)
+    torch_ref.training.save_checkpoint(
+        checkpoint, module, optimizer, scheduler, epoch=epochs - 1, step=steps
+    )
     torch_before = _evaluate_torch(module, splits)
     output.print(f"test accuracy {torch_before.accuracy:.2%}; saved {checkpoint}")
 
@@ -70,10 +90,18 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
     _command(inspect(checkpoint, ReadingFlags()), f"inspect {checkpoint}")
     _chapter(3, "convert it to Flax")
     converted = out / "digits_flax"
-    _command(convert(checkpoint, converted, ReadingFlags(), RunFlags(with_optimizer=True)), f"convert {checkpoint} {converted} --with-optimizer")
+    _command(
+        convert(checkpoint, converted, ReadingFlags(), RunFlags(with_optimizer=True)),
+        f"convert {checkpoint} {converted} --with-optimizer",
+    )
     _chapter(4, "verify: both frameworks side by side, every slot, gradients too")
     report = out / "verification.html"
-    flags = (InputFlags(height=9, width=8), WhatFlags(gradients=True), DeviceFlags(), ReportFlags(html=report))
+    flags = (
+        InputFlags(height=9, width=8),
+        WhatFlags(gradients=True),
+        DeviceFlags(),
+        ReportFlags(html=report),
+    )
     status = verify(ReadingFlags(), *flags, checkpoint)
     _command(status, f"verify {checkpoint} --height 9 --width 8 --gradients --html {report}")
 
@@ -81,27 +109,45 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
     torch_losses = _go_on_in_torch(module, config, splits, epochs, optimizer, scheduler)
     jax_losses, jax_after = _go_on_in_jax(converted, config, splits, out / "digits_trained")
     torch_after = _evaluate_torch(module, splits)
-    for epoch, (ours, theirs) in enumerate(zip(_by_epoch(jax_losses, epochs), _by_epoch(torch_losses, epochs), strict=True), start=epochs + 1):
+    for epoch, (ours, theirs) in enumerate(
+        zip(_by_epoch(jax_losses, epochs), _by_epoch(torch_losses, epochs), strict=True),
+        start=epochs + 1,
+    ):
         output.print(f"  epoch {epoch}  mean loss in PyTorch {theirs:.6f}, in JAX {ours:.6f}")
     _plot_losses(torch_losses, jax_losses, out / "losses.png")
-    output.print(f"test accuracy {torch_before.accuracy:.2%} -> {torch_after.accuracy:.2%} in PyTorch, {jax_after.accuracy:.2%} in JAX")
+    output.print(
+        f"test accuracy {torch_before.accuracy:.2%} -> {torch_after.accuracy:.2%} in PyTorch, "
+        f"{jax_after.accuracy:.2%} in JAX"
+    )
     apart = _distance(module, out / "digits_trained")
     output.print(
-        f"after {len(jax_losses)} steps in float32 the weights and statistics differ by {apart:.0e} relative; rounding is all that parts them", soft_wrap=True
+        f"after {len(jax_losses)} steps in float32 the weights and statistics differ by "
+        f"{apart:.0e} relative; rounding is all that parts them",
+        soft_wrap=True,
     )
 
     _chapter(6, "convert back, and load it in PyTorch")
     back = out / "digits_trained.pth"
-    _command(convert(out / "digits_trained", back, ReadingFlags(), RunFlags(with_optimizer=True)), f"convert {out / 'digits_trained'} {back} --with-optimizer")
+    _command(
+        convert(out / "digits_trained", back, ReadingFlags(), RunFlags(with_optimizer=True)),
+        f"convert {out / 'digits_trained'} {back} --with-optimizer",
+    )
     module = torch_ref.ResNet(**asdict(config.model))
     saved = torch.load(back, weights_only=True)
     module.load_state_dict(saved["model"], strict=True)
     optimizer.load_state_dict(saved["optimizer"])
     scheduler.load_state_dict(saved["lr_scheduler"])
-    output.print(f"model, optimizer and scheduler of PyTorch load it; the scheduler stands at step {scheduler.last_epoch}", soft_wrap=True)
+    output.print(
+        f"model, optimizer and scheduler of PyTorch load it; the scheduler stands at step "
+        f"{scheduler.last_epoch}",
+        soft_wrap=True,
+    )
     same = _compare_predictions(_evaluate_torch(module, splits), jax_after)
     output.print()
-    output.print(f"[bold]Done[/] in {time.perf_counter() - started:.0f} s. The files are in {out.resolve()}", soft_wrap=True)
+    output.print(
+        f"[bold]Done[/] in {time.perf_counter() - started:.0f} s. The files are in {out.resolve()}",
+        soft_wrap=True,
+    )
     return 0 if same and status == 0 else 1
 
 
@@ -118,15 +164,26 @@ def _command(status: int, line: str) -> None:
 
 
 def _train_torch(module: Any, config: Any, splits: Splits, epochs: int) -> tuple[Any, Any, int]:
-    """Trains with torch_ref's loop on the batches that the JAX loop would see; returns optimizer, scheduler and the number of steps."""
+    """Trains with torch_ref's loop on the batches that the JAX loop would see; returns optimizer,
+    scheduler and the number of steps.
+    """
+    from flax_resblock.training.data import steps_per_epoch
+    from flax_resblock.training.progress import TrainingProgress
     from torch_ref import training
-    from train.data import steps_per_epoch
-    from train.progress import TrainingProgress
 
     steps = steps_per_epoch(splits.train, config.batch_size)
-    optimizer = training.sgd(module, config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov)
+    optimizer = training.sgd(
+        module,
+        config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+    )
     scheduler = training.warmup_cosine(
-        optimizer, warmup_steps=round(config.warmup_epochs * steps), total_steps=config.epochs * steps, warmup_factor=config.warmup_factor
+        optimizer,
+        warmup_steps=round(config.warmup_epochs * steps),
+        total_steps=config.epochs * steps,
+        warmup_factor=config.warmup_factor,
     )
     with TrainingProgress(epochs * steps * config.batch_size, config.epochs, shown=True) as bar:
         for epoch in range(epochs):
@@ -136,7 +193,9 @@ def _train_torch(module: Any, config: Any, splits: Splits, epochs: int) -> tuple
                 optimizer,
                 scheduler,
                 first_step=epoch * steps,
-                on_step=lambda step, epoch=epoch: bar.advance(config.batch_size, epoch=epoch, loss=step.loss, accuracy=step.accuracy),
+                on_step=lambda step, epoch=epoch: bar.advance(
+                    config.batch_size, epoch=epoch, loss=step.loss, accuracy=step.accuracy
+                ),
             )
     return optimizer, scheduler, epochs * steps
 
@@ -145,10 +204,13 @@ def _for_torch(config: Any, splits: Splits, epoch: int) -> Iterator[tuple[Any, A
     """The batches that the JAX loop would see, as tensors."""
     import torch
 
-    from train.data import batches
+    from flax_resblock.training.data import batches
 
     for batch in batches(splits.train, config.batch_size, seed=config.seed, epoch=epoch):
-        yield torch.from_numpy(np.moveaxis(batch.images, -1, 1).copy()), torch.from_numpy(batch.labels.astype(np.int64))
+        yield (
+            torch.from_numpy(np.moveaxis(batch.images, -1, 1).copy()),
+            torch.from_numpy(batch.labels.astype(np.int64)),
+        )
 
 
 def _evaluate_torch(module: Any, splits: Splits) -> Any:
@@ -160,20 +222,30 @@ def _evaluate_torch(module: Any, splits: Splits) -> Any:
     return training.evaluate(module, images, torch.from_numpy(splits.test.labels.astype(np.int64)))
 
 
-def _go_on_in_torch(module: Any, config: Any, splits: Splits, done: int, optimizer: Any, scheduler: Any) -> list[float]:
+def _go_on_in_torch(
+    module: Any, config: Any, splits: Splits, done: int, optimizer: Any, scheduler: Any
+) -> list[float]:
     """The rest of the run in PyTorch; the loss of every step."""
     from torch_ref import training
 
     losses: list[float] = []
     for epoch in range(done, config.epochs):
-        training.train(module, _for_torch(config, splits, epoch), optimizer, scheduler, on_step=lambda step: losses.append(step.loss))
+        training.train(
+            module,
+            _for_torch(config, splits, epoch),
+            optimizer,
+            scheduler,
+            on_step=lambda step: losses.append(step.loss),
+        )
     return losses
 
 
-def _go_on_in_jax(checkpoint: Path, config: Any, splits: Splits, out: Path) -> tuple[list[float], Any]:
+def _go_on_in_jax(
+    checkpoint: Path, config: Any, splits: Splits, out: Path
+) -> tuple[list[float], Any]:
     """The rest of the run in JAX; saves the result and evaluates it."""
     import flax_resblock
-    from train import evaluate, fit
+    from flax_resblock.training import evaluate, fit
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the demo wrote this file itself
@@ -181,18 +253,25 @@ def _go_on_in_jax(checkpoint: Path, config: Any, splits: Splits, out: Path) -> t
     print_found(run)
     history = fit(model, splits.train, config, run=run)
     flax_resblock.save(model, out, run=history.run)
-    return [step.loss for step in history.steps], evaluate(model, splits.test.normalised(), splits.test.labels)
+    return [step.loss for step in history.steps], evaluate(
+        model, splits.test.normalised(), splits.test.labels
+    )
 
 
 def _distance(module: Any, trained: Path) -> float:
-    """The largest relative difference of a tensor between the PyTorch module and the network that JAX trained."""
+    """The largest relative difference of a tensor between the PyTorch module and the network that
+    JAX trained.
+    """
     import flax_resblock
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as above
         ours = flax_resblock.to_torch(flax_resblock.load(trained))
     theirs = {key: value.numpy().astype(np.float64) for key, value in module.state_dict().items()}
-    return max(float(np.linalg.norm(ours[key] - value) / np.linalg.norm(value)) for key, value in theirs.items())
+    return max(
+        float(np.linalg.norm(ours[key] - value) / np.linalg.norm(value))
+        for key, value in theirs.items()
+    )
 
 
 def _by_epoch(losses: list[float], epochs: int) -> list[float]:
@@ -204,22 +283,34 @@ def _plot_losses(torch_losses: list[float], jax_losses: list[float], path: Path)
     """Both loss curves in one picture."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), naming="constrained")
     axes = figure.subplots()
     axes.plot(torch_losses, label="PyTorch", linewidth=3, alpha=0.4)
     axes.plot(jax_losses, label="JAX", linewidth=1)
-    axes.set(xlabel="step after the hand-over", ylabel="loss", title="One run, continued in both frameworks")
+    axes.set(
+        xlabel="step after the hand-over",
+        ylabel="loss",
+        title="One run, continued in both frameworks",
+    )
     axes.legend()
     figure.savefig(path, dpi=120)
     output.print(f"both loss curves: {path}", soft_wrap=True)
 
 
 def _compare_predictions(torch_side: Any, jax_side: Any) -> bool:
-    """Prints both test accuracies and how far the logits are apart; whether every prediction agrees."""
-    torch_logits, jax_logits = torch_side.logits.numpy().astype(np.float64), np.asarray(jax_side.logits, np.float64)
+    """Prints both test accuracies and how far the logits are apart; whether every prediction
+    agrees.
+    """
+    torch_logits, jax_logits = (
+        torch_side.logits.numpy().astype(np.float64),
+        np.asarray(jax_side.logits, np.float64),
+    )
     agree = int(np.sum(torch_side.predictions.numpy() == np.asarray(jax_side.predictions)))
     distance = float(np.linalg.norm(torch_logits - jax_logits) / np.linalg.norm(jax_logits))
     output.print(f"  test accuracy in JAX      {jax_side.accuracy:.2%}")
     output.print(f"  test accuracy in PyTorch  {torch_side.accuracy:.2%}")
-    output.print(f"  same prediction on {agree} of {len(jax_logits)} test images; logits differ by {distance:.1e} relative (float32)")
+    output.print(
+        f"  same prediction on {agree} of {len(jax_logits)} test images; logits differ by "
+        f"{distance:.1e} relative (float32)"
+    )
     return agree == len(jax_logits)

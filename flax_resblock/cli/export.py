@@ -8,13 +8,23 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from flax_resblock.aot.request import default_image_size
-from flax_resblock.architecture import name_of
 from flax_resblock.checkpoint.atomic import refuse_existing
-from flax_resblock.cli.common import Checkpoint, ReadingFlags, megabytes, output, print_notes, refuse_unhealthy, status
+from flax_resblock.cli.common import (
+    Checkpoint,
+    ReadingFlags,
+    megabytes,
+    output,
+    print_notes,
+    refuse_unhealthy,
+    status,
+)
 from flax_resblock.cli.predict import normalisation_of, preprocessing_of
+from flax_resblock.config import name_of
 from flax_resblock.errors import InputError
 
-Output = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help="The folder to write.")]
+Output = Annotated[
+    Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help="The folder to write.")
+]
 
 
 def export(
@@ -32,25 +42,30 @@ def export(
     allow_nonfinite: bool = False,
     force: bool = False,
 ) -> int:
-    """Writes a network as a StableHLO program that runs with jax alone: `flax-resblock predict OUT IMAGE...`, or the ten lines in docs/export.md.
+    """Writes a network as a StableHLO program that runs with jax alone: `flax-resblock predict OUT
+    IMAGE...`, or the ten lines in docs/export.md.
 
-    OUT holds model.stablehlo, weights.safetensors and manifest.json. The batch is free; outputs on the CPU equal the checkpoint's bit for bit.
+    OUT holds model.stablehlo, weights.safetensors and manifest.json. The batch is free; outputs on
+    the CPU equal the checkpoint's bit for bit.
 
     Args:
       reading: How to read the checkpoint.
       platforms: Where it shall run, separated by commas.
       image_size: Side of the images; 224 for ImageNet stems, 32 for small ones.
       any_image_size: Leave height and width free, from 32 pixels on.
-      precision: Of convolutions and products: highest is float32; default is bfloat16 on TPU and TF32 on CUDA.
-      bake_weights: Make the weights constants of the program; weights.safetensors is then empty, and last bits of the outputs may change.
-      fold_batch_norm: Fold the norms into the convolutions; faster, and no longer equal bit for bit. The error is measured and stated.
+      precision: Of convolutions and products: highest is float32; default is bfloat16 on TPU and
+        TF32 on CUDA.
+      bake_weights: Make the weights constants of the program; weights.safetensors is then empty,
+        and last bits of the outputs may change.
+      fold_batch_norm: Fold the norms into the convolutions; faster, and no longer equal bit for
+        bit. The error is measured and stated.
       mean: Of the channels, for pixels from 0 to 1; recorded for predict.
       std: Of the channels.
       allow_nonfinite: Export even if the checkpoint holds NaN, infinities or negative variances.
       force: Replace OUT if it is an exported network.
     """
-    from flax_resblock.export import PROGRAM, WEIGHTS, export_model
-    from flax_resblock.transfer import to_model
+    from flax_resblock.export.stablehlo import PROGRAM, WEIGHTS, export_model
+    from flax_resblock.io import to_model
 
     refuse_existing(out, force)
     if any_image_size and image_size is not None:
@@ -58,32 +73,58 @@ def export(
     source = reading.open(checkpoint)
     refuse_unhealthy(source, allow_nonfinite)
     config = source.config
-    shift, scale, origin = normalisation_of((None, None), preprocessing_of(source), config.in_channels, mean, std)
-    size = None if any_image_size else default_image_size(config) if image_size is None else image_size
+    shift, scale, origin = normalisation_of(
+        (None, None), preprocessing_of(source), config.in_channels, mean, std
+    )
+    size = (
+        None if any_image_size else default_image_size(config) if image_size is None else image_size
+    )
     facts: dict[str, Any] = {
         "source": str(checkpoint.name),
-        "preprocessing": {"pixels": "RGB from 0 to 1", "mean": [float(value) for value in shift], "std": [float(value) for value in scale]},
+        "preprocessing": {
+            "pixels": "RGB from 0 to 1",
+            "mean": [float(value) for value in shift],
+            "std": [float(value) for value in scale],
+        },
     }
     model = to_model(source)
     with status.status(f"exporting {checkpoint}"):
         if fold_batch_norm:
-            from flax_resblock.fold import fold_batch_norm as fold
-            from flax_resblock.fold import folding_error
+            from flax_resblock.export.fold import fold_batch_norm as fold
+            from flax_resblock.export.fold import folding_error
 
             original, model = model, fold(model)
-            facts["batch_norm_folded"] = folding_error(original, model, size or default_image_size(config))
+            facts["batch_norm_folded"] = folding_error(
+                original, model, size or default_image_size(config)
+            )
         manifest = export_model(
-            model, out, image_size=size, platforms=platforms.split(","), precision=precision, bake_weights=bake_weights, facts=facts, force=force
+            model,
+            out,
+            image_size=size,
+            platforms=platforms.split(","),
+            precision=precision,
+            bake_weights=bake_weights,
+            facts=facts,
+            force=force,
         )
     shape = ", ".join(map(str, manifest["input"]["shape"]))
-    output.print(f"[bold]{name_of(config)}[/]: ({shape}) float32, precision {precision}, for {', '.join(manifest['platforms'])}", soft_wrap=True)
+    output.print(
+        f"[bold]{name_of(config)}[/]: ({shape}) float32, precision {precision}, for "
+        f"{', '.join(manifest['platforms'])}",
+        soft_wrap=True,
+    )
     for name in (PROGRAM, WEIGHTS):
-        output.print(f"  {out / name}  {megabytes((out / name).stat().st_size)}", markup=False, soft_wrap=True)
+        output.print(
+            f"  {out / name}  {megabytes((out / name).stat().st_size)}",
+            markup=False,
+            soft_wrap=True,
+        )
     output.print(f"  normalisation {origin}", markup=False, soft_wrap=True)
     if fold_batch_norm:
         errors = facts["batch_norm_folded"]
         output.print(
-            f"  batch norms folded: error against float64 {errors['folded']:.1e}, unfolded {errors['unfolded']:.1e} (relative, float32 on the CPU)",
+            f"  batch norms folded: error against float64 {errors['folded']:.1e}, unfolded "
+            f"{errors['unfolded']:.1e} (relative, float32 on the CPU)",
             style="yellow" if errors["folded"] > 2 * errors["unfolded"] else "",
             markup=False,
             soft_wrap=True,

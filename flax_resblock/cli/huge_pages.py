@@ -10,10 +10,12 @@ VARIABLE, SETTING = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
 
 def start_again_with_huge_pages(arguments: Sequence[str]) -> None:
-    """Starts ``train`` again, as the same process, with an allocator that asks Linux for huge pages.
+    """Starts ``train`` again, as the same process, with an allocator that asks Linux for huge
+    pages.
 
-    XLA takes the memory of a step anew each time, and on a CPU the page faults of that are a quarter of the step. glibc reads the setting only when a process
-    starts. Whoever has set ``GLIBC_TUNABLES``, to whatever value, is left alone, and so is every other command and system.
+    XLA takes the memory of a step anew each time, and on a CPU the page faults of that are a
+    quarter of the step. glibc reads the setting only when a process starts. Whoever has set
+    ``GLIBC_TUNABLES``, to whatever value, is left alone, and so is every other command and system.
 
     Args:
       arguments: Of the command line.

@@ -7,15 +7,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flax_resblock.convert.hub import Preprocessing
+from flax_resblock.convert.hubs import Preprocessing
 from flax_resblock.errors import InputError
 
-FILTERS = {name: getattr(Image.Resampling, name.upper()) for name in ("nearest", "bilinear", "bicubic", "lanczos")}
+FILTERS = {
+    name: getattr(Image.Resampling, name.upper())
+    for name in ("nearest", "bilinear", "bicubic", "lanczos")
+}
 """Pillow's filters by the names that timm and transformers use."""
 
 
 def read_image(path: Path, preprocessing: Preprocessing, channels: int) -> np.ndarray:
-    """An image file, resized and cut to its centre: the same pixels as timm's evaluation transform on a PIL image.
+    """An image file, resized and cut to its centre: the same pixels as timm's evaluation transform
+    on a PIL image.
 
     Args:
       path: PNG, JPEG or whatever else Pillow reads.
@@ -30,10 +34,15 @@ def read_image(path: Path, preprocessing: Preprocessing, channels: int) -> np.nd
         with Image.open(path) as opened:
             image = opened.convert("L" if channels == 1 else "RGB")
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no image that can be read ({error}). Give PNG or JPEG files.") from error
+        raise InputError(
+            f"{path} is no image that can be read ({error}). Give PNG or JPEG files."
+        ) from error
     height, width = preprocessing.size
     whole = int(height / preprocessing.crop_pct), int(width / preprocessing.crop_pct)
-    image = image.resize(_resized(image, whole, preprocessing.keep_ratio), FILTERS.get(preprocessing.interpolation, Image.Resampling.BICUBIC))
+    image = image.resize(
+        _resized(image, whole, preprocessing.keep_ratio),
+        FILTERS.get(preprocessing.interpolation, Image.Resampling.BICUBIC),
+    )
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     image = image.crop((left, top, left + width, top + height))  # what lies outside is black
     return np.asarray(image, np.float32).reshape(height, width, -1) / 255

@@ -12,28 +12,43 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from flax_resblock.architecture import Kind, name_of, to_json, walk
 from flax_resblock.checkpoint.atomic import replacing
-from flax_resblock.cli.common import Checkpoint, ReadingFlags, megabytes, optimizer_left_out, output, print_notes, print_table, status
-from flax_resblock.convert.optimizer import KINDS
-from flax_resblock.convert.schedule import describe
-from flax_resblock.convert.source import Source
+from flax_resblock.cli.common import (
+    Checkpoint,
+    ReadingFlags,
+    megabytes,
+    optimizer_left_out,
+    output,
+    print_notes,
+    print_table,
+    status,
+)
+from flax_resblock.config import SlotKind, name_of, to_json, walk
+from flax_resblock.convert.opening import OpenedCheckpoint
 from flax_resblock.errors import CheckpointError, MissingDependencyError
+from flax_resblock.runs.optimizer_state import KINDS
+from flax_resblock.runs.scheduler_state import describe
 
 _NEAR_EPS = 10
 """A running variance below this many eps makes the result depend on eps itself."""
 
 
-def norm_health(source: Source) -> Iterator[dict[str, Any]]:
+def norm_health(source: OpenedCheckpoint) -> Iterator[dict[str, Any]]:
     """Range of scale, mean and variance, and the counter, of every batch norm."""
     keys = {entry.flax_path: entry.torch_key for entry in source.state_map.entries}
     eps = source.norm_options.get("eps") or 1e-5
     for slot in walk(source.config):
-        if slot.kind is not Kind.NORM:
+        if slot.kind is not SlotKind.NORM:
             continue
-        scale, mean, var = (np.asarray(source.tensors[keys[(*slot.path, name)]], np.float64) for name in ("scale", "mean", "var"))
+        scale, mean, var = (
+            np.asarray(source.tensors[keys[(*slot.path, name)]], np.float64)
+            for name in ("scale", "mean", "var")
+        )
         remarks = []
-        for what, count in (("variance near eps", np.sum(var < _NEAR_EPS * eps)), ("scale of 0", np.sum(scale == 0))):
+        for what, count in (
+            ("variance near eps", np.sum(var < _NEAR_EPS * eps)),
+            ("scale of 0", np.sum(scale == 0)),
+        ):
             if count:
                 remarks.append(f"{what} in {int(count)} of {len(var)} channels")
         if np.all(var == 1) and np.all(mean == 0):
@@ -49,7 +64,7 @@ def norm_health(source: Source) -> Iterator[dict[str, Any]]:
         }
 
 
-def report(source: Source) -> dict[str, Any]:
+def report(source: OpenedCheckpoint) -> dict[str, Any]:
     """Everything that ``inspect`` knows, for JSON."""
     tensors = source.tensors
     return {
@@ -57,7 +72,7 @@ def report(source: Source) -> dict[str, Any]:
         "format": source.record.format,
         "architecture": name_of(source.config),
         "config": json.loads(to_json(source.config)),
-        "layout": source.state_map.layout.name,
+        "naming": source.state_map.naming.name,
         "tensors": len(tensors),
         "parameters": source.parameter_count,
         "bytes": sum(value.nbytes for value in tensors.values()),
@@ -70,33 +85,65 @@ def report(source: Source) -> dict[str, Any]:
     }
 
 
-def _run(source: Source) -> dict[str, str]:
-    """What a training run in the checkpoint is, and whether it can go on; empty where there is none."""
+def _run(source: OpenedCheckpoint) -> dict[str, str]:
+    """What a training run in the checkpoint is, and whether it can go on; empty where there is
+    none.
+    """
     if optimizer_left_out(source) is None:
         return {}
     try:
         run = source.run()
     except CheckpointError as error:
         return {"problem": f"its training run cannot go on in JAX: {error}"}
-    first = {name: value for name, value in run.optimizer.groups[0].options.items() if name in KINDS[run.optimizer.kind].options}
-    facts = {"run": f"{run.optimizer.notes[0]}; of the first: {', '.join(f'{name} {value}' for name, value in first.items())}"}
-    counters = [f"{name} {count}" for name, count in (("step", run.steps), ("epoch", run.epochs)) if count is not None]
-    facts["at"] = ", ".join([*counters, *([] if run.schedule is None else [describe(run.schedule)])]) or "an unknown step"
+    first = {
+        name: value
+        for name, value in run.optimizer.groups[0].options.items()
+        if name in KINDS[run.optimizer.kind].options
+    }
+    facts = {
+        "run": (
+            f"{run.optimizer.notes[0]}; of the first: "
+            f"{', '.join(f'{name} {value}' for name, value in first.items())}"
+        )
+    }
+    counters = [
+        f"{name} {count}"
+        for name, count in (("step", run.steps), ("epoch", run.epochs))
+        if count is not None
+    ]
+    facts["at"] = (
+        ", ".join([*counters, *([] if run.schedule is None else [describe(run.schedule)])])
+        or "an unknown step"
+    )
     return facts | ({"problem": f"no schedule: {run.problem}"} if run.problem else {})
 
 
 def _brief(value: Any) -> str:
     if isinstance(value, bool | int | float | str | None):
         return repr(value)[:80]
-    if isinstance(value, Mapping) and isinstance(groups := value.get("param_groups"), list) and isinstance(state := value.get("state", {}), Mapping):
-        return f"optimizer state, {len(groups)} param group{'s' if len(groups) != 1 else ''}, buffers of {len(state)} tensors"
+    if (
+        isinstance(value, Mapping)
+        and isinstance(groups := value.get("param_groups"), list)
+        and isinstance(state := value.get("state", {}), Mapping)
+    ):
+        return (
+            f"optimizer state, {len(groups)} param group{'s' if len(groups) != 1 else ''}, buffers "
+            f"of {len(state)} tensors"
+        )
     if isinstance(value, Mapping | list | tuple):
         return f"{type(value).__name__} of {len(value)}"
     return type(value).__name__
 
 
-def inspect(checkpoint: Checkpoint, reading: ReadingFlags, json_file: Path | None = None, force: bool = False, norms: bool = False) -> int:
-    """Says what a checkpoint is: architecture, layout, tensors, the health of its batch norms, and what is odd about it. Nothing in it is executed.
+def inspect(
+    checkpoint: Checkpoint,
+    reading: ReadingFlags,
+    json_file: Path | None = None,
+    force: bool = False,
+    norms: bool = False,
+) -> int:
+    """Says what a checkpoint is: architecture, naming scheme, tensors, the health of its batch
+    norms, and what is odd about it. Nothing in it is executed.
 
     Args:
       reading: How to read the checkpoint.
@@ -108,14 +155,21 @@ def inspect(checkpoint: Checkpoint, reading: ReadingFlags, json_file: Path | Non
         try:
             source = reading.open(checkpoint, run=True)
         except MissingDependencyError:
-            source = reading.open(checkpoint)  # the run lies in files of PyTorch beside weights that are not
+            source = reading.open(
+                checkpoint
+            )  # the run lies in files of PyTorch beside weights that are not
         facts = report(source)
     config, tensors = facts["config"], facts["tensors"]
-    output.print(f"[bold]{escape(facts['architecture'])}[/]  {escape(str(checkpoint))}", soft_wrap=True)
+    output.print(
+        f"[bold]{escape(facts['architecture'])}[/]  {escape(str(checkpoint))}", soft_wrap=True
+    )
     rows = {
         "format": facts["format"],
-        "layout": f"{facts['layout']} ({source.state_map.layout.origin})",
-        "tensors": f"{tensors}, {facts['parameters']:,} parameters, {megabytes(facts['bytes'])}, {', '.join(f'{n} {d}' for d, n in facts['dtypes'].items())}",
+        "naming": f"{facts['naming']} ({source.state_map.naming.origin})",
+        "tensors": (
+            f"{tensors}, {facts['parameters']:,} parameters, {megabytes(facts['bytes'])}, "
+            f"{', '.join(f'{n} {d}' for d, n in facts['dtypes'].items())}"
+        ),
         "shape": ", ".join(f"{key} {value}" for key, value in config.items() if key != "type"),
     }
     for name, text in rows.items():
@@ -124,7 +178,12 @@ def inspect(checkpoint: Checkpoint, reading: ReadingFlags, json_file: Path | Non
         output.print(f"  also has {name}: {text}", markup=False, soft_wrap=True)
     print_notes(source.notes)
     for what, text in facts["run"].items():
-        output.print(f"  {what:<9}{text}", style="yellow" if what == "problem" else "", markup=False, soft_wrap=True)
+        output.print(
+            f"  {what:<9}{text}",
+            style="yellow" if what == "problem" else "",
+            markup=False,
+            soft_wrap=True,
+        )
     for problem in source.unhealthy:
         output.print(f"  problem {problem}", style="bold red", markup=False)
     _print_norms([norm for norm in facts["norms"] if norms or norm["remark"]], len(facts["norms"]))
@@ -139,8 +198,25 @@ def _print_norms(shown: list[dict[str, Any]], total: int) -> None:
     if not shown:
         output.print(f"  norms    {total} batch norms, nothing odd (--norms lists them)")
         return
-    table = Table("batch norm", "channels", "scale", "running mean", "running variance", "batches", "remark", title=f"{len(shown)} of {total} batch norms")
+    table = Table(
+        "batch norm",
+        "channels",
+        "scale",
+        "running mean",
+        "running variance",
+        "batches",
+        "remark",
+        title=f"{len(shown)} of {total} batch norms",
+    )
     for norm in shown:
-        ranges = [f"{low:.3g} .. {high:.3g}" for low, high in (norm["scale"], norm["mean"], norm["var"])]
-        table.add_row(escape(norm["slot"]), str(norm["channels"]), *ranges, str(norm["batches"]), norm["remark"])
+        ranges = [
+            f"{low:.3g} .. {high:.3g}" for low, high in (norm["scale"], norm["mean"], norm["var"])
+        ]
+        table.add_row(
+            escape(norm["slot"]),
+            str(norm["channels"]),
+            *ranges,
+            str(norm["batches"]),
+            norm["remark"],
+        )
     print_table(table)

@@ -1,4 +1,6 @@
-"""Interrupts from the keyboard, which compiled code may swallow. Imports nothing, so that the command line starts at once."""
+"""Interrupts from the keyboard, which compiled code may swallow. Imports nothing, so that the
+command line starts at once.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,8 @@ def on_interrupt(*_: object) -> None:
 
 
 def still_wanted() -> None:
-    """Raises KeyboardInterrupt again if one was raised before: compiled code of jax that calls back into Python can swallow it."""
+    """Raises KeyboardInterrupt again if one was raised before: compiled code of jax that calls back
+    into Python can swallow it.
+    """
     if _interrupted:
         raise KeyboardInterrupt

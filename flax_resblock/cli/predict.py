@@ -12,11 +12,19 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
-from flax_resblock.architecture import Config, ResNetConfig, name_of
-from flax_resblock.cli.common import Checkpoint, ReadingFlags, output, print_notes, print_table, refuse_unhealthy, status
+from flax_resblock.cli.common import (
+    Checkpoint,
+    ReadingFlags,
+    output,
+    print_notes,
+    print_table,
+    refuse_unhealthy,
+    status,
+)
 from flax_resblock.cli.images import read_image
-from flax_resblock.convert.hub import Preprocessing
-from flax_resblock.convert.source import Source
+from flax_resblock.config import Config, ResNetConfig, name_of
+from flax_resblock.convert.hubs import Preprocessing
+from flax_resblock.convert.opening import OpenedCheckpoint
 from flax_resblock.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -25,7 +33,11 @@ MANIFEST = "manifest.json"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Images = Annotated[
-    tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...", help="PNG or JPEG files, or an .npz with 'images' (N, H, W, C), uint8.")
+    tuple[Path, ...],
+    tyro.conf.Positional,
+    tyro.conf.arg(
+        metavar="IMAGE...", help="PNG or JPEG files, or an .npz with 'images' (N, H, W, C), uint8."
+    ),
 ]
 
 
@@ -48,31 +60,48 @@ class Batch:
 
 
 def _read_npz(path: Path) -> Batch:
-    from train.data.bounded import read_npz
+    from flax_resblock.training.data.bounded import read_npz
 
     arrays = read_npz(path)
     images = arrays.get("images")
     if images is None or images.ndim != 4 or not len(images):
-        raise InputError(f"{path} needs an array 'images' of shape (N, H, W, C); it has { ({k: v.shape for k, v in arrays.items()}) }.")
-    scaled = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images.astype(np.float32)
+        raise InputError(
+            f"{path} needs an array 'images' of shape (N, H, W, C); it has "
+            f"{ ({k: v.shape for k, v in arrays.items()}) }."
+        )
+    scaled = (
+        images.astype(np.float32) / 255 if images.dtype == np.uint8 else images.astype(np.float32)
+    )
     names = [f"{path.name}[{i}]" for i in range(len(images))]
     return Batch(scaled, names, arrays.get("labels"), arrays.get("mean"), arrays.get("std"))
 
 
 def _default_preprocessing(config: Config) -> Preprocessing:
-    """A shorter side of ``size * 256 / 224`` and a centre crop for ImageNet stems, plain resize for small ones; ImageNet's constants for colour."""
+    """A shorter side of ``size * 256 / 224`` and a centre crop for ImageNet stems, plain resize for
+    small ones; ImageNet's constants for colour.
+    """
     colour = config.in_channels == 3
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if colour else ((0.0,) * config.in_channels, (1.0,) * config.in_channels)
+    mean, std = (
+        (IMAGENET_MEAN, IMAGENET_STD)
+        if colour
+        else ((0.0,) * config.in_channels, (1.0,) * config.in_channels)
+    )
     origin = "ImageNet's, the usual choice" if colour else "none (pixels from 0 to 1)"
     if not isinstance(config, ResNetConfig) or config.stem == "cifar":
         return Preprocessing(mean, std, (32, 32), 1.0, "bilinear", False, origin)
     return Preprocessing(mean, std, (224, 224), 224 / 256, "bilinear", True, origin)
 
 
-def preprocessing_of(source: Source) -> Preprocessing:
-    """What a checkpoint's ``config.json`` says of its images; else the usual choice for its network."""
+def preprocessing_of(source: OpenedCheckpoint) -> Preprocessing:
+    """What a checkpoint's ``config.json`` says of its images; else the usual choice for its
+    network.
+    """
     hub = source.hub
-    return hub.preprocessing if hub is not None and hub.preprocessing is not None else _default_preprocessing(source.config)
+    return (
+        hub.preprocessing
+        if hub is not None and hub.preprocessing is not None
+        else _default_preprocessing(source.config)
+    )
 
 
 def _load(paths: Sequence[Path], preprocessing: Preprocessing, channels: int) -> Batch:
@@ -81,11 +110,18 @@ def _load(paths: Sequence[Path], preprocessing: Preprocessing, channels: int) ->
         if len(paths) > 1:
             raise InputError("give one .npz archive, or image files, not both.")
         return _read_npz(paths[0])
-    return Batch(np.stack([read_image(path, preprocessing, channels) for path in paths]), [path.name for path in paths])
+    return Batch(
+        np.stack([read_image(path, preprocessing, channels) for path in paths]),
+        [path.name for path in paths],
+    )
 
 
 def normalisation_of(
-    file: tuple[np.ndarray | None, np.ndarray | None], preprocessing: Preprocessing, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+    file: tuple[np.ndarray | None, np.ndarray | None],
+    preprocessing: Preprocessing,
+    channels: int,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Mean and standard deviation of the channels, and where they come from.
 
@@ -102,10 +138,15 @@ def normalisation_of(
     elif file[0] is not None and file[1] is not None:
         chosen, origin = (file[0], file[1]), "from the archive"
     else:
-        chosen, origin = (preprocessing.mean, preprocessing.std), f"{preprocessing.origin}; --mean and --std change it"
+        chosen, origin = (
+            (preprocessing.mean, preprocessing.std),
+            f"{preprocessing.origin}; --mean and --std change it",
+        )
     for name, values in zip(("mean", "std"), chosen, strict=True):
         if np.size(values) != channels:
-            raise InputError(f"--{name} needs {channels} values, one per channel; got {np.size(values)}.")
+            raise InputError(
+                f"--{name} needs {channels} values, one per channel; got {np.size(values)}."
+            )
     if np.any(np.asarray(chosen[1]) <= 0):
         raise InputError("--std must be positive.")
     return np.asarray(chosen[0], np.float32), np.asarray(chosen[1], np.float32), origin
@@ -121,7 +162,9 @@ def _class_names(file: Path | None, labels: Sequence[str], count: int) -> list[s
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read as text ({error}).") from error
     if len(names) != count:
-        raise InputError(f"{file} has {len(names)} lines; the network has {count} classes, one name per line.")
+        raise InputError(
+            f"{file} has {len(names)} lines; the network has {count} classes, one name per line."
+        )
     return names
 
 
@@ -148,7 +191,9 @@ class _Network:
     notes: tuple[str, ...] = ()
 
 
-def _open(path: Path, reading: ReadingFlags, image_size: int | None, allow_nonfinite: bool, exact: bool) -> _Network:
+def _open(
+    path: Path, reading: ReadingFlags, image_size: int | None, allow_nonfinite: bool, exact: bool
+) -> _Network:
     if (path / MANIFEST).is_file():
         return _open_exported(path, image_size)
     source = reading.open(path)
@@ -158,8 +203,8 @@ def _open(path: Path, reading: ReadingFlags, image_size: int | None, allow_nonfi
         import jax
         from flax import nnx
 
-        from flax_resblock.inference import compile_inference
-        from flax_resblock.transfer import to_model
+        from flax_resblock.export.inference import compile_inference
+        from flax_resblock.io import to_model
 
         model = to_model(source)
         with jax.default_matmul_precision("highest"):
@@ -168,23 +213,43 @@ def _open(path: Path, reading: ReadingFlags, image_size: int | None, allow_nonfi
             graphdef, state = nnx.split(model)
             return jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, images)
 
-    return _Network(source.config, forward, _sized(preprocessing_of(source), image_size), source.hub.labels if source.hub else (), source.notes)
+    return _Network(
+        source.config,
+        forward,
+        _sized(preprocessing_of(source), image_size),
+        source.hub.labels if source.hub else (),
+        source.notes,
+    )
 
 
 def _open_exported(folder: Path, image_size: int | None) -> _Network:
-    from flax_resblock.export import open_exported
+    from flax_resblock.export.stablehlo import open_exported
 
     exported = open_exported(folder)
     if exported.fixed_size is not None and image_size not in (None, exported.fixed_size):
-        raise InputError(f"{folder} was exported for images of {exported.fixed_size} pixels; leave --image-size out, or export with --any-image-size.")
-    recorded, usual = exported.manifest.get("preprocessing", {}), _default_preprocessing(exported.config)
+        raise InputError(
+            f"{folder} was exported for images of {exported.fixed_size} pixels; leave "
+            f"--image-size out, or export with --any-image-size."
+        )
+    recorded, usual = (
+        exported.manifest.get("preprocessing", {}),
+        _default_preprocessing(exported.config),
+    )
     mean, std = (tuple(recorded.get(name, getattr(usual, name))) for name in ("mean", "std"))
-    preprocessing = replace(usual, mean=mean, std=std, origin="from the export") if recorded else usual
-    return _Network(exported.config, exported, _sized(preprocessing, image_size or exported.fixed_size))
+    preprocessing = (
+        replace(usual, mean=mean, std=std, origin="from the export") if recorded else usual
+    )
+    return _Network(
+        exported.config, exported, _sized(preprocessing, image_size or exported.fixed_size)
+    )
 
 
 def _sized(preprocessing: Preprocessing, image_size: int | None) -> Preprocessing:
-    return preprocessing if image_size is None else replace(preprocessing, size=(image_size, image_size))
+    return (
+        preprocessing
+        if image_size is None
+        else replace(preprocessing, size=(image_size, image_size))
+    )
 
 
 def predict(
@@ -201,9 +266,11 @@ def predict(
     force: bool = False,
     allow_nonfinite: bool = False,
 ) -> int:
-    """Classifies images with a checkpoint of any format, or with the folder that export wrote, in JAX.
+    """Classifies images with a checkpoint of any format, or with the folder that export wrote, in
+    JAX.
 
-    Class names, size, crop and normalisation are those of the checkpoint's config.json where it has one (transformers, timm) or was converted from one.
+    Class names, size, crop and normalisation are those of the checkpoint's config.json where it has
+    one (transformers, timm) or was converted from one.
 
     Args:
       reading: How to read the checkpoint.
@@ -211,9 +278,11 @@ def predict(
       class_names: Text file with one class name per line.
       mean: Of the channels, for pixels from 0 to 1.
       std: Of the channels.
-      image_size: Side of the square that images are brought to; by default 224 (centre crop) for ImageNet stems, 32 for small ones.
+      image_size: Side of the square that images are brought to; by default 224 (centre crop) for
+        ImageNet stems, 32 for small ones.
       logits: Also write the logits (N, classes) to this .npy file.
-      exact: Leave the batch norms as they are instead of folding them into the convolutions: slower, and the last bits are those of the model and its export.
+      exact: Leave the batch norms as they are instead of folding them into the convolutions:
+        slower, and the last bits are those of the model and its export.
       force: Replace that file if it exists.
       allow_nonfinite: Use the checkpoint even if it holds NaN, infinities or negative variances.
     """
@@ -228,17 +297,29 @@ def predict(
     network = _open(checkpoint, reading, image_size, allow_nonfinite, exact)
     config = network.config
     if not isinstance(config, ResNetConfig) or config.num_classes is None:
-        raise InputError(f"{checkpoint} is a {name_of(config)} without a classification head; predict needs a network with logits.")
+        raise InputError(
+            f"{checkpoint} is a {name_of(config)} without a classification head; predict needs "
+            f"a network with logits."
+        )
     batch = _load(images, network.preprocessing, config.in_channels)
     if batch.pixels.shape[-1] != config.in_channels:
-        raise InputError(f"{images[0]} has {batch.pixels.shape[-1]} channels; the network takes {config.in_channels}.")
-    shift, scale, origin = normalisation_of((batch.mean, batch.std), network.preprocessing, config.in_channels, mean, std)
+        raise InputError(
+            f"{images[0]} has {batch.pixels.shape[-1]} channels; the network takes "
+            f"{config.in_channels}."
+        )
+    shift, scale, origin = normalisation_of(
+        (batch.mean, batch.std), network.preprocessing, config.in_channels, mean, std
+    )
     names = _class_names(class_names, network.labels, config.num_classes)
 
     with status.status("predicting"):
         values = np.asarray(network.forward((batch.pixels - shift) / scale), np.float32)
     seen = f"{batch.pixels.shape[1]}x{batch.pixels.shape[2]} pixels"
-    output.print(f"[bold]{name_of(config)}[/]  {escape(str(checkpoint))}; {seen}; normalisation {escape(origin)}", soft_wrap=True)
+    output.print(
+        f"[bold]{name_of(config)}[/]  {escape(str(checkpoint))}; {seen}; normalisation "
+        f"{escape(origin)}",
+        soft_wrap=True,
+    )
     print_notes(network.notes)
     _print_predictions(values, batch, names, top)
     if logits is not None:
@@ -252,11 +333,17 @@ def _print_predictions(logits: np.ndarray, batch: Batch, names: list[str], top: 
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float64)
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
     top = min(top, logits.shape[1])
-    table = Table("image", *(["label"] if batch.labels is not None else []), *(f"top {i}" for i in range(1, top + 1)))
+    table = Table(
+        "image",
+        *(["label"] if batch.labels is not None else []),
+        *(f"top {i}" for i in range(1, top + 1)),
+    )
     for i, name in enumerate(batch.names):
         order = np.argsort(-logits[i], kind="stable")[:top]
         label = [] if batch.labels is None else [names[int(batch.labels[i])]]
-        table.add_row(name, *label, *(f"{escape(names[j])} {probabilities[i, j]:.1%}" for j in order))
+        table.add_row(
+            name, *label, *(f"{escape(names[j])} {probabilities[i, j]:.1%}" for j in order)
+        )
     print_table(table)
     if batch.labels is not None:
         right = int(np.sum(logits.argmax(axis=1) == batch.labels))

@@ -26,11 +26,18 @@ from flax_resblock.cli.train_start import Start, afresh, fresh_config, initialis
 from flax_resblock.errors import CheckpointError, InputError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from train import TrainConfig
+    from flax_resblock.training import TrainConfig
 
 
 Preset = Annotated[
-    str, tyro.conf.arg(metavar="NAME", help="Run by name: digits-resnet8, fashion-resnet20, cifar10-resnet20, cifar10-resnet56, imagenet-resnet50.")
+    str,
+    tyro.conf.arg(
+        metavar="NAME",
+        help=(
+            "Run by name: digits-resnet8, fashion-resnet20, cifar10-resnet20, cifar10-resnet56, "
+            "imagenet-resnet50."
+        ),
+    ),
 ]
 
 
@@ -51,24 +58,33 @@ def train(
     strict: bool = False,
     allow_nonfinite: bool = False,
 ) -> int:
-    """Trains a network in JAX: from scratch, or from where a run stopped, in PyTorch or here, with its optimizer, schedule and counters.
+    """Trains a network in JAX: from scratch, or from where a run stopped, in PyTorch or here, with
+    its optimizer, schedule and counters.
 
-    --resume takes a training checkpoint of a plain PyTorch loop, torchvision's references, timm or Lightning, a Hugging Face Trainer folder, what this
-    command or `convert --with-optimizer` wrote, or the word auto: go on with what is in OUT, or begin. OUT gets checkpoints, every step's loss as JSON lines
-    and TensorBoard events, curves and a summary; convert OUT run.pth --with-optimizer takes the run back to PyTorch. SIGINT and SIGTERM save and end with
-    status 130 or 143; a run that was killed goes on from its last checkpoint, bit for bit.
+    --resume takes a training checkpoint of a plain PyTorch loop, torchvision's references, timm or
+    Lightning, a Hugging Face Trainer folder, what this command or `convert --with-optimizer` wrote,
+    or the word auto: go on with what is in OUT, or begin. OUT gets checkpoints, every step's loss
+    as JSON lines and TensorBoard events, curves and a summary; convert OUT run.pth --with-optimizer
+    takes the run back to PyTorch. SIGINT and SIGTERM save and end with status 130 or 143; a run
+    that was killed goes on from its last checkpoint, bit for bit.
 
     Args:
-      reading: How to read the checkpoint. Without one, --architecture and --num-classes say what to train.
-      training: What to do with the training run in it. train carries it anyway, unless --weights-only is given.
+      reading: How to read the checkpoint. Without one, --architecture and --num-classes say what to
+        train.
+      training: What to do with the training run in it. train carries it anyway, unless
+        --weights-only is given.
       settings: What differs from the preset.
       scale: Devices and processes.
       preset: The run.
       resume: Checkpoint to go on from, or auto.
-      init: Checkpoint whose weights the run begins with; where it has another number of classes, or no head, the head starts afresh.
-      eval_only: Checkpoint to classify the test images with, instead of training: accuracy and confusion matrix; with --out also as files.
-      out: Folder for the results; runs/PRESET by default. It must not exist yet, unless the run in it goes on.
-      schedule: Another learning rate than that of the checkpoint: constant, or linear warm-up and cosine over the whole run.
+      init: Checkpoint whose weights the run begins with; where it has another number of classes, or
+        no head, the head starts afresh.
+      eval_only: Checkpoint to classify the test images with, instead of training: accuracy and
+        confusion matrix; with --out also as files.
+      out: Folder for the results; runs/PRESET by default. It must not exist yet, unless the run in
+        it goes on.
+      schedule: Another learning rate than that of the checkpoint: constant, or linear warm-up and
+        cosine over the whole run.
       save_every: Steps between two checkpoints; by default one per epoch.
       keep: Checkpoints to keep, the newest; the best one stays beside them.
       print_config: Print the resolved configuration as JSON, and do nothing else.
@@ -76,36 +92,60 @@ def train(
       allow_nonfinite: Go on from NaN, infinities and negative variances.
     """
     try:
-        from train import PRESETS, cluster
-        from train.run_folder import SUMMARY
+        from flax_resblock.training import PRESETS, cluster
+        from flax_resblock.training.run_folder import SUMMARY
     except ImportError as error:
-        raise MissingDependencyError(f"training needs {error.name}, which is not installed: pip install 'flax-resblock[train]'.") from error
+        raise MissingDependencyError(
+            f"training needs {error.name}, which is not installed: pip install "
+            f"'flax-resblock[train]'."
+        ) from error
     if preset not in PRESETS:
         raise InputError(f"preset {preset!r} is unknown; known: {', '.join(PRESETS)}.")
     if keep < 1 or (save_every is not None and save_every < 1):
         raise InputError(f"--keep {keep} and --save-every {save_every} must be at least 1.")
     if sum(given is not None for given in (resume, init, eval_only)) > 1:
-        raise InputError("--resume, --init and --eval-only each say where the weights come from. Give one of them.")
-    several = cluster.connect(cluster.Cluster(scale.coordinator, scale.num_processes, scale.process_id))
+        raise InputError(
+            "--resume, --init and --eval-only each say where the weights come from. Give one "
+            "of them."
+        )
+    several = cluster.connect(
+        cluster.Cluster(scale.coordinator, scale.num_processes, scale.process_id)
+    )
     try:
         with only_first_speaks(several) as first:
             config, optimizer, given = PRESETS[preset], training.optimizer, settings.given
             if eval_only is not None:
-                return classify(eval_only, reading, config, given, scale.devices, out if first else None, strict)
+                return classify(
+                    eval_only, reading, config, given, scale.devices, out if first else None, strict
+                )
             if print_config and resume is None and init is None:
                 return _printed(fresh_config(config, reading, optimizer, given))
             out = out or Path("runs") / preset
             resume = _resumed(resume, out)
-            if resume == out and (out / SUMMARY).is_file() and not {"epochs", "steps"} & given.keys():
-                output.print(f"the run in {out} is complete; --epochs takes it further", markup=False, soft_wrap=True)
+            if (
+                resume == out
+                and (out / SUMMARY).is_file()
+                and not {"epochs", "steps"} & given.keys()
+            ):
+                output.print(
+                    f"the run in {out} is complete; --epochs takes it further",
+                    markup=False,
+                    soft_wrap=True,
+                )
                 return 0
             if resume is not None:
                 try:
-                    begin = start(reading, training, given, config, resume, schedule, allow_nonfinite, strict)
+                    begin = start(
+                        reading, training, given, config, resume, schedule, allow_nonfinite, strict
+                    )
                 except CheckpointError as error:
-                    raise CheckpointError(f"{error}{_damage(out) if resume == out else ''}") from error
+                    raise CheckpointError(
+                        f"{error}{_damage(out) if resume == out else ''}"
+                    ) from error
             elif init is not None:
-                begin = initialised(init, reading, optimizer, given, config, allow_nonfinite, strict)
+                begin = initialised(
+                    init, reading, optimizer, given, config, allow_nonfinite, strict
+                )
             else:
                 begin = afresh(config, reading, optimizer, given, strict)
             if print_config:
@@ -123,8 +163,8 @@ def train(
 
 def _complete(begin: Start) -> bool:
     """Whether the last step is done."""
-    from train.data import steps_per_epoch
-    from train.pace import Pace
+    from flax_resblock.training.data import steps_per_epoch
+    from flax_resblock.training.pace import Pace
 
     steps = steps_per_epoch(begin.splits.train, begin.config.batch_size)
     return begin.run is not None and Pace.of(begin.run, steps).start == begin.config.end(steps)
@@ -132,20 +172,28 @@ def _complete(begin: Start) -> bool:
 
 def _summed_up(begin: Start, out: Path, first: bool) -> int:
     """Ends a run that was killed between its last checkpoint and its summary."""
-    from train.run_folder import RunFolder
+    from flax_resblock.training.run_folder import RunFolder
 
     if first:
         with RunFolder(out, begin.config) as folder:
             folder.finish(0.0)
-    output.print(f"the run in {out} was complete but for its summary, which is written now", markup=False, soft_wrap=True)
+    output.print(
+        f"the run in {out} was complete but for its summary, which is written now",
+        markup=False,
+        soft_wrap=True,
+    )
     return 0
 
 
 def _end_all(error: Exception) -> None:
-    """Ends a process of several that failed, and so the others: jax's own way out would wait for them, while they wait for this one."""
-    from train import cluster
+    """Ends a process of several that failed, and so the others: jax's own way out would wait for
+    them, while they wait for this one.
+    """
+    from flax_resblock.training import cluster
 
-    if type(error).__name__ == "JaxRuntimeError":  # a collective failed, as another process is gone; whoever watches it says which, if it can
+    if (
+        type(error).__name__ == "JaxRuntimeError"
+    ):  # a collective failed, as another process is gone; whoever watches it says which, if it can
         time.sleep(2)
         cluster.lost("a process")
     if isinstance(error, InputError):
@@ -154,40 +202,72 @@ def _end_all(error: Exception) -> None:
         os._exit(2)
 
 
-def _run(begin: Start, out: Path, save_every: int | None, keep: int, devices: int | None, first: bool) -> int:
+def _run(
+    begin: Start, out: Path, save_every: int | None, keep: int, devices: int | None, first: bool
+) -> int:
     """Trains; process 0 of several writes everything down."""
-    from train import Stopped, TrainingError, data_mesh, fit
-    from train.data import steps_per_epoch
-    from train.run_folder import RunFolder
+    from flax_resblock.training import Stopped, TrainingError, data_mesh, fit
+    from flax_resblock.training.data import steps_per_epoch
+    from flax_resblock.training.run_folder import RunFolder
 
     started = time.perf_counter()
     config, splits = begin.config, begin.splits
     every = save_every or steps_per_epoch(splits.train, config.batch_size)
     with RunFolder(out, config, every=every, keep=keep) as folder, Stop() as stop:
-        writing: dict[str, Any] = {"on_step": folder.record, "on_judged": folder.judged, "saver": folder} if first else {}
+        writing: dict[str, Any] = (
+            {"on_step": folder.record, "on_judged": folder.judged, "saver": folder} if first else {}
+        )
         try:
             history = fit(
-                begin.model, splits.train, config, test=splits.test, run=begin.run, stop=stop.asked, mesh=data_mesh(devices), progress=first, **writing
+                begin.model,
+                splits.train,
+                config,
+                test=splits.test,
+                run=begin.run,
+                stop=stop.asked,
+                mesh=data_mesh(devices),
+                progress=first,
+                **writing,
             )
         except Stopped as stopped:
             folder.wait()
             if first:
-                print(f"flax-resblock: stopped after step {stopped.step}; {folder.saved} is written. Go on with --resume auto --out {out}.", file=sys.stderr)
+                print(
+                    f"flax-resblock: stopped after step {stopped.step}; {folder.saved} is "
+                    f"written. Go on with --resume auto --out {out}.",
+                    file=sys.stderr,
+                )
             return 128 + (stop.signal or signal.SIGTERM)
         except TrainingError as error:
             folder.wait()
             where = ""
             if first and error.indices is not None and out.is_dir():
                 diverged = out / "diverged.json"
-                diverged.write_text(json.dumps({"step": error.step, "images": error.indices.tolist()}) + "\n", encoding="utf-8")
+                diverged.write_text(
+                    json.dumps({"step": error.step, "images": error.indices.tolist()}) + "\n",
+                    encoding="utf-8",
+                )
                 where = f" All images of that step: {diverged}."
-            raise TrainingError(f"{error}{where} The last good checkpoint: {folder.saved or 'none yet'}.") from error
+            raise TrainingError(
+                f"{error}{where} The last good checkpoint: {folder.saved or 'none yet'}."
+            ) from error
         if first:
             folder.finish(time.perf_counter() - started)
     done, judged = len(history.steps), history.judged[-1]  # every run ends with an evaluation
-    averaged = "" if judged.ema_accuracy is None else f", of the averaged weights {judged.ema_accuracy:.2%}"
-    output.print(f"{done} step{'s' if done != 1 else ''}, last loss {history.steps[-1].loss:.4f}, test accuracy {judged.accuracy:.2%}{averaged}")
-    output.print(f"wrote {out}; back to PyTorch: flax-resblock convert {out} run.pth --with-optimizer", markup=False, soft_wrap=True)
+    averaged = (
+        ""
+        if judged.ema_accuracy is None
+        else f", of the averaged weights {judged.ema_accuracy:.2%}"
+    )
+    output.print(
+        f"{done} step{'s' if done != 1 else ''}, last loss {history.steps[-1].loss:.4f}, test "
+        f"accuracy {judged.accuracy:.2%}{averaged}"
+    )
+    output.print(
+        f"wrote {out}; back to PyTorch: flax-resblock convert {out} run.pth --with-optimizer",
+        markup=False,
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -211,7 +291,9 @@ def only_first_speaks(several: bool) -> Iterator[bool]:
 
 
 class Stop:
-    """Remembers SIGINT and SIGTERM while a run goes on, so that it can end between two steps; a second one interrupts at once."""
+    """Remembers SIGINT and SIGTERM while a run goes on, so that it can end between two steps; a
+    second one interrupts at once.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -219,7 +301,10 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._caught) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {
+                number: signal.signal(number, self._caught)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -242,18 +327,30 @@ def _resumed(resume: Path | None, out: Path) -> Path | None:
     exists = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     if resume == Path("auto"):
         if exists and not (out / RUN_FOLDER).is_dir():
-            raise InputError(f"{out} is no folder of a run, as it has no {RUN_FOLDER}/ in it. Choose another with --out.")
+            raise InputError(
+                f"{out} is no folder of a run, as it has no {RUN_FOLDER}/ in it. Choose "
+                f"another with --out."
+            )
         return out if any((out / RUN_FOLDER).glob("step-*")) else None
     if exists and not (resume is not None and resume.exists() and out.samefile(resume)):
-        raise InputError(f"{out} exists. A run is never overwritten: go on with it (--resume auto), choose another folder with --out, or remove it.")
+        raise InputError(
+            f"{out} exists. A run is never overwritten: go on with it (--resume auto), choose "
+            f"another folder with --out, or remove it."
+        )
     return resume
 
 
 def _damage(out: Path) -> str:
-    """Where the newest checkpoint of a run cannot be read, what to do about it; empty where it can."""
+    """Where the newest checkpoint of a run cannot be read, what to do about it; empty where it
+    can.
+    """
     found = sorted((out / RUN_FOLDER).glob("step-*"))
     try:
         checkpoint.read(out)
     except CheckpointError:
-        return f" Remove {found[-1]}, and --resume auto goes on from {found[-2].name}." if len(found) > 1 else " It is the only one of this run; begin again."
+        return (
+            f" Remove {found[-1]}, and --resume auto goes on from {found[-2].name}."
+            if len(found) > 1
+            else " It is the only one of this run; begin again."
+        )
     return ""

@@ -20,7 +20,9 @@ class SettingFlags:
     batch_size: int | None = None
     """Images per step, over all devices."""
     accumulate: int | None = None
-    """Pieces that a batch is computed in, one after the other, where it does not fit into memory."""
+    """Pieces that a batch is computed in, one after the other, where it does not fit into
+    memory.
+    """
     learning_rate: float | None = None
     """Peak learning rate."""
     momentum: float | None = None
@@ -36,7 +38,9 @@ class SettingFlags:
     clip_norm: float | None = None
     """Largest norm of the gradients of a step."""
     ema: float | None = None
-    """Decay of averaged weights, 0.999 for example; they are evaluated and saved beside the trained ones. 0: none."""
+    """Decay of averaged weights, 0.999 for example; they are evaluated and saved beside the trained
+    ones. 0: none.
+    """
     warmup_epochs: float | None = None
     """Length of the linear warm-up."""
     warmup_steps: int | None = None
@@ -46,9 +50,13 @@ class SettingFlags:
     freeze: tuple[str, ...] | None = None
     """Parts that keep their parameters and running statistics: stem,stage1 and so on."""
     batch_norm: Literal["global", "replica"] | None = None
-    """Statistics of the whole batch, as torch's SyncBatchNorm, or of each device's share, as DistributedDataParallel."""
+    """Statistics of the whole batch, as torch's SyncBatchNorm, or of each device's share, as
+    DistributedDataParallel.
+    """
     data: str | None = None
-    """What to learn from: digits, or a path to an IDX, CIFAR or image folder, or an .npz archive."""
+    """What to learn from: digits, or a path to an IDX, CIFAR or image folder, or an .npz
+    archive.
+    """
     image_size: int | None = None
     """Side in pixels to which an image folder is brought."""
     pad: int | None = None
@@ -71,16 +79,26 @@ class SettingFlags:
     @property
     def given(self) -> dict[str, Any]:
         """Those that were given, by field of the configuration."""
-        found = {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None}
+        found = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) is not None
+        }
         found |= {name: found[name] == "on" for name in ("nesterov", "flip") if name in found}
-        found |= {name: tuple(part for item in found[name] for part in item.split(",") if part) for name in _LISTS if name in found}
+        found |= {
+            name: tuple(part for item in found[name] for part in item.split(",") if part)
+            for name in _LISTS
+            if name in found
+        }
         augmentation = {name: found.pop(name) for name in _AUGMENTATION if name in found}
         return found | ({"augmentation": augmentation} if augmentation else {})
 
 
 @dataclass(frozen=True)
 class ScaleFlags:
-    """Devices and processes. On TPU pods, Slurm, Open MPI and Kubernetes the processes find each other; start the same command on every host."""
+    """Devices and processes. On TPU pods, Slurm, Open MPI and Kubernetes the processes find each
+    other; start the same command on every host.
+    """
 
     devices: int | None = None
     """How many devices of this host share each batch; all by default."""

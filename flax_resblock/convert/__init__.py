@@ -1,7 +1,17 @@
 """PyTorch names and layouts to Flax paths and layouts, and back."""
 
-from flax_resblock.convert.identification import Match, identify
-from flax_resblock.convert.layouts import LAYOUTS, Layout
+from flax_resblock.convert.detection.candidates import Match, identify
+from flax_resblock.convert.naming import NAMINGS, Naming
 from flax_resblock.convert.state_map import Entry, StateMap, TensorInfo, describe, unhealthy
 
-__all__ = ["LAYOUTS", "Entry", "Layout", "Match", "StateMap", "TensorInfo", "describe", "identify", "unhealthy"]
+__all__ = [
+    "NAMINGS",
+    "Entry",
+    "Match",
+    "Naming",
+    "StateMap",
+    "TensorInfo",
+    "describe",
+    "identify",
+    "unhealthy",
+]

@@ -1,4 +1,6 @@
-"""Array codecs: how one tensor is laid out in PyTorch and in Flax. A permutation knows its own inverse; no value is ever computed with."""
+"""Array codecs: how one tensor is laid out in PyTorch and in Flax. A permutation knows its own
+inverse; no value is ever computed with.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,15 @@ _ALIGNMENT = 64
 _LINE = 16
 """Rows moved at a time: 16 float32 are one cache line, which is then written whole."""
 _BLOCK = 1 << 18
-"""Bytes moved at a time where runs are taken apart: they stay in the second-level cache between the two halves of the move."""
+"""Bytes moved at a time where runs are taken apart: they stay in the second-level cache between the
+two halves of the move.
+"""
 
 
 def _collapse(shape: Sequence[int], axes: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
-    """The same permutation over fewer axes: those of size 1 dropped, those that move together merged."""
+    """The same permutation over fewer axes: those of size 1 dropped, those that move together
+    merged.
+    """
     groups: list[list[int]] = []
     for axis in (axis for axis in axes if shape[axis] != 1):
         if groups and groups[-1][-1] == axis - 1:
@@ -27,32 +33,41 @@ def _collapse(shape: Sequence[int], axes: Sequence[int]) -> tuple[list[int], tup
         else:
             groups.append([axis])
     order = sorted(range(len(groups)), key=lambda i: groups[i][0])
-    return [math.prod(shape[axis] for axis in groups[i]) for i in order], tuple(order.index(i) for i in range(len(groups)))
+    return [math.prod(shape[axis] for axis in groups[i]) for i in order], tuple(
+        order.index(i) for i in range(len(groups))
+    )
 
 
 def one_block(like: Sequence[tuple[Sequence[int], np.dtype]]) -> list[np.ndarray]:
     """Uninitialised arrays of these shapes and dtypes, side by side in one block of memory.
 
-    Each begins on a cache line, which lets jax take it over on the CPU without a copy; and the kernel gives numpy large pages for one large block, which cost
-    a tenth of the time that the small pages of many arrays do.
-    """
+    Each begins on a cache line, which lets jax take it over on the CPU without a copy; and the
+    kernel gives numpy large pages for one large block, which cost a tenth of the time that the
+    small pages of many arrays do."""
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in like]
     starts = [0, *accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
     raw = np.empty(starts[-1] + _ALIGNMENT, np.uint8)
     raw = raw[-raw.ctypes.data % _ALIGNMENT :]
-    return [raw[start : start + size].view(dtype).reshape(shape) for start, size, (shape, dtype) in zip(starts, sizes, like, strict=False)]
+    return [
+        raw[start : start + size].view(dtype).reshape(shape)
+        for start, size, (shape, dtype) in zip(starts, sizes, like, strict=False)
+    ]
 
 
 def permute(array: np.ndarray, axes: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
-    """``np.ascontiguousarray(array.transpose(axes))``, two to ten times as fast for the kernels of a network.
+    """``np.ascontiguousarray(array.transpose(axes))``, two to ten times as fast for the kernels of
+    a network.
 
-    numpy copies a transposed array in the order of the result, which touches a new cache line per element; here a cache line, or a block that fits the cache,
-    is moved at a time. Bits are moved as unsigned integers: NaN payloads survive, and dtypes that numpy does not know natively are as fast as the others.
+    numpy copies a transposed array in the order of the result, which touches a new cache line per
+    element; here a cache line, or a block that fits the cache, is moved at a time. Bits are moved
+    as unsigned integers: NaN payloads survive, and dtypes that numpy does not know natively are as
+    fast as the others.
 
     Args:
       array: Any shape and dtype of 1, 2, 4 or 8 bytes.
       axes: A permutation of its axes.
-      out: Where to put the result: C-contiguous, of its shape and dtype. None: in a new array that begins on a cache line.
+      out: Where to put the result: C-contiguous, of its shape and dtype. None: in a new array that
+        begins on a cache line.
     Returns:
       The result.
     """
@@ -80,10 +95,11 @@ def _move(bits: np.ndarray, order: tuple[int, ...], out: np.ndarray) -> None:
 
 
 def _reverse(short: np.ndarray, long: np.ndarray, *, backwards: bool = False) -> None:
-    """``long[...] = short.transpose(2, 1, 0)``, or ``short[...] = long.transpose(2, 1, 0)``, where the last axis of ``short`` is the short one.
+    """``long[...] = short.transpose(2, 1, 0)``, or ``short[...] = long.transpose(2, 1, 0)``, where
+    the last axis of ``short`` is the short one.
 
-    A whole run along the short axis (the nine taps of a kernel) moves as one element, and is taken apart, or put together, within the cache.
-    """
+    A whole run along the short axis (the nine taps of a kernel) moves as one element, and is taken
+    apart, or put together, within the cache."""
     first, middle, run = short.shape
     runs = short.reshape(first, middle * run).view(f"V{run * short.itemsize}")  # (first, middle)
     step = max(1, _BLOCK // (first * run * short.itemsize))
@@ -93,7 +109,9 @@ def _reverse(short: np.ndarray, long: np.ndarray, *, backwards: bool = False) ->
             together = np.ascontiguousarray(long[:, block].transpose(1, 2, 0))
             runs[:, block] = together.reshape(-1, first * run).view(runs.dtype).T
         else:
-            together = np.ascontiguousarray(runs[:, block].T).view(short.dtype).reshape(-1, first, run)
+            together = (
+                np.ascontiguousarray(runs[:, block].T).view(short.dtype).reshape(-1, first, run)
+            )
             long[:, block] = together.transpose(2, 0, 1)
 
 
@@ -115,7 +133,9 @@ class Codec:
         return None if self.axes is None else tuple(int(axis) for axis in np.argsort(self.axes))
 
     def to_flax(self, array: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """PyTorch's layout to Flax's; the array itself where nothing moves and no place is given."""
+        """PyTorch's layout to Flax's; the array itself where nothing moves and no place is
+        given.
+        """
         if self.axes is None and out is None:
             return array
         return permute(array, self.axes or range(array.ndim), out)
@@ -125,14 +145,20 @@ class Codec:
         return array if self.inverse_axes is None else permute(array, self.inverse_axes)
 
     def flax_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
-        """The Flax shape of a tensor of PyTorch shape ``shape``; None where the number of axes does not fit."""
+        """The Flax shape of a tensor of PyTorch shape ``shape``; None where the number of axes does
+        not fit.
+        """
         if self.axes is None:
             return tuple(shape)
         return tuple(shape[axis] for axis in self.axes) if len(shape) == len(self.axes) else None
 
     def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The PyTorch shape of a tensor of Flax shape ``shape``."""
-        return tuple(shape) if self.inverse_axes is None else tuple(shape[axis] for axis in self.inverse_axes)
+        return (
+            tuple(shape)
+            if self.inverse_axes is None
+            else tuple(shape[axis] for axis in self.inverse_axes)
+        )
 
 
 AS_IS = Codec("as is")

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.architecture import Config, Path, Slot, walk
 from flax_resblock.checkpoint.parallel import on_every_core
+from flax_resblock.config import Config, Path, Slot, walk
 from flax_resblock.convert.codecs import Codec, one_block
-from flax_resblock.convert.layouts import Layout
+from flax_resblock.convert.naming import Naming
 from flax_resblock.errors import InputError, some
 
 
@@ -24,7 +24,7 @@ class Entry:
     Attributes:
       flax_path: Attribute path in the nnx model, ``("stage1", 0, "conv1", "kernel")``.
       torch_key: Key in the state dict, ``"layer1.0.conv1.weight"``.
-      codec: Between the layouts.
+      codec: Between the naming schemes.
       role: ``"weight"``, ``"variance"`` or ``"counter"``.
       flax_shape: Shape on the Flax side.
     """
@@ -53,12 +53,21 @@ class Misfit:
     afresh: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
-        """Number of differences; absent counters (PyTorch fills them too) and keys that were allowed to be absent are none."""
-        return len(self.missing) + len(self.unexpected) + len(self.wrong_shape) + len(self.wrong_dtype)
+        """Number of differences; absent counters (PyTorch fills them too) and keys that were
+        allowed to be absent are none.
+        """
+        return (
+            len(self.missing) + len(self.unexpected) + len(self.wrong_shape) + len(self.wrong_dtype)
+        )
 
     def lines(self) -> list[str]:
         """One line per kind of difference, for an error message."""
-        rows = (("missing", self.missing), ("unexpected", self.unexpected), ("wrong shape", self.wrong_shape), ("wrong dtype", self.wrong_dtype))
+        rows = (
+            ("missing", self.missing),
+            ("unexpected", self.unexpected),
+            ("wrong shape", self.wrong_shape),
+            ("wrong dtype", self.wrong_dtype),
+        )
         return [f"  {title:<12}{some(names)}" for title, names in rows if names]
 
 
@@ -72,7 +81,9 @@ class TensorInfo:
 
 def describe(tensors: Mapping[str, Any]) -> dict[str, TensorInfo]:
     """Shape and dtype of every array."""
-    return {key: TensorInfo(tuple(value.shape), np.dtype(value.dtype)) for key, value in tensors.items()}
+    return {
+        key: TensorInfo(tuple(value.shape), np.dtype(value.dtype)) for key, value in tensors.items()
+    }
 
 
 def is_floating(dtype: np.dtype) -> bool:
@@ -86,44 +97,74 @@ def matches_any(key: str, globs: Sequence[str]) -> bool:
 
 
 class StateMap:
-    """Entries of a network under a layout; both directions are loops over the same list.
+    """Entries of a network under a naming scheme; both directions are loops over the same list.
 
-    The list also carries whatever else is kept per parameter (gradients, momentum buffers, Adam moments) and the module names of activations.
+    The list also carries whatever else is kept per parameter (gradients, momentum buffers, Adam
+    moments) and the module names of activations.
 
     Args:
       config: The network or bare block.
-      layout: The naming scheme.
+      naming: The naming scheme.
     Raises:
-      InputError: The scheme has no name for a place that has parameters (a projection in a scheme of option-A networks).
+      InputError: The scheme has no name for a place that has parameters (a projection in a scheme
+        of option-A networks).
     """
 
-    def __init__(self, config: Config, layout: Layout) -> None:
+    def __init__(self, config: Config, naming: Naming) -> None:
         self.config = config
-        self.layout = layout
-        self.entries: tuple[Entry, ...] = tuple(entry for slot in walk(config) for entry in self._expand(slot))
-        paths, keys = ({getattr(entry, column) for entry in self.entries} for column in ("flax_path", "torch_key"))
+        self.naming = naming
+        self.entries: tuple[Entry, ...] = tuple(
+            entry for slot in walk(config) for entry in self._expand(slot)
+        )
+        paths, keys = (
+            {getattr(entry, column) for entry in self.entries}
+            for column in ("flax_path", "torch_key")
+        )
         if not len(paths) == len(keys) == len(self.entries):
-            raise InputError(f"layout {layout.name!r} gives two tensors of this network the same name.")
+            raise InputError(
+                f"naming scheme {naming.name!r} gives two tensors of this network the same name."
+            )
 
     def _expand(self, slot: Slot) -> list[Entry]:
-        tensors = self.layout.tensors[slot.kind]
-        module = self.layout.module_name(slot)
+        tensors = self.naming.tensors[slot.kind]
+        module = self.naming.module_name(slot)
         if tensors and module is None:
-            raise InputError(f"layout {self.layout.name!r} has no name for {slot.name}; choose another layout.")
+            raise InputError(
+                f"naming scheme {self.naming.name!r} has no name for {slot.name}; choose "
+                f"another naming scheme."
+            )
         entries = []
         for tensor in tensors:
-            shape = () if tensor.role == "counter" else slot.shape[-1:] if tensor.flax_name != "kernel" else slot.shape
-            entries.append(Entry((*slot.path, tensor.flax_name), f"{module}.{tensor.name}", tensor.codec, tensor.role, shape))
+            shape = (
+                ()
+                if tensor.role == "counter"
+                else slot.shape[-1:]
+                if tensor.flax_name != "kernel"
+                else slot.shape
+            )
+            entries.append(
+                Entry(
+                    (*slot.path, tensor.flax_name),
+                    f"{module}.{tensor.name}",
+                    tensor.codec,
+                    tensor.role,
+                    shape,
+                )
+            )
         return entries
 
     @cached_property
     def modules(self) -> dict[str, str]:
-        """Torch module name of every slot that the scheme names, by slot name, in forward order; ``""`` is the whole of a bare block."""
-        named = {slot.name: self.layout.module_name(slot) for slot in walk(self.config)}
+        """Torch module name of every slot that the scheme names, by slot name, in forward order;
+        ``""`` is the whole of a bare block.
+        """
+        named = {slot.name: self.naming.module_name(slot) for slot in walk(self.config)}
         return {slot: module for slot, module in named.items() if module is not None}
 
     def check(self, found: Mapping[str, TensorInfo], allow_missing: Sequence[str] = ()) -> Misfit:
-        """Every way in which the state dict described by ``found`` differs from this map; keys matching ``allow_missing`` (globs) may be absent."""
+        """Every way in which the state dict described by ``found`` differs from this map; keys
+        matching ``allow_missing`` (globs) may be absent.
+        """
         misfit = Misfit()
         for entry in self.entries:
             info = found.get(entry.torch_key)
@@ -131,41 +172,70 @@ class StateMap:
                 if entry.role == "counter":
                     misfit.filled_counters.append(entry.torch_key)
                 else:
-                    (misfit.afresh if matches_any(entry.torch_key, allow_missing) else misfit.missing).append(entry.torch_key)
+                    (
+                        misfit.afresh
+                        if matches_any(entry.torch_key, allow_missing)
+                        else misfit.missing
+                    ).append(entry.torch_key)
                 continue
             if info.shape != entry.torch_shape:
-                misfit.wrong_shape.append(f"{entry.torch_key} {list(info.shape)}, expected {list(entry.torch_shape)}")
+                misfit.wrong_shape.append(
+                    f"{entry.torch_key} {list(info.shape)}, expected {list(entry.torch_shape)}"
+                )
             fits = info.dtype.kind in "iu" if entry.role == "counter" else is_floating(info.dtype)
             if not fits:
                 expected = "an integer" if entry.role == "counter" else "a floating type"
-                misfit.wrong_dtype.append(f"{entry.torch_key} {info.dtype.name}, expected {expected}")
+                misfit.wrong_dtype.append(
+                    f"{entry.torch_key} {info.dtype.name}, expected {expected}"
+                )
         known = {entry.torch_key for entry in self.entries}
         misfit.unexpected.extend(key for key in found if key not in known)
         return misfit
 
-    def to_flax(self, state: Mapping[str, np.ndarray], *, in_one_block: bool = False) -> dict[Path, np.ndarray]:
-        """State dict to Flax arrays by path; keys that are absent are left out (call :meth:`check` first).
+    def to_flax(
+        self, state: Mapping[str, np.ndarray], *, in_one_block: bool = False
+    ) -> dict[Path, np.ndarray]:
+        """State dict to Flax arrays by path; keys that are absent are left out (call :meth:`check`
+        first).
 
         Args:
           state: Arrays by name.
-          in_one_block: Also copy arrays whose layout stays, so that nothing is shared with ``state``, all into one block of memory; see
+          in_one_block: Also copy arrays whose layout stays, so that nothing is shared with
+            ``state``, all into one block of memory; see
             :func:`flax_resblock.convert.codecs.one_block`.
         """
         entries = [entry for entry in self.entries if entry.torch_key in state]
         arrays = [state[entry.torch_key] for entry in entries]
-        places = one_block([(e.flax_shape, array.dtype) for e, array in zip(entries, arrays, strict=True)]) if in_one_block else [None] * len(entries)
-        moved = on_every_core(lambda i: entries[i].codec.to_flax(arrays[i], places[i]), range(len(entries)), lambda i: arrays[i].nbytes)
+        places = (
+            one_block(
+                [(e.flax_shape, array.dtype) for e, array in zip(entries, arrays, strict=True)]
+            )
+            if in_one_block
+            else [None] * len(entries)
+        )
+        moved = on_every_core(
+            lambda i: entries[i].codec.to_flax(arrays[i], places[i]),
+            range(len(entries)),
+            lambda i: arrays[i].nbytes,
+        )
         return dict(zip([entry.flax_path for entry in entries], moved, strict=True))
 
-    def to_torch(self, state: Mapping[Path, np.ndarray], *, copy: bool = False) -> dict[str, np.ndarray]:
-        """Flax arrays by path to a state dict, in PyTorch's order; paths that are absent are left out.
+    def to_torch(
+        self, state: Mapping[Path, np.ndarray], *, copy: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Flax arrays by path to a state dict, in PyTorch's order; paths that are absent are left
+        out.
 
         Args:
           state: Arrays by path.
           copy: Also copy arrays whose layout stays, so that nothing is shared with ``state``.
         """
         entries = [entry for entry in self.entries if entry.flax_path in state]
-        arrays = on_every_core(lambda e: e.codec.to_torch(_owned(state[e.flax_path], e.codec, copy)), entries, lambda e: state[e.flax_path].nbytes)
+        arrays = on_every_core(
+            lambda e: e.codec.to_torch(_owned(state[e.flax_path], e.codec, copy)),
+            entries,
+            lambda e: state[e.flax_path].nbytes,
+        )
         return dict(zip([e.torch_key for e in entries], arrays, strict=True))
 
 
@@ -174,17 +244,24 @@ def _owned(array: np.ndarray, codec: Codec, copy: bool) -> np.ndarray:
     return np.array(array) if copy and codec.axes is None else array
 
 
-def transcode(source: StateMap, target: StateMap, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def transcode(
+    source: StateMap, target: StateMap, state: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """A state dict under ``source`` as a state dict under ``target``.
 
-    Where both lay out every tensor alike, the arrays are shared; else all are new, so that ``state`` (a memory-mapped file) can be let go.
+    Where both lay out every tensor alike, the arrays are shared; else all are new, so that
+    ``state`` (a memory-mapped file) can be let go.
 
     Args:
       source, target: Maps of the same network.
       state: Arrays by name under ``source``.
     """
     names = {entry.flax_path: entry for entry in source.entries}
-    pairs = [(names[entry.flax_path], entry) for entry in target.entries if names[entry.flax_path].torch_key in state]
+    pairs = [
+        (names[entry.flax_path], entry)
+        for entry in target.entries
+        if names[entry.flax_path].torch_key in state
+    ]
 
     all_alike = all(old.codec == new.codec for old, new in pairs)
 
@@ -195,13 +272,29 @@ def transcode(source: StateMap, target: StateMap, state: Mapping[str, np.ndarray
             return array if all_alike else np.array(array)
         return new.codec.to_torch(old.codec.to_flax(array))
 
-    return dict(zip([new.torch_key for _, new in pairs], on_every_core(convert, pairs, lambda pair: state[pair[0].torch_key].nbytes), strict=True))
+    return dict(
+        zip(
+            [new.torch_key for _, new in pairs],
+            on_every_core(convert, pairs, lambda pair: state[pair[0].torch_key].nbytes),
+            strict=True,
+        )
+    )
 
 
 def unhealthy(state_map: StateMap, state: Mapping[str, np.ndarray]) -> list[str]:
-    """Tensors with values that no healthy checkpoint has: NaN, infinity, or a negative running variance; one line each."""
-    entries = [e for e in state_map.entries if e.role != "counter" and e.torch_key in state and is_floating(state[e.torch_key].dtype)]
-    problems = on_every_core(lambda entry: _problem(entry, state[entry.torch_key]), entries, lambda entry: state[entry.torch_key].nbytes)
+    """Tensors with values that no healthy checkpoint has: NaN, infinity, or a negative running
+    variance; one line each.
+    """
+    entries = [
+        e
+        for e in state_map.entries
+        if e.role != "counter" and e.torch_key in state and is_floating(state[e.torch_key].dtype)
+    ]
+    problems = on_every_core(
+        lambda entry: _problem(entry, state[entry.torch_key]),
+        entries,
+        lambda entry: state[entry.torch_key].nbytes,
+    )
     return [problem for problem in problems if problem]
 
 
@@ -211,7 +304,9 @@ def _problem(entry: Entry, values: np.ndarray) -> str:
     if entry.role != "variance" and values.dtype.itemsize >= 4:
         flat = values.reshape(-1)
         with np.errstate(all="ignore"):
-            if np.isfinite(np.dot(flat, flat)):  # one pass at memory speed; NaN and infinity cannot hide in a sum of squares
+            if np.isfinite(
+                np.dot(flat, flat)
+            ):  # one pass at memory speed; NaN and infinity cannot hide in a sum of squares
                 return ""
     bad = int(values.size - np.count_nonzero(np.isfinite(values)))
     if bad:

@@ -1,4 +1,6 @@
-"""Cross-framework verification: the same network in PyTorch and in Flax, every tensor compared, and what is wrong said in words."""
+"""Cross-framework verification: the same network in PyTorch and in Flax, every tensor compared, and
+what is wrong said in words.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "Diagnosis", "Plan", "Verification", "compare"]
 
-_HOMES = {"Comparison": "comparison", "Diagnosis": "diagnose", "Plan": "comparison", "Verification": "api", "compare": "api"}
+_HOMES = {
+    "Comparison": "comparison",
+    "Diagnosis": "diagnose",
+    "Plan": "comparison",
+    "Verification": "api",
+    "compare": "api",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,6 @@
-"""What follows from a choice that no tensor tells: how far the output of the other choice is from that of the one that was made."""
+"""What follows from a choice that no tensor tells: how far the output of the other choice is from
+that of the one that was made.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from flax_resblock.convert.source import Source
+from flax_resblock.convert.opening import OpenedCheckpoint
 from flax_resblock.parity.oracle import relative_l2
 from flax_resblock.parity.pair import PRECISIONS
+from flax_resblock.parity.reference import ReferencePair
 from flax_resblock.parity.taps import to_torch
-from flax_resblock.parity.twins import Twins
 
 
 @dataclass(frozen=True)
@@ -33,25 +35,33 @@ class Consequence:
     @property
     def note(self) -> str:
         """For the terminal."""
-        return f"with {self.flag} ({self.meaning}) the output would differ by {self.difference:.1e} (relative, evaluation mode); the tensors fit either way"
+        return (
+            f"with {self.flag} ({self.meaning}) the output would differ by {self.difference:.1e} "
+            f"(relative, evaluation mode); the tensors fit either way"
+        )
 
 
-def consequences(source: Source, images: np.ndarray) -> Iterator[Consequence]:
-    """What every alternative to an assumption of ``source`` would change, by PyTorch's float64 runs.
+def consequences(source: OpenedCheckpoint, images: np.ndarray) -> Iterator[Consequence]:
+    """What every alternative to an assumption of ``source`` would change, by PyTorch's float64
+    runs.
 
     Args:
       source: The opened checkpoint.
       images: ``(N, H, W, C)``.
     """
-    twins = Twins.of(source)
+    twins = ReferencePair.of(source)
     for assumption in source.assumed:
         made = _output(twins, images)
         for value, config in assumption.alternatives.items():
-            other = _output(Twins(config, twins.state, twins.norm_options), images)
-            yield Consequence(f"{assumption.trait.flag} {value}", assumption.trait.choices[value], relative_l2(other, made))
+            other = _output(ReferencePair(config, twins.state, twins.norm_options), images)
+            yield Consequence(
+                f"{assumption.trait.flag} {value}",
+                assumption.trait.choices[value],
+                relative_l2(other, made),
+            )
 
 
-def _output(twins: Twins, images: np.ndarray) -> Any:
+def _output(twins: ReferencePair, images: np.ndarray) -> Any:
     precision = PRECISIONS["float64"]
     with torch.no_grad():
         return twins.torch(precision).eval()(to_torch(images, precision)).numpy()

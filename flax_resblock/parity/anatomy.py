@@ -21,12 +21,16 @@ from flax_resblock.parity.taps import Trace
 
 
 def quantity_of(key: tuple[str, str]) -> str:
-    """``"forward"``, ``"connection"``, ``"running statistics"`` or a gradient, whatever the mode."""
+    """``"forward"``, ``"connection"``, ``"running statistics"`` or a gradient, whatever the
+    mode.
+    """
     return key[0].removeprefix("isolated ").removeprefix("train ")
 
 
 class Anatomy:
-    """A pair taken apart in one mode: what the reference has at every place, and what each side has there when it is fed the same."""
+    """A pair taken apart in one mode: what the reference has at every place, and what each side has
+    there when it is fed the same.
+    """
 
     def __init__(self, pair: Pair, images: np.ndarray, train: bool, gradients: bool) -> None:
         self.pair, self.images, self.train = pair, np.asarray(images, np.float64), train
@@ -39,18 +43,34 @@ class Anatomy:
         self.places = dict((spec or pair).torch_slots)
         self.raised: list[Diagnosis] = []
         self.sides: dict[Side, Tensors] = {}
-        runs: list[tuple[Side, Any]] = [("flax", part.flax), *([("torch", part.torch)] if spec is not None else [])]
+        runs: list[tuple[Side, Any]] = [
+            ("flax", part.flax),
+            *([("torch", part.torch)] if spec is not None else []),
+        ]
         for side, run in runs:
             try:
                 tensors = next(run(pair, precision, images, devices))
                 if side == "torch" and list(self.places)[-1] not in pair.torch_slots:
-                    tensors = {key: value for key, value in tensors.items() if key[1] != "output"}  # what comes out was not cut off from what went in
+                    tensors = {
+                        key: value for key, value in tensors.items() if key[1] != "output"
+                    }  # what comes out was not cut off from what went in
                 self.sides[side] = tensors
             except InputError:
                 raise
             except Exception as error:  # a layer that cannot take its input
-                words = f"{NAMES[side]} raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                self.raised.append(Diagnosis("output", "raises", side, words, "while it was fed what the reference feeds its layers"))
+                words = (
+                    f"{NAMES[side]} raises {type(error).__name__}: "
+                    f"{str(error).splitlines()[0] if str(error) else ''}"
+                )
+                self.raised.append(
+                    Diagnosis(
+                        "output",
+                        "raises",
+                        side,
+                        words,
+                        "while it was fed what the reference feeds its layers",
+                    )
+                )
         tensors = next(Weights().torch(spec or pair, precision, images, devices))
         self.tensors: dict[str, dict[str, np.ndarray]] = {}
         self.by_name: dict[str, dict[str, np.ndarray]] = {}
@@ -60,55 +80,101 @@ class Anatomy:
             self.by_name.setdefault(name, {})[slot] = np.asarray(value, np.float64)
 
     def findings(self) -> Iterator[Diagnosis]:
-        """Every place that is wrong by itself, in forward order; statistics and gradients last, and only where the values are right."""
+        """Every place that is wrong by itself, in forward order; statistics and gradients last, and
+        only where the values are right.
+        """
         yield from self.raised
         order = {name: i for i, name in enumerate(self.reference.activations)}
 
         def rank(key: tuple[str, str]) -> tuple[int, int, bool]:
             quantity, place = quantity_of(key), key[1].partition("/")[0]
-            return ("gradient" in quantity) * 2 + (quantity == "running statistics"), order.get(place, len(order)), quantity != "connection"
+            return (
+                ("gradient" in quantity) * 2 + (quantity == "running statistics"),
+                order.get(place, len(order)),
+                quantity != "connection",
+            )
 
         for side, tensors in self.sides.items():
             wrong: set[str] = set()
             for key in sorted(self.truth, key=rank):
-                truth, value, quantity, slot = self.truth[key], tensors.get(key), quantity_of(key), key[1]
+                truth, value, quantity, slot = (
+                    self.truth[key],
+                    tensors.get(key),
+                    quantity_of(key),
+                    key[1],
+                )
                 place = slot.partition("/")[0]
-                if value is None or relative_l2(value, truth) <= FLOAT64_LIMIT or not self._is_cut_off(place, tensors):
+                if (
+                    value is None
+                    or relative_l2(value, truth) <= FLOAT64_LIMIT
+                    or not self._is_cut_off(place, tensors)
+                ):
                     continue
                 if quantity in ("forward", "connection"):
                     wrong.add(place)
                 elif place in wrong or (wrong and "gradient" in quantity):
                     continue  # follows from it
                 cause = self._explain(quantity, slot, side, value, truth)
-                where = "before it " if quantity == "connection" else "in the gradient " if "gradient" in quantity else ""
-                words = f"{where}{NAMES[side]} {cause.sentence if cause else f'differs in {quantity}, and no known mistake explains it'}"
-                yield Diagnosis(slot, cause.name if cause else "unknown", side, words, evidence_for(cause, relative_l2(value, truth), self.against))
+                where = (
+                    "before it "
+                    if quantity == "connection"
+                    else "in the gradient "
+                    if "gradient" in quantity
+                    else ""
+                )
+                words = (
+                    f"{where}{NAMES[side]} "
+                    f"{cause.sentence if cause else f'differs in {quantity}, and no known mistake explains it'}"
+                )
+                yield Diagnosis(
+                    slot,
+                    cause.name if cause else "unknown",
+                    side,
+                    words,
+                    evidence_for(cause, relative_l2(value, truth), self.against),
+                )
 
-    def _explain(self, quantity: str, slot: str, side: Side, value: np.ndarray, truth: np.ndarray) -> Cause | None:
+    def _explain(
+        self, quantity: str, slot: str, side: Side, value: np.ndarray, truth: np.ndarray
+    ) -> Cause | None:
         if quantity == "connection":
-            return explain_connection(Connection(truth, self.images, self._before(slot), self.reference.activations), value)
+            return explain_connection(
+                Connection(truth, self.images, self._before(slot), self.reference.activations),
+                value,
+            )
         if quantity == "running statistics":
             layer, prefix = self.layer(slot.partition("/")[0]), slot.partition("/")[0]
             if layer is None:
                 return None
-            mean, var = (self.sides[side].get(("isolated running statistics", f"{prefix}/{name}")) for name in ("mean", "var"))
+            mean, var = (
+                self.sides[side].get(("isolated running statistics", f"{prefix}/{name}"))
+                for name in ("mean", "var")
+            )
             if slot.endswith("num_batches_tracked"):
                 return Cause("frozen-counter", f"counts {value} batches instead of {truth}", 0.0)
             return None if mean is None or var is None else explain_statistics(layer, mean, var)
         if "gradient" in quantity:
             place = slot.partition("/")[0]
             own = quantity == "input gradient"
-            shape = self.reference.activations[place].shape if place in self.reference.activations else None
+            shape = (
+                self.reference.activations[place].shape
+                if place in self.reference.activations
+                else None
+            )
             cotangent = cotangent_of("own", place, shape) if own and shape else None
             ending = self.reference.activations[place] if self._is_block(place) and own else None
-            return explain_gradient(value, truth, self.layer(place) if own else None, cotangent, ending)
+            return explain_gradient(
+                value, truth, self.layer(place) if own else None, cotangent, ending
+            )
         if self._is_block(slot):
             return self._ending(slot, value, truth)
         layer = self.layer(slot)
         return None if layer is None else explain_layer(layer, value)
 
     def _before(self, slot: str) -> Mapping[str, np.ndarray]:
-        """Outputs of the slots that ran before this one. A block runs before its layers do, but is complete after them."""
+        """Outputs of the slots that ran before this one. A block runs before its layers do, but is
+        complete after them.
+        """
         outputs = self.reference.activations
         if slot not in outputs:
             return outputs
@@ -119,7 +185,9 @@ class Anatomy:
         return {"input": self.images, **{name: outputs[name] for name in names[:end]}}
 
     def _is_cut_off(self, slot: str, tensors: Tensors) -> bool:
-        """Whether what a block gives was computed from what its layers were made to give; not so where none of them could be hooked."""
+        """Whether what a block gives was computed from what its layers were made to give; not so
+        where none of them could be hooked.
+        """
         captured = {key[1] for key in tensors if quantity_of(key) == "forward"}
         inside = [name for name in self.reference.activations if self._inside(name, slot)]
         return not inside or any(name in captured for name in inside)
@@ -128,15 +196,27 @@ class Anatomy:
         return name != block and (block == "block" or name.startswith(f"{block}."))
 
     def _is_block(self, slot: str) -> bool:
-        return slot in self.reference.activations and any(self._inside(name, slot) for name in self.reference.activations)
+        return slot in self.reference.activations and any(
+            self._inside(name, slot) for name in self.reference.activations
+        )
 
     def layer(self, slot: str) -> Layer | None:
         """The layer at a slot as it is meant to be; None where the slot is none."""
         if slot not in self.places or slot not in self.reference.inputs:
             return None
-        others = {name: {place: t for place, t in by.items() if place != slot} for name, by in self.by_name.items()}
+        others = {
+            name: {place: t for place, t in by.items() if place != slot}
+            for name, by in self.by_name.items()
+        }
         module: torch.nn.Module = self.module.get_submodule(self.places[slot])
-        return Layer(module, self.tensors.get(slot, {}), others, self.reference.inputs[slot], self.reference.activations[slot], self.train)
+        return Layer(
+            module,
+            self.tensors.get(slot, {}),
+            others,
+            self.reference.inputs[slot],
+            self.reference.activations[slot],
+            self.train,
+        )
 
     def _ending(self, block: str, value: np.ndarray, truth: np.ndarray) -> Cause | None:
         inside = [name for name in self.reference.activations if self._inside(name, block)]

@@ -12,8 +12,8 @@ import torch
 from flax import nnx
 
 from flax_resblock.convert import StateMap
+from flax_resblock.cpu.switch import Lowering
 from flax_resblock.errors import InputError
-from flax_resblock.lowering.switch import Lowering
 from flax_resblock.parity.comparison import Comparison, Plan, compare_pair
 from flax_resblock.parity.diagnose import Diagnosis, diagnose
 from flax_resblock.parity.oracle import Tolerance
@@ -48,7 +48,11 @@ class Verification:
 
     def __str__(self) -> str:
         """The outcome in words: diagnosis first, then where it shows."""
-        lines = [self.title, *verdict_lines(self.comparison)] if self.title else verdict_lines(self.comparison)
+        lines = (
+            [self.title, *verdict_lines(self.comparison)]
+            if self.title
+            else verdict_lines(self.comparison)
+        )
         lines += [f"  {diagnosis}" for diagnosis in self.diagnosis]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
@@ -72,73 +76,124 @@ def compare(
     seed: int = 0,
     devices: Devices | None = None,
 ) -> Verification:
-    """Compares a PyTorch module with an nnx module: every layer's output, running statistics, every gradient, and on request whole training steps.
+    """Compares a PyTorch module with an nnx module: every layer's output, running statistics, every
+    gradient, and on request whole training steps.
 
-    Nothing needs to be known of the two but which of their tensors are the same. Each is called with one array and returns one. A layer that holds a tensor
-    of the table is compared by itself; others can be named as ``slots``.
+    Nothing needs to be known of the two but which of their tensors are the same. Each is called
+    with one array and returns one. A layer that holds a tensor of the table is compared by itself;
+    others can be named as ``slots``.
 
     Args:
       torch_module: Takes ``inputs``; images as ``(N, C, H, W)``.
-      flax_module: Takes ``inputs`` as they are; images as ``(N, H, W, C)``. Neither module is modified.
-      inputs: Array in Flax's layout, finite. With four axes it is an image batch and is handed to PyTorch as NCHW.
-      state_map: PyTorch key to Flax path, ``{"fc.weight": "head.kernel"}``, with a codec where the layout is not the usual one, ``("head.kernel", "linear")``;
-        see :func:`flax_resblock.parity.pair.entries_of`. Or a :class:`flax_resblock.convert.StateMap`.
+      flax_module: Takes ``inputs`` as they are; images as ``(N, H, W, C)``. Neither module is
+        modified.
+      inputs: Array in Flax's layout, finite. With four axes it is an image batch and is handed to
+        PyTorch as NCHW.
+      state_map: PyTorch key to Flax path, ``{"fc.weight": "head.kernel"}``, with a codec where the
+        layout is not the usual one, ``("head.kernel", "linear")``; see
+        :func:`flax_resblock.parity.pair.entries_of`. Or a :class:`flax_resblock.convert.StateMap`.
       slots: Further layers to compare: name to ``(torch module name, Flax path)``.
-      copy_weights: Give the Flax side PyTorch's tensors first; without it, the two are compared as they are, tensors included.
+      copy_weights: Give the Flax side PyTorch's tensors first; without it, the two are compared as
+        they are, tensors included.
       train: Also training mode and running statistics.
       gradients: Also gradients of every parameter, activation and the input.
       isolated: Also every layer by itself, fed PyTorch's own input.
       steps: Also so many training steps with SGD and AdamW.
       precisions: Among ``"float64"``, ``"float32"`` and ``"bfloat16"``.
-      rtol, atol: Instead of the project's criterion, as in ``numpy.allclose``; one alone leaves the other 0.
-      conv_lowering: How Flax computes the convolutions of this package; see :class:`flax_resblock.parity.comparison.Plan`.
+      rtol, atol: Instead of the project's criterion, as in ``numpy.allclose``; one alone leaves the
+        other 0.
+      conv_lowering: How Flax computes the convolutions of this package; see
+        :class:`flax_resblock.parity.comparison.Plan`.
       seed: Of cotangents, targets and further batches.
       devices: Where to compute; the CPU where not said.
     Returns:
-      The :class:`Verification`; ``print`` it. Where something differs it names the layer, and the mistake if it is a known one.
+      The :class:`Verification`; ``print`` it. Where something differs it names the layer, and the
+      mistake if it is a known one.
     Raises:
-      InputError: The table does not pair the two; an input that is not finite or that a module refuses; a module that returns no tensor, or another result
-        when it is run twice.
+      InputError: The table does not pair the two; an input that is not finite or that a module
+        refuses; a module that returns no tensor, or another result when it is run twice.
     Example:
       >>> print(compare(torch_mlp, flax_mlp, x, state_map={"0.weight": "layers.0.kernel", "0.bias": "layers.0.bias"}))
     """
     if isinstance(state_map, StateMap):
-        table: Mapping[str, Any] = {entry.torch_key: (dotted(entry.flax_path), entry.codec) for entry in state_map.entries}
+        table: Mapping[str, Any] = {
+            entry.torch_key: (dotted(entry.flax_path), entry.codec) for entry in state_map.entries
+        }
     else:
         table = state_map
     pair = ModulePair(torch_module, flax_module, table, slots=slots, copy_weights=copy_weights)
     tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
-    plan = Plan(train=train, gradients=gradients, isolated=isolated, steps=steps, precisions=precisions, tolerance=tolerance, conv_lowering=conv_lowering)
+    plan = Plan(
+        train=train,
+        gradients=gradients,
+        isolated=isolated,
+        steps=steps,
+        precisions=precisions,
+        tolerance=tolerance,
+        conv_lowering=conv_lowering,
+    )
     return verify_pair(pair, np.asarray(inputs, np.float64), plan, seed=seed, devices=devices)
 
 
 def verify_pair(
-    pair: Pair, images: np.ndarray, plan: Plan, *, seed: int = 0, devices: Devices | None = None, progress: Callable[[str], None] = lambda _: None
+    pair: Pair,
+    images: np.ndarray,
+    plan: Plan,
+    *,
+    seed: int = 0,
+    devices: Devices | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Verification:
-    """Checks that a pair can be compared, compares it in strict precision, and where something differs says what.
+    """Checks that a pair can be compared, compares it in strict precision, and where something
+    differs says what.
 
     Args:
-      pair, images, plan, seed, devices, progress: As for :func:`flax_resblock.parity.comparison.compare_pair`.
+      pair, images, plan, seed, devices, progress: As for
+        :func:`flax_resblock.parity.comparison.compare_pair`.
     Raises:
       InputError: See :func:`compare`.
     """
     unknown = [name for name in plan.precisions if name not in PRECISIONS]
     if unknown or not plan.precisions:
-        raise InputError(f"precisions={list(plan.precisions)}: choose among {', '.join(PRECISIONS)}.")
+        raise InputError(
+            f"precisions={list(plan.precisions)}: choose among {', '.join(PRECISIONS)}."
+        )
     places = devices or Devices()
     with strict(plan.conv_lowering):
-        if places.jax is not None and places.jax.platform != "cpu":  # the CPU computes what it says; others are measured first
-            require(row for name in plan.precisions for row in measure_precision("flax", places.jax, name))
+        if (
+            places.jax is not None and places.jax.platform != "cpu"
+        ):  # the CPU computes what it says; others are measured first
+            require(
+                row
+                for name in plan.precisions
+                for row in measure_precision("flax", places.jax, name)
+            )
         if places.torch.type != "cpu":
-            require(row for name in plan.precisions for row in measure_precision("torch", places.torch, name))
+            require(
+                row
+                for name in plan.precisions
+                for row in measure_precision("torch", places.torch, name)
+            )
         refuse_unfit(pair, images, train=plan.train)
         comparison = compare_pair(pair, images, plan, progress=progress, seed=seed, devices=devices)
         if comparison.passed:
             return Verification(comparison, title=pair.title)
         progress("looking for the cause")
         narrow = [name for name in plan.precisions if name != "float64"]
-        found = diagnose(pair, images, train=plan.train, gradients=plan.gradients or plan.steps > 0, precisions=narrow, devices=devices)
-        return Verification(comparison, tuple(found), pair.title, tuple(_chaos(pair, images, plan, comparison, seed)))
+        found = diagnose(
+            pair,
+            images,
+            train=plan.train,
+            gradients=plan.gradients or plan.steps > 0,
+            precisions=narrow,
+            devices=devices,
+        )
+        return Verification(
+            comparison,
+            tuple(found),
+            pair.title,
+            tuple(_chaos(pair, images, plan, comparison, seed)),
+        )
 
 
 def refuse_unfit(pair: Pair, images: np.ndarray, *, train: bool) -> None:
@@ -146,7 +201,8 @@ def refuse_unfit(pair: Pair, images: np.ndarray, *, train: bool) -> None:
     if not np.isfinite(images).all():
         bad = np.argwhere(~np.isfinite(images))
         raise InputError(
-            f"the input holds {len(bad)} values that are not finite, first at index {bad[0].tolist()}; with them every comparison is empty. Remove them."
+            f"the input holds {len(bad)} values that are not finite, first at index "
+            f"{bad[0].tolist()}; with them every comparison is empty. Remove them."
         )
     precision = PRECISIONS["float32"]
     for mode in (False, True) if train else (False,):
@@ -154,10 +210,14 @@ def refuse_unfit(pair: Pair, images: np.ndarray, *, train: bool) -> None:
         first, second = (_torch_output(pair, images, mode) for _ in range(2))
         if not np.array_equal(first, second, equal_nan=True):
             advice = (
-                "dropout or stochastic depth? Compare in evaluation mode only (train=False, --eval-only), or switch it off" if mode else "remove what is random"
+                "dropout or stochastic depth? Compare in evaluation mode only (train=False, "
+                "--eval-only), or switch it off"
+                if mode
+                else "remove what is random"
             )
             raise InputError(
-                f"the PyTorch module gives another result when it is run twice on the same input in {name} mode: it is not deterministic ({advice})."
+                f"the PyTorch module gives another result when it is run twice on the same "
+                f"input in {name} mode: it is not deterministic ({advice})."
             )
     try:
         model = pair.flax(precision)
@@ -166,9 +226,15 @@ def refuse_unfit(pair: Pair, images: np.ndarray, *, train: bool) -> None:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"the Flax module refuses an input of shape {list(images.shape)}: {_first_line(error)}. Its images are (N, H, W, C).") from error
+        raise InputError(
+            f"the Flax module refuses an input of shape {list(images.shape)}: "
+            f"{_first_line(error)}. Its images are (N, H, W, C)."
+        ) from error
     if not hasattr(shape, "shape"):
-        raise InputError(f"the Flax module returns a {type(shape).__name__}, not an array; only modules that map one array to one array can be compared.")
+        raise InputError(
+            f"the Flax module returns a {type(shape).__name__}, not an array; only modules "
+            f"that map one array to one array can be compared."
+        )
 
 
 def _torch_output(pair: Pair, images: np.ndarray, train: bool) -> np.ndarray:
@@ -179,10 +245,14 @@ def _torch_output(pair: Pair, images: np.ndarray, train: bool) -> np.ndarray:
         with torch.no_grad():
             output = module(x)
     except Exception as error:
-        raise InputError(f"the PyTorch module refuses an input of shape {list(x.shape)}: {_first_line(error)}. Its images are (N, C, H, W).") from error
+        raise InputError(
+            f"the PyTorch module refuses an input of shape {list(x.shape)}: "
+            f"{_first_line(error)}. Its images are (N, C, H, W)."
+        ) from error
     if not isinstance(output, torch.Tensor):
         raise InputError(
-            f"the PyTorch module returns a {type(output).__name__}, not a tensor; only modules that map one tensor to one tensor can be compared. "
+            f"the PyTorch module returns a {type(output).__name__}, not a tensor; only modules "
+            f"that map one tensor to one tensor can be compared. "
             "Wrap it in a module that returns the one you mean."
         )
     return from_torch(output)
@@ -190,22 +260,41 @@ def _torch_output(pair: Pair, images: np.ndarray, train: bool) -> np.ndarray:
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300].rstrip('.')}" if text else type(error).__name__
+    return (
+        f"{type(error).__name__}: {text.splitlines()[0][:300].rstrip('.')}"
+        if text
+        else type(error).__name__
+    )
 
 
-def _chaos(pair: Pair, images: np.ndarray, plan: Plan, comparison: Comparison, seed: int) -> list[str]:
+def _chaos(
+    pair: Pair, images: np.ndarray, plan: Plan, comparison: Comparison, seed: int
+) -> list[str]:
     """Whether a training run differs because training at this rate amplifies every rounding."""
-    failed = [m for m in comparison.measurements if m.step is not None and m.precision == "float64" and not m.judgement.passed]
-    if not failed or any(m.step is None and m.precision == "float64" and not m.judgement.passed for m in comparison.measurements):
+    failed = [
+        m
+        for m in comparison.measurements
+        if m.step is not None and m.precision == "float64" and not m.judgement.passed
+    ]
+    if not failed or any(
+        m.step is None and m.precision == "float64" and not m.judgement.passed
+        for m in comparison.measurements
+    ):
         return []
     notes = []
     for name in dict.fromkeys(m.quantity.partition(":")[0] for m in failed):
         alone = replace(plan, train=False, gradients=False, isolated=False, optimizers=(name,))
-        spread = max(own_spread(part, pair, images) for part in alone.parts(pair, images, seed) if isinstance(part, Trajectory))
+        spread = max(
+            own_spread(part, pair, images)
+            for part in alone.parts(pair, images, seed)
+            if isinstance(part, Trajectory)
+        )
         worst = max(m.judgement.error for m in failed if m.quantity.startswith(f"{name}:"))
         if spread > min(worst, 1.0) / 100:  # beyond 1 it has run off anywhere
             notes.append(
-                f"{name}: PyTorch's own float64 run, its input moved by one unit in the last place, ends {spread:.1e} away from itself; Flax ends {worst:.1e} "
-                "away. At this learning rate training is chaotic and the comparison says nothing: use a smaller one, more images or fewer steps."
+                f"{name}: PyTorch's own float64 run, its input moved by one unit in the last "
+                f"place, ends {spread:.1e} away from itself; Flax ends {worst:.1e} "
+                "away. At this learning rate training is chaotic and the comparison says "
+                "nothing: use a smaller one, more images or fewer steps."
             )
     return notes

@@ -1,8 +1,8 @@
 """Finds the layer that is wrong where nothing but the output can be captured.
 
-A layer is *silenced* on both sides by setting its kernel or scale to zero: whatever it does wrong no longer shows. Silencing the first ``k`` layers hides a
-mistake exactly if it lies among them, so ``log2(n)`` runs find it.
-"""
+A layer is *silenced* on both sides by setting its kernel or scale to zero: whatever it does wrong
+no longer shows. Silencing the first ``k`` layers hides a mistake exactly if it lies among them, so
+``log2(n)`` runs find it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from flax import nnx
 
-from flax_resblock.architecture import Path
+from flax_resblock.config import Path
+from flax_resblock.io import variable_at
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
 from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, dotted
 from flax_resblock.parity.taps import trace_flax, trace_torch
-from flax_resblock.transfer import variable_at
 
 
 class Silenced(Pair):
@@ -31,7 +31,11 @@ class Silenced(Pair):
 
     def __init__(self, pair: Pair, slots: set[str]) -> None:
         self.pair, self.title, self.entries = pair, pair.title, pair.entries
-        self.muted = [e for e in pair.entries if e.flax_path[-1] in ("kernel", "scale") and dotted(e.flax_path[:-1]) in slots]
+        self.muted = [
+            e
+            for e in pair.entries
+            if e.flax_path[-1] in ("kernel", "scale") and dotted(e.flax_path[:-1]) in slots
+        ]
 
     @property
     def flax_slots(self) -> Mapping[str, Path]:
@@ -71,7 +75,11 @@ def bisect(pair: Pair, images: np.ndarray, side: Literal["flax", "torch"]) -> st
       Name of the layer; None where the outputs agree, or still differ when every layer is silent.
     """
     spec = pair.specification() or pair
-    slots = list(dict.fromkeys(dotted(e.flax_path[:-1]) for e in pair.entries if e.flax_path[-1] in ("kernel", "scale")))
+    slots = list(
+        dict.fromkeys(
+            dotted(e.flax_path[:-1]) for e in pair.entries if e.flax_path[-1] in ("kernel", "scale")
+        )
+    )
     if _agree(pair, spec, set(), images, side) or not _agree(pair, spec, set(slots), images, side):
         return None
     low, high = 0, len(slots)  # silencing the first `low` does not hide it, the first `high` does
@@ -86,9 +94,13 @@ def bisect(pair: Pair, images: np.ndarray, side: Literal["flax", "torch"]) -> st
 
 def _agree(pair: Pair, spec: Pair, slots: set[str], images: np.ndarray, side: str) -> bool:
     precision = PRECISIONS["float64"]
-    truth = trace_torch(Silenced(spec, slots).torch(precision), images, {}, precision=precision).output
+    truth = trace_torch(
+        Silenced(spec, slots).torch(precision), images, {}, precision=precision
+    ).output
     if side == "torch":
-        output = trace_torch(Silenced(pair, slots).torch(precision), images, {}, precision=precision).output
+        output = trace_torch(
+            Silenced(pair, slots).torch(precision), images, {}, precision=precision
+        ).output
     else:
         with precision.of_jax():
             model = Silenced(pair, slots).flax(precision)

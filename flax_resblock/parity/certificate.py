@@ -1,8 +1,8 @@
-"""``parity.json``: beside every converted checkpoint a record of what it was made from, what it holds, and how far both frameworks agreed on it.
+"""``parity.json``: beside every converted checkpoint a record of what it was made from, what it
+holds, and how far both frameworks agreed on it.
 
-One file per folder, one entry per output; :mod:`flax_resblock.parity.certify` writes it. This module reads it and holds the outputs against it, without
-either framework.
-"""
+One file per folder, one entry per output; :mod:`flax_resblock.parity.certify` writes it. This
+module reads it and holds the outputs against it, without either framework."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ _LONGEST = 255
 """Bytes of a name that file systems take."""
 
 Hashes = str | dict[str, str]
-"""SHA-256 of a file; of a folder or a set of shards: of each of its files, by sorted relative name."""
+"""SHA-256 of a file; of a folder or a set of shards: of each of its files, by sorted relative
+name.
+"""
 
 
 def _sha256(file: Path) -> str:
@@ -42,7 +44,9 @@ def _sha256(file: Path) -> str:
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(child.relative_to(folder).as_posix() for child in folder.rglob("*") if child.is_file())
+    return sorted(
+        child.relative_to(folder).as_posix() for child in folder.rglob("*") if child.is_file()
+    )
 
 
 def hashes(path: Path) -> Hashes:
@@ -52,7 +56,11 @@ def hashes(path: Path) -> Hashes:
       CheckpointError: It cannot be read.
     """
     try:
-        return {name: _sha256(path / name) for name in _files(path)} if path.is_dir() else _sha256(path)
+        return (
+            {name: _sha256(path / name) for name in _files(path)}
+            if path.is_dir()
+            else _sha256(path)
+        )
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 
@@ -71,22 +79,38 @@ def read_certificate(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist. Certificates are called {NAME} and lie beside the converted checkpoint.") from error
+        raise InputError(
+            f"{path} does not exist. Certificates are called {NAME} and lie beside the "
+            f"converted checkpoint."
+        ) from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no certificate of flax-resblock: it is no JSON ({str(error)[:120]}).") from error
+        raise InputError(
+            f"{path} is no certificate of flax-resblock: it is no JSON ({str(error)[:120]})."
+        ) from error
     kind = content.get("kind") if isinstance(content, dict) else None
     if kind != KIND:
-        raise InputError(f"{path} is no certificate of flax-resblock: its 'kind' is {str(kind)[:60]!r}, not {KIND!r}.")
+        raise InputError(
+            f"{path} is no certificate of flax-resblock: its 'kind' is {str(kind)[:60]!r}, not "
+            f"{KIND!r}."
+        )
     if content.get("schema") != SCHEMA or isinstance(content["schema"], bool):
-        raise InputError(f"{path} has schema {str(content.get('schema'))[:60]!r}; this version of flax-resblock reads {SCHEMA}. Use the one that wrote it.")
+        raise InputError(
+            f"{path} has schema {str(content.get('schema'))[:60]!r}; this version of "
+            f"flax-resblock reads {SCHEMA}. Use the one that wrote it."
+        )
     outputs = content.get("outputs")
     if not isinstance(outputs, dict):
-        raise InputError(f"{path} is damaged: its 'outputs' is no object. Convert again to get a new one.")
+        raise InputError(
+            f"{path} is damaged: its 'outputs' is no object. Convert again to get a new one."
+        )
     flaws = [flaw for name, entry in outputs.items() if (flaw := _flaw(name, entry)) is not None]
     if flaws:
-        raise InputError(f"{path} is damaged, or was made by hand: {flaws[0]}. Nothing that it names was opened; convert again to get a new one.")
+        raise InputError(
+            f"{path} is damaged, or was made by hand: {flaws[0]}. Nothing that it names was "
+            f"opened; convert again to get a new one."
+        )
     return outputs
 
 
@@ -94,14 +118,27 @@ def _flaw(name: str, entry: Any) -> str | None:
     """What is wrong with an entry, or None."""
     if not _is_inside(name) or "/" in name:
         return f"{name[:120]!r} is not the plain name of a file or folder"
-    if not isinstance(entry, dict) or not isinstance(entry.get("output"), dict) or not isinstance(entry.get("tensors"), dict):
+    if (
+        not isinstance(entry, dict)
+        or not isinstance(entry.get("output"), dict)
+        or not isinstance(entry.get("tensors"), dict)
+    ):
         return f"the entry of {name!r} lacks 'output' or 'tensors'"
     expected = entry["output"].get("sha256")
-    for file, sha in {**(expected if isinstance(expected, dict) else {name: expected}), **entry["tensors"]}.items():
+    for file, sha in {
+        **(expected if isinstance(expected, dict) else {name: expected}),
+        **entry["tensors"],
+    }.items():
         if not isinstance(sha, str) or not _SHA256.match(sha):
             return f"the SHA-256 of {file[:120]!r} in the entry of {name!r} is {str(sha)[:80]!r}"
-    outside = [file for file in expected if not _is_inside(file)] if isinstance(expected, dict) else []
-    return f"{outside[0][:120]!r} in the entry of {name!r} leads out of its folder" if outside else None
+    outside = (
+        [file for file in expected if not _is_inside(file)] if isinstance(expected, dict) else []
+    )
+    return (
+        f"{outside[0][:120]!r} in the entry of {name!r} leads out of its folder"
+        if outside
+        else None
+    )
 
 
 def _is_inside(name: str) -> bool:
@@ -134,7 +171,8 @@ class Check:
 
 
 def recheck(path: Path) -> list[Check]:
-    """Hashes every output of a certificate again. Imports neither torch nor jax, unless an output has changed and is read with one (.pth, Orbax).
+    """Hashes every output of a certificate again. Imports neither torch nor jax, unless an output
+    has changed and is read with one (.pth, Orbax).
 
     Args:
       path: A ``parity.json``; outputs are looked for beside it.
@@ -147,26 +185,51 @@ def recheck(path: Path) -> list[Check]:
 def _check(out: Path, entry: Mapping[str, Any]) -> Check:
     expected = entry["output"]["sha256"]
     if not (out.is_dir() if isinstance(expected, dict) else out.is_file()):
-        return Check(out.name, "missing", (f"{out} is not there: it was removed, renamed or left behind when its folder was copied",))
+        return Check(
+            out.name,
+            "missing",
+            (
+                f"{out} is not there: it was removed, renamed or left behind when its folder "
+                f"was copied",
+            ),
+        )
     found = hashes(out)
     verification = entry.get("verification")
     failed = isinstance(verification, dict) and verification.get("passed") is False
     remarks = ("the frameworks differed on it when it was written",) if failed else ()
     if found == expected:
         return Check(out.name, "unchanged", remarks)
-    return Check(out.name, "changed", (*_changed_files(out.name, found, expected), *_changed_tensors(out, entry["tensors"]), *remarks))
+    return Check(
+        out.name,
+        "changed",
+        (
+            *_changed_files(out.name, found, expected),
+            *_changed_tensors(out, entry["tensors"]),
+            *remarks,
+        ),
+    )
 
 
 def _changed_files(name: str, found: Hashes, expected: Hashes) -> Iterator[str]:
-    before, now = (value if isinstance(value, dict) else {name: value} for value in (expected, found))
+    before, now = (
+        value if isinstance(value, dict) else {name: value} for value in (expected, found)
+    )
     for file in sorted({*before, *now}):
         if before.get(file) != now.get(file):
-            verb = "is gone" if file not in now else "is new" if file not in before else "has another SHA-256"
+            verb = (
+                "is gone"
+                if file not in now
+                else "is new"
+                if file not in before
+                else "has another SHA-256"
+            )
             yield f"file {file} {verb}"
 
 
 def _changed_tensors(out: Path, expected: Mapping[str, str]) -> Iterator[str]:
-    """Reads the tensors past the digests that the file itself carries, which would refuse it as a whole."""
+    """Reads the tensors past the digests that the file itself carries, which would refuse it as a
+    whole.
+    """
     try:
         if out.is_dir():
             record = orbax_folder.read(out)
@@ -185,6 +248,9 @@ def _changed_tensors(out: Path, expected: Mapping[str, str]) -> Iterator[str]:
         return
     changed = [key for key in sorted({*expected, *found}) if expected.get(key) != found.get(key)]
     for key in changed:
-        yield f"tensor {key} {'is gone' if key not in found else 'is new' if key not in expected else 'has changed'}"
+        yield (
+            f"tensor {key} "
+            f"{'is gone' if key not in found else 'is new' if key not in expected else 'has changed'}"
+        )
     if not changed:
         yield "every tensor is as it was; only the bytes around them differ"

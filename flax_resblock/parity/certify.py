@@ -1,4 +1,6 @@
-"""What a conversion ends with: its output is opened again, both frameworks compute with it, and the folder's ``parity.json`` gets an entry."""
+"""What a conversion ends with: its output is opened again, both frameworks compute with it, and the
+folder's ``parity.json`` gets an entry.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from flax_resblock import checkpoint
-from flax_resblock.architecture import name_of
 from flax_resblock.checkpoint.atomic import alone
-from flax_resblock.convert.source import Reading, Source, open_checkpoint
+from flax_resblock.config import name_of
+from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, open_checkpoint
 from flax_resblock.errors import InputError, OutputError, some
 from flax_resblock.parity.certificate import (
     KIND,
@@ -34,7 +36,9 @@ BATCH = 2
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raises InputError where the certificate would go to a file that is none; such a file is never replaced."""
+    """Raises InputError where the certificate would go to a file that is none; such a file is never
+    replaced.
+    """
     path = certificate_of(out)
     if not os.path.lexists(path):
         return
@@ -42,24 +46,36 @@ def refuse_foreign(out: Path) -> None:
         read_certificate(path)
     except InputError as error:
         raise InputError(
-            f"{error} convert keeps its certificate under this name and never replaces another file, even by force. "
+            f"{error} convert keeps its certificate under this name and never replaces another "
+            f"file, even by force. "
             "Move that file, choose another folder, or pass --no-certificate."
         ) from error
 
 
-def provenance(source: Source) -> dict[str, Any]:
-    """What a checkpoint is called, without its folder, and the SHA-256 of its file, of its files, or of a shard index and its shards."""
+def provenance(source: OpenedCheckpoint) -> dict[str, Any]:
+    """What a checkpoint is called, without its folder, and the SHA-256 of its file, of its files,
+    or of a shard index and its shards.
+    """
     path = Path(source.record.source)
     if path.suffix != ".json":
         return {"path": path.name, "sha256": hashes(path)}
-    shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()  # plain names, which reading the source has checked
-    return {"path": path.name, "sha256": {name: hashes(path.with_name(name)) for name in sorted({path.name, *shards})}}
+    shards = json.loads(path.read_text(encoding="utf-8"))[
+        "weight_map"
+    ].values()  # plain names, which reading the source has checked
+    return {
+        "path": path.name,
+        "sha256": {name: hashes(path.with_name(name)) for name in sorted({path.name, *shards})},
+    }
 
 
 @contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Holds an interrupt back until the block has ended: the frameworks crash the process when one meets them half imported."""
-    if threading.current_thread() is not threading.main_thread():  # interrupts go to the main thread, and only it may hold them
+    """Holds an interrupt back until the block has ended: the frameworks crash the process when one
+    meets them half imported.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # interrupts go to the main thread, and only it may hold them
         yield
         return
     held: list[int] = []
@@ -72,7 +88,7 @@ def _interrupts_later() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def verify_written(source: Source) -> dict[str, Any]:
+def verify_written(source: OpenedCheckpoint) -> dict[str, Any]:
     """The quick verification: every slot in both frameworks, evaluation mode, float64.
 
     Args:
@@ -90,7 +106,7 @@ def verify_written(source: Source) -> dict[str, Any]:
             from flax_resblock.parity.comparison import Plan, compare_pair
             from flax_resblock.parity.inputs import adversarial_images
             from flax_resblock.parity.oracle import FLOAT64_LIMIT
-            from flax_resblock.parity.twins import Twins
+            from flax_resblock.parity.reference import ReferencePair
 
             jax.devices("cpu")
     except ImportError as error:
@@ -100,19 +116,35 @@ def verify_written(source: Source) -> dict[str, Any]:
     except RuntimeError as error:  # the accelerator belongs to another process, for one
         return {"skipped": f"jax does not start: {str(error).strip().splitlines()[0][:160]}"}
     images = adversarial_images(source.config, batch=BATCH)
-    comparison = compare_pair(Twins.of(source), images, Plan(train=False, gradients=False, precisions=("float64",)))
-    worst = max(comparison.measurements, key=lambda row: (not row.judgement.passed, row.judgement.excess))
+    comparison = compare_pair(
+        ReferencePair.of(source),
+        images,
+        Plan(train=False, gradients=False, precisions=("float64",)),
+    )
+    worst = max(
+        comparison.measurements, key=lambda row: (not row.judgement.passed, row.judgement.excess)
+    )
     error = worst.judgement.error
     return {
         "passed": comparison.passed,
         "compared_with": REFERENCE,
-        "criterion": f"evaluation mode, float64: relative L2 difference of Flax from PyTorch at most {FLOAT64_LIMIT:g} for every tensor",
-        "worst": {"quantity": worst.quantity, "slot": worst.slot, "error": error if math.isfinite(error) else str(error), "limit": worst.judgement.limit},
+        "criterion": (
+            f"evaluation mode, float64: relative L2 difference of Flax from PyTorch at most "
+            f"{FLOAT64_LIMIT:g} for every tensor"
+        ),
+        "worst": {
+            "quantity": worst.quantity,
+            "slot": worst.slot,
+            "error": error if math.isfinite(error) else str(error),
+            "limit": worst.judgement.limit,
+        },
         "tensors": len(comparison.measurements),
     }
 
 
-def certify(out: Path, reading: Reading, origin: Mapping[str, Any], notes: Sequence[str] = ()) -> dict[str, Any]:
+def certify(
+    out: Path, reading: ReadOptions, origin: Mapping[str, Any], notes: Sequence[str] = ()
+) -> dict[str, Any]:
     """Opens an output again, verifies it and enters it in the certificate of its folder.
 
     Args:
@@ -132,7 +164,7 @@ def certify(out: Path, reading: Reading, origin: Mapping[str, Any], notes: Seque
         "output": {"sha256": hashes(out)},
         "tensors": checkpoint.digests(source.record.tensors),
         "architecture": name_of(source.config),
-        "layout": source.state_map.layout.name,
+        "naming": source.state_map.naming.name,
         "notes": list(notes),
         "versions": versions(PACKAGES),
         "verification": verify_written(source),

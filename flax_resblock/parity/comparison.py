@@ -7,11 +7,21 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from flax_resblock.lowering.switch import Lowering
+from flax_resblock.cpu.switch import Lowering
 from flax_resblock.parity.inputs import more_batches
 from flax_resblock.parity.oracle import Judgement, Tolerance, judge, relative_l2
 from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
-from flax_resblock.parity.parts import Devices, Forward, Isolated, Key, Part, Statistics, Tensors, Weights, reference_run
+from flax_resblock.parity.parts import (
+    Devices,
+    Forward,
+    Isolated,
+    Key,
+    Part,
+    Statistics,
+    Tensors,
+    Weights,
+    reference_run,
+)
 from flax_resblock.parity.taps import trace_torch
 from flax_resblock.parity.trajectory import RECIPES, Trajectory, moderate
 
@@ -24,7 +34,9 @@ BATCHES = 5
 BINS = 20
 
 SAMPLE = 1 << 16
-"""Elements of a tensor that its histogram counts; of larger tensors they are taken at equal distances."""
+"""Elements of a tensor that its histogram counts; of larger tensors they are taken at equal
+distances.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,8 +44,10 @@ class Measurement:
     """One tensor in both frameworks, judged.
 
     Attributes:
-      quantity: ``"eval forward"``, ``"train forward"``, ``"running statistics"``, ``"parameter gradient"``, ``"sgd: parameters"`` ...
-      slot: Slot name, with the tensor's name behind a slash where the slot has several; ``"output"`` and ``"input"``.
+      quantity: ``"eval forward"``, ``"train forward"``, ``"running statistics"``, ``"parameter
+        gradient"``, ``"sgd: parameters"`` ...
+      slot: Slot name, with the tensor's name behind a slash where the slot has several;
+        ``"output"`` and ``"input"``.
       precision: ``"float64"``, ``"float32"`` or ``"bfloat16"``.
       judgement: Errors and limit.
       step: Training step (from 1) of a trajectory, else None.
@@ -55,7 +69,8 @@ class Histogram:
       edges: Logarithms to base 10 of ``|value - truth| / rms(truth)``, one more than the counts.
       flax, torch: Elements per bin.
       exact: Elements of the Flax tensor without any error.
-      counted, elements: How many elements were looked at (at most about :data:`SAMPLE`), of how many.
+      counted, elements: How many elements were looked at (at most about :data:`SAMPLE`), of how
+        many.
     """
 
     row: Measurement
@@ -69,7 +84,9 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All measurements of one verification, in forward order within each quantity; ``histogram`` is that of the worst tensor."""
+    """All measurements of one verification, in forward order within each quantity; ``histogram`` is
+    that of the worst tensor.
+    """
 
     measurements: tuple[Measurement, ...]
     histogram: Histogram | None = None
@@ -89,10 +106,15 @@ class Comparison:
             yield precision, quantity, rows
 
     def first_divergence(self, quantity: str, precision: str) -> Measurement | None:
-        """The first row that failed: in forward order, gradients of activations in backward order (from the output to the input)."""
+        """The first row that failed: in forward order, gradients of activations in backward order
+        (from the output to the input).
+        """
         rows = [m for m in self.measurements if (m.quantity, m.precision) == (quantity, precision)]
         if quantity == "activation gradient":
-            rows = [*(m for m in reversed(rows) if m.slot != "input"), *(m for m in rows if m.slot == "input")]
+            rows = [
+                *(m for m in reversed(rows) if m.slot != "input"),
+                *(m for m in rows if m.slot == "input"),
+            ]
         return next((m for m in rows if not m.judgement.passed), None)
 
 
@@ -101,16 +123,22 @@ class Plan:
     """What to compare.
 
     Attributes:
-      train: Also training mode: batch statistics, and running statistics after one batch and after :data:`BATCHES`.
-      gradients: Also gradients of every parameter, activation and the input (in training mode where ``train``, else in evaluation mode).
+      train: Also training mode: batch statistics, and running statistics after one batch and after
+        :data:`BATCHES`.
+      gradients: Also gradients of every parameter, activation and the input (in training mode where
+        ``train``, else in evaluation mode).
       precisions: Among ``"float64"``, ``"float32"`` and ``"bfloat16"``.
       isolated: Also every slot by itself, fed PyTorch's own input.
-      steps: Also so many training steps with each of ``optimizers``, everything compared after every step.
+      steps: Also so many training steps with each of ``optimizers``, everything compared after
+        every step.
       optimizers: Among ``"sgd"`` (Nesterov momentum, weight decay) and ``"adamw"``.
-      learning_rate: Of the training steps; None: a moderate one for this network, see :func:`flax_resblock.parity.trajectory.moderate`.
+      learning_rate: Of the training steps; None: a moderate one for this network, see
+        :func:`flax_resblock.parity.trajectory.moderate`.
       tolerance: Instead of the oracle's criterion.
-      conv_lowering: How Flax computes convolutions: as XLA does, which is what a GPU or TPU runs, or, on a CPU, in the forms that training and inference take
-        there; see :mod:`flax_resblock.conv`. :func:`flax_resblock.parity.api.verify_pair` heeds it; :func:`compare_pair` computes as it is called.
+      conv_lowering: How Flax computes convolutions: as XLA does, which is what a GPU or TPU runs,
+        or, on a CPU, in the forms that training and inference take there; see
+        :mod:`flax_resblock.nn.conv`. :func:`flax_resblock.parity.api.verify_pair` heeds it;
+        :func:`compare_pair` computes as it is called.
     """
 
     train: bool = True
@@ -141,11 +169,19 @@ class Plan:
         if self.steps and cotangent is not None:
             for name in self.optimizers:
                 recipe = replace(RECIPES[name], learning_rate=self.learning_rate or 0.0)
-                yield moderate(Trajectory(recipe, more_batches(images, self.steps, seed), cotangent), pair)
+                yield moderate(
+                    Trajectory(recipe, more_batches(images, self.steps, seed), cotangent), pair
+                )
 
 
 def compare_pair(
-    pair: Pair, images: np.ndarray, plan: Plan | None = None, *, progress: Callable[[str], None] = lambda _: None, seed: int = 0, devices: Devices | None = None
+    pair: Pair,
+    images: np.ndarray,
+    plan: Plan | None = None,
+    *,
+    progress: Callable[[str], None] = lambda _: None,
+    seed: int = 0,
+    devices: Devices | None = None,
 ) -> Comparison:
     """Verifies a pair: Flax against PyTorch on the same images, every slot.
 
@@ -163,11 +199,19 @@ def compare_pair(
     referee = _Referee(plan.tolerance)
     measurements: list[Measurement] = []
     for part in plan.parts(pair, images, seed):
-        precisions = [PRECISIONS["float64"]] if isinstance(part, Weights) else [PRECISIONS[name] for name in plan.precisions]
+        precisions = (
+            [PRECISIONS["float64"]]
+            if isinstance(part, Weights)
+            else [PRECISIONS[name] for name in plan.precisions]
+        )
         found = referee.hear(part, pair, precisions, images, devices, progress)
         for precision in precisions:
             rows = found[precision.name]
-            if precision.name != "float64" and plan.tolerance is None and not all(row.judgement.passed for row in rows):
+            if (
+                precision.name != "float64"
+                and plan.tolerance is None
+                and not all(row.judgement.passed for row in rows)
+            ):
                 progress(f"{part.title}, {precision.name}: PyTorch's own spread")
                 rows = _with_spread(part, pair, precision, images, devices, rows)
             measurements += rows
@@ -176,44 +220,84 @@ def compare_pair(
 
 @dataclass
 class _Referee:
-    """Runs both sides of a part in step, judges, and keeps the histogram of the worst tensor; the tensors themselves are let go as soon as they are judged."""
+    """Runs both sides of a part in step, judges, and keeps the histogram of the worst tensor; the
+    tensors themselves are let go as soon as they are judged.
+    """
 
     tolerance: Tolerance | None
     histogram: Histogram | None = field(default=None)
 
     def hear(
-        self, part: Part, pair: Pair, precisions: Sequence[Precision], images: np.ndarray, devices: Devices, progress: Callable[[str], None]
+        self,
+        part: Part,
+        pair: Pair,
+        precisions: Sequence[Precision],
+        images: np.ndarray,
+        devices: Devices,
+        progress: Callable[[str], None],
     ) -> dict[str, list[Measurement]]:
         """Rows by precision."""
         rows: dict[str, list[Measurement]] = {precision.name: [] for precision in precisions}
         truths = part.torch(pair, PRECISIONS["float64"], images, devices.of(PRECISIONS["float64"]))
-        sides = {p.name: (part.torch(pair, p, images, devices.of(p)), part.flax(pair, p, images, devices.of(p))) for p in precisions}
+        sides = {
+            p.name: (
+                part.torch(pair, p, images, devices.of(p)),
+                part.flax(pair, p, images, devices.of(p)),
+            )
+            for p in precisions
+        }
         steps = isinstance(part, Trajectory)
         for step in range(1, part.steps + 1) if isinstance(part, Trajectory) else (1,):
-            where = f"{part.title}, step {step} of {part.steps}" if isinstance(part, Trajectory) else part.title
+            where = (
+                f"{part.title}, step {step} of {part.steps}"
+                if isinstance(part, Trajectory)
+                else part.title
+            )
             progress(f"{where}: PyTorch, float64")
             truth = next(truths)
             for precision in precisions:
                 torch_side, flax_side = sides[precision.name]
                 progress(f"{where}: PyTorch and Flax, {precision.name}")
                 ours = truth if precision.name == "float64" else next(torch_side)
-                own = {key: 0.0 if ours is truth else relative_l2(value, truth[key]) for key, value in ours.items()}
-                kept = ours if self.tolerance is not None else {key: _sampled(value) for key, value in ours.items()}
-                del ours  # the largest arrays of a verification: let go before the other side makes its own
+                own = {
+                    key: 0.0 if ours is truth else relative_l2(value, truth[key])
+                    for key, value in ours.items()
+                }
+                kept = (
+                    ours
+                    if self.tolerance is not None
+                    else {key: _sampled(value) for key, value in ours.items()}
+                )
+                # the largest arrays of a verification: let go before the other side makes its own
+                del ours
                 flax = next(flax_side)
-                rows[precision.name] += list(self._judge(part, precision, step if steps else None, flax, kept, truth, own))
+                rows[precision.name] += list(
+                    self._judge(part, precision, step if steps else None, flax, kept, truth, own)
+                )
                 del flax, kept
         return rows
 
     def _judge(
-        self, part: Part, precision: Precision, step: int | None, flax: Tensors, ours: Tensors, truth: Tensors, own: Mapping[Key, float]
+        self,
+        part: Part,
+        precision: Precision,
+        step: int | None,
+        flax: Tensors,
+        ours: Tensors,
+        truth: Tensors,
+        own: Mapping[Key, float],
     ) -> Iterator[Measurement]:
         for key, reference in own.items():
             value = flax.get(key)
             error = float("inf") if value is None else relative_l2(value, truth[key])
             judgement = judge(error, reference, precision.epsilon, limit64=part.limit64)
             if self.tolerance is not None and value is not None:
-                judgement = replace(judgement, error=self.tolerance.excess(value, ours[key]), limit=1.0, reference_error=0.0)
+                judgement = replace(
+                    judgement,
+                    error=self.tolerance.excess(value, ours[key]),
+                    limit=1.0,
+                    reference_error=0.0,
+                )
             row = Measurement(*key, precision.name, judgement, step)
             worst = self.histogram.row.judgement.excess if self.histogram is not None else 0.0
             if value is not None and value.shape == truth[key].shape and judgement.excess > worst:
@@ -226,33 +310,61 @@ def _sampled(array: np.ndarray) -> np.ndarray:
     return array.flat[:: max(1, array.size // SAMPLE)]
 
 
-def _histogram(row: Measurement, flax: np.ndarray, torch: np.ndarray, truth: np.ndarray) -> Histogram | None:
-    """Element errors on a logarithmic scale; None where nothing is finite. ``torch`` may be sampled already."""
+def _histogram(
+    row: Measurement, flax: np.ndarray, torch: np.ndarray, truth: np.ndarray
+) -> Histogram | None:
+    """Element errors on a logarithmic scale; None where nothing is finite. ``torch`` may be sampled
+    already.
+    """
     elements = truth.size
     truth = np.asarray(_sampled(truth), np.float64)
     rms = float(np.sqrt(np.mean(np.square(truth)))) if truth.size else 0.0
     if not np.isfinite(rms) or rms == 0:
         return None
-    sides = [np.abs(np.asarray(side, np.float64) - truth) / rms for side in (_sampled(flax), torch if torch.shape == truth.shape else _sampled(torch))]
+    sides = [
+        np.abs(np.asarray(side, np.float64) - truth) / rms
+        for side in (_sampled(flax), torch if torch.shape == truth.shape else _sampled(torch))
+    ]
     positive = np.concatenate([side[np.isfinite(side) & (side > 0)] for side in sides])
     if not positive.size:
         return None
     low, high = np.log10(positive.min()), np.log10(positive.max())
     edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
-    ours, theirs = (tuple(map(int, np.histogram(np.log10(side[np.isfinite(side) & (side > 0)]), edges)[0])) for side in sides)
-    return Histogram(row, tuple(map(float, edges)), ours, theirs, int(np.count_nonzero(sides[0] == 0)), truth.size, elements)
+    ours, theirs = (
+        tuple(map(int, np.histogram(np.log10(side[np.isfinite(side) & (side > 0)]), edges)[0]))
+        for side in sides
+    )
+    return Histogram(
+        row,
+        tuple(map(float, edges)),
+        ours,
+        theirs,
+        int(np.count_nonzero(sides[0] == 0)),
+        truth.size,
+        elements,
+    )
 
 
-def _with_spread(part: Part, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices, rows: list[Measurement]) -> list[Measurement]:
+def _with_spread(
+    part: Part,
+    pair: Pair,
+    precision: Precision,
+    images: np.ndarray,
+    devices: Devices,
+    rows: list[Measurement],
+) -> list[Measurement]:
     """The measurements with PyTorch's own error taken as the largest of several roundings.
 
-    One run of PyTorch is one draw of its rounding error. It can be lucky: a gradient jumps when an activation near zero rounds to the other side of a
-    ReLU, in one framework and not in the other. The inputs are therefore also moved by at most one unit in the last place, :data:`SPREAD` times.
+    One run of PyTorch is one draw of its rounding error. It can be lucky: a gradient jumps when an
+    activation near zero rounds to the other side of a ReLU, in one framework and not in the other.
+    The inputs are therefore also moved by at most one unit in the last place, :data:`SPREAD` times.
     """
     rng = np.random.default_rng(1)
     largest = {(row.quantity, row.slot, row.step): row.judgement.reference_error for row in rows}
     stepped = isinstance(part, Trajectory)
-    epsilon = float(np.finfo(precision.storage).eps) if precision.compute is None else precision.epsilon
+    epsilon = (
+        float(np.finfo(precision.storage).eps) if precision.compute is None else precision.epsilon
+    )
     for _ in range(SPREAD):
         moved = images * (1 + epsilon * rng.integers(-1, 2, images.shape))
         truths = part.torch(pair, PRECISIONS["float64"], images, devices.of(PRECISIONS["float64"]))
@@ -262,5 +374,14 @@ def _with_spread(part: Part, pair: Pair, precision: Precision, images: np.ndarra
                 place = (*key, step if stepped else None)
                 largest[place] = max(largest[place], relative_l2(value, truth[key]))
     return [
-        replace(row, judgement=judge(row.judgement.error, largest[row.quantity, row.slot, row.step], precision.epsilon, limit64=part.limit64)) for row in rows
+        replace(
+            row,
+            judgement=judge(
+                row.judgement.error,
+                largest[row.quantity, row.slot, row.step],
+                precision.epsilon,
+                limit64=part.limit64,
+            ),
+        )
+        for row in rows
     ]

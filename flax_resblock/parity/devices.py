@@ -1,4 +1,6 @@
-"""Devices by the names that people type. Only :func:`torch_device` needs torch, so that a TPU host without it can ask too."""
+"""Devices by the names that people type. Only :func:`torch_device` needs torch, so that a TPU host
+without it can ask too.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ ACCELERATORS = ("cuda", "mps", "xpu")
 
 
 def _jax_devices() -> list[JaxDevice]:
-    """The devices of every backend that starts, the preferred one first; none where no backend starts."""
+    """The devices of every backend that starts, the preferred one first; none where no backend
+    starts.
+    """
     try:
         found = [device for client in backends().values() for device in client.devices()]
         preferred = jax.devices()[0].platform
@@ -33,7 +37,9 @@ def _jax_devices() -> list[JaxDevice]:
 
 def describe(device: JaxDevice) -> str:
     """``cpu:0``, ``gpu:0 (NVIDIA H100 80GB HBM3)``."""
-    return f"{device.platform}:{device.id}" + ("" if device.platform == "cpu" else f" ({device.device_kind})")
+    return f"{device.platform}:{device.id}" + (
+        "" if device.platform == "cpu" else f" ({device.device_kind})"
+    )
 
 
 def jax_device(kind: str | None) -> JaxDevice:
@@ -47,14 +53,27 @@ def jax_device(kind: str | None) -> JaxDevice:
     try:
         return jax.devices(kind)[0]
     except RuntimeError as error:
-        there = some([describe(device) for device in _jax_devices()], 8) or "none, as no backend starts"
+        there = (
+            some([describe(device) for device in _jax_devices()], 8) or "none, as no backend starts"
+        )
         asked = "its default device" if kind is None else f"a device of the kind {kind!r}"
         platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
-        limited = f" JAX_PLATFORMS={platforms} limits jax to these; unset it or add the kind." if platforms else ""
+        limited = (
+            f" JAX_PLATFORMS={platforms} limits jax to these; unset it or add the kind."
+            if platforms
+            else ""
+        )
         extra = EXTRAS.get(kind or "")
-        install = f" Install its support: pip install 'flax-resblock[{extra}]'." if extra else " Kinds are cpu, gpu (cuda, rocm) and tpu."
+        install = (
+            f" Install its support: pip install 'flax-resblock[{extra}]'."
+            if extra
+            else " Kinds are cpu, gpu (cuda, rocm) and tpu."
+        )
         reason = str(error).strip().splitlines()[0][:160].rstrip(".")
-        raise InputError(f"jax was asked for {asked}, which is not there ({reason}). Devices of jax: {there}.{limited}{install}") from error
+        raise InputError(
+            f"jax was asked for {asked}, which is not there ({reason}). Devices of jax: "
+            f"{there}.{limited}{install}"
+        ) from error
 
 
 def torch_device(name: str | None) -> torch.device:
@@ -69,24 +88,38 @@ def torch_device(name: str | None) -> torch.device:
     try:
         import torch
     except ImportError as error:
-        raise MissingDependencyError(f"torch was asked for the device {name or 'cpu'!r} and is not installed: pip install 'flax-resblock[torch]'.") from error
+        raise MissingDependencyError(
+            f"torch was asked for the device {name or 'cpu'!r} and is not installed: pip "
+            f"install 'flax-resblock[torch]'."
+        ) from error
     there = [torch.device("cpu")]
     kind = torch.accelerator.current_accelerator(check_available=True)
     if kind is not None:
-        there += [torch.device(kind.type, index) for index in range(torch.accelerator.device_count())]
+        there += [
+            torch.device(kind.type, index) for index in range(torch.accelerator.device_count())
+        ]
     try:
         device = torch.device(name or "cpu")
     except RuntimeError:
         device = None  # not even a name that torch knows
-    if device is None or (device.type, device.index or 0) not in [(known.type, known.index or 0) for known in there]:
+    if device is None or (device.type, device.index or 0) not in [
+        (known.type, known.index or 0) for known in there
+    ]:
         here = f"Devices of torch: {some([str(known) for known in there], 8)}."
         if device is None or device.type not in ACCELERATORS:
-            advice = f"Names are cpu, {', '.join(ACCELERATORS)}, and such as cuda:1 for a further one."
+            advice = (
+                f"Names are cpu, {', '.join(ACCELERATORS)}, and such as cuda:1 for a further one."
+            )
         elif device.type in {known.type for known in there}:
             advice = "Choose one of these."
         else:
-            advice = f"A build of torch for {device.type} and its driver are needed; see https://pytorch.org/get-started."
-        raise InputError(f"torch was asked for the device {name!r}, which is not there. {here} {advice}")
+            advice = (
+                f"A build of torch for {device.type} and its driver are needed; see "
+                f"https://pytorch.org/get-started."
+            )
+        raise InputError(
+            f"torch was asked for the device {name!r}, which is not there. {here} {advice}"
+        )
     return device
 
 

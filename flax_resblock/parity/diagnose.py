@@ -1,4 +1,6 @@
-"""Says what is wrong: takes the network apart, finds the places that are wrong by themselves, and tests the known mistakes against their data."""
+"""Says what is wrong: takes the network apart, finds the places that are wrong by themselves, and
+tests the known mistakes against their data.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from flax_resblock.architecture import Path
+from flax_resblock.config import Path
 from flax_resblock.parity.anatomy import Anatomy, quantity_of
 from flax_resblock.parity.bisect import bisect
 from flax_resblock.parity.causes import NAMES, Diagnosis, Side, evidence_for
@@ -19,22 +21,35 @@ from flax_resblock.parity.parts import Devices, Isolated, Tensors, Weights
 
 
 def diagnose(
-    pair: Pair, images: np.ndarray, *, train: bool = True, gradients: bool = False, precisions: Sequence[str] = (), devices: Devices | None = None
+    pair: Pair,
+    images: np.ndarray,
+    *,
+    train: bool = True,
+    gradients: bool = False,
+    precisions: Sequence[str] = (),
+    devices: Devices | None = None,
 ) -> list[Diagnosis]:
     """What is wrong with either side of a pair; empty where every place by itself is right.
 
     Args:
-      pair: The two modules. Where it has a :meth:`~flax_resblock.parity.pair.Pair.specification`, both sides are held against that.
+      pair: The two modules. Where it has a :meth:`~flax_resblock.parity.pair.Pair.specification`,
+        both sides are held against that.
       images: The input, in Flax's layout, float64.
       train: Also in training mode.
       gradients: Also gradients.
-      precisions: Where float64 shows nothing: precisions whose arithmetic is suspected to be narrower than it says.
+      precisions: Where float64 shows nothing: precisions whose arithmetic is suspected to be
+        narrower than it says.
       devices: Where those are computed.
     """
     if not np.isfinite(images).all():
         bad = np.argwhere(~np.isfinite(images))
-        words = f"the input holds {len(bad)} values that are not finite, first at index {bad[0].tolist()}"
-        return [Diagnosis("input", "non-finite", "torch", words, "counted before anything was computed")]
+        words = (
+            f"the input holds {len(bad)} values that are not finite, first at index "
+            f"{bad[0].tolist()}"
+        )
+        return [
+            Diagnosis("input", "non-finite", "torch", words, "counted before anything was computed")
+        ]
     found = list(_tensors(pair, images))
     blamed = {(d.side, d.slot.rpartition("/")[0] or d.slot) for d in found}
     anatomies = []
@@ -57,28 +72,63 @@ def _by_bisection(pair: Pair, images: np.ndarray) -> Iterator[Diagnosis]:
     for side in sides:
         slot = bisect(pair, images, side)
         if slot is not None:
-            words = f"{NAMES[side]} computes something else here or right before it; its layers could not be looked at one by one"
-            yield Diagnosis(slot, "unknown", side, words, "found by silencing layers on both sides: the difference is gone as soon as this one is silent")
+            words = (
+                f"{NAMES[side]} computes something else here or right before it; its layers could "
+                f"not be looked at one by one"
+            )
+            yield Diagnosis(
+                slot,
+                "unknown",
+                side,
+                words,
+                "found by silencing layers on both sides: the difference is gone as soon as "
+                "this one is silent",
+            )
 
 
-def _narrow_arithmetic(anatomy: Anatomy, precision: Precision, devices: Devices) -> Iterator[Diagnosis]:
-    """Layers of a pair taken apart in evaluation mode whose error in one precision is larger than that precision explains, though float64 is right."""
+def _narrow_arithmetic(
+    anatomy: Anatomy, precision: Precision, devices: Devices
+) -> Iterator[Diagnosis]:
+    """Layers of a pair taken apart in evaluation mode whose error in one precision is larger than
+    that precision explains, though float64 is right.
+    """
     pair, images, part = anatomy.pair, anatomy.images, Isolated(False, anatomy.reference)
     sides: dict[Side, Tensors] = {
         "torch": next(part.torch(pair, precision, images, devices.of(precision))),
         "flax": next(part.flax(pair, precision, images, devices.of(precision))),
     }
     for key, right in anatomy.truth.items():
-        errors: dict[Side, float] = {side: relative_l2(tensors[key], right) for side, tensors in sides.items() if key in tensors}
+        errors: dict[Side, float] = {
+            side: relative_l2(tensors[key], right)
+            for side, tensors in sides.items()
+            if key in tensors
+        }
         for side, error in errors.items():
             other = errors.get("torch" if side == "flax" else "flax", 0.0)
             layer = anatomy.layer(key[1])
-            if layer is None or quantity_of(key) != "forward" or judge(error, other, precision.epsilon).passed:
+            if (
+                layer is None
+                or quantity_of(key) != "forward"
+                or judge(error, other, precision.epsilon).passed
+            ):
                 continue
-            cause = explain_layer(layer, np.asarray(sides[side][key], np.float64), limit=max(1e-5, 2 * other))
-            words = cause.sentence if cause is not None else "is less exact than the precision explains"
-            evidence = f"in {precision.name} its error is {error:.1e}, the other side's {other:.1e}; in float64 both are right"
-            yield Diagnosis(key[1], cause.name if cause else "reduced-precision", side, f"{NAMES[side]} {words}", evidence)
+            cause = explain_layer(
+                layer, np.asarray(sides[side][key], np.float64), limit=max(1e-5, 2 * other)
+            )
+            words = (
+                cause.sentence if cause is not None else "is less exact than the precision explains"
+            )
+            evidence = (
+                f"in {precision.name} its error is {error:.1e}, the other side's {other:.1e}; in "
+                f"float64 both are right"
+            )
+            yield Diagnosis(
+                key[1],
+                cause.name if cause else "reduced-precision",
+                side,
+                f"{NAMES[side]} {words}",
+                evidence,
+            )
 
 
 def _grouped(found: list[Diagnosis]) -> Iterator[Diagnosis]:
@@ -87,7 +137,9 @@ def _grouped(found: list[Diagnosis]) -> Iterator[Diagnosis]:
     for diagnosis in found:
         groups.setdefault((diagnosis.side, diagnosis.cause), []).append(diagnosis)
     for first, *rest in groups.values():
-        yield replace(first, others=tuple(dict.fromkeys(d.slot for d in rest if d.slot != first.slot)))
+        yield replace(
+            first, others=tuple(dict.fromkeys(d.slot for d in rest if d.slot != first.slot))
+        )
 
 
 def _tensors(pair: Pair, images: np.ndarray) -> Iterator[Diagnosis]:
@@ -97,13 +149,20 @@ def _tensors(pair: Pair, images: np.ndarray) -> Iterator[Diagnosis]:
     sides: dict[Side, Tensors] = {"flax": next(part.flax(pair, precision, images, Devices()))}
     if spec is not None:
         sides["torch"] = next(part.torch(pair, precision, images, Devices()))
-    by_path: dict[Path, np.ndarray] = {path_of(slot.replace("/", ".")): np.asarray(value, np.float64) for (_, slot), value in expected.items()}
+    by_path: dict[Path, np.ndarray] = {
+        path_of(slot.replace("/", ".")): np.asarray(value, np.float64)
+        for (_, slot), value in expected.items()
+    }
     for side, tensors in sides.items():
         for (_, slot), truth in expected.items():
             value = tensors.get(("tensors", slot))
             if value is None or np.array_equal(value, truth, equal_nan=True):
                 continue
-            cause = explain_tensor(path_of(slot.replace("/", ".")), np.asarray(value, np.float64), by_path)
+            cause = explain_tensor(
+                path_of(slot.replace("/", ".")), np.asarray(value, np.float64), by_path
+            )
             words = f"{NAMES[side]} {cause.sentence if cause else 'holds other data'}"
-            evidence = evidence_for(cause, relative_l2(value, truth), "the tensor that should be there")
+            evidence = evidence_for(
+                cause, relative_l2(value, truth), "the tensor that should be there"
+            )
             yield Diagnosis(slot, cause.name if cause else "unknown", side, words, evidence)

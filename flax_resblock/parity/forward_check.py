@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from flax import nnx
 
-from flax_resblock.architecture import Config, ResNetConfig, name_of
 from flax_resblock.checkpoint.unwrap import unwrap
-from flax_resblock.convert.source import Source
+from flax_resblock.config import Config, ResNetConfig, name_of
+from flax_resblock.convert.opening import OpenedCheckpoint
+from flax_resblock.cpu.switch import compiler_options, for_cpu
 from flax_resblock.errors import InputError, some, visible
-from flax_resblock.lowering.switch import compiler_options, for_cpu
+from flax_resblock.io import variable_at
+from flax_resblock.nn.resnet import Model, ResNet, build
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, judge, relative_l2
 from flax_resblock.parity.taps import from_torch as to_numpy
-from flax_resblock.resnet import Model, ResNet, build
-from flax_resblock.transfer import variable_at
 
 SIZES = (32, 64, 224)
 """Heights and widths of the images, in the order in which they are tried."""
@@ -45,7 +45,7 @@ Values = Mapping[Any, np.ndarray]
 
 def check_forward(
     module: Any,
-    source: Source,
+    source: OpenedCheckpoint,
     values_of: Callable[[Mapping[str, Any]], Values],
     *,
     eps: float,
@@ -95,7 +95,7 @@ class _Place:
     inputs: list[torch.Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, module: torch.nn.Module, source: Source) -> _Place:
+    def of(cls, module: torch.nn.Module, source: OpenedCheckpoint) -> _Place:
         """Finds the prefix as the state dict was read: wrappers first, then the backbone."""
 
         def is_key(value: Any) -> bool:
@@ -109,7 +109,9 @@ class _Place:
             for key, array in source.tensors.items()
             if id(array) in name_of_array
         }
-        prefix = next((name.removesuffix(key) for key, name in used.items() if name.endswith(key)), "")
+        prefix = next(
+            (name.removesuffix(key) for key, name in used.items() if name.endswith(key)), ""
+        )
         left = [name for name in stripped.values() if name not in set(used.values())]
         return cls(prefix, tuple(dict.fromkeys(key.rpartition(".")[0] for key in left)))
 

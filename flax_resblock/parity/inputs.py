@@ -6,15 +6,24 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_resblock.architecture import Config, ResNetConfig
+from flax_resblock.config import Config, ResNetConfig
 from flax_resblock.errors import InputError
 
 
-def adversarial_images(config: Config, *, batch: int, height: int | None = None, width: int | None = None, seed: int = 0) -> np.ndarray:
-    """Random images with a mean and scale of their own per channel and a gradient across the picture.
+def adversarial_images(
+    config: Config,
+    *,
+    batch: int,
+    height: int | None = None,
+    width: int | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """Random images with a mean and scale of their own per channel and a gradient across the
+    picture.
 
     Args:
-      config: Decides channels and default size (odd by even; 65x48 for an ImageNet stem, 33x32 or 15x14 for others).
+      config: Decides channels and default size (odd by even; 65x48 for an ImageNet stem, 33x32 or
+        15x14 for others).
       batch, height, width: ``(N, H, W)``.
       seed: Of the generator.
     Returns:
@@ -26,12 +35,15 @@ def adversarial_images(config: Config, *, batch: int, height: int | None = None,
     height, width = height or size[0], width or size[1]
     channels = config.in_channels
     mean, scale = rng.uniform(-2, 2, channels), rng.uniform(0.3, 2, channels)
-    ramp = np.linspace(-1, 1, height)[:, None, None] * rng.standard_normal(channels) + np.linspace(-1, 1, width)[None, :, None] * rng.standard_normal(channels)
+    ramp = np.linspace(-1, 1, height)[:, None, None] * rng.standard_normal(channels) + np.linspace(
+        -1, 1, width
+    )[None, :, None] * rng.standard_normal(channels)
     return rng.standard_normal((batch, height, width, channels)) * scale + mean + ramp
 
 
 def randomised_norm_state(state: dict[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
-    """A state dict whose norms look trained: no scale of 1, no mean of 0, no variance of 1, a counter that has counted.
+    """A state dict whose norms look trained: no scale of 1, no mean of 0, no variance of 1, a
+    counter that has counted.
 
     Args:
       state: By torchvision's names; not modified.
@@ -46,14 +58,17 @@ def randomised_norm_state(state: dict[str, np.ndarray], seed: int = 0) -> dict[s
         shape, dtype = state[key].shape, state[key].dtype
         result[key] = rng.uniform(0.3, 3, shape).astype(dtype)
         result[f"{prefix}.running_mean"] = rng.normal(0, 0.5, shape).astype(dtype)
-        result[f"{prefix}.weight"] = (rng.uniform(0.4, 1.6, shape) * rng.choice([-1, 1], shape, p=[0.1, 0.9])).astype(dtype)
+        result[f"{prefix}.weight"] = (
+            rng.uniform(0.4, 1.6, shape) * rng.choice([-1, 1], shape, p=[0.1, 0.9])
+        ).astype(dtype)
         result[f"{prefix}.bias"] = rng.normal(0, 0.5, shape).astype(dtype)
         result[f"{prefix}.num_batches_tracked"] = np.array(rng.integers(1, 1000), np.int64)
     return result
 
 
 def more_batches(images: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, ...]:
-    """The batch itself and further ones like it: mirrored, with other contrast, brightness and noise.
+    """The batch itself and further ones like it: mirrored, with other contrast, brightness and
+    noise.
 
     Args:
       images: ``(N, ...)``, the first batch.
@@ -64,7 +79,9 @@ def more_batches(images: np.ndarray, count: int, seed: int) -> tuple[np.ndarray,
     spread = float(np.std(images)) or 1.0
     batches = [images]
     for _ in range(count - 1):
-        moved = images[rng.permutation(len(images))] * rng.uniform(0.6, 1.4) + spread * rng.normal(0, 0.3)
+        moved = images[rng.permutation(len(images))] * rng.uniform(0.6, 1.4) + spread * rng.normal(
+            0, 0.3
+        )
         batches.append(moved + spread * rng.normal(0, 0.5, images.shape))
     return tuple(batches)
 
@@ -78,21 +95,36 @@ def read_images(path: Path, config: Config) -> np.ndarray:
     Returns:
       ``(N, H, W, C)``, float64.
     Raises:
-      InputError: No such file, no numpy array of numbers, another rank or number of channels, values that are not finite.
+      InputError: No such file, no numpy array of numbers, another rank or number of channels,
+        values that are not finite.
     """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header that announces more than the file holds costs nothing
+        array = np.load(
+            path, mmap_mode="r", allow_pickle=False
+        )  # mapped: a header that announces more than the file holds costs nothing
     except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:
         raise InputError(
-            f"--input {path} cannot be read as a .npy array ({str(error).splitlines()[0]}). Write one with numpy.save('images.npy', images)."
+            f"--input {path} cannot be read as a .npy array ({str(error).splitlines()[0]}). "
+            f"Write one with numpy.save('images.npy', images)."
         ) from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         raise InputError(
-            f"--input {path} holds {getattr(array, 'dtype', type(array).__name__)}; an array of numbers is needed, (N, H, W, {config.in_channels})."
+            f"--input {path} holds {getattr(array, 'dtype', type(array).__name__)}; an array "
+            f"of numbers is needed, (N, H, W, {config.in_channels})."
         )
     if array.ndim != 4 or array.shape[-1] != config.in_channels or 0 in array.shape:
-        hint = " They look like NCHW; move the channels last: images.transpose(0, 2, 3, 1)." if array.ndim == 4 and array.shape[1] == config.in_channels else ""
-        raise InputError(f"--input {path} has the shape {list(array.shape)}; the network takes (N, H, W, {config.in_channels}).{hint}")
+        hint = (
+            " They look like NCHW; move the channels last: images.transpose(0, 2, 3, 1)."
+            if array.ndim == 4 and array.shape[1] == config.in_channels
+            else ""
+        )
+        raise InputError(
+            f"--input {path} has the shape {list(array.shape)}; the network takes (N, H, W, "
+            f"{config.in_channels}).{hint}"
+        )
     if not np.isfinite(array).all():
-        raise InputError(f"--input {path} holds {np.count_nonzero(~np.isfinite(array))} values that are not finite; with them every comparison is empty.")
+        raise InputError(
+            f"--input {path} holds {np.count_nonzero(~np.isfinite(array))} values that are not "
+            f"finite; with them every comparison is empty."
+        )
     return array.astype(np.float64)

@@ -1,8 +1,9 @@
-"""Runs a model with every slot cut out of its surroundings: each is fed, and hands on, what the reference says, while its own result is kept.
+"""Runs a model with every slot cut out of its surroundings: each is fed, and hands on, what the
+reference says, while its own result is kept.
 
-A *slot's* error is then its own, and so is that of a *connection*, what lies between the slots: a ReLU, an addition, a flattening. Cotangents are random
-and belong to one slot each, so the gradients are cut apart in the same way.
-"""
+A *slot's* error is then its own, and so is that of a *connection*, what lies between the slots: a
+ReLU, an addition, a flattening. Cotangents are random and belong to one slot each, so the gradients
+are cut apart in the same way."""
 
 from __future__ import annotations
 
@@ -17,20 +18,34 @@ import numpy as np
 import torch
 from flax import nnx
 
-from flax_resblock.architecture import Path
-from flax_resblock.lowering.switch import compiler_options
+from flax_resblock.config import Path
+from flax_resblock.cpu.switch import compiler_options
 from flax_resblock.parity.devices import JaxDevice
 from flax_resblock.parity.pair import Precision
-from flax_resblock.parity.taps import Trace, by_path_of, from_torch, gradient_of, hooked, host_tree, split, to_torch
+from flax_resblock.parity.taps import (
+    Trace,
+    by_path_of,
+    from_torch,
+    gradient_of,
+    hooked,
+    host_tree,
+    split,
+    to_torch,
+)
 
 Isolation = dict[str, dict[Any, np.ndarray]]
-"""``forward``: each slot's own output; ``connection``: what would have been fed to it, and ``output``; ``statistics``; and where asked for, ``parameter
-gradient``, ``input gradient`` (through the slot) and ``connection gradient`` (from the slots that follow)."""
+"""``forward``: each slot's own output; ``connection``: what would have been fed to it, and
+``output``; ``statistics``; and where asked for, ``parameter gradient``, ``input gradient`` (through
+the slot) and ``connection gradient`` (from the slots that follow)."""
 
 
 def cotangent_of(kind: str, name: str, shape: Iterable[int]) -> np.ndarray:
-    """What flows back into a slot's own output (``kind="own"``) or out of what arrives at it (``"incoming"``): random, and the same on every side."""
-    return np.random.default_rng(zlib.crc32(f"{kind} {name}".encode())).standard_normal(tuple(shape))
+    """What flows back into a slot's own output (``kind="own"``) or out of what arrives at it
+    (``"incoming"``): random, and the same on every side.
+    """
+    return np.random.default_rng(zlib.crc32(f"{kind} {name}".encode())).standard_normal(
+        tuple(shape)
+    )
 
 
 def isolate_flax(
@@ -44,12 +59,18 @@ def isolate_flax(
     train: bool,
     gradients: bool,
 ) -> Isolation:
-    """The Flax side; ``reference.inputs`` and ``reference.activations`` hold every slot of ``slots``."""
+    """The Flax side; ``reference.inputs`` and ``reference.activations`` hold every slot of
+    ``slots``.
+    """
     with precision.of_jax(), jax.default_device(device), jax.default_matmul_precision("highest"):
         graphdef, params, rest = split(model, train)
         by_path = {path: name for name, path in slots.items()}
         dtype = precision.compute or precision.storage
-        fed = {name: jnp.asarray(reference.inputs[name], dtype) for name in slots if name in reference.inputs}
+        fed = {
+            name: jnp.asarray(reference.inputs[name], dtype)
+            for name in slots
+            if name in reference.inputs
+        }
         handed_on = {name: jnp.asarray(reference.activations[name], dtype) for name in slots}
 
         def run(params: Any, into: dict[str, Any], out_of: dict[str, Any], images: Any) -> Any:
@@ -77,30 +98,53 @@ def isolate_flax(
 
         x = jnp.asarray(images, precision.storage)
         if not gradients:
-            own, incoming, statistics = jax.jit(run, compiler_options=compiler_options())(params, fed, handed_on, x)
+            own, incoming, statistics = jax.jit(run, compiler_options=compiler_options())(
+                params, fed, handed_on, x
+            )
             return _isolation(host_tree(own), host_tree(incoming), by_path_of(statistics))
         shapes = jax.eval_shape(run, params, fed, handed_on, x)
         weights = [
-            {name: jnp.asarray(cotangent_of(kind, name, leaf.shape), leaf.dtype) for name, leaf in part.items()}
+            {
+                name: jnp.asarray(cotangent_of(kind, name, leaf.shape), leaf.dtype)
+                for name, leaf in part.items()
+            }
             for kind, part in zip(_KINDS, shapes, strict=False)
         ]
 
         def loss(params: Any, into: Any, out_of: Any, x: Any, weights: Any) -> Any:
             own, incoming, statistics = run(params, into, out_of, x)
             total = sum(
-                jnp.sum((value * weight[name]).astype(x.dtype)) for part, weight in zip((own, incoming), weights, strict=True) for name, value in part.items()
+                jnp.sum((value * weight[name]).astype(x.dtype))
+                for part, weight in zip((own, incoming), weights, strict=True)
+                for name, value in part.items()
             )
             return total, (own, incoming, statistics)
 
-        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), compiler_options=compiler_options())
+        gradient = jax.jit(
+            jax.grad(loss, argnums=(0, 1, 2), has_aux=True), compiler_options=compiler_options()
+        )
         found, (own, incoming, statistics) = gradient(params, fed, handed_on, x, weights)
-        return _isolation(host_tree(own), host_tree(incoming), by_path_of(statistics), by_path_of(found[0]), host_tree(found[1]), host_tree(found[2]))
+        return _isolation(
+            host_tree(own),
+            host_tree(incoming),
+            by_path_of(statistics),
+            by_path_of(found[0]),
+            host_tree(found[1]),
+            host_tree(found[2]),
+        )
 
 
 _KINDS = ("own", "incoming")
 
 
-def _isolation(own: Any, incoming: Any, statistics: Any, of_params: Any = None, of_inputs: Any = None, of_outputs: Any = None) -> Isolation:
+def _isolation(
+    own: Any,
+    incoming: Any,
+    statistics: Any,
+    of_params: Any = None,
+    of_inputs: Any = None,
+    of_outputs: Any = None,
+) -> Isolation:
     return {
         "forward": own,
         "connection": incoming,
@@ -131,7 +175,9 @@ def isolate_torch(
 
     def leaf(array: np.ndarray) -> torch.Tensor:
         tensor = to_torch(array, precision, device)
-        return (tensor if precision.compute is None else tensor.bfloat16()).requires_grad_(gradients)
+        return (tensor if precision.compute is None else tensor.bfloat16()).requires_grad_(
+            gradients
+        )
 
     def on_input(name: str) -> Callable[..., Any]:
         def hook(_: Any, args: Any) -> Any:
@@ -160,7 +206,14 @@ def isolate_torch(
             incoming["output"] = twin(to_torch(images, precision, device))
         if gradients:
             terms = [
-                (value * to_torch(cotangent_of(kind, name, from_torch(value).shape), precision, device).to(value.dtype)).to(_widest(value)).sum()
+                (
+                    value
+                    * to_torch(
+                        cotangent_of(kind, name, from_torch(value).shape), precision, device
+                    ).to(value.dtype)
+                )
+                .to(_widest(value))
+                .sum()
                 for kind, part in zip(_KINDS, (own, incoming), strict=True)
                 for name, value in part.items()
             ]
@@ -173,7 +226,9 @@ def isolate_torch(
         arrays(own),
         arrays(incoming),
         {name: value.detach().cpu().numpy() for name, value in twin.named_buffers()},
-        {name: gradient_of(value).cpu().numpy() for name, value in twin.named_parameters()} if gradients else {},
+        {name: gradient_of(value).cpu().numpy() for name, value in twin.named_parameters()}
+        if gradients
+        else {},
         arrays({name: gradient_of(value) for name, value in into.items()}) if gradients else {},
         arrays({name: gradient_of(value) for name, value in out_of.items()}) if gradients else {},
     )

@@ -1,8 +1,9 @@
 """When two tensors count as identical.
 
-float64: relative difference at most 1e-12, which proves that the algorithms are the same. Lower precisions: the error against the float64 truth is at most
-four times PyTorch's own error, or 8 ulp; PyTorch's rounding is the yardstick, not an invented tolerance.
-"""
+float64: relative difference at most 1e-12, which proves that the algorithms are the same. Lower
+  precisions: the error against the float64 truth is at most
+four times PyTorch's own error, or 8 ulp; PyTorch's rounding is the yardstick, not an invented
+tolerance."""
 
 from __future__ import annotations
 
@@ -28,8 +29,10 @@ class Judgement:
     """One tensor, judged.
 
     Attributes:
-      error: Relative L2 error of the Flax tensor. Under a :class:`Tolerance` the largest ``|flax - torch| / (atol + rtol |torch|)``.
-      reference_error: PyTorch's own relative L2 error in the same precision; 0 in float64, where PyTorch is the truth.
+      error: Relative L2 error of the Flax tensor. Under a :class:`Tolerance` the largest ``|flax -
+        torch| / (atol + rtol |torch|)``.
+      reference_error: PyTorch's own relative L2 error in the same precision; 0 in float64, where
+        PyTorch is the truth.
       limit: What ``error`` had to stay within.
       ulp: The relative L2 error in units in the last place of the precision.
     """
@@ -52,13 +55,17 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """A person's own criterion instead of the oracle's: every element within ``atol + rtol |torch|``, as ``numpy.allclose`` has it."""
+    """A person's own criterion instead of the oracle's: every element within ``atol + rtol
+    |torch|``, as ``numpy.allclose`` has it.
+    """
 
     rtol: float
     atol: float
 
     def excess(self, flax: np.ndarray, torch: np.ndarray) -> float:
-        """The largest ``|flax - torch| / (atol + rtol |torch|)``; infinite where shapes or non-finite values differ."""
+        """The largest ``|flax - torch| / (atol + rtol |torch|)``; infinite where shapes or
+        non-finite values differ.
+        """
         flax, torch = np.asarray(flax, np.float64), np.asarray(torch, np.float64)
         if flax.shape != torch.shape:
             return float("inf")
@@ -73,7 +80,8 @@ def relative_l2(value: np.ndarray, truth: np.ndarray) -> float:
     """``|value - truth| / |truth|`` in float64, L2 over the whole tensor.
 
     Args:
-      value, truth: Same shape. Infinite when the shapes differ, or where one is finite (or of another sign of infinity) and the other not.
+      value, truth: Same shape. Infinite when the shapes differ, or where one is finite (or of
+        another sign of infinity) and the other not.
     """
     value, truth = np.asarray(value, np.float64), np.asarray(truth, np.float64)
     if value.shape != truth.shape:
@@ -83,22 +91,32 @@ def relative_l2(value: np.ndarray, truth: np.ndarray) -> float:
     distance, scale = float(np.linalg.norm(difference)), float(np.linalg.norm(truth))
     if not np.isfinite(distance):  # rare, and slower
         finite = np.isfinite(truth)
-        if not np.array_equal(finite, np.isfinite(value)) or not np.array_equal(value[~finite], truth[~finite], equal_nan=True):
+        if not np.array_equal(finite, np.isfinite(value)) or not np.array_equal(
+            value[~finite], truth[~finite], equal_nan=True
+        ):
             return float("inf")
-        distance, scale = float(np.linalg.norm(difference[finite])), float(np.linalg.norm(truth[finite]))
+        distance, scale = (
+            float(np.linalg.norm(difference[finite])),
+            float(np.linalg.norm(truth[finite])),
+        )
     if distance == 0.0:
         return 0.0
     return distance / scale if scale else float("inf")
 
 
-def judge(error: float, reference_error: float, epsilon: float, *, limit64: float = FLOAT64_LIMIT) -> Judgement:
+def judge(
+    error: float, reference_error: float, epsilon: float, *, limit64: float = FLOAT64_LIMIT
+) -> Judgement:
     """Judges a relative L2 error of Flax against PyTorch's own.
 
     Args:
-      error, reference_error: Against PyTorch's float64 value, in the precision at hand; in float64 the second does not count.
+      error, reference_error: Against PyTorch's float64 value, in the precision at hand; in float64
+        the second does not count.
       epsilon: Machine epsilon of the precision (distance from 1 to the next number).
       limit64: Limit in float64; trajectories have a wider one.
     """
     if epsilon < 1e-12:
         return Judgement(error, 0.0, limit64, error / epsilon)
-    return Judgement(error, reference_error, max(TORCH_FACTOR * reference_error, ULPS * epsilon), error / epsilon)
+    return Judgement(
+        error, reference_error, max(TORCH_FACTOR * reference_error, ULPS * epsilon), error / epsilon
+    )

@@ -1,7 +1,7 @@
 """A comparison for people: one HTML document with everything in it, made from the JSON report.
 
-Names of tensors, paths and the command are whatever a file holds: they reach the page only through the template's escaping and as text of an SVG.
-"""
+Names of tensors, paths and the command are whatever a file holds: they reach the page only through
+the template's escaping and as text of an SVG."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 class Row(NamedTuple):
-    """One measurement, with the fields of the JSON report. Not a dataclass: a template reads thousands of them."""
+    """One measurement, with the fields of the JSON report. Not a dataclass: a template reads
+    thousands of them.
+    """
 
     number: int
     quantity: str
@@ -70,9 +72,11 @@ def render_page(facts: Mapping[str, Any]) -> str:
     """The HTML report.
 
     Args:
-      facts: The JSON report of ``flax-resblock verify --json-file``, schema 2; numbers that JSON lacks are the strings ``"inf"``, ``"-inf"``, ``"nan"``.
+      facts: The JSON report of ``flax-resblock verify --json-file``, schema 2; numbers that JSON
+        lacks are the strings ``"inf"``, ``"-inf"``, ``"nan"``.
     Returns:
-      A document that asks for no other file, is complete without JavaScript, and allows no script but its own.
+      A document that asks for no other file, is complete without JavaScript, and allows no script
+      but its own.
     Raises:
       MissingDependencyError: jinja2 or matplotlib is not installed.
     """
@@ -80,11 +84,18 @@ def render_page(facts: Mapping[str, Any]) -> str:
         import jinja2
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError(f"the HTML report needs {error.name}, which is not installed: pip install 'flax-resblock[report]'.") from error
+        raise MissingDependencyError(
+            f"the HTML report needs {error.name}, which is not installed: pip install "
+            f"'flax-resblock[report]'."
+        ) from error
     facts = _visible(facts)
     rows = [_row(number, entry) for number, entry in enumerate(facts["measurements"], start=1)]
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("flax_resblock.parity", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("flax_resblock.parity", ""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"sci": _scientific, "times": _times, "bytes": _bytes, "digest": _digest}
     quantities = _groups(rows, "quantity")
@@ -95,7 +106,11 @@ def render_page(facts: Mapping[str, Any]) -> str:
         precisions=_groups(rows, "precision"),
         quantities=quantities,
         compared=_compared(quantities),
-        matrix={(row.quantity, row.precision): group for group in _groups(rows, "quantity", "precision") for row in group.rows[:1]},
+        matrix={
+            (row.quantity, row.precision): group
+            for group in _groups(rows, "quantity", "precision")
+            for row in group.rows[:1]
+        },
         families=_families([row for row in rows if row.step is None]),
         trajectories=_trajectories([row for row in rows if row.step is not None]),
         histogram=_histogram(facts["histogram"]),
@@ -113,8 +128,22 @@ def _visible(value: Any) -> Any:
 
 
 def _row(number: int, entry: Mapping[str, Any]) -> Row:
-    error, own, limit, ulp, excess = (float(entry[name]) for name in ("error", "reference_error", "limit", "ulp", "excess"))
-    return Row(number, entry["quantity"], entry["slot"], entry["precision"], entry["step"], error, own, limit, ulp, excess, entry["passed"])
+    error, own, limit, ulp, excess = (
+        float(entry[name]) for name in ("error", "reference_error", "limit", "ulp", "excess")
+    )
+    return Row(
+        number,
+        entry["quantity"],
+        entry["slot"],
+        entry["precision"],
+        entry["step"],
+        error,
+        own,
+        limit,
+        ulp,
+        excess,
+        entry["passed"],
+    )
 
 
 def _groups(rows: Iterable[Row], *fields: str) -> list[Group]:
@@ -122,7 +151,15 @@ def _groups(rows: Iterable[Row], *fields: str) -> list[Group]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(getattr(row, field) for field in fields), []).append(row)
-    return [Group(str(key[0]), found, max(found, key=lambda row: row.badness), sum(not row.passed for row in found)) for key, found in groups.items()]
+    return [
+        Group(
+            str(key[0]),
+            found,
+            max(found, key=lambda row: row.badness),
+            sum(not row.passed for row in found),
+        )
+        for key, found in groups.items()
+    ]
 
 
 def _compared(quantities: Iterable[Group]) -> str:
@@ -131,7 +168,9 @@ def _compared(quantities: Iterable[Group]) -> str:
     for group in quantities:
         head, _, tail = group.key.partition(": ")
         parts.setdefault(head, []).extend([tail] if tail else [])
-    return "; ".join(f"{head}: {', '.join(tails)}" if tails else head for head, tails in parts.items())
+    return "; ".join(
+        f"{head}: {', '.join(tails)}" if tails else head for head, tails in parts.items()
+    )
 
 
 def _table(rows: Sequence[Row]) -> list[Row]:
@@ -141,17 +180,30 @@ def _table(rows: Sequence[Row]) -> list[Row]:
 
 
 def _curve(rows: Sequence[Row]) -> Curve:
-    return Curve([row.error for row in rows], [row.own for row in rows], [row.limit for row in rows], [row.passed for row in rows])
+    return Curve(
+        [row.error for row in rows],
+        [row.own for row in rows],
+        [row.limit for row in rows],
+        [row.passed for row in rows],
+    )
 
 
 def _panel(title: str, group: Group, svg: str) -> Panel:
-    exact, infinite = sum(row.error == 0 for row in group.rows), sum(not math.isfinite(row.error) for row in group.rows)
+    exact, infinite = (
+        sum(row.error == 0 for row in group.rows),
+        sum(not math.isfinite(row.error) for row in group.rows),
+    )
     return Panel(title, group.worst, group.failed, len(group.rows), exact, infinite, svg)
 
 
 def _families(rows: Sequence[Row]) -> list[tuple[str, int, int, list[tuple[str, list[Panel]]]]]:
     """Heading, failures, tensors, and the panels of each quantity, one per precision."""
-    named = {row.quantity: next((title for title, part in FAMILIES.items() if part in row.quantity), OTHERS) for row in rows}
+    named = {
+        row.quantity: next(
+            (title for title, part in FAMILIES.items() if part in row.quantity), OTHERS
+        )
+        for row in rows
+    }
     families = []
     for title in [*FAMILIES, OTHERS]:
         members = [row for row in rows if named[row.quantity] == title]
@@ -161,11 +213,19 @@ def _families(rows: Sequence[Row]) -> list[tuple[str, int, int, list[tuple[str, 
             for group in _groups(quantity.rows, "precision"):
                 name = f"depth-{group.rows[0].number}"
                 notes = [f"{row.slot}: {_scientific(row.error)}" for row in group.rows]
-                svg = depth_plot(_curve(group.rows), [row.slot for row in group.rows], name, _label(f"{quantity.key}, {group.key}", group, "slot"), notes)
+                svg = depth_plot(
+                    _curve(group.rows),
+                    [row.slot for row in group.rows],
+                    name,
+                    _label(f"{quantity.key}, {group.key}", group, "slot"),
+                    notes,
+                )
                 panels.append(_panel(group.key, group, svg))
             quantities.append((quantity.key, panels))
         if members:
-            families.append((title, sum(not row.passed for row in members), len(members), quantities))
+            families.append(
+                (title, sum(not row.passed for row in members), len(members), quantities)
+            )
     return families
 
 
@@ -177,23 +237,39 @@ def _trajectories(rows: Sequence[Row]) -> list[Panel]:
         for part in _groups(group.rows, "precision"):
             worst = [step.worst for step in _groups(part.rows, "step")]
             curves[part.key] = ([row.step or 0 for row in worst], _curve(worst))
-        svg = trajectory_plot(curves, f"steps-{group.rows[0].number}", _label(group.key, group, "training step"))
+        svg = trajectory_plot(
+            curves, f"steps-{group.rows[0].number}", _label(group.key, group, "training step")
+        )
         panels.append(_panel(group.key, group, svg))
     return panels
 
 
 def _label(what: str, group: Group, axis: str) -> str:
     worst = group.worst
-    verdict = f"{group.failed} of {len(group.rows)} differ" if group.failed else f"all {len(group.rows)} within the limit"
-    return f"{what}: error by {axis}. Worst {worst.slot} with {_scientific(worst.error)}, limit {_scientific(worst.limit)}; {verdict}."
+    verdict = (
+        f"{group.failed} of {len(group.rows)} differ"
+        if group.failed
+        else f"all {len(group.rows)} within the limit"
+    )
+    return (
+        f"{what}: error by {axis}. Worst {worst.slot} with {_scientific(worst.error)}, limit "
+        f"{_scientific(worst.limit)}; {verdict}."
+    )
 
 
 def _histogram(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if found is None:
         return None
-    label = f"Histogram of the errors of the elements of {found['slot']}, {found['quantity']}, {found['precision']}."
+    label = (
+        f"Histogram of the errors of the elements of {found['slot']}, {found['quantity']}, "
+        f"{found['precision']}."
+    )
     edges = [float(edge) for edge in found["edges"]]
-    return {**found, "of_torch": any(found["torch"]), "svg": histogram_plot(edges, found["flax"], found["torch"], "histogram", label)}
+    return {
+        **found,
+        "of_torch": any(found["torch"]),
+        "svg": histogram_plot(edges, found["flax"], found["torch"], "histogram", label),
+    }
 
 
 def _scientific(value: float) -> str:

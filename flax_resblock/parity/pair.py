@@ -1,4 +1,6 @@
-"""What is compared: a PyTorch module and an nnx module, and the table that says which of their tensors and layers are the same."""
+"""What is compared: a PyTorch module and an nnx module, and the table that says which of their
+tensors and layers are the same.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,12 @@ import numpy as np
 import torch
 from flax import nnx
 
-from flax_resblock.architecture import Path
 from flax_resblock.checkpoint.torch_file import from_numpy, state_to_numpy
+from flax_resblock.config import Path
 from flax_resblock.convert.codecs import AS_IS, OIHW_HWIO, TRANSPOSED, Codec
 from flax_resblock.convert.state_map import Entry
 from flax_resblock.errors import InputError, some
-from flax_resblock.transfer import variable_at
+from flax_resblock.io import variable_at
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,9 @@ class Precision:
     Attributes:
       name: ``"float64"``, ``"float32"`` or ``"bfloat16"``.
       storage: numpy dtype of parameters, statistics and images.
-      compute: jax dtype that layers compute in where it is not ``storage``: in bfloat16 parameters and statistics stay in float32, as mixed-precision
-        training has them (``torch.autocast`` on one side, ``dtype=`` of the layers on the other).
+      compute: jax dtype that layers compute in where it is not ``storage``: in bfloat16 parameters
+        and statistics stay in float32, as mixed-precision training has them (``torch.autocast`` on
+        one side, ``dtype=`` of the layers on the other).
       epsilon: Distance from 1 to the next number.
     """
 
@@ -48,14 +51,20 @@ class Precision:
 
     def of_torch(self, device: torch.device) -> AbstractContextManager[Any]:
         """Within it torch computes in this precision and no less."""
-        return nullcontext() if self.compute is None else torch.autocast(device.type, dtype=torch.bfloat16)
+        return (
+            nullcontext()
+            if self.compute is None
+            else torch.autocast(device.type, dtype=torch.bfloat16)
+        )
 
 
 PRECISIONS: Mapping[str, Precision] = MappingProxyType(
     {
         "float64": Precision("float64", np.float64, None, float(np.finfo(np.float64).eps)),
         "float32": Precision("float32", np.float32, None, float(np.finfo(np.float32).eps)),
-        "bfloat16": Precision("bfloat16", np.float32, jnp.bfloat16, float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps)),
+        "bfloat16": Precision(
+            "bfloat16", np.float32, jnp.bfloat16, float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps)
+        ),
     }
 )
 
@@ -92,7 +101,9 @@ class Pair(ABC):
         """Module name of the same layers."""
 
     def specification(self) -> Pair | None:
-        """A pair whose PyTorch side is known to be right, where there is one: a diagnosis then says which side is wrong."""
+        """A pair whose PyTorch side is known to be right, where there is one: a diagnosis then says
+        which side is wrong.
+        """
         return None
 
     @abstractmethod
@@ -101,20 +112,27 @@ class Pair(ABC):
 
     @abstractmethod
     def flax(self, precision: Precision) -> nnx.Module:
-        """An nnx module of our own with its tensors in ``precision.storage``; call it within ``precision.of_jax()``."""
+        """An nnx module of our own with its tensors in ``precision.storage``; call it within
+        ``precision.of_jax()``.
+        """
 
 
 Rows = Mapping[str, Any]
-_CODECS = {codec.name: codec for codec in (AS_IS, OIHW_HWIO, TRANSPOSED)} | {"conv": OIHW_HWIO, "linear": TRANSPOSED}
+_CODECS = {codec.name: codec for codec in (AS_IS, OIHW_HWIO, TRANSPOSED)} | {
+    "conv": OIHW_HWIO,
+    "linear": TRANSPOSED,
+}
 
 
 def entries_of(table: Rows) -> tuple[Entry, ...]:
     """The entries that a mapping table means.
 
     Args:
-      table: PyTorch key to Flax path, ``{"net.0.weight": "layers.0.kernel"}``, numbers being indices of lists; where the name leaves the layout open, to
-        ``(path, codec)`` with a codec of :mod:`flax_resblock.convert.codecs` or its name ``"conv"`` (OIHW to HWIO), ``"linear"`` (transposed), ``"as is"``.
-        Without one, a Flax tensor called ``kernel`` is transposed if it has two axes and goes from OIHW to HWIO if it has four.
+      table: PyTorch key to Flax path, ``{"net.0.weight": "layers.0.kernel"}``, numbers being
+        indices of lists; where the name leaves the layout open, to ``(path, codec)`` with a codec
+        of :mod:`flax_resblock.convert.codecs` or its name ``"conv"`` (OIHW to HWIO), ``"linear"``
+        (transposed), ``"as is"``. Without one, a Flax tensor called ``kernel`` is transposed if it
+        has two axes and goes from OIHW to HWIO if it has four.
     Raises:
       InputError: A codec that does not exist.
     """
@@ -122,9 +140,14 @@ def entries_of(table: Rows) -> tuple[Entry, ...]:
     for key, row in table.items():
         path, codec = (row, None) if isinstance(row, str) else row
         if isinstance(codec, str) and codec not in _CODECS:
-            raise InputError(f"state_map[{key!r}] names the codec {codec!r}; known: {', '.join(_CODECS)}, or a Codec of flax_resblock.convert.codecs.")
+            raise InputError(
+                f"state_map[{key!r}] names the codec {codec!r}; known: {', '.join(_CODECS)}, "
+                f"or a Codec of flax_resblock.convert.codecs."
+            )
         entries.append((path_of(path), key, _CODECS[codec] if isinstance(codec, str) else codec))
-    return tuple(Entry(parts, key, codec or _GUESS, _role(key), ()) for parts, key, codec in entries)
+    return tuple(
+        Entry(parts, key, codec or _GUESS, _role(key), ()) for parts, key, codec in entries
+    )
 
 
 _GUESS = Codec("by the number of axes")
@@ -136,19 +159,29 @@ def _role(key: str) -> str:
 
 
 class ModulePair(Pair):
-    """Any PyTorch module and any nnx module, with a table that maps their tensors; see :func:`flax_resblock.parity.compare`.
+    """Any PyTorch module and any nnx module, with a table that maps their tensors; see
+    :func:`flax_resblock.parity.compare`.
 
     Args:
       torch_module, flax_module: Each is called with one array. Neither is modified.
       table: See :func:`entries_of`.
-      slots: Further layers to compare, slot name to ``(torch module name, Flax path)``; those that hold tensors are found by themselves.
-      copy_weights: Give the Flax side PyTorch's tensors first; without it the two are compared as they are.
+      slots: Further layers to compare, slot name to ``(torch module name, Flax path)``; those that
+        hold tensors are found by themselves.
+      copy_weights: Give the Flax side PyTorch's tensors first; without it the two are compared as
+        they are.
     Raises:
-      InputError: A row that names what is not there, tensors that no row names, or shapes that differ.
+      InputError: A row that names what is not there, tensors that no row names, or shapes that
+        differ.
     """
 
     def __init__(
-        self, torch_module: torch.nn.Module, flax_module: nnx.Module, table: Rows, *, slots: Mapping[str, tuple[str, str]] | None = None, copy_weights: bool
+        self,
+        torch_module: torch.nn.Module,
+        flax_module: nnx.Module,
+        table: Rows,
+        *,
+        slots: Mapping[str, tuple[str, str]] | None = None,
+        copy_weights: bool,
     ) -> None:
         self.title = f"{type(torch_module).__name__} against {type(flax_module).__name__}"
         self._torch, self._flax = torch_module, flax_module
@@ -156,18 +189,31 @@ class ModulePair(Pair):
         flat = nnx.to_flat_state(nnx.state(flax_module, nnx.Any(nnx.Param, nnx.BatchStat)))
         variables: dict[Any, Any] = dict(flat)
         self.entries = _checked(entries_of(table), state, variables)
-        self._values: dict[Any, np.ndarray] = {entry.flax_path: entry.codec.to_flax(state[entry.torch_key]) for entry in self.entries} if copy_weights else {}
+        self._values: dict[Any, np.ndarray] = (
+            {entry.flax_path: entry.codec.to_flax(state[entry.torch_key]) for entry in self.entries}
+            if copy_weights
+            else {}
+        )
         extra = {name: (place, path_of(path)) for name, (place, path) in (slots or {}).items()}
-        found = {dotted(e.flax_path[:-1]): (e.torch_key.rpartition(".")[0], e.flax_path[:-1]) for e in self.entries if len(e.flax_path) > 1}
+        found = {
+            dotted(e.flax_path[:-1]): (e.torch_key.rpartition(".")[0], e.flax_path[:-1])
+            for e in self.entries
+            if len(e.flax_path) > 1
+        }
         self._slots = {**found, **extra}
         places = dict(torch_module.named_modules())
         for name, (place, _) in self._slots.items():
             if place not in places:
-                raise InputError(f"slot {name!r} is said to be the PyTorch module {place!r}, which does not exist. There are: {some(list(places)[1:])}.")
+                raise InputError(
+                    f"slot {name!r} is said to be the PyTorch module {place!r}, which does not "
+                    f"exist. There are: {some(list(places)[1:])}."
+                )
 
     @property
     def flax_slots(self) -> Mapping[str, Path]:
-        """Attribute path of every layer that holds a tensor of the table, and of those given as ``slots``."""
+        """Attribute path of every layer that holds a tensor of the table, and of those given as
+        ``slots``.
+        """
         return {name: path for name, (_, path) in self._slots.items()}
 
     @property
@@ -180,36 +226,67 @@ class ModulePair(Pair):
         return copy.deepcopy(self._torch).to(from_numpy(np.zeros((), precision.storage)).dtype)
 
     def flax(self, precision: Precision) -> nnx.Module:
-        """A copy in ``precision.storage``; layers that have a ``dtype`` compute in ``precision.compute``."""
+        """A copy in ``precision.storage``; layers that have a ``dtype`` compute in
+        ``precision.compute``.
+        """
         model = nnx.clone(self._flax)
-        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))):
+        for path, variable in nnx.to_flat_state(
+            nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
+        ):
             value = np.asarray(self._values.get(path, variable[...]))
-            variable_at(model, path).set_value(jnp.asarray(value, precision.storage if jnp.issubdtype(value.dtype, jnp.floating) else None))
+            variable_at(model, path).set_value(
+                jnp.asarray(
+                    value, precision.storage if jnp.issubdtype(value.dtype, jnp.floating) else None
+                )
+            )
         for _, module in nnx.iter_modules(model):
             if hasattr(module, "dtype"):
                 module.dtype = precision.compute  # pyright: ignore[reportAttributeAccessIssue]
         return model
 
 
-def _checked(entries: tuple[Entry, ...], state: Mapping[str, np.ndarray], variables: Mapping[Path, Any]) -> tuple[Entry, ...]:
+def _checked(
+    entries: tuple[Entry, ...], state: Mapping[str, np.ndarray], variables: Mapping[Path, Any]
+) -> tuple[Entry, ...]:
     """The entries with their codecs and shapes filled in, once they are known to fit both sides."""
     keys, paths = {entry.torch_key for entry in entries}, [entry.flax_path for entry in entries]
-    problems = [f"PyTorch has no tensor {key!r}" for key in keys - set(state)] + [f"Flax has no variable {dotted(p)!r}" for p in set(paths) - set(variables)]
-    problems += [f"two rows lead to {dotted(path)!r}" for path in set(paths) if paths.count(path) > 1]
-    problems += [f"no row names PyTorch's {key!r}" for key in state if key not in keys and _role(key) != "counter"]
-    problems += [f"no row names Flax's {dotted(path)!r}" for path in variables if path not in paths and path[-1] != "num_batches_tracked"]
+    problems = [f"PyTorch has no tensor {key!r}" for key in keys - set(state)] + [
+        f"Flax has no variable {dotted(p)!r}" for p in set(paths) - set(variables)
+    ]
+    problems += [
+        f"two rows lead to {dotted(path)!r}" for path in set(paths) if paths.count(path) > 1
+    ]
+    problems += [
+        f"no row names PyTorch's {key!r}"
+        for key in state
+        if key not in keys and _role(key) != "counter"
+    ]
+    problems += [
+        f"no row names Flax's {dotted(path)!r}"
+        for path in variables
+        if path not in paths and path[-1] != "num_batches_tracked"
+    ]
     if problems:
-        raise InputError(f"state_map does not pair the two modules: {some(sorted(problems))}. Every tensor of both sides needs a row.")
+        raise InputError(
+            f"state_map does not pair the two modules: {some(sorted(problems))}. Every tensor "
+            f"of both sides needs a row."
+        )
     filled = []
     for entry in entries:
         there, shape = state[entry.torch_key].shape, tuple(variables[entry.flax_path][...].shape)
         codec = entry.codec
         if codec is _GUESS:
-            codec = {2: TRANSPOSED, 4: OIHW_HWIO}.get(len(there), AS_IS) if entry.flax_path[-1] == "kernel" else AS_IS
+            codec = (
+                {2: TRANSPOSED, 4: OIHW_HWIO}.get(len(there), AS_IS)
+                if entry.flax_path[-1] == "kernel"
+                else AS_IS
+            )
         if codec.flax_shape(there) != shape:
             raise InputError(
-                f"state_map[{entry.torch_key!r}]: PyTorch's {list(there)} is {codec.flax_shape(there)} under the codec {codec.name!r}, but Flax's "
-                f"{dotted(entry.flax_path)} is {list(shape)}. Map it to another tensor or give the codec as a pair (path, codec)."
+                f"state_map[{entry.torch_key!r}]: PyTorch's {list(there)} is "
+                f"{codec.flax_shape(there)} under the codec {codec.name!r}, but Flax's "
+                f"{dotted(entry.flax_path)} is {list(shape)}. Map it to another tensor or give "
+                f"the codec as a pair (path, codec)."
             )
         filled.append(Entry(entry.flax_path, entry.torch_key, codec, entry.role, shape))
     return tuple(filled)

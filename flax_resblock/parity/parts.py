@@ -1,4 +1,6 @@
-"""What is measured, one part at a time: each part runs one side in one precision and yields its tensors by quantity and slot, in Flax's layout."""
+"""What is measured, one part at a time: each part runs one side in one precision and yields its
+tensors by quantity and slot, in Flax's layout.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,25 @@ import numpy as np
 import torch
 from flax import nnx
 
-from flax_resblock.lowering.switch import compiler_options
+from flax_resblock.cpu.switch import compiler_options
 from flax_resblock.parity.devices import JaxDevice
 from flax_resblock.parity.isolation import isolate_flax, isolate_torch
 from flax_resblock.parity.oracle import FLOAT64_LIMIT
 from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, dotted
-from flax_resblock.parity.taps import CPU, Trace, by_path_of, split, to_torch, trace_flax, trace_torch
+from flax_resblock.parity.taps import (
+    CPU,
+    Trace,
+    by_path_of,
+    split,
+    to_torch,
+    trace_flax,
+    trace_torch,
+)
 
 Key = tuple[str, str]
-"""Quantity and slot, ``("train forward", "stage1.0.conv1")``; a tensor's name stands behind a slash."""
+"""Quantity and slot, ``("train forward", "stage1.0.conv1")``; a tensor's name stands behind a
+slash.
+"""
 
 Tensors = dict[Key, np.ndarray]
 
@@ -58,15 +70,21 @@ class Part(ABC):
     limit64: float = FLOAT64_LIMIT
 
     @abstractmethod
-    def torch(self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices) -> Iterator[Tensors]:
+    def torch(
+        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
+    ) -> Iterator[Tensors]:
         """What the PyTorch side computes: once, or once per training step."""
 
     @abstractmethod
-    def flax(self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices) -> Iterator[Tensors]:
+    def flax(
+        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
+    ) -> Iterator[Tensors]:
         """The same of the Flax side."""
 
 
-def by_entries(pair: Pair, quantity: str, values: dict[Any, np.ndarray], *, side: str, statistics: bool = False) -> Tensors:
+def by_entries(
+    pair: Pair, quantity: str, values: dict[Any, np.ndarray], *, side: str, statistics: bool = False
+) -> Tensors:
     """Parameters, gradients or statistics of one side by slot, in Flax's layout.
 
     Args:
@@ -94,24 +112,37 @@ def named(quantity: str, values: dict[str, np.ndarray]) -> Tensors:
 
 @dataclass(frozen=True)
 class Weights(Part):
-    """The tensors themselves: what the Flax side holds is what the PyTorch side holds, bit for bit."""
+    """The tensors themselves: what the Flax side holds is what the PyTorch side holds, bit for
+    bit.
+    """
 
     title: str = "tensors"
     limit64: float = 0.0
 
-    def torch(self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices) -> Iterator[Tensors]:
+    def torch(
+        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
+    ) -> Iterator[Tensors]:
         state = {key: value.numpy() for key, value in pair.torch(precision).state_dict().items()}
-        yield {**by_entries(pair, "tensors", state, side="torch"), **by_entries(pair, "tensors", state, side="torch", statistics=True)}
+        yield {
+            **by_entries(pair, "tensors", state, side="torch"),
+            **by_entries(pair, "tensors", state, side="torch", statistics=True),
+        }
 
-    def flax(self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices) -> Iterator[Tensors]:
+    def flax(
+        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
+    ) -> Iterator[Tensors]:
         with precision.of_jax():
             state = by_path_of(nnx.state(pair.flax(precision)))
-        yield {**by_entries(pair, "tensors", state, side="flax"), **by_entries(pair, "tensors", state, side="flax", statistics=True)}
+        yield {
+            **by_entries(pair, "tensors", state, side="flax"),
+            **by_entries(pair, "tensors", state, side="flax", statistics=True),
+        }
 
 
 @dataclass(frozen=True)
 class Forward(Part):
-    """One batch through the network: every activation, in training mode the statistics after it, and the gradients where a cotangent flows back.
+    """One batch through the network: every activation, in training mode the statistics after it,
+    and the gradients where a cotangent flows back.
 
     Attributes:
       train: Training mode.
@@ -131,12 +162,28 @@ class Forward(Part):
         """For the progress line."""
         return f"{self.mode} mode" + ("" if self.cotangent is None else " and gradients")
 
-    def torch(self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices) -> Iterator[Tensors]:
-        options: dict[str, Any] = {"train": self.train, "cotangent": self.cotangent, "precision": precision, "device": devices.torch}
-        yield self._named(pair, trace_torch(pair.torch(precision), images, pair.torch_slots, **options), "torch")
+    def torch(
+        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
+    ) -> Iterator[Tensors]:
+        options: dict[str, Any] = {
+            "train": self.train,
+            "cotangent": self.cotangent,
+            "precision": precision,
+            "device": devices.torch,
+        }
+        yield self._named(
+            pair, trace_torch(pair.torch(precision), images, pair.torch_slots, **options), "torch"
+        )
 
-    def flax(self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices) -> Iterator[Tensors]:
-        options: dict[str, Any] = {"train": self.train, "cotangent": self.cotangent, "precision": precision, "device": devices.jax}
+    def flax(
+        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
+    ) -> Iterator[Tensors]:
+        options: dict[str, Any] = {
+            "train": self.train,
+            "cotangent": self.cotangent,
+            "precision": precision,
+            "device": devices.jax,
+        }
         with precision.of_jax():
             model = pair.flax(precision)
         yield self._named(pair, trace_flax(model, images, pair.flax_slots, **options), "flax")
@@ -144,15 +191,23 @@ class Forward(Part):
     def _named(self, pair: Pair, trace: Trace, side: str) -> Tensors:
         tensors = named(f"{self.mode} forward", {**trace.activations, "output": trace.output})
         if self.train:
-            tensors |= by_entries(pair, "running statistics", trace.statistics, side=side, statistics=True)
+            tensors |= by_entries(
+                pair, "running statistics", trace.statistics, side=side, statistics=True
+            )
         tensors |= by_entries(pair, "parameter gradient", trace.gradients, side=side)
         tensors |= named("activation gradient", trace.activation_gradients)
-        return tensors if trace.input_gradient is None else {**tensors, ("activation gradient", "input"): trace.input_gradient}
+        return (
+            tensors
+            if trace.input_gradient is None
+            else {**tensors, ("activation gradient", "input"): trace.input_gradient}
+        )
 
 
 @dataclass(frozen=True)
 class Statistics(Part):
-    """Running statistics after several batches in training mode; what the first batch hides (the weight of the old value) the others show."""
+    """Running statistics after several batches in training mode; what the first batch hides (the
+    weight of the old value) the others show.
+    """
 
     batches: tuple[np.ndarray, ...]
 
@@ -166,15 +221,29 @@ class Statistics(Part):
         """Name of the rows."""
         return f"running statistics after {len(self.batches)}"
 
-    def torch(self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices) -> Iterator[Tensors]:
+    def torch(
+        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
+    ) -> Iterator[Tensors]:
         module = pair.torch(precision).to(devices.torch).train()
         with torch.no_grad(), precision.of_torch(devices.torch):
             for batch in (images, *self.batches[1:]):
                 module(to_torch(batch, precision, devices.torch))
-        yield by_entries(pair, self.quantity, {k: v.cpu().numpy() for k, v in module.named_buffers()}, side="torch", statistics=True)
+        yield by_entries(
+            pair,
+            self.quantity,
+            {k: v.cpu().numpy() for k, v in module.named_buffers()},
+            side="torch",
+            statistics=True,
+        )
 
-    def flax(self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices) -> Iterator[Tensors]:
-        with precision.of_jax(), jax.default_device(devices.jax), jax.default_matmul_precision("highest"):
+    def flax(
+        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
+    ) -> Iterator[Tensors]:
+        with (
+            precision.of_jax(),
+            jax.default_device(devices.jax),
+            jax.default_matmul_precision("highest"),
+        ):
             graphdef, statistics, rest = split(pair.flax(precision), True, nnx.BatchStat)
 
             @partial(jax.jit, compiler_options=compiler_options())
@@ -191,7 +260,8 @@ class Statistics(Part):
 
 @dataclass(frozen=True)
 class Isolated(Part):
-    """Every slot by itself: fed what PyTorch's float64 run fed it, so that its own error shows and nobody else's.
+    """Every slot by itself: fed what PyTorch's float64 run fed it, so that its own error shows and
+    nobody else's.
 
     Attributes:
       train: Training mode.
@@ -208,14 +278,37 @@ class Isolated(Part):
         """For the progress line."""
         return f"each slot by itself, {'train' if self.train else 'eval'} mode"
 
-    def torch(self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices) -> Iterator[Tensors]:
-        yield self._named(pair, isolate_torch(pair.torch(precision), images, pair.torch_slots, precision, devices.torch, **self._options()), "torch")
+    def torch(
+        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
+    ) -> Iterator[Tensors]:
+        yield self._named(
+            pair,
+            isolate_torch(
+                pair.torch(precision),
+                images,
+                pair.torch_slots,
+                precision,
+                devices.torch,
+                **self._options(),
+            ),
+            "torch",
+        )
 
-    def flax(self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices) -> Iterator[Tensors]:
+    def flax(
+        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
+    ) -> Iterator[Tensors]:
         with precision.of_jax():
             model = pair.flax(precision)
-        slots = {name: path for name, path in pair.flax_slots.items() if name in self.reference.activations}
-        yield self._named(pair, isolate_flax(model, images, slots, precision, devices.jax, **self._options()), "flax")
+        slots = {
+            name: path
+            for name, path in pair.flax_slots.items()
+            if name in self.reference.activations
+        }
+        yield self._named(
+            pair,
+            isolate_flax(model, images, slots, precision, devices.jax, **self._options()),
+            "flax",
+        )
 
     def _options(self) -> dict[str, Any]:
         return {"reference": self.reference, "train": self.train, "gradients": self.gradients}
@@ -224,14 +317,36 @@ class Isolated(Part):
         tensors: Tensors = {}
         prefix = "isolated train" if self.train else "isolated"
         for quantity in ("forward", "connection", "input gradient", "connection gradient"):
-            tensors |= named(f"{prefix} {quantity}", {name: found[quantity][name] for name in self.reference.activations if name in found[quantity]})
+            tensors |= named(
+                f"{prefix} {quantity}",
+                {
+                    name: found[quantity][name]
+                    for name in self.reference.activations
+                    if name in found[quantity]
+                },
+            )
         if "output" in found["connection"]:
             tensors[f"{prefix} connection", "output"] = found["connection"]["output"]
-        tensors |= by_entries(pair, f"{prefix} parameter gradient", found["parameter gradient"], side=side)
-        return tensors | (by_entries(pair, "isolated running statistics", found["statistics"], side=side, statistics=True) if self.train else {})
+        tensors |= by_entries(
+            pair, f"{prefix} parameter gradient", found["parameter gradient"], side=side
+        )
+        return tensors | (
+            by_entries(
+                pair, "isolated running statistics", found["statistics"], side=side, statistics=True
+            )
+            if self.train
+            else {}
+        )
 
 
 def reference_run(pair: Pair, images: np.ndarray, *, train: bool) -> Trace:
     """PyTorch's float64 run with what every slot was fed, for :class:`Isolated`."""
     precision = PRECISIONS["float64"]
-    return trace_torch(pair.torch(precision), images, pair.torch_slots, train=train, precision=precision, inputs=True)
+    return trace_torch(
+        pair.torch(precision),
+        images,
+        pair.torch_slots,
+        train=train,
+        precision=precision,
+        inputs=True,
+    )

@@ -1,7 +1,8 @@
-"""The plots of the HTML report: small SVG panels that take their colours and font from the page around them.
+"""The plots of the HTML report: small SVG panels that take their colours and font from the page
+around them.
 
-Needs matplotlib (the extra ``report``). Nothing here changes matplotlib's global state: no pyplot, no backend, settings only within a context.
-"""
+Needs matplotlib (the extra ``report``). Nothing here changes matplotlib's global state: no pyplot,
+no backend, settings only within a context."""
 
 from __future__ import annotations
 
@@ -20,12 +21,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, GRID, FLAX, TORCH, FAIL = (f"#01020{i}" for i in range(6))
-"""Stand-ins: matplotlib draws in them, and the SVG gets the page's CSS variables instead, which follow the reader's light or dark mode."""
+"""Stand-ins: matplotlib draws in them, and the SVG gets the page's CSS variables instead, which
+follow the reader's light or dark mode.
+"""
 
-VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", FLAX: "--flax", TORCH: "--torch", FAIL: "--fail"}
+VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--grid",
+    FLAX: "--flax",
+    TORCH: "--torch",
+    FAIL: "--fail",
+}
 
 WIDTH, HEIGHT, FONT, LEFT = 470, 262, 13, 0.12
-"""In the SVG's own units; a panel 340 pixels wide, on a phone, still has text of 9 pixels. ``LEFT`` is a share of the width."""
+"""In the SVG's own units; a panel 340 pixels wide, on a phone, still has text of 9 pixels. ``LEFT``
+is a share of the width.
+"""
 
 GROUPS = 9
 """Stages that are named below a plot; where there are more, only the ends are."""
@@ -39,9 +51,16 @@ def _settings() -> Iterator[None]:
     """The same plot whatever a person's matplotlibrc says; dollars in names are no formulas."""
     from matplotlib import style
 
-    ours = {"font.size": FONT, "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "parity"}
+    ours = {
+        "font.size": FONT,
+        "text.parse_math": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "parity",
+    }
     with style.context(["default", ours]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # glyphs that matplotlib's font lacks are the business of the reader's font
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # glyphs that matplotlib's font lacks are the business of the reader's font
         yield
 
 
@@ -61,7 +80,9 @@ class Curve:
 
 
 @_settings()
-def depth_plot(curve: Curve, slots: Sequence[str], name: str, label: str, notes: Sequence[str]) -> str:
+def depth_plot(
+    curve: Curve, slots: Sequence[str], name: str, label: str, notes: Sequence[str]
+) -> str:
     """Error against depth.
 
     Args:
@@ -77,40 +98,98 @@ def depth_plot(curve: Curve, slots: Sequence[str], name: str, label: str, notes:
     low, high = _scale(axes, [*curve.flax, *curve.torch, *curve.limit])
     _slot_axis(axes, slots)
     places = range(len(slots))
-    axes.step(places, [min(max(v, low), high) for v in curve.limit], where="mid", color=MUTED, lw=1.3, ls=(0, (4, 2.5)))
+    axes.step(
+        places,
+        [min(max(v, low), high) for v in curve.limit],
+        where="mid",
+        color=MUTED,
+        lw=1.3,
+        ls=(0, (4, 2.5)),
+    )
     size = 7 if len(slots) <= WORDS else 5.2 if len(slots) <= 80 else 3.8
     if any(curve.torch):
-        axes.plot(places, [_pin(v, low, high) for v in curve.torch], "s", mfc="none", mec=TORCH, mew=1.1, ms=size, clip_on=False)
+        axes.plot(
+            places,
+            [_pin(v, low, high) for v in curve.torch],
+            "s",
+            mfc="none",
+            mec=TORCH,
+            mew=1.1,
+            ms=size,
+            clip_on=False,
+        )
     shapes = [_shape(value, passed) for value, passed in zip(curve.flax, curve.passed, strict=True)]
     titles = {}
     for shape, style in MARKERS.items():
         chosen = [place for place in places if shapes[place] == shape]
         if chosen:
             heights = [_pin(curve.flax[place], low, high) for place in chosen]
-            axes.plot(chosen, heights, ls="none", ms=size * style["grow"], clip_on=False, gid=shape, zorder=3, **style["line"])
+            axes.plot(
+                chosen,
+                heights,
+                ls="none",
+                ms=size * style["grow"],
+                clip_on=False,
+                gid=shape,
+                zorder=3,
+                **style["line"],
+            )
             titles[shape] = [notes[place] for place in chosen]
     return _svg(figure, name, label, titles)
 
 
 @_settings()
-def trajectory_plot(curves: Mapping[str, tuple[Sequence[int], Curve]], name: str, label: str) -> str:
-    """Error against training step, one line per precision; arguments and result as for :func:`depth_plot`.
+def trajectory_plot(
+    curves: Mapping[str, tuple[Sequence[int], Curve]], name: str, label: str
+) -> str:
+    """Error against training step, one line per precision; arguments and result as for
+    :func:`depth_plot`.
 
     Args:
-      curves: By precision, which stands at the end of its limit: the steps, and the worst tensor of each.
+      curves: By precision, which stands at the end of its limit: the steps, and the worst tensor of
+        each.
     """
     figure, axes = _panel(bottom=0.19, right=0.845)
     low, high = _scale(axes, [v for _, c in curves.values() for v in (*c.flax, *c.torch, *c.limit)])
     for precision, (steps, curve) in curves.items():
-        axes.plot(steps, [min(max(v, low), high) for v in curve.limit], color=MUTED, lw=1.3, ls=(0, (4, 2.5)))
+        axes.plot(
+            steps,
+            [min(max(v, low), high) for v in curve.limit],
+            color=MUTED,
+            lw=1.3,
+            ls=(0, (4, 2.5)),
+        )
         if any(curve.torch):
-            axes.plot(steps, [_pin(v, low, high) for v in curve.torch], color=TORCH, lw=1.0, marker="s", mfc="none", ms=3.6, clip_on=False)
+            axes.plot(
+                steps,
+                [_pin(v, low, high) for v in curve.torch],
+                color=TORCH,
+                lw=1.0,
+                marker="s",
+                mfc="none",
+                ms=3.6,
+                clip_on=False,
+            )
         heights = [_pin(v, low, high) for v in curve.flax]
         axes.plot(steps, heights, color=FLAX, lw=1.6, marker="o", ms=4.4, clip_on=False, zorder=3)
         wrong = [i for i, passed in enumerate(curve.passed) if not passed]
         style = MARKERS["failed"]["line"]
-        axes.plot([steps[i] for i in wrong], [heights[i] for i in wrong], ls="none", ms=7.5, clip_on=False, zorder=4, **style)
-        axes.annotate(_short(precision, 10), (steps[-1], _pin(curve.limit[-1], low, high)), (7, -4), textcoords="offset points", color=MUTED)
+        axes.plot(
+            [steps[i] for i in wrong],
+            [heights[i] for i in wrong],
+            ls="none",
+            ms=7.5,
+            clip_on=False,
+            zorder=4,
+            **style,
+        )
+        axes.annotate(
+            _short(precision, 10),
+            (steps[-1], _pin(curve.limit[-1], low, high)),
+            (7, -4),
+            textcoords="offset points",
+            color=MUTED,
+        )
     last = max(step for steps, _ in curves.values() for step in steps)
     stride = max(1, math.ceil(last / 10))
     axes.set_xticks(range(stride if stride > 1 else 1, last + 1, stride))
@@ -119,8 +198,12 @@ def trajectory_plot(curves: Mapping[str, tuple[Sequence[int], Curve]], name: str
 
 
 @_settings()
-def histogram_plot(edges: Sequence[float], flax: Sequence[int], torch: Sequence[int], name: str, label: str) -> str:
-    """Elements per bin; arguments as in the JSON report (``edges`` are logarithms to base 10), ``name``, ``label`` and result as for :func:`depth_plot`."""
+def histogram_plot(
+    edges: Sequence[float], flax: Sequence[int], torch: Sequence[int], name: str, label: str
+) -> str:
+    """Elements per bin; arguments as in the JSON report (``edges`` are logarithms to base 10),
+    ``name``, ``label`` and result as for :func:`depth_plot`.
+    """
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _panel(bottom=0.2)
@@ -150,7 +233,9 @@ MARKERS: dict[str, dict[str, Any]] = {
     "exact": {"grow": 1.15, "line": {"marker": "v", "mfc": "none", "mec": FLAX, "mew": 1.2}},
     "failed": {"grow": 1.5, "line": {"marker": "x", "mec": FAIL, "mew": 2.1}},
 }
-"""Shape before colour: a dot, a hollow triangle on the bottom edge for no error at all, a cross for a failure."""
+"""Shape before colour: a dot, a hollow triangle on the bottom edge for no error at all, a cross for
+a failure.
+"""
 
 
 def _shape(value: float, passed: bool) -> str:
@@ -202,7 +287,13 @@ def _slot_axis(axes: Axes, slots: Sequence[str]) -> None:
     """Few slots by name; many by stage, which is what comes before the first dot or slash."""
     axes.set_xlim(-0.7, len(slots) - 0.3)
     if len(slots) <= WORDS:
-        axes.set_xticks(range(len(slots)), [_short(slot, 15) for slot in slots], rotation=32, ha="right", rotation_mode="anchor")
+        axes.set_xticks(
+            range(len(slots)),
+            [_short(slot, 15) for slot in slots],
+            rotation=32,
+            ha="right",
+            rotation_mode="anchor",
+        )
         return
     stages = [re.split(r"[./]", slot)[0] for slot in slots]
     starts = [i for i, stage in enumerate(stages) if i == 0 or stage != stages[i - 1]]
@@ -211,7 +302,9 @@ def _slot_axis(axes: Axes, slots: Sequence[str]) -> None:
         return
     for start in starts[1:]:
         axes.axvline(start - 0.5, color=GRID, lw=0.8)
-    letters = (0.985 - LEFT) * WIDTH / (0.56 * FONT) / len(slots)  # that fit above one slot, on average
+    letters = (
+        (0.985 - LEFT) * WIDTH / (0.56 * FONT) / len(slots)
+    )  # that fit above one slot, on average
     free, ticks, labels = -0.7, [], []
     for start, end in zip(starts, [*starts[1:], len(slots)], strict=True):
         text = _short(stages[start], 12)
@@ -227,13 +320,17 @@ def _short(text: str, length: int) -> str:
 
 
 def _svg(figure: Figure, name: str, label: str, titles: Mapping[str, Sequence[str]]) -> str:
-    """The figure as an element of a page: its colours are variables, its identifiers begin with ``name``, it names no other document."""
+    """The figure as an element of a page: its colours are variables, its identifiers begin with
+    ``name``, it names no other document.
+    """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     root = ElementTree.fromstring(buffer.getvalue())
     for parent in list(root.iter()):
         parent.tag = parent.tag.rpartition("}")[2]
-        for child in [child for child in parent if child.tag.rpartition("}")[2] in ("metadata", "style")]:
+        for child in [
+            child for child in parent if child.tag.rpartition("}")[2] in ("metadata", "style")
+        ]:
             parent.remove(child)
     for shape, texts in titles.items():
         group = next(element for element in root.iter("g") if element.get("id") == shape)
@@ -247,7 +344,12 @@ def _svg(figure: Figure, name: str, label: str, titles: Mapping[str, Sequence[st
             group.set("style", str(styles.pop()))
             for use in group:
                 del use.attrib["style"]
-    root.attrib = {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "class": "plot", "role": "img", "aria-label": label}
+    root.attrib = {
+        "viewBox": f"0 0 {WIDTH} {HEIGHT}",
+        "class": "plot",
+        "role": "img",
+        "aria-label": label,
+    }
     for element in root.iter():
         element.tail = None
         element.text = element.text if (element.text or "").strip() else None
@@ -255,7 +357,9 @@ def _svg(figure: Figure, name: str, label: str, titles: Mapping[str, Sequence[st
 
 
 def _attributes(attributes: Mapping[str, str], name: str) -> dict[str, str]:
-    """What a page needs of them: no fonts, no clipping (nothing lies outside the axes), no identifiers that nothing uses; numbers to a tenth."""
+    """What a page needs of them: no fonts, no clipping (nothing lies outside the axes), no
+    identifiers that nothing uses; numbers to a tenth.
+    """
     kept = {}
     for key, value in attributes.items():
         key = key.rpartition("}")[2]
@@ -264,9 +368,19 @@ def _attributes(attributes: Mapping[str, str], name: str) -> dict[str, str]:
         elif key == "id" and re.fullmatch(r"m[0-9a-f]{6,}", value):
             kept[key] = f"{name}-{value}"
         elif key in ("d", "x", "y") or (key == "transform" and "rotate(-0 " not in value):
-            rounded = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), value)
+            rounded = re.sub(
+                r"-?\d+\.\d+", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), value
+            )
             kept[key] = " ".join(rounded.split())
         elif key == "style":
-            value = re.sub(r"font-family:[^;]*;?", "", re.sub(r"font: (?:\w+ )*?([\d.]+px) [^;]*", r"font-size: \1", value))
-            kept[key] = re.sub(r"#01020\d", lambda colour: f"var({VARIABLES[colour[0]]})", value).replace("; ", ";").replace(": ", ":")
+            value = re.sub(
+                r"font-family:[^;]*;?",
+                "",
+                re.sub(r"font: (?:\w+ )*?([\d.]+px) [^;]*", r"font-size: \1", value),
+            )
+            kept[key] = (
+                re.sub(r"#01020\d", lambda colour: f"var({VARIABLES[colour[0]]})", value)
+                .replace("; ", ";")
+                .replace(": ", ":")
+            )
     return kept

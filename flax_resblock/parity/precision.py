@@ -1,7 +1,8 @@
-"""What a backend really computes in: settings for true float32, and a guard that measures how many bits an operation keeps.
+"""What a backend really computes in: settings for true float32, and a guard that measures how many
+bits an operation keeps.
 
-Convolutions run in TF32 on CUDA and in bfloat16 on TPU unless told otherwise, without a word. Before results are compared, the guard says so.
-"""
+Convolutions run in TF32 on CUDA and in bfloat16 on TPU unless told otherwise, without a word.
+Before results are compared, the guard says so."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ import torch
 from jax import lax
 
 from flax_resblock.checkpoint.torch_file import from_numpy, to_numpy
-from flax_resblock.conv import convolve
+from flax_resblock.cpu.switch import Lowering, conv_lowering
 from flax_resblock.errors import InputError
-from flax_resblock.lowering.switch import Lowering, conv_lowering
+from flax_resblock.nn.conv import convolve
 from flax_resblock.parity.devices import JaxDevice, describe
 
 Side = Literal["flax", "torch"]
@@ -28,10 +29,17 @@ Dtype = Literal["float64", "float32", "bfloat16"]
 Operation = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """A product ``(M, K) by (K, N) -> (M, N)`` as some backend computes it, all three in one dtype."""
 
-DTYPES: dict[str, Any] = {"float64": np.float64, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+DTYPES: dict[str, Any] = {
+    "float64": np.float64,
+    "float32": np.float32,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float16": np.float16,
+}
 
 _ROWS, _CHANNELS = 256, 64
-"""Of a probe: 16 images of 8x8 pixels at stride 2. Wide enough for the kernels that real networks get, cheap enough to run before every verification."""
+"""Of a probe: 16 images of 8x8 pixels at stride 2. Wide enough for the kernels that real networks
+get, cheap enough to run before every verification.
+"""
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -40,11 +48,12 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 def _torch_ieee() -> Iterator[None]:
     """``fp32_precision = "ieee"`` for every operation.
 
-    Only this API: mixed with the older ``allow_tf32`` it makes torch raise. The common setting comes first, and only those that do not follow it are touched,
-    because one that inherits cannot be told from one that was set, nor be made to inherit again.
-    """
+    Only this API: mixed with the older ``allow_tf32`` it makes torch raise. The common setting
+    comes first, and only those that do not follow it are touched, because one that inherits cannot
+    be told from one that was set, nor be made to inherit again."""
     backends: Any = torch.backends
-    # Parents before children. ``torch.backends.mkldnn.fp32_precision = x`` changes the common setting (torch 2.13), which is put right last.
+    # Parents before children. ``torch.backends.mkldnn.fp32_precision = x`` changes the common
+    # setting (torch 2.13), which is put right last.
     settings: tuple[Any, ...] = (backends, backends.cudnn, backends.mkldnn, backends.cuda.matmul)
     settings += (backends.cudnn.conv, backends.cudnn.rnn)
     settings += (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
@@ -63,7 +72,11 @@ def _torch_ieee() -> Iterator[None]:
 @contextmanager
 def _torch_deterministic() -> Iterator[None]:
     """The same kernels in every run; cuBLAS needs a workspace of fixed size for that."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn.benchmark
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.benchmark,
+    )
     workspace = os.environ.get(WORKSPACE)
     try:
         os.environ.setdefault(WORKSPACE, ":4096:8")
@@ -79,12 +92,14 @@ def _torch_deterministic() -> Iterator[None]:
 
 @contextmanager
 def strict(lowering: Lowering = "xla") -> Iterator[None]:
-    """Within it both frameworks compute float32 as float32, in the same way each time; every setting is what it was afterwards.
+    """Within it both frameworks compute float32 as float32, in the same way each time; every
+    setting is what it was afterwards.
 
-    jax: ``default_matmul_precision("highest")``, which convolutions and products follow that name no precision of their own, and, unless ``lowering`` says
-    otherwise, no other form of a convolution than XLA's. torch: no TF32 and no bfloat16 in cuBLAS, cuDNN and oneDNN, no benchmarking, deterministic algorithms
-    (an operation that has none raises RuntimeError).
-    """
+    jax: ``default_matmul_precision("highest")``, which convolutions and products follow that name
+      no precision of their own, and, unless ``lowering`` says
+    otherwise, no other form of a convolution than XLA's. torch: no TF32 and no bfloat16 in cuBLAS,
+    cuDNN and oneDNN, no benchmarking, deterministic algorithms (an operation that has none raises
+    RuntimeError)."""
     with ExitStack() as stack:
         stack.enter_context(_torch_ieee())
         stack.enter_context(_torch_deterministic())
@@ -94,17 +109,25 @@ def strict(lowering: Lowering = "xla") -> Iterator[None]:
 
 
 def _mantissas(bits: np.ndarray, rng: np.random.Generator, dense: bool) -> np.ndarray:
-    """``1.b1 b2 ... bk`` with the last bit set: exactly ``bits`` explicit mantissa bits, int64 in units of ``2^-52``; those between random where ``dense``."""
+    """``1.b1 b2 ... bk`` with the last bit set: exactly ``bits`` explicit mantissa bits, int64 in
+    units of ``2^-52``; those between random where ``dense``.
+    """
     one = np.int64(1)
     last = one << (52 - bits)
     between = rng.integers(0, one << 52, bits.shape) & ~(2 * last - 1) if dense else 0
     return (one << 52) | last | between
 
 
-def _probe(rng: np.random.Generator, shape: tuple[int, int], limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values that need 1, 2, ... ``limit`` bits, in float64, and how many each needs; a third of them ``1 + 2^-k``, of either sign."""
+def _probe(
+    rng: np.random.Generator, shape: tuple[int, int], limit: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values that need 1, 2, ... ``limit`` bits, in float64, and how many each needs; a third of
+    them ``1 + 2^-k``, of either sign.
+    """
     bits = np.resize(np.arange(1, limit + 1), shape)
-    values = np.where(rng.random(shape) < 1 / 3, _mantissas(bits, rng, False), _mantissas(bits, rng, True))
+    values = np.where(
+        rng.random(shape) < 1 / 3, _mantissas(bits, rng, False), _mantissas(bits, rng, True)
+    )
     return np.ldexp(values.astype(np.float64), -52) * rng.choice([-1.0, 1.0], shape), bits
 
 
@@ -117,16 +140,20 @@ def _one_hot(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
 def mantissa_bits(operate: Operation, dtype: str) -> int:
     """How many explicit mantissa bits a product really keeps, exactly.
 
-    Three probes whose true result is representable in ``dtype``, so that anything else is a loss: values that need ``k`` bits as first operand against
-    one-hot weights, the same as second operand, and sums over all channels of single bits whose total needs ``k`` bits while every partial sum needs no
-    more, in any order. Operands that are rounded (TF32 to 10 bits, bfloat16 to 7) fail the first two, an accumulator that is too narrow the third. The
-    bits between the first and the last are random in two thirds of the values: ``1 + 2^-k`` alone splits into two bfloat16 numbers for every ``k``.
+    Three probes whose true result is representable in ``dtype``, so that anything else is a loss:
+    values that need ``k`` bits as first operand against one-hot weights, the same as second
+    operand, and sums over all channels of single bits whose total needs ``k`` bits while every
+    partial sum needs no more, in any order. Operands that are rounded (TF32 to 10 bits, bfloat16 to
+    7) fail the first two, an accumulator that is too narrow the third. The bits between the first
+    and the last are random in two thirds of the values: ``1 + 2^-k`` alone splits into two bfloat16
+    numbers for every ``k``.
 
     Args:
       operate: The product to examine.
       dtype: ``"float64"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
     Returns:
-      The largest ``k`` such that all values of up to ``k`` bits survive all three probes: 52, 23, 7 and 10 where the operation is what it says.
+      The largest ``k`` such that all values of up to ``k`` bits survive all three probes: 52, 23, 7
+      and 10 where the operation is what it says.
     """
     kind = DTYPES[dtype]
     limit = int(ml_dtypes.finfo(kind).nmant)
@@ -139,18 +166,28 @@ def mantissa_bits(operate: Operation, dtype: str) -> int:
     totals = _mantissas(total_bits, rng, True)
     parts = np.zeros((_ROWS, _CHANNELS), np.int64)
     for bit in range(53):
-        parts[np.arange(_ROWS), rng.integers(0, _CHANNELS, _ROWS)] |= totals[:, 0] & (np.int64(1) << bit)
+        parts[np.arange(_ROWS), rng.integers(0, _CHANNELS, _ROWS)] |= totals[:, 0] & (
+            np.int64(1) << bit
+        )
     sums = np.broadcast_to(np.ldexp(totals.astype(np.float64), -52), (_ROWS, _CHANNELS))
     probes = [
         (first, selecting, first @ selecting, (first_bits @ selecting).astype(int)),
         (rows, second, rows @ second, (rows @ second_bits).astype(int)),
-        (np.ldexp(parts.astype(np.float64), -52), np.ones((_CHANNELS, _CHANNELS)), sums, np.broadcast_to(total_bits, sums.shape)),
+        (
+            np.ldexp(parts.astype(np.float64), -52),
+            np.ones((_CHANNELS, _CHANNELS)),
+            sums,
+            np.broadcast_to(total_bits, sums.shape),
+        ),
     ]
     kept = limit
     for values, weights, truth, bits in probes:
         result = np.asarray(operate(values.astype(kind), weights.astype(kind)), np.float64)
         if result.shape != truth.shape:
-            raise ValueError(f"the operation maps {values.shape} by {weights.shape} to {result.shape}, not to {truth.shape}.")
+            raise ValueError(
+                f"the operation maps {values.shape} by {weights.shape} to {result.shape}, not "
+                f"to {truth.shape}."
+            )
         kept = min(kept, int(bits[result != truth].min(initial=limit + 1)) - 1)
     return kept
 
@@ -177,10 +214,11 @@ class Found:
 
 
 def _images(values: np.ndarray) -> np.ndarray:
-    """``(M, C)`` as ``(M / 16, 8, 8, C)``: one row per pixel that the middle of a 3x3 kernel meets at stride 2 and padding 1.
+    """``(M, C)`` as ``(M / 16, 8, 8, C)``: one row per pixel that the middle of a 3x3 kernel meets
+    at stride 2 and padding 1.
 
-    Stride 2 rules out Winograd and FFT, which transform their operands and lose bits even in true float32.
-    """
+    Stride 2 rules out Winograd and FFT, which transform their operands and lose bits even in true
+    float32."""
     images = np.zeros((len(values) // 16, 8, 8, values.shape[1]), values.dtype)
     images[:, ::2, ::2] = values.reshape(-1, 4, 4, values.shape[1])
     return images
@@ -194,8 +232,12 @@ def _kernel(weights: np.ndarray) -> np.ndarray:
 
 
 def _flax_operations(device: JaxDevice) -> dict[str, Operation]:
-    """Precision is left to jax's setting, as the models leave it. Run as compiled functions, as in a model."""
-    conv = jax.jit(lambda x, w: convolve(x, w, stride=2, padding=1, dilation=1, groups=1, precision=None))
+    """Precision is left to jax's setting, as the models leave it. Run as compiled functions, as in
+    a model.
+    """
+    conv = jax.jit(
+        lambda x, w: convolve(x, w, stride=2, padding=1, dilation=1, groups=1, precision=None)
+    )
     product = jax.jit(lambda x, w: lax.dot_general(x, w, (((1,), (0,)), ((), ()))))
 
     def convolution(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -222,11 +264,13 @@ def _torch_operations(device: torch.device) -> dict[str, Operation]:
 
 
 def measure_precision(side: Side, device: JaxDevice | torch.device, dtype: str) -> list[Found]:
-    """Examines one 3x3 convolution and one matrix product under the settings in force; see :func:`strict`.
+    """Examines one 3x3 convolution and one matrix product under the settings in force; see
+    :func:`strict`.
 
     Args:
       side: Which framework.
-      device: One of its devices. float64 is the truth and measured where the truth is computed, on the CPU.
+      device: One of its devices. float64 is the truth and measured where the truth is computed, on
+        the CPU.
       dtype: Of operands and results.
     Raises:
       TypeError: A device of the other framework.
@@ -241,16 +285,30 @@ def measure_precision(side: Side, device: JaxDevice | torch.device, dtype: str) 
         name, operations = describe(device), _flax_operations(device)
     expected = int(ml_dtypes.finfo(DTYPES[dtype]).nmant)
     with jax.enable_x64(True) if side == "flax" and dtype == "float64" else nullcontext():
-        return [Found(side, name, dtype, operation, mantissa_bits(operate, dtype), expected) for operation, operate in operations.items()]
+        return [
+            Found(side, name, dtype, operation, mantissa_bits(operate, dtype), expected)
+            for operation, operate in operations.items()
+        ]
 
 
 def _nickname(bits: int) -> str:
-    names = {23: "float32", 16: "three bfloat16 passes", 15: "three bfloat16 passes", 10: "TF32, or float16", 7: "bfloat16", 3: "float8", 2: "float8"}
+    names = {
+        23: "float32",
+        16: "three bfloat16 passes",
+        15: "three bfloat16 passes",
+        10: "TF32, or float16",
+        7: "bfloat16",
+        3: "float8",
+        2: "float8",
+    }
     return f", which is what {names[bits]} keeps" if bits in names else ""
 
 
 _REMEDIES = {
-    "flax": "Compute under jax.default_matmul_precision('highest'), and look for a precision= in the code, which overrides it",
+    "flax": (
+        "Compute under jax.default_matmul_precision('highest'), and look for a precision= in the "
+        "code, which overrides it"
+    ),
     "torch": "Set torch.backends.fp32_precision = 'ieee', and look for a running torch.autocast",
 }
 
@@ -265,12 +323,15 @@ def require(found: Iterable[Found]) -> None:
     if not short:
         return
     losses = "; ".join(
-        f"{one.side} on {one.device}: the {one.dtype} {one.operation} keeps {one.mantissa_bits} of {one.expected_bits} mantissa bits"
+        f"{one.side} on {one.device}: the {one.dtype} {one.operation} keeps "
+        f"{one.mantissa_bits} of {one.expected_bits} mantissa bits"
         f"{_nickname(one.mantissa_bits)}"
         for one in short
     )
     remedies = ". ".join(_REMEDIES[side] for side in dict.fromkeys(one.side for one in short))
     raise InputError(
-        f"A backend computes with less precision than it was asked for, and a comparison would blame the model for that. {losses}. {remedies}; "
-        "flax_resblock.parity.precision.strict() sets both frameworks. Or compare in a precision that this device has, such as bfloat16."
+        f"A backend computes with less precision than it was asked for, and a comparison would "
+        f"blame the model for that. {losses}. {remedies}; "
+        "flax_resblock.parity.precision.strict() sets both frameworks. Or compare in a "
+        "precision that this device has, such as bfloat16."
     )

@@ -16,7 +16,8 @@ SCHEMA = 2
 """Version of the JSON; it changes when a field changes its meaning or goes away."""
 
 CRITERION = (
-    "float64: relative L2 difference at most 1e-12 per tensor (training steps 1e-10). float32 and bfloat16: error against PyTorch's float64 at most four times "
+    "float64: relative L2 difference at most 1e-12 per tensor (training steps 1e-10). "
+    "float32 and bfloat16: error against PyTorch's float64 at most four times "
     "PyTorch's own error in that precision, or 8 ulp."
 )
 
@@ -47,8 +48,15 @@ class Divergence:
         """In words."""
         when = f" at step {self.step}" if self.step is not None else ""
         order = ", going backwards from the output," if self.order == "backward" else ""
-        size = f" ({self.excess:.1e} x the limit)" if math.isfinite(self.excess) and self.quantity != "tensors" else ""
-        return f"{self.quantity}, {self.precision}: {self.failed} of {self.of} differ, first{order}{when} at {self.slot}{size}"
+        size = (
+            f" ({self.excess:.1e} x the limit)"
+            if math.isfinite(self.excess) and self.quantity != "tensors"
+            else ""
+        )
+        return (
+            f"{self.quantity}, {self.precision}: {self.failed} of {self.of} differ, "
+            f"first{order}{when} at {self.slot}{size}"
+        )
 
 
 def divergences(comparison: Comparison) -> Iterator[Divergence]:
@@ -58,7 +66,16 @@ def divergences(comparison: Comparison) -> Iterator[Divergence]:
         if first is not None:
             failed = sum(not m.judgement.passed for m in rows)
             order = "backward" if quantity == "activation gradient" else "forward"
-            yield Divergence(quantity, precision, first.step, order, first.slot, first.judgement.excess, failed, len(rows))
+            yield Divergence(
+                quantity,
+                precision,
+                first.step,
+                order,
+                first.slot,
+                first.judgement.excess,
+                failed,
+                len(rows),
+            )
 
 
 def criterion_of(comparison: Comparison) -> str:
@@ -66,12 +83,28 @@ def criterion_of(comparison: Comparison) -> str:
     tolerance = comparison.tolerance
     if tolerance is None:
         return CRITERION
-    return f"every element within {tolerance.atol:g} + {tolerance.rtol:g} x |PyTorch|, as asked for; errors are given in units of that"
+    return (
+        f"every element within {tolerance.atol:g} + {tolerance.rtol:g} x |PyTorch|, as asked "
+        f"for; errors are given in units of that"
+    )
 
 
 def summary_table(comparison: Comparison) -> Table:
-    """One row per precision and quantity: how many tensors, the worst one and its error against the limit."""
-    table = Table("precision", "quantity", "tensors", "worst slot", "error", "ulp", "PyTorch's own", "limit", "verdict", title="Flax against PyTorch")
+    """One row per precision and quantity: how many tensors, the worst one and its error against the
+    limit.
+    """
+    table = Table(
+        "precision",
+        "quantity",
+        "tensors",
+        "worst slot",
+        "error",
+        "ulp",
+        "PyTorch's own",
+        "limit",
+        "verdict",
+        title="Flax against PyTorch",
+    )
     for precision, quantity, rows in comparison.groups():
         worst = max(rows, key=lambda m: m.judgement.excess)
         failed = sum(not m.judgement.passed for m in rows)
@@ -86,7 +119,11 @@ def slot_table(rows: list[Measurement], title: str) -> Table:
     table = Table("slot", "error", "ulp", "PyTorch's own", "limit", "verdict", title=title)
     for row in rows:
         verdict = "[green]equal[/]" if row.judgement.passed else "[bold red]differs[/]"
-        table.add_row(row.slot if row.step is None else f"{row.slot}, step {row.step}", *_numbers(row), verdict)
+        table.add_row(
+            row.slot if row.step is None else f"{row.slot}, step {row.step}",
+            *_numbers(row),
+            verdict,
+        )
     return table
 
 
@@ -141,7 +178,9 @@ def to_json(
         "diagnosis": [asdict(row) for row in diagnosis],
         "notes": list(notes),
         "divergences": [{**asdict(row), "sentence": str(row)} for row in divergences(comparison)],
-        "histogram": None if histogram is None else {**_row(histogram.row), **{k: v for k, v in asdict(histogram).items() if k != "row"}},
+        "histogram": None
+        if histogram is None
+        else {**_row(histogram.row), **{k: v for k, v in asdict(histogram).items() if k != "row"}},
         "measurements": [_row(m) for m in comparison.measurements],
     }
     return _plain(facts)

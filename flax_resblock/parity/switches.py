@@ -1,4 +1,6 @@
-"""Every switch of precision and determinism that the verifier sets, on both sides, by name and value: so that a report of a device can say so."""
+"""Every switch of precision and determinism that the verifier sets, on both sides, by name and
+value: so that a report of a device can say so.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,18 @@ XLA_FLAG = "--xla_gpu_deterministic_ops=true"
 
 
 def make_xla_deterministic() -> None:
-    """Adds :data:`XLA_FLAG` to ``XLA_FLAGS``. Works until jax starts its first backend; a person's own choice stays."""
+    """Adds :data:`XLA_FLAG` to ``XLA_FLAGS``. Works until jax starts its first backend; a person's
+    own choice stays.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
     if XLA_FLAG.split("=")[0] not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {XLA_FLAG}".strip()
 
 
 def in_force() -> dict[str, str]:
-    """What :func:`flax_resblock.parity.precision.strict` sets, read back within it; and the flag of XLA."""
+    """What :func:`flax_resblock.parity.precision.strict` sets, read back within it; and the flag of
+    XLA.
+    """
     backends: Any = torch.backends
     with strict():
         return {
@@ -40,4 +46,6 @@ def in_force() -> dict[str, str]:
 
 def sentence() -> str:
     """``"set on both sides: jax default_matmul_precision highest, ..."``."""
-    return "set on both sides: " + ", ".join(f"{name} {value}" for name, value in in_force().items() if value)
+    return "set on both sides: " + ", ".join(
+        f"{name} {value}" for name, value in in_force().items() if value
+    )

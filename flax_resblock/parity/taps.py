@@ -1,8 +1,9 @@
-"""Every slot's activation and gradient, on both sides, without a line of tapping code in the models.
+"""Every slot's activation and gradient, on both sides, without a line of tapping code in the
+models.
 
-PyTorch has hooks. For nnx the ``__call__`` of the classes involved is wrapped for the time of one trace; instances outside the model are left alone.
-Gradients of activations are, on the Flax side, those of a zero that is added to each of them.
-"""
+PyTorch has hooks. For nnx the ``__call__`` of the classes involved is wrapped for the time of one
+trace; instances outside the model are left alone. Gradients of activations are, on the Flax side,
+those of a zero that is added to each of them."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ import numpy as np
 import torch
 from flax import nnx
 
-from flax_resblock.architecture import Path
-from flax_resblock.lowering.switch import compiler_options
+from flax_resblock.config import Path
+from flax_resblock.cpu.switch import compiler_options
 from flax_resblock.parity.devices import JaxDevice
 from flax_resblock.parity.pair import PRECISIONS, Precision
 
@@ -34,7 +35,8 @@ class Trace:
       output: ``(N, ...)``.
       activations: By slot name, in the order in which the slots ran.
       statistics: Buffers after the run, by the names of their side.
-      gradients: Of parameters, by the names of their side; of activations under ``activation_gradients``.
+      gradients: Of parameters, by the names of their side; of activations under
+        ``activation_gradients``.
       input_gradient: Of the input; None when no cotangent was given.
       inputs: What every slot was fed; only where asked for.
     """
@@ -49,16 +51,26 @@ class Trace:
 
 
 @contextmanager
-def hooked(model: nnx.Module, on_input: Callable[[Path, Any], Any], on_output: Callable[[Path, Any], Any]) -> Iterator[None]:
-    """Within the block a submodule of ``model`` is called with ``on_input(path, x)`` and returns ``on_output(path, y)``."""
+def hooked(
+    model: nnx.Module, on_input: Callable[[Path, Any], Any], on_output: Callable[[Path, Any], Any]
+) -> Iterator[None]:
+    """Within the block a submodule of ``model`` is called with ``on_input(path, x)`` and returns
+    ``on_output(path, y)``.
+    """
     places: dict[int, Any] = {id(module): path for path, module in nnx.iter_modules(model)}
-    defining = {next(base for base in type(m).__mro__ if "__call__" in base.__dict__) for _, m in nnx.iter_modules(model) if callable(m)}
+    defining = {
+        next(base for base in type(m).__mro__ if "__call__" in base.__dict__)
+        for _, m in nnx.iter_modules(model)
+        if callable(m)
+    }
     originals = {cls: cls.__dict__["__call__"] for cls in defining}
     running: set[int] = set()
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if id(self) not in places or id(self) in running or not args:  # not ours, or a call of super().__call__
+            if (
+                id(self) not in places or id(self) in running or not args
+            ):  # not ours, or a call of super().__call__
                 return original(self, *args, **kwargs)
             path = places[id(self)]
             running.add(id(self))
@@ -121,7 +133,9 @@ def trace_flax(
 
         x = jnp.asarray(images, precision.storage)
         if cotangent is None:
-            output, (activations, statistics) = jax.jit(run, compiler_options=compiler_options())(params, {}, x)
+            output, (activations, statistics) = jax.jit(run, compiler_options=compiler_options())(
+                params, {}, x
+            )
             return Trace(np.asarray(output), host_tree(activations), by_path_of(statistics))
         shapes = jax.eval_shape(run, params, {}, x)[1][0]
         zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
@@ -130,8 +144,14 @@ def trace_flax(
             output, aux = run(params, zeros, x)
             return jnp.sum(output * weight), (output, *aux)
 
-        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), donate_argnums=(1,), compiler_options=compiler_options())
-        (of_params, of_activations, of_input), (output, activations, statistics) = gradient(params, zeros, x, jnp.asarray(cotangent, precision.storage))
+        gradient = jax.jit(
+            jax.grad(loss, argnums=(0, 1, 2), has_aux=True),
+            donate_argnums=(1,),
+            compiler_options=compiler_options(),
+        )
+        (of_params, of_activations, of_input), (output, activations, statistics) = gradient(
+            params, zeros, x, jnp.asarray(cotangent, precision.storage)
+        )
         return Trace(
             np.asarray(output),
             host_tree(activations),
@@ -175,9 +195,13 @@ def trace_torch(
                 return  # a layer that returns several things is no slot
             if inputs and args:
                 fed[name] = from_torch(args[0], copied=True)
-            activations[name] = from_torch(output, copied=True)  # a following in-place ReLU would overwrite it
+            activations[name] = from_torch(
+                output, copied=True
+            )  # a following in-place ReLU would overwrite it
             if output.requires_grad:
-                output.register_hook(lambda gradient: gradients.__setitem__(name, from_torch(gradient, copied=True)))
+                output.register_hook(
+                    lambda gradient: gradients.__setitem__(name, from_torch(gradient, copied=True))
+                )
 
         return hook
 
@@ -193,7 +217,9 @@ def trace_torch(
         from_torch(output),
         activations,
         {name: value.detach().cpu().numpy() for name, value in twin.named_buffers()},
-        {} if cotangent is None else {name: gradient_of(value).cpu().numpy() for name, value in twin.named_parameters()},
+        {}
+        if cotangent is None
+        else {name: gradient_of(value).cpu().numpy() for name, value in twin.named_parameters()},
         {name: gradients[name] for name in activations if name in gradients},
         None if x.grad is None else from_torch(x.grad),
         fed,
@@ -206,7 +232,9 @@ def gradient_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def split(model: nnx.Module, train: bool, variables: Any = nnx.Param) -> tuple[Any, Any, Any]:
-    """Graph, one kind of variables (the parameters) and everything else of a copy of the model in training or evaluation mode."""
+    """Graph, one kind of variables (the parameters) and everything else of a copy of the model in
+    training or evaluation mode.
+    """
     twin = nnx.clone(model)
     (twin.train if train else twin.eval)()
     graphdef, chosen, rest = nnx.split(twin, variables, ...)
@@ -216,13 +244,19 @@ def split(model: nnx.Module, train: bool, variables: Any = nnx.Param) -> tuple[A
 def to_torch(array: np.ndarray, precision: Precision, device: torch.device = CPU) -> torch.Tensor:
     """A tensor in ``precision.storage``, images from NHWC to NCHW."""
     array = np.asarray(array, precision.storage)
-    return torch.from_numpy(np.array(np.moveaxis(array, -1, 1) if array.ndim == 4 else array, order="C")).to(device)
+    return torch.from_numpy(
+        np.array(np.moveaxis(array, -1, 1) if array.ndim == 4 else array, order="C")
+    ).to(device)
 
 
 def from_torch(tensor: torch.Tensor, *, copied: bool = False) -> np.ndarray:
     """A numpy array, images from NCHW to NHWC; bfloat16 as float32, which holds it exactly."""
     tensor = tensor.detach().cpu()
-    array = tensor.float().numpy() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.numpy()
+    array = (
+        tensor.float().numpy()
+        if tensor.dtype in (torch.bfloat16, torch.float16)
+        else tensor.numpy()
+    )
     array = np.array(array) if copied else array
     return np.moveaxis(array, 1, -1) if array.ndim == 4 else array
 
@@ -234,4 +268,6 @@ def host_tree(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def by_path_of(state: Any) -> dict[Any, np.ndarray]:
     """An nnx state as numpy arrays by attribute path."""
-    return {path: np.asarray(variable[...]) for path, variable in dict(nnx.to_flat_state(state)).items()}
+    return {
+        path: np.asarray(variable[...]) for path, variable in dict(nnx.to_flat_state(state)).items()
+    }

@@ -1,4 +1,6 @@
-"""The same training run in both frameworks: same batches, same optimizer, everything compared after every step."""
+"""The same training run in both frameworks: same batches, same optimizer, everything compared after
+every step.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,12 @@ import optax
 import torch
 from flax import nnx
 
-from flax_resblock.lowering.switch import compiler_options
-from flax_resblock.optimizers import adamw
+from flax_resblock.cpu.switch import compiler_options
 from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2
 from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
 from flax_resblock.parity.parts import Devices, Part, Tensors, by_entries
 from flax_resblock.parity.taps import by_path_of, from_torch, split, to_torch
+from flax_resblock.runs.optimizers import adamw
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Recipe:
 
     Attributes:
       name: ``"sgd"`` or ``"adamw"``.
-      weight_decay: In PyTorch's sense: SGD adds it to the gradient, AdamW takes it off the parameters.
+      weight_decay: In PyTorch's sense: SGD adds it to the gradient, AdamW takes it off the
+        parameters.
       momentum: Nesterov's, of SGD.
       learning_rate: 0 before :func:`moderate` has chosen one.
     """
@@ -42,28 +45,43 @@ class Recipe:
     def of_torch(self, module: torch.nn.Module) -> torch.optim.Optimizer:
         """PyTorch's own optimizer."""
         if self.name == "adamw":
-            return torch.optim.AdamW(module.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
-        return torch.optim.SGD(module.parameters(), lr=self.learning_rate, momentum=self.momentum, nesterov=True, weight_decay=self.weight_decay)
+            return torch.optim.AdamW(
+                module.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
+            )
+        return torch.optim.SGD(
+            module.parameters(),
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            nesterov=True,
+            weight_decay=self.weight_decay,
+        )
 
     def of_optax(self) -> optax.GradientTransformation:
         """The same in optax."""
         if self.name == "adamw":
             return adamw(self.learning_rate, weight_decay=self.weight_decay)
-        return optax.chain(optax.add_decayed_weights(self.weight_decay), optax.sgd(self.learning_rate, momentum=self.momentum, nesterov=True))
+        return optax.chain(
+            optax.add_decayed_weights(self.weight_decay),
+            optax.sgd(self.learning_rate, momentum=self.momentum, nesterov=True),
+        )
 
 
-RECIPES = MappingProxyType({"sgd": Recipe("sgd", 5e-4, momentum=0.9), "adamw": Recipe("adamw", 0.05)})
+RECIPES = MappingProxyType(
+    {"sgd": Recipe("sgd", 5e-4, momentum=0.9), "adamw": Recipe("adamw", 0.05)}
+)
 
 FIRST_STEP = 0.005
-"""How far the first step moves the tensor that it moves most, relative to that tensor. At several percent a deep network on a small batch is chaotic: the last
-bit of its input decides after ten steps where it is, in either framework, and no comparison says anything."""
+"""How far the first step moves the tensor that it moves most, relative to that tensor. At several
+percent a deep network on a small batch is chaotic: the last bit of its input decides after ten
+steps where it is, in either framework, and no comparison says anything."""
 
 
 @dataclass(frozen=True)
 class Trajectory(Part):
     """Training steps from the same start.
 
-    Networks with several logits are trained on cross entropy with random labels, everything else on the mean squared distance to a random target.
+    Networks with several logits are trained on cross entropy with random labels, everything else on
+    the mean squared distance to a random target.
 
     Attributes:
       recipe: The optimizer.
@@ -88,15 +106,26 @@ class Trajectory(Part):
 
     @property
     def _labels(self) -> np.ndarray | None:
-        return self.target.argmax(-1) if self.target.ndim == 2 and self.target.shape[-1] > 1 else None
+        return (
+            self.target.argmax(-1) if self.target.ndim == 2 and self.target.shape[-1] > 1 else None
+        )
 
-    def _name(self, pair: Pair, loss: Any, parameters: Any, buffers: Any, logits: np.ndarray, side: str) -> Tensors:
+    def _name(
+        self, pair: Pair, loss: Any, parameters: Any, buffers: Any, logits: np.ndarray, side: str
+    ) -> Tensors:
         name = self.recipe.name
-        tensors: Tensors = {(f"{name}: loss", "loss"): np.asarray(loss), (f"{name}: eval logits", "output"): logits}
+        tensors: Tensors = {
+            (f"{name}: loss", "loss"): np.asarray(loss),
+            (f"{name}: eval logits", "output"): logits,
+        }
         tensors |= by_entries(pair, f"{name}: parameters", parameters, side=side)
-        return tensors | by_entries(pair, f"{name}: running statistics", buffers, side=side, statistics=True)
+        return tensors | by_entries(
+            pair, f"{name}: running statistics", buffers, side=side, statistics=True
+        )
 
-    def torch(self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices) -> Iterator[Tensors]:
+    def torch(
+        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
+    ) -> Iterator[Tensors]:
         device = devices.torch
         module = pair.torch(precision).to(device)
         optimizer = self.recipe.of_torch(module)
@@ -107,11 +136,15 @@ class Trajectory(Part):
             optimizer.step()
             with torch.no_grad(), precision.of_torch(device):
                 logits = module.eval()(to_torch(images, precision, device))
-            parameters = {key: value.detach().cpu().numpy() for key, value in module.named_parameters()}
+            parameters = {
+                key: value.detach().cpu().numpy() for key, value in module.named_parameters()
+            }
             buffers = {key: value.cpu().numpy() for key, value in module.named_buffers()}
             yield self._name(pair, loss.item(), parameters, buffers, from_torch(logits), "torch")
 
-    def torch_loss(self, module: torch.nn.Module, precision: Precision, batch: np.ndarray, device: torch.device) -> torch.Tensor:
+    def torch_loss(
+        self, module: torch.nn.Module, precision: Precision, batch: np.ndarray, device: torch.device
+    ) -> torch.Tensor:
         """The loss of one batch, ready for ``backward()``."""
         with precision.of_torch(device):
             output = module(to_torch(batch, precision, device))
@@ -120,7 +153,9 @@ class Trajectory(Part):
             return torch.nn.functional.mse_loss(output, to_torch(self.target, precision, device))
         return torch.nn.functional.cross_entropy(output, torch.from_numpy(self._labels).to(device))
 
-    def flax(self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices) -> Iterator[Tensors]:
+    def flax(
+        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
+    ) -> Iterator[Tensors]:
         optimizer = self.recipe.of_optax()
         with precision.of_jax(), jax.default_device(devices.jax):
             model = pair.flax(precision)
@@ -135,12 +170,16 @@ class Trajectory(Part):
             if labels is None:
                 value = jnp.mean(jnp.square(output - target))
             else:
-                value = optax.softmax_cross_entropy_with_integer_labels(output, jnp.asarray(labels)).mean()
+                value = optax.softmax_cross_entropy_with_integer_labels(
+                    output, jnp.asarray(labels)
+                ).mean()
             return value, nnx.state(module, nnx.Not(nnx.Param))
 
         @partial(jax.jit, compiler_options=compiler_options())
         def step(parameters: Any, rest: Any, state: Any, batch: Any) -> Any:
-            (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(parameters, rest, batch)
+            (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(
+                parameters, rest, batch
+            )
             updates, state = optimizer.update(gradient, state, parameters)
             return value, optax.apply_updates(parameters, updates), rest, state
 
@@ -149,15 +188,30 @@ class Trajectory(Part):
             return nnx.merge(evaluating, parameters, rest, copy=True)(batch)  # pyright: ignore[reportCallIssue]
 
         for batch in (images, *self.batches[1:]):
-            with precision.of_jax(), jax.default_device(devices.jax), jax.default_matmul_precision("highest"):
-                value, parameters, rest, state = step(parameters, rest, state, jnp.asarray(batch, precision.storage))
+            with (
+                precision.of_jax(),
+                jax.default_device(devices.jax),
+                jax.default_matmul_precision("highest"),
+            ):
+                value, parameters, rest, state = step(
+                    parameters, rest, state, jnp.asarray(batch, precision.storage)
+                )
                 logits = evaluate(parameters, rest, jnp.asarray(images, precision.storage))
-                found = self._name(pair, value, by_path_of(parameters), by_path_of(rest), np.asarray(logits), "flax")
+                found = self._name(
+                    pair,
+                    value,
+                    by_path_of(parameters),
+                    by_path_of(rest),
+                    np.asarray(logits),
+                    "flax",
+                )
             yield found
 
 
 def moderate(part: Trajectory, pair: Pair) -> Trajectory:
-    """The same with a learning rate at which the first step moves no tensor by more than :data:`FIRST_STEP` of its norm; as it is where it has a rate."""
+    """The same with a learning rate at which the first step moves no tensor by more than
+    :data:`FIRST_STEP` of its norm; as it is where it has a rate.
+    """
     if part.recipe.learning_rate:
         return part
     precision = PRECISIONS["float64"]
@@ -167,14 +221,26 @@ def moderate(part: Trajectory, pair: Pair) -> Trajectory:
     for parameter in module.parameters():
         norm = float(parameter.detach().norm())
         if parameter.grad is not None and norm:
-            first = parameter.grad.sign() if part.recipe.name == "adamw" else (1 + part.recipe.momentum) * parameter.grad
+            first = (
+                parameter.grad.sign()
+                if part.recipe.name == "adamw"
+                else (1 + part.recipe.momentum) * parameter.grad
+            )
             moved.append(float(first.norm()) / norm)
     rate = FIRST_STEP / max(moved) if max(moved) else 1e-3
     return replace(part, recipe=replace(part.recipe, learning_rate=float(f"{rate:.1e}")))
 
 
 def own_spread(part: Trajectory, pair: Pair, images: np.ndarray) -> float:
-    """How far PyTorch's float64 run ends from itself when its input moves by one unit in the last place: the largest relative difference at any step."""
-    moved = images * (1 + float(np.finfo(np.float64).eps) * np.random.default_rng(2).integers(-1, 2, images.shape))
+    """How far PyTorch's float64 run ends from itself when its input moves by one unit in the last
+    place: the largest relative difference at any step.
+    """
+    moved = images * (
+        1 + float(np.finfo(np.float64).eps) * np.random.default_rng(2).integers(-1, 2, images.shape)
+    )
     runs = (part.torch(pair, PRECISIONS["float64"], batch, Devices()) for batch in (images, moved))
-    return max(relative_l2(there[key], value) for here, there in zip(*runs, strict=True) for key, value in here.items())
+    return max(
+        relative_l2(there[key], value)
+        for here, there in zip(*runs, strict=True)
+        for key, value in here.items()
+    )

@@ -1,4 +1,6 @@
-"""A person's own PyTorch module, held against the specification: its Flax twin, its declared shapes and strides, and the known ways to get a block wrong."""
+"""A person's own PyTorch module, held against the specification: its Flax twin, its declared shapes
+and strides, and the known ways to get a block wrong.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from flax_resblock.architecture import BlockConfig, Config
 from flax_resblock.checkpoint.torch_file import state_to_numpy
-from flax_resblock.convert import LAYOUTS, StateMap, describe, identify
+from flax_resblock.config import BlockConfig, Config
+from flax_resblock.convert import NAMINGS, StateMap, describe, identify
 from flax_resblock.convert.modules import module_facts
 from flax_resblock.errors import CheckpointError, InputError
 from flax_resblock.parity.api import Verification, verify_pair
@@ -25,10 +27,16 @@ from flax_resblock.parity.diagnose import Diagnosis
 from flax_resblock.parity.inputs import adversarial_images, randomised_norm_state
 from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.parts import Devices
-from flax_resblock.parity.twins import Twins
+from flax_resblock.parity.reference import ReferencePair
 
-BLOCK_CASES = ({"in_channels": 8, "out_channels": 8}, {"in_channels": 4, "out_channels": 8}, {"in_channels": 8, "out_channels": 8, "stride": 2})
-"""Arguments for a block whose constructor asks for channels: the identity skip, new channels, a stride. Together they tell the known faults apart."""
+BLOCK_CASES = (
+    {"in_channels": 8, "out_channels": 8},
+    {"in_channels": 4, "out_channels": 8},
+    {"in_channels": 8, "out_channels": 8, "stride": 2},
+)
+"""Arguments for a block whose constructor asks for channels: the identity skip, new channels, a
+stride. Together they tell the known faults apart.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Case:
     Attributes:
       title: The call, ``Block(in_channels=8, out_channels=8)``.
       config: The network or block that it is meant to be.
-      layout: The naming scheme of its tensors.
+      naming: The naming scheme of its tensors.
       state: Its tensors.
       stated: What its own attributes and shapes say is wrong, one sentence each.
       raised: What forward raises; empty where it does not.
@@ -47,7 +55,7 @@ class Case:
 
     title: str
     config: Config
-    layout: str
+    naming: str
     state: Mapping[str, np.ndarray]
     stated: tuple[str, ...] = ()
     raised: str = ""
@@ -62,16 +70,29 @@ class Case:
     def diagnosis(self) -> list[Diagnosis]:
         """Everything that is wrong; what the attributes already say is not said again."""
         known = " ".join(self.stated)
-        found = [Diagnosis("module", "specification", "torch", sentence, "read off the module") for sentence in self.stated]
+        found = [
+            Diagnosis("module", "specification", "torch", sentence, "read off the module")
+            for sentence in self.stated
+        ]
         if self.raised:
-            found.append(Diagnosis("module", "raises", "torch", self.raised, "seen when it was run"))
-        return found + [d for d in (self.verification.diagnosis if self.verification else ()) if d.slot.partition("/")[0] not in known]
+            found.append(
+                Diagnosis("module", "raises", "torch", self.raised, "seen when it was run")
+            )
+        return found + [
+            d
+            for d in (self.verification.diagnosis if self.verification else ())
+            if d.slot.partition("/")[0] not in known
+        ]
 
     @property
     def findings(self) -> list[str]:
         """The same in words; empty when nothing is wrong."""
         found = [d.sentence if d.slot == "module" else str(d) for d in self.diagnosis]
-        return found or ([] if self.passed else ["its output differs from the specification's; the table shows where it begins"])
+        return found or (
+            []
+            if self.passed
+            else ["its output differs from the specification's; the table shows where it begins"]
+        )
 
 
 def load_factory(spec: str) -> Callable[..., Any]:
@@ -82,7 +103,9 @@ def load_factory(spec: str) -> Callable[..., Any]:
     """
     where, colon, name = spec.rpartition(":")
     if not colon or not where or not name:
-        raise InputError(f"--torch {spec!r} must be FILE.py:NAME or package.module:NAME, such as model.py:Block.")
+        raise InputError(
+            f"--torch {spec!r} must be FILE.py:NAME or package.module:NAME, such as model.py:Block."
+        )
     try:
         if where.endswith(".py"):
             path = Path(where)
@@ -99,7 +122,9 @@ def load_factory(spec: str) -> Callable[..., Any]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"--torch {spec}: importing it raised {type(error).__name__}: {error}.") from error
+        raise InputError(
+            f"--torch {spec}: importing it raised {type(error).__name__}: {error}."
+        ) from error
     factory = getattr(module, name, None)
     if not callable(factory):
         raise InputError(f"--torch {spec}: {where} has no class or function {name!r}.")
@@ -107,7 +132,8 @@ def load_factory(spec: str) -> Callable[..., Any]:
 
 
 def cases_of(factory: Callable[..., Any], kwargs: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The arguments to try: those given; else none; else, for a block that asks for channels, :data:`BLOCK_CASES`.
+    """The arguments to try: those given; else none; else, for a block that asks for channels,
+    :data:`BLOCK_CASES`.
 
     Raises:
       InputError: The factory needs arguments that cannot be guessed.
@@ -120,7 +146,10 @@ def cases_of(factory: Callable[..., Any], kwargs: Mapping[str, Any] | None) -> l
     if not required:
         return [{}]
     if not set(required) <= {"in_channels", "out_channels", "stride"}:
-        raise InputError(f"{getattr(factory, '__name__', factory)} needs {', '.join(required)}; say them with --kwargs, such as --kwargs '{{\"width\": 64}}'.")
+        raise InputError(
+            f"{getattr(factory, '__name__', factory)} needs {', '.join(required)}; say them "
+            f"with --kwargs, such as --kwargs '{{\"width\": 64}}'."
+        )
     full = [{"stride": 1, **case} if "stride" in required else dict(case) for case in BLOCK_CASES]
     return [case for case in full if set(case) <= set(parameters)]
 
@@ -139,36 +168,53 @@ def examine(
 
     Args:
       factory: Makes the module.
-      arguments: Keyword arguments; ``in_channels``, ``out_channels`` and ``stride`` also say what a block is meant to be.
+      arguments: Keyword arguments; ``in_channels``, ``out_channels`` and ``stride`` also say what a
+        block is meant to be.
       plan, seed, devices, progress: Of the comparison.
       images: Makes the input for what the module is meant to be; by default three random images.
     Raises:
-      InputError: The factory raises, makes no module, or a module that cannot be compared: see :func:`flax_resblock.parity.compare`.
+      InputError: The factory raises, makes no module, or a module that cannot be compared: see
+        :func:`flax_resblock.parity.compare`.
     """
     torch.manual_seed(seed)
     title = f"{getattr(factory, '__name__', 'factory')}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
     try:
         module = factory(**arguments)
     except Exception as error:
-        raise InputError(f"{title} raised {type(error).__name__}: {error}. Say its arguments with --kwargs.") from error
+        raise InputError(
+            f"{title} raised {type(error).__name__}: {error}. Say its arguments with --kwargs."
+        ) from error
     if not isinstance(module, torch.nn.Module):
         raise InputError(f"{title} made a {type(module).__name__}, not an nn.Module.")
     state = randomised_norm_state(state_to_numpy(module.state_dict()), seed)
     state_map, findings = _specification(state, arguments, title)
     facts = module_facts(module)
-    findings += [f"{difference}{_stride_remark(difference)}" for difference in facts.differences(state_map)]
+    findings += [
+        f"{difference}{_stride_remark(difference)}" for difference in facts.differences(state_map)
+    ]
     config = state_map.config
-    case = Case(title, config, state_map.layout.name, state, tuple(findings))
-    twins = Twins(config, state, facts.norm_options, layout=state_map.layout.name, module=module)
+    case = Case(title, config, state_map.naming.name, state, tuple(findings))
+    twins = ReferencePair(
+        config, state, facts.norm_options, naming=state_map.naming.name, module=module
+    )
     batch = images(config) if images is not None else adversarial_images(config, batch=3, seed=seed)
-    shapes_fit = all(value.shape == entry.torch_shape for entry in state_map.entries if (value := state.get(entry.torch_key)) is not None)
+    shapes_fit = all(
+        value.shape == entry.torch_shape
+        for entry in state_map.entries
+        if (value := state.get(entry.torch_key)) is not None
+    )
     raised = _raises(twins.torch(PRECISIONS["float64"]) if shapes_fit else module, batch)
     if raised or not shapes_fit:
         return replace(case, raised=raised)
-    return replace(case, verification=verify_pair(twins, batch, plan, seed=seed, devices=devices, progress=progress))
+    return replace(
+        case,
+        verification=verify_pair(twins, batch, plan, seed=seed, devices=devices, progress=progress),
+    )
 
 
-def _specification(state: Mapping[str, np.ndarray], arguments: Mapping[str, Any], title: str) -> tuple[StateMap, list[str]]:
+def _specification(
+    state: Mapping[str, np.ndarray], arguments: Mapping[str, Any], title: str
+) -> tuple[StateMap, list[str]]:
     """The map of what the module is meant to be, and how its tensors differ from that."""
     found = describe(state)
     if not {"in_channels", "out_channels"} <= set(arguments):
@@ -176,35 +222,65 @@ def _specification(state: Mapping[str, np.ndarray], arguments: Mapping[str, Any]
             return identify(found, source=title, stride=arguments.get("stride")).state_map, []
         except CheckpointError as error:
             raise InputError(str(error)) from error
-    kind = "bottleneck" if any(f"{name}.weight" in found for name in ("conv3", "block.6")) else "basic"
-    meant = BlockConfig(**{name: arguments[name] for name in ("in_channels", "out_channels", "stride") if name in arguments}, kind=kind)
-    maps = [StateMap(meant, LAYOUTS[name]) for name in ("torchvision", "sequential", "kuangliu")]
+    kind = (
+        "bottleneck" if any(f"{name}.weight" in found for name in ("conv3", "block.6")) else "basic"
+    )
+    meant = BlockConfig(
+        **{
+            name: arguments[name]
+            for name in ("in_channels", "out_channels", "stride")
+            if name in arguments
+        },
+        kind=kind,
+    )
+    maps = [StateMap(meant, NAMINGS[name]) for name in ("torchvision", "sequential", "kuangliu")]
     state_map = min(maps, key=lambda m: len(m.check(found)))
     misfit = state_map.check(found)
     if len(misfit.missing) > len(state_map.entries) // 2:
-        raise InputError(f"{title} is no residual block in a known naming scheme; its tensors are named like {', '.join(list(found)[:3])}.")
+        raise InputError(
+            f"{title} is no residual block in a known naming scheme; its tensors are named "
+            f"like {', '.join(list(found)[:3])}."
+        )
     findings = []
     for entry in state_map.entries:
         info = found.get(entry.torch_key)
         if info is not None and info.shape != entry.torch_shape:
-            findings.append(f"{entry.torch_key} has shape {list(info.shape)}, expected {list(entry.torch_shape)}{_channel_remark(entry, info.shape, meant)}")
-    findings += [f"{key} is missing" for key in misfit.missing] + [f"{key} has no place in the specification" for key in misfit.unexpected]
+            findings.append(
+                f"{entry.torch_key} has shape {list(info.shape)}, expected "
+                f"{list(entry.torch_shape)}{_channel_remark(entry, info.shape, meant)}"
+            )
+    findings += [f"{key} is missing" for key in misfit.missing] + [
+        f"{key} has no place in the specification" for key in misfit.unexpected
+    ]
     return state_map, findings
 
 
 def _channel_remark(entry: Any, shape: tuple[int, ...], meant: BlockConfig) -> str:
-    if entry.flax_path[0] == "conv2" and len(shape) == 4 and shape[1] == meant.in_channels != meant.out_channels:
-        return ": the second convolution takes in_channels, but it receives the first one's out_channels"
+    if (
+        entry.flax_path[0] == "conv2"
+        and len(shape) == 4
+        and shape[1] == meant.in_channels != meant.out_channels
+    ):
+        return (
+            ": the second convolution takes in_channels, but it receives the first one's "
+            "out_channels"
+        )
     return ""
 
 
 def _stride_remark(difference: str) -> str:
-    return ": the first convolution ignores stride, so the two paths end at different resolutions" if difference.startswith("conv1 has") else ""
+    return (
+        ": the first convolution ignores stride, so the two paths end at different resolutions"
+        if difference.startswith("conv1 has")
+        else ""
+    )
 
 
 def _raises(module: torch.nn.Module, images: np.ndarray) -> str:
     """What forward says, if it raises; empty where it does not."""
-    x = torch.from_numpy(np.array(np.moveaxis(images, -1, 1), order="C")).to(next(module.parameters()).dtype)
+    x = torch.from_numpy(np.array(np.moveaxis(images, -1, 1), order="C")).to(
+        next(module.parameters()).dtype
+    )
     try:
         with torch.no_grad():
             module.eval()(x)

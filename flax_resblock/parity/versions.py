@@ -8,8 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of this library, of Python, and of those packages that are installed (torch is not on every TPU host)."""
-    from flax_resblock import __version__
+    """Of this library, of Python, and of those packages that are installed (torch is not on every
+    TPU host).
+    """
+    from flax_resblock._version import __version__
 
     found = {"flax_resblock": __version__, "python": platform.python_version()}
     for package in packages:

@@ -21,7 +21,9 @@ from parity_tests.fuzz.samples import samples
 HANG = 10.0
 """Seconds after which a file counts as one that hangs whoever opens it."""
 WEIGHTS = {"orbax": 1, "pth zip": 8, "safetensors": 8, "pth legacy": 4, "optimizer": 2}
-"""How often a category comes up; 3 unless it is here. Orbax takes ten times as long as the others."""
+"""How often a category comes up; 3 unless it is here. Orbax takes ten times as long as the
+others.
+"""
 KEPT = Path("fuzz_failures")
 
 
@@ -38,7 +40,10 @@ class Tally:
     def add(self, category: str, seed: int, answer: dict) -> None:
         with self.lock:
             self.outcomes[category][answer["outcome"]] += 1
-            self.slowest, self.most_memory = max(self.slowest, answer["seconds"]), max(self.most_memory, answer["memory"])
+            self.slowest, self.most_memory = (
+                max(self.slowest, answer["seconds"]),
+                max(self.most_memory, answer["memory"]),
+            )
             if answer["found"]:
                 self.failures.append(f"{category}, seed {seed}: {'; '.join(answer['found'])}")
                 keep(category, seed)
@@ -60,11 +65,25 @@ class Watched:
     """A worker process, started again when it dies."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "160",
+        }
         path = str(Path(__file__).parents[2])
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH"))))
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (path, os.environ.get("PYTHONPATH")))
+        )
         command = [sys.executable, "-m", "parity_tests.fuzz.worker"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
         self.lines: queue.Queue[str] = queue.Queue()
         self.errors: list[str] = []
         threading.Thread(target=self._listen, daemon=True).start()
@@ -101,8 +120,17 @@ class Watched:
         if line is None:
             self.process.kill()
         code = self.process.wait()
-        found = f"HANG: no answer within {HANG:g} s" if line is None else f"CRASH: the process died with status {code}: {''.join(self.errors[-3:])[:400]}"
-        return {"outcome": "HANG" if line is None else "CRASH", "seconds": HANG if line is None else 0.0, "memory": 0, "found": [found]}
+        found = (
+            f"HANG: no answer within {HANG:g} s"
+            if line is None
+            else f"CRASH: the process died with status {code}: {''.join(self.errors[-3:])[:400]}"
+        )
+        return {
+            "outcome": "HANG" if line is None else "CRASH",
+            "seconds": HANG if line is None else 0.0,
+            "memory": 0,
+            "found": [found],
+        }
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -139,9 +167,20 @@ def work(order: list[str], seeds: range, end: float, tally: Tally) -> None:
 
 def fuzz(seconds: float, categories: list[str], *, seed: int = 0, workers: int = 2) -> Tally:
     """Opens mutated files for so many seconds, in so many processes."""
-    order = [category for step in range(max(WEIGHTS.values())) for category in categories if step < WEIGHTS.get(category, 3)]
+    order = [
+        category
+        for step in range(max(WEIGHTS.values()))
+        for category in categories
+        if step < WEIGHTS.get(category, 3)
+    ]
     tally, end = Tally(), time.monotonic() + seconds
-    threads = [threading.Thread(target=work, args=(order, range(seed * 10**8 + i, (seed + 1) * 10**8, workers), end, tally)) for i in range(workers)]
+    threads = [
+        threading.Thread(
+            target=work,
+            args=(order, range(seed * 10**8 + i, (seed + 1) * 10**8, workers), end, tally),
+        )
+        for i in range(workers)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -153,14 +192,23 @@ def print_counts(tally: Tally, seconds: float) -> None:
     names = ("exact", "refused", "VIOLATION", "HANG", "CRASH")
     print(f"{'category':<26}" + "".join(f"{name:>11}" for name in ("inputs", *names)))
     for category, counts in tally.outcomes.items():
-        print(f"{category:<26}{sum(counts.values()):>11,}" + "".join(f"{counts[name]:>11,}" for name in names))
+        print(
+            f"{category:<26}{sum(counts.values()):>11,}"
+            + "".join(f"{counts[name]:>11,}" for name in names)
+        )
     sums = [sum(counts[name] for counts in tally.outcomes.values()) for name in names]
     print(f"{'all':<26}{tally.total:>11,}" + "".join(f"{count:>11,}" for count in sums))
-    print(f"{seconds:.0f} s; the slowest took {tally.slowest:.2f} s; the most memory beyond the start was {tally.most_memory / 1e6:.0f} MB")
+    print(
+        f"{seconds:.0f} s; the slowest took {tally.slowest:.2f} s; the most memory beyond the "
+        f"start was {tally.most_memory / 1e6:.0f} MB"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m parity_tests.fuzz", description="Opens mutated files and counts what becomes of them.")
+    parser = argparse.ArgumentParser(
+        prog="python -m parity_tests.fuzz",
+        description="Opens mutated files and counts what becomes of them.",
+    )
     parser.add_argument("seconds", nargs="?", type=float, default=300)
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000)
     parser.add_argument("--category", choices=list(MUTATIONS), action="append")
@@ -171,10 +219,19 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             return guided.run(options.seconds)
         except ImportError as error:
-            print(f"atheris cannot be imported ({error}): pip install 'flax-resblock[dev]', on Linux. Going on with the structured search.", file=sys.stderr)
+            print(
+                f"atheris cannot be imported ({error}): pip install 'flax-resblock[dev]', on "
+                f"Linux. Going on with the structured search.",
+                file=sys.stderr,
+            )
     start = time.monotonic()
     print(f"seed {options.seed}", flush=True)
-    tally = fuzz(options.seconds, options.category or list(MUTATIONS), seed=options.seed, workers=options.workers)
+    tally = fuzz(
+        options.seconds,
+        options.category or list(MUTATIONS),
+        seed=options.seed,
+        workers=options.workers,
+    )
     print_counts(tally, time.monotonic() - start)
     for failure in tally.failures[:20]:
         print(failure)

@@ -1,4 +1,6 @@
-"""Notices what no file may cause: code that runs, files outside the output folder, memory beyond the limit."""
+"""Notices what no file may cause: code that runs, files outside the output folder, memory beyond
+the limit.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,40 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_CODE = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "subprocess.Popen", "pty.spawn", "os.startfile", "code.__new__")
+_CODE = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "os.forkpty",
+    "subprocess.Popen",
+    "pty.spawn",
+    "os.startfile",
+    "code.__new__",
+)
 _NETWORK = ("socket.connect", "socket.bind", "socket.sendto", "urllib.Request")
-_PATHS = {"os.remove": (0,), "os.rename": (0, 1), "os.mkdir": (0,), "os.rmdir": (0,), "os.link": (0, 1), "os.symlink": (1,), "os.truncate": (0,)}
+_PATHS = {
+    "os.remove": (0,),
+    "os.rename": (0, 1),
+    "os.mkdir": (0,),
+    "os.rmdir": (0,),
+    "os.link": (0, 1),
+    "os.symlink": (1,),
+    "os.truncate": (0,),
+}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 CANARY = "flax_resblock_fuzz_canary"
-"""Name of the environment variable that code in a mutated file sets, and of the file that it touches."""
+"""Name of the environment variable that code in a mutated file sets, and of the file that it
+touches.
+"""
 
 
 class Guard:
-    """An audit hook that cannot be removed: one per process. It only watches within :meth:`watching`."""
+    """An audit hook that cannot be removed: one per process. It only watches within
+    :meth:`watching`.
+    """
 
     def __init__(self, allowed: Path) -> None:
         self.allowed = allowed.resolve()

@@ -40,12 +40,20 @@ VALUES: tuple[Any, ...] = (
 
 
 def some_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Bits, numbers and stretches changed, moved, repeated or cut off; near the beginning or the end half of the time, where the directories are."""
+    """Bits, numbers and stretches changed, moved, repeated or cut off; near the beginning or the
+    end half of the time, where the directories are.
+    """
     changed = bytearray(data or b"\0")
     for _ in range(rng.choice((1, 1, 1, 2, 8))):
         length = len(changed)
         edge = rng.random()
-        place = rng.randrange(min(length, 400)) if edge < 0.4 else length - 1 - rng.randrange(min(length, 400)) if edge < 0.6 else rng.randrange(length)
+        place = (
+            rng.randrange(min(length, 400))
+            if edge < 0.4
+            else length - 1 - rng.randrange(min(length, 400))
+            if edge < 0.6
+            else rng.randrange(length)
+        )
         how = rng.randrange(8)
         if how <= 1:
             changed[place] ^= 1 << rng.randrange(8)
@@ -54,7 +62,9 @@ def some_bytes(data: bytes, rng: random.Random) -> bytes:
         elif how == 3:
             code = rng.choice(("<I", ">I", "<Q", ">Q", "<H"))
             size = struct.calcsize(code)
-            changed[place : place + size] = struct.pack(code, rng.choice((*NUMBERS, length, length - 1)) % (1 << 8 * size))
+            changed[place : place + size] = struct.pack(
+                code, rng.choice((*NUMBERS, length, length - 1)) % (1 << 8 * size)
+            )
         elif how == 4:
             del changed[place : place + rng.choice((1, 2, 8, 64, length))]
         elif how == 5:
@@ -63,7 +73,10 @@ def some_bytes(data: bytes, rng: random.Random) -> bytes:
             changed[place:place] = rng.randbytes(rng.choice((1, 4, 16)))
         else:
             other = rng.randrange(length)
-            changed[place : place + 16], changed[other : other + 16] = changed[other : other + 16], changed[place : place + 16]
+            changed[place : place + 16], changed[other : other + 16] = (
+                changed[other : other + 16],
+                changed[place : place + 16],
+            )
         if not changed:
             changed = bytearray(b"\0")
     return bytes(changed)
@@ -84,7 +97,10 @@ def some_json(value: Any, rng: random.Random) -> Any:
         if how == 3:
             return {k: v for k, v in value.items() if k != key}
         if how == 4:
-            return {**value, rng.choice((*pickles.NAMES, *value)): rng.choice((value[key], rng.choice(VALUES)))}
+            return {
+                **value,
+                rng.choice((*pickles.NAMES, *value)): rng.choice((value[key], rng.choice(VALUES))),
+            }
         return {(rng.choice(pickles.NAMES) if k == key else k): v for k, v in value.items()}
     if isinstance(value, list) and value and rng.random() < 0.7:
         place = rng.randrange(len(value))
@@ -103,7 +119,15 @@ def _in_json(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.3:
         return some_bytes(data, rng)
     if rng.random() < 0.02:
-        return rng.choice((b"[" * 100_000, b'{"a":' * 100_000, b"\xef\xbb\xbf{}", b"\xff\xfe{", b'{"kind":1,"kind":2}'))
+        return rng.choice(
+            (
+                b"[" * 100_000,
+                b'{"a":' * 100_000,
+                b"\xef\xbb\xbf{}",
+                b"\xff\xfe{",
+                b'{"kind":1,"kind":2}',
+            )
+        )
     return json_text(some_json(json.loads(data), rng))
 
 
@@ -118,24 +142,52 @@ def _zip(records: list[tuple[str, bytes, int]], comment: bytes = b"") -> bytes:
     return buffer.getvalue()
 
 
-def in_zip(data: bytes, rng: random.Random, change: Callable[[bytes, random.Random], bytes], part: str) -> bytes:
-    """An archive packed anew: records changed, compressed, renamed, repeated, removed, added; then, now and then, its bytes."""
+def in_zip(
+    data: bytes, rng: random.Random, change: Callable[[bytes, random.Random], bytes], part: str
+) -> bytes:
+    """An archive packed anew: records changed, compressed, renamed, repeated, removed, added; then,
+    now and then, its bytes.
+    """
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        records = [(info.filename, archive.read(info), info.compress_type) for info in archive.infolist()]
+        records = [
+            (info.filename, archive.read(info), info.compress_type) for info in archive.infolist()
+        ]
     how = rng.randrange(10)
     place = rng.randrange(len(records))
     name, content, method = records[place]
     comment = b""
     if how <= 4:
-        records = [(n, change(c, rng), m) if n.endswith(part) and rng.random() < 0.7 else (n, c, m) for n, c, m in records]
+        records = [
+            (n, change(c, rng), m) if n.endswith(part) and rng.random() < 0.7 else (n, c, m)
+            for n, c, m in records
+        ]
     elif how == 5:
         records[place] = (name, content, zipfile.ZIP_DEFLATED)
     elif how == 6:
-        records[place] = (rng.choice(("../" + name, "/" + name, name.upper(), "a\0b", "", name + "/", "constants.pkl", "x/constants.pkl")), content, method)
+        records[place] = (
+            rng.choice(
+                (
+                    "../" + name,
+                    "/" + name,
+                    name.upper(),
+                    "a\0b",
+                    "",
+                    name + "/",
+                    "constants.pkl",
+                    "x/constants.pkl",
+                )
+            ),
+            content,
+            method,
+        )
     elif how == 7:
         records.insert(
             place,
-            (rng.choice((name.upper(), "x/../y", "archive/data/0", "archive/constants.pkl")), rng.choice((content, bytes(3_000_000))), zipfile.ZIP_DEFLATED),
+            (
+                rng.choice((name.upper(), "x/../y", "archive/data/0", "archive/constants.pkl")),
+                rng.choice((content, bytes(3_000_000))),
+                zipfile.ZIP_DEFLATED,
+            ),
         )
     elif how == 8:
         del records[place]
@@ -146,7 +198,11 @@ def in_zip(data: bytes, rng: random.Random, change: Callable[[bytes, random.Rand
 
 
 def _pth_zip(files: Files, rng: random.Random) -> Files:
-    change = some_bytes if rng.random() < 0.35 else lambda data, rng: in_zip(data, rng, pickles.mutate, "data.pkl")
+    change = (
+        some_bytes
+        if rng.random() < 0.35
+        else lambda data, rng: in_zip(data, rng, pickles.mutate, "data.pkl")
+    )
     return {name: change(data, rng) for name, data in files.items()}
 
 
@@ -172,7 +228,9 @@ def _safetensors(files: Files, rng: random.Random) -> Files:
     return {name: struct.pack("<Q", declared % 2**64) + text + data[8 + length :], **rest}
 
 
-def _one_of(change: Callable[[bytes, random.Random], bytes], *only: str) -> Callable[[Files, random.Random], Files]:
+def _one_of(
+    change: Callable[[bytes, random.Random], bytes], *only: str
+) -> Callable[[Files, random.Random], Files]:
     """One of the files changed; with ``only``, those with these suffixes."""
 
     def mutate(files: Files, rng: random.Random) -> Files:
@@ -194,15 +252,32 @@ def _idx_file(data: bytes, rng: random.Random) -> bytes:
         return some_bytes(data, rng)
     plain = gzip.decompress(data) if compressed else data
     if rng.random() < 0.15:
-        plain = struct.pack(">I3I", 0x803, 50_000, 1000, rng.choice((10, 2**31))) + bytes(rng.choice((10, 3_000_000)))
+        plain = struct.pack(">I3I", 0x803, 50_000, 1000, rng.choice((10, 2**31))) + bytes(
+            rng.choice((10, 3_000_000))
+        )
     return gzip.compress(some_bytes(plain, rng), 9 if rng.random() < 0.5 else 1)
 
 
 def _npy(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.5:
         return some_bytes(data, rng)
-    header = {"descr": rng.choice(("|u1", "<f8", "|O", "V2000000000", "<U99999999", "(9,9)<f4", [("a", "<i4")])), "fortran_order": rng.random() < 0.5}
-    text = repr({**header, "shape": rng.choice(((6, 5, 4, 1), (2**40,), (2**62, 4), (0, 2**62), (-1,), (6,), ()))}).encode() + b"\n"
+    header = {
+        "descr": rng.choice(
+            ("|u1", "<f8", "|O", "V2000000000", "<U99999999", "(9,9)<f4", [("a", "<i4")])
+        ),
+        "fortran_order": rng.random() < 0.5,
+    }
+    text = (
+        repr(
+            {
+                **header,
+                "shape": rng.choice(
+                    ((6, 5, 4, 1), (2**40,), (2**62, 4), (0, 2**62), (-1,), (6,), ())
+                ),
+            }
+        ).encode()
+        + b"\n"
+    )
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data[-120:]
 
 
@@ -236,13 +311,46 @@ def _config(files: Files, rng: random.Random) -> Files:
     data = files["net.safetensors"]
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    block = {"type": "BlockConfig", "in_channels": 4, "out_channels": 4, "kind": "basic", "stride": 1}
-    network = {"type": "ResNetConfig", "block": "basic", "depths": [1, 1], "widths": [4, 6], "stem": "cifar", "stem_width": 4, "num_classes": 3}
+    block = {
+        "type": "BlockConfig",
+        "in_channels": 4,
+        "out_channels": 4,
+        "kind": "basic",
+        "stride": 1,
+    }
+    network = {
+        "type": "ResNetConfig",
+        "block": "basic",
+        "depths": [1, 1],
+        "widths": [4, 6],
+        "stem": "cifar",
+        "stem_width": 4,
+        "num_classes": 3,
+    }
     config = rng.choice((block, network))
-    run = {"optimizer": "sgd", "groups": [], "count": None, "schedule": None, "per_epoch": False, "steps": 1, "epochs": 0, "settings": {}}
-    texts = {"config": config, "run": run, "sha256": {"conv1.weight": "ab" * 32}, "eps": 1e-5, "momentum": 0.1}
+    run = {
+        "optimizer": "sgd",
+        "groups": [],
+        "count": None,
+        "schedule": None,
+        "per_epoch": False,
+        "steps": 1,
+        "epochs": 0,
+        "settings": {},
+    }
+    texts = {
+        "config": config,
+        "run": run,
+        "sha256": {"conv1.weight": "ab" * 32},
+        "eps": 1e-5,
+        "momentum": 0.1,
+    }
     part = rng.choice(list(texts))
-    header["__metadata__"] = {part: json.dumps(some_json(texts[part], rng)) if rng.random() < 0.8 else str(rng.choice(VALUES))}
+    header["__metadata__"] = {
+        part: json.dumps(some_json(texts[part], rng))
+        if rng.random() < 0.8
+        else str(rng.choice(VALUES))
+    }
     text = json_text(header)
     return {"net.safetensors": struct.pack("<Q", len(text)) + text + data[8 + length :]}
 
@@ -254,7 +362,9 @@ MUTATIONS: dict[str, Callable[[Files, random.Random], Files]] = {
     "optimizer": _optimizer,
     "safetensors": _safetensors,
     "safetensors with digests": _one_of(some_bytes),
-    "shard index": _one_of(lambda data, rng: _in_json(data, rng) if data[:1] == b"{" else some_bytes(data, rng)),
+    "shard index": _one_of(
+        lambda data, rng: _in_json(data, rng) if data[:1] == b"{" else some_bytes(data, rng)
+    ),
     "orbax": _one_of(_orbax_file),
     "idx": _one_of(_idx_file),
     "cifar binary": _one_of(some_bytes),

@@ -8,7 +8,21 @@ import struct
 
 from parity_tests.fuzz.guard import CANARY
 
-NUMBERS = (0, 1, 2, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**64 - 1)
+NUMBERS = (
+    0,
+    1,
+    2,
+    255,
+    256,
+    65535,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**40,
+    2**62,
+    2**63 - 1,
+    2**64 - 1,
+)
 
 
 def _text(value: str) -> bytes:
@@ -45,7 +59,15 @@ def _tensor(count: int, offset: int, size: tuple[int, ...], stride: tuple[int, .
     sizes, strides = (b"(" + b"".join(map(_int, values)) + b"t" for values in (size, stride))
     return (
         b"ctorch._utils\n_rebuild_tensor_v2\n("
-        + (b"(" + _text("storage") + b"ctorch\nFloatStorage\n" + _text("0") + _text("cpu") + _int(count) + b"tQ")
+        + (
+            b"("
+            + _text("storage")
+            + b"ctorch\nFloatStorage\n"
+            + _text("0")
+            + _text("cpu")
+            + _int(count)
+            + b"tQ"
+        )
         + (_int(offset) + sizes + strides + b"\x89ccollections\nOrderedDict\n)RtR")
     )
 
@@ -58,17 +80,31 @@ PIECES: dict[str, bytes] = {
     "system": call("posix", "system", _text(f"touch {CANARY}")),
     "os.system": call("os", "system", _text(f"touch {CANARY}")),
     "environ": call("builtins", "exec", _text(f"import os; os.environ['{CANARY}'] = '1'")),
-    "eval by stack": _text("builtins") + _text("eval") + b"\x93" + _text(f"__import__('os').system('touch {CANARY}')") + b"\x85R",
+    "eval by stack": _text("builtins")
+    + _text("eval")
+    + b"\x93"
+    + _text(f"__import__('os').system('touch {CANARY}')")
+    + b"\x85R",
     "inst": b"(" + _text(f"touch {CANARY}") + b"iposix\nsystem\n",
     "obj of a class": b"(ccollections\nOrderedDict\no",
     "obj": b"(cposix\nsystem\n" + _text(f"touch {CANARY}") + b"o",
     "numpy load": call("numpy", "load", _text(CANARY)),
     "torch load": call("torch", "load", _text(CANARY)),
     "bytearray": call("builtins", "bytearray", _int(2**33)),
-    "encode chain": b"ccodecs\nencode\n" + _text("a") + call("_codecs", "encode", _text("a" * 99), _text("hex")),
+    "encode chain": b"ccodecs\nencode\n"
+    + _text("a")
+    + call("_codecs", "encode", _text("a" * 99), _text("hex")),
     "encode to hex": call("_codecs", "encode", _text("a" * 99), _text("hex")),
-    "encode again and again": b"]" + _text("a" * 100_000) + b"q\xf2a(" + 100 * call("_codecs", "encode", b"h\xf2", _text("latin1")) + b"e",
-    "copy again and again": b"]](" + b"K\x01" * 20_000 + b"eq\xf2a(" + 100 * call("torch", "Size", b"h\xf2") + b"e",
+    "encode again and again": b"]"
+    + _text("a" * 100_000)
+    + b"q\xf2a("
+    + 100 * call("_codecs", "encode", b"h\xf2", _text("latin1"))
+    + b"e",
+    "copy again and again": b"]]("
+    + b"K\x01" * 20_000
+    + b"eq\xf2a("
+    + 100 * call("torch", "Size", b"h\xf2")
+    + b"e",
     "key of shared tuples": b"}" + b")q\xf2" + 60 * b"h\xf2\x86q\xf2" + b"K\x01s",
     "long key": b"}(" + b"K\x01" * 100 + b"tK\x01s",
     "endless product": _tensor(16, 0, (2**62,) * 3000, (0,) * 3000),
@@ -89,7 +125,9 @@ PIECES: dict[str, bytes] = {
     "beyond its record": _tensor(2**40, 0, (2**40,), (1,)),
     "overflow": _tensor(16, 2**62, (2**62, 2**62), (2**62, 2**62)),
     "empty and endless": _tensor(16, 0, (0, 2**62), (1, 1)),
-    "dtype of any size": call("numpy._core.multiarray", "scalar", call("numpy", "dtype", _text("V2000000000"))),
+    "dtype of any size": call(
+        "numpy._core.multiarray", "scalar", call("numpy", "dtype", _text("V2000000000"))
+    ),
     "counter": call("collections", "Counter", _text("a" * 99)),
     "device": call("torch", "device", _text("cuda:7")),
     "storage": call("torch", "FloatStorage", _int(2**33)),
@@ -121,7 +159,9 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
             steps[rng.choice(texts or [place])] = _text(rng.choice(NAMES))
         elif how == 2:
             numbers = [i for i, step in enumerate(steps) if step[:1] in (b"K", b"M", b"J", b"\x8a")]
-            steps[rng.choice(numbers or [place])] = _int(rng.choice(NUMBERS) * rng.choice((1, 1, -1)))
+            steps[rng.choice(numbers or [place])] = _int(
+                rng.choice(NUMBERS) * rng.choice((1, 1, -1))
+            )
         elif how == 3:
             del steps[place]
         elif how == 4:

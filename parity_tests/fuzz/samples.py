@@ -17,10 +17,10 @@ import safetensors.numpy
 import torch
 
 from flax_resblock import checkpoint
-from flax_resblock.architecture import BlockConfig
 from flax_resblock.checkpoint.torch_file import with_tensors
-from flax_resblock.convert import LAYOUTS, StateMap
-from flax_resblock.convert.source import metadata_of
+from flax_resblock.config import BlockConfig
+from flax_resblock.convert import NAMINGS, StateMap
+from flax_resblock.convert.opening import metadata_of
 
 CONFIG = BlockConfig(in_channels=4, out_channels=4)
 """A block: few tensors, so that thousands of files can be opened in a second or two."""
@@ -34,16 +34,22 @@ def state() -> dict[str, np.ndarray]:
     """A state dict of random weights with asymmetric statistics."""
     rng = np.random.default_rng(0)
     tensors = {}
-    for entry in StateMap(CONFIG, LAYOUTS["torchvision"]).entries:
+    for entry in StateMap(CONFIG, NAMINGS["torchvision"]).entries:
         counter = entry.role == "counter"
-        tensors[entry.torch_key] = np.array(7, np.int64) if counter else rng.uniform(0.1, 2, entry.torch_shape).astype(np.float32)
+        tensors[entry.torch_key] = (
+            np.array(7, np.int64)
+            if counter
+            else rng.uniform(0.1, 2, entry.torch_shape).astype(np.float32)
+        )
     return tensors
 
 
 def training() -> dict[str, Any]:
     """A training checkpoint: weights, optimizer, schedule, counters."""
     module = torch.nn.Linear(1, 1)
-    names = [key for key, value in state().items() if value.dtype == np.float32 and "running" not in key]
+    names = [
+        key for key, value in state().items() if value.dtype == np.float32 and "running" not in key
+    ]
     parameters = [torch.nn.Parameter(torch.from_numpy(np.array(state()[name]))) for name in names]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.02)
     for number, parameter in enumerate(parameters):
@@ -51,7 +57,13 @@ def training() -> dict[str, Any]:
     optimizer.step()
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3)
     del module
-    return {"model": with_tensors(state()), "optimizer": optimizer.state_dict(), "lr_scheduler": schedule.state_dict(), "epoch": 0, "step": 1}
+    return {
+        "model": with_tensors(state()),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": schedule.state_dict(),
+        "epoch": 0,
+        "step": 1,
+    }
 
 
 def saved(content: Any, *, legacy: bool = False) -> bytes:
@@ -64,25 +76,48 @@ def saved(content: Any, *, legacy: bool = False) -> bytes:
 def _written(name: str, **arguments: Any) -> Files:
     """What this library writes, digests included."""
     with tempfile.TemporaryDirectory() as folder:
-        layout = LAYOUTS["flax" if name == "net" else "torchvision"]
-        tensors = dict(zip([e.torch_key for e in StateMap(CONFIG, layout).entries], _arrays(layout), strict=True))
-        checkpoint.write(Path(folder) / name, tensors, metadata=metadata_of(CONFIG, "torchvision", {"eps": 1e-5, "momentum": 0.1}), **arguments)
+        naming = NAMINGS["flax" if name == "net" else "torchvision"]
+        tensors = dict(
+            zip(
+                [e.torch_key for e in StateMap(CONFIG, naming).entries],
+                _arrays(naming),
+                strict=True,
+            )
+        )
+        checkpoint.write(
+            Path(folder) / name,
+            tensors,
+            metadata=metadata_of(CONFIG, "torchvision", {"eps": 1e-5, "momentum": 0.1}),
+            **arguments,
+        )
         top = Path(folder) / name
         files = [top, *(path for path in sorted(Path(folder).rglob("*")) if path != top)]
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files if path.is_file()}
+        return {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in files
+            if path.is_file()
+        }
 
 
-def _arrays(layout: Any) -> list[np.ndarray]:
-    source = StateMap(CONFIG, LAYOUTS["torchvision"])
+def _arrays(naming: Any) -> list[np.ndarray]:
+    source = StateMap(CONFIG, NAMINGS["torchvision"])
     flat = source.to_flax(state())
-    return [entry.codec.to_torch(flat[entry.flax_path]) for entry in StateMap(CONFIG, layout).entries]
+    return [
+        entry.codec.to_torch(flat[entry.flax_path]) for entry in StateMap(CONFIG, naming).entries
+    ]
 
 
 def _shards() -> Files:
     keys = list(state())
     parts = {"model-00001.safetensors": keys[::2], "model-00002.safetensors": keys[1::2]}
-    index = {"metadata": {"total_size": 1}, "weight_map": {key: name for name, part in parts.items() for key in part}}
-    shards = {name: safetensors.numpy.save({key: state()[key] for key in part}) for name, part in parts.items()}
+    index = {
+        "metadata": {"total_size": 1},
+        "weight_map": {key: name for name, part in parts.items() for key in part},
+    }
+    shards = {
+        name: safetensors.numpy.save({key: state()[key] for key in part})
+        for name, part in parts.items()
+    }
     return {"model.safetensors.index.json": json.dumps(index).encode(), **shards}
 
 
@@ -108,7 +143,16 @@ def _idx_files() -> Files:
 
 def _cifar_bin() -> Files:
     rng = np.random.default_rng(2)
-    records = [np.concatenate([rng.integers(0, 10, (2, 1), dtype=np.uint8), rng.integers(0, 256, (2, 3072), dtype=np.uint8)], axis=1) for _ in range(6)]
+    records = [
+        np.concatenate(
+            [
+                rng.integers(0, 10, (2, 1), dtype=np.uint8),
+                rng.integers(0, 256, (2, 3072), dtype=np.uint8),
+            ],
+            axis=1,
+        )
+        for _ in range(6)
+    ]
     names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
     return {name: part.tobytes() for name, part in zip(names, records, strict=True)}
 
@@ -118,7 +162,11 @@ def _cifar_py() -> Files:
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     files = {}
     for name in names:
-        content = {b"data": rng.integers(0, 256, (2, 3072), dtype=np.uint8), b"labels": [int(n) for n in rng.integers(0, 10, 2)], b"batch_label": name.encode()}
+        content = {
+            b"data": rng.integers(0, 256, (2, 3072), dtype=np.uint8),
+            b"labels": [int(n) for n in rng.integers(0, 10, 2)],
+            b"batch_label": name.encode(),
+        }
         files[name] = pickle.dumps(content, protocol=2)
     return files
 
@@ -126,14 +174,28 @@ def _cifar_py() -> Files:
 def _npz() -> Files:
     images, labels = _images()
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, images=images[..., None], labels=labels.astype(np.int64), mean=np.array([0.4]), std=np.array([0.2]))
+    np.savez_compressed(
+        buffer,
+        images=images[..., None],
+        labels=labels.astype(np.int64),
+        mean=np.array([0.4]),
+        std=np.array([0.2]),
+    )
     return {"data.npz": buffer.getvalue()}
 
 
 def certificate() -> dict[str, Any]:
     """A parity.json of one output that is there and one that is not."""
-    entry = {"output": {"sha256": "ab" * 32}, "tensors": {"conv1.weight": "cd" * 32}, "verification": {"passed": True}}
-    return {"schema": 1, "kind": "flax-resblock certificate", "outputs": {"net.safetensors": entry, "absent": entry}}
+    entry = {
+        "output": {"sha256": "ab" * 32},
+        "tensors": {"conv1.weight": "cd" * 32},
+        "verification": {"passed": True},
+    }
+    return {
+        "schema": 1,
+        "kind": "flax-resblock certificate",
+        "outputs": {"net.safetensors": entry, "absent": entry},
+    }
 
 
 @functools.cache
@@ -154,5 +216,8 @@ def samples() -> dict[str, Files]:
         "cifar binary": _cifar_bin(),
         "cifar pickle": _cifar_py(),
         "npz": _npz(),
-        "config json": {"parity.json": json.dumps(certificate()).encode(), "net.safetensors": plain},
+        "config json": {
+            "parity.json": json.dumps(certificate()).encode(),
+            "net.safetensors": plain,
+        },
     }

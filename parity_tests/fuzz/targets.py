@@ -1,4 +1,6 @@
-"""Opens a file as a person would, and judges what came out: exactly what the file holds, or one clear error."""
+"""Opens a file as a person would, and judges what came out: exactly what the file holds, or one
+clear error.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,13 @@ from flax_resblock import checkpoint
 from flax_resblock.checkpoint import Limits, digests
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.checkpoint.unwrap import unwrap
-from flax_resblock.convert.source import Reading, interpret
+from flax_resblock.convert.opening import ReadOptions, interpret
 from flax_resblock.errors import InputError
 from flax_resblock.parity.certificate import recheck
+from flax_resblock.training.data import opening
+from flax_resblock.training.data.bounded import read_npz
+from flax_resblock.training.data.idx import read_idx
 from parity_tests.fuzz.samples import Files, state
-from train.data import opening
-from train.data.bounded import read_npz
-from train.data.idx import read_idx
 
 MOST = 64 << 20
 LIMITS = Limits(max_bytes=MOST, max_tensors=2000, max_header_bytes=1 << 20)
@@ -73,11 +75,13 @@ def _open_checkpoint(category: str, folder: Path) -> None:
     path = _subject(folder)
     record = checkpoint.read(path, run=category == "optimizer", limits=LIMITS)
     if category in DAMAGE:
-        if digests(record.tensors) != _truth(category) and not any("describes another file" in note for note in record.notes):
+        if digests(record.tensors) != _truth(category) and not any(
+            "describes another file" in note for note in record.notes
+        ):
             raise ViolationError("it loaded tensors that are not those that were written")
     else:
         _compare(record, _reference(path))
-    source = interpret(record, Reading(limits=LIMITS))
+    source = interpret(record, ReadOptions(limits=LIMITS))
     if category == "optimizer":
         source.run()
 
@@ -89,25 +93,35 @@ def _subject(folder: Path) -> Path:
 
 def _truth(category: str) -> dict[str, str]:
     if category == "orbax":
-        from flax_resblock.convert import LAYOUTS, StateMap
+        from flax_resblock.convert import NAMINGS, StateMap
         from parity_tests.fuzz.samples import CONFIG
 
-        flat = StateMap(CONFIG, LAYOUTS["torchvision"]).to_flax(state())
+        flat = StateMap(CONFIG, NAMINGS["torchvision"]).to_flax(state())
         return digests({".".join(map(str, path)): value for path, value in flat.items()})
     return digests(state())
 
 
 def _reference(path: Path) -> dict[str, np.ndarray] | None:
-    """The same file by the formats' own readers, once this library has found that it can be opened without harm."""
+    """The same file by the formats' own readers, once this library has found that it can be opened
+    without harm.
+    """
     if path.suffix == ".pth":
-        content = torch.load(path, map_location="cpu", weights_only=True) if path.read_bytes()[:2] == b"\x80\x02" else None
+        content = (
+            torch.load(path, map_location="cpu", weights_only=True)
+            if path.read_bytes()[:2] == b"\x80\x02"
+            else None
+        )
         if content is None:
             with warnings.catch_warnings():
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
         return state_to_numpy(unwrap(content, is_tensor=torch.is_tensor, source="reference")[0])
     if path.suffix == ".safetensors":
         return safetensors.numpy.load_file(path)
-    return {key: value for shard in sorted(path.parent.glob("*.safetensors")) for key, value in safetensors.numpy.load_file(shard).items()}
+    return {
+        key: value
+        for shard in sorted(path.parent.glob("*.safetensors"))
+        for key, value in safetensors.numpy.load_file(shard).items()
+    }
 
 
 def _compare(record: checkpoint.Record, reference: dict[str, np.ndarray] | None) -> None:
@@ -116,7 +130,9 @@ def _compare(record: checkpoint.Record, reference: dict[str, np.ndarray] | None)
     for key, value in record.tensors.items():
         theirs = reference.get(key)
         if theirs is None:
-            theirs = next((other for name, other in reference.items() if name.endswith(f".{key}")), None)
+            theirs = next(
+                (other for name, other in reference.items() if name.endswith(f".{key}")), None
+            )
         if theirs is None or theirs.tobytes() != value.tobytes() or theirs.shape != value.shape:
             raise ViolationError(f"{key!r} is not what the format's own reader finds")
 
@@ -126,7 +142,12 @@ def _open_data(category: str, folder: Path) -> None:
     splits = opening.open_data(files[0] if category == "npz" else folder)
     for part in splits:
         images = part.fitted()
-        if not len(images) or part.labels.min() < 0 or part.labels.max() >= part.num_classes or len(images) != len(part.labels):
+        if (
+            not len(images)
+            or part.labels.min() < 0
+            or part.labels.max() >= part.num_classes
+            or len(images) != len(part.labels)
+        ):
             raise ViolationError(f"{part.name} has labels that do not fit its images")
     if category == "npz":
         arrays = read_npz(files[0], MOST)
@@ -150,12 +171,18 @@ def _open_config(category: str, folder: Path) -> None:
         recheck(folder / "parity.json")
     else:
         record = checkpoint.read(folder / "net.safetensors", limits=LIMITS)
-        source = interpret(record, Reading(limits=LIMITS))
+        source = interpret(record, ReadOptions(limits=LIMITS))
         if "run" in record.metadata:
             source.run()
 
 
-_OPENERS = {"idx": _open_idx, "cifar binary": _open_data, "cifar pickle": _open_data, "npz": _open_data, "config json": _open_config}
+_OPENERS = {
+    "idx": _open_idx,
+    "cifar binary": _open_data,
+    "cifar pickle": _open_data,
+    "npz": _open_data,
+    "config json": _open_config,
+}
 
 
 def command(folder: Path, out: Path, *, convert: bool) -> str:
@@ -168,7 +195,11 @@ def command(folder: Path, out: Path, *, convert: bool) -> str:
 
     path = str(_subject(folder))
     limits = ["--max-bytes", str(MOST), "--max-tensors", "2000", "--max-header-bytes", str(1 << 20)]
-    arguments = ["convert", path, str(out / "out.safetensors"), "--no-certificate", "--force"] if convert else ["inspect", path]
+    arguments = (
+        ["convert", path, str(out / "out.safetensors"), "--no-certificate", "--force"]
+        if convert
+        else ["inspect", path]
+    )
     said, complained = io.StringIO(), io.StringIO()
     from flax_resblock.cli import common
 
@@ -177,7 +208,11 @@ def command(folder: Path, out: Path, *, convert: bool) -> str:
         common.output.file, common.status.file = said, complained
         status = run([*arguments, *limits])
     error = complained.getvalue()
-    if status not in (0, 2) or (status == 2) != error.startswith("flax-resblock: ") or "Traceback" in error:
+    if (
+        status not in (0, 2)
+        or (status == 2) != error.startswith("flax-resblock: ")
+        or "Traceback" in error
+    ):
         raise ViolationError(f"{arguments[0]} ended with {status} and said {error[:300]!r}")
     hidden = _UNSEEN.search(error + said.getvalue())
     if hidden:

@@ -1,4 +1,6 @@
-"""Why something else arrives at a layer although every layer before it is right: what lies between the layers, and how a block ends."""
+"""Why something else arrives at a layer although every layer before it is right: what lies between
+the layers, and how a block ends.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class Connection:
     Attributes:
       truth: What is meant to arrive, NHWC.
       images: The network's input.
-      outputs: What every slot before this place gave, by slot name in forward order; the most recent ones matter most.
+      outputs: What every slot before this place gave, by slot name in forward order; the most
+        recent ones matter most.
       all_outputs: What every slot gave; the branches of a block may run in any order.
     """
 
@@ -30,7 +33,9 @@ class Connection:
     all_outputs: Mapping[str, np.ndarray]
 
 
-def _torch(function: Callable[..., torch.Tensor], **options: float | str) -> Callable[[np.ndarray], np.ndarray]:
+def _torch(
+    function: Callable[..., torch.Tensor], **options: float | str
+) -> Callable[[np.ndarray], np.ndarray]:
     return lambda x: function(torch.from_numpy(np.array(x, np.float64)), **options).numpy()
 
 
@@ -64,7 +69,12 @@ _CONSTANTS = {
 def explain_connection(connection: Connection, value: np.ndarray) -> Cause | None:
     """The mistake by which ``value`` arrives."""
     if np.isfinite(connection.truth).all() and not np.isfinite(value).all():
-        return Cause("non-finite", f"feeds it {np.count_nonzero(~np.isfinite(value))} of {value.size} values that are not finite", 0.0)
+        return Cause(
+            "non-finite",
+            f"feeds it {np.count_nonzero(~np.isfinite(value))} of {value.size} values that are "
+            f"not finite",
+            0.0,
+        )
     return explain(value, _candidates(connection, value))
 
 
@@ -72,24 +82,54 @@ def _candidates(connection: Connection, value: np.ndarray) -> Iterator[Candidate
     truth, images = connection.truth, connection.images
     if truth.ndim == 4:
         if truth.shape[-1] > 1:
-            yield "reversed-channels", "feeds the channels in reverse order (RGB and BGR)", lambda: truth[..., ::-1]
-        yield "transposed-image", "feeds the image with height and width exchanged", lambda: truth.transpose(0, 2, 1, 3)
+            yield (
+                "reversed-channels",
+                "feeds the channels in reverse order (RGB and BGR)",
+                lambda: truth[..., ::-1],
+            )
+        yield (
+            "transposed-image",
+            "feeds the image with height and width exchanged",
+            lambda: truth.transpose(0, 2, 1, 3),
+        )
         yield "flipped-image", "feeds the image upside down", lambda: truth[:, ::-1]
         yield "flipped-image", "feeds the image mirrored", lambda: truth[:, :, ::-1]
-        yield "layout", "reads the NHWC image as NCHW (reshaped instead of transposed)", lambda: truth.transpose(0, 3, 1, 2).reshape(truth.shape)
-        yield "layout", "reads the NCHW image as NHWC (reshaped instead of transposed)", lambda: _reread(truth)
-    before = [(name, array) for name, array in list(connection.outputs.items())[::-1] if array.shape == truth.shape]
+        yield (
+            "layout",
+            "reads the NHWC image as NCHW (reshaped instead of transposed)",
+            lambda: truth.transpose(0, 3, 1, 2).reshape(truth.shape),
+        )
+        yield (
+            "layout",
+            "reads the NCHW image as NHWC (reshaped instead of transposed)",
+            lambda: _reread(truth),
+        )
+    before = [
+        (name, array)
+        for name, array in list(connection.outputs.items())[::-1]
+        if array.shape == truth.shape
+    ]
     for source, array in before:  # which layer's output, under which activation, is meant to arrive
-        meant = next((name for name, f in ACTIVATIONS.items() if relative_l2(f(array), truth) <= 1e-12), None)
+        meant = next(
+            (name for name, f in ACTIVATIONS.items() if relative_l2(f(array), truth) <= 1e-12), None
+        )
         if meant is None:
             continue
         for other, f in ACTIVATIONS.items():
             if other != meant:
                 name = "missing-relu" if other == "no activation" else "other-activation"
-                yield name, f"applies {other} after {source} instead of {meant}", lambda f=f, a=array: f(a)
+                yield (
+                    name,
+                    f"applies {other} after {source} instead of {meant}",
+                    lambda f=f, a=array: f(a),
+                )
         for second, theirs in [*before, *connection.all_outputs.items(), ("the input", images)]:
             if second != source and theirs.shape == array.shape:
-                yield "skip-before-norm", f"adds {second} to {source} already here", lambda a=array, t=theirs: a + t
+                yield (
+                    "skip-before-norm",
+                    f"adds {second} to {source} already here",
+                    lambda a=array, t=theirs: a + t,
+                )
         break
     if value.shape == truth.shape and value.ndim == 4:
         yield from _normalisation(truth, value)
@@ -97,13 +137,20 @@ def _candidates(connection: Connection, value: np.ndarray) -> Iterator[Candidate
     for source, array in list(connection.outputs.items())[::-1]:
         if source != "input" and array.shape == value.shape:
             yield "overwritten-branch", f"feeds it the output of {source}", lambda a=array: a
-            yield "overwritten-branch", f"feeds it the ReLU of the output of {source}", lambda a=array: np.maximum(a, 0)
+            yield (
+                "overwritten-branch",
+                f"feeds it the ReLU of the output of {source}",
+                lambda a=array: np.maximum(a, 0),
+            )
     kept = value != 0
     if value.shape == truth.shape and kept.any() and not kept.all():
         with np.errstate(all="ignore"):
             rate = float(1 - np.vdot(truth[kept], truth[kept]) / np.vdot(value[kept], truth[kept]))
         if 0 < rate < 1:
-            words = f"drops {np.mean(~kept & (truth != 0)):.0%} of the values before it (dropout at rate {rate:.3g})"
+            words = (
+                f"drops {np.mean(~kept & (truth != 0)):.0%} of the values before it (dropout at "
+                f"rate {rate:.3g})"
+            )
             yield "dropout", words, lambda: truth * kept / (1 - rate)
 
 
@@ -124,12 +171,20 @@ def _normalisation(truth: np.ndarray, value: np.ndarray) -> Iterator[Candidate]:
         for once in (np.divide(1, deviation), np.asarray(deviation)):
             if len(mean) in (1, len(scale)) and np.allclose(scale, once, rtol=1e-3):
                 known = f" ({words})"
-    listed = ", ".join(f"{a:.4g} x {b:+.4g}" for a, b in zip(scale[:4], shift[:4], strict=True)) + (", ..." if len(scale) > 4 else "")
-    yield "normalisation-constants", f"normalises its input with other constants: per channel {listed}{known}", lambda: truth * scale + shift
+    listed = ", ".join(f"{a:.4g} x {b:+.4g}" for a, b in zip(scale[:4], shift[:4], strict=True)) + (
+        ", ..." if len(scale) > 4 else ""
+    )
+    yield (
+        "normalisation-constants",
+        f"normalises its input with other constants: per channel {listed}{known}",
+        lambda: truth * scale + shift,
+    )
 
 
 _FLATTENED: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
-    "flattened in the order (channel, height, width)": lambda x: x.transpose(0, 3, 1, 2).reshape(len(x), -1),
+    "flattened in the order (channel, height, width)": lambda x: x.transpose(0, 3, 1, 2).reshape(
+        len(x), -1
+    ),
     "flattened in the order (height, width, channel)": lambda x: x.reshape(len(x), -1),
     "averaged over the image": lambda x: x.mean((1, 2)),
     "maximised over the image": lambda x: x.max((1, 2)),
@@ -140,29 +195,58 @@ _FLATTENED: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def _pooling(connection: Connection, value: np.ndarray) -> Iterator[Candidate]:
-    """What comes between the last image and a linear layer: an activation, and a way from the image to a vector."""
+    """What comes between the last image and a linear layer: an activation, and a way from the image
+    to a vector.
+    """
     truth = connection.truth
     if truth.ndim != 2:
         return
     for source, array in list(connection.outputs.items())[::-1]:
         if array.ndim != 4 or len(array) != len(value):
             continue
-        ways = [(a, how) for a in ACTIVATIONS for how in _FLATTENED if _FLATTENED[how](array).shape == truth.shape]
-        meant = next(((a, how) for a, how in ways if relative_l2(_FLATTENED[how](ACTIVATIONS[a](array)), truth) <= 1e-12), None)
+        ways = [
+            (a, how)
+            for a in ACTIVATIONS
+            for how in _FLATTENED
+            if _FLATTENED[how](array).shape == truth.shape
+        ]
+        meant = next(
+            (
+                (a, how)
+                for a, how in ways
+                if relative_l2(_FLATTENED[how](ACTIVATIONS[a](array)), truth) <= 1e-12
+            ),
+            None,
+        )
         if meant is None:
             continue
-        for a, how in sorted(ways, key=lambda way: (way[0] != meant[0]) + (way[1] != meant[1])):  # one mistake before two
+        for a, how in sorted(
+            ways, key=lambda way: (way[0] != meant[0]) + (way[1] != meant[1])
+        ):  # one mistake before two
             if (a, how) == meant:
                 continue
             orders = "flattened" in how and "flattened" in meant[1]
-            name = "other-activation" if how == meant[1] else "flatten-order" if orders else "other-pooling"
+            name = (
+                "other-activation"
+                if how == meant[1]
+                else "flatten-order"
+                if orders
+                else "other-pooling"
+            )
             words = f"feeds {source} with {a}, {how}, instead of with {meant[0]}, {meant[1]}"
-            yield name, words, lambda a=a, how=how, array=array: _FLATTENED[how](ACTIVATIONS[a](array))
+            yield (
+                name,
+                words,
+                lambda a=a, how=how, array=array: _FLATTENED[how](ACTIVATIONS[a](array)),
+            )
         return
 
 
-def explain_ending(truth: np.ndarray, main: np.ndarray, skip: np.ndarray | None, x: np.ndarray, value: np.ndarray) -> Cause | None:
-    """The mistake by which a residual block ends in ``value`` instead of ``truth = relu(main + skip)``.
+def explain_ending(
+    truth: np.ndarray, main: np.ndarray, skip: np.ndarray | None, x: np.ndarray, value: np.ndarray
+) -> Cause | None:
+    """The mistake by which a residual block ends in ``value`` instead of ``truth = relu(main +
+    skip)``.
 
     Args:
       truth: What it is meant to give.
@@ -177,27 +261,60 @@ def explain_ending(truth: np.ndarray, main: np.ndarray, skip: np.ndarray | None,
     candidates: list[Candidate] = [
         (
             "overwritten-branch",
-            "overwrites the main path: the output is relu(skip(x) + x), the convolutions are computed and thrown away",
+            "overwrites the main path: the output is relu(skip(x) + x), the convolutions are "
+            "computed and thrown away",
             lambda: relu(skip + x),
         ),
-        ("skip-not-added", "does not add the skip: the output is relu of the main path alone", lambda: relu(main)),
-        ("missing-main", "leaves the main path out: the output is relu(skip(x))", lambda: relu(skip)),
+        (
+            "skip-not-added",
+            "does not add the skip: the output is relu of the main path alone",
+            lambda: relu(main),
+        ),
+        (
+            "missing-main",
+            "leaves the main path out: the output is relu(skip(x))",
+            lambda: relu(skip),
+        ),
         ("missing-relu", "has no last ReLU: the output is main path + skip", lambda: main + skip),
-        ("relu-before-add", "applies the ReLU before the addition: the output is relu(main path) + skip", lambda: relu(main) + skip),
-        ("relu-before-add", "applies ReLU to both before the addition", lambda: relu(main) + relu(skip)),
-        ("unprojected-skip", "adds the unprojected input: the output is relu(main path + x)", lambda: relu(main + x)),
+        (
+            "relu-before-add",
+            "applies the ReLU before the addition: the output is relu(main path) + skip",
+            lambda: relu(main) + skip,
+        ),
+        (
+            "relu-before-add",
+            "applies ReLU to both before the addition",
+            lambda: relu(main) + relu(skip),
+        ),
+        (
+            "unprojected-skip",
+            "adds the unprojected input: the output is relu(main path + x)",
+            lambda: relu(main + x),
+        ),
         ("skip-subtracted", "subtracts the skip", lambda: relu(main - skip)),
         ("skip-subtracted", "subtracts the main path", lambda: relu(skip - main)),
         ("branches-multiplied", "multiplies the branches", lambda: relu(main * skip)),
         ("skip-twice", "adds the skip twice", lambda: relu(main + 2 * skip)),
-        ("other-shortcut", "puts all new channels of the shortcut behind", lambda: relu(main + _zero_padded(x, main.shape, front=False))),
-        ("other-shortcut", "averages pixels in the shortcut", lambda: relu(main + _zero_padded(x, main.shape, front=True, mean=True))),
+        (
+            "other-shortcut",
+            "puts all new channels of the shortcut behind",
+            lambda: relu(main + _zero_padded(x, main.shape, front=False)),
+        ),
+        (
+            "other-shortcut",
+            "averages pixels in the shortcut",
+            lambda: relu(main + _zero_padded(x, main.shape, front=True, mean=True)),
+        ),
     ]
     for name, f in ACTIVATIONS.items():
         if name not in ("ReLU", "no activation"):
-            candidates.append(("other-activation", f"ends in {name} instead of ReLU", lambda f=f: f(main + skip)))
+            candidates.append(
+                ("other-activation", f"ends in {name} instead of ReLU", lambda f=f: f(main + skip))
+            )
     found = explain(value, candidates)
-    if found is None and value.shape == main.shape:  # scaled branches, where the ReLU let something through
+    if (
+        found is None and value.shape == main.shape
+    ):  # scaled branches, where the ReLU let something through
         positive = value > 0
         a, b = main[positive], skip[positive]
         if positive.sum() > 2:
@@ -207,7 +324,9 @@ def explain_ending(truth: np.ndarray, main: np.ndarray, skip: np.ndarray | None,
     return found
 
 
-def _zero_padded(x: np.ndarray, shape: tuple[int, ...], *, front: bool, mean: bool = False) -> np.ndarray:
+def _zero_padded(
+    x: np.ndarray, shape: tuple[int, ...], *, front: bool, mean: bool = False
+) -> np.ndarray:
     """Option A: every ``stride``-th pixel, new channels zero."""
     stride = -(-x.shape[1] // shape[1])
     small = x[:, ::stride, ::stride]

@@ -10,7 +10,15 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from flax_resblock.parity.causes import FORMATS, MATCH, Candidate, Cause, effective_bits, explain, rounded
+from flax_resblock.parity.causes import (
+    FORMATS,
+    MATCH,
+    Candidate,
+    Cause,
+    effective_bits,
+    explain,
+    rounded,
+)
 from flax_resblock.parity.oracle import relative_l2
 
 
@@ -20,7 +28,8 @@ class Layer:
 
     Attributes:
       module: The PyTorch layer that says how it is meant.
-      tensors: Its tensors by their Flax names (``kernel``, ``scale``, ``mean`` ...) in Flax's layout.
+      tensors: Its tensors by their Flax names (``kernel``, ``scale``, ``mean`` ...) in Flax's
+        layout.
       others: Tensors of other layers by Flax name and slot: ``others["kernel"]["stage1.0.conv2"]``.
       x: Its input, NHWC.
       truth: What it is meant to give.
@@ -36,17 +45,37 @@ class Layer:
 
 
 def explain_layer(layer: Layer, value: np.ndarray, limit: float = MATCH) -> Cause | None:
-    """The mistake by which the layer gives ``value``; ``limit`` as for :func:`flax_resblock.parity.causes.explain`."""
+    """The mistake by which the layer gives ``value``; ``limit`` as for
+    :func:`flax_resblock.parity.causes.explain`.
+    """
     if np.isfinite(layer.truth).all() and not np.isfinite(value).all():
-        return Cause("non-finite", f"gives {np.count_nonzero(~np.isfinite(value))} of {value.size} values that are not finite", 0.0)
-    families = ((torch.nn.Conv2d, _convolution), (torch.nn.modules.batchnorm._BatchNorm, _norm), (torch.nn.Linear, _linear), (torch.nn.MaxPool2d, _pool))
+        return Cause(
+            "non-finite",
+            f"gives {np.count_nonzero(~np.isfinite(value))} of {value.size} values that are "
+            f"not finite",
+            0.0,
+        )
+    families = (
+        (torch.nn.Conv2d, _convolution),
+        (torch.nn.modules.batchnorm._BatchNorm, _norm),
+        (torch.nn.Linear, _linear),
+        (torch.nn.MaxPool2d, _pool),
+    )
     candidates = next((family for kind, family in families if isinstance(layer.module, kind)), None)
-    found = explain(value, candidates(layer, value), limit) if candidates is not None and layer.x.ndim in (2, 4) else None
-    return found or explain(value, _any_layer(layer, value), limit) or _reduced_precision(layer, value)
+    found = (
+        explain(value, candidates(layer, value), limit)
+        if candidates is not None and layer.x.ndim in (2, 4)
+        else None
+    )
+    return (
+        found or explain(value, _any_layer(layer, value), limit) or _reduced_precision(layer, value)
+    )
 
 
 def _nchw(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.array(np.moveaxis(array, -1, 1) if array.ndim == 4 else array, np.float64, order="C"))
+    return torch.from_numpy(
+        np.array(np.moveaxis(array, -1, 1) if array.ndim == 4 else array, np.float64, order="C")
+    )
 
 
 def _nhwc(tensor: torch.Tensor) -> np.ndarray:
@@ -56,11 +85,32 @@ def _nhwc(tensor: torch.Tensor) -> np.ndarray:
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
-def _conv(x: np.ndarray, kernel: np.ndarray, bias: Any, stride: int, pads: Pads, dilation: int, groups: int, mode: str = "constant") -> np.ndarray:
+def _conv(
+    x: np.ndarray,
+    kernel: np.ndarray,
+    bias: Any,
+    stride: int,
+    pads: Pads,
+    dilation: int,
+    groups: int,
+    mode: str = "constant",
+) -> np.ndarray:
     (top, bottom), (left, right) = pads
     padded = F.pad(_nchw(x), (left, right, top, bottom), mode=mode)
-    weight = torch.from_numpy(np.array(np.asarray(kernel, np.float64).transpose(3, 2, 0, 1), order="C"))
-    return _nhwc(F.conv2d(padded, weight, None if bias is None else torch.from_numpy(np.asarray(bias, np.float64)), stride, 0, dilation, groups))
+    weight = torch.from_numpy(
+        np.array(np.asarray(kernel, np.float64).transpose(3, 2, 0, 1), order="C")
+    )
+    return _nhwc(
+        F.conv2d(
+            padded,
+            weight,
+            None if bias is None else torch.from_numpy(np.asarray(bias, np.float64)),
+            stride,
+            0,
+            dilation,
+            groups,
+        )
+    )
 
 
 def _same(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
@@ -74,34 +124,85 @@ def _both(padding: int) -> Pads:
 
 def _convolution(layer: Layer, value: np.ndarray) -> Iterator[Candidate]:
     module, x, kernel = layer.module, layer.x, layer.tensors["kernel"]
-    size, stride, padding, dilation = (getattr(module, name)[0] for name in ("kernel_size", "stride", "padding", "dilation"))
+    size, stride, padding, dilation = (
+        getattr(module, name)[0] for name in ("kernel_size", "stride", "padding", "dilation")
+    )
     groups, bias = int(module.groups), layer.tensors.get("bias")  # pyright: ignore[reportArgumentType]
 
     def conv(x: np.ndarray = x, kernel: np.ndarray = kernel, **changes: Any) -> np.ndarray:
-        options = {"bias": bias, "stride": stride, "pads": _both(padding), "dilation": dilation, "groups": groups} | changes
+        options = {
+            "bias": bias,
+            "stride": stride,
+            "pads": _both(padding),
+            "dilation": dilation,
+            "groups": groups,
+        } | changes
         return _conv(x, kernel, **options)
 
     height, width = (_same(n, size, stride, dilation) for n in x.shape[1:3])
     if (height, width) != _both(padding):
-        words = f"pads 'SAME', {height} by {width} pixels at the edges, instead of {padding} on each side"
+        words = (
+            f"pads 'SAME', {height} by {width} pixels at the edges, instead of {padding} on each "
+            f"side"
+        )
         yield "same-padding", words, lambda: conv(pads=(height, width))
     if padding:
         for words, pads in (("at the end", (0, padding)), ("at the beginning", (padding, 0))):
-            yield "same-padding", f"pads {padding} pixels {words} only instead of on each side", lambda p=pads: conv(pads=(p, p))
+            yield (
+                "same-padding",
+                f"pads {padding} pixels {words} only instead of on each side",
+                lambda p=pads: conv(pads=(p, p)),
+            )
     for other in range(6):
         if other != padding:
-            yield "padding", f"pads {other} pixels instead of {padding}", lambda p=other: conv(pads=_both(p))
+            yield (
+                "padding",
+                f"pads {other} pixels instead of {padding}",
+                lambda p=other: conv(pads=_both(p)),
+            )
         if other and other != stride:
-            yield "stride", f"has stride {other} instead of {stride}", lambda s=other: conv(stride=s)
+            yield (
+                "stride",
+                f"has stride {other} instead of {stride}",
+                lambda s=other: conv(stride=s),
+            )
         if other and other != dilation:
-            yield "dilation", f"has dilation {other} instead of {dilation}", lambda d=other: conv(dilation=d, pads=_both(d * (size // 2)))
-            yield "dilation", f"has dilation {other} instead of {dilation}, at the same padding", lambda d=other: conv(dilation=d)
+            yield (
+                "dilation",
+                f"has dilation {other} instead of {dilation}",
+                lambda d=other: conv(dilation=d, pads=_both(d * (size // 2))),
+            )
+            yield (
+                "dilation",
+                f"has dilation {other} instead of {dilation}, at the same padding",
+                lambda d=other: conv(dilation=d),
+            )
     for mode in ("reflect", "replicate", "circular"):
-        yield "padding-mode", f"pads in the mode {mode!r} instead of with zeros", lambda m=mode: conv(mode=m)
-    yield "flipped-kernel", "applies the kernel flipped (a convolution, not a cross-correlation)", lambda: conv(kernel=kernel[::-1, ::-1])
-    yield "transposed-kernel", "applies the kernel with height and width exchanged", lambda: conv(kernel=kernel.transpose(1, 0, 2, 3))
-    yield "transposed-kernel", "applies the kernel with input and output channels exchanged", lambda: conv(kernel=kernel.transpose(0, 1, 3, 2))
-    yield "reversed-channels", "takes the channels of its input in reverse order (RGB and BGR)", lambda: conv(x=x[..., ::-1])
+        yield (
+            "padding-mode",
+            f"pads in the mode {mode!r} instead of with zeros",
+            lambda m=mode: conv(mode=m),
+        )
+    yield (
+        "flipped-kernel",
+        "applies the kernel flipped (a convolution, not a cross-correlation)",
+        lambda: conv(kernel=kernel[::-1, ::-1]),
+    )
+    yield (
+        "transposed-kernel",
+        "applies the kernel with height and width exchanged",
+        lambda: conv(kernel=kernel.transpose(1, 0, 2, 3)),
+    )
+    yield (
+        "transposed-kernel",
+        "applies the kernel with input and output channels exchanged",
+        lambda: conv(kernel=kernel.transpose(0, 1, 3, 2)),
+    )
+    yield (
+        "reversed-channels",
+        "takes the channels of its input in reverse order (RGB and BGR)",
+        lambda: conv(x=x[..., ::-1]),
+    )
     for name, theirs in layer.others.get("kernel", {}).items():
         if theirs.shape == kernel.shape:
             yield "swapped-tensor", f"applies the kernel of {name}", lambda k=theirs: conv(kernel=k)
@@ -121,68 +222,150 @@ def _linear(layer: Layer, value: np.ndarray) -> Iterator[Candidate]:
 
 def _rounded(formula: Any) -> Iterator[Candidate]:
     for name, bits in list(FORMATS.items())[:2]:
-        words = f"computes in {name}: its operands are rounded to {bits} mantissa bits before they are multiplied"
+        words = (
+            f"computes in {name}: its operands are rounded to {bits} mantissa bits before they are "
+            f"multiplied"
+        )
         yield "reduced-precision", words, lambda b=bits: formula(b)
 
 
 def _norm(layer: Layer, value: np.ndarray) -> Iterator[Candidate]:
     x, eps = layer.x, float(layer.module.eps)  # pyright: ignore[reportArgumentType]
     axes = tuple(range(x.ndim - 1))
-    scale, bias = layer.tensors.get("scale", np.ones(x.shape[-1])), layer.tensors.get("bias", np.zeros(x.shape[-1]))
+    scale, bias = (
+        layer.tensors.get("scale", np.ones(x.shape[-1])),
+        layer.tensors.get("bias", np.zeros(x.shape[-1])),
+    )
     n = x.size // x.shape[-1]
     batch = (x.mean(axes), x.var(axes))
     running = (layer.tensors["mean"], layer.tensors["var"]) if "mean" in layer.tensors else batch
     right, other = (batch, running) if layer.train else (running, batch)
 
-    def norm(moments: Any = right, scale: Any = scale, bias: Any = bias, eps: float = eps) -> np.ndarray:
+    def norm(
+        moments: Any = right, scale: Any = scale, bias: Any = bias, eps: float = eps
+    ) -> np.ndarray:
         with np.errstate(all="ignore"):
             return (x - moments[0]) / np.sqrt(moments[1] + eps) * scale + bias
 
-    mode = "with the running statistics, as in evaluation mode" if layer.train else "with the batch's own statistics, as in training mode"
+    mode = (
+        "with the running statistics, as in evaluation mode"
+        if layer.train
+        else "with the batch's own statistics, as in training mode"
+    )
     yield "train-eval-mode", f"normalises {mode}", lambda: norm(other)
     with np.errstate(all="ignore"):
         centred = (x - right[0]) * scale
-        inverse = np.sum((value - bias) * centred, axes) / np.sum(centred**2, axes) if value.shape == x.shape else np.full(x.shape[-1], np.nan)
+        inverse = (
+            np.sum((value - bias) * centred, axes) / np.sum(centred**2, axes)
+            if value.shape == x.shape
+            else np.full(x.shape[-1], np.nan)
+        )
         found = float(np.median(1 / inverse**2 - right[1]))
     if np.isfinite(found) and found > -1e-12:
-        yield "eps", f"has eps={float(f'{found:.4g}'):g} instead of {eps:g}", lambda: norm(eps=found)
-    yield "unbiased-normalisation", "normalises with the unbiased variance", lambda: norm((right[0], right[1] * n / max(n - 1, 1)))
-    yield "swapped-tensor", "uses scale and bias the wrong way round", lambda: norm(scale=bias, bias=scale)
-    yield "swapped-tensor", "uses mean and variance the wrong way round", lambda: norm((right[1], right[0]))
+        yield (
+            "eps",
+            f"has eps={float(f'{found:.4g}'):g} instead of {eps:g}",
+            lambda: norm(eps=found),
+        )
+    yield (
+        "unbiased-normalisation",
+        "normalises with the unbiased variance",
+        lambda: norm((right[0], right[1] * n / max(n - 1, 1))),
+    )
+    yield (
+        "swapped-tensor",
+        "uses scale and bias the wrong way round",
+        lambda: norm(scale=bias, bias=scale),
+    )
+    yield (
+        "swapped-tensor",
+        "uses mean and variance the wrong way round",
+        lambda: norm((right[1], right[0])),
+    )
     yield "no-affine", "applies neither scale nor bias", lambda: norm(scale=1.0, bias=0.0)
     yield "no-affine", "leaves the scale out", lambda: norm(scale=1.0)
     yield "no-affine", "leaves the bias out", lambda: norm(bias=0.0)
     yield "no-mean", "does not subtract the mean", lambda: norm((0.0, right[1]))
-    yield "variance-as-deviation", "divides by the variance instead of its square root", lambda: norm((right[0], (right[1] + eps) ** 2 - eps))
-    yield "eps-outside-root", "adds eps to the standard deviation instead of the variance", lambda: norm((right[0], (np.sqrt(right[1]) + eps) ** 2 - eps))
+    yield (
+        "variance-as-deviation",
+        "divides by the variance instead of its square root",
+        lambda: norm((right[0], (right[1] + eps) ** 2 - eps)),
+    )
+    yield (
+        "eps-outside-root",
+        "adds eps to the standard deviation instead of the variance",
+        lambda: norm((right[0], (np.sqrt(right[1]) + eps) ** 2 - eps)),
+    )
     yield "no-norm", "does nothing: the output is the input", lambda: x
     if x.ndim == 4:
-        for words, over in (("each sample and channel by itself (instance normalisation)", (1, 2)), ("each sample by itself (layer normalisation)", (1, 2, 3))):
-            yield "other-norm", f"normalises {words}", lambda o=over: norm((x.mean(o, keepdims=True), x.var(o, keepdims=True)))
+        for words, over in (
+            ("each sample and channel by itself (instance normalisation)", (1, 2)),
+            ("each sample by itself (layer normalisation)", (1, 2, 3)),
+        ):
+            yield (
+                "other-norm",
+                f"normalises {words}",
+                lambda o=over: norm((x.mean(o, keepdims=True), x.var(o, keepdims=True))),
+            )
     for name, theirs in layer.others.get("var", {}).items():
         mean = layer.others["mean"].get(name)
         if mean is not None and theirs.shape == np.shape(right[1]):
-            yield "swapped-tensor", f"normalises with the running statistics of {name}", lambda m=mean, v=theirs: norm((m, v))
+            yield (
+                "swapped-tensor",
+                f"normalises with the running statistics of {name}",
+                lambda m=mean, v=theirs: norm((m, v)),
+            )
 
 
 def _pool(layer: Layer, value: np.ndarray) -> Iterator[Candidate]:
-    window, stride, padding = (int(v if isinstance(v := getattr(layer.module, name), int) else v[0]) for name in ("kernel_size", "stride", "padding"))
+    window, stride, padding = (
+        int(v if isinstance(v := getattr(layer.module, name), int) else v[0])
+        for name in ("kernel_size", "stride", "padding")
+    )
     x = _nchw(layer.x)
 
     def pool(top: int, bottom: int, left: int, right: int, fill: float = -np.inf) -> np.ndarray:
         return _nhwc(F.max_pool2d(F.pad(x, (left, right, top, bottom), value=fill), window, stride))
 
     same = [_same(n, window, stride, 1) for n in layer.x.shape[1:3]]
-    yield "same-padding", f"pads 'SAME', {same[0]} by {same[1]} pixels at the edges, instead of {padding} on each side", lambda: pool(*same[0], *same[1])
-    yield "padding", "pads with zeros instead of minus infinity", lambda: pool(padding, padding, padding, padding, 0.0)
+    yield (
+        "same-padding",
+        f"pads 'SAME', {same[0]} by {same[1]} pixels at the edges, instead of {padding} on "
+        f"each side",
+        lambda: pool(*same[0], *same[1]),
+    )
+    yield (
+        "padding",
+        "pads with zeros instead of minus infinity",
+        lambda: pool(padding, padding, padding, padding, 0.0),
+    )
     yield "padding", "does not pad", lambda: pool(0, 0, 0, 0)
-    yield "other-pooling", "takes the mean instead of the maximum", lambda: _nhwc(F.avg_pool2d(x, window, stride, padding))
-    yield "other-pooling", "takes the mean without counting the padding", lambda: _nhwc(F.avg_pool2d(x, window, stride, padding, count_include_pad=False))
-    yield "ceil-mode", "rounds the output size up (ceil_mode)", lambda: _nhwc(F.max_pool2d(x, window, stride, padding, ceil_mode=True))
+    yield (
+        "other-pooling",
+        "takes the mean instead of the maximum",
+        lambda: _nhwc(F.avg_pool2d(x, window, stride, padding)),
+    )
+    yield (
+        "other-pooling",
+        "takes the mean without counting the padding",
+        lambda: _nhwc(F.avg_pool2d(x, window, stride, padding, count_include_pad=False)),
+    )
+    yield (
+        "ceil-mode",
+        "rounds the output size up (ceil_mode)",
+        lambda: _nhwc(F.max_pool2d(x, window, stride, padding, ceil_mode=True)),
+    )
     for other in (2, 3):
         for step in (1, 2, 3):
-            words = f"pools {other}x{other} windows at stride {step} instead of {window}x{window} at stride {stride}"
-            yield "other-pooling", words, lambda w=other, s=step: _nhwc(F.max_pool2d(x, w, s, min(padding, w // 2)))
+            words = (
+                f"pools {other}x{other} windows at stride {step} instead of {window}x{window} at "
+                f"stride {stride}"
+            )
+            yield (
+                "other-pooling",
+                words,
+                lambda w=other, s=step: _nhwc(F.max_pool2d(x, w, s, min(padding, w // 2))),
+            )
 
 
 def _any_layer(layer: Layer, value: np.ndarray) -> Iterator[Candidate]:
@@ -199,7 +382,12 @@ def _any_layer(layer: Layer, value: np.ndarray) -> Iterator[Candidate]:
     kept = value != 0
     if kept.any() and not kept.all():
         rate = float(1 - np.vdot(truth[kept], truth[kept]) / np.vdot(value[kept], truth[kept]))
-        yield "dropout", f"drops {np.mean(~kept):.0%} of the values and scales the others (dropout at rate {rate:.3g})", lambda: truth * kept / (1 - rate)
+        yield (
+            "dropout",
+            f"drops {np.mean(~kept):.0%} of the values and scales the others (dropout at rate "
+            f"{rate:.3g})",
+            lambda: truth * kept / (1 - rate),
+        )
 
 
 def _reduced_precision(layer: Layer, value: np.ndarray) -> Cause | None:
@@ -209,11 +397,17 @@ def _reduced_precision(layer: Layer, value: np.ndarray) -> Cause | None:
         return None
     bits = effective_bits(value, layer.truth)
     close = min(FORMATS, key=lambda name: abs(FORMATS[name] - bits))
-    return Cause("reduced-precision", f"computes with about {bits:.1f} effective mantissa bits (nearest format: {close}, {FORMATS[close]})", error)
+    return Cause(
+        "reduced-precision",
+        f"computes with about {bits:.1f} effective mantissa bits (nearest format: {close}, "
+        f"{FORMATS[close]})",
+        error,
+    )
 
 
 def explain_statistics(layer: Layer, mean: np.ndarray, var: np.ndarray) -> Cause | None:
-    """The mistake by which a norm's running statistics are ``mean`` and ``var`` after one batch in training mode.
+    """The mistake by which a norm's running statistics are ``mean`` and ``var`` after one batch in
+    training mode.
 
     Args:
       layer: The norm before that batch.
@@ -235,22 +429,44 @@ def explain_statistics(layer: Layer, mean: np.ndarray, var: np.ndarray) -> Cause
     def update(weight: float, kind: str) -> np.ndarray:
         return (1 - weight) * old + weight * np.concatenate([batch, variances[kind]])
 
-    ratio = f"the new share of the variance is {(n - 1) / n:.6f} = (n - 1) / n of PyTorch's, n = {n}"
+    ratio = (
+        f"the new share of the variance is {(n - 1) / n:.6f} = (n - 1) / n of PyTorch's, n = {n}"
+    )
     candidates: list[Candidate] = [
         ("frozen-statistics", "does not update the running statistics", lambda: old),
-        ("biased-variance", f"updates the running variance with the biased estimate: {ratio}", lambda: update(weight, "biased")),
-        (
-            "momentum-complement",
-            f"weighs the new batch by {1 - weight:g} instead of {weight:g}: momentum counts the other way round",
-            lambda: update(1 - weight, "unbiased"),
-        ),
-        ("momentum", f"has momentum {float(f'{found:.6g}'):g} instead of {weight:g}", lambda: update(found, "unbiased")),
         (
             "biased-variance",
-            f"updates with the biased variance and weighs the new batch by {found:.6g} instead of {weight:g} ({ratio})",
+            f"updates the running variance with the biased estimate: {ratio}",
+            lambda: update(weight, "biased"),
+        ),
+        (
+            "momentum-complement",
+            f"weighs the new batch by {1 - weight:g} instead of {weight:g}: momentum counts "
+            f"the other way round",
+            lambda: update(1 - weight, "unbiased"),
+        ),
+        (
+            "momentum",
+            f"has momentum {float(f'{found:.6g}'):g} instead of {weight:g}",
+            lambda: update(found, "unbiased"),
+        ),
+        (
+            "biased-variance",
+            f"updates with the biased variance and weighs the new batch by {found:.6g} instead "
+            f"of {weight:g} ({ratio})",
             lambda: update(found, "biased"),
         ),
-        ("no-mean", "updates the variance only", lambda: np.concatenate([layer.tensors["mean"], update(weight, "unbiased")[len(mean) :]])),
-        ("frozen-statistics", "updates the mean only", lambda: np.concatenate([update(weight, "unbiased")[: len(mean)], layer.tensors["var"]])),
+        (
+            "no-mean",
+            "updates the variance only",
+            lambda: np.concatenate(
+                [layer.tensors["mean"], update(weight, "unbiased")[len(mean) :]]
+            ),
+        ),
+        (
+            "frozen-statistics",
+            "updates the mean only",
+            lambda: np.concatenate([update(weight, "unbiased")[: len(mean)], layer.tensors["var"]]),
+        ),
     ]
     return explain(value, candidates)

@@ -1,0 +1,49 @@
+"""Residual networks as data: blocks, networks, slots, and the table of named architectures.
+
+A *slot* is one place in a network that has parameters, or an activation worth comparing:
+``stage1.0.conv1``, ``head``. Both frameworks, the converter and the verifier speak of slots. This
+package imports no array library and no framework.
+"""
+
+from flax_resblock.config.architectures import (
+    ARCHITECTURES,
+    architecture,
+    architectures,
+    name_of,
+)
+from flax_resblock.config.block import (
+    EXPANSION,
+    Antialias,
+    Attention,
+    BlockConfig,
+    BlockKind,
+    Path,
+    Shortcut,
+    Slot,
+    SlotKind,
+    StridePlacement,
+)
+from flax_resblock.config.network import Config, ResNetConfig, Stem, from_json, to_json, walk
+
+__all__ = [
+    "ARCHITECTURES",
+    "EXPANSION",
+    "Antialias",
+    "Attention",
+    "BlockConfig",
+    "BlockKind",
+    "Config",
+    "Path",
+    "ResNetConfig",
+    "Shortcut",
+    "Slot",
+    "SlotKind",
+    "Stem",
+    "StridePlacement",
+    "architecture",
+    "architectures",
+    "from_json",
+    "name_of",
+    "to_json",
+    "walk",
+]

@@ -1,0 +1,164 @@
+"""The table of named architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from flax_resblock.config.block import Antialias, Attention, BlockConfig
+from flax_resblock.config.network import Config, ResNetConfig
+
+
+def _bottleneck(depths: tuple[int, ...], **changes: object) -> ResNetConfig:
+    return ResNetConfig(block="bottleneck", depths=depths, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def _he_cifar(blocks_per_stage: int) -> ResNetConfig:
+    """Section 4.2 of He et al. 2016: ``6n + 2`` layers, option-A shortcuts."""
+    return ResNetConfig(
+        depths=(blocks_per_stage,) * 3,
+        widths=(16, 32, 64),
+        stem="cifar",
+        stem_width=16,
+        shortcut="zero_pad",
+        num_classes=10,
+    )
+
+
+def _cifar_stem(config: ResNetConfig) -> ResNetConfig:
+    return replace(config, stem="cifar", num_classes=10)
+
+
+def _timm(
+    config: ResNetConfig,
+    variant: str = "",
+    attention: Attention = "none",
+    antialias: Antialias = "none",
+) -> ResNetConfig:
+    """timm's variants: the letters of :data:`_VARIANTS`, attention in every block, blurred
+    strides.
+    """
+    return replace(config, **_VARIANTS[variant], attention=attention, antialias=antialias)
+
+
+_DEEP, _TIERED = (32, 32), (24, 32)
+_VARIANTS: Mapping[str, dict[str, object]] = MappingProxyType(
+    {
+        "": {},
+        "c": {"stem": "deep", "stem_hidden": _DEEP},
+        "d": {"stem": "deep", "stem_hidden": _DEEP, "shortcut": "pooled"},
+        "t": {"stem": "deep", "stem_hidden": _TIERED, "shortcut": "pooled"},
+        "s": {"stem": "deep", "stem_hidden": (64, 64), "stem_width": 128},
+    }
+)
+"""The letters behind timm's and Gluon's names: which stem, and whether shortcuts pool."""
+
+_RESNET18 = ResNetConfig()
+_RESNET34 = ResNetConfig(depths=(3, 4, 6, 3))
+_RESNET50 = _bottleneck((3, 4, 6, 3))
+
+_RESNET101, _RESNET152 = _bottleneck((3, 4, 23, 3)), _bottleneck((3, 8, 36, 3))
+_RESNET26 = _bottleneck((2, 2, 2, 2))
+_RESNEXT50 = _bottleneck((3, 4, 6, 3), groups=32, base_width=4)
+
+ARCHITECTURES: Mapping[str, ResNetConfig] = MappingProxyType(
+    {
+        "resnet18": _RESNET18,
+        "resnet34": _RESNET34,
+        "resnet50": _RESNET50,
+        "resnet101": _RESNET101,
+        "resnet152": _RESNET152,
+        "resnext50_32x4d": _RESNEXT50,
+        "resnext101_32x8d": _bottleneck((3, 4, 23, 3), groups=32, base_width=8),
+        "resnext101_64x4d": _bottleneck((3, 4, 23, 3), groups=64, base_width=4),
+        "wide_resnet50_2": _bottleneck((3, 4, 6, 3), base_width=128),
+        "wide_resnet101_2": _bottleneck((3, 4, 23, 3), base_width=128),
+        "resnet20": _he_cifar(3),
+        "resnet32": _he_cifar(5),
+        "resnet44": _he_cifar(7),
+        "resnet56": _he_cifar(9),
+        "resnet110": _he_cifar(18),
+        "resnet18_cifar": _cifar_stem(_RESNET18),
+        "resnet34_cifar": _cifar_stem(_RESNET34),
+        "resnet50_cifar": _cifar_stem(_RESNET50),
+        "resnet50_caffe": replace(_RESNET50, stride_on="1x1"),
+        "resnet101_caffe": replace(_RESNET101, stride_on="1x1"),
+        "resnet152_caffe": replace(_RESNET152, stride_on="1x1"),
+        "resnet10t": _timm(ResNetConfig(depths=(1, 1, 1, 1)), "t"),
+        "resnet14t": _timm(_bottleneck((1, 1, 1, 1)), "t"),
+        "resnet18d": _timm(_RESNET18, "d"),
+        "resnet26": _RESNET26,
+        "resnet26d": _timm(_RESNET26, "d"),
+        "resnet26t": _timm(_RESNET26, "t"),
+        "resnet34d": _timm(_RESNET34, "d"),
+        "resnet50c": _timm(_RESNET50, "c"),
+        "resnet50d": _timm(_RESNET50, "d"),
+        "resnet50s": _timm(_RESNET50, "s"),
+        "resnet50t": _timm(_RESNET50, "t"),
+        "resnet101c": _timm(_RESNET101, "c"),
+        "resnet101d": _timm(_RESNET101, "d"),
+        "resnet101s": _timm(_RESNET101, "s"),
+        "resnet152c": _timm(_RESNET152, "c"),
+        "resnet152d": _timm(_RESNET152, "d"),
+        "resnet152s": _timm(_RESNET152, "s"),
+        "resnet200d": _timm(_bottleneck((3, 24, 36, 3)), "d"),
+        "resnext50d_32x4d": _timm(_RESNEXT50, "d"),
+        "resnext101_32x4d": _bottleneck((3, 4, 23, 3), groups=32, base_width=4),
+        "seresnet18": _timm(_RESNET18, attention="se"),
+        "seresnet34": _timm(_RESNET34, attention="se"),
+        "seresnet50": _timm(_RESNET50, attention="se"),
+        "seresnet50t": _timm(_RESNET50, "t", attention="se"),
+        "seresnet101": _timm(_RESNET101, attention="se"),
+        "seresnet152": _timm(_RESNET152, attention="se"),
+        "seresnet152d": _timm(_RESNET152, "d", attention="se"),
+        "seresnext50_32x4d": _timm(_RESNEXT50, attention="se"),
+        "ecaresnet26t": _timm(_RESNET26, "t", attention="eca"),
+        "ecaresnet50d": _timm(_RESNET50, "d", attention="eca"),
+        "ecaresnet50t": _timm(_RESNET50, "t", attention="eca"),
+        "ecaresnet101d": _timm(_RESNET101, "d", attention="eca"),
+        "resnetblur18": _timm(_RESNET18, antialias="blur"),
+        "resnetblur50": _timm(_RESNET50, antialias="blur"),
+        "resnetblur50d": _timm(_RESNET50, "d", antialias="blur"),
+        "resnetblur101d": _timm(_RESNET101, "d", antialias="blur"),
+    }
+)
+"""Torchvision's ten; the CIFAR networks of He et al. 2016 (arXiv:1512.03385), and ImageNet networks
+with the CIFAR stem; Caffe's; timm's.
+"""
+
+
+def architectures() -> tuple[str, ...]:
+    """Names that :func:`architecture` and ``flax_resblock.create`` accept."""
+    return tuple(ARCHITECTURES)
+
+
+def architecture(name: str, **changes: object) -> ResNetConfig:
+    """The named architecture with fields of :class:`ResNetConfig` replaced.
+
+    Raises:
+      ValueError: An unknown name (the message lists the known ones), or values that make no
+        network.
+    """
+    if name not in ARCHITECTURES:
+        raise ValueError(f"architecture {name!r} is unknown; known: {', '.join(ARCHITECTURES)}.")
+    return replace(ARCHITECTURES[name], **changes)  # pyright: ignore[reportArgumentType]
+
+
+def name_of(config: Config) -> str:
+    """The architecture's name where the table has it (any number of classes and input channels),
+    else a short description.
+    """
+    if isinstance(config, BlockConfig):
+        return (
+            f"{config.kind} block {config.in_channels}->{config.out_channels}, stride "
+            f"{config.stride}"
+        )
+    for name, known in ARCHITECTURES.items():
+        if replace(known, num_classes=config.num_classes, in_channels=config.in_channels) == config:
+            return name
+    attention = "" if config.attention == "none" else f", {config.attention} attention"
+    return (
+        f"custom {config.block} ResNet, depths {config.depths}, widths {config.widths}, "
+        f"{config.stem} stem, {config.shortcut} shortcuts{attention}"
+    )

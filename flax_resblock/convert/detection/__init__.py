@@ -1,0 +1,3 @@
+"""Finds out what a state dict is: its configuration, its naming scheme, and what had to be
+assumed.
+"""

@@ -1,0 +1,185 @@
+"""What no tensor tells: where a stride sits, whether it is blurred. Two networks that differ in
+nothing else have the same names and shapes.
+
+Who may say it, first to last: a person, this library's own metadata, a ``config.json``, other
+entries of the checkpoint. Where nobody does, the first choice of a row is assumed and, if the row
+says so, the choice is stated with the flag that changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from flax_resblock.config import BlockConfig, Config, ResNetConfig
+from flax_resblock.convert.naming import Naming
+from flax_resblock.errors import InputError
+
+
+@dataclass(frozen=True)
+class Trait:
+    """One thing that no tensor tells.
+
+    Attributes:
+      field: Of :class:`~flax_resblock.ResNetConfig`.
+      choices: Values in words; the first is assumed where nobody says.
+      matters: Whether the choices make different networks of this configuration.
+      stated: Whether checkpoints in this naming scheme are so often of either kind that an
+        assumption must be said.
+    """
+
+    field: str
+    choices: Mapping[Any, str]
+    matters: Callable[[ResNetConfig], bool]
+    stated: Callable[[Naming], bool]
+
+    @property
+    def flag(self) -> str:
+        """Of the command line."""
+        return f"--{self.field.replace('_', '-')}"
+
+
+def _strided(config: ResNetConfig) -> bool:
+    return any(block.stride > 1 for _, _, block in config.blocks())
+
+
+def _projects_at_once(config: ResNetConfig) -> bool:
+    """Whether the first block has a projection whatever its stride; where it has one for its stride
+    alone, the tensors tell.
+    """
+    return config.stem_width != next(config.blocks())[2].out_channels
+
+
+TRAITS = (
+    Trait(
+        "stride_on",
+        {
+            "3x3": "the stride of a bottleneck is on its 3x3 convolution (torchvision)",
+            "1x1": "it is on its first 1x1 convolution (Caffe, He et al. 2016)",
+        },
+        lambda config: config.block == "bottleneck" and _strided(config),
+        lambda naming: True,
+    ),
+    Trait(
+        "first_stride",
+        {1: "the first stage keeps the resolution", 2: "it halves it"},
+        _projects_at_once,
+        lambda naming: naming.hub == "transformers",
+    ),
+    Trait(
+        "antialias",
+        {"none": "strides are not blurred", "blur": "they are blurred (timm's resnetblur)"},
+        lambda config: _strided(config) and not config.dilated_stages and config.stride_on == "3x3",
+        lambda naming: False,
+    ),
+)
+FIELDS = (*(trait.field for trait in TRAITS), "dilated_stages")
+"""Fields of a configuration that tensors do not tell."""
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """A choice that nobody made.
+
+    Attributes:
+      trait: What was to be chosen.
+      config: With the choice.
+    """
+
+    trait: Trait
+    config: ResNetConfig
+
+    @property
+    def alternatives(self) -> dict[Any, ResNetConfig]:
+        """The networks of the other choices, by value."""
+        chosen = getattr(self.config, self.trait.field)
+        return {
+            value: replace(self.config, **{self.trait.field: value})
+            for value in self.trait.choices
+            if value != chosen
+        }
+
+    @property
+    def note(self) -> str:
+        """What was assumed, and the flag that changes it."""
+        chosen = getattr(self.config, self.trait.field)
+        others = "; ".join(
+            f"{self.trait.flag} {value} if {self.trait.choices[value]}"
+            for value in self.alternatives
+        )
+        return f"assumed, as no tensor tells: {self.trait.choices[chosen]}; {others}"
+
+
+def assumptions(config: Config, naming: Naming, told: Mapping[str, Any]) -> list[Assumption]:
+    """Choices that had to be made for a network and that must be said.
+
+    Args:
+      config: As it was read.
+      naming: Its naming scheme.
+      told: Fields that someone gave.
+    """
+    if not isinstance(config, ResNetConfig):
+        return []
+    return [
+        Assumption(trait, config)
+        for trait in TRAITS
+        if trait.field not in told and trait.stated(naming) and trait.matters(config)
+    ]
+
+
+def with_traits(config: Config, traits: Mapping[str, Any]) -> Config:
+    """The configuration with the traits that it has a field for.
+
+    Raises:
+      InputError: Values that make no network.
+    """
+    names = {field.name for field in fields(config)}
+    if isinstance(config, BlockConfig) and config.kind == "basic":
+        names.discard("stride_on")
+    changes = {name: value for name, value in traits.items() if name in names}
+    try:
+        return replace(config, **changes) if changes else config
+    except ValueError as error:
+        said = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+        raise InputError(f"{said} does not suit this network: {error}") from error
+
+
+_MARKS: tuple[tuple[tuple[str, ...], tuple[str, ...], Mapping[str, Any]], ...] = (
+    (
+        ("meta", "config"),
+        ("style='caffe'", 'style="caffe"', '"style": "caffe"'),
+        {"stride_on": "1x1"},
+    ),
+    (("meta", "cfg"), ("style='caffe'", 'style="caffe"', '"style": "caffe"'), {"stride_on": "1x1"}),
+    (
+        ("meta", "config"),
+        ("style='pytorch'", 'style="pytorch"', '"style": "pytorch"'),
+        {"stride_on": "3x3"},
+    ),
+    (
+        ("meta", "cfg"),
+        ("style='pytorch'", 'style="pytorch"', '"style": "pytorch"'),
+        {"stride_on": "3x3"},
+    ),
+)
+"""Entry of a checkpoint (OpenMMLab writes its configuration there as text), what stands in it, and
+what that says.
+"""
+
+
+def told_by_entries(extras: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What entries beside the weights say, and a note on each."""
+    traits: dict[str, Any] = {}
+    notes = []
+    for path, marks, says in _MARKS:
+        value: Any = extras
+        for name in path:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        mark = next((mark for mark in marks if isinstance(value, str) and mark in value), None)
+        if mark is not None and not says.keys() & traits.keys():
+            traits |= says
+            notes.append(
+                f"its entry {'.'.join(path)} has {mark}: "
+                f"{', '.join(f'{name} {value}' for name, value in says.items())}"
+            )
+    return traits, notes

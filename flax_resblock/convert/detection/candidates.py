@@ -1,0 +1,252 @@
+"""Finds the architecture, the number of classes and the naming scheme of a state dict from its
+names and shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flax_resblock.config import (
+    ARCHITECTURES,
+    BlockConfig,
+    Config,
+    ResNetConfig,
+    architecture,
+    name_of,
+)
+from flax_resblock.convert.detection.assumptions import with_traits
+from flax_resblock.convert.detection.configuration import Found, infer_block, infer_network
+from flax_resblock.convert.naming import NAMINGS, Naming
+from flax_resblock.convert.state_map import Misfit, StateMap
+from flax_resblock.errors import CheckpointError, InputError, some
+
+
+@dataclass(frozen=True)
+class Match:
+    """One reading of a state dict."""
+
+    state_map: StateMap
+    misfit: Misfit
+
+    @property
+    def title(self) -> str:
+        """``resnet18 in naming scheme 'torchvision'``."""
+        return f"{name_of(self.state_map.config)} in naming scheme '{self.state_map.naming.name}'"
+
+
+def _requested(
+    wanted: str | Config, found: Found, naming: Naming, num_classes: int | None, stride: int | None
+) -> Config:
+    """The configuration a person asked for; classes and channels that were left open come from the
+    file.
+    """
+    if isinstance(wanted, BlockConfig):
+        return wanted if stride is None else replace(wanted, stride=stride)
+    if isinstance(wanted, ResNetConfig):
+        return wanted if num_classes is None else replace(wanted, num_classes=num_classes)
+    seen = infer_network(naming, found)
+    changes: dict[str, object] = {}
+    if seen is not None:
+        changes = {"in_channels": seen.in_channels, "num_classes": seen.num_classes}
+    if num_classes is not None:
+        changes["num_classes"] = num_classes
+    return architecture(wanted, **changes)
+
+
+def _matches(
+    found: Found,
+    namings: Iterable[Naming],
+    wanted: str | Config | None,
+    num_classes: int | None,
+    stride: int | None,
+    allow_missing: Sequence[str] = (),
+    traits: Mapping[str, Any] | None = None,
+) -> list[Match]:
+    matches = []
+    for naming in namings:
+        if wanted is not None:
+            config: Config | None = _requested(wanted, found, naming, num_classes, stride)
+        else:
+            config = infer_network(naming, found) or infer_block(naming, found, stride)
+            if isinstance(config, ResNetConfig) and num_classes is not None:
+                config = replace(config, num_classes=num_classes)
+        if config is None:
+            continue
+        config = with_traits(config, traits or {})
+        try:
+            state_map = StateMap(config, naming)
+        except InputError:
+            continue  # this scheme cannot name the network at all
+        matches.append(Match(state_map, state_map.check(found, allow_missing)))
+    return sorted(
+        matches, key=lambda match: (len(match.misfit), len(match.misfit.unexpected))
+    )  # of two, the one that knows every name
+
+
+def _same(a: StateMap, b: StateMap) -> bool:
+    """Whether two readings are the same conversion."""
+    return a.config == b.config and [(e.torch_key, e.codec) for e in a.entries] == [
+        (e.torch_key, e.codec) for e in b.entries
+    ]
+
+
+def identify(
+    found: Found,
+    *,
+    architecture: str | Config | None = None,
+    naming: str | None = None,
+    num_classes: int | None = None,
+    stride: int | None = None,
+    allow_missing: Sequence[str] = (),
+    traits: Mapping[str, Any] | None = None,
+    source: str = "the state dict",
+) -> Match:
+    """The one reading of a state dict that fits.
+
+    Args:
+      found: Shape and dtype of every tensor.
+      architecture: A name or configuration, None to find it.
+      naming: A name of :data:`NAMINGS`, None to find it.
+      num_classes: Size of the logits, None to read it off.
+      stride: Of a bare block whose skip changes shape, which its weights do not tell.
+      allow_missing: Keys (globs) that may be absent.
+      traits: Fields of the configuration that no tensor tells; see
+        :mod:`flax_resblock.convert.detection.assumptions`.
+      source: What to call the state dict in messages.
+    Raises:
+      CheckpointError: Nothing fits, or several readings fit; the message shows the nearest and the
+        flag to use.
+      InputError: An unknown name, or a number of classes or a stride below 1.
+    """
+    if naming is not None and naming not in NAMINGS:
+        raise InputError(f"naming scheme {naming!r} is unknown; known: {', '.join(NAMINGS)}.")
+    if isinstance(architecture, str) and architecture not in ARCHITECTURES:
+        raise InputError(
+            f"architecture {architecture!r} is unknown; known: {', '.join(ARCHITECTURES)}."
+        )
+    for name, number in (("num_classes", num_classes), ("stride", stride)):
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise InputError(f"{name}={number!r} must be a positive integer.")
+    namings = NAMINGS.values() if naming is None else (NAMINGS[naming],)
+    matches = _matches(found, namings, architecture, num_classes, stride, allow_missing, traits)
+    fitting = [match for match in matches if not len(match.misfit)]
+    if not fitting:
+        raise CheckpointError(
+            _no_fit(
+                found,
+                source,
+                matches,
+                architecture is not None or naming is not None or num_classes is not None,
+                stride,
+            )
+        )
+    best, *others = fitting
+    rivals = [other for other in others if not _same(best.state_map, other.state_map)]
+    if rivals:
+        choices = "; ".join(match.title for match in (best, *rivals))
+        raise CheckpointError(
+            f"{source} fits several readings equally well: {choices}. Say which with --naming "
+            f"NAME or --architecture NAME."
+        )
+    config = best.state_map.config
+    if (
+        isinstance(config, BlockConfig)
+        and stride is None
+        and config.changes_shape
+        and isinstance(architecture, str | None)
+    ):
+        raise CheckpointError(
+            f"{source} is a bare {config.kind} block "
+            f"{config.in_channels}->{config.out_channels} whose skip changes shape "
+            f"(naming scheme '{best.state_map.naming.name}'). Its stride cannot be read off "
+            f"the weights. Say it with --stride 1 or --stride 2 (stride=... in Python)."
+        )
+    return best
+
+
+def _no_fit(
+    found: Found, source: str, matches: list[Match], was_told: bool, stride: int | None
+) -> str:
+    free = _matches(found, NAMINGS.values(), None, None, stride) if was_told else matches
+    if not matches:
+        keys = list(found)
+        sample = (
+            f"its {len(keys)} tensors are named like {', '.join(keys[:3])}"
+            if keys
+            else "it holds no tensors"
+        )
+        nearest = (
+            f" Nearest: {free[0].title} ({_differences(free[0])})."
+            if free
+            else _closest_family(found)
+        )
+        return (
+            f"{source} is no residual network in any known naming scheme "
+            f"({', '.join(NAMINGS)}); {sample}.{nearest} "
+            "Check that it is the right file; --architecture NAME with --naming NAME lists "
+            "every difference from one reading."
+        )
+    best = matches[0]
+    lines = [
+        f"{source} does not fit {best.title}; {_fitting(best, found)} of its {len(found)} "
+        f"tensors do.",
+        *best.misfit.lines(),
+    ]
+    better = [match for match in free if len(match.misfit) < len(best.misfit)]
+    others = [match for match in (better or matches[1:]) if match is not best]
+    if better and not len(better[0].misfit):
+        lines.append(
+            f"It does fit {better[0].title}; leave out what you gave, or pass --naming "
+            f"{better[0].state_map.naming.name}."
+        )
+    elif others:
+        lines.append(
+            f"Next nearest: "
+            f"{'; '.join(f'{match.title} ({_differences(match)})' for match in others[:2])}."
+        )
+    lines.append("Try --naming NAME or --architecture NAME for another reading.")
+    return "\n".join(lines)
+
+
+def _differences(match: Match) -> str:
+    number = len(match.misfit)
+    return f"{number} difference{'' if number == 1 else 's'}"
+
+
+def _fitting(match: Match, found: Found) -> int:
+    """How many tensors of a state dict are what a reading expects under their names."""
+    return (
+        len(found)
+        - len(match.misfit.unexpected)
+        - len(match.misfit.wrong_shape)
+        - len(match.misfit.wrong_dtype)
+    )
+
+
+def _closest_family(found: Found) -> str:
+    """Which named network in which naming scheme has the most tensors of a state dict that no
+    naming scheme can be read in, and which tensors do not fit it.
+    """
+    best: tuple[int, Match] | None = None
+    for naming in NAMINGS.values():
+        for config in ARCHITECTURES.values():
+            try:
+                state_map = StateMap(config, naming)
+            except InputError:
+                continue
+            fits = sum(
+                (info := found.get(entry.torch_key)) is not None and info.shape == entry.torch_shape
+                for entry in state_map.entries
+            )
+            if fits and (best is None or fits > best[0]):
+                best = fits, Match(state_map, state_map.check(found))
+    if best is None:
+        return " No tensor of it fits any known family."
+    fits, match = best
+    others = [*match.misfit.unexpected, *match.misfit.wrong_shape]
+    return (
+        f" Closest family: {match.title}, which {fits} of {len(found)} tensors fit; these do "
+        f"not: {some(others)}."
+    )

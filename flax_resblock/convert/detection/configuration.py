@@ -1,0 +1,288 @@
+"""Reads the configuration of a network off the names and shapes of its tensors, under one naming
+scheme.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
+
+from flax_resblock.config import EXPANSION, BlockConfig, ResNetConfig, Slot, SlotKind
+from flax_resblock.convert.naming import Naming
+from flax_resblock.convert.state_map import TensorInfo
+
+Found = Mapping[str, TensorInfo]
+_KERNEL_AXES = {
+    SlotKind.CONV: 4,
+    SlotKind.BIASED_CONV: 4,
+    SlotKind.CHANNEL_CONV: 3,
+    SlotKind.LINEAR: 2,
+}
+_NORM_TENSORS = ("scale", "bias", "mean", "var")
+_RATIOS = tuple(1 / n for n in (16, 8, 4, 2, 1, 32, 64))
+"""Of squeeze-and-excitation, the usual ones first."""
+
+
+class _Reader:
+    """Looks tensors up by place under one naming scheme."""
+
+    def __init__(self, naming: Naming, found: Found) -> None:
+        self.naming = naming
+        self.found = found
+        self.modules = {key.rpartition(".")[0] for key in found}
+
+    def shape(
+        self, stage: str, block: int | None, role: str, kind: SlotKind, tensor: str = "kernel"
+    ) -> tuple[int, ...] | None:
+        """Flax shape of a tensor; None where it is absent or has another number of axes."""
+        module = self.naming.module_name(Slot(stage, block, role, kind))
+        if module is None:
+            return None
+        row = next(row for row in self.naming.tensors[kind] if row.flax_name == tensor)
+        info = self.found.get(f"{module}.{row.name}")
+        shape = None if info is None else row.codec.flax_shape(info.shape)
+        return (
+            shape
+            if shape is not None and len(shape) == (_KERNEL_AXES[kind] if tensor == "kernel" else 1)
+            else None
+        )
+
+    def has(self, stage: str, blocks: Iterable[int | None], role: str) -> bool:
+        """Whether any tensor is there of a place in any of ``blocks``."""
+        names = (
+            self.naming.module_name(Slot(stage, block, role, SlotKind.CONV)) for block in blocks
+        )
+        return any(name in self.modules for name in names if name)
+
+    def pools(self, stage: str, block: int | None) -> bool:
+        """Whether the shortcut of a block pools; its kernel stands where the norm of one that does
+        not pool stands.
+        """
+        return (
+            self.width(stage, [block], "shortcut.projection.conv", "shortcut.projection.norm")
+            is not None
+        )
+
+    def has_block(self, stage: str, block: int) -> bool:
+        prefix = self.naming.block_prefix(stage, block) + "."
+        return any(module.startswith(prefix) for module in self.modules)
+
+    def width(self, stage: str, blocks: Iterable[int | None], conv: str, norm: str) -> int | None:
+        """Output channels of a convolution in the first of ``blocks`` that has it: what most of its
+        kernel and the norm after it say.
+
+        A majority, so that one tensor of a wrong shape is found out by the others and not the other
+        way round."""
+        for block in blocks:
+            shapes = [
+                self.shape(stage, block, conv, SlotKind.CONV),
+                *(self.shape(stage, block, norm, SlotKind.NORM, name) for name in _NORM_TENSORS),
+            ]
+            channels = Counter(shape[-1] for shape in shapes if shape)
+            if channels:
+                return channels.most_common(1)[0][0]
+        return None
+
+    def attention(
+        self, blocks: Sequence[tuple[str, int | None]], out_channels: Mapping[str, int]
+    ) -> dict[str, object]:
+        """SlotKind of attention, and the ratio that most inner widths of squeeze-and-excitation
+        have.
+
+        Args:
+          blocks: Stage and index of each.
+          out_channels: Of the blocks of a stage.
+        """
+        if any(self.has(stage, [block], "attention.conv") for stage, block in blocks):
+            return {"attention": "eca"}
+        if not any(
+            self.has(stage, [block], role)
+            for stage, block in blocks
+            for role in ("attention.reduce", "attention.expand")
+        ):
+            return {}
+        seen: list[tuple[int, int]] = []
+        for stage, block in blocks:
+            kernel = self.shape(stage, block, "attention.reduce", SlotKind.BIASED_CONV)
+            if kernel:
+                seen.append((out_channels[stage], kernel[-1]))
+
+        def fits(ratio: float) -> int:
+            return sum(
+                BlockConfig(
+                    in_channels=out, out_channels=out, attention="se", attention_ratio=ratio
+                ).squeezed_channels
+                == inner
+                for out, inner in seen
+            )
+
+        return {"attention": "se", "attention_ratio": max(_RATIOS, key=fits)}
+
+    def grouping(
+        self, kind: str, blocks: Iterable[tuple[str, int | None, int | None, int]]
+    ) -> tuple[int, int]:
+        """``groups`` and ``base_width`` that most 3x3 kernels ``(3, 3, channels // groups, _)``
+        have; of two that disagree, the first is believed.
+
+        Args:
+          kind: Of every block.
+          blocks: Stage, index, input channels (None: unknown) and planes of each.
+        """
+        seen: list[tuple[int, int, int]] = []
+        for stage, block, in_channels, planes in blocks:
+            inputs = (
+                {"conv1": in_channels, "conv2": planes}
+                if kind == "basic"
+                else {"conv2": self.width(stage, [block], "conv2", "norm2")}
+            )
+            for conv, channels in inputs.items():
+                kernel = self.shape(stage, block, conv, SlotKind.CONV)
+                if kernel and channels and planes and 0 < kernel[2] <= channels:
+                    seen.append((planes, kernel[2], channels))
+        if not seen:
+            return 1, 64
+        groups = Counter(channels // fan for _, fan, channels in seen).most_common(1)[0][0]
+        if kind == "basic":
+            return groups, 64
+        needed = [(planes, inner // groups) for planes, _, inner in seen]
+        narrowest = {
+            -(-64 * per_group // planes) for planes, per_group in needed
+        }  # where one width serves all stages, the largest of these does
+        return groups, max(
+            narrowest,
+            key=lambda width: (
+                sum(planes * width // 64 == per_group for planes, per_group in needed),
+                -width,
+            ),
+        )
+
+
+def infer_network(naming: Naming, found: Found) -> ResNetConfig | None:
+    """The network that the names and shapes describe under ``naming``, None where they describe
+    none.
+
+    Tolerates single missing tensors, so that the error can name them.
+    """
+    reader = _Reader(naming, found)
+    stages: list[range] = []
+    for number in count(1):
+        depth = next(block for block in count() if not reader.has_block(f"stage{number}", block))
+        if depth == 0:
+            break
+        stages.append(range(depth))
+    if not stages:
+        return None
+    kind = (
+        "bottleneck"
+        if any(
+            reader.width(f"stage{n}", blocks, "conv3", "norm3")
+            for n, blocks in enumerate(stages, 1)
+        )
+        else "basic"
+    )
+    last = 3 if kind == "bottleneck" else 2
+    widths = [
+        reader.width(f"stage{n}", blocks, f"conv{last}", f"norm{last}") or 0
+        for n, blocks in enumerate(stages, 1)
+    ]
+    deep = any(reader.has("stem", [None], f"conv{i}") for i in (1, 2, 3))
+    stem = reader.shape("stem", None, "conv1" if deep else "conv", SlotKind.CONV)
+    stem_width = reader.width("stem", [None], *(("conv3", "norm3") if deep else ("conv", "norm")))
+    hidden = (
+        tuple(reader.width("stem", [None], f"conv{i}", f"norm{i}") or 0 for i in (1, 2))
+        if deep
+        else ()
+    )
+    head = reader.shape("head", None, "", SlotKind.LINEAR) or reader.shape(
+        "head", None, "", SlotKind.LINEAR, "bias"
+    )
+    if 0 in widths or not stem_width:
+        return None
+    inputs = [stem_width, *widths]
+    blocks = [
+        (f"stage{n + 1}", i, widths[n] if i else inputs[n], widths[n] // EXPANSION[kind])
+        for n, stage in enumerate(stages)
+        for i in stage
+    ]
+    groups, base_width = reader.grouping(kind, blocks)
+    firsts = [f"stage{n}" for n in range(1, len(stages) + 1)]
+    pooled = any(reader.pools(stage, 0) for stage in firsts)
+    projects = any(reader.width(stage, [0], "shortcut.conv", "shortcut.norm") for stage in firsts)
+    place = "shortcut.projection" if pooled else "shortcut"
+    first_stride = (
+        2
+        if stem_width == widths[0] and reader.width("stage1", [0], f"{place}.conv", f"{place}.norm")
+        else 1
+    )
+    changes = len(stages) > 1 or stem_width != widths[0]
+    try:
+        return ResNetConfig(
+            block=kind,
+            depths=tuple(len(blocks) for blocks in stages),
+            widths=tuple(width // EXPANSION[kind] for width in widths),
+            stem="deep" if deep else "cifar" if stem is not None and stem[0] == 3 else "imagenet",
+            stem_width=stem_width,
+            stem_hidden=hidden,
+            first_stride=first_stride,
+            shortcut="pooled"
+            if pooled
+            else "projection"
+            if projects or not changes
+            else "zero_pad",
+            groups=groups,
+            base_width=base_width,
+            in_channels=stem[2] if stem else 3,
+            num_classes=head[-1] if head else None,
+            **reader.attention(
+                [(stage, i) for stage, i, _, _ in blocks], dict(zip(firsts, widths, strict=True))
+            ),  # pyright: ignore[reportArgumentType]
+        )
+    except ValueError:
+        return None
+
+
+def infer_block(naming: Naming, found: Found, stride: int | None) -> BlockConfig | None:
+    """The bare block that the names and shapes describe under ``naming``; its stride cannot be read
+    off the weights.
+    """
+    reader = _Reader(naming, found)
+    kind = "bottleneck" if reader.width("", [None], "conv3", "norm3") else "basic"
+    last = 3 if kind == "bottleneck" else 2
+    out = reader.width("", [None], f"conv{last}", f"norm{last}")
+    pooled = reader.pools("", None)
+    place = "shortcut.projection" if pooled else "shortcut"
+    first, second, shortcut = (
+        reader.shape("", None, role, SlotKind.CONV) for role in ("conv1", "conv2", f"{place}.conv")
+    )
+    if out is None or (first is None and second is None):
+        return None
+    groups, base_width = reader.grouping(
+        kind, [("", None, shortcut[2] if shortcut else None, out // EXPANSION[kind])]
+    )
+    if kind == "basic" and first and shortcut and first[2] and shortcut[2] % first[2] == 0:
+        groups = (
+            shortcut[2] // first[2]
+            # a projection sees every input channel: that tells more than a second kernel, which may
+            # be the wrong one
+        )
+    projects = reader.width("", [None], f"{place}.conv", f"{place}.norm") is not None
+    fan = first[2] * (groups if kind == "basic" else 1) if first else out
+    in_channels = shortcut[2] if shortcut else fan
+    try:
+        return BlockConfig(
+            in_channels=in_channels,
+            out_channels=out,
+            kind=kind,
+            stride=stride or (2 if projects and in_channels == out else 1),
+            groups=groups,
+            base_width=base_width,
+            shortcut="pooled"
+            if pooled
+            else "projection"
+            if projects or ((stride or 1) == 1 and in_channels == out)
+            else "zero_pad",
+            **reader.attention([("", None)], {"": out}),  # pyright: ignore[reportArgumentType]
+        )
+    except ValueError:
+        return None

@@ -1,0 +1,113 @@
+"""Folders of weights and ``config.json`` as transformers and timm write and load them: what the
+JSON says beyond the tensors, and how it is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from flax_resblock.checkpoint.model_folder import CONFIG_FILE, PREPROCESSOR_FILE
+from flax_resblock.config import Config, ResNetConfig
+from flax_resblock.convert.hubs import timm, transformers
+from flax_resblock.convert.hubs.common import HubConfig, Preprocessing
+from flax_resblock.errors import CheckpointError, InputError
+
+__all__ = ["HUBS", "HubConfig", "Preprocessing", "files_of", "kept_files", "read_hub"]
+
+
+@dataclass(frozen=True)
+class Hub:
+    """One package's folders.
+
+    Attributes:
+      recognises: Whether the package wrote this ``config.json``.
+      read: What it says; see :func:`flax_resblock.convert.hubs.transformers.read`.
+      write: The JSON files of a folder, by name.
+    """
+
+    recognises: Callable[[Mapping[str, Any]], bool]
+    read: Callable[[Mapping[str, Any], Mapping[str, Any], str], HubConfig]
+    write: Callable[..., dict[str, dict[str, Any]]]
+
+
+HUBS: Mapping[str, Hub] = MappingProxyType(
+    {
+        "transformers": Hub(transformers.recognises, transformers.read, transformers.write),
+        "timm": Hub(timm.recognises, timm.read, timm.write),
+    }
+)
+
+
+def _json(metadata: Mapping[str, str], name: str, source: str) -> dict[str, Any]:
+    try:
+        content = json.loads(metadata.get(name, "{}"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{source}: its {name} is no JSON ({error}). Copy the folder again, or remove that "
+            f"file."
+        ) from error
+    return content if isinstance(content, dict) else {}
+
+
+def read_hub(metadata: Mapping[str, str], source: str) -> HubConfig | None:
+    """What the ``config.json`` that came with a checkpoint says; None where there is none, or one
+    of another package.
+
+    Args:
+      metadata: Of the checkpoint, with the texts of the JSON files by name.
+      source: For messages.
+    Raises:
+      CheckpointError: A damaged file, or a network that computes something else than this
+        library's.
+    """
+    content = _json(metadata, CONFIG_FILE, source)
+    preprocessor = _json(metadata, PREPROCESSOR_FILE, source)
+    hub = next((hub for hub in HUBS.values() if hub.recognises(content)), None)
+    if hub is None:
+        return None
+    try:
+        return hub.read(content, preprocessor, f"{source}: its {CONFIG_FILE}")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise CheckpointError(
+            f"{source}: its {CONFIG_FILE} is damaged ({type(error).__name__}: {error}). Copy "
+            f"the folder again."
+        ) from error
+
+
+def kept_files(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The JSON files that came with a checkpoint, to be kept with what is made of it."""
+    return {name: metadata[name] for name in (CONFIG_FILE, PREPROCESSOR_FILE) if name in metadata}
+
+
+def files_of(hub: str, config: Config, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The JSON files of a folder that ``hub``'s package loads, by name.
+
+    Args:
+      hub: A key of :data:`HUBS`.
+      config: The network.
+      metadata: Of the checkpoint that it came from.
+    Raises:
+      InputError: A bare block, or a network that the package cannot build.
+    """
+    if not isinstance(config, ResNetConfig):
+        raise InputError(
+            f"a folder for {hub} holds a whole network, not a bare block. Write a .safetensors "
+            f"instead."
+        )
+    said = read_hub(metadata, "the checkpoint")
+    kept = (
+        _json(metadata, CONFIG_FILE, "the checkpoint")
+        if said is not None and said.hub == hub
+        else {}
+    )
+    labels, preprocessing = (said.labels, said.preprocessing) if said is not None else ((), None)
+    return {
+        name: json.dumps(content, indent=2) + "\n"
+        for name, content in HUBS[hub].write(config, labels, kept, preprocessing).items()
+    }

@@ -1,0 +1,55 @@
+"""What a folder's ``config.json`` says beyond the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What becomes of an image before the network sees it.
+
+    Attributes:
+      mean, std: Of the channels, for pixels from 0 to 1.
+      size: Height and width that the network is given, in pixels.
+      crop_pct: The part of the resized image's shorter side that the central crop keeps.
+      interpolation: ``"nearest"``, ``"bilinear"``, ``"bicubic"`` or ``"lanczos"``.
+      keep_ratio: Whether resizing keeps the image's proportions.
+      origin: Where this was found.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: tuple[int, int]
+    crop_pct: float
+    interpolation: str
+    keep_ratio: bool
+    origin: str
+
+
+@dataclass(frozen=True)
+class HubConfig:
+    """A ``config.json`` that was understood.
+
+    Attributes:
+      hub: A key of :data:`flax_resblock.convert.hubs.HUBS`.
+      traits: Fields of the configuration that no tensor tells; see
+        :mod:`flax_resblock.convert.detection.assumptions`.
+      labels: Class names in order; empty where there are none.
+      preprocessing: None where the folder does not say.
+    """
+
+    hub: str
+    traits: Mapping[str, Any]
+    labels: Sequence[str] = ()
+    preprocessing: Preprocessing | None = None
+
+    @property
+    def sentence(self) -> str:
+        """What it says of the network, for people."""
+        said = ", ".join(f"{name} {value}" for name, value in self.traits.items())
+        return f"its config.json ({self.hub}) says {said}" + (
+            f" and names {len(self.labels)} classes" if self.labels else ""
+        )

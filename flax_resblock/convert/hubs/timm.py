@@ -1,0 +1,201 @@
+"""``config.json`` of timm's folders: the architecture's name, arguments of its constructor, and
+``pretrained_cfg``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from flax_resblock.config import ARCHITECTURES, ResNetConfig
+from flax_resblock.convert.hubs.common import HubConfig, Preprocessing
+from flax_resblock.errors import CheckpointError, InputError
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_BLURRED = ("resnetblur",)
+_AVERAGED = (
+    "average pooling carries its strides, and cuts off the last row of an odd size, which "
+    "its shortcuts do not"
+)
+_OTHER_FUNCTION = {
+    "resnetaa": _AVERAGED,
+    "seresnetaa": _AVERAGED,
+    "seresnextaa": _AVERAGED,
+    "resnetv2": "its blocks normalise before they convolve (pre-activation)",
+    "resnetrs": "a convolution takes the place of its stem's pooling",
+    "senet154": "3x3 convolutions project its shortcuts",
+    "legacy_se": "its stem pools without padding",
+}
+"""Beginnings of names whose networks compute something else; some have the tensors of others."""
+
+_IN_THE_TENSORS = (
+    *(
+        "num_classes",
+        "in_chans",
+        "channels",
+        "layers",
+        "cardinality",
+        "base_width",
+        "stem_width",
+        "stem_type",
+        "avg_down",
+        "block",
+    ),
+    *(
+        "drop_rate",
+        "drop_path_rate",
+        "drop_block_rate",
+        "zero_init_last",
+        "pretrained",
+        "pretrained_cfg",
+        "device",
+        "dtype",
+    ),
+)
+"""Arguments of timm's ResNet that names and shapes tell, or that evaluation does not see."""
+
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "act_layer": (None, "relu"),
+    "norm_layer": (None, "batchnorm", "batchnorm2d"),
+    "global_pool": ("avg",),
+    "replace_stem_pool": (False,),
+    "block_reduce_first": (1,),
+    "down_kernel_size": (1,),
+}
+"""Arguments that must have one of these values."""
+_DILATED = {32: (), 16: (4,), 8: (3, 4)}
+_ANTIALIAS = {None: "none", "blur": "blur", "blurpool": "blur"}
+
+
+def recognises(content: Mapping[str, Any]) -> bool:
+    """Whether timm wrote this."""
+    return isinstance(content.get("architecture"), str) and (
+        "pretrained_cfg" in content or "num_classes" in content
+    )
+
+
+def read(content: Mapping[str, Any], preprocessor: Mapping[str, Any], source: str) -> HubConfig:
+    """What the file says; arguments as for the reader of transformers' files.
+
+    Raises:
+      CheckpointError: An architecture or an argument that makes another network than this
+        library's.
+    """
+    name, arguments = content["architecture"], content.get("model_args") or {}
+    other = next(
+        (words for start, words in _OTHER_FUNCTION.items() if name.startswith(start)), None
+    )
+    if other is not None:
+        raise CheckpointError(
+            f"{source} says that this is timm's {name}: {other}, which this library does not "
+            f"compute. It is not converted."
+        )
+    traits: dict[str, Any] = {
+        "antialias": "blur" if name.startswith(_BLURRED) else "none",
+        "stride_on": "3x3",
+        "first_stride": 1,
+    }
+    for argument, value in arguments.items():
+        if argument == "aa_layer" and value in _ANTIALIAS:
+            traits["antialias"] = _ANTIALIAS[value]
+        elif argument == "output_stride" and value in _DILATED:
+            traits["dilated_stages"] = _DILATED[value]
+        elif (
+            argument == "block_args"
+            and set(value or {}) <= {"attn_layer"}
+            and (value or {}).get("attn_layer") in (None, "se", "eca")
+        ):
+            continue
+        elif argument not in _IN_THE_TENSORS and value not in _NEUTRAL.get(argument, ()):
+            raise CheckpointError(
+                f"{source} says {argument}={value!r}, which this library does not compute. It "
+                f"is not converted."
+            )
+    pretrained = content.get("pretrained_cfg") or content
+    labels = content.get("label_names") or pretrained.get("label_names") or []
+    return HubConfig(
+        "timm", traits, [str(label) for label in labels], _preprocessing(pretrained, source)
+    )
+
+
+def _preprocessing(content: Mapping[str, Any], source: str) -> Preprocessing | None:
+    if not content.get("input_size"):
+        return None
+    mode = content.get("crop_mode") or "center"
+    if mode not in ("center", "squash"):
+        raise CheckpointError(
+            f"{source}: its crop_mode {mode!r} is not known; known: center, squash. Change it, "
+            f"or say --mean, --std and --image-size."
+        )
+    _, height, width = content["input_size"]
+    return Preprocessing(
+        tuple(map(float, content.get("mean") or _IMAGENET[0])),
+        tuple(map(float, content.get("std") or _IMAGENET[1])),
+        (int(height), int(width)),
+        float(content.get("crop_pct") or 0.875),
+        str(content.get("interpolation") or "bicubic"),
+        mode == "center",
+        "pretrained_cfg",
+    )
+
+
+def _name_of(config: ResNetConfig) -> str | None:
+    """timm's name of the network; this library's own CIFAR and Caffe networks have none there."""
+    plain = replace(config, num_classes=1000, in_channels=3)
+    return next(
+        (
+            name
+            for name, known in ARCHITECTURES.items()
+            if known == plain and known.stem != "cifar" and known.stride_on == "3x3"
+        ),
+        None,
+    )
+
+
+def write(
+    config: ResNetConfig,
+    labels: Sequence[str],
+    kept: Mapping[str, Any],
+    preprocessing: Preprocessing | None,
+) -> dict[str, dict[str, Any]]:
+    """The files of a folder that ``timm.create_model("local-dir:...")`` loads; arguments as for the
+    writer of transformers' files.
+
+    Raises:
+      InputError: A network that timm has no name for.
+    """
+    name = kept.get("architecture") or _name_of(config)
+    if name is None:
+        raise InputError(
+            "timm has no name for this network, and its config.json needs one. Write another "
+            "naming scheme: --to-naming torchvision."
+        )
+    classes = config.num_classes or 0
+    pretrained = dict(kept.get("pretrained_cfg") or {})
+    if preprocessing is not None:
+        pretrained |= {
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "input_size": [config.in_channels, *preprocessing.size],
+            "crop_pct": preprocessing.crop_pct,
+            "crop_mode": "center" if preprocessing.keep_ratio else "squash",
+            "interpolation": preprocessing.interpolation,
+        }
+    pretrained |= {
+        "num_classes": classes,
+        "first_conv": "conv1.0" if config.stem == "deep" else "conv1",
+        "classifier": "fc",
+    }
+    content = {
+        **kept,
+        "architecture": name,
+        "num_classes": classes,
+        "num_features": config.feature_channels,
+        "pretrained_cfg": pretrained,
+    }
+    if config.in_channels != 3:
+        content["model_args"] = {**(kept.get("model_args") or {}), "in_chans": config.in_channels}
+    if len(labels) == classes and classes:
+        content["label_names"] = list(labels)
+    return {"config.json": content}

@@ -1,0 +1,167 @@
+"""``config.json`` and ``preprocessor_config.json`` of transformers' ResNet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax_resblock.config import EXPANSION, ResNetConfig
+from flax_resblock.convert.hubs.common import HubConfig, Preprocessing
+from flax_resblock.errors import CheckpointError, InputError
+
+_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""PIL's numbers."""
+_WARPED_FROM = 384
+"""ConvNextImageProcessor, which ResNet uses, resizes without a crop from this size on."""
+
+
+def recognises(content: Mapping[str, Any]) -> bool:
+    """Whether this is the configuration of a ResNet."""
+    return content.get("model_type") == "resnet"
+
+
+def read(content: Mapping[str, Any], preprocessor: Mapping[str, Any], source: str) -> HubConfig:
+    """What the files say.
+
+    Args:
+      content: Of ``config.json``.
+      preprocessor: Of ``preprocessor_config.json``; empty where there is none.
+      source: For messages.
+    Raises:
+      CheckpointError: An activation other than ReLU.
+    """
+    activation = content.get("hidden_act", "relu")
+    if activation != "relu":
+        raise CheckpointError(
+            f"{source} says hidden_act {activation!r}; the Flax network has ReLU, so it would "
+            f"compute something else. It is not converted."
+        )
+    traits = {
+        "stride_on": "1x1" if content.get("downsample_in_bottleneck", False) else "3x3",
+        "first_stride": 2 if content.get("downsample_in_first_stage", False) else 1,
+    }
+    return HubConfig("transformers", traits, _labels(content, source), _preprocessing(preprocessor))
+
+
+def _labels(content: Mapping[str, Any], source: str) -> list[str]:
+    named = content.get("id2label")
+    if not named:
+        return []
+    try:
+        labels = {int(number): str(name) for number, name in named.items()}
+        return [labels[i] for i in range(len(labels))]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{source}: its id2label does not number the classes from 0. Repair it or remove "
+            f"the entry."
+        ) from error
+
+
+def _preprocessing(content: Mapping[str, Any]) -> Preprocessing | None:
+    size = content.get("size")
+    edge = size.get("shortest_edge") if isinstance(size, Mapping) else size
+    mean, std = content.get("image_mean"), content.get("image_std")
+    if not isinstance(edge, int) or not mean or not std:
+        return None
+    warped = edge >= _WARPED_FROM
+    return Preprocessing(
+        tuple(map(float, mean)),
+        tuple(map(float, std)),
+        (edge, edge),
+        1.0 if warped else float(content.get("crop_pct") or 224 / 256),
+        _RESAMPLING.get(content.get("resample", 3), "bicubic"),
+        not warped,
+        "preprocessor_config.json",
+    )
+
+
+def write(
+    config: ResNetConfig,
+    labels: Sequence[str],
+    kept: Mapping[str, Any],
+    preprocessing: Preprocessing | None,
+) -> dict[str, dict[str, Any]]:
+    """The files of a folder that ``from_pretrained`` loads, by name.
+
+    Args:
+      config: The network.
+      labels: Class names; empty: ``LABEL_0`` ...
+      kept: The ``config.json`` that the network came with, where it came from transformers.
+      preprocessing: For ``preprocessor_config.json``; None writes none.
+    Raises:
+      InputError: A network that transformers' ResNet cannot be told to build.
+    """
+    content: dict[str, Any] = {
+        **kept,
+        "architectures": [
+            "ResNetModel" if config.num_classes is None else "ResNetForImageClassification"
+        ],
+        "model_type": "resnet",
+        "num_channels": config.in_channels,
+        "embedding_size": config.stem_width,
+        "hidden_sizes": [width * EXPANSION[config.block] for width in config.widths],
+        "depths": list(config.depths),
+        "layer_type": config.block,
+        "hidden_act": "relu",
+        "downsample_in_first_stage": config.first_stride == 2,
+        "downsample_in_bottleneck": config.stride_on == "1x1" and config.block == "bottleneck",
+    }
+    for stale in ("torch_dtype", "dtype"):
+        content.pop(stale, None)
+    if config.num_classes is not None:
+        names = (
+            list(labels)
+            if len(labels) == config.num_classes
+            else [f"LABEL_{i}" for i in range(config.num_classes)]
+        )
+        content["id2label"] = {str(i): name for i, name in enumerate(names)}
+        content["label2id"] = {name: i for i, name in enumerate(names)}
+    _refuse_lost(config, content)
+    files = {"config.json": content}
+    if preprocessing is not None:
+        files["preprocessor_config.json"] = {
+            "image_processor_type": "ConvNextImageProcessor",
+            "do_resize": True,
+            "do_normalize": True,
+            "size": {"shortest_edge": preprocessing.size[0]},
+            "crop_pct": preprocessing.crop_pct,
+            "resample": next(
+                number
+                for number, name in _RESAMPLING.items()
+                if name == preprocessing.interpolation
+            ),
+            "image_mean": list(preprocessing.mean),
+            "image_std": list(preprocessing.std),
+        }
+    return files
+
+
+def _refuse_lost(config: ResNetConfig, content: Mapping[str, Any]) -> None:
+    """Raises InputError for what the file cannot say."""
+    told = ResNetConfig(
+        block=content["layer_type"],
+        depths=content["depths"],
+        widths=tuple(size // EXPANSION[config.block] for size in content["hidden_sizes"]),
+        stem_width=content["embedding_size"],
+        first_stride=2 if content["downsample_in_first_stage"] else 1,
+        stride_on="1x1" if content["downsample_in_bottleneck"] else "3x3",
+        in_channels=content["num_channels"],
+        num_classes=config.num_classes,
+    )
+    names = ResNetConfig.__dataclass_fields__
+    lost = [
+        f"{name} {getattr(config, name)!r}"
+        for name in names
+        if getattr(told, name) != getattr(config, name) and not _without_effect(config, name)
+    ]
+    if lost:
+        raise InputError(
+            f"transformers' ResNet cannot be told {', '.join(lost)}. Write another naming "
+            f"scheme: --to-naming torchvision."
+        )
+
+
+def _without_effect(config: ResNetConfig, name: str) -> bool:
+    return (name == "stride_on" and config.block == "basic") or (
+        name == "attention_ratio" and config.attention != "se"
+    )

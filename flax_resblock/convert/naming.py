@@ -1,0 +1,285 @@
+"""Naming schemes of residual networks, as data. A new spelling is a new row of :data:`NAMINGS`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from flax_resblock.config import Slot, SlotKind
+from flax_resblock.convert.codecs import AS_IS, OIHW_HWIO, OIW_WIO, TRANSPOSED, Codec
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a layer: its name on both sides, and how its layout changes.
+
+    Attributes:
+      flax_name: Attribute of the Flax layer.
+      name: Name in the naming scheme at hand.
+      codec: Between the two.
+      role: ``"weight"`` (floating), ``"variance"`` (floating, not negative) or ``"counter"``
+        (integer; may be missing, PyTorch starts it at 0).
+    """
+
+    flax_name: str
+    name: str
+    codec: Codec = AS_IS
+    role: str = "weight"
+
+
+TORCH_TENSORS: Mapping[SlotKind, tuple[Tensor, ...]] = MappingProxyType(
+    {
+        SlotKind.CONV: (Tensor("kernel", "weight", OIHW_HWIO),),
+        SlotKind.BIASED_CONV: (Tensor("kernel", "weight", OIHW_HWIO), Tensor("bias", "bias")),
+        SlotKind.CHANNEL_CONV: (Tensor("kernel", "weight", OIW_WIO),),
+        SlotKind.NORM: (
+            Tensor("scale", "weight"),
+            Tensor("bias", "bias"),
+            Tensor("mean", "running_mean"),
+            Tensor("var", "running_var", role="variance"),
+            Tensor("num_batches_tracked", "num_batches_tracked", role="counter"),
+        ),
+        SlotKind.LINEAR: (Tensor("kernel", "weight", TRANSPOSED), Tensor("bias", "bias")),
+        SlotKind.ACTIVATION: (),
+    }
+)
+FLAX_TENSORS: Mapping[SlotKind, tuple[Tensor, ...]] = MappingProxyType(
+    {
+        kind: tuple(Tensor(t.flax_name, t.flax_name, AS_IS, t.role) for t in tensors)
+        for kind, tensors in TORCH_TENSORS.items()
+    }
+)
+
+
+@dataclass(frozen=True)
+class Naming:
+    """A naming scheme.
+
+    Attributes:
+      name: What ``--naming`` takes.
+      stage: Template of a block's prefix, over ``{stage}`` (from ``first_stage``) and ``{block}``
+        (from 0).
+      modules: Module name of every place: ``"stem.conv"``, ``"head"``, and within a block
+        ``"conv1"``, ``"shortcut.norm"``.
+      origin: Who writes such checkpoints.
+      first_stage: Number of the first stage in the template.
+      hub: Whose folders of weights and ``config.json`` have these names: a key of
+        :data:`flax_resblock.convert.hubs.HUBS`; empty: nobody's.
+      tensors: Names and codecs of a layer's tensors.
+    """
+
+    name: str
+    stage: str
+    modules: Mapping[str, str]
+    origin: str
+    first_stage: int = 1
+    hub: str = ""
+    tensors: Mapping[SlotKind, tuple[Tensor, ...]] = field(default_factory=lambda: TORCH_TENSORS)
+
+    def block_prefix(self, stage: str, block: int | None) -> str:
+        """``"layer2.0"``; empty for a bare block."""
+        return (
+            ""
+            if block is None
+            else self.stage.format(
+                stage=int(stage.removeprefix("stage")) - 1 + self.first_stage, block=block
+            )
+        )
+
+    def is_inside_block(self, key: str) -> bool:
+        """Whether a tensor has the name of one in a block of a network."""
+        stage, block = re.escape(self.stage).split(r"\{stage\}")
+        digits = r"\d+"
+        pattern = f"{stage}{digits}{block}".replace(r"\{block\}", digits)
+        return re.match(rf"{pattern}\.", key) is not None
+
+    def is_in_bare_block(self, key: str) -> bool:
+        """Whether a tensor has the name of one in a bare block."""
+        places = {name for place, name in self.modules.items() if not place.startswith("stem")}
+        places.discard(self.modules.get("head", ""))
+        return any(key.startswith(f"{name}.") for name in places)
+
+    def module_name(self, slot: Slot) -> str | None:
+        """Name of the module that holds ``slot``; None where this scheme has no such place; ``""``
+        for a bare block as a whole.
+        """
+        inside_stages = slot.block is not None or slot.stage == ""
+        prefix = self.block_prefix(slot.stage, slot.block)
+        if inside_stages and not slot.role:
+            return prefix
+        place = slot.role if inside_stages else ".".join(filter(None, (slot.stage, slot.role)))
+        module = self.modules.get(place)
+        return None if module is None else ".".join(filter(None, (prefix, module)))
+
+
+_RESIDUAL = {
+    "conv1": "conv1",
+    "norm1": "bn1",
+    "conv2": "conv2",
+    "norm2": "bn2",
+    "conv3": "conv3",
+    "norm3": "bn3",
+}
+_STEM = {"stem.conv": "conv1", "stem.norm": "bn1", "stem.pool": "maxpool"}
+_DOWNSAMPLE = {"shortcut.conv": "downsample.0", "shortcut.norm": "downsample.1"}
+_SHORTCUT = {"shortcut.conv": "shortcut.0", "shortcut.norm": "shortcut.1"}
+_POOLED = {
+    "shortcut.pool": "downsample.0",
+    "shortcut.projection.conv": "downsample.1",
+    "shortcut.projection.norm": "downsample.2",
+}
+_ATTENTION = {
+    "attention": "se",
+    "attention.reduce": "se.fc1",
+    "attention.expand": "se.fc2",
+    "attention.conv": "se.conv",
+    "blur": "aa",
+}
+
+
+def _stem_sequence(name: str, last_norm: str) -> dict[str, str]:
+    """A deep stem as one ``nn.Sequential`` of convolution, norm, ReLU; the last norm may stand
+    outside.
+    """
+    places = {f"stem.conv{i + 1}": f"{name}.{3 * i}" for i in range(3)} | {
+        f"stem.norm{i + 1}": f"{name}.{3 * i + 1}" for i in range(3)
+    }
+    return places | {"stem.norm3": last_norm}
+
+
+_TORCHVISION = (
+    _STEM | _stem_sequence("conv1", "bn1") | _RESIDUAL | _DOWNSAMPLE | _POOLED | _ATTENTION
+)
+_SEQUENTIAL = {
+    "conv1": "block.0",
+    "norm1": "block.1",
+    "conv2": "block.3",
+    "norm2": "block.4",
+    "conv3": "block.6",
+    "norm3": "block.7",
+    "shortcut.conv": "skip.0",
+    "shortcut.norm": "skip.1",
+}
+_CHILDREN = {"stem.conv": "0", "stem.norm": "1", "stem.pool": "3"}
+_DETECTRON2 = {
+    "stem.conv": "stem.conv1",
+    "stem.norm": "stem.conv1.norm",
+    "conv1": "conv1",
+    "norm1": "conv1.norm",
+    "conv2": "conv2",
+    "norm2": "conv2.norm",
+    "conv3": "conv3",
+    "norm3": "conv3.norm",
+    "shortcut.conv": "shortcut",
+    "shortcut.norm": "shortcut.norm",
+    "head": "linear",
+}
+
+
+def _huggingface(prefix: str) -> dict[str, str]:
+    """``ResNetModel`` in transformers: every convolution and its norm in a module of their own."""
+    stem = {
+        "stem.conv": "embedder.embedder.convolution",
+        "stem.norm": "embedder.embedder.normalization",
+        "stem.pool": "embedder.pooler",
+    }
+    main = {
+        f"{kind}{i + 1}": f"layer.{i}.{name}"
+        for i in range(3)
+        for kind, name in (("conv", "convolution"), ("norm", "normalization"))
+    }
+    skip = {"shortcut.conv": "shortcut.convolution", "shortcut.norm": "shortcut.normalization"}
+    return {place: prefix + name for place, name in stem.items()} | main | skip
+
+
+_FLAX_PLACES = (*_TORCHVISION, "head")
+
+_ROWS = (
+    Naming(
+        "torchvision",
+        "layer{stage}.{block}",
+        _TORCHVISION | {"head": "fc"},
+        "torchvision.models, timm, most papers",
+    ),
+    Naming(
+        "sequential",
+        "layer{stage}.{block}",
+        _STEM | _SEQUENTIAL | {"head": "fc"},
+        "blocks written as nn.Sequential: block.0/1/3/4, skip.0/1",
+    ),
+    Naming(
+        "akamaster",
+        "layer{stage}.{block}",
+        _STEM | _RESIDUAL | {"head": "linear"},
+        "github.com/akamaster/pytorch_resnet_cifar10 (option A)",
+    ),
+    Naming(
+        "kuangliu",
+        "layer{stage}.{block}",
+        _STEM | _RESIDUAL | _SHORTCUT | {"head": "linear"},
+        "github.com/kuangliu/pytorch-cifar",
+    ),
+    Naming(
+        "timm",
+        "layer{stage}.{block}",
+        _TORCHVISION | {"head": "fc"},
+        "timm's folders (torchvision's names)",
+        hub="timm",
+    ),
+    Naming(
+        "huggingface",
+        "resnet.encoder.stages.{stage}.layers.{block}",
+        _huggingface("resnet.") | {"head": "classifier.1"},
+        "transformers.ResNetForImageClassification",
+        first_stage=0,
+        hub="transformers",
+    ),
+    Naming(
+        "huggingface_backbone",
+        "encoder.stages.{stage}.layers.{block}",
+        _huggingface(""),
+        "transformers.ResNetModel, ResNetBackbone",
+        first_stage=0,
+        hub="transformers",
+    ),
+    Naming(
+        "openmmlab",
+        "backbone.layer{stage}.{block}",
+        {
+            place: f"backbone.{name}"
+            for place, name in (_STEM | _stem_sequence("stem", "stem.7")).items()
+        }
+        | _RESIDUAL
+        | _DOWNSAMPLE
+        | _POOLED
+        | {"head": "head.fc"},
+        "mmpretrain classifiers",
+    ),
+    Naming(
+        "openmmlab_backbone",
+        "layer{stage}.{block}",
+        _stem_sequence("stem", "stem.7") | _RESIDUAL | _DOWNSAMPLE | _POOLED,
+        "mmdet and mmseg, deep stem (ResNetV1d)",
+    ),
+    Naming("detectron2", "res{stage}.{block}", _DETECTRON2, "detectron2", first_stage=2),
+    Naming(
+        "children",
+        "{stage}.{block}",
+        _CHILDREN | _RESIDUAL | _DOWNSAMPLE,
+        "nn.Sequential(*resnet.children()) without fc: lightly, BYOL",
+        first_stage=4,
+    ),
+    Naming(
+        "flax",
+        "stage{stage}.{block}",
+        {place: place for place in _FLAX_PLACES},
+        "this library's own names and layouts (NHWC, HWIO)",
+        tensors=FLAX_TENSORS,
+    ),
+)
+NAMINGS: Mapping[str, Naming] = MappingProxyType({naming.name: naming for naming in _ROWS})
+"""Every known naming scheme. The order settles ties between schemes that name the same tensors
+alike: the narrower scheme comes first.
+"""

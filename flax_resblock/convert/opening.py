@@ -1,0 +1,483 @@
+"""A checkpoint together with the one reading of it that fits: the common start of conversion,
+inspection and verification. Imports no jax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_resblock import checkpoint
+from flax_resblock import config as arch
+from flax_resblock.checkpoint import LIMITS, Limits, Record
+from flax_resblock.checkpoint.unwrap import strip, wrapping
+from flax_resblock.convert.detection.assumptions import Assumption, assumptions, told_by_entries
+from flax_resblock.convert.detection.backbones import (
+    Backbone,
+    describe_left_out,
+    find_backbone,
+    find_head,
+    head_left_out,
+    nearly,
+    several_layers,
+)
+from flax_resblock.convert.detection.candidates import Match, identify
+from flax_resblock.convert.hubs import HubConfig, kept_files, read_hub
+from flax_resblock.convert.naming import NAMINGS
+from flax_resblock.convert.state_map import StateMap, TensorInfo, describe, matches_any, unhealthy
+from flax_resblock.errors import CheckpointError, InputError, some, visible
+from flax_resblock.runs import run as runs
+from flax_resblock.runs import run_file
+from flax_resblock.runs.param_groups import WEIGHTS_ONLY
+from flax_resblock.runs.run import Run
+
+CONFIG, NAMING, EPS, MOMENTUM = "config", "naming", "eps", "momentum"
+"""Metadata that this library writes beside tensors."""
+
+
+HEADLESS = "no classification head: the network returns pooled features"
+"""Note on a network without head."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How to read a checkpoint where its names and shapes leave it open, or where a person knows
+    better.
+
+    Attributes:
+      architecture: Name or configuration; None finds it.
+      naming: Naming scheme; None finds it.
+      num_classes: Size of the logits; None reads it off.
+      stride: Of a bare block, which its weights do not tell.
+      ignore: Keys to drop, shell-style patterns; none of them in a block of the network.
+      allow_missing: Keys that may be absent and start afresh, shell-style patterns. Only training
+        starts anything afresh, see :func:`refuse_afresh`.
+      limits: What the file may declare before it is refused.
+      traits: Fields of :class:`~flax_resblock.ResNetConfig` that no tensor tells (``{"stride_on":
+        "1x1"}``); None of them: see :mod:`flax_resblock.convert.detection.assumptions`.
+    """
+
+    architecture: str | arch.Config | None = None
+    naming: str | None = None
+    num_classes: int | None = None
+    stride: int | None = None
+    ignore: Sequence[str] = ()
+    allow_missing: Sequence[str] = ()
+    limits: Limits = LIMITS
+    traits: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint that fits.
+
+    Attributes:
+      record: What the file held.
+      state_map: Its names and layouts.
+      tensors: Its arrays by name, without ignored ones, absent counters filled with zero.
+      notes: Everything that was unwrapped, dropped, filled or assumed.
+      afresh: Keys that are absent and allowed to be.
+      norm_options: ``eps`` and ``momentum`` where the checkpoint has them.
+      hub: What its ``config.json`` says; None where there is none.
+      assumed: Choices that no tensor tells and nobody made.
+    """
+
+    record: Record
+    state_map: StateMap
+    tensors: Mapping[str, np.ndarray]
+    notes: tuple[str, ...]
+    afresh: tuple[str, ...] = ()
+    norm_options: Mapping[str, float | None] = field(default_factory=dict)
+    hub: HubConfig | None = None
+    assumed: tuple[Assumption, ...] = ()
+
+    @property
+    def config(self) -> arch.Config:
+        """The network or bare block."""
+        return self.state_map.config
+
+    @cached_property
+    def unhealthy(self) -> list[str]:
+        """Tensors with non-finite values or negative variances."""
+        return unhealthy(self.state_map, self.tensors)
+
+    def run(self, *, kind: str | None = None, per_epoch: bool | None = None) -> Run:
+        """The training run in the checkpoint: optimizer, schedule, counters.
+
+        Args:
+          kind: ``"sgd"``, ``"adam"`` or ``"adamw"``, where the optimizer's options do not tell.
+          per_epoch: Whether the scheduler counts epochs (or batches); None finds it.
+        Raises:
+          CheckpointError: It holds none, or one that cannot go on; the message says why.
+        """
+        source = self.record.source
+        try:
+            if run_file.holds_run(self.record.metadata):
+                return run_file.unpack(
+                    self.record.tensors, self.record.metadata, self.state_map, source=source
+                )
+            return runs.read(
+                self.record.extras, self.state_map, kind=kind, per_epoch=per_epoch, source=source
+            )
+        except InputError:
+            raise
+        # entries of any type under the names of a training program: whatever they do not support is
+        # raised
+        except Exception as error:
+            raise CheckpointError(
+                f"{source}: its training run is damaged, or no training program's "
+                f"({type(error).__name__}: {visible(str(error))[:160]}). {WEIGHTS_ONLY}"
+            ) from error
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trainable values (statistics and counters are not)."""
+        statistics = ("mean", "var", "num_batches_tracked")
+        return sum(
+            int(np.prod(entry.flax_shape))
+            for entry in self.state_map.entries
+            if entry.flax_path[-1] not in statistics
+        )
+
+
+def _written_config(record: Record) -> arch.Config | None:
+    """The configuration that this library stored, which says more than names and shapes can
+    (strides, dilation).
+    """
+    text = record.metadata.get(CONFIG)
+    if text is None:
+        return None
+    try:
+        config = arch.from_json(text)
+        blocks = sum(getattr(config, "depths", ()))
+        if blocks > len(record.tensors):
+            raise ValueError(
+                f"it has {blocks:,} blocks, and the file {len(record.tensors):,} tensors"
+            )
+        return config
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{record.source}: its stored configuration is damaged "
+            f"({visible(str(error))[:160]}). Say --architecture NAME, or copy the file again."
+        ) from error
+
+
+def _written_norm_options(record: Record) -> dict[str, float | None]:
+    try:
+        return {
+            name: None if record.metadata[name] == "None" else float(record.metadata[name])
+            for name in (EPS, MOMENTUM)
+            if name in record.metadata
+        }
+    except ValueError as error:
+        raise CheckpointError(
+            f"{record.source}: its stored eps or momentum is no number "
+            f"({visible(str(error))[:120]}). Copy the file again."
+        ) from error
+
+
+def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheckpoint:
+    """The checkpoint with the one reading that fits.
+
+    Raises:
+      CheckpointError: Nothing fits, or several readings do; the message shows the nearest and the
+        flags to use.
+    """
+    reading = reading or ReadOptions()
+    ignored = [key for key in record.tensors if matches_any(key, reading.ignore)]
+    tensors = {key: value for key, value in record.tensors.items() if key not in set(ignored)}
+    if run_file.holds_run(record.metadata):
+        tensors = {
+            key: value
+            for key, value in tensors.items()
+            if not key.startswith((run_file.TENSORS, run_file.AVERAGED))
+        }
+    kept, notes = list(tensors), list(record.notes)
+    if ignored:
+        notes.append(f"ignored {some(ignored)}")
+        tensors = strip(tensors, notes)
+    beside = describe(tensors)
+    backbone = find_backbone(beside, (*record.extras, *record.notes))
+    if backbone is not None:
+        notes.append(describe_left_out(backbone, tensors))
+        tensors = {
+            key.removeprefix(backbone.prefix): value
+            for key, value in tensors.items()
+            if backbone.holds(key)
+        }
+    hub, (by_entries, said) = (
+        read_hub(record.metadata, record.source),
+        told_by_entries(record.extras),
+    )
+    notes += said
+    if hub is not None:
+        notes.append(hub.sentence)
+    wanted = reading.architecture if reading.architecture is not None else _written_config(record)
+    by_file = {**by_entries, **(hub.traits if hub else {})} if wanted is None else {}
+    reading = replace(reading, architecture=wanted, traits={**by_file, **reading.traits})
+    if backbone is not None and backbone.may_dilate:
+        _refuse_untold_dilation(backbone, reading, record.source)
+    try:
+        match = _identify(tensors, reading, record.source)
+        if backbone is not None:
+            _refuse_head_left_out(backbone, beside, match, record.source)
+    except CheckpointError as error:
+        _refuse_ignored_blocks(ignored, kept, backbone, None, record.source)
+        headed = _with_head(tensors, reading, record.source) if backbone is None else None
+        if headed is None:
+            hints = [nearly(beside), several_layers(beside)] if backbone is None else []
+            raise CheckpointError("\n".join([str(error), *filter(None, hints)])) from error
+        tensors, match, note = headed
+        notes.append(note)
+    if match.misfit.afresh:
+        notes.append(f"absent, to start afresh: {some(match.misfit.afresh)}")
+    counters = match.misfit.filled_counters
+    if counters:
+        notes.append(f"filled {len(counters)} absent num_batches_tracked with 0, as PyTorch does")
+        tensors |= {key: np.zeros((), np.int64) for key in counters}
+    _refuse_ignored_blocks(ignored, kept, backbone, match.state_map, record.source)
+    config = match.state_map.config
+    if isinstance(config, arch.ResNetConfig) and config.num_classes is None:
+        notes.append(HEADLESS)
+    assumed = assumptions(config, match.state_map.naming, reading.traits) if wanted is None else []
+    notes += [assumption.note for assumption in assumed]
+    afresh = tuple(match.misfit.afresh)
+    return OpenedCheckpoint(
+        record,
+        match.state_map,
+        tensors,
+        tuple(notes),
+        afresh,
+        _written_norm_options(record),
+        hub,
+        tuple(assumed),
+    )
+
+
+def _identify(tensors: Mapping[str, np.ndarray], reading: ReadOptions, source: str) -> Match:
+    return identify(
+        describe(tensors),
+        architecture=reading.architecture,
+        naming=reading.naming,
+        num_classes=reading.num_classes,
+        stride=reading.stride,
+        allow_missing=reading.allow_missing,
+        traits=reading.traits,
+        source=source,
+    )
+
+
+def _with_head(
+    tensors: Mapping[str, np.ndarray], reading: ReadOptions, source: str
+) -> tuple[dict[str, np.ndarray], Match, str] | None:
+    """The network and its head, where the head has another name than its naming scheme gives it.
+
+    Returns:
+      The tensors under the names of the scheme, the reading, and a note; None where the rest is no
+      network.
+    Raises:
+      CheckpointError: The rest is a network, and the head does not fit it.
+    """
+    head = find_head(describe(tensors))
+    if head is None:
+        return None
+    rest = {
+        key.removeprefix(head.prefix): value
+        for key, value in tensors.items()
+        if not head.holds(key)
+    }
+    wanted = reading.architecture
+    if isinstance(wanted, arch.ResNetConfig):
+        wanted = replace(wanted, num_classes=None)
+    try:
+        match = _identify(rest, replace(reading, architecture=wanted, num_classes=None), source)
+    except CheckpointError:
+        return None
+    if not isinstance(match.state_map.config, arch.ResNetConfig):
+        return None
+    naming = match.state_map.naming
+    name = naming.modules.get("head")
+    if name is None:
+        raise CheckpointError(
+            f"{source} is {match.title} with the classification head {head.module}, and this "
+            f"naming scheme has no name for a head. A head is never left out."
+        )
+    rest |= {
+        f"{name}.{key.rpartition('.')[2]}": value
+        for key, value in tensors.items()
+        if head.holds(key)
+    }
+    try:
+        return rest, _identify(rest, replace(reading, naming=naming.name), source), head.note(name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}\n{head.module} was read as its head, {name}.") from error
+
+
+def refuse_afresh(source: OpenedCheckpoint) -> None:
+    """Raises CheckpointError where weights or running statistics are absent.
+
+    Only training draws new ones.
+    """
+    if source.afresh:
+        raise CheckpointError(
+            f"{source.record.source} lacks {some(list(source.afresh))}. Weights and running "
+            "statistics that a checkpoint does not hold are never made up; only the counters "
+            "num_batches_tracked may be absent, and start at 0."
+        )
+
+
+def _refuse_ignored_blocks(
+    ignored: Sequence[str],
+    kept: Iterable[str],
+    backbone: Backbone | None,
+    state_map: StateMap | None,
+    source: str,
+) -> None:
+    """Raises InputError where tensors of a block were ignored: what is left is another network.
+
+    Args:
+      ignored: Keys that the user asked to drop.
+      kept: The others, by the names that they have in the file.
+      backbone: Where the network is; None where it has no prefix, or one that wrappers leave.
+      state_map: Of the network; None where what is left is none.
+      source: For messages.
+    """
+    namings = NAMINGS.values() if state_map is None else (state_map.naming,)
+    block = state_map is not None and isinstance(state_map.config, arch.BlockConfig)
+    prefixes = {wrapping(key) for key in kept} if backbone is None else {backbone.prefix}
+    inside = []
+    for key in ignored:
+        prefix = wrapping(key) if backbone is None else backbone.prefix
+        if prefix not in prefixes or not key.startswith(prefix):
+            continue
+        names = (key, key.removeprefix(prefix))
+        if any(
+            naming.is_inside_block(name) or (block and naming.is_in_bare_block(name))
+            for naming in namings
+            for name in names
+        ):
+            inside.append(key)
+    if inside:
+        raise InputError(
+            f"{source}: {some(inside)} cannot be ignored. A residual block without one of its "
+            "tensors would be read as another block, which computes something else. Only tensors "
+            "outside the network's blocks can be ignored."
+        )
+
+
+def _refuse_untold_dilation(backbone: Backbone, reading: ReadOptions, source: str) -> None:
+    known = (
+        isinstance(reading.architecture, arch.ResNetConfig) or "dilated_stages" in reading.traits
+    )
+    if not known:
+        raise CheckpointError(
+            f"{source} holds the backbone of a segmentation network ({backbone.name}), and no "
+            f"tensor "
+            "tells whether its last stages are dilated. Say --dilated-stages 3 4 if they are, "
+            "as in "
+            "torchvision's FCN and DeepLabV3, or --dilated-stages without a number if they are not "
+            "(traits={'dilated_stages': (3, 4)}, or (), in Python)."
+        )
+
+
+def _refuse_head_left_out(
+    backbone: Backbone, found: Mapping[str, TensorInfo], match: Match, source: str
+) -> None:
+    config = match.state_map.config
+    if not isinstance(config, arch.ResNetConfig):
+        return
+    features = [block.out_channels for _, _, block in config.blocks()][-1]
+    head = head_left_out(backbone, found, features)
+    if head is not None:
+        raise CheckpointError(
+            f"{source}: {head} takes the {features} features of the network under "
+            f"'{backbone.prefix}' as a classification head does, and is no known part of "
+            f"{backbone.name}. A head is never left out."
+        )
+
+
+def open_checkpoint(
+    path: str | Path,
+    reading: ReadOptions | None = None,
+    *,
+    entry: str | None = None,
+    run: bool = False,
+) -> OpenedCheckpoint:
+    """Reads a checkpoint of any format and finds what it is; arguments and errors as for
+    :func:`flax_resblock.checkpoint.read` and :func:`interpret`.
+    """
+    flat = entry == runs.EMA and Path(path).suffix in (
+        "",
+        ".safetensors",
+    )  # formats without entries, where averaged weights have names of their own
+    limits = LIMITS if reading is None else reading.limits
+    record = checkpoint.read(path, entry=None if flat else entry, run=run, limits=limits)
+    if flat:
+        record = run_file.averaged(record)
+    return interpret(record, reading)
+
+
+def metadata_of(
+    config: arch.Config,
+    naming: str,
+    norm_options: Mapping[str, float | None],
+    source: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """What this library stores beside tensors: enough to rebuild the network without any flag.
+
+    Args:
+      config: The network or bare block.
+      naming: Naming scheme.
+      norm_options: ``eps`` and ``momentum``.
+      source: Metadata of the checkpoint that it came from, whose ``config.json`` is kept.
+    """
+    from flax_resblock._version import __version__
+
+    return {
+        "format": "pt" if naming != "flax" else "flax",
+        "written_by": f"flax-resblock {__version__}",
+        "architecture": arch.name_of(config),
+        CONFIG: arch.to_json(config),
+        NAMING: naming,
+        **{name: str(value) for name, value in norm_options.items()},
+        **kept_files(source or {}),
+    }
+
+
+def target_naming(source: OpenedCheckpoint, output_format: str, naming: str | None) -> str:
+    """The naming scheme of an output: what was asked for; else Flax's own for Orbax, and for the
+    others the scheme that the network came in.
+
+    A name without suffix is an Orbax folder; with the naming scheme of a hub, a folder as that hub
+    has them.
+
+    Raises:
+      InputError: PyTorch's file format with Flax's names.
+    """
+    if output_format == "orbax":
+        if naming is None or NAMINGS[naming].hub:
+            return naming or "flax"
+        if naming != "flax":
+            raise InputError(
+                f"an Orbax folder holds Flax names; --to-naming {naming} is for .pth and "
+                f".safetensors."
+            )
+        return "flax"
+    if naming == "flax" and output_format == "pytorch":
+        raise InputError(
+            "a .pth file holds PyTorch names; use .safetensors or an Orbax folder for naming "
+            "scheme 'flax'."
+        )
+    if naming is not None:
+        return naming
+    here = source.state_map.naming.name
+    return (
+        here
+        if here != "flax"
+        else source.record.metadata.get(NAMING, "flax").replace("flax", "torchvision")
+    )

@@ -1,0 +1,99 @@
+"""Max pooling on a CPU: the greatest of the window's pixels, each a strided slice, and a gradient
+that compares them instead of searching the window.
+"""
+
+from __future__ import annotations
+
+from functools import partial, reduce
+from itertools import groupby
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_resblock.cpu.products import taps_added, taps_of
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
+    """``(N, H, W, C)`` to ``(N, H', W', C)``, equal to ``torch.nn.MaxPool2d``; of equal pixels the
+    first one has the gradient.
+
+    Args:
+      x: Floating.
+      window, stride, padding: In pixels, square.
+    """
+    return _greatest(x, window, stride, padding)
+
+
+def _greatest(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
+    """The inside and the borders apart: a border of infinities would have every pixel of every
+    slice compared with the image's ends.
+    """
+    rows, columns = (_runs(size, window, stride, padding) for size in x.shape[1:3])
+    return jnp.concatenate(
+        [
+            jnp.concatenate([_part(x, row, column, stride) for column in columns], axis=2)
+            for row in rows
+        ],
+        axis=1,
+    )
+
+
+class _Run(NamedTuple):
+    """Outputs beside each other whose windows lie over the image in the same way: the input pixels
+    of the first one, and how many they are.
+    """
+
+    pixels: range
+    outputs: int
+
+
+def _runs(size: int, window: int, stride: int, padding: int) -> list[_Run]:
+    starts = range(-padding, size + padding - window + 1, stride)
+    inside = groupby(starts, lambda start: (max(0, -start), min(window, size - start)))
+    return [
+        _Run(range(first + low, first + high), 1 + len(rest))
+        for (low, high), (first, *rest) in inside
+    ]
+
+
+def _part(x: jax.Array, row: _Run, column: _Run, stride: int) -> jax.Array:
+    taps = [
+        x[
+            :,
+            i : i + stride * (row.outputs - 1) + 1 : stride,
+            j : j + stride * (column.outputs - 1) + 1 : stride,
+        ]
+        for i in row.pixels
+        for j in column.pixels
+    ]
+    return lax.optimization_barrier(
+        reduce(jnp.maximum, taps)
+    )  # otherwise computed pixel by pixel while they are put together
+
+
+def _forward(
+    x: jax.Array, window: int, stride: int, padding: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    y = _greatest(x, window, stride, padding)
+    return y, (x, y)
+
+
+def _backward(
+    window: int, stride: int, padding: int, kept: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array]:
+    x, y = kept
+    free = jnp.ones(y.shape, bool)
+    shares: list[list[jax.Array]] = []
+    for row in taps_of(x, window, stride, padding, -jnp.inf):
+        shares.append([])
+        for tap in row:
+            here = free & (tap == y)
+            free &= ~here
+            shares[-1].append(jnp.where(here, dy, 0))
+    return (taps_added(shares, (x.shape[1], x.shape[2]), stride, padding),)
+
+
+max_pool.defvjp(_forward, _backward)

@@ -1,0 +1,172 @@
+"""Convolutions as matrix products: of the pixels of a 1x1 kernel, or one for every tap of a larger
+one.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_resblock.cpu.materialised import materialised
+
+
+def _visited(x: jax.Array, stride: int) -> jax.Array:
+    """The pixels that a 1x1 convolution looks at, ``(N, H', W', C)``."""
+    return x if stride == 1 else x[:, ::stride, ::stride]
+
+
+def pointwise(
+    x: jax.Array, kernel: jax.Array, stride: int, precision: lax.PrecisionLike
+) -> jax.Array:
+    """``(N, H, W, C)`` by ``(1, 1, C, O)`` to ``(N, H', W', O)``, without padding."""
+    pixels = _visited(x, stride)
+    return jnp.dot(pixels.reshape(-1, pixels.shape[-1]), kernel[0, 0], precision=precision).reshape(
+        *pixels.shape[:3], -1
+    )
+
+
+def pointwise_kernel_gradient(
+    x: jax.Array, dy: jax.Array, stride: int, precision: lax.PrecisionLike
+) -> jax.Array:
+    """``(1, 1, C, O)`` from ``(N, H, W, C)`` and ``(N, H', W', O)``."""
+    pixels = _visited(x, stride).reshape(-1, x.shape[-1])
+    return lax.dot_general(
+        pixels, dy.reshape(-1, dy.shape[-1]), (((0,), (0,)), ((), ())), precision=precision
+    )[None, None]
+
+
+def pointwise_input_gradient(
+    dy: jax.Array,
+    kernel: jax.Array,
+    size: tuple[int, int],
+    stride: int,
+    precision: lax.PrecisionLike,
+) -> jax.Array:
+    """``(N, H, W, C)``, ``size`` its height and width, from ``(N, H', W', O)`` and ``(1, 1, C,
+    O)``.
+    """
+    pixels = lax.dot_general(
+        dy.reshape(-1, dy.shape[-1]), kernel[0, 0], (((1,), (1,)), ((), ())), precision=precision
+    ).reshape(*dy.shape[:3], -1)
+    if stride == 1:
+        return pixels
+    ends = [
+        (0, whole - (stride * (seen - 1) + 1), stride - 1)
+        for whole, seen in zip(size, dy.shape[1:3], strict=True)
+    ]
+    return lax.pad(pixels, jnp.zeros((), pixels.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
+
+
+def taps_of(
+    x: jax.Array, taps: int, stride: int, padding: int, border: float
+) -> list[list[jax.Array]]:
+    """What every output pixel sees at each row and column of a ``taps`` by ``taps`` window, ``(N,
+    H', W', C)``; ``border`` is the padding's value.
+
+    What computes ``x`` is fused into one copy with its border, and not into each of the slices.
+    """
+    last = [(size + 2 * padding - taps) // stride for size in x.shape[1:3]]
+    ends = [
+        (padding, stride * end + taps - size - padding, 0)
+        for end, size in zip(last, x.shape[1:3], strict=True)
+    ]
+    padded = lax.optimization_barrier(
+        lax.pad(x, jnp.array(border, x.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
+    )
+    tall, wide = (stride * end + 1 for end in last)
+    return [
+        [
+            padded[:, row : row + tall : stride, column : column + wide : stride]
+            for column in range(taps)
+        ]
+        for row in range(taps)
+    ]
+
+
+def taps_added(
+    shares: list[list[jax.Array]], size: tuple[int, int], stride: int, padding: int
+) -> jax.Array:
+    """The transpose of :func:`taps_of`: every share ``(N, H', W', C)`` added where its pixels came
+    from, ``(N, H, W, C)``.
+    """
+    padded = _overlapped([_overlapped(row, stride, axis=2) for row in shares], stride, axis=1)
+    ends = [
+        (-padding, padding + whole - had, 0)
+        for whole, had in zip(size, padded.shape[1:3], strict=True)
+    ]
+    return lax.pad(padded, jnp.zeros((), padded.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
+
+
+def kernel_gradient(
+    x: jax.Array, dy: jax.Array, taps: int, stride: int, padding: int, precision: lax.PrecisionLike
+) -> jax.Array:
+    """``(k, k, C, O)`` from ``(N, H, W, C)`` and ``(N, H', W', O)``: one product for every tap, of
+    the pixels that it sees.
+    """
+    dy = materialised(dy)
+    seen = taps_of(x, taps, stride, padding, 0)
+    return jnp.concatenate(
+        [
+            jnp.concatenate(
+                [pointwise_kernel_gradient(tap, dy, 1, precision) for tap in row], axis=1
+            )
+            for row in seen
+        ]
+    )
+
+
+def input_gradient(
+    dy: jax.Array,
+    kernel: jax.Array,
+    size: tuple[int, int],
+    stride: int,
+    padding: int,
+    precision: lax.PrecisionLike,
+) -> jax.Array:
+    """Of a ``k`` by ``k`` kernel: one product gives every tap's share ``(N, H', W', k, k, C)``,
+    which are then added where they overlap.
+
+    Args:
+      dy: ``(N, H', W', O)``.
+      kernel: ``(k, k, C, O)``.
+      size: Height and width of the result ``(N, H, W, C)``.
+      stride, padding: Of the convolution.
+      precision: Of the product.
+    """
+    n, tall, wide, channels = dy.shape
+    taps, inner = kernel.shape[0], kernel.shape[2]
+    shares = lax.dot_general(
+        dy.reshape(-1, channels),
+        kernel.reshape(-1, channels),
+        (((1,), (1,)), ((), ())),
+        precision=precision,
+    )
+    shares = shares.reshape(n, tall, wide, taps, taps, inner)
+    return materialised(
+        taps_added(
+            [[shares[:, :, :, i, j] for j in range(taps)] for i in range(taps)],
+            size,
+            stride,
+            padding,
+        )
+    )
+
+
+def _overlapped(parts: list[jax.Array], stride: int, axis: int) -> jax.Array:
+    """Adds ``parts[i]``, whose pixel ``t`` belongs at ``stride * t + i``: first within each phase
+    of the stride, then the phases are interleaved.
+    """
+    most = (len(parts) - 1) // stride
+    phases = []
+    for phase in range(stride):
+        shares = []
+        for shift, part in enumerate(parts[phase::stride]):
+            config = [(0, 0, 0)] * part.ndim
+            config[axis] = (shift, most - shift, 0)
+            shares.append(lax.pad(part, jnp.zeros((), part.dtype), config))
+        phases.append(sum(shares[1:], shares[0]))
+    whole = jnp.stack(phases, axis + 1)
+    shape = list(phases[0].shape)
+    shape[axis] *= stride
+    return whole.reshape(shape)

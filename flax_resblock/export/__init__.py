@@ -1,0 +1,1 @@
+"""Networks for use without this library: StableHLO artefacts, folded norms, compiled inference."""

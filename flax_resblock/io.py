@@ -1,0 +1,420 @@
+"""Models in, models out: PyTorch state dicts, modules and files to nnx models, and back."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from flax_resblock import checkpoint
+from flax_resblock.checkpoint import LIMITS, Limits, Record
+from flax_resblock.checkpoint.unwrap import unwrap
+from flax_resblock.config import Config, Path
+from flax_resblock.convert import NAMINGS, StateMap
+from flax_resblock.convert.hubs import files_of
+from flax_resblock.convert.modules import module_facts
+from flax_resblock.convert.opening import (
+    EPS,
+    MOMENTUM,
+    OpenedCheckpoint,
+    ReadOptions,
+    interpret,
+    metadata_of,
+    open_checkpoint,
+    refuse_afresh,
+)
+from flax_resblock.errors import InputError, some
+from flax_resblock.nn.blocks import BottleneckBlock, ResidualBlock
+from flax_resblock.nn.norm import BatchNorm
+from flax_resblock.nn.resnet import Model, ResNet, build
+from flax_resblock.runs import run_file
+from flax_resblock.runs.run import Run
+
+
+def from_torch(
+    source: Any,
+    *,
+    architecture: str | Config | None = None,
+    naming: str | None = None,
+    num_classes: int | None = None,
+    stride: int | None = None,
+    ignore: Sequence[str] = (),
+    allow_missing: Sequence[str] = (),
+    limits: Limits = LIMITS,
+    traits: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Model:
+    """A PyTorch residual network as an nnx model in evaluation mode.
+
+    Every value is carried bit for bit, in its own dtype: float64 weights stay float64 (as numpy
+    arrays where jax's x64 mode is off).
+
+    Args:
+      source: A state dict of tensors or arrays, an ``nn.Module``, or a path of a checkpoint in any
+        format.
+      architecture: Name or configuration; None finds it from names and shapes.
+      naming: Naming scheme, see :data:`flax_resblock.convert.NAMINGS`; None finds it.
+      num_classes: Size of the logits; None reads it off.
+      stride: Of a bare block whose skip changes shape; its weights do not tell (an ``nn.Module``
+        does).
+      ignore: Keys to drop, shell-style patterns; none of them in a block of the network.
+      allow_missing: Keys that may be absent, shell-style patterns. Only counters may: a model with
+        random weights is never returned.
+      limits: What a file may declare before it is refused, see
+        :class:`flax_resblock.checkpoint.Limits`.
+      traits: Fields of :class:`~flax_resblock.ResNetConfig` that no tensor tells, ``{"stride_on":
+        "1x1"}``; an ``nn.Module`` says them itself, and so does the ``config.json`` of a folder.
+      **options: See :class:`flax_resblock.nn.blocks.LayerOptions`. ``eps`` and ``momentum`` default
+        to those of an ``nn.Module`` source.
+    Returns:
+      A :class:`~flax_resblock.ResNet`, or a bare block, in evaluation mode.
+    Raises:
+      CheckpointError: The tensors fit no network, or several; the message lists the differences.
+      InputError: An ``nn.Module`` whose strides, padding or norms differ from those of the Flax
+        network, or whose forward pass does: the module is run on random images and compared with
+        the network built from it. The module itself is left as it was.
+    Warns:
+      UserWarning: Everything that was assumed, left out, ignored, filled or unwrapped, in one
+        warning; non-finite values or negative variances, which are carried as they are.
+    Example:
+      >>> model = from_torch(torchvision.models.resnet18())
+    """
+    reading = ReadOptions(
+        architecture, naming, num_classes, stride, ignore, allow_missing, limits, traits or {}
+    )
+    if callable(getattr(source, "state_dict", None)):
+        facts = module_facts(source)
+        if stride is None:
+            reading = replace(reading, stride=facts.stride)
+        record = _record_of(source.state_dict(), type(source).__name__)
+        opened = interpret(record, reading)
+        if architecture is None:
+            reading = replace(reading, traits={**facts.traits(opened.state_map), **reading.traits})
+            opened = interpret(record, reading)
+        facts.check(opened.state_map)
+        _check_forward(source, opened, reading, facts.norm_options[EPS])
+        options = {**facts.norm_options, **options}
+    elif isinstance(source, Mapping):
+        opened = interpret(_record_of(source, "the state dict"), reading)
+    elif isinstance(source, str | PathLike):
+        opened = interpret(checkpoint.read(FilePath(source), limits=limits), reading)
+    else:
+        raise InputError(
+            f"from_torch takes a state dict, an nn.Module or a path, not a {type(source).__name__}."
+        )
+    refuse_afresh(opened)
+    _warn_about(opened)
+    return to_model(opened, **options)
+
+
+def _warn_about(source: OpenedCheckpoint) -> None:
+    """Warns, at the caller's own line, about everything that was not read as it stands."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        level, frame = level + 1, frame.f_back
+    name = source.record.source
+    if source.notes:
+        warnings.warn(f"{name}: {'; '.join(source.notes)}.", stacklevel=level)
+    if source.unhealthy:
+        warnings.warn(f"{name}: {some(source.unhealthy)}; carried as they are.", stacklevel=level)
+
+
+def _check_forward(
+    module: Any, opened: OpenedCheckpoint, reading: ReadOptions, eps: float | None
+) -> None:
+    """Raises InputError unless the module's forward pass is that of the Flax network.
+
+    See :mod:`flax_resblock.parity.forward_check`, which needs torch and is imported here only.
+    """
+    from flax_resblock.parity.forward_check import check_forward
+
+    naming = opened.state_map.naming.name
+    same = replace(reading, architecture=opened.config, naming=naming, num_classes=None, traits={})
+
+    def values_of(state: Mapping[str, Any]) -> dict[Path, np.ndarray]:
+        again = interpret(_record_of(state, opened.record.source), same)
+        return again.state_map.to_flax(again.tensors)
+
+    eps = 1e-5 if eps is None else eps
+    check_forward(module, opened, values_of, eps=eps)
+
+
+def load(path: str | PathLike[str], **arguments: Any) -> Model:
+    """The nnx model that a checkpoint of any format holds, in evaluation mode; arguments, warnings
+    and errors as for :func:`from_torch`.
+    """
+    if not isinstance(path, str | PathLike):
+        raise InputError(
+            f"load takes a path, not a {type(path).__name__}; from_torch takes state dicts and "
+            f"modules."
+        )
+    return from_torch(path, **arguments)
+
+
+def load_run(
+    path: str | PathLike[str],
+    *,
+    optimizer: str | None = None,
+    per_epoch: bool | None = None,
+    **arguments: Any,
+) -> tuple[Model, Run]:
+    """Model and training run of a checkpoint: PyTorch's own, Lightning's, a Hugging Face Trainer
+    folder, or one of this library's.
+
+    Args:
+      path: The checkpoint.
+      optimizer: ``"adam"`` or ``"adamw"``, where the file does not tell (torch before 2.6).
+      per_epoch: Whether the learning-rate scheduler was stepped once per epoch (or once per batch);
+        None finds it from the counters.
+      **arguments: ``entry`` (which of several state dicts), and those of
+        :class:`flax_resblock.convert.opening.ReadOptions`.
+    Returns:
+      The nnx model in evaluation mode, and the :class:`~flax_resblock.runs.run.Run`, which
+      :func:`flax_resblock.training.fit` goes on with and :func:`save` writes.
+    Raises:
+      CheckpointError: As for :func:`from_torch`; and no optimizer, or one that does not fit.
+    Warns:
+      UserWarning: As for :func:`from_torch`.
+    Example:
+      >>> model, run = load_run("run.pth")
+    """
+    entry = arguments.pop("entry", None)
+    source = open_checkpoint(FilePath(path), ReadOptions(**arguments), entry=entry, run=True)
+    refuse_afresh(source)
+    _warn_about(source)
+    return to_model(source), source.run(kind=optimizer, per_epoch=per_epoch)
+
+
+def to_model(source: OpenedCheckpoint, **options: Any) -> Model:
+    """The nnx model of an opened checkpoint, in evaluation mode.
+
+    Args:
+      source: See :func:`flax_resblock.convert.opening.open_checkpoint`.
+      **options: See :class:`flax_resblock.nn.blocks.LayerOptions`.
+    """
+    options = {**source.norm_options, **options}
+    values = arrays_of(source)
+    model = build(source.config, rngs=None, **options)
+    if source.afresh:
+        fresh = dict(
+            nnx.to_flat_state(nnx.state(build(source.config, rngs=nnx.Rngs(0), **options)))
+        )
+        absent = {
+            entry.flax_path
+            for entry in source.state_map.entries
+            if entry.torch_key in source.afresh
+        }
+        values |= {path: fresh[path][...] for path in absent}
+    _set(model, values)
+    model.eval()
+    return model
+
+
+def arrays_of(source: OpenedCheckpoint) -> dict[Path, jax.Array | np.ndarray]:
+    """The values of an opened checkpoint by attribute path, in Flax's layout on jax's default
+    device; nothing is shared with its file.
+
+    One copy is made of each tensor on every core, into one block of memory, which lives as long as
+    any of the arrays does.
+
+    Args:
+      source: See :func:`flax_resblock.convert.opening.open_checkpoint`.
+    """
+    return on_device(source.state_map.to_flax(source.tensors, in_one_block=True))
+
+
+def fill(model: Model, values: Mapping[Path, np.ndarray]) -> None:
+    """Gives every variable of a model its value, in the dtype of the value.
+
+    Args:
+      model: Changed in place.
+      values: By attribute path, one for every variable.
+    """
+    _set(model, on_device(values))
+
+
+def _set(model: Model, values: Mapping[Path, Any]) -> None:
+    for path, value in values.items():
+        variable_at(model, path).set_value(value)
+
+
+def variable_at(model: nnx.Module, path: tuple[Any, ...]) -> nnx.Variable:
+    """The variable at an attribute path, ``("stage1", 0, "conv1", "kernel")``."""
+    node: Any = model
+    for part in path:
+        node = node[part] if isinstance(part, int) else getattr(node, part)
+    return node
+
+
+def on_device(arrays: Mapping[Path, np.ndarray]) -> dict[Path, jax.Array | np.ndarray]:
+    """Every array on jax's default device, which takes it over as it is where that is the CPU; kept
+    by numpy where jax would narrow it and lose bits.
+    """
+    kept = {
+        path: value
+        for path, array in arrays.items()
+        if (value := _as_jax_keeps_it(array)) is not None
+    }
+    moved = dict(
+        zip(kept, jax.device_put(list(kept.values()), may_alias=True), strict=True)
+    )  # in one call, as each has its price
+    return {
+        path: moved[path] if path in moved else np.array(array) for path, array in arrays.items()
+    }
+
+
+def _as_jax_keeps_it(array: np.ndarray) -> np.ndarray | None:
+    """The same values in a dtype that jax has: small counters as int32; None where there is
+    none.
+    """
+    narrow = jax.dtypes.canonicalize_dtype(array.dtype)
+    if narrow == array.dtype:
+        return array
+    fits = (
+        array.dtype.kind in "iu"
+        and array.ndim == 0
+        and np.iinfo(narrow).min <= int(array) <= np.iinfo(narrow).max
+    )
+    return array.astype(narrow) if fits else None
+
+
+def _record_of(state: Mapping[str, Any], name: str) -> Record:
+    """A state dict of tensors or arrays as if it had been read from a file."""
+    content, extras, notes = unwrap(
+        state,
+        is_tensor=lambda value: hasattr(value, "shape") and hasattr(value, "dtype"),
+        source=name,
+    )
+    return Record(
+        name,
+        "state dict",
+        {key: _to_numpy(value, key) for key, value in content.items()},
+        {},
+        tuple(notes),
+        extras,
+    )
+
+
+def _to_numpy(value: Any, key: str) -> np.ndarray:
+    if type(value).__module__.split(".")[0] == "torch":
+        from flax_resblock.checkpoint.torch_file import to_numpy
+
+        return to_numpy(value, key)
+    array = np.asarray(value)
+    return (
+        array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    )  # neither jax nor torch knows the other byte order
+
+
+def flat_arrays(model: Model) -> dict[Path, np.ndarray]:
+    """Every variable of a model by path, on the host, counters as int64."""
+    arrays = {}
+    for path, variable in dict(
+        nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    ).items():
+        array = np.asarray(variable[...])
+        arrays[path] = array.astype(np.int64) if path[-1] == "num_batches_tracked" else array
+    return arrays
+
+
+def _config_of(model: Any) -> Config:
+    if not isinstance(model, ResNet | ResidualBlock | BottleneckBlock):
+        raise InputError(
+            f"this takes a ResNet, ResidualBlock or BottleneckBlock of flax_resblock, not a "
+            f"{type(model).__name__}."
+        )
+    return model.config
+
+
+def _map_of(model: Model, naming: str) -> StateMap:
+    if naming not in NAMINGS:
+        raise InputError(f"naming scheme {naming!r} is unknown; known: {', '.join(NAMINGS)}.")
+    return StateMap(_config_of(model), NAMINGS[naming])
+
+
+def to_torch(model: Model, naming: str = "torchvision") -> dict[str, np.ndarray]:
+    """The state dict of a model, in PyTorch's order, names and layouts; bit for bit what
+    :func:`from_torch` was given.
+
+    Args:
+      model: A model of this library.
+      naming: Naming scheme, see :data:`flax_resblock.convert.NAMINGS`.
+    Returns:
+      New writable arrays by name; ``num_batches_tracked`` is int64. ``torch.from_numpy`` of each
+      loads with ``strict=True`` (bfloat16 goes through
+      :func:`flax_resblock.checkpoint.torch_file.from_numpy`).
+    Raises:
+      InputError: Not a model of this library, an unknown naming scheme, or one that cannot name
+        this network's parts.
+    """
+    return _map_of(model, naming).to_torch(flat_arrays(model), copy=True)
+
+
+def norm_options(model: Model) -> dict[str, float | None]:
+    """``eps`` and ``momentum`` that all norms of the model share."""
+    norms = [module for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm)]
+    shared = {(norm.eps, norm.momentum) for norm in norms}
+    if len(shared) > 1:
+        raise InputError(
+            f"the model's norms differ in (eps, momentum): {sorted(map(str, shared))}; a "
+            f"checkpoint holds one pair for all."
+        )
+    return dict(zip((EPS, MOMENTUM), next(iter(shared)), strict=True))
+
+
+def save(
+    model: Model,
+    path: str | PathLike[str],
+    *,
+    run: Run | None = None,
+    naming: str = "torchvision",
+    force: bool = False,
+) -> None:
+    """Writes a model, and the run that trains it, to a checkpoint, whole or not at all.
+
+    Args:
+      model: A model of this library.
+      path: The suffix decides the format: ``.pth`` (``.pt``, ``.th``), ``.safetensors``, or none
+        for an Orbax folder, which holds Flax's own names; with the naming scheme ``"huggingface"``
+        or ``"timm"``, for a folder that transformers or timm loads.
+      run: Optimizer, schedule and counters, as :func:`load_run` and
+        :func:`flax_resblock.training.fit` give them. A ``.pth`` then is a training checkpoint, with
+        the entries ``"model"``, ``"optimizer"``, ``"lr_scheduler"``, ``"epoch"`` and ``"step"``.
+      naming: Naming scheme of ``.pth`` and ``.safetensors``; ``"flax"`` keeps Flax's names and
+        layouts in a ``.safetensors``.
+      force: Replace what is there.
+    Raises:
+      InputError: An unknown suffix or naming scheme, a destination that exists, a folder that
+        cannot be written to.
+    """
+    path = FilePath(path)
+    _map_of(model, naming)  # refuses an unknown naming scheme for every format
+    folder = checkpoint.output_format(path) == "orbax"
+    files = (
+        files_of(NAMINGS[naming].hub, model.config, {}) if folder and NAMINGS[naming].hub else None
+    )
+    if checkpoint.output_format(path) == "pytorch" and naming == "flax":
+        raise InputError(
+            "a .pth file holds PyTorch names; use .safetensors or an Orbax folder for naming "
+            "scheme 'flax'."
+        )
+    checkpoint.refuse_existing(path, force)
+    naming_there = "flax" if folder and files is None else naming
+    tensors = to_torch(model, naming_there)
+    run_file.write(
+        path,
+        tensors,
+        metadata_of(model.config, naming, norm_options(model)),
+        run,
+        _map_of(model, naming_there),
+        files=files,
+        force=force,
+    )

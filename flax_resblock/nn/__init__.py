@@ -1,0 +1,1 @@
+"""The layers and networks, in public JAX and Flax only."""

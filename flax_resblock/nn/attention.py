@@ -1,0 +1,61 @@
+"""Channel attention: how much of each channel passes, decided from the means of all of them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_resblock.config import BlockConfig
+from flax_resblock.nn.layers import Layers
+
+
+class SqueezeExcitation(nnx.Module):
+    r"""Squeeze-and-excitation (Hu et al. 2018, arXiv:1709.01507).
+
+    .. math:: y = x \cdot \sigma(expand(\mathrm{relu}(reduce(\mathrm{mean}_{H,W}(x)))))
+
+    Args:
+      channels: Of input and output.
+      squeezed: Between the two 1x1 convolutions, which have a bias.
+      layers: Builds them.
+    """
+
+    def __init__(self, channels: int, squeezed: int, layers: Layers) -> None:
+        self.reduce = layers.conv(channels, squeezed, 1, use_bias=True)
+        self.expand = layers.conv(squeezed, channels, 1, use_bias=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(N, H, W, channels)`` to the same shape."""
+        means = jnp.mean(x, axis=(1, 2), keepdims=True)
+        return x * nnx.sigmoid(self.expand(nnx.relu(self.reduce(means))))
+
+
+class EfficientChannelAttention(nnx.Module):
+    r"""Efficient channel attention (Wang et al. 2020, arXiv:1910.03151): :math:`y = x \cdot
+    \sigma(conv(\mathrm{mean}_{H,W}(x)))` along the channels.
+
+    Args:
+      window: Channels that decide about one.
+      layers: Builds the convolution.
+    """
+
+    def __init__(self, window: int, layers: Layers) -> None:
+        self.conv = layers.channel_conv(window)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(N, H, W, C)`` to the same shape."""
+        return x * nnx.sigmoid(self.conv(jnp.mean(x, axis=(1, 2))[:, None]))[:, :, None, :]
+
+
+def build_attention(
+    config: BlockConfig, layers: Layers
+) -> SqueezeExcitation | EfficientChannelAttention | None:
+    """The attention of the block that ``config`` describes."""
+    if config.attention == "se":
+        return SqueezeExcitation(config.out_channels, config.squeezed_channels, layers)
+    return (
+        EfficientChannelAttention(config.attention_window, layers)
+        if config.attention == "eca"
+        else None
+    )

@@ -1,0 +1,248 @@
+"""Batch normalisation with PyTorch's statistics.
+
+``flax.nnx.BatchNorm`` differs from ``torch.nn.BatchNorm2d`` where only a later evaluation shows it:
+it updates the running variance with the biased estimate, computes the variance as ``E[x^2] -
+E[x]^2``, counts momentum the other way round and has no ``num_batches_tracked``. This one agrees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from flax_resblock.cpu.materialised import materialised
+from flax_resblock.cpu.switch import for_cpu
+from flax_resblock.nn.initializers import initial_value
+
+
+class Moments(NamedTuple):
+    """Per-channel batch statistics, each ``(C,)``."""
+
+    mean: jax.Array
+    biased_var: jax.Array
+    unbiased_var: jax.Array
+
+
+def per_channel(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Broadcasts ``(C,)`` to ``(..., W, C)`` in two steps, so that its gradient is summed in two
+    steps: over the rows, then over the rest.
+
+    XLA's CPU backend adds values one after the other: the rounding error of one long sum grows with
+    its length, while PyTorch adds in a cascade. The barrier keeps the compiler from merging the two
+    sums."""
+    if len(shape) < 3:
+        return jnp.broadcast_to(values, shape)
+    rows = jnp.broadcast_to(values, (*shape[:-2], 1, shape[-1]))
+    return jnp.broadcast_to(lax.optimization_barrier(rows), shape)
+
+
+def batch_moments(x: jax.Array, *, axis_name: Hashable | None = None) -> Moments:
+    """Per-channel mean and both variances, as PyTorch computes them.
+
+    Two passes, the second one corrected: with ``shift`` the mean as the first pass found it, the
+    mean is ``shift + mean(x - shift)`` and the variance ``mean((x - shift)^2) - mean(x -
+    shift)^2``. Both stay accurate when the mean is large against the standard deviation.
+
+    Args:
+      x: Activations, ``(..., C)``, floating; computed in float32 at least.
+      axis_name: Mapped axis (``shard_map``, ``pmap``, ``vmap``) over which the batch is spread.
+        None: statistics of ``x`` as given, which under ``jit`` with a sharded batch are those of
+        the global batch.
+    Returns:
+      ``mean``, ``biased_var`` (normalises), ``unbiased_var`` (divisor ``n - 1`` with the global
+      ``n``; updates the running statistics), each ``(C,)``, float32 or wider.
+    Raises:
+      ValueError: Fewer than two values per channel; PyTorch refuses to train on them too.
+    Reference: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithms 1 and 2.
+    """
+    axes = tuple(range(x.ndim - 1))
+    n = int(np.prod([x.shape[axis] for axis in axes]))
+    if axis_name is not None:
+        n *= lax.axis_size(axis_name)
+    if n < 2:
+        raise ValueError(
+            f"BatchNorm needs more than one value per channel in training mode; the input has "
+            f"shape {tuple(x.shape)}. "
+            "Use a larger batch or image, or evaluate with model.eval()."
+        )
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    def mean_over_batch(values: jax.Array) -> jax.Array:
+        mean = jnp.mean(values, axes)
+        return mean if axis_name is None else lax.pmean(mean, axis_name)
+
+    shift = lax.stop_gradient(mean_over_batch(x))
+    centred = x - shift
+    rest = mean_over_batch(centred)
+    biased_var = jnp.maximum(mean_over_batch(jnp.square(centred)) - jnp.square(rest), 0)
+    return Moments(shift + rest, biased_var, biased_var * (n / (n - 1)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalised_by_batch(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
+) -> tuple[jax.Array, Moments]:
+    r"""Normalises by the batch's own moments, with a gradient that needs two sums over the batch.
+
+    .. math:: dx = \frac{scale}{\sigma} \left(dy - \overline{dy} - \hat x\; \overline{dy\, \hat x}\right)
+
+    The gradient that jax derives has four, each of which is a pass over memory on a CPU. No
+    gradient flows into the moments.
+
+    Args:
+      x: ``(..., C)``, float32 or wider, as ``scale`` and ``bias`` ``(C,)``.
+      eps: Added to the variance.
+    """
+    return _forward(x, scale, bias, eps)[0]
+
+
+def _forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
+) -> tuple[tuple[jax.Array, Moments], tuple[jax.Array, ...]]:
+    x = materialised(x)
+    moments = batch_moments(x)
+    inverse = lax.rsqrt(moments.biased_var + eps)
+    return ((x - moments.mean) * (inverse * scale) + bias, moments), (
+        x,
+        moments.mean,
+        inverse,
+        scale,
+    )
+
+
+def _backward(
+    eps: float, kept: tuple[jax.Array, ...], cotangents: tuple[jax.Array, Moments]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, mean, inverse, scale = kept
+    dy, n = cotangents[0], x.size // x.shape[-1]
+    centred = x - mean
+    total, along = _channel_sum(dy), _channel_sum(dy * centred)
+    dx = (scale * inverse) * (dy - total / n - centred * (jnp.square(inverse) * along / n))
+    return dx, along * inverse, total
+
+
+normalised_by_batch.defvjp(_forward, _backward)
+
+
+def _channel_sum(values: jax.Array) -> jax.Array:
+    """``(..., C)`` to ``(C,)``, in the two steps of :func:`per_channel`."""
+    rows = lax.optimization_barrier(jnp.sum(values, axis=-2)) if values.ndim > 2 else values
+    return jnp.sum(rows, axis=tuple(range(rows.ndim - 1)))
+
+
+class BatchNorm(nnx.Module):
+    r"""Batch normalisation over the last axis, equal to ``torch.nn.BatchNorm2d`` up to the layout.
+
+    .. math:: y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \cdot scale + bias
+
+    In training mode :math:`\mu, \sigma^2` are the batch's mean and *biased* variance, and the
+    running statistics move towards the mean and the *unbiased*
+    variance: ``running = (1 - momentum) * running + momentum * batch``. In evaluation mode the
+      running statistics normalise. ``model.train()`` and
+    ``model.eval()`` switch between the two; a new module is in training mode, as in PyTorch.
+
+    Attributes:
+      scale, bias: ``nnx.Param``, ``(C,)``.
+      mean, var: ``nnx.BatchStat``, ``(C,)``, running statistics in float32 or wider.
+      num_batches_tracked: ``nnx.BatchStat``, integer scalar: training batches seen.
+
+    Args:
+      num_features: ``C``.
+      eps: Added to the variance.
+      momentum: PyTorch's convention, the weight of the *new* batch (Flax's own momentum is ``1 -
+        this``). None: cumulative average, batch ``k`` gets weight ``1/k``, driven by
+        ``num_batches_tracked``.
+      axis_name: Mapped axis for global statistics inside ``shard_map``; see :func:`batch_moments`.
+      dtype: Dtype of the output; None: the promotion of input and parameters. Statistics and
+        normalisation are computed in float32 at least.
+      param_dtype: Dtype of ``scale`` and ``bias`` at initialisation.
+      rngs: Not drawn from (scale is 1 and bias 0 at the start); None builds the module without
+        values.
+    Raises:
+      ValueError: On a call whose last axis is not ``C``, or in training mode with one value per
+        channel.
+    Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        axis_name: Hashable | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None,
+    ) -> None:
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.axis_name = axis_name
+        self.dtype = dtype
+        self.use_running_average = False
+        ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
+        stat_dtype = jnp.promote_types(param_dtype, jnp.float32)
+        shape = (num_features,)
+        self.scale = nnx.Param(initial_value(ones, rngs, shape, param_dtype))
+        self.bias = nnx.Param(initial_value(zeros, rngs, shape, param_dtype))
+        self.mean = nnx.BatchStat(initial_value(zeros, rngs, shape, stat_dtype))
+        self.var = nnx.BatchStat(initial_value(ones, rngs, shape, stat_dtype))
+        self.num_batches_tracked = nnx.BatchStat(initial_value(zeros, rngs, (), jnp.int32))
+
+    def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
+        """Normalises ``x`` of shape ``(..., C)``; in training mode also updates the running
+        statistics.
+
+        Args:
+          x: Activations, ``(..., C)``.
+          use_running_average: Overrides the module's mode for this call.
+        """
+        if x.shape[-1] != self.num_features:
+            raise ValueError(
+                f"BatchNorm over {self.num_features} channels got an input of shape "
+                f"{tuple(x.shape)}; channels are the last axis (NHWC)."
+            )
+        scale, bias = self.scale[...], self.bias[...]
+        out_dtype = self.dtype or jnp.result_type(x, scale, bias)
+        compute_dtype = jnp.promote_types(out_dtype, jnp.float32)
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if use_running_average:
+            mean, var = self.mean[...], self.var[...]
+        elif self.axis_name is None and for_cpu():
+            found: Any = normalised_by_batch(
+                *(jnp.asarray(value, compute_dtype) for value in (x, scale, bias)), self.eps
+            )
+            y, moments = found
+            self._track(moments)
+            return y.astype(out_dtype)
+        else:
+            moments = batch_moments(x, axis_name=self.axis_name)
+            mean, var = moments.mean, moments.biased_var
+            self._track(moments)
+        mean, var, scale, bias = (
+            jnp.asarray(value, compute_dtype) for value in (mean, var, scale, bias)
+        )
+        y = (x.astype(compute_dtype) - per_channel(mean, x.shape)) * per_channel(
+            lax.rsqrt(var + self.eps) * scale, x.shape
+        ) + per_channel(bias, x.shape)
+        return y.astype(out_dtype)
+
+    def _track(self, batch: Moments) -> None:
+        count = jnp.asarray(self.num_batches_tracked[...]) + 1
+        self.num_batches_tracked.set_value(count)
+        for running, new in ((self.mean, batch.mean), (self.var, batch.unbiased_var)):
+            old = jnp.asarray(running[...])
+            new = lax.stop_gradient(new)
+            weight = self.momentum if self.momentum is not None else 1 / count.astype(new.dtype)
+            running.set_value(
+                ((1 - weight) * old.astype(new.dtype) + weight * new).astype(old.dtype)
+            )

@@ -1,0 +1,239 @@
+"""The residual network that a :class:`~flax_resblock.config.ResNetConfig` describes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_resblock.config import Config, ResNetConfig, architecture
+from flax_resblock.nn.blocks import (
+    BottleneckBlock,
+    LayerOptions,
+    Layers,
+    ResidualBlock,
+    build_block,
+)
+from flax_resblock.nn.conv import Conv
+from flax_resblock.nn.linear import Linear
+from flax_resblock.nn.pooling import Blur, MaxPool
+
+
+class BlurredMaxPool(nnx.Module):
+    """3x3 max pooling of stride 1 and a blur that carries the stride."""
+
+    def __init__(self) -> None:
+        self.pool = MaxPool(3, stride=1, padding=1)
+        self.blur = Blur(2)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(N, H, W, C)`` to ``(N, ceil(H / 2), ceil(W / 2), C)``."""
+        return self.blur(self.pool(x))
+
+
+def _stem_pool(config: ResNetConfig) -> MaxPool | BlurredMaxPool | None:
+    if config.stem == "cifar":
+        return None
+    return BlurredMaxPool() if config.antialias == "blur" else MaxPool(3, stride=2, padding=1)
+
+
+class StemLayers(nnx.Module):
+    """First convolution, norm and ReLU, and for ImageNet the max pooling."""
+
+    def __init__(self, config: ResNetConfig, layers: Layers) -> None:
+        imagenet = config.stem == "imagenet"
+        self.conv = layers.conv(
+            config.in_channels, config.stem_width, 7 if imagenet else 3, stride=2 if imagenet else 1
+        )
+        self.norm = layers.norm(config.stem_width)
+        self.pool = _stem_pool(config)
+
+    def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
+        """``(N, H, W, in_channels)`` to ``(N, H', W', stem_width)``, a quarter of the resolution
+        for ImageNet.
+        """
+        x = nnx.relu(self.norm(self.conv(images), use_running_average=use_running_average))
+        return x if self.pool is None else self.pool(x)
+
+
+class DeepStemLayers(nnx.Module):
+    """Three 3x3 convolutions, the first of stride 2, each with norm and ReLU, and the max pooling
+    (ResNet-C, He et al. 2019, arXiv:1812.01187).
+    """
+
+    def __init__(self, config: ResNetConfig, layers: Layers) -> None:
+        first, second = config.stem_hidden
+        self.conv1 = layers.conv(config.in_channels, first, 3, stride=2)
+        self.norm1 = layers.norm(first)
+        self.conv2 = layers.conv(first, second, 3)
+        self.norm2 = layers.norm(second)
+        self.conv3 = layers.conv(second, config.stem_width, 3)
+        self.norm3 = layers.norm(config.stem_width)
+        self.pool = _stem_pool(config)
+
+    def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
+        """``(N, H, W, in_channels)`` to a quarter of the resolution, ``(N, H', W',
+        stem_width)``.
+        """
+        x = images
+        for conv, norm in (
+            (self.conv1, self.norm1),
+            (self.conv2, self.norm2),
+            (self.conv3, self.norm3),
+        ):
+            x = nnx.relu(norm(conv(x), use_running_average=use_running_average))
+        return x if self.pool is None else self.pool(x)
+
+
+class ResNet(nnx.Module):
+    """Stem, stages of residual blocks, global average pooling and a linear head.
+
+    The stages are attributes ``stage1``, ``stage2`` ..., each an ``nnx.List`` of blocks; ``head``
+    is None where ``config.num_classes`` is None.
+
+    Args:
+      config: What to build.
+      rngs: Source of the ``params`` stream; None builds the network without values.
+      **options: See :class:`flax_resblock.nn.blocks.LayerOptions`; ``init`` defaults to
+        ``"kaiming_fan_out"``.
+    """
+
+    def __init__(
+        self, config: ResNetConfig, *, rngs: nnx.Rngs | None, **options: Unpack[LayerOptions]
+    ) -> None:
+        self.config = config
+        options.setdefault("init", "kaiming_fan_out")
+        layers = Layers(rngs, options)
+        self.stem = (
+            DeepStemLayers(config, layers) if config.stem == "deep" else StemLayers(config, layers)
+        )
+        stages: dict[str, list[ResidualBlock | BottleneckBlock]] = {
+            name: [] for name in config.stage_names
+        }
+        for stage, _, block in config.blocks():
+            stages[stage].append(build_block(block, rngs=rngs, **options))
+        for name, blocks in stages.items():
+            setattr(self, name, nnx.List(blocks))
+        self.head = (
+            Linear(
+                config.feature_channels,
+                config.num_classes,
+                precision=options.get("precision"),
+                rngs=rngs,
+                **layers.shared,
+            )
+            if config.num_classes is not None
+            else None
+        )
+
+    def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
+        """Logits of a batch of images.
+
+        Args:
+          images: ``(N, H, W, in_channels)``, normalised.
+          use_running_average: Overrides the mode of every norm for this call.
+        Returns:
+          Logits ``(N, num_classes)``, or pooled features ``(N, feature_channels)`` of a network
+          without head.
+        """
+        *_, last = self.features(images, use_running_average=use_running_average).values()
+        pooled = jnp.mean(last, axis=(1, 2))
+        return pooled if self.head is None else self.head(pooled)
+
+    def features(
+        self, images: jax.Array, *, use_running_average: bool | None = None
+    ) -> dict[str, jax.Array]:
+        """Outputs of the stem and of every stage, for detection and segmentation.
+
+        Args:
+          images: ``(N, H, W, in_channels)``, normalised.
+          use_running_average: Overrides the mode of every norm for this call.
+        Returns:
+          ``{"stem": ..., "stage1": ..., ...}``, each ``(N, H', W', C)``; an ImageNet network's have
+          1/4, 1/4, 1/8, 1/16 and 1/32 of the resolution.
+        """
+        x = self.stem(images, use_running_average=use_running_average)
+        found = {"stem": x}
+        for name in self.config.stage_names:
+            for block in getattr(self, name):
+                x = block(x, use_running_average=use_running_average)
+            found[name] = x
+        return found
+
+    def replace_head(self, num_classes: int | None, *, rngs: nnx.Rngs | None) -> None:
+        """Puts a fresh head on the network, in the dtypes that it computes and keeps its parameters
+        in.
+
+        Args:
+          num_classes: Size of the logits; None takes the head off, and the network returns pooled
+            features.
+          rngs: ``nnx.Rngs(seed)``; the ``params`` stream is drawn from.
+        Raises:
+          ValueError: ``num_classes`` below 1.
+        """
+        self.config = replace(self.config, num_classes=num_classes)
+        conv = next(module for _, module in nnx.iter_modules(self.stem) if isinstance(module, Conv))
+        self.head = (
+            None
+            if num_classes is None
+            else Linear(
+                self.config.feature_channels,
+                num_classes,
+                dtype=conv.dtype,
+                param_dtype=conv.kernel[...].dtype,
+                precision=conv.precision,
+                rngs=rngs,
+            )
+        )
+
+
+Model = ResNet | ResidualBlock | BottleneckBlock
+
+
+def build(config: Config, *, rngs: nnx.Rngs | None, **options: Unpack[LayerOptions]) -> Model:
+    """The network or bare block that ``config`` describes."""
+    if isinstance(config, ResNetConfig):
+        return ResNet(config, rngs=rngs, **options)
+    return build_block(config, rngs=rngs, **options)
+
+
+def create(
+    name: str,
+    *,
+    rngs: nnx.Rngs | None,
+    num_classes: int | None = ...,
+    in_channels: int = 3,
+    **options: Any,
+) -> ResNet:  # pyright: ignore[reportArgumentType]
+    """A named architecture with fresh weights, in training mode.
+
+    Args:
+      name: One of :func:`flax_resblock.architectures`.
+      rngs: ``nnx.Rngs(seed)``; the ``params`` stream is drawn from. None builds the network without
+        values.
+      num_classes: Size of the logits; default as published (1000 or 10); None: no head.
+      in_channels: Channels of the images.
+      **options: Fields of :class:`flax_resblock.ResNetConfig` (``widths=...``) and of
+        :class:`flax_resblock.nn.blocks.LayerOptions` (``dtype=...``).
+    Raises:
+      ValueError: An unknown name, or values that make no network.
+    Example:
+      >>> model = create("resnet18", num_classes=10, rngs=nnx.Rngs(0))
+    """
+    layer_options = {
+        key: options.pop(key) for key in LayerOptions.__annotations__ if key in options
+    }
+    unknown = set(options) - set(ResNetConfig.__dataclass_fields__)
+    if unknown:
+        known = (*ResNetConfig.__dataclass_fields__, *LayerOptions.__annotations__)
+        raise TypeError(
+            f"create() got unknown option {', '.join(sorted(unknown))}; known: {', '.join(known)}."
+        )
+    if num_classes is not ...:
+        options["num_classes"] = num_classes
+    return ResNet(
+        architecture(name, in_channels=in_channels, **options), rngs=rngs, **layer_options
+    )  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,174 @@
+"""The same network in both frameworks and in any precision, from one checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+import torch_ref
+from flax_resblock.checkpoint.torch_file import from_numpy, state_to_numpy
+from flax_resblock.config import BlockConfig, Config, ResNetConfig, name_of, walk
+from flax_resblock.convert import NAMINGS, StateMap
+from flax_resblock.convert.opening import OpenedCheckpoint
+from flax_resblock.convert.state_map import Entry, is_floating, transcode
+from flax_resblock.io import fill
+from flax_resblock.nn.resnet import Model, build
+from flax_resblock.parity.inputs import randomised_norm_state
+from flax_resblock.parity.pair import Pair, Precision
+
+
+def torch_reference(
+    config: Config, norm_options: Mapping[str, Any] | None = None
+) -> torch.nn.Module:
+    """The reference module of ``torch_ref`` for a network or bare block, freshly initialised.
+
+    Args:
+      config: What to build.
+      norm_options: ``eps`` and ``momentum`` of every norm.
+    """
+    if isinstance(config, ResNetConfig):
+        module: torch.nn.Module = torch_ref.ResNet(**asdict(config))
+    else:
+        module = _torch_block(config)
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            for name, value in (norm_options or {}).items():
+                setattr(layer, name, value)
+    return module
+
+
+_OF_EVERY_BLOCK = (
+    "dilation",
+    "groups",
+    "base_width",
+    "shortcut",
+    "attention",
+    "attention_ratio",
+    "antialias",
+)
+
+
+def _torch_block(config: BlockConfig) -> torch.nn.Module:
+    shared: dict[str, Any] = {name: getattr(config, name) for name in _OF_EVERY_BLOCK}
+    if config.kind == "basic":
+        return torch_ref.BasicBlock(config.in_channels, config.planes, config.stride, **shared)
+    return torch_ref.Bottleneck(
+        config.in_channels, config.planes, config.stride, stride_on=config.stride_on, **shared
+    )
+
+
+@dataclass(frozen=True)
+class ReferencePair(Pair):
+    """A residual network or block of this library, in both frameworks.
+
+    Attributes:
+      config: The network or bare block.
+      state: Its tensors by their PyTorch names.
+      norm_options: ``eps`` and ``momentum``.
+      naming: Naming scheme of ``state``.
+      module: The PyTorch side; None: the reference of ``torch_ref``, which has torchvision's names.
+    """
+
+    config: Config
+    state: Mapping[str, np.ndarray]
+    norm_options: Mapping[str, Any]
+    naming: str = "torchvision"
+    module: torch.nn.Module | None = None
+
+    @classmethod
+    def of(cls, source: OpenedCheckpoint) -> ReferencePair:
+        """The twins of an opened checkpoint."""
+        state_map = StateMap(source.config, NAMINGS["torchvision"])
+        return cls(
+            source.config,
+            transcode(source.state_map, state_map, source.tensors),
+            source.norm_options,
+        )
+
+    @classmethod
+    def random(cls, config: Config, seed: int = 0, **norm_options: Any) -> ReferencePair:
+        """ReferencePair with PyTorch's default weights and batch norms that look trained.
+
+        Args:
+          config: The network or bare block.
+          seed: Of the weights and of the norms.
+          **norm_options: ``eps`` and ``momentum``.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            state = state_to_numpy(torch_reference(config).state_dict())
+        return cls(config, randomised_norm_state(state, seed), norm_options)
+
+    @property
+    def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Name of the architecture."""
+        return name_of(self.config)
+
+    @cached_property
+    def state_map(self) -> StateMap:
+        """PyTorch names to Flax paths."""
+        return StateMap(self.config, NAMINGS[self.naming])
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Those of the state map."""
+        return self.state_map.entries
+
+    @cached_property
+    def flax_slots(self) -> dict[str, tuple[Any, ...]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Attribute path of every slot."""
+        return {slot.name: slot.path for slot in walk(self.config)}
+
+    @cached_property
+    def torch_slots(self) -> dict[str, str]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Module name of every slot that the PyTorch side has as a module."""
+        if self.module is None:
+            return self.state_map.modules
+        there = dict(self.module.named_modules())
+        return {slot: name for slot, name in self.state_map.modules.items() if name in there}
+
+    def specification(self) -> ReferencePair | None:
+        """The same network with the reference of ``torch_ref`` as its PyTorch side; None where it
+        already is.
+        """
+        if self.module is None:
+            return None
+        return ReferencePair(
+            self.config,
+            transcode(self.state_map, StateMap(self.config, NAMINGS["torchvision"]), self.state),
+            self.norm_options,
+        )
+
+    def _cast(self, precision: Precision) -> dict[str, np.ndarray]:
+        """The state in one precision."""
+        return {
+            key: value.astype(precision.storage)
+            if is_floating(value.dtype)
+            else value.astype(np.int64)
+            for key, value in self.state.items()
+        }
+
+    def torch(self, precision: Precision) -> torch.nn.Module:
+        """The PyTorch module with its weights in ``precision.storage``."""
+        module = (
+            torch_reference(self.config, self.norm_options)
+            if self.module is None
+            else copy.deepcopy(self.module)
+        )
+        state = {key: from_numpy(np.array(value)) for key, value in self._cast(precision).items()}
+        module.to(next(value.dtype for value in state.values() if value.dtype.is_floating_point))
+        module.load_state_dict(state, strict=True)
+        return module
+
+    def flax(self, precision: Precision) -> Model:
+        """The nnx model with its weights in ``precision.storage``."""
+        options: dict[str, Any] = {**self.norm_options, "dtype": precision.compute}
+        model = build(self.config, rngs=None, **options)
+        fill(model, self.state_map.to_flax(self._cast(precision)))
+        return model

@@ -1,0 +1,1 @@
+"""Training runs on their way between the frameworks: optimizer state, schedules and counters."""

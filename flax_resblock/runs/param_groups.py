@@ -1,0 +1,141 @@
+"""Which parameter is which: the numbers of a torch optimizer to the parameters of the model.
+
+A torch optimizer numbers its parameters; which number is which tensor is nowhere written down
+unless it was given names. It is found from the usual ways to split parameters into groups, and only
+where exactly one of them fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flax_resblock.checkpoint.unwrap import PREFIXES
+from flax_resblock.convert.state_map import Entry, StateMap
+from flax_resblock.errors import CheckpointError, some
+
+WEIGHTS_ONLY = "Go on with the weights alone (--weights-only): they do not depend on it."
+
+
+def trainable(state_map: StateMap) -> list[Entry]:
+    """Entries of the parameters, in the order of ``model.parameters()``."""
+    return [
+        entry for entry in state_map.entries if entry.flax_path[-1] in ("kernel", "scale", "bias")
+    ]
+
+
+def _splits(entries: Sequence[Entry]) -> dict[str, list[list[Entry]]]:
+    """The usual ways to split parameters, each in the model's order."""
+
+    def apart(words: str, first: Callable[[Entry], bool]) -> dict[str, list[list[Entry]]]:
+        yes, no = [e for e in entries if first(e)], [e for e in entries if not first(e)]
+        return {f"{words} first": [yes, no], f"{words} last": [no, yes]}
+
+    kernels, biases = (
+        [e for e in entries if e.flax_path[-1] == "kernel"],
+        [e for e in entries if e.flax_path[-1] == "bias"],
+    )
+    scales = [e for e in entries if e.flax_path[-1] == "scale"]
+    return {
+        "all parameters in the model's order": [list(entries)],
+        **apart("kernels", lambda e: e.flax_path[-1] == "kernel"),
+        **apart("biases", lambda e: e.flax_path[-1] == "bias"),
+        **apart(
+            "norms",
+            lambda e: (
+                e.flax_path[-1] == "scale"
+                or (e.flax_path[-1] == "bias" and "head" not in e.flax_path)
+            ),
+        ),
+        **apart("the head", lambda e: e.flax_path[0] == "head"),
+        "kernels, norm scales, biases": [kernels, scales, biases],
+        "kernels, biases, norm scales": [kernels, biases, scales],
+        "norm scales, kernels, biases": [scales, kernels, biases],
+    }
+
+
+def names_of(
+    groups: Sequence[Mapping[str, Any]],
+    numbers: list[list[int]],
+    per_parameter: Mapping[int, Mapping[str, Any]],
+    state_map: StateMap,
+    source: str,
+) -> tuple[list[tuple[str, ...]], str]:
+    """The parameters of every group by their names in the model, and how they were found.
+
+    Args:
+      groups: Param groups of an optimizer's state dict.
+      numbers: The parameters' numbers in each.
+      per_parameter: What the optimizer keeps of each, by number; its shapes tell parameters apart.
+      state_map: Of the model.
+      source: For messages.
+    Raises:
+      CheckpointError: They are not this model's, or more than one way to name them fits.
+    """
+    entries = trainable(state_map)
+    known = {entry.torch_key for entry in entries}
+    if all("param_names" in group for group in groups):
+        named = _without_prefixes([tuple(map(str, group["param_names"])) for group in groups])
+        strangers = [name for names in named for name in names if name not in known]
+        if strangers or sorted(name for names in named for name in names) != sorted(known):
+            missing = sorted(known - {name for names in named for name in names})
+            words = (
+                f"names {some(strangers)}, which the model does not have"
+                if strangers
+                else f"leaves out {some(missing)}"
+            )
+            raise CheckpointError(
+                f"{source} does not belong to this model: it {words}. {WEIGHTS_ONLY}"
+            )
+        return named, "parameters by name"
+    total = sum(map(len, numbers))
+    if total != len(entries):
+        raise CheckpointError(
+            f"{source} does not belong to this model: it has {total} parameters, the model "
+            f"{len(entries)}. {WEIGHTS_ONLY}"
+        )
+
+    def fits(split: list[list[Entry]]) -> bool:
+        if [len(part) for part in split] != [len(group) for group in numbers]:
+            return False
+        pairs = (
+            (n, e)
+            for group, part in zip(numbers, split, strict=True)
+            for n, e in zip(group, part, strict=True)
+        )
+        return all(
+            np.shape(v) == e.torch_shape
+            for n, e in pairs
+            for name, v in per_parameter.get(n, {}).items()
+            if name != "step" and v is not None
+        )
+
+    found = {
+        tuple(tuple(e.torch_key for e in part) for part in split): words
+        for words, split in list(_splits(entries).items())[::-1]
+        if fits(split)
+    }
+    if len(found) != 1:
+        sizes = " + ".join(str(len(group)) for group in numbers)
+        words = (
+            "does not fit any of the usual ways to group the model's parameters"
+            if not found
+            else f"fits {len(found)} of the usual ways: {some(list(found.values()))}"
+        )
+        raise CheckpointError(
+            f"{source} has param groups of {sizes} parameters, which {words}. Make it from "
+            f"named parameters, torch.optim.SGD(model.named_parameters()), "
+            f"so that it carries their names. {WEIGHTS_ONLY}"
+        )
+    (names, how), *_ = found.items()
+    return list(names), how
+
+
+def _without_prefixes(named: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Removes what wrappers put before every name, one after the other."""
+    while prefix := next(
+        (p for p in PREFIXES if all(name.startswith(p) for names in named for name in names)), None
+    ):
+        named = [tuple(name.removeprefix(prefix) for name in names) for names in named]
+    return named

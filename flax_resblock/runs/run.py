@@ -1,0 +1,298 @@
+"""A training run inside a PyTorch checkpoint: optimizer, schedule, how far it is; in any of the
+common spellings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from flax_resblock.config import Path
+from flax_resblock.convert.state_map import StateMap, describe
+from flax_resblock.errors import CheckpointError, some
+from flax_resblock.runs import optimizer_state as optimizers
+from flax_resblock.runs import scheduler_state as scheduling
+from flax_resblock.runs.optimizer_state import KINDS, OptimizerState
+from flax_resblock.runs.param_groups import WEIGHTS_ONLY
+from flax_resblock.runs.scheduler_state import ScheduleState
+
+
+@dataclass(frozen=True)
+class Found:
+    """An entry of a training checkpoint: its name, and what becomes of it."""
+
+    name: str
+    use: str
+    used: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run that can go on.
+
+    Attributes:
+      optimizer: Its optimizer.
+      schedule: Its learning rate by step; None where there was none, or none that can be carried
+        (``problem``).
+      steps: Optimizer steps done, where that is known.
+      epochs: Epochs done, where that is known.
+      settings: The script's own settings that a run needs: ``epochs``, ``batch_size``,
+        ``label_smoothing``.
+      found: Every entry of the file beside the weights, and what became of it.
+      problem: Why the schedule of the file cannot be carried.
+      ema: Averaged parameters and statistics by Flax path, in Flax's layout; empty where none are
+        kept.
+    """
+
+    optimizer: OptimizerState
+    schedule: ScheduleState | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    found: tuple[Found, ...] = ()
+    problem: str | None = None
+    ema: Mapping[Path, np.ndarray] = field(default_factory=dict)
+
+
+OURS = "written_by"
+"""Entry of ``"args"`` that says that this library wrote them, so that all of them are its own
+settings.
+"""
+EPOCHS_DONE = "epochs_done"
+"""Entry that counts epochs without the doubt whether ``"epoch"`` is the last one or the next."""
+EMA = "model_ema"
+"""Entry with the averaged weights, as torchvision's reference scripts name it."""
+_SCHEDULERS = (
+    "lr_scheduler",
+    "scheduler",
+    "lr_schedulers",
+    "scheduler_state_dict",
+    "lr_scheduler_state_dict",
+    "sched",
+    "lr_sched",
+)
+_STEPS = ("global_step", "step", "steps", "iteration", "iter", "num_updates", "num_steps")
+_EPOCHS = ("epoch", "current_epoch", "start_epoch")
+_SETTINGS = ("args", "hyper_parameters", "hparams", "config", "cfg", "trainer_state")
+_NAMES = {
+    "epochs": ("epochs", "max_epochs", "num_epochs", "num_train_epochs"),
+    "batch_size": ("batch_size", "train_batch_size"),
+    "label_smoothing": ("label_smoothing", "smoothing"),
+}
+"""Settings by their usual names."""
+_IGNORED = {
+    "loss scaling is for float16; float32 and bfloat16 need none": (
+        "scaler",
+        "grad_scaler",
+        "amp_scaler",
+        "amp",
+        "native_amp_scaling_state",
+        "MixedPrecision",
+    ),
+    "averaged weights; --entry {name} takes them instead of the trained ones": (
+        "model_ema",
+        "ema",
+        "state_dict_ema",
+        "ema_state_dict",
+        "ema_model",
+    ),
+    "PyTorch's random state; JAX has its own": (
+        "rng",
+        "rng_state",
+        "rng_states",
+        "random_state",
+        "torch_rng",
+        "torch_rng_state",
+        "cuda_rng_state",
+    ),
+    "of PyTorch's trainer": (
+        "loops",
+        "callbacks",
+        "pytorch-lightning_version",
+        "hparams_name",
+        "datamodule_hparams_name",
+        "training_args.bin",
+    ),
+}
+_REASONS = {name: reason.format(name=name) for reason, names in _IGNORED.items() for name in names}
+
+
+def read(
+    extras: Mapping[str, Any],
+    state_map: StateMap,
+    *,
+    kind: str | None = None,
+    per_epoch: bool | None = None,
+    source: str = "the checkpoint",
+) -> Run:
+    """The run in the entries of a PyTorch training checkpoint: torchvision's, timm's, Lightning's
+    or Hugging Face's, or a plain loop's.
+
+    Args:
+      extras: The entries beside the weights, with numpy arrays for tensors.
+      state_map: Of the model.
+      kind: ``"sgd"``, ``"adam"`` or ``"adamw"``, where the options do not tell.
+      per_epoch: Whether the scheduler was stepped once per epoch (or once per batch); None finds it
+        from the counters.
+      source: For messages.
+    Raises:
+      CheckpointError: No optimizer, one without counterpart, or one that is not this model's.
+    """
+    entry = optimizers.find(extras)
+    if entry is None:
+        held = some(list(map(str, extras))) or "nothing"
+        raise CheckpointError(
+            f"{source} holds no optimizer that could go on; beside the weights it has: {held}. "
+            f"{WEIGHTS_ONLY}"
+        )
+    name, state = entry
+    record = optimizers.read(state, state_map, kind=kind, source=f"{source}, entry '{name}'")
+    found = {name: Found(name, f"{record.notes[0]}", True)}
+    steps, epoch = _count(extras, _STEPS, found), _count(extras, _EPOCHS, found)
+    explicit = steps is not None
+    if not explicit and record.steps:
+        steps = int(float(next(iter(record.steps.values()))))
+    settings = _settings(extras, found)
+    run = Run(record, None, steps, epoch, settings)
+    entry = next(
+        ((key, optimizers.only(extras[key])) for key in _SCHEDULERS if extras.get(key)), None
+    )
+    if entry is not None:
+        run = _with_schedule(run, *entry, per_epoch, explicit, source, found)
+    elif epoch is not None and {"arch", "version"} <= extras.keys():
+        run = replace(run, epochs=epoch + 1)  # timm stores the last epoch that was done
+    if (
+        run.steps
+        and not any(record.tensors.values())
+        and any(KINDS[record.kind].buffered(group.options) for group in record.groups)
+    ):
+        raise CheckpointError(
+            f"{source} took {run.steps} steps, but its entry '{name}' keeps none of the "
+            f"buffers ({some(list(KINDS[record.kind].tensors))}) that {record.kind} "
+            f"has by then. Going on without them would be another run. {WEIGHTS_ONLY}"
+        )
+    done = _count(extras, (EPOCHS_DONE,), found)
+    if done is not None:
+        run = replace(run, epochs=done)
+    if EMA in extras and settings.get("ema"):
+        run = replace(run, ema=_averaged(extras[EMA], state_map, f"{source}, entry '{EMA}'"))
+        found[EMA] = Found(EMA, f"averaged weights, decay {settings['ema']}", True)
+    rest = [
+        Found(str(key), _REASONS.get(str(key), "not needed to go on"), False)
+        for key in extras
+        if key not in found
+    ]
+    return replace(run, found=(*found.values(), *rest))
+
+
+def _averaged(state: Any, state_map: StateMap, source: str) -> dict[Path, np.ndarray]:
+    """Averaged weights and statistics by Flax path."""
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"{source} holds no averaged weights, but a {type(state).__name__}. {WEIGHTS_ONLY}"
+        )
+    misfit = state_map.check(describe(state))
+    if len(misfit):
+        raise CheckpointError(
+            f"{source} is not the state of this model: "
+            f"{'; '.join(line.strip() for line in misfit.lines())}. {WEIGHTS_ONLY}"
+        )
+    return state_map.to_flax(state)
+
+
+def _with_schedule(
+    run: Run,
+    name: str,
+    state: Any,
+    per_epoch: bool | None,
+    explicit: bool,
+    source: str,
+    found: dict[str, Found],
+) -> Run:
+    """The run with the scheduler's state, or with the reason why it has no counterpart."""
+    options = [group.options for group in run.optimizer.groups]
+    try:
+        if not isinstance(state, Mapping):
+            raise CheckpointError(
+                f"{source}, entry '{name}' is not the state of one learning-rate scheduler."
+            )
+        schedule, position = scheduling.read(state, options, source=f"{source}, entry '{name}'")
+        if per_epoch is None:
+            per_epoch = _stepped_per_epoch(run, position, explicit, f"{source}, entry '{name}'")
+    except CheckpointError as error:
+        found[name] = Found(name, "not carried, see below", False)
+        return replace(run, problem=str(error))
+    state = ScheduleState(schedule, position, per_epoch)
+    found[name] = Found(name, scheduling.describe(state), True)
+    if per_epoch:
+        return replace(run, schedule=state, epochs=position)
+    return replace(run, schedule=state, steps=run.steps if explicit else position)
+
+
+def _stepped_per_epoch(run: Run, position: int, explicit: bool, source: str) -> bool:
+    """Whether the scheduler counted epochs; batches otherwise."""
+    if explicit and position == run.steps:
+        return False
+    if run.epochs is not None and position in (run.epochs, run.epochs + 1):
+        return True
+    if not explicit and run.steps is not None:
+        return (
+            position < run.steps
+            # as many or more are batches: Adam's own count lags behind by the steps that loss
+            # scaling skipped
+        )
+    if not explicit and run.epochs is not None:
+        return False
+    counts = f"{run.steps if explicit else 'an unknown number of'} optimizer steps" + (
+        "" if run.epochs is None else f" in epoch {run.epochs}"
+    )
+    raise CheckpointError(
+        f"{source} was stepped {position} times in a run of {counts}, which does not show "
+        f"whether it counts batches or epochs. "
+        "Say --schedule-unit batch or epoch."
+    )
+
+
+def _number(value: Any) -> int | None:
+    if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()
+    return (
+        int(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+        else None
+    )
+
+
+def _count(extras: Mapping[str, Any], names: Sequence[str], found: dict[str, Found]) -> int | None:
+    for name in names:
+        count = _number(extras.get(name))
+        if count is not None:
+            found[name] = Found(name, f"{count}", True)
+            return count
+    return None
+
+
+def _settings(extras: Mapping[str, Any], found: dict[str, Found]) -> dict[str, Any]:
+    """Batch size, epochs and label smoothing, from whatever holds the script's settings."""
+    for name in _SETTINGS:
+        values = extras.get(name)
+        values = values if isinstance(values, Mapping) else getattr(values, "__dict__", {})
+        if str(values.get(OURS, "")).startswith("flax-resblock"):
+            found[name] = Found(name, "all settings of the run", True)
+            return {key: value for key, value in values.items() if key != OURS}
+        chosen = {}
+        for ours, theirs in _NAMES.items():
+            value = next(
+                (values[key] for key in theirs if isinstance(values.get(key), int | float)), None
+            )
+            if value is not None and not isinstance(value, bool) and value >= 0:
+                chosen[ours] = value if ours == "label_smoothing" else int(value)
+        if chosen:
+            found[name] = Found(
+                name, ", ".join(f"{key} {value}" for key, value in chosen.items()), True
+            )
+            return chosen
+    return {}

@@ -1,0 +1,266 @@
+"""A training run in a file: from any format and to any format.
+
+In ``.safetensors`` and Orbax the optimizer's tensors lie beside the weights under
+``optimizer.<tensor>.<parameter>``, in the same names and layouts as the weights, and everything
+else is JSON in the metadata. In a ``.pth`` it is what torchvision's reference scripts write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_resblock import checkpoint
+from flax_resblock.checkpoint import Record
+from flax_resblock.convert.state_map import StateMap
+from flax_resblock.errors import CheckpointError
+from flax_resblock.runs import optimizer_state as optimizers
+from flax_resblock.runs import scheduler_state as scheduling
+from flax_resblock.runs.param_groups import WEIGHTS_ONLY, trainable
+from flax_resblock.runs.run import EMA, EPOCHS_DONE, OURS, Found, Run
+from flax_resblock.runs.scheduler_state import ScheduleState
+
+RUN = "run"
+"""Metadata entry with the run as JSON."""
+TENSORS = "optimizer."
+"""What the names of the optimizer's tensors begin with, where they lie beside the weights."""
+AVERAGED = "ema."
+"""What the names of averaged weights and statistics begin with."""
+
+
+def pack(run: Run, state_map: StateMap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The run as arrays and metadata, in the names and layouts of ``state_map``; :func:`unpack` is
+    the inverse.
+    """
+    entries = {entry.flax_path: entry for entry in trainable(state_map)}
+    record = run.optimizer
+    tensors = {
+        f"{TENSORS}{name}.{entries[path].torch_key}": entries[path].codec.to_torch(value)
+        for name, found in record.tensors.items()
+        for path, value in found.items()
+    }
+    tensors |= {f"{AVERAGED}{key}": value for key, value in state_map.to_torch(run.ema).items()}
+    counter = next(iter(record.steps.values()), None)
+    content = {
+        "optimizer": record.kind,
+        "groups": [
+            {
+                "options": group.options,
+                "parameters": [entries[path].torch_key for path in group.paths],
+                "named": group.named,
+            }
+            for group in record.groups
+        ],
+        "count": None
+        if counter is None
+        else {"value": float(counter), "dtype": counter.dtype.name},
+        "schedule": None
+        if run.schedule is None
+        else scheduling.write(run.schedule, [group.options for group in record.groups]),
+        "per_epoch": run.schedule is not None and run.schedule.per_epoch,
+        "steps": run.steps,
+        "epochs": run.epochs,
+        "settings": dict(run.settings),
+    }
+    return tensors, {RUN: json.dumps(content, default=_as_number)}
+
+
+def _as_number(value: Any) -> Any:
+    """Rates of ``capturable`` optimizers are tensors."""
+    return (
+        value.item()
+        if isinstance(value, np.ndarray | np.generic) and value.ndim == 0
+        else repr(value)
+    )
+
+
+def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that JSON gave back as lists, as the tuples that they were."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+
+
+def holds_run(metadata: Mapping[str, str]) -> bool:
+    """Whether :func:`pack` wrote this metadata."""
+    return RUN in metadata
+
+
+def averaged(record: Record) -> Record:
+    """A checkpoint that :func:`pack` wrote, with its averaged weights in the place of the trained
+    ones, and without the run.
+
+    Raises:
+      CheckpointError: It keeps none.
+    """
+    tensors = {
+        name.removeprefix(AVERAGED): value
+        for name, value in record.tensors.items()
+        if name.startswith(AVERAGED)
+    }
+    if not tensors:
+        raise CheckpointError(
+            f"{record.source} keeps no averaged weights: the run had --ema 0. Leave out "
+            f"--entry {EMA}."
+        )
+    return replace(
+        record,
+        tensors=tensors,
+        metadata={name: value for name, value in record.metadata.items() if name != RUN},
+    )
+
+
+def unpack(
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    state_map: StateMap,
+    *,
+    source: str = "the checkpoint",
+) -> Run:
+    """The run that :func:`pack` made arrays and metadata of.
+
+    Args:
+      tensors: Those of the optimizer, or all of the file.
+      metadata: Of the file.
+      state_map: Of the weights in it.
+      source: For messages.
+    Raises:
+      CheckpointError: Damaged metadata, or an optimizer that does not fit the model.
+    """
+    try:
+        content = json.loads(metadata[RUN])
+        kind, counter = content["optimizer"], content["count"]
+        numbers: dict[str, int] = {}
+        groups, state = [], {}
+        for group in content["groups"]:
+            for key in group["parameters"]:
+                numbers[key] = len(numbers)
+            groups.append(
+                {
+                    **with_tuples(group["options"]),
+                    "params": [numbers[key] for key in group["parameters"]],
+                    "param_names": list(group["parameters"]),
+                }
+            )
+        for name, value in tensors.items():
+            if name.startswith(TENSORS):
+                tensor, _, key = name.removeprefix(TENSORS).partition(".")
+                state.setdefault(numbers[key], {})[tensor] = value
+        if counter is not None:
+            for found in state.values():
+                found["step"] = np.asarray(counter["value"], counter["dtype"])
+        schedule = content["schedule"]
+        if schedule is not None:
+            schedule = ScheduleState(
+                *scheduling.read(schedule, groups, source=source), content["per_epoch"]
+            )
+        steps, epochs, settings = content["steps"], content["epochs"], content["settings"]
+        named = [bool(group["named"]) for group in content["groups"]]
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{source}: its record of the training run is damaged ({type(error).__name__}: "
+            f"{error}). {WEIGHTS_ONLY}"
+        ) from error
+    record = optimizers.read(
+        {"state": state, "param_groups": groups},
+        state_map,
+        kind=kind,
+        source=f"{source}, its optimizer",
+    )
+    restored = tuple(
+        replace(group, named=name) for group, name in zip(record.groups, named, strict=True)
+    )
+    record = replace(record, groups=restored)
+    found = [Found("optimizer", record.notes[0], True)]
+    averages = state_map.to_flax(
+        {
+            name.removeprefix(AVERAGED): value
+            for name, value in tensors.items()
+            if name.startswith(AVERAGED)
+        }
+    )
+    if averages:
+        found.append(Found("ema", "averaged weights and statistics", True))
+    if schedule is not None:
+        found.append(Found("schedule", scheduling.describe(schedule), True))
+    found += [
+        Found(name, f"{count}", True)
+        for name, count in (("steps", steps), ("epochs", epochs))
+        if count is not None
+    ]
+    return Run(record, schedule, steps, epochs, settings, tuple(found), ema=averages)
+
+
+def to_checkpoint(run: Run, state_map: StateMap) -> dict[str, Any]:
+    """The entries of a PyTorch training checkpoint beside ``"model"``, as torchvision's reference
+    scripts name them, with numpy arrays for tensors.
+
+    ``"epoch"`` is the number, from 0, of the last epoch that was completed, as there;
+    ``"epochs_done"`` and ``"step"`` count epochs and optimizer steps done.
+
+    Args:
+      run: The run.
+      state_map: Of the model.
+    """
+    from flax_resblock._version import __version__
+
+    entries: dict[str, Any] = {
+        "optimizer": optimizers.write(run.optimizer, state_map),
+        "lr_scheduler": None,
+    }
+    if run.schedule is not None:
+        entries["lr_scheduler"] = scheduling.write(
+            run.schedule, [group.options for group in run.optimizer.groups]
+        )
+    if run.epochs is not None:
+        entries["epoch"] = run.epochs - 1
+        entries[EPOCHS_DONE] = run.epochs
+    if run.steps is not None:
+        entries["step"] = run.steps
+    if run.settings:
+        entries["args"] = {OURS: f"flax-resblock {__version__}", **run.settings}
+    if run.ema:
+        entries[EMA] = state_map.to_torch(run.ema)
+    return entries
+
+
+def write(
+    path: Path,
+    tensors: dict[str, np.ndarray],
+    metadata: Mapping[str, str],
+    run: Run | None,
+    state_map: StateMap,
+    *,
+    files: Mapping[str, str] | None = None,
+    force: bool = False,
+    release: bool = False,
+) -> None:
+    """Writes weights and run to a checkpoint of any format; arguments and errors as for
+    :func:`flax_resblock.checkpoint.write`.
+
+    Args:
+      path: The suffix decides the format.
+      tensors: The weights, in the names and layouts of ``state_map``.
+      metadata: See :func:`flax_resblock.convert.opening.metadata_of`.
+      run: None writes the weights alone.
+      state_map: Of the file.
+      files: See :func:`flax_resblock.checkpoint.write`.
+      force: Replace what is there.
+      release: Empty ``tensors`` once they are written.
+    """
+    extras = None
+    if run is not None and checkpoint.output_format(path) == "pytorch":
+        extras = to_checkpoint(run, state_map)
+    elif run is not None:
+        more, about = pack(run, state_map)
+        tensors |= more
+        metadata = {**metadata, **about}
+    checkpoint.write(
+        path, tensors, metadata=metadata, extras=extras, files=files, force=force, release=release
+    )

@@ -1,0 +1,315 @@
+"""PyTorch's learning-rate schedules as functions of the step, computed on the host in float64. No
+dependency but ``math``.
+
+``torch.optim.lr_scheduler`` computes most rates from the one before; these are the closed forms,
+which differ from that by rounding only. Fields have torch's names, so that the state dict of a
+scheduler fills them (:mod:`flax_resblock.runs.scheduler_state`).
+
+Optax's own schedules are not these. They are evaluated inside the compiled step in float32 (up to
+2e-5 relative). ``optax.cosine_decay_schedule`` stays at its end where torch's climbs again, and its
+``alpha`` is a share of the peak where ``eta_min`` is a rate. ``optax.cosine_onecycle_schedule``
+leaves the momentum alone."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Options = Mapping[str, Any]
+"""A param group without its parameters, as torch has it: ``lr``, ``initial_lr``, ``momentum``
+...
+"""
+
+
+def base_rate(group: Options) -> float:
+    """The rate that a schedule scales: ``initial_lr``, which torch's schedulers store, or ``lr``
+    where none has run yet.
+    """
+    return float(group.get("initial_lr", group["lr"]))
+
+
+@dataclass(frozen=True)
+class Schedule(ABC):
+    """A learning rate that depends on how often the scheduler was stepped (torch's ``last_epoch``:
+    0 at the first optimizer step).
+    """
+
+    @abstractmethod
+    def rate(self, step: int, group: Options) -> float:
+        """The learning rate of a param group at ``step``, from 0."""
+
+    def momentum(self, step: int, group: Options) -> float | None:
+        """What the schedule makes of ``momentum`` (or of Adam's first beta); None leaves it
+        alone.
+        """
+        del step, group
+
+    @property
+    def length(self) -> int | None:
+        """Steps after which it has nothing more to say; None where it goes on for ever."""
+        return None
+
+
+@dataclass(frozen=True)
+class Scaled(Schedule):
+    """A schedule that multiplies the base rate, the same for all groups."""
+
+    @abstractmethod
+    def share(self, step: int) -> float:
+        """Share of the base rate."""
+
+    def rate(self, step: int, group: Options) -> float:
+        return base_rate(group) * self.share(step)
+
+
+@dataclass(frozen=True)
+class Fixed(Schedule):
+    """No schedule: the rate that every group has."""
+
+    def rate(self, step: int, group: Options) -> float:
+        return float(group["lr"])
+
+
+@dataclass(frozen=True)
+class StepLR(Scaled):
+    r""":math:`\gamma^{\lfloor t / s \rfloor}`.
+
+    Attributes:
+      step_size: :math:`s`.
+      gamma: :math:`\gamma`.
+    """
+
+    step_size: int
+    gamma: float
+
+    def share(self, step: int) -> float:
+        return self.gamma ** (step // self.step_size)
+
+
+@dataclass(frozen=True)
+class MultiStepLR(Scaled):
+    r""":math:`\gamma^k` after ``k`` milestones.
+
+    Attributes:
+      milestones: Ascending; one that occurs twice counts twice.
+      gamma: :math:`\gamma`.
+    """
+
+    milestones: tuple[int, ...]
+    gamma: float
+
+    def share(self, step: int) -> float:
+        return self.gamma ** sum(0 <= milestone <= step for milestone in self.milestones)
+
+
+@dataclass(frozen=True)
+class ExponentialLR(Scaled):
+    r""":math:`\gamma^t`."""
+
+    gamma: float
+
+    def share(self, step: int) -> float:
+        return self.gamma**step
+
+
+@dataclass(frozen=True)
+class ConstantLR(Scaled):
+    """``factor`` before step ``total_iters``, 1 from there."""
+
+    factor: float
+    total_iters: int
+
+    def share(self, step: int) -> float:
+        return (
+            self.factor if step < self.total_iters or not self.total_iters else 1.0
+        )  # torch never leaves it where total_iters is 0
+
+
+@dataclass(frozen=True)
+class LinearLR(Scaled):
+    """A straight line from ``start_factor`` to ``end_factor`` in ``total_iters`` steps, then
+    level.
+    """
+
+    start_factor: float
+    end_factor: float
+    total_iters: int
+
+    def share(self, step: int) -> float:
+        if not self.total_iters:
+            return self.start_factor
+        return (
+            self.start_factor
+            + (self.end_factor - self.start_factor) * min(step, self.total_iters) / self.total_iters
+        )
+
+
+@dataclass(frozen=True)
+class PolynomialLR(Scaled):
+    r""":math:`(1 - \min(t, T) / T)^p`.
+
+    Attributes:
+      total_iters: :math:`T`.
+      power: :math:`p`.
+    """
+
+    total_iters: int
+    power: float
+
+    def share(self, step: int) -> float:
+        return (
+            (1 - min(step, self.total_iters) / self.total_iters) ** self.power
+            if self.total_iters
+            else 1.0
+        )  # torch does nothing where it is 0
+
+    @property
+    def length(self) -> int:
+        return self.total_iters
+
+
+@dataclass(frozen=True)
+class CosineAnnealingLR(Schedule):
+    r""":math:`\eta_{min} + \tfrac{1}{2} (\eta - \eta_{min}) (1 + \cos(\pi t / T))`; past :math:`T`
+    it climbs again.
+
+    Attributes:
+      T_max: :math:`T`.
+      eta_min: :math:`\eta_{min}`, a rate, the same for all groups.
+    Reference: Loshchilov & Hutter 2017, arXiv:1608.03983.
+    """
+
+    T_max: int
+    eta_min: float
+
+    def rate(self, step: int, group: Options) -> float:
+        return (
+            self.eta_min
+            + (base_rate(group) - self.eta_min) * (1 + math.cos(math.pi * step / self.T_max)) / 2
+        )
+
+    @property
+    def length(self) -> int:
+        return self.T_max
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A piece of :class:`OneCycleLR`; rates and momenta are names of param group options, such as
+    ``max_lr``.
+    """
+
+    end_step: float
+    start_lr: str
+    end_lr: str
+    start_momentum: str
+    end_momentum: str
+
+
+@dataclass(frozen=True)
+class OneCycleLR(Schedule):
+    """Up to ``max_lr`` and down again; the momentum (or Adam's first beta) goes the other way.
+
+    Attributes:
+      total_steps: Steps of the run.
+      phases: One after the other.
+      anneal: ``"cos"`` or ``"linear"``.
+      cycle_momentum: Whether the momentum moves.
+      use_beta1: Whether it is called ``betas[0]``.
+    Reference: Smith & Topin 2019, arXiv:1708.07120.
+    """
+
+    total_steps: int
+    phases: tuple[Phase, ...]
+    anneal: str
+    cycle_momentum: bool
+    use_beta1: bool
+
+    def _between(self, step: int, group: Options, what: str) -> float:
+        start = 0.0
+        for phase in self.phases:
+            if step <= phase.end_step or phase is self.phases[-1]:
+                first, last = (
+                    float(group[getattr(phase, f"{end}_{what}")]) for end in ("start", "end")
+                )
+                share = (step - start) / (phase.end_step - start)
+                return (
+                    (last - first) * share + first
+                    if self.anneal == "linear"
+                    else last + (first - last) / 2 * (1 + math.cos(math.pi * share))
+                )
+            start = phase.end_step
+        raise ValueError("a one-cycle schedule has at least one phase")
+
+    def rate(self, step: int, group: Options) -> float:
+        return self._between(min(step, self.total_steps), group, "lr")
+
+    def momentum(self, step: int, group: Options) -> float | None:
+        return (
+            self._between(min(step, self.total_steps), group, "momentum")
+            if self.cycle_momentum
+            else None
+        )
+
+    @property
+    def length(self) -> int:
+        return self.total_steps
+
+
+@dataclass(frozen=True)
+class SequentialLR(Schedule):
+    """One schedule after the other, each counting from its own start.
+
+    Attributes:
+      schedules: At least one.
+      milestones: Step at which each but the first begins, ascending.
+    """
+
+    schedules: tuple[Schedule, ...]
+    milestones: tuple[int, ...]
+
+    def _now(self, step: int) -> tuple[Schedule, int]:
+        index = bisect_right(self.milestones, step)
+        return self.schedules[index], step - (self.milestones[index - 1] if index else 0)
+
+    def rate(self, step: int, group: Options) -> float:
+        schedule, since = self._now(step)
+        return schedule.rate(since, group)
+
+    def momentum(self, step: int, group: Options) -> float | None:
+        schedule, since = self._now(step)
+        return schedule.momentum(since, group)
+
+    @property
+    def length(self) -> int | None:
+        last = self.schedules[-1].length
+        return None if last is None else last + (self.milestones[-1] if self.milestones else 0)
+
+
+def warmup_cosine(warmup_steps: int, total_steps: int, warmup_factor: float = 0.1) -> Schedule:
+    """A linear warm-up from ``warmup_factor`` of the base rate, then half a cosine down to 0.
+
+    Args:
+      warmup_steps: 0: no warm-up.
+      total_steps: Steps of the run, more than ``warmup_steps``.
+      warmup_factor: In (0, 1].
+    Raises:
+      ValueError: Numbers that make no schedule.
+    Reference: Goyal et al. 2017, arXiv:1706.02677.
+    """
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            f"warmup_steps={warmup_steps} must be at least 0 and below total_steps={total_steps}."
+        )
+    if not 0 < warmup_factor <= 1:
+        raise ValueError(f"warmup_factor={warmup_factor} must be above 0 and at most 1.")
+    cosine = CosineAnnealingLR(total_steps - warmup_steps, 0.0)
+    return (
+        SequentialLR((LinearLR(warmup_factor, 1.0, warmup_steps), cosine), (warmup_steps,))
+        if warmup_steps
+        else cosine
+    )

@@ -1,0 +1,228 @@
+"""A run of several processes: how they find each other, and what happens when one of them is
+gone.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import jax
+
+from flax_resblock.errors import InputError
+
+PEER_LOST = 3
+"""Exit status of a process whose peer died: start all of them again."""
+_HEARTBEAT = 10
+"""Seconds after which a process that does not answer counts as dead, where no closed connection
+tells sooner.
+"""
+_CHIPS = ("/dev/accel*", "/dev/vfio/[0-9]*")
+"""Device files of TPU chips."""
+_MAYBE_ALONE = "Cloud TPU VM"
+"""A host with chips of its own, and maybe others: only its metadata server knows, which jax
+asks.
+"""
+_DONE = b"."
+"""What a process sends when it ends well."""
+_KEY = "flax_resblock/watch"
+_PATIENCE = 300
+"""Seconds that processes wait for each other at the start."""
+_INTRODUCTION = 30
+"""Seconds that they then wait for each other's connection."""
+
+Environment = Mapping[str, str]
+
+
+def _several(name: str) -> Any:
+    return lambda environment: (
+        environment.get(name, "1").isdigit() and int(environment.get(name, "1")) > 1
+    )
+
+
+_SIGNS: Mapping[str, Any] = MappingProxyType(
+    {
+        "JAX_COORDINATOR_ADDRESS": lambda environment: "JAX_COORDINATOR_ADDRESS" in environment,
+        "Slurm": _several("SLURM_STEP_NUM_TASKS"),
+        "Open MPI": _several("OMPI_COMM_WORLD_SIZE"),
+        "Kubernetes": lambda environment: (
+            {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= set(environment)
+        ),
+        "TPU pod": lambda environment: (
+            ","
+            in environment.get("TPU_WORKER_HOSTNAMES", environment.get("TPU_PROCESS_ADDRESSES", ""))
+        ),
+        "TPU multislice": lambda environment: "MEGASCALE_COORDINATOR_ADDRESS" in environment,
+    }
+)
+"""By what a cluster is recognised; jax then reads the rest of its own accord."""
+
+
+def detected(environment: Environment | None = None) -> str | None:
+    """The kind of cluster that started this process, with others; None for a process on its own."""
+    environment = os.environ if environment is None else environment
+    found = next((name for name, present in _SIGNS.items() if present(environment)), None)
+    if (
+        found is None
+        and importlib.util.find_spec("libtpu") is not None
+        and any(map(glob.glob, _CHIPS))
+        and environment.get("TPU_SKIP_MDS_QUERY") is None
+    ):
+        return _MAYBE_ALONE
+    return found
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """How to find the other processes, where nothing in the environment tells.
+
+    Attributes:
+      coordinator: ``HOST:PORT`` of process 0.
+      num_processes: How many there are.
+      process_id: Which one this is, from 0.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+    def check(self) -> None:
+        """Refuses what cannot be a cluster.
+
+        Raises:
+          InputError: Only some of the three, or values out of their range.
+        """
+        given = (self.coordinator, self.num_processes, self.process_id)
+        if self.coordinator is None and given != (None, None, None):
+            raise InputError(
+                "--num-processes and --process-id belong to a run of several processes, which "
+                "needs --coordinator HOST:PORT of process 0 too."
+            )
+        if self.coordinator is not None and detected() is None:
+            if self.num_processes is None or self.process_id is None:
+                raise InputError(
+                    f"--coordinator {self.coordinator} needs --num-processes and --process-id "
+                    f"too; nothing in the environment tells them."
+                )
+            if not 0 <= self.process_id < self.num_processes:
+                raise InputError(
+                    f"--process-id {self.process_id} must be from 0 to --num-processes "
+                    f"{self.num_processes} less one."
+                )
+        if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdigit():
+            raise InputError(f"--coordinator {self.coordinator} must be HOST:PORT of process 0.")
+
+
+def connect(cluster: Cluster) -> bool:
+    """Joins the other processes of a run; must come before anything else that jax does.
+
+    Args:
+      cluster: What was given; where nothing was, the environment decides.
+    Returns:
+      Whether there are others.
+    Raises:
+      InputError: They were not found.
+    """
+    cluster.check()
+    kind = detected() if cluster.coordinator is None else "--coordinator"
+    if kind is None:
+        return False
+    try:
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.num_processes,
+            cluster.process_id,
+            initialization_timeout=_PATIENCE,
+            heartbeat_timeout_seconds=_HEARTBEAT,
+        )
+        jax.devices()  # every process takes part in this
+    except Exception as error:  # jax, gRPC and the detection of clusters raise all kinds
+        if kind == _MAYBE_ALONE and not jax.distributed.is_initialized():
+            return False
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"the processes of this run ({kind}) did not find each other ({reason[:200]}). "
+            f"Check that --coordinator names process 0, that --num-processes "
+            "processes were started, each with its own --process-id, and that the port is open."
+        ) from error
+    if jax.process_count() > 1:
+        _watch()
+    return jax.process_count() > 1
+
+
+def lost(who: str) -> NoReturn:
+    """Ends this process at once because another one is gone; nothing of jax's is taken down in
+    order, as that would wait for the dead.
+    """
+    number, count = jax.process_index(), jax.process_count()
+    print(
+        f"flax-resblock: {who} of {count} is gone; process {number} cannot go on without it. "
+        f"Start all of them again with --resume auto: the run goes on "
+        "from its last checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(PEER_LOST)
+
+
+_connections: list[socket.socket] = []
+
+
+def leave() -> None:
+    """Tells the others that this process ends well."""
+    for connection in _connections:
+        try:
+            connection.sendall(_DONE)
+        except OSError:
+            continue
+
+
+def _watch() -> None:
+    """Connects every process with process 0, so that the end of one is noticed at once: its
+    connection closes. Where a firewall is between them, jax's own heartbeats notice it later."""
+    from jax._src.distributed import global_state  # jax's own store of keys; it has no public name
+
+    client: Any = global_state.client
+    try:
+        if jax.process_index() == 0:
+            host = (global_state.coordinator_address or "localhost").rpartition(":")[0].strip("[]")
+            with socket.create_server(("", 0)) as listener:
+                client.key_value_set(_KEY, f"{host}:{listener.getsockname()[1]}")
+                listener.settimeout(_INTRODUCTION)
+                for _ in range(1, jax.process_count()):
+                    connection, _ = listener.accept()
+                    _observe(connection, f"process {int.from_bytes(connection.recv(4), 'big')}")
+        else:
+            host, _, port = client.blocking_key_value_get(_KEY, _PATIENCE * 1000).rpartition(":")
+            connection = socket.create_connection((host, int(port)), timeout=_INTRODUCTION)
+            connection.sendall(jax.process_index().to_bytes(4, "big"))
+            _observe(connection, "process 0")
+    except OSError as error:
+        print(
+            f"flax-resblock: process {jax.process_index()} cannot watch the others ({error}); "
+            f"if one dies, this is noticed within {_HEARTBEAT} s.",
+            file=sys.stderr,
+        )
+
+
+def _observe(connection: socket.socket, who: str) -> None:
+    _connections.append(connection)
+    connection.settimeout(None)
+
+    def wait() -> None:
+        try:
+            last = connection.recv(1)
+        except OSError:
+            last = b""
+        if last != _DONE:
+            lost(who)
+
+    threading.Thread(target=wait, name=f"watch {who}", daemon=True).start()

@@ -1,0 +1,124 @@
+"""The curves of a run as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_resblock.errors import MissingDependencyError
+from flax_resblock.training.reports import Judged
+
+_SMOOTH = 50
+"""Steps that the bold line of the loss is averaged over, at most."""
+
+
+def draw_curves(steps: Sequence[Mapping[str, Any]], judged: Sequence[Judged], path: Path) -> None:
+    """Loss, accuracy and learning rate over the steps, as a PNG.
+
+    Args:
+      steps: Entries of ``metrics.jsonl``.
+      judged: The evaluations; may be none.
+      path: The file.
+    Raises:
+      MissingDependencyError: matplotlib is not installed.
+    """
+    figure = _figure(10, 7)
+    loss, accuracy, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
+    numbers = np.array([step["step"] + 1 for step in steps])
+    _noisy(loss, numbers, np.array([step["loss"] for step in steps]), "training")
+    _noisy(accuracy, numbers, 100 * np.array([step["accuracy"] for step in steps]), "training")
+    for name, label, style in (("", "test", "o-"), ("ema_", "test, averaged weights", "s--")):
+        present = [one for one in judged if getattr(one, f"{name}accuracy") is not None]
+        if present:
+            at = [one.step for one in present]
+            loss.plot(
+                at,
+                [getattr(one, f"{name}loss") for one in present],
+                style,
+                label=label,
+                markersize=4,
+            )
+            accuracy.plot(
+                at,
+                [100 * getattr(one, f"{name}accuracy") for one in present],
+                style,
+                label=label,
+                markersize=4,
+            )
+    rate.plot(numbers, [step["learning_rate"] for step in steps], color="tab:green")
+    for axes, words in (
+        (loss, "cross-entropy"),
+        (accuracy, "accuracy, %"),
+        (rate, "learning rate"),
+    ):
+        axes.set_ylabel(words)
+        axes.grid(alpha=0.3)
+    loss.set_yscale("log")
+    loss.legend(frameon=False)
+    accuracy.legend(frameon=False)
+    rate.set_xlabel("steps")
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _noisy(axes: Any, steps: np.ndarray, values: np.ndarray, label: str) -> None:
+    """Every value, pale, and their running mean."""
+    axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.7)
+    width = max(1, min(_SMOOTH, len(values) // 10))
+    means = np.convolve(values, np.full(width, 1 / width), mode="valid")
+    axes.plot(
+        steps[width - 1 :],
+        means,
+        color="tab:blue",
+        label=f"{label}, mean of {width} steps" if width > 1 else label,
+    )
+
+
+def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None:
+    """A confusion matrix as a PNG.
+
+    Args:
+      counts: ``(K, K)``: how often class ``i`` was taken for class ``j``.
+      names: Of the classes.
+      path: The file.
+    Raises:
+      MissingDependencyError: matplotlib is not installed.
+    """
+    side = min(max(5.0, 0.45 * len(names)), 30.0)
+    figure = _figure(side + 1, side)
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure.colorbar(
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1),
+        ax=axes,
+        label="share of the images of a class",
+    )
+    if len(names) <= 50:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    if len(names) <= 20:
+        for row, column in np.argwhere(counts):
+            axes.text(
+                column,
+                row,
+                f"{counts[row, column]}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if shares[row, column] > 0.5 else "black",
+            )
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("shown")
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "pictures need matplotlib: pip install 'flax-resblock[train]'."
+        ) from error
+    return Figure(figsize=(width, height), naming="constrained")

@@ -1,0 +1,216 @@
+"""Random crops and flips of raw pixels: what is drawn, and pure functions of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from flax_resblock.errors import InputError
+from flax_resblock.training.data.dataset import Dataset, DataSource
+from flax_resblock.training.data.images import resize
+
+_ATTEMPTS = 10
+_ASPECTS = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to training images at random.
+
+    Attributes:
+      pad: Zero pixels on each side, of which a window of the original size is then cut; before
+        normalisation, so that the border is black.
+      flip: Mirror each image left to right with probability 1/2.
+      random_resized_crop: Least and greatest share of an image's area, 0 to 1; a window of that
+        area and of an aspect ratio from 3/4 to 4/3 is resized. Szegedy et al. 2014,
+        arXiv:1409.4842; ImageNet's usual range is (0.08, 1).
+      size: Side in pixels of the resized crop; None for the size of the evaluation images.
+      mixup: Alpha of mixup's beta distribution; 0 for none. Zhang et al. 2017, arXiv:1710.09412.
+      cutmix: Alpha of CutMix's; 0 for none. Where both are given, each batch takes one of them,
+        with equal chances. Yun et al. 2019, arXiv:1905.04899.
+    Raises:
+      InputError: A value out of its range; the message names it.
+    """
+
+    pad: int = 0
+    flip: bool = False
+    random_resized_crop: tuple[float, float] | None = None
+    size: int | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __post_init__(self) -> None:
+        def require(name: str, valid: bool, meaning: str) -> None:
+            if not valid:
+                raise InputError(f"{name}={getattr(self, name)!r} must be {meaning}.")
+
+        area = self.random_resized_crop
+        require(
+            "pad", isinstance(self.pad, int) and self.pad >= 0, "0 or a positive number of pixels"
+        )
+        require(
+            "random_resized_crop",
+            area is None or (len(area) == 2 and 0 < area[0] <= area[1] <= 1),
+            "two shares of the area, 0 < least <= greatest <= 1",
+        )
+        require(
+            "random_resized_crop",
+            area is None or not self.pad,
+            f"None where pad is {self.pad}: both cut a window; take one",
+        )
+        require(
+            "size",
+            self.size is None or (isinstance(self.size, int) and self.size >= 1),
+            "a positive number of pixels",
+        )
+        require(
+            "size",
+            self.size is None or area is not None,
+            "None without random_resized_crop, whose output it is",
+        )
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            require(
+                name,
+                math.isfinite(value) and value >= 0,
+                "0 or a positive number, the alpha of a beta distribution",
+            )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are combined with others of their batch."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def shape_of(self, source: DataSource) -> tuple[int, int, int]:
+        """``(H, W, C)`` of the augmented images.
+
+        Raises:
+          InputError: The images cannot be augmented so.
+        """
+        height, width, channels = source.shape
+        if self.pad >= min(height, width):
+            raise InputError(
+                f"pad={self.pad} is not below the {min(height, width)} pixels that the images "
+                f"of {source.name} have on their shorter side."
+            )
+        if (
+            self.random_resized_crop is not None
+            and isinstance(source, Dataset)
+            and source.images.dtype != np.uint8
+        ):
+            raise InputError(
+                f"random_resized_crop needs uint8 images; those of {source.name} are "
+                f"{source.images.dtype}. Take pad and flip."
+            )
+        return (self.size, self.size, channels) if self.size else (height, width, channels)
+
+
+class Choices(NamedTuple):
+    """What chance decided for ``N`` images, as numbers in [0, 1): place of the window ``(N, 2)``,
+    mirror ``(N,)``, windows to try ``(N, 10, 4)`` or None.
+    """
+
+    place: np.ndarray
+    mirror: np.ndarray
+    windows: np.ndarray | None
+
+    def of(self, rows: np.ndarray) -> Choices:
+        """Those of some of the images."""
+        return Choices(
+            self.place[rows],
+            self.mirror[rows],
+            None if self.windows is None else self.windows[rows],
+        )
+
+
+def draw(augmentation: Augmentation, rng: np.random.Generator, count: int) -> Choices:
+    """Choices for ``count`` images."""
+    uniform = rng.random((count, 3))
+    windows = (
+        rng.random((count, _ATTEMPTS, 4)) if augmentation.random_resized_crop is not None else None
+    )
+    return Choices(uniform[:, :2], uniform[:, 2], windows)
+
+
+def augmented(
+    augmentation: Augmentation, source: DataSource, indices: np.ndarray, choices: Choices
+) -> np.ndarray:
+    """The images at ``indices``, augmented, not normalised, not mixed: ``(n, H, W, C)`` in the type
+    of the pixels.
+    """
+    area = augmentation.random_resized_crop
+    if area is not None and choices.windows is not None:
+        height, width, _ = augmentation.shape_of(source)
+        images = np.stack(
+            [
+                _resized_crop(source.raw(int(index)), area, tries, height, width)
+                for index, tries in zip(indices, choices.windows, strict=True)
+            ]
+        )
+    else:
+        images = source.fitted(indices)
+    if augmentation.pad:
+        images = pad_crop(
+            images,
+            augmentation.pad,
+            np.floor(choices.place * (2 * augmentation.pad + 1)).astype(np.int64),
+        )
+    if augmentation.flip:
+        mirrored = choices.mirror < 0.5
+        images[mirrored] = images[mirrored, :, ::-1]
+    return images
+
+
+def pad_crop(images: np.ndarray, pad: int, corners: np.ndarray) -> np.ndarray:
+    """Windows of the images' own size, cut out of the images with ``pad`` zeros on each side.
+
+    Args:
+      images: ``(N, H, W, C)``.
+      pad: Pixels.
+      corners: Row and column of each window's upper left corner in the padded image, ``(N, 2)``, 0
+        to ``2 * pad``.
+    Returns:
+      ``(N, H, W, C)``, a new array.
+    """
+    _, height, width, _ = images.shape
+    padded = np.pad(images, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
+    windows = np.empty_like(images)
+    for window, canvas, (top, left) in zip(windows, padded, corners.tolist(), strict=True):
+        window[:] = canvas[top : top + height, left : left + width]
+    return windows
+
+
+def crop_window(
+    height: int, width: int, area: tuple[float, float], tries: np.ndarray
+) -> tuple[int, int, int, int]:
+    """The window of a random resized crop, as torchvision's ``RandomResizedCrop`` finds it from the
+    same uniform numbers.
+
+    Args:
+      height, width: Of the image.
+      area: Least and greatest share of the area.
+      tries: Numbers in [0, 1) for area, aspect ratio, row and column of each attempt, ``(attempts,
+        4)``. The first window that lies in the image is taken; where none does, the largest central
+        one whose aspect ratio is allowed.
+    Returns:
+      Top, left, height and width.
+    """
+    least, greatest = (math.log(aspect) for aspect in _ASPECTS)
+    for share, aspect, row, column in tries.tolist():
+        target = height * width * (area[0] + share * (area[1] - area[0]))
+        ratio = math.exp(least + aspect * (greatest - least))
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(row * (height - h + 1)), int(column * (width - w + 1)), h, w
+    h, w = min(height, round(width / _ASPECTS[0])), min(width, round(height * _ASPECTS[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _resized_crop(
+    image: np.ndarray, area: tuple[float, float], tries: np.ndarray, height: int, width: int
+) -> np.ndarray:
+    top, left, h, w = crop_window(image.shape[0], image.shape[1], area, tries)
+    return resize(image[top : top + h, left : left + w], height, width)

@@ -1,0 +1,80 @@
+"""Reading files of strangers: what they declare is known to be affordable before it is
+allocated.
+"""
+
+from __future__ import annotations
+
+import stat
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from flax_resblock.errors import InputError, visible
+
+MOST_BYTES = 16 << 30
+"""Of one file, and of what comes out of it once it is expanded; a data set that lies in memory is
+smaller.
+"""
+MOST_ARRAYS = 1000
+"""In one archive."""
+
+_END = struct.Struct("<4s4H2LH")
+
+
+def check_file(path: Path, most: int = MOST_BYTES) -> None:
+    """Refuses what is no plain file (a pipe would be waited for, a device has no end) and what is
+    larger than ``most`` bytes.
+
+    Raises:
+      InputError: It is one of them.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{path} is no regular file. Copy what it stands for into a file first.")
+    if found.st_size > most:
+        raise InputError(
+            f"{path} has {found.st_size:,} bytes; at most {most:,} are read into memory."
+        )
+
+
+def read_npz(path: Path, most: int = MOST_BYTES) -> dict[str, np.ndarray]:
+    """Every array of an ``.npz`` archive, without unpickling anything.
+
+    Args:
+      path: The archive.
+      most: Bytes that its arrays may have together once they are expanded.
+    Raises:
+      InputError: Not such an archive, damaged, or one that expands to more.
+    """
+    try:
+        check_file(path, most)
+        with path.open("rb") as handle:
+            handle.seek(max(path.stat().st_size - _END.size, 0))
+            end = handle.read()
+        magic, *_, count, length, _, comment = (
+            _END.unpack(end) if len(end) == _END.size else (b"", 0, 0, 0, 0)
+        )
+        if magic != b"PK\x05\x06" or comment:
+            raise ValueError("it does not end as a zip archive does")
+        if count > MOST_ARRAYS or length > MOST_ARRAYS << 10:
+            raise ValueError(f"it lists {count:,} arrays; at most {MOST_ARRAYS:,} are read")
+        with zipfile.ZipFile(path) as archive:
+            expanded = sum(info.file_size for info in archive.infolist())
+        if expanded > most:
+            raise ValueError(
+                f"it expands to {expanded:,} bytes; at most {most:,} are read into memory"
+            )
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {key: arrays[key] for key in arrays.files}
+        return {
+            key: value for key, value in found.items() if isinstance(value, np.ndarray)
+        }  # members that are no arrays come as bytes
+    except (
+        Exception
+    ) as error:  # zipfile, zlib, numpy and OS errors alike mean that it is no such file
+        raise InputError(
+            f"{path} is not an .npz archive of plain arrays ({visible(str(error)[:300])}). "
+            f"Write it with numpy.savez, without objects."
+        ) from error

@@ -1,0 +1,212 @@
+"""CIFAR-10 and CIFAR-100 in the binary and the Python distribution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_resblock.errors import InputError
+from flax_resblock.training.data.bounded import check_file
+from flax_resblock.training.data.dataset import Dataset, Splits, pixel_moments
+from flax_resblock.training.data.inert_pickle import load_inert
+
+_PIXELS = 3 * 32 * 32
+_MOST_BYTES = 1 << 30
+"""Of one file; the largest of the distributions has 155 MB."""
+
+
+@dataclass(frozen=True)
+class Edition:
+    """One distribution of one of the two data sets.
+
+    Attributes:
+      name: Of the data set.
+      folder: What its archive unpacks to.
+      train, test: File names.
+      meta: File with the names of the classes.
+      num_classes: How many there are.
+      label: Where a label is: its byte in the head of a binary record, or its key in a pickle.
+      head: Bytes before the pixels of a binary record; 0 for pickles.
+      names: Key of the class names in a pickled ``meta``.
+    """
+
+    name: str
+    folder: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    meta: str
+    num_classes: int
+    label: int | bytes
+    head: int = 0
+    names: bytes = b""
+
+    def within(self, folder: Path) -> bool:
+        """Whether ``folder`` holds any of the training files and the test file, or the file of
+        names and one of them.
+        """
+        return (
+            sum((folder / name).is_file() for name in (self.train[0], self.test[0], self.meta)) >= 2
+        )
+
+
+_TEN = tuple(f"data_batch_{number}" for number in range(1, 6))
+EDITIONS = (
+    Edition(
+        "cifar-10",
+        "cifar-10-batches-bin",
+        tuple(f"{name}.bin" for name in _TEN),
+        ("test_batch.bin",),
+        "batches.meta.txt",
+        10,
+        0,
+        head=1,
+    ),
+    Edition(
+        "cifar-10",
+        "cifar-10-batches-py",
+        _TEN,
+        ("test_batch",),
+        "batches.meta",
+        10,
+        b"labels",
+        names=b"label_names",
+    ),
+    Edition(
+        "cifar-100",
+        "cifar-100-binary",
+        ("train.bin",),
+        ("test.bin",),
+        "fine_label_names.txt",
+        100,
+        1,
+        head=2,
+    ),
+    Edition(
+        "cifar-100",
+        "cifar-100-python",
+        ("train",),
+        ("test",),
+        "meta",
+        100,
+        b"fine_labels",
+        names=b"fine_label_names",
+    ),
+)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        check_file(path, _MOST_BYTES)
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error}). It belongs to the data set: unpack the archive "
+            f"again."
+        ) from error
+
+
+def _records(path: Path, edition: Edition) -> tuple[np.ndarray, np.ndarray]:
+    """Planes ``(N, 3072)`` and labels ``(N,)`` of a binary file."""
+    data = _read(path)
+    size = edition.head + _PIXELS
+    if not data or len(data) % size:
+        raise InputError(
+            f"{path} has {len(data):,} bytes; a file of {edition.name} has a multiple of "
+            f"{size:,}. It is cut off or damaged: fetch it again."
+        )
+    records = np.frombuffer(data, np.uint8).reshape(-1, size)
+    return records[:, edition.head :], records[:, int(edition.label)].astype(np.int32)
+
+
+def _pickled(path: Path, edition: Edition) -> tuple[np.ndarray, np.ndarray]:
+    """Planes ``(N, 3072)`` and labels ``(N,)`` of a pickled file."""
+    content = load_inert(_read(path), str(path))
+    planes, labels = content.get(b"data"), content.get(bytes(edition.label))
+    if not isinstance(planes, np.ndarray) or planes.ndim != 2 or planes.shape[1] != _PIXELS:
+        found = planes.shape if isinstance(planes, np.ndarray) else type(planes).__name__
+        raise InputError(
+            f"{path}: 'data' is {found}; {edition.name} has an array (N, {_PIXELS}) of "
+            f"unsigned bytes. Fetch it again."
+        )
+    if (
+        not isinstance(labels, list)
+        or len(labels) != len(planes)
+        or not all(type(label) is int and 0 <= label < 2**31 for label in labels)
+    ):
+        found = f"{len(labels)} entries" if isinstance(labels, list) else type(labels).__name__
+        raise InputError(
+            f"{path}: '{bytes(edition.label).decode()}' is {found}; expected a list of "
+            f"{len(planes)} whole numbers, one per image."
+        )
+    return planes, np.asarray(labels, np.int32)
+
+
+def _class_names(folder: Path, edition: Edition) -> tuple[str, ...] | None:
+    path = folder / edition.meta
+    if not path.is_file():
+        return None
+    names: Any = (
+        load_inert(_read(path), str(path)).get(edition.names)
+        if edition.names
+        else _read(path).split()
+    )
+    if (
+        not isinstance(names, list)
+        or len(names) != edition.num_classes
+        or not all(isinstance(name, bytes | str) for name in names)
+    ):
+        raise InputError(
+            f"{path} does not name the {edition.num_classes} classes of {edition.name}. Remove "
+            f"it (names are optional) or fetch it again."
+        )
+    return tuple(
+        name if isinstance(name, str) else name.decode("utf-8", "replace") for name in names
+    )
+
+
+def cifar_folder(folder: Path, edition: Edition) -> Splits[Dataset]:
+    """All files of an edition, images ``(N, 32, 32, 3)`` uint8, normalised by the moments of the
+    training pixels; CIFAR-100 with its fine labels.
+
+    Raises:
+      InputError: A file that is missing, cut off, or holds something else; labels out of range.
+    Reference: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html
+    """
+    missing = [name for name in (*edition.train, *edition.test) if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{folder} is {edition.name} without {', '.join(missing)}. Unpack its archive again."
+        )
+    names = _class_names(folder, edition)
+
+    def part(files: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+        read = [(_records if edition.head else _pickled)(folder / name, edition) for name in files]
+        planes, labels = (np.concatenate(arrays) for arrays in zip(*read, strict=True))
+        wrong = np.flatnonzero(labels >= edition.num_classes)
+        if len(wrong):
+            raise InputError(
+                f"{folder}: image {wrong[0]} of {', '.join(files)} has label "
+                f"{labels[wrong[0]]}; {edition.name} has labels 0 to "
+                f"{edition.num_classes - 1}. "
+                "The files are damaged or of another data set."
+            )
+        return np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels
+
+    train, test = part(edition.train), part(edition.test)
+    mean, std = pixel_moments(train[0])
+    made = [
+        Dataset(
+            name=f"{edition.name}/{name}",
+            images=images,
+            labels=labels,
+            num_classes=edition.num_classes,
+            mean=mean,
+            std=std,
+            class_names=names,
+        )
+        for name, (images, labels) in (("train", train), ("test", test))
+    ]
+    return Splits(*made)

@@ -1,0 +1,222 @@
+"""Labelled images: what a run needs to know of them, and those that lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from flax_resblock.errors import InputError
+
+_CHUNK = 1024
+"""Images at a time where all pixels are looked at, so that they are never in memory a second time
+as float64.
+"""
+
+
+class DataSource(Protocol):
+    """Labelled images, wherever they lie: :class:`Dataset` in memory,
+    :class:`flax_resblock.training.data.FolderDataset` in files.
+    """
+
+    @property
+    def name(self) -> str:
+        """What it is, for messages: ``"digits/train"``."""
+        ...
+
+    @property
+    def labels(self) -> np.ndarray:
+        """``(N,)``, integers in ``0..num_classes-1``."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are, whether or not each occurs."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """One per class, where the data say."""
+        ...
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per channel, in the units of the pixels."""
+        ...
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Per channel, in the units of the pixels."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out or decided while the data were read, one sentence each."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(H, W, C)`` of :meth:`fitted` images."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def raw(self, index: int) -> np.ndarray:
+        """One image as stored, ``(h, w, C)``; its size may be its own."""
+        ...
+
+    def fitted(self, indices: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """The images at ``indices`` at the size that evaluation takes, not normalised, ``(n, H, W,
+        C)``; a new array where ``indices`` are one.
+        """
+        ...
+
+    def normalised(self, indices: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """The images at ``indices`` as the network sees them in evaluation, ``(n, H, W, C)``
+        float32.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dataset:
+    """Labelled images in memory and how to normalise them.
+
+    Attributes:
+      name: What it is, for messages: ``"digits/train"``.
+      images: ``(N, H, W, C)``, uint8 or floating, as stored.
+      labels: ``(N,)``, int32, in ``0..num_classes-1``.
+      num_classes: How many classes there are, whether or not each occurs.
+      mean, std: Per channel, in the units of ``images``; what the network sees is ``(images - mean)
+        / std``.
+      class_names: One per class, where the data say.
+      notes: What was left out or decided while the data were read, one sentence each.
+    Raises:
+      InputError: Arrays that do not fit together.
+    """
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.ndim != 4 or not len(images):
+            raise InputError(
+                f"{self.name}: images have shape {images.shape}; expected (N, H, W, C) with at "
+                f"least one image."
+            )
+        if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+            raise InputError(f"{self.name}: images are {images.dtype}; expected uint8 or floating.")
+        if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+            raise InputError(
+                f"{self.name}: labels have shape {labels.shape} and dtype {labels.dtype}; "
+                f"expected {images.shape[:1]} integers, one per image."
+            )
+        check_range(self.name, labels, self.num_classes)
+        channels = images.shape[-1]
+        if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0:
+            raise InputError(
+                f"{self.name}: mean={self.mean} and std={self.std} must give {channels} "
+                f"numbers each, std above 0."
+            )
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise InputError(
+                f"{self.name}: {len(self.class_names)} class names for {self.num_classes} "
+                f"classes; expected one each."
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(H, W, C)``."""
+        _, height, width, channels = self.images.shape
+        return height, width, channels
+
+    def raw(self, index: int) -> np.ndarray:
+        """One image as stored, ``(H, W, C)``."""
+        return self.images[index]
+
+    def fitted(self, indices: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """The images at ``indices`` as stored, ``(n, H, W, C)``: evaluation takes them at the size
+        that they have.
+        """
+        return self.images[indices]
+
+    def normalised(self, indices: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """The images at ``indices`` as the network sees them, ``(n, H, W, C)`` float32."""
+        return normalise(self.images[indices], self.mean, self.std)
+
+
+S = TypeVar("S", bound=DataSource, covariant=True)
+
+
+class Splits(NamedTuple, Generic[S]):
+    """Images to learn from, and images to judge by."""
+
+    train: S
+    test: S
+
+
+def check_range(name: str, labels: np.ndarray, num_classes: int) -> None:
+    """Raises InputError for labels outside ``0..num_classes-1``."""
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise InputError(
+            f"{name}: labels reach from {labels.min()} to {labels.max()}; with {num_classes} "
+            f"classes, 0 to {num_classes - 1}."
+        )
+
+
+def normalise(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """``(images - mean) / std``, ``(N, H, W, C)`` float32; ``mean`` and ``std`` per channel."""
+    # Row by row: numpy's inner loop runs over the last axis, and one of three channels is ten times
+    # slower.
+    count, height, width, channels = images.shape
+    rows = images.astype(np.float32).reshape(count, height, width * channels)
+    rows -= np.tile(np.asarray(mean, np.float32), width)
+    rows /= np.tile(np.asarray(std, np.float32), width)
+    return rows.reshape(images.shape)
+
+
+def pixel_moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation (divisor ``N*H*W``) of each channel of ``(N, H, W, C)``, computed
+    in float64, in two passes.
+    """
+    _, height, width, channels = images.shape
+
+    def mean_of(values: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Per channel, summed row by row as in :func:`normalise`."""
+        sums = np.zeros(width * channels)
+        for start in range(0, len(images), _CHUNK):
+            sums += values(
+                images[start : start + _CHUNK].reshape(-1, width * channels).astype(np.float64)
+            ).sum(axis=0)
+        return sums.reshape(width, channels).sum(axis=0) / (len(images) * height * width)
+
+    mean = mean_of(lambda rows: rows)
+    variance = mean_of(lambda rows: np.square(rows - np.tile(mean, width)))
+    return tuple(mean.tolist()), tuple(np.sqrt(variance).tolist())
+
+
+def held_out(labels: np.ndarray, *, every: int = 5, seed: int = 0) -> np.ndarray:
+    """A stratified choice of test images where the data have none of their own: one in ``every``,
+    ``(N,)`` bool, the same in each call.
+    """
+    # Every fifth image of a shuffled list ordered by class: stratified to within one image per
+    # class. RandomState's stream is frozen by numpy.
+    shuffled = np.random.RandomState(seed).permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    chosen = np.zeros(len(labels), bool)
+    chosen[by_class[::every]] = True
+    return chosen

@@ -1,0 +1,46 @@
+"""Scikit-learn's handwritten digits: 1797 grey images of 8x8 pixels, installed with the package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flax_resblock.errors import MissingDependencyError
+from flax_resblock.training.data.dataset import Dataset, Splits, held_out
+
+
+def digits() -> Splits[Dataset]:
+    """1437 training and 360 test images, ``(N, 8, 8, 1)`` uint8 in 0..16; always the same split,
+    every class in proportion.
+
+    Both halves are normalised by the mean and standard deviation of the training pixels.
+
+    Raises:
+      MissingDependencyError: Scikit-learn is not installed.
+    Reference: Alpaydin & Kaynak 1998, https://archive.ics.uci.edu/dataset/80
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the digits come with scikit-learn: pip install 'flax-resblock[train]'."
+        ) from error
+    bunch: Any = load_digits()
+    images = bunch.images.astype(np.uint8)[..., None]
+    labels = bunch.target.astype(np.int32)
+    in_test = held_out(labels)
+    pixels = images[~in_test].astype(np.float64)
+    mean, std = (float(pixels.mean()),), (float(pixels.std()),)
+
+    def part(name: str, chosen: np.ndarray) -> Dataset:
+        return Dataset(
+            name=f"digits/{name}",
+            images=images[chosen],
+            labels=labels[chosen],
+            num_classes=10,
+            mean=mean,
+            std=std,
+        )
+
+    return Splits(part("train", ~in_test), part("test", in_test))

@@ -1,0 +1,107 @@
+"""One way to open all data: by name, or by what lies at a path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from flax_resblock.errors import InputError
+from flax_resblock.training.data.cifar import EDITIONS, cifar_folder
+from flax_resblock.training.data.dataset import DataSource, Splits
+from flax_resblock.training.data.digits import digits
+from flax_resblock.training.data.folder import class_folders, image_folder
+from flax_resblock.training.data.idx import find_idx, idx_folder
+from flax_resblock.training.data.npz import npz_archive
+
+_KNOWN = (
+    "'digits'; an IDX folder (train-images-idx3-ubyte and its three companions, also .gz); a "
+    "CIFAR-10 or CIFAR-100 folder ("
+    + ", ".join(edition.folder for edition in EDITIONS)
+    + (
+        "); an .npz archive; an image folder (train/CLASS/*.jpg or *.png, and val/ or test/ "
+        "beside train/)"
+    )
+)
+
+
+def open_data(
+    spec: str | Path,
+    *,
+    strict: bool = False,
+    image_size: int | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> Splits[DataSource]:
+    """Training and test images, recognised by their content.
+
+    Args:
+      spec: ``"digits"``, or a path: an IDX folder, a CIFAR folder or its parent, an ``.npz``
+        archive, an image folder.
+      strict: Refuse an image folder with damaged images instead of leaving them out; damaged files
+        of the other kinds are always refused.
+      image_size: Side in pixels to which an image folder is brought, 224 by default. Other data
+        have the size that they have.
+      on_progress: Called with a line of text now and then while an image folder is checked.
+    Raises:
+      InputError: Nothing readable there; the message says what was looked for.
+    """
+    if image_size is not None and image_size < 1:
+        raise InputError(f"image_size={image_size} must be a positive number of pixels.")
+    try:
+        splits = digits() if spec == "digits" else _at(Path(spec), strict, image_size, on_progress)
+    except OSError as error:
+        raise InputError(f"{spec} cannot be read ({error}).") from error
+    train, test = splits
+    if train.shape != test.shape:
+        raise InputError(
+            f"{train.name} has images of {_size(train)} and {test.name} of {_size(test)}; they "
+            f"must be alike. They belong to different data."
+        )
+    if image_size is not None and train.shape[:2] != (image_size, image_size):
+        raise InputError(
+            f"image_size={image_size} is for image folders; {train.name} has images of "
+            f"{_size(train)}, which are taken as they are. Leave it out."
+        )
+    return splits
+
+
+def _size(source: DataSource) -> str:
+    height, width, channels = source.shape
+    return f"{height}x{width} pixels in {channels} channel{'s' if channels > 1 else ''}"
+
+
+def _at(
+    path: Path, strict: bool, image_size: int | None, on_progress: Callable[[str], None] | None
+) -> Splits[DataSource]:
+    if not path.exists():
+        raise InputError(f"{path} does not exist. Data are {_KNOWN}.")
+    if path.is_file():
+        if path.suffix == ".npz":
+            return npz_archive(path)
+        unpack = (
+            f" Unpack it first: tar xf {path.name}."
+            if path.name.endswith((".tar.gz", ".tgz", ".tar"))
+            else ""
+        )
+        raise InputError(f"{path} is a file of no known kind.{unpack} Data are {_KNOWN}.")
+    if any(find_idx(path, stem, dimensions) for stem in ("train", "t10k") for dimensions in (3, 1)):
+        return idx_folder(path)
+    places = [
+        (place, edition)
+        for edition in EDITIONS
+        for place in (path, path / edition.folder)
+        if edition.within(place)
+    ]
+    if len(places) > 1:
+        raise InputError(
+            f"{path} holds {', '.join(place.name for place, _ in places)}. Say which: "
+            f"{places[0][0]}, for example."
+        )
+    if places:
+        return cifar_folder(*places[0])
+    if class_folders(path / "train"):
+        return image_folder(path, strict=strict, size=image_size or 224, on_progress=on_progress)
+    entries = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
+    shown = ", ".join(entries[:5]) + (", ..." if len(entries) > 5 else "")
+    raise InputError(
+        f"{path} holds no data of a known kind; it has {shown or 'nothing'}. Looked for {_KNOWN}."
+    )

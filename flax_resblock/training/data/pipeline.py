@@ -1,0 +1,110 @@
+"""The order of the images and the batches of each epoch, through grain; both depend on (seed,
+epoch) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from flax_resblock.errors import InputError, MissingDependencyError
+from flax_resblock.training.data.dataset import DataSource
+
+if TYPE_CHECKING:
+    import grain
+
+
+class Batch(NamedTuple):
+    """Normalised images and what they show.
+
+    Attributes:
+      images: ``(N, H, W, C)``, float32.
+      labels: ``(N,)``, int32.
+      indices: Places of the images in the dataset, ``(N,)``, int64.
+      labels_b: Labels of the images that were mixed in, ``(N,)`` int32; None where nothing was.
+      weight: Share of ``labels`` in the loss, ``(N,)`` float32: ``weight * CE(labels) + (1 -
+        weight) * CE(labels_b)``; None where nothing was mixed.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+    labels_b: np.ndarray | None = None
+    weight: np.ndarray | None = None
+
+
+def steps_per_epoch(dataset: DataSource, batch_size: int) -> int:
+    """Full batches in one pass; the incomplete last one is left out.
+
+    Raises:
+      InputError: Fewer images than one batch takes.
+    """
+    if not 1 <= batch_size <= len(dataset):
+        raise InputError(
+            f"batch_size={batch_size} must be from 1 to the {len(dataset)} images of "
+            f"{dataset.name}."
+        )
+    return len(dataset) // batch_size
+
+
+def shuffled(size: int, seed: int) -> grain.MapDataset[int]:
+    """The numbers below ``size`` in the order of epoch 0; ``repeat`` shuffles anew in every
+    repetition.
+    """
+    # .seed() hashes the seed; shuffle(seed=...) would add the epoch to it, so that seed 0 in epoch
+    # 1 sees what seed 1 sees in epoch 0.
+    return import_grain().MapDataset.range(size).seed(seed).shuffle()
+
+
+def import_grain():
+    """grain, or an error that says how to install it."""
+    try:
+        import grain
+        import grain.experimental
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the input pipeline needs grain: pip install 'flax-resblock[train]'."
+        ) from error
+    return grain
+
+
+def _epoch_of(dataset: grain.MapDataset, epoch: int, first: int = 0) -> Iterator:
+    length = len(dataset)
+    repeated = dataset.repeat(epoch + 1)
+    return (repeated[index] for index in range(epoch * length + first, (epoch + 1) * length))
+
+
+def epoch_order(size: int, *, seed: int, epoch: int) -> np.ndarray:
+    """The order in which epoch ``epoch`` visits ``size`` images, ``(size,)`` int64, a
+    permutation.
+    """
+    return np.fromiter(_epoch_of(shuffled(size, seed), epoch), np.int64, size)
+
+
+def batches(
+    dataset: DataSource, batch_size: int, *, seed: int, epoch: int, first: int = 0
+) -> Iterator[Batch]:
+    """The full batches of one epoch: :func:`epoch_order` cut into pieces of ``batch_size``.
+
+    Args:
+      dataset: Where the images come from.
+      batch_size: Images per batch; see :func:`steps_per_epoch`.
+      seed: 0 to 2**32 - 1.
+      epoch: From 0; each has its own order.
+      first: Batches at the start of the epoch to leave out.
+    Raises:
+      InputError: Fewer images than one batch takes.
+    """
+    steps_per_epoch(dataset, batch_size)
+
+    def gather(indices: np.ndarray) -> Batch:
+        return Batch(dataset.normalised(indices), dataset.labels[indices].astype(np.int32), indices)
+
+    pipeline = (
+        shuffled(len(dataset), seed)
+        .batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
+        .map(gather)
+    )
+    return _epoch_of(pipeline, epoch, first)

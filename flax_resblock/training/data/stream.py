@@ -1,0 +1,243 @@
+"""Batches for training from any step on, and for evaluation, for one process of several; worker
+processes decode and augment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from flax_resblock.errors import InputError
+from flax_resblock.training.data.augment import Augmentation, augmented, draw
+from flax_resblock.training.data.dataset import DataSource, normalise
+from flax_resblock.training.data.mix import draw_mixing, mix
+from flax_resblock.training.data.pipeline import Batch, import_grain, shuffled, steps_per_epoch
+from flax_resblock.training.data.prefetch import check_workers, prefetched
+
+_AUGMENT, _MIX = 0, 1
+"""Purposes of random numbers; each has its own stream."""
+
+
+class EvaluationBatch(NamedTuple):
+    """Images to judge by.
+
+    Attributes:
+      images: ``(n, H, W, C)``, float32, normalised; zeros where ``valid`` is false.
+      labels: ``(n,)``, int32; 0 where not valid.
+      indices: Places in the dataset, ``(n,)``, int64; -1 where not valid.
+      valid: ``(n,)``, bool; false for the rows that fill up the last batch.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+    valid: np.ndarray
+
+
+class _Pixels(NamedTuple):
+    """What a worker hands over: the augmented images of a step, in the type of the pixels, and
+    which they are.
+    """
+
+    step: int
+    indices: np.ndarray
+    images: np.ndarray
+
+    def plain(self) -> _Pixels:
+        """As numpy's own arrays; what came from a worker is a subclass that holds shared memory."""
+        return _Pixels(self.step, np.array(self.indices), np.asarray(self.images))
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """The training batches of a run: endless, every epoch in another order, without its incomplete
+    last batch.
+
+    What a step gets depends on ``seed``, the step, the dataset, the batch size and the augmentation
+    alone, bit for bit: not on where iteration began, not on ``workers``, and, put together, not on
+    the number of shards. So the number of the next step is all the state there is: a checkpoint
+    that keeps it can go on with ``from_step``. Without augmentation the batches are those of
+    :func:`flax_resblock.training.data.batches`.
+
+    Attributes:
+      dataset: Where the images come from.
+      batch_size: Images per step over all shards.
+      seed: 0 to 2**32 - 1.
+      augmentation: What is done to the images at random.
+      shard: This process's number and how many there are; it gets its contiguous share of each
+        piece of each batch.
+      pieces: Pieces that the batch is computed in, see :class:`flax_resblock.training.TrainConfig`;
+        what a process gets is one after the other its share of each.
+      workers: Processes that decode and augment; each receives a copy of a dataset in memory. 0: a
+        thread of this process does it. As with every use of multiprocessing, a script that starts
+        workers needs ``if __name__ == "__main__":``.
+    Raises:
+      InputError: Values out of their range, or that do not fit each other.
+    """
+
+    dataset: DataSource
+    batch_size: int
+    seed: int = field(kw_only=True)
+    augmentation: Augmentation | None = field(default=None, kw_only=True)
+    shard: tuple[int, int] = field(default=(0, 1), kw_only=True)
+    pieces: int = field(default=1, kw_only=True)
+    workers: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        steps_per_epoch(self.dataset, self.batch_size)
+        _shard_rows(self.batch_size, self.shard, self.pieces)
+        check_workers(self.workers)
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed={self.seed} must be from 0 to 2**32 - 1.")
+        self._augmentation.shape_of(self.dataset)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in one pass over the dataset."""
+        return steps_per_epoch(self.dataset, self.batch_size)
+
+    def from_step(self, step: int) -> Generator[Batch, None, None]:
+        """Batches without end: those of ``step``, ``step + 1``, ... of the run, counted from 0 over
+        all epochs.
+
+        Closing the generator, or dropping it, ends its thread and its workers.
+
+        Raises:
+          InputError: A negative step; while iterating, an image that can no longer be decoded.
+        """
+        if step < 0:
+            raise InputError(f"step={step} must be 0 or more.")
+        order = (
+            shuffled(len(self.dataset), self.seed)
+            .batch(self.batch_size, drop_remainder=True, batch_fn=np.asarray)
+            .repeat()
+        )
+        size = (
+            self.batch_size
+            // self.shard[1]
+            * math.prod(self._augmentation.shape_of(self.dataset))
+            * self.dataset.fitted(slice(0)).itemsize
+        )
+        return prefetched(order.map_with_index(self._read)[step:], self._finish, self.workers, size)
+
+    @property
+    def _augmentation(self) -> Augmentation:
+        return self.augmentation or Augmentation()
+
+    def _random(self, step: int, purpose: int) -> np.random.Generator:
+        return np.random.Generator(
+            np.random.Philox(key=[self.seed, purpose], counter=[0, 0, 0, step])
+        )
+
+    def _read(self, step: int, indices: np.ndarray) -> _Pixels:
+        """The images of this shard and, where images are mixed, their partners. Chance decides for
+        the whole batch, whatever the shard.
+        """
+        choices = draw(self._augmentation, self._random(step, _AUGMENT), self.batch_size)
+        rows = self._rows_read
+        return _Pixels(
+            step,
+            indices[rows],
+            augmented(self._augmentation, self.dataset, indices[rows], choices.of(rows)),
+        )
+
+    @property
+    def _rows(self) -> np.ndarray:
+        """The rows of the whole batch that this process gets."""
+        return _shard_rows(self.batch_size, self.shard, self.pieces)
+
+    @property
+    def _partners(self) -> np.ndarray:
+        """The row that each of them is mixed with: the one before, the first with the last."""
+        return (self._rows - 1) % self.batch_size
+
+    @property
+    def _rows_read(self) -> np.ndarray:
+        """The rows that a worker makes: each once, in ascending order where images are mixed."""
+        return np.union1d(self._rows, self._partners) if self._augmentation.mixes else self._rows
+
+    def _finish(self, pixels: _Pixels) -> Batch:
+        """Normalises and mixes, in the process that trains: fewer bytes come from the workers."""
+        step, indices, raw = pixels.plain()
+        images = normalise(raw, self.dataset.mean, self.dataset.std)
+        labels = self.dataset.labels[indices].astype(np.int32)
+        if not self._augmentation.mixes:
+            return Batch(images, labels, indices)
+        mixing = draw_mixing(
+            self._augmentation, self._random(step, _MIX), images.shape[1], images.shape[2]
+        )
+        own, partners = (
+            np.searchsorted(self._rows_read, rows) for rows in (self._rows, self._partners)
+        )
+        weight = np.full(len(own), mixing.weight, np.float32)
+        return Batch(
+            mix(images[own], images[partners], mixing),
+            labels[own],
+            indices[own],
+            labels[partners],
+            weight,
+        )
+
+
+def evaluation_batches(
+    dataset: DataSource, batch_size: int, shard: tuple[int, int] = (0, 1), *, workers: int = 0
+) -> Generator[EvaluationBatch, None, None]:
+    """Every image exactly once over all shards, in order; all shards get the same number of
+    batches, all of ``batch_size / shards`` rows.
+
+    Args:
+      dataset: Where the images come from.
+      batch_size: Rows over all shards.
+      shard: See :class:`Stream`.
+      workers: See :class:`Stream`.
+    Raises:
+      InputError: Values out of their range; while iterating, an image that can no longer be
+        decoded.
+    """
+    rows = _shard_rows(batch_size, shard)
+    check_workers(workers)
+
+    def read(number: int) -> _Pixels:
+        indices = number * batch_size + rows
+        indices = indices[indices < len(dataset)]
+        return _Pixels(number, indices, dataset.fitted(indices))
+
+    def finish(pixels: _Pixels) -> EvaluationBatch:
+        _, indices, raw = pixels.plain()
+        filling = (0, len(rows) - len(indices))
+        images = np.pad(
+            normalise(raw, dataset.mean, dataset.std), [filling, (0, 0), (0, 0), (0, 0)]
+        )
+        labels = np.pad(dataset.labels[indices].astype(np.int32), filling)
+        return EvaluationBatch(
+            images,
+            labels,
+            np.pad(indices, filling, constant_values=-1),
+            np.arange(len(rows)) < len(indices),
+        )
+
+    numbers = import_grain().MapDataset.range(-(-len(dataset) // batch_size))
+    return prefetched(
+        numbers.map(read),
+        finish,
+        workers,
+        len(rows) * math.prod(dataset.shape) * dataset.fitted(slice(0)).itemsize,
+    )
+
+
+def _shard_rows(batch_size: int, shard: tuple[int, int], pieces: int = 1) -> np.ndarray:
+    """The rows of a global batch that a shard gets: its share of each piece."""
+    number, count = shard
+    if not 0 <= number < count:
+        raise InputError(f"shard={shard} must be (number, count) with 0 <= number < count.")
+    if batch_size < 1 or pieces < 1 or batch_size % (count * pieces):
+        by = f"the {count} shards" + (f" times {pieces} pieces" if pieces > 1 else "")
+        raise InputError(
+            f"batch_size={batch_size} must be a positive multiple of {by}: each gets the same "
+            f"number of images."
+        )
+    return np.arange(batch_size).reshape(pieces, count, -1)[:, number].reshape(-1)

@@ -1,0 +1,151 @@
+"""Classifying images and counting what is right."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from flax_resblock.errors import InputError
+from flax_resblock.nn.resnet import Model, ResNet
+from flax_resblock.training.data import Dataset, DataSource, evaluation_batches
+from flax_resblock.training.devices import Placement
+from flax_resblock.training.step import make_eval_step
+
+EVAL_BATCH = 512
+
+
+class Evaluation(NamedTuple):
+    """Accuracy in [0, 1], the predicted classes ``(N,)`` int64, the logits ``(N, num_classes)``,
+    and the mean cross-entropy.
+    """
+
+    accuracy: float
+    predictions: np.ndarray
+    logits: np.ndarray
+    loss: float
+
+
+def evaluate(
+    model: Model, images: np.ndarray, labels: np.ndarray, *, batch_size: int = EVAL_BATCH
+) -> Evaluation:
+    """Classifies every image exactly once, in evaluation mode; the model does not change.
+
+    Args:
+      model: A network with a head.
+      images: ``(N, H, W, C)``, normalised (:meth:`Dataset.normalised`), at least one.
+      labels: ``(N,)``, integers.
+      batch_size: Images at a time; the last batch is filled up with zeros, whose logits are
+        dropped, so that one shape is compiled.
+    Raises:
+      InputError: A model without logits, no images, or not one label per image.
+    """
+    if not len(images) or len(images) != len(labels):
+        raise InputError(
+            f"evaluation takes one label per image and at least one image; got {len(images)} "
+            f"images and {len(labels)} labels."
+        )
+    network = with_head(model)
+    classes = max(network.config.num_classes or 0, int(labels.max()) + 1)
+    channels = images.shape[-1]
+    source = Dataset(
+        name="images",
+        images=images,
+        labels=labels,
+        num_classes=classes,
+        mean=(0.0,) * channels,
+        std=(1.0,) * channels,
+    )
+    return evaluate_source(network, source, batch_size=batch_size)
+
+
+def evaluate_source(
+    model: Model,
+    source: DataSource,
+    *,
+    placement: Placement | None = None,
+    workers: int = 0,
+    batch_size: int = EVAL_BATCH,
+) -> Evaluation:
+    """:func:`evaluate` of a data set, wherever its images lie; the devices share each batch.
+
+    Args:
+      model: A network with a head.
+      source: The images and what they show.
+      placement: The devices; every process of a run gets the whole result.
+      workers: Processes that decode.
+      batch_size: Images at a time.
+    """
+    placement = placement or Placement()
+    graphdef, params, stats = nnx.split(with_head(model), nnx.Param, nnx.BatchStat)
+    params, stats = placement.copies((params, stats))
+    return evaluate_state(
+        graphdef, params, stats, source, placement=placement, workers=workers, batch_size=batch_size
+    )
+
+
+def evaluate_state(
+    graphdef: nnx.GraphDef[ResNet],
+    params: nnx.State,
+    stats: nnx.State,
+    source: DataSource,
+    *,
+    placement: Placement,
+    workers: int = 0,
+    batch_size: int = EVAL_BATCH,
+) -> Evaluation:
+    """:func:`evaluate_source` of a model that was taken apart, and whose values already lie on the
+    devices.
+    """
+    eval_step = make_eval_step(graphdef, placement.mesh)
+    rows = -(-min(batch_size, len(source)) // placement.devices) * placement.devices
+    pieces = []
+    with closing(evaluation_batches(source, rows, placement.shard, workers=workers)) as coming:
+        for number, batch in enumerate(coming):
+            logits = np.asarray(eval_step(params, stats, placement.spread(batch.images)))
+            pieces.append(
+                logits[: len(source) - number * rows]
+            )  # what fills up the last batch is dropped
+    logits = np.concatenate(pieces)
+    predictions = logits.argmax(axis=1)
+    return Evaluation(
+        float(np.mean(predictions == source.labels)),
+        predictions,
+        logits,
+        _cross_entropy(logits, source.labels),
+    )
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """How often class ``i`` was taken for class ``j``, ``(num_classes, num_classes)`` int64."""
+    counts = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(counts, (labels, predictions), 1)
+    return counts
+
+
+def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over the images, in float64; infinite where the model does not know a label."""
+    if labels.max() >= logits.shape[1]:
+        return float("inf")
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=1, keepdims=True)
+    log_sum = np.log(np.exp(wide).sum(axis=1))
+    return float(
+        np.mean(log_sum - np.take_along_axis(wide, labels[:, None].astype(np.int64), axis=1)[:, 0])
+    )
+
+
+def with_head(model: Model) -> ResNet:
+    """The model, refused where it has no logits.
+
+    Raises:
+      InputError: A bare block, or a network without head.
+    """
+    if not isinstance(model, ResNet) or model.config.num_classes is None:
+        raise InputError(
+            "training and evaluation need a ResNet with a head; a bare block, or a network "
+            "with num_classes=None, has no logits."
+        )
+    return model

@@ -1,0 +1,61 @@
+"""What a person sees while a run goes on."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class _Speed(ProgressColumn):
+    """Images per second over the last moments."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} images/s")
+
+
+class TrainingProgress:
+    """A bar with epoch, loss, accuracy and images per second; a context manager. Where there is no
+    terminal only the end is printed.
+
+    Args:
+      images: Images that the run will see.
+      epochs: Epochs that the whole run has.
+      shown: False: nothing is printed.
+    """
+
+    def __init__(self, images: int, epochs: int, *, shown: bool) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            _Speed(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, disable=not shown)
+        self._epochs = epochs
+        self._task = self._progress.add_task("compiling", total=images, metrics="")
+
+    def __enter__(self) -> TrainingProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def advance(self, images: int, *, epoch: int, loss: float, accuracy: float) -> None:
+        """One batch of ``images`` images is done; ``loss`` and ``accuracy`` are its own."""
+        metrics = f"loss {loss:.4f}  accuracy {accuracy:6.1%}"
+        self._progress.update(
+            self._task,
+            advance=images,
+            description=f"epoch {epoch + 1}/{self._epochs}",
+            metrics=metrics,
+        )

@@ -1,0 +1,388 @@
+"""The compiled steps: pure functions over a model that was split once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from flax_resblock.cpu.switch import compiler_options
+from flax_resblock.errors import InputError
+from flax_resblock.nn.resnet import ResNet
+from flax_resblock.training.devices import AXIS, Placement
+from flax_resblock.training.pace import Rates
+
+
+class TrainState(NamedTuple):
+    """What a training step changes: parameters, running statistics, optimizer buffers, and averages
+    of the first two, ``(params, stats)``, where kept.
+    """
+
+    params: nnx.State
+    stats: nnx.State
+    opt_state: Any
+    ema: tuple[nnx.State, nnx.State] | None = None
+
+
+class Metrics(NamedTuple):
+    """Mean loss and accuracy of a batch before the update, scalars; ``stop``: whether any process
+    wants to, int32, where it was asked.
+    """
+
+    loss: jax.Array
+    accuracy: jax.Array
+    stop: jax.Array | None = None
+
+
+class Mixed(NamedTuple):
+    """Of images that were mixed: labels of the other image ``(N,)`` int32, and the weight of the
+    first ``(N,)`` float32.
+    """
+
+    labels: Any
+    weight: Any
+
+
+class _Learned(NamedTuple):
+    """What one piece of a batch says: mean loss, accuracy, new running statistics, gradients."""
+
+    loss: jax.Array
+    accuracy: jax.Array
+    stats: nnx.State
+    gradients: nnx.State
+
+
+class Leaves:
+    """A training state as the list of its arrays: a step passes them on without a visit to every
+    variable of the model, which takes milliseconds.
+
+    Args:
+      state: Owns its arrays no longer.
+    """
+
+    def __init__(self, state: TrainState) -> None:
+        self.arrays, self.structure = jax.tree.flatten(state)
+
+    @property
+    def state(self) -> TrainState:
+        """The arrays as they are now, in their places."""
+        return jax.tree.unflatten(self.structure, self.arrays)
+
+
+class TrainStep:
+    """A compiled training step; see :func:`make_train_step`."""
+
+    def __init__(
+        self, step: Callable[..., tuple[TrainState, Metrics]], placement: Placement
+    ) -> None:
+        def of_arrays(
+            arrays: list[jax.Array], *batch: Any, structure: Any
+        ) -> tuple[list[jax.Array], Metrics]:
+            state, metrics = step(jax.tree.unflatten(structure, arrays), *batch)
+            return jax.tree.leaves(state), metrics
+
+        self.compiled: Any = jax.jit(
+            of_arrays,
+            donate_argnums=0,
+            static_argnames="structure",
+            out_shardings=placement.copied,
+            compiler_options=compiler_options(),
+        )
+
+    @property
+    def compilations(self) -> int:
+        """How many programs it has been compiled to: one, unless shapes or dtypes change."""
+        return self.compiled._cache_size()
+
+    def __call__(self, state: TrainState, *batch: Any, **more: Any) -> tuple[TrainState, Metrics]:
+        """``(state, images, labels, rates, mixed=None, stop=None) -> (state, metrics)``."""
+        leaves = Leaves(state)
+        metrics = self.advance(leaves, *batch, **more)
+        return leaves.state, metrics
+
+    def advance(
+        self,
+        leaves: Leaves,
+        images: Any,
+        labels: Any,
+        rates: Rates,
+        mixed: Mixed | None = None,
+        stop: Any = None,
+    ) -> Metrics:
+        """The same, in place."""
+        leaves.arrays, metrics = self.compiled(
+            leaves.arrays, images, labels, rates, mixed, stop, structure=leaves.structure
+        )
+        return metrics
+
+
+EvalStep = Callable[[nnx.State, nnx.State, Any], jax.Array]
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0, mixed: Mixed | None = None
+) -> jax.Array:
+    r"""Mean cross-entropy against :math:`(1 - s) \cdot onehot + s / K`, as
+    ``torch.nn.functional.cross_entropy`` computes it.
+
+    Args:
+      logits: ``(N, K)``; computed in float32 at least.
+      labels: ``(N,)``, integers in ``0..K-1``.
+      label_smoothing: :math:`s`, in [0, 1).
+      mixed: Second labels, and the weight of the first, of images that were mixed.
+    Returns:
+      A scalar.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    of_label = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+    if mixed is not None:
+        others = jnp.take_along_axis(log_p, mixed.labels[:, None], axis=1)[:, 0]
+        of_label = mixed.weight * of_label + (1 - mixed.weight) * others
+    return -jnp.mean((1 - label_smoothing) * of_label + label_smoothing * jnp.mean(log_p, axis=1))
+
+
+def clipped(gradients: Any, max_norm: float) -> Any:
+    """Gradients whose norm over all of them together is ``max_norm`` at most, as
+    ``torch.nn.utils.clip_grad_norm_`` shortens them.
+    """
+    norm = optax.tree.norm(gradients)
+    factor = jnp.minimum(max_norm / (norm + 1e-6), 1.0)  # torch adds the 1e-6
+    return jax.tree.map(lambda gradient: gradient * factor.astype(gradient.dtype), gradients)
+
+
+def split(
+    model: ResNet,
+    optimizer: optax.GradientTransformation,
+    *,
+    freeze: Sequence[str] = (),
+    placement: Placement | None = None,
+) -> tuple[nnx.GraphDef[ResNet], TrainState]:
+    """The model's structure, in training mode but for the frozen parts, and a fresh training state.
+
+    The state holds copies: a train step donates its input, and the model's own arrays must survive
+    that.
+
+    Args:
+      model: Does not change.
+      optimizer: See :func:`make_train_step`.
+      freeze: Parts whose norms use their running statistics, ``"stem"``, ``"stage1"`` ...
+      placement: Where the state lies.
+    Raises:
+      InputError: float64 values while jax's x64 mode is off; they would be narrowed silently.
+    """
+    placement = placement or Placement()
+    graphdef, values = nnx.split(model)
+    training = nnx.merge(graphdef, values)
+    training.train()
+    for part in freeze:
+        block_or_list = getattr(training, part)
+        for module in block_or_list if isinstance(block_or_list, nnx.List) else (block_or_list,):
+            module.eval()
+    graphdef, params, stats = nnx.split(training, nnx.Param, nnx.BatchStat)
+    wide = {
+        str(leaf.dtype)
+        for leaf in jax.tree.leaves((params, stats))
+        if leaf.dtype.kind == "f" and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype
+    }
+    if wide:
+        raise InputError(
+            f"the model's values are {', '.join(sorted(wide))}, which jax would narrow. Turn "
+            f"on jax_enable_x64, or convert to float32 first."
+        )
+    params, stats = placement.copies((params, stats))
+    return graphdef, TrainState(params, stats, optimizer.init(params))
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef[ResNet],
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    label_smoothing: float = 0.0,
+    freeze: Sequence[str] = (),
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    ema: float = 0.0,
+    replicas: bool = False,
+    mesh: Mesh | None = None,
+) -> TrainStep:
+    """One step of training, compiled; ``(state, images, labels, rates, mixed=None, stop=None) ->
+    (state, metrics)``.
+
+    The given state is donated: its arrays are gone after the call. ``images`` are ``(N, H, W, C)``,
+    ``labels`` ``(N,)`` int32; where a batch is accumulated, they, and what is mixed, have an axis
+    of pieces before: ``(accumulate, N / accumulate, ...)``. New rates do not compile again; a new
+    ``N`` does.
+
+    Args:
+      graphdef: Structure of the model; see :func:`split`.
+      optimizer: See :func:`flax_resblock.runs.optimizers.optimizer_of`.
+      label_smoothing: See :func:`cross_entropy`.
+      freeze: Parts whose parameters keep their bits.
+      accumulate: Pieces of a batch.
+      clip_norm: See :func:`clipped`.
+      ema: Decay of the averages; 0 where the state has none.
+      replicas: Every device normalises its own images, and the running statistics are the first
+        one's; else those of the whole batch.
+      mesh: The devices; None: jax's default one.
+    """
+    frozen = frozenset(freeze)
+
+    def learn(
+        params: nnx.State,
+        stats: nnx.State,
+        images: jax.Array,
+        labels: jax.Array,
+        mixed: Mixed | None,
+    ) -> _Learned:
+        def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
+            # so that gradients are summed over the devices in the shape of the parameters, not of
+            # the activations
+            if replicas:
+                params = jax.tree.map(lambda leaf: lax.pcast(leaf, AXIS, to="varying"), params)
+            # copy=True: the running statistics change inside the gradient's trace, and their
+            # variables must belong to it
+            model = nnx.merge(graphdef, params, stats, copy=True)
+            logits = model(images)
+            loss = cross_entropy(logits, labels, label_smoothing, mixed)
+            # inside the differentiated function: the gradient of a parameter that all devices share
+            # is summed over them by itself
+            return lax.pmean(loss, AXIS) if replicas else loss, (
+                logits,
+                nnx.state(model, nnx.BatchStat),
+            )
+
+        (loss, (logits, new)), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels)
+        if replicas:
+            accuracy, new = lax.pmean(accuracy, AXIS), jax.tree.map(_of_first, new)
+        return _Learned(loss, accuracy, new, gradients)
+
+    if replicas:
+        if mesh is None:
+            raise ValueError("replicas need a mesh")
+        whole, spread = PartitionSpec(), PartitionSpec(AXIS)
+        learn = jax.shard_map(
+            learn, mesh=mesh, in_specs=(whole, whole, spread, spread, spread), out_specs=whole
+        )
+
+    def learn_all(
+        state: TrainState, images: jax.Array, labels: jax.Array, mixed: Mixed | None
+    ) -> _Learned:
+        if accumulate == 1:
+            return learn(state.params, state.stats, images, labels, mixed)
+
+        def piece(
+            stats: nnx.State, batch: tuple[jax.Array, jax.Array, Mixed | None]
+        ) -> tuple[nnx.State, tuple[jax.Array, jax.Array, nnx.State]]:
+            learned = learn(state.params, stats, *batch)
+            return learned.stats, (learned.loss, learned.accuracy, learned.gradients)
+
+        if jax.default_backend() == "cpu":  # whose convolutions are many times slower inside a loop
+            stats, learned = state.stats, []
+            for number in range(accumulate):
+                stats, one = piece(
+                    stats, jax.tree.map(lambda array, n=number: array[n], (images, labels, mixed))
+                )
+                learned.append(one)
+            means = jax.tree.map(lambda *values: sum(values[1:], values[0]) / accumulate, *learned)
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+
+            def summed(carry: Any, batch: Any) -> tuple[Any, None]:
+                stats, sums = carry
+                stats, one = piece(stats, batch)
+                return (stats, jax.tree.map(jnp.add, sums, one)), None
+
+            wide = jnp.promote_types(jax.tree.leaves(state.params)[0].dtype, jnp.float32)
+            (stats, sums), _ = lax.scan(
+                summed,
+                (state.stats, (jnp.zeros((), wide), jnp.zeros(()), zeros)),
+                (images, labels, mixed),
+            )
+            means = jax.tree.map(lambda value: value / accumulate, sums)
+        return _Learned(means[0], means[1], stats, means[2])
+
+    def train_step(
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        rates: Rates,
+        mixed: Mixed | None = None,
+        stop: jax.Array | None = None,
+    ) -> tuple[TrainState, Metrics]:
+        learned = learn_all(state, images, labels, mixed)
+        gradients = (
+            learned.gradients
+            if clip_norm is None
+            else clipped(_without(learned.gradients, frozen), clip_norm)
+        )
+        updates, opt_state = optimizer.update(
+            gradients,
+            state.opt_state,
+            state.params,
+            learning_rates=rates.learning_rates,
+            momenta=rates.momenta,
+        )
+        params: Any = optax.apply_updates(state.params, updates)
+        if frozen:
+            params = jax.tree_util.tree_map_with_path(
+                lambda keys, new, old: old if keys[0].key in frozen else new, params, state.params
+            )
+        averages = (
+            None
+            if state.ema is None
+            else jax.tree.map(
+                lambda old, new: _averaged(old, new, ema), state.ema, (params, learned.stats)
+            )
+        )
+        wanted = None if stop is None else jnp.max(stop)
+        return TrainState(params, learned.stats, opt_state, averages), Metrics(
+            learned.loss, learned.accuracy, wanted
+        )
+
+    return TrainStep(train_step, Placement(mesh))
+
+
+def _of_first(value: jax.Array) -> jax.Array:
+    """What the first device has, on all of them."""
+    return lax.psum(jnp.where(lax.axis_index(AXIS) == 0, value, jnp.zeros_like(value)), AXIS)
+
+
+def _without(gradients: Any, frozen: frozenset[str]) -> Any:
+    """Zero gradients of frozen parts, so that they do not count in the norm."""
+    return (
+        jax.tree_util.tree_map_with_path(
+            lambda keys, value: jnp.zeros_like(value) if keys[0].key in frozen else value, gradients
+        )
+        if frozen
+        else gradients
+    )
+
+
+def _averaged(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
+    """``decay * old + (1 - decay) * new``; counters take the new value."""
+    return old + (1 - decay) * (new - old) if jnp.issubdtype(old.dtype, jnp.floating) else new
+
+
+@lru_cache(maxsize=8)
+def make_eval_step(graphdef: nnx.GraphDef[ResNet], mesh: Mesh | None = None) -> EvalStep:
+    """Logits in evaluation mode, compiled; ``(params, stats, images (N, H, W, C)) -> (N,
+    num_classes)``, whole on every device.
+
+    One function per structure, kept.
+    """
+
+    def eval_step(params: nnx.State, stats: nnx.State, images: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, params, stats, copy=True)
+        return model(images, use_running_average=True)
+
+    return jax.jit(
+        eval_step, out_shardings=Placement(mesh).copied, compiler_options=compiler_options()
+    )

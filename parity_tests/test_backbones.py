@@ -1,0 +1,532 @@
+"""Backbones are taken out of the checkpoints of detectors, segmenters and self-supervised training:
+each from the key set that the project writes.
+"""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import flax_resblock
+from flax_resblock import CheckpointError, ResNetConfig
+from flax_resblock.checkpoint.torch_file import from_numpy
+from flax_resblock.cli import run
+from flax_resblock.convert import NAMINGS
+from flax_resblock.convert.detection.backbones import BACKBONES, find_backbone
+from flax_resblock.convert.opening import ReadOptions, open_checkpoint
+from flax_resblock.convert.state_map import describe
+from parity_tests.support import assert_same_bits, random_bits
+
+TORSO = ResNetConfig(
+    block="bottleneck", depths=(2, 1, 1, 1), widths=(4, 8, 12, 16), stem_width=8, num_classes=None
+)
+COUNTERS = "num_batches_tracked"
+
+
+def linear(name):
+    return [f"{name}.weight", f"{name}.bias"]
+
+
+def norm(name, counter=True):
+    return [
+        *linear(name),
+        f"{name}.running_mean",
+        f"{name}.running_var",
+        *([f"{name}.{COUNTERS}"] if counter else []),
+    ]
+
+
+def layer_names(state, prefix):
+    return [f"{prefix}{key}" for key in state]
+
+
+RPN = [*linear("rpn.head.conv.0.0"), *linear("rpn.head.cls_logits"), *linear("rpn.head.bbox_pred")]
+FPN = [
+    key
+    for part in ("inner_blocks", "layer_blocks")
+    for i in range(4)
+    for key in linear(f"backbone.fpn.{part}.{i}.0")
+]
+BOXES = [
+    key
+    for part in (
+        "box_head.fc6",
+        "box_head.fc7",
+        "box_predictor.cls_score",
+        "box_predictor.bbox_pred",
+    )
+    for key in linear(f"roi_heads.{part}")
+]
+DETECTRON2_FPN = [
+    key
+    for i in range(2, 6)
+    for part in ("lateral", "output")
+    for key in linear(f"backbone.fpn_{part}{i}")
+]
+DETECTRON2_RPN = [
+    key
+    for part in ("conv", "objectness_logits", "anchor_deltas")
+    for key in linear(f"proposal_generator.rpn_head.{part}")
+]
+DETECTRON2_BOXES = [
+    key
+    for part in (
+        "box_head.fc1",
+        "box_head.fc2",
+        "box_predictor.cls_score",
+        "box_predictor.bbox_pred",
+    )
+    for key in linear(f"roi_heads.{part}")
+]
+MMDET = [
+    key
+    for part in ("lateral_convs", "fpn_convs")
+    for i in range(4)
+    for key in linear(f"neck.{part}.{i}.conv")
+]
+MMDET += [key for part in ("rpn_conv", "rpn_cls", "rpn_reg") for key in linear(f"rpn_head.{part}")]
+MMDET += [
+    key
+    for part in ("fc_cls", "fc_reg", "shared_fcs.0", "shared_fcs.1")
+    for key in linear(f"roi_head.bbox_head.{part}")
+]
+
+# Backbone: what the file has around the network, given the network's own keys; and how the file
+# nests it.
+CASES = {
+    "torchvision detection": lambda keys: [*FPN, *RPN, *BOXES],
+    "torchvision segmentation": lambda keys: [
+        *norm("classifier.1"),
+        "classifier.0.weight",
+        *linear("classifier.4"),
+        "aux_classifier.0.weight",
+        *linear("aux_classifier.4"),
+    ],
+    "detectron2 FPN": lambda keys: [
+        *DETECTRON2_FPN,
+        *DETECTRON2_RPN,
+        *DETECTRON2_BOXES,
+        "pixel_mean",
+        "pixel_std",
+    ],
+    "detectron2 C4": lambda keys: [
+        *DETECTRON2_RPN,
+        *layer_names(["0.conv1.weight", "0.conv1.norm.weight"], "roi_heads.res5."),
+        *linear("roi_heads.box_predictor.cls_score"),
+    ],
+    "mmdetection": lambda keys: MMDET,
+    "MoCo v1 and v2": lambda keys: [
+        *layer_names(keys, "encoder_k."),
+        *linear("encoder_q.fc.0"),
+        *linear("encoder_q.fc.2"),
+        *linear("encoder_k.fc.0"),
+        *linear("encoder_k.fc.2"),
+        "queue",
+        "queue_ptr",
+    ],
+    "MoCo v3": lambda keys: [
+        *layer_names(keys, "momentum_encoder."),
+        "base_encoder.fc.0.weight",
+        *norm("base_encoder.fc.1"),
+        "base_encoder.fc.3.weight",
+        "predictor.0.weight",
+        *norm("predictor.1"),
+    ],
+    "SimSiam": lambda keys: [
+        "encoder.fc.0.weight",
+        *norm("encoder.fc.1"),
+        *linear("encoder.fc.6"),
+        "predictor.0.weight",
+        *norm("predictor.1"),
+        *linear("predictor.3"),
+    ],
+    "SimCLR with a projector": lambda keys: ["projector.0.weight", "projector.2.weight"],
+    "SimCLR with the projection in fc": lambda keys: [*linear("fc.0"), *linear("fc.2")],
+    "SwAV": lambda keys: [
+        *linear("projection_head.0"),
+        *norm("projection_head.1"),
+        *linear("projection_head.3"),
+        "prototypes.weight",
+    ],
+    "DINO": lambda keys: [
+        *linear("head.mlp.0"),
+        *linear("head.mlp.2"),
+        *linear("head.mlp.4"),
+        "head.last_layer.weight_g",
+        "head.last_layer.weight_v",
+    ],
+    "BYOL (byol-pytorch)": lambda keys: [
+        *layer_names(keys, "net."),
+        *layer_names(keys, "target_encoder.net."),
+        *linear("online_encoder.projector.0"),
+        *norm("online_encoder.projector.1"),
+        *linear("target_encoder.projector.0"),
+        *linear("online_predictor.0"),
+        *linear("online_predictor.3"),
+    ],
+    "BYOL (online network)": lambda keys: [
+        *linear("projetion.net.0"),
+        *norm("projetion.net.1"),
+        *linear("projetion.net.3"),
+    ],
+    "Barlow ReferencePair and VICReg": lambda keys: [
+        "projector.0.weight",
+        *norm("projector.1"),
+        "projector.3.weight",
+        *norm("projector.4"),
+        "projector.6.weight",
+        "bn.running_mean",
+        "bn.running_var",
+        f"bn.{COUNTERS}",
+    ],
+    "lightly": lambda keys: [
+        "projection_head.layers.0.weight",
+        *norm("projection_head.layers.1"),
+        *layer_names(keys, "backbone_momentum."),
+        *linear("prediction_head.layers.3"),
+    ],
+    "segmentation_models_pytorch": lambda keys: [
+        "decoder.blocks.0.conv1.0.weight",
+        *norm("decoder.blocks.0.conv1.1"),
+        *linear("segmentation_head.0"),
+    ],
+}
+LAYOUT_OF = {
+    "detectron2 FPN": "detectron2",
+    "detectron2 C4": "detectron2",
+    "lightly": "children",
+    "BYOL (online network)": "children",
+}
+SHAPES = {
+    "classifier.4.weight": (3, 2, 1, 1),
+    "segmentation_head.0.weight": (3, 2, 3, 3),
+    "fc.0.weight": (64, 64),
+    "fc.2.weight": (8, 64),
+}
+"""Of tensors whose shape tells what they are."""
+TOLD = {"torchvision segmentation": {"dilated_stages": (3, 4)}}
+"""What the user has to say."""
+NO_COUNTERS = ("torchvision detection", "detectron2 FPN", "detectron2 C4")
+"""Their norms are frozen and count nothing."""
+WRAPPED = {
+    "torchvision detection": lambda state: {"model": state, "epoch": 25},
+    "mmdetection": lambda state: {
+        "meta": {
+            "epoch": 12,
+            "config": "model = dict(backbone=dict(type='ResNet', depth=50, style='pytorch'))",
+        },
+        "state_dict": state,
+    },
+    "detectron2 FPN": lambda state: {"model": state, "iteration": 89999},
+    "MoCo v1 and v2": lambda state: {
+        "epoch": 200,
+        "arch": "resnet50",
+        "state_dict": {f"module.{key}": value for key, value in state.items()},
+    },
+    "MoCo v3": lambda state: {
+        "epoch": 300,
+        "arch": "resnet50",
+        "state_dict": {f"module.{key}": value for key, value in state.items()},
+    },
+    "SimSiam": lambda state: {
+        "epoch": 100,
+        "arch": "resnet50",
+        "state_dict": {f"module.{key}": value for key, value in state.items()},
+    },
+    "SimCLR with the projection in fc": lambda state: {
+        "epoch": 100,
+        "arch": "resnet50",
+        "state_dict": {f"backbone.{key}": value for key, value in state.items()},
+    },
+    "SwAV": lambda state: {f"module.{key}": value for key, value in state.items()},
+    "DINO": lambda state: {
+        "student": {f"module.{key}": value * 0 for key, value in state.items()},
+        "teacher": state,
+        "epoch": 800,
+    },
+    "Barlow ReferencePair and VICReg": lambda state: {
+        "epoch": 1000,
+        "model": {f"module.{key}": value for key, value in state.items()},
+    },
+    "BYOL (online network)": lambda state: {
+        "online_network_state_dict": state,
+        "target_network_state_dict": {key: value * 0 for key, value in state.items()},
+    },
+}
+
+
+def written(name, path, config=TORSO):
+    """The file of a project, and the network in it by its own names."""
+    naming = LAYOUT_OF.get(name, "torchvision")
+    if name == "detectron2 C4":
+        config = ResNetConfig(
+            block="bottleneck", depths=(2, 1, 1), widths=(4, 8, 12), stem_width=8, num_classes=None
+        )
+    network = random_bits(config, np.float32, naming=naming)
+    network = {
+        key: np.nan_to_num(value, nan=1.0) if value.dtype == np.float32 else value
+        for key, value in network.items()
+    }
+    network = {
+        key: np.abs(value) if key.endswith("running_var") else value
+        for key, value in network.items()
+    }
+    if name in NO_COUNTERS:
+        network = {key: value for key, value in network.items() if COUNTERS not in key}
+    prefix = next(backbone.prefix for backbone in BACKBONES if backbone.name == name)
+    state = {f"{prefix}{key}": from_numpy(value) for key, value in network.items()}
+    state |= {key: torch.full(SHAPES.get(key, (3,)), 0.25) for key in CASES[name](list(network))}
+    torch.save(WRAPPED.get(name, lambda state: state)(state), path)
+    return config, network
+
+
+def test_every_backbone_has_a_case():
+    assert set(CASES) == {backbone.name for backbone in BACKBONES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_network_is_taken_out_bit_for_bit_and_the_rest_is_named(name, tmp_path):
+    config, network = written(name, tmp_path / "file.pth")
+    source = open_checkpoint(tmp_path / "file.pth", ReadOptions(traits=TOLD.get(name, {})))
+    assert (source.config.depths, source.config.widths, source.config.num_classes) == (
+        config.depths,
+        config.widths,
+        None,
+    )
+    kept = {key: np.asarray(source.tensors[key]) for key in network}
+    assert_same_bits(kept, network)
+    (left,) = [note for note in source.notes if note.startswith("took the network")]
+    assert f"({name}); left out {len(CASES[name](list(network)))} tensors beside it: " in left
+    assert any(note.startswith("no classification head") for note in source.notes)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_tensor_that_no_row_explains_is_not_left_out(name, tmp_path):
+    written(name, tmp_path / "file.pth")
+    content = torch.load(tmp_path / "file.pth", weights_only=True)
+    state = next(
+        (
+            content[entry]
+            for entry in ("model", "state_dict", "teacher", "online_network_state_dict")
+            if entry in content
+        ),
+        content,
+    )
+    wrapper = next(
+        (p for p in ("module.", "backbone.") if all(key.startswith(p) for key in state)), ""
+    )
+    state[f"{wrapper}surprise.weight"] = torch.ones(3)
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=r"surprise\.weight"):
+        open_checkpoint(tmp_path / "file.pth")
+
+
+def test_a_plain_network_is_no_backbone():
+    for naming in NAMINGS.values():
+        config = ResNetConfig(
+            depths=(1, 1),
+            widths=(4, 8),
+            stem_width=8,
+            num_classes=None if "backbone" in naming.name or naming.name == "children" else 3,
+        )
+        try:
+            state = random_bits(config, np.float32, naming=naming.name)
+        except ValueError:
+            continue
+        found = describe(state)
+        assert find_backbone(found) is None, naming.name
+
+
+@pytest.mark.parametrize(("style", "stride_on"), [("caffe", "1x1"), ("pytorch", "3x3")])
+def test_openmmlab_says_where_the_stride_is(style, stride_on, tmp_path):
+    state = {
+        f"backbone.{key}": from_numpy(value)
+        for key, value in random_bits(TORSO, np.float32).items()
+    }
+    state |= {key: torch.full((3,), 0.25) for key in MMDET}
+    torch.save(
+        {
+            "meta": {"config": f"model = dict(backbone=dict(depth=50, style='{style}'))"},
+            "state_dict": state,
+        },
+        tmp_path / "file.pth",
+    )
+    source = open_checkpoint(tmp_path / "file.pth")
+    assert source.config.stride_on == stride_on
+    assert source.assumed == ()
+    assert any(f"its entry meta.config has style='{style}'" in note for note in source.notes)
+
+
+def test_where_nobody_says_the_assumption_and_its_flag_are_stated(tmp_path):
+    torch.save(
+        {key: from_numpy(value) for key, value in random_bits(TORSO, np.float32).items()},
+        tmp_path / "file.pth",
+    )
+    source = open_checkpoint(tmp_path / "file.pth")
+    assert source.config.stride_on == "3x3"
+    assert any("assumed" in note and "--stride-on 1x1" in note for note in source.notes)
+    told = open_checkpoint(tmp_path / "file.pth", ReadOptions(traits={"stride_on": "1x1"}))
+    assert told.config.stride_on == "1x1"
+    assert not any("assumed" in note for note in told.notes)
+
+
+def test_a_basic_network_has_nothing_to_assume(tmp_path):
+    config = ResNetConfig(depths=(1, 1), widths=(4, 8), stem_width=8, num_classes=3)
+    torch.save(
+        {key: from_numpy(value) for key, value in random_bits(config, np.float32).items()},
+        tmp_path / "file.pth",
+    )
+    assert open_checkpoint(tmp_path / "file.pth").assumed == ()
+
+
+def backbone(prefix="backbone."):
+    """A network without head as part of a larger one, as PyTorch tensors."""
+    return {f"{prefix}{key}": from_numpy(value) for key, value in healthy(TORSO).items()}
+
+
+def healthy(config):
+    state = {
+        key: np.nan_to_num(value, nan=1.0) for key, value in random_bits(config, np.float32).items()
+    }
+    return {
+        key: np.abs(value) if key.endswith("running_var") else value for key, value in state.items()
+    }
+
+
+def opened(state, path, **entries):
+    torch.save({"state_dict": state, **entries} if entries else state, path)
+    return open_checkpoint(path)
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "encoder.", "model.backbone.", ""])
+@pytest.mark.parametrize(
+    "head",
+    ["classifier", "head", "fc.1", "classifier.1", "linear", "classification_head.3", "decoder"],
+)
+def test_a_linear_beside_the_network_is_its_head(head, prefix, tmp_path):
+    state = backbone(prefix) | {
+        f"{head}.weight": torch.randn(5, 64),
+        f"{head}.bias": torch.randn(5),
+    }
+    if (head, prefix) == ("linear", ""):
+        state = {
+            key.replace("downsample", "shortcut"): value for key, value in state.items()
+        }  # kuangliu's own
+    source = opened(state, tmp_path / "net.pth")
+    name = "linear" if source.state_map.naming.name == "kuangliu" else "fc"
+    assert (source.config.num_classes, source.config.dilated_stages) == (5, ())
+    assert np.array_equal(source.tensors[f"{name}.weight"], state[f"{head}.weight"].numpy())
+    assert np.array_equal(source.tensors[f"{name}.bias"], state[f"{head}.bias"].numpy())
+    assert not any("left out" in note for note in source.notes)
+    if name == "fc":
+        assert any(
+            note.startswith(f"took {head} as the classification head") for note in source.notes
+        )
+
+
+def test_a_fine_tuned_backbone_with_a_classifier_has_the_users_own_logits(tmp_path):
+    from torch_ref import ResNet
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = ResNet(
+                block="bottleneck",
+                depths=(1, 1, 1, 1),
+                widths=(4, 8, 12, 16),
+                stem_width=8,
+                num_classes=None,
+            )
+            self.classifier = torch.nn.Linear(64, 5)
+
+        def forward(self, x):
+            return self.classifier(self.backbone(x))
+
+    torch.manual_seed(0)
+    net = Net().eval()
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    images = torch.randn(2, 3, 65, 64)
+    with torch.no_grad():
+        theirs = net(images).numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = flax_resblock.load(tmp_path / "net.pth")
+    ours = np.asarray(model(np.moveaxis(images.numpy(), 1, -1)))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_of_several_layers_is_refused(tmp_path):
+    for head, prefix in (
+        ("classifier", "backbone."),
+        ("fc", ""),
+        ("fc", "backbone."),
+        ("head", "encoder."),
+    ):
+        two = {f"{head}.0.weight": torch.ones(64, 64), f"{head}.0.bias": torch.ones(64)}
+        two |= {f"{head}.2.weight": torch.ones(5, 64), f"{head}.2.bias": torch.ones(5)}
+        entries = {"epoch": 3, "arch": "resnet50"} if not prefix else {}
+        with pytest.raises(
+            CheckpointError, match=rf"2 fully connected layers: {head}\.0, {head}\.2"
+        ) as caught:
+            opened(backbone(prefix) | two, tmp_path / "net.pth", **entries)
+        assert "--ignore" not in str(caught.value)
+
+
+def test_a_classifier_with_the_names_of_a_segmenter_is_none(tmp_path):
+    """Sequential(Linear, BatchNorm1d, ReLU, Dropout, Linear) has the names of torchvision's
+    FCNHead.
+    """
+    mlp = {"classifier.0.weight": torch.ones(8, 64), "classifier.4.weight": torch.ones(5, 8)}
+    mlp |= {key: torch.ones(8) for key in norm("classifier.1", counter=False)}
+    with pytest.raises(
+        CheckpointError, match=r"2 fully connected layers: classifier\.0, classifier\.4"
+    ):
+        opened(backbone() | mlp, tmp_path / "net.pth")
+
+
+def test_a_head_beside_a_headless_naming_scheme_is_refused_by_name(tmp_path):
+    state = {
+        f"backbone.{key}": from_numpy(value)
+        for key, value in random_bits(TORSO, np.float32, naming="children").items()
+    }
+    state |= {"classifier.weight": torch.ones(5, 64), "classifier.bias": torch.ones(5)}
+    with pytest.raises(
+        CheckpointError,
+        match="classification head classifier, and this naming scheme has no name for a head",
+    ):
+        opened(state, tmp_path / "net.pth")
+
+
+def test_a_head_of_another_width_is_refused(tmp_path):
+    state = backbone() | {"classifier.weight": torch.ones(5, 63), "classifier.bias": torch.ones(5)}
+    with pytest.raises(CheckpointError, match="classifier was read as its head, fc"):
+        opened(state, tmp_path / "net.pth")
+
+
+def test_a_linear_of_the_features_among_a_projects_parts_is_no_extra_part(tmp_path):
+    parts = {key: torch.ones(3) for key in [*RPN, "backbone.fpn.inner_blocks.0.0.weight"]}
+    parts |= {"roi_heads.weight": torch.ones(5, 64), "roi_heads.bias": torch.ones(5)}
+    with pytest.raises(
+        CheckpointError, match=r"roi_heads takes the 64 features .* A head is never left out"
+    ):
+        opened(backbone("backbone.body.") | parts, tmp_path / "net.pth")
+
+
+def test_no_name_says_that_a_network_is_dilated(tmp_path):
+    written("torchvision segmentation", tmp_path / "file.pth")
+    with pytest.raises(
+        CheckpointError, match=r"Say --dilated-stages 3 4 .* or --dilated-stages without a number"
+    ):
+        open_checkpoint(tmp_path / "file.pth")
+    for flags, dilated in (("3", "4"), (3, 4)), ((), ()):
+        assert run(["inspect", str(tmp_path / "file.pth"), "--dilated-stages", *flags]) == 0
+        reading = ReadOptions(traits={"dilated_stages": dilated})
+        assert open_checkpoint(tmp_path / "file.pth", reading).config.dilated_stages == dilated
+
+
+def test_a_network_is_taken_without_its_head_where_the_user_says_so(tmp_path):
+    torch.save(backbone() | {"classifier.weight": torch.ones(5, 64)}, tmp_path / "net.pth")
+    source = open_checkpoint(tmp_path / "net.pth", ReadOptions(ignore=("classifier.*",)))
+    assert source.config.num_classes is None
+    assert "ignored classifier.weight" in source.notes
