@@ -35,6 +35,7 @@ from flax_resblock.errors import InputError, some
 from flax_resblock.nn.blocks import BottleneckBlock, ResidualBlock
 from flax_resblock.nn.norm import BatchNorm
 from flax_resblock.nn.resnet import Model, ResNet, build
+from flax_resblock.nn.variables import flat_arrays, on_device, set_values
 from flax_resblock.runs import run_file
 from flax_resblock.runs.run import Run
 
@@ -213,7 +214,7 @@ def to_model(source: OpenedCheckpoint, **options: Any) -> Model:
             if entry.torch_key in source.afresh
         }
         values |= {path: fresh[path][...] for path in absent}
-    _set(model, values)
+    set_values(model, values)
     model.eval()
     return model
 
@@ -229,61 +230,6 @@ def arrays_of(source: OpenedCheckpoint) -> dict[Path, jax.Array | np.ndarray]:
       source: See :func:`flax_resblock.convert.opening.open_checkpoint`.
     """
     return on_device(source.state_map.to_flax(source.tensors, in_one_block=True))
-
-
-def fill(model: Model, values: Mapping[Path, np.ndarray]) -> None:
-    """Gives every variable of a model its value, in the dtype of the value.
-
-    Args:
-      model: Changed in place.
-      values: By attribute path, one for every variable.
-    """
-    _set(model, on_device(values))
-
-
-def _set(model: Model, values: Mapping[Path, Any]) -> None:
-    for path, value in values.items():
-        variable_at(model, path).set_value(value)
-
-
-def variable_at(model: nnx.Module, path: tuple[Any, ...]) -> nnx.Variable:
-    """The variable at an attribute path, ``("stage1", 0, "conv1", "kernel")``."""
-    node: Any = model
-    for part in path:
-        node = node[part] if isinstance(part, int) else getattr(node, part)
-    return node
-
-
-def on_device(arrays: Mapping[Path, np.ndarray]) -> dict[Path, jax.Array | np.ndarray]:
-    """Every array on jax's default device, which takes it over as it is where that is the CPU; kept
-    by numpy where jax would narrow it and lose bits.
-    """
-    kept = {
-        path: value
-        for path, array in arrays.items()
-        if (value := _as_jax_keeps_it(array)) is not None
-    }
-    moved = dict(
-        zip(kept, jax.device_put(list(kept.values()), may_alias=True), strict=True)
-    )  # in one call, as each has its price
-    return {
-        path: moved[path] if path in moved else np.array(array) for path, array in arrays.items()
-    }
-
-
-def _as_jax_keeps_it(array: np.ndarray) -> np.ndarray | None:
-    """The same values in a dtype that jax has: small counters as int32; None where there is
-    none.
-    """
-    narrow = jax.dtypes.canonicalize_dtype(array.dtype)
-    if narrow == array.dtype:
-        return array
-    fits = (
-        array.dtype.kind in "iu"
-        and array.ndim == 0
-        and np.iinfo(narrow).min <= int(array) <= np.iinfo(narrow).max
-    )
-    return array.astype(narrow) if fits else None
 
 
 def _record_of(state: Mapping[str, Any], name: str) -> Record:
@@ -312,17 +258,6 @@ def _to_numpy(value: Any, key: str) -> np.ndarray:
     return (
         array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     )  # neither jax nor torch knows the other byte order
-
-
-def flat_arrays(model: Model) -> dict[Path, np.ndarray]:
-    """Every variable of a model by path, on the host, counters as int64."""
-    arrays = {}
-    for path, variable in dict(
-        nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
-    ).items():
-        array = np.asarray(variable[...])
-        arrays[path] = array.astype(np.int64) if path[-1] == "num_batches_tracked" else array
-    return arrays
 
 
 def _config_of(model: Any) -> Config:

@@ -13,10 +13,10 @@ from flax import nnx
 
 from flax_resblock.config import SlotKind, walk
 from flax_resblock.errors import InputError
-from flax_resblock.io import fill, flat_arrays
 from flax_resblock.nn.conv import Conv
 from flax_resblock.nn.norm import BatchNorm
 from flax_resblock.nn.resnet import Model
+from flax_resblock.nn.variables import fill, flat_arrays
 
 
 class ChannelBias(nnx.Module):

@@ -21,6 +21,7 @@ from flax import linen, nnx
 
 from flax_resblock.config import Config
 from flax_resblock.nn.resnet import Model, build
+from flax_resblock.nn.variables import variable_at
 
 COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 
@@ -98,19 +99,12 @@ class ResNet(linen.Module):
                     stats[name] = variable
                 for path in flat:
                     if str(path[0]) == name:
-                        _variable_at(model, path).set_value(_leaf(variable.value, path[1:]))
+                        variable_at(model, path).set_value(_leaf(variable.value, path[1:]))
         logits = model(images, use_running_average=not train)
         if train and not self.is_initializing() and self.is_mutable_collection("batch_stats"):
             for name, tree in variables(model)["batch_stats"].items():
                 stats[name].value = tree
         return logits
-
-
-def _variable_at(model: nnx.Module, path: tuple[Any, ...]) -> nnx.Variable:
-    node: Any = model
-    for part in path:
-        node = node[part] if isinstance(part, int) else getattr(node, part)
-    return node
 
 
 def _leaf(tree: Any, path: tuple[Any, ...]) -> Any:

@@ -15,7 +15,7 @@ import torch
 from flax import nnx
 
 from flax_resblock.config import Path
-from flax_resblock.io import variable_at
+from flax_resblock.nn.variables import variable_at
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
 from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, dotted
 from flax_resblock.parity.taps import trace_flax, trace_torch

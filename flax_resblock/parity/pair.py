@@ -24,7 +24,7 @@ from flax_resblock.config import Path
 from flax_resblock.convert.codecs import AS_IS, OIHW_HWIO, TRANSPOSED, Codec
 from flax_resblock.convert.state_map import Entry
 from flax_resblock.errors import InputError, some
-from flax_resblock.io import variable_at
+from flax_resblock.nn.variables import variable_at
 
 
 @dataclass(frozen=True)

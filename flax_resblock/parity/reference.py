@@ -17,8 +17,8 @@ from flax_resblock.config import BlockConfig, Config, ResNetConfig, name_of, wal
 from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.convert.opening import OpenedCheckpoint
 from flax_resblock.convert.state_map import Entry, is_floating, transcode
-from flax_resblock.io import fill
 from flax_resblock.nn.resnet import Model, build
+from flax_resblock.nn.variables import fill
 from flax_resblock.parity.inputs import randomised_norm_state
 from flax_resblock.parity.pair import Pair, Precision
 

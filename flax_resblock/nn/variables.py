@@ -1,0 +1,79 @@
+"""The variables of a model by attribute path: read, set, and moved between host and device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from flax_resblock.config import Path
+
+
+def variable_at(model: nnx.Module, path: tuple[Any, ...]) -> nnx.Variable:
+    """The variable at an attribute path, ``("stage1", 0, "conv1", "kernel")``."""
+    node: Any = model
+    for part in path:
+        node = node[part] if isinstance(part, int) else getattr(node, part)
+    return node
+
+
+def fill(model: nnx.Module, values: Mapping[Path, np.ndarray]) -> None:
+    """Gives every variable of a model its value, in the dtype of the value.
+
+    Args:
+      model: Changed in place.
+      values: By attribute path, one for every variable.
+    """
+    set_values(model, on_device(values))
+
+
+def set_values(model: nnx.Module, values: Mapping[Path, Any]) -> None:
+    """As :func:`fill`, with values that are on their device already."""
+    for path, value in values.items():
+        variable_at(model, path).set_value(value)
+
+
+def on_device(arrays: Mapping[Path, np.ndarray]) -> dict[Path, jax.Array | np.ndarray]:
+    """Every array on jax's default device, which takes it over as it is where that is the CPU; kept
+    by numpy where jax would narrow it and lose bits.
+    """
+    kept = {
+        path: value
+        for path, array in arrays.items()
+        if (value := _as_jax_keeps_it(array)) is not None
+    }
+    moved = dict(
+        zip(kept, jax.device_put(list(kept.values()), may_alias=True), strict=True)
+    )  # in one call, as each has its price
+    return {
+        path: moved[path] if path in moved else np.array(array) for path, array in arrays.items()
+    }
+
+
+def _as_jax_keeps_it(array: np.ndarray) -> np.ndarray | None:
+    """The same values in a dtype that jax has: small counters as int32; None where there is
+    none.
+    """
+    narrow = jax.dtypes.canonicalize_dtype(array.dtype)
+    if narrow == array.dtype:
+        return array
+    fits = (
+        array.dtype.kind in "iu"
+        and array.ndim == 0
+        and np.iinfo(narrow).min <= int(array) <= np.iinfo(narrow).max
+    )
+    return array.astype(narrow) if fits else None
+
+
+def flat_arrays(model: nnx.Module) -> dict[Path, np.ndarray]:
+    """Every variable of a model by path, on the host, counters as int64."""
+    arrays = {}
+    for path, variable in dict(
+        nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    ).items():
+        array = np.asarray(variable[...])
+        arrays[path] = array.astype(np.int64) if path[-1] == "num_batches_tracked" else array
+    return arrays
