@@ -1,40 +1,37 @@
-"""Set-up before jax starts: a CPU backend with four simulated devices, unless another platform is
-asked for.
+"""Settings of every test: the devices that jax shows, threads, and which skips are allowed.
 
-Tests marked ``accelerator`` need a GPU or TPU and are skipped where jax has none. To run them,
-leave the choice of the platform to jax:
+Tests run on the CPU with four simulated devices. ``FLAX_RESBLOCK_ACCELERATOR=1`` leaves jax the
+devices that it finds, and ``JAX_PLATFORMS=cuda,cpu`` chooses among them (keep ``cpu``: the float64
+truth is computed there).
 
-    FLAX_RESBLOCK_ACCELERATOR=1 python -m pytest -m accelerator
-
-``JAX_PLATFORMS`` does the same for one platform: ``JAX_PLATFORMS=cuda,cpu`` (with ``cpu``, on which
-the float64 truth is computed).
-
-Tests marked ``slow`` come last. ``FLAX_RESBLOCK_TEST_SECONDS=900`` skips, by name, those that have
-not begun 900 s after the start."""
+``FLAX_RESBLOCK_STRICT_SKIPS=1``, which the gate sets, makes the run fail when a test is skipped for
+a reason that :data:`ALLOWED_SKIPS` does not list.
+"""
 
 import os
-import time
 
 if os.environ.get("FLAX_RESBLOCK_ACCELERATOR", "0") in ("", "0"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["FLAX_RESBLOCK_CACHE"] = (
-    "off"  # the programs that tests start neither use nor leave anything in the user's home
-)
+os.environ["FLAX_RESBLOCK_CACHE"] = "off"  # commands that tests start leave nothing in the home
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
-    )
+    os.environ["XLA_FLAGS"] = " ".join(
+        [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4"]
+    ).strip()
 
 import pytest
 import torch
 
-torch.set_num_threads(
-    1
-)  # small tensors gain nothing from a second thread, and pytest-xdist already uses every core
-
-
-_STARTED = time.monotonic()
 _ON_ACCELERATOR = os.environ.get("FLAX_RESBLOCK_ACCELERATOR", "0") not in ("", "0")
+
+torch.set_num_threads(1)  # small tensors gain nothing from a second, and xdist uses every core
+
+ALLOWED_SKIPS = {
+    "needs a GPU or TPU": "the machine has none",
+    "jax has no GPU or TPU": "the machine has none",
+    "root": "file permissions do not bind root",
+    "the real checkpoints are not at": "the folder with trained checkpoints is optional",
+}
+"""What a reason for a skip may contain, and why that is fine."""
 
 
 def pytest_report_header():
@@ -48,20 +45,35 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # a stable sort
+    """Long tests first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # a stable sort
 
 
-def pytest_runtest_setup(item):
-    seconds = float(os.environ.get("FLAX_RESBLOCK_TEST_SECONDS", "inf"))
-    if item.get_closest_marker("slow") is not None and time.monotonic() - _STARTED > seconds:
-        pytest.skip(f"no time left: {seconds:g} s are over (FLAX_RESBLOCK_TEST_SECONDS)")
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """Under ``FLAX_RESBLOCK_STRICT_SKIPS`` a skip without an allowed reason fails the run."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not os.environ.get("FLAX_RESBLOCK_STRICT_SKIPS") or reporter is None:
+        return
+    reasons = {
+        report.nodeid: str(report.longrepr[2])
+        for report in reporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple)
+    }
+    refused = {
+        test: reason
+        for test, reason in reasons.items()
+        if not any(allowed in reason for allowed in ALLOWED_SKIPS)
+    }
+    for test, reason in refused.items():
+        reporter.write_line(f"SKIPPED WITHOUT AN ALLOWED REASON {test}: {reason}", red=True)
+    if refused and session.exitstatus == 0:
+        session.exitstatus = 1
 
 
 @pytest.fixture(autouse=True)
 def _working_directory():
-    """A test that leaves the process in another folder fails, instead of one that comes after
-    it.
-    """
+    """A test that leaves the process in another folder fails, instead of one after it."""
     before = os.getcwd()
     yield
     after = os.getcwd()
@@ -79,9 +91,6 @@ def accelerator_device():
         pytest.skip(
             "jax has no GPU or TPU here"
             if _ON_ACCELERATOR
-            else (
-                "needs a GPU or TPU: set FLAX_RESBLOCK_ACCELERATOR=1 to let jax use the one there "
-                "is"
-            )
+            else "needs a GPU or TPU: FLAX_RESBLOCK_ACCELERATOR=1 lets jax use the one there is"
         )
     return device
