@@ -27,6 +27,7 @@ torch.set_num_threads(1)  # small tensors gain nothing from a second, and xdist 
 
 ALLOWED_SKIPS = {
     "needs a GPU or TPU": "the machine has none",
+    "torch has no accelerator": "the machine has none",
     "jax has no GPU or TPU": "the machine has none",
     "root": "file permissions do not bind root",
     "the real checkpoints are not at": "the folder with trained checkpoints is optional",
