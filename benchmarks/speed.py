@@ -1,5 +1,5 @@
-"""Puts the table of a benchmark into README.md and docs/performance.md, between the marks that they
-have for it, and draws its picture beside the file.
+"""Writes the table of a benchmark into docs/performance.md, between the marks there, and draws its
+picture beside the file.
 
 flax-resblock bench --what full --json-file docs/bench.json --png docs/bench.png --force
 python benchmarks/speed.py docs/bench.json
@@ -16,7 +16,7 @@ from flax_resblock.bench.report import markdown, picture, sentence
 from flax_resblock.bench.run import Result
 
 BEGIN, END = "<!-- table bench -->", "<!-- end bench -->"
-DOCUMENTS = (Path("README.md"), Path("docs/performance.md"))
+DOCUMENT = Path("docs/performance.md")
 
 
 def filled(document: str, found: dict) -> str:
@@ -32,7 +32,7 @@ def filled(document: str, found: dict) -> str:
 
 
 def main() -> None:
-    """Rewrites both documents and the picture."""
+    """Rewrites the document and the picture."""
     figures = Path(sys.argv[1])
     found = json.loads(figures.read_text(encoding="utf-8"))
     fields = Result.__dataclass_fields__
@@ -47,8 +47,7 @@ def main() -> None:
         for case in found["cases"]
     ]
     picture(cases, figures.with_suffix(".png"))
-    for path in DOCUMENTS:
-        path.write_text(filled(path.read_text(encoding="utf-8"), found), encoding="utf-8")
+    DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8"), found), encoding="utf-8")
 
 
 if __name__ == "__main__":
