@@ -170,7 +170,7 @@ CASES = {
         *norm("projetion.net.1"),
         *linear("projetion.net.3"),
     ],
-    "Barlow ReferencePair and VICReg": lambda keys: [
+    "Barlow Twins and VICReg": lambda keys: [
         "projector.0.weight",
         *norm("projector.1"),
         "projector.3.weight",
@@ -245,7 +245,7 @@ WRAPPED = {
         "teacher": state,
         "epoch": 800,
     },
-    "Barlow ReferencePair and VICReg": lambda state: {
+    "Barlow Twins and VICReg": lambda state: {
         "epoch": 1000,
         "model": {f"module.{key}": value for key, value in state.items()},
     },

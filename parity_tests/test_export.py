@@ -178,7 +178,7 @@ def test_the_manifest_says_what_is_needed(exported):
     assert manifest["input"] == {
         "shape": ["batch", 32, 32, 3],
         "dtype": "float32",
-        "naming": "NHWC",
+        "layout": "NHWC",
     }
     assert manifest["output"] == {"shape": ["batch", 10], "dtype": "float32"}
     assert manifest["platforms"] == ["cpu", "cuda", "rocm", "tpu"]

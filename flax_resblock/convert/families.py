@@ -44,7 +44,7 @@ _FEATURES = (
 )
 _NAMES = "every key and shape of every named architecture; logits in float64 <= 1e-12"
 _KEYS = (
-    "the project's key set, made by hand from its code, around a network of torchvision; "
+    "the project's key set, written by hand from its code, around a torchvision network; "
     "equal bit for bit"
 )
 _TRANSFORMERS, _TIMM, _TORCHVISION = "transformers 5.24.0", "timm 1.0.31", "torchvision 0.28.0"
@@ -92,7 +92,7 @@ FAMILIES = (
     Family(
         "timm ResNet-Blur",
         "timm",
-        "plain and d, told by config.json or --antialias blur",
+        "plain and d, selected by config.json or --antialias blur",
         _TIMM,
         _EQUAL,
     ),
@@ -102,8 +102,8 @@ FAMILIES = (
         "resnet50_caffe and the others, with --stride-on 1x1 or an OpenMMLab configuration in "
         "the file",
         "transformers 5.24.0",
-        "the stride placement is that of its downsample_in_bottleneck, proved there; no "
-        "package with Caffe's own weights was at hand",
+        "the stride placement equals that of `downsample_in_bottleneck`, which is tested there; "
+        "not tested with Caffe's own weights",
     ),
     Family("detectron2", "detectron2", "stem and res2 to res5", "none", _KEYS),
     Family(
@@ -119,20 +119,23 @@ FAMILIES = (
 NOT_CONVERTED = (
     (
         "timm resnetv2, BiT",
-        "pre-activation order: the norms have other channels than the convolutions before "
-        "them, and projections have none",
+        "pre-activation order: a norm precedes its convolution, and projections have no norm",
     ),
     (
         "timm resnetaa",
-        "average pooling of odd sizes cuts off the last row, which the shortcut does not",
+        "average pooling drops the last row of odd sizes, but the shortcut does not",
     ),
     (
         "timm resnetrs, senet154, ecaresnet*_pruned",
-        "a convolution for the stem's pooling, 3x3 projections, widths of their own in every block",
+        "a convolution instead of the stem's pooling, 3x3 projections, or different widths in each "
+        "block",
     ),
     ("timm resnet50_gn", "GroupNorm"),
     ("transformers with hidden_act other than relu", "another activation"),
-    ("Caffe2 names (`res2_0_branch2a_w`)", "norms folded into scale and bias, without statistics"),
+    (
+        "Caffe2 names (`res2_0_branch2a_w`)",
+        "norms are folded into scale and bias, so the statistics are missing",
+    ),
 )
 """What is refused, and why."""
 
@@ -152,37 +155,39 @@ def markdown() -> str:
     lines = [
         "# Families of checkpoints",
         "",
-        "Made by `python -m flax_resblock.convert.families > docs/families.md` from the "
-        "converter's own rows.",
+        "This page lists the checkpoints that convert. It is generated from the converter's own "
+        "tables by `python -m flax_resblock.convert.families > docs/families.md`.",
         "",
     ]
     lines += _table(
-        ("family", "naming", "what converts", "reference", "how it was proved"),
+        ("family", "naming scheme", "what converts", "reference package", "how it is tested"),
         ((f.name, f"`{f.naming}`", f.converts, f.reference, f.proof) for f in FAMILIES),
     )
     lines += [
-        "The checks are in `parity_tests/test_families.py` and `test_backbones.py`; `pip "
-        "install -c constraints.txt '.[families]'` installs the packages.",
+        "The tests are in `parity_tests/test_families.py` and `test_backbones.py`. They need the "
+        "reference packages: `pip install -c constraints.txt '.[families]'`.",
         "",
     ]
     lines += [
         "## Naming schemes",
         "",
-        "`--naming NAME` reads, `--to-naming NAME` writes. Those of a hub also write a folder "
-        "with `config.json`.",
+        "A naming scheme says how the tensors of a network are named. `--naming NAME` selects "
+        "the scheme for reading (by default it is detected), and `--to-naming NAME` the scheme for "
+        "writing. If the table names a package in the last column, the output is a folder with a "
+        "`config.json` which that package loads.",
         "",
     ]
     lines += _table(
-        ("naming", "who writes it", "folder for"),
+        ("naming scheme", "written by", "writes a folder for"),
         ((f"`{row.name}`", row.origin, row.hub) for row in NAMINGS.values()),
     )
     lines += ["## Networks inside larger checkpoints", ""]
     lines += [
-        "A row applies only where it explains every tensor and finds the parts by which the "
-        "project "
-        "is recognised. What is left out is counted in the output. A classification head is never "
-        "left out: a single fully connected layer beside a network, such as `classifier` beside "
-        "`backbone.*`, is read as its head.",
+        "The backbone of these projects' checkpoints is converted, and the rest is left out. A row "
+        "applies only if it accounts for every tensor of the file and if the parts that identify "
+        "the project are present. The output states how many tensors are left out. A "
+        "classification head is never left out: a single fully connected layer beside a network, "
+        "such as `classifier` beside `backbone.*`, is read as the network's head.",
         "",
     ]
     beside = (", ".join(f"`{pattern}`" for pattern in row.beside) for row in BACKBONES)
@@ -194,14 +199,15 @@ def markdown() -> str:
         ),
     )
     lines += [
-        "torchvision's detectors with COCO weights of 2017 set eps of their frozen norms to 0, "
-        "which no tensor tells: `load(path, eps=0.0)`.",
+        "torchvision's detectors with the COCO weights of 2017 use frozen norms with `eps=0`. The "
+        "weights do not show this; pass `load(path, eps=0.0)`.",
         "",
     ]
     lines += [
-        "## What no tensor tells",
+        "## Options that cannot be inferred from the weights",
         "",
-        "The first value is assumed where nobody says. `verify` shows what the other would change.",
+        "Without a flag or a configuration in the file, the first value of each option is assumed. "
+        "`verify` shows how the other value would change the output.",
         "",
     ]
     lines += _table(
@@ -213,19 +219,20 @@ def markdown() -> str:
         ),
     )
     lines += [
-        "`--dilated-stages 3 4` replaces strides by dilation, as torchvision's "
-        "`replace_stride_with_dilation` does.",
+        "`--dilated-stages 3 4` replaces the strides of stages 3 and 4 by dilation, as "
+        "torchvision's `replace_stride_with_dilation` does.",
         "",
     ]
     lines += [
-        "## Architectures by name",
+        "## Named architectures",
         "",
-        ", ".join(f"`{name}`" for name in ARCHITECTURES)
-        + ". Others are found from names and shapes.",
+        f"There are {len(ARCHITECTURES)} named architectures: "
+        + ", ".join(f"`{name}`" for name in ARCHITECTURES)
+        + ". Other depths and widths are inferred from the names and shapes of the tensors.",
         "",
     ]
     lines += ["## Not converted", ""]
-    lines += _table(("what", "why"), NOT_CONVERTED)
+    lines += _table(("family", "reason"), NOT_CONVERTED)
     return "\n".join(lines)
 
 

@@ -139,7 +139,7 @@ BACKBONES = (
     ),
     Backbone("BYOL (online network)", "encoder.", ("projetion.net.*", "projection.net.*")),
     Backbone(
-        "Barlow ReferencePair and VICReg",
+        "Barlow Twins and VICReg",
         "backbone.",
         ("projector.*", "bn.*"),
         marks=("projector.0.*", "projector.1.running_mean", "projector.3.*"),
