@@ -21,8 +21,8 @@ from flax_resblock.config import Config, ResNetConfig, name_of
 from flax_resblock.convert.opening import OpenedCheckpoint
 from flax_resblock.cpu.switch import compiler_options, for_cpu
 from flax_resblock.errors import InputError, some, visible
-from flax_resblock.io import variable_at
 from flax_resblock.nn.resnet import Model, ResNet, build
+from flax_resblock.nn.variables import variable_at
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, judge, relative_l2
 from flax_resblock.parity.taps import from_torch as to_numpy
 
