@@ -337,7 +337,7 @@ def scaling(figures: Figures) -> str:
     """
     config = architecture(NAME)
     replica, everything = expected(config, "replica"), expected(config, "global")
-    reduces, gradients = everything.all_reduces - 1, 4 * replica.elements
+    reduces, gradients = everything.fewest - 1, 4 * replica.elements
     statistics = 4 * (everything.elements - replica.elements)
     rows = []
     for key, names, joined in NETWORKS:
@@ -386,7 +386,7 @@ def collectives(figures: Figures) -> str:
             should, sizes = expected(architecture(NAME), name.split()[-1]), program["all_reduces"]
             found, wanted = (
                 f"{len(sizes)}, {sum(sizes) / 1e6:.2f} MB",
-                f"{should.all_reduces}, {4 * should.elements / 1e6:.2f} MB",
+                f"{should.fewest}, {4 * should.elements / 1e6:.2f} MB",
             )
             rows.append([name, found, wanted, ", ".join(program["others"]) or "none"])
     return _table(

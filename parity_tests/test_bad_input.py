@@ -427,9 +427,7 @@ def test_a_module_that_computes_something_else_is_refused():
         module = ResNet(**settings)
         change(module)
         for wrapped in (module, torch.nn.DataParallel(module)):
-            with pytest.raises(
-                InputError, match=r"expected|differ in|does not track|pools by the mean"
-            ):
+            with pytest.raises(InputError, match=r"expected|differ in|does not track"):
                 from_torch(wrapped)
         assert from_torch(module.state_dict()).config == SMALL, name
 
@@ -448,7 +446,7 @@ def test_another_pooling_in_an_imagenet_stem_is_refused(pool):
     assert from_torch(module).config.stem == "imagenet"
     module.maxpool = pool
     with pytest.raises(
-        InputError, match=r"stem\.pool is .*expected \('MaxPool2d', 3, 2, 1, 1, False\)"
+        InputError, match=r"stem\.pool is .*expected MaxPool2d\(kernel_size=3, stride=2, padding=1"
     ):
         from_torch(module)
 

@@ -31,9 +31,10 @@ def fixed_bytes(request: Request) -> int:
     """Bytes on each device that do not depend on the batch; 0 where the network is not known."""
     if request.exported:
         return 0
-    slots = [slot for slot in walk(request.config) if slot.kind is not SlotKind.ACTIVATION]
-    values = sum(math.prod(slot.shape) * (2 if slot.kind is SlotKind.NORM else 1) for slot in slots)
-    return 4 * values * _COPIES[request.what]
+    slots = list(walk(request.config))
+    statistics = sum(2 * slot.shape[0] for slot in slots if slot.kind is SlotKind.NORM)
+    trained = sum(slot.parameters for slot in slots)
+    return 4 * (statistics + trained * _COPIES[request.what])
 
 
 def _images_per_device(request: Request, outcome: Outcome, capacity: int) -> float:

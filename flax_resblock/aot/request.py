@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from flax_resblock import config as arch
 from flax_resblock.aot.targets import Target, parse
-from flax_resblock.config import ResNetConfig, SlotKind, walk
+from flax_resblock.config import walk
 from flax_resblock.errors import InputError
 
 What = Literal["forward", "train-step"]
@@ -19,14 +19,6 @@ Precision = Literal["default", "high", "highest"]
 BatchStatistics = Literal["global", "replica"]
 
 PRECISIONS: tuple[Precision, ...] = ("default", "high", "highest")
-_BLOCK_SIZE = 16
-
-
-def default_image_size(config: arch.Config) -> int:
-    """224 for ImageNet stems, 32 for CIFAR stems, 16 for a bare block."""
-    if not isinstance(config, ResNetConfig):
-        return _BLOCK_SIZE
-    return 224 if config.stem == "imagenet" else 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +49,8 @@ class Request:
     slices: int = 1
     what: What = "forward"
     batch: int = 8
-    height: int = _BLOCK_SIZE
-    width: int = _BLOCK_SIZE
+    height: int = 16
+    width: int = 16
     dtype: Dtype = "float32"
     precision: Precision = "highest"
     slot_precision: tuple[tuple[str, str], ...] = ()
@@ -106,9 +98,7 @@ class Request:
                     f"a checkpoint or an architecture for a train step."
                 )
             return
-        slots = {
-            slot.name for slot in walk(self.config) if slot.kind in (SlotKind.CONV, SlotKind.LINEAR)
-        }
+        slots = {slot.name for slot in walk(self.config) if slot.multiplies}
         for slot, precision in self.slot_precision:
             if slot not in slots:
                 raise InputError(
@@ -142,9 +132,7 @@ def request_for(config: arch.Config, target: str, **options: Any) -> Request:
     Raises:
       InputError: See :meth:`Request.check`.
     """
-    size = default_image_size(config)
-    request = Request(
-        subject=arch.to_json(config), target=target, **{"height": size, "width": size, **options}
-    )
+    size = {"height": config.image_size, "width": config.image_size}
+    request = Request(subject=arch.to_json(config), target=target, **{**size, **options})
     request.check()
     return request

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from flax_resblock.aot.request import default_image_size
 from flax_resblock.checkpoint.atomic import refuse_existing
 from flax_resblock.cli.common import (
     Checkpoint,
@@ -76,9 +75,7 @@ def export(
     shift, scale, origin = normalisation_of(
         (None, None), preprocessing_of(source), config.in_channels, mean, std
     )
-    size = (
-        None if any_image_size else default_image_size(config) if image_size is None else image_size
-    )
+    size = None if any_image_size else config.image_size if image_size is None else image_size
     facts: dict[str, Any] = {
         "source": str(checkpoint.name),
         "preprocessing": {
@@ -94,9 +91,7 @@ def export(
             from flax_resblock.export.fold import folding_error
 
             original, model = model, fold(model)
-            facts["batch_norm_folded"] = folding_error(
-                original, model, size or default_image_size(config)
-            )
+            facts["batch_norm_folded"] = folding_error(original, model, size or config.image_size)
         manifest = export_model(
             model,
             out,

@@ -17,11 +17,14 @@ from flax_resblock.config.block import (
     Attention,
     BlockConfig,
     BlockKind,
+    BlockOptions,
+    Branch,
     Path,
     Shortcut,
     Slot,
     SlotKind,
     StridePlacement,
+    choices_of,
 )
 from flax_resblock.config.network import Config, ResNetConfig, Stem, from_json, to_json, walk
 
@@ -32,6 +35,8 @@ __all__ = [
     "Attention",
     "BlockConfig",
     "BlockKind",
+    "BlockOptions",
+    "Branch",
     "Config",
     "Path",
     "ResNetConfig",
@@ -42,6 +47,7 @@ __all__ = [
     "StridePlacement",
     "architecture",
     "architectures",
+    "choices_of",
     "from_json",
     "name_of",
     "to_json",

@@ -1,17 +1,14 @@
-"""One residual block, as data: its configuration and the slots that it consists of.
-
-A *slot* is one place in a network that has parameters or an activation worth comparing:
-``stage1.0.conv1``, ``head``. Both frameworks, the converter and the verifier speak of slots; this
-module knows no array and no framework."""
+"""One residual block as data: its options, its configuration, and the slots that it consists of."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 BlockKind = Literal["basic", "bottleneck"]
 Shortcut = Literal["projection", "pooled", "zero_pad"]
@@ -24,19 +21,34 @@ EXPANSION: Mapping[str, int] = MappingProxyType({"basic": 1, "bottleneck": 4})
 
 
 class SlotKind(Enum):
-    """What a slot holds; decides which tensors belong to it."""
+    """What a slot holds. It decides which tensors belong to the slot."""
 
     CONV = "conv"
     BIASED_CONV = "biased_conv"
     CHANNEL_CONV = "channel_conv"
     NORM = "norm"
     LINEAR = "linear"
-    ACTIVATION = "activation"
+    MAX_POOL = "max_pool"
+    AVERAGE_POOL = "average_pool"
+    BLUR = "blur"
+    OUTPUT = "output"
+    """The result of a part that has slots of its own: of a block, of its attention."""
+
+
+class Branch(Enum):
+    """The part of a network that a slot belongs to."""
+
+    STEM = "stem"
+    MAIN = "main path"
+    ATTENTION = "attention"
+    """On the main path, after its last norm."""
+    SHORTCUT = "shortcut"
+    HEAD = "head"
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One place of a network.
+    """One place of a network, with everything that decides what is computed there.
 
     Attributes:
       stage: ``"stem"``, ``"stage1"`` ..., ``"head"``, or ``""`` in a bare block.
@@ -45,7 +57,10 @@ class Slot:
         whole.
       kind: What it holds.
       shape: Shape of its kernel ``(kh, kw, I // groups, O)``, ``(k, I, O)`` over channels or ``(in,
-        out)``, or ``(C,)`` of a norm; ``()`` for an activation.
+        out)``; ``(C,)`` of a norm; the window ``(h, w)`` of a pool or blur; ``()`` of an output.
+      stride, padding, dilation: In pixels, equal in both directions; padding is on each side.
+      groups: Channel groups of a convolution.
+      branch: The part of the network that it belongs to.
     """
 
     stage: str
@@ -53,6 +68,11 @@ class Slot:
     role: str
     kind: SlotKind
     shape: tuple[int, ...] = ()
+    stride: int = field(default=1, kw_only=True)
+    padding: int = field(default=0, kw_only=True)
+    dilation: int = field(default=1, kw_only=True)
+    groups: int = field(default=1, kw_only=True)
+    branch: Branch = field(default=Branch.MAIN, kw_only=True)
 
     @property
     def path(self) -> Path:
@@ -67,26 +87,78 @@ class Slot:
         """Dotted path, ``"stage1.0.shortcut.conv"``; a bare block as a whole is ``"block"``."""
         return ".".join(map(str, self.path)) or "block"
 
+    @property
+    def is_block(self) -> bool:
+        """Whether it is the output of a whole block."""
+        return self.kind is SlotKind.OUTPUT and not self.role
 
-_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "kind": get_args(BlockKind),
-    "shortcut": get_args(Shortcut),
-    "stride_on": get_args(StridePlacement),
-    "attention": get_args(Attention),
-    "antialias": get_args(Antialias),
-}
+    @property
+    def multiplies(self) -> bool:
+        """Whether it is a 2-d convolution or a matrix product."""
+        return self.kind in (SlotKind.CONV, SlotKind.BIASED_CONV, SlotKind.LINEAR)
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable values."""
+        if self.kind is SlotKind.NORM:
+            return 2 * self.shape[0]
+        if self.multiplies or self.kind is SlotKind.CHANNEL_CONV:
+            biased = self.kind in (SlotKind.BIASED_CONV, SlotKind.LINEAR)
+            return math.prod(self.shape) + (self.shape[-1] if biased else 0)
+        return 0
+
+
+def normalised_conv(
+    stage: str,
+    block: int | None,
+    names: tuple[str, str],
+    size: int,
+    channels: tuple[int, int],
+    *,
+    dilation: int = 1,
+    groups: int = 1,
+    **numbers: Any,
+) -> Iterator[Slot]:
+    """A convolution of ``size`` by ``size`` pixels that keeps the resolution at stride 1, and the
+    norm that follows it.
+
+    Args:
+      stage, block: Where they are.
+      names: Roles of the two.
+      size: In pixels.
+      channels: Of input and output.
+      dilation, groups, **numbers: See :class:`Slot`.
+    """
+    conv, norm = names
+    shape = (size, size, channels[0] // groups, channels[1])
+    padding = dilation * (size // 2)
+    geometry = {"padding": padding, "dilation": dilation, "groups": groups}
+    yield Slot(stage, block, conv, SlotKind.CONV, shape, **geometry, **numbers)
+    branch = numbers.get("branch", Branch.MAIN)
+    yield Slot(stage, block, norm, SlotKind.NORM, channels[1:], branch=branch)
+
+
+@cache
+def choices_of(config: type) -> Mapping[str, tuple[str, ...]]:
+    """The options of a configuration class and their values: its fields that are literals."""
+    hints = get_type_hints(config)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+
+
+def check_choices(config: Any) -> None:
+    """Raises ValueError for an option whose value is none of its literal's."""
+    for name, known in choices_of(type(config)).items():
+        if (value := getattr(config, name)) not in known:
+            *others, last = map(repr, known)
+            what = "block kind" if name == "kind" else name
+            raise ValueError(f"{what} {value!r} is unknown; choose {', '.join(others)} or {last}.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockConfig:
-    """One residual block.
+class BlockOptions:
+    """What a block and a network of such blocks are told alike.
 
     Attributes:
-      in_channels, out_channels: Channels of its input and output.
-      kind: ``"basic"``: two 3x3 convolutions; ``"bottleneck"``: 1x1, 3x3, 1x1 with ``out_channels /
-        4`` planes.
-      stride: Of the block; 1 keeps the resolution.
-      dilation: Of the 3x3 convolutions.
       groups, base_width: As in torchvision: the inner width is ``int(planes * base_width / 64) *
         groups``; a basic block takes groups only.
       shortcut: Where stride or channels change: ``"projection"`` is a 1x1 convolution and a norm;
@@ -100,7 +172,34 @@ class BlockConfig:
         (arXiv:1910.03151).
       attention_ratio: Inner channels of ``"se"`` per channel, rounded to a multiple of 8.
       antialias: ``"blur"``: a 3x3 binomial filter carries a stride of 2 (Zhang 2019,
-        arXiv:1904.11486); it has no weights.
+        arXiv:1904.11486), also that of a stem's pooling; it has no weights.
+    """
+
+    groups: int = 1
+    base_width: int = 64
+    shortcut: Shortcut = "projection"
+    stride_on: StridePlacement = "3x3"
+    attention: Attention = "none"
+    attention_ratio: float = 1 / 16
+    antialias: Antialias = "none"
+
+    @property
+    def shared_options(self) -> dict[str, Any]:
+        """The fields of :class:`BlockOptions` alone."""
+        return {name: getattr(self, name) for name in BlockOptions.__dataclass_fields__}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig(BlockOptions):
+    """One residual block.
+
+    Attributes:
+      in_channels, out_channels: Channels of its input and output.
+      kind: ``"basic"``: two 3x3 convolutions; ``"bottleneck"``: 1x1, 3x3, 1x1 with ``out_channels /
+        4`` planes.
+      stride: Of the block; 1 keeps the resolution.
+      dilation: Of the 3x3 convolutions.
+      The others: See :class:`BlockOptions`.
     Raises:
       ValueError: Numbers that make no block.
     """
@@ -110,72 +209,59 @@ class BlockConfig:
     kind: BlockKind = "basic"
     stride: int = 1
     dilation: int = 1
-    groups: int = 1
-    base_width: int = 64
-    shortcut: Shortcut = "projection"
-    stride_on: StridePlacement = "3x3"
-    attention: Attention = "none"
-    attention_ratio: float = 1 / 16
-    antialias: Antialias = "none"
 
     def __post_init__(self) -> None:
-        for field in ("in_channels", "out_channels", "stride", "dilation", "groups", "base_width"):
-            value = getattr(self, field)
+        for name in ("in_channels", "out_channels", "stride", "dilation", "groups", "base_width"):
+            value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field}={value!r} must be a positive integer.")
-        for field, known in _CHOICES.items():
-            if getattr(self, field) not in known:
-                words = (
-                    " or ".join(map(repr, known))
-                    if len(known) == 2
-                    else f"one of {', '.join(map(repr, known))}"
-                )
-                name = "block kind" if field == "kind" else field
-                raise ValueError(f"{name} {getattr(self, field)!r} is unknown; choose {words}.")
-        if self.out_channels % EXPANSION[self.kind]:
-            raise ValueError(
+                raise ValueError(f"{name}={value!r} must be a positive integer.")
+        check_choices(self)
+        basic = self.kind == "basic"
+        for wrong, words in (
+            (
+                self.out_channels % EXPANSION[self.kind],
                 f"a bottleneck has 4 output channels per plane; "
-                f"out_channels={self.out_channels} is not a multiple of 4."
-            )
-        if self.kind == "basic" and self.base_width != 64:
-            raise ValueError(
-                f"base_width={self.base_width} applies to bottlenecks; a basic block has none."
-            )
-        if self.kind == "basic" and (
-            self.in_channels % self.groups or self.out_channels % self.groups
-        ):
-            raise ValueError(
+                f"out_channels={self.out_channels} is not a multiple of 4.",
+            ),
+            (
+                basic and self.base_width != 64,
+                f"base_width={self.base_width} applies to bottlenecks; a basic block has none.",
+            ),
+            (
+                basic and (self.in_channels % self.groups or self.out_channels % self.groups),
                 f"groups={self.groups} must divide in_channels={self.in_channels} and "
-                f"out_channels={self.out_channels} of a basic block."
-            )
-        if self.inner_width < 1:
-            raise ValueError(
+                f"out_channels={self.out_channels} of a basic block.",
+            ),
+            (
+                self.inner_width < 1,
                 f"base_width={self.base_width} leaves a bottleneck of {self.planes} planes no "
-                f"inner channel."
-            )
-        if self.shortcut == "zero_pad" and self.out_channels < self.in_channels:
-            raise ValueError(
+                f"inner channel.",
+            ),
+            (
+                self.shortcut == "zero_pad" and self.out_channels < self.in_channels,
                 f"a zero_pad shortcut cannot reduce {self.in_channels} channels to "
-                f"{self.out_channels}."
-            )
-        if self.shortcut == "pooled" and self.dilation > 1:
-            raise ValueError(
-                f"a pooled shortcut with dilation={self.dilation} has no meaning that everyone "
-                f"shares; use shortcut='projection'."
-            )
-        if self.antialias == "blur" and (
-            self.stride > 2
-            or self.dilation > 1
-            or (self.kind == "bottleneck" and self.stride_on == "1x1")
-        ):
-            raise ValueError(
+                f"{self.out_channels}.",
+            ),
+            (
+                self.shortcut == "pooled" and self.dilation > 1,
+                f"a pooled shortcut with dilation={self.dilation} is defined differently by "
+                f"different libraries; use shortcut='projection'.",
+            ),
+            (
+                self.antialias == "blur"
+                and (
+                    self.stride > 2 or self.dilation > 1 or (not basic and self.stride_on == "1x1")
+                ),
                 "antialias='blur' carries a stride of 1 or 2 after a 3x3 convolution; it goes "
-                "with neither dilation nor stride_on='1x1'."
-            )
-        if not 0 < self.attention_ratio <= 1:
-            raise ValueError(
-                f"attention_ratio={self.attention_ratio!r} must be above 0 and at most 1."
-            )
+                "with neither dilation nor stride_on='1x1'.",
+            ),
+            (
+                not 0 < self.attention_ratio <= 1,
+                f"attention_ratio={self.attention_ratio!r} must be above 0 and at most 1.",
+            ),
+        ):
+            if wrong:
+                raise ValueError(words)
 
     @property
     def planes(self) -> int:
@@ -185,16 +271,14 @@ class BlockConfig:
     @property
     def inner_width(self) -> int:
         """Channels between the convolutions."""
-        return (
-            self.planes
-            if self.kind == "basic"
-            else int(self.planes * self.base_width / 64) * self.groups
-        )
+        if self.kind == "basic":
+            return self.planes
+        return int(self.planes * self.base_width / 64) * self.groups
 
     @property
     def changes_shape(self) -> bool:
-        """Whether the skip must change resolution or channels; decided by the numbers, not by the
-        shapes that meet (1x1 inputs at stride 2).
+        """Whether the skip must change resolution or channels. The numbers decide, not the shapes
+        that meet (1x1 inputs at stride 2).
         """
         return self.stride != 1 or self.in_channels != self.out_channels
 
@@ -231,54 +315,47 @@ class BlockConfig:
         size = int(abs(math.log2(self.out_channels) + 1) / 2)
         return max(size if size % 2 else size + 1, 3)
 
+    @property
+    def image_size(self) -> int:
+        """Usual height and width of its input, in pixels."""
+        return 16
+
     def slots(self, stage: str = "", block: int | None = None) -> Iterator[Slot]:
         """The slots of this block in forward order; the block's own output comes last."""
-        width, groups = self.inner_width, self.groups
-        if self.kind == "basic":
-            kernels = [
-                (3, self.in_channels // groups, width),
-                (3, width // groups, self.out_channels),
-            ]
-        else:
-            kernels = [
-                (1, self.in_channels, width),
-                (3, width // groups, width),
-                (1, width, self.out_channels),
-            ]
-        for i, (size, fan, out) in enumerate(kernels, start=1):
-            yield Slot(stage, block, f"conv{i}", SlotKind.CONV, (size, size, fan, out))
-            yield Slot(stage, block, f"norm{i}", SlotKind.NORM, (out,))
-            if self.blurs and i == len(kernels) - 1:
-                yield Slot(stage, block, "blur", SlotKind.ACTIVATION)
-        channels = self.out_channels
-        if self.attention == "se":
-            yield Slot(
-                stage,
-                block,
-                "attention.reduce",
-                SlotKind.BIASED_CONV,
-                (1, 1, channels, self.squeezed_channels),
-            )
-            yield Slot(
-                stage,
-                block,
-                "attention.expand",
-                SlotKind.BIASED_CONV,
-                (1, 1, self.squeezed_channels, channels),
-            )
-        if self.attention == "eca":
-            yield Slot(
-                stage, block, "attention.conv", SlotKind.CHANNEL_CONV, (self.attention_window, 1, 1)
-            )
-        if self.attention != "none":
-            yield Slot(stage, block, "attention", SlotKind.ACTIVATION)
+
+        def at(role: str, kind: SlotKind, shape: tuple[int, ...] = (), **numbers: Any) -> Slot:
+            return Slot(stage, block, role, kind, shape, **numbers)
+
+        inputs, width, outputs = self.in_channels, self.inner_width, self.out_channels
+        sizes = (3, 3) if self.kind == "basic" else (1, 3, 1)
+        channels = (inputs, *[width] * (len(sizes) - 1), outputs)
+        for i, (size, stride) in enumerate(zip(sizes, self.strides, strict=True), start=1):
+            wide = {"dilation": self.dilation, "groups": self.groups} if size > 1 else {}
+            names, ends = (f"conv{i}", f"norm{i}"), (channels[i - 1], channels[i])
+            yield from normalised_conv(stage, block, names, size, ends, stride=stride, **wide)
+            if self.blurs and i == len(sizes) - 1:
+                yield at("blur", SlotKind.BLUR, (3, 3), stride=self.stride, padding=1)
+        yield from self._attention_slots(at)
         if self.projects:
-            pooled = self.shortcut == "pooled"
-            if pooled and self.stride > 1:  # at stride 1 the pool hands its input on
-                yield Slot(stage, block, "shortcut.pool", SlotKind.ACTIVATION)
-            place = "shortcut.projection" if pooled else "shortcut"
-            yield Slot(
-                stage, block, f"{place}.conv", SlotKind.CONV, (1, 1, self.in_channels, channels)
-            )
-            yield Slot(stage, block, f"{place}.norm", SlotKind.NORM, (channels,))
-        yield Slot(stage, block, "", SlotKind.ACTIVATION)
+            names, stride, skip = ("shortcut.conv", "shortcut.norm"), self.stride, Branch.SHORTCUT
+            if self.shortcut == "pooled":
+                names, stride = ("shortcut.projection.conv", "shortcut.projection.norm"), 1
+                if (window := self.stride) > 1:  # at stride 1 the pool returns its input
+                    kind = SlotKind.AVERAGE_POOL
+                    yield at("shortcut.pool", kind, (window, window), stride=window, branch=skip)
+            ends = inputs, outputs
+            yield from normalised_conv(stage, block, names, 1, ends, stride=stride, branch=skip)
+        yield at("", SlotKind.OUTPUT)
+
+    def _attention_slots(self, at: Any) -> Iterator[Slot]:
+        branch, channels, inner = Branch.ATTENTION, self.out_channels, self.squeezed_channels
+        if self.attention == "se":
+            for role, ends in (("reduce", (channels, inner)), ("expand", (inner, channels))):
+                kind = SlotKind.BIASED_CONV
+                yield at(f"attention.{role}", kind, (1, 1, *ends), branch=branch)
+        if self.attention == "eca":
+            window, kind = self.attention_window, SlotKind.CHANNEL_CONV
+            shape = (window, 1, 1)
+            yield at("attention.conv", kind, shape, padding=window // 2, branch=branch)
+        if self.attention != "none":
+            yield at("attention", SlotKind.OUTPUT, branch=branch)

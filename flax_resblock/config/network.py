@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Literal
 
 from flax_resblock.config.block import (
     EXPANSION,
-    Antialias,
-    Attention,
     BlockConfig,
     BlockKind,
-    Shortcut,
+    BlockOptions,
+    Branch,
     Slot,
     SlotKind,
-    StridePlacement,
+    check_choices,
+    normalised_conv,
 )
 
 MOST_BLOCKS = 10_000
@@ -27,7 +29,7 @@ Stem = Literal["imagenet", "deep", "cifar"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResNetConfig:
+class ResNetConfig(BlockOptions):
     """A residual network.
 
     Attributes:
@@ -40,12 +42,11 @@ class ResNetConfig:
       stem_width: Channels of the stem.
       stem_hidden: Channels of the first two convolutions of a deep stem; ``()`` for the others.
       first_stride: Stride of the first stage; that of the others is 2.
-      shortcut, stride_on, groups, base_width, attention, attention_ratio: See :class:`BlockConfig`.
-      antialias: See :class:`BlockConfig`; a blur also carries the stride of the stem's pooling.
       dilated_stages: Stages (from 1) whose stride is replaced by dilation, torchvision's
         ``replace_stride_with_dilation``.
       in_channels: Channels of the images.
       num_classes: Size of the logits; None: no head, the network returns pooled features.
+      The others: Of every block, see :class:`BlockOptions`.
     Raises:
       ValueError: Numbers that make no network.
     """
@@ -57,13 +58,6 @@ class ResNetConfig:
     stem_width: int = 64
     stem_hidden: tuple[int, ...] = ()
     first_stride: int = 1
-    shortcut: Shortcut = "projection"
-    stride_on: StridePlacement = "3x3"
-    attention: Attention = "none"
-    attention_ratio: float = 1 / 16
-    antialias: Antialias = "none"
-    groups: int = 1
-    base_width: int = 64
     dilated_stages: tuple[int, ...] = ()
     in_channels: int = 3
     num_classes: int | None = 1000
@@ -90,14 +84,9 @@ class ResNetConfig:
                     f"depths, widths, stem_width, in_channels and num_classes must be positive "
                     f"integers; got {field!r} in {self}."
                 )
-        if self.block not in EXPANSION:
-            raise ValueError(f"block {self.block!r} is unknown; choose 'basic' or 'bottleneck'.")
+        check_choices(self)
         if sum(self.depths) > MOST_BLOCKS:
             raise ValueError(f"depths={self.depths} are more than {MOST_BLOCKS:,} blocks.")
-        if self.stem not in ("imagenet", "deep", "cifar"):
-            raise ValueError(
-                f"stem {self.stem!r} is unknown; choose 'imagenet', 'deep' or 'cifar'."
-            )
         if len(self.stem_hidden) != (2 if self.stem == "deep" else 0):
             raise ValueError(
                 f"stem_hidden={self.stem_hidden} must give the channels of two convolutions "
@@ -117,6 +106,18 @@ class ResNetConfig:
     def feature_channels(self) -> int:
         """Channels of the last stage's output."""
         return self.widths[-1] * EXPANSION[self.block]
+
+    @property
+    def stem_stride(self) -> int:
+        """By how much the stem reduces height and width."""
+        return math.prod(slot.stride for slot in self._stem_slots())
+
+    @property
+    def image_size(self) -> int:
+        """Usual height and width of its images, in pixels: 224 where the stem reduces them, 32
+        where it does not.
+        """
+        return 224 if self.stem_stride > 1 else 32
 
     @property
     def stage_names(self) -> tuple[str, ...]:
@@ -139,38 +140,36 @@ class ResNetConfig:
                     kind=self.block,
                     stride=stride if index == 0 else 1,
                     dilation=previous_dilation if index == 0 else dilation,
-                    groups=self.groups,
-                    base_width=self.base_width,
-                    shortcut=self.shortcut,
-                    stride_on=self.stride_on,
-                    attention=self.attention,
-                    attention_ratio=self.attention_ratio,
-                    antialias=self.antialias,
+                    **self.shared_options,
                 )
                 yield stage, index, config
                 channels = config.out_channels
 
     def slots(self) -> Iterator[Slot]:
         """Every slot in forward order."""
-        if self.stem == "deep":
-            channels = (self.in_channels, *self.stem_hidden, self.stem_width)
-            for i in (1, 2, 3):
-                yield Slot(
-                    "stem", None, f"conv{i}", SlotKind.CONV, (3, 3, channels[i - 1], channels[i])
-                )
-                yield Slot("stem", None, f"norm{i}", SlotKind.NORM, (channels[i],))
-        else:
-            size = 7 if self.stem == "imagenet" else 3
-            yield Slot(
-                "stem", None, "conv", SlotKind.CONV, (size, size, self.in_channels, self.stem_width)
-            )
-            yield Slot("stem", None, "norm", SlotKind.NORM, (self.stem_width,))
-        if self.stem != "cifar":
-            yield Slot("stem", None, "pool", SlotKind.ACTIVATION)
+        yield from self._stem_slots()
         for stage, index, block in self.blocks():
             yield from block.slots(stage, index)
         if self.num_classes is not None:
-            yield Slot("head", None, "", SlotKind.LINEAR, (self.feature_channels, self.num_classes))
+            shape = (self.feature_channels, self.num_classes)
+            yield Slot("head", None, "", SlotKind.LINEAR, shape, branch=Branch.HEAD)
+
+    def _stem_slots(self) -> Iterator[Slot]:
+        where, deep, pools = ("stem", None), self.stem == "deep", self.stem != "cifar"
+        channels = (self.in_channels, *self.stem_hidden, self.stem_width)
+        for i, ends in enumerate(pairwise(channels), start=1):
+            names = (f"conv{i}", f"norm{i}") if deep else ("conv", "norm")
+            size, stride = 7 if self.stem == "imagenet" else 3, 2 if pools and i == 1 else 1
+            yield from normalised_conv(*where, names, size, ends, stride=stride, branch=Branch.STEM)
+        if not pools:
+            return
+        window = {"shape": (3, 3), "padding": 1, "branch": Branch.STEM}
+        if self.antialias == "blur":
+            yield Slot(*where, "pool.pool", SlotKind.MAX_POOL, **window)
+            yield Slot(*where, "pool.blur", SlotKind.BLUR, stride=2, **window)
+            yield Slot(*where, "pool", SlotKind.OUTPUT, branch=Branch.STEM)
+        else:
+            yield Slot(*where, "pool", SlotKind.MAX_POOL, stride=2, **window)
 
 
 Config = ResNetConfig | BlockConfig

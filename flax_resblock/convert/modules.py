@@ -1,32 +1,28 @@
-"""What an ``nn.Module`` says beyond its state dict: strides, padding, norm constants. Duck-typed;
-imports no torch.
+"""What an ``nn.Module`` says beyond its state dict: strides, padding, pooling, norm constants.
+Duck-typed; imports no torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from flax_resblock.checkpoint.unwrap import PREFIXES
-from flax_resblock.config import BlockConfig, Config, ResNetConfig, Slot, SlotKind, walk
+from flax_resblock.config import Branch, ResNetConfig, Slot, SlotKind, walk
 from flax_resblock.convert.detection.assumptions import TRAITS
 from flax_resblock.convert.state_map import StateMap
 from flax_resblock.errors import InputError, some
 
-_POOL_FIELDS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-_MAX_POOL, _NOTHING = [("MaxPool2d", 3, 2, 1, 1, False)], [("Identity",), ("Sequential",)]
-_STEM_POOLS = {
-    ("imagenet", "none"): _MAX_POOL,
-    ("deep", "none"): _MAX_POOL,
-    ("imagenet", "blur"): [("Sequential",)],
-    ("deep", "blur"): [("Sequential",)],
+_CONVOLUTIONS = (SlotKind.CONV, SlotKind.BIASED_CONV, SlotKind.CHANNEL_CONV)
+_POOLS = {
+    SlotKind.MAX_POOL: (("MaxPool2d",), {"dilation": 1, "ceil_mode": False}),
+    SlotKind.AVERAGE_POOL: (("AvgPool2d",), {"ceil_mode": True, "count_include_pad": False}),
+    SlotKind.BLUR: (("Blur", "BlurPool2d"), {}),
 }
-"""By stem and antialias, what a module named as the stem's pooling may be, with the values of its
-fields; in a CIFAR stem it does nothing.
-"""
-_BLURS = ("Blur", "BlurPool2d")
-_AVERAGE_FIELDS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+"""Classes of the layers without tensors, and their fields that no slot has."""
+_POOLING = {name for classes, _ in _POOLS.values() for name in classes}
 
 
 def _square(value: Any) -> int | tuple[int, ...] | str:
@@ -36,39 +32,39 @@ def _square(value: Any) -> int | tuple[int, ...] | str:
     return value
 
 
-def _expected_geometry(state_map: StateMap) -> dict[str, tuple[int, int, int, int]]:
-    """Stride, padding, dilation and groups of every convolution, by slot name."""
-    config = state_map.config
-    geometry = {}
-    if isinstance(config, ResNetConfig):
-        stride = 1 if config.stem == "cifar" else 2
-        geometry |= {
-            "stem.conv": (stride, 3 if config.stem == "imagenet" else 1, 1, 1),
-            "stem.conv1": (2, 1, 1, 1),
-        }
-        geometry |= dict.fromkeys(("stem.conv2", "stem.conv3"), (1, 1, 1, 1))
-    for stage, index, block in _blocks(config):
-        for slot in block.slots(stage, index):
-            if slot.kind is SlotKind.CONV:
-                geometry[slot.name] = _block_geometry(block, slot)
-    return geometry
+def _numbers(module: Any, *names: str) -> tuple[Any, ...]:
+    return tuple(_square(getattr(module, name, None)) for name in names)
 
 
-def _blocks(config: Config) -> list[tuple[str, int | None, BlockConfig]]:
-    return list(config.blocks()) if isinstance(config, ResNetConfig) else [("", None, config)]
+def _keeps_its_input(module: Any) -> bool:
+    """Whether a pool looks at one pixel at a time."""
+    return _numbers(module, "kernel_size", "stride", "padding") == (1, 1, 0)
 
 
-def _block_geometry(block: BlockConfig, slot: Slot) -> tuple[int, int, int, int]:
-    size = slot.shape[0]
-    if slot.role.startswith("shortcut"):
-        return (block.stride if slot.role == "shortcut.conv" else 1), 0, 1, 1
-    dilation = block.dilation if size == 3 else 1
-    return (
-        block.strides[int(slot.role[-1]) - 1],
-        dilation * (size // 2),
-        dilation,
-        block.groups if size == 3 else 1,
-    )
+def _call(options: Mapping[str, Any]) -> str:
+    return f"({', '.join(f'{name}={value}' for name, value in options.items())})"
+
+
+def _difference(slot: Slot, module: Any) -> str | None:
+    """How a module computes something else than its slot says; None where it does not."""
+    if slot.kind in _CONVOLUTIONS:
+        names = ("stride", "padding", "dilation", "groups")
+        found, expected = _numbers(module, *names), tuple(getattr(slot, name) for name in names)
+        if found != expected:
+            return f"{slot.name} has ({', '.join(names)}) {found}, expected {expected}"
+        if getattr(module, "padding_mode", "zeros") != "zeros":
+            return f"{slot.name} pads with {module.padding_mode!r}, expected 'zeros'"
+    elif slot.kind is SlotKind.NORM and not getattr(module, "track_running_stats", True):
+        return f"{slot.name} does not track running statistics"
+    elif slot.kind in _POOLS:
+        classes, fixed = _POOLS[slot.kind]
+        layer = type(module).__name__
+        geometry = {"kernel_size": slot.shape[0], "stride": slot.stride, "padding": slot.padding}
+        expected = {} if slot.kind is SlotKind.BLUR else geometry | fixed
+        found = dict(zip(expected, _numbers(module, *expected), strict=True))
+        if layer not in classes or found != expected:
+            return f"{slot.name} is {layer}{_call(found)}, expected {classes[0]}{_call(expected)}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -86,86 +82,36 @@ class ModuleFacts:
     norm_options: dict[str, float | None]
 
     def differences(self, state_map: StateMap) -> list[str]:
-        """Every way in which a convolution or norm would compute something else than its Flax twin,
-        one sentence each.
+        """Every way in which a layer would compute something else than its Flax counterpart, one
+        sentence each.
         """
-        differences = []
-        expected = _expected_geometry(state_map)
-        for slot in walk(state_map.config):
-            module = self.modules.get(state_map.naming.module_name(slot) or "")
-            if module is None:
-                continue
-            if slot.kind is SlotKind.CONV:
-                found = tuple(
-                    _square(getattr(module, field, None))
-                    for field in ("stride", "padding", "dilation", "groups")
-                )
-                if found != expected[slot.name]:
-                    differences.append(
-                        f"{slot.name} has (stride, padding, dilation, groups) {found}, "
-                        f"expected {expected[slot.name]}"
-                    )
-                if getattr(module, "padding_mode", "zeros") != "zeros":
-                    differences.append(
-                        f"{slot.name} pads with {module.padding_mode!r}, expected 'zeros'"
-                    )
-            elif slot.kind is SlotKind.NORM and not getattr(module, "track_running_stats", True):
-                differences.append(f"{slot.name} does not track running statistics")
-        return differences + self._other_layers(state_map)
+        places = {state_map.naming.module_name(slot): slot for slot in walk(state_map.config)}
+        here = ((slot, self.modules.get(name or "")) for name, slot in places.items())
+        found = (_difference(slot, module) for slot, module in here if module is not None)
+        return [words for words in found if words] + list(self._other_layers(places))
 
-    def _other_layers(self, state_map: StateMap) -> list[str]:
-        """Layers without tensors, which no state dict shows: activations other than ReLU, and
-        pooling that the Flax twin does not do.
+    def _other_layers(self, places: Mapping[str | None, Slot]) -> Iterator[str]:
+        """Layers without tensors that are at no slot: activations other than ReLU, and pooling that
+        the Flax network does not do.
         """
-        config, naming = state_map.config, state_map.naming
-        differences = []
-        known = {}
-        if isinstance(config, ResNetConfig) and "stem.pool" in naming.modules:
-            known[naming.modules["stem.pool"]] = (
-                "stem.pool",
-                _POOL_FIELDS,
-                _STEM_POOLS.get((config.stem, config.antialias), _NOTHING),
-            )
-        for stage, index, block in _blocks(config):
-            places: dict[str, list[tuple[Any, ...]]] = {
-                "blur": [(name,) for name in _BLURS] if block.blurs else [("Identity",)]
-            }
-            if block.projects and block.shortcut == "pooled":
-                places["shortcut.pool"] = [
-                    ("AvgPool2d", block.stride, block.stride, 0, True, False)
-                ] + [("Identity",)] * (block.stride == 1)
-            for place, expected in places.items():
-                slot = Slot(stage, index, place, SlotKind.ACTIVATION)
-                known[naming.module_name(slot) or ""] = (slot.name, _AVERAGE_FIELDS, expected)
-        attention = naming.modules.get("attention")
+        attention = tuple(f"{name}." for name, s in places.items() if s.branch is Branch.ATTENTION)
+        blocks = tuple(f"{name}." if name else "" for name, s in places.items() if s.is_block)
         for name, module in self.modules.items():
             layer, home = type(module).__name__, type(module).__module__
-            if name in known and name:
-                place, fields, expected = known[name]
-                found = (
-                    (layer, *(_square(getattr(module, field, None)) for field in fields))
-                    if layer in ("MaxPool2d", "AvgPool2d")
-                    else (layer,)
-                )
-                if found not in expected:
-                    differences.append(f"{place} is {found}, expected {expected[0]}")
-            elif (
-                home == "torch.nn.modules.activation"
-                and layer != "ReLU"
-                and not (layer == "Sigmoid" and attention in name.split("."))
-            ):
-                differences.append(f"{name} is {layer}, expected ReLU")
-            elif (
-                home == "torch.nn.modules.pooling"
-                and "Avg" not in layer
-                and not any(name.startswith(f"{place}.") for place in known if place)
-            ):
-                differences.append(f"{name} is {layer}; the Flax network pools by the mean")
-        return differences
+            if name in places:
+                continue
+            if home == "torch.nn.modules.activation":
+                if layer != "ReLU" and not (layer == "Sigmoid" and name.startswith(attention)):
+                    yield f"{name} is {layer}, expected ReLU"
+            elif home == "torch.nn.modules.pooling" or layer in _POOLING:
+                inside = name.startswith(blocks) and not name.startswith(attention)
+                if not _keeps_its_input(module) and ("Avg" not in layer or inside):
+                    place = "no pooling" if inside else "the mean over the image"
+                    yield f"{name} is {layer}, expected {place}"
 
     def traits(self, state_map: StateMap) -> dict[str, Any]:
-        """What the module says of the things that no tensor tells: the values under which it has
-        the fewest :meth:`differences`.
+        """Values of the options that cannot be inferred from the weights: those under which the
+        module has the fewest :meth:`differences`.
 
         Args:
           state_map: As read off the tensors alone.
@@ -196,7 +142,7 @@ class ModuleFacts:
         if differences:
             raise InputError(
                 f"the PyTorch module's tensors fit, but it computes something else than its "
-                f"Flax twin: {some(differences)}. "
+                f"Flax counterpart: {some(differences)}. "
                 "Pass architecture=ResNetConfig(...) or BlockConfig(...) that describes it."
             )
 

@@ -42,7 +42,9 @@ TORCH_TENSORS: Mapping[SlotKind, tuple[Tensor, ...]] = MappingProxyType(
             Tensor("num_batches_tracked", "num_batches_tracked", role="counter"),
         ),
         SlotKind.LINEAR: (Tensor("kernel", "weight", TRANSPOSED), Tensor("bias", "bias")),
-        SlotKind.ACTIVATION: (),
+        **dict.fromkeys(
+            (SlotKind.MAX_POOL, SlotKind.AVERAGE_POOL, SlotKind.BLUR, SlotKind.OUTPUT), ()
+        ),
     }
 )
 FLAX_TENSORS: Mapping[SlotKind, tuple[Tensor, ...]] = MappingProxyType(
@@ -122,7 +124,13 @@ _RESIDUAL = {
     "conv3": "conv3",
     "norm3": "bn3",
 }
-_STEM = {"stem.conv": "conv1", "stem.norm": "bn1", "stem.pool": "maxpool"}
+_STEM = {
+    "stem.conv": "conv1",
+    "stem.norm": "bn1",
+    "stem.pool": "maxpool",
+    "stem.pool.pool": "maxpool.0",
+    "stem.pool.blur": "maxpool.1",
+}
 _DOWNSAMPLE = {"shortcut.conv": "downsample.0", "shortcut.norm": "downsample.1"}
 _SHORTCUT = {"shortcut.conv": "shortcut.0", "shortcut.norm": "shortcut.1"}
 _POOLED = {

@@ -4,6 +4,7 @@ multiplication and one addition per channel.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -49,17 +50,16 @@ def fold_batch_norm(model: Model) -> Model:
     * scale / sqrt(var + eps)``; both are computed in float64 and rounded once.
 
     Args:
-      model: Every norm follows the convolution of the same name (``norm1`` after ``conv1``); does
-        not change.
+      model: A network or block; does not change.
     Raises:
       InputError: A norm that follows no convolution.
     """
     folded = nnx.merge(*nnx.split(model), copy=True)
-    for slot in walk(model.config):
+    for before, slot in pairwise(walk(model.config)):
         if slot.kind is not SlotKind.NORM:
             continue
         *place, name = slot.path
-        conv = getattr(module_at(folded, tuple(place)), str(name).replace("norm", "conv"), None)
+        conv = module_at(folded, before.path) if before.kind is SlotKind.CONV else None
         norm = module_at(folded, slot.path)
         if (
             not isinstance(conv, Conv)
@@ -67,7 +67,7 @@ def fold_batch_norm(model: Model) -> Model:
             or conv.kernel.shape[-1] != norm.num_features
         ):
             raise InputError(
-                f"the norm at {slot.name} follows no convolution of the same name and cannot "
+                f"the norm at {slot.name} follows no convolution of as many channels and cannot "
                 f"be folded into one. Export without --fold-batch-norm."
             )
         kernel, scale, bias, mean, var = (

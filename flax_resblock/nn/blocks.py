@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Unpack
+from typing import Any, TypedDict, Unpack
 
 import jax
 from flax import nnx
@@ -15,6 +16,46 @@ from flax_resblock.nn.pooling import Blur
 from flax_resblock.nn.shortcuts import build_shortcut
 
 __all__ = ["BottleneckBlock", "LayerOptions", "Layers", "ResidualBlock", "build_block"]
+
+
+class ResidualOptions(LayerOptions, total=False):
+    """Options of a :class:`ResidualBlock`: fields of :class:`flax_resblock.BlockConfig` with its
+    defaults, and :class:`LayerOptions`.
+    """
+
+    dilation: int
+    groups: int
+    shortcut: Shortcut
+    attention: Attention
+    attention_ratio: float
+    antialias: Antialias
+
+
+class BottleneckOptions(ResidualOptions, total=False):
+    """Options of a :class:`BottleneckBlock`."""
+
+    base_width: int
+    stride_on: StridePlacement
+
+
+class _Spread(TypedDict):
+    """Of a 3x3 convolution."""
+
+    dilation: int
+    groups: int
+
+
+def _described(
+    options: Mapping[str, Any], known: Mapping[str, Any], **fields: Any
+) -> tuple[BlockConfig, LayerOptions]:
+    """The configuration of a block and the options of its layers, from its arguments."""
+    if unknown := set(options) - set(known):
+        raise TypeError(f"unknown option {', '.join(sorted(unknown))}; known: {', '.join(known)}.")
+    own = {
+        name: value for name, value in options.items() if name not in LayerOptions.__annotations__
+    }
+    rest = {name: value for name, value in options.items() if name not in own}
+    return BlockConfig(**fields, **own), rest  # pyright: ignore[reportReturnType]
 
 
 class ResidualBlock(nnx.Module):
@@ -30,10 +71,8 @@ class ResidualBlock(nnx.Module):
       in_channels, out_channels: Channels of input ``(N, H, W, in_channels)`` and output ``(N,
         ceil(H / stride), ceil(W / stride), out_channels)``.
       stride: Of the first convolution and of the shortcut.
-      dilation, groups: Of both 3x3 convolutions.
-      shortcut, attention, attention_ratio, antialias: See :class:`flax_resblock.BlockConfig`.
       rngs: Source of the ``params`` stream; None builds the module without values.
-      **options: See :class:`LayerOptions`.
+      **options: See :class:`ResidualOptions`.
     Raises:
       ValueError: Numbers that make no block; on a call, an input of another rank or channel count.
     """
@@ -44,32 +83,22 @@ class ResidualBlock(nnx.Module):
         out_channels: int,
         stride: int = 1,
         *,
-        dilation: int = 1,
-        groups: int = 1,
-        shortcut: Shortcut = "projection",
-        attention: Attention = "none",
-        attention_ratio: float = 1 / 16,
-        antialias: Antialias = "none",
         rngs: nnx.Rngs | None,
-        **options: Unpack[LayerOptions],
+        **options: Unpack[ResidualOptions],
     ) -> None:
-        config = self.config = BlockConfig(
+        config, rest = _described(
+            options,
+            ResidualOptions.__annotations__,
             in_channels=in_channels,
             out_channels=out_channels,
             stride=stride,
-            dilation=dilation,
-            groups=groups,
-            shortcut=shortcut,
-            attention=attention,
-            attention_ratio=attention_ratio,
-            antialias=antialias,
         )
-        layers = Layers(rngs, options)
-        self.conv1 = layers.conv(
-            in_channels, out_channels, 3, stride=config.strides[0], dilation=dilation, groups=groups
-        )
+        self.config, layers = config, Layers(rngs, rest)
+        wide = _Spread(dilation=config.dilation, groups=config.groups)
+        first, second = config.strides
+        self.conv1 = layers.conv(in_channels, out_channels, 3, stride=first, **wide)
         self.norm1 = layers.norm(out_channels)
-        self.conv2 = layers.conv(out_channels, out_channels, 3, dilation=dilation, groups=groups)
+        self.conv2 = layers.conv(out_channels, out_channels, 3, stride=second, **wide)
         self.norm2 = layers.norm(out_channels, ends_residual=True)
         self.blur = Blur(stride) if config.blurs else None
         self.attention = build_attention(config, layers)
@@ -86,9 +115,8 @@ class ResidualBlock(nnx.Module):
         y = y if self.blur is None else self.blur(y)
         y = self.norm2(self.conv2(y), use_running_average=use_running_average)
         y = y if self.attention is None else self.attention(y)
-        return joined(
-            y, self.shortcut(x, use_running_average=use_running_average), self.conv1.conv_lowering
-        )
+        skip = self.shortcut(x, use_running_average=use_running_average)
+        return joined(y, skip, self.conv1.conv_lowering)
 
 
 class BottleneckBlock(nnx.Module):
@@ -98,11 +126,8 @@ class BottleneckBlock(nnx.Module):
       in_channels, out_channels: Channels of input and output; ``out_channels`` is four times
         torchvision's ``planes``.
       stride: Carried by the convolution that ``stride_on`` names, and by the shortcut.
-      stride_on: ``"3x3"`` as torchvision (ResNet v1.5), ``"1x1"`` as Caffe and He et al. 2016.
-      dilation, groups: Of the 3x3 convolution.
-      base_width: The inner width is ``int(out_channels / 4 * base_width / 64) * groups``.
-      shortcut, attention, attention_ratio, antialias, rngs, **options: As for
-        :class:`ResidualBlock`.
+      rngs: As for :class:`ResidualBlock`.
+      **options: See :class:`BottleneckOptions`.
     Raises:
       ValueError: Numbers that make no block; on a call, an input of another rank or channel count.
     """
@@ -113,39 +138,25 @@ class BottleneckBlock(nnx.Module):
         out_channels: int,
         stride: int = 1,
         *,
-        dilation: int = 1,
-        groups: int = 1,
-        base_width: int = 64,
-        shortcut: Shortcut = "projection",
-        stride_on: StridePlacement = "3x3",
-        attention: Attention = "none",
-        attention_ratio: float = 1 / 16,
-        antialias: Antialias = "none",
         rngs: nnx.Rngs | None,
-        **options: Unpack[LayerOptions],
+        **options: Unpack[BottleneckOptions],
     ) -> None:
-        config = self.config = BlockConfig(
+        config, rest = _described(
+            options,
+            BottleneckOptions.__annotations__,
+            kind="bottleneck",
             in_channels=in_channels,
             out_channels=out_channels,
-            kind="bottleneck",
             stride=stride,
-            dilation=dilation,
-            groups=groups,
-            base_width=base_width,
-            shortcut=shortcut,
-            stride_on=stride_on,
-            attention=attention,
-            attention_ratio=attention_ratio,
-            antialias=antialias,
         )
-        layers = Layers(rngs, options)
-        width = config.inner_width
-        first, second, _ = config.strides
+        self.config, layers = config, Layers(rngs, rest)
+        wide, width = _Spread(dilation=config.dilation, groups=config.groups), config.inner_width
+        first, second, third = config.strides
         self.conv1 = layers.conv(in_channels, width, 1, stride=first)
         self.norm1 = layers.norm(width)
-        self.conv2 = layers.conv(width, width, 3, stride=second, dilation=dilation, groups=groups)
+        self.conv2 = layers.conv(width, width, 3, stride=second, **wide)
         self.norm2 = layers.norm(width)
-        self.conv3 = layers.conv(width, out_channels, 1)
+        self.conv3 = layers.conv(width, out_channels, 1, stride=third)
         self.norm3 = layers.norm(out_channels, ends_residual=True)
         self.blur = Blur(stride) if config.blurs else None
         self.attention = build_attention(config, layers)
@@ -160,9 +171,8 @@ class BottleneckBlock(nnx.Module):
         y = y if self.blur is None else self.blur(y)
         y = self.norm3(self.conv3(y), use_running_average=use_running_average)
         y = y if self.attention is None else self.attention(y)
-        return joined(
-            y, self.shortcut(x, use_running_average=use_running_average), self.conv1.conv_lowering
-        )
+        skip = self.shortcut(x, use_running_average=use_running_average)
+        return joined(y, skip, self.conv1.conv_lowering)
 
 
 def build_block(

@@ -204,10 +204,10 @@ def create(
     name: str,
     *,
     rngs: nnx.Rngs | None,
-    num_classes: int | None = ...,
+    num_classes: int | None = ...,  # pyright: ignore[reportArgumentType]
     in_channels: int = 3,
     **options: Any,
-) -> ResNet:  # pyright: ignore[reportArgumentType]
+) -> ResNet:
     """A named architecture with fresh weights, in training mode.
 
     Args:
@@ -234,6 +234,5 @@ def create(
         )
     if num_classes is not ...:
         options["num_classes"] = num_classes
-    return ResNet(
-        architecture(name, in_channels=in_channels, **options), rngs=rngs, **layer_options
-    )  # pyright: ignore[reportArgumentType]
+    config = architecture(name, in_channels=in_channels, **options)
+    return ResNet(config, rngs=rngs, **layer_options)  # pyright: ignore[reportArgumentType]

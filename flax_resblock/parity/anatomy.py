@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flax_resblock.config import Branch
 from flax_resblock.errors import InputError
 from flax_resblock.parity.causes import NAMES, Cause, Diagnosis, Side, evidence_for
 from flax_resblock.parity.causes.connections import Connection, explain_connection, explain_ending
@@ -220,7 +221,8 @@ class Anatomy:
 
     def _ending(self, block: str, value: np.ndarray, truth: np.ndarray) -> Cause | None:
         inside = [name for name in self.reference.activations if self._inside(name, block)]
-        skips = [name for name in inside if "shortcut" in name]
+        branches = self.pair.branches
+        skips = [name for name in inside if branches.get(name) is Branch.SHORTCUT]
         mains = [name for name in inside if name not in skips]
         if not mains or block not in self.reference.inputs:
             return None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_resblock.config import Config, ResNetConfig
+from flax_resblock.config import BlockConfig, Config
 from flax_resblock.errors import InputError
 
 
@@ -22,16 +22,18 @@ def adversarial_images(
     picture.
 
     Args:
-      config: Decides channels and default size (odd by even; 65x48 for an ImageNet stem, 33x32 or
-        15x14 for others).
+      config: Decides channels and default size (odd by even: 65x48 where a stem reduces the
+        image, 33x32 where it does not, 15x14 for a block).
       batch, height, width: ``(N, H, W)``.
       seed: Of the generator.
     Returns:
       ``(N, H, W, C)``, float64.
     """
     rng = np.random.default_rng(seed)
-    stem = config.stem if isinstance(config, ResNetConfig) else None
-    size = {"imagenet": (65, 48), "deep": (65, 48), "cifar": (33, 32), None: (15, 14)}[stem]
+    if isinstance(config, BlockConfig):
+        size = 15, 14
+    else:
+        size = (65, 48) if config.stem_stride > 1 else (33, 32)
     height, width = height or size[0], width or size[1]
     channels = config.in_channels
     mean, scale = rng.uniform(-2, 2, channels), rng.uniform(0.3, 2, channels)

@@ -20,7 +20,7 @@ import torch
 from flax import nnx
 
 from flax_resblock.checkpoint.torch_file import from_numpy, state_to_numpy
-from flax_resblock.config import Path
+from flax_resblock.config import Branch, Path
 from flax_resblock.convert.codecs import AS_IS, OIHW_HWIO, TRANSPOSED, Codec
 from flax_resblock.convert.state_map import Entry
 from flax_resblock.errors import InputError, some
@@ -99,6 +99,11 @@ class Pair(ABC):
     @abstractmethod
     def torch_slots(self) -> Mapping[str, str]:
         """Module name of the same layers."""
+
+    @property
+    def branches(self) -> Mapping[str, Branch]:
+        """The branch of a residual block that a slot belongs to, for those where it is known."""
+        return {}
 
     def specification(self) -> Pair | None:
         """A pair whose PyTorch side is known to be right, where there is one: a diagnosis then says

@@ -13,7 +13,7 @@ import torch
 
 import torch_ref
 from flax_resblock.checkpoint.torch_file import from_numpy, state_to_numpy
-from flax_resblock.config import BlockConfig, Config, ResNetConfig, name_of, walk
+from flax_resblock.config import BlockConfig, Branch, Config, ResNetConfig, name_of, walk
 from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.convert.opening import OpenedCheckpoint
 from flax_resblock.convert.state_map import Entry, is_floating, transcode
@@ -43,24 +43,12 @@ def torch_reference(
     return module
 
 
-_OF_EVERY_BLOCK = (
-    "dilation",
-    "groups",
-    "base_width",
-    "shortcut",
-    "attention",
-    "attention_ratio",
-    "antialias",
-)
-
-
 def _torch_block(config: BlockConfig) -> torch.nn.Module:
-    shared: dict[str, Any] = {name: getattr(config, name) for name in _OF_EVERY_BLOCK}
+    options = {"dilation": config.dilation, **config.shared_options}
     if config.kind == "basic":
-        return torch_ref.BasicBlock(config.in_channels, config.planes, config.stride, **shared)
-    return torch_ref.Bottleneck(
-        config.in_channels, config.planes, config.stride, stride_on=config.stride_on, **shared
-    )
+        del options["stride_on"]
+    block = torch_ref.BasicBlock if config.kind == "basic" else torch_ref.Bottleneck
+    return block(config.in_channels, config.planes, config.stride, **options)
 
 
 @dataclass(frozen=True)
@@ -132,6 +120,11 @@ class ReferencePair(Pair):
             return self.state_map.modules
         there = dict(self.module.named_modules())
         return {slot: name for slot, name in self.state_map.modules.items() if name in there}
+
+    @property
+    def branches(self) -> dict[str, Branch]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The branch of every slot."""
+        return {slot.name: slot.branch for slot in walk(self.config)}
 
     def specification(self) -> ReferencePair | None:
         """The same network with the reference of ``torch_ref`` as its PyTorch side; None where it

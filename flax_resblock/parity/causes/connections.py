@@ -245,82 +245,86 @@ def _pooling(connection: Connection, value: np.ndarray) -> Iterator[Candidate]:
 def explain_ending(
     truth: np.ndarray, main: np.ndarray, skip: np.ndarray | None, x: np.ndarray, value: np.ndarray
 ) -> Cause | None:
-    """The mistake by which a residual block ends in ``value`` instead of ``truth = relu(main +
+    """The mistake by which a residual block ends in ``value`` instead of ``truth = act(main +
     skip)``.
 
     Args:
-      truth: What it is meant to give.
-      main: Output of the last norm.
+      truth: What it is meant to give; it says which activation is meant.
+      main: Output of the main path.
       skip: Output of the shortcut; None: no layer computes it.
       x: Input of the block.
       value: What it gave.
     """
-    relu = ACTIVATIONS["ReLU"]
     if skip is None:
         skip = x if x.shape == main.shape else _zero_padded(x, main.shape, front=True)
+    total = main + skip
+    fitting = (f for f in ACTIVATIONS if relative_l2(ACTIVATIONS[f](total), truth) <= 1e-12)
+    meant = next(fitting, "ReLU")
+    act, word = ACTIVATIONS[meant], meant.partition("(")[0].lower()
     candidates: list[Candidate] = [
         (
             "overwritten-branch",
-            "overwrites the main path: the output is relu(skip(x) + x), the convolutions are "
-            "computed and thrown away",
-            lambda: relu(skip + x),
+            f"overwrites the main path: the output is {word}(skip(x) + x), the convolutions are "
+            f"computed and thrown away",
+            lambda: act(skip + x),
         ),
         (
             "skip-not-added",
-            "does not add the skip: the output is relu of the main path alone",
-            lambda: relu(main),
+            f"does not add the skip: the output is {word} of the main path alone",
+            lambda: act(main),
         ),
         (
             "missing-main",
-            "leaves the main path out: the output is relu(skip(x))",
-            lambda: relu(skip),
-        ),
-        ("missing-relu", "has no last ReLU: the output is main path + skip", lambda: main + skip),
-        (
-            "relu-before-add",
-            "applies the ReLU before the addition: the output is relu(main path) + skip",
-            lambda: relu(main) + skip,
+            f"leaves the main path out: the output is {word}(skip(x))",
+            lambda: act(skip),
         ),
         (
+            "missing-relu",
+            f"has no last {meant}: the output is main path + skip",
+            lambda: total,
+        ),
+        (
             "relu-before-add",
-            "applies ReLU to both before the addition",
-            lambda: relu(main) + relu(skip),
+            f"applies the {meant} before the addition: the output is {word}(main path) + skip",
+            lambda: act(main) + skip,
+        ),
+        (
+            "relu-before-add",
+            f"applies {meant} to both before the addition",
+            lambda: act(main) + act(skip),
         ),
         (
             "unprojected-skip",
-            "adds the unprojected input: the output is relu(main path + x)",
-            lambda: relu(main + x),
+            f"adds the unprojected input: the output is {word}(main path + x)",
+            lambda: act(main + x),
         ),
-        ("skip-subtracted", "subtracts the skip", lambda: relu(main - skip)),
-        ("skip-subtracted", "subtracts the main path", lambda: relu(skip - main)),
-        ("branches-multiplied", "multiplies the branches", lambda: relu(main * skip)),
-        ("skip-twice", "adds the skip twice", lambda: relu(main + 2 * skip)),
+        ("skip-subtracted", "subtracts the skip", lambda: act(main - skip)),
+        ("skip-subtracted", "subtracts the main path", lambda: act(skip - main)),
+        ("branches-multiplied", "multiplies the branches", lambda: act(main * skip)),
+        ("skip-twice", "adds the skip twice", lambda: act(main + 2 * skip)),
         (
             "other-shortcut",
             "puts all new channels of the shortcut behind",
-            lambda: relu(main + _zero_padded(x, main.shape, front=False)),
+            lambda: act(main + _zero_padded(x, main.shape, front=False)),
         ),
         (
             "other-shortcut",
             "averages pixels in the shortcut",
-            lambda: relu(main + _zero_padded(x, main.shape, front=True, mean=True)),
+            lambda: act(main + _zero_padded(x, main.shape, front=True, mean=True)),
         ),
     ]
     for name, f in ACTIVATIONS.items():
-        if name not in ("ReLU", "no activation"):
-            candidates.append(
-                ("other-activation", f"ends in {name} instead of ReLU", lambda f=f: f(main + skip))
-            )
+        if name not in (meant, "no activation"):
+            words = f"ends in {name} instead of {meant}"
+            candidates.append(("other-activation", words, lambda f=f: f(total)))
     found = explain(value, candidates)
-    if (
-        found is None and value.shape == main.shape
-    ):  # scaled branches, where the ReLU let something through
+    if found is None and value.shape == main.shape:  # scaled branches, where both are linear
         positive = value > 0
         a, b = main[positive], skip[positive]
-        if positive.sum() > 2:
+        if positive.sum() > 2 and meant in ("ReLU", "LeakyReLU(0.01)"):
             (alpha, beta), *_ = np.linalg.lstsq(np.stack([a, b], 1), value[positive], rcond=None)
             words = f"weighs the branches: {alpha:.6g} x main path {beta:+.6g} x skip"
-            found = explain(value, [("scaled", words, lambda: relu(alpha * main + beta * skip))])
+            found = explain(value, [("scaled", words, lambda: act(alpha * main + beta * skip))])
     return found
 
 
