@@ -6,8 +6,9 @@ import pytest
 from flax import nnx
 
 import flax_resblock
-from flax_resblock import BlockConfig, ResNetConfig
+from flax_resblock import ResNetConfig
 from flax_resblock.nn import linen
+from flax_resblock.parity.battery import BATTERY
 
 CONFIGS = {
     "basic": ResNetConfig(depths=(1, 2), widths=(8, 12), stem="cifar", stem_width=8, num_classes=5),
@@ -20,15 +21,17 @@ CONFIGS = {
         num_classes=7,
         groups=2,
     ),
-    "option A, no head": ResNetConfig(
-        depths=(1, 1),
-        widths=(6, 12),
-        stem="cifar",
-        stem_width=6,
-        shortcut="zero_pad",
-        num_classes=None,
+    "no head": ResNetConfig(
+        depths=(1, 1), widths=(6, 12), stem="cifar", stem_width=6, num_classes=None
     ),
-    "bare block": BlockConfig(in_channels=3, out_channels=8, stride=2),
+    "every option of a network": next(
+        config for config in BATTERY.values() if getattr(config, "stem", None) == "deep"
+    ),
+    "every option of a block": next(
+        config
+        for config in BATTERY.values()
+        if getattr(config, "kind", None) == "bottleneck" and config.attention == "eca"
+    ),
 }
 
 
@@ -50,7 +53,7 @@ def built(config):
 
 
 def test_variables_of_a_fresh_linen_network_are_those_of_the_nnx_one(config):
-    ours = linen.ResNet(config).init(jax.random.key(1), images())
+    ours = linen.ResNet(config).init(jax.random.key(1), images(config.in_channels))
     theirs = linen.variables(built(config))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), ours) == jax.tree.map(
         lambda a: (a.shape, a.dtype), theirs
@@ -60,7 +63,7 @@ def test_variables_of_a_fresh_linen_network_are_those_of_the_nnx_one(config):
 
 
 def test_evaluation_and_training_equal_nnx_bit_for_bit(config):
-    model, x = built(config), images()
+    model, x = built(config), images(config.in_channels)
     variables = linen.variables(model)
     evaluated = linen.ResNet(config).apply(variables, x)
     trained, updates = linen.ResNet(config).apply(variables, x, train=True, mutable=["batch_stats"])
@@ -77,7 +80,7 @@ def test_evaluation_and_training_equal_nnx_bit_for_bit(config):
 def test_training_without_mutable_statistics_leaves_them(config):
     variables = linen.variables(built(config))
     before = jax.tree.map(np.array, variables)
-    linen.ResNet(config).apply(variables, images(), train=True)
+    linen.ResNet(config).apply(variables, images(config.in_channels), train=True)
     jax.tree.map(np.testing.assert_array_equal, before, variables)
 
 

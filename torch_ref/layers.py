@@ -33,6 +33,12 @@ def conv(
     )
 
 
+def activation_layer(name: str) -> nn.Module:
+    """PyTorch's own layer, with its defaults."""
+    layers = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+    return layers[name]()
+
+
 class ZeroPad(nn.Module):
     """Option-A shortcut of He et al. 2016: a strided slice, new channels zero, half of them in
     front.

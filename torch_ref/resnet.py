@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
-from torch_ref.layers import Blur, channel_attention, conv, downsample
+from torch_ref.layers import Blur, activation_layer, channel_attention, conv, downsample
 
 
 class BasicBlock(nn.Module):
@@ -29,6 +28,7 @@ class BasicBlock(nn.Module):
         attention: str = "none",
         attention_ratio: float = 1 / 16,
         antialias: str = "none",
+        activation: str = "relu",
     ) -> None:
         super().__init__()
         blurs = antialias == "blur" and stride == 2
@@ -38,14 +38,15 @@ class BasicBlock(nn.Module):
         self.conv2 = conv(planes, planes, 3, 1, dilation, groups)
         self.bn2 = nn.BatchNorm2d(planes)
         self.se = channel_attention(attention, planes, attention_ratio)
+        self.act = activation_layer(activation)
         self.downsample = downsample(in_channels, planes, stride, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = torch.relu(self.bn1(self.conv1(x)))
+        out = self.act(self.bn1(self.conv1(x)))
         out = out if self.aa is None else self.aa(out)
         out = self.bn2(self.conv2(out))
         out = out if self.se is None else self.se(out)
-        return torch.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return self.act(out + (x if self.downsample is None else self.downsample(x)))
 
 
 class Bottleneck(nn.Module):
@@ -67,6 +68,7 @@ class Bottleneck(nn.Module):
         attention: str = "none",
         attention_ratio: float = 1 / 16,
         antialias: str = "none",
+        activation: str = "relu",
     ) -> None:
         super().__init__()
         width = int(planes * (base_width / 64.0)) * groups
@@ -80,23 +82,27 @@ class Bottleneck(nn.Module):
         self.conv3 = conv(width, planes * self.expansion, 1)
         self.bn3 = nn.BatchNorm2d(planes * self.expansion)
         self.se = channel_attention(attention, planes * self.expansion, attention_ratio)
+        self.act = activation_layer(activation)
         self.downsample = downsample(in_channels, planes * self.expansion, stride, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = torch.relu(self.bn1(self.conv1(x)))
-        out = torch.relu(self.bn2(self.conv2(out)))
+        out = self.act(self.bn1(self.conv1(x)))
+        out = self.act(self.bn2(self.conv2(out)))
         out = out if self.aa is None else self.aa(out)
         out = self.bn3(self.conv3(out))
         out = out if self.se is None else self.se(out)
-        return torch.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return self.act(out + (x if self.downsample is None else self.downsample(x)))
 
 
-def _stem_convolutions(stem: str, in_channels: int, hidden: Sequence[int], width: int) -> nn.Module:
+def _stem_convolutions(
+    stem: str, in_channels: int, hidden: Sequence[int], width: int, activation: str
+) -> nn.Module:
     if stem != "deep":
         return conv(in_channels, width, 7, 2) if stem == "imagenet" else conv(in_channels, width, 3)
     layers: list[nn.Module] = []
     for index, (inputs, outputs) in enumerate(zip((in_channels, *hidden), hidden, strict=False)):
-        layers += [conv(inputs, outputs, 3, 1 if index else 2), nn.BatchNorm2d(outputs), nn.ReLU()]
+        layers += [conv(inputs, outputs, 3, 1 if index else 2), nn.BatchNorm2d(outputs)]
+        layers.append(activation_layer(activation))
     return nn.Sequential(*layers, conv(hidden[-1], width, 3))
 
 
@@ -113,6 +119,7 @@ class ResNet(nn.Module):
       first_stride: Stride of the first stage.
       shortcut, stride_on, groups, base_width, attention, attention_ratio, antialias: Of every
         block.
+      activation: Of the stem and of every block.
       dilated_stages: Stages (from 1) whose stride is replaced by dilation.
       in_channels, num_classes: Channels of the images, size of the logits (None: no head).
       zero_init_residual: Start the last norm of every block at zero.
@@ -133,6 +140,7 @@ class ResNet(nn.Module):
         attention: str = "none",
         attention_ratio: float = 1 / 16,
         antialias: str = "none",
+        activation: str = "relu",
         groups: int = 1,
         base_width: int = 64,
         dilated_stages: Sequence[int] = (),
@@ -141,7 +149,8 @@ class ResNet(nn.Module):
         zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
-        self.conv1 = _stem_convolutions(stem, in_channels, stem_hidden, stem_width)
+        self.conv1 = _stem_convolutions(stem, in_channels, stem_hidden, stem_width, activation)
+        self.act = activation_layer(activation)
         self.bn1 = nn.BatchNorm2d(stem_width)
         self.maxpool: nn.Module = nn.Identity()
         if stem != "cifar" and antialias == "blur":
@@ -171,6 +180,7 @@ class ResNet(nn.Module):
                         attention=attention,
                         attention_ratio=attention_ratio,
                         antialias=antialias,
+                        activation=activation,
                     )
                 )
                 channels = width * expansion
@@ -189,7 +199,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(N, in_channels, H, W)`` to logits ``(N, num_classes)``."""
-        x = self.maxpool(torch.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(self.act(self.bn1(self.conv1(images))))
         for stage in self.stages:
             x = stage(x)
         return self.fc(x.mean(dim=(2, 3)))

@@ -94,6 +94,8 @@ class ReadingFlags:
     """Stride of the first stage. Tensors tell it for basic blocks only."""
     antialias: Literal["none", "blur"] | None = None
     """Whether strides are blurred, as in timm's resnetblur. No tensor tells."""
+    activation: Literal["relu", "leaky_relu", "gelu", "silu"] | None = None
+    """Activation of the stem and the blocks, relu unless told. No tensor tells."""
     dilated_stages: tuple[int, ...] | None = None
     """Stages (from 1) whose stride is replaced by dilation. No tensor tells."""
     limits: Limits = LIMITS

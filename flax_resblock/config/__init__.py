@@ -13,6 +13,7 @@ from flax_resblock.config.architectures import (
 )
 from flax_resblock.config.block import (
     EXPANSION,
+    Activation,
     Antialias,
     Attention,
     BlockConfig,
@@ -31,6 +32,7 @@ from flax_resblock.config.network import Config, ResNetConfig, Stem, from_json, 
 __all__ = [
     "ARCHITECTURES",
     "EXPANSION",
+    "Activation",
     "Antialias",
     "Attention",
     "BlockConfig",

@@ -152,7 +152,7 @@ def name_of(config: Config) -> str:
     if isinstance(config, BlockConfig):
         return (
             f"{config.kind} block {config.in_channels}->{config.out_channels}, stride "
-            f"{config.stride}"
+            f"{config.stride}{_activation(config)}"
         )
     for name, known in ARCHITECTURES.items():
         if replace(known, num_classes=config.num_classes, in_channels=config.in_channels) == config:
@@ -160,5 +160,9 @@ def name_of(config: Config) -> str:
     attention = "" if config.attention == "none" else f", {config.attention} attention"
     return (
         f"custom {config.block} ResNet, depths {config.depths}, widths {config.widths}, "
-        f"{config.stem} stem, {config.shortcut} shortcuts{attention}"
+        f"{config.stem} stem, {config.shortcut} shortcuts{attention}{_activation(config)}"
     )
+
+
+def _activation(config: Config) -> str:
+    return "" if config.activation == "relu" else f", {config.activation}"

@@ -15,6 +15,7 @@ Shortcut = Literal["projection", "pooled", "zero_pad"]
 StridePlacement = Literal["3x3", "1x1"]
 Attention = Literal["none", "se", "eca"]
 Antialias = Literal["none", "blur"]
+Activation = Literal["relu", "leaky_relu", "gelu", "silu"]
 Path = tuple[str | int, ...]
 
 EXPANSION: Mapping[str, int] = MappingProxyType({"basic": 1, "bottleneck": 4})
@@ -61,6 +62,7 @@ class Slot:
       stride, padding, dilation: In pixels, equal in both directions; padding is on each side.
       groups: Channel groups of a convolution.
       branch: The part of the network that it belongs to.
+      activation: Applied to what a norm gives, or the last step of a block; None: none is.
     """
 
     stage: str
@@ -73,6 +75,7 @@ class Slot:
     dilation: int = field(default=1, kw_only=True)
     groups: int = field(default=1, kw_only=True)
     branch: Branch = field(default=Branch.MAIN, kw_only=True)
+    activation: Activation | None = field(default=None, kw_only=True)
 
     @property
     def path(self) -> Path:
@@ -117,6 +120,7 @@ def normalised_conv(
     *,
     dilation: int = 1,
     groups: int = 1,
+    activation: Activation | None = None,
     **numbers: Any,
 ) -> Iterator[Slot]:
     """A convolution of ``size`` by ``size`` pixels that keeps the resolution at stride 1, and the
@@ -127,15 +131,15 @@ def normalised_conv(
       names: Roles of the two.
       size: In pixels.
       channels: Of input and output.
-      dilation, groups, **numbers: See :class:`Slot`.
+      dilation, groups, activation, **numbers: See :class:`Slot`.
     """
     conv, norm = names
     shape = (size, size, channels[0] // groups, channels[1])
     padding = dilation * (size // 2)
     geometry = {"padding": padding, "dilation": dilation, "groups": groups}
     yield Slot(stage, block, conv, SlotKind.CONV, shape, **geometry, **numbers)
-    branch = numbers.get("branch", Branch.MAIN)
-    yield Slot(stage, block, norm, SlotKind.NORM, channels[1:], branch=branch)
+    ending = {"branch": numbers.get("branch", Branch.MAIN), "activation": activation}
+    yield Slot(stage, block, norm, SlotKind.NORM, channels[1:], **ending)
 
 
 @cache
@@ -173,6 +177,9 @@ class BlockOptions:
       attention_ratio: Inner channels of ``"se"`` per channel, rounded to a multiple of 8.
       antialias: ``"blur"``: a 3x3 binomial filter carries a stride of 2 (Zhang 2019,
         arXiv:1904.11486), also that of a stem's pooling; it has no weights.
+      activation: Of the stem, within a block and at its end, as PyTorch defines it:
+        ``"leaky_relu"`` has a slope of 0.01 and ``"gelu"`` is exact. Squeeze-and-excitation keeps
+        its ReLU.
     """
 
     groups: int = 1
@@ -182,6 +189,7 @@ class BlockOptions:
     attention: Attention = "none"
     attention_ratio: float = 1 / 16
     antialias: Antialias = "none"
+    activation: Activation = "relu"
 
     @property
     def shared_options(self) -> dict[str, Any]:
@@ -332,7 +340,10 @@ class BlockConfig(BlockOptions):
         for i, (size, stride) in enumerate(zip(sizes, self.strides, strict=True), start=1):
             wide = {"dilation": self.dilation, "groups": self.groups} if size > 1 else {}
             names, ends = (f"conv{i}", f"norm{i}"), (channels[i - 1], channels[i])
-            yield from normalised_conv(stage, block, names, size, ends, stride=stride, **wide)
+            act = self.activation if i < len(sizes) else None
+            yield from normalised_conv(
+                stage, block, names, size, ends, stride=stride, activation=act, **wide
+            )
             if self.blurs and i == len(sizes) - 1:
                 yield at("blur", SlotKind.BLUR, (3, 3), stride=self.stride, padding=1)
         yield from self._attention_slots(at)
@@ -345,7 +356,7 @@ class BlockConfig(BlockOptions):
                     yield at("shortcut.pool", kind, (window, window), stride=window, branch=skip)
             ends = inputs, outputs
             yield from normalised_conv(stage, block, names, 1, ends, stride=stride, branch=skip)
-        yield at("", SlotKind.OUTPUT)
+        yield at("", SlotKind.OUTPUT, activation=self.activation)
 
     def _attention_slots(self, at: Any) -> Iterator[Slot]:
         branch, channels, inner = Branch.ATTENTION, self.out_channels, self.squeezed_channels

@@ -160,7 +160,8 @@ class ResNetConfig(BlockOptions):
         for i, ends in enumerate(pairwise(channels), start=1):
             names = (f"conv{i}", f"norm{i}") if deep else ("conv", "norm")
             size, stride = 7 if self.stem == "imagenet" else 3, 2 if pools and i == 1 else 1
-            yield from normalised_conv(*where, names, size, ends, stride=stride, branch=Branch.STEM)
+            numbers = {"stride": stride, "activation": self.activation, "branch": Branch.STEM}
+            yield from normalised_conv(*where, names, size, ends, **numbers)
         if not pools:
             return
         window = {"shape": (3, 3), "padding": 1, "branch": Branch.STEM}

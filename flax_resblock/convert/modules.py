@@ -4,14 +4,16 @@ Duck-typed; imports no torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from flax_resblock.checkpoint.unwrap import PREFIXES
-from flax_resblock.config import Branch, ResNetConfig, Slot, SlotKind, walk
+from flax_resblock.config import Activation, Branch, ResNetConfig, Slot, SlotKind, walk
 from flax_resblock.convert.detection.assumptions import TRAITS
+from flax_resblock.convert.naming import TORCH_ACTIVATIONS
 from flax_resblock.convert.state_map import StateMap
 from flax_resblock.errors import InputError, some
 
@@ -43,6 +45,12 @@ def _keeps_its_input(module: Any) -> bool:
 
 def _call(options: Mapping[str, Any]) -> str:
     return f"({', '.join(f'{name}={value}' for name, value in options.items())})"
+
+
+def _is_activation(module: Any, layer: str, fields: Mapping[str, Any]) -> bool:
+    return type(module).__name__ == layer and all(
+        getattr(module, name, None) == value for name, value in fields.items()
+    )
 
 
 def _difference(slot: Slot, module: Any) -> str | None:
@@ -91,9 +99,11 @@ class ModuleFacts:
         return [words for words in found if words] + list(self._other_layers(places))
 
     def _other_layers(self, places: Mapping[str | None, Slot]) -> Iterator[str]:
-        """Layers without tensors that are at no slot: activations other than ReLU, and pooling that
-        the Flax network does not do.
+        """Layers without tensors that are at no slot: other activations than the network's, and
+        pooling that the Flax network does not do.
         """
+        activations: set[Activation | None] = {slot.activation for slot in places.values()}
+        expected = [TORCH_ACTIVATIONS[one] for one in activations if one is not None]
         attention = tuple(f"{name}." for name, s in places.items() if s.branch is Branch.ATTENTION)
         blocks = tuple(f"{name}." if name else "" for name, s in places.items() if s.is_block)
         for name, module in self.modules.items():
@@ -101,8 +111,13 @@ class ModuleFacts:
             if name in places:
                 continue
             if home == "torch.nn.modules.activation":
-                if layer != "ReLU" and not (layer == "Sigmoid" and name.startswith(attention)):
-                    yield f"{name} is {layer}, expected ReLU"
+                if name.startswith(attention):
+                    known = layer in ("ReLU", "Sigmoid")
+                else:
+                    known = any(_is_activation(module, *meant) for meant in expected)
+                if not known:
+                    words = " or ".join(f"{name}{_call(fields)}" for name, fields in expected)
+                    yield f"{name} is {module}, expected {words}"
             elif home == "torch.nn.modules.pooling" or layer in _POOLING:
                 inside = name.startswith(blocks) and not name.startswith(attention)
                 if not _keeps_its_input(module) and ("Avg" not in layer or inside):
@@ -116,16 +131,19 @@ class ModuleFacts:
         Args:
           state_map: As read off the tensors alone.
         """
-        config = state_map.config
-        if not isinstance(config, ResNetConfig) or not self.differences(state_map):
+        config, told = state_map.config, self._activation
+        if not self.differences(state_map):
             return {}
+        if not isinstance(config, ResNetConfig):
+            return told
         last = len(config.depths)
         dilated = [tuple(range(first, last + 1)) for first in range(last + 1, 1, -1)]
-        choices = [trait.choices for trait in TRAITS if trait.matters(config)]
-        names = [*(trait.field for trait in TRAITS if trait.matters(config)), "dilated_stages"]
+        open_ones = [t for t in TRAITS if t.field not in told and t.matters(config)]
+        choices = [trait.choices for trait in open_ones]
+        names = [*(trait.field for trait in open_ones), "dilated_stages"]
         best: tuple[int, dict[str, Any]] | None = None
         for values in product(*choices, dilated):
-            traits = dict(zip(names, values, strict=True))
+            traits = told | dict(zip(names, values, strict=True))
             try:
                 number = len(
                     self.differences(StateMap(replace(config, **traits), state_map.naming))
@@ -135,6 +153,17 @@ class ModuleFacts:
             if best is None or number < best[0]:
                 best = number, traits
         return best[1] if best else {}
+
+    @property
+    def _activation(self) -> dict[str, Any]:
+        """The activation that most layers of the module are; relu where it has none as layers."""
+        found = Counter(
+            name
+            for module in self.modules.values()
+            for name, meant in TORCH_ACTIVATIONS.items()
+            if _is_activation(module, *meant)
+        )
+        return {"activation": found.most_common(1)[0][0] if found else "relu"}
 
     def check(self, state_map: StateMap) -> None:
         """Raises InputError where there are :meth:`differences`."""

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
-from flax_resblock.config import Slot, SlotKind
+from flax_resblock.config import Activation, Slot, SlotKind
 from flax_resblock.convert.codecs import AS_IS, OIHW_HWIO, OIW_WIO, TRANSPOSED, Codec
 
 
@@ -47,6 +48,15 @@ TORCH_TENSORS: Mapping[SlotKind, tuple[Tensor, ...]] = MappingProxyType(
         ),
     }
 )
+TORCH_ACTIVATIONS: Mapping[Activation, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "relu": ("ReLU", {}),
+        "leaky_relu": ("LeakyReLU", {"negative_slope": 0.01}),
+        "gelu": ("GELU", {"approximate": "none"}),
+        "silu": ("SiLU", {}),
+    }
+)
+"""Class of the PyTorch layer that is an activation, and its attributes."""
 FLAX_TENSORS: Mapping[SlotKind, tuple[Tensor, ...]] = MappingProxyType(
     {
         kind: tuple(Tensor(t.flax_name, t.flax_name, AS_IS, t.role) for t in tensors)

@@ -9,9 +9,16 @@ from typing import Any, TypedDict, Unpack
 import jax
 from flax import nnx
 
-from flax_resblock.config import Antialias, Attention, BlockConfig, Shortcut, StridePlacement
+from flax_resblock.config import (
+    Activation,
+    Antialias,
+    Attention,
+    BlockConfig,
+    Shortcut,
+    StridePlacement,
+)
 from flax_resblock.nn.attention import build_attention
-from flax_resblock.nn.layers import LayerOptions, Layers, joined
+from flax_resblock.nn.layers import ACTIVATIONS, LayerOptions, Layers, joined
 from flax_resblock.nn.pooling import Blur
 from flax_resblock.nn.shortcuts import build_shortcut
 
@@ -29,6 +36,7 @@ class ResidualOptions(LayerOptions, total=False):
     attention: Attention
     attention_ratio: float
     antialias: Antialias
+    activation: Activation
 
 
 class BottleneckOptions(ResidualOptions, total=False):
@@ -61,11 +69,11 @@ def _described(
 class ResidualBlock(nnx.Module):
     r"""Two 3x3 convolutions with batch norm, plus the skip connection.
 
-    .. math:: y = \mathrm{relu}(norm_2(conv_2(\mathrm{relu}(norm_1(conv_1(x))))) + shortcut(x))
+    .. math:: y = act(norm_2(conv_2(act(norm_1(conv_1(x))))) + shortcut(x))
 
     The convolutions have no bias and pad one pixel (``dilation`` pixels) on each side; the first
     carries the stride. The shortcut copies the input where stride and channels stay, else it is a
-    1x1 convolution without bias followed by a norm.
+    1x1 convolution without bias followed by a norm. The activation is ReLU unless asked otherwise.
 
     Args:
       in_channels, out_channels: Channels of input ``(N, H, W, in_channels)`` and output ``(N,
@@ -111,12 +119,13 @@ class ResidualBlock(nnx.Module):
           x: Activations.
           use_running_average: Overrides the mode of every norm for this call.
         """
-        y = nnx.relu(self.norm1(self.conv1(x), use_running_average=use_running_average))
+        act = ACTIVATIONS[self.config.activation]
+        y = act(self.norm1(self.conv1(x), use_running_average=use_running_average))
         y = y if self.blur is None else self.blur(y)
         y = self.norm2(self.conv2(y), use_running_average=use_running_average)
         y = y if self.attention is None else self.attention(y)
         skip = self.shortcut(x, use_running_average=use_running_average)
-        return joined(y, skip, self.conv1.conv_lowering)
+        return joined(y, skip, self.config.activation, self.conv1.conv_lowering)
 
 
 class BottleneckBlock(nnx.Module):
@@ -166,13 +175,14 @@ class BottleneckBlock(nnx.Module):
         """``(N, H, W, in_channels)`` to ``(N, H', W', out_channels)``; arguments as for
         :class:`ResidualBlock`.
         """
-        y = nnx.relu(self.norm1(self.conv1(x), use_running_average=use_running_average))
-        y = nnx.relu(self.norm2(self.conv2(y), use_running_average=use_running_average))
+        act = ACTIVATIONS[self.config.activation]
+        y = act(self.norm1(self.conv1(x), use_running_average=use_running_average))
+        y = act(self.norm2(self.conv2(y), use_running_average=use_running_average))
         y = y if self.blur is None else self.blur(y)
         y = self.norm3(self.conv3(y), use_running_average=use_running_average)
         y = y if self.attention is None else self.attention(y)
         skip = self.shortcut(x, use_running_average=use_running_average)
-        return joined(y, skip, self.conv1.conv_lowering)
+        return joined(y, skip, self.config.activation, self.conv1.conv_lowering)
 
 
 def build_block(

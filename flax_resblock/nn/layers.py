@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from typing import Any, TypedDict
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from flax_resblock.config import Activation
 from flax_resblock.cpu.materialised import kept
 from flax_resblock.cpu.switch import Lowering, for_cpu
 from flax_resblock.nn.conv import ChannelConv, Conv
@@ -45,12 +47,28 @@ class LayerOptions(TypedDict, total=False):
     zero_init_residual: bool
 
 
-def joined(main: jax.Array, skip: jax.Array, lowering: Lowering) -> jax.Array:
-    """``relu(main + skip)``, the output of a block.
+def _leaky_relu(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, x, 0.01 * x)  # at zero the derivative is PyTorch's 0.01, not jax's 1
+
+
+ACTIVATIONS: Mapping[Activation, Callable[[jax.Array], jax.Array]] = {
+    "relu": nnx.relu,
+    "leaky_relu": _leaky_relu,
+    "gelu": partial(nnx.gelu, approximate=False),
+    "silu": nnx.silu,
+}
+"""As ``torch.nn.ReLU()``, ``LeakyReLU()``, ``GELU()`` and ``SiLU()`` compute them."""
+
+
+def joined(
+    main: jax.Array, skip: jax.Array, activation: Activation, lowering: Lowering
+) -> jax.Array:
+    """``activation(main + skip)``, the output of a block.
 
     In training a CPU keeps it: XLA would compute it, and with it all blocks before it from their
-    convolutions on, once for each of its users."""
-    y = nnx.relu(main + skip)
+    convolutions on, once for each of its users.
+    """
+    y = ACTIVATIONS[activation](main + skip)
     return kept(y) if for_cpu(lowering) else y
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_resblock.config import Config, ResNetConfig, architecture
+from flax_resblock.config import Activation, Config, ResNetConfig, architecture
 from flax_resblock.nn.blocks import (
     BottleneckBlock,
     LayerOptions,
@@ -18,6 +18,7 @@ from flax_resblock.nn.blocks import (
     build_block,
 )
 from flax_resblock.nn.conv import Conv
+from flax_resblock.nn.layers import ACTIVATIONS
 from flax_resblock.nn.linear import Linear
 from flax_resblock.nn.pooling import Blur, MaxPool
 
@@ -41,7 +42,7 @@ def _stem_pool(config: ResNetConfig) -> MaxPool | BlurredMaxPool | None:
 
 
 class StemLayers(nnx.Module):
-    """First convolution, norm and ReLU, and for ImageNet the max pooling."""
+    """First convolution, norm and activation, and for ImageNet the max pooling."""
 
     def __init__(self, config: ResNetConfig, layers: Layers) -> None:
         imagenet = config.stem == "imagenet"
@@ -49,19 +50,21 @@ class StemLayers(nnx.Module):
             config.in_channels, config.stem_width, 7 if imagenet else 3, stride=2 if imagenet else 1
         )
         self.norm = layers.norm(config.stem_width)
+        self.activation: Activation = config.activation
         self.pool = _stem_pool(config)
 
     def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
         """``(N, H, W, in_channels)`` to ``(N, H', W', stem_width)``, a quarter of the resolution
         for ImageNet.
         """
-        x = nnx.relu(self.norm(self.conv(images), use_running_average=use_running_average))
+        x = self.norm(self.conv(images), use_running_average=use_running_average)
+        x = ACTIVATIONS[self.activation](x)
         return x if self.pool is None else self.pool(x)
 
 
 class DeepStemLayers(nnx.Module):
-    """Three 3x3 convolutions, the first of stride 2, each with norm and ReLU, and the max pooling
-    (ResNet-C, He et al. 2019, arXiv:1812.01187).
+    """Three 3x3 convolutions, the first of stride 2, each with norm and activation, and the max
+    pooling (ResNet-C, He et al. 2019, arXiv:1812.01187).
     """
 
     def __init__(self, config: ResNetConfig, layers: Layers) -> None:
@@ -72,6 +75,7 @@ class DeepStemLayers(nnx.Module):
         self.norm2 = layers.norm(second)
         self.conv3 = layers.conv(second, config.stem_width, 3)
         self.norm3 = layers.norm(config.stem_width)
+        self.activation: Activation = config.activation
         self.pool = _stem_pool(config)
 
     def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
@@ -84,7 +88,8 @@ class DeepStemLayers(nnx.Module):
             (self.conv2, self.norm2),
             (self.conv3, self.norm3),
         ):
-            x = nnx.relu(norm(conv(x), use_running_average=use_running_average))
+            x = norm(conv(x), use_running_average=use_running_average)
+            x = ACTIVATIONS[self.activation](x)
         return x if self.pool is None else self.pool(x)
 
 

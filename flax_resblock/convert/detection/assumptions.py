@@ -72,6 +72,17 @@ TRAITS = (
         lambda config: _strided(config) and not config.dilated_stages and config.stride_on == "3x3",
         lambda naming: False,
     ),
+    Trait(
+        "activation",
+        {
+            "relu": "the activation is ReLU",
+            "leaky_relu": "it is LeakyReLU with slope 0.01",
+            "gelu": "it is the exact GELU",
+            "silu": "it is SiLU (swish)",
+        },
+        lambda config: True,
+        lambda naming: False,
+    ),
 )
 FIELDS = (*(trait.field for trait in TRAITS), "dilated_stages")
 """Fields of a configuration that tensors do not tell."""
