@@ -60,6 +60,13 @@ def certified(target: str) -> dict[str, Request]:
     }
     return {
         **strict,
+        "fast blur": request_for(
+            replace(PROJECTION, antialias="blur"),
+            target,
+            what="train-step",
+            precision="default",
+            **SMALL,
+        ),
         "fast": request_for(PROJECTION, target, what="train-step", precision="default", **SMALL),
         "between": request_for(PROJECTION, target, what="train-step", precision="high", **SMALL),
         "one lowered": request_for(
@@ -110,15 +117,13 @@ def test_strict_mode_is_float32_everywhere(target):
             continue
         assert sentences(request, outcome) == [], name
         products = program_of(outcome).products
-        slots = {slot.name for slot in walk(request.config) if slot.kind is SlotKind.CONV}
-        products = [p for p in products if not p.slot.startswith("attention.")]
-        assert {product.slot for product in products if product.direction == "forward"} == slots, (
-            name
-        )
-        if request.what == "train-step":
-            assert {
-                product.slot for product in products if product.direction == "backward"
-            } == slots, name
+        slots = [slot for slot in walk(request.config) if slot.shape]
+        needed = {slot.name for slot in slots if slot.kind is SlotKind.CONV}
+        directions = ("forward", "backward")[: 1 + (request.what == "train-step")]
+        for direction in directions:
+            found = {product.slot for product in products if product.direction == direction}
+            # Attention and blurs are so small that a compiler may multiply and sum instead.
+            assert needed <= found <= {slot.name for slot in slots}, name
         assert program_of(outcome).narrow == ()
 
 
@@ -140,7 +145,7 @@ def test_one_lowered_convolution_breaks_the_certificate(target):
 @on_each_target
 def test_fast_mode_is_exactly_what_was_asked_for(target):
     skip_without(target)
-    for name in ("fast", "between", "network"):
+    for name in ("fast", "fast blur", "between", "network"):
         request, outcome = compiled(target)[name]
         assert sentences(request, outcome) == [], name
     request, outcome = compiled(target)["fast"]

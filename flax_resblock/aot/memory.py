@@ -1,4 +1,4 @@
-"""What would fit: estimates where a program does not, and the largest batch, found by compiling."""
+"""Estimates of what fits where a program does not, and the largest batch, found by compiling."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Compile = Callable[[Request], Outcome]
 _STEPS = 32
 """The search for the largest batch ends when it is known to one part in this many."""
 _GUESSES = 4
-"""So many steps of the search go by proportion; then it halves."""
+"""Steps of the search that go by proportion; later ones bisect."""
 _CAUTION = 0.8
-"""Share of the proportional estimate that is suggested: the compiler needs more room to schedule in
-tight memory.
+"""Share of the proportional estimate that is suggested: in tight memory the compiler needs more
+temporaries to schedule.
 """
 _TILE = 8
 """Suggested images per device are a multiple of it."""
 _COPIES = {"forward": 1, "train-step": 3}
-"""Of the parameters: they themselves; in training also their gradients and momentum."""
+"""Copies of the parameters in memory: in training also their gradients and momentum."""
 
 
 def fixed_bytes(request: Request) -> int:
@@ -38,7 +38,7 @@ def fixed_bytes(request: Request) -> int:
 
 
 def _images_per_device(request: Request, outcome: Outcome, capacity: int) -> float:
-    """By proportion: memory is taken to grow with the images on each device."""
+    """By proportion, as if memory grew with the images on each device."""
     fixed = fixed_bytes(request)
     each = max(outcome.needed - fixed, 1) / (request.batch / outcome.devices)
     return max(capacity - fixed, 0) / each
@@ -58,12 +58,12 @@ class Suggestion:
 
 
 def suggestions(request: Request, outcome: Outcome) -> list[Suggestion]:
-    """What should fit where a program does not: a smaller batch here, more of the same chips, as
-    many with more memory. Estimates; the next compilation proves.
+    """Changes that should make a program fit: a smaller batch, more of the same chips, or as many
+    chips with more memory. They are estimates; the next compilation decides.
 
     Args:
-      request: What was compiled, and
-      outcome: what became of it.
+      request: What was compiled.
+      outcome: Its result.
     """
     here = request.parsed_target
     found = []

@@ -1,4 +1,4 @@
-"""What to compile, and for what; a value that can be compared, hashed and sent to another
+"""What to compile and for which target: a value that can be compared, hashed and sent to another
 process.
 """
 
@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from flax_resblock import config as arch
 from flax_resblock.aot.targets import Target, parse
-from flax_resblock.config import walk
+from flax_resblock.config import SlotKind, walk
 from flax_resblock.errors import InputError
 
 What = Literal["forward", "train-step"]
@@ -66,7 +67,7 @@ class Request:
 
     @property
     def config(self) -> arch.Config:
-        """The network or block; not of an exported one."""
+        """The network or block. An exported one has none."""
         return arch.from_json(self.subject)
 
     @property
@@ -74,12 +75,19 @@ class Request:
         """The target."""
         return parse(self.target)
 
+    @cached_property
+    def _blurs(self) -> set[str]:
+        slots = () if self.exported else walk(self.config)
+        return {slot.name for slot in slots if slot.kind is SlotKind.BLUR}
+
     def precision_of(self, slot: str) -> str:
-        """What was asked for at a slot."""
+        """The precision asked for at a slot; a blur is always computed in full."""
+        if slot in self._blurs:
+            return "highest"
         return dict(self.slot_precision).get(slot, self.precision)
 
     def check(self) -> None:
-        """Raises InputError for what cannot be compiled, before a compiler starts."""
+        """Raises InputError for a request that cannot be compiled, before a compiler starts."""
         target = self.parsed_target
         if min(self.batch, self.height, self.width, self.slices) < 1:
             raise InputError(

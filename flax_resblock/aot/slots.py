@@ -12,17 +12,18 @@ import jax
 from flax import nnx
 
 from flax_resblock.aot.hlo import SLOT
-from flax_resblock.nn.conv import Conv
+from flax_resblock.nn.conv import ChannelConv, Conv
 from flax_resblock.nn.linear import Linear
 from flax_resblock.nn.norm import BatchNorm
+from flax_resblock.nn.pooling import Blur
 
-_LAYERS = (Conv, Linear, BatchNorm)
+_LAYERS = (Conv, ChannelConv, Linear, BatchNorm, Blur)
 
 
 @contextmanager
 def named_slots(model: nnx.Module) -> Iterator[None]:
-    """Within the block, calls of ``model``'s convolutions, norms and head are traced under a scope
-    that names their slot.
+    """Within the block, calls of ``model``'s convolutions, blurs, norms and head are traced under a
+    scope that names their slot.
 
     The classes' ``__call__`` is wrapped for that time; instances outside the model are left alone.
     """
