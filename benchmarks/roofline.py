@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from flax_resblock.config import ResNetConfig, SlotKind
+from flax_resblock.config import Branch, ResNetConfig, Slot, SlotKind, walk
 
 What = Literal["forward", "train-step"]
 Fusion = Literal["fused", "alone"]
@@ -135,29 +135,19 @@ def _size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) 
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _conv(
-    group: str,
-    shape: tuple[int, ...],
-    size: int,
-    channels: int,
-    stride: int,
-    dilation: int = 1,
-    first: bool = False,
-) -> tuple[Layer, int]:
-    """The layer and the size of its output; ``shape`` is the kernel's, ``(kh, kw, in / groups,
-    out)``.
-    """
-    kernel, _, fan, out = shape
-    padding = dilation * (kernel // 2)
-    after = _size(size, kernel, stride, padding, dilation)
+def _conv(slot: Slot, size: int, channels: int, *, first: bool) -> tuple[Layer, int]:
+    """The layer of a convolution, and the size of its output."""
+    kernel, _, fan, out = slot.shape
+    geometry = kernel, slot.stride, slot.padding, slot.dilation
+    after = _size(size, *geometry)
     layer = Layer(
-        group=group,
+        group=slot.stage,
         kind="conv",
         inputs=size**2 * channels,
         outputs=after**2 * out,
         products=after**2 * kernel**2 * fan * out,
-        inside=_inside(size, kernel, stride, padding, dilation) ** 2 * fan * out,
-        parameters=math.prod(shape),
+        inside=_inside(size, *geometry) ** 2 * fan * out,
+        parameters=slot.parameters,
         first=first,
     )
     return layer, after
@@ -183,63 +173,65 @@ def layers(config: ResNetConfig, size: int) -> list[Layer]:
     Raises:
       ValueError: Attention, blurs and pooled shortcuts are not counted.
     """
-    if config.attention != "none" or config.antialias != "none" or config.shortcut == "pooled":
+    slots = list(walk(config))
+    if any(slot.branch is Branch.ATTENTION or slot.kind in _UNCOUNTED for slot in slots):
         raise ValueError(
             "networks with attention, blurred strides or pooled shortcuts are not counted "
             "here; use resnet50 or another of torchvision's."
         )
-    found, channels = [], config.in_channels
-    for slot in config.slots():
-        if slot.stage == "stem" and slot.kind is SlotKind.CONV:
-            stride = 2 if config.stem != "cifar" and not found else 1
-            conv, size = _conv("stem", slot.shape, size, channels, stride, first=not found)
-            channels = slot.shape[-1]
-            found += [conv, *_elementwise("stem", ("norm", "relu"), size, channels)]
-    if config.stem != "cifar":
-        pooled = _size(size, 3, 2, 1)
-        found.append(
-            Layer(
-                group="stem", kind="pool", inputs=size**2 * channels, outputs=pooled**2 * channels
-            )
-        )
-        size = pooled
-    for stage, index, block in config.blocks():
-        before, channels, shortcut = size, block.in_channels, []
-        for slot in block.slots(stage, index):
-            if slot.kind is SlotKind.CONV and slot.role == "shortcut.conv":
-                conv, after = _conv(stage, slot.shape, before, block.in_channels, block.stride)
-                shortcut = [conv, *_elementwise(stage, ("norm",), after, block.out_channels)]
-            elif slot.kind is SlotKind.CONV:
-                number = int(slot.role.removeprefix("conv"))
-                conv, size = _conv(
-                    stage,
-                    slot.shape,
-                    size,
-                    channels,
-                    block.strides[number - 1],
-                    block.dilation if slot.shape[0] > 1 else 1,
-                )
-                channels = slot.shape[-1]
-                last = number == len(block.strides)
-                found += [
-                    conv,
-                    *_elementwise(stage, ("norm",) if last else ("norm", "relu"), size, channels),
-                ]
-        found += [*shortcut, *_elementwise(stage, ("add", "relu"), size, channels)]
-    found.append(Layer(group="head", kind="mean", inputs=size**2 * channels, outputs=channels))
-    if (classes := config.num_classes) is not None:
-        products = channels * classes
-        head = Layer(
-            group="head",
-            kind="linear",
-            inputs=channels,
-            outputs=classes,
-            products=products,
-            inside=products,
-            parameters=products + classes,
-        )
-        found.append(head)
-    return found
+    found: list[Layer] = []
+    main = entry = size, config.in_channels  # size and channels: here, and where the block begins
+    place = None
+    for slot in slots:
+        if (slot.stage, slot.block) != place:
+            place, entry = (slot.stage, slot.block), main
+        before = entry if slot.branch is Branch.SHORTCUT else main
+        if slot.branch is Branch.HEAD:
+            found.append(_mean(*main))
+        operations, after = _operations(slot, *before, first=not found)
+        found += operations
+        if slot.branch is Branch.SHORTCUT:
+            entry = after
+        else:
+            main = after
+    return found if config.num_classes is not None else [*found, _mean(*main)]
+
+
+_UNCOUNTED = (SlotKind.AVERAGE_POOL, SlotKind.BLUR)
+
+
+def _mean(size: int, channels: int) -> Layer:
+    return Layer(group="head", kind="mean", inputs=size**2 * channels, outputs=channels)
+
+
+def _operations(
+    slot: Slot, size: int, channels: int, *, first: bool
+) -> tuple[list[Layer], tuple[int, int]]:
+    """What is computed at a slot, and size and channels behind it."""
+    activation = ("relu",) if slot.activation else ()
+    if slot.kind is SlotKind.CONV:
+        conv, after = _conv(slot, size, channels, first=first)
+        return [conv], (after, slot.shape[-1])
+    if slot.kind is SlotKind.NORM:
+        return _elementwise(slot.stage, ("norm", *activation), size, channels), (size, channels)
+    if slot.is_block:
+        return _elementwise(slot.stage, ("add", *activation), size, channels), (size, channels)
+    if slot.kind is SlotKind.MAX_POOL:
+        after = _size(size, slot.shape[0], slot.stride, slot.padding)
+        before, behind = size**2 * channels, after**2 * channels
+        pool = Layer(group=slot.stage, kind="pool", inputs=before, outputs=behind)
+        return [pool], (after, channels)
+    products = math.prod(slot.shape)
+    head = Layer(
+        group=slot.stage,
+        kind="linear",
+        inputs=channels,
+        outputs=slot.shape[-1],
+        products=products,
+        inside=products,
+        parameters=slot.parameters,
+    )
+    return [head], (1, slot.shape[-1])
 
 
 def flops(network: Iterable[Layer], what: What, batch: int, *, padding: bool = True) -> int:
