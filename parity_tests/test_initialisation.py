@@ -19,6 +19,7 @@ from flax_resblock import (
 from flax_resblock.config import architecture, from_json, to_json, walk
 from flax_resblock.nn.linear import Linear
 from flax_resblock.nn.resnet import ResNet
+from flax_resblock.parity.battery import BATTERY
 
 SIGNIFICANT = 1e-4
 """p-value below which two samples are said to come from different distributions; the seeds are
@@ -153,12 +154,14 @@ def test_a_configuration_that_makes_no_block_is_refused(fields):
         BlockConfig(**{"in_channels": 4, "out_channels": 8, **fields})
 
 
-@pytest.mark.parametrize("name", architectures())
-def test_a_configuration_survives_json_and_names_every_slot_once(name):
-    config = architecture(name, num_classes=3)
-    assert from_json(to_json(config)) == config
-    names = [slot.name for slot in walk(config)]
-    assert len(set(names)) == len(names)
+def test_a_configuration_survives_json_and_names_every_slot_once():
+    for config in (
+        *(architecture(name, num_classes=3) for name in architectures()),
+        *BATTERY.values(),
+    ):
+        assert from_json(to_json(config)) == config
+        names = [slot.name for slot in walk(config)]
+        assert len(set(names)) == len(names), config
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from flax_resblock.convert import NAMINGS, StateMap, describe, identify
 from flax_resblock.convert.detection.assumptions import FIELDS
 from flax_resblock.convert.opening import interpret
 from flax_resblock.convert.state_map import transcode
+from flax_resblock.parity.battery import BATTERY
 from parity_tests.support import DTYPES, assert_same_bits, random_bits
 from torch_ref import Block, ResNet
 
@@ -44,21 +45,13 @@ OPTION_A = ResNetConfig(
 )
 BLOCKS = {
     "basic": BlockConfig(in_channels=4, out_channels=6, stride=2),
-    "identity": BlockConfig(in_channels=5, out_channels=5),
-    "grouped": BlockConfig(in_channels=4, out_channels=8, groups=2),
-    "bottleneck": BlockConfig(in_channels=6, out_channels=16, kind="bottleneck", stride=2),
     "wide grouped bottleneck": BlockConfig(
         in_channels=8, out_channels=16, kind="bottleneck", groups=2, base_width=128
     ),
-    "option A block": BlockConfig(in_channels=4, out_channels=8, stride=2, shortcut="zero_pad"),
     "grouped option A block": BlockConfig(
         in_channels=4, out_channels=8, groups=2, shortcut="zero_pad"
     ),
 }
-FIRST_ONES = 18
-"""Of the table of architectures: torchvision's and the CIFAR networks, in every dtype; the others,
-whose tensors are of the same kinds, in one.
-"""
 UNNAMED = {
     "akamaster": "shortcut.conv",
     "huggingface_backbone": "head",
@@ -76,23 +69,13 @@ def odd_values_are_meant():
         yield
 
 
-def _every_architecture_and_dtype():
-    """Small networks in every dtype; of the large ones one dtype each, in turn, and the others when
-    there is time.
-    """
-    for number, name in enumerate(architectures()):
-        large = any(word in name for word in ("50", "101", "152", "200"))
-        rare = number >= FIRST_ONES
-        for turn, dtype in enumerate(DTYPES):
-            if not rare or turn == number % 4:
-                yield pytest.param(
-                    name,
-                    dtype,
-                    marks=[pytest.mark.slow] if rare or (large and turn != number % 4) else [],
-                )
-
-
-@pytest.mark.parametrize(("name", "dtype"), list(_every_architecture_and_dtype()))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, list(DTYPES)[number % 4], marks=[pytest.mark.slow] * (number >= 18))
+        for number, name in enumerate(architectures())
+    ],
+)
 def test_every_architecture_survives_bit_for_bit_and_loads_strictly(name, dtype):
     config = architecture(name)
     state = random_bits(config, DTYPES[dtype], seed=len(name))
@@ -138,6 +121,18 @@ def test_mixed_dtypes_survive():
                 .copy()
             )
     assert_same_bits(to_torch(from_torch(state)), state)
+
+
+@pytest.mark.parametrize("naming", ["torchvision", "flax"])
+@pytest.mark.parametrize("name", BATTERY)
+def test_every_option_survives(name, naming):
+    config = BATTERY[name]
+    state = random_bits(config, np.float32, naming=naming)
+    told = {field: getattr(config, field) for field in FIELDS if hasattr(config, field)}
+    model = from_torch(state, stride=getattr(config, "stride", None), traits=told)
+    same = {"dilation": config.dilation} if isinstance(config, BlockConfig) else {}
+    assert replace(model.config, **same) == config
+    assert_same_bits(to_torch(model, naming), state)
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
