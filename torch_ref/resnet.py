@@ -150,8 +150,8 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = _stem_convolutions(stem, in_channels, stem_hidden, stem_width, activation)
-        self.act = activation_layer(activation)
         self.bn1 = nn.BatchNorm2d(stem_width)
+        self.act = activation_layer(activation)
         self.maxpool: nn.Module = nn.Identity()
         if stem != "cifar" and antialias == "blur":
             self.maxpool = nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), Blur(stem_width, 2))

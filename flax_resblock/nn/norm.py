@@ -91,7 +91,9 @@ def normalised_by_batch(
 ) -> tuple[jax.Array, Moments]:
     r"""Normalises by the batch's own moments, with a gradient that needs two sums over the batch.
 
-    .. math:: dx = \frac{scale}{\sigma} \left(dy - \overline{dy} - \hat x\; \overline{dy\, \hat x}\right)
+    .. math::
+        dx = \frac{scale}{\sigma}
+            \left(dy - \overline{dy} - \hat x\; \overline{dy\, \hat x}\right)
 
     The gradient that jax derives has four, each of which is a pass over memory on a CPU. No
     gradient flows into the moments.

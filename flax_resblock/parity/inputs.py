@@ -1,4 +1,4 @@
-"""Inputs and states that hide nothing: asymmetric, with large means, odd and even sizes."""
+"""Adversarial inputs and states: asymmetric, with large means, of odd and even sizes."""
 
 from __future__ import annotations
 
