@@ -17,9 +17,11 @@ from dataclasses import replace
 
 import pytest
 
+from flax_resblock.aot import hlo
 from flax_resblock.aot.compiler import compile_ahead, require_compiler
 from flax_resblock.aot.memory import largest_batch, suggestions
 from flax_resblock.aot.outcome import Outcome, findings
+from flax_resblock.aot.program import lower
 from flax_resblock.aot.request import Request, request_for
 from flax_resblock.aot.sharding import differences, expected
 from flax_resblock.aot.targets import TPUS
@@ -214,6 +216,32 @@ def test_a_training_step_has_exactly_the_expected_all_reduces(topology):
             differences(requests[name, "global"], program_of(outcomes[name, "replica"]), 4 * slices)
             != []
         )
+
+
+@pytest.mark.parametrize("attention", ["none", "se", "eca"])
+def test_the_gradients_of_every_option_are_summed_once_over_the_devices(attention):
+    """Compiled for four CPUs, with statistics of each device: exactly the expected values."""
+    import jax
+
+    config = replace(PROJECTION, shortcut="pooled", attention=attention)
+    options = {**SMALL, "what": "train-step", "batch_norm": "replica"}
+    request = request_for(config, "tpu:v5e:2x2", **options)
+    devices = jax.devices()[:4]
+    program = hlo.read(lower(request, devices).compile().as_text())
+    assert differences(request, program, len(devices)) == []
+    other = replace(config, attention="none" if attention != "none" else "se")
+    wrong = differences(request_for(other, "tpu:v5e:2x2", **options), program, len(devices))
+    assert "values are summed over the devices" in wrong[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [(architecture("resnet50d"), 224), (architecture("resnet20"), 32), (PROJECTION, 16)],
+    ids=["deep stem", "CIFAR stem", "block"],
+)
+def test_images_have_the_usual_size_of_the_network(config, size):
+    request = request_for(config, "tpu:v5e")
+    assert (request.height, request.width) == (size, size)
 
 
 @pytest.mark.slow
