@@ -131,7 +131,10 @@ NOT_CONVERTED = (
         "block",
     ),
     ("timm resnet50_gn", "GroupNorm"),
-    ("transformers with hidden_act other than relu", "another activation"),
+    (
+        "transformers with hidden_act other than relu",
+        "transformers keeps ReLU within its blocks and applies hidden_act at their ends",
+    ),
     (
         "Caffe2 names (`res2_0_branch2a_w`)",
         "norms are folded into scale and bias, so the statistics are missing",

@@ -33,8 +33,9 @@ def read(content: Mapping[str, Any], preprocessor: Mapping[str, Any], source: st
     activation = content.get("hidden_act", "relu")
     if activation != "relu":
         raise CheckpointError(
-            f"{source} says hidden_act {activation!r}; the Flax network has ReLU, so it would "
-            f"compute something else. It is not converted."
+            f"{source} says hidden_act {activation!r}, which transformers applies to the stem and "
+            f"at the end of each block but not within it, where it keeps ReLU. The Flax network "
+            f"has one activation, so this checkpoint is not converted."
         )
     traits = {
         "stride_on": "1x1" if content.get("downsample_in_bottleneck", False) else "3x3",
