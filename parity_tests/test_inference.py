@@ -13,11 +13,12 @@ from flax import nnx
 import flax_resblock
 from flax_resblock import ResNetConfig, compile_inference
 from flax_resblock.cpu import onednn
+from flax_resblock.cpu.inference import WINOGRAD_BYTES, WINOGRAD_PAYS, CpuNetwork, _planned
 from flax_resblock.cpu.onednn import Convolution
 from flax_resblock.cpu.rewrite import Fused
 from flax_resblock.cpu.switch import conv_lowering
 from flax_resblock.errors import InputError
-from flax_resblock.export.inference import WINOGRAD_BYTES, WINOGRAD_PAYS, _OnCpu, _Plain, _planned
+from flax_resblock.export.inference import _Plain
 from flax_resblock.parity.oracle import relative_l2
 from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.reference import ReferencePair
@@ -85,6 +86,7 @@ def jaxlib_of(request, monkeypatch):
     onednn.available.cache_clear()
 
 
+@pytest.mark.filterwarnings("ignore:compile_inference does without oneDNN")
 def test_either_jaxlib_gets_the_models_logits(jaxlib_of, twins, images, truth):
     made = compile_inference(twins.flax(PRECISIONS["float32"]), images[:8])
     plain = np.asarray(
@@ -93,7 +95,7 @@ def test_either_jaxlib_gets_the_models_logits(jaxlib_of, twins, images, truth):
     assert relative_l2(np.asarray(made(images[:8])), truth[:8]) <= max(
         4 * relative_l2(plain, truth[:8]), 8 * 2**-23
     )
-    assert isinstance(made._network, _OnCpu)
+    assert isinstance(made._network, CpuNetwork)
     forms = {plan.form for plan in made._network._plans.values()}
     assert forms == ({"onednn", "winograd"} if jaxlib_of == "oneDNN" else {"xla", "winograd"})
     assert WINOGRAD_PAYS[True] != WINOGRAD_PAYS[False]

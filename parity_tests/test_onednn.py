@@ -155,11 +155,42 @@ def test_only_convolutions_of_float32_are_handed_on(dtype, taken):
     assert (len(seen), len(kernels(network)), found.dtype) == (taken, taken, dtype)
 
 
-def test_an_unknown_jaxlib_does_without(monkeypatch):
-    monkeypatch.setattr(onednn, "VERSIONS", frozenset({"0.0.1"}))
+UNKNOWN = {
+    "another version": ("VERSIONS", frozenset({"0.0.1"}), "has not been tested"),
+    "no such instruction": ("TARGET", "__onednn$gone", r"__onednn\$gone"),
+}
+
+
+@pytest.mark.parametrize("lost", UNKNOWN)
+def test_an_unknown_jaxlib_does_without_and_says_so_once(lost, monkeypatch):
+    name, value, words = UNKNOWN[lost]
+    monkeypatch.setattr(onednn, name, value)
     onednn.available.cache_clear()
-    assert not onednn.available()
+    with pytest.warns(RuntimeWarning, match=words) as caught:
+        found = [onednn.available() for _ in range(2)]
     onednn.available.cache_clear()
+    assert (found, len(caught)) == ([False, False], 1)
+
+
+@pytest.mark.parametrize(("shape", "of"), [case for case in CASES if case[1].groups == 1], ids=str)
+def test_a_kernels_buffer_is_longer_than_what_is_read(shape, of):
+    """It has room for both channel axes filled up to whole blocks, and nothing in that room reaches
+    the result.
+    """
+    x, kernel, _, _ = _data(shape, of, seed=1)
+    ordered = order_of(of, shape)
+    height, width, inner, outer = of.kernel
+    assert ordered.block
+    for block in onednn.BLOCKS:
+        blocks = -(-inner // block) * -(-outer // block) * block**2
+        assert reordered(kernel, ordered.block).size >= height * width * blocks
+    with not_kept():
+        expected = jax.jit(of)(x, kernel)
+        assert np.array_equal(
+            jax.jit(ordered)(x, reordered(kernel, ordered.block, np.nan)), expected
+        )
+        kernel[0, 0, 0, 0] = np.nan  # the control: NaN in the kernel is seen
+        assert np.isnan(jax.jit(ordered)(x, reordered(kernel, ordered.block))).any()
 
 
 def _kept_from():

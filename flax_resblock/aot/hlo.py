@@ -26,9 +26,6 @@ COLLECTIVES = (
 )
 """Operations that move values between devices; ``-start`` is counted for them, ``-done`` is not."""
 
-SLOT = "slot="
-"""Begins the scope that names a layer, see :func:`flax_resblock.aot.slots.named_slots`."""
-
 _BITS = {"pred": 8, "token": 0}
 _INSTRUCTION = re.compile(
     r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)$"
@@ -36,7 +33,7 @@ _INSTRUCTION = re.compile(
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+)")
-_SLOT = re.compile(SLOT + r"([\w.]+)")
+_SLOT = re.compile(r"slot=([\w.]+)")  # see flax_resblock.nn.scopes
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _PRECISION = re.compile(
     r"operand_precision=\{(\w+),(\w+)[,}]"

@@ -16,7 +16,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_resblock.aot.request import Request
-from flax_resblock.aot.slots import named_slots
 from flax_resblock.config import ResNetConfig
 from flax_resblock.cpu.switch import conv_lowering
 from flax_resblock.errors import InputError
@@ -37,14 +36,9 @@ def _model(request: Request) -> nnx.Module:
     for path, module in nnx.iter_modules(model):
         precision = chosen.get(".".join(map(str, path)))
         if precision is not None:
-            module.precision = jax.lax.Precision(
-                precision.upper() if precision != "default" else None
-            )  # pyright: ignore[reportAttributeAccessIssue]
+            chosen_precision = None if precision == "default" else precision.upper()
+            setattr(module, "precision", jax.lax.Precision(chosen_precision))  # noqa: B010
     return model
-
-
-def _in_channels(request: Request) -> int:
-    return request.config.in_channels
 
 
 def _loss(outputs: jax.Array, target: jax.Array) -> jax.Array:
@@ -78,8 +72,7 @@ def _step(
     def step(params: Any, stats: Any, opt_state: Any, images: Any, target: Any) -> Any:
         def loss_of(params: Any) -> Any:
             model = nnx.merge(graphdef, spread(params), stats, copy=True)
-            with named_slots(model):
-                outputs = model(images)
+            outputs = model(images)
             return mean(_loss(outputs, target)), nnx.state(model, nnx.BatchStat)
 
         (loss, new_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
@@ -173,12 +166,10 @@ def _lower_forward(request: Request, mesh: Mesh) -> Any:
     graphdef, variables = nnx.split(model)
 
     def forward(variables: Any, images: jax.Array) -> jax.Array:
-        module = nnx.merge(graphdef, variables)
-        with named_slots(module):
-            return module(images, use_running_average=True)
+        return nnx.merge(graphdef, variables)(images, use_running_average=True)
 
     return jax.jit(forward).lower(
-        _replicated(mesh, variables), _images(request, mesh, _in_channels(request))
+        _replicated(mesh, variables), _images(request, mesh, request.config.in_channels)
     )
 
 
@@ -187,7 +178,7 @@ def _lower_step(request: Request, mesh: Mesh) -> Any:
     graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     optimizer = optax.sgd(_RATE, momentum=_MOMENTUM)
     opt_state = jax.eval_shape(optimizer.init, params)
-    images = _images(request, mesh, _in_channels(request))
+    images = _images(request, mesh, request.config.in_channels)
     outputs = jax.eval_shape(
         lambda params, stats, images: nnx.merge(graphdef, params, stats)(
             images, use_running_average=True

@@ -16,6 +16,7 @@ StridePlacement = Literal["3x3", "1x1"]
 Attention = Literal["none", "se", "eca"]
 Antialias = Literal["none", "blur"]
 Activation = Literal["relu", "leaky_relu", "gelu", "silu"]
+Lowering = Literal["auto", "xla"]  # of convolutions on a CPU; see flax_resblock.conv_lowering
 Path = tuple[str | int, ...]
 
 EXPANSION: Mapping[str, int] = MappingProxyType({"basic": 1, "bottleneck": 4})

@@ -1,21 +1,27 @@
 """Convolutions by oneDNN, together with the bias, addition and ReLU that follow them.
 
-jaxlib's CPU backend holds oneDNN and an instruction that calls it, but never chooses it by itself.
-The instruction is written down here. It is no public interface of XLA: what it means is known for
-the versions of jaxlib in :data:`VERSIONS` alone, for which ``parity_tests/test_onednn.py`` holds;
-with any other nothing of this module is used. A program with it cannot be written to a file (XLA
-takes the instruction for another one there), so that :func:`not_kept` must surround its
-compilation, and it has no derivative: it is for :func:`flax_resblock.compile_inference`."""
+jaxlib's CPU backend contains oneDNN and an instruction that calls it, but never chooses it by
+itself. This module writes that instruction. It is not a public interface of XLA: its meaning is
+known only for the versions of jaxlib in :data:`VERSIONS`, for which ``parity_tests/test_onednn.py``
+passes; with any other version nothing here is used. A program with the instruction cannot be
+written to a file (XLA takes it for another one when it reads it), so :func:`not_kept` must surround
+its compilation. The instruction has no derivative: only :func:`flax_resblock.compile_inference`
+uses it.
+
+oneDNN reads a kernel that is said to be in its own order without knowing how long the buffer is.
+Every such buffer is therefore as long as the longest order of that kernel, see :func:`reordered`.
+"""
 
 from __future__ import annotations
 
 import json
 import platform
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from importlib import metadata
 from threading import Lock
 from typing import Any
@@ -27,23 +33,21 @@ from jax import lax
 
 from flax_resblock.cpu.primitives import DIMENSIONS
 
-VERSIONS = frozenset({"0.10.2"})
-"""Of jaxlib, whose instruction means what is written here."""
+VERSIONS = frozenset({"0.10.2", "0.12.0.1"})
+"""Versions of jaxlib whose instruction means what is written here."""
 TARGET = "__onednn$convolution"
 BLOCKS = (64, 32, 48, 16, 24, 8)
-"""Output channels that lie beside each other in oneDNN's own orders of a kernel; see
-:func:`reordered`.
-"""
+"""Numbers of output channels that lie beside each other in oneDNN's own orders of a kernel."""
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """The numbers of a convolution.
+    """The sizes of a convolution.
 
     Attributes:
       kernel: Shape ``(kh, kw, I / groups, O)``.
       strides, padding, dilation: In pixels, of rows and columns; padding is on each side.
-      groups: Of channels.
+      groups: Channel groups.
       block: The kernel's order in memory: 0 is HWIO, else see :func:`reordered`.
     """
 
@@ -55,7 +59,7 @@ class Convolution:
     block: int = 0
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Of the output."""
+        """Height and width of the output."""
         spans = zip(
             (height, width), self.kernel, self.strides, self.padding, self.dilation, strict=False
         )
@@ -73,16 +77,17 @@ class Convolution:
         residual: jax.Array | None = None,
         relu: bool = False,
     ) -> jax.Array:
-        """``relu(conv(x) + bias + residual)`` by oneDNN, each of the last three optional; ``(N, H',
-        W', O)`` float32.
+        """``relu(conv(x) + bias + residual)`` by oneDNN; bias, residual and ReLU are optional.
 
         Args:
           x: ``(N, H, W, I)`` float32.
-          kernel: In the order that ``block`` says.
+          kernel: As :func:`reordered` returns it for this ``block``.
           bias: ``(O,)``.
-          residual: Of the output's shape; the sum is written over it, where nobody needs it any
-            longer (otherwise XLA makes a copy).
-          relu: Whether it ends with one.
+          residual: Of the output's shape. The sum is written over it if nothing else uses it;
+            otherwise XLA copies it first.
+          relu: Whether a ReLU comes last.
+        Returns:
+          ``(N, H', W', O)`` float32.
         """
         shape = jax.ShapeDtypeStruct(
             (x.shape[0], *self.size(*x.shape[1:3]), self.kernel[3]), x.dtype
@@ -93,9 +98,8 @@ class Convolution:
             if value is not None
         ]
         steps = [name for name, _ in added] + ["RELU"] * relu
-        over = (
-            None if residual is None else {1 + len(added): 0}
-        )  # the operand that the output takes the place of
+        # the operand whose memory the output takes
+        over = None if residual is None else {1 + len(added): 0}
         call = jax.ffi.ffi_call(
             TARGET,
             shape,
@@ -106,7 +110,7 @@ class Convolution:
         return call(x, kernel, *(value for _, value in added))  # pyright: ignore[reportReturnType]
 
     def by_xla(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """The convolution alone, as XLA computes it; the kernel in HWIO."""
+        """The convolution alone, computed by XLA, with the kernel in HWIO."""
         sides = [(side, side) for side in self.padding]
         return lax.conv_general_dilated(
             x,
@@ -156,64 +160,83 @@ def _texts(numbers: tuple[int, ...]) -> list[str]:
     return [str(number) for number in numbers]
 
 
-def reordered(kernel: Any, block: int) -> Any:
-    """A kernel ``(kh, kw, I, O)`` as ``(O / block, kh, kw, I, block)``, filled up with zeros;
-    ``block`` 0 leaves it. For arrays of numpy and of jax.
+def reordered(kernel: Any, block: int, behind: float = 0.0) -> Any:
+    """A kernel in one of oneDNN's orders, flat, with room behind it.
+
+    The order is that of ``(O / block, kh, kw, I, block)``, where ``O`` is filled up with zeros.
+    oneDNN fills up both channel axes to multiples of at most 64 in all its orders for float32; with
+    the room behind it, the buffer is as long as the longest of them.
+
+    Args:
+      kernel: ``(kh, kw, I, O)`` of numpy or jax.
+      block: One of :data:`BLOCKS`; 0 returns the kernel as it is.
+      behind: The value of the room.
     """
     if not block:
         return kernel
     lib = np if isinstance(kernel, np.ndarray) else jnp
-    kernel = lib.pad(kernel, ((0, 0), (0, 0), (0, 0), (0, -kernel.shape[3] % block)))
-    return kernel.reshape(*kernel.shape[:3], -1, block).transpose(3, 0, 1, 2, 4)
+    height, width, inner, outer = kernel.shape
+    kernel = lib.pad(kernel, ((0, 0), (0, 0), (0, 0), (0, -outer % block)))
+    flat = kernel.reshape(height, width, inner, -1, block).transpose(3, 0, 1, 2, 4).reshape(-1)
+    most = [max(size + -size % each for each in BLOCKS) for size in (inner, outer)]
+    room = height * width * most[0] * most[1] - flat.size
+    return lib.pad(flat, (0, room), constant_values=behind)
 
 
 def order_of(convolution: Convolution, shape: tuple[int, ...]) -> Convolution:
     """The same convolution with the order in which oneDNN wants the kernel for this input, found by
-    trying; a kernel in HWIO it puts in order at each call.
+    trying. oneDNN reorders a kernel in HWIO at each call.
 
-    A kernel in the right order gives the same bits as one in HWIO, because oneDNN then does the
-    same; any other order gives other numbers. Whole numbers serve as values, so that sums are
-    exact.
+    A kernel in the right order gives the same bits as one in HWIO, because oneDNN then computes the
+    same; any other order gives other numbers. The values are whole numbers, so that sums are exact,
+    and NaN behind them: an order that needs anything from there is not taken.
 
     Args:
       convolution: With ``block`` 0.
-      shape: Of the input, ``(N, H, W, I)``.
+      shape: Shape of the input, ``(N, H, W, I)``.
     """
     if convolution.groups > 1:
         return convolution
-    kernel = (
-        (np.arange(np.prod(convolution.kernel)) % 251 - 125)
-        .astype(np.float32)
-        .reshape(convolution.kernel)
-    )
+    size = int(np.prod(convolution.kernel))
+    kernel = (np.arange(size) % 251 - 125).astype(np.float32).reshape(convolution.kernel)
     x = (np.arange(np.prod(shape)) % 13 - 6).astype(np.float32).reshape(shape)
-    # behind the kernel there is room for what an order that is not the right one would have oneDNN
-    # read
-    height, width, inner, outer = convolution.kernel
-    roomy = np.zeros(height * width * (inner + 64) * (outer + 64), np.float32)
     with not_kept():
         expected = jax.jit(convolution)(x, kernel)
         for block in BLOCKS:
-            ordered = reordered(kernel, block).reshape(-1)
-            roomy[: ordered.size] = ordered
             found = replace(convolution, block=block)
-            if jnp.array_equal(jax.jit(found)(x, roomy), expected):
+            if jnp.array_equal(jax.jit(found)(x, reordered(kernel, block, np.nan)), expected):
                 return found
     return convolution
 
 
-@lru_cache(maxsize=1)
+@cache
 def available() -> bool:
-    """Whether this process may use the instruction: a known jaxlib on a 64-bit x86 machine with
-    Linux, whose oneDNN computes a small example rightly.
+    """Whether this process may use the instruction: on 64-bit x86 under Linux, with a known jaxlib
+    whose oneDNN computes a small example correctly. Warns if only the jaxlib is in the way.
     """
-    if (
-        jax.default_backend() != "cpu"
-        or metadata.version("jaxlib") not in VERSIONS
-        or sys.platform != "linux"
-        or platform.machine() != "x86_64"
-    ):
+    machine = (jax.default_backend(), sys.platform, platform.machine())
+    if machine != ("cpu", "linux", "x86_64"):
         return False
+    try:
+        refused = _refusal()
+    except Exception as error:  # the classes that XLA raises are private
+        refused = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if refused:
+        warnings.warn(
+            f"compile_inference does without oneDNN ({refused}): results are as correct, small "
+            f"batches take about twice as long. To use it, install jaxlib "
+            f"{' or '.join(sorted(VERSIONS))}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return not refused
+
+
+def _refusal() -> str:
+    """Why the installed jaxlib cannot be used; empty if it can."""
+    version = metadata.version("jaxlib")
+    if version not in VERSIONS:
+        return f"its use with jaxlib {version} has not been tested"
     rng = np.random.default_rng(0)
     x, kernel, bias, residual = (
         rng.integers(-9, 9, shape).astype(np.float32)
@@ -223,7 +246,8 @@ def available() -> bool:
     with not_kept():
         found = jax.jit(convolution, static_argnames="relu")(x, kernel, bias, residual, relu=True)
         expected = convolution.by_xla(jnp.asarray(x), jnp.asarray(kernel))
-    return bool(jnp.array_equal(found, jnp.maximum(expected + bias + residual, 0)))
+    same = jnp.array_equal(found, jnp.maximum(expected + bias + residual, 0))
+    return "" if same else f"jaxlib {version} computes an example incorrectly"
 
 
 _KEPT = "jax_persistent_cache_min_compile_time_secs"
@@ -232,7 +256,7 @@ _lock = Lock()
 
 @contextmanager
 def not_kept() -> Iterator[None]:
-    """Within it jax's cache of compiled programs takes up nothing new."""
+    """jax's persistent cache takes up no program that is compiled in this context."""
     with _lock:
         before = getattr(jax.config, _KEPT)
         jax.config.update(_KEPT, float("inf"))

@@ -1,24 +1,30 @@
-"""Whether a computation is traced in the form that is fastest on a CPU, and the options of XLA that
-belong to it.
+"""Whether code that is traced now takes the forms of :mod:`flax_resblock.cpu`, and XLA's options
+that belong to them. Needs public JAX only.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, cast, get_args
+from functools import cache
+from types import ModuleType
+from typing import cast, get_args
 
 import jax
 
-Lowering = Literal["auto", "xla"]
+from flax_resblock.config import Lowering
 
 ENVIRONMENT = "FLAX_RESBLOCK_CONV_LOWERING"
+_FUSIONS = ("LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT", "LIBRARY_FUSION_TYPE_REDUCE")
+_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ",".join(_FUSIONS)}
 
 
 def known(lowering: str) -> Lowering:
-    """The argument.
+    """Returns ``lowering`` if it is one.
 
     Raises:
       ValueError: There is no such lowering.
@@ -36,12 +42,18 @@ _lowering: ContextVar[Lowering] = ContextVar("conv_lowering", default=_DEFAULT)
 
 @contextmanager
 def conv_lowering(lowering: Lowering) -> Iterator[None]:
-    """Within it everything that is traced is lowered so: ``"auto"``, or ``"xla"`` for what any
-    other backend gets, on a CPU too.
+    """Sets how convolutions are lowered in code that is traced in this context.
 
     The environment variable ``FLAX_RESBLOCK_CONV_LOWERING`` sets the same for a whole process. A
-    function that was compiled before keeps what it has. A module with ``conv_lowering="xla"`` stays
-    plain within ``conv_lowering("auto")``."""
+    function that is already compiled does not change. A module with ``conv_lowering="xla"`` stays
+    plain within ``conv_lowering("auto")``.
+
+    Args:
+      lowering: ``"auto"`` takes the fastest form on a CPU; ``"xla"`` takes XLA's own operations, as
+        on every other platform.
+    Raises:
+      ValueError: There is no such lowering.
+    """
     token = _lowering.set(known(lowering))
     try:
         yield
@@ -49,19 +61,56 @@ def conv_lowering(lowering: Lowering) -> Iterator[None]:
         _lowering.reset(token)
 
 
+def forms(lowering: Lowering = "auto") -> ModuleType | None:
+    """:mod:`flax_resblock.cpu.forms` if code that is traced now is for a CPU and takes its own
+    forms there; None if it takes XLA's operations.
+
+    Args:
+      lowering: The layer's own choice.
+    """
+    if lowering != "auto" or _lowering.get() != "auto" or jax.default_backend() != "cpu":
+        return None
+    return _working_forms()
+
+
 def for_cpu(lowering: Lowering = "auto") -> bool:
-    """Whether what is traced now is for a CPU and may take its own form there."""
-    return lowering == "auto" and _lowering.get() == "auto" and jax.default_backend() == "cpu"
+    """Whether :func:`forms` returns the forms."""
+    return forms(lowering) is not None
+
+
+@cache
+def _working_forms() -> ModuleType | None:
+    """The forms, or None after a warning if this JAX lacks something that they need. The trial runs
+    in a thread of its own, which knows nothing of the function that is being traced here.
+    """
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(_tried_forms).result()
+    except Exception as error:  # whatever a private interface raises when it has changed
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        warnings.warn(
+            f"jax {jax.__version__} lacks what flax-resblock's forms for CPUs need ({reason}). "
+            f"Convolutions are computed by XLA's own operations: results are as correct, a "
+            f"training step takes about twice as long. Set {ENVIRONMENT}=xla to choose this "
+            f"without a warning, or install a jax that docs/performance.md names.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _tried_forms() -> ModuleType:
+    from flax_resblock.cpu import forms
+
+    forms.compile_example(_OPTIONS)
+    return forms
 
 
 def compiler_options() -> dict[str, str]:
-    """Options for ``jax.jit(..., compiler_options=...)``: on a CPU, products and sums in XLA's own
-    library of kernels, elsewhere none.
+    """Options for ``jax.jit(..., compiler_options=...)``. On a CPU they turn on XLA's own library
+    of kernels for products and sums; elsewhere there are none.
 
-    With them the same network runs 1.2 times as fast. Its kernels for single convolutions are left
-    off, which are slower than the forms used here."""
-    if not for_cpu():
-        return {}
-    return {
-        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
-    }
+    A network runs 1.2 times as fast with them. The library's kernels for single convolutions stay
+    off: they are slower than the forms used here.
+    """
+    return dict(_OPTIONS) if for_cpu() else {}

@@ -26,7 +26,6 @@ import safetensors.numpy
 from flax import nnx
 
 from flax_resblock import config as arch
-from flax_resblock.aot.slots import named_slots
 from flax_resblock.checkpoint.atomic import replacing
 from flax_resblock.errors import CheckpointError, InputError, MissingDependencyError, some
 from flax_resblock.nn.resnet import Model
@@ -89,8 +88,7 @@ def forward_of(model: Model) -> Callable[[Mapping[str, Any], Any], Any]:
             (path, variable.replace(flat[path])) for path, variable in nnx.to_flat_state(state)
         ]
         module = nnx.merge(graphdef, nnx.from_flat_state(values))
-        with named_slots(module):
-            return module(images, use_running_average=True)
+        return module(images, use_running_average=True)
 
     return forward
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from flax_resblock.config import BlockConfig
 from flax_resblock.nn.layers import Layers
+from flax_resblock.nn.scopes import in_slot
 
 
 class SqueezeExcitation(nnx.Module):
@@ -25,6 +26,7 @@ class SqueezeExcitation(nnx.Module):
         self.reduce = layers.conv(channels, squeezed, 1, use_bias=True)
         self.expand = layers.conv(squeezed, channels, 1, use_bias=True)
 
+    @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, channels)`` to the same shape."""
         means = jnp.mean(x, axis=(1, 2), keepdims=True)
@@ -43,6 +45,7 @@ class EfficientChannelAttention(nnx.Module):
     def __init__(self, window: int, layers: Layers) -> None:
         self.conv = layers.channel_conv(window)
 
+    @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, C)`` to the same shape."""
         return x * nnx.sigmoid(self.conv(jnp.mean(x, axis=(1, 2))[:, None]))[:, :, None, :]

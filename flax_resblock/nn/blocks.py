@@ -20,6 +20,7 @@ from flax_resblock.config import (
 from flax_resblock.nn.attention import build_attention
 from flax_resblock.nn.layers import ACTIVATIONS, LayerOptions, Layers, joined
 from flax_resblock.nn.pooling import Blur
+from flax_resblock.nn.scopes import in_slot
 from flax_resblock.nn.shortcuts import build_shortcut
 
 __all__ = ["BottleneckBlock", "LayerOptions", "Layers", "ResidualBlock", "build_block"]
@@ -112,6 +113,7 @@ class ResidualBlock(nnx.Module):
         self.attention = build_attention(config, layers)
         self.shortcut = build_shortcut(config, layers)
 
+    @in_slot
     def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
         """``(N, H, W, in_channels)`` to ``(N, H', W', out_channels)``.
 
@@ -171,6 +173,7 @@ class BottleneckBlock(nnx.Module):
         self.attention = build_attention(config, layers)
         self.shortcut = build_shortcut(config, layers)
 
+    @in_slot
     def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
         """``(N, H, W, in_channels)`` to ``(N, H', W', out_channels)``; arguments as for
         :class:`ResidualBlock`.

@@ -1,91 +1,30 @@
-"""Convolution with explicit padding; how it is lowered is decided here and nowhere else."""
+"""Convolution with explicit padding, and the hook to the forms that a CPU computes it in."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_resblock.cpu.primitives import DIMENSIONS, Forms, convolution
-from flax_resblock.cpu.switch import Lowering, for_cpu, known
+from flax_resblock.config import Lowering
 from flax_resblock.nn.initializers import Initializer, initial_value, torch_default, uniform_bias
+from flax_resblock.nn.scopes import in_slot
 
 
-class _Case(NamedTuple):
-    """Convolutions that a CPU computes in another form than XLA's own."""
+def cpu_forms(lowering: Lowering = "auto") -> Any:
+    """:mod:`flax_resblock.cpu.forms` if code that is traced now takes a CPU's own forms, else None.
 
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    channels: int
-    forms: Forms
-    why: str
+    This is the only place where the layers meet :mod:`flax_resblock.cpu`.
 
-
-_CASES = (
-    _Case(
-        (1,),
-        (1, 2),
-        1,
-        Forms("pointwise", "pointwise", "pointwise"),
-        "XLA's kernel gradient transposes both operands first: 2 to 8 times as long",
-    ),
-    _Case(
-        (3,),
-        (1,),
-        64,
-        Forms("winograd", "winograd", "winograd"),
-        "4/9 of the multiplications; below 64 channels its additions cost more than that saves",
-    ),
-    _Case(
-        (3,),
-        (2,),
-        64,
-        Forms("xla", "taps", "taps"),
-        "XLA's input gradient multiplies the zeros between the pixels too, and its kernel "
-        "gradient transposes",
-    ),
-)
-"""The first row that fits decides: kernel size and stride are listed, and input and output have at
-least so many channels.
-"""
-
-
-def forms_of(
-    x: Any, kernel: Any, *, stride: int, padding: int, dilation: int, groups: int
-) -> Forms | None:
-    """How a CPU computes a convolution, from shapes and dtypes alone; None: as XLA does. Arguments
-    as for :func:`convolve`.
+    Args:
+      lowering: The layer's own choice; see :func:`flax_resblock.conv_lowering`.
     """
-    size = kernel.shape[0]
-    if (
-        kernel.shape[1] != size
-        or padding != size // 2
-        or dilation != 1
-        or groups != 1
-        or x.dtype not in (jnp.float32, jnp.float64)
-    ):
-        return None
-    if not all(isinstance(extent, int) for extent in x.shape[1:]) or 0 in x.shape:
-        return None
-    channels = min(kernel.shape[2:])
-    return next(
-        (
-            case.forms
-            for case in _CASES
-            if size in case.kernel and stride in case.strides and channels >= case.channels
-        ),
-        None,
-    )
+    from flax_resblock.cpu import switch
 
-
-def _manual_axes(x: jax.Array) -> list[Any]:
-    """The axes of a ``shard_map`` along which ``x`` differs; jax 0.10 has had two names for
-    them.
-    """
-    return [getattr(jax.typeof(x), name, None) for name in ("mat", "vma")]
+    return switch.forms(lowering)
 
 
 def convolve(
@@ -114,22 +53,26 @@ def convolve(
     Returns:
       ``(N, H', W', O)`` with ``H' = (H + 2 padding - dilation (kh - 1) - 1) // stride + 1``.
     """
-    forms = None
-    if for_cpu(lowering):
-        forms = forms_of(
-            x, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups
+    forms = cpu_forms(lowering)
+    if forms is not None:
+        y = forms.convolve(
+            x,
+            kernel,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            precision=precision,
         )
-    if forms is not None and _manual_axes(x) == _manual_axes(kernel):
-        return convolution(
-            x, kernel, stride=stride, padding=padding, precision=precision, forms=forms
-        )
+        if y is not None:
+            return y
     return lax.conv_general_dilated(
         x,
         kernel,
         window_strides=(stride, stride),
         padding=((padding, padding), (padding, padding)),
         rhs_dilation=(dilation, dilation),
-        dimension_numbers=DIMENSIONS,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
         precision=precision,
     )
@@ -176,6 +119,11 @@ class Conv(nnx.Module):
         kernel_init: Initializer = torch_default,
         rngs: nnx.Rngs | None,
     ) -> None:
+        if conv_lowering not in get_args(Lowering):
+            raise ValueError(
+                f"conv_lowering {conv_lowering!r} is unknown; choose from "
+                f"{', '.join(get_args(Lowering))}."
+            )
         if in_channels % groups or out_channels % groups:
             raise ValueError(
                 f"groups={groups} must divide in_channels={in_channels} and "
@@ -189,7 +137,7 @@ class Conv(nnx.Module):
         self.groups = groups
         self.dtype = dtype
         self.precision = precision
-        self.conv_lowering: Lowering = known(conv_lowering)
+        self.conv_lowering: Lowering = conv_lowering
         shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
         self.kernel = nnx.Param(initial_value(kernel_init, rngs, shape, param_dtype))
         fan_in = kernel_size**2 * in_channels // groups
@@ -199,6 +147,7 @@ class Conv(nnx.Module):
             else None
         )
 
+    @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, in_channels)`` to ``(N, H', W', out_channels)``."""
         if x.ndim != 4 or x.shape[-1] != self.in_channels:
@@ -247,6 +196,7 @@ class ChannelConv(nnx.Module):
         self.precision = precision
         self.kernel = nnx.Param(initial_value(kernel_init, rngs, (window, 1, 1), param_dtype))
 
+    @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, 1, C)`` to ``(N, 1, C)``, as ``torch.nn.Conv1d`` has it."""
         kernel = self.kernel[...]

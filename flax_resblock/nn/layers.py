@@ -11,10 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_resblock.config import Activation
-from flax_resblock.cpu.materialised import kept
-from flax_resblock.cpu.switch import Lowering, for_cpu
-from flax_resblock.nn.conv import ChannelConv, Conv
+from flax_resblock.config import Activation, Lowering
+from flax_resblock.nn.conv import ChannelConv, Conv, cpu_forms
 from flax_resblock.nn.initializers import INITIALIZERS, Initializer, InitName
 from flax_resblock.nn.norm import BatchNorm
 
@@ -69,7 +67,8 @@ def joined(
     convolutions on, once for each of its users.
     """
     y = ACTIVATIONS[activation](main + skip)
-    return kept(y) if for_cpu(lowering) else y
+    forms = cpu_forms(lowering)
+    return y if forms is None else forms.kept(y)
 
 
 class Layers:

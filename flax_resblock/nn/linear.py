@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 
 from flax_resblock.nn.initializers import initial_value, torch_default, uniform_bias
+from flax_resblock.nn.scopes import in_slot
 
 
 class Linear(nnx.Module):
@@ -44,6 +45,7 @@ class Linear(nnx.Module):
             initial_value(uniform_bias(in_features), rngs, (out_features,), param_dtype)
         )
 
+    @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(..., in_features)`` to ``(..., out_features)``."""
         kernel, bias = self.kernel[...], self.bias[...]

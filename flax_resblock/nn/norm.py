@@ -17,9 +17,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from flax_resblock.cpu.materialised import materialised
-from flax_resblock.cpu.switch import for_cpu
+from flax_resblock.nn.conv import cpu_forms
 from flax_resblock.nn.initializers import initial_value
+from flax_resblock.nn.scopes import in_slot
 
 
 class Moments(NamedTuple):
@@ -108,7 +108,8 @@ def normalised_by_batch(
 def _forward(
     x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
 ) -> tuple[tuple[jax.Array, Moments], tuple[jax.Array, ...]]:
-    x = materialised(x)
+    forms = cpu_forms()
+    x = x if forms is None else forms.materialised(x)
     moments = batch_moments(x)
     inverse = lax.rsqrt(moments.biased_var + eps)
     return ((x - moments.mean) * (inverse * scale) + bias, moments), (
@@ -199,6 +200,7 @@ class BatchNorm(nnx.Module):
         self.var = nnx.BatchStat(initial_value(ones, rngs, shape, stat_dtype))
         self.num_batches_tracked = nnx.BatchStat(initial_value(zeros, rngs, (), jnp.int32))
 
+    @in_slot
     def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
         """Normalises ``x`` of shape ``(..., C)``; in training mode also updates the running
         statistics.
@@ -219,7 +221,7 @@ class BatchNorm(nnx.Module):
             use_running_average = self.use_running_average
         if use_running_average:
             mean, var = self.mean[...], self.var[...]
-        elif self.axis_name is None and for_cpu():
+        elif self.axis_name is None and cpu_forms() is not None:
             found: Any = normalised_by_batch(
                 *(jnp.asarray(value, compute_dtype) for value in (x, scale, bias)), self.eps
             )

@@ -7,9 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_resblock.cpu.max_pool import max_pool
-from flax_resblock.cpu.switch import for_cpu
-from flax_resblock.nn.conv import convolve
+from flax_resblock.nn.conv import convolve, cpu_forms
 
 
 class MaxPool(nnx.Module):
@@ -26,8 +24,9 @@ class MaxPool(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, C)`` to ``(N, H', W', C)``."""
-        if for_cpu():
-            return max_pool(x, self.window, self.stride, self.padding)
+        forms = cpu_forms()
+        if forms is not None:
+            return forms.max_pool(x, self.window, self.stride, self.padding)
         pad = (self.padding, self.padding)
         return nnx.max_pool(x, (self.window, self.window), (self.stride, self.stride), (pad, pad))  # pyright: ignore[reportArgumentType]
 

@@ -21,6 +21,7 @@ from flax_resblock.nn.conv import Conv
 from flax_resblock.nn.layers import ACTIVATIONS
 from flax_resblock.nn.linear import Linear
 from flax_resblock.nn.pooling import Blur, MaxPool
+from flax_resblock.nn.scopes import in_slot
 
 
 class BlurredMaxPool(nnx.Module):
@@ -53,6 +54,7 @@ class StemLayers(nnx.Module):
         self.activation: Activation = config.activation
         self.pool = _stem_pool(config)
 
+    @in_slot
     def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
         """``(N, H, W, in_channels)`` to ``(N, H', W', stem_width)``, a quarter of the resolution
         for ImageNet.
@@ -78,6 +80,7 @@ class DeepStemLayers(nnx.Module):
         self.activation: Activation = config.activation
         self.pool = _stem_pool(config)
 
+    @in_slot
     def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
         """``(N, H, W, in_channels)`` to a quarter of the resolution, ``(N, H', W',
         stem_width)``.
@@ -134,6 +137,7 @@ class ResNet(nnx.Module):
             else None
         )
 
+    @in_slot
     def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
         """Logits of a batch of images.
 
@@ -148,6 +152,7 @@ class ResNet(nnx.Module):
         pooled = jnp.mean(last, axis=(1, 2))
         return pooled if self.head is None else self.head(pooled)
 
+    @in_slot
     def features(
         self, images: jax.Array, *, use_running_average: bool | None = None
     ) -> dict[str, jax.Array]:

@@ -9,6 +9,7 @@ from flax import nnx
 from flax_resblock.config import BlockConfig
 from flax_resblock.nn.layers import Layers
 from flax_resblock.nn.pooling import AveragePool
+from flax_resblock.nn.scopes import in_slot
 
 
 class IdentityShortcut(nnx.Module):
@@ -50,6 +51,7 @@ class ProjectionShortcut(nnx.Module):
         self.conv = layers.conv(in_channels, out_channels, 1, stride=stride)
         self.norm = layers.norm(out_channels)
 
+    @in_slot
     def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
         """``(N, H, W, in_channels)`` to ``(N, ceil(H / stride), ceil(W / stride),
         out_channels)``.
@@ -66,6 +68,7 @@ class PooledShortcut(nnx.Module):
         self.pool = AveragePool(stride)
         self.projection = ProjectionShortcut(in_channels, out_channels, 1, layers)
 
+    @in_slot
     def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
         """``(N, H, W, in_channels)`` to ``(N, ceil(H / stride), ceil(W / stride),
         out_channels)``.

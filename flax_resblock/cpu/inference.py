@@ -1,0 +1,141 @@
+"""Inference in float32 on a CPU: each convolution, with what follows it, by oneDNN or Winograd,
+whichever is faster for its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flax_resblock.cpu import onednn, products, winograd
+from flax_resblock.cpu.rewrite import Fused, evaluate, kernels
+from flax_resblock.cpu.switch import compiler_options, conv_lowering
+
+WINOGRAD_PAYS = {True: ((32, 512), (256, 256), (1024, 128)), False: ((512, 64), (0, 256))}
+"""The least tiles and channels for Winograd, with oneDNN as the other choice (True) or without. With
+few tiles, most of what is read are the sixteen kernels, 16/9 of the plain one; with few channels,
+most of the work are the transforms.
+"""
+WINOGRAD_BYTES = 32 << 20
+"""The largest sixteen matrices of an input, in bytes, with oneDNN as the other choice: beyond this
+the C library maps their memory anew at each call.
+"""
+
+
+class _Plan(NamedTuple):
+    """How a convolution is computed for one size of its input."""
+
+    form: Literal["onednn", "winograd", "xla"]
+    convolution: onednn.Convolution
+
+    def prepared(self, kernel: jax.Array) -> Any:
+        """The kernel as :meth:`__call__` takes it."""
+        if self.form == "winograd":
+            return jax.jit(winograd.transform_kernel)(kernel)
+        block = self.convolution.block
+        return jax.jit(onednn.reordered, static_argnums=1)(kernel, block) if block else kernel
+
+    def __call__(self, fused: Fused, kernel: Any) -> jax.Array:
+        """The convolution with what follows it."""
+        if self.form == "onednn":
+            bias = None if fused.bias is None else fused.bias.reshape(-1)
+            return self.convolution(fused.x, kernel, bias, fused.residual, fused.relu)
+        y = (
+            winograd.convolve_transformed(fused.x, kernel, None)
+            if self.form == "winograd"
+            else _by_xla(self.convolution, fused.x, kernel)
+        )
+        for value in (fused.bias, fused.residual):
+            y = y if value is None else y + value
+        return jnp.maximum(y, 0) if fused.relu else y
+
+
+def _planned(of: onednn.Convolution, shape: tuple[int, ...], by_onednn: bool) -> _Plan:
+    """The fastest form for an input ``(N, H, W, I)``."""
+    tiles, channels = shape[0] * -(-shape[1] // 2) * -(-shape[2] // 2), min(of.kernel[2:])
+    square = (
+        of.kernel[:2] == (3, 3)
+        and of.strides == of.padding == of.dilation == (1, 1)
+        and of.groups == 1
+    )
+    fits = not by_onednn or 16 * tiles * shape[3] * 4 <= WINOGRAD_BYTES
+    if (
+        square
+        and fits
+        and any(tiles >= fewest and channels >= width for fewest, width in WINOGRAD_PAYS[by_onednn])
+    ):
+        return _Plan("winograd", of)
+    return _Plan("onednn" if by_onednn else "xla", of)
+
+
+def _by_xla(of: onednn.Convolution, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    square = (of.kernel[:2], of.padding, of.groups) == ((1, 1), (0, 0), 1)
+    if square and len(set(of.strides)) == 1:  # a matrix product is faster
+        return products.pointwise(x, kernel, of.strides[0], None)
+    return of.by_xla(x, kernel)
+
+
+class CpuNetwork:
+    """A network made ready for inference.
+
+    Args:
+      forward: ``(arrays, images) -> outputs`` in evaluation mode.
+      arrays: The parameters and running statistics, float32.
+    """
+
+    def __init__(
+        self, forward: Callable[[list[jax.Array], jax.Array], jax.Array], arrays: list[jax.Array]
+    ) -> None:
+        self._forward, self._arrays = forward, arrays
+        self._by_onednn = onednn.available()
+        self._plans: dict[tuple[onednn.Convolution, tuple[int, ...]], _Plan] = {}
+        self._prepared: dict[tuple[int, _Plan], Any] = {}
+
+    def compiled(self, images: jax.ShapeDtypeStruct) -> Callable[[jax.Array], jax.Array]:
+        """The network for images of this shape."""
+        with conv_lowering("xla"):
+            network = jax.make_jaxpr(self._forward)(self._arrays, images)
+        plans = {leaf: self._plan(*convolution) for leaf, convolution in kernels(network).items()}
+        inputs = [
+            self._kernel(leaf, plans[leaf]) if leaf in plans else array
+            for leaf, array in enumerate(self._arrays)
+        ]
+
+        def compute(fused: Fused) -> jax.Array:
+            if isinstance(fused.kernel, tuple):
+                plan, kernel = fused.kernel
+                return plan(fused, kernel)
+            plan = _planned(fused.convolution, fused.x.shape, self._by_onednn)
+            return plan(fused, plan.prepared(fused.kernel))
+
+        def run(inputs: list[Any], images: jax.Array) -> jax.Array:
+            known = [
+                (plans[leaf], value) if leaf in plans else value
+                for leaf, value in enumerate(inputs)
+            ]
+            return evaluate(network, [*known, images], compute)[0]
+
+        with onednn.not_kept():
+            compiled = (
+                jax.jit(run, compiler_options=compiler_options()).lower(inputs, images).compile()
+            )
+        return lambda images: compiled(inputs, images)
+
+    def _plan(self, of: onednn.Convolution, shape: tuple[int, ...]) -> _Plan:
+        if (of, shape) not in self._plans:
+            plan = _planned(of, shape, self._by_onednn)
+            self._plans[of, shape] = (
+                plan._replace(convolution=onednn.order_of(of, shape))
+                if plan.form == "onednn"
+                else plan
+            )
+        return self._plans[of, shape]
+
+    def _kernel(self, leaf: int, plan: _Plan) -> Any:
+        """The prepared kernel, which batch sizes with the same plan share."""
+        if (leaf, plan) not in self._prepared:
+            self._prepared[leaf, plan] = plan.prepared(self._arrays[leaf])
+        return self._prepared[leaf, plan]
