@@ -1,8 +1,12 @@
-# `make demo` and `make test` set everything up by themselves, in .venv.
+# `make demo` and `make test` set everything up by themselves, in .venv; with another interpreter, as in
+# `make test PYTHON=python3.13`, in an environment of that version's own, .venv-3.13.
 PYTHON ?= python3
-VENV := .venv
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV := .venv$(if $(filter file,$(origin PYTHON)),,-$(VERSION))
+CONSTRAINTS := constraints$(if $(filter 3.11,$(VERSION)),,-newest).txt
+INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 BIN := $(VENV)/bin
-STAMP := $(VENV)/installed
+STAMP := $(VENV)/installed-$(VERSION)
 COMPILERS := $(VENV)/compilers
 
 .PHONY: help setup compilers demo test test-all stress fuzz lint bench decorrelation clean
@@ -17,20 +21,23 @@ help:
 	@echo "make compilers the compilers for TPU and CUDA (400 MB), for flax-resblock aot; no device needed"
 	@echo "make bench     conversion against a plain copy"
 	@echo "make decorrelation   how long float32 runs stay together, docs/decorrelation.png"
+	@echo "Each of them takes another interpreter, as in make test PYTHON=python3.13"
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flax-resblock needs Python 3.11 or newer; say which with make PYTHON=python3.12")'
+# An environment whose interpreter has another version is made anew.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flax-resblock needs Python 3.11 or newer; say which with make PYTHON=python3.13")'
+	test ! -e $(VENV)/pyvenv.cfg || test -d $(VENV)/lib/python$(VERSION) || rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,train,report,dev]'
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[families]'
+	$(INSTALL) -e '.[torch,train,report,dev]'
+	-$(INSTALL) --no-deps torchvision
+	-$(INSTALL) -e '.[families]'
 	touch $(STAMP)
 
 setup: $(STAMP)
 
 # Apart from the other packages, so that jax does not look for devices with them. Without them their tests are skipped, and say so.
 $(COMPILERS)/installed: $(STAMP)
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(COMPILERS) libtpu jax-cuda12-plugin jax-cuda12-pjrt
+	-$(INSTALL) --no-deps --upgrade --target $(COMPILERS) libtpu jax-cuda12-plugin jax-cuda12-pjrt
 	mkdir -p $(COMPILERS) && touch $@
 
 compilers: $(COMPILERS)/installed
@@ -56,7 +63,7 @@ fuzz: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/convert.py
@@ -65,4 +72,4 @@ decorrelation: $(STAMP)
 	$(BIN)/python benchmarks/decorrelation.py docs/decorrelation.png
 
 clean:
-	rm -rf $(VENV) demo_out .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-* demo_out .pytest_cache .ruff_cache .hypothesis *.egg-info

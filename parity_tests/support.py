@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -29,29 +31,37 @@ DTYPES = {
 }
 
 
+_OPERATORS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
 _LIBRARIES: list[torch.library.Library] = []
+"""The operators defined here last as long as these objects."""
 
 
 @functools.cache
 def import_torchvision():
-    """The real torchvision, or a skip. Its wheel expects two operators that the CPU build of torch
-    does not bring; they are defined, not implemented.
+    """The real torchvision, or a skip with the reason.
+
+    With the CPU build of torch, torchvision's wheel cannot load its operators and then refuses to
+    be imported because PyTorch does not know them. They are defined then, without an
+    implementation: the networks need none.
     """
-    library = torch.library.Library("torchvision", "DEF")
-    for operator in (
-        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    ):
-        try:
-            library.define(operator)
-        except RuntimeError:
-            break  # a torchvision with its own operators
-    _LIBRARIES.append(library)  # the operators last as long as the object
-    return pytest.importorskip(
-        "torchvision",
-        reason="needs torchvision: pip install --no-deps torchvision==0.28.0",
-        exc_type=ImportError,
-    )
+    try:
+        return importlib.import_module("torchvision")
+    except ImportError:
+        pytest.skip("needs torchvision: pip install --no-deps torchvision")
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+    _LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))
+    try:
+        for operator in _OPERATORS:
+            if not hasattr(torch.ops.torchvision, operator.split("(")[0]):
+                _LIBRARIES[-1].define(operator)
+        return importlib.import_module("torchvision")
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"torchvision cannot be imported: {error}")
 
 
 def random_bits(
