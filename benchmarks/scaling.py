@@ -31,8 +31,8 @@ import numpy as np
 from scaling_tables import NAME, PER_CHIP, SIZE, WHATS, draw, fill
 
 from flax_resblock.aot.compiler import COMPILERS, ENVIRONMENT, require_compiler
-from flax_resblock.aot.hlo import Instruction, instructions, read
-from flax_resblock.aot.outcome import Memory
+from flax_resblock.aot.hlo import Instruction, instructions, read_hlo
+from flax_resblock.aot.outcome import MemoryUse
 from flax_resblock.aot.request import Request, request_for
 from flax_resblock.bench.report import machine
 from flax_resblock.config import architecture
@@ -146,7 +146,7 @@ def compile_one(name: str) -> dict[str, Any]:
     begun = time.monotonic()
     compiled = lowered.compile()
     seconds, text = time.monotonic() - begun, compiled.as_text()
-    program = read(text)
+    program = read_hlo(text)
     names = {"flops": "flops", "bytes": "bytes accessed"}
 
     def said(cost: Any) -> dict[str, float] | None:
@@ -156,7 +156,7 @@ def compile_one(name: str) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "asked": said(lowered.cost_analysis()),
         "compiled": said(compiled.cost_analysis()),
-        "memory": asdict(Memory.of(compiled.memory_analysis())),
+        "memory": asdict(MemoryUse.of(compiled.memory_analysis())),
         "traffic": traffic(text),
         "cycles": program.cycles,
         "all_reduces": [one.bytes for one in program.collectives if one.kind == "all-reduce"],

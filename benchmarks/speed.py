@@ -11,8 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-from flax_resblock.bench.cases import Case
-from flax_resblock.bench.report import markdown, picture, sentence
+from flax_resblock.bench.cases import BenchCase
+from flax_resblock.bench.report import machine_line, markdown_table, picture
 from flax_resblock.bench.run import Result
 
 BEGIN, END = "<!-- table bench -->", "<!-- end bench -->"
@@ -25,10 +25,10 @@ def filled(document: str, found: dict) -> str:
     _, after = rest.split(END)
     settings = found["settings"]
     machine = (
-        f"{sentence(found['machine'])}; {settings['threads']} threads, {settings['rounds']} "
+        f"{machine_line(found['machine'])}; {settings['threads']} threads, {settings['rounds']} "
         f"rounds, malloc: {settings['malloc']}."
     )
-    return f"{before}{BEGIN}\n\n{markdown(found)}\n\n{machine}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{markdown_table(found)}\n\n{machine}\n\n{END}{after}"
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     fields = Result.__dataclass_fields__
     cases = [
         (
-            Case(**case["case"]),
+            BenchCase(**case["case"]),
             [
                 Result(**{name: value for name, value in result.items() if name in fields})
                 for result in case["results"]

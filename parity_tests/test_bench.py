@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from flax_resblock.bench.cases import CONTESTANTS, FULL, Case
-from flax_resblock.bench.report import disagreement, markdown
+from flax_resblock.bench.cases import CONTESTANTS, FULL, BenchCase
+from flax_resblock.bench.report import disagreement, markdown_table
 from flax_resblock.bench.run import Result
 from flax_resblock.cli import huge_pages, run
 from parity_tests.support import REPOSITORY
@@ -75,7 +75,7 @@ def test_the_document_holds_the_measured_table():
     assert [case["case"] for case in found["cases"]] == [vars(case) for case in FULL]
     text = (REPOSITORY / "docs" / "performance.md").read_text()
     assert text == speed().filled(text, found)
-    assert markdown(found) in text
+    assert markdown_table(found) in text
     assert all(
         result["ratio_quartiles"][0] > 0
         for case in found["cases"]
@@ -123,7 +123,9 @@ def test_bad_input_is_one_paragraph(flags, said, capsys, tmp_path, monkeypatch):
 
 
 def test_cases_are_titled_by_what_they_time():
-    assert Case("train-step", "resnet18", 32, 128).title == "train-step resnet18 32x32 batch 128"
+    assert (
+        BenchCase("train-step", "resnet18", 32, 128).title == "train-step resnet18 32x32 batch 128"
+    )
     assert len({case.title for case in FULL}) == len(FULL)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flax_resblock.aot.hlo import Collective, Narrow, Product, read, slot_of
+from flax_resblock.aot.hlo import Collective, Narrow, Product, read_hlo, slot_of
 from flax_resblock.aot.outcome import bytes_needed, computed_in, findings
 from flax_resblock.aot.request import request_for
 from flax_resblock.config import BlockConfig
@@ -16,7 +16,7 @@ CUDA = (REPOSITORY / "parity_tests" / "hlo" / "cuda.txt").read_text(encoding="ut
 
 
 def test_convolutions_of_tpu_have_slot_direction_precision_and_operand_types():
-    assert read(TPU).products == (
+    assert read_hlo(TPU).products == (
         Product("stage1.0.conv1", "forward", "convolution", ("highest", "highest"), ("f32", "f32")),
         Product(
             "stage1.0.conv1", "backward", "convolution", ("default", "default"), ("bf16", "f32")
@@ -25,28 +25,28 @@ def test_convolutions_of_tpu_have_slot_direction_precision_and_operand_types():
 
 
 def test_narrow_values_are_found_at_their_slot():
-    assert read(TPU).narrow == (Narrow("bf16", "stage1.0.conv1", 1),)
-    assert read(CUDA).narrow == ()
+    assert read_hlo(TPU).narrow == (Narrow("bf16", "stage1.0.conv1", 1),)
+    assert read_hlo(CUDA).narrow == ()
 
 
 def test_collectives_have_the_bytes_of_their_operands():
-    (reduce,) = read(TPU).collectives
+    (reduce,) = read_hlo(TPU).collectives
     assert reduce == Collective(
         "all-reduce", ((3, 3, 16, 32), (32,)), 4 * (3 * 3 * 16 * 32 + 32), "stage1.0.conv1"
     )
-    (started,) = read(CUDA).collectives
+    (started,) = read_hlo(CUDA).collectives
     assert (started.kind, started.bytes) == ("all-reduce", 4 * 512 * 512)
 
 
 def test_cycles_are_summed_over_the_entry_alone():
-    assert read(TPU).cycles == 2000
-    assert read(CUDA).cycles == 0
+    assert read_hlo(TPU).cycles == 2000
+    assert read_hlo(CUDA).cycles == 0
 
 
 def test_products_of_cuda_are_custom_calls_and_fused_dots():
     found = {
         (product.slot, product.kind, product.direction): product.precision
-        for product in read(CUDA).products
+        for product in read_hlo(CUDA).products
     }
     assert found == {
         ("head", "product", "backward"): ("default", "default"),
@@ -78,14 +78,14 @@ def test_an_algorithm_that_was_named_overrides_the_precision():
         "operand_precision={highest,highest}",
         "operand_precision={highest,highest}, algorithm=dot_tf32_tf32_f32",
     )
-    assert read(text).products[0].precision == ("dot_tf32_tf32_f32", "dot_tf32_tf32_f32")
+    assert read_hlo(text).products[0].precision == ("dot_tf32_tf32_f32", "dot_tf32_tf32_f32")
 
 
 def test_the_certificate_names_what_was_lowered_and_the_narrow_values():
     request = request_for(
         BlockConfig(in_channels=16, out_channels=32, stride=2), "tpu:v5e", what="train-step"
     )
-    sentences = [finding.sentence for finding in findings(request, read(TPU))]
+    sentences = [finding.sentence for finding in findings(request, read_hlo(TPU))]
     assert sentences == [
         "stage1.0.conv1: the backward convolution has precision {default,default}, asked for "
         "was highest; it runs in bfloat16",
@@ -94,7 +94,7 @@ def test_the_certificate_names_what_was_lowered_and_the_narrow_values():
     whole = TPU.replace(
         "labels=f01b_i01o->01bf,", "labels=f01b_i01o->01bf, operand_precision={highest,highest},"
     ).replace("bf16[", "f32[")
-    assert findings(request, read(whole)) == []
+    assert findings(request, read_hlo(whole)) == []
 
 
 def test_a_program_without_products_is_no_proof():
@@ -102,7 +102,7 @@ def test_a_program_without_products_is_no_proof():
         line for line in TPU.splitlines() if " convolution(" not in line and "bf16[" not in line
     )
     request = request_for(BlockConfig(in_channels=16, out_channels=32, stride=2), "tpu:v5e")
-    assert [finding.sentence for finding in findings(request, read(text))] == [
+    assert [finding.sentence for finding in findings(request, read_hlo(text))] == [
         "the program has no convolution and no product at all"
     ]
 
@@ -110,7 +110,7 @@ def test_a_program_without_products_is_no_proof():
 @pytest.mark.parametrize("text", ["", "no HLO\nat all (but) {braces}\n"])
 def test_what_is_no_hlo_is_refused(text):
     with pytest.raises(ValueError, match="no HLO"):
-        read(text)
+        read_hlo(text)
 
 
 def test_the_innermost_slot_counts():

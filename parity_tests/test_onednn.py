@@ -13,7 +13,7 @@ from jax import lax
 from flax_resblock.cpu import onednn
 from flax_resblock.cpu.onednn import Convolution, not_kept, order_of, reordered
 from flax_resblock.cpu.primitives import DIMENSIONS
-from flax_resblock.cpu.rewrite import evaluate, kernels
+from flax_resblock.cpu.rewrite import evaluate_fused, kernels
 from flax_resblock.parity.oracle import relative_l2
 
 pytestmark = pytest.mark.skipif(
@@ -131,7 +131,7 @@ def test_what_follows_a_convolution_is_taken_along_where_nobody_else_sees_it():
         y = y + sum(value for value in (fused.bias, fused.residual) if value is not None)
         return jnp.maximum(y, 0) if fused.relu else y
 
-    found = evaluate(
+    found = evaluate_fused(
         jax.make_jaxpr(network)(kernel, bias, x), [kernel, bias, jnp.asarray(x)], compute
     )[0]
     assert seen == [(True, True, False), (False, False, False)]
@@ -151,7 +151,7 @@ def test_only_convolutions_of_float32_are_handed_on(dtype, taken):
         return _plain(of, fused.x, fused.kernel)
 
     network = jax.make_jaxpr(lambda kernel, x: _plain(of, x, kernel))(kernel, x)
-    found = evaluate(network, [kernel, x], compute)[0]
+    found = evaluate_fused(network, [kernel, x], compute)[0]
     assert (len(seen), len(kernels(network)), found.dtype) == (taken, taken, dtype)
 
 
@@ -223,7 +223,7 @@ def test_a_pool_in_a_traced_network_takes_its_form_for_a_cpu(size, window, strid
     traced = jax.make_jaxpr(network)(x)
 
     def rewritten(x):
-        return evaluate(traced, [x], lambda fused: fused.x)[0]
+        return evaluate_fused(traced, [x], lambda fused: fused.x)[0]
 
     assert "reduce_window" in str(traced)
     assert "reduce_window" not in str(jax.make_jaxpr(rewritten)(x))

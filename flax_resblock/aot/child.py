@@ -1,8 +1,8 @@
 """The process that compiles: ``python -m flax_resblock.aot.child``. One request per line on stdin
 up to an empty line, one outcome per line on stdout.
 
-It ends when its stdin closes, even in the middle of a compilation: nobody is left who wants the
-result."""
+It ends when its stdin closes, even in the middle of a compilation, because its parent is gone then.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from flax_resblock.aot.hlo import read
-from flax_resblock.aot.outcome import Memory, Outcome, bytes_needed
+from flax_resblock.aot.hlo import read_hlo
+from flax_resblock.aot.outcome import MemoryUse, Outcome, bytes_needed
 from flax_resblock.aot.request import Request
 from flax_resblock.aot.targets import GPUS, TPUS, Target
 from flax_resblock.errors import InputError
@@ -48,16 +48,16 @@ def devices_of(target: Target, slices: int) -> list[Any]:
                 platform=target.platform, topology_name=name, **options
             ).devices
         )
-    except Exception as error:  # the compilers raise several kinds, none of them their own
+    except Exception as error:  # the compilers raise several classes, none of their own
         reason = str(error).strip().splitlines()[0][:300]
         raise InputError(
-            f"the compiler for {target.platform} does not know {target}: {reason}. Usual ones "
-            f"are 1x1, 2x2, 4x4 and 2x2x1, 2x2x2."
+            f"the compiler for {target.platform} does not know {target}: {reason}. Usual "
+            f"topologies are 1x1, 2x2, 4x4 and 2x2x1, 2x2x2."
         ) from error
 
 
 def compile_one(request: Request) -> Outcome:
-    """Compiles one program and says what became of it.
+    """Compiles one program.
 
     Raises:
       InputError: The request cannot be compiled whatever the compiler.
@@ -84,7 +84,7 @@ def compile_one(request: Request) -> Outcome:
             program=None,
         )
     seconds = time.monotonic() - begun
-    memory = Memory.of(compiled.memory_analysis())
+    memory = MemoryUse.of(compiled.memory_analysis())
     text = compiled.as_text()
     if request.hlo:
         with open(request.hlo, "w", encoding="utf-8") as handle:
@@ -96,7 +96,7 @@ def compile_one(request: Request) -> Outcome:
         seconds=seconds,
         memory=memory,
         needed=memory.total,
-        program=read(text),
+        program=read_hlo(text),
     )
 
 
@@ -106,14 +106,14 @@ def _answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             yield {"outcome": compile_one(Request.from_json(line)).to_plain()}
         except InputError as error:
             yield {"input_error": str(error)}
-        except Exception as error:  # whatever it is, the parent tells the person
+        except Exception as error:  # of any class; the parent reports it
             yield {"error": f"{type(error).__name__}: {error}"}
 
 
 def main() -> None:
-    """Reads requests, compiles, answers."""
+    """Reads requests, compiles them and writes the outcomes."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what the compilers print belongs on stderr
+    os.dup2(2, 1)  # the compilers' own output goes to stderr
     lines = []
     for line in sys.stdin:
         if not line.strip():
@@ -127,7 +127,7 @@ def main() -> None:
     threading.Thread(target=end_with_stdin, daemon=True).start()
     for answer in _answers(iter(lines)):
         print(json.dumps(answer), file=answers, flush=True)
-    os._exit(0)  # the compilers' threads need no farewell
+    os._exit(0)  # without waiting for the compilers' threads
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Runs the compilers, in a child process that has the environment they need; the parent's jax never
-notices.
+"""Runs the compilers in a child process with the environment that they need; the parent's jax is
+not affected.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is examined is what was compiled just now
 }
-"""libtpu then believes to be on a TPU host and asks nobody; jax computes on the CPU. Devices and
-compiler flags of the parent are not handed on.
+"""libtpu then assumes a TPU host and asks no metadata server; jax computes on the CPU. The parent's
+devices and compiler flags are not passed on.
 """
 
 COMPILERS = Path(sys.prefix) / "compilers"
-"""Where the compilers may be installed apart from everything else, so that jax does not look for
-devices with them in every program that it runs.
+"""Where the compilers may be installed apart from other packages, so that jax does not look for
+devices with them in every program.
 """
 
 EXTRAS = {"tpu": "tpu-aot", "cuda": "cuda-aot"}
@@ -59,15 +59,13 @@ def _installed(package: str) -> str | None:
 
 
 def _libtpu_of_jax() -> str:
-    """Which libtpu this jax was built for, such as ``"0.0.42.*"``; ``"*"`` where it does not
-    say.
-    """
+    """The libtpu that this jax was built for, such as ``"0.0.42.*"``; ``"*"`` if jax names none."""
     pins = [line.split(";")[0].strip() for line in requires("jax") or []]
     return next((pin.removeprefix("libtpu==") for pin in pins if pin.startswith("libtpu==")), "*")
 
 
 def require_compiler(platform: str) -> None:
-    """Lets pass where the compiler for a platform is installed, in the version that belongs to the
+    """Checks that the compiler for a platform is installed, in the version that belongs to the
     installed jax.
 
     Raises:
@@ -100,14 +98,14 @@ def require_compiler(platform: str) -> None:
 
 
 def compile_ahead(requests: Sequence[Request], progress: Progress | None = None) -> list[Outcome]:
-    """Compiles programs with no device present, one after the other; what was compiled before in
-    this process is not compiled again.
+    """Compiles programs without a device, one after the other. A request that this process has
+    compiled before is not compiled again.
 
     Args:
-      requests: Checked before anything starts.
+      requests: All are checked before the first is compiled.
       progress: See :data:`Progress`.
     Returns:
-      One outcome per request; a program that is too large for the memory has one too.
+      One outcome per request, also for a program that needs more memory than there is.
     Raises:
       InputError: A request that cannot be compiled, a compiler that is missing or of another
         version.
@@ -158,7 +156,7 @@ def _run_child(requests: Sequence[Request], progress: Progress) -> None:
                     request, _next(answers, done, begun, progress), child, log
                 )
         finally:
-            # also where it has ended, and where a person interrupts: a compilation does not listen
+            # also after an interrupt, which a compilation does not react to
             child.kill()
             child.wait()
 
@@ -196,7 +194,7 @@ def _outcome(
         last = log.read().decode(errors="replace").strip().splitlines()[-1:]
         raise InputError(
             f"the compiler ended with status {child.wait()} while it compiled the {title}. Its "
-            f"last words: {''.join(last)[:400] or 'none'}"
+            f"last line was: {''.join(last)[:400] or 'none'}"
         )
     answer = json.loads(line)
     if "input_error" in answer:

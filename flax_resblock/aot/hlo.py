@@ -1,6 +1,4 @@
-"""Reads what a compiler made of a program: the text of optimised HLO, as ``compiled.as_text()``
-prints it. Plain text in, plain facts out; needs no jax.
-"""
+"""Reads the text of optimised HLO, as ``compiled.as_text()`` prints it, without jax."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ _SLOT = re.compile(r"slot=([\w.]+)")  # see flax_resblock.nn.scopes
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _PRECISION = re.compile(
     r"operand_precision=\{(\w+),(\w+)[,}]"
-)  # cuDNN's fused ones have further operands, which are added and not multiplied
+)  # further operands of cuDNN's fused convolutions are added, not multiplied
 _GEMM_PRECISION = re.compile(r'"operand_precision":\["(\w+)","(\w+)"')
 _ALGORITHM = re.compile(r"\balgorithm=(\w+)")
 _CALL_TARGET = re.compile(r'custom_call_target="([^"]*)"')
@@ -49,7 +47,7 @@ class Product:
     """One convolution or matrix product.
 
     Attributes:
-      slot: Where it belongs, ``"stage1.0.conv1"``; ``""`` where the metadata does not tell.
+      slot: Its layer, ``"stage1.0.conv1"``; ``""`` if the metadata names none.
       direction: ``"forward"``, or ``"backward"`` for a gradient.
       kind: ``"convolution"`` or ``"product"``, as the model asked for it.
       precision: Of the two operands, ``("highest", "highest")``.
@@ -82,7 +80,13 @@ class Collective:
 
 @dataclass(frozen=True)
 class Narrow:
-    """Values of a floating type narrower than float32: how many, of which type, at which slot."""
+    """Values of one floating type narrower than float32 at one slot.
+
+    Attributes:
+      dtype: ``"bf16"`` ...
+      slot: As for :class:`Product`.
+      count: How many values.
+    """
 
     dtype: str
     slot: str
@@ -91,14 +95,14 @@ class Narrow:
 
 @dataclass(frozen=True)
 class Program:
-    """What was compiled.
+    """A compiled program.
 
     Attributes:
       products: Every convolution and matrix product.
       collectives: Every operation between devices.
       narrow: Values of a floating type narrower than float32.
-      cycles: The compiler's own estimate, summed over the program; 0 where it makes none (CUDA).
-        Good for comparing two programs, not for time.
+      cycles: The compiler's own estimate, summed over the program; 0 if it makes none (CUDA). It
+        compares two programs; it does not predict time.
     """
 
     products: tuple[Product, ...]
@@ -113,10 +117,10 @@ class Instruction:
 
     Attributes:
       name: Of its value.
-      type: Of its value, with naming scheme: ``"f32[64]{0:T(128)S(1)}"``, or several in
+      type: Of its value, with its memory layout: ``"f32[64]{0:T(128)S(1)}"``, or several in
         parentheses.
       opcode: ``"fusion"`` ...
-      operands: Names of the values it takes.
+      operands: Names of the values that it takes.
       text: The whole line.
       entry: Whether it belongs to the computation that is run, and not to one that is called from
         there.
@@ -133,8 +137,8 @@ class Instruction:
 
     @property
     def scope(self) -> str:
-        """``op_name`` of its metadata: what the traced program calls the operation, with
-        :data:`SLOT` where a layer has one.
+        """``op_name`` of its metadata: the operation's name in the traced program, with the slot
+        of its layer.
         """
         found = _SCOPE.search(self.text)
         return found[1] if found else ""
@@ -230,13 +234,13 @@ def _collective(instruction: Instruction) -> Collective | None:
     )
 
 
-def read(text: str) -> Program:
-    """The facts of one compiled program.
+def read_hlo(text: str) -> Program:
+    """Reads one compiled program.
 
     Args:
       text: Optimised HLO with metadata.
     Raises:
-      ValueError: No HLO.
+      ValueError: The text is not HLO.
     """
     products, collectives, cycles = [], [], 0
     narrow: Counter[tuple[str, str]] = Counter()
@@ -252,7 +256,7 @@ def read(text: str) -> Program:
         if instruction.entry:
             cycles += sum(map(int, _CYCLES.findall(instruction.text)[:1]))
     if not count:
-        raise ValueError("this is no HLO: it has no instruction.")
+        raise ValueError("this is no HLO: it contains no instruction.")
     return Program(
         tuple(products),
         tuple(collectives),

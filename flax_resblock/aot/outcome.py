@@ -1,4 +1,4 @@
-"""What a compilation found out, and whether it holds what was asked for."""
+"""The result of a compilation, and whether its precision is what the request asked for."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _REFUSALS = (
     re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
     re.compile(rf"Used {_SIZE} of {_SIZE} hbm", re.IGNORECASE),
 )
-"""How libtpu says that a program needs more memory than there is."""
+"""libtpu's messages for a program that needs more memory than there is."""
 
 
 def bytes_needed(refusal: str) -> tuple[int, int] | None:
-    """Bytes that a program would need and those there are, from a compiler's refusal; None where it
-    refused for another reason.
+    """The bytes that a program needs and those that there are, from a compiler's refusal; None if
+    it refused for another reason.
     """
     for pattern in _REFUSALS:
         found = pattern.search(refusal)
@@ -33,13 +33,13 @@ def bytes_needed(refusal: str) -> tuple[int, int] | None:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryUse:
     """Bytes on each device.
 
     Attributes:
       arguments: Parameters, optimizer state, images.
-      outputs: Of these ``aliased`` take the place of arguments.
-      temporaries: Activations and whatever else lives only during the run.
+      outputs: Results; ``aliased`` of these bytes take the place of arguments.
+      temporaries: Activations and other values that live only during the run.
       code: The program itself.
     """
 
@@ -50,7 +50,7 @@ class Memory:
     code: int
 
     @classmethod
-    def of(cls, stats: Any) -> Memory:
+    def of(cls, stats: Any) -> MemoryUse:
         """From jax's ``CompiledMemoryStats``."""
         return cls(
             stats.argument_size_in_bytes,
@@ -62,7 +62,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All together."""
+        """The sum of all."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
@@ -71,26 +71,26 @@ class Outcome:
     """One program, compiled or refused for its size.
 
     Attributes:
-      devices: How many there are.
+      devices: How many devices the target has.
       device_kind: As jax names it, ``"TPU v5 lite"``.
       capacity: Bytes on each device.
-      seconds: The compilation took.
-      memory: None where the compiler refused.
+      seconds: Time of the compilation.
+      memory: None if the compiler refused.
       needed: Bytes on each device.
-      program: None where the compiler refused.
+      program: None if the compiler refused.
     """
 
     devices: int
     device_kind: str
     capacity: int
     seconds: float
-    memory: Memory | None
+    memory: MemoryUse | None
     needed: int
     program: Program | None
 
     @property
     def fits(self) -> bool:
-        """Whether it runs in the memory there is."""
+        """Whether the program runs in the devices' memory."""
         return self.program is not None and self.needed <= self.capacity
 
     def to_plain(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class Outcome:
         return cls(
             **{
                 **plain,
-                "memory": None if memory is None else Memory(**memory),
+                "memory": None if memory is None else MemoryUse(**memory),
                 "program": None if program is None else _program(program),
             }
         )
@@ -129,15 +129,15 @@ def _program(plain: Mapping[str, Any]) -> Program:
 
 @dataclass(frozen=True)
 class Finding:
-    """A product, or values, of another precision than was asked for."""
+    """A product or values whose precision is not what the request asked for."""
 
     slot: str
     sentence: str
 
 
 def computed_in(platform: str, product: Product) -> str:
-    """What a product is really computed in: ``"float32"``, ``"TF32"``, ``"bfloat16"``; its
-    operands' type where that is narrower already.
+    """The arithmetic of a product: ``"float32"``, ``"TF32"``, ``"bfloat16"``; the operands' type if
+    that is narrower.
     """
     kind = product.operands[0]
     if kind != "f32":
@@ -146,11 +146,12 @@ def computed_in(platform: str, product: Product) -> str:
 
 
 def findings(request: Request, program: Program) -> list[Finding]:
-    """The precision certificate: everything that is not as asked for; empty where it holds.
+    """The precision certificate: everything that differs from the request; empty if it holds.
 
-    Every convolution and product has, on both operands, the precision that was asked for at its
-    slot. Where float32 at ``"highest"`` was asked for everywhere, no value is of a narrower type.
-    At least one convolution or product is there."""
+    It holds if both operands of every convolution and product have the precision that the request
+    asks for at their slot, if no value has a narrower type where the request asks for float32 at
+    ``"highest"`` everywhere, and if there is at least one convolution or product.
+    """
     platform = request.parsed_target.platform
     found = []
     for product in program.products:

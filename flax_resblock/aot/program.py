@@ -1,5 +1,5 @@
 """The programs that are compiled: inference, and one training step, over the devices of a topology
-that need not exist.
+that need not be present.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _RATE, _MOMENTUM = 0.1, 0.9
 
 
 def _model(request: Request) -> nnx.Module:
-    """The network without values, every slot with the precision that was asked for by name."""
+    """The network without values; the slots that the request names have their own precision."""
     model = build(
         request.config,
         rngs=None,
@@ -42,8 +42,8 @@ def _model(request: Request) -> nnx.Module:
 
 
 def _loss(outputs: jax.Array, target: jax.Array) -> jax.Array:
-    """Cross-entropy where the target is labels ``(N,)``; else the mean of the outputs weighted by
-    it, whose gradient is ``target`` up to a factor.
+    """Cross-entropy if the target is labels ``(N,)``; else the mean of ``outputs * target``, whose
+    gradient is ``target`` up to a factor.
     """
     if target.ndim == 1:
         return jnp.mean(
@@ -84,13 +84,13 @@ def _step(
 
 def _per_replica(graphdef: Any, optimizer: Any, mesh: Mesh) -> Callable[..., Any]:
     """Each device normalises with its own share of the batch and keeps its own running statistics,
-    in front of which stands an axis of devices.
+    which have a leading axis of devices.
 
-    The loss is averaged inside the function that is differentiated: jax then delivers the gradients
-    of replicated parameters averaged. The parameters are marked as varying before they are used, so
-    that the gradients are summed over the devices in the shape of the parameters; left to itself,
-    jax marks them where they meet the images, after they were broadcast, and sums arrays of the
-    size of the activations."""
+    The loss is averaged inside the function that is differentiated, so that jax returns averaged
+    gradients of replicated parameters. The parameters are marked as varying before they are used,
+    so that the gradients are summed over the devices in the shape of the parameters. Without that,
+    jax marks them after they are broadcast to the images and sums arrays of the activations' size.
+    """
     step = _step(
         graphdef,
         optimizer,
@@ -118,8 +118,8 @@ def lower(request: Request, devices: Sequence[Any]) -> Any:
     """The program of a request, lowered for these devices: ``jax.stages.Lowered``.
 
     Raises:
-      InputError: A batch that the devices cannot share equally, or images that the network makes
-        nothing of.
+      InputError: The devices cannot share the batch equally, or an exported network is to run on
+        more than one.
     """
     if request.batch % len(devices):
         raise InputError(
@@ -137,7 +137,7 @@ def lower(request: Request, devices: Sequence[Any]) -> Any:
     with (
         jax.default_matmul_precision(request.precision),
         conv_lowering("xla"),
-    ):  # as on a host of that device, though this one may have a CPU alone
+    ):  # as on a host of that device; this one may have only a CPU
         if request.exported:
             return _lower_exported(request, mesh)
         return (

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from flax_resblock import config as arch
-from flax_resblock.aot.targets import Target, parse
+from flax_resblock.aot.targets import Target, parse_target
 from flax_resblock.config import SlotKind, walk
 from flax_resblock.errors import InputError
 
@@ -30,7 +30,7 @@ class Request:
       subject: A configuration in JSON, see :func:`flax_resblock.config.to_json`; or the folder of
         an exported network, with ``exported``.
       exported: Whether ``subject`` is such a folder; it brings its own precision and dtype.
-      target: ``"tpu:v5e:2x2"``, see :func:`flax_resblock.aot.targets.parse`.
+      target: ``"tpu:v5e:2x2"``, see :func:`flax_resblock.aot.targets.parse_target`.
       slices: TPU slices that train together.
       what: ``"forward"`` in evaluation mode, or ``"train-step"``: forward in training mode,
         backward, and an update of SGD with momentum.
@@ -73,7 +73,7 @@ class Request:
     @property
     def parsed_target(self) -> Target:
         """The target."""
-        return parse(self.target)
+        return parse_target(self.target)
 
     @cached_property
     def _blurs(self) -> set[str]:

@@ -1,4 +1,4 @@
-"""Chips that can be compiled for, as data, and how people name them: ``tpu:v5e:2x2``, ``tpu:v4``,
+"""The chips that can be compiled for, and their names: ``tpu:v5e:2x2``, ``tpu:v4``,
 ``cuda:h100:8``.
 """
 
@@ -12,7 +12,7 @@ from typing import Literal
 
 from flax_resblock.errors import InputError
 
-Kind = Literal["convolution", "product"]
+ProductKind = Literal["convolution", "product"]
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Tpu:
 
     Attributes:
       compiler_name: As libtpu spells it.
-      topology: One host's chips; what is meant where none is said.
-      memory: Bytes that a program may use on each device, as the compiler says. A chip of v4 and 7x
-        is two devices.
+      topology: One host's chips, which is the default.
+      memory: Bytes that a program may use on each device, according to the compiler. A chip of v4
+        and of 7x is two devices.
     """
 
     compiler_name: str
@@ -73,7 +73,7 @@ class Gpu:
     clock: float
 
     def description(self) -> str:
-        """What XLA's CUDA compiler wants to know, a ``GpuTargetConfigProto`` in text form."""
+        """A ``GpuTargetConfigProto`` in text form, for XLA's CUDA compiler."""
         major, minor = self.capability
         reserved = 1024  # of shared memory per block, by the driver
         fields = {
@@ -148,7 +148,7 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
     }
 )
 
-ARITHMETIC: Mapping[tuple[str, Kind], Mapping[str, str]] = MappingProxyType(
+ARITHMETIC: Mapping[tuple[str, ProductKind], Mapping[str, str]] = MappingProxyType(
     {
         ("tpu", "convolution"): {
             "default": "bfloat16",
@@ -164,7 +164,7 @@ ARITHMETIC: Mapping[tuple[str, Kind], Mapping[str, str]] = MappingProxyType(
         ("cuda", "product"): {"default": "TF32", "high": "float32", "highest": "float32"},
     }
 )
-"""What float32 operands are computed in, by platform and kind, for each precision."""
+"""The arithmetic for float32 operands, by platform and kind, for each precision."""
 
 
 @dataclass(frozen=True)
@@ -185,12 +185,12 @@ class Target:
         return f"{self.platform}:{self.chip}:{self.topology}"
 
 
-def parse(name: str) -> Target:
-    """The target that a name such as ``tpu:v5e:2x2`` or ``cuda:a100`` means; without a topology one
-    TPU host, or one GPU.
+def parse_target(name: str) -> Target:
+    """The target of a name such as ``tpu:v5e:2x2`` or ``cuda:a100``. Without a topology it is one
+    TPU host or one GPU.
 
     Raises:
-      InputError: No such platform, chip or topology.
+      InputError: There is no such platform, chip or topology.
     """
     platform, chip, topology, *more = [*name.lower().split(":"), "", ""]
     if platform == "tpu" and chip in TPUS and not any(more):

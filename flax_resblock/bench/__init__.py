@@ -1,3 +1,3 @@
-"""Both frameworks side by side: the same weights, the same batches, equal threads, turn by turn,
-each in a process of its own.
+"""Times both frameworks with the same weights, batches and number of threads. Each runs in a
+process of its own, and the processes take turns.
 """

@@ -1,16 +1,16 @@
-"""What is timed, and who takes part: rows of data."""
+"""What the benchmark times, and the contestants that it compares."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-What = Literal["train-step", "forward", "inference", "conversion"]
+Workload = Literal["train-step", "forward", "inference", "conversion"]
 
 
 @dataclass(frozen=True)
-class Case:
-    """One thing to time.
+class BenchCase:
+    """One computation to time.
 
     Attributes:
       what: ``"train-step"``: loss, gradients, SGD with momentum; ``"forward"``: evaluation mode,
@@ -23,7 +23,7 @@ class Case:
       batch: Images.
     """
 
-    what: What
+    what: Workload
     architecture: str
     image_size: int
     batch: int
@@ -44,12 +44,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way to do it.
+    """One way to compute a case.
 
     Attributes:
       name: In tables.
       side: ``"torch"`` or ``"jax"``.
-      how: What its worker makes of it.
+      how: The variant, as its worker understands it.
     """
 
     name: str
@@ -64,7 +64,7 @@ _EVERY = (
     Contestant("plain XLA", "jax", "xla"),
 )
 
-CONTESTANTS: dict[What, tuple[Contestant, ...]] = {
+CONTESTANTS: dict[Workload, tuple[Contestant, ...]] = {
     "train-step": _EVERY,
     "forward": _EVERY,
     "inference": (
@@ -79,22 +79,22 @@ CONTESTANTS: dict[What, tuple[Contestant, ...]] = {
         Contestant("copy of the bytes", "jax", "copy"),
     ),
 }
-"""The first is the one that others are compared with."""
+"""The others are compared with the first."""
 
-QUICK = (Case("train-step", "resnet18", 32, 32), Case("inference", "resnet18", 32, 8))
+QUICK = (BenchCase("train-step", "resnet18", 32, 32), BenchCase("inference", "resnet18", 32, 8))
 
 FULL = (
-    Case("train-step", "resnet18", 32, 32),
-    Case("train-step", "resnet18", 32, 128),
-    Case("train-step", "resnet50", 224, 8),
-    Case("train-step", "block", 32, 32),
-    Case("forward", "resnet18", 32, 32),
-    Case("forward", "resnet50", 224, 8),
-    Case("forward", "block", 32, 32),
+    BenchCase("train-step", "resnet18", 32, 32),
+    BenchCase("train-step", "resnet18", 32, 128),
+    BenchCase("train-step", "resnet50", 224, 8),
+    BenchCase("train-step", "block", 32, 32),
+    BenchCase("forward", "resnet18", 32, 32),
+    BenchCase("forward", "resnet50", 224, 8),
+    BenchCase("forward", "block", 32, 32),
     *(
-        Case("inference", name, size, batch)
+        BenchCase("inference", name, size, batch)
         for name, size in (("resnet18", 32), ("resnet50", 224))
         for batch in (1, 8, 32)
     ),
-    Case("conversion", "resnet50", 224, 1),
+    BenchCase("conversion", "resnet50", 224, 1),
 )

@@ -1,4 +1,4 @@
-"""Tables, JSON and a picture of what was timed."""
+"""The measurements as tables, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from flax_resblock.bench.cases import Case
+from flax_resblock.bench.cases import BenchCase
 from flax_resblock.bench.run import Result, quartiles
 from flax_resblock.errors import MissingDependencyError
 
@@ -19,7 +19,7 @@ MEBI = 1 << 20
 
 
 def machine() -> dict[str, Any]:
-    """Name, cores, memory and versions: what a time means nothing without."""
+    """Name, cores, memory and versions, without which a time means nothing."""
     lines = (
         Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         if Path("/proc/cpuinfo").exists()
@@ -43,8 +43,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def sentence(found: dict[str, Any]) -> str:
-    """The machine in a line."""
+def machine_line(found: dict[str, Any]) -> str:
+    """The machine in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return (
         f"{found['cpu']}, {found['cores']} cores, {found['memory_bytes'] / (1 << 30):.0f} GiB; "
@@ -52,7 +52,7 @@ def sentence(found: dict[str, Any]) -> str:
     )
 
 
-def table(case: Case, results: Sequence[Result]) -> Table:
+def table(case: BenchCase, results: Sequence[Result]) -> Table:
     """One row per contestant: medians with quartiles; seconds until the first result, and of a
     process that finds it compiled; memory.
     """
@@ -78,17 +78,15 @@ def table(case: Case, results: Sequence[Result]) -> Table:
 
 
 def disagreement(results: Sequence[Result]) -> float:
-    """The largest relative difference of what was computed to what the first one computed; the copy
-    of bytes computes the same sum.
-    """
+    """The largest relative difference between a contestant's value and the first one's."""
     values = [result.value for result in results if not result.failed]
     return max(abs(value - values[0]) for value in values) / abs(values[0])
 
 
 def content(
-    cases: Sequence[tuple[Case, Sequence[Result]]], settings: dict[str, Any]
+    cases: Sequence[tuple[BenchCase, Sequence[Result]]], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything, as JSON."""
+    """All measurements with the machine and the settings, for JSON."""
     return {
         "machine": machine(),
         "settings": settings,
@@ -103,7 +101,7 @@ def content(
     }
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown_table(found: dict[str, Any]) -> str:
     """The table for a document, from :func:`content`: PyTorch eager's milliseconds, ratios of the
     others to it with quartiles, of our peak memory to its.
     """
@@ -128,7 +126,7 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def picture(cases: Sequence[tuple[Case, Sequence[Result]]], path: Path) -> None:
+def picture(cases: Sequence[tuple[BenchCase, Sequence[Result]]], path: Path) -> None:
     """Ratios with their quartiles, a group of bars per case, as PNG.
 
     Raises:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import flax_resblock
-from flax_resblock.bench.cases import CONTESTANTS, Case, Contestant
+from flax_resblock.bench.cases import CONTESTANTS, BenchCase, Contestant
 from flax_resblock.bench.worker import Task, config_of
 from flax_resblock.errors import InputError
 from flax_resblock.nn.resnet import build
@@ -33,20 +33,20 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 @dataclass
 class Result:
-    """What one contestant did.
+    """The measurements of one contestant.
 
     Attributes:
       contestant: Its name.
       rounds: Median seconds of every round.
-      ratios: Of these to the first contestant's of the same round.
+      ratios: Each round's seconds divided by the first contestant's in the same round.
       first: Seconds until the first result: compilation and all that belongs to it.
-      cached: The same in a process that finds it in the compilation cache; None where there is no
-        cache.
+      cached: The same in a process that finds its programs in the compilation cache; None without
+        a cache.
       value: Loss, or mean size of the outputs, after the first repetition.
       imported, peak: Bytes held once everything is imported, and at most; of a process that finds
         its programs in the cache where there is one.
       faults: Page faults of a repetition.
-      failed: Why there are no numbers.
+      failed: The reason if there are no numbers.
     """
 
     contestant: str
@@ -118,7 +118,7 @@ class _Worker:
 
 
 def measure(
-    case: Case,
+    case: BenchCase,
     *,
     rounds: int,
     threads: int,
@@ -138,7 +138,7 @@ def measure(
         ...}``; empty: its defaults.
       on_progress: Called with a text and the number of turns done.
     Raises:
-      InputError: No contestant got to its first result.
+      InputError: Every contestant failed before its first result.
     """
     with tempfile.TemporaryDirectory(prefix="flax-resblock-bench") as folder, ExitStack() as stack:
         weights = Path(folder) / "weights.safetensors"
@@ -159,7 +159,7 @@ def measure(
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         environment["JAX_ENABLE_COMPILATION_CACHE"] = (
-            # also where the person has turned the command's own off: the second start is measured
+            # also if the user has turned off the command's own: the second start is measured
             "true"
         )
         environment |= allocator
@@ -177,14 +177,14 @@ def measure(
             workers[contestant.name] = worker
         if not workers:
             raise InputError(
-                f"{case.title}: nobody got to a result: "
+                f"{case.title}: every contestant failed: "
                 + "; ".join(f"{name}: {result.failed}" for name, result in results.items())
             )
         _take_turns(workers, results, rounds, on_progress)
         return list(results.values())
 
 
-def _write_weights(case: Case, path: Path) -> None:
+def _write_weights(case: BenchCase, path: Path) -> None:
     from flax import nnx
 
     flax_resblock.save(build(config_of(case), rngs=nnx.Rngs(0)), path)

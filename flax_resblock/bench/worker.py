@@ -1,5 +1,5 @@
-"""What the processes of both frameworks have in common: they prepare, say so, and then time as many
-repetitions as they are asked for.
+"""The part that the processes of both frameworks share: they prepare, report that they are ready,
+and then time as many repetitions as they are asked for.
 
 Lines of JSON in both directions: ``{"first": seconds, "imported": bytes}`` once ready; then, for
 each number that is read, ``{"seconds": [...], "value": v, "peak": bytes, "faults": n}``."""
@@ -18,17 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.bench.cases import Case
+from flax_resblock.bench.cases import BenchCase
 from flax_resblock.config import BlockConfig, Config, architecture
 
 CLASSES = 10
 LEARNING_RATE, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
-"""Of both sides' SGD."""
+"""The hyperparameters of SGD on both sides."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is told.
+    """A worker's instructions.
 
     Attributes:
       case: What to do.
@@ -37,7 +37,7 @@ class Task:
       weights: A ``.safetensors`` file with torchvision's names.
     """
 
-    case: Case
+    case: BenchCase
     how: str
     threads: int
     weights: Path
@@ -47,7 +47,10 @@ class Task:
         """From :meth:`text`."""
         content = json.loads(text)
         return cls(
-            Case(**content["case"]), content["how"], content["threads"], Path(content["weights"])
+            BenchCase(**content["case"]),
+            content["how"],
+            content["threads"],
+            Path(content["weights"]),
         )
 
     def text(self) -> str:
@@ -62,7 +65,7 @@ class Task:
         )
 
 
-def config_of(case: Case) -> Config:
+def config_of(case: BenchCase) -> Config:
     """The network or block."""
     if case.architecture == "block":
         return BlockConfig(in_channels=64, out_channels=64)
@@ -75,7 +78,7 @@ def config_of(case: Case) -> Config:
     )
 
 
-def batch_of(case: Case) -> tuple[np.ndarray, np.ndarray]:
+def batch_of(case: BenchCase) -> tuple[np.ndarray, np.ndarray]:
     """Images ``(N, H, W, C)`` float32 and labels ``(N,)`` int32, the same in every process."""
     rng = np.random.default_rng(0)
     images = rng.normal(

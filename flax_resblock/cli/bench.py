@@ -59,8 +59,15 @@ def bench(
         raise MissingDependencyError(
             f"bench needs {' and '.join(missing)}: pip install 'flax-resblock[torch,train]'."
         )
-    from flax_resblock.bench.cases import FULL, QUICK, Case
-    from flax_resblock.bench.report import content, disagreement, machine, picture, sentence, table
+    from flax_resblock.bench.cases import FULL, QUICK, BenchCase
+    from flax_resblock.bench.report import (
+        content,
+        disagreement,
+        machine,
+        machine_line,
+        picture,
+        table,
+    )
     from flax_resblock.bench.run import measure
 
     cores = os.cpu_count() or 1
@@ -84,10 +91,12 @@ def bench(
         if path is not None:
             refuse_existing(path, force)
     cases = {"quick": QUICK, "full": FULL}.get(what) or (
-        Case(what, architecture, image_size, batch),
+        BenchCase(what, architecture, image_size, batch),
     )  # pyright: ignore[reportArgumentType]
     output.print(
-        sentence(machine()) + f"; {threads} threads, malloc: {malloc}", markup=False, soft_wrap=True
+        machine_line(machine()) + f"; {threads} threads, malloc: {malloc}",
+        markup=False,
+        soft_wrap=True,
     )
     found = []
     with Progress(
@@ -100,7 +109,9 @@ def bench(
         bar = progress.add_task("", total=len(cases) * rounds)
         for number, case in enumerate(cases):
 
-            def on_progress(text: str, done: int, case: Case = case, number: int = number) -> None:
+            def on_progress(
+                text: str, done: int, case: BenchCase = case, number: int = number
+            ) -> None:
                 progress.update(
                     bar, description=f"{case.title}: {text}", completed=number * rounds + done
                 )

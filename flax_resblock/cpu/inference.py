@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from flax_resblock.cpu import onednn, products, winograd
-from flax_resblock.cpu.rewrite import Fused, evaluate, kernels
+from flax_resblock.cpu.rewrite import Fused, evaluate_fused, kernels
 from flax_resblock.cpu.switch import compiler_options, conv_lowering
 
 WINOGRAD_PAYS = {True: ((32, 512), (256, 256), (1024, 128)), False: ((512, 64), (0, 256))}
-"""The least tiles and channels for Winograd, with oneDNN as the other choice (True) or without. With
-few tiles, most of what is read are the sixteen kernels, 16/9 of the plain one; with few channels,
-most of the work are the transforms.
+"""The least tiles and channels for Winograd, with oneDNN as the other choice (True) or without.
+With few tiles, reading the sixteen kernels (16/9 of the plain one) takes most of the time; with few
+channels, the transforms do.
 """
 WINOGRAD_BYTES = 32 << 20
 """The largest sixteen matrices of an input, in bytes, with oneDNN as the other choice: beyond this
@@ -116,7 +116,7 @@ class CpuNetwork:
                 (plans[leaf], value) if leaf in plans else value
                 for leaf, value in enumerate(inputs)
             ]
-            return evaluate(network, [*known, images], compute)[0]
+            return evaluate_fused(network, [*known, images], compute)[0]
 
         with onednn.not_kept():
             compiled = (

@@ -1,9 +1,10 @@
-"""Values that a CPU computes once and keeps, instead of again wherever they are used.
+"""Values that a CPU computes once and keeps in memory, instead of again wherever they are used.
 
-XLA fuses cheap operations into everything that uses their result. On a CPU that is a loss where
-there are many users, such as the sixteen matrices of a Winograd convolution, or where the loop that
-is fused into becomes one that is not vectorised. ``lax.optimization_barrier`` does not prevent it:
-it is gone before fusion. A call that may not be inlined does."""
+XLA fuses cheap operations into everything that uses their result. On a CPU this is slower if there
+are many users, such as the sixteen matrices of a Winograd convolution, or if the fused loop is no
+longer vectorised. ``lax.optimization_barrier`` does not prevent it with jaxlib 0.10, which removes
+the barrier before fusion. A call that may not be inlined does, with 0.10 and 0.12.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def _on_cpu(x: jax.Array) -> jax.Array:
         return _same(x)
 
 
-# not inlined, a call has its operand in memory; what it gives is the same memory
+# a call that is not inlined has its operand in memory and returns the same memory
 _materialised = Primitive("resblock_materialised")
 _materialised.def_impl(lambda x: x)
 _materialised.def_abstract_eval(lambda x: x)
@@ -42,16 +43,16 @@ mlir.register_lowering(
 
 
 def materialised(x: jax.Array) -> Any:
-    """The same array, which a compiled program for a CPU has in memory at this place; nothing at
-    all on other platforms. Derivatives are not affected.
+    """Returns ``x``, which a program compiled for a CPU holds in memory at this point. On other
+    platforms this adds nothing to the program. Derivatives are not affected.
     """
     return _materialised.bind(x)
 
 
 @jax.custom_jvp
 def kept(x: jax.Array) -> Any:
-    """The same array; where derivatives are taken, :func:`materialised`: the backward pass will use
-    it again.
+    """Returns ``x``, :func:`materialised` only where derivatives are taken, because the backward
+    pass uses it again.
     """
     return x
 

@@ -1,5 +1,5 @@
-"""Max pooling on a CPU: the greatest of the window's pixels, each a strided slice, and a gradient
-that compares them instead of searching the window.
+"""Max pooling on a CPU, as the maximum of strided slices, one for each pixel of the window; its
+gradient compares the slices instead of searching the window.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from flax_resblock.cpu.products import taps_added, taps_of
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
-    """``(N, H, W, C)`` to ``(N, H', W', C)``, equal to ``torch.nn.MaxPool2d``; of equal pixels the
-    first one has the gradient.
+    """``(N, H, W, C)`` to ``(N, H', W', C)``, equal to ``torch.nn.MaxPool2d``. If pixels are equal,
+    the first one receives the gradient.
 
     Args:
-      x: Floating.
+      x: Images or activations, floating.
       window, stride, padding: In pixels, square.
     """
     return _greatest(x, window, stride, padding)
 
 
 def _greatest(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
-    """The inside and the borders apart: a border of infinities would have every pixel of every
-    slice compared with the image's ends.
+    """Computes the inside and the borders separately: with a border of infinities, XLA would
+    compare the position of every pixel of every slice with the image's edges.
     """
     rows, columns = (_runs(size, window, stride, padding) for size in x.shape[1:3])
     return jnp.concatenate(
@@ -42,8 +42,11 @@ def _greatest(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array
 
 
 class _Run(NamedTuple):
-    """Outputs beside each other whose windows lie over the image in the same way: the input pixels
-    of the first one, and how many they are.
+    """Adjacent outputs whose windows overlap the image in the same way.
+
+    Attributes:
+      pixels: The input pixels of the first output.
+      outputs: How many outputs there are.
     """
 
     pixels: range
@@ -69,9 +72,8 @@ def _part(x: jax.Array, row: _Run, column: _Run, stride: int) -> jax.Array:
         for i in row.pixels
         for j in column.pixels
     ]
-    return lax.optimization_barrier(
-        reduce(jnp.maximum, taps)
-    )  # otherwise computed pixel by pixel while they are put together
+    # without the barrier it is computed pixel by pixel while the parts are concatenated
+    return lax.optimization_barrier(reduce(jnp.maximum, taps))
 
 
 def _forward(

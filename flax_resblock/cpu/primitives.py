@@ -1,9 +1,9 @@
-"""A convolution and its two gradients as primitives of jax, lowered in one way for the CPU and as
-XLA's convolution for every other platform.
+"""A convolution and its two gradients as primitives of jax, with a lowering of their own for CPUs.
 
-The three maps are bilinear, and the transposes of each are among the three: derivatives of any
-order, forwards and backwards, need nothing more. What is lowered for a GPU or TPU, also on a
-machine that has none, is what ``lax.conv_general_dilated`` and its gradients are lowered to."""
+The three maps are bilinear, and the transposes of each are among the three, so derivatives of any
+order, forwards and backwards, need nothing more. For a GPU or TPU, also on a machine that has none,
+they are lowered to what ``lax.conv_general_dilated`` and its gradients are lowered to.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +34,13 @@ class Forms(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """What the arrays of one of the three maps do not tell: height and width of the input, size of
-    the kernel, stride, padding, all in pixels; precision.
+    """What the arrays of the three maps do not determine.
+
+    Attributes:
+      image: Height and width of the convolution's input.
+      taps: Size of the kernel.
+      stride, padding: In pixels.
+      precision: Of the products.
     """
 
     image: tuple[int, int]
@@ -162,9 +167,8 @@ def convolution(
     Args:
       x, kernel: Of one dtype.
       stride, padding: In pixels.
-      precision: See :func:`flax_resblock.nn.conv.convolve`; None: jax's default where the
-        convolution is traced.
-      forms: Each must fit the shapes.
+      precision: ``lax.Precision`` of the products; None takes jax's default at the time of tracing.
+      forms: Each must support the shapes.
     """
     if precision is None:
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,6 +1,4 @@
-"""Convolutions as matrix products: of the pixels of a 1x1 kernel, or one for every tap of a larger
-one.
-"""
+"""Convolutions as matrix products: one for a 1x1 kernel, one for each tap of a larger kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from flax_resblock.cpu.materialised import materialised
 
 
 def _visited(x: jax.Array, stride: int) -> jax.Array:
-    """The pixels that a 1x1 convolution looks at, ``(N, H', W', C)``."""
+    """The pixels that a 1x1 convolution reads, ``(N, H', W', C)``."""
     return x if stride == 1 else x[:, ::stride, ::stride]
 
 
@@ -61,10 +59,10 @@ def pointwise_input_gradient(
 def taps_of(
     x: jax.Array, taps: int, stride: int, padding: int, border: float
 ) -> list[list[jax.Array]]:
-    """What every output pixel sees at each row and column of a ``taps`` by ``taps`` window, ``(N,
-    H', W', C)``; ``border`` is the padding's value.
+    """The pixels that the outputs read at each row and column of a ``taps`` by ``taps`` window,
+    each ``(N, H', W', C)``; ``border`` is the padding's value.
 
-    What computes ``x`` is fused into one copy with its border, and not into each of the slices.
+    The computation of ``x`` is fused into one padded copy, not into each of the slices.
     """
     last = [(size + 2 * padding - taps) // stride for size in x.shape[1:3]]
     ends = [
@@ -87,8 +85,8 @@ def taps_of(
 def taps_added(
     shares: list[list[jax.Array]], size: tuple[int, int], stride: int, padding: int
 ) -> jax.Array:
-    """The transpose of :func:`taps_of`: every share ``(N, H', W', C)`` added where its pixels came
-    from, ``(N, H, W, C)``.
+    """The transpose of :func:`taps_of`: adds each share ``(N, H', W', C)`` to the pixels that it
+    came from, ``(N, H, W, C)``.
     """
     padded = _overlapped([_overlapped(row, stride, axis=2) for row in shares], stride, axis=1)
     ends = [
@@ -101,8 +99,8 @@ def taps_added(
 def kernel_gradient(
     x: jax.Array, dy: jax.Array, taps: int, stride: int, padding: int, precision: lax.PrecisionLike
 ) -> jax.Array:
-    """``(k, k, C, O)`` from ``(N, H, W, C)`` and ``(N, H', W', O)``: one product for every tap, of
-    the pixels that it sees.
+    """``(k, k, C, O)`` from ``(N, H, W, C)`` and ``(N, H', W', O)``, by one product for each tap
+    with the pixels that it reads.
     """
     dy = materialised(dy)
     seen = taps_of(x, taps, stride, padding, 0)

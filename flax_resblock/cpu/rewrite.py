@@ -1,5 +1,5 @@
-"""A traced network whose convolutions, each with the bias, addition and ReLU that follow it, are
-computed by somebody else.
+"""Interprets a traced network and hands each convolution, with the bias, addition and ReLU that
+follow it, to a callback.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from flax_resblock.cpu.primitives import DIMENSIONS
 
 @dataclass(frozen=True)
 class Fused:
-    """``relu(conv(x) + bias + residual)``, each of the last three optional.
+    """``relu(conv(x) + bias + residual)``; bias, residual and ReLU are optional.
 
     Attributes:
-      convolution: Its numbers.
+      convolution: Its sizes.
       x: ``(N, H, W, I)``.
-      kernel: What the network was given for it; anything, if it was.
+      kernel: An array, or what the caller passed in its place.
       bias: ``(1, 1, 1, O)``.
       residual: Of the output's shape.
-      relu: Whether one follows.
+      relu: Whether a ReLU comes last.
     """
 
     convolution: Convolution
@@ -44,7 +44,7 @@ Compute = Callable[[Fused], jax.Array]
 
 
 class _Pending:
-    """A convolution that waits for what follows it."""
+    """A convolution whose value has not been needed yet: what follows it may be taken along."""
 
     def __init__(self, fused: Fused, compute: Compute) -> None:
         self.fused = fused
@@ -57,14 +57,14 @@ class _Pending:
         return self._compute(self.fused)
 
 
-def evaluate(network: ClosedJaxpr, inputs: Sequence[Any], compute: Compute) -> list[Any]:
+def evaluate_fused(network: ClosedJaxpr, inputs: Sequence[Any], compute: Compute) -> list[Any]:
     """The network's outputs.
 
     Args:
       network: From ``jax.make_jaxpr``; convolutions are plain ``conv_general_dilated``.
-      inputs: Its inputs; in place of one that is a kernel, and nothing else, anything that
-        ``compute`` understands.
-      compute: Gives the value of a convolution and what was found to follow it.
+      inputs: Its inputs. An input that :func:`kernels` names may be anything that ``compute``
+        understands.
+      compute: Returns the value of a convolution together with what follows it.
     """
     return [_value(result) for result in _evaluate(network.jaxpr, network.consts, inputs, compute)]
 
@@ -84,9 +84,8 @@ def _evaluate(
 
     def write(variables: Sequence[Any], results: Sequence[Any]) -> None:
         for variable, result in zip(variables, results, strict=True):
-            values[variable] = (
-                result if uses[variable] == 1 else _value(result)
-            )  # only what nobody else sees can be taken along
+            # what has another user cannot be taken along
+            values[variable] = result if uses[variable] == 1 else _value(result)
 
     write(jaxpr.constvars, consts)
     write(jaxpr.invars, inputs)
@@ -119,12 +118,12 @@ def _value(result: Any) -> Any:
 
 
 _CALLS = frozenset({"jit", "pjit", "custom_jvp_call", "custom_vjp_call"})
-"""What only wraps other operations: without derivatives, their content is all that counts."""
+"""Primitives that only wrap other operations. Without derivatives only their content matters."""
 
 
 def kernels(network: ClosedJaxpr) -> dict[int, tuple[Convolution, tuple[int, ...]]]:
-    """Which inputs are a kernel and nothing else, by their number: the convolution, and the shape
-    of what it convolves.
+    """The inputs that are used only as a kernel, by their number: the convolution, and the shape of
+    the array that it convolves.
     """
     uses = Counter(
         id(atom)
@@ -154,7 +153,9 @@ def _convolution(operands: list[Any], eqn: Any, compute: Compute) -> _Pending | 
 
 
 def _numbers(eqn: Any) -> Convolution | None:
-    """None for one that is not of float32 images in NHWC, or not padded evenly."""
+    """The sizes of a convolution of float32 images in NHWC with equal padding on both sides; None
+    for any other.
+    """
     p = eqn.params
     padding, kernel = tuple(p["padding"]), eqn.invars[1].aval
     plain = (
@@ -185,8 +186,8 @@ _DIMENSIONS = jax.lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), DIMENSI
 
 
 def _addition(operands: list[Any], eqn: Any, _: Compute) -> _Pending | None:
-    """Of a bias or a residual; of two convolutions, the one that is ready first becomes the
-    residual of the other.
+    """Adds a bias or a residual. Of two convolutions, the first becomes the residual of the
+    other.
     """
     shape = eqn.outvars[0].aval.shape
     for pending, other in (operands, operands[::-1]):
@@ -206,7 +207,7 @@ def _addition(operands: list[Any], eqn: Any, _: Compute) -> _Pending | None:
 
 
 def _maximum(operands: list[Any], _: Any, __: Compute) -> _Pending | None:
-    """With zero: a ReLU."""
+    """A maximum with zero is a ReLU."""
     for pending, other in (operands, operands[::-1]):
         if (
             isinstance(pending, _Pending)
@@ -219,7 +220,7 @@ def _maximum(operands: list[Any], _: Any, __: Compute) -> _Pending | None:
 
 
 def _pool(operands: list[Any], eqn: Any, _: Compute) -> jax.Array | None:
-    """Of the image's pixels in a square, padded evenly."""
+    """Max pooling over a square window with equal padding on all sides."""
     p = eqn.params
     if len(p["window_dimensions"]) != 4:
         return None

@@ -21,35 +21,37 @@ from jax import lax
 
 from flax_resblock.cpu.materialised import materialised
 
-Rows = Sequence[jax.Array]
-Grid = list[list[jax.Array]]
+_Rows = Sequence[jax.Array]
+_Grid = list[list[jax.Array]]
 
 WHOLE_BYTES, PART_BYTES = 64 << 20, 16 << 20
-"""Of the matrices of a kernel's gradient: most that are computed at once, and how many else."""
+"""Bytes of the matrices of a kernel's gradient: up to the first number they are computed at once,
+beyond it in parts of the second.
+"""
 
 
-def _b_transposed(x: Rows) -> Rows:
+def _b_transposed(x: _Rows) -> _Rows:
     return x[0] - x[2], x[1] + x[2], x[2] - x[1], x[1] - x[3]
 
 
-def _b(v: Rows) -> Rows:
+def _b(v: _Rows) -> _Rows:
     return v[0], v[1] - v[2] + v[3], v[1] + v[2] - v[0], -v[3]
 
 
-def _a_transposed(m: Rows) -> Rows:
+def _a_transposed(m: _Rows) -> _Rows:
     return m[0] + m[1] + m[2], m[1] - m[2] - m[3]
 
 
-def _a(y: Rows) -> Rows:
+def _a(y: _Rows) -> _Rows:
     return y[0], y[0] + y[1], y[0] - y[1], -y[1]
 
 
-def _g(w: Rows) -> Rows:
+def _g(w: _Rows) -> _Rows:
     ends = w[0] + w[2]
     return w[0], (ends + w[1]) * 0.5, (ends - w[1]) * 0.5, w[2]
 
 
-def _g_transposed(u: Rows) -> Rows:
+def _g_transposed(u: _Rows) -> _Rows:
     half_sum = (u[1] + u[2]) * 0.5
     return u[0] + half_sum, (u[1] - u[2]) * 0.5, half_sum + u[3]
 
@@ -58,7 +60,7 @@ def _tiles(size: int) -> int:
     return -(-size // 2)
 
 
-def _input_tiles(x: jax.Array) -> Grid:
+def _input_tiles(x: jax.Array) -> _Grid:
     """``V``: sixteen matrices ``(tiles, C)``."""
     _, height, width, channels = x.shape
     tall, wide = _tiles(height), _tiles(width)
@@ -77,7 +79,7 @@ def _input_tiles(x: jax.Array) -> Grid:
     ]
 
 
-def _output_tiles(dy: jax.Array) -> Grid:
+def _output_tiles(dy: jax.Array) -> _Grid:
     """``D``: sixteen matrices ``(tiles, O)``."""
     n, height, width, channels = dy.shape
     tall, wide = _tiles(height), _tiles(width)
@@ -91,12 +93,12 @@ def _output_tiles(dy: jax.Array) -> Grid:
     ]
 
 
-def transform_kernel(kernel: jax.Array) -> Grid:
+def transform_kernel(kernel: jax.Array) -> _Grid:
     """``U``: sixteen matrices ``(C, O)`` of a kernel ``(3, 3, C, O)``."""
     return [list(_g([row[j] for j in range(3)])) for row in _g([kernel[i] for i in range(3)])]
 
 
-def _interleave(phases: Grid, shape: tuple[int, ...]) -> jax.Array:
+def _interleave(phases: _Grid, shape: tuple[int, ...]) -> jax.Array:
     """Even and odd rows and columns, each ``(N, tall, wide, C)``, as one image of ``shape``; what
     is beyond is cut off.
     """
@@ -113,9 +115,9 @@ def convolve(x: jax.Array, kernel: jax.Array, precision: lax.PrecisionLike) -> j
 
 
 def convolve_transformed(
-    x: jax.Array, transformed: Grid, precision: lax.PrecisionLike
+    x: jax.Array, transformed: _Grid, precision: lax.PrecisionLike
 ) -> jax.Array:
-    """The same with a kernel that :func:`transform_kernel` has seen."""
+    """:func:`convolve` with a kernel that :func:`transform_kernel` has transformed."""
     n, height, width, _ = x.shape
     products = [
         [jnp.dot(v, u, precision=precision) for v, u in zip(*pair, strict=True)]
@@ -143,7 +145,7 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, precision: lax.PrecisionLike) -
     )
 
 
-def _products(x: jax.Array, dy: jax.Array, precision: lax.PrecisionLike) -> Grid:
+def _products(x: jax.Array, dy: jax.Array, precision: lax.PrecisionLike) -> _Grid:
     """``V^T D``: sixteen matrices ``(C, O)``."""
     tiles, gradients = _input_tiles(x), _output_tiles(dy)
     return [
@@ -157,9 +159,9 @@ def _products(x: jax.Array, dy: jax.Array, precision: lax.PrecisionLike) -> Grid
     ]
 
 
-def _products_in_parts(x: jax.Array, dy: jax.Array, precision: lax.PrecisionLike) -> Grid:
-    """The same. Where ``V`` and ``D`` would be more than :data:`WHOLE_BYTES`, a loop adds the
-    products of a few images at a time, which stay in the cache.
+def _products_in_parts(x: jax.Array, dy: jax.Array, precision: lax.PrecisionLike) -> _Grid:
+    """:func:`_products`. If ``V`` and ``D`` take more than :data:`WHOLE_BYTES`, a loop adds the
+    products of a few images at a time, whose matrices stay in the cache.
     """
     n, height, width, _ = x.shape
     image = 16 * _tiles(height) * _tiles(width) * (x.shape[3] + dy.shape[3]) * x.dtype.itemsize
@@ -167,7 +169,7 @@ def _products_in_parts(x: jax.Array, dy: jax.Array, precision: lax.PrecisionLike
         return _products(x, dy, precision)
     images = max(1, PART_BYTES // image)
 
-    def added(part: jax.Array, sums: Grid) -> Grid:
+    def added(part: jax.Array, sums: _Grid) -> _Grid:
         seen, gradient = (
             lax.dynamic_slice_in_dim(array, part * images, images) for array in (x, dy)
         )
@@ -200,7 +202,7 @@ def input_gradient(dy: jax.Array, kernel: jax.Array, precision: lax.PrecisionLik
     return materialised(_interleave([list(row) for row in phases], (n, height, width)))
 
 
-def _overlap(parts: Rows, axis: int) -> Rows:
+def _overlap(parts: _Rows, axis: int) -> _Rows:
     """Adds tiles of four pixels, two apart, without the border pixel before them: even and odd
     pixels.
     """

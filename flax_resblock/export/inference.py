@@ -18,17 +18,17 @@ from flax_resblock.export.fold import fold_batch_norm
 from flax_resblock.nn.conv import Conv
 from flax_resblock.nn.resnet import Model
 
-Forward = Callable[[list[jax.Array], jax.Array], jax.Array]
-Compiled = Callable[[jax.Array], jax.Array]
+_Forward = Callable[[list[jax.Array], jax.Array], jax.Array]
+_Compiled = Callable[[jax.Array], jax.Array]
 
 
 class _Plain:
     """A network as XLA compiles it, for any dtype and device."""
 
-    def __init__(self, forward: Forward, arrays: list[jax.Array]) -> None:
+    def __init__(self, forward: _Forward, arrays: list[jax.Array]) -> None:
         self._forward, self._arrays = jax.jit(forward, compiler_options=compiler_options()), arrays
 
-    def compiled(self, images: jax.ShapeDtypeStruct) -> Compiled:
+    def compiled(self, images: jax.ShapeDtypeStruct) -> _Compiled:
         """The network for images of this shape."""
         compiled = self._forward.lower(self._arrays, images).compile()
         return lambda images: compiled(self._arrays, images)
@@ -74,10 +74,10 @@ class CompiledInference:
             self._network = CpuNetwork(forward, arrays)
         else:
             self._network = _Plain(forward, arrays)
-        self._compiled: dict[int, Compiled] = {}
+        self._compiled: dict[int, _Compiled] = {}
         self._for(largest)
 
-    def _for(self, size: int) -> Compiled:
+    def _for(self, size: int) -> _Compiled:
         if size not in self._compiled:
             self._compiled[size] = self._network.compiled(
                 jax.ShapeDtypeStruct((size, *self.example.shape[1:]), self.example.dtype)

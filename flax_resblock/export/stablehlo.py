@@ -1,8 +1,7 @@
-"""Networks as artefacts that need neither Flax nor this library: a StableHLO program, weights in
-safetensors, and a manifest.
+"""Exported networks, which need neither Flax nor this library: a folder with a StableHLO program of
+``jax.export`` (``model.stablehlo``), ``weights.safetensors`` and ``manifest.json``.
 
-Folder: ``model.stablehlo`` (of ``jax.export``), ``weights.safetensors``, ``manifest.json``.
-  docs/export.md has the ten lines that run it.
+docs/export.md has the ten lines that run one.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ COMPATIBILITY = (
 )
 
 _SMALLEST = 32
-"""Pixels: images of any size are at least so large, so that every stage has something to work
-on.
+"""The least height and width in pixels of a network exported for any image size, so that no stage
+is empty.
 """
 
 
@@ -56,7 +55,11 @@ def _require_flatbuffers() -> None:
 
 
 def weights_of(model: Model) -> dict[str, np.ndarray]:
-    """What evaluation needs, by dotted path."""
+    """The arrays that evaluation needs, by dotted path.
+
+    Raises:
+      InputError: Some are float64.
+    """
     flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
     found = {
         ".".join(map(str, path)): np.asarray(variable[...])
@@ -73,8 +76,8 @@ def weights_of(model: Model) -> dict[str, np.ndarray]:
 
 
 def forward_of(model: Model) -> Callable[[Mapping[str, Any], Any], Any]:
-    """``(weights, images) -> outputs`` in evaluation mode, with weights by dotted path as in
-    :func:`weights_of`; slots are named in the program.
+    """``(weights, images) -> outputs`` in evaluation mode, with the weights of
+    :func:`weights_of`.
     """
     graphdef, state = nnx.split(model)
     names = {path: ".".join(map(str, path)) for path in dict(nnx.to_flat_state(state))}
@@ -224,7 +227,7 @@ class Exported:
 
     @property
     def config(self) -> arch.Config:
-        """What was exported."""
+        """The network's configuration."""
         return arch.from_json(self.manifest["config"])
 
     @property
@@ -239,13 +242,13 @@ class Exported:
 
     @property
     def fixed_size(self) -> int | None:
-        """Side of the images; None where any will do."""
+        """Side of the images; None if the program takes any size."""
         size = self.manifest["input"]["shape"][1]
         return size if isinstance(size, int) else None
 
     @property
     def image_size(self) -> int:
-        """Side of the images; 224 where any will do."""
+        """Side of the images; 224 if the program takes any size."""
         return self.fixed_size or 224
 
     @property
@@ -263,9 +266,7 @@ class Exported:
         _require_flatbuffers()
         try:
             return jax.export.deserialize(bytearray((self.folder / PROGRAM).read_bytes()))
-        except (
-            Exception
-        ) as error:  # jax raises ValueError, and whatever the parser of StableHLO has in mind
+        except Exception as error:  # jax raises ValueError, the parser of StableHLO other classes
             written = self.manifest.get("versions", {}).get("jax", "an unknown jax")
             reason = " ".join(str(error).split())[:200]
             raise InputError(
@@ -275,7 +276,7 @@ class Exported:
 
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
-        """By dotted path; empty where they are in the program."""
+        """The weights by dotted path; empty if they are constants of the program."""
         try:
             return safetensors.numpy.load_file(self.folder / WEIGHTS)
         except (safetensors.SafetensorError, OSError) as error:
