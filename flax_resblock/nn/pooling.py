@@ -8,6 +8,7 @@ from flax import nnx
 from jax import lax
 
 from flax_resblock.nn.conv import convolve, cpu_forms
+from flax_resblock.nn.scopes import in_slot
 
 
 class MaxPool(nnx.Module):
@@ -64,6 +65,7 @@ class Blur(nnx.Module):
     def __init__(self, stride: int) -> None:
         self.stride = stride
 
+    @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, C)`` to ``(N, ceil(H / stride), ceil(W / stride), C)``; height and width at
         least 2.

@@ -31,6 +31,7 @@ class BlurredMaxPool(nnx.Module):
         self.pool = MaxPool(3, stride=1, padding=1)
         self.blur = Blur(2)
 
+    @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, C)`` to ``(N, ceil(H / 2), ceil(W / 2), C)``."""
         return self.blur(self.pool(x))
