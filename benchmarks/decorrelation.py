@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 import flax_resblock
 from flax_resblock import ResNetConfig
 from flax_resblock.convert import NAMINGS, StateMap
-from flax_resblock.runs.optimizer_state import fresh
+from flax_resblock.runs.optimizer_state import fresh_optimizer
 from flax_resblock.runs.optimizers import optimizer_of
 from flax_resblock.runs.run import Run
 from flax_resblock.runs.scheduler_state import ScheduleState
@@ -106,7 +106,7 @@ def in_jax(kind: str) -> Iterator[np.ndarray]:
     reference, _, _ = module(kind, torch.float32)
     model = flax_resblock.from_torch(reference)
     assert isinstance(model, flax_resblock.ResNet)
-    record = fresh(kind, StateMap(CONFIG, NAMINGS["torchvision"]), **SETTINGS[kind])
+    record = fresh_optimizer(kind, StateMap(CONFIG, NAMINGS["torchvision"]), **SETTINGS[kind])
     pace, optimizer = (
         Pace.of(Run(record, ScheduleState(warmup_cosine(WARMUP, STEPS), 0), 0), STEPS),
         optimizer_of(record),

@@ -1,5 +1,5 @@
-"""Residual networks in Flax that are PyTorch's, number for number; and the converter and the proofs
-that say so.
+"""Residual networks in Flax that compute what their PyTorch originals compute, and a converter that
+moves weights and training runs between the two frameworks and proves that nothing changed.
 
 Names are imported on first use, so that ``import flax_resblock`` costs nothing and the command line
 starts at once. torch is never imported here."""
@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from flax_resblock._version import __version__
 
 if TYPE_CHECKING:
+    from flax_resblock.checkpoint import Limits
     from flax_resblock.config import BlockConfig, ResNetConfig, architectures
+    from flax_resblock.convert import NAMINGS, Naming
     from flax_resblock.cpu.switch import compiler_options, conv_lowering
     from flax_resblock.errors import CheckpointError, InputError
     from flax_resblock.export.inference import compile_inference
@@ -20,16 +22,22 @@ if TYPE_CHECKING:
     from flax_resblock.nn.blocks import BottleneckBlock, ResidualBlock
     from flax_resblock.nn.norm import BatchNorm
     from flax_resblock.nn.resnet import ResNet, create
+    from flax_resblock.runs.optimizers import optimizer_of
+    from flax_resblock.runs.run import Run
 
 __all__ = [
+    "NAMINGS",
     "BatchNorm",
     "BlockConfig",
     "BottleneckBlock",
     "CheckpointError",
     "InputError",
+    "Limits",
+    "Naming",
     "ResNet",
     "ResNetConfig",
     "ResidualBlock",
+    "Run",
     "__version__",
     "architectures",
     "compile_inference",
@@ -39,11 +47,16 @@ __all__ = [
     "from_torch",
     "load",
     "load_run",
+    "optimizer_of",
     "save",
     "to_torch",
 ]
 
 _MODULES = {
+    "checkpoint": ("Limits",),
+    "convert": ("NAMINGS", "Naming"),
+    "runs.optimizers": ("optimizer_of",),
+    "runs.run": ("Run",),
     "config": ("BlockConfig", "ResNetConfig", "architectures"),
     "nn.blocks": ("BottleneckBlock", "ResidualBlock"),
     "errors": ("CheckpointError", "InputError"),

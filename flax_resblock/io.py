@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, Unpack, cast
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from flax_resblock import checkpoint
 from flax_resblock.checkpoint import LIMITS, Limits, Record
 from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.config import Config, Path
-from flax_resblock.convert import NAMINGS, StateMap
+from flax_resblock.convert import Naming, StateMap, naming_of
 from flax_resblock.convert.hubs import files_of
 from flax_resblock.convert.modules import module_facts
 from flax_resblock.convert.opening import (
@@ -33,25 +33,26 @@ from flax_resblock.convert.opening import (
 )
 from flax_resblock.errors import InputError, some
 from flax_resblock.nn.blocks import BottleneckBlock, ResidualBlock
+from flax_resblock.nn.layers import LayerOptions
 from flax_resblock.nn.norm import BatchNorm
 from flax_resblock.nn.resnet import Model, ResNet, build
 from flax_resblock.nn.variables import flat_arrays, on_device, set_values
-from flax_resblock.runs import run_file
 from flax_resblock.runs.run import Run
+from flax_resblock.runs.run_file import run_of, write_with_run
 
 
 def from_torch(
     source: Any,
     *,
     architecture: str | Config | None = None,
-    naming: str | None = None,
+    naming: str | Naming | None = None,
     num_classes: int | None = None,
     stride: int | None = None,
     ignore: Sequence[str] = (),
     allow_missing: Sequence[str] = (),
     limits: Limits = LIMITS,
     traits: Mapping[str, Any] | None = None,
-    **options: Any,
+    **options: Unpack[LayerOptions],
 ) -> Model:
     """A PyTorch residual network as an nnx model in evaluation mode.
 
@@ -62,7 +63,7 @@ def from_torch(
       source: A state dict of tensors or arrays, an ``nn.Module``, or a path of a checkpoint in any
         format.
       architecture: Name or configuration; None finds it from names and shapes.
-      naming: Naming scheme, see :data:`flax_resblock.convert.NAMINGS`; None finds it.
+      naming: Naming scheme, or the name of one of :data:`flax_resblock.NAMINGS`; None finds it.
       num_classes: Size of the logits; None reads it off.
       stride: Of a bare block whose skip changes shape; its weights do not tell (an ``nn.Module``
         does).
@@ -73,7 +74,7 @@ def from_torch(
         :class:`flax_resblock.checkpoint.Limits`.
       traits: Fields of :class:`~flax_resblock.ResNetConfig` that no tensor tells, ``{"stride_on":
         "1x1"}``; an ``nn.Module`` says them itself, and so does the ``config.json`` of a folder.
-      **options: See :class:`flax_resblock.nn.blocks.LayerOptions`. ``eps`` and ``momentum`` default
+      **options: See :class:`flax_resblock.nn.layers.LayerOptions`. ``eps`` and ``momentum`` default
         to those of an ``nn.Module`` source.
     Returns:
       A :class:`~flax_resblock.ResNet`, or a bare block, in evaluation mode.
@@ -102,7 +103,7 @@ def from_torch(
             opened = interpret(record, reading)
         facts.check(opened.state_map)
         _check_forward(source, opened, reading, facts.norm_options[EPS])
-        options = {**facts.norm_options, **options}
+        options = cast(LayerOptions, {**facts.norm_options, **options})
     elif isinstance(source, Mapping):
         opened = interpret(_record_of(source, "the state dict"), reading)
     elif isinstance(source, str | PathLike):
@@ -137,7 +138,7 @@ def _check_forward(
     """
     from flax_resblock.parity.forward_check import check_forward
 
-    naming = opened.state_map.naming.name
+    naming = opened.state_map.naming
     same = replace(reading, architecture=opened.config, naming=naming, num_classes=None, traits={})
 
     def values_of(state: Mapping[str, Any]) -> dict[Path, np.ndarray]:
@@ -148,16 +149,42 @@ def _check_forward(
     check_forward(module, opened, values_of, eps=eps)
 
 
-def load(path: str | PathLike[str], **arguments: Any) -> Model:
+def load(
+    path: str | PathLike[str],
+    *,
+    architecture: str | Config | None = None,
+    naming: str | Naming | None = None,
+    num_classes: int | None = None,
+    stride: int | None = None,
+    ignore: Sequence[str] = (),
+    allow_missing: Sequence[str] = (),
+    limits: Limits = LIMITS,
+    traits: Mapping[str, Any] | None = None,
+    **options: Unpack[LayerOptions],
+) -> Model:
     """The nnx model that a checkpoint of any format holds, in evaluation mode; arguments, warnings
     and errors as for :func:`from_torch`.
+
+    Example:
+      >>> model = load("resnet18.pth")
     """
     if not isinstance(path, str | PathLike):
         raise InputError(
             f"load takes a path, not a {type(path).__name__}; from_torch takes state dicts and "
             f"modules."
         )
-    return from_torch(path, **arguments)
+    return from_torch(
+        path,
+        architecture=architecture,
+        naming=naming,
+        num_classes=num_classes,
+        stride=stride,
+        ignore=ignore,
+        allow_missing=allow_missing,
+        limits=limits,
+        traits=traits,
+        **options,
+    )
 
 
 def load_run(
@@ -165,55 +192,67 @@ def load_run(
     *,
     optimizer: str | None = None,
     per_epoch: bool | None = None,
-    **arguments: Any,
+    entry: str | None = None,
+    architecture: str | Config | None = None,
+    naming: str | Naming | None = None,
+    num_classes: int | None = None,
+    ignore: Sequence[str] = (),
+    allow_missing: Sequence[str] = (),
+    limits: Limits = LIMITS,
+    traits: Mapping[str, Any] | None = None,
+    **options: Unpack[LayerOptions],
 ) -> tuple[Model, Run]:
     """Model and training run of a checkpoint: PyTorch's own, Lightning's, a Hugging Face Trainer
     folder, or one of this library's.
 
     Args:
       path: The checkpoint.
-      optimizer: ``"adam"`` or ``"adamw"``, where the file does not tell (torch before 2.6).
+      optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``, if the file does not tell (torch before 2.6
+        writes Adam and AdamW alike).
       per_epoch: Whether the learning-rate scheduler was stepped once per epoch (or once per batch);
         None finds it from the counters.
-      **arguments: ``entry`` (which of several state dicts), and those of
-        :class:`flax_resblock.convert.opening.ReadOptions`.
+      entry: Which of several state dicts in the file to take as the weights, by name.
+      architecture, naming, num_classes, ignore, allow_missing, limits, traits, **options: As for
+        :func:`from_torch`.
     Returns:
-      The nnx model in evaluation mode, and the :class:`~flax_resblock.runs.run.Run`, which
+      The nnx model in evaluation mode, and the :class:`~flax_resblock.Run`, which
       :func:`flax_resblock.training.fit` goes on with and :func:`save` writes.
     Raises:
-      CheckpointError: As for :func:`from_torch`; and no optimizer, or one that does not fit.
+      CheckpointError: As for :func:`from_torch`; also if there is no optimizer, or one that does
+        not fit the model.
     Warns:
       UserWarning: As for :func:`from_torch`.
     Example:
       >>> model, run = load_run("run.pth")
     """
-    entry = arguments.pop("entry", None)
-    source = open_checkpoint(FilePath(path), ReadOptions(**arguments), entry=entry, run=True)
+    reading = ReadOptions(
+        architecture, naming, num_classes, None, ignore, allow_missing, limits, traits or {}
+    )
+    source = open_checkpoint(FilePath(path), reading, entry=entry, run=True)
     refuse_afresh(source)
     _warn_about(source)
-    return to_model(source), source.run(kind=optimizer, per_epoch=per_epoch)
+    return to_model(source, **options), run_of(source, optimizer=optimizer, per_epoch=per_epoch)
 
 
-def to_model(source: OpenedCheckpoint, **options: Any) -> Model:
+def to_model(source: OpenedCheckpoint, **options: Unpack[LayerOptions]) -> Model:
     """The nnx model of an opened checkpoint, in evaluation mode.
 
     Args:
       source: See :func:`flax_resblock.convert.opening.open_checkpoint`.
-      **options: See :class:`flax_resblock.nn.blocks.LayerOptions`.
+      **options: See :class:`flax_resblock.nn.layers.LayerOptions`; ``eps`` and ``momentum`` default
+        to those that the checkpoint has.
     """
-    options = {**source.norm_options, **options}
+    options = cast(LayerOptions, {**source.norm_options, **options})
     values = arrays_of(source)
     model = build(source.config, rngs=None, **options)
     if source.afresh:
-        fresh = dict(
-            nnx.to_flat_state(nnx.state(build(source.config, rngs=nnx.Rngs(0), **options)))
-        )
-        absent = {
-            entry.flax_path
+        drawn = build(source.config, rngs=nnx.Rngs(0), **options)
+        fresh = dict(nnx.to_flat_state(nnx.state(drawn)))
+        values |= {
+            entry.flax_path: fresh[entry.flax_path][...]
             for entry in source.state_map.entries
             if entry.torch_key in source.afresh
         }
-        values |= {path: fresh[path][...] for path in absent}
     set_values(model, values)
     model.eval()
     return model
@@ -269,19 +308,13 @@ def _config_of(model: Any) -> Config:
     return model.config
 
 
-def _map_of(model: Model, naming: str) -> StateMap:
-    if naming not in NAMINGS:
-        raise InputError(f"naming scheme {naming!r} is unknown; known: {', '.join(NAMINGS)}.")
-    return StateMap(_config_of(model), NAMINGS[naming])
-
-
-def to_torch(model: Model, naming: str = "torchvision") -> dict[str, np.ndarray]:
+def to_torch(model: Model, naming: str | Naming = "torchvision") -> dict[str, np.ndarray]:
     """The state dict of a model, in PyTorch's order, names and layouts; bit for bit what
     :func:`from_torch` was given.
 
     Args:
       model: A model of this library.
-      naming: Naming scheme, see :data:`flax_resblock.convert.NAMINGS`.
+      naming: Naming scheme, or the name of one of :data:`flax_resblock.NAMINGS`.
     Returns:
       New writable arrays by name; ``num_batches_tracked`` is int64. ``torch.from_numpy`` of each
       loads with ``strict=True`` (bfloat16 goes through
@@ -290,7 +323,7 @@ def to_torch(model: Model, naming: str = "torchvision") -> dict[str, np.ndarray]
       InputError: Not a model of this library, an unknown naming scheme, or one that cannot name
         this network's parts.
     """
-    return _map_of(model, naming).to_torch(flat_arrays(model), copy=True)
+    return StateMap(_config_of(model), naming).to_torch(flat_arrays(model), copy=True)
 
 
 def norm_options(model: Model) -> dict[str, float | None]:
@@ -310,7 +343,7 @@ def save(
     path: str | PathLike[str],
     *,
     run: Run | None = None,
-    naming: str = "torchvision",
+    naming: str | Naming = "torchvision",
     force: bool = False,
 ) -> None:
     """Writes a model, and the run that trains it, to a checkpoint, whole or not at all.
@@ -323,33 +356,31 @@ def save(
       run: Optimizer, schedule and counters, as :func:`load_run` and
         :func:`flax_resblock.training.fit` give them. A ``.pth`` then is a training checkpoint, with
         the entries ``"model"``, ``"optimizer"``, ``"lr_scheduler"``, ``"epoch"`` and ``"step"``.
-      naming: Naming scheme of ``.pth`` and ``.safetensors``; ``"flax"`` keeps Flax's names and
+      naming: Naming scheme of ``.pth`` and ``.safetensors``, or the name of a known one; a scheme
+        of your own must be given again to read the file. ``"flax"`` keeps Flax's names and
         layouts in a ``.safetensors``.
       force: Replace what is there.
     Raises:
       InputError: An unknown suffix or naming scheme, a destination that exists, a folder that
         cannot be written to.
     """
-    path = FilePath(path)
-    _map_of(model, naming)  # refuses an unknown naming scheme for every format
-    folder = checkpoint.output_format(path) == "orbax"
-    files = (
-        files_of(NAMINGS[naming].hub, model.config, {}) if folder and NAMINGS[naming].hub else None
-    )
-    if checkpoint.output_format(path) == "pytorch" and naming == "flax":
+    path, scheme, config = FilePath(path), naming_of(naming), _config_of(model)
+    StateMap(config, scheme)  # refuses a scheme that cannot name this network, whatever the format
+    kind = checkpoint.output_format(path)
+    files = files_of(scheme.hub, config, {}) if kind == "orbax" and scheme.hub else None
+    if kind == "pytorch" and scheme.name == "flax":
         raise InputError(
             "a .pth file holds PyTorch names; use .safetensors or an Orbax folder for naming "
             "scheme 'flax'."
         )
     checkpoint.refuse_existing(path, force)
-    naming_there = "flax" if folder and files is None else naming
-    tensors = to_torch(model, naming_there)
-    run_file.write(
+    state_map = StateMap(config, "flax" if kind == "orbax" and files is None else scheme)
+    write_with_run(
         path,
-        tensors,
-        metadata_of(model.config, naming, norm_options(model)),
+        state_map.to_torch(flat_arrays(model), copy=True),
+        metadata_of(config, scheme.name, norm_options(model)),
         run,
-        _map_of(model, naming_there),
+        state_map,
         files=files,
         force=force,
     )

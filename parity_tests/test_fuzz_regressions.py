@@ -15,6 +15,7 @@ from flax_resblock import CheckpointError, InputError, checkpoint
 from flax_resblock.cli import run
 from flax_resblock.convert.opening import ReadOptions, open_checkpoint
 from flax_resblock.parity.certificate import recheck
+from flax_resblock.runs.run_file import run_of
 from flax_resblock.training.data.bounded import read_npz
 from flax_resblock.training.data.npz import npz_archive
 from parity_tests.fuzz import samples
@@ -52,12 +53,12 @@ DAMAGED_RUNS = {
 def test_a_damaged_optimizer_is_one_clear_error(case, tmp_path):
     run = samples.training()
     (tmp_path / "net.pth").write_bytes(samples.saved(run))
-    assert open_checkpoint(tmp_path / "net.pth", run=True).run().optimizer.kind == "adamw"
+    assert run_of(open_checkpoint(tmp_path / "net.pth", run=True)).optimizer.kind == "adamw"
     DAMAGED_RUNS[case](run)
     (tmp_path / "net.pth").write_bytes(samples.saved(run))
     source = open_checkpoint(tmp_path / "net.pth", run=True)
     with pytest.raises(CheckpointError, match=r"optimizer|training run") as error:
-        source.run()
+        run_of(source)
     assert "\x1b" not in str(error.value)
 
 

@@ -14,6 +14,7 @@ import optax
 import pytest
 import torch
 from flax import nnx
+from jax.tree_util import GetAttrKey
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 
 from flax_resblock import CheckpointError, ResNetConfig, from_torch, to_torch
@@ -21,11 +22,16 @@ from flax_resblock.checkpoint.torch_file import plain, with_tensors
 from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.parity.inputs import adversarial_images
 from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2
-from flax_resblock.runs import scheduler_state as scheduling
-from flax_resblock.runs.optimizer_state import OptimizerState, find, fresh, read, write
-from flax_resblock.runs.optimizers import optimizer_of, record_of, state_of
+from flax_resblock.runs.optimizer_state import (
+    OptimizerState,
+    find_optimizer,
+    fresh_optimizer,
+    read_optimizer,
+    write_optimizer,
+)
+from flax_resblock.runs.optimizers import optimizer_of, path_of, record_of, state_of
 from flax_resblock.runs.run import Run
-from flax_resblock.runs.scheduler_state import ScheduleState
+from flax_resblock.runs.scheduler_state import ScheduleState, read_schedule, write_schedule
 from flax_resblock.runs.schedules import Options, Schedule, base_rate
 from flax_resblock.training.pace import Pace
 from flax_resblock.training.step import TrainState, make_train_step
@@ -167,14 +173,12 @@ def reference(name, steps):
 
 
 def run_of(moment, steps):
-    record = read(moment.optimizer, MAP)
+    record = read_optimizer(moment.optimizer, MAP)
     if moment.scheduler is None:
         return Run(record, steps=steps)
     return Run(
         record,
-        ScheduleState(
-            *scheduling.read(moment.scheduler, [group.options for group in record.groups])
-        ),
+        ScheduleState(*read_schedule(moment.scheduler, [group.options for group in record.groups])),
         steps,
     )
 
@@ -213,7 +217,11 @@ def jax_steps(weights, run, data, *, optimizer=None):
         graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
         buffers = state_of(run.optimizer, params)
         if optimizer is not None:
-            buffers = (buffers, *optimizer.init(params)[1:])
+            momentum = run.optimizer.tensors["momentum_buffer"]
+            trace = jax.tree_util.tree_map_with_path(
+                lambda keys, _: jnp.array(momentum[path_of(keys)]), params
+            )
+            buffers = (optax.TraceState(trace), *optimizer.init(params)[1:])
         state = TrainState(
             *jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (params, stats)), buffers
         )
@@ -261,7 +269,7 @@ def test_a_torch_run_goes_on_in_jax(name):
     history = reference(name, BEFORE + AFTER)
     for (ours, _, record), there in zip(gone_on(name), history[BEFORE:], strict=True):
         assert worst(ours, there.weights) <= TRAJECTORY_LIMIT
-        expected = read(there.optimizer, MAP)
+        expected = read_optimizer(there.optimizer, MAP)
         assert {key: set(found) for key, found in record.tensors.items()} == {
             key: set(found) for key, found in expected.tensors.items()
         }
@@ -286,10 +294,10 @@ def test_a_jax_run_goes_on_in_torch(name):
     module.load_state_dict(
         {key: torch.from_numpy(np.array(value)) for key, value in weights.items()}, strict=True
     )
-    optimizer.load_state_dict(with_tensors(write(record, MAP)))
+    optimizer.load_state_dict(with_tensors(write_optimizer(record, MAP)))
     if scheduler is not None:
         scheduler.load_state_dict(
-            scheduling.write(run.schedule, [group.options for group in record.groups])
+            write_schedule(run.schedule, [group.options for group in record.groups])
         )
     torch_steps(module, optimizer, scheduler, batches(BEFORE + AFTER)[BEFORE + back :])
     assert worst(plain(module.state_dict()), history[-1].weights) <= TRAJECTORY_LIMIT
@@ -446,30 +454,32 @@ def test_there_and_back_is_bit_exact(name, steps, dtype):
             CheckpointError,
             match=r"fits 2 of the usual ways: biases (fir|la)st, kernels (fir|la)st",
         ):
-            read(original, MAP)
+            read_optimizer(original, MAP)
         return
-    record = read(original, MAP)
-    assert same(write(record, MAP), original)
+    record = read_optimizer(original, MAP)
+    assert same(write_optimizer(record, MAP), original)
     with jax.enable_x64(True):
         params = nnx.state(from_torch(plain(module.state_dict())), nnx.Param)
-        back = write(record_of(record, state_of(record, params)), MAP)
+        back = write_optimizer(record_of(record, state_of(record, params)), MAP)
     assert same(back, original)
 
 
 def test_the_buffers_hold_what_torch_calls_them():
     there = reference("adamw, decay last", 2)[-1]
-    record = read(there.optimizer, MAP)
+    record = read_optimizer(there.optimizer, MAP)
     with jax.enable_x64(True):
         state = state_of(record, nnx.state(from_torch(there.weights), nnx.Param))
-    assert int(state.count) == 2
-    kernel = state.mu["stage1"][0]["conv1"]["kernel"]
-    number = [path for group in record.groups for path in group.paths].index(
-        ("stage1", 0, "conv1", "kernel")
+    wanted = ("stage1", 0, "conv1", "kernel")
+    (kernel,) = (
+        leaf
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if GetAttrKey("mu") in keys and path_of(keys)[-4:] == wanted
     )
-    np.testing.assert_array_equal(
-        np.asarray(jax.tree.leaves(kernel)[0]),
-        there.optimizer["state"][number]["exp_avg"].transpose(2, 3, 1, 0),
-    )
+    number = [path for group in record.groups for path in group.paths].index(wanted)
+    moment = there.optimizer["state"][number]["exp_avg"]
+    np.testing.assert_array_equal(np.asarray(kernel), moment.transpose(2, 3, 1, 0))
+    counters = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.int32]
+    assert [int(counter) for counter in counters] == [2, 2]  # one per group
 
 
 def test_an_optimizer_made_here_is_one_that_torch_takes():
@@ -478,13 +488,13 @@ def test_an_optimizer_made_here_is_one_that_torch_takes():
         ("adamw", {"lr": 1e-3}),
         ("adam", {}),
     ):
-        record = fresh(kind, MAP, **settings)
+        record = fresh_optimizer(kind, MAP, **settings)
         module = module_of()
         classes = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         optimizer = classes[kind](_by_ndim(module, True), lr=0.5)
-        optimizer.load_state_dict(with_tensors(write(record, MAP)))
+        optimizer.load_state_dict(with_tensors(write_optimizer(record, MAP)))
         torch_steps(module, optimizer, None, batches(1))
-        assert read(plain(optimizer.state_dict()), MAP).kind == kind
+        assert read_optimizer(plain(optimizer.state_dict()), MAP).kind == kind
 
 
 def test_the_entry_of_a_training_checkpoint_is_found():
@@ -495,10 +505,10 @@ def test_the_entry_of_a_training_checkpoint_is_found():
         {"optimizer_states": [state], "epoch": 3},
         {"args": {}, "optim": state},
     ):
-        name, found = find(extras) or ("", {})
+        name, found = find_optimizer(extras) or ("", {})
         assert name in extras
         assert found is state
-    assert find({"epoch": 3, "optimizer": "sgd"}) is None
+    assert find_optimizer({"epoch": 3, "optimizer": "sgd"}) is None
 
 
 def _edited(change, name="sgd, two groups"):
@@ -623,20 +633,20 @@ BAD = {
 def test_what_has_no_counterpart_is_refused_by_name(case):
     make, message = BAD[case]
     with pytest.raises(CheckpointError, match=message) as caught:
-        read(make(), MAP)
+        read_optimizer(make(), MAP)
     assert "--weights-only" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_only_groups_with_momentum_need_a_buffer():
     state = reference("sgd, momentum in one group", 2)[-1].optimizer
-    assert len(read(state, MAP).tensors["momentum_buffer"]) == 18
+    assert len(read_optimizer(state, MAP).tensors["momentum_buffer"]) == 18
     state = copy.deepcopy(state)
     state["param_groups"][1]["momentum"] = 0.9
     with pytest.raises(
         CheckpointError, match=r"lacks momentum_buffer of 2 of 20 parameters: fc\.weight, fc\.bias"
     ):
-        read(state, MAP)
+        read_optimizer(state, MAP)
 
 
 def test_an_optimizer_before_its_first_step_starts_at_zero():
@@ -644,7 +654,7 @@ def test_an_optimizer_before_its_first_step_starts_at_zero():
         "sgd, one group": "no momentum_buffer yet",
         "adam": "no exp_avg yet",
     }.items():
-        record = read(plain(OPTIMIZERS[name](module_of()).state_dict()), MAP)
+        record = read_optimizer(plain(OPTIMIZERS[name](module_of()).state_dict()), MAP)
         assert record.notes[1] == f"{words}, as before the first step; it starts at zero"
         with jax.enable_x64(True):
             state = state_of(
@@ -652,7 +662,11 @@ def test_an_optimizer_before_its_first_step_starts_at_zero():
             )
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(state))
     assert (
-        len(read(plain(OPTIMIZERS["sgd without momentum"](module_of()).state_dict()), MAP).notes)
+        len(
+            read_optimizer(
+                plain(OPTIMIZERS["sgd without momentum"](module_of()).state_dict()), MAP
+            ).notes
+        )
         == 1
     )
 
@@ -669,12 +683,12 @@ def test_names_that_wrappers_put_before_the_parameters_are_understood(prefix):
             momentum=0.9,
         )
         torch_steps(module, optimizer, None, batches(1))
-        return read(plain(optimizer.state_dict()), MAP)
+        return read_optimizer(plain(optimizer.state_dict()), MAP)
 
     wrapped, bare = stepped(prefix), stepped("")
     assert wrapped.groups == bare.groups
     assert wrapped.notes == bare.notes
-    assert same(write(wrapped, MAP), write(bare, MAP))
+    assert same(write_optimizer(wrapped, MAP), write_optimizer(bare, MAP))
 
 
 def test_a_prefix_that_only_some_names_have_is_part_of_the_name():
@@ -685,33 +699,33 @@ def test_a_prefix_that_only_some_names_have_is_part_of_the_name():
     with pytest.raises(
         CheckpointError, match=r"names module\.bn1\.weight, .* which the model does not have"
     ):
-        read(plain(torch.optim.SGD(named).state_dict()), MAP)
+        read_optimizer(plain(torch.optim.SGD(named).state_dict()), MAP)
 
 
 def test_adam_and_adamw_of_an_old_torch_are_not_confused():
     state = plain(torch.optim.AdamW(module_of().parameters(), lr=1e-3).state_dict())
-    assert read(state, MAP).kind == "adamw"
+    assert read_optimizer(state, MAP).kind == "adamw"
     for group in state["param_groups"]:
         del group["decoupled_weight_decay"]
     with pytest.raises(CheckpointError, match=r"writes alike.*--optimizer"):
-        read(state, MAP)
-    assert read(state, MAP, kind="adamw").kind == "adamw"
+        read_optimizer(state, MAP)
+    assert read_optimizer(state, MAP, kind="adamw").kind == "adamw"
     for group in state["param_groups"]:
         group["weight_decay"] = 0
-    assert read(state, MAP).kind == "adam"
+    assert read_optimizer(state, MAP).kind == "adam"
 
 
 def test_flags_that_only_say_how_are_kept():
     state = plain(torch.optim.SGD(module_of().parameters(), lr=0.1, foreach=True).state_dict())
-    record = read(state, MAP)
+    record = read_optimizer(state, MAP)
     assert isinstance(record, OptimizerState)
-    assert write(record, MAP)["param_groups"][0]["foreach"] is True
+    assert write_optimizer(record, MAP)["param_groups"][0]["foreach"] is True
 
 
 def test_a_fresh_state_can_be_donated():
     """A compiled step donates its state: no array may be in it twice."""
     for kind in ("sgd", "adam", "adamw"):
-        state = optimizer_of(fresh(kind, MAP)).init(
+        state = optimizer_of(fresh_optimizer(kind, MAP)).init(
             nnx.state(from_torch(plain(module_of().float().state_dict())), nnx.Param)
         )
         pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]

@@ -17,7 +17,7 @@ from flax import nnx
 from flax_resblock import checkpoint, from_torch, load_run, save, to_torch, training
 from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.errors import InputError
-from flax_resblock.runs.optimizer_state import fresh
+from flax_resblock.runs.optimizer_state import fresh_optimizer
 from flax_resblock.runs.optimizers import optimizer_of
 from flax_resblock.training import TrainConfig
 from flax_resblock.training.config import with_settings
@@ -272,10 +272,10 @@ def test_lars_and_lamb_are_optaxs(kind):
             optax.scale_by_learning_rate(0.01),
         )
     ours = optimizer_of(
-        fresh(kind, StateMap(scale.CONFIG.model, NAMINGS["torchvision"]), **options)
+        fresh_optimizer(kind, StateMap(scale.CONFIG.model, NAMINGS["torchvision"]), **options)
     )
     sgd = optimizer_of(
-        fresh(
+        fresh_optimizer(
             "sgd",
             StateMap(scale.CONFIG.model, NAMINGS["torchvision"]),
             lr=0.3,

@@ -35,7 +35,12 @@ from torch.optim.lr_scheduler import (
 
 from flax_resblock import CheckpointError
 from flax_resblock.runs import schedules
-from flax_resblock.runs.scheduler_state import ScheduleState, read, scheduled, write
+from flax_resblock.runs.scheduler_state import (
+    ScheduleState,
+    read_schedule,
+    scheduled,
+    write_schedule,
+)
 from flax_resblock.runs.schedules import Fixed, Options, Schedule, base_rate, warmup_cosine
 from torch_ref import training as reference
 
@@ -182,7 +187,7 @@ def deviation(schedule: Schedule, now: list[Options], later: list[Options], step
 
 def assert_predicts(moments: list[Moment], starts: range) -> None:
     for start in starts:
-        schedule, position = read(*moments[start])
+        schedule, position = read_schedule(*moments[start])
         assert position == start
         for step in range(start, len(moments)):
             assert (
@@ -231,22 +236,27 @@ def differences(ours: Any, theirs: Any, place: str = "") -> list[str]:
 @pytest.mark.parametrize(("make", "kind"), CASES)
 def test_the_state_that_is_written_is_torchs(make, kind):
     moments = walked(make, kind)
-    schedule, _ = read(*moments[0])
+    schedule, _ = read_schedule(*moments[0])
     for step, (state, groups) in enumerate(moments):
-        assert differences(write(ScheduleState(read(state, groups)[0], step), groups), state) == []
+        assert (
+            differences(
+                write_schedule(ScheduleState(read_schedule(state, groups)[0], step), groups), state
+            )
+            == []
+        )
         moved = [
             scheduled(group, schedule, step) for group in moments[0].groups
         ]  # as if all the steps had been taken in JAX
         assert differences(moved, groups) == []
-        assert differences(write(ScheduleState(schedule, step), moved), state) == []
+        assert differences(write_schedule(ScheduleState(schedule, step), moved), state) == []
 
 
 def test_a_wrong_state_is_found_by_that_comparison():
     state, groups = walked(SCHEDULERS["warm-up, cosine"])[9]
-    schedule, position = read(state, groups)
-    ours = write(ScheduleState(schedule, position), groups)
+    schedule, position = read_schedule(state, groups)
+    ours = write_schedule(ScheduleState(schedule, position), groups)
     assert differences(ours, state) == []
-    assert differences(write(ScheduleState(schedule, position + 1), groups), state)
+    assert differences(write_schedule(ScheduleState(schedule, position + 1), groups), state)
     assert differences({**ours, "last_epoch": float(position)}, state)
     assert differences(
         {**ours, "_last_lr": [rate * (1 + CONTROL) for rate in ours["_last_lr"]]}, state
@@ -258,14 +268,14 @@ def test_a_wrong_state_is_found_by_that_comparison():
 @pytest.mark.parametrize(("make", "kind"), CASES)
 def test_torch_goes_on_from_the_state_that_is_written(make, kind):
     moments = walked(make, kind)
-    schedule, _ = read(*moments[0])
+    schedule, _ = read_schedule(*moments[0])
     for start in (0, 1, 4, 5, 11, 12, 13, 24, 30):
         groups = [scheduled(group, schedule, start) for group in moments[0].groups]
         optimizer = two_rates(kind)
         scheduler = make(optimizer)
         for group, options in zip(optimizer.param_groups, groups, strict=True):
             group.update(options)
-        scheduler.load_state_dict(write(ScheduleState(schedule, start), groups))
+        scheduler.load_state_dict(write_schedule(ScheduleState(schedule, start), groups))
         for step in range(start + 1, start + 11):
             scheduler.step()
             for ours, theirs in zip(options_of(optimizer), moments[step].groups, strict=True):
@@ -278,9 +288,9 @@ def test_the_state_survives_json(make, kind):
     moments = walked(make, kind)
     for step in (0, 9, 30):
         state, groups = moments[step]
-        schedule, position = read(state, groups)
-        text = json.dumps(write(ScheduleState(schedule, position), groups))
-        assert read(json.loads(text), groups) == (schedule, position) == (schedule, step)
+        schedule, position = read_schedule(state, groups)
+        text = json.dumps(write_schedule(ScheduleState(schedule, position), groups))
+        assert read_schedule(json.loads(text), groups) == (schedule, position) == (schedule, step)
 
 
 whole = st.integers(1, 15)
@@ -326,7 +336,12 @@ def test_any_parameters_give_torchs_rates_and_state(make):
     moments = walked(make, steps=20)
     assert_predicts(moments, range(0, 20, 6))
     for step, (state, groups) in enumerate(moments):
-        assert differences(write(ScheduleState(read(state, groups)[0], step), groups), state) == []
+        assert (
+            differences(
+                write_schedule(ScheduleState(read_schedule(state, groups)[0], step), groups), state
+            )
+            == []
+        )
 
 
 def scaled(field: str, factor: float) -> Callable[[Any], Schedule]:
@@ -376,7 +391,7 @@ WRONG: dict[str, tuple[str, Callable[[Any], Schedule]]] = {
 def test_another_schedule_shows_a_thousandfold(fault):
     name, change = WRONG[fault]
     moments = walked(SCHEDULERS[name])
-    schedule, _ = read(*moments[0])
+    schedule, _ = read_schedule(*moments[0])
     spoiled = [
         deviation(change(schedule), moments[0].groups, moments[step].groups, step)
         for step in range(STEPS)
@@ -387,7 +402,7 @@ def test_another_schedule_shows_a_thousandfold(fault):
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "constant for ever"])
 def test_a_schedule_off_by_one_shows_a_thousandfold(name):
     moments = walked(SCHEDULERS[name])
-    schedule, _ = read(*moments[0])
+    schedule, _ = read_schedule(*moments[0])
     for shift in (-1, 1):
         assert (
             max(
@@ -435,7 +450,10 @@ def test_numbers_that_make_no_warm_up_are_refused(arguments, message):
 
 
 def test_the_length_is_where_a_schedule_has_nothing_more_to_say():
-    lengths = {name: read(*walked(make, steps=0)[0])[0].length for name, make in SCHEDULERS.items()}
+    lengths = {
+        name: read_schedule(*walked(make, steps=0)[0])[0].length
+        for name, make in SCHEDULERS.items()
+    }
     assert {name: length for name, length in lengths.items() if length is not None} == {
         "polynomial": 17,
         "cosine down and up again": 12,
@@ -525,7 +543,7 @@ REFUSED: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], str]] = {
 
 def assert_refused(state: Any, groups: list[Options], words: str) -> None:
     with pytest.raises(CheckpointError, match=words) as caught:
-        read(state, groups, source="run.pth, entry 'scheduler'")
+        read_schedule(state, groups, source="run.pth, entry 'scheduler'")
     assert str(caught.value).startswith("run.pth, entry 'scheduler'")
     assert "\n" not in str(caught.value)
 
@@ -643,7 +661,7 @@ DAMAGED: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
 def test_a_damaged_state_is_refused(case):
     name, damage, words = DAMAGED[case]
     state, groups = walked(SCHEDULERS[name])[9]
-    read(state, groups)
+    read_schedule(state, groups)
     damage(state)
     assert_refused(state, groups, words)
 

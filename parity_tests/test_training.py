@@ -20,7 +20,7 @@ from flax import nnx
 import flax_resblock.training.loop
 from flax_resblock import ResNetConfig, from_torch, load, load_run, to_torch, training
 from flax_resblock.convert import NAMINGS, StateMap
-from flax_resblock.runs.optimizer_state import fresh, write
+from flax_resblock.runs.optimizer_state import fresh_optimizer, write_optimizer
 from flax_resblock.runs.optimizers import optimizer_of
 from flax_resblock.runs.schedules import warmup_cosine
 from flax_resblock.training.config import TrainConfig
@@ -114,7 +114,9 @@ def torch_trajectory(data) -> list[Snapshot]:
 def sgd(**options: Any) -> optax.GradientTransformationExtraArgs:
     """What ``fit`` uses, with options of torch.optim.SGD changed."""
     settings: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, **options}
-    return optimizer_of(fresh("sgd", StateMap(SETTINGS.model, NAMINGS["torchvision"]), **settings))
+    return optimizer_of(
+        fresh_optimizer("sgd", StateMap(SETTINGS.model, NAMINGS["torchvision"]), **settings)
+    )
 
 
 def at_the_first_rate(
@@ -384,7 +386,7 @@ def test_the_rest_of_a_pytorch_run_is_pytorchs(epoch, batch, data, tmp_path):
         4 * steps,
         4 * steps,
     )
-    back = write(history.run.optimizer, StateMap(CONFIG, NAMINGS["torchvision"]))
+    back = write_optimizer(history.run.optimizer, StateMap(CONFIG, NAMINGS["torchvision"]))
     for number, tensors in optimizer.state_dict()["state"].items():
         assert (
             distance(back["state"][number]["momentum_buffer"], tensors["momentum_buffer"].numpy())
@@ -448,7 +450,7 @@ def test_the_same_tensors_decay_in_both_frameworks():
     state_map = StateMap(CONFIG, NAMINGS["torchvision"])
     decaying = {
         path
-        for group in fresh("sgd", state_map, weight_decay=5e-4).groups
+        for group in fresh_optimizer("sgd", state_map, weight_decay=5e-4).groups
         if group.options["weight_decay"]
         for path in group.paths
     }

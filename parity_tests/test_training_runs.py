@@ -22,7 +22,7 @@ from flax_resblock import ResNetConfig, load_run
 from flax_resblock.checkpoint.torch_file import plain
 from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2
-from flax_resblock.runs.optimizer_state import read
+from flax_resblock.runs.optimizer_state import read_optimizer
 from flax_resblock.runs.optimizers import optimizer_of, record_of, state_of
 from flax_resblock.runs.run import Run
 from flax_resblock.training.data import batches, digits
@@ -118,7 +118,9 @@ class Torch:
             )
             training.train(self.model, [batch], self.optimizer, self.scheduler)
             weights = {key: value.numpy().copy() for key, value in self.model.state_dict().items()}
-            yield Snapshot(weights, buffers_of(read(plain(self.optimizer.state_dict()), STATE_MAP)))
+            yield Snapshot(
+                weights, buffers_of(read_optimizer(plain(self.optimizer.state_dict()), STATE_MAP))
+            )
 
     def save(self, path: Path, step: int) -> Path:
         training.save_checkpoint(

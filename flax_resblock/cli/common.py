@@ -20,10 +20,11 @@ from flax_resblock.convert.opening import (
     open_checkpoint,
     refuse_afresh,
 )
+from flax_resblock.convert.run_names import holds_run
 from flax_resblock.errors import InputError, some, visible
-from flax_resblock.runs import run_file
-from flax_resblock.runs.optimizer_state import find
+from flax_resblock.runs.optimizer_state import find_optimizer
 from flax_resblock.runs.run import Run
+from flax_resblock.runs.run_file import run_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -145,17 +146,18 @@ class RunFlags:
 
     def of(self, source: OpenedCheckpoint) -> Run:
         """The run in an opened checkpoint."""
-        return source.run(
-            kind=self.optimizer,
+        return run_of(
+            source,
+            optimizer=self.optimizer,
             per_epoch=None if self.schedule_unit is None else self.schedule_unit == "epoch",
         )
 
 
 def optimizer_left_out(source: OpenedCheckpoint) -> str | None:
     """Where an opened checkpoint has an optimizer; None where it has none."""
-    if run_file.holds_run(source.record.metadata):
+    if holds_run(source.record.metadata):
         return "its optimizer"
-    found = find(source.record.extras)
+    found = find_optimizer(source.record.extras)
     return None if found is None else f"its optimizer, entry '{found[0]}',"
 
 

@@ -23,14 +23,14 @@ from flax_resblock.cli.common import (
     status,
 )
 from flax_resblock.config import name_of
-from flax_resblock.convert import NAMINGS, StateMap
+from flax_resblock.convert import StateMap, naming_of
 from flax_resblock.convert.hubs import files_of
 from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, metadata_of, target_naming
 from flax_resblock.convert.state_map import transcode
 from flax_resblock.errors import InputError
 from flax_resblock.parity.certificate import REFERENCE, certificate_of
 from flax_resblock.parity.certify import certify, provenance, refuse_foreign
-from flax_resblock.runs import run_file
+from flax_resblock.runs.run_file import write_with_run
 
 Output = Annotated[
     Path,
@@ -75,13 +75,13 @@ def convert(
     checkpoint.refuse_existing(out, force)
     if not no_certificate:
         refuse_foreign(out)
-    if to_naming is not None and to_naming not in NAMINGS:
-        raise InputError(f"naming scheme {to_naming!r} is unknown; known: {', '.join(NAMINGS)}.")
+    if to_naming is not None:
+        naming_of(to_naming)  # refuses an unknown name before anything is read
     with status.status(f"reading {checkpoint_}"):
         carry = training.with_optimizer and not training.weights_only
         source = reading.open(checkpoint_, run=carry)
         refuse_unhealthy(source, allow_nonfinite)
-        target = StateMap(source.config, NAMINGS[target_naming(source, format_name, to_naming)])
+        target = StateMap(source.config, target_naming(source, format_name, to_naming))
         files = None
         if format_name == "orbax" and target.naming.hub:
             format_name = f"folder for {target.naming.hub}"
@@ -100,7 +100,7 @@ def convert(
         metadata = metadata_of(
             target.config, naming, description.norm_options, description.metadata
         )
-        run_file.write(out, tensors, metadata, run, target, files=files, force=force, release=True)
+        write_with_run(out, tensors, metadata, run, target, files=files, force=force, release=True)
     output.print(
         f"[bold]{name_of(target.config)}[/]: {count} tensors, {megabytes(size)}, read back and "
         f"equal bit for bit",

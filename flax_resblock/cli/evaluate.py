@@ -14,8 +14,9 @@ from flax_resblock import checkpoint
 from flax_resblock.cli.common import ReadingFlags, output, print_notes, print_table, status
 from flax_resblock.cli.train_start import model_of, opened
 from flax_resblock.config import ResNetConfig, name_of
+from flax_resblock.convert.run_names import holds_run
 from flax_resblock.errors import InputError
-from flax_resblock.runs import run_file
+from flax_resblock.runs.run_file import run_of
 
 if TYPE_CHECKING:
     from flax_resblock.training import TrainConfig
@@ -52,7 +53,7 @@ def classify(
             f"{path} has no head, so it has no classes to tell. Give a network with one."
         )
     record = source.record
-    stored = source.run().settings if run_file.holds_run(record.metadata) else {}
+    stored = run_of(source).settings if holds_run(record.metadata) else {}
     of_data = {name: stored[name] for name in ("data", "image_size") if name in stored}
     config = with_settings(
         replace(preset, model=source.config),

@@ -26,8 +26,9 @@ from flax_resblock.cli.common import (
 from flax_resblock.config import SlotKind, name_of, to_json, walk
 from flax_resblock.convert.opening import OpenedCheckpoint
 from flax_resblock.errors import CheckpointError, MissingDependencyError
-from flax_resblock.runs.optimizer_state import KINDS
-from flax_resblock.runs.scheduler_state import describe
+from flax_resblock.runs.optimizer_kinds import OPTIMIZERS
+from flax_resblock.runs.run_file import run_of
+from flax_resblock.runs.scheduler_state import describe_schedule
 
 _NEAR_EPS = 10
 """A running variance below this many eps makes the result depend on eps itself."""
@@ -92,13 +93,13 @@ def _run(source: OpenedCheckpoint) -> dict[str, str]:
     if optimizer_left_out(source) is None:
         return {}
     try:
-        run = source.run()
+        run = run_of(source)
     except CheckpointError as error:
         return {"problem": f"its training run cannot go on in JAX: {error}"}
     first = {
         name: value
         for name, value in run.optimizer.groups[0].options.items()
-        if name in KINDS[run.optimizer.kind].options
+        if name in OPTIMIZERS[run.optimizer.kind].options
     }
     facts = {
         "run": (
@@ -112,7 +113,7 @@ def _run(source: OpenedCheckpoint) -> dict[str, str]:
         if count is not None
     ]
     facts["at"] = (
-        ", ".join([*counters, *([] if run.schedule is None else [describe(run.schedule)])])
+        ", ".join([*counters, *([] if run.schedule is None else [describe_schedule(run.schedule)])])
         or "an unknown step"
     )
     return facts | ({"problem": f"no schedule: {run.problem}"} if run.problem else {})

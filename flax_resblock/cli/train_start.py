@@ -24,7 +24,7 @@ from flax_resblock.convert import StateMap
 from flax_resblock.convert.opening import HEADLESS, OpenedCheckpoint, ReadOptions, interpret
 from flax_resblock.errors import InputError
 from flax_resblock.runs.run import Run
-from flax_resblock.runs.scheduler_state import ScheduleState, describe
+from flax_resblock.runs.scheduler_state import ScheduleState, describe_schedule
 
 if TYPE_CHECKING:
     from flax_resblock.nn.resnet import Model
@@ -291,7 +291,7 @@ def _going_on(
     if not {"epochs", "steps"} & given.keys() and config.steps is None:
         config = replace(config, epochs=_epochs_of(run, pace, config))
     if run.schedule is not None:
-        output.print(f"  learning rate  {describe(run.schedule)}", markup=False)
+        output.print(f"  learning rate  {describe_schedule(run.schedule)}", markup=False)
     _compare_counters(run, pace)
     run = replace(run, settings=settings_of(config))
     output.print(

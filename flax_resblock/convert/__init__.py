@@ -1,7 +1,7 @@
 """PyTorch names and layouts to Flax paths and layouts, and back."""
 
 from flax_resblock.convert.detection.candidates import Match, identify
-from flax_resblock.convert.naming import NAMINGS, Naming
+from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
 from flax_resblock.convert.state_map import Entry, StateMap, TensorInfo, describe, unhealthy
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "TensorInfo",
     "describe",
     "identify",
+    "naming_of",
     "unhealthy",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 from flax_resblock.config import Activation, Slot, SlotKind
 from flax_resblock.convert.codecs import AS_IS, OIHW_HWIO, OIW_WIO, TRANSPOSED, Codec
+from flax_resblock.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -67,25 +68,53 @@ FLAX_TENSORS: Mapping[SlotKind, tuple[Tensor, ...]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Naming:
-    """A naming scheme.
+    """A naming scheme: what the tensors of a residual network are called.
+
+    Every function that takes the name of a known scheme (a key of :data:`NAMINGS`) also takes an
+    object of this class, for checkpoints whose names are your own.
 
     Attributes:
-      name: What ``--naming`` takes.
+      name: Of the scheme; ``--naming`` takes it where the scheme is in :data:`NAMINGS`.
       stage: Template of a block's prefix, over ``{stage}`` (from ``first_stage``) and ``{block}``
         (from 0).
-      modules: Module name of every place: ``"stem.conv"``, ``"head"``, and within a block
-        ``"conv1"``, ``"shortcut.norm"``.
+      modules: Module name of every place of the network. Places outside the stages are
+        ``"stem.conv"``, ``"stem.norm"`` (``"stem.conv1"`` to ``"stem.norm3"`` of a deep stem) and
+        ``"head"``; those of a block are ``"conv1"``, ``"norm1"``, ``"conv2"`` and so on,
+        ``"shortcut.conv"``, ``"shortcut.norm"``. Places that your networks do not have can be left
+        out.
       origin: Who writes such checkpoints.
       first_stage: Number of the first stage in the template.
-      hub: Whose folders of weights and ``config.json`` have these names: a key of
-        :data:`flax_resblock.convert.hubs.HUBS`; empty: nobody's.
-      tensors: Names and codecs of a layer's tensors.
+      hub: The package that loads folders of weights and ``config.json`` with these names: a key of
+        :data:`flax_resblock.convert.hubs.HUBS`; empty if there is none.
+      tensors: Names and codecs of a layer's tensors; PyTorch's by default.
+    Example:
+      >>> mine = Naming(
+      ...     name="mine",
+      ...     stage="group{stage}.unit{block}",
+      ...     modules={
+      ...         "stem.conv": "first.conv",
+      ...         "stem.norm": "first.bn",
+      ...         "conv1": "a.conv",
+      ...         "norm1": "a.bn",
+      ...         "conv2": "b.conv",
+      ...         "norm2": "b.bn",
+      ...         "shortcut.conv": "skip.conv",
+      ...         "shortcut.norm": "skip.bn",
+      ...         "head": "classifier",
+      ...     },
+      ... )
+      >>> config = ResNetConfig(depths=(1, 1), widths=(4, 8), stem_width=4, num_classes=2)
+      >>> model = ResNet(config, rngs=nnx.Rngs(0))
+      >>> state = to_torch(model, naming=mine)
+      >>> sorted(state)[:2], len(state)
+      (['classifier.bias', 'classifier.weight'], 32)
+      >>> restored = from_torch(state, naming=mine)
     """
 
     name: str
     stage: str
     modules: Mapping[str, str]
-    origin: str
+    origin: str = "your own"
     first_stage: int = 1
     hub: str = ""
     tensors: Mapping[SlotKind, tuple[Tensor, ...]] = field(default_factory=lambda: TORCH_TENSORS)
@@ -301,3 +330,25 @@ NAMINGS: Mapping[str, Naming] = MappingProxyType({naming.name: naming for naming
 """Every known naming scheme. The order settles ties between schemes that name the same tensors
 alike: the narrower scheme comes first.
 """
+
+
+def naming_of(naming: str | Naming) -> Naming:
+    """The naming scheme that a name stands for; an object is returned as it is.
+
+    Raises:
+      InputError: A name that :data:`NAMINGS` does not have, or an object of your own that has the
+        name of one of them: files say by name how they are written.
+    """
+    if isinstance(naming, Naming):
+        if naming != NAMINGS.get(naming.name, naming):
+            raise InputError(
+                f"{naming.name!r} is the name of one of this library's naming schemes, and the "
+                f"scheme that was given is another one. Give it a name of its own."
+            )
+        return naming
+    if naming not in NAMINGS:
+        raise InputError(
+            f"naming scheme {naming!r} is unknown; known: {', '.join(NAMINGS)}. Describe a scheme "
+            f"of your own with flax_resblock.Naming and pass the object as naming=... in Python."
+        )
+    return NAMINGS[naming]

@@ -28,13 +28,10 @@ from flax_resblock.convert.detection.backbones import (
 )
 from flax_resblock.convert.detection.candidates import Match, identify
 from flax_resblock.convert.hubs import HubConfig, kept_files, read_hub
-from flax_resblock.convert.naming import NAMINGS
+from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
+from flax_resblock.convert.run_names import EMA, averaged, weights_among
 from flax_resblock.convert.state_map import StateMap, TensorInfo, describe, matches_any, unhealthy
 from flax_resblock.errors import CheckpointError, InputError, some, visible
-from flax_resblock.runs import run as runs
-from flax_resblock.runs import run_file
-from flax_resblock.runs.param_groups import WEIGHTS_ONLY
-from flax_resblock.runs.run import Run
 
 CONFIG, NAMING, EPS, MOMENTUM = "config", "naming", "eps", "momentum"
 """Metadata that this library writes beside tensors."""
@@ -51,7 +48,7 @@ class ReadOptions:
 
     Attributes:
       architecture: Name or configuration; None finds it.
-      naming: Naming scheme; None finds it.
+      naming: Naming scheme, or the name of a known one; None finds it.
       num_classes: Size of the logits; None reads it off.
       stride: Of a bare block, which its weights do not tell.
       ignore: Keys to drop, shell-style patterns; none of them in a block of the network.
@@ -63,7 +60,7 @@ class ReadOptions:
     """
 
     architecture: str | arch.Config | None = None
-    naming: str | None = None
+    naming: str | Naming | None = None
     num_classes: int | None = None
     stride: int | None = None
     ignore: Sequence[str] = ()
@@ -105,34 +102,6 @@ class OpenedCheckpoint:
     def unhealthy(self) -> list[str]:
         """Tensors with non-finite values or negative variances."""
         return unhealthy(self.state_map, self.tensors)
-
-    def run(self, *, kind: str | None = None, per_epoch: bool | None = None) -> Run:
-        """The training run in the checkpoint: optimizer, schedule, counters.
-
-        Args:
-          kind: ``"sgd"``, ``"adam"`` or ``"adamw"``, where the optimizer's options do not tell.
-          per_epoch: Whether the scheduler counts epochs (or batches); None finds it.
-        Raises:
-          CheckpointError: It holds none, or one that cannot go on; the message says why.
-        """
-        source = self.record.source
-        try:
-            if run_file.holds_run(self.record.metadata):
-                return run_file.unpack(
-                    self.record.tensors, self.record.metadata, self.state_map, source=source
-                )
-            return runs.read(
-                self.record.extras, self.state_map, kind=kind, per_epoch=per_epoch, source=source
-            )
-        except InputError:
-            raise
-        # entries of any type under the names of a training program: whatever they do not support is
-        # raised
-        except Exception as error:
-            raise CheckpointError(
-                f"{source}: its training run is damaged, or no training program's "
-                f"({type(error).__name__}: {visible(str(error))[:160]}). {WEIGHTS_ONLY}"
-            ) from error
 
     @property
     def parameter_count(self) -> int:
@@ -191,12 +160,7 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
     reading = reading or ReadOptions()
     ignored = [key for key in record.tensors if matches_any(key, reading.ignore)]
     tensors = {key: value for key, value in record.tensors.items() if key not in set(ignored)}
-    if run_file.holds_run(record.metadata):
-        tensors = {
-            key: value
-            for key, value in tensors.items()
-            if not key.startswith((run_file.TENSORS, run_file.AVERAGED))
-        }
+    tensors = weights_among(tensors, record.metadata)
     kept, notes = list(tensors), list(record.notes)
     if ignored:
         notes.append(f"ignored {some(ignored)}")
@@ -230,6 +194,7 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
         _refuse_ignored_blocks(ignored, kept, backbone, None, record.source)
         headed = _with_head(tensors, reading, record.source) if backbone is None else None
         if headed is None:
+            _refuse_own_naming(record, reading)
             hints = [nearly(beside), several_layers(beside)] if backbone is None else []
             raise CheckpointError("\n".join([str(error), *filter(None, hints)])) from error
         tensors, match, note = headed
@@ -401,6 +366,20 @@ def _refuse_head_left_out(
         )
 
 
+def _refuse_own_naming(record: Record, reading: ReadOptions) -> None:
+    """Raises CheckpointError if tensors that do not fit were written in a naming scheme of the
+    caller's own.
+    """
+    name = record.metadata.get(NAMING)
+    if name is not None and name not in NAMINGS and reading.naming is None:
+        raise CheckpointError(
+            f"{record.source} was written in the naming scheme {visible(name)!r}, which is not one "
+            f"of this library's. Read it in Python with naming=, the flax_resblock.Naming that it "
+            f"was written with; flax_resblock.save then writes it under names that every command "
+            f"reads, such as naming='torchvision'."
+        )
+
+
 def open_checkpoint(
     path: str | Path,
     reading: ReadOptions | None = None,
@@ -411,14 +390,14 @@ def open_checkpoint(
     """Reads a checkpoint of any format and finds what it is; arguments and errors as for
     :func:`flax_resblock.checkpoint.read` and :func:`interpret`.
     """
-    flat = entry == runs.EMA and Path(path).suffix in (
+    flat = entry == EMA and Path(path).suffix in (
         "",
         ".safetensors",
     )  # formats without entries, where averaged weights have names of their own
     limits = LIMITS if reading is None else reading.limits
     record = checkpoint.read(path, entry=None if flat else entry, run=run, limits=limits)
     if flat:
-        record = run_file.averaged(record)
+        record = averaged(record)
     return interpret(record, reading)
 
 
@@ -449,35 +428,39 @@ def metadata_of(
     }
 
 
-def target_naming(source: OpenedCheckpoint, output_format: str, naming: str | None) -> str:
+def target_naming(source: OpenedCheckpoint, output_format: str, naming: str | None) -> Naming:
     """The naming scheme of an output: what was asked for; else Flax's own for Orbax, and for the
     others the scheme that the network came in.
 
-    A name without suffix is an Orbax folder; with the naming scheme of a hub, a folder as that hub
-    has them.
+    An Orbax folder (a name without suffix) holds Flax's names; with the naming scheme of a hub, the
+    folder is one as that hub's package has them.
 
     Raises:
-      InputError: PyTorch's file format with Flax's names.
+      InputError: PyTorch's file format with Flax's names, Orbax with others, or a network that came
+        in a naming scheme which is not one of this library's.
     """
     if output_format == "orbax":
-        if naming is None or NAMINGS[naming].hub:
-            return naming or "flax"
-        if naming != "flax":
+        scheme = naming_of(naming or "flax")
+        if scheme.name != "flax" and not scheme.hub:
             raise InputError(
                 f"an Orbax folder holds Flax names; --to-naming {naming} is for .pth and "
                 f".safetensors."
             )
-        return "flax"
+        return scheme
     if naming == "flax" and output_format == "pytorch":
         raise InputError(
             "a .pth file holds PyTorch names; use .safetensors or an Orbax folder for naming "
             "scheme 'flax'."
         )
     if naming is not None:
-        return naming
-    here = source.state_map.naming.name
-    return (
-        here
-        if here != "flax"
-        else source.record.metadata.get(NAMING, "flax").replace("flax", "torchvision")
-    )
+        return naming_of(naming)
+    here = source.state_map.naming
+    if here.name != "flax":
+        return here
+    first = source.record.metadata.get(NAMING, "flax").replace("flax", "torchvision")
+    if first not in NAMINGS:
+        raise InputError(
+            f"{source.record.source} came in the naming scheme {visible(first)!r}, which is not "
+            f"one of this library's. Choose one for the output: --to-naming torchvision."
+        )
+    return NAMINGS[first]

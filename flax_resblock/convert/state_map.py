@@ -13,7 +13,7 @@ import numpy as np
 from flax_resblock.checkpoint.parallel import on_every_core
 from flax_resblock.config import Config, Path, Slot, walk
 from flax_resblock.convert.codecs import Codec, one_block
-from flax_resblock.convert.naming import Naming
+from flax_resblock.convert.naming import Naming, naming_of
 from flax_resblock.errors import InputError, some
 
 
@@ -104,15 +104,15 @@ class StateMap:
 
     Args:
       config: The network or bare block.
-      naming: The naming scheme.
+      naming: The naming scheme, or the name of a known one.
     Raises:
-      InputError: The scheme has no name for a place that has parameters (a projection in a scheme
+      InputError: An unknown name; or the scheme has no name for a place that has parameters (a projection in a scheme
         of option-A networks).
     """
 
-    def __init__(self, config: Config, naming: Naming) -> None:
+    def __init__(self, config: Config, naming: str | Naming) -> None:
         self.config = config
-        self.naming = naming
+        self.naming = naming_of(naming)
         self.entries: tuple[Entry, ...] = tuple(
             entry for slot in walk(config) for entry in self._expand(slot)
         )
@@ -122,7 +122,7 @@ class StateMap:
         )
         if not len(paths) == len(keys) == len(self.entries):
             raise InputError(
-                f"naming scheme {naming.name!r} gives two tensors of this network the same name."
+                f"naming scheme {self.naming.name!r} gives two tensors of this network the same name."
             )
 
     def _expand(self, slot: Slot) -> list[Entry]:

@@ -14,7 +14,7 @@ import torch
 import torch_ref
 from flax_resblock.checkpoint.torch_file import from_numpy, state_to_numpy
 from flax_resblock.config import BlockConfig, Branch, Config, ResNetConfig, name_of, walk
-from flax_resblock.convert import NAMINGS, StateMap
+from flax_resblock.convert import Naming, StateMap
 from flax_resblock.convert.opening import OpenedCheckpoint
 from flax_resblock.convert.state_map import Entry, is_floating, transcode
 from flax_resblock.nn.resnet import Model, build
@@ -59,20 +59,20 @@ class ReferencePair(Pair):
       config: The network or bare block.
       state: Its tensors by their PyTorch names.
       norm_options: ``eps`` and ``momentum``.
-      naming: Naming scheme of ``state``.
+      naming: Naming scheme of ``state``, or the name of a known one.
       module: The PyTorch side; None: the reference of ``torch_ref``, which has torchvision's names.
     """
 
     config: Config
     state: Mapping[str, np.ndarray]
     norm_options: Mapping[str, Any]
-    naming: str = "torchvision"
+    naming: str | Naming = "torchvision"
     module: torch.nn.Module | None = None
 
     @classmethod
     def of(cls, source: OpenedCheckpoint) -> ReferencePair:
         """The twins of an opened checkpoint."""
-        state_map = StateMap(source.config, NAMINGS["torchvision"])
+        state_map = StateMap(source.config, "torchvision")
         return cls(
             source.config,
             transcode(source.state_map, state_map, source.tensors),
@@ -101,7 +101,7 @@ class ReferencePair(Pair):
     @cached_property
     def state_map(self) -> StateMap:
         """PyTorch names to Flax paths."""
-        return StateMap(self.config, NAMINGS[self.naming])
+        return StateMap(self.config, self.naming)
 
     @property
     def entries(self) -> tuple[Entry, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -134,7 +134,7 @@ class ReferencePair(Pair):
             return None
         return ReferencePair(
             self.config,
-            transcode(self.state_map, StateMap(self.config, NAMINGS["torchvision"]), self.state),
+            transcode(self.state_map, StateMap(self.config, "torchvision"), self.state),
             self.norm_options,
         )
 

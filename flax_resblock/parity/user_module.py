@@ -18,7 +18,7 @@ import torch
 
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.config import BlockConfig, Config
-from flax_resblock.convert import NAMINGS, StateMap, describe, identify
+from flax_resblock.convert import StateMap, describe, identify
 from flax_resblock.convert.modules import module_facts
 from flax_resblock.errors import CheckpointError, InputError
 from flax_resblock.parity.api import Verification, verify_pair
@@ -233,7 +233,7 @@ def _specification(
         },
         kind=kind,
     )
-    maps = [StateMap(meant, NAMINGS[name]) for name in ("torchvision", "sequential", "kuangliu")]
+    maps = [StateMap(meant, name) for name in ("torchvision", "sequential", "kuangliu")]
     state_map = min(maps, key=lambda m: len(m.check(found)))
     misfit = state_map.check(found)
     if len(misfit.missing) > len(state_map.entries) // 2:

@@ -9,7 +9,7 @@ host."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,8 @@ import numpy as np
 import optax
 
 from flax_resblock.config import Path
-from flax_resblock.runs.optimizer_state import KINDS, OptimizerState
+from flax_resblock.runs.optimizer_kinds import OPTIMIZERS
+from flax_resblock.runs.optimizer_state import OptimizerState
 
 
 def bias_correction(decay: float, count: jax.Array, dtype: Any) -> jax.Array:
@@ -111,13 +112,6 @@ def path_of(keys: tuple[Any, ...]) -> Path:
     return tuple(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
 
 
-def _each(function: Callable[..., Any], paths: Any, *trees: Any) -> Any:
-    """``function(path, *leaves)`` for every leaf of trees of the same structure."""
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, *leaves: function(path_of(keys), *leaves), paths, *trees
-    )
-
-
 def moving(momenta: Sequence[float]) -> np.ndarray:
     """Momenta (or Adam's first betas) of the param groups at one step, for :func:`optimizer_of`.
 
@@ -133,13 +127,13 @@ def moving(momenta: Sequence[float]) -> np.ndarray:
 def optimizer_of(record: OptimizerState) -> optax.GradientTransformationExtraArgs:
     r"""An optimizer as an optax transformation: :math:`p \leftarrow p + u` is torch's update.
 
-    Every param group keeps its own rate, decay, momentum, betas and eps. ``update`` takes two more
-    arguments, so that a schedule can be computed on the host in float64, as torch does, and a new
-    rate compiles nothing: ``learning_rates``, ``(groups,)``, and ``momenta``, from :func:`moving`;
-    None leaves what the groups have. The state is optax's: ``TraceState`` for SGD and LARS,
-    ``ScaleByAdamState`` for Adam, AdamW and LAMB, with what torch calls ``momentum_buffer``,
-    ``exp_avg`` and ``exp_avg_sq``. LARS and LAMB are optax's, their trust ratio applied to the
-    groups that have a coefficient for it.
+    Every param group keeps its own rate, decay, momentum, betas and eps; they are joined by
+    ``optax.partition``. ``update`` takes two more arguments, so that a schedule can be computed on
+    the host in float64, as torch does, and a new rate compiles nothing: ``learning_rates``,
+    ``(groups,)``, and ``momenta``, from :func:`moving`; None leaves what the groups have. SGD and
+    LARS keep torch's ``momentum_buffer`` in an ``optax.TraceState`` per group; Adam, AdamW and LAMB
+    keep ``exp_avg`` and ``exp_avg_sq`` in an ``optax.ScaleByAdamState``. The trust ratio of LARS and
+    LAMB is optax's, applied to the groups that have a coefficient for it.
 
     Args:
       record: The optimizer of a model whose parameters are an nnx state of ``nnx.Param``.
@@ -148,127 +142,121 @@ def optimizer_of(record: OptimizerState) -> optax.GradientTransformationExtraArg
       >>> updates, state = optimizer.update(gradients, state, params, learning_rates=(0.1, 0.1))
       >>> params = optax.apply_updates(params, updates)
     """
-    kind = KINDS[record.kind]
-    group_of = {path: number for number, group in enumerate(record.groups) for path in group.paths}
-    options = [group.options for group in record.groups]
-    coupled = record.kind not in ("adamw", "lamb")
+    number_of = {path: number for number, group in enumerate(record.groups) for path in group.paths}
+    return optax.partition(
+        {
+            number: _group_optimizer(record.kind, number, group.options)
+            for number, group in enumerate(record.groups)
+        },
+        lambda params: jax.tree_util.tree_map_with_path(
+            lambda keys, _: number_of[path_of(keys)], params
+        ),
+    )
 
-    def init(params: Any) -> Any:
-        first, second = (
-            jax.tree.map(jnp.zeros_like, params) for _ in range(2)
-        )  # two, as a step that donates its state must not see a buffer twice
-        return (
-            optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=first, nu=second)
-            if kind.counts
-            else optax.TraceState(trace=first)
-        )
+
+def _group_optimizer(
+    kind: str, number: int, options: Mapping[str, Any]
+) -> optax.GradientTransformationExtraArgs:
+    """The update of one param group, the ``number``-th."""
+    rate = _scale_by_rate(number, float(options["lr"]))
+    amount = float(options["weight_decay"])
+    decay = optax.add_decayed_weights(amount) if amount else optax.identity()
+    if OPTIMIZERS[kind].counts:
+        adam = _scale_by_moving_adam(number, options)
+        if kind == "adam":
+            return optax.chain(decay, adam, rate)
+        return optax.chain(adam, decay, _trust(kind, options), rate)
+    momentum = _scale_by_momentum(number, options)
+    if kind == "lars":  # which multiplies by the rate before the momentum, SGD after it
+        return optax.chain(decay, _trust(kind, options), rate, momentum)
+    return optax.chain(decay, momentum, rate)
+
+
+def _trust(kind: str, options: Mapping[str, Any]) -> optax.GradientTransformation:
+    coefficient = options.get("trust_coefficient")
+    if not coefficient:
+        return optax.identity()
+    eps = float(options["eps"]) if kind == "lars" else 0.0  # LAMB's eps is Adam's
+    return optax.scale_by_trust_ratio(trust_coefficient=float(coefficient), eps=eps)
+
+
+def _scale_by_rate(number: int, rate: float) -> optax.GradientTransformationExtraArgs:
+    """Minus the group's learning rate times the update."""
 
     def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        learning_rates: Any = None,
-        momenta: Any = None,
-        **_: Any,
+        updates: Any, state: Any, params: Any = None, *, learning_rates: Any = None, **_: Any
     ) -> Any:
-        rates = [group["lr"] for group in options] if learning_rates is None else learning_rates
+        del params
+        now = rate if learning_rates is None else learning_rates[number]
+        return jax.tree.map(lambda u: -(jnp.asarray(now, u.dtype) * u), updates), state
 
-        moved_by = (
-            moving(
-                [group["betas"][0] if kind.counts else group["momentum"] for group in options]
-            ).tolist()
-            if momenta is None
-            else momenta
-        )
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
-        def decayed(path: Path, value: jax.Array, parameter: jax.Array) -> jax.Array:
-            decay = float(options[group_of[path]]["weight_decay"])
-            return value + decay * parameter if decay else value
 
-        def scaled(path: Path, value: jax.Array) -> jax.Array:
-            return jnp.asarray(rates[group_of[path]], value.dtype) * value
+def _scale_by_momentum(
+    number: int, options: Mapping[str, Any]
+) -> optax.GradientTransformationExtraArgs:
+    """``optax.trace`` with a momentum that may be given at each step."""
+    own, nesterov = float(options["momentum"]), bool(options["nesterov"])
 
-        def trusted(path: Path, value: jax.Array, parameter: jax.Array) -> jax.Array:
-            option = options[group_of[path]]
-            if not kind.adaptive or not option["trust_coefficient"]:
-                return value
-            eps = float(option["eps"]) if not kind.counts else 0.0  # LAMB's eps is Adam's
-            ratio = optax.scale_by_trust_ratio(
-                trust_coefficient=float(option["trust_coefficient"]), eps=eps
-            )
-            return ratio.update(value, ratio.init(parameter), parameter)[0]  # pyright: ignore[reportReturnType]
+    def init(params: Any) -> optax.TraceState:
+        return optax.TraceState(trace=jax.tree.map(jnp.zeros_like, params))
 
-        def lowered(updates: Any) -> Any:
-            return jax.tree.map(jnp.negative, updates)
+    def update(
+        updates: Any, state: Any, params: Any = None, *, momenta: Any = None, **_: Any
+    ) -> Any:
+        del params
+        if momenta is None and not own:
+            return updates, state  # torch keeps no buffer without momentum
+        momentum = own if momenta is None else momenta[number][0]
 
-        gradients = _each(decayed, updates, params) if coupled else updates
-        if not kind.counts:
-            early = kind.adaptive  # LARS multiplies by the rate before the momentum, SGD after it
+        def add(g: jax.Array, buffer: jax.Array) -> jax.Array:
+            return g + jnp.asarray(momentum, g.dtype) * buffer
 
-            def moved(path: Path, g: jax.Array, buffer: jax.Array) -> jax.Array:
-                momentum = moved_by[group_of[path]][0]
-                return (
-                    buffer if _is_zero(momentum) else g + jnp.asarray(momentum, g.dtype) * buffer
-                )  # torch keeps no buffer without momentum
-
-            def sgd(path: Path, g: jax.Array, buffer: jax.Array) -> jax.Array:
-                momentum = moved_by[group_of[path]][0]
-                if _is_zero(momentum):
-                    return g
-                return (
-                    g + jnp.asarray(momentum, g.dtype) * buffer
-                    if options[group_of[path]]["nesterov"]
-                    else buffer
-                )
-
-            if early:
-                gradients = _each(scaled, _each(trusted, gradients, params))
-            trace = _each(moved, gradients, state.trace)
-            steps = _each(sgd, gradients, trace)
-            return lowered(steps if early else _each(scaled, steps)), optax.TraceState(trace=trace)
-
-        count = jnp.asarray(optax.safe_increment(state.count))
-
-        def averaged(path: Path, m: jax.Array, g: jax.Array) -> jax.Array:
-            decay, complement, _ = (
-                jnp.asarray(value, m.dtype) for value in moved_by[group_of[path]]
-            )
-            return decay * m + complement * g
-
-        def squared(path: Path, v: jax.Array, g: jax.Array) -> jax.Array:
-            decay = float(options[group_of[path]]["betas"][1])
-            return decay * v + (1 - decay) * jnp.square(g)
-
-        def step(path: Path, m: jax.Array, v: jax.Array, parameter: jax.Array) -> jax.Array:
-            option = options[group_of[path]]
-            value = _corrected(
-                m,
-                v,
-                count,
-                (moved_by[group_of[path]][2], _log(float(option["betas"][1]))),
-                float(option["eps"]),
-            )
-            return scaled(
-                path,
-                value if coupled else trusted(path, decayed(path, value, parameter), parameter),
-            )
-
-        mu, nu = _each(averaged, state.mu, gradients), _each(squared, state.nu, gradients)
-        return lowered(_each(step, mu, nu, params)), optax.ScaleByAdamState(
-            count=count, mu=mu, nu=nu
-        )
+        trace = jax.tree.map(add, updates, state.trace)
+        steps = jax.tree.map(add, updates, trace) if nesterov else trace
+        return steps, optax.TraceState(trace=trace)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_zero(value: Any) -> bool:
-    """Whether a momentum is none, rather than one that the schedule moves."""
-    return isinstance(value, float) and value == 0
+def _scale_by_moving_adam(
+    number: int, options: Mapping[str, Any]
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`scale_by_adam` with a first beta that may be given at each step."""
+    b1, b2 = map(float, options["betas"])
+    eps = float(options["eps"])
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, momenta: Any = None, **_: Any
+    ) -> Any:
+        del params
+        first, complement, log = moving([b1])[0].tolist() if momenta is None else momenta[number]
+        count = jnp.asarray(optax.safe_increment(state.count))
+
+        def averaged(m: jax.Array, g: jax.Array) -> jax.Array:
+            return jnp.asarray(first, m.dtype) * m + jnp.asarray(complement, m.dtype) * g
+
+        mu = jax.tree.map(averaged, state.mu, updates)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, updates)
+        steps = jax.tree.map(lambda m, v: _corrected(m, v, count, (log, _log(b2)), eps), mu, nu)
+        return steps, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+    return optax.GradientTransformationExtraArgs(scale_by_adam(b1, b2, eps).init, update)
 
 
-_SLOTS = {"momentum_buffer": "trace", "exp_avg": "mu", "exp_avg_sq": "nu"}
-"""torch's name of a tensor, and the field of optax's state that holds it."""
+_FIELDS = {"trace": "momentum_buffer", "mu": "exp_avg", "nu": "exp_avg_sq"}
+"""Field of an optax state that holds one value per parameter, and torch's name for it."""
+
+
+def _tensor_at(keys: tuple[Any, ...]) -> tuple[str, Path] | None:
+    """Torch's name of the tensor at a leaf of the state of :func:`optimizer_of`, and the path of its
+    parameter; None for a counter.
+    """
+    for index, key in enumerate(keys):
+        if isinstance(key, jax.tree_util.GetAttrKey) and key.name in _FIELDS:
+            return _FIELDS[key.name], path_of(keys[index:])
+    return None
 
 
 def state_of(record: OptimizerState, params: Any) -> Any:
@@ -279,23 +267,17 @@ def state_of(record: OptimizerState, params: Any) -> Any:
       record: The optimizer.
       params: The model's parameters, an nnx state; buffers take the dtype that torch had.
     """
+    count = int(float(next(iter(record.steps.values()), 0)))
 
-    def tree(name: str) -> Any:
-        return _each(
-            lambda path, p: (
-                jnp.zeros_like(p)
-                if path not in record.tensors[name]
-                else jnp.array(record.tensors[name][path])
-            ),
-            params,
-        )
+    def filled(keys: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        place = _tensor_at(keys)
+        if place is None:
+            return jnp.asarray(count, leaf.dtype)
+        name, path = place
+        value = record.tensors[name].get(path)
+        return leaf if value is None else jnp.array(value)
 
-    if not KINDS[record.kind].counts:
-        return optax.TraceState(trace=tree("momentum_buffer"))
-    count = int(float(next(iter(record.steps.values())))) if record.steps else 0
-    return optax.ScaleByAdamState(
-        count=jnp.asarray(count, jnp.int32), mu=tree("exp_avg"), nu=tree("exp_avg_sq")
-    )
+    return jax.tree_util.tree_map_with_path(filled, optimizer_of(record).init(params))
 
 
 def record_of(record: OptimizerState, state: Any) -> OptimizerState:
@@ -305,25 +287,27 @@ def record_of(record: OptimizerState, state: Any) -> OptimizerState:
       record: What it was; its groups and options stay.
       state: State of :func:`optimizer_of`.
     """
-    tensors: dict[str, dict[Path, np.ndarray]] = {}
-    kind = KINDS[record.kind]
+    kind = OPTIMIZERS[record.kind]
+    now: dict[str, dict[Path, np.ndarray]] = {name: {} for name in record.tensors}
+    count = 0
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
+        place = _tensor_at(keys)
+        if place is None:
+            count = int(leaf)
+        else:
+            now[place[0]][place[1]] = np.asarray(leaf)
     kept = {path for group in record.groups for path in group.paths if kind.buffered(group.options)}
+    tensors: dict[str, dict[Path, np.ndarray]] = {}
     for name, before in record.tensors.items():
-        now: dict[Path, np.ndarray] = {}
-        _each(
-            lambda path, leaf, now=now: now.update({path: np.asarray(leaf)}),
-            getattr(state, _SLOTS[name]),
-        )
-        stepped = bool(before) or (
-            any(map(np.any, now.values())) if not kind.counts else int(state.count) > 0
-        )  # torch makes them at the first step
+        # torch makes a parameter's tensors at its first step
+        stepped = bool(before) or count > 0 or any(map(np.any, now[name].values()))
         tensors[name] = {
             path: value
-            for path, value in now.items()
+            for path, value in now[name].items()
             if stepped and (path in kept or path in before)
         }
-    steps: dict[Path, np.ndarray] = {}
-    if kind.counts:
-        like = next(iter(record.steps.values()), np.zeros((), np.float32))
-        steps = {path: np.asarray(int(state.count), like.dtype) for path in tensors["exp_avg"]}
+    if not kind.counts:
+        return replace(record, tensors=tensors, steps={})
+    like = next(iter(record.steps.values()), np.zeros((), np.float32))
+    steps = {path: np.asarray(count, like.dtype) for path in tensors["exp_avg"]}
     return replace(record, tensors=tensors, steps=steps)

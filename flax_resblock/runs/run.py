@@ -11,17 +11,22 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.config import Path
+from flax_resblock.convert.run_names import EMA
 from flax_resblock.convert.state_map import StateMap, describe
 from flax_resblock.errors import CheckpointError, some
-from flax_resblock.runs import optimizer_state as optimizers
-from flax_resblock.runs import scheduler_state as scheduling
-from flax_resblock.runs.optimizer_state import KINDS, OptimizerState
+from flax_resblock.runs.optimizer_kinds import OPTIMIZERS
+from flax_resblock.runs.optimizer_state import (
+    OptimizerState,
+    find_optimizer,
+    only_item,
+    read_optimizer,
+)
 from flax_resblock.runs.param_groups import WEIGHTS_ONLY
-from flax_resblock.runs.scheduler_state import ScheduleState
+from flax_resblock.runs.scheduler_state import ScheduleState, describe_schedule, read_schedule
 
 
 @dataclass(frozen=True)
-class Found:
+class RunEntry:
     """An entry of a training checkpoint: its name, and what becomes of it."""
 
     name: str
@@ -52,7 +57,7 @@ class Run:
     steps: int | None = None
     epochs: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    found: tuple[Found, ...] = ()
+    found: tuple[RunEntry, ...] = ()
     problem: str | None = None
     ema: Mapping[Path, np.ndarray] = field(default_factory=dict)
 
@@ -63,8 +68,6 @@ settings.
 """
 EPOCHS_DONE = "epochs_done"
 """Entry that counts epochs without the doubt whether ``"epoch"`` is the last one or the next."""
-EMA = "model_ema"
-"""Entry with the averaged weights, as torchvision's reference scripts name it."""
 _SCHEDULERS = (
     "lr_scheduler",
     "scheduler",
@@ -120,11 +123,11 @@ _IGNORED = {
 _REASONS = {name: reason.format(name=name) for reason, names in _IGNORED.items() for name in names}
 
 
-def read(
+def read_run(
     extras: Mapping[str, Any],
     state_map: StateMap,
     *,
-    kind: str | None = None,
+    optimizer: str | None = None,
     per_epoch: bool | None = None,
     source: str = "the checkpoint",
 ) -> Run:
@@ -134,14 +137,14 @@ def read(
     Args:
       extras: The entries beside the weights, with numpy arrays for tensors.
       state_map: Of the model.
-      kind: ``"sgd"``, ``"adam"`` or ``"adamw"``, where the options do not tell.
+      optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``, where the options do not tell.
       per_epoch: Whether the scheduler was stepped once per epoch (or once per batch); None finds it
         from the counters.
       source: For messages.
     Raises:
       CheckpointError: No optimizer, one without counterpart, or one that is not this model's.
     """
-    entry = optimizers.find(extras)
+    entry = find_optimizer(extras)
     if entry is None:
         held = some(list(map(str, extras))) or "nothing"
         raise CheckpointError(
@@ -149,17 +152,15 @@ def read(
             f"{WEIGHTS_ONLY}"
         )
     name, state = entry
-    record = optimizers.read(state, state_map, kind=kind, source=f"{source}, entry '{name}'")
-    found = {name: Found(name, f"{record.notes[0]}", True)}
+    record = read_optimizer(state, state_map, kind=optimizer, source=f"{source}, entry '{name}'")
+    found = {name: RunEntry(name, f"{record.notes[0]}", True)}
     steps, epoch = _count(extras, _STEPS, found), _count(extras, _EPOCHS, found)
     explicit = steps is not None
     if not explicit and record.steps:
         steps = int(float(next(iter(record.steps.values()))))
     settings = _settings(extras, found)
     run = Run(record, None, steps, epoch, settings)
-    entry = next(
-        ((key, optimizers.only(extras[key])) for key in _SCHEDULERS if extras.get(key)), None
-    )
+    entry = next(((key, only_item(extras[key])) for key in _SCHEDULERS if extras.get(key)), None)
     if entry is not None:
         run = _with_schedule(run, *entry, per_epoch, explicit, source, found)
     elif epoch is not None and {"arch", "version"} <= extras.keys():
@@ -167,11 +168,11 @@ def read(
     if (
         run.steps
         and not any(record.tensors.values())
-        and any(KINDS[record.kind].buffered(group.options) for group in record.groups)
+        and any(OPTIMIZERS[record.kind].buffered(group.options) for group in record.groups)
     ):
         raise CheckpointError(
             f"{source} took {run.steps} steps, but its entry '{name}' keeps none of the "
-            f"buffers ({some(list(KINDS[record.kind].tensors))}) that {record.kind} "
+            f"buffers ({some(list(OPTIMIZERS[record.kind].tensors))}) that {record.kind} "
             f"has by then. Going on without them would be another run. {WEIGHTS_ONLY}"
         )
     done = _count(extras, (EPOCHS_DONE,), found)
@@ -179,9 +180,9 @@ def read(
         run = replace(run, epochs=done)
     if EMA in extras and settings.get("ema"):
         run = replace(run, ema=_averaged(extras[EMA], state_map, f"{source}, entry '{EMA}'"))
-        found[EMA] = Found(EMA, f"averaged weights, decay {settings['ema']}", True)
+        found[EMA] = RunEntry(EMA, f"averaged weights, decay {settings['ema']}", True)
     rest = [
-        Found(str(key), _REASONS.get(str(key), "not needed to go on"), False)
+        RunEntry(str(key), _REASONS.get(str(key), "not needed to go on"), False)
         for key in extras
         if key not in found
     ]
@@ -210,7 +211,7 @@ def _with_schedule(
     per_epoch: bool | None,
     explicit: bool,
     source: str,
-    found: dict[str, Found],
+    found: dict[str, RunEntry],
 ) -> Run:
     """The run with the scheduler's state, or with the reason why it has no counterpart."""
     options = [group.options for group in run.optimizer.groups]
@@ -219,14 +220,14 @@ def _with_schedule(
             raise CheckpointError(
                 f"{source}, entry '{name}' is not the state of one learning-rate scheduler."
             )
-        schedule, position = scheduling.read(state, options, source=f"{source}, entry '{name}'")
+        schedule, position = read_schedule(state, options, source=f"{source}, entry '{name}'")
         if per_epoch is None:
             per_epoch = _stepped_per_epoch(run, position, explicit, f"{source}, entry '{name}'")
     except CheckpointError as error:
-        found[name] = Found(name, "not carried, see below", False)
+        found[name] = RunEntry(name, "not carried, see below", False)
         return replace(run, problem=str(error))
     state = ScheduleState(schedule, position, per_epoch)
-    found[name] = Found(name, scheduling.describe(state), True)
+    found[name] = RunEntry(name, describe_schedule(state), True)
     if per_epoch:
         return replace(run, schedule=state, epochs=position)
     return replace(run, schedule=state, steps=run.steps if explicit else position)
@@ -266,22 +267,24 @@ def _number(value: Any) -> int | None:
     )
 
 
-def _count(extras: Mapping[str, Any], names: Sequence[str], found: dict[str, Found]) -> int | None:
+def _count(
+    extras: Mapping[str, Any], names: Sequence[str], found: dict[str, RunEntry]
+) -> int | None:
     for name in names:
         count = _number(extras.get(name))
         if count is not None:
-            found[name] = Found(name, f"{count}", True)
+            found[name] = RunEntry(name, f"{count}", True)
             return count
     return None
 
 
-def _settings(extras: Mapping[str, Any], found: dict[str, Found]) -> dict[str, Any]:
+def _settings(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[str, Any]:
     """Batch size, epochs and label smoothing, from whatever holds the script's settings."""
     for name in _SETTINGS:
         values = extras.get(name)
         values = values if isinstance(values, Mapping) else getattr(values, "__dict__", {})
         if str(values.get(OURS, "")).startswith("flax-resblock"):
-            found[name] = Found(name, "all settings of the run", True)
+            found[name] = RunEntry(name, "all settings of the run", True)
             return {key: value for key, value in values.items() if key != OURS}
         chosen = {}
         for ours, theirs in _NAMES.items():
@@ -291,7 +294,7 @@ def _settings(extras: Mapping[str, Any], found: dict[str, Found]) -> dict[str, A
             if value is not None and not isinstance(value, bool) and value >= 0:
                 chosen[ours] = value if ours == "label_smoothing" else int(value)
         if chosen:
-            found[name] = Found(
+            found[name] = RunEntry(
                 name, ", ".join(f"{key} {value}" for key, value in chosen.items()), True
             )
             return chosen

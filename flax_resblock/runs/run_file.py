@@ -15,31 +15,60 @@ from typing import Any
 import numpy as np
 
 from flax_resblock import checkpoint
-from flax_resblock.checkpoint import Record
+from flax_resblock._version import __version__
+from flax_resblock.convert.opening import OpenedCheckpoint
+from flax_resblock.convert.run_names import AVERAGED, EMA, OPTIMIZER, RUN, holds_run
 from flax_resblock.convert.state_map import StateMap
-from flax_resblock.errors import CheckpointError
-from flax_resblock.runs import optimizer_state as optimizers
-from flax_resblock.runs import scheduler_state as scheduling
+from flax_resblock.errors import CheckpointError, InputError, visible
+from flax_resblock.runs.optimizer_state import read_optimizer, write_optimizer
 from flax_resblock.runs.param_groups import WEIGHTS_ONLY, trainable
-from flax_resblock.runs.run import EMA, EPOCHS_DONE, OURS, Found, Run
-from flax_resblock.runs.scheduler_state import ScheduleState
-
-RUN = "run"
-"""Metadata entry with the run as JSON."""
-TENSORS = "optimizer."
-"""What the names of the optimizer's tensors begin with, where they lie beside the weights."""
-AVERAGED = "ema."
-"""What the names of averaged weights and statistics begin with."""
+from flax_resblock.runs.run import EPOCHS_DONE, OURS, Run, RunEntry, read_run
+from flax_resblock.runs.scheduler_state import (
+    ScheduleState,
+    describe_schedule,
+    read_schedule,
+    write_schedule,
+)
 
 
-def pack(run: Run, state_map: StateMap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The run as arrays and metadata, in the names and layouts of ``state_map``; :func:`unpack` is
+def run_of(
+    opened: OpenedCheckpoint, *, optimizer: str | None = None, per_epoch: bool | None = None
+) -> Run:
+    """The training run in an opened checkpoint: optimizer, schedule and counters.
+
+    Args:
+      opened: See :func:`flax_resblock.convert.opening.open_checkpoint`; a Hugging Face Trainer's
+        folder has to be opened with ``run=True``.
+      optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``, if the optimizer's options do not tell.
+      per_epoch: Whether the scheduler counts epochs (or batches); None finds it from the counters.
+    Raises:
+      CheckpointError: It holds none, or one that cannot go on; the message says why.
+    """
+    record, state_map, source = opened.record, opened.state_map, opened.record.source
+    try:
+        if holds_run(record.metadata):
+            return unpack_run(record.tensors, record.metadata, state_map, source=source)
+        return read_run(
+            record.extras, state_map, optimizer=optimizer, per_epoch=per_epoch, source=source
+        )
+    except InputError:
+        raise
+    # A file may hold anything under the names of a training program, and anything may be raised.
+    except Exception as error:
+        raise CheckpointError(
+            f"{source}: its training run is damaged, or no training program's "
+            f"({type(error).__name__}: {visible(str(error))[:160]}). {WEIGHTS_ONLY}"
+        ) from error
+
+
+def pack_run(run: Run, state_map: StateMap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The run as arrays and metadata, in the names and layouts of ``state_map``; :func:`unpack_run` is
     the inverse.
     """
     entries = {entry.flax_path: entry for entry in trainable(state_map)}
     record = run.optimizer
     tensors = {
-        f"{TENSORS}{name}.{entries[path].torch_key}": entries[path].codec.to_torch(value)
+        f"{OPTIMIZER}{name}.{entries[path].torch_key}": entries[path].codec.to_torch(value)
         for name, found in record.tensors.items()
         for path, value in found.items()
     }
@@ -60,7 +89,7 @@ def pack(run: Run, state_map: StateMap) -> tuple[dict[str, np.ndarray], dict[str
         else {"value": float(counter), "dtype": counter.dtype.name},
         "schedule": None
         if run.schedule is None
-        else scheduling.write(run.schedule, [group.options for group in record.groups]),
+        else write_schedule(run.schedule, [group.options for group in record.groups]),
         "per_epoch": run.schedule is not None and run.schedule.per_epoch,
         "steps": run.steps,
         "epochs": run.epochs,
@@ -85,43 +114,14 @@ def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def holds_run(metadata: Mapping[str, str]) -> bool:
-    """Whether :func:`pack` wrote this metadata."""
-    return RUN in metadata
-
-
-def averaged(record: Record) -> Record:
-    """A checkpoint that :func:`pack` wrote, with its averaged weights in the place of the trained
-    ones, and without the run.
-
-    Raises:
-      CheckpointError: It keeps none.
-    """
-    tensors = {
-        name.removeprefix(AVERAGED): value
-        for name, value in record.tensors.items()
-        if name.startswith(AVERAGED)
-    }
-    if not tensors:
-        raise CheckpointError(
-            f"{record.source} keeps no averaged weights: the run had --ema 0. Leave out "
-            f"--entry {EMA}."
-        )
-    return replace(
-        record,
-        tensors=tensors,
-        metadata={name: value for name, value in record.metadata.items() if name != RUN},
-    )
-
-
-def unpack(
+def unpack_run(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str],
     state_map: StateMap,
     *,
     source: str = "the checkpoint",
 ) -> Run:
-    """The run that :func:`pack` made arrays and metadata of.
+    """The run that :func:`pack_run` made arrays and metadata of.
 
     Args:
       tensors: Those of the optimizer, or all of the file.
@@ -147,8 +147,8 @@ def unpack(
                 }
             )
         for name, value in tensors.items():
-            if name.startswith(TENSORS):
-                tensor, _, key = name.removeprefix(TENSORS).partition(".")
+            if name.startswith(OPTIMIZER):
+                tensor, _, key = name.removeprefix(OPTIMIZER).partition(".")
                 state.setdefault(numbers[key], {})[tensor] = value
         if counter is not None:
             for found in state.values():
@@ -156,7 +156,7 @@ def unpack(
         schedule = content["schedule"]
         if schedule is not None:
             schedule = ScheduleState(
-                *scheduling.read(schedule, groups, source=source), content["per_epoch"]
+                *read_schedule(schedule, groups, source=source), content["per_epoch"]
             )
         steps, epochs, settings = content["steps"], content["epochs"], content["settings"]
         named = [bool(group["named"]) for group in content["groups"]]
@@ -167,7 +167,7 @@ def unpack(
             f"{source}: its record of the training run is damaged ({type(error).__name__}: "
             f"{error}). {WEIGHTS_ONLY}"
         ) from error
-    record = optimizers.read(
+    record = read_optimizer(
         {"state": state, "param_groups": groups},
         state_map,
         kind=kind,
@@ -177,7 +177,7 @@ def unpack(
         replace(group, named=name) for group, name in zip(record.groups, named, strict=True)
     )
     record = replace(record, groups=restored)
-    found = [Found("optimizer", record.notes[0], True)]
+    found = [RunEntry("optimizer", record.notes[0], True)]
     averages = state_map.to_flax(
         {
             name.removeprefix(AVERAGED): value
@@ -186,18 +186,18 @@ def unpack(
         }
     )
     if averages:
-        found.append(Found("ema", "averaged weights and statistics", True))
+        found.append(RunEntry("ema", "averaged weights and statistics", True))
     if schedule is not None:
-        found.append(Found("schedule", scheduling.describe(schedule), True))
+        found.append(RunEntry("schedule", describe_schedule(schedule), True))
     found += [
-        Found(name, f"{count}", True)
+        RunEntry(name, f"{count}", True)
         for name, count in (("steps", steps), ("epochs", epochs))
         if count is not None
     ]
     return Run(record, schedule, steps, epochs, settings, tuple(found), ema=averages)
 
 
-def to_checkpoint(run: Run, state_map: StateMap) -> dict[str, Any]:
+def run_entries(run: Run, state_map: StateMap) -> dict[str, Any]:
     """The entries of a PyTorch training checkpoint beside ``"model"``, as torchvision's reference
     scripts name them, with numpy arrays for tensors.
 
@@ -208,14 +208,12 @@ def to_checkpoint(run: Run, state_map: StateMap) -> dict[str, Any]:
       run: The run.
       state_map: Of the model.
     """
-    from flax_resblock._version import __version__
-
     entries: dict[str, Any] = {
-        "optimizer": optimizers.write(run.optimizer, state_map),
+        "optimizer": write_optimizer(run.optimizer, state_map),
         "lr_scheduler": None,
     }
     if run.schedule is not None:
-        entries["lr_scheduler"] = scheduling.write(
+        entries["lr_scheduler"] = write_schedule(
             run.schedule, [group.options for group in run.optimizer.groups]
         )
     if run.epochs is not None:
@@ -230,7 +228,7 @@ def to_checkpoint(run: Run, state_map: StateMap) -> dict[str, Any]:
     return entries
 
 
-def write(
+def write_with_run(
     path: Path,
     tensors: dict[str, np.ndarray],
     metadata: Mapping[str, str],
@@ -256,9 +254,9 @@ def write(
     """
     extras = None
     if run is not None and checkpoint.output_format(path) == "pytorch":
-        extras = to_checkpoint(run, state_map)
+        extras = run_entries(run, state_map)
     elif run is not None:
-        more, about = pack(run, state_map)
+        more, about = pack_run(run, state_map)
         tensors |= more
         metadata = {**metadata, **about}
     checkpoint.write(

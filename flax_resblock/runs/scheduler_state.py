@@ -88,7 +88,7 @@ class ScheduleState:
     per_epoch: bool = False
 
 
-def describe(state: ScheduleState) -> str:
+def describe_schedule(state: ScheduleState) -> str:
     """In a few words: ``"SequentialLR at step 66, one per batch"``."""
     return (
         f"{type(state.schedule).__name__} at step {state.position}, one per "
@@ -96,7 +96,7 @@ def describe(state: ScheduleState) -> str:
     )
 
 
-def read(
+def read_schedule(
     state: Mapping[str, Any], groups: Sequence[Options], *, source: str = "the scheduler"
 ) -> tuple[Schedule, int]:
     """The schedule in a scheduler's state dict, and its position.
@@ -218,7 +218,7 @@ def scheduled(options: Options, schedule: Schedule, position: int) -> dict[str, 
     )
 
 
-def write(state: ScheduleState, groups: Sequence[Options]) -> dict[str, Any]:
+def write_schedule(state: ScheduleState, groups: Sequence[Options]) -> dict[str, Any]:
     """What ``scheduler.load_state_dict`` takes, for a scheduler of the same kind.
 
     Args:

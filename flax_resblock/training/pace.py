@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_resblock.convert import NAMINGS, StateMap
-from flax_resblock.runs.optimizer_state import KINDS, fresh
+from flax_resblock.convert import StateMap
+from flax_resblock.runs.optimizer_kinds import OPTIMIZERS
+from flax_resblock.runs.optimizer_state import fresh_optimizer
 from flax_resblock.runs.optimizers import moving
 from flax_resblock.runs.run import Run
 from flax_resblock.runs.scheduler_state import ScheduleState, scheduled
@@ -44,12 +45,12 @@ def new_run(config: TrainConfig, steps: int) -> Run:
     """
     own: dict[str, Any] = (
         {"betas": config.betas}
-        if KINDS[config.optimizer].counts
+        if OPTIMIZERS[config.optimizer].counts
         else {"momentum": config.momentum, "nesterov": config.nesterov}
     )
-    record = fresh(
+    record = fresh_optimizer(
         config.optimizer,
-        StateMap(config.model, NAMINGS["torchvision"]),
+        StateMap(config.model, "torchvision"),
         decay=config.decay,
         lr=config.learning_rate,
         weight_decay=config.weight_decay,

@@ -23,6 +23,7 @@ from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.convert.opening import ReadOptions, interpret
 from flax_resblock.errors import InputError
 from flax_resblock.parity.certificate import recheck
+from flax_resblock.runs.run_file import run_of
 from flax_resblock.training.data import opening
 from flax_resblock.training.data.bounded import read_npz
 from flax_resblock.training.data.idx import read_idx
@@ -83,7 +84,7 @@ def _open_checkpoint(category: str, folder: Path) -> None:
         _compare(record, _reference(path))
     source = interpret(record, ReadOptions(limits=LIMITS))
     if category == "optimizer":
-        source.run()
+        run_of(source)
 
 
 def _subject(folder: Path) -> Path:
@@ -173,7 +174,7 @@ def _open_config(category: str, folder: Path) -> None:
         record = checkpoint.read(folder / "net.safetensors", limits=LIMITS)
         source = interpret(record, ReadOptions(limits=LIMITS))
         if "run" in record.metadata:
-            source.run()
+            run_of(source)
 
 
 _OPENERS = {

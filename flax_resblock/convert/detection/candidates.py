@@ -18,7 +18,7 @@ from flax_resblock.config import (
 )
 from flax_resblock.convert.detection.assumptions import with_traits
 from flax_resblock.convert.detection.configuration import Found, infer_block, infer_network
-from flax_resblock.convert.naming import NAMINGS, Naming
+from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
 from flax_resblock.convert.state_map import Misfit, StateMap
 from flax_resblock.errors import CheckpointError, InputError, some
 
@@ -96,7 +96,7 @@ def identify(
     found: Found,
     *,
     architecture: str | Config | None = None,
-    naming: str | None = None,
+    naming: str | Naming | None = None,
     num_classes: int | None = None,
     stride: int | None = None,
     allow_missing: Sequence[str] = (),
@@ -108,7 +108,7 @@ def identify(
     Args:
       found: Shape and dtype of every tensor.
       architecture: A name or configuration, None to find it.
-      naming: A name of :data:`NAMINGS`, None to find it.
+      naming: The naming scheme or the name of a known one, None to find it.
       num_classes: Size of the logits, None to read it off.
       stride: Of a bare block whose skip changes shape, which its weights do not tell.
       allow_missing: Keys (globs) that may be absent.
@@ -120,8 +120,6 @@ def identify(
         flag to use.
       InputError: An unknown name, or a number of classes or a stride below 1.
     """
-    if naming is not None and naming not in NAMINGS:
-        raise InputError(f"naming scheme {naming!r} is unknown; known: {', '.join(NAMINGS)}.")
     if isinstance(architecture, str) and architecture not in ARCHITECTURES:
         raise InputError(
             f"architecture {architecture!r} is unknown; known: {', '.join(ARCHITECTURES)}."
@@ -129,7 +127,7 @@ def identify(
     for name, number in (("num_classes", num_classes), ("stride", stride)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise InputError(f"{name}={number!r} must be a positive integer.")
-    namings = NAMINGS.values() if naming is None else (NAMINGS[naming],)
+    namings = NAMINGS.values() if naming is None else (naming_of(naming),)
     matches = _matches(found, namings, architecture, num_classes, stride, allow_missing, traits)
     fitting = [match for match in matches if not len(match.misfit)]
     if not fitting:
