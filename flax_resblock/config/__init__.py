@@ -29,6 +29,7 @@ from flax_resblock.config.block import (
     choices_of,
 )
 from flax_resblock.config.network import Config, ResNetConfig, Stem, from_json, to_json, walk
+from flax_resblock.config.options import NetworkOptions
 
 __all__ = [
     "ARCHITECTURES",
@@ -42,6 +43,7 @@ __all__ = [
     "Branch",
     "Config",
     "Lowering",
+    "NetworkOptions",
     "Path",
     "ResNetConfig",
     "Shortcut",

@@ -107,7 +107,7 @@ class Naming:
       >>> model = ResNet(config, rngs=nnx.Rngs(0))
       >>> state = to_torch(model, naming=mine)
       >>> sorted(state)[:2], len(state)
-      (['classifier.bias', 'classifier.weight'], 32)
+      (['classifier.bias', 'classifier.weight'], 38)
       >>> restored = from_torch(state, naming=mine)
     """
 

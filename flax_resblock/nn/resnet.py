@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Unpack
+from types import EllipsisType
+from typing import Unpack, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_resblock.config import Activation, Config, ResNetConfig, architecture
+from flax_resblock.config import Activation, Config, NetworkOptions, ResNetConfig, architecture
 from flax_resblock.nn.blocks import (
     BottleneckBlock,
     LayerOptions,
@@ -211,13 +212,17 @@ def build(config: Config, *, rngs: nnx.Rngs | None, **options: Unpack[LayerOptio
     return build_block(config, rngs=rngs, **options)
 
 
+class CreateOptions(NetworkOptions, LayerOptions, total=False):
+    """Fields of :class:`~flax_resblock.ResNetConfig` and options of its layers."""
+
+
 def create(
     name: str,
     *,
     rngs: nnx.Rngs | None,
-    num_classes: int | None = ...,  # pyright: ignore[reportArgumentType]
+    num_classes: int | EllipsisType | None = ...,
     in_channels: int = 3,
-    **options: Any,
+    **options: Unpack[CreateOptions],
 ) -> ResNet:
     """A named architecture with fresh weights, in training mode.
 
@@ -228,22 +233,23 @@ def create(
       num_classes: Size of the logits; default as published (1000 or 10); None: no head.
       in_channels: Channels of the images.
       **options: Fields of :class:`flax_resblock.ResNetConfig` (``widths=...``) and of
-        :class:`flax_resblock.nn.blocks.LayerOptions` (``dtype=...``).
+        :class:`flax_resblock.nn.layers.LayerOptions` (``dtype=...``).
     Raises:
       ValueError: An unknown name, or values that make no network.
+      TypeError: An unknown option.
     Example:
       >>> model = create("resnet18", num_classes=10, rngs=nnx.Rngs(0))
     """
-    layer_options = {
-        key: options.pop(key) for key in LayerOptions.__annotations__ if key in options
-    }
-    unknown = set(options) - set(ResNetConfig.__dataclass_fields__)
-    if unknown:
-        known = (*ResNetConfig.__dataclass_fields__, *LayerOptions.__annotations__)
+    known = (*ResNetConfig.__dataclass_fields__, *LayerOptions.__annotations__)
+    if unknown := set(options) - set(known):
         raise TypeError(
             f"create() got unknown option {', '.join(sorted(unknown))}; known: {', '.join(known)}."
         )
+    of_layers = {
+        key: value for key, value in options.items() if key in LayerOptions.__annotations__
+    }
+    of_network = {key: value for key, value in options.items() if key not in of_layers}
     if num_classes is not ...:
-        options["num_classes"] = num_classes
-    config = architecture(name, in_channels=in_channels, **options)
-    return ResNet(config, rngs=rngs, **layer_options)  # pyright: ignore[reportArgumentType]
+        of_network["num_classes"] = num_classes
+    config = architecture(name, in_channels=in_channels, **of_network)
+    return ResNet(config, rngs=rngs, **cast(LayerOptions, of_layers))
