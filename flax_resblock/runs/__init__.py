@@ -1,1 +1,1 @@
-"""Training runs on their way between the frameworks: optimizer state, schedules and counters."""
+"""Training runs between the frameworks, both ways: optimizer state, schedules and counters."""

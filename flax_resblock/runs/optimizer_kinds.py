@@ -1,4 +1,4 @@
-"""The optimizers that both frameworks have: what each keeps, and which options decide its update."""
+"""The optimizers that both frameworks have: what each keeps and which options decide its update."""
 
 from __future__ import annotations
 
@@ -90,5 +90,6 @@ NOT_COMPUTED = frozenset(
         *("params", "param_names", "decoupled_weight_decay"),
     }
 )
-"""Entries of a param group that the update does not depend on: torch's flags, what a scheduler keeps
-there, and the parameters themselves."""
+"""Entries of a param group that the update does not depend on: torch's flags, what a scheduler
+keeps there, and the parameters themselves.
+"""

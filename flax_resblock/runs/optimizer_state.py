@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ ENTRIES = (
     *("optimizer", "optimizer_state_dict", "optimizer_state", "optim", "opt"),
     "optimizer_states",
 )
-"""Entries of a training checkpoint that hold an optimizer; Lightning keeps a list under the last."""
+"""Entries of a training checkpoint that hold an optimizer; Lightning keeps a list in the last."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def read_optimizer(
         not isinstance(groups, Sequence)
         or not isinstance(per_parameter, Mapping)
         or not groups
-        or not all(isinstance(g, Mapping) for g in groups)
+        or not all(isinstance(group, Mapping) for group in groups)
     ):
         raise CheckpointError(
             f"{source} is no state of a torch optimizer: it has no 'param_groups' and 'state'. "
@@ -111,15 +112,10 @@ def read_optimizer(
     keys, how = names_of(groups, numbers, per_parameter, state_map, source)
     by_key = {entry.torch_key: entry for entry in trainable(state_map)}
     entries = [[by_key[key] for key in names] for names in keys]
-    of_number = {
-        number: entry
-        for group, members in zip(numbers, entries, strict=True)
-        for number, entry in zip(group, members, strict=True)
-    }
+    of_number = dict(zip(chain(*numbers), chain(*entries), strict=True))
     tensors, steps = _tensors(per_parameter, of_number, kind, source)
     notes = [f"{kind}, {len(groups)} param group{'s' if len(groups) > 1 else ''}: {how}"]
-    lacking = _lacking(OPTIMIZERS[kind], groups, entries, tensors)
-    if lacking:
+    if lacking := _lacking(OPTIMIZERS[kind], groups, entries, tensors):
         name, absent, expected = lacking
         if len(absent) < expected or steps:
             raise CheckpointError(
@@ -175,12 +171,11 @@ def _check_options(groups: Sequence[Mapping[str, Any]], kind: str, source: str) 
                     f"{where}: {name}={group[name]!r} has no counterpart in optax (only "
                     f"{name}={value!r}). {WEIGHTS_ONLY}"
                 )
-        if missing := [name for name in row.options if name not in group]:
-            raise CheckpointError(f"{where} lacks {some(missing)}. {WEIGHTS_ONLY}")
-        if other := sorted(set(group) - known):
-            raise CheckpointError(
-                f"{where} has options that {kind} does not know: {some(other)}. {WEIGHTS_ONLY}"
-            )
+        missing, other = [name for name in row.options if name not in group], set(group) - known
+        if missing or other:
+            extra = f"has options that {kind} does not know: {some(sorted(other))}"
+            words = f"lacks {some(missing)}" if missing else extra
+            raise CheckpointError(f"{where} {words}. {WEIGHTS_ONLY}")
 
 
 def _tensors(
@@ -196,8 +191,7 @@ def _tensors(
             f"in none of its param groups. {WEIGHTS_ONLY}"
         )
     tensors: dict[str, dict[Path, np.ndarray]] = {name: {} for name in OPTIMIZERS[kind].tensors}
-    steps: dict[Path, np.ndarray] = {}
-    unknown: set[str] = set()
+    steps, unknown = dict[Path, np.ndarray](), set[str]()
     for number, entry in of_number.items():
         for name, value in per_parameter.get(number, {}).items():
             if name == "step":

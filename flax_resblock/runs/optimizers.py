@@ -1,5 +1,5 @@
-"""SGD and Adam as PyTorch computes them, for optax; and the way from a torch optimizer's state to
-theirs and back.
+"""SGD, Adam and their relatives as PyTorch computes them, for optax; and a torch optimizer's state
+as an optax state and back.
 
 ``optax.scale_by_adam`` computes the bias correction ``1 - b2**count`` in the precision of the
 parameters. In float32 that difference of nearly equal numbers has lost four digits at the first
@@ -43,14 +43,6 @@ def _bias_correction(log_decay: Any, count: jax.Array, dtype: Any) -> jax.Array:
     return -jnp.expm1(count.astype(dtype) * jnp.asarray(log_decay, dtype))
 
 
-def _corrected(
-    m: jax.Array, v: jax.Array, count: jax.Array, logs: tuple[Any, Any], eps: float
-) -> jax.Array:
-    """Adam's direction from its two moments; ``logs`` are the logarithms of the betas."""
-    first, second = (_bias_correction(log, count, m.dtype) for log in logs)
-    return (m / first) / (jnp.sqrt(v / second) + eps)
-
-
 def scale_by_adam(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
 ) -> optax.GradientTransformation:
@@ -65,20 +57,35 @@ def scale_by_adam(
     Reference: Kingma & Ba 2015, arXiv:1412.6980.
     """
 
-    def init(params: Any) -> optax.ScaleByAdamState:
-        return optax.scale_by_adam(b1, b2, eps).init(params)  # pyright: ignore[reportReturnType]
+    return _scale_by_adam(0, b1, b2, eps)
 
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
+
+def _scale_by_adam(
+    number: int, b1: float, b2: float, eps: float
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`scale_by_adam` of the ``number``-th param group, whose first beta may be given at each
+    step (``momenta``, from :func:`moving`).
+    """
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, momenta: Any = None, **_: Any
+    ) -> Any:
         del params
+        first, complement, log = moving([b1])[0].tolist() if momenta is None else momenta[number]
         count = jnp.asarray(optax.safe_increment(state.count))
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
+
+        def averaged(m: jax.Array, g: jax.Array) -> jax.Array:
+            return jnp.asarray(first, m.dtype) * m + jnp.asarray(complement, m.dtype) * g
+
+        def direction(m: jax.Array, v: jax.Array) -> jax.Array:
+            by_first, by_second = (_bias_correction(it, count, m.dtype) for it in (log, _log(b2)))
+            return (m / by_first) / (jnp.sqrt(v / by_second) + eps)
+
+        mu = jax.tree.map(averaged, state.mu, updates)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, updates)
+        return jax.tree.map(direction, mu, nu), optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
-        return jax.tree.map(
-            lambda m, v: _corrected(m, v, count, (_log(b1), _log(b2)), eps), mu, nu
-        ), optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
-
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(optax.scale_by_adam(b1, b2, eps).init, update)
 
 
 def adamw(
@@ -132,8 +139,8 @@ def optimizer_of(record: OptimizerState) -> optax.GradientTransformationExtraArg
     the host in float64, as torch does, and a new rate compiles nothing: ``learning_rates``,
     ``(groups,)``, and ``momenta``, from :func:`moving`; None leaves what the groups have. SGD and
     LARS keep torch's ``momentum_buffer`` in an ``optax.TraceState`` per group; Adam, AdamW and LAMB
-    keep ``exp_avg`` and ``exp_avg_sq`` in an ``optax.ScaleByAdamState``. The trust ratio of LARS and
-    LAMB is optax's, applied to the groups that have a coefficient for it.
+    keep ``exp_avg`` and ``exp_avg_sq`` in an ``optax.ScaleByAdamState``. The trust ratio of LARS
+    and LAMB is optax's, applied to the groups that have a coefficient for it.
 
     Args:
       record: The optimizer of a model whose parameters are an nnx state of ``nnx.Param``.
@@ -162,7 +169,8 @@ def _group_optimizer(
     amount = float(options["weight_decay"])
     decay = optax.add_decayed_weights(amount) if amount else optax.identity()
     if OPTIMIZERS[kind].counts:
-        adam = _scale_by_moving_adam(number, options)
+        first, second = map(float, options["betas"])
+        adam = _scale_by_adam(number, first, second, float(options["eps"]))
         if kind == "adam":
             return optax.chain(decay, adam, rate)
         return optax.chain(adam, decay, _trust(kind, options), rate)
@@ -181,7 +189,7 @@ def _trust(kind: str, options: Mapping[str, Any]) -> optax.GradientTransformatio
 
 
 def _scale_by_rate(number: int, rate: float) -> optax.GradientTransformationExtraArgs:
-    """Minus the group's learning rate times the update."""
+    """Multiplies by minus the group's learning rate."""
 
     def update(
         updates: Any, state: Any, params: Any = None, *, learning_rates: Any = None, **_: Any
@@ -220,38 +228,13 @@ def _scale_by_momentum(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _scale_by_moving_adam(
-    number: int, options: Mapping[str, Any]
-) -> optax.GradientTransformationExtraArgs:
-    """:func:`scale_by_adam` with a first beta that may be given at each step."""
-    b1, b2 = map(float, options["betas"])
-    eps = float(options["eps"])
-
-    def update(
-        updates: Any, state: Any, params: Any = None, *, momenta: Any = None, **_: Any
-    ) -> Any:
-        del params
-        first, complement, log = moving([b1])[0].tolist() if momenta is None else momenta[number]
-        count = jnp.asarray(optax.safe_increment(state.count))
-
-        def averaged(m: jax.Array, g: jax.Array) -> jax.Array:
-            return jnp.asarray(first, m.dtype) * m + jnp.asarray(complement, m.dtype) * g
-
-        mu = jax.tree.map(averaged, state.mu, updates)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, updates)
-        steps = jax.tree.map(lambda m, v: _corrected(m, v, count, (log, _log(b2)), eps), mu, nu)
-        return steps, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
-
-    return optax.GradientTransformationExtraArgs(scale_by_adam(b1, b2, eps).init, update)
-
-
 _FIELDS = {"trace": "momentum_buffer", "mu": "exp_avg", "nu": "exp_avg_sq"}
 """Field of an optax state that holds one value per parameter, and torch's name for it."""
 
 
 def _tensor_at(keys: tuple[Any, ...]) -> tuple[str, Path] | None:
-    """Torch's name of the tensor at a leaf of the state of :func:`optimizer_of`, and the path of its
-    parameter; None for a counter.
+    """Torch's name of the tensor at a leaf of an optimizer's state, and the path of its parameter;
+    None for a counter.
     """
     for index, key in enumerate(keys):
         if isinstance(key, jax.tree_util.GetAttrKey) and key.name in _FIELDS:

@@ -1,12 +1,13 @@
-"""Which parameter is which: the numbers of a torch optimizer to the parameters of the model.
+"""Which parameter of the model each number of a torch optimizer stands for.
 
-A torch optimizer numbers its parameters; which number is which tensor is nowhere written down
-unless it was given names. It is found from the usual ways to split parameters into groups, and only
-where exactly one of them fits."""
+A torch optimizer numbers its parameters, and its state dict names them only if the optimizer was
+made from named parameters. Otherwise the names are found by trying the usual ways to split the
+parameters into groups; exactly one of them has to fit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from flax_resblock.convert.state_map import Entry, StateMap
 from flax_resblock.errors import CheckpointError, some
 
 WEIGHTS_ONLY = "Go on with the weights alone (--weights-only): they do not depend on it."
+"""Ends the message of every refusal of a run."""
 
 
 def trainable(state_map: StateMap) -> list[Entry]:
@@ -32,11 +34,9 @@ def _splits(entries: Sequence[Entry]) -> dict[str, list[list[Entry]]]:
         yes, no = [e for e in entries if first(e)], [e for e in entries if not first(e)]
         return {f"{words} first": [yes, no], f"{words} last": [no, yes]}
 
-    kernels, biases = (
-        [e for e in entries if e.flax_path[-1] == "kernel"],
-        [e for e in entries if e.flax_path[-1] == "bias"],
+    kernels, biases, scales = (
+        [e for e in entries if e.flax_path[-1] == what] for what in ("kernel", "bias", "scale")
     )
-    scales = [e for e in entries if e.flax_path[-1] == "scale"]
     return {
         "all parameters in the model's order": [list(entries)],
         **apart("kernels", lambda e: e.flax_path[-1] == "kernel"),
@@ -62,7 +62,7 @@ def names_of(
     state_map: StateMap,
     source: str,
 ) -> tuple[list[tuple[str, ...]], str]:
-    """The parameters of every group by their names in the model, and how they were found.
+    """The names in the model of the parameters of every group, and how they were found.
 
     Args:
       groups: Param groups of an optimizer's state dict.
@@ -77,9 +77,10 @@ def names_of(
     known = {entry.torch_key for entry in entries}
     if all("param_names" in group for group in groups):
         named = _without_prefixes([tuple(map(str, group["param_names"])) for group in groups])
-        strangers = [name for names in named for name in names if name not in known]
-        if strangers or sorted(name for names in named for name in names) != sorted(known):
-            missing = sorted(known - {name for names in named for name in names})
+        given = list(chain(*named))
+        strangers = [name for name in given if name not in known]
+        if strangers or sorted(given) != sorted(known):
+            missing = sorted(known - set(given))
             words = (
                 f"names {some(strangers)}, which the model does not have"
                 if strangers
@@ -99,11 +100,7 @@ def names_of(
     def fits(split: list[list[Entry]]) -> bool:
         if [len(part) for part in split] != [len(group) for group in numbers]:
             return False
-        pairs = (
-            (n, e)
-            for group, part in zip(numbers, split, strict=True)
-            for n, e in zip(group, part, strict=True)
-        )
+        pairs = zip(chain(*numbers), chain(*split), strict=True)
         return all(
             np.shape(v) == e.torch_shape
             for n, e in pairs

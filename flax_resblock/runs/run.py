@@ -1,5 +1,5 @@
-"""A training run inside a PyTorch checkpoint: optimizer, schedule, how far it is; in any of the
-common spellings.
+"""A training run in a PyTorch checkpoint, in any of the common spellings: optimizer, schedule and
+counters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ from flax_resblock.runs.scheduler_state import ScheduleState, describe_schedule,
 
 @dataclass(frozen=True)
 class RunEntry:
-    """An entry of a training checkpoint: its name, and what becomes of it."""
+    """An entry of a training checkpoint.
+
+    Attributes:
+      name: Its name in the file.
+      use: What was made of it, or why it was left out.
+      used: Whether the run needs it.
+    """
 
     name: str
     use: str
@@ -40,16 +46,16 @@ class Run:
 
     Attributes:
       optimizer: Its optimizer.
-      schedule: Its learning rate by step; None where there was none, or none that can be carried
+      schedule: Its learning rate by step; None if there was none, or none that can be carried over
         (``problem``).
-      steps: Optimizer steps done, where that is known.
-      epochs: Epochs done, where that is known.
-      settings: The script's own settings that a run needs: ``epochs``, ``batch_size``,
+      steps: Optimizer steps done; None if unknown.
+      epochs: Epochs done; None if unknown.
+      settings: The training script's settings that a run needs: ``epochs``, ``batch_size``,
         ``label_smoothing``.
       found: Every entry of the file beside the weights, and what became of it.
-      problem: Why the schedule of the file cannot be carried.
-      ema: Averaged parameters and statistics by Flax path, in Flax's layout; empty where none are
-        kept.
+      problem: Why the schedule of the file cannot be carried over.
+      ema: Averaged parameters and statistics by Flax path, in Flax's memory layout; empty if none
+        are kept.
     """
 
     optimizer: OptimizerState
@@ -63,19 +69,12 @@ class Run:
 
 
 OURS = "written_by"
-"""Entry of ``"args"`` that says that this library wrote them, so that all of them are its own
-settings.
-"""
+"""Key of ``"args"`` that marks them as settings which this library wrote, to be read back whole."""
 EPOCHS_DONE = "epochs_done"
-"""Entry that counts epochs without the doubt whether ``"epoch"`` is the last one or the next."""
+"""Entry that counts epochs done; ``"epoch"`` may mean the last one or the next."""
 _SCHEDULERS = (
-    "lr_scheduler",
-    "scheduler",
-    "lr_schedulers",
-    "scheduler_state_dict",
-    "lr_scheduler_state_dict",
-    "sched",
-    "lr_sched",
+    *("lr_scheduler", "scheduler", "lr_schedulers", "scheduler_state_dict"),
+    *("lr_scheduler_state_dict", "sched", "lr_sched"),
 )
 _STEPS = ("global_step", "step", "steps", "iteration", "iter", "num_updates", "num_steps")
 _EPOCHS = ("epoch", "current_epoch", "start_epoch")
@@ -86,41 +85,26 @@ _NAMES = {
     "label_smoothing": ("label_smoothing", "smoothing"),
 }
 """Settings by their usual names."""
-_IGNORED = {
-    "loss scaling is for float16; float32 and bfloat16 need none": (
-        "scaler",
-        "grad_scaler",
-        "amp_scaler",
-        "amp",
-        "native_amp_scaling_state",
-        "MixedPrecision",
-    ),
-    "averaged weights; --entry {name} takes them instead of the trained ones": (
-        "model_ema",
-        "ema",
-        "state_dict_ema",
-        "ema_state_dict",
-        "ema_model",
-    ),
-    "PyTorch's random state; JAX has its own": (
-        "rng",
-        "rng_state",
-        "rng_states",
-        "random_state",
-        "torch_rng",
-        "torch_rng_state",
-        "cuda_rng_state",
-    ),
-    "of PyTorch's trainer": (
-        "loops",
-        "callbacks",
-        "pytorch-lightning_version",
-        "hparams_name",
-        "datamodule_hparams_name",
-        "training_args.bin",
-    ),
+_REASONS = {
+    name: reason.format(name=name)
+    for reason, names in {
+        "loss scaling is for float16; float32 and bfloat16 need none": (
+            "scaler grad_scaler amp_scaler amp native_amp_scaling_state MixedPrecision"
+        ),
+        "averaged weights; --entry {name} takes them instead of the trained ones": (
+            "model_ema ema state_dict_ema ema_state_dict ema_model"
+        ),
+        "PyTorch's random state; JAX has its own": (
+            "rng rng_state rng_states random_state torch_rng torch_rng_state cuda_rng_state"
+        ),
+        "of PyTorch's trainer": (
+            "loops callbacks pytorch-lightning_version hparams_name datamodule_hparams_name "
+            "training_args.bin"
+        ),
+    }.items()
+    for name in names.split()
 }
-_REASONS = {name: reason.format(name=name) for reason, names in _IGNORED.items() for name in names}
+"""Why known entries are not needed."""
 
 
 def read_run(
@@ -131,18 +115,18 @@ def read_run(
     per_epoch: bool | None = None,
     source: str = "the checkpoint",
 ) -> Run:
-    """The run in the entries of a PyTorch training checkpoint: torchvision's, timm's, Lightning's
-    or Hugging Face's, or a plain loop's.
+    """Reads the run in the entries of a PyTorch training checkpoint, written by torchvision's
+    reference scripts, timm, Lightning, Hugging Face's Trainer or a plain loop.
 
     Args:
       extras: The entries beside the weights, with numpy arrays for tensors.
       state_map: Of the model.
-      optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``, where the options do not tell.
+      optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``, if the options do not tell.
       per_epoch: Whether the scheduler was stepped once per epoch (or once per batch); None finds it
         from the counters.
       source: For messages.
     Raises:
-      CheckpointError: No optimizer, one without counterpart, or one that is not this model's.
+      CheckpointError: No optimizer, one without counterpart, or one of another model.
     """
     entry = find_optimizer(extras)
     if entry is None:
@@ -153,7 +137,7 @@ def read_run(
         )
     name, state = entry
     record = read_optimizer(state, state_map, kind=optimizer, source=f"{source}, entry '{name}'")
-    found = {name: RunEntry(name, f"{record.notes[0]}", True)}
+    found = {name: RunEntry(name, record.notes[0], True)}
     steps, epoch = _count(extras, _STEPS, found), _count(extras, _EPOCHS, found)
     explicit = steps is not None
     if not explicit and record.steps:
@@ -173,7 +157,7 @@ def read_run(
         raise CheckpointError(
             f"{source} took {run.steps} steps, but its entry '{name}' keeps none of the "
             f"buffers ({some(list(OPTIMIZERS[record.kind].tensors))}) that {record.kind} "
-            f"has by then. Going on without them would be another run. {WEIGHTS_ONLY}"
+            f"has by then. Without them it would not be the same run. {WEIGHTS_ONLY}"
         )
     done = _count(extras, (EPOCHS_DONE,), found)
     if done is not None:
@@ -240,11 +224,8 @@ def _stepped_per_epoch(run: Run, position: int, explicit: bool, source: str) -> 
     if run.epochs is not None and position in (run.epochs, run.epochs + 1):
         return True
     if not explicit and run.steps is not None:
-        return (
-            position < run.steps
-            # as many or more are batches: Adam's own count lags behind by the steps that loss
-            # scaling skipped
-        )
+        # As many or more are batches: Adam's count lags by the steps that loss scaling skipped.
+        return position < run.steps
     if not explicit and run.epochs is not None:
         return False
     counts = f"{run.steps if explicit else 'an unknown number of'} optimizer steps" + (
@@ -252,8 +233,8 @@ def _stepped_per_epoch(run: Run, position: int, explicit: bool, source: str) -> 
     )
     raise CheckpointError(
         f"{source} was stepped {position} times in a run of {counts}, which does not show "
-        f"whether it counts batches or epochs. "
-        "Say --schedule-unit batch or epoch."
+        f"whether it counts batches or epochs. Say --schedule-unit batch or epoch (per_epoch=... "
+        f"in Python)."
     )
 
 
@@ -273,7 +254,7 @@ def _count(
     for name in names:
         count = _number(extras.get(name))
         if count is not None:
-            found[name] = RunEntry(name, f"{count}", True)
+            found[name] = RunEntry(name, str(count), True)
             return count
     return None
 
@@ -294,8 +275,7 @@ def _settings(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[str
             if value is not None and not isinstance(value, bool) and value >= 0:
                 chosen[ours] = value if ours == "label_smoothing" else int(value)
         if chosen:
-            found[name] = RunEntry(
-                name, ", ".join(f"{key} {value}" for key, value in chosen.items()), True
-            )
+            words = ", ".join(f"{key} {value}" for key, value in chosen.items())
+            found[name] = RunEntry(name, words, True)
             return chosen
     return {}

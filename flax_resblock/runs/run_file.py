@@ -1,8 +1,9 @@
-"""A training run in a file: from any format and to any format.
+"""A training run in a file of any format.
 
 In ``.safetensors`` and Orbax the optimizer's tensors lie beside the weights under
-``optimizer.<tensor>.<parameter>``, in the same names and layouts as the weights, and everything
-else is JSON in the metadata. In a ``.pth`` it is what torchvision's reference scripts write."""
+``optimizer.<tensor>.<parameter>``, in the same naming scheme and memory layout as the weights, and
+everything else is JSON in the metadata. A ``.pth`` has the entries that torchvision's reference
+scripts write."""
 
 from __future__ import annotations
 
@@ -62,8 +63,8 @@ def run_of(
 
 
 def pack_run(run: Run, state_map: StateMap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The run as arrays and metadata, in the names and layouts of ``state_map``; :func:`unpack_run` is
-    the inverse.
+    """The run as arrays and metadata, under the names and in the memory layout of ``state_map``;
+    :func:`unpack_run` is the inverse.
     """
     entries = {entry.flax_path: entry for entry in trainable(state_map)}
     record = run.optimizer
@@ -74,22 +75,21 @@ def pack_run(run: Run, state_map: StateMap) -> tuple[dict[str, np.ndarray], dict
     }
     tensors |= {f"{AVERAGED}{key}": value for key, value in state_map.to_torch(run.ema).items()}
     counter = next(iter(record.steps.values()), None)
+    groups = [
+        {
+            "options": group.options,
+            "parameters": [entries[path].torch_key for path in group.paths],
+            "named": group.named,
+        }
+        for group in record.groups
+    ]
     content = {
         "optimizer": record.kind,
-        "groups": [
-            {
-                "options": group.options,
-                "parameters": [entries[path].torch_key for path in group.paths],
-                "named": group.named,
-            }
-            for group in record.groups
-        ],
+        "groups": groups,
         "count": None
         if counter is None
         else {"value": float(counter), "dtype": counter.dtype.name},
-        "schedule": None
-        if run.schedule is None
-        else write_schedule(run.schedule, [group.options for group in record.groups]),
+        "schedule": _written_schedule(run),
         "per_epoch": run.schedule is not None and run.schedule.per_epoch,
         "steps": run.steps,
         "epochs": run.epochs,
@@ -99,18 +99,29 @@ def pack_run(run: Run, state_map: StateMap) -> tuple[dict[str, np.ndarray], dict
 
 
 def _as_number(value: Any) -> Any:
-    """Rates of ``capturable`` optimizers are tensors."""
-    return (
-        value.item()
-        if isinstance(value, np.ndarray | np.generic) and value.ndim == 0
-        else repr(value)
-    )
+    """Numbers that are arrays, as the rates of ``capturable`` optimizers are, as numbers."""
+    scalar = isinstance(value, np.ndarray | np.generic) and value.ndim == 0
+    return value.item() if scalar else repr(value)
+
+
+def _written_schedule(run: Run) -> dict[str, Any] | None:
+    options = [group.options for group in run.optimizer.groups]
+    return None if run.schedule is None else write_schedule(run.schedule, options)
 
 
 def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that JSON gave back as lists, as the tuples that they were."""
+    """The values, with tuples for the lists that JSON made of them."""
     return {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+
+
+def _with_prefix(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The tensors whose names begin with ``prefix``, under the rest of their names."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
     }
 
 
@@ -121,7 +132,7 @@ def unpack_run(
     *,
     source: str = "the checkpoint",
 ) -> Run:
-    """The run that :func:`pack_run` made arrays and metadata of.
+    """Restores the run from the arrays and metadata that :func:`pack_run` made.
 
     Args:
       tensors: Those of the optimizer, or all of the file.
@@ -146,10 +157,9 @@ def unpack_run(
                     "param_names": list(group["parameters"]),
                 }
             )
-        for name, value in tensors.items():
-            if name.startswith(OPTIMIZER):
-                tensor, _, key = name.removeprefix(OPTIMIZER).partition(".")
-                state.setdefault(numbers[key], {})[tensor] = value
+        for name, value in _with_prefix(tensors, OPTIMIZER).items():
+            tensor, _, key = name.partition(".")
+            state.setdefault(numbers[key], {})[tensor] = value
         if counter is not None:
             for found in state.values():
                 found["step"] = np.asarray(counter["value"], counter["dtype"])
@@ -178,19 +188,13 @@ def unpack_run(
     )
     record = replace(record, groups=restored)
     found = [RunEntry("optimizer", record.notes[0], True)]
-    averages = state_map.to_flax(
-        {
-            name.removeprefix(AVERAGED): value
-            for name, value in tensors.items()
-            if name.startswith(AVERAGED)
-        }
-    )
+    averages = state_map.to_flax(_with_prefix(tensors, AVERAGED))
     if averages:
         found.append(RunEntry("ema", "averaged weights and statistics", True))
     if schedule is not None:
         found.append(RunEntry("schedule", describe_schedule(schedule), True))
     found += [
-        RunEntry(name, f"{count}", True)
+        RunEntry(name, str(count), True)
         for name, count in (("steps", steps), ("epochs", epochs))
         if count is not None
     ]
@@ -210,12 +214,8 @@ def run_entries(run: Run, state_map: StateMap) -> dict[str, Any]:
     """
     entries: dict[str, Any] = {
         "optimizer": write_optimizer(run.optimizer, state_map),
-        "lr_scheduler": None,
+        "lr_scheduler": _written_schedule(run),
     }
-    if run.schedule is not None:
-        entries["lr_scheduler"] = write_schedule(
-            run.schedule, [group.options for group in run.optimizer.groups]
-        )
     if run.epochs is not None:
         entries["epoch"] = run.epochs - 1
         entries[EPOCHS_DONE] = run.epochs

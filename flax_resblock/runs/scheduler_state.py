@@ -6,7 +6,6 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import Any
 
 from flax_resblock.errors import CheckpointError, some
@@ -21,56 +20,36 @@ from flax_resblock.runs.schedules import (
     base_rate,
 )
 
-_FIELDS: Mapping[type[Schedule], tuple[str, ...]] = MappingProxyType(
-    {
-        schedules.StepLR: ("step_size", "gamma"),
-        schedules.CosineAnnealingLR: ("T_max", "eta_min"),
-        schedules.LinearLR: ("start_factor", "end_factor", "total_iters"),
-        schedules.ConstantLR: ("factor", "total_iters"),
-        schedules.PolynomialLR: ("total_iters", "power"),
-        schedules.ExponentialLR: ("gamma",),
-    }
+PLAIN_SCHEDULES = (
+    *(schedules.StepLR, schedules.CosineAnnealingLR, schedules.LinearLR),
+    *(schedules.ConstantLR, schedules.PolynomialLR, schedules.ExponentialLR),
 )
-"""Schedules whose fields are entries of the state dict."""
-
+"""Schedules whose fields are the entries of the state dict."""
 _COMMON = frozenset(
     {
-        "base_lrs",
-        "last_epoch",
-        "verbose",
-        "_step_count",
-        "_is_initial",
-        "_get_lr_called_within_step",
-        "_last_lr",
+        *("base_lrs", "last_epoch", "verbose", "_last_lr"),
+        *("_step_count", "_is_initial", "_get_lr_called_within_step"),
     }
 )
 """Entries that every scheduler may have."""
 _ONE_CYCLE = frozenset(
     {
-        "total_steps",
-        "_schedule_phases",
-        "_anneal_func_type",
-        "anneal_func",
-        "cycle_momentum",
-        "use_beta1",
+        *("total_steps", "_schedule_phases", "_anneal_func_type", "anneal_func"),
+        *("cycle_momentum", "use_beta1"),
     }
 )
-
-_WITHOUT_COUNTERPART: Mapping[str, str] = MappingProxyType(
-    {
-        "lr_lambdas": "LambdaLR (or MultiplicativeLR) keeps its function in the program, not in the file",
-        "patience": "ReduceLROnPlateau depends on what was measured, not on the step",
-        "T_0": "CosineAnnealingWarmRestarts has no counterpart here",
-        "_anneal_strategy": "SWALR has no counterpart here",
-        "max_lrs": "CyclicLR has no counterpart here",
-    }
-)
+_WITHOUT_COUNTERPART = {
+    "lr_lambdas": (
+        "LambdaLR (or MultiplicativeLR) keeps its function in the program, not in the file"
+    ),
+    "patience": "ReduceLROnPlateau depends on what was measured, not on the step",
+    "T_0": "CosineAnnealingWarmRestarts has no counterpart here",
+    "_anneal_strategy": "SWALR has no counterpart here",
+    "max_lrs": "CyclicLR has no counterpart here",
+}
 """Entries that only one scheduler has, and why that one is refused."""
-
 _NEAR = 1e-9
-"""Relative difference between a rate from the closed form and torch's own that rounding
-explains.
-"""
+"""Relative difference between the closed form's rate and torch's own that rounding explains."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +78,7 @@ def describe_schedule(state: ScheduleState) -> str:
 def read_schedule(
     state: Mapping[str, Any], groups: Sequence[Options], *, source: str = "the scheduler"
 ) -> tuple[Schedule, int]:
-    """The schedule in a scheduler's state dict, and its position.
+    """Reads the schedule in a scheduler's state dict, and its position.
 
     Args:
       state: What ``scheduler.state_dict()`` gave.
@@ -121,15 +100,7 @@ def read_schedule(
                 )
     except CheckpointError:
         raise
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        ZeroDivisionError,
-        IndexError,
-        AttributeError,
-        OverflowError,
-    ) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(
             f"{source} is no complete state of a learning-rate scheduler "
             f"({type(error).__name__}: {error})."
@@ -171,9 +142,9 @@ def _simple(state: Mapping[str, Any], own: Set[str], source: str) -> Schedule:
             tuple(sorted(step for step, count in counts.items() for _ in range(count))),
             float(state["gamma"]),
         )
-    for kind, fields in _FIELDS.items():
-        if own == set(fields):
-            return kind(**{name: state[name] for name in fields})
+    for kind in PLAIN_SCHEDULES:
+        if own == set(kind.__dataclass_fields__):
+            return kind(**{name: state[name] for name in own})
     raise CheckpointError(
         f"{source} is no learning-rate scheduler with a counterpart here: it has "
         f"{some(sorted(map(str, own))) or 'nothing of its own'}."
@@ -185,15 +156,14 @@ def _sequence(state: Mapping[str, Any], groups: Sequence[Options], source: str) 
         raise CheckpointError(f"{source}: ChainedScheduler has no counterpart here.")
     members = tuple(_schedule(part, groups, source) for part in state["_schedulers"])
     for number, member in enumerate(members):
+        words = type(member).__name__
         if isinstance(member, SequentialLR | OneCycleLR):
             raise CheckpointError(
-                f"{source}: a {type(member).__name__} inside a SequentialLR has no counterpart "
-                f"here."
+                f"{source}: a {words} inside a SequentialLR has no counterpart here."
             )
         if number and getattr(member, "total_iters", 1) == 0:
             raise CheckpointError(
-                f"{source}: a {type(member).__name__} of 0 steps after another schedule has no "
-                f"counterpart here."
+                f"{source}: a {words} of 0 steps after another schedule has no counterpart here."
             )
     return SequentialLR(members, tuple(int(step) for step in state["_milestones"]))
 
@@ -222,7 +192,7 @@ def write_schedule(state: ScheduleState, groups: Sequence[Options]) -> dict[str,
     """What ``scheduler.load_state_dict`` takes, for a scheduler of the same kind.
 
     Args:
-      state: Schedule and position; not :class:`~flax_resblock.runs.schedules.Fixed`.
+      state: Schedule and position; any schedule but :class:`~flax_resblock.runs.schedules.Fixed`.
       groups: The optimizer's param groups at this position.
     """
     return _state(state.schedule, state.position, groups, [float(group["lr"]) for group in groups])
@@ -236,21 +206,12 @@ def _state(
         starts = (0, *schedule.milestones)
         parts = []
         for index, part in enumerate(schedule.schedules):
-            since = (
-                (position if index == current else starts[index + 1] - 1) - starts[index]
-                if index <= current
-                else -1
+            last = (
+                position if index == current else starts[index + 1] - 1 if index < current else -1
             )
-            parts.append(
-                _state(
-                    part,
-                    since,
-                    groups,
-                    rates
-                    if index == current
-                    else [part.rate(max(since, 0), group) for group in groups],
-                )
-            )
+            since = last - starts[index] if index <= current else -1
+            its_rates = [part.rate(max(since, 0), group) for group in groups]
+            parts.append(_state(part, since, groups, rates if index == current else its_rates))
         return {
             "_milestones": list(schedule.milestones),
             "last_epoch": position,
@@ -268,7 +229,7 @@ def _state(
     elif isinstance(schedule, MultiStepLR):
         own = {"milestones": Counter(schedule.milestones), "gamma": schedule.gamma}
     else:
-        own = {name: getattr(schedule, name) for name in _FIELDS[type(schedule)]}
+        own = {name: getattr(schedule, name) for name in schedule.__dataclass_fields__}
     return {
         **own,
         "base_lrs": [base_rate(group) for group in groups],

@@ -1,14 +1,14 @@
-"""PyTorch's learning-rate schedules as functions of the step, computed on the host in float64. No
-dependency but ``math``.
+"""PyTorch's learning-rate schedules as functions of the step, computed on the host in float64 with
+``math`` alone.
 
-``torch.optim.lr_scheduler`` computes most rates from the one before; these are the closed forms,
-which differ from that by rounding only. Fields have torch's names, so that the state dict of a
+``torch.optim.lr_scheduler`` computes most rates from the previous one; these are the closed forms,
+which differ from that by rounding only. The fields have torch's names, so that the state dict of a
 scheduler fills them (:mod:`flax_resblock.runs.scheduler_state`).
 
-Optax's own schedules are not these. They are evaluated inside the compiled step in float32 (up to
-2e-5 relative). ``optax.cosine_decay_schedule`` stays at its end where torch's climbs again, and its
-``alpha`` is a share of the peak where ``eta_min`` is a rate. ``optax.cosine_onecycle_schedule``
-leaves the momentum alone."""
+Optax's schedules cannot be used instead. They are evaluated inside the compiled step in float32 (up
+to 2e-5 relative). ``optax.cosine_decay_schedule`` stays at its end where torch's climbs again, and
+its ``alpha`` is a share of the peak where ``eta_min`` is a rate.
+``optax.cosine_onecycle_schedule`` leaves the momentum alone."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Options = Mapping[str, Any]
-"""A param group without its parameters, as torch has it: ``lr``, ``initial_lr``, ``momentum``
-...
-"""
+"""A param group without its parameters, as torch has it: ``lr``, ``initial_lr``, ``momentum``."""
 
 
 def base_rate(group: Options) -> float:
@@ -34,8 +32,8 @@ def base_rate(group: Options) -> float:
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """A learning rate that depends on how often the scheduler was stepped (torch's ``last_epoch``:
-    0 at the first optimizer step).
+    """A learning rate by the number of times that the scheduler was stepped (torch's
+    ``last_epoch``, 0 at the first optimizer step).
     """
 
     @abstractmethod
@@ -50,7 +48,7 @@ class Schedule(ABC):
 
     @property
     def length(self) -> int | None:
-        """Steps after which it has nothing more to say; None where it goes on for ever."""
+        """Steps after which the schedule has ended; None if it never ends."""
         return None
 
 
@@ -124,9 +122,8 @@ class ConstantLR(Scaled):
     total_iters: int
 
     def share(self, step: int) -> float:
-        return (
-            self.factor if step < self.total_iters or not self.total_iters else 1.0
-        )  # torch never leaves it where total_iters is 0
+        # torch never leaves the factor if total_iters is 0
+        return self.factor if step < self.total_iters or not self.total_iters else 1.0
 
 
 @dataclass(frozen=True)
@@ -142,10 +139,8 @@ class LinearLR(Scaled):
     def share(self, step: int) -> float:
         if not self.total_iters:
             return self.start_factor
-        return (
-            self.start_factor
-            + (self.end_factor - self.start_factor) * min(step, self.total_iters) / self.total_iters
-        )
+        rise = self.end_factor - self.start_factor
+        return self.start_factor + rise * min(step, self.total_iters) / self.total_iters
 
 
 @dataclass(frozen=True)
@@ -161,11 +156,9 @@ class PolynomialLR(Scaled):
     power: float
 
     def share(self, step: int) -> float:
-        return (
-            (1 - min(step, self.total_iters) / self.total_iters) ** self.power
-            if self.total_iters
-            else 1.0
-        )  # torch does nothing where it is 0
+        if not self.total_iters:
+            return 1.0  # torch does nothing
+        return (1 - min(step, self.total_iters) / self.total_iters) ** self.power
 
     @property
     def length(self) -> int:
@@ -187,10 +180,8 @@ class CosineAnnealingLR(Schedule):
     eta_min: float
 
     def rate(self, step: int, group: Options) -> float:
-        return (
-            self.eta_min
-            + (base_rate(group) - self.eta_min) * (1 + math.cos(math.pi * step / self.T_max)) / 2
-        )
+        height = base_rate(group) - self.eta_min
+        return self.eta_min + height * (1 + math.cos(math.pi * step / self.T_max)) / 2
 
     @property
     def length(self) -> int:
@@ -233,15 +224,12 @@ class OneCycleLR(Schedule):
         start = 0.0
         for phase in self.phases:
             if step <= phase.end_step or phase is self.phases[-1]:
-                first, last = (
-                    float(group[getattr(phase, f"{end}_{what}")]) for end in ("start", "end")
-                )
+                names = (getattr(phase, f"{end}_{what}") for end in ("start", "end"))
+                first, last = (float(group[name]) for name in names)
                 share = (step - start) / (phase.end_step - start)
-                return (
-                    (last - first) * share + first
-                    if self.anneal == "linear"
-                    else last + (first - last) / 2 * (1 + math.cos(math.pi * share))
-                )
+                if self.anneal == "linear":
+                    return (last - first) * share + first
+                return last + (first - last) / 2 * (1 + math.cos(math.pi * share))
             start = phase.end_step
         raise ValueError("a one-cycle schedule has at least one phase")
 
@@ -249,11 +237,9 @@ class OneCycleLR(Schedule):
         return self._between(min(step, self.total_steps), group, "lr")
 
     def momentum(self, step: int, group: Options) -> float | None:
-        return (
-            self._between(min(step, self.total_steps), group, "momentum")
-            if self.cycle_momentum
-            else None
-        )
+        if not self.cycle_momentum:
+            return None
+        return self._between(min(step, self.total_steps), group, "momentum")
 
     @property
     def length(self) -> int:
@@ -308,8 +294,6 @@ def warmup_cosine(warmup_steps: int, total_steps: int, warmup_factor: float = 0.
     if not 0 < warmup_factor <= 1:
         raise ValueError(f"warmup_factor={warmup_factor} must be above 0 and at most 1.")
     cosine = CosineAnnealingLR(total_steps - warmup_steps, 0.0)
-    return (
-        SequentialLR((LinearLR(warmup_factor, 1.0, warmup_steps), cosine), (warmup_steps,))
-        if warmup_steps
-        else cosine
-    )
+    if not warmup_steps:
+        return cosine
+    return SequentialLR((LinearLR(warmup_factor, 1.0, warmup_steps), cosine), (warmup_steps,))
