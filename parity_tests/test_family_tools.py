@@ -260,7 +260,7 @@ def test_inspect_counts_what_fits_of_a_network_that_is_almost_one(tmp_path, caps
 
 
 def test_the_table_of_families_is_current():
-    assert (REPOSITORY / "docs" / "families.md").read_text(encoding="utf-8") == families.markdown()
+    assert (REPOSITORY / "docs" / "families.md").read_text(encoding="utf-8") == families.families_page()
 
 
 def test_the_table_names_the_versions_that_the_tests_run_with():

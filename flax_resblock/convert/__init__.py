@@ -1,4 +1,4 @@
-"""PyTorch names and layouts to Flax paths and layouts, and back."""
+"""PyTorch's names and memory layouts to Flax's, and back."""
 
 from flax_resblock.convert.detection.candidates import Match, identify
 from flax_resblock.convert.naming import NAMINGS, Naming, naming_of

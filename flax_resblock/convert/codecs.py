@@ -1,5 +1,5 @@
-"""Array codecs: how one tensor is laid out in PyTorch and in Flax. A permutation knows its own
-inverse; no value is ever computed with.
+"""Codecs: how the memory layout of one tensor differs between PyTorch and Flax. Axes are permuted and
+nothing is computed, so every bit survives.
 """
 
 from __future__ import annotations
@@ -117,10 +117,10 @@ def _reverse(short: np.ndarray, long: np.ndarray, *, backwards: bool = False) ->
 
 @dataclass(frozen=True)
 class Codec:
-    """A layout change of one tensor.
+    """The change of memory layout of one tensor.
 
     Attributes:
-      name: For people.
+      name: For messages.
       axes: ``flax = torch.transpose(axes)``; None keeps the layout.
     """
 

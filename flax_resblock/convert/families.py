@@ -153,7 +153,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     ]
 
 
-def markdown() -> str:
+def families_page() -> str:
     """The text of docs/families.md."""
     lines = [
         "# Families of checkpoints",
@@ -240,4 +240,4 @@ def markdown() -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(), end="")
+    print(families_page(), end="")

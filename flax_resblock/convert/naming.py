@@ -1,4 +1,4 @@
-"""Naming schemes of residual networks, as data. A new spelling is a new row of :data:`NAMINGS`."""
+"""Naming schemes of residual networks, as data: a new scheme is a new row of :data:`NAMINGS`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flax_resblock.errors import InputError
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a layer: its name on both sides, and how its layout changes.
+    """One tensor of a layer: its names in both frameworks, and how its memory layout changes.
 
     Attributes:
       flax_name: Attribute of the Flax layer.
@@ -327,8 +327,8 @@ _ROWS = (
     ),
 )
 NAMINGS: Mapping[str, Naming] = MappingProxyType({naming.name: naming for naming in _ROWS})
-"""Every known naming scheme. The order settles ties between schemes that name the same tensors
-alike: the narrower scheme comes first.
+"""Every known naming scheme by name. Where two schemes name the tensors of a network alike, the first
+one is reported: the narrower scheme comes first.
 """
 
 

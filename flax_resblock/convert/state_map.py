@@ -1,4 +1,4 @@
-"""The one description of a network that turns either spelling into the other."""
+"""The map between a network's tensors in PyTorch and in Flax: one list, read in both directions."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from flax_resblock.errors import InputError, some
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in both spellings.
+    """One tensor, as PyTorch and as Flax name it.
 
     Attributes:
       flax_path: Attribute path in the nnx model, ``("stage1", 0, "conv1", "kernel")``.
       torch_key: Key in the state dict, ``"layer1.0.conv1.weight"``.
-      codec: Between the naming schemes.
+      codec: Between the two memory layouts.
       role: ``"weight"``, ``"variance"`` or ``"counter"``.
       flax_shape: Shape on the Flax side.
     """
@@ -53,8 +53,8 @@ class Misfit:
     afresh: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
-        """Number of differences; absent counters (PyTorch fills them too) and keys that were
-        allowed to be absent are none.
+        """Number of differences. Absent counters, which PyTorch fills too, and keys that were
+        allowed to be absent do not count.
         """
         return (
             len(self.missing) + len(self.unexpected) + len(self.wrong_shape) + len(self.wrong_dtype)
@@ -97,10 +97,10 @@ def matches_any(key: str, globs: Sequence[str]) -> bool:
 
 
 class StateMap:
-    """Entries of a network under a naming scheme; both directions are loops over the same list.
+    """The tensors of a network under a naming scheme; both directions are loops over the same list.
 
-    The list also carries whatever else is kept per parameter (gradients, momentum buffers, Adam
-    moments) and the module names of activations.
+    Whatever else is kept per parameter (gradients, momentum buffers, Adam's moments) goes through
+    the same list, and :attr:`modules` names the modules whose activations can be compared.
 
     Args:
       config: The network or bare block.
@@ -135,20 +135,14 @@ class StateMap:
             )
         entries = []
         for tensor in tensors:
-            shape = (
-                ()
-                if tensor.role == "counter"
-                else slot.shape[-1:]
-                if tensor.flax_name != "kernel"
-                else slot.shape
-            )
+            shape = slot.shape if tensor.flax_name == "kernel" else slot.shape[-1:]
             entries.append(
                 Entry(
                     (*slot.path, tensor.flax_name),
                     f"{module}.{tensor.name}",
                     tensor.codec,
                     tensor.role,
-                    shape,
+                    () if tensor.role == "counter" else shape,
                 )
             )
         return entries
@@ -169,14 +163,12 @@ class StateMap:
         for entry in self.entries:
             info = found.get(entry.torch_key)
             if info is None:
+                absent = misfit.missing
                 if entry.role == "counter":
-                    misfit.filled_counters.append(entry.torch_key)
-                else:
-                    (
-                        misfit.afresh
-                        if matches_any(entry.torch_key, allow_missing)
-                        else misfit.missing
-                    ).append(entry.torch_key)
+                    absent = misfit.filled_counters
+                elif matches_any(entry.torch_key, allow_missing):
+                    absent = misfit.afresh
+                absent.append(entry.torch_key)
                 continue
             if info.shape != entry.torch_shape:
                 misfit.wrong_shape.append(
@@ -304,9 +296,8 @@ def _problem(entry: Entry, values: np.ndarray) -> str:
     if entry.role != "variance" and values.dtype.itemsize >= 4:
         flat = values.reshape(-1)
         with np.errstate(all="ignore"):
-            if np.isfinite(
-                np.dot(flat, flat)
-            ):  # one pass at memory speed; NaN and infinity cannot hide in a sum of squares
+            # One pass at memory speed: NaN and infinity cannot hide in a sum of squares.
+            if np.isfinite(np.dot(flat, flat)):
                 return ""
     bad = int(values.size - np.count_nonzero(np.isfinite(values)))
     if bad:

@@ -114,7 +114,7 @@ def adamw(
     )
 
 
-def path_of(keys: tuple[Any, ...]) -> Path:
+def parameter_path(keys: tuple[Any, ...]) -> Path:
     """The attribute path of a leaf of an nnx state."""
     return tuple(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
 
@@ -156,7 +156,7 @@ def optimizer_of(record: OptimizerState) -> optax.GradientTransformationExtraArg
             for number, group in enumerate(record.groups)
         },
         lambda params: jax.tree_util.tree_map_with_path(
-            lambda keys, _: number_of[path_of(keys)], params
+            lambda keys, _: number_of[parameter_path(keys)], params
         ),
     )
 
@@ -238,7 +238,7 @@ def _tensor_at(keys: tuple[Any, ...]) -> tuple[str, Path] | None:
     """
     for index, key in enumerate(keys):
         if isinstance(key, jax.tree_util.GetAttrKey) and key.name in _FIELDS:
-            return _FIELDS[key.name], path_of(keys[index:])
+            return _FIELDS[key.name], parameter_path(keys[index:])
     return None
 
 

@@ -1,45 +1,25 @@
-"""Folders of weights and ``config.json`` as transformers and timm write and load them: what the
-JSON says beyond the tensors, and how it is written.
+"""Folders of weights and ``config.json`` as transformers and timm write and load them: reading what
+the JSON says beyond the tensors, and writing it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from flax_resblock.checkpoint.model_folder import CONFIG_FILE, PREPROCESSOR_FILE
 from flax_resblock.config import Config, ResNetConfig
-from flax_resblock.convert.hubs import timm, transformers
-from flax_resblock.convert.hubs.common import HubConfig, Preprocessing
+from flax_resblock.convert.hubs.common import Hub, HubConfig, Preprocessing
+from flax_resblock.convert.hubs.timm import TIMM
+from flax_resblock.convert.hubs.transformers import TRANSFORMERS
 from flax_resblock.errors import CheckpointError, InputError
 
 __all__ = ["HUBS", "HubConfig", "Preprocessing", "files_of", "kept_files", "read_hub"]
 
 
-@dataclass(frozen=True)
-class Hub:
-    """One package's folders.
-
-    Attributes:
-      recognises: Whether the package wrote this ``config.json``.
-      read: What it says; see :func:`flax_resblock.convert.hubs.transformers.read`.
-      write: The JSON files of a folder, by name.
-    """
-
-    recognises: Callable[[Mapping[str, Any]], bool]
-    read: Callable[[Mapping[str, Any], Mapping[str, Any], str], HubConfig]
-    write: Callable[..., dict[str, dict[str, Any]]]
-
-
-HUBS: Mapping[str, Hub] = MappingProxyType(
-    {
-        "transformers": Hub(transformers.recognises, transformers.read, transformers.write),
-        "timm": Hub(timm.recognises, timm.read, timm.write),
-    }
-)
+HUBS: Mapping[str, Hub] = MappingProxyType({"transformers": TRANSFORMERS, "timm": TIMM})
 
 
 def _json(metadata: Mapping[str, str], name: str, source: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from flax_resblock.config import ARCHITECTURES, ResNetConfig
-from flax_resblock.convert.hubs.common import HubConfig, Preprocessing
+from flax_resblock.convert.hubs.common import Hub, HubConfig, Preprocessing
 from flax_resblock.errors import CheckpointError, InputError
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -68,20 +68,13 @@ _DILATED = {32: (), 16: (4,), 8: (3, 4)}
 _ANTIALIAS = {None: "none", "blur": "blur", "blurpool": "blur"}
 
 
-def recognises(content: Mapping[str, Any]) -> bool:
-    """Whether timm wrote this."""
+def _recognises(content: Mapping[str, Any]) -> bool:
     return isinstance(content.get("architecture"), str) and (
         "pretrained_cfg" in content or "num_classes" in content
     )
 
 
-def read(content: Mapping[str, Any], preprocessor: Mapping[str, Any], source: str) -> HubConfig:
-    """What the file says; arguments as for the reader of transformers' files.
-
-    Raises:
-      CheckpointError: An architecture or an argument that makes another network than this
-        library's.
-    """
+def _read(content: Mapping[str, Any], preprocessor: Mapping[str, Any], source: str) -> HubConfig:
     name, arguments = content["architecture"], content.get("model_args") or {}
     other = next(
         (words for start, words in _OTHER_FUNCTION.items() if name.startswith(start)), None
@@ -153,18 +146,12 @@ def _name_of(config: ResNetConfig) -> str | None:
     )
 
 
-def write(
+def _write(
     config: ResNetConfig,
     labels: Sequence[str],
     kept: Mapping[str, Any],
     preprocessing: Preprocessing | None,
 ) -> dict[str, dict[str, Any]]:
-    """The files of a folder that ``timm.create_model("local-dir:...")`` loads; arguments as for the
-    writer of transformers' files.
-
-    Raises:
-      InputError: A network that timm has no name for.
-    """
     name = kept.get("architecture") or _name_of(config)
     if name is None:
         raise InputError(
@@ -199,3 +186,6 @@ def write(
     if len(labels) == classes and classes:
         content["label_names"] = list(labels)
     return {"config.json": content}
+
+
+TIMM = Hub(_recognises, _read, _write)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax_resblock.config import EXPANSION, ResNetConfig
-from flax_resblock.convert.hubs.common import HubConfig, Preprocessing
+from flax_resblock.convert.hubs.common import Hub, HubConfig, Preprocessing
 from flax_resblock.errors import CheckpointError, InputError
 
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -15,21 +15,11 @@ _WARPED_FROM = 384
 """ConvNextImageProcessor, which ResNet uses, resizes without a crop from this size on."""
 
 
-def recognises(content: Mapping[str, Any]) -> bool:
-    """Whether this is the configuration of a ResNet."""
+def _recognises(content: Mapping[str, Any]) -> bool:
     return content.get("model_type") == "resnet"
 
 
-def read(content: Mapping[str, Any], preprocessor: Mapping[str, Any], source: str) -> HubConfig:
-    """What the files say.
-
-    Args:
-      content: Of ``config.json``.
-      preprocessor: Of ``preprocessor_config.json``; empty where there is none.
-      source: For messages.
-    Raises:
-      CheckpointError: An activation other than ReLU.
-    """
+def _read(content: Mapping[str, Any], preprocessor: Mapping[str, Any], source: str) -> HubConfig:
     activation = content.get("hidden_act", "relu")
     if activation != "relu":
         raise CheckpointError(
@@ -76,22 +66,12 @@ def _preprocessing(content: Mapping[str, Any]) -> Preprocessing | None:
     )
 
 
-def write(
+def _write(
     config: ResNetConfig,
     labels: Sequence[str],
     kept: Mapping[str, Any],
     preprocessing: Preprocessing | None,
 ) -> dict[str, dict[str, Any]]:
-    """The files of a folder that ``from_pretrained`` loads, by name.
-
-    Args:
-      config: The network.
-      labels: Class names; empty: ``LABEL_0`` ...
-      kept: The ``config.json`` that the network came with, where it came from transformers.
-      preprocessing: For ``preprocessor_config.json``; None writes none.
-    Raises:
-      InputError: A network that transformers' ResNet cannot be told to build.
-    """
     content: dict[str, Any] = {
         **kept,
         "architectures": [
@@ -166,3 +146,6 @@ def _without_effect(config: ResNetConfig, name: str) -> bool:
     return (name == "stride_on" and config.block == "basic") or (
         name == "attention_ratio" and config.attention != "se"
     )
+
+
+TRANSFORMERS = Hub(_recognises, _read, _write)
