@@ -1,5 +1,5 @@
-"""Codecs: how the memory layout of one tensor differs between PyTorch and Flax. Axes are permuted and
-nothing is computed, so every bit survives.
+"""Codecs: how the memory layout of one tensor differs between PyTorch and Flax. Axes are permuted
+and nothing is computed, so every bit survives.
 """
 
 from __future__ import annotations

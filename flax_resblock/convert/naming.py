@@ -155,14 +155,7 @@ class Naming:
         return None if module is None else ".".join(filter(None, (prefix, module)))
 
 
-_RESIDUAL = {
-    "conv1": "conv1",
-    "norm1": "bn1",
-    "conv2": "conv2",
-    "norm2": "bn2",
-    "conv3": "conv3",
-    "norm3": "bn3",
-}
+_RESIDUAL = {f"conv{i}": f"conv{i}" for i in (1, 2, 3)} | {f"norm{i}": f"bn{i}" for i in (1, 2, 3)}
 _STEM = {
     "stem.conv": "conv1",
     "stem.norm": "bn1",
@@ -200,28 +193,16 @@ _TORCHVISION = (
     _STEM | _stem_sequence("conv1", "bn1") | _RESIDUAL | _DOWNSAMPLE | _POOLED | _ATTENTION
 )
 _SEQUENTIAL = {
-    "conv1": "block.0",
-    "norm1": "block.1",
-    "conv2": "block.3",
-    "norm2": "block.4",
-    "conv3": "block.6",
-    "norm3": "block.7",
-    "shortcut.conv": "skip.0",
-    "shortcut.norm": "skip.1",
+    **{f"conv{i + 1}": f"block.{3 * i}" for i in range(3)},
+    **{f"norm{i + 1}": f"block.{3 * i + 1}" for i in range(3)},
+    "shortcut.conv": "skip.0", "shortcut.norm": "skip.1",
 }
 _CHILDREN = {"stem.conv": "0", "stem.norm": "1", "stem.pool": "3"}
 _DETECTRON2 = {
-    "stem.conv": "stem.conv1",
-    "stem.norm": "stem.conv1.norm",
-    "conv1": "conv1",
-    "norm1": "conv1.norm",
-    "conv2": "conv2",
-    "norm2": "conv2.norm",
-    "conv3": "conv3",
-    "norm3": "conv3.norm",
-    "shortcut.conv": "shortcut",
-    "shortcut.norm": "shortcut.norm",
-    "head": "linear",
+    "stem.conv": "stem.conv1", "stem.norm": "stem.conv1.norm", "head": "linear",
+    **{f"conv{i}": f"conv{i}" for i in (1, 2, 3)},
+    **{f"norm{i}": f"conv{i}.norm" for i in (1, 2, 3)},
+    "shortcut.conv": "shortcut", "shortcut.norm": "shortcut.norm",
 }
 
 
@@ -327,8 +308,8 @@ _ROWS = (
     ),
 )
 NAMINGS: Mapping[str, Naming] = MappingProxyType({naming.name: naming for naming in _ROWS})
-"""Every known naming scheme by name. Where two schemes name the tensors of a network alike, the first
-one is reported: the narrower scheme comes first.
+"""Every known naming scheme by name. Where two schemes name the tensors of a network alike, the
+first one is reported; the narrower scheme comes first.
 """
 
 

@@ -106,8 +106,8 @@ class StateMap:
       config: The network or bare block.
       naming: The naming scheme, or the name of a known one.
     Raises:
-      InputError: An unknown name; or the scheme has no name for a place that has parameters (a projection in a scheme
-        of option-A networks).
+      InputError: An unknown name, or a scheme without a name for a place that has parameters (a
+        projection in a scheme of option-A networks).
     """
 
     def __init__(self, config: Config, naming: str | Naming) -> None:
@@ -122,7 +122,8 @@ class StateMap:
         )
         if not len(paths) == len(keys) == len(self.entries):
             raise InputError(
-                f"naming scheme {self.naming.name!r} gives two tensors of this network the same name."
+                f"naming scheme {self.naming.name!r} gives two tensors of this network the same "
+                f"name."
             )
 
     def _expand(self, slot: Slot) -> list[Entry]:
