@@ -18,181 +18,127 @@ from flax_resblock.convert.opening import ReadOptions, open_checkpoint
 from flax_resblock.convert.state_map import describe
 from parity_tests.support import assert_same_bits, random_bits
 
-TORSO = ResNetConfig(
+BACKBONE = ResNetConfig(
     block="bottleneck", depths=(2, 1, 1, 1), widths=(4, 8, 12, 16), stem_width=8, num_classes=None
 )
 COUNTERS = "num_batches_tracked"
 
 
-def linear(name):
-    return [f"{name}.weight", f"{name}.bias"]
+PARTS = {
+    "w": ("weight",),
+    "l": ("weight", "bias"),
+    "n": ("weight", "bias", "running_mean", "running_var", COUNTERS),
+    "t": ("",),
+}
 
 
-def norm(name, counter=True):
+def keys_of(modules, prefix=""):
+    """Tensors of modules by their kind: ``"a:l b:n"`` is a linear layer and a norm; ``w`` has a
+    weight alone, ``t`` is a tensor.
+    """
     return [
-        *linear(name),
-        f"{name}.running_mean",
-        f"{name}.running_var",
-        *([f"{name}.{COUNTERS}"] if counter else []),
+        f"{prefix}{name}.{part}".removesuffix(".")
+        for name, _, kind in (module.partition(":") for module in modules.split())
+        for part in PARTS[kind]
     ]
 
 
-def layer_names(state, prefix):
-    return [f"{prefix}{key}" for key in state]
+def each(prefix, numbers, suffix=""):
+    """Linear layers that differ in a number."""
+    return " ".join(f"{prefix}{number}{suffix}:l" for number in numbers)
 
 
-RPN = [*linear("rpn.head.conv.0.0"), *linear("rpn.head.cls_logits"), *linear("rpn.head.bbox_pred")]
-FPN = [
-    key
-    for part in ("inner_blocks", "layer_blocks")
-    for i in range(4)
-    for key in linear(f"backbone.fpn.{part}.{i}.0")
-]
-BOXES = [
-    key
-    for part in (
-        "box_head.fc6",
-        "box_head.fc7",
-        "box_predictor.cls_score",
-        "box_predictor.bbox_pred",
-    )
-    for key in linear(f"roi_heads.{part}")
-]
-DETECTRON2_FPN = [
-    key
-    for i in range(2, 6)
-    for part in ("lateral", "output")
-    for key in linear(f"backbone.fpn_{part}{i}")
-]
-DETECTRON2_RPN = [
-    key
-    for part in ("conv", "objectness_logits", "anchor_deltas")
-    for key in linear(f"proposal_generator.rpn_head.{part}")
-]
-DETECTRON2_BOXES = [
-    key
-    for part in (
-        "box_head.fc1",
-        "box_head.fc2",
-        "box_predictor.cls_score",
-        "box_predictor.bbox_pred",
-    )
-    for key in linear(f"roi_heads.{part}")
-]
-MMDET = [
-    key
-    for part in ("lateral_convs", "fpn_convs")
-    for i in range(4)
-    for key in linear(f"neck.{part}.{i}.conv")
-]
-MMDET += [key for part in ("rpn_conv", "rpn_cls", "rpn_reg") for key in linear(f"rpn_head.{part}")]
-MMDET += [
-    key
-    for part in ("fc_cls", "fc_reg", "shared_fcs.0", "shared_fcs.1")
-    for key in linear(f"roi_head.bbox_head.{part}")
-]
+DETECTRON2_RPN = keys_of(
+    "conv:l objectness_logits:l anchor_deltas:l", "proposal_generator.rpn_head."
+)
+HEADS = keys_of("box_predictor.cls_score:l box_predictor.bbox_pred:l", "roi_heads.")
 
 # Backbone: what the file has around the network, given the network's own keys; and how the file
 # nests it.
 CASES = {
-    "torchvision detection": lambda keys: [*FPN, *RPN, *BOXES],
-    "torchvision segmentation": lambda keys: [
-        *norm("classifier.1"),
-        "classifier.0.weight",
-        *linear("classifier.4"),
-        "aux_classifier.0.weight",
-        *linear("aux_classifier.4"),
+    "torchvision detection": lambda keys: [
+        *keys_of(
+            f"{each('inner_blocks.', range(4), '.0')} {each('layer_blocks.', range(4), '.0')}",
+            "backbone.fpn.",
+        ),
+        *keys_of("conv.0.0:l cls_logits:l bbox_pred:l", "rpn.head."),
+        *keys_of("box_head.fc6:l box_head.fc7:l", "roi_heads."),
+        *HEADS,
     ],
+    "torchvision segmentation": lambda keys: keys_of(
+        "classifier.0:w classifier.1:n classifier.4:l aux_classifier.0:w aux_classifier.4:l"
+    ),
     "detectron2 FPN": lambda keys: [
-        *DETECTRON2_FPN,
+        *keys_of(f"{each('lateral', range(2, 6))} {each('output', range(2, 6))}", "backbone.fpn_"),
         *DETECTRON2_RPN,
-        *DETECTRON2_BOXES,
-        "pixel_mean",
-        "pixel_std",
+        *keys_of("box_head.fc1:l box_head.fc2:l", "roi_heads."),
+        *HEADS,
+        *keys_of("pixel_mean:t pixel_std:t"),
     ],
     "detectron2 C4": lambda keys: [
         *DETECTRON2_RPN,
-        *layer_names(["0.conv1.weight", "0.conv1.norm.weight"], "roi_heads.res5."),
-        *linear("roi_heads.box_predictor.cls_score"),
+        *keys_of("res5.0.conv1:w res5.0.conv1.norm:w box_predictor.cls_score:l", "roi_heads."),
     ],
-    "mmdetection": lambda keys: MMDET,
+    "mmdetection": lambda keys: [
+        *keys_of(
+            f"{each('lateral_convs.', range(4), '.conv')} {each('fpn_convs.', range(4), '.conv')}",
+            "neck.",
+        ),
+        *keys_of("rpn_conv:l rpn_cls:l rpn_reg:l", "rpn_head."),
+        *keys_of("fc_cls:l fc_reg:l shared_fcs.0:l shared_fcs.1:l", "roi_head.bbox_head."),
+    ],
     "MoCo v1 and v2": lambda keys: [
-        *layer_names(keys, "encoder_k."),
-        *linear("encoder_q.fc.0"),
-        *linear("encoder_q.fc.2"),
-        *linear("encoder_k.fc.0"),
-        *linear("encoder_k.fc.2"),
-        "queue",
-        "queue_ptr",
+        *(f"encoder_k.{key}" for key in keys),
+        *keys_of("encoder_q.fc.0:l encoder_q.fc.2:l encoder_k.fc.0:l encoder_k.fc.2:l"),
+        *keys_of("queue:t queue_ptr:t"),
     ],
     "MoCo v3": lambda keys: [
-        *layer_names(keys, "momentum_encoder."),
-        "base_encoder.fc.0.weight",
-        *norm("base_encoder.fc.1"),
-        "base_encoder.fc.3.weight",
-        "predictor.0.weight",
-        *norm("predictor.1"),
+        *(f"momentum_encoder.{key}" for key in keys),
+        *keys_of("base_encoder.fc.0:w base_encoder.fc.1:n base_encoder.fc.3:w"),
+        *keys_of("predictor.0:w predictor.1:n"),
     ],
-    "SimSiam": lambda keys: [
-        "encoder.fc.0.weight",
-        *norm("encoder.fc.1"),
-        *linear("encoder.fc.6"),
-        "predictor.0.weight",
-        *norm("predictor.1"),
-        *linear("predictor.3"),
-    ],
-    "SimCLR with a projector": lambda keys: ["projector.0.weight", "projector.2.weight"],
-    "SimCLR with the projection in fc": lambda keys: [*linear("fc.0"), *linear("fc.2")],
-    "SwAV": lambda keys: [
-        *linear("projection_head.0"),
-        *norm("projection_head.1"),
-        *linear("projection_head.3"),
-        "prototypes.weight",
-    ],
-    "DINO": lambda keys: [
-        *linear("head.mlp.0"),
-        *linear("head.mlp.2"),
-        *linear("head.mlp.4"),
-        "head.last_layer.weight_g",
-        "head.last_layer.weight_v",
-    ],
+    "SimSiam": lambda keys: keys_of(
+        "encoder.fc.0:w encoder.fc.1:n encoder.fc.6:l predictor.0:w predictor.1:n predictor.3:l"
+    ),
+    "SimCLR with a projector": lambda keys: keys_of("projector.0:w projector.2:w"),
+    "SimCLR with the projection in fc": lambda keys: keys_of("fc.0:l fc.2:l"),
+    "SwAV": lambda keys: keys_of(
+        "projection_head.0:l projection_head.1:n projection_head.3:l prototypes:w"
+    ),
+    "DINO": lambda keys: keys_of(
+        "mlp.0:l mlp.2:l mlp.4:l last_layer.weight_g:t last_layer.weight_v:t", "head."
+    ),
     "BYOL (byol-pytorch)": lambda keys: [
-        *layer_names(keys, "net."),
-        *layer_names(keys, "target_encoder.net."),
-        *linear("online_encoder.projector.0"),
-        *norm("online_encoder.projector.1"),
-        *linear("target_encoder.projector.0"),
-        *linear("online_predictor.0"),
-        *linear("online_predictor.3"),
+        *(f"{net}{key}" for net in ("net.", "target_encoder.net.") for key in keys),
+        *keys_of("online_encoder.projector.0:l online_encoder.projector.1:n"),
+        *keys_of("target_encoder.projector.0:l online_predictor.0:l online_predictor.3:l"),
     ],
-    "BYOL (online network)": lambda keys: [
-        *linear("projetion.net.0"),
-        *norm("projetion.net.1"),
-        *linear("projetion.net.3"),
-    ],
-    "Barlow Twins and VICReg": lambda keys: [
-        "projector.0.weight",
-        *norm("projector.1"),
-        "projector.3.weight",
-        *norm("projector.4"),
-        "projector.6.weight",
-        "bn.running_mean",
-        "bn.running_var",
-        f"bn.{COUNTERS}",
-    ],
+    "BYOL (online network)": lambda keys: keys_of(
+        "projetion.net.0:l projetion.net.1:n projetion.net.3:l"
+    ),
+    "Barlow Twins and VICReg": lambda keys: keys_of(
+        "projector.0:w projector.1:n projector.3:w projector.4:n projector.6:w "
+        "bn.running_mean:t bn.running_var:t "
+        f"bn.{COUNTERS}:t"
+    ),
     "lightly": lambda keys: [
-        "projection_head.layers.0.weight",
-        *norm("projection_head.layers.1"),
-        *layer_names(keys, "backbone_momentum."),
-        *linear("prediction_head.layers.3"),
+        *(f"backbone_momentum.{key}" for key in keys),
+        *keys_of(
+            "projection_head.layers.0:w projection_head.layers.1:n prediction_head.layers.3:l"
+        ),
     ],
-    "segmentation_models_pytorch": lambda keys: [
-        "decoder.blocks.0.conv1.0.weight",
-        *norm("decoder.blocks.0.conv1.1"),
-        *linear("segmentation_head.0"),
-    ],
+    "segmentation_models_pytorch": lambda keys: keys_of(
+        "decoder.blocks.0.conv1.0:w decoder.blocks.0.conv1.1:n segmentation_head.0:l"
+    ),
 }
-LAYOUT_OF = {
+
+
+def parallel(state, prefix="module."):
+    """As ``DataParallel`` and its like name it."""
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+NAMING_OF = {
     "detectron2 FPN": "detectron2",
     "detectron2 C4": "detectron2",
     "lightly": "children",
@@ -212,43 +158,25 @@ NO_COUNTERS = ("torchvision detection", "detectron2 FPN", "detectron2 C4")
 WRAPPED = {
     "torchvision detection": lambda state: {"model": state, "epoch": 25},
     "mmdetection": lambda state: {
-        "meta": {
-            "epoch": 12,
-            "config": "model = dict(backbone=dict(type='ResNet', depth=50, style='pytorch'))",
-        },
+        "meta": {"epoch": 12, "config": "model = dict(backbone=dict(style='pytorch'))"},
         "state_dict": state,
     },
     "detectron2 FPN": lambda state: {"model": state, "iteration": 89999},
-    "MoCo v1 and v2": lambda state: {
-        "epoch": 200,
-        "arch": "resnet50",
-        "state_dict": {f"module.{key}": value for key, value in state.items()},
-    },
-    "MoCo v3": lambda state: {
-        "epoch": 300,
-        "arch": "resnet50",
-        "state_dict": {f"module.{key}": value for key, value in state.items()},
-    },
-    "SimSiam": lambda state: {
-        "epoch": 100,
-        "arch": "resnet50",
-        "state_dict": {f"module.{key}": value for key, value in state.items()},
-    },
+    **dict.fromkeys(
+        ("MoCo v1 and v2", "MoCo v3", "SimSiam"),
+        lambda state: {"epoch": 200, "arch": "resnet50", "state_dict": parallel(state)},
+    ),
     "SimCLR with the projection in fc": lambda state: {
         "epoch": 100,
-        "arch": "resnet50",
-        "state_dict": {f"backbone.{key}": value for key, value in state.items()},
+        "state_dict": parallel(state, "backbone."),
     },
-    "SwAV": lambda state: {f"module.{key}": value for key, value in state.items()},
+    "SwAV": parallel,
     "DINO": lambda state: {
-        "student": {f"module.{key}": value * 0 for key, value in state.items()},
+        "student": {key: value * 0 for key, value in parallel(state).items()},
         "teacher": state,
         "epoch": 800,
     },
-    "Barlow Twins and VICReg": lambda state: {
-        "epoch": 1000,
-        "model": {f"module.{key}": value for key, value in state.items()},
-    },
+    "Barlow Twins and VICReg": lambda state: {"epoch": 1000, "model": parallel(state)},
     "BYOL (online network)": lambda state: {
         "online_network_state_dict": state,
         "target_network_state_dict": {key: value * 0 for key, value in state.items()},
@@ -256,9 +184,9 @@ WRAPPED = {
 }
 
 
-def written(name, path, config=TORSO):
+def written(name, path, config=BACKBONE):
     """The file of a project, and the network in it by its own names."""
-    naming = LAYOUT_OF.get(name, "torchvision")
+    naming = NAMING_OF.get(name, "torchvision")
     if name == "detectron2 C4":
         config = ResNetConfig(
             block="bottleneck", depths=(2, 1, 1), widths=(4, 8, 12), stem_width=8, num_classes=None
@@ -342,9 +270,9 @@ def test_a_plain_network_is_no_backbone():
 def test_openmmlab_says_where_the_stride_is(style, stride_on, tmp_path):
     state = {
         f"backbone.{key}": from_numpy(value)
-        for key, value in random_bits(TORSO, np.float32).items()
+        for key, value in random_bits(BACKBONE, np.float32).items()
     }
-    state |= {key: torch.full((3,), 0.25) for key in MMDET}
+    state |= {key: torch.full((3,), 0.25) for key in CASES["mmdetection"]([])}
     torch.save(
         {
             "meta": {"config": f"model = dict(backbone=dict(depth=50, style='{style}'))"},
@@ -360,7 +288,7 @@ def test_openmmlab_says_where_the_stride_is(style, stride_on, tmp_path):
 
 def test_where_nobody_says_the_assumption_and_its_flag_are_stated(tmp_path):
     torch.save(
-        {key: from_numpy(value) for key, value in random_bits(TORSO, np.float32).items()},
+        {key: from_numpy(value) for key, value in random_bits(BACKBONE, np.float32).items()},
         tmp_path / "file.pth",
     )
     source = open_checkpoint(tmp_path / "file.pth")

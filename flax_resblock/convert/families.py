@@ -2,7 +2,7 @@
 flax_resblock.convert.families > docs/families.md``.
 
 Everything in it comes from the rows that the converter itself reads (naming schemes, backbones,
-architectures, traits) and from :data:`FAMILIES`, which says how each was proved."""
+architectures, traits) and from :data:`FAMILIES`, which says how each was tested."""
 
 from __future__ import annotations
 

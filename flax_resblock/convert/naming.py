@@ -195,14 +195,18 @@ _TORCHVISION = (
 _SEQUENTIAL = {
     **{f"conv{i + 1}": f"block.{3 * i}" for i in range(3)},
     **{f"norm{i + 1}": f"block.{3 * i + 1}" for i in range(3)},
-    "shortcut.conv": "skip.0", "shortcut.norm": "skip.1",
+    "shortcut.conv": "skip.0",
+    "shortcut.norm": "skip.1",
 }
 _CHILDREN = {"stem.conv": "0", "stem.norm": "1", "stem.pool": "3"}
 _DETECTRON2 = {
-    "stem.conv": "stem.conv1", "stem.norm": "stem.conv1.norm", "head": "linear",
+    "stem.conv": "stem.conv1",
+    "stem.norm": "stem.conv1.norm",
+    "head": "linear",
     **{f"conv{i}": f"conv{i}" for i in (1, 2, 3)},
     **{f"norm{i}": f"conv{i}.norm" for i in (1, 2, 3)},
-    "shortcut.conv": "shortcut", "shortcut.norm": "shortcut.norm",
+    "shortcut.conv": "shortcut",
+    "shortcut.norm": "shortcut.norm",
 }
 
 
