@@ -20,14 +20,12 @@ from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.config import Config, Path
 from flax_resblock.convert import Naming, StateMap, naming_of
 from flax_resblock.convert.hubs import files_of
+from flax_resblock.convert.metadata import EPS, MOMENTUM, metadata_of
 from flax_resblock.convert.modules import module_facts
 from flax_resblock.convert.opening import (
-    EPS,
-    MOMENTUM,
     OpenedCheckpoint,
     ReadOptions,
     interpret,
-    metadata_of,
     open_checkpoint,
     refuse_afresh,
 )

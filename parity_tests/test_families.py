@@ -16,7 +16,7 @@ from flax_resblock import checkpoint
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.cli import run
 from flax_resblock.config import ARCHITECTURES
-from flax_resblock.convert import NAMINGS, StateMap
+from flax_resblock.convert import StateMap
 from flax_resblock.convert.opening import ReadOptions, open_checkpoint
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.inputs import adversarial_images
@@ -67,21 +67,16 @@ def evaluated(path, images, **arguments):
         return np.asarray(flax_resblock.load(path, **arguments)(jax.numpy.asarray(images)))
 
 
+def convert(source, out, *more):
+    """Runs the command, without a certificate."""
+    assert run(["convert", str(source), str(out), "--no-certificate", *more]) == 0
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_a_family_converts_without_flags_computes_the_same_and_goes_back(name, tmp_path):
     family = FAMILIES[name]
     module = saved(name, tmp_path / "theirs")
-    assert (
-        run(
-            [
-                "convert",
-                str(tmp_path / "theirs"),
-                str(tmp_path / "ours.safetensors"),
-                "--no-certificate",
-            ]
-        )
-        == 0
-    )
+    convert(tmp_path / "theirs", tmp_path / "ours.safetensors")
     source = open_checkpoint(tmp_path / "ours.safetensors")
     assert source.state_map.naming.name == family.naming
     state = state_to_numpy(module.state_dict())
@@ -96,34 +91,19 @@ def test_a_family_converts_without_flags_computes_the_same_and_goes_back(name, t
         module=family.plain(module),
     )
     comparison = compare_pair(twins, images, Plan(gradients=True, precisions=("float64",)))
-    assert comparison.passed, [row for row in comparison.measurements if not row.judgement.passed][
-        :3
-    ]
+    failed = [row for row in comparison.measurements if not row.judgement.passed]
+    assert comparison.passed, failed[:3]
     stated = {row.quantity for row in comparison.measurements}
     assert {"eval forward", "train forward", "running statistics", "parameter gradient"} <= stated
     if family.naming == "torchvision":
         target, back = "timm", from_timms_folder
     else:
         target, back = family.naming, lambda folder: type(module).from_pretrained(folder)
-    assert (
-        run(
-            [
-                "convert",
-                str(tmp_path / "ours.safetensors"),
-                str(tmp_path / "back"),
-                "--to-naming",
-                target,
-                "--no-certificate",
-            ]
-        )
-        == 0
-    )
+    convert(tmp_path / "ours.safetensors", tmp_path / "back", "--to-naming", target)
     again = back(tmp_path / "back").double()
     assert_same_bits(state_to_numpy(again.state_dict()), state)
-    assert (
-        relative_l2(output_of(family.plain(again), images), output_of(family.plain(module), images))
-        == 0
-    )
+    outputs = [output_of(family.plain(it), images) for it in (again, module)]
+    assert relative_l2(*outputs) == 0
 
 
 @pytest.mark.parametrize("name", QUICK[:2])
@@ -156,9 +136,8 @@ def test_what_no_tensor_tells_is_told_by_config_json(name, tmp_path):
     (tmp_path / "theirs" / "model.safetensors").rename(tmp_path / "alone.safetensors")
     alone = open_checkpoint(tmp_path / "alone.safetensors")
     assert getattr(alone.config, field) == CHOICES[name][field]  # what is assumed where nobody says
-    assert (
-        relative_l2(evaluated(tmp_path / "alone.safetensors", images), truth) > 1e6 * FLOAT64_LIMIT
-    )
+    assumed = evaluated(tmp_path / "alone.safetensors", images)
+    assert relative_l2(assumed, truth) > 1e6 * FLOAT64_LIMIT
     told = ReadOptions(traits={field: getattr(folder.config, field)})
     assert open_checkpoint(tmp_path / "alone.safetensors", told).config == folder.config
 
@@ -170,10 +149,8 @@ def test_a_module_says_itself_what_no_tensor_tells(name):
     with jax.enable_x64(True):
         model = flax_resblock.from_torch(module)
         images = adversarial_images(model.config, batch=2)
-        assert (
-            relative_l2(np.asarray(model(jax.numpy.asarray(images))), output_of(module, images))
-            <= FLOAT64_LIMIT
-        )
+        ours = np.asarray(model(jax.numpy.asarray(images)))
+        assert relative_l2(ours, output_of(module, images)) <= FLOAT64_LIMIT
 
 
 @pytest.mark.parametrize(
@@ -182,22 +159,13 @@ def test_a_module_says_itself_what_no_tensor_tells(name):
 def test_names_and_shapes_are_timms(name):
     timm = import_timm()
     if not timm.is_model(name):
-        assert name in (
-            "resnet20",
-            "resnet32",
-            "resnet44",
-            "resnet56",
-            "resnet110",
-        )  # He et al.'s, for CIFAR
+        assert name in {f"resnet{depth}" for depth in (20, 32, 44, 56, 110)}  # He et al.'s CIFAR's
         return
     with torch.device("meta"):
-        theirs = [
-            (key, tuple(value.shape)) for key, value in timm.create_model(name).state_dict().items()
-        ]
-    assert [
-        (entry.torch_key, entry.torch_shape)
-        for entry in StateMap(ARCHITECTURES[name], NAMINGS["timm"]).entries
-    ] == theirs
+        state = timm.create_model(name).state_dict()
+    theirs = [(key, tuple(value.shape)) for key, value in state.items()]
+    ours = StateMap(ARCHITECTURES[name], "timm").entries
+    assert [(entry.torch_key, entry.torch_shape) for entry in ours] == theirs
 
 
 def test_sharded_and_pickled_folders_of_transformers_are_read(tmp_path):

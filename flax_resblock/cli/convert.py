@@ -25,7 +25,8 @@ from flax_resblock.cli.common import (
 from flax_resblock.config import name_of
 from flax_resblock.convert import StateMap, naming_of
 from flax_resblock.convert.hubs import files_of
-from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, metadata_of, target_naming
+from flax_resblock.convert.metadata import metadata_of
+from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, target_naming
 from flax_resblock.convert.state_map import transcode
 from flax_resblock.errors import InputError
 from flax_resblock.parity.certificate import REFERENCE, certificate_of

@@ -1,8 +1,9 @@
 """PyTorch's names and memory layouts to Flax's, and back."""
 
 from flax_resblock.convert.detection.candidates import Match, identify
+from flax_resblock.convert.health import unhealthy
 from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
-from flax_resblock.convert.state_map import Entry, StateMap, TensorInfo, describe, unhealthy
+from flax_resblock.convert.state_map import Entry, StateMap, TensorInfo, describe
 
 __all__ = [
     "NAMINGS",

@@ -92,14 +92,9 @@ class Naming:
       ...     name="mine",
       ...     stage="group{stage}.unit{block}",
       ...     modules={
-      ...         "stem.conv": "first.conv",
-      ...         "stem.norm": "first.bn",
-      ...         "conv1": "a.conv",
-      ...         "norm1": "a.bn",
-      ...         "conv2": "b.conv",
-      ...         "norm2": "b.bn",
-      ...         "shortcut.conv": "skip.conv",
-      ...         "shortcut.norm": "skip.bn",
+      ...         "stem.conv": "first.conv", "stem.norm": "first.bn",
+      ...         "conv1": "a.conv", "norm1": "a.bn", "conv2": "b.conv", "norm2": "b.bn",
+      ...         "shortcut.conv": "skip.conv", "shortcut.norm": "skip.bn",
       ...         "head": "classifier",
       ...     },
       ... )
@@ -121,13 +116,10 @@ class Naming:
 
     def block_prefix(self, stage: str, block: int | None) -> str:
         """``"layer2.0"``; empty for a bare block."""
-        return (
-            ""
-            if block is None
-            else self.stage.format(
-                stage=int(stage.removeprefix("stage")) - 1 + self.first_stage, block=block
-            )
-        )
+        if block is None:
+            return ""
+        number = int(stage.removeprefix("stage")) - 1 + self.first_stage
+        return self.stage.format(stage=number, block=block)
 
     def is_inside_block(self, key: str) -> bool:
         """Whether a tensor has the name of one in a block of a network."""
@@ -327,8 +319,8 @@ def naming_of(naming: str | Naming) -> Naming:
     if isinstance(naming, Naming):
         if naming != NAMINGS.get(naming.name, naming):
             raise InputError(
-                f"{naming.name!r} is the name of one of this library's naming schemes, and the "
-                f"scheme that was given is another one. Give it a name of its own."
+                f"{naming.name!r} is the name of one of this library's naming schemes, and yours "
+                f"is another one. Give it a name of its own."
             )
         return naming
     if naming not in NAMINGS:

@@ -27,14 +27,13 @@ from flax_resblock.convert.detection.backbones import (
     several_layers,
 )
 from flax_resblock.convert.detection.candidates import Match, identify
-from flax_resblock.convert.hubs import HubConfig, kept_files, read_hub
+from flax_resblock.convert.health import unhealthy
+from flax_resblock.convert.hubs import HubConfig, read_hub
+from flax_resblock.convert.metadata import NAMING, written_config, written_norm_options
 from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
 from flax_resblock.convert.run_names import EMA, averaged, weights_among
-from flax_resblock.convert.state_map import StateMap, TensorInfo, describe, matches_any, unhealthy
+from flax_resblock.convert.state_map import StateMap, TensorInfo, describe, matches_any
 from flax_resblock.errors import CheckpointError, InputError, some, visible
-
-CONFIG, NAMING, EPS, MOMENTUM = "config", "naming", "eps", "momentum"
-"""Metadata that this library writes beside tensors."""
 
 
 HEADLESS = "no classification head: the network returns pooled features"
@@ -114,42 +113,6 @@ class OpenedCheckpoint:
         )
 
 
-def _written_config(record: Record) -> arch.Config | None:
-    """The configuration that this library stored, which says more than names and shapes can
-    (strides, dilation).
-    """
-    text = record.metadata.get(CONFIG)
-    if text is None:
-        return None
-    try:
-        config = arch.from_json(text)
-        blocks = sum(getattr(config, "depths", ()))
-        if blocks > len(record.tensors):
-            raise ValueError(
-                f"it has {blocks:,} blocks, and the file {len(record.tensors):,} tensors"
-            )
-        return config
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{record.source}: its stored configuration is damaged "
-            f"({visible(str(error))[:160]}). Say --architecture NAME, or copy the file again."
-        ) from error
-
-
-def _written_norm_options(record: Record) -> dict[str, float | None]:
-    try:
-        return {
-            name: None if record.metadata[name] == "None" else float(record.metadata[name])
-            for name in (EPS, MOMENTUM)
-            if name in record.metadata
-        }
-    except ValueError as error:
-        raise CheckpointError(
-            f"{record.source}: its stored eps or momentum is no number "
-            f"({visible(str(error))[:120]}). Copy the file again."
-        ) from error
-
-
 def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheckpoint:
     """The checkpoint with the one reading that fits.
 
@@ -181,7 +144,7 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
     notes += said
     if hub is not None:
         notes.append(hub.sentence)
-    wanted = reading.architecture if reading.architecture is not None else _written_config(record)
+    wanted = reading.architecture if reading.architecture is not None else written_config(record)
     by_file = {**by_entries, **(hub.traits if hub else {})} if wanted is None else {}
     reading = replace(reading, architecture=wanted, traits={**by_file, **reading.traits})
     if backbone is not None and backbone.may_dilate:
@@ -218,7 +181,7 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
         tensors,
         tuple(notes),
         afresh,
-        _written_norm_options(record),
+        written_norm_options(record),
         hub,
         tuple(assumed),
     )
@@ -399,33 +362,6 @@ def open_checkpoint(
     if flat:
         record = averaged(record)
     return interpret(record, reading)
-
-
-def metadata_of(
-    config: arch.Config,
-    naming: str,
-    norm_options: Mapping[str, float | None],
-    source: Mapping[str, str] | None = None,
-) -> dict[str, str]:
-    """What this library stores beside tensors: enough to rebuild the network without any flag.
-
-    Args:
-      config: The network or bare block.
-      naming: Naming scheme.
-      norm_options: ``eps`` and ``momentum``.
-      source: Metadata of the checkpoint that it came from, whose ``config.json`` is kept.
-    """
-    from flax_resblock._version import __version__
-
-    return {
-        "format": "pt" if naming != "flax" else "flax",
-        "written_by": f"flax-resblock {__version__}",
-        "architecture": arch.name_of(config),
-        CONFIG: arch.to_json(config),
-        NAMING: naming,
-        **{name: str(value) for name, value in norm_options.items()},
-        **kept_files(source or {}),
-    }
 
 
 def target_naming(source: OpenedCheckpoint, output_format: str, naming: str | None) -> Naming:

@@ -17,9 +17,8 @@ from flax_resblock.errors import CheckpointError, some
 from flax_resblock.runs.optimizer_kinds import NOT_COMPUTED, OPTIMIZERS, OptimizerKind
 from flax_resblock.runs.param_groups import WEIGHTS_ONLY, names_of, trainable
 
-ENTRIES = (
-    *("optimizer", "optimizer_state_dict", "optimizer_state", "optim", "opt"),
-    "optimizer_states",
+ENTRIES = tuple(
+    ["optimizer", "optimizer_state_dict", "optimizer_state", "optim", "opt", "optimizer_states"]
 )
 """Entries of a training checkpoint that hold an optimizer; Lightning keeps a list in the last."""
 

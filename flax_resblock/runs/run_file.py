@@ -245,7 +245,7 @@ def write_with_run(
     Args:
       path: The suffix decides the format.
       tensors: The weights, in the names and layouts of ``state_map``.
-      metadata: See :func:`flax_resblock.convert.opening.metadata_of`.
+      metadata: See :func:`flax_resblock.convert.metadata.metadata_of`.
       run: None writes the weights alone.
       state_map: Of the file.
       files: See :func:`flax_resblock.checkpoint.write`.

@@ -20,7 +20,7 @@ from flax_resblock import checkpoint
 from flax_resblock.checkpoint.torch_file import with_tensors
 from flax_resblock.config import BlockConfig
 from flax_resblock.convert import NAMINGS, StateMap
-from flax_resblock.convert.opening import metadata_of
+from flax_resblock.convert.metadata import metadata_of
 
 CONFIG = BlockConfig(in_channels=4, out_channels=4)
 """A block: few tensors, so that thousands of files can be opened in a second or two."""

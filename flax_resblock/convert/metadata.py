@@ -1,0 +1,83 @@
+"""What this library stores in a checkpoint beside the tensors, written and read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flax_resblock import config as arch
+from flax_resblock._version import __version__
+from flax_resblock.checkpoint import Record
+from flax_resblock.convert.hubs import kept_files
+from flax_resblock.errors import CheckpointError, visible
+
+CONFIG, NAMING, EPS, MOMENTUM = "config", "naming", "eps", "momentum"
+"""Metadata that this library writes beside tensors."""
+
+
+def written_config(record: Record) -> arch.Config | None:
+    """The configuration that this library stored in a checkpoint, which says more than names and
+    shapes can (strides, dilation); None if there is none.
+
+    Raises:
+      CheckpointError: A damaged one.
+    """
+    text = record.metadata.get(CONFIG)
+    if text is None:
+        return None
+    try:
+        config = arch.from_json(text)
+        blocks = sum(getattr(config, "depths", ()))
+        if blocks > len(record.tensors):
+            raise ValueError(
+                f"it has {blocks:,} blocks, and the file {len(record.tensors):,} tensors"
+            )
+        return config
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{record.source}: its stored configuration is damaged "
+            f"({visible(str(error))[:160]}). Say --architecture NAME, or copy the file again."
+        ) from error
+
+
+def written_norm_options(record: Record) -> dict[str, float | None]:
+    """``eps`` and ``momentum`` where this library stored them in a checkpoint.
+
+    Raises:
+      CheckpointError: Values that are no numbers.
+    """
+    try:
+        return {
+            name: None if record.metadata[name] == "None" else float(record.metadata[name])
+            for name in (EPS, MOMENTUM)
+            if name in record.metadata
+        }
+    except ValueError as error:
+        raise CheckpointError(
+            f"{record.source}: its stored eps or momentum is no number "
+            f"({visible(str(error))[:120]}). Copy the file again."
+        ) from error
+
+
+def metadata_of(
+    config: arch.Config,
+    naming: str,
+    norm_options: Mapping[str, float | None],
+    source: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """What this library stores beside tensors: enough to rebuild the network without any flag.
+
+    Args:
+      config: The network or bare block.
+      naming: Naming scheme.
+      norm_options: ``eps`` and ``momentum``.
+      source: Metadata of the checkpoint that it came from, whose ``config.json`` is kept.
+    """
+    return {
+        "format": "pt" if naming != "flax" else "flax",
+        "written_by": f"flax-resblock {__version__}",
+        "architecture": arch.name_of(config),
+        CONFIG: arch.to_json(config),
+        NAMING: naming,
+        **{name: str(value) for name, value in norm_options.items()},
+        **kept_files(source or {}),
+    }
