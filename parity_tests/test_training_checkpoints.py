@@ -1,4 +1,4 @@
-"""Training checkpoints of the usual programs go on in JAX with no flags, and come back to PyTorch."""
+"""Training checkpoints of the usual programs go on in JAX without flags, and come back to torch."""
 
 from dataclasses import replace
 
@@ -68,7 +68,7 @@ def test_momentum_and_schedule_matter(spelling, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spelling", "suffix"), zip(SPELLINGS, [".pth", ".safetensors", ""] * 2, strict=True)
+    ("spelling", "suffix"), list(zip(SPELLINGS, [".pth", ".safetensors", ""] * 2, strict=True))
 )
 def test_every_format_holds_the_same_run(spelling, suffix, tmp_path):
     _, path = runs.saved(spelling, tmp_path)

@@ -17,8 +17,9 @@ from flax_resblock.errors import CheckpointError, some
 from flax_resblock.runs.optimizer_kinds import NOT_COMPUTED, OPTIMIZERS, OptimizerKind
 from flax_resblock.runs.param_groups import WEIGHTS_ONLY, names_of, trainable
 
-ENTRIES = tuple(
-    ["optimizer", "optimizer_state_dict", "optimizer_state", "optim", "opt", "optimizer_states"]
+ENTRIES = (
+    *("optimizer", "optimizer_state_dict", "optimizer_state", "optim", "opt"),
+    "optimizer_states",
 )
 """Entries of a training checkpoint that hold an optimizer; Lightning keeps a list in the last."""
 
@@ -256,8 +257,7 @@ def fresh_optimizer(
     groups = []
     for (decays, adapts), paths in sorted(members.items(), reverse=True):
         own = {} if decays else {"weight_decay": 0.0}
-        if row.adaptive and not adapts:
-            own["trust_coefficient"] = 0.0
+        own |= {"trust_coefficient": 0.0} if row.adaptive and not adapts else {}
         groups.append(ParamGroup({**settings, **own}, tuple(paths)))
     return OptimizerState(kind, tuple(groups), {name: {} for name in row.tensors})
 
