@@ -49,7 +49,7 @@ def from_torch(
     ignore: Sequence[str] = (),
     allow_missing: Sequence[str] = (),
     limits: Limits = LIMITS,
-    traits: Mapping[str, Any] | None = None,
+    assumptions: Mapping[str, Any] | None = None,
     **options: Unpack[LayerOptions],
 ) -> Model:
     """A PyTorch residual network as an nnx model in evaluation mode.
@@ -70,7 +70,7 @@ def from_torch(
         random weights is never returned.
       limits: What a file may declare before it is refused, see
         :class:`flax_resblock.checkpoint.Limits`.
-      traits: Fields of :class:`~flax_resblock.ResNetConfig` that no tensor tells, ``{"stride_on":
+      assumptions: Fields of :class:`~flax_resblock.ResNetConfig` that the weights do not show, ``{"stride_on":
         "1x1"}``; an ``nn.Module`` says them itself, and so does the ``config.json`` of a folder.
       **options: See :class:`flax_resblock.nn.layers.LayerOptions`. ``eps`` and ``momentum`` default
         to those of an ``nn.Module`` source.
@@ -88,7 +88,7 @@ def from_torch(
       >>> model = from_torch(torchvision.models.resnet18())
     """
     reading = ReadOptions(
-        architecture, naming, num_classes, stride, ignore, allow_missing, limits, traits or {}
+        architecture, naming, num_classes, stride, ignore, allow_missing, limits, assumptions or {}
     )
     if callable(getattr(source, "state_dict", None)):
         facts = module_facts(source)
@@ -97,7 +97,9 @@ def from_torch(
         record = _record_of(source.state_dict(), type(source).__name__)
         opened = interpret(record, reading)
         if architecture is None:
-            reading = replace(reading, traits={**facts.traits(opened.state_map), **reading.traits})
+            reading = replace(
+                reading, assumptions={**facts.told(opened.state_map), **reading.assumptions}
+            )
             opened = interpret(record, reading)
         facts.check(opened.state_map)
         _check_forward(source, opened, reading, facts.norm_options[EPS])
@@ -137,7 +139,9 @@ def _check_forward(
     from flax_resblock.parity.forward_check import check_forward
 
     naming = opened.state_map.naming
-    same = replace(reading, architecture=opened.config, naming=naming, num_classes=None, traits={})
+    same = replace(
+        reading, architecture=opened.config, naming=naming, num_classes=None, assumptions={}
+    )
 
     def values_of(state: Mapping[str, Any]) -> dict[Path, np.ndarray]:
         again = interpret(_record_of(state, opened.record.source), same)
@@ -157,7 +161,7 @@ def load(
     ignore: Sequence[str] = (),
     allow_missing: Sequence[str] = (),
     limits: Limits = LIMITS,
-    traits: Mapping[str, Any] | None = None,
+    assumptions: Mapping[str, Any] | None = None,
     **options: Unpack[LayerOptions],
 ) -> Model:
     """The nnx model that a checkpoint of any format holds, in evaluation mode; arguments, warnings
@@ -180,7 +184,7 @@ def load(
         ignore=ignore,
         allow_missing=allow_missing,
         limits=limits,
-        traits=traits,
+        assumptions=assumptions,
         **options,
     )
 
@@ -197,7 +201,7 @@ def load_run(
     ignore: Sequence[str] = (),
     allow_missing: Sequence[str] = (),
     limits: Limits = LIMITS,
-    traits: Mapping[str, Any] | None = None,
+    assumptions: Mapping[str, Any] | None = None,
     **options: Unpack[LayerOptions],
 ) -> tuple[Model, Run]:
     """Model and training run of a checkpoint: PyTorch's own, Lightning's, a Hugging Face Trainer
@@ -210,7 +214,7 @@ def load_run(
       per_epoch: Whether the learning-rate scheduler was stepped once per epoch (or once per batch);
         None finds it from the counters.
       entry: Which of several state dicts in the file to take as the weights, by name.
-      architecture, naming, num_classes, ignore, allow_missing, limits, traits, **options: As for
+      architecture, naming, num_classes, ignore, allow_missing, limits, assumptions, **options: As for
         :func:`from_torch`.
     Returns:
       The nnx model in evaluation mode, and the :class:`~flax_resblock.Run`, which
@@ -224,7 +228,7 @@ def load_run(
       >>> model, run = load_run("run.pth")
     """
     reading = ReadOptions(
-        architecture, naming, num_classes, None, ignore, allow_missing, limits, traits or {}
+        architecture, naming, num_classes, None, ignore, allow_missing, limits, assumptions or {}
     )
     source = open_checkpoint(FilePath(path), reading, entry=entry, run=True)
     refuse_afresh(source)

@@ -94,7 +94,7 @@ def test_a_live_module_tells_its_activation(name):
     assert from_torch(network).config == replace(NETWORK, activation=name)
     # Weights alone do not tell: the assumption is ReLU, and it can be set.
     assert from_torch(network.state_dict()).config == NETWORK
-    told = from_torch(network.state_dict(), traits={"activation": name})
+    told = from_torch(network.state_dict(), assumptions={"activation": name})
     assert told.config == replace(NETWORK, activation=name)
 
 
@@ -120,7 +120,9 @@ def test_json_and_checkpoints_keep_the_activation(name, tmp_path):
         flax_resblock.save(model, tmp_path / path)
         assert flax_resblock.load(tmp_path / path).config == config
     flax_resblock.save(model, tmp_path / "net.pth")  # a bare state dict, which has no metadata
-    assert flax_resblock.load(tmp_path / "net.pth", traits={"activation": name}).config == config
+    assert (
+        flax_resblock.load(tmp_path / "net.pth", assumptions={"activation": name}).config == config
+    )
 
 
 def test_the_flag_is_written_into_the_metadata(tmp_path, capsys):

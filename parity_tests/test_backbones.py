@@ -168,6 +168,7 @@ WRAPPED = {
     ),
     "SimCLR with the projection in fc": lambda state: {
         "epoch": 100,
+        "arch": "resnet50",
         "state_dict": parallel(state, "backbone."),
     },
     "SwAV": parallel,
@@ -216,7 +217,7 @@ def test_every_backbone_has_a_case():
 @pytest.mark.parametrize("name", CASES)
 def test_the_network_is_taken_out_bit_for_bit_and_the_rest_is_named(name, tmp_path):
     config, network = written(name, tmp_path / "file.pth")
-    source = open_checkpoint(tmp_path / "file.pth", ReadOptions(traits=TOLD.get(name, {})))
+    source = open_checkpoint(tmp_path / "file.pth", ReadOptions(assumptions=TOLD.get(name, {})))
     assert (source.config.depths, source.config.widths, source.config.num_classes) == (
         config.depths,
         config.widths,
@@ -294,7 +295,7 @@ def test_where_nobody_says_the_assumption_and_its_flag_are_stated(tmp_path):
     source = open_checkpoint(tmp_path / "file.pth")
     assert source.config.stride_on == "3x3"
     assert any("assumed" in note and "--stride-on 1x1" in note for note in source.notes)
-    told = open_checkpoint(tmp_path / "file.pth", ReadOptions(traits={"stride_on": "1x1"}))
+    told = open_checkpoint(tmp_path / "file.pth", ReadOptions(assumptions={"stride_on": "1x1"}))
     assert told.config.stride_on == "1x1"
     assert not any("assumed" in note for note in told.notes)
 
@@ -310,7 +311,7 @@ def test_a_basic_network_has_nothing_to_assume(tmp_path):
 
 def backbone(prefix="backbone."):
     """A network without head as part of a larger one, as PyTorch tensors."""
-    return {f"{prefix}{key}": from_numpy(value) for key, value in healthy(TORSO).items()}
+    return {f"{prefix}{key}": from_numpy(value) for key, value in healthy(BACKBONE).items()}
 
 
 def healthy(config):
@@ -406,7 +407,7 @@ def test_a_classifier_with_the_names_of_a_segmenter_is_none(tmp_path):
     FCNHead.
     """
     mlp = {"classifier.0.weight": torch.ones(8, 64), "classifier.4.weight": torch.ones(5, 8)}
-    mlp |= {key: torch.ones(8) for key in norm("classifier.1", counter=False)}
+    mlp |= {key: torch.ones(8) for key in keys_of("classifier.1:n") if COUNTERS not in key}
     with pytest.raises(
         CheckpointError, match=r"2 fully connected layers: classifier\.0, classifier\.4"
     ):
@@ -416,7 +417,7 @@ def test_a_classifier_with_the_names_of_a_segmenter_is_none(tmp_path):
 def test_a_head_beside_a_headless_naming_scheme_is_refused_by_name(tmp_path):
     state = {
         f"backbone.{key}": from_numpy(value)
-        for key, value in random_bits(TORSO, np.float32, naming="children").items()
+        for key, value in random_bits(BACKBONE, np.float32, naming="children").items()
     }
     state |= {"classifier.weight": torch.ones(5, 64), "classifier.bias": torch.ones(5)}
     with pytest.raises(
@@ -433,7 +434,13 @@ def test_a_head_of_another_width_is_refused(tmp_path):
 
 
 def test_a_linear_of_the_features_among_a_projects_parts_is_no_extra_part(tmp_path):
-    parts = {key: torch.ones(3) for key in [*RPN, "backbone.fpn.inner_blocks.0.0.weight"]}
+    parts = {
+        key: torch.ones(3)
+        for key in [
+            *keys_of("conv.0.0:l cls_logits:l bbox_pred:l", "rpn.head."),
+            "backbone.fpn.inner_blocks.0.0.weight",
+        ]
+    }
     parts |= {"roi_heads.weight": torch.ones(5, 64), "roi_heads.bias": torch.ones(5)}
     with pytest.raises(
         CheckpointError, match=r"roi_heads takes the 64 features .* A head is never left out"
@@ -449,7 +456,7 @@ def test_no_name_says_that_a_network_is_dilated(tmp_path):
         open_checkpoint(tmp_path / "file.pth")
     for flags, dilated in (("3", "4"), (3, 4)), ((), ()):
         assert run(["inspect", str(tmp_path / "file.pth"), "--dilated-stages", *flags]) == 0
-        reading = ReadOptions(traits={"dilated_stages": dilated})
+        reading = ReadOptions(assumptions={"dilated_stages": dilated})
         assert open_checkpoint(tmp_path / "file.pth", reading).config.dilated_stages == dilated
 
 

@@ -138,7 +138,7 @@ def test_what_no_tensor_tells_is_told_by_config_json(name, tmp_path):
     assert getattr(alone.config, field) == CHOICES[name][field]  # what is assumed where nobody says
     assumed = evaluated(tmp_path / "alone.safetensors", images)
     assert relative_l2(assumed, truth) > 1e6 * FLOAT64_LIMIT
-    told = ReadOptions(traits={field: getattr(folder.config, field)})
+    told = ReadOptions(assumptions={field: getattr(folder.config, field)})
     assert open_checkpoint(tmp_path / "alone.safetensors", told).config == folder.config
 
 
@@ -312,8 +312,8 @@ def test_the_backbone_of_a_torchvision_segmenter_is_dilated(tmp_path):
     with torch.no_grad():
         theirs = module.backbone(to_torch(images, PRECISIONS["float64"]))["out"].numpy()
     with jax.enable_x64(True):
-        traits = {"dilated_stages": (3, 4)}
-        model = flax_resblock.load(tmp_path / "segmenter.pth", traits=traits)
+        assumptions = {"dilated_stages": (3, 4)}
+        model = flax_resblock.load(tmp_path / "segmenter.pth", assumptions=assumptions)
         assert model.config.dilated_stages == (3, 4)
         assert (
             relative_l2(

@@ -213,7 +213,7 @@ def test_verify_shows_what_the_other_placement_of_the_stride_changes(bottleneck,
     assert run(["verify", str(bottleneck), *flags]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert (
-        "assumed, as no tensor tells: the stride of a bottleneck is on its 3x3 convolution "
+        "assumed, as the weights do not show it: the stride of a bottleneck is on its 3x3 convolution "
         "(torchvision); --stride-on 1x1 if" in text
     )
     assert (
@@ -260,7 +260,9 @@ def test_inspect_counts_what_fits_of_a_network_that_is_almost_one(tmp_path, caps
 
 
 def test_the_table_of_families_is_current():
-    assert (REPOSITORY / "docs" / "families.md").read_text(encoding="utf-8") == families.families_page()
+    assert (REPOSITORY / "docs" / "families.md").read_text(
+        encoding="utf-8"
+    ) == families.families_page()
 
 
 def test_the_table_names_the_versions_that_the_tests_run_with():

@@ -30,7 +30,7 @@ from flax_resblock.checkpoint import safetensors_file
 from flax_resblock.checkpoint.torch_file import from_numpy, state_to_numpy
 from flax_resblock.config import architecture, walk
 from flax_resblock.convert import NAMINGS, StateMap, describe, identify
-from flax_resblock.convert.detection.assumptions import FIELDS
+from flax_resblock.convert.detection.assumptions import ASSUMABLE_FIELDS
 from flax_resblock.convert.opening import interpret
 from flax_resblock.convert.state_map import transcode
 from flax_resblock.parity.battery import BATTERY
@@ -79,7 +79,9 @@ def odd_values_are_meant():
 def test_every_architecture_survives_bit_for_bit_and_loads_strictly(name, dtype):
     config = architecture(name)
     state = random_bits(config, DTYPES[dtype], seed=len(name))
-    model = from_torch(state, traits={field: getattr(config, field) for field in FIELDS})
+    model = from_torch(
+        state, assumptions={field: getattr(config, field) for field in ASSUMABLE_FIELDS}
+    )
     assert model.config == config
     back = to_torch(model)
     assert_same_bits(back, state)
@@ -128,8 +130,8 @@ def test_mixed_dtypes_survive():
 def test_every_option_survives(name, naming):
     config = BATTERY[name]
     state = random_bits(config, np.float32, naming=naming)
-    told = {field: getattr(config, field) for field in FIELDS if hasattr(config, field)}
-    model = from_torch(state, stride=getattr(config, "stride", None), traits=told)
+    told = {field: getattr(config, field) for field in ASSUMABLE_FIELDS if hasattr(config, field)}
+    model = from_torch(state, stride=getattr(config, "stride", None), assumptions=told)
     same = {"dilation": config.dilation} if isinstance(config, BlockConfig) else {}
     assert replace(model.config, **same) == config
     assert_same_bits(to_torch(model, naming), state)

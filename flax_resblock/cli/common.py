@@ -13,7 +13,7 @@ from rich.status import Status
 from rich.text import Text
 
 from flax_resblock.checkpoint import LIMITS, Limits
-from flax_resblock.convert.detection.assumptions import FIELDS
+from flax_resblock.convert.detection.assumptions import ASSUMABLE_FIELDS
 from flax_resblock.convert.opening import (
     OpenedCheckpoint,
     ReadOptions,
@@ -89,16 +89,16 @@ class ReadingFlags:
     """
     stride_on: Literal["3x3", "1x1"] | None = None
     """Which convolution of a bottleneck carries the stride: 3x3 as in torchvision, 1x1 as in
-    Caffe's networks. No tensor tells.
+    Caffe's networks. The weights do not show it.
     """
     first_stride: Literal[1, 2] | None = None
     """Stride of the first stage. Tensors tell it for basic blocks only."""
     antialias: Literal["none", "blur"] | None = None
-    """Whether strides are blurred, as in timm's resnetblur. No tensor tells."""
+    """Whether strides are blurred, as in timm's resnetblur. The weights do not show it."""
     activation: Literal["relu", "leaky_relu", "gelu", "silu"] | None = None
-    """Activation of the stem and the blocks, relu unless told. No tensor tells."""
+    """Activation of the stem and the blocks, relu unless told. The weights do not show it."""
     dilated_stages: tuple[int, ...] | None = None
-    """Stages (from 1) whose stride is replaced by dilation. No tensor tells."""
+    """Stages (from 1) whose stride is replaced by dilation. The weights do not show it."""
     limits: Limits = LIMITS
     """What the file may declare before it is refused; docs/security.md says why."""
 
@@ -110,7 +110,9 @@ class ReadingFlags:
           run: Also read what a training run left in files beside it.
           afresh: Whether weights that are absent may start afresh, as ``allow_missing`` says.
         """
-        traits = {name: value for name in FIELDS if (value := getattr(self, name)) is not None}
+        assumptions = {
+            name: value for name in ASSUMABLE_FIELDS if (value := getattr(self, name)) is not None
+        }
         reading = ReadOptions(
             self.architecture,
             self.naming,
@@ -119,7 +121,7 @@ class ReadingFlags:
             self.ignore,
             self.allow_missing,
             self.limits,
-            traits,
+            assumptions,
         )
         source = open_checkpoint(path, reading, entry=self.entry, run=run)
         if not afresh:

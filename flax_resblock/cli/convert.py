@@ -28,7 +28,6 @@ from flax_resblock.convert.hubs import files_of
 from flax_resblock.convert.metadata import metadata_of
 from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, target_naming
 from flax_resblock.convert.state_map import transcode
-from flax_resblock.errors import InputError
 from flax_resblock.parity.certificate import REFERENCE, certificate_of
 from flax_resblock.parity.certify import certify, provenance, refuse_foreign
 from flax_resblock.runs.run_file import write_with_run

@@ -318,7 +318,7 @@ class _Subject:
 
 
 def _consequences(subject: _Subject, images: np.ndarray) -> list[Consequence]:
-    """What the choices that no tensor tells change."""
+    """What the choices that the weights do not show change."""
     if subject.source is None or not subject.source.assumed:
         return []
     from flax_resblock.parity.ambiguity import consequences

@@ -2,7 +2,7 @@
 flax_resblock.convert.families > docs/families.md``.
 
 Everything in it comes from the rows that the converter itself reads (naming schemes, backbones,
-architectures, traits) and from :data:`FAMILIES`, which says how each was tested."""
+architectures, assumptions) and from :data:`FAMILIES`, which says how each was tested."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flax_resblock.config import ARCHITECTURES
-from flax_resblock.convert.detection.assumptions import TRAITS
+from flax_resblock.convert.detection.assumptions import ASSUMPTION_RULES
 from flax_resblock.convert.detection.backbones import BACKBONES
 from flax_resblock.convert.naming import NAMINGS
 
@@ -217,7 +217,7 @@ def families_page() -> str:
         ("flag", "value", "meaning"),
         (
             (f"`{t.flag}`", f"`{value}`", words)
-            for t in TRAITS
+            for t in ASSUMPTION_RULES
             for value, words in t.choices.items()
         ),
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from flax_resblock.checkpoint.unwrap import PREFIXES
 from flax_resblock.config import Activation, Branch, ResNetConfig, Slot, SlotKind, walk
-from flax_resblock.convert.detection.assumptions import TRAITS
+from flax_resblock.convert.detection.assumptions import ASSUMPTION_RULES
 from flax_resblock.convert.naming import TORCH_ACTIVATIONS
 from flax_resblock.convert.state_map import StateMap
 from flax_resblock.errors import InputError, some
@@ -124,7 +124,7 @@ class ModuleFacts:
                     place = "no pooling" if inside else "the mean over the image"
                     yield f"{name} is {layer}, expected {place}"
 
-    def traits(self, state_map: StateMap) -> dict[str, Any]:
+    def told(self, state_map: StateMap) -> dict[str, Any]:
         """Values of the options that cannot be inferred from the weights: those under which the
         module has the fewest :meth:`differences`.
 
@@ -138,20 +138,18 @@ class ModuleFacts:
             return told
         last = len(config.depths)
         dilated = [tuple(range(first, last + 1)) for first in range(last + 1, 1, -1)]
-        open_ones = [t for t in TRAITS if t.field not in told and t.matters(config)]
-        choices = [trait.choices for trait in open_ones]
-        names = [*(trait.field for trait in open_ones), "dilated_stages"]
+        open_ones = [t for t in ASSUMPTION_RULES if t.field not in told and t.matters(config)]
+        choices = [rule.choices for rule in open_ones]
+        names = [*(rule.field for rule in open_ones), "dilated_stages"]
         best: tuple[int, dict[str, Any]] | None = None
         for values in product(*choices, dilated):
-            traits = told | dict(zip(names, values, strict=True))
+            told = told | dict(zip(names, values, strict=True))
             try:
-                number = len(
-                    self.differences(StateMap(replace(config, **traits), state_map.naming))
-                )
+                number = len(self.differences(StateMap(replace(config, **told), state_map.naming)))
             except ValueError:
                 continue  # such a network does not exist
             if best is None or number < best[0]:
-                best = number, traits
+                best = number, told
         return best[1] if best else {}
 
     @property

@@ -16,7 +16,11 @@ from flax_resblock import checkpoint
 from flax_resblock import config as arch
 from flax_resblock.checkpoint import LIMITS, Limits, Record
 from flax_resblock.checkpoint.unwrap import strip, wrapping
-from flax_resblock.convert.detection.assumptions import Assumption, assumptions, told_by_entries
+from flax_resblock.convert.detection.assumptions import (
+    Assumption,
+    open_assumptions,
+    told_by_entries,
+)
 from flax_resblock.convert.detection.backbones import (
     Backbone,
     describe_left_out,
@@ -34,7 +38,6 @@ from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
 from flax_resblock.convert.run_names import EMA, averaged, weights_among
 from flax_resblock.convert.state_map import StateMap, TensorInfo, describe, matches_any
 from flax_resblock.errors import CheckpointError, InputError, some, visible
-
 
 HEADLESS = "no classification head: the network returns pooled features"
 """Note on a network without head."""
@@ -54,7 +57,7 @@ class ReadOptions:
       allow_missing: Keys that may be absent and start afresh, shell-style patterns. Only training
         starts anything afresh, see :func:`refuse_afresh`.
       limits: What the file may declare before it is refused.
-      traits: Fields of :class:`~flax_resblock.ResNetConfig` that no tensor tells (``{"stride_on":
+      assumptions: Fields of :class:`~flax_resblock.ResNetConfig` that the weights do not show (``{"stride_on":
         "1x1"}``); None of them: see :mod:`flax_resblock.convert.detection.assumptions`.
     """
 
@@ -65,7 +68,7 @@ class ReadOptions:
     ignore: Sequence[str] = ()
     allow_missing: Sequence[str] = ()
     limits: Limits = LIMITS
-    traits: Mapping[str, Any] = field(default_factory=dict)
+    assumptions: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class OpenedCheckpoint:
       afresh: Keys that are absent and allowed to be.
       norm_options: ``eps`` and ``momentum`` where the checkpoint has them.
       hub: What its ``config.json`` says; None where there is none.
-      assumed: Choices that no tensor tells and nobody made.
+      assumed: Choices that had to be made without evidence.
     """
 
     record: Record
@@ -145,8 +148,8 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
     if hub is not None:
         notes.append(hub.sentence)
     wanted = reading.architecture if reading.architecture is not None else written_config(record)
-    by_file = {**by_entries, **(hub.traits if hub else {})} if wanted is None else {}
-    reading = replace(reading, architecture=wanted, traits={**by_file, **reading.traits})
+    by_file = {**by_entries, **(hub.told if hub else {})} if wanted is None else {}
+    reading = replace(reading, architecture=wanted, assumptions={**by_file, **reading.assumptions})
     if backbone is not None and backbone.may_dilate:
         _refuse_untold_dilation(backbone, reading, record.source)
     try:
@@ -172,7 +175,11 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
     config = match.state_map.config
     if isinstance(config, arch.ResNetConfig) and config.num_classes is None:
         notes.append(HEADLESS)
-    assumed = assumptions(config, match.state_map.naming, reading.traits) if wanted is None else []
+    assumed = (
+        open_assumptions(config, match.state_map.naming, reading.assumptions)
+        if wanted is None
+        else []
+    )
     notes += [assumption.note for assumption in assumed]
     afresh = tuple(match.misfit.afresh)
     return OpenedCheckpoint(
@@ -195,7 +202,7 @@ def _identify(tensors: Mapping[str, np.ndarray], reading: ReadOptions, source: s
         num_classes=reading.num_classes,
         stride=reading.stride,
         allow_missing=reading.allow_missing,
-        traits=reading.traits,
+        assumptions=reading.assumptions,
         source=source,
     )
 
@@ -300,7 +307,8 @@ def _refuse_ignored_blocks(
 
 def _refuse_untold_dilation(backbone: Backbone, reading: ReadOptions, source: str) -> None:
     known = (
-        isinstance(reading.architecture, arch.ResNetConfig) or "dilated_stages" in reading.traits
+        isinstance(reading.architecture, arch.ResNetConfig)
+        or "dilated_stages" in reading.assumptions
     )
     if not known:
         raise CheckpointError(
@@ -309,7 +317,7 @@ def _refuse_untold_dilation(backbone: Backbone, reading: ReadOptions, source: st
             "tells whether its last stages are dilated. Say --dilated-stages 3 4 if they are, "
             "as in "
             "torchvision's FCN and DeepLabV3, or --dilated-stages without a number if they are not "
-            "(traits={'dilated_stages': (3, 4)}, or (), in Python)."
+            "(assumptions={'dilated_stages': (3, 4)}, or (), in Python)."
         )
 
 

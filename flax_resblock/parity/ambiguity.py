@@ -1,4 +1,4 @@
-"""What follows from a choice that no tensor tells: how far the output of the other choice is from
+"""What follows from a choice that the weights do not show: how far the output of the other choice is from
 that of the one that was made.
 """
 
@@ -55,8 +55,8 @@ def consequences(source: OpenedCheckpoint, images: np.ndarray) -> Iterator[Conse
         for value, config in assumption.alternatives.items():
             other = _output(ReferencePair(config, twins.state, twins.norm_options), images)
             yield Consequence(
-                f"{assumption.trait.flag} {value}",
-                assumption.trait.choices[value],
+                f"{assumption.rule.flag} {value}",
+                assumption.rule.choices[value],
                 relative_l2(other, made),
             )
 

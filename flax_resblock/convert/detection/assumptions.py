@@ -1,4 +1,4 @@
-"""What no tensor tells: where a stride sits, whether it is blurred. Two networks that differ in
+"""What the weights do not show: where a stride sits, whether it is blurred. Two networks that differ in
 nothing else have the same names and shapes.
 
 Who may say it, first to last: a person, this library's own metadata, a ``config.json``, other
@@ -17,8 +17,8 @@ from flax_resblock.errors import InputError
 
 
 @dataclass(frozen=True)
-class Trait:
-    """One thing that no tensor tells.
+class AssumptionRule:
+    """One thing that the weights do not show.
 
     Attributes:
       field: Of :class:`~flax_resblock.ResNetConfig`.
@@ -50,8 +50,8 @@ def _projects_at_once(config: ResNetConfig) -> bool:
     return config.stem_width != next(config.blocks())[2].out_channels
 
 
-TRAITS = (
-    Trait(
+ASSUMPTION_RULES = (
+    AssumptionRule(
         "stride_on",
         {
             "3x3": "the stride of a bottleneck is on its 3x3 convolution (torchvision)",
@@ -60,19 +60,19 @@ TRAITS = (
         lambda config: config.block == "bottleneck" and _strided(config),
         lambda naming: True,
     ),
-    Trait(
+    AssumptionRule(
         "first_stride",
         {1: "the first stage keeps the resolution", 2: "it halves it"},
         _projects_at_once,
         lambda naming: naming.hub == "transformers",
     ),
-    Trait(
+    AssumptionRule(
         "antialias",
         {"none": "strides are not blurred", "blur": "they are blurred (timm's resnetblur)"},
         lambda config: _strided(config) and not config.dilated_stages and config.stride_on == "3x3",
         lambda naming: False,
     ),
-    Trait(
+    AssumptionRule(
         "activation",
         {
             "relu": "the activation is ReLU",
@@ -84,7 +84,7 @@ TRAITS = (
         lambda naming: False,
     ),
 )
-FIELDS = (*(trait.field for trait in TRAITS), "dilated_stages")
+ASSUMABLE_FIELDS = (*(rule.field for rule in ASSUMPTION_RULES), "dilated_stages")
 """Fields of a configuration that tensors do not tell."""
 
 
@@ -93,35 +93,34 @@ class Assumption:
     """A choice that nobody made.
 
     Attributes:
-      trait: What was to be chosen.
+      rule: What was to be chosen.
       config: With the choice.
     """
 
-    trait: Trait
+    rule: AssumptionRule
     config: ResNetConfig
 
     @property
     def alternatives(self) -> dict[Any, ResNetConfig]:
         """The networks of the other choices, by value."""
-        chosen = getattr(self.config, self.trait.field)
+        chosen = getattr(self.config, self.rule.field)
         return {
-            value: replace(self.config, **{self.trait.field: value})
-            for value in self.trait.choices
+            value: replace(self.config, **{self.rule.field: value})
+            for value in self.rule.choices
             if value != chosen
         }
 
     @property
     def note(self) -> str:
         """What was assumed, and the flag that changes it."""
-        chosen = getattr(self.config, self.trait.field)
+        chosen = getattr(self.config, self.rule.field)
         others = "; ".join(
-            f"{self.trait.flag} {value} if {self.trait.choices[value]}"
-            for value in self.alternatives
+            f"{self.rule.flag} {value} if {self.rule.choices[value]}" for value in self.alternatives
         )
-        return f"assumed, as no tensor tells: {self.trait.choices[chosen]}; {others}"
+        return f"assumed, as the weights do not show it: {self.rule.choices[chosen]}; {others}"
 
 
-def assumptions(config: Config, naming: Naming, told: Mapping[str, Any]) -> list[Assumption]:
+def open_assumptions(config: Config, naming: Naming, told: Mapping[str, Any]) -> list[Assumption]:
     """Choices that had to be made for a network and that must be said.
 
     Args:
@@ -132,14 +131,14 @@ def assumptions(config: Config, naming: Naming, told: Mapping[str, Any]) -> list
     if not isinstance(config, ResNetConfig):
         return []
     return [
-        Assumption(trait, config)
-        for trait in TRAITS
-        if trait.field not in told and trait.stated(naming) and trait.matters(config)
+        Assumption(rule, config)
+        for rule in ASSUMPTION_RULES
+        if rule.field not in told and rule.stated(naming) and rule.matters(config)
     ]
 
 
-def with_traits(config: Config, traits: Mapping[str, Any]) -> Config:
-    """The configuration with the traits that it has a field for.
+def with_assumptions(config: Config, assumptions: Mapping[str, Any]) -> Config:
+    """The configuration with the assumptions that it has a field for.
 
     Raises:
       InputError: Values that make no network.
@@ -147,7 +146,7 @@ def with_traits(config: Config, traits: Mapping[str, Any]) -> Config:
     names = {field.name for field in fields(config)}
     if isinstance(config, BlockConfig) and config.kind == "basic":
         names.discard("stride_on")
-    changes = {name: value for name, value in traits.items() if name in names}
+    changes = {name: value for name, value in assumptions.items() if name in names}
     try:
         return replace(config, **changes) if changes else config
     except ValueError as error:
@@ -180,17 +179,17 @@ what that says.
 
 def told_by_entries(extras: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What entries beside the weights say, and a note on each."""
-    traits: dict[str, Any] = {}
+    told: dict[str, Any] = {}
     notes = []
     for path, marks, says in _MARKS:
         value: Any = extras
         for name in path:
             value = value.get(name) if isinstance(value, Mapping) else None
         mark = next((mark for mark in marks if isinstance(value, str) and mark in value), None)
-        if mark is not None and not says.keys() & traits.keys():
-            traits |= says
+        if mark is not None and not says.keys() & told.keys():
+            told |= says
             notes.append(
                 f"its entry {'.'.join(path)} has {mark}: "
                 f"{', '.join(f'{name} {value}' for name, value in says.items())}"
             )
-    return traits, notes
+    return told, notes

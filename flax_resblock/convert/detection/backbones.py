@@ -28,7 +28,7 @@ class Backbone:
       file: Entries that the file must have beside the state dict, and notes on its unwrapping.
       projections: Patterns of fully connected layers that take the network's features and are
         known not to be a classification head.
-      may_dilate: Whether the last stages may be dilated, which no tensor tells.
+      may_dilate: Whether the last stages may be dilated, which the weights do not show.
     """
 
     name: str

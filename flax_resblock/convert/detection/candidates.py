@@ -16,8 +16,8 @@ from flax_resblock.config import (
     architecture,
     name_of,
 )
-from flax_resblock.convert.detection.assumptions import with_traits
-from flax_resblock.convert.detection.configuration import Found, infer_block, infer_network
+from flax_resblock.convert.detection.assumptions import with_assumptions
+from flax_resblock.convert.detection.configuration import TensorInfos, infer_block, infer_network
 from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
 from flax_resblock.convert.state_map import Misfit, StateMap
 from flax_resblock.errors import CheckpointError, InputError, some
@@ -37,7 +37,11 @@ class Match:
 
 
 def _requested(
-    wanted: str | Config, found: Found, naming: Naming, num_classes: int | None, stride: int | None
+    wanted: str | Config,
+    found: TensorInfos,
+    naming: Naming,
+    num_classes: int | None,
+    stride: int | None,
 ) -> Config:
     """The configuration a person asked for; classes and channels that were left open come from the
     file.
@@ -56,13 +60,13 @@ def _requested(
 
 
 def _matches(
-    found: Found,
+    found: TensorInfos,
     namings: Iterable[Naming],
     wanted: str | Config | None,
     num_classes: int | None,
     stride: int | None,
     allow_missing: Sequence[str] = (),
-    traits: Mapping[str, Any] | None = None,
+    assumptions: Mapping[str, Any] | None = None,
 ) -> list[Match]:
     matches = []
     for naming in namings:
@@ -74,7 +78,7 @@ def _matches(
                 config = replace(config, num_classes=num_classes)
         if config is None:
             continue
-        config = with_traits(config, traits or {})
+        config = with_assumptions(config, assumptions or {})
         try:
             state_map = StateMap(config, naming)
         except InputError:
@@ -93,14 +97,14 @@ def _same(a: StateMap, b: StateMap) -> bool:
 
 
 def identify(
-    found: Found,
+    found: TensorInfos,
     *,
     architecture: str | Config | None = None,
     naming: str | Naming | None = None,
     num_classes: int | None = None,
     stride: int | None = None,
     allow_missing: Sequence[str] = (),
-    traits: Mapping[str, Any] | None = None,
+    assumptions: Mapping[str, Any] | None = None,
     source: str = "the state dict",
 ) -> Match:
     """The one reading of a state dict that fits.
@@ -112,7 +116,7 @@ def identify(
       num_classes: Size of the logits, None to read it off.
       stride: Of a bare block whose skip changes shape, which its weights do not tell.
       allow_missing: Keys (globs) that may be absent.
-      traits: Fields of the configuration that no tensor tells; see
+      assumptions: Fields of the configuration that the weights do not show; see
         :mod:`flax_resblock.convert.detection.assumptions`.
       source: What to call the state dict in messages.
     Raises:
@@ -128,7 +132,9 @@ def identify(
         if number is not None and (not isinstance(number, int) or number < 1):
             raise InputError(f"{name}={number!r} must be a positive integer.")
     namings = NAMINGS.values() if naming is None else (naming_of(naming),)
-    matches = _matches(found, namings, architecture, num_classes, stride, allow_missing, traits)
+    matches = _matches(
+        found, namings, architecture, num_classes, stride, allow_missing, assumptions
+    )
     fitting = [match for match in matches if not len(match.misfit)]
     if not fitting:
         raise CheckpointError(
@@ -165,7 +171,7 @@ def identify(
 
 
 def _no_fit(
-    found: Found, source: str, matches: list[Match], was_told: bool, stride: int | None
+    found: TensorInfos, source: str, matches: list[Match], was_told: bool, stride: int | None
 ) -> str:
     free = _matches(found, NAMINGS.values(), None, None, stride) if was_told else matches
     if not matches:
@@ -214,7 +220,7 @@ def _differences(match: Match) -> str:
     return f"{number} difference{'' if number == 1 else 's'}"
 
 
-def _fitting(match: Match, found: Found) -> int:
+def _fitting(match: Match, found: TensorInfos) -> int:
     """How many tensors of a state dict are what a reading expects under their names."""
     return (
         len(found)
@@ -224,7 +230,7 @@ def _fitting(match: Match, found: Found) -> int:
     )
 
 
-def _closest_family(found: Found) -> str:
+def _closest_family(found: TensorInfos) -> str:
     """Which named network in which naming scheme has the most tensors of a state dict that no
     naming scheme can be read in, and which tensors do not fit it.
     """

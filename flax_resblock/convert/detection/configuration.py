@@ -12,7 +12,7 @@ from flax_resblock.config import EXPANSION, BlockConfig, ResNetConfig, Slot, Slo
 from flax_resblock.convert.naming import Naming
 from flax_resblock.convert.state_map import TensorInfo
 
-Found = Mapping[str, TensorInfo]
+TensorInfos = Mapping[str, TensorInfo]
 _KERNEL_AXES = {
     SlotKind.CONV: 4,
     SlotKind.BIASED_CONV: 4,
@@ -27,7 +27,7 @@ _RATIOS = tuple(1 / n for n in (16, 8, 4, 2, 1, 32, 64))
 class _Reader:
     """Looks tensors up by place under one naming scheme."""
 
-    def __init__(self, naming: Naming, found: Found) -> None:
+    def __init__(self, naming: Naming, found: TensorInfos) -> None:
         self.naming = naming
         self.found = found
         self.modules = {key.rpartition(".")[0] for key in found}
@@ -158,7 +158,7 @@ class _Reader:
         )
 
 
-def infer_network(naming: Naming, found: Found) -> ResNetConfig | None:
+def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
     """The network that the names and shapes describe under ``naming``, None where they describe
     none.
 
@@ -242,7 +242,7 @@ def infer_network(naming: Naming, found: Found) -> ResNetConfig | None:
         return None
 
 
-def infer_block(naming: Naming, found: Found, stride: int | None) -> BlockConfig | None:
+def infer_block(naming: Naming, found: TensorInfos, stride: int | None) -> BlockConfig | None:
     """The bare block that the names and shapes describe under ``naming``; its stride cannot be read
     off the weights.
     """

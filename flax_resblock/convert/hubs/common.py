@@ -37,21 +37,21 @@ class HubConfig:
 
     Attributes:
       hub: A key of :data:`flax_resblock.convert.hubs.HUBS`.
-      traits: Fields of the configuration that no tensor tells; see
+      told: Fields of the configuration that the weights do not show; see
         :mod:`flax_resblock.convert.detection.assumptions`.
       labels: Class names in order; empty where there are none.
       preprocessing: None where the folder does not say.
     """
 
     hub: str
-    traits: Mapping[str, Any]
+    told: Mapping[str, Any]
     labels: Sequence[str] = ()
     preprocessing: Preprocessing | None = None
 
     @property
     def sentence(self) -> str:
         """What it says of the network, for people."""
-        said = ", ".join(f"{name} {value}" for name, value in self.traits.items())
+        said = ", ".join(f"{name} {value}" for name, value in self.told.items())
         return f"its config.json ({self.hub}) says {said}" + (
             f" and names {len(self.labels)} classes" if self.labels else ""
         )

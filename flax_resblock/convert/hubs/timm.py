@@ -84,16 +84,16 @@ def _read(content: Mapping[str, Any], preprocessor: Mapping[str, Any], source: s
             f"{source} says that this is timm's {name}: {other}, which this library does not "
             f"compute. It is not converted."
         )
-    traits: dict[str, Any] = {
+    told: dict[str, Any] = {
         "antialias": "blur" if name.startswith(_BLURRED) else "none",
         "stride_on": "3x3",
         "first_stride": 1,
     }
     for argument, value in arguments.items():
         if argument == "aa_layer" and value in _ANTIALIAS:
-            traits["antialias"] = _ANTIALIAS[value]
+            told["antialias"] = _ANTIALIAS[value]
         elif argument == "output_stride" and value in _DILATED:
-            traits["dilated_stages"] = _DILATED[value]
+            told["dilated_stages"] = _DILATED[value]
         elif (
             argument == "block_args"
             and set(value or {}) <= {"attn_layer"}
@@ -108,7 +108,7 @@ def _read(content: Mapping[str, Any], preprocessor: Mapping[str, Any], source: s
     pretrained = content.get("pretrained_cfg") or content
     labels = content.get("label_names") or pretrained.get("label_names") or []
     return HubConfig(
-        "timm", traits, [str(label) for label in labels], _preprocessing(pretrained, source)
+        "timm", told, [str(label) for label in labels], _preprocessing(pretrained, source)
     )
 
 

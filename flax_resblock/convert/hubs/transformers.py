@@ -27,11 +27,11 @@ def _read(content: Mapping[str, Any], preprocessor: Mapping[str, Any], source: s
             f"at the end of each block but not within it, where it keeps ReLU. The Flax network "
             f"has one activation, so this checkpoint is not converted."
         )
-    traits = {
+    told = {
         "stride_on": "1x1" if content.get("downsample_in_bottleneck", False) else "3x3",
         "first_stride": 2 if content.get("downsample_in_first_stage", False) else 1,
     }
-    return HubConfig("transformers", traits, _labels(content, source), _preprocessing(preprocessor))
+    return HubConfig("transformers", told, _labels(content, source), _preprocessing(preprocessor))
 
 
 def _labels(content: Mapping[str, Any], source: str) -> list[str]:
