@@ -70,8 +70,9 @@ def from_torch(
         random weights is never returned.
       limits: What a file may declare before it is refused, see
         :class:`flax_resblock.checkpoint.Limits`.
-      assumptions: Fields of :class:`~flax_resblock.ResNetConfig` that the weights do not show, ``{"stride_on":
-        "1x1"}``; an ``nn.Module`` says them itself, and so does the ``config.json`` of a folder.
+      assumptions: Fields of :class:`~flax_resblock.ResNetConfig` that cannot be inferred from the
+        weights, ``{"stride_on": "1x1"}``. An ``nn.Module`` and the ``config.json`` of a folder have
+        them.
       **options: See :class:`flax_resblock.nn.layers.LayerOptions`. ``eps`` and ``momentum`` default
         to those of an ``nn.Module`` source.
     Returns:
@@ -214,8 +215,8 @@ def load_run(
       per_epoch: Whether the learning-rate scheduler was stepped once per epoch (or once per batch);
         None finds it from the counters.
       entry: Which of several state dicts in the file to take as the weights, by name.
-      architecture, naming, num_classes, ignore, allow_missing, limits, assumptions, **options: As for
-        :func:`from_torch`.
+      architecture, naming, num_classes, ignore, allow_missing, limits, assumptions: As for
+        :func:`from_torch`; so are ``**options``.
     Returns:
       The nnx model in evaluation mode, and the :class:`~flax_resblock.Run`, which
       :func:`flax_resblock.training.fit` goes on with and :func:`save` writes.

@@ -213,8 +213,8 @@ def test_verify_shows_what_the_other_placement_of_the_stride_changes(bottleneck,
     assert run(["verify", str(bottleneck), *flags]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert (
-        "assumed, as the weights do not show it: the stride of a bottleneck is on its 3x3 convolution "
-        "(torchvision); --stride-on 1x1 if" in text
+        "assumed, as the weights do not show it: the stride of a bottleneck is on its 3x3 "
+        "convolution (torchvision); --stride-on 1x1 if" in text
     )
     assert (
         "with --stride-on 1x1 (it is on its first 1x1 convolution (Caffe, He et al. 2016)) the "

@@ -57,8 +57,9 @@ class ReadOptions:
       allow_missing: Keys that may be absent and start afresh, shell-style patterns. Only training
         starts anything afresh, see :func:`refuse_afresh`.
       limits: What the file may declare before it is refused.
-      assumptions: Fields of :class:`~flax_resblock.ResNetConfig` that the weights do not show (``{"stride_on":
-        "1x1"}``); None of them: see :mod:`flax_resblock.convert.detection.assumptions`.
+      assumptions: Fields of :class:`~flax_resblock.ResNetConfig` that cannot be inferred from the
+        weights, ``{"stride_on": "1x1"}``; see
+        :mod:`flax_resblock.convert.detection.assumptions`.
     """
 
     architecture: str | arch.Config | None = None

@@ -1,5 +1,5 @@
-"""What follows from a choice that the weights do not show: how far the output of the other choice is from
-that of the one that was made.
+"""What follows from an option that cannot be inferred from the weights: how far the output with
+the other choice is from the output with the one that was assumed.
 """
 
 from __future__ import annotations

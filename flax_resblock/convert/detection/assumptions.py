@@ -1,9 +1,9 @@
-"""What the weights do not show: where a stride sits, whether it is blurred. Two networks that differ in
-nothing else have the same names and shapes.
+"""Options that cannot be inferred from the weights, such as where a stride sits or whether it is
+blurred: two networks that differ in nothing else have the same names and shapes.
 
-Who may say it, first to last: a person, this library's own metadata, a ``config.json``, other
-entries of the checkpoint. Where nobody does, the first choice of a row is assumed and, if the row
-says so, the choice is stated with the flag that changes it."""
+They are taken from the first of these that has them: the caller's arguments, this library's own
+metadata, a ``config.json``, other entries of the checkpoint. Otherwise the first choice of a rule is
+assumed and, if the rule says so, reported with the flag that changes it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from flax_resblock.errors import InputError
 
 @dataclass(frozen=True)
 class AssumptionRule:
-    """One thing that the weights do not show.
+    """One option that cannot be inferred from the weights.
 
     Attributes:
       field: Of :class:`~flax_resblock.ResNetConfig`.
-      choices: Values in words; the first is assumed where nobody says.
+      choices: Values in words; the first is assumed unless something says otherwise.
       matters: Whether the choices make different networks of this configuration.
-      stated: Whether checkpoints in this naming scheme are so often of either kind that an
-        assumption must be said.
+      stated: Whether both kinds are so common in this naming scheme that the assumption is
+        reported.
     """
 
     field: str
@@ -35,7 +35,7 @@ class AssumptionRule:
 
     @property
     def flag(self) -> str:
-        """Of the command line."""
+        """The flag of the command line."""
         return f"--{self.field.replace('_', '-')}"
 
 

@@ -37,8 +37,7 @@ class HubConfig:
 
     Attributes:
       hub: A key of :data:`flax_resblock.convert.hubs.HUBS`.
-      told: Fields of the configuration that the weights do not show; see
-        :mod:`flax_resblock.convert.detection.assumptions`.
+      told: Fields of the configuration that cannot be inferred from the weights.
       labels: Class names in order; empty where there are none.
       preprocessing: None where the folder does not say.
     """
