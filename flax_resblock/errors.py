@@ -1,5 +1,5 @@
-"""Errors that a person can act on. The command line prints them as one paragraph and exits with
-status 2.
+"""Errors whose message says what to do. The command line prints them as one paragraph and exits
+with status 2.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ overrides, lone surrogates, line separators.
 
 
 class InputError(ValueError):
-    """Something given to this library does not fit: a file, a name, a flag. The message says what,
-    where, both sides, and what to do next.
+    """An input does not fit: a file, a name or a flag. The message says what does not fit, where,
+    what was expected and what was found, and what to do next.
     """
 
 
@@ -23,20 +23,18 @@ class CheckpointError(InputError):
 
 
 class OutputError(InputError):
-    """An output that could not be written: a full or failing disk, a folder without permission.
-    Nothing of it was left.
+    """An output could not be written: the disk is full or failing, or there is no permission.
+    Nothing of it is left behind.
     """
 
 
 class MissingDependencyError(InputError, ImportError):
-    """An optional package is needed for what was asked; the message names the extra that installs
-    it.
-    """
+    """An optional package is needed; the message names the extra that installs it."""
 
 
 def visible(text: str, keep: str = "") -> str:
-    """Text from a file as it may be shown: characters that act on a terminal or reorder what is
-    read appear as escapes, ``\\x1b`` or ``\\u202e``.
+    """Text from a file, safe to show: characters that control a terminal or reorder text appear as
+    escapes, ``\\x1b`` or ``\\u202e``.
 
     Args:
       text: Whatever a file held.

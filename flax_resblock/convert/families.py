@@ -184,6 +184,12 @@ def families_page() -> str:
         ("naming scheme", "written by", "writes a folder for"),
         ((f"`{row.name}`", row.origin, row.hub) for row in NAMINGS.values()),
     )
+    lines += [
+        "Names of your own are described with `flax_resblock.Naming`, whose documentation shows an "
+        "example; every function that takes the name of a scheme takes the object as well: "
+        "`load(path, naming=mine)`, `save(model, path, naming=mine)`.",
+        "",
+    ]
     lines += ["## Networks inside larger checkpoints", ""]
     lines += [
         "The backbone of these projects' checkpoints is converted, and the rest is left out. A row "

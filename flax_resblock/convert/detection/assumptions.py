@@ -2,8 +2,8 @@
 blurred: two networks that differ in nothing else have the same names and shapes.
 
 They are taken from the first of these that has them: the caller's arguments, this library's own
-metadata, a ``config.json``, other entries of the checkpoint. Otherwise the first choice of a rule is
-assumed and, if the rule says so, reported with the flag that changes it."""
+metadata, a ``config.json``, other entries of the checkpoint. Otherwise the first choice of a rule
+is assumed and, if the rule says so, reported with the flag that changes it."""
 
 from __future__ import annotations
 
