@@ -147,7 +147,7 @@ def distances(kind: str) -> dict[str, np.ndarray]:
 def main() -> None:
     torch.set_num_threads(1)
     picture = Path(sys.argv[1] if len(sys.argv) > 1 else "decorrelation.png")
-    figure = Figure(figsize=(11, 4.5), naming="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2, sharey=True), SETTINGS, strict=True):
         found = distances(kind)
         print(f"{TITLES[kind]}\n  {'step':<46}" + "".join(f"{step:>9}" for step in SHOWN))

@@ -86,7 +86,7 @@ def draw(found: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
     """Both curves: the loss as a mean over 100 steps, the test accuracy by epoch."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), naming="constrained")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for (name, (losses, accuracies)), style in zip(found.items(), ("-", "--"), strict=True):
         width = min(100, len(losses))

@@ -489,7 +489,7 @@ def draw(figures: Figures, path: Path) -> None:
     from matplotlib.figure import Figure
 
     found = devices(figures)
-    figure = Figure(figsize=(13, 4.6), naming="constrained")
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
     for axes, device in zip(figure.subplots(1, len(found)), found.values(), strict=True):
         for arithmetic, peak in device.peaks.items():
             colour = f"C{list(WIDTH).index(arithmetic)}"

@@ -150,7 +150,7 @@ def picture(cases: Sequence[tuple[BenchCase, Sequence[Result]]], path: Path) -> 
         if case.what != "conversion" or len(cases) == 1
     ]
     rows = sum(len(good) + 1 for _, good in groups)
-    figure = Figure(figsize=(8, 0.14 * rows + 0.9), naming="constrained")
+    figure = Figure(figsize=(8, 0.14 * rows + 0.9), layout="constrained")
     axes = figure.add_subplot()
     position, ticks, seen = 0, [], set()
     for title, good in groups:

@@ -283,7 +283,7 @@ def _plot_losses(torch_losses: list[float], jax_losses: list[float], path: Path)
     """Both loss curves in one picture."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), naming="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(torch_losses, label="PyTorch", linewidth=3, alpha=0.4)
     axes.plot(jax_losses, label="JAX", linewidth=1)

@@ -121,4 +121,4 @@ def _figure(width: float, height: float) -> Any:
         raise MissingDependencyError(
             "pictures need matplotlib: pip install 'flax-resblock[train]'."
         ) from error
-    return Figure(figsize=(width, height), naming="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
