@@ -198,7 +198,7 @@ def test_averages_are_those_of_weights_and_statistics_after_every_step(tmp_path)
     assert worst(state_map.to_torch(history.run.ema), truth) <= LIMIT
     assert worst(to_torch(model), truth) >= 1e6 * LIMIT
     averaged = from_torch(state_map.to_torch(history.run.ema))
-    judged = history.judged[-1]
+    judged = history.evaluations[-1]
     found = training.evaluate(averaged, test.normalised(), test.labels)
     assert (judged.ema_accuracy, judged.ema_loss) == pytest.approx(
         (found.accuracy, found.loss), rel=1e-12
@@ -390,11 +390,11 @@ def test_the_best_checkpoint_stays_and_is_linked(tmp_path):
             test=test,
             saver=folder,
             on_step=folder.record,
-            on_judged=folder.judged,
+            on_evaluation=folder.evaluated,
             progress=False,
         )
         folder.finish(1.0)
-    best = max(history.judged, key=lambda judged: (judged.accuracy, -judged.loss))
+    best = max(history.evaluations, key=lambda judged: (judged.accuracy, -judged.loss))
     assert (tmp_path / "out" / "best").resolve().name == f"step-{best.step:08d}"
     left = {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()}
     assert left == {f"step-{best.step:08d}", f"step-{config.epochs * 5:08d}"}

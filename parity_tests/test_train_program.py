@@ -404,7 +404,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_whole(small_disk, capsys):
 
 def test_a_write_that_fails_names_the_file(tmp_path, monkeypatch):
     from flax_resblock.training.records import Records
-    from flax_resblock.training.reports import Step
+    from flax_resblock.training.reports import StepReport
 
     records = Records(tmp_path, 0)
 
@@ -422,7 +422,7 @@ def test_a_write_that_fails_names_the_file(tmp_path, monkeypatch):
         flax_resblock.errors.InputError,
         match=r"metrics.jsonl cannot be written \(No space left on device\)",
     ):
-        records.step(Step(0, 0, 1.0, 0.5, 0.1))
+        records.step(StepReport(0, 0, 1.0, 0.5, 0.1))
     records.close()
 
 

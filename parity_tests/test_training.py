@@ -25,9 +25,11 @@ from flax_resblock.runs.optimizers import optimizer_of
 from flax_resblock.runs.schedules import warmup_cosine
 from flax_resblock.training.config import TrainConfig
 from flax_resblock.training.data import Augmentation, Dataset, batches, digits, steps_per_epoch
+from flax_resblock.training.evaluation import make_eval_step
+from flax_resblock.training.loss import Mixed, cross_entropy
 from flax_resblock.training.pace import Pace, Rates, new_run
 from flax_resblock.training.run_folder import RunFolder
-from flax_resblock.training.step import Mixed, cross_entropy, make_eval_step, make_train_step, split
+from flax_resblock.training.step import make_train_step, split
 from torch_ref import ResNet as TorchResNet
 from torch_ref import training as reference
 

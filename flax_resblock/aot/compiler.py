@@ -135,7 +135,7 @@ def _run_child(requests: Sequence[Request], progress: Progress) -> None:
     )
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "flax_resblock.aot.child"],
+            [sys.executable, "-P", "-m", "flax_resblock.aot.child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -78,7 +78,7 @@ class _Worker:
         module = f"flax_resblock.bench.{contestant.side}_worker"
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  # lives as long as the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, task.text()],
+            [sys.executable, "-P", "-m", module, task.text()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -161,6 +161,10 @@ def measure(
         environment["JAX_ENABLE_COMPILATION_CACHE"] = (
             # also if the user has turned off the command's own: the second start is measured
             "true"
+        )
+        # the workers do not look for modules in the current folder, so they are told where this is
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
         environment |= allocator
         results: dict[str, Result] = {}

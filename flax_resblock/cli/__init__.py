@@ -1,4 +1,4 @@
-"""The command ``flax-resblock``. The outermost layer: it may use everything, and nothing uses it.
+"""The command ``flax-resblock``.
 
 Exit status: 0 fine, 1 a comparison failed, 2 bad input or usage, 130 interrupted.
 """
@@ -23,19 +23,24 @@ from flax_resblock.errors import InputError, visible
 INTERRUPTED = 130
 LINE_BREAK = "\n"
 
-DESCRIPTION = """Move residual networks between PyTorch and JAX/Flax, and prove that nothing changed on the way.
+DESCRIPTION = """\
+Move residual networks between PyTorch and JAX/Flax, and prove that nothing changed on the way.
 
-Start with "flax-resblock demo", then try "flax-resblock convert resnet50.pth resnet50.safetensors" and "flax-resblock verify resnet50.pth".
+Start with
+  flax-resblock demo
+then try
+  flax-resblock convert resnet50.pth resnet50.safetensors
+  flax-resblock verify resnet50.pth
 
-Every command takes --help."""
+Every command has --help."""
 
 
 COMMANDS: Mapping[str, str] = {
     "demo": (
-        "The whole story on real data, in under two minutes: trained in PyTorch, inspected, "
-        "converted, verified, trained on in both, converted back."
+        "Shows everything on real data in under two minutes: train in PyTorch, inspect, convert, "
+        "verify, continue in both frameworks, convert back."
     ),
-    "inspect": "Says what a checkpoint is, how healthy its batch norms are, and what is odd about it.",
+    "inspect": "Shows what a checkpoint is, the health of its batch norms, and anything unusual.",
     "convert": (
         "Converts a checkpoint from any format to any other, in either direction, bit for bit, "
         "and certifies that both frameworks agree."
@@ -44,23 +49,23 @@ COMMANDS: Mapping[str, str] = {
         "Runs the network in PyTorch and in Flax side by side, compares every slot, and says "
         "where a difference begins and why."
     ),
-    "train": "Trains a network in JAX: from scratch, or from where a run stopped, in PyTorch or here.",
-    "predict": "Classifies images with a checkpoint of any format, or with an exported network, in JAX.",
+    "train": "Trains a network in JAX, or continues a PyTorch or JAX run.",
+    "predict": "Classifies images with a checkpoint of any format, or with an exported network.",
     "export": "Writes a network as a StableHLO program that runs with jax alone.",
     "aot": (
-        "Compiles a network for TPUs or GPUs that are not there, and reports precision, memory "
-        "and communication."
+        "Compiles a network for TPUs or GPUs that need not be present, and reports precision, "
+        "memory and communication."
     ),
-    "bench": "Times JAX against PyTorch on this CPU: the same weights and batches, turn by turn.",
+    "bench": "Times JAX against PyTorch on this CPU.",
 }
-"""What each command does, in a sentence. The command is the function of that name in the module of
-that name in this package.
+"""Each command with a summary. It is the function of that name in the module of that name in this
+package.
 """
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs the command line and returns its exit status; errors of the input go to stderr as one
-    paragraph.
+    """Runs the command line and returns its exit status. Bad input is reported on standard error in
+    one paragraph.
     """
     arguments = list(arguments)
     show_traceback = "--traceback" in arguments
@@ -81,26 +86,20 @@ def run(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    except BrokenPipeError:  # the reader of the output has gone, as in `| head`
         _drop_output()
         return 0
-    except (
-        OSError,
-        MemoryError,
-        # a disk that fails while it is read, a full one that takes our output, a machine without
-        # the memory
-    ) as error:
+    except (OSError, MemoryError) as error:  # a failing or full disk, too little memory
         if show_traceback:
             raise
         try:
             sys.stdout.flush()
         except OSError:
             _drop_output()
-        what = (
-            (error.strerror or str(error)) + (f": {error.filename}" if error.filename else "")
-            if isinstance(error, OSError)
-            else "not enough memory"
-        )
+        what = "not enough memory"
+        if isinstance(error, OSError):
+            what = error.strerror or str(error)
+            what += f": {error.filename}" if error.filename else ""
         print(
             f"flax-resblock: {visible(what)}. Nothing was left half-written. Check the disk "
             f"and the memory, then run it again.",
@@ -110,14 +109,12 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _drop_output() -> None:
-    """What standard output could not take goes nowhere, instead of being tried again while the
-    interpreter goes down.
-    """
+    """Discards pending output, which the interpreter would otherwise try to write at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:
-    """Runs one command. Only its own module is imported, and for the overview none."""
+    """Runs one command. Only its own module is imported, and none for the overview."""
     if not arguments or arguments[0] not in COMMANDS:
         return _overview(arguments or ["--help"])
     name, *rest = arguments
@@ -133,9 +130,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _overview(arguments: list[str]) -> int:
-    """Prints help or version, or exits with what is wrong with a command line that begins with no
-    command.
-    """
+    """Prints help or version, or rejects a command line that does not begin with a command."""
     parser = ArgumentParser(
         "flax-resblock",
         description=DESCRIPTION,
@@ -159,32 +154,24 @@ def _overview(arguments: list[str]) -> int:
 def main() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGINT, on_interrupt)
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # names from files may have characters that the terminal's encoding lacks
+    for stream in (sys.stdout, sys.stderr):
+        # names from files may have characters that the terminal's encoding lacks
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     report = sys.unraisablehook
+    # an interrupt that a callback swallows is raised again later
     sys.unraisablehook = lambda found: (
         None if found.exc_type is KeyboardInterrupt else report(found)
-    )  # swallowed by a callback, and raised again later
+    )
     arguments = sys.argv[1:]
     start_again_with_huge_pages(arguments)
     if COMMANDS.keys() & arguments and (warning := keep_compiled(os.environ)):
         print(f"flax-resblock: {visible(warning)}", file=sys.stderr)
     code = run(arguments)
-    signal.signal(
-        signal.SIGINT,
-        signal.SIG_IGN,
-        # everything is written; an interrupt while the interpreter goes down would only look like a
-        # failure
-    )
-    if (
-        code == INTERRUPTED
-        # compilers of jax may still be at work in other threads; waiting for them, or tearing them
-        # down, ends in a crash
-    ):
+    # everything is written; an interrupt while the interpreter ends would only look like a failure
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if code == INTERRUPTED:
+        # compilers of jax may still run in other threads, and ending them in order can crash
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Literal
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flax_resblock.cli.common import output, print_table, status
+from flax_resblock.cli.common import (
+    Force,
+    output,
+    print_table,
+    refuse_all_existing,
+    say,
+    status,
+    write_json,
+)
 from flax_resblock.cli.huge_pages import SETTING, VARIABLE
 from flax_resblock.errors import InputError, MissingDependencyError
 
 DIFFERENT = 0.01
-"""Relative difference of losses or outputs above which the two sides did not do the same work."""
+"""Relative difference of losses or outputs above which the two sides did different work."""
 
 
 def bench(
@@ -27,31 +34,36 @@ def bench(
     malloc: Literal["huge-pages", "default"] = "huge-pages",
     json_file: Path | None = None,
     png: Path | None = None,
-    force: bool = False,
+    force: Force = False,
 ) -> int:
     """Times JAX against PyTorch on this CPU: the same weights and batches, equal threads, turn by
     turn, each in a process of its own.
 
+    For example:
+
+      flax-resblock bench
+
+      flax-resblock bench --what train-step --architecture resnet50 --image-size 224 --batch 8
+
     The table shows medians of the rounds with their quartiles, and the ratio to PyTorch eager
     (channels last) of the same round. Losses and outputs are compared, so that both sides do the
-    same work. For numbers that mean something, leave the machine alone meanwhile.
+    same work. For meaningful numbers, leave the machine idle otherwise.
 
     Args:
-      what: "quick" is a train step and an inference of resnet18, two minutes; "full" every row of
+      what: quick is a training step and an inference of resnet18, two minutes; full is every row of
         the README's table, twenty minutes; the others time one thing.
-      architecture: Of that one thing; "block" is a single residual block of 64 channels.
+      architecture: Network to time; block is a single residual block of 64 channels.
       image_size: Side of the square images; up to 64 the network has the stem for small images.
-      batch: Images.
+      batch: Images per batch.
       rounds: Turns of each contestant.
-      threads: That each process may use; by default as many as there are cores.
+      threads: Threads of each process, by default one per core.
       malloc: Whether the allocator asks for huge pages, on both sides, as the train command does.
-      json_file: Write all numbers there.
-      png: Write a picture there.
-      force: Replace these files if they exist.
+      json_file: Write all numbers to this file.
+      png: Write a picture to this file.
     """
     from importlib.util import find_spec
 
-    from flax_resblock.checkpoint.atomic import refuse_existing, replacing
+    from flax_resblock.checkpoint.atomic import replacing
     from flax_resblock.config import architectures
 
     missing = [name for name in ("torch", "optax") if find_spec(name) is None]
@@ -87,17 +99,11 @@ def bench(
             "--what conversion times a checkpoint of a network; choose another --architecture "
             "than block."
         )
-    for path in (json_file, png):
-        if path is not None:
-            refuse_existing(path, force)
+    refuse_all_existing(force, json_file, png)
     cases = {"quick": QUICK, "full": FULL}.get(what) or (
-        BenchCase(what, architecture, image_size, batch),
-    )  # pyright: ignore[reportArgumentType]
-    output.print(
-        machine_line(machine()) + f"; {threads} threads, malloc: {malloc}",
-        markup=False,
-        soft_wrap=True,
+        BenchCase(what, architecture, image_size, batch),  # pyright: ignore[reportArgumentType]
     )
+    say(f"{machine_line(machine())}; {threads} threads, malloc: {malloc}")
     found = []
     with Progress(
         TextColumn("{task.description}"),
@@ -127,9 +133,7 @@ def bench(
             print_table(table(case, results))
             for result in results:
                 if result.failed:
-                    output.print(
-                        f"{result.contestant}: {result.failed}", style="yellow", markup=False
-                    )
+                    say(f"{result.contestant}: {result.failed}", "yellow")
             apart = disagreement(results)
             same = "the same" if apart <= DIFFERENT else "[bold red]not the same[/]"
             output.print(
@@ -139,13 +143,9 @@ def bench(
             )
     settings = {"rounds": rounds, "threads": threads, "malloc": malloc}
     if json_file is not None:
-        with replacing(json_file, force=force) as temporary:
-            temporary.write_text(
-                json.dumps(content(found, settings), indent=1) + "\n", encoding="utf-8"
-            )
-        output.print(f"wrote {json_file}", markup=False)
+        write_json(json_file, content(found, settings), force)
     if png is not None:
         with replacing(png, force=force) as temporary:
             picture(found, temporary)
-        output.print(f"wrote {png}", markup=False)
+        say(f"wrote {png}")
     return 1 if any(disagreement(results) > DIFFERENT for _, results in found) else 0

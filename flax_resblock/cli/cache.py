@@ -1,5 +1,5 @@
-"""Where the programs keep what XLA has compiled, so that a command starts fast the second time.
-``import flax_resblock`` leaves jax's settings alone.
+"""The folder of compiled programs, so that commands start fast the second time. ``import
+flax_resblock`` leaves jax's settings alone.
 """
 
 from __future__ import annotations
@@ -10,41 +10,39 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 VARIABLE = "FLAX_RESBLOCK_CACHE"
-"""A folder; empty or ``off``: nothing is kept."""
+"""The folder; empty or ``off`` keeps nothing."""
 
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
 _SWITCH = "JAX_ENABLE_COMPILATION_CACHE"
 _SETTINGS = {
-    "JAX_COMPILATION_CACHE_MAX_SIZE": str(
-        512 << 20
-    ),  # bytes; then the least recently used go, and a lock keeps processes apart
+    # bytes, beyond which the least recently used are removed; jax also locks the folder then
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(512 << 20),
     # fresh weights and optimizer buffers are many programs of 0.1 to 0.4 s
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     # XLA reports each CPU program that it loads as foreign where LLVM was told to avoid gather:
     # openxla/xla issue 44565
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-"""What jax and XLA read from the environment, where it says nothing."""
+"""Defaults of environment variables that jax and XLA read."""
 
 _PROGRAM, _LAST_USE = "-cache", "-atime"
 _ABANDONED = 60.0
-"""Seconds after which a program whose time of last use was not written never will get one."""
+"""Seconds after which a program without a time of last use counts as half-written."""
 
 
 def keep_compiled(environment: MutableMapping[str, str]) -> str | None:
-    """Lets jax, which must not be imported yet, keep compiled programs in a folder; child processes
-    do the same.
+    """Makes jax, which must not be imported yet, keep compiled programs in a folder, also in child
+    processes.
 
-    The folder is ``$FLAX_RESBLOCK_CACHE``; without it ``$JAX_COMPILATION_CACHE_DIR`` with whatever
-    else jax was told; without that ``$XDG_CACHE_HOME/flax-resblock/xla``, by default
+    The folder is ``$FLAX_RESBLOCK_CACHE``, else ``$JAX_COMPILATION_CACHE_DIR`` with jax's own
+    settings, else ``$XDG_CACHE_HOME/flax-resblock/xla``, by default
     ``~/.cache/flax-resblock/xla``. jax's keys hold its version, its flags and the processor's
-    features, so that machines may share it.
+    features, so that machines can share the folder.
 
     Args:
-      environment: Of the process; changed.
+      environment: The environment of the process; it is changed.
     Returns:
-      One sentence where the folder cannot be used and programs are compiled each time; child
-      processes do not say it again.
+      A warning if the folder cannot be used; child processes do not repeat it.
     """
     wanted = environment.get(VARIABLE)
     if wanted is None and environment.get(_FOLDER):
@@ -80,11 +78,11 @@ def keep_compiled(environment: MutableMapping[str, str]) -> str | None:
 
 
 def _make_own(folder: Path) -> None:
-    """The folder, where only this user can put anything, as programs from it are run; without what
-    a killed process left half-written.
+    """Creates the folder so that only this user can write to it, because programs in it are run,
+    and removes what a killed process left half-written.
 
     Raises:
-      OSError: It cannot be made or written to, or others may write to it.
+      OSError: It cannot be created or written to, or others may write to it.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()

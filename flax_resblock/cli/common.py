@@ -1,7 +1,9 @@
-"""What several commands share: the flags that say how to read a checkpoint, and the terminal."""
+"""What several commands share: flags, the terminal, and writing files."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +14,8 @@ from rich.markup import escape
 from rich.status import Status
 from rich.text import Text
 
-from flax_resblock.checkpoint import LIMITS, Limits
+from flax_resblock.checkpoint import LIMITS, Limits, refuse_existing, replacing
+from flax_resblock.config import ARCHITECTURES, Config, architecture
 from flax_resblock.convert.detection.assumptions import ASSUMABLE_FIELDS
 from flax_resblock.convert.opening import (
     OpenedCheckpoint,
@@ -31,16 +34,16 @@ if TYPE_CHECKING:
 
 
 class _Console(Console):
-    """A terminal that shows what acts on terminals in names from files as escapes, line breaks too,
+    """A terminal that escapes control characters and line breaks in names that come from files,
     in lines, tables and progress alike.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Every string that is printed or stands in a cell of a table comes through here."""
+        """Escapes every string that is printed or shown in the cell of a table."""
         return super().render_str(visible(text), **options)
 
     def status(self, status: Any, **options: Any) -> Status:
-        """Progress; its text is plain, whatever brackets a path may have."""
+        """Shows progress; brackets in its text are not markup."""
         return super().status(escape(visible(str(status))), **options)
 
 
@@ -48,7 +51,18 @@ output = _Console(soft_wrap=False, highlight=False)
 """Results."""
 
 status = _Console(stderr=True, highlight=False)
-"""Progress; stays out of pipes."""
+"""Progress, on standard error."""
+
+Force = Annotated[bool, tyro.conf.arg(help="Replace output files that exist.")]
+AllowNonfinite = Annotated[
+    bool,
+    tyro.conf.arg(help="Accept a checkpoint with NaN, infinities or negative variances."),
+]
+Mean = Annotated[
+    tuple[float, ...] | None,
+    tyro.conf.arg(help="Mean of each channel, for pixels from 0 to 1; needs --std."),
+]
+Std = Annotated[tuple[float, ...] | None, tyro.conf.arg(help="Standard deviation of each channel.")]
 
 Checkpoint = Annotated[
     Path,
@@ -65,8 +79,8 @@ Checkpoint = Annotated[
 
 @dataclass(frozen=True)
 class ReadingFlags:
-    """How to read the checkpoint where its names and shapes leave it open. All are found by
-    themselves in most cases.
+    """How to read the checkpoint if its names and shapes allow several readings. Most checkpoints
+    need none of these.
     """
 
     architecture: str | None = None
@@ -76,34 +90,39 @@ class ReadingFlags:
     ...; docs/families.md lists them.
     """
     num_classes: int | None = None
-    """Size of the logits."""
+    """Number of classes."""
     stride: int | None = None
-    """Stride of a bare block with a projection; its weights do not tell."""
+    """Stride of a bare block with a projection, which cannot be inferred from its weights."""
     ignore: tuple[str, ...] = ()
-    """Keys to drop, shell-style patterns; none of them in a block of the network."""
+    """Keys to drop, as shell-style patterns; none of them in a block of the network."""
     allow_missing: tuple[str, ...] = ()
-    """Keys that may be absent and start afresh in `train --init`, shell-style patterns."""
+    """Keys that may be absent and are initialised afresh in `train --init`, as shell-style
+    patterns.
+    """
     entry: str | None = None
     """Entry of a training checkpoint that holds the weights, such as model_ema for averaged
     weights.
     """
     stride_on: Literal["3x3", "1x1"] | None = None
-    """Which convolution of a bottleneck carries the stride: 3x3 as in torchvision, 1x1 as in
-    Caffe's networks. The weights do not show it.
+    """Convolution of a bottleneck that has the stride: 3x3 as in torchvision, 1x1 as in Caffe.
+    Cannot be inferred from the weights.
     """
     first_stride: Literal[1, 2] | None = None
-    """Stride of the first stage. Tensors tell it for basic blocks only."""
+    """Stride of the first stage. Can be inferred from the weights of basic blocks only."""
     antialias: Literal["none", "blur"] | None = None
-    """Whether strides are blurred, as in timm's resnetblur. The weights do not show it."""
+    """Whether strided convolutions are blurred, as in timm's resnetblur. Cannot be inferred from
+    the weights.
+    """
     activation: Literal["relu", "leaky_relu", "gelu", "silu"] | None = None
-    """Activation of the stem and the blocks, relu unless told. The weights do not show it."""
+    """Activation of the stem and the blocks, relu by default. Cannot be inferred from the weights.
+    """
     dilated_stages: tuple[int, ...] | None = None
-    """Stages (from 1) whose stride is replaced by dilation. The weights do not show it."""
+    """Stages (from 1) whose stride is replaced by dilation. Cannot be inferred from the weights."""
     limits: Limits = LIMITS
-    """What the file may declare before it is refused; docs/security.md says why."""
+    """Limits on what the file may declare before it is refused; docs/security.md explains them."""
 
     def open(self, path: Path, *, run: bool = False, afresh: bool = False) -> OpenedCheckpoint:
-        """The checkpoint, with the one reading that fits.
+        """Opens a checkpoint with the one reading that fits.
 
         Args:
           path: The checkpoint.
@@ -128,23 +147,35 @@ class ReadingFlags:
             refuse_afresh(source)
         return source
 
+    def named(self, name: str) -> Config:
+        """The configuration of an architecture by name, with ``--num-classes`` if given.
+
+        Raises:
+          InputError: The name is unknown.
+        """
+        classes = {} if self.num_classes is None else {"num_classes": self.num_classes}
+        try:
+            return architecture(name, **classes)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
 
 @dataclass(frozen=True)
 class RunFlags:
     """What to do with the training run in a checkpoint: optimizer, schedule, counters."""
 
     with_optimizer: bool = False
-    """Carry optimizer, learning-rate schedule and counters too, so that the run goes on where it
-    stopped.
+    """Carry the optimizer, the learning-rate schedule and the counters too, so that the run can
+    continue.
     """
     weights_only: bool = False
-    """Carry the weights and BatchNorm statistics alone, whatever else is there."""
+    """Carry only the weights and running statistics."""
     optimizer: Literal["sgd", "adam", "adamw", "lars", "lamb"] | None = None
-    """The optimizer: of the run in a checkpoint, where the file does not tell (torch before 2.6
-    writes Adam and AdamW alike), or of a new run.
+    """The optimizer of a new run, or of a checkpoint that does not say (PyTorch before 2.6 writes
+    Adam and AdamW alike).
     """
     schedule_unit: Literal["batch", "epoch"] | None = None
-    """What the learning-rate scheduler counted, where the file does not tell."""
+    """What the learning-rate scheduler counted, if the checkpoint does not say."""
 
     def of(self, source: OpenedCheckpoint) -> Run:
         """The run in an opened checkpoint."""
@@ -155,27 +186,74 @@ class RunFlags:
         )
 
 
+def is_architecture(path: Path) -> bool:
+    """Whether an argument is the name of an architecture, and no file of that name exists."""
+    return str(path) in ARCHITECTURES and not path.exists()
+
+
+def say(text: str, style: str = "") -> None:
+    """Prints a line as it is, without markup and line breaks."""
+    output.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def print_note(text: str) -> None:
+    """Prints what the user should know about the input."""
+    say(f"  note  {text}", "yellow")
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Prints several notes."""
+    for note in notes:
+        print_note(note)
+
+
+def print_title(title: str, rest: str) -> None:
+    """Prints a line that begins with a name in bold."""
+    output.print(f"[bold]{escape(title)}[/]  {escape(rest)}", soft_wrap=True)
+
+
+def print_table(table: Table) -> None:
+    """Prints a table; outside a terminal at least 120 columns wide, so that logs lose nothing."""
+    console = (
+        output if output.is_terminal else _Console(width=max(output.width, 120), highlight=False)
+    )
+    console.print(table)
+
+
+def print_found(run: Run) -> None:
+    """Prints every entry of a training checkpoint, and how it is used."""
+    for found in run.found:
+        used = "used   " if found.used else "ignored"
+        say(f"  {used} {found.name}: {found.use}", "" if found.used else "dim")
+    if run.problem:
+        print_note(f"no schedule: {run.problem}")
+
+
+def refuse_all_existing(force: bool, *paths: Path | None) -> None:
+    """Raises InputError if one of the output files exists, unless ``force``."""
+    for path in paths:
+        if path is not None:
+            refuse_existing(path, force)
+
+
+def write_text(path: Path, text: str, force: bool) -> None:
+    """Writes a file, complete or not at all, and says so."""
+    with replacing(path, force=force) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    say(f"wrote {path}")
+
+
+def write_json(path: Path, content: Any, force: bool) -> None:
+    """Writes a JSON file, complete or not at all, and says so."""
+    write_text(path, json.dumps(content, indent=1) + "\n", force)
+
+
 def optimizer_left_out(source: OpenedCheckpoint) -> str | None:
-    """Where an opened checkpoint has an optimizer; None where it has none."""
+    """Names the optimizer state in an opened checkpoint; None if it has none."""
     if holds_run(source.record.metadata):
         return "its optimizer"
     found = find_optimizer(source.record.extras)
     return None if found is None else f"its optimizer, entry '{found[0]}',"
-
-
-def print_found(run: Run) -> None:
-    """Every entry of a training checkpoint, and what became of it."""
-    for found in run.found:
-        output.print(
-            f"  {'used   ' if found.used else 'ignored'} {found.name}: {found.use}",
-            style="" if found.used else "dim",
-            markup=False,
-            soft_wrap=True,
-        )
-    if run.problem:
-        output.print(
-            f"  note    no schedule: {run.problem}", style="yellow", markup=False, soft_wrap=True
-        )
 
 
 def refuse_unhealthy(source: OpenedCheckpoint, allow: bool) -> None:
@@ -187,22 +265,6 @@ def refuse_unhealthy(source: OpenedCheckpoint, allow: bool) -> None:
             "The training run diverged, or the file is damaged. Pass --allow-nonfinite to "
             "carry them bit for bit."
         )
-
-
-def print_notes(notes: tuple[str, ...]) -> None:
-    """Everything that was unwrapped, dropped or filled."""
-    for note in notes:
-        output.print(f"  note  {note}", style="yellow", markup=False)
-
-
-def print_table(table: Table) -> None:
-    """A table, at least 100 columns wide where the output is no terminal, so that nothing is cut
-    from a log.
-    """
-    console = (
-        output if output.is_terminal else _Console(width=max(output.width, 120), highlight=False)
-    )
-    console.print(table)
 
 
 def megabytes(count: int) -> str:

@@ -11,15 +11,19 @@ import tyro
 
 from flax_resblock import checkpoint
 from flax_resblock.cli.common import (
+    AllowNonfinite,
     Checkpoint,
+    Force,
     ReadingFlags,
     RunFlags,
     megabytes,
     optimizer_left_out,
-    output,
     print_found,
+    print_note,
     print_notes,
+    print_title,
     refuse_unhealthy,
+    say,
     status,
 )
 from flax_resblock.config import name_of
@@ -37,7 +41,7 @@ Output = Annotated[
     tyro.conf.Positional,
     tyro.conf.arg(
         metavar="OUT",
-        help="Name ending in .pth, .pt, .th, .safetensors, or none for an Orbax folder.",
+        help="The output: .pth, .pt, .th, .safetensors, or no suffix for an Orbax folder.",
     ),
 ]
 
@@ -48,27 +52,33 @@ def convert(
     reading: ReadingFlags,
     training: RunFlags,
     to_naming: str | None = None,
-    allow_nonfinite: bool = False,
-    force: bool = False,
+    allow_nonfinite: AllowNonfinite = False,
+    force: Force = False,
     no_certificate: bool = False,
 ) -> int:
     """Converts a checkpoint from any format to any other, in either direction, bit for bit.
 
-    The suffix of OUT decides the format: .pth for PyTorch, .safetensors for either framework, no
-    suffix for an Orbax folder with Flax names, or, with
-    --to-naming huggingface or timm, for a folder with config.json that transformers or timm loads.
-    The output is written under a temporary name, read back, compared by SHA-256, and only then
-    renamed into place. Then Flax and the reference network in PyTorch compute with it, every slot,
-    in float64, and parity.json beside it records the result, what was assumed, and the SHA-256 of
-    everything. Your own code is not seen. Exit status 1 when the frameworks differ.
+    For example:
+
+      flax-resblock convert resnet50.pth resnet50.safetensors
+
+      flax-resblock convert resnet50.pth resnet50_flax
+
+      flax-resblock convert runs/digits run.pth --with-optimizer
+
+    The suffix of OUT decides the format: .pth for PyTorch, .safetensors for either framework, none
+    for an Orbax folder with Flax names, or, with --to-naming huggingface or timm, for a folder with
+    a config.json that transformers or timm loads. The output is written under a temporary name,
+    read back, compared by SHA-256, and only then renamed. Then Flax and the reference
+    network in PyTorch compute with it, every slot, in float64, and parity.json beside it records
+    the result, what was assumed, and the SHA-256 of everything. Your own code is not seen. Exit
+    status 1 if the frameworks differ.
 
     Args:
       reading: How to read the checkpoint.
       training: What to do with the training run in it.
-      to_naming: Naming scheme of the output: torchvision, huggingface, timm and others that
-        docs/families.md lists, or flax (.safetensors only). By default the names stay.
-      allow_nonfinite: Carry NaN, infinities and negative variances.
-      force: Replace OUT if it exists.
+      to_naming: Naming scheme of the output: torchvision, huggingface, timm and others listed in
+        docs/families.md, or flax (.safetensors only). By default the names stay.
       no_certificate: Write no parity.json, and do not run the two frameworks.
     """
     format_name = checkpoint.output_format(out)
@@ -90,10 +100,8 @@ def convert(
         origin = None if no_certificate else provenance(source)  # now, as OUT may replace it
         run = training.of(source) if carry else None
         left = None if carry or training.weights_only else optimizer_left_out(source)
-    description, source = (
-        _describe(source),
-        None,
-    )  # lets go of the file's memory before the output is read back
+    # lets go of the file's memory before the output is read back
+    description, source = _describe(source), None
     with status.status(f"writing {out}"):
         naming = description.naming if target.naming.name == "flax" else target.naming.name
         count, size = len(tensors), sum(value.nbytes for value in tensors.values())
@@ -101,53 +109,32 @@ def convert(
             target.config, naming, description.norm_options, description.metadata
         )
         write_with_run(out, tensors, metadata, run, target, files=files, force=force, release=True)
-    output.print(
-        f"[bold]{name_of(target.config)}[/]: {count} tensors, {megabytes(size)}, read back and "
-        f"equal bit for bit",
-        soft_wrap=True,
+    print_title(
+        name_of(target.config),
+        f"{count} tensors, {megabytes(size)}, read back and equal bit for bit",
     )
-    output.print(
-        f"  from  {checkpoint_} ({description.format}, naming scheme '{description.naming}')",
-        markup=False,
-        soft_wrap=True,
-    )
-    output.print(
-        f"  to    {out} ({format_name}, naming scheme '{target.naming.name}')",
-        markup=False,
-        soft_wrap=True,
-    )
+    say(f"  from  {checkpoint_} ({description.format}, naming scheme '{description.naming}')")
+    say(f"  to    {out} ({format_name}, naming scheme '{target.naming.name}')")
     print_notes(description.notes)
     if run is not None:
         print_found(run)
     elif left:
-        output.print(
-            f"  note  the weights alone; {left} stays behind (--with-optimizer carries the run)",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
-        )
+        print_note(f"the weights alone; {left} stays behind (--with-optimizer carries the run)")
     if origin is None:
         return 0
-    written = ReadOptions(
-        architecture=target.config, naming=target.naming.name, limits=reading.limits
-    )
-    return _certify(out, written, origin, description.notes)
+    options = ReadOptions(architecture=target.config, naming=target.naming, limits=reading.limits)
+    return _certify(out, options, origin, description.notes)
 
 
 def _certify(
     out: Path, reading: ReadOptions, origin: Mapping[str, Any], notes: tuple[str, ...]
 ) -> int:
-    """Verifies what was written, writes the certificate and returns the exit status."""
+    """Verifies the output, writes the certificate and returns the exit status."""
     with status.status(f"verifying {out}"):
         verification = certify(out, reading, origin, notes)
     path = certificate_of(out)
     if "skipped" in verification:
-        output.print(
-            f"  parity  not verified: {verification['skipped']}; SHA-256 in {path}",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
-        )
+        say(f"  parity  not verified: {verification['skipped']}; SHA-256 in {path}", "yellow")
         return 0
     worst = verification["worst"]
     measured = (
@@ -155,11 +142,9 @@ def _certify(
         f"float64, limit {worst['limit']:g}"
     )
     if verification["passed"]:
-        output.print(
+        say(
             f"  parity  {verification['tensors']} tensors of Flax agree with PyTorch, compared "
-            f"with {REFERENCE}; the worst, {measured}; certificate {path}",
-            markup=False,
-            soft_wrap=True,
+            f"with {REFERENCE}; the worst, {measured}; certificate {path}"
         )
         return 0
     print(
@@ -172,7 +157,7 @@ def _certify(
 
 
 class _Description(NamedTuple):
-    """What is still needed of a source once its tensors are converted."""
+    """What is needed of a source after its tensors are converted."""
 
     format: str
     naming: str

@@ -12,31 +12,32 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flax_resblock.cli.common import ReadingFlags, RunFlags, output, print_found
+from flax_resblock.cli.common import ReadingFlags, RunFlags, output, print_found, say
 from flax_resblock.cli.convert import convert
 from flax_resblock.cli.inspect import inspect
-from flax_resblock.cli.verify import DeviceFlags, InputFlags, ReportFlags, WhatFlags, verify
+from flax_resblock.cli.verify import verify
+from flax_resblock.cli.verify_flags import DeviceFlags, InputFlags, ReportFlags, WhatFlags
 from flax_resblock.errors import InputError, MissingDependencyError
 
 if TYPE_CHECKING:
     from flax_resblock.training.data.dataset import Splits
 
 DONE = "demo.txt"
-"""Marks a folder as the output of an earlier demo, which the next one may replace."""
+"""Marks a folder as the output of a demo, which the next one may replace."""
 
 
 def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
-    """The whole story on real data, in under two minutes: trains a network on handwritten digits in
-    PyTorch, saves a .pth; inspects, converts and verifies it; goes on training in both frameworks
-    from the same checkpoint, momentum and schedule included; converts back to a .pth; and shows how
-    close they ended.
+    """Shows everything on real data in under two minutes: trains a network on handwritten digits in
+    PyTorch and saves a .pth; inspects, converts and verifies it; continues training in both
+    frameworks from the same checkpoint, momentum and schedule included; converts back to a .pth;
+    and shows how close both ended.
 
     Needs the extras: pip install 'flax-resblock[torch,train]'.
 
     Args:
-      out: Folder for the files; one left by an earlier demo is replaced.
+      out: Folder for the files; that of an earlier demo is replaced.
       epochs: Epochs in each framework.
-      seed: Of the weights and of the order of the images.
+      seed: Seed of the weights and of the order of the images.
     """
     if epochs < 1:
         raise InputError(f"--epochs {epochs} must be at least 1.")
@@ -72,11 +73,7 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
         f"digits",
     )
     torch.manual_seed(seed)
-    torch.set_num_threads(
-        1
-        # layers this small gain nothing from a second thread, and lose much when the other core is
-        # busy
-    )
+    torch.set_num_threads(1)  # small layers lose time on a second thread if its core is busy
     module = torch_ref.ResNet(**asdict(config.model))
     optimizer, scheduler, steps = _train_torch(module, config, splits, epochs)
     checkpoint = out / "digits.pth"
@@ -120,10 +117,9 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
         f"{jax_after.accuracy:.2%} in JAX"
     )
     apart = _distance(module, out / "digits_trained")
-    output.print(
+    say(
         f"after {len(jax_losses)} steps in float32 the weights and statistics differ by "
-        f"{apart:.0e} relative; rounding is all that parts them",
-        soft_wrap=True,
+        f"{apart:.0e} relative, by rounding alone"
     )
 
     _chapter(6, "convert back, and load it in PyTorch")
@@ -137,10 +133,9 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
     module.load_state_dict(saved["model"], strict=True)
     optimizer.load_state_dict(saved["optimizer"])
     scheduler.load_state_dict(saved["lr_scheduler"])
-    output.print(
-        f"model, optimizer and scheduler of PyTorch load it; the scheduler stands at step "
-        f"{scheduler.last_epoch}",
-        soft_wrap=True,
+    say(
+        "model, optimizer and scheduler of PyTorch load it; the scheduler is at step "
+        f"{scheduler.last_epoch}"
     )
     same = _compare_predictions(_evaluate_torch(module, splits), jax_after)
     output.print()
@@ -157,15 +152,15 @@ def _chapter(number: int, title: str) -> None:
 
 
 def _command(status: int, line: str) -> None:
-    """Tells how to do the same by hand."""
-    output.print(f"  by hand: flax-resblock {line}", style="dim", markup=False, soft_wrap=True)
+    """Shows the command line that does the same."""
+    say(f"  by hand: flax-resblock {line}", "dim")
     if status == 2:
         raise InputError(f"flax-resblock {line} failed.")
 
 
 def _train_torch(module: Any, config: Any, splits: Splits, epochs: int) -> tuple[Any, Any, int]:
-    """Trains with torch_ref's loop on the batches that the JAX loop would see; returns optimizer,
-    scheduler and the number of steps.
+    """Trains with torch_ref's loop on the batches of the JAX loop; returns optimizer, scheduler and
+    the number of steps.
     """
     from flax_resblock.training.data import steps_per_epoch
     from flax_resblock.training.progress import TrainingProgress
@@ -201,7 +196,7 @@ def _train_torch(module: Any, config: Any, splits: Splits, epochs: int) -> tuple
 
 
 def _for_torch(config: Any, splits: Splits, epoch: int) -> Iterator[tuple[Any, Any]]:
-    """The batches that the JAX loop would see, as tensors."""
+    """The batches of the JAX loop, as tensors."""
     import torch
 
     from flax_resblock.training.data import batches
@@ -225,7 +220,7 @@ def _evaluate_torch(module: Any, splits: Splits) -> Any:
 def _go_on_in_torch(
     module: Any, config: Any, splits: Splits, done: int, optimizer: Any, scheduler: Any
 ) -> list[float]:
-    """The rest of the run in PyTorch; the loss of every step."""
+    """Continues the run in PyTorch; returns the loss of every step."""
     from torch_ref import training
 
     losses: list[float] = []
@@ -243,7 +238,7 @@ def _go_on_in_torch(
 def _go_on_in_jax(
     checkpoint: Path, config: Any, splits: Splits, out: Path
 ) -> tuple[list[float], Any]:
-    """The rest of the run in JAX; saves the result and evaluates it."""
+    """Continues the run in JAX, saves it and evaluates it; returns the loss of every step too."""
     import flax_resblock
     from flax_resblock.training import evaluate, fit
 
@@ -259,9 +254,7 @@ def _go_on_in_jax(
 
 
 def _distance(module: Any, trained: Path) -> float:
-    """The largest relative difference of a tensor between the PyTorch module and the network that
-    JAX trained.
-    """
+    """The largest relative difference of a tensor between the networks of PyTorch and JAX."""
     import flax_resblock
 
     with warnings.catch_warnings():
@@ -280,31 +273,26 @@ def _by_epoch(losses: list[float], epochs: int) -> list[float]:
 
 
 def _plot_losses(torch_losses: list[float], jax_losses: list[float], path: Path) -> None:
-    """Both loss curves in one picture."""
+    """Plots both loss curves."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(torch_losses, label="PyTorch", linewidth=3, alpha=0.4)
     axes.plot(jax_losses, label="JAX", linewidth=1)
-    axes.set(
-        xlabel="step after the hand-over",
-        ylabel="loss",
-        title="One run, continued in both frameworks",
-    )
+    title = "One run, continued in both frameworks"
+    axes.set(xlabel="step after the hand-over", ylabel="loss", title=title)
     axes.legend()
     figure.savefig(path, dpi=120)
-    output.print(f"both loss curves: {path}", soft_wrap=True)
+    say(f"both loss curves: {path}")
 
 
 def _compare_predictions(torch_side: Any, jax_side: Any) -> bool:
-    """Prints both test accuracies and how far the logits are apart; whether every prediction
-    agrees.
+    """Prints both test accuracies and the distance of the logits; returns whether all predictions
+    agree.
     """
-    torch_logits, jax_logits = (
-        torch_side.logits.numpy().astype(np.float64),
-        np.asarray(jax_side.logits, np.float64),
-    )
+    torch_logits = torch_side.logits.numpy().astype(np.float64)
+    jax_logits = np.asarray(jax_side.logits, np.float64)
     agree = int(np.sum(torch_side.predictions.numpy() == np.asarray(jax_side.predictions)))
     distance = float(np.linalg.norm(torch_logits - jax_logits) / np.linalg.norm(jax_logits))
     output.print(f"  test accuracy in JAX      {jax_side.accuracy:.2%}")

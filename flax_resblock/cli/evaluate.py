@@ -1,143 +1,120 @@
-"""``flax-resblock train --eval-only``: what a checkpoint makes of the test images."""
+"""``flax-resblock train --eval-only``: evaluates a checkpoint on the test images."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
 
 from flax_resblock import checkpoint
-from flax_resblock.cli.common import ReadingFlags, output, print_notes, print_table, status
-from flax_resblock.cli.train_start import model_of, opened
+from flax_resblock.cli.common import output, print_notes, print_table, print_title, say, status
+from flax_resblock.cli.train_start import Wanted, model_of, opened
 from flax_resblock.config import ResNetConfig, name_of
 from flax_resblock.convert.run_names import holds_run
 from flax_resblock.errors import InputError
 from flax_resblock.runs.run_file import run_of
-
-if TYPE_CHECKING:
-    from flax_resblock.training import TrainConfig
+from flax_resblock.training.config import with_settings
 
 _SHOWN = 12
-"""Classes up to which the whole confusion matrix is shown; above, the pairs that are confused most
-often.
-"""
+"""Up to so many classes the whole confusion matrix is shown, else the most frequent confusions."""
 
 
-def classify(
-    path: Path,
-    reading: ReadingFlags,
-    preset: TrainConfig,
-    given: dict[str, Any],
-    devices: int | None,
-    out: Path | None,
-    strict: bool,
-) -> int:
-    """Prints accuracy and confusion matrix of a checkpoint on the test images, each counted once;
-    writes them to ``out`` where given.
+def classify(path: Path, wanted: Wanted, devices: int | None, out: Path | None) -> int:
+    """Prints a checkpoint's accuracy and confusion matrix on the test images, and writes them to
+    the folder ``out`` if it is given.
     """
     from flax_resblock.training import data_mesh
-    from flax_resblock.training.config import with_settings
     from flax_resblock.training.devices import Placement
     from flax_resblock.training.evaluation import confusion_matrix, evaluate_source
 
     if out is not None:
         checkpoint.refuse_existing(out, force=False)
     with status.status(f"reading {path}"):
-        source = reading.open(path)
-    if not isinstance(source.config, ResNetConfig) or source.config.num_classes is None:
+        source = wanted.reading.open(path)
+    network = source.config
+    if not isinstance(network, ResNetConfig) or network.num_classes is None:
         raise InputError(
             f"{path} has no head, so it has no classes to tell. Give a network with one."
         )
     record = source.record
     stored = run_of(source).settings if holds_run(record.metadata) else {}
     of_data = {name: stored[name] for name in ("data", "image_size") if name in stored}
-    config = with_settings(
-        replace(preset, model=source.config),
-        of_data | {name: value for name, value in given.items() if name != "freeze"},
-    )
+    settings = {name: value for name, value in wanted.settings.items() if name != "freeze"}
+    config = with_settings(replace(wanted.preset, model=network), of_data | settings)
     print_notes(source.notes)
-    test = opened(config, strict).test
-    if test.num_classes > source.config.num_classes or test.shape[-1] != source.config.in_channels:
+    test = opened(config, wanted.strict).test
+    classes, channels = network.num_classes, test.shape[-1]
+    if test.num_classes > classes or channels != network.in_channels:
         raise InputError(
-            f"{path} takes {source.config.in_channels} channels and knows "
-            f"{source.config.num_classes} classes; {test.name} has {test.shape[-1]} channels "
-            f"and "
-            f"{test.num_classes} classes. Choose its data with --data."
+            f"{path} takes {network.in_channels} channels and knows {classes} classes; "
+            f"{test.name} has {channels} channels and {test.num_classes} classes. Choose its data "
+            "with --data."
         )
+    model, placement = model_of(source, config.dtype), Placement(data_mesh(devices))
     with status.status(f"classifying {len(test):,} images"):
-        found = evaluate_source(
-            model_of(source, config.dtype),
-            test,
-            placement=Placement(data_mesh(devices)),
-            workers=config.workers,
-        )
-    counts = confusion_matrix(test.labels, found.predictions, source.config.num_classes)
-    names = test.class_names or tuple(str(number) for number in range(source.config.num_classes))
-    names += tuple(str(number) for number in range(len(names), source.config.num_classes))
-    output.print(f"[bold]{name_of(source.config)}[/]  {path}  on {test.name}", soft_wrap=True)
+        found = evaluate_source(model, test, placement=placement, workers=config.workers)
+    counts = confusion_matrix(test.labels, found.predictions, classes)
+    names = test.class_names or ()
+    names += tuple(str(number) for number in range(len(names), classes))
+    print_title(name_of(network), f"{path}  on {test.name}")
     output.print(
         f"accuracy {found.accuracy:.2%}  ({int(np.trace(counts)):,} of {len(test):,})   "
         f"cross-entropy {found.loss:.4f}"
     )
     print_table(_confusion_table(counts, names))
     if out is not None:
-        _write(out, found.accuracy, found.loss, counts, names, test.name)
-        output.print(f"wrote {out}", markup=False)
+        content = {
+            "data": test.name,
+            "accuracy": found.accuracy,
+            "loss": found.loss,
+            "classes": list(names),
+            "confusion": counts.tolist(),
+        }
+        _write(out, content, counts, names)
     return 0
 
 
 def _confusion_table(counts: np.ndarray, names: tuple[str, ...]) -> Table:
     present = np.flatnonzero(counts.sum(axis=1) + counts.sum(axis=0))
-    if len(present) <= _SHOWN:
-        table = Table(
-            title="rows: what the images show; columns: what they were taken for",
-            title_justify="left",
-        )
-        for column in ("", *(names[number] for number in present), "right"):
-            table.add_column(column, justify="right")
-        for row in present:
-            right = counts[row, row] / max(counts[row].sum(), 1)
-            cells = [
-                ("[bold]{}[/]" if row == column else "{}").format(counts[row, column] or "·")
-                for column in present
-            ]
-            table.add_row(names[row], *cells, f"{right:.1%}")
-        return table
+    if len(present) > _SHOWN:
+        return _frequent_confusions(counts, names)
+    table = Table(title="rows: true class; columns: predicted class", title_justify="left")
+    for column in ("", *(names[number] for number in present), "right"):
+        table.add_column(column, justify="right")
+    for row in present:
+        right = counts[row, row] / max(counts[row].sum(), 1)
+        cells = [
+            ("[bold]{}[/]" if row == column else "{}").format(counts[row, column] or "·")
+            for column in present
+        ]
+        table.add_row(names[row], *cells, f"{right:.1%}")
+    return table
+
+
+def _frequent_confusions(counts: np.ndarray, names: tuple[str, ...]) -> Table:
     table = Table(title="most frequent confusions", title_justify="left")
-    for column in ("shown", "taken for", "times", "share"):
+    for column in ("true class", "predicted class", "times", "share"):
         table.add_column(column, justify="right")
     wrong = counts - np.diag(np.diag(counts))
     for place in np.argsort(-wrong, axis=None, kind="stable")[:_SHOWN]:
         row, column = np.unravel_index(place, wrong.shape)
-        if wrong[row, column]:
-            table.add_row(
-                names[row],
-                names[column],
-                f"{wrong[row, column]:,}",
-                f"{wrong[row, column] / counts[row].sum():.1%}",
-            )
+        if count := wrong[row, column]:
+            share = count / counts[row].sum()
+            table.add_row(names[row], names[column], f"{count:,}", f"{share:.1%}")
     return table
 
 
 def _write(
-    out: Path, accuracy: float, loss: float, counts: np.ndarray, names: tuple[str, ...], data: str
+    out: Path, content: dict[str, object], counts: np.ndarray, names: tuple[str, ...]
 ) -> None:
     from flax_resblock.training.curves import draw_confusion
 
-    content = {
-        "data": data,
-        "accuracy": accuracy,
-        "loss": loss,
-        "classes": list(names),
-        "confusion": counts.tolist(),
-    }
+    text = json.dumps(content, indent=1) + "\n"
     with checkpoint.replacing(out) as temporary:
         temporary.mkdir()
-        (temporary / "evaluation.json").write_text(
-            json.dumps(content, indent=1) + "\n", encoding="utf-8"
-        )
+        (temporary / "evaluation.json").write_text(text, encoding="utf-8")
         draw_confusion(counts, names, temporary / "confusion.png")
+    say(f"wrote {out}")

@@ -9,15 +9,20 @@ import tyro
 
 from flax_resblock.checkpoint.atomic import refuse_existing
 from flax_resblock.cli.common import (
+    AllowNonfinite,
     Checkpoint,
+    Force,
+    Mean,
     ReadingFlags,
+    Std,
     megabytes,
-    output,
     print_notes,
+    print_title,
     refuse_unhealthy,
+    say,
     status,
 )
-from flax_resblock.cli.predict import normalisation_of, preprocessing_of
+from flax_resblock.cli.images import normalisation_of, preprocessing_of
 from flax_resblock.config import name_of
 from flax_resblock.errors import InputError
 
@@ -36,32 +41,34 @@ def export(
     precision: Literal["default", "high", "highest"] = "highest",
     bake_weights: bool = False,
     fold_batch_norm: bool = False,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-    allow_nonfinite: bool = False,
-    force: bool = False,
+    mean: Mean = None,
+    std: Std = None,
+    allow_nonfinite: AllowNonfinite = False,
+    force: Force = False,
 ) -> int:
-    """Writes a network as a StableHLO program that runs with jax alone: `flax-resblock predict OUT
-    IMAGE...`, or the ten lines in docs/export.md.
+    """Writes a network as a StableHLO program that runs with jax alone.
 
-    OUT holds model.stablehlo, weights.safetensors and manifest.json. The batch is free; outputs on
-    the CPU equal the checkpoint's bit for bit.
+    For example:
+
+      flax-resblock export resnet50.pth resnet50_exported
+
+      flax-resblock predict resnet50_exported cat.jpg
+
+    OUT holds model.stablehlo, weights.safetensors and manifest.json; docs/export.md has ten lines
+    that run it without this library. The batch size is free. Outputs on the CPU equal the
+    checkpoint's bit for bit.
 
     Args:
       reading: How to read the checkpoint.
-      platforms: Where it shall run, separated by commas.
-      image_size: Side of the images; 224 for ImageNet stems, 32 for small ones.
+      platforms: Platforms to export for, separated by commas.
+      image_size: Side of the images, by default 224 for ImageNet stems and 32 for small ones.
       any_image_size: Leave height and width free, from 32 pixels on.
-      precision: Of convolutions and products: highest is float32; default is bfloat16 on TPU and
-        TF32 on CUDA.
-      bake_weights: Make the weights constants of the program; weights.safetensors is then empty,
-        and last bits of the outputs may change.
-      fold_batch_norm: Fold the norms into the convolutions; faster, and no longer equal bit for
-        bit. The error is measured and stated.
-      mean: Of the channels, for pixels from 0 to 1; recorded for predict.
-      std: Of the channels.
-      allow_nonfinite: Export even if the checkpoint holds NaN, infinities or negative variances.
-      force: Replace OUT if it is an exported network.
+      precision: Precision of convolutions and products: highest is float32; default is bfloat16 on
+        TPU and TF32 on CUDA.
+      bake_weights: Make the weights constants of the program. weights.safetensors is then empty,
+        and the last bits of the outputs may change.
+      fold_batch_norm: Fold the batch norms into the convolutions. This is faster but no longer
+        equal bit for bit; the error is measured and reported.
     """
     from flax_resblock.export.stablehlo import PROGRAM, WEIGHTS, export_model
     from flax_resblock.io import to_model
@@ -103,26 +110,17 @@ def export(
             force=force,
         )
     shape = ", ".join(map(str, manifest["input"]["shape"]))
-    output.print(
-        f"[bold]{name_of(config)}[/]: ({shape}) float32, precision {precision}, for "
-        f"{', '.join(manifest['platforms'])}",
-        soft_wrap=True,
-    )
+    platforms = ", ".join(manifest["platforms"])
+    print_title(name_of(config), f"({shape}) float32, precision {precision}, for {platforms}")
     for name in (PROGRAM, WEIGHTS):
-        output.print(
-            f"  {out / name}  {megabytes((out / name).stat().st_size)}",
-            markup=False,
-            soft_wrap=True,
-        )
-    output.print(f"  normalisation {origin}", markup=False, soft_wrap=True)
+        say(f"  {out / name}  {megabytes((out / name).stat().st_size)}")
+    say(f"  normalisation {origin}")
     if fold_batch_norm:
         errors = facts["batch_norm_folded"]
-        output.print(
+        say(
             f"  batch norms folded: error against float64 {errors['folded']:.1e}, unfolded "
             f"{errors['unfolded']:.1e} (relative, float32 on the CPU)",
-            style="yellow" if errors["folded"] > 2 * errors["unfolded"] else "",
-            markup=False,
-            soft_wrap=True,
+            "yellow" if errors["folded"] > 2 * errors["unfolded"] else "",
         )
     print_notes(source.notes)
     return 0

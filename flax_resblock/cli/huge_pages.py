@@ -10,15 +10,14 @@ VARIABLE, SETTING = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
 
 def start_again_with_huge_pages(arguments: Sequence[str]) -> None:
-    """Starts ``train`` again, as the same process, with an allocator that asks Linux for huge
-    pages.
+    """Starts ``train`` again in the same process, with an allocator that asks for huge pages.
 
-    XLA takes the memory of a step anew each time, and on a CPU the page faults of that are a
-    quarter of the step. glibc reads the setting only when a process starts. Whoever has set
-    ``GLIBC_TUNABLES``, to whatever value, is left alone, and so is every other command and system.
+    XLA allocates the memory of every step anew, and on a CPU the page faults cost a quarter of the
+    step. glibc reads the setting only when a process starts. Nothing happens for other commands and
+    systems, or if ``GLIBC_TUNABLES`` is set to any value.
 
     Args:
-      arguments: Of the command line.
+      arguments: The command line.
     """
     if arguments[:1] != ["train"] or VARIABLE in os.environ or not _has_glibc():
         return

@@ -12,16 +12,19 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from flax_resblock.checkpoint.atomic import replacing
 from flax_resblock.cli.common import (
     Checkpoint,
+    Force,
     ReadingFlags,
     megabytes,
     optimizer_left_out,
     output,
     print_notes,
     print_table,
+    print_title,
+    say,
     status,
+    write_json,
 )
 from flax_resblock.config import SlotKind, name_of, to_json, walk
 from flax_resblock.convert.opening import OpenedCheckpoint
@@ -35,7 +38,7 @@ _NEAR_EPS = 10
 
 
 def norm_health(source: OpenedCheckpoint) -> Iterator[dict[str, Any]]:
-    """Range of scale, mean and variance, and the counter, of every batch norm."""
+    """The ranges of scale, mean and variance, and the counter, of every batch norm."""
     keys = {entry.flax_path: entry.torch_key for entry in source.state_map.entries}
     eps = source.norm_options.get("eps") or 1e-5
     for slot in walk(source.config):
@@ -45,13 +48,12 @@ def norm_health(source: OpenedCheckpoint) -> Iterator[dict[str, Any]]:
             np.asarray(source.tensors[keys[(*slot.path, name)]], np.float64)
             for name in ("scale", "mean", "var")
         )
-        remarks = []
-        for what, count in (
-            ("variance near eps", np.sum(var < _NEAR_EPS * eps)),
-            ("scale of 0", np.sum(scale == 0)),
-        ):
-            if count:
-                remarks.append(f"{what} in {int(count)} of {len(var)} channels")
+        found = {"variance near eps": var < _NEAR_EPS * eps, "scale of 0": scale == 0}
+        remarks = [
+            f"{what} in {np.sum(channels)} of {len(var)} channels"
+            for what, channels in found.items()
+            if channels.any()
+        ]
         if np.all(var == 1) and np.all(mean == 0):
             remarks.append("never trained")
         yield {
@@ -66,7 +68,7 @@ def norm_health(source: OpenedCheckpoint) -> Iterator[dict[str, Any]]:
 
 
 def report(source: OpenedCheckpoint) -> dict[str, Any]:
-    """Everything that ``inspect`` knows, for JSON."""
+    """Everything that ``inspect`` finds, for JSON."""
     tensors = source.tensors
     return {
         "source": source.record.source,
@@ -87,7 +89,7 @@ def report(source: OpenedCheckpoint) -> dict[str, Any]:
 
 
 def _run(source: OpenedCheckpoint) -> dict[str, str]:
-    """What a training run in the checkpoint is, and whether it can go on; empty where there is
+    """Describes the training run in the checkpoint and whether it can continue; empty if there is
     none.
     """
     if optimizer_left_out(source) is None:
@@ -140,30 +142,30 @@ def inspect(
     checkpoint: Checkpoint,
     reading: ReadingFlags,
     json_file: Path | None = None,
-    force: bool = False,
+    force: Force = False,
     norms: bool = False,
 ) -> int:
-    """Says what a checkpoint is: architecture, naming scheme, tensors, the health of its batch
-    norms, and what is odd about it. Nothing in it is executed.
+    """Shows what a checkpoint is: architecture, naming scheme, tensors, the health of its batch
+    norms, and anything unusual. Nothing in it is executed.
+
+    For example:
+
+      flax-resblock inspect resnet50.pth
 
     Args:
       reading: How to read the checkpoint.
       json_file: Also write everything to this file.
-      force: Replace that file if it exists.
-      norms: List every batch norm, not only those worth a remark.
+      norms: List every batch norm, not only unusual ones.
     """
     with status.status(f"reading {checkpoint}"):
         try:
             source = reading.open(checkpoint, run=True)
         except MissingDependencyError:
-            source = reading.open(
-                checkpoint
-            )  # the run lies in files of PyTorch beside weights that are not
+            # the weights can be read without torch, but not the run beside them
+            source = reading.open(checkpoint)
         facts = report(source)
     config, tensors = facts["config"], facts["tensors"]
-    output.print(
-        f"[bold]{escape(facts['architecture'])}[/]  {escape(str(checkpoint))}", soft_wrap=True
-    )
+    print_title(facts["architecture"], str(checkpoint))
     rows = {
         "format": facts["format"],
         "naming": f"{facts['naming']} ({source.state_map.naming.origin})",
@@ -174,24 +176,17 @@ def inspect(
         "shape": ", ".join(f"{key} {value}" for key, value in config.items() if key != "type"),
     }
     for name, text in rows.items():
-        output.print(f"  {name:<9}{text}", markup=False, soft_wrap=True)
+        say(f"  {name:<9}{text}")
     for name, text in facts["other_entries"].items():
-        output.print(f"  also has {name}: {text}", markup=False, soft_wrap=True)
+        say(f"  also has {name}: {text}")
     print_notes(source.notes)
     for what, text in facts["run"].items():
-        output.print(
-            f"  {what:<9}{text}",
-            style="yellow" if what == "problem" else "",
-            markup=False,
-            soft_wrap=True,
-        )
+        say(f"  {what:<9}{text}", "yellow" if what == "problem" else "")
     for problem in source.unhealthy:
-        output.print(f"  problem {problem}", style="bold red", markup=False)
+        say(f"  problem {problem}", "bold red")
     _print_norms([norm for norm in facts["norms"] if norms or norm["remark"]], len(facts["norms"]))
     if json_file is not None:
-        with replacing(json_file, force=force) as temporary:
-            temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        output.print(f"  wrote    {json_file}", markup=False)
+        write_json(json_file, facts, force)
     return 0
 
 

@@ -1,22 +1,68 @@
-"""Interrupts from the keyboard, which compiled code may swallow. Imports nothing, so that the
-command line starts at once.
+"""Interrupts, which compiled code may swallow. Imports nothing heavy, so that the command line
+starts at once.
 """
 
 from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
 
 _interrupted = False
 
 
 def on_interrupt(*_: object) -> None:
-    """Handler of SIGINT: raises KeyboardInterrupt, and remembers that it did."""
+    """Handles SIGINT: raises KeyboardInterrupt, and remembers that it did."""
     global _interrupted
     _interrupted = True
     raise KeyboardInterrupt
 
 
 def still_wanted() -> None:
-    """Raises KeyboardInterrupt again if one was raised before: compiled code of jax that calls back
+    """Raises KeyboardInterrupt again if it was raised before; compiled code of jax that calls back
     into Python can swallow it.
     """
     if _interrupted:
         raise KeyboardInterrupt
+
+
+class Stop:
+    """Remembers SIGINT and SIGTERM, so that a run can end between two steps; a second signal
+    interrupts at once. A context manager.
+
+    Args:
+      announce: Called at the first signal.
+    """
+
+    def __init__(self, announce: Callable[[], object]) -> None:
+        self.signal: int | None = None
+        self._announce = announce
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {
+                number: signal.signal(number, self._caught)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _caught(self, number: int, _: object) -> None:
+        if self.signal is not None:
+            on_interrupt()
+        self.signal = number
+        self._announce()
+
+    def asked(self) -> bool:
+        """Whether a signal came."""
+        return self.signal is not None
+
+    @property
+    def status(self) -> int:
+        """The exit status that shells expect after such a signal."""
+        return 128 + (self.signal or signal.SIGTERM)

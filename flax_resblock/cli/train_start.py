@@ -1,10 +1,10 @@
-"""Where a training run begins: afresh, from the weights of a checkpoint, or where another run
-stopped.
+"""Where a training run begins: from random weights, from a checkpoint's weights, or where another
+run stopped.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,10 +13,12 @@ import numpy as np
 from flax_resblock.cli.common import (
     ReadingFlags,
     RunFlags,
-    output,
     print_found,
+    print_note,
     print_notes,
+    print_title,
     refuse_unhealthy,
+    say,
     status,
 )
 from flax_resblock.config import ResNetConfig, architecture, name_of
@@ -25,29 +27,55 @@ from flax_resblock.convert.opening import HEADLESS, OpenedCheckpoint, ReadOption
 from flax_resblock.errors import InputError
 from flax_resblock.runs.run import Run
 from flax_resblock.runs.scheduler_state import ScheduleState, describe_schedule
+from flax_resblock.training.config import TrainConfig, with_settings
+from flax_resblock.training.data import Dataset, DataSource, Splits, open_data, steps_per_epoch
 
 if TYPE_CHECKING:
     from flax_resblock.nn.resnet import Model
-    from flax_resblock.training import TrainConfig
-    from flax_resblock.training.data import DataSource, Splits
     from flax_resblock.training.pace import Pace
 
-
 OF_NEW_RUNS = (
-    "learning_rate",
-    "momentum",
-    "nesterov",
-    "betas",
-    "weight_decay",
-    "decay",
-    "warmup_epochs",
-    "warmup_steps",
+    *("learning_rate", "momentum", "nesterov", "betas", "weight_decay", "decay"),
+    *("warmup_epochs", "warmup_steps", "warmup_factor"),
 )
-"""Settings that a run which goes on brings along in its optimizer and schedule."""
+"""Settings that a continued run has in its optimizer and schedule."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for.
+
+    Attributes:
+      preset: The configuration that the settings change.
+      reading, training: How to read a checkpoint, and the run in it.
+      settings: The settings that were given, by field.
+      strict: Refuse damaged images.
+      allow_nonfinite: Accept a checkpoint that is not healthy.
+    """
+
+    preset: TrainConfig
+    reading: ReadingFlags
+    training: RunFlags
+    settings: dict[str, Any]
+    strict: bool
+    allow_nonfinite: bool
+
+    @property
+    def settings_of_new_run(self) -> dict[str, Any]:
+        """The settings with the optimizer, which a continued run brings along."""
+        optimizer = self.training.optimizer
+        return self.settings | ({} if optimizer is None else {"optimizer": optimizer})
+
+    def read(self, path: Path, *, run: bool = False, afresh: bool = False) -> OpenedCheckpoint:
+        """Opens a checkpoint and refuses unhealthy values; ``afresh`` allows absent weights."""
+        with status.status(f"reading {path}"):
+            source = self.reading.open(path, run=run, afresh=afresh)
+            refuse_unhealthy(source, self.allow_nonfinite)
+        return source
 
 
 class Start(NamedTuple):
-    """Where a run begins: model, run to go on with, configuration, data."""
+    """Model, run to continue, configuration and data of a run that begins."""
 
     model: Model
     run: Run | None
@@ -55,53 +83,95 @@ class Start(NamedTuple):
     splits: Splits[DataSource]
 
 
-def fresh_config(
-    preset: TrainConfig, reading: ReadingFlags, optimizer: str | None, given: dict[str, Any]
-) -> TrainConfig:
-    """The configuration of a run that begins afresh, before its data are known."""
-    from flax_resblock.training.config import with_settings
-
-    settings = {**given, **({} if optimizer is None else {"optimizer": optimizer})}
-    if reading.architecture is not None:
-        settings["model"] = architecture(reading.architecture)
-    config = with_settings(preset, settings)
-    return (
-        config
-        if reading.num_classes is None
-        else replace(config, model=replace(config.model, num_classes=reading.num_classes))
-    )
+def fresh_config(wanted: Wanted) -> TrainConfig:
+    """The configuration of a run from random weights, before its data are known."""
+    settings = wanted.settings_of_new_run
+    if wanted.reading.architecture is not None:
+        settings["model"] = architecture(wanted.reading.architecture)
+    config, classes = with_settings(wanted.preset, settings), wanted.reading.num_classes
+    if classes is None:
+        return config
+    return replace(config, model=replace(config.model, num_classes=classes))
 
 
-def afresh(
-    preset: TrainConfig,
-    reading: ReadingFlags,
-    optimizer: str | None,
-    given: dict[str, Any],
-    strict: bool,
-) -> Start:
-    """A run from random weights; the network gets the channels and the classes of the data."""
+def afresh(wanted: Wanted) -> Start:
+    """Starts from random weights, with the channels and classes of the data."""
     from flax_resblock.training import new_model
 
-    config = fresh_config(preset, reading, optimizer, given)
-    _wide(config.dtype == "float64")
-    splits = opened(config, strict, fit_channels=reading.architecture is not None)
-    classes = _classes(reading.num_classes, splits)
+    config = fresh_config(wanted)
+    _enable_x64(config.dtype == "float64")
+    fit_channels = wanted.reading.architecture is not None
+    splits = opened(config, wanted.strict, fit_channels=fit_channels)
+    classes = _num_classes(wanted.reading.num_classes, splits)
     model = replace(config.model, in_channels=splits.train.shape[-1], num_classes=classes)
     if model != config.model:
-        output.print(
-            f"  note  the network gets {model.in_channels} channels and {classes} classes, as "
-            f"{splits.train.name} has",
-            style="yellow",
-            markup=False,
+        print_note(
+            f"the network gets {model.in_channels} channels and {classes} classes, as "
+            f"{splits.train.name} has"
         )
     config = replace(config, model=model)
     return Start(new_model(config), None, config, splits)
 
 
-def _classes(asked: int | None, splits: Splits[DataSource]) -> int:
-    """Size of the logits: what was asked for, where the data fit into it, else what the data
-    have.
-    """
+def initialised(wanted: Wanted, path: Path) -> Start:
+    """Starts from the weights of a checkpoint, with a head for the classes of the data."""
+    settings = wanted.settings_of_new_run
+    # the parts that can be frozen are known once the checkpoint is read
+    unfrozen = {name: value for name, value in settings.items() if name != "freeze"}
+    data = opened(with_settings(wanted.preset, unfrozen), wanted.strict, fit_channels=False)
+    classes = _num_classes(wanted.reading.num_classes, data)
+    reading = replace(wanted.reading, num_classes=None)
+    source = replace(wanted, reading=reading).read(path, afresh=True)
+    if not isinstance(source.config, ResNetConfig):
+        raise InputError(f"{path} is a bare block; training needs a network.")
+    if source.config.num_classes != classes:
+        was = source.config.num_classes
+        source = _with_new_head(source, source.config, classes, wanted.reading.allow_missing)
+        had = "no head" if was is None else f"{was} classes"
+        print_note(f"{path} has {had}: the head starts afresh, with {classes}")
+    print_title(name_of(source.config), str(path))
+    print_notes(source.notes)
+    config = with_settings(replace(wanted.preset, model=source.config), settings)
+    splits = Splits(*(_with_channels(part, config.model.in_channels) for part in data))
+    return Start(model_of(source, config.dtype), None, config, splits)
+
+
+def _with_new_head(
+    source: OpenedCheckpoint, config: ResNetConfig, classes: int, missing: tuple[str, ...]
+) -> OpenedCheckpoint:
+    """The checkpoint read again with a head of another size, whose weights are missing."""
+    made = StateMap(replace(config, num_classes=classes), source.state_map.naming)
+    old, new = (
+        tuple(entry.torch_key for entry in state_map.entries if entry.flax_path[0] == "head")
+        for state_map in (source.state_map, made)
+    )
+    kept = {key: value for key, value in source.tensors.items() if key not in old}
+    notes = tuple(note for note in source.notes if note != HEADLESS)
+    options = ReadOptions(made.config, made.naming, allow_missing=(*missing, *new))
+    return interpret(replace(source.record, tensors=kept, notes=notes), options)
+
+
+def resumed(wanted: Wanted, path: Path, schedule: str | None) -> Start:
+    """Continues the run in a checkpoint."""
+    source = wanted.read(path, run=not wanted.training.weights_only)
+    if not isinstance(source.config, ResNetConfig):
+        raise InputError(f"{path} is a bare block; training needs a network.")
+    run = None if wanted.training.weights_only else wanted.training.of(source)
+    print_title(name_of(source.config), str(path))
+    print_notes(source.notes)
+    config = replace(wanted.preset, model=source.config)
+    if run is None:
+        config = with_settings(config, wanted.settings_of_new_run)
+        splits = opened(config, wanted.strict)
+    else:
+        print_found(run)
+        config, run, splits = _continued(run, config, wanted, schedule)
+    with status.status("building the network"):
+        return Start(model_of(source, config.dtype), run, config, splits)
+
+
+def _num_classes(asked: int | None, splits: Splits[DataSource]) -> int:
+    """The number of classes that was asked for if the data fit in, else that of the data."""
     there = splits.train.num_classes
     if asked is not None and asked < there:
         raise InputError(
@@ -111,133 +181,30 @@ def _classes(asked: int | None, splits: Splits[DataSource]) -> int:
     return asked or there
 
 
-def start(
-    reading: ReadingFlags,
-    training: RunFlags,
-    given: dict[str, Any],
-    preset: TrainConfig,
-    resume: Path,
-    schedule: str | None,
-    allow_nonfinite: bool,
-    strict: bool,
-) -> Start:
-    """Model, run, configuration and data of a run that goes on."""
-    from flax_resblock.training.config import with_settings
-
-    with status.status(f"reading {resume}"):
-        source = reading.open(resume, run=not training.weights_only)
-        refuse_unhealthy(source, allow_nonfinite)
-        run = None if training.weights_only else training.of(source)
-    output.print(f"[bold]{name_of(source.config)}[/]  {resume}", soft_wrap=True)
-    print_notes(source.notes)
-    config = replace(preset, model=source.config)
-    if run is None:
-        config = with_settings(config, given)
-        splits = opened(config, strict)
-    else:
-        print_found(run)
-        config, run, splits = _going_on(run, config, given, schedule, strict)
-    with status.status("building the network"):
-        return Start(model_of(source, config.dtype), run, config, splits)
-
-
-def initialised(
-    path: Path,
-    reading: ReadingFlags,
-    optimizer: str | None,
-    given: dict[str, Any],
-    preset: TrainConfig,
-    allow_nonfinite: bool,
-    strict: bool,
-) -> Start:
-    """Weights of a checkpoint, with a head for the classes of the data set; configuration and
-    data.
-    """
-    from flax_resblock.training.config import with_settings
-
-    settings = {**given, **({} if optimizer is None else {"optimizer": optimizer})}
-    parts_later = {
-        name: value for name, value in settings.items() if name != "freeze"
-    }  # which parts there are, the checkpoint tells
-    splits = opened(with_settings(preset, parts_later), strict, fit_channels=False)
-    classes = _classes(reading.num_classes, splits)
-    with status.status(f"reading {path}"):
-        source = replace(reading, num_classes=None).open(path, afresh=True)
-        refuse_unhealthy(source, allow_nonfinite)
-        config = source.config
-        if not isinstance(config, ResNetConfig):
-            raise InputError(f"{path} is a bare block; training needs a network.")
-        if config.num_classes != classes:
-            was = "no head" if config.num_classes is None else f"{config.num_classes} classes"
-            head = tuple(
-                entry.torch_key
-                for entry in source.state_map.entries
-                if entry.flax_path[0] == "head"
-            )
-            config = replace(config, num_classes=classes)
-            made = StateMap(config, source.state_map.naming)
-            fresh = tuple(entry.torch_key for entry in made.entries if entry.flax_path[0] == "head")
-            kept = {key: value for key, value in source.tensors.items() if key not in head}
-            notes = tuple(note for note in source.notes if note != HEADLESS)
-            record = replace(source.record, tensors=kept, notes=notes)
-            allowed = (*reading.allow_missing, *fresh)
-            source = interpret(record, ReadOptions(config, made.naming.name, allow_missing=allowed))
-            output.print(
-                f"  note  {path} has {was}: the head starts afresh, with {classes}",
-                style="yellow",
-                markup=False,
-                soft_wrap=True,
-            )
-    output.print(f"[bold]{name_of(config)}[/]  {path}", soft_wrap=True)
-    print_notes(source.notes)
-    changed = with_settings(replace(preset, model=config), settings)
-    return Start(
-        model_of(source, changed.dtype), None, changed, _fitted(splits, changed.model.in_channels)
-    )
-
-
 def opened(
     config: TrainConfig, strict: bool = False, *, fit_channels: bool = True
 ) -> Splits[DataSource]:
-    """The data; grey images for a network that takes colours become colours."""
-    from flax_resblock.training.data import open_data
-
+    """Opens the data; grey images are repeated for a network with three channels."""
     with status.status(f"opening {config.data}") as shown:
         splits = open_data(
             config.data, strict=strict, image_size=config.image_size, on_progress=shown.update
         )
     for part in splits:
         print_notes(part.notes)
-    return _fitted(splits, config.model.in_channels) if fit_channels else splits
-
-
-def _fitted(splits: Splits[DataSource], channels: int) -> Splits[DataSource]:
-    from flax_resblock.training.data import Splits
-
-    return Splits(*(_with_channels(part, channels) for part in splits))
+    if not fit_channels:
+        return splits
+    return Splits(*(_with_channels(part, config.model.in_channels) for part in splits))
 
 
 def _with_channels(dataset: DataSource, channels: int) -> DataSource:
-    """Grey images for a network that takes colours: the same plane three times."""
-    from flax_resblock.training.data import Dataset
-
     if not isinstance(dataset, Dataset) or dataset.shape[-1] != 1 or channels != 3:
         return dataset
-    output.print(
-        f"  note  {dataset.name}: grey images, repeated for the network's 3 channels",
-        style="yellow",
-        markup=False,
-    )
-    return replace(
-        dataset,
-        images=np.repeat(dataset.images, 3, axis=-1),
-        mean=dataset.mean * 3,
-        std=dataset.std * 3,
-    )
+    print_note(f"{dataset.name}: grey images, repeated for the network's 3 channels")
+    images = np.repeat(dataset.images, 3, axis=-1)
+    return replace(dataset, images=images, mean=dataset.mean * 3, std=dataset.std * 3)
 
 
-def _wide(wanted: bool) -> None:
-    """Turns on jax's 64-bit mode where the run needs it."""
+def _enable_x64(wanted: bool) -> None:
     if wanted:
         import jax
 
@@ -245,31 +212,29 @@ def _wide(wanted: bool) -> None:
 
 
 def model_of(source: OpenedCheckpoint, dtype: str) -> Model:
+    """The model in a checkpoint; one in float64 stays in float64, whatever ``dtype`` is."""
     from flax_resblock.io import to_model
 
     wide = any(value.dtype.name == "float64" for value in source.tensors.values())
-    _wide(wide or dtype == "float64")
+    _enable_x64(wide or dtype == "float64")
     return to_model(source, **({} if wide else {"dtype": dtype}))
 
 
-def _going_on(
-    run: Run, config: TrainConfig, given: dict[str, Any], schedule: str | None, strict: bool
+def _continued(
+    run: Run, config: TrainConfig, wanted: Wanted, schedule: str | None
 ) -> tuple[TrainConfig, Run, Splits[DataSource]]:
-    """Configuration and schedule of a run that goes on: what was given, else what the run says of
-    itself, else the preset.
+    """Configuration and schedule of a continued run. The settings that were given come first, then
+    those stored with the run, then the preset's.
     """
-    from flax_resblock.training.config import with_settings
-    from flax_resblock.training.data import steps_per_epoch
     from flax_resblock.training.pace import Pace, at, schedule_of, settings_of
 
+    given = wanted.settings
     if schedule is None:
-        fixed = [name for name in OF_NEW_RUNS if name in given]
-        if fixed:
-            flag = f"--{fixed[0].replace('_', '-')}"
+        if fixed := [name for name in OF_NEW_RUNS if name in given]:
             raise InputError(
-                f"{flag} has no place in a run that goes on, which has its own optimizer and "
-                f"schedule. Leave it out, take the weights alone (--weights-only), "
-                "or take another learning rate with --schedule."
+                f"--{fixed[0].replace('_', '-')} has no place in a run that goes on, which has its "
+                f"own optimizer and schedule. Leave it out, take the weights alone "
+                "(--weights-only), or take another learning rate with --schedule."
             )
         if run.problem:
             raise InputError(
@@ -277,13 +242,13 @@ def _going_on(
                 f"optimizer has, or --schedule warmup-cosine."
             )
     config = with_settings(with_settings(config, run.settings), given)
-    splits = opened(config, strict)
+    splits = opened(config, wanted.strict)
     steps = steps_per_epoch(splits.train, config.batch_size)
     pace = Pace.of(run, steps)
     if schedule == "constant" or (schedule is None and run.schedule is None):
         run = replace(run, schedule=None)
         rates = ", ".join(f"{float(group.options['lr']):.4g}" for group in run.optimizer.groups)
-        output.print(f"  learning rate  {rates}, constant", markup=False)
+        say(f"  learning rate  {rates}, constant")
     elif schedule == "warmup-cosine":
         run = _rescaled(run, given.get("learning_rate"))
         run = at(replace(run, schedule=ScheduleState(schedule_of(config, steps), 0)), pace.start)
@@ -291,65 +256,46 @@ def _going_on(
     if not {"epochs", "steps"} & given.keys() and config.steps is None:
         config = replace(config, epochs=_epochs_of(run, pace, config))
     if run.schedule is not None:
-        output.print(f"  learning rate  {describe_schedule(run.schedule)}", markup=False)
-    _compare_counters(run, pace)
-    run = replace(run, settings=settings_of(config))
-    output.print(
+        say(f"  learning rate  {describe_schedule(run.schedule)}")
+    if run.steps and run.epochs and run.steps != pace.start:
+        print_note(
+            f"the run took {run.steps} steps in {run.epochs} epochs, and here an epoch has "
+            f"{pace.steps}: it had other images, or needs its own --batch-size. It goes on by its "
+            "epochs."
+        )
+    say(
         f"  goes on at step {pace.start}, epoch {pace.start // steps + 1} of "
-        f"{-(-config.end(steps) // steps)}, {steps} steps per epoch",
-        markup=False,
+        f"{-(-config.end(steps) // steps)}, {steps} steps per epoch"
     )
-    return config, run, splits
+    return config, replace(run, settings=settings_of(config)), splits
 
 
 def _rescaled(run: Run, learning_rate: float | None) -> Run:
-    """The run with another base rate of its first param group; the other groups keep their ratio to
-    it.
-    """
+    """The run with another base rate; its param groups keep their ratios."""
     groups = run.optimizer.groups
     bases = [float(group.options.get("initial_lr", group.options["lr"])) for group in groups]
     factor = 1.0 if learning_rate is None or not bases[0] else learning_rate / bases[0]
-    options = [
-        {**group.options, "lr": base * factor, "initial_lr": base * factor}
-        for group, base in zip(groups, bases, strict=True)
-    ]
     made = tuple(
-        replace(group, options=option) for group, option in zip(groups, options, strict=True)
+        replace(group, options={**group.options, "lr": base * factor, "initial_lr": base * factor})
+        for group, base in zip(groups, bases, strict=True)
     )
     return replace(run, optimizer=replace(run.optimizer, groups=made))
 
 
 def _epochs_of(run: Run, pace: Pace, config: TrainConfig) -> int:
-    """Epochs of the whole run: until its schedule ends, else as its own settings say, else as many
-    more as the preset has.
+    """Epochs of the whole run: until the end of its schedule, else as its settings say, else as
+    many more as the preset has.
     """
     done = pace.start // pace.steps
     if run.schedule is not None and run.schedule.schedule.length is not None:
         left = run.schedule.schedule.length - pace.position(pace.start)
         if left > 0:
-            return max(
-                done + left if run.schedule.per_epoch else round((pace.start + left) / pace.steps),
-                done + 1,
-            )
+            per_epoch = run.schedule.per_epoch
+            end = done + left if per_epoch else round((pace.start + left) / pace.steps)
+            return max(end, done + 1)
     if "epochs" in run.settings:
         return run.settings["epochs"]
-    output.print(
-        f"  note  the checkpoint does not say how long the run is: {config.epochs} more epochs "
-        f"(--epochs)",
-        style="yellow",
-        markup=False,
+    print_note(
+        f"the checkpoint does not say how long the run is: {config.epochs} more epochs (--epochs)"
     )
     return done + config.epochs
-
-
-def _compare_counters(run: Run, pace: Pace) -> None:
-    """Tells where steps and epochs of the run do not go together with the steps per epoch here."""
-    if run.steps and run.epochs and run.steps != pace.start:
-        output.print(
-            f"  note  the run took {run.steps} steps in {run.epochs} epochs, and here an epoch "
-            f"has {pace.steps}: it had other images, or needs its own "
-            "--batch-size. It goes on by its epochs.",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
-        )

@@ -1,21 +1,29 @@
-"""The training program, in JAX alone: configuration, data, schedule, optimizer, devices, step and
-loop. Never imports torch.
+"""The training library, in JAX alone: configuration, data, step, loop, devices, what a run leaves.
+
+Names are imported on first use, so that a program that needs only a part of it does not wait for
+jax.
 """
 
-from flax_resblock.training.config import TrainConfig
-from flax_resblock.training.devices import data_mesh
-from flax_resblock.training.errors import Stopped, TrainingError
-from flax_resblock.training.evaluation import Evaluation, evaluate
-from flax_resblock.training.loop import fit, new_model
-from flax_resblock.training.presets import PRESETS
-from flax_resblock.training.reports import History, Judged, Step
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flax_resblock.training.config import TrainConfig
+    from flax_resblock.training.devices import data_mesh
+    from flax_resblock.training.errors import Stopped, TrainingError
+    from flax_resblock.training.evaluation import Evaluation, evaluate
+    from flax_resblock.training.loop import fit, new_model
+    from flax_resblock.training.presets import PRESETS
+    from flax_resblock.training.reports import EvaluationReport, History, StepReport
 
 __all__ = [
     "PRESETS",
     "Evaluation",
+    "EvaluationReport",
     "History",
-    "Judged",
-    "Step",
+    "StepReport",
     "Stopped",
     "TrainConfig",
     "TrainingError",
@@ -24,3 +32,22 @@ __all__ = [
     "fit",
     "new_model",
 ]
+
+_MODULES = {
+    "config": ("TrainConfig",),
+    "devices": ("data_mesh",),
+    "errors": ("Stopped", "TrainingError"),
+    "evaluation": ("Evaluation", "evaluate"),
+    "loop": ("fit", "new_model"),
+    "presets": ("PRESETS",),
+    "reports": ("EvaluationReport", "History", "StepReport"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'flax_resblock.training' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"flax_resblock.training.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,5 +1,6 @@
-"""A run of several processes: how they find each other, and what happens when one of them is
-gone.
+"""Runs of several processes: how they find each other, and what happens when one of them dies.
+
+jax is imported late, because connecting must come before anything else that it does.
 """
 
 from __future__ import annotations
@@ -15,29 +16,25 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-import jax
-
 from flax_resblock.errors import InputError
 
 PEER_LOST = 3
-"""Exit status of a process whose peer died: start all of them again."""
+"""Exit status of a process whose peer died."""
 _HEARTBEAT = 10
-"""Seconds after which a process that does not answer counts as dead, where no closed connection
-tells sooner.
+"""Seconds without an answer after which a process counts as dead, unless its connection closes
+sooner.
 """
 _CHIPS = ("/dev/accel*", "/dev/vfio/[0-9]*")
 """Device files of TPU chips."""
 _MAYBE_ALONE = "Cloud TPU VM"
-"""A host with chips of its own, and maybe others: only its metadata server knows, which jax
-asks.
-"""
+"""A host with chips, perhaps one of several; jax asks its metadata server."""
 _DONE = b"."
-"""What a process sends when it ends well."""
+"""Sent by a process that ends normally."""
 _KEY = "flax_resblock/watch"
 _PATIENCE = 300
-"""Seconds that processes wait for each other at the start."""
+"""Seconds that processes wait for each other to start."""
 _INTRODUCTION = 30
-"""Seconds that they then wait for each other's connection."""
+"""Seconds that they then wait for the connections between them."""
 
 Environment = Mapping[str, str]
 
@@ -63,11 +60,11 @@ _SIGNS: Mapping[str, Any] = MappingProxyType(
         "TPU multislice": lambda environment: "MEGASCALE_COORDINATOR_ADDRESS" in environment,
     }
 )
-"""By what a cluster is recognised; jax then reads the rest of its own accord."""
+"""The environment variables by which a cluster is recognised; jax reads the rest itself."""
 
 
 def detected(environment: Environment | None = None) -> str | None:
-    """The kind of cluster that started this process, with others; None for a process on its own."""
+    """The kind of cluster that started this process; None for a single process."""
     environment = os.environ if environment is None else environment
     found = next((name for name, present in _SIGNS.items() if present(environment)), None)
     if (
@@ -82,12 +79,13 @@ def detected(environment: Environment | None = None) -> str | None:
 
 @dataclass(frozen=True)
 class Cluster:
-    """How to find the other processes, where nothing in the environment tells.
+    """How the processes of a run find each other. On TPU pods, Slurm, Open MPI and Kubernetes they
+    do so by themselves.
 
     Attributes:
-      coordinator: ``HOST:PORT`` of process 0.
-      num_processes: How many there are.
-      process_id: Which one this is, from 0.
+      coordinator: HOST:PORT of process 0.
+      num_processes: Number of processes, with a coordinator.
+      process_id: Number of this process, from 0, with a coordinator.
     """
 
     coordinator: str | None = None
@@ -95,10 +93,10 @@ class Cluster:
     process_id: int | None = None
 
     def check(self) -> None:
-        """Refuses what cannot be a cluster.
+        """Checks the values.
 
         Raises:
-          InputError: Only some of the three, or values out of their range.
+          InputError: Only some of the three are given, or one is out of its range.
         """
         given = (self.coordinator, self.num_processes, self.process_id)
         if self.coordinator is None and given != (None, None, None):
@@ -122,15 +120,17 @@ class Cluster:
 
 
 def connect(cluster: Cluster) -> bool:
-    """Joins the other processes of a run; must come before anything else that jax does.
+    """Connects the processes of a run. Call it before anything else that uses jax.
 
     Args:
-      cluster: What was given; where nothing was, the environment decides.
+      cluster: How they find each other; without a coordinator the environment decides.
     Returns:
-      Whether there are others.
+      Whether there are several.
     Raises:
-      InputError: They were not found.
+      InputError: They did not find each other.
     """
+    import jax
+
     cluster.check()
     kind = detected() if cluster.coordinator is None else "--coordinator"
     if kind is None:
@@ -159,9 +159,11 @@ def connect(cluster: Cluster) -> bool:
 
 
 def lost(who: str) -> NoReturn:
-    """Ends this process at once because another one is gone; nothing of jax's is taken down in
-    order, as that would wait for the dead.
+    """Ends this process at once because another one is gone. jax is not shut down in order, because
+    that would wait for the lost process.
     """
+    import jax
+
     number, count = jax.process_index(), jax.process_count()
     print(
         f"flax-resblock: {who} of {count} is gone; process {number} cannot go on without it. "
@@ -177,7 +179,7 @@ _connections: list[socket.socket] = []
 
 
 def leave() -> None:
-    """Tells the others that this process ends well."""
+    """Tells the other processes that this one ends normally."""
     for connection in _connections:
         try:
             connection.sendall(_DONE)
@@ -186,9 +188,11 @@ def leave() -> None:
 
 
 def _watch() -> None:
-    """Connects every process with process 0, so that the end of one is noticed at once: its
-    connection closes. Where a firewall is between them, jax's own heartbeats notice it later."""
-    from jax._src.distributed import global_state  # jax's own store of keys; it has no public name
+    """Connects every process to process 0, so that the others notice at once when one dies: its
+    connection closes. Behind a firewall, jax's heartbeats notice it later.
+    """
+    import jax
+    from jax._src.distributed import global_state  # jax's key-value store has no public name
 
     client: Any = global_state.client
     try:

@@ -9,18 +9,20 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.errors import MissingDependencyError
-from flax_resblock.training.reports import Judged
+from flax_resblock.training.reports import EvaluationReport
 
 _SMOOTH = 50
-"""Steps that the bold line of the loss is averaged over, at most."""
+"""The bold lines are averaged over this many steps at most."""
 
 
-def draw_curves(steps: Sequence[Mapping[str, Any]], judged: Sequence[Judged], path: Path) -> None:
-    """Loss, accuracy and learning rate over the steps, as a PNG.
+def draw_curves(
+    steps: Sequence[Mapping[str, Any]], evaluations: Sequence[EvaluationReport], path: Path
+) -> None:
+    """Draws loss, accuracy and learning rate over the steps as a PNG.
 
     Args:
       steps: Entries of ``metrics.jsonl``.
-      judged: The evaluations; may be none.
+      evaluations: The evaluations; may be empty.
       path: The file.
     Raises:
       MissingDependencyError: matplotlib is not installed.
@@ -31,23 +33,13 @@ def draw_curves(steps: Sequence[Mapping[str, Any]], judged: Sequence[Judged], pa
     _noisy(loss, numbers, np.array([step["loss"] for step in steps]), "training")
     _noisy(accuracy, numbers, 100 * np.array([step["accuracy"] for step in steps]), "training")
     for name, label, style in (("", "test", "o-"), ("ema_", "test, averaged weights", "s--")):
-        present = [one for one in judged if getattr(one, f"{name}accuracy") is not None]
+        present = [one for one in evaluations if getattr(one, f"{name}accuracy") is not None]
         if present:
             at = [one.step for one in present]
-            loss.plot(
-                at,
-                [getattr(one, f"{name}loss") for one in present],
-                style,
-                label=label,
-                markersize=4,
-            )
-            accuracy.plot(
-                at,
-                [100 * getattr(one, f"{name}accuracy") for one in present],
-                style,
-                label=label,
-                markersize=4,
-            )
+            losses = [getattr(one, f"{name}loss") for one in present]
+            shares = [100 * getattr(one, f"{name}accuracy") for one in present]
+            loss.plot(at, losses, style, label=label, markersize=4)
+            accuracy.plot(at, shares, style, label=label, markersize=4)
     rate.plot(numbers, [step["learning_rate"] for step in steps], color="tab:green")
     for axes, words in (
         (loss, "cross-entropy"),
@@ -64,7 +56,7 @@ def draw_curves(steps: Sequence[Mapping[str, Any]], judged: Sequence[Judged], pa
 
 
 def _noisy(axes: Any, steps: np.ndarray, values: np.ndarray, label: str) -> None:
-    """Every value, pale, and their running mean."""
+    """Plots every value, pale, and their running mean."""
     axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.7)
     width = max(1, min(_SMOOTH, len(values) // 10))
     means = np.convolve(values, np.full(width, 1 / width), mode="valid")
@@ -77,11 +69,11 @@ def _noisy(axes: Any, steps: np.ndarray, values: np.ndarray, label: str) -> None
 
 
 def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """A confusion matrix as a PNG.
+    """Draws a confusion matrix as a PNG.
 
     Args:
-      counts: ``(K, K)``: how often class ``i`` was taken for class ``j``.
-      names: Of the classes.
+      counts: ``(K, K)``; entry ``(i, j)`` counts images of class ``i`` predicted as ``j``.
+      names: The class names.
       path: The file.
     Raises:
       MissingDependencyError: matplotlib is not installed.
@@ -109,8 +101,8 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None
                 fontsize=8,
                 color="white" if shares[row, column] > 0.5 else "black",
             )
-    axes.set_xlabel("taken for")
-    axes.set_ylabel("shown")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
     figure.savefig(path, dpi=120, format="png")
 
 

@@ -1,4 +1,4 @@
-"""Which devices share a run, and how arrays lie on them."""
+"""The devices that share a run, and how arrays are placed on them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flax_resblock.errors import InputError
 
 AXIS = "data"
-"""The mesh axis that the images of a batch are spread over."""
+"""The mesh axis over which the images of a batch are spread."""
 
 
 def data_mesh(devices: int | Sequence[Any] | None = None) -> Mesh:
-    """A mesh of one axis, over which every batch is spread and the model is copied.
+    """Makes a mesh with one axis, over which every batch is spread and the model is replicated.
 
     Args:
-      devices: Which; a number takes the first that this process has; None takes all devices of all
-        processes.
+      devices: The devices. A number takes the first so many of this process; None takes all
+        devices of all processes.
     Raises:
       InputError: More devices than there are.
     """
@@ -47,11 +47,11 @@ def data_mesh(devices: int | Sequence[Any] | None = None) -> Mesh:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the arrays of a run lie: the state is copied to every device, the images are spread
-    over them.
+    """How the arrays of a run are placed: every device has the whole state and a share of the
+    images.
 
     Attributes:
-      mesh: See :func:`data_mesh`; None leaves everything to jax, on its default device.
+      mesh: See :func:`data_mesh`; None uses jax's default device.
     """
 
     mesh: Mesh | None = None
@@ -63,19 +63,19 @@ class Placement:
 
     @property
     def shard(self) -> tuple[int, int]:
-        """This process's number and how many there are: which part of each batch it reads."""
+        """Number of this process and of all processes; it reads that share of each batch."""
         return (0, 1) if self.mesh is None else (jax.process_index(), jax.process_count())
 
     @property
     def copied(self) -> NamedSharding | None:
-        """Of arrays that every device has whole."""
+        """The sharding of arrays that every device holds whole."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
     def check(self, batch_size: int, accumulate: int = 1) -> None:
-        """Refuses a batch that the devices cannot share equally.
+        """Checks that the devices can share a batch equally.
 
         Raises:
-          InputError: It does not divide.
+          InputError: They cannot.
         """
         piece = batch_size // accumulate
         if piece % self.devices:
@@ -91,8 +91,8 @@ class Placement:
             )
 
     def copies(self, tree: Any) -> Any:
-        """Arrays of the host (the same in every process) on every device; new buffers, which a step
-        may take.
+        """Copies host arrays, the same in every process, to every device; a step may take the
+        new buffers.
         """
         sharding = self.copied
         if sharding is None:
@@ -100,16 +100,20 @@ class Placement:
         return jax.tree.map(lambda leaf: _copied(np.asarray(leaf), sharding), tree)
 
     def spread(self, array: np.ndarray, *, axis: int = 0) -> Any:
-        """This process's part of a batch, as part of one array over all devices.
+        """Places this process's share of a batch as part of one array over all devices.
 
         Args:
-          array: The images of axis ``axis`` are this process's.
-          axis: Which axis counts images.
+          array: This process's share.
+          axis: The axis that counts images.
         """
         if self.mesh is None:
             return array
         spec = PartitionSpec(*([None] * axis), AXIS)
         return jax.make_array_from_process_local_data(NamedSharding(self.mesh, spec), array)
+
+    def flag(self, value: bool) -> Any:
+        """One int32 per device, from which every process can see whether any has set it."""
+        return self.spread(np.full(self.devices // self.shard[1], value, np.int32))
 
 
 def _copied(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -117,7 +121,7 @@ def _copied(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def on_host(tree: Any) -> Any:
-    """Values that every device has, as numpy arrays of their own."""
+    """Copies values that every device holds to numpy arrays."""
     return jax.tree.map(
         lambda leaf: np.array(
             leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf, copy=True

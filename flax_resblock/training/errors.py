@@ -1,6 +1,8 @@
-"""What can end a training run."""
+"""Errors of training runs and configurations."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -8,10 +10,10 @@ from flax_resblock.errors import InputError
 
 
 class Stopped(Exception):  # noqa: N818 - no error
-    """A run ended before its time because it was asked to.
+    """A run was stopped on request before its end.
 
     Attributes:
-      step: Steps done.
+      step: Number of steps done.
     """
 
     def __init__(self, step: int) -> None:
@@ -20,12 +22,11 @@ class Stopped(Exception):  # noqa: N818 - no error
 
 
 class TrainingError(InputError):
-    """A run that cannot go on. The message names the step and what to change.
+    """A run cannot continue. The message names the step and what to change.
 
     Attributes:
-      step: The step, from 0, where it is known.
-      indices: Places in the dataset of the images of that step, ``(N,)`` int64, where they are
-        known.
+      step: The step, from 0, if known.
+      indices: Indices in the dataset of the images of that step, ``(N,)`` int64, if known.
     """
 
     def __init__(
@@ -34,3 +35,18 @@ class TrainingError(InputError):
         super().__init__(message)
         self.step = step
         self.indices = indices
+
+
+def check_fields(config: object, rules: Iterable[tuple[str, bool, str]]) -> None:
+    """Checks the fields of a configuration.
+
+    Args:
+      config: The configuration.
+      rules: Name of a field, whether its value is valid, and what it must be. They are drawn one by
+        one, so that a rule may rely on those before it.
+    Raises:
+      InputError: The first value that is not valid.
+    """
+    for name, valid, meaning in rules:
+        if not valid:
+            raise InputError(f"{name}={getattr(config, name)!r} must be {meaning}.")

@@ -1,25 +1,36 @@
-"""Classifying images and counting what is right."""
+"""Classifying images and measuring the accuracy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from flax_resblock.cpu.switch import compiler_options
 from flax_resblock.errors import InputError
 from flax_resblock.nn.resnet import Model, ResNet
 from flax_resblock.training.data import Dataset, DataSource, evaluation_batches
 from flax_resblock.training.devices import Placement
-from flax_resblock.training.step import make_eval_step
 
 EVAL_BATCH = 512
 
+EvalStep = Callable[[nnx.State, nnx.State, Any], jax.Array]
+
 
 class Evaluation(NamedTuple):
-    """Accuracy in [0, 1], the predicted classes ``(N,)`` int64, the logits ``(N, num_classes)``,
-    and the mean cross-entropy.
+    """The predictions for a data set and how good they are.
+
+    Attributes:
+      accuracy: In [0, 1].
+      predictions: Predicted classes, ``(N,)`` int64.
+      logits: ``(N, num_classes)``.
+      loss: Mean cross-entropy.
     """
 
     accuracy: float
@@ -35,10 +46,9 @@ def evaluate(
 
     Args:
       model: A network with a head.
-      images: ``(N, H, W, C)``, normalised (:meth:`Dataset.normalised`), at least one.
+      images: ``(N, H, W, C)`` with ``N`` at least 1, normalised (:meth:`Dataset.normalised`).
       labels: ``(N,)``, integers.
-      batch_size: Images at a time; the last batch is filled up with zeros, whose logits are
-        dropped, so that one shape is compiled.
+      batch_size: Images at a time. The last batch is padded so that only one shape is compiled.
     Raises:
       InputError: A model without logits, no images, or not one label per image.
     """
@@ -69,13 +79,13 @@ def evaluate_source(
     workers: int = 0,
     batch_size: int = EVAL_BATCH,
 ) -> Evaluation:
-    """:func:`evaluate` of a data set, wherever its images lie; the devices share each batch.
+    """:func:`evaluate` for a data source; the devices share each batch.
 
     Args:
       model: A network with a head.
-      source: The images and what they show.
+      source: The labelled images.
       placement: The devices; every process of a run gets the whole result.
-      workers: Processes that decode.
+      workers: Processes that decode images.
       batch_size: Images at a time.
     """
     placement = placement or Placement()
@@ -96,18 +106,14 @@ def evaluate_state(
     workers: int = 0,
     batch_size: int = EVAL_BATCH,
 ) -> Evaluation:
-    """:func:`evaluate_source` of a model that was taken apart, and whose values already lie on the
-    devices.
-    """
+    """:func:`evaluate_source` for a split model whose values are already on the devices."""
     eval_step = make_eval_step(graphdef, placement.mesh)
     rows = -(-min(batch_size, len(source)) // placement.devices) * placement.devices
     pieces = []
     with closing(evaluation_batches(source, rows, placement.shard, workers=workers)) as coming:
         for number, batch in enumerate(coming):
             logits = np.asarray(eval_step(params, stats, placement.spread(batch.images)))
-            pieces.append(
-                logits[: len(source) - number * rows]
-            )  # what fills up the last batch is dropped
+            pieces.append(logits[: len(source) - number * rows])  # without the last one's padding
     logits = np.concatenate(pieces)
     predictions = logits.argmax(axis=1)
     return Evaluation(
@@ -118,15 +124,30 @@ def evaluate_state(
     )
 
 
+@lru_cache(maxsize=8)
+def make_eval_step(graphdef: nnx.GraphDef[ResNet], mesh: Mesh | None = None) -> EvalStep:
+    """Compiles evaluation, once per structure: ``(params, stats, images (N, H, W, C)) -> logits
+    (N, num_classes)``, whole on every device.
+    """
+
+    def eval_step(params: nnx.State, stats: nnx.State, images: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, params, stats, copy=True)
+        return model(images, use_running_average=True)
+
+    return jax.jit(
+        eval_step, out_shardings=Placement(mesh).copied, compiler_options=compiler_options()
+    )
+
+
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-    """How often class ``i`` was taken for class ``j``, ``(num_classes, num_classes)`` int64."""
+    """Counts the images of class ``i`` predicted as ``j``, ``(num_classes, num_classes)`` int64."""
     counts = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(counts, (labels, predictions), 1)
     return counts
 
 
 def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean over the images, in float64; infinite where the model does not know a label."""
+    """Mean over the images, in float64; infinite if a label is not among the model's classes."""
     if labels.max() >= logits.shape[1]:
         return float("inf")
     wide = logits.astype(np.float64)
@@ -138,7 +159,7 @@ def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def with_head(model: Model) -> ResNet:
-    """The model, refused where it has no logits.
+    """Returns the model if it has logits.
 
     Raises:
       InputError: A bare block, or a network without head.

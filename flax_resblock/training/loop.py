@@ -18,20 +18,21 @@ from flax_resblock.errors import InputError, some
 from flax_resblock.nn.resnet import Model, ResNet
 from flax_resblock.runs.optimizers import optimizer_of, record_of, state_of
 from flax_resblock.runs.run import Run
-from flax_resblock.runs.schedules import OneCycleLR
+from flax_resblock.training.checks import check_model, check_run
 from flax_resblock.training.config import TrainConfig
 from flax_resblock.training.data import Batch, DataSource, Stream, steps_per_epoch
 from flax_resblock.training.devices import Placement, on_host
 from flax_resblock.training.errors import Stopped, TrainingError
-from flax_resblock.training.evaluation import evaluate_state, with_head
+from flax_resblock.training.evaluation import evaluate_state
+from flax_resblock.training.loss import Mixed
 from flax_resblock.training.pace import Pace, Rates, new_run
 from flax_resblock.training.progress import TrainingProgress
-from flax_resblock.training.reports import History, Judged, Saver, Step
-from flax_resblock.training.step import Leaves, Metrics, Mixed, TrainState, make_train_step, split
+from flax_resblock.training.reports import EvaluationReport, History, Saver, StepReport
+from flax_resblock.training.step import Leaves, Metrics, TrainState, make_train_step, split
 
 
 def new_model(config: TrainConfig) -> ResNet:
-    """The configured network with fresh weights from ``config.seed``, in training mode.
+    """Creates the configured network with fresh weights from ``config.seed``, in training mode.
 
     Raises:
       InputError: ``dtype="float64"`` while jax's x64 mode is off.
@@ -51,8 +52,8 @@ def fit(
     *,
     test: DataSource | None = None,
     run: Run | None = None,
-    on_step: Callable[[Step], None] | None = None,
-    on_judged: Callable[[Judged], None] | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+    on_evaluation: Callable[[EvaluationReport], None] | None = None,
     saver: Saver | None = None,
     stop: Callable[[], bool] | None = None,
     mesh: Mesh | None = None,
@@ -62,39 +63,38 @@ def fit(
 
     Args:
       model: The network that ``config.model`` describes, from :func:`new_model` or
-        ``flax_resblock.from_torch``. It receives the new values at the end, and stays as it was if
-        the run fails; its mode (training or evaluation) does not matter and does not change.
-      dataset: Images to learn from.
+        ``flax_resblock.from_torch``. It receives the trained values at the end, and stays as it was
+        if the run fails. Its mode (training or evaluation) does not matter and does not change.
+      dataset: The training images.
       config: The run.
-      test: Images to classify after each epoch and at the end.
-      run: A run to go on with, in PyTorch or here, from :func:`flax_resblock.load_run`: its
-        optimizer with all buffers, its schedule (the rates that the param groups have, where it has
-        none) and its counters, which also give the order of the images. It ends where ``config``
-        says, what was done before included. None: the configured optimizer and schedule from the
-        start.
-      on_step: Called with each step once its numbers are known, while the next one is computed.
-      on_judged: Called after each evaluation.
-      saver: Receives copies of model and run after the steps that it wants, after the last one, and
-        before a stop.
-      stop: Asked after each step whether to end the run there; in a run of several processes one
-        that says so ends all.
-      mesh: The devices that share each batch, from :func:`flax_resblock.training.data_mesh`; None:
-        jax's default device alone.
+      test: Test images, classified after each epoch and at the end.
+      run: A PyTorch or JAX run to continue, from :func:`flax_resblock.load_run`: its optimizer with
+        all buffers, its schedule (without one, the rates of its param groups stay), and its
+        counters, which also give the order of the images. ``config`` says where the whole run ends.
+        None starts the configured optimizer and schedule.
+      on_step: Called with each step's report, while the next step is computed.
+      on_evaluation: Called with each evaluation's report.
+      saver: Receives copies of model and run after the steps that it asks for, after the last one,
+        and before a stop.
+      stop: Called after each step; True ends the run there. In a run of several processes, one that
+        returns True ends all.
+      mesh: The devices that share each batch, from :func:`flax_resblock.training.data_mesh`; None
+        uses jax's default device.
       progress: Whether to show a progress bar.
     Returns:
-      Loss and accuracy of every step.
+      Loss and accuracy of every step, the evaluations, and the run to save.
     Raises:
       InputError: Model, images, devices and configuration do not fit each other.
       TrainingError: The loss is not finite; the message names the step and the images.
-      Stopped: ``stop`` said so; the model stays as it was.
+      Stopped: ``stop`` returned True; the model stays as it was.
     """
-    network = _check(model, dataset, config)
+    network = check_model(model, dataset, config)
     placement = Placement(mesh)
     placement.check(config.batch_size, config.accumulate)
     steps = steps_per_epoch(dataset, config.batch_size)
     run = run or new_run(config, steps)
     pace, record, end = Pace.of(run, steps), run.optimizer, config.end(steps)
-    _check_run(run, network, pace, end)
+    check_run(run, network, pace, end)
     optimizer = optimizer_of(record)
     graphdef, state = split(network, optimizer, freeze=config.freeze, placement=placement)
     state = state._replace(
@@ -112,75 +112,66 @@ def fit(
         replicas=config.batch_norm == "replica" and placement.devices > 1,
         mesh=mesh,
     )
+    stream = Stream(
+        dataset,
+        config.batch_size,
+        seed=config.seed,
+        augmentation=config.augmentation,
+        shard=placement.shard,
+        pieces=config.accumulate,
+        workers=config.workers,
+    )
     leaves = Leaves(state)
     history = History()
     several = placement.shard[1] > 1
-    with TrainingProgress(
-        (end - pace.start) * config.batch_size, -(-end // steps), shown=progress
-    ) as bar:
+    images, epochs = (end - pace.start) * config.batch_size, -(-end // steps)
+    with (
+        TrainingProgress(images, epochs, shown=progress) as bar,
+        closing(stream.from_step(pace.start)) as coming,
+    ):
 
-        def reported(pending: _Pending) -> bool:
-            """Waits for the numbers of a step; whether any process wants to stop."""
-            step = pending.known(steps)
+        def reported(computed: _ComputedStep) -> bool:
+            """Waits for a step's numbers; returns whether any process wants to stop."""
+            step = computed.report(steps)
             history.steps.append(step)
             bar.advance(config.batch_size, epoch=step.epoch, loss=step.loss, accuracy=step.accuracy)
             if on_step is not None:
                 on_step(step)
-            return pending.metrics.stop is not None and bool(np.asarray(pending.metrics.stop))
+            wanted = computed.metrics.stop
+            return wanted is not None and bool(np.asarray(wanted))
 
         def asked() -> bool:
             return stop is not None and stop()
 
-        stream = Stream(
-            dataset,
-            config.batch_size,
-            seed=config.seed,
-            augmentation=config.augmentation,
-            shard=placement.shard,
-            pieces=config.accumulate,
-            workers=config.workers,
-        )
-        pending: _Pending | None = None
-        with closing(stream.from_step(pace.start)) as coming:
-            for number, batch in zip(range(pace.start, end), coming, strict=False):
-                rates, done = pace.rates(number), number + 1
-                flag = (
-                    placement.spread(
-                        np.full(placement.devices // placement.shard[1], asked(), np.int32)
-                    )
-                    if several
-                    else None
+        computed: _ComputedStep | None = None
+        for number, batch in zip(range(pace.start, end), coming, strict=False):
+            rates, done = pace.rates(number), number + 1
+            flag = placement.flag(asked()) if several else None
+            metrics = train_step.advance(
+                leaves, *_on_devices(batch, config.accumulate, placement, rates), stop=flag
+            )
+            # the report of the step before, while this one is computed
+            stopped = computed is not None and reported(computed)
+            if not several:
+                stopped = asked()
+            computed = _ComputedStep(number, rates, batch.indices, metrics)
+            tested = test is not None and (done % steps == 0 or done == end)
+            saved = saver is not None and saver.due(done, None)
+            if not (stopped or tested or saved or done == end):
+                continue
+            reported(computed)
+            computed = evaluation = None
+            if test is not None and tested:
+                evaluation = _evaluated(
+                    graphdef, leaves.state, test, config, placement, done, steps
                 )
-                metrics = train_step.advance(
-                    leaves, *_on_devices(batch, config.accumulate, placement, rates), stop=flag
-                )
-                stopped = pending is not None and reported(pending)  # while this step is computed
-                if not several:
-                    stopped = asked()
-                pending = _Pending(number, rates, batch.indices, metrics)
-                judging = test is not None and (done % steps == 0 or done == end)
-                if not (
-                    stopped
-                    or judging
-                    or done == end
-                    or (saver is not None and saver.due(done, None))
-                ):
-                    continue
-                reported(pending)
-                pending = None
-                judged = (
-                    _judge(graphdef, leaves.state, test, config, placement, done, steps)
-                    if judging and test is not None
-                    else None
-                )
-                if judged is not None:
-                    history.judged.append(judged)
-                    if on_judged is not None:
-                        on_judged(judged)
-                if saver is not None and (stopped or done == end or saver.due(done, judged)):
-                    saver.save(*_copies(graphdef, leaves.state, pace.after(done)))
-                if stopped and done < end:
-                    raise Stopped(done)
+                history.evaluations.append(evaluation)
+                if on_evaluation is not None:
+                    on_evaluation(evaluation)
+            if saver is not None and (stopped or done == end or saver.due(done, evaluation)):
+                saver.save(*_copies(graphdef, leaves.state, pace.after(done)))
+            if stopped and done < end:
+                raise Stopped(done)
     state = leaves.state
     params, stats = on_host((state.params, state.stats)) if several else (state.params, state.stats)
     nnx.update(network, params, stats)
@@ -188,27 +179,23 @@ def fit(
     return history
 
 
-class _Pending(NamedTuple):
-    """A step that is being computed."""
+class _ComputedStep(NamedTuple):
+    """A step that the devices are computing."""
 
     number: int
     rates: Rates
     indices: np.ndarray
     metrics: Metrics
 
-    def known(self, steps: int) -> Step:
-        """The step, once it is done.
+    def report(self, steps: int) -> StepReport:
+        """Waits for the step and reports it.
 
         Raises:
           TrainingError: Its loss is not finite.
         """
-        rate = float(self.rates.learning_rates[0])
-        step = Step(
-            self.number,
-            self.number // steps,
-            float(self.metrics.loss),
-            float(self.metrics.accuracy),
-            rate,
+        rate, metrics = float(self.rates.learning_rates[0]), self.metrics
+        step = StepReport(
+            self.number, self.number // steps, float(metrics.loss), float(metrics.accuracy), rate
         )
         if not math.isfinite(step.loss):
             raise TrainingError(
@@ -224,7 +211,7 @@ class _Pending(NamedTuple):
 
 
 def _on_devices(batch: Batch, pieces: int, placement: Placement, rates: Rates) -> tuple[Any, ...]:
-    """What a step takes after the state: images, labels, rates, what is mixed."""
+    """The arguments of a step after the state: images, labels, rates, mixing."""
 
     def placed(array: np.ndarray) -> Any:
         if pieces == 1:
@@ -242,7 +229,7 @@ def _on_devices(batch: Batch, pieces: int, placement: Placement, rates: Rates) -
 def _averages(
     config: TrainConfig, run: Run, state: TrainState, placement: Placement
 ) -> tuple[nnx.State, nnx.State] | None:
-    """The averaged weights and statistics to go on with: the run's, or the weights as they are."""
+    """The averaged weights and statistics to continue with: the run's, else the current values."""
     if not config.ema:
         return None
 
@@ -254,12 +241,10 @@ def _averages(
             values,
         )
 
-    return placement.copies(
-        (kept(state.params), kept(state.stats)) if run.ema else (state.params, state.stats)
-    )
+    return placement.copies((kept(state.params), kept(state.stats)))
 
 
-def _judge(
+def _evaluated(
     graphdef: nnx.GraphDef[ResNet],
     state: TrainState,
     test: DataSource,
@@ -267,22 +252,20 @@ def _judge(
     placement: Placement,
     done: int,
     steps: int,
-) -> Judged:
-    """What the test images say of the weights, and of their averages."""
+) -> EvaluationReport:
+    """Evaluates the weights, and their averages, on the test images."""
     found: list[float] = []
-    for params, stats in (
-        (state.params, state.stats),
-        *([state.ema] if state.ema is not None else []),
-    ):
-        evaluation = evaluate_state(
-            graphdef, params, stats, test, placement=placement, workers=config.workers
-        )
-        found += [evaluation.accuracy, evaluation.loss]
-    return Judged(done, -(-done // steps), *found)
+    for values in ((state.params, state.stats), state.ema):
+        if values is not None:
+            evaluation = evaluate_state(
+                graphdef, *values, test, placement=placement, workers=config.workers
+            )
+            found += [evaluation.accuracy, evaluation.loss]
+    return EvaluationReport(done, -(-done // steps), *found)
 
 
 def _copies(graphdef: nnx.GraphDef[ResNet], state: TrainState, run: Run) -> tuple[ResNet, Run]:
-    """Model and run with values of their own: the next step takes the arrays of this one.
+    """Copies of model and run; the next step reuses the arrays of the state.
 
     Raises:
       TrainingError: A parameter is not finite.
@@ -293,76 +276,15 @@ def _copies(graphdef: nnx.GraphDef[ResNet], state: TrainState, run: Run) -> tupl
             f"the parameters are not finite after step {(run.steps or 1) - 1}. Try a smaller "
             f"learning_rate or a longer warmup_epochs."
         )
-    averaged = (
-        {} if ema is None else {path: leaf for part in ema for path, leaf in _by_path(part).items()}
-    )
-    return nnx.merge(graphdef, params, stats), replace(
-        run, optimizer=record_of(run.optimizer, opt_state), ema=averaged
-    )
+    averaged = {path: leaf for part in ema or () for path, leaf in _by_path(part).items()}
+    model, optimizer = nnx.merge(graphdef, params, stats), record_of(run.optimizer, opt_state)
+    return model, replace(run, optimizer=optimizer, ema=averaged)
 
 
 def _by_path(values: nnx.State) -> dict[tuple[Any, ...], np.ndarray]:
-    """Arrays by attribute path; counters as int64, as checkpoints have them."""
-    flat = {
-        path: np.asarray(variable[...])
-        for path, variable in dict(nnx.to_flat_state(values)).items()
-    }
+    """Arrays by attribute path; counters as int64, as in checkpoints."""
+    flat = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(values)}
     return {
         path: array.astype(np.int64) if path[-1] == "num_batches_tracked" else array
         for path, array in flat.items()
     }
-
-
-def _check(model: Model, dataset: DataSource, config: TrainConfig) -> ResNet:
-    network = with_head(model)
-    if network.config != config.model:
-        raise InputError(
-            f"the model is {network.config}, but config.model is {config.model}. Use "
-            f"replace(config, model=model.config)."
-        )
-    channels = dataset.shape[-1]
-    if (
-        network.config.in_channels != channels
-        or (network.config.num_classes or 0) < dataset.num_classes
-    ):
-        raise InputError(
-            f"the model takes {network.config.in_channels} channels and knows "
-            f"{network.config.num_classes} classes; {dataset.name} has images of {channels} "
-            f"channels in {dataset.num_classes} classes."
-        )
-    return network
-
-
-def _check_run(run: Run, network: ResNet, pace: Pace, end: int) -> None:
-    """Refuses a run that does not fit the network, is already over, or whose schedule cannot go
-    that far.
-    """
-    theirs = {path for group in run.optimizer.groups for path in group.paths}
-    ours = set(dict(nnx.to_flat_state(nnx.state(network, nnx.Param))))
-    if theirs != ours:
-        only = sorted(".".join(map(str, path)) for path in theirs ^ ours)
-        raise InputError(
-            f"the run's optimizer is another model's: {some(only)} "
-            f"{'is' if len(only) == 1 else 'are'} only on one side."
-        )
-    if not 0 <= pace.start < end:
-        raise InputError(
-            f"the run is over: it is at step {pace.start}, and {_length(end, pace.steps)} end "
-            f"at {end}. Take more epochs to go on."
-        )
-    last = (
-        run.schedule.schedule.length
-        if run.schedule is not None and isinstance(run.schedule.schedule, OneCycleLR)
-        else None
-    )
-    if last is not None and pace.position(end - 1) > last:
-        raise InputError(
-            f"the one-cycle schedule of this run ends at its step {last}, but "
-            f"{_length(end, pace.steps)} would take it to {pace.position(end - 1)}. "
-            "Take fewer epochs."
-        )
-
-
-def _length(end: int, steps: int) -> str:
-    """How long a run is, in words."""
-    return f"its {end // steps} epochs of {steps} steps" if end % steps == 0 else f"its {end} steps"

@@ -1,4 +1,4 @@
-"""Training runs by name."""
+"""Training configurations by name."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
         ),
     }
 )
-"""Runs by name; ``dataclasses.replace`` changes single fields. He et al. 2016, arXiv:1512.03385
-(CIFAR); Goyal et al. 2017, arXiv:1706.02677 (ImageNet), both with half a cosine instead of
-steps."""
+"""Configurations by name; change single fields with ``dataclasses.replace``.
+
+He et al. 2016, arXiv:1512.03385 (CIFAR); Goyal et al. 2017, arXiv:1706.02677 (ImageNet), both with
+half a cosine instead of steps.
+"""

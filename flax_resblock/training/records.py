@@ -1,30 +1,30 @@
-"""What a run writes down as it goes: one JSON line per step and per evaluation, and TensorBoard's
-event files.
-"""
+"""What a run writes as it goes: JSON lines for steps and evaluations, and TensorBoard events."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from flax_resblock import checkpoint
 from flax_resblock.errors import InputError, MissingDependencyError
-from flax_resblock.training.reports import Judged, Step
+from flax_resblock.training.reports import EvaluationReport, StepReport
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
 
-STEPS, JUDGED = "metrics.jsonl", "evaluations.jsonl"
+STEPS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 _EVENTS = "tensorboard"
 
 
 class Records:
-    """Writes steps and evaluations into the folder of a run; those of steps that are taken again
-    are replaced.
+    """Writes the steps and evaluations of a run into its folder.
+
+    Entries of steps that will be taken again are removed.
 
     Args:
-      folder: Exists.
+      folder: An existing folder.
       first: Number of the first step that will come.
     Raises:
       InputError: The folder cannot be written to.
@@ -38,34 +38,30 @@ class Records:
             raise MissingDependencyError(
                 "the event files of a run need tensorboardX: pip install 'flax-resblock[train]'."
             ) from error
-        self.folder = folder
         self._steps = _reopened(folder / STEPS, lambda line: line["step"] < first)
-        self._judged = _reopened(folder / JUDGED, lambda line: line["step"] <= first)
+        self._evaluations = _reopened(folder / EVALUATIONS, lambda line: line["step"] <= first)
         self._events: SummaryWriter = SummaryWriter(str(folder / _EVENTS), purge_step=first or None)
 
-    def step(self, step: Step) -> None:
-        """A step was taken."""
-        self._line(self._steps, step)
-        for name in ("loss", "accuracy", "learning_rate"):
-            self._events.add_scalar(f"train/{name}", getattr(step, name), step.step)
+    def step(self, step: StepReport) -> None:
+        """Records a step."""
+        self._write(self._steps, step, "train", ("loss", "accuracy", "learning_rate"))
 
-    def judged(self, judged: Judged) -> None:
-        """The test images were classified."""
-        self._line(self._judged, judged)
-        for name in ("accuracy", "loss", "ema_accuracy", "ema_loss"):
-            value = getattr(judged, name)
-            if value is not None:
-                self._events.add_scalar(f"test/{name}", value, judged.step)
+    def evaluation(self, evaluation: EvaluationReport) -> None:
+        """Records an evaluation."""
+        names = ("accuracy", "loss", "ema_accuracy", "ema_loss")
+        self._write(self._evaluations, evaluation, "test", names)
 
     def close(self) -> None:
-        """Nothing more will come."""
-        for file in (self._steps, self._judged, self._events):
+        """Closes the files."""
+        for file in (self._steps, self._evaluations, self._events):
             try:
                 file.close()
-            except OSError:  # a full disk; the error of the write that found out has been raised
+            except OSError:  # a full disk, which the failed write has already reported
                 continue
 
-    def _line(self, file: TextIO, entry: Step | Judged) -> None:
+    def _write(
+        self, file: TextIO, entry: StepReport | EvaluationReport, tag: str, names: tuple[str, ...]
+    ) -> None:
         try:
             file.write(json.dumps(entry._asdict()) + "\n")
         except OSError as error:
@@ -73,18 +69,26 @@ class Records:
                 f"{file.name} cannot be written ({error.strerror}). Make room, and go on with "
                 f"--resume auto; the checkpoints are whole."
             ) from error
+        for name in names:
+            if (value := getattr(entry, name)) is not None:
+                self._events.add_scalar(f"{tag}/{name}", value, entry.step)
 
 
 def recorded(file: Path) -> list[dict[str, Any]]:
-    """The entries of a file of JSON lines; the last one may have been cut off by a kill."""
+    """The entries of a file of JSON lines. A last line that a kill cut off is left out."""
     if not file.is_file():
         return []
     *whole, _ = file.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in whole]
 
 
+def evaluations(folder: Path) -> list[EvaluationReport]:
+    """The evaluations recorded in the folder of a run."""
+    return [EvaluationReport(**line) for line in recorded(folder / EVALUATIONS)]
+
+
 class Best(NamedTuple):
-    """The evaluation with the highest accuracy; of equals the one with the lowest loss."""
+    """The evaluation with the highest accuracy, and among equals the lowest loss."""
 
     step: int
     accuracy: float
@@ -93,14 +97,11 @@ class Best(NamedTuple):
 
 def best(folder: Path) -> Best | None:
     """The best evaluation of a run so far; None before the first."""
-    found = [
-        Best(judged.step, *judged.best)
-        for judged in (Judged(**line) for line in recorded(folder / JUDGED))
-    ]
+    found = [Best(one.step, *one.best) for one in evaluations(folder)]
     return max(found, key=lambda one: (one.accuracy, -one.loss), default=None)
 
 
-def _reopened(file: Path, kept: Any) -> TextIO:
+def _reopened(file: Path, kept: Callable[[dict[str, Any]], bool]) -> TextIO:
     lines = [json.dumps(line) + "\n" for line in recorded(file) if kept(line)]
     with checkpoint.replacing(file, force=True) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")

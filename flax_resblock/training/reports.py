@@ -1,17 +1,24 @@
-"""What a run says of itself, step by step, and who may keep it."""
+"""What a run reports, step by step, and the interface of what saves it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from flax_resblock.nn.resnet import ResNet
-from flax_resblock.runs.run import Run
+if TYPE_CHECKING:
+    from flax_resblock.nn.resnet import ResNet
+    from flax_resblock.runs.run import Run
 
 
-class Step(NamedTuple):
-    """One step: its number from 0 over the whole run, its epoch, mean loss and accuracy of its
-    batch before the update, and the learning rate of the first param group."""
+class StepReport(NamedTuple):
+    """One training step.
+
+    Attributes:
+      step: Its number, from 0 over the whole run.
+      epoch: Its epoch, from 0.
+      loss, accuracy: Means over its batch before the update.
+      learning_rate: Of the first param group.
+    """
 
     step: int
     epoch: int
@@ -20,9 +27,14 @@ class Step(NamedTuple):
     learning_rate: float
 
 
-class Judged(NamedTuple):
-    """What the test images said after ``step`` steps: accuracy in [0, 1] and mean cross-entropy,
-    and the same of the averaged weights where they are kept.
+class EvaluationReport(NamedTuple):
+    """One evaluation on the test images.
+
+    Attributes:
+      step, epoch: How many were done.
+      accuracy: In [0, 1].
+      loss: Mean cross-entropy.
+      ema_accuracy, ema_loss: The same of the averaged weights; None if no averages are kept.
     """
 
     step: int
@@ -34,27 +46,23 @@ class Judged(NamedTuple):
 
     @property
     def best(self) -> tuple[float, float]:
-        """Accuracy and loss by which checkpoints are compared: of the averaged weights where they
+        """Accuracy and loss by which checkpoints are ranked: those of the averaged weights if they
         are kept.
         """
-        return (
-            (self.accuracy, self.loss)
-            if self.ema_accuracy is None or self.ema_loss is None
-            else (self.ema_accuracy, self.ema_loss)
-        )
+        if self.ema_accuracy is None or self.ema_loss is None:
+            return self.accuracy, self.loss
+        return self.ema_accuracy, self.ema_loss
 
 
 class Saver(Protocol):
-    """Keeps a run, as :class:`flax_resblock.training.run_folder.RunFolder` does."""
+    """Saves a run, as :class:`flax_resblock.training.run_folder.RunFolder` does."""
 
-    def due(self, step: int, judged: Judged | None, /) -> bool:
-        """Whether to keep the state after ``step`` steps, of which ``judged`` was found out, where
-        it was.
-        """
+    def due(self, step: int, evaluation: EvaluationReport | None, /) -> bool:
+        """Whether to save the state after ``step`` steps, which was perhaps just evaluated."""
         ...
 
     def save(self, model: ResNet, run: Run, /) -> None:
-        """Keeps it; the values are the saver's own."""
+        """Saves it. The values belong to the saver."""
         ...
 
 
@@ -64,17 +72,16 @@ class History:
 
     Attributes:
       steps: Every step, in order.
-      judged: What the test images said after each epoch and at the end; empty where none were
-        given.
+      evaluations: One after each epoch and one at the end; empty without test images.
       run: Optimizer, schedule and counters after the last step; :func:`flax_resblock.save` writes
         them beside the model.
     """
 
-    steps: list[Step] = field(default_factory=list)
-    judged: list[Judged] = field(default_factory=list)
+    steps: list[StepReport] = field(default_factory=list)
+    evaluations: list[EvaluationReport] = field(default_factory=list)
     run: Run | None = None
 
     @property
     def test_accuracy(self) -> list[float]:
         """Accuracy on the test images after each epoch, in [0, 1]."""
-        return [judged.accuracy for judged in self.judged]
+        return [evaluation.accuracy for evaluation in self.evaluations]

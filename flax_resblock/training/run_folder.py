@@ -1,22 +1,28 @@
-"""The folder of a run: its configuration, every step's loss, its checkpoints, a summary.
+"""The folder of a run::
 
-    config.json             the resolved configuration metrics.jsonl           one line per step
-    evaluations.jsonl       one line per evaluation tensorboard/            the same as event files
-    checkpoints/step-...    Orbax folders: weights, statistics, averages, optimizer, schedule,
-    counters, settings, and a SHA-256 of every tensor best                    a link to the
-    checkpoint with the highest test accuracy summary.json            at the end of the run
-    curves.png              at the end of the run
+    config.json          the resolved configuration
+    metrics.jsonl        one line per step
+    evaluations.jsonl    one line per evaluation
+    tensorboard/         the same as event files
+    checkpoints/step-*   Orbax folders: weights, statistics, averages, optimizer, schedule,
+                         counters, settings, and a SHA-256 of every tensor
+    best                 a link to the checkpoint with the highest test accuracy
+    summary.json         written at the end of the run
+    curves.png           written at the end of the run
 
-A run that is killed at any moment leaves whole checkpoints only; what was being written vanishes
-with the next save."""
+A run that is killed at any moment leaves only complete checkpoints; what was being written
+vanishes with the next save.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,23 +34,23 @@ from flax_resblock.nn.resnet import ResNet
 from flax_resblock.runs.run import Run
 from flax_resblock.training.config import TrainConfig
 from flax_resblock.training.curves import draw_curves
-from flax_resblock.training.records import JUDGED, STEPS, Records, best, recorded
-from flax_resblock.training.reports import Judged, Step
+from flax_resblock.training.records import STEPS, Records, best, evaluations, recorded
+from flax_resblock.training.reports import EvaluationReport, StepReport
 
 SUMMARY = "summary.json"
-"""Says that the run is complete."""
+"""Marks a run as complete."""
 BEST = "best"
 _CURVES = "curves.png"
 
 
 class RunFolder:
-    """Writes a run down. A context manager; nothing is created before the first step.
+    """Saves a run. A context manager; nothing is created before the first step.
 
     Args:
       folder: Where.
       config: The run's configuration.
-      every: Steps between two checkpoints; 0: one at the end.
-      keep: How many checkpoints to keep, the newest; the best one stays beside them.
+      every: Steps between two checkpoints; 0 saves only at the end.
+      keep: How many of the newest checkpoints to keep; the best one stays beside them.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, *, every: int = 0, keep: int = 3) -> None:
@@ -63,8 +69,8 @@ class RunFolder:
         if self._records is not None:
             self._records.close()
 
-    def record(self, step: Step) -> None:
-        """A step was taken.
+    def record(self, step: StepReport) -> None:
+        """Records a step.
 
         Raises:
           InputError: The folder, or a checkpoint that was being written, cannot be written.
@@ -75,19 +81,16 @@ class RunFolder:
         if self._pending is not None and self._pending.done():
             self.wait()
 
-    def judged(self, judged: Judged) -> None:
-        """The test images were classified; comes before the checkpoint of the same step."""
+    def evaluated(self, evaluation: EvaluationReport) -> None:
+        """Records an evaluation; call it before the checkpoint of the same step is saved."""
         if self._records is not None:
-            self._records.judged(judged)
+            self._records.evaluation(evaluation)
 
     def _begin(self, first: int) -> Records:
-        """Creates the folder, or goes on in one whose last steps are taken again."""
+        """Creates the folder, or reopens that of a run whose last steps are taken again."""
         try:
             (self.folder / RUN_FOLDER).mkdir(parents=True, exist_ok=True)
-            with checkpoint.replacing(self.folder / "config.json", force=True) as temporary:
-                temporary.write_text(
-                    json.dumps(asdict(self.config), indent=1) + "\n", encoding="utf-8"
-                )
+            _write_json(self.folder / "config.json", asdict(self.config))
             records = Records(self.folder, first)
         except OSError as error:
             raise InputError(
@@ -97,26 +100,25 @@ class RunFolder:
         self._best = best(self.folder)  # an evaluation that is made again no longer counts
         return records
 
-    def due(self, step: int, judged: Judged | None) -> bool:
-        """Whether a checkpoint is to be written when ``step`` steps are done: every so often, and
-        when it is the best so far.
+    def due(self, step: int, evaluation: EvaluationReport | None) -> bool:
+        """Whether to write a checkpoint after ``step`` steps: every so often, and for a new best
+        evaluation.
         """
-        if judged is not None and best(self.folder) != self._best:
+        if evaluation is not None and best(self.folder) != self._best:
             return True
         return bool(self.every) and step % self.every == 0
 
     def save(self, model: ResNet, run: Run) -> None:
-        """Writes a checkpoint in the background; waits for the one before. The values must not
-        change any more.
+        """Writes a checkpoint in the background, after the one before. The values must not change
+        any more.
 
         Raises:
           InputError: The one before could not be written.
         """
         self.wait()
         self._best = best(self.folder)
-        self._pending = self._writer.submit(
-            self._save, model, run, self._best.step if self._best else None
-        )
+        step = self._best.step if self._best else None
+        self._pending = self._writer.submit(self._save, model, run, step)
 
     def wait(self) -> None:
         """Waits until the last checkpoint is written.
@@ -144,9 +146,7 @@ class RunFolder:
                 if old not in kept:
                     checkpoint.remove(old)
         except Exception as error:  # InputError, or whatever Orbax and the disk raise
-            reason = (
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            )
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             whole = sorted(path.parent.glob("step-*"))
             raise InputError(
                 f"the checkpoint {path} could not be written ({reason[:300]}). The last whole "
@@ -155,26 +155,23 @@ class RunFolder:
             ) from error
 
     def _point_at(self, path: Path) -> None:
-        """Makes ``best`` a link to a checkpoint, in one step."""
+        """Makes ``best`` a link to a checkpoint, atomically."""
         scratch = self.folder / f".{BEST}.{os.getpid()}"
         scratch.unlink(missing_ok=True)
         scratch.symlink_to(path.relative_to(self.folder))
         scratch.replace(self.folder / BEST)
 
     def finish(self, seconds: float) -> None:
-        """The run is over: draws its curves and sums it up, from what was written down.
+        """Draws the curves of the finished run and writes its summary, from what was recorded.
 
         Args:
-          seconds: That it took.
+          seconds: How long the run took.
         """
         self.wait()
-        steps, judged = (
-            recorded(self.folder / STEPS),
-            [Judged(**line) for line in recorded(self.folder / JUDGED)],
-        )
+        steps, tests = recorded(self.folder / STEPS), evaluations(self.folder)
         with checkpoint.replacing(self.folder / _CURVES, force=True) as temporary:
-            draw_curves(steps, judged, temporary)
-        found, last = best(self.folder), judged[-1] if judged else None
+            draw_curves(steps, tests, temporary)
+        found, last = best(self.folder), tests[-1] if tests else None
         summary = {
             "steps": len(steps),
             "last_step": steps[-1]["step"],
@@ -183,11 +180,15 @@ class RunFolder:
             "test_accuracy": last and last.accuracy,
             "test_loss": last and last.loss,
             "ema_accuracy": last and last.ema_accuracy,
-            "test_accuracy_by_epoch": [one.accuracy for one in judged],
+            "test_accuracy_by_epoch": [one.accuracy for one in tests],
             "best_step": found and found.step,
             "best_accuracy": found and found.accuracy,
             "seconds": round(seconds, 1),
             "config": asdict(self.config),
         }
-        with checkpoint.replacing(self.folder / SUMMARY, force=True) as temporary:
-            temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        _write_json(self.folder / SUMMARY, summary)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with checkpoint.replacing(path, force=True) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

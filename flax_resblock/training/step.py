@@ -1,9 +1,8 @@
-"""The compiled steps: pure functions over a model that was split once."""
+"""The compiled training step: a pure function over a model that was split once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +16,17 @@ from flax_resblock.cpu.switch import compiler_options
 from flax_resblock.errors import InputError
 from flax_resblock.nn.resnet import ResNet
 from flax_resblock.training.devices import AXIS, Placement
+from flax_resblock.training.loss import Mixed, cross_entropy
 from flax_resblock.training.pace import Rates
 
 
 class TrainState(NamedTuple):
-    """What a training step changes: parameters, running statistics, optimizer buffers, and averages
-    of the first two, ``(params, stats)``, where kept.
+    """What a training step changes.
+
+    Attributes:
+      params, stats: Parameters and running statistics.
+      opt_state: The optimizer's buffers.
+      ema: Averages of ``(params, stats)``; None if none are kept.
     """
 
     params: nnx.State
@@ -32,8 +36,11 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Mean loss and accuracy of a batch before the update, scalars; ``stop``: whether any process
-    wants to, int32, where it was asked.
+    """What a training step measures.
+
+    Attributes:
+      loss, accuracy: Means over the batch before the update, scalars.
+      stop: Whether any process asked to stop, int32; None if none was asked.
     """
 
     loss: jax.Array
@@ -41,17 +48,8 @@ class Metrics(NamedTuple):
     stop: jax.Array | None = None
 
 
-class Mixed(NamedTuple):
-    """Of images that were mixed: labels of the other image ``(N,)`` int32, and the weight of the
-    first ``(N,)`` float32.
-    """
-
-    labels: Any
-    weight: Any
-
-
 class _Learned(NamedTuple):
-    """What one piece of a batch says: mean loss, accuracy, new running statistics, gradients."""
+    """The results for one piece of a batch."""
 
     loss: jax.Array
     accuracy: jax.Array
@@ -60,11 +58,11 @@ class _Learned(NamedTuple):
 
 
 class Leaves:
-    """A training state as the list of its arrays: a step passes them on without a visit to every
+    """A training state as the list of its arrays. Steps pass the list on instead of visiting every
     variable of the model, which takes milliseconds.
 
     Args:
-      state: Owns its arrays no longer.
+      state: Its arrays are handed over.
     """
 
     def __init__(self, state: TrainState) -> None:
@@ -72,7 +70,7 @@ class Leaves:
 
     @property
     def state(self) -> TrainState:
-        """The arrays as they are now, in their places."""
+        """The current state."""
         return jax.tree.unflatten(self.structure, self.arrays)
 
 
@@ -98,7 +96,7 @@ class TrainStep:
 
     @property
     def compilations(self) -> int:
-        """How many programs it has been compiled to: one, unless shapes or dtypes change."""
+        """How many programs were compiled: one, unless shapes or dtypes change."""
         return self.compiled._cache_size()
 
     def __call__(self, state: TrainState, *batch: Any, **more: Any) -> tuple[TrainState, Metrics]:
@@ -116,41 +114,16 @@ class TrainStep:
         mixed: Mixed | None = None,
         stop: Any = None,
     ) -> Metrics:
-        """The same, in place."""
+        """Takes the step in place."""
         leaves.arrays, metrics = self.compiled(
             leaves.arrays, images, labels, rates, mixed, stop, structure=leaves.structure
         )
         return metrics
 
 
-EvalStep = Callable[[nnx.State, nnx.State, Any], jax.Array]
-
-
-def cross_entropy(
-    logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0, mixed: Mixed | None = None
-) -> jax.Array:
-    r"""Mean cross-entropy against :math:`(1 - s) \cdot onehot + s / K`, as
-    ``torch.nn.functional.cross_entropy`` computes it.
-
-    Args:
-      logits: ``(N, K)``; computed in float32 at least.
-      labels: ``(N,)``, integers in ``0..K-1``.
-      label_smoothing: :math:`s`, in [0, 1).
-      mixed: Second labels, and the weight of the first, of images that were mixed.
-    Returns:
-      A scalar.
-    """
-    log_p = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
-    of_label = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
-    if mixed is not None:
-        others = jnp.take_along_axis(log_p, mixed.labels[:, None], axis=1)[:, 0]
-        of_label = mixed.weight * of_label + (1 - mixed.weight) * others
-    return -jnp.mean((1 - label_smoothing) * of_label + label_smoothing * jnp.mean(log_p, axis=1))
-
-
 def clipped(gradients: Any, max_norm: float) -> Any:
-    """Gradients whose norm over all of them together is ``max_norm`` at most, as
-    ``torch.nn.utils.clip_grad_norm_`` shortens them.
+    """Scales gradients so that their joint norm is at most ``max_norm``, as
+    ``torch.nn.utils.clip_grad_norm_`` does.
     """
     norm = optax.tree.norm(gradients)
     factor = jnp.minimum(max_norm / (norm + 1e-6), 1.0)  # torch adds the 1e-6
@@ -164,16 +137,16 @@ def split(
     freeze: Sequence[str] = (),
     placement: Placement | None = None,
 ) -> tuple[nnx.GraphDef[ResNet], TrainState]:
-    """The model's structure, in training mode but for the frozen parts, and a fresh training state.
+    """Splits a model into its structure, in training mode except for the frozen parts, and a fresh
+    training state.
 
-    The state holds copies: a train step donates its input, and the model's own arrays must survive
-    that.
+    The state holds copies, because a training step donates its input.
 
     Args:
-      model: Does not change.
+      model: Is not changed.
       optimizer: See :func:`make_train_step`.
-      freeze: Parts whose norms use their running statistics, ``"stem"``, ``"stage1"`` ...
-      placement: Where the state lies.
+      freeze: Parts whose norms use their running statistics: ``"stem"``, ``"stage1"`` ...
+      placement: The devices of the state.
     Raises:
       InputError: float64 values while jax's x64 mode is off; they would be narrowed silently.
     """
@@ -212,25 +185,25 @@ def make_train_step(
     replicas: bool = False,
     mesh: Mesh | None = None,
 ) -> TrainStep:
-    """One step of training, compiled; ``(state, images, labels, rates, mixed=None, stop=None) ->
+    """Compiles one training step: ``(state, images, labels, rates, mixed=None, stop=None) ->
     (state, metrics)``.
 
-    The given state is donated: its arrays are gone after the call. ``images`` are ``(N, H, W, C)``,
-    ``labels`` ``(N,)`` int32; where a batch is accumulated, they, and what is mixed, have an axis
-    of pieces before: ``(accumulate, N / accumulate, ...)``. New rates do not compile again; a new
-    ``N`` does.
+    The given state is donated: its arrays cannot be used after the call. ``images`` are
+    ``(N, H, W, C)``, ``labels`` ``(N,)`` int32. With ``accumulate``, all arrays of a batch have a
+    leading axis of pieces: ``(accumulate, N / accumulate, ...)``. New rates do not compile again; a
+    new ``N`` does.
 
     Args:
       graphdef: Structure of the model; see :func:`split`.
       optimizer: See :func:`flax_resblock.runs.optimizers.optimizer_of`.
       label_smoothing: See :func:`cross_entropy`.
       freeze: Parts whose parameters keep their bits.
-      accumulate: Pieces of a batch.
+      accumulate: Number of pieces that a batch is computed in.
       clip_norm: See :func:`clipped`.
-      ema: Decay of the averages; 0 where the state has none.
-      replicas: Every device normalises its own images, and the running statistics are the first
-        one's; else those of the whole batch.
-      mesh: The devices; None: jax's default one.
+      ema: Decay of the averages; used if the state has any.
+      replicas: Every device normalises its own images, and the running statistics of the first are
+        kept. Otherwise the statistics are those of the whole batch.
+      mesh: The devices; None uses jax's default device.
     """
     frozen = frozenset(freeze)
 
@@ -286,10 +259,9 @@ def make_train_step(
 
         if jax.default_backend() == "cpu":  # whose convolutions are many times slower inside a loop
             stats, learned = state.stats, []
-            for number in range(accumulate):
-                stats, one = piece(
-                    stats, jax.tree.map(lambda array, n=number: array[n], (images, labels, mixed))
-                )
+            for n in range(accumulate):
+                batch = jax.tree.map(lambda array, n=n: array[n], (images, labels, mixed))
+                stats, one = piece(stats, batch)
                 learned.append(one)
             means = jax.tree.map(lambda *values: sum(values[1:], values[0]) / accumulate, *learned)
         else:
@@ -318,11 +290,9 @@ def make_train_step(
         stop: jax.Array | None = None,
     ) -> tuple[TrainState, Metrics]:
         learned = learn_all(state, images, labels, mixed)
-        gradients = (
-            learned.gradients
-            if clip_norm is None
-            else clipped(_without(learned.gradients, frozen), clip_norm)
-        )
+        gradients = learned.gradients
+        if clip_norm is not None:
+            gradients = clipped(_without(gradients, frozen), clip_norm)
         updates, opt_state = optimizer.update(
             gradients,
             state.opt_state,
@@ -335,54 +305,27 @@ def make_train_step(
             params = jax.tree_util.tree_map_with_path(
                 lambda keys, new, old: old if keys[0].key in frozen else new, params, state.params
             )
-        averages = (
-            None
-            if state.ema is None
-            else jax.tree.map(
-                lambda old, new: _averaged(old, new, ema), state.ema, (params, learned.stats)
-            )
+        averages = state.ema and jax.tree.map(
+            lambda old, new: _averaged(old, new, ema), state.ema, (params, learned.stats)
         )
-        wanted = None if stop is None else jnp.max(stop)
-        return TrainState(params, learned.stats, opt_state, averages), Metrics(
-            learned.loss, learned.accuracy, wanted
-        )
+        metrics = Metrics(learned.loss, learned.accuracy, None if stop is None else jnp.max(stop))
+        return TrainState(params, learned.stats, opt_state, averages), metrics
 
     return TrainStep(train_step, Placement(mesh))
 
 
 def _of_first(value: jax.Array) -> jax.Array:
-    """What the first device has, on all of them."""
+    """The first device's value, on all devices."""
     return lax.psum(jnp.where(lax.axis_index(AXIS) == 0, value, jnp.zeros_like(value)), AXIS)
 
 
 def _without(gradients: Any, frozen: frozenset[str]) -> Any:
-    """Zero gradients of frozen parts, so that they do not count in the norm."""
-    return (
-        jax.tree_util.tree_map_with_path(
-            lambda keys, value: jnp.zeros_like(value) if keys[0].key in frozen else value, gradients
-        )
-        if frozen
-        else gradients
+    """Gradients with zeros for frozen parts, which do not count in the norm."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, value: jnp.zeros_like(value) if keys[0].key in frozen else value, gradients
     )
 
 
 def _averaged(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
     """``decay * old + (1 - decay) * new``; counters take the new value."""
     return old + (1 - decay) * (new - old) if jnp.issubdtype(old.dtype, jnp.floating) else new
-
-
-@lru_cache(maxsize=8)
-def make_eval_step(graphdef: nnx.GraphDef[ResNet], mesh: Mesh | None = None) -> EvalStep:
-    """Logits in evaluation mode, compiled; ``(params, stats, images (N, H, W, C)) -> (N,
-    num_classes)``, whole on every device.
-
-    One function per structure, kept.
-    """
-
-    def eval_step(params: nnx.State, stats: nnx.State, images: jax.Array) -> jax.Array:
-        model = nnx.merge(graphdef, params, stats, copy=True)
-        return model(images, use_running_average=True)
-
-    return jax.jit(
-        eval_step, out_shardings=Placement(mesh).copied, compiler_options=compiler_options()
-    )

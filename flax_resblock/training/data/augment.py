@@ -1,8 +1,9 @@
-"""Random crops and flips of raw pixels: what is drawn, and pure functions of it."""
+"""Random crops and flips of raw pixels: random choices, and pure functions of them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 from flax_resblock.errors import InputError
 from flax_resblock.training.data.dataset import Dataset, DataSource
 from flax_resblock.training.data.images import resize
+from flax_resblock.training.errors import check_fields
 
 _ATTEMPTS = 10
 _ASPECTS = (3 / 4, 4 / 3)
@@ -18,21 +20,21 @@ _ASPECTS = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images at random.
+    """Random changes of the training images.
 
     Attributes:
-      pad: Zero pixels on each side, of which a window of the original size is then cut; before
-        normalisation, so that the border is black.
+      pad: Zero pixels added on each side before a window of the original size is cut out.
       flip: Mirror each image left to right with probability 1/2.
-      random_resized_crop: Least and greatest share of an image's area, 0 to 1; a window of that
-        area and of an aspect ratio from 3/4 to 4/3 is resized. Szegedy et al. 2014,
-        arXiv:1409.4842; ImageNet's usual range is (0.08, 1).
-      size: Side in pixels of the resized crop; None for the size of the evaluation images.
-      mixup: Alpha of mixup's beta distribution; 0 for none. Zhang et al. 2017, arXiv:1710.09412.
-      cutmix: Alpha of CutMix's; 0 for none. Where both are given, each batch takes one of them,
-        with equal chances. Yun et al. 2019, arXiv:1905.04899.
+      random_resized_crop: Least and greatest share of an image's area; a random window of such an
+        area and of an aspect ratio from 3/4 to 4/3 is resized. ImageNet's usual range is 0.08 to 1.
+      size: Side in pixels of the resized crop; None takes that of the evaluation images.
+      mixup: Alpha of mixup's beta distribution; 0 disables it.
+      cutmix: Alpha of CutMix's beta distribution; 0 disables it. With both, each batch takes one of
+        them with equal chances.
     Raises:
       InputError: A value out of its range; the message names it.
+    Reference: Szegedy et al. 2014, arXiv:1409.4842 (resized crops); Zhang et al. 2017,
+      arXiv:1710.09412 (mixup); Yun et al. 2019, arXiv:1905.04899 (CutMix)
     """
 
     pad: int = 0
@@ -43,52 +45,34 @@ class Augmentation:
     cutmix: float = 0.0
 
     def __post_init__(self) -> None:
-        def require(name: str, valid: bool, meaning: str) -> None:
-            if not valid:
-                raise InputError(f"{name}={getattr(self, name)!r} must be {meaning}.")
+        check_fields(self, self._rules())
 
-        area = self.random_resized_crop
-        require(
-            "pad", isinstance(self.pad, int) and self.pad >= 0, "0 or a positive number of pixels"
-        )
-        require(
-            "random_resized_crop",
-            area is None or (len(area) == 2 and 0 < area[0] <= area[1] <= 1),
-            "two shares of the area, 0 < least <= greatest <= 1",
-        )
-        require(
-            "random_resized_crop",
-            area is None or not self.pad,
-            f"None where pad is {self.pad}: both cut a window; take one",
-        )
-        require(
-            "size",
-            self.size is None or (isinstance(self.size, int) and self.size >= 1),
-            "a positive number of pixels",
-        )
-        require(
-            "size",
-            self.size is None or area is not None,
-            "None without random_resized_crop, whose output it is",
-        )
+    def _rules(self) -> Iterator[tuple[str, bool, str]]:
+        pad, area, size = self.pad, self.random_resized_crop, self.size
+        yield "pad", isinstance(pad, int) and pad >= 0, "0 or a positive number of pixels"
+        in_range = area is None or (len(area) == 2 and 0 < area[0] <= area[1] <= 1)
+        shares = "two shares of the area, 0 < least <= greatest <= 1"
+        yield "random_resized_crop", in_range, shares
+        only_one = f"None where pad is {pad}: both cut a window; take one"
+        yield "random_resized_crop", area is None or not pad, only_one
+        positive = size is None or (isinstance(size, int) and size >= 1)
+        yield "size", positive, "a positive number of pixels"
+        needless = "None without random_resized_crop, whose output it is"
+        yield "size", size is None or area is not None, needless
         for name in ("mixup", "cutmix"):
-            value = getattr(self, name)
-            require(
-                name,
-                math.isfinite(value) and value >= 0,
-                "0 or a positive number, the alpha of a beta distribution",
-            )
+            valid = math.isfinite(alpha := getattr(self, name)) and alpha >= 0
+            yield name, valid, "0 or a positive number, the alpha of a beta distribution"
 
     @property
     def mixes(self) -> bool:
-        """Whether images are combined with others of their batch."""
+        """Whether images of a batch are mixed with each other."""
         return self.mixup > 0 or self.cutmix > 0
 
     def shape_of(self, source: DataSource) -> tuple[int, int, int]:
         """``(H, W, C)`` of the augmented images.
 
         Raises:
-          InputError: The images cannot be augmented so.
+          InputError: The images are too small, or not uint8.
         """
         height, width, channels = source.shape
         if self.pad >= min(height, width):
@@ -109,8 +93,12 @@ class Augmentation:
 
 
 class Choices(NamedTuple):
-    """What chance decided for ``N`` images, as numbers in [0, 1): place of the window ``(N, 2)``,
-    mirror ``(N,)``, windows to try ``(N, 10, 4)`` or None.
+    """Random numbers in [0, 1) for ``N`` images.
+
+    Attributes:
+      place: Position of the window, ``(N, 2)``.
+      mirror: ``(N,)``.
+      windows: Windows to try, ``(N, 10, 4)``; None without resized crops.
     """
 
     place: np.ndarray
@@ -118,7 +106,7 @@ class Choices(NamedTuple):
     windows: np.ndarray | None
 
     def of(self, rows: np.ndarray) -> Choices:
-        """Those of some of the images."""
+        """The numbers for some of the images."""
         return Choices(
             self.place[rows],
             self.mirror[rows],
@@ -127,7 +115,7 @@ class Choices(NamedTuple):
 
 
 def draw(augmentation: Augmentation, rng: np.random.Generator, count: int) -> Choices:
-    """Choices for ``count`` images."""
+    """Draws the numbers for ``count`` images."""
     uniform = rng.random((count, 3))
     windows = (
         rng.random((count, _ATTEMPTS, 4)) if augmentation.random_resized_crop is not None else None
@@ -138,8 +126,8 @@ def draw(augmentation: Augmentation, rng: np.random.Generator, count: int) -> Ch
 def augmented(
     augmentation: Augmentation, source: DataSource, indices: np.ndarray, choices: Choices
 ) -> np.ndarray:
-    """The images at ``indices``, augmented, not normalised, not mixed: ``(n, H, W, C)`` in the type
-    of the pixels.
+    """The augmented images at ``indices``, neither normalised nor mixed: ``(n, H, W, C)`` in the
+    dtype of the source.
     """
     area = augmentation.random_resized_crop
     if area is not None and choices.windows is not None:
@@ -165,11 +153,11 @@ def augmented(
 
 
 def pad_crop(images: np.ndarray, pad: int, corners: np.ndarray) -> np.ndarray:
-    """Windows of the images' own size, cut out of the images with ``pad`` zeros on each side.
+    """Pads images with zeros and cuts out windows of their original size.
 
     Args:
       images: ``(N, H, W, C)``.
-      pad: Pixels.
+      pad: Pixels on each side.
       corners: Row and column of each window's upper left corner in the padded image, ``(N, 2)``, 0
         to ``2 * pad``.
     Returns:
@@ -186,15 +174,15 @@ def pad_crop(images: np.ndarray, pad: int, corners: np.ndarray) -> np.ndarray:
 def crop_window(
     height: int, width: int, area: tuple[float, float], tries: np.ndarray
 ) -> tuple[int, int, int, int]:
-    """The window of a random resized crop, as torchvision's ``RandomResizedCrop`` finds it from the
-    same uniform numbers.
+    """Chooses the window of a random resized crop as torchvision's ``RandomResizedCrop`` does from
+    the same uniform numbers.
 
     Args:
-      height, width: Of the image.
+      height, width: Size of the image.
       area: Least and greatest share of the area.
       tries: Numbers in [0, 1) for area, aspect ratio, row and column of each attempt, ``(attempts,
-        4)``. The first window that lies in the image is taken; where none does, the largest central
-        one whose aspect ratio is allowed.
+        4)``. The first window that lies in the image is taken, or else the largest central one
+        whose aspect ratio is allowed.
     Returns:
       Top, left, height and width.
     """

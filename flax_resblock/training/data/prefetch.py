@@ -1,10 +1,12 @@
-"""Batches made ahead of their use, by worker processes and a thread, and a clean end of both."""
+"""Batches prepared ahead by worker processes and a thread, and a clean end of both."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from multiprocessing import util
 from typing import TYPE_CHECKING, TypeVar
 
@@ -15,19 +17,20 @@ if TYPE_CHECKING:
     import grain
 
 _AHEAD = 2
-"""Batches that are made ready before they are asked for, by each worker and in this process."""
+"""Batches that each worker, and this process, prepares ahead."""
 _IN_FLIGHT = _AHEAD + 3
-"""Batches of a worker that may lie in shared memory at once: ready, being written, handed over, and
-given back but not yet freed.
+"""Batches of a worker that can be in shared memory at once: ready, being written, handed over, and
+returned but not yet freed.
 """
 _SHARED_MEMORY = "/dev/shm"
+_SAFE_PATH = "PYTHONSAFEPATH"
 
 Read = TypeVar("Read")
 Ready = TypeVar("Ready")
 
 
 def check_workers(workers: int) -> None:
-    """Refuses what is no number of processes."""
+    """Raises InputError unless ``workers`` is 0 or a positive number of processes."""
     if not isinstance(workers, int) or workers < 0:
         raise InputError(f"workers={workers!r} must be 0 or a positive number of processes.")
 
@@ -35,16 +38,16 @@ def check_workers(workers: int) -> None:
 def prefetched(
     read: grain.MapDataset[Read], finish: Callable[[Read], Ready], workers: int, size: int
 ) -> Generator[Ready, None, None]:
-    """``finish(element)`` for every element in order, made ahead.
+    """Computes ``finish(element)`` for every element ahead, in order.
 
     Args:
-      read: Elements, made in ``workers`` processes.
-      finish: What a thread of this process does to each of them.
-      workers: 0: the thread makes the elements too.
+      read: The elements, computed in ``workers`` processes.
+      finish: Called for each of them in a thread of this process.
+      workers: Number of processes; with 0 the thread computes the elements too.
       size: Bytes of one element.
     Returns:
-      A generator that ends thread and workers when it is closed, dropped, or still open at the end
-      of the program.
+      A generator that ends thread and workers when it is closed or dropped, and at the end of the
+      program.
     Raises:
       InputError: Too little shared memory for the workers.
     """
@@ -64,6 +67,9 @@ def prefetched(
 
     def drawn() -> Generator[Ready, None, None]:
         try:
+            with _started_without_current_folder():  # the first element starts the workers
+                first = list(itertools.islice(ready, 1))
+            yield from first
             yield from ready
         finally:
             ready.close()
@@ -75,6 +81,22 @@ def prefetched(
     return iterator
 
 
+@contextmanager
+def _started_without_current_folder() -> Iterator[None]:
+    """Python processes that are started in this context do not search the current folder for
+    modules while they start; multiprocessing then gives them this process's path.
+    """
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = before
+
+
 def _close(reference: weakref.ref[Generator]) -> None:
     iterator = reference()
     if iterator is not None:
@@ -82,8 +104,8 @@ def _close(reference: weakref.ref[Generator]) -> None:
 
 
 def _check_shared_memory(workers: int, size: int) -> None:
-    """Workers hand over their batches in shared memory; writing more than there is would kill them
-    without a word.
+    """Raises InputError unless the workers' batches fit into shared memory; writing more would kill
+    the workers silently.
     """
     if not os.path.isdir(_SHARED_MEMORY):
         return
@@ -99,8 +121,8 @@ def _check_shared_memory(workers: int, size: int) -> None:
 
 
 def _let_grain_start_processes() -> None:
-    """Beside jax, grain asks absl whether to profile its workers, and absl answers only once some
-    program has parsed its command line with absl.
+    """Lets grain ask absl whether to profile its workers, which fails before a command line has been
+    parsed with absl.
     """
     from absl import flags
 
