@@ -121,8 +121,8 @@ def _check_shared_memory(workers: int, size: int) -> None:
 
 
 def _let_grain_start_processes() -> None:
-    """Lets grain ask absl whether to profile its workers, which fails before a command line has been
-    parsed with absl.
+    """Lets grain ask absl whether to profile its workers; absl fails unless a command line has been
+    parsed.
     """
     from absl import flags
 
