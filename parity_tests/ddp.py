@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -17,26 +18,14 @@ from torch_ref import ResNet, training
 
 
 def main() -> None:
-    source, out, port, rank, world = (
-        sys.argv[1],
-        sys.argv[2],
-        sys.argv[3],
-        int(sys.argv[4]),
-        int(sys.argv[5]),
-    )
+    source, out, port = sys.argv[1:4]
+    rank, world = map(int, sys.argv[4:6])
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     given = torch.load(source, weights_only=True)
     config = scale.CONFIG
-    plain = ResNet(
-        depths=config.model.depths,
-        widths=config.model.widths,
-        stem="cifar",
-        stem_width=8,
-        in_channels=1,
-        num_classes=10,
-    ).double()
+    plain = ResNet(**asdict(config.model)).double()
     plain.load_state_dict(given["model"])
     model = torch.nn.parallel.DistributedDataParallel(plain)
     optimizer = training.sgd(

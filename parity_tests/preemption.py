@@ -21,16 +21,7 @@ from pathlib import Path
 from flax_resblock import checkpoint
 
 EPOCHS, SAVE_EVERY = 4, 5
-FLAGS = (
-    "--epochs",
-    str(EPOCHS),
-    "--batch-size",
-    "64",
-    "--save-every",
-    str(SAVE_EVERY),
-    "--resume",
-    "auto",
-)
+FLAGS = f"--epochs {EPOCHS} --batch-size 64 --save-every {SAVE_EVERY} --resume auto".split()
 
 
 def start(out: Path) -> subprocess.Popen[str]:

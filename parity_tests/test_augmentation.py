@@ -346,10 +346,13 @@ def test_augmentation_differs_between_steps_epochs_images_and_seeds():
 
 
 @pytest.mark.parametrize(
-    "augmentation",
-    [None, EVERYTHING, Augmentation(random_resized_crop=(0.2, 0.9), flip=True, cutmix=0.5)],
+    ("shards", "augmentation"),
+    [
+        (2, None),
+        (3, EVERYTHING),
+        (12, Augmentation(random_resized_crop=(0.2, 0.9), flip=True, cutmix=0.5)),
+    ],
 )
-@pytest.mark.parametrize("shards", [2, 3, 12])
 def test_shards_joined_are_the_whole_batch(shards, augmentation):
     data = made()
     whole = first(Stream(data, 12, seed=9, augmentation=augmentation), 5)

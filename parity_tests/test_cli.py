@@ -133,22 +133,8 @@ def test_predict_classifies_image_files_and_archives(checkpoint_file, capsys):
     module = network().double().eval()
     truth = module(torch.from_numpy(np.moveaxis(normalised, -1, 1).copy())).detach().numpy()
     np.testing.assert_allclose(np.load("l.npy"), truth, rtol=1e-4, atol=1e-5)
-    flags = ["--mean", "0.4", "0.5", "0.6", "--std", "0.2", "0.3", "0.25"]
-    assert (
-        run(
-            [
-                "predict",
-                checkpoint_file,
-                "a.png",
-                "--class-names",
-                "names.txt",
-                "--logits",
-                "one.npy",
-                *flags,
-            ]
-        )
-        == 0
-    )
+    flags = "--class-names names.txt --logits one.npy --mean 0.4 0.5 0.6 --std 0.2 0.3 0.25"
+    assert run(["predict", checkpoint_file, "a.png", *flags.split()]) == 0
     np.testing.assert_allclose(np.load("one.npy")[0], truth[0], rtol=1e-4, atol=1e-5)
     assert any(name in capsys.readouterr().out for name in ("cat", "dog", "ant", "bee"))
 
@@ -265,13 +251,8 @@ def test_bad_input_gives_one_paragraph_and_status_2_and_writes_nothing(case, fol
     write, flags, message = BAD[case]
     write()
     before = sorted(path.name for path in folder.iterdir())
-    commands = [
-        ["convert", "bad.pth", "out.safetensors", *flags],
-        ["convert", "bad.pth", "out", *flags],
-        ["verify", "bad.pth", *flags],
-    ]
-    for command in commands:
-        assert run(command) == 2, command
+    for command in (["convert", "bad.pth", "out.safetensors"], ["verify", "bad.pth"]):
+        assert run([*command, *flags]) == 2, command
         error = capsys.readouterr().err
         assert error.startswith("flax-resblock: ")
         assert "\n\n" not in error

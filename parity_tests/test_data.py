@@ -70,7 +70,8 @@ def python2_pickle(content: dict[str, object]) -> bytes:
                 b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR(K\x01"
             )
             shape = b"".join(b"M" + struct.pack("<H", n) for n in value.shape)
-            dtype = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+            none = b"J\xff\xff\xff\xff"
+            dtype = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNN" + 2 * none + b"K\x00tb"
             return made + b"(" + shape + b"t" + dtype + b"\x89" + string(value.tobytes()) + b"tb"
         if isinstance(value, list):
             return b"](" + b"".join(one(entry) for entry in value) + b"e"
@@ -218,6 +219,7 @@ def test_cifar_pickled_again_by_python_3_is_read(tmp_path, protocol):
     )
 
 
+EMPTY_ARRAY = b"\x80\x02}(U\x01acnumpy.core.multiarray\n_reconstruct\n)R(K\x01"
 MALICE = {
     "a call": b"cposix\nsystem\n(S'touch CANARY'\ntR.",
     "a call inside the dictionary": b"}(U\x04datacposix\nsystem\n(S'touch CANARY'\ntRu.",
@@ -234,8 +236,9 @@ MALICE = {
     + b"q\x01U\x01b]("
     + 3 * b"c_codecs\nencode\nh\x01X\x06\x00\x00\x00latin1\x86R"
     + b"eu.",
-    "an array of objects": b"\x80\x02}(U\x01acnumpy.core.multiarray\n_reconstruct\n)R(K\x01K\x01\x85cnumpy\ndtype\n(U\x01OtR\x89U\x01atbu.",
-    "an array larger than its bytes": b"\x80\x02}(U\x01acnumpy.core.multiarray\n_reconstruct\n)R(K\x01K\x63\x85cnumpy\ndtype\n(U\x02u1tR\x89U\x01atbu.",
+    "an array of objects": EMPTY_ARRAY + b"K\x01\x85cnumpy\ndtype\n(U\x01OtR\x89U\x01atbu.",
+    "an array larger than its bytes": EMPTY_ARRAY
+    + b"K\x63\x85cnumpy\ndtype\n(U\x02u1tR\x89U\x01atbu.",
 }
 
 
@@ -371,7 +374,7 @@ def damage_some(root: Path) -> None:
     (root / "train/a/.DS_Store").write_text("")
 
 
-def test_damaged_images_are_left_out_and_counted(tmp_path):
+def test_damaged_images_are_left_out_and_counted_or_refused(tmp_path):
     damage_some(tmp_path)
     seen: list[str] = []
     train, test = open_data(tmp_path, on_progress=seen.append)
@@ -386,17 +389,11 @@ def test_damaged_images_are_left_out_and_counted(tmp_path):
     )
     assert "train/b/0.PNG (" in train.notes[1]
     assert seen == [f"{name}/train: 7 of 7 images checked", f"{name}/val: 2 of 2 images checked"]
-
-
-def test_damaged_images_are_refused_where_asked(tmp_path):
-    damage_some(tmp_path)
-    with pytest.raises(
-        InputError,
-        match=(
-            r"/train: 2 of 7 images cannot be decoded: train/a/page\.jpg \(no format.*Remove or "
-            r"replace them, or read without strict"
-        ),
-    ):
+    refused = (
+        r"/train: 2 of 7 images cannot be decoded: train/a/page\.jpg \(no format.*Remove or "
+        "replace them, or read without strict"
+    )
+    with pytest.raises(InputError, match=refused):
         open_data(tmp_path, strict=True)
 
 
@@ -662,7 +659,7 @@ def test_digits_are_the_embedded_default_and_keep_their_size():
     assert open_data("digits", image_size=8).test.shape == test.shape == (8, 8, 1)
     with pytest.raises(
         InputError,
-        match="image_size=32 is for image folders; digits/train has images of 8x8 pixels in 1 channel",
+        match="image_size=32 is for image folders; digits/train has images of 8x8 pixels in 1",
     ):
         open_data("digits", image_size=32)
     with pytest.raises(InputError, match="image_size=0 must be a positive"):

@@ -191,7 +191,10 @@ from flax import nnx
 import flax_resblock
 from jax._src import monitoring
 hits = []
-monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None)
+def listen(event, **_):
+    if event.endswith("/cache_hits"):
+        hits.append(event)
+monitoring.register_event_listener(listen)
 graphdef, state = nnx.split(flax_resblock.create("resnet20", rngs=nnx.Rngs(0)))
 loss = lambda state, images: (nnx.merge(graphdef, state)(images) ** 2).sum()
 images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))

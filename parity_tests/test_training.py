@@ -27,7 +27,7 @@ from flax_resblock.training.config import TrainConfig
 from flax_resblock.training.data import Augmentation, Dataset, batches, digits, steps_per_epoch
 from flax_resblock.training.evaluation import make_eval_step
 from flax_resblock.training.loss import Mixed, cross_entropy
-from flax_resblock.training.pace import Pace, Rates, new_run
+from flax_resblock.training.pace import Rates
 from flax_resblock.training.run_folder import RunFolder
 from flax_resblock.training.step import make_train_step, split
 from torch_ref import ResNet as TorchResNet
@@ -275,46 +275,6 @@ def test_decay_before_the_momentum_written_in_optax_is_the_same_optimizer(data, 
     assert worst_of_trajectory(jax_trajectory(data, chain), torch_trajectory) <= TOLERANCE
 
 
-def test_fit_goes_on_from_an_epoch_that_torch_ended(data):
-    config = dataclasses.replace(
-        SETTINGS, batch_size=128, momentum=0.0, nesterov=False
-    )  # without buffers the weights are the whole state
-    steps = steps_per_epoch(data.train, config.batch_size)
-    twin = torch_reference(2)
-    optimizer = reference.sgd(twin, config.learning_rate, momentum=0.0, nesterov=False)
-    scheduler = reference.warmup_cosine(
-        optimizer, warmup_steps=round(0.5 * steps), total_steps=2 * steps
-    )
-    reference.train(
-        twin,
-        torch_epoch(data.train, config, 0),
-        optimizer,
-        scheduler,
-        label_smoothing=config.label_smoothing,
-    )
-    with jax.enable_x64(True):
-        model = from_torch(twin)
-        history = training.fit(
-            model,
-            data.train,
-            config,
-            run=Pace.of(new_run(config, steps), steps).after(steps),
-            progress=False,
-        )
-        ours = to_torch(model)
-    reference.train(
-        twin,
-        torch_epoch(data.train, config, 1),
-        optimizer,
-        scheduler,
-        label_smoothing=config.label_smoothing,
-    )
-    assert worst(ours, torch_state(twin)) <= TOLERANCE
-    assert [(step.step, step.epoch) for step in history.steps] == [
-        (step, 1) for step in range(steps, 2 * steps)
-    ]
-
-
 def test_nothing_is_compiled_again_after_the_first_step(data, monkeypatch):
     compiled = []
 
@@ -397,17 +357,6 @@ def test_the_rest_of_a_pytorch_run_is_pytorchs(epoch, batch, data, tmp_path):
     for ours, theirs in zip(back["param_groups"], optimizer.param_groups, strict=True):
         assert ours["lr"] == pytest.approx(theirs["lr"], abs=1e-15)
         assert ours["weight_decay"] == theirs["weight_decay"]
-
-
-def test_cache_size_counts_a_second_batch_size(data):
-    optimizer = sgd()
-    graphdef, state = split(from_torch(torch_reference().float()), optimizer)
-    train_step = make_train_step(graphdef, optimizer)
-    for size in (8, 8, 9):
-        state, _ = train_step(
-            state, data.train.normalised(slice(size)), data.train.labels[:size], same_rate(0.1)
-        )
-    assert train_step.compilations == 2
 
 
 def test_training_in_jax_alone_reaches_95_percent_on_the_digits(data):

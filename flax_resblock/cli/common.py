@@ -55,8 +55,7 @@ status = _Console(stderr=True, highlight=False)
 
 Force = Annotated[bool, tyro.conf.arg(help="Replace output files that exist.")]
 AllowNonfinite = Annotated[
-    bool,
-    tyro.conf.arg(help="Accept a checkpoint with NaN, infinities or negative variances."),
+    bool, tyro.conf.arg(help="Accept a checkpoint with NaN, infinities or negative variances.")
 ]
 Mean = Annotated[
     tuple[float, ...] | None,
