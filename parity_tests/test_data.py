@@ -607,7 +607,7 @@ REFUSED = {
     "an archive with one image": (
         "a.npz",
         save(images=IMAGES[:1], labels=LABELS[:1]),
-        "has 1 image; at least one to learn from",
+        "has 1 image; at least one training and one test image",
     ),
     "an archive with NaN": (
         "a.npz",

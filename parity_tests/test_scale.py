@@ -50,7 +50,7 @@ def together(commands, devices=1):
 
 
 def scaled(out, devices, *flags, processes=1):
-    command = [sys.executable, "-m", "parity_tests.scale", str(out), *flags]
+    command = [sys.executable, "-m", "parity_tests.scale", str(out), *flags.split()]
     port = free_port()
     cluster_flags = f"--coordinator localhost:{port} --num-processes {processes} --process-id"
     joined = [[*cluster_flags.split(), str(number)] for number in range(processes)]
@@ -164,15 +164,13 @@ def test_replicas_are_pytorchs_distributed_data_parallel(tmp_path, monkeypatch):
         jax.config.update("jax_enable_x64", wide)
 
 
-FLAGS = tuple(
-    ["--epochs", "4", "--batch-size", "64", "--save-every", "7", "--resume", "auto", "--seed", "5"]
-)
+FLAGS = "--epochs 4 --batch-size 64 --save-every 7 --resume auto --seed 5"
 
 
 def joined(out, flags=FLAGS):
     """A run of two processes of two devices each."""
     port = free_port()
-    command = [sys.executable, "-m", "flax_resblock", "train", "--out", str(out), *flags]
+    command = [sys.executable, "-m", "flax_resblock", "train", "--out", str(out), *flags.split()]
     command += ["--coordinator", f"localhost:{port}", "--num-processes", "2"]
     return [
         subprocess.Popen(
@@ -232,7 +230,7 @@ def test_when_one_process_dies_the_others_end_and_the_restarted_run_ends_the_sam
 @pytest.mark.slow
 def test_one_process_that_is_asked_to_stop_stops_all_at_the_same_step(tmp_path):
     out = tmp_path / "out"
-    processes = joined(out, ("--epochs", "300", "--batch-size", "64"))
+    processes = joined(out, "--epochs 300 --batch-size 64")
     begun(processes, out, 5)
     processes[1].send_signal(signal.SIGTERM)
     said = [process.communicate(timeout=60)[1] for process in processes]

@@ -1,4 +1,4 @@
-"""Which learning rate and momentum a run has at which step, for every param group."""
+"""The learning rates and momenta of a run by step, for every param group."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from flax_resblock.training.config import TrainConfig
 
 
 class Rates(NamedTuple):
-    """What changes from step to step, for every param group: learning rates ``(groups,)`` and,
-    where the schedule moves it, the momentum ``(groups, 3)``.
+    """The rates of a step.
+
+    Attributes:
+      learning_rates: One per param group, ``(groups,)``.
+      momenta: ``(groups, 3)`` if the schedule changes the momentum, else None.
     """
 
     learning_rates: np.ndarray
@@ -27,12 +30,12 @@ class Rates(NamedTuple):
 
 
 def schedule_of(config: TrainConfig, steps: int) -> Schedule:
-    """The configured schedule with ``steps`` steps per epoch, once per batch."""
+    """The configured schedule, stepped once per batch, with ``steps`` steps per epoch."""
     return warmup_cosine(config.warmup(steps), config.end(steps), config.warmup_factor)
 
 
 def settings_of(config: TrainConfig) -> dict[str, object]:
-    """The configuration without the network, as a checkpoint keeps it."""
+    """The configuration without the network, as it is stored in checkpoints."""
     return {name: value for name, value in asdict(config).items() if name != "model"}
 
 
@@ -62,7 +65,7 @@ def new_run(config: TrainConfig, steps: int) -> Run:
 
 
 def at(run: Run, position: int) -> Run:
-    """The run with its schedule, and the rates of its param groups, at another position."""
+    """The run with its schedule and its learning rates at another position."""
     if run.schedule is None:
         return run
     schedule = run.schedule.schedule
@@ -79,12 +82,12 @@ def at(run: Run, position: int) -> Run:
 
 @dataclass(frozen=True)
 class Pace:
-    """A run's rates by step.
+    """The rates of a run by step.
 
     Attributes:
-      run: Where it goes on.
+      run: The run to continue.
       steps: Steps per epoch.
-      start: Step at which it goes on, from 0 over the whole run.
+      start: Step at which it continues, from 0 over the whole run.
     """
 
     run: Run
@@ -93,8 +96,8 @@ class Pace:
 
     @classmethod
     def of(cls, run: Run, steps: int) -> Pace:
-        """From the run's own counters: steps done; epochs done, where the steps are unknown or
-        belong to epochs of another length.
+        """Starts at the run's steps, or at its epochs if its steps are unknown or belong to epochs
+        of another length.
         """
         epochs = run.epochs or 0
         by_steps = run.steps is not None and (
@@ -103,7 +106,7 @@ class Pace:
         return cls(run, steps, run.steps or 0 if by_steps else epochs * steps)
 
     def position(self, step: int) -> int:
-        """How often a scheduler of torch would have been stepped before ``step``."""
+        """How often a PyTorch scheduler would have been stepped before ``step``."""
         state = self.run.schedule
         if state is None:
             return 0
@@ -112,11 +115,11 @@ class Pace:
         )
 
     def after(self, step: int) -> Run:
-        """The run when ``step`` steps are done, with the buffers that it had."""
+        """The run after ``step`` steps, with unchanged buffers."""
         return replace(at(self.run, self.position(step)), steps=step, epochs=step // self.steps)
 
     def rates(self, step: int) -> Rates:
-        """Of the step numbered ``step``."""
+        """The rates of the step numbered ``step``."""
         groups = [group.options for group in self.run.optimizer.groups]
         schedule = Fixed() if self.run.schedule is None else self.run.schedule.schedule
         position = self.position(step)

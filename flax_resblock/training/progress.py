@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on."""
+"""The progress bar of a run."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class _Speed(ProgressColumn):
 
 
 class TrainingProgress:
-    """A bar with epoch, loss, accuracy and images per second; a context manager. Where there is no
-    terminal only the end is printed.
+    """A bar with epoch, loss, accuracy and images per second; a context manager. Outside a terminal
+    only the end is printed.
 
     Args:
-      images: Images that the run will see.
-      epochs: Epochs that the whole run has.
-      shown: False: nothing is printed.
+      images: Number of images in all remaining steps.
+      epochs: Epochs of the whole run.
+      shown: False prints nothing.
     """
 
     def __init__(self, images: int, epochs: int, *, shown: bool) -> None:
@@ -51,7 +51,7 @@ class TrainingProgress:
         self._progress.stop()
 
     def advance(self, images: int, *, epoch: int, loss: float, accuracy: float) -> None:
-        """One batch of ``images`` images is done; ``loss`` and ``accuracy`` are its own."""
+        """Advances by one batch of ``images`` images with its loss and accuracy."""
         metrics = f"loss {loss:.4f}  accuracy {accuracy:6.1%}"
         self._progress.update(
             self._task,

@@ -1,6 +1,4 @@
-"""Reading files of strangers: what they declare is known to be affordable before it is
-allocated.
-"""
+"""Reads untrusted files; the sizes that they declare are checked before memory is allocated."""
 
 from __future__ import annotations
 
@@ -14,21 +12,19 @@ import numpy as np
 from flax_resblock.errors import InputError, visible
 
 MOST_BYTES = 16 << 30
-"""Of one file, and of what comes out of it once it is expanded; a data set that lies in memory is
-smaller.
-"""
+"""Largest size of a file, and of its content once it is expanded."""
 MOST_ARRAYS = 1000
-"""In one archive."""
+"""Largest number of arrays in an archive."""
 
 _END = struct.Struct("<4s4H2LH")
 
 
 def check_file(path: Path, most: int = MOST_BYTES) -> None:
-    """Refuses what is no plain file (a pipe would be waited for, a device has no end) and what is
-    larger than ``most`` bytes.
+    """Checks that a path is a regular file (a pipe would block, a device has no end) of at most
+    ``most`` bytes.
 
     Raises:
-      InputError: It is one of them.
+      InputError: It is not.
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
@@ -40,13 +36,13 @@ def check_file(path: Path, most: int = MOST_BYTES) -> None:
 
 
 def read_npz(path: Path, most: int = MOST_BYTES) -> dict[str, np.ndarray]:
-    """Every array of an ``.npz`` archive, without unpickling anything.
+    """Reads every array of an ``.npz`` archive without unpickling anything.
 
     Args:
       path: The archive.
-      most: Bytes that its arrays may have together once they are expanded.
+      most: Largest size in bytes of all arrays together.
     Raises:
-      InputError: Not such an archive, damaged, or one that expands to more.
+      InputError: Not such an archive, damaged, or too large.
     """
     try:
         check_file(path, most)
@@ -68,12 +64,9 @@ def read_npz(path: Path, most: int = MOST_BYTES) -> dict[str, np.ndarray]:
             )
         with np.load(path, allow_pickle=False) as arrays:
             found = {key: arrays[key] for key in arrays.files}
-        return {
-            key: value for key, value in found.items() if isinstance(value, np.ndarray)
-        }  # members that are no arrays come as bytes
-    except (
-        Exception
-    ) as error:  # zipfile, zlib, numpy and OS errors alike mean that it is no such file
+        # members that are no arrays come as bytes
+        return {key: value for key, value in found.items() if isinstance(value, np.ndarray)}
+    except Exception as error:  # of zipfile, zlib, numpy or the system
         raise InputError(
             f"{path} is not an .npz archive of plain arrays ({visible(str(error)[:300])}). "
             f"Write it with numpy.savez, without objects."

@@ -15,7 +15,7 @@ from flax_resblock.training.data.inert_pickle import load_inert
 
 _PIXELS = 3 * 32 * 32
 _MOST_BYTES = 1 << 30
-"""Of one file; the largest of the distributions has 155 MB."""
+"""Largest size of a file; the largest one distributed has 155 MB."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Edition:
     """One distribution of one of the two data sets.
 
     Attributes:
-      name: Of the data set.
-      folder: What its archive unpacks to.
+      name: Name of the data set.
+      folder: The folder in its archive.
       train, test: File names.
       meta: File with the names of the classes.
-      num_classes: How many there are.
-      label: Where a label is: its byte in the head of a binary record, or its key in a pickle.
+      num_classes: Number of classes.
+      label: Position of a label in the head of a binary record, or its key in a pickle.
       head: Bytes before the pixels of a binary record; 0 for pickles.
       names: Key of the class names in a pickled ``meta``.
     """
@@ -44,12 +44,9 @@ class Edition:
     names: bytes = b""
 
     def within(self, folder: Path) -> bool:
-        """Whether ``folder`` holds any of the training files and the test file, or the file of
-        names and one of them.
-        """
-        return (
-            sum((folder / name).is_file() for name in (self.train[0], self.test[0], self.meta)) >= 2
-        )
+        """Whether ``folder`` holds two of the first training file, the test file and the names."""
+        names = (self.train[0], self.test[0], self.meta)
+        return sum((folder / name).is_file() for name in names) >= 2
 
 
 _TEN = tuple(f"data_batch_{number}" for number in range(1, 6))
@@ -168,8 +165,8 @@ def _class_names(folder: Path, edition: Edition) -> tuple[str, ...] | None:
 
 
 def cifar_folder(folder: Path, edition: Edition) -> Splits[Dataset]:
-    """All files of an edition, images ``(N, 32, 32, 3)`` uint8, normalised by the moments of the
-    training pixels; CIFAR-100 with its fine labels.
+    """Reads all files of an edition: images ``(N, 32, 32, 3)`` uint8, normalised by the moments of
+    the training pixels; CIFAR-100 with its fine labels.
 
     Raises:
       InputError: A file that is missing, cut off, or holds something else; labels out of range.

@@ -1,4 +1,4 @@
-"""Labelled images: what a run needs to know of them, and those that lie in memory."""
+"""Labelled images: the interface that a run needs, and images in memory."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ import numpy as np
 from flax_resblock.errors import InputError
 
 _CHUNK = 1024
-"""Images at a time where all pixels are looked at, so that they are never in memory a second time
-as float64.
-"""
+"""Images at a time for statistics over all pixels, which are computed in float64."""
 
 
 class DataSource(Protocol):
-    """Labelled images, wherever they lie: :class:`Dataset` in memory,
+    """Labelled images: :class:`Dataset` in memory,
     :class:`flax_resblock.training.data.FolderDataset` in files.
     """
 
     @property
     def name(self) -> str:
-        """What it is, for messages: ``"digits/train"``."""
+        """Its name in messages: ``"digits/train"``."""
         ...
 
     @property
@@ -33,12 +31,12 @@ class DataSource(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are, whether or not each occurs."""
+        """Number of classes; not every one need occur."""
         ...
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """One per class, where the data say."""
+        """One per class; None if the data have no names."""
         ...
 
     @property
@@ -53,7 +51,7 @@ class DataSource(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was left out or decided while the data were read, one sentence each."""
+        """What was left out or assumed when the data were read, one sentence each."""
         ...
 
     @property
@@ -66,12 +64,12 @@ class DataSource(Protocol):
         ...
 
     def raw(self, index: int) -> np.ndarray:
-        """One image as stored, ``(h, w, C)``; its size may be its own."""
+        """One image as stored, ``(h, w, C)``; sizes may differ."""
         ...
 
     def fitted(self, indices: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """The images at ``indices`` at the size that evaluation takes, not normalised, ``(n, H, W,
-        C)``; a new array where ``indices`` are one.
+        """The images at ``indices`` at the size of evaluation, not normalised, ``(n, H, W, C)``; a
+        new array if ``indices`` is an array.
         """
         ...
 
@@ -84,17 +82,17 @@ class DataSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """Labelled images in memory and how to normalise them.
+    """Labelled images in memory, and their normalisation.
 
     Attributes:
-      name: What it is, for messages: ``"digits/train"``.
+      name: Its name in messages: ``"digits/train"``.
       images: ``(N, H, W, C)``, uint8 or floating, as stored.
       labels: ``(N,)``, int32, in ``0..num_classes-1``.
-      num_classes: How many classes there are, whether or not each occurs.
-      mean, std: Per channel, in the units of ``images``; what the network sees is ``(images - mean)
-        / std``.
-      class_names: One per class, where the data say.
-      notes: What was left out or decided while the data were read, one sentence each.
+      num_classes: Number of classes; not every one need occur.
+      mean, std: Per channel, in the units of ``images``; the network receives
+        ``(images - mean) / std``.
+      class_names: One per class; None if the data have no names.
+      notes: What was left out or assumed when the data were read, one sentence each.
     Raises:
       InputError: Arrays that do not fit together.
     """
@@ -149,9 +147,7 @@ class Dataset:
         return self.images[index]
 
     def fitted(self, indices: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """The images at ``indices`` as stored, ``(n, H, W, C)``: evaluation takes them at the size
-        that they have.
-        """
+        """The images at ``indices`` as stored, ``(n, H, W, C)``."""
         return self.images[indices]
 
     def normalised(self, indices: np.ndarray | slice = slice(None)) -> np.ndarray:
@@ -163,7 +159,7 @@ S = TypeVar("S", bound=DataSource, covariant=True)
 
 
 class Splits(NamedTuple, Generic[S]):
-    """Images to learn from, and images to judge by."""
+    """Training images and test images."""
 
     train: S
     test: S
@@ -190,8 +186,8 @@ def normalise(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...
 
 
 def pixel_moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation (divisor ``N*H*W``) of each channel of ``(N, H, W, C)``, computed
-    in float64, in two passes.
+    """Mean and standard deviation (divisor ``N*H*W``) of each channel of ``(N, H, W, C)``, in
+    float64.
     """
     _, height, width, channels = images.shape
 
@@ -210,8 +206,8 @@ def pixel_moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, .
 
 
 def held_out(labels: np.ndarray, *, every: int = 5, seed: int = 0) -> np.ndarray:
-    """A stratified choice of test images where the data have none of their own: one in ``every``,
-    ``(N,)`` bool, the same in each call.
+    """Chooses test images for data that have none: one in ``every`` of each class, ``(N,)`` bool,
+    the same in each call.
     """
     # Every fifth image of a shuffled list ordered by class: stratified to within one image per
     # class. RandomState's stream is frozen by numpy.

@@ -11,10 +11,8 @@ from flax_resblock.training.data.dataset import Dataset, Splits, held_out
 
 
 def digits() -> Splits[Dataset]:
-    """1437 training and 360 test images, ``(N, 8, 8, 1)`` uint8 in 0..16; always the same split,
-    every class in proportion.
-
-    Both halves are normalised by the mean and standard deviation of the training pixels.
+    """Loads 1437 training and 360 test images, ``(N, 8, 8, 1)`` uint8 in 0..16. The split is fixed
+    and stratified. Both parts are normalised by the moments of the training pixels.
 
     Raises:
       MissingDependencyError: Scikit-learn is not installed.

@@ -1,6 +1,4 @@
-"""Image folders: one folder per class below ``train`` and ``val`` or ``test``, decoded when they
-are needed.
-"""
+"""Image folders, one folder per class below ``train`` and ``val`` or ``test``."""
 
 from __future__ import annotations
 
@@ -27,16 +25,16 @@ _PIECE = 1000
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FolderDataset:
-    """Labelled image files; every access decodes again.
+    """Labelled image files, decoded at every access.
 
     Attributes:
-      name: What it is, for messages.
+      name: Its name in messages.
       files: Paths, one per image.
       labels: ``(N,)``, int32.
-      class_names: One per class; a label is a place in it.
-      size: Side in pixels of the square that evaluation takes,
+      class_names: One per class, in the order of the labels.
+      size: Side in pixels of the evaluation images, see
         :func:`flax_resblock.training.data.images.fit`.
-      mean, std: Per channel, for pixels from 0 to 255; ImageNet's.
+      mean, std: Per channel, for pixels from 0 to 255; by default ImageNet's.
       notes: What was left out, one sentence each.
     Raises:
       InputError: No files, or labels that do not fit them.
@@ -99,42 +97,35 @@ class FolderDataset:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in ``folder``, hidden ones excepted, in order; empty where there is no
-    such folder.
-    """
-    return (
-        sorted(
-            entry.name
-            for entry in folder.iterdir()
-            if entry.is_dir() and not entry.name.startswith(".")
-        )
-        if folder.is_dir()
-        else []
-    )
+    """Sorted names of the folders in ``folder`` that are not hidden; empty if it does not exist."""
+    if not folder.is_dir():
+        return []
+    names = (entry.name for entry in folder.iterdir() if entry.is_dir())
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def image_folder(
     root: Path, *, strict: bool, size: int, on_progress: Callable[[str], None] | None = None
 ) -> Splits[FolderDataset]:
-    """``root/train/CLASS/...`` and ``root/val/CLASS/...``, or ``test`` where there is no ``val``;
-    JPEG and PNG, in the order of torchvision's ``ImageFolder``.
+    """Opens ``root/train/CLASS/...`` and ``root/val/CLASS/...`` (or ``test``): JPEG and PNG files,
+    in the order of torchvision's ``ImageFolder``.
 
-    Every file is decoded once to find damaged ones, which are left out and counted in ``notes``.
+    Every file is decoded once. Damaged ones are left out and counted in ``notes``.
 
     Args:
       root: The folder.
       strict: Refuse damaged images instead.
       size: See :class:`FolderDataset`.
-      on_progress: Called now and then with a line that says how far the check is.
+      on_progress: Called with the progress of the check.
     Raises:
-      InputError: A missing folder, an empty class, a class that training does not know; damaged
-        images where ``strict``.
+      InputError: A missing folder, an empty class, a class without training images, or with
+        ``strict`` a damaged image.
     """
     held_out = next((name for name in ("val", "test") if class_folders(root / name)), None)
     if held_out is None:
         raise InputError(
-            f"{root} has class folders below train/, but none below val/ or test/. Put images "
-            f"to judge by there, sorted like those in train/."
+            f"{root} has class folders below train/, but none below val/ or test/. Put test "
+            f"images there, sorted like those in train/."
         )
     classes = class_folders(root / "train")
     unknown = [name for name in class_folders(root / held_out) if name not in classes]
@@ -148,7 +139,7 @@ def image_folder(
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Every file below a folder, hidden ones excepted, in torchvision's order."""
+    """Every file below a folder that is not hidden, in torchvision's order."""
     for place, _, names in sorted(os.walk(folder, followlinks=True)):
         yield from (os.path.join(place, name) for name in sorted(names) if not name.startswith("."))
 
@@ -168,24 +159,15 @@ def _part(
         for file in _files(folder / class_name)
     ]
     images = [(file, label) for file, label in found if file.lower().endswith(SUFFIXES)]
-    others = sorted(
-        {
-            os.path.splitext(file)[1] or "no suffix"
-            for file, _ in found
-            if not file.lower().endswith(SUFFIXES)
-        }
-    )
-    _refuse_empty(
-        folder, classes, {label for _, label in images}, f"no image ({', '.join(SUFFIXES)})"
-    )
-    notes = (
-        [
-            f"{name}: files left out because they are no JPEG or PNG: "
-            f"{len(found) - len(images):,} ({some(others)})."
-        ]
-        if others
-        else []
-    )
+    present = {label for _, label in images}
+    _refuse_empty(folder, classes, present, f"no image ({', '.join(SUFFIXES)})")
+    notes = []
+    if others := {file for file, _ in found} - {file for file, _ in images}:
+        kinds = sorted({os.path.splitext(file)[1] or "no suffix" for file in others})
+        notes.append(
+            f"{name}: files left out because they are no JPEG or PNG: {len(others):,} "
+            f"({some(kinds)})."
+        )
     problems = _damaged([file for file, _ in images], name, on_progress)
     if problems:
         listed = some(
@@ -199,9 +181,8 @@ def _part(
             )
         notes.append(f"{name}: {count} and are left out: {listed}.")
         images = [(file, label) for file, label in images if file not in problems]
-        _refuse_empty(
-            folder, classes, {label for _, label in images}, "no image that can be decoded"
-        )
+        present = {label for _, label in images}
+        _refuse_empty(folder, classes, present, "no image that can be decoded")
     labels = np.asarray([label for _, label in images], np.int32)
     return FolderDataset(
         name=name,
@@ -214,14 +195,9 @@ def _part(
 
 
 def _refuse_empty(folder: Path, classes: list[str], present: set[int], lack: str) -> None:
-    """A class folder that exists must hold something; below ``val`` or ``test`` a class may have
-    none.
-    """
-    empty = [
-        name
-        for label, name in enumerate(classes)
-        if label not in present and (folder / name).is_dir()
-    ]
+    """Raises InputError for an empty class folder; below ``val`` or ``test`` it may be missing."""
+    absent = [name for label, name in enumerate(classes) if label not in present]
+    empty = [name for name in absent if (folder / name).is_dir()]
     if empty:
         raise InputError(
             f"{folder} has {lack} for {some(empty)}. Add images, or remove the "
@@ -232,18 +208,13 @@ def _refuse_empty(folder: Path, classes: list[str], present: set[int], lack: str
 def _damaged(
     files: list[str], name: str, on_progress: Callable[[str], None] | None
 ) -> dict[str, str]:
-    """Files that cannot be decoded, and why."""
+    """The files that cannot be decoded, with reasons."""
     problems = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(files), _PIECE):
             piece = files[start : start + _PIECE]
-            problems.update(
-                {
-                    file: problem
-                    for file, problem in zip(piece, pool.map(damage, piece), strict=True)
-                    if problem is not None
-                }
-            )
+            checked = zip(piece, pool.map(damage, piece), strict=True)
+            problems |= {file: problem for file, problem in checked if problem is not None}
             if on_progress is not None:
                 on_progress(f"{name}: {start + len(piece):,} of {len(files):,} images checked")
     return problems

@@ -1,4 +1,4 @@
-"""IDX folders: MNIST, Fashion-MNIST, KMNIST and whatever else is written like them."""
+"""IDX folders, the format of MNIST, Fashion-MNIST and KMNIST."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _PARTS = (("train", "train"), ("test", "t10k"))
 
 
 def find_idx(folder: Path, stem: str, dimensions: int) -> Path | None:
-    """``train-images-idx3-ubyte`` or ``train-images.idx3-ubyte``, each also with ``.gz``; None
-    where there is none of them.
+    """Finds ``train-images-idx3-ubyte`` or ``train-images.idx3-ubyte``, also with ``.gz``; None if
+    there is none.
     """
     kind = {1: "labels", 3: "images"}[dimensions]
     names = [
@@ -30,12 +30,12 @@ def find_idx(folder: Path, stem: str, dimensions: int) -> Path | None:
 
 
 def read_idx(path: Path, dimensions: int, most: int = MOST_BYTES) -> np.ndarray:
-    """The array of unsigned bytes in an IDX file, compressed or not.
+    """Reads the array of unsigned bytes in an IDX file, compressed or not.
 
     Args:
       path: The file; gzip is recognised by its first bytes.
-      dimensions: How many the array must have: 3 for images ``(N, H, W)``, 1 for labels ``(N,)``.
-      most: Bytes that the array may have.
+      dimensions: Number of axes: 3 for images ``(N, H, W)``, 1 for labels ``(N,)``.
+      most: Largest size of the array in bytes.
     Raises:
       InputError: Another magic number, another number of bytes than the header says, more than
         ``most``, or damaged compression.
@@ -85,17 +85,15 @@ def read_idx(path: Path, dimensions: int, most: int = MOST_BYTES) -> np.ndarray:
 
 
 def _opened(plain: BinaryIO) -> BinaryIO | gzip.GzipFile:
-    """The file itself, or what comes out of it where it is compressed."""
+    """The file, decompressed if necessary."""
     compressed = plain.read(len(_GZIP)) == _GZIP
     plain.seek(0)
     return gzip.GzipFile(fileobj=plain) if compressed else plain
 
 
 def idx_folder(folder: Path) -> Splits[Dataset]:
-    """The four files of an IDX folder, images ``(N, H, W, 1)`` uint8, normalised by the moments of
-    the training pixels.
-
-    There are as many classes as the largest training label says.
+    """Reads the four files of an IDX folder: images ``(N, H, W, 1)`` uint8, normalised by the
+    moments of the training pixels. The largest training label gives the number of classes.
 
     Raises:
       InputError: A file that is missing, damaged, or does not fit its companion.

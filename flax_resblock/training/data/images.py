@@ -1,4 +1,4 @@
-"""Decoding and resizing, as torchvision does them with PIL images."""
+"""Decodes and resizes images as torchvision does with PIL images."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from flax_resblock.errors import InputError
 
 
 def decode(path: str) -> np.ndarray:
-    """The image in a file as ``(h, w, 3)`` uint8, whatever its mode; the EXIF orientation is left
-    alone, as torchvision's loader does.
+    """Decodes an image file of any mode to ``(h, w, 3)`` uint8. The EXIF orientation is ignored, as
+    in torchvision's loader.
 
     Raises:
       InputError: It cannot be decoded.
@@ -18,9 +18,7 @@ def decode(path: str) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    # decoders raise OSError, SyntaxError, ValueError, zlib.error, struct.error ... for damaged
-    # files
-    except Exception as error:
+    except Exception as error:  # decoders raise many kinds for damaged files
         raise InputError(
             f"{path} cannot be decoded ({_reason(error, path)}). Remove or replace it, and "
             f"start again."
@@ -28,8 +26,8 @@ def decode(path: str) -> np.ndarray:
 
 
 def damage(path: str) -> str | None:
-    """Why an image cannot be decoded, or None. Every byte is decoded, a JPEG at an eighth of its
-    size, which costs less and finds the same.
+    """Why an image cannot be decoded, or None. Every byte is decoded, but a JPEG at an eighth of
+    its size, which is faster.
     """
     try:
         with Image.open(path) as image:
@@ -49,7 +47,7 @@ def _reason(error: Exception, path: str) -> str:
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """``(h, w, C)`` uint8 to ``(height, width, C)`` uint8, bilinear with antialiasing."""
+    """Resizes ``(h, w, C)`` uint8 to ``(height, width, C)``, bilinear with antialiasing."""
     if image.shape[-1] == 3:
         return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     planes = [
@@ -62,11 +60,11 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fit(image: np.ndarray, size: int) -> np.ndarray:
-    """What evaluation sees of an image: its shorter side resized to ``round(size * 256 / 224)``,
-    then the central square.
+    """Resizes the shorter side to ``round(size * 256 / 224)`` and takes the central square, as
+    evaluation does.
 
-    The same bits as torchvision's ``Resize(round(size * 256 / 224))`` and ``CenterCrop(size)`` on a
-    PIL image.
+    The result has the same bits as torchvision's ``Resize(round(size * 256 / 224))`` and
+    ``CenterCrop(size)`` on a PIL image.
 
     Args:
       image: ``(h, w, C)``, uint8.
@@ -76,9 +74,7 @@ def fit(image: np.ndarray, size: int) -> np.ndarray:
     """
     height, width, _ = image.shape
     short = round(size * 256 / 224)
-    long = int(
-        short * max(height, width) / min(height, width)
-    )  # cut off, not rounded, as torchvision computes it
+    long = int(short * max(height, width) / min(height, width))  # truncated, as in torchvision
     image = resize(image, *((short, long) if height <= width else (long, short)))
     top, left = round((image.shape[0] - size) / 2), round((image.shape[1] - size) / 2)
     return image[top : top + size, left : left + size]

@@ -18,11 +18,11 @@ _WHOLE = ("images", "labels")
 
 
 def npz_archive(path: Path) -> Splits[Dataset]:
-    """The arrays of an archive, read without unpickling anything.
+    """Reads the arrays of an archive without unpickling anything.
 
-    It has ``x_train, y_train, x_test, y_test`` (Keras), ``train_images, train_labels, test_images,
-    test_labels`` (MedMNIST), or ``images, labels``, of which every fifth image becomes a test
-    image, each class in proportion. Images are ``(N, H, W, C)`` or ``(N, H, W)``, uint8 or
+    The arrays are ``x_train, y_train, x_test, y_test`` (Keras), ``train_images, train_labels,
+    test_images, test_labels`` (MedMNIST), or ``images, labels``; then every fifth image of each
+    class becomes a test image. Images are ``(N, H, W, C)`` or ``(N, H, W)``, uint8 or
     floating; labels ``(N,)`` or ``(N, 1)``, integers. ``mean`` and ``std`` of the channels, for
     uint8 images on the scale from 0 to 1, replace the moments of the training pixels.
 
@@ -47,8 +47,8 @@ def npz_archive(path: Path) -> Splits[Dataset]:
         in_test = held_out(labels)
         if in_test.all():
             raise InputError(
-                f"{path} has {len(images)} image; at least one to learn from and one to judge "
-                f"by are needed."
+                f"{path} has {len(images)} image; at least one training and one test image are "
+                f"needed."
             )
         pairs = [(images[~in_test], labels[~in_test]), (images[in_test], labels[in_test])]
         notes = (

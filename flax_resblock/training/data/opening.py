@@ -1,4 +1,4 @@
-"""One way to open all data: by name, or by what lies at a path."""
+"""Opens data of any kind, by name or by the content of a path."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def open_data(
     image_size: int | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Splits[DataSource]:
-    """Training and test images, recognised by their content.
+    """Opens training and test images of any kind, recognised by their content.
 
     Args:
       spec: ``"digits"``, or a path: an IDX folder, a CIFAR folder or its parent, an ``.npz``
         archive, an image folder.
-      strict: Refuse an image folder with damaged images instead of leaving them out; damaged files
-        of the other kinds are always refused.
-      image_size: Side in pixels to which an image folder is brought, 224 by default. Other data
-        have the size that they have.
-      on_progress: Called with a line of text now and then while an image folder is checked.
+      strict: Refuse an image folder with damaged images instead of leaving them out. Damaged files
+        of other kinds are always refused.
+      image_size: Side in pixels to which the images of a folder are resized, 224 by default. Other
+        data keep their size.
+      on_progress: Called with a line of text while an image folder is checked.
     Raises:
-      InputError: Nothing readable there; the message says what was looked for.
+      InputError: Nothing readable; the message says what was looked for.
     """
     if image_size is not None and image_size < 1:
         raise InputError(f"image_size={image_size} must be a positive number of pixels.")

@@ -1,6 +1,4 @@
-"""The order of the images and the batches of each epoch, through grain; both depend on (seed,
-epoch) alone.
-"""
+"""The order of the images in each epoch, and its batches; both depend only on seed and epoch."""
 
 from __future__ import annotations
 
@@ -17,15 +15,15 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """Normalised images and what they show.
+    """Normalised images and their labels.
 
     Attributes:
       images: ``(N, H, W, C)``, float32.
       labels: ``(N,)``, int32.
-      indices: Places of the images in the dataset, ``(N,)``, int64.
-      labels_b: Labels of the images that were mixed in, ``(N,)`` int32; None where nothing was.
+      indices: Indices of the images in the dataset, ``(N,)``, int64.
+      labels_b: Labels of the images that were mixed in, ``(N,)`` int32; None without mixing.
       weight: Share of ``labels`` in the loss, ``(N,)`` float32: ``weight * CE(labels) + (1 -
-        weight) * CE(labels_b)``; None where nothing was mixed.
+        weight) * CE(labels_b)``; None without mixing.
     """
 
     images: np.ndarray
@@ -36,10 +34,10 @@ class Batch(NamedTuple):
 
 
 def steps_per_epoch(dataset: DataSource, batch_size: int) -> int:
-    """Full batches in one pass; the incomplete last one is left out.
+    """Number of full batches in one epoch.
 
     Raises:
-      InputError: Fewer images than one batch takes.
+      InputError: Fewer images than one batch needs.
     """
     if not 1 <= batch_size <= len(dataset):
         raise InputError(
@@ -50,16 +48,14 @@ def steps_per_epoch(dataset: DataSource, batch_size: int) -> int:
 
 
 def shuffled(size: int, seed: int) -> grain.MapDataset[int]:
-    """The numbers below ``size`` in the order of epoch 0; ``repeat`` shuffles anew in every
-    repetition.
-    """
+    """The numbers below ``size`` in the order of epoch 0; ``repeat`` gives each epoch its own."""
     # .seed() hashes the seed; shuffle(seed=...) would add the epoch to it, so that seed 0 in epoch
     # 1 sees what seed 1 sees in epoch 0.
     return import_grain().MapDataset.range(size).seed(seed).shuffle()
 
 
 def import_grain():
-    """grain, or an error that says how to install it."""
+    """Imports grain, or says how to install it."""
     try:
         import grain
         import grain.experimental
@@ -89,13 +85,13 @@ def batches(
     """The full batches of one epoch: :func:`epoch_order` cut into pieces of ``batch_size``.
 
     Args:
-      dataset: Where the images come from.
+      dataset: The source of the images.
       batch_size: Images per batch; see :func:`steps_per_epoch`.
       seed: 0 to 2**32 - 1.
       epoch: From 0; each has its own order.
-      first: Batches at the start of the epoch to leave out.
+      first: Number of batches to skip at the start of the epoch.
     Raises:
-      InputError: Fewer images than one batch takes.
+      InputError: Fewer images than one batch needs.
     """
     steps_per_epoch(dataset, batch_size)
 

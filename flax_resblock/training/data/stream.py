@@ -1,6 +1,4 @@
-"""Batches for training from any step on, and for evaluation, for one process of several; worker
-processes decode and augment.
-"""
+"""Batches for training, from any step on, and for evaluation, for one or several processes."""
 
 from __future__ import annotations
 
@@ -19,17 +17,17 @@ from flax_resblock.training.data.pipeline import Batch, import_grain, shuffled, 
 from flax_resblock.training.data.prefetch import check_workers, prefetched
 
 _AUGMENT, _MIX = 0, 1
-"""Purposes of random numbers; each has its own stream."""
+"""Purposes of random numbers, each with its own sequence."""
 
 
 class EvaluationBatch(NamedTuple):
-    """Images to judge by.
+    """Images for evaluation.
 
     Attributes:
       images: ``(n, H, W, C)``, float32, normalised; zeros where ``valid`` is false.
       labels: ``(n,)``, int32; 0 where not valid.
-      indices: Places in the dataset, ``(n,)``, int64; -1 where not valid.
-      valid: ``(n,)``, bool; false for the rows that fill up the last batch.
+      indices: Indices in the dataset, ``(n,)``, int64; -1 where not valid.
+      valid: ``(n,)``, bool; false for the padding of the last batch.
     """
 
     images: np.ndarray
@@ -39,8 +37,8 @@ class EvaluationBatch(NamedTuple):
 
 
 class _Pixels(NamedTuple):
-    """What a worker hands over: the augmented images of a step, in the type of the pixels, and
-    which they are.
+    """The result of a worker: the augmented images of a step, in the dtype of the source, and their
+    indices.
     """
 
     step: int
@@ -48,35 +46,35 @@ class _Pixels(NamedTuple):
     images: np.ndarray
 
     def plain(self) -> _Pixels:
-        """As numpy's own arrays; what came from a worker is a subclass that holds shared memory."""
+        """As plain arrays; those of a worker are a subclass that holds shared memory."""
         return _Pixels(self.step, np.array(self.indices), np.asarray(self.images))
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """The training batches of a run: endless, every epoch in another order, without its incomplete
-    last batch.
+    """The endless training batches of a run. Every epoch has another order and leaves out its
+    incomplete last batch.
 
-    What a step gets depends on ``seed``, the step, the dataset, the batch size and the augmentation
-    alone, bit for bit: not on where iteration began, not on ``workers``, and, put together, not on
-    the number of shards. So the number of the next step is all the state there is: a checkpoint
-    that keeps it can go on with ``from_step``. Without augmentation the batches are those of
+    A batch depends only on ``seed``, the step, the dataset, the batch size and the augmentation,
+    bit for bit: not on where iteration began, not on ``workers``, and, over all shards together,
+    not on their number. The number of the next step is therefore the only state, and ``from_step``
+    continues from it. Without augmentation the batches are those of
     :func:`flax_resblock.training.data.batches`.
 
     Attributes:
-      dataset: Where the images come from.
+      dataset: The source of the images.
       batch_size: Images per step over all shards.
       seed: 0 to 2**32 - 1.
-      augmentation: What is done to the images at random.
-      shard: This process's number and how many there are; it gets its contiguous share of each
-        piece of each batch.
-      pieces: Pieces that the batch is computed in, see :class:`flax_resblock.training.TrainConfig`;
-        what a process gets is one after the other its share of each.
-      workers: Processes that decode and augment; each receives a copy of a dataset in memory. 0: a
-        thread of this process does it. As with every use of multiprocessing, a script that starts
-        workers needs ``if __name__ == "__main__":``.
+      augmentation: Random changes of the images.
+      shard: Number of this process and of all processes; it gets a contiguous share of each piece
+        of each batch.
+      pieces: Number of pieces that a batch is computed in, see
+        :class:`flax_resblock.training.TrainConfig`; a process gets its shares one after the other.
+      workers: Number of processes that decode and augment; each receives a copy of a dataset in
+        memory. 0 uses a thread. As always with multiprocessing, a script that starts workers needs
+        ``if __name__ == "__main__":``.
     Raises:
-      InputError: Values out of their range, or that do not fit each other.
+      InputError: Values that are out of range or do not fit each other.
     """
 
     dataset: DataSource
@@ -101,10 +99,9 @@ class Stream:
         return steps_per_epoch(self.dataset, self.batch_size)
 
     def from_step(self, step: int) -> Generator[Batch, None, None]:
-        """Batches without end: those of ``step``, ``step + 1``, ... of the run, counted from 0 over
-        all epochs.
+        """The endless batches of ``step``, ``step + 1``, ..., counted from 0 over all epochs.
 
-        Closing the generator, or dropping it, ends its thread and its workers.
+        Closing or dropping the generator ends its thread and its workers.
 
         Raises:
           InputError: A negative step; while iterating, an image that can no longer be decoded.
@@ -134,8 +131,8 @@ class Stream:
         )
 
     def _read(self, step: int, indices: np.ndarray) -> _Pixels:
-        """The images of this shard and, where images are mixed, their partners. Chance decides for
-        the whole batch, whatever the shard.
+        """The images of this shard and, if images are mixed, their partners. Random numbers are
+        drawn for the whole batch, whatever the shard.
         """
         choices = draw(self._augmentation, self._random(step, _AUGMENT), self.batch_size)
         rows = self._rows_read
@@ -147,21 +144,21 @@ class Stream:
 
     @property
     def _rows(self) -> np.ndarray:
-        """The rows of the whole batch that this process gets."""
+        """The rows of the whole batch that belong to this process."""
         return _shard_rows(self.batch_size, self.shard, self.pieces)
 
     @property
     def _partners(self) -> np.ndarray:
-        """The row that each of them is mixed with: the one before, the first with the last."""
+        """The row that each is mixed with: the one before, and the last for the first."""
         return (self._rows - 1) % self.batch_size
 
     @property
     def _rows_read(self) -> np.ndarray:
-        """The rows that a worker makes: each once, in ascending order where images are mixed."""
+        """The rows that a worker prepares, each once."""
         return np.union1d(self._rows, self._partners) if self._augmentation.mixes else self._rows
 
     def _finish(self, pixels: _Pixels) -> Batch:
-        """Normalises and mixes, in the process that trains: fewer bytes come from the workers."""
+        """Normalises and mixes in the training process, so that workers send fewer bytes."""
         step, indices, raw = pixels.plain()
         images = normalise(raw, self.dataset.mean, self.dataset.std)
         labels = self.dataset.labels[indices].astype(np.int32)
@@ -186,11 +183,11 @@ class Stream:
 def evaluation_batches(
     dataset: DataSource, batch_size: int, shard: tuple[int, int] = (0, 1), *, workers: int = 0
 ) -> Generator[EvaluationBatch, None, None]:
-    """Every image exactly once over all shards, in order; all shards get the same number of
-    batches, all of ``batch_size / shards`` rows.
+    """Yields every image exactly once over all shards, in order. All shards get the same number of
+    batches, each of ``batch_size / shards`` rows.
 
     Args:
-      dataset: Where the images come from.
+      dataset: The source of the images.
       batch_size: Rows over all shards.
       shard: See :class:`Stream`.
       workers: See :class:`Stream`.
@@ -230,7 +227,7 @@ def evaluation_batches(
 
 
 def _shard_rows(batch_size: int, shard: tuple[int, int], pieces: int = 1) -> np.ndarray:
-    """The rows of a global batch that a shard gets: its share of each piece."""
+    """The rows of a whole batch that belong to a shard: its share of each piece."""
     number, count = shard
     if not 0 <= number < count:
         raise InputError(f"shard={shard} must be (number, count) with 0 <= number < count.")
