@@ -596,7 +596,7 @@ def test_digits_are_learned_as_well_in_both_lowerings():
         with conv_lowering(lowering):
             network = training.new_model(config)
             history = training.fit(network, few, config, test=test, progress=False)
-        found[lowering] = history.judged[-1].accuracy
+        found[lowering] = history.evaluations[-1].accuracy
         weights[lowering] = np.asarray(network.stage1[0].conv1.kernel[...])
     assert min(found.values()) >= 0.93
     assert abs(found["auto"] - found["xla"]) <= 0.015

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -92,6 +93,16 @@ def test_inspect_imports_only_what_the_format_needs(file, checkpoints):
     status, modules = imported("inspect", str(checkpoints / file))
     assert status == 0
     assert not NEEDLESS[file] & modules
+
+
+def test_predict_reads_an_archive_without_the_packages_of_training(checkpoints, tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((1, 32, 32, 3), np.uint8))
+    status, modules = imported(
+        "predict", str(checkpoints / "net.safetensors"), str(tmp_path / "a.npz")
+    )
+    assert status == 0
+    training = {"grain", "sklearn", "tensorboardX", "matplotlib", "flax_resblock.training.loop"}
+    assert not training & modules
 
 
 def test_the_overview_lists_every_command_and_its_options():
