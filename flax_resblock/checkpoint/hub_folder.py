@@ -1,0 +1,144 @@
+"""Folders as Hugging Face's hub and its Trainer write them.
+
+The weights have well-known names; JSON files and, in a training checkpoint, the optimizer and the
+schedule lie beside them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files
+from flax_resblock.errors import CheckpointError, visible
+
+CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
+WEIGHTS = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+"""Names of the weights, in order of preference."""
+
+_LONGEST = 255
+"""Bytes of a name that file systems take."""
+_LARGEST = 16 << 20
+"""Bytes; a configuration with a thousand class names has 70 thousand."""
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The weights of a folder; None where there are none."""
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; for ``json.loads(object_pairs_hook=)``.
+
+    Raises:
+      ValueError: Two entries of one name: which counts would depend on the reader.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"it has {visible(key[:120])!r} twice")
+        found[key] = value
+    return found
+
+
+def shards(index: Path, limits: Limits) -> list[Path]:
+    """The files that an index of a sharded checkpoint names, in order.
+
+    Raises:
+      CheckpointError: No such index, one beyond the limits, or a shard that is not there.
+    """
+    limits.check(index, "max_header_bytes", index.stat().st_size, "bytes of index")
+    try:
+        weight_map = json.loads(
+            index.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates
+        )["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{index} is not an index of shards: it has no 'weight_map' of tensor names to "
+            f"file names."
+        ) from error
+    for name in names:
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or visible(name) != name
+            or len(name.encode()) > _LONGEST
+        ):
+            raise CheckpointError(
+                f"{index} names the shard {str(name)[:200]!r}, which is not a plain file name "
+                f"in its folder."
+            )
+        if not (index.parent / name).is_file():
+            raise CheckpointError(
+                f"{index} names the shard {name}, which is not there. Copy all shards into "
+                f"{index.parent}."
+            )
+    return [index.parent / name for name in names]
+
+
+def texts_beside(weights: Path) -> dict[str, str]:
+    """The JSON files beside weights with a well-known name, by name.
+
+    Raises:
+      CheckpointError: One that is no text.
+    """
+    if weights.name not in WEIGHTS:
+        return {}
+    texts = {}
+    for name in (CONFIG_FILE, PREPROCESSOR_FILE):
+        file = weights.parent / name
+        if file.is_file() and file.stat().st_size <= _LARGEST:
+            try:
+                texts[name] = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise CheckpointError(
+                    f"{file} cannot be read as text ({error}). Copy the folder again, or "
+                    f"remove that file."
+                ) from error
+    return texts
+
+
+_PICKLED = {"optimizer": "optimizer.pt", "scheduler": "scheduler.pt"}
+_NOT_READ = ("training_args.bin", "scaler.pt", "rng_state.pth")
+_STATE = "trainer_state.json"
+
+
+def trainer_files(folder: Path, limits: Limits = LIMITS) -> dict[str, Any]:
+    """The entries of a training checkpoint that lie in files of their own: optimizer, scheduler,
+    counters.
+
+    Args:
+      folder: Where the weights are.
+      limits: What each file may declare.
+    Returns:
+      By entry name, arrays for tensors; files that are of no use to another framework with None.
+    Raises:
+      CheckpointError: A damaged file, or one that would execute code.
+      MissingDependencyError: There is something in it that only PyTorch can read, and torch is not
+        installed.
+    """
+    found: dict[str, Any] = {}
+    for name, file in _PICKLED.items():
+        if (folder / file).is_file():
+            from flax_resblock.checkpoint import torch_file
+
+            found[name] = torch_file.load_torch(folder / file, limits)
+    if (folder / _STATE).is_file():
+        check_files([folder / _STATE], replace(limits, max_bytes=limits.header), folder / _STATE)
+        try:
+            state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+            found |= {name: state[name] for name in ("epoch", "global_step") if name in state}
+        except (ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{folder / _STATE} is damaged ({error}). Copy the folder again."
+            ) from error
+        found["trainer_state"] = state
+    return found | {name: None for name in _NOT_READ if (folder / name).is_file()}

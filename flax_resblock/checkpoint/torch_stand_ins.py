@@ -1,0 +1,95 @@
+"""Values that stand in a PyTorch pickle's content for those that it would have made.
+
+A pickle may give some of them a state, and can change nothing else by that.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flax_resblock.checkpoint.inert_pickle import RefusedError
+
+HARM = "It is damaged, or made to do harm."
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """The memory that tensors are views of.
+
+    Attributes:
+      key: By which the file knows it.
+      dtype: Of its elements; None where numpy has no such type.
+      count: Number of elements.
+      size: Number of bytes.
+    """
+
+    key: str
+    dtype: np.dtype | None
+    count: int
+    size: int
+
+
+@dataclass(slots=True, eq=False)
+class OnlyTorch:
+    """Stands for a value that only PyTorch can make.
+
+    Attributes:
+      what: Its description, for a message.
+    """
+
+    what: str
+
+    def __setstate__(self, state: Any) -> None:
+        """Ignores the state, which is PyTorch's business too."""
+
+
+class StateDict(OrderedDict):
+    """An OrderedDict that takes no arguments, and whose attributes a pickle cannot set."""
+
+    def __new__(cls) -> StateDict:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        """Ignores ``_metadata``, the versions of the layers' state dicts, and refuses the rest."""
+        if not isinstance(state, dict) or state.keys() - {"_metadata"}:
+            raise RefusedError(
+                "has a dictionary with attributes of its own, which would change what it does. "
+                f"{HARM}"
+            )
+
+
+StateDict.__name__ = "OrderedDict"  # for messages
+
+
+class ParameterStandIn:
+    """In place of ``torch.nn.parameter.Parameter`` where its ``__new__`` is called."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return OnlyTorch("torch.nn.parameter.Parameter")
+
+
+class VersionStandIn:
+    """In place of ``torch.torch_version.TorchVersion``."""
+
+    def __new__(cls, text: Any) -> Any:
+        if not isinstance(text, str):
+            raise TypeError(f"a version is text, and no {type(text).__name__}")
+        return text
+
+
+class DTypeStandIn:
+    """In place of ``numpy.dtype``, which a pickle could change."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: np.dtype | None) -> None:
+        self.dtype = dtype
+
+    def __setstate__(self, state: Any) -> None:
+        """Takes the byte order; another than this machine's is left to PyTorch."""
+        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", "=", "|"):
+            self.dtype = None
