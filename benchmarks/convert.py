@@ -182,20 +182,22 @@ def write_sources(folder: Path, name: str) -> int:
     """Writes the architecture in every format that can be read; returns its size in bytes."""
     import torch
 
-    from flax_resblock.checkpoint import orbax_folder, safetensors_file, torch_file
+    from flax_resblock.checkpoint.orbax_folder import write_orbax
+    from flax_resblock.checkpoint.safetensors_file import write_safetensors
+    from flax_resblock.checkpoint.torch_file import write_torch
 
     state = random_state(name)
     state_map = StateMap(architecture(name), NAMINGS["torchvision"])
     flax = transcode(state_map, StateMap(architecture(name), NAMINGS["flax"]), state)
-    torch_file.write(folder / "zip.pth", state, {})
+    write_torch(folder / "zip.pth", state, {})
     torch.save(
         {key: torch.from_numpy(value) for key, value in state.items()},
         folder / "legacy.pth",
         _use_new_zipfile_serialization=False,
     )
-    safetensors_file.write(folder / "torch.safetensors", state, {})
-    safetensors_file.write(folder / "flax.safetensors", flax, {})
-    orbax_folder.write(folder / "orbax", flax, {})
+    write_safetensors(folder / "torch.safetensors", state, {})
+    write_safetensors(folder / "flax.safetensors", flax, {})
+    write_orbax(folder / "orbax", flax, {})
     return sum(value.nbytes for value in state.values())
 
 

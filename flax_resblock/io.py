@@ -376,7 +376,7 @@ def save(
             "a .pth file holds PyTorch names; use .safetensors or an Orbax folder for naming "
             "scheme 'flax'."
         )
-    checkpoint.refuse_existing(path, force)
+    checkpoint.refuse_existing(path, force, checkpoint.is_orbax)
     state_map = StateMap(config, "flax" if kind == "orbax" and files is None else scheme)
     write_with_run(
         path,

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from flax_resblock import checkpoint
-from flax_resblock.checkpoint.sidecar import sidecar_of
+from flax_resblock.checkpoint.record import sidecar_of
 from flax_resblock.cli import run
 from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.convert.opening import open_checkpoint

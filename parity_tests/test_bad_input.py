@@ -477,7 +477,7 @@ def test_what_is_no_state_dict_is_refused(source, message):
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/dir.safetensors"])
 def test_a_shard_index_cannot_leave_its_folder(name, tmp_path):
-    safetensors_file.write(tmp_path / "outside.safetensors", healthy(), {})
+    safetensors_file.write_safetensors(tmp_path / "outside.safetensors", healthy(), {})
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "model.safetensors.index.json").write_text(
@@ -526,7 +526,7 @@ def test_a_failing_write_leaves_the_old_file_and_no_trace(name, written, monkeyp
 
 
 def test_what_is_read_back_is_compared(written, monkeypatch):
-    original = safetensors_file.write
+    original = safetensors_file.write_safetensors
 
     def corrupting(path, tensors, metadata):
         original(path, tensors, metadata)
@@ -534,7 +534,7 @@ def test_what_is_read_back_is_compared(written, monkeypatch):
         content[-5] ^= 1
         Path(path).write_bytes(content)
 
-    monkeypatch.setattr(safetensors_file, "write", corrupting)
+    monkeypatch.setattr(safetensors_file, "write_safetensors", corrupting)
     with pytest.raises(CheckpointError, match=r"is damaged: .* differs? from the SHA-256"):
         save(from_torch(healthy()), written / "new.safetensors")
     assert not (written / "new.safetensors").exists()

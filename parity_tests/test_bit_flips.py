@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flax_resblock import CheckpointError, checkpoint, from_torch, save
-from flax_resblock.checkpoint.sidecar import sidecar_of
+from flax_resblock.checkpoint.record import sidecar_of
 from flax_resblock.cli import run
 from flax_resblock.convert.opening import open_checkpoint
 from parity_tests.fuzz import samples

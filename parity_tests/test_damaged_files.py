@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flax_resblock import InputError, ResNetConfig, checkpoint, from_torch, load, save, to_torch
-from flax_resblock.checkpoint import safetensors_file
+from flax_resblock.checkpoint.safetensors_file import write_safetensors
 from parity_tests.support import random_bits
 
 SMALL = ResNetConfig(depths=(1, 1), widths=(6, 10), stem="cifar", stem_width=4, num_classes=3)
@@ -116,7 +116,7 @@ Fails()
 def test_without_digests_a_flipped_bit_would_pass(tmp_path):
     """The negative control: it is the SHA-256 that notices."""
     state = healthy()
-    safetensors_file.write(tmp_path / "net.safetensors", state, {})
+    write_safetensors(tmp_path / "net.safetensors", state, {})
     content = bytearray((tmp_path / "net.safetensors").read_bytes())
     content[-5] ^= 1
     (tmp_path / "net.safetensors").write_bytes(content)

@@ -15,7 +15,7 @@ import torch
 
 from flax_resblock import checkpoint, from_torch, save, to_torch
 from flax_resblock.checkpoint import atomic
-from flax_resblock.checkpoint.sidecar import sidecar_of
+from flax_resblock.checkpoint.record import sidecar_of
 from flax_resblock.cli import run
 from flax_resblock.errors import InputError, OutputError
 from parity_tests import kills
@@ -212,7 +212,9 @@ def test_a_reader_never_finds_a_folder_absent_while_it_is_replaced(tmp_path):
     looker = threading.Thread(target=look)
     looker.start()
     for _ in range(20):
-        with atomic.replacing(tmp_path / "net", force=True) as temporary:
+        with atomic.replacing(
+            tmp_path / "net", force=True, replaceable=checkpoint.is_orbax
+        ) as temporary:
             temporary.mkdir()
             (temporary / "_CHECKPOINT_METADATA").write_text("{}")
     over.set()

@@ -26,7 +26,7 @@ from flax_resblock import (
     save,
     to_torch,
 )
-from flax_resblock.checkpoint import safetensors_file
+from flax_resblock.checkpoint.safetensors_file import write_safetensors
 from flax_resblock.checkpoint.torch_file import from_numpy, state_to_numpy
 from flax_resblock.config import architecture, walk
 from flax_resblock.convert import NAMINGS, StateMap, describe, identify
@@ -228,7 +228,7 @@ def test_sharded_safetensors_are_joined(tmp_path):
     keys = list(state)
     parts = {"a.safetensors": keys[::2], "b.safetensors": keys[1::2]}
     for name, part in parts.items():
-        safetensors_file.write(tmp_path / name, {key: state[key] for key in part}, {})
+        write_safetensors(tmp_path / name, {key: state[key] for key in part}, {})
     index = {"weight_map": {key: name for name, part in parts.items() for key in part}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert_same_bits(to_torch(load(tmp_path / "model.safetensors.index.json")), state)

@@ -118,6 +118,8 @@ contents = st.recursive(
 
 def same(ours, theirs):
     """Whether two values have the same types and bits all the way down."""
+    if isinstance(ours, argparse.Namespace) and isinstance(theirs, argparse.Namespace):
+        return same(vars(ours), vars(theirs))
     if type(ours) is not type(theirs):
         return False
     if isinstance(ours, np.ndarray):
@@ -134,8 +136,6 @@ def same(ours, theirs):
         )
     if isinstance(ours, list | tuple):
         return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    if isinstance(ours, argparse.Namespace):
-        return same(vars(ours), vars(theirs))
     return ours == theirs or repr(ours) == repr(theirs)  # of NaN
 
 
@@ -153,7 +153,7 @@ def place(tmp_path_factory):
 @given(content=contents, legacy=st.booleans())
 def test_whatever_a_checkpoint_holds_is_what_torch_load_makes_of_it(content, legacy, place):
     place.write_bytes(samples.saved({"it": content, "again": content}, legacy=legacy))
-    found = torch_archive.read(place, LIMITS)
+    found = torch_archive.read_archive(place, LIMITS)
     assert found.foreign is None
     assert same(plain(found.content), theirs(place))
 
@@ -161,7 +161,7 @@ def test_whatever_a_checkpoint_holds_is_what_torch_load_makes_of_it(content, leg
 def test_a_difference_is_seen(place):
     """The negative control: one bit, one type, one key."""
     place.write_bytes(samples.saved({"a": torch.arange(3.0), "b": (1, [2.0])}))
-    found = torch_archive.read(place, LIMITS).content
+    found = torch_archive.read_archive(place, LIMITS).content
     assert same(found, theirs(place))
     for change in (
         {"a": torch.tensor([0.0, 1.0, np.nextafter(np.float32(2), np.float32(3))])},
@@ -182,7 +182,7 @@ def test_a_training_checkpoint_needs_no_torch(legacy, place):
         "torch": torch.torch_version.TorchVersion("2.1"),
     }
     place.write_bytes(samples.saved(content, legacy=legacy))
-    found = torch_archive.read(place, LIMITS)
+    found = torch_archive.read_archive(place, LIMITS)
     assert found.foreign is None
     expected = theirs(place)
     expected["torch"] = str(expected["torch"])
@@ -192,7 +192,7 @@ def test_a_training_checkpoint_needs_no_torch(legacy, place):
 FOREIGN = {
     "a device": lambda: torch.device("cuda:1"),
     "a dtype": lambda: torch.float16,
-    "a naming scheme": lambda: torch.strided,
+    "a memory layout": lambda: torch.strided,
     "a complex number": lambda: 1 + 2j,
     "a sparse tensor": lambda: torch.eye(3).to_sparse(),
     "a quantised tensor": lambda: torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8),
@@ -209,16 +209,16 @@ def test_what_only_pytorch_can_make_is_left_to_it(what, place):
     """Beside healthy weights, which are read all the same; and the rest is what it was."""
     value = FOREIGN[what]()
     place.write_bytes(samples.saved({"state_dict": {"weight": torch.arange(3.0)}, "odd": [value]}))
-    assert torch_archive.read(place, LIMITS).foreign
-    assert torch_file.read(place).tensors["weight"].tolist() == [0, 1, 2]
+    assert torch_archive.read_archive(place, LIMITS).foreign
+    assert torch_file.read_torch(place).tensors["weight"].tolist() == [0, 1, 2]
     loaded, expected = (
-        torch_file.load(place)["odd"][0],
+        torch_file.load_torch(place)["odd"][0],
         torch.load(place, weights_only=True)["odd"][0],
     )
     assert type(loaded) is type(expected)
     if isinstance(value, torch.Tensor):
         assert loaded.dtype == value.dtype
-        assert loaded.naming == value.naming
+        assert loaded.layout == value.layout
 
 
 @pytest.mark.parametrize("what", ["a sparse tensor", "a quantised tensor", "a meta tensor"])
@@ -231,7 +231,7 @@ def test_among_the_weights_it_is_refused_by_name(what, place):
         "a meta tensor": r"empty \(meta\)",
     }[what]
     with pytest.raises(CheckpointError, match=f"odd is a {kind} tensor"):
-        torch_file.read(place)
+        torch_file.read_torch(place)
 
 
 def repacked(data, change=lambda name, content: content, folder="archive"):
@@ -256,7 +256,7 @@ def test_records_may_lie_anywhere(folder, place):
         "c": torch.arange(9)[::2],
     }
     place.write_bytes(repacked(samples.saved(content), folder=folder))
-    found = torch_archive.read(place, LIMITS).content
+    found = torch_archive.read_archive(place, LIMITS).content
     assert all(array.flags.aligned for array in found.values())
     assert same(found, theirs(place))
 
@@ -267,7 +267,7 @@ def test_another_byte_order_is_left_to_pytorch(place):
         data, lambda name, content: b"big" if name.endswith("byteorder") else content
     )
     place.write_bytes(swapped)
-    assert "byte order" in (torch_archive.read(place, LIMITS).foreign or "")
+    assert "byte order" in (torch_archive.read_archive(place, LIMITS).foreign or "")
     place.write_bytes(data)
     right = np.array(checkpoint.read(place).tensors["a"])
     place.write_bytes(swapped)
@@ -292,7 +292,7 @@ def test_an_alignment_that_is_no_number_is_refused_as_by_pytorch(place):
 def test_tensors_that_share_memory_share_it(place):
     base = torch.randn(6)
     place.write_bytes(samples.saved({"a": base, "b": base[2:], "c": base.view(2, 3).T}))
-    found = torch_archive.read(place, LIMITS).content
+    found = torch_archive.read_archive(place, LIMITS).content
     assert np.shares_memory(found["a"], found["b"])
     assert np.shares_memory(found["a"], found["c"])
     assert not any(array.flags.writeable for array in found.values())
@@ -304,7 +304,7 @@ def test_a_file_cut_short_anywhere_is_refused(legacy, place):
     for length in [*range(2, len(data) - 1, 37), len(data) - 1]:
         place.write_bytes(data[:length])
         with pytest.raises(CheckpointError):
-            torch_archive.read(place, LIMITS)
+            torch_archive.read_archive(place, LIMITS)
 
 
 def test_the_same_memory_under_many_names_is_copied_once(place):
@@ -313,7 +313,7 @@ def test_the_same_memory_under_many_names_is_copied_once(place):
     """
     base = torch.randn(100_000)
     place.write_bytes(repacked(samples.saved({f"t{i}": base[i:] for i in range(500)}), folder="ab"))
-    found = torch_archive.read(place, Limits()).content
+    found = torch_archive.read_archive(place, Limits()).content
     assert (
         len(
             {
@@ -334,6 +334,6 @@ def test_the_same_memory_under_many_names_is_copied_once(place):
 @needs_real_checkpoints
 @pytest.mark.parametrize("path", sorted(SHARED.glob("*.th")), ids=lambda path: path.name)
 def test_real_checkpoints_are_what_torch_load_makes_of_them(path):
-    found = torch_archive.read(path, LIMITS)
+    found = torch_archive.read_archive(path, LIMITS)
     assert found.foreign is None
     assert same(plain(found.content), theirs(path))

@@ -1,5 +1,6 @@
-"""Files to flat ``{name: array}`` and back: PyTorch, safetensors, Orbax. Which spelling the names
-are in is not this package's business.
+"""Files to flat ``{name: array}`` and back: PyTorch, safetensors, Orbax.
+
+Names are taken as they are; the naming schemes are known to :mod:`flax_resblock.convert`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.checkpoint import sidecar
 from flax_resblock.checkpoint.atomic import refuse_existing, remove, replacing
+from flax_resblock.checkpoint.hub_folder import texts_beside, weights_in
 from flax_resblock.checkpoint.limits import LIMITS, UNLIMITED, Limits, check_files, check_names
-from flax_resblock.checkpoint.model_folder import texts_beside, weights_in
 from flax_resblock.checkpoint.record import (
     DIGESTS,
     METADATA_DIGEST,
@@ -25,6 +25,8 @@ from flax_resblock.checkpoint.record import (
     digest,
     digests,
     metadata_digest,
+    refuse_foreign_sidecar,
+    sidecar_of,
 )
 from flax_resblock.errors import CheckpointError, InputError, OutputError, some, visible
 
@@ -35,6 +37,7 @@ __all__ = [
     "Record",
     "digest",
     "digests",
+    "is_orbax",
     "output_format",
     "read",
     "refuse_existing",
@@ -52,6 +55,13 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
 
 RUN_FOLDER = "checkpoints"
 """Where the folder of a training run has its Orbax folders; the last by name is the newest."""
+
+
+def is_orbax(path: Path) -> bool:
+    """Whether a folder is an Orbax checkpoint."""
+    return any(
+        (path / name).exists() for name in ("_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint")
+    )
 
 
 def output_format(path: Path) -> str:
@@ -73,10 +83,8 @@ def output_format(path: Path) -> str:
 def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
     """Format and actual file, by content and not by name."""
     if path.is_dir():
-        from flax_resblock.checkpoint import orbax_folder
-
         for folder in (path, *sorted((path / RUN_FOLDER).glob("*"), reverse=True)):
-            if orbax_folder.is_orbax(folder):
+            if is_orbax(folder):
                 return "orbax", folder
         weights = weights_in(path)
         if weights is not None:  # which a link may stand for: caches of downloads consist of them
@@ -132,17 +140,17 @@ def read(
     """
     format_name, file = _resolve(Path(path), limits)
     if format_name == "orbax":
-        from flax_resblock.checkpoint import orbax_folder
+        from flax_resblock.checkpoint.orbax_folder import read_orbax
 
-        record = orbax_folder.read(file, limits)
+        record = read_orbax(file, limits)
     elif format_name == "safetensors":
-        from flax_resblock.checkpoint import safetensors_file
+        from flax_resblock.checkpoint.safetensors_file import read_safetensors
 
-        record = safetensors_file.read(file, entry=entry, limits=limits)
+        record = read_safetensors(file, entry=entry, limits=limits)
     else:
-        from flax_resblock.checkpoint import torch_file
+        from flax_resblock.checkpoint.torch_file import read_torch
 
-        record = torch_file.read(file, entry=entry, limits=limits)
+        record = read_torch(file, entry=entry, limits=limits)
     check_names(record.tensors, record.source)
     _verify(record, _recorded_digests(record))
     if record.metadata.get(METADATA_DIGEST, metadata_digest(record.metadata)) != metadata_digest(
@@ -159,11 +167,11 @@ def read(
 
 
 def _with_run(record: Record, path: Path, limits: Limits) -> Record:
-    from flax_resblock.checkpoint.trainer_folder import beside
+    from flax_resblock.checkpoint.hub_folder import trainer_files
 
     extras = {
         **record.extras,
-        **(beside(path, limits) if path.is_dir() and record.format != "orbax" else {}),
+        **(trainer_files(path, limits) if path.is_dir() and record.format != "orbax" else {}),
     }
     if not extras or (record.format == "safetensors" and not path.is_dir()):
         return record
@@ -195,16 +203,20 @@ def _verify(record: Record, expected: Mapping[str, str]) -> None:
 
 def _writer(format_name: str, files: Mapping[str, str] | None) -> Callable[..., None]:
     if files is not None:
-        from flax_resblock.checkpoint import safetensors_file
+        from flax_resblock.checkpoint.safetensors_file import write_hub_folder
 
-        return partial(safetensors_file.write_folder, files=files)
+        return partial(write_hub_folder, files=files)
     if format_name == "orbax":
-        from flax_resblock.checkpoint import orbax_folder as module
-    elif format_name == "safetensors":
-        from flax_resblock.checkpoint import safetensors_file as module
-    else:
-        from flax_resblock.checkpoint import torch_file as module
-    return module.write
+        from flax_resblock.checkpoint.orbax_folder import write_orbax
+
+        return write_orbax
+    if format_name == "safetensors":
+        from flax_resblock.checkpoint.safetensors_file import write_safetensors
+
+        return write_safetensors
+    from flax_resblock.checkpoint.torch_file import write_torch
+
+    return write_torch
 
 
 def write(
@@ -247,9 +259,9 @@ def write(
     beside = {} if extras is None else {"extras": extras}
     companions = ()
     if format_name == "pytorch":
-        sidecar.refuse_foreign(path)
-        companions = (sidecar.sidecar_of(path).name,)
-    with replacing(path, force=force, companions=companions) as temporary:
+        refuse_foreign_sidecar(path)
+        companions = (sidecar_of(path).name,)
+    with replacing(path, force=force, companions=companions, replaceable=is_orbax) as temporary:
         _writing(
             path,
             _writer(format_name, files),

@@ -1,8 +1,9 @@
 """Outputs that exist whole or not at all.
 
-An output is written into a folder of its own beside its destination, flushed to the disk, and
-renamed. That folder stays locked while its process lives: the next run for the same destination
-removes those that nobody holds."""
+An output is written into a temporary folder beside its destination, flushed to the disk, and
+renamed. That folder stays locked while its process lives, so that the next run for the same
+destination can remove those that a killed process left behind.
+"""
 
 from __future__ import annotations
 
@@ -15,34 +16,45 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from flax_resblock.checkpoint.orbax_folder import is_orbax
 from flax_resblock.errors import InputError, OutputError
-
-EXPORTED = "model.stablehlo"
-"""Marks the folder of an exported network."""
 
 _SUFFIX = ".partial"
 _ASIDE = "replaced"
 """Where the old folder waits while the new one takes its name, where the file system cannot
 exchange the two in one step.
 """
+_REMOVED = "removed"
 _PATIENCE = 100
 """Attempts, a twentieth of a second apart, to remove a folder that is still being written to."""
 _ATTEMPTS = 100
-"""At making a temporary folder; another process may take one for left behind before it is
-locked.
+"""Attempts to make a temporary folder: another process may take it for one left behind, and remove
+it, before it is locked.
 """
 _AT_CURRENT_FOLDER, _EXCHANGE = -100, 2
-"""Of Linux's renameat2."""
+"""Arguments of Linux's renameat2."""
 
 
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raises InputError when ``path`` exists and may not be replaced, or cannot be created
-    there.
+def no_folder(_: Path) -> bool:
+    """Says of every folder that it may not be replaced."""
+    return False
+
+
+def refuse_existing(
+    path: Path, force: bool, replaceable: Callable[[Path], bool] = no_folder
+) -> None:
+    """Refuses a destination that must not be replaced, or whose folder does not exist.
+
+    Args:
+      path: The destination.
+      force: Whether the caller wants to replace what is there.
+      replaceable: Says whether a folder with something in it is one that may be replaced. By
+        default none may.
+    Raises:
+      InputError: ``path`` exists without ``force``, is another folder, or lies in none.
     """
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist. Create it first.")
@@ -50,58 +62,54 @@ def refuse_existing(path: Path, force: bool) -> None:
         raise InputError(
             f"{path} exists. Choose another name, or pass --force (force=True) to replace it."
         )
-    if (
-        path.is_dir()
-        and any(path.iterdir())
-        and not is_orbax(path)
-        and not (path / EXPORTED).is_file()
-    ):
+    if path.is_dir() and any(path.iterdir()) and not replaceable(path):
         raise InputError(
-            f"{path} is a folder that is no checkpoint; it is not replaced, even by force. "
-            f"Choose another name."
+            f"{path} is a folder of something else than what is to be written there; it is not "
+            f"replaced, even with --force. Choose another name."
         )
 
 
 @contextmanager
-def replacing(path: Path, *, force: bool = False, companions: Sequence[str] = ()) -> Iterator[Path]:
-    """A temporary path in the same folder that takes the name ``path`` when the block ends well,
-    and vanishes when it does not.
+def replacing(
+    path: Path,
+    *,
+    force: bool = False,
+    companions: Sequence[str] = (),
+    replaceable: Callable[[Path], bool] = no_folder,
+) -> Iterator[Path]:
+    """Yields a temporary path that takes the name ``path`` when the block ends well, and vanishes
+    when it does not.
 
     Args:
-      path: The destination, a file or a folder; the block decides which by what it creates at the
-        temporary path.
+      path: The destination. It becomes a file or a folder, as the block creates one or the other
+        at the temporary path.
       force: Replace what is there.
       companions: Names of files that the block writes beside the temporary path; they take their
         places beside ``path`` just before it does.
+      replaceable: See :func:`refuse_existing`.
     Raises:
-      InputError: The destination exists without ``force``.
-      OutputError: Its folder cannot be written to, or the disk is full or fails; from the block
-        too.
+      InputError: The destination may not be replaced.
+      OutputError: Its folder cannot be written to, or the disk is full or fails; also where the
+        block raises an OSError.
     """
-    scratch = lock = None
     try:
-        _remove_stale(path)
-        refuse_existing(path, force)
-        scratch, lock = _scratch(path)
-        temporary = scratch / path.name
-        yield temporary
-        for part in (temporary, *(scratch / name for name in companions)):
-            _sync(part)
-        with alone(path.parent):
-            refuse_existing(path, force)  # it may have appeared meanwhile
-            for name in companions:
-                (scratch / name).replace(path.parent / name)
-            _place(temporary, path, scratch / _ASIDE, force)
-        _flush(path.parent)
+        _remove_stale(path.parent, path.name)
+        refuse_existing(path, force, replaceable)
+        with _scratch_folder(path) as scratch:
+            temporary = scratch / path.name
+            yield temporary
+            for part in (temporary, *(scratch / name for name in companions)):
+                _sync(part)
+            with alone(path.parent):
+                refuse_existing(path, force, replaceable)  # it may have appeared meanwhile
+                for name in companions:
+                    os.replace(scratch / name, path.parent / name)
+                _place(temporary, path, scratch / _ASIDE, force)
+            _flush(path.parent)
     except OSError as error:
         raise OutputError(
             f"{path} could not be written: {error.strerror or error}. Nothing was left there."
         ) from error
-    finally:
-        if scratch is not None:
-            _remove(scratch)
-        if lock is not None:
-            os.close(lock)
 
 
 _held = threading.local()
@@ -109,9 +117,7 @@ _held = threading.local()
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes and threads that ask for it out of a folder; within itself it does
-    nothing.
-    """
+    """Keeps other processes and threads that ask for it out of a folder. It may be nested."""
     folders: set[Path] = vars(_held).setdefault("folders", set())
     place = folder.resolve()
     if place in folders:
@@ -129,31 +135,19 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint folder: out of sight at once, and never seen half removed. Also what was
-    left of such removals by a process that was killed.
+    """Removes a folder, which vanishes at once and is never seen half removed.
+
+    Also removes what killed processes left beside it.
     """
-    aside = folder.parent / f".{folder.name}.{os.getpid()}.{_ASIDE}{_SUFFIX}"
-    try:
-        lock = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
+    if not folder.is_dir():
         return
-    try:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        folder.rename(aside)
-        _remove(aside)
-        for left in folder.parent.glob(f".*.{_ASIDE}{_SUFFIX}"):
-            process = left.name.split(".")[-3]
-            if process.isdigit() and not _is_held(left, int(process)):
-                _remove(left)
-    finally:
-        os.close(lock)
+    with _scratch_folder(folder) as scratch:
+        os.replace(folder, scratch / _REMOVED)
+    _remove_stale(folder.parent)
 
 
-def _remove(folder: Path) -> None:
-    """Removes a folder into which a background thread of an interrupted writer may still be
-    writing.
-    """
+def _remove_tree(folder: Path) -> None:
+    """Removes a folder into which a background thread of an interrupted writer may still write."""
     for _ in range(_PATIENCE):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
@@ -161,48 +155,58 @@ def _remove(folder: Path) -> None:
         time.sleep(0.05)
 
 
-def _scratch(path: Path) -> tuple[Path, int]:
-    """A new temporary folder for this destination, and the descriptor that keeps it locked."""
+@contextmanager
+def _scratch_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path``, locked, and removed at the end."""
+    made, lock = _locked_folder(path)
+    try:
+        yield made
+    finally:
+        _remove_tree(made)
+        os.close(lock)
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """A new folder ``.NAME.PROCESS.RANDOM.partial``, and the descriptor that keeps it locked."""
     for _ in range(_ATTEMPTS):
+        prefix = f".{path.name}.{os.getpid()}."
         try:
-            made = Path(
-                tempfile.mkdtemp(
-                    prefix=f".{path.name}.{os.getpid()}.", suffix=_SUFFIX, dir=path.parent
-                )
-            )
+            made = Path(tempfile.mkdtemp(prefix=prefix, suffix=_SUFFIX, dir=path.parent))
         except OSError as error:
             raise OutputError(
                 f"{path.parent} cannot be written to: {error.strerror}. Choose another folder."
             ) from error
         with suppress(FileNotFoundError):
-            descriptor = os.open(made, os.O_RDONLY)
+            lock = os.open(made, os.O_RDONLY)
             with suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if made.exists():
-                return made, descriptor
-            os.close(descriptor)
+                return made, lock
+            os.close(lock)
     raise OutputError(f"{path.parent} keeps losing what is created there. Choose another folder.")
 
 
-def _remove_stale(path: Path) -> None:
-    """Removes temporaries for this destination whose process is gone: it was killed before it could
-    clean up.
+def _remove_stale(folder: Path, name: str = "") -> None:
+    """Removes temporary folders whose process was killed: those for the destination ``name``, or
+    all.
 
-    If it was killed between moving the old folder aside and giving the new one its name, the old
-    one gets its name back."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_SUFFIX}"):
-        process = left.name.removeprefix(f".{path.name}.").split(".")[0]
-        if process.isdigit() and not _is_held(left, int(process)):
-            if (left / _ASIDE).exists() and not os.path.lexists(path):
-                (left / _ASIDE).rename(path)
-            _remove(left)
+    Where the process was killed between moving an old folder aside and giving the new one its
+    name, the old one gets its name back.
+    """
+    for left in folder.glob(f".{glob.escape(name) or '*'}.*{_SUFFIX}"):
+        whose, process, *_ = left.name[1:].rsplit(".", 3)
+        if (name and whose != name) or not process.isdigit() or _is_held(left, int(process)):
+            continue
+        if (left / _ASIDE).exists() and not os.path.lexists(folder / whose):
+            os.replace(left / _ASIDE, folder / whose)
+        _remove_tree(left)
 
 
 def _is_held(folder: Path, process: int) -> bool:
-    """Whether the process that made it lives: it holds the lock, wherever it runs. Its number says
-    nothing, as numbers are given again.
+    """Whether the process that made a temporary folder lives.
 
-    Where there are no locks, the number is all there is.
+    It holds the lock, on whichever machine it runs; its number says nothing, as numbers are given
+    again. Where there are no locks, the number is all there is.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -233,51 +237,43 @@ def _place(new: Path, path: Path, aside: Path, force: bool) -> None:
         if not _exchange(new, path):
             _swap(new, path, aside)
     elif force or new.is_dir():
-        new.replace(path)
+        os.replace(new, path)
     else:
         _create(new, path)
 
 
 def _create(new: Path, path: Path) -> None:
-    """Like a rename that refuses to replace what another process put there meanwhile."""
+    """Renames, and refuses to replace what another process put there meanwhile."""
     try:
         os.link(new, path)
     except FileExistsError:
         refuse_existing(path, force=False)
         raise
     except OSError:  # a file system without hard links
-        new.replace(path)
+        os.replace(new, path)
 
 
 def _exchange(new: Path, path: Path) -> bool:
-    """Exchanges two names in one step; False where that cannot be done. The old one is then in the
-    temporary folder, and goes with it.
+    """Exchanges two names in one step, which os.replace cannot do with a folder that is not empty.
+
+    The old folder is then in the temporary one, and is removed with it. False where the system has
+    no such step.
     """
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
         return False
-    return (
-        renameat2(
-            _AT_CURRENT_FOLDER,
-            os.fsencode(new),
-            _AT_CURRENT_FOLDER,
-            os.fsencode(path),
-            ctypes.c_uint(_EXCHANGE),
-        )
-        == 0
-    )
+    names = (_AT_CURRENT_FOLDER, os.fsencode(new), _AT_CURRENT_FOLDER, os.fsencode(path))
+    return renameat2(*names, ctypes.c_uint(_EXCHANGE)) == 0
 
 
 def _swap(new: Path, path: Path, aside: Path) -> None:
-    """A folder cannot be renamed over what is there: moves that aside first, and back if the second
-    step fails.
-    """
-    path.rename(aside)
+    """Moves what is there aside first, and back if the second step fails."""
+    os.replace(path, aside)
     try:
-        new.rename(path)
+        os.replace(new, path)
     except BaseException:
-        aside.rename(path)
+        os.replace(aside, path)
         raise
 
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.checkpoint.contents import check_content
-from flax_resblock.checkpoint.limits import LIMITS, Limits
+from flax_resblock.checkpoint.limits import LIMITS, Limits, check_content
 from flax_resblock.checkpoint.orbax_check import DamagedFolderError, check_folder, unreadable
 from flax_resblock.checkpoint.record import DIGESTS, Record
 from flax_resblock.errors import CheckpointError, some, visible
@@ -117,14 +116,7 @@ def _nest(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return tree
 
 
-def is_orbax(path: Path) -> bool:
-    """Whether the folder is an Orbax checkpoint."""
-    return any(
-        (path / name).exists() for name in ("_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint")
-    )
-
-
-def read(path: Path, limits: Limits = LIMITS) -> Record:
+def read_orbax(path: Path, limits: Limits = LIMITS) -> Record:
     """Reads an Orbax checkpoint; names are the paths of its tree joined by dots.
 
     Raises:
@@ -197,7 +189,7 @@ def _save_alone(path: Path, tree: dict[str, Any], alone: Mapping[str, Any]) -> N
         checkpointer.save(path, v0.args.PyTreeSave(tree))
 
 
-def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+def write_orbax(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Writes an Orbax checkpoint with ``metadata`` in a JSON file beside it."""
 
     def save() -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from flax_resblock.checkpoint.hub_folder import shards, without_duplicates
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files
-from flax_resblock.checkpoint.model_folder import shards, without_duplicates
 from flax_resblock.checkpoint.record import Record
 from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.errors import CheckpointError, visible
@@ -92,7 +92,7 @@ def _read_one(path: Path, limits: Limits) -> tuple[dict[str, np.ndarray], dict[s
     return tensors, metadata
 
 
-def read(path: Path, *, entry: str | None = None, limits: Limits = LIMITS) -> Record:
+def read_safetensors(path: Path, *, entry: str | None = None, limits: Limits = LIMITS) -> Record:
     """Reads a ``.safetensors`` file, or all shards that a ``.safetensors.index.json`` names;
     memory-mapped.
 
@@ -122,7 +122,9 @@ def read(path: Path, *, entry: str | None = None, limits: Limits = LIMITS) -> Re
     return Record(str(path), "safetensors", state, metadata, tuple(notes), extras)
 
 
-def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
     """Writes one ``.safetensors`` file."""
     safetensors.numpy.save_file(
         {key: np.asarray(value, order="C") for key, value in tensors.items()},
@@ -131,7 +133,7 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
     )
 
 
-def write_folder(
+def write_hub_folder(
     path: Path,
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str],
@@ -141,6 +143,6 @@ def write_folder(
     it.
     """
     path.mkdir()
-    write(path / "model.safetensors", tensors, metadata)
+    write_safetensors(path / "model.safetensors", tensors, metadata)
     for name, text in files.items():
         (path / name).write_text(text, encoding="utf-8")

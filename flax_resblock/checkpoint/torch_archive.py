@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.checkpoint.contents import check_content
-from flax_resblock.checkpoint.limits import UNLIMITED, Limits
-from flax_resblock.checkpoint.pickle_machine import Memory, Name, Storage
-from flax_resblock.checkpoint.unpickling import Unpickled, unpickle
-from flax_resblock.checkpoint.zip_directory import MAGIC, Place, read_record, records
+from flax_resblock.checkpoint.limits import UNLIMITED, Limits, check_content
+from flax_resblock.checkpoint.torch_calls import StorageReader
+from flax_resblock.checkpoint.torch_pickle import TorchPickle, read_torch_pickle, stand_in
+from flax_resblock.checkpoint.torch_stand_ins import Storage
+from flax_resblock.checkpoint.zip_directory import ZIP_MAGIC, Place, read_record, records
 from flax_resblock.errors import CheckpointError, visible
 
 _PICKLE, _BYTE_ORDER, _ALIGNMENT = "data.pkl", "byteorder", ".storage_alignment"
@@ -40,7 +40,7 @@ _COUNT = struct.Struct("<q")
 
 
 @dataclass(frozen=True)
-class Archive:
+class TorchArchive:
     """A file that was found in order.
 
     Attributes:
@@ -54,7 +54,7 @@ class Archive:
     is_zip: bool
 
 
-def read(path: Path, limits: Limits) -> Archive:
+def read_archive(path: Path, limits: Limits) -> TorchArchive:
     """The file's content.
 
     Raises:
@@ -62,16 +62,16 @@ def read(path: Path, limits: Limits) -> Archive:
     """
     is_zip = _is_zip(path)
     found = (_read_zip if is_zip else _read_legacy)(path, limits)
-    foreign: list[str | None] = [found.foreign]
+    foreign = found.foreign
 
     def size(value: Any) -> int | None:
-        if isinstance(value, Name | Storage):
-            foreign.append(value.text if isinstance(value, Name) else "a storage")
+        nonlocal foreign
+        foreign = foreign or stand_in(value)
         return value.nbytes if isinstance(value, np.ndarray) else None
 
     if found.foreign is None:
         check_content(found.content, limits, size, str(path))
-    return Archive(found.content, next((what for what in foreign if what), None), is_zip)
+    return TorchArchive(found.content, foreign, is_zip)
 
 
 def identity(path: Path) -> str:
@@ -83,10 +83,10 @@ def identity(path: Path) -> str:
 
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as handle:
-        return handle.read(2) == MAGIC[:2]
+        return handle.read(2) == ZIP_MAGIC[:2]
 
 
-def _elements(path: Path, start: Callable[[Storage], int]) -> Memory:
+def _elements(path: Path, start: Callable[[Storage], int]) -> StorageReader:
     """The elements of a storage, where ``start`` finds them in the mapped file; copied once where
     they do not lie as numbers of their size should.
     """
@@ -101,7 +101,7 @@ def _elements(path: Path, start: Callable[[Storage], int]) -> Memory:
     return memory
 
 
-def _read_zip(path: Path, limits: Limits) -> Unpickled:
+def _read_zip(path: Path, limits: Limits) -> TorchPickle:
     places = records(path, limits)
     if "constants.pkl" in places:
         raise CheckpointError(
@@ -124,7 +124,7 @@ def _read_zip(path: Path, limits: Limits) -> Unpickled:
             )
         return place.start
 
-    found = unpickle(
+    found = read_torch_pickle(
         read_record(path, places[_PICKLE]), limits, _elements(path, start), source=str(path)
     )
     for storage in found.storages.values():
@@ -161,12 +161,12 @@ def _text_of(
         ) from error
 
 
-def _read_legacy(path: Path, limits: Limits) -> Unpickled:
+def _read_legacy(path: Path, limits: Limits) -> TorchPickle:
     """Twice, as where the elements are is known once the last pickle has been read."""
     size = path.stat().st_size
     with path.open("rb") as handle:
         data = handle.read(limits.header)
-    parts: list[Unpickled] = []
+    parts: list[TorchPickle] = []
     for number in range(_LEGACY_PICKLES):
         if number and not data.startswith(_LEGACY):
             raise CheckpointError(
@@ -176,7 +176,7 @@ def _read_legacy(path: Path, limits: Limits) -> Unpickled:
         end = parts[-1].end if parts else 0
         if len(data) < size and end >= len(data):
             limits.check(path, "max_header_bytes", size, "bytes of pickles or more")
-        parts.append(unpickle(data, limits, start=end, source=str(path), legacy=True))
+        parts.append(read_torch_pickle(data, limits, start=end, source=str(path), legacy=True))
     end, declared = parts[-1].end, parts[_LEGACY_CONTENT].storages
     total = sum(storage.size for storage in declared.values()) + _COUNT.size * len(declared)
     if total > size - end:
@@ -211,7 +211,7 @@ def _read_legacy(path: Path, limits: Limits) -> Unpickled:
             starts[key] = end + _COUNT.size
             end = starts[key] + declared[key].size
 
-    found = unpickle(
+    found = read_torch_pickle(
         data,
         limits,
         _elements(path, lambda storage: starts[storage.key]),

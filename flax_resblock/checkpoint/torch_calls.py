@@ -6,7 +6,6 @@ make. None imports or calls anything that the file names.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -19,12 +18,10 @@ from flax_resblock.checkpoint.inert_pickle import RefusedError
 from flax_resblock.checkpoint.limits import Limits
 from flax_resblock.checkpoint.torch_stand_ins import (
     HARM,
+    Copies,
     DTypeStandIn,
     OnlyTorch,
-    ParameterStandIn,
-    StateDict,
     Storage,
-    VersionStandIn,
 )
 from flax_resblock.errors import visible
 
@@ -54,25 +51,20 @@ class Context:
       limits: Of tensors, bytes and copies.
       source: For messages.
       elements: Finds the elements of a storage; None to make no tensors.
+      copies: What calls have copied.
       tensors: How many have been made.
-      copies: Bytes that calls have copied.
     """
 
     limits: Limits
     source: str
     elements: StorageReader | None
+    copies: Copies
     tensors: int = 0
-    copies: int = 0
 
     def count_tensor(self) -> None:
         """Counts a tensor against the limit."""
         self.tensors += 1
         self.limits.check(self.source, "max_tensors", self.tensors, "tensors or more")
-
-    def count_copies(self, items: Any, bytes_each: int = 8) -> None:
-        """Counts what a call is about to copy: a few bytes can ask for it again and again."""
-        self.copies += len(items) * bytes_each
-        self.limits.check(self.source, "max_header_bytes", self.copies, "bytes of copies")
 
     def sized(self, size: Any) -> tuple[int, ...]:
         """A shape that announces no more elements than the limit has bytes."""
@@ -208,21 +200,21 @@ def _of_class(
 
 
 def _size(context: Context, size: Any = ()) -> Any:
-    context.count_copies(size)
+    context.copies.count(size)
     if not isinstance(size, tuple | list) or not all(isinstance(n, int) for n in size):
         raise _UnfitError
     return tuple(size)
 
 
 def _counter(context: Context, counts: Any = ()) -> Any:
-    context.count_copies(counts)
+    context.copies.count(counts)
     if isinstance(counts, dict) and all(isinstance(count, int) for count in counts.values()):
         return Counter(counts)
     return OnlyTorch("collections.Counter")
 
 
 def _set(context: Context, items: Any = ()) -> Any:
-    context.count_copies(items)
+    context.copies.count(items)
     if not isinstance(items, list | tuple):
         return OnlyTorch("a set")
     scalars = (str, int, float, bytes, type(None))
@@ -242,7 +234,7 @@ def _encoded(context: Context, text: Any, codec: Any) -> Any:
     """How Python 3 writes bytes for Python 2; other codecs can double what they are given."""
     if not isinstance(text, str) or codec != "latin1":
         raise _UnfitError
-    context.count_copies(text, 1)
+    context.copies.count(text, 1)
     return text.encode("latin1")
 
 
@@ -278,7 +270,7 @@ MADE: Mapping[str, Callable[..., Any]] = {
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
 }
-"""What is made here, by name; see also ``_Unpickler.types``."""
+"""What is made here, by name; see also :func:`~flax_resblock.checkpoint.torch_stand_ins.types`."""
 BY_TORCH = frozenset(
     {
         "torch._utils._rebuild_sparse_tensor",
@@ -289,21 +281,3 @@ BY_TORCH = frozenset(
     }
 )
 """What only PyTorch can make."""
-
-
-def types(context: Context) -> dict[str, type]:
-    """The types that a pickle may call or call the ``__new__`` of, by name."""
-
-    class Namespace(argparse.Namespace):
-        def __setstate__(self, state: Any) -> None:
-            context.count_copies(state)
-            if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-                raise ValueError("it names an attribute by something else than text")
-            vars(self).update(state)
-
-    return {
-        "argparse.Namespace": Namespace,
-        "collections.OrderedDict": StateDict,
-        "torch.nn.parameter.Parameter": ParameterStandIn,
-        "torch.torch_version.TorchVersion": VersionStandIn,
-    }

@@ -22,12 +22,21 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from flax_resblock.checkpoint import sidecar, torch_archive
-from flax_resblock.checkpoint.contents import check_content
-from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files
-from flax_resblock.checkpoint.model_folder import shards
-from flax_resblock.checkpoint.pickle_machine import needs
-from flax_resblock.checkpoint.record import DIGESTS, Record, digest, digests
+from flax_resblock.checkpoint import torch_archive
+from flax_resblock.checkpoint.hub_folder import shards
+from flax_resblock.checkpoint.limits import LIMITS, Limits, check_content, check_files
+from flax_resblock.checkpoint.record import (
+    DIGESTS,
+    Record,
+    Sidecar,
+    digest,
+    digests,
+    digests_of_extras,
+    read_sidecar,
+    sidecar_of,
+    write_sidecar,
+)
+from flax_resblock.checkpoint.torch_calls import needs
 from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.errors import CheckpointError, MissingDependencyError, some, visible
 
@@ -141,7 +150,7 @@ def _harmless(torch: Any) -> list[Any]:
     return types
 
 
-def load(path: Path, limits: Limits = LIMITS) -> Any:
+def load_torch(path: Path, limits: Limits = LIMITS) -> Any:
     """What ``torch.save`` wrote, with a numpy array for each tensor, memory-mapped; what only
     PyTorch can make, with PyTorch and its tensors on the CPU.
 
@@ -150,11 +159,11 @@ def load(path: Path, limits: Limits = LIMITS) -> Any:
       MissingDependencyError: It needs PyTorch, which is not installed.
     """
     check_files([path], limits, path)
-    archive = torch_archive.read(path, limits)
-    return archive.content if archive.foreign is None else _load(path, archive, limits)
+    archive = torch_archive.read_archive(path, limits)
+    return archive.content if archive.foreign is None else _load_by_torch(path, archive, limits)
 
 
-def _load(path: Path, archive: torch_archive.Archive, limits: Limits) -> Any:
+def _load_by_torch(path: Path, archive: torch_archive.TorchArchive, limits: Limits) -> Any:
     """The same with ``torch.load``, once it is known that nothing in the file calls anything else
     than what checkpoints need.
     """
@@ -199,13 +208,13 @@ def _load(path: Path, archive: torch_archive.Archive, limits: Limits) -> Any:
     return content
 
 
-def read(path: Path, *, entry: str | None = None, limits: Limits = LIMITS) -> Record:
+def read_torch(path: Path, *, entry: str | None = None, limits: Limits = LIMITS) -> Record:
     """Reads a ``.pt``, ``.pth``, ``.th`` or ``.bin`` file, or all that a ``.bin.index.json`` names;
-    errors as for :func:`load`.
+    errors as for :func:`load_torch`.
 
     What lies beside the state dict is held against its digests here.
     """
-    content = _sharded(path, limits) if path.suffix == ".json" else load(path, limits)
+    content = _sharded(path, limits) if path.suffix == ".json" else load_torch(path, limits)
     state, extras, notes = unwrap(content, is_tensor=_is_tensor, source=str(path), entry=entry)
     tensors = state_to_numpy(state)
     return Record(
@@ -224,7 +233,7 @@ def _sharded(index: Path, limits: Limits) -> dict[str, Any]:
     check_files(files, limits, index)
     found: dict[str, Any] = {}
     for file in files:
-        content = load(file, limits)
+        content = load_torch(file, limits)
         if not isinstance(content, Mapping):
             raise CheckpointError(
                 f"{file}, which {index.name} names, is no state dict but a "
@@ -248,10 +257,10 @@ def _recorded(
     entry: str | None,
 ) -> dict[str, str]:
     """Metadata with the SHA-256 of the tensors, where they lie beside the file and belong to it."""
-    found = sidecar.read(path)
+    found = read_sidecar(path)
     if found is None or entry is not None:
         return {}
-    place = sidecar.sidecar_of(path)
+    place = sidecar_of(path)
     if found.identity != torch_archive.identity(path):
         if digests(tensors) != found.tensors:
             notes.append(
@@ -260,7 +269,7 @@ def _recorded(
             )
         return {}
     if found.extras or found.rest:
-        arrays, rest = sidecar.of_extras(plain(extras))
+        arrays, rest = digests_of_extras(plain(extras))
         changed = [name for name, sha in found.extras.items() if arrays.get(name) != sha]
         if changed or arrays.keys() - found.extras.keys() or rest != found.rest:
             what = some(changed) if changed else "what lies beside the weights"
@@ -271,7 +280,7 @@ def _recorded(
     return {DIGESTS: json.dumps(found.tensors)}
 
 
-def write(
+def write_torch(
     path: Path,
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str],
@@ -290,11 +299,11 @@ def write(
         if DIGESTS in metadata
         else {key: digest(value) for key, value in tensors.items()}
     )
-    sidecar.write(
+    write_sidecar(
         path,
-        sidecar.Sidecar(
+        Sidecar(
             torch_archive.identity(path),
             recorded,
-            *(({}, "") if extras is None else sidecar.of_extras(extras)),
+            *(({}, "") if extras is None else digests_of_extras(extras)),
         ),
     )

@@ -33,9 +33,15 @@ from flax_resblock.checkpoint.torch_calls import (
     Context,
     StorageReader,
     needs,
+)
+from flax_resblock.checkpoint.torch_stand_ins import (
+    HARM,
+    Copies,
+    DTypeStandIn,
+    OnlyTorch,
+    Storage,
     types,
 )
-from flax_resblock.checkpoint.torch_stand_ins import HARM, DTypeStandIn, OnlyTorch, Storage
 from flax_resblock.errors import CheckpointError, visible
 
 
@@ -83,7 +89,9 @@ def read_torch_pickle(
     """
     try:
         checked = check_pickle(data, _RULES, limits, source, start)
-        context = Context(limits, source, None if checked.foreign else elements)
+        context = Context(
+            limits, source, None if checked.foreign else elements, Copies(limits, source)
+        )
         reader = _Unpickler(data[start : checked.end], context, 6 if legacy else 5)
         content = reader.load()
     except RefusedError as error:
@@ -117,7 +125,7 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes, context: Context, storage_items: int) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self.context, self.storage_items = context, storage_items
-        self.types = types(context)
+        self.types = types(context.copies)
         self.storages: dict[str, Storage] = {}
 
     def find_class(self, module_name: str, global_name: str) -> Any:

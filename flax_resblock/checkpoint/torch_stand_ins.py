@@ -5,6 +5,7 @@ A pickle may give some of them a state, and can change nothing else by that.
 
 from __future__ import annotations
 
+import argparse
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.checkpoint.inert_pickle import RefusedError
+from flax_resblock.checkpoint.limits import Limits
 
 HARM = "It is damaged, or made to do harm."
 
@@ -93,3 +95,39 @@ class DTypeStandIn:
         """Takes the byte order; another than this machine's is left to PyTorch."""
         if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", "=", "|"):
             self.dtype = None
+
+
+@dataclass
+class Copies:
+    """Counts what calls copy: a few bytes of a pickle can ask for a large copy again and again."""
+
+    limits: Limits
+    source: str
+    bytes: int = 0
+
+    def count(self, items: Any, bytes_each: int = 8) -> None:
+        """Adds a copy of ``items``."""
+        self.bytes += len(items) * bytes_each
+        self.limits.check(self.source, "max_header_bytes", self.bytes, "bytes of copies")
+
+
+def types(copies: Copies) -> dict[str, type]:
+    """The types that a pickle may call, or whose ``__new__`` it may, by name.
+
+    Types are in reference cycles, and live until the next garbage collection. This one therefore
+    knows the counter alone, and nothing that keeps the file mapped.
+    """
+
+    class Namespace(argparse.Namespace):
+        def __setstate__(self, state: Any) -> None:
+            copies.count(state)
+            if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+                raise ValueError("it names an attribute by something else than text")
+            vars(self).update(state)
+
+    return {
+        "argparse.Namespace": Namespace,
+        "collections.OrderedDict": StateDict,
+        "torch.nn.parameter.Parameter": ParameterStandIn,
+        "torch.torch_version.TorchVersion": VersionStandIn,
+    }

@@ -82,7 +82,7 @@ def convert(
       no_certificate: Write no parity.json, and do not run the two frameworks.
     """
     format_name = checkpoint.output_format(out)
-    checkpoint.refuse_existing(out, force)
+    checkpoint.refuse_existing(out, force, checkpoint.is_orbax)
     if not no_certificate:
         refuse_foreign(out)
     if to_naming is not None:

@@ -70,10 +70,10 @@ def export(
       fold_batch_norm: Fold the batch norms into the convolutions. This is faster but no longer
         equal bit for bit; the error is measured and reported.
     """
-    from flax_resblock.export.stablehlo import PROGRAM, WEIGHTS, export_model
+    from flax_resblock.export.stablehlo import PROGRAM, WEIGHTS, export_model, is_exported
     from flax_resblock.io import to_model
 
-    refuse_existing(out, force)
+    refuse_existing(out, force, is_exported)
     if any_image_size and image_size is not None:
         raise InputError("--image-size fixes what --any-image-size leaves free; give one of them.")
     source = reading.open(checkpoint)

@@ -195,7 +195,7 @@ def export_model(
         **(facts or {}),
     }
     folder = Path(folder)
-    with replacing(folder, force=force) as temporary:
+    with replacing(folder, force=force, replaceable=is_exported) as temporary:
         temporary.mkdir()
         (temporary / PROGRAM).write_bytes(program)
         (temporary / WEIGHTS).write_bytes(

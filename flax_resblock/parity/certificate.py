@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flax_resblock import checkpoint
-from flax_resblock.checkpoint import orbax_folder, safetensors_file
+from flax_resblock.checkpoint.orbax_folder import read_orbax
+from flax_resblock.checkpoint.safetensors_file import read_safetensors
 from flax_resblock.errors import CheckpointError, InputError, MissingDependencyError
 
 NAME = "parity.json"
@@ -232,13 +233,13 @@ def _changed_tensors(out: Path, expected: Mapping[str, str]) -> Iterator[str]:
     """
     try:
         if out.is_dir():
-            record = orbax_folder.read(out)
+            record = read_orbax(out)
         elif checkpoint.output_format(out) == "safetensors":
-            record = safetensors_file.read(out)
+            record = read_safetensors(out)
         else:
-            from flax_resblock.checkpoint import torch_file
+            from flax_resblock.checkpoint.torch_file import read_torch
 
-            record = torch_file.read(out)
+            record = read_torch(out)
         found = checkpoint.digests(record.tensors)
     except MissingDependencyError:
         yield "which tensors changed cannot be told without PyTorch"

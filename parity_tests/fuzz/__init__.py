@@ -1,9 +1,10 @@
-"""Mutated checkpoints and data sets, by the ten thousand: every one must load exactly or be refused
-with one clear error.
+"""Mutated checkpoints and data sets: each must load exactly or be refused with one clear error.
 
-    python -m parity_tests.fuzz [SECONDS] [--engine structured|atheris] [--category NAME] [--seed N]
+    python -m parity_tests.fuzz [SECONDS] [--files N] [--category NAME] [--canary NAME]
 
-``samples`` makes valid files, ``mutations`` changes them with knowledge of their formats,
-``targets`` opens them and judges what comes out, ``guard`` notices code that runs, files outside
-the output folder and memory beyond the limit, ``worker`` does all that in a process of its own, and
-``__main__`` watches the workers, restarts what hangs or crashes, keeps its input, and counts."""
+``samples`` makes valid files. ``mutations`` changes them with knowledge of their formats, by
+choices that hypothesis draws. ``targets`` opens them and compares what comes out. ``guard`` notices
+code that runs, files outside the output folder, and memory beyond the limit. ``check`` combines
+them into one hypothesis property. ``__main__`` lets atheris choose hypothesis's choices, guided by
+coverage of this library's parsers, in processes that it starts again when a file crashes them.
+"""

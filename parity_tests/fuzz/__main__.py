@@ -1,207 +1,147 @@
-"""Runs workers, watches them, and counts; see the package."""
+"""Runs the search in processes of its own, and counts; see the package."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import queue
+import random
+import shutil
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from parity_tests.fuzz import guided
-from parity_tests.fuzz.mutations import MUTATIONS, mutated
-from parity_tests.fuzz.samples import samples
-
-HANG = 10.0
-"""Seconds after which a file counts as one that hangs whoever opens it."""
-WEIGHTS = {"orbax": 1, "pth zip": 8, "safetensors": 8, "pth legacy": 4, "optimizer": 2}
-"""How often a category comes up; 3 unless it is here. Orbax takes ten times as long as the
-others.
-"""
 KEPT = Path("fuzz_failures")
+BUFFER, SEEDS = 600, 200
+"""Bytes that hypothesis makes a file of, and how many random ones the search begins with."""
+OUTCOMES = ("exact", "refused", "VIOLATION", "HANG", "CRASH")
 
 
 @dataclass
 class Tally:
-    """What became of the files."""
+    """What became of the files.
+
+    Attributes:
+      outcomes: How many of each outcome, by category.
+      failures: One line for each file that got what no file may get.
+      slowest: Seconds of the slowest.
+      most_memory: Bytes beyond what the process had before.
+    """
 
     outcomes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     failures: list[str] = field(default_factory=list)
     slowest: float = 0.0
     most_memory: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, category: str, seed: int, answer: dict) -> None:
-        with self.lock:
-            self.outcomes[category][answer["outcome"]] += 1
-            self.slowest, self.most_memory = (
-                max(self.slowest, answer["seconds"]),
-                max(self.most_memory, answer["memory"]),
-            )
-            if answer["found"]:
-                self.failures.append(f"{category}, seed {seed}: {'; '.join(answer['found'])}")
-                keep(category, seed)
 
     @property
     def total(self) -> int:
         return sum(sum(counts.values()) for counts in self.outcomes.values())
 
+    def add(self, sandbox: Path, status: int, complaints: str) -> None:
+        """Adds what a process reported, and how it ended; keeps the files that failed."""
+        if (sandbox / "report.json").exists():
+            report = json.loads((sandbox / "report.json").read_text())
+            for category, counts in report["outcomes"].items():
+                self.outcomes[category].update(counts)
+            self.failures += report["failures"]
+            self.slowest = max(self.slowest, report["slowest"])
+            self.most_memory = max(self.most_memory, report["most_memory"])
+        if status:
+            outcome = "HANG" if "Timeout (" in complaints else "CRASH"
+            self.outcomes["(process died)"][outcome] += 1
+            self.failures.append(f"{outcome}: status {status}: {complaints[-400:]}")
+        for folder in [*sandbox.glob("violation-*"), *([sandbox / "in"] if status else [])]:
+            KEPT.mkdir(exist_ok=True)
+            kept = tempfile.mkdtemp(prefix=f"{folder.name}-", dir=KEPT)
+            shutil.copytree(folder, kept, dirs_exist_ok=True)
 
-def keep(category: str, seed: int) -> None:
-    """Writes the files of a failure down, to become a regression test."""
-    for name, data in mutated(category, samples()[category], seed).items():
-        path = KEPT / f"{category.replace(' ', '-')}-{seed}" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-
-
-class Watched:
-    """A worker process, started again when it dies."""
-
-    def __init__(self) -> None:
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "COLUMNS": "160",
-        }
-        path = str(Path(__file__).parents[2])
-        environment["PYTHONPATH"] = os.pathsep.join(
-            filter(None, (path, os.environ.get("PYTHONPATH")))
-        )
-        command = [sys.executable, "-m", "parity_tests.fuzz.worker"]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self.lines: queue.Queue[str] = queue.Queue()
-        self.errors: list[str] = []
-        threading.Thread(target=self._listen, daemon=True).start()
-        threading.Thread(target=self._complaints, daemon=True).start()
-
-    def _listen(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.put(line)
-        self.lines.put("")
-
-    def _complaints(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.errors = [*self.errors[-20:], line]
-
-    def answer(self, seconds: float) -> str | None:
-        """The next line; empty when the process has died, None when it does not come in time."""
-        try:
-            return self.lines.get(timeout=seconds)
-        except queue.Empty:
-            return None
-
-    def ask(self, category: str, seed: int) -> dict:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(f"{category}\t{seed}\n")
-            self.process.stdin.flush()
-            line = self.answer(HANG)
-        except BrokenPipeError:
-            line = ""
-        if line:
-            return json.loads(line)
-        if line is None:
-            self.process.kill()
-        code = self.process.wait()
-        found = (
-            f"HANG: no answer within {HANG:g} s"
-            if line is None
-            else f"CRASH: the process died with status {code}: {''.join(self.errors[-3:])[:400]}"
-        )
-        return {
-            "outcome": "HANG" if line is None else "CRASH",
-            "seconds": HANG if line is None else 0.0,
-            "memory": 0,
-            "found": [found],
-        }
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            assert self.process.stdin is not None
-            self.process.stdin.close()
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-
-
-def started() -> Watched:
-    worker = Watched()
-    if worker.answer(180) != "ready\n":
-        worker.process.kill()
-        raise RuntimeError(f"the worker does not start: {''.join(worker.errors)}")
-    return worker
-
-
-def work(order: list[str], seeds: range, end: float, tally: Tally) -> None:
-    """Sends files to one worker until the time is over."""
-    worker = started()
-    for seed in seeds:
-        if time.monotonic() > end:
-            break
-        category = order[seed % len(order)]
-        answer = worker.ask(category, seed)
-        tally.add(category, seed, answer)
-        if answer["outcome"] in ("HANG", "CRASH"):
-            worker = started()
-    worker.close()
-
-
-def fuzz(seconds: float, categories: list[str], *, seed: int = 0, workers: int = 2) -> Tally:
-    """Opens mutated files for so many seconds, in so many processes."""
-    order = [
-        category
-        for step in range(max(WEIGHTS.values()))
-        for category in categories
-        if step < WEIGHTS.get(category, 3)
-    ]
-    tally, end = Tally(), time.monotonic() + seconds
-    threads = [
-        threading.Thread(
-            target=work,
-            args=(order, range(seed * 10**8 + i, (seed + 1) * 10**8, workers), end, tally),
-        )
-        for i in range(workers)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return tally
-
-
-def print_counts(tally: Tally, seconds: float) -> None:
-    names = ("exact", "refused", "VIOLATION", "HANG", "CRASH")
-    print(f"{'category':<26}" + "".join(f"{name:>11}" for name in ("inputs", *names)))
-    for category, counts in tally.outcomes.items():
+    def show(self, seconds: float) -> None:
+        """Prints a table."""
+        print(f"{'category':<26}" + "".join(f"{name:>11}" for name in ("inputs", *OUTCOMES)))
+        sums = sum(self.outcomes.values(), Counter[str]())
+        for category, counts in [*sorted(self.outcomes.items()), ("all", sums)]:
+            numbers = [sum(counts.values()), *(counts[name] for name in OUTCOMES)]
+            print(f"{category:<26}" + "".join(f"{number:>11,}" for number in numbers))
         print(
-            f"{category:<26}{sum(counts.values()):>11,}"
-            + "".join(f"{counts[name]:>11,}" for name in names)
+            f"{seconds:.0f} s; the slowest took {self.slowest:.2f} s; the most memory beyond the "
+            f"start was {self.most_memory / 1e6:.0f} MB"
         )
-    sums = [sum(counts[name] for counts in tally.outcomes.values()) for name in names]
-    print(f"{'all':<26}{tally.total:>11,}" + "".join(f"{count:>11,}" for count in sums))
-    print(
-        f"{seconds:.0f} s; the slowest took {tally.slowest:.2f} s; the most memory beyond the "
-        f"start was {tally.most_memory / 1e6:.0f} MB"
-    )
+
+
+def search(sandbox: Path, options: argparse.Namespace) -> None:
+    """Opens files in this process until the time is over or there were enough; does not return."""
+    rng = random.Random(options.seed)
+    try:
+        import atheris
+    except ImportError:
+        atheris = None
+    if atheris is None:
+        from parity_tests.fuzz.check import Checker, property_of
+    else:
+        with atheris.instrument_imports(
+            include=["flax_resblock.checkpoint", "flax_resblock.training.data"]
+        ):
+            from parity_tests.fuzz.check import Checker, property_of
+    checker = Checker(sandbox, options.canary)
+    check = property_of(checker, options.category)
+    end, reported = time.monotonic() + options.seconds, 0.0
+
+    def one(data: bytes) -> None:
+        nonlocal reported
+        check(data)
+        now = time.monotonic()
+        count = sum(sum(counts.values()) for counts in checker.outcomes.values())
+        over = now > end or count >= options.files
+        if over or now > reported + 0.2:
+            checker.report()
+            reported = now
+        if over:
+            os._exit(0)
+
+    (sandbox / "ready").touch()
+    if atheris is not None:
+        (sandbox / "corpus").mkdir()
+        for number in range(SEEDS):
+            (sandbox / "corpus" / str(number)).write_bytes(rng.randbytes(BUFFER))
+        flags = [f"-seed={options.seed + 1}", f"-max_len={BUFFER}", "-len_control=0"]
+        flags += ["-verbosity=0", "-timeout=60", "-rss_limit_mb=0"]
+        atheris.Setup([sys.argv[0], *flags, str(sandbox / "corpus")], one)
+        atheris.Fuzz()
+    while True:
+        one(rng.randbytes(BUFFER))
+
+
+def work(number: int, options: argparse.Namespace, tally: Tally) -> None:
+    """Starts processes, one after the other, until the time is over or there were enough."""
+    start, files = time.monotonic(), 0
+    wanted = -(-options.files // options.workers)
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.getenv("PYTHONPATH"))))
+    for attempt in range(100):
+        left = options.seconds - (time.monotonic() - start if attempt else 0)
+        if left <= 0 or files >= wanted:
+            return
+        with tempfile.TemporaryDirectory(prefix="fuzz") as folder:
+            command = [sys.executable, "-m", "parity_tests.fuzz", str(left), "--sandbox", folder]
+            command += ["--files", str(wanted - files)]
+            command += ["--seed", str(options.seed + 1000 * number + attempt)]
+            command += [f"--category={category}" for category in options.category]
+            command += ["--canary", options.canary] if options.canary else []
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", env=environment,
+                cwd=folder, check=False,
+            )  # fmt: skip
+            if not Path(folder, "ready").exists():
+                raise RuntimeError(f"the search does not start: {done.stderr[-2000:]}")
+            before = tally.total
+            tally.add(Path(folder), done.returncode, done.stderr)
+            files += tally.total - before
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -210,33 +150,34 @@ def main(arguments: list[str] | None = None) -> int:
         description="Opens mutated files and counts what becomes of them.",
     )
     parser.add_argument("seconds", nargs="?", type=float, default=300)
+    parser.add_argument("--files", type=int, default=10**9, help="stop after so many")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000)
-    parser.add_argument("--category", choices=list(MUTATIONS), action="append")
+    parser.add_argument("--category", action="append", default=[])
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--engine", choices=("structured", "atheris"), default="structured")
+    parser.add_argument("--canary", help="do this with every file; it must be noticed")
+    parser.add_argument("--sandbox", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.engine == "atheris":
-        try:
-            return guided.run(options.seconds)
-        except ImportError as error:
-            print(
-                f"atheris cannot be imported ({error}): pip install 'flax-resblock[dev]', on "
-                f"Linux. Going on with the structured search.",
-                file=sys.stderr,
-            )
-    start = time.monotonic()
+    if options.sandbox is not None:
+        search(options.sandbox, options)
+    from parity_tests.fuzz.mutations import MUTATIONS
+    from parity_tests.fuzz.targets import CANARIES
+
+    options.category = options.category or list(MUTATIONS)
+    unknown = {*options.category, options.canary} - {*MUTATIONS, *CANARIES, None}
+    if unknown:
+        parser.error(f"{unknown}: categories are {list(MUTATIONS)}, canaries {list(CANARIES)}")
+    start, tally = time.monotonic(), Tally()
     print(f"seed {options.seed}", flush=True)
-    tally = fuzz(
-        options.seconds,
-        options.category or list(MUTATIONS),
-        seed=options.seed,
-        workers=options.workers,
-    )
-    print_counts(tally, time.monotonic() - start)
+    with ThreadPoolExecutor(options.workers) as pool:
+        for future in [
+            pool.submit(work, number, options, tally) for number in range(options.workers)
+        ]:
+            future.result()
+    tally.show(time.monotonic() - start)
     for failure in tally.failures[:20]:
         print(failure)
     if tally.failures:
-        print(f"{len(tally.failures)} files got what no file may get; they are kept in {KEPT}/")
+        print(f"{len(tally.failures)} files got what no file may get; see {KEPT}/")
     return 1 if tally.failures else 0
 
 

@@ -1,4 +1,7 @@
-"""Valid files changed with knowledge of their formats; the same seed makes the same file."""
+"""Valid files changed with knowledge of their formats.
+
+Every choice is taken from a generator, which hypothesis draws from the bytes it is given.
+"""
 
 from __future__ import annotations
 
@@ -373,8 +376,3 @@ MUTATIONS: dict[str, Callable[[Files, random.Random], Files]] = {
     "config json": _config,
 }
 """By category of :func:`parity_tests.fuzz.samples.samples`."""
-
-
-def mutated(category: str, files: Files, seed: int) -> Files:
-    """The files of a category, changed."""
-    return MUTATIONS[category](files, random.Random(f"{category}/{seed}"))

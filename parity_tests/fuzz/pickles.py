@@ -52,7 +52,6 @@ NAMES = (
     "",
     "conv1\nok",
 )
-TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
 
 
 def _tensor(count: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
@@ -131,6 +130,21 @@ PIECES: dict[str, bytes] = {
     "counter": call("collections", "Counter", _text("a" * 99)),
     "device": call("torch", "device", _text("cuda:7")),
     "storage": call("torch", "FloatStorage", _int(2**33)),
+    "state of a class": b"ccollections\nOrderedDict\nN}" + _text("items") + b"K\x05s\x86b",
+    "state of a function": b"ctorch._utils\n_rebuild_tensor_v2\n}" + _text("name") + b"K\x05sb",
+    "state of a tensor": _tensor(16, 0, (2,), (1,)) + b"N}" + _text("shape") + b"K\x05s\x86b",
+    "state of a list": b"]}b",
+    "state again and again": b"]}("
+    + b"".join(_text(str(i)) + b"N" for i in range(9999))
+    + b"uq\xf2acargparse\nNamespace\nq\xf3a("
+    + 100 * b"h\xf3)\x81h\xf2b"
+    + b"e",
+    "items of a class": b"ccollections\nOrderedDict\n" + _text("a") + b"K\x05s",
+    "items of a tensor": _tensor(16, 0, (2,), (1,)) + b"K\x00K\x05s",
+    "extend by name": b"cargparse\nNamespace\n)\x81}"
+    + _text("append")
+    + b"ctorch\ndevice\nsbK\x05a",
+    "protocol": b"\x80\xc8N",
     "extension": b"\x82\x01",
     "marks": b"(" * 100_000,
 }

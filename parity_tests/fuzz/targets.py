@@ -1,14 +1,17 @@
-"""Opens a file as a person would, and judges what came out: exactly what the file holds, or one
-clear error.
-"""
+"""Opens a file as a user would, and checks that exactly what it holds comes out, or one clear error."""
 
 from __future__ import annotations
 
 import gzip
 import io
+import os
+import pickle
 import re
 import shutil
+import tempfile
+import time
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from flax_resblock.runs.run_file import run_of
 from flax_resblock.training.data import opening
 from flax_resblock.training.data.bounded import read_npz
 from flax_resblock.training.data.idx import read_idx
+from parity_tests.fuzz.pickles import PIECES
 from parity_tests.fuzz.samples import Files, state
 
 MOST = 64 << 20
@@ -63,7 +67,7 @@ def open_one(category: str, folder: Path) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _OPENERS.get(category, _open_checkpoint)(category, folder)
+            OPENERS.get(category, _open_checkpoint)(category, folder)
     except InputError as error:
         message = str(error)
         if not message or len(message) > 4000 or "Traceback" in message:
@@ -177,13 +181,37 @@ def _open_config(category: str, folder: Path) -> None:
             run_of(source)
 
 
-_OPENERS = {
+OPENERS = {
     "idx": _open_idx,
     "cifar binary": _open_data,
     "cifar pickle": _open_data,
     "npz": _open_data,
     "config json": _open_config,
 }
+
+
+NO_CHECKPOINTS = tuple(OPENERS)
+"""Categories that the command does not open."""
+
+
+def _write_outside(_: str, __: Path) -> None:
+    Path(tempfile.gettempdir(), "flax_resblock_outside").write_text("x")
+
+
+def _raise(_: str, __: Path) -> None:
+    raise KeyError("unforeseen")
+
+
+CANARIES: dict[str, Callable[[str, Path], object]] = {
+    "run": lambda category, folder: pickle.loads(b"\x80\x02" + PIECES["system"] + b"."),
+    "write": _write_outside,
+    "memory": lambda category, folder: bytearray(330_000_000),
+    "wrong": _raise,
+    "crash": lambda category, folder: os.abort(),
+    "hang": lambda category, folder: time.sleep(60),
+    "nothing": lambda category, folder: None,
+}
+"""What the fuzzer must notice, and what it must not; in place of opening the file."""
 
 
 def command(folder: Path, out: Path, *, convert: bool) -> str:

@@ -10,8 +10,8 @@ import numpy as np
 
 from flax_resblock.errors import InputError
 from flax_resblock.training.data.bounded import check_file
+from flax_resblock.training.data.cifar_pickle import read_cifar_pickle
 from flax_resblock.training.data.dataset import Dataset, Splits, pixel_moments
-from flax_resblock.training.data.inert_pickle import load_inert
 
 _PIXELS = 3 * 32 * 32
 _MOST_BYTES = 1 << 30
@@ -120,7 +120,7 @@ def _records(path: Path, edition: Edition) -> tuple[np.ndarray, np.ndarray]:
 
 def _pickled(path: Path, edition: Edition) -> tuple[np.ndarray, np.ndarray]:
     """Planes ``(N, 3072)`` and labels ``(N,)`` of a pickled file."""
-    content = load_inert(_read(path), str(path))
+    content = read_cifar_pickle(_read(path), str(path))
     planes, labels = content.get(b"data"), content.get(bytes(edition.label))
     if not isinstance(planes, np.ndarray) or planes.ndim != 2 or planes.shape[1] != _PIXELS:
         found = planes.shape if isinstance(planes, np.ndarray) else type(planes).__name__
@@ -146,7 +146,7 @@ def _class_names(folder: Path, edition: Edition) -> tuple[str, ...] | None:
     if not path.is_file():
         return None
     names: Any = (
-        load_inert(_read(path), str(path)).get(edition.names)
+        read_cifar_pickle(_read(path), str(path)).get(edition.names)
         if edition.names
         else _read(path).split()
     )
