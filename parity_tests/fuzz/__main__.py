@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -13,12 +14,16 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 KEPT = Path("fuzz_failures")
 BUFFER, SEEDS = 600, 200
 """Bytes that hypothesis makes a file of, and how many random ones the search begins with."""
+GUIDES = ["flax_resblock.checkpoint", "flax_resblock.training.data"]
+"""Packages whose coverage guides the search, where atheris is installed."""
 OUTCOMES = ("exact", "refused", "VIOLATION", "HANG", "CRASH")
 
 
@@ -76,30 +81,24 @@ class Tally:
 def search(sandbox: Path, options: argparse.Namespace) -> None:
     """Opens files in this process until the time is over or there were enough; does not return."""
     rng = random.Random(options.seed)
-    try:
-        import atheris
-    except ImportError:
-        atheris = None
-    if atheris is None:
-        from parity_tests.fuzz.check import Checker, property_of
-    else:
-        with atheris.instrument_imports(
-            include=["flax_resblock.checkpoint", "flax_resblock.training.data"]
-        ):
-            from parity_tests.fuzz.check import Checker, property_of
+    atheris: Any = None
+    with suppress(ImportError):  # there is none for every system and version of Python
+        atheris = importlib.import_module("atheris")
+    with nullcontext() if atheris is None else atheris.instrument_imports(include=GUIDES):
+        from parity_tests.fuzz.check import MUTATIONS, Checker, property_of
     checker = Checker(sandbox, options.canary)
-    check = property_of(checker, options.category)
-    end, reported = time.monotonic() + options.seconds, 0.0
+    check = property_of(checker, options.category or list(MUTATIONS))
+    end, reported, failures = time.monotonic() + options.seconds, 0.0, 0
 
     def one(data: bytes) -> None:
-        nonlocal reported
+        nonlocal reported, failures
         check(data)
         now = time.monotonic()
         count = sum(sum(counts.values()) for counts in checker.outcomes.values())
         over = now > end or count >= options.files
-        if over or now > reported + 0.2:
+        if over or now > reported + 0.2 or len(checker.failures) > failures:
             checker.report()
-            reported = now
+            reported, failures = now, len(checker.failures)
         if over:
             os._exit(0)
 
@@ -132,7 +131,7 @@ def work(number: int, options: argparse.Namespace, tally: Tally) -> None:
             command += ["--files", str(wanted - files)]
             command += ["--seed", str(options.seed + 1000 * number + attempt)]
             command += [f"--category={category}" for category in options.category]
-            command += ["--canary", options.canary] if options.canary else []
+            command += [f"--canary={canary}" for canary in options.canary]
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", env=environment,
                 cwd=folder, check=False,
@@ -154,18 +153,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000)
     parser.add_argument("--category", action="append", default=[])
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--canary", help="do this with every file; it must be noticed")
+    parser.add_argument(
+        "--canary",
+        action="append",
+        default=[],
+        help="do this in place of opening files; it must be noticed",
+    )
     parser.add_argument("--sandbox", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.sandbox is not None:
         search(options.sandbox, options)
-    from parity_tests.fuzz.mutations import MUTATIONS
-    from parity_tests.fuzz.targets import CANARIES
-
-    options.category = options.category or list(MUTATIONS)
-    unknown = {*options.category, options.canary} - {*MUTATIONS, *CANARIES, None}
-    if unknown:
-        parser.error(f"{unknown}: categories are {list(MUTATIONS)}, canaries {list(CANARIES)}")
     start, tally = time.monotonic(), Tally()
     print(f"seed {options.seed}", flush=True)
     with ThreadPoolExecutor(options.workers) as pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -38,7 +40,7 @@ class Checker:
       failures: What was found, one line for each violation.
     """
 
-    def __init__(self, sandbox: Path, canary: str | None = None) -> None:
+    def __init__(self, sandbox: Path, canaries: list[str]) -> None:
         logging.disable(logging.ERROR)
         self.sandbox, self.folder, self.out = sandbox, sandbox / "in", sandbox / "out"
         for folder in (self.folder, self.out):
@@ -55,8 +57,10 @@ class Checker:
         for convert in (False, True):
             targets.command(self.folder, self.out, convert=convert)
         guard.bound_process(12)
-        if canary is not None:
-            targets.OPENERS.update(dict.fromkeys(MUTATIONS, targets.CANARIES[canary]))
+        if canaries:
+            turns = itertools.cycle(targets.CANARIES[name] for name in canaries)
+            opener = lambda category, folder: next(turns)(category, folder)  # noqa: E731
+            targets.OPENERS.update(dict.fromkeys(MUTATIONS, opener))
 
     def check(self, category: str, files: Files, by_command: bool | None = None) -> str:
         """Opens these files, and returns what came of it.
@@ -106,11 +110,12 @@ def property_of(checker: Checker, categories: list[str]) -> Callable[[bytes], ob
     """Checks the mutated files that hypothesis makes of the bytes it is given."""
     weighted = [name for name in categories for _ in range(WEIGHTS.get(name, 3))]
 
-    @settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(deadline=None, database=None, suppress_health_check=tuple(HealthCheck))
     @given(st.sampled_from(weighted), st.randoms(use_true_random=False))
     def opens_exactly_or_is_refused(category: str, rng: Random) -> None:
         files = MUTATIONS[category](samples()[category], rng)
         commands = category not in targets.NO_CHECKPOINTS and rng.randrange(COMMAND_EVERY) == 0
         checker.check(category, files, rng.random() < 0.5 if commands else None)
 
-    return opens_exactly_or_is_refused.hypothesis.fuzz_one_input
+    handle: Any = opens_exactly_or_is_refused
+    return handle.hypothesis.fuzz_one_input

@@ -1,4 +1,4 @@
-"""Opens a file as a user would, and checks that exactly what it holds comes out, or one clear error."""
+"""Opens a file as a user would, and checks that its content comes out, or one clear error."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def _open_config(category: str, folder: Path) -> None:
             run_of(source)
 
 
-OPENERS = {
+OPENERS: dict[str, Callable[[str, Path], object]] = {
     "idx": _open_idx,
     "cifar binary": _open_data,
     "cifar pickle": _open_data,
