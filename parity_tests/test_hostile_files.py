@@ -1,5 +1,5 @@
-"""Files made to do harm: each gets one error that says what it tried, before anything is allocated,
-run or followed.
+"""Hostile files: each is refused with one error that says what it attempts, before anything is
+allocated, run or followed.
 """
 
 import gzip
@@ -108,31 +108,32 @@ def test_what_a_pickle_tries_is_named_without_doing_it(name):
         )
 
 
-@pytest.mark.parametrize("name", pickles.PIECES)
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_no_piece_gets_through_a_file(name, legacy, tmp_path, monkeypatch):
-    """Beside healthy weights: refused, or, where it is only odd, left out; and the weights are
-    theirs.
+def test_no_piece_gets_through_a_file(legacy, tmp_path, monkeypatch):
+    """Beside healthy weights each is refused or, where it is only odd, left out without a change to
+    the weights.
     """
     monkeypatch.chdir(tmp_path)
     content = {"state_dict": with_tensors(samples.state()), "odd": "here"}
     data = samples.saved(content, legacy=legacy)
     old = b"X\x04\x00\x00\x00here"
     records = [] if legacy else records_of(data)
-    data = (
-        data.replace(old, pickles.PIECES[name])
-        if legacy
-        else zip_of([(n, c.replace(old, pickles.PIECES[name]), m) for n, c, m in records])
-    )
-    (tmp_path / "net.pth").write_bytes(data)
-    try:
-        found = checkpoint.read(tmp_path / "net.pth", limits=Limits(max_bytes=1 << 26)).tensors
-    except CheckpointError as error:
-        assert len(str(error)) < 1500  # noqa: PT017
-    else:
-        assert name in ("device", "counter")
-        assert_same_bits(dict(found), samples.state())
-    assert [p.name for p in tmp_path.iterdir()] == ["net.pth"]
+    left_out = set()
+    for name, piece in pickles.PIECES.items():
+        (tmp_path / "net.pth").write_bytes(
+            data.replace(old, piece)
+            if legacy
+            else zip_of([(n, c.replace(old, piece), m) for n, c, m in records])
+        )
+        try:
+            found = checkpoint.read(tmp_path / "net.pth", limits=Limits(max_bytes=1 << 26)).tensors
+        except CheckpointError as error:
+            assert len(str(error)) < 1500, name  # noqa: PT017
+        else:
+            left_out.add(name)
+            assert_same_bits(dict(found), samples.state())
+        assert [p.name for p in tmp_path.iterdir()] == ["net.pth"], name
+    assert left_out <= {"device", "counter"}
 
 
 def test_the_laughs_would_be_endless():

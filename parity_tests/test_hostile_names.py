@@ -1,5 +1,5 @@
-"""Names that act on whoever shows them: in the terminal and in the HTML report they appear as
-escapes, and nothing in them runs.
+"""Names with control characters or markup are shown escaped in the terminal and the HTML report;
+nothing in them runs.
 """
 
 import json
@@ -53,7 +53,7 @@ def test_visible_text_has_nothing_that_acts_and_loses_nothing(text):
     assert "\n" not in some([text])
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", ["colour", "bidi", "line", "surrogate", "rich markup", "html"])
 def test_a_tensor_with_such_a_name_is_shown_escaped(name, tmp_path, monkeypatch, capsys):
     """In the weights, where it does not fit; in the sight of all commands."""
     monkeypatch.chdir(tmp_path)
@@ -74,7 +74,7 @@ def test_a_tensor_with_such_a_name_is_shown_escaped(name, tmp_path, monkeypatch,
         assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", ["title", "return", "link", "rich markup"])
 def test_other_entries_of_a_checkpoint_are_shown_escaped(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     state = {key: from_numpy(value) for key, value in healthy().items()}

@@ -15,8 +15,15 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.checkpoint.atomic import refuse_existing, remove, replacing
-from flax_resblock.checkpoint.hub_folder import texts_beside, weights_in
-from flax_resblock.checkpoint.limits import LIMITS, UNLIMITED, Limits, check_files, check_names
+from flax_resblock.checkpoint.folders import is_orbax, texts_beside, weights_in
+from flax_resblock.checkpoint.limits import (
+    LIMITS,
+    UNLIMITED,
+    Limits,
+    check_files,
+    check_names,
+    first_line,
+)
 from flax_resblock.checkpoint.record import (
     DIGESTS,
     METADATA_DIGEST,
@@ -28,7 +35,7 @@ from flax_resblock.checkpoint.record import (
     refuse_foreign_sidecar,
     sidecar_of,
 )
-from flax_resblock.errors import CheckpointError, InputError, OutputError, some, visible
+from flax_resblock.errors import CheckpointError, InputError, OutputError, some
 
 __all__ = [
     "FORMATS",
@@ -55,13 +62,6 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
 
 RUN_FOLDER = "checkpoints"
 """Where the folder of a training run has its Orbax folders; the last by name is the newest."""
-
-
-def is_orbax(path: Path) -> bool:
-    """Whether a folder is an Orbax checkpoint."""
-    return any(
-        (path / name).exists() for name in ("_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint")
-    )
 
 
 def output_format(path: Path) -> str:
@@ -167,7 +167,7 @@ def read(
 
 
 def _with_run(record: Record, path: Path, limits: Limits) -> Record:
-    from flax_resblock.checkpoint.hub_folder import trainer_files
+    from flax_resblock.checkpoint.folders import trainer_files
 
     extras = {
         **record.extras,
@@ -294,12 +294,7 @@ def _writing(path: Path, write: Callable[..., None], *arguments: Any, **extras: 
         raise
     # RuntimeError of torch, SafetensorError, ValueError of TensorStore: none of them an OSError
     except Exception as error:
-        reason = (
-            visible(str(error).strip().splitlines()[0])
-            if str(error).strip()
-            else type(error).__name__
-        )
         raise OutputError(
-            f"{path} could not be written: {reason[:200]}. Is the disk full? Nothing was left "
+            f"{path} could not be written: {first_line(error)}. Is the disk full? Nothing was left "
             f"there."
         ) from error

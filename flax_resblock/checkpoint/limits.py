@@ -1,6 +1,4 @@
-"""How much a checkpoint may ask for before it is refused: what a stranger's file declares is
-checked against these numbers before anything is allocated.
-"""
+"""Limits on what a checkpoint may declare, checked before anything is allocated for it."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ from flax_resblock.errors import CheckpointError, InputError, visible
 
 @dataclass(frozen=True)
 class Limits:
-    """What a checkpoint may have at most. Reading one stays within twice ``max_bytes`` of memory,
-    whatever the file says.
+    """The most that a checkpoint may have.
+
+    Reading one takes at most twice ``max_bytes`` of memory, whatever the file declares.
 
     Attributes:
       max_bytes: Bytes of its files together, and of its tensors together.
@@ -43,19 +42,21 @@ class Limits:
 
     @property
     def header(self) -> int:
-        """Bytes that a header may have: as objects of Python, one byte of a pickle or of JSON can
-        take seventy, and all of it stays below ``max_bytes``.
+        """Bytes that a header may have.
+
+        One byte of a pickle or of JSON can become 72 bytes of Python objects, and all of them
+        together stay below ``max_bytes``.
         """
         return min(self.max_header_bytes, max(1 << 20, self.max_bytes // 72))
 
     def check(self, source: object, name: str, found: int, what: str) -> None:
-        """Refuses ``found`` of something above the limit.
+        """Refuses a number above a limit.
 
         Args:
-          source: Of the number, for the message.
-          name: Which limit: ``"max_bytes"``.
-          found: How many there are.
-          what: Of what: ``"bytes of tensors"``.
+          source: What declares the number, for the message.
+          name: The limit, such as ``"max_bytes"``.
+          found: The number.
+          what: What is counted, such as ``"bytes of tensors"``.
         Raises:
           CheckpointError: More than the limit.
         """
@@ -84,19 +85,25 @@ def _enough(limits: Limits, name: str, found: int) -> int:
 
 
 LIMITS = Limits()
-"""Ample for every network and optimizer that this library knows: the largest, with Adam's moments
+"""Ample for every network and optimizer that this library knows; the largest, with Adam's moments
 and in float64, takes 4 GB.
 """
 
 UNLIMITED = Limits(*[sys.maxsize] * 4)
-"""For what this library has just written, or has read already."""
+"""Limits for files that this library has just written or has read before."""
 
 _LONGEST_NAME = 512
 
 
+def first_line(error: Exception) -> str:
+    """The beginning of another library's error message, fit for a message of ours."""
+    lines = str(error).strip().splitlines()
+    return visible(lines[0])[:200] if lines else type(error).__name__
+
+
 def check_files(paths: Iterable[Path], limits: Limits, source: object) -> None:
-    """Refuses what is no plain file (a pipe would be waited for, a device has no end), and files
-    that are too large together.
+    """Refuses pipes (which would be waited for), devices (which have no end), and files that are
+    too large together.
 
     Raises:
       CheckpointError: One of them is no regular file or cannot be reached, or there are too many
@@ -109,17 +116,15 @@ def check_files(paths: Iterable[Path], limits: Limits, source: object) -> None:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
         if not stat.S_ISREG(found.st_mode):
-            raise CheckpointError(
-                f"{path} is no regular file. Copy what it stands for into a file first."
-            )
+            raise CheckpointError(f"{path} is no regular file. Copy its content into a file first.")
         total += found.st_size
         limits.check(source, "max_tensors", count, "files")
     limits.check(source, "max_bytes", total, "bytes in files")
 
 
 def check_names(names: Iterable[str], source: object) -> None:
-    """Refuses names of tensors that would change what a terminal or a page shows, and endless ones;
-    no network has such names.
+    """Refuses names of tensors that would act on a terminal or a page, and names longer than 512
+    characters.
 
     Raises:
       CheckpointError: One of them, shown escaped.
@@ -136,7 +141,7 @@ def check_names(names: Iterable[str], source: object) -> None:
 
 
 _VALUES_PER_TENSOR = 100
-"""So many values per allowed tensor; lists of losses have one per step."""
+"""Values allowed for each tensor that is allowed; a list of losses has one per step."""
 
 
 def _children(value: Any, source: str) -> Iterable[Any] | None:
@@ -155,13 +160,13 @@ def _children(value: Any, source: str) -> Iterable[Any] | None:
 def check_content(
     content: Any, limits: Limits, size: Callable[[Any], int | None], source: str
 ) -> None:
-    """Refuses what is deeper, longer or larger than allowed: containers that hold themselves, ones
-    that share children until they are endless, huge tensors.
+    """Refuses content that is deeper, longer or larger than allowed, before anything recursive sees
+    it: containers that hold themselves or share children without end, and huge tensors.
 
     Args:
-      content: Whatever a file held.
+      content: What a file held.
       limits: What it may hold.
-      size: Bytes of a tensor once it is dense, None for anything else.
+      size: Gives the bytes of a tensor once it is dense, None for anything else.
       source: For messages.
     Raises:
       CheckpointError: More than the limits allow.

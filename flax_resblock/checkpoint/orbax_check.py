@@ -1,8 +1,14 @@
-"""An Orbax folder, held against the limits before Orbax and TensorStore allocate what it declares.
+"""Compares an Orbax folder with the limits before Orbax and TensorStore allocate what it declares.
 
 A few hundred bytes of metadata can announce an array of any size, whose absent chunks are then
-filled with zeros; a few of compressed data can expand to any size. Needs TensorStore to list what
-is in the database, and reads no array."""
+filled with zeros, and a few bytes of compressed data can expand to any size. TensorStore lists
+what is in the database; no array is read.
+"""
+
+# Why zstd frames are walked here by hand: Orbax's own metadata say how large an array is, and not
+# how far the frames expand in which the nodes of its database are stored, so that a hostile folder
+# can announce a small array and hold a bomb. TensorStore stops at the end of a chunk, but documents
+# no such bound for the nodes, and the standard library has no zstd before Python 3.14.
 
 from __future__ import annotations
 
@@ -16,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.checkpoint.limits import Limits, check_files
+from flax_resblock.checkpoint.limits import Limits, check_files, first_line
 from flax_resblock.errors import CheckpointError, visible
 
 _MANIFEST = "manifest.ocdbt"
@@ -35,11 +41,11 @@ class DamagedFolderError(CheckpointError):
 
 
 def check_folder(folder: Path, limits: Limits) -> None:
-    """Refuses a folder with links that lead out of it, anything but files and folders, or more than
-    the limits allow once expanded.
+    """Refuses a folder that has links leading out of it or anything but files and folders, or that
+    expands to more than the limits allow.
 
     Raises:
-      CheckpointError: What it is that would be too much, or that its metadata are damaged.
+      CheckpointError: It is refused, or its metadata are damaged.
     """
     files = list(_files(folder, limits))
     check_files(files, limits, folder)
@@ -59,21 +65,18 @@ def check_folder(folder: Path, limits: Limits) -> None:
         raise
     # TensorStore raises ValueError for damage of any kind; JSON and UTF-8 have their own
     except Exception as error:
-        reason = (
-            visible(str(error).strip().splitlines()[0])[:300]
-            if str(error).strip()
-            else type(error).__name__
-        )
         raise DamagedFolderError(
-            f"{folder} is not an Orbax checkpoint, or a damaged one ({reason}). Copy it again."
+            f"{folder} is not an Orbax checkpoint, or a damaged one ({first_line(error)}). "
+            f"Copy it again."
         ) from error
     limits.check(folder, "max_tensors", len(arrays), "tensors")
     limits.check(folder, "max_bytes", sum(size for _, size in arrays), "bytes of tensors")
 
 
 def unreadable(folder: Path, names: Iterable[str]) -> list[str]:
-    """Which of these tensors a damaged folder no longer gives: the database has a checksum for
-    every group of small tensors, which it loses together.
+    """Which of these tensors cannot be read from a damaged folder.
+
+    The database has one checksum for a group of small tensors, which are lost together.
     """
     import tensorstore
 
@@ -116,8 +119,8 @@ def _files(folder: Path, limits: Limits) -> Iterator[Path]:
 
 
 def _expanded(file: Path) -> int:
-    """At most so many bytes come out of the compressed frames in a file, found by walking their
-    blocks without expanding any.
+    """An upper bound on the bytes that the compressed frames in a file expand to, found by walking
+    their blocks without expanding any.
     """
     if not file.stat().st_size:
         return 0
@@ -132,8 +135,8 @@ def _expanded(file: Path) -> int:
 
 
 def _frame(data: mmap.mmap, start: int) -> tuple[int, int]:
-    """Where a zstd frame ends, and how much it expands to at most (RFC 8878, section 3.1.1). What
-    only looks like a frame ends at the first odd block.
+    """Where a zstd frame ends, and the most it can expand to (RFC 8878, section 3.1.1). Bytes that
+    only look like a frame end at the first block that is none.
     """
     descriptor = data[start + 4] if start + 4 < len(data) else 0
     single = descriptor >> 5 & 1

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.checkpoint.limits import LIMITS, Limits, check_content
+from flax_resblock.checkpoint.limits import LIMITS, Limits, check_content, first_line
 from flax_resblock.checkpoint.orbax_check import DamagedFolderError, check_folder, unreadable
 from flax_resblock.checkpoint.record import DIGESTS, Record
-from flax_resblock.errors import CheckpointError, some, visible
+from flax_resblock.errors import CheckpointError, some
 
 _IN_FLIGHT = 16 << 20
 """Bytes that Orbax may hold in its own buffers at a time."""
@@ -76,8 +76,8 @@ def _frugal(v1: Any, largest: int) -> Any:
 
 
 def _alone() -> dict[str, Any] | None:
-    """In a program of several processes: the options that let Orbax work in this one without
-    waiting for the others; else None.
+    """The options that let Orbax work in this process without waiting for the others; None where
+    there are no others.
     """
     import jax
 
@@ -131,13 +131,8 @@ def read_orbax(path: Path, limits: Limits = LIMITS) -> Record:
         with _frugal(v1, _IN_FLIGHT):
             tree = v1.load(path.resolve())
     except Exception as error:  # Orbax and TensorStore raise their own and each other's types
-        reason = (
-            visible(str(error).strip().splitlines()[0])
-            if str(error).strip()
-            else type(error).__name__
-        )
         raise CheckpointError(
-            f"{path} is not an Orbax checkpoint, or a damaged one ({reason[:160]}). Copy it "
+            f"{path} is not an Orbax checkpoint, or a damaged one ({first_line(error)}). Copy it "
             f"again.{_lost(path)}"
         ) from error
     check_content(
@@ -150,8 +145,8 @@ def read_orbax(path: Path, limits: Limits = LIMITS) -> Record:
 
 
 def _lost(path: Path) -> str:
-    """A sentence that names the tensors which a damaged folder no longer gives, where it says which
-    it should have.
+    """A sentence that names the tensors which cannot be read from a damaged folder; empty where its
+    metadata do not list its tensors.
     """
     try:
         lost = unreadable(path, json.loads(_metadata(path / METADATA_FILE).get(DIGESTS, "{}")))
@@ -177,9 +172,7 @@ def _metadata(file: Path) -> dict[str, str]:
 
 
 def _save_alone(path: Path, tree: dict[str, Any], alone: Mapping[str, Any]) -> None:
-    """The same folder, by Orbax's older interface, which knows how to save in one process of
-    several.
-    """
+    """The same with Orbax's older interface, which can save in one process of several."""
     import orbax.checkpoint as v0
 
     options = v0.options.MultiprocessingOptions(**alone)

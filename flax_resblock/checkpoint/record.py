@@ -1,5 +1,6 @@
-"""What a checkpoint file holds, whatever its format: flat arrays by name, and what else was in
-it.
+"""The content of a checkpoint in any format, and the digests that find damage in it.
+
+A ``.pth`` has no place for digests; they lie in the file ``NAME.pth.sha256.json`` beside it.
 """
 
 from __future__ import annotations
@@ -97,15 +98,14 @@ _LARGEST_SIDECAR = 64 << 20
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What a ``.pth`` held when it was written.
+    """The digests of a ``.pth`` at the time it was written.
 
     Attributes:
-      identity: PyTorch's own mark of that file. Another file under the same name, written later by
-        something else, has another, and damage to a tensor leaves it as it is: the two are told
-        apart.
+      identity: PyTorch's own mark of that file. A file that another program wrote later under the
+        same name has another mark; a damaged file keeps it.
       tensors: SHA-256 of every tensor, by name.
       extras: SHA-256 of every tensor beside the state dict, by the path that leads to it.
-      rest: SHA-256 of what is no tensor there: learning rates, counters.
+      rest: SHA-256 of the other values beside the state dict: learning rates, counters.
     """
 
     identity: str
@@ -115,7 +115,7 @@ class Sidecar:
 
 
 def sidecar_of(path: Path) -> Path:
-    """Where the digests of a file are."""
+    """The path of a file's digests."""
     return path.with_name(path.name + SIDECAR_SUFFIX)
 
 
@@ -170,9 +170,7 @@ def read_sidecar(path: Path) -> Sidecar | None:
 
 
 def refuse_foreign_sidecar(path: Path) -> None:
-    """Raises InputError where the digests of ``path`` would replace a file that is something
-    else.
-    """
+    """Raises InputError where the digests of ``path`` would replace a file of another kind."""
     place = sidecar_of(path)
     if not os.path.lexists(place):
         return

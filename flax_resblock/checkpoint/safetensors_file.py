@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from flax_resblock.checkpoint.hub_folder import shards, without_duplicates
+from flax_resblock.checkpoint.folders import shards, without_duplicates
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files
 from flax_resblock.checkpoint.record import Record
 from flax_resblock.checkpoint.unwrap import unwrap

@@ -1,5 +1,6 @@
-"""What torch.save wrote, in its zip archive or in the one file of the time before 1.6, read without
-torch; arrays are views of the mapped file.
+"""Reads files of torch.save without torch: zip archives, and the format before PyTorch 1.6.
+
+Arrays are views of the mapped file.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ _COUNT = struct.Struct("<q")
 
 @dataclass(frozen=True)
 class TorchArchive:
-    """A file that was found in order.
+    """The content of a file that is in order.
 
     Attributes:
-      content: Its value, arrays for tensors; without meaning where ``foreign`` says something.
+      content: Its value, with arrays for tensors; without meaning unless ``foreign`` is None.
       foreign: What is in it that only PyTorch can make; None for nothing.
       is_zip: Whether it is a zip archive.
     """
@@ -87,8 +88,8 @@ def _is_zip(path: Path) -> bool:
 
 
 def _elements(path: Path, start: Callable[[Storage], int]) -> StorageReader:
-    """The elements of a storage, where ``start`` finds them in the mapped file; copied once where
-    they do not lie as numbers of their size should.
+    """Finds the elements of a storage in the mapped file, beginning at the offset that ``start``
+    gives. Elements that are not aligned are copied, once.
     """
     with path.open("rb") as handle:
         view = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
@@ -162,7 +163,7 @@ def _text_of(
 
 
 def _read_legacy(path: Path, limits: Limits) -> TorchPickle:
-    """Twice, as where the elements are is known once the last pickle has been read."""
+    """Reads the content's pickle twice: only the last pickle tells where the elements are."""
     size = path.stat().st_size
     with path.open("rb") as handle:
         data = handle.read(limits.header)

@@ -1,10 +1,9 @@
-"""PyTorch's own files (zip and legacy pickle). With :mod:`flax_resblock.parity` the only place that
-imports torch.
+"""PyTorch's own files: zip archives, and the older format of pickles.
 
-Files are read without torch (:mod:`flax_resblock.checkpoint.torch_archive`). Those with something
-in them that only PyTorch can make, a sparse tensor or a device, are then opened by it, with
-``weights_only=True``. Nothing in them is executed, whatever they hold; docs/security.md says what
-is held against what."""
+Files are read without torch (:mod:`flax_resblock.checkpoint.torch_archive`). Those that hold
+something only PyTorch can make, such as a sparse tensor or a device, are then opened by PyTorch,
+with ``weights_only=True``. Nothing in a file is executed; see docs/security.md.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +21,16 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from flax_resblock.checkpoint import torch_archive
-from flax_resblock.checkpoint.hub_folder import shards
-from flax_resblock.checkpoint.limits import LIMITS, Limits, check_content, check_files
-from flax_resblock.checkpoint.record import (
-    DIGESTS,
-    Record,
-    Sidecar,
-    digest,
-    digests,
-    digests_of_extras,
-    read_sidecar,
-    sidecar_of,
-    write_sidecar,
+from flax_resblock.checkpoint import record, torch_archive
+from flax_resblock.checkpoint.folders import shards
+from flax_resblock.checkpoint.limits import (
+    LIMITS,
+    Limits,
+    check_content,
+    check_files,
+    first_line,
 )
+from flax_resblock.checkpoint.record import DIGESTS, Record, Sidecar, digest, digests
 from flax_resblock.checkpoint.torch_calls import needs
 from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.errors import CheckpointError, MissingDependencyError, some, visible
@@ -95,7 +90,7 @@ def to_numpy(tensor: torch.Tensor | np.ndarray, name: str = "tensor") -> np.ndar
 
 
 def _mapped(leaf: Callable[[Any], Any], value: Any) -> Any:
-    """The same containers with ``leaf`` of everything in them that is none."""
+    """The same containers with ``leaf`` applied to everything else in them."""
     if isinstance(value, Counter):
         return value  # of numbers; torch's MultiStepLR wants the type
     if isinstance(value, Mapping):
@@ -151,8 +146,9 @@ def _harmless(torch: Any) -> list[Any]:
 
 
 def load_torch(path: Path, limits: Limits = LIMITS) -> Any:
-    """What ``torch.save`` wrote, with a numpy array for each tensor, memory-mapped; what only
-    PyTorch can make, with PyTorch and its tensors on the CPU.
+    """The content of a file of ``torch.save``, with a memory-mapped numpy array for each tensor.
+
+    Where it holds something that only PyTorch can make, PyTorch reads it, with tensors on the CPU.
 
     Raises:
       CheckpointError: Not such a file, damaged, beyond the limits, or one that would execute code.
@@ -164,9 +160,7 @@ def load_torch(path: Path, limits: Limits = LIMITS) -> Any:
 
 
 def _load_by_torch(path: Path, archive: torch_archive.TorchArchive, limits: Limits) -> Any:
-    """The same with ``torch.load``, once it is known that nothing in the file calls anything else
-    than what checkpoints need.
-    """
+    """The same with ``torch.load``, once the file is known to call only what checkpoints need."""
     torch = import_torch(f"{path} holds {visible(archive.foreign or '')[:160]}, which")
     try:
         with torch.serialization.safe_globals(_harmless(torch)), warnings.catch_warnings():
@@ -183,22 +177,15 @@ def _load_by_torch(path: Path, archive: torch_archive.TorchArchive, limits: Limi
         ) from error
     except MemoryError:
         raise
-    # torch.load raises whatever its parsers meet: RuntimeError, EOFError, KeyError, struct.error
-    # ...
+    # torch.load raises what its parsers raise: RuntimeError, EOFError, KeyError, struct.error ...
     except Exception as error:
-        reason = (
-            visible(str(error).strip().splitlines()[0])
-            if str(error).strip()
-            else type(error).__name__
-        )
+        reason = first_line(error)
         what = (
             "a damaged or truncated PyTorch zip archive"
             if archive.is_zip
             else "no PyTorch checkpoint, or a damaged one"
         )
-        raise CheckpointError(
-            f"{path} is {what} ({reason[:160]}). Copy or download it again."
-        ) from error
+        raise CheckpointError(f"{path} is {what} ({reason}). Copy or download it again.") from error
     check_content(
         content,
         limits,
@@ -257,10 +244,10 @@ def _recorded(
     entry: str | None,
 ) -> dict[str, str]:
     """Metadata with the SHA-256 of the tensors, where they lie beside the file and belong to it."""
-    found = read_sidecar(path)
+    found = record.read_sidecar(path)
     if found is None or entry is not None:
         return {}
-    place = sidecar_of(path)
+    place = record.sidecar_of(path)
     if found.identity != torch_archive.identity(path):
         if digests(tensors) != found.tensors:
             notes.append(
@@ -269,7 +256,7 @@ def _recorded(
             )
         return {}
     if found.extras or found.rest:
-        arrays, rest = digests_of_extras(plain(extras))
+        arrays, rest = record.digests_of_extras(plain(extras))
         changed = [name for name, sha in found.extras.items() if arrays.get(name) != sha]
         if changed or arrays.keys() - found.extras.keys() or rest != found.rest:
             what = some(changed) if changed else "what lies beside the weights"
@@ -299,11 +286,11 @@ def write_torch(
         if DIGESTS in metadata
         else {key: digest(value) for key, value in tensors.items()}
     )
-    write_sidecar(
+    record.write_sidecar(
         path,
         Sidecar(
             torch_archive.identity(path),
             recorded,
-            *(({}, "") if extras is None else digests_of_extras(extras)),
+            *(({}, "") if extras is None else record.digests_of_extras(extras)),
         ),
     )

@@ -24,7 +24,7 @@ from flax_resblock.checkpoint.inert_pickle import (
     RefusedError,
     check_pickle,
 )
-from flax_resblock.checkpoint.limits import Limits
+from flax_resblock.checkpoint.limits import Limits, first_line
 from flax_resblock.checkpoint.torch_calls import (
     BY_TORCH,
     MADE,
@@ -100,10 +100,9 @@ def read_torch_pickle(
         raise
     # IndexError, struct.error, UnicodeDecodeError, KeyError ...: damage raises nearly anything.
     except Exception as error:
-        reason = visible(str(error).splitlines()[0] if str(error) else type(error).__name__)[:160]
         raise CheckpointError(
             f"{source} is no PyTorch checkpoint, or a damaged one: its pickle cannot be read "
-            f"({reason}). Copy or download it again."
+            f"({first_line(error)}). Copy or download it again."
         ) from error
     return TorchPickle(content, checked.foreign, reader.storages, checked.end)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from flax_resblock.checkpoint.hub_folder import CONFIG_FILE, PREPROCESSOR_FILE
+from flax_resblock.checkpoint.folders import CONFIG_FILE, PREPROCESSOR_FILE
 from flax_resblock.config import Config, ResNetConfig
 from flax_resblock.convert.hubs.common import Hub, HubConfig, Preprocessing
 from flax_resblock.convert.hubs.timm import TIMM

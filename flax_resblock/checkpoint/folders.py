@@ -1,7 +1,7 @@
-"""Folders as Hugging Face's hub and its Trainer write them.
+"""Folders of checkpoints as Orbax, Hugging Face's hub and its Trainer write them.
 
-The weights have well-known names; JSON files and, in a training checkpoint, the optimizer and the
-schedule lie beside them.
+On the hub the weights have well-known names, and JSON files lie beside them. The Trainer adds files
+for the optimizer and the schedule.
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ _LONGEST = 255
 """Bytes of a name that file systems take."""
 _LARGEST = 16 << 20
 """Bytes; a configuration with a thousand class names has 70 thousand."""
+
+
+def is_orbax(path: Path) -> bool:
+    """Whether a folder is an Orbax checkpoint."""
+    return any(
+        (path / name).exists() for name in ("_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint")
+    )
 
 
 def weights_in(folder: Path) -> Path | None:
