@@ -39,10 +39,10 @@ def pytest_report_header():
     """On a device: every switch of precision and determinism that the comparisons set."""
     if not _ON_ACCELERATOR:
         return None
-    from flax_resblock.parity.switches import make_xla_deterministic, sentence
+    from flax_resblock.parity.devices import make_xla_deterministic, settings_sentence
 
     make_xla_deterministic()
-    return sentence()
+    return settings_sentence()
 
 
 def pytest_collection_modifyitems(items):

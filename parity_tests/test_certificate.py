@@ -117,7 +117,7 @@ def test_the_stored_worst_is_what_the_comparison_measures(folder):
         ReferencePair.of(source), images, Plan(train=False, precisions=("float64",))
     ).measurements
     assert verification["tensors"] == len(rows)
-    assert verification["worst"]["error"] == max(row.judgement.error for row in rows)
+    assert verification["worst"]["error"] == max(row.verdict.error for row in rows)
 
 
 def test_two_outputs_share_a_certificate_and_the_last_conversion_of_each_counts(folder):

@@ -13,11 +13,11 @@ from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.parity import compare
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.inputs import adversarial_images
-from flax_resblock.parity.oracle import Tolerance, judge, relative_l2
+from flax_resblock.parity.oracle import Tolerance, relative_l2, verdict_of
 from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.parts import reference_run
 from flax_resblock.parity.reference import ReferencePair
-from flax_resblock.parity.report import divergences, to_json
+from flax_resblock.parity.report import divergences, report_json
 from parity_tests.faults import Faulty
 from torch_ref import BasicBlock
 
@@ -53,7 +53,7 @@ def test_every_precision_and_quantity_is_there():
     errors = {
         p: np.median(
             [
-                m.judgement.error
+                m.verdict.error
                 for m in comparison.measurements
                 if m.precision == p and m.quantity == "eval forward"
             ]
@@ -73,7 +73,7 @@ def test_bfloat16_is_judged_and_can_fail():
     assert compare_pair(base, images, Plan(train=False, precisions=("bfloat16",))).passed
     rows = compare_pair(pair, images, Plan(train=False, precisions=("bfloat16",))).measurements
     assert (
-        next(m.slot for m in rows if m.quantity == "eval forward" and not m.judgement.passed)
+        next(m.slot for m in rows if m.quantity == "eval forward" and not m.verdict.passed)
         == "conv2"
     )
 
@@ -87,7 +87,7 @@ def test_isolation_blames_one_layer_where_the_forward_pass_blames_all_that_follo
         pair, images, Plan(train=False, isolated=True, precisions=("float64",))
     ).measurements
     wrong = {
-        q: [m.slot for m in rows if m.quantity == q and not m.judgement.passed]
+        q: [m.slot for m in rows if m.quantity == q and not m.verdict.passed]
         for q in ("eval forward", "isolated forward")
     }
     assert wrong["eval forward"][0] == "stage1.0.norm1"
@@ -136,7 +136,7 @@ def test_a_tolerance_of_ones_own_replaces_the_criterion():
         rtol=1e-3,
     )
     assert exact.passed
-    assert {m.judgement.limit for m in exact.comparison.measurements} == {1.0}
+    assert {m.verdict.limit for m in exact.comparison.measurements} == {1.0}
     strict = compare(
         torch_module,
         flax_module,
@@ -148,7 +148,7 @@ def test_a_tolerance_of_ones_own_replaces_the_criterion():
         rtol=1e-12,
     )
     assert not strict.passed
-    assert "1e-12 x |PyTorch|" in to_json(strict.comparison, {})["criterion"]
+    assert "1e-12 x |PyTorch|" in report_json(strict.comparison, {})["criterion"]
 
 
 def test_tolerances_mean_what_numpy_means():
@@ -166,13 +166,15 @@ def test_tolerances_mean_what_numpy_means():
 
 
 def test_the_criterion():
-    assert judge(1e-12, 0.0, 2.0**-52).passed
-    assert not judge(1.01e-12, 1.0, 2.0**-52).passed  # in float64 PyTorch's own error is no excuse
-    assert judge(3.9e-5, 1e-5, 2.0**-23).passed
-    assert not judge(4.1e-5, 1e-5, 2.0**-23).passed
-    assert judge(7.9 * 2.0**-23, 0.0, 2.0**-23).passed
-    assert not judge(8.1 * 2.0**-23, 0.0, 2.0**-23).passed
-    assert not judge(float("nan"), 1.0, 2.0**-23).passed
+    assert verdict_of(1e-12, 0.0, 2.0**-52).passed
+    assert not verdict_of(
+        1.01e-12, 1.0, 2.0**-52
+    ).passed  # in float64 PyTorch's own error is no excuse
+    assert verdict_of(3.9e-5, 1e-5, 2.0**-23).passed
+    assert not verdict_of(4.1e-5, 1e-5, 2.0**-23).passed
+    assert verdict_of(7.9 * 2.0**-23, 0.0, 2.0**-23).passed
+    assert not verdict_of(8.1 * 2.0**-23, 0.0, 2.0**-23).passed
+    assert not verdict_of(float("nan"), 1.0, 2.0**-23).passed
     assert relative_l2(np.array([1.0, np.inf]), np.array([1.0, np.inf])) == 0
     assert relative_l2(np.array([1.0, np.nan]), np.array([1.0, 2.0])) == np.inf
 

@@ -34,7 +34,7 @@ def test_the_mlp_is_told_apart_by_its_gelu(printed):
 @pytest.mark.xdist_group("docs")
 def test_the_separable_block_differs_in_its_statistics_only(printed):
     plain = printed["plain"]
-    assert {m.quantity for m in plain.comparison.measurements if not m.judgement.passed} == {
+    assert {m.quantity for m in plain.comparison.measurements if not m.verdict.passed} == {
         "running statistics",
         "running statistics after 5",
     }
@@ -54,11 +54,11 @@ def test_every_quantity_and_field_of_the_json_is_documented():
     from flax_resblock.parity.comparison import Plan, compare_pair
     from flax_resblock.parity.inputs import adversarial_images
     from flax_resblock.parity.reference import ReferencePair
-    from flax_resblock.parity.report import to_json
+    from flax_resblock.parity.report import report_json
     from parity_tests.faults import BLOCK
 
     plan = Plan(gradients=True, isolated=True, steps=1, precisions=("float64",))
-    facts = to_json(
+    facts = report_json(
         compare_pair(ReferencePair.random(BLOCK), adversarial_images(BLOCK, batch=2), plan), {}
     )
     text = VERIFICATION.read_text(encoding="utf-8")

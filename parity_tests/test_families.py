@@ -23,7 +23,7 @@ from flax_resblock.parity.inputs import adversarial_images
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
 from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.reference import ReferencePair
-from flax_resblock.parity.taps import to_torch
+from flax_resblock.parity.taps import as_tensor
 from parity_tests.families import FAMILIES, import_timm, import_transformers, randomise
 from parity_tests.support import assert_same_bits, import_torchvision
 
@@ -58,7 +58,7 @@ def from_timms_folder(folder):
 
 def output_of(module, images):
     with torch.no_grad():
-        return module.eval()(to_torch(images, PRECISIONS["float64"])).numpy()
+        return module.eval()(as_tensor(images, PRECISIONS["float64"])).numpy()
 
 
 def evaluated(path, images, **arguments):
@@ -91,7 +91,7 @@ def test_a_family_converts_without_flags_computes_the_same_and_goes_back(name, t
         module=family.plain(module),
     )
     comparison = compare_pair(twins, images, Plan(gradients=True, precisions=("float64",)))
-    failed = [row for row in comparison.measurements if not row.judgement.passed]
+    failed = [row for row in comparison.measurements if not row.verdict.passed]
     assert comparison.passed, failed[:3]
     stated = {row.quantity for row in comparison.measurements}
     assert {"eval forward", "train forward", "running statistics", "parameter gradient"} <= stated
@@ -283,7 +283,7 @@ def test_the_body_of_a_torchvision_detector_is_taken_out_and_goes_back(tmp_path)
         model = flax_resblock.load(tmp_path / "detector.pth")
         ours = model.features(jax.numpy.asarray(images))
     with torch.no_grad():
-        theirs = module.backbone.body(to_torch(images, PRECISIONS["float64"]))
+        theirs = module.backbone.body(as_tensor(images, PRECISIONS["float64"]))
     for number, value in enumerate(theirs.values(), start=1):
         assert (
             relative_l2(np.asarray(ours[f"stage{number}"]), np.moveaxis(value.numpy(), 1, -1))
@@ -310,7 +310,7 @@ def test_the_backbone_of_a_torchvision_segmenter_is_dilated(tmp_path):
     torch.save(module.state_dict(), tmp_path / "segmenter.pth")
     images = np.random.default_rng(2).standard_normal((1, 33, 48, 3))
     with torch.no_grad():
-        theirs = module.backbone(to_torch(images, PRECISIONS["float64"]))["out"].numpy()
+        theirs = module.backbone(as_tensor(images, PRECISIONS["float64"]))["out"].numpy()
     with jax.enable_x64(True):
         assumptions = {"dilated_stages": (3, 4)}
         model = flax_resblock.load(tmp_path / "segmenter.pth", assumptions=assumptions)

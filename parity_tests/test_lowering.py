@@ -28,12 +28,12 @@ from flax_resblock.cpu.switch import conv_lowering, for_cpu
 from flax_resblock.nn.conv import convolve
 from flax_resblock.nn.norm import batch_moments, normalised_by_batch
 from flax_resblock.parity.comparison import Plan, compare_pair
+from flax_resblock.parity.devices import strict
 from flax_resblock.parity.inputs import adversarial_images
-from flax_resblock.parity.oracle import judge, relative_l2
+from flax_resblock.parity.oracle import relative_l2, verdict_of
 from flax_resblock.parity.pair import PRECISIONS
-from flax_resblock.parity.precision import strict
 from flax_resblock.parity.reference import ReferencePair
-from flax_resblock.parity.taps import to_torch
+from flax_resblock.parity.taps import as_tensor
 
 # N, H, W, C, O, kernel, stride: every row of the table, odd and even sizes, one pixel, wide and
 # narrow
@@ -166,13 +166,13 @@ def test_float32_is_as_accurate_as_pytorch(shape):
             ]
         )
     for name, mine, truth, theirs in zip(("output", "x", "kernel"), ours, *torches, strict=True):
-        judgement = judge(
+        verdict = verdict_of(
             relative_l2(np.asarray(mine), truth),
             relative_l2(theirs, truth),
             float(np.finfo(np.float32).eps),
         )
-        errors.append((name, judgement))
-    assert all(judgement.passed for _, judgement in errors), errors
+        errors.append((name, verdict))
+    assert all(verdict.passed for _, verdict in errors), errors
 
 
 def test_a_coarser_transform_would_be_seen(monkeypatch):
@@ -271,7 +271,7 @@ def distance_from_a_kink(twins, images):
     """
     precision = PRECISIONS["float64"]
     with torch.no_grad(), SmallestReluInput() as smallest:
-        twins.torch(precision).train()(to_torch(images, precision))
+        twins.torch(precision).train()(as_tensor(images, precision))
     return smallest.found
 
 
@@ -283,7 +283,7 @@ def assert_block_equals_pytorch(block, size):
     )
     images = next(images for images in candidates if distance_from_a_kink(twins, images) > 3e-6)
     comparison = compare_pair(twins, images, Plan(gradients=True))
-    assert comparison.passed, max(comparison.measurements, key=lambda m: m.judgement.excess)
+    assert comparison.passed, max(comparison.measurements, key=lambda m: m.verdict.excess)
 
 
 def test_the_distance_from_a_kink_is_seen():
@@ -415,7 +415,7 @@ def test_the_norm_stays_accurate_where_the_mean_is_large(ratio):
         (y, back(jnp.asarray(dy))[0]), errors[torch.float64], errors[torch.float32], strict=True
     ):
         assert (
-            judge(relative_l2(mine, truth), relative_l2(theirs, truth), 2**-23).passed
+            verdict_of(relative_l2(mine, truth), relative_l2(theirs, truth), 2**-23).passed
             or relative_l2(mine, truth) <= 1e-5 * ratio / 100
         )
 

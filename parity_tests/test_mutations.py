@@ -111,7 +111,7 @@ def test_narrow_arithmetic_that_float64_does_not_have_is_named(bits):
     )
     images = adversarial_images(BLOCK, batch=3, seed=4)
     comparison = compare_pair(pair, images, Plan(train=False))
-    assert {m.precision for m in comparison.measurements if not m.judgement.passed} == {"float32"}
+    assert {m.precision for m in comparison.measurements if not m.verdict.passed} == {"float32"}
     (found,) = diagnose(pair, images, train=False, precisions=("float32",))
     assert (found.slot, found.cause, found.side) == ("conv2", "reduced-precision", "flax")
     assert f"{bits} mantissa bits" in found.sentence
@@ -208,7 +208,7 @@ def test_a_correct_pair_raises_no_alarm(number):
     config, size, options, plan = _random_case(number)
     images = adversarial_images(config, batch=2 + number % 3, seed=number, **size)
     comparison = compare_pair(ReferencePair.random(config, number, **options), images, plan)
-    failed = [m for m in comparison.measurements if not m.judgement.passed]
+    failed = [m for m in comparison.measurements if not m.verdict.passed]
     assert not failed, (config, failed[:3])
 
 

@@ -44,7 +44,7 @@ def twins_of(config, seed=0, **norm_options) -> ReferencePair:
 
 
 def worst(comparison):
-    return max(comparison.measurements, key=lambda m: m.judgement.excess)
+    return max(comparison.measurements, key=lambda m: m.verdict.excess)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -204,10 +204,8 @@ def test_a_wrong_variant_fails_by_a_hundred_times_the_limit(fault, precision, mo
         if (m.precision, m.quantity) == (precision, quantity)
     ]
     if precision == "float32":  # against the true yardstick, not that of the broken module
-        rows = [
-            replace(m, judgement=replace(m.judgement, limit=max(8 * 2.0**-23, 1e-6))) for m in rows
-        ]
-    assert max(m.judgement.excess for m in rows) >= 100
+        rows = [replace(m, verdict=replace(m.verdict, limit=max(8 * 2.0**-23, 1e-6))) for m in rows]
+    assert max(m.verdict.excess for m in rows) >= 100
 
 
 def test_statistics_of_a_second_batch_accumulate():
@@ -238,8 +236,8 @@ def test_float32_errors_are_judged_against_float64_not_against_each_other():
         Plan(train=False, precisions=("float32",)),
     )
     rows = [m for m in comparison.measurements if m.quantity == "eval forward"]
-    assert all(0 < m.judgement.reference_error < 1e-5 for m in rows)
-    assert len({m.judgement.reference_error for m in rows}) == len(
+    assert all(0 < m.verdict.reference_error < 1e-5 for m in rows)
+    assert len({m.verdict.reference_error for m in rows}) == len(
         {m.slot for m in rows if m.slot != "output"}
     )
 

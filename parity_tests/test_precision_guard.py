@@ -13,14 +13,18 @@ import torch
 
 from flax_resblock.errors import InputError
 from flax_resblock.nn.conv import convolve
-from flax_resblock.parity.devices import accelerator, jax_device, torch_device
-from flax_resblock.parity.precision import (
+from flax_resblock.parity.devices import (
     WORKSPACE,
-    Found,
+    accelerator,
+    jax_device,
+    strict,
+    torch_device,
+)
+from flax_resblock.parity.precision import (
+    MeasuredPrecision,
     mantissa_bits,
     measure_precision,
     require,
-    strict,
 )
 
 BITS = {"float64": 52, "float32": 23, "bfloat16": 7}
@@ -105,8 +109,8 @@ def test_lost_bits_are_counted_and_refused_by_name(case):
     with pytest.raises(InputError) as error:
         require(
             [
-                Found("torch", "cuda:0", "float32", "convolution", 23, 23),
-                Found("flax", "tpu:0", "float32", "matrix product", bits, 23),
+                MeasuredPrecision("torch", "cuda:0", "float32", "convolution", 23, 23),
+                MeasuredPrecision("flax", "tpu:0", "float32", "matrix product", bits, 23),
             ]
         )
     message = str(error.value)

@@ -9,7 +9,7 @@ import torch
 
 from flax_resblock import config as arch
 from flax_resblock import load, to_torch
-from flax_resblock.parity.oracle import FLOAT64_LIMIT, judge, relative_l2
+from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2, verdict_of
 from parity_tests.support import SHARED, needs_real_checkpoints
 from torch_ref import ResNet
 
@@ -82,5 +82,5 @@ def test_logits_on_real_images_are_within_pytorchs_own_error_in_float32():
     assert np.array_equal(ours.argmax(1), labels)
     truth = logits["logits_float64"]
     own = relative_l2(logits["logits_float32"], truth)
-    assert judge(relative_l2(ours, truth), own, 2.0**-23).passed
-    assert not judge(relative_l2(ours * (1 + 1e-4), truth), own, 2.0**-23).passed
+    assert verdict_of(relative_l2(ours, truth), own, 2.0**-23).passed
+    assert not verdict_of(relative_l2(ours * (1 + 1e-4), truth), own, 2.0**-23).passed

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from flax_resblock.parity.switches import XLA_FLAG, in_force, make_xla_deterministic, sentence
+from flax_resblock.parity.devices import (
+    XLA_FLAG,
+    make_xla_deterministic,
+    settings_in_force,
+    settings_sentence,
+)
 
 
 def test_every_switch_is_in_its_strict_position(monkeypatch):
@@ -12,7 +17,7 @@ def test_every_switch_is_in_its_strict_position(monkeypatch):
     make_xla_deterministic()
     make_xla_deterministic()  # twice is once
     before = torch.backends.fp32_precision
-    assert in_force() == {
+    assert settings_in_force() == {
         "jax default_matmul_precision": "highest",
         "XLA_FLAGS": f"--xla_some_flag=1 {XLA_FLAG}",
         "torch fp32_precision": "ieee",
@@ -25,10 +30,10 @@ def test_every_switch_is_in_its_strict_position(monkeypatch):
     }
     assert torch.backends.fp32_precision == before
     assert not torch.are_deterministic_algorithms_enabled()
-    assert "torch cudnn.conv ieee" in sentence()
+    assert "torch cudnn.conv ieee" in settings_sentence()
 
 
 def test_a_choice_of_ones_own_stays(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false")
     make_xla_deterministic()
-    assert in_force()["XLA_FLAGS"] == "--xla_gpu_deterministic_ops=false"
+    assert settings_in_force()["XLA_FLAGS"] == "--xla_gpu_deterministic_ops=false"

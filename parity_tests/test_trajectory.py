@@ -47,13 +47,13 @@ def trained(config, steps, **plan):
 )
 def test_every_step_is_the_same(config, optimizer):
     rows = trained(config, 8, optimizers=(optimizer,), precisions=("float64", "float32"))
-    assert all(m.judgement.passed for m in rows)
+    assert all(m.verdict.passed for m in rows)
     assert {m.step for m in rows} == set(range(1, 9))
     assert {m.quantity for m in rows} == {
         f"{optimizer}: {what}"
         for what in ("loss", "parameters", "running statistics", "eval logits")
     }
-    assert max(m.judgement.error for m in rows if m.precision == "float64") < TRAJECTORY_LIMIT
+    assert max(m.verdict.error for m in rows if m.precision == "float64") < TRAJECTORY_LIMIT
 
 
 WRONG = {
@@ -102,12 +102,12 @@ def test_another_optimizer_fails_by_a_hundred_times_the_limit(fault, monkeypatch
 
     monkeypatch.setattr(Recipe, "of_optax", wrong)
     rows = trained(BLOCK, 3, optimizers=(name,), precisions=("float64",))
-    assert max(m.judgement.excess for m in rows) > 100
+    assert max(m.verdict.excess for m in rows) > 100
 
 
 def test_a_rate_of_ones_own_is_used():
     rows = trained(BLOCK, 2, optimizers=("sgd",), precisions=("float64",), learning_rate=1e-4)
-    assert all(m.judgement.passed for m in rows)
+    assert all(m.verdict.passed for m in rows)
 
 
 @pytest.mark.slow
@@ -171,5 +171,5 @@ def test_whole_networks_are_trained_alike(name, optimizer, steps):
     images = adversarial_images(architecture(name), batch=4)
     plan = Plan(train=False, steps=steps, optimizers=(optimizer,), precisions=("float64",))
     comparison = compare_pair(ReferencePair.random(architecture(name)), images, plan)
-    assert all(m.judgement.passed for m in comparison.measurements)
+    assert all(m.verdict.passed for m in comparison.measurements)
     assert {m.step for m in comparison.measurements if m.step} == set(range(1, steps + 1))

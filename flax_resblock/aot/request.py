@@ -38,7 +38,7 @@ class Request:
       height, width: Of the images.
       dtype: Of the computation; parameters are float32.
       precision: jax's ``default_matmul_precision``; ``"highest"`` is what
-        :func:`flax_resblock.parity.precision.strict` sets.
+        :func:`flax_resblock.parity.devices.strict` sets.
       slot_precision: ``(slot, precision)`` pairs that differ from it.
       batch_norm: Of the train step: statistics of the global batch, or of each device's share.
       hlo: File that the optimised program is written to, as text.

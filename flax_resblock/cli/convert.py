@@ -33,7 +33,7 @@ from flax_resblock.convert.metadata import metadata_of
 from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, target_naming
 from flax_resblock.convert.state_map import transcode
 from flax_resblock.parity.certificate import REFERENCE, certificate_of
-from flax_resblock.parity.certify import certify, provenance, refuse_foreign
+from flax_resblock.parity.certify import certify, provenance, refuse_foreign_certificate
 from flax_resblock.runs.run_file import write_with_run
 
 Output = Annotated[
@@ -84,7 +84,7 @@ def convert(
     format_name = checkpoint.output_format(out)
     checkpoint.refuse_existing(out, force, checkpoint.is_orbax)
     if not no_certificate:
-        refuse_foreign(out)
+        refuse_foreign_certificate(out)
     if to_naming is not None:
         naming_of(to_naming)  # refuses an unknown name before anything is read
     with status.status(f"reading {checkpoint_}"):

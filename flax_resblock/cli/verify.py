@@ -141,7 +141,7 @@ def _consequences(subject: _Subject, images: Any) -> list[str]:
     """What the assumptions about the checkpoint change."""
     if subject.source is None or not subject.source.assumed:
         return []
-    from flax_resblock.parity.ambiguity import consequences
+    from flax_resblock.parity.reference import consequences
 
     with status.status("trying what was not assumed"):
         return [consequence.note for consequence in consequences(subject.source, images)]
@@ -151,8 +151,8 @@ def _subject(
     checkpoint: Path | None, reading: ReadingFlags, seed: int, allow_nonfinite: bool
 ) -> _Subject:
     with torch_needed():
-        from flax_resblock.parity.provenance import of_source
         from flax_resblock.parity.reference import ReferencePair
+        from flax_resblock.parity.report import checkpoint_facts
 
     if checkpoint is None or is_architecture(checkpoint):
         name = str(checkpoint or reading.architecture)
@@ -162,7 +162,7 @@ def _subject(
     source = reading.open(checkpoint)
     refuse_unhealthy(source, allow_nonfinite)
     pair = ReferencePair.of(source)
-    return _Subject(pair, str(checkpoint), of_source(source), source.notes, source)
+    return _Subject(pair, str(checkpoint), checkpoint_facts(source), source.notes, source)
 
 
 def _recheck(path: Path) -> int:

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from flax_resblock.parity.api import Verification
     from flax_resblock.parity.comparison import Plan
     from flax_resblock.parity.parts import Devices
-    from flax_resblock.parity.provenance import Clock
     from flax_resblock.parity.reference import ReferencePair
-    from flax_resblock.parity.user_module import Case
+    from flax_resblock.parity.report import Clock
+    from flax_resblock.parity.user_module import ExaminedModule
 
 
 def devices_of(flags: DeviceFlags, plan: Plan) -> tuple[Devices, list[Any]]:
@@ -35,10 +35,15 @@ def devices_of(flags: DeviceFlags, plan: Plan) -> tuple[Devices, list[Any]]:
     Raises:
       InputError: A device does not exist or does not deliver the precision that it is asked for.
     """
-    from flax_resblock.parity.devices import jax_device, torch_device
+    from flax_resblock.parity.devices import (
+        jax_device,
+        make_xla_deterministic,
+        settings_sentence,
+        strict,
+        torch_device,
+    )
     from flax_resblock.parity.parts import Devices
-    from flax_resblock.parity.precision import measure_precision, require, strict
-    from flax_resblock.parity.switches import make_xla_deterministic, sentence
+    from flax_resblock.parity.precision import measure_precision, require
 
     make_xla_deterministic()
     places = Devices(jax_device(flags.device), torch_device(flags.torch_device))
@@ -52,7 +57,7 @@ def devices_of(flags: DeviceFlags, plan: Plan) -> tuple[Devices, list[Any]]:
     require(found)
     platform = places.jax.platform if places.jax is not None else "cpu"
     if (platform, places.torch.type) != ("cpu", "cpu"):
-        say(f"  {sentence()}")
+        say(f"  {settings_sentence()}")
     return places, found
 
 
@@ -78,8 +83,7 @@ class Verifier:
     ) -> tuple[Verification, dict[str, Any]]:
         """Verifies a pair of networks; returns the report too, which holds ``facts``."""
         from flax_resblock.parity.api import verify_pair
-        from flax_resblock.parity.provenance import Clock
-        from flax_resblock.parity.report import to_json
+        from flax_resblock.parity.report import Clock, report_json
 
         clock = Clock()
         with status.status("starting") as spinner:
@@ -92,7 +96,7 @@ class Verifier:
                 devices=self.places,
             )
         comparison, provenance = verification.comparison, self._provenance(facts, clock, images)
-        content = to_json(
+        content = report_json(
             comparison, provenance, verification.diagnosis, self.precision, verification.notes
         )
         return verification, content
@@ -131,14 +135,13 @@ class Verifier:
 
     def module(self, spec: str, kwargs: str | None) -> int:
         """Examines a PyTorch module of the user's own and says what is wrong with it."""
-        from flax_resblock.parity.provenance import Clock, of_module
-        from flax_resblock.parity.report import to_json
+        from flax_resblock.parity.report import Clock, examined_facts, report_json
         from flax_resblock.parity.user_module import cases_of, examine, load_factory
 
         arguments = _arguments(kwargs)
         factory = load_factory(spec)
         reports: list[dict[str, Any]] = []
-        cases: list[Case] = []
+        cases: list[ExaminedModule] = []
         for call in cases_of(factory, arguments):
             clock = Clock()
             with status.status(f"examining {spec}") as spinner:
@@ -160,9 +163,9 @@ class Verifier:
                 say(f"  {finding}")
             if case.verification is not None and (self.report.slots or not case.passed):
                 self.print(case.verification, diagnosis=False)
-            provenance = self._provenance(of_module(case), clock, self.input.images(case.config))
+            provenance = self._provenance(examined_facts(case), clock, self.input.images(case.config))
             comparison = case.verification.comparison if case.verification else None
-            reports.append(to_json(comparison, provenance, case.diagnosis, self.precision))
+            reports.append(report_json(comparison, provenance, case.diagnosis, self.precision))
         if all(case.raised and not case.stated for case in cases):
             raise InputError(_cannot_run(cases[0].title, cases[0].raised, cases[0].config))
         chosen = next((facts for facts in reports if not facts["passed"]), reports[0])

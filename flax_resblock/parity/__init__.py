@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flax_resblock.parity.api import Verification, compare
-    from flax_resblock.parity.comparison import Comparison, Plan
+    from flax_resblock.parity.comparison import Plan
     from flax_resblock.parity.diagnose import Diagnosis
+    from flax_resblock.parity.oracle import Comparison
 
 __all__ = ["Comparison", "Diagnosis", "Plan", "Verification", "compare"]
 
 _HOMES = {
-    "Comparison": "comparison",
+    "Comparison": "oracle",
     "Diagnosis": "diagnose",
     "Plan": "comparison",
     "Verification": "api",

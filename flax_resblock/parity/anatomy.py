@@ -10,10 +10,10 @@ import torch
 
 from flax_resblock.config import Branch
 from flax_resblock.errors import InputError
-from flax_resblock.parity.causes import NAMES, Cause, Diagnosis, Side, evidence_for
+from flax_resblock.parity.causes import NAMES, Cause, Diagnosis, LayerRun, Side, evidence_for
 from flax_resblock.parity.causes.connections import Connection, explain_connection, explain_ending
-from flax_resblock.parity.causes.gradients import explain_gradient
-from flax_resblock.parity.causes.layers import Layer, explain_layer, explain_statistics
+from flax_resblock.parity.causes.layers import explain_layer
+from flax_resblock.parity.causes.norms import explain_gradient, explain_statistics
 from flax_resblock.parity.isolation import cotangent_of
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
 from flax_resblock.parity.pair import PRECISIONS, Pair
@@ -201,7 +201,7 @@ class Anatomy:
             self._inside(name, slot) for name in self.reference.activations
         )
 
-    def layer(self, slot: str) -> Layer | None:
+    def layer(self, slot: str) -> LayerRun | None:
         """The layer at a slot as it is meant to be; None where the slot is none."""
         if slot not in self.places or slot not in self.reference.inputs:
             return None
@@ -210,7 +210,7 @@ class Anatomy:
             for name, by in self.by_name.items()
         }
         module: torch.nn.Module = self.module.get_submodule(self.places[slot])
-        return Layer(
+        return LayerRun(
             module,
             self.tensors.get(slot, {}),
             others,

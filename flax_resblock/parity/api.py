@@ -14,14 +14,15 @@ from flax import nnx
 from flax_resblock.convert import StateMap
 from flax_resblock.cpu.switch import Lowering
 from flax_resblock.errors import InputError
-from flax_resblock.parity.comparison import Comparison, Plan, compare_pair
+from flax_resblock.parity.comparison import Plan, compare_pair
+from flax_resblock.parity.devices import strict
 from flax_resblock.parity.diagnose import Diagnosis, diagnose
-from flax_resblock.parity.oracle import Tolerance
+from flax_resblock.parity.oracle import Comparison, Tolerance
 from flax_resblock.parity.pair import PRECISIONS, ModulePair, Pair, dotted
 from flax_resblock.parity.parts import Devices
-from flax_resblock.parity.precision import measure_precision, require, strict
+from flax_resblock.parity.precision import measure_precision, require
 from flax_resblock.parity.report import verdict_lines
-from flax_resblock.parity.taps import from_torch, to_torch
+from flax_resblock.parity.taps import as_array, as_tensor
 from flax_resblock.parity.trajectory import Trajectory, own_spread
 
 
@@ -240,7 +241,7 @@ def refuse_unfit(pair: Pair, images: np.ndarray, *, train: bool) -> None:
 def _torch_output(pair: Pair, images: np.ndarray, train: bool) -> np.ndarray:
     precision = PRECISIONS["float32"]
     module = pair.torch(precision).train(train)
-    x = to_torch(images, precision)
+    x = as_tensor(images, precision)
     try:
         with torch.no_grad():
             output = module(x)
@@ -255,7 +256,7 @@ def _torch_output(pair: Pair, images: np.ndarray, train: bool) -> np.ndarray:
             f"that map one tensor to one tensor can be compared. "
             "Wrap it in a module that returns the one you mean."
         )
-    return from_torch(output)
+    return as_array(output)
 
 
 def _first_line(error: Exception) -> str:
@@ -274,10 +275,10 @@ def _chaos(
     failed = [
         m
         for m in comparison.measurements
-        if m.step is not None and m.precision == "float64" and not m.judgement.passed
+        if m.step is not None and m.precision == "float64" and not m.verdict.passed
     ]
     if not failed or any(
-        m.step is None and m.precision == "float64" and not m.judgement.passed
+        m.step is None and m.precision == "float64" and not m.verdict.passed
         for m in comparison.measurements
     ):
         return []
@@ -289,7 +290,7 @@ def _chaos(
             for part in alone.parts(pair, images, seed)
             if isinstance(part, Trajectory)
         )
-        worst = max(m.judgement.error for m in failed if m.quantity.startswith(f"{name}:"))
+        worst = max(m.verdict.error for m in failed if m.quantity.startswith(f"{name}:"))
         if spread > min(worst, 1.0) / 100:  # beyond 1 it has run off anywhere
             notes.append(
                 f"{name}: PyTorch's own float64 run, its input moved by one unit in the last "

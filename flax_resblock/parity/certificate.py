@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,7 +159,7 @@ def _is_inside(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Check:
+class RecheckedOutput:
     """One output, held against its certificate.
 
     Attributes:
@@ -171,7 +173,7 @@ class Check:
     details: tuple[str, ...] = ()
 
 
-def recheck(path: Path) -> list[Check]:
+def recheck(path: Path) -> list[RecheckedOutput]:
     """Hashes every output of a certificate again. Imports neither torch nor jax, unless an output
     has changed and is read with one (.pth, Orbax).
 
@@ -183,10 +185,10 @@ def recheck(path: Path) -> list[Check]:
     return [_check(path.parent / name, entry) for name, entry in read_certificate(path).items()]
 
 
-def _check(out: Path, entry: Mapping[str, Any]) -> Check:
+def _check(out: Path, entry: Mapping[str, Any]) -> RecheckedOutput:
     expected = entry["output"]["sha256"]
     if not (out.is_dir() if isinstance(expected, dict) else out.is_file()):
-        return Check(
+        return RecheckedOutput(
             out.name,
             "missing",
             (
@@ -199,8 +201,8 @@ def _check(out: Path, entry: Mapping[str, Any]) -> Check:
     failed = isinstance(verification, dict) and verification.get("passed") is False
     remarks = ("the frameworks differed on it when it was written",) if failed else ()
     if found == expected:
-        return Check(out.name, "unchanged", remarks)
-    return Check(
+        return RecheckedOutput(out.name, "unchanged", remarks)
+    return RecheckedOutput(
         out.name,
         "changed",
         (
@@ -255,3 +257,18 @@ def _changed_tensors(out: Path, expected: Mapping[str, str]) -> Iterator[str]:
         )
     if not changed:
         yield "every tensor is as it was; only the bytes around them differ"
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of this library, of Python, and of those packages that are installed (torch is not on every
+    TPU host).
+    """
+    from flax_resblock._version import __version__
+
+    found = {"flax_resblock": __version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -27,15 +27,15 @@ from flax_resblock.parity.certificate import (
     certificate_of,
     hashes,
     read_certificate,
+    versions,
 )
-from flax_resblock.parity.versions import versions
 
 PACKAGES = ("jax", "flax", "numpy", "safetensors", "orbax-checkpoint", "torch")
 BATCH = 2
 """Images of the verification."""
 
 
-def refuse_foreign(out: Path) -> None:
+def refuse_foreign_certificate(out: Path) -> None:
     """Raises InputError where the certificate would go to a file that is none; such a file is never
     replaced.
     """
@@ -122,9 +122,9 @@ def verify_written(source: OpenedCheckpoint) -> dict[str, Any]:
         Plan(train=False, gradients=False, precisions=("float64",)),
     )
     worst = max(
-        comparison.measurements, key=lambda row: (not row.judgement.passed, row.judgement.excess)
+        comparison.measurements, key=lambda row: (not row.verdict.passed, row.verdict.excess)
     )
-    error = worst.judgement.error
+    error = worst.verdict.error
     return {
         "passed": comparison.passed,
         "compared_with": REFERENCE,
@@ -136,7 +136,7 @@ def verify_written(source: OpenedCheckpoint) -> dict[str, Any]:
             "quantity": worst.quantity,
             "slot": worst.slot,
             "error": error if math.isfinite(error) else str(error),
-            "limit": worst.judgement.limit,
+            "limit": worst.verdict.limit,
         },
         "tensors": len(comparison.measurements),
     }

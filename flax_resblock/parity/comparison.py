@@ -9,7 +9,16 @@ import numpy as np
 
 from flax_resblock.cpu.switch import Lowering
 from flax_resblock.parity.inputs import more_batches
-from flax_resblock.parity.oracle import Judgement, Tolerance, judge, relative_l2
+from flax_resblock.parity.oracle import (
+    Comparison,
+    Histogram,
+    Measurement,
+    Tolerance,
+    histogram_of,
+    relative_l2,
+    sampled,
+    verdict_of,
+)
 from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
 from flax_resblock.parity.parts import (
     Devices,
@@ -28,94 +37,9 @@ from flax_resblock.parity.trajectory import RECIPES, Trajectory, moderate
 SPREAD = 8
 """Roundings of PyTorch that are drawn where one does not explain the error of Flax."""
 
+
 BATCHES = 5
 """Training batches after which the running statistics are compared again."""
-
-BINS = 20
-
-SAMPLE = 1 << 16
-"""Elements of a tensor that its histogram counts; of larger tensors they are taken at equal
-distances.
-"""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One tensor in both frameworks, judged.
-
-    Attributes:
-      quantity: ``"eval forward"``, ``"train forward"``, ``"running statistics"``, ``"parameter
-        gradient"``, ``"sgd: parameters"`` ...
-      slot: Slot name, with the tensor's name behind a slash where the slot has several;
-        ``"output"`` and ``"input"``.
-      precision: ``"float64"``, ``"float32"`` or ``"bfloat16"``.
-      judgement: Errors and limit.
-      step: Training step (from 1) of a trajectory, else None.
-    """
-
-    quantity: str
-    slot: str
-    precision: str
-    judgement: Judgement
-    step: int | None = None
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """How the errors of one tensor's elements are distributed.
-
-    Attributes:
-      row: The tensor.
-      edges: Logarithms to base 10 of ``|value - truth| / rms(truth)``, one more than the counts.
-      flax, torch: Elements per bin.
-      exact: Elements of the Flax tensor without any error.
-      counted, elements: How many elements were looked at (at most about :data:`SAMPLE`), of how
-        many.
-    """
-
-    row: Measurement
-    edges: tuple[float, ...]
-    flax: tuple[int, ...]
-    torch: tuple[int, ...]
-    exact: int
-    counted: int
-    elements: int
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All measurements of one verification, in forward order within each quantity; ``histogram`` is
-    that of the worst tensor.
-    """
-
-    measurements: tuple[Measurement, ...]
-    histogram: Histogram | None = None
-    tolerance: Tolerance | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether every measurement is within its limit."""
-        return all(measurement.judgement.passed for measurement in self.measurements)
-
-    def groups(self) -> Iterator[tuple[str, str, list[Measurement]]]:
-        """Precision, quantity and its measurements."""
-        groups: dict[tuple[str, str], list[Measurement]] = {}
-        for measurement in self.measurements:
-            groups.setdefault((measurement.precision, measurement.quantity), []).append(measurement)
-        for (precision, quantity), rows in groups.items():
-            yield precision, quantity, rows
-
-    def first_divergence(self, quantity: str, precision: str) -> Measurement | None:
-        """The first row that failed: in forward order, gradients of activations in backward order
-        (from the output to the input).
-        """
-        rows = [m for m in self.measurements if (m.quantity, m.precision) == (quantity, precision)]
-        if quantity == "activation gradient":
-            rows = [
-                *(m for m in reversed(rows) if m.slot != "input"),
-                *(m for m in rows if m.slot == "input"),
-            ]
-        return next((m for m in rows if not m.judgement.passed), None)
 
 
 @dataclass(frozen=True)
@@ -210,7 +134,7 @@ def compare_pair(
             if (
                 precision.name != "float64"
                 and plan.tolerance is None
-                and not all(row.judgement.passed for row in rows)
+                and not all(row.verdict.passed for row in rows)
             ):
                 progress(f"{part.title}, {precision.name}: PyTorch's own spread")
                 rows = _with_spread(part, pair, precision, images, devices, rows)
@@ -266,7 +190,7 @@ class _Referee:
                 kept = (
                     ours
                     if self.tolerance is not None
-                    else {key: _sampled(value) for key, value in ours.items()}
+                    else {key: sampled(value) for key, value in ours.items()}
                 )
                 # the largest arrays of a verification: let go before the other side makes its own
                 del ours
@@ -290,59 +214,19 @@ class _Referee:
         for key, reference in own.items():
             value = flax.get(key)
             error = float("inf") if value is None else relative_l2(value, truth[key])
-            judgement = judge(error, reference, precision.epsilon, limit64=part.limit64)
+            verdict = verdict_of(error, reference, precision.epsilon, limit64=part.limit64)
             if self.tolerance is not None and value is not None:
-                judgement = replace(
-                    judgement,
+                verdict = replace(
+                    verdict,
                     error=self.tolerance.excess(value, ours[key]),
                     limit=1.0,
                     reference_error=0.0,
                 )
-            row = Measurement(*key, precision.name, judgement, step)
-            worst = self.histogram.row.judgement.excess if self.histogram is not None else 0.0
-            if value is not None and value.shape == truth[key].shape and judgement.excess > worst:
-                self.histogram = _histogram(row, value, ours[key], truth[key]) or self.histogram
+            row = Measurement(*key, precision.name, verdict, step)
+            worst = self.histogram.row.verdict.excess if self.histogram is not None else 0.0
+            if value is not None and value.shape == truth[key].shape and verdict.excess > worst:
+                self.histogram = histogram_of(row, value, ours[key], truth[key]) or self.histogram
             yield row
-
-
-def _sampled(array: np.ndarray) -> np.ndarray:
-    """At most about :data:`SAMPLE` elements of an array, at equal distances."""
-    return array.flat[:: max(1, array.size // SAMPLE)]
-
-
-def _histogram(
-    row: Measurement, flax: np.ndarray, torch: np.ndarray, truth: np.ndarray
-) -> Histogram | None:
-    """Element errors on a logarithmic scale; None where nothing is finite. ``torch`` may be sampled
-    already.
-    """
-    elements = truth.size
-    truth = np.asarray(_sampled(truth), np.float64)
-    rms = float(np.sqrt(np.mean(np.square(truth)))) if truth.size else 0.0
-    if not np.isfinite(rms) or rms == 0:
-        return None
-    sides = [
-        np.abs(np.asarray(side, np.float64) - truth) / rms
-        for side in (_sampled(flax), torch if torch.shape == truth.shape else _sampled(torch))
-    ]
-    positive = np.concatenate([side[np.isfinite(side) & (side > 0)] for side in sides])
-    if not positive.size:
-        return None
-    low, high = np.log10(positive.min()), np.log10(positive.max())
-    edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
-    ours, theirs = (
-        tuple(map(int, np.histogram(np.log10(side[np.isfinite(side) & (side > 0)]), edges)[0]))
-        for side in sides
-    )
-    return Histogram(
-        row,
-        tuple(map(float, edges)),
-        ours,
-        theirs,
-        int(np.count_nonzero(sides[0] == 0)),
-        truth.size,
-        elements,
-    )
 
 
 def _with_spread(
@@ -360,7 +244,7 @@ def _with_spread(
     The inputs are therefore also moved by at most one unit in the last place, :data:`SPREAD` times.
     """
     rng = np.random.default_rng(1)
-    largest = {(row.quantity, row.slot, row.step): row.judgement.reference_error for row in rows}
+    largest = {(row.quantity, row.slot, row.step): row.verdict.reference_error for row in rows}
     stepped = isinstance(part, Trajectory)
     epsilon = (
         float(np.finfo(precision.storage).eps) if precision.compute is None else precision.epsilon
@@ -376,8 +260,8 @@ def _with_spread(
     return [
         replace(
             row,
-            judgement=judge(
-                row.judgement.error,
+            verdict=verdict_of(
+                row.verdict.error,
                 largest[row.quantity, row.slot, row.step],
                 precision.epsilon,
                 limit64=part.limit64,

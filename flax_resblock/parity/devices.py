@@ -4,11 +4,15 @@ without it can ask too.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 from jax.extend.backend import backends
 
+from flax_resblock.cpu.switch import Lowering, conv_lowering
 from flax_resblock.errors import InputError, MissingDependencyError, some
 
 if TYPE_CHECKING:
@@ -35,7 +39,7 @@ def _jax_devices() -> list[JaxDevice]:
     return sorted(found, key=lambda device: device.platform != preferred)
 
 
-def describe(device: JaxDevice) -> str:
+def device_name(device: JaxDevice) -> str:
     """``cpu:0``, ``gpu:0 (NVIDIA H100 80GB HBM3)``."""
     return f"{device.platform}:{device.id}" + (
         "" if device.platform == "cpu" else f" ({device.device_kind})"
@@ -54,7 +58,8 @@ def jax_device(kind: str | None) -> JaxDevice:
         return jax.devices(kind)[0]
     except RuntimeError as error:
         there = (
-            some([describe(device) for device in _jax_devices()], 8) or "none, as no backend starts"
+            some([device_name(device) for device in _jax_devices()], 8)
+            or "none, as no backend starts"
         )
         asked = "its default device" if kind is None else f"a device of the kind {kind!r}"
         platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
@@ -126,3 +131,115 @@ def torch_device(name: str | None) -> torch.device:
 def accelerator() -> JaxDevice | None:
     """The first device of jax that is no CPU; None where there is none or no backend starts."""
     return next((device for device in _jax_devices() if device.platform != "cpu"), None)
+
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@contextmanager
+def _torch_ieee() -> Iterator[None]:
+    """``fp32_precision = "ieee"`` for every operation.
+
+    Only this API: mixed with the older ``allow_tf32`` it makes torch raise. The common setting
+    comes first, and only those that do not follow it are touched, because one that inherits cannot
+    be told from one that was set, nor be made to inherit again."""
+    import torch
+
+    backends: Any = torch.backends
+    # Parents before children. ``torch.backends.mkldnn.fp32_precision = x`` changes the common
+    # setting (torch 2.13), which is put right last.
+    settings: tuple[Any, ...] = (backends, backends.cudnn, backends.mkldnn, backends.cuda.matmul)
+    settings += (backends.cudnn.conv, backends.cudnn.rnn)
+    settings += (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
+    before: list[tuple[Any, str]] = []
+    try:
+        for setting in settings:
+            if setting.fp32_precision != "ieee":
+                before.append((setting, setting.fp32_precision))
+                setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, value in reversed(before):
+            setting.fp32_precision = value
+
+
+@contextmanager
+def _torch_deterministic() -> Iterator[None]:
+    """The same kernels in every run; cuBLAS needs a workspace of fixed size for that."""
+    import torch
+
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.benchmark,
+    )
+    workspace = os.environ.get(WORKSPACE)
+    try:
+        os.environ.setdefault(WORKSPACE, ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = before[2]
+        if workspace is None:
+            os.environ.pop(WORKSPACE, None)
+
+
+@contextmanager
+def strict(lowering: Lowering = "xla") -> Iterator[None]:
+    """Within it both frameworks compute float32 as float32, in the same way each time; every
+    setting is what it was afterwards.
+
+    jax: ``default_matmul_precision("highest")``, which convolutions and products follow that name
+      no precision of their own, and, unless ``lowering`` says
+    otherwise, no other form of a convolution than XLA's. torch: no TF32 and no bfloat16 in cuBLAS,
+    cuDNN and oneDNN, no benchmarking, deterministic algorithms (an operation that has none raises
+    RuntimeError)."""
+    with ExitStack() as stack:
+        stack.enter_context(_torch_ieee())
+        stack.enter_context(_torch_deterministic())
+        stack.enter_context(jax.default_matmul_precision("highest"))
+        stack.enter_context(conv_lowering(lowering))
+        yield
+
+
+XLA_FLAG = "--xla_gpu_deterministic_ops=true"
+"""Of XLA for GPUs; the other compilers accept and ignore it."""
+
+
+def make_xla_deterministic() -> None:
+    """Adds :data:`XLA_FLAG` to ``XLA_FLAGS``. Works until jax starts its first backend; a person's
+    own choice stays.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if XLA_FLAG.split("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {XLA_FLAG}".strip()
+
+
+def settings_in_force() -> dict[str, str]:
+    """What :func:`strict` sets, read back within it; and the flag of
+    XLA.
+    """
+    import torch
+
+    backends: Any = torch.backends
+    with strict():
+        return {
+            "jax default_matmul_precision": str(jax.config.jax_default_matmul_precision),  # pyright: ignore[reportAttributeAccessIssue]
+            "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+            "torch fp32_precision": backends.fp32_precision,
+            "torch cudnn.conv": backends.cudnn.conv.fp32_precision,
+            "torch cuda.matmul": backends.cuda.matmul.fp32_precision,
+            "torch mkldnn.conv": backends.mkldnn.conv.fp32_precision,
+            "torch deterministic algorithms": str(torch.are_deterministic_algorithms_enabled()),
+            "torch cudnn.benchmark": str(backends.cudnn.benchmark),
+            WORKSPACE: os.environ.get(WORKSPACE, ""),
+        }
+
+
+def settings_sentence() -> str:
+    """``"set on both sides: jax default_matmul_precision highest, ..."``."""
+    return "set on both sides: " + ", ".join(
+        f"{name} {value}" for name, value in settings_in_force().items() if value
+    )

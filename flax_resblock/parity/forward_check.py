@@ -23,8 +23,8 @@ from flax_resblock.cpu.switch import compiler_options, for_cpu
 from flax_resblock.errors import InputError, some, visible
 from flax_resblock.nn.resnet import Model, ResNet, build
 from flax_resblock.nn.variables import variable_at
-from flax_resblock.parity.oracle import FLOAT64_LIMIT, judge, relative_l2
-from flax_resblock.parity.taps import from_torch as to_numpy
+from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2, verdict_of
+from flax_resblock.parity.taps import as_array
 
 SIZES = (32, 64, 224)
 """Heights and widths of the images, in the order in which they are tried."""
@@ -54,7 +54,7 @@ def check_forward(
 
     The module is run in evaluation mode and float32 on the CPU, on random images, first with its
     own weights and then with random ones, because a weight of zero hides everything that is
-    multiplied by it. Its output is judged by :func:`flax_resblock.parity.oracle.judge`. The module
+    multiplied by it. Its output is judged by :func:`flax_resblock.parity.oracle.verdict_of`. The module
     itself is left as it was: a copy is run, or, where it cannot be copied, the module with copies
     of its tensors. Forward hooks are part of what a module computes, so they run too.
 
@@ -220,14 +220,14 @@ class _Check:
             truth = _as_shape(self.torch_tensors(size, torch.float64)[index], flax.shape)
         if truth is not None:
             flax_error, torch_error = relative_l2(flax, truth), relative_l2(ours, truth)
-            if judge(flax_error, torch_error, epsilon).passed:
+            if verdict_of(flax_error, torch_error, epsilon).passed:
                 return
         # One rounding of PyTorch can be lucky, and not every module runs in float64: the Flax
         # network in float64 decides.
         exact = self.flax_outputs(size, values, np.float64)[which]
         if truth is not None and relative_l2(truth, exact) <= FLOAT64_LIMIT:
             return
-        if judge(relative_l2(ours, exact), relative_l2(flax, exact), epsilon).passed:
+        if verdict_of(relative_l2(ours, exact), relative_l2(flax, exact), epsilon).passed:
             return
         raise InputError(self._difference(size, ours, exact, own))
 
@@ -312,7 +312,7 @@ def _as_shape(tensor: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray | None
     """
     if tensor.ndim == 4 and len(shape) == 2 and tuple(tensor.shape[2:]) == (1, 1):
         tensor = tensor.flatten(1)
-    array = to_numpy(tensor)
+    array = as_array(tensor)
     return array if array.shape == shape else None
 
 

@@ -24,13 +24,13 @@ from flax_resblock.parity.devices import JaxDevice
 from flax_resblock.parity.pair import Precision
 from flax_resblock.parity.taps import (
     Trace,
-    by_path_of,
-    from_torch,
+    arrays_by_path,
+    as_array,
+    as_tensor,
     gradient_of,
     hooked,
     host_tree,
-    split,
-    to_torch,
+    split_model,
 )
 
 Isolation = dict[str, dict[Any, np.ndarray]]
@@ -63,7 +63,7 @@ def isolate_flax(
     ``slots``.
     """
     with precision.of_jax(), jax.default_device(device), jax.default_matmul_precision("highest"):
-        graphdef, params, rest = split(model, train)
+        graphdef, params, rest = split_model(model, train)
         by_path = {path: name for name, path in slots.items()}
         dtype = precision.compute or precision.storage
         fed = {
@@ -101,7 +101,7 @@ def isolate_flax(
             own, incoming, statistics = jax.jit(run, compiler_options=compiler_options())(
                 params, fed, handed_on, x
             )
-            return _isolation(host_tree(own), host_tree(incoming), by_path_of(statistics))
+            return _isolation(host_tree(own), host_tree(incoming), arrays_by_path(statistics))
         shapes = jax.eval_shape(run, params, fed, handed_on, x)
         weights = [
             {
@@ -127,8 +127,8 @@ def isolate_flax(
         return _isolation(
             host_tree(own),
             host_tree(incoming),
-            by_path_of(statistics),
-            by_path_of(found[0]),
+            arrays_by_path(statistics),
+            arrays_by_path(found[0]),
             host_tree(found[1]),
             host_tree(found[2]),
         )
@@ -174,7 +174,7 @@ def isolate_torch(
     out_of: dict[str, torch.Tensor] = {}
 
     def leaf(array: np.ndarray) -> torch.Tensor:
-        tensor = to_torch(array, precision, device)
+        tensor = as_tensor(array, precision, device)
         return (tensor if precision.compute is None else tensor.bfloat16()).requires_grad_(
             gradients
         )
@@ -203,13 +203,13 @@ def isolate_torch(
             modules[place].register_forward_pre_hook(on_input(name))
     with torch.set_grad_enabled(gradients):
         with precision.of_torch(device):
-            incoming["output"] = twin(to_torch(images, precision, device))
+            incoming["output"] = twin(as_tensor(images, precision, device))
         if gradients:
             terms = [
                 (
                     value
-                    * to_torch(
-                        cotangent_of(kind, name, from_torch(value).shape), precision, device
+                    * as_tensor(
+                        cotangent_of(kind, name, as_array(value).shape), precision, device
                     ).to(value.dtype)
                 )
                 .to(_widest(value))
@@ -220,7 +220,7 @@ def isolate_torch(
             torch.stack(terms).sum().backward()
 
     def arrays(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, np.ndarray]:
-        return {name: from_torch(value) for name, value in tensors.items() if value is not None}
+        return {name: as_array(value) for name, value in tensors.items() if value is not None}
 
     return _isolation(
         arrays(own),

@@ -7,6 +7,7 @@ tolerance."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,7 @@ ULPS = 8
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Verdict:
     """One tensor, judged.
 
     Attributes:
@@ -104,9 +105,9 @@ def relative_l2(value: np.ndarray, truth: np.ndarray) -> float:
     return distance / scale if scale else float("inf")
 
 
-def judge(
+def verdict_of(
     error: float, reference_error: float, epsilon: float, *, limit64: float = FLOAT64_LIMIT
-) -> Judgement:
+) -> Verdict:
     """Judges a relative L2 error of Flax against PyTorch's own.
 
     Args:
@@ -116,7 +117,135 @@ def judge(
       limit64: Limit in float64; trajectories have a wider one.
     """
     if epsilon < 1e-12:
-        return Judgement(error, 0.0, limit64, error / epsilon)
-    return Judgement(
+        return Verdict(error, 0.0, limit64, error / epsilon)
+    return Verdict(
         error, reference_error, max(TORCH_FACTOR * reference_error, ULPS * epsilon), error / epsilon
     )
+
+
+BINS = 20
+
+
+SAMPLE = 1 << 16
+"""Elements of a tensor that its histogram counts; of larger tensors they are taken at equal
+distances.
+"""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One tensor in both frameworks, judged.
+
+    Attributes:
+      quantity: ``"eval forward"``, ``"train forward"``, ``"running statistics"``, ``"parameter
+        gradient"``, ``"sgd: parameters"`` ...
+      slot: Slot name, with the tensor's name behind a slash where the slot has several;
+        ``"output"`` and ``"input"``.
+      precision: ``"float64"``, ``"float32"`` or ``"bfloat16"``.
+      verdict: Errors and limit.
+      step: Training step (from 1) of a trajectory, else None.
+    """
+
+    quantity: str
+    slot: str
+    precision: str
+    verdict: Verdict
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How the errors of one tensor's elements are distributed.
+
+    Attributes:
+      row: The tensor.
+      edges: Logarithms to base 10 of ``|value - truth| / rms(truth)``, one more than the counts.
+      flax, torch: Elements per bin.
+      exact: Elements of the Flax tensor without any error.
+      counted, elements: How many elements were looked at (at most about :data:`SAMPLE`), of how
+        many.
+    """
+
+    row: Measurement
+    edges: tuple[float, ...]
+    flax: tuple[int, ...]
+    torch: tuple[int, ...]
+    exact: int
+    counted: int
+    elements: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All measurements of one verification, in forward order within each quantity; ``histogram`` is
+    that of the worst tensor.
+    """
+
+    measurements: tuple[Measurement, ...]
+    histogram: Histogram | None = None
+    tolerance: Tolerance | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every measurement is within its limit."""
+        return all(measurement.verdict.passed for measurement in self.measurements)
+
+    def groups(self) -> Iterator[tuple[str, str, list[Measurement]]]:
+        """Precision, quantity and its measurements."""
+        groups: dict[tuple[str, str], list[Measurement]] = {}
+        for measurement in self.measurements:
+            groups.setdefault((measurement.precision, measurement.quantity), []).append(measurement)
+        for (precision, quantity), rows in groups.items():
+            yield precision, quantity, rows
+
+    def first_divergence(self, quantity: str, precision: str) -> Measurement | None:
+        """The first row that failed: in forward order, gradients of activations in backward order
+        (from the output to the input).
+        """
+        rows = [m for m in self.measurements if (m.quantity, m.precision) == (quantity, precision)]
+        if quantity == "activation gradient":
+            rows = [
+                *(m for m in reversed(rows) if m.slot != "input"),
+                *(m for m in rows if m.slot == "input"),
+            ]
+        return next((m for m in rows if not m.verdict.passed), None)
+
+
+def histogram_of(
+    row: Measurement, flax: np.ndarray, torch: np.ndarray, truth: np.ndarray
+) -> Histogram | None:
+    """Element errors on a logarithmic scale; None where nothing is finite. ``torch`` may be sampled
+    already.
+    """
+    elements = truth.size
+    truth = np.asarray(sampled(truth), np.float64)
+    rms = float(np.sqrt(np.mean(np.square(truth)))) if truth.size else 0.0
+    if not np.isfinite(rms) or rms == 0:
+        return None
+    sides = [
+        np.abs(np.asarray(side, np.float64) - truth) / rms
+        for side in (sampled(flax), torch if torch.shape == truth.shape else sampled(torch))
+    ]
+    positive = np.concatenate([side[np.isfinite(side) & (side > 0)] for side in sides])
+    if not positive.size:
+        return None
+    low, high = np.log10(positive.min()), np.log10(positive.max())
+    edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
+    ours, theirs = (
+        tuple(map(int, np.histogram(np.log10(side[np.isfinite(side) & (side > 0)]), edges)[0]))
+        for side in sides
+    )
+    return Histogram(
+        row,
+        tuple(map(float, edges)),
+        ours,
+        theirs,
+        int(np.count_nonzero(sides[0] == 0)),
+        truth.size,
+        elements,
+    )
+
+
+def sampled(array: np.ndarray) -> np.ndarray:
+    """At most about :data:`SAMPLE` elements of an array, at equal distances."""
+    return array.flat[:: max(1, array.size // SAMPLE)]

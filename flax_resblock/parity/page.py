@@ -46,7 +46,7 @@ class Row(NamedTuple):
         return not self.passed, math.inf if math.isnan(self.excess) else self.excess
 
 
-class Group(NamedTuple):
+class RowGroup(NamedTuple):
     """Measurements that belong together."""
 
     key: str
@@ -146,13 +146,13 @@ def _row(number: int, entry: Mapping[str, Any]) -> Row:
     )
 
 
-def _groups(rows: Iterable[Row], *fields: str) -> list[Group]:
+def _groups(rows: Iterable[Row], *fields: str) -> list[RowGroup]:
     """By the values of some fields, in order of appearance."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(getattr(row, field) for field in fields), []).append(row)
     return [
-        Group(
+        RowGroup(
             str(key[0]),
             found,
             max(found, key=lambda row: row.badness),
@@ -162,7 +162,7 @@ def _groups(rows: Iterable[Row], *fields: str) -> list[Group]:
     ]
 
 
-def _compared(quantities: Iterable[Group]) -> str:
+def _compared(quantities: Iterable[RowGroup]) -> str:
     """``eval forward; sgd: loss, parameters``."""
     parts: dict[str, list[str]] = {}
     for group in quantities:
@@ -188,7 +188,7 @@ def _curve(rows: Sequence[Row]) -> Curve:
     )
 
 
-def _panel(title: str, group: Group, svg: str) -> Panel:
+def _panel(title: str, group: RowGroup, svg: str) -> Panel:
     exact, infinite = (
         sum(row.error == 0 for row in group.rows),
         sum(not math.isfinite(row.error) for row in group.rows),
@@ -244,7 +244,7 @@ def _trajectories(rows: Sequence[Row]) -> list[Panel]:
     return panels
 
 
-def _label(what: str, group: Group, axis: str) -> str:
+def _label(what: str, group: RowGroup, axis: str) -> str:
     worst = group.worst
     verdict = (
         f"{group.failed} of {len(group.rows)} differ"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ from flax_resblock.convert.codecs import AS_IS, OIHW_HWIO, TRANSPOSED, Codec
 from flax_resblock.convert.state_map import Entry
 from flax_resblock.errors import InputError, some
 from flax_resblock.nn.variables import variable_at
+
+Side = Literal["flax", "torch"]
+"""One of the two frameworks that are compared."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
 
-def path_of(name: str) -> Path:
+def parse_path(name: str) -> Path:
     """The inverse of :func:`dotted`: numbers are indices of lists."""
     return tuple(int(part) if part.isdigit() else part for part in name.split("."))
 
@@ -149,7 +152,7 @@ def entries_of(table: Rows) -> tuple[Entry, ...]:
                 f"state_map[{key!r}] names the codec {codec!r}; known: {', '.join(_CODECS)}, "
                 f"or a Codec of flax_resblock.convert.codecs."
             )
-        entries.append((path_of(path), key, _CODECS[codec] if isinstance(codec, str) else codec))
+        entries.append((parse_path(path), key, _CODECS[codec] if isinstance(codec, str) else codec))
     return tuple(
         Entry(parts, key, codec or _GUESS, _role(key), ()) for parts, key, codec in entries
     )
@@ -199,7 +202,7 @@ class ModulePair(Pair):
             if copy_weights
             else {}
         )
-        extra = {name: (place, path_of(path)) for name, (place, path) in (slots or {}).items()}
+        extra = {name: (place, parse_path(path)) for name, (place, path) in (slots or {}).items()}
         found = {
             dotted(e.flax_path[:-1]): (e.torch_key.rpartition(".")[0], e.flax_path[:-1])
             for e in self.entries

@@ -24,9 +24,9 @@ from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, dotted
 from flax_resblock.parity.taps import (
     CPU,
     Trace,
-    by_path_of,
-    split,
-    to_torch,
+    arrays_by_path,
+    as_tensor,
+    split_model,
     trace_flax,
     trace_torch,
 )
@@ -132,7 +132,7 @@ class Weights(Part):
         self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
     ) -> Iterator[Tensors]:
         with precision.of_jax():
-            state = by_path_of(nnx.state(pair.flax(precision)))
+            state = arrays_by_path(nnx.state(pair.flax(precision)))
         yield {
             **by_entries(pair, "tensors", state, side="flax"),
             **by_entries(pair, "tensors", state, side="flax", statistics=True),
@@ -227,7 +227,7 @@ class Statistics(Part):
         module = pair.torch(precision).to(devices.torch).train()
         with torch.no_grad(), precision.of_torch(devices.torch):
             for batch in (images, *self.batches[1:]):
-                module(to_torch(batch, precision, devices.torch))
+                module(as_tensor(batch, precision, devices.torch))
         yield by_entries(
             pair,
             self.quantity,
@@ -244,7 +244,7 @@ class Statistics(Part):
             jax.default_device(devices.jax),
             jax.default_matmul_precision("highest"),
         ):
-            graphdef, statistics, rest = split(pair.flax(precision), True, nnx.BatchStat)
+            graphdef, statistics, rest = split_model(pair.flax(precision), True, nnx.BatchStat)
 
             @partial(jax.jit, compiler_options=compiler_options())
             def step(statistics: Any, rest: Any, batch: Any) -> Any:
@@ -254,7 +254,7 @@ class Statistics(Part):
 
             for batch in (images, *self.batches[1:]):
                 statistics = step(statistics, rest, jnp.asarray(batch, precision.storage))
-            found = by_path_of(statistics)
+            found = arrays_by_path(statistics)
         yield by_entries(pair, self.quantity, found, side="flax", statistics=True)
 
 

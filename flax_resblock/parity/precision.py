@@ -6,9 +6,8 @@ Before results are compared, the guard says so."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,15 +18,17 @@ import torch
 from jax import lax
 
 from flax_resblock.checkpoint.torch_file import from_numpy, to_numpy
-from flax_resblock.cpu.switch import Lowering, conv_lowering
 from flax_resblock.errors import InputError
 from flax_resblock.nn.conv import convolve
-from flax_resblock.parity.devices import JaxDevice, describe
+from flax_resblock.parity.devices import JaxDevice, device_name
+from flax_resblock.parity.pair import Side
 
-Side = Literal["flax", "torch"]
 Dtype = Literal["float64", "float32", "bfloat16"]
+
+
 Operation = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """A product ``(M, K) by (K, N) -> (M, N)`` as some backend computes it, all three in one dtype."""
+
 
 DTYPES: dict[str, Any] = {
     "float64": np.float64,
@@ -36,76 +37,11 @@ DTYPES: dict[str, Any] = {
     "float16": np.float16,
 }
 
+
 _ROWS, _CHANNELS = 256, 64
 """Of a probe: 16 images of 8x8 pixels at stride 2. Wide enough for the kernels that real networks
 get, cheap enough to run before every verification.
 """
-
-WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-
-
-@contextmanager
-def _torch_ieee() -> Iterator[None]:
-    """``fp32_precision = "ieee"`` for every operation.
-
-    Only this API: mixed with the older ``allow_tf32`` it makes torch raise. The common setting
-    comes first, and only those that do not follow it are touched, because one that inherits cannot
-    be told from one that was set, nor be made to inherit again."""
-    backends: Any = torch.backends
-    # Parents before children. ``torch.backends.mkldnn.fp32_precision = x`` changes the common
-    # setting (torch 2.13), which is put right last.
-    settings: tuple[Any, ...] = (backends, backends.cudnn, backends.mkldnn, backends.cuda.matmul)
-    settings += (backends.cudnn.conv, backends.cudnn.rnn)
-    settings += (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
-    before: list[tuple[Any, str]] = []
-    try:
-        for setting in settings:
-            if setting.fp32_precision != "ieee":
-                before.append((setting, setting.fp32_precision))
-                setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, value in reversed(before):
-            setting.fp32_precision = value
-
-
-@contextmanager
-def _torch_deterministic() -> Iterator[None]:
-    """The same kernels in every run; cuBLAS needs a workspace of fixed size for that."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.backends.cudnn.benchmark,
-    )
-    workspace = os.environ.get(WORKSPACE)
-    try:
-        os.environ.setdefault(WORKSPACE, ":4096:8")
-        torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True)
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.backends.cudnn.benchmark = before[2]
-        if workspace is None:
-            os.environ.pop(WORKSPACE, None)
-
-
-@contextmanager
-def strict(lowering: Lowering = "xla") -> Iterator[None]:
-    """Within it both frameworks compute float32 as float32, in the same way each time; every
-    setting is what it was afterwards.
-
-    jax: ``default_matmul_precision("highest")``, which convolutions and products follow that name
-      no precision of their own, and, unless ``lowering`` says
-    otherwise, no other form of a convolution than XLA's. torch: no TF32 and no bfloat16 in cuBLAS,
-    cuDNN and oneDNN, no benchmarking, deterministic algorithms (an operation that has none raises
-    RuntimeError)."""
-    with ExitStack() as stack:
-        stack.enter_context(_torch_ieee())
-        stack.enter_context(_torch_deterministic())
-        stack.enter_context(jax.default_matmul_precision("highest"))
-        stack.enter_context(conv_lowering(lowering))
-        yield
 
 
 def _mantissas(bits: np.ndarray, rng: np.random.Generator, dense: bool) -> np.ndarray:
@@ -193,7 +129,7 @@ def mantissa_bits(operate: Operation, dtype: str) -> int:
 
 
 @dataclass(frozen=True)
-class Found:
+class MeasuredPrecision:
     """What an operation turned out to be.
 
     Attributes:
@@ -263,7 +199,9 @@ def _torch_operations(device: torch.device) -> dict[str, Operation]:
     return {"convolution": convolution, "matrix product": matrix_product}
 
 
-def measure_precision(side: Side, device: JaxDevice | torch.device, dtype: str) -> list[Found]:
+def measure_precision(
+    side: Side, device: JaxDevice | torch.device, dtype: str
+) -> list[MeasuredPrecision]:
     """Examines one 3x3 convolution and one matrix product under the settings in force; see
     :func:`strict`.
 
@@ -282,11 +220,11 @@ def measure_precision(side: Side, device: JaxDevice | torch.device, dtype: str) 
         name, operations = str(device), _torch_operations(device)
     else:
         device = jax.devices("cpu")[0] if dtype == "float64" else device
-        name, operations = describe(device), _flax_operations(device)
+        name, operations = device_name(device), _flax_operations(device)
     expected = int(ml_dtypes.finfo(DTYPES[dtype]).nmant)
     with jax.enable_x64(True) if side == "flax" and dtype == "float64" else nullcontext():
         return [
-            Found(side, name, dtype, operation, mantissa_bits(operate, dtype), expected)
+            MeasuredPrecision(side, name, dtype, operation, mantissa_bits(operate, dtype), expected)
             for operation, operate in operations.items()
         ]
 
@@ -313,7 +251,7 @@ _REMEDIES = {
 }
 
 
-def require(found: Iterable[Found]) -> None:
+def require(found: Iterable[MeasuredPrecision]) -> None:
     """Lets results pass that have all the bits of their dtype.
 
     Raises:
@@ -332,6 +270,6 @@ def require(found: Iterable[Found]) -> None:
     raise InputError(
         f"A backend computes with less precision than it was asked for, and a comparison would "
         f"blame the model for that. {losses}. {remedies}; "
-        "flax_resblock.parity.precision.strict() sets both frameworks. Or compare in a "
+        "flax_resblock.parity.devices.strict() sets both frameworks. Or compare in a "
         "precision that this device has, such as bfloat16."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,9 @@ from flax_resblock.convert.state_map import Entry, is_floating, transcode
 from flax_resblock.nn.resnet import Model, build
 from flax_resblock.nn.variables import fill
 from flax_resblock.parity.inputs import randomised_norm_state
-from flax_resblock.parity.pair import Pair, Precision
+from flax_resblock.parity.oracle import relative_l2
+from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
+from flax_resblock.parity.taps import as_tensor
 
 
 def torch_reference(
@@ -165,3 +167,52 @@ class ReferencePair(Pair):
         model = build(self.config, rngs=None, **options)
         fill(model, self.state_map.to_flax(self._cast(precision)))
         return model
+
+
+@dataclass(frozen=True)
+class Consequence:
+    """One alternative to a choice that was assumed.
+
+    Attributes:
+      flag: That would make it, ``"--stride-on 1x1"``.
+      meaning: In words.
+      difference: Relative L2 difference of the output, evaluation mode, float64.
+    """
+
+    flag: str
+    meaning: str
+    difference: float
+
+    @property
+    def note(self) -> str:
+        """For the terminal."""
+        return (
+            f"with {self.flag} ({self.meaning}) the output would differ by {self.difference:.1e} "
+            f"(relative, evaluation mode); the tensors fit either way"
+        )
+
+
+def consequences(source: OpenedCheckpoint, images: np.ndarray) -> Iterator[Consequence]:
+    """What every alternative to an assumption of ``source`` would change, by PyTorch's float64
+    runs.
+
+    Args:
+      source: The opened checkpoint.
+      images: ``(N, H, W, C)``.
+    """
+    twins = ReferencePair.of(source)
+    for assumption in source.assumed:
+        made = _output(twins, images)
+        for value, config in assumption.alternatives.items():
+            other = _output(ReferencePair(config, twins.state, twins.norm_options), images)
+            yield Consequence(
+                f"{assumption.rule.flag} {value}",
+                assumption.rule.choices[value],
+                relative_l2(other, made),
+            )
+
+
+def _output(twins: ReferencePair, images: np.ndarray) -> Any:
+    precision = PRECISIONS["float64"]
+    with torch.no_grad():
+        return twins.torch(precision).eval()(as_tensor(images, precision)).numpy()

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from flax_resblock.checkpoint.record import digest, digests
+from flax_resblock.config import name_of
+from flax_resblock.convert.opening import OpenedCheckpoint
+from flax_resblock.parity.devices import device_name
+from flax_resblock.parity.parts import Devices
+
+if TYPE_CHECKING:
+    from flax_resblock.parity.user_module import ExaminedModule
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from flax_resblock.parity.comparison import Comparison, Measurement
+from flax_resblock.parity.certificate import REFERENCE, versions
 from flax_resblock.parity.diagnose import Diagnosis
+from flax_resblock.parity.oracle import Comparison, Measurement
 
 SCHEMA = 2
 """Version of the JSON; it changes when a field changes its meaning or goes away."""
@@ -64,7 +84,7 @@ def divergences(comparison: Comparison) -> Iterator[Divergence]:
     for precision, quantity, rows in comparison.groups():
         first = comparison.first_divergence(quantity, precision)
         if first is not None:
-            failed = sum(not m.judgement.passed for m in rows)
+            failed = sum(not m.verdict.passed for m in rows)
             order = "backward" if quantity == "activation gradient" else "forward"
             yield Divergence(
                 quantity,
@@ -72,7 +92,7 @@ def divergences(comparison: Comparison) -> Iterator[Divergence]:
                 first.step,
                 order,
                 first.slot,
-                first.judgement.excess,
+                first.verdict.excess,
                 failed,
                 len(rows),
             )
@@ -106,8 +126,8 @@ def summary_table(comparison: Comparison) -> Table:
         title="Flax against PyTorch",
     )
     for precision, quantity, rows in comparison.groups():
-        worst = max(rows, key=lambda m: m.judgement.excess)
-        failed = sum(not m.judgement.passed for m in rows)
+        worst = max(rows, key=lambda m: m.verdict.excess)
+        failed = sum(not m.verdict.passed for m in rows)
         verdict = "[green]equal[/]" if not failed else f"[bold red]{failed} differ[/]"
         place = worst.slot if worst.step is None else f"{worst.slot}, step {worst.step}"
         table.add_row(precision, quantity, str(len(rows)), place, *_numbers(worst), verdict)
@@ -118,7 +138,7 @@ def slot_table(rows: list[Measurement], title: str) -> Table:
     """Every tensor of one quantity, in forward order."""
     table = Table("slot", "error", "ulp", "PyTorch's own", "limit", "verdict", title=title)
     for row in rows:
-        verdict = "[green]equal[/]" if row.judgement.passed else "[bold red]differs[/]"
+        verdict = "[green]equal[/]" if row.verdict.passed else "[bold red]differs[/]"
         table.add_row(
             row.slot if row.step is None else f"{row.slot}, step {row.step}",
             *_numbers(row),
@@ -128,9 +148,9 @@ def slot_table(rows: list[Measurement], title: str) -> Table:
 
 
 def _numbers(row: Measurement) -> tuple[str, str, str, str]:
-    judgement = row.judgement
-    own = "truth" if row.precision == "float64" else f"{judgement.reference_error:.1e}"
-    return f"{judgement.error:.1e}", f"{judgement.ulp:.2g}", own, f"{judgement.limit:.1e}"
+    verdict = row.verdict
+    own = "truth" if row.precision == "float64" else f"{verdict.reference_error:.1e}"
+    return f"{verdict.error:.1e}", f"{verdict.ulp:.2g}", own, f"{verdict.limit:.1e}"
 
 
 def verdict_lines(comparison: Comparison, compared_with: str = "") -> list[str]:
@@ -150,7 +170,7 @@ def verdict_lines(comparison: Comparison, compared_with: str = "") -> list[str]:
     return [str(divergence) for divergence in divergences(comparison)]
 
 
-def to_json(
+def report_json(
     comparison: Comparison | None,
     provenance: dict[str, Any],
     diagnosis: Sequence[Diagnosis] = (),
@@ -187,18 +207,18 @@ def to_json(
 
 
 def _row(m: Measurement) -> dict[str, Any]:
-    judgement = m.judgement
+    verdict = m.verdict
     return {
         "quantity": m.quantity,
         "slot": m.slot,
         "precision": m.precision,
         "step": m.step,
-        "error": judgement.error,
-        "reference_error": judgement.reference_error,
-        "limit": judgement.limit,
-        "ulp": judgement.ulp,
-        "excess": judgement.excess,
-        "passed": judgement.passed,
+        "error": verdict.error,
+        "reference_error": verdict.reference_error,
+        "limit": verdict.limit,
+        "ulp": verdict.ulp,
+        "excess": verdict.excess,
+        "passed": verdict.passed,
     }
 
 
@@ -211,3 +231,71 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "numpy")
+
+
+def checkpoint_facts(source: OpenedCheckpoint) -> dict[str, Any]:
+    """What is known of a checkpoint."""
+    name = name_of(source.config)
+    tensors = digests(source.tensors)
+    return {
+        "subject": name,
+        "compared_with": REFERENCE,
+        "checkpoint": source.record.source,
+        "checkpoint_sha256": _combined(tensors),
+        "sha256": tensors,
+        "architecture": name,
+        "naming": source.state_map.naming.name,
+    }
+
+
+def examined_facts(case: ExaminedModule) -> dict[str, Any]:
+    """What is known of a person's own module."""
+    return {
+        "subject": case.title,
+        "compared_with": f"your module {case.title}",
+        "architecture": name_of(case.config),
+        "naming": case.naming,
+        "sha256": {k: digest(v) for k, v in case.state.items()},
+    }
+
+
+def _combined(tensors: Mapping[str, str]) -> str:
+    """One digest over the names and digests of all tensors."""
+    return hashlib.sha256(
+        "".join(f"{name}\0{value}\n" for name, value in sorted(tensors.items())).encode()
+    ).hexdigest()
+
+
+class Clock:
+    """Started before a verification, asked after it."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def facts(self, images: np.ndarray, seed: int, devices: Devices) -> dict[str, Any]:
+        """Input, devices, versions, time and memory; the peak is that of the whole process so
+        far.
+        """
+        batch, *shape = images.shape
+        size: dict[str, Any] = (
+            dict(zip(("height", "width", "channels"), shape, strict=False))
+            if len(shape) == 3
+            else {"shape": shape}
+        )
+        unit = 1 if sys.platform == "darwin" else 1024
+        return {
+            "command": " ".join(["flax-resblock", *sys.argv[1:]]),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(PACKAGES),
+            "devices": {
+                "jax": device_name(devices.jax or jax.devices()[0]),
+                "torch": str(devices.torch),
+                "oracle": "cpu",
+            },
+            "input": {"batch": batch, **size, "seed": seed},
+            "seconds": round(time.perf_counter() - self.start, 1),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        }

@@ -113,7 +113,7 @@ def trace_flax(
       device: To compute on; None: jax's default.
     """
     with precision.of_jax(), jax.default_device(device), jax.default_matmul_precision("highest"):
-        graphdef, params, rest = split(model, train)
+        graphdef, params, rest = split_model(model, train)
         by_path = {path: name for name, path in slots.items()}
 
         def run(params: Any, zeros: dict[str, Any], images: Any) -> tuple[Any, Any]:
@@ -136,7 +136,7 @@ def trace_flax(
             output, (activations, statistics) = jax.jit(run, compiler_options=compiler_options())(
                 params, {}, x
             )
-            return Trace(np.asarray(output), host_tree(activations), by_path_of(statistics))
+            return Trace(np.asarray(output), host_tree(activations), arrays_by_path(statistics))
         shapes = jax.eval_shape(run, params, {}, x)[1][0]
         zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
 
@@ -155,8 +155,8 @@ def trace_flax(
         return Trace(
             np.asarray(output),
             host_tree(activations),
-            by_path_of(statistics),
-            by_path_of(of_params),
+            arrays_by_path(statistics),
+            arrays_by_path(of_params),
             {name: np.asarray(of_activations[name]) for name in activations},
             np.asarray(of_input),
         )
@@ -184,7 +184,7 @@ def trace_torch(
       inputs: Also keep what every slot was fed.
     """
     twin = copy.deepcopy(module).to(device).train(train)
-    x = to_torch(images, precision, device).requires_grad_(cotangent is not None)
+    x = as_tensor(images, precision, device).requires_grad_(cotangent is not None)
     activations: dict[str, np.ndarray] = {}
     gradients: dict[str, np.ndarray] = {}
     fed: dict[str, np.ndarray] = {}
@@ -194,13 +194,13 @@ def trace_torch(
             if not isinstance(output, torch.Tensor):
                 return  # a layer that returns several things is no slot
             if inputs and args:
-                fed[name] = from_torch(args[0], copied=True)
-            activations[name] = from_torch(
+                fed[name] = as_array(args[0], copied=True)
+            activations[name] = as_array(
                 output, copied=True
             )  # a following in-place ReLU would overwrite it
             if output.requires_grad:
                 output.register_hook(
-                    lambda gradient: gradients.__setitem__(name, from_torch(gradient, copied=True))
+                    lambda gradient: gradients.__setitem__(name, as_array(gradient, copied=True))
                 )
 
         return hook
@@ -212,16 +212,16 @@ def trace_torch(
         with precision.of_torch(device):
             output = twin(x)
         if cotangent is not None:
-            (output * to_torch(cotangent, precision, device)).sum().backward()
+            (output * as_tensor(cotangent, precision, device)).sum().backward()
     return Trace(
-        from_torch(output),
+        as_array(output),
         activations,
         {name: value.detach().cpu().numpy() for name, value in twin.named_buffers()},
         {}
         if cotangent is None
         else {name: gradient_of(value).cpu().numpy() for name, value in twin.named_parameters()},
         {name: gradients[name] for name in activations if name in gradients},
-        None if x.grad is None else from_torch(x.grad),
+        None if x.grad is None else as_array(x.grad),
         fed,
     )
 
@@ -231,7 +231,7 @@ def gradient_of(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
 
 
-def split(model: nnx.Module, train: bool, variables: Any = nnx.Param) -> tuple[Any, Any, Any]:
+def split_model(model: nnx.Module, train: bool, variables: Any = nnx.Param) -> tuple[Any, Any, Any]:
     """Graph, one kind of variables (the parameters) and everything else of a copy of the model in
     training or evaluation mode.
     """
@@ -241,7 +241,7 @@ def split(model: nnx.Module, train: bool, variables: Any = nnx.Param) -> tuple[A
     return graphdef, chosen, rest
 
 
-def to_torch(array: np.ndarray, precision: Precision, device: torch.device = CPU) -> torch.Tensor:
+def as_tensor(array: np.ndarray, precision: Precision, device: torch.device = CPU) -> torch.Tensor:
     """A tensor in ``precision.storage``, images from NHWC to NCHW."""
     array = np.asarray(array, precision.storage)
     return torch.from_numpy(
@@ -249,7 +249,7 @@ def to_torch(array: np.ndarray, precision: Precision, device: torch.device = CPU
     ).to(device)
 
 
-def from_torch(tensor: torch.Tensor, *, copied: bool = False) -> np.ndarray:
+def as_array(tensor: torch.Tensor, *, copied: bool = False) -> np.ndarray:
     """A numpy array, images from NCHW to NHWC; bfloat16 as float32, which holds it exactly."""
     tensor = tensor.detach().cpu()
     array = (
@@ -266,7 +266,7 @@ def host_tree(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in tree.items()}
 
 
-def by_path_of(state: Any) -> dict[Any, np.ndarray]:
+def arrays_by_path(state: Any) -> dict[Any, np.ndarray]:
     """An nnx state as numpy arrays by attribute path."""
     return {
         path: np.asarray(variable[...]) for path, variable in dict(nnx.to_flat_state(state)).items()

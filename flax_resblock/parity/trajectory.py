@@ -21,7 +21,7 @@ from flax_resblock.cpu.switch import compiler_options
 from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2
 from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
 from flax_resblock.parity.parts import Devices, Part, Tensors, by_entries
-from flax_resblock.parity.taps import by_path_of, from_torch, split, to_torch
+from flax_resblock.parity.taps import arrays_by_path, as_array, as_tensor, split_model
 from flax_resblock.runs.optimizers import adamw
 
 
@@ -135,22 +135,22 @@ class Trajectory(Part):
             loss.backward()
             optimizer.step()
             with torch.no_grad(), precision.of_torch(device):
-                logits = module.eval()(to_torch(images, precision, device))
+                logits = module.eval()(as_tensor(images, precision, device))
             parameters = {
                 key: value.detach().cpu().numpy() for key, value in module.named_parameters()
             }
             buffers = {key: value.cpu().numpy() for key, value in module.named_buffers()}
-            yield self._name(pair, loss.item(), parameters, buffers, from_torch(logits), "torch")
+            yield self._name(pair, loss.item(), parameters, buffers, as_array(logits), "torch")
 
     def torch_loss(
         self, module: torch.nn.Module, precision: Precision, batch: np.ndarray, device: torch.device
     ) -> torch.Tensor:
         """The loss of one batch, ready for ``backward()``."""
         with precision.of_torch(device):
-            output = module(to_torch(batch, precision, device))
-        output = output.to(to_torch(np.zeros(1), precision).dtype)
+            output = module(as_tensor(batch, precision, device))
+        output = output.to(as_tensor(np.zeros(1), precision).dtype)
         if self._labels is None:
-            return torch.nn.functional.mse_loss(output, to_torch(self.target, precision, device))
+            return torch.nn.functional.mse_loss(output, as_tensor(self.target, precision, device))
         return torch.nn.functional.cross_entropy(output, torch.from_numpy(self._labels).to(device))
 
     def flax(
@@ -159,8 +159,8 @@ class Trajectory(Part):
         optimizer = self.recipe.of_optax()
         with precision.of_jax(), jax.default_device(devices.jax):
             model = pair.flax(precision)
-            graphdef, parameters, rest = split(model, True)
-            evaluating = split(model, False)[0]
+            graphdef, parameters, rest = split_model(model, True)
+            evaluating = split_model(model, False)[0]
             state = optimizer.init(parameters)
             target, labels = jnp.asarray(self.target, precision.storage), self._labels
 
@@ -200,8 +200,8 @@ class Trajectory(Part):
                 found = self._name(
                     pair,
                     value,
-                    by_path_of(parameters),
-                    by_path_of(rest),
+                    arrays_by_path(parameters),
+                    arrays_by_path(rest),
                     np.asarray(logits),
                     "flax",
                 )

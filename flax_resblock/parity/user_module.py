@@ -40,7 +40,7 @@ stride. Together they tell the known faults apart.
 
 
 @dataclass(frozen=True)
-class Case:
+class ExaminedModule:
     """One module that a factory made.
 
     Attributes:
@@ -163,7 +163,7 @@ def examine(
     seed: int = 0,
     devices: Devices | None = None,
     progress: Callable[[str], None] = lambda _: None,
-) -> Case:
+) -> ExaminedModule:
     """Builds one module and finds out whether it is what its arguments and names say.
 
     Args:
@@ -193,7 +193,7 @@ def examine(
         f"{difference}{_stride_remark(difference)}" for difference in facts.differences(state_map)
     ]
     config = state_map.config
-    case = Case(title, config, state_map.naming.name, state, tuple(findings))
+    case = ExaminedModule(title, config, state_map.naming.name, state, tuple(findings))
     twins = ReferencePair(
         config, state, facts.norm_options, naming=state_map.naming.name, module=module
     )

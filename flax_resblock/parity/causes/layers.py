@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,36 +14,16 @@ from flax_resblock.parity.causes import (
     MATCH,
     Candidate,
     Cause,
+    LayerRun,
     effective_bits,
     explain,
     rounded,
 )
+from flax_resblock.parity.causes.norms import norm_candidates
 from flax_resblock.parity.oracle import relative_l2
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A layer as it is meant to be, and what it was fed.
-
-    Attributes:
-      module: The PyTorch layer that says how it is meant.
-      tensors: Its tensors by their Flax names (``kernel``, ``scale``, ``mean`` ...) in Flax's
-        layout.
-      others: Tensors of other layers by Flax name and slot: ``others["kernel"]["stage1.0.conv2"]``.
-      x: Its input, NHWC.
-      truth: What it is meant to give.
-      train: Training mode.
-    """
-
-    module: torch.nn.Module
-    tensors: Mapping[str, np.ndarray]
-    others: Mapping[str, Mapping[str, np.ndarray]]
-    x: np.ndarray
-    truth: np.ndarray
-    train: bool
-
-
-def explain_layer(layer: Layer, value: np.ndarray, limit: float = MATCH) -> Cause | None:
+def explain_layer(layer: LayerRun, value: np.ndarray, limit: float = MATCH) -> Cause | None:
     """The mistake by which the layer gives ``value``; ``limit`` as for
     :func:`flax_resblock.parity.causes.explain`.
     """
@@ -57,7 +36,7 @@ def explain_layer(layer: Layer, value: np.ndarray, limit: float = MATCH) -> Caus
         )
     families = (
         (torch.nn.Conv2d, _convolution),
-        (torch.nn.modules.batchnorm._BatchNorm, _norm),
+        (torch.nn.modules.batchnorm._BatchNorm, norm_candidates),
         (torch.nn.Linear, _linear),
         (torch.nn.MaxPool2d, _pool),
     )
@@ -122,7 +101,7 @@ def _both(padding: int) -> Pads:
     return (padding, padding), (padding, padding)
 
 
-def _convolution(layer: Layer, value: np.ndarray) -> Iterator[Candidate]:
+def _convolution(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
     module, x, kernel = layer.module, layer.x, layer.tensors["kernel"]
     size, stride, padding, dilation = (
         getattr(module, name)[0] for name in ("kernel_size", "stride", "padding", "dilation")
@@ -211,7 +190,7 @@ def _convolution(layer: Layer, value: np.ndarray) -> Iterator[Candidate]:
     yield from _rounded(lambda bits: conv(x=rounded(x, bits), kernel=rounded(kernel, bits)))
 
 
-def _linear(layer: Layer, value: np.ndarray) -> Iterator[Candidate]:
+def _linear(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
     x, kernel = layer.x, layer.tensors["kernel"]
     bias = layer.tensors.get("bias", np.zeros(kernel.shape[-1]))
     yield "bias", "leaves the bias out", lambda: x @ kernel
@@ -229,95 +208,7 @@ def _rounded(formula: Any) -> Iterator[Candidate]:
         yield "reduced-precision", words, lambda b=bits: formula(b)
 
 
-def _norm(layer: Layer, value: np.ndarray) -> Iterator[Candidate]:
-    x, eps = layer.x, float(layer.module.eps)  # pyright: ignore[reportArgumentType]
-    axes = tuple(range(x.ndim - 1))
-    scale, bias = (
-        layer.tensors.get("scale", np.ones(x.shape[-1])),
-        layer.tensors.get("bias", np.zeros(x.shape[-1])),
-    )
-    n = x.size // x.shape[-1]
-    batch = (x.mean(axes), x.var(axes))
-    running = (layer.tensors["mean"], layer.tensors["var"]) if "mean" in layer.tensors else batch
-    right, other = (batch, running) if layer.train else (running, batch)
-
-    def norm(
-        moments: Any = right, scale: Any = scale, bias: Any = bias, eps: float = eps
-    ) -> np.ndarray:
-        with np.errstate(all="ignore"):
-            return (x - moments[0]) / np.sqrt(moments[1] + eps) * scale + bias
-
-    mode = (
-        "with the running statistics, as in evaluation mode"
-        if layer.train
-        else "with the batch's own statistics, as in training mode"
-    )
-    yield "train-eval-mode", f"normalises {mode}", lambda: norm(other)
-    with np.errstate(all="ignore"):
-        centred = (x - right[0]) * scale
-        inverse = (
-            np.sum((value - bias) * centred, axes) / np.sum(centred**2, axes)
-            if value.shape == x.shape
-            else np.full(x.shape[-1], np.nan)
-        )
-        found = float(np.median(1 / inverse**2 - right[1]))
-    if np.isfinite(found) and found > -1e-12:
-        yield (
-            "eps",
-            f"has eps={float(f'{found:.4g}'):g} instead of {eps:g}",
-            lambda: norm(eps=found),
-        )
-    yield (
-        "unbiased-normalisation",
-        "normalises with the unbiased variance",
-        lambda: norm((right[0], right[1] * n / max(n - 1, 1))),
-    )
-    yield (
-        "swapped-tensor",
-        "uses scale and bias the wrong way round",
-        lambda: norm(scale=bias, bias=scale),
-    )
-    yield (
-        "swapped-tensor",
-        "uses mean and variance the wrong way round",
-        lambda: norm((right[1], right[0])),
-    )
-    yield "no-affine", "applies neither scale nor bias", lambda: norm(scale=1.0, bias=0.0)
-    yield "no-affine", "leaves the scale out", lambda: norm(scale=1.0)
-    yield "no-affine", "leaves the bias out", lambda: norm(bias=0.0)
-    yield "no-mean", "does not subtract the mean", lambda: norm((0.0, right[1]))
-    yield (
-        "variance-as-deviation",
-        "divides by the variance instead of its square root",
-        lambda: norm((right[0], (right[1] + eps) ** 2 - eps)),
-    )
-    yield (
-        "eps-outside-root",
-        "adds eps to the standard deviation instead of the variance",
-        lambda: norm((right[0], (np.sqrt(right[1]) + eps) ** 2 - eps)),
-    )
-    yield "no-norm", "does nothing: the output is the input", lambda: x
-    if x.ndim == 4:
-        for words, over in (
-            ("each sample and channel by itself (instance normalisation)", (1, 2)),
-            ("each sample by itself (layer normalisation)", (1, 2, 3)),
-        ):
-            yield (
-                "other-norm",
-                f"normalises {words}",
-                lambda o=over: norm((x.mean(o, keepdims=True), x.var(o, keepdims=True))),
-            )
-    for name, theirs in layer.others.get("var", {}).items():
-        mean = layer.others["mean"].get(name)
-        if mean is not None and theirs.shape == np.shape(right[1]):
-            yield (
-                "swapped-tensor",
-                f"normalises with the running statistics of {name}",
-                lambda m=mean, v=theirs: norm((m, v)),
-            )
-
-
-def _pool(layer: Layer, value: np.ndarray) -> Iterator[Candidate]:
+def _pool(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
     window, stride, padding = (
         int(v if isinstance(v := getattr(layer.module, name), int) else v[0])
         for name in ("kernel_size", "stride", "padding")
@@ -368,7 +259,7 @@ def _pool(layer: Layer, value: np.ndarray) -> Iterator[Candidate]:
             )
 
 
-def _any_layer(layer: Layer, value: np.ndarray) -> Iterator[Candidate]:
+def _any_layer(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
     """What can happen to any layer."""
     truth = layer.truth
     if value.shape != truth.shape:
@@ -390,7 +281,7 @@ def _any_layer(layer: Layer, value: np.ndarray) -> Iterator[Candidate]:
         )
 
 
-def _reduced_precision(layer: Layer, value: np.ndarray) -> Cause | None:
+def _reduced_precision(layer: LayerRun, value: np.ndarray) -> Cause | None:
     """Unstructured error of the size that a narrower format makes."""
     error = relative_l2(value, layer.truth)
     if not 1e-10 < error < 0.02 or value.shape != layer.truth.shape:
@@ -403,70 +294,3 @@ def _reduced_precision(layer: Layer, value: np.ndarray) -> Cause | None:
         f"{FORMATS[close]})",
         error,
     )
-
-
-def explain_statistics(layer: Layer, mean: np.ndarray, var: np.ndarray) -> Cause | None:
-    """The mistake by which a norm's running statistics are ``mean`` and ``var`` after one batch in
-    training mode.
-
-    Args:
-      layer: The norm before that batch.
-      mean, var: After it.
-    """
-    momentum = layer.module.momentum
-    if momentum is None or "mean" not in layer.tensors:
-        return None
-    weight = float(momentum)  # pyright: ignore[reportArgumentType]
-    axes = tuple(range(layer.x.ndim - 1))
-    n = layer.x.size // layer.x.shape[-1]
-    batch, unbiased = layer.x.mean(axes), layer.x.var(axes, ddof=1)
-    old = np.concatenate([layer.tensors["mean"], layer.tensors["var"]])
-    value = np.concatenate([mean, var])
-    variances = {"unbiased": unbiased, "biased": unbiased * (n - 1) / n}
-    with np.errstate(all="ignore"):
-        found = float(np.median((mean - layer.tensors["mean"]) / (batch - layer.tensors["mean"])))
-
-    def update(weight: float, kind: str) -> np.ndarray:
-        return (1 - weight) * old + weight * np.concatenate([batch, variances[kind]])
-
-    ratio = (
-        f"the new share of the variance is {(n - 1) / n:.6f} = (n - 1) / n of PyTorch's, n = {n}"
-    )
-    candidates: list[Candidate] = [
-        ("frozen-statistics", "does not update the running statistics", lambda: old),
-        (
-            "biased-variance",
-            f"updates the running variance with the biased estimate: {ratio}",
-            lambda: update(weight, "biased"),
-        ),
-        (
-            "momentum-complement",
-            f"weighs the new batch by {1 - weight:g} instead of {weight:g}: momentum counts "
-            f"the other way round",
-            lambda: update(1 - weight, "unbiased"),
-        ),
-        (
-            "momentum",
-            f"has momentum {float(f'{found:.6g}'):g} instead of {weight:g}",
-            lambda: update(found, "unbiased"),
-        ),
-        (
-            "biased-variance",
-            f"updates with the biased variance and weighs the new batch by {found:.6g} instead "
-            f"of {weight:g} ({ratio})",
-            lambda: update(found, "biased"),
-        ),
-        (
-            "no-mean",
-            "updates the variance only",
-            lambda: np.concatenate(
-                [layer.tensors["mean"], update(weight, "unbiased")[len(mean) :]]
-            ),
-        ),
-        (
-            "frozen-statistics",
-            "updates the mean only",
-            lambda: np.concatenate([update(weight, "unbiased")[: len(mean)], layer.tensors["var"]]),
-        ),
-    ]
-    return explain(value, candidates)

@@ -1,0 +1,237 @@
+"""Known mistakes of batch norms, of their running statistics, and of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from flax_resblock.parity.causes import (
+    Candidate,
+    Cause,
+    LayerRun,
+    explain,
+)
+
+
+def norm_candidates(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
+    x, eps = layer.x, float(layer.module.eps)  # pyright: ignore[reportArgumentType]
+    axes = tuple(range(x.ndim - 1))
+    scale, bias = (
+        layer.tensors.get("scale", np.ones(x.shape[-1])),
+        layer.tensors.get("bias", np.zeros(x.shape[-1])),
+    )
+    n = x.size // x.shape[-1]
+    batch = (x.mean(axes), x.var(axes))
+    running = (layer.tensors["mean"], layer.tensors["var"]) if "mean" in layer.tensors else batch
+    right, other = (batch, running) if layer.train else (running, batch)
+
+    def norm(
+        moments: Any = right, scale: Any = scale, bias: Any = bias, eps: float = eps
+    ) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            return (x - moments[0]) / np.sqrt(moments[1] + eps) * scale + bias
+
+    mode = (
+        "with the running statistics, as in evaluation mode"
+        if layer.train
+        else "with the batch's own statistics, as in training mode"
+    )
+    yield "train-eval-mode", f"normalises {mode}", lambda: norm(other)
+    with np.errstate(all="ignore"):
+        centred = (x - right[0]) * scale
+        inverse = (
+            np.sum((value - bias) * centred, axes) / np.sum(centred**2, axes)
+            if value.shape == x.shape
+            else np.full(x.shape[-1], np.nan)
+        )
+        found = float(np.median(1 / inverse**2 - right[1]))
+    if np.isfinite(found) and found > -1e-12:
+        yield (
+            "eps",
+            f"has eps={float(f'{found:.4g}'):g} instead of {eps:g}",
+            lambda: norm(eps=found),
+        )
+    yield (
+        "unbiased-normalisation",
+        "normalises with the unbiased variance",
+        lambda: norm((right[0], right[1] * n / max(n - 1, 1))),
+    )
+    yield (
+        "swapped-tensor",
+        "uses scale and bias the wrong way round",
+        lambda: norm(scale=bias, bias=scale),
+    )
+    yield (
+        "swapped-tensor",
+        "uses mean and variance the wrong way round",
+        lambda: norm((right[1], right[0])),
+    )
+    yield "no-affine", "applies neither scale nor bias", lambda: norm(scale=1.0, bias=0.0)
+    yield "no-affine", "leaves the scale out", lambda: norm(scale=1.0)
+    yield "no-affine", "leaves the bias out", lambda: norm(bias=0.0)
+    yield "no-mean", "does not subtract the mean", lambda: norm((0.0, right[1]))
+    yield (
+        "variance-as-deviation",
+        "divides by the variance instead of its square root",
+        lambda: norm((right[0], (right[1] + eps) ** 2 - eps)),
+    )
+    yield (
+        "eps-outside-root",
+        "adds eps to the standard deviation instead of the variance",
+        lambda: norm((right[0], (np.sqrt(right[1]) + eps) ** 2 - eps)),
+    )
+    yield "no-norm", "does nothing: the output is the input", lambda: x
+    if x.ndim == 4:
+        for words, over in (
+            ("each sample and channel by itself (instance normalisation)", (1, 2)),
+            ("each sample by itself (layer normalisation)", (1, 2, 3)),
+        ):
+            yield (
+                "other-norm",
+                f"normalises {words}",
+                lambda o=over: norm((x.mean(o, keepdims=True), x.var(o, keepdims=True))),
+            )
+    for name, theirs in layer.others.get("var", {}).items():
+        mean = layer.others["mean"].get(name)
+        if mean is not None and theirs.shape == np.shape(right[1]):
+            yield (
+                "swapped-tensor",
+                f"normalises with the running statistics of {name}",
+                lambda m=mean, v=theirs: norm((m, v)),
+            )
+
+
+def explain_statistics(layer: LayerRun, mean: np.ndarray, var: np.ndarray) -> Cause | None:
+    """The mistake by which a norm's running statistics are ``mean`` and ``var`` after one batch in
+    training mode.
+
+    Args:
+      layer: The norm before that batch.
+      mean, var: After it.
+    """
+    momentum = layer.module.momentum
+    if momentum is None or "mean" not in layer.tensors:
+        return None
+    weight = float(momentum)  # pyright: ignore[reportArgumentType]
+    axes = tuple(range(layer.x.ndim - 1))
+    n = layer.x.size // layer.x.shape[-1]
+    batch, unbiased = layer.x.mean(axes), layer.x.var(axes, ddof=1)
+    old = np.concatenate([layer.tensors["mean"], layer.tensors["var"]])
+    value = np.concatenate([mean, var])
+    variances = {"unbiased": unbiased, "biased": unbiased * (n - 1) / n}
+    with np.errstate(all="ignore"):
+        found = float(np.median((mean - layer.tensors["mean"]) / (batch - layer.tensors["mean"])))
+
+    def update(weight: float, kind: str) -> np.ndarray:
+        return (1 - weight) * old + weight * np.concatenate([batch, variances[kind]])
+
+    ratio = (
+        f"the new share of the variance is {(n - 1) / n:.6f} = (n - 1) / n of PyTorch's, n = {n}"
+    )
+    candidates: list[Candidate] = [
+        ("frozen-statistics", "does not update the running statistics", lambda: old),
+        (
+            "biased-variance",
+            f"updates the running variance with the biased estimate: {ratio}",
+            lambda: update(weight, "biased"),
+        ),
+        (
+            "momentum-complement",
+            f"weighs the new batch by {1 - weight:g} instead of {weight:g}: momentum counts "
+            f"the other way round",
+            lambda: update(1 - weight, "unbiased"),
+        ),
+        (
+            "momentum",
+            f"has momentum {float(f'{found:.6g}'):g} instead of {weight:g}",
+            lambda: update(found, "unbiased"),
+        ),
+        (
+            "biased-variance",
+            f"updates with the biased variance and weighs the new batch by {found:.6g} instead "
+            f"of {weight:g} ({ratio})",
+            lambda: update(found, "biased"),
+        ),
+        (
+            "no-mean",
+            "updates the variance only",
+            lambda: np.concatenate(
+                [layer.tensors["mean"], update(weight, "unbiased")[len(mean) :]]
+            ),
+        ),
+        (
+            "frozen-statistics",
+            "updates the mean only",
+            lambda: np.concatenate([update(weight, "unbiased")[: len(mean)], layer.tensors["var"]]),
+        ),
+    ]
+    return explain(value, candidates)
+
+
+def explain_gradient(
+    value: np.ndarray,
+    truth: np.ndarray,
+    layer: LayerRun | None,
+    cotangent: np.ndarray | None,
+    ending: np.ndarray | None,
+) -> Cause | None:
+    """The mistake by which a gradient is ``value``.
+
+    Args:
+      value, truth: What one side found, and what is meant.
+      layer: The layer whose input gradient it is; None: it is another gradient.
+      cotangent: What flowed back into that layer.
+      ending: Output of the residual block whose input gradient it is; None: it is not a block's.
+    """
+    return explain(value, _gradient_candidates(value, truth, layer, cotangent, ending))
+
+
+def _gradient_candidates(
+    value: np.ndarray,
+    truth: np.ndarray,
+    layer: LayerRun | None,
+    cotangent: np.ndarray | None,
+    ending: np.ndarray | None,
+) -> Iterator[Candidate]:
+    yield (
+        "cut-gradient",
+        "lets no gradient through (stop_gradient, detach)",
+        lambda: np.zeros_like(truth),
+    )
+    if (
+        cotangent is not None
+        and layer is not None
+        and isinstance(layer.module, torch.nn.modules.batchnorm._BatchNorm)
+        and layer.train
+    ):
+        axes = tuple(range(layer.x.ndim - 1))
+        slope = layer.tensors.get("scale", np.ones(layer.x.shape[-1])) / np.sqrt(
+            layer.x.var(axes) + float(layer.module.eps)
+        )
+        words = (
+            "treats the batch statistics as constants: no gradient flows through the mean and the "
+            "variance"
+        )
+        yield "cut-statistics", words, lambda: cotangent * slope
+        centred = layer.x - layer.x.mean(axes)
+        words = "lets the gradient flow through the mean of the batch, not through its variance"
+        yield "cut-statistics", words, lambda: slope * (cotangent - cotangent.mean(axes))
+        words = "lets the gradient flow through the variance of the batch, not through its mean"
+        through = (
+            centred
+            * (cotangent * centred).mean(axes)
+            / (layer.x.var(axes) + float(layer.module.eps))
+        )
+        yield "cut-statistics", words, lambda: slope * (cotangent - through)
+    if cotangent is not None and ending is not None and ending.shape == truth.shape:
+        words = "cuts the gradient of the skip: it flows back through the convolutions only"
+        yield "cut-skip", words, lambda: truth - cotangent * (ending > 0)
+        words = "lets the gradient of the skip through where the last ReLU is closed"
+        yield "relu-gradient", words, lambda: truth + cotangent * (ending <= 0)
+    with np.errstate(all="ignore"):
+        factor = float(np.vdot(value, truth) / np.vdot(truth, truth))
+    if np.isfinite(factor):
+        yield "scaled-gradient", f"multiplies the gradient by {factor:.6g}", lambda: factor * truth
