@@ -620,7 +620,7 @@ FAULTS = (
             "stem",
         ),
         "stem.conv",
-        "layout",
+        "memory-layout",
     ),
     Fault(
         "maximum instead of mean before the head",

@@ -1,5 +1,5 @@
-"""Cross-framework verification: the same network in PyTorch and in Flax, every tensor compared, and
-what is wrong said in words.
+"""Runs a network in PyTorch and in Flax side by side, compares every tensor, and explains any
+difference in words.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name on first use: all of them need torch, which not every machine has."""
+    """Imports a public name on first use, because all of them need PyTorch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

@@ -1,9 +1,8 @@
-"""Takes both sides apart and says of every place that is wrong by itself what is wrong with it."""
+"""Cuts both sides into slots and explains every slot or connection that is wrong by itself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +10,10 @@ import torch
 from flax_resblock.config import Branch
 from flax_resblock.errors import InputError
 from flax_resblock.parity.causes import NAMES, Cause, Diagnosis, LayerRun, Side, evidence_for
-from flax_resblock.parity.causes.connections import Connection, explain_connection, explain_ending
+from flax_resblock.parity.causes.blocks import BlockEnd, explain_ending, explain_gradient
+from flax_resblock.parity.causes.connections import Connection, explain_connection
 from flax_resblock.parity.causes.layers import explain_layer
-from flax_resblock.parity.causes.norms import explain_gradient, explain_statistics
+from flax_resblock.parity.causes.norms import explain_statistics
 from flax_resblock.parity.isolation import cotangent_of
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
 from flax_resblock.parity.pair import PRECISIONS, Pair
@@ -39,18 +39,15 @@ class Anatomy:
         self.against = "the specification" if spec is not None else "PyTorch"
         self.reference: Trace = reference_run(spec or pair, images, train=train)
         part = Isolated(train, self.reference, gradients)
-        self.truth: Tensors = next(part.torch(spec or pair, precision, images, devices))
+        self.truth: Tensors = next(part.run("torch", spec or pair, precision, images, devices))
         self.module = (spec or pair).torch(precision)
         self.places = dict((spec or pair).torch_slots)
         self.raised: list[Diagnosis] = []
         self.sides: dict[Side, Tensors] = {}
-        runs: list[tuple[Side, Any]] = [
-            ("flax", part.flax),
-            *([("torch", part.torch)] if spec is not None else []),
-        ]
-        for side, run in runs:
+        sides: tuple[Side, ...] = ("flax",) if spec is None else ("flax", "torch")
+        for side in sides:
             try:
-                tensors = next(run(pair, precision, images, devices))
+                tensors = next(part.run(side, pair, precision, images, devices))
                 if side == "torch" and list(self.places)[-1] not in pair.torch_slots:
                     tensors = {
                         key: value for key, value in tensors.items() if key[1] != "output"
@@ -72,7 +69,7 @@ class Anatomy:
                         "while it was fed what the reference feeds its layers",
                     )
                 )
-        tensors = next(Weights().torch(spec or pair, precision, images, devices))
+        tensors = next(Weights().run("torch", spec or pair, precision, images, devices))
         self.tensors: dict[str, dict[str, np.ndarray]] = {}
         self.by_name: dict[str, dict[str, np.ndarray]] = {}
         for (_, key), value in tensors.items():
@@ -123,10 +120,8 @@ class Anatomy:
                     if "gradient" in quantity
                     else ""
                 )
-                words = (
-                    f"{where}{NAMES[side]} "
-                    f"{cause.sentence if cause else f'differs in {quantity}, and no known mistake explains it'}"
-                )
+                unknown = f"differs in {quantity}, and no known mistake explains it"
+                words = f"{where}{NAMES[side]} {cause.sentence if cause else unknown}"
                 yield Diagnosis(
                     slot,
                     cause.name if cause else "unknown",
@@ -163,12 +158,13 @@ class Anatomy:
                 else None
             )
             cotangent = cotangent_of("own", place, shape) if own and shape else None
-            ending = self.reference.activations[place] if self._is_block(place) and own else None
+            end = self._block_end(place) if own and self._is_block(place) else None
             return explain_gradient(
-                value, truth, self.layer(place) if own else None, cotangent, ending
+                value, truth, self.layer(place) if own else None, cotangent, end
             )
         if self._is_block(slot):
-            return self._ending(slot, value, truth)
+            end = self._block_end(slot)
+            return None if end is None else explain_ending(end, value)
         layer = self.layer(slot)
         return None if layer is None else explain_layer(layer, value)
 
@@ -219,13 +215,14 @@ class Anatomy:
             self.train,
         )
 
-    def _ending(self, block: str, value: np.ndarray, truth: np.ndarray) -> Cause | None:
-        inside = [name for name in self.reference.activations if self._inside(name, block)]
+    def _block_end(self, block: str) -> BlockEnd | None:
+        """How the reference ends a residual block; None if its branches could not be captured."""
+        outputs = self.reference.activations
+        inside = [name for name in outputs if self._inside(name, block)]
         branches = self.pair.branches
         skips = [name for name in inside if branches.get(name) is Branch.SHORTCUT]
         mains = [name for name in inside if name not in skips]
         if not mains or block not in self.reference.inputs:
             return None
-        skip = self.reference.activations[skips[-1]] if skips else None
-        main = self.reference.activations[mains[-1]]
-        return explain_ending(truth, main, skip, self.reference.inputs[block], value)
+        skip = outputs[skips[-1]] if skips else None
+        return BlockEnd(outputs[block], outputs[mains[-1]], skip, self.reference.inputs[block])

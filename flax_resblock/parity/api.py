@@ -28,13 +28,13 @@ from flax_resblock.parity.trajectory import Trajectory, own_spread
 
 @dataclass(frozen=True)
 class Verification:
-    """What comparing two modules found.
+    """The result of comparing two modules.
 
     Attributes:
-      comparison: Every tensor, judged.
-      diagnosis: What is wrong, most telling first; empty when nothing differs.
+      comparison: The verdict on every tensor.
+      diagnosis: The mistakes that were found, most telling first; empty when nothing differs.
       title: What was compared.
-      notes: What else there is to know.
+      notes: Further remarks, such as that a training run is chaotic.
     """
 
     comparison: Comparison
@@ -80,41 +80,42 @@ def compare(
     """Compares a PyTorch module with an nnx module: every layer's output, running statistics, every
     gradient, and on request whole training steps.
 
-    Nothing needs to be known of the two but which of their tensors are the same. Each is called
-    with one array and returns one. A layer that holds a tensor of the table is compared by itself;
-    others can be named as ``slots``.
+    You only say which of their tensors correspond. Each module is called with one array and returns
+    one. A layer that holds a tensor of the table is compared by itself; name other layers to
+    compare in ``slots``.
 
     Args:
       torch_module: Takes ``inputs``; images as ``(N, C, H, W)``.
       flax_module: Takes ``inputs`` as they are; images as ``(N, H, W, C)``. Neither module is
         modified.
-      inputs: Array in Flax's layout, finite. With four axes it is an image batch and is handed to
-        PyTorch as NCHW.
+      inputs: Array in Flax's memory layout, finite. With four axes it is an image batch and is
+        handed to PyTorch as NCHW.
       state_map: PyTorch key to Flax path, ``{"fc.weight": "head.kernel"}``, with a codec where the
-        layout is not the usual one, ``("head.kernel", "linear")``; see
+        memory layout is not the usual one, ``("head.kernel", "linear")``; see
         :func:`flax_resblock.parity.pair.entries_of`. Or a :class:`flax_resblock.convert.StateMap`.
       slots: Further layers to compare: name to ``(torch module name, Flax path)``.
-      copy_weights: Give the Flax side PyTorch's tensors first; without it, the two are compared as
-        they are, tensors included.
+      copy_weights: Copy PyTorch's tensors to the Flax side first. Otherwise the two modules are
+        compared as they are, tensors included.
       train: Also training mode and running statistics.
       gradients: Also gradients of every parameter, activation and the input.
-      isolated: Also every layer by itself, fed PyTorch's own input.
-      steps: Also so many training steps with SGD and AdamW.
+      isolated: Also compare every layer by itself, fed PyTorch's own input.
+      steps: Also compare this many training steps with SGD and with AdamW.
       precisions: Among ``"float64"``, ``"float32"`` and ``"bfloat16"``.
-      rtol, atol: Instead of the project's criterion, as in ``numpy.allclose``; one alone leaves the
-        other 0.
+      rtol, atol: Replace the project's criterion by that of ``numpy.allclose``. If only one is
+        given, the other is 0.
       conv_lowering: How Flax computes the convolutions of this package; see
         :class:`flax_resblock.parity.comparison.Plan`.
-      seed: Of cotangents, targets and further batches.
-      devices: Where to compute; the CPU where not said.
+      seed: Seed of cotangents, targets and further batches.
+      devices: The devices to compute on; by default jax's default device and the CPU.
     Returns:
-      The :class:`Verification`; ``print`` it. Where something differs it names the layer, and the
-      mistake if it is a known one.
+      The :class:`Verification`; ``print`` it. If something differs, it names the layer and, if the
+      mistake is a known one, the mistake.
     Raises:
       InputError: The table does not pair the two; an input that is not finite or that a module
         refuses; a module that returns no tensor, or another result when it is run twice.
     Example:
-      >>> print(compare(torch_mlp, flax_mlp, x, state_map={"0.weight": "layers.0.kernel", "0.bias": "layers.0.bias"}))
+      >>> table = {"0.weight": "layers.0.kernel", "0.bias": "layers.0.bias"}
+      >>> print(compare(torch_mlp, flax_mlp, x, state_map=table))
     """
     if isinstance(state_map, StateMap):
         table: Mapping[str, Any] = {
@@ -145,8 +146,8 @@ def verify_pair(
     devices: Devices | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Verification:
-    """Checks that a pair can be compared, compares it in strict precision, and where something
-    differs says what.
+    """Checks that a pair can be compared, compares it in strict precision, and diagnoses any
+    difference.
 
     Args:
       pair, images, plan, seed, devices, progress: As for
@@ -163,7 +164,7 @@ def verify_pair(
     with strict(plan.conv_lowering):
         if (
             places.jax is not None and places.jax.platform != "cpu"
-        ):  # the CPU computes what it says; others are measured first
+        ):  # other devices may silently compute in less
             require(
                 row
                 for name in plan.precisions
@@ -198,12 +199,12 @@ def verify_pair(
 
 
 def refuse_unfit(pair: Pair, images: np.ndarray, *, train: bool) -> None:
-    """Raises InputError where the two cannot be compared at all: see :func:`compare`."""
+    """Raises InputError if the two cannot be compared at all; see :func:`compare`."""
     if not np.isfinite(images).all():
         bad = np.argwhere(~np.isfinite(images))
         raise InputError(
             f"the input holds {len(bad)} values that are not finite, first at index "
-            f"{bad[0].tolist()}; with them every comparison is empty. Remove them."
+            f"{bad[0].tolist()}; no comparison is possible with them. Remove them."
         )
     precision = PRECISIONS["float32"]
     for mode in (False, True) if train else (False,):
@@ -254,7 +255,7 @@ def _torch_output(pair: Pair, images: np.ndarray, train: bool) -> np.ndarray:
         raise InputError(
             f"the PyTorch module returns a {type(output).__name__}, not a tensor; only modules "
             f"that map one tensor to one tensor can be compared. "
-            "Wrap it in a module that returns the one you mean."
+            "Wrap it in a module that returns the tensor to compare."
         )
     return as_array(output)
 
@@ -271,7 +272,7 @@ def _first_line(error: Exception) -> str:
 def _chaos(
     pair: Pair, images: np.ndarray, plan: Plan, comparison: Comparison, seed: int
 ) -> list[str]:
-    """Whether a training run differs because training at this rate amplifies every rounding."""
+    """Notes on training runs that differ because training at this rate amplifies every rounding."""
     failed = [
         m
         for m in comparison.measurements
@@ -295,7 +296,7 @@ def _chaos(
             notes.append(
                 f"{name}: PyTorch's own float64 run, its input moved by one unit in the last "
                 f"place, ends {spread:.1e} away from itself; Flax ends {worst:.1e} "
-                "away. At this learning rate training is chaotic and the comparison says "
-                "nothing: use a smaller one, more images or fewer steps."
+                "away. At this learning rate training is chaotic, so the comparison "
+                "proves nothing. Use a smaller rate, more images or fewer steps."
             )
     return notes

@@ -219,14 +219,11 @@ def _changed_files(name: str, found: Hashes, expected: Hashes) -> Iterator[str]:
     )
     for file in sorted({*before, *now}):
         if before.get(file) != now.get(file):
-            verb = (
-                "is gone"
-                if file not in now
-                else "is new"
-                if file not in before
-                else "has another SHA-256"
-            )
-            yield f"file {file} {verb}"
+            yield f"file {file} {_change(file, before, now, 'has another SHA-256')}"
+
+
+def _change(name: str, before: Mapping[str, str], now: Mapping[str, str], otherwise: str) -> str:
+    return "is gone" if name not in now else "is new" if name not in before else otherwise
 
 
 def _changed_tensors(out: Path, expected: Mapping[str, str]) -> Iterator[str]:
@@ -251,10 +248,7 @@ def _changed_tensors(out: Path, expected: Mapping[str, str]) -> Iterator[str]:
         return
     changed = [key for key in sorted({*expected, *found}) if expected.get(key) != found.get(key)]
     for key in changed:
-        yield (
-            f"tensor {key} "
-            f"{'is gone' if key not in found else 'is new' if key not in expected else 'has changed'}"
-        )
+        yield f"tensor {key} {_change(key, expected, found, 'has changed')}"
     if not changed:
         yield "every tensor is as it was; only the bytes around them differ"
 

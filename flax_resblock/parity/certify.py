@@ -1,5 +1,5 @@
-"""What a conversion ends with: its output is opened again, both frameworks compute with it, and the
-folder's ``parity.json`` gets an entry.
+"""The last step of a conversion: opens its output again, runs it in both frameworks, and adds an
+entry to the folder's ``parity.json``.
 """
 
 from __future__ import annotations

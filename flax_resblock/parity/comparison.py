@@ -1,4 +1,4 @@
-"""Both frameworks side by side on the same input, part by part, every tensor judged."""
+"""Runs both frameworks side by side on the same input, part by part, and compares every tensor."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from flax_resblock.parity.taps import trace_torch
 from flax_resblock.parity.trajectory import RECIPES, Trajectory, moderate
 
 SPREAD = 8
-"""Roundings of PyTorch that are drawn where one does not explain the error of Flax."""
+"""How many more roundings of PyTorch are drawn if one does not explain the error of Flax."""
 
 
 BATCHES = 5
@@ -53,16 +53,16 @@ class Plan:
         ``train``, else in evaluation mode).
       precisions: Among ``"float64"``, ``"float32"`` and ``"bfloat16"``.
       isolated: Also every slot by itself, fed PyTorch's own input.
-      steps: Also so many training steps with each of ``optimizers``, everything compared after
-        every step.
+      steps: Also this many training steps with each of ``optimizers``; everything is compared
+        after every step.
       optimizers: Among ``"sgd"`` (Nesterov momentum, weight decay) and ``"adamw"``.
-      learning_rate: Of the training steps; None: a moderate one for this network, see
+      learning_rate: Learning rate of the training steps; None: a moderate one for this network, see
         :func:`flax_resblock.parity.trajectory.moderate`.
-      tolerance: Instead of the oracle's criterion.
+      tolerance: Replaces the oracle's criterion.
       conv_lowering: How Flax computes convolutions: as XLA does, which is what a GPU or TPU runs,
         or, on a CPU, in the forms that training and inference take there; see
-        :mod:`flax_resblock.nn.conv`. :func:`flax_resblock.parity.api.verify_pair` heeds it;
-        :func:`compare_pair` computes as it is called.
+        :mod:`flax_resblock.nn.conv`. :func:`flax_resblock.parity.api.verify_pair` applies it;
+        :func:`compare_pair` uses the setting in force.
     """
 
     train: bool = True
@@ -76,7 +76,7 @@ class Plan:
     conv_lowering: Lowering = "xla"
 
     def parts(self, pair: Pair, images: np.ndarray, seed: int) -> Iterator[Part]:
-        """What there is to run, in order."""
+        """The parts to run, in order."""
         cotangent = None
         if self.gradients or self.steps:
             shape = trace_torch(pair.torch(PRECISIONS["float32"]), images[:1], {}).output.shape
@@ -111,11 +111,11 @@ def compare_pair(
 
     Args:
       pair: The two modules.
-      images: ``(N, H, W, C)`` or what else the modules take, in Flax's layout, float64.
+      images: Input of the modules in Flax's memory layout, such as ``(N, H, W, C)``, float64.
       plan: What to compare.
-      progress: Called with a sentence before each step.
-      seed: Of the cotangent from which gradients flow back, and of further batches.
-      devices: Where to compute.
+      progress: Called with a short description before each step.
+      seed: Seed of the output's cotangent and of further batches.
+      devices: The devices to compute on.
     Returns:
       Every measurement. The float64 truth is PyTorch's, on the CPU.
     """
@@ -128,7 +128,7 @@ def compare_pair(
             if isinstance(part, Weights)
             else [PRECISIONS[name] for name in plan.precisions]
         )
-        found = referee.hear(part, pair, precisions, images, devices, progress)
+        found = referee.compare(part, pair, precisions, images, devices, progress)
         for precision in precisions:
             rows = found[precision.name]
             if (
@@ -144,14 +144,14 @@ def compare_pair(
 
 @dataclass
 class _Referee:
-    """Runs both sides of a part in step, judges, and keeps the histogram of the worst tensor; the
-    tensors themselves are let go as soon as they are judged.
+    """Runs both sides of a part in step, compares their tensors, and keeps the histogram of the
+    worst one. The tensors themselves are freed as soon as they are compared.
     """
 
     tolerance: Tolerance | None
     histogram: Histogram | None = field(default=None)
 
-    def hear(
+    def compare(
         self,
         part: Part,
         pair: Pair,
@@ -160,13 +160,15 @@ class _Referee:
         devices: Devices,
         progress: Callable[[str], None],
     ) -> dict[str, list[Measurement]]:
-        """Rows by precision."""
+        """Measurements of one part by precision."""
         rows: dict[str, list[Measurement]] = {precision.name: [] for precision in precisions}
-        truths = part.torch(pair, PRECISIONS["float64"], images, devices.of(PRECISIONS["float64"]))
+        truths = part.run(
+            "torch", pair, PRECISIONS["float64"], images, devices.of(PRECISIONS["float64"])
+        )
         sides = {
             p.name: (
-                part.torch(pair, p, images, devices.of(p)),
-                part.flax(pair, p, images, devices.of(p)),
+                part.run("torch", pair, p, images, devices.of(p)),
+                part.run("flax", pair, p, images, devices.of(p)),
             )
             for p in precisions
         }
@@ -192,16 +194,17 @@ class _Referee:
                     if self.tolerance is not None
                     else {key: sampled(value) for key, value in ours.items()}
                 )
-                # the largest arrays of a verification: let go before the other side makes its own
+                # the largest arrays of a verification: free them before the other side allocates
+                # its own
                 del ours
                 flax = next(flax_side)
                 rows[precision.name] += list(
-                    self._judge(part, precision, step if steps else None, flax, kept, truth, own)
+                    self._compared(part, precision, step if steps else None, flax, kept, truth, own)
                 )
                 del flax, kept
         return rows
 
-    def _judge(
+    def _compared(
         self,
         part: Part,
         precision: Precision,
@@ -251,8 +254,10 @@ def _with_spread(
     )
     for _ in range(SPREAD):
         moved = images * (1 + epsilon * rng.integers(-1, 2, images.shape))
-        truths = part.torch(pair, PRECISIONS["float64"], images, devices.of(PRECISIONS["float64"]))
-        again = part.torch(pair, precision, moved, devices.of(precision))
+        truths = part.run(
+            "torch", pair, PRECISIONS["float64"], images, devices.of(PRECISIONS["float64"])
+        )
+        again = part.run("torch", pair, precision, moved, devices.of(precision))
         for step, (truth, ours) in enumerate(zip(truths, again, strict=True), start=1):
             for key, value in ours.items():
                 place = (*key, step if stepped else None)

@@ -1,5 +1,7 @@
-"""Devices by the names that people type. Only :func:`torch_device` needs torch, so that a TPU host
-without it can ask too.
+"""Devices by name, and the settings under which both frameworks compute exactly and repeatably.
+
+This module imports torch only in the functions that need it, so that :func:`jax_device` works on a
+TPU host without torch.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ EXTRAS = {"gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
 """Extra of this package that brings jax's support of a kind of device."""
 
 ACCELERATORS = ("cuda", "mps", "xpu")
-"""Kinds of torch's devices that people have; ``cuda`` stands for ROCm too."""
+"""Kinds of torch's devices in common use; ``cuda`` stands for ROCm too."""
 
 
 def _jax_devices() -> list[JaxDevice]:
@@ -191,11 +193,10 @@ def strict(lowering: Lowering = "xla") -> Iterator[None]:
     """Within it both frameworks compute float32 as float32, in the same way each time; every
     setting is what it was afterwards.
 
-    jax: ``default_matmul_precision("highest")``, which convolutions and products follow that name
-      no precision of their own, and, unless ``lowering`` says
-    otherwise, no other form of a convolution than XLA's. torch: no TF32 and no bfloat16 in cuBLAS,
-    cuDNN and oneDNN, no benchmarking, deterministic algorithms (an operation that has none raises
-    RuntimeError)."""
+    jax: ``default_matmul_precision("highest")``, which convolutions and products without a
+    precision of their own follow, and convolutions in XLA's own form, unless ``lowering`` selects
+    another. torch: no TF32 and no bfloat16 in cuBLAS, cuDNN and oneDNN, no benchmarking,
+    deterministic algorithms (an operation that has none raises RuntimeError)."""
     with ExitStack() as stack:
         stack.enter_context(_torch_ieee())
         stack.enter_context(_torch_deterministic())
@@ -209,8 +210,8 @@ XLA_FLAG = "--xla_gpu_deterministic_ops=true"
 
 
 def make_xla_deterministic() -> None:
-    """Adds :data:`XLA_FLAG` to ``XLA_FLAGS``. Works until jax starts its first backend; a person's
-    own choice stays.
+    """Adds :data:`XLA_FLAG` to ``XLA_FLAGS``. Works until jax starts its first backend. A value
+    that you have set yourself is kept.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if XLA_FLAG.split("=")[0] not in flags:

@@ -1,5 +1,6 @@
-"""Says what is wrong: takes the network apart, finds the places that are wrong by themselves, and
-tests the known mistakes against their data.
+"""Diagnoses a difference: cuts the network into slots, finds the slots that are wrong by
+themselves, and tests the known mistakes against their data. If only the output can be captured,
+bisection finds the layer.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ def diagnose(
     precisions: Sequence[str] = (),
     devices: Devices | None = None,
 ) -> list[Diagnosis]:
-    """What is wrong with either side of a pair; empty where every place by itself is right.
+    """The mistakes of either side of a pair; empty if every slot by itself is right.
 
     Args:
       pair: The two modules. Where it has a :meth:`~flax_resblock.parity.pair.Pair.specification`,
-        both sides are held against that.
+        both sides are compared with that.
       images: The input, in Flax's layout, float64.
       train: Also in training mode.
       gradients: Also gradients.
@@ -70,14 +71,14 @@ def diagnose(
 
 
 def _by_bisection(pair: Pair, images: np.ndarray) -> Iterator[Diagnosis]:
-    """Where nothing can be seen but that an output is wrong."""
+    """Finds the layer if only the output can be captured."""
     sides: tuple[Side, ...] = ("flax", "torch") if pair.specification() is not None else ("flax",)
     for side in sides:
         slot = bisect(pair, images, side)
         if slot is not None:
             words = (
                 f"{NAMES[side]} computes something else here or right before it; its layers could "
-                f"not be looked at one by one"
+                f"not be captured one by one"
             )
             yield Diagnosis(
                 slot,
@@ -97,8 +98,8 @@ def _narrow_arithmetic(
     """
     pair, images, part = anatomy.pair, anatomy.images, Isolated(False, anatomy.reference)
     sides: dict[Side, Tensors] = {
-        "torch": next(part.torch(pair, precision, images, devices.of(precision))),
-        "flax": next(part.flax(pair, precision, images, devices.of(precision))),
+        "torch": next(part.run("torch", pair, precision, images, devices.of(precision))),
+        "flax": next(part.run("flax", pair, precision, images, devices.of(precision))),
     }
     for key, right in anatomy.truth.items():
         errors: dict[Side, float] = {
@@ -148,10 +149,12 @@ def _grouped(found: list[Diagnosis]) -> Iterator[Diagnosis]:
 def _tensors(pair: Pair, images: np.ndarray) -> Iterator[Diagnosis]:
     """Tensors that are not what the specification holds."""
     spec, precision, part = pair.specification(), PRECISIONS["float64"], Weights()
-    expected = next(part.torch(spec or pair, precision, images, Devices()))
-    sides: dict[Side, Tensors] = {"flax": next(part.flax(pair, precision, images, Devices()))}
+    expected = next(part.run("torch", spec or pair, precision, images, Devices()))
+    sides: dict[Side, Tensors] = {
+        "flax": next(part.run("flax", pair, precision, images, Devices()))
+    }
     if spec is not None:
-        sides["torch"] = next(part.torch(pair, precision, images, Devices()))
+        sides["torch"] = next(part.run("torch", pair, precision, images, Devices()))
     by_path: dict[Path, np.ndarray] = {
         parse_path(slot.replace("/", ".")): np.asarray(value, np.float64)
         for (_, slot), value in expected.items()

@@ -62,7 +62,7 @@ def isolate_flax(
     """The Flax side; ``reference.inputs`` and ``reference.activations`` hold every slot of
     ``slots``.
     """
-    with precision.of_jax(), jax.default_device(device), jax.default_matmul_precision("highest"):
+    with precision.on_jax(device):
         graphdef, params, rest = split_model(model, train)
         by_path = {path: name for name, path in slots.items()}
         dtype = precision.compute or precision.storage
@@ -167,7 +167,7 @@ def isolate_torch(
     gradients: bool,
 ) -> Isolation:
     """The PyTorch side of the same."""
-    twin = copy.deepcopy(module).to(device).train(train)
+    module = copy.deepcopy(module).to(device).train(train)
     own: dict[str, torch.Tensor] = {}
     incoming: dict[str, torch.Tensor] = {}
     into: dict[str, torch.Tensor] = {}
@@ -195,7 +195,7 @@ def isolate_torch(
 
         return hook
 
-    modules = dict(twin.named_modules())
+    modules = dict(module.named_modules())
     for name, place in slots.items():
         if name in reference.activations:
             modules[place].register_forward_hook(on_output(name))
@@ -203,7 +203,7 @@ def isolate_torch(
             modules[place].register_forward_pre_hook(on_input(name))
     with torch.set_grad_enabled(gradients):
         with precision.of_torch(device):
-            incoming["output"] = twin(as_tensor(images, precision, device))
+            incoming["output"] = module(as_tensor(images, precision, device))
         if gradients:
             terms = [
                 (
@@ -225,8 +225,8 @@ def isolate_torch(
     return _isolation(
         arrays(own),
         arrays(incoming),
-        {name: value.detach().cpu().numpy() for name, value in twin.named_buffers()},
-        {name: gradient_of(value).cpu().numpy() for name, value in twin.named_parameters()}
+        {name: value.detach().cpu().numpy() for name, value in module.named_buffers()},
+        {name: gradient_of(value).cpu().numpy() for name, value in module.named_parameters()}
         if gradients
         else {},
         arrays({name: gradient_of(value) for name, value in into.items()}) if gradients else {},

@@ -1,9 +1,9 @@
-"""When two tensors count as identical.
+"""When two tensors count as identical, and the results of a comparison.
 
 float64: relative difference at most 1e-12, which proves that the algorithms are the same. Lower
-  precisions: the error against the float64 truth is at most
-four times PyTorch's own error, or 8 ulp; PyTorch's rounding is the yardstick, not an invented
-tolerance."""
+precisions: the error against the float64 truth is at most four times PyTorch's own error, or 8 ulp.
+PyTorch's rounding is the yardstick, not an invented tolerance.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ ULPS = 8
 
 @dataclass(frozen=True)
 class Verdict:
-    """One tensor, judged.
+    """Whether one tensor of the Flax side is equal to PyTorch's, with the figures.
 
     Attributes:
       error: Relative L2 error of the Flax tensor. Under a :class:`Tolerance` the largest ``|flax -
         torch| / (atol + rtol |torch|)``.
       reference_error: PyTorch's own relative L2 error in the same precision; 0 in float64, where
         PyTorch is the truth.
-      limit: What ``error`` had to stay within.
+      limit: The largest ``error`` that passes.
       ulp: The relative L2 error in units in the last place of the precision.
     """
 
@@ -56,8 +56,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """A person's own criterion instead of the oracle's: every element within ``atol + rtol
-    |torch|``, as ``numpy.allclose`` has it.
+    """A criterion of the caller's own in place of the oracle's: every element within ``atol + rtol
+    |torch|``, as in ``numpy.allclose``.
     """
 
     rtol: float
@@ -108,7 +108,7 @@ def relative_l2(value: np.ndarray, truth: np.ndarray) -> float:
 def verdict_of(
     error: float, reference_error: float, epsilon: float, *, limit64: float = FLOAT64_LIMIT
 ) -> Verdict:
-    """Judges a relative L2 error of Flax against PyTorch's own.
+    """The verdict on a relative L2 error of Flax, given PyTorch's own error.
 
     Args:
       error, reference_error: Against PyTorch's float64 value, in the precision at hand; in float64
@@ -127,14 +127,12 @@ BINS = 20
 
 
 SAMPLE = 1 << 16
-"""Elements of a tensor that its histogram counts; of larger tensors they are taken at equal
-distances.
-"""
+"""Elements that a histogram counts; larger tensors are sampled at equal distances."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One tensor in both frameworks, judged.
+    """One tensor in both frameworks and the verdict on it.
 
     Attributes:
       quantity: ``"eval forward"``, ``"train forward"``, ``"running statistics"``, ``"parameter
@@ -155,15 +153,15 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How the errors of one tensor's elements are distributed.
+    """The distribution of the errors of one tensor's elements.
 
     Attributes:
       row: The tensor.
       edges: Logarithms to base 10 of ``|value - truth| / rms(truth)``, one more than the counts.
       flax, torch: Elements per bin.
       exact: Elements of the Flax tensor without any error.
-      counted, elements: How many elements were looked at (at most about :data:`SAMPLE`), of how
-        many.
+      counted: Number of elements that were counted, at most about :data:`SAMPLE`.
+      elements: Number of elements of the tensor.
     """
 
     row: Measurement
@@ -177,8 +175,12 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All measurements of one verification, in forward order within each quantity; ``histogram`` is
-    that of the worst tensor.
+    """All measurements of one verification.
+
+    Attributes:
+      measurements: In forward order within each quantity.
+      histogram: Of the worst tensor; None if no tensor has an error.
+      tolerance: The caller's criterion; None: the oracle's.
     """
 
     measurements: tuple[Measurement, ...]

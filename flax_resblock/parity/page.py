@@ -1,4 +1,4 @@
-"""A comparison for people: one HTML document with everything in it, made from the JSON report.
+"""The HTML report: one self-contained document, made from the JSON report.
 
 Names of tensors, paths and the command are whatever a file holds: they reach the page only through
 the template's escaping and as text of an SVG."""

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from flax_resblock.convert.codecs import AS_IS, OIHW_HWIO, TRANSPOSED, Codec
 from flax_resblock.convert.state_map import Entry
 from flax_resblock.errors import InputError, some
 from flax_resblock.nn.variables import variable_at
+from flax_resblock.parity.devices import JaxDevice
 
 Side = Literal["flax", "torch"]
 """One of the two frameworks that are compared."""
@@ -51,6 +52,14 @@ class Precision:
     def of_jax(self) -> AbstractContextManager[Any]:
         """Within it jax computes in this precision and no less."""
         return jax.enable_x64(True) if self.name == "float64" else nullcontext()
+
+    @contextmanager
+    def on_jax(self, device: JaxDevice | None) -> Iterator[None]:
+        """Within it jax computes on a device (None: its default), in this precision and no less,
+        products included.
+        """
+        with self.of_jax(), jax.default_device(device), jax.default_matmul_precision("highest"):
+            yield
 
     def of_torch(self, device: torch.device) -> AbstractContextManager[Any]:
         """Within it torch computes in this precision and no less."""
@@ -86,8 +95,9 @@ class Pair(ABC):
     """One model in both frameworks.
 
     Attributes:
-      title: What it is, for people.
-      entries: One row per tensor: its Flax path, its PyTorch key, the codec between the layouts.
+      title: A name for messages.
+      entries: One row per tensor: its Flax path, its PyTorch key, the codec between the memory
+        layouts.
     """
 
     title: str
@@ -137,10 +147,10 @@ def entries_of(table: Rows) -> tuple[Entry, ...]:
 
     Args:
       table: PyTorch key to Flax path, ``{"net.0.weight": "layers.0.kernel"}``, numbers being
-        indices of lists; where the name leaves the layout open, to ``(path, codec)`` with a codec
-        of :mod:`flax_resblock.convert.codecs` or its name ``"conv"`` (OIHW to HWIO), ``"linear"``
-        (transposed), ``"as is"``. Without one, a Flax tensor called ``kernel`` is transposed if it
-        has two axes and goes from OIHW to HWIO if it has four.
+        indices of lists; where the name leaves the memory layout open, to ``(path, codec)`` with a
+        codec of :mod:`flax_resblock.convert.codecs` or its name ``"conv"`` (OIHW to HWIO),
+        ``"linear"`` (transposed), ``"as is"``. Without one, a Flax tensor called ``kernel`` is
+        transposed if it has two axes and goes from OIHW to HWIO if it has four.
     Raises:
       InputError: A codec that does not exist.
     """

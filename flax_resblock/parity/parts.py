@@ -1,11 +1,11 @@
-"""What is measured, one part at a time: each part runs one side in one precision and yields its
-tensors by quantity and slot, in Flax's layout.
+"""The parts of a comparison. Each part runs one framework in one precision and yields its tensors
+by quantity and slot, in Flax's memory layout.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from flax_resblock.cpu.switch import compiler_options
 from flax_resblock.parity.devices import JaxDevice
 from flax_resblock.parity.isolation import isolate_flax, isolate_torch
 from flax_resblock.parity.oracle import FLOAT64_LIMIT
-from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, dotted
+from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, Side, dotted
 from flax_resblock.parity.taps import (
     CPU,
     Trace,
@@ -32,8 +32,8 @@ from flax_resblock.parity.taps import (
 )
 
 Key = tuple[str, str]
-"""Quantity and slot, ``("train forward", "stage1.0.conv1")``; a tensor's name stands behind a
-slash.
+"""Quantity and slot, ``("train forward", "stage1.0.conv1")``. Where a slot has several tensors, the
+name of the tensor follows after a slash.
 """
 
 Tensors = dict[Key, np.ndarray]
@@ -43,11 +43,12 @@ STATISTICS = ("mean", "var", "num_batches_tracked")
 
 @dataclass(frozen=True)
 class Devices:
-    """Where each side computes; the float64 truth is always computed on the CPU.
+    """The devices on which each framework computes. The float64 truth is always computed on the
+    CPU.
 
     Attributes:
-      jax: None: jax's default.
-      torch: The CPU unless said otherwise.
+      jax: A device of jax; None: jax's default device.
+      torch: A device of PyTorch.
     """
 
     jax: JaxDevice | None = None
@@ -59,40 +60,42 @@ class Devices:
 
 
 class Part(ABC):
-    """One thing to compare.
+    """One part of a comparison.
 
     Attributes:
-      title: For the progress line.
-      limit64: Largest relative difference in float64.
+      limit64: Largest relative difference that passes in float64.
     """
 
-    title: str
     limit64: float = FLOAT64_LIMIT
 
+    @property
     @abstractmethod
-    def torch(
-        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
-    ) -> Iterator[Tensors]:
-        """What the PyTorch side computes: once, or once per training step."""
+    def title(self) -> str:
+        """The part's name in the progress line."""
 
     @abstractmethod
-    def flax(
-        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
+    def run(
+        self, side: Side, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
     ) -> Iterator[Tensors]:
-        """The same of the Flax side."""
+        """Runs one framework and yields its tensors: once, or once per training step."""
 
 
 def by_entries(
-    pair: Pair, quantity: str, values: dict[Any, np.ndarray], *, side: str, statistics: bool = False
+    pair: Pair,
+    quantity: str,
+    values: dict[Any, np.ndarray],
+    *,
+    side: Side,
+    statistics: bool = False,
 ) -> Tensors:
-    """Parameters, gradients or statistics of one side by slot, in Flax's layout.
+    """Parameters, gradients or statistics of one side by slot, in Flax's memory layout.
 
     Args:
-      pair: Whose entries name them.
-      quantity: Of the keys.
+      pair: Its entries name the tensors.
+      quantity: The quantity in the keys of the result.
       values: By PyTorch's keys (``side="torch"``) or Flax's paths (``side="flax"``).
-      side: Which.
-      statistics: The running statistics; else everything else.
+      side: The framework that computed the values.
+      statistics: Selects the running statistics; otherwise everything else is selected.
     """
     found: Tensors = {}
     for entry in pair.entries:
@@ -105,48 +108,41 @@ def by_entries(
     return found
 
 
-def named(quantity: str, values: dict[str, np.ndarray]) -> Tensors:
-    """Values by slot under one quantity."""
+def named(quantity: str, values: Mapping[str, np.ndarray]) -> Tensors:
+    """Keys values by slot under one quantity."""
     return {(quantity, name): value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
 class Weights(Part):
-    """The tensors themselves: what the Flax side holds is what the PyTorch side holds, bit for
-    bit.
-    """
+    """The tensors themselves: both sides must hold the same bits."""
 
-    title: str = "tensors"
+    title: str = "tensors"  # pyright: ignore[reportIncompatibleMethodOverride]
     limit64: float = 0.0
 
-    def torch(
-        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
+    def run(
+        self, side: Side, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
     ) -> Iterator[Tensors]:
-        state = {key: value.numpy() for key, value in pair.torch(precision).state_dict().items()}
+        state: dict[Any, np.ndarray]
+        if side == "torch":
+            state = {k: value.numpy() for k, value in pair.torch(precision).state_dict().items()}
+        else:
+            with precision.of_jax():
+                state = arrays_by_path(nnx.state(pair.flax(precision)))
         yield {
-            **by_entries(pair, "tensors", state, side="torch"),
-            **by_entries(pair, "tensors", state, side="torch", statistics=True),
-        }
-
-    def flax(
-        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
-    ) -> Iterator[Tensors]:
-        with precision.of_jax():
-            state = arrays_by_path(nnx.state(pair.flax(precision)))
-        yield {
-            **by_entries(pair, "tensors", state, side="flax"),
-            **by_entries(pair, "tensors", state, side="flax", statistics=True),
+            **by_entries(pair, "tensors", state, side=side),
+            **by_entries(pair, "tensors", state, side=side, statistics=True),
         }
 
 
 @dataclass(frozen=True)
 class Forward(Part):
-    """One batch through the network: every activation, in training mode the statistics after it,
-    and the gradients where a cotangent flows back.
+    """One batch through the network: every activation; in training mode also the statistics after
+    the batch; and the gradients if a cotangent is given.
 
     Attributes:
       train: Training mode.
-      cotangent: Of the output, in Flax's layout; None: no gradients.
+      cotangent: Cotangent of the output, in Flax's memory layout; None: no gradients.
     """
 
     train: bool
@@ -158,37 +154,26 @@ class Forward(Part):
         return "train" if self.train else "eval"
 
     @property
-    def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """For the progress line."""
+    def title(self) -> str:
+        """The mode, and whether gradients are computed."""
         return f"{self.mode} mode" + ("" if self.cotangent is None else " and gradients")
 
-    def torch(
-        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
+    def run(
+        self, side: Side, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
     ) -> Iterator[Tensors]:
         options: dict[str, Any] = {
             "train": self.train,
             "cotangent": self.cotangent,
             "precision": precision,
-            "device": devices.torch,
         }
-        yield self._named(
-            pair, trace_torch(pair.torch(precision), images, pair.torch_slots, **options), "torch"
-        )
-
-    def flax(
-        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
-    ) -> Iterator[Tensors]:
-        options: dict[str, Any] = {
-            "train": self.train,
-            "cotangent": self.cotangent,
-            "precision": precision,
-            "device": devices.jax,
-        }
-        with precision.of_jax():
-            model = pair.flax(precision)
-        yield self._named(pair, trace_flax(model, images, pair.flax_slots, **options), "flax")
-
-    def _named(self, pair: Pair, trace: Trace, side: str) -> Tensors:
+        trace: Trace
+        if side == "torch":
+            module = pair.torch(precision)
+            trace = trace_torch(module, images, pair.torch_slots, device=devices.torch, **options)
+        else:
+            with precision.of_jax():
+                model = pair.flax(precision)
+            trace = trace_flax(model, images, pair.flax_slots, device=devices.jax, **options)
         tensors = named(f"{self.mode} forward", {**trace.activations, "output": trace.output})
         if self.train:
             tensors |= by_entries(
@@ -196,54 +181,45 @@ class Forward(Part):
             )
         tensors |= by_entries(pair, "parameter gradient", trace.gradients, side=side)
         tensors |= named("activation gradient", trace.activation_gradients)
-        return (
-            tensors
-            if trace.input_gradient is None
-            else {**tensors, ("activation gradient", "input"): trace.input_gradient}
-        )
+        if trace.input_gradient is not None:
+            tensors["activation gradient", "input"] = trace.input_gradient
+        yield tensors
 
 
 @dataclass(frozen=True)
 class Statistics(Part):
-    """Running statistics after several batches in training mode; what the first batch hides (the
-    weight of the old value) the others show.
+    """Running statistics after several batches in training mode. Later batches show what the first
+    one can hide, such as a wrong weight of the old value.
     """
 
     batches: tuple[np.ndarray, ...]
 
     @property
-    def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """For the progress line."""
+    def title(self) -> str:
+        """The number of batches."""
         return f"statistics after {len(self.batches)} batches"
 
-    @property
-    def quantity(self) -> str:
-        """Name of the rows."""
-        return f"running statistics after {len(self.batches)}"
-
-    def torch(
-        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
+    def run(
+        self, side: Side, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
     ) -> Iterator[Tensors]:
+        run = self._torch if side == "torch" else self._flax
+        found = run(pair, precision, (images, *self.batches[1:]), devices)
+        quantity = f"running statistics after {len(self.batches)}"
+        yield by_entries(pair, quantity, found, side=side, statistics=True)
+
+    def _torch(
+        self, pair: Pair, precision: Precision, batches: tuple[np.ndarray, ...], devices: Devices
+    ) -> dict[Any, np.ndarray]:
         module = pair.torch(precision).to(devices.torch).train()
         with torch.no_grad(), precision.of_torch(devices.torch):
-            for batch in (images, *self.batches[1:]):
+            for batch in batches:
                 module(as_tensor(batch, precision, devices.torch))
-        yield by_entries(
-            pair,
-            self.quantity,
-            {k: v.cpu().numpy() for k, v in module.named_buffers()},
-            side="torch",
-            statistics=True,
-        )
+        return {key: value.cpu().numpy() for key, value in module.named_buffers()}
 
-    def flax(
-        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
-    ) -> Iterator[Tensors]:
-        with (
-            precision.of_jax(),
-            jax.default_device(devices.jax),
-            jax.default_matmul_precision("highest"),
-        ):
+    def _flax(
+        self, pair: Pair, precision: Precision, batches: tuple[np.ndarray, ...], devices: Devices
+    ) -> dict[Any, np.ndarray]:
+        with precision.on_jax(devices.jax):
             graphdef, statistics, rest = split_model(pair.flax(precision), True, nnx.BatchStat)
 
             @partial(jax.jit, compiler_options=compiler_options())
@@ -252,20 +228,19 @@ class Statistics(Part):
                 module(batch)  # pyright: ignore[reportCallIssue]
                 return nnx.state(module, nnx.BatchStat)
 
-            for batch in (images, *self.batches[1:]):
+            for batch in batches:
                 statistics = step(statistics, rest, jnp.asarray(batch, precision.storage))
-            found = arrays_by_path(statistics)
-        yield by_entries(pair, self.quantity, found, side="flax", statistics=True)
+            return arrays_by_path(statistics)
 
 
 @dataclass(frozen=True)
 class Isolated(Part):
-    """Every slot by itself: fed what PyTorch's float64 run fed it, so that its own error shows and
-    nobody else's.
+    """Every slot by itself, fed what PyTorch's float64 run fed it, so that only its own error
+    shows.
 
     Attributes:
       train: Training mode.
-      reference: PyTorch's float64 run with what every slot was fed.
+      reference: PyTorch's float64 run with the inputs of every slot.
       gradients: Also each slot's gradients, for a random cotangent of its own.
     """
 
@@ -274,79 +249,47 @@ class Isolated(Part):
     gradients: bool = False
 
     @property
-    def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """For the progress line."""
+    def title(self) -> str:
+        """The mode."""
         return f"each slot by itself, {'train' if self.train else 'eval'} mode"
 
-    def torch(
-        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
+    def run(
+        self, side: Side, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
     ) -> Iterator[Tensors]:
-        yield self._named(
-            pair,
-            isolate_torch(
-                pair.torch(precision),
-                images,
-                pair.torch_slots,
-                precision,
-                devices.torch,
-                **self._options(),
-            ),
-            "torch",
-        )
-
-    def flax(
-        self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
-    ) -> Iterator[Tensors]:
-        with precision.of_jax():
-            model = pair.flax(precision)
-        slots = {
-            name: path
-            for name, path in pair.flax_slots.items()
-            if name in self.reference.activations
+        options: dict[str, Any] = {
+            "reference": self.reference,
+            "train": self.train,
+            "gradients": self.gradients,
         }
-        yield self._named(
-            pair,
-            isolate_flax(model, images, slots, precision, devices.jax, **self._options()),
-            "flax",
-        )
-
-    def _options(self) -> dict[str, Any]:
-        return {"reference": self.reference, "train": self.train, "gradients": self.gradients}
-
-    def _named(self, pair: Pair, found: dict[str, dict[Any, np.ndarray]], side: str) -> Tensors:
-        tensors: Tensors = {}
+        order = list(self.reference.activations)
+        if side == "torch":
+            module, slots = pair.torch(precision), pair.torch_slots
+            found = isolate_torch(module, images, slots, precision, devices.torch, **options)
+        else:
+            with precision.of_jax():
+                model = pair.flax(precision)
+            paths = {name: path for name, path in pair.flax_slots.items() if name in order}
+            found = isolate_flax(model, images, paths, precision, devices.jax, **options)
         prefix = "isolated train" if self.train else "isolated"
+        tensors: Tensors = {}
         for quantity in ("forward", "connection", "input gradient", "connection gradient"):
-            tensors |= named(
-                f"{prefix} {quantity}",
-                {
-                    name: found[quantity][name]
-                    for name in self.reference.activations
-                    if name in found[quantity]
-                },
-            )
+            values = found[quantity]
+            ordered = {name: values[name] for name in order if name in values}
+            tensors |= named(f"{prefix} {quantity}", ordered)
         if "output" in found["connection"]:
             tensors[f"{prefix} connection", "output"] = found["connection"]["output"]
-        tensors |= by_entries(
-            pair, f"{prefix} parameter gradient", found["parameter gradient"], side=side
-        )
-        return tensors | (
-            by_entries(
-                pair, "isolated running statistics", found["statistics"], side=side, statistics=True
-            )
-            if self.train
-            else {}
-        )
+        gradients, statistics = found["parameter gradient"], found["statistics"]
+        tensors |= by_entries(pair, f"{prefix} parameter gradient", gradients, side=side)
+        if self.train:
+            quantity = "isolated running statistics"
+            tensors |= by_entries(pair, quantity, statistics, side=side, statistics=True)
+        yield tensors
 
 
 def reference_run(pair: Pair, images: np.ndarray, *, train: bool) -> Trace:
-    """PyTorch's float64 run with what every slot was fed, for :class:`Isolated`."""
+    """PyTorch's float64 run with the inputs of every slot, for :class:`Isolated`."""
     precision = PRECISIONS["float64"]
+    module = pair.torch(precision)
     return trace_torch(
-        pair.torch(precision),
-        images,
-        pair.torch_slots,
-        train=train,
-        precision=precision,
-        inputs=True,
+        module, images, pair.torch_slots, train=train, precision=precision, inputs=True
     )

@@ -48,7 +48,9 @@ WORDS = 12
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """The same plot whatever a person's matplotlibrc says; dollars in names are no formulas."""
+    """The same plot whatever the user's matplotlibrc says; dollar signs in names are no
+    formulas.
+    """
     from matplotlib import style
 
     ours = {
@@ -264,11 +266,13 @@ def _power(exponent: float) -> str:
 
 
 def _scale(axes: Axes, values: Iterable[float]) -> tuple[float, float]:
-    """A logarithmic axis for everything positive and finite, and some room; its two ends."""
+    """A logarithmic axis for everything positive and finite, with a margin; returns its two
+    ends.
+    """
     logs = [math.log10(v) for v in values if math.isfinite(v) and v > 0] or [-16.0]
     low, high = min(logs), max(logs)
-    room = max(2.2 - (high - low), 0.3)
-    low, high = low - room / 2, high + room / 2
+    margin = max(2.2 - (high - low), 0.3)
+    low, high = low - margin / 2, high + margin / 2
     stride = max(1, math.ceil((high - low) / 7))
     exponents = [e for e in range(math.ceil(low), math.floor(high) + 1) if e % stride == 0]
     axes.set_yscale("log")

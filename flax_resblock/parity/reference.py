@@ -1,4 +1,6 @@
-"""The same network in both frameworks and in any precision, from one checkpoint."""
+"""The reference models: one network in both frameworks and in any precision, from one checkpoint;
+and how its output depends on the assumptions that were made in reading it.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,7 @@ class ReferencePair(Pair):
 
     @classmethod
     def of(cls, source: OpenedCheckpoint) -> ReferencePair:
-        """The twins of an opened checkpoint."""
+        """The reference models of an opened checkpoint."""
         state_map = StateMap(source.config, "torchvision")
         return cls(
             source.config,
@@ -171,11 +173,11 @@ class ReferencePair(Pair):
 
 @dataclass(frozen=True)
 class Consequence:
-    """One alternative to a choice that was assumed.
+    """How the output would change under another assumption.
 
     Attributes:
-      flag: That would make it, ``"--stride-on 1x1"``.
-      meaning: In words.
+      flag: The flag that selects it, ``"--stride-on 1x1"``.
+      meaning: The alternative in words.
       difference: Relative L2 difference of the output, evaluation mode, float64.
     """
 
@@ -185,26 +187,25 @@ class Consequence:
 
     @property
     def note(self) -> str:
-        """For the terminal."""
+        """One line for the terminal."""
         return (
             f"with {self.flag} ({self.meaning}) the output would differ by {self.difference:.1e} "
-            f"(relative, evaluation mode); the tensors fit either way"
+            f"(relative, evaluation mode); the tensors fit both"
         )
 
 
 def consequences(source: OpenedCheckpoint, images: np.ndarray) -> Iterator[Consequence]:
-    """What every alternative to an assumption of ``source`` would change, by PyTorch's float64
-    runs.
+    """Runs every alternative to an assumption of ``source`` in PyTorch, in float64.
 
     Args:
       source: The opened checkpoint.
       images: ``(N, H, W, C)``.
     """
-    twins = ReferencePair.of(source)
+    pair = ReferencePair.of(source)
     for assumption in source.assumed:
-        made = _output(twins, images)
+        made = _output(pair, images)
         for value, config in assumption.alternatives.items():
-            other = _output(ReferencePair(config, twins.state, twins.norm_options), images)
+            other = _output(ReferencePair(config, pair.state, pair.norm_options), images)
             yield Consequence(
                 f"{assumption.rule.flag} {value}",
                 assumption.rule.choices[value],
@@ -212,7 +213,7 @@ def consequences(source: OpenedCheckpoint, images: np.ndarray) -> Iterator[Conse
             )
 
 
-def _output(twins: ReferencePair, images: np.ndarray) -> Any:
+def _output(pair: ReferencePair, images: np.ndarray) -> Any:
     precision = PRECISIONS["float64"]
     with torch.no_grad():
-        return twins.torch(precision).eval()(as_tensor(images, precision)).numpy()
+        return pair.torch(precision).eval()(as_tensor(images, precision)).numpy()

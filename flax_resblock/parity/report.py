@@ -1,4 +1,4 @@
-"""A verification for people (terminal tables and sentences) and for programs (JSON)."""
+"""A verification as tables and sentences for the terminal, and as JSON."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def criterion_of(comparison: Comparison) -> str:
     if tolerance is None:
         return CRITERION
     return (
-        f"every element within {tolerance.atol:g} + {tolerance.rtol:g} x |PyTorch|, as asked "
-        f"for; errors are given in units of that"
+        f"every element within {tolerance.atol:g} + {tolerance.rtol:g} x |PyTorch|, as "
+        f"requested; errors are in units of that tolerance"
     )
 
 
@@ -180,11 +180,11 @@ def report_json(
     """The verification as a JSON object; docs/verification.md describes every field.
 
     Args:
-      comparison: What was measured; None where the module does not even run.
-      provenance: What was compared, where and when.
-      diagnosis: What is wrong.
+      comparison: The measurements; None if the module does not run at all.
+      provenance: What was compared, on which devices and when.
+      diagnosis: The mistakes that were found.
       precision_found: Rows of the precision guard (dataclasses).
-      notes: Sentences.
+      notes: Further remarks.
     """
     ran = comparison is not None
     comparison = comparison or Comparison(())
@@ -237,7 +237,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "torch", "numpy")
 
 
 def checkpoint_facts(source: OpenedCheckpoint) -> dict[str, Any]:
-    """What is known of a checkpoint."""
+    """The provenance of a checkpoint."""
     name = name_of(source.config)
     tensors = digests(source.tensors)
     return {
@@ -252,7 +252,7 @@ def checkpoint_facts(source: OpenedCheckpoint) -> dict[str, Any]:
 
 
 def examined_facts(case: ExaminedModule) -> dict[str, Any]:
-    """What is known of a person's own module."""
+    """The provenance of a user's own module."""
     return {
         "subject": case.title,
         "compared_with": f"your module {case.title}",
@@ -270,7 +270,7 @@ def _combined(tensors: Mapping[str, str]) -> str:
 
 
 class Clock:
-    """Started before a verification, asked after it."""
+    """Measures a verification; create it before the verification starts."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()

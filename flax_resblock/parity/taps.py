@@ -1,9 +1,8 @@
-"""Every slot's activation and gradient, on both sides, without a line of tapping code in the
-models.
+"""Captures every slot's activation and gradient on both sides, without any code in the models.
 
-PyTorch has hooks. For nnx the ``__call__`` of the classes involved is wrapped for the time of one
-trace; instances outside the model are left alone. Gradients of activations are, on the Flax side,
-those of a zero that is added to each of them."""
+PyTorch has hooks. For nnx the ``__call__`` of the classes involved is wrapped during one trace;
+instances outside the model are left alone. On the Flax side the gradient of an activation is that
+of a zero added to it."""
 
 from __future__ import annotations
 
@@ -70,7 +69,7 @@ def hooked(
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             if (
                 id(self) not in places or id(self) in running or not args
-            ):  # not ours, or a call of super().__call__
+            ):  # another model's, or a call of super().__call__
                 return original(self, *args, **kwargs)
             path = places[id(self)]
             running.add(id(self))
@@ -112,7 +111,7 @@ def trace_flax(
       precision: To compute in.
       device: To compute on; None: jax's default.
     """
-    with precision.of_jax(), jax.default_device(device), jax.default_matmul_precision("highest"):
+    with precision.on_jax(device):
         graphdef, params, rest = split_model(model, train)
         by_path = {path: name for name, path in slots.items()}
 
@@ -183,7 +182,7 @@ def trace_torch(
       device: To compute on.
       inputs: Also keep what every slot was fed.
     """
-    twin = copy.deepcopy(module).to(device).train(train)
+    module = copy.deepcopy(module).to(device).train(train)
     x = as_tensor(images, precision, device).requires_grad_(cotangent is not None)
     activations: dict[str, np.ndarray] = {}
     gradients: dict[str, np.ndarray] = {}
@@ -205,21 +204,21 @@ def trace_torch(
 
         return hook
 
-    modules = dict(twin.named_modules())
+    modules = dict(module.named_modules())
     for name, place in slots.items():
         modules[place].register_forward_hook(tap(name))
     with torch.set_grad_enabled(cotangent is not None):
         with precision.of_torch(device):
-            output = twin(x)
+            output = module(x)
         if cotangent is not None:
             (output * as_tensor(cotangent, precision, device)).sum().backward()
     return Trace(
         as_array(output),
         activations,
-        {name: value.detach().cpu().numpy() for name, value in twin.named_buffers()},
+        {name: value.detach().cpu().numpy() for name, value in module.named_buffers()},
         {}
         if cotangent is None
-        else {name: gradient_of(value).cpu().numpy() for name, value in twin.named_parameters()},
+        else {name: gradient_of(value).cpu().numpy() for name, value in module.named_parameters()},
         {name: gradients[name] for name in activations if name in gradients},
         None if x.grad is None else as_array(x.grad),
         fed,
@@ -235,9 +234,9 @@ def split_model(model: nnx.Module, train: bool, variables: Any = nnx.Param) -> t
     """Graph, one kind of variables (the parameters) and everything else of a copy of the model in
     training or evaluation mode.
     """
-    twin = nnx.clone(model)
-    (twin.train if train else twin.eval)()
-    graphdef, chosen, rest = nnx.split(twin, variables, ...)
+    copied = nnx.clone(model)
+    (copied.train if train else copied.eval)()
+    graphdef, chosen, rest = nnx.split(copied, variables, ...)
     return graphdef, chosen, rest
 
 

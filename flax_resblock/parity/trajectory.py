@@ -19,7 +19,7 @@ from flax import nnx
 
 from flax_resblock.cpu.switch import compiler_options
 from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2
-from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
+from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, Side
 from flax_resblock.parity.parts import Devices, Part, Tensors, by_entries
 from flax_resblock.parity.taps import arrays_by_path, as_array, as_tensor, split_model
 from flax_resblock.runs.optimizers import adamw
@@ -95,8 +95,8 @@ class Trajectory(Part):
     limit64: float = TRAJECTORY_LIMIT
 
     @property
-    def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """For the progress line."""
+    def title(self) -> str:
+        """The optimizer and its learning rate."""
         return f"training with {self.recipe.name}, learning rate {self.recipe.learning_rate:.2g}"
 
     @property
@@ -111,7 +111,7 @@ class Trajectory(Part):
         )
 
     def _name(
-        self, pair: Pair, loss: Any, parameters: Any, buffers: Any, logits: np.ndarray, side: str
+        self, pair: Pair, loss: Any, parameters: Any, buffers: Any, logits: np.ndarray, side: Side
     ) -> Tensors:
         name = self.recipe.name
         tensors: Tensors = {
@@ -123,7 +123,13 @@ class Trajectory(Part):
             pair, f"{name}: running statistics", buffers, side=side, statistics=True
         )
 
-    def torch(
+    def run(
+        self, side: Side, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
+    ) -> Iterator[Tensors]:
+        run = self._torch if side == "torch" else self._flax
+        yield from run(pair, precision, images, devices)
+
+    def _torch(
         self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
     ) -> Iterator[Tensors]:
         device = devices.torch
@@ -153,7 +159,7 @@ class Trajectory(Part):
             return torch.nn.functional.mse_loss(output, as_tensor(self.target, precision, device))
         return torch.nn.functional.cross_entropy(output, torch.from_numpy(self._labels).to(device))
 
-    def flax(
+    def _flax(
         self, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
     ) -> Iterator[Tensors]:
         optimizer = self.recipe.of_optax()
@@ -188,11 +194,7 @@ class Trajectory(Part):
             return nnx.merge(evaluating, parameters, rest, copy=True)(batch)  # pyright: ignore[reportCallIssue]
 
         for batch in (images, *self.batches[1:]):
-            with (
-                precision.of_jax(),
-                jax.default_device(devices.jax),
-                jax.default_matmul_precision("highest"),
-            ):
+            with precision.on_jax(devices.jax):
                 value, parameters, rest, state = step(
                     parameters, rest, state, jnp.asarray(batch, precision.storage)
                 )
@@ -238,7 +240,10 @@ def own_spread(part: Trajectory, pair: Pair, images: np.ndarray) -> float:
     moved = images * (
         1 + float(np.finfo(np.float64).eps) * np.random.default_rng(2).integers(-1, 2, images.shape)
     )
-    runs = (part.torch(pair, PRECISIONS["float64"], batch, Devices()) for batch in (images, moved))
+    runs = (
+        part.run("torch", pair, PRECISIONS["float64"], batch, Devices())
+        for batch in (images, moved)
+    )
     return max(
         relative_l2(there[key], value)
         for here, there in zip(*runs, strict=True)

@@ -1,5 +1,5 @@
-"""A person's own PyTorch module, held against the specification: its Flax twin, its declared shapes
-and strides, and the known ways to get a block wrong.
+"""Compares a user's own PyTorch module with the specification: the reference model in Flax, the
+shapes and strides that the module declares, and known mistakes in a block.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ stride. Together they tell the known faults apart.
 
 @dataclass(frozen=True)
 class ExaminedModule:
-    """One module that a factory made.
+    """One module made by the user's factory, and what is wrong with it.
 
     Attributes:
       title: The call, ``Block(in_channels=8, out_channels=8)``.
-      config: The network or block that it is meant to be.
+      config: The network or block that the module should be.
       naming: The naming scheme of its tensors.
       state: Its tensors.
-      stated: What its own attributes and shapes say is wrong, one sentence each.
-      raised: What forward raises; empty where it does not.
-      verification: Against the Flax twin; None where the module does not run.
+      stated: Mistakes that its attributes and shapes show, one sentence each.
+      raised: The error that ``forward`` raises; empty if it runs.
+      verification: The comparison with the Flax reference model; None if the module does not run.
     """
 
     title: str
@@ -68,7 +68,7 @@ class ExaminedModule:
 
     @property
     def diagnosis(self) -> list[Diagnosis]:
-        """Everything that is wrong; what the attributes already say is not said again."""
+        """Every mistake, once: a slot that ``stated`` already names is not repeated."""
         known = " ".join(self.stated)
         found = [
             Diagnosis("module", "specification", "torch", sentence, "read off the module")
@@ -96,7 +96,7 @@ class ExaminedModule:
 
 
 def load_factory(spec: str) -> Callable[..., Any]:
-    """What ``FILE.py:NAME`` or ``package.module:NAME`` names. Imports it, which runs its code.
+    """Imports what ``FILE.py:NAME`` or ``package.module:NAME`` names. This runs its code.
 
     Raises:
       InputError: No such file, module or name, or code that raises.
@@ -147,7 +147,7 @@ def cases_of(factory: Callable[..., Any], kwargs: Mapping[str, Any] | None) -> l
         return [{}]
     if not set(required) <= {"in_channels", "out_channels", "stride"}:
         raise InputError(
-            f"{getattr(factory, '__name__', factory)} needs {', '.join(required)}; say them "
+            f"{getattr(factory, '__name__', factory)} needs {', '.join(required)}; pass them "
             f"with --kwargs, such as --kwargs '{{\"width\": 64}}'."
         )
     full = [{"stride": 1, **case} if "stride" in required else dict(case) for case in BLOCK_CASES]
@@ -164,7 +164,8 @@ def examine(
     devices: Devices | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ExaminedModule:
-    """Builds one module and finds out whether it is what its arguments and names say.
+    """Builds one module and checks that it is the block or network its arguments and names
+    describe.
 
     Args:
       factory: Makes the module.
@@ -177,12 +178,13 @@ def examine(
         :func:`flax_resblock.parity.compare`.
     """
     torch.manual_seed(seed)
-    title = f"{getattr(factory, '__name__', 'factory')}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+    listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    title = f"{getattr(factory, '__name__', 'factory')}({listed})"
     try:
         module = factory(**arguments)
     except Exception as error:
         raise InputError(
-            f"{title} raised {type(error).__name__}: {error}. Say its arguments with --kwargs."
+            f"{title} raised {type(error).__name__}: {error}. Pass its arguments with --kwargs."
         ) from error
     if not isinstance(module, torch.nn.Module):
         raise InputError(f"{title} made a {type(module).__name__}, not an nn.Module.")
@@ -194,7 +196,7 @@ def examine(
     ]
     config = state_map.config
     case = ExaminedModule(title, config, state_map.naming.name, state, tuple(findings))
-    twins = ReferencePair(
+    pair = ReferencePair(
         config, state, facts.norm_options, naming=state_map.naming.name, module=module
     )
     batch = images(config) if images is not None else adversarial_images(config, batch=3, seed=seed)
@@ -203,19 +205,19 @@ def examine(
         for entry in state_map.entries
         if (value := state.get(entry.torch_key)) is not None
     )
-    raised = _raises(twins.torch(PRECISIONS["float64"]) if shapes_fit else module, batch)
+    raised = _raises(pair.torch(PRECISIONS["float64"]) if shapes_fit else module, batch)
     if raised or not shapes_fit:
         return replace(case, raised=raised)
     return replace(
         case,
-        verification=verify_pair(twins, batch, plan, seed=seed, devices=devices, progress=progress),
+        verification=verify_pair(pair, batch, plan, seed=seed, devices=devices, progress=progress),
     )
 
 
 def _specification(
     state: Mapping[str, np.ndarray], arguments: Mapping[str, Any], title: str
 ) -> tuple[StateMap, list[str]]:
-    """The map of what the module is meant to be, and how its tensors differ from that."""
+    """The state map of the specification, and how the module's tensors differ from it."""
     found = describe(state)
     if not {"in_channels", "out_channels"} <= set(arguments):
         try:
@@ -277,7 +279,7 @@ def _stride_remark(difference: str) -> str:
 
 
 def _raises(module: torch.nn.Module, images: np.ndarray) -> str:
-    """What forward says, if it raises; empty where it does not."""
+    """The error that ``forward`` raises; empty if it runs."""
     x = torch.from_numpy(np.array(np.moveaxis(images, -1, 1), order="C")).to(
         next(module.parameters()).dtype
     )

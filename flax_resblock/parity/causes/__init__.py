@@ -1,12 +1,12 @@
-"""Known ways to get a network wrong, each as a formula that can be tested against the data: what
-would this side have computed if that were the mistake?
+"""Known mistakes in a network, each as a formula for what this side would have computed. A mistake
+is the cause if its formula agrees with the data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,8 +51,8 @@ class Diagnosis:
       slot: Where: a slot, or ``slot/tensor``.
       cause: A short identifier, ``"same-padding"``; ``"unknown"`` where no known mistake explains
         the data.
-      side: The framework whose side it is. Where nothing says which side is right, PyTorch's is
-        taken to be.
+      side: The framework whose side it is. Without a specification, PyTorch's side is taken to be
+        right.
       sentence: In words.
       evidence: Why: how well the formula of this mistake agrees with the data, and how large the
         difference is that it explains.

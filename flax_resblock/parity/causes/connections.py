@@ -1,11 +1,10 @@
-"""Why something else arrives at a layer although every layer before it is right: what lies between
-the layers, and how a block ends.
-"""
+"""Known mistakes between the layers: activations, pooling, flattening, additions and the input."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,30 +32,51 @@ class Connection:
     all_outputs: Mapping[str, np.ndarray]
 
 
-def _torch(
-    function: Callable[..., torch.Tensor], **options: float | str
-) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda x: function(torch.from_numpy(np.array(x, np.float64)), **options).numpy()
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "ReLU": F.relu,
+    "no activation": lambda x: x.clone(),
+    "GELU": F.gelu,
+    "GELU (tanh form)": partial(F.gelu, approximate="tanh"),
+    "SiLU": F.silu,
+    "LeakyReLU(0.01)": partial(F.leaky_relu, negative_slope=0.01),
+    "LeakyReLU(0.1)": partial(F.leaky_relu, negative_slope=0.1),
+    "LeakyReLU(0.2)": partial(F.leaky_relu, negative_slope=0.2),
+    "ReLU6": F.relu6,
+    "ELU": F.elu,
+    "SELU": F.selu,
+    "softplus": F.softplus,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "Mish": F.mish,
+    "hardswish": F.hardswish,
+}
+
+
+def _in_float64(function: Activation) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda x: function(torch.from_numpy(np.array(x, np.float64))).numpy()
 
 
 ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
-    "ReLU": lambda x: np.maximum(x, 0),
-    "no activation": lambda x: x,
-    "GELU": _torch(F.gelu),
-    "GELU (tanh form)": _torch(F.gelu, approximate="tanh"),
-    "SiLU": _torch(F.silu),
-    "LeakyReLU(0.01)": _torch(F.leaky_relu, negative_slope=0.01),
-    "LeakyReLU(0.1)": _torch(F.leaky_relu, negative_slope=0.1),
-    "LeakyReLU(0.2)": _torch(F.leaky_relu, negative_slope=0.2),
-    "ReLU6": _torch(F.relu6),
-    "ELU": _torch(F.elu),
-    "SELU": _torch(F.selu),
-    "softplus": _torch(F.softplus),
-    "tanh": np.tanh,
-    "sigmoid": _torch(torch.sigmoid),
-    "Mish": _torch(F.mish),
-    "hardswish": _torch(F.hardswish),
+    name: _in_float64(function) for name, function in _ACTIVATIONS.items()
 }
+"""Activations by the names that a diagnosis calls them; evaluated in float64."""
+
+
+def activation_between(before: np.ndarray, after: np.ndarray) -> str | None:
+    """The name of the activation that turns one array into the other, if it is a known one."""
+    return next((n for n, f in ACTIVATIONS.items() if relative_l2(f(before), after) <= 1e-12), None)
+
+
+def activation_slope(name: str, before: np.ndarray) -> np.ndarray:
+    """The derivative of an activation at ``before``."""
+    x = torch.from_numpy(np.array(before, np.float64)).requires_grad_()
+    _ACTIVATIONS[name](x).sum().backward()
+    assert x.grad is not None
+    return x.grad.numpy()
+
+
 _CONSTANTS = {
     "ImageNet's mean and standard deviation": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     "CIFAR-10's mean and standard deviation": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
@@ -95,12 +115,12 @@ def _candidates(connection: Connection, value: np.ndarray) -> Iterator[Candidate
         yield "flipped-image", "feeds the image upside down", lambda: truth[:, ::-1]
         yield "flipped-image", "feeds the image mirrored", lambda: truth[:, :, ::-1]
         yield (
-            "layout",
+            "memory-layout",
             "reads the NHWC image as NCHW (reshaped instead of transposed)",
             lambda: truth.transpose(0, 3, 1, 2).reshape(truth.shape),
         )
         yield (
-            "layout",
+            "memory-layout",
             "reads the NCHW image as NHWC (reshaped instead of transposed)",
             lambda: _reread(truth),
         )
@@ -110,9 +130,7 @@ def _candidates(connection: Connection, value: np.ndarray) -> Iterator[Candidate
         if array.shape == truth.shape
     ]
     for source, array in before:  # which layer's output, under which activation, is meant to arrive
-        meant = next(
-            (name for name, f in ACTIVATIONS.items() if relative_l2(f(array), truth) <= 1e-12), None
-        )
+        meant = activation_between(array, truth)
         if meant is None:
             continue
         for other, f in ACTIVATIONS.items():
@@ -240,103 +258,3 @@ def _pooling(connection: Connection, value: np.ndarray) -> Iterator[Candidate]:
                 lambda a=a, how=how, array=array: _FLATTENED[how](ACTIVATIONS[a](array)),
             )
         return
-
-
-def explain_ending(
-    truth: np.ndarray, main: np.ndarray, skip: np.ndarray | None, x: np.ndarray, value: np.ndarray
-) -> Cause | None:
-    """The mistake by which a residual block ends in ``value`` instead of ``truth = act(main +
-    skip)``.
-
-    Args:
-      truth: What it is meant to give; it says which activation is meant.
-      main: Output of the main path.
-      skip: Output of the shortcut; None: no layer computes it.
-      x: Input of the block.
-      value: What it gave.
-    """
-    if skip is None:
-        skip = x if x.shape == main.shape else _zero_padded(x, main.shape, front=True)
-    total = main + skip
-    fitting = (f for f in ACTIVATIONS if relative_l2(ACTIVATIONS[f](total), truth) <= 1e-12)
-    meant = next(fitting, "ReLU")
-    act, word = ACTIVATIONS[meant], meant.partition("(")[0].lower()
-    candidates: list[Candidate] = [
-        (
-            "overwritten-branch",
-            f"overwrites the main path: the output is {word}(skip(x) + x), the convolutions are "
-            f"computed and thrown away",
-            lambda: act(skip + x),
-        ),
-        (
-            "skip-not-added",
-            f"does not add the skip: the output is {word} of the main path alone",
-            lambda: act(main),
-        ),
-        (
-            "missing-main",
-            f"leaves the main path out: the output is {word}(skip(x))",
-            lambda: act(skip),
-        ),
-        (
-            "missing-relu",
-            f"has no last {meant}: the output is main path + skip",
-            lambda: total,
-        ),
-        (
-            "relu-before-add",
-            f"applies the {meant} before the addition: the output is {word}(main path) + skip",
-            lambda: act(main) + skip,
-        ),
-        (
-            "relu-before-add",
-            f"applies {meant} to both before the addition",
-            lambda: act(main) + act(skip),
-        ),
-        (
-            "unprojected-skip",
-            f"adds the unprojected input: the output is {word}(main path + x)",
-            lambda: act(main + x),
-        ),
-        ("skip-subtracted", "subtracts the skip", lambda: act(main - skip)),
-        ("skip-subtracted", "subtracts the main path", lambda: act(skip - main)),
-        ("branches-multiplied", "multiplies the branches", lambda: act(main * skip)),
-        ("skip-twice", "adds the skip twice", lambda: act(main + 2 * skip)),
-        (
-            "other-shortcut",
-            "puts all new channels of the shortcut behind",
-            lambda: act(main + _zero_padded(x, main.shape, front=False)),
-        ),
-        (
-            "other-shortcut",
-            "averages pixels in the shortcut",
-            lambda: act(main + _zero_padded(x, main.shape, front=True, mean=True)),
-        ),
-    ]
-    for name, f in ACTIVATIONS.items():
-        if name not in (meant, "no activation"):
-            words = f"ends in {name} instead of {meant}"
-            candidates.append(("other-activation", words, lambda f=f: f(total)))
-    found = explain(value, candidates)
-    if found is None and value.shape == main.shape:  # scaled branches, where both are linear
-        positive = value > 0
-        a, b = main[positive], skip[positive]
-        if positive.sum() > 2 and meant in ("ReLU", "LeakyReLU(0.01)"):
-            (alpha, beta), *_ = np.linalg.lstsq(np.stack([a, b], 1), value[positive], rcond=None)
-            words = f"weighs the branches: {alpha:.6g} x main path {beta:+.6g} x skip"
-            found = explain(value, [("scaled", words, lambda: act(alpha * main + beta * skip))])
-    return found
-
-
-def _zero_padded(
-    x: np.ndarray, shape: tuple[int, ...], *, front: bool, mean: bool = False
-) -> np.ndarray:
-    """Option A: every ``stride``-th pixel, new channels zero."""
-    stride = -(-x.shape[1] // shape[1])
-    small = x[:, ::stride, ::stride]
-    if mean:
-        tensor = torch.from_numpy(np.array(np.moveaxis(x, -1, 1), np.float64, order="C"))
-        small = np.moveaxis(F.avg_pool2d(tensor, stride, ceil_mode=True).numpy(), 1, -1)
-    extra = shape[-1] - x.shape[-1]
-    before = extra // 2 if front else 0
-    return np.pad(small, ((0, 0), (0, 0), (0, 0), (before, extra - before)))

@@ -1,4 +1,4 @@
-"""Why a layer computes something else from the same input and the same weights."""
+"""Known mistakes of a layer that is given the right input and the right weights."""
 
 from __future__ import annotations
 

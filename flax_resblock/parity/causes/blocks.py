@@ -1,0 +1,202 @@
+"""Known mistakes in how a residual block ends, and in gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from flax_resblock.parity.causes import Candidate, Cause, LayerRun, explain
+from flax_resblock.parity.causes.connections import (
+    ACTIVATIONS,
+    activation_between,
+    activation_slope,
+)
+
+
+@dataclass(frozen=True)
+class BlockEnd:
+    """How a residual block is meant to end: ``truth = activation(main + skip)``.
+
+    Attributes:
+      truth: The block's output, NHWC, as are all arrays here.
+      main: Output of the last norm of the main path.
+      skip: Output of the shortcut. None: no layer computes it.
+      x: Input of the block.
+    """
+
+    truth: np.ndarray
+    main: np.ndarray
+    skip: np.ndarray | None
+    x: np.ndarray
+
+    @property
+    def added(self) -> np.ndarray:
+        """What is added to the main path: ``skip``, or the input, zero-padded where the block
+        widens it.
+        """
+        if self.skip is not None:
+            return self.skip
+        fits = self.x.shape == self.main.shape
+        return self.x if fits else _zero_padded(self.x, self.main.shape, front=True)
+
+    @property
+    def activation(self) -> str:
+        """The block's last activation, as the true output shows it; ReLU if no known one fits."""
+        return activation_between(self.main + self.added, self.truth) or "ReLU"
+
+
+def explain_ending(end: BlockEnd, value: np.ndarray) -> Cause | None:
+    """The mistake by which a residual block ends in ``value`` instead of ``end.truth``."""
+    main, skip, x, name = end.main, end.added, end.x, end.activation
+    act, f = ACTIVATIONS[name], name.lower() if name == "ReLU" else name
+    candidates: list[Candidate] = [
+        (
+            "overwritten-branch",
+            f"overwrites the main path: the output is {f}(skip(x) + x), the convolutions are "
+            "computed and thrown away",
+            lambda: act(skip + x),
+        ),
+        (
+            "skip-not-added",
+            f"does not add the skip: the output is {f} of the main path alone",
+            lambda: act(main),
+        ),
+        (
+            "missing-main",
+            f"leaves the main path out: the output is {f}(skip(x))",
+            lambda: act(skip),
+        ),
+        (
+            "missing-relu",
+            f"has no last {name}: the output is main path + skip",
+            lambda: main + skip,
+        ),
+        (
+            "relu-before-add",
+            f"applies the {name} before the addition: the output is {f}(main path) + skip",
+            lambda: act(main) + skip,
+        ),
+        (
+            "relu-before-add",
+            f"applies {name} to both before the addition",
+            lambda: act(main) + act(skip),
+        ),
+        (
+            "unprojected-skip",
+            f"adds the unprojected input: the output is {f}(main path + x)",
+            lambda: act(main + x),
+        ),
+        ("skip-subtracted", "subtracts the skip", lambda: act(main - skip)),
+        ("skip-subtracted", "subtracts the main path", lambda: act(skip - main)),
+        ("branches-multiplied", "multiplies the branches", lambda: act(main * skip)),
+        ("skip-twice", "adds the skip twice", lambda: act(main + 2 * skip)),
+        (
+            "other-shortcut",
+            "puts all new channels of the shortcut behind",
+            lambda: act(main + _zero_padded(x, main.shape, front=False)),
+        ),
+        (
+            "other-shortcut",
+            "averages pixels in the shortcut",
+            lambda: act(main + _zero_padded(x, main.shape, front=True, mean=True)),
+        ),
+    ]
+    candidates += [
+        ("other-activation", f"ends in {other} instead of {name}", lambda g=g: g(main + skip))
+        for other, g in ACTIVATIONS.items()
+        if other not in (name, "no activation")
+    ]
+    found = explain(value, candidates)
+    if found is None and name == "ReLU" and value.shape == main.shape:
+        positive = value > 0  # where the ReLU is open, scaled branches are a linear problem
+        a, b = main[positive], skip[positive]
+        if positive.sum() > 2:
+            (alpha, beta), *_ = np.linalg.lstsq(np.stack([a, b], 1), value[positive], rcond=None)
+            words = f"weighs the branches: {alpha:.6g} x main path {beta:+.6g} x skip"
+            found = explain(value, [("scaled", words, lambda: act(alpha * main + beta * skip))])
+    return found
+
+
+def explain_gradient(
+    value: np.ndarray,
+    truth: np.ndarray,
+    layer: LayerRun | None,
+    cotangent: np.ndarray | None,
+    end: BlockEnd | None,
+) -> Cause | None:
+    """The mistake by which a gradient is ``value``.
+
+    Args:
+      value, truth: The gradient that one side computed, and the right one.
+      layer: The layer whose input gradient it is; None: it is another gradient.
+      cotangent: The cotangent of that layer's output.
+      end: The end of the residual block whose input gradient it is; None: it is not a block's.
+    """
+    return explain(value, _gradient_candidates(value, truth, layer, cotangent, end))
+
+
+def _gradient_candidates(
+    value: np.ndarray,
+    truth: np.ndarray,
+    layer: LayerRun | None,
+    cotangent: np.ndarray | None,
+    end: BlockEnd | None,
+) -> Iterator[Candidate]:
+    yield (
+        "cut-gradient",
+        "lets no gradient through (stop_gradient, detach)",
+        lambda: np.zeros_like(truth),
+    )
+    if (
+        cotangent is not None
+        and layer is not None
+        and isinstance(layer.module, torch.nn.modules.batchnorm._BatchNorm)
+        and layer.train
+    ):
+        axes = tuple(range(layer.x.ndim - 1))
+        slope = layer.tensors.get("scale", np.ones(layer.x.shape[-1])) / np.sqrt(
+            layer.x.var(axes) + float(layer.module.eps)
+        )
+        words = (
+            "treats the batch statistics as constants: no gradient flows through the mean and the "
+            "variance"
+        )
+        yield "cut-statistics", words, lambda: cotangent * slope
+        centred = layer.x - layer.x.mean(axes)
+        words = "lets the gradient flow through the mean of the batch, not through its variance"
+        yield "cut-statistics", words, lambda: slope * (cotangent - cotangent.mean(axes))
+        words = "lets the gradient flow through the variance of the batch, not through its mean"
+        through = (
+            centred
+            * (cotangent * centred).mean(axes)
+            / (layer.x.var(axes) + float(layer.module.eps))
+        )
+        yield "cut-statistics", words, lambda: slope * (cotangent - through)
+    if cotangent is not None and end is not None and end.x.shape == end.main.shape:
+        slope = activation_slope(end.activation, end.main + end.added)
+        words = "cuts the gradient of the skip: it flows back through the convolutions only"
+        yield "cut-skip", words, lambda: truth - cotangent * slope
+        words = f"lets the gradient of the skip past the last {end.activation}"
+        yield "relu-gradient", words, lambda: truth + cotangent * (1 - slope)
+    with np.errstate(all="ignore"):
+        factor = float(np.vdot(value, truth) / np.vdot(truth, truth))
+    if np.isfinite(factor):
+        yield "scaled-gradient", f"multiplies the gradient by {factor:.6g}", lambda: factor * truth
+
+
+def _zero_padded(
+    x: np.ndarray, shape: tuple[int, ...], *, front: bool, mean: bool = False
+) -> np.ndarray:
+    """Option A: every ``stride``-th pixel, new channels zero."""
+    stride = -(-x.shape[1] // shape[1])
+    small = x[:, ::stride, ::stride]
+    if mean:
+        tensor = torch.from_numpy(np.array(np.moveaxis(x, -1, 1), np.float64, order="C"))
+        small = np.moveaxis(F.avg_pool2d(tensor, stride, ceil_mode=True).numpy(), 1, -1)
+    extra = shape[-1] - x.shape[-1]
+    before = extra // 2 if front else 0
+    return np.pad(small, ((0, 0), (0, 0), (0, 0), (before, extra - before)))
