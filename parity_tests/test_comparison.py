@@ -1,4 +1,4 @@
-"""The verifier's own promises: what it compares, how it judges, what it refuses."""
+"""The verifier's own promises: what it compares, by which criterion, and what it refuses."""
 
 import json
 
@@ -63,7 +63,7 @@ def test_every_precision_and_quantity_is_there():
     assert errors["float64"] < 1e-14 < errors["float32"] < 1e-6 < errors["bfloat16"] < 0.05
 
 
-def test_bfloat16_is_judged_and_can_fail():
+def test_bfloat16_is_compared_and_can_fail():
     """A fault of ten percent is beyond what bfloat16 explains."""
     base = ReferencePair.random(BLOCK)
     pair = Faulty(

@@ -13,13 +13,7 @@ import torch
 
 from flax_resblock.errors import InputError
 from flax_resblock.nn.conv import convolve
-from flax_resblock.parity.devices import (
-    WORKSPACE,
-    accelerator,
-    jax_device,
-    strict,
-    torch_device,
-)
+from flax_resblock.parity.devices import WORKSPACE, accelerator, jax_device, strict, torch_device
 from flax_resblock.parity.precision import (
     MeasuredPrecision,
     mantissa_bits,

@@ -2,11 +2,14 @@
 words, a right block passes, misuse is explained.
 """
 
+import numpy as np
 import pytest
 import torch
 
 from flax_resblock import InputError
 from flax_resblock.cli import run
+from flax_resblock.parity.causes.blocks import BlockEnd, explain_ending, explain_gradient
+from flax_resblock.parity.causes.connections import ACTIVATIONS, activation_slope
 from flax_resblock.parity.comparison import Plan
 from flax_resblock.parity.user_module import cases_of, examine, load_factory
 from parity_tests.support import REPOSITORY
@@ -92,14 +95,27 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("words", ENDINGS)
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("words", "stride"), list(zip(ENDINGS, (1, 2) * 3, strict=True)))
 def test_a_wrong_ending_is_named(words, stride):
     case = examine(
         variant(ENDINGS[words]), {"in_channels": 6, "out_channels": 6, "stride": stride}, QUICK
     )
     assert len(case.findings) == 1
     assert words in case.findings[0]
+
+
+@pytest.mark.parametrize("name", ["ReLU", "GELU", "SiLU", "LeakyReLU(0.01)"])
+def test_the_end_of_a_block_is_explained_with_its_own_activation(name):
+    rng, act = np.random.default_rng(0), ACTIVATIONS[name]
+    main, skip, cotangent, rest = rng.normal(size=(4, 2, 5, 4, 3))
+    end = BlockEnd(act(main + skip), main, skip, skip)
+    assert end.activation == name
+    assert explain_ending(end, act(main)).name == "skip-not-added"
+    found = explain_ending(end, ACTIVATIONS["tanh"](main + skip))
+    assert found.sentence == f"ends in tanh instead of {name}"
+    truth = rest + cotangent * activation_slope(name, main + skip)
+    assert explain_gradient(rest, truth, None, cotangent, end).name == "cut-skip"
+    assert explain_gradient(truth + 1, truth, None, cotangent, end) is None
 
 
 def test_an_unknown_difference_is_not_given_a_wrong_name():

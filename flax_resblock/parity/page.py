@@ -34,7 +34,7 @@ class Row(NamedTuple):
     precision: str
     step: int | None
     error: float
-    own: float
+    reference_error: float
     limit: float
     ulp: float
     excess: float
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
     @property
     def badness(self) -> tuple[bool, float]:
-        """What the worst row has most of: a failure first, NaN above infinity."""
+        """The sort key of the worst row: a failure first, NaN above infinity."""
         return not self.passed, math.inf if math.isnan(self.excess) else self.excess
 
 
@@ -128,22 +128,8 @@ def _visible(value: Any) -> Any:
 
 
 def _row(number: int, entry: Mapping[str, Any]) -> Row:
-    error, own, limit, ulp, excess = (
-        float(entry[name]) for name in ("error", "reference_error", "limit", "ulp", "excess")
-    )
-    return Row(
-        number,
-        entry["quantity"],
-        entry["slot"],
-        entry["precision"],
-        entry["step"],
-        error,
-        own,
-        limit,
-        ulp,
-        excess,
-        entry["passed"],
-    )
+    figures = ("error", "reference_error", "limit", "ulp", "excess")
+    return Row(number, **{**entry, **{name: float(entry[name]) for name in figures}})
 
 
 def _groups(rows: Iterable[Row], *fields: str) -> list[RowGroup]:
@@ -182,7 +168,7 @@ def _table(rows: Sequence[Row]) -> list[Row]:
 def _curve(rows: Sequence[Row]) -> Curve:
     return Curve(
         [row.error for row in rows],
-        [row.own for row in rows],
+        [row.reference_error for row in rows],
         [row.limit for row in rows],
         [row.passed for row in rows],
     )

@@ -207,19 +207,8 @@ def report_json(
 
 
 def _row(m: Measurement) -> dict[str, Any]:
-    verdict = m.verdict
-    return {
-        "quantity": m.quantity,
-        "slot": m.slot,
-        "precision": m.precision,
-        "step": m.step,
-        "error": verdict.error,
-        "reference_error": verdict.reference_error,
-        "limit": verdict.limit,
-        "ulp": verdict.ulp,
-        "excess": verdict.excess,
-        "passed": verdict.passed,
-    }
+    place = {"quantity": m.quantity, "slot": m.slot, "precision": m.precision, "step": m.step}
+    return place | asdict(m.verdict) | {"excess": m.verdict.excess, "passed": m.verdict.passed}
 
 
 def _plain(value: Any) -> Any:

@@ -7,12 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.parity.causes import (
-    Candidate,
-    Cause,
-    LayerRun,
-    explain,
-)
+from flax_resblock.parity.causes import Candidate, Cause, LayerRun, explain
 
 
 def norm_candidates(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
