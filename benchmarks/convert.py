@@ -224,11 +224,8 @@ def end_to_end(name: str) -> None:
             f"({size / 1e6:.0f} MB): flax_resblock.load"
         )
         for source in ("zip.pth", "legacy.pth", "torch.safetensors", "flax.safetensors", "orbax"):
-            print(
-                f"  "
-                f"{source:<18}{peak(['load', f'{big}/{source}'], ['load', f'{tiny}/{source}']) / size:5.2f} "
-                f"x"
-            )
+            most = peak(["load", f"{big}/{source}"], ["load", f"{tiny}/{source}"])
+            print(f"  {source:<18}{most / size:5.2f} x")
         print(
             f"peak memory of `flax-resblock convert --no-certificate` beyond interpreter and "
             f"imports, in sizes of the checkpoint ({size / 1e6:.0f} MB)"

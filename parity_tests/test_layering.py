@@ -1,4 +1,4 @@
-"""Who may import whom: one table of packages, whose arrows run one way; and proof that it can fail."""
+"""Who may import whom: one table of packages, whose arrows run one way; it can fail."""
 
 from __future__ import annotations
 

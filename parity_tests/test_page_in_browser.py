@@ -30,8 +30,10 @@ COLUMN = (
     "!row.hidden).map((row) => row.cells[{}].textContent)"
 )
 HEADER = "document.querySelector('#measurements [data-column={}]')"
-SMALLEST = """Math.min(...[...document.querySelectorAll('.plot text')].filter((text) => text.checkVisibility({contentVisibilityAuto: true}))
-              .map((text) => parseFloat(getComputedStyle(text).fontSize) * Math.hypot(text.getScreenCTM().a, text.getScreenCTM().b)))"""
+SMALLEST = """Math.min(...[...document.querySelectorAll('.plot text')]
+    .filter((text) => text.checkVisibility({contentVisibilityAuto: true}))
+    .map((text) => parseFloat(getComputedStyle(text).fontSize)
+        * Math.hypot(text.getScreenCTM().a, text.getScreenCTM().b)))"""
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +167,8 @@ def test_nothing_is_wider_than_the_window(name, width, tab, pages):
 
 
 def test_plots_follow_dark_mode(tab, pages):
-    colours = """['body', '.plot text', '.plot use'].map((it) => getComputedStyle(document.querySelector(it)))
+    colours = """['body', '.plot text', '.plot use']
+                 .map((it) => getComputedStyle(document.querySelector(it)))
                  .map((style) => style.backgroundColor + style.fill + style.stroke)"""
     tab.open(pages / "passing.html")
     light = tab.run(colours)

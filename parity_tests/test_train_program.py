@@ -9,12 +9,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import flax_resblock
 from flax_resblock import checkpoint, load_run
 from parity_tests import runs
 from parity_tests.test_train_command import command, few, folder  # noqa: F401 - fixtures
+from torch_ref import ResNet
 
 pytestmark = pytest.mark.usefixtures("few", "folder")
 SHORT = f"--epochs 2 --batch-size {runs.BATCH}"
@@ -165,7 +167,7 @@ def test_a_head_beside_its_backbone_starts_afresh_for_other_classes(capsys):
     state = {f"backbone.{key}": value for key, value in module.state_dict().items()}
     state |= {"classifier.weight": torch.ones(7, 6), "classifier.bias": torch.ones(7)}
     torch.save(state, "seven.pth")
-    text = said(capsys, "--init", "seven.pth", "--num-classes", "10", *SHORT, "--out", "tuned")
+    text = said(capsys, f"--init seven.pth --num-classes 10 {SHORT} --out tuned")
     assert "seven.pth has 7 classes: the head starts afresh, with 10" in text
     assert flax_resblock.load("tuned").config.num_classes == 10
 

@@ -46,7 +46,8 @@ for name in ("a.safetensors", "b"):
     fr.save(again, sys.argv[1] + "/" + name)
     back = fr.to_torch(fr.load(sys.argv[1] + "/" + name))
     assert all(back[key].tobytes() == state[key].tobytes() for key in state)
-print(fr.load(sys.argv[1] + "/b")(np.ones((1, 32, 32, 3), np.float32)).shape, "torch" in sys.modules)
+images = np.ones((1, 32, 32, 3), np.float32)
+print(fr.load(sys.argv[1] + "/b")(images).shape, "torch" in sys.modules)
 """
     )
     result = run(code, tmp_path)

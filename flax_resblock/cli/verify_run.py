@@ -163,7 +163,8 @@ class Verifier:
                 say(f"  {finding}")
             if case.verification is not None and (self.report.slots or not case.passed):
                 self.print(case.verification, diagnosis=False)
-            provenance = self._provenance(examined_facts(case), clock, self.input.images(case.config))
+            images = self.input.images(case.config)
+            provenance = self._provenance(examined_facts(case), clock, images)
             comparison = case.verification.comparison if case.verification else None
             reports.append(report_json(comparison, provenance, case.diagnosis, self.precision))
         if all(case.raised and not case.stated for case in cases):

@@ -54,7 +54,8 @@ def check_forward(
 
     The module is run in evaluation mode and float32 on the CPU, on random images, first with its
     own weights and then with random ones, because a weight of zero hides everything that is
-    multiplied by it. Its output is judged by :func:`flax_resblock.parity.oracle.verdict_of`. The module
+    multiplied by it. Its output is held to :func:`flax_resblock.parity.oracle.verdict_of`. The
+    module
     itself is left as it was: a copy is run, or, where it cannot be copied, the module with copies
     of its tensors. Forward hooks are part of what a module computes, so they run too.
 
