@@ -1,6 +1,11 @@
-# `make demo` and `make test` set everything up by themselves, in .venv; with another interpreter, as in
-# `make test PYTHON=python3.13`, in an environment of that version's own, .venv-3.13.
+# `make demo` and `make test` set everything up in .venv. With another interpreter, as in
+# `make test PYTHON=python3.13`, the environment is one of that version's own, .venv-3.13.
 PYTHON ?= python3
+# A shim of pyenv does not answer for a version that is installed but not switched on.
+ifneq ($(shell $(PYTHON) -c 'print(1)' 2>/dev/null),1)
+INSTALLED := $(wildcard $(shell pyenv root 2>/dev/null)/versions/*/bin/$(notdir $(PYTHON)))
+override PYTHON := $(or $(lastword $(sort $(INSTALLED))),$(PYTHON))
+endif
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV := .venv$(if $(filter file,$(origin PYTHON)),,-$(VERSION))
 CONSTRAINTS := constraints$(if $(filter 3.11,$(VERSION)),,-newest).txt
@@ -12,7 +17,7 @@ COMPILERS := $(VENV)/compilers
 .PHONY: help setup compilers demo test test-all stress fuzz lint bench decorrelation clean
 
 help:
-	@echo "make demo      the whole story on handwritten digits, under two minutes"
+	@echo "make demo      trains, converts, verifies and continues a network on digits; two minutes"
 	@echo "make test      the tests that take seconds each"
 	@echo "make test-all  every test but those of make stress"
 	@echo "make stress    kills 40 training runs and 200 conversions at random moments, three quarters of an hour"
@@ -29,15 +34,15 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	test ! -e $(VENV)/pyvenv.cfg || test -d $(VENV)/lib/python$(VERSION) || rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e '.[torch,train,report,dev]'
-	-$(INSTALL) --no-deps torchvision
-	-$(INSTALL) -e '.[families]'
+	$(INSTALL) --no-deps torchvision
+	$(INSTALL) -e '.[families]'
 	touch $(STAMP)
 
 setup: $(STAMP)
 
-# Apart from the other packages, so that jax does not look for devices with them. Without them their tests are skipped, and say so.
+# In a folder of their own, so that jax does not look for devices with them.
 $(COMPILERS)/installed: $(STAMP)
-	-$(INSTALL) --no-deps --upgrade --target $(COMPILERS) libtpu jax-cuda12-plugin jax-cuda12-pjrt
+	$(INSTALL) --no-deps --upgrade --target $(COMPILERS) libtpu jax-cuda12-plugin jax-cuda12-pjrt
 	mkdir -p $(COMPILERS) && touch $@
 
 compilers: $(COMPILERS)/installed
