@@ -116,13 +116,13 @@ def test_json_and_checkpoints_keep_the_activation(name, tmp_path):
     assert from_json(to_json(config)) == config
     assert name in name_of(config)
     model = build(config, rngs=nnx.Rngs(0))
-    for path in ("net.safetensors", "folder"):
+    for path in ("net.safetensors", "folder", "net.pth"):
         flax_resblock.save(model, tmp_path / path)
         assert flax_resblock.load(tmp_path / path).config == config
-    flax_resblock.save(model, tmp_path / "net.pth")  # a bare state dict, which has no metadata
-    assert (
-        flax_resblock.load(tmp_path / "net.pth", assumptions={"activation": name}).config == config
-    )
+    (tmp_path / "net.pth.sha256.json").unlink()  # a bare state dict has no metadata
+    assert flax_resblock.load(tmp_path / "net.pth").config != config
+    told = flax_resblock.load(tmp_path / "net.pth", assumptions={"activation": name})
+    assert told.config == config
 
 
 def test_the_flag_is_written_into_the_metadata(tmp_path, capsys):

@@ -98,7 +98,7 @@ _LARGEST_SIDECAR = 64 << 20
 
 @dataclass(frozen=True)
 class Sidecar:
-    """The digests of a ``.pth`` at the time it was written.
+    """What lies beside a ``.pth``: its digests at the time it was written, and its metadata.
 
     Attributes:
       identity: PyTorch's own mark of that file. A file that another program wrote later under the
@@ -106,12 +106,16 @@ class Sidecar:
       tensors: SHA-256 of every tensor, by name.
       extras: SHA-256 of every tensor beside the state dict, by the path that leads to it.
       rest: SHA-256 of the other values beside the state dict: learning rates, counters.
+      metadata: What the file itself has no place for: the configuration, eps and momentum.
+      metadata_sha256: Of the metadata.
     """
 
     identity: str
     tensors: dict[str, str]
     extras: dict[str, str] = field(default_factory=dict)
     rest: str = ""
+    metadata: dict[str, str] = field(default_factory=dict)
+    metadata_sha256: str = ""
 
 
 def sidecar_of(path: Path) -> Path:
@@ -157,9 +161,12 @@ def read_sidecar(path: Path) -> Sidecar | None:
         if content.pop("kind") != _SIDECAR_KIND:
             raise ValueError("it is of another kind")
         found = Sidecar(**content)
-        flat = [*found.tensors.items(), *found.extras.items(), (found.identity, found.rest)]
+        flat = [*found.tensors.items(), *found.extras.items(), *found.metadata.items()]
+        flat.append((found.identity, found.rest))
         if not all(isinstance(name, str) and isinstance(sha, str) for name, sha in flat):
             raise ValueError("its digests are no text")
+        if found.metadata and metadata_digest(found.metadata) != found.metadata_sha256:
+            raise ValueError("its metadata differs from the SHA-256 recorded with it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{place} should hold the SHA-256 of the tensors in {path.name}, and cannot be "

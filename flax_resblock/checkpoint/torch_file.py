@@ -30,7 +30,14 @@ from flax_resblock.checkpoint.limits import (
     check_files,
     first_line,
 )
-from flax_resblock.checkpoint.record import DIGESTS, Record, Sidecar, digest, digests
+from flax_resblock.checkpoint.record import (
+    DIGESTS,
+    METADATA_DIGEST,
+    Record,
+    Sidecar,
+    digest,
+    digests,
+)
 from flax_resblock.checkpoint.torch_calls import needs
 from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.errors import CheckpointError, MissingDependencyError, some, visible
@@ -264,7 +271,7 @@ def _recorded(
                 f"{path} is damaged: {what} differs from the SHA-256 recorded when it was "
                 f"written. Copy it again."
             )
-    return {DIGESTS: json.dumps(found.tensors)}
+    return {**found.metadata, DIGESTS: json.dumps(found.tensors)}
 
 
 def write_torch(
@@ -274,7 +281,7 @@ def write_torch(
     extras: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a state dict that ``model.load_state_dict(torch.load(path, weights_only=True))``
-    accepts, and the SHA-256 of everything in a file beside it. ``metadata`` has no place in it.
+    accepts, and in a file beside it the metadata and the SHA-256 of everything.
 
     With ``extras``, the entries of a training checkpoint, the state dict is the entry ``"model"``
     beside them."""
@@ -286,11 +293,12 @@ def write_torch(
         if DIGESTS in metadata
         else {key: digest(value) for key, value in tensors.items()}
     )
-    record.write_sidecar(
-        path,
-        Sidecar(
-            torch_archive.identity(path),
-            recorded,
-            *(({}, "") if extras is None else record.digests_of_extras(extras)),
-        ),
+    described = {k: v for k, v in metadata.items() if k not in (DIGESTS, METADATA_DIGEST)}
+    sidecar = Sidecar(
+        torch_archive.identity(path),
+        recorded,
+        *(({}, "") if extras is None else record.digests_of_extras(extras)),
+        metadata=described,
+        metadata_sha256=record.metadata_digest(described),
     )
+    record.write_sidecar(path, sidecar)
