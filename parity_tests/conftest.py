@@ -18,11 +18,15 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4"]
     ).strip()
 
+import signal
+
 import pytest
 import torch
 
 _ON_ACCELERATOR = os.environ.get("FLAX_RESBLOCK_ACCELERATOR", "0") not in ("", "0")
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # small tensors gain nothing from a second, and xdist uses every core
 
 ALLOWED_SKIPS = {

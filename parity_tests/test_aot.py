@@ -227,7 +227,7 @@ def test_the_gradients_of_every_option_are_summed_once_over_the_devices(attentio
     options = {**SMALL, "what": "train-step", "batch_norm": "replica"}
     request = request_for(config, "tpu:v5e:2x2", **options)
     devices = jax.devices()[:4]
-    program = hlo.read(lower(request, devices).compile().as_text())
+    program = hlo.read_hlo(lower(request, devices).compile().as_text())
     assert differences(request, program, len(devices)) == []
     other = replace(config, attention="none" if attention != "none" else "se")
     wrong = differences(request_for(other, "tpu:v5e:2x2", **options), program, len(devices))

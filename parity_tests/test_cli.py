@@ -283,7 +283,7 @@ def test_force_never_replaces_a_folder_that_is_no_checkpoint(checkpoint_file, ca
     Path("thesis").mkdir()
     Path("thesis/chapter.tex").write_text("years of work")
     assert run(["convert", checkpoint_file, "thesis", "--force"]) == 2
-    assert "is no checkpoint; it is not replaced" in capsys.readouterr().err
+    assert "is a folder of something else" in capsys.readouterr().err
     assert Path("thesis/chapter.tex").read_text() == "years of work"
 
 

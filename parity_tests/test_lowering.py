@@ -260,7 +260,7 @@ class SmallestReluInput(torch.overrides.TorchFunctionMode):
     found = float("inf")
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
-        if function is torch.relu:
+        if function in (torch.relu, torch.nn.functional.relu):
             self.found = min(self.found, float(arguments[0].abs().min() / arguments[0].std()))
         return function(*arguments, **(keywords or {}))
 
