@@ -18,9 +18,7 @@ from flax_resblock.checkpoint.torch_file import plain
 from flax_resblock.convert import StateMap
 from flax_resblock.parity.inputs import adversarial_images
 from flax_resblock.parity.oracle import relative_l2
-from flax_resblock.runs.optimizer_state import (
-    read_optimizer,
-)
+from flax_resblock.runs.optimizer_state import read_optimizer
 from flax_resblock.runs.optimizers import optimizer_of, parameter_path, record_of, state_of
 from flax_resblock.runs.run import Run
 from flax_resblock.runs.scheduler_state import ScheduleState, read_schedule

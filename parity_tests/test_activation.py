@@ -38,13 +38,7 @@ TORCH = {
 }
 BLOCK = BlockConfig(in_channels=4, out_channels=8, stride=2)
 NETWORK = ResNetConfig(depths=(1, 1), widths=(8, 12), stem="cifar", stem_width=8, num_classes=5)
-SMALL = {
-    "depths": (1, 1),
-    "widths": (8, 12),
-    "stem": "cifar",
-    "stem_width": 8,
-    "num_classes": 5,
-}
+SMALL = {"depths": (1, 1), "widths": (8, 12), "stem": "cifar", "stem_width": 8, "num_classes": 5}
 
 
 @pytest.mark.parametrize("name", TORCH)

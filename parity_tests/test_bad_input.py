@@ -319,11 +319,7 @@ def test_no_command_makes_weights_up(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     state = {key: from_numpy(value) for key, value in healthy().items() if "running_var" not in key}
     torch.save(state, "net.pth")
-    more = {
-        "predict": ["image.png"],
-        "convert": ["out.safetensors"],
-        "export": ["out"],
-    }
+    more = {"predict": ["image.png"], "convert": ["out.safetensors"], "export": ["out"]}
     arguments = [command, "net.pth", *more.get(command, [])]
     if command == "evaluate":
         arguments = ["train", "--eval-only", "net.pth"]

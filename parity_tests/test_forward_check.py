@@ -233,8 +233,7 @@ class Watched(Net):
 
 
 @pytest.mark.parametrize(
-    ("suits", "tried"),
-    [((32, 64, 224), [32]), ((64, 224), [32, 64]), ((224,), [32, 64, 224])],
+    ("suits", "tried"), [((32, 64, 224), [32]), ((64, 224), [32, 64]), ((224,), [32, 64, 224])]
 )
 def test_larger_images_are_tried_where_small_ones_raise(suits, tried):
     module = made(Watched, suits=suits)

@@ -15,14 +15,7 @@ from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, LRScheduler, One
 from flax_resblock import CheckpointError
 from flax_resblock.runs.scheduler_state import read_schedule
 from flax_resblock.runs.schedules import Options
-from parity_tests.schedulers import (
-    LINEAR,
-    SCHEDULERS,
-    options_of,
-    sequence,
-    two_rates,
-    walked,
-)
+from parity_tests.schedulers import LINEAR, SCHEDULERS, options_of, sequence, two_rates, walked
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 

@@ -266,10 +266,7 @@ def test_what_cannot_go_on_is_one_paragraph_with_status_2(case, folder, capsys):
     _, path = runs.saved("torchvision's reference", folder)
     runs.rewritten(path, lambda content: change(content, path))
     before = sorted(folder.rglob("*"))
-    for arguments in (
-        f"train --resume {path}",
-        f"convert {path} out --with-optimizer",
-    ):
+    for arguments in (f"train --resume {path}", f"convert {path} out --with-optimizer"):
         assert command(arguments) == 2
         error = capsys.readouterr().err
         assert words in error
