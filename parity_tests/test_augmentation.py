@@ -424,6 +424,7 @@ def test_workers_change_nothing_and_are_gone_when_the_stream_is_closed(pictures)
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_a_program_may_end_while_a_stream_is_open(tmp_path):
     script = tmp_path / "open.py"
     script.write_text(

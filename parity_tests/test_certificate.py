@@ -136,6 +136,7 @@ def test_two_outputs_share_a_certificate_and_the_last_conversion_of_each_counts(
     assert [check.status for check in recheck(PATH)] == ["unchanged", "unchanged"]
 
 
+@pytest.mark.slow
 def test_simultaneous_conversions_keep_each_others_entries(folder):
     names = [f"out{i}.safetensors" for i in range(3)]
     torch.save(BasicBlock(4, 6, 2).state_dict(), "block.pth")

@@ -34,6 +34,7 @@ def linear_pair():
 X = np.random.default_rng(0).normal(0.4, 2, (4, 5))
 
 
+@pytest.mark.slow
 def test_every_precision_and_quantity_is_there():
     plan = Plan(
         gradients=True, isolated=True, steps=2, precisions=("float64", "float32", "bfloat16")

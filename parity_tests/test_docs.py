@@ -20,6 +20,7 @@ def printed():
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("docs")
 def test_the_mlp_is_told_apart_by_its_gelu(printed):
     mlp = printed["mlp"]
@@ -31,6 +32,7 @@ def test_the_mlp_is_told_apart_by_its_gelu(printed):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("docs")
 def test_the_separable_block_differs_in_its_statistics_only(printed):
     plain = printed["plain"]
@@ -43,6 +45,7 @@ def test_the_separable_block_differs_in_its_statistics_only(printed):
     assert words in " ".join(VERIFICATION.read_text(encoding="utf-8").split())
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("docs")
 def test_the_separable_block_with_this_projects_norm_is_equal(printed):
     exact = printed["exact"]
@@ -50,6 +53,7 @@ def test_the_separable_block_with_this_projects_norm_is_equal(printed):
     assert max(m.step or 0 for m in exact.comparison.measurements) == 3
 
 
+@pytest.mark.slow
 def test_every_quantity_and_field_of_the_json_is_documented():
     from flax_resblock.parity.comparison import Plan, compare_pair
     from flax_resblock.parity.inputs import adversarial_images

@@ -117,6 +117,7 @@ def test_zero_padded_shortcuts_are_exported_for_one_size(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_predict_takes_the_folder(checkpoint, exported, tmp_path, capsys):
     pixels = np.random.default_rng(2).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels)

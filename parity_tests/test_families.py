@@ -193,6 +193,7 @@ def test_sharded_and_pickled_folders_of_transformers_are_read(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_model_from_python_is_saved_for_transformers(tmp_path):
     transformers = import_transformers()
     model = flax_resblock.create(

@@ -51,6 +51,7 @@ def test_features_are_the_stages_outputs_by_name():
     np.testing.assert_array_equal(model.head(found["stage2"].mean((1, 2))), model(images))
 
 
+@pytest.mark.slow
 def test_a_new_head_leaves_everything_else_alone():
     model = build(deep(), rngs=nnx.Rngs(0), param_dtype=jax.numpy.bfloat16)
     before = {
@@ -111,6 +112,7 @@ def photograph(path):
     return path
 
 
+@pytest.mark.slow
 def test_predict_sees_what_timm_sees_and_says_its_labels(tmp_path, capsys):
     timm = import_timm()
     module = randomise(FAMILIES["timm resnet18d"].build()).float().eval()

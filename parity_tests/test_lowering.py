@@ -320,6 +320,7 @@ def small_checkpoint(tmp_path, monkeypatch):
     return "small.pth"
 
 
+@pytest.mark.slow
 def test_the_verifier_compares_either_lowering(small_checkpoint, monkeypatch):
     command = ["verify", small_checkpoint, "--gradients", "--height", "9", "--width", "8"]
     assert run([*command, "--conv-lowering", "auto", "--json", "auto.json"]) == 0

@@ -294,6 +294,7 @@ def test_lars_and_lamb_are_optaxs(kind):
     assert worst(ends[2], ends[1]) >= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lars", pytest.param("lamb", marks=pytest.mark.slow)])
 def test_a_run_with_lars_or_lamb_goes_on_from_a_file_but_not_in_pytorch(kind, tmp_path):
     changes = {
@@ -352,6 +353,7 @@ def test_settings_of_another_version_are_refused_by_name():
         with_settings(TrainConfig(), {"flux": 1})
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_stays_and_is_linked(tmp_path):
     images, test = scale.images()
     config = dataclasses.replace(
@@ -378,6 +380,7 @@ def test_the_best_checkpoint_stays_and_is_linked(tmp_path):
     assert checkpoint.read(tmp_path / "out" / "best").metadata["config"]
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_again_after_the_first_step_on_several_devices():
     from flax_resblock.runs.optimizers import state_of
     from flax_resblock.training.devices import Placement, data_mesh

@@ -89,6 +89,7 @@ def test_eight_devices_take_the_steps_of_one_and_evaluate_every_image_once(alone
     assert worst(replica, alone) >= 1e6 * LIMIT
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_devices_take_the_steps_of_one_process(alone, tmp_path):
     assert worst(scaled(tmp_path / "two.npz", 2, processes=2), alone) <= LIMIT
 

@@ -47,6 +47,7 @@ def few(monkeypatch):
     jax.config.update("jax_enable_x64", wide)
 
 
+@pytest.mark.slow
 def test_a_loop_without_settings_resumes_with_no_flags_and_a_note(folder, capsys):
     _, path = runs.saved("a plain loop with GradScaler and EMA", folder)
     assert command(f"train --resume {path}") == 0
@@ -138,6 +139,7 @@ def test_a_run_goes_on_in_its_own_folder_and_is_not_overwritten(folder, capsys):
     assert json.loads(Path("on/config.json").read_text())["epochs"] == 3
 
 
+@pytest.mark.slow
 def test_a_network_of_a_thousand_classes_learns_ten_with_its_first_parts_frozen(folder, capsys):
     torch.manual_seed(0)
     module = ResNet(
@@ -171,6 +173,7 @@ def test_a_network_of_a_thousand_classes_learns_ten_with_its_first_parts_frozen(
     )
 
 
+@pytest.mark.slow
 def test_data_of_ones_own_train_and_their_settings_come_back(folder, capsys):
     rng = np.random.default_rng(0)
     arrays = {
@@ -279,6 +282,7 @@ def test_what_cannot_go_on_is_one_paragraph_with_status_2(case, folder, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_schedule_without_counterpart_needs_a_word(folder, capsys):
     run = runs.started(
         runs.momentum_sgd(runs.by_kind),
@@ -356,6 +360,7 @@ def test_a_run_that_is_killed_ends_bit_for_bit_where_it_would_have(folder):
     assert preemption.differences((truth[0], truth[1], truth[2][:-1]), truth) == ["number of steps"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_saves_and_says_how_to_go_on(folder):
     code = "from flax_resblock.cli import main; main()"
     flags = "train --epochs 400 --batch-size 256 --out out"
@@ -383,6 +388,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(folder):
     assert (run.steps, len(Path("out/metrics.jsonl").read_text().splitlines())) == (step, step)
 
 
+@pytest.mark.slow
 def test_a_host_without_torch_goes_on_with_a_run_in_safetensors(folder):
     _, path = runs.saved("a plain loop with GradScaler and EMA", folder)
     assert command(f"convert {path} run.safetensors --with-optimizer --no-certificate") == 0

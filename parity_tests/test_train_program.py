@@ -48,6 +48,7 @@ def test_the_resolved_configuration_is_printed_and_nothing_else_done(capsys, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_leaves_metrics_events_curves_and_its_best_checkpoint(capsys, tmp_path):
     text = said(
         capsys,
@@ -104,6 +105,7 @@ def scalars(events, tag):
     return sorted(found[tag].items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_evaluated_with_its_own_data_and_with_others(capsys, tmp_path):
     said(capsys, f"{SHORT} --out out")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -133,6 +135,7 @@ def test_a_checkpoint_is_evaluated_with_its_own_data_and_with_others(capsys, tmp
     )
 
 
+@pytest.mark.slow
 def test_many_classes_are_shown_by_their_most_frequent_confusions(capsys):
     rng = np.random.default_rng(0)
     np.savez(
@@ -146,6 +149,7 @@ def test_many_classes_are_shown_by_their_most_frequent_confusions(capsys):
     assert "most frequent confusions" in text
 
 
+@pytest.mark.slow
 def test_a_fresh_network_gets_the_classes_and_channels_of_its_data(capsys, tmp_path):
     rng = np.random.default_rng(0)
     np.savez(
@@ -162,6 +166,7 @@ def test_a_fresh_network_gets_the_classes_and_channels_of_its_data(capsys, tmp_p
     )
 
 
+@pytest.mark.slow
 def test_a_head_beside_its_backbone_starts_afresh_for_other_classes(capsys):
     module = ResNet(depths=(1, 1), widths=(4, 6), stem="imagenet", stem_width=4, num_classes=None)
     state = {f"backbone.{key}": value for key, value in module.state_dict().items()}
@@ -176,6 +181,7 @@ def test_one_source_of_weights_at_a_time(capsys):
     assert "each say where the weights come from" in said(capsys, "--resume a --init b", status=2)
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_devices_cannot_share_is_refused(capsys):
     assert (
         "batch_size=25 cannot be shared equally by 4 devices. Take 24 or 28, or fewer devices"
@@ -207,6 +213,7 @@ def test_a_diverging_run_writes_down_the_images_of_its_step(capsys, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_the_newest_checkpoint_is_found_and_the_run_goes_on_from_the_one_before(
     capsys, tmp_path
 ):
@@ -234,6 +241,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_is_found_and_the_run_goes_on_fro
     assert newest.is_dir()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_architecture_and_other_data_are_told_apart(capsys):
     said(capsys, f"{SHORT} --out out")
     rng = np.random.default_rng(0)
@@ -266,6 +274,7 @@ def image_folder(tmp_path):
     return tmp_path / "pictures"
 
 
+@pytest.mark.slow
 def test_a_damaged_image_is_left_out_with_a_count_or_refused(image_folder, capsys):
     flags = "--data pictures --image-size 16 --batch-size 8 --epochs 1 --flip on"
     flags += " --random-resized-crop 0.3 1"

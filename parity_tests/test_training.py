@@ -368,6 +368,7 @@ def test_training_in_jax_alone_reaches_95_percent_on_the_digits(data):
     assert history.test_accuracy[-1] == result.accuracy
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_with_float32_parameters_and_statistics(data):
     config = dataclasses.replace(SETTINGS, epochs=1, dtype="bfloat16")
     model = training.new_model(config)
@@ -492,6 +493,7 @@ def test_mixed_labels_weigh_as_torchs_probabilities_do():
         ) == pytest.approx(expected, rel=1e-14)
 
 
+@pytest.mark.slow
 def test_augmented_and_mixed_runs_are_repeated_bit_for_bit(data):
     config = dataclasses.replace(
         SETTINGS,

@@ -172,6 +172,7 @@ def test_a_schedule_without_counterpart_leaves_the_optimizer_usable(tmp_path):
     )  # that function happens to be constant
 
 
+@pytest.mark.slow
 def test_a_first_step_without_gradient_in_places_is_carried_on(tmp_path):
     """With the last scale of every block at 0, as zero-init-residual has it, some first gradients
     are exactly 0; torch keeps buffers for them all the same.

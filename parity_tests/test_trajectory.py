@@ -105,6 +105,7 @@ def test_another_optimizer_fails_by_a_hundred_times_the_limit(fault, monkeypatch
     assert max(m.verdict.excess for m in rows) > 100
 
 
+@pytest.mark.slow
 def test_a_rate_of_ones_own_is_used():
     rows = trained(BLOCK, 2, optimizers=("sgd",), precisions=("float64",), learning_rate=1e-4)
     assert all(m.verdict.passed for m in rows)

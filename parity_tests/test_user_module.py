@@ -118,6 +118,7 @@ def test_the_end_of_a_block_is_explained_with_its_own_activation(name):
     assert explain_gradient(truth + 1, truth, None, cotangent, end) is None
 
 
+@pytest.mark.slow
 def test_an_unknown_difference_is_not_given_a_wrong_name():
     case = examine(
         variant(lambda self, x: torch.relu(self.block(x) + self.skip(x)) + 0.01 * x.mean()),

@@ -33,6 +33,7 @@ def run(code, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_safetensors_and_orbax_work_without_torch(tmp_path):
     code = (
         BLOCK_TORCH
@@ -54,6 +55,7 @@ print(fr.load(sys.argv[1] + "/b")(images).shape, "torch" in sys.modules)
     assert result.stdout.split("\n")[0] == "(1, 10) False", result.stderr
 
 
+@pytest.mark.slow
 def test_the_command_line_converts_without_torch_and_says_what_a_pth_needs(tmp_path):
     code = (
         BLOCK_TORCH
@@ -99,6 +101,7 @@ print("torch" in sys.modules)
         assert_same_bits({key: found[key] for key in truth if key in found}, truth)
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_pytorch_is_read_without_torch(tmp_path):
     """Weights, momentum and schedule, as `train --resume` wants them; with torch the same comes
     out.
