@@ -78,9 +78,7 @@ class Browser:
         dark: bool = False,
         script: bool = True,
     ) -> None:
-        """Loads a file in a window of this size, and waits until it is loaded. Forgets earlier
-        events.
-        """
+        """Loads a file in a window of this size and waits for it. Forgets earlier events."""
         self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -129,9 +127,7 @@ class Browser:
         )
 
     def complaints(self) -> list[str]:
-        """What the console shows: exceptions, ``console`` calls, violations of the content security
-        policy.
-        """
+        """What the console shows: exceptions, ``console`` calls, refusals by the page's policy."""
         self.run("new Promise((done) => setTimeout(done, 50))")
         kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
         return [json.dumps(event["params"]) for event in self.events if event["method"] in kinds]

@@ -1,6 +1,4 @@
-"""Networks of every family as other packages build and save them: small, with norms that look
-trained.
-"""
+"""Networks of every family, built and saved by other packages, with norms that look trained."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ def import_transformers():
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """The module in float64, its weights as they are, its norms as if trained; no scale of zero,
-    which some packages start with.
-    """
+    """The module in float64, its norms as if trained; no scale of zero, with which some begin."""
     generator = torch.Generator().manual_seed(seed)
     module.double()
     with torch.no_grad():

@@ -1,6 +1,4 @@
-"""Ways to get a network wrong, injected into either side; the mutation study runs them all, and the
-table in docs/verification.md lists them.
-"""
+"""Ways to get a network wrong, on either side; docs/verification.md lists them in a table."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ OPTION_A = BlockConfig(in_channels=4, out_channels=10, stride=2, shortcut="zero_
 
 @dataclass(frozen=True)
 class Faulty(ReferencePair):
-    """ReferencePair of which one side was tampered with; the specification is still the untouched
-    network.
-    """
+    """A pair with one side tampered with; the specification is still the untouched network."""
 
     edit: Callable[[Any], None] = lambda _: None
     side: str = "flax"
@@ -80,12 +76,17 @@ class Fault:
     gradients: bool = False
 
 
+def _part(model: Any, path: tuple[Any, ...]) -> Any:
+    for part in path:
+        model = model[part] if isinstance(part, int) else getattr(model, part)
+    return model
+
+
 def _as(cls: type, *path: Any, **attributes: Any) -> Callable[[Any], None]:
     """Turns the module at an attribute path into another class and sets attributes."""
 
     def edit(model: Any) -> None:
-        for part in path:
-            model = model[part] if isinstance(part, int) else getattr(model, part)
+        model = _part(model, path)
         model.__class__ = cls
         for name, value in attributes.items():
             setattr(model, name, value)
@@ -94,12 +95,7 @@ def _as(cls: type, *path: Any, **attributes: Any) -> Callable[[Any], None]:
 
 
 def _set(attribute: str, value: Any, *path: Any) -> Callable[[Any], None]:
-    def edit(model: Any) -> None:
-        for part in path:
-            model = model[part] if isinstance(part, int) else getattr(model, part)
-        setattr(model, attribute, value)
-
-    return edit
+    return lambda model: setattr(_part(model, path), attribute, value)
 
 
 def _all_norms(**attributes: Any) -> Callable[[Any], None]:
@@ -116,9 +112,7 @@ def _tensor(
     change: Callable[[jax.Array], jax.Array], name: str, *path: Any
 ) -> Callable[[Any], None]:
     def edit(model: Any) -> None:
-        for part in path:
-            model = model[part] if isinstance(part, int) else getattr(model, part)
-        variable = getattr(model, name)
+        variable = getattr(_part(model, path), name)
         variable.set_value(change(variable[...]))
 
     return edit
@@ -260,6 +254,12 @@ class _Frozen(torch.nn.BatchNorm2d):
         return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
 
 
+class _Evaluated(torch.nn.BatchNorm2d):
+    def forward(self, x):
+        statistics = self.running_mean, self.running_var
+        return F.batch_norm(x, *statistics, self.weight, self.bias, False, 0.1, self.eps)
+
+
 class _SameConv(torch.nn.Conv2d):
     def forward(self, x):
         return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, None, self.stride, 0)
@@ -270,444 +270,209 @@ _NORM = ("stage1", 0, "norm1")
 _MEAN, _DEVIATION = jnp.array([0.485, 0.456, 0.406]), jnp.array([0.229, 0.224, 0.225])
 RELU = nnx.relu
 
-FAULTS = (
-    Fault(
-        "SAME padding of a strided convolution",
-        "flax",
-        forward_of(Conv, _same, *_CONV),
-        "stage2.0.conv1",
-        "same-padding",
+_CONFIGS = {
+    "stride on the second convolution": STRIDED,
+    "dilated convolution": BLOCK,
+    "reflecting padding": BLOCK,
+    "kernel with channels exchanged": BLOCK,
+    "two kernels swapped": BLOCK,
+    "option A pads behind only": OPTION_A,
+}
+"""Networks and blocks of the faults that need another one than :data:`NETWORK`."""
+_IN_GRADIENTS = (
+    "gradient of the skip cut",
+    "batch statistics as constants",
+    "a frozen kernel",
+    "gradient of a branch doubled",
+)
+_EDITS: dict[str, Callable[[Any], Any]] = {
+    "SAME padding of a strided convolution | flax | stage2.0.conv1 | same-padding": forward_of(
+        Conv, _same, *_CONV
     ),
-    Fault(
-        "padding at the end only",
-        "torch",
-        _as(_SameConv, "layer2", 0, "conv1"),
-        "stage2.0.conv1",
-        "same-padding",
+    "padding at the end only | torch | stage2.0.conv1 | same-padding": _as(
+        _SameConv, "layer2", 0, "conv1"
     ),
-    Fault(
-        "no padding of the stem's pooling",
-        "flax",
-        _as(MaxPool, "stem", "pool", padding=0),
-        "stem.pool",
-        "padding",
+    "no padding of the stem's pooling | flax | stem.pool | padding": _as(
+        MaxPool, "stem", "pool", padding=0
     ),
-    Fault(
-        "mean pooling in the stem",
-        "torch",
-        _replaced("maxpool", lambda _: torch.nn.AvgPool2d(3, 2, 1)),
-        "stem.pool",
-        "other-pooling",
+    "mean pooling in the stem | torch | stem.pool | other-pooling": _replaced(
+        "maxpool", lambda _: torch.nn.AvgPool2d(3, 2, 1)
     ),
-    Fault(
-        "stride on the second convolution",
-        "flax",
-        lambda m: (_set("stride", 1, "conv1")(m), _set("stride", 2, "conv2")(m)),
-        "conv1",
-        "stride",
-        STRIDED,
+    "stride on the second convolution | flax | conv1 | stride": lambda m: (
+        _set("stride", 1, "conv1")(m),
+        _set("stride", 2, "conv2")(m),
     ),
-    Fault(
-        "stride ignored",
-        "torch",
-        lambda m: setattr(m.layer2[0].conv1, "stride", (1, 1)),
-        "stage2.0.conv1",
-        "stride",
+    "stride ignored | torch | stage2.0.conv1 | stride": lambda m: setattr(
+        m.layer2[0].conv1, "stride", (1, 1)
     ),
-    Fault(
-        "dilated convolution",
-        "torch",
-        lambda m: (setattr(m.conv2, "dilation", (2, 2)), setattr(m.conv2, "padding", (2, 2))),
-        "conv2",
-        "dilation",
-        BLOCK,
+    "dilated convolution | torch | conv2 | dilation": lambda m: (
+        setattr(m.conv2, "dilation", (2, 2)),
+        setattr(m.conv2, "padding", (2, 2)),
     ),
-    Fault(
-        "reflecting padding",
-        "torch",
-        lambda m: (
-            setattr(m.conv2, "padding_mode", "reflect"),
-            setattr(m.conv2, "_reversed_padding_repeated_twice", [1] * 4),
+    "reflecting padding | torch | conv2 | padding-mode": lambda m: (
+        setattr(m.conv2, "padding_mode", "reflect"),
+        setattr(m.conv2, "_reversed_padding_repeated_twice", [1] * 4),
+    ),
+    "kernel flipped (true convolution) | flax | stage2.0.conv1/kernel | flipped-kernel": _tensor(
+        lambda k: k[::-1, ::-1], "kernel", *_CONV
+    ),
+    "kernel with height and width exchanged | flax | stem.conv/kernel | transposed-kernel": _tensor(
+        lambda k: k.transpose(1, 0, 2, 3), "kernel", "stem", "conv"
+    ),
+    "kernel with channels exchanged | flax | conv2/kernel | transposed-kernel": _tensor(
+        lambda k: k.transpose(0, 1, 3, 2), "kernel", "conv2"
+    ),
+    "kernel reshaped instead of transposed | flax | stage2.0.conv1/kernel | reshaped-kernel": (
+        _tensor(lambda k: k.transpose(3, 2, 0, 1).reshape(k.shape), "kernel", *_CONV)
+    ),
+    "head matrix reshaped instead of transposed | flax | head/kernel | reshaped-kernel": _tensor(
+        lambda k: k.T.reshape(k.shape), "kernel", "head"
+    ),
+    "two kernels swapped | flax | conv1/kernel | swapped-tensor": _exchange,
+    "scale never filled | flax | stage1.0.norm1/scale | stale-tensor": _tensor(
+        jnp.ones_like, "scale", *_NORM
+    ),
+    "statistics never filled | torch | stage1.0.norm1/mean | stale-tensor": lambda m: m.layer1[
+        0
+    ].bn1.reset_running_stats(),
+    "kernel of another run | torch | stage2.0.conv2/kernel | stale-tensor": lambda m: (
+        torch.nn.init.normal_(m.layer2[0].conv2.weight, 0, 0.1)
+    ),
+    "weights rounded to bfloat16 | flax | stage2.0.conv1/kernel | rounded-weights": _tensor(
+        lambda k: k.astype(jnp.bfloat16).astype(k.dtype), "kernel", *_CONV
+    ),
+    "one element damaged | flax | stage2.0.conv1/kernel | damaged-tensor": _tensor(
+        lambda k: k.at[1, 2, 0, 1].multiply(-2), "kernel", *_CONV
+    ),
+    "convolution in bfloat16 | flax | stage2.0.conv1 | reduced-precision": forward_of(
+        Conv, rounded_conv(7), *_CONV
+    ),
+    "convolution in TF32 | flax | stem.conv | reduced-precision": forward_of(
+        Conv, rounded_conv(10), "stem", "conv"
+    ),
+    "norm in float32 | flax | stage1.0.norm1 | reduced-precision": forward_of(
+        BatchNorm, _half_norm, *_NORM
+    ),
+    "eps of another framework | flax | stem.norm | eps": _all_norms(eps=1e-3),
+    "eps of one norm | torch | stage2.0.norm2 | eps": lambda m: setattr(
+        m.layer2[0].bn2, "eps", 1e-4
+    ),
+    "momentum counted the other way | flax | stem.norm/mean | momentum-complement": _all_norms(
+        momentum=0.9
+    ),
+    "momentum 0.01 | torch | stem.norm/mean | momentum": lambda m: setattr(m.bn1, "momentum", 0.01),
+    "biased running variance | flax | stage1.0.norm1/var | biased-variance": _as(
+        type("Biased", (BatchNorm,), {"_track": _biased}), *_NORM
+    ),
+    "biased running variance | torch | stage1.0.norm1/var | biased-variance": _as(
+        _BiasedUpdate, "layer1", 0, "bn1"
+    ),
+    "statistics not updated | torch | stage1.0.norm2/mean | frozen-statistics": _as(
+        _Frozen, "layer1", 0, "bn2"
+    ),
+    "batch statistics in evaluation | flax | stage1.0.norm1 | train-eval-mode": forward_of(
+        BatchNorm,
+        lambda self, x, use_running_average=None: BatchNorm.__call__(
+            self, x, use_running_average=False
         ),
-        "conv2",
-        "padding-mode",
-        BLOCK,
+        *_NORM,
     ),
-    Fault(
-        "kernel flipped (true convolution)",
-        "flax",
-        _tensor(lambda k: k[::-1, ::-1], "kernel", *_CONV),
-        "stage2.0.conv1/kernel",
-        "flipped-kernel",
+    "running statistics in training | torch | stage2.0.norm1 | train-eval-mode": _as(
+        _Evaluated, "layer2", 0, "bn1"
     ),
-    Fault(
-        "kernel with height and width exchanged",
-        "flax",
-        _tensor(lambda k: k.transpose(1, 0, 2, 3), "kernel", "stem", "conv"),
-        "stem.conv/kernel",
-        "transposed-kernel",
+    "instance instead of batch normalisation | flax | stage1.0.norm1 | other-norm": forward_of(
+        BatchNorm, _instance_norm, *_NORM
     ),
-    Fault(
-        "kernel with channels exchanged",
-        "flax",
-        _tensor(lambda k: k.transpose(0, 1, 3, 2), "kernel", "conv2"),
-        "conv2/kernel",
-        "transposed-kernel",
-        BLOCK,
+    "first ReLU missing | flax | stage1.0.conv2 | missing-relu": forward_of(
+        ResidualBlock, _block(lambda y, s, x: RELU(y + s), lambda y: y), "stage1", 0
     ),
-    Fault(
-        "kernel reshaped instead of transposed",
-        "flax",
-        _tensor(lambda k: k.transpose(3, 2, 0, 1).reshape(k.shape), "kernel", *_CONV),
-        "stage2.0.conv1/kernel",
-        "reshaped-kernel",
+    "GELU after the first convolution | flax | stage2.0.conv2 | other-activation": forward_of(
+        ResidualBlock,
+        _block(lambda y, s, x: RELU(y + s), lambda y: nnx.gelu(y, approximate=False)),
+        "stage2",
+        0,
     ),
-    Fault(
-        "head matrix reshaped instead of transposed",
-        "flax",
-        _tensor(lambda k: k.T.reshape(k.shape), "kernel", "head"),
-        "head/kernel",
-        "reshaped-kernel",
+    "leaky ReLU in the stem | flax | stem.pool | other-activation": forward_of(
+        StemLayers, _stem(activation=nnx.leaky_relu), "stem"
     ),
-    Fault("two kernels swapped", "flax", _exchange, "conv1/kernel", "swapped-tensor", BLOCK),
-    Fault(
-        "scale never filled",
-        "flax",
-        _tensor(jnp.ones_like, "scale", *_NORM),
-        "stage1.0.norm1/scale",
-        "stale-tensor",
+    "last ReLU missing | flax | stage1.0 | missing-relu": forward_of(
+        ResidualBlock, _block(lambda y, s, x: y + s), "stage1", 0
     ),
-    Fault(
-        "statistics never filled",
-        "torch",
-        lambda m: m.layer1[0].bn1.reset_running_stats(),
-        "stage1.0.norm1/mean",
-        "stale-tensor",
+    "skip not added | flax | stage1.0 | skip-not-added": forward_of(
+        ResidualBlock, _block(lambda y, s, x: RELU(y)), "stage1", 0
     ),
-    Fault(
-        "kernel of another run",
-        "torch",
-        lambda m: torch.nn.init.normal_(m.layer2[0].conv2.weight, 0, 0.1),
-        "stage2.0.conv2/kernel",
-        "stale-tensor",
+    "skip added before the last norm | torch | stage2.0.norm2 | skip-before-norm": _as(
+        type("Early", (BasicBlock,), {"forward": _torch_block}), "layer2", 0
     ),
-    Fault(
-        "weights rounded to bfloat16",
-        "flax",
-        _tensor(lambda k: k.astype(jnp.bfloat16).astype(k.dtype), "kernel", *_CONV),
-        "stage2.0.conv1/kernel",
-        "rounded-weights",
+    "main path overwritten (the question) | flax | stage1.0 | overwritten-branch": forward_of(
+        ResidualBlock, _block(lambda y, s, x: RELU(s + x)), "stage1", 0
     ),
-    Fault(
-        "one element damaged",
-        "flax",
-        _tensor(lambda k: k.at[1, 2, 0, 1].multiply(-2), "kernel", *_CONV),
-        "stage2.0.conv1/kernel",
-        "damaged-tensor",
+    "ReLU before the addition | flax | stage2.0 | relu-before-add": forward_of(
+        ResidualBlock, _block(lambda y, s, x: RELU(y) + s), "stage2", 0
     ),
-    Fault(
-        "convolution in bfloat16",
-        "flax",
-        forward_of(Conv, rounded_conv(7), *_CONV),
-        "stage2.0.conv1",
-        "reduced-precision",
+    "branch scaled by 0.8 | flax | stage2.0 | scaled": forward_of(
+        ResidualBlock, _block(lambda y, s, x: RELU(0.8 * y + s)), "stage2", 0
     ),
-    Fault(
-        "convolution in TF32",
-        "flax",
-        forward_of(Conv, rounded_conv(10), "stem", "conv"),
-        "stem.conv",
-        "reduced-precision",
+    "option A pads behind only | flax | block | other-shortcut": forward_of(
+        ResidualBlock,
+        _block(lambda y, s, x: RELU(y + jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (0, 6))))),
     ),
-    Fault(
-        "norm in float32",
-        "flax",
-        forward_of(BatchNorm, _half_norm, *_NORM),
-        "stage1.0.norm1",
-        "reduced-precision",
+    "BGR instead of RGB | flax | stem.conv | reversed-channels": forward_of(
+        StemLayers, _stem(lambda x: x[..., ::-1]), "stem"
     ),
-    Fault("eps of another framework", "flax", _all_norms(eps=1e-3), "stem.norm", "eps"),
-    Fault(
-        "eps of one norm",
-        "torch",
-        lambda m: setattr(m.layer2[0].bn2, "eps", 1e-4),
-        "stage2.0.norm2",
-        "eps",
+    "other normalisation constants | flax | stem.conv | normalisation-constants": forward_of(
+        StemLayers, _stem(lambda x: (x - _MEAN) / _DEVIATION), "stem"
     ),
-    Fault(
-        "momentum counted the other way",
-        "flax",
-        _all_norms(momentum=0.9),
-        "stem.norm/mean",
-        "momentum-complement",
+    "NCHW image read as NHWC | flax | stem.conv | memory-layout": forward_of(
+        StemLayers,
+        _stem(lambda x: x.reshape(x.shape[0], x.shape[3], *x.shape[1:3]).transpose(0, 2, 3, 1)),
+        "stem",
     ),
-    Fault(
-        "momentum 0.01",
-        "torch",
-        lambda m: setattr(m.bn1, "momentum", 0.01),
-        "stem.norm/mean",
-        "momentum",
+    "maximum instead of mean before the head | flax | head | other-pooling": forward_of(
+        ResNet, _network(lambda x: x.max((1, 2)))
     ),
-    Fault(
-        "biased running variance",
-        "flax",
-        _as(type("Biased", (BatchNorm,), {"_track": _biased}), *_NORM),
-        "stage1.0.norm1/var",
-        "biased-variance",
+    "dropout before the head | torch | head | dropout": lambda m: m.fc.register_forward_pre_hook(
+        lambda _, args: (F.dropout(args[0], 0.3, True, False),)
     ),
-    Fault(
-        "biased running variance",
-        "torch",
-        _as(_BiasedUpdate, "layer1", 0, "bn1"),
-        "stage1.0.norm1/var",
-        "biased-variance",
+    "bias in a convolution | torch | stage1.0.conv1 | bias": lambda m: m.layer1[
+        0
+    ].conv1.register_parameter(
+        "bias", torch.nn.Parameter(torch.linspace(-1, 1, 6, dtype=m.fc.weight.dtype))
     ),
-    Fault(
-        "statistics not updated",
-        "torch",
-        _as(_Frozen, "layer1", 0, "bn2"),
-        "stage1.0.norm2/mean",
-        "frozen-statistics",
+    "no bias in the head | flax | head | bias": forward_of(
+        Linear, lambda self, x: x @ self.kernel[...], "head"
     ),
-    Fault(
-        "batch statistics in evaluation",
-        "flax",
-        forward_of(
-            BatchNorm,
-            lambda self, x, use_running_average=None: BatchNorm.__call__(
-                self, x, use_running_average=False
-            ),
-            *_NORM,
+    "values that are not finite | flax | stage2.0.conv2 | non-finite": forward_of(
+        ResidualBlock,
+        _block(lambda y, s, x: RELU(y + s), lambda y: jnp.log(RELU(y) - 0.01)),
+        "stage2",
+        0,
+    ),
+    "gradient of the skip cut | flax | stage1.0 | cut-skip": forward_of(
+        ResidualBlock, _block(lambda y, s, x: RELU(y + lax.stop_gradient(s))), "stage1", 0
+    ),
+    "batch statistics as constants | flax | stage1.0.norm1 | cut-statistics": forward_of(
+        BatchNorm, _constant_statistics, *_NORM
+    ),
+    "a frozen kernel | flax | stage2.0.conv1/kernel | cut-gradient": forward_of(
+        Conv,
+        lambda self, x: lax.conv_general_dilated(
+            x,
+            lax.stop_gradient(self.kernel[...]),
+            (self.stride,) * 2,
+            ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
         ),
-        "stage1.0.norm1",
-        "train-eval-mode",
+        *_CONV,
     ),
-    Fault(
-        "running statistics in training",
-        "torch",
-        _as(
-            type(
-                "Evaluated",
-                (torch.nn.BatchNorm2d,),
-                {
-                    "forward": lambda self, x: F.batch_norm(
-                        x,
-                        self.running_mean,
-                        self.running_var,
-                        self.weight,
-                        self.bias,
-                        False,
-                        0.1,
-                        self.eps,
-                    )
-                },
-            ),
-            "layer2",
-            0,
-            "bn1",
-        ),
-        "stage2.0.norm1",
-        "train-eval-mode",
-    ),
-    Fault(
-        "instance instead of batch normalisation",
-        "flax",
-        forward_of(BatchNorm, _instance_norm, *_NORM),
-        "stage1.0.norm1",
-        "other-norm",
-    ),
-    Fault(
-        "first ReLU missing",
-        "flax",
-        forward_of(ResidualBlock, _block(lambda y, s, x: RELU(y + s), lambda y: y), "stage1", 0),
-        "stage1.0.conv2",
-        "missing-relu",
-    ),
-    Fault(
-        "GELU after the first convolution",
-        "flax",
-        forward_of(
-            ResidualBlock,
-            _block(lambda y, s, x: RELU(y + s), lambda y: nnx.gelu(y, approximate=False)),
-            "stage2",
-            0,
-        ),
-        "stage2.0.conv2",
-        "other-activation",
-    ),
-    Fault(
-        "leaky ReLU in the stem",
-        "flax",
-        forward_of(StemLayers, _stem(activation=nnx.leaky_relu), "stem"),
-        "stem.pool",
-        "other-activation",
-    ),
-    Fault(
-        "last ReLU missing",
-        "flax",
-        forward_of(ResidualBlock, _block(lambda y, s, x: y + s), "stage1", 0),
-        "stage1.0",
-        "missing-relu",
-    ),
-    Fault(
-        "skip not added",
-        "flax",
-        forward_of(ResidualBlock, _block(lambda y, s, x: RELU(y)), "stage1", 0),
-        "stage1.0",
-        "skip-not-added",
-    ),
-    Fault(
-        "skip added before the last norm",
-        "torch",
-        _as(type("Early", (BasicBlock,), {"forward": _torch_block}), "layer2", 0),
-        "stage2.0.norm2",
-        "skip-before-norm",
-    ),
-    Fault(
-        "main path overwritten (the question)",
-        "flax",
-        forward_of(ResidualBlock, _block(lambda y, s, x: RELU(s + x)), "stage1", 0),
-        "stage1.0",
-        "overwritten-branch",
-    ),
-    Fault(
-        "ReLU before the addition",
-        "flax",
-        forward_of(ResidualBlock, _block(lambda y, s, x: RELU(y) + s), "stage2", 0),
-        "stage2.0",
-        "relu-before-add",
-    ),
-    Fault(
-        "branch scaled by 0.8",
-        "flax",
-        forward_of(ResidualBlock, _block(lambda y, s, x: RELU(0.8 * y + s)), "stage2", 0),
-        "stage2.0",
-        "scaled",
-    ),
-    Fault(
-        "option A pads behind only",
-        "flax",
-        forward_of(
-            ResidualBlock,
-            _block(
-                lambda y, s, x: RELU(y + jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (0, 6))))
-            ),
-        ),
-        "block",
-        "other-shortcut",
-        OPTION_A,
-    ),
-    Fault(
-        "BGR instead of RGB",
-        "flax",
-        forward_of(StemLayers, _stem(lambda x: x[..., ::-1]), "stem"),
-        "stem.conv",
-        "reversed-channels",
-    ),
-    Fault(
-        "other normalisation constants",
-        "flax",
-        forward_of(StemLayers, _stem(lambda x: (x - _MEAN) / _DEVIATION), "stem"),
-        "stem.conv",
-        "normalisation-constants",
-    ),
-    Fault(
-        "NCHW image read as NHWC",
-        "flax",
-        forward_of(
-            StemLayers,
-            _stem(lambda x: x.reshape(x.shape[0], x.shape[3], *x.shape[1:3]).transpose(0, 2, 3, 1)),
-            "stem",
-        ),
-        "stem.conv",
-        "memory-layout",
-    ),
-    Fault(
-        "maximum instead of mean before the head",
-        "flax",
-        forward_of(ResNet, _network(lambda x: x.max((1, 2)))),
-        "head",
-        "other-pooling",
-    ),
-    Fault(
-        "dropout before the head",
-        "torch",
-        lambda m: m.fc.register_forward_pre_hook(
-            lambda _, args: (F.dropout(args[0], 0.3, True, False),)
-        ),
-        "head",
-        "dropout",
-    ),
-    Fault(
-        "bias in a convolution",
-        "torch",
-        lambda m: m.layer1[0].conv1.register_parameter(
-            "bias", torch.nn.Parameter(torch.linspace(-1, 1, 6, dtype=m.fc.weight.dtype))
-        ),
-        "stage1.0.conv1",
-        "bias",
-    ),
-    Fault(
-        "no bias in the head",
-        "flax",
-        forward_of(Linear, lambda self, x: x @ self.kernel[...], "head"),
-        "head",
-        "bias",
-    ),
-    Fault(
-        "values that are not finite",
-        "flax",
-        forward_of(
-            ResidualBlock,
-            _block(lambda y, s, x: RELU(y + s), lambda y: jnp.log(RELU(y) - 0.01)),
-            "stage2",
-            0,
-        ),
-        "stage2.0.conv2",
-        "non-finite",
-    ),
-    Fault(
-        "gradient of the skip cut",
-        "flax",
-        forward_of(
-            ResidualBlock, _block(lambda y, s, x: RELU(y + lax.stop_gradient(s))), "stage1", 0
-        ),
-        "stage1.0",
-        "cut-skip",
-        gradients=True,
-    ),
-    Fault(
-        "batch statistics as constants",
-        "flax",
-        forward_of(BatchNorm, _constant_statistics, *_NORM),
-        "stage1.0.norm1",
-        "cut-statistics",
-        gradients=True,
-    ),
-    Fault(
-        "a frozen kernel",
-        "flax",
-        forward_of(
-            Conv,
-            lambda self, x: lax.conv_general_dilated(
-                x,
-                lax.stop_gradient(self.kernel[...]),
-                (self.stride,) * 2,
-                ((1, 1), (1, 1)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            ),
-            *_CONV,
-        ),
-        "stage2.0.conv1/kernel",
-        "cut-gradient",
-        gradients=True,
-    ),
-    Fault(
-        "gradient of a branch doubled",
-        "torch",
-        lambda m: m.layer1[0].bn2.register_forward_hook(lambda _, __, y: y * 2 - y.detach()),
-        "stage1.0.norm2",
-        "scaled-gradient",
-        gradients=True,
-    ),
+    "gradient of a branch doubled | torch | stage1.0.norm2 | scaled-gradient": lambda m: m.layer1[
+        0
+    ].bn2.register_forward_hook(lambda _, __, y: y * 2 - y.detach()),
+}
+"""Rows of the documentation's table: name, side, slot and cause of a fault."""
+FAULTS = tuple(
+    Fault(name, side, edit, slot, cause, _CONFIGS.get(name, NETWORK), name in _IN_GRADIENTS)
+    for (name, side, slot, cause), edit in (
+        (row.split(" | "), edit) for row, edit in _EDITS.items()
+    )
 )

@@ -132,9 +132,7 @@ def set_up(name, seed=0):
 
 
 class Moment(NamedTuple):
-    """What a torch run could save after a step: the state dicts of its module, optimizer and
-    scheduler.
-    """
+    """What a torch run could save after a step: state dicts of module, optimizer and scheduler."""
 
     weights: dict[str, Any]
     optimizer: dict[str, Any]
@@ -169,9 +167,7 @@ COMPILED: dict[str, Any] = {}
 
 
 def compiled(graphdef, run, pace):
-    """The train step; one for all runs whose optimizers differ only in what a step is given: rates,
-    and momenta where the schedule moves them.
-    """
+    """The train step; one for all runs whose optimizers differ only in rates and momenta."""
     given = {"lr", "initial_lr", "max_lr", "min_lr"}
     if pace.rates(pace.start).momenta is not None:
         given |= {"momentum", "betas", "max_momentum", "base_momentum"}
@@ -190,9 +186,7 @@ def compiled(graphdef, run, pace):
 
 
 def jax_steps(weights, run, data, *, optimizer=None):
-    """A run goes on in JAX; yields state dict, run and optimizer state after each step.
-    ``optimizer`` takes another one, a chain that begins with a trace.
-    """
+    """A run goes on in JAX: state dict, run and optimizer state after each step."""
     with jax.enable_x64(True):
         model = from_torch(weights)
         model.train()
@@ -230,9 +224,7 @@ def momentum_of(group):
 
 @functools.cache
 def gone_on(name):
-    """State dict, run and optimizer after every step in JAX, from where torch was after
-    :data:`BEFORE`.
-    """
+    """State dict, run and optimizer after every step in JAX, from torch's step :data:`BEFORE`."""
     start = reference(name, BEFORE + AFTER)[BEFORE - 1]
     steps = jax_steps(start.weights, run_of(start, BEFORE), batches(BEFORE + AFTER)[BEFORE:])
     return [

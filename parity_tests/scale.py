@@ -36,9 +36,7 @@ CONFIG = TrainConfig(
 
 
 def start_model(config: TrainConfig = CONFIG):
-    """The network with random statistics, so that no test can pass by leaving them at zero and
-    one.
-    """
+    """The network with random statistics: no test can pass by leaving them at zero and one."""
     model = new_model(config)
     rng = np.random.default_rng(7)
     stats = nnx.state(model, nnx.BatchStat)

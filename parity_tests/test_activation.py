@@ -1,6 +1,4 @@
-"""The activation of a network: PyTorch's to the last digits, told by a live module, settable where
-the weights cannot tell, kept in metadata, and right wherever ReLU used to be the only one.
-"""
+"""The activation of a network: PyTorch's values, told by a module, settable, kept in metadata."""
 
 from __future__ import annotations
 

@@ -99,9 +99,7 @@ def sentences(request: Request, outcome: Outcome) -> list[str]:
 
 
 def on_each_target(test):
-    """Runs a test once per target, those of one target in one worker, where their compilations are
-    shared.
-    """
+    """Runs a test once per target, each target in one worker, where its compilations are shared."""
     marked = [
         pytest.param(target, marks=[pytest.mark.xdist_group(target), pytest.mark.slow])
         for target in TARGETS

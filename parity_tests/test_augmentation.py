@@ -1,6 +1,4 @@
-"""Augmentation against torchvision and against its definition, and the stream of batches, which
-depends on seed and step alone.
-"""
+"""Augmentation against torchvision; the stream of batches depends on seed and step alone."""
 
 from __future__ import annotations
 
@@ -172,9 +170,7 @@ def test_windows_and_mirrors_are_drawn_evenly():
 
 
 class Fed:
-    """What torchvision's search of a window takes from torch, with given numbers in place of random
-    ones.
-    """
+    """What torchvision's search of a window takes from torch, with given random numbers."""
 
     log, exp = torch.log, torch.exp
 

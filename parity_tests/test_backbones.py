@@ -1,6 +1,4 @@
-"""Backbones are taken out of the checkpoints of detectors, segmenters and self-supervised training:
-each from the key set that the project writes.
-"""
+"""Backbones are taken out of checkpoints of detectors, segmenters and self-supervised training."""
 
 import warnings
 
@@ -33,9 +31,7 @@ PARTS = {
 
 
 def keys_of(modules, prefix=""):
-    """Tensors of modules by their kind: ``"a:l b:n"`` is a linear layer and a norm; ``w`` has a
-    weight alone, ``t`` is a tensor.
-    """
+    """Tensors by kind: ``"a:l b:n"`` is a linear layer and a norm; ``w`` has a weight alone."""
     return [
         f"{prefix}{name}.{part}".removesuffix(".")
         for name, _, kind in (module.partition(":") for module in modules.split())
@@ -403,9 +399,7 @@ def test_a_head_of_several_layers_is_refused(tmp_path):
 
 
 def test_a_classifier_with_the_names_of_a_segmenter_is_none(tmp_path):
-    """Sequential(Linear, BatchNorm1d, ReLU, Dropout, Linear) has the names of torchvision's
-    FCNHead.
-    """
+    """Sequential(Linear, BatchNorm1d, ReLU, Dropout, Linear) has the names of an FCNHead."""
     mlp = {"classifier.0.weight": torch.ones(8, 64), "classifier.4.weight": torch.ones(5, 8)}
     mlp |= {key: torch.ones(8) for key in keys_of("classifier.1:n") if COUNTERS not in key}
     with pytest.raises(

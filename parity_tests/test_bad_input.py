@@ -1,6 +1,4 @@
-"""Bad input at the level of the library: refused with a message, nothing written, nothing run. The
-command line's share is in test_cli.py.
-"""
+"""Bad input to the library is refused with a message; nothing is written, nothing run."""
 
 import json
 import os

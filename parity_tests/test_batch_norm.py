@@ -130,9 +130,7 @@ needs_devices = pytest.mark.skipif(
 
 
 def spread(x, **options):
-    """Normalises ``x`` over 4 devices inside shard_map; returns output and statistics of the first
-    device.
-    """
+    """Output and the first device's statistics of ``x``, normalised over 4 devices in shard_map."""
     mesh = jax.make_mesh((4,), ("batch",))
     norm = BatchNorm(x.shape[-1], param_dtype=x.dtype, rngs=nnx.Rngs(0), **options)
     graphdef, state = nnx.split(norm)

@@ -68,9 +68,7 @@ def test_a_side_that_computes_something_else_is_seen():
 
 
 def test_the_document_holds_the_measured_table():
-    """docs/performance.md has the table of docs/bench.json with every row of the full benchmark,
-    and says where it was measured.
-    """
+    """docs/performance.md has docs/bench.json with every row, and says where it was measured."""
     found = json.loads((REPOSITORY / "docs" / "bench.json").read_text())
     assert [case["case"] for case in found["cases"]] == [vars(case) for case in FULL]
     text = (REPOSITORY / "docs" / "performance.md").read_text()

@@ -1,6 +1,4 @@
-"""Single bits flipped anywhere in what this library wrote: every flip that changes a tensor is
-noticed, and the tensor is named.
-"""
+"""A single flipped bit that changes a tensor is noticed, and the tensor is named."""
 
 import json
 import random
@@ -38,9 +36,7 @@ def written(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["net.safetensors", "net.pth", "net"])
 def test_no_flipped_bit_changes_a_tensor_unnoticed(name, written):
-    """Over all bits of all files of the output: a third of the flips lie in what describes the
-    tensors.
-    """
+    """Over all bits of all files: a third of the flips lie in what describes the tensors."""
     truth = checkpoint.digests(checkpoint.read(written / name).tensors)
     files = [
         path
@@ -70,9 +66,7 @@ def test_no_flipped_bit_changes_a_tensor_unnoticed(name, written):
 
 @pytest.mark.parametrize("name", ["net.safetensors", "net.pth"])
 def test_a_flipped_bit_in_a_tensor_is_named(name, written):
-    """Flips within the bytes of tensors: each is refused, and the message has the name of the very
-    tensor.
-    """
+    """Flips within the bytes of tensors: each is refused with the name of the very tensor."""
     tensors = checkpoint.read(written / name).tensors
     content = (written / name).read_bytes()
     rng = random.Random(name)
@@ -88,9 +82,7 @@ def test_a_flipped_bit_in_a_tensor_is_named(name, written):
 
 
 def test_a_flipped_bit_in_an_orbax_folder_is_named(written):
-    """Large tensors lie in files as they are; small ones share compressed groups with a checksum,
-    and a damaged group names those that it takes along.
-    """
+    """Small tensors share compressed groups; a damaged group names all that it takes along."""
     truth = checkpoint.read(written / "net").tensors
     root = written / "net" / "state"
     (group,) = (root / "d").iterdir()
@@ -112,9 +104,7 @@ def test_a_flipped_bit_in_an_orbax_folder_is_named(written):
 
 @pytest.mark.parametrize("name", ["net.safetensors", "net"])
 def test_what_lies_beside_the_tensors_is_covered_too(name, written):
-    """The configuration, eps and momentum change what a network computes as much as a weight
-    does.
-    """
+    """Configuration, eps and momentum change what is computed as much as a weight does."""
     file = written / name if name.endswith("safetensors") else written / name / "flax_resblock.json"
     content = file.read_bytes()
     assert content.count(b"1e-05") == 1

@@ -1,6 +1,4 @@
-"""parity.json after a conversion: what it says is so, every output has its entry, and an interrupt
-leaves neither half an output nor half a certificate.
-"""
+"""parity.json after a conversion: what it says is so, also after an interrupt."""
 
 import hashlib
 import json
@@ -283,9 +281,7 @@ def test_an_interrupt_leaves_a_complete_output_and_no_half_certificate(
 
 
 def assert_whole(folder, certified=None):
-    """The output is complete and the certificate is the old one or has its entry too; nothing else
-    lies around.
-    """
+    """The output is complete, the certificate old or with its entry too; nothing else is left."""
     assert sorted(path.name for path in folder.iterdir()) == [
         "before.safetensors",
         "net.pth",
@@ -304,9 +300,7 @@ def assert_whole(folder, certified=None):
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.2, 0.5, 1.0, 1.5, 2.0])
 def test_an_interrupt_at_any_time_after_the_output_is_written_does_no_harm(delay, folder):
-    """jax's callbacks swallow an interrupt that meets them: then the conversion ends as if there
-    had been none.
-    """
+    """jax's callbacks swallow an interrupt: then the conversion ends as if there had been none."""
     convert("before.safetensors")
     process = subprocess.Popen(
         [sys.executable, "-m", "flax_resblock", "convert", "net.pth", "out.safetensors"],

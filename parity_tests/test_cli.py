@@ -1,6 +1,4 @@
-"""The command line as a person meets it: good input, bad input, exit statuses, nothing
-half-written.
-"""
+"""The command line: good input, bad input, exit statuses, nothing half-written."""
 
 import fcntl
 import json
@@ -307,9 +305,7 @@ def test_traceback_flag_shows_where_an_error_came_from(folder):
 
 
 def test_temporaries_of_a_killed_process_are_removed_and_those_of_a_live_one_kept(checkpoint_file):
-    """Alive is who holds the lock; a number says nothing, as this one, which now is another
-    process's.
-    """
+    """Alive is who holds the lock; a number says nothing: it may be another process's by now."""
     for process in (os.getppid(), os.getpid()):
         Path(f".out.{process}.abc.partial").mkdir()
         Path(f".out.{process}.abc.partial/half").write_text("x")

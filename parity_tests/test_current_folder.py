@@ -1,6 +1,4 @@
-"""A folder full of the user's own modules does not disturb the library, its command, or the
-processes that it starts.
-"""
+"""A folder full of the user's own modules does not disturb the library or its processes."""
 
 from __future__ import annotations
 

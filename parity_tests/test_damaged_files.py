@@ -1,6 +1,4 @@
-"""A file that was damaged anywhere is refused with one message or gives the very bits that were
-written; it never gives a traceback.
-"""
+"""A damaged file is refused with one message or gives the bits that were written."""
 
 import re
 import subprocess
@@ -25,9 +23,7 @@ def healthy():
 
 
 def damaged(content: bytes, rng: np.random.Generator) -> bytes:
-    """One bit flipped, eight bytes replaced, or the end cut off; near the beginning, where the
-    headers are, half of the time.
-    """
+    """One bit flipped, eight bytes replaced or the end cut off; half of the time in the headers."""
     position = int(rng.integers(min(len(content), 3000 if rng.random() < 0.5 else len(content))))
     changed = bytearray(content)
     how = rng.integers(3)
@@ -75,9 +71,7 @@ def test_damage_is_refused_or_harmless(name, times, has_digests, tmp_path):
 
 
 def test_a_damaged_orbax_folder_gives_one_line_and_no_traceback(tmp_path):
-    """Orbax reads all tensors at once; those still on their way when one fails must not fill the
-    terminal.
-    """
+    """Orbax reads all tensors at once; others must not fill the terminal when one fails."""
     save(from_torch(healthy()), tmp_path / "net")
     index = max((tmp_path / "net" / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
     index.write_bytes(index.read_bytes()[: index.stat().st_size // 2])

@@ -1,6 +1,4 @@
-"""Data as people keep them: every kind is read as it was written, and every fault is one clear
-refusal. The files are written here byte by byte.
-"""
+"""Data are read as they were written, here byte by byte, and every fault is one clear refusal."""
 
 from __future__ import annotations
 
@@ -55,9 +53,7 @@ def write_idx(folder: Path, files: dict[str, np.ndarray], compressed: bool = Fal
 
 
 def python2_pickle(content: dict[str, object]) -> bytes:
-    """The opcodes that Python 2's cPickle wrote for a dictionary of byte strings, lists of small
-    integers or strings, and one array of bytes.
-    """
+    """What Python 2's cPickle wrote for strings, lists of integers or strings, and one array."""
 
     def string(value: bytes) -> bytes:
         return (
@@ -134,9 +130,7 @@ def cifar(folder: Path, kind: str, per_file: int = 3) -> dict[str, tuple[np.ndar
 def image_files(
     root: Path, parts: dict[str, dict[str, int]], held_out: str = "val"
 ) -> dict[str, np.ndarray]:
-    """Writes PNG files of odd sizes, below each class in a further folder too; path below ``root``
-    -> pixels.
-    """
+    """Writes PNG files, below each class in a further folder too; path below ``root`` -> pixels."""
     written = {}
     for part, classes in parts.items():
         for name, count in classes.items():

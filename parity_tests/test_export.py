@@ -1,6 +1,4 @@
-"""Exported networks: equal to their source, bit for bit, with and without this package; folded
-batch norms; and what is refused.
-"""
+"""Exported networks equal their source, bit for bit, with and without this package."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Networks that transformers, timm and torchvision build and save convert with no flags, compute
-the same, and go back.
-"""
+"""Networks of transformers, timm and torchvision convert with no flags and go back."""
 
 import json
 import warnings
@@ -46,9 +44,7 @@ def saved(name, folder):
 
 
 def from_timms_folder(folder):
-    """What timm builds from its config.json and loads; in float64, which its float32 parameters
-    would cut off.
-    """
+    """What timm builds from its config.json; in float64, which its parameters would cut off."""
     torch.set_default_dtype(torch.float64)
     try:
         return import_timm().create_model(f"local-dir:{folder}", pretrained=True)

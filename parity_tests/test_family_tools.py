@@ -1,6 +1,4 @@
-"""What people do with networks of other families: stage outputs, a new head, predictions with their
-own labels, and what the commands say.
-"""
+"""Networks of other families: stage outputs, a new head, predictions with their own labels."""
 
 import json
 

@@ -57,9 +57,7 @@ FOUND = {
 @pytest.mark.xdist_group("fuzz")
 @pytest.mark.parametrize("found", [FOUND, {"hang": "HANG: status 1"}], ids=["faults", "hang"])
 def test_the_fuzzer_sees(found, tmp_path):
-    """The negative control: a pickle that is really run, a file that is really written, memory that
-    is really taken, an interpreter that really crashes or hangs; and a file that does nothing.
-    """
+    """The negative control: code, a file, memory, a crash and a hang; and a harmless file."""
     canaries = [f"--canary={name}" for name in found]
     status, output = fuzz(tmp_path, "60", f"--files={len(found)}", "--category=idx", *canaries)
     assert status == 1, output

@@ -1,6 +1,4 @@
-"""Files that the fuzzer found to end in something else than an exact load or one clear error, made
-again by code. One test each.
-"""
+"""Files that the fuzzer found to end in neither an exact load nor one clear error."""
 
 import io
 import json

@@ -1,6 +1,4 @@
-"""Hostile files: each is refused with one error that says what it attempts, before anything is
-allocated, run or followed.
-"""
+"""Hostile files are refused with one error before anything is allocated, run or followed."""
 
 import gzip
 import io
@@ -110,9 +108,7 @@ def test_what_a_pickle_tries_is_named_without_doing_it(name):
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_no_piece_gets_through_a_file(legacy, tmp_path, monkeypatch):
-    """Beside healthy weights each is refused or, where it is only odd, left out without a change to
-    the weights.
-    """
+    """Beside healthy weights each is refused, or left out without a change to the weights."""
     monkeypatch.chdir(tmp_path)
     content = {"state_dict": with_tensors(samples.state()), "odd": "here"}
     data = samples.saved(content, legacy=legacy)
@@ -137,9 +133,7 @@ def test_no_piece_gets_through_a_file(legacy, tmp_path, monkeypatch):
 
 
 def test_the_laughs_would_be_endless():
-    """The negative control of the walk: what it refuses has more values than anyone can visit, in a
-    few hundred bytes.
-    """
+    """The control: what is refused has, in a few hundred bytes, more values than can be visited."""
     value = ["x"]
     for _ in range(50):
         value = [value, value]
@@ -203,9 +197,7 @@ def test_an_archive_out_of_order_is_refused(case, healthy, tmp_path):
 
 
 def test_overlapping_records_are_refused(healthy, tmp_path):
-    """The second entry of the directory is made to point at the first record: one byte range under
-    two names.
-    """
+    """The directory's second entry points at the first record: one byte range, two names."""
     data = bytearray(healthy)
     start = struct.unpack("<L", data[-6:-2])[0]
     first = start

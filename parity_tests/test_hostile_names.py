@@ -1,6 +1,4 @@
-"""Names with control characters or markup are shown escaped in the terminal and the HTML report;
-nothing in them runs.
-"""
+"""Names with control characters or markup are shown escaped; nothing in them runs."""
 
 import json
 import re
@@ -124,9 +122,7 @@ def test_names_in_safetensors_and_their_messages_are_escaped(name, tmp_path):
 )
 @pytest.mark.xdist_group("browser")
 def test_no_script_in_a_name_runs_in_the_report(tmp_path, monkeypatch, capsys):
-    """The report of a real verification: hostile names of the file, of ignored tensors, and of
-    entries beside the weights.
-    """
+    """The report of a verification with hostile names of file, ignored tensors and entries."""
     pytest.importorskip("jinja2", reason="needs the extra 'report'")
     monkeypatch.chdir(tmp_path)
     state = {key: from_numpy(value) for key, value in healthy().items()}

@@ -1,6 +1,4 @@
-"""The reading of a state dict is found from names and shapes; what is wrong with one is named, down
-to the tensor.
-"""
+"""A state dict is read by its names and shapes; what is wrong is named, down to the tensor."""
 
 from dataclasses import replace
 

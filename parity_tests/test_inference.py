@@ -1,6 +1,4 @@
-"""compile_inference: the model's own logits for any number of images, compiled for a few batch
-sizes.
-"""
+"""compile_inference: the model's own logits for any number of images from a few programs."""
 
 from dataclasses import replace
 

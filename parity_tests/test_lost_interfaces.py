@@ -1,6 +1,4 @@
-"""What is not public in JAX and XLA may vanish: a CPU then trains and predicts as plain XLA does,
-after one warning.
-"""
+"""Where private parts of JAX or XLA vanish, a CPU computes as plain XLA does, with a warning."""
 
 import json
 import subprocess

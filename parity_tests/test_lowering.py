@@ -1,6 +1,4 @@
-"""On a CPU convolutions, norms and max pooling take forms of their own: the same values,
-derivatives of any order, and nothing of it on other platforms.
-"""
+"""On a CPU layers take forms of their own: the same values and derivatives, and only there."""
 
 import itertools
 import json
@@ -76,9 +74,7 @@ def arrays(shape, dtype=np.float64, seed=0):
 
 
 def derivatives(f, x, kernel, dy):
-    """Output, both gradients, the derivative along a direction, and both gradients of a sum of
-    gradients.
-    """
+    """Output, both gradients, a directional derivative, both gradients of a sum of gradients."""
     y, back = jax.vjp(f, x, kernel)
     along = jax.jvp(f, (x, kernel), (x[::-1], kernel[::-1]))[1]
 
@@ -141,9 +137,7 @@ def test_every_row_of_the_table_is_used(shape):
     ids=str,
 )
 def test_float32_is_as_accurate_as_pytorch(shape):
-    """Against float64: no more than four times PyTorch's own error, or eight units in the last
-    place.
-    """
+    """Against float64: at most four times PyTorch's own error, or eight units in the last place."""
     size, stride = shape[5:]
     single = arrays(shape, np.float32)
     y, back = jax.vjp(jax.jit(function(shape, "auto")), *map(jnp.asarray, single[:2]))
@@ -176,9 +170,7 @@ def test_float32_is_as_accurate_as_pytorch(shape):
 
 
 def test_a_coarser_transform_would_be_seen(monkeypatch):
-    """The control of the test above: with 1/2 a little off, as in a transform of half precision,
-    the output fails.
-    """
+    """The control of the test above: with 1/2 a little off, as in half precision, it fails."""
     shape = (8, 16, 16, 128, 128, 3, 1)
     exact = winograd._g
     monkeypatch.setattr(
@@ -192,9 +184,7 @@ def test_a_coarser_transform_would_be_seen(monkeypatch):
 
 @pytest.fixture
 def two_images_at_once(monkeypatch):
-    """A kernel's gradient adds the products of two images of 5x6 pixels at a time, those of one
-    that is left over apart.
-    """
+    """A kernel's gradient adds the products of two images of 5x6 pixels at a time."""
     monkeypatch.setattr(winograd, "WHOLE_BYTES", 0)
     monkeypatch.setattr(winograd, "PART_BYTES", 2 * 16 * 9 * (64 + 66) * 8)
 
@@ -234,9 +224,7 @@ def test_parts_of_a_batch_spread_over_devices_have_the_same_gradients(mapped, tw
 
 
 def unique_blocks():
-    """Every block that a named architecture has, once; those of small networks fall under the
-    table's limits and are tested elsewhere.
-    """
+    """Every block of a named architecture, once, but those that fall under the table's limits."""
     names = flax_resblock.architectures()
     found = {
         block: None
@@ -266,9 +254,7 @@ class SmallestReluInput(torch.overrides.TorchFunctionMode):
 
 
 def distance_from_a_kink(twins, images):
-    """In training mode and float64. Nearer than float32 rounds, the sign and with it the gradient
-    are chance: PyTorch's own differs from machine to machine.
-    """
+    """In float64. Nearer than float32 rounds, the sign and with it the gradient are chance."""
     precision = PRECISIONS["float64"]
     with torch.no_grad(), SmallestReluInput() as smallest:
         twins.torch(precision).train()(as_tensor(images, precision))
@@ -307,9 +293,7 @@ def test_a_block_equals_pytorch():
 
 @pytest.fixture
 def small_checkpoint(tmp_path, monkeypatch):
-    """Random weights and statistics; its convolutions are Winograd's, products and sums over
-    taps.
-    """
+    """Random weights; its convolutions are Winograd's, products and sums over taps."""
     monkeypatch.chdir(tmp_path)
     config = ResNetConfig(
         depths=(1, 1), widths=(64, 72), stem="cifar", stem_width=64, num_classes=5
@@ -338,9 +322,7 @@ def test_the_verifier_compares_either_lowering(small_checkpoint, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("block", unique_blocks(), ids=brief)
 def test_blocks_of_every_architecture_equal_pytorch(block):
-    """Outputs, statistics and gradients, float64 to 1e-12 and float32 by the oracle, at an odd and
-    an even size.
-    """
+    """Outputs, statistics and gradients, float64 to 1e-12 and float32 by the oracle."""
     assert_block_equals_pytorch(block, (5, 6))
 
 
@@ -388,9 +370,7 @@ def test_the_norms_gradient_is_the_derived_one():
 
 @pytest.mark.parametrize("ratio", [10, 1000])
 def test_the_norm_stays_accurate_where_the_mean_is_large(ratio):
-    """Error at mean / std = 1000: under 1e-5 for statistics and output, and PyTorch's for the
-    gradient of x.
-    """
+    """At mean / std = 1000: under 1e-5 for statistics and output; x's gradient as in PyTorch."""
     rng = np.random.default_rng(0)
     single = (rng.normal(ratio, 1, (16, 12, 12, 8))).astype(np.float32)
     dy = rng.normal(0, 1, single.shape).astype(np.float32)
@@ -578,9 +558,7 @@ def test_the_precision_of_the_moment_of_tracing_reaches_the_gradients():
 
 @pytest.mark.slow
 def test_digits_are_learned_as_well_in_both_lowerings():
-    """The same network and images: accuracies within one point of each other, though no weight is
-    the same to the last bit.
-    """
+    """Accuracies within one point of each other, though no weight is the same to the last bit."""
     from flax_resblock import training
     from flax_resblock.training.data import digits
 
@@ -612,9 +590,7 @@ def test_the_table_is_explained():
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["jit", "shard_map"])
 def test_a_batch_spread_over_devices_has_the_same_gradients(mapped):
-    """Four simulated devices, by the compiler's own partitioning and by hand: output and gradients
-    of a Winograd convolution, 1e-12.
-    """
+    """Four devices, partitioned by the compiler and by hand: output and gradients to 1e-12."""
     shape = (8, 6, 7, 64, 66, 3, 1)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("batch",))
     spread, whole = jax.sharding.PartitionSpec("batch"), jax.sharding.PartitionSpec()

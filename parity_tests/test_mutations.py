@@ -1,6 +1,4 @@
-"""The mutation study: every known fault, injected into either side, is detected, found at its place
-and called by its name; correct pairs raise no alarm.
-"""
+"""Every known fault, on either side, is found and named; correct pairs raise no alarm."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,4 @@
-"""XLA's instruction for oneDNN: the sums of a plain convolution, in every order of the kernel, and
-never in jax's cache of programs.
-"""
+"""XLA's instruction for oneDNN: a plain convolution, never in jax's cache of programs."""
 
 from functools import partial
 
@@ -88,9 +86,7 @@ def test_the_right_order_gives_the_same_bits_and_another_does_not(shape, of):
 
 
 def test_a_residual_that_is_needed_again_stays_as_it_was():
-    """The sum is written over the residual; one that is used afterwards, or belongs to the caller,
-    is copied first.
-    """
+    """The sum is written over the residual; one that is used later, or the caller's, is copied."""
     of = Convolution((3, 3, 8, 8), (1, 1), (1, 1), (1, 1), 1)
     x, kernel, bias, residual = _data((2, 6, 5, 8), of, seed=2)
     before = jnp.array(residual)
@@ -174,9 +170,7 @@ def test_an_unknown_jaxlib_does_without_and_says_so_once(lost, monkeypatch):
 
 @pytest.mark.parametrize(("shape", "of"), [case for case in CASES if case[1].groups == 1], ids=str)
 def test_a_kernels_buffer_is_longer_than_what_is_read(shape, of):
-    """It has room for both channel axes filled up to whole blocks, and nothing in that room reaches
-    the result.
-    """
+    """It has room for whole blocks of both channel axes; nothing in it reaches the result."""
     x, kernel, _, _ = _data(shape, of, seed=1)
     ordered = order_of(of, shape)
     height, width, inner, outer = of.kernel

@@ -1,6 +1,4 @@
-"""Kills, full disks, read-only folders and concurrent writers leave the old output or the new one,
-whole, or nothing where there was nothing.
-"""
+"""Kills, full disks and concurrent writers leave the old output or the new one, whole."""
 
 import os
 import random
@@ -237,9 +235,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path):
 
 
 def test_a_sidecar_takes_its_place_before_its_file(tmp_path, monkeypatch):
-    """A kill between the two leaves the old file with a note, never a new file that nothing vouches
-    for.
-    """
+    """A kill between the two leaves the old file with a note, never a new file without one."""
     save(from_torch(healthy()), tmp_path / "net.pth")
     monkeypatch.setattr(
         atomic, "_place", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))

@@ -1,6 +1,4 @@
-"""The HTML report: it says what the JSON says, nothing in it can become code, it needs nothing
-else, and a browser can work with it.
-"""
+"""The HTML report says what the JSON says, runs nothing, needs nothing else, and can be used."""
 
 from __future__ import annotations
 
@@ -149,9 +147,7 @@ def report(slots, *, worst=0.9, steps=0, quantities=DEPTH, seed=0):
 
 
 class Page(HTMLParser):
-    """What a browser would see: elements with attributes, the cells of the big table, the text, the
-    script.
-    """
+    """What a browser would see: elements, the cells of the big table, the text, the script."""
 
     def __init__(self, source):
         super().__init__()

@@ -1,6 +1,4 @@
-"""The HTML report in a real browser: no complaint, no request, sorting and filtering, phones, dark
-mode, no JavaScript.
-"""
+"""The HTML report in a browser: no request, sorting and filtering, phones, dark mode."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Every block type and network: Flax equals PyTorch in float64 to 1e-12 and in float32 within
-PyTorch's own error; wrong variants fail by far.
-"""
+"""Every block and network: Flax equals PyTorch, and wrong variants fail by far."""
 
 import copy
 from dataclasses import replace
@@ -117,9 +115,7 @@ def test_norm_options_mean_the_same_on_both_sides(options):
 
 
 def _padded_same(module):
-    """Flax's 'SAME': at stride 2 and even size one pixel more at the end instead of one on each
-    side.
-    """
+    """Flax's 'SAME': at stride 2 and even size one pixel more at the end, none at the beginning."""
     module.conv1.padding = (0, 0)
     module.conv1.register_forward_pre_hook(
         lambda _, inputs: (torch.nn.functional.pad(inputs[0], (0, 1, 0, 1)),)

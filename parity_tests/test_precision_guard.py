@@ -1,6 +1,4 @@
-"""The precision guard counts mantissa bits exactly, refuses what has too few, and names it;
-strict() sets both frameworks and puts everything back.
-"""
+"""The precision guard counts mantissa bits exactly; strict() sets both frameworks and undoes it."""
 
 import os
 
@@ -26,9 +24,7 @@ DEVICES = {"flax": jax_device("cpu"), "torch": torch_device(None)}
 
 
 def rounded(array, bits):
-    """float32 to ``bits`` explicit mantissa bits, nearest even, by integers: what a tensor core
-    does to its operands.
-    """
+    """float32 to ``bits`` mantissa bits, nearest even, as a tensor core treats its operands."""
     integers = np.ascontiguousarray(array, np.float32).view(np.uint32)
     drop = np.uint32(23 - bits)
     integers = integers + (
@@ -46,9 +42,7 @@ def cut(array, bits):
 
 
 def three_passes(values, weights):
-    """bfloat16x3: each operand as a sum of two bfloat16 numbers, without the product of the small
-    parts.
-    """
+    """bfloat16x3: operands as sums of two bfloat16 numbers, less the product of the small parts."""
     (a, b), (c, d) = (
         (high, (x - high).astype(ml_dtypes.bfloat16).astype(np.float32))
         for x in (values, weights)
@@ -176,9 +170,7 @@ def _node(name):
 
 
 def _precisions():
-    """Every setting of torch, and what each becomes when the common one changes: whether it
-    inherits is part of its state.
-    """
+    """Every setting of torch, and what each becomes when the common one changes."""
     states, before = [], torch.backends.fp32_precision
     for common in ("tf32", "ieee", before):
         torch.backends.fp32_precision = common
@@ -262,9 +254,7 @@ def test_strict_sets_everything_and_puts_it_back(outside, failing, settings):
 
 
 def test_strict_reaches_the_products_that_name_no_precision():
-    """What a convolution of the library is lowered to; the CPU computes the same either way, so the
-    program is read.
-    """
+    """The program that a convolution is lowered to; the CPU computes the same either way."""
 
     def program():
         conv = jax.jit(

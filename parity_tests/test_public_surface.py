@@ -1,6 +1,4 @@
-"""What a user's program names: every documented name is there, has types, and takes a naming scheme
-of the user's own.
-"""
+"""Every documented name is there, has types, and takes a naming scheme of the user's own."""
 
 from __future__ import annotations
 

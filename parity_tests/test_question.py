@@ -1,6 +1,4 @@
-"""The block of the question: the specification passes, and each of its three faults is told
-apart.
-"""
+"""The block of the question: the specification passes, and its three faults are told apart."""
 
 import jax
 import numpy as np

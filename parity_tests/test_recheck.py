@@ -1,6 +1,4 @@
-"""Outputs held against their certificate: changes are found and named, a bad certificate is
-refused, never followed and never replaced.
-"""
+"""Outputs are held against their certificate; a bad certificate is refused and kept."""
 
 import json
 import os
@@ -235,9 +233,7 @@ def test_an_absent_certificate_gives_one_paragraph(folder):
 
 
 def test_an_index_in_a_forged_certificate_leads_nowhere(folder):
-    """An output is hashed as what the certificate says it is, a file, and what that file names is
-    not opened.
-    """
+    """An output is hashed as the certificate's kind, a file; what it names is not opened."""
     Path("secret").write_text("x")
     Path("deep").mkdir()
     Path("deep/a.index.json").write_text(json.dumps({"weight_map": {"t": "../secret"}}))

@@ -1,6 +1,4 @@
-"""What a run can be made of: optimizers, clipping, accumulation, averages, decay masks, lengths;
-each against an independent statement of it.
-"""
+"""Optimizers, clipping, accumulation, averages, decay: each against an independent statement."""
 
 import copy
 import dataclasses
@@ -59,9 +57,7 @@ def worst(ours, theirs):
 
 
 def in_torch(optimizer=None, accumulate=1, clip=None, average=0.0):
-    """The same twenty steps as a person would write them in PyTorch; the weights and their
-    averages.
-    """
+    """The same twenty steps as written in PyTorch; the weights and their averages."""
     config, (images, _) = scale.CONFIG, scale.images()
     model = ResNet(**dataclasses.asdict(config.model)).double()
     model.load_state_dict(

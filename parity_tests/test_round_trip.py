@@ -1,6 +1,4 @@
-"""Conversion is lossless: there and back is the same bits, for every architecture, naming scheme,
-dtype and file format.
-"""
+"""There and back is the same bits, for every architecture, naming scheme, dtype and format."""
 
 import json
 import warnings

@@ -1,6 +1,4 @@
-"""Several devices, several processes: the same run as on one device, or as PyTorch's
-DistributedDataParallel.
-"""
+"""Several devices and processes: the same run as on one device, or as PyTorch's DDP."""
 
 import os
 import re
@@ -105,9 +103,7 @@ def test_pieces_of_mixed_batches_do_not_depend_on_devices_or_processes(alone, tm
 
 @pytest.mark.slow
 def test_replicas_are_pytorchs_distributed_data_parallel(tmp_path, monkeypatch):
-    """Every device normalises its share; the running statistics are those of the first process, as
-    DDP keeps them.
-    """
+    """Every device normalises its share; running statistics are those of the first, as in DDP."""
     import jax
 
     from flax_resblock import to_torch

@@ -1,6 +1,4 @@
-"""The figures of docs/scaling.md: multiplications against the compiler's count, bytes against its
-own, the arithmetic of roofs and all-reduces.
-"""
+"""The figures of docs/scaling.md: multiplications and bytes against the compiler's own counts."""
 
 import importlib
 import json

@@ -1,6 +1,4 @@
-"""Learning-rate schedules: what torch's scheduler would do at every later step, read from its state
-dict, and the state dict again.
-"""
+"""Learning-rate schedules: torch's later rates, read from its state dict, and written again."""
 
 from __future__ import annotations
 
@@ -66,9 +64,7 @@ def momentum_of(group: Options) -> float:
 
 
 def deviation(schedule: Schedule, now: list[Options], later: list[Options], step: int) -> float:
-    """The largest difference between a schedule's rates and momenta, from the groups as they are
-    now, and torch's later ones.
-    """
+    """The largest difference between a schedule's later rates and momenta and torch's."""
     differences = [0.0]
     for ours, theirs in zip(now, later, strict=True):
         momentum = schedule.momentum(step, ours)

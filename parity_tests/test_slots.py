@@ -1,6 +1,4 @@
-"""Slots are the single truth: their numbers are those of the layers that either framework builds,
-and the battery uses every value of every option.
-"""
+"""The numbers of slots are those of both frameworks' layers; the battery uses every option."""
 
 from __future__ import annotations
 

@@ -238,9 +238,7 @@ def test_a_damaged_program_is_compiled_anew(tmp_path):
 
 @pytest.mark.slow
 def test_programs_of_another_processor_have_other_keys():
-    """What lets machines share the folder: jax's keys hold the fingerprint of the topology, which
-    for a CPU has its instruction sets.
-    """
+    """jax's keys hold the topology's fingerprint, which for a CPU has its instruction sets."""
     code = (
         "import jax; from jax._src.lib import xla_client; "
         "print(xla_client.get_topology_for_devices(jax.devices()).fingerprint())"

@@ -1,6 +1,4 @@
-"""Files of torch.save, read without torch: what comes out is what ``torch.load`` makes of them, in
-value, type, shape and bits.
-"""
+"""Files of torch.save, read without torch: in value, type, shape and bits what torch makes."""
 
 import argparse
 import collections
@@ -235,9 +233,7 @@ def test_among_the_weights_it_is_refused_by_name(what, place):
 
 
 def repacked(data, change=lambda name, content: content, folder="archive"):
-    """The same records, one directly after the other: not where numbers of their size should
-    lie.
-    """
+    """The same records, one directly after the other: not where they should lie."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(buffer, "w") as other:
         for info in archive.infolist():
@@ -308,9 +304,7 @@ def test_a_file_cut_short_anywhere_is_refused(legacy, place):
 
 
 def test_the_same_memory_under_many_names_is_copied_once(place):
-    """Ten thousand tensors in a record that does not lie as it should: one copy of it, not ten
-    thousand.
-    """
+    """Ten thousand tensors in one record that lies as it should not: one copy, not ten thousand."""
     base = torch.randn(100_000)
     place.write_bytes(repacked(samples.saved({f"t{i}": base[i:] for i in range(500)}), folder="ab"))
     found = torch_archive.read_archive(place, Limits()).content

@@ -1,6 +1,4 @@
-"""The rest of ``flax-resblock train``: what it prints and leaves behind, evaluation, transfer, and
-what cannot go well.
-"""
+"""What ``flax-resblock train`` prints, leaves behind and refuses; evaluation and transfer."""
 
 import errno
 import json
@@ -348,9 +346,7 @@ def test_a_write_that_fails_names_the_file(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_bfloat16_learns_the_digits():
-    """Whole digits, in a process of its own: within half a point of float32. One test image is 0.28
-    points.
-    """
+    """Whole digits: within half a point of float32. One test image is 0.28 points."""
     code = """
 import dataclasses
 from flax_resblock.training import PRESETS, fit, new_model

@@ -1,6 +1,4 @@
-"""Training: the same batches, from the same weights, take both frameworks along the same path; and
-the pieces that the loop is made of.
-"""
+"""Both frameworks take the same path from the same weights; and the pieces of the loop."""
 
 from __future__ import annotations
 
@@ -124,9 +122,7 @@ def sgd(**options: Any) -> optax.GradientTransformationExtraArgs:
 def at_the_first_rate(
     *direction: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Transformations of the gradient as an optimizer: all parameters take the first group's
-    learning rate.
-    """
+    """Transformations as an optimizer: all parameters take the first group's learning rate."""
     chained = optax.chain(*direction)
 
     def update(
@@ -293,9 +289,7 @@ def test_nothing_is_compiled_again_after_the_first_step(data, monkeypatch):
     ("epoch", "batch"), [(2, 0), (1, 3)], ids=["after an epoch", "within an epoch"]
 )
 def test_the_rest_of_a_pytorch_run_is_pytorchs(epoch, batch, data, tmp_path):
-    """fit() takes the run over with weights, momentum, schedule and order of the images: the end is
-    where PyTorch alone would have come to.
-    """
+    """fit() takes over weights, momentum, schedule and order: the end is PyTorch's own."""
     module = torch_reference()
     few = dataclasses.replace(
         data.train, images=data.train.images[:320], labels=data.train.labels[:320]

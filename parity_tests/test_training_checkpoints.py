@@ -174,9 +174,7 @@ def test_a_schedule_without_counterpart_leaves_the_optimizer_usable(tmp_path):
 
 @pytest.mark.slow
 def test_a_first_step_without_gradient_in_places_is_carried_on(tmp_path):
-    """With the last scale of every block at 0, as zero-init-residual has it, some first gradients
-    are exactly 0; torch keeps buffers for them all the same.
-    """
+    """As with zero-init-residual some first gradients are exactly 0; torch keeps their buffers."""
     config = runs.config(
         epochs=1, batch_size=runs.STEPS * runs.BATCH, warmup_epochs=0, dtype="float32"
     )

@@ -1,6 +1,4 @@
-"""What training is given: the data and its order, configurations, and everything that does not
-fit.
-"""
+"""What training is given: data and their order, configurations, and all that does not fit."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A resnet20 on the digits moves from PyTorch to JAX in the middle of its training, and back: 200
-steps later it is where it would have been.
-"""
+"""A resnet20 moves from PyTorch to JAX amid training and back, and ends where it would have."""
 
 from __future__ import annotations
 
@@ -363,9 +361,7 @@ def of(snapshot: Snapshot) -> dict[Any, np.ndarray]:
 
 
 def excess(path: Path, truth: list[Snapshot], draws: list[list[Snapshot]], **spoil: Any) -> float:
-    """JAX's float32 error in units of what the criterion allows, the worst of all tensors and
-    steps; at most 1 passes.
-    """
+    """JAX's worst float32 error in units of what the criterion allows; at most 1 passes."""
     ulp = float(np.finfo(np.float32).eps)
     worst = 0.0
     for step, ours in enumerate(Jax(path, **spoil).steps(LEAVES, LEAVES + FIRST)):

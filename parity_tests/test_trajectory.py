@@ -1,6 +1,4 @@
-"""The same training run in both frameworks stays the same at every step; another optimizer, decay
-or rate does not.
-"""
+"""A training run stays the same in both frameworks; another optimizer, decay or rate does not."""
 
 from dataclasses import replace
 
@@ -166,9 +164,7 @@ def test_the_state_of_adamw_is_optaxs():
     ("name", "optimizer", "steps"), [("resnet18", "sgd", 10), ("resnet50", "adamw", 3)]
 )
 def test_whole_networks_are_trained_alike(name, optimizer, steps):
-    """The claim of the documentation, at the size of the real networks; docs/verification.md has
-    the command for twenty steps of both optimizers.
-    """
+    """The claim of docs/verification.md, which has the command for twenty steps of both."""
     images = adversarial_images(architecture(name), batch=4)
     plan = Plan(train=False, steps=steps, optimizers=(optimizer,), precisions=("float64",))
     comparison = compare_pair(ReferencePair.random(architecture(name)), images, plan)

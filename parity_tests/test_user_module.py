@@ -1,6 +1,4 @@
-"""A person's own module, given as --torch FILE.py:NAME: the faults of the question are named in
-words, a right block passes, misuse is explained.
-"""
+"""The user's own module, --torch FILE.py:NAME: faults are named, misuse is explained."""
 
 import numpy as np
 import pytest

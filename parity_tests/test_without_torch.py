@@ -103,9 +103,7 @@ print("torch" in sys.modules)
 
 @pytest.mark.slow
 def test_an_optimizer_of_pytorch_is_read_without_torch(tmp_path):
-    """Weights, momentum and schedule, as `train --resume` wants them; with torch the same comes
-    out.
-    """
+    """Weights, momentum and schedule, as `train --resume` wants them, are what torch reads."""
     torch.save(samples.training(), tmp_path / "net.pth")
     code = "import sys\n" + (
         "from flax_resblock.convert.opening import open_checkpoint\nfrom "
@@ -179,9 +177,7 @@ def test_every_public_name_exists():
 
 @pytest.mark.slow
 def test_importing_takes_no_longer_than_jax_and_nnx():
-    """Both in one process, one after the other: two processes differ by more than what is to be
-    measured.
-    """
+    """Both in one process: two processes differ by more than what is to be measured."""
     code = """
 import time
 start = time.process_time()

@@ -1,6 +1,4 @@
-"""Notices what no file may cause: code that runs, files outside the output folder, memory beyond
-the limit.
-"""
+"""Notices what no file may cause: running code, files outside the output folder, much memory."""
 
 from __future__ import annotations
 
@@ -43,9 +41,7 @@ touches.
 
 
 class Guard:
-    """An audit hook that cannot be removed: one per process. It only watches within
-    :meth:`watching`.
-    """
+    """An audit hook, which cannot be removed: one per process. Only :meth:`watching` uses it."""
 
     def __init__(self, allowed: Path) -> None:
         self.allowed = allowed.resolve()

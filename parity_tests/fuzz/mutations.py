@@ -43,9 +43,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def some_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Bits, numbers and stretches changed, moved, repeated or cut off; near the beginning or the
-    end half of the time, where the directories are.
-    """
+    """Bits, numbers and stretches changed, moved, repeated or cut off, half of them near an end."""
     changed = bytearray(data or b"\0")
     for _ in range(rng.choice((1, 1, 1, 2, 8))):
         length = len(changed)
@@ -148,9 +146,7 @@ def _zip(records: list[tuple[str, bytes, int]], comment: bytes = b"") -> bytes:
 def in_zip(
     data: bytes, rng: random.Random, change: Callable[[bytes, random.Random], bytes], part: str
 ) -> bytes:
-    """An archive packed anew: records changed, compressed, renamed, repeated, removed, added; then,
-    now and then, its bytes.
-    """
+    """An archive packed anew: records changed, compressed, renamed, repeated, removed, added."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         records = [
             (info.filename, archive.read(info), info.compress_type) for info in archive.infolist()

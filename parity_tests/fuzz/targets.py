@@ -107,9 +107,7 @@ def _truth(category: str) -> dict[str, str]:
 
 
 def _reference(path: Path) -> dict[str, np.ndarray] | None:
-    """The same file by the formats' own readers, once this library has found that it can be opened
-    without harm.
-    """
+    """The same file by the formats' own readers, once it is known to be opened without harm."""
     if path.suffix == ".pth":
         content = (
             torch.load(path, map_location="cpu", weights_only=True)
