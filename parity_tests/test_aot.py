@@ -316,20 +316,10 @@ def test_resnet18_in_strict_mode(target):
 def test_the_command_reports_and_writes_json(tmp_path, capsys):
     skip_without("cuda")
     out = tmp_path / "aot.json"
-    arguments = [
-        "aot",
-        "resnet20",
-        "--target",
-        "cuda:a100",
-        "--batch",
-        "2",
-        "--compare",
-        "precision=default",
-        "--json",
-        str(out),
-        "--hlo",
-        str(tmp_path / "x.hlo"),
-    ]
+    arguments = (
+        "aot resnet20 --target cuda:a100 --batch 2 --compare precision=default "
+        f"--json {out} --hlo {tmp_path / 'x.hlo'}"
+    ).split()
     assert run(arguments) == 0
     text = capsys.readouterr().out
     assert "fits" in text

@@ -122,14 +122,9 @@ def test_predict_takes_the_folder(checkpoint, exported, tmp_path, capsys):
     for source, out in ((checkpoint, "a.npy"), (exported, "b.npy")):
         assert (
             run(
-                [
-                    "predict",
-                    str(source),
-                    str(tmp_path / "images.npz"),
-                    "--exact",
-                    "--logits",
-                    str(tmp_path / out),
-                ]
+                (
+                    f"predict {source} {tmp_path / 'images.npz'} --exact --logits {tmp_path / out}"
+                ).split()
             )
             == 0
         )
@@ -162,13 +157,9 @@ def test_recorded_constants_are_used(checkpoint, tmp_path):
     )
     assert (
         run(
-            [
-                "predict",
-                str(tmp_path / "x"),
-                str(tmp_path / "images.npz"),
-                "--logits",
-                str(tmp_path / "b.npy"),
-            ]
+            (
+                f"predict {tmp_path / 'x'} {tmp_path / 'images.npz'} --logits {tmp_path / 'b.npy'}"
+            ).split()
         )
         == 0
     )
@@ -246,16 +237,7 @@ def test_a_wrong_fold_is_far_outside(mistake):
 
 def test_the_command_folds_and_states_the_error(checkpoint, tmp_path, capsys):
     assert (
-        run(
-            [
-                "export",
-                str(checkpoint),
-                str(tmp_path / "x"),
-                "--fold-batch-norm",
-                "--platforms",
-                "cpu",
-            ]
-        )
+        run((f"export {checkpoint} {tmp_path / 'x'} --fold-batch-norm --platforms cpu").split())
         == 0
     )
     stated = re.search(r"error against float64 (\S+), unfolded (\S+) ", capsys.readouterr().out)
@@ -374,14 +356,7 @@ def test_bad_requests_are_refused(checkpoint, exported, tmp_path, capsys):
             "platforms abacus: choose from cpu, cuda, rocm, tpu",
         ),
         (
-            [
-                "export",
-                str(checkpoint),
-                str(tmp_path / "x"),
-                "--image-size",
-                "32",
-                "--any-image-size",
-            ],
+            (f"export {checkpoint} {tmp_path / 'x'} --image-size 32 --any-image-size").split(),
             "give one of them",
         ),
         (["export", str(checkpoint), str(tmp_path / "x"), "--image-size", "0"], "must be positive"),

@@ -129,17 +129,7 @@ def test_predict_sees_what_timm_sees_and_says_its_labels(tmp_path, capsys):
     )
     image = photograph(tmp_path / "photo.png")
     assert (
-        run(
-            [
-                "predict",
-                str(tmp_path / "net"),
-                str(image),
-                "--logits",
-                str(tmp_path / "l.npy"),
-                "--top",
-                "5",
-            ]
-        )
+        run((f"predict {tmp_path / 'net'} {image} --logits {tmp_path / 'l.npy'} --top 5").split())
         == 0
     )
     text = capsys.readouterr().out
@@ -152,15 +142,10 @@ def test_predict_sees_what_timm_sees_and_says_its_labels(tmp_path, capsys):
     np.testing.assert_allclose(np.load(tmp_path / "l.npy"), theirs, rtol=2e-5, atol=2e-5)
     assert (
         run(
-            [
-                "predict",
-                str(tmp_path / "net"),
-                str(image),
-                "--logits",
-                str(tmp_path / "other.npy"),
-                "--image-size",
-                "64",
-            ]
+            (
+                f"predict {tmp_path / 'net'} {image} --logits "
+                f"{tmp_path / 'other.npy'} --image-size 64"
+            ).split()
         )
         == 0
     )
@@ -180,14 +165,10 @@ def test_labels_of_transformers_survive_conversion_to_orbax(tmp_path, capsys):
     assert "great [white] shark" in text
     assert (
         run(
-            [
-                "convert",
-                str(tmp_path / "ours"),
-                str(tmp_path / "back"),
-                "--to-naming",
-                "huggingface",
-                "--no-certificate",
-            ]
+            (
+                f"convert {tmp_path / 'ours'} {tmp_path / 'back'} --to-naming "
+                "huggingface --no-certificate"
+            ).split()
         )
         == 0
     )
