@@ -76,10 +76,7 @@ def test_a_new_head_leaves_everything_else_alone():
 
 @pytest.mark.parametrize(
     "config",
-    [
-        pytest.param(deep(attention="se"), marks=pytest.mark.slow),
-        deep(antialias="blur", attention="eca"),
-    ],
+    [deep(attention="se"), deep(antialias="blur", attention="eca")],
     ids=["se", "eca and blur"],
 )
 def test_linen_has_the_same_options(config):

@@ -12,15 +12,6 @@ from flax_resblock.parity.battery import BATTERY
 
 CONFIGS = {
     "basic": ResNetConfig(depths=(1, 2), widths=(8, 12), stem="cifar", stem_width=8, num_classes=5),
-    "bottleneck": ResNetConfig(
-        block="bottleneck",
-        depths=(1, 1),
-        widths=(4, 8),
-        stem="imagenet",
-        stem_width=6,
-        num_classes=7,
-        groups=2,
-    ),
     "no head": ResNetConfig(
         depths=(1, 1), widths=(6, 12), stem="cifar", stem_width=6, num_classes=None
     ),

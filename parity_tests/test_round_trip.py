@@ -70,7 +70,7 @@ def odd_values_are_meant():
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        pytest.param(name, list(DTYPES)[number % 4], marks=[pytest.mark.slow] * (number >= 18))
+        pytest.param(name, list(DTYPES)[number % 4], marks=[pytest.mark.slow] * (number % 8 > 0))
         for number, name in enumerate(architectures())
     ],
 )
@@ -92,13 +92,13 @@ def test_every_architecture_survives_bit_for_bit_and_loads_strictly(name, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["resnet18", "resnet20", "resnext50_32x4d"])
-def test_every_dtype_survives_bit_for_bit_and_loads_strictly(name, dtype):
-    state = random_bits(architecture(name), DTYPES[dtype])
+def test_every_dtype_survives_bit_for_bit_and_loads_strictly(dtype):
+    config = architecture("resnet20")
+    state = random_bits(config, DTYPES[dtype])
     back = to_torch(from_torch({key: from_numpy(value) for key, value in state.items()}))
     assert_same_bits(back, state)
     assert all(value.flags.writeable for value in back.values())
-    module = ResNet(**asdict(architecture(name))).to(getattr(torch, dtype))
+    module = ResNet(**asdict(config)).to(getattr(torch, dtype))
     module.load_state_dict({key: from_numpy(value) for key, value in back.items()}, strict=True)
     assert_same_bits(state_to_numpy(module.state_dict()), state)
 

@@ -57,7 +57,10 @@ def test_a_loop_without_settings_resumes_with_no_flags_and_a_note(folder, capsys
     assert "ignored ema: averaged weights" in text
 
 
-@pytest.mark.parametrize("spelling", runs.SPELLINGS)
+@pytest.mark.parametrize(
+    "spelling",
+    ["timm", *(pytest.param(s, marks=pytest.mark.slow) for s in runs.SPELLINGS if s != "timm")],
+)
 def test_a_checkpoint_resumes_where_it_stopped(spelling, folder, capsys):
     torch_run, path = runs.saved(spelling, folder)
     size = f"--batch-size {runs.BATCH}" if "plain" in spelling else ""  # has no settings in it
@@ -263,7 +266,10 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize(
+    "case",
+    ["dampening", *(pytest.param(c, marks=pytest.mark.slow) for c in BAD if c != "dampening")],
+)
 def test_what_cannot_go_on_is_one_paragraph_with_status_2(case, folder, capsys):
     change, words = BAD[case]
     _, path = runs.saved("torchvision's reference", folder)

@@ -58,7 +58,10 @@ def _one_step_late(run):
     return replace(run, schedule=replace(run.schedule, position=run.schedule.position + 1))
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize(
+    "spelling",
+    ["timm", *(pytest.param(s, marks=pytest.mark.slow) for s in SPELLINGS if s != "timm")],
+)
 def test_momentum_and_schedule_matter(spelling, tmp_path):
     run, path = runs.saved(spelling, tmp_path)
     truth = run.epochs(1).state()

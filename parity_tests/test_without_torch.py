@@ -77,7 +77,7 @@ assert run(["convert", base + "/b", base + "/c.pth"]) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b", "parity.json"]
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("legacy", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_pth_is_converted_and_loaded_without_torch(legacy, tmp_path):
     truth = random_bits(architecture("resnet20"), np.float32, seed=3)
     torch.save(with_tensors(truth), tmp_path / "net.pth", _use_new_zipfile_serialization=not legacy)
