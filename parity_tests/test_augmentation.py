@@ -525,12 +525,13 @@ def test_evaluation_takes_every_image_once_over_all_shards(count, rows, shards):
     assert {len(part) for part in parts} == {-(-count // (rows * shards))}
     seen = []
     for batch in itertools.chain(*parts):
-        assert (batch.images.shape, batch.images.dtype, batch.labels.dtype, batch.valid.dtype) == (
-            (rows, 7, 6, 3),
-            np.float32,
-            np.int32,
-            np.bool_,
-        )
+        expected = ((rows, 7, 6, 3), np.float32, np.int32, np.bool_)
+        assert (
+            batch.images.shape,
+            batch.images.dtype,
+            batch.labels.dtype,
+            batch.valid.dtype,
+        ) == expected
         seen += batch.indices[batch.valid].tolist()
         assert np.array_equal(
             batch.images[batch.valid], data.normalised(batch.indices[batch.valid])

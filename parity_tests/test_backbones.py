@@ -214,11 +214,8 @@ def test_every_backbone_has_a_case():
 def test_the_network_is_taken_out_bit_for_bit_and_the_rest_is_named(name, tmp_path):
     config, network = written(name, tmp_path / "file.pth")
     source = open_checkpoint(tmp_path / "file.pth", ReadOptions(assumptions=TOLD.get(name, {})))
-    assert (source.config.depths, source.config.widths, source.config.num_classes) == (
-        config.depths,
-        config.widths,
-        None,
-    )
+    expected = (config.depths, config.widths, None)
+    assert (source.config.depths, source.config.widths, source.config.num_classes) == expected
     kept = {key: np.asarray(source.tensors[key]) for key in network}
     assert_same_bits(kept, network)
     (left,) = [note for note in source.notes if note.startswith("took the network")]

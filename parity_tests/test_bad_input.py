@@ -156,13 +156,8 @@ def test_an_existing_output_is_kept_without_force(name, written):
     assert_same_bits(to_torch(load(written / name)), healthy())
     save(other, written / name, force=True)
     assert_same_bits(to_torch(load(written / name)), to_torch(other))
-    assert sorted(p.name for p in written.iterdir()) == [
-        "legacy.pth",
-        "net",
-        "net.pth",
-        "net.pth.sha256.json",
-        "net.safetensors",
-    ]
+    expected = ["legacy.pth", "net", "net.pth", "net.pth.sha256.json", "net.safetensors"]
+    assert sorted(p.name for p in written.iterdir()) == expected
 
 
 @pytest.mark.parametrize("name", ["net.pth", "legacy.pth", "net.safetensors"])

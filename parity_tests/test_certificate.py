@@ -282,12 +282,8 @@ def test_an_interrupt_leaves_a_complete_output_and_no_half_certificate(
 
 def assert_whole(folder, certified=None):
     """The output is complete, the certificate old or with its entry too; nothing else is left."""
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "before.safetensors",
-        "net.pth",
-        "out.safetensors",
-        "parity.json",
-    ]
+    expected = ["before.safetensors", "net.pth", "out.safetensors", "parity.json"]
+    assert sorted(path.name for path in folder.iterdir()) == expected
     truth = torch.load("net.pth", weights_only=True)
     assert all(
         np.array_equal(value, truth[key].numpy())

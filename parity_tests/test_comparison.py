@@ -109,10 +109,11 @@ def test_gradients_are_sought_from_the_output_backwards():
         pair, images, Plan(train=False, gradients=True, precisions=("float64",))
     )
     (found,) = [d for d in divergences(comparison) if d.quantity == "activation gradient"]
-    assert (found.order, found.slot) == (
-        "backward",
-        "stage2.0.conv1",
-    )  # right down to norm1's output, wrong from its input on
+    expected = ("backward", "stage2.0.conv1")
+    assert (
+        found.order,
+        found.slot,
+    ) == expected  # right down to norm1's output, wrong from its input on
 
 
 def test_what_every_slot_was_fed_is_what_the_one_before_gave():
@@ -346,13 +347,8 @@ def test_the_command_writes_both_reports_and_replaces_none(network, tmp_path, ca
     ]
     assert run(command) == 0
     facts = json.loads((tmp_path / "out.json").read_text())
-    assert facts["provenance"]["input"] == {
-        "batch": 2,
-        "height": 9,
-        "width": 8,
-        "channels": 3,
-        "seed": 0,
-    }
+    expected = {"batch": 2, "height": 9, "width": 8, "channels": 3, "seed": 0}
+    assert facts["provenance"]["input"] == expected
     assert len(facts["provenance"]["checkpoint_sha256"]) == 64
     assert facts["histogram"]["edges"] == sorted(facts["histogram"]["edges"])
     assert sum(facts["histogram"]["flax"]) > 0

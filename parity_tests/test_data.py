@@ -153,12 +153,8 @@ def image_files(
 def test_an_idx_folder_is_read_as_written(tmp_path, compressed):
     files = idx_files()
     train, test = open_data(write_idx(tmp_path / "things", files, compressed))
-    assert (train.name, test.name, train.num_classes, train.shape) == (
-        "things/train",
-        "things/test",
-        4,
-        (5, 7, 1),
-    )
+    expected = ("things/train", "things/test", 4, (5, 7, 1))
+    assert (train.name, test.name, train.num_classes, train.shape) == expected
     for part, stem in ((train, "train"), (test, "t10k")):
         assert np.array_equal(part.fitted()[..., 0], files[f"{stem}-images-idx3-ubyte"])
         assert np.array_equal(part.labels, files[f"{stem}-labels-idx1-ubyte"])
@@ -170,12 +166,8 @@ def test_an_idx_folder_is_read_as_written(tmp_path, compressed):
 @pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
 def test_debians_fashion_mnist_is_read():
     train, test = open_data(FASHION)
-    assert (train.fitted(slice(0)).shape, len(train), len(test), train.num_classes) == (
-        (0, 28, 28, 1),
-        60000,
-        10000,
-        10,
-    )
+    expected = ((0, 28, 28, 1), 60000, 10000, 10)
+    assert (train.fitted(slice(0)).shape, len(train), len(test), train.num_classes) == expected
     assert np.bincount(train.labels).tolist() == [6000] * 10
     assert test.labels[:4].tolist() == [9, 2, 1, 1]
     assert np.allclose(
@@ -292,12 +284,8 @@ def test_an_archive_is_read_as_written(tmp_path, names):
     train, test = open_data(tmp_path / "a.npz")
     assert np.array_equal(train.fitted(), arrays[0])
     assert np.array_equal(test.fitted(), arrays[2])
-    assert (train.labels.tolist(), test.labels.tolist(), train.num_classes, train.notes) == (
-        [0, 1, 2, 0, 1, 2],
-        [2, 0],
-        3,
-        (),
-    )
+    expected = ([0, 1, 2, 0, 1, 2], [2, 0], 3, ())
+    assert (train.labels.tolist(), test.labels.tolist(), train.num_classes, train.notes) == expected
     assert np.allclose(
         [train.mean, train.std],
         [arrays[0].mean(axis=(0, 1, 2)), arrays[0].std(axis=(0, 1, 2))],
@@ -315,10 +303,8 @@ def test_an_archive_without_test_images_is_split_in_proportion_and_says_so(tmp_p
         std=np.float32([0.25]),
     )
     train, test = open_data(tmp_path / "a.npz")
-    assert (np.bincount(train.labels).tolist(), np.bincount(test.labels).tolist()) == (
-        [20, 20],
-        [5, 5],
-    )
+    expected = ([20, 20], [5, 5])
+    assert (np.bincount(train.labels).tolist(), np.bincount(test.labels).tolist()) == expected
     assert {image.tobytes() for part in (train, test) for image in part.fitted()} == {
         image.tobytes() for image in images
     }
@@ -340,13 +326,8 @@ def test_an_image_folder_is_read_in_torchvisions_order(tmp_path, held_out):
     train, test = open_data(tmp_path, image_size=8)
     assert isinstance(train, FolderDataset)
     assert isinstance(test, FolderDataset)
-    assert (train.class_names, train.num_classes, train.shape, len(train), len(test)) == (
-        ("a", "b", "c"),
-        3,
-        (8, 8, 3),
-        8,
-        3,
-    )
+    expected = (("a", "b", "c"), 3, (8, 8, 3), 8, 3)
+    assert (train.class_names, train.num_classes, train.shape, len(train), len(test)) == expected
     assert test.labels.tolist() == [0, 2, 2]
     for part in (train, test):
         for i, file in enumerate(part.files):

@@ -36,10 +36,8 @@ def test_the_mlp_is_told_apart_by_its_gelu(printed):
 @pytest.mark.xdist_group("docs")
 def test_the_separable_block_differs_in_its_statistics_only(printed):
     plain = printed["plain"]
-    assert {m.quantity for m in plain.comparison.measurements if not m.verdict.passed} == {
-        "running statistics",
-        "running statistics after 5",
-    }
+    expected = {"running statistics", "running statistics after 5"}
+    assert {m.quantity for m in plain.comparison.measurements if not m.verdict.passed} == expected
     words = "updates with the biased variance and weighs the new batch by 0.01 instead of 0.1"
     assert words in str(plain)
     assert words in " ".join(VERIFICATION.read_text(encoding="utf-8").split())

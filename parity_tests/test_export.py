@@ -168,11 +168,8 @@ def test_recorded_constants_are_used(checkpoint, tmp_path):
 
 def test_the_manifest_says_what_is_needed(exported):
     manifest = json.loads((exported / MANIFEST).read_text())
-    assert manifest["input"] == {
-        "shape": ["batch", 32, 32, 3],
-        "dtype": "float32",
-        "layout": "NHWC",
-    }
+    expected = {"shape": ["batch", 32, 32, 3], "dtype": "float32", "layout": "NHWC"}
+    assert manifest["input"] == expected
     assert manifest["output"] == {"shape": ["batch", 10], "dtype": "float32"}
     assert manifest["platforms"] == ["cpu", "cuda", "rocm", "tpu"]
     assert manifest["versions"]["jax"] == version("jax")

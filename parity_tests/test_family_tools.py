@@ -41,11 +41,8 @@ def test_features_are_the_stages_outputs_by_name():
     model.eval()
     images = jax.numpy.asarray(np.random.default_rng(0).standard_normal((2, 65, 48, 3)), "float32")
     found = model.features(images)
-    assert {name: value.shape for name, value in found.items()} == {
-        "stem": (2, 17, 12, 8),
-        "stage1": (2, 17, 12, 8),
-        "stage2": (2, 9, 6, 12),
-    }
+    expected = {"stem": (2, 17, 12, 8), "stage1": (2, 17, 12, 8), "stage2": (2, 9, 6, 12)}
+    assert {name: value.shape for name, value in found.items()} == expected
     np.testing.assert_array_equal(model.head(found["stage2"].mean((1, 2))), model(images))
 
 

@@ -46,6 +46,7 @@ def compiled(twins, images):
     return compile_inference(twins.flax(PRECISIONS["float32"]), images[:8])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3, 8, 21])
 def test_any_number_of_images_gets_the_models_logits(count, compiled, images, truth, twins):
     logits = np.asarray(compiled(images[:count]))
@@ -196,14 +197,8 @@ def test_every_form_computes_what_follows_the_convolution(batch, form, ends):
     assert relative_l2(other, truth) > 1e-3  # the control: something else follows
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param("resnext50_32x4d", marks=pytest.mark.slow),
-        pytest.param("seresnet18", marks=pytest.mark.slow),
-        "resnet18d",
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["resnext50_32x4d", "seresnet18", "resnet18d"])
 def test_networks_with_groups_attention_and_pooled_shortcuts(family):
     model = flax_resblock.create(family, num_classes=5, rngs=nnx.Rngs(2))
     images = np.random.default_rng(3).normal(0.2, 1.0, (2, 65, 48, 3)).astype(np.float32)

@@ -249,7 +249,5 @@ def test_a_sidecar_takes_its_place_before_its_file(tmp_path, monkeypatch):
     record = checkpoint.read(tmp_path / "net.pth")
     assert_same_bits(dict(record.tensors), healthy())
     assert any("describes another file" in note for note in record.notes)
-    assert sorted(Path(tmp_path).iterdir()) == [
-        tmp_path / "net.pth",
-        sidecar_of(tmp_path / "net.pth"),
-    ]
+    expected = [tmp_path / "net.pth", sidecar_of(tmp_path / "net.pth")]
+    assert sorted(Path(tmp_path).iterdir()) == expected

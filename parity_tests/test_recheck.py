@@ -41,11 +41,8 @@ def test_one_flipped_bit_is_found_and_the_tensor_named(folder):
     header = json.loads(content[8:header_end])
     flip("a.safetensors", header_end + header["layer2.0.conv2.weight"]["data_offsets"][0] + 5)
     changed, unchanged = recheck(PATH)
-    assert (changed.output, changed.status, unchanged.status) == (
-        "a.safetensors",
-        "changed",
-        "unchanged",
-    )
+    expected = ("a.safetensors", "changed", "unchanged")
+    assert (changed.output, changed.status, unchanged.status) == expected
     assert changed.details == (
         "file a.safetensors has another SHA-256",
         "tensor layer2.0.conv2.weight has changed",

@@ -327,12 +327,8 @@ def test_the_length_is_where_a_schedule_has_nothing_more_to_say():
 
 def test_without_a_schedule_every_group_keeps_its_rate():
     groups = options_of(two_rates())
-    assert [Fixed().rate(step, group) for step in (0, 1000) for group in groups] == [
-        0.1,
-        0.03,
-        0.1,
-        0.03,
-    ]
+    expected = [0.1, 0.03, 0.1, 0.03]
+    assert [Fixed().rate(step, group) for step in (0, 1000) for group in groups] == expected
     assert Fixed().momentum(3, groups[0]) is None
 
 

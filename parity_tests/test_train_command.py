@@ -133,10 +133,8 @@ def test_a_run_goes_on_in_its_own_folder_and_is_not_overwritten(folder, capsys):
     assert command(f"{flags} --resume auto") == 0
     assert "the run in on is complete" in capsys.readouterr().out
     assert command(f"{flags} --resume on --epochs 3 --schedule constant --keep 2") == 0
-    assert sorted(path.name for path in Path("on/checkpoints").iterdir()) == [
-        "step-00000010",
-        "step-00000015",
-    ]
+    expected = ["step-00000010", "step-00000015"]
+    assert sorted(path.name for path in Path("on/checkpoints").iterdir()) == expected
     lines = [json.loads(line) for line in Path("on/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(3 * runs.STEPS))
     assert json.loads(Path("on/config.json").read_text())["epochs"] == 3

@@ -65,10 +65,10 @@ def test_a_run_leaves_metrics_events_curves_and_its_best_checkpoint(capsys, tmp_
         (line["step"], pytest.approx(line["loss"], rel=1e-6))
         for line in map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
     ]
-    assert [step for step, _ in scalars(tmp_path / "out" / "tensorboard", "test/ema_accuracy")] == [
-        runs.STEPS,
-        2 * runs.STEPS,
-    ]
+    expected = [runs.STEPS, 2 * runs.STEPS]
+    assert [
+        step for step, _ in scalars(tmp_path / "out" / "tensorboard", "test/ema_accuracy")
+    ] == expected
     _, run = load_run(tmp_path / "out" / "best")
     assert (
         run.optimizer.kind,
@@ -365,6 +365,7 @@ for dtype in ("float32", "bfloat16"):
     assert half >= single - 0.005
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_summary_is_summed_up(capsys, tmp_path):
     said(capsys, f"{SHORT} --out out")
     summary = tmp_path / "out" / "summary.json"

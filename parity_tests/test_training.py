@@ -285,6 +285,7 @@ def test_nothing_is_compiled_again_after_the_first_step(data, monkeypatch):
     assert [step.compilations for step in compiled] == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("epoch", "batch"), [(2, 0), (1, 3)], ids=["after an epoch", "within an epoch"]
 )
@@ -337,11 +338,8 @@ def test_the_rest_of_a_pytorch_run_is_pytorchs(epoch, batch, data, tmp_path):
     assert [step.step for step in history.steps] == list(range(done, 4 * steps))
     assert history.run is not None
     assert history.run.schedule is not None
-    assert (history.run.epochs, history.run.steps, history.run.schedule.position) == (
-        4,
-        4 * steps,
-        4 * steps,
-    )
+    expected = (4, 4 * steps, 4 * steps)
+    assert (history.run.epochs, history.run.steps, history.run.schedule.position) == expected
     back = write_optimizer(history.run.optimizer, StateMap(CONFIG, NAMINGS["torchvision"]))
     for number, tensors in optimizer.state_dict()["state"].items():
         assert (
@@ -510,6 +508,7 @@ def test_augmented_and_mixed_runs_are_repeated_bit_for_bit(data):
     assert worst(ends[2], {key: value.astype(np.float64) for key, value in ends[0].items()}) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_in_an_epoch_goes_on_bit_for_bit(data, tmp_path):
     config = dataclasses.replace(SETTINGS, epochs=2, batch_size=256, dtype="float32")
     models = {name: from_torch(torch_reference().float()) for name in ("whole", "stopped")}
