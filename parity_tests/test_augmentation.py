@@ -140,10 +140,8 @@ def test_pad_crop_moves_every_pixel_by_its_corner_and_fills_with_zeros(pad, seed
 
 
 def test_padding_comes_before_normalisation():
-    data, augmentation = (
-        replace(made(), mean=(99.5, 120.5, 90.5)),
-        Augmentation(pad=3),
-    )  # no pixel is at the mean
+    # no pixel is at the mean
+    data, augmentation = (replace(made(), mean=(99.5, 120.5, 90.5)), Augmentation(pad=3))
     batch = first(Stream(data, 26, seed=0, augmentation=augmentation), 1)[0]
     black = normalise(np.zeros((1, 1, 1, 3), np.uint8), data.mean, data.std)[0, 0, 0]
     assert np.any(np.all(batch.images == black, axis=-1))
@@ -189,9 +187,8 @@ class Fed:
         return self.tensor(float(low) + number * float(high - low))
 
     def randint(self, _low, high, size):
-        number = self.tries[
-            (self.drawn - 1) // 2, 2 + self.placed
-        ]  # two more for the attempt that fits
+        # two more for the attempt that fits
+        number = self.tries[(self.drawn - 1) // 2, 2 + self.placed]
         self.placed += 1
         return torch.tensor(int(number * high))
 
@@ -317,9 +314,8 @@ def test_a_step_does_not_depend_on_where_iteration_began(step, augmentation):
 
 
 def test_augmentation_differs_between_steps_epochs_images_and_seeds():
-    images = np.tile(
-        np.arange(1, 65, dtype=np.uint8).reshape(1, 8, 8, 1), (32, 1, 1, 1)
-    )  # the same image again and again
+    # the same image again and again
+    images = np.tile(np.arange(1, 65, dtype=np.uint8).reshape(1, 8, 8, 1), (32, 1, 1, 1))
     data = Dataset(
         name="one", images=images, labels=np.zeros(32, int), num_classes=1, mean=(0.0,), std=(1.0,)
     )

@@ -332,9 +332,8 @@ def test_a_linear_beside_the_network_is_its_head(head, prefix, tmp_path):
         f"{head}.bias": torch.randn(5),
     }
     if (head, prefix) == ("linear", ""):
-        state = {
-            key.replace("downsample", "shortcut"): value for key, value in state.items()
-        }  # kuangliu's own
+        # kuangliu's own
+        state = {key.replace("downsample", "shortcut"): value for key, value in state.items()}
     source = opened(state, tmp_path / "net.pth")
     name = "linear" if source.state_map.naming.name == "kuangliu" else "fc"
     assert (source.config.num_classes, source.config.dilated_stages) == (5, ())

@@ -95,9 +95,8 @@ def test_input_of_any_memory_order_is_taken():
 
 def test_a_wrong_permutation_is_noticed():
     kernel = random_array((5, 5, 3, 3), np.float32, 2)
-    assert (
-        OIHW_HWIO.to_flax(kernel).tobytes() != permute(kernel, (3, 2, 1, 0)).tobytes()
-    )  # a flipped kernel has the right shape
+    # a flipped kernel has the right shape
+    assert OIHW_HWIO.to_flax(kernel).tobytes() != permute(kernel, (3, 2, 1, 0)).tobytes()
 
 
 def test_codecs_without_a_move_share_memory():

@@ -200,9 +200,8 @@ def test_tensors_are_compared_as_they_are_unless_told_otherwise():
     assert "layers.0/kernel" in str(found)
     before = np.asarray(flax_module.layers[0].kernel[...])
     assert compare(torch_module, flax_module, X, state_map=ACTIVATION, copy_weights=True).passed
-    np.testing.assert_array_equal(
-        flax_module.layers[0].kernel[...], before
-    )  # neither module is modified
+    # neither module is modified
+    np.testing.assert_array_equal(flax_module.layers[0].kernel[...], before)
 
 
 TABLES = {

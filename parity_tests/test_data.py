@@ -170,9 +170,8 @@ def test_debians_fashion_mnist_is_read():
     assert (train.fitted(slice(0)).shape, len(train), len(test), train.num_classes) == expected
     assert np.bincount(train.labels).tolist() == [6000] * 10
     assert test.labels[:4].tolist() == [9, 2, 1, 1]
-    assert np.allclose(
-        [train.mean[0] / 255, train.std[0] / 255], [0.2860, 0.3530], atol=1e-4
-    )  # the figures that everyone uses
+    # the figures that everyone uses
+    assert np.allclose([train.mean[0] / 255, train.std[0] / 255], [0.2860, 0.3530], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -312,10 +311,8 @@ def test_an_archive_without_test_images_is_split_in_proportion_and_says_so(tmp_p
         "a.npz has no test images of its own: every fifth image of each class, 10 in all, is "
         "set aside.",
     )
-    assert (train.mean, train.std) == (
-        (127.5,),
-        (63.75,),
-    )  # given for pixels from 0 to 1, as `flax-resblock predict` takes them
+    # given for pixels from 0 to 1, as `flax-resblock predict` takes them
+    assert (train.mean, train.std) == ((127.5,), (63.75,))
 
 
 @pytest.mark.parametrize("held_out", ["val", "test"])

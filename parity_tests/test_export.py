@@ -188,9 +188,8 @@ def test_the_precision_is_inside_the_program(model, precision, tmp_path):
     words = {
         word for groups in found for word in re.findall(r"DEFAULT|HIGHEST|HIGH", " ".join(groups))
     }
-    assert words == (
-        {precision.upper()} if precision != "default" else set()
-    )  # the default is not spelled out
+    # the default is not spelled out
+    assert words == ({precision.upper()} if precision != "default" else set())
 
 
 def test_baked_weights_are_in_the_program_and_change_last_bits_at_most(model, tmp_path):
@@ -213,9 +212,8 @@ def test_folding_is_no_worse_than_twice_the_unfolded_error(name):
     model = randomised(build(BATTERY[name], rngs=nnx.Rngs(5)), seed=5)
     folded = fold_batch_norm(model)
     assert not [module for _, module in nnx.iter_modules(folded) if isinstance(module, BatchNorm)]
-    assert [
-        module for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm)
-    ]  # the model itself keeps its norms
+    # the model itself keeps its norms
+    assert [module for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm)]
     errors = folding_error(model, folded, 33, batch=8)
     assert 0 < errors["folded"] <= 2 * errors["unfolded"]
 

@@ -178,9 +178,8 @@ def test_sharded_and_pickled_folders_of_transformers_are_read(tmp_path):
     assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
     (tmp_path / "pickled").mkdir()
     module.config.save_pretrained(tmp_path / "pickled")
-    torch.save(
-        module.state_dict(), tmp_path / "pickled" / "pytorch_model.bin"
-    )  # as transformers before version 5 did
+    # as transformers before version 5 did
+    torch.save(module.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
     for folder in ("whole", "shards", "pickled"):
         assert_same_bits(
             dict(sorted(open_checkpoint(tmp_path / folder).tensors.items())),

@@ -57,9 +57,8 @@ def test_any_number_of_images_gets_the_models_logits(count, compiled, images, tr
     assert relative_l2(logits, truth[:count]) <= max(
         4 * relative_l2(plain, truth[:count]), 8 * 2**-23
     )
-    assert (
-        relative_l2(logits, truth[1 : count + 1]) > 1e-3 or count == 21
-    )  # the control: other images
+    # the control: other images
+    assert relative_l2(logits, truth[1 : count + 1]) > 1e-3 or count == 21
 
 
 def test_only_powers_of_two_and_the_example_are_compiled(compiled, images):
@@ -114,9 +113,8 @@ def test_winograd_is_chosen_from_as_many_tiles_on_as_pay_and_while_its_matrices_
         for tiles in (fewest - 1, fewest, most, most + 1)
     ]
     assert forms == ["onednn", "winograd", "winograd", "onednn"]
-    assert (
-        _planned(_square(channels), (most + 1, 2, 2, channels), False).form == "winograd"
-    )  # XLA's own would be slower still
+    # XLA's own would be slower still
+    assert _planned(_square(channels), (most + 1, 2, 2, channels), False).form == "winograd"
 
 
 @pytest.mark.parametrize(

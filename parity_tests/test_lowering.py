@@ -202,9 +202,8 @@ def test_a_kernels_gradient_in_parts_is_the_whole_one(batch, two_images_at_once)
         assert ours.lower(x, kernel, dy).as_text().count("stablehlo.while") == 1
         truth = kernel_gradient_of(function(shape, "xla"), x, kernel, dy)
         assert relative_l2(ours(x, kernel, dy), truth) <= LIMIT
-        assert (
-            relative_l2(ours(x, kernel, dy.at[-1].set(0)), truth) >= 1e6 * LIMIT
-        )  # the control: without the last image
+        # the control: without the last image
+        assert relative_l2(ours(x, kernel, dy.at[-1].set(0)), truth) >= 1e6 * LIMIT
 
 
 def test_a_kernels_gradient_of_few_images_is_one_part():
@@ -307,9 +306,8 @@ def test_the_verifier_compares_either_lowering(small_checkpoint, monkeypatch):
     assert facts["provenance"]["conv_lowering"] == "auto"
     exact = winograd._g
     monkeypatch.setattr(winograd, "_g", lambda w: [value * (1 + 1e-9) for value in exact(w)])
-    assert (
-        run([*command, "--conv-lowering", "auto"]) == 1
-    )  # the control: another transform is seen, but only there
+    # the control: another transform is seen, but only there
+    assert run([*command, "--conv-lowering", "auto"]) == 1
     assert run([*command, "--json", "plain.json"]) == 0
     assert json.loads(Path("plain.json").read_text())["provenance"]["conv_lowering"] == "xla"
 
@@ -517,9 +515,8 @@ def test_only_a_derivative_keeps_what_the_backward_pass_uses():
     block = ResidualBlock(64, 64, rngs=nnx.Rngs(0))
     block.eval()
     images = jax.ShapeDtypeStruct((1, 4, 4, 64), jnp.float32)
-    assert (
-        "inlineable" not in jax.jit(block).lower(images).as_text()
-    )  # so that what is exported is what is evaluated, to the last bit
+    # so that what is exported is what is evaluated, to the last bit
+    assert "inlineable" not in jax.jit(block).lower(images).as_text()
 
 
 def test_vmap_and_half_precision():

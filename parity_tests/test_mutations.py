@@ -40,9 +40,8 @@ def _cases():
 @pytest.mark.parametrize("fault", list(_cases()))
 def test_a_fault_is_detected_found_and_named(fault):
     pair, images = injected(fault)
-    train = _passes(
-        pair, images, Plan(train=False, precisions=("float64",))
-    )  # what evaluation does not show, training must
+    # what evaluation does not show, training must
+    train = _passes(pair, images, Plan(train=False, precisions=("float64",)))
     assert not train or not _passes(
         pair, images, Plan(gradients=fault.gradients, precisions=("float64",))
     )

@@ -106,9 +106,8 @@ def test_a_residual_that_is_needed_again_stays_as_it_was():
     assert (
         relative_l2(np.asarray(first), np.asarray(_plain(of, y, kernel) + bias + residual)) < 1e-6
     )
-    assert (
-        relative_l2(np.asarray(second), np.asarray(2 * y)) > 1e-2
-    )  # the control: the residual overwritten
+    # the control: the residual overwritten
+    assert relative_l2(np.asarray(second), np.asarray(2 * y)) > 1e-2
 
 
 def test_what_follows_a_convolution_is_taken_along_where_nobody_else_sees_it():
@@ -211,9 +210,8 @@ def test_a_pool_in_a_traced_network_takes_its_form_for_a_cpu(size, window, strid
             x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), pads
         )
 
-    x = (
-        np.random.default_rng(3).normal(-5.0, 1.0, (2, *size, 3)).astype(np.float32)
-    )  # below zero: a border of zeros would show
+    # below zero: a border of zeros would show
+    x = np.random.default_rng(3).normal(-5.0, 1.0, (2, *size, 3)).astype(np.float32)
     traced = jax.make_jaxpr(network)(x)
 
     def rewritten(x):

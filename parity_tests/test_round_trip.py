@@ -374,9 +374,8 @@ def test_any_network_is_identified_and_survives(config, naming, seed):
     assert [block.inner_width for _, _, block in found.blocks()] == [
         block.inner_width for _, _, block in config.blocks()
     ]
-    told = replace(
-        config, stride_on="3x3", base_width=found.base_width
-    )  # weights do not tell the one, and only the inner widths of the other
+    # weights do not tell the one, and only the inner widths of the other
+    told = replace(config, stride_on="3x3", base_width=found.base_width)
     if not any(block.changes_shape for _, _, block in config.blocks()):
         told = replace(told, shortcut=found.shortcut)  # no shortcut to tell by
     assert found == told
@@ -387,9 +386,8 @@ def test_any_network_is_identified_and_survives(config, naming, seed):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_a_loaded_model_shares_nothing_with_its_file(suffix, tmp_path):
-    pixels = ResNetConfig(
-        depths=(1, 1), widths=(6, 12), stem="cifar", stem_width=6, in_channels=1
-    )  # a kernel whose layout changes without moving a value
+    # a kernel whose layout changes without moving a value
+    pixels = ResNetConfig(depths=(1, 1), widths=(6, 12), stem="cifar", stem_width=6, in_channels=1)
     path, state = tmp_path / f"net{suffix}", random_bits(pixels, np.float32, seed=8)
     checkpoint.write(path, dict(state))
     with warnings.catch_warnings():
@@ -414,8 +412,7 @@ def test_values_go_where_and_as_wide_as_the_caller_says(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         narrow = load(path)
-    assert {type(leaf) for leaf in jax.tree.leaves(nnx.state(narrow, nnx.Param))} == {
-        np.ndarray
-    }  # jax would make them float32
+    # jax would make them float32
+    assert {type(leaf) for leaf in jax.tree.leaves(nnx.state(narrow, nnx.Param))} == {np.ndarray}
     for model in (wide, narrow):
         assert_same_bits(to_torch(model), state)

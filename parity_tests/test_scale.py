@@ -81,9 +81,8 @@ def test_eight_devices_take_the_steps_of_one_and_evaluate_every_image_once(alone
     assert eight["devices"] == 8
     assert len(eight["logits"]) == 101
     assert worst(eight, alone) <= LIMIT
-    replica = scaled(
-        tmp_path / "replica.npz", 8, "--batch-norm", "replica"
-    )  # the control: other statistics are another run
+    # the control: other statistics are another run
+    replica = scaled(tmp_path / "replica.npz", 8, "--batch-norm", "replica")
     assert worst(replica, alone) >= 1e6 * LIMIT
 
 

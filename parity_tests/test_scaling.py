@@ -119,9 +119,10 @@ def test_what_two_networks_differ_by_is_the_compilers_difference_exactly(what, o
 def test_resnet50_has_its_published_size():
     network = roofline.layers(architecture("resnet50"), 224)
     assert sum(layer.parameters for layer in network) == 25_557_032
+    # torchvision's documentation
     assert sum(layer.multiply_adds("forward", True) for layer in network) == pytest.approx(
         4.09e9, rel=2e-3
-    )  # torchvision's documentation
+    )
 
 
 def test_networks_that_are_not_counted_are_refused():
@@ -214,9 +215,8 @@ def test_all_reduces_cost_what_rings_and_trees_cost():
     ethernet = roofline.Network("", 1, 1, 0, outer_bandwidth=10e9, outer_latency=1e-5)
     assert ethernet.seconds(1e9, 1) == 0
     assert ethernet.seconds(1e9, 4) == pytest.approx(2 * 3 / 4 * 0.1 + 6e-5)
-    assert ethernet.seconds(8, 1024) == pytest.approx(
-        20e-5, rel=1e-3
-    )  # a ring would have 2046 steps
+    # a ring would have 2046 steps
+    assert ethernet.seconds(8, 1024) == pytest.approx(20e-5, rel=1e-3)
     torus = roofline.Network("", 256, 100e9, 1e-6, torus=True)
     assert torus.seconds(8, 8) == pytest.approx(2 * (1 + 3) * 1e-6, rel=1e-3)
     assert torus.seconds(8, 256) == pytest.approx(60e-6, rel=1e-3)

@@ -170,9 +170,8 @@ def test_a_schedule_without_counterpart_leaves_the_optimizer_usable(tmp_path):
     _, found = load_run(path)
     assert found.schedule is None
     assert "keeps its function in the program" in (found.problem or "")
-    assert (
-        worst(goes_on(path, epochs=2)[0], run.epochs(1).state()) <= TRAJECTORY_LIMIT
-    )  # that function happens to be constant
+    # that function happens to be constant
+    assert worst(goes_on(path, epochs=2)[0], run.epochs(1).state()) <= TRAJECTORY_LIMIT
 
 
 @pytest.mark.slow
