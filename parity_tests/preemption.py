@@ -105,12 +105,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    number, rng, bad, kills = (
-        int(getattr(signal, f"SIG{options.signal}")),
-        random.Random(options.seed),
-        0,
-        0,
-    )
+    number = int(getattr(signal, f"SIG{options.signal}"))
+    rng = random.Random(options.seed)
+    bad = 0
+    kills = 0
     with tempfile.TemporaryDirectory() as folder:
         finished(Path(folder) / "whole")
         truth = state(Path(folder) / "whole")

@@ -127,10 +127,8 @@ def test_channels_are_resized_each_for_itself(channels):
 @given(st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_pad_crop_moves_every_pixel_by_its_corner_and_fills_with_zeros(pad, seed):
     rng = np.random.default_rng(seed)
-    images, corners = (
-        rng.integers(1, 256, (3, 6, 7, 2), dtype=np.uint8),
-        rng.integers(0, 2 * pad + 1, (3, 2)),
-    )
+    images = rng.integers(1, 256, (3, 6, 7, 2), dtype=np.uint8)
+    corners = rng.integers(0, 2 * pad + 1, (3, 2))
     cropped = pad_crop(images, pad, corners)
     for (n, y, x), pixel in zip(np.ndindex(3, 6, 7), cropped.reshape(-1, 2), strict=True):
         top, left = y + corners[n, 0] - pad, x + corners[n, 1] - pad
@@ -363,10 +361,8 @@ def test_shards_joined_are_the_whole_batch(shards, augmentation):
 
 def test_mixed_batches_say_which_labels_have_which_share():
     data = made()
-    plain, mixed = (
-        Stream(data, 8, seed=2),
-        Stream(data, 8, seed=2, augmentation=Augmentation(mixup=0.5)),
-    )
+    plain = Stream(data, 8, seed=2)
+    mixed = Stream(data, 8, seed=2, augmentation=Augmentation(mixup=0.5))
     for a, b in zip(first(plain, 4), first(mixed, 4), strict=True):
         assert b.labels_b is not None
         assert b.weight is not None

@@ -58,11 +58,9 @@ def test_both_sides_compute_the_same_and_are_timed(tmp_path, capsys):
 
 
 def test_a_side_that_computes_something_else_is_seen():
-    right, wrong, failed = (
-        Result("a", value=2.0),
-        Result("b", value=2.1),
-        Result("c", failed="no compiler"),
-    )
+    right = Result("a", value=2.0)
+    wrong = Result("b", value=2.1)
+    failed = Result("c", failed="no compiler")
     assert disagreement([right, failed]) == 0
     assert disagreement([right, wrong]) == pytest.approx(0.05)
 

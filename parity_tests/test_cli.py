@@ -372,10 +372,8 @@ def test_real_images_are_all_labelled_right(folder, capsys):
     )
     assert "20 of 20 right" in capsys.readouterr().out
     given = np.load(SHARED / "resnet20_20_images_logits.npz")
-    truth, theirs, ours = (
-        given["logits_float64"],
-        given["logits_float32"].astype(np.float64),
-        np.load("l.npy").astype(np.float64),
-    )
+    truth = given["logits_float64"]
+    theirs = given["logits_float32"].astype(np.float64)
+    ours = np.load("l.npy").astype(np.float64)
     own, error = (np.linalg.norm(value - truth) / np.linalg.norm(truth) for value in (theirs, ours))
     assert error <= max(4 * own, 8 * 2.0**-23)

@@ -63,11 +63,9 @@ class Net(nn.Module):
     ):
         super().__init__()
         first, second = widths
-        self.act, self.pool_stem, self.pool_all = (
-            choices.get("act", F.relu),
-            pool_stem,
-            head or (lambda x: x.mean((2, 3))),
-        )
+        self.act = choices.get("act", F.relu)
+        self.pool_stem = pool_stem
+        self.pool_all = head or (lambda x: x.mean((2, 3)))
         self.conv1 = nn.Conv2d(3, first, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(first)
         self.layer1 = nn.Sequential(Unit(first, first, **choices), Unit(first, first, **choices))

@@ -141,10 +141,8 @@ def test_only_what_winograd_can_compute_is_planned_for_it(changed):
 def test_every_form_computes_what_follows_the_convolution(batch, form, ends):
     if form == "onednn" and not onednn.available():
         pytest.skip("this machine or this jaxlib has no known oneDNN")
-    of, rng = (
-        _square(512) if form != "xla" else Convolution((3, 3, 64, 64), (1, 1), (1, 1), (1, 1), 1),
-        np.random.default_rng(5),
-    )
+    of = _square(512) if form != "xla" else Convolution((3, 3, 64, 64), (1, 1), (1, 1), (1, 1), 1)
+    rng = np.random.default_rng(5)
     shape = (batch, 5, 6, of.kernel[2])
     plan = _planned(of, shape, form != "xla")
     assert plan.form == form

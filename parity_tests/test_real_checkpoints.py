@@ -31,10 +31,8 @@ def test_the_architecture_is_found_and_the_bits_come_back(name):
 
 
 def images_and_logits():
-    images, logits = (
-        np.load(SHARED / "cifar10_20_images.npz"),
-        np.load(SHARED / "resnet20_20_images_logits.npz"),
-    )
+    images = np.load(SHARED / "cifar10_20_images.npz")
+    logits = np.load(SHARED / "resnet20_20_images_logits.npz")
     return (images["images"] / 255 - images["mean"]) / images["std"], images["labels"], logits
 
 

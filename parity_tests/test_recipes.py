@@ -77,10 +77,8 @@ def in_torch(optimizer=None, accumulate=1, clip=None, average=0.0):
     ).from_step(0)
     for batch, _ in zip(stream, range(20), strict=False):
         optimizer.zero_grad()
-        x, labels = (
-            torch.from_numpy(batch.images.transpose(0, 3, 1, 2).astype(np.float64)),
-            torch.from_numpy(batch.labels.astype(np.int64)),
-        )
+        x = torch.from_numpy(batch.images.transpose(0, 3, 1, 2).astype(np.float64))
+        labels = torch.from_numpy(batch.labels.astype(np.int64))
         for part in range(accumulate):
             piece = slice(part * len(labels) // accumulate, (part + 1) * len(labels) // accumulate)
             (F.cross_entropy(model(x[piece]), labels[piece]) / accumulate).backward()
@@ -398,10 +396,8 @@ def test_nothing_is_compiled_again_after_the_first_step_on_several_devices():
     )
     rng = np.random.default_rng(0)
     for number in range(3):
-        images, labels = (
-            rng.normal(size=(2, 16, 8, 8, 1)).astype(np.float32),
-            rng.integers(0, 10, (2, 16)).astype(np.int32),
-        )
+        images = rng.normal(size=(2, 16, 8, 8, 1)).astype(np.float32)
+        labels = rng.integers(0, 10, (2, 16)).astype(np.int32)
         state, _ = step(
             state,
             placement.spread(images, axis=1),

@@ -188,10 +188,8 @@ def test_the_slower_roof_decides(what):
 
 
 def test_from_the_balanced_batch_on_arithmetic_takes_longer_than_memory():
-    network, roofs = (
-        roofline.layers(architecture("resnet50"), 64),
-        {"peak": 300e9, "bandwidth": 10e9},
-    )
+    network = roofline.layers(architecture("resnet50"), 64)
+    roofs = {"peak": 300e9, "bandwidth": 10e9}
     batch = roofline.balanced_batch(network, "train-step", width=4, fusion="fused", **roofs)
 
     def computes(batch):

@@ -209,10 +209,8 @@ def test_what_only_pytorch_can_make_is_left_to_it(what, place):
     place.write_bytes(samples.saved({"state_dict": {"weight": torch.arange(3.0)}, "odd": [value]}))
     assert torch_archive.read_archive(place, LIMITS).foreign
     assert torch_file.read_torch(place).tensors["weight"].tolist() == [0, 1, 2]
-    loaded, expected = (
-        torch_file.load_torch(place)["odd"][0],
-        torch.load(place, weights_only=True)["odd"][0],
-    )
+    loaded = torch_file.load_torch(place)["odd"][0]
+    expected = torch.load(place, weights_only=True)["odd"][0]
     assert type(loaded) is type(expected)
     if isinstance(value, torch.Tensor):
         assert loaded.dtype == value.dtype

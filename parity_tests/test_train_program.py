@@ -216,10 +216,8 @@ def test_a_flipped_bit_in_the_newest_checkpoint_is_found_and_the_run_goes_on_fro
     capsys, tmp_path
 ):
     said(capsys, f"{SHORT} --out out")
-    newest, before = (
-        tmp_path / "out" / "checkpoints" / "step-00000010",
-        tmp_path / "out" / "checkpoints" / "step-00000005",
-    )
+    newest = tmp_path / "out" / "checkpoints" / "step-00000010"
+    before = tmp_path / "out" / "checkpoints" / "step-00000005"
     largest = max(
         (path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
     )

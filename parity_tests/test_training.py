@@ -466,11 +466,9 @@ def test_both_evaluations_agree_and_restore_the_mode(data):
 
 def test_mixed_labels_weigh_as_torchs_probabilities_do():
     rng = np.random.default_rng(1)
-    logits, labels, others = (
-        rng.normal(1, 4, (9, 10)),
-        rng.integers(0, 10, 9),
-        rng.integers(0, 10, 9),
-    )
+    logits = rng.normal(1, 4, (9, 10))
+    labels = rng.integers(0, 10, 9)
+    others = rng.integers(0, 10, 9)
     weight = 0.3
     first, second = (
         F.one_hot(torch.from_numpy(chosen), 10).double() for chosen in (labels, others)

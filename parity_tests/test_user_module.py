@@ -14,11 +14,9 @@ from parity_tests.support import REPOSITORY
 from torch_ref import BasicBlock, Block, Bottleneck, ResNet, as_asked
 
 AS_ASKED = REPOSITORY / "torch_ref" / "as_asked.py"
-OVERWRITTEN, STRIDE, CHANNELS = (
-    "overwrites the main path",
-    "the first convolution ignores stride",
-    "the second convolution takes in_channels",
-)
+OVERWRITTEN = "overwrites the main path"
+STRIDE = "the first convolution ignores stride"
+CHANNELS = "the second convolution takes in_channels"
 FAULTS = {
     "Block": {OVERWRITTEN, STRIDE, CHANNELS},
     "AcceptedAnswer": {STRIDE, CHANNELS},
