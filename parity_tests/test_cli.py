@@ -153,88 +153,36 @@ def _truncated():
     Path("bad.pth").write_bytes(content[: len(content) * 2 // 3])
 
 
-def _set(key, value):
-    return _broken(lambda state: state.__setitem__(key, value))
-
-
 def _poison(key, value):
     return _broken(lambda state: state[key].view(-1).__setitem__(0, value))
 
 
+# Whatever else is no checkpoint or does not fit is refused with the words of test_bad_input.py.
 BAD = {
-    "empty file": (lambda: Path("bad.pth").write_bytes(b""), [], "is empty"),
-    "directory": (lambda: Path("bad.pth").mkdir(), [], "is a folder without a checkpoint"),
-    "text": (
-        lambda: Path("bad.pth").write_text("hello, I am not weights\n"),
-        [],
-        "neither a PyTorch checkpoint",
-    ),
-    "truncated": (_truncated, [], "damaged or truncated|damaged"),
-    "absent": (lambda: None, [], "does not exist"),
-    "another network": (
-        lambda: torch.save({"features.0.weight": torch.rand(8, 3, 3, 3)}, "bad.pth"),
-        [],
-        "no residual network in any known naming scheme",
-    ),
-    "no tensors": (lambda: torch.save({"epoch": 3}, "bad.pth"), [], "holds no state dict"),
+    "truncated": (_truncated, "damaged or truncated|damaged"),
+    "absent": (lambda: None, "does not exist"),
     "missing key": (
         _broken(lambda s: s.pop("layer2.0.bn1.weight")),
-        [],
         r"missing\s+layer2.0.bn1.weight",
     ),
-    "extra key": (
-        _set("layer1.0.extra.weight", torch.rand(3)),
-        [],
-        r"unexpected\s+layer1.0.extra.weight",
-    ),
-    "wrong shape": (
-        _set("layer1.0.conv2.weight", torch.rand(8, 8, 3, 2)),
-        [],
-        r"wrong shape\s+layer1.0.conv2.weight \[8, 8, 3, 2\], expected \[8, 8, 3, 3\]",
-    ),
-    "wrong classes": (
-        _broken(lambda s: None),
-        ["--num-classes", "7"],
-        r"fc.weight \[4, 12\], expected \[7, 12\]",
-    ),
-    "wrong architecture": (
-        _broken(lambda s: None),
-        ["--architecture", "resnet18"],
-        "does not fit resnet18",
-    ),
-    "unknown architecture": (
-        _broken(lambda s: None),
-        ["--architecture", "vgg16"],
-        "architecture 'vgg16' is unknown; known: resnet18",
-    ),
-    "unknown naming scheme": (
-        _broken(lambda s: None),
-        ["--naming", "mine"],
-        "naming scheme 'mine' is unknown; known: torchvision",
-    ),
-    "integer weights": (
-        _set("conv1.weight", torch.randint(0, 9, (8, 3, 3, 3))),
-        [],
-        r"wrong dtype\s+conv1.weight int64, expected a floating type",
-    ),
+    "--num-classes 7": (_broken(lambda s: None), r"fc.weight \[4, 12\], expected \[7, 12\]"),
+    "--architecture resnet18": (_broken(lambda s: None), "does not fit resnet18"),
+    "--architecture vgg16": (_broken(lambda s: None), "'vgg16' is unknown; known: resnet18"),
+    "--naming mine": (_broken(lambda s: None), "'mine' is unknown; known: torchvision"),
     "not finite": (
         _poison("layer1.0.conv1.weight", float("nan")),
-        [],
         r"layer1.0.conv1.weight \(1 of 576 values not finite\).*--allow-nonfinite",
     ),
     "negative variance": (
         _poison("bn1.running_var", -0.5),
-        [],
         r"bn1.running_var \(negative variance -0.5\).*--allow-nonfinite",
     ),
     "code": (
         lambda: Path("bad.pth").write_bytes(pickle.dumps({"state_dict": _Canary()})),
-        [],
         "never executes code|without executing code",
     ),
     "bare block": (
         lambda: torch.save(BasicBlock(4, 8, 2).state_dict(), "bad.pth"),
-        [],
         "--stride 1 or --stride 2",
     ),
 }
@@ -242,8 +190,9 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_gives_one_paragraph_and_status_2_and_writes_nothing(case, folder, capsys):
-    write, flags, message = BAD[case]
+    write, message = BAD[case]
     write()
+    flags = case.split() if case.startswith("--") else []
     before = sorted(path.name for path in folder.iterdir())
     for command in (["convert", "bad.pth", "out.safetensors"], ["verify", "bad.pth"]):
         assert run([*command, *flags]) == 2, command

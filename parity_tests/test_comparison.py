@@ -125,30 +125,13 @@ def test_what_every_slot_was_fed_is_what_the_one_before_gave():
 
 
 def test_a_tolerance_of_ones_own_replaces_the_criterion():
-    torch_module, flax_module = linear_pair()
-    table = ACTIVATION
-    exact = compare(
-        torch_module,
-        flax_module,
-        X,
-        state_map=table,
-        copy_weights=True,
-        train=False,
-        precisions=("float32",),
-        rtol=1e-3,
+    plan = {"copy_weights": True, "train": False, "precisions": ("float32",)}
+    exact, strict = (
+        compare(*linear_pair(), X, state_map=ACTIVATION, rtol=rtol, **plan)
+        for rtol in (1e-3, 1e-12)
     )
     assert exact.passed
     assert {m.verdict.limit for m in exact.comparison.measurements} == {1.0}
-    strict = compare(
-        torch_module,
-        flax_module,
-        X,
-        state_map=table,
-        copy_weights=True,
-        train=False,
-        precisions=("float32",),
-        rtol=1e-12,
-    )
     assert not strict.passed
     assert "1e-12 x |PyTorch|" in report_json(strict.comparison, {})["criterion"]
 

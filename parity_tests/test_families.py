@@ -221,11 +221,7 @@ def test_a_model_from_python_is_saved_for_transformers(tmp_path):
 @pytest.mark.parametrize(
     ("name", "naming", "message"),
     [
-        (
-            "resnext50_32x4d",
-            "huggingface",
-            "transformers' ResNet cannot be told groups 32, base_width 4",
-        ),
+        ("resnext50_32x4d", "huggingface", "cannot be told groups 32, base_width 4"),
         ("resnet18_cifar", "huggingface", "cannot be told stem 'cifar'"),
         ("resnet20", "timm", "timm has no name for this network"),
         ("resnet18d", "huggingface", "has no name for stem.conv1"),

@@ -222,56 +222,28 @@ def test_a_certificate_covers_the_run(folder, capsys):
     assert key in json.loads(Path("parity.json").read_text())["outputs"]["run"]["tensors"]
 
 
-def _changed(key, value):
-    def change(content, path):
-        content["optimizer"]["param_groups"][0][key] = value
-
-    return change
-
-
-def _rmsprop(content, path):
-    content["optimizer"] = torch.optim.RMSprop(
-        runs.started(lambda m: None, None).model.parameters()
-    ).state_dict()
-
-
-def _other_model(content, path):
-    content["optimizer"] = torch.optim.SGD(
-        torch.nn.Linear(3, 4).parameters(), momentum=0.9
-    ).state_dict()
-
-
-def _no_buffers(content, path):
+def _no_buffers(content):
     content["optimizer"]["state"] = {
         number: value for number, value in content["optimizer"]["state"].items() if number > 4
     }
 
 
-def _unknown_names(content, path):
-    for group in content["optimizer"]["param_groups"]:
-        group["param_names"] = [f"nobody.{number}" for number in group["params"]]
-
-
 BAD = {
-    "an optimizer of another model": (
-        _other_model,
-        "does not belong to this model: it has 2 parameters, the model 20",
-    ),
     "missing buffers": (_no_buffers, "lacks momentum_buffer of 5 of 20 parameters"),
-    "unknown parameters": (_unknown_names, "it names nobody.0"),
-    "an unsupported optimizer": (_rmsprop, "no optimizer with a counterpart here"),
-    "dampening": (_changed("dampening", 0.1), "param group 0: dampening=0.1 has no counterpart"),
+    "dampening": (
+        lambda content: content["optimizer"]["param_groups"][0].update(dampening=0.1),
+        "param group 0: dampening=0.1 has no counterpart",
+    ),
 }
 
 
 @pytest.mark.parametrize(
-    "case",
-    ["dampening", *(pytest.param(c, marks=pytest.mark.slow) for c in BAD if c != "dampening")],
+    "case", ["dampening", pytest.param("missing buffers", marks=pytest.mark.slow)]
 )
 def test_what_cannot_go_on_is_one_paragraph_with_status_2(case, folder, capsys):
     change, words = BAD[case]
     _, path = runs.saved("torchvision's reference", folder)
-    runs.rewritten(path, lambda content: change(content, path))
+    runs.rewritten(path, change)
     before = sorted(folder.rglob("*"))
     for arguments in (f"train --resume {path}", f"convert {path} out --with-optimizer"):
         assert command(arguments) == 2

@@ -195,17 +195,8 @@ def _frozen(content):
         del content["optimizer_state_dict"]["state"][number]
 
 
-def _of(optimizer):
-    return lambda content: content.update(optimizer_state_dict=optimizer().state_dict())
-
-
 def _two_optimizers(content):
     content["optimizer_states"] = [content.pop("optimizer_state_dict")] * 2
-
-
-def _unknown_parameters(content):
-    for group in content["optimizer_state_dict"]["param_groups"]:
-        group["param_names"] = [f"other.{number}" for number in group["params"]]
 
 
 BAD = {
@@ -223,15 +214,6 @@ BAD = {
         _frozen,
         r"lacks momentum_buffer of 3 of 20 parameters: conv1\.weight, .*frozen",
     ),
-    "another model's": (
-        _of(lambda: torch.optim.SGD(torch.nn.Linear(3, 4).parameters(), momentum=0.9)),
-        "it has 2 parameters, the model 20",
-    ),
-    "no counterpart": (
-        _of(lambda: torch.optim.RMSprop(runs.started(lambda m: None, None).model.parameters())),
-        "no optimizer with a counterpart here",
-    ),
-    "unknown parameters": (_unknown_parameters, r"names other\.0"),
 }
 
 
