@@ -8,7 +8,7 @@ import torch
 
 import flax_resblock
 from flax_resblock import CheckpointError, ResNetConfig
-from flax_resblock.checkpoint.torch_file import from_numpy
+from flax_resblock.checkpoint.torch_file import from_numpy, with_tensors
 from flax_resblock.cli import run
 from flax_resblock.convert import NAMINGS
 from flax_resblock.convert.detection.backbones import BACKBONES, find_backbone
@@ -281,10 +281,7 @@ def test_openmmlab_says_where_the_stride_is(style, stride_on, tmp_path):
 
 
 def test_where_nobody_says_the_assumption_and_its_flag_are_stated(tmp_path):
-    torch.save(
-        {key: from_numpy(value) for key, value in random_bits(BACKBONE, np.float32).items()},
-        tmp_path / "file.pth",
-    )
+    torch.save(with_tensors(random_bits(BACKBONE, np.float32)), tmp_path / "file.pth")
     source = open_checkpoint(tmp_path / "file.pth")
     assert source.config.stride_on == "3x3"
     assert any("assumed" in note and "--stride-on 1x1" in note for note in source.notes)
@@ -295,10 +292,7 @@ def test_where_nobody_says_the_assumption_and_its_flag_are_stated(tmp_path):
 
 def test_a_basic_network_has_nothing_to_assume(tmp_path):
     config = ResNetConfig(depths=(1, 1), widths=(4, 8), stem_width=8, num_classes=3)
-    torch.save(
-        {key: from_numpy(value) for key, value in random_bits(config, np.float32).items()},
-        tmp_path / "file.pth",
-    )
+    torch.save(with_tensors(random_bits(config, np.float32)), tmp_path / "file.pth")
     assert open_checkpoint(tmp_path / "file.pth").assumed == ()
 
 

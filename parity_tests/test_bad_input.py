@@ -22,7 +22,7 @@ from flax_resblock import (
     to_torch,
 )
 from flax_resblock.checkpoint import atomic, safetensors_file
-from flax_resblock.checkpoint.torch_file import from_numpy
+from flax_resblock.checkpoint.torch_file import from_numpy, with_tensors
 from flax_resblock.cli import run
 from flax_resblock.convert.opening import ReadOptions, open_checkpoint
 from parity_tests.support import assert_same_bits, random_bits
@@ -46,9 +46,7 @@ def written(tmp_path):
     for name in ("net.pth", "net.safetensors", "net"):
         save(model, tmp_path / name)
     torch.save(
-        {k: from_numpy(v) for k, v in healthy().items()},
-        tmp_path / "legacy.pth",
-        _use_new_zipfile_serialization=False,
+        with_tensors(healthy()), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False
     )
     return tmp_path
 
@@ -225,9 +223,7 @@ def test_harmless_objects_beside_the_weights_are_read(tmp_path):
         "acc": np.float64(93.5),
         "epoch": 3,
     }
-    torch.save(
-        {"model": {k: from_numpy(v) for k, v in healthy().items()}, **extras}, tmp_path / "net.pth"
-    )
+    torch.save({"model": with_tensors(healthy()), **extras}, tmp_path / "net.pth")
     record = checkpoint.read(tmp_path / "net.pth")
     assert record.extras["args"].lr == 0.1
     assert record.extras["acc"] == 93.5
@@ -259,7 +255,7 @@ def test_extra_keys_can_be_ignored_by_name_and_missing_weights_are_never_made_up
         from_torch(state)
     with pytest.raises(CheckpointError, match=r"lacks fc\.bias\. Weights .* are never made up"):
         from_torch(state, ignore=["ema.*"], allow_missing=["fc.*"])
-    torch.save({key: from_numpy(value) for key, value in state.items()}, tmp_path / "net.pth")
+    torch.save(with_tensors(state), tmp_path / "net.pth")
     for call in (load, load_run):
         with pytest.raises(CheckpointError, match=r"lacks fc\.bias"):
             call(tmp_path / "net.pth", ignore=["ema.*"], allow_missing=["fc.*"])

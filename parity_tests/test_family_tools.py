@@ -11,7 +11,7 @@ from PIL import Image
 
 import flax_resblock
 from flax_resblock import ResNetConfig
-from flax_resblock.checkpoint.torch_file import from_numpy
+from flax_resblock.checkpoint.torch_file import from_numpy, with_tensors
 from flax_resblock.cli import run
 from flax_resblock.config import ARCHITECTURES, walk
 from flax_resblock.convert import families
@@ -227,7 +227,7 @@ def test_inspect_counts_what_fits_of_a_network_that_is_almost_one(tmp_path, caps
         ResNetConfig(depths=(1, 1), widths=(4, 8), stem_width=8, num_classes=3), np.float32
     )
     state["layer1.0.extra.weight"] = np.ones(3, np.float32)
-    torch.save({key: from_numpy(value) for key, value in state.items()}, tmp_path / "net.pth")
+    torch.save(with_tensors(state), tmp_path / "net.pth")
     assert run(["inspect", str(tmp_path / "net.pth")]) == 2
     text = capsys.readouterr().err
     assert f"{len(state) - 1} of its {len(state)} tensors do" in text

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flax_resblock import CheckpointError, checkpoint
-from flax_resblock.checkpoint.torch_file import from_numpy
+from flax_resblock.checkpoint.torch_file import with_tensors
 from flax_resblock.cli import run
 from flax_resblock.errors import some, visible
 from parity_tests.browser import BINARY, browser
@@ -56,7 +56,7 @@ def test_a_tensor_with_such_a_name_is_shown_escaped(name, tmp_path, monkeypatch,
     """In the weights, where it does not fit; in the sight of all commands."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "400")
-    state = {key: from_numpy(value) for key, value in healthy().items()}
+    state = with_tensors(healthy())
     torch.save({**state, HOSTILE[name]: torch.rand(3)}, "net.pth")
     for command in (
         ["inspect", "net.pth"],
@@ -75,7 +75,7 @@ def test_a_tensor_with_such_a_name_is_shown_escaped(name, tmp_path, monkeypatch,
 @pytest.mark.parametrize("name", ["title", "return", "link", "rich markup"])
 def test_other_entries_of_a_checkpoint_are_shown_escaped(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    state = {key: from_numpy(value) for key, value in healthy().items()}
+    state = with_tensors(healthy())
     torch.save({"model": state, HOSTILE[name]: HOSTILE[name], "epoch": 3}, "net.pth")
     assert run(["inspect", "net.pth"]) == 0
     output = "".join(capsys.readouterr())
@@ -95,7 +95,7 @@ def test_a_file_called_like_markup_or_an_escape_is_shown_as_it_is(tmp_path, monk
         "сеть ё.pth",
         "net.v2.pth",
     ):
-        torch.save({key: from_numpy(value) for key, value in healthy().items()}, name)
+        torch.save(with_tensors(healthy()), name)
         assert run(["inspect", name]) == 0
         assert visible(name) in capsys.readouterr().out
         assert run(["inspect", name + ".absent"]) == 2
@@ -125,7 +125,7 @@ def test_no_script_in_a_name_runs_in_the_report(tmp_path, monkeypatch, capsys):
     """The report of a verification with hostile names of file, ignored tensors and entries."""
     pytest.importorskip("jinja2", reason="needs the extra 'report'")
     monkeypatch.chdir(tmp_path)
-    state = {key: from_numpy(value) for key, value in healthy().items()}
+    state = with_tensors(healthy())
     file = "net<img src=x onerror=document.title='taken-over'>.pth"
     torch.save({"model": {**state, HOSTILE["html"]: torch.rand(3)}, HOSTILE["html"]: 1}, file)
     assert run(["verify", file, "--eval-only", "--ignore", "evil*", "--html", "report.html"]) == 0

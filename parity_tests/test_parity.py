@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flax_resblock import BlockConfig
-from flax_resblock.checkpoint.torch_file import from_numpy
+from flax_resblock.checkpoint.torch_file import with_tensors
 from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.parity import parts
 from flax_resblock.parity.battery import BATTERY
@@ -234,6 +234,4 @@ def test_float32_errors_are_judged_against_float64_not_against_each_other():
 def test_torch_loads_what_the_twins_hold():
     twins = twins_of(SQUARE)
     module = torch_reference(SQUARE)
-    module.load_state_dict(
-        {key: from_numpy(value) for key, value in twins.state.items()}, strict=True
-    )
+    module.load_state_dict(with_tensors(twins.state), strict=True)

@@ -26,7 +26,7 @@ from flax_resblock import (
     to_torch,
 )
 from flax_resblock.checkpoint.safetensors_file import write_safetensors
-from flax_resblock.checkpoint.torch_file import from_numpy, state_to_numpy
+from flax_resblock.checkpoint.torch_file import state_to_numpy, with_tensors
 from flax_resblock.config import architecture, walk
 from flax_resblock.convert import NAMINGS, StateMap, describe, identify
 from flax_resblock.convert.detection.assumptions import ASSUMABLE_FIELDS
@@ -87,9 +87,7 @@ def test_every_architecture_survives_bit_for_bit_and_loads_strictly(name, dtype)
     assert all(value.flags.writeable for value in back.values())
     with torch.device("meta"):
         module = ResNet(**asdict(architecture(name)))
-    module.load_state_dict(
-        {key: from_numpy(value) for key, value in back.items()}, strict=True, assign=True
-    )
+    module.load_state_dict(with_tensors(back), strict=True, assign=True)
     assert_same_bits(state_to_numpy(module.state_dict()), state)
 
 
@@ -203,11 +201,7 @@ def test_what_a_person_says_comes_before_what_the_file_remembers(tmp_path):
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy pickle"])
 def test_files_written_by_torch_are_read(zipped, tmp_path):
     state = random_bits(SMALL, np.float32)
-    torch.save(
-        {key: from_numpy(value) for key, value in state.items()},
-        tmp_path / "net.pth",
-        _use_new_zipfile_serialization=zipped,
-    )
+    torch.save(with_tensors(state), tmp_path / "net.pth", _use_new_zipfile_serialization=zipped)
     assert_same_bits(to_torch(load(tmp_path / "net.pth")), state)
 
 
@@ -248,10 +242,7 @@ WRAPPED = {
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_wrappers_are_taken_off_and_named(wrapper, tmp_path):
     state = random_bits(SMALL, np.float32)
-    torch.save(
-        WRAPPED[wrapper]({key: from_numpy(value) for key, value in state.items()}),
-        tmp_path / "net.pth",
-    )
+    torch.save(WRAPPED[wrapper](with_tensors(state)), tmp_path / "net.pth")
     record = checkpoint.read(tmp_path / "net.pth")
     assert_same_bits(dict(record.tensors), state)
     said = " ".join(record.notes)
@@ -266,10 +257,7 @@ def test_wrappers_are_taken_off_and_named(wrapper, tmp_path):
 def test_trained_weights_come_before_their_average_and_the_choice_is_said(tmp_path):
     ours, average = (random_bits(SMALL, np.float32, seed=seed) for seed in (1, 2))
     torch.save(
-        {
-            name: {k: from_numpy(v) for k, v in s.items()}
-            for name, s in {"model_ema": average, "model": ours}.items()
-        },
+        {name: with_tensors(s) for name, s in {"model_ema": average, "model": ours}.items()},
         tmp_path / "net.pth",
     )
     record = checkpoint.read(tmp_path / "net.pth")
