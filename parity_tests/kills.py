@@ -53,16 +53,8 @@ def expected(source: Path, name: str) -> dict[str, str]:
 
 
 def convert(source: Path, out: Path) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable,
-        "-m",
-        "flax_resblock",
-        "convert",
-        str(source),
-        str(out),
-        "--force",
-        "--no-certificate",
-    ]
+    convert = ["convert", str(source), str(out), "--force", "--no-certificate"]
+    command = [sys.executable, "-m", "flax_resblock", *convert]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

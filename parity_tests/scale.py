@@ -40,17 +40,11 @@ def start_model(config: TrainConfig = CONFIG):
     model = new_model(config)
     rng = np.random.default_rng(7)
     stats = nnx.state(model, nnx.BatchStat)
-    nnx.update(
-        model,
-        jax.tree.map(
-            lambda leaf: (
-                leaf
-                if leaf.ndim == 0
-                else np.asarray(rng.uniform(0.3, 2.0, leaf.shape), leaf.dtype)
-            ),
-            stats,
-        ),
-    )
+
+    def drawn(leaf):
+        return np.asarray(rng.uniform(0.3, 2.0, leaf.shape), leaf.dtype) if leaf.ndim else leaf
+
+    nnx.update(model, jax.tree.map(drawn, stats))
     return model
 
 

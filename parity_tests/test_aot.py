@@ -434,19 +434,8 @@ def test_an_outcome_survives_the_way_from_the_child():
 @pytest.mark.xdist_group("memory")
 def test_an_interrupt_ends_the_compilation_and_its_process(tmp_path):
     skip_without("tpu")
-    command = [
-        sys.executable,
-        "-m",
-        "flax_resblock",
-        "aot",
-        "resnet50",
-        "--target",
-        "tpu:v5e:1x1",
-        "--what",
-        "train-step",
-        "--batch",
-        "8",
-    ]
+    flags = "--target tpu:v5e:1x1 --what train-step --batch 8"
+    command = [sys.executable, "-m", "flax_resblock", "aot", "resnet50", *flags.split()]
     process = subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,

@@ -24,21 +24,8 @@ def speed():
 @pytest.mark.slow
 def test_both_sides_compute_the_same_and_are_timed(tmp_path, capsys):
     out, png = tmp_path / "bench.json", tmp_path / "bench.png"
-    arguments = [
-        "bench",
-        "--what",
-        "train-step",
-        "--architecture",
-        "block",
-        "--image-size",
-        "8",
-        "--batch",
-        "4",
-        "--rounds",
-        "2",
-        "--threads",
-        "1",
-    ]
+    flags = "--architecture block --image-size 8 --batch 4 --rounds 2 --threads 1"
+    arguments = ["bench", "--what", "train-step", *flags.split()]
     assert run([*arguments, "--json-file", str(out), "--png", str(png)]) == 0
     text = capsys.readouterr().out
     assert "All computed the same" in text

@@ -115,15 +115,10 @@ def test_what_lies_beside_the_tensors_is_covered_too(name, written):
 
 def test_an_optimizer_in_a_pth_is_covered(tmp_path):
     (tmp_path / "run.pth").write_bytes(samples.saved(samples.training()))
-    assert (
-        run(
-            (
-                f"convert {tmp_path / 'run.pth'} {tmp_path / 'out.pth'} "
-                "--with-optimizer --no-certificate"
-            ).split()
-        )
-        == 0
+    arguments = (
+        f"convert {tmp_path / 'run.pth'} {tmp_path / 'out.pth'} --with-optimizer --no-certificate"
     )
+    assert run(arguments.split()) == 0
     record = checkpoint.read(tmp_path / "out.pth", run=True)
     moment = record.extras["optimizer"]["state"][0]["exp_avg"]
     content = (tmp_path / "out.pth").read_bytes()
@@ -160,15 +155,10 @@ def test_an_old_sidecar_beside_a_newer_file_is_no_alarm_but_a_note(written, caps
     assert any("net.pth.sha256.json, which describes another file" in note for note in record.notes)
     assert run(["inspect", str(written / "net.pth")]) == 0
     assert "which describes another file" in " ".join(capsys.readouterr().out.split())
-    assert (
-        run(
-            (
-                f"convert {written / 'net.safetensors'} {written / 'net.pth'} "
-                "--force --no-certificate"
-            ).split()
-        )
-        == 0
+    arguments = (
+        f"convert {written / 'net.safetensors'} {written / 'net.pth'} --force --no-certificate"
     )
+    assert run(arguments.split()) == 0
     assert not any("another file" in note for note in checkpoint.read(written / "net.pth").notes)
 
 
@@ -200,9 +190,8 @@ def test_a_damaged_sidecar_is_refused_with_a_way_out(text, written):
 
 def test_a_file_of_another_kind_where_the_sidecar_goes_is_never_replaced(written, capsys):
     (written / "new.pth.sha256.json").write_text(json.dumps({"precious": 1}))
-    assert (
-        run(["convert", str(written / "net.safetensors"), str(written / "new.pth"), "--force"]) == 2
-    )
+    arguments = ["convert", str(written / "net.safetensors"), str(written / "new.pth"), "--force"]
+    assert run(arguments) == 2
     assert "is something else" in " ".join(capsys.readouterr().err.split())
     assert not (written / "new.pth").exists()
     assert (written / "new.pth.sha256.json").read_text() == '{"precious": 1}'

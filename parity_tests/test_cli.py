@@ -315,10 +315,8 @@ def test_real_checkpoints_work_with_no_flags(file, name, folder, capsys):
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real checkpoints are not at {SHARED}")
 def test_real_images_are_all_labelled_right(folder, capsys):
     images = SHARED / "cifar10_20_images.npz"
-    assert (
-        run(["predict", str(SHARED / "resnet20-12fca82f.th"), str(images), "--logits", "l.npy"])
-        == 0
-    )
+    arguments = ["predict", str(SHARED / "resnet20-12fca82f.th"), str(images), "--logits", "l.npy"]
+    assert run(arguments) == 0
     assert "20 of 20 right" in capsys.readouterr().out
     given = np.load(SHARED / "resnet20_20_images_logits.npz")
     truth = given["logits_float64"]

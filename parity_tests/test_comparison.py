@@ -51,15 +51,9 @@ def test_every_precision_and_quantity_is_there():
         == by_precision["bfloat16"] | {"tensors"}
     )
     assert len(by_precision["float64"]) == 26
+    rows = [m for m in comparison.measurements if m.quantity == "eval forward"]
     errors = {
-        p: np.median(
-            [
-                m.verdict.error
-                for m in comparison.measurements
-                if m.precision == p and m.quantity == "eval forward"
-            ]
-        )
-        for p in plan.precisions
+        p: np.median([m.verdict.error for m in rows if m.precision == p]) for p in plan.precisions
     }
     assert errors["float64"] < 1e-14 < errors["float32"] < 1e-6 < errors["bfloat16"] < 0.05
 
@@ -315,18 +309,8 @@ def test_flags_that_make_no_sense_are_bad_input(case, network, capsys):
 
 def test_the_command_writes_both_reports_and_replaces_none(network, tmp_path, capsys):
     np.save("images.npy", np.random.default_rng(0).normal(0.2, 1, (2, 9, 8, 3)))
-    command = [
-        "verify",
-        network,
-        "--input",
-        "images.npy",
-        "--eval-only",
-        "--isolated",
-        "--json",
-        "out.json",
-        "--html",
-        "out.html",
-    ]
+    flags = "--input images.npy --eval-only --isolated --json out.json --html out.html"
+    command = ["verify", network, *flags.split()]
     assert run(command) == 0
     facts = json.loads((tmp_path / "out.json").read_text())
     expected = {"batch": 2, "height": 9, "width": 8, "channels": 3, "seed": 0}
@@ -345,22 +329,8 @@ def test_the_command_writes_both_reports_and_replaces_none(network, tmp_path, ca
 
 
 def test_an_architecture_by_name_has_random_weights_and_norms(capsys):
-    assert (
-        run(
-            [
-                "verify",
-                "resnet20",
-                "--height",
-                "8",
-                "--width",
-                "9",
-                "--eval-only",
-                "--precision",
-                "float64",
-            ]
-        )
-        == 0
-    )
+    arguments = "verify resnet20 --height 8 --width 9 --eval-only --precision float64"
+    assert run(arguments.split()) == 0
     output = capsys.readouterr().out
     assert "random weights, seed 0" in output
     assert run(["verify", "--architecture", "resnet7"]) == 2
@@ -373,10 +343,8 @@ def test_the_battery_verifies_every_kind_of_block(capsys, monkeypatch):
 
     few = dict(list(battery.BATTERY.items())[:: len(battery.BATTERY) - 4])
     monkeypatch.setattr(battery, "BATTERY", few)
-    assert (
-        run(["verify", "--all", "--precision", "float64", "--steps", "1", "--optimizer", "sgd"])
-        == 0
-    )
+    arguments = "verify --all --precision float64 --steps 1 --optimizer sgd"
+    assert run(arguments.split()) == 0
     assert capsys.readouterr().out.count("equal") == len(few)
 
 

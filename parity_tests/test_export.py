@@ -120,49 +120,32 @@ def test_predict_takes_the_folder(checkpoint, exported, tmp_path, capsys):
     pixels = np.random.default_rng(2).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels)
     for source, out in ((checkpoint, "a.npy"), (exported, "b.npy")):
-        assert (
-            run(
-                (
-                    f"predict {source} {tmp_path / 'images.npz'} --exact --logits {tmp_path / out}"
-                ).split()
-            )
-            == 0
-        )
+        arguments = f"predict {source} {tmp_path / 'images.npz'} --exact --logits {tmp_path / out}"
+        assert run(arguments.split()) == 0
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
     assert "normalisation from the export" in capsys.readouterr().out
 
 
 def test_recorded_constants_are_used(checkpoint, tmp_path):
     constants = ["--mean", "0.1", "0.2", "0.3", "--std", "0.5", "0.6", "0.7"]
-    assert (
-        run(["export", str(checkpoint), str(tmp_path / "x"), "--platforms", "cpu", *constants]) == 0
-    )
+    arguments = ["export", str(checkpoint), str(tmp_path / "x"), "--platforms", "cpu", *constants]
+    assert run(arguments) == 0
     np.savez(
         tmp_path / "images.npz",
         images=np.random.default_rng(2).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8),
     )
-    assert (
-        run(
-            [
-                "predict",
-                str(checkpoint),
-                str(tmp_path / "images.npz"),
-                *constants,
-                "--exact",
-                "--logits",
-                str(tmp_path / "a.npy"),
-            ]
-        )
-        == 0
-    )
-    assert (
-        run(
-            (
-                f"predict {tmp_path / 'x'} {tmp_path / 'images.npz'} --logits {tmp_path / 'b.npy'}"
-            ).split()
-        )
-        == 0
-    )
+    arguments = [
+        "predict",
+        str(checkpoint),
+        str(tmp_path / "images.npz"),
+        *constants,
+        "--exact",
+        "--logits",
+        str(tmp_path / "a.npy"),
+    ]
+    assert run(arguments) == 0
+    arguments = f"predict {tmp_path / 'x'} {tmp_path / 'images.npz'} --logits {tmp_path / 'b.npy'}"
+    assert run(arguments.split()) == 0
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
 
 
@@ -231,10 +214,8 @@ def test_a_wrong_fold_is_far_outside(mistake):
 
 
 def test_the_command_folds_and_states_the_error(checkpoint, tmp_path, capsys):
-    assert (
-        run((f"export {checkpoint} {tmp_path / 'x'} --fold-batch-norm --platforms cpu").split())
-        == 0
-    )
+    arguments = f"export {checkpoint} {tmp_path / 'x'} --fold-batch-norm --platforms cpu"
+    assert run(arguments.split()) == 0
     stated = re.search(r"error against float64 (\S+), unfolded (\S+) ", capsys.readouterr().out)
     assert stated is not None
     recorded = json.loads((tmp_path / "x" / MANIFEST).read_text())["batch_norm_folded"]
@@ -378,9 +359,8 @@ def test_an_exported_folder_is_replaced_by_force_and_a_folder_of_ones_own_is_not
     checkpoint, exported, tmp_path, capsys
 ):
     shutil.copytree(exported, tmp_path / "x")
-    assert (
-        run(["export", str(checkpoint), str(tmp_path / "x"), "--platforms", "cpu", "--force"]) == 0
-    )
+    arguments = ["export", str(checkpoint), str(tmp_path / "x"), "--platforms", "cpu", "--force"]
+    assert run(arguments) == 0
     assert open_exported(tmp_path / "x").manifest["platforms"] == ["cpu"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
@@ -427,10 +407,12 @@ def test_ten_lines_run_a_resnet18_in_a_fresh_environment(tmp_path):
     save(
         randomised(create("resnet18", rngs=nnx.Rngs(7)), seed=7), tmp_path / "resnet18.safetensors"
     )
-    assert (
-        run(["export", str(tmp_path / "resnet18.safetensors"), str(tmp_path / "resnet18_exported")])
-        == 0
-    )
+    arguments = [
+        "export",
+        str(tmp_path / "resnet18.safetensors"),
+        str(tmp_path / "resnet18_exported"),
+    ]
+    assert run(arguments) == 0
     source = load(tmp_path / "resnet18.safetensors")
     for batch in (1, 7):
         images = images_for(batch, 224, 224, 3, seed=batch)

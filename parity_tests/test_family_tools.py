@@ -122,10 +122,8 @@ def test_predict_sees_what_timm_sees_and_says_its_labels(tmp_path, capsys):
         safe_serialization=True,
     )
     image = photograph(tmp_path / "photo.png")
-    assert (
-        run((f"predict {tmp_path / 'net'} {image} --logits {tmp_path / 'l.npy'} --top 5").split())
-        == 0
-    )
+    arguments = f"predict {tmp_path / 'net'} {image} --logits {tmp_path / 'l.npy'} --top 5"
+    assert run(arguments.split()) == 0
     text = capsys.readouterr().out
     assert "96x96 pixels" in text
     assert "pretrained_cfg" in text
@@ -134,38 +132,27 @@ def test_predict_sees_what_timm_sees_and_says_its_labels(tmp_path, capsys):
     with torch.no_grad():
         theirs = module(transform(Image.open(image).convert("RGB"))[None]).numpy()
     np.testing.assert_allclose(np.load(tmp_path / "l.npy"), theirs, rtol=2e-5, atol=2e-5)
-    assert (
-        run(
-            (
-                f"predict {tmp_path / 'net'} {image} --logits "
-                f"{tmp_path / 'other.npy'} --image-size 64"
-            ).split()
-        )
-        == 0
+    arguments = (
+        f"predict {tmp_path / 'net'} {image} --logits {tmp_path / 'other.npy'} --image-size 64"
     )
+    assert run(arguments.split()) == 0
     assert np.abs(np.load(tmp_path / "other.npy") - theirs).max() > 1e-3
 
 
 def test_labels_of_transformers_survive_conversion_to_orbax(tmp_path, capsys):
     family = FAMILIES["huggingface basic"]
     family.save(randomise(family.build()).float(), tmp_path / "theirs")
-    assert (
-        run(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--no-certificate"]) == 0
-    )
+    arguments = ["convert", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--no-certificate"]
+    assert run(arguments) == 0
     capsys.readouterr()
     assert run(["predict", str(tmp_path / "ours"), str(photograph(tmp_path / "photo.png"))]) == 0
     text = capsys.readouterr().out
     assert "goldfish" in text
     assert "great [white] shark" in text
-    assert (
-        run(
-            (
-                f"convert {tmp_path / 'ours'} {tmp_path / 'back'} --to-naming "
-                "huggingface --no-certificate"
-            ).split()
-        )
-        == 0
+    arguments = (
+        f"convert {tmp_path / 'ours'} {tmp_path / 'back'} --to-naming huggingface --no-certificate"
     )
+    assert run(arguments.split()) == 0
     assert (
         json.loads((tmp_path / "back" / "config.json").read_text())["id2label"]["1"] == "goldfish"
     )

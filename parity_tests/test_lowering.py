@@ -53,15 +53,8 @@ LIMIT = 1e-12
 
 def function(shape, lowering):
     size, stride = shape[5:]
-    return partial(
-        convolve,
-        stride=stride,
-        padding=size // 2,
-        dilation=1,
-        groups=1,
-        precision=None,
-        lowering=lowering,
-    )
+    plain = {"dilation": 1, "groups": 1, "precision": None}
+    return partial(convolve, stride=stride, padding=size // 2, lowering=lowering, **plain)
 
 
 def arrays(shape, dtype=np.float64, seed=0):
@@ -525,17 +518,8 @@ def test_vmap_and_half_precision():
     f = function(shape, "auto")
     many = jax.vmap(f, in_axes=(0, None))(jnp.stack([x, 2 * x]), kernel)
     np.testing.assert_allclose(many[1], 2 * f(x, kernel), rtol=1e-4, atol=1e-5)
-    assert (
-        forms_of(
-            x.astype(jnp.bfloat16),
-            kernel.astype(jnp.bfloat16),
-            stride=1,
-            padding=1,
-            dilation=1,
-            groups=1,
-        )
-        is None
-    )
+    half = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    assert forms_of(*half, stride=1, padding=1, dilation=1, groups=1) is None
 
 
 def test_the_precision_of_the_moment_of_tracing_reaches_the_gradients():

@@ -150,15 +150,8 @@ def test_a_low_precision_in_the_code_of_an_operation_is_found():
 
 
 SETTINGS = (
-    "",
-    "cudnn",
-    "mkldnn",
-    "cuda.matmul",
-    "cudnn.conv",
-    "cudnn.rnn",
-    "mkldnn.matmul",
-    "mkldnn.conv",
-    "mkldnn.rnn",
+    *("", "cudnn", "mkldnn"),
+    *("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"),
 )
 
 

@@ -260,18 +260,9 @@ def test_lars_and_lamb_are_optaxs(kind):
             adapted(optax.scale_by_trust_ratio()),
             optax.scale_by_learning_rate(0.01),
         )
-    ours = optimizer_of(
-        fresh_optimizer(kind, StateMap(scale.CONFIG.model, NAMINGS["torchvision"]), **options)
-    )
-    sgd = optimizer_of(
-        fresh_optimizer(
-            "sgd",
-            StateMap(scale.CONFIG.model, NAMINGS["torchvision"]),
-            lr=0.3,
-            momentum=0.8,
-            nesterov=True,
-        )
-    )
+    state_map = StateMap(scale.CONFIG.model, NAMINGS["torchvision"])
+    ours = optimizer_of(fresh_optimizer(kind, state_map, **options))
+    sgd = optimizer_of(fresh_optimizer("sgd", state_map, lr=0.3, momentum=0.8, nesterov=True))
     rng = np.random.default_rng(5)
     ends = []
     draws = [

@@ -105,12 +105,10 @@ def test_a_checkpoint_resumes_where_it_stopped(spelling, folder, capsys):
 @pytest.mark.slow
 def test_a_finished_run_goes_on_at_another_rate(folder):
     assert command(f"train --batch-size {runs.BATCH} --epochs 2 --out first") == 0
-    assert (
-        command(
-            "train --resume first --epochs 3 --schedule warmup-cosine --learning-rate 0.01 --out on"
-        )
-        == 0
+    arguments = (
+        "train --resume first --epochs 3 --schedule warmup-cosine --learning-rate 0.01 --out on"
     )
+    assert command(arguments) == 0
     _, run = load_run("on")
     assert (run.steps, run.epochs) == (3 * runs.STEPS, 3)
     rates = [
@@ -253,9 +251,8 @@ def test_what_cannot_go_on_is_one_paragraph_with_status_2(case, folder, capsys):
         assert error.count("\n") == 1
     assert sorted(folder.rglob("*")) == before
     assert command(f"convert {path} out --with-optimizer --weights-only --no-certificate") == 0
-    assert (
-        command(f"train --resume {path} --weights-only --epochs 1 --batch-size {runs.BATCH}") == 0
-    )
+    arguments = f"train --resume {path} --weights-only --epochs 1 --batch-size {runs.BATCH}"
+    assert command(arguments) == 0
 
 
 @pytest.mark.slow

@@ -228,30 +228,20 @@ def _without_buffers(run: Run) -> Run:
     )
 
 
+def _decaying(optimizer: Any, decay: float) -> Any:
+    """The record of an optimizer with one weight decay for all parameters."""
+    groups = (replace(g, options={**g.options, "weight_decay": decay}) for g in optimizer.groups)
+    return replace(optimizer, groups=tuple(groups))
+
+
 def _decaying_norms(run: Run) -> Run:
     decay = max(float(group.options["weight_decay"]) for group in run.optimizer.groups)
-    return replace(
-        run,
-        optimizer=replace(
-            run.optimizer,
-            groups=tuple(
-                replace(g, options={**g.options, "weight_decay": decay})
-                for g in run.optimizer.groups
-            ),
-        ),
-    )
+    return replace(run, optimizer=_decaying(run.optimizer, decay))
 
 
 def _decay_after_momentum(run: Run) -> optax.GradientTransformationExtraArgs:
     """SGD as ``optax.chain(optax.trace, optax.add_decayed_weights)`` would have it."""
-    plain_sgd = optimizer_of(
-        replace(
-            run.optimizer,
-            groups=tuple(
-                replace(g, options={**g.options, "weight_decay": 0.0}) for g in run.optimizer.groups
-            ),
-        )
-    )
+    plain_sgd = optimizer_of(_decaying(run.optimizer, 0.0))
     decaying = {
         path: float(group.options["weight_decay"])
         for group in run.optimizer.groups
