@@ -511,12 +511,8 @@ def test_evaluation_takes_every_image_once_over_all_shards(count, rows, shards):
     seen = []
     for batch in itertools.chain(*parts):
         expected = ((rows, 7, 6, 3), np.float32, np.int32, np.bool_)
-        assert (
-            batch.images.shape,
-            batch.images.dtype,
-            batch.labels.dtype,
-            batch.valid.dtype,
-        ) == expected
+        found = (batch.images.shape, batch.images.dtype, batch.labels.dtype, batch.valid.dtype)
+        assert found == expected
         seen += batch.indices[batch.valid].tolist()
         assert np.array_equal(
             batch.images[batch.valid], data.normalised(batch.indices[batch.valid])

@@ -87,10 +87,8 @@ def test_the_given_place_receives_what_a_new_array_would_have():
 def test_input_of_any_memory_order_is_taken():
     kernel = random_array((6, 5, 3, 3), np.float32, 1)
     for view in (np.asfortranarray(kernel), kernel[::-1, ::-1], np.moveaxis(kernel, 0, -1)):
-        assert (
-            permute(view, (2, 3, 1, 0)).tobytes()
-            == np.ascontiguousarray(view.transpose(2, 3, 1, 0)).tobytes()
-        )
+        found = permute(view, (2, 3, 1, 0)).tobytes()
+        assert found == np.ascontiguousarray(view.transpose(2, 3, 1, 0)).tobytes()
 
 
 def test_a_wrong_permutation_is_noticed():

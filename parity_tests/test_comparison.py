@@ -67,10 +67,8 @@ def test_bfloat16_is_compared_and_can_fail():
     images = adversarial_images(BLOCK, batch=3)
     assert compare_pair(base, images, Plan(train=False, precisions=("bfloat16",))).passed
     rows = compare_pair(pair, images, Plan(train=False, precisions=("bfloat16",))).measurements
-    assert (
-        next(m.slot for m in rows if m.quantity == "eval forward" and not m.verdict.passed)
-        == "conv2"
-    )
+    found = next(m.slot for m in rows if m.quantity == "eval forward" and not m.verdict.passed)
+    assert found == "conv2"
 
 
 def test_isolation_blames_one_layer_where_the_forward_pass_blames_all_that_follow():

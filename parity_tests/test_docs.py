@@ -26,10 +26,8 @@ def test_the_mlp_is_told_apart_by_its_gelu(printed):
     mlp = printed["mlp"]
     assert not mlp.passed
     assert "before it Flax applies GELU (tanh form) after layers.0 instead of GELU" in str(mlp)
-    assert (
-        "before it Flax applies GELU (tanh form) after layers.0 instead of GELU"
-        in VERIFICATION.read_text(encoding="utf-8")
-    )
+    expected = VERIFICATION.read_text(encoding="utf-8")
+    assert "before it Flax applies GELU (tanh form) after layers.0 instead of GELU" in expected
 
 
 @pytest.mark.slow

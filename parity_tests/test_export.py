@@ -109,10 +109,8 @@ def test_zero_padded_shortcuts_are_exported_for_one_size(tmp_path):
         export_model(model, tmp_path / "x", image_size=None)
     export_model(model, tmp_path / "x", image_size=33, platforms=["cpu"])
     images = images_for(2, 33, 33, 3)
-    assert (
-        np.asarray(open_exported(tmp_path / "x")(images)).tobytes()
-        == outputs_of(model, images).tobytes()
-    )
+    found = np.asarray(open_exported(tmp_path / "x")(images)).tobytes()
+    assert found == outputs_of(model, images).tobytes()
 
 
 @pytest.mark.slow

@@ -109,10 +109,8 @@ def test_values_and_derivatives_are_those_of_xla(shape):
                 jax.tree.leaves(ours[name]), jax.tree.leaves(truth), strict=True
             ):
                 assert relative_l2(mine, theirs_) <= LIMIT, name
-        assert (
-            relative_l2(function(shape, "auto")(x, 1.00001 * kernel), theirs["output"])
-            >= 1e6 * LIMIT
-        )
+        found = relative_l2(function(shape, "auto")(x, 1.00001 * kernel), theirs["output"])
+        assert found >= 1e6 * LIMIT
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

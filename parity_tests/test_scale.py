@@ -217,10 +217,8 @@ def test_when_one_process_dies_the_others_end_and_the_restarted_run_ends_the_sam
             f"without it. Start all of them again" in error
         )
         finished(joined(out))
-        assert (
-            preemption.differences(preemption.state(out), preemption.state(tmp_path / "whole"))
-            == []
-        )
+        found = preemption.differences(preemption.state(out), preemption.state(tmp_path / "whole"))
+        assert found == []
 
 
 @pytest.mark.slow

@@ -96,10 +96,8 @@ def test_a_checkpoint_resumes_where_it_stopped(spelling, folder, capsys):
     assert [line["step"] for line in lines] == list(
         range(runs.DONE * runs.STEPS, runs.EPOCHS * runs.STEPS)
     )
-    assert (
-        json.loads(Path("runs/digits-resnet8/summary.json").read_text())["last_step"]
-        == runs.EPOCHS * runs.STEPS - 1
-    )
+    found = json.loads(Path("runs/digits-resnet8/summary.json").read_text())["last_step"]
+    assert found == runs.EPOCHS * runs.STEPS - 1
 
 
 @pytest.mark.slow
@@ -325,10 +323,8 @@ def test_a_run_that_is_killed_ends_bit_for_bit_where_it_would_have(folder):
     """The short form of ``python -m parity_tests.preemption``."""
     preemption.finished(folder / "whole")
     truth = preemption.state(folder / "whole")
-    assert (
-        preemption.interrupted(folder / "killed", random.Random(1), int(signal.SIGKILL), most=1)
-        == 1
-    )
+    found = preemption.interrupted(folder / "killed", random.Random(1), int(signal.SIGKILL), most=1)
+    assert found == 1
     assert preemption.differences(preemption.state(folder / "killed"), truth) == []
     assert preemption.differences((truth[0], truth[1], truth[2][:-1]), truth) == ["number of steps"]
 

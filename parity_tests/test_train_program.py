@@ -70,12 +70,8 @@ def test_a_run_leaves_metrics_events_curves_and_its_best_checkpoint(capsys, tmp_
         step for step, _ in scalars(tmp_path / "out" / "tensorboard", "test/ema_accuracy")
     ] == expected
     _, run = load_run(tmp_path / "out" / "best")
-    assert (
-        run.optimizer.kind,
-        bool(run.ema),
-        run.settings["accumulate"],
-        run.settings["data"],
-    ) == ("adamw", True, 2, "digits")
+    found = (run.optimizer.kind, bool(run.ema), run.settings["accumulate"], run.settings["data"])
+    assert found == ("adamw", True, 2, "digits")
     text = said(capsys, "--resume out --out out --epochs 3 --schedule constant")
     assert "ema: averaged weights and statistics" in text
     assert [step for step, _ in scalars(tmp_path / "out" / "tensorboard", "train/loss")] == list(
@@ -227,10 +223,8 @@ def test_a_flipped_bit_in_the_newest_checkpoint_is_found_and_the_run_goes_on_fro
     (tmp_path / "out" / "summary.json").unlink()
     text = said(capsys, "--out out --resume auto", status=2)
     assert "damaged" in text
-    assert (
-        f"Remove out/checkpoints/{newest.name}, and --resume auto goes on from {before.name}."
-        in text
-    )
+    found = f"Remove out/checkpoints/{newest.name}, and --resume auto goes on from {before.name}."
+    assert found in text
     assert newest.is_dir()
     checkpoint.remove(newest)
     assert "goes on at step 5" in said(capsys, "--out out --resume auto")
