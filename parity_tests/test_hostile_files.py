@@ -358,16 +358,8 @@ def test_links_are_followed_to_files_but_not_out_of_an_orbax_folder(tmp_path):
 def zarr_in(folder, shape, chunks, compressor=None):
     write_orbax(folder, samples.state(), {})
     (folder / "state" / "extra").mkdir()
-    facts = {
-        "shape": shape,
-        "chunks": chunks,
-        "dtype": "<f4",
-        "compressor": compressor,
-        "filters": None,
-        "order": "C",
-        "zarr_format": 2,
-        "fill_value": 0,
-    }
+    facts = {"shape": shape, "chunks": chunks, "dtype": "<f4", "compressor": compressor}
+    facts |= {"filters": None, "order": "C", "zarr_format": 2, "fill_value": 0}
     (folder / "state" / "extra" / ".zarray").write_text(json.dumps(facts))
 
 

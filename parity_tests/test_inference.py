@@ -155,16 +155,8 @@ def test_every_form_computes_what_follows_the_convolution(batch, form, ends):
     }
 
     def computed(x, kernel, given, ends):
-        return plan(
-            Fused(
-                of,
-                x,
-                None,
-                **{name: value for name, value in given.items() if name in ends},
-                relu="relu" in ends,
-            ),
-            kernel,
-        )
+        taken = {name: value for name, value in given.items() if name in ends}
+        return plan(Fused(of, x, None, **taken, relu="relu" in ends), kernel)
 
     def plain(x, kernel, given, ends):
         y = of.by_xla(x, kernel)

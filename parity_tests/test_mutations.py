@@ -288,30 +288,14 @@ PORTS = {
 )
 def test_a_mistake_in_a_port_of_an_unknown_network_is_named(port):
     mistakes, expected = PORTS[port]
-    norm = {
-        "weight": "scale",
-        "bias": "bias",
-        "running_mean": "mean",
-        "running_var": "var",
-        "num_batches_tracked": "num_batches_tracked",
-    }
-    table = {
-        "c1.weight": "c1.kernel",
-        "c2.weight": "c2.kernel",
-        "c2.bias": "c2.bias",
-        "fc.weight": "fc.kernel",
-        "fc.bias": "fc.bias",
-    }
+    norm = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+    norm["num_batches_tracked"] = "num_batches_tracked"
+    table = {f"{layer}.weight": f"{layer}.kernel" for layer in ("c1", "c2", "fc")}
+    table |= {f"{layer}.bias": f"{layer}.bias" for layer in ("c2", "fc")}
     table |= {f"b1.{theirs}": f"b1.{ours}" for theirs, ours in norm.items()}
     images = np.random.default_rng(2).normal(0.3, 1.5, (3, 8, 8, 3))
-    found = compare(
-        TorchNet(),
-        FlaxNet(**mistakes),
-        images,
-        state_map=table,
-        copy_weights=True,
-        precisions=("float64",),
-    )
+    options = {"state_map": table, "copy_weights": True, "precisions": ("float64",)}
+    found = compare(TorchNet(), FlaxNet(**mistakes), images, **options)
     assert [(d.slot, d.cause, d.side) for d in found.diagnosis] == (
         [] if expected is None else [(*expected, "flax")]
     )

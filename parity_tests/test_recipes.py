@@ -347,16 +347,9 @@ def test_the_best_checkpoint_stays_and_is_linked(tmp_path):
         scale.CONFIG, steps=None, epochs=6, batch_size=240, warmup_steps=None, learning_rate=0.2
     )
     with RunFolder(tmp_path / "out", config, every=1, keep=1) as folder:
-        history = training.fit(
-            scale.start_model(),
-            images,
-            config,
-            test=test,
-            saver=folder,
-            on_step=folder.record,
-            on_evaluation=folder.evaluated,
-            progress=False,
-        )
+        hooks = {"on_step": folder.record, "on_evaluation": folder.evaluated, "saver": folder}
+        model = scale.start_model()
+        history = training.fit(model, images, config, test=test, progress=False, **hooks)
         folder.finish(1.0)
     best = max(history.evaluations, key=lambda judged: (judged.accuracy, -judged.loss))
     assert (tmp_path / "out" / "best").resolve().name == f"step-{best.step:08d}"

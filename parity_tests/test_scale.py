@@ -255,10 +255,8 @@ def test_what_the_devices_cannot_share_is_refused():
     ("variables", "kind"),
     [
         ({}, None),
-        (
-            {"SLURM_JOB_ID": "3", "SLURM_NTASKS": "8"},
-            None,
-        ),  # a shell inside an allocation, not a task
+        # a shell inside an allocation, not a task
+        ({"SLURM_JOB_ID": "3", "SLURM_NTASKS": "8"}, None),
         ({"SLURM_STEP_NUM_TASKS": "1"}, None),
         ({"SLURM_STEP_NUM_TASKS": "8"}, "Slurm"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),

@@ -156,21 +156,15 @@ def test_a_run_that_cannot_go_on_here_is_refused(data):
     model = training.new_model(SETTINGS)
     steps = steps_per_epoch(data.train, SETTINGS.batch_size)
     begun = new_run(SETTINGS, steps)
+    run = Pace.of(begun, steps).after(2 * steps)
     with pytest.raises(
         InputError,
         match="the run is over: it is at step 88, and its 2 epochs of 44 steps end at 88",
     ):
-        training.fit(
-            model, data.train, SETTINGS, run=Pace.of(begun, steps).after(2 * steps), progress=False
-        )
+        training.fit(model, data.train, SETTINGS, run=run, progress=False)
+    run = dataclasses.replace(begun, steps=None, epochs=2)
     with pytest.raises(InputError, match="the run is over: it is at step 88"):
-        training.fit(
-            model,
-            data.train,
-            SETTINGS,
-            run=dataclasses.replace(begun, steps=None, epochs=2),
-            progress=False,
-        )
+        training.fit(model, data.train, SETTINGS, run=run, progress=False)
     another = new_run(
         dataclasses.replace(SETTINGS, model=dataclasses.replace(CONFIG, depths=(1, 2))), steps
     )
@@ -179,16 +173,9 @@ def test_a_run_that_cannot_go_on_here_is_refused(data):
         match=r"the run's optimizer is another model's: stage2\.1\.\S+, .* are only on one side",
     ):
         training.fit(model, data.train, SETTINGS, run=another, progress=False)
-    one_cycle = OneCycleLR(
-        80,
-        (
-            Phase(20.0, "lr", "lr", "momentum", "momentum"),
-            Phase(79.0, "lr", "lr", "momentum", "momentum"),
-        ),
-        "cos",
-        True,
-        False,
-    )
+    phases = tuple(Phase(end, "lr", "lr", "momentum", "momentum") for end in (20.0, 79.0))
+    one_cycle = OneCycleLR(80, phases, "cos", True, False)
+    run = dataclasses.replace(begun, schedule=ScheduleState(one_cycle, 0))
     with pytest.raises(
         InputError,
         match=(
@@ -196,13 +183,7 @@ def test_a_run_that_cannot_go_on_here_is_refused(data):
             "would take it to 87"
         ),
     ):
-        training.fit(
-            model,
-            data.train,
-            SETTINGS,
-            run=dataclasses.replace(begun, schedule=ScheduleState(one_cycle, 0)),
-            progress=False,
-        )
+        training.fit(model, data.train, SETTINGS, run=run, progress=False)
 
 
 def test_misfits_are_refused(data):
@@ -227,13 +208,9 @@ def test_misfits_are_refused(data):
         )
     with pytest.raises(InputError, match="got 5 images and 4 labels"):
         training.evaluate(model, data.test.normalised(slice(5)), data.test.labels[:4])
+    wide = from_torch(TorchResNet(**dataclasses.asdict(CONFIG)).double())
     with pytest.raises(InputError, match="float64, which jax would narrow"):
-        training.fit(
-            from_torch(TorchResNet(**dataclasses.asdict(CONFIG)).double()),
-            data.train,
-            SETTINGS,
-            progress=False,
-        )
+        training.fit(wide, data.train, SETTINGS, progress=False)
     with pytest.raises(InputError, match="JAX_ENABLE_X64=1"):
         training.new_model(dataclasses.replace(SETTINGS, dtype="float64"))
 

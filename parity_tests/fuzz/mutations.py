@@ -21,24 +21,8 @@ from parity_tests.fuzz.samples import Files, saved, training
 NUMBERS = pickles.NUMBERS
 _BOMB = zlib.compress(bytes(1 << 20), 9)
 VALUES: tuple[Any, ...] = (
-    None,
-    True,
-    -1,
-    0,
-    2**31,
-    2**64,
-    1e308,
-    float("nan"),
-    float("inf"),
-    "",
-    "\x1b[31m",
-    "\u202e",
-    "../../x",
-    "/etc/passwd",
-    [],
-    {},
-    [[]],
-    "F32",
+    *(None, True, -1, 0, 2**31, 2**64, 1e308, float("nan"), float("inf")),
+    *("", "\x1b[31m", "\u202e", "../../x", "/etc/passwd", [], {}, [[]], "F32"),
 )
 
 
@@ -120,15 +104,8 @@ def _in_json(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.3:
         return some_bytes(data, rng)
     if rng.random() < 0.02:
-        return rng.choice(
-            (
-                b"[" * 100_000,
-                b'{"a":' * 100_000,
-                b"\xef\xbb\xbf{}",
-                b"\xff\xfe{",
-                b'{"kind":1,"kind":2}',
-            )
-        )
+        nests = (b"[" * 100_000, b'{"a":' * 100_000)
+        return rng.choice((*nests, b"\xef\xbb\xbf{}", b"\xff\xfe{", b'{"kind":1,"kind":2}'))
     return json_text(some_json(json.loads(data), rng))
 
 
@@ -163,22 +140,9 @@ def in_zip(
     elif how == 5:
         records[place] = (name, content, zipfile.ZIP_DEFLATED)
     elif how == 6:
-        records[place] = (
-            rng.choice(
-                (
-                    "../" + name,
-                    "/" + name,
-                    name.upper(),
-                    "a\0b",
-                    "",
-                    name + "/",
-                    "constants.pkl",
-                    "x/constants.pkl",
-                )
-            ),
-            content,
-            method,
-        )
+        near = ("../" + name, "/" + name, name.upper(), name + "/")
+        other = rng.choice((*near, "a\0b", "", "constants.pkl", "x/constants.pkl"))
+        records[place] = (other, content, method)
     elif how == 7:
         records.insert(
             place,
@@ -266,17 +230,8 @@ def _npy(data: bytes, rng: random.Random) -> bytes:
         ),
         "fortran_order": rng.random() < 0.5,
     }
-    text = (
-        repr(
-            {
-                **header,
-                "shape": rng.choice(
-                    ((6, 5, 4, 1), (2**40,), (2**62, 4), (0, 2**62), (-1,), (6,), ())
-                ),
-            }
-        ).encode()
-        + b"\n"
-    )
+    shape = rng.choice(((6, 5, 4, 1), (2**40,), (2**62, 4), (0, 2**62), (-1,), (6,), ()))
+    text = repr({**header, "shape": shape}).encode() + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data[-120:]
 
 

@@ -9,19 +9,8 @@ import struct
 from parity_tests.fuzz.guard import CANARY
 
 NUMBERS = (
-    0,
-    1,
-    2,
-    255,
-    256,
-    65535,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**40,
-    2**62,
-    2**63 - 1,
-    2**64 - 1,
+    *(0, 1, 2, 255, 256, 65535, 2**31 - 1, 2**31),
+    *(2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**64 - 1),
 )
 
 
@@ -58,15 +47,8 @@ def _tensor(count: int, offset: int, size: tuple[int, ...], stride: tuple[int, .
     sizes, strides = (b"(" + b"".join(map(_int, values)) + b"t" for values in (size, stride))
     return (
         b"ctorch._utils\n_rebuild_tensor_v2\n("
-        + (
-            b"("
-            + _text("storage")
-            + b"ctorch\nFloatStorage\n"
-            + _text("0")
-            + _text("cpu")
-            + _int(count)
-            + b"tQ"
-        )
+        + (b"(" + _text("storage") + b"ctorch\nFloatStorage\n")
+        + (_text("0") + _text("cpu") + _int(count) + b"tQ")
         + (_int(offset) + sizes + strides + b"\x89ccollections\nOrderedDict\n)RtR")
     )
 

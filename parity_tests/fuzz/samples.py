@@ -143,14 +143,9 @@ def _idx_files() -> Files:
 
 def _cifar_bin() -> Files:
     rng = np.random.default_rng(2)
+    sizes = ((10, 1), (256, 3072))  # a label, and an image
     records = [
-        np.concatenate(
-            [
-                rng.integers(0, 10, (2, 1), dtype=np.uint8),
-                rng.integers(0, 256, (2, 3072), dtype=np.uint8),
-            ],
-            axis=1,
-        )
+        np.concatenate([rng.integers(0, most, (2, n), dtype=np.uint8) for most, n in sizes], axis=1)
         for _ in range(6)
     ]
     names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
