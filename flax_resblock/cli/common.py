@@ -260,9 +260,8 @@ def refuse_unhealthy(source: OpenedCheckpoint, allow: bool) -> None:
     if source.unhealthy and not allow:
         raise InputError(
             f"{source.record.source} has values that no healthy checkpoint has: "
-            f"{some(source.unhealthy)}. "
-            "The training run diverged, or the file is damaged. Pass --allow-nonfinite to "
-            "carry them bit for bit."
+            f"{some(source.unhealthy)}. The training run diverged, or the file is damaged. Pass "
+            "--allow-nonfinite to carry them bit for bit."
         )
 
 

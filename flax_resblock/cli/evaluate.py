@@ -49,9 +49,8 @@ def classify(path: Path, wanted: Wanted, devices: int | None, out: Path | None) 
     classes, channels = network.num_classes, test.shape[-1]
     if test.num_classes > classes or channels != network.in_channels:
         raise InputError(
-            f"{path} takes {network.in_channels} channels and knows {classes} classes; "
-            f"{test.name} has {channels} channels and {test.num_classes} classes. Choose its data "
-            "with --data."
+            f"{path} takes {network.in_channels} channels and knows {classes} classes; {test.name} "
+            f"has {channels} channels and {test.num_classes} classes. Choose its data with --data."
         )
     model, placement = model_of(source, config.dtype), Placement(data_mesh(devices))
     with status.status(f"classifying {len(test):,} images"):

@@ -232,9 +232,8 @@ def _stepped_per_epoch(run: Run, position: int, explicit: bool, source: str) -> 
         "" if run.epochs is None else f" in epoch {run.epochs}"
     )
     raise CheckpointError(
-        f"{source} was stepped {position} times in a run of {counts}, which does not show "
-        f"whether it counts batches or epochs. Say --schedule-unit batch or epoch (per_epoch=... "
-        f"in Python)."
+        f"{source} was stepped {position} times in a run of {counts}, which does not show whether "
+        "it counts batches or epochs. Say --schedule-unit batch or epoch (per_epoch=... in Python)."
     )
 
 

@@ -166,9 +166,8 @@ def lost(who: str) -> NoReturn:
 
     number, count = jax.process_index(), jax.process_count()
     print(
-        f"flax-resblock: {who} of {count} is gone; process {number} cannot go on without it. "
-        f"Start all of them again with --resume auto: the run goes on "
-        "from its last checkpoint.",
+        f"flax-resblock: {who} of {count} is gone; process {number} cannot go on without it. Start "
+        "all of them again with --resume auto: the run goes on from its last checkpoint.",
         file=sys.stderr,
         flush=True,
     )

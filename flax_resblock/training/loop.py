@@ -199,11 +199,10 @@ class _ComputedStep(NamedTuple):
         )
         if not math.isfinite(step.loss):
             raise TrainingError(
-                f"the loss is {step.loss} at step {step.step} (epoch {step.epoch + 1}, "
-                f"learning rate {rate:.3g}), on images "
-                f"{some([str(index) for index in self.indices])}; the model keeps its values "
-                f"from before the run. Try a smaller learning_rate or a longer "
-                "warmup_epochs, and look at the weights and images for non-finite values.",
+                f"the loss is {step.loss} at step {step.step} (epoch {step.epoch + 1}, learning "
+                f"rate {rate:.3g}), on images {some([str(index) for index in self.indices])}; the "
+                "model keeps its values from before the run. Try a smaller learning_rate or a "
+                "longer warmup_epochs, and look at the weights and images for non-finite values.",
                 step=step.step,
                 indices=self.indices,
             )

@@ -149,9 +149,8 @@ class RunFolder:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             whole = sorted(path.parent.glob("step-*"))
             raise InputError(
-                f"the checkpoint {path} could not be written ({reason[:300]}). The last whole "
-                f"one is {whole[-1] if whole else 'none yet'}. Make room, "
-                "and go on with --resume auto."
+                f"the checkpoint {path} could not be written ({reason[:300]}). The last whole one "
+                f"is {whole[-1] if whole else 'none yet'}. Make room, and go on with --resume auto."
             ) from error
 
     def _point_at(self, path: Path) -> None:

@@ -185,10 +185,9 @@ def cifar_folder(folder: Path, edition: Edition) -> Splits[Dataset]:
         wrong = np.flatnonzero(labels >= edition.num_classes)
         if len(wrong):
             raise InputError(
-                f"{folder}: image {wrong[0]} of {', '.join(files)} has label "
-                f"{labels[wrong[0]]}; {edition.name} has labels 0 to "
-                f"{edition.num_classes - 1}. "
-                "The files are damaged or of another data set."
+                f"{folder}: image {wrong[0]} of {', '.join(files)} has label {labels[wrong[0]]}; "
+                f"{edition.name} has labels 0 to {edition.num_classes - 1}. The files are damaged "
+                "or of another data set."
             )
         return np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels
 

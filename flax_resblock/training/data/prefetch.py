@@ -114,9 +114,8 @@ def _check_shared_memory(workers: int, size: int) -> None:
     if needed > free:
         raise InputError(
             f"workers={workers} need {needed / 2**20:,.0f} MiB of shared memory for batches of "
-            f"{size / 2**20:,.1f} MiB; {_SHARED_MEMORY} has "
-            f"{free / 2**20:,.0f} MiB free. Take fewer workers or smaller batches, or give the "
-            f"container more (docker run --shm-size)."
+            f"{size / 2**20:,.1f} MiB; {_SHARED_MEMORY} has {free / 2**20:,.0f} MiB free. Take "
+            "fewer workers or smaller batches, or give the container more (docker run --shm-size)."
         )
 
 
