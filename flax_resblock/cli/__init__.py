@@ -64,9 +64,7 @@ package.
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs the command line and returns its exit status. Bad input is reported on standard error in
-    one paragraph.
-    """
+    """Runs the command line and returns its exit status; bad input is reported in a paragraph."""
     arguments = list(arguments)
     show_traceback = "--traceback" in arguments
     if show_traceback:

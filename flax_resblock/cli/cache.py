@@ -1,6 +1,4 @@
-"""The folder of compiled programs, so that commands start fast the second time. ``import
-flax_resblock`` leaves jax's settings alone.
-"""
+"""The folder of compiled programs, so that commands start fast the second time."""
 
 from __future__ import annotations
 
@@ -78,11 +76,8 @@ def keep_compiled(environment: MutableMapping[str, str]) -> str | None:
 
 
 def _make_own(folder: Path) -> None:
-    """Creates the folder so that only this user can write to it, because programs in it are run,
-    and removes what a killed process left half-written.
-
-    Raises:
-      OSError: It cannot be created or written to, or others may write to it.
+    """Creates the folder, so that only this user can write to it, as programs in it are run, and
+    removes what a killed process left half-written.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()

@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 
 
 class _Console(Console):
-    """A terminal that escapes control characters and line breaks in names that come from files,
-    in lines, tables and progress alike.
-    """
+    """A terminal that escapes control characters and line breaks in names that come from files."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Escapes every string that is printed or shown in the cell of a table."""
@@ -147,11 +145,7 @@ class ReadingFlags:
         return source
 
     def named(self, name: str) -> Config:
-        """The configuration of an architecture by name, with ``--num-classes`` if given.
-
-        Raises:
-          InputError: The name is unknown.
-        """
+        """An architecture by name, with ``--num-classes`` if given, or raises InputError."""
         classes = {} if self.num_classes is None else {"num_classes": self.num_classes}
         try:
             return architecture(name, **classes)

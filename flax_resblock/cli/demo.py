@@ -159,9 +159,7 @@ def _command(status: int, line: str) -> None:
 
 
 def _train_torch(module: Any, config: Any, splits: Splits, epochs: int) -> tuple[Any, Any, int]:
-    """Trains with torch_ref's loop on the batches of the JAX loop; returns optimizer, scheduler and
-    the number of steps.
-    """
+    """Trains on the batches of the JAX loop; returns optimizer, scheduler and number of steps."""
     from flax_resblock.training.data import steps_per_epoch
     from flax_resblock.training.progress import TrainingProgress
     from torch_ref import training
@@ -288,9 +286,7 @@ def _plot_losses(torch_losses: list[float], jax_losses: list[float], path: Path)
 
 
 def _compare_predictions(torch_side: Any, jax_side: Any) -> bool:
-    """Prints both test accuracies and the distance of the logits; returns whether all predictions
-    agree.
-    """
+    """Prints accuracies and the distance of the logits; returns whether predictions agree."""
     torch_logits = torch_side.logits.numpy().astype(np.float64)
     jax_logits = np.asarray(jax_side.logits, np.float64)
     agree = int(np.sum(torch_side.predictions.numpy() == np.asarray(jax_side.predictions)))

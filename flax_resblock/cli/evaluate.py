@@ -23,9 +23,7 @@ _SHOWN = 12
 
 
 def classify(path: Path, wanted: Wanted, devices: int | None, out: Path | None) -> int:
-    """Prints a checkpoint's accuracy and confusion matrix on the test images, and writes them to
-    the folder ``out`` if it is given.
-    """
+    """Prints accuracy and confusion matrix on the test images; ``out`` receives them as files."""
     from flax_resblock.training import data_mesh
     from flax_resblock.training.devices import Placement
     from flax_resblock.training.evaluation import confusion_matrix, evaluate_source

@@ -89,9 +89,7 @@ def report(source: OpenedCheckpoint) -> dict[str, Any]:
 
 
 def _run(source: OpenedCheckpoint) -> dict[str, str]:
-    """Describes the training run in the checkpoint and whether it can continue; empty if there is
-    none.
-    """
+    """Describes the training run in the checkpoint, and whether it can continue; may be empty."""
     if optimizer_left_out(source) is None:
         return {}
     try:

@@ -1,6 +1,4 @@
-"""Interrupts, which compiled code may swallow. Imports nothing heavy, so that the command line
-starts at once.
-"""
+"""Interrupts, which compiled code may swallow. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ def on_interrupt(*_: object) -> None:
 
 
 def still_wanted() -> None:
-    """Raises KeyboardInterrupt again if it was raised before; compiled code of jax that calls back
-    into Python can swallow it.
-    """
+    """Raises KeyboardInterrupt again, which compiled code of jax may have swallowed."""
     if _interrupted:
         raise KeyboardInterrupt
 

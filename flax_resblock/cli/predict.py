@@ -125,15 +125,7 @@ def predict(
 
 @dataclass(frozen=True)
 class _Network:
-    """A network that predicts, from a checkpoint or an export.
-
-    Attributes:
-      config: Its configuration.
-      forward: Maps normalised images ``(N, H, W, C)``, float32, to logits.
-      preprocessing: How it expects images.
-      labels: Class names, if it has them.
-      notes: How it was read.
-    """
+    """A checkpoint or an export; ``forward`` maps normalised ``(N, H, W, C)`` images to logits."""
 
     config: Config
     forward: Callable[[np.ndarray], Any]

@@ -14,9 +14,7 @@ _LIST = tuple[str, ...] | None
 
 
 def _flags_of(config: type) -> type:
-    """A dataclass with the fields of a configuration and its help texts; None, the default of every
-    field, means that the flag was not given.
-    """
+    """The fields of a configuration as flags with its help texts; None means not given."""
     flags: list[Any] = []
     kind: Any
     for name, kind in get_type_hints(config).items():

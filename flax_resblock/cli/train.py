@@ -169,9 +169,7 @@ def _summed_up(begin: Start, out: Path, first: bool) -> int:
 
 
 def _end_all(error: Exception) -> None:
-    """Ends a failed process of several, and with it the others. jax would wait for them while they
-    wait for this one.
-    """
+    """Ends a failed process and with it the others, for which jax would wait, as they for it."""
     if type(error).__name__ == "JaxRuntimeError":
         time.sleep(2)  # another process is gone; the thread that watches it can say which
         cluster.lost("a process")

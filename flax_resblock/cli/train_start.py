@@ -1,6 +1,4 @@
-"""Where a training run begins: from random weights, from a checkpoint's weights, or where another
-run stopped.
-"""
+"""Where a training run begins: at random weights, at a checkpoint's, or where a run stopped."""
 
 from __future__ import annotations
 
@@ -223,9 +221,7 @@ def model_of(source: OpenedCheckpoint, dtype: str) -> Model:
 def _continued(
     run: Run, config: TrainConfig, wanted: Wanted, schedule: str | None
 ) -> tuple[TrainConfig, Run, Splits[DataSource]]:
-    """Configuration and schedule of a continued run. The settings that were given come first, then
-    those stored with the run, then the preset's.
-    """
+    """Configuration and schedule of a run that goes on: as given, as stored, as in the preset."""
     from flax_resblock.training.pace import Pace, at, schedule_of, settings_of
 
     given = wanted.settings
@@ -283,9 +279,7 @@ def _rescaled(run: Run, learning_rate: float | None) -> Run:
 
 
 def _epochs_of(run: Run, pace: Pace, config: TrainConfig) -> int:
-    """Epochs of the whole run: until the end of its schedule, else as its settings say, else as
-    many more as the preset has.
-    """
+    """Epochs of the whole run, by its schedule, its settings or the preset."""
     done = pace.start // pace.steps
     if run.schedule is not None and run.schedule.schedule.length is not None:
         left = run.schedule.schedule.length - pace.position(pace.start)

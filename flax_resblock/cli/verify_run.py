@@ -30,10 +30,8 @@ if TYPE_CHECKING:
 
 
 def devices_of(flags: DeviceFlags, plan: Plan) -> tuple[Devices, list[Any]]:
-    """The devices, and the precision that each side was measured to deliver on them.
-
-    Raises:
-      InputError: A device does not exist or does not deliver the precision that it is asked for.
+    """The devices, and the precision that each side was measured to deliver on them; raises
+    InputError if a device does not exist or does not deliver the precision that it is asked for.
     """
     from flax_resblock.parity.devices import (
         jax_device,

@@ -36,9 +36,7 @@ class OptimizerKind:
         return "exp_avg" in self.tensors
 
     def buffered(self, options: Mapping[str, Any]) -> bool:
-        """Whether the parameters of a group with these options have tensors; SGD without momentum
-        keeps none.
-        """
+        """Whether parameters of a group with these options have tensors."""
         return self.counts or bool(options["momentum"])
 
 

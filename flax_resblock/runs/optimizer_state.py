@@ -1,6 +1,4 @@
-"""The state of a ``torch.optim`` optimizer, tensor by tensor and option by option, through the same
-StateMap as the weights.
-"""
+"""The state of a ``torch.optim`` optimizer, through the same StateMap as the weights."""
 
 from __future__ import annotations
 
@@ -66,9 +64,7 @@ def only_item(value: Any) -> Any:
 
 
 def find_optimizer(extras: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
-    """The state dict of an optimizer among the entries of a training checkpoint, with the name of
-    its entry; None if there is none.
-    """
+    """Name and state dict of the optimizer among the entries of a training checkpoint."""
     for name in ENTRIES:
         value = only_item(extras.get(name))
         if isinstance(value, Mapping) and "param_groups" in value:

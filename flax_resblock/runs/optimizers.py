@@ -63,9 +63,7 @@ def scale_by_adam(
 def _scale_by_adam(
     number: int, b1: float, b2: float, eps: float
 ) -> optax.GradientTransformationExtraArgs:
-    """:func:`scale_by_adam` of the ``number``-th param group, whose first beta may be given at each
-    step (``momenta``, from :func:`moving`).
-    """
+    """:func:`scale_by_adam` of a param group, by number; ``momenta`` may replace its ``b1``."""
 
     def update(
         updates: Any, state: Any, params: Any = None, *, momenta: Any = None, **_: Any
@@ -233,9 +231,7 @@ _FIELDS = {"trace": "momentum_buffer", "mu": "exp_avg", "nu": "exp_avg_sq"}
 
 
 def _tensor_at(keys: tuple[Any, ...]) -> tuple[str, Path] | None:
-    """Torch's name of the tensor at a leaf of an optimizer's state, and the path of its parameter;
-    None for a counter.
-    """
+    """Torch's name of an optimizer's tensor and its parameter's path; None for a counter."""
     for index, key in enumerate(keys):
         if isinstance(key, jax.tree_util.GetAttrKey) and key.name in _FIELDS:
             return _FIELDS[key.name], parameter_path(keys[index:])

@@ -1,6 +1,4 @@
-"""A training run in a PyTorch checkpoint, in any of the common spellings: optimizer, schedule and
-counters.
-"""
+"""A training run in a PyTorch checkpoint, in any of the common spellings."""
 
 from __future__ import annotations
 

@@ -63,9 +63,7 @@ def run_of(
 
 
 def pack_run(run: Run, state_map: StateMap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The run as arrays and metadata, under the names and in the memory layout of ``state_map``;
-    :func:`unpack_run` is the inverse.
-    """
+    """The run as arrays and metadata, in the names and memory layout of ``state_map``."""
     entries = {entry.flax_path: entry for entry in trainable(state_map)}
     record = run.optimizer
     tensors = {

@@ -24,26 +24,20 @@ Options = Mapping[str, Any]
 
 
 def base_rate(group: Options) -> float:
-    """The rate that a schedule scales: ``initial_lr``, which torch's schedulers store, or ``lr``
-    where none has run yet.
-    """
+    """The rate that a schedule scales: ``initial_lr`` as torch stores it, or ``lr`` before that."""
     return float(group.get("initial_lr", group["lr"]))
 
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """A learning rate by the number of times that the scheduler was stepped (torch's
-    ``last_epoch``, 0 at the first optimizer step).
-    """
+    """A learning rate by torch's ``last_epoch``, which is 0 at the first optimizer step."""
 
     @abstractmethod
     def rate(self, step: int, group: Options) -> float:
         """The learning rate of a param group at ``step``, from 0."""
 
     def momentum(self, step: int, group: Options) -> float | None:
-        """What the schedule makes of ``momentum`` (or of Adam's first beta); None leaves it
-        alone.
-        """
+        """What becomes of ``momentum`` (or of Adam's first beta); None leaves it alone."""
         del step, group
 
     @property
@@ -128,9 +122,7 @@ class ConstantLR(Scaled):
 
 @dataclass(frozen=True)
 class LinearLR(Scaled):
-    """A straight line from ``start_factor`` to ``end_factor`` in ``total_iters`` steps, then
-    level.
-    """
+    """A line from ``start_factor`` to ``end_factor`` in ``total_iters`` steps, then level."""
 
     start_factor: float
     end_factor: float
@@ -190,9 +182,7 @@ class CosineAnnealingLR(Schedule):
 
 @dataclass(frozen=True)
 class Phase:
-    """A piece of :class:`OneCycleLR`; rates and momenta are names of param group options, such as
-    ``max_lr``.
-    """
+    """A piece of :class:`OneCycleLR`, by names of param group options, such as ``max_lr``."""
 
     end_step: float
     start_lr: str

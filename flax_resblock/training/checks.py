@@ -15,11 +15,7 @@ from flax_resblock.training.pace import Pace
 
 
 def check_model(model: Model, dataset: DataSource, config: TrainConfig) -> ResNet:
-    """Returns the network if it fits the images and the configuration.
-
-    Raises:
-      InputError: It does not.
-    """
+    """Returns the network; raises InputError unless it fits the images and the configuration."""
     network = with_head(model)
     if network.config != config.model:
         raise InputError(
@@ -36,11 +32,7 @@ def check_model(model: Model, dataset: DataSource, config: TrainConfig) -> ResNe
 
 
 def check_run(run: Run, network: ResNet, pace: Pace, end: int) -> None:
-    """Checks that a run fits the network and can be continued until step ``end``.
-
-    Raises:
-      InputError: It belongs to another network, is already over, or its schedule ends before.
-    """
+    """Raises InputError unless the run fits the network and can be continued until step ``end``."""
     theirs = {path for group in run.optimizer.groups for path in group.paths}
     ours = set(dict(nnx.to_flat_state(nnx.state(network, nnx.Param))))
     if theirs != ours:

@@ -93,11 +93,7 @@ class Cluster:
     process_id: int | None = None
 
     def check(self) -> None:
-        """Checks the values.
-
-        Raises:
-          InputError: Only some of the three are given, or one is out of its range.
-        """
+        """Raises InputError if only some of the three are given, or one is out of its range."""
         given = (self.coordinator, self.num_processes, self.process_id)
         if self.coordinator is None and given != (None, None, None):
             raise InputError(
@@ -159,9 +155,7 @@ def connect(cluster: Cluster) -> bool:
 
 
 def lost(who: str) -> NoReturn:
-    """Ends this process at once because another one is gone. jax is not shut down in order, because
-    that would wait for the lost process.
-    """
+    """Ends this process at once; to shut jax down in order would wait for the lost process."""
     import jax
 
     number, count = jax.process_index(), jax.process_count()

@@ -145,11 +145,7 @@ class TrainConfig:
         return self.steps or self.epochs * steps_per_epoch
 
     def warmup(self, steps_per_epoch: int) -> int:
-        """Number of steps of the warm-up.
-
-        Raises:
-          InputError: The warm-up is not shorter than the run.
-        """
+        """Number of steps of the warm-up; raises InputError if it is not shorter than the run."""
         steps, end = self.warmup_steps, self.end(steps_per_epoch)
         if steps is None:
             steps = round(self.warmup_epochs * steps_per_epoch)

@@ -72,11 +72,7 @@ class Placement:
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
     def check(self, batch_size: int, accumulate: int = 1) -> None:
-        """Checks that the devices can share a batch equally.
-
-        Raises:
-          InputError: They cannot.
-        """
+        """Raises InputError unless the devices can share a batch equally."""
         piece = batch_size // accumulate
         if piece % self.devices:
             lower, upper = (
@@ -91,21 +87,14 @@ class Placement:
             )
 
     def copies(self, tree: Any) -> Any:
-        """Copies host arrays, the same in every process, to every device; a step may take the
-        new buffers.
-        """
+        """Copies host arrays, the same in every process, to new buffers on every device."""
         sharding = self.copied
         if sharding is None:
             return jax.tree.map(lambda leaf: jax.numpy.array(leaf, copy=True), tree)
         return jax.tree.map(lambda leaf: _copied(np.asarray(leaf), sharding), tree)
 
     def spread(self, array: np.ndarray, *, axis: int = 0) -> Any:
-        """Places this process's share of a batch as part of one array over all devices.
-
-        Args:
-          array: This process's share.
-          axis: The axis that counts images.
-        """
+        """Makes one array over all devices of each process's share; ``axis`` counts images."""
         if self.mesh is None:
             return array
         spec = PartitionSpec(*([None] * axis), AXIS)

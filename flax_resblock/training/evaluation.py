@@ -79,14 +79,8 @@ def evaluate_source(
     workers: int = 0,
     batch_size: int = EVAL_BATCH,
 ) -> Evaluation:
-    """:func:`evaluate` for a data source; the devices share each batch.
-
-    Args:
-      model: A network with a head.
-      source: The labelled images.
-      placement: The devices; every process of a run gets the whole result.
-      workers: Processes that decode images.
-      batch_size: Images at a time.
+    """:func:`evaluate` for a data source: the devices share each batch, ``workers`` processes
+    decode images, and every process of a run gets the whole result.
     """
     placement = placement or Placement()
     graphdef, params, stats = nnx.split(with_head(model), nnx.Param, nnx.BatchStat)
@@ -126,9 +120,7 @@ def evaluate_state(
 
 @lru_cache(maxsize=8)
 def make_eval_step(graphdef: nnx.GraphDef[ResNet], mesh: Mesh | None = None) -> EvalStep:
-    """Compiles evaluation, once per structure: ``(params, stats, images (N, H, W, C)) -> logits
-    (N, num_classes)``, whole on every device.
-    """
+    """Compiles evaluation, once per structure: ``(params, stats, images) -> (N, num_classes)``."""
 
     def eval_step(params: nnx.State, stats: nnx.State, images: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, params, stats, copy=True)
@@ -159,11 +151,7 @@ def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def with_head(model: Model) -> ResNet:
-    """Returns the model if it has logits.
-
-    Raises:
-      InputError: A bare block, or a network without head.
-    """
+    """Returns the model; raises InputError for a bare block or a network without head."""
     if not isinstance(model, ResNet) or model.config.num_classes is None:
         raise InputError(
             "training and evaluation need a ResNet with a head; a bare block, or a network "

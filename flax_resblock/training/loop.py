@@ -188,11 +188,7 @@ class _ComputedStep(NamedTuple):
     metrics: Metrics
 
     def report(self, steps: int) -> StepReport:
-        """Waits for the step and reports it.
-
-        Raises:
-          TrainingError: Its loss is not finite.
-        """
+        """Waits for the step and reports it; raises TrainingError if its loss is not finite."""
         rate, metrics = float(self.rates.learning_rates[0]), self.metrics
         step = StepReport(
             self.number, self.number // steps, float(metrics.loss), float(metrics.accuracy), rate
@@ -264,11 +260,7 @@ def _evaluated(
 
 
 def _copies(graphdef: nnx.GraphDef[ResNet], state: TrainState, run: Run) -> tuple[ResNet, Run]:
-    """Copies of model and run; the next step reuses the arrays of the state.
-
-    Raises:
-      TrainingError: A parameter is not finite.
-    """
+    """Copies of model and run, because the next step reuses the arrays of the state."""
     params, stats, opt_state, ema = on_host(tuple(state))
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
         raise TrainingError(

@@ -40,12 +40,7 @@ def settings_of(config: TrainConfig) -> dict[str, object]:
 
 
 def new_run(config: TrainConfig, steps: int) -> Run:
-    """The configured run before its first step.
-
-    Args:
-      config: The run.
-      steps: Steps per epoch.
-    """
+    """The configured run before its first step, with ``steps`` steps per epoch."""
     own: dict[str, Any] = (
         {"betas": config.betas}
         if OPTIMIZERS[config.optimizer].counts
@@ -96,9 +91,7 @@ class Pace:
 
     @classmethod
     def of(cls, run: Run, steps: int) -> Pace:
-        """Starts at the run's steps, or at its epochs if its steps are unknown or belong to epochs
-        of another length.
-        """
+        """Starts at the run's steps, or at its epochs if the steps are unknown or misfit them."""
         epochs = run.epochs or 0
         by_steps = run.steps is not None and (
             not epochs or epochs * steps <= run.steps <= (epochs + 1) * steps

@@ -46,9 +46,7 @@ class EvaluationReport(NamedTuple):
 
     @property
     def best(self) -> tuple[float, float]:
-        """Accuracy and loss by which checkpoints are ranked: those of the averaged weights if they
-        are kept.
-        """
+        """Accuracy and loss by which checkpoints are ranked, of the averaged weights if kept."""
         if self.ema_accuracy is None or self.ema_loss is None:
             return self.accuracy, self.loss
         return self.ema_accuracy, self.ema_loss

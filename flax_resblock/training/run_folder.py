@@ -70,11 +70,7 @@ class RunFolder:
             self._records.close()
 
     def record(self, step: StepReport) -> None:
-        """Records a step.
-
-        Raises:
-          InputError: The folder, or a checkpoint that was being written, cannot be written.
-        """
+        """Records a step; raises InputError if it, or the checkpoint before, cannot be written."""
         if self._records is None:
             self._records = self._begin(step.step)
         self._records.step(step)
@@ -101,19 +97,14 @@ class RunFolder:
         return records
 
     def due(self, step: int, evaluation: EvaluationReport | None) -> bool:
-        """Whether to write a checkpoint after ``step`` steps: every so often, and for a new best
-        evaluation.
-        """
+        """Whether to write a checkpoint after ``step`` steps: every so often, or for a new best."""
         if evaluation is not None and best(self.folder) != self._best:
             return True
         return bool(self.every) and step % self.every == 0
 
     def save(self, model: ResNet, run: Run) -> None:
-        """Writes a checkpoint in the background, after the one before. The values must not change
-        any more.
-
-        Raises:
-          InputError: The one before could not be written.
+        """Writes a checkpoint in the background; raises InputError if the one before could not be
+        written. The values must not change any more.
         """
         self.wait()
         self._best = best(self.folder)
@@ -121,11 +112,7 @@ class RunFolder:
         self._pending = self._writer.submit(self._save, model, run, step)
 
     def wait(self) -> None:
-        """Waits until the last checkpoint is written.
-
-        Raises:
-          InputError: It could not be written.
-        """
+        """Waits until the last checkpoint is written; raises InputError if it could not be."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
@@ -161,11 +148,7 @@ class RunFolder:
         scratch.replace(self.folder / BEST)
 
     def finish(self, seconds: float) -> None:
-        """Draws the curves of the finished run and writes its summary, from what was recorded.
-
-        Args:
-          seconds: How long the run took.
-        """
+        """Draws the curves of the finished run, which took ``seconds``, and writes its summary."""
         self.wait()
         steps, tests = recorded(self.folder / STEPS), evaluations(self.folder)
         with checkpoint.replacing(self.folder / _CURVES, force=True) as temporary:

@@ -58,11 +58,8 @@ class _Learned(NamedTuple):
 
 
 class Leaves:
-    """A training state as the list of its arrays. Steps pass the list on instead of visiting every
-    variable of the model, which takes milliseconds.
-
-    Args:
-      state: Its arrays are handed over.
+    """A training state as the list of its arrays, which are handed over. Steps pass the list on
+    instead of visiting every variable of the model, which takes milliseconds.
     """
 
     def __init__(self, state: TrainState) -> None:
@@ -122,9 +119,7 @@ class TrainStep:
 
 
 def clipped(gradients: Any, max_norm: float) -> Any:
-    """Scales gradients so that their joint norm is at most ``max_norm``, as
-    ``torch.nn.utils.clip_grad_norm_`` does.
-    """
+    """Scales gradients to a joint norm of at most ``max_norm``, as torch's ``clip_grad_norm_``."""
     norm = optax.tree.norm(gradients)
     factor = jnp.minimum(max_norm / (norm + 1e-6), 1.0)  # torch adds the 1e-6
     return jax.tree.map(lambda gradient: gradient * factor.astype(gradient.dtype), gradients)

@@ -69,11 +69,7 @@ class Augmentation:
         return self.mixup > 0 or self.cutmix > 0
 
     def shape_of(self, source: DataSource) -> tuple[int, int, int]:
-        """``(H, W, C)`` of the augmented images.
-
-        Raises:
-          InputError: The images are too small, or not uint8.
-        """
+        """``(H, W, C)`` of the augmented images; raises InputError if they do not suit it."""
         height, width, channels = source.shape
         if self.pad >= min(height, width):
             raise InputError(
@@ -126,9 +122,7 @@ def draw(augmentation: Augmentation, rng: np.random.Generator, count: int) -> Ch
 def augmented(
     augmentation: Augmentation, source: DataSource, indices: np.ndarray, choices: Choices
 ) -> np.ndarray:
-    """The augmented images at ``indices``, neither normalised nor mixed: ``(n, H, W, C)`` in the
-    dtype of the source.
-    """
+    """The images at ``indices``, augmented but not yet mixed, ``(n, H, W, C)``, as stored."""
     area = augmentation.random_resized_crop
     if area is not None and choices.windows is not None:
         height, width, _ = augmentation.shape_of(source)

@@ -20,11 +20,8 @@ _END = struct.Struct("<4s4H2LH")
 
 
 def check_file(path: Path, most: int = MOST_BYTES) -> None:
-    """Checks that a path is a regular file (a pipe would block, a device has no end) of at most
-    ``most`` bytes.
-
-    Raises:
-      InputError: It is not.
+    """Raises InputError unless a path is a regular file (a pipe would block, a device has no end)
+    of at most ``most`` bytes.
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):

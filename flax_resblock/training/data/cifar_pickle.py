@@ -74,9 +74,7 @@ class _Unpickler(pickle.Unpickler):
         self._left = len(data)
 
     def _encode(self, text: Any, encoding: Any) -> bytes:
-        """How Python 3 writes bytes for Python 2. All together are no more than the file: one text
-        could be encoded again and again.
-        """
+        """How Python 3 writes bytes for Python 2; all together are no more than the file."""
         if not isinstance(text, str) or encoding != "latin1" or len(text) > self._left:
             raise RefusedError("calls _codecs.encode with other arguments than Python does")
         self._left -= len(text)

@@ -15,9 +15,7 @@ _CHUNK = 1024
 
 
 class DataSource(Protocol):
-    """Labelled images: :class:`Dataset` in memory,
-    :class:`flax_resblock.training.data.FolderDataset` in files.
-    """
+    """Labelled images, in memory (:class:`Dataset`) or in files (:class:`FolderDataset`)."""
 
     @property
     def name(self) -> str:
@@ -74,9 +72,7 @@ class DataSource(Protocol):
         ...
 
     def normalised(self, indices: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """The images at ``indices`` as the network sees them in evaluation, ``(n, H, W, C)``
-        float32.
-        """
+        """The images at ``indices`` as the network evaluates them, ``(n, H, W, C)`` float32."""
         ...
 
 
@@ -186,9 +182,7 @@ def normalise(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...
 
 
 def pixel_moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation (divisor ``N*H*W``) of each channel of ``(N, H, W, C)``, in
-    float64.
-    """
+    """Mean and standard deviation (divisor ``N*H*W``) of each channel, computed in float64."""
     _, height, width, channels = images.shape
 
     def mean_of(values: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -206,9 +200,7 @@ def pixel_moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, .
 
 
 def held_out(labels: np.ndarray, *, every: int = 5, seed: int = 0) -> np.ndarray:
-    """Chooses test images for data that have none: one in ``every`` of each class, ``(N,)`` bool,
-    the same in each call.
-    """
+    """Chooses test images for data without: one in ``every`` of each class, ``(N,)`` bool."""
     # Every fifth image of a shuffled list ordered by class: stratified to within one image per
     # class. RandomState's stream is frozen by numpy.
     shuffled = np.random.RandomState(seed).permutation(len(labels))

@@ -80,9 +80,7 @@ class FolderDataset:
         return decode(self.files[index])
 
     def fitted(self, indices: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """The images at ``indices`` resized and cropped for evaluation, ``(n, size, size, 3)``
-        uint8.
-        """
+        """The images at ``indices``, resized and cropped, ``(n, size, size, 3)`` uint8."""
         chosen = np.arange(len(self))[indices]
         images = np.empty((len(chosen), *self.shape), np.uint8)
         for image, index in zip(images, chosen, strict=True):
@@ -90,9 +88,7 @@ class FolderDataset:
         return images
 
     def normalised(self, indices: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """The images at ``indices`` as the network sees them in evaluation, ``(n, size, size, 3)``
-        float32.
-        """
+        """The images at ``indices`` as the network evaluates them, float32."""
         return normalise(self.fitted(indices), self.mean, self.std)
 
 

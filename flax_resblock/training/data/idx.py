@@ -19,9 +19,7 @@ _PARTS = (("train", "train"), ("test", "t10k"))
 
 
 def find_idx(folder: Path, stem: str, dimensions: int) -> Path | None:
-    """Finds ``train-images-idx3-ubyte`` or ``train-images.idx3-ubyte``, also with ``.gz``; None if
-    there is none.
-    """
+    """Finds ``train-images-idx3-ubyte`` or ``train-images.idx3-ubyte``, also with ``.gz``."""
     kind = {1: "labels", 3: "images"}[dimensions]
     names = [
         f"{stem}-{kind}{dot}idx{dimensions}-ubyte{suffix}" for dot in "-." for suffix in ("", ".gz")

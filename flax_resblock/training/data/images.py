@@ -26,9 +26,7 @@ def decode(path: str) -> np.ndarray:
 
 
 def damage(path: str) -> str | None:
-    """Why an image cannot be decoded, or None. Every byte is decoded, but a JPEG at an eighth of
-    its size, which is faster.
-    """
+    """Why an image cannot be decoded, or None. A JPEG is decoded whole, at an eighth of its size."""
     try:
         with Image.open(path) as image:
             image.draft("RGB", (max(image.width // 8, 1), max(image.height // 8, 1)))

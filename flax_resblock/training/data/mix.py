@@ -1,6 +1,4 @@
-"""Mixup and CutMix: each image of a batch is mixed with the one before it, the first with the last,
-as torchvision pairs them.
-"""
+"""Mixup and CutMix: each image of a batch is mixed with the one before it, as in torchvision."""
 
 from __future__ import annotations
 

@@ -34,11 +34,7 @@ class Batch(NamedTuple):
 
 
 def steps_per_epoch(dataset: DataSource, batch_size: int) -> int:
-    """Number of full batches in one epoch.
-
-    Raises:
-      InputError: Fewer images than one batch needs.
-    """
+    """Number of full batches in one epoch; raises InputError if there is none."""
     if not 1 <= batch_size <= len(dataset):
         raise InputError(
             f"batch_size={batch_size} must be from 1 to the {len(dataset)} images of "
@@ -73,9 +69,7 @@ def _epoch_of(dataset: grain.MapDataset, epoch: int, first: int = 0) -> Iterator
 
 
 def epoch_order(size: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The order in which epoch ``epoch`` visits ``size`` images, ``(size,)`` int64, a
-    permutation.
-    """
+    """The order in which an epoch visits ``size`` images, ``(size,)`` int64, a permutation."""
     return np.fromiter(_epoch_of(shuffled(size, seed), epoch), np.int64, size)
 
 

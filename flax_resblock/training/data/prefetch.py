@@ -104,9 +104,7 @@ def _close(reference: weakref.ref[Generator]) -> None:
 
 
 def _check_shared_memory(workers: int, size: int) -> None:
-    """Raises InputError unless the workers' batches fit into shared memory; writing more would kill
-    the workers silently.
-    """
+    """Raises InputError unless the batches fit; writing more would kill workers silently."""
     if not os.path.isdir(_SHARED_MEMORY):
         return
     status = os.statvfs(_SHARED_MEMORY)
@@ -120,9 +118,7 @@ def _check_shared_memory(workers: int, size: int) -> None:
 
 
 def _let_grain_start_processes() -> None:
-    """Lets grain ask absl whether to profile its workers; absl fails unless a command line has been
-    parsed.
-    """
+    """Lets grain ask absl whether to profile, which fails before a command line is parsed."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

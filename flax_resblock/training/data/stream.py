@@ -37,9 +37,7 @@ class EvaluationBatch(NamedTuple):
 
 
 class _Pixels(NamedTuple):
-    """The result of a worker: the augmented images of a step, in the dtype of the source, and their
-    indices.
-    """
+    """What a worker returns: a step's augmented images, in the dtype of the source."""
 
     step: int
     indices: np.ndarray
@@ -131,9 +129,7 @@ class Stream:
         )
 
     def _read(self, step: int, indices: np.ndarray) -> _Pixels:
-        """The images of this shard and, if images are mixed, their partners. Random numbers are
-        drawn for the whole batch, whatever the shard.
-        """
+        """The images of this shard and their partners, by random numbers of the whole batch."""
         choices = draw(self._augmentation, self._random(step, _AUGMENT), self.batch_size)
         rows = self._rows_read
         return _Pixels(
