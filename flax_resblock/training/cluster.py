@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 from flax_resblock.errors import InputError
@@ -21,9 +20,7 @@ from flax_resblock.errors import InputError
 PEER_LOST = 3
 """Exit status of a process whose peer died."""
 _HEARTBEAT = 10
-"""Seconds without an answer after which a process counts as dead, unless its connection closes
-sooner.
-"""
+"""Seconds without an answer after which a process counts as dead."""
 _CHIPS = ("/dev/accel*", "/dev/vfio/[0-9]*")
 """Device files of TPU chips."""
 _MAYBE_ALONE = "Cloud TPU VM"
@@ -36,34 +33,25 @@ _PATIENCE = 300
 _INTRODUCTION = 30
 """Seconds that they then wait for the connections between them."""
 
-Environment = Mapping[str, str]
-
 
 def _several(name: str) -> Any:
-    return lambda environment: (
-        environment.get(name, "1").isdigit() and int(environment.get(name, "1")) > 1
-    )
+    return lambda env: (count := env.get(name, "1")).isdigit() and int(count) > 1
 
 
-_SIGNS: Mapping[str, Any] = MappingProxyType(
-    {
-        "JAX_COORDINATOR_ADDRESS": lambda environment: "JAX_COORDINATOR_ADDRESS" in environment,
-        "Slurm": _several("SLURM_STEP_NUM_TASKS"),
-        "Open MPI": _several("OMPI_COMM_WORLD_SIZE"),
-        "Kubernetes": lambda environment: (
-            {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= set(environment)
-        ),
-        "TPU pod": lambda environment: (
-            ","
-            in environment.get("TPU_WORKER_HOSTNAMES", environment.get("TPU_PROCESS_ADDRESSES", ""))
-        ),
-        "TPU multislice": lambda environment: "MEGASCALE_COORDINATOR_ADDRESS" in environment,
-    }
-)
+_SIGNS: Mapping[str, Any] = {
+    "JAX_COORDINATOR_ADDRESS": lambda env: "JAX_COORDINATOR_ADDRESS" in env,
+    "Slurm": _several("SLURM_STEP_NUM_TASKS"),
+    "Open MPI": _several("OMPI_COMM_WORLD_SIZE"),
+    "Kubernetes": lambda env: {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= set(env),
+    "TPU pod": lambda env: (
+        "," in env.get("TPU_WORKER_HOSTNAMES", env.get("TPU_PROCESS_ADDRESSES", ""))
+    ),
+    "TPU multislice": lambda env: "MEGASCALE_COORDINATOR_ADDRESS" in env,
+}
 """The environment variables by which a cluster is recognised; jax reads the rest itself."""
 
 
-def detected(environment: Environment | None = None) -> str | None:
+def detected(environment: Mapping[str, str] | None = None) -> str | None:
     """The kind of cluster that started this process; None for a single process."""
     environment = os.environ if environment is None else environment
     found = next((name for name, present in _SIGNS.items() if present(environment)), None)

@@ -41,11 +41,8 @@ def draw_curves(
             loss.plot(at, losses, style, label=label, markersize=4)
             accuracy.plot(at, shares, style, label=label, markersize=4)
     rate.plot(numbers, [step["learning_rate"] for step in steps], color="tab:green")
-    for axes, words in (
-        (loss, "cross-entropy"),
-        (accuracy, "accuracy, %"),
-        (rate, "learning rate"),
-    ):
+    titles = {loss: "cross-entropy", accuracy: "accuracy, %", rate: "learning rate"}
+    for axes, words in titles.items():
         axes.set_ylabel(words)
         axes.grid(alpha=0.3)
     loss.set_yscale("log")
@@ -60,12 +57,8 @@ def _noisy(axes: Any, steps: np.ndarray, values: np.ndarray, label: str) -> None
     axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.7)
     width = max(1, min(_SMOOTH, len(values) // 10))
     means = np.convolve(values, np.full(width, 1 / width), mode="valid")
-    axes.plot(
-        steps[width - 1 :],
-        means,
-        color="tab:blue",
-        label=f"{label}, mean of {width} steps" if width > 1 else label,
-    )
+    label = f"{label}, mean of {width} steps" if width > 1 else label
+    axes.plot(steps[width - 1 :], means, color="tab:blue", label=label)
 
 
 def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None:
@@ -82,25 +75,15 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None
     figure = _figure(side + 1, side)
     axes = figure.subplots()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure.colorbar(
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1),
-        ax=axes,
-        label="share of the images of a class",
-    )
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the images of a class")
     if len(names) <= 50:
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
     if len(names) <= 20:
         for row, column in np.argwhere(counts):
-            axes.text(
-                column,
-                row,
-                f"{counts[row, column]}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if shares[row, column] > 0.5 else "black",
-            )
+            count, color = counts[row, column], "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{count}", ha="center", va="center", fontsize=8, color=color)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     figure.savefig(path, dpi=120, format="png")

@@ -75,10 +75,8 @@ class Placement:
         """Raises InputError unless the devices can share a batch equally."""
         piece = batch_size // accumulate
         if piece % self.devices:
-            lower, upper = (
-                piece // self.devices * self.devices * accumulate,
-                -(-piece // self.devices) * self.devices * accumulate,
-            )
+            shared = piece - piece % self.devices
+            lower, upper = shared * accumulate, (shared + self.devices) * accumulate
             near = f"{lower} or {upper}" if lower else f"{upper}"
             pieces = f" in {accumulate} pieces" if accumulate > 1 else ""
             raise InputError(
@@ -112,8 +110,5 @@ def _copied(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
 def on_host(tree: Any) -> Any:
     """Copies values that every device holds to numpy arrays."""
     return jax.tree.map(
-        lambda leaf: np.array(
-            leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf, copy=True
-        ),
-        tree,
+        lambda x: np.array(x.addressable_data(0) if isinstance(x, jax.Array) else x), tree
     )

@@ -110,12 +110,8 @@ def evaluate_state(
             pieces.append(logits[: len(source) - number * rows])  # without the last one's padding
     logits = np.concatenate(pieces)
     predictions = logits.argmax(axis=1)
-    return Evaluation(
-        float(np.mean(predictions == source.labels)),
-        predictions,
-        logits,
-        _cross_entropy(logits, source.labels),
-    )
+    accuracy = float(np.mean(predictions == source.labels))
+    return Evaluation(accuracy, predictions, logits, _cross_entropy(logits, source.labels))
 
 
 @lru_cache(maxsize=8)
@@ -145,9 +141,7 @@ def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
     wide = logits.astype(np.float64)
     wide -= wide.max(axis=1, keepdims=True)
     log_sum = np.log(np.exp(wide).sum(axis=1))
-    return float(
-        np.mean(log_sum - np.take_along_axis(wide, labels[:, None].astype(np.int64), axis=1)[:, 0])
-    )
+    return float(np.mean(log_sum - wide[np.arange(len(wide)), labels]))
 
 
 def with_head(model: Model) -> ResNet:

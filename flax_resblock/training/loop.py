@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from flax_resblock.errors import InputError, some
 from flax_resblock.nn.resnet import Model, ResNet
-from flax_resblock.runs.optimizers import optimizer_of, record_of, state_of
+from flax_resblock.runs.optimizers import optimizer_of, parameter_path, record_of, state_of
 from flax_resblock.runs.run import Run
 from flax_resblock.training.checks import check_model, check_run
 from flax_resblock.training.config import TrainConfig
@@ -213,11 +213,9 @@ def _on_devices(batch: Batch, pieces: int, placement: Placement, rates: Rates) -
             return placement.spread(array)
         return placement.spread(array.reshape(pieces, -1, *array.shape[1:]), axis=1)
 
-    mixed = (
-        None
-        if batch.labels_b is None
-        else Mixed(placed(batch.labels_b), placed(np.asarray(batch.weight)))
-    )
+    mixed = None
+    if batch.labels_b is not None:
+        mixed = Mixed(placed(batch.labels_b), placed(np.asarray(batch.weight)))
     return placed(batch.images), placed(batch.labels), rates, mixed
 
 
@@ -230,10 +228,7 @@ def _averages(
 
     def kept(values: nnx.State) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda keys, leaf: run.ema.get(
-                tuple(key.key for key in keys if hasattr(key, "key")), leaf
-            ),
-            values,
+            lambda keys, leaf: run.ema.get(parameter_path(keys), leaf), values
         )
 
     return placement.copies((kept(state.params), kept(state.stats)))

@@ -54,9 +54,8 @@ def new_run(config: TrainConfig, steps: int) -> Run:
         weight_decay=config.weight_decay,
         **own,
     )
-    return at(
-        Run(record, ScheduleState(schedule_of(config, steps), 0), 0, 0, settings_of(config)), 0
-    )
+    schedule = ScheduleState(schedule_of(config, steps), 0)
+    return at(Run(record, schedule, 0, 0, settings_of(config)), 0)
 
 
 def at(run: Run, position: int) -> Run:

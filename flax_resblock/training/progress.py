@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -42,20 +40,11 @@ class TrainingProgress:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def advance(self, images: int, *, epoch: int, loss: float, accuracy: float) -> None:
         """Advances by one batch of ``images`` images with its loss and accuracy."""
         metrics = f"loss {loss:.4f}  accuracy {accuracy:6.1%}"
-        self._progress.update(
-            self._task,
-            advance=images,
-            description=f"epoch {epoch + 1}/{self._epochs}",
-            metrics=metrics,
-        )
+        description = f"epoch {epoch + 1}/{self._epochs}"
+        self._progress.update(self._task, advance=images, description=description, metrics=metrics)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax import lax
+from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from flax_resblock.cpu.switch import compiler_options
@@ -43,16 +43,16 @@ class Metrics(NamedTuple):
       stop: Whether any process asked to stop, int32; None if none was asked.
     """
 
-    loss: jax.Array
-    accuracy: jax.Array
-    stop: jax.Array | None = None
+    loss: Array
+    accuracy: Array
+    stop: Array | None = None
 
 
 class _Learned(NamedTuple):
     """The results for one piece of a batch."""
 
-    loss: jax.Array
-    accuracy: jax.Array
+    loss: Array
+    accuracy: Array
     stats: nnx.State
     gradients: nnx.State
 
@@ -78,8 +78,8 @@ class TrainStep:
         self, step: Callable[..., tuple[TrainState, Metrics]], placement: Placement
     ) -> None:
         def of_arrays(
-            arrays: list[jax.Array], *batch: Any, structure: Any
-        ) -> tuple[list[jax.Array], Metrics]:
+            arrays: list[Array], *batch: Any, structure: Any
+        ) -> tuple[list[Array], Metrics]:
             state, metrics = step(jax.tree.unflatten(structure, arrays), *batch)
             return jax.tree.leaves(state), metrics
 
@@ -203,13 +203,9 @@ def make_train_step(
     frozen = frozenset(freeze)
 
     def learn(
-        params: nnx.State,
-        stats: nnx.State,
-        images: jax.Array,
-        labels: jax.Array,
-        mixed: Mixed | None,
+        params: nnx.State, stats: nnx.State, images: Array, labels: Array, mixed: Mixed | None
     ) -> _Learned:
-        def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
+        def loss_of(params: nnx.State) -> tuple[Array, tuple[Array, nnx.State]]:
             # so that gradients are summed over the devices in the shape of the parameters, not of
             # the activations
             if replicas:
@@ -221,10 +217,8 @@ def make_train_step(
             loss = cross_entropy(logits, labels, label_smoothing, mixed)
             # inside the differentiated function: the gradient of a parameter that all devices share
             # is summed over them by itself
-            return lax.pmean(loss, AXIS) if replicas else loss, (
-                logits,
-                nnx.state(model, nnx.BatchStat),
-            )
+            new = nnx.state(model, nnx.BatchStat)
+            return lax.pmean(loss, AXIS) if replicas else loss, (logits, new)
 
         (loss, (logits, new)), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
         accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels)
@@ -240,15 +234,13 @@ def make_train_step(
             learn, mesh=mesh, in_specs=(whole, whole, spread, spread, spread), out_specs=whole
         )
 
-    def learn_all(
-        state: TrainState, images: jax.Array, labels: jax.Array, mixed: Mixed | None
-    ) -> _Learned:
+    def learn_all(state: TrainState, images: Array, labels: Array, mixed: Mixed | None) -> _Learned:
         if accumulate == 1:
             return learn(state.params, state.stats, images, labels, mixed)
 
         def piece(
-            stats: nnx.State, batch: tuple[jax.Array, jax.Array, Mixed | None]
-        ) -> tuple[nnx.State, tuple[jax.Array, jax.Array, nnx.State]]:
+            stats: nnx.State, batch: tuple[Array, Array, Mixed | None]
+        ) -> tuple[nnx.State, tuple[Array, Array, nnx.State]]:
             learned = learn(state.params, stats, *batch)
             return learned.stats, (learned.loss, learned.accuracy, learned.gradients)
 
@@ -278,22 +270,18 @@ def make_train_step(
 
     def train_step(
         state: TrainState,
-        images: jax.Array,
-        labels: jax.Array,
+        images: Array,
+        labels: Array,
         rates: Rates,
         mixed: Mixed | None = None,
-        stop: jax.Array | None = None,
+        stop: Array | None = None,
     ) -> tuple[TrainState, Metrics]:
         learned = learn_all(state, images, labels, mixed)
         gradients = learned.gradients
         if clip_norm is not None:
             gradients = clipped(_without(gradients, frozen), clip_norm)
         updates, opt_state = optimizer.update(
-            gradients,
-            state.opt_state,
-            state.params,
-            learning_rates=rates.learning_rates,
-            momenta=rates.momenta,
+            gradients, state.opt_state, state.params, **rates._asdict()
         )
         params: Any = optax.apply_updates(state.params, updates)
         if frozen:
@@ -309,7 +297,7 @@ def make_train_step(
     return TrainStep(train_step, Placement(mesh))
 
 
-def _of_first(value: jax.Array) -> jax.Array:
+def _of_first(value: Array) -> Array:
     """The first device's value, on all devices."""
     return lax.psum(jnp.where(lax.axis_index(AXIS) == 0, value, jnp.zeros_like(value)), AXIS)
 
@@ -321,6 +309,6 @@ def _without(gradients: Any, frozen: frozenset[str]) -> Any:
     )
 
 
-def _averaged(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
+def _averaged(old: Array, new: Array, decay: float) -> Array:
     """``decay * old + (1 - decay) * new``; counters take the new value."""
     return old + (1 - decay) * (new - old) if jnp.issubdtype(old.dtype, jnp.floating) else new

@@ -76,14 +76,11 @@ class Augmentation:
                 f"pad={self.pad} is not below the {min(height, width)} pixels that the images "
                 f"of {source.name} have on their shorter side."
             )
-        if (
-            self.random_resized_crop is not None
-            and isinstance(source, Dataset)
-            and source.images.dtype != np.uint8
-        ):
+        dtype = source.images.dtype if isinstance(source, Dataset) else np.uint8
+        if self.random_resized_crop is not None and dtype != np.uint8:
             raise InputError(
-                f"random_resized_crop needs uint8 images; those of {source.name} are "
-                f"{source.images.dtype}. Take pad and flip."
+                f"random_resized_crop needs uint8 images; those of {source.name} are {dtype}. Take "
+                "pad and flip."
             )
         return (self.size, self.size, channels) if self.size else (height, width, channels)
 
@@ -103,19 +100,15 @@ class Choices(NamedTuple):
 
     def of(self, rows: np.ndarray) -> Choices:
         """The numbers for some of the images."""
-        return Choices(
-            self.place[rows],
-            self.mirror[rows],
-            None if self.windows is None else self.windows[rows],
-        )
+        windows = None if self.windows is None else self.windows[rows]
+        return Choices(self.place[rows], self.mirror[rows], windows)
 
 
 def draw(augmentation: Augmentation, rng: np.random.Generator, count: int) -> Choices:
     """Draws the numbers for ``count`` images."""
     uniform = rng.random((count, 3))
-    windows = (
-        rng.random((count, _ATTEMPTS, 4)) if augmentation.random_resized_crop is not None else None
-    )
+    crop = augmentation.random_resized_crop is not None
+    windows = rng.random((count, _ATTEMPTS, 4)) if crop else None
     return Choices(uniform[:, :2], uniform[:, 2], windows)
 
 
@@ -126,20 +119,15 @@ def augmented(
     area = augmentation.random_resized_crop
     if area is not None and choices.windows is not None:
         height, width, _ = augmentation.shape_of(source)
+        pairs = zip(indices.tolist(), choices.windows, strict=True)
         images = np.stack(
-            [
-                _resized_crop(source.raw(int(index)), area, tries, height, width)
-                for index, tries in zip(indices, choices.windows, strict=True)
-            ]
+            [_resized_crop(source.raw(index), area, tries, height, width) for index, tries in pairs]
         )
     else:
         images = source.fitted(indices)
     if augmentation.pad:
-        images = pad_crop(
-            images,
-            augmentation.pad,
-            np.floor(choices.place * (2 * augmentation.pad + 1)).astype(np.int64),
-        )
+        corners = np.floor(choices.place * (2 * augmentation.pad + 1)).astype(np.int64)
+        images = pad_crop(images, augmentation.pad, corners)
     if augmentation.flip:
         mirrored = choices.mirror < 0.5
         images[mirrored] = images[mirrored, :, ::-1]

@@ -189,9 +189,8 @@ def pixel_moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, .
         """Per channel, summed row by row as in :func:`normalise`."""
         sums = np.zeros(width * channels)
         for start in range(0, len(images), _CHUNK):
-            sums += values(
-                images[start : start + _CHUNK].reshape(-1, width * channels).astype(np.float64)
-            ).sum(axis=0)
+            rows = images[start : start + _CHUNK].reshape(-1, width * channels)
+            sums += values(rows.astype(np.float64)).sum(axis=0)
         return sums.reshape(width, channels).sum(axis=0) / (len(images) * height * width)
 
     mean = mean_of(lambda rows: rows)

@@ -14,10 +14,8 @@ from flax_resblock.errors import InputError, some
 from flax_resblock.training.data.dataset import Splits, check_range, normalise
 from flax_resblock.training.data.images import damage, decode, fit
 
-IMAGENET_MEAN, IMAGENET_STD = (
-    (0.485 * 255, 0.456 * 255, 0.406 * 255),
-    (0.229 * 255, 0.224 * 255, 0.225 * 255),
-)
+IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 SUFFIXES = (".jpg", ".jpeg", ".png")
 _PIECE = 1000
 """Files that are checked between two reports of progress."""
@@ -51,11 +49,8 @@ class FolderDataset:
 
     def __post_init__(self) -> None:
         labels = self.labels
-        if (
-            not self.files
-            or labels.shape != (len(self.files),)
-            or not np.issubdtype(labels.dtype, np.integer)
-        ):
+        integers = np.issubdtype(labels.dtype, np.integer)
+        if not self.files or labels.shape != (len(self.files),) or not integers:
             raise InputError(
                 f"{self.name}: {len(self.files)} files and {labels.dtype} labels "
                 f"{labels.shape}; expected an integer for each, at least one."
@@ -149,11 +144,7 @@ def _part(
     on_progress: Callable[[str], None] | None,
 ) -> FolderDataset:
     folder, name = root / part, f"{root.name}/{part}"
-    found = [
-        (file, label)
-        for label, class_name in enumerate(classes)
-        for file in _files(folder / class_name)
-    ]
+    found = [(file, label) for label, name in enumerate(classes) for file in _files(folder / name)]
     images = [(file, label) for file, label in found if file.lower().endswith(SUFFIXES)]
     present = {label for _, label in images}
     _refuse_empty(folder, classes, present, f"no image ({', '.join(SUFFIXES)})")

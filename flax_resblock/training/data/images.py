@@ -26,7 +26,7 @@ def decode(path: str) -> np.ndarray:
 
 
 def damage(path: str) -> str | None:
-    """Why an image cannot be decoded, or None. A JPEG is decoded whole, at an eighth of its size."""
+    """Why an image cannot be decoded, or None. A JPEG is decoded at an eighth of its size."""
     try:
         with Image.open(path) as image:
             image.draft("RGB", (max(image.width // 8, 1), max(image.height // 8, 1)))
@@ -37,24 +37,22 @@ def damage(path: str) -> str | None:
 
 
 def _reason(error: Exception, path: str) -> str:
-    return (
-        "no format that can be recognised"
-        if path in str(error)
-        else str(error) or type(error).__name__
-    )
+    unknown = path in str(error)
+    return "no format that can be recognised" if unknown else str(error) or type(error).__name__
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes ``(h, w, C)`` uint8 to ``(height, width, C)``, bilinear with antialiasing."""
-    if image.shape[-1] == 3:
-        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-    planes = [
-        Image.fromarray(np.ascontiguousarray(plane)).resize(
-            (width, height), Image.Resampling.BILINEAR
+
+    def resized(pixels: np.ndarray) -> np.ndarray:
+        return np.asarray(
+            Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
         )
-        for plane in np.moveaxis(image, -1, 0)
-    ]
-    return np.stack([np.asarray(plane) for plane in planes], axis=-1)
+
+    if image.shape[-1] == 3:
+        return resized(image)
+    planes = np.ascontiguousarray(np.moveaxis(image, -1, 0))
+    return np.stack([resized(plane) for plane in planes], axis=-1)
 
 
 def fit(image: np.ndarray, size: int) -> np.ndarray:

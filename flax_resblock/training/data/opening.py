@@ -15,12 +15,8 @@ from flax_resblock.training.data.npz import npz_archive
 
 _KNOWN = (
     "'digits'; an IDX folder (train-images-idx3-ubyte and its three companions, also .gz); a "
-    "CIFAR-10 or CIFAR-100 folder ("
-    + ", ".join(edition.folder for edition in EDITIONS)
-    + (
-        "); an .npz archive; an image folder (train/CLASS/*.jpg or *.png, and val/ or test/ "
-        "beside train/)"
-    )
+    f"CIFAR-10 or CIFAR-100 folder ({', '.join(edition.folder for edition in EDITIONS)}); an .npz "
+    "archive; an image folder (train/CLASS/*.jpg or *.png, and val/ or test/ beside train/)"
 )
 
 
@@ -77,11 +73,8 @@ def _at(
     if path.is_file():
         if path.suffix == ".npz":
             return npz_archive(path)
-        unpack = (
-            f" Unpack it first: tar xf {path.name}."
-            if path.name.endswith((".tar.gz", ".tgz", ".tar"))
-            else ""
-        )
+        packed = path.name.endswith((".tar.gz", ".tgz", ".tar"))
+        unpack = f" Unpack it first: tar xf {path.name}." if packed else ""
         raise InputError(f"{path} is a file of no known kind.{unpack} Data are {_KNOWN}.")
     if any(find_idx(path, stem, dimensions) for stem in ("train", "t10k") for dimensions in (3, 1)):
         return idx_folder(path)

@@ -59,11 +59,8 @@ def prefetched(
         elements = elements.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
         )
-    ready = iter(
-        grain.experimental.ThreadPrefetchIterDataset(
-            elements.map(finish), prefetch_buffer_size=_AHEAD
-        )
-    )
+    in_thread = grain.experimental.ThreadPrefetchIterDataset
+    ready = iter(in_thread(elements.map(finish), prefetch_buffer_size=_AHEAD))
 
     def drawn() -> Generator[Ready, None, None]:
         try:

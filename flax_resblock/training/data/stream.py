@@ -111,12 +111,10 @@ class Stream:
             .batch(self.batch_size, drop_remainder=True, batch_fn=np.asarray)
             .repeat()
         )
-        size = (
-            self.batch_size
-            // self.shard[1]
-            * math.prod(self._augmentation.shape_of(self.dataset))
-            * self.dataset.fitted(slice(0)).itemsize
+        values = (
+            self.batch_size // self.shard[1] * math.prod(self._augmentation.shape_of(self.dataset))
         )
+        size = values * self.dataset.fitted(slice(0)).itemsize
         return prefetched(order.map_with_index(self._read)[step:], self._finish, self.workers, size)
 
     @property
@@ -132,11 +130,8 @@ class Stream:
         """The images of this shard and their partners, by random numbers of the whole batch."""
         choices = draw(self._augmentation, self._random(step, _AUGMENT), self.batch_size)
         rows = self._rows_read
-        return _Pixels(
-            step,
-            indices[rows],
-            augmented(self._augmentation, self.dataset, indices[rows], choices.of(rows)),
-        )
+        images = augmented(self._augmentation, self.dataset, indices[rows], choices.of(rows))
+        return _Pixels(step, indices[rows], images)
 
     @property
     def _rows(self) -> np.ndarray:
@@ -160,20 +155,13 @@ class Stream:
         labels = self.dataset.labels[indices].astype(np.int32)
         if not self._augmentation.mixes:
             return Batch(images, labels, indices)
-        mixing = draw_mixing(
-            self._augmentation, self._random(step, _MIX), images.shape[1], images.shape[2]
-        )
+        mixing = draw_mixing(self._augmentation, self._random(step, _MIX), *images.shape[1:3])
         own, partners = (
             np.searchsorted(self._rows_read, rows) for rows in (self._rows, self._partners)
         )
         weight = np.full(len(own), mixing.weight, np.float32)
-        return Batch(
-            mix(images[own], images[partners], mixing),
-            labels[own],
-            indices[own],
-            labels[partners],
-            weight,
-        )
+        mixed = mix(images[own], images[partners], mixing)
+        return Batch(mixed, labels[own], indices[own], labels[partners], weight)
 
 
 def evaluation_batches(
@@ -202,24 +190,15 @@ def evaluation_batches(
     def finish(pixels: _Pixels) -> EvaluationBatch:
         _, indices, raw = pixels.plain()
         filling = (0, len(rows) - len(indices))
-        images = np.pad(
-            normalise(raw, dataset.mean, dataset.std), [filling, (0, 0), (0, 0), (0, 0)]
-        )
+        images = normalise(raw, dataset.mean, dataset.std)
+        images = np.pad(images, [filling, (0, 0), (0, 0), (0, 0)])
         labels = np.pad(dataset.labels[indices].astype(np.int32), filling)
-        return EvaluationBatch(
-            images,
-            labels,
-            np.pad(indices, filling, constant_values=-1),
-            np.arange(len(rows)) < len(indices),
-        )
+        valid = np.arange(len(rows)) < len(indices)
+        return EvaluationBatch(images, labels, np.pad(indices, filling, constant_values=-1), valid)
 
     numbers = import_grain().MapDataset.range(-(-len(dataset) // batch_size))
-    return prefetched(
-        numbers.map(read),
-        finish,
-        workers,
-        len(rows) * math.prod(dataset.shape) * dataset.fitted(slice(0)).itemsize,
-    )
+    size = len(rows) * math.prod(dataset.shape) * dataset.fitted(slice(0)).itemsize
+    return prefetched(numbers.map(read), finish, workers, size)
 
 
 def _shard_rows(batch_size: int, shard: tuple[int, int], pieces: int = 1) -> np.ndarray:
