@@ -11,7 +11,7 @@ import numpy as np
 from flax_resblock.errors import InputError
 from flax_resblock.training.data.bounded import check_file
 from flax_resblock.training.data.cifar_pickle import read_cifar_pickle
-from flax_resblock.training.data.dataset import Dataset, Splits, pixel_moments
+from flax_resblock.training.data.dataset import Dataset, Splits, pixel_moments, splits_of
 
 _PIXELS = 3 * 32 * 32
 _MOST_BYTES = 1 << 30
@@ -23,25 +23,31 @@ class Edition:
     """One distribution of one of the two data sets.
 
     Attributes:
-      name: Name of the data set.
       folder: The folder in its archive.
       train, test: File names.
       meta: File with the names of the classes.
-      num_classes: Number of classes.
       label: Position of a label in the head of a binary record, or its key in a pickle.
       head: Bytes before the pixels of a binary record; 0 for pickles.
       names: Key of the class names in a pickled ``meta``.
     """
 
-    name: str
     folder: str
     train: tuple[str, ...]
     test: tuple[str, ...]
     meta: str
-    num_classes: int
     label: int | bytes
     head: int = 0
     names: bytes = b""
+
+    @property
+    def name(self) -> str:
+        """Name of the data set, ``"cifar-10"`` or ``"cifar-100"``."""
+        return "-".join(self.folder.split("-")[:2])
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return int(self.name.removeprefix("cifar-"))
 
     def within(self, folder: Path) -> bool:
         """Whether ``folder`` holds two of the first training file, the test file and the names."""
@@ -50,46 +56,17 @@ class Edition:
 
 
 _TEN = tuple(f"data_batch_{number}" for number in range(1, 6))
+_TEN_BINARY = tuple(f"{name}.bin" for name in _TEN)
 EDITIONS = (
     Edition(
-        "cifar-10",
-        "cifar-10-batches-bin",
-        tuple(f"{name}.bin" for name in _TEN),
-        ("test_batch.bin",),
-        "batches.meta.txt",
-        10,
-        0,
-        head=1,
+        "cifar-10-batches-bin", _TEN_BINARY, ("test_batch.bin",), "batches.meta.txt", 0, head=1
     ),
     Edition(
-        "cifar-10",
-        "cifar-10-batches-py",
-        _TEN,
-        ("test_batch",),
-        "batches.meta",
-        10,
-        b"labels",
-        names=b"label_names",
+        "cifar-10-batches-py", _TEN, ("test_batch",), "batches.meta", b"labels", 0, b"label_names"
     ),
+    Edition("cifar-100-binary", ("train.bin",), ("test.bin",), "fine_label_names.txt", 1, head=2),
     Edition(
-        "cifar-100",
-        "cifar-100-binary",
-        ("train.bin",),
-        ("test.bin",),
-        "fine_label_names.txt",
-        100,
-        1,
-        head=2,
-    ),
-    Edition(
-        "cifar-100",
-        "cifar-100-python",
-        ("train",),
-        ("test",),
-        "meta",
-        100,
-        b"fine_labels",
-        names=b"fine_label_names",
+        "cifar-100-python", ("train",), ("test",), "meta", b"fine_labels", names=b"fine_label_names"
     ),
 )
 
@@ -150,11 +127,8 @@ def _class_names(folder: Path, edition: Edition) -> tuple[str, ...] | None:
         if edition.names
         else _read(path).split()
     )
-    if (
-        not isinstance(names, list)
-        or len(names) != edition.num_classes
-        or not all(isinstance(name, bytes | str) for name in names)
-    ):
+    texts = isinstance(names, list) and all(isinstance(name, bytes | str) for name in names)
+    if not texts or len(names) != edition.num_classes:
         raise InputError(
             f"{path} does not name the {edition.num_classes} classes of {edition.name}. Remove "
             f"it (names are optional) or fetch it again."
@@ -191,18 +165,7 @@ def cifar_folder(folder: Path, edition: Edition) -> Splits[Dataset]:
             )
         return np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels
 
-    train, test = part(edition.train), part(edition.test)
-    mean, std = pixel_moments(train[0])
-    made = [
-        Dataset(
-            name=f"{edition.name}/{name}",
-            images=images,
-            labels=labels,
-            num_classes=edition.num_classes,
-            mean=mean,
-            std=std,
-            class_names=names,
-        )
-        for name, (images, labels) in (("train", train), ("test", test))
-    ]
-    return Splits(*made)
+    parts = part(edition.train), part(edition.test)
+    mean, std = pixel_moments(parts[0][0])
+    shared = {"num_classes": edition.num_classes, "class_names": names, "mean": mean, "std": std}
+    return splits_of(edition.name, parts, **shared)

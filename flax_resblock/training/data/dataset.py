@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -159,6 +159,17 @@ class Splits(NamedTuple, Generic[S]):
 
     train: S
     test: S
+
+
+def splits_of(
+    name: str, parts: Iterable[tuple[np.ndarray, np.ndarray]], **shared: Any
+) -> Splits[Dataset]:
+    """``NAME/train`` and ``NAME/test`` of the images and labels of each, and shared fields."""
+    made = [
+        Dataset(name=f"{name}/{part}", images=images, labels=labels, **shared)
+        for part, (images, labels) in zip(("train", "test"), parts, strict=True)
+    ]
+    return Splits(*made)
 
 
 def check_range(name: str, labels: np.ndarray, num_classes: int) -> None:

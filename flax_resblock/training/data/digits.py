@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.errors import MissingDependencyError
-from flax_resblock.training.data.dataset import Dataset, Splits, held_out
+from flax_resblock.training.data.dataset import Dataset, Splits, held_out, splits_of
 
 
 def digits() -> Splits[Dataset]:
@@ -30,15 +30,5 @@ def digits() -> Splits[Dataset]:
     in_test = held_out(labels)
     pixels = images[~in_test].astype(np.float64)
     mean, std = (float(pixels.mean()),), (float(pixels.std()),)
-
-    def part(name: str, chosen: np.ndarray) -> Dataset:
-        return Dataset(
-            name=f"digits/{name}",
-            images=images[chosen],
-            labels=labels[chosen],
-            num_classes=10,
-            mean=mean,
-            std=std,
-        )
-
-    return Splits(part("train", ~in_test), part("test", in_test))
+    parts = [(images[chosen], labels[chosen]) for chosen in (~in_test, in_test)]
+    return splits_of("digits", parts, num_classes=10, mean=mean, std=std)

@@ -12,7 +12,7 @@ import numpy as np
 
 from flax_resblock.errors import InputError
 from flax_resblock.training.data.bounded import MOST_BYTES, check_file
-from flax_resblock.training.data.dataset import Dataset, Splits, pixel_moments
+from flax_resblock.training.data.dataset import Dataset, Splits, pixel_moments, splits_of
 
 _GZIP = b"\x1f\x8b"
 _PARTS = (("train", "train"), ("test", "t10k"))
@@ -96,11 +96,7 @@ def idx_folder(folder: Path) -> Splits[Dataset]:
     Raises:
       InputError: A file that is missing, damaged, or does not fit its companion.
     """
-    files = {
-        (part, dimensions): find_idx(folder, stem, dimensions)
-        for part, stem in _PARTS
-        for dimensions in (3, 1)
-    }
+    files = {(part, axes): find_idx(folder, stem, axes) for part, stem in _PARTS for axes in (3, 1)}
     missing = [
         f"{dict(_PARTS)[part]}-{'images-idx3' if dimensions == 3 else 'labels-idx1'}-ubyte"
         for (part, dimensions), path in files.items()
@@ -123,15 +119,5 @@ def idx_folder(folder: Path) -> Splits[Dataset]:
             raise InputError(f"{files[part, 3]} has no pixels: its header says {images.shape}.")
     mean, std = pixel_moments(arrays["train", 3][..., None])
     classes = int(arrays["train", 1].max()) + 1
-    parts = [
-        Dataset(
-            name=f"{folder.name}/{part}",
-            images=arrays[part, 3][..., None],
-            labels=arrays[part, 1].astype(np.int32),
-            num_classes=classes,
-            mean=mean,
-            std=std,
-        )
-        for part, _ in _PARTS
-    ]
-    return Splits(*parts)
+    parts = [(arrays[part, 3][..., None], arrays[part, 1].astype(np.int32)) for part, _ in _PARTS]
+    return splits_of(folder.name, parts, num_classes=classes, mean=mean, std=std)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from flax_resblock.errors import InputError
 from flax_resblock.training.data.bounded import read_npz
-from flax_resblock.training.data.dataset import Dataset, Splits, held_out, pixel_moments
+from flax_resblock.training.data.dataset import Dataset, Splits, held_out, pixel_moments, splits_of
 
 _SPLIT = (
     ("x_train", "y_train", "x_test", "y_test"),
@@ -57,19 +58,8 @@ def npz_archive(path: Path) -> Splits[Dataset]:
         )
     mean, std = _moments(path, arrays, pairs[0][0])
     classes = int(pairs[0][1].max()) + 1
-    parts = [
-        Dataset(
-            name=f"{path.name}/{part}",
-            images=images,
-            labels=labels,
-            num_classes=classes,
-            mean=mean,
-            std=std,
-            notes=said,
-        )
-        for part, (images, labels), said in zip(("train", "test"), pairs, (notes, ()), strict=True)
-    ]
-    return Splits(*parts)
+    train, test = splits_of(path.name, pairs, num_classes=classes, mean=mean, std=std)
+    return Splits(replace(train, notes=notes), test)
 
 
 def _pair(
