@@ -158,9 +158,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     report = sys.unraisablehook
     # an interrupt that a callback swallows is raised again later
-    sys.unraisablehook = lambda found: (
-        None if found.exc_type is KeyboardInterrupt else report(found)
-    )
+    sys.unraisablehook = lambda it: None if it.exc_type is KeyboardInterrupt else report(it)
     arguments = sys.argv[1:]
     start_again_with_huge_pages(arguments)
     if COMMANDS.keys() & arguments and (warning := keep_compiled(os.environ)):

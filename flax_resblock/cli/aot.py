@@ -132,9 +132,8 @@ def _request(
     size = flags.image_size
     options: dict[str, Any] = asdict(flags)
     del options["image_size"]
-    options["slot_precision"] = tuple(
-        _pair(text, "--slot-precision") for text in flags.slot_precision
-    )
+    pairs = tuple(_pair(text, "--slot-precision") for text in flags.slot_precision)
+    options["slot_precision"] = pairs
     if size is not None:
         options |= {"height": size, "width": size}
     if (subject / "manifest.json").is_file():
@@ -239,13 +238,8 @@ def _largest(request: Request, name: str, result: ResultFlags) -> int:
 def _write(result: ResultFlags, compiled: list[tuple[Request, Outcome]]) -> None:
     if result.json is None:
         return
-    facts = [
-        {
-            "request": asdict(request),
-            **outcome.to_plain(),
-            "fits": outcome.fits,
-            "problems": problems(request, outcome),
-        }
-        for request, outcome in compiled
-    ]
+    facts = []
+    for request, outcome in compiled:
+        verdict = {"fits": outcome.fits, "problems": problems(request, outcome)}
+        facts.append({"request": asdict(request), **outcome.to_plain(), **verdict})
     write_json(result.json, {"schema": 1, "programs": facts}, result.force)

@@ -49,13 +49,8 @@ def keep_compiled(environment: MutableMapping[str, str]) -> str | None:
         environment[_SWITCH] = "false"
         return None
     try:
-        folder = (
-            Path(wanted).expanduser().absolute()
-            if wanted
-            else Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-            / "flax-resblock"
-            / "xla"
-        )
+        default = Path(environment.get("XDG_CACHE_HOME") or "~/.cache") / "flax-resblock" / "xla"
+        folder = Path(wanted or default).expanduser().absolute()
         _make_own(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home
         environment[VARIABLE] = "off"

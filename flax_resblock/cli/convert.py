@@ -105,14 +105,11 @@ def convert(
     with status.status(f"writing {out}"):
         naming = description.naming if target.naming.name == "flax" else target.naming.name
         count, size = len(tensors), sum(value.nbytes for value in tensors.values())
-        metadata = metadata_of(
-            target.config, naming, description.norm_options, description.metadata
-        )
+        options, about = description.norm_options, description.metadata
+        metadata = metadata_of(target.config, naming, options, about)
         write_with_run(out, tensors, metadata, run, target, files=files, force=force, release=True)
-    print_title(
-        name_of(target.config),
-        f"{count} tensors, {megabytes(size)}, read back and equal bit for bit",
-    )
+    facts = f"{count} tensors, {megabytes(size)}, read back and equal bit for bit"
+    print_title(name_of(target.config), facts)
     say(f"  from  {checkpoint_} ({description.format}, naming scheme '{description.naming}')")
     say(f"  to    {out} ({format_name}, naming scheme '{target.naming.name}')")
     print_notes(description.notes)

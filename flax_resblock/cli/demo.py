@@ -67,11 +67,8 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
     config = replace(PRESETS["digits-resnet8"], epochs=2 * epochs, learning_rate=0.05, seed=seed)
     splits = digits()
 
-    _chapter(
-        1,
-        f"PyTorch: train a small ResNet for {epochs} epochs on {len(splits.train)} handwritten "
-        f"digits",
-    )
+    subject = f"{len(splits.train)} handwritten digits"
+    _chapter(1, f"PyTorch: train a small ResNet for {epochs} epochs on {subject}")
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # small layers lose time on a second thread if its core is busy
     module = torch_ref.ResNet(**asdict(config.model))
@@ -93,23 +90,17 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
     )
     _chapter(4, "verify: both frameworks side by side, every slot, gradients too")
     report = out / "verification.html"
-    flags = (
-        InputFlags(height=9, width=8),
-        WhatFlags(gradients=True),
-        DeviceFlags(),
-        ReportFlags(html=report),
-    )
-    status = verify(ReadingFlags(), *flags, checkpoint)
+    what, page = WhatFlags(gradients=True), ReportFlags(html=report)
+    images = InputFlags(height=9, width=8)
+    status = verify(ReadingFlags(), images, what, DeviceFlags(), page, checkpoint)
     _command(status, f"verify {checkpoint} --height 9 --width 8 --gradients --html {report}")
 
     _chapter(5, f"go on for {epochs} epochs in both, momentum and schedule included")
     torch_losses = _go_on_in_torch(module, config, splits, epochs, optimizer, scheduler)
     jax_losses, jax_after = _go_on_in_jax(converted, config, splits, out / "digits_trained")
     torch_after = _evaluate_torch(module, splits)
-    for epoch, (ours, theirs) in enumerate(
-        zip(_by_epoch(jax_losses, epochs), _by_epoch(torch_losses, epochs), strict=True),
-        start=epochs + 1,
-    ):
+    means = zip(_by_epoch(jax_losses, epochs), _by_epoch(torch_losses, epochs), strict=True)
+    for epoch, (ours, theirs) in enumerate(means, start=epochs + 1):
         output.print(f"  epoch {epoch}  mean loss in PyTorch {theirs:.6f}, in JAX {ours:.6f}")
     _plot_losses(torch_losses, jax_losses, out / "losses.png")
     output.print(
@@ -200,10 +191,8 @@ def _for_torch(config: Any, splits: Splits, epoch: int) -> Iterator[tuple[Any, A
     from flax_resblock.training.data import batches
 
     for batch in batches(splits.train, config.batch_size, seed=config.seed, epoch=epoch):
-        yield (
-            torch.from_numpy(np.moveaxis(batch.images, -1, 1).copy()),
-            torch.from_numpy(batch.labels.astype(np.int64)),
-        )
+        images = torch.from_numpy(np.moveaxis(batch.images, -1, 1).copy())
+        yield images, torch.from_numpy(batch.labels.astype(np.int64))
 
 
 def _evaluate_torch(module: Any, splits: Splits) -> Any:
@@ -246,9 +235,8 @@ def _go_on_in_jax(
     print_found(run)
     history = fit(model, splits.train, config, run=run)
     flax_resblock.save(model, out, run=history.run)
-    return [step.loss for step in history.steps], evaluate(
-        model, splits.test.normalised(), splits.test.labels
-    )
+    evaluation = evaluate(model, splits.test.normalised(), splits.test.labels)
+    return [step.loss for step in history.steps], evaluation
 
 
 def _distance(module: Any, trained: Path) -> float:
@@ -259,10 +247,8 @@ def _distance(module: Any, trained: Path) -> float:
         warnings.simplefilter("ignore")  # as above
         ours = flax_resblock.to_torch(flax_resblock.load(trained))
     theirs = {key: value.numpy().astype(np.float64) for key, value in module.state_dict().items()}
-    return max(
-        float(np.linalg.norm(ours[key] - value) / np.linalg.norm(value))
-        for key, value in theirs.items()
-    )
+    norm = np.linalg.norm
+    return max(float(norm(ours[key] - value) / norm(value)) for key, value in theirs.items())
 
 
 def _by_epoch(losses: list[float], epochs: int) -> list[float]:

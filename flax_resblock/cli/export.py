@@ -83,14 +83,9 @@ def export(
         (None, None), preprocessing_of(source), config.in_channels, mean, std
     )
     size = None if any_image_size else config.image_size if image_size is None else image_size
-    facts: dict[str, Any] = {
-        "source": str(checkpoint.name),
-        "preprocessing": {
-            "pixels": "RGB from 0 to 1",
-            "mean": [float(value) for value in shift],
-            "std": [float(value) for value in scale],
-        },
-    }
+    normalisation = {"mean": shift.tolist(), "std": scale.tolist()}
+    preprocessing = {"pixels": "RGB from 0 to 1", **normalisation}
+    facts: dict[str, Any] = {"source": checkpoint.name, "preprocessing": preprocessing}
     model = to_model(source)
     with status.status(f"exporting {checkpoint}"):
         if fold_batch_norm:

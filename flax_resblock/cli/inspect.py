@@ -96,26 +96,14 @@ def _run(source: OpenedCheckpoint) -> dict[str, str]:
         run = run_of(source)
     except CheckpointError as error:
         return {"problem": f"its training run cannot go on in JAX: {error}"}
-    first = {
-        name: value
-        for name, value in run.optimizer.groups[0].options.items()
-        if name in OPTIMIZERS[run.optimizer.kind].options
-    }
-    facts = {
-        "run": (
-            f"{run.optimizer.notes[0]}; of the first: "
-            f"{', '.join(f'{name} {value}' for name, value in first.items())}"
-        )
-    }
-    counters = [
-        f"{name} {count}"
-        for name, count in (("step", run.steps), ("epoch", run.epochs))
-        if count is not None
-    ]
-    facts["at"] = (
-        ", ".join([*counters, *([] if run.schedule is None else [describe_schedule(run.schedule)])])
-        or "an unknown step"
-    )
+    known, options = OPTIMIZERS[run.optimizer.kind].options, run.optimizer.groups[0].options
+    first = ", ".join(f"{name} {value}" for name, value in options.items() if name in known)
+    counters = {"step": run.steps, "epoch": run.epochs}
+    at = [f"{name} {count}" for name, count in counters.items() if count is not None]
+    if run.schedule is not None:
+        at.append(describe_schedule(run.schedule))
+    facts = {"run": f"{run.optimizer.notes[0]}; of the first: {first}"}
+    facts["at"] = ", ".join(at) or "an unknown step"
     return facts | ({"problem": f"no schedule: {run.problem}"} if run.problem else {})
 
 
@@ -192,25 +180,12 @@ def _print_norms(shown: list[dict[str, Any]], total: int) -> None:
     if not shown:
         output.print(f"  norms    {total} batch norms, nothing odd (--norms lists them)")
         return
-    table = Table(
-        "batch norm",
-        "channels",
-        "scale",
-        "running mean",
-        "running variance",
-        "batches",
-        "remark",
-        title=f"{len(shown)} of {total} batch norms",
-    )
+    ranges = ("scale", "running mean", "running variance")
+    columns = ("batch norm", "channels", *ranges, "batches", "remark")
+    table = Table(*columns, title=f"{len(shown)} of {total} batch norms")
     for norm in shown:
-        ranges = [
-            f"{low:.3g} .. {high:.3g}" for low, high in (norm["scale"], norm["mean"], norm["var"])
-        ]
-        table.add_row(
-            escape(norm["slot"]),
-            str(norm["channels"]),
-            *ranges,
-            str(norm["batches"]),
-            norm["remark"],
-        )
+        spans = [norm[name] for name in ("scale", "mean", "var")]
+        spans = [f"{low:.3g} .. {high:.3g}" for low, high in spans]
+        slot, channels, batches = escape(norm["slot"]), str(norm["channels"]), str(norm["batches"])
+        table.add_row(slot, channels, *spans, batches, norm["remark"])
     print_table(table)

@@ -191,11 +191,11 @@ def _run(
     every = save_every or steps_per_epoch(splits.train, config.batch_size)
     stop = Stop(lambda: status.print("stopping after this step; the run is saved first"))
     with RunFolder(out, config, every=every, keep=keep) as folder, stop:
-        writing: dict[str, Any] = (
-            {"on_step": folder.record, "on_evaluation": folder.evaluated, "saver": folder}
-            if first
-            else {}
-        )
+        writing: dict[str, Any] = {
+            "on_step": folder.record,
+            "on_evaluation": folder.evaluated,
+            "saver": folder,
+        }
         try:
             history = fit(
                 begin.model,
@@ -206,7 +206,7 @@ def _run(
                 stop=stop.asked,
                 mesh=data_mesh(devices),
                 progress=first,
-                **writing,
+                **(writing if first else {}),
             )
         except Stopped as stopped:
             folder.wait()
@@ -286,9 +286,7 @@ def _damage(out: Path) -> str:
     try:
         checkpoint.read(out)
     except CheckpointError:
-        return (
-            f" Remove {found[-1]}, and --resume auto goes on from {found[-2].name}."
-            if len(found) > 1
-            else " It is the only one of this run; begin again."
-        )
+        if len(found) > 1:
+            return f" Remove {found[-1]}, and --resume auto goes on from {found[-2].name}."
+        return " It is the only one of this run; begin again."
     return ""

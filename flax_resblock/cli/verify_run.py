@@ -114,18 +114,13 @@ class Verifier:
         for name, config in BATTERY.items():
             images = self.input.images(config)
             pair = ReferencePair.random(config, self.input.seed)
-            verification, facts = self.pair(
-                pair, images, {"subject": name, "compared_with": REFERENCE, "architecture": name}
-            )
+            subject = {"subject": name, "compared_with": REFERENCE, "architecture": name}
+            verification, facts = self.pair(pair, images, subject)
             reports.append(facts)
-            verdict = (
-                f"[green]equal[/]  {len(verification.comparison.measurements)} tensors"
-                if verification.passed
-                else "[bold red]differs[/]"
-            )
-            output.print(
-                f"{verdict}  [bold]{escape(name)}[/]  input {list(images.shape)}", soft_wrap=True
-            )
+            equal = f"[green]equal[/]  {len(verification.comparison.measurements)} tensors"
+            verdict = equal if verification.passed else "[bold red]differs[/]"
+            shape = list(images.shape)
+            output.print(f"{verdict}  [bold]{escape(name)}[/]  input {shape}", soft_wrap=True)
             if not verification.passed:
                 self.print(verification)
         self.write(next((facts for facts in reports if not facts["passed"]), reports[-1]))

@@ -68,7 +68,6 @@ def _scale_by_adam(
     def update(
         updates: Any, state: Any, params: Any = None, *, momenta: Any = None, **_: Any
     ) -> Any:
-        del params
         first, complement, log = moving([b1])[0].tolist() if momenta is None else momenta[number]
         count = jnp.asarray(optax.safe_increment(state.count))
 
@@ -124,9 +123,7 @@ def moving(momenta: Sequence[float]) -> np.ndarray:
       ``(groups, 3)`` float64: the momentum, its complement and its logarithm, which would lose
       digits if they were computed from a float32 momentum.
     """
-    return np.array(
-        [(float(momentum), 1 - float(momentum), _log(float(momentum))) for momentum in momenta]
-    )
+    return np.array([(value, 1 - value, _log(value)) for value in map(float, momenta)])
 
 
 def optimizer_of(record: OptimizerState) -> optax.GradientTransformationExtraArgs:
@@ -192,7 +189,6 @@ def _scale_by_rate(number: int, rate: float) -> optax.GradientTransformationExtr
     def update(
         updates: Any, state: Any, params: Any = None, *, learning_rates: Any = None, **_: Any
     ) -> Any:
-        del params
         now = rate if learning_rates is None else learning_rates[number]
         return jax.tree.map(lambda u: -(jnp.asarray(now, u.dtype) * u), updates), state
 
@@ -211,7 +207,6 @@ def _scale_by_momentum(
     def update(
         updates: Any, state: Any, params: Any = None, *, momenta: Any = None, **_: Any
     ) -> Any:
-        del params
         if momenta is None and not own:
             return updates, state  # torch keeps no buffer without momentum
         momentum = own if momenta is None else momenta[number][0]

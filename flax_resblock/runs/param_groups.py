@@ -34,6 +34,10 @@ def _splits(entries: Sequence[Entry]) -> dict[str, list[list[Entry]]]:
         yes, no = [e for e in entries if first(e)], [e for e in entries if not first(e)]
         return {f"{words} first": [yes, no], f"{words} last": [no, yes]}
 
+    def of_norm(entry: Entry) -> bool:
+        what = entry.flax_path[-1]
+        return what == "scale" or (what == "bias" and "head" not in entry.flax_path)
+
     kernels, biases, scales = (
         [e for e in entries if e.flax_path[-1] == what] for what in ("kernel", "bias", "scale")
     )
@@ -41,13 +45,7 @@ def _splits(entries: Sequence[Entry]) -> dict[str, list[list[Entry]]]:
         "all parameters in the model's order": [list(entries)],
         **apart("kernels", lambda e: e.flax_path[-1] == "kernel"),
         **apart("biases", lambda e: e.flax_path[-1] == "bias"),
-        **apart(
-            "norms",
-            lambda e: (
-                e.flax_path[-1] == "scale"
-                or (e.flax_path[-1] == "bias" and "head" not in e.flax_path)
-            ),
-        ),
+        **apart("norms", of_norm),
         **apart("the head", lambda e: e.flax_path[0] == "head"),
         "kernels, norm scales, biases": [kernels, scales, biases],
         "kernels, biases, norm scales": [kernels, biases, scales],
@@ -81,11 +79,9 @@ def names_of(
         strangers = [name for name in given if name not in known]
         if strangers or sorted(given) != sorted(known):
             missing = sorted(known - set(given))
-            words = (
-                f"names {some(strangers)}, which the model does not have"
-                if strangers
-                else f"leaves out {some(missing)}"
-            )
+            words = f"leaves out {some(missing)}"
+            if strangers:
+                words = f"names {some(strangers)}, which the model does not have"
             raise CheckpointError(
                 f"{source} does not belong to this model: it {words}. {WEIGHTS_ONLY}"
             )
@@ -115,11 +111,9 @@ def names_of(
     }
     if len(found) != 1:
         sizes = " + ".join(str(len(group)) for group in numbers)
-        words = (
-            "does not fit any of the usual ways to group the model's parameters"
-            if not found
-            else f"fits {len(found)} of the usual ways: {some(list(found.values()))}"
-        )
+        words = "does not fit any of the usual ways to group the model's parameters"
+        if found:
+            words = f"fits {len(found)} of the usual ways: {some(list(found.values()))}"
         raise CheckpointError(
             f"{source} has param groups of {sizes} parameters, which {words}. Make it from "
             f"named parameters, torch.optim.SGD(model.named_parameters()), "

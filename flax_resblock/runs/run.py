@@ -147,14 +147,12 @@ def read_run(
         run = _with_schedule(run, *entry, per_epoch, explicit, source, found)
     elif epoch is not None and {"arch", "version"} <= extras.keys():
         run = replace(run, epochs=epoch + 1)  # timm stores the last epoch that was done
-    if (
-        run.steps
-        and not any(record.tensors.values())
-        and any(OPTIMIZERS[record.kind].buffered(group.options) for group in record.groups)
-    ):
+    kind = OPTIMIZERS[record.kind]
+    buffered = any(kind.buffered(group.options) for group in record.groups)
+    if run.steps and buffered and not any(record.tensors.values()):
         raise CheckpointError(
             f"{source} took {run.steps} steps, but its entry '{name}' keeps none of the "
-            f"buffers ({some(list(OPTIMIZERS[record.kind].tensors))}) that {record.kind} "
+            f"buffers ({some(list(kind.tensors))}) that {record.kind} "
             f"has by then. Without them it would not be the same run. {WEIGHTS_ONLY}"
         )
     done = _count(extras, (EPOCHS_DONE,), found)
@@ -238,11 +236,8 @@ def _stepped_per_epoch(run: Run, position: int, explicit: bool, source: str) -> 
 def _number(value: Any) -> int | None:
     if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
         value = value.item()
-    return (
-        int(value)
-        if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-        else None
-    )
+    counts = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+    return int(value) if counts else None
 
 
 def _count(
@@ -266,9 +261,8 @@ def _settings(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[str
             return {key: value for key, value in values.items() if key != OURS}
         chosen = {}
         for ours, theirs in _NAMES.items():
-            value = next(
-                (values[key] for key in theirs if isinstance(values.get(key), int | float)), None
-            )
+            numbers = (values[key] for key in theirs if isinstance(values.get(key), int | float))
+            value = next(numbers, None)
             if value is not None and not isinstance(value, bool) and value >= 0:
                 chosen[ours] = value if ours == "label_smoothing" else int(value)
         if chosen:

@@ -73,6 +73,7 @@ def pack_run(run: Run, state_map: StateMap) -> tuple[dict[str, np.ndarray], dict
     }
     tensors |= {f"{AVERAGED}{key}": value for key, value in state_map.to_torch(run.ema).items()}
     counter = next(iter(record.steps.values()), None)
+    count = counter if counter is None else {"value": float(counter), "dtype": counter.dtype.name}
     groups = [
         {
             "options": group.options,
@@ -84,9 +85,7 @@ def pack_run(run: Run, state_map: StateMap) -> tuple[dict[str, np.ndarray], dict
     content = {
         "optimizer": record.kind,
         "groups": groups,
-        "count": None
-        if counter is None
-        else {"value": float(counter), "dtype": counter.dtype.name},
+        "count": count,
         "schedule": _written_schedule(run),
         "per_epoch": run.schedule is not None and run.schedule.per_epoch,
         "steps": run.steps,
@@ -116,11 +115,7 @@ def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_prefix(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """The tensors whose names begin with ``prefix``, under the rest of their names."""
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }
+    return {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
 
 
 def unpack_run(
@@ -148,13 +143,9 @@ def unpack_run(
         for group in content["groups"]:
             for key in group["parameters"]:
                 numbers[key] = len(numbers)
-            groups.append(
-                {
-                    **with_tuples(group["options"]),
-                    "params": [numbers[key] for key in group["parameters"]],
-                    "param_names": list(group["parameters"]),
-                }
-            )
+            names = list(group["parameters"])
+            members = {"params": [numbers[key] for key in names], "param_names": names}
+            groups.append(with_tuples(group["options"]) | members)
         for name, value in _with_prefix(tensors, OPTIMIZER).items():
             tensor, _, key = name.partition(".")
             state.setdefault(numbers[key], {})[tensor] = value
@@ -163,9 +154,8 @@ def unpack_run(
                 found["step"] = np.asarray(counter["value"], counter["dtype"])
         schedule = content["schedule"]
         if schedule is not None:
-            schedule = ScheduleState(
-                *read_schedule(schedule, groups, source=source), content["per_epoch"]
-            )
+            found = read_schedule(schedule, groups, source=source)
+            schedule = ScheduleState(*found, content["per_epoch"])
         steps, epochs, settings = content["steps"], content["epochs"], content["settings"]
         named = [bool(group["named"]) for group in content["groups"]]
     except CheckpointError:
@@ -175,12 +165,8 @@ def unpack_run(
             f"{source}: its record of the training run is damaged ({type(error).__name__}: "
             f"{error}). {WEIGHTS_ONLY}"
         ) from error
-    record = read_optimizer(
-        {"state": state, "param_groups": groups},
-        state_map,
-        kind=kind,
-        source=f"{source}, its optimizer",
-    )
+    written, where = {"state": state, "param_groups": groups}, f"{source}, its optimizer"
+    record = read_optimizer(written, state_map, kind=kind, source=where)
     restored = tuple(
         replace(group, named=name) for group, name in zip(record.groups, named, strict=True)
     )
@@ -191,11 +177,8 @@ def unpack_run(
         found.append(RunEntry("ema", "averaged weights and statistics", True))
     if schedule is not None:
         found.append(RunEntry("schedule", describe_schedule(schedule), True))
-    found += [
-        RunEntry(name, str(count), True)
-        for name, count in (("steps", steps), ("epochs", epochs))
-        if count is not None
-    ]
+    counters = {"steps": steps, "epochs": epochs}
+    found += [RunEntry(key, str(n), True) for key, n in counters.items() if n is not None]
     return Run(record, schedule, steps, epochs, settings, tuple(found), ema=averages)
 
 

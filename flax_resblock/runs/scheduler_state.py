@@ -181,11 +181,9 @@ def scheduled(options: Options, schedule: Schedule, position: int) -> dict[str, 
     momentum = schedule.momentum(position, options)
     if momentum is None:
         return now
-    return (
-        {**now, "betas": (momentum, *options["betas"][1:])}
-        if "betas" in options
-        else {**now, "momentum": momentum}
-    )
+    if "betas" in options:
+        return {**now, "betas": (momentum, *options["betas"][1:])}
+    return {**now, "momentum": momentum}
 
 
 def write_schedule(state: ScheduleState, groups: Sequence[Options]) -> dict[str, Any]:
@@ -212,12 +210,8 @@ def _state(
             since = last - starts[index] if index <= current else -1
             its_rates = [part.rate(max(since, 0), group) for group in groups]
             parts.append(_state(part, since, groups, rates if index == current else its_rates))
-        return {
-            "_milestones": list(schedule.milestones),
-            "last_epoch": position,
-            "_last_lr": rates,
-            "_schedulers": parts,
-        }
+        own = {"_milestones": list(schedule.milestones), "last_epoch": position}
+        return own | {"_last_lr": rates, "_schedulers": parts}
     if isinstance(schedule, OneCycleLR):
         own: dict[str, Any] = {
             "total_steps": schedule.total_steps,
