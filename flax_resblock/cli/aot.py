@@ -12,22 +12,13 @@ from flax_resblock.aot.compiler import compile_ahead
 from flax_resblock.aot.memory import largest_batch
 from flax_resblock.aot.outcome import Outcome
 from flax_resblock.aot.request import BatchStatistics, Dtype, Precision, Request, What, request_for
+from flax_resblock.cli import common
 from flax_resblock.cli.aot_report import (
     does_not_fit,
     gib,
     print_comparison,
     print_outcome,
     problems,
-)
-from flax_resblock.cli.common import (
-    Force,
-    ReadingFlags,
-    is_architecture,
-    output,
-    refuse_all_existing,
-    say,
-    status,
-    write_json,
 )
 from flax_resblock.config import name_of
 from flax_resblock.errors import InputError
@@ -82,11 +73,15 @@ class ResultFlags:
     """Write everything to this file."""
     hlo: Path | None = None
     """Write the optimised program to this file, as text."""
-    force: Force = False
+    force: common.Force = False
 
 
 def aot(
-    subject: Subject, target: str, reading: ReadingFlags, program: ProgramFlags, result: ResultFlags
+    subject: Subject,
+    target: str,
+    reading: common.ReadingFlags,
+    program: ProgramFlags,
+    result: ResultFlags,
 ) -> int:
     """Compiles a network for TPUs or GPUs that need not be present, and reports whether it fits in
     memory, the precision of every convolution and product, and the communication.
@@ -105,7 +100,7 @@ def aot(
       program: The program to compile.
       result: What to report.
     """
-    refuse_all_existing(result.force, result.json, result.hlo)
+    common.refuse_all_existing(result.force, result.json, result.hlo)
     request, name = _request(subject, target, reading, program)
     if result.hlo is not None:
         request = request.but(hlo=str(result.hlo.resolve()))
@@ -126,7 +121,7 @@ def aot(
 
 
 def _request(
-    subject: Path, target: str, reading: ReadingFlags, flags: ProgramFlags
+    subject: Path, target: str, reading: common.ReadingFlags, flags: ProgramFlags
 ) -> tuple[Request, str]:
     """The program to compile, and a name for it."""
     size = flags.image_size
@@ -150,7 +145,7 @@ def _request(
         request = Request(subject=str(subject.resolve()), exported=True, target=target, **options)
         request.check()
         return request, f"{exported.architecture} as exported to {subject}"
-    named = is_architecture(subject)
+    named = common.is_architecture(subject)
     config = reading.named(str(subject)) if named else reading.open(subject).config
     return request_for(config, target, **options), name_of(config)
 
@@ -199,7 +194,7 @@ def _changed(request: Request, pairs: tuple[str, ...]) -> Request:
 
 
 def _compile(requests: list[Request], name: str) -> list[Outcome]:
-    with status.status(f"compiling {name}") as spinner:
+    with common.status.status(f"compiling {name}") as spinner:
 
         def progress(done: int, seconds: float) -> None:
             of = f" {done + 1} of {len(requests)}" if len(requests) > 1 else ""
@@ -216,7 +211,7 @@ def _largest(request: Request, name: str, result: ResultFlags) -> int:
         (outcome,) = _compile([trial], f"{name}, batch {trial.batch}")
         verdict = "fits" if outcome.fits else "does not fit"
         needed, capacity = gib(outcome.needed), gib(outcome.capacity)
-        say(f"  batch {trial.batch}: {needed} of {capacity} per device, {verdict}", "dim")
+        common.say(f"  batch {trial.batch}: {needed} of {capacity} per device, {verdict}", "dim")
         return outcome
 
     found = largest_batch(request, compile_one)
@@ -226,7 +221,7 @@ def _largest(request: Request, name: str, result: ResultFlags) -> int:
             f"{request.parsed_target}. Choose a chip with more memory."
         )
     best = request.but(batch=found.batch)
-    output.print(
+    common.output.print(
         f"the largest batch that fits: [bold]{found.batch}[/]; {found.too_large} does not",
         soft_wrap=True,
     )
@@ -242,4 +237,4 @@ def _write(result: ResultFlags, compiled: list[tuple[Request, Outcome]]) -> None
     for request, outcome in compiled:
         verdict = {"fits": outcome.fits, "problems": problems(request, outcome)}
         facts.append({"request": asdict(request), **outcome.to_plain(), **verdict})
-    write_json(result.json, {"schema": 1, "programs": facts}, result.force)
+    common.write_json(result.json, {"schema": 1, "programs": facts}, result.force)

@@ -8,15 +8,7 @@ from typing import Literal
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flax_resblock.cli.common import (
-    Force,
-    output,
-    print_table,
-    refuse_all_existing,
-    say,
-    status,
-    write_json,
-)
+from flax_resblock.cli import common
 from flax_resblock.cli.huge_pages import SETTING, VARIABLE
 from flax_resblock.errors import InputError, MissingDependencyError
 
@@ -34,7 +26,7 @@ def bench(
     malloc: Literal["huge-pages", "default"] = "huge-pages",
     json_file: Path | None = None,
     png: Path | None = None,
-    force: Force = False,
+    force: common.Force = False,
 ) -> int:
     """Times JAX against PyTorch on this CPU: the same weights and batches, equal threads, turn by
     turn, each in a process of its own.
@@ -99,17 +91,17 @@ def bench(
             "--what conversion times a checkpoint of a network; choose another --architecture "
             "than block."
         )
-    refuse_all_existing(force, json_file, png)
+    common.refuse_all_existing(force, json_file, png)
     cases = {"quick": QUICK, "full": FULL}.get(what) or (
         BenchCase(what, architecture, image_size, batch),  # pyright: ignore[reportArgumentType]
     )
-    say(f"{machine_line(machine())}; {threads} threads, malloc: {malloc}")
+    common.say(f"{machine_line(machine())}; {threads} threads, malloc: {malloc}")
     found = []
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TimeElapsedColumn(),
-        console=status,
+        console=common.status,
         transient=True,
     ) as progress:
         bar = progress.add_task("", total=len(cases) * rounds)
@@ -130,22 +122,22 @@ def bench(
                 on_progress=on_progress,
             )
             found.append((case, results))
-            print_table(table(case, results))
+            common.print_table(table(case, results))
             for result in results:
                 if result.failed:
-                    say(f"{result.contestant}: {result.failed}", "yellow")
+                    common.say(f"{result.contestant}: {result.failed}", "yellow")
             apart = disagreement(results)
             same = "the same" if apart <= DIFFERENT else "[bold red]not the same[/]"
-            output.print(
+            common.output.print(
                 f"All computed {same}: first "
                 f"{'losses' if case.what == 'train-step' else 'results'} differ by {apart:.1g} "
                 f"of their size."
             )
     settings = {"rounds": rounds, "threads": threads, "malloc": malloc}
     if json_file is not None:
-        write_json(json_file, content(found, settings), force)
+        common.write_json(json_file, content(found, settings), force)
     if png is not None:
         with replacing(png, force=force) as temporary:
             picture(found, temporary)
-        say(f"wrote {png}")
+        common.say(f"wrote {png}")
     return 1 if any(disagreement(results) > DIFFERENT for _, results in found) else 0

@@ -10,22 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from flax_resblock import checkpoint
-from flax_resblock.cli.common import (
-    AllowNonfinite,
-    Checkpoint,
-    Force,
-    ReadingFlags,
-    RunFlags,
-    megabytes,
-    optimizer_left_out,
-    print_found,
-    print_note,
-    print_notes,
-    print_title,
-    refuse_unhealthy,
-    say,
-    status,
-)
+from flax_resblock.cli import common
 from flax_resblock.config import name_of
 from flax_resblock.convert import StateMap, naming_of
 from flax_resblock.convert.hubs import files_of
@@ -47,13 +32,13 @@ Output = Annotated[
 
 
 def convert(
-    checkpoint_: Checkpoint,
+    checkpoint_: common.Checkpoint,
     out: Output,
-    reading: ReadingFlags,
-    training: RunFlags,
+    reading: common.ReadingFlags,
+    training: common.RunFlags,
     to_naming: str | None = None,
-    allow_nonfinite: AllowNonfinite = False,
-    force: Force = False,
+    allow_nonfinite: common.AllowNonfinite = False,
+    force: common.Force = False,
     no_certificate: bool = False,
 ) -> int:
     """Converts a checkpoint from any format to any other, in either direction, bit for bit.
@@ -87,10 +72,10 @@ def convert(
         refuse_foreign_certificate(out)
     if to_naming is not None:
         naming_of(to_naming)  # refuses an unknown name before anything is read
-    with status.status(f"reading {checkpoint_}"):
+    with common.status.status(f"reading {checkpoint_}"):
         carry = training.with_optimizer and not training.weights_only
         source = reading.open(checkpoint_, run=carry)
-        refuse_unhealthy(source, allow_nonfinite)
+        common.refuse_unhealthy(source, allow_nonfinite)
         target = StateMap(source.config, target_naming(source, format_name, to_naming))
         files = None
         if format_name == "orbax" and target.naming.hub:
@@ -99,24 +84,28 @@ def convert(
         tensors = transcode(source.state_map, target, source.tensors)
         origin = None if no_certificate else provenance(source)  # now, as OUT may replace it
         run = training.of(source) if carry else None
-        left = None if carry or training.weights_only else optimizer_left_out(source)
+        left = None if carry or training.weights_only else common.optimizer_left_out(source)
     # lets go of the file's memory before the output is read back
     description, source = _describe(source), None
-    with status.status(f"writing {out}"):
+    with common.status.status(f"writing {out}"):
         naming = description.naming if target.naming.name == "flax" else target.naming.name
         count, size = len(tensors), sum(value.nbytes for value in tensors.values())
         options, about = description.norm_options, description.metadata
         metadata = metadata_of(target.config, naming, options, about)
         write_with_run(out, tensors, metadata, run, target, files=files, force=force, release=True)
-    facts = f"{count} tensors, {megabytes(size)}, read back and equal bit for bit"
-    print_title(name_of(target.config), facts)
-    say(f"  from  {checkpoint_} ({description.format}, naming scheme '{description.naming}')")
-    say(f"  to    {out} ({format_name}, naming scheme '{target.naming.name}')")
-    print_notes(description.notes)
+    facts = f"{count} tensors, {common.megabytes(size)}, read back and equal bit for bit"
+    common.print_title(name_of(target.config), facts)
+    common.say(
+        f"  from  {checkpoint_} ({description.format}, naming scheme '{description.naming}')"
+    )
+    common.say(f"  to    {out} ({format_name}, naming scheme '{target.naming.name}')")
+    common.print_notes(description.notes)
     if run is not None:
-        print_found(run)
+        common.print_found(run)
     elif left:
-        print_note(f"the weights alone; {left} stays behind (--with-optimizer carries the run)")
+        common.print_note(
+            f"the weights alone; {left} stays behind (--with-optimizer carries the run)"
+        )
     if origin is None:
         return 0
     options = ReadOptions(architecture=target.config, naming=target.naming, limits=reading.limits)
@@ -127,11 +116,13 @@ def _certify(
     out: Path, reading: ReadOptions, origin: Mapping[str, Any], notes: tuple[str, ...]
 ) -> int:
     """Verifies the output, writes the certificate and returns the exit status."""
-    with status.status(f"verifying {out}"):
+    with common.status.status(f"verifying {out}"):
         verification = certify(out, reading, origin, notes)
     path = certificate_of(out)
     if "skipped" in verification:
-        say(f"  parity  not verified: {verification['skipped']}; SHA-256 in {path}", "yellow")
+        common.say(
+            f"  parity  not verified: {verification['skipped']}; SHA-256 in {path}", "yellow"
+        )
         return 0
     worst = verification["worst"]
     measured = (
@@ -139,7 +130,7 @@ def _certify(
         f"float64, limit {worst['limit']:g}"
     )
     if verification["passed"]:
-        say(
+        common.say(
             f"  parity  {verification['tensors']} tensors of Flax agree with PyTorch, compared "
             f"with {REFERENCE}; the worst, {measured}; certificate {path}"
         )

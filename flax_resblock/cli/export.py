@@ -8,20 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from flax_resblock.checkpoint.atomic import refuse_existing
-from flax_resblock.cli.common import (
-    AllowNonfinite,
-    Checkpoint,
-    Force,
-    Mean,
-    ReadingFlags,
-    Std,
-    megabytes,
-    print_notes,
-    print_title,
-    refuse_unhealthy,
-    say,
-    status,
-)
+from flax_resblock.cli import common
 from flax_resblock.cli.images import normalisation_of, preprocessing_of
 from flax_resblock.config import name_of
 from flax_resblock.errors import InputError
@@ -32,19 +19,19 @@ Output = Annotated[
 
 
 def export(
-    checkpoint: Checkpoint,
+    checkpoint: common.Checkpoint,
     out: Output,
-    reading: ReadingFlags,
+    reading: common.ReadingFlags,
     platforms: str = "cpu,cuda,rocm,tpu",
     image_size: int | None = None,
     any_image_size: bool = False,
     precision: Literal["default", "high", "highest"] = "highest",
     bake_weights: bool = False,
     fold_batch_norm: bool = False,
-    mean: Mean = None,
-    std: Std = None,
-    allow_nonfinite: AllowNonfinite = False,
-    force: Force = False,
+    mean: common.Mean = None,
+    std: common.Std = None,
+    allow_nonfinite: common.AllowNonfinite = False,
+    force: common.Force = False,
 ) -> int:
     """Writes a network as a StableHLO program that runs with jax alone.
 
@@ -77,7 +64,7 @@ def export(
     if any_image_size and image_size is not None:
         raise InputError("--image-size fixes what --any-image-size leaves free; give one of them.")
     source = reading.open(checkpoint)
-    refuse_unhealthy(source, allow_nonfinite)
+    common.refuse_unhealthy(source, allow_nonfinite)
     config = source.config
     shift, scale, origin = normalisation_of(
         (None, None), preprocessing_of(source), config.in_channels, mean, std
@@ -87,7 +74,7 @@ def export(
     preprocessing = {"pixels": "RGB from 0 to 1", **normalisation}
     facts: dict[str, Any] = {"source": checkpoint.name, "preprocessing": preprocessing}
     model = to_model(source)
-    with status.status(f"exporting {checkpoint}"):
+    with common.status.status(f"exporting {checkpoint}"):
         if fold_batch_norm:
             from flax_resblock.export.fold import fold_batch_norm as fold
             from flax_resblock.export.fold import folding_error
@@ -106,16 +93,18 @@ def export(
         )
     shape = ", ".join(map(str, manifest["input"]["shape"]))
     platforms = ", ".join(manifest["platforms"])
-    print_title(name_of(config), f"({shape}) float32, precision {precision}, for {platforms}")
+    common.print_title(
+        name_of(config), f"({shape}) float32, precision {precision}, for {platforms}"
+    )
     for name in (PROGRAM, WEIGHTS):
-        say(f"  {out / name}  {megabytes((out / name).stat().st_size)}")
-    say(f"  normalisation {origin}")
+        common.say(f"  {out / name}  {common.megabytes((out / name).stat().st_size)}")
+    common.say(f"  normalisation {origin}")
     if fold_batch_norm:
         errors = facts["batch_norm_folded"]
-        say(
+        common.say(
             f"  batch norms folded: error against float64 {errors['folded']:.1e}, unfolded "
             f"{errors['unfolded']:.1e} (relative, float32 on the CPU)",
             "yellow" if errors["folded"] > 2 * errors["unfolded"] else "",
         )
-    print_notes(source.notes)
+    common.print_notes(source.notes)
     return 0

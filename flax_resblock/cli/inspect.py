@@ -12,20 +12,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from flax_resblock.cli.common import (
-    Checkpoint,
-    Force,
-    ReadingFlags,
-    megabytes,
-    optimizer_left_out,
-    output,
-    print_notes,
-    print_table,
-    print_title,
-    say,
-    status,
-    write_json,
-)
+from flax_resblock.cli import common
 from flax_resblock.config import SlotKind, name_of, to_json, walk
 from flax_resblock.convert.opening import OpenedCheckpoint
 from flax_resblock.errors import CheckpointError, MissingDependencyError
@@ -90,7 +77,7 @@ def report(source: OpenedCheckpoint) -> dict[str, Any]:
 
 def _run(source: OpenedCheckpoint) -> dict[str, str]:
     """Describes the training run in the checkpoint, and whether it can continue; may be empty."""
-    if optimizer_left_out(source) is None:
+    if common.optimizer_left_out(source) is None:
         return {}
     try:
         run = run_of(source)
@@ -125,10 +112,10 @@ def _brief(value: Any) -> str:
 
 
 def inspect(
-    checkpoint: Checkpoint,
-    reading: ReadingFlags,
+    checkpoint: common.Checkpoint,
+    reading: common.ReadingFlags,
     json_file: Path | None = None,
-    force: Force = False,
+    force: common.Force = False,
     norms: bool = False,
 ) -> int:
     """Shows what a checkpoint is: architecture, naming scheme, tensors, the health of its batch
@@ -143,7 +130,7 @@ def inspect(
       json_file: Also write everything to this file.
       norms: List every batch norm, not only unusual ones.
     """
-    with status.status(f"reading {checkpoint}"):
+    with common.status.status(f"reading {checkpoint}"):
         try:
             source = reading.open(checkpoint, run=True)
         except MissingDependencyError:
@@ -151,34 +138,34 @@ def inspect(
             source = reading.open(checkpoint)
         facts = report(source)
     config, tensors = facts["config"], facts["tensors"]
-    print_title(facts["architecture"], str(checkpoint))
+    common.print_title(facts["architecture"], str(checkpoint))
     rows = {
         "format": facts["format"],
         "naming": f"{facts['naming']} ({source.state_map.naming.origin})",
         "tensors": (
-            f"{tensors}, {facts['parameters']:,} parameters, {megabytes(facts['bytes'])}, "
+            f"{tensors}, {facts['parameters']:,} parameters, {common.megabytes(facts['bytes'])}, "
             f"{', '.join(f'{n} {d}' for d, n in facts['dtypes'].items())}"
         ),
         "shape": ", ".join(f"{key} {value}" for key, value in config.items() if key != "type"),
     }
     for name, text in rows.items():
-        say(f"  {name:<9}{text}")
+        common.say(f"  {name:<9}{text}")
     for name, text in facts["other_entries"].items():
-        say(f"  also has {name}: {text}")
-    print_notes(source.notes)
+        common.say(f"  also has {name}: {text}")
+    common.print_notes(source.notes)
     for what, text in facts["run"].items():
-        say(f"  {what:<9}{text}", "yellow" if what == "problem" else "")
+        common.say(f"  {what:<9}{text}", "yellow" if what == "problem" else "")
     for problem in source.unhealthy:
-        say(f"  problem {problem}", "bold red")
+        common.say(f"  problem {problem}", "bold red")
     _print_norms([norm for norm in facts["norms"] if norms or norm["remark"]], len(facts["norms"]))
     if json_file is not None:
-        write_json(json_file, facts, force)
+        common.write_json(json_file, facts, force)
     return 0
 
 
 def _print_norms(shown: list[dict[str, Any]], total: int) -> None:
     if not shown:
-        output.print(f"  norms    {total} batch norms, nothing odd (--norms lists them)")
+        common.output.print(f"  norms    {total} batch norms, nothing odd (--norms lists them)")
         return
     ranges = ("scale", "running mean", "running variance")
     columns = ("batch norm", "channels", *ranges, "batches", "remark")
@@ -188,4 +175,4 @@ def _print_norms(shown: list[dict[str, Any]], total: int) -> None:
         spans = [f"{low:.3g} .. {high:.3g}" for low, high in spans]
         slot, channels, batches = escape(norm["slot"]), str(norm["channels"]), str(norm["batches"])
         table.add_row(slot, channels, *spans, batches, norm["remark"])
-    print_table(table)
+    common.print_table(table)

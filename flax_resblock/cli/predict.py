@@ -13,22 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flax_resblock.checkpoint import replacing
-from flax_resblock.cli.common import (
-    AllowNonfinite,
-    Checkpoint,
-    Force,
-    Mean,
-    ReadingFlags,
-    Std,
-    output,
-    print_notes,
-    print_table,
-    print_title,
-    refuse_all_existing,
-    refuse_unhealthy,
-    say,
-    status,
-)
+from flax_resblock.cli import common
 from flax_resblock.cli.images import (
     ImageBatch,
     default_preprocessing,
@@ -56,18 +41,18 @@ Images = Annotated[
 
 
 def predict(
-    checkpoint: Checkpoint,
+    checkpoint: common.Checkpoint,
     images: Images,
-    reading: ReadingFlags,
+    reading: common.ReadingFlags,
     top: int = 3,
     class_names: Path | None = None,
-    mean: Mean = None,
-    std: Std = None,
+    mean: common.Mean = None,
+    std: common.Std = None,
     image_size: int | None = None,
     logits: Path | None = None,
     exact: bool = False,
-    force: Force = False,
-    allow_nonfinite: AllowNonfinite = False,
+    force: common.Force = False,
+    allow_nonfinite: common.AllowNonfinite = False,
 ) -> int:
     """Classifies images in JAX, with a checkpoint of any format or the folder of an exported
     network.
@@ -93,7 +78,7 @@ def predict(
         raise InputError("give at least one image, or an .npz archive of images.")
     if top < 1 or (image_size is not None and image_size < 1):
         raise InputError(f"--top {top} and --image-size {image_size} must be positive.")
-    refuse_all_existing(force, logits)
+    common.refuse_all_existing(force, logits)
     network = _open(checkpoint, reading, image_size, allow_nonfinite, exact)
     config = network.config
     if not isinstance(config, ResNetConfig) or config.num_classes is None:
@@ -111,15 +96,17 @@ def predict(
         (batch.mean, batch.std), network.preprocessing, channels, mean, std
     )
     names = _class_names(class_names, network.labels, config.num_classes)
-    with status.status("predicting"):
+    with common.status.status("predicting"):
         values = np.asarray(network.forward((batch.pixels - shift) / scale), np.float32)
-    print_title(name_of(config), f"{checkpoint}; {height}x{width} pixels; normalisation {origin}")
-    print_notes(network.notes)
+    common.print_title(
+        name_of(config), f"{checkpoint}; {height}x{width} pixels; normalisation {origin}"
+    )
+    common.print_notes(network.notes)
     _print_predictions(values, batch, names, top)
     if logits is not None:
         with replacing(logits, force=force) as temporary, temporary.open("wb") as handle:
             np.save(handle, values)
-        say(f"wrote {logits}")
+        common.say(f"wrote {logits}")
     return 0
 
 
@@ -135,12 +122,16 @@ class _Network:
 
 
 def _open(
-    path: Path, reading: ReadingFlags, image_size: int | None, allow_nonfinite: bool, exact: bool
+    path: Path,
+    reading: common.ReadingFlags,
+    image_size: int | None,
+    allow_nonfinite: bool,
+    exact: bool,
 ) -> _Network:
     if (path / MANIFEST).is_file():
         return _open_exported(path, image_size)
     source = reading.open(path)
-    refuse_unhealthy(source, allow_nonfinite)
+    common.refuse_unhealthy(source, allow_nonfinite)
 
     def forward(images: np.ndarray) -> Any:
         import jax
@@ -207,7 +198,7 @@ def _print_predictions(logits: np.ndarray, batch: ImageBatch, names: list[str], 
         label = [] if batch.labels is None else [names[int(batch.labels[i])]]
         shown = (f"{escape(names[j])} {probabilities[i, j]:.1%}" for j in order)
         table.add_row(name, *label, *shown)
-    print_table(table)
+    common.print_table(table)
     if batch.labels is not None:
         right = int(np.sum(logits.argmax(axis=1) == batch.labels))
-        output.print(f"{right} of {len(logits)} right", style="bold")
+        common.output.print(f"{right} of {len(logits)} right", style="bold")

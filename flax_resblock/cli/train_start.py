@@ -8,17 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from flax_resblock.cli.common import (
-    ReadingFlags,
-    RunFlags,
-    print_found,
-    print_note,
-    print_notes,
-    print_title,
-    refuse_unhealthy,
-    say,
-    status,
-)
+from flax_resblock.cli import common
 from flax_resblock.config import ResNetConfig, architecture, name_of
 from flax_resblock.convert import StateMap
 from flax_resblock.convert.opening import HEADLESS, OpenedCheckpoint, ReadOptions, interpret
@@ -52,8 +42,8 @@ class Wanted:
     """
 
     preset: TrainConfig
-    reading: ReadingFlags
-    training: RunFlags
+    reading: common.ReadingFlags
+    training: common.RunFlags
     settings: dict[str, Any]
     strict: bool
     allow_nonfinite: bool
@@ -66,9 +56,9 @@ class Wanted:
 
     def read(self, path: Path, *, run: bool = False, afresh: bool = False) -> OpenedCheckpoint:
         """Opens a checkpoint and refuses unhealthy values; ``afresh`` allows absent weights."""
-        with status.status(f"reading {path}"):
+        with common.status.status(f"reading {path}"):
             source = self.reading.open(path, run=run, afresh=afresh)
-            refuse_unhealthy(source, self.allow_nonfinite)
+            common.refuse_unhealthy(source, self.allow_nonfinite)
         return source
 
 
@@ -103,7 +93,7 @@ def afresh(wanted: Wanted) -> Start:
     classes = _num_classes(wanted.reading.num_classes, splits)
     model = replace(config.model, in_channels=splits.train.shape[-1], num_classes=classes)
     if model != config.model:
-        print_note(
+        common.print_note(
             f"the network gets {model.in_channels} channels and {classes} classes, as "
             f"{splits.train.name} has"
         )
@@ -126,9 +116,9 @@ def initialised(wanted: Wanted, path: Path) -> Start:
         was = source.config.num_classes
         source = _with_new_head(source, source.config, classes, wanted.reading.allow_missing)
         had = "no head" if was is None else f"{was} classes"
-        print_note(f"{path} has {had}: the head starts afresh, with {classes}")
-    print_title(name_of(source.config), str(path))
-    print_notes(source.notes)
+        common.print_note(f"{path} has {had}: the head starts afresh, with {classes}")
+    common.print_title(name_of(source.config), str(path))
+    common.print_notes(source.notes)
     config = with_settings(replace(wanted.preset, model=source.config), settings)
     splits = Splits(*(_with_channels(part, config.model.in_channels) for part in data))
     return Start(model_of(source, config.dtype), None, config, splits)
@@ -155,16 +145,16 @@ def resumed(wanted: Wanted, path: Path, schedule: str | None) -> Start:
     if not isinstance(source.config, ResNetConfig):
         raise InputError(f"{path} is a bare block; training needs a network.")
     run = None if wanted.training.weights_only else wanted.training.of(source)
-    print_title(name_of(source.config), str(path))
-    print_notes(source.notes)
+    common.print_title(name_of(source.config), str(path))
+    common.print_notes(source.notes)
     config = replace(wanted.preset, model=source.config)
     if run is None:
         config = with_settings(config, wanted.settings_of_new_run)
         splits = opened(config, wanted.strict)
     else:
-        print_found(run)
+        common.print_found(run)
         config, run, splits = _continued(run, config, wanted, schedule)
-    with status.status("building the network"):
+    with common.status.status("building the network"):
         return Start(model_of(source, config.dtype), run, config, splits)
 
 
@@ -183,12 +173,12 @@ def opened(
     config: TrainConfig, strict: bool = False, *, fit_channels: bool = True
 ) -> Splits[DataSource]:
     """Opens the data; grey images are repeated for a network with three channels."""
-    with status.status(f"opening {config.data}") as shown:
+    with common.status.status(f"opening {config.data}") as shown:
         splits = open_data(
             config.data, strict=strict, image_size=config.image_size, on_progress=shown.update
         )
     for part in splits:
-        print_notes(part.notes)
+        common.print_notes(part.notes)
     if not fit_channels:
         return splits
     return Splits(*(_with_channels(part, config.model.in_channels) for part in splits))
@@ -197,7 +187,7 @@ def opened(
 def _with_channels(dataset: DataSource, channels: int) -> DataSource:
     if not isinstance(dataset, Dataset) or dataset.shape[-1] != 1 or channels != 3:
         return dataset
-    print_note(f"{dataset.name}: grey images, repeated for the network's 3 channels")
+    common.print_note(f"{dataset.name}: grey images, repeated for the network's 3 channels")
     images = np.repeat(dataset.images, 3, axis=-1)
     return replace(dataset, images=images, mean=dataset.mean * 3, std=dataset.std * 3)
 
@@ -244,7 +234,7 @@ def _continued(
     if schedule == "constant" or (schedule is None and run.schedule is None):
         run = replace(run, schedule=None)
         rates = ", ".join(f"{float(group.options['lr']):.4g}" for group in run.optimizer.groups)
-        say(f"  learning rate  {rates}, constant")
+        common.say(f"  learning rate  {rates}, constant")
     elif schedule == "warmup-cosine":
         run = _rescaled(run, given.get("learning_rate"))
         run = at(replace(run, schedule=ScheduleState(schedule_of(config, steps), 0)), pace.start)
@@ -252,14 +242,14 @@ def _continued(
     if not {"epochs", "steps"} & given.keys() and config.steps is None:
         config = replace(config, epochs=_epochs_of(run, pace, config))
     if run.schedule is not None:
-        say(f"  learning rate  {describe_schedule(run.schedule)}")
+        common.say(f"  learning rate  {describe_schedule(run.schedule)}")
     if run.steps and run.epochs and run.steps != pace.start:
-        print_note(
+        common.print_note(
             f"the run took {run.steps} steps in {run.epochs} epochs, and here an epoch has "
             f"{pace.steps}: it had other images, or needs its own --batch-size. It goes on by its "
             "epochs."
         )
-    say(
+    common.say(
         f"  goes on at step {pace.start}, epoch {pace.start // steps + 1} of "
         f"{-(-config.end(steps) // steps)}, {steps} steps per epoch"
     )
@@ -289,7 +279,7 @@ def _epochs_of(run: Run, pace: Pace, config: TrainConfig) -> int:
             return max(end, done + 1)
     if "epochs" in run.settings:
         return run.settings["epochs"]
-    print_note(
+    common.print_note(
         f"the checkpoint does not say how long the run is: {config.epochs} more epochs (--epochs)"
     )
     return done + config.epochs

@@ -10,16 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.markup import escape
 
-from flax_resblock.cli.common import (
-    AllowNonfinite,
-    ReadingFlags,
-    is_architecture,
-    output,
-    print_notes,
-    print_title,
-    refuse_unhealthy,
-    status,
-)
+from flax_resblock.cli import common
 from flax_resblock.cli.verify_flags import (
     DeviceFlags,
     InputFlags,
@@ -50,7 +41,7 @@ OptionalCheckpoint = Annotated[
 
 
 def verify(
-    reading: ReadingFlags,
+    reading: common.ReadingFlags,
     input: InputFlags,
     what: WhatFlags,
     devices: DeviceFlags,
@@ -59,7 +50,7 @@ def verify(
     torch: str | None = None,
     kwargs: str | None = None,
     certificate: Path | None = None,
-    allow_nonfinite: AllowNonfinite = False,
+    allow_nonfinite: common.AllowNonfinite = False,
 ) -> int:
     """Runs the network in PyTorch and in Flax side by side and compares every slot: tensors,
     activations in evaluation and training mode, running statistics after one batch and after five,
@@ -115,12 +106,12 @@ def verify(
     subject = _subject(checkpoint, reading, input.seed, allow_nonfinite)
     config = subject.pair.config
     images = input.images(config)
-    print_title(name_of(config), f"{subject.title}, input {list(images.shape)}")
-    print_notes(subject.notes)
+    common.print_title(name_of(config), f"{subject.title}, input {list(images.shape)}")
+    common.print_notes(subject.notes)
     verification, facts = verifier.pair(subject.pair, images, subject.facts)
     verifier.print(verification, compared_with=subject.facts["compared_with"])
     notes = _consequences(subject, images)
-    print_notes(notes)
+    common.print_notes(notes)
     facts["notes"] += notes
     verifier.write(facts)
     return 0 if verification.passed else 1
@@ -143,24 +134,24 @@ def _consequences(subject: _Subject, images: Any) -> list[str]:
         return []
     from flax_resblock.parity.reference import consequences
 
-    with status.status("trying what was not assumed"):
+    with common.status.status("trying what was not assumed"):
         return [consequence.note for consequence in consequences(subject.source, images)]
 
 
 def _subject(
-    checkpoint: Path | None, reading: ReadingFlags, seed: int, allow_nonfinite: bool
+    checkpoint: Path | None, reading: common.ReadingFlags, seed: int, allow_nonfinite: bool
 ) -> _Subject:
     with torch_needed():
         from flax_resblock.parity.reference import ReferencePair
         from flax_resblock.parity.report import checkpoint_facts
 
-    if checkpoint is None or is_architecture(checkpoint):
+    if checkpoint is None or common.is_architecture(checkpoint):
         name = str(checkpoint or reading.architecture)
         pair = ReferencePair.random(reading.named(name), seed)
         facts = {"subject": name, "compared_with": REFERENCE, "architecture": name}
         return _Subject(pair, f"random weights, seed {seed}", facts)
     source = reading.open(checkpoint)
-    refuse_unhealthy(source, allow_nonfinite)
+    common.refuse_unhealthy(source, allow_nonfinite)
     pair = ReferencePair.of(source)
     return _Subject(pair, str(checkpoint), checkpoint_facts(source), source.notes, source)
 
@@ -173,7 +164,7 @@ def _recheck(path: Path) -> int:
     for check in checks:
         colour = "green" if check.status == "unchanged" else "bold red"
         details = f"  {escape('; '.join(check.details))}" if check.details else ""
-        output.print(
+        common.output.print(
             f"[{colour}]{check.status:<10}[/] {escape(check.output)}{details}", soft_wrap=True
         )
     return 0 if all(check.status == "unchanged" for check in checks) else 1
