@@ -12,14 +12,7 @@ from flax_resblock.aot.compiler import compile_ahead
 from flax_resblock.aot.memory import largest_batch
 from flax_resblock.aot.outcome import Outcome
 from flax_resblock.aot.request import BatchStatistics, Dtype, Precision, Request, What, request_for
-from flax_resblock.cli import common
-from flax_resblock.cli.aot_report import (
-    does_not_fit,
-    gib,
-    print_comparison,
-    print_outcome,
-    problems,
-)
+from flax_resblock.cli import aot_report, common
 from flax_resblock.config import name_of
 from flax_resblock.errors import InputError
 
@@ -110,14 +103,14 @@ def aot(
     outcomes = _compile(requests, name)
     compiled = list(zip(requests, outcomes, strict=True))
     for one, outcome in compiled:
-        print_outcome(one, outcome, name, result.slots)
+        aot_report.print_outcome(one, outcome, name, result.slots)
     if result.compare:
-        print_comparison(requests[0], requests[1], outcomes)
+        aot_report.print_comparison(requests[0], requests[1], outcomes)
     _write(result, compiled)
     for one, outcome in compiled:
         if not outcome.fits:
-            raise InputError(does_not_fit(one, outcome, name))
-    return int(bool(problems(*compiled[0])))
+            raise InputError(aot_report.does_not_fit(one, outcome, name))
+    return int(bool(aot_report.problems(*compiled[0])))
 
 
 def _request(
@@ -210,7 +203,7 @@ def _largest(request: Request, name: str, result: ResultFlags) -> int:
     def compile_one(trial: Request) -> Outcome:
         (outcome,) = _compile([trial], f"{name}, batch {trial.batch}")
         verdict = "fits" if outcome.fits else "does not fit"
-        needed, capacity = gib(outcome.needed), gib(outcome.capacity)
+        needed, capacity = aot_report.gib(outcome.needed), aot_report.gib(outcome.capacity)
         common.say(f"  batch {trial.batch}: {needed} of {capacity} per device, {verdict}", "dim")
         return outcome
 
@@ -225,9 +218,9 @@ def _largest(request: Request, name: str, result: ResultFlags) -> int:
         f"the largest batch that fits: [bold]{found.batch}[/]; {found.too_large} does not",
         soft_wrap=True,
     )
-    print_outcome(best, found.outcome, name, result.slots)
+    aot_report.print_outcome(best, found.outcome, name, result.slots)
     _write(result, [(best, found.outcome)])
-    return int(bool(problems(best, found.outcome)))
+    return int(bool(aot_report.problems(best, found.outcome)))
 
 
 def _write(result: ResultFlags, compiled: list[tuple[Request, Outcome]]) -> None:
@@ -235,6 +228,6 @@ def _write(result: ResultFlags, compiled: list[tuple[Request, Outcome]]) -> None
         return
     facts = []
     for request, outcome in compiled:
-        verdict = {"fits": outcome.fits, "problems": problems(request, outcome)}
+        verdict = {"fits": outcome.fits, "problems": aot_report.problems(request, outcome)}
         facts.append({"request": asdict(request), **outcome.to_plain(), **verdict})
     common.write_json(result.json, {"schema": 1, "programs": facts}, result.force)

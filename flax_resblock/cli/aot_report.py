@@ -139,11 +139,8 @@ def print_comparison(request: Request, other: Request, outcomes: list[Outcome]) 
 
 def _fields(request: Request, other: Request) -> list[tuple[str, Any, Any]]:
     left, right = asdict(request), asdict(other)
-    return [
-        (field, left[field], right[field])
-        for field in left
-        if left[field] != right[field] and field not in ("hlo", "width")
-    ]
+    fields = [name for name in left if left[name] != right[name] and name not in ("hlo", "width")]
+    return [(name, left[name], right[name]) for name in fields]
 
 
 def does_not_fit(request: Request, outcome: Outcome, name: str) -> str:

@@ -63,15 +63,8 @@ def bench(
         raise MissingDependencyError(
             f"bench needs {' and '.join(missing)}: pip install 'flax-resblock[torch,train]'."
         )
+    from flax_resblock.bench import report
     from flax_resblock.bench.cases import FULL, QUICK, BenchCase
-    from flax_resblock.bench.report import (
-        content,
-        disagreement,
-        machine,
-        machine_line,
-        picture,
-        table,
-    )
     from flax_resblock.bench.run import measure
 
     cores = os.cpu_count() or 1
@@ -95,15 +88,11 @@ def bench(
     cases = {"quick": QUICK, "full": FULL}.get(what) or (
         BenchCase(what, architecture, image_size, batch),  # pyright: ignore[reportArgumentType]
     )
-    common.say(f"{machine_line(machine())}; {threads} threads, malloc: {malloc}")
+    common.say(f"{report.machine_line(report.machine())}; {threads} threads, malloc: {malloc}")
     found = []
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=common.status,
-        transient=True,
-    ) as progress:
+    allocator = {VARIABLE: SETTING} if malloc == "huge-pages" else {}
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=common.status, transient=True) as progress:
         bar = progress.add_task("", total=len(cases) * rounds)
         for number, case in enumerate(cases):
 
@@ -115,18 +104,14 @@ def bench(
                 )
 
             results = measure(
-                case,
-                rounds=rounds,
-                threads=threads,
-                allocator={VARIABLE: SETTING} if malloc == "huge-pages" else {},
-                on_progress=on_progress,
+                case, rounds=rounds, threads=threads, allocator=allocator, on_progress=on_progress
             )
             found.append((case, results))
-            common.print_table(table(case, results))
+            common.print_table(report.table(case, results))
             for result in results:
                 if result.failed:
                     common.say(f"{result.contestant}: {result.failed}", "yellow")
-            apart = disagreement(results)
+            apart = report.disagreement(results)
             same = "the same" if apart <= DIFFERENT else "[bold red]not the same[/]"
             common.output.print(
                 f"All computed {same}: first "
@@ -135,9 +120,9 @@ def bench(
             )
     settings = {"rounds": rounds, "threads": threads, "malloc": malloc}
     if json_file is not None:
-        common.write_json(json_file, content(found, settings), force)
+        common.write_json(json_file, report.content(found, settings), force)
     if png is not None:
         with replacing(png, force=force) as temporary:
-            picture(found, temporary)
+            report.picture(found, temporary)
         common.say(f"wrote {png}")
-    return 1 if any(disagreement(results) > DIFFERENT for _, results in found) else 0
+    return 1 if any(report.disagreement(results) > DIFFERENT for _, results in found) else 0

@@ -129,16 +129,9 @@ class ReadingFlags:
         assumptions = {
             name: value for name in ASSUMABLE_FIELDS if (value := getattr(self, name)) is not None
         }
-        reading = ReadOptions(
-            self.architecture,
-            self.naming,
-            self.num_classes,
-            self.stride,
-            self.ignore,
-            self.allow_missing,
-            self.limits,
-            assumptions,
-        )
+        network = self.architecture, self.naming, self.num_classes, self.stride
+        keys = self.ignore, self.allow_missing
+        reading = ReadOptions(*network, *keys, self.limits, assumptions)
         source = open_checkpoint(path, reading, entry=self.entry, run=run)
         if not afresh:
             refuse_afresh(source)
@@ -172,11 +165,8 @@ class RunFlags:
 
     def of(self, source: OpenedCheckpoint) -> Run:
         """The run in an opened checkpoint."""
-        return run_of(
-            source,
-            optimizer=self.optimizer,
-            per_epoch=None if self.schedule_unit is None else self.schedule_unit == "epoch",
-        )
+        per_epoch = None if self.schedule_unit is None else self.schedule_unit == "epoch"
+        return run_of(source, optimizer=self.optimizer, per_epoch=per_epoch)
 
 
 def is_architecture(path: Path) -> bool:

@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.markup import escape
 
-from flax_resblock.cli import common
-from flax_resblock.cli.verify_flags import (
-    DeviceFlags,
-    InputFlags,
-    ReportFlags,
-    WhatFlags,
-    torch_needed,
-)
+from flax_resblock.cli import common, verify_flags
 from flax_resblock.cli.verify_run import Verifier, devices_of
 from flax_resblock.config import name_of
 from flax_resblock.errors import InputError
@@ -42,10 +35,10 @@ OptionalCheckpoint = Annotated[
 
 def verify(
     reading: common.ReadingFlags,
-    input: InputFlags,
-    what: WhatFlags,
-    devices: DeviceFlags,
-    report: ReportFlags,
+    input: verify_flags.InputFlags,
+    what: verify_flags.WhatFlags,
+    devices: verify_flags.DeviceFlags,
+    report: verify_flags.ReportFlags,
     checkpoint: OptionalCheckpoint = None,
     torch: str | None = None,
     kwargs: str | None = None,
@@ -90,7 +83,7 @@ def verify(
         )
     if certificate is not None:
         return _recheck(certificate)
-    with torch_needed():
+    with verify_flags.torch_needed():
         plan = what.plan()
         places, precision = devices_of(devices, plan)
     verifier = Verifier(plan, places, precision, input, report)
@@ -141,7 +134,7 @@ def _consequences(subject: _Subject, images: Any) -> list[str]:
 def _subject(
     checkpoint: Path | None, reading: common.ReadingFlags, seed: int, allow_nonfinite: bool
 ) -> _Subject:
-    with torch_needed():
+    with verify_flags.torch_needed():
         from flax_resblock.parity.reference import ReferencePair
         from flax_resblock.parity.report import checkpoint_facts
 

@@ -33,21 +33,15 @@ def devices_of(flags: DeviceFlags, plan: Plan) -> tuple[Devices, list[Any]]:
     """The devices, and the precision that each side was measured to deliver on them; raises
     InputError if a device does not exist or does not deliver the precision that it is asked for.
     """
-    from flax_resblock.parity.devices import (
-        jax_device,
-        make_xla_deterministic,
-        settings_sentence,
-        strict,
-        torch_device,
-    )
+    from flax_resblock.parity import devices
     from flax_resblock.parity.parts import Devices
     from flax_resblock.parity.precision import measure_precision, require
 
-    make_xla_deterministic()
-    places = Devices(jax_device(flags.device), torch_device(flags.torch_device))
-    cpu, torch_cpu = jax_device("cpu"), torch_device(None)
+    devices.make_xla_deterministic()
+    places = Devices(devices.jax_device(flags.device), devices.torch_device(flags.torch_device))
+    cpu, torch_cpu = devices.jax_device("cpu"), devices.torch_device(None)
     found = []
-    with status.status("measuring what precision each side delivers"), strict():
+    with status.status("measuring what precision each side delivers"), devices.strict():
         for name in plan.precisions:
             on_cpu = name == "float64"
             found += measure_precision("flax", cpu if on_cpu else places.jax, name)
@@ -55,7 +49,7 @@ def devices_of(flags: DeviceFlags, plan: Plan) -> tuple[Devices, list[Any]]:
     require(found)
     platform = places.jax.platform if places.jax is not None else "cpu"
     if (platform, places.torch.type) != ("cpu", "cpu"):
-        say(f"  {settings_sentence()}")
+        say(f"  {devices.settings_sentence()}")
     return places, found
 
 

@@ -218,12 +218,8 @@ def _lacking(
     tensors: Mapping[str, Mapping[Path, np.ndarray]],
 ) -> tuple[str, list[str], int] | None:
     """The first tensor that parameters lack, their names, and how many should have it."""
-    expected = [
-        entry
-        for group, members in zip(groups, entries, strict=True)
-        if kind.buffered(group)
-        for entry in members
-    ]
+    pairs = zip(groups, entries, strict=True)
+    expected = [entry for group, members in pairs if kind.buffered(group) for entry in members]
     for name, found in tensors.items():
         absent = [entry.torch_key for entry in expected if entry.flax_path not in found]
         if absent:
@@ -286,11 +282,9 @@ def write_optimizer(state: OptimizerState, state_map: StateMap) -> dict[str, Any
         for number, entry in zip(numbers, members, strict=True):
             path = entry.flax_path
             kept = {"step": state.steps[path]} if path in state.steps else {}
-            kept |= {
-                name: entry.codec.to_torch(found[path])
-                for name, found in state.tensors.items()
-                if path in found
-            }
+            for name, found in state.tensors.items():
+                if path in found:
+                    kept[name] = entry.codec.to_torch(found[path])
             if kept:
                 per_parameter[number] = kept
     return {"state": per_parameter, "param_groups": groups}

@@ -275,11 +275,8 @@ def record_of(record: OptimizerState, state: Any) -> OptimizerState:
     for name, before in record.tensors.items():
         # torch makes a parameter's tensors at its first step
         stepped = bool(before) or count > 0 or any(map(np.any, now[name].values()))
-        tensors[name] = {
-            path: value
-            for path, value in now[name].items()
-            if stepped and (path in kept or path in before)
-        }
+        paths = [path for path in now[name] if stepped and (path in kept or path in before)]
+        tensors[name] = {path: now[name][path] for path in paths}
     if not kind.counts:
         return replace(record, tensors=tensors, steps={})
     like = next(iter(record.steps.values()), np.zeros((), np.float32))

@@ -161,11 +161,8 @@ def read_run(
     if EMA in extras and settings.get("ema"):
         run = replace(run, ema=_averaged(extras[EMA], state_map, f"{source}, entry '{EMA}'"))
         found[EMA] = RunEntry(EMA, f"averaged weights, decay {settings['ema']}", True)
-    rest = [
-        RunEntry(str(key), _REASONS.get(str(key), "not needed to go on"), False)
-        for key in extras
-        if key not in found
-    ]
+    names = [str(key) for key in extras if key not in found]
+    rest = [RunEntry(key, _REASONS.get(key, "not needed to go on"), False) for key in names]
     return replace(run, found=(*found.values(), *rest))
 
 

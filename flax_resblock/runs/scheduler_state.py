@@ -129,13 +129,8 @@ def _simple(state: Mapping[str, Any], own: Set[str], source: str) -> Schedule:
     if "_schedule_phases" in own and own <= _ONE_CYCLE:
         phases = tuple(Phase(**phase) for phase in state["_schedule_phases"])
         anneal = {"cos": "cos", "linear": "linear"}[state["_anneal_func_type"]]
-        return OneCycleLR(
-            int(state["total_steps"]),
-            phases,
-            anneal,
-            bool(state["cycle_momentum"]),
-            bool(state.get("use_beta1")),
-        )
+        moves, beta = bool(state["cycle_momentum"]), bool(state.get("use_beta1"))
+        return OneCycleLR(int(state["total_steps"]), phases, anneal, moves, beta)
     if own == {"milestones", "gamma"}:
         counts = {int(step): int(count) for step, count in state["milestones"].items()}
         return MultiStepLR(

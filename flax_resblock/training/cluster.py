@@ -55,12 +55,8 @@ def detected(environment: Mapping[str, str] | None = None) -> str | None:
     """The kind of cluster that started this process; None for a single process."""
     environment = os.environ if environment is None else environment
     found = next((name for name, present in _SIGNS.items() if present(environment)), None)
-    if (
-        found is None
-        and importlib.util.find_spec("libtpu") is not None
-        and any(map(glob.glob, _CHIPS))
-        and environment.get("TPU_SKIP_MDS_QUERY") is None
-    ):
+    chips = importlib.util.find_spec("libtpu") is not None and any(map(glob.glob, _CHIPS))
+    if found is None and chips and environment.get("TPU_SKIP_MDS_QUERY") is None:
         return _MAYBE_ALONE
     return found
 
@@ -120,12 +116,9 @@ def connect(cluster: Cluster) -> bool:
     if kind is None:
         return False
     try:
+        place = cluster.coordinator, cluster.num_processes, cluster.process_id
         jax.distributed.initialize(
-            cluster.coordinator,
-            cluster.num_processes,
-            cluster.process_id,
-            initialization_timeout=_PATIENCE,
-            heartbeat_timeout_seconds=_HEARTBEAT,
+            *place, initialization_timeout=_PATIENCE, heartbeat_timeout_seconds=_HEARTBEAT
         )
         jax.devices()  # every process takes part in this
     except Exception as error:  # jax, gRPC and the detection of clusters raise all kinds

@@ -60,13 +60,9 @@ def evaluate(
     network = with_head(model)
     classes = max(network.config.num_classes or 0, int(labels.max()) + 1)
     channels = images.shape[-1]
+    mean, std = (0.0,) * channels, (1.0,) * channels
     source = Dataset(
-        name="images",
-        images=images,
-        labels=labels,
-        num_classes=classes,
-        mean=(0.0,) * channels,
-        std=(1.0,) * channels,
+        name="images", images=images, labels=labels, num_classes=classes, mean=mean, std=std
     )
     return evaluate_source(network, source, batch_size=batch_size)
 

@@ -41,19 +41,12 @@ def settings_of(config: TrainConfig) -> dict[str, object]:
 
 def new_run(config: TrainConfig, steps: int) -> Run:
     """The configured run before its first step, with ``steps`` steps per epoch."""
-    own: dict[str, Any] = (
-        {"betas": config.betas}
-        if OPTIMIZERS[config.optimizer].counts
-        else {"momentum": config.momentum, "nesterov": config.nesterov}
-    )
-    record = fresh_optimizer(
-        config.optimizer,
-        StateMap(config.model, "torchvision"),
-        decay=config.decay,
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        **own,
-    )
+    own: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.nesterov}
+    if OPTIMIZERS[config.optimizer].counts:
+        own = {"betas": config.betas}
+    own |= {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    state_map = StateMap(config.model, "torchvision")
+    record = fresh_optimizer(config.optimizer, state_map, decay=config.decay, **own)
     schedule = ScheduleState(schedule_of(config, steps), 0)
     return at(Run(record, schedule, 0, 0, settings_of(config)), 0)
 
@@ -67,11 +60,11 @@ def at(run: Run, position: int) -> Run:
         replace(group, options=scheduled(group.options, schedule, position))
         for group in run.optimizer.groups
     )
-    return replace(
-        run,
-        optimizer=replace(run.optimizer, groups=groups),
-        schedule=replace(run.schedule, position=position),
+    optimizer, state = (
+        replace(run.optimizer, groups=groups),
+        replace(run.schedule, position=position),
     )
+    return replace(run, optimizer=optimizer, schedule=state)
 
 
 @dataclass(frozen=True)

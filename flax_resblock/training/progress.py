@@ -25,13 +25,8 @@ class TrainingProgress:
     """
 
     def __init__(self, images: int, epochs: int, *, shown: bool) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[metrics]}"),
-            _Speed(),
-            TimeRemainingColumn(),
-        )
+        epoch, metrics = TextColumn("{task.description}"), TextColumn("{task.fields[metrics]}")
+        columns = (epoch, BarColumn(), metrics, _Speed(), TimeRemainingColumn())
         self._progress = Progress(*columns, disable=not shown)
         self._epochs = epochs
         self._task = self._progress.add_task("compiling", total=images, metrics="")

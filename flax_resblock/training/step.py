@@ -154,11 +154,8 @@ def split(
         for module in block_or_list if isinstance(block_or_list, nnx.List) else (block_or_list,):
             module.eval()
     graphdef, params, stats = nnx.split(training, nnx.Param, nnx.BatchStat)
-    wide = {
-        str(leaf.dtype)
-        for leaf in jax.tree.leaves((params, stats))
-        if leaf.dtype.kind == "f" and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype
-    }
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves((params, stats)) if leaf.dtype.kind == "f"}
+    wide = {str(dtype) for dtype in dtypes if jax.dtypes.canonicalize_dtype(dtype) != dtype}
     if wide:
         raise InputError(
             f"the model's values are {', '.join(sorted(wide))}, which jax would narrow. Turn "
@@ -260,11 +257,8 @@ def make_train_step(
                 return (stats, jax.tree.map(jnp.add, sums, one)), None
 
             wide = jnp.promote_types(jax.tree.leaves(state.params)[0].dtype, jnp.float32)
-            (stats, sums), _ = lax.scan(
-                summed,
-                (state.stats, (jnp.zeros((), wide), jnp.zeros(()), zeros)),
-                (images, labels, mixed),
-            )
+            start = state.stats, (jnp.zeros((), wide), jnp.zeros(()), zeros)
+            (stats, sums), _ = lax.scan(summed, start, (images, labels, mixed))
             means = jax.tree.map(lambda value: value / accumulate, sums)
         return _Learned(means[0], means[1], stats, means[2])
 

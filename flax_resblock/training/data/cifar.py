@@ -122,11 +122,9 @@ def _class_names(folder: Path, edition: Edition) -> tuple[str, ...] | None:
     path = folder / edition.meta
     if not path.is_file():
         return None
-    names: Any = (
-        read_cifar_pickle(_read(path), str(path)).get(edition.names)
-        if edition.names
-        else _read(path).split()
-    )
+    data = _read(path)
+    pickled = read_cifar_pickle(data, str(path)) if edition.names else None
+    names: Any = data.split() if pickled is None else pickled.get(edition.names)
     texts = isinstance(names, list) and all(isinstance(name, bytes | str) for name in names)
     if not texts or len(names) != edition.num_classes:
         raise InputError(

@@ -171,13 +171,9 @@ def _part(
         present = {label for _, label in images}
         _refuse_empty(folder, classes, present, "no image that can be decoded")
     labels = np.asarray([label for _, label in images], np.int32)
+    files, names, notes = tuple(file for file, _ in images), tuple(classes), tuple(notes)
     return FolderDataset(
-        name=name,
-        files=tuple(file for file, _ in images),
-        labels=labels,
-        class_names=tuple(classes),
-        size=size,
-        notes=tuple(notes),
+        name=name, files=files, labels=labels, class_names=names, size=size, notes=notes
     )
 
 

@@ -79,10 +79,7 @@ def _at(
     if any(find_idx(path, stem, dimensions) for stem in ("train", "t10k") for dimensions in (3, 1)):
         return idx_folder(path)
     places = [
-        (place, edition)
-        for edition in EDITIONS
-        for place in (path, path / edition.folder)
-        if edition.within(place)
+        (place, one) for one in EDITIONS for place in (path, path / one.folder) if one.within(place)
     ]
     if len(places) > 1:
         raise InputError(
