@@ -119,12 +119,8 @@ class ReadingFlags:
     """Limits on what the file may declare before it is refused; docs/security.md explains them."""
 
     def open(self, path: Path, *, run: bool = False, afresh: bool = False) -> OpenedCheckpoint:
-        """Opens a checkpoint with the one reading that fits.
-
-        Args:
-          path: The checkpoint.
-          run: Also read what a training run left in files beside it.
-          afresh: Whether weights that are absent may start afresh, as ``allow_missing`` says.
+        """Opens a checkpoint with the one reading that fits: ``run`` also reads what a training run
+        left in files beside it, ``afresh`` allows absent weights, as ``allow_missing`` says.
         """
         assumptions = {
             name: value for name in ASSUMABLE_FIELDS if (value := getattr(self, name)) is not None

@@ -15,9 +15,6 @@ def start_again_with_huge_pages(arguments: Sequence[str]) -> None:
     XLA allocates the memory of every step anew, and on a CPU the page faults cost a quarter of the
     step. glibc reads the setting only when a process starts. Nothing happens for other commands and
     systems, or if ``GLIBC_TUNABLES`` is set to any value.
-
-    Args:
-      arguments: The command line.
     """
     if arguments[:1] != ["train"] or VARIABLE in os.environ or not _has_glibc():
         return

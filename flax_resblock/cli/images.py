@@ -137,13 +137,8 @@ def normalisation_of(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Mean and standard deviation of the channels, and where they come from.
-
-    Args:
-      file: Those in an archive of images, if it has any.
-      preprocessing: Those of the network.
-      channels: Number of channels of the network.
-      mean, std: Those given by the user, which come first.
+    """Mean and standard deviation of the channels, and where they come from: as given by the user,
+    else those in ``file``, an archive of images, else those of the network.
     """
     if (mean is None) != (std is None):
         raise InputError("give --mean and --std together.")

@@ -55,14 +55,7 @@ def devices_of(flags: DeviceFlags, plan: Plan) -> tuple[Devices, list[Any]]:
 
 @dataclass(frozen=True)
 class Verifier:
-    """Verifies as the flags say.
-
-    Attributes:
-      plan: What to compare.
-      places: The devices.
-      precision: What :func:`devices_of` measured.
-      input, report: The flags.
-    """
+    """Verifies as the flags say, on devices whose ``precision`` :func:`devices_of` measured."""
 
     plan: Plan
     places: Devices

@@ -255,14 +255,8 @@ def fresh_optimizer(
 
 
 def write_optimizer(state: OptimizerState, state_map: StateMap) -> dict[str, Any]:
-    """The state dict that ``torch.optim.Optimizer.load_state_dict`` takes, with numpy arrays for
-    tensors; the exact inverse of :func:`read_optimizer`.
-
-    Args:
-      state: The optimizer.
-      state_map: Of the model.
-    Raises:
-      CheckpointError: An optimizer that torch does not have.
+    """What ``torch.optim.Optimizer.load_state_dict`` takes, with numpy arrays for tensors; the
+    exact inverse of :func:`read_optimizer`. Raises CheckpointError if torch has no such optimizer.
     """
     if not OPTIMIZERS[state.kind].in_torch:
         raise CheckpointError(

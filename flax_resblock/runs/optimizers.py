@@ -234,12 +234,8 @@ def _tensor_at(keys: tuple[Any, ...]) -> tuple[str, Path] | None:
 
 
 def state_of(record: OptimizerState, params: Any) -> Any:
-    """The optax state for :func:`optimizer_of`, filled with what torch had; what torch had not made
-    yet is zero.
-
-    Args:
-      record: The optimizer.
-      params: The model's parameters, an nnx state; buffers take the dtype that torch had.
+    """The optax state for :func:`optimizer_of`, filled with what torch had, in torch's dtypes; what
+    torch had not made yet is zero.
     """
     count = int(float(next(iter(record.steps.values()), 0)))
 
@@ -255,12 +251,7 @@ def state_of(record: OptimizerState, params: Any) -> Any:
 
 
 def record_of(record: OptimizerState, state: Any) -> OptimizerState:
-    """The torch optimizer again, with what optax has now.
-
-    Args:
-      record: What it was; its groups and options stay.
-      state: State of :func:`optimizer_of`.
-    """
+    """The torch optimizer ``record``, with what the state of :func:`optimizer_of` holds now."""
     kind = OPTIMIZERS[record.kind]
     now: dict[str, dict[Path, np.ndarray]] = {name: {} for name in record.tensors}
     count = 0

@@ -63,11 +63,9 @@ def names_of(
     """The names in the model of the parameters of every group, and how they were found.
 
     Args:
-      groups: Param groups of an optimizer's state dict.
-      numbers: The parameters' numbers in each.
+      groups, numbers: Param groups of an optimizer's state dict, and their parameters' numbers.
       per_parameter: What the optimizer keeps of each, by number; its shapes tell parameters apart.
-      state_map: Of the model.
-      source: For messages.
+      state_map, source: Of the model; and for messages.
     Raises:
       CheckpointError: They are not this model's, or more than one way to name them fits.
     """

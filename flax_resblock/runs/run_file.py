@@ -125,15 +125,8 @@ def unpack_run(
     *,
     source: str = "the checkpoint",
 ) -> Run:
-    """Restores the run from the arrays and metadata that :func:`pack_run` made.
-
-    Args:
-      tensors: Those of the optimizer, or all of the file.
-      metadata: Of the file.
-      state_map: Of the weights in it.
-      source: For messages.
-    Raises:
-      CheckpointError: Damaged metadata, or an optimizer that does not fit the model.
+    """Restores the run from the arrays and metadata that :func:`pack_run` made; raises
+    CheckpointError if they are damaged or do not fit the model.
     """
     try:
         content = json.loads(metadata[RUN])
@@ -188,10 +181,6 @@ def run_entries(run: Run, state_map: StateMap) -> dict[str, Any]:
 
     ``"epoch"`` is the number, from 0, of the last epoch that was completed, as there;
     ``"epochs_done"`` and ``"step"`` count epochs and optimizer steps done.
-
-    Args:
-      run: The run.
-      state_map: Of the model.
     """
     entries: dict[str, Any] = {
         "optimizer": write_optimizer(run.optimizer, state_map),
@@ -220,18 +209,10 @@ def write_with_run(
     force: bool = False,
     release: bool = False,
 ) -> None:
-    """Writes weights and run to a checkpoint of any format; arguments and errors as for
+    """Writes weights and run to a checkpoint of any format, in the names and layouts of
+    ``state_map``. Without a run, the weights are written alone; ``release`` empties ``tensors``
+    once they are written. The rest, and the errors, are as for
     :func:`flax_resblock.checkpoint.write`.
-
-    Args:
-      path: The suffix decides the format.
-      tensors: The weights, in the names and layouts of ``state_map``.
-      metadata: See :func:`flax_resblock.convert.metadata.metadata_of`.
-      run: None writes the weights alone.
-      state_map: Of the file.
-      files: See :func:`flax_resblock.checkpoint.write`.
-      force: Replace what is there.
-      release: Empty ``tensors`` once they are written.
     """
     extras = None
     if run is not None and checkpoint.output_format(path) == "pytorch":

@@ -164,13 +164,8 @@ def _sequence(state: Mapping[str, Any], groups: Sequence[Options], source: str) 
 
 
 def scheduled(options: Options, schedule: Schedule, position: int) -> dict[str, Any]:
-    """A param group's options as torch's scheduler leaves them at a position: ``initial_lr``,
-    ``lr``, and the momentum where the schedule moves it.
-
-    Args:
-      options: At any position.
-      schedule: One that has a counterpart in torch.
-      position: torch's ``last_epoch``.
+    """A param group's options as torch's scheduler leaves them at ``position``, its ``last_epoch``:
+    ``initial_lr``, ``lr``, and the momentum where the schedule moves it.
     """
     now = {**options, "initial_lr": base_rate(options), "lr": schedule.rate(position, options)}
     momentum = schedule.momentum(position, options)
@@ -182,11 +177,8 @@ def scheduled(options: Options, schedule: Schedule, position: int) -> dict[str, 
 
 
 def write_schedule(state: ScheduleState, groups: Sequence[Options]) -> dict[str, Any]:
-    """What ``scheduler.load_state_dict`` takes, for a scheduler of the same kind.
-
-    Args:
-      state: Schedule and position; any schedule but :class:`~flax_resblock.runs.schedules.Fixed`.
-      groups: The optimizer's param groups at this position.
+    """What ``load_state_dict`` of a scheduler of the same kind takes (any but ``Fixed``), for the
+    optimizer's param groups at this position.
     """
     return _state(state.schedule, state.position, groups, [float(group["lr"]) for group in groups])
 

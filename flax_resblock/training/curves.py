@@ -18,14 +18,8 @@ _SMOOTH = 50
 def draw_curves(
     steps: Sequence[Mapping[str, Any]], evaluations: Sequence[EvaluationReport], path: Path
 ) -> None:
-    """Draws loss, accuracy and learning rate over the steps as a PNG.
-
-    Args:
-      steps: Entries of ``metrics.jsonl``.
-      evaluations: The evaluations; may be empty.
-      path: The file.
-    Raises:
-      MissingDependencyError: matplotlib is not installed.
+    """Draws loss, accuracy and learning rate of the entries of ``metrics.jsonl``, and the
+    evaluations, as a PNG; raises MissingDependencyError without matplotlib.
     """
     figure = _figure(10, 7)
     loss, accuracy, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
@@ -62,14 +56,8 @@ def _noisy(axes: Any, steps: np.ndarray, values: np.ndarray, label: str) -> None
 
 
 def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """Draws a confusion matrix as a PNG.
-
-    Args:
-      counts: ``(K, K)``; entry ``(i, j)`` counts images of class ``i`` predicted as ``j``.
-      names: The class names.
-      path: The file.
-    Raises:
-      MissingDependencyError: matplotlib is not installed.
+    """Draws counts of images by true and predicted class, ``(K, K)``, as a PNG; raises
+    MissingDependencyError without matplotlib.
     """
     side = min(max(5.0, 0.45 * len(names)), 30.0)
     figure = _figure(side + 1, side)

@@ -10,11 +10,7 @@ from flax_resblock.errors import InputError
 
 
 class Stopped(Exception):  # noqa: N818 - no error
-    """A run was stopped on request before its end.
-
-    Attributes:
-      step: Number of steps done.
-    """
+    """A run was stopped on request before its end, after ``step`` steps."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped after {step} steps")
@@ -38,14 +34,8 @@ class TrainingError(InputError):
 
 
 def check_fields(config: object, rules: Iterable[tuple[str, bool, str]]) -> None:
-    """Checks the fields of a configuration.
-
-    Args:
-      config: The configuration.
-      rules: Name of a field, whether its value is valid, and what it must be. They are drawn one by
-        one, so that a rule may rely on those before it.
-    Raises:
-      InputError: The first value that is not valid.
+    """Raises InputError for the first rule (name of a field, whether its value is valid, what it
+    must be) that does not hold. A rule may rely on those before it, as they are drawn one by one.
     """
     for name, valid, meaning in rules:
         if not valid:

@@ -135,15 +135,8 @@ def augmented(
 
 
 def pad_crop(images: np.ndarray, pad: int, corners: np.ndarray) -> np.ndarray:
-    """Pads images with zeros and cuts out windows of their original size.
-
-    Args:
-      images: ``(N, H, W, C)``.
-      pad: Pixels on each side.
-      corners: Row and column of each window's upper left corner in the padded image, ``(N, 2)``, 0
-        to ``2 * pad``.
-    Returns:
-      ``(N, H, W, C)``, a new array.
+    """Pads images ``(N, H, W, C)`` with ``pad`` zeros on each side and cuts out windows of their
+    size, whose upper left ``corners``, ``(N, 2)``, are in the padded images, from 0 to ``2 * pad``.
     """
     _, height, width, _ = images.shape
     padded = np.pad(images, [(0, 0), (pad, pad), (pad, pad), (0, 0)])

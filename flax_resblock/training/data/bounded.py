@@ -33,13 +33,8 @@ def check_file(path: Path, most: int = MOST_BYTES) -> None:
 
 
 def read_npz(path: Path, most: int = MOST_BYTES) -> dict[str, np.ndarray]:
-    """Reads every array of an ``.npz`` archive without unpickling anything.
-
-    Args:
-      path: The archive.
-      most: Largest size in bytes of all arrays together.
-    Raises:
-      InputError: Not such an archive, damaged, or too large.
+    """Reads every array of an ``.npz`` archive without unpickling anything; raises InputError if it
+    is none, damaged, or larger than ``most`` bytes.
     """
     try:
         check_file(path, most)

@@ -9,11 +9,8 @@ from flax_resblock.errors import InputError
 
 
 def decode(path: str) -> np.ndarray:
-    """Decodes an image file of any mode to ``(h, w, 3)`` uint8. The EXIF orientation is ignored, as
-    in torchvision's loader.
-
-    Raises:
-      InputError: It cannot be decoded.
+    """Decodes an image file of any mode to ``(h, w, 3)`` uint8, whatever its EXIF orientation, as
+    torchvision's loader does; raises InputError if it cannot be decoded.
     """
     try:
         with Image.open(path) as image:

@@ -76,16 +76,8 @@ def epoch_order(size: int, *, seed: int, epoch: int) -> np.ndarray:
 def batches(
     dataset: DataSource, batch_size: int, *, seed: int, epoch: int, first: int = 0
 ) -> Iterator[Batch]:
-    """The full batches of one epoch: :func:`epoch_order` cut into pieces of ``batch_size``.
-
-    Args:
-      dataset: The source of the images.
-      batch_size: Images per batch; see :func:`steps_per_epoch`.
-      seed: 0 to 2**32 - 1.
-      epoch: From 0; each has its own order.
-      first: Number of batches to skip at the start of the epoch.
-    Raises:
-      InputError: Fewer images than one batch needs.
+    """The full batches of one epoch, without the ``first`` ones: :func:`epoch_order` cut into
+    pieces of ``batch_size``. Raises InputError for fewer images than one batch needs.
     """
     steps_per_epoch(dataset, batch_size)
 
