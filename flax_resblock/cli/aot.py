@@ -116,7 +116,6 @@ def aot(
 def _request(
     subject: Path, target: str, reading: common.ReadingFlags, flags: ProgramFlags
 ) -> tuple[Request, str]:
-    """The program to compile, and a name for it."""
     size = flags.image_size
     options: dict[str, Any] = asdict(flags)
     del options["image_size"]
@@ -164,7 +163,6 @@ _CHANGEABLE: dict[str, Any] = {
 
 
 def _changed(request: Request, pairs: tuple[str, ...]) -> Request:
-    """The second program of a comparison."""
     changes: dict[str, Any] = {"hlo": None}
     for text in pairs:
         name, value = _pair(text, "--compare")

@@ -88,9 +88,8 @@ def _title(request: Request, outcome: Outcome, name: str) -> str:
 def _print_collectives(request: Request, outcome: Outcome, program: Program) -> None:
     kinds = Counter(collective.kind for collective in program.collectives)
     words = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
-    several = (
-        is_step_on_several(request, outcome.devices) and request.parsed_target.platform == "tpu"
-    )
+    on_tpu = request.parsed_target.platform == "tpu"
+    several = on_tpu and is_step_on_several(request, outcome.devices)
     as_expected = several and not differences(request, program, outcome.devices)
     if kinds or as_expected:
         words += f"; {gib(_communicated(program))} per device and run"
@@ -100,7 +99,6 @@ def _print_collectives(request: Request, outcome: Outcome, program: Program) -> 
 
 
 def _communicated(program: Program) -> int:
-    """Bytes per device and run."""
     return sum(collective.bytes for collective in program.collectives)
 
 

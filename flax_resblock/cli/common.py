@@ -193,10 +193,8 @@ def print_title(title: str, rest: str) -> None:
 
 def print_table(table: Table) -> None:
     """Prints a table; outside a terminal at least 120 columns wide, so that logs lose nothing."""
-    console = (
-        output if output.is_terminal else _Console(width=max(output.width, 120), highlight=False)
-    )
-    console.print(table)
+    wide = _Console(width=max(output.width, 120), highlight=False)
+    (output if output.is_terminal else wide).print(table)
 
 
 def print_found(run: Run) -> None:

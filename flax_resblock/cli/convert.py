@@ -115,7 +115,6 @@ def convert(
 def _certify(
     out: Path, reading: ReadOptions, origin: Mapping[str, Any], notes: tuple[str, ...]
 ) -> int:
-    """Verifies the output, writes the certificate and returns the exit status."""
     with common.status.status(f"verifying {out}"):
         verification = certify(out, reading, origin, notes)
     path = certificate_of(out)

@@ -252,12 +252,10 @@ def _distance(module: Any, trained: Path) -> float:
 
 
 def _by_epoch(losses: list[float], epochs: int) -> list[float]:
-    """Mean loss of every epoch."""
     return [float(np.mean(part)) for part in np.array_split(np.asarray(losses), epochs)]
 
 
 def _plot_losses(torch_losses: list[float], jax_losses: list[float], path: Path) -> None:
-    """Plots both loss curves."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

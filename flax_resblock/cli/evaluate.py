@@ -34,9 +34,7 @@ def classify(path: Path, wanted: Wanted, devices: int | None, out: Path | None) 
         source = wanted.reading.open(path)
     network = source.config
     if not isinstance(network, ResNetConfig) or network.num_classes is None:
-        raise InputError(
-            f"{path} has no head, so it has no classes to tell. Give a network with one."
-        )
+        raise InputError(f"{path} has no head and so no classes to tell. Give a network with one.")
     record = source.record
     stored = run_of(source).settings if holds_run(record.metadata) else {}
     of_data = {name: stored[name] for name in ("data", "image_size") if name in stored}

@@ -150,7 +150,6 @@ def _is_complete(out: Path) -> bool:
 
 
 def _at_its_end(begin: Start) -> bool:
-    """Whether all steps are done."""
     from flax_resblock.training.pace import Pace
 
     steps = steps_per_epoch(begin.splits.train, begin.config.batch_size)

@@ -78,9 +78,7 @@ def verify(
     subjects = {"CKPT": checkpoint, "--torch": torch, "--certificate": certificate}
     chosen = [name for name, value in subjects.items() if value is not None]
     if len(chosen) > 1:
-        raise InputError(
-            f"give one of {' and '.join(chosen)}, not both: each is verified by itself."
-        )
+        raise InputError(f"give one of {' and '.join(chosen)}, not both: each is verified alone.")
     if certificate is not None:
         return _recheck(certificate)
     with verify_flags.torch_needed():
@@ -150,7 +148,6 @@ def _subject(
 
 
 def _recheck(path: Path) -> int:
-    """Checks whether the files of a certificate are unchanged."""
     from flax_resblock.parity.certificate import recheck
 
     checks = recheck(path)

@@ -196,7 +196,6 @@ def _show(spinner: Status, what: str, step: str) -> None:
 
 
 def _arguments(kwargs: str | None) -> dict[str, Any] | None:
-    """The arguments of ``--kwargs``."""
     try:
         arguments = None if kwargs is None else json.loads(kwargs)
     except ValueError as error:

@@ -22,6 +22,8 @@ from flax_resblock.config import Path
 from flax_resblock.runs.optimizer_kinds import OPTIMIZERS
 from flax_resblock.runs.optimizer_state import OptimizerState
 
+Transformation = optax.GradientTransformationExtraArgs
+
 
 def bias_correction(decay: float, count: jax.Array, dtype: Any) -> jax.Array:
     """``1 - decay**count``, accurate to the last bits of ``dtype`` at any count: ``-expm1(count *
@@ -60,9 +62,7 @@ def scale_by_adam(
     return _scale_by_adam(0, b1, b2, eps)
 
 
-def _scale_by_adam(
-    number: int, b1: float, b2: float, eps: float
-) -> optax.GradientTransformationExtraArgs:
+def _scale_by_adam(number: int, b1: float, b2: float, eps: float) -> Transformation:
     """:func:`scale_by_adam` of a param group, by number; ``momenta`` may replace its ``b1``."""
 
     def update(
@@ -82,7 +82,7 @@ def _scale_by_adam(
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, updates)
         return jax.tree.map(direction, mu, nu), optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
-    return optax.GradientTransformationExtraArgs(optax.scale_by_adam(b1, b2, eps).init, update)
+    return Transformation(optax.scale_by_adam(b1, b2, eps).init, update)
 
 
 def adamw(
@@ -126,7 +126,7 @@ def moving(momenta: Sequence[float]) -> np.ndarray:
     return np.array([(value, 1 - value, _log(value)) for value in map(float, momenta)])
 
 
-def optimizer_of(record: OptimizerState) -> optax.GradientTransformationExtraArgs:
+def optimizer_of(record: OptimizerState) -> Transformation:
     r"""An optimizer as an optax transformation: :math:`p \leftarrow p + u` is torch's update.
 
     Every param group keeps its own rate, decay, momentum, betas and eps; they are joined by
@@ -156,9 +156,7 @@ def optimizer_of(record: OptimizerState) -> optax.GradientTransformationExtraArg
     )
 
 
-def _group_optimizer(
-    kind: str, number: int, options: Mapping[str, Any]
-) -> optax.GradientTransformationExtraArgs:
+def _group_optimizer(kind: str, number: int, options: Mapping[str, Any]) -> Transformation:
     """The update of one param group, the ``number``-th."""
     rate = _scale_by_rate(number, float(options["lr"]))
     amount = float(options["weight_decay"])
@@ -183,21 +181,17 @@ def _trust(kind: str, options: Mapping[str, Any]) -> optax.GradientTransformatio
     return optax.scale_by_trust_ratio(trust_coefficient=float(coefficient), eps=eps)
 
 
-def _scale_by_rate(number: int, rate: float) -> optax.GradientTransformationExtraArgs:
-    """Multiplies by minus the group's learning rate."""
-
+def _scale_by_rate(number: int, rate: float) -> Transformation:
     def update(
         updates: Any, state: Any, params: Any = None, *, learning_rates: Any = None, **_: Any
     ) -> Any:
         now = rate if learning_rates is None else learning_rates[number]
         return jax.tree.map(lambda u: -(jnp.asarray(now, u.dtype) * u), updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return Transformation(lambda params: optax.EmptyState(), update)
 
 
-def _scale_by_momentum(
-    number: int, options: Mapping[str, Any]
-) -> optax.GradientTransformationExtraArgs:
+def _scale_by_momentum(number: int, options: Mapping[str, Any]) -> Transformation:
     """``optax.trace`` with a momentum that may be given at each step."""
     own, nesterov = float(options["momentum"]), bool(options["nesterov"])
 
@@ -218,7 +212,7 @@ def _scale_by_momentum(
         steps = jax.tree.map(add, updates, trace) if nesterov else trace
         return steps, optax.TraceState(trace=trace)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Transformation(init, update)
 
 
 _FIELDS = {"trace": "momentum_buffer", "mu": "exp_avg", "nu": "exp_avg_sq"}

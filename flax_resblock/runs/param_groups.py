@@ -22,9 +22,7 @@ WEIGHTS_ONLY = "Go on with the weights alone (--weights-only): they do not depen
 
 def trainable(state_map: StateMap) -> list[Entry]:
     """Entries of the parameters, in the order of ``model.parameters()``."""
-    return [
-        entry for entry in state_map.entries if entry.flax_path[-1] in ("kernel", "scale", "bias")
-    ]
+    return [one for one in state_map.entries if one.flax_path[-1] in ("kernel", "scale", "bias")]
 
 
 def _splits(entries: Sequence[Entry]) -> dict[str, list[list[Entry]]]:

@@ -167,7 +167,6 @@ def read_run(
 
 
 def _averaged(state: Any, state_map: StateMap, source: str) -> dict[Path, np.ndarray]:
-    """Averaged weights and statistics by Flax path."""
     if not isinstance(state, Mapping):
         raise CheckpointError(
             f"{source} holds no averaged weights, but a {type(state).__name__}. {WEIGHTS_ONLY}"

@@ -108,13 +108,10 @@ def _written_schedule(run: Run) -> dict[str, Any] | None:
 
 def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values, with tuples for the lists that JSON made of them."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
 
 
 def _with_prefix(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The tensors whose names begin with ``prefix``, under the rest of their names."""
     return {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
 
 
@@ -160,10 +157,8 @@ def unpack_run(
         ) from error
     written, where = {"state": state, "param_groups": groups}, f"{source}, its optimizer"
     record = read_optimizer(written, state_map, kind=kind, source=where)
-    restored = tuple(
-        replace(group, named=name) for group, name in zip(record.groups, named, strict=True)
-    )
-    record = replace(record, groups=restored)
+    pairs = zip(record.groups, named, strict=True)
+    record = replace(record, groups=tuple(replace(group, named=name) for group, name in pairs))
     found = [RunEntry("optimizer", record.notes[0], True)]
     averages = state_map.to_flax(_with_prefix(tensors, AVERAGED))
     if averages:

@@ -68,12 +68,7 @@ class Fixed(Schedule):
 
 @dataclass(frozen=True)
 class StepLR(Scaled):
-    r""":math:`\gamma^{\lfloor t / s \rfloor}`.
-
-    Attributes:
-      step_size: :math:`s`.
-      gamma: :math:`\gamma`.
-    """
+    r""":math:`\gamma^{\lfloor t / s \rfloor}`, with ``step_size`` :math:`s`."""
 
     step_size: int
     gamma: float
@@ -84,12 +79,7 @@ class StepLR(Scaled):
 
 @dataclass(frozen=True)
 class MultiStepLR(Scaled):
-    r""":math:`\gamma^k` after ``k`` milestones.
-
-    Attributes:
-      milestones: Ascending; one that occurs twice counts twice.
-      gamma: :math:`\gamma`.
-    """
+    r""":math:`\gamma^k` after ``k`` milestones; one that occurs twice counts twice."""
 
     milestones: tuple[int, ...]
     gamma: float
@@ -137,12 +127,7 @@ class LinearLR(Scaled):
 
 @dataclass(frozen=True)
 class PolynomialLR(Scaled):
-    r""":math:`(1 - \min(t, T) / T)^p`.
-
-    Attributes:
-      total_iters: :math:`T`.
-      power: :math:`p`.
-    """
+    r""":math:`(1 - \min(t, T) / T)^p`, with ``total_iters`` :math:`T` and ``power`` :math:`p`."""
 
     total_iters: int
     power: float
@@ -238,12 +223,7 @@ class OneCycleLR(Schedule):
 
 @dataclass(frozen=True)
 class SequentialLR(Schedule):
-    """One schedule after the other, each counting from its own start.
-
-    Attributes:
-      schedules: At least one.
-      milestones: Step at which each but the first begins, ascending.
-    """
+    """One schedule after the other, each counting from its own start, at the milestones."""
 
     schedules: tuple[Schedule, ...]
     milestones: tuple[int, ...]

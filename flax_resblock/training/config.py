@@ -176,10 +176,8 @@ def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConf
             f"the settings {some(sorted(unknown))} are unknown to this version of "
             f"flax-resblock; update it."
         )
-    if isinstance(changes.get("augmentation"), Mapping):
-        changes["augmentation"] = replace(
-            config.augmentation, **with_tuples(changes["augmentation"])
-        )
+    if isinstance(given := changes.get("augmentation"), Mapping):
+        changes["augmentation"] = replace(config.augmentation, **with_tuples(given))
     if "epochs" in changes:
         changes.setdefault("steps", None)
         if "warmup_epochs" not in changes and changes["steps"] is None:

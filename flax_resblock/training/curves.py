@@ -47,7 +47,6 @@ def draw_curves(
 
 
 def _noisy(axes: Any, steps: np.ndarray, values: np.ndarray, label: str) -> None:
-    """Plots every value, pale, and their running mean."""
     axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.7)
     width = max(1, min(_SMOOTH, len(values) // 10))
     means = np.convolve(values, np.full(width, 1 / width), mode="valid")

@@ -118,9 +118,8 @@ def make_eval_step(graphdef: nnx.GraphDef[ResNet], mesh: Mesh | None = None) -> 
         model = nnx.merge(graphdef, params, stats, copy=True)
         return model(images, use_running_average=True)
 
-    return jax.jit(
-        eval_step, out_shardings=Placement(mesh).copied, compiler_options=compiler_options()
-    )
+    whole = Placement(mesh).copied
+    return jax.jit(eval_step, out_shardings=whole, compiler_options=compiler_options())
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:

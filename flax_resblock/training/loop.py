@@ -40,9 +40,8 @@ def new_model(config: TrainConfig) -> ResNet:
     if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise InputError('dtype="float64" needs jax\'s x64 mode: set JAX_ENABLE_X64=1.')
     param_dtype = jnp.promote_types(config.dtype, jnp.float32)
-    return ResNet(
-        config.model, rngs=nnx.Rngs(config.seed), dtype=config.dtype, param_dtype=param_dtype
-    )
+    rngs = nnx.Rngs(config.seed)
+    return ResNet(config.model, rngs=rngs, dtype=config.dtype, param_dtype=param_dtype)
 
 
 def fit(
@@ -162,9 +161,7 @@ def fit(
             reported(computed)
             computed = evaluation = None
             if test is not None and tested:
-                evaluation = _evaluated(
-                    graphdef, leaves.state, test, config, placement, done, steps
-                )
+                evaluation = _evaluate(graphdef, leaves.state, test, config, placement, done, steps)
                 history.evaluations.append(evaluation)
                 if on_evaluation is not None:
                     on_evaluation(evaluation)
@@ -234,7 +231,7 @@ def _averages(
     return placement.copies((kept(state.params), kept(state.stats)))
 
 
-def _evaluated(
+def _evaluate(
     graphdef: nnx.GraphDef[ResNet],
     state: TrainState,
     test: DataSource,
@@ -243,7 +240,6 @@ def _evaluated(
     done: int,
     steps: int,
 ) -> EvaluationReport:
-    """Evaluates the weights, and their averages, on the test images."""
     found: list[float] = []
     for values in ((state.params, state.stats), state.ema):
         if values is not None:

@@ -292,7 +292,6 @@ def make_train_step(
 
 
 def _of_first(value: Array) -> Array:
-    """The first device's value, on all devices."""
     return lax.psum(jnp.where(lax.axis_index(AXIS) == 0, value, jnp.zeros_like(value)), AXIS)
 
 

@@ -56,11 +56,9 @@ class Edition:
 
 
 _TEN = tuple(f"data_batch_{number}" for number in range(1, 6))
-_TEN_BINARY = tuple(f"{name}.bin" for name in _TEN)
+_TEN_BIN = tuple(f"{name}.bin" for name in _TEN)
 EDITIONS = (
-    Edition(
-        "cifar-10-batches-bin", _TEN_BINARY, ("test_batch.bin",), "batches.meta.txt", 0, head=1
-    ),
+    Edition("cifar-10-batches-bin", _TEN_BIN, ("test_batch.bin",), "batches.meta.txt", 0, head=1),
     Edition(
         "cifar-10-batches-py", _TEN, ("test_batch",), "batches.meta", b"labels", 0, b"label_names"
     ),
@@ -131,9 +129,7 @@ def _class_names(folder: Path, edition: Edition) -> tuple[str, ...] | None:
             f"{path} does not name the {edition.num_classes} classes of {edition.name}. Remove "
             f"it (names are optional) or fetch it again."
         )
-    return tuple(
-        name if isinstance(name, str) else name.decode("utf-8", "replace") for name in names
-    )
+    return tuple(one if isinstance(one, str) else one.decode("utf-8", "replace") for one in names)
 
 
 def cifar_folder(folder: Path, edition: Edition) -> Splits[Dataset]:

@@ -157,9 +157,7 @@ def _part(
         )
     problems = _damaged([file for file, _ in images], name, on_progress)
     if problems:
-        listed = some(
-            [f"{os.path.relpath(file, root)} ({problem})" for file, problem in problems.items()]
-        )
+        listed = some([f"{os.path.relpath(file, root)} ({why})" for file, why in problems.items()])
         count = f"{len(problems):,} of {len(images):,} images cannot be decoded"
         if strict:
             raise InputError(
@@ -191,7 +189,6 @@ def _refuse_empty(folder: Path, classes: list[str], present: set[int], lack: str
 def _damaged(
     files: list[str], name: str, on_progress: Callable[[str], None] | None
 ) -> dict[str, str]:
-    """The files that cannot be decoded, with reasons."""
     problems = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(files), _PIECE):

@@ -21,9 +21,7 @@ _PARTS = (("train", "train"), ("test", "t10k"))
 def find_idx(folder: Path, stem: str, dimensions: int) -> Path | None:
     """Finds ``train-images-idx3-ubyte`` or ``train-images.idx3-ubyte``, also with ``.gz``."""
     kind = {1: "labels", 3: "images"}[dimensions]
-    names = [
-        f"{stem}-{kind}{dot}idx{dimensions}-ubyte{suffix}" for dot in "-." for suffix in ("", ".gz")
-    ]
+    names = [f"{stem}-{kind}{dot}idx{dimensions}-ubyte{end}" for dot in "-." for end in ("", ".gz")]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
@@ -83,7 +81,6 @@ def read_idx(path: Path, dimensions: int, most: int = MOST_BYTES) -> np.ndarray:
 
 
 def _opened(plain: BinaryIO) -> BinaryIO | gzip.GzipFile:
-    """The file, decompressed if necessary."""
     compressed = plain.read(len(_GZIP)) == _GZIP
     plain.seek(0)
     return gzip.GzipFile(fileobj=plain) if compressed else plain

@@ -41,10 +41,8 @@ def _reason(error: Exception, path: str) -> str:
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes ``(h, w, C)`` uint8 to ``(height, width, C)``, bilinear with antialiasing."""
 
-    def resized(pixels: np.ndarray) -> np.ndarray:
-        return np.asarray(
-            Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-        )
+    def resized(plane: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR))
 
     if image.shape[-1] == 3:
         return resized(image)

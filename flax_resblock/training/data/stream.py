@@ -111,10 +111,8 @@ class Stream:
             .batch(self.batch_size, drop_remainder=True, batch_fn=np.asarray)
             .repeat()
         )
-        values = (
-            self.batch_size // self.shard[1] * math.prod(self._augmentation.shape_of(self.dataset))
-        )
-        size = values * self.dataset.fitted(slice(0)).itemsize
+        values = math.prod(self._augmentation.shape_of(self.dataset))
+        size = self.batch_size // self.shard[1] * values * self.dataset.fitted(slice(0)).itemsize
         return prefetched(order.map_with_index(self._read)[step:], self._finish, self.workers, size)
 
     @property
@@ -156,9 +154,8 @@ class Stream:
         if not self._augmentation.mixes:
             return Batch(images, labels, indices)
         mixing = draw_mixing(self._augmentation, self._random(step, _MIX), *images.shape[1:3])
-        own, partners = (
-            np.searchsorted(self._rows_read, rows) for rows in (self._rows, self._partners)
-        )
+        own = np.searchsorted(self._rows_read, self._rows)
+        partners = np.searchsorted(self._rows_read, self._partners)
         weight = np.full(len(own), mixing.weight, np.float32)
         mixed = mix(images[own], images[partners], mixing)
         return Batch(mixed, labels[own], indices[own], labels[partners], weight)
