@@ -233,9 +233,7 @@ class _Check:
         raise InputError(self._difference(size, ours, exact, own))
 
     def _counterpart(
-        self,
-        tensors: list[torch.Tensor],
-        twin: tuple[np.ndarray, ...],
+        self, tensors: list[torch.Tensor], twin: tuple[np.ndarray, ...]
     ) -> tuple[np.ndarray, int, int]:
         """The tensor that corresponds to an output of the twin.
 
