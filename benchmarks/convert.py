@@ -90,8 +90,7 @@ def in_memory(name: str, rounds: int) -> None:
 
 def from_file(name: str, rounds: int) -> None:
     """Prints the time from a file in the page cache to jax arrays, against one copy of its bytes
-    and the reading of the file.
-    """
+    and the reading of the file."""
     from flax_resblock import load
     from flax_resblock.convert.opening import open_checkpoint
     from flax_resblock.io import arrays_of
@@ -165,8 +164,7 @@ print(int(work(*{arguments!r})), before, peak(), file=sys.stderr)
 
 def peak(arguments: list[str], warm_up: list[str]) -> int:
     """Bytes by which the command, or ``load``, raised the peak memory of its process above what it
-    had needed for a tiny checkpoint.
-    """
+    had needed for a tiny checkpoint."""
     root = str(Path(__file__).resolve().parents[1])
     code = _PEAK.format(root=root, arguments=arguments, warm_up=warm_up)
     result = subprocess.run(
@@ -203,8 +201,7 @@ def write_sources(folder: Path, name: str) -> int:
 
 def end_to_end(name: str) -> None:
     """Prints peak memory of ``flax-resblock convert --no-certificate`` between the formats: of the
-    conversion, without the verification behind it.
-    """
+    conversion, without the verification behind it."""
     cases = [
         ("zip.pth", "out.safetensors", ["--to-naming", "flax"]),
         ("zip.pth", "out.safetensors", []),

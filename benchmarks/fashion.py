@@ -3,8 +3,7 @@ weights, same batches, each framework in a process of its own.
 
     python benchmarks/fashion.py [docs/fashion.png] [--data FOLDER] [--epochs N] [--seed N]
 
-Prints both test accuracies after each epoch, and draws both curves.
-"""
+Prints both test accuracies after each epoch, and draws both curves."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@ run, and the error against float64.
 
     python benchmarks/fold.py [--architecture resnet18] [--batch 8] [--image-size 224] [--rounds 15]
 
-Times are medians with quartiles, on jax's default device.
-"""
+Times are medians with quartiles, on jax's default device."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """What a residual network costs on paper: multiplications, bytes, the time that a device's two
-roofs allow, and the time of all-reduces. Arithmetic only.
-"""
+roofs allow, and the time of all-reduces. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -19,14 +18,12 @@ ELEMENTWISE, OPTIMIZER = "BatchNorm, ReLU, addition", "optimizer"
 PARAMETER_BYTES = 4
 _OPTIMIZER_PASSES = 5
 """Of SGD with momentum: parameter, gradient and momentum are read, parameter and momentum
-written.
-"""
+written."""
 _PARAMETER_PASSES: Mapping[What, int] = MappingProxyType({"forward": 1, "train-step": 3})
 """Kernels are read forward and for the gradient of the input, and their own gradient is written."""
 _PRODUCT_PASSES: Mapping[What, int] = MappingProxyType({"forward": 1, "train-step": 3})
 """The layer itself, and in training the gradients of its input and of its kernel, each with as many
-multiplications.
-"""
+multiplications."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +114,7 @@ the gradient of the input. A norm's backward pass needs the saved output of the 
 because its sums must be complete before they are used. An addition waits for the last norm's
 statistics, so that three arrays move, and the second of two gradients that meet at a block's input
 is one more. In evaluation nothing
-waits: an addition only reads the skip.
-"""
+waits: an addition only reads the skip."""
 
 
 def _inside(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -236,15 +232,13 @@ def _operations(
 
 def flops(network: Iterable[Layer], what: What, batch: int, *, padding: bool = True) -> int:
     """Two per multiply-add of every convolution and product; a train step has three times those of
-    the forward pass, less the gradient of the image.
-    """
+    the forward pass, less the gradient of the image."""
     return 2 * batch * sum(layer.multiply_adds(what, padding) for layer in network)
 
 
 def moved(layer: Layer, what: What, batch: int, width: int, fusion: Fusion) -> tuple[int, int]:
     """Bytes of activations, ``width`` each, and of parameters that a layer's passes move; see
-    :data:`TRAFFIC`.
-    """
+    :data:`TRAFFIC`."""
     ins, outs = TRAFFIC[what, fusion][layer.kind]
     ins -= layer.first and what == "train-step"
     return batch * width * (
@@ -279,8 +273,7 @@ class Device:
 @dataclass
 class Part:
     """A group of layers: FLOPs, bytes, and seconds at least, in all and of the layers that wait for
-    memory.
-    """
+    memory."""
 
     group: str
     flops: float = 0
@@ -361,8 +354,7 @@ def balanced_batch(
     bandwidth: float,
 ) -> int | None:
     """The smallest batch whose FLOPs take as long as its bytes; None where the bytes take longer at
-    every batch, as they grow with it too.
-    """
+    every batch, as they grow with it too."""
     network = list(network)
     each = [moved(layer, what, 1, width, fusion) for layer in network]
     fixed = sum(parameters for _, parameters in each)
@@ -399,8 +391,7 @@ class Network:
 
     def seconds(self, bytes_: float, devices: int) -> float:
         """Of one all-reduce: within every group, and between the groups, one after the other.
-        ``devices`` is a power of two.
-        """
+        ``devices`` is a power of two."""
         inner = min(devices, self.inner)
         spent = 0.0
         if inner > 1 and self.torus:

@@ -68,8 +68,7 @@ PROGRAMS: dict[str, tuple[str, dict[str, Any]]] = {
     for norm in ("global", "replica")
 }
 """Every program that is compiled: its name, its target and the options of a
-:class:`flax_resblock.aot.request.Request`.
-"""
+:class:`flax_resblock.aot.request.Request`."""
 
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "opt-barrier"}
 """Operations that move nothing."""
@@ -81,8 +80,7 @@ _ON_CHIP = re.compile(r"S\([1-9]\d*\)")
 
 def _arrays(type_text: str) -> list[tuple[int, int]]:
     """Bytes of each array of a type, and those of them that lie outside the chip: all or, where the
-    compiler placed it in on-chip memory, none.
-    """
+    compiler placed it in on-chip memory, none."""
     found = []
     for bits, shape, layout in _ARRAY.findall(type_text):
         size = math.prod(int(length) for length in shape.split(",") if length) * int(bits) // 8
@@ -92,8 +90,7 @@ def _arrays(type_text: str) -> list[tuple[int, int]]:
 
 def _moved(instruction: Instruction) -> int:
     """Bytes that an operation reads from and writes to the device's memory, every operand once and
-    whole; copies to and from the chip as much as they copy.
-    """
+    whole; copies to and from the chip as much as they copy."""
     if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
         return 0
     written = _arrays(instruction.type)
@@ -129,8 +126,7 @@ def traffic(text: str) -> dict[str, int]:
 
 def compile_one(name: str) -> dict[str, Any]:
     """What the compiler says of one of :data:`PROGRAMS`; in a process of its own, whose environment
-    is the compilers'.
-    """
+    is the compilers'."""
     import jax
 
     from flax_resblock.aot.child import devices_of
@@ -166,8 +162,7 @@ def compile_one(name: str) -> dict[str, Any]:
 
 def in_child(name: str) -> dict[str, Any]:
     """:func:`compile_one` in a process with the compilers' environment; ends this program where it
-    fails.
-    """
+    fails."""
     environment = {
         **os.environ,
         **ENVIRONMENT,
@@ -190,8 +185,7 @@ def in_child(name: str) -> dict[str, Any]:
 
 def best(call: Callable[[], object], rounds: int = 7) -> float:
     """Seconds of the fastest of some calls, after one that warms up: roofs are what is reached
-    undisturbed.
-    """
+    undisturbed."""
     times = []
     for _ in range(rounds + 1):
         begun = time.perf_counter()
@@ -236,8 +230,7 @@ def copy_rate(threads: int) -> float:
 
 def decode_rate() -> tuple[float, int]:
     """Images/s of one thread, and bytes of the JPEG: the mean size of ImageNet's pictures, 500 x
-    375 pixels and about 110 kB.
-    """
+    375 pixels and about 110 kB."""
     from PIL import Image
 
     rng = np.random.default_rng(0)

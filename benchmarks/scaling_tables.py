@@ -1,6 +1,5 @@
 """The tables and the picture of docs/scaling.md, from the figures that scaling.py has gathered; and
-what the data sheets say.
-"""
+what the data sheets say."""
 
 from __future__ import annotations
 
@@ -109,8 +108,7 @@ def _compiled_seconds(
     figures: Figures, key: str, device: Device, arithmetic: str, what: What
 ) -> float | None:
     """The least time with the bytes of the compiled program: its products at the lower roof,
-    everything else at that of memory.
-    """
+    everything else at that of memory."""
     program = figures["programs"].get(f"{key} {what} {arithmetic}")
     if program is None:
         return None
@@ -333,8 +331,7 @@ def groups(figures: Figures) -> str:
 
 def scaling(figures: Figures) -> str:
     """All-reduce against the least time of a step, for growing numbers of devices with the same
-    batch each.
-    """
+    batch each."""
     config = architecture(NAME)
     replica, everything = expected(config, "replica"), expected(config, "global")
     reduces, gradients = everything.fewest - 1, 4 * replica.elements
@@ -378,8 +375,7 @@ def scaling(figures: Figures) -> str:
 
 def collectives(figures: Figures) -> str:
     """The all-reduces of the compiled programs beside those that the description of the network
-    demands, with every value in float32.
-    """
+    demands, with every value in float32."""
     rows = []
     for name, program in figures["programs"].items():
         if " x" in name:

@@ -1,6 +1,5 @@
 """Runs the compilers in a child process with the environment that they need; the parent's jax is
-not affected.
-"""
+not affected."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ from flax_resblock.errors import InputError, MissingDependencyError
 
 Progress = Callable[[int, float], None]
 """Called about every second with the number of finished compilations and the seconds since the
-start.
-"""
+start."""
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -40,13 +38,11 @@ ENVIRONMENT = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is examined is what was compiled just now
 }
 """libtpu then assumes a TPU host and asks no metadata server; jax computes on the CPU. The parent's
-devices and compiler flags are not passed on.
-"""
+devices and compiler flags are not passed on."""
 
 COMPILERS = Path(sys.prefix) / "compilers"
 """Where the compilers may be installed apart from other packages, so that jax does not look for
-devices with them in every program.
-"""
+devices with them in every program."""
 
 EXTRAS = {"tpu": "tpu-aot", "cuda": "cuda-aot"}
 

@@ -138,16 +138,14 @@ class Instruction:
     @property
     def scope(self) -> str:
         """``op_name`` of its metadata: the operation's name in the traced program, with the slot
-        of its layer.
-        """
+        of its layer."""
         found = _SCOPE.search(self.text)
         return found[1] if found else ""
 
 
 def slot_of(scope: str) -> str:
     """The innermost slot in an operation's scope (``op_name`` of its metadata); ``""`` for an
-    operation between the layers.
-    """
+    operation between the layers."""
     found = _SLOT.findall(scope)
     return found[-1] if found else ""
 

@@ -19,8 +19,7 @@ _GUESSES = 4
 """Steps of the search that go by proportion; later ones bisect."""
 _CAUTION = 0.8
 """Share of the proportional estimate that is suggested: in tight memory the compiler needs more
-temporaries to schedule.
-"""
+temporaries to schedule."""
 _TILE = 8
 """Suggested images per device are a multiple of it."""
 _COPIES = {"forward": 1, "train-step": 3}

@@ -22,8 +22,7 @@ _REFUSALS = (
 
 def bytes_needed(refusal: str) -> tuple[int, int] | None:
     """The bytes that a program needs and those that there are, from a compiler's refusal; None if
-    it refused for another reason.
-    """
+    it refused for another reason."""
     for pattern in _REFUSALS:
         found = pattern.search(refusal)
         if found:
@@ -137,8 +136,7 @@ class Finding:
 
 def computed_in(platform: str, product: Product) -> str:
     """The arithmetic of a product: ``"float32"``, ``"TF32"``, ``"bfloat16"``; the operands' type if
-    that is narrower.
-    """
+    that is narrower."""
     kind = product.operands[0]
     if kind != "f32":
         return {"bf16": "bfloat16", "f16": "float16"}.get(kind, kind)
@@ -150,8 +148,7 @@ def findings(request: Request, program: Program) -> list[Finding]:
 
     It holds if both operands of every convolution and product have the precision that the request
     asks for at their slot, if no value has a narrower type where the request asks for float32 at
-    ``"highest"`` everywhere, and if there is at least one convolution or product.
-    """
+    ``"highest"`` everywhere, and if there is at least one convolution or product."""
     platform = request.parsed_target.platform
     found = []
     for product in program.products:

@@ -1,6 +1,5 @@
 """The programs that are compiled: inference, and one training step, over the devices of a topology
-that need not be present.
-"""
+that need not be present."""
 
 from __future__ import annotations
 
@@ -43,8 +42,7 @@ def _model(request: Request) -> nnx.Module:
 
 def _loss(outputs: jax.Array, target: jax.Array) -> jax.Array:
     """Cross-entropy if the target is labels ``(N,)``; else the mean of ``outputs * target``, whose
-    gradient is ``target`` up to a factor.
-    """
+    gradient is ``target`` up to a factor."""
     if target.ndim == 1:
         return jnp.mean(
             optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), target)

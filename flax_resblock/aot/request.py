@@ -1,6 +1,5 @@
 """What to compile and for which target: a value that can be compared, hashed and sent to another
-process.
-"""
+process."""
 
 from __future__ import annotations
 

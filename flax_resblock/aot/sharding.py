@@ -1,6 +1,5 @@
 """Which all-reduces a training step over several devices must have, from the description of the
-network alone; and whether the compiled one has them.
-"""
+network alone; and whether the compiled one has them."""
 
 from __future__ import annotations
 
@@ -14,12 +13,10 @@ from flax_resblock.config import Branch, Config, SlotKind, walk
 
 _PER_NORM = 3
 """All-reduces that each norm waits for with global statistics: of the mean, of its correction and
-the squares, and of the sums of its backward pass.
-"""
+the squares, and of the sums of its backward pass."""
 _STATISTICS = 4
 """Values per channel of a norm in them, besides the gradients of scale and bias, which the backward
-pass needs anyway: the mean, its correction, the squares, and one sum more.
-"""
+pass needs anyway: the mean, its correction, the squares, and one sum more."""
 _BETWEEN_SLICES = {"send", "recv", "all-gather"}
 
 
@@ -48,8 +45,7 @@ def expected(config: Config, batch_norm: str) -> Expected:
     first they may travel alone, as their values are ready at another time; the compiler decides.
 
     The bias of a shortcut's norm and that of the block's last norm have the same gradient, unless
-    attention weighs the main path in between. The compiler sums the gradient once for both.
-    """
+    attention weighs the main path in between. The compiler sums the gradient once for both."""
     slots = list(walk(config))
     norms = [slot for slot in slots if slot.kind is SlotKind.NORM]
     weighed = {(s.stage, s.block) for s in slots if s.branch is Branch.ATTENTION}
@@ -85,8 +81,7 @@ def differences(request: Request, program: Program, devices: int) -> list[str]:
     On one TPU slice the number of values in all-reduces must be exact. On TPUs the number of
     all-reduces must be within its bounds. Between slices every all-reduce goes on over the network,
     as sends and receives of padded pieces that are gathered again. The CUDA compiler joins
-    all-reduces by size, so that only collectives of another kind are reported.
-    """
+    all-reduces by size, so that only collectives of another kind are reported."""
     kinds = Counter(collective.kind for collective in program.collectives)
     if not is_step_on_several(request, devices):
         return (

@@ -1,6 +1,5 @@
 """The chips that can be compiled for, and their names: ``tpu:v5e:2x2``, ``tpu:v4``,
-``cuda:h100:8``.
-"""
+``cuda:h100:8``."""
 
 from __future__ import annotations
 

@@ -30,8 +30,7 @@ def _sgd() -> optax.GradientTransformationExtraArgs:
 
 def train_step(task: Task) -> Callable[[], float]:
     """The step of :mod:`train`, as ``flax-resblock train`` runs it; of a bare block, the same with
-    the mean square as loss.
-    """
+    the mean square as loss."""
     model = flax_resblock.load(task.weights)
     images, labels = (jnp.asarray(array) for array in batch_of(task.case))
     optimizer = _sgd()
@@ -89,8 +88,7 @@ def forward(task: Task) -> Callable[[], jax.Array]:
 
 def conversion(task: Task) -> Callable[[], Any]:
     """From PyTorch's names and layout in a file to a model on the device; or the least that this
-    can be, its bytes copied in memory.
-    """
+    can be, its bytes copied in memory."""
     path = task.weights
     if task.how == "copy":
         from safetensors.numpy import load_file

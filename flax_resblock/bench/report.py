@@ -54,8 +54,7 @@ def machine_line(found: dict[str, Any]) -> str:
 
 def table(case: BenchCase, results: Sequence[Result]) -> Table:
     """One row per contestant: medians with quartiles; seconds until the first result, and of a
-    process that finds it compiled; memory.
-    """
+    process that finds it compiled; memory."""
     found = Table(title=case.title, title_justify="left")
     found.add_column("", no_wrap=True)
     for column in ("ms", "ratio", "first s", "cached s", "peak MiB"):
@@ -103,8 +102,7 @@ def content(
 
 def markdown_table(found: dict[str, Any]) -> str:
     """The table for a document, from :func:`content`: PyTorch eager's milliseconds, ratios of the
-    others to it with quartiles, of our peak memory to its.
-    """
+    others to it with quartiles, of our peak memory to its."""
     lines = [
         "| | PyTorch eager | torch.compile | flax-resblock | plain XLA | peak memory |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

@@ -1,6 +1,5 @@
 """Runs a network in PyTorch and in Flax side by side, compares every tensor, and explains any
-difference in words.
-"""
+difference in words."""
 
 from __future__ import annotations
 

@@ -23,15 +23,13 @@ from flax_resblock.parity.taps import Trace
 
 def quantity_of(key: tuple[str, str]) -> str:
     """``"forward"``, ``"connection"``, ``"running statistics"`` or a gradient, whatever the
-    mode.
-    """
+    mode."""
     return key[0].removeprefix("isolated ").removeprefix("train ")
 
 
 class Anatomy:
     """A pair taken apart in one mode: what the reference has at every place, and what each side has
-    there when it is fed the same.
-    """
+    there when it is fed the same."""
 
     def __init__(self, pair: Pair, images: np.ndarray, train: bool, gradients: bool) -> None:
         self.pair, self.images, self.train = pair, np.asarray(images, np.float64), train
@@ -79,8 +77,7 @@ class Anatomy:
 
     def findings(self) -> Iterator[Diagnosis]:
         """Every place that is wrong by itself, in forward order; statistics and gradients last, and
-        only where the values are right.
-        """
+        only where the values are right."""
         yield from self.raised
         order = {name: i for i, name in enumerate(self.reference.activations)}
 
@@ -170,8 +167,7 @@ class Anatomy:
 
     def _before(self, slot: str) -> Mapping[str, np.ndarray]:
         """Outputs of the slots that ran before this one. A block runs before its layers do, but is
-        complete after them.
-        """
+        complete after them."""
         outputs = self.reference.activations
         if slot not in outputs:
             return outputs
@@ -183,8 +179,7 @@ class Anatomy:
 
     def _is_cut_off(self, slot: str, tensors: Tensors) -> bool:
         """Whether what a block gives was computed from what its layers were made to give; not so
-        where none of them could be hooked.
-        """
+        where none of them could be hooked."""
         captured = {key[1] for key in tensors if quantity_of(key) == "forward"}
         inside = [name for name in self.reference.activations if self._inside(name, slot)]
         return not inside or any(name in captured for name in inside)

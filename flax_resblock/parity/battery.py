@@ -2,8 +2,7 @@
 new version of a framework, is tried on.
 
 They are generated from the literals of the configurations, so that a new option cannot be
-forgotten; only what has numbers instead of choices is listed.
-"""
+forgotten; only what has numbers instead of choices is listed."""
 
 from __future__ import annotations
 

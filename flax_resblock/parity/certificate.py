@@ -34,8 +34,7 @@ _LONGEST = 255
 
 Hashes = str | dict[str, str]
 """SHA-256 of a file; of a folder or a set of shards: of each of its files, by sorted relative
-name.
-"""
+name."""
 
 
 def _sha256(file: Path) -> str:
@@ -228,8 +227,7 @@ def _change(name: str, before: Mapping[str, str], now: Mapping[str, str], otherw
 
 def _changed_tensors(out: Path, expected: Mapping[str, str]) -> Iterator[str]:
     """Reads the tensors past the digests that the file itself carries, which would refuse it as a
-    whole.
-    """
+    whole."""
     try:
         if out.is_dir():
             record = read_orbax(out)
@@ -255,8 +253,7 @@ def _changed_tensors(out: Path, expected: Mapping[str, str]) -> Iterator[str]:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Of this library, of Python, and of those packages that are installed (torch is not on every
-    TPU host).
-    """
+    TPU host)."""
     from flax_resblock._version import __version__
 
     found = {"flax_resblock": __version__, "python": platform.python_version()}

@@ -1,6 +1,5 @@
 """The last step of a conversion: opens its output again, runs it in both frameworks, and adds an
-entry to the folder's ``parity.json``.
-"""
+entry to the folder's ``parity.json``."""
 
 from __future__ import annotations
 
@@ -37,8 +36,7 @@ BATCH = 2
 
 def refuse_foreign_certificate(out: Path) -> None:
     """Raises InputError where the certificate would go to a file that is none; such a file is never
-    replaced.
-    """
+    replaced."""
     path = certificate_of(out)
     if not os.path.lexists(path):
         return
@@ -54,8 +52,7 @@ def refuse_foreign_certificate(out: Path) -> None:
 
 def provenance(source: OpenedCheckpoint) -> dict[str, Any]:
     """What a checkpoint is called, without its folder, and the SHA-256 of its file, of its files,
-    or of a shard index and its shards.
-    """
+    or of a shard index and its shards."""
     path = Path(source.record.source)
     if path.suffix != ".json":
         return {"path": path.name, "sha256": hashes(path)}
@@ -71,8 +68,7 @@ def provenance(source: OpenedCheckpoint) -> dict[str, Any]:
 @contextmanager
 def _interrupts_later() -> Iterator[None]:
     """Holds an interrupt back until the block has ended: the frameworks crash the process when one
-    meets them half imported.
-    """
+    meets them half imported."""
     if (
         threading.current_thread() is not threading.main_thread()
     ):  # interrupts go to the main thread, and only it may hold them

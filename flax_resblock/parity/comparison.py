@@ -145,8 +145,7 @@ def compare_pair(
 @dataclass
 class _Referee:
     """Runs both sides of a part in step, compares their tensors, and keeps the histogram of the
-    worst one. The tensors themselves are freed as soon as they are compared.
-    """
+    worst one. The tensors themselves are freed as soon as they are compared."""
 
     tolerance: Tolerance | None
     histogram: Histogram | None = field(default=None)

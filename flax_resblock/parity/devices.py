@@ -1,8 +1,7 @@
 """Devices by name, and the settings under which both frameworks compute exactly and repeatably.
 
 This module imports torch only in the functions that need it, so that :func:`jax_device` works on a
-TPU host without torch.
-"""
+TPU host without torch."""
 
 from __future__ import annotations
 
@@ -31,8 +30,7 @@ ACCELERATORS = ("cuda", "mps", "xpu")
 
 def _jax_devices() -> list[JaxDevice]:
     """The devices of every backend that starts, the preferred one first; none where no backend
-    starts.
-    """
+    starts."""
     try:
         found = [device for client in backends().values() for device in client.devices()]
         preferred = jax.devices()[0].platform
@@ -211,8 +209,7 @@ XLA_FLAG = "--xla_gpu_deterministic_ops=true"
 
 def make_xla_deterministic() -> None:
     """Adds :data:`XLA_FLAG` to ``XLA_FLAGS``. Works until jax starts its first backend. A value
-    that you have set yourself is kept.
-    """
+    that you have set yourself is kept."""
     flags = os.environ.get("XLA_FLAGS", "")
     if XLA_FLAG.split("=")[0] not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {XLA_FLAG}".strip()
@@ -220,8 +217,7 @@ def make_xla_deterministic() -> None:
 
 def settings_in_force() -> dict[str, str]:
     """What :func:`strict` sets, read back within it; and the flag of
-    XLA.
-    """
+    XLA."""
     import torch
 
     backends: Any = torch.backends

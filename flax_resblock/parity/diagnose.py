@@ -1,7 +1,6 @@
 """Diagnoses a difference: cuts the network into slots, finds the slots that are wrong by
 themselves, and tests the known mistakes against their data. If only the output can be captured,
-bisection finds the layer.
-"""
+bisection finds the layer."""
 
 from __future__ import annotations
 
@@ -94,8 +93,7 @@ def _narrow_arithmetic(
     anatomy: Anatomy, precision: Precision, devices: Devices
 ) -> Iterator[Diagnosis]:
     """Layers of a pair taken apart in evaluation mode whose error in one precision is larger than
-    that precision explains, though float64 is right.
-    """
+    that precision explains, though float64 is right."""
     pair, images, part = anatomy.pair, anatomy.images, Isolated(False, anatomy.reference)
     sides: dict[Side, Tensors] = {
         "torch": next(part.run("torch", pair, precision, images, devices.of(precision))),

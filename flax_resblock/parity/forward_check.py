@@ -156,8 +156,7 @@ class _Check:
         """The first size at which the module runs.
 
         A size that leaves a last feature map of a single pixel comes last, because global average
-        and max pooling are the same there.
-        """
+        and max pooling are the same there."""
         raised = {}
         sizes = sorted(SIZES, key=lambda size: size <= _total_stride(self.config))
         for size in sizes:
@@ -307,8 +306,7 @@ def _tensors(output: Any) -> list[torch.Tensor]:
 def _as_shape(tensor: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray | None:
     """The tensor in Flax's layout; None where it does not have the shape.
 
-    Pooled features may keep two axes of length one.
-    """
+    Pooled features may keep two axes of length one."""
     if tensor.ndim == 4 and len(shape) == 2 and tuple(tensor.shape[2:]) == (1, 1):
         tensor = tensor.flatten(1)
     array = as_array(tensor)
@@ -361,8 +359,7 @@ def _global_state_kept() -> Iterator[None]:
 def _runnable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """A copy of the module in evaluation mode and float32 on the CPU.
 
-    Where the module cannot be copied it is the module itself, restored afterwards.
-    """
+    Where the module cannot be copied it is the module itself, restored afterwards."""
     with ExitStack() as stack:
         try:
             twin = copy.deepcopy(module)
@@ -404,8 +401,7 @@ def _restored(module: torch.nn.Module) -> Iterator[None]:
 def _randomise(module: torch.nn.Module) -> None:
     """Gives the module random weights in place, and norms that look trained.
 
-    The norms' scales are small enough for the activations of a deep network not to overflow.
-    """
+    The norms' scales are small enough for the activations of a deep network not to overflow."""
     generator = torch.Generator().manual_seed(0)
     for part in module.modules():
         for parameter in part.parameters(recurse=False):

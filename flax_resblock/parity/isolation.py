@@ -41,8 +41,7 @@ the slot) and ``connection gradient`` (from the slots that follow)."""
 
 def cotangent_of(kind: str, name: str, shape: Iterable[int]) -> np.ndarray:
     """What flows back into a slot's own output (``kind="own"``) or out of what arrives at it
-    (``"incoming"``): random, and the same on every side.
-    """
+    (``"incoming"``): random, and the same on every side."""
     return np.random.default_rng(zlib.crc32(f"{kind} {name}".encode())).standard_normal(
         tuple(shape)
     )
@@ -60,8 +59,7 @@ def isolate_flax(
     gradients: bool,
 ) -> Isolation:
     """The Flax side; ``reference.inputs`` and ``reference.activations`` hold every slot of
-    ``slots``.
-    """
+    ``slots``."""
     with precision.on_jax(device):
         graphdef, params, rest = split_model(model, train)
         by_path = {path: name for name, path in slots.items()}

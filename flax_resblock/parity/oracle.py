@@ -2,8 +2,7 @@
 
 float64: relative difference at most 1e-12, which proves that the algorithms are the same. Lower
 precisions: the error against the float64 truth is at most four times PyTorch's own error, or 8 ulp.
-PyTorch's rounding is the yardstick, not an invented tolerance.
-"""
+PyTorch's rounding is the yardstick, not an invented tolerance."""
 
 from __future__ import annotations
 
@@ -57,16 +56,14 @@ class Verdict:
 @dataclass(frozen=True)
 class Tolerance:
     """A criterion of the caller's own in place of the oracle's: every element within ``atol + rtol
-    |torch|``, as in ``numpy.allclose``.
-    """
+    |torch|``, as in ``numpy.allclose``."""
 
     rtol: float
     atol: float
 
     def excess(self, flax: np.ndarray, torch: np.ndarray) -> float:
         """The largest ``|flax - torch| / (atol + rtol |torch|)``; infinite where shapes or
-        non-finite values differ.
-        """
+        non-finite values differ."""
         flax, torch = np.asarray(flax, np.float64), np.asarray(torch, np.float64)
         if flax.shape != torch.shape:
             return float("inf")
@@ -202,8 +199,7 @@ class Comparison:
 
     def first_divergence(self, quantity: str, precision: str) -> Measurement | None:
         """The first row that failed: in forward order, gradients of activations in backward order
-        (from the output to the input).
-        """
+        (from the output to the input)."""
         rows = [m for m in self.measurements if (m.quantity, m.precision) == (quantity, precision)]
         if quantity == "activation gradient":
             rows = [
@@ -217,8 +213,7 @@ def histogram_of(
     row: Measurement, flax: np.ndarray, torch: np.ndarray, truth: np.ndarray
 ) -> Histogram | None:
     """Element errors on a logarithmic scale; None where nothing is finite. ``torch`` may be sampled
-    already.
-    """
+    already."""
     elements = truth.size
     truth = np.asarray(sampled(truth), np.float64)
     rms = float(np.sqrt(np.mean(np.square(truth)))) if truth.size else 0.0

@@ -25,8 +25,7 @@ UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 class Row(NamedTuple):
     """One measurement, with the fields of the JSON report. Not a dataclass: a template reads
-    thousands of them.
-    """
+    thousands of them."""
 
     number: int
     quantity: str

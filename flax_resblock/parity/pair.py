@@ -1,6 +1,5 @@
 """What is compared: a PyTorch module and an nnx module, and the table that says which of their
-tensors and layers are the same.
-"""
+tensors and layers are the same."""
 
 from __future__ import annotations
 
@@ -56,8 +55,7 @@ class Precision:
     @contextmanager
     def on_jax(self, device: JaxDevice | None) -> Iterator[None]:
         """Within it jax computes on a device (None: its default), in this precision and no less,
-        products included.
-        """
+        products included."""
         with self.of_jax(), jax.default_device(device), jax.default_matmul_precision("highest"):
             yield
 
@@ -120,8 +118,7 @@ class Pair(ABC):
 
     def specification(self) -> Pair | None:
         """A pair whose PyTorch side is known to be right, where there is one: a diagnosis then says
-        which side is wrong.
-        """
+        which side is wrong."""
         return None
 
     @abstractmethod
@@ -131,8 +128,7 @@ class Pair(ABC):
     @abstractmethod
     def flax(self, precision: Precision) -> nnx.Module:
         """An nnx module of our own with its tensors in ``precision.storage``; call it within
-        ``precision.of_jax()``.
-        """
+        ``precision.of_jax()``."""
 
 
 Rows = Mapping[str, Any]
@@ -230,8 +226,7 @@ class ModulePair(Pair):
     @property
     def flax_slots(self) -> Mapping[str, Path]:
         """Attribute path of every layer that holds a tensor of the table, and of those given as
-        ``slots``.
-        """
+        ``slots``."""
         return {name: path for name, (_, path) in self._slots.items()}
 
     @property
@@ -245,8 +240,7 @@ class ModulePair(Pair):
 
     def flax(self, precision: Precision) -> nnx.Module:
         """A copy in ``precision.storage``; layers that have a ``dtype`` compute in
-        ``precision.compute``.
-        """
+        ``precision.compute``."""
         model = nnx.clone(self._flax)
         for path, variable in nnx.to_flat_state(
             nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))

@@ -1,6 +1,5 @@
 """The parts of a comparison. Each part runs one framework in one precision and yields its tensors
-by quantity and slot, in Flax's memory layout.
-"""
+by quantity and slot, in Flax's memory layout."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ from flax_resblock.parity.taps import (
 
 Key = tuple[str, str]
 """Quantity and slot, ``("train forward", "stage1.0.conv1")``. Where a slot has several tensors, the
-name of the tensor follows after a slash.
-"""
+name of the tensor follows after a slash."""
 
 Tensors = dict[Key, np.ndarray]
 
@@ -189,8 +187,7 @@ class Forward(Part):
 @dataclass(frozen=True)
 class Statistics(Part):
     """Running statistics after several batches in training mode. Later batches show what the first
-    one can hide, such as a wrong weight of the old value.
-    """
+    one can hide, such as a wrong weight of the old value."""
 
     batches: tuple[np.ndarray, ...]
 

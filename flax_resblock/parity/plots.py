@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID, FLAX, TORCH, FAIL = (f"#01020{i}" for i in range(6))
 """Stand-ins: matplotlib draws in them, and the SVG gets the page's CSS variables instead, which
-follow the reader's light or dark mode.
-"""
+follow the reader's light or dark mode."""
 
 VARIABLES = {
     INK: "--ink",
@@ -36,8 +35,7 @@ VARIABLES = {
 
 WIDTH, HEIGHT, FONT, LEFT = 470, 262, 13, 0.12
 """In the SVG's own units; a panel 340 pixels wide, on a phone, still has text of 9 pixels. ``LEFT``
-is a share of the width.
-"""
+is a share of the width."""
 
 GROUPS = 9
 """Stages that are named below a plot; where there are more, only the ends are."""
@@ -49,8 +47,7 @@ WORDS = 12
 @contextmanager
 def _settings() -> Iterator[None]:
     """The same plot whatever the user's matplotlibrc says; dollar signs in names are no
-    formulas.
-    """
+    formulas."""
     from matplotlib import style
 
     ours = {
@@ -204,8 +201,7 @@ def histogram_plot(
     edges: Sequence[float], flax: Sequence[int], torch: Sequence[int], name: str, label: str
 ) -> str:
     """Elements per bin; arguments as in the JSON report (``edges`` are logarithms to base 10),
-    ``name``, ``label`` and result as for :func:`depth_plot`.
-    """
+    ``name``, ``label`` and result as for :func:`depth_plot`."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _panel(bottom=0.2)
@@ -236,8 +232,7 @@ MARKERS: dict[str, dict[str, Any]] = {
     "failed": {"grow": 1.5, "line": {"marker": "x", "mec": FAIL, "mew": 2.1}},
 }
 """Shape before colour: a dot, a hollow triangle on the bottom edge for no error at all, a cross for
-a failure.
-"""
+a failure."""
 
 
 def _shape(value: float, passed: bool) -> str:
@@ -267,8 +262,7 @@ def _power(exponent: float) -> str:
 
 def _scale(axes: Axes, values: Iterable[float]) -> tuple[float, float]:
     """A logarithmic axis for everything positive and finite, with a margin; returns its two
-    ends.
-    """
+    ends."""
     logs = [math.log10(v) for v in values if math.isfinite(v) and v > 0] or [-16.0]
     low, high = min(logs), max(logs)
     margin = max(2.2 - (high - low), 0.3)
@@ -325,8 +319,7 @@ def _short(text: str, length: int) -> str:
 
 def _svg(figure: Figure, name: str, label: str, titles: Mapping[str, Sequence[str]]) -> str:
     """The figure as an element of a page: its colours are variables, its identifiers begin with
-    ``name``, it names no other document.
-    """
+    ``name``, it names no other document."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     root = ElementTree.fromstring(buffer.getvalue())
@@ -362,8 +355,7 @@ def _svg(figure: Figure, name: str, label: str, titles: Mapping[str, Sequence[st
 
 def _attributes(attributes: Mapping[str, str], name: str) -> dict[str, str]:
     """What a page needs of them: no fonts, no clipping (nothing lies outside the axes), no
-    identifiers that nothing uses; numbers to a tenth.
-    """
+    identifiers that nothing uses; numbers to a tenth."""
     kept = {}
     for key, value in attributes.items():
         key = key.rpartition("}")[2]

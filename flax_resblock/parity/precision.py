@@ -40,14 +40,12 @@ DTYPES: dict[str, Any] = {
 
 _ROWS, _CHANNELS = 256, 64
 """Of a probe: 16 images of 8x8 pixels at stride 2. Wide enough for the kernels that real networks
-get, cheap enough to run before every verification.
-"""
+get, cheap enough to run before every verification."""
 
 
 def _mantissas(bits: np.ndarray, rng: np.random.Generator, dense: bool) -> np.ndarray:
     """``1.b1 b2 ... bk`` with the last bit set: exactly ``bits`` explicit mantissa bits, int64 in
-    units of ``2^-52``; those between random where ``dense``.
-    """
+    units of ``2^-52``; those between random where ``dense``."""
     one = np.int64(1)
     last = one << (52 - bits)
     between = rng.integers(0, one << 52, bits.shape) & ~(2 * last - 1) if dense else 0
@@ -58,8 +56,7 @@ def _probe(
     rng: np.random.Generator, shape: tuple[int, int], limit: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Values that need 1, 2, ... ``limit`` bits, in float64, and how many each needs; a third of
-    them ``1 + 2^-k``, of either sign.
-    """
+    them ``1 + 2^-k``, of either sign."""
     bits = np.resize(np.arange(1, limit + 1), shape)
     values = np.where(
         rng.random(shape) < 1 / 3, _mantissas(bits, rng, False), _mantissas(bits, rng, True)
@@ -169,8 +166,7 @@ def _kernel(weights: np.ndarray) -> np.ndarray:
 
 def _flax_operations(device: JaxDevice) -> dict[str, Operation]:
     """Precision is left to jax's setting, as the models leave it. Run as compiled functions, as in
-    a model.
-    """
+    a model."""
     conv = jax.jit(
         lambda x, w: convolve(x, w, stride=2, padding=1, dilation=1, groups=1, precision=None)
     )

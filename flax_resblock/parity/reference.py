@@ -1,6 +1,5 @@
 """The reference models: one network in both frameworks and in any precision, from one checkpoint;
-and how its output depends on the assumptions that were made in reading it.
-"""
+and how its output depends on the assumptions that were made in reading it."""
 
 from __future__ import annotations
 
@@ -132,8 +131,7 @@ class ReferencePair(Pair):
 
     def specification(self) -> ReferencePair | None:
         """The same network with the reference of ``torch_ref`` as its PyTorch side; None where it
-        already is.
-        """
+        already is."""
         if self.module is None:
             return None
         return ReferencePair(

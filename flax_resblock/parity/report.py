@@ -111,8 +111,7 @@ def criterion_of(comparison: Comparison) -> str:
 
 def summary_table(comparison: Comparison) -> Table:
     """One row per precision and quantity: how many tensors, the worst one and its error against the
-    limit.
-    """
+    limit."""
     table = Table(
         "precision",
         "quantity",
@@ -266,8 +265,7 @@ class Clock:
 
     def facts(self, images: np.ndarray, seed: int, devices: Devices) -> dict[str, Any]:
         """Input, devices, versions, time and memory; the peak is that of the whole process so
-        far.
-        """
+        far."""
         batch, *shape = images.shape
         size: dict[str, Any] = (
             dict(zip(("height", "width", "channels"), shape, strict=False))

@@ -54,8 +54,7 @@ def hooked(
     model: nnx.Module, on_input: Callable[[Path, Any], Any], on_output: Callable[[Path, Any], Any]
 ) -> Iterator[None]:
     """Within the block a submodule of ``model`` is called with ``on_input(path, x)`` and returns
-    ``on_output(path, y)``.
-    """
+    ``on_output(path, y)``."""
     places: dict[int, Any] = {id(module): path for path, module in nnx.iter_modules(model)}
     defining = {
         next(base for base in type(m).__mro__ if "__call__" in base.__dict__)
@@ -232,8 +231,7 @@ def gradient_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def split_model(model: nnx.Module, train: bool, variables: Any = nnx.Param) -> tuple[Any, Any, Any]:
     """Graph, one kind of variables (the parameters) and everything else of a copy of the model in
-    training or evaluation mode.
-    """
+    training or evaluation mode."""
     copied = nnx.clone(model)
     (copied.train if train else copied.eval)()
     graphdef, chosen, rest = nnx.split(copied, variables, ...)

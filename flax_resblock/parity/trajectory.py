@@ -1,6 +1,5 @@
 """The same training run in both frameworks: same batches, same optimizer, everything compared after
-every step.
-"""
+every step."""
 
 from __future__ import annotations
 
@@ -212,8 +211,7 @@ class Trajectory(Part):
 
 def moderate(part: Trajectory, pair: Pair) -> Trajectory:
     """The same with a learning rate at which the first step moves no tensor by more than
-    :data:`FIRST_STEP` of its norm; as it is where it has a rate.
-    """
+    :data:`FIRST_STEP` of its norm; as it is where it has a rate."""
     if part.recipe.learning_rate:
         return part
     precision = PRECISIONS["float64"]
@@ -235,8 +233,7 @@ def moderate(part: Trajectory, pair: Pair) -> Trajectory:
 
 def own_spread(part: Trajectory, pair: Pair, images: np.ndarray) -> float:
     """How far PyTorch's float64 run ends from itself when its input moves by one unit in the last
-    place: the largest relative difference at any step.
-    """
+    place: the largest relative difference at any step."""
     moved = images * (
         1 + float(np.finfo(np.float64).eps) * np.random.default_rng(2).integers(-1, 2, images.shape)
     )

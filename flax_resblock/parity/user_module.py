@@ -1,6 +1,5 @@
 """Compares a user's own PyTorch module with the specification: the reference model in Flax, the
-shapes and strides that the module declares, and known mistakes in a block.
-"""
+shapes and strides that the module declares, and known mistakes in a block."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ BLOCK_CASES = (
     {"in_channels": 8, "out_channels": 8, "stride": 2},
 )
 """Arguments for a block whose constructor asks for channels: the identity skip, new channels, a
-stride. Together they tell the known faults apart.
-"""
+stride. Together they tell the known faults apart."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Known mistakes in a network, each as a formula for what this side would have computed. A mistake
-is the cause if its formula agrees with the data.
-"""
+is the cause if its formula agrees with the data."""
 
 from __future__ import annotations
 
@@ -17,13 +16,11 @@ from flax_resblock.parity.pair import Side, dotted
 
 MATCH = 1e-9
 """Relative difference below which a formula explains what a side computed; formulas are evaluated
-in float64.
-"""
+in float64."""
 
 FORMATS = {"bfloat16": 7, "TF32": 10, "float32": 23}
 """Explicit mantissa bits of the formats that arithmetic may have been done in instead of
-float64.
-"""
+float64."""
 
 
 class Cause(NamedTuple):
@@ -74,8 +71,7 @@ class Diagnosis:
 
 def evidence_for(cause: Cause | None, difference: float, against: str) -> str:
     """Why a cause is believed: how well its formula agrees, and how large the relative difference
-    is that it explains.
-    """
+    is that it explains."""
     if cause is None:
         return (
             f"the relative difference to {against} is {difference:.1e}; none of the known mistakes "
@@ -118,8 +114,7 @@ def explain(
 
 def rounded(values: np.ndarray, mantissa_bits: int) -> np.ndarray:
     """Values with so many explicit mantissa bits, rounded to the nearest even, exponents
-    unlimited.
-    """
+    unlimited."""
     mantissa, exponent = np.frexp(np.asarray(values, np.float64))
     return np.ldexp(
         np.rint(mantissa * 2.0 ** (mantissa_bits + 1)) / 2.0 ** (mantissa_bits + 1), exponent
@@ -128,8 +123,7 @@ def rounded(values: np.ndarray, mantissa_bits: int) -> np.ndarray:
 
 def effective_bits(value: np.ndarray, truth: np.ndarray) -> float:
     """Mantissa bits that survived, from the size of the error: a value rounded to ``b`` explicit
-    bits has a relative error of about ``2**-b / 3.5``.
-    """
+    bits has a relative error of about ``2**-b / 3.5``."""
     error = relative_l2(value, truth)
     return float(-np.log2(error * 3.5)) if 0 < error < float("inf") else 52.0
 
@@ -214,8 +208,7 @@ def _tensor_candidates(
 
 def _one_element(value: np.ndarray, right: np.ndarray) -> Cause | None:
     """A few wrong elements in a tensor that is right otherwise; or one that has nothing to do with
-    what it should be.
-    """
+    what it should be."""
     if value.shape != right.shape:
         return Cause(
             "wrong-shape", f"has the shape {list(value.shape)} instead of {list(right.shape)}", 0.0

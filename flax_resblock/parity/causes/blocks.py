@@ -36,8 +36,7 @@ class BlockEnd:
     @property
     def added(self) -> np.ndarray:
         """What is added to the main path: ``skip``, or the input, zero-padded where the block
-        widens it.
-        """
+        widens it."""
         if self.skip is not None:
             return self.skip
         fits = self.x.shape == self.main.shape

@@ -214,8 +214,7 @@ _FLATTENED: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def _pooling(connection: Connection, value: np.ndarray) -> Iterator[Candidate]:
     """What comes between the last image and a linear layer: an activation, and a way from the image
-    to a vector.
-    """
+    to a vector."""
     truth = connection.truth
     if truth.ndim != 2:
         return

@@ -25,8 +25,7 @@ from flax_resblock.parity.oracle import relative_l2
 
 def explain_layer(layer: LayerRun, value: np.ndarray, limit: float = MATCH) -> Cause | None:
     """The mistake by which the layer gives ``value``; ``limit`` as for
-    :func:`flax_resblock.parity.causes.explain`.
-    """
+    :func:`flax_resblock.parity.causes.explain`."""
     if np.isfinite(layer.truth).all() and not np.isfinite(value).all():
         return Cause(
             "non-finite",
