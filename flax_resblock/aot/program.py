@@ -138,11 +138,9 @@ def lower(request: Request, devices: Sequence[Any]) -> Any:
     ):  # as on a host of that device; this one may have only a CPU
         if request.exported:
             return _lower_exported(request, mesh)
-        return (
-            _lower_forward(request, mesh)
-            if request.what == "forward"
-            else _lower_step(request, mesh)
-        )
+        if request.what == "forward":
+            return _lower_forward(request, mesh)
+        return _lower_step(request, mesh)
 
 
 def _spec(mesh: Mesh, spec: P, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:

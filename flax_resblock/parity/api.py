@@ -262,11 +262,9 @@ def _torch_output(pair: Pair, images: np.ndarray, train: bool) -> np.ndarray:
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
-    return (
-        f"{type(error).__name__}: {text.splitlines()[0][:300].rstrip('.')}"
-        if text
-        else type(error).__name__
-    )
+    if text:
+        return f"{type(error).__name__}: {text.splitlines()[0][:300].rstrip('.')}"
+    return type(error).__name__
 
 
 def _chaos(

@@ -58,11 +58,9 @@ def hashes(path: Path) -> Hashes:
       CheckpointError: It cannot be read.
     """
     try:
-        return (
-            {name: _sha256(path / name) for name in _files(path)}
-            if path.is_dir()
-            else _sha256(path)
-        )
+        if path.is_dir():
+            return {name: _sha256(path / name) for name in _files(path)}
+        return _sha256(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 
@@ -136,11 +134,9 @@ def _flaw(name: str, entry: Any) -> str | None:
     outside = (
         [file for file in expected if not _is_inside(file)] if isinstance(expected, dict) else []
     )
-    return (
-        f"{outside[0][:120]!r} in the entry of {name!r} leads out of its folder"
-        if outside
-        else None
-    )
+    if outside:
+        return f"{outside[0][:120]!r} in the entry of {name!r} leads out of its folder"
+    return None
 
 
 def _is_inside(name: str) -> bool:

@@ -61,11 +61,9 @@ class Precision:
 
     def of_torch(self, device: torch.device) -> AbstractContextManager[Any]:
         """Within it torch computes in this precision and no less."""
-        return (
-            nullcontext()
-            if self.compute is None
-            else torch.autocast(device.type, dtype=torch.bfloat16)
-        )
+        if self.compute is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 PRECISIONS: Mapping[str, Precision] = MappingProxyType(

@@ -148,58 +148,36 @@ def _tensor_candidates(
 ) -> Iterator[Candidate]:
     right = expected[path]
     if right.ndim == 4:
-        yield (
-            "flipped-kernel",
-            "holds the kernel flipped in height and width (a convolution, not a cross-correlation)",
-            lambda: right[::-1, ::-1],
+        words = (
+            "holds the kernel flipped in height and width (a convolution, not a cross-correlation)"
         )
+        yield "flipped-kernel", words, lambda: right[::-1, ::-1]
         yield "flipped-kernel", "holds the kernel flipped in height", lambda: right[::-1]
         yield "flipped-kernel", "holds the kernel flipped in width", lambda: right[:, ::-1]
-        yield (
-            "transposed-kernel",
-            "holds the kernel with height and width exchanged",
-            lambda: right.transpose(1, 0, 2, 3),
-        )
-        yield (
-            "transposed-kernel",
-            "holds the kernel with input and output channels exchanged",
-            lambda: right.transpose(0, 1, 3, 2),
-        )
-        yield (
-            "reshaped-kernel",
-            "holds the OIHW kernel reshaped to HWIO instead of transposed",
-            lambda: right.transpose(3, 2, 0, 1).reshape(right.shape),
-        )
-        yield (
-            "reversed-channels",
-            "holds the kernel with its input channels in reverse order (RGB and BGR)",
-            lambda: right[:, :, ::-1],
-        )
+        words = "holds the kernel with height and width exchanged"
+        yield "transposed-kernel", words, lambda: right.transpose(1, 0, 2, 3)
+        words = "holds the kernel with input and output channels exchanged"
+        yield "transposed-kernel", words, lambda: right.transpose(0, 1, 3, 2)
+        words = "holds the OIHW kernel reshaped to HWIO instead of transposed"
+        yield "reshaped-kernel", words, lambda: right.transpose(3, 2, 0, 1).reshape(right.shape)
+        words = "holds the kernel with its input channels in reverse order (RGB and BGR)"
+        yield "reversed-channels", words, lambda: right[:, :, ::-1]
     if right.ndim == 2:
         yield "transposed-kernel", "holds the matrix transposed", lambda: right.T
-        yield (
-            "reshaped-kernel",
-            "holds PyTorch's matrix reshaped instead of transposed",
-            lambda: right.T.reshape(right.shape),
-        )
+        words = "holds PyTorch's matrix reshaped instead of transposed"
+        yield "reshaped-kernel", words, lambda: right.T.reshape(right.shape)
     for other, theirs in expected.items():
         if other != path and theirs.shape == right.shape and theirs.size > 1 and np.ptp(theirs) > 0:
             name = dotted(other)
             yield "swapped-tensor", f"holds the data of {name}", lambda t=theirs: t
     start = {"scale": 1.0, "bias": 0.0, "mean": 0.0, "var": 1.0}.get(str(path[-1]))
     if start is not None:
-        yield (
-            "stale-tensor",
-            f"still holds the initial {start:g}: it was never filled",
-            lambda: np.full(right.shape, start),
-        )
+        words = f"still holds the initial {start:g}: it was never filled"
+        yield "stale-tensor", words, lambda: np.full(right.shape, start)
     yield "stale-tensor", "holds zeros: it was never filled", lambda: np.zeros(right.shape)
     for name, bits in FORMATS.items():
-        yield (
-            "rounded-weights",
-            f"holds the tensor rounded to {name} ({bits} mantissa bits)",
-            lambda b=bits: rounded(right, b),
-        )
+        words = f"holds the tensor rounded to {name} ({bits} mantissa bits)"
+        yield "rounded-weights", words, lambda b=bits: rounded(right, b)
     yield "negated-tensor", "holds the tensor with the opposite sign", lambda: -right
     if right.size and np.any(right) and np.isfinite(value).all():
         factor = float(np.vdot(value, right) / np.vdot(right, right))

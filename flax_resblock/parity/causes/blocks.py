@@ -145,11 +145,8 @@ def _gradient_candidates(
     cotangent: np.ndarray | None,
     end: BlockEnd | None,
 ) -> Iterator[Candidate]:
-    yield (
-        "cut-gradient",
-        "lets no gradient through (stop_gradient, detach)",
-        lambda: np.zeros_like(truth),
-    )
+    words = "lets no gradient through (stop_gradient, detach)"
+    yield "cut-gradient", words, lambda: np.zeros_like(truth)
     if (
         cotangent is not None
         and layer is not None

@@ -102,28 +102,16 @@ def _candidates(connection: Connection, value: np.ndarray) -> Iterator[Candidate
     truth, images = connection.truth, connection.images
     if truth.ndim == 4:
         if truth.shape[-1] > 1:
-            yield (
-                "reversed-channels",
-                "feeds the channels in reverse order (RGB and BGR)",
-                lambda: truth[..., ::-1],
-            )
-        yield (
-            "transposed-image",
-            "feeds the image with height and width exchanged",
-            lambda: truth.transpose(0, 2, 1, 3),
-        )
+            words = "feeds the channels in reverse order (RGB and BGR)"
+            yield "reversed-channels", words, lambda: truth[..., ::-1]
+        words = "feeds the image with height and width exchanged"
+        yield "transposed-image", words, lambda: truth.transpose(0, 2, 1, 3)
         yield "flipped-image", "feeds the image upside down", lambda: truth[:, ::-1]
         yield "flipped-image", "feeds the image mirrored", lambda: truth[:, :, ::-1]
-        yield (
-            "memory-layout",
-            "reads the NHWC image as NCHW (reshaped instead of transposed)",
-            lambda: truth.transpose(0, 3, 1, 2).reshape(truth.shape),
-        )
-        yield (
-            "memory-layout",
-            "reads the NCHW image as NHWC (reshaped instead of transposed)",
-            lambda: _reread(truth),
-        )
+        words = "reads the NHWC image as NCHW (reshaped instead of transposed)"
+        yield "memory-layout", words, lambda: truth.transpose(0, 3, 1, 2).reshape(truth.shape)
+        words = "reads the NCHW image as NHWC (reshaped instead of transposed)"
+        yield "memory-layout", words, lambda: _reread(truth)
     before = [
         (name, array)
         for name, array in list(connection.outputs.items())[::-1]
@@ -136,18 +124,12 @@ def _candidates(connection: Connection, value: np.ndarray) -> Iterator[Candidate
         for other, f in ACTIVATIONS.items():
             if other != meant:
                 name = "missing-relu" if other == "no activation" else "other-activation"
-                yield (
-                    name,
-                    f"applies {other} after {source} instead of {meant}",
-                    lambda f=f, a=array: f(a),
-                )
+                words = f"applies {other} after {source} instead of {meant}"
+                yield name, words, lambda f=f, a=array: f(a)
         for second, theirs in [*before, *connection.all_outputs.items(), ("the input", images)]:
             if second != source and theirs.shape == array.shape:
-                yield (
-                    "skip-before-norm",
-                    f"adds {second} to {source} already here",
-                    lambda a=array, t=theirs: a + t,
-                )
+                words = f"adds {second} to {source} already here"
+                yield "skip-before-norm", words, lambda a=array, t=theirs: a + t
         break
     if value.shape == truth.shape and value.ndim == 4:
         yield from _normalisation(truth, value)
@@ -155,11 +137,8 @@ def _candidates(connection: Connection, value: np.ndarray) -> Iterator[Candidate
     for source, array in list(connection.outputs.items())[::-1]:
         if source != "input" and array.shape == value.shape:
             yield "overwritten-branch", f"feeds it the output of {source}", lambda a=array: a
-            yield (
-                "overwritten-branch",
-                f"feeds it the ReLU of the output of {source}",
-                lambda a=array: np.maximum(a, 0),
-            )
+            words = f"feeds it the ReLU of the output of {source}"
+            yield "overwritten-branch", words, lambda a=array: np.maximum(a, 0)
     kept = value != 0
     if value.shape == truth.shape and kept.any() and not kept.all():
         with np.errstate(all="ignore"):
@@ -192,11 +171,8 @@ def _normalisation(truth: np.ndarray, value: np.ndarray) -> Iterator[Candidate]:
     listed = ", ".join(f"{a:.4g} x {b:+.4g}" for a, b in zip(scale[:4], shift[:4], strict=True)) + (
         ", ..." if len(scale) > 4 else ""
     )
-    yield (
-        "normalisation-constants",
-        f"normalises its input with other constants: per channel {listed}{known}",
-        lambda: truth * scale + shift,
-    )
+    words = f"normalises its input with other constants: per channel {listed}{known}"
+    yield "normalisation-constants", words, lambda: truth * scale + shift
 
 
 _FLATTENED: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {

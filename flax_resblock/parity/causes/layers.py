@@ -126,61 +126,31 @@ def _convolution(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
         yield "same-padding", words, lambda: conv(pads=(height, width))
     if padding:
         for words, pads in (("at the end", (0, padding)), ("at the beginning", (padding, 0))):
-            yield (
-                "same-padding",
-                f"pads {padding} pixels {words} only instead of on each side",
-                lambda p=pads: conv(pads=(p, p)),
-            )
+            words = f"pads {padding} pixels {words} only instead of on each side"
+            yield "same-padding", words, lambda p=pads: conv(pads=(p, p))
     for other in range(6):
         if other != padding:
-            yield (
-                "padding",
-                f"pads {other} pixels instead of {padding}",
-                lambda p=other: conv(pads=_both(p)),
-            )
+            words = f"pads {other} pixels instead of {padding}"
+            yield "padding", words, lambda p=other: conv(pads=_both(p))
         if other and other != stride:
-            yield (
-                "stride",
-                f"has stride {other} instead of {stride}",
-                lambda s=other: conv(stride=s),
-            )
+            words = f"has stride {other} instead of {stride}"
+            yield "stride", words, lambda s=other: conv(stride=s)
         if other and other != dilation:
-            yield (
-                "dilation",
-                f"has dilation {other} instead of {dilation}",
-                lambda d=other: conv(dilation=d, pads=_both(d * (size // 2))),
-            )
-            yield (
-                "dilation",
-                f"has dilation {other} instead of {dilation}, at the same padding",
-                lambda d=other: conv(dilation=d),
-            )
+            words = f"has dilation {other} instead of {dilation}"
+            yield "dilation", words, lambda d=other: conv(dilation=d, pads=_both(d * (size // 2)))
+            words = f"has dilation {other} instead of {dilation}, at the same padding"
+            yield "dilation", words, lambda d=other: conv(dilation=d)
     for mode in ("reflect", "replicate", "circular"):
-        yield (
-            "padding-mode",
-            f"pads in the mode {mode!r} instead of with zeros",
-            lambda m=mode: conv(mode=m),
-        )
-    yield (
-        "flipped-kernel",
-        "applies the kernel flipped (a convolution, not a cross-correlation)",
-        lambda: conv(kernel=kernel[::-1, ::-1]),
-    )
-    yield (
-        "transposed-kernel",
-        "applies the kernel with height and width exchanged",
-        lambda: conv(kernel=kernel.transpose(1, 0, 2, 3)),
-    )
-    yield (
-        "transposed-kernel",
-        "applies the kernel with input and output channels exchanged",
-        lambda: conv(kernel=kernel.transpose(0, 1, 3, 2)),
-    )
-    yield (
-        "reversed-channels",
-        "takes the channels of its input in reverse order (RGB and BGR)",
-        lambda: conv(x=x[..., ::-1]),
-    )
+        words = f"pads in the mode {mode!r} instead of with zeros"
+        yield "padding-mode", words, lambda m=mode: conv(mode=m)
+    words = "applies the kernel flipped (a convolution, not a cross-correlation)"
+    yield "flipped-kernel", words, lambda: conv(kernel=kernel[::-1, ::-1])
+    words = "applies the kernel with height and width exchanged"
+    yield "transposed-kernel", words, lambda: conv(kernel=kernel.transpose(1, 0, 2, 3))
+    words = "applies the kernel with input and output channels exchanged"
+    yield "transposed-kernel", words, lambda: conv(kernel=kernel.transpose(0, 1, 3, 2))
+    words = "takes the channels of its input in reverse order (RGB and BGR)"
+    yield "reversed-channels", words, lambda: conv(x=x[..., ::-1])
     for name, theirs in layer.others.get("kernel", {}).items():
         if theirs.shape == kernel.shape:
             yield "swapped-tensor", f"applies the kernel of {name}", lambda k=theirs: conv(kernel=k)
@@ -218,23 +188,16 @@ def _pool(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
         return _nhwc(F.max_pool2d(F.pad(x, (left, right, top, bottom), value=fill), window, stride))
 
     same = [_same(n, window, stride, 1) for n in layer.x.shape[1:3]]
-    yield (
-        "same-padding",
+    words = (
         f"pads 'SAME', {same[0]} by {same[1]} pixels at the edges, instead of {padding} on "
-        f"each side",
-        lambda: pool(*same[0], *same[1]),
+        f"each side"
     )
-    yield (
-        "padding",
-        "pads with zeros instead of minus infinity",
-        lambda: pool(padding, padding, padding, padding, 0.0),
-    )
+    yield "same-padding", words, lambda: pool(*same[0], *same[1])
+    words = "pads with zeros instead of minus infinity"
+    yield "padding", words, lambda: pool(padding, padding, padding, padding, 0.0)
     yield "padding", "does not pad", lambda: pool(0, 0, 0, 0)
-    yield (
-        "other-pooling",
-        "takes the mean instead of the maximum",
-        lambda: _nhwc(F.avg_pool2d(x, window, stride, padding)),
-    )
+    words = "takes the mean instead of the maximum"
+    yield "other-pooling", words, lambda: _nhwc(F.avg_pool2d(x, window, stride, padding))
     yield (
         "other-pooling",
         "takes the mean without counting the padding",
@@ -272,12 +235,11 @@ def _any_layer(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
     kept = value != 0
     if kept.any() and not kept.all():
         rate = float(1 - np.vdot(truth[kept], truth[kept]) / np.vdot(value[kept], truth[kept]))
-        yield (
-            "dropout",
+        words = (
             f"drops {np.mean(~kept):.0%} of the values and scales the others (dropout at rate "
-            f"{rate:.3g})",
-            lambda: truth * kept / (1 - rate),
+            f"{rate:.3g})"
         )
+        yield "dropout", words, lambda: truth * kept / (1 - rate)
 
 
 def _reduced_precision(layer: LayerRun, value: np.ndarray) -> Cause | None:

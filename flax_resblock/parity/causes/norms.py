@@ -43,40 +43,22 @@ def norm_candidates(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
         )
         found = float(np.median(1 / inverse**2 - right[1]))
     if np.isfinite(found) and found > -1e-12:
-        yield (
-            "eps",
-            f"has eps={float(f'{found:.4g}'):g} instead of {eps:g}",
-            lambda: norm(eps=found),
-        )
-    yield (
-        "unbiased-normalisation",
-        "normalises with the unbiased variance",
-        lambda: norm((right[0], right[1] * n / max(n - 1, 1))),
-    )
-    yield (
-        "swapped-tensor",
-        "uses scale and bias the wrong way round",
-        lambda: norm(scale=bias, bias=scale),
-    )
-    yield (
-        "swapped-tensor",
-        "uses mean and variance the wrong way round",
-        lambda: norm((right[1], right[0])),
-    )
+        words = f"has eps={float(f'{found:.4g}'):g} instead of {eps:g}"
+        yield "eps", words, lambda: norm(eps=found)
+    words = "normalises with the unbiased variance"
+    yield "unbiased-normalisation", words, lambda: norm((right[0], right[1] * n / max(n - 1, 1)))
+    words = "uses scale and bias the wrong way round"
+    yield "swapped-tensor", words, lambda: norm(scale=bias, bias=scale)
+    words = "uses mean and variance the wrong way round"
+    yield "swapped-tensor", words, lambda: norm((right[1], right[0]))
     yield "no-affine", "applies neither scale nor bias", lambda: norm(scale=1.0, bias=0.0)
     yield "no-affine", "leaves the scale out", lambda: norm(scale=1.0)
     yield "no-affine", "leaves the bias out", lambda: norm(bias=0.0)
     yield "no-mean", "does not subtract the mean", lambda: norm((0.0, right[1]))
-    yield (
-        "variance-as-deviation",
-        "divides by the variance instead of its square root",
-        lambda: norm((right[0], (right[1] + eps) ** 2 - eps)),
-    )
-    yield (
-        "eps-outside-root",
-        "adds eps to the standard deviation instead of the variance",
-        lambda: norm((right[0], (np.sqrt(right[1]) + eps) ** 2 - eps)),
-    )
+    words = "divides by the variance instead of its square root"
+    yield "variance-as-deviation", words, lambda: norm((right[0], (right[1] + eps) ** 2 - eps))
+    words = "adds eps to the standard deviation instead of the variance"
+    yield "eps-outside-root", words, lambda: norm((right[0], (np.sqrt(right[1]) + eps) ** 2 - eps))
     yield "no-norm", "does nothing: the output is the input", lambda: x
     if x.ndim == 4:
         for words, over in (
@@ -91,11 +73,8 @@ def norm_candidates(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
     for name, theirs in layer.others.get("var", {}).items():
         mean = layer.others["mean"].get(name)
         if mean is not None and theirs.shape == np.shape(right[1]):
-            yield (
-                "swapped-tensor",
-                f"normalises with the running statistics of {name}",
-                lambda m=mean, v=theirs: norm((m, v)),
-            )
+            words = f"normalises with the running statistics of {name}"
+            yield "swapped-tensor", words, lambda m=mean, v=theirs: norm((m, v))
 
 
 def explain_statistics(layer: LayerRun, mean: np.ndarray, var: np.ndarray) -> Cause | None:
