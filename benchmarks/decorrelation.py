@@ -107,10 +107,8 @@ def in_jax(kind: str) -> Iterator[np.ndarray]:
     model = flax_resblock.from_torch(reference)
     assert isinstance(model, flax_resblock.ResNet)
     record = fresh_optimizer(kind, StateMap(CONFIG, NAMINGS["torchvision"]), **SETTINGS[kind])
-    pace, optimizer = (
-        Pace.of(Run(record, ScheduleState(warmup_cosine(WARMUP, STEPS), 0), 0), STEPS),
-        optimizer_of(record),
-    )
+    pace = Pace.of(Run(record, ScheduleState(warmup_cosine(WARMUP, STEPS), 0), 0), STEPS)
+    optimizer = optimizer_of(record)
     graphdef, state = split(model, optimizer)
     step = make_train_step(graphdef, optimizer)
     for number, (images, labels) in enumerate(data()):

@@ -38,10 +38,8 @@ def main() -> None:
     optimizer = optax.with_extra_args_support(optax.sgd(0.01, momentum=0.9))
     graphdef, state = split(model, optimizer)
     step, leaves = make_train_step(graphdef, optimizer), Leaves(split(model, optimizer)[1])
-    images, labels = (
-        jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32),
-        jnp.arange(2),
-    )
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
+    labels = jnp.arange(2)
     rates = Rates(np.zeros(1, np.float32))
     seconds: dict[str, list[float]] = {"flat list of arrays": [], "nnx variables": []}
     for _ in range(options.rounds + 2):

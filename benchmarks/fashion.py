@@ -56,10 +56,8 @@ def in_torch(config: TrainConfig) -> tuple[list[float], list[float]]:
     stream = Stream(
         train, config.batch_size, seed=config.seed, augmentation=config.augmentation
     ).from_step(0)
-    images, labels = (
-        torch.from_numpy(test.normalised().transpose(0, 3, 1, 2).copy()),
-        torch.from_numpy(test.labels.astype(np.int64)),
-    )
+    images = torch.from_numpy(test.normalised().transpose(0, 3, 1, 2).copy())
+    labels = torch.from_numpy(test.labels.astype(np.int64))
     losses, accuracies = [], []
     for epoch in range(config.epochs):
         of_epoch = (next(stream) for _ in range(steps))

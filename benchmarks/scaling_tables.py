@@ -256,10 +256,8 @@ def bounds(figures: Figures) -> str:
     rows = []
     for key, device, arithmetic in _cases(figures):
         for what in WHATS:
-            part, alone = (
-                total(_roof(device, arithmetic, what)),
-                total(_roof(device, arithmetic, what, "alone")),
-            )
+            part = total(_roof(device, arithmetic, what))
+            alone = total(_roof(device, arithmetic, what, "alone"))
             compiled = _compiled_seconds(figures, key, device, arithmetic, what)
             times = (
                 "-" if one is None else f"{_short(1e3 * one)} ms, {_short(PER_CHIP / one)}/s"
@@ -380,10 +378,8 @@ def collectives(figures: Figures) -> str:
     for name, program in figures["programs"].items():
         if " x" in name:
             should, sizes = expected(architecture(NAME), name.split()[-1]), program["all_reduces"]
-            found, wanted = (
-                f"{len(sizes)}, {sum(sizes) / 1e6:.2f} MB",
-                f"{should.fewest}, {4 * should.elements / 1e6:.2f} MB",
-            )
+            found = f"{len(sizes)}, {sum(sizes) / 1e6:.2f} MB"
+            wanted = f"{should.fewest}, {4 * should.elements / 1e6:.2f} MB"
             rows.append([name, found, wanted, ", ".join(program["others"]) or "none"])
     return _table(
         ["train step", "all-reduces compiled", "expected, all in float32", "other collectives"],
@@ -513,10 +509,8 @@ def draw(figures: Figures, path: Path) -> None:
                 whole.intensity, whole.flops / whole.seconds, "*", color=colour, markersize=13
             )
         if device.name == found["cpu"].name:
-            seconds, batch = (
-                figures["measured"]["steps"]["train-step"],
-                figures["measured"]["steps_batch"],
-            )
+            seconds = figures["measured"]["steps"]["train-step"]
+            batch = figures["measured"]["steps_batch"]
             axes.plot(
                 total(_roof(device, "float32", "train-step")).intensity,
                 flops(NETWORK, "train-step", batch) / seconds,

@@ -20,11 +20,9 @@ MEBI = 1 << 20
 
 def machine() -> dict[str, Any]:
     """Name, cores, memory and versions, without which a time means nothing."""
-    lines = (
-        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        if Path("/proc/cpuinfo").exists()
-        else []
-    )
+    lines = []
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     name = next(
         (line.split(": ")[1] for line in lines if line.startswith("model name")),
         platform.processor(),

@@ -92,12 +92,10 @@ class Anatomy:
         for side, tensors in self.sides.items():
             wrong: set[str] = set()
             for key in sorted(self.truth, key=rank):
-                truth, value, quantity, slot = (
-                    self.truth[key],
-                    tensors.get(key),
-                    quantity_of(key),
-                    key[1],
-                )
+                truth = self.truth[key]
+                value = tensors.get(key)
+                quantity = quantity_of(key)
+                slot = key[1]
                 place = slot.partition("/")[0]
                 if (
                     value is None
@@ -149,11 +147,9 @@ class Anatomy:
         if "gradient" in quantity:
             place = slot.partition("/")[0]
             own = quantity == "input gradient"
-            shape = (
-                self.reference.activations[place].shape
-                if place in self.reference.activations
-                else None
-            )
+            shape = None
+            if place in self.reference.activations:
+                shape = self.reference.activations[place].shape
             cotangent = cotangent_of("own", place, shape) if own and shape else None
             end = self._block_end(place) if own and self._is_block(place) else None
             return explain_gradient(

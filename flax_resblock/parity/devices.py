@@ -63,17 +63,13 @@ def jax_device(kind: str | None) -> JaxDevice:
         )
         asked = "its default device" if kind is None else f"a device of the kind {kind!r}"
         platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
-        limited = (
-            f" JAX_PLATFORMS={platforms} limits jax to these; unset it or add the kind."
-            if platforms
-            else ""
-        )
+        limited = ""
+        if platforms:
+            limited = f" JAX_PLATFORMS={platforms} limits jax to these; unset it or add the kind."
         extra = EXTRAS.get(kind or "")
-        install = (
-            f" Install its support: pip install 'flax-resblock[{extra}]'."
-            if extra
-            else " Kinds are cpu, gpu (cuda, rocm) and tpu."
-        )
+        install = " Kinds are cpu, gpu (cuda, rocm) and tpu."
+        if extra:
+            install = f" Install its support: pip install 'flax-resblock[{extra}]'."
         reason = str(error).strip().splitlines()[0][:160].rstrip(".")
         raise InputError(
             f"jax was asked for {asked}, which is not there ({reason}). Devices of jax: "

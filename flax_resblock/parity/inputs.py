@@ -115,11 +115,9 @@ def read_images(path: Path, config: Config) -> np.ndarray:
             f"of numbers is needed, (N, H, W, {config.in_channels})."
         )
     if array.ndim != 4 or array.shape[-1] != config.in_channels or 0 in array.shape:
-        hint = (
-            " They look like NCHW; move the channels last: images.transpose(0, 2, 3, 1)."
-            if array.ndim == 4 and array.shape[1] == config.in_channels
-            else ""
-        )
+        hint = ""
+        if array.ndim == 4 and array.shape[1] == config.in_channels:
+            hint = " They look like NCHW; move the channels last: images.transpose(0, 2, 3, 1)."
         raise InputError(
             f"--input {path} has the shape {list(array.shape)}; the network takes (N, H, W, "
             f"{config.in_channels}).{hint}"

@@ -93,10 +93,8 @@ def relative_l2(value: np.ndarray, truth: np.ndarray) -> float:
             value[~finite], truth[~finite], equal_nan=True
         ):
             return float("inf")
-        distance, scale = (
-            float(np.linalg.norm(difference[finite])),
-            float(np.linalg.norm(truth[finite])),
-        )
+        distance = float(np.linalg.norm(difference[finite]))
+        scale = float(np.linalg.norm(truth[finite]))
     if distance == 0.0:
         return 0.0
     return distance / scale if scale else float("inf")

@@ -174,10 +174,8 @@ def _curve(rows: Sequence[Row]) -> Curve:
 
 
 def _panel(title: str, group: RowGroup, svg: str) -> Panel:
-    exact, infinite = (
-        sum(row.error == 0 for row in group.rows),
-        sum(not math.isfinite(row.error) for row in group.rows),
-    )
+    exact = sum(row.error == 0 for row in group.rows)
+    infinite = sum(not math.isfinite(row.error) for row in group.rows)
     return Panel(title, group.worst, group.failed, len(group.rows), exact, infinite, svg)
 
 

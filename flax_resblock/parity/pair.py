@@ -286,11 +286,9 @@ def _checked(
         there, shape = state[entry.torch_key].shape, tuple(variables[entry.flax_path][...].shape)
         codec = entry.codec
         if codec is _GUESS:
-            codec = (
-                {2: TRANSPOSED, 4: OIHW_HWIO}.get(len(there), AS_IS)
-                if entry.flax_path[-1] == "kernel"
-                else AS_IS
-            )
+            codec = AS_IS
+            if entry.flax_path[-1] == "kernel":
+                codec = {2: TRANSPOSED, 4: OIHW_HWIO}.get(len(there), AS_IS)
         if codec.flax_shape(there) != shape:
             raise InputError(
                 f"state_map[{entry.torch_key!r}]: PyTorch's {list(there)} is "

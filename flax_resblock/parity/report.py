@@ -68,11 +68,9 @@ class Divergence:
         """In words."""
         when = f" at step {self.step}" if self.step is not None else ""
         order = ", going backwards from the output," if self.order == "backward" else ""
-        size = (
-            f" ({self.excess:.1e} x the limit)"
-            if math.isfinite(self.excess) and self.quantity != "tensors"
-            else ""
-        )
+        size = ""
+        if math.isfinite(self.excess) and self.quantity != "tensors":
+            size = f" ({self.excess:.1e} x the limit)"
         return (
             f"{self.quantity}, {self.precision}: {self.failed} of {self.of} differ, "
             f"first{order}{when} at {self.slot}{size}"

@@ -40,11 +40,9 @@ def explain_layer(layer: LayerRun, value: np.ndarray, limit: float = MATCH) -> C
         (torch.nn.MaxPool2d, _pool),
     )
     candidates = next((family for kind, family in families if isinstance(layer.module, kind)), None)
-    found = (
-        explain(value, candidates(layer, value), limit)
-        if candidates is not None and layer.x.ndim in (2, 4)
-        else None
-    )
+    found = None
+    if candidates is not None and layer.x.ndim in (2, 4):
+        found = explain(value, candidates(layer, value), limit)
     return (
         found or explain(value, _any_layer(layer, value), limit) or _reduced_precision(layer, value)
     )

@@ -13,10 +13,8 @@ from flax_resblock.parity.causes import Candidate, Cause, LayerRun, explain
 def norm_candidates(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
     x, eps = layer.x, float(layer.module.eps)  # pyright: ignore[reportArgumentType]
     axes = tuple(range(x.ndim - 1))
-    scale, bias = (
-        layer.tensors.get("scale", np.ones(x.shape[-1])),
-        layer.tensors.get("bias", np.zeros(x.shape[-1])),
-    )
+    scale = layer.tensors.get("scale", np.ones(x.shape[-1]))
+    bias = layer.tensors.get("bias", np.zeros(x.shape[-1]))
     n = x.size // x.shape[-1]
     batch = (x.mean(axes), x.var(axes))
     running = (layer.tensors["mean"], layer.tensors["var"]) if "mean" in layer.tensors else batch
@@ -28,11 +26,9 @@ def norm_candidates(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
         with np.errstate(all="ignore"):
             return (x - moments[0]) / np.sqrt(moments[1] + eps) * scale + bias
 
-    mode = (
-        "with the running statistics, as in evaluation mode"
-        if layer.train
-        else "with the batch's own statistics, as in training mode"
-    )
+    mode = "with the batch's own statistics, as in training mode"
+    if layer.train:
+        mode = "with the running statistics, as in evaluation mode"
     yield "train-eval-mode", f"normalises {mode}", lambda: norm(other)
     with np.errstate(all="ignore"):
         centred = (x - right[0]) * scale
