@@ -81,9 +81,8 @@ def require_compiler(platform: str) -> None:
     if missing:
         raise MissingDependencyError(
             f"compiling for {platform} needs {' and '.join(missing)}, which is not installed: "
-            f"{install} "
-            f"(or, beside everything else, pip install 'flax-resblock[{EXTRAS[platform]}]'). "
-            f"No device and no driver are needed."
+            f"{install} (or, beside everything else, pip install "
+            f"'flax-resblock[{EXTRAS[platform]}]'). No device and no driver are needed."
         )
     for name, there in found.items():
         if not fnmatchcase(str(there), wanted[name]):

@@ -121,10 +121,9 @@ def lower(request: Request, devices: Sequence[Any]) -> Any:
     """
     if request.batch % len(devices):
         raise InputError(
-            f"a batch of {request.batch} cannot be shared equally by the {len(devices)} "
-            f"devices of {request.target}"
-            f"{f' x {request.slices}' if request.slices > 1 else ''}; choose a multiple of "
-            f"{len(devices)}."
+            f"a batch of {request.batch} cannot be shared equally by the {len(devices)} devices of "
+            f"{request.target}{f' x {request.slices}' if request.slices > 1 else ''}; choose a "
+            f"multiple of {len(devices)}."
         )
     if request.exported and len(devices) > 1:
         raise InputError(

@@ -45,8 +45,7 @@ def refuse_foreign_certificate(out: Path) -> None:
     except InputError as error:
         raise InputError(
             f"{error} convert keeps its certificate under this name and never replaces another "
-            f"file, even by force. "
-            "Move that file, choose another folder, or pass --no-certificate."
+            "file, even by force. Move that file, choose another folder, or pass --no-certificate."
         ) from error
 
 

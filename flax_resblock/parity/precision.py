@@ -257,15 +257,13 @@ def require(found: Iterable[MeasuredPrecision]) -> None:
     if not short:
         return
     losses = "; ".join(
-        f"{one.side} on {one.device}: the {one.dtype} {one.operation} keeps "
-        f"{one.mantissa_bits} of {one.expected_bits} mantissa bits"
-        f"{_nickname(one.mantissa_bits)}"
+        f"{one.side} on {one.device}: the {one.dtype} {one.operation} keeps {one.mantissa_bits} of "
+        f"{one.expected_bits} mantissa bits{_nickname(one.mantissa_bits)}"
         for one in short
     )
     remedies = ". ".join(_REMEDIES[side] for side in dict.fromkeys(one.side for one in short))
     raise InputError(
-        f"A backend computes with less precision than it was asked for, and a comparison would "
-        f"blame the model for that. {losses}. {remedies}; "
-        "flax_resblock.parity.devices.strict() sets both frameworks. Or compare in a "
-        "precision that this device has, such as bfloat16."
+        "A backend computes with less precision than it was asked for, and a comparison would "
+        f"blame the model for that. {losses}. {remedies}; flax_resblock.parity.devices.strict() "
+        "sets both frameworks. Or compare in a precision that this device has, such as bfloat16."
     )
