@@ -24,14 +24,8 @@ INK, MUTED, GRID, FLAX, TORCH, FAIL = (f"#01020{i}" for i in range(6))
 """Stand-ins: matplotlib draws in them, and the SVG gets the page's CSS variables instead, which
 follow the reader's light or dark mode."""
 
-VARIABLES = {
-    INK: "--ink",
-    MUTED: "--muted",
-    GRID: "--grid",
-    FLAX: "--flax",
-    TORCH: "--torch",
-    FAIL: "--fail",
-}
+_NAMES = ("ink", "muted", "grid", "flax", "torch", "fail")
+VARIABLES = {f"#01020{i}": f"--{name}" for i, name in enumerate(_NAMES)}
 
 WIDTH, HEIGHT, FONT, LEFT = 470, 262, 13, 0.12
 """In the SVG's own units; a panel 340 pixels wide, on a phone, still has text of 9 pixels. ``LEFT``
@@ -50,16 +44,10 @@ def _settings() -> Iterator[None]:
     formulas."""
     from matplotlib import style
 
-    ours = {
-        "font.size": FONT,
-        "text.parse_math": False,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "parity",
-    }
-    with style.context(["default", ours]), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # glyphs that matplotlib's font lacks are the business of the reader's font
+    ours = {"font.size": FONT, "text.parse_math": False, "svg.fonttype": "none"}
+    with style.context(["default", ours | {"svg.hashsalt": "parity"}]), warnings.catch_warnings():
+        # glyphs that matplotlib's font lacks are the business of the reader's font
+        warnings.simplefilter("ignore", UserWarning)
         yield
 
 
@@ -97,42 +85,19 @@ def depth_plot(
     low, high = _scale(axes, [*curve.flax, *curve.torch, *curve.limit])
     _slot_axis(axes, slots)
     places = range(len(slots))
-    axes.step(
-        places,
-        [min(max(v, low), high) for v in curve.limit],
-        where="mid",
-        color=MUTED,
-        lw=1.3,
-        ls=(0, (4, 2.5)),
-    )
+    axes.step(places, [min(max(v, low), high) for v in curve.limit], where="mid", **LIMIT)
     size = 7 if len(slots) <= WORDS else 5.2 if len(slots) <= 80 else 3.8
     if any(curve.torch):
-        axes.plot(
-            places,
-            [_pin(v, low, high) for v in curve.torch],
-            "s",
-            mfc="none",
-            mec=TORCH,
-            mew=1.1,
-            ms=size,
-            clip_on=False,
-        )
+        style = {"mfc": "none", "mec": TORCH, "mew": 1.1, "ms": size, "clip_on": False}
+        axes.plot(places, [_pin(v, low, high) for v in curve.torch], "s", **style)
     shapes = [_shape(value, passed) for value, passed in zip(curve.flax, curve.passed, strict=True)]
     titles = {}
     for shape, style in MARKERS.items():
         chosen = [place for place in places if shapes[place] == shape]
         if chosen:
             heights = [_pin(curve.flax[place], low, high) for place in chosen]
-            axes.plot(
-                chosen,
-                heights,
-                ls="none",
-                ms=size * style["grow"],
-                clip_on=False,
-                gid=shape,
-                zorder=3,
-                **style["line"],
-            )
+            options = {"ms": size * style["grow"], "gid": shape, "zorder": 3, **style["line"]}
+            axes.plot(chosen, heights, ls="none", clip_on=False, **options)
             titles[shape] = [notes[place] for place in chosen]
     return _svg(figure, name, label, titles)
 
@@ -151,44 +116,19 @@ def trajectory_plot(
     figure, axes = _panel(bottom=0.19, right=0.845)
     low, high = _scale(axes, [v for _, c in curves.values() for v in (*c.flax, *c.torch, *c.limit)])
     for precision, (steps, curve) in curves.items():
-        axes.plot(
-            steps,
-            [min(max(v, low), high) for v in curve.limit],
-            color=MUTED,
-            lw=1.3,
-            ls=(0, (4, 2.5)),
-        )
+        axes.plot(steps, [min(max(v, low), high) for v in curve.limit], **LIMIT)
         if any(curve.torch):
-            axes.plot(
-                steps,
-                [_pin(v, low, high) for v in curve.torch],
-                color=TORCH,
-                lw=1.0,
-                marker="s",
-                mfc="none",
-                ms=3.6,
-                clip_on=False,
-            )
+            style = {"color": TORCH, "lw": 1.0, "marker": "s", "mfc": "none", "ms": 3.6}
+            axes.plot(steps, [_pin(v, low, high) for v in curve.torch], clip_on=False, **style)
         heights = [_pin(v, low, high) for v in curve.flax]
         axes.plot(steps, heights, color=FLAX, lw=1.6, marker="o", ms=4.4, clip_on=False, zorder=3)
         wrong = [i for i, passed in enumerate(curve.passed) if not passed]
-        style = MARKERS["failed"]["line"]
-        axes.plot(
-            [steps[i] for i in wrong],
-            [heights[i] for i in wrong],
-            ls="none",
-            ms=7.5,
-            clip_on=False,
-            zorder=4,
-            **style,
-        )
-        axes.annotate(
-            _short(precision, 10),
-            (steps[-1], _pin(curve.limit[-1], low, high)),
-            (7, -4),
-            textcoords="offset points",
-            color=MUTED,
-        )
+        x, y = [steps[i] for i in wrong], [heights[i] for i in wrong]
+        style = {"ls": "none", "ms": 7.5, "zorder": 4, **MARKERS["failed"]["line"]}
+        axes.plot(x, y, clip_on=False, **style)
+        end = steps[-1], _pin(curve.limit[-1], low, high)
+        words = _short(precision, 10)
+        axes.annotate(words, end, (7, -4), textcoords="offset points", color=MUTED)
     last = max(step for steps, _ in curves.values() for step in steps)
     stride = max(1, math.ceil(last / 10))
     axes.set_xticks(range(stride if stride > 1 else 1, last + 1, stride))
@@ -225,6 +165,8 @@ def histogram_plot(
     axes.set_xlabel("error of an element, relative to the tensor's root mean square", color=MUTED)
     return _svg(figure, name, label, {})
 
+
+LIMIT: dict[str, Any] = {"color": MUTED, "lw": 1.3, "ls": (0, (4, 2.5))}
 
 MARKERS: dict[str, dict[str, Any]] = {
     "within": {"grow": 1.0, "line": {"marker": "o", "mfc": FLAX, "mec": FLAX, "mew": 0}},
@@ -285,13 +227,8 @@ def _slot_axis(axes: Axes, slots: Sequence[str]) -> None:
     """Few slots by name; many by stage, which is what comes before the first dot or slash."""
     axes.set_xlim(-0.7, len(slots) - 0.3)
     if len(slots) <= WORDS:
-        axes.set_xticks(
-            range(len(slots)),
-            [_short(slot, 15) for slot in slots],
-            rotation=32,
-            ha="right",
-            rotation_mode="anchor",
-        )
+        style = {"rotation": 32, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(len(slots)), [_short(slot, 15) for slot in slots], **style)
         return
     stages = [re.split(r"[./]", slot)[0] for slot in slots]
     starts = [i for i, stage in enumerate(stages) if i == 0 or stage != stages[i - 1]]
@@ -300,9 +237,7 @@ def _slot_axis(axes: Axes, slots: Sequence[str]) -> None:
         return
     for start in starts[1:]:
         axes.axvline(start - 0.5, color=GRID, lw=0.8)
-    letters = (
-        (0.985 - LEFT) * WIDTH / (0.56 * FONT) / len(slots)
-    )  # that fit above one slot, on average
+    letters = (0.985 - LEFT) * WIDTH / (0.56 * FONT) / len(slots)  # above one slot, on average
     free, ticks, labels = -0.7, [], []
     for start, end in zip(starts, [*starts[1:], len(slots)], strict=True):
         text = _short(stages[start], 12)
@@ -325,10 +260,9 @@ def _svg(figure: Figure, name: str, label: str, titles: Mapping[str, Sequence[st
     root = ElementTree.fromstring(buffer.getvalue())
     for parent in list(root.iter()):
         parent.tag = parent.tag.rpartition("}")[2]
-        for child in [
-            child for child in parent if child.tag.rpartition("}")[2] in ("metadata", "style")
-        ]:
-            parent.remove(child)
+        for child in list(parent):
+            if child.tag.rpartition("}")[2] in ("metadata", "style"):
+                parent.remove(child)
     for shape, texts in titles.items():
         group = next(element for element in root.iter("g") if element.get("id") == shape)
         for use, text in zip(group.iter("use"), texts, strict=True):
@@ -341,12 +275,8 @@ def _svg(figure: Figure, name: str, label: str, titles: Mapping[str, Sequence[st
             group.set("style", str(styles.pop()))
             for use in group:
                 del use.attrib["style"]
-    root.attrib = {
-        "viewBox": f"0 0 {WIDTH} {HEIGHT}",
-        "class": "plot",
-        "role": "img",
-        "aria-label": label,
-    }
+    root.attrib = {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "class": "plot", "role": "img"}
+    root.set("aria-label", label)
     for element in root.iter():
         element.tail = None
         element.text = element.text if (element.text or "").strip() else None
@@ -364,19 +294,14 @@ def _attributes(attributes: Mapping[str, str], name: str) -> dict[str, str]:
         elif key == "id" and re.fullmatch(r"m[0-9a-f]{6,}", value):
             kept[key] = f"{name}-{value}"
         elif key in ("d", "x", "y") or (key == "transform" and "rotate(-0 " not in value):
-            rounded = re.sub(
-                r"-?\d+\.\d+", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), value
-            )
-            kept[key] = " ".join(rounded.split())
+            kept[key] = " ".join(re.sub(r"-?\d+\.\d+", _to_a_tenth, value).split())
         elif key == "style":
-            value = re.sub(
-                r"font-family:[^;]*;?",
-                "",
-                re.sub(r"font: (?:\w+ )*?([\d.]+px) [^;]*", r"font-size: \1", value),
-            )
-            kept[key] = (
-                re.sub(r"#01020\d", lambda colour: f"var({VARIABLES[colour[0]]})", value)
-                .replace("; ", ";")
-                .replace(": ", ":")
-            )
+            value = re.sub(r"font: (?:\w+ )*?([\d.]+px) [^;]*", r"font-size: \1", value)
+            value = re.sub(r"font-family:[^;]*;?", "", value)
+            value = re.sub(r"#01020\d", lambda colour: f"var({VARIABLES[colour[0]]})", value)
+            kept[key] = value.replace("; ", ";").replace(": ", ":")
     return kept
+
+
+def _to_a_tenth(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.1f}".removesuffix(".0")

@@ -103,11 +103,7 @@ def explain(
             guess = formula()
         except (ValueError, RuntimeError):
             continue
-        if (
-            guess is not None
-            and guess.shape == value.shape
-            and (error := relative_l2(value, guess)) <= limit
-        ):
+        if guess is not None and (error := relative_l2(value, guess)) <= limit:
             return Cause(name, sentence, error)
     return None
 
@@ -116,9 +112,8 @@ def rounded(values: np.ndarray, mantissa_bits: int) -> np.ndarray:
     """Values with so many explicit mantissa bits, rounded to the nearest even, exponents
     unlimited."""
     mantissa, exponent = np.frexp(np.asarray(values, np.float64))
-    return np.ldexp(
-        np.rint(mantissa * 2.0 ** (mantissa_bits + 1)) / 2.0 ** (mantissa_bits + 1), exponent
-    )
+    unit = 2.0 ** (mantissa_bits + 1)
+    return np.ldexp(np.rint(mantissa * unit) / unit, exponent)
 
 
 def effective_bits(value: np.ndarray, truth: np.ndarray) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -50,74 +51,52 @@ class BlockEnd:
 
 def explain_ending(end: BlockEnd, value: np.ndarray) -> Cause | None:
     """The mistake by which a residual block ends in ``value`` instead of ``end.truth``."""
-    main, skip, x, name = end.main, end.added, end.x, end.activation
-    act, f = ACTIVATIONS[name], name.lower() if name == "ReLU" else name
-    candidates: list[Candidate] = [
-        (
-            "overwritten-branch",
-            f"overwrites the main path: the output is {f}(skip(x) + x), the convolutions are "
-            "computed and thrown away",
-            lambda: act(skip + x),
-        ),
-        (
-            "skip-not-added",
-            f"does not add the skip: the output is {f} of the main path alone",
-            lambda: act(main),
-        ),
-        (
-            "missing-main",
-            f"leaves the main path out: the output is {f}(skip(x))",
-            lambda: act(skip),
-        ),
-        (
-            "missing-relu",
-            f"has no last {name}: the output is main path + skip",
-            lambda: main + skip,
-        ),
-        (
-            "relu-before-add",
-            f"applies the {name} before the addition: the output is {f}(main path) + skip",
-            lambda: act(main) + skip,
-        ),
-        (
-            "relu-before-add",
-            f"applies {name} to both before the addition",
-            lambda: act(main) + act(skip),
-        ),
-        (
-            "unprojected-skip",
-            f"adds the unprojected input: the output is {f}(main path + x)",
-            lambda: act(main + x),
-        ),
-        ("skip-subtracted", "subtracts the skip", lambda: act(main - skip)),
-        ("skip-subtracted", "subtracts the main path", lambda: act(skip - main)),
-        ("branches-multiplied", "multiplies the branches", lambda: act(main * skip)),
-        ("skip-twice", "adds the skip twice", lambda: act(main + 2 * skip)),
-        (
-            "other-shortcut",
-            "puts all new channels of the shortcut behind",
-            lambda: act(main + _zero_padded(x, main.shape, front=False)),
-        ),
-        (
-            "other-shortcut",
-            "averages pixels in the shortcut",
-            lambda: act(main + _zero_padded(x, main.shape, front=True, mean=True)),
-        ),
-    ]
-    candidates += [
-        ("other-activation", f"ends in {other} instead of {name}", lambda g=g: g(main + skip))
-        for other, g in ACTIVATIONS.items()
-        if other not in (name, "no activation")
-    ]
-    found = explain(value, candidates)
-    if found is None and name == "ReLU" and value.shape == main.shape:
+    found = explain(value, _ending_candidates(end))
+    main, skip = end.main, end.added
+    if found is None and end.activation == "ReLU" and value.shape == main.shape:
         positive = value > 0  # where the ReLU is open, scaled branches are a linear problem
         a, b = main[positive], skip[positive]
         if positive.sum() > 2:
             (alpha, beta), *_ = np.linalg.lstsq(np.stack([a, b], 1), value[positive], rcond=None)
             words = f"weighs the branches: {alpha:.6g} x main path {beta:+.6g} x skip"
-            found = explain(value, [("scaled", words, lambda: act(alpha * main + beta * skip))])
+            relu = ACTIVATIONS["ReLU"]
+            found = explain(value, [("scaled", words, lambda: relu(alpha * main + beta * skip))])
     return found
+
+
+def _ending_candidates(end: BlockEnd) -> Iterator[Candidate]:
+    main, skip, x, name = end.main, end.added, end.x, end.activation
+    act, f = ACTIVATIONS[name], name.lower() if name == "ReLU" else name
+    words = (
+        f"overwrites the main path: the output is {f}(skip(x) + x), the convolutions are "
+        "computed and thrown away"
+    )
+    yield "overwritten-branch", words, lambda: act(skip + x)
+    words = f"does not add the skip: the output is {f} of the main path alone"
+    yield "skip-not-added", words, lambda: act(main)
+    words = f"leaves the main path out: the output is {f}(skip(x))"
+    yield "missing-main", words, lambda: act(skip)
+    words = f"has no last {name}: the output is main path + skip"
+    yield "missing-relu", words, lambda: main + skip
+    words = f"applies the {name} before the addition: the output is {f}(main path) + skip"
+    yield "relu-before-add", words, lambda: act(main) + skip
+    words = f"applies {name} to both before the addition"
+    yield "relu-before-add", words, lambda: act(main) + act(skip)
+    words = f"adds the unprojected input: the output is {f}(main path + x)"
+    yield "unprojected-skip", words, lambda: act(main + x)
+    yield "skip-subtracted", "subtracts the skip", lambda: act(main - skip)
+    yield "skip-subtracted", "subtracts the main path", lambda: act(skip - main)
+    yield "branches-multiplied", "multiplies the branches", lambda: act(main * skip)
+    yield "skip-twice", "adds the skip twice", lambda: act(main + 2 * skip)
+    padded = partial(_zero_padded, x, main.shape)
+    words = "puts all new channels of the shortcut behind"
+    yield "other-shortcut", words, lambda: act(main + padded(front=False))
+    words = "averages pixels in the shortcut"
+    yield "other-shortcut", words, lambda: act(main + padded(front=True, mean=True))
+    for other, g in ACTIVATIONS.items():
+        if other not in (name, "no activation"):
+            words = f"ends in {other} instead of {name}"
+            yield "other-activation", words, lambda g=g: g(main + skip)
 
 
 def explain_gradient(
@@ -147,16 +126,11 @@ def _gradient_candidates(
 ) -> Iterator[Candidate]:
     words = "lets no gradient through (stop_gradient, detach)"
     yield "cut-gradient", words, lambda: np.zeros_like(truth)
-    if (
-        cotangent is not None
-        and layer is not None
-        and isinstance(layer.module, torch.nn.modules.batchnorm._BatchNorm)
-        and layer.train
-    ):
+    norms = torch.nn.modules.batchnorm._BatchNorm
+    if cotangent is not None and layer and isinstance(layer.module, norms) and layer.train:
         axes = tuple(range(layer.x.ndim - 1))
-        slope = layer.tensors.get("scale", np.ones(layer.x.shape[-1])) / np.sqrt(
-            layer.x.var(axes) + float(layer.module.eps)
-        )
+        var = layer.x.var(axes) + float(layer.module.eps)
+        slope = layer.tensors.get("scale", np.ones(layer.x.shape[-1])) / np.sqrt(var)
         words = (
             "treats the batch statistics as constants: no gradient flows through the mean and the "
             "variance"
@@ -166,11 +140,7 @@ def _gradient_candidates(
         words = "lets the gradient flow through the mean of the batch, not through its variance"
         yield "cut-statistics", words, lambda: slope * (cotangent - cotangent.mean(axes))
         words = "lets the gradient flow through the variance of the batch, not through its mean"
-        through = (
-            centred
-            * (cotangent * centred).mean(axes)
-            / (layer.x.var(axes) + float(layer.module.eps))
-        )
+        through = centred * (cotangent * centred).mean(axes) / var
         yield "cut-statistics", words, lambda: slope * (cotangent - through)
     if cotangent is not None and end is not None and end.x.shape == end.main.shape:
         slope = activation_slope(end.activation, end.main + end.added)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,8 @@ def explain_layer(layer: LayerRun, value: np.ndarray, limit: float = MATCH) -> C
     found = None
     if candidates is not None and layer.x.ndim in (2, 4):
         found = explain(value, candidates(layer, value), limit)
-    return (
-        found or explain(value, _any_layer(layer, value), limit) or _reduced_precision(layer, value)
-    )
+    found = found or explain(value, _any_layer(layer, value), limit)
+    return found or _reduced_precision(layer, value)
 
 
 def _nchw(array: np.ndarray) -> torch.Tensor:
@@ -73,20 +73,10 @@ def _conv(
 ) -> np.ndarray:
     (top, bottom), (left, right) = pads
     padded = F.pad(_nchw(x), (left, right, top, bottom), mode=mode)
-    weight = torch.from_numpy(
-        np.array(np.asarray(kernel, np.float64).transpose(3, 2, 0, 1), order="C")
-    )
-    return _nhwc(
-        F.conv2d(
-            padded,
-            weight,
-            None if bias is None else torch.from_numpy(np.asarray(bias, np.float64)),
-            stride,
-            0,
-            dilation,
-            groups,
-        )
-    )
+    weight = torch.from_numpy(np.array(kernel.transpose(3, 2, 0, 1), np.float64, order="C"))
+    if bias is not None:
+        bias = torch.from_numpy(np.asarray(bias, np.float64))
+    return _nhwc(F.conv2d(padded, weight, bias, stride, 0, dilation, groups))
 
 
 def _same(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
@@ -106,14 +96,8 @@ def _convolution(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
     groups, bias = int(module.groups), layer.tensors.get("bias")  # pyright: ignore[reportArgumentType]
 
     def conv(x: np.ndarray = x, kernel: np.ndarray = kernel, **changes: Any) -> np.ndarray:
-        options = {
-            "bias": bias,
-            "stride": stride,
-            "pads": _both(padding),
-            "dilation": dilation,
-            "groups": groups,
-        } | changes
-        return _conv(x, kernel, **options)
+        options = {"bias": bias, "stride": stride, "pads": _both(padding), "dilation": dilation}
+        return _conv(x, kernel, **(options | changes), groups=groups)
 
     height, width = (_same(n, size, stride, dilation) for n in x.shape[1:3])
     if (height, width) != _both(padding):
@@ -123,8 +107,8 @@ def _convolution(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
         )
         yield "same-padding", words, lambda: conv(pads=(height, width))
     if padding:
-        for words, pads in (("at the end", (0, padding)), ("at the beginning", (padding, 0))):
-            words = f"pads {padding} pixels {words} only instead of on each side"
+        for where, pads in (("at the end", (0, padding)), ("at the beginning", (padding, 0))):
+            words = f"pads {padding} pixels {where} only instead of on each side"
             yield "same-padding", words, lambda p=pads: conv(pads=(p, p))
     for other in range(6):
         if other != padding:
@@ -212,11 +196,8 @@ def _pool(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
                 f"pools {other}x{other} windows at stride {step} instead of {window}x{window} at "
                 f"stride {stride}"
             )
-            yield (
-                "other-pooling",
-                words,
-                lambda w=other, s=step: _nhwc(F.max_pool2d(x, w, s, min(padding, w // 2))),
-            )
+            pooled = partial(F.max_pool2d, x, other, step, min(padding, other // 2))
+            yield "other-pooling", words, lambda pooled=pooled: _nhwc(pooled())
 
 
 def _any_layer(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:

@@ -100,41 +100,28 @@ def explain_statistics(layer: LayerRun, mean: np.ndarray, var: np.ndarray) -> Ca
     ratio = (
         f"the new share of the variance is {(n - 1) / n:.6f} = (n - 1) / n of PyTorch's, n = {n}"
     )
-    candidates: list[Candidate] = [
-        ("frozen-statistics", "does not update the running statistics", lambda: old),
-        (
-            "biased-variance",
-            f"updates the running variance with the biased estimate: {ratio}",
-            lambda: update(weight, "biased"),
-        ),
-        (
-            "momentum-complement",
-            f"weighs the new batch by {1 - weight:g} instead of {weight:g}: momentum counts "
-            f"the other way round",
-            lambda: update(1 - weight, "unbiased"),
-        ),
-        (
-            "momentum",
-            f"has momentum {float(f'{found:.6g}'):g} instead of {weight:g}",
-            lambda: update(found, "unbiased"),
-        ),
-        (
-            "biased-variance",
-            f"updates with the biased variance and weighs the new batch by {found:.6g} instead "
-            f"of {weight:g} ({ratio})",
-            lambda: update(found, "biased"),
-        ),
-        (
-            "no-mean",
-            "updates the variance only",
-            lambda: np.concatenate(
-                [layer.tensors["mean"], update(weight, "unbiased")[len(mean) :]]
-            ),
-        ),
-        (
-            "frozen-statistics",
-            "updates the mean only",
-            lambda: np.concatenate([update(weight, "unbiased")[: len(mean)], layer.tensors["var"]]),
-        ),
-    ]
-    return explain(value, candidates)
+
+    def candidates() -> Iterator[Candidate]:
+        yield "frozen-statistics", "does not update the running statistics", lambda: old
+        words = f"updates the running variance with the biased estimate: {ratio}"
+        yield "biased-variance", words, lambda: update(weight, "biased")
+        words = (
+            f"weighs the new batch by {1 - weight:g} instead of {weight:g}: momentum counts the "
+            f"other way round"
+        )
+        yield "momentum-complement", words, lambda: update(1 - weight, "unbiased")
+        words = f"has momentum {float(f'{found:.6g}'):g} instead of {weight:g}"
+        yield "momentum", words, lambda: update(found, "unbiased")
+        words = (
+            f"updates with the biased variance and weighs the new batch by {found:.6g} instead of "
+            f"{weight:g} ({ratio})"
+        )
+        yield "biased-variance", words, lambda: update(found, "biased")
+        right = update(weight, "unbiased")
+        for name, words, halves in (
+            ("no-mean", "updates the variance only", (old[: len(mean)], right[len(mean) :])),
+            ("frozen-statistics", "updates the mean only", (right[: len(mean)], old[len(mean) :])),
+        ):
+            yield name, words, lambda halves=halves: np.concatenate(halves)
+
+    return explain(value, candidates())
