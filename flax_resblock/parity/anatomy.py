@@ -47,26 +47,16 @@ class Anatomy:
             try:
                 tensors = next(part.run(side, pair, precision, images, devices))
                 if side == "torch" and list(self.places)[-1] not in pair.torch_slots:
-                    tensors = {
-                        key: value for key, value in tensors.items() if key[1] != "output"
-                    }  # what comes out was not cut off from what went in
+                    # what comes out was not cut off from what went in
+                    tensors = {key: t for key, t in tensors.items() if key[1] != "output"}
                 self.sides[side] = tensors
             except InputError:
                 raise
             except Exception as error:  # a layer that cannot take its input
-                words = (
-                    f"{NAMES[side]} raises {type(error).__name__}: "
-                    f"{str(error).splitlines()[0] if str(error) else ''}"
-                )
-                self.raised.append(
-                    Diagnosis(
-                        "output",
-                        "raises",
-                        side,
-                        words,
-                        "while it was fed what the reference feeds its layers",
-                    )
-                )
+                first = str(error).splitlines()[0] if str(error) else ""
+                words = f"{NAMES[side]} raises {type(error).__name__}: {first}"
+                evidence = "while it was fed what the reference feeds its layers"
+                self.raised.append(Diagnosis("output", "raises", side, words, evidence))
         tensors = next(Weights().run("torch", spec or pair, precision, images, devices))
         self.tensors: dict[str, dict[str, np.ndarray]] = {}
         self.by_name: dict[str, dict[str, np.ndarray]] = {}
@@ -83,56 +73,38 @@ class Anatomy:
 
         def rank(key: tuple[str, str]) -> tuple[int, int, bool]:
             quantity, place = quantity_of(key), key[1].partition("/")[0]
-            return (
-                ("gradient" in quantity) * 2 + (quantity == "running statistics"),
-                order.get(place, len(order)),
-                quantity != "connection",
-            )
+            late = ("gradient" in quantity) * 2 + (quantity == "running statistics")
+            return late, order.get(place, len(order)), quantity != "connection"
 
         for side, tensors in self.sides.items():
             wrong: set[str] = set()
             for key in sorted(self.truth, key=rank):
-                truth = self.truth[key]
-                value = tensors.get(key)
-                quantity = quantity_of(key)
-                slot = key[1]
-                place = slot.partition("/")[0]
-                if (
-                    value is None
-                    or relative_l2(value, truth) <= FLOAT64_LIMIT
-                    or not self._is_cut_off(place, tensors)
-                ):
+                truth, value, slot = self.truth[key], tensors.get(key), key[1]
+                quantity, place = quantity_of(key), slot.partition("/")[0]
+                if value is None or (error := relative_l2(value, truth)) <= FLOAT64_LIMIT:
+                    continue
+                if not self._is_cut_off(place, tensors):
                     continue
                 if quantity in ("forward", "connection"):
                     wrong.add(place)
                 elif place in wrong or (wrong and "gradient" in quantity):
                     continue  # follows from it
                 cause = self._explain(quantity, slot, side, value, truth)
-                where = (
-                    "before it "
-                    if quantity == "connection"
-                    else "in the gradient "
-                    if "gradient" in quantity
-                    else ""
-                )
+                where = "in the gradient " if "gradient" in quantity else ""
+                if quantity == "connection":
+                    where = "before it "
                 unknown = f"differs in {quantity}, and no known mistake explains it"
                 words = f"{where}{NAMES[side]} {cause.sentence if cause else unknown}"
-                yield Diagnosis(
-                    slot,
-                    cause.name if cause else "unknown",
-                    side,
-                    words,
-                    evidence_for(cause, relative_l2(value, truth), self.against),
-                )
+                name = cause.name if cause else "unknown"
+                evidence = evidence_for(cause, error, self.against)
+                yield Diagnosis(slot, name, side, words, evidence)
 
     def _explain(
         self, quantity: str, slot: str, side: Side, value: np.ndarray, truth: np.ndarray
     ) -> Cause | None:
         if quantity == "connection":
-            return explain_connection(
-                Connection(truth, self.images, self._before(slot), self.reference.activations),
-                value,
-            )
+            before, outputs = self._before(slot), self.reference.activations
+            return explain_connection(Connection(truth, self.images, before, outputs), value)
         if quantity == "running statistics":
             layer, prefix = self.layer(slot.partition("/")[0]), slot.partition("/")[0]
             if layer is None:
@@ -145,16 +117,12 @@ class Anatomy:
                 return Cause("frozen-counter", f"counts {value} batches instead of {truth}", 0.0)
             return None if mean is None or var is None else explain_statistics(layer, mean, var)
         if "gradient" in quantity:
-            place = slot.partition("/")[0]
-            own = quantity == "input gradient"
-            shape = None
-            if place in self.reference.activations:
-                shape = self.reference.activations[place].shape
-            cotangent = cotangent_of("own", place, shape) if own and shape else None
-            end = self._block_end(place) if own and self._is_block(place) else None
-            return explain_gradient(
-                value, truth, self.layer(place) if own else None, cotangent, end
-            )
+            if quantity != "input gradient":
+                return explain_gradient(value, truth, None, None, None)
+            output = self.reference.activations.get(slot)
+            cotangent = None if output is None else cotangent_of("own", slot, output.shape)
+            end = self._block_end(slot) if self._is_block(slot) else None
+            return explain_gradient(value, truth, self.layer(slot), cotangent, end)
         if self._is_block(slot):
             end = self._block_end(slot)
             return None if end is None else explain_ending(end, value)
@@ -197,14 +165,8 @@ class Anatomy:
             for name, by in self.by_name.items()
         }
         module: torch.nn.Module = self.module.get_submodule(self.places[slot])
-        return LayerRun(
-            module,
-            self.tensors.get(slot, {}),
-            others,
-            self.reference.inputs[slot],
-            self.reference.activations[slot],
-            self.train,
-        )
+        x, truth = self.reference.inputs[slot], self.reference.activations[slot]
+        return LayerRun(module, self.tensors.get(slot, {}), others, x, truth, self.train)
 
     def _block_end(self, block: str) -> BlockEnd | None:
         """How the reference ends a residual block; None if its branches could not be captured."""

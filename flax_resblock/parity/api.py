@@ -49,12 +49,8 @@ class Verification:
 
     def __str__(self) -> str:
         """The outcome in words: diagnosis first, then where it shows."""
-        lines = (
-            [self.title, *verdict_lines(self.comparison)]
-            if self.title
-            else verdict_lines(self.comparison)
-        )
-        lines += [f"  {diagnosis}" for diagnosis in self.diagnosis]
+        lines = [self.title] if self.title else []
+        lines += [*verdict_lines(self.comparison), *(f"  {found}" for found in self.diagnosis)]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
@@ -118,22 +114,11 @@ def compare(
       >>> print(compare(torch_mlp, flax_mlp, x, state_map=table))
     """
     if isinstance(state_map, StateMap):
-        table: Mapping[str, Any] = {
-            entry.torch_key: (dotted(entry.flax_path), entry.codec) for entry in state_map.entries
-        }
-    else:
-        table = state_map
-    pair = ModulePair(torch_module, flax_module, table, slots=slots, copy_weights=copy_weights)
-    tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
-    plan = Plan(
-        train=train,
-        gradients=gradients,
-        isolated=isolated,
-        steps=steps,
-        precisions=precisions,
-        tolerance=tolerance,
-        conv_lowering=conv_lowering,
-    )
+        state_map = {e.torch_key: (dotted(e.flax_path), e.codec) for e in state_map.entries}
+    pair = ModulePair(torch_module, flax_module, state_map, slots=slots, copy_weights=copy_weights)
+    plan = Plan(train, gradients, precisions, isolated, steps, conv_lowering=conv_lowering)
+    if rtol is not None or atol is not None:
+        plan = replace(plan, tolerance=Tolerance(rtol or 0.0, atol or 0.0))
     return verify_pair(pair, np.asarray(inputs, np.float64), plan, seed=seed, devices=devices)
 
 
@@ -162,40 +147,25 @@ def verify_pair(
         )
     places = devices or Devices()
     with strict(plan.conv_lowering):
-        if (
-            places.jax is not None and places.jax.platform != "cpu"
-        ):  # other devices may silently compute in less
-            require(
-                row
-                for name in plan.precisions
-                for row in measure_precision("flax", places.jax, name)
-            )
-        if places.torch.type != "cpu":
-            require(
-                row
-                for name in plan.precisions
-                for row in measure_precision("torch", places.torch, name)
-            )
+        measured = []  # on other devices than the CPU, which may silently compute in less
+        for name in plan.precisions:
+            if places.jax is not None and places.jax.platform != "cpu":
+                measured += measure_precision("flax", places.jax, name)
+            if places.torch.type != "cpu":
+                measured += measure_precision("torch", places.torch, name)
+        require(measured)
         refuse_unfit(pair, images, train=plan.train)
         comparison = compare_pair(pair, images, plan, progress=progress, seed=seed, devices=devices)
         if comparison.passed:
             return Verification(comparison, title=pair.title)
         progress("looking for the cause")
         narrow = [name for name in plan.precisions if name != "float64"]
+        gradients = plan.gradients or plan.steps > 0
         found = diagnose(
-            pair,
-            images,
-            train=plan.train,
-            gradients=plan.gradients or plan.steps > 0,
-            precisions=narrow,
-            devices=devices,
+            pair, images, train=plan.train, gradients=gradients, precisions=narrow, devices=devices
         )
-        return Verification(
-            comparison,
-            tuple(found),
-            pair.title,
-            tuple(_chaos(pair, images, plan, comparison, seed)),
-        )
+        notes = _chaos(pair, images, plan, comparison, seed)
+        return Verification(comparison, tuple(found), pair.title, tuple(notes))
 
 
 def refuse_unfit(pair: Pair, images: np.ndarray, *, train: bool) -> None:
@@ -271,24 +241,15 @@ def _chaos(
     pair: Pair, images: np.ndarray, plan: Plan, comparison: Comparison, seed: int
 ) -> list[str]:
     """Notes on training runs that differ because training at this rate amplifies every rounding."""
-    failed = [
-        m
-        for m in comparison.measurements
-        if m.step is not None and m.precision == "float64" and not m.verdict.passed
-    ]
-    if not failed or any(
-        m.step is None and m.precision == "float64" and not m.verdict.passed
-        for m in comparison.measurements
-    ):
+    rows = [m for m in comparison.measurements if m.precision == "float64"]
+    failed = [m for m in rows if not m.verdict.passed]
+    if not failed or any(m.step is None for m in failed):
         return []
     notes = []
     for name in dict.fromkeys(m.quantity.partition(":")[0] for m in failed):
         alone = replace(plan, train=False, gradients=False, isolated=False, optimizers=(name,))
-        spread = max(
-            own_spread(part, pair, images)
-            for part in alone.parts(pair, images, seed)
-            if isinstance(part, Trajectory)
-        )
+        runs = [part for part in alone.parts(pair, images, seed) if isinstance(part, Trajectory)]
+        spread = max(own_spread(run, pair, images) for run in runs)
         worst = max(m.verdict.error for m in failed if m.quantity.startswith(f"{name}:"))
         if spread > min(worst, 1.0) / 100:  # beyond 1 it has run off anywhere
             notes.append(

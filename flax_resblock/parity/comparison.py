@@ -37,6 +37,7 @@ from flax_resblock.parity.trajectory import RECIPES, Trajectory, moderate
 SPREAD = 8
 """How many more roundings of PyTorch are drawn if one does not explain the error of Flax."""
 
+EXACT = PRECISIONS["float64"]
 
 BATCHES = 5
 """Training batches after which the running statistics are compared again."""
@@ -123,19 +124,13 @@ def compare_pair(
     referee = _Referee(plan.tolerance)
     measurements: list[Measurement] = []
     for part in plan.parts(pair, images, seed):
-        precisions = (
-            [PRECISIONS["float64"]]
-            if isinstance(part, Weights)
-            else [PRECISIONS[name] for name in plan.precisions]
-        )
+        names = ["float64"] if isinstance(part, Weights) else plan.precisions
+        precisions = [PRECISIONS[name] for name in names]
         found = referee.compare(part, pair, precisions, images, devices, progress)
         for precision in precisions:
             rows = found[precision.name]
-            if (
-                precision.name != "float64"
-                and plan.tolerance is None
-                and not all(row.verdict.passed for row in rows)
-            ):
+            failed = not all(row.verdict.passed for row in rows)
+            if failed and precision.name != "float64" and plan.tolerance is None:
                 progress(f"{part.title}, {precision.name}: PyTorch's own spread")
                 rows = _with_spread(part, pair, precision, images, devices, rows)
             measurements += rows
@@ -161,9 +156,7 @@ class _Referee:
     ) -> dict[str, list[Measurement]]:
         """Measurements of one part by precision."""
         rows: dict[str, list[Measurement]] = {precision.name: [] for precision in precisions}
-        truths = part.run(
-            "torch", pair, PRECISIONS["float64"], images, devices.of(PRECISIONS["float64"])
-        )
+        truths = part.run("torch", pair, EXACT, images, devices.of(EXACT))
         sides = {
             p.name: (
                 part.run("torch", pair, p, images, devices.of(p)),
@@ -171,13 +164,9 @@ class _Referee:
             )
             for p in precisions
         }
-        steps = isinstance(part, Trajectory)
-        for step in range(1, part.steps + 1) if isinstance(part, Trajectory) else (1,):
-            where = (
-                f"{part.title}, step {step} of {part.steps}"
-                if isinstance(part, Trajectory)
-                else part.title
-            )
+        count = part.steps if isinstance(part, Trajectory) else None
+        for step in range(1, (count or 1) + 1):
+            where = part.title if count is None else f"{part.title}, step {step} of {count}"
             progress(f"{where}: PyTorch, float64")
             truth = next(truths)
             for precision in precisions:
@@ -188,18 +177,14 @@ class _Referee:
                     key: 0.0 if ours is truth else relative_l2(value, truth[key])
                     for key, value in ours.items()
                 }
-                kept = (
-                    ours
-                    if self.tolerance is not None
-                    else {key: sampled(value) for key, value in ours.items()}
-                )
-                # the largest arrays of a verification: free them before the other side allocates
-                # its own
-                del ours
+                kept = ours
+                if self.tolerance is None:
+                    kept = {key: sampled(value) for key, value in ours.items()}
+                del ours  # the largest arrays: freed before the other side allocates its own
                 flax = next(flax_side)
-                rows[precision.name] += list(
-                    self._compared(part, precision, step if steps else None, flax, kept, truth, own)
-                )
+                number = None if count is None else step
+                found = self._compared(part, precision, number, flax, kept, truth, own)
+                rows[precision.name] += list(found)
                 del flax, kept
         return rows
 
@@ -218,12 +203,8 @@ class _Referee:
             error = float("inf") if value is None else relative_l2(value, truth[key])
             verdict = verdict_of(error, reference, precision.epsilon, limit64=part.limit64)
             if self.tolerance is not None and value is not None:
-                verdict = replace(
-                    verdict,
-                    error=self.tolerance.excess(value, ours[key]),
-                    limit=1.0,
-                    reference_error=0.0,
-                )
+                excess = self.tolerance.excess(value, ours[key])
+                verdict = replace(verdict, error=excess, limit=1.0, reference_error=0.0)
             row = Measurement(*key, precision.name, verdict, step)
             worst = self.histogram.row.verdict.excess if self.histogram is not None else 0.0
             if value is not None and value.shape == truth[key].shape and verdict.excess > worst:
@@ -248,28 +229,17 @@ def _with_spread(
     rng = np.random.default_rng(1)
     largest = {(row.quantity, row.slot, row.step): row.verdict.reference_error for row in rows}
     stepped = isinstance(part, Trajectory)
-    epsilon = (
-        float(np.finfo(precision.storage).eps) if precision.compute is None else precision.epsilon
-    )
     for _ in range(SPREAD):
-        moved = images * (1 + epsilon * rng.integers(-1, 2, images.shape))
-        truths = part.run(
-            "torch", pair, PRECISIONS["float64"], images, devices.of(PRECISIONS["float64"])
-        )
+        moved = images * (1 + precision.epsilon * rng.integers(-1, 2, images.shape))
+        truths = part.run("torch", pair, EXACT, images, devices.of(EXACT))
         again = part.run("torch", pair, precision, moved, devices.of(precision))
         for step, (truth, ours) in enumerate(zip(truths, again, strict=True), start=1):
             for key, value in ours.items():
                 place = (*key, step if stepped else None)
                 largest[place] = max(largest[place], relative_l2(value, truth[key]))
-    return [
-        replace(
-            row,
-            verdict=verdict_of(
-                row.verdict.error,
-                largest[row.quantity, row.slot, row.step],
-                precision.epsilon,
-                limit64=part.limit64,
-            ),
-        )
-        for row in rows
-    ]
+    found = []
+    for row in rows:
+        own = largest[row.quantity, row.slot, row.step]
+        verdict = verdict_of(row.verdict.error, own, precision.epsilon, limit64=part.limit64)
+        found.append(replace(row, verdict=verdict))
+    return found

@@ -79,14 +79,11 @@ def _by_bisection(pair: Pair, images: np.ndarray) -> Iterator[Diagnosis]:
                 f"{NAMES[side]} computes something else here or right before it; its layers could "
                 f"not be captured one by one"
             )
-            yield Diagnosis(
-                slot,
-                "unknown",
-                side,
-                words,
-                "found by silencing layers on both sides: the difference is gone as soon as "
-                "this one is silent",
+            evidence = (
+                "found by silencing layers on both sides: the difference is gone as soon as this "
+                "one is silent"
             )
+            yield Diagnosis(slot, "unknown", side, words, evidence)
 
 
 def _narrow_arithmetic(
@@ -100,37 +97,25 @@ def _narrow_arithmetic(
         "flax": next(part.run("flax", pair, precision, images, devices.of(precision))),
     }
     for key, right in anatomy.truth.items():
-        errors: dict[Side, float] = {
-            side: relative_l2(tensors[key], right)
-            for side, tensors in sides.items()
-            if key in tensors
+        there: dict[Side, np.ndarray] = {
+            side: tensors[key] for side, tensors in sides.items() if key in tensors
         }
+        errors: dict[Side, float] = {side: relative_l2(v, right) for side, v in there.items()}
         for side, error in errors.items():
             other = errors.get("torch" if side == "flax" else "flax", 0.0)
             layer = anatomy.layer(key[1])
-            if (
-                layer is None
-                or quantity_of(key) != "forward"
-                or verdict_of(error, other, precision.epsilon).passed
-            ):
+            passed = verdict_of(error, other, precision.epsilon).passed
+            if layer is None or passed or quantity_of(key) != "forward":
                 continue
-            cause = explain_layer(
-                layer, np.asarray(sides[side][key], np.float64), limit=max(1e-5, 2 * other)
-            )
-            words = (
-                cause.sentence if cause is not None else "is less exact than the precision explains"
-            )
+            value = np.asarray(there[side], np.float64)
+            cause = explain_layer(layer, value, limit=max(1e-5, 2 * other))
+            words = cause.sentence if cause else "is less exact than the precision explains"
             evidence = (
                 f"in {precision.name} its error is {error:.1e}, the other side's {other:.1e}; in "
                 f"float64 both are right"
             )
-            yield Diagnosis(
-                key[1],
-                cause.name if cause else "reduced-precision",
-                side,
-                f"{NAMES[side]} {words}",
-                evidence,
-            )
+            name = cause.name if cause else "reduced-precision"
+            yield Diagnosis(key[1], name, side, f"{NAMES[side]} {words}", evidence)
 
 
 def _grouped(found: list[Diagnosis]) -> Iterator[Diagnosis]:
@@ -139,18 +124,16 @@ def _grouped(found: list[Diagnosis]) -> Iterator[Diagnosis]:
     for diagnosis in found:
         groups.setdefault((diagnosis.side, diagnosis.cause), []).append(diagnosis)
     for first, *rest in groups.values():
-        yield replace(
-            first, others=tuple(dict.fromkeys(d.slot for d in rest if d.slot != first.slot))
-        )
+        others = dict.fromkeys(d.slot for d in rest if d.slot != first.slot)
+        yield replace(first, others=tuple(others))
 
 
 def _tensors(pair: Pair, images: np.ndarray) -> Iterator[Diagnosis]:
     """Tensors that are not what the specification holds."""
     spec, precision, part = pair.specification(), PRECISIONS["float64"], Weights()
     expected = next(part.run("torch", spec or pair, precision, images, Devices()))
-    sides: dict[Side, Tensors] = {
-        "flax": next(part.run("flax", pair, precision, images, Devices()))
-    }
+    sides: dict[Side, Tensors] = {}
+    sides["flax"] = next(part.run("flax", pair, precision, images, Devices()))
     if spec is not None:
         sides["torch"] = next(part.run("torch", pair, precision, images, Devices()))
     by_path: dict[Path, np.ndarray] = {
@@ -162,13 +145,11 @@ def _tensors(pair: Pair, images: np.ndarray) -> Iterator[Diagnosis]:
             value = tensors.get(("tensors", slot))
             if value is None or np.array_equal(value, truth, equal_nan=True):
                 continue
-            cause = explain_tensor(
-                parse_path(slot.replace("/", ".")), np.asarray(value, np.float64), by_path
-            )
+            path = parse_path(slot.replace("/", "."))
+            cause = explain_tensor(path, np.asarray(value, np.float64), by_path)
             words = f"{NAMES[side]} {cause.sentence if cause else 'holds other data'}"
-            evidence = evidence_for(
-                cause, relative_l2(value, truth), "the tensor that should be there"
-            )
+            error = relative_l2(value, truth)
+            evidence = evidence_for(cause, error, "the tensor that should be there")
             yield Diagnosis(slot, cause.name if cause else "unknown", side, words, evidence)
 
 
@@ -226,11 +207,8 @@ def bisect(pair: Pair, images: np.ndarray, side: Side) -> str | None:
       Name of the layer; None where the outputs agree, or still differ when every layer is silent.
     """
     spec = pair.specification() or pair
-    slots = list(
-        dict.fromkeys(
-            dotted(e.flax_path[:-1]) for e in pair.entries if e.flax_path[-1] in ("kernel", "scale")
-        )
-    )
+    paths = [e.flax_path for e in pair.entries if e.flax_path[-1] in ("kernel", "scale")]
+    slots = list(dict.fromkeys(dotted(path[:-1]) for path in paths))
     if _agree(pair, spec, set(), images, side) or not _agree(pair, spec, set(slots), images, side):
         return None
     low, high = 0, len(slots)  # silencing the first `low` does not hide it, the first `high` does
@@ -245,15 +223,12 @@ def bisect(pair: Pair, images: np.ndarray, side: Side) -> str | None:
 
 def _agree(pair: Pair, spec: Pair, slots: set[str], images: np.ndarray, side: str) -> bool:
     precision = PRECISIONS["float64"]
-    truth = trace_torch(
-        Silenced(spec, slots).torch(precision), images, {}, precision=precision
-    ).output
+    right, silenced = Silenced(spec, slots), Silenced(pair, slots)
+    truth = trace_torch(right.torch(precision), images, {}, precision=precision)
     if side == "torch":
-        output = trace_torch(
-            Silenced(pair, slots).torch(precision), images, {}, precision=precision
-        ).output
+        found = trace_torch(silenced.torch(precision), images, {}, precision=precision)
     else:
         with precision.of_jax():
-            model = Silenced(pair, slots).flax(precision)
-        output = trace_flax(model, images, {}, precision=precision).output
-    return relative_l2(output, truth) <= FLOAT64_LIMIT
+            model = silenced.flax(precision)
+        found = trace_flax(model, images, {}, precision=precision)
+    return relative_l2(found.output, truth.output) <= FLOAT64_LIMIT

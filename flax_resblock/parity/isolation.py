@@ -42,9 +42,8 @@ the slot) and ``connection gradient`` (from the slots that follow)."""
 def cotangent_of(kind: str, name: str, shape: Iterable[int]) -> np.ndarray:
     """What flows back into a slot's own output (``kind="own"``) or out of what arrives at it
     (``"incoming"``): random, and the same on every side."""
-    return np.random.default_rng(zlib.crc32(f"{kind} {name}".encode())).standard_normal(
-        tuple(shape)
-    )
+    rng = np.random.default_rng(zlib.crc32(f"{kind} {name}".encode()))
+    return rng.standard_normal(tuple(shape))
 
 
 def isolate_flax(
@@ -64,11 +63,8 @@ def isolate_flax(
         graphdef, params, rest = split_model(model, train)
         by_path = {path: name for name, path in slots.items()}
         dtype = precision.compute or precision.storage
-        fed = {
-            name: jnp.asarray(reference.inputs[name], dtype)
-            for name in slots
-            if name in reference.inputs
-        }
+        inputs = reference.inputs
+        fed = {name: jnp.asarray(inputs[name], dtype) for name in slots if name in inputs}
         handed_on = {name: jnp.asarray(reference.activations[name], dtype) for name in slots}
 
         def run(params: Any, into: dict[str, Any], out_of: dict[str, Any], images: Any) -> Any:
@@ -96,9 +92,8 @@ def isolate_flax(
 
         x = jnp.asarray(images, precision.storage)
         if not gradients:
-            own, incoming, statistics = jax.jit(run, compiler_options=compiler_options())(
-                params, fed, handed_on, x
-            )
+            compiled = jax.jit(run, compiler_options=compiler_options())
+            own, incoming, statistics = compiled(params, fed, handed_on, x)
             return _isolation(host_tree(own), host_tree(incoming), arrays_by_path(statistics))
         shapes = jax.eval_shape(run, params, fed, handed_on, x)
         weights = [
@@ -118,39 +113,21 @@ def isolate_flax(
             )
             return total, (own, incoming, statistics)
 
-        gradient = jax.jit(
-            jax.grad(loss, argnums=(0, 1, 2), has_aux=True), compiler_options=compiler_options()
-        )
-        found, (own, incoming, statistics) = gradient(params, fed, handed_on, x, weights)
-        return _isolation(
-            host_tree(own),
-            host_tree(incoming),
-            arrays_by_path(statistics),
-            arrays_by_path(found[0]),
-            host_tree(found[1]),
-            host_tree(found[2]),
-        )
+        gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+        compiled = jax.jit(gradient, compiler_options=compiler_options())
+        found, (own, incoming, statistics) = compiled(params, fed, handed_on, x, weights)
+        values = host_tree(own), host_tree(incoming), arrays_by_path(statistics)
+        of_params, of_inputs, of_outputs = arrays_by_path(found[0]), *map(host_tree, found[1:])
+        return _isolation(*values, of_params, of_inputs, of_outputs)
 
 
 _KINDS = ("own", "incoming")
+_QUANTITIES = ("forward", "connection", "statistics")
+_QUANTITIES += ("parameter gradient", "input gradient", "connection gradient")
 
 
-def _isolation(
-    own: Any,
-    incoming: Any,
-    statistics: Any,
-    of_params: Any = None,
-    of_inputs: Any = None,
-    of_outputs: Any = None,
-) -> Isolation:
-    return {
-        "forward": own,
-        "connection": incoming,
-        "statistics": statistics,
-        "parameter gradient": of_params or {},
-        "input gradient": of_inputs or {},
-        "connection gradient": of_outputs or {},
-    }
+def _isolation(*found: dict[Any, np.ndarray]) -> Isolation:
+    return {name: found[i] if i < len(found) else {} for i, name in enumerate(_QUANTITIES)}
 
 
 def isolate_torch(
@@ -173,9 +150,8 @@ def isolate_torch(
 
     def leaf(array: np.ndarray) -> torch.Tensor:
         tensor = as_tensor(array, precision, device)
-        return (tensor if precision.compute is None else tensor.bfloat16()).requires_grad_(
-            gradients
-        )
+        tensor = tensor if precision.compute is None else tensor.bfloat16()
+        return tensor.requires_grad_(gradients)
 
     def on_input(name: str) -> Callable[..., Any]:
         def hook(_: Any, args: Any) -> Any:
@@ -203,34 +179,23 @@ def isolate_torch(
         with precision.of_torch(device):
             incoming["output"] = module(as_tensor(images, precision, device))
         if gradients:
-            terms = [
-                (
-                    value
-                    * as_tensor(
-                        cotangent_of(kind, name, as_array(value).shape), precision, device
-                    ).to(value.dtype)
-                )
-                .to(_widest(value))
-                .sum()
-                for kind, part in zip(_KINDS, (own, incoming), strict=True)
-                for name, value in part.items()
-            ]
+            terms = []
+            for kind, part in zip(_KINDS, (own, incoming), strict=True):
+                for name, value in part.items():
+                    cotangent = cotangent_of(kind, name, as_array(value).shape)
+                    weight = as_tensor(cotangent, precision, device).to(value.dtype)
+                    widest = torch.promote_types(value.dtype, torch.float32)
+                    terms.append((value * weight).to(widest).sum())
             torch.stack(terms).sum().backward()
 
-    def arrays(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, np.ndarray]:
-        return {name: as_array(value) for name, value in tensors.items() if value is not None}
+    def arrays(tensors: Mapping[str, torch.Tensor]) -> dict[Any, np.ndarray]:
+        return {name: as_array(value) for name, value in tensors.items()}
 
-    return _isolation(
-        arrays(own),
-        arrays(incoming),
-        {name: value.detach().cpu().numpy() for name, value in module.named_buffers()},
-        {name: gradient_of(value).cpu().numpy() for name, value in module.named_parameters()}
-        if gradients
-        else {},
-        arrays({name: gradient_of(value) for name, value in into.items()}) if gradients else {},
-        arrays({name: gradient_of(value) for name, value in out_of.items()}) if gradients else {},
-    )
-
-
-def _widest(value: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(value.dtype, torch.float32)
+    statistics = {name: value.detach().cpu().numpy() for name, value in module.named_buffers()}
+    found: list[dict[Any, np.ndarray]] = [arrays(own), arrays(incoming), statistics]
+    if gradients:
+        found.append(
+            {n: gradient_of(value).cpu().numpy() for n, value in module.named_parameters()}
+        )
+        found += [arrays({n: gradient_of(v) for n, v in fed.items()}) for fed in (into, out_of)]
+    return _isolation(*found)

@@ -156,10 +156,9 @@ def entries_of(table: Rows) -> tuple[Entry, ...]:
                 f"state_map[{key!r}] names the codec {codec!r}; known: {', '.join(_CODECS)}, "
                 f"or a Codec of flax_resblock.convert.codecs."
             )
-        entries.append((parse_path(path), key, _CODECS[codec] if isinstance(codec, str) else codec))
-    return tuple(
-        Entry(parts, key, codec or _GUESS, _role(key), ()) for parts, key, codec in entries
-    )
+        codec = _CODECS[codec] if isinstance(codec, str) else codec or _GUESS
+        entries.append(Entry(parse_path(path), key, codec, _role(key), ()))
+    return tuple(entries)
 
 
 _GUESS = Codec("by the number of axes")
@@ -201,17 +200,12 @@ class ModulePair(Pair):
         flat = nnx.to_flat_state(nnx.state(flax_module, nnx.Any(nnx.Param, nnx.BatchStat)))
         variables: dict[Any, Any] = dict(flat)
         self.entries = _checked(entries_of(table), state, variables)
-        self._values: dict[Any, np.ndarray] = (
-            {entry.flax_path: entry.codec.to_flax(state[entry.torch_key]) for entry in self.entries}
-            if copy_weights
-            else {}
-        )
+        self._values: dict[Any, np.ndarray] = {}
+        if copy_weights:
+            self._values = {e.flax_path: e.codec.to_flax(state[e.torch_key]) for e in self.entries}
         extra = {name: (place, parse_path(path)) for name, (place, path) in (slots or {}).items()}
-        found = {
-            dotted(e.flax_path[:-1]): (e.torch_key.rpartition(".")[0], e.flax_path[:-1])
-            for e in self.entries
-            if len(e.flax_path) > 1
-        }
+        layers = [(e.torch_key, e.flax_path[:-1]) for e in self.entries if len(e.flax_path) > 1]
+        found = {dotted(path): (key.rpartition(".")[0], path) for key, path in layers}
         self._slots = {**found, **extra}
         places = dict(torch_module.named_modules())
         for name, (place, _) in self._slots.items():
@@ -240,15 +234,11 @@ class ModulePair(Pair):
         """A copy in ``precision.storage``; layers that have a ``dtype`` compute in
         ``precision.compute``."""
         model = nnx.clone(self._flax)
-        for path, variable in nnx.to_flat_state(
-            nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
-        ):
+        state = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
+        for path, variable in nnx.to_flat_state(state):
             value = np.asarray(self._values.get(path, variable[...]))
-            variable_at(model, path).set_value(
-                jnp.asarray(
-                    value, precision.storage if jnp.issubdtype(value.dtype, jnp.floating) else None
-                )
-            )
+            dtype = precision.storage if jnp.issubdtype(value.dtype, jnp.floating) else None
+            variable_at(model, path).set_value(jnp.asarray(value, dtype))
         for _, module in nnx.iter_modules(model):
             if hasattr(module, "dtype"):
                 module.dtype = precision.compute  # pyright: ignore[reportAttributeAccessIssue]
@@ -260,22 +250,13 @@ def _checked(
 ) -> tuple[Entry, ...]:
     """The entries with their codecs and shapes filled in, once they are known to fit both sides."""
     keys, paths = {entry.torch_key for entry in entries}, [entry.flax_path for entry in entries]
-    problems = [f"PyTorch has no tensor {key!r}" for key in keys - set(state)] + [
-        f"Flax has no variable {dotted(p)!r}" for p in set(paths) - set(variables)
-    ]
-    problems += [
-        f"two rows lead to {dotted(path)!r}" for path in set(paths) if paths.count(path) > 1
-    ]
-    problems += [
-        f"no row names PyTorch's {key!r}"
-        for key in state
-        if key not in keys and _role(key) != "counter"
-    ]
-    problems += [
-        f"no row names Flax's {dotted(path)!r}"
-        for path in variables
-        if path not in paths and path[-1] != "num_batches_tracked"
-    ]
+    problems = [f"PyTorch has no tensor {key!r}" for key in keys - set(state)]
+    problems += [f"Flax has no variable {dotted(p)!r}" for p in set(paths) - set(variables)]
+    problems += [f"two rows lead to {dotted(p)!r}" for p in set(paths) if paths.count(p) > 1]
+    of_torch = [key for key in state if key not in keys and _role(key) != "counter"]
+    problems += [f"no row names PyTorch's {key!r}" for key in of_torch]
+    of_flax = [p for p in variables if p not in paths and p[-1] != "num_batches_tracked"]
+    problems += [f"no row names Flax's {dotted(path)!r}" for path in of_flax]
     if problems:
         raise InputError(
             f"state_map does not pair the two modules: {some(sorted(problems))}. Every tensor "

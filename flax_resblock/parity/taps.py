@@ -66,9 +66,8 @@ def hooked(
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if (
-                id(self) not in places or id(self) in running or not args
-            ):  # another model's, or a call of super().__call__
+            # another model's, or a call of super().__call__
+            if id(self) not in places or id(self) in running or not args:
                 return original(self, *args, **kwargs)
             path = places[id(self)]
             running.add(id(self))
@@ -131,9 +130,8 @@ def trace_flax(
 
         x = jnp.asarray(images, precision.storage)
         if cotangent is None:
-            output, (activations, statistics) = jax.jit(run, compiler_options=compiler_options())(
-                params, {}, x
-            )
+            compiled = jax.jit(run, compiler_options=compiler_options())
+            output, (activations, statistics) = compiled(params, {}, x)
             return Trace(np.asarray(output), host_tree(activations), arrays_by_path(statistics))
         shapes = jax.eval_shape(run, params, {}, x)[1][0]
         zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
@@ -142,14 +140,11 @@ def trace_flax(
             output, aux = run(params, zeros, x)
             return jnp.sum(output * weight), (output, *aux)
 
-        gradient = jax.jit(
-            jax.grad(loss, argnums=(0, 1, 2), has_aux=True),
-            donate_argnums=(1,),
-            compiler_options=compiler_options(),
-        )
-        (of_params, of_activations, of_input), (output, activations, statistics) = gradient(
-            params, zeros, x, jnp.asarray(cotangent, precision.storage)
-        )
+        gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+        compiled = jax.jit(gradient, donate_argnums=(1,), compiler_options=compiler_options())
+        weight = jnp.asarray(cotangent, precision.storage)
+        found, (output, activations, statistics) = compiled(params, zeros, x, weight)
+        of_params, of_activations, of_input = found
         return Trace(
             np.asarray(output),
             host_tree(activations),
@@ -193,9 +188,8 @@ def trace_torch(
                 return  # a layer that returns several things is no slot
             if inputs and args:
                 fed[name] = as_array(args[0], copied=True)
-            activations[name] = as_array(
-                output, copied=True
-            )  # a following in-place ReLU would overwrite it
+            # a following in-place ReLU would overwrite the output
+            activations[name] = as_array(output, copied=True)
             if output.requires_grad:
                 output.register_hook(
                     lambda gradient: gradients.__setitem__(name, as_array(gradient, copied=True))
@@ -240,21 +234,16 @@ def split_model(model: nnx.Module, train: bool, variables: Any = nnx.Param) -> t
 
 def as_tensor(array: np.ndarray, precision: Precision, device: torch.device = CPU) -> torch.Tensor:
     """A tensor in ``precision.storage``, images from NHWC to NCHW."""
-    array = np.asarray(array, precision.storage)
-    return torch.from_numpy(
-        np.array(np.moveaxis(array, -1, 1) if array.ndim == 4 else array, order="C")
-    ).to(device)
+    array = np.moveaxis(array, -1, 1) if array.ndim == 4 else array
+    return torch.from_numpy(np.array(array, precision.storage, order="C")).to(device)
 
 
 def as_array(tensor: torch.Tensor, *, copied: bool = False) -> np.ndarray:
     """A numpy array, images from NCHW to NHWC; bfloat16 as float32, which holds it exactly."""
     tensor = tensor.detach().cpu()
-    array = (
-        tensor.float().numpy()
-        if tensor.dtype in (torch.bfloat16, torch.float16)
-        else tensor.numpy()
-    )
-    array = np.array(array) if copied else array
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        tensor = tensor.float()
+    array = np.array(tensor.numpy()) if copied else tensor.numpy()
     return np.moveaxis(array, 1, -1) if array.ndim == 4 else array
 
 

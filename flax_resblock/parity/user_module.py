@@ -68,19 +68,13 @@ class ExaminedModule:
     def diagnosis(self) -> list[Diagnosis]:
         """Every mistake, once: a slot that ``stated`` already names is not repeated."""
         known = " ".join(self.stated)
-        found = [
-            Diagnosis("module", "specification", "torch", sentence, "read off the module")
-            for sentence in self.stated
-        ]
+        why = "read off the module"
+        found = [Diagnosis("module", "specification", "torch", one, why) for one in self.stated]
         if self.raised:
-            found.append(
-                Diagnosis("module", "raises", "torch", self.raised, "seen when it was run")
-            )
-        return found + [
-            d
-            for d in (self.verification.diagnosis if self.verification else ())
-            if d.slot.partition("/")[0] not in known
-        ]
+            why = "seen when it was run"
+            found.append(Diagnosis("module", "raises", "torch", self.raised, why))
+        computed = self.verification.diagnosis if self.verification else ()
+        return found + [d for d in computed if d.slot.partition("/")[0] not in known]
 
     @property
     def findings(self) -> list[str]:
@@ -194,9 +188,7 @@ def examine(
     ]
     config = state_map.config
     case = ExaminedModule(title, config, state_map.naming.name, state, tuple(findings))
-    pair = ReferencePair(
-        config, state, facts.norm_options, naming=state_map.naming.name, module=module
-    )
+    pair = ReferencePair(config, state, facts.norm_options, state_map.naming.name, module)
     batch = images(config) if images is not None else adversarial_images(config, batch=3, seed=seed)
     shapes_fit = all(
         value.shape == entry.torch_shape
@@ -206,10 +198,8 @@ def examine(
     raised = _raises(pair.torch(PRECISIONS["float64"]) if shapes_fit else module, batch)
     if raised or not shapes_fit:
         return replace(case, raised=raised)
-    return replace(
-        case,
-        verification=verify_pair(pair, batch, plan, seed=seed, devices=devices, progress=progress),
-    )
+    found = verify_pair(pair, batch, plan, seed=seed, devices=devices, progress=progress)
+    return replace(case, verification=found)
 
 
 def _specification(
@@ -225,14 +215,9 @@ def _specification(
     kind = (
         "bottleneck" if any(f"{name}.weight" in found for name in ("conv3", "block.6")) else "basic"
     )
-    meant = BlockConfig(
-        **{
-            name: arguments[name]
-            for name in ("in_channels", "out_channels", "stride")
-            if name in arguments
-        },
-        kind=kind,
-    )
+    names = ("in_channels", "out_channels", "stride")
+    sizes = {name: arguments[name] for name in names if name in arguments}
+    meant = BlockConfig(**sizes, kind=kind)
     maps = [StateMap(meant, name) for name in ("torchvision", "sequential", "kuangliu")]
     state_map = min(maps, key=lambda m: len(m.check(found)))
     misfit = state_map.check(found)
@@ -256,11 +241,8 @@ def _specification(
 
 
 def _channel_remark(entry: Any, shape: tuple[int, ...], meant: BlockConfig) -> str:
-    if (
-        entry.flax_path[0] == "conv2"
-        and len(shape) == 4
-        and shape[1] == meant.in_channels != meant.out_channels
-    ):
+    second = entry.flax_path[0] == "conv2" and len(shape) == 4
+    if second and shape[1] == meant.in_channels != meant.out_channels:
         return (
             ": the second convolution takes in_channels, but it receives the first one's "
             "out_channels"
@@ -278,9 +260,8 @@ def _stride_remark(difference: str) -> str:
 
 def _raises(module: torch.nn.Module, images: np.ndarray) -> str:
     """The error that ``forward`` raises; empty if it runs."""
-    x = torch.from_numpy(np.array(np.moveaxis(images, -1, 1), order="C")).to(
-        next(module.parameters()).dtype
-    )
+    dtype = next(module.parameters()).dtype
+    x = torch.from_numpy(np.array(np.moveaxis(images, -1, 1), order="C")).to(dtype)
     try:
         with torch.no_grad():
             module.eval()(x)
