@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -95,6 +96,9 @@ def from_file(name: str, rounds: int) -> None:
     from flax_resblock.convert.opening import open_checkpoint
     from flax_resblock.io import arrays_of
 
+    def arrays(path: Path) -> object:
+        return jax.block_until_ready(arrays_of(open_checkpoint(path)))
+
     with tempfile.TemporaryDirectory() as folder:
         write_sources(Path(folder), name)
         files = [Path(folder, file) for file in ("torch.safetensors", "zip.pth")]
@@ -112,13 +116,9 @@ def from_file(name: str, rounds: int) -> None:
             plain, hashed, suffix = file.with_stem("plain"), file.with_stem("hashed"), file.suffix
             cases |= {
                 f"read {suffix}": plain.read_bytes,
-                f"arrays {suffix}": lambda plain=plain: jax.block_until_ready(
-                    arrays_of(open_checkpoint(plain))
-                ),
-                f"hashed {suffix}": lambda hashed=hashed: jax.block_until_ready(
-                    arrays_of(open_checkpoint(hashed))
-                ),
-                f"model {suffix}": lambda plain=plain: load(plain),
+                f"arrays {suffix}": partial(arrays, plain),
+                f"hashed {suffix}": partial(arrays, hashed),
+                f"model {suffix}": partial(load, plain),
             }
         times = interleaved(cases, rounds)
     print(
@@ -167,9 +167,8 @@ def peak(arguments: list[str], warm_up: list[str]) -> int:
     had needed for a tiny checkpoint."""
     root = str(Path(__file__).resolve().parents[1])
     code = _PEAK.format(root=root, arguments=arguments, warm_up=warm_up)
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     status, before, after = (int(number) for number in result.stderr.split()[-3:])
     if status:
         raise SystemExit(f"flax-resblock {' '.join(arguments)} failed: {result.stderr}")
@@ -228,15 +227,9 @@ def end_to_end(name: str) -> None:
             f"imports, in sizes of the checkpoint ({size / 1e6:.0f} MB)"
         )
         for source, target, flags in cases:
+            flags_of_all = ["--force", "--no-certificate", *flags]
             arguments, warm_up = (
-                [
-                    "convert",
-                    f"{folder}/{source}",
-                    f"{folder}/{target}",
-                    "--force",
-                    "--no-certificate",
-                    *flags,
-                ]
+                ["convert", f"{folder}/{source}", f"{folder}/{target}", *flags_of_all]
                 for folder in (big, tiny)
             )
             extra = peak(arguments, warm_up)

@@ -70,11 +70,8 @@ def module(kind: str, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     )
     made = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[kind]
     optimizer = made([{"params": kernels}, {"params": rest, "weight_decay": 0.0}], **SETTINGS[kind])
-    return (
-        model,
-        optimizer,
-        training.warmup_cosine(optimizer, warmup_steps=WARMUP, total_steps=STEPS),
-    )
+    schedule = training.warmup_cosine(optimizer, warmup_steps=WARMUP, total_steps=STEPS)
+    return model, optimizer, schedule
 
 
 def in_torch(kind: str, dtype: torch.dtype, *, nudged: bool = False) -> Iterator[np.ndarray]:
@@ -82,23 +79,13 @@ def in_torch(kind: str, dtype: torch.dtype, *, nudged: bool = False) -> Iterator
     model, optimizer, scheduler = module(kind, dtype)
     for number, (images, labels) in enumerate(data()):
         if nudged and number == 0:
-            images = np.nextafter(
-                images,
-                np.where(
-                    np.random.default_rng(0).integers(0, 2, images.shape), np.inf, -np.inf
-                ).astype(images.dtype),
-            )
-        batch = (
-            torch.from_numpy(np.moveaxis(images, -1, 1).copy()).to(dtype),
-            torch.from_numpy(labels.astype(np.int64)),
-        )
+            up = np.random.default_rng(0).integers(0, 2, images.shape)
+            images = np.nextafter(images, np.where(up, np.inf, -np.inf).astype(images.dtype))
+        x = torch.from_numpy(np.moveaxis(images, -1, 1).copy()).to(dtype)
+        batch = x, torch.from_numpy(labels.astype(np.int64))
         training.train(model, [batch], optimizer, scheduler)
-        yield np.concatenate(
-            [
-                parameter.detach().numpy().ravel().astype(np.float64)
-                for parameter in model.parameters()
-            ]
-        )
+        values = [parameter.detach().numpy().ravel() for parameter in model.parameters()]
+        yield np.concatenate([value.astype(np.float64) for value in values])
 
 
 def in_jax(kind: str) -> Iterator[np.ndarray]:

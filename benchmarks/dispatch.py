@@ -26,12 +26,8 @@ from flax_resblock.training.step import Leaves, make_train_step, split
 def main() -> None:
     """Prints both medians, of interleaved calls."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--architecture",
-        default="resnet18_cifar",
-        choices=flax_resblock.architectures(),
-        metavar="NAME",
-    )
+    known = flax_resblock.architectures()
+    parser.add_argument("--architecture", default="resnet18_cifar", choices=known, metavar="NAME")
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
     model = flax_resblock.create(options.architecture, num_classes=10, rngs=nnx.Rngs(0))

@@ -56,24 +56,18 @@ def in_torch(config: TrainConfig) -> tuple[list[float], list[float]]:
     stream = Stream(
         train, config.batch_size, seed=config.seed, augmentation=config.augmentation
     ).from_step(0)
-    images = torch.from_numpy(test.normalised().transpose(0, 3, 1, 2).copy())
-    labels = torch.from_numpy(test.labels.astype(np.int64))
+
+    def pair(images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        nchw = images.transpose(0, 3, 1, 2).copy()
+        return torch.from_numpy(nchw), torch.from_numpy(labels.astype(np.int64))
+
+    images, labels = pair(test.normalised(), test.labels)
     losses, accuracies = [], []
     for epoch in range(config.epochs):
         of_epoch = (next(stream) for _ in range(steps))
-        batches = (
-            (
-                torch.from_numpy(b.images.transpose(0, 3, 1, 2).copy()),
-                torch.from_numpy(b.labels.astype(np.int64)),
-            )
-            for b in of_epoch
-        )
-        losses += [
-            step.loss
-            for step in training.train(
-                model, batches, optimizer, scheduler, first_step=epoch * steps
-            )
-        ]
+        batches = (pair(b.images, b.labels) for b in of_epoch)
+        done = training.train(model, batches, optimizer, scheduler, first_step=epoch * steps)
+        losses += [step.loss for step in done]
         accuracies.append(training.evaluate(model, images, labels).accuracy)
         print(f"PyTorch, epoch {epoch + 1}: {accuracies[-1]:.2%}", file=sys.stderr, flush=True)
     return losses, accuracies
@@ -87,24 +81,13 @@ def draw(found: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
     loss, accuracy = figure.subplots(1, 2)
     for (name, (losses, accuracies)), style in zip(found.items(), ("-", "--"), strict=True):
         width = min(100, len(losses))
-        loss.plot(
-            np.arange(width, len(losses) + 1),
-            np.convolve(losses, np.full(width, 1 / width), mode="valid"),
-            style,
-            label=name,
-        )
-        accuracy.plot(
-            np.arange(1, len(accuracies) + 1),
-            100 * accuracies,
-            f"o{style}",
-            label=f"{name}: {accuracies[-1]:.2%}",
-        )
+        means = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+        loss.plot(np.arange(width, len(losses) + 1), means, style, label=name)
+        epochs, label = np.arange(1, len(accuracies) + 1), f"{name}: {accuracies[-1]:.2%}"
+        accuracy.plot(epochs, 100 * accuracies, f"o{style}", label=label)
     loss.set(xlabel="steps", ylabel="training loss, mean of 100 steps", ylim=(0, 1))
-    accuracy.set(
-        xlabel="epochs",
-        ylabel="test accuracy, %",
-        xticks=range(1, max(len(accuracies) for _, accuracies in found.values()) + 1),
-    )
+    most = max(len(accuracies) for _, accuracies in found.values())
+    accuracy.set(xlabel="epochs", ylabel="test accuracy, %", xticks=range(1, most + 1))
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
@@ -123,13 +106,9 @@ def main() -> None:
         help="only this side, its numbers into the file PICTURE, an .npz",
     )
     options = parser.parse_args()
-    config = PRESETS["fashion-resnet20"]
-    config = replace(
-        config,
-        data=options.data or config.data,
-        epochs=options.epochs or config.epochs,
-        seed=options.seed,
-    )
+    config = replace(PRESETS["fashion-resnet20"], seed=options.seed)
+    data, epochs = options.data or config.data, options.epochs or config.epochs
+    config = replace(config, data=data, epochs=epochs)
     if options.side:
         losses, accuracies = (in_jax if options.side == "jax" else in_torch)(config)
         np.savez(options.picture, losses=losses, accuracies=accuracies)
@@ -138,16 +117,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, side in (("JAX", "jax"), ("PyTorch", "torch")):
             file = Path(folder) / f"{side}.npz"
-            flags = [
-                "--side",
-                side,
-                "--data",
-                config.data,
-                "--epochs",
-                str(config.epochs),
-                "--seed",
-                str(config.seed),
-            ]
+            flags = ["--side", side, "--data", config.data, "--epochs", str(config.epochs)]
+            flags += ["--seed", str(config.seed)]
             subprocess.run([sys.executable, __file__, str(file), *flags], check=True)
             with np.load(file) as archive:
                 found[name] = archive["losses"], archive["accuracies"]

@@ -49,12 +49,8 @@ def main() -> None:
     options = parser.parse_args()
     model = random_model(options.architecture)
     folded = fold_batch_norm(model)
-    images = jnp.asarray(
-        np.random.default_rng(1).normal(
-            size=(options.batch, options.image_size, options.image_size, 3)
-        ),
-        jnp.float32,
-    )
+    shape = options.batch, options.image_size, options.image_size, 3
+    images = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
     runs: dict[str, Callable[[], object]] = {}
     for name, one in (("as trained", model), ("folded", folded)):
         forward, weights = jax.jit(forward_of(one)), jax.device_put(weights_of(one))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from types import MappingProxyType
 from typing import Literal
 
@@ -51,55 +52,28 @@ class Layer:
 
     def multiply_adds(self, what: What, padding: bool) -> int:
         """Of the whole program; ``padding`` says whether multiplications with padding count."""
-        return (self.products if padding else self.inside) * (
-            _PRODUCT_PASSES[what] - (self.first and what == "train-step")
-        )
+        passes = _PRODUCT_PASSES[what] - (self.first and what == "train-step")
+        return (self.products if padding else self.inside) * passes
 
 
-_ALONE_FORWARD = {
-    "conv": (1, 1),
-    "norm": (0, 2),
-    "relu": (0, 2),
-    "add": (0, 3),
-    "pool": (1, 1),
-    "mean": (1, 1),
-    "linear": (1, 1),
-}
-_FUSED_FORWARD = {
-    "conv": (1, 1),
-    "norm": (0, 0),
-    "relu": (0, 0),
-    "add": (0, 1),
-    "pool": (1, 1),
-    "mean": (1, 1),
-    "linear": (1, 1),
-}
-_ALONE_STEP = {
-    "conv": (3, 3),
-    "norm": (0, 9),
-    "relu": (0, 5),
-    "add": (0, 6),
-    "pool": (3, 2),
-    "mean": (2, 2),
-    "linear": (3, 3),
-}
-_FUSED_STEP = {
-    "conv": (3, 2),
-    "norm": (0, 2),
-    "relu": (0, 0),
-    "add": (0, 4),
-    "pool": (3, 2),
-    "mean": (2, 2),
-    "linear": (3, 2),
+_CASES: tuple[tuple[What, Fusion], ...] = (
+    ("forward", "alone"),
+    ("forward", "fused"),
+    ("train-step", "alone"),
+    ("train-step", "fused"),
+)
+_PASSES = {
+    "conv": ((1, 1), (1, 1), (3, 3), (3, 2)),
+    "norm": ((0, 2), (0, 0), (0, 9), (0, 2)),
+    "relu": ((0, 2), (0, 0), (0, 5), (0, 0)),
+    "add": ((0, 3), (0, 1), (0, 6), (0, 4)),
+    "pool": ((1, 1), (1, 1), (3, 2), (3, 2)),
+    "mean": ((1, 1), (1, 1), (2, 2), (2, 2)),
+    "linear": ((1, 1), (1, 1), (3, 3), (3, 2)),
 }
 
 TRAFFIC: Mapping[tuple[What, Fusion], Mapping[str, tuple[int, int]]] = MappingProxyType(
-    {
-        ("forward", "alone"): _ALONE_FORWARD,
-        ("forward", "fused"): _FUSED_FORWARD,
-        ("train-step", "alone"): _ALONE_STEP,
-        ("train-step", "fused"): _FUSED_STEP,
-    }
+    {case: {kind: of[i] for kind, of in _PASSES.items()} for i, case in enumerate(_CASES)}
 )
 """How often the elements of a layer's input and of its output cross the memory interface.
 
@@ -120,11 +94,8 @@ waits: an addition only reads the skip."""
 def _inside(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """Pairs of output pixel and tap, along one axis, that meet no padding."""
     outputs = _size(size, kernel, stride, padding, dilation)
-    return sum(
-        0 <= out * stride - padding + tap * dilation < size
-        for out in range(outputs)
-        for tap in range(kernel)
-    )
+    pairs = product(range(outputs), range(kernel))
+    return sum(0 <= out * stride - padding + tap * dilation < size for out, tap in pairs)
 
 
 def _size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
@@ -150,16 +121,11 @@ def _conv(slot: Slot, size: int, channels: int, *, first: bool) -> tuple[Layer, 
 
 
 def _elementwise(group: str, kinds: Iterable[str], size: int, channels: int) -> list[Layer]:
-    elements = size**2 * channels
+    n, of_norm = size**2 * channels, 2 * channels
+    parameters = {kind: of_norm if kind == "norm" else 0 for kind in kinds}
     return [
-        Layer(
-            group=group,
-            kind=kind,
-            inputs=elements,
-            outputs=elements,
-            parameters=2 * channels if kind == "norm" else 0,
-        )
-        for kind in kinds
+        Layer(group=group, kind=kind, inputs=n, outputs=n, parameters=count)
+        for kind, count in parameters.items()
     ]
 
 
@@ -241,9 +207,8 @@ def moved(layer: Layer, what: What, batch: int, width: int, fusion: Fusion) -> t
     :data:`TRAFFIC`."""
     ins, outs = TRAFFIC[what, fusion][layer.kind]
     ins -= layer.first and what == "train-step"
-    return batch * width * (
-        ins * layer.inputs + outs * layer.outputs
-    ), PARAMETER_BYTES * layer.parameters * _PARAMETER_PASSES[what]
+    activations = batch * width * (ins * layer.inputs + outs * layer.outputs)
+    return activations, PARAMETER_BYTES * layer.parameters * _PARAMETER_PASSES[what]
 
 
 def group_of(layer: Layer) -> str:
@@ -289,11 +254,9 @@ class Part:
     def add(self, flops: float, bytes_: float, peak: float, bandwidth: float) -> None:
         """One more operation, which takes as long as the slower of its FLOPs and its bytes."""
         seconds = max(flops / peak, bytes_ / bandwidth)
-        self.flops, self.bytes, self.seconds = (
-            self.flops + flops,
-            self.bytes + bytes_,
-            self.seconds + seconds,
-        )
+        self.flops += flops
+        self.bytes += bytes_
+        self.seconds += seconds
         self.waiting += seconds if bytes_ / bandwidth > flops / peak else 0
 
 
@@ -320,21 +283,13 @@ def roofline(
     parts: dict[str, Part] = {}
     for layer in network:
         part = parts.setdefault(group_of(layer), Part(group_of(layer)))
-        part.add(
-            2 * batch * layer.multiply_adds(what, True),
-            sum(moved(layer, what, batch, width, fusion)),
-            peak,
-            bandwidth,
-        )
+        bytes_ = sum(moved(layer, what, batch, width, fusion))
+        part.add(2 * batch * layer.multiply_adds(what, True), bytes_, peak, bandwidth)
     parts[ELEMENTWISE] = parts.pop(ELEMENTWISE)  # last
     if what == "train-step":
         parts[OPTIMIZER] = Part(OPTIMIZER)
-        parts[OPTIMIZER].add(
-            0,
-            PARAMETER_BYTES * _OPTIMIZER_PASSES * sum(layer.parameters for layer in network),
-            peak,
-            bandwidth,
-        )
+        bytes_ = PARAMETER_BYTES * _OPTIMIZER_PASSES * sum(layer.parameters for layer in network)
+        parts[OPTIMIZER].add(0, bytes_, peak, bandwidth)
     return parts
 
 
@@ -360,9 +315,8 @@ def balanced_batch(
     fixed = sum(parameters for _, parameters in each)
     if what == "train-step":
         fixed += PARAMETER_BYTES * _OPTIMIZER_PASSES * sum(layer.parameters for layer in network)
-    gained = (
-        flops(network, what, 1) / peak - sum(activations for activations, _ in each) / bandwidth
-    )
+    moving = sum(activations for activations, _ in each)
+    gained = flops(network, what, 1) / peak - moving / bandwidth
     return math.ceil(fixed / bandwidth / gained) if gained > 0 else None
 
 
@@ -396,16 +350,14 @@ class Network:
         spent = 0.0
         if inner > 1 and self.torus:
             side = 2 ** (int(math.log2(inner)) // 2)
-            spent = (
-                2 * (inner - 1) / inner * bytes_ / self.inner_bandwidth
-                + 2 * (side + inner // side - 2) * self.inner_latency
-            )
+            spent = 2 * (inner - 1) / inner * bytes_ / self.inner_bandwidth
+            spent += 2 * (side + inner // side - 2) * self.inner_latency
         elif inner > 1:
             spent = switched(bytes_, inner, self.inner_bandwidth, self.inner_latency)
         groups = devices // inner
-        return spent + (
-            switched(bytes_, groups, self.outer_bandwidth, self.outer_latency) if groups > 1 else 0
-        )
+        if groups > 1:
+            spent += switched(bytes_, groups, self.outer_bandwidth, self.outer_latency)
+        return spent
 
 
 def switched(bytes_: float, members: int, bandwidth: float, latency: float) -> float:

@@ -33,7 +33,7 @@ from scaling_tables import NAME, PER_CHIP, SIZE, WHATS, draw, fill
 from flax_resblock.aot.compiler import COMPILERS, ENVIRONMENT, require_compiler
 from flax_resblock.aot.hlo import Instruction, instructions, read_hlo
 from flax_resblock.aot.outcome import MemoryUse
-from flax_resblock.aot.request import Request, request_for
+from flax_resblock.aot.request import request_for
 from flax_resblock.bench.report import machine
 from flax_resblock.config import architecture
 from flax_resblock.errors import InputError
@@ -41,11 +41,8 @@ from flax_resblock.errors import InputError
 CHIPS = 8
 STRICT: dict[str, Any] = {"dtype": "float32", "precision": "highest"}
 NARROW: dict[str, Any] = {"dtype": "bfloat16", "precision": "default"}
-ARITHMETIC = {
-    "float32": STRICT,
-    "bfloat16": NARROW,
-    "TF32": {"dtype": "float32", "precision": "default"},
-}
+TF32: dict[str, Any] = {"dtype": "float32", "precision": "default"}
+ARITHMETIC = {"float32": STRICT, "bfloat16": NARROW, "TF32": TF32}
 
 PROGRAMS: dict[str, tuple[str, dict[str, Any]]] = {
     f"{device} {what} {arithmetic}": (
@@ -94,12 +91,9 @@ def _moved(instruction: Instruction) -> int:
     if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
         return 0
     written = _arrays(instruction.type)
-    sources = [
-        _arrays(instruction.types.get(name, "")) for name in dict.fromkeys(instruction.operands)
-    ]
-    if (
-        instruction.opcode in _COPIES
-    ):  # their type repeats the operand, of which a slice only is read
+    operands = dict.fromkeys(instruction.operands)
+    sources = [_arrays(instruction.types.get(name, "")) for name in operands]
+    if instruction.opcode in _COPIES:  # their type repeats the operand; only a slice of it is read
         size, outside = written[_COPIES[instruction.opcode]]
         return outside + (size if sources[0][0][1] else 0)
     if instruction.opcode.endswith("-start"):
@@ -117,9 +111,8 @@ def traffic(text: str) -> dict[str, int]:
     moved = {"products": 0, "others": 0}
     for instruction in instructions(text):
         if instruction.entry:
-            product = instruction.opcode != "copy" and re.search(
-                "conv_general_dilated|dot_general", instruction.scope
-            )
+            product = re.search("conv_general_dilated|dot_general", instruction.scope)
+            product = product and instruction.opcode != "copy"
             moved["products" if product else "others"] += _moved(instruction)
     return moved
 
@@ -133,12 +126,10 @@ def compile_one(name: str) -> dict[str, Any]:
     from flax_resblock.aot.program import lower
 
     target, options = PROGRAMS[name]
-    request: Request = request_for(
-        architecture(NAME), "tpu:v5e:1x1" if target == "cpu" else target, **options
-    )
-    lowered = lower(
-        request, jax.devices("cpu")[:1] if target == "cpu" else devices_of(request.parsed_target, 1)
-    )
+    on_cpu = target == "cpu"
+    request = request_for(architecture(NAME), "tpu:v5e:1x1" if on_cpu else target, **options)
+    devices = jax.devices("cpu")[:1] if on_cpu else devices_of(request.parsed_target, 1)
+    lowered = lower(request, devices)
     begun = time.monotonic()
     compiled = lowered.compile()
     seconds, text = time.monotonic() - begun, compiled.as_text()
@@ -163,18 +154,11 @@ def compile_one(name: str) -> dict[str, Any]:
 def in_child(name: str) -> dict[str, Any]:
     """:func:`compile_one` in a process with the compilers' environment; ends this program where it
     fails."""
-    environment = {
-        **os.environ,
-        **ENVIRONMENT,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(COMPILERS)]),
-    }
+    folders = os.pathsep.join([str(Path(__file__).parents[1]), str(COMPILERS)])
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": folders}
     environment.pop("XLA_FLAGS", None)
-    done = subprocess.run(
-        [sys.executable, __file__, "--compile", name],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, __file__, "--compile", name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(
             f"{done.stderr.strip()}\ncompiling {name!r} ended with status {done.returncode}; "
@@ -221,11 +205,8 @@ def copy_rate(threads: int) -> float:
     source, target = np.ones(2**27, np.float32), np.empty(2**27, np.float32)
     parts = list(zip(np.array_split(source, threads), np.array_split(target, threads), strict=True))
     with ThreadPoolExecutor(threads) as pool:
-        return (
-            2
-            * source.nbytes
-            / best(lambda: list(pool.map(lambda part: np.copyto(part[1], part[0]), parts)))
-        )
+        seconds = best(lambda: list(pool.map(lambda part: np.copyto(part[1], part[0]), parts)))
+    return 2 * source.nbytes / seconds
 
 
 def decode_rate() -> tuple[float, int]:
@@ -234,22 +215,16 @@ def decode_rate() -> tuple[float, int]:
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (75, 100, 3), np.uint8)).resize(
-        (500, 375), Image.Resampling.BICUBIC
-    )
-    pixels = np.clip(
-        np.asarray(coarse, np.float32) + rng.normal(0, 9, (375, 500, 3)), 0, 255
-    ).astype(np.uint8)
+    coarse = Image.fromarray(rng.integers(0, 256, (75, 100, 3), np.uint8))
+    large = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), np.float32)
+    pixels = np.clip(large + rng.normal(0, 9, (375, 500, 3)), 0, 255).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=90)
 
     def decode() -> None:
         for _ in range(20):
-            np.asarray(
-                Image.open(io.BytesIO(file.getvalue()))
-                .convert("RGB")
-                .resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-            )
+            image = Image.open(io.BytesIO(file.getvalue())).convert("RGB")
+            np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
 
     return 20 / best(decode), len(file.getvalue())
 
@@ -284,31 +259,17 @@ def measure() -> dict[str, Any]:
     products, by = peak_of_products(size)
     decode, jpeg = decode_rate()
     steps = {what: step_seconds(what, batch) for what in WHATS}
-    return {
-        "size": size,
-        "products": products,
-        "by": by,
-        "copy": copy_rate(threads),
-        "decode": decode,
-        "jpeg": jpeg,
-        "steps": steps,
-        "steps_batch": batch,
-    }
+    found = {"size": size, "products": products, "by": by, "copy": copy_rate(threads)}
+    return found | {"decode": decode, "jpeg": jpeg, "steps": steps, "steps_batch": batch}
 
 
 def describe() -> dict[str, Any]:
     """The machine, in numbers and words."""
     found = machine()
-    versions = (
-        f"Python {found['python']}, jax {found['versions']['jax']}, numpy "
-        f"{found['versions']['numpy']}"
-    )
-    return {
-        "name": found["cpu"],
-        "cores": found["cores"],
-        "memory": found["memory_bytes"],
-        "versions": versions,
-    }
+    of = found["versions"]
+    versions = f"Python {found['python']}, jax {of['jax']}, numpy {of['numpy']}"
+    here = {"name": found["cpu"], "cores": found["cores"], "memory": found["memory_bytes"]}
+    return here | {"versions": versions}
 
 
 def main() -> None:
@@ -335,12 +296,10 @@ def main() -> None:
             f"{options.document} does not exist; the tables are written into a document that "
             f"has <!-- table NAME --> lines."
         )
+    figures: dict[str, Any] = {"programs": {}}
     try:
-        figures = (
-            json.loads(options.figures.read_text(encoding="utf-8"))
-            if options.figures.exists()
-            else {"programs": {}}
-        )
+        if options.figures.exists():
+            figures = json.loads(options.figures.read_text(encoding="utf-8"))
     except ValueError as error:
         parser.error(
             f"{options.figures} is no JSON ({error}); remove it to obtain all figures anew."
@@ -366,9 +325,8 @@ def main() -> None:
             print(f"compiling {name}", file=sys.stderr, flush=True)
             figures["programs"][name] = in_child(name)
             keep()
-    options.document.write_text(
-        fill(options.document.read_text(encoding="utf-8"), figures), encoding="utf-8"
-    )
+    filled = fill(options.document.read_text(encoding="utf-8"), figures)
+    options.document.write_text(filled, encoding="utf-8")
     draw(figures, options.picture)
     print(f"wrote {options.document} and {options.picture}")
 

@@ -26,6 +26,7 @@ from roofline import (
     total,
 )
 
+from flax_resblock.aot.outcome import MemoryUse
 from flax_resblock.aot.sharding import expected
 from flax_resblock.config import architecture
 
@@ -34,26 +35,19 @@ Figures = Mapping[str, Any]
 NAME, SIZE, PER_CHIP = "resnet50", 224, 128
 NETWORK = layers(architecture(NAME), SIZE)
 WHATS: tuple[What, ...] = ("forward", "train-step")
+FUSIONS: tuple[Fusion, ...] = ("fused", "alone")
 WIDTH = {"float32": 4, "TF32": 4, "bfloat16": 2}
 BACKWARD = 2 / 3
 """Share of a train step during which there are gradients to send."""
 MXU_PASSES = 6
 """Products of bfloat16 that make one of float32 on a TPU, at precision highest."""
 
-V5E = Device(
-    "TPU v5e",
-    {"float32": 197e12 / MXU_PASSES, "bfloat16": 197e12},
-    819e9,
-    16e9,
-    "Google Cloud, system architecture of TPU v5e",
-)
-H100 = Device(
-    "H100 SXM",
-    {"float32": 66.9e12, "TF32": 494.7e12, "bfloat16": 989.4e12},
-    3.35e12,
-    80e9,
-    "NVIDIA, H100 data sheet and architecture paper, no sparsity",
-)
+_V5E_PEAKS = {"float32": 197e12 / MXU_PASSES, "bfloat16": 197e12}
+_V5E_SOURCE = "Google Cloud, system architecture of TPU v5e"
+V5E = Device("TPU v5e", _V5E_PEAKS, 819e9, 16e9, _V5E_SOURCE)
+_H100_PEAKS = {"float32": 66.9e12, "TF32": 494.7e12, "bfloat16": 989.4e12}
+_H100_SOURCE = "NVIDIA, H100 data sheet and architecture paper, no sparsity"
+H100 = Device("H100 SXM", _H100_PEAKS, 3.35e12, 80e9, _H100_SOURCE)
 BOTH = ("float32", "bfloat16")
 PER_HOST = {"v5e": 8, "h100": 8}
 NETWORKS: tuple[tuple[str, tuple[str, ...], Network], ...] = (
@@ -70,16 +64,11 @@ CHIPS = (8, 64, 256)
 def devices(figures: Figures) -> dict[str, Device]:
     """The three devices; the roofs of the CPU are the measured ones."""
     machine, measured = figures["machine"], figures["measured"]
+    roofs = measured["products"], measured["copy"], machine["memory"]
     return {
         "v5e": V5E,
         "h100": H100,
-        "cpu": Device(
-            "this CPU",
-            measured["products"],
-            measured["copy"],
-            machine["memory"],
-            "measured here, two threads",
-        ),
+        "cpu": Device("this CPU", *roofs, "measured here, two threads"),
     }
 
 
@@ -93,15 +82,8 @@ def _cases(figures: Figures) -> list[tuple[str, Device, str]]:
 
 
 def _roof(device: Device, arithmetic: str, what: What, fusion: Fusion = "fused") -> dict[str, Part]:
-    return roofline(
-        NETWORK,
-        what,
-        PER_CHIP,
-        width=WIDTH[arithmetic],
-        fusion=fusion,
-        peak=device.peaks[arithmetic],
-        bandwidth=device.bandwidth,
-    )
+    roofs = {"peak": device.peaks[arithmetic], "bandwidth": device.bandwidth}
+    return roofline(NETWORK, what, PER_CHIP, width=WIDTH[arithmetic], fusion=fusion, **roofs)
 
 
 def _compiled_seconds(
@@ -112,10 +94,8 @@ def _compiled_seconds(
     program = figures["programs"].get(f"{key} {what} {arithmetic}")
     if program is None:
         return None
-    products = max(
-        flops(NETWORK, what, PER_CHIP) / device.peaks[arithmetic],
-        program["traffic"]["products"] / device.bandwidth,
-    )
+    computing = flops(NETWORK, what, PER_CHIP) / device.peaks[arithmetic]
+    products = max(computing, program["traffic"]["products"] / device.bandwidth)
     return products + program["traffic"]["others"] / device.bandwidth
 
 
@@ -145,26 +125,16 @@ def work(figures: Figures) -> str:
             sum(moved(layer, what, 1, WIDTH["float32"], fusion)[0] for layer in inside) / 1e6
             for what, fusion in columns
         )
-        return [
-            name,
-            f"{sum(layer.parameters for layer in inside) / 1e6:.2f}",
-            *(f"{count:.2f}" for count in counts),
-            *(f"{count:.1f}" for count in bytes_),
-        ]
+        millions = sum(layer.parameters for layer in inside) / 1e6
+        numbers = (f"{count:.2f}" for count in (millions, *counts))
+        return [name, *numbers, *(f"{count:.1f}" for count in bytes_)]
 
-    groups = [group for group in _roof(V5E, "float32", "train-step") if group != OPTIMIZER]
-    rows = [
-        row(group, [layer for layer in NETWORK if group_of(layer) == group]) for group in groups
-    ]
-    head = [
-        "per image, float32",
-        "parameters, M",
-        "GFLOP forward",
-        "GFLOP train step",
-        "MB forward",
-        "MB train step",
-        "MB train step, nothing fused",
-    ]
+    groups: dict[str, list[Layer]] = {name: [] for name in _roof(V5E, "float32", "train-step")}
+    for layer in NETWORK:
+        groups[group_of(layer)].append(layer)
+    rows = [row(name, inside) for name, inside in groups.items() if name != OPTIMIZER]
+    head = ["per image, float32", "parameters, M", "GFLOP forward", "GFLOP train step"]
+    head += ["MB forward", "MB train step", "MB train step, nothing fused"]
     return _table(head, [*rows, row("all", NETWORK)])
 
 
@@ -178,73 +148,32 @@ def check(figures: Figures) -> str:
                 continue
             said, memory = program["compiled"], program["memory"]
             exact = flops(NETWORK, what, PER_CHIP, padding=False)
-            counts = (
-                [
-                    f"{said['flops'] / 1e12:.3f} ({said['flops'] / exact:.3f} x)",
-                    f"{said['bytes'] / 1e9:.1f}",
-                ]
-                if said
-                else ["none", "none"]
-            )
-            least = [
-                total(_roof(device, arithmetic, what, fusion)).bytes / 1e9
-                for fusion in ("fused", "alone")
-            ]
+            counts = ["none", "none"]
+            if said:
+                ratio = said["flops"] / exact
+                counts = [f"{said['flops'] / 1e12:.3f} ({ratio:.3f} x)", _giga(said["bytes"])]
+            roofs = (_roof(device, arithmetic, what, fusion) for fusion in FUSIONS)
             moving = sum(program["traffic"].values())
-            needed = (
-                memory["arguments"]
-                + memory["outputs"]
-                - memory["aliased"]
-                + memory["temporaries"]
-                + memory["code"]
-            )
-            traffic = [
-                f"{moving / 1e9:.1f}",
-                f"{program['traffic']['others'] / moving:.0%}",
-                str(round(program["cycles"] / 1e6) or "none"),
-            ]
-            name = f"{device.name}, {what}, {arithmetic}"
-            rows.append(
-                [
-                    name,
-                    f"{exact / 1e12:.3f}",
-                    *counts,
-                    *(f"{one:.1f}" for one in least),
-                    *traffic,
-                    f"{needed / 1e9:.1f}",
-                ]
-            )
-    head = [
-        "program",
-        "TFLOP, analytic",
-        "compiler's TFLOP",
-        "compiler's GB",
-        "GB fused",
-        "GB nothing fused",
-    ]
-    return _table(
-        [
-            *head,
-            "GB of its operations",
-            "of it without a product",
-            "compiler's Mcycles",
-            "GB needed",
-        ],
-        rows,
-    )
+            row = [f"{device.name}, {what}, {arithmetic}", f"{exact / 1e12:.3f}", *counts]
+            row += [*(_giga(total(roof).bytes) for roof in roofs), _giga(moving)]
+            row += [f"{program['traffic']['others'] / moving:.0%}"]
+            row += [str(round(program["cycles"] / 1e6) or "none"), _giga(MemoryUse(**memory).total)]
+            rows.append(row)
+    head = ["program", "TFLOP, analytic", "compiler's TFLOP", "compiler's GB", "GB fused"]
+    head += ["GB nothing fused", "GB of its operations", "of it without a product"]
+    return _table([*head, "compiler's Mcycles", "GB needed"], rows)
+
+
+def _giga(number: float) -> str:
+    return f"{number / 1e9:.1f}"
 
 
 def roofs(figures: Figures) -> str:
     """The roofs of every device."""
     rows = []
     for _, device, arithmetic in _cases(figures):
-        peak = device.peaks[arithmetic]
-        numbers = (
-            peak / 1e12,
-            device.bandwidth / 1e9,
-            peak / device.bandwidth,
-            device.memory / 1e9,
-        )
+        peak, bandwidth = device.peaks[arithmetic], device.bandwidth
+        numbers = peak / 1e12, bandwidth / 1e9, peak / bandwidth, device.memory / 1e9
         rows.append([f"{device.name}, {arithmetic}", *map(_short, numbers), device.source])
     return _table(
         ["device", "TFLOP/s", "GB/s", "FLOP per byte where they meet", "memory, GB", "source"], rows
@@ -263,39 +192,16 @@ def bounds(figures: Figures) -> str:
                 "-" if one is None else f"{_short(1e3 * one)} ms, {_short(PER_CHIP / one)}/s"
                 for one in (part.seconds, compiled, alone.seconds)
             )
-            options: dict[str, Any] = {
-                "width": WIDTH[arithmetic],
-                "peak": device.peaks[arithmetic],
-                "bandwidth": device.bandwidth,
-            }
-            batches = (
-                balanced_batch(NETWORK, what, fusion=fusion, **options)
-                for fusion in ("fused", "alone")
-            )
-            waiting = (
-                f"{'memory' if part.waiting > part.seconds / 2 else 'compute'}, "
-                f"{part.waiting / part.seconds:.0%}"
-            )
+            options: dict[str, Any] = {"width": WIDTH[arithmetic], "bandwidth": device.bandwidth}
+            options["peak"] = device.peaks[arithmetic]
+            batches = (balanced_batch(NETWORK, what, fusion=one, **options) for one in FUSIONS)
+            share = part.waiting / part.seconds
+            waiting = f"{'memory' if share > 1 / 2 else 'compute'}, {share:.0%}"
             from_ = " / ".join(str(batch or "never") for batch in batches)
-            rows.append(
-                [
-                    f"{device.name}, {what}, {arithmetic}",
-                    f"{part.intensity:.0f}",
-                    waiting,
-                    *times,
-                    from_,
-                ]
-            )
-    head = [
-        "program",
-        "FLOP per byte",
-        "bound by, time at memory's roof",
-        "fused",
-        "as compiled",
-        "nothing fused",
-        "compute bound from batch",
-    ]
-    return _table(head, rows)
+            row = [f"{device.name}, {what}, {arithmetic}", f"{part.intensity:.0f}", waiting]
+            rows.append([*row, *times, from_])
+    head = ["program", "FLOP per byte", "bound by, time at memory's roof", "fused", "as compiled"]
+    return _table([*head, "nothing fused", "compute bound from batch"], rows)
 
 
 def groups(figures: Figures) -> str:
@@ -310,21 +216,10 @@ def groups(figures: Figures) -> str:
             for parts in found
         )
         rows.append([name, f"{found[0][name].intensity:.0f}", *cells])
-    rows.append(
-        [
-            "all",
-            f"{total(found[0]).intensity:.0f}",
-            *(_short(1e3 * total(parts).seconds) for parts in found),
-        ]
-    )
-    return _table(
-        [
-            "ms, train step",
-            "FLOP per byte, float32",
-            *(f"{device.name}, {arithmetic}" for _, device, arithmetic in cases),
-        ],
-        rows,
-    )
+    whole = (_short(1e3 * total(parts).seconds) for parts in found)
+    rows.append(["all", f"{total(found[0]).intensity:.0f}", *whole])
+    names = (f"{device.name}, {arithmetic}" for _, device, arithmetic in cases)
+    return _table(["ms, train step", "FLOP per byte, float32", *names], rows)
 
 
 def scaling(figures: Figures) -> str:
@@ -347,28 +242,11 @@ def scaling(figures: Figures) -> str:
                     efficiency(step, sent, 0, overlap=BACKWARD),
                     efficiency(step, sent, waited, overlap=BACKWARD),
                 ]
-                name = f"{device.name}, {arithmetic}, {joined.name}"
-                rows.append(
-                    [
-                        name,
-                        str(chips),
-                        _short(1e3 * step),
-                        f"{1e3 * sent:.2f}",
-                        f"{1e3 * waited:.2f}",
-                        *(f"{share:.1%}" for share in shares),
-                    ]
-                )
-    head = [
-        "devices and network",
-        "how many",
-        "step, ms",
-        "gradients, ms",
-        "global statistics, ms",
-        "replica, no overlap",
-        "replica, overlap",
-        "global, overlap",
-    ]
-    return _table(head, rows)
+                row = [f"{device.name}, {arithmetic}, {joined.name}", str(chips)]
+                row += [_short(1e3 * step), f"{1e3 * sent:.2f}", f"{1e3 * waited:.2f}"]
+                rows.append([*row, *(f"{share:.1%}" for share in shares)])
+    head = ["devices and network", "how many", "step, ms", "gradients, ms", "global statistics, ms"]
+    return _table([*head, "replica, no overlap", "replica, overlap", "global, overlap"], rows)
 
 
 def collectives(figures: Figures) -> str:
@@ -381,10 +259,8 @@ def collectives(figures: Figures) -> str:
             found = f"{len(sizes)}, {sum(sizes) / 1e6:.2f} MB"
             wanted = f"{should.fewest}, {4 * should.elements / 1e6:.2f} MB"
             rows.append([name, found, wanted, ", ".join(program["others"]) or "none"])
-    return _table(
-        ["train step", "all-reduces compiled", "expected, all in float32", "other collectives"],
-        rows,
-    )
+    head = ["train step", "all-reduces compiled", "expected, all in float32", "other collectives"]
+    return _table(head, rows)
 
 
 def supply(figures: Figures) -> str:
@@ -395,21 +271,11 @@ def supply(figures: Figures) -> str:
         device = devices(figures)[key]
         for arithmetic in device.peaks:
             images = count * PER_CHIP / total(_roof(device, arithmetic, "train-step")).seconds
-            cells = [
-                f"{images:,.0f}",
-                f"{images * 110e3 / 1e9:.1f}",
-                f"{images * SIZE**2 * 3 / 1e9:.1f}",
-                f"{images / decode:,.0f}",
-            ]
-            rows.append([f"{count} x {device.name}, {arithmetic}", *cells])
-    head = [
-        "host",
-        "images/s",
-        "GB/s of JPEG read",
-        "GB/s of uint8 pixels to the devices",
-        "cores that decode",
-    ]
-    return _table(head, rows)
+            row = [f"{count} x {device.name}, {arithmetic}", f"{images:,.0f}"]
+            row += [_giga(images * 110e3), _giga(images * SIZE**2 * 3), f"{images / decode:,.0f}"]
+            rows.append(row)
+    head = ["host", "images/s", "GB/s of JPEG read", "GB/s of uint8 pixels to the devices"]
+    return _table([*head, "cores that decode"], rows)
 
 
 def machine(figures: Figures) -> str:
@@ -420,12 +286,10 @@ def machine(figures: Figures) -> str:
         f"- {here['name']}, {here['cores']} cores, {here['memory'] / 2**30:.0f} GiB; "
         f"{here['versions']}."
     ]
-    for name, library in sorted(
-        measured["by"].items(), key=lambda item: list(WIDTH).index(item[0])
-    ):
+    for name in sorted(measured["by"], key=list(WIDTH).index):
         lines.append(
             f"- Product of two {size} x {size} matrices, {name}: "
-            f"{measured['products'][name] / 1e9:.0f} GFLOP/s, by {library}."
+            f"{measured['products'][name] / 1e9:.0f} GFLOP/s, by {measured['by'][name]}."
         )
     lines.append(f"- Copy, read and write counted: {measured['copy'] / 1e9:.1f} GB/s.")
     lines.append(
@@ -434,17 +298,8 @@ def machine(figures: Figures) -> str:
     )
     for what in WHATS:
         seconds, batch = measured["steps"][what], measured["steps_batch"]
-        least = total(
-            roofline(
-                NETWORK,
-                what,
-                batch,
-                width=4,
-                fusion="fused",
-                peak=cpu.peaks["float32"],
-                bandwidth=cpu.bandwidth,
-            )
-        ).seconds
+        peaks = {"peak": cpu.peaks["float32"], "bandwidth": cpu.bandwidth}
+        least = total(roofline(NETWORK, what, batch, width=4, fusion="fused", **peaks)).seconds
         rate = f"{seconds:.2f} s, {flops(NETWORK, what, batch) / seconds / 1e9:.0f} GFLOP/s"
         lines.append(
             f"- {NAME}, {what}, float32, batch {batch}, XLA's own convolutions: {rate}. The "
@@ -486,42 +341,25 @@ def draw(figures: Figures, path: Path) -> None:
         for arithmetic, peak in device.peaks.items():
             colour = f"C{list(WIDTH).index(arithmetic)}"
             x = np.geomspace(1, 3000, 200)
-            axes.loglog(
-                x,
-                np.minimum(peak, x * device.bandwidth),
-                colour,
-                label=f"{arithmetic}: {peak / 1e12:.3g} TFLOP/s",
-            )
+            label = f"{arithmetic}: {peak / 1e12:.3g} TFLOP/s"
+            axes.loglog(x, np.minimum(peak, x * device.bandwidth), colour, label=label)
             for name, part in _roof(device, arithmetic, "train-step").items():
                 if part.flops:
-                    reached = min(peak, part.intensity * device.bandwidth)
-                    axes.plot(part.intensity, reached, "o", color=colour)
-                    axes.annotate(
-                        name.removeprefix("stage"),
-                        (part.intensity, reached),
-                        textcoords="offset points",
-                        xytext=(3, -11),
-                        fontsize=7,
-                        color=colour,
-                    )
+                    place = part.intensity, min(peak, part.intensity * device.bandwidth)
+                    axes.plot(*place, "o", color=colour)
+                    style = {"textcoords": "offset points", "fontsize": 7, "color": colour}
+                    axes.annotate(name.removeprefix("stage"), place, (3, -11), **style)
             whole = total(_roof(device, arithmetic, "train-step"))
-            axes.plot(
-                whole.intensity, whole.flops / whole.seconds, "*", color=colour, markersize=13
-            )
+            rate = whole.flops / whole.seconds
+            axes.plot(whole.intensity, rate, "*", color=colour, markersize=13)
         if device.name == found["cpu"].name:
             seconds = figures["measured"]["steps"]["train-step"]
             batch = figures["measured"]["steps_batch"]
-            axes.plot(
-                total(_roof(device, "float32", "train-step")).intensity,
-                flops(NETWORK, "train-step", batch) / seconds,
-                "xC0",
-                label="float32, measured",
-            )
-        axes.set(
-            title=f"{device.name}, {_short(device.bandwidth / 1e9)} GB/s",
-            xlabel="FLOP per byte",
-            ylabel="FLOP/s",
-        )
+            intensity = total(_roof(device, "float32", "train-step")).intensity
+            rate = flops(NETWORK, "train-step", batch) / seconds
+            axes.plot(intensity, rate, "xC0", label="float32, measured")
+        title = f"{device.name}, {_short(device.bandwidth / 1e9)} GB/s"
+        axes.set(title=title, xlabel="FLOP per byte", ylabel="FLOP/s")
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False, loc="lower right", fontsize=8)
     figure.savefig(path, dpi=110)

@@ -36,16 +36,10 @@ def main() -> None:
     figures = Path(sys.argv[1])
     found = json.loads(figures.read_text(encoding="utf-8"))
     fields = Result.__dataclass_fields__
-    cases = [
-        (
-            BenchCase(**case["case"]),
-            [
-                Result(**{name: value for name, value in result.items() if name in fields})
-                for result in case["results"]
-            ],
-        )
-        for case in found["cases"]
-    ]
+    cases = []
+    for case in found["cases"]:
+        rows = [{k: value for k, value in row.items() if k in fields} for row in case["results"]]
+        cases.append((BenchCase(**case["case"]), [Result(**row) for row in rows]))
     picture(cases, figures.with_suffix(".png"))
     DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8"), found), encoding="utf-8")
 

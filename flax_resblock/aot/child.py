@@ -37,17 +37,13 @@ def devices_of(target: Target, slices: int) -> list[Any]:
         if slices > 1:
             options["num_slices"] = slices
     else:
-        name = ""
-        options = {
-            "topology": f"1x1x{target.topology}",
-            "target_config": GPUS[target.chip].description(),
-        }
+        name, configuration = "", GPUS[target.chip].description()
+        options = {"topology": f"1x1x{target.topology}", "target_config": configuration}
     try:
-        return list(
-            topologies.get_topology_desc(
-                platform=target.platform, topology_name=name, **options
-            ).devices
+        found = topologies.get_topology_desc(
+            platform=target.platform, topology_name=name, **options
         )
+        return list(found.devices)
     except Exception as error:  # the compilers raise several classes, none of their own
         reason = str(error).strip().splitlines()[0][:300]
         raise InputError(
@@ -75,29 +71,17 @@ def compile_one(request: Request) -> Outcome:
         needed = bytes_needed(str(error))
         if needed is None:
             raise
-        return Outcome(
-            **facts,
-            capacity=needed[1],
-            seconds=time.monotonic() - begun,
-            memory=None,
-            needed=needed[0],
-            program=None,
-        )
-    seconds = time.monotonic() - begun
+        facts |= {"seconds": time.monotonic() - begun, "memory": None, "program": None}
+        return Outcome(**facts, capacity=needed[1], needed=needed[0])
+    facts["seconds"] = time.monotonic() - begun
     memory = MemoryUse.of(compiled.memory_analysis())
     text = compiled.as_text()
     if request.hlo:
         with open(request.hlo, "w", encoding="utf-8") as handle:
             handle.write(text)
     capacity = TPUS[target.chip].memory if target.platform == "tpu" else GPUS[target.chip].memory
-    return Outcome(
-        **facts,
-        capacity=capacity,
-        seconds=seconds,
-        memory=memory,
-        needed=memory.total,
-        program=read_hlo(text),
-    )
+    facts |= {"memory": memory, "needed": memory.total, "program": read_hlo(text)}
+    return Outcome(**facts, capacity=capacity)
 
 
 def _answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

@@ -69,11 +69,9 @@ def require_compiler(platform: str) -> None:
       InputError: It belongs to another jax.
     """
     jax = version("jax")
-    wanted = (
-        {"libtpu": _libtpu_of_jax()}
-        if platform == "tpu"
-        else {"jax-cuda12-plugin": jax, "jax-cuda12-pjrt": jax}
-    )
+    wanted = {"jax-cuda12-plugin": jax, "jax-cuda12-pjrt": jax}
+    if platform == "tpu":
+        wanted = {"libtpu": _libtpu_of_jax()}
     specs = " ".join(f"'{name}=={pin}'" for name, pin in wanted.items())
     install = f"pip install --no-deps --target {COMPILERS} {specs}"
     found = {name: _installed(name) for name in wanted}
@@ -116,18 +114,11 @@ def compile_ahead(requests: Sequence[Request], progress: Progress | None = None)
 
 
 def _run_child(requests: Sequence[Request], progress: Progress) -> None:
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-    } | ENVIRONMENT
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [
-            str(Path(__file__).parents[2]),
-            str(COMPILERS),
-            *filter(None, [os.environ.get("PYTHONPATH")]),
-        ]
-    )
+    environment = {**os.environ, **ENVIRONMENT}
+    for flags in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        environment.pop(flags, None)
+    folders = [str(Path(__file__).parents[2]), str(COMPILERS), os.environ.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", "flax_resblock.aot.child"],
@@ -140,19 +131,16 @@ def _run_child(requests: Sequence[Request], progress: Progress) -> None:
         try:
             assert child.stdin is not None
             assert child.stdout is not None
-            child.stdin.write(
-                ("\n".join(request.to_json() for request in requests) + "\n\n").encode()
-            )
+            lines = [request.to_json() for request in requests]
+            child.stdin.write(("\n".join(lines) + "\n\n").encode())
             child.stdin.flush()
             answers = _lines(child.stdout)
             begun = time.monotonic()
             for done, request in enumerate(requests):
-                _done[request] = _outcome(
-                    request, _next(answers, done, begun, progress), child, log
-                )
+                line = _next(answers, done, begun, progress)
+                _done[request] = _outcome(request, line, child, log)
         finally:
-            # also after an interrupt, which a compilation does not react to
-            child.kill()
+            child.kill()  # also after an interrupt, which a compilation does not react to
             child.wait()
 
 

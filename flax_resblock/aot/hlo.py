@@ -12,16 +12,8 @@ from typing import Literal
 NARROW = ("bf16", "f16", "f8")
 """Beginnings of the names of floating types narrower than float32."""
 
-COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-    "send",
-    "recv",
-)
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send", "recv")
+COLLECTIVES += ("collective-permute", "collective-broadcast")
 """Operations that move values between devices; ``-start`` is counted for them, ``-done`` is not."""
 
 _BITS = {"pred": 8, "token": 0}
@@ -33,9 +25,8 @@ _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _SLOT = re.compile(r"slot=([\w.]+)")  # see flax_resblock.nn.scopes
 _SCOPE = re.compile(r'op_name="([^"]*)"')
-_PRECISION = re.compile(
-    r"operand_precision=\{(\w+),(\w+)[,}]"
-)  # further operands of cuDNN's fused convolutions are added, not multiplied
+# further operands of cuDNN's fused convolutions are added, not multiplied
+_PRECISION = re.compile(r"operand_precision=\{(\w+),(\w+)[,}]")
 _GEMM_PRECISION = re.compile(r'"operand_precision":\["(\w+)","(\w+)"')
 _ALGORITHM = re.compile(r"\balgorithm=(\w+)")
 _CALL_TARGET = re.compile(r'custom_call_target="([^"]*)"')
@@ -162,16 +153,9 @@ def instructions(text: str) -> Iterator[Instruction]:
         found = _INSTRUCTION.match(line)
         if found:
             types[found["name"]] = found["type"]
-            inside = found["rest"].split("), ")[0]
-            yield Instruction(
-                found["name"],
-                found["type"],
-                found["opcode"],
-                tuple(_OPERAND.findall(inside)),
-                line,
-                entry,
-                types,
-            )
+            operands = tuple(_OPERAND.findall(found["rest"].split("), ")[0]))
+            name, kind, opcode = found["name"], found["type"], found["opcode"]
+            yield Instruction(name, kind, opcode, operands, line, entry, types)
 
 
 def _arrays(type_text: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -207,13 +191,10 @@ def _product(instruction: Instruction) -> Product:
     kinds = [_arrays(instruction.types.get(name, ""))[:1] for name in instruction.operands[:2]]
     operands = [found[0][0] if found else "" for found in kinds] + ["", ""]
     matrix = instruction.opcode == "dot" or "cublas" in instruction.text or "dot_general" in scope
-    return Product(
-        slot_of(scope),
-        "backward" if "transpose(jvp" in scope else "forward",
-        "product" if matrix else "convolution",
-        _precision(instruction.text),
-        (operands[0], operands[1]),
-    )
+    direction = "backward" if "transpose(jvp" in scope else "forward"
+    kind = "product" if matrix else "convolution"
+    precision = _precision(instruction.text)
+    return Product(slot_of(scope), direction, kind, precision, (operands[0], operands[1]))
 
 
 def _collective(instruction: Instruction) -> Collective | None:
@@ -221,15 +202,10 @@ def _collective(instruction: Instruction) -> Collective | None:
     if kind not in COLLECTIVES:
         return None
     # The operands and not the result: that of a -start holds operands and results both.
-    found = [
-        array for name in instruction.operands for array in _arrays(instruction.types.get(name, ""))
-    ]
-    return Collective(
-        kind,
-        tuple(shape for _, shape in found),
-        sum(_bytes(*array) for array in found),
-        slot_of(instruction.scope),
-    )
+    types = [instruction.types.get(name, "") for name in instruction.operands]
+    found = [array for kind in types for array in _arrays(kind)]
+    size = sum(_bytes(*array) for array in found)
+    return Collective(kind, tuple(shape for _, shape in found), size, slot_of(instruction.scope))
 
 
 def read_hlo(text: str) -> Program:
@@ -255,9 +231,5 @@ def read_hlo(text: str) -> Program:
             cycles += sum(map(int, _CYCLES.findall(instruction.text)[:1]))
     if not count:
         raise ValueError("this is no HLO: it contains no instruction.")
-    return Program(
-        tuple(products),
-        tuple(collectives),
-        tuple(Narrow(*key, number) for key, number in narrow.items()),
-        cycles,
-    )
+    narrow_values = tuple(Narrow(*key, number) for key, number in narrow.items())
+    return Program(tuple(products), tuple(collectives), narrow_values, cycles)

@@ -99,31 +99,22 @@ class Outcome:
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Outcome:
         """What :meth:`to_plain` wrote."""
-        memory, program = plain["memory"], plain["program"]
-        return cls(
-            **{
-                **plain,
-                "memory": None if memory is None else MemoryUse(**memory),
-                "program": None if program is None else _program(program),
-            }
-        )
+        memory = None if plain["memory"] is None else MemoryUse(**plain["memory"])
+        program = None if plain["program"] is None else _program(plain["program"])
+        return cls(**{**plain, "memory": memory, "program": program})
 
 
 def _program(plain: Mapping[str, Any]) -> Program:
-    products = (
+    products = [
         Product(**{**one, "precision": tuple(one["precision"]), "operands": tuple(one["operands"])})
         for one in plain["products"]
-    )
-    collectives = (
+    ]
+    collectives = [
         Collective(**{**one, "shapes": tuple(map(tuple, one["shapes"]))})
         for one in plain["collectives"]
-    )
-    return Program(
-        tuple(products),
-        tuple(collectives),
-        tuple(Narrow(**one) for one in plain["narrow"]),
-        plain["cycles"],
-    )
+    ]
+    narrow = tuple(Narrow(**one) for one in plain["narrow"])
+    return Program(tuple(products), tuple(collectives), narrow, plain["cycles"])
 
 
 @dataclass(frozen=True)
@@ -160,19 +151,11 @@ def findings(request: Request, program: Program) -> list[Finding]:
                 f"{{{','.join(product.precision)}}}, asked for was {asked}; it runs in {real}"
             )
             found.append(Finding(product.slot, words))
-    strict = (
-        request.dtype == "float32"
-        and request.precision == "highest"
-        and all(precision == "highest" for _, precision in request.slot_precision)
-    )
-    if strict:
-        found += [
-            Finding(
-                one.slot,
-                f"{one.slot or 'between the layers'}: {one.count} values of type {one.dtype}",
-            )
-            for one in program.narrow
-        ]
+    everywhere = {request.precision, *(precision for _, precision in request.slot_precision)}
+    if request.dtype == "float32" and everywhere == {"highest"}:
+        for one in program.narrow:
+            place = one.slot or "between the layers"
+            found.append(Finding(one.slot, f"{place}: {one.count} values of type {one.dtype}"))
     if not program.products:
         found.append(Finding("", "the program has no convolution and no product at all"))
     return found

@@ -4,6 +4,7 @@ that need not be present."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,11 +27,8 @@ _RATE, _MOMENTUM = 0.1, 0.9
 
 def _model(request: Request) -> nnx.Module:
     """The network without values; the slots that the request names have their own precision."""
-    model = build(
-        request.config,
-        rngs=None,
-        dtype=None if request.dtype == "float32" else jnp.dtype(request.dtype),
-    )
+    dtype = None if request.dtype == "float32" else jnp.dtype(request.dtype)
+    model = build(request.config, rngs=None, dtype=dtype)
     chosen = dict(request.slot_precision)
     for path, module in nnx.iter_modules(model):
         precision = chosen.get(".".join(map(str, path)))
@@ -43,11 +41,10 @@ def _model(request: Request) -> nnx.Module:
 def _loss(outputs: jax.Array, target: jax.Array) -> jax.Array:
     """Cross-entropy if the target is labels ``(N,)``; else the mean of ``outputs * target``, whose
     gradient is ``target`` up to a factor."""
+    outputs = outputs.astype(jnp.float32)
     if target.ndim == 1:
-        return jnp.mean(
-            optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), target)
-        )
-    return jnp.mean(outputs.astype(jnp.float32) * target)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(outputs, target))
+    return jnp.mean(outputs * target)
 
 
 def _step(
@@ -89,14 +86,9 @@ def _per_replica(graphdef: Any, optimizer: Any, mesh: Mesh) -> Callable[..., Any
     so that the gradients are summed over the devices in the shape of the parameters. Without that,
     jax marks them after they are broadcast to the images and sums arrays of the activations' size.
     """
-    step = _step(
-        graphdef,
-        optimizer,
-        spread=lambda tree: jax.tree.map(
-            lambda leaf: jax.lax.pcast(leaf, AXIS, to="varying"), tree
-        ),
-        mean=lambda loss: jax.lax.pmean(loss, AXIS),
-    )
+    varying = partial(jax.lax.pcast, axis_name=AXIS, to="varying")
+    spread, mean = partial(jax.tree.map, varying), partial(jax.lax.pmean, axis_name=AXIS)
+    step = _step(graphdef, optimizer, spread=spread, mean=mean)
 
     def local(params: Any, stats: Any, opt_state: Any, images: Any, target: Any) -> Any:
         params, new_stats, opt_state, loss = step(
@@ -131,10 +123,8 @@ def lower(request: Request, devices: Sequence[Any]) -> Any:
             f"tpu:v5e:1x1 or cuda:h100, instead of {request.target}."
         )
     mesh = Mesh(np.array(devices), (AXIS,))
-    with (
-        jax.default_matmul_precision(request.precision),
-        conv_lowering("xla"),
-    ):  # as on a host of that device; this one may have only a CPU
+    # as on a host of that device; this one may have only a CPU
+    with jax.default_matmul_precision(request.precision), conv_lowering("xla"):
         if request.exported:
             return _lower_exported(request, mesh)
         if request.what == "forward":
@@ -151,9 +141,8 @@ def _replicated(mesh: Mesh, tree: Any) -> Any:
 
 
 def _images(request: Request, mesh: Mesh, channels: int) -> jax.ShapeDtypeStruct:
-    return _spec(
-        mesh, P(AXIS), (request.batch, request.height, request.width, channels), jnp.float32
-    )
+    shape = request.batch, request.height, request.width, channels
+    return _spec(mesh, P(AXIS), shape, jnp.float32)
 
 
 def _lower_forward(request: Request, mesh: Mesh) -> Any:
@@ -163,9 +152,8 @@ def _lower_forward(request: Request, mesh: Mesh) -> Any:
     def forward(variables: Any, images: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, variables)(images, use_running_average=True)
 
-    return jax.jit(forward).lower(
-        _replicated(mesh, variables), _images(request, mesh, request.config.in_channels)
-    )
+    images = _images(request, mesh, request.config.in_channels)
+    return jax.jit(forward).lower(_replicated(mesh, variables), images)
 
 
 def _lower_step(request: Request, mesh: Mesh) -> Any:
@@ -174,21 +162,14 @@ def _lower_step(request: Request, mesh: Mesh) -> Any:
     optimizer = optax.sgd(_RATE, momentum=_MOMENTUM)
     opt_state = jax.eval_shape(optimizer.init, params)
     images = _images(request, mesh, request.config.in_channels)
-    outputs = jax.eval_shape(
-        lambda params, stats, images: nnx.merge(graphdef, params, stats)(
-            images, use_running_average=True
-        ),
-        params,
-        stats,
-        images,
-    )
-    classifies = isinstance(request.config, ResNetConfig) and request.config.num_classes is not None
-    target = _spec(
-        mesh,
-        P(AXIS),
-        outputs.shape[:1] if classifies else outputs.shape,
-        jnp.int32 if classifies else jnp.float32,
-    )
+
+    def forward(params: Any, stats: Any, images: Any) -> Any:
+        return nnx.merge(graphdef, params, stats)(images, use_running_average=True)
+
+    shape, dtype = jax.eval_shape(forward, params, stats, images).shape, jnp.float32
+    if isinstance(request.config, ResNetConfig) and request.config.num_classes is not None:
+        shape, dtype = shape[:1], jnp.int32
+    target = _spec(mesh, P(AXIS), shape, dtype)
     if request.batch_norm == "replica":
         step = _per_replica(graphdef, optimizer, mesh)
         stats = jax.tree.map(

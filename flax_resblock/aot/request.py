@@ -58,11 +58,8 @@ class Request:
     hlo: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self,
-            "slot_precision",
-            tuple((slot, precision) for slot, precision in self.slot_precision),
-        )
+        pairs = tuple((slot, precision) for slot, precision in self.slot_precision)
+        object.__setattr__(self, "slot_precision", pairs)
 
     @property
     def config(self) -> arch.Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -103,62 +103,21 @@ class Gpu:
         )
 
 
-GPUS: Mapping[str, Gpu] = MappingProxyType(
-    {
-        "a100": Gpu(
-            "NVIDIA A100 SXM 80GB",
-            (8, 0),
-            108,
-            64,
-            2048,
-            164 * _KIB,
-            40 * _MIB,
-            80 * _GIB,
-            2.039e12,
-            1.41,
-        ),
-        "l4": Gpu(
-            "NVIDIA L4", (8, 9), 58, 128, 1536, 100 * _KIB, 48 * _MIB, 24 * _GIB, 0.3e12, 2.04
-        ),
-        "h100": Gpu(
-            "NVIDIA H100 SXM",
-            (9, 0),
-            132,
-            128,
-            2048,
-            228 * _KIB,
-            50 * _MIB,
-            80 * _GIB,
-            3.35e12,
-            1.98,
-        ),
-        "h200": Gpu(
-            "NVIDIA H200 SXM",
-            (9, 0),
-            132,
-            128,
-            2048,
-            228 * _KIB,
-            50 * _MIB,
-            141 * _GIB,
-            4.8e12,
-            1.98,
-        ),
-    }
-)
+_A100_CORES, _L4_CORES = ((8, 0), 108, 64, 2048), ((8, 9), 58, 128, 1536)
+_H100_CORES = (9, 0), 132, 128, 2048
+_A100 = Gpu("NVIDIA A100 SXM 80GB", *_A100_CORES, 164 * _KIB, 40 * _MIB, 80 * _GIB, 2.039e12, 1.41)
+_L4 = Gpu("NVIDIA L4", *_L4_CORES, 100 * _KIB, 48 * _MIB, 24 * _GIB, 0.3e12, 2.04)
+_H100 = Gpu("NVIDIA H100 SXM", *_H100_CORES, 228 * _KIB, 50 * _MIB, 80 * _GIB, 3.35e12, 1.98)
+_H200 = replace(_H100, name="NVIDIA H200 SXM", memory=141 * _GIB, bandwidth=4.8e12)
+
+GPUS: Mapping[str, Gpu] = MappingProxyType({"a100": _A100, "l4": _L4, "h100": _H100, "h200": _H200})
+
+_OF_A_TPU = {"default": "bfloat16", "high": "three bfloat16 passes", "highest": "float32"}
 
 ARITHMETIC: Mapping[tuple[str, ProductKind], Mapping[str, str]] = MappingProxyType(
     {
-        ("tpu", "convolution"): {
-            "default": "bfloat16",
-            "high": "three bfloat16 passes",
-            "highest": "float32",
-        },
-        ("tpu", "product"): {
-            "default": "bfloat16",
-            "high": "three bfloat16 passes",
-            "highest": "float32",
-        },
+        ("tpu", "convolution"): _OF_A_TPU,
+        ("tpu", "product"): _OF_A_TPU,
         ("cuda", "convolution"): {"default": "TF32", "high": "TF32", "highest": "float32"},
         ("cuda", "product"): {"default": "TF32", "high": "float32", "highest": "float32"},
     }
@@ -195,10 +154,8 @@ def parse_target(name: str) -> Target:
     if platform == "tpu" and chip in TPUS and not any(more):
         topology = topology or TPUS[chip].topology
         dimensions = TPUS[chip].topology.count("x") + 1
-        if (
-            re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", topology)
-            and topology.count("x") + 1 == dimensions
-        ):
+        well_formed = re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", topology)
+        if well_formed and topology.count("x") + 1 == dimensions:
             return Target("tpu", chip, topology)
         example = TPUS[chip].topology
         raise InputError(

@@ -31,15 +31,10 @@ class BenchCase:
     @property
     def title(self) -> str:
         """``"train-step resnet18 32x32 batch 32"``."""
-        return (
-            self.what
-            + f" {self.architecture}"
-            + (
-                ""
-                if self.what == "conversion"
-                else f" {self.image_size}x{self.image_size} batch {self.batch}"
-            )
-        )
+        title = f"{self.what} {self.architecture}"
+        if self.what == "conversion":
+            return title
+        return f"{title} {self.image_size}x{self.image_size} batch {self.batch}"
 
 
 @dataclass(frozen=True)
@@ -57,11 +52,12 @@ class Contestant:
     how: str
 
 
+_OURS = (Contestant("flax-resblock", "jax", "auto"), Contestant("plain XLA", "jax", "xla"))
+
 _EVERY = (
     Contestant("PyTorch eager", "torch", "eager"),
     Contestant("torch.compile", "torch", "compile"),
-    Contestant("flax-resblock", "jax", "auto"),
-    Contestant("plain XLA", "jax", "xla"),
+    *_OURS,
 )
 
 CONTESTANTS: dict[Workload, tuple[Contestant, ...]] = {
@@ -70,8 +66,7 @@ CONTESTANTS: dict[Workload, tuple[Contestant, ...]] = {
     "inference": (
         Contestant("PyTorch eager, fused", "torch", "eager"),
         Contestant("torch.compile, frozen", "torch", "compile"),
-        Contestant("flax-resblock", "jax", "auto"),
-        Contestant("plain XLA", "jax", "xla"),
+        *_OURS,
     ),
     "conversion": (
         Contestant("torch.load, load_state_dict", "torch", "eager"),

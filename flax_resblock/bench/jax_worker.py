@@ -77,13 +77,13 @@ def forward(task: Task) -> Callable[[], jax.Array]:
         return lambda: jax.block_until_ready(compiled(images))
     graphdef, state = nnx.split(model)
     leaves, structure = jax.tree.flatten(state)
-    evaluate = jax.jit(
-        lambda leaves, images: nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))(
-            images, use_running_average=True
-        ),
-        compiler_options=compiler_options(),
-    )
-    return lambda: jax.block_until_ready(evaluate(leaves, images))
+
+    def evaluate(leaves: list[jax.Array], images: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
+        return model(images, use_running_average=True)
+
+    run = jax.jit(evaluate, compiler_options=compiler_options())
+    return lambda: jax.block_until_ready(run(leaves, images))
 
 
 def conversion(task: Task) -> Callable[[], Any]:
@@ -106,6 +106,10 @@ def _total(tensors: Any) -> float:
     return float(sum(np.asarray(leaf, np.float64).sum() for leaf in jax.tree.leaves(tensors)))
 
 
+def _mean_size(outputs: Any) -> float:
+    return float(np.abs(np.asarray(outputs, np.float64)).mean())
+
+
 def main() -> None:
     """Serves one task."""
     task = Task.of(sys.argv[1])
@@ -115,11 +119,7 @@ def main() -> None:
         elif task.case.what == "conversion":
             serve(task.threads, lambda: conversion(task), _total)
         else:
-            serve(
-                task.threads,
-                lambda: forward(task),
-                lambda outputs: float(np.abs(np.asarray(outputs, np.float64)).mean()),
-            )
+            serve(task.threads, lambda: forward(task), _mean_size)
 
 
 if __name__ == "__main__":

@@ -23,21 +23,14 @@ def machine() -> dict[str, Any]:
     lines = []
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    name = next(
-        (line.split(": ")[1] for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    versions = {
-        package: metadata.version(package)
-        for package in ("jax", "jaxlib", "flax", "torch", "numpy")
-    }
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    packages = ("jax", "jaxlib", "flax", "torch", "numpy")
     return {
-        "cpu": name,
+        "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
-        "memory_bytes": memory,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {package: metadata.version(package) for package in packages},
     }
 
 
@@ -63,14 +56,10 @@ def table(case: BenchCase, results: Sequence[Result]) -> Table:
             continue
         low, middle, high = (1e3 * value for value in quartiles(result.rounds))
         ratio = quartiles(result.ratios)
-        cached = "" if result.cached is None else f"{result.cached:.1f}"
-        times = (
-            f"{middle:.4g} ({low:.4g}-{high:.4g})",
-            f"{ratio[1]:.2f} ({ratio[0]:.2f}-{ratio[2]:.2f})",
-        )
-        found.add_row(
-            result.contestant, *times, f"{result.first:.1f}", cached, f"{result.peak / MEBI:.0f}"
-        )
+        time = f"{middle:.4g} ({low:.4g}-{high:.4g})"
+        share = f"{ratio[1]:.2f} ({ratio[0]:.2f}-{ratio[2]:.2f})"
+        starts = f"{result.first:.1f}", "" if result.cached is None else f"{result.cached:.1f}"
+        found.add_row(result.contestant, time, share, *starts, f"{result.peak / MEBI:.0f}")
     return found
 
 
@@ -84,18 +73,11 @@ def content(
     cases: Sequence[tuple[BenchCase, Sequence[Result]]], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """All measurements with the machine and the settings, for JSON."""
-    return {
-        "machine": machine(),
-        "settings": settings,
-        "cases": [
-            {
-                "case": vars(case),
-                "title": case.title,
-                "results": [result.content() for result in results],
-            }
-            for case, results in cases
-        ],
-    }
+    entries = []
+    for case, results in cases:
+        found = [result.content() for result in results]
+        entries.append({"case": vars(case), "title": case.title, "results": found})
+    return {"machine": machine(), "settings": settings, "cases": entries}
 
 
 def markdown_table(found: dict[str, Any]) -> str:
@@ -134,12 +116,8 @@ def picture(cases: Sequence[tuple[BenchCase, Sequence[Result]]], path: Path) -> 
         raise MissingDependencyError(
             "pictures need matplotlib: pip install 'flax-resblock[train]'."
         ) from error
-    colours = {
-        "PyTorch": "#ee8866",
-        "torch.compile": "#ffcc88",
-        "flax-resblock": "#4477aa",
-        "plain": "#99bbdd",
-    }
+    colours = {"PyTorch": "#ee8866", "torch.compile": "#ffcc88"}
+    colours |= {"flax-resblock": "#4477aa", "plain": "#99bbdd"}
     groups = [
         (case.title, [r for r in results if not r.failed])
         for case, results in cases
@@ -154,13 +132,8 @@ def picture(cases: Sequence[tuple[BenchCase, Sequence[Result]]], path: Path) -> 
         for result in good:
             low, middle, high = quartiles(result.ratios)
             key = next((key for key in colours if result.contestant.startswith(key)), "")
-            axes.barh(
-                position,
-                middle,
-                0.9,
-                color=colours.get(key, "#bbbbbb"),
-                label=None if key in seen else result.contestant,
-            )
+            label, colour = None if key in seen else result.contestant, colours.get(key, "#bbbbbb")
+            axes.barh(position, middle, 0.9, color=colour, label=label)
             axes.plot([low, high], [position, position], color="black", linewidth=0.8)
             axes.text(max(high, middle) + 0.02, position, f"{middle:.2f}", va="center", fontsize=6)
             seen.add(key)
@@ -169,10 +142,8 @@ def picture(cases: Sequence[tuple[BenchCase, Sequence[Result]]], path: Path) -> 
     axes.set_yticks([tick for tick, _ in ticks], [title for _, title in ticks], fontsize=7)
     axes.set_ylim(position - 0.5, -1)
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel(
-        "time / time of PyTorch eager: median and quartiles of interleaved rounds; lower is faster",
-        fontsize=8,
-    )
+    words = "time / time of PyTorch eager: median and quartiles of interleaved rounds"
+    axes.set_xlabel(f"{words}; lower is faster", fontsize=8)
     figure.legend(fontsize=7, loc="outside upper right", ncols=4, frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

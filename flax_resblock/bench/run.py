@@ -64,10 +64,8 @@ class Result:
         """As JSON, with the medians."""
         found = asdict(self)
         if self.rounds:
-            found |= {
-                "seconds_quartiles": quartiles(self.rounds),
-                "ratio_quartiles": quartiles(self.ratios),
-            }
+            found["seconds_quartiles"] = quartiles(self.rounds)
+            found["ratio_quartiles"] = quartiles(self.ratios)
         return found
 
 
@@ -77,14 +75,9 @@ class _Worker:
     def __init__(self, contestant: Contestant, task: Task, environment: dict[str, str]) -> None:
         module = f"flax_resblock.bench.{contestant.side}_worker"
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  # lives as long as the process
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module, task.text()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=environment,
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+        command = [sys.executable, "-P", "-m", module, task.text()]
+        self._process = subprocess.Popen(command, **pipes, text=True, env=environment)
 
     def answer(self) -> dict[str, Any]:
         """The next line.
@@ -97,10 +90,8 @@ class _Worker:
         if not line:
             self._process.wait()
             self._errors.seek(0)
-            lines = self._errors.read().strip().splitlines() or [
-                f"status {self._process.returncode}"
-            ]
-            raise RuntimeError(lines[-1][:300])
+            lines = self._errors.read().strip().splitlines()
+            raise RuntimeError(lines[-1][:300] if lines else f"status {self._process.returncode}")
         return json.loads(line)
 
     def ask(self, repeats: int) -> dict[str, Any]:
@@ -145,28 +136,19 @@ def measure(
         on_progress("preparing weights", 0)
         _write_weights(case, weights)
         environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("GLIBC_TUNABLES", "JAX_COMPILATION_CACHE_DIR")
-        }
-        environment |= {
+            **os.environ,
             "OMP_NUM_THREADS": str(threads),
             "JAX_PLATFORMS": "cpu",
             "FLAX_RESBLOCK_CONV_LOWERING": "",
-        }
-        environment |= {
             "JAX_COMPILATION_CACHE_DIR": str(Path(folder) / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        environment["JAX_ENABLE_COMPILATION_CACHE"] = (
             # also if the user has turned off the command's own: the second start is measured
-            "true"
-        )
+            "JAX_ENABLE_COMPILATION_CACHE": "true",
+        }
+        environment.pop("GLIBC_TUNABLES", None)
         # the workers do not look for modules in the current folder, so they are told where this is
-        environment["PYTHONPATH"] = os.pathsep.join(
-            [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
-        environment |= allocator
+        folders = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
+        environment |= {"PYTHONPATH": os.pathsep.join(filter(None, folders)), **allocator}
         results: dict[str, Result] = {}
         workers: dict[str, _Worker] = {}
         for contestant in CONTESTANTS[case.what]:
@@ -174,16 +156,12 @@ def measure(
             task = Task(case, contestant.how, threads, weights)
             on_progress(f"{contestant.name}: compiling", 0)
             try:
-                worker = _started(contestant, task, environment, result, stack)
+                workers[contestant.name] = _started(contestant, task, environment, result, stack)
             except RuntimeError as error:
                 result.failed = str(error)
-                continue
-            workers[contestant.name] = worker
         if not workers:
-            raise InputError(
-                f"{case.title}: every contestant failed: "
-                + "; ".join(f"{name}: {result.failed}" for name, result in results.items())
-            )
+            reasons = "; ".join(f"{name}: {result.failed}" for name, result in results.items())
+            raise InputError(f"{case.title}: every contestant failed: {reasons}")
         _take_turns(workers, results, rounds, on_progress)
         return list(results.values())
 

@@ -9,15 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from flax_resblock.bench.worker import (
-    DECAY,
-    LEARNING_RATE,
-    MOMENTUM,
-    Task,
-    batch_of,
-    config_of,
-    serve,
-)
+from flax_resblock.bench import worker
+from flax_resblock.bench.worker import Task, batch_of, config_of, serve
 from flax_resblock.parity.reference import torch_reference
 
 
@@ -29,15 +22,15 @@ def _ready(task: Task) -> torch.nn.Module:
 
 def _images(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = batch_of(task.case)
-    return torch.from_numpy(images.transpose(0, 3, 1, 2)).contiguous(
-        memory_format=torch.channels_last
-    ), torch.from_numpy(labels).long()
+    tensor = torch.from_numpy(images.transpose(0, 3, 1, 2))
+    return tensor.contiguous(memory_format=torch.channels_last), torch.from_numpy(labels).long()
 
 
 def train_step(task: Task) -> Callable[[], float]:
     """Loss, gradients and update, as a training loop writes them."""
     module = _ready(task).train()
-    optimizer = torch.optim.SGD(module.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=DECAY)
+    rate, momentum, decay = worker.LEARNING_RATE, worker.MOMENTUM, worker.DECAY
+    optimizer = torch.optim.SGD(module.parameters(), rate, momentum, weight_decay=decay)
     images, labels = _images(task)
     network: Any = torch.compile(module) if task.how == "compile" else module
 
@@ -85,6 +78,10 @@ def conversion(task: Task) -> Callable[[], torch.nn.Module]:
     return load
 
 
+def _total(module: torch.nn.Module) -> float:
+    return float(sum(tensor.double().sum() for tensor in module.state_dict().values()))
+
+
 def main() -> None:
     """Serves one task."""
     task = Task.of(sys.argv[1])
@@ -95,19 +92,9 @@ def main() -> None:
         return
     torch.set_grad_enabled(False)
     if task.case.what == "conversion":
-        serve(
-            task.threads,
-            lambda: conversion(task),
-            lambda module: float(
-                sum(tensor.double().sum() for tensor in module.state_dict().values())
-            ),
-        )
+        serve(task.threads, lambda: conversion(task), _total)
     else:
-        serve(
-            task.threads,
-            lambda: forward(task),
-            lambda outputs: float(outputs.double().abs().mean()),
-        )
+        serve(task.threads, lambda: forward(task), lambda y: float(y.double().abs().mean()))
 
 
 if __name__ == "__main__":

@@ -46,23 +46,12 @@ class Task:
     def of(cls, text: str) -> Task:
         """From :meth:`text`."""
         content = json.loads(text)
-        return cls(
-            BenchCase(**content["case"]),
-            content["how"],
-            content["threads"],
-            Path(content["weights"]),
-        )
+        case, weights = BenchCase(**content["case"]), Path(content["weights"])
+        return cls(case, content["how"], content["threads"], weights)
 
     def text(self) -> str:
         """As JSON."""
-        return json.dumps(
-            {
-                "case": vars(self.case),
-                "how": self.how,
-                "threads": self.threads,
-                "weights": str(self.weights),
-            }
-        )
+        return json.dumps(vars(self) | {"case": vars(self.case), "weights": str(self.weights)})
 
 
 def config_of(case: BenchCase) -> Config:
@@ -71,19 +60,15 @@ def config_of(case: BenchCase) -> Config:
         return BlockConfig(in_channels=64, out_channels=64)
     if case.what == "conversion":
         return architecture(case.architecture)
-    return architecture(
-        case.architecture,
-        num_classes=CLASSES,
-        stem="cifar" if case.image_size <= 64 else "imagenet",
-    )
+    stem = "cifar" if case.image_size <= 64 else "imagenet"
+    return architecture(case.architecture, num_classes=CLASSES, stem=stem)
 
 
 def batch_of(case: BenchCase) -> tuple[np.ndarray, np.ndarray]:
     """Images ``(N, H, W, C)`` float32 and labels ``(N,)`` int32, the same in every process."""
     rng = np.random.default_rng(0)
-    images = rng.normal(
-        0.2, 1.0, (case.batch, case.image_size, case.image_size, config_of(case).in_channels)
-    )
+    shape = case.batch, case.image_size, case.image_size, config_of(case).in_channels
+    images = rng.normal(0.2, 1.0, shape)
     return images.astype(np.float32), rng.integers(0, CLASSES, case.batch).astype(np.int32)
 
 
@@ -91,14 +76,10 @@ def resident() -> int:
     """The largest amount of memory that this process has held so far, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():  # ``ru_maxrss`` begins with what the process held that started this one
-        return next(
-            int(line.split()[1]) << 10
-            for line in status.read_text(encoding="ascii").splitlines()
-            if line.startswith("VmHWM")
-        )
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+        lines = status.read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def serve(
@@ -116,12 +97,9 @@ def serve(
     imported, start = resident(), time.perf_counter()
     run = prepare()
     result = run()
-    print(
-        json.dumps(
-            {"first": time.perf_counter() - start, "imported": imported, "value": value(result)}
-        ),
-        flush=True,
-    )
+    first = time.perf_counter() - start
+    answer = {"first": first, "imported": imported, "value": value(result)}
+    print(json.dumps(answer), flush=True)
     for line in sys.stdin:
         run()  # after the turns of others the caches hold what is theirs
         seconds, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -130,9 +108,5 @@ def serve(
             result = run()
             seconds.append(time.perf_counter() - start)
         faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // len(seconds)
-        print(
-            json.dumps(
-                {"seconds": seconds, "value": value(result), "peak": resident(), "faults": faults}
-            ),
-            flush=True,
-        )
+        answer = {"seconds": seconds, "value": value(result), "peak": resident()}
+        print(json.dumps(answer | {"faults": faults}), flush=True)
