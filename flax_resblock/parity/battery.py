@@ -19,6 +19,8 @@ OptionValue = tuple[str, str]
 
 _BLOCK: dict[str, Any] = {"in_channels": 8, "out_channels": 16, "stride": 2}
 _NETWORK: dict[str, Any] = {"depths": (1, 1), "widths": (8, 16), "stem_width": 8, "num_classes": 10}
+_DILATED: dict[str, Any] = {"depths": (1, 2, 2), "widths": (8, 16, 16), "stem_width": 16}
+_DILATED["num_classes"] = None
 _DEEP: dict[str, Any] = {"stem_hidden": (4, 6)}
 
 
@@ -89,14 +91,7 @@ _NUMBERS: dict[str, Config] = {
     "basic block, stride 2": BlockConfig(**_BLOCK),
     "basic block, dilated and grouped": BlockConfig(**_BLOCK, dilation=2, groups=2),
     "ResNeXt": ResNetConfig(**_NETWORK, block="bottleneck", groups=8, base_width=16),
-    "dilated network": ResNetConfig(
-        block="bottleneck",
-        depths=(1, 2, 2),
-        widths=(8, 16, 16),
-        stem_width=16,
-        dilated_stages=(2, 3),
-        num_classes=None,
-    ),
+    "dilated network": ResNetConfig(**_DILATED, block="bottleneck", dilated_stages=(2, 3)),
 }
 BATTERY: Mapping[str, Config] = MappingProxyType(
     _NUMBERS

@@ -115,25 +115,17 @@ def read_certificate(path: Path) -> dict[str, Any]:
 
 
 def _flaw(name: str, entry: Any) -> str | None:
-    """What is wrong with an entry, or None."""
     if not _is_inside(name) or "/" in name:
         return f"{name[:120]!r} is not the plain name of a file or folder"
-    if (
-        not isinstance(entry, dict)
-        or not isinstance(entry.get("output"), dict)
-        or not isinstance(entry.get("tensors"), dict)
-    ):
+    entry = entry if isinstance(entry, dict) else {}
+    if not isinstance(entry.get("output"), dict) or not isinstance(entry.get("tensors"), dict):
         return f"the entry of {name!r} lacks 'output' or 'tensors'"
     expected = entry["output"].get("sha256")
-    for file, sha in {
-        **(expected if isinstance(expected, dict) else {name: expected}),
-        **entry["tensors"],
-    }.items():
+    files = expected if isinstance(expected, dict) else {name: expected}
+    for file, sha in {**files, **entry["tensors"]}.items():
         if not isinstance(sha, str) or not _SHA256.match(sha):
             return f"the SHA-256 of {file[:120]!r} in the entry of {name!r} is {str(sha)[:80]!r}"
-    outside = (
-        [file for file in expected if not _is_inside(file)] if isinstance(expected, dict) else []
-    )
+    outside = [file for file in files if not _is_inside(file)]
     if outside:
         return f"{outside[0][:120]!r} in the entry of {name!r} leads out of its folder"
     return None
@@ -183,29 +175,16 @@ def recheck(path: Path) -> list[RecheckedOutput]:
 def _check(out: Path, entry: Mapping[str, Any]) -> RecheckedOutput:
     expected = entry["output"]["sha256"]
     if not (out.is_dir() if isinstance(expected, dict) else out.is_file()):
-        return RecheckedOutput(
-            out.name,
-            "missing",
-            (
-                f"{out} is not there: it was removed, renamed or left behind when its folder "
-                f"was copied",
-            ),
-        )
+        how = "it was removed, renamed or left behind when its folder was copied"
+        return RecheckedOutput(out.name, "missing", (f"{out} is not there: {how}",))
     found = hashes(out)
     verification = entry.get("verification")
     failed = isinstance(verification, dict) and verification.get("passed") is False
     remarks = ("the frameworks differed on it when it was written",) if failed else ()
     if found == expected:
         return RecheckedOutput(out.name, "unchanged", remarks)
-    return RecheckedOutput(
-        out.name,
-        "changed",
-        (
-            *_changed_files(out.name, found, expected),
-            *_changed_tensors(out, entry["tensors"]),
-            *remarks,
-        ),
-    )
+    changed = *_changed_files(out.name, found, expected), *_changed_tensors(out, entry["tensors"])
+    return RecheckedOutput(out.name, "changed", (*changed, *remarks))
 
 
 def _changed_files(name: str, found: Hashes, expected: Hashes) -> Iterator[str]:

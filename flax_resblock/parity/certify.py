@@ -55,22 +55,18 @@ def provenance(source: OpenedCheckpoint) -> dict[str, Any]:
     path = Path(source.record.source)
     if path.suffix != ".json":
         return {"path": path.name, "sha256": hashes(path)}
-    shards = json.loads(path.read_text(encoding="utf-8"))[
-        "weight_map"
-    ].values()  # plain names, which reading the source has checked
-    return {
-        "path": path.name,
-        "sha256": {name: hashes(path.with_name(name)) for name in sorted({path.name, *shards})},
-    }
+    # the shards are plain names, which reading the source has checked
+    shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+    digests = {name: hashes(path.with_name(name)) for name in sorted({path.name, *shards})}
+    return {"path": path.name, "sha256": digests}
 
 
 @contextmanager
 def _interrupts_later() -> Iterator[None]:
     """Holds an interrupt back until the block has ended: the frameworks crash the process when one
     meets them half imported."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # interrupts go to the main thread, and only it may hold them
+    # interrupts go to the main thread, and only it may hold them
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     held: list[int] = []
@@ -111,14 +107,10 @@ def verify_written(source: OpenedCheckpoint) -> dict[str, Any]:
     except RuntimeError as error:  # the accelerator belongs to another process, for one
         return {"skipped": f"jax does not start: {str(error).strip().splitlines()[0][:160]}"}
     images = adversarial_images(source.config, batch=BATCH)
-    comparison = compare_pair(
-        ReferencePair.of(source),
-        images,
-        Plan(train=False, gradients=False, precisions=("float64",)),
-    )
-    worst = max(
-        comparison.measurements, key=lambda row: (not row.verdict.passed, row.verdict.excess)
-    )
+    plan = Plan(train=False, gradients=False, precisions=("float64",))
+    comparison = compare_pair(ReferencePair.of(source), images, plan)
+    rows = comparison.measurements
+    worst = max(rows, key=lambda row: (not row.verdict.passed, row.verdict.excess))
     error = worst.verdict.error
     return {
         "passed": comparison.passed,

@@ -41,9 +41,8 @@ def _jax_devices() -> list[JaxDevice]:
 
 def device_name(device: JaxDevice) -> str:
     """``cpu:0``, ``gpu:0 (NVIDIA H100 80GB HBM3)``."""
-    return f"{device.platform}:{device.id}" + (
-        "" if device.platform == "cpu" else f" ({device.device_kind})"
-    )
+    name = f"{device.platform}:{device.id}"
+    return name if device.platform == "cpu" else f"{name} ({device.device_kind})"
 
 
 def jax_device(kind: str | None) -> JaxDevice:
@@ -57,10 +56,8 @@ def jax_device(kind: str | None) -> JaxDevice:
     try:
         return jax.devices(kind)[0]
     except RuntimeError as error:
-        there = (
-            some([device_name(device) for device in _jax_devices()], 8)
-            or "none, as no backend starts"
-        )
+        there = some([device_name(device) for device in _jax_devices()], 8)
+        there = there or "none, as no backend starts"
         asked = "its default device" if kind is None else f"a device of the kind {kind!r}"
         platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
         limited = ""
@@ -96,16 +93,14 @@ def torch_device(name: str | None) -> torch.device:
     there = [torch.device("cpu")]
     kind = torch.accelerator.current_accelerator(check_available=True)
     if kind is not None:
-        there += [
-            torch.device(kind.type, index) for index in range(torch.accelerator.device_count())
-        ]
+        count = torch.accelerator.device_count()
+        there += [torch.device(kind.type, index) for index in range(count)]
     try:
         device = torch.device(name or "cpu")
     except RuntimeError:
         device = None  # not even a name that torch knows
-    if device is None or (device.type, device.index or 0) not in [
-        (known.type, known.index or 0) for known in there
-    ]:
+    names = [(known.type, known.index or 0) for known in there]
+    if device is None or (device.type, device.index or 0) not in names:
         here = f"Devices of torch: {some([str(known) for known in there], 8)}."
         if device is None or device.type not in ACCELERATORS:
             advice = (
@@ -233,6 +228,5 @@ def settings_in_force() -> dict[str, str]:
 
 def settings_sentence() -> str:
     """``"set on both sides: jax default_matmul_precision highest, ..."``."""
-    return "set on both sides: " + ", ".join(
-        f"{name} {value}" for name, value in settings_in_force().items() if value
-    )
+    values = (f"{name} {value}" for name, value in settings_in_force().items() if value)
+    return f"set on both sides: {', '.join(values)}"

@@ -55,9 +55,8 @@ def check_forward(
     The module is run in evaluation mode and float32 on the CPU, on random images, first with its
     own weights and then with random ones, because a weight of zero hides everything that is
     multiplied by it. Its output is held to :func:`flax_resblock.parity.oracle.verdict_of`. The
-    module
-    itself is left as it was: a copy is run, or, where it cannot be copied, the module with copies
-    of its tensors. Forward hooks are part of what a module computes, so they run too.
+    module itself is left as it was: a copy is run, or, where it cannot be copied, the module with
+    copies of its tensors. Forward hooks are part of what a module computes, so they run too.
 
     Args:
       module: The ``nn.Module``.
@@ -98,21 +97,13 @@ class _Place:
     @classmethod
     def of(cls, module: torch.nn.Module, source: OpenedCheckpoint) -> _Place:
         """Finds the prefix as the state dict was read: wrappers first, then the backbone."""
-
-        def is_key(value: Any) -> bool:
-            return isinstance(value, str)
-
-        keys = {key: key for key in module.state_dict()}
+        keys, is_key = {key: key for key in module.state_dict()}, lambda key: isinstance(key, str)
         stripped, _, _ = unwrap(keys, is_tensor=is_key, source="the module")
         name_of_array = {id(array): key for key, array in source.record.tensors.items()}
-        used = {
-            key: stripped[name_of_array[id(array)]]
-            for key, array in source.tensors.items()
-            if id(array) in name_of_array
-        }
-        prefix = next(
-            (name.removesuffix(key) for key, name in used.items() if name.endswith(key)), ""
-        )
+        own = [(key, name_of_array.get(id(array))) for key, array in source.tensors.items()]
+        used = {key: stripped[name] for key, name in own if name is not None}
+        prefixes = [name.removesuffix(key) for key, name in used.items() if name.endswith(key)]
+        prefix = prefixes[0] if prefixes else ""
         left = [name for name in stripped.values() if name not in set(used.values())]
         return cls(prefix, tuple(dict.fromkeys(key.rpartition(".")[0] for key in left)))
 
@@ -138,8 +129,6 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Check:
-    """One module and its Flax twin."""
-
     name: str
     module: torch.nn.Module
     place: _Place
@@ -185,11 +174,8 @@ class _Check:
 
     def flax_outputs(self, size: int, values: Values, dtype: Any) -> tuple[np.ndarray, ...]:
         """The network's output, and for one without a head its last feature map."""
-        with (
-            jax.enable_x64(dtype == np.float64),
-            jax.default_device(_cpu()),
-            jax.default_matmul_precision("highest"),
-        ):
+        highest = jax.default_matmul_precision("highest")
+        with jax.enable_x64(dtype == np.float64), jax.default_device(_cpu()), highest:
             model = build(self.config, rngs=None, eps=self.eps)
             paths = dict(nnx.to_flat_state(nnx.state(model)))
             for path in paths:
@@ -246,10 +232,11 @@ class _Check:
             if found and (len(found) == 1 or self.place.left_out):
                 return found[0][0], which, found[0][1]
             if found:
+                shape = list(tensors[found[0][1]].shape)
                 raise InputError(
-                    f"{subject} returns {len(found)} tensors of the same shape, "
-                    f"{list(tensors[found[0][1]].shape)}, and it is unclear which is the output. "
-                    "Wrap it in a module that returns the one you mean."
+                    f"{subject} returns {len(found)} tensors of the same shape, {shape}, and it "
+                    "is unclear which is the output. Wrap it in a module that returns the one you "
+                    "mean."
                 )
         shapes = some([str(list(tensor.shape)) for tensor in tensors]) or "no tensor at all"
         of_torch = [[shape[0], shape[-1], *shape[1:-1]] for shape in (y.shape for y in twin)]

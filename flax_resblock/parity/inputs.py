@@ -30,16 +30,14 @@ def adversarial_images(
       ``(N, H, W, C)``, float64.
     """
     rng = np.random.default_rng(seed)
-    if isinstance(config, BlockConfig):
-        size = 15, 14
-    else:
+    size = (15, 14)
+    if not isinstance(config, BlockConfig):
         size = (65, 48) if config.stem_stride > 1 else (33, 32)
     height, width = height or size[0], width or size[1]
     channels = config.in_channels
     mean, scale = rng.uniform(-2, 2, channels), rng.uniform(0.3, 2, channels)
-    ramp = np.linspace(-1, 1, height)[:, None, None] * rng.standard_normal(channels) + np.linspace(
-        -1, 1, width
-    )[None, :, None] * rng.standard_normal(channels)
+    ramp = np.linspace(-1, 1, height)[:, None, None] * rng.standard_normal(channels)
+    ramp = ramp + np.linspace(-1, 1, width)[None, :, None] * rng.standard_normal(channels)
     return rng.standard_normal((batch, height, width, channels)) * scale + mean + ramp
 
 
@@ -60,9 +58,8 @@ def randomised_norm_state(state: dict[str, np.ndarray], seed: int = 0) -> dict[s
         shape, dtype = state[key].shape, state[key].dtype
         result[key] = rng.uniform(0.3, 3, shape).astype(dtype)
         result[f"{prefix}.running_mean"] = rng.normal(0, 0.5, shape).astype(dtype)
-        result[f"{prefix}.weight"] = (
-            rng.uniform(0.4, 1.6, shape) * rng.choice([-1, 1], shape, p=[0.1, 0.9])
-        ).astype(dtype)
+        scale = rng.uniform(0.4, 1.6, shape) * rng.choice([-1, 1], shape, p=[0.1, 0.9])
+        result[f"{prefix}.weight"] = scale.astype(dtype)
         result[f"{prefix}.bias"] = rng.normal(0, 0.5, shape).astype(dtype)
         result[f"{prefix}.num_batches_tracked"] = np.array(rng.integers(1, 1000), np.int64)
     return result
@@ -81,9 +78,8 @@ def more_batches(images: np.ndarray, count: int, seed: int) -> tuple[np.ndarray,
     spread = float(np.std(images)) or 1.0
     batches = [images]
     for _ in range(count - 1):
-        moved = images[rng.permutation(len(images))] * rng.uniform(0.6, 1.4) + spread * rng.normal(
-            0, 0.3
-        )
+        moved = images[rng.permutation(len(images))] * rng.uniform(0.6, 1.4)
+        moved = moved + spread * rng.normal(0, 0.3)
         batches.append(moved + spread * rng.normal(0, 0.5, images.shape))
     return tuple(batches)
 
@@ -101,9 +97,8 @@ def read_images(path: Path, config: Config) -> np.ndarray:
         values that are not finite.
     """
     try:
-        array = np.load(
-            path, mmap_mode="r", allow_pickle=False
-        )  # mapped: a header that announces more than the file holds costs nothing
+        # mapped: a header that announces more than the file holds costs nothing
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:
         raise InputError(
             f"--input {path} cannot be read as a .npy array ({str(error).splitlines()[0]}). "

@@ -113,13 +113,11 @@ def verdict_of(
     """
     if epsilon < 1e-12:
         return Verdict(error, 0.0, limit64, error / epsilon)
-    return Verdict(
-        error, reference_error, max(TORCH_FACTOR * reference_error, ULPS * epsilon), error / epsilon
-    )
+    limit = max(TORCH_FACTOR * reference_error, ULPS * epsilon)
+    return Verdict(error, reference_error, limit, error / epsilon)
 
 
 BINS = 20
-
 
 SAMPLE = 1 << 16
 """Elements that a histogram counts; larger tensors are sampled at equal distances."""
@@ -190,8 +188,8 @@ class Comparison:
     def groups(self) -> Iterator[tuple[str, str, list[Measurement]]]:
         """Precision, quantity and its measurements."""
         groups: dict[tuple[str, str], list[Measurement]] = {}
-        for measurement in self.measurements:
-            groups.setdefault((measurement.precision, measurement.quantity), []).append(measurement)
+        for row in self.measurements:
+            groups.setdefault((row.precision, row.quantity), []).append(row)
         for (precision, quantity), rows in groups.items():
             yield precision, quantity, rows
 
@@ -200,10 +198,8 @@ class Comparison:
         (from the output to the input)."""
         rows = [m for m in self.measurements if (m.quantity, m.precision) == (quantity, precision)]
         if quantity == "activation gradient":
-            rows = [
-                *(m for m in reversed(rows) if m.slot != "input"),
-                *(m for m in rows if m.slot == "input"),
-            ]
+            rows.reverse()
+            rows.sort(key=lambda m: m.slot == "input")
         return next((m for m in rows if not m.verdict.passed), None)
 
 
@@ -230,15 +226,8 @@ def histogram_of(
         tuple(map(int, np.histogram(np.log10(side[np.isfinite(side) & (side > 0)]), edges)[0]))
         for side in sides
     )
-    return Histogram(
-        row,
-        tuple(map(float, edges)),
-        ours,
-        theirs,
-        int(np.count_nonzero(sides[0] == 0)),
-        truth.size,
-        elements,
-    )
+    exact, marks = int(np.count_nonzero(sides[0] == 0)), tuple(map(float, edges))
+    return Histogram(row, marks, ours, theirs, exact, truth.size, elements)
 
 
 def sampled(array: np.ndarray) -> np.ndarray:

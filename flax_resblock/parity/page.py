@@ -89,15 +89,12 @@ def render_page(facts: Mapping[str, Any]) -> str:
         ) from error
     facts = _visible(facts)
     rows = [_row(number, entry) for number, entry in enumerate(facts["measurements"], start=1)]
+    loader, strict = jinja2.PackageLoader("flax_resblock.parity", ""), jinja2.StrictUndefined
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("flax_resblock.parity", ""),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=strict
     )
     environment.filters |= {"sci": _scientific, "times": _times, "bytes": _bytes, "digest": _digest}
-    quantities = _groups(rows, "quantity")
+    quantities, cells = _groups(rows, "quantity"), _groups(rows, "quantity", "precision")
     return environment.get_template("page.html.j2").render(
         facts=facts,
         total=len(rows),
@@ -105,11 +102,7 @@ def render_page(facts: Mapping[str, Any]) -> str:
         precisions=_groups(rows, "precision"),
         quantities=quantities,
         compared=_compared(quantities),
-        matrix={
-            (row.quantity, row.precision): group
-            for group in _groups(rows, "quantity", "precision")
-            for row in group.rows[:1]
-        },
+        matrix={(g.rows[0].quantity, g.rows[0].precision): g for g in cells},
         families=_families([row for row in rows if row.step is None]),
         trajectories=_trajectories([row for row in rows if row.step is not None]),
         histogram=_histogram(facts["histogram"]),
@@ -165,12 +158,8 @@ def _table(rows: Sequence[Row]) -> list[Row]:
 
 
 def _curve(rows: Sequence[Row]) -> Curve:
-    return Curve(
-        [row.error for row in rows],
-        [row.reference_error for row in rows],
-        [row.limit for row in rows],
-        [row.passed for row in rows],
-    )
+    values = [(row.error, row.reference_error, row.limit, row.passed) for row in rows]
+    return Curve(*zip(*values, strict=True))
 
 
 def _panel(title: str, group: RowGroup, svg: str) -> Panel:
@@ -181,35 +170,27 @@ def _panel(title: str, group: RowGroup, svg: str) -> Panel:
 
 def _families(rows: Sequence[Row]) -> list[tuple[str, int, int, list[tuple[str, list[Panel]]]]]:
     """Heading, failures, tensors, and the panels of each quantity, one per precision."""
-    named = {
-        row.quantity: next(
-            (title for title, part in FAMILIES.items() if part in row.quantity), OTHERS
-        )
-        for row in rows
-    }
     families = []
     for title in [*FAMILIES, OTHERS]:
-        members = [row for row in rows if named[row.quantity] == title]
+        members = [row for row in rows if _family(row.quantity) == title]
         quantities = []
         for quantity in _groups(members, "quantity"):
             panels = []
             for group in _groups(quantity.rows, "precision"):
-                name = f"depth-{group.rows[0].number}"
+                name, slots = f"depth-{group.rows[0].number}", [row.slot for row in group.rows]
+                label = _label(f"{quantity.key}, {group.key}", group, "slot")
                 notes = [f"{row.slot}: {_scientific(row.error)}" for row in group.rows]
-                svg = depth_plot(
-                    _curve(group.rows),
-                    [row.slot for row in group.rows],
-                    name,
-                    _label(f"{quantity.key}, {group.key}", group, "slot"),
-                    notes,
-                )
+                svg = depth_plot(_curve(group.rows), slots, name, label, notes)
                 panels.append(_panel(group.key, group, svg))
             quantities.append((quantity.key, panels))
         if members:
-            families.append(
-                (title, sum(not row.passed for row in members), len(members), quantities)
-            )
+            failed = sum(not row.passed for row in members)
+            families.append((title, failed, len(members), quantities))
     return families
+
+
+def _family(quantity: str) -> str:
+    return next((title for title, part in FAMILIES.items() if part in quantity), OTHERS)
 
 
 def _trajectories(rows: Sequence[Row]) -> list[Panel]:
@@ -220,19 +201,17 @@ def _trajectories(rows: Sequence[Row]) -> list[Panel]:
         for part in _groups(group.rows, "precision"):
             worst = [step.worst for step in _groups(part.rows, "step")]
             curves[part.key] = ([row.step or 0 for row in worst], _curve(worst))
-        svg = trajectory_plot(
-            curves, f"steps-{group.rows[0].number}", _label(group.key, group, "training step")
-        )
+        label = _label(group.key, group, "training step")
+        svg = trajectory_plot(curves, f"steps-{group.rows[0].number}", label)
         panels.append(_panel(group.key, group, svg))
     return panels
 
 
 def _label(what: str, group: RowGroup, axis: str) -> str:
     worst = group.worst
+    count = len(group.rows)
     verdict = (
-        f"{group.failed} of {len(group.rows)} differ"
-        if group.failed
-        else f"all {len(group.rows)} within the limit"
+        f"{group.failed} of {count} differ" if group.failed else f"all {count} within the limit"
     )
     return (
         f"{what}: error by {axis}. Worst {worst.slot} with {_scientific(worst.error)}, limit "

@@ -127,10 +127,8 @@ class Weights(Part):
         else:
             with precision.of_jax():
                 state = arrays_by_path(nnx.state(pair.flax(precision)))
-        yield {
-            **by_entries(pair, "tensors", state, side=side),
-            **by_entries(pair, "tensors", state, side=side, statistics=True),
-        }
+        tensors = by_entries(pair, "tensors", state, side=side)
+        yield tensors | by_entries(pair, "tensors", state, side=side, statistics=True)
 
 
 @dataclass(frozen=True)
@@ -159,12 +157,8 @@ class Forward(Part):
     def run(
         self, side: Side, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
     ) -> Iterator[Tensors]:
-        options: dict[str, Any] = {
-            "train": self.train,
-            "cotangent": self.cotangent,
-            "precision": precision,
-        }
-        trace: Trace
+        options: dict[str, Any] = {"train": self.train, "cotangent": self.cotangent}
+        options["precision"] = precision
         if side == "torch":
             module = pair.torch(precision)
             trace = trace_torch(module, images, pair.torch_slots, device=devices.torch, **options)
@@ -174,9 +168,8 @@ class Forward(Part):
             trace = trace_flax(model, images, pair.flax_slots, device=devices.jax, **options)
         tensors = named(f"{self.mode} forward", {**trace.activations, "output": trace.output})
         if self.train:
-            tensors |= by_entries(
-                pair, "running statistics", trace.statistics, side=side, statistics=True
-            )
+            quantity = "running statistics"
+            tensors |= by_entries(pair, quantity, trace.statistics, side=side, statistics=True)
         tensors |= by_entries(pair, "parameter gradient", trace.gradients, side=side)
         tensors |= named("activation gradient", trace.activation_gradients)
         if trace.input_gradient is not None:
@@ -253,11 +246,8 @@ class Isolated(Part):
     def run(
         self, side: Side, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
     ) -> Iterator[Tensors]:
-        options: dict[str, Any] = {
-            "reference": self.reference,
-            "train": self.train,
-            "gradients": self.gradients,
-        }
+        options: dict[str, Any] = {"train": self.train, "gradients": self.gradients}
+        options["reference"] = self.reference
         order = list(self.reference.activations)
         if side == "torch":
             module, slots = pair.torch(precision), pair.torch_slots
@@ -285,8 +275,6 @@ class Isolated(Part):
 
 def reference_run(pair: Pair, images: np.ndarray, *, train: bool) -> Trace:
     """PyTorch's float64 run with the inputs of every slot, for :class:`Isolated`."""
-    precision = PRECISIONS["float64"]
+    precision, slots = PRECISIONS["float64"], pair.torch_slots
     module = pair.torch(precision)
-    return trace_torch(
-        module, images, pair.torch_slots, train=train, precision=precision, inputs=True
-    )
+    return trace_torch(module, images, slots, train=train, precision=precision, inputs=True)

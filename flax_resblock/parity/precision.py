@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -23,20 +23,12 @@ from flax_resblock.nn.conv import convolve
 from flax_resblock.parity.devices import JaxDevice, device_name
 from flax_resblock.parity.pair import Side
 
-Dtype = Literal["float64", "float32", "bfloat16"]
-
-
 Operation = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """A product ``(M, K) by (K, N) -> (M, N)`` as some backend computes it, all three in one dtype."""
 
 
-DTYPES: dict[str, Any] = {
-    "float64": np.float64,
-    "float32": np.float32,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float16": np.float16,
-}
-
+DTYPES: dict[str, Any] = {"float64": np.float64, "float32": np.float32, "float16": np.float16}
+DTYPES["bfloat16"] = ml_dtypes.bfloat16
 
 _ROWS, _CHANNELS = 256, 64
 """Of a probe: 16 images of 8x8 pixels at stride 2. Wide enough for the kernels that real networks
@@ -58,9 +50,8 @@ def _probe(
     """Values that need 1, 2, ... ``limit`` bits, in float64, and how many each needs; a third of
     them ``1 + 2^-k``, of either sign."""
     bits = np.resize(np.arange(1, limit + 1), shape)
-    values = np.where(
-        rng.random(shape) < 1 / 3, _mantissas(bits, rng, False), _mantissas(bits, rng, True)
-    )
+    sparse = rng.random(shape) < 1 / 3
+    values = np.where(sparse, _mantissas(bits, rng, False), _mantissas(bits, rng, True))
     return np.ldexp(values.astype(np.float64), -52) * rng.choice([-1.0, 1.0], shape), bits
 
 
@@ -99,9 +90,8 @@ def mantissa_bits(operate: Operation, dtype: str) -> int:
     totals = _mantissas(total_bits, rng, True)
     parts = np.zeros((_ROWS, _CHANNELS), np.int64)
     for bit in range(53):
-        parts[np.arange(_ROWS), rng.integers(0, _CHANNELS, _ROWS)] |= totals[:, 0] & (
-            np.int64(1) << bit
-        )
+        single = totals[:, 0] & (np.int64(1) << bit)
+        parts[np.arange(_ROWS), rng.integers(0, _CHANNELS, _ROWS)] |= single
     sums = np.broadcast_to(np.ldexp(totals.astype(np.float64), -52), (_ROWS, _CHANNELS))
     probes = [
         (first, selecting, first @ selecting, (first_bits @ selecting).astype(int)),
@@ -226,15 +216,9 @@ def measure_precision(
 
 
 def _nickname(bits: int) -> str:
-    names = {
-        23: "float32",
-        16: "three bfloat16 passes",
-        15: "three bfloat16 passes",
-        10: "TF32, or float16",
-        7: "bfloat16",
-        3: "float8",
-        2: "float8",
-    }
+    passes = "three bfloat16 passes"
+    names = {23: "float32", 16: passes, 15: passes, 10: "TF32, or float16", 7: "bfloat16"}
+    names |= {3: "float8", 2: "float8"}
     return f", which is what {names[bits]} keeps" if bits in names else ""
 
 

@@ -35,10 +35,8 @@ def torch_reference(
       config: What to build.
       norm_options: ``eps`` and ``momentum`` of every norm.
     """
-    if isinstance(config, ResNetConfig):
-        module: torch.nn.Module = torch_ref.ResNet(**asdict(config))
-    else:
-        module = _torch_block(config)
+    network = isinstance(config, ResNetConfig)
+    module = torch_ref.ResNet(**asdict(config)) if network else _torch_block(config)
     for layer in module.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             for name, value in (norm_options or {}).items():
@@ -76,11 +74,8 @@ class ReferencePair(Pair):
     def of(cls, source: OpenedCheckpoint) -> ReferencePair:
         """The reference models of an opened checkpoint."""
         state_map = StateMap(source.config, "torchvision")
-        return cls(
-            source.config,
-            transcode(source.state_map, state_map, source.tensors),
-            source.norm_options,
-        )
+        state = transcode(source.state_map, state_map, source.tensors)
+        return cls(source.config, state, source.norm_options)
 
     @classmethod
     def random(cls, config: Config, seed: int = 0, **norm_options: Any) -> ReferencePair:
@@ -134,28 +129,21 @@ class ReferencePair(Pair):
         already is."""
         if self.module is None:
             return None
-        return ReferencePair(
-            self.config,
-            transcode(self.state_map, StateMap(self.config, "torchvision"), self.state),
-            self.norm_options,
-        )
+        state_map = StateMap(self.config, "torchvision")
+        state = transcode(self.state_map, state_map, self.state)
+        return ReferencePair(self.config, state, self.norm_options)
 
     def _cast(self, precision: Precision) -> dict[str, np.ndarray]:
-        """The state in one precision."""
         return {
-            key: value.astype(precision.storage)
-            if is_floating(value.dtype)
-            else value.astype(np.int64)
+            key: value.astype(precision.storage if is_floating(value.dtype) else np.int64)
             for key, value in self.state.items()
         }
 
     def torch(self, precision: Precision) -> torch.nn.Module:
         """The PyTorch module with its weights in ``precision.storage``."""
-        module = (
-            torch_reference(self.config, self.norm_options)
-            if self.module is None
-            else copy.deepcopy(self.module)
-        )
+        module = copy.deepcopy(self.module)
+        if module is None:
+            module = torch_reference(self.config, self.norm_options)
         state = {key: from_numpy(np.array(value)) for key, value in self._cast(precision).items()}
         module.to(next(value.dtype for value in state.values() if value.dtype.is_floating_point))
         module.load_state_dict(state, strict=True)
@@ -204,11 +192,8 @@ def consequences(source: OpenedCheckpoint, images: np.ndarray) -> Iterator[Conse
         made = _output(pair, images)
         for value, config in assumption.alternatives.items():
             other = _output(ReferencePair(config, pair.state, pair.norm_options), images)
-            yield Consequence(
-                f"{assumption.rule.flag} {value}",
-                assumption.rule.choices[value],
-                relative_l2(other, made),
-            )
+            flag, meaning = f"{assumption.rule.flag} {value}", assumption.rule.choices[value]
+            yield Consequence(flag, meaning, relative_l2(other, made))
 
 
 def _output(pair: ReferencePair, images: np.ndarray) -> Any:

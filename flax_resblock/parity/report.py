@@ -65,7 +65,6 @@ class Divergence:
     of: int
 
     def __str__(self) -> str:
-        """In words."""
         when = f" at step {self.step}" if self.step is not None else ""
         order = ", going backwards from the output," if self.order == "backward" else ""
         size = ""
@@ -84,16 +83,8 @@ def divergences(comparison: Comparison) -> Iterator[Divergence]:
         if first is not None:
             failed = sum(not m.verdict.passed for m in rows)
             order = "backward" if quantity == "activation gradient" else "forward"
-            yield Divergence(
-                quantity,
-                precision,
-                first.step,
-                order,
-                first.slot,
-                first.verdict.excess,
-                failed,
-                len(rows),
-            )
+            place = quantity, precision, first.step, order, first.slot
+            yield Divergence(*place, first.verdict.excess, failed, len(rows))
 
 
 def criterion_of(comparison: Comparison) -> str:
@@ -110,18 +101,8 @@ def criterion_of(comparison: Comparison) -> str:
 def summary_table(comparison: Comparison) -> Table:
     """One row per precision and quantity: how many tensors, the worst one and its error against the
     limit."""
-    table = Table(
-        "precision",
-        "quantity",
-        "tensors",
-        "worst slot",
-        "error",
-        "ulp",
-        "PyTorch's own",
-        "limit",
-        "verdict",
-        title="Flax against PyTorch",
-    )
+    columns = ("precision", "quantity", "tensors", "worst slot", *NUMBERS, "verdict")
+    table = Table(*columns, title="Flax against PyTorch")
     for precision, quantity, rows in comparison.groups():
         worst = max(rows, key=lambda m: m.verdict.excess)
         failed = sum(not m.verdict.passed for m in rows)
@@ -133,15 +114,15 @@ def summary_table(comparison: Comparison) -> Table:
 
 def slot_table(rows: list[Measurement], title: str) -> Table:
     """Every tensor of one quantity, in forward order."""
-    table = Table("slot", "error", "ulp", "PyTorch's own", "limit", "verdict", title=title)
+    table = Table("slot", *NUMBERS, "verdict", title=title)
     for row in rows:
         verdict = "[green]equal[/]" if row.verdict.passed else "[bold red]differs[/]"
-        table.add_row(
-            row.slot if row.step is None else f"{row.slot}, step {row.step}",
-            *_numbers(row),
-            verdict,
-        )
+        place = row.slot if row.step is None else f"{row.slot}, step {row.step}"
+        table.add_row(place, *_numbers(row), verdict)
     return table
+
+
+NUMBERS = ("error", "ulp", "PyTorch's own", "limit")
 
 
 def _numbers(row: Measurement) -> tuple[str, str, str, str]:
@@ -185,7 +166,10 @@ def report_json(
     """
     ran = comparison is not None
     comparison = comparison or Comparison(())
-    histogram = comparison.histogram
+    histogram = None
+    if comparison.histogram is not None:
+        histogram = {**_row(comparison.histogram.row), **asdict(comparison.histogram)}
+        del histogram["row"]
     facts = {
         "schema": SCHEMA,
         "passed": ran and comparison.passed and not diagnosis,
@@ -195,9 +179,7 @@ def report_json(
         "diagnosis": [asdict(row) for row in diagnosis],
         "notes": list(notes),
         "divergences": [{**asdict(row), "sentence": str(row)} for row in divergences(comparison)],
-        "histogram": None
-        if histogram is None
-        else {**_row(histogram.row), **{k: v for k, v in asdict(histogram).items() if k != "row"}},
+        "histogram": histogram,
         "measurements": [_row(m) for m in comparison.measurements],
     }
     return _plain(facts)
@@ -250,9 +232,8 @@ def examined_facts(case: ExaminedModule) -> dict[str, Any]:
 
 def _combined(tensors: Mapping[str, str]) -> str:
     """One digest over the names and digests of all tensors."""
-    return hashlib.sha256(
-        "".join(f"{name}\0{value}\n" for name, value in sorted(tensors.items())).encode()
-    ).hexdigest()
+    lines = (f"{name}\0{value}\n" for name, value in sorted(tensors.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 class Clock:
@@ -265,21 +246,16 @@ class Clock:
         """Input, devices, versions, time and memory; the peak is that of the whole process so
         far."""
         batch, *shape = images.shape
-        size: dict[str, Any] = (
-            dict(zip(("height", "width", "channels"), shape, strict=False))
-            if len(shape) == 3
-            else {"shape": shape}
-        )
+        size: dict[str, Any] = {"shape": shape}
+        if len(shape) == 3:
+            size = dict(zip(("height", "width", "channels"), shape, strict=True))
         unit = 1 if sys.platform == "darwin" else 1024
+        on_jax = device_name(devices.jax or jax.devices()[0])
         return {
             "command": " ".join(["flax-resblock", *sys.argv[1:]]),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(PACKAGES),
-            "devices": {
-                "jax": device_name(devices.jax or jax.devices()[0]),
-                "torch": str(devices.torch),
-                "oracle": "cpu",
-            },
+            "devices": {"jax": on_jax, "torch": str(devices.torch), "oracle": "cpu"},
             "input": {"batch": batch, **size, "seed": seed},
             "seconds": round(time.perf_counter() - self.start, 1),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,

@@ -43,17 +43,11 @@ class Recipe:
 
     def of_torch(self, module: torch.nn.Module) -> torch.optim.Optimizer:
         """PyTorch's own optimizer."""
+        options: Any = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
         if self.name == "adamw":
-            return torch.optim.AdamW(
-                module.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
-            )
-        return torch.optim.SGD(
-            module.parameters(),
-            lr=self.learning_rate,
-            momentum=self.momentum,
-            nesterov=True,
-            weight_decay=self.weight_decay,
-        )
+            return torch.optim.AdamW(module.parameters(), **options)
+        options |= {"momentum": self.momentum, "nesterov": True}
+        return torch.optim.SGD(module.parameters(), **options)
 
     def of_optax(self) -> optax.GradientTransformation:
         """The same in optax."""
@@ -113,14 +107,11 @@ class Trajectory(Part):
         self, pair: Pair, loss: Any, parameters: Any, buffers: Any, logits: np.ndarray, side: Side
     ) -> Tensors:
         name = self.recipe.name
-        tensors: Tensors = {
-            (f"{name}: loss", "loss"): np.asarray(loss),
-            (f"{name}: eval logits", "output"): logits,
-        }
+        tensors: Tensors = {(f"{name}: loss", "loss"): np.asarray(loss)}
+        tensors[f"{name}: eval logits", "output"] = logits
         tensors |= by_entries(pair, f"{name}: parameters", parameters, side=side)
-        return tensors | by_entries(
-            pair, f"{name}: running statistics", buffers, side=side, statistics=True
-        )
+        quantity = f"{name}: running statistics"
+        return tensors | by_entries(pair, quantity, buffers, side=side, statistics=True)
 
     def run(
         self, side: Side, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
@@ -182,9 +173,8 @@ class Trajectory(Part):
 
         @partial(jax.jit, compiler_options=compiler_options())
         def step(parameters: Any, rest: Any, state: Any, batch: Any) -> Any:
-            (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(
-                parameters, rest, batch
-            )
+            differentiated = jax.value_and_grad(loss, has_aux=True)
+            (value, rest), gradient = differentiated(parameters, rest, batch)
             updates, state = optimizer.update(gradient, state, parameters)
             return value, optax.apply_updates(parameters, updates), rest, state
 
@@ -194,18 +184,11 @@ class Trajectory(Part):
 
         for batch in (images, *self.batches[1:]):
             with precision.on_jax(devices.jax):
-                value, parameters, rest, state = step(
-                    parameters, rest, state, jnp.asarray(batch, precision.storage)
-                )
-                logits = evaluate(parameters, rest, jnp.asarray(images, precision.storage))
-                found = self._name(
-                    pair,
-                    value,
-                    arrays_by_path(parameters),
-                    arrays_by_path(rest),
-                    np.asarray(logits),
-                    "flax",
-                )
+                x = jnp.asarray(batch, precision.storage)
+                value, parameters, rest, state = step(parameters, rest, state, x)
+                y = evaluate(parameters, rest, jnp.asarray(images, precision.storage))
+                tensors = arrays_by_path(parameters), arrays_by_path(rest), np.asarray(y)
+                found = self._name(pair, value, *tensors, "flax")
             yield found
 
 
@@ -221,11 +204,9 @@ def moderate(part: Trajectory, pair: Pair) -> Trajectory:
     for parameter in module.parameters():
         norm = float(parameter.detach().norm())
         if parameter.grad is not None and norm:
-            first = (
-                parameter.grad.sign()
-                if part.recipe.name == "adamw"
-                else (1 + part.recipe.momentum) * parameter.grad
-            )
+            first = (1 + part.recipe.momentum) * parameter.grad
+            if part.recipe.name == "adamw":
+                first = parameter.grad.sign()
             moved.append(float(first.norm()) / norm)
     rate = FIRST_STEP / max(moved) if max(moved) else 1e-3
     return replace(part, recipe=replace(part.recipe, learning_rate=float(f"{rate:.1e}")))
@@ -234,13 +215,10 @@ def moderate(part: Trajectory, pair: Pair) -> Trajectory:
 def own_spread(part: Trajectory, pair: Pair, images: np.ndarray) -> float:
     """How far PyTorch's float64 run ends from itself when its input moves by one unit in the last
     place: the largest relative difference at any step."""
-    moved = images * (
-        1 + float(np.finfo(np.float64).eps) * np.random.default_rng(2).integers(-1, 2, images.shape)
-    )
-    runs = (
-        part.run("torch", pair, PRECISIONS["float64"], batch, Devices())
-        for batch in (images, moved)
-    )
+    exact = PRECISIONS["float64"]
+    step = np.random.default_rng(2).integers(-1, 2, images.shape)
+    batches = images, images * (1 + exact.epsilon * step)
+    runs = (part.run("torch", pair, exact, batch, Devices()) for batch in batches)
     return max(
         relative_l2(there[key], value)
         for here, there in zip(*runs, strict=True)

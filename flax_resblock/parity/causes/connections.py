@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -112,11 +113,8 @@ def _candidates(connection: Connection, value: np.ndarray) -> Iterator[Candidate
         yield "memory-layout", words, lambda: truth.transpose(0, 3, 1, 2).reshape(truth.shape)
         words = "reads the NCHW image as NHWC (reshaped instead of transposed)"
         yield "memory-layout", words, lambda: _reread(truth)
-    before = [
-        (name, array)
-        for name, array in list(connection.outputs.items())[::-1]
-        if array.shape == truth.shape
-    ]
+    outputs = list(connection.outputs.items())[::-1]
+    before = [(name, array) for name, array in outputs if array.shape == truth.shape]
     for source, array in before:  # which layer's output, under which activation, is meant to arrive
         meant = activation_between(array, truth)
         if meant is None:
@@ -134,7 +132,7 @@ def _candidates(connection: Connection, value: np.ndarray) -> Iterator[Candidate
     if value.shape == truth.shape and value.ndim == 4:
         yield from _normalisation(truth, value)
     yield from _pooling(connection, value)
-    for source, array in list(connection.outputs.items())[::-1]:
+    for source, array in outputs:
         if source != "input" and array.shape == value.shape:
             yield "overwritten-branch", f"feeds it the output of {source}", lambda a=array: a
             words = f"feeds it the ReLU of the output of {source}"
@@ -188,6 +186,10 @@ _FLATTENED: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+def _pooled(array: np.ndarray, way: tuple[str, str]) -> np.ndarray:
+    return _FLATTENED[way[1]](ACTIVATIONS[way[0]](array))
+
+
 def _pooling(connection: Connection, value: np.ndarray) -> Iterator[Candidate]:
     """What comes between the last image and a linear layer: an activation, and a way from the image
     to a vector."""
@@ -197,39 +199,21 @@ def _pooling(connection: Connection, value: np.ndarray) -> Iterator[Candidate]:
     for source, array in list(connection.outputs.items())[::-1]:
         if array.ndim != 4 or len(array) != len(value):
             continue
-        ways = [
-            (a, how)
-            for a in ACTIVATIONS
-            for how in _FLATTENED
-            if _FLATTENED[how](array).shape == truth.shape
-        ]
+        fitting = [how for how, f in _FLATTENED.items() if f(array).shape == truth.shape]
+        ways = list(product(ACTIVATIONS, fitting))
         meant = next(
-            (
-                (a, how)
-                for a, how in ways
-                if relative_l2(_FLATTENED[how](ACTIVATIONS[a](array)), truth) <= 1e-12
-            ),
-            None,
+            (way for way in ways if relative_l2(_pooled(array, way), truth) <= 1e-12), None
         )
         if meant is None:
             continue
-        for a, how in sorted(
-            ways, key=lambda way: (way[0] != meant[0]) + (way[1] != meant[1])
-        ):  # one mistake before two
+        # one mistake before two
+        for a, how in sorted(ways, key=lambda way: (way[0] != meant[0]) + (way[1] != meant[1])):
             if (a, how) == meant:
                 continue
             orders = "flattened" in how and "flattened" in meant[1]
-            name = (
-                "other-activation"
-                if how == meant[1]
-                else "flatten-order"
-                if orders
-                else "other-pooling"
-            )
+            name = "flatten-order" if orders else "other-pooling"
+            if how == meant[1]:
+                name = "other-activation"
             words = f"feeds {source} with {a}, {how}, instead of with {meant[0]}, {meant[1]}"
-            yield (
-                name,
-                words,
-                lambda a=a, how=how, array=array: _FLATTENED[how](ACTIVATIONS[a](array)),
-            )
+            yield name, words, lambda way=(a, how), array=array: _pooled(array, way)
         return
