@@ -181,7 +181,7 @@ def test_a_module_that_raises_is_bad_input(more, capsys):
 
 
 def test_a_factory_that_needs_unknown_arguments_says_so():
-    with pytest.raises(InputError, match="needs in_channels, planes; say them with --kwargs"):
+    with pytest.raises(InputError, match="needs in_channels, planes; pass them with --kwargs"):
         cases_of(BasicBlock, None)
     with pytest.raises(InputError, match=r"raised TypeError.*--kwargs"):
         examine(Block, {"width": 3}, QUICK)
