@@ -16,13 +16,7 @@ import numpy as np
 
 from flax_resblock.checkpoint.inert_pickle import RefusedError
 from flax_resblock.checkpoint.limits import Limits
-from flax_resblock.checkpoint.torch_stand_ins import (
-    HARM,
-    Copies,
-    DTypeStandIn,
-    OnlyTorch,
-    Storage,
-)
+from flax_resblock.checkpoint.torch_stand_ins import HARM, Copies, DTypeStandIn, OnlyTorch, Storage
 from flax_resblock.errors import visible
 
 REFUSED = (

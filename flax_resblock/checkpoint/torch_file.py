@@ -23,13 +23,7 @@ import numpy as np
 
 from flax_resblock.checkpoint import record, torch_archive
 from flax_resblock.checkpoint.folders import shards
-from flax_resblock.checkpoint.limits import (
-    LIMITS,
-    Limits,
-    check_content,
-    check_files,
-    first_line,
-)
+from flax_resblock.checkpoint.limits import LIMITS, Limits, check_content, check_files, first_line
 from flax_resblock.checkpoint.record import (
     DIGESTS,
     METADATA_DIGEST,

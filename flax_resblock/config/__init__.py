@@ -5,12 +5,7 @@ A *slot* is one place in a network that has parameters, or an activation worth c
 package imports no array library and no framework.
 """
 
-from flax_resblock.config.architectures import (
-    ARCHITECTURES,
-    architecture,
-    architectures,
-    name_of,
-)
+from flax_resblock.config.architectures import ARCHITECTURES, architecture, architectures, name_of
 from flax_resblock.config.block import (
     EXPANSION,
     Activation,

@@ -121,10 +121,7 @@ NOT_CONVERTED = (
         "timm resnetv2, BiT",
         "pre-activation order: a norm precedes its convolution, and projections have no norm",
     ),
-    (
-        "timm resnetaa",
-        "average pooling drops the last row of odd sizes, but the shortcut does not",
-    ),
+    ("timm resnetaa", "average pooling drops the last row of odd sizes, but the shortcut does not"),
     (
         "timm resnetrs, senet154, ecaresnet*_pruned",
         "a convolution instead of the stem's pooling, 3x3 projections, or different widths in each "
