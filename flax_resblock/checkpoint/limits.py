@@ -63,10 +63,9 @@ class Limits:
         limit = self.header if name == "max_header_bytes" else getattr(self, name)
         if found > limit:
             raise CheckpointError(
-                f"{source} declares {found:,} {what}; the limit is {limit:,}. It is damaged, "
-                f"made to exhaust this machine, or larger than any network here. "
-                f"If you trust it, raise the limit: "
-                f"{_flag('max_bytes' if limit < getattr(self, name) else name)} "
+                f"{source} declares {found:,} {what}; the limit is {limit:,}. It is damaged, made "
+                "to exhaust this machine, or larger than any network here. If you trust it, raise "
+                f"the limit: {_flag('max_bytes' if limit < getattr(self, name) else name)} "
                 f"{_enough(self, name, found)}."
             )
 
@@ -133,10 +132,9 @@ def check_names(names: Iterable[str], source: object) -> None:
         if len(name) > _LONGEST_NAME or visible(name) != name:
             raise CheckpointError(
                 f"{source} has a tensor called "
-                f"{visible(name[:80])!s}{'...' if len(name) > 80 else ''}: the name has "
-                f"control characters, or more than "
-                f"{_LONGEST_NAME} of any kind, which no network's names have. The file is "
-                f"damaged or made to mislead."
+                f"{visible(name[:80])!s}{'...' if len(name) > 80 else ''}: the name has control "
+                f"characters, or more than {_LONGEST_NAME} of any kind, which no network's names "
+                "have. The file is damaged or made to mislead."
             )
 
 

@@ -172,9 +172,8 @@ def _load_by_torch(path: Path, archive: torch_archive.TorchArchive, limits: Limi
         if blocked:
             raise CheckpointError(f"{path} {needs(blocked[1])}") from error
         raise CheckpointError(
-            f"{path} is no PyTorch checkpoint, or a damaged one: its pickle cannot be read "
-            f"without executing code, which loading never does. "
-            "Copy or download it again."
+            f"{path} is no PyTorch checkpoint, or a damaged one: its pickle cannot be read without "
+            "executing code, which loading never does. Copy or download it again."
         ) from error
     except MemoryError:
         raise

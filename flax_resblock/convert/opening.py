@@ -314,11 +314,9 @@ def _refuse_untold_dilation(backbone: Backbone, reading: ReadOptions, source: st
     if not known:
         raise CheckpointError(
             f"{source} holds the backbone of a segmentation network ({backbone.name}), and no "
-            f"tensor "
-            "tells whether its last stages are dilated. Say --dilated-stages 3 4 if they are, "
-            "as in "
-            "torchvision's FCN and DeepLabV3, or --dilated-stages without a number if they are not "
-            "(assumptions={'dilated_stages': (3, 4)}, or (), in Python)."
+            "tensor tells whether its last stages are dilated. Say --dilated-stages 3 4 if they "
+            "are, as in torchvision's FCN and DeepLabV3, or --dilated-stages without a number if "
+            "they are not (assumptions={'dilated_stages': (3, 4)}, or (), in Python)."
         )
 
 

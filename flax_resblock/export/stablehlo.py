@@ -355,9 +355,8 @@ def open_exported(folder: str | Path) -> Exported:
             else ("a much older", "export again")
         )
         raise InputError(
-            f"{folder} was written by {when} jax, {written} (calling convention {convention}); "
-            f"jax {jax.__version__} reads {oldest} to {newest}. "
-            f"{COMPATIBILITY}. To go on, {remedy}."
+            f"{folder} was written by {when} jax, {written} (calling convention {convention}); jax "
+            f"{jax.__version__} reads {oldest} to {newest}. {COMPATIBILITY}. To go on, {remedy}."
         )
     for name, sha in manifest.get("sha256", {}).items():
         if not (folder / name).is_file():

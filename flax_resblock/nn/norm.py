@@ -68,9 +68,8 @@ def batch_moments(x: jax.Array, *, axis_name: Hashable | None = None) -> Moments
         n *= lax.axis_size(axis_name)
     if n < 2:
         raise ValueError(
-            f"BatchNorm needs more than one value per channel in training mode; the input has "
-            f"shape {tuple(x.shape)}. "
-            "Use a larger batch or image, or evaluate with model.eval()."
+            "BatchNorm needs more than one value per channel in training mode; the input has "
+            f"shape {tuple(x.shape)}. Use a larger batch or image, or evaluate with model.eval()."
         )
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
 

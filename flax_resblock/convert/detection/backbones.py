@@ -304,9 +304,8 @@ class Head:
         """What was taken for the head and what that assumes."""
         where = f" of the network under '{self.prefix}'" if self.prefix else ""
         return (
-            f"took {self.module} as the classification head{where} and named it {name}; "
-            f"assumed, as "
-            "no tensor tells, that it takes the mean of the features over all pixels"
+            f"took {self.module} as the classification head{where} and named it {name}; assumed, "
+            "as no tensor tells, that it takes the mean of the features over all pixels"
         )
 
 

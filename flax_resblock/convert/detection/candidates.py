@@ -187,11 +187,10 @@ def _no_fit(
             else _closest_family(found)
         )
         return (
-            f"{source} is no residual network in any known naming scheme "
-            f"({', '.join(NAMINGS)}); {sample}.{nearest} "
-            "Check that it is the right file; --architecture NAME with --naming NAME lists "
-            "every difference from one reading. In Python, describe names of your own with "
-            "flax_resblock.Naming and pass naming=."
+            f"{source} is no residual network in any known naming scheme ({', '.join(NAMINGS)}); "
+            f"{sample}.{nearest} Check that it is the right file; --architecture NAME with "
+            "--naming NAME lists every difference from one reading. In Python, describe names of "
+            "your own with flax_resblock.Naming and pass naming=."
         )
     best = matches[0]
     lines = [
