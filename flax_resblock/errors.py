@@ -1,15 +1,11 @@
-"""Errors whose message says what to do. The command line prints them as one paragraph and exits
-with status 2.
-"""
+"""Errors whose message says what to do; the command line prints them and exits with 2."""
 
 from __future__ import annotations
 
 import unicodedata
 
 _HIDDEN = ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
-"""Unicode categories of what hides, reorders or breaks text: control characters, bidirectional
-overrides, lone surrogates, line separators.
-"""
+"""Unicode categories of what hides, reorders or breaks text."""
 
 
 class InputError(ValueError):
@@ -23,9 +19,7 @@ class CheckpointError(InputError):
 
 
 class OutputError(InputError):
-    """An output could not be written: the disk is full or failing, or there is no permission.
-    Nothing of it is left behind.
-    """
+    """An output could not be written (full disk, no permission); nothing of it is left behind."""
 
 
 class MissingDependencyError(InputError, ImportError):

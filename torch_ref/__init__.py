@@ -1,6 +1,4 @@
-"""The PyTorch side: plain reference modules that the Flax modules are held against. Imports torch
-and nothing else.
-"""
+"""Plain reference modules that the Flax modules are held against. Imports torch alone."""
 
 from torch_ref.block import Block
 from torch_ref.resnet import BasicBlock, Bottleneck, ResNet

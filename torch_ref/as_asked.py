@@ -68,9 +68,7 @@ class AcceptedAnswer(_Faulty):
 
 
 class StrideIgnored(_Faulty):
-    """Only the second fault left: the first convolution keeps the resolution whatever ``stride``
-    says.
-    """
+    """Only the second fault left: the first convolution ignores ``stride``."""
 
     overwrites_branch = False
     second_takes_in_channels = False

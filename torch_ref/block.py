@@ -36,7 +36,5 @@ class Block(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H / stride), ceil(W /
-        stride))``.
-        """
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H / stride), ...)``."""
         return torch.relu(self.block(x) + self.skip(x))

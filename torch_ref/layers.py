@@ -1,6 +1,4 @@
-"""What residual blocks and stems are made of besides convolutions and norms: shortcuts, channel
-attention, blurred pooling.
-"""
+"""Shortcuts, channel attention and blurred pooling of residual blocks and stems."""
 
 from __future__ import annotations
 
@@ -40,9 +38,7 @@ def activation_layer(name: str) -> nn.Module:
 
 
 class ZeroPad(nn.Module):
-    """Option-A shortcut of He et al. 2016: a strided slice, new channels zero, half of them in
-    front.
-    """
+    """Option-A shortcut of He et al. 2016: a strided slice, new channels zero, half in front."""
 
     def __init__(self, extra_channels: int, stride: int) -> None:
         super().__init__()
@@ -74,9 +70,7 @@ def downsample(in_channels: int, out_channels: int, stride: int, shortcut: str) 
 
 
 class SqueezeExcitation(nn.Module):
-    """Hu et al. 2018: each channel is weighed by what two 1x1 convolutions make of the means of
-    all.
-    """
+    """Hu et al. 2018: two 1x1 convolutions of the channels' means weigh each channel."""
 
     def __init__(self, channels: int, ratio: float) -> None:
         super().__init__()
@@ -90,9 +84,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class EfficientChannelAttention(nn.Module):
-    """Wang et al. 2020: each channel is weighed by what a convolution along the channels makes of
-    their means.
-    """
+    """Wang et al. 2020: a convolution along the channels' means weighs each channel."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -113,9 +105,7 @@ def channel_attention(kind: str, channels: int, ratio: float) -> nn.Module | Non
 
 
 class Blur(nn.Module):
-    """Zhang 2019: the filter [1, 2, 1] / 4 in both directions, reflecting one pixel on each
-    side.
-    """
+    """Zhang 2019: the filter [1, 2, 1] / 4 in both directions, reflecting one pixel."""
 
     kernel: Tensor
 

@@ -1,6 +1,4 @@
-"""The reference training loop in plain PyTorch: SGD with Nesterov momentum, weight decay on weights
-only, warm-up and cosine, label smoothing.
-"""
+"""The reference training loop in plain PyTorch: SGD, warm-up and cosine, label smoothing."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 
 class Step(NamedTuple):
-    """One optimizer step: its number from 0, mean loss and accuracy of its batch before the update,
-    and the learning rate it used.
-    """
+    """One optimizer step: number from 0, mean loss and accuracy before it, learning rate."""
 
     step: int
     loss: float
@@ -27,9 +23,7 @@ class Step(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Accuracy in [0, 1], the predicted classes ``(N,)`` int64 and the logits ``(N,
-    num_classes)``.
-    """
+    """Accuracy in [0, 1], predictions ``(N,)`` int64, logits ``(N, num_classes)``."""
 
     accuracy: float
     predictions: Tensor

@@ -285,9 +285,7 @@ def write(
 
 
 def _writing(path: Path, write: Callable[..., None], *arguments: Any, **extras: Any) -> None:
-    """Writes, and turns what the three formats' own writers raise at a full or failing disk into
-    one error.
-    """
+    """Writes; what the formats' own writers raise at a full or failing disk becomes one error."""
     try:
         write(*arguments, **extras)
     except (InputError, OSError, MemoryError):

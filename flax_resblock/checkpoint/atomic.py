@@ -24,16 +24,12 @@ from flax_resblock.errors import InputError, OutputError
 
 _SUFFIX = ".partial"
 _ASIDE = "replaced"
-"""Where the old folder waits while the new one takes its name, where the file system cannot
-exchange the two in one step.
-"""
+"""Where the old folder waits, where the file system cannot exchange two in one step."""
 _REMOVED = "removed"
 _PATIENCE = 100
 """Attempts, a twentieth of a second apart, to remove a folder that is still being written to."""
 _ATTEMPTS = 100
-"""Attempts to make a temporary folder: another process may take it for one left behind, and remove
-it, before it is locked.
-"""
+"""Attempts to make a temporary folder, which another process may remove before it is locked."""
 _AT_CURRENT_FOLDER, _EXCHANGE = -100, 2
 """Arguments of Linux's renameat2."""
 

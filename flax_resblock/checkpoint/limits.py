@@ -84,9 +84,7 @@ def _enough(limits: Limits, name: str, found: int) -> int:
 
 
 LIMITS = Limits()
-"""Ample for every network and optimizer that this library knows; the largest, with Adam's moments
-and in float64, takes 4 GB.
-"""
+"""Ample for every network here; the largest, with Adam's moments and in float64, takes 4 GB."""
 
 UNLIMITED = Limits(*[sys.maxsize] * 4)
 """Limits for files that this library has just written or has read before."""

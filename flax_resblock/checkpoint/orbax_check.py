@@ -119,9 +119,7 @@ def _files(folder: Path, limits: Limits) -> Iterator[Path]:
 
 
 def _expanded(file: Path) -> int:
-    """An upper bound on the bytes that the compressed frames in a file expand to, found by walking
-    their blocks without expanding any.
-    """
+    """An upper bound on the bytes that a file's frames expand to, without expanding any."""
     if not file.stat().st_size:
         return 0
     total = 0
@@ -135,9 +133,7 @@ def _expanded(file: Path) -> int:
 
 
 def _frame(data: mmap.mmap, start: int) -> tuple[int, int]:
-    """Where a zstd frame ends, and the most it can expand to (RFC 8878, section 3.1.1). Bytes that
-    only look like a frame end at the first block that is none.
-    """
+    """Where a zstd frame ends, and the most it can expand to (RFC 8878, section 3.1.1)."""
     descriptor = data[start + 4] if start + 4 < len(data) else 0
     single = descriptor >> 5 & 1
     place = (
@@ -180,9 +176,7 @@ def _arrays(folder: Path, files: list[Path]) -> Iterator[Iterator[tuple[str, int
 
 
 def _array(key: str, content: bytes) -> tuple[str, int]:
-    """Name of an array, and how many bytes it takes: of its shape, or of one chunk where that is
-    larger.
-    """
+    """Name of an array and its bytes: of its shape, or of one chunk where that is larger."""
     facts: Any = json.loads(content)
     name = visible(key.rpartition("/")[0])[:200]
     if not isinstance(facts, dict):

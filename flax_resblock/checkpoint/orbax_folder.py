@@ -61,9 +61,7 @@ def _orbax() -> Any:
 
 
 def _frugal(v1: Any, largest: int) -> Any:
-    """A context in which Orbax neither copies the arrays first nor holds many of them in flight;
-    float weights do not compress.
-    """
+    """A context in which Orbax neither copies the arrays nor holds many of them in flight."""
     context = v1.Context()
     context.memory.deepcopy_host_arrays = False
     context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(
@@ -76,9 +74,7 @@ def _frugal(v1: Any, largest: int) -> Any:
 
 
 def _alone() -> dict[str, Any] | None:
-    """The options that let Orbax work in this process without waiting for the others; None where
-    there are no others.
-    """
+    """Options that let Orbax work without waiting for other processes; None if there are none."""
     import jax
 
     if not jax.distributed.is_initialized():
@@ -145,9 +141,7 @@ def read_orbax(path: Path, limits: Limits = LIMITS) -> Record:
 
 
 def _lost(path: Path) -> str:
-    """A sentence that names the tensors which cannot be read from a damaged folder; empty where its
-    metadata do not list its tensors.
-    """
+    """A sentence on the tensors that cannot be read; empty where the metadata do not list them."""
     try:
         lost = unreadable(path, json.loads(_metadata(path / METADATA_FILE).get(DIGESTS, "{}")))
     except (CheckpointError, ValueError, RecursionError):

@@ -34,9 +34,7 @@ _DTYPES = {
 
 
 def _header(path: Path, limits: Limits) -> dict[str, Any]:
-    """The header, once its length is known to be within the file and the limits. Two entries of one
-    name are refused: which counts depends on the reader.
-    """
+    """The header. Two entries of one name are refused: which counts depends on the reader."""
     size = path.stat().st_size
     with path.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
@@ -139,9 +137,7 @@ def write_hub_folder(
     metadata: Mapping[str, str],
     files: Mapping[str, str],
 ) -> None:
-    """Writes a folder as hubs have them: ``model.safetensors``, and text files by name beside
-    it.
-    """
+    """Writes a folder as hubs have them: ``model.safetensors``, and text files beside it."""
     path.mkdir()
     write_safetensors(path / "model.safetensors", tensors, metadata)
     for name, text in files.items():

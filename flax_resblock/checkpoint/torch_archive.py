@@ -24,16 +24,12 @@ from flax_resblock.errors import CheckpointError, visible
 
 _PICKLE, _BYTE_ORDER, _ALIGNMENT = "data.pkl", "byteorder", ".storage_alignment"
 _SERIALIZATION_ID = ".data/serialization_id"
-"""Records of the zip archive: the pickle, how bytes are ordered, of how many bytes storages begin
-at a multiple, and PyTorch's own mark of its content.
-"""
+"""Records of the zip archive: pickle, byte order, alignment of storages, PyTorch's own mark."""
 _VERSION, _NEWEST = (".data/version", "version"), 10
 """Of the format: the records that have it, and the newest that PyTorch reads."""
 _LONGEST_TEXT = 256
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""The first of the five pickles of an old file: a number by which they are known. Version, machine,
-content and storages follow, then their elements.
-"""
+"""The first of the five pickles of an old file; elements of the storages follow them."""
 _LEGACY_PICKLES, _LEGACY_CONTENT = 5, 3
 _LEGACY_VERSION = 1001
 _COUNT = struct.Struct("<q")
@@ -76,9 +72,7 @@ def read_archive(path: Path, limits: Limits) -> TorchArchive:
 
 
 def identity(path: Path) -> str:
-    """PyTorch's own mark of a zip archive's content, which damage to a tensor leaves as it is;
-    empty for a file without one.
-    """
+    """PyTorch's own mark of an archive's content, damaged or not; empty for a file without one."""
     return _text_of(path, records(path, UNLIMITED), (_SERIALIZATION_ID,)) if _is_zip(path) else ""
 
 
@@ -88,9 +82,7 @@ def _is_zip(path: Path) -> bool:
 
 
 def _elements(path: Path, start: Callable[[Storage], int]) -> StorageReader:
-    """Finds the elements of a storage in the mapped file, beginning at the offset that ``start``
-    gives. Elements that are not aligned are copied, once.
-    """
+    """Finds a storage's elements in the mapped file, from ``start``; unaligned ones are copied."""
     with path.open("rb") as handle:
         view = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
 

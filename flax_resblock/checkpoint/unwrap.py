@@ -1,6 +1,4 @@
-"""Finds the state dict inside what people save: training checkpoints, wrapped modules, exponential
-moving averages.
-"""
+"""Finds the state dict inside training checkpoints, wrapped modules and moving averages."""
 
 from __future__ import annotations
 
@@ -40,14 +38,10 @@ PREFIXES = (
     "bottom_up.",
     "body.",
 )
-"""Prefixes that wrappers leave on every key: DataParallel, torch.compile, Lightning,
-self-supervised frameworks, hubs, detectors.
-"""
+"""Prefixes left on every key by DataParallel, torch.compile, Lightning, hubs, detectors."""
 
 _STRAY = ("n_averaged",)
-"""Tensors that wrappers add beside the model's: the counter of
-torch.optim.swa_utils.AveragedModel.
-"""
+"""Tensors that wrappers add: the counter of torch.optim.swa_utils.AveragedModel."""
 
 
 def unwrap(

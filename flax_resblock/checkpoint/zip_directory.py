@@ -126,9 +126,7 @@ def records(path: Path, limits: Limits) -> dict[str, Place]:
 def _checked_place(
     handle: BinaryIO, path: Path, entry: zipfile.ZipInfo, end: int, limit: int
 ) -> Place:
-    """The place of a record, which lies behind ``end``, where the one before it ends, and before
-    ``limit``, where the directory begins.
-    """
+    """The place of a record, which lies behind ``end`` (of the one before) and before ``limit``."""
     name = visible(entry.orig_filename[:200])
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
         raise CheckpointError(

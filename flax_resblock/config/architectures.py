@@ -36,9 +36,7 @@ def _timm(
     attention: Attention = "none",
     antialias: Antialias = "none",
 ) -> ResNetConfig:
-    """timm's variants: the letters of :data:`_VARIANTS`, attention in every block, blurred
-    strides.
-    """
+    """timm's variants: the letters of :data:`_VARIANTS`, attention, blurred strides."""
     return replace(config, **_VARIANTS[variant], attention=attention, antialias=antialias)
 
 
@@ -146,9 +144,7 @@ def architecture(name: str, **changes: object) -> ResNetConfig:
 
 
 def name_of(config: Config) -> str:
-    """The architecture's name where the table has it (any number of classes and input channels),
-    else a short description.
-    """
+    """The architecture's name, whatever its classes and input channels, or a short description."""
     if isinstance(config, BlockConfig):
         return (
             f"{config.kind} block {config.in_channels}->{config.out_channels}, stride "

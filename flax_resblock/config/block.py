@@ -286,9 +286,7 @@ class BlockConfig(BlockOptions):
 
     @property
     def changes_shape(self) -> bool:
-        """Whether the skip must change resolution or channels. The numbers decide, not the shapes
-        that meet (1x1 inputs at stride 2).
-        """
+        """Whether the skip must change resolution or channels, by the numbers of the block."""
         return self.stride != 1 or self.in_channels != self.out_channels
 
     @property
@@ -311,16 +309,12 @@ class BlockConfig(BlockOptions):
 
     @property
     def squeezed_channels(self) -> int:
-        """Inner channels of squeeze-and-excitation: ``attention_ratio`` of the output's, to the
-        nearest multiple of 8.
-        """
+        """Inner channels of squeeze-and-excitation, to the nearest multiple of 8."""
         return max(8, int(self.out_channels * self.attention_ratio + 4) // 8 * 8)
 
     @property
     def attention_window(self) -> int:
-        """Channels that efficient channel attention looks at: odd, about ``(log2(channels) + 1) /
-        2``.
-        """
+        """Channels that ECA looks at: odd, about ``(log2(channels) + 1) / 2``."""
         size = int(abs(math.log2(self.out_channels) + 1) / 2)
         return max(size if size % 2 else size + 1, 3)
 

@@ -114,9 +114,7 @@ class ResNetConfig(BlockOptions):
 
     @property
     def image_size(self) -> int:
-        """Usual height and width of its images, in pixels: 224 where the stem reduces them, 32
-        where it does not.
-        """
+        """Usual side of its images in pixels: 224 where the stem reduces them, else 32."""
         return 224 if self.stem_stride > 1 else 32
 
     @property

@@ -16,9 +16,7 @@ from flax_resblock.config.network import Stem
 
 
 class NetworkOptions(TypedDict, total=False):
-    """Every field of :class:`~flax_resblock.ResNetConfig` but ``in_channels`` and ``num_classes``;
-    a test holds the two together.
-    """
+    """Every field of ``ResNetConfig`` but ``in_channels`` and ``num_classes``."""
 
     block: BlockKind
     depths: tuple[int, ...]

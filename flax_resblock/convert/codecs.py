@@ -1,6 +1,4 @@
-"""Codecs: how the memory layout of one tensor differs between PyTorch and Flax. Axes are permuted
-and nothing is computed, so every bit survives.
-"""
+"""Codecs: how a tensor's memory layout differs between the frameworks. Nothing is computed."""
 
 from __future__ import annotations
 
@@ -17,15 +15,11 @@ _ALIGNMENT = 64
 _LINE = 16
 """Rows moved at a time: 16 float32 are one cache line, which is then written whole."""
 _BLOCK = 1 << 18
-"""Bytes moved at a time where runs are taken apart: they stay in the second-level cache between the
-two halves of the move.
-"""
+"""Bytes moved at a time where runs are taken apart, which stay in the second-level cache."""
 
 
 def _collapse(shape: Sequence[int], axes: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
-    """The same permutation over fewer axes: those of size 1 dropped, those that move together
-    merged.
-    """
+    """The same permutation over fewer axes: size 1 dropped, those that move together merged."""
     groups: list[list[int]] = []
     for axis in (axis for axis in axes if shape[axis] != 1):
         if groups and groups[-1][-1] == axis - 1:
@@ -133,9 +127,7 @@ class Codec:
         return None if self.axes is None else tuple(int(axis) for axis in np.argsort(self.axes))
 
     def to_flax(self, array: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """PyTorch's layout to Flax's; the array itself where nothing moves and no place is
-        given.
-        """
+        """PyTorch's layout to Flax's; the array itself where nothing moves into no place."""
         if self.axes is None and out is None:
             return array
         return permute(array, self.axes or range(array.ndim), out)
@@ -145,9 +137,7 @@ class Codec:
         return array if self.inverse_axes is None else permute(array, self.inverse_axes)
 
     def flax_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
-        """The Flax shape of a tensor of PyTorch shape ``shape``; None where the number of axes does
-        not fit.
-        """
+        """The Flax shape of a PyTorch shape; None where the number of axes does not fit."""
         if self.axes is None:
             return tuple(shape)
         return tuple(shape[axis] for axis in self.axes) if len(shape) == len(self.axes) else None

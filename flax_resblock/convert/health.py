@@ -11,9 +11,7 @@ from flax_resblock.convert.state_map import Entry, StateMap, is_floating
 
 
 def unhealthy(state_map: StateMap, state: Mapping[str, np.ndarray]) -> list[str]:
-    """Tensors with values that no healthy checkpoint has: NaN, infinity, or a negative running
-    variance; one line each.
-    """
+    """Tensors with NaN, infinity or a negative running variance; one line each."""
     entries = [
         e
         for e in state_map.entries

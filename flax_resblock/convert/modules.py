@@ -1,6 +1,4 @@
-"""What an ``nn.Module`` says beyond its state dict: strides, padding, pooling, norm constants.
-Duck-typed; imports no torch.
-"""
+"""What an ``nn.Module`` says beyond its state dict. Duck-typed; imports no torch."""
 
 from __future__ import annotations
 
@@ -90,18 +88,14 @@ class ModuleFacts:
     norm_options: dict[str, float | None]
 
     def differences(self, state_map: StateMap) -> list[str]:
-        """Every way in which a layer would compute something else than its Flax counterpart, one
-        sentence each.
-        """
+        """Every way in which a layer differs from its Flax counterpart, one sentence each."""
         places = {state_map.naming.module_name(slot): slot for slot in walk(state_map.config)}
         here = ((slot, self.modules.get(name or "")) for name, slot in places.items())
         found = (_difference(slot, module) for slot, module in here if module is not None)
         return [words for words in found if words] + list(self._other_layers(places))
 
     def _other_layers(self, places: Mapping[str | None, Slot]) -> Iterator[str]:
-        """Layers without tensors that are at no slot: other activations than the network's, and
-        pooling that the Flax network does not do.
-        """
+        """Activations other than the network's, and pooling that it does not do."""
         activations: set[Activation | None] = {slot.activation for slot in places.values()}
         expected = [TORCH_ACTIVATIONS[one] for one in activations if one is not None]
         attention = tuple(f"{name}." for name, s in places.items() if s.branch is Branch.ATTENTION)

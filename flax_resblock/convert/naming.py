@@ -135,9 +135,7 @@ class Naming:
         return any(key.startswith(f"{name}.") for name in places)
 
     def module_name(self, slot: Slot) -> str | None:
-        """Name of the module that holds ``slot``; None where this scheme has no such place; ``""``
-        for a bare block as a whole.
-        """
+        """Name of the module that holds ``slot``; None: no such place; ``""``: a bare block."""
         inside_stages = slot.block is not None or slot.stage == ""
         prefix = self.block_prefix(slot.stage, slot.block)
         if inside_stages and not slot.role:
@@ -172,9 +170,7 @@ _ATTENTION = {
 
 
 def _stem_sequence(name: str, last_norm: str) -> dict[str, str]:
-    """A deep stem as one ``nn.Sequential`` of convolution, norm, ReLU; the last norm may stand
-    outside.
-    """
+    """A deep stem as one ``nn.Sequential``; the last norm may stand outside."""
     places = {f"stem.conv{i + 1}": f"{name}.{3 * i}" for i in range(3)} | {
         f"stem.norm{i + 1}": f"{name}.{3 * i + 1}" for i in range(3)
     }
@@ -304,9 +300,7 @@ _ROWS = (
     ),
 )
 NAMINGS: Mapping[str, Naming] = MappingProxyType({naming.name: naming for naming in _ROWS})
-"""Every known naming scheme by name. Where two schemes name the tensors of a network alike, the
-first one is reported; the narrower scheme comes first.
-"""
+"""Known naming schemes by name; of two that fit alike, the first is reported."""
 
 
 def naming_of(naming: str | Naming) -> Naming:

@@ -1,6 +1,4 @@
-"""A checkpoint together with the one reading of it that fits: the common start of conversion,
-inspection and verification. Imports no jax.
-"""
+"""A checkpoint with the one reading of it that fits. Imports no jax."""
 
 from __future__ import annotations
 
@@ -337,9 +335,7 @@ def _refuse_head_left_out(
 
 
 def _refuse_own_naming(record: Record, reading: ReadOptions) -> None:
-    """Raises CheckpointError if tensors that do not fit were written in a naming scheme of the
-    caller's own.
-    """
+    """Raises CheckpointError if tensors that do not fit have a naming scheme of the caller's."""
     name = record.metadata.get(NAMING)
     if name is not None and name not in NAMINGS and reading.naming is None:
         raise CheckpointError(
@@ -357,9 +353,7 @@ def open_checkpoint(
     entry: str | None = None,
     run: bool = False,
 ) -> OpenedCheckpoint:
-    """Reads a checkpoint of any format and finds what it is; arguments and errors as for
-    :func:`flax_resblock.checkpoint.read` and :func:`interpret`.
-    """
+    """Reads any checkpoint and finds what it is; see ``checkpoint.read`` and :func:`interpret`."""
     flat = entry == EMA and Path(path).suffix in (
         "",
         ".safetensors",

@@ -53,9 +53,7 @@ class Misfit:
     afresh: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
-        """Number of differences. Absent counters, which PyTorch fills too, and keys that were
-        allowed to be absent do not count.
-        """
+        """Number of differences; absent counters and what may be absent do not count."""
         return (
             len(self.missing) + len(self.unexpected) + len(self.wrong_shape) + len(self.wrong_dtype)
         )
@@ -150,9 +148,7 @@ class StateMap:
 
     @cached_property
     def modules(self) -> dict[str, str]:
-        """Torch module name of every slot that the scheme names, by slot name, in forward order;
-        ``""`` is the whole of a bare block.
-        """
+        """Torch module name of every slot that has one; ``""`` is a bare block."""
         named = {slot.name: self.naming.module_name(slot) for slot in walk(self.config)}
         return {slot: module for slot, module in named.items() if module is not None}
 

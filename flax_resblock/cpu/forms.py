@@ -1,6 +1,4 @@
-"""What the layers take from this package, and the table of convolutions that a CPU computes in a
-form of its own.
-"""
+"""What the layers take from this package, and which convolutions a CPU computes differently."""
 
 from __future__ import annotations
 
@@ -51,9 +49,7 @@ _CASES = (
         "gradient transposes",
     ),
 )
-"""The first row that fits decides: kernel sizes and strides are listed, and input and output have
-at least so many channels.
-"""
+"""The first row that fits decides: kernel size, stride, least input and output channels."""
 
 
 def forms_of(

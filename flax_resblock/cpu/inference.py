@@ -1,6 +1,4 @@
-"""Inference in float32 on a CPU: each convolution, with what follows it, by oneDNN or Winograd,
-whichever is faster for its size.
-"""
+"""Inference in float32 on a CPU: each convolution by oneDNN or Winograd, the faster one."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ With few tiles, reading the sixteen kernels (16/9 of the plain one) takes most o
 channels, the transforms do.
 """
 WINOGRAD_BYTES = 32 << 20
-"""The largest sixteen matrices of an input, in bytes, with oneDNN as the other choice: beyond this
-the C library maps their memory anew at each call.
-"""
+"""Bytes of an input's matrices beyond which the C library maps their memory at each call."""
 
 
 class _Plan(NamedTuple):

@@ -51,9 +51,7 @@ def materialised(x: jax.Array) -> Any:
 
 @jax.custom_jvp
 def kept(x: jax.Array) -> Any:
-    """Returns ``x``, :func:`materialised` only where derivatives are taken, because the backward
-    pass uses it again.
-    """
+    """Returns ``x``, materialised where derivatives are taken: the backward pass uses it again."""
     return x
 
 

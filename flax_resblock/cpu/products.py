@@ -41,9 +41,7 @@ def pointwise_input_gradient(
     stride: int,
     precision: lax.PrecisionLike,
 ) -> jax.Array:
-    """``(N, H, W, C)``, ``size`` its height and width, from ``(N, H', W', O)`` and ``(1, 1, C,
-    O)``.
-    """
+    """``(N, H, W, C)``, ``size`` its sides, from ``(N, H', W', O)`` and ``(1, 1, C, O)``."""
     pixels = lax.dot_general(
         dy.reshape(-1, dy.shape[-1]), kernel[0, 0], (((1,), (1,)), ((), ())), precision=precision
     ).reshape(*dy.shape[:3], -1)
@@ -85,9 +83,7 @@ def taps_of(
 def taps_added(
     shares: list[list[jax.Array]], size: tuple[int, int], stride: int, padding: int
 ) -> jax.Array:
-    """The transpose of :func:`taps_of`: adds each share ``(N, H', W', C)`` to the pixels that it
-    came from, ``(N, H, W, C)``.
-    """
+    """The transpose of :func:`taps_of`: adds each share ``(N, H', W', C)`` to its pixels."""
     padded = _overlapped([_overlapped(row, stride, axis=2) for row in shares], stride, axis=1)
     ends = [
         (-padding, padding + whole - had, 0)
@@ -99,9 +95,7 @@ def taps_added(
 def kernel_gradient(
     x: jax.Array, dy: jax.Array, taps: int, stride: int, padding: int, precision: lax.PrecisionLike
 ) -> jax.Array:
-    """``(k, k, C, O)`` from ``(N, H, W, C)`` and ``(N, H', W', O)``, by one product for each tap
-    with the pixels that it reads.
-    """
+    """``(k, k, C, O)`` from ``(N, H, W, C)`` and ``(N, H', W', O)``, by one product per tap."""
     dy = materialised(dy)
     seen = taps_of(x, taps, stride, padding, 0)
     return jnp.concatenate(

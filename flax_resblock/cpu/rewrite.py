@@ -1,6 +1,4 @@
-"""Interprets a traced network and hands each convolution, with the bias, addition and ReLU that
-follow it, to a callback.
-"""
+"""Interprets a traced network and hands its convolutions, with what follows, to a callback."""
 
 from __future__ import annotations
 
@@ -122,9 +120,7 @@ _CALLS = frozenset({"jit", "pjit", "custom_jvp_call", "custom_vjp_call"})
 
 
 def kernels(network: ClosedJaxpr) -> dict[int, tuple[Convolution, tuple[int, ...]]]:
-    """The inputs that are used only as a kernel, by their number: the convolution, and the shape of
-    the array that it convolves.
-    """
+    """Inputs used only as a kernel, by number: the convolution, and the shape of its array."""
     uses = Counter(
         id(atom)
         for atom in (
@@ -153,9 +149,7 @@ def _convolution(operands: list[Any], eqn: Any, compute: Compute) -> _Pending | 
 
 
 def _numbers(eqn: Any) -> Convolution | None:
-    """The sizes of a convolution of float32 images in NHWC with equal padding on both sides; None
-    for any other.
-    """
+    """Sizes of a float32 convolution in NHWC with equal padding; None for any other."""
     p = eqn.params
     padding, kernel = tuple(p["padding"]), eqn.invars[1].aval
     plain = (
@@ -186,9 +180,7 @@ _DIMENSIONS = jax.lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), DIMENSI
 
 
 def _addition(operands: list[Any], eqn: Any, _: Compute) -> _Pending | None:
-    """Adds a bias or a residual. Of two convolutions, the first becomes the residual of the
-    other.
-    """
+    """Adds a bias or a residual; of two convolutions, the first is the other's residual."""
     shape = eqn.outvars[0].aval.shape
     for pending, other in (operands, operands[::-1]):
         if not isinstance(pending, _Pending) or pending.fused.relu:

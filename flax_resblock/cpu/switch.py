@@ -1,6 +1,4 @@
-"""Whether code that is traced now takes the forms of :mod:`flax_resblock.cpu`, and XLA's options
-that belong to them. Needs public JAX only.
-"""
+"""Whether traced code takes the forms of :mod:`flax_resblock.cpu`; XLA's options for them."""
 
 from __future__ import annotations
 

@@ -25,9 +25,7 @@ _Rows = Sequence[jax.Array]
 _Grid = list[list[jax.Array]]
 
 WHOLE_BYTES, PART_BYTES = 64 << 20, 16 << 20
-"""Bytes of the matrices of a kernel's gradient: up to the first number they are computed at once,
-beyond it in parts of the second.
-"""
+"""Bytes of a kernel gradient's matrices: the most at once, and of a part beyond that."""
 
 
 def _b_transposed(x: _Rows) -> _Rows:
@@ -99,9 +97,7 @@ def transform_kernel(kernel: jax.Array) -> _Grid:
 
 
 def _interleave(phases: _Grid, shape: tuple[int, ...]) -> jax.Array:
-    """Even and odd rows and columns, each ``(N, tall, wide, C)``, as one image of ``shape``; what
-    is beyond is cut off.
-    """
+    """Phases ``(N, tall, wide, C)`` of rows and columns as one image of ``shape``, cut to it."""
     n, tall, wide, channels = phases[0][0].shape
     whole = jnp.stack([jnp.stack(row, axis=3) for row in phases], axis=2).reshape(
         n, 2 * tall, 2 * wide, channels
@@ -133,9 +129,7 @@ def convolve_transformed(
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
-    """Gradient ``(3, 3, C, O)`` from input ``(N, H, W, C)`` and output gradient ``(N, H, W,
-    O)``.
-    """
+    """Gradient ``(3, 3, C, O)`` from input and output gradient, both ``(N, H, W, _)``."""
     products = _products_in_parts(x, dy, precision)
     columns = [_g_transposed([products[i][j] for i in range(4)]) for j in range(4)]
     return materialised(
@@ -180,9 +174,7 @@ def _products_in_parts(x: jax.Array, dy: jax.Array, precision: lax.PrecisionLike
 
 
 def input_gradient(dy: jax.Array, kernel: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
-    """Gradient ``(N, H, W, C)`` from output gradient ``(N, H, W, O)`` and kernel ``(3, 3, C,
-    O)``.
-    """
+    """Gradient ``(N, H, W, C)`` from output gradient and kernel ``(3, 3, C, O)``."""
     n, height, width, _ = dy.shape
     gradients, transformed = _output_tiles(dy), transform_kernel(kernel)
     shape = (n, _tiles(height), _tiles(width), kernel.shape[2])
@@ -203,9 +195,7 @@ def input_gradient(dy: jax.Array, kernel: jax.Array, precision: lax.PrecisionLik
 
 
 def _overlap(parts: _Rows, axis: int) -> _Rows:
-    """Adds tiles of four pixels, two apart, without the border pixel before them: even and odd
-    pixels.
-    """
+    """Adds tiles of four pixels, two apart, without the border: even and odd pixels."""
     return parts[1] + shifted(parts[3], 1, axis), parts[2] + shifted(parts[0], -1, axis)
 
 

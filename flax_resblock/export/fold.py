@@ -1,6 +1,4 @@
-"""Batch norms folded into the convolutions before them: in evaluation mode a norm is one
-multiplication and one addition per channel.
-"""
+"""Batch norms folded into the convolutions before them, for evaluation."""
 
 from __future__ import annotations
 

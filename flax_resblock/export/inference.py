@@ -1,6 +1,4 @@
-"""Models compiled for inference alone: norms folded, each convolution in its fastest form, ahead of
-time for a few batch sizes.
-"""
+"""Models compiled for inference alone, ahead of time for a few batch sizes."""
 
 from __future__ import annotations
 

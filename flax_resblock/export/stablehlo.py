@@ -39,9 +39,7 @@ COMPATIBILITY = (
 )
 
 _SMALLEST = 32
-"""The least height and width in pixels of a network exported for any image size, so that no stage
-is empty.
-"""
+"""The least side of an image in pixels, so that no stage is empty."""
 
 
 def _require_flatbuffers() -> None:
@@ -76,9 +74,7 @@ def weights_of(model: Model) -> dict[str, np.ndarray]:
 
 
 def forward_of(model: Model) -> Callable[[Mapping[str, Any], Any], Any]:
-    """``(weights, images) -> outputs`` in evaluation mode, with the weights of
-    :func:`weights_of`.
-    """
+    """``(weights, images) -> outputs`` in evaluation mode; see :func:`weights_of`."""
     graphdef, state = nnx.split(model)
     names = {path: ".".join(map(str, path)) for path in dict(nnx.to_flat_state(state))}
 

@@ -191,9 +191,7 @@ class BottleneckBlock(nnx.Module):
 def build_block(
     config: BlockConfig, *, rngs: nnx.Rngs | None, **options: Unpack[LayerOptions]
 ) -> ResidualBlock | BottleneckBlock:
-    """The block that ``config`` describes; ``rngs`` and ``options`` as for
-    :class:`ResidualBlock`.
-    """
+    """The block that ``config`` describes; the rest as for :class:`ResidualBlock`."""
     fields = asdict(config)
     kind = fields.pop("kind")
     if kind == "bottleneck":

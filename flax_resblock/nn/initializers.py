@@ -16,9 +16,7 @@ Initializer = Callable[[Any, Sequence[int], Any], jax.Array]
 InitName = Literal["torch_default", "kaiming_fan_out"]
 
 torch_default: Initializer = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``: what ``nn.Conv2d`` and ``nn.Linear`` do (kaiming_uniform
-with a = sqrt(5)).
-"""
+"""``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``, as ``nn.Conv2d`` and ``nn.Linear`` start."""
 
 kaiming_fan_out: Initializer = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 """``N(0, 2/fan_out)``, not truncated: ``kaiming_normal_(mode='fan_out', nonlinearity='relu')``,

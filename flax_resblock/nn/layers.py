@@ -132,9 +132,7 @@ class Layers:
         return INITIALIZERS[init]
 
     def norm(self, channels: int, *, ends_residual: bool = False) -> BatchNorm:
-        """A batch norm; ``ends_residual`` marks the one that ``zero_init_residual`` starts at
-        zero.
-        """
+        """A batch norm; ``ends_residual``: the one that ``zero_init_residual`` starts at zero."""
         norm = BatchNorm(
             channels,
             eps=self.options.get("eps", 1e-5),

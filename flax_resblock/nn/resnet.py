@@ -58,9 +58,7 @@ class StemLayers(nnx.Module):
 
     @in_slot
     def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
-        """``(N, H, W, in_channels)`` to ``(N, H', W', stem_width)``, a quarter of the resolution
-        for ImageNet.
-        """
+        """``(N, H, W, in_channels)`` to ``(N, H', W', stem_width)``."""
         x = self.norm(self.conv(images), use_running_average=use_running_average)
         x = ACTIVATIONS[self.activation](x)
         return x if self.pool is None else self.pool(x)
@@ -84,9 +82,7 @@ class DeepStemLayers(nnx.Module):
 
     @in_slot
     def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
-        """``(N, H, W, in_channels)`` to a quarter of the resolution, ``(N, H', W',
-        stem_width)``.
-        """
+        """``(N, H, W, in_channels)`` to ``(N, H', W', stem_width)``, a quarter of the size."""
         x = images
         for conv, norm in (
             (self.conv1, self.norm1),

@@ -1,6 +1,4 @@
-"""Names of layers in compiled programs: every operation of a layer carries ``slot=stage1.0.conv1``
-in its metadata, which profilers show and :mod:`flax_resblock.aot` reads.
-"""
+"""Names of layers in compiled programs: ``slot=stage1.0.conv1`` in an operation's metadata."""
 
 from __future__ import annotations
 

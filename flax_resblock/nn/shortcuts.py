@@ -43,9 +43,7 @@ class ZeroPadShortcut(nnx.Module):
 
 
 class ProjectionShortcut(nnx.Module):
-    """A 1x1 convolution that carries the stride and the channel change, followed by a norm (option
-    B).
-    """
+    """A 1x1 convolution with the stride and the channel change, then a norm (option B)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, layers: Layers) -> None:
         self.conv = layers.conv(in_channels, out_channels, 1, stride=stride)
@@ -53,16 +51,12 @@ class ProjectionShortcut(nnx.Module):
 
     @in_slot
     def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
-        """``(N, H, W, in_channels)`` to ``(N, ceil(H / stride), ceil(W / stride),
-        out_channels)``.
-        """
+        """``(N, H, W, in_channels)`` to ``(N, ceil(H / stride), ..., out_channels)``."""
         return self.norm(self.conv(x), use_running_average=use_running_average)
 
 
 class PooledShortcut(nnx.Module):
-    """An average over 2x2 pixels where the stride is 2, then a projection of stride 1 (ResNet-D, He
-    et al. 2019).
-    """
+    """An average over 2x2 pixels, then a projection of stride 1 (ResNet-D, He et al. 2019)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, layers: Layers) -> None:
         self.pool = AveragePool(stride)
@@ -70,9 +64,7 @@ class PooledShortcut(nnx.Module):
 
     @in_slot
     def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
-        """``(N, H, W, in_channels)`` to ``(N, ceil(H / stride), ceil(W / stride),
-        out_channels)``.
-        """
+        """``(N, H, W, in_channels)`` to ``(N, ceil(H / stride), ..., out_channels)``."""
         return self.projection(self.pool(x), use_running_average=use_running_average)
 
 

@@ -54,9 +54,7 @@ def on_device(arrays: Mapping[Path, np.ndarray]) -> dict[Path, jax.Array | np.nd
 
 
 def _as_jax_keeps_it(array: np.ndarray) -> np.ndarray | None:
-    """The same values in a dtype that jax has: small counters as int32; None where there is
-    none.
-    """
+    """The same values in a dtype that jax has: counters as int32; None where there is none."""
     narrow = jax.dtypes.canonicalize_dtype(array.dtype)
     if narrow == array.dtype:
         return array

@@ -1,3 +1,1 @@
-"""Finds out what a state dict is: its configuration, its naming scheme, and what had to be
-assumed.
-"""
+"""Finds out what a state dict is: its configuration, its naming scheme, what is assumed."""

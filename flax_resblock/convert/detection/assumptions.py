@@ -44,9 +44,7 @@ def _strided(config: ResNetConfig) -> bool:
 
 
 def _projects_at_once(config: ResNetConfig) -> bool:
-    """Whether the first block has a projection whatever its stride; where it has one for its stride
-    alone, the tensors tell.
-    """
+    """Whether the first block has a projection whatever its stride."""
     return config.stem_width != next(config.blocks())[2].out_channels
 
 
@@ -172,9 +170,7 @@ _MARKS: tuple[tuple[tuple[str, ...], tuple[str, ...], Mapping[str, Any]], ...] =
         {"stride_on": "3x3"},
     ),
 )
-"""Entry of a checkpoint (OpenMMLab writes its configuration there as text), what stands in it, and
-what that says.
-"""
+"""Entry of a checkpoint (as text, by OpenMMLab), what stands in it, and what that says."""
 
 
 def told_by_entries(extras: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -1,6 +1,4 @@
-"""Backbones inside larger checkpoints: detectors, segmenters, self-supervised training. The network
-is taken out, what lies beside it is named and left.
-"""
+"""Backbones inside larger checkpoints: the network is taken out, the rest is named and left."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Finds the architecture, the number of classes and the naming scheme of a state dict from its
-names and shapes.
-"""
+"""Finds architecture, number of classes and naming scheme of a state dict."""
 
 from __future__ import annotations
 
@@ -43,9 +41,7 @@ def _requested(
     num_classes: int | None,
     stride: int | None,
 ) -> Config:
-    """The configuration a person asked for; classes and channels that were left open come from the
-    file.
-    """
+    """The configuration asked for; classes and channels left open come from the file."""
     if isinstance(wanted, BlockConfig):
         return wanted if stride is None else replace(wanted, stride=stride)
     if isinstance(wanted, ResNetConfig):
@@ -230,9 +226,7 @@ def _fitting(match: Match, found: TensorInfos) -> int:
 
 
 def _closest_family(found: TensorInfos) -> str:
-    """Which named network in which naming scheme has the most tensors of a state dict that no
-    naming scheme can be read in, and which tensors do not fit it.
-    """
+    """The named network and scheme that most tensors fit, and which tensors do not fit it."""
     best: tuple[int, Match] | None = None
     for naming in NAMINGS.values():
         for config in ARCHITECTURES.values():

@@ -1,6 +1,4 @@
-"""Reads the configuration of a network off the names and shapes of its tensors, under one naming
-scheme.
-"""
+"""Reads the configuration of a network off names and shapes, under one naming scheme."""
 
 from __future__ import annotations
 
@@ -56,9 +54,7 @@ class _Reader:
         return any(name in self.modules for name in names if name)
 
     def pools(self, stage: str, block: int | None) -> bool:
-        """Whether the shortcut of a block pools; its kernel stands where the norm of one that does
-        not pool stands.
-        """
+        """Whether the shortcut of a block pools, as the place of its kernel shows."""
         return (
             self.width(stage, [block], "shortcut.projection.conv", "shortcut.projection.norm")
             is not None
@@ -243,9 +239,7 @@ def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
 
 
 def infer_block(naming: Naming, found: TensorInfos, stride: int | None) -> BlockConfig | None:
-    """The bare block that the names and shapes describe under ``naming``; its stride cannot be read
-    off the weights.
-    """
+    """The bare block that names and shapes describe; they do not show its stride."""
     reader = _Reader(naming, found)
     kind = "bottleneck" if reader.width("", [None], "conv3", "norm3") else "basic"
     last = 3 if kind == "bottleneck" else 2

@@ -1,6 +1,4 @@
-"""Folders of weights and ``config.json`` as transformers and timm write and load them: reading what
-the JSON says beyond the tensors, and writing it.
-"""
+"""Folders of weights and ``config.json`` as transformers and timm write and load them."""
 
 from __future__ import annotations
 

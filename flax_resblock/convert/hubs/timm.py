@@ -1,6 +1,4 @@
-"""``config.json`` of timm's folders: the architecture's name, arguments of its constructor, and
-``pretrained_cfg``.
-"""
+"""``config.json`` of timm's folders: architecture, constructor arguments, ``pretrained_cfg``."""
 
 from __future__ import annotations
 
