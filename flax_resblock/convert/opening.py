@@ -56,8 +56,7 @@ class ReadOptions:
         starts anything afresh, see :func:`refuse_afresh`.
       limits: What the file may declare before it is refused.
       assumptions: Fields of :class:`~flax_resblock.ResNetConfig` that cannot be inferred from the
-        weights, ``{"stride_on": "1x1"}``; see
-        :mod:`flax_resblock.convert.detection.assumptions`.
+        weights, ``{"stride_on": "1x1"}``; see :mod:`flax_resblock.convert.detection.assumptions`.
     """
 
     architecture: str | arch.Config | None = None
