@@ -6,6 +6,7 @@ import unicodedata
 
 _HIDDEN = ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
 """Unicode categories of what hides, reorders or breaks text."""
+_LONG = 300
 
 
 class InputError(ValueError):
@@ -36,12 +37,8 @@ def visible(text: str, keep: str = "") -> str:
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join(
-        c
-        if c in keep or unicodedata.category(c) not in _HIDDEN
-        else c.encode("unicode_escape").decode()
-        for c in text
-    )
+    hidden = {c for c in text if c not in keep and unicodedata.category(c) in _HIDDEN}
+    return "".join(c.encode("unicode_escape").decode() if c in hidden else c for c in text)
 
 
 def some(names: list[str], limit: int = 3) -> str:
@@ -50,6 +47,3 @@ def some(names: list[str], limit: int = 3) -> str:
         visible(name if len(name) <= _LONG else f"{name[:_LONG]}...") for name in names[:limit]
     )
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
-
-
-_LONG = 300

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.checkpoint.atomic import refuse_existing, remove, replacing
-from flax_resblock.checkpoint.folders import is_orbax, texts_beside, weights_in
+from flax_resblock.checkpoint.folders import is_orbax, texts_beside, trainer_files, weights_in
 from flax_resblock.checkpoint.limits import (
     LIMITS,
     UNLIMITED,
@@ -38,20 +38,9 @@ from flax_resblock.checkpoint.record import (
 from flax_resblock.errors import CheckpointError, InputError, OutputError, some
 
 __all__ = [
-    "FORMATS",
-    "LIMITS",
-    "Limits",
-    "Record",
-    "digest",
-    "digests",
-    "is_orbax",
-    "output_format",
-    "read",
-    "refuse_existing",
-    "remove",
-    "replacing",
-    "write",
-]
+    "FORMATS", "LIMITS", "Limits", "Record", "digest", "digests", "is_orbax", "output_format",
+    "read", "refuse_existing", "remove", "replacing", "write",
+]  # fmt: skip
 
 FORMATS: Mapping[str, tuple[str, ...]] = {
     "pytorch": (".pt", ".pth", ".th", ".bin", ".ckpt"),
@@ -105,11 +94,7 @@ def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
         raise CheckpointError(f"{path} is empty. The download or copy failed; get it again.")
     if path.name.endswith(".bin.index.json"):
         return "pytorch", path
-    if (
-        path.name.endswith(".safetensors.index.json")
-        or path.suffix == ".safetensors"
-        or head[8:9] == b"{"
-    ):
+    if path.name.endswith((".safetensors.index.json", ".safetensors")) or head[8:9] == b"{":
         return "safetensors", path
     if head.startswith((b"PK", b"\x80")):
         return "pytorch", path
@@ -153,26 +138,22 @@ def read(
         record = read_torch(file, entry=entry, limits=limits)
     check_names(record.tensors, record.source)
     _verify(record, _recorded_digests(record))
-    if record.metadata.get(METADATA_DIGEST, metadata_digest(record.metadata)) != metadata_digest(
-        record.metadata
-    ):
+    found = metadata_digest(record.metadata)
+    if record.metadata.get(METADATA_DIGEST, found) != found:
         raise CheckpointError(
             f"{record.source} is damaged: what it says beside its tensors differs from the "
             f"SHA-256 recorded when it was written. Copy it again."
         )
-    record = replace(
-        record, metadata={**texts_beside(file), **record.metadata}
-    )  # which no digest covers
+    # no digest covers what lies beside the file
+    record = replace(record, metadata={**texts_beside(file), **record.metadata})
     return _with_run(record, Path(path), limits) if run else record
 
 
 def _with_run(record: Record, path: Path, limits: Limits) -> Record:
-    from flax_resblock.checkpoint.folders import trainer_files
 
-    extras = {
-        **record.extras,
-        **(trainer_files(path, limits) if path.is_dir() and record.format != "orbax" else {}),
-    }
+    extras = dict(record.extras)
+    if path.is_dir() and record.format != "orbax":
+        extras |= trainer_files(path, limits)
     if not extras or (record.format == "safetensors" and not path.is_dir()):
         return record
     from flax_resblock.checkpoint.torch_file import plain
@@ -262,19 +243,12 @@ def write(
         refuse_foreign_sidecar(path)
         companions = (sidecar_of(path).name,)
     with replacing(path, force=force, companions=companions, replaceable=is_orbax) as temporary:
-        _writing(
-            path,
-            _writer(format_name, files),
-            temporary,
-            tensors,
-            {**metadata, METADATA_DIGEST: metadata_digest(metadata)},
-            **beside,
-        )
+        metadata[METADATA_DIGEST] = metadata_digest(metadata)
+        _writing(path, _writer(format_name, files), temporary, tensors, metadata, **beside)
         if release:
             tensors.clear()
-        written = read(
-            temporary, run=bool(extras), limits=UNLIMITED
-        )  # which compares with the digests that lie in it or beside it
+        # reading compares with the digests that lie in it or beside it
+        written = read(temporary, run=bool(extras), limits=UNLIMITED)
         if _recorded_digests(written) != expected:
             _verify(written, expected)
         if extras and digests(arrays_in(written.extras)) != digests(arrays_in(extras)):

@@ -220,10 +220,8 @@ def _is_held(folder: Path, process: int) -> bool:
 def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:  # a process of another user lives as well
+        return not isinstance(error, ProcessLookupError)
     return True
 
 

@@ -73,12 +73,8 @@ def shards(index: Path, limits: Limits) -> list[Path]:
             f"file names."
         ) from error
     for name in names:
-        if (
-            not isinstance(name, str)
-            or Path(name).name != name
-            or visible(name) != name
-            or len(name.encode()) > _LONGEST
-        ):
+        plain = isinstance(name, str) and Path(name).name == name == visible(name)
+        if not plain or len(name.encode()) > _LONGEST:
             raise CheckpointError(
                 f"{index} names the shard {str(name)[:200]!r}, which is not a plain file name "
                 f"in its folder."

@@ -93,21 +93,15 @@ class _Sketch(NamedTuple):
 
 
 _MARK, _SCALAR = _Sketch("mark"), _Sketch("scalar", weight=1)
-_EMPTY = {
-    "EMPTY_LIST": _Sketch("list"),
-    "EMPTY_DICT": _Sketch("dict"),
-    "EMPTY_TUPLE": _Sketch("tuple", weight=1),
-}
+_EMPTY = {"EMPTY_LIST": _Sketch("list"), "EMPTY_DICT": _Sketch("dict")}
+_EMPTY["EMPTY_TUPLE"] = _Sketch("tuple", weight=1)
 _PUTS, _GETS = ("BINPUT", "LONG_BINPUT", "MEMOIZE"), ("BINGET", "LONG_BINGET")
 _WITHOUT_VALUE = ("PROTO", "FRAME")
-_SCALARS = {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1"} | {
-    "SHORT_BINSTRING",
-    "BINSTRING",
-    "SHORT_BINBYTES",
-    "BINBYTES",
-    "SHORT_BINUNICODE",
-    "BINUNICODE",
-}
+_SCALARS = (
+    {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1"}
+    | {"SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES"}
+    | {"SHORT_BINUNICODE", "BINUNICODE"}
+)
 
 
 @dataclass

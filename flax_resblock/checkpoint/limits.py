@@ -76,11 +76,8 @@ def _flag(name: str) -> str:
 
 def _enough(limits: Limits, name: str, found: int) -> int:
     """A value of the flag with which ``found`` would pass."""
-    return (
-        found * 72
-        if name == "max_header_bytes" and limits.header < limits.max_header_bytes
-        else found
-    )
+    by_bytes = name == "max_header_bytes" and limits.header < limits.max_header_bytes
+    return found * 72 if by_bytes else found
 
 
 LIMITS = Limits()
@@ -182,9 +179,5 @@ def check_content(
                 break
         else:
             pending.pop()
-        limits.check(
-            source,
-            "max_tensors",
-            max(tensors, values // _VALUES_PER_TENSOR),
-            f"tensors, or more than {_VALUES_PER_TENSOR} values for each,",
-        )
+        what = f"tensors, or more than {_VALUES_PER_TENSOR} values for each,"
+        limits.check(source, "max_tensors", max(tensors, values // _VALUES_PER_TENSOR), what)

@@ -53,12 +53,8 @@ def check_folder(folder: Path, limits: Limits) -> None:
         file.stat().st_size for file in files if file.suffix == ".json" or file.name.isupper()
     )
     limits.check(folder, "max_header_bytes", described, "bytes of metadata")
-    limits.check(
-        folder,
-        "max_bytes",
-        sum(map(_expanded, files)),
-        "bytes once its compressed data are expanded",
-    )
+    expanded = sum(map(_expanded, files))
+    limits.check(folder, "max_bytes", expanded, "bytes once its compressed data are expanded")
     try:
         arrays = [entry for found in _arrays(folder, files) for entry in found]
     except CheckpointError:
@@ -136,13 +132,8 @@ def _frame(data: mmap.mmap, start: int) -> tuple[int, int]:
     """Where a zstd frame ends, and the most it can expand to (RFC 8878, section 3.1.1)."""
     descriptor = data[start + 4] if start + 4 < len(data) else 0
     single = descriptor >> 5 & 1
-    place = (
-        start
-        + 5
-        + (not single)
-        + (0, 1, 2, 4)[descriptor & 3]
-        + ((1 if single else 0), 2, 4, 8)[descriptor >> 6]
-    )
+    dictionary, content = (0, 1, 2, 4)[descriptor & 3], (single, 2, 4, 8)[descriptor >> 6]
+    place = start + 5 + (not single) + dictionary + content
     total, last = 0, False
     while not last and place + 3 <= len(data):
         block = int.from_bytes(data[place : place + 3], "little")
@@ -163,14 +154,8 @@ def _arrays(folder: Path, files: list[Path]) -> Iterator[Iterator[tuple[str, int
             store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
             keys = [key.decode("utf-8") for key in store.list().result()]
             wanted = [key for key in keys if key.rpartition("/")[2] in _ARRAY_FILES]
-            yield (
-                (
-                    _array(key, value.result().value)
-                    for key, value in [(key, store.read(key)) for key in wanted]
-                )
-                if wanted
-                else iter(())
-            )
+            reads = [(key, store.read(key)) for key in wanted]
+            yield (_array(key, value.result().value) for key, value in reads)
         elif file.name in _ARRAY_FILES:
             yield iter([_array(str(file.relative_to(folder)), file.read_bytes())])
 
@@ -193,9 +178,9 @@ def _array(key: str, content: bytes) -> tuple[str, int]:
             f"{name} is stored with the codec {visible((foreign or ['filter'])[0])[:60]}, "
             f"which Orbax does not write. Save the checkpoint anew."
         )
-    return name, max(math.prod(shape), math.prod(chunk)) * _itemsize(
-        str(facts.get("data_type", facts.get("dtype")))
-    )
+    dtype = str(facts.get("data_type", facts.get("dtype")))
+    itemsize = _OTHER_ITEMSIZES.get(dtype) or np.dtype(dtype).itemsize
+    return name, max(math.prod(shape), math.prod(chunk)) * itemsize
 
 
 def _codec_names(facts: dict[str, Any]) -> set[str]:
@@ -209,9 +194,3 @@ def _codec_names(facts: dict[str, Any]) -> set[str]:
                 settings = codec.get("configuration") or {}
                 pending += [settings.get("codecs"), settings.get("index_codecs")]
     return names
-
-
-def _itemsize(dtype: str) -> int:
-    if dtype in _OTHER_ITEMSIZES:
-        return _OTHER_ITEMSIZES[dtype]
-    return np.dtype(dtype).itemsize

@@ -35,21 +35,16 @@ def _silence_leftovers() -> None:
     previous = sys.unraisablehook
 
     def hook(report: Any) -> None:
-        if not (
-            isinstance(report.exc_value, RuntimeError)
-            and str(report.exc_value) == "Event loop is closed"
-        ):
+        error = report.exc_value
+        if not isinstance(error, RuntimeError) or str(error) != "Event loop is closed":
             previous(report)
 
+    def worth_it(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "exception was never retrieved" not in text or "zarr" not in text
+
     sys.unraisablehook = hook
-    logging.getLogger("asyncio").addFilter(
-        lambda record: (
-            not (
-                "exception was never retrieved" in record.getMessage()
-                and "zarr" in record.getMessage()
-            )
-        )
-    )
+    logging.getLogger("asyncio").addFilter(worth_it)
 
 
 def _orbax() -> Any:
@@ -64,9 +59,8 @@ def _frugal(v1: Any, largest: int) -> Any:
     """A context in which Orbax neither copies the arrays nor holds many of them in flight."""
     context = v1.Context()
     context.memory.deepcopy_host_arrays = False
-    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(
-        _IN_FLIGHT, largest
-    )
+    most = max(_IN_FLIGHT, largest)
+    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = most
     context.array.saving.use_compression = False
     for name, value in (_alone() or {}).items():
         setattr(context.multiprocessing, name, value)
@@ -131,12 +125,11 @@ def read_orbax(path: Path, limits: Limits = LIMITS) -> Record:
             f"{path} is not an Orbax checkpoint, or a damaged one ({first_line(error)}). Copy it "
             f"again.{_lost(path)}"
         ) from error
-    check_content(
-        tree,
-        limits,
-        lambda value: int(getattr(value, "nbytes", 0)) if hasattr(value, "dtype") else None,
-        str(path),
-    )
+
+    def size(value: Any) -> int | None:
+        return int(getattr(value, "nbytes", 0)) if hasattr(value, "dtype") else None
+
+    check_content(tree, limits, size, str(path))
     return Record(str(path), "orbax", _flatten(tree), _metadata(path / METADATA_FILE))
 
 

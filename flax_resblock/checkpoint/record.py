@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,39 +56,27 @@ def digest(array: np.ndarray) -> str:
 
 def digests(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
     """:func:`digest` of every array."""
-    return dict(
-        zip(
-            tensors,
-            on_every_core(digest, list(tensors.values()), lambda array: array.nbytes),
-            strict=True,
-        )
-    )
+    found = on_every_core(digest, list(tensors.values()), lambda array: array.nbytes)
+    return dict(zip(tensors, found, strict=True))
 
 
 def arrays_in(value: Any, name: str = "") -> dict[str, np.ndarray]:
     """Every array in nested mappings and lists, by the path that leads to it."""
     if isinstance(value, np.ndarray):
         return {name: value}
-    items = (
-        value.items()
-        if isinstance(value, Mapping)
-        else enumerate(value)
-        if isinstance(value, list | tuple)
-        else ()
-    )
-    return {
-        path: array
-        for key, item in items
-        for path, array in arrays_in(item, f"{name}/{key}").items()
-    }
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    inner = (arrays_in(item, f"{name}/{key}") for key, item in items)
+    return {path: array for arrays in inner for path, array in arrays.items()}
 
 
 def metadata_digest(metadata: Mapping[str, str]) -> str:
     """SHA-256 of all entries but :data:`METADATA_DIGEST`."""
-    content = json.dumps(
-        {key: value for key, value in metadata.items() if key != METADATA_DIGEST}, sort_keys=True
-    )
-    return hashlib.sha256(content.encode()).hexdigest()
+    others = {key: value for key, value in metadata.items() if key != METADATA_DIGEST}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 SIDECAR_SUFFIX = ".sha256.json"
@@ -125,9 +113,8 @@ def sidecar_of(path: Path) -> Path:
 
 def digests_of_extras(extras: Mapping[str, Any]) -> tuple[dict[str, str], str]:
     """Digests of the arrays in ``extras``, and of everything else there."""
-    return digests(arrays_in(extras)), hashlib.sha256(
-        repr(_without_arrays(extras)).encode("utf-8", "backslashreplace")
-    ).hexdigest()
+    rest = repr(_without_arrays(extras)).encode("utf-8", "backslashreplace")
+    return digests(arrays_in(extras)), hashlib.sha256(rest).hexdigest()
 
 
 def _without_arrays(value: Any) -> Any:

@@ -20,17 +20,10 @@ from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.errors import CheckpointError, visible
 
 _DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
 
 
 def _header(path: Path, limits: Limits) -> dict[str, Any]:
@@ -50,9 +43,8 @@ def _header(path: Path, limits: Limits) -> dict[str, Any]:
 def _read_one(path: Path, limits: Limits) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         header = _header(path, limits)
-        with safetensors.safe_open(
-            path, framework="numpy"
-        ) as file:  # validates the rest: offsets, overlaps, sizes, types
+        # this validates the rest: offsets, overlaps, sizes, types
+        with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
@@ -75,14 +67,11 @@ def _read_one(path: Path, limits: Limits) -> tuple[dict[str, np.ndarray], dict[s
                 f"{path}: {visible(name)[:200]} has dtype {visible(info['dtype'])}, which this "
                 f"library does not convert."
             )
-        start, end = info["data_offsets"]
+        start, end = (header_end + offset for offset in info["data_offsets"])
         try:
-            tensors[name] = np.frombuffer(
-                view[header_end + start : header_end + end], dtype
-            ).reshape(info["shape"])
-        except (
-            ValueError
-        ) as error:  # numpy knows fewer axes, and none as long as an empty tensor may have
+            tensors[name] = np.frombuffer(view[start:end], dtype).reshape(info["shape"])
+        # numpy knows fewer axes, and none as long as an empty tensor may have
+        except ValueError as error:
             raise CheckpointError(
                 f"{path}: {visible(name)[:200]} has the shape {str(info['shape'])[:120]}, "
                 f"which is no array's ({error})."
@@ -110,10 +99,7 @@ def read_safetensors(path: Path, *, entry: str | None = None, limits: Limits = L
         limits.check(path, "max_tensors", len(tensors), "tensors")
         metadata |= more_metadata
     state, extras, notes = unwrap(
-        tensors,
-        is_tensor=lambda value: isinstance(value, np.ndarray),
-        source=str(path),
-        entry=entry,
+        tensors, is_tensor=lambda one: isinstance(one, np.ndarray), source=str(path), entry=entry
     )
     if len(files) > 1:
         notes.insert(0, f"joined {len(files)} shards")
@@ -124,11 +110,8 @@ def write_safetensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
     """Writes one ``.safetensors`` file."""
-    safetensors.numpy.save_file(
-        {key: np.asarray(value, order="C") for key, value in tensors.items()},
-        path,
-        metadata=dict(metadata),
-    )
+    arrays = {key: np.asarray(value, order="C") for key, value in tensors.items()}
+    safetensors.numpy.save_file(arrays, path, metadata=dict(metadata))
 
 
 def write_hub_folder(

@@ -117,9 +117,8 @@ def _read_zip(path: Path, limits: Limits) -> TorchPickle:
             )
         return place.start
 
-    found = read_torch_pickle(
-        read_record(path, places[_PICKLE]), limits, _elements(path, start), source=str(path)
-    )
+    data = read_record(path, places[_PICKLE])
+    found = read_torch_pickle(data, limits, _elements(path, start), source=str(path))
     for storage in found.storages.values():
         start(storage)
     if _text_of(path, places, (_BYTE_ORDER,), "little") != "little":
@@ -183,11 +182,8 @@ def _read_legacy(path: Path, limits: Limits) -> TorchPickle:
             f"{path} is of another version of PyTorch's old format than {_LEGACY_VERSION}, "
             f"which alone was written. It is damaged."
         )
-    if (
-        not isinstance(keys, list)
-        or not all(isinstance(key, str | int) for key in keys)
-        or sorted(map(str, keys)) != sorted(declared)
-    ):
+    named = isinstance(keys, list) and all(isinstance(key, str | int) for key in keys)
+    if not named or sorted(map(str, keys)) != sorted(declared):
         raise CheckpointError(
             f"{path} is damaged: its list of storages is not that of its tensors. Copy or "
             f"download it again."
@@ -204,14 +200,8 @@ def _read_legacy(path: Path, limits: Limits) -> TorchPickle:
             starts[key] = end + _COUNT.size
             end = starts[key] + declared[key].size
 
-    found = read_torch_pickle(
-        data,
-        limits,
-        _elements(path, lambda storage: starts[storage.key]),
-        start=parts[_LEGACY_CONTENT - 1].end,
-        source=str(path),
-        legacy=True,
-    )
+    elements, start = _elements(path, lambda one: starts[one.key]), parts[_LEGACY_CONTENT - 1].end
+    found = read_torch_pickle(data, limits, elements, start=start, source=str(path), legacy=True)
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         found.foreign = found.foreign or "numbers of another machine's byte order"
     return found

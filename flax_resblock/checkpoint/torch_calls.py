@@ -62,16 +62,18 @@ class Context:
 
     def sized(self, size: Any) -> tuple[int, ...]:
         """A shape that announces no more elements than the limit has bytes."""
-        whole = isinstance(size, tuple) and len(size) <= _MOST_AXES
-        if not whole or not all(isinstance(n, int) and n >= 0 for n in size):
-            raise _UnfitError
-        if math.prod(size) > self.limits.max_bytes:
+        whole = isinstance(size, tuple) and len(size) <= _MOST_AXES and _are_sizes(size)
+        if not whole or math.prod(size) > self.limits.max_bytes:
             raise _UnfitError
         return size
 
 
 class _UnfitError(Exception):
     """Arguments that no checkpoint needs."""
+
+
+def _are_sizes(numbers: tuple[Any, ...]) -> bool:
+    return all(isinstance(n, int) and n >= 0 for n in numbers)
 
 
 class Callee:
@@ -113,9 +115,7 @@ def _plain_tensor(context: Context, storage: Any, offset: Any, size: Any, stride
         return OnlyTorch("a view of a storage")
     if not isinstance(storage, Storage) or not isinstance(stride, tuple):
         raise _UnfitError
-    if len(stride) != len(size) or not all(
-        isinstance(n, int) and n >= 0 for n in (offset, *stride)
-    ):
+    if len(stride) != len(size) or not _are_sizes((offset, *stride)):
         raise _UnfitError
     if storage.dtype is None:
         return OnlyTorch("a quantised or untyped tensor")
@@ -266,12 +266,7 @@ MADE: Mapping[str, Callable[..., Any]] = {
 }
 """What is made here, by name; see also :func:`~flax_resblock.checkpoint.torch_stand_ins.types`."""
 BY_TORCH = frozenset(
-    {
-        "torch._utils._rebuild_sparse_tensor",
-        "torch.serialization._get_layout",
-        "torch.device",
-        "builtins.complex",
-        "__builtin__.complex",
-    }
+    {"torch._utils._rebuild_sparse_tensor", "torch.serialization._get_layout", "torch.device"}
+    | {"builtins.complex", "__builtin__.complex"}
 )
 """What only PyTorch can make."""

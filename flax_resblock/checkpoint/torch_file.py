@@ -24,14 +24,7 @@ import numpy as np
 from flax_resblock.checkpoint import record, torch_archive
 from flax_resblock.checkpoint.folders import shards
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_content, check_files, first_line
-from flax_resblock.checkpoint.record import (
-    DIGESTS,
-    METADATA_DIGEST,
-    Record,
-    Sidecar,
-    digest,
-    digests,
-)
+from flax_resblock.checkpoint.record import DIGESTS, METADATA_DIGEST, Record, Sidecar, digests
 from flax_resblock.checkpoint.torch_calls import needs
 from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.errors import CheckpointError, MissingDependencyError, some, visible
@@ -73,9 +66,8 @@ def to_numpy(tensor: torch.Tensor | np.ndarray, name: str = "tensor") -> np.ndar
     torch = import_torch()
     tensor = tensor.detach()
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        kind = (
-            "quantised" if tensor.is_quantized else "empty (meta)" if tensor.is_meta else "sparse"
-        )
+        dense = "empty (meta)" if tensor.is_meta else "sparse"
+        kind = "quantised" if tensor.is_quantized else dense
         raise CheckpointError(f"{name} is a {kind} tensor. Save the model with dense weights.")
     tensor = tensor.cpu().resolve_conj().resolve_neg()
     dtype = str(tensor.dtype).removeprefix("torch.")
@@ -179,19 +171,15 @@ def _load_by_torch(path: Path, archive: torch_archive.TorchArchive, limits: Limi
         raise
     # torch.load raises what its parsers raise: RuntimeError, EOFError, KeyError, struct.error ...
     except Exception as error:
-        reason = first_line(error)
-        what = (
-            "a damaged or truncated PyTorch zip archive"
-            if archive.is_zip
-            else "no PyTorch checkpoint, or a damaged one"
-        )
+        reason, what = first_line(error), "no PyTorch checkpoint, or a damaged one"
+        if archive.is_zip:
+            what = "a damaged or truncated PyTorch zip archive"
         raise CheckpointError(f"{path} is {what} ({reason}). Copy or download it again.") from error
-    check_content(
-        content,
-        limits,
-        lambda value: value.numel() * value.element_size() if torch.is_tensor(value) else None,
-        str(path),
-    )
+
+    def size(value: Any) -> int | None:
+        return value.numel() * value.element_size() if torch.is_tensor(value) else None
+
+    check_content(content, limits, size, str(path))
     return content
 
 
@@ -204,14 +192,8 @@ def read_torch(path: Path, *, entry: str | None = None, limits: Limits = LIMITS)
     content = _sharded(path, limits) if path.suffix == ".json" else load_torch(path, limits)
     state, extras, notes = unwrap(content, is_tensor=_is_tensor, source=str(path), entry=entry)
     tensors = state_to_numpy(state)
-    return Record(
-        str(path),
-        "pytorch",
-        tensors,
-        _recorded(path, tensors, extras, notes, entry),
-        tuple(notes),
-        extras,
-    )
+    metadata = _recorded(path, tensors, extras, notes, entry)
+    return Record(str(path), "pytorch", tensors, metadata, tuple(notes), extras)
 
 
 def _sharded(index: Path, limits: Limits) -> dict[str, Any]:
@@ -281,17 +263,8 @@ def write_torch(
     torch = import_torch()
     state = OrderedDict((key, from_numpy(value)) for key, value in tensors.items())
     torch.save(state if extras is None else {"model": state, **with_tensors(extras)}, path)
-    recorded = (
-        json.loads(metadata[DIGESTS])
-        if DIGESTS in metadata
-        else {key: digest(value) for key, value in tensors.items()}
-    )
-    described = {k: v for k, v in metadata.items() if k not in (DIGESTS, METADATA_DIGEST)}
-    sidecar = Sidecar(
-        torch_archive.identity(path),
-        recorded,
-        *(({}, "") if extras is None else record.digests_of_extras(extras)),
-        metadata=described,
-        metadata_sha256=record.metadata_digest(described),
-    )
-    record.write_sidecar(path, sidecar)
+    recorded = json.loads(metadata[DIGESTS]) if DIGESTS in metadata else digests(tensors)
+    beside = ({}, "") if extras is None else record.digests_of_extras(extras)
+    kept = {name: text for name, text in metadata.items() if name not in (DIGESTS, METADATA_DIGEST)}
+    identity, digest = torch_archive.identity(path), record.metadata_digest(kept)
+    record.write_sidecar(path, Sidecar(identity, recorded, *beside, kept, digest))

@@ -89,9 +89,8 @@ def read_torch_pickle(
     """
     try:
         checked = check_pickle(data, _RULES, limits, source, start)
-        context = Context(
-            limits, source, None if checked.foreign else elements, Copies(limits, source)
-        )
+        elements = None if checked.foreign else elements
+        context = Context(limits, source, elements, Copies(limits, source))
         reader = _Unpickler(data[start : checked.end], context, 6 if legacy else 5)
         content = reader.load()
     except RefusedError as error:
@@ -172,23 +171,15 @@ _DTYPES: Mapping[str, np.dtype] = {
 }
 """Type of the elements of a storage, by the first part of the name of its own type."""
 _ITEMSIZES: Mapping[str, int] = {
-    "Untyped": 1,
-    "QInt8": 1,
-    "QUInt8": 1,
+    **dict.fromkeys(("Untyped", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4"), 1),
     "QInt32": 4,
-    "QUInt4x2": 1,
-    "QUInt2x4": 1,
 }
 """Bytes of the elements that numpy has no type for."""
 _RULES = PickleRules(
     opcodes=PLAIN_OPCODES | {"NEWOBJ", "BINPERSID"},
     stateful=BY_TORCH
-    | {
-        "argparse.Namespace",
-        "collections.OrderedDict",
-        "numpy.dtype",
-        "torch.nn.parameter.Parameter",
-    },
+    | {"argparse.Namespace", "collections.OrderedDict", "numpy.dtype"}
+    | {"torch.nn.parameter.Parameter"},
     foreign_state=("torch._utils._rebuild_", "torch._tensor._rebuild_"),
     fillable=frozenset({"collections.OrderedDict", "collections.Counter"}),
     hashable=frozenset({"_codecs.encode", "torch.Size", "torch.torch_version.TorchVersion"}),

@@ -8,36 +8,16 @@ from typing import Any
 from flax_resblock.errors import CheckpointError, some
 
 WRAPPERS = (
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "network",
-    "net",
-    "module",
-    "model_ema",
-    "state_dict_ema",
-    "ema_state_dict",
-    "ema",
-    "online_network_state_dict",
-    "teacher",
-    "student",
-)
+    "state_dict", "model_state_dict", "model_state", "model", "network", "net", "module",
+    "model_ema", "state_dict_ema", "ema_state_dict", "ema", "online_network_state_dict",
+    "teacher", "student",
+)  # fmt: skip
 """Entries that hold a state dict, in order of preference: trained weights before their average."""
 
 PREFIXES = (
-    "module.",
-    "_orig_mod.",
-    "backbone.",
-    "model.",
-    "encoder.",
-    "network.",
-    "net.",
-    "resnet.",
-    "timm_model.",
-    "bottom_up.",
-    "body.",
-)
+    "module.", "_orig_mod.", "backbone.", "model.", "encoder.", "network.", "net.", "resnet.",
+    "timm_model.", "bottom_up.", "body.",
+)  # fmt: skip
 """Prefixes left on every key by DataParallel, torch.compile, Lightning, hubs, detectors."""
 
 _STRAY = ("n_averaged",)
@@ -65,9 +45,8 @@ def unwrap(
             f"model.state_dict() and convert that."
         )
     while True:
-        found = [
-            name for name in WRAPPERS if _holds_tensors(content.get(name), is_tensor)
-        ]  # beside tensors, such as a random state, too
+        # beside tensors, such as a random state, too
+        found = [name for name in WRAPPERS if _holds_tensors(content.get(name), is_tensor)]
         if entry is None and not found and any(map(is_tensor, content.values())):
             break
         if entry is not None:
@@ -80,19 +59,14 @@ def unwrap(
         elif found:
             chosen = found[0]
         else:
-            held = (
-                some([f"{key!s}: {type(value).__name__}" for key, value in content.items()], 6)
-                or "nothing"
-            )
+            held = some([f"{key!s}: {type(value).__name__}" for key, value in content.items()], 6)
             raise CheckpointError(
-                f"{source} holds no state dict; its entries are {held}. Save "
+                f"{source} holds no state dict; its entries are {held or 'nothing'}. Save "
                 f"model.state_dict() and convert that."
             )
         others = [name for name in found if name != chosen]
-        notes.append(
-            f"took entry '{chosen}'"
-            + (f" (also there: {', '.join(others)}; choose with --entry)" if others else "")
-        )
+        also = f" (also there: {', '.join(others)}; choose with --entry)" if others else ""
+        notes.append(f"took entry '{chosen}'{also}")
         extras |= {str(key): value for key, value in content.items() if key != chosen}
         content = content[chosen]
     state = {}
@@ -112,9 +86,8 @@ def unwrap(
 def _holds_tensors(value: Any, is_tensor: Callable[[Any], bool]) -> bool:
     if not isinstance(value, Mapping):
         return False
-    return any(map(is_tensor, value.values())) or any(
-        _holds_tensors(value.get(name), is_tensor) for name in WRAPPERS
-    )
+    inner = (_holds_tensors(value.get(name), is_tensor) for name in WRAPPERS)
+    return any(map(is_tensor, value.values())) or any(inner)
 
 
 def strip(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:

@@ -57,9 +57,8 @@ def _directory(handle: BinaryIO, path: Path, size: int) -> tuple[int, int, int]:
     locator = tail[-_END.size - _END64_LOCATOR.size : -_END.size]
     if locator[:4] == b"PK\x06\x07" and len(tail) == _END64.size + len(locator) + _END.size:
         _, disk, place, parts = _END64_LOCATOR.unpack(locator)
-        magic, rest, _, _, *disks64, here, entries, length, start = _END64.unpack(
-            tail[: _END64.size]
-        )
+        parts64 = _END64.unpack(tail[: _END64.size])
+        magic, rest, _, _, *disks64, here, entries, length, start = parts64
         end = size - tail_size
         if (magic, rest, place, parts) != (b"PK\x06\x06", _END64.size - 12, end, 1):
             raise misplaced
