@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 
 from flax_resblock import checkpoint
-from flax_resblock.checkpoint import LIMITS, Limits, Record
-from flax_resblock.checkpoint.unwrap import unwrap
+from flax_resblock.checkpoint import LIMITS, Limits
+from flax_resblock.checkpoint.unwrap import record_of
 from flax_resblock.config import Config, Path
 from flax_resblock.convert import Naming, StateMap, naming_of
 from flax_resblock.convert.hubs import files_of
@@ -95,18 +95,17 @@ def from_torch(
         facts = module_facts(source)
         if stride is None:
             reading = replace(reading, stride=facts.stride)
-        record = _record_of(source.state_dict(), type(source).__name__)
+        record = record_of(source.state_dict(), type(source).__name__)
         opened = interpret(record, reading)
         if architecture is None:
-            reading = replace(
-                reading, assumptions={**facts.told(opened.state_map), **reading.assumptions}
-            )
+            told = {**facts.told(opened.state_map), **reading.assumptions}
+            reading = replace(reading, assumptions=told)
             opened = interpret(record, reading)
         facts.check(opened.state_map)
         _check_forward(source, opened, reading, facts.norm_options[EPS])
         options = cast(LayerOptions, {**facts.norm_options, **options})
     elif isinstance(source, Mapping):
-        opened = interpret(_record_of(source, "the state dict"), reading)
+        opened = interpret(record_of(source, "the state dict"), reading)
     elif isinstance(source, str | PathLike):
         opened = interpret(checkpoint.read(FilePath(source), limits=limits), reading)
     else:
@@ -133,23 +132,18 @@ def _warn_about(source: OpenedCheckpoint) -> None:
 def _check_forward(
     module: Any, opened: OpenedCheckpoint, reading: ReadOptions, eps: float | None
 ) -> None:
-    """Raises InputError unless the module's forward pass is that of the Flax network.
-
-    See :mod:`flax_resblock.parity.forward_check`, which needs torch and is imported here only.
-    """
+    """Raises InputError unless the module's forward pass is that of the Flax network."""
+    # needs torch
     from flax_resblock.parity.forward_check import check_forward
 
-    naming = opened.state_map.naming
-    same = replace(
-        reading, architecture=opened.config, naming=naming, num_classes=None, assumptions={}
-    )
+    found = {"architecture": opened.config, "naming": opened.state_map.naming}
+    same = replace(reading, num_classes=None, assumptions={}, **found)
 
     def values_of(state: Mapping[str, Any]) -> dict[Path, np.ndarray]:
-        again = interpret(_record_of(state, opened.record.source), same)
+        again = interpret(record_of(state, opened.record.source), same)
         return again.state_map.to_flax(again.tensors)
 
-    eps = 1e-5 if eps is None else eps
-    check_forward(module, opened, values_of, eps=eps)
+    check_forward(module, opened, values_of, eps=1e-5 if eps is None else eps)
 
 
 def load(
@@ -251,11 +245,8 @@ def to_model(source: OpenedCheckpoint, **options: Unpack[LayerOptions]) -> Model
     if source.afresh:
         drawn = build(source.config, rngs=nnx.Rngs(0), **options)
         fresh = dict(nnx.to_flat_state(nnx.state(drawn)))
-        values |= {
-            entry.flax_path: fresh[entry.flax_path][...]
-            for entry in source.state_map.entries
-            if entry.torch_key in source.afresh
-        }
+        afresh = [one for one in source.state_map.entries if one.torch_key in source.afresh]
+        values |= {entry.flax_path: fresh[entry.flax_path][...] for entry in afresh}
     set_values(model, values)
     model.eval()
     return model
@@ -263,43 +254,10 @@ def to_model(source: OpenedCheckpoint, **options: Unpack[LayerOptions]) -> Model
 
 def arrays_of(source: OpenedCheckpoint) -> dict[Path, jax.Array | np.ndarray]:
     """The values of an opened checkpoint by attribute path, in Flax's layout on jax's default
-    device; nothing is shared with its file.
-
-    One copy is made of each tensor on every core, into one block of memory, which lives as long as
-    any of the arrays does.
-
-    Args:
-      source: See :func:`flax_resblock.convert.opening.open_checkpoint`.
+    device. All are copied from its file into one block of memory, which lives as long as any of
+    them does.
     """
     return on_device(source.state_map.to_flax(source.tensors, in_one_block=True))
-
-
-def _record_of(state: Mapping[str, Any], name: str) -> Record:
-    """A state dict of tensors or arrays as if it had been read from a file."""
-    content, extras, notes = unwrap(
-        state,
-        is_tensor=lambda value: hasattr(value, "shape") and hasattr(value, "dtype"),
-        source=name,
-    )
-    return Record(
-        name,
-        "state dict",
-        {key: _to_numpy(value, key) for key, value in content.items()},
-        {},
-        tuple(notes),
-        extras,
-    )
-
-
-def _to_numpy(value: Any, key: str) -> np.ndarray:
-    if type(value).__module__.split(".")[0] == "torch":
-        from flax_resblock.checkpoint.torch_file import to_numpy
-
-        return to_numpy(value, key)
-    array = np.asarray(value)
-    return (
-        array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
-    )  # neither jax nor torch knows the other byte order
 
 
 def _config_of(model: Any) -> Config:
@@ -378,12 +336,6 @@ def save(
         )
     checkpoint.refuse_existing(path, force, checkpoint.is_orbax)
     state_map = StateMap(config, "flax" if kind == "orbax" and files is None else scheme)
-    write_with_run(
-        path,
-        state_map.to_torch(flat_arrays(model), copy=True),
-        metadata_of(config, scheme.name, norm_options(model)),
-        run,
-        state_map,
-        files=files,
-        force=force,
-    )
+    tensors = state_map.to_torch(flat_arrays(model), copy=True)
+    metadata = metadata_of(config, scheme.name, norm_options(model))
+    write_with_run(path, tensors, metadata, run, state_map, files=files, force=force)

@@ -20,24 +20,13 @@ class _Faulty(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
+        first = 1 if self.ignores_stride else stride
+        inner = in_channels if self.second_takes_in_channels else out_channels
         self.block = nn.Sequential(
-            nn.Conv2d(
-                in_channels,
-                out_channels,
-                kernel_size=3,
-                stride=1 if self.ignores_stride else stride,
-                padding=1,
-                bias=False,
-            ),
+            nn.Conv2d(in_channels, out_channels, 3, stride=first, padding=1, bias=False),
             nn.BatchNorm2d(out_channels),
             nn.ReLU(),
-            nn.Conv2d(
-                in_channels if self.second_takes_in_channels else out_channels,
-                out_channels,
-                kernel_size=3,
-                padding=1,
-                bias=False,
-            ),
+            nn.Conv2d(inner, out_channels, kernel_size=3, padding=1, bias=False),
             nn.BatchNorm2d(out_channels),
         )
         self.skip = nn.Sequential()

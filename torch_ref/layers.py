@@ -19,16 +19,7 @@ def conv(
 ) -> nn.Conv2d:
     """A convolution without bias, padded so that stride 1 keeps the resolution."""
     padding = dilation * (size // 2)
-    return nn.Conv2d(
-        in_channels,
-        out_channels,
-        size,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        bias=False,
-    )
+    return nn.Conv2d(in_channels, out_channels, size, stride, padding, dilation, groups, bias=False)
 
 
 def activation_layer(name: str) -> nn.Module:
@@ -47,10 +38,8 @@ class ZeroPad(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         front = self.extra_channels // 2
-        return F.pad(
-            x[:, :, :: self.stride, :: self.stride],
-            (0, 0, 0, 0, front, self.extra_channels - front),
-        )
+        sides = (0, 0, 0, 0, front, self.extra_channels - front)
+        return F.pad(x[:, :, :: self.stride, :: self.stride], sides)
 
 
 def downsample(in_channels: int, out_channels: int, stride: int, shortcut: str) -> nn.Module | None:
@@ -60,11 +49,9 @@ def downsample(in_channels: int, out_channels: int, stride: int, shortcut: str) 
     if shortcut == "zero_pad":
         return ZeroPad(out_channels - in_channels, stride)
     if shortcut == "pooled":
-        pool = (
-            nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
-            if stride > 1
-            else nn.Identity()
-        )
+        pool = nn.Identity()
+        if stride > 1:
+            pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
         return nn.Sequential(pool, conv(in_channels, out_channels, 1), nn.BatchNorm2d(out_channels))
     return nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
 
@@ -113,14 +100,9 @@ class Blur(nn.Module):
         super().__init__()
         self.stride = stride
         row = torch.tensor([0.25, 0.5, 0.25])
-        self.register_buffer(
-            "kernel", (row[:, None] * row).expand(channels, 1, 3, 3).clone(), persistent=False
-        )
+        kernel = (row[:, None] * row).expand(channels, 1, 3, 3).clone()
+        self.register_buffer("kernel", kernel, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(
-            F.pad(x, (1, 1, 1, 1), mode="reflect"),
-            self.kernel,
-            stride=self.stride,
-            groups=x.shape[1],
-        )
+        padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        return F.conv2d(padded, self.kernel, stride=self.stride, groups=x.shape[1])

@@ -50,10 +50,10 @@ def sgd(
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     decayed = {layer.weight for layer in layers}
     decay = [parameter for parameter in model.parameters() if parameter in decayed]
-    no_decay = [parameter for parameter in model.parameters() if parameter not in decayed]
+    others = [parameter for parameter in model.parameters() if parameter not in decayed]
     groups = [
         {"params": decay, "weight_decay": weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
+        {"params": others, "weight_decay": 0.0},
     ]
     return SGD(groups, lr=learning_rate, momentum=momentum, nesterov=nesterov)
 

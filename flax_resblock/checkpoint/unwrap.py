@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
+from flax_resblock.checkpoint.record import Record
 from flax_resblock.errors import CheckpointError, some
 
 WRAPPERS = (
@@ -81,6 +84,24 @@ def unwrap(
             extras[key] = value
             notes.append(f"left out {key!r}, a {type(value).__name__}")
     return strip(state, notes), extras, notes
+
+
+def record_of(state: Mapping[str, Any], name: str) -> Record:
+    """A state dict of tensors or arrays as if it had been read from a file called ``name``."""
+    content, extras, notes = unwrap(
+        state, is_tensor=lambda one: hasattr(one, "shape") and hasattr(one, "dtype"), source=name
+    )
+    tensors = {key: _to_numpy(value, key) for key, value in content.items()}
+    return Record(name, "state dict", tensors, {}, tuple(notes), extras)
+
+
+def _to_numpy(value: Any, key: str) -> np.ndarray:
+    if type(value).__module__.split(".")[0] == "torch":
+        from flax_resblock.checkpoint.torch_file import to_numpy
+
+        return to_numpy(value, key)
+    array = np.asarray(value)  # neither jax nor torch knows the other byte order
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _holds_tensors(value: Any, is_tensor: Callable[[Any], bool]) -> bool:

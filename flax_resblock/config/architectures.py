@@ -55,7 +55,6 @@ _VARIANTS: Mapping[str, dict[str, object]] = MappingProxyType(
 _RESNET18 = ResNetConfig()
 _RESNET34 = ResNetConfig(depths=(3, 4, 6, 3))
 _RESNET50 = _bottleneck((3, 4, 6, 3))
-
 _RESNET101, _RESNET152 = _bottleneck((3, 4, 23, 3)), _bottleneck((3, 8, 36, 3))
 _RESNET26 = _bottleneck((2, 2, 2, 2))
 _RESNEXT50 = _bottleneck((3, 4, 6, 3), groups=32, base_width=4)
@@ -121,9 +120,7 @@ ARCHITECTURES: Mapping[str, ResNetConfig] = MappingProxyType(
         "resnetblur101d": _timm(_RESNET101, "d", antialias="blur"),
     }
 )
-"""Torchvision's ten; the CIFAR networks of He et al. 2016 (arXiv:1512.03385), and ImageNet networks
-with the CIFAR stem; Caffe's; timm's.
-"""
+"""Torchvision's; CIFAR's of He et al. 2016, and ImageNet's with that stem; Caffe's; timm's."""
 
 
 def architectures() -> tuple[str, ...]:

@@ -225,52 +225,34 @@ class BlockConfig(BlockOptions):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive integer.")
         check_choices(self)
-        basic = self.kind == "basic"
-        for wrong, words in (
-            (
-                self.out_channels % EXPANSION[self.kind],
-                f"a bottleneck has 4 output channels per plane; "
-                f"out_channels={self.out_channels} is not a multiple of 4.",
-            ),
-            (
-                basic and self.base_width != 64,
-                f"base_width={self.base_width} applies to bottlenecks; a basic block has none.",
-            ),
-            (
-                basic and (self.in_channels % self.groups or self.out_channels % self.groups),
-                f"groups={self.groups} must divide in_channels={self.in_channels} and "
-                f"out_channels={self.out_channels} of a basic block.",
-            ),
-            (
-                self.inner_width < 1,
-                f"base_width={self.base_width} leaves a bottleneck of {self.planes} planes no "
-                f"inner channel.",
-            ),
-            (
-                self.shortcut == "zero_pad" and self.out_channels < self.in_channels,
-                f"a zero_pad shortcut cannot reduce {self.in_channels} channels to "
-                f"{self.out_channels}.",
-            ),
-            (
-                self.shortcut == "pooled" and self.dilation > 1,
-                f"a pooled shortcut with dilation={self.dilation} is defined differently by "
-                f"different libraries; use shortcut='projection'.",
-            ),
-            (
-                self.antialias == "blur"
-                and (
-                    self.stride > 2 or self.dilation > 1 or (not basic and self.stride_on == "1x1")
-                ),
-                "antialias='blur' carries a stride of 1 or 2 after a 3x3 convolution; it goes "
-                "with neither dilation nor stride_on='1x1'.",
-            ),
-            (
-                not 0 < self.attention_ratio <= 1,
-                f"attention_ratio={self.attention_ratio!r} must be above 0 and at most 1.",
-            ),
-        ):
+        for wrong, words in self._faults():
             if wrong:
                 raise ValueError(words)
+
+    def _faults(self) -> Iterator[tuple[object, str]]:
+        basic, inputs, outputs = self.kind == "basic", self.in_channels, self.out_channels
+        words = f"a bottleneck has 4 output channels per plane; out_channels={outputs} is not a "
+        yield outputs % EXPANSION[self.kind], f"{words}multiple of 4."
+        words = f"base_width={self.base_width} applies to bottlenecks; a basic block has none."
+        yield basic and self.base_width != 64, words
+        words = f"groups={self.groups} must divide in_channels={inputs} and out_channels={outputs}"
+        yield (
+            basic and (inputs % self.groups or outputs % self.groups),
+            f"{words} of a basic block.",
+        )
+        words = f"base_width={self.base_width} leaves a bottleneck of {self.planes} planes no inner"
+        yield self.inner_width < 1, f"{words} channel."
+        words = f"a zero_pad shortcut cannot reduce {inputs} channels to {outputs}."
+        yield self.shortcut == "zero_pad" and outputs < inputs, words
+        words = f"a pooled shortcut with dilation={self.dilation} is defined differently by"
+        words += " different libraries; use shortcut='projection'."
+        yield self.shortcut == "pooled" and self.dilation > 1, words
+        unblurred = self.stride > 2 or self.dilation > 1 or (not basic and self.stride_on == "1x1")
+        words = "antialias='blur' carries a stride of 1 or 2 after a 3x3 convolution; it goes with"
+        words += " neither dilation nor stride_on='1x1'."
+        yield self.antialias == "blur" and unblurred, words
+        words = f"attention_ratio={self.attention_ratio!r} must be above 0 and at most 1."
+        yield not 0 < self.attention_ratio <= 1, words
 
     @property
     def planes(self) -> int:

@@ -21,11 +21,9 @@ from flax_resblock.config.block import (
     normalised_conv,
 )
 
+Stem = Literal["imagenet", "deep", "cifar"]
 MOST_BLOCKS = 10_000
 """Of a network; a configuration in a file may say any number."""
-
-
-Stem = Literal["imagenet", "deep", "cifar"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +69,8 @@ class ResNetConfig(BlockOptions):
                 f"least one."
             )
         classes = () if self.num_classes is None else (self.num_classes,)
-        for field in (
-            *self.depths,
-            *self.widths,
-            *self.stem_hidden,
-            self.stem_width,
-            self.in_channels,
-            *classes,
-        ):
+        sizes = (*self.depths, *self.widths, *self.stem_hidden, self.stem_width, self.in_channels)
+        for field in (*sizes, *classes):
             if not isinstance(field, int) or field < 1:
                 raise ValueError(
                     f"depths, widths, stem_width, in_channels and num_classes must be positive "

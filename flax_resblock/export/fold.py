@@ -15,7 +15,7 @@ from flax_resblock.errors import InputError
 from flax_resblock.nn.conv import Conv
 from flax_resblock.nn.norm import BatchNorm
 from flax_resblock.nn.resnet import Model
-from flax_resblock.nn.variables import fill, flat_arrays
+from flax_resblock.nn.variables import fill, flat_arrays, variable_at
 
 
 class ChannelBias(nnx.Module):
@@ -31,14 +31,6 @@ class ChannelBias(nnx.Module):
     def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
         """``(..., C)`` to the same shape and dtype."""
         return x + jnp.asarray(self.bias[...], x.dtype)
-
-
-def module_at(model: nnx.Module, path: tuple[str | int, ...]) -> Any:
-    """The submodule at an attribute path, ``("stage1", 0, "norm1")``."""
-    node: Any = model
-    for part in path:
-        node = node[part] if isinstance(part, int) else getattr(node, part)
-    return node
 
 
 def fold_batch_norm(model: Model) -> Model:
@@ -57,13 +49,10 @@ def fold_batch_norm(model: Model) -> Model:
         if slot.kind is not SlotKind.NORM:
             continue
         *place, name = slot.path
-        conv = module_at(folded, before.path) if before.kind is SlotKind.CONV else None
-        norm = module_at(folded, slot.path)
-        if (
-            not isinstance(conv, Conv)
-            or not isinstance(norm, BatchNorm)
-            or conv.kernel.shape[-1] != norm.num_features
-        ):
+        conv = variable_at(folded, before.path) if before.kind is SlotKind.CONV else None
+        norm = variable_at(folded, slot.path)
+        channels = norm.num_features if isinstance(norm, BatchNorm) else None
+        if not isinstance(conv, Conv) or conv.kernel.shape[-1] != channels:
             raise InputError(
                 f"the norm at {slot.name} follows no convolution of as many channels and cannot "
                 f"be folded into one. Export without --fold-batch-norm."
@@ -75,11 +64,8 @@ def fold_batch_norm(model: Model) -> Model:
         factor = scale / np.sqrt(var + norm.eps)
         dtype = conv.kernel[...].dtype
         conv.kernel.set_value(jnp.asarray((kernel * factor).astype(dtype)))
-        setattr(
-            module_at(folded, tuple(place)),
-            str(name),
-            ChannelBias(jnp.asarray((bias - mean * factor).astype(dtype))),
-        )
+        shift = ChannelBias(jnp.asarray((bias - mean * factor).astype(dtype)))
+        setattr(variable_at(folded, tuple(place)), str(name), shift)
     return folded
 
 
@@ -103,26 +89,23 @@ def folding_error(
     )
     with jax.enable_x64(True):
         wide = nnx.merge(*nnx.split(model), copy=True)
-        fill(
-            wide,
-            {
-                path: value.astype(np.float64) if value.dtype.kind in "fV" else value
-                for path, value in flat_arrays(model).items()
-            },
-        )
+        values = {
+            path: value.astype(np.float64) if value.dtype.kind in "fV" else value
+            for path, value in flat_arrays(model).items()
+        }
+        fill(wide, values)
         truth = _run(wide, images)
-    return {
-        name: float(
-            np.linalg.norm(_run(one, images.astype(np.float32)) - truth) / np.linalg.norm(truth)
-        )
-        for name, one in (("folded", folded), ("unfolded", model))
-    }
+
+    def error(one: Model) -> float:
+        found = _run(one, images.astype(np.float32))
+        return float(np.linalg.norm(found - truth) / np.linalg.norm(truth))
+
+    return {"folded": error(folded), "unfolded": error(model)}
 
 
 def _run(model: Model, images: np.ndarray) -> np.ndarray:
     graphdef, state = nnx.split(model)
     with jax.default_matmul_precision("highest"):
-        outputs = jax.jit(
-            lambda state, images: nnx.merge(graphdef, state)(images, use_running_average=True)
-        )(state, images)
+        run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x, use_running_average=True))
+        outputs = run(state, images)
     return np.asarray(outputs, np.float64)

@@ -54,19 +54,12 @@ class CompiledInference:
         arrays, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, state))
 
         def forward(arrays: list[jax.Array], images: jax.Array) -> jax.Array:
-            return nnx.merge(graphdef, jax.tree.unflatten(structure, arrays))(
-                images, use_running_average=True
-            )
+            network = nnx.merge(graphdef, jax.tree.unflatten(structure, arrays))
+            return network(images, use_running_average=True)
 
-        single = example.dtype == jnp.float32 and all(
-            array.dtype == jnp.float32 for array in arrays
-        )
-        choose = all(
-            for_cpu(node.conv_lowering)
-            for _, node in nnx.iter_modules(folded)
-            if isinstance(node, Conv)
-        )
-        if single and choose:
+        single = all(value.dtype == jnp.float32 for value in (example, *arrays))
+        convs = (node for _, node in nnx.iter_modules(folded) if isinstance(node, Conv))
+        if single and all(for_cpu(conv.conv_lowering) for conv in convs):
             from flax_resblock.cpu.inference import CpuNetwork
 
             self._network = CpuNetwork(forward, arrays)
@@ -77,9 +70,9 @@ class CompiledInference:
 
     def _for(self, size: int) -> _Compiled:
         if size not in self._compiled:
-            self._compiled[size] = self._network.compiled(
-                jax.ShapeDtypeStruct((size, *self.example.shape[1:]), self.example.dtype)
-            )
+            shape = (size, *self.example.shape[1:])
+            images = jax.ShapeDtypeStruct(shape, self.example.dtype)
+            self._compiled[size] = self._network.compiled(images)
         return self._compiled[size]
 
     def __call__(self, images: Any) -> jax.Array:
@@ -96,9 +89,9 @@ class CompiledInference:
         if images.ndim != 4 or images.shape[1:] != self.example.shape[1:] or len(images) == 0:
             height, width, channels = self.example.shape[1:]
             raise InputError(
-                f"this model was compiled for images (N, {height}, {width}, {channels}); these "
-                f"are {tuple(images.shape)}. "
-                "Resize them, or call compile_inference with an example of their size."
+                f"this model was compiled for images (N, {height}, {width}, {channels}); these are "
+                f"{tuple(images.shape)}. Resize them, or call compile_inference with an example of "
+                "their size."
             )
         largest, count = self.batch_sizes[-1], images.shape[0]
         if count in self.batch_sizes:
@@ -139,6 +132,5 @@ def compile_inference(model: Model, example: Any) -> CompiledInference:
             f"the example must be at least one image, (N, H, W, {model.config.in_channels}); its "
             f"shape is {shape}."
         )
-    return CompiledInference(
-        model, jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(example.dtype))
-    )
+    dtype = jax.dtypes.canonicalize_dtype(example.dtype)
+    return CompiledInference(model, jax.ShapeDtypeStruct(shape, dtype))

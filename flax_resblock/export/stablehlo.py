@@ -28,8 +28,10 @@ from flax_resblock import config as arch
 from flax_resblock.checkpoint.atomic import replacing
 from flax_resblock.errors import CheckpointError, InputError, MissingDependencyError, some
 from flax_resblock.nn.resnet import Model
+from flax_resblock.nn.variables import flat_arrays
 
 PROGRAM, WEIGHTS, MANIFEST = "model.stablehlo", "weights.safetensors", "manifest.json"
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "safetensors")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 FORMAT = "flax-resblock export"
 SCHEMA = 1
@@ -58,10 +60,9 @@ def weights_of(model: Model) -> dict[str, np.ndarray]:
     Raises:
       InputError: Some are float64.
     """
-    flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
     found = {
-        ".".join(map(str, path)): np.asarray(variable[...])
-        for path, variable in flat.items()
+        ".".join(map(str, path)): value
+        for path, value in flat_arrays(model).items()
         if path[-1] != "num_batches_tracked"
     }
     wide = [name for name, value in found.items() if value.dtype == np.float64]
@@ -83,9 +84,7 @@ def forward_of(model: Model) -> Callable[[Mapping[str, Any], Any], Any]:
             path: jnp.zeros((), jnp.int32) if path[-1] == "num_batches_tracked" else weights[name]
             for path, name in names.items()
         }
-        values = [
-            (path, variable.replace(flat[path])) for path, variable in nnx.to_flat_state(state)
-        ]
+        values = [(path, one.replace(flat[path])) for path, one in nnx.to_flat_state(state)]
         module = nnx.merge(graphdef, nnx.from_flat_state(values))
         return module(images, use_running_average=True)
 
@@ -93,16 +92,18 @@ def forward_of(model: Model) -> Callable[[Mapping[str, Any], Any], Any]:
 
 
 def _input_spec(config: arch.Config, image_size: int | None) -> jax.ShapeDtypeStruct:
-    size = f"{image_size}, {image_size}" if image_size is not None else "height, width"
-    constraints = (
-        ["batch >= 1"]
-        if image_size is not None
-        else ["batch >= 1", f"height >= {_SMALLEST}", f"width >= {_SMALLEST}"]
-    )
-    shape = jax.export.symbolic_shape(
-        f"batch, {size}, {config.in_channels}", constraints=constraints
-    )
+    size, constraints = f"{image_size}, {image_size}", ["batch >= 1"]
+    if image_size is None:
+        size = "height, width"
+        constraints += [f"height >= {_SMALLEST}", f"width >= {_SMALLEST}"]
+    text = f"batch, {size}, {config.in_channels}"
+    shape = jax.export.symbolic_shape(text, constraints=constraints)
     return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _described(array: Any) -> dict[str, Any]:
+    sizes = [size if isinstance(size, int) else str(size) for size in array.shape]
+    return {"shape": sizes, "dtype": str(array.dtype)}
 
 
 def export_model(
@@ -156,49 +157,32 @@ def export_model(
     images = _input_spec(model.config, image_size)
     kept = {} if bake_weights else weights
     specs = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in kept.items()}
+    network = jax.jit(lambda given, images: forward(weights if bake_weights else given, images))
     with jax.default_matmul_precision(precision):
-        exported = jax.export.export(
-            jax.jit(lambda given, images: forward(weights if bake_weights else given, images)),
-            platforms=[str(platform) for platform in platforms],
-        )(specs, images)
+        exported = jax.export.export(network, platforms=list(map(str, platforms)))(specs, images)
     program = exported.serialize()
     manifest = {
         "format": FORMAT,
         "schema": SCHEMA,
         "architecture": arch.name_of(model.config),
         "config": arch.to_json(model.config),
-        "input": {
-            "shape": [size if isinstance(size, int) else str(size) for size in images.shape],
-            "dtype": "float32",
-            "layout": "NHWC",
-        },
-        "output": {
-            "shape": [
-                size if isinstance(size, int) else str(size) for size in exported.out_avals[0].shape
-            ],
-            "dtype": str(exported.out_avals[0].dtype),
-        },
+        "input": {**_described(images), "layout": "NHWC"},
+        "output": _described(exported.out_avals[0]),
         "platforms": list(platforms),
         "precision": precision,
         "weights": "constants of the program" if bake_weights else WEIGHTS,
         "calling_convention_version": exported.calling_convention_version,
         "compatibility": COMPATIBILITY,
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {
-            package: version(package)
-            for package in ("jax", "jaxlib", "flax", "numpy", "safetensors")
-        },
+        "versions": {name: version(name) for name in _PACKAGES},
         **(facts or {}),
     }
     folder = Path(folder)
     with replacing(folder, force=force, replaceable=is_exported) as temporary:
         temporary.mkdir()
         (temporary / PROGRAM).write_bytes(program)
-        (temporary / WEIGHTS).write_bytes(
-            safetensors.numpy.save(
-                {name: np.ascontiguousarray(value) for name, value in kept.items()}
-            )
-        )
+        contiguous = {name: np.ascontiguousarray(value) for name, value in kept.items()}
+        (temporary / WEIGHTS).write_bytes(safetensors.numpy.save(contiguous))
         manifest["sha256"] = {name: _sha256(temporary / name) for name in (PROGRAM, WEIGHTS)}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return manifest
@@ -293,10 +277,11 @@ class Exported:
             for.
         """
         wanted, given = self.manifest["input"]["shape"], tuple(images.shape)
-        if len(given) != 4 or any(
-            isinstance(size, int) and size != there
+        fits = len(given) == 4 and all(
+            isinstance(size, str) or size == there
             for size, there in zip(wanted, given, strict=True)
-        ):
+        )
+        if not fits:
             raise InputError(
                 f"{self.folder} takes images of shape ({', '.join(map(str, wanted))}); got {given}."
             )
@@ -345,11 +330,9 @@ def open_exported(folder: str | Path) -> Exported:
     convention = manifest.get("calling_convention_version", 0)
     if not oldest <= convention <= newest:
         written = manifest.get("versions", {}).get("jax")
-        when, remedy = (
-            ("a newer", f"install jax {written} or newer")
-            if convention > newest
-            else ("a much older", "export again")
-        )
+        when, remedy = "a much older", "export again"
+        if convention > newest:
+            when, remedy = "a newer", f"install jax {written} or newer"
         raise InputError(
             f"{folder} was written by {when} jax, {written} (calling convention {convention}); jax "
             f"{jax.__version__} reads {oldest} to {newest}. {COMPATIBILITY}. To go on, {remedy}."

@@ -12,8 +12,8 @@ from flax import nnx
 from flax_resblock.config import Path
 
 
-def variable_at(model: nnx.Module, path: tuple[Any, ...]) -> nnx.Variable:
-    """The variable at an attribute path, ``("stage1", 0, "conv1", "kernel")``."""
+def variable_at(model: nnx.Module, path: tuple[Any, ...]) -> Any:
+    """The variable or submodule at an attribute path, ``("stage1", 0, "conv1", "kernel")``."""
     node: Any = model
     for part in path:
         node = node[part] if isinstance(part, int) else getattr(node, part)
@@ -40,17 +40,11 @@ def on_device(arrays: Mapping[Path, np.ndarray]) -> dict[Path, jax.Array | np.nd
     """Every array on jax's default device, which takes it over as it is where that is the CPU; kept
     by numpy where jax would narrow it and lose bits.
     """
-    kept = {
-        path: value
-        for path, array in arrays.items()
-        if (value := _as_jax_keeps_it(array)) is not None
-    }
-    moved = dict(
-        zip(kept, jax.device_put(list(kept.values()), may_alias=True), strict=True)
-    )  # in one call, as each has its price
-    return {
-        path: moved[path] if path in moved else np.array(array) for path, array in arrays.items()
-    }
+    pairs = ((path, _as_jax_keeps_it(array)) for path, array in arrays.items())
+    kept = {path: value for path, value in pairs if value is not None}
+    put = jax.device_put(list(kept.values()), may_alias=True)  # in one call, as each has its price
+    moved = dict(zip(kept, put, strict=True))
+    return {path: moved[path] if path in moved else np.array(arrays[path]) for path in arrays}
 
 
 def _as_jax_keeps_it(array: np.ndarray) -> np.ndarray | None:
@@ -58,20 +52,17 @@ def _as_jax_keeps_it(array: np.ndarray) -> np.ndarray | None:
     narrow = jax.dtypes.canonicalize_dtype(array.dtype)
     if narrow == array.dtype:
         return array
-    fits = (
-        array.dtype.kind in "iu"
-        and array.ndim == 0
-        and np.iinfo(narrow).min <= int(array) <= np.iinfo(narrow).max
-    )
-    return array.astype(narrow) if fits else None
+    if array.dtype.kind not in "iu" or array.ndim:
+        return None
+    limits = np.iinfo(narrow)
+    return array.astype(narrow) if limits.min <= int(array) <= limits.max else None
 
 
 def flat_arrays(model: nnx.Module) -> dict[Path, np.ndarray]:
     """Every variable of a model by path, on the host, counters as int64."""
     arrays = {}
-    for path, variable in dict(
-        nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
-    ).items():
+    state = nnx.state(model, (nnx.Param, nnx.BatchStat))
+    for path, variable in dict(nnx.to_flat_state(state)).items():
         array = np.asarray(variable[...])
         arrays[path] = array.astype(np.int64) if path[-1] == "num_batches_tracked" else array
     return arrays
