@@ -6,14 +6,6 @@ from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
 from flax_resblock.convert.state_map import Entry, StateMap, TensorInfo, describe
 
 __all__ = [
-    "NAMINGS",
-    "Entry",
-    "Match",
-    "Naming",
-    "StateMap",
-    "TensorInfo",
-    "describe",
-    "identify",
-    "naming_of",
-    "unhealthy",
-]
+    "NAMINGS", "Entry", "Match", "Naming", "StateMap", "TensorInfo", "describe", "identify",
+    "naming_of", "unhealthy",
+]  # fmt: skip

@@ -27,9 +27,8 @@ def _collapse(shape: Sequence[int], axes: Sequence[int]) -> tuple[list[int], tup
         else:
             groups.append([axis])
     order = sorted(range(len(groups)), key=lambda i: groups[i][0])
-    return [math.prod(shape[axis] for axis in groups[i]) for i in order], tuple(
-        order.index(i) for i in range(len(groups))
-    )
+    sizes = [math.prod(shape[axis] for axis in groups[i]) for i in order]
+    return sizes, tuple(order.index(i) for i in range(len(groups)))
 
 
 def one_block(like: Sequence[tuple[Sequence[int], np.dtype]]) -> list[np.ndarray]:
@@ -103,10 +102,8 @@ def _reverse(short: np.ndarray, long: np.ndarray, *, backwards: bool = False) ->
             together = np.ascontiguousarray(long[:, block].transpose(1, 2, 0))
             runs[:, block] = together.reshape(-1, first * run).view(runs.dtype).T
         else:
-            together = (
-                np.ascontiguousarray(runs[:, block].T).view(short.dtype).reshape(-1, first, run)
-            )
-            long[:, block] = together.transpose(2, 0, 1)
+            together = np.ascontiguousarray(runs[:, block].T).view(short.dtype)
+            long[:, block] = together.reshape(-1, first, run).transpose(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -144,11 +141,8 @@ class Codec:
 
     def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The PyTorch shape of a tensor of Flax shape ``shape``."""
-        return (
-            tuple(shape)
-            if self.inverse_axes is None
-            else tuple(shape[axis] for axis in self.inverse_axes)
-        )
+        axes = self.inverse_axes or range(len(shape))
+        return tuple(shape[axis] for axis in axes)
 
 
 AS_IS = Codec("as is")

@@ -6,8 +6,8 @@ architectures, assumptions) and from :data:`FAMILIES`, which says how each was t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from flax_resblock.config import ARCHITECTURES
 from flax_resblock.convert.detection.assumptions import ASSUMPTION_RULES
@@ -15,16 +15,9 @@ from flax_resblock.convert.detection.backbones import BACKBONES
 from flax_resblock.convert.naming import NAMINGS
 
 
-@dataclass(frozen=True)
-class Family:
-    """One row of the table.
-
-    Attributes:
-      name: Of the family.
-      naming: Its naming scheme.
-      converts: What of it converts.
-      reference: Package and version that it was held against.
-      proof: How.
+class Family(NamedTuple):
+    """One row of the table: a family, its naming scheme, what of it converts, the package and
+    version that it was held against, and how.
     """
 
     name: str
@@ -51,70 +44,48 @@ _TRANSFORMERS, _TIMM, _TORCHVISION = "transformers 5.24.0", "timm 1.0.31", "torc
 
 FAMILIES = (
     Family(
-        "torchvision classification",
-        "torchvision",
-        "resnet, resnext, wide_resnet",
-        _TORCHVISION,
+        "torchvision classification", "torchvision", "resnet, resnext, wide_resnet", _TORCHVISION,
         _NAMES,
     ),
     Family(
-        "torchvision detection",
-        "torchvision",
-        "`backbone.body.*` of Faster R-CNN, RetinaNet, Mask R-CNN, FCOS",
-        _TORCHVISION,
-        _FEATURES,
+        "torchvision detection", "torchvision",
+        "`backbone.body.*` of Faster R-CNN, RetinaNet, Mask R-CNN, FCOS", _TORCHVISION, _FEATURES,
     ),
     Family(
-        "torchvision segmentation",
-        "torchvision",
-        "`backbone.*` of FCN and DeepLabV3, with --dilated-stages 3 4",
-        _TORCHVISION,
-        _FEATURES,
+        "torchvision segmentation", "torchvision",
+        "`backbone.*` of FCN and DeepLabV3, with --dilated-stages 3 4", _TORCHVISION, _FEATURES,
     ),
     Family(
-        "transformers ResNet",
-        "huggingface",
+        "transformers ResNet", "huggingface",
         "ResNetForImageClassification, ResNetModel: basic and bottleneck, any depths and "
-        "widths, `downsample_in_first_stage`, `downsample_in_bottleneck`; ReLU",
-        _TRANSFORMERS,
+        "widths, `downsample_in_first_stage`, `downsample_in_bottleneck`; ReLU", _TRANSFORMERS,
         _EQUAL,
     ),
     Family(
-        "timm ResNet",
-        "timm",
+        "timm ResNet", "timm",
         "plain, c, d, s and t stems; wide; resnext; gluon, tv and a1 weights, which have the "
-        "same names",
-        _TIMM,
-        _EQUAL,
+        "same names", _TIMM, _EQUAL,
     ),
     Family("timm SE-ResNet, SE-ResNeXt", "timm", "plain, d and t", _TIMM, _EQUAL),
     Family("timm ECA-ResNet", "timm", "d and t", _TIMM, _EQUAL),
     Family(
-        "timm ResNet-Blur",
-        "timm",
-        "plain and d, selected by config.json or --antialias blur",
-        _TIMM,
-        _EQUAL,
+        "timm ResNet-Blur", "timm", "plain and d, selected by config.json or --antialias blur",
+        _TIMM, _EQUAL,
     ),
     Family(
-        "Caffe and MSRA",
-        "torchvision",
+        "Caffe and MSRA", "torchvision",
         "resnet50_caffe and the others, with --stride-on 1x1 or an OpenMMLab configuration in "
-        "the file",
-        "transformers 5.24.0",
+        "the file", "transformers 5.24.0",
         "the stride placement equals that of `downsample_in_bottleneck`, which is tested there; "
         "not tested with Caffe's own weights",
     ),
     Family("detectron2", "detectron2", "stem and res2 to res5", "none", _KEYS),
     Family(
-        "OpenMMLab",
-        "openmmlab",
-        "mmpretrain classifiers; mmdet backbones, deep stem too",
-        "none",
-        _KEYS,
+        "OpenMMLab", "openmmlab", "mmpretrain classifiers; mmdet backbones, deep stem too",
+        "none", _KEYS,
     ),
     Family("nn.Sequential(*children)", "children", "lightly, BYOL", "none", _KEYS),
-)
+)  # fmt: skip
 
 NOT_CONVERTED = (
     (
@@ -136,110 +107,78 @@ NOT_CONVERTED = (
         "Caffe2 names (`res2_0_branch2a_w`)",
         "norms are folded into scale and bias, so the statistics are missing",
     ),
-)
+)  # fmt: skip
 """What is refused, and why."""
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    head = list(head)
-    return [
-        f"| {' | '.join(head)} |",
-        f"|{'---|' * len(head)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
-        "",
-    ]
+def _table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def families_page() -> str:
     """The text of docs/families.md."""
-    lines = [
+    networks = (
+        (
+            row.name,
+            f"`{row.prefix}*`" if row.prefix else "no prefix",
+            ", ".join(map(_code, row.beside)),
+        )
+        for row in BACKBONES
+    )
+    options = (
+        (_code(rule.flag), _code(value), words)
+        for rule in ASSUMPTION_RULES
+        for value, words in rule.choices.items()
+    )
+    paragraphs = [
         "# Families of checkpoints",
-        "",
         "This page lists the checkpoints that convert. It is generated from the converter's own "
         "tables by `python -m flax_resblock.convert.families > docs/families.md`.",
-        "",
-    ]
-    lines += _table(
-        ("family", "naming scheme", "what converts", "reference package", "how it is tested"),
-        ((f.name, f"`{f.naming}`", f.converts, f.reference, f.proof) for f in FAMILIES),
-    )
-    lines += [
+        _table(
+            ("family", "naming scheme", "what converts", "reference package", "how it is tested"),
+            ((f.name, _code(f.naming), f.converts, f.reference, f.proof) for f in FAMILIES),
+        ),
         "The tests are in `parity_tests/test_families.py` and `test_backbones.py`. They need the "
         "reference packages: `pip install -c constraints.txt '.[families]'`.",
-        "",
-    ]
-    lines += [
         "## Naming schemes",
-        "",
         "A naming scheme says how the tensors of a network are named. `--naming NAME` selects "
         "the scheme for reading (by default it is detected), and `--to-naming NAME` the scheme for "
         "writing. If the table names a package in the last column, the output is a folder with a "
         "`config.json` which that package loads.",
-        "",
-    ]
-    lines += _table(
-        ("naming scheme", "written by", "writes a folder for"),
-        ((f"`{row.name}`", row.origin, row.hub) for row in NAMINGS.values()),
-    )
-    lines += [
+        _table(
+            ("naming scheme", "written by", "writes a folder for"),
+            ((_code(row.name), row.origin, row.hub) for row in NAMINGS.values()),
+        ),
         "Names of your own are described with `flax_resblock.Naming`, whose documentation shows an "
         "example; every function that takes the name of a scheme takes the object as well: "
         "`load(path, naming=mine)`, `save(model, path, naming=mine)`.",
-        "",
-    ]
-    lines += ["## Networks inside larger checkpoints", ""]
-    lines += [
+        "## Networks inside larger checkpoints",
         "The backbone of these projects' checkpoints is converted, and the rest is left out. A row "
         "applies only if it accounts for every tensor of the file and if the parts that identify "
         "the project are present. The output states how many tensors are left out. A "
         "classification head is never left out: a single fully connected layer beside a network, "
         "such as `classifier` beside `backbone.*`, is read as the network's head.",
-        "",
-    ]
-    beside = (", ".join(f"`{pattern}`" for pattern in row.beside) for row in BACKBONES)
-    lines += _table(
-        ("project", "the network", "left out"),
-        (
-            (row.name, f"`{row.prefix}*`" if row.prefix else "no prefix", left)
-            for row, left in zip(BACKBONES, beside, strict=True)
-        ),
-    )
-    lines += [
+        _table(("project", "the network", "left out"), networks),
         "torchvision's detectors with the COCO weights of 2017 use frozen norms with `eps=0`. The "
         "weights do not show this; pass `load(path, eps=0.0)`.",
-        "",
-    ]
-    lines += [
         "## Options that cannot be inferred from the weights",
-        "",
         "Without a flag or a configuration in the file, the first value of each option is assumed. "
         "`verify` shows how the other value would change the output.",
-        "",
-    ]
-    lines += _table(
-        ("flag", "value", "meaning"),
-        (
-            (f"`{t.flag}`", f"`{value}`", words)
-            for t in ASSUMPTION_RULES
-            for value, words in t.choices.items()
-        ),
-    )
-    lines += [
+        _table(("flag", "value", "meaning"), options),
         "`--dilated-stages 3 4` replaces the strides of stages 3 and 4 by dilation, as "
         "torchvision's `replace_stride_with_dilation` does.",
-        "",
-    ]
-    lines += [
         "## Named architectures",
-        "",
         f"There are {len(ARCHITECTURES)} named architectures: "
-        + ", ".join(f"`{name}`" for name in ARCHITECTURES)
-        + ". Other depths and widths are inferred from the names and shapes of the tensors.",
-        "",
+        f"{', '.join(map(_code, ARCHITECTURES))}. Other depths and widths are inferred from the names and shapes of the tensors.",
+        "## Not converted",
+        _table(("family", "reason"), NOT_CONVERTED),
     ]
-    lines += ["## Not converted", ""]
-    lines += _table(("family", "reason"), NOT_CONVERTED)
-    return "\n".join(lines)
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def _code(text: object) -> str:
+    return f"`{text}`"
 
 
 if __name__ == "__main__":

@@ -175,17 +175,12 @@ def module_facts(module: Any) -> ModuleFacts:
       InputError: Norms that differ among themselves in ``eps`` or ``momentum``.
     """
     modules = dict(module.named_modules())
-    while True:
-        prefix = next(
-            (
-                p
-                for p in PREFIXES
-                if p[:-1] in modules and all(n == "" or f"{n}.".startswith(p) for n in modules)
-            ),
-            None,
-        )
-        if prefix is None:
-            break
+
+    def is_around(prefix: str) -> bool:
+        inside = all(name == "" or f"{name}.".startswith(prefix) for name in modules)
+        return inside and prefix[:-1] in modules
+
+    while (prefix := next(filter(is_around, PREFIXES), None)) is not None:
         modules = {
             name.removeprefix(prefix) if name != prefix[:-1] else "": value
             for name, value in modules.items()

@@ -44,9 +44,8 @@ TORCH_TENSORS: Mapping[SlotKind, tuple[Tensor, ...]] = MappingProxyType(
             Tensor("num_batches_tracked", "num_batches_tracked", role="counter"),
         ),
         SlotKind.LINEAR: (Tensor("kernel", "weight", TRANSPOSED), Tensor("bias", "bias")),
-        **dict.fromkeys(
-            (SlotKind.MAX_POOL, SlotKind.AVERAGE_POOL, SlotKind.BLUR, SlotKind.OUTPUT), ()
-        ),
+        **dict.fromkeys((SlotKind.MAX_POOL, SlotKind.AVERAGE_POOL), ()),
+        **dict.fromkeys((SlotKind.BLUR, SlotKind.OUTPUT), ()),
     }
 )
 TORCH_ACTIVATIONS: Mapping[Activation, tuple[str, Mapping[str, Any]]] = MappingProxyType(
@@ -123,9 +122,7 @@ class Naming:
 
     def is_inside_block(self, key: str) -> bool:
         """Whether a tensor has the name of one in a block of a network."""
-        stage, block = re.escape(self.stage).split(r"\{stage\}")
-        digits = r"\d+"
-        pattern = f"{stage}{digits}{block}".replace(r"\{block\}", digits)
+        pattern = re.sub(r"\\{(stage|block)\\}", r"\\d+", re.escape(self.stage))
         return re.match(rf"{pattern}\.", key) is not None
 
     def is_in_bare_block(self, key: str) -> bool:
@@ -171,10 +168,9 @@ _ATTENTION = {
 
 def _stem_sequence(name: str, last_norm: str) -> dict[str, str]:
     """A deep stem as one ``nn.Sequential``; the last norm may stand outside."""
-    places = {f"stem.conv{i + 1}": f"{name}.{3 * i}" for i in range(3)} | {
-        f"stem.norm{i + 1}": f"{name}.{3 * i + 1}" for i in range(3)
-    }
-    return places | {"stem.norm3": last_norm}
+    convs = {f"stem.conv{i + 1}": f"{name}.{3 * i}" for i in range(3)}
+    norms = {f"stem.norm{i + 1}": f"{name}.{3 * i + 1}" for i in range(3)}
+    return convs | norms | {"stem.norm3": last_norm}
 
 
 _TORCHVISION = (
@@ -215,90 +211,59 @@ def _huggingface(prefix: str) -> dict[str, str]:
 
 
 _FLAX_PLACES = (*_TORCHVISION, "head")
+_DEEP_STEM = _stem_sequence("stem", "stem.7")
+_OPENMMLAB = {place: f"backbone.{name}" for place, name in (_STEM | _DEEP_STEM).items()}
 
 _ROWS = (
     Naming(
-        "torchvision",
-        "layer{stage}.{block}",
-        _TORCHVISION | {"head": "fc"},
+        "torchvision", "layer{stage}.{block}", _TORCHVISION | {"head": "fc"},
         "torchvision.models, timm, most papers",
     ),
     Naming(
-        "sequential",
-        "layer{stage}.{block}",
-        _STEM | _SEQUENTIAL | {"head": "fc"},
+        "sequential", "layer{stage}.{block}", _STEM | _SEQUENTIAL | {"head": "fc"},
         "blocks written as nn.Sequential: block.0/1/3/4, skip.0/1",
     ),
     Naming(
-        "akamaster",
-        "layer{stage}.{block}",
-        _STEM | _RESIDUAL | {"head": "linear"},
+        "akamaster", "layer{stage}.{block}", _STEM | _RESIDUAL | {"head": "linear"},
         "github.com/akamaster/pytorch_resnet_cifar10 (option A)",
     ),
     Naming(
-        "kuangliu",
-        "layer{stage}.{block}",
-        _STEM | _RESIDUAL | _SHORTCUT | {"head": "linear"},
+        "kuangliu", "layer{stage}.{block}", _STEM | _RESIDUAL | _SHORTCUT | {"head": "linear"},
         "github.com/kuangliu/pytorch-cifar",
     ),
     Naming(
-        "timm",
-        "layer{stage}.{block}",
-        _TORCHVISION | {"head": "fc"},
-        "timm's folders (torchvision's names)",
-        hub="timm",
+        "timm", "layer{stage}.{block}", _TORCHVISION | {"head": "fc"},
+        "timm's folders (torchvision's names)", hub="timm",
     ),
     Naming(
-        "huggingface",
-        "resnet.encoder.stages.{stage}.layers.{block}",
+        "huggingface", "resnet.encoder.stages.{stage}.layers.{block}",
         _huggingface("resnet.") | {"head": "classifier.1"},
-        "transformers.ResNetForImageClassification",
-        first_stage=0,
-        hub="transformers",
+        "transformers.ResNetForImageClassification", first_stage=0, hub="transformers",
     ),
     Naming(
-        "huggingface_backbone",
-        "encoder.stages.{stage}.layers.{block}",
-        _huggingface(""),
-        "transformers.ResNetModel, ResNetBackbone",
-        first_stage=0,
-        hub="transformers",
+        "huggingface_backbone", "encoder.stages.{stage}.layers.{block}", _huggingface(""),
+        "transformers.ResNetModel, ResNetBackbone", first_stage=0, hub="transformers",
     ),
     Naming(
-        "openmmlab",
-        "backbone.layer{stage}.{block}",
-        {
-            place: f"backbone.{name}"
-            for place, name in (_STEM | _stem_sequence("stem", "stem.7")).items()
-        }
-        | _RESIDUAL
-        | _DOWNSAMPLE
-        | _POOLED
-        | {"head": "head.fc"},
+        "openmmlab", "backbone.layer{stage}.{block}",
+        _OPENMMLAB | _RESIDUAL | _DOWNSAMPLE | _POOLED | {"head": "head.fc"},
         "mmpretrain classifiers",
     ),
     Naming(
-        "openmmlab_backbone",
-        "layer{stage}.{block}",
-        _stem_sequence("stem", "stem.7") | _RESIDUAL | _DOWNSAMPLE | _POOLED,
+        "openmmlab_backbone", "layer{stage}.{block}",
+        _DEEP_STEM | _RESIDUAL | _DOWNSAMPLE | _POOLED,
         "mmdet and mmseg, deep stem (ResNetV1d)",
     ),
     Naming("detectron2", "res{stage}.{block}", _DETECTRON2, "detectron2", first_stage=2),
     Naming(
-        "children",
-        "{stage}.{block}",
-        _CHILDREN | _RESIDUAL | _DOWNSAMPLE,
-        "nn.Sequential(*resnet.children()) without fc: lightly, BYOL",
-        first_stage=4,
+        "children", "{stage}.{block}", _CHILDREN | _RESIDUAL | _DOWNSAMPLE,
+        "nn.Sequential(*resnet.children()) without fc: lightly, BYOL", first_stage=4,
     ),
     Naming(
-        "flax",
-        "stage{stage}.{block}",
-        {place: place for place in _FLAX_PLACES},
-        "this library's own names and layouts (NHWC, HWIO)",
-        tensors=FLAX_TENSORS,
+        "flax", "stage{stage}.{block}", {place: place for place in _FLAX_PLACES},
+        "this library's own names and layouts (NHWC, HWIO)", tensors=FLAX_TENSORS,
     ),
-)
+)  # fmt: skip
 NAMINGS: Mapping[str, Naming] = MappingProxyType({naming.name: naming for naming in _ROWS})
 """Known naming schemes by name; of two that fit alike, the first is reported."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,28 +13,27 @@ import numpy as np
 from flax_resblock import checkpoint
 from flax_resblock import config as arch
 from flax_resblock.checkpoint import LIMITS, Limits, Record
-from flax_resblock.checkpoint.unwrap import strip, wrapping
+from flax_resblock.checkpoint.unwrap import strip
 from flax_resblock.convert.detection.assumptions import (
     Assumption,
     open_assumptions,
     told_by_entries,
 )
 from flax_resblock.convert.detection.backbones import (
-    Backbone,
     describe_left_out,
     find_backbone,
-    find_head,
-    head_left_out,
     nearly,
-    several_layers,
+    refuse_ignored_blocks,
+    refuse_untold_dilation,
 )
 from flax_resblock.convert.detection.candidates import Match, identify
+from flax_resblock.convert.detection.heads import find_head, refuse_head_left_out, several_layers
 from flax_resblock.convert.health import unhealthy
 from flax_resblock.convert.hubs import HubConfig, read_hub
 from flax_resblock.convert.metadata import NAMING, written_config, written_norm_options
 from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
 from flax_resblock.convert.run_names import EMA, averaged, weights_among
-from flax_resblock.convert.state_map import StateMap, TensorInfo, describe, matches_any
+from flax_resblock.convert.state_map import StateMap, describe, matches_any
 from flax_resblock.errors import CheckpointError, InputError, some, visible
 
 HEADLESS = "no classification head: the network returns pooled features"
@@ -138,24 +137,23 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
             for key, value in tensors.items()
             if backbone.holds(key)
         }
-    hub, (by_entries, said) = (
-        read_hub(record.metadata, record.source),
-        told_by_entries(record.extras),
-    )
+    hub = read_hub(record.metadata, record.source)
+    by_entries, said = told_by_entries(record.extras)
     notes += said
     if hub is not None:
         notes.append(hub.sentence)
     wanted = reading.architecture if reading.architecture is not None else written_config(record)
     by_file = {**by_entries, **(hub.told if hub else {})} if wanted is None else {}
     reading = replace(reading, architecture=wanted, assumptions={**by_file, **reading.assumptions})
-    if backbone is not None and backbone.may_dilate:
-        _refuse_untold_dilation(backbone, reading, record.source)
+    if backbone is not None:
+        known = isinstance(wanted, arch.ResNetConfig) or "dilated_stages" in reading.assumptions
+        refuse_untold_dilation(backbone, known, record.source)
     try:
         match = _identify(tensors, reading, record.source)
         if backbone is not None:
-            _refuse_head_left_out(backbone, beside, match, record.source)
+            refuse_head_left_out(backbone, beside, match.state_map.config, record.source)
     except CheckpointError as error:
-        _refuse_ignored_blocks(ignored, kept, backbone, None, record.source)
+        refuse_ignored_blocks(ignored, kept, backbone, None, record.source)
         headed = _with_head(tensors, reading, record.source) if backbone is None else None
         if headed is None:
             _refuse_own_naming(record, reading)
@@ -169,27 +167,17 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
     if counters:
         notes.append(f"filled {len(counters)} absent num_batches_tracked with 0, as PyTorch does")
         tensors |= {key: np.zeros((), np.int64) for key in counters}
-    _refuse_ignored_blocks(ignored, kept, backbone, match.state_map, record.source)
+    refuse_ignored_blocks(ignored, kept, backbone, match.state_map, record.source)
     config = match.state_map.config
     if isinstance(config, arch.ResNetConfig) and config.num_classes is None:
         notes.append(HEADLESS)
-    assumed = (
-        open_assumptions(config, match.state_map.naming, reading.assumptions)
-        if wanted is None
-        else []
-    )
+    assumed: list[Assumption] = []
+    if wanted is None:
+        assumed = open_assumptions(config, match.state_map.naming, reading.assumptions)
     notes += [assumption.note for assumption in assumed]
-    afresh = tuple(match.misfit.afresh)
-    return OpenedCheckpoint(
-        record,
-        match.state_map,
-        tensors,
-        tuple(notes),
-        afresh,
-        written_norm_options(record),
-        hub,
-        tuple(assumed),
-    )
+    afresh, norms = tuple(match.misfit.afresh), written_norm_options(record)
+    known = record, match.state_map, tensors, tuple(notes), afresh, norms
+    return OpenedCheckpoint(*known, hub=hub, assumed=tuple(assumed))
 
 
 def _identify(tensors: Mapping[str, np.ndarray], reading: ReadOptions, source: str) -> Match:
@@ -219,11 +207,8 @@ def _with_head(
     head = find_head(describe(tensors))
     if head is None:
         return None
-    rest = {
-        key.removeprefix(head.prefix): value
-        for key, value in tensors.items()
-        if not head.holds(key)
-    }
+    others = {key: value for key, value in tensors.items() if not head.holds(key)}
+    rest = {key.removeprefix(head.prefix): value for key, value in others.items()}
     wanted = reading.architecture
     if isinstance(wanted, arch.ResNetConfig):
         wanted = replace(wanted, num_classes=None)
@@ -240,11 +225,8 @@ def _with_head(
             f"{source} is {match.title} with the classification head {head.module}, and this "
             f"naming scheme has no name for a head. A head is never left out."
         )
-    rest |= {
-        f"{name}.{key.rpartition('.')[2]}": value
-        for key, value in tensors.items()
-        if head.holds(key)
-    }
+    own = {key: tensors[key] for key in tensors if head.holds(key)}
+    rest |= {f"{name}.{key.rpartition('.')[2]}": value for key, value in own.items()}
     try:
         return rest, _identify(rest, replace(reading, naming=naming.name), source), head.note(name)
     except CheckpointError as error:
@@ -261,75 +243,6 @@ def refuse_afresh(source: OpenedCheckpoint) -> None:
             f"{source.record.source} lacks {some(list(source.afresh))}. Weights and running "
             "statistics that a checkpoint does not hold are never made up; only the counters "
             "num_batches_tracked may be absent, and start at 0."
-        )
-
-
-def _refuse_ignored_blocks(
-    ignored: Sequence[str],
-    kept: Iterable[str],
-    backbone: Backbone | None,
-    state_map: StateMap | None,
-    source: str,
-) -> None:
-    """Raises InputError where tensors of a block were ignored: what is left is another network.
-
-    Args:
-      ignored: Keys that the user asked to drop.
-      kept: The others, by the names that they have in the file.
-      backbone: Where the network is; None where it has no prefix, or one that wrappers leave.
-      state_map: Of the network; None where what is left is none.
-      source: For messages.
-    """
-    namings = NAMINGS.values() if state_map is None else (state_map.naming,)
-    block = state_map is not None and isinstance(state_map.config, arch.BlockConfig)
-    prefixes = {wrapping(key) for key in kept} if backbone is None else {backbone.prefix}
-    inside = []
-    for key in ignored:
-        prefix = wrapping(key) if backbone is None else backbone.prefix
-        if prefix not in prefixes or not key.startswith(prefix):
-            continue
-        names = (key, key.removeprefix(prefix))
-        if any(
-            naming.is_inside_block(name) or (block and naming.is_in_bare_block(name))
-            for naming in namings
-            for name in names
-        ):
-            inside.append(key)
-    if inside:
-        raise InputError(
-            f"{source}: {some(inside)} cannot be ignored. A residual block without one of its "
-            "tensors would be read as another block, which computes something else. Only tensors "
-            "outside the network's blocks can be ignored."
-        )
-
-
-def _refuse_untold_dilation(backbone: Backbone, reading: ReadOptions, source: str) -> None:
-    known = (
-        isinstance(reading.architecture, arch.ResNetConfig)
-        or "dilated_stages" in reading.assumptions
-    )
-    if not known:
-        raise CheckpointError(
-            f"{source} holds the backbone of a segmentation network ({backbone.name}), and no "
-            "tensor tells whether its last stages are dilated. Say --dilated-stages 3 4 if they "
-            "are, as in torchvision's FCN and DeepLabV3, or --dilated-stages without a number if "
-            "they are not (assumptions={'dilated_stages': (3, 4)}, or (), in Python)."
-        )
-
-
-def _refuse_head_left_out(
-    backbone: Backbone, found: Mapping[str, TensorInfo], match: Match, source: str
-) -> None:
-    config = match.state_map.config
-    if not isinstance(config, arch.ResNetConfig):
-        return
-    features = [block.out_channels for _, _, block in config.blocks()][-1]
-    head = head_left_out(backbone, found, features)
-    if head is not None:
-        raise CheckpointError(
-            f"{source}: {head} takes the {features} features of the network under "
-            f"'{backbone.prefix}' as a classification head does, and is no known part of "
-            f"{backbone.name}. A head is never left out."
         )
 
 
@@ -353,10 +266,8 @@ def open_checkpoint(
     run: bool = False,
 ) -> OpenedCheckpoint:
     """Reads any checkpoint and finds what it is; see ``checkpoint.read`` and :func:`interpret`."""
-    flat = entry == EMA and Path(path).suffix in (
-        "",
-        ".safetensors",
-    )  # formats without entries, where averaged weights have names of their own
+    # formats without entries, where averaged weights have names of their own
+    flat = entry == EMA and Path(path).suffix in ("", ".safetensors")
     limits = LIMITS if reading is None else reading.limits
     record = checkpoint.read(path, entry=None if flat else entry, run=run, limits=limits)
     if flat:

@@ -54,9 +54,7 @@ class Misfit:
 
     def __len__(self) -> int:
         """Number of differences; absent counters and what may be absent do not count."""
-        return (
-            len(self.missing) + len(self.unexpected) + len(self.wrong_shape) + len(self.wrong_dtype)
-        )
+        return sum(map(len, (self.missing, self.unexpected, self.wrong_shape, self.wrong_dtype)))
 
     def lines(self) -> list[str]:
         """One line per kind of difference, for an error message."""
@@ -79,9 +77,7 @@ class TensorInfo:
 
 def describe(tensors: Mapping[str, Any]) -> dict[str, TensorInfo]:
     """Shape and dtype of every array."""
-    return {
-        key: TensorInfo(tuple(value.shape), np.dtype(value.dtype)) for key, value in tensors.items()
-    }
+    return {key: TensorInfo(tuple(one.shape), np.dtype(one.dtype)) for key, one in tensors.items()}
 
 
 def is_floating(dtype: np.dtype) -> bool:
@@ -114,10 +110,8 @@ class StateMap:
         self.entries: tuple[Entry, ...] = tuple(
             entry for slot in walk(config) for entry in self._expand(slot)
         )
-        paths, keys = (
-            {getattr(entry, column) for entry in self.entries}
-            for column in ("flax_path", "torch_key")
-        )
+        paths = {entry.flax_path for entry in self.entries}
+        keys = {entry.torch_key for entry in self.entries}
         if not len(paths) == len(keys) == len(self.entries):
             raise InputError(
                 f"naming scheme {self.naming.name!r} gives two tensors of this network the same "
@@ -134,16 +128,10 @@ class StateMap:
             )
         entries = []
         for tensor in tensors:
+            path, key = (*slot.path, tensor.flax_name), f"{module}.{tensor.name}"
             shape = slot.shape if tensor.flax_name == "kernel" else slot.shape[-1:]
-            entries.append(
-                Entry(
-                    (*slot.path, tensor.flax_name),
-                    f"{module}.{tensor.name}",
-                    tensor.codec,
-                    tensor.role,
-                    () if tensor.role == "counter" else shape,
-                )
-            )
+            shape = () if tensor.role == "counter" else shape
+            entries.append(Entry(path, key, tensor.codec, tensor.role, shape))
         return entries
 
     @cached_property
@@ -195,13 +183,10 @@ class StateMap:
         """
         entries = [entry for entry in self.entries if entry.torch_key in state]
         arrays = [state[entry.torch_key] for entry in entries]
-        places = (
-            one_block(
-                [(e.flax_shape, array.dtype) for e, array in zip(entries, arrays, strict=True)]
-            )
-            if in_one_block
-            else [None] * len(entries)
-        )
+        places: Sequence[np.ndarray | None] = [None] * len(entries)
+        if in_one_block:
+            dtypes = [array.dtype for array in arrays]
+            places = one_block([(e.flax_shape, d) for e, d in zip(entries, dtypes, strict=True)])
         moved = on_every_core(
             lambda i: entries[i].codec.to_flax(arrays[i], places[i]),
             range(len(entries)),
@@ -246,12 +231,8 @@ def transcode(
       state: Arrays by name under ``source``.
     """
     names = {entry.flax_path: entry for entry in source.entries}
-    pairs = [
-        (names[entry.flax_path], entry)
-        for entry in target.entries
-        if names[entry.flax_path].torch_key in state
-    ]
-
+    both = ((names[entry.flax_path], entry) for entry in target.entries)
+    pairs = [(old, new) for old, new in both if old.torch_key in state]
     all_alike = all(old.codec == new.codec for old, new in pairs)
 
     def convert(pair: tuple[Entry, Entry]) -> np.ndarray:
@@ -261,10 +242,5 @@ def transcode(
             return array if all_alike else np.array(array)
         return new.codec.to_torch(old.codec.to_flax(array))
 
-    return dict(
-        zip(
-            [new.torch_key for _, new in pairs],
-            on_every_core(convert, pairs, lambda pair: state[pair[0].torch_key].nbytes),
-            strict=True,
-        )
-    )
+    arrays = on_every_core(convert, pairs, lambda pair: state[pair[0].torch_key].nbytes)
+    return dict(zip([new.torch_key for _, new in pairs], arrays, strict=True))

@@ -152,23 +152,10 @@ def with_assumptions(config: Config, assumptions: Mapping[str, Any]) -> Config:
         raise InputError(f"{said} does not suit this network: {error}") from error
 
 
-_MARKS: tuple[tuple[tuple[str, ...], tuple[str, ...], Mapping[str, Any]], ...] = (
-    (
-        ("meta", "config"),
-        ("style='caffe'", 'style="caffe"', '"style": "caffe"'),
-        {"stride_on": "1x1"},
-    ),
-    (("meta", "cfg"), ("style='caffe'", 'style="caffe"', '"style": "caffe"'), {"stride_on": "1x1"}),
-    (
-        ("meta", "config"),
-        ("style='pytorch'", 'style="pytorch"', '"style": "pytorch"'),
-        {"stride_on": "3x3"},
-    ),
-    (
-        ("meta", "cfg"),
-        ("style='pytorch'", 'style="pytorch"', '"style": "pytorch"'),
-        {"stride_on": "3x3"},
-    ),
+_MARKS: tuple[tuple[tuple[str, ...], tuple[str, ...], Mapping[str, Any]], ...] = tuple(
+    (("meta", entry), (f"style='{s}'", f'style="{s}"', f'"style": "{s}"'), {"stride_on": placed})
+    for s, placed in (("caffe", "1x1"), ("pytorch", "3x3"))
+    for entry in ("config", "cfg")
 )
 """Entry of a checkpoint (as text, by OpenMMLab), what stands in it, and what that says."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from flax_resblock.checkpoint.unwrap import PREFIXES
-from flax_resblock.convert.state_map import TensorInfo, matches_any
-from flax_resblock.errors import some
+from flax_resblock.checkpoint.unwrap import wrapping
+from flax_resblock.config import BlockConfig
+from flax_resblock.convert.naming import NAMINGS
+from flax_resblock.convert.state_map import StateMap, TensorInfo, matches_any
+from flax_resblock.errors import CheckpointError, InputError, some
 
 
 @dataclass(frozen=True)
@@ -46,142 +48,81 @@ class Backbone:
 
 BACKBONES = (
     Backbone(
-        "torchvision detection",
-        "backbone.body.",
-        (
-            "backbone.fpn.*",
-            "rpn.*",
-            "roi_heads.*",
-            "head.classification_head.*",
-            "head.regression_head.*",
-        ),
+        "torchvision detection", "backbone.body.",
+        ("backbone.fpn.*", "rpn.*", "roi_heads.*", "head.classification_head.*",
+         "head.regression_head.*"),
     ),
     Backbone(
-        "torchvision segmentation",
-        "backbone.",
-        ("classifier.[0-4].*", "aux_classifier.[0-4].*"),
-        marks=("classifier.0.*",),
-        kernels=("classifier.4.weight",),
-        may_dilate=True,
+        "torchvision segmentation", "backbone.", ("classifier.[0-4].*", "aux_classifier.[0-4].*"),
+        marks=("classifier.0.*",), kernels=("classifier.4.weight",), may_dilate=True,
     ),
     Backbone(
-        "detectron2 FPN",
-        "backbone.bottom_up.",
-        (
-            "backbone.fpn_*",
-            "backbone.top_block.*",
-            "proposal_generator.*",
-            "roi_heads.*",
-            "sem_seg_head.*",
-            "head.cls_subnet.*",
-            "head.bbox_subnet.*",
-            "head.cls_score.*",
-            "head.bbox_pred.*",
-            "anchor_generator.*",
-            "pixel_mean",
-            "pixel_std",
-        ),
+        "detectron2 FPN", "backbone.bottom_up.",
+        ("backbone.fpn_*", "backbone.top_block.*", "proposal_generator.*", "roi_heads.*",
+         "sem_seg_head.*", "head.cls_subnet.*", "head.bbox_subnet.*", "head.cls_score.*",
+         "head.bbox_pred.*", "anchor_generator.*", "pixel_mean", "pixel_std"),
     ),
     Backbone(
-        "detectron2 C4",
-        "backbone.",
+        "detectron2 C4", "backbone.",
         ("proposal_generator.*", "roi_heads.*", "pixel_mean", "pixel_std"),
     ),
     Backbone(
-        "mmdetection",
-        "backbone.",
-        (
-            "neck.*",
-            "rpn_head.*",
-            "roi_head.*",
-            "bbox_head.*",
-            "mask_head.*",
-            "semantic_head.*",
-            "panoptic_*",
-            "data_preprocessor.*",
-        ),
+        "mmdetection", "backbone.",
+        ("neck.*", "rpn_head.*", "roi_head.*", "bbox_head.*", "mask_head.*", "semantic_head.*",
+         "panoptic_*", "data_preprocessor.*"),
     ),
     Backbone(
-        "MoCo v1 and v2",
-        "encoder_q.",
-        ("encoder_q.fc.*", "encoder_k.*", "queue", "queue_ptr"),
-        marks=("encoder_k.*", "queue"),
-        projections=("encoder_q.fc.*", "encoder_k.fc.*"),
+        "MoCo v1 and v2", "encoder_q.", ("encoder_q.fc.*", "encoder_k.*", "queue", "queue_ptr"),
+        marks=("encoder_k.*", "queue"), projections=("encoder_q.fc.*", "encoder_k.fc.*"),
     ),
     Backbone(
-        "MoCo v3",
-        "base_encoder.",
+        "MoCo v3", "base_encoder.",
         ("base_encoder.fc.[0-9].*", "momentum_encoder.*", "predictor.*"),
         marks=("base_encoder.fc.[0-9].*", "momentum_encoder.*", "predictor.*"),
     ),
     Backbone(
-        "SimSiam",
-        "encoder.",
-        ("encoder.fc.[0-9].*", "predictor.[0-9].*"),
+        "SimSiam", "encoder.", ("encoder.fc.[0-9].*", "predictor.[0-9].*"),
         marks=("encoder.fc.[0-9].*", "predictor.[0-9].*"),
     ),
     Backbone(
-        "SimCLR with a projector",
-        "encoder.",
-        ("projector.0.*", "projector.2.*"),
+        "SimCLR with a projector", "encoder.", ("projector.0.*", "projector.2.*"),
         marks=("projector.0.*", "projector.2.*"),
     ),
     Backbone(
-        "DINO", "backbone.", ("head.mlp.*", "head.last_layer.*"), marks=("head.last_layer.*",)
+        "DINO", "backbone.", ("head.mlp.*", "head.last_layer.*"), marks=("head.last_layer.*",),
     ),
     Backbone(
-        "BYOL (byol-pytorch)",
-        "online_encoder.net.",
+        "BYOL (byol-pytorch)", "online_encoder.net.",
         ("online_encoder.projector.*", "target_encoder.*", "online_predictor.*", "net.*"),
         marks=("online_predictor.*",),
     ),
     Backbone("BYOL (online network)", "encoder.", ("projetion.net.*", "projection.net.*")),
     Backbone(
-        "Barlow Twins and VICReg",
-        "backbone.",
-        ("projector.*", "bn.*"),
+        "Barlow Twins and VICReg", "backbone.", ("projector.*", "bn.*"),
         marks=("projector.0.*", "projector.1.running_mean", "projector.3.*"),
     ),
     Backbone(
-        "lightly",
-        "backbone.",
-        (
-            "projection_head.*",
-            "prediction_head.*",
-            "backbone_momentum.*",
-            "projection_head_momentum.*",
-            "prototypes.*",
-        ),
+        "lightly", "backbone.",
+        ("projection_head.*", "prediction_head.*", "backbone_momentum.*",
+         "projection_head_momentum.*", "prototypes.*"),
         marks=("projection_head.layers.*",),
     ),
     Backbone(
-        "segmentation_models_pytorch",
-        "encoder.",
-        (
-            "decoder.blocks.*",
-            "decoder.center.*",
-            "decoder.p[2-5].*",
-            "decoder.seg_blocks.*",
-            "segmentation_head.*",
-        ),
+        "segmentation_models_pytorch", "encoder.",
+        ("decoder.blocks.*", "decoder.center.*", "decoder.p[2-5].*", "decoder.seg_blocks.*",
+         "segmentation_head.*"),
         kernels=("segmentation_head.0.weight",),
     ),
     Backbone(
-        "SimCLR with the projection in fc",
-        "",
-        ("fc.0.*", "fc.2.*"),
-        marks=("fc.2.weight",),
-        squares=("fc.0.weight",),
-        file=("arch", "epoch", "removed the prefix 'backbone.'"),
+        "SimCLR with the projection in fc", "", ("fc.0.*", "fc.2.*"), marks=("fc.2.weight",),
+        squares=("fc.0.weight",), file=("arch", "epoch", "removed the prefix 'backbone.'"),
     ),
     Backbone(
-        "SwAV",
-        "",
-        ("projection_head.*", "prototypes.*"),
+        "SwAV", "", ("projection_head.*", "prototypes.*"),
         marks=("projection_head.*", "prototypes.*"),
         projections=("projection_head.*", "prototypes.*"),
     ),
-)
+)  # fmt: skip
 """Every known place; rows without prefix, which hold whatever is not beside, come last.
 
 A row applies only where it explains every tensor and has all that it is recognised by; nothing else
@@ -196,16 +137,8 @@ def find_backbone(found: Mapping[str, TensorInfo], file: Iterable[str] = ()) -> 
       file: Names of what the file holds beside the state dict, and notes on its unwrapping.
     """
     file = set(file)
-    return next(
-        (
-            backbone
-            for backbone in BACKBONES
-            if _applies(backbone, list(found))
-            and not unexplained(backbone, found)
-            and _is_evident(backbone, found, file)
-        ),
-        None,
-    )
+    rows = (row for row in BACKBONES if _applies(row, list(found)) and not unexplained(row, found))
+    return next((row for row in rows if _is_evident(row, found, file)), None)
 
 
 def _is_evident(backbone: Backbone, found: Mapping[str, TensorInfo], file: set[str]) -> bool:
@@ -239,14 +172,11 @@ def nearly(keys: Iterable[str]) -> str:
     Empty where that is more than a tenth of them.
     """
     keys = list(keys)
-    rows = [
-        backbone
-        for backbone in BACKBONES
-        if backbone.prefix
-        and _applies(backbone, keys)
-        and any(matches_any(key, backbone.beside) for key in keys)
-    ]
-    left = {backbone.name: unexplained(backbone, keys) for backbone in rows}
+    left = {
+        row.name: unexplained(row, keys)
+        for row in BACKBONES
+        if row.prefix and _applies(row, keys) and any(matches_any(key, row.beside) for key in keys)
+    }
     name = min(left, key=lambda name: len(left[name]), default=None)
     if name is None or not left[name] or len(left[name]) > len(keys) / 10:
         return ""
@@ -259,11 +189,10 @@ def nearly(keys: Iterable[str]) -> str:
 def describe_left_out(backbone: Backbone, keys: Iterable[str]) -> str:
     """What stays behind, in words: how many tensors of which part."""
     left = [key for key in keys if not backbone.holds(key)]
+    heads = [backbone.prefix if key.startswith(backbone.prefix) else "" for key in left]
     parts = Counter(
-        key.partition(".")[0]
-        if not key.startswith(backbone.prefix) or not backbone.prefix
-        else backbone.prefix + key.removeprefix(backbone.prefix).partition(".")[0]
-        for key in left
+        head + key.removeprefix(head).partition(".")[0]
+        for head, key in zip(heads, left, strict=True)
     )
     listed = ", ".join(f"{part} ({count})" for part, count in parts.items())
     where = f"under '{backbone.prefix}'" if backbone.prefix else "of this checkpoint"
@@ -273,84 +202,51 @@ def describe_left_out(backbone: Backbone, keys: Iterable[str]) -> str:
     )
 
 
-def linears(found: Mapping[str, TensorInfo]) -> dict[str, int]:
-    """Number of inputs of every fully connected layer, by module name."""
-    return {
-        key.removesuffix(".weight"): info.shape[1]
-        for key, info in found.items()
-        if key.endswith(".weight") and len(info.shape) == 2
-    }
-
-
-@dataclass(frozen=True)
-class Head:
-    """The classification head of a network, where the naming scheme does not expect it.
-
-    Attributes:
-      module: Its name, such as ``"classifier"`` beside ``backbone.*``, or ``"fc.1"``.
-      prefix: Of the network's other tensors; ``""``: they have none.
-    """
-
-    module: str
-    prefix: str
-
-    def holds(self, key: str) -> bool:
-        """Whether a tensor belongs to the head."""
-        return key in (f"{self.module}.weight", f"{self.module}.bias")
-
-    def note(self, name: str) -> str:
-        """What was taken for the head and what that assumes."""
-        where = f" of the network under '{self.prefix}'" if self.prefix else ""
-        return (
-            f"took {self.module} as the classification head{where} and named it {name}; assumed, "
-            "as no tensor tells, that it takes the mean of the features over all pixels"
+def refuse_untold_dilation(backbone: Backbone, known: bool, source: str) -> None:
+    """Raises CheckpointError unless it is known whether a segmenter's last stages are dilated."""
+    if backbone.may_dilate and not known:
+        raise CheckpointError(
+            f"{source} holds the backbone of a segmentation network ({backbone.name}), and no "
+            "tensor tells whether its last stages are dilated. Say --dilated-stages 3 4 if they "
+            "are, as in torchvision's FCN and DeepLabV3, or --dilated-stages without a number if "
+            "they are not (assumptions={'dilated_stages': (3, 4)}, or (), in Python)."
         )
 
 
-def find_head(found: Mapping[str, TensorInfo]) -> Head | None:
-    """The head, where exactly one fully connected layer lies beside the rest."""
-    modules = list(linears(found))
-    if len(modules) != 1:
-        return None
-    head = Head(modules[0], "")
-    rest = [key for key in found if not head.holds(key)]
-    prefix = ""
-    while rest and (more := next((p for p in PREFIXES if _all_start(rest, prefix + p)), None)):
-        prefix += more
-    return Head(head.module, prefix) if rest else None
-
-
-def _all_start(keys: Iterable[str], prefix: str) -> bool:
-    return all(key.startswith(prefix) for key in keys)
-
-
-def head_left_out(backbone: Backbone, found: Mapping[str, TensorInfo], features: int) -> str | None:
-    """The classification head among the tensors beside a network; None where there is none.
+def refuse_ignored_blocks(
+    ignored: Sequence[str],
+    kept: Iterable[str],
+    backbone: Backbone | None,
+    state_map: StateMap | None,
+    source: str,
+) -> None:
+    """Raises InputError where tensors of a block were ignored: what is left is another network.
 
     Args:
-      backbone: Where the network is.
-      found: Shape and dtype of every tensor.
-      features: Channels that the network ends with.
+      ignored: Keys that the user asked to drop.
+      kept: The others, by the names that they have in the file.
+      backbone: Where the network is; None where it has no prefix, or one that wrappers leave.
+      state_map: Of the network; None where what is left is none.
+      source: For messages.
     """
-    left = {
-        name: width
-        for name, width in linears(
-            {key: found[key] for key in found if not backbone.holds(key)}
-        ).items()
-        if not matches_any(f"{name}.weight", backbone.projections)
-    }
-    layers = Counter(name.partition(".")[0] for name in left)
-    heads = (name for name, width in left.items() if width == features)
-    return next((name for name in heads if layers[name.partition(".")[0]] == 1), None)
-
-
-def several_layers(found: Mapping[str, TensorInfo]) -> str:
-    """A sentence on a head of several fully connected layers; empty where there is none."""
-    names = list(linears(found))
-    if len(names) < 2:
-        return ""
-    return (
-        f"It has {len(names)} fully connected layers: {some(names)}. The tensors do not say what "
-        "lies between them, or whether they are the network's head; a network that this library "
-        "reads has one, the classification head, which is never left out."
-    )
+    namings = NAMINGS.values() if state_map is None else (state_map.naming,)
+    block = state_map is not None and isinstance(state_map.config, BlockConfig)
+    prefixes = {wrapping(key) for key in kept} if backbone is None else {backbone.prefix}
+    inside = []
+    for key in ignored:
+        prefix = wrapping(key) if backbone is None else backbone.prefix
+        if prefix not in prefixes or not key.startswith(prefix):
+            continue
+        names = (key, key.removeprefix(prefix))
+        if any(
+            naming.is_inside_block(name) or (block and naming.is_in_bare_block(name))
+            for naming in namings
+            for name in names
+        ):
+            inside.append(key)
+    if inside:
+        raise InputError(
+            f"{source}: {some(inside)} cannot be ignored. A residual block without one of its "
+            "tensors would be read as another block, which computes something else. Only tensors "
+            "outside the network's blocks can be ignored."
+        )

@@ -80,9 +80,8 @@ def _matches(
         except InputError:
             continue  # this scheme cannot name the network at all
         matches.append(Match(state_map, state_map.check(found, allow_missing)))
-    return sorted(
-        matches, key=lambda match: (len(match.misfit), len(match.misfit.unexpected))
-    )  # of two, the one that knows every name
+    # of two, the one that knows every name
+    return sorted(matches, key=lambda match: (len(match.misfit), len(match.misfit.unexpected)))
 
 
 def _same(a: StateMap, b: StateMap) -> bool:
@@ -133,15 +132,8 @@ def identify(
     )
     fitting = [match for match in matches if not len(match.misfit)]
     if not fitting:
-        raise CheckpointError(
-            _no_fit(
-                found,
-                source,
-                matches,
-                architecture is not None or naming is not None or num_classes is not None,
-                stride,
-            )
-        )
+        was_told = any(one is not None for one in (architecture, naming, num_classes))
+        raise CheckpointError(_no_fit(found, source, matches, was_told, stride))
     best, *others = fitting
     rivals = [other for other in others if not _same(best.state_map, other.state_map)]
     if rivals:
@@ -172,27 +164,21 @@ def _no_fit(
     free = _matches(found, NAMINGS.values(), None, None, stride) if was_told else matches
     if not matches:
         keys = list(found)
-        sample = (
-            f"its {len(keys)} tensors are named like {', '.join(keys[:3])}"
-            if keys
-            else "it holds no tensors"
-        )
-        nearest = (
-            f" Nearest: {free[0].title} ({_differences(free[0])})."
-            if free
-            else _closest_family(found)
-        )
+        sample = f"its {len(keys)} tensors are named like {', '.join(keys[:3])}"
+        sample = sample if keys else "it holds no tensors"
+        nearest = f" Nearest: {free[0].title} ({_differences(free[0])})." if free else None
+        nearest = nearest or _closest_family(found)
         return (
             f"{source} is no residual network in any known naming scheme ({', '.join(NAMINGS)}); "
             f"{sample}.{nearest} Check that it is the right file; --architecture NAME with "
             "--naming NAME lists every difference from one reading. In Python, describe names of "
             "your own with flax_resblock.Naming and pass naming=."
         )
-    best = matches[0]
+    best, misfit = matches[0], matches[0].misfit
+    wrong = len(misfit.unexpected) + len(misfit.wrong_shape) + len(misfit.wrong_dtype)
     lines = [
-        f"{source} does not fit {best.title}; {_fitting(best, found)} of its {len(found)} "
-        f"tensors do.",
-        *best.misfit.lines(),
+        f"{source} does not fit {best.title}; {len(found) - wrong} of its {len(found)} tensors do.",
+        *misfit.lines(),
     ]
     better = [match for match in free if len(match.misfit) < len(best.misfit)]
     others = [match for match in (better or matches[1:]) if match is not best]
@@ -202,10 +188,8 @@ def _no_fit(
             f"{better[0].state_map.naming.name}."
         )
     elif others:
-        lines.append(
-            f"Next nearest: "
-            f"{'; '.join(f'{match.title} ({_differences(match)})' for match in others[:2])}."
-        )
+        next_best = "; ".join(f"{one.title} ({_differences(one)})" for one in others[:2])
+        lines.append(f"Next nearest: {next_best}.")
     lines.append("Try --naming NAME or --architecture NAME for another reading.")
     return "\n".join(lines)
 
@@ -213,16 +197,6 @@ def _no_fit(
 def _differences(match: Match) -> str:
     number = len(match.misfit)
     return f"{number} difference{'' if number == 1 else 's'}"
-
-
-def _fitting(match: Match, found: TensorInfos) -> int:
-    """How many tensors of a state dict are what a reading expects under their names."""
-    return (
-        len(found)
-        - len(match.misfit.unexpected)
-        - len(match.misfit.wrong_shape)
-        - len(match.misfit.wrong_dtype)
-    )
 
 
 def _closest_family(found: TensorInfos) -> str:

@@ -6,17 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 
-from flax_resblock.config import EXPANSION, BlockConfig, ResNetConfig, Slot, SlotKind
+from flax_resblock.config import EXPANSION, BlockConfig, ResNetConfig, Shortcut, Slot, SlotKind
 from flax_resblock.convert.naming import Naming
 from flax_resblock.convert.state_map import TensorInfo
 
 TensorInfos = Mapping[str, TensorInfo]
-_KERNEL_AXES = {
-    SlotKind.CONV: 4,
-    SlotKind.BIASED_CONV: 4,
-    SlotKind.CHANNEL_CONV: 3,
-    SlotKind.LINEAR: 2,
-}
+_KERNEL_AXES = {SlotKind.CONV: 4, SlotKind.BIASED_CONV: 4, SlotKind.CHANNEL_CONV: 3}
+_KERNEL_AXES[SlotKind.LINEAR] = 2
 _NORM_TENSORS = ("scale", "bias", "mean", "var")
 _RATIOS = tuple(1 / n for n in (16, 8, 4, 2, 1, 32, 64))
 """Of squeeze-and-excitation, the usual ones first."""
@@ -40,11 +36,8 @@ class _Reader:
         row = next(row for row in self.naming.tensors[kind] if row.flax_name == tensor)
         info = self.found.get(f"{module}.{row.name}")
         shape = None if info is None else row.codec.flax_shape(info.shape)
-        return (
-            shape
-            if shape is not None and len(shape) == (_KERNEL_AXES[kind] if tensor == "kernel" else 1)
-            else None
-        )
+        axes = _KERNEL_AXES[kind] if tensor == "kernel" else 1
+        return shape if shape is not None and len(shape) == axes else None
 
     def has(self, stage: str, blocks: Iterable[int | None], role: str) -> bool:
         """Whether any tensor is there of a place in any of ``blocks``."""
@@ -55,10 +48,8 @@ class _Reader:
 
     def pools(self, stage: str, block: int | None) -> bool:
         """Whether the shortcut of a block pools, as the place of its kernel shows."""
-        return (
-            self.width(stage, [block], "shortcut.projection.conv", "shortcut.projection.norm")
-            is not None
-        )
+        conv, norm = "shortcut.projection.conv", "shortcut.projection.norm"
+        return self.width(stage, [block], conv, norm) is not None
 
     def has_block(self, stage: str, block: int) -> bool:
         prefix = self.naming.block_prefix(stage, block) + "."
@@ -142,16 +133,20 @@ class _Reader:
         if kind == "basic":
             return groups, 64
         needed = [(planes, inner // groups) for planes, _, inner in seen]
-        narrowest = {
-            -(-64 * per_group // planes) for planes, per_group in needed
-        }  # where one width serves all stages, the largest of these does
-        return groups, max(
-            narrowest,
-            key=lambda width: (
-                sum(planes * width // 64 == per_group for planes, per_group in needed),
-                -width,
-            ),
-        )
+        # where one width serves all stages, the largest of these does
+        narrowest = {-(-64 * per_group // planes) for planes, per_group in needed}
+
+        def fits(width: int) -> tuple[int, int]:
+            served = sum(planes * width // 64 == per_group for planes, per_group in needed)
+            return served, -width
+
+        return groups, max(narrowest, key=fits)
+
+
+def _shortcut(pooled: bool, projects: bool) -> Shortcut:
+    if pooled:
+        return "pooled"
+    return "projection" if projects else "zero_pad"
 
 
 def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
@@ -169,14 +164,8 @@ def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
         stages.append(range(depth))
     if not stages:
         return None
-    kind = (
-        "bottleneck"
-        if any(
-            reader.width(f"stage{n}", blocks, "conv3", "norm3")
-            for n, blocks in enumerate(stages, 1)
-        )
-        else "basic"
-    )
+    thirds = (reader.width(f"stage{n}", b, "conv3", "norm3") for n, b in enumerate(stages, 1))
+    kind = "bottleneck" if any(thirds) else "basic"
     last = 3 if kind == "bottleneck" else 2
     widths = [
         reader.width(f"stage{n}", blocks, f"conv{last}", f"norm{last}") or 0
@@ -185,14 +174,9 @@ def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
     deep = any(reader.has("stem", [None], f"conv{i}") for i in (1, 2, 3))
     stem = reader.shape("stem", None, "conv1" if deep else "conv", SlotKind.CONV)
     stem_width = reader.width("stem", [None], *(("conv3", "norm3") if deep else ("conv", "norm")))
-    hidden = (
-        tuple(reader.width("stem", [None], f"conv{i}", f"norm{i}") or 0 for i in (1, 2))
-        if deep
-        else ()
-    )
-    head = reader.shape("head", None, "", SlotKind.LINEAR) or reader.shape(
-        "head", None, "", SlotKind.LINEAR, "bias"
-    )
+    inner = tuple(reader.width("stem", [None], f"conv{i}", f"norm{i}") or 0 for i in (1, 2))
+    place = "head", None, "", SlotKind.LINEAR
+    head = reader.shape(*place) or reader.shape(*place, "bias")
     if 0 in widths or not stem_width:
         return None
     inputs = [stem_width, *widths]
@@ -206,11 +190,8 @@ def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
     pooled = any(reader.pools(stage, 0) for stage in firsts)
     projects = any(reader.width(stage, [0], "shortcut.conv", "shortcut.norm") for stage in firsts)
     place = "shortcut.projection" if pooled else "shortcut"
-    first_stride = (
-        2
-        if stem_width == widths[0] and reader.width("stage1", [0], f"{place}.conv", f"{place}.norm")
-        else 1
-    )
+    first = reader.width("stage1", [0], f"{place}.conv", f"{place}.norm")
+    first_stride = 2 if stem_width == widths[0] and first else 1
     changes = len(stages) > 1 or stem_width != widths[0]
     try:
         return ResNetConfig(
@@ -219,13 +200,9 @@ def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
             widths=tuple(width // EXPANSION[kind] for width in widths),
             stem="deep" if deep else "cifar" if stem is not None and stem[0] == 3 else "imagenet",
             stem_width=stem_width,
-            stem_hidden=hidden,
+            stem_hidden=inner if deep else (),
             first_stride=first_stride,
-            shortcut="pooled"
-            if pooled
-            else "projection"
-            if projects or not changes
-            else "zero_pad",
+            shortcut=_shortcut(pooled, projects or not changes),
             groups=groups,
             base_width=base_width,
             in_channels=stem[2] if stem else 3,
@@ -255,11 +232,9 @@ def infer_block(naming: Naming, found: TensorInfos, stride: int | None) -> Block
         kind, [("", None, shortcut[2] if shortcut else None, out // EXPANSION[kind])]
     )
     if kind == "basic" and first and shortcut and first[2] and shortcut[2] % first[2] == 0:
-        groups = (
-            shortcut[2] // first[2]
-            # a projection sees every input channel: that tells more than a second kernel, which may
-            # be the wrong one
-        )
+        # a projection sees every input channel: that tells more than a second kernel, which may
+        # be the wrong one
+        groups = shortcut[2] // first[2]
     projects = reader.width("", [None], f"{place}.conv", f"{place}.norm") is not None
     fan = first[2] * (groups if kind == "basic" else 1) if first else out
     in_channels = shortcut[2] if shortcut else fan
@@ -271,11 +246,7 @@ def infer_block(naming: Naming, found: TensorInfos, stride: int | None) -> Block
             stride=stride or (2 if projects and in_channels == out else 1),
             groups=groups,
             base_width=base_width,
-            shortcut="pooled"
-            if pooled
-            else "projection"
-            if projects or ((stride or 1) == 1 and in_channels == out)
-            else "zero_pad",
+            shortcut=_shortcut(pooled, projects or ((stride or 1) == 1 and in_channels == out)),
             **reader.attention([("", None)], {"": out}),  # pyright: ignore[reportArgumentType]
         )
     except ValueError:

@@ -79,13 +79,8 @@ def files_of(hub: str, config: Config, metadata: Mapping[str, str]) -> dict[str,
             f"instead."
         )
     said = read_hub(metadata, "the checkpoint")
-    kept = (
-        _json(metadata, CONFIG_FILE, "the checkpoint")
-        if said is not None and said.hub == hub
-        else {}
-    )
+    own = said is not None and said.hub == hub
+    kept = _json(metadata, CONFIG_FILE, "the checkpoint") if own else {}
     labels, preprocessing = (said.labels, said.preprocessing) if said is not None else ((), None)
-    return {
-        name: json.dumps(content, indent=2) + "\n"
-        for name, content in HUBS[hub].write(config, labels, kept, preprocessing).items()
-    }
+    files = HUBS[hub].write(config, labels, kept, preprocessing)
+    return {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}

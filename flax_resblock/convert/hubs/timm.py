@@ -28,29 +28,10 @@ _OTHER_FUNCTION = {
 """Beginnings of names whose networks compute something else; some have the tensors of others."""
 
 _IN_THE_TENSORS = (
-    *(
-        "num_classes",
-        "in_chans",
-        "channels",
-        "layers",
-        "cardinality",
-        "base_width",
-        "stem_width",
-        "stem_type",
-        "avg_down",
-        "block",
-    ),
-    *(
-        "drop_rate",
-        "drop_path_rate",
-        "drop_block_rate",
-        "zero_init_last",
-        "pretrained",
-        "pretrained_cfg",
-        "device",
-        "dtype",
-    ),
-)
+    "num_classes", "in_chans", "channels", "layers", "cardinality", "base_width", "stem_width",
+    "stem_type", "avg_down", "block", "drop_rate", "drop_path_rate", "drop_block_rate",
+    "zero_init_last", "pretrained", "pretrained_cfg", "device", "dtype",
+)  # fmt: skip
 """Arguments of timm's ResNet that names and shapes tell, or that evaluation does not see."""
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -92,11 +73,7 @@ def _read(content: Mapping[str, Any], preprocessor: Mapping[str, Any], source: s
             told["antialias"] = _ANTIALIAS[value]
         elif argument == "output_stride" and value in _DILATED:
             told["dilated_stages"] = _DILATED[value]
-        elif (
-            argument == "block_args"
-            and set(value or {}) <= {"attn_layer"}
-            and (value or {}).get("attn_layer") in (None, "se", "eca")
-        ):
+        elif argument == "block_args" and _is_attention(value or {}):
             continue
         elif argument not in _IN_THE_TENSORS and value not in _NEUTRAL.get(argument, ()):
             raise CheckpointError(
@@ -108,6 +85,11 @@ def _read(content: Mapping[str, Any], preprocessor: Mapping[str, Any], source: s
     return HubConfig(
         "timm", told, [str(label) for label in labels], _preprocessing(pretrained, source)
     )
+
+
+def _is_attention(block_args: Mapping[str, Any]) -> bool:
+    known = set(block_args) <= {"attn_layer"}
+    return known and block_args.get("attn_layer") in (None, "se", "eca")
 
 
 def _preprocessing(content: Mapping[str, Any], source: str) -> Preprocessing | None:
@@ -134,14 +116,9 @@ def _preprocessing(content: Mapping[str, Any], source: str) -> Preprocessing | N
 def _name_of(config: ResNetConfig) -> str | None:
     """timm's name of the network; this library's own CIFAR and Caffe networks have none there."""
     plain = replace(config, num_classes=1000, in_channels=3)
-    return next(
-        (
-            name
-            for name, known in ARCHITECTURES.items()
-            if known == plain and known.stem != "cifar" and known.stride_on == "3x3"
-        ),
-        None,
-    )
+    if plain.stem == "cifar" or plain.stride_on != "3x3":
+        return None
+    return next((name for name, known in ARCHITECTURES.items() if known == plain), None)
 
 
 def _write(

@@ -90,11 +90,9 @@ def _write(
     for stale in ("torch_dtype", "dtype"):
         content.pop(stale, None)
     if config.num_classes is not None:
-        names = (
-            list(labels)
-            if len(labels) == config.num_classes
-            else [f"LABEL_{i}" for i in range(config.num_classes)]
-        )
+        names = list(labels)
+        if len(labels) != config.num_classes:
+            names = [f"LABEL_{i}" for i in range(config.num_classes)]
         content["id2label"] = {str(i): name for i, name in enumerate(names)}
         content["label2id"] = {name: i for i, name in enumerate(names)}
     _refuse_lost(config, content)
@@ -106,11 +104,7 @@ def _write(
             "do_normalize": True,
             "size": {"shortest_edge": preprocessing.size[0]},
             "crop_pct": preprocessing.crop_pct,
-            "resample": next(
-                number
-                for number, name in _RESAMPLING.items()
-                if name == preprocessing.interpolation
-            ),
+            "resample": {name: n for n, name in _RESAMPLING.items()}[preprocessing.interpolation],
             "image_mean": list(preprocessing.mean),
             "image_std": list(preprocessing.std),
         }
@@ -129,12 +123,11 @@ def _refuse_lost(config: ResNetConfig, content: Mapping[str, Any]) -> None:
         in_channels=content["num_channels"],
         num_classes=config.num_classes,
     )
-    names = ResNetConfig.__dataclass_fields__
-    lost = [
-        f"{name} {getattr(config, name)!r}"
-        for name in names
-        if getattr(told, name) != getattr(config, name) and not _without_effect(config, name)
-    ]
+    names = (
+        name for name in ResNetConfig.__dataclass_fields__ if not _without_effect(config, name)
+    )
+    pairs = ((name, getattr(config, name), getattr(told, name)) for name in names)
+    lost = [f"{name} {wanted!r}" for name, wanted, found in pairs if wanted != found]
     if lost:
         raise InputError(
             f"transformers' ResNet cannot be told {', '.join(lost)}. Write another naming "
