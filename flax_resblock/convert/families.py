@@ -170,7 +170,8 @@ def families_page() -> str:
         "torchvision's `replace_stride_with_dilation` does.",
         "## Named architectures",
         f"There are {len(ARCHITECTURES)} named architectures: "
-        f"{', '.join(map(_code, ARCHITECTURES))}. Other depths and widths are inferred from the names and shapes of the tensors.",
+        f"{', '.join(map(_code, ARCHITECTURES))}. Other depths and widths are inferred from the "
+        "names and shapes of the tensors.",
         "## Not converted",
         _table(("family", "reason"), NOT_CONVERTED),
     ]

@@ -27,28 +27,19 @@ class _Case(NamedTuple):
 
 _CASES = (
     _Case(
-        (1,),
-        (1, 2),
-        1,
-        Forms("pointwise", "pointwise", "pointwise"),
+        (1,), (1, 2), 1, Forms("pointwise", "pointwise", "pointwise"),
         "XLA's kernel gradient transposes both operands first: 2 to 8 times as long",
     ),
     _Case(
-        (3,),
-        (1,),
-        64,
-        Forms("winograd", "winograd", "winograd"),
+        (3,), (1,), 64, Forms("winograd", "winograd", "winograd"),
         "4/9 of the multiplications; below 64 channels its additions cost more than that saves",
     ),
     _Case(
-        (3,),
-        (2,),
-        64,
-        Forms("xla", "taps", "taps"),
+        (3,), (2,), 64, Forms("xla", "taps", "taps"),
         "XLA's input gradient multiplies the zeros between the pixels too, and its kernel "
         "gradient transposes",
     ),
-)
+)  # fmt: skip
 """The first row that fits decides: kernel size, stride, least input and output channels."""
 
 
@@ -67,14 +58,10 @@ def forms_of(
     if not all(isinstance(extent, int) for extent in x.shape[1:]):
         return None
     channels = min(kernel.shape[2:])
-    return next(
-        (
-            case.forms
-            for case in _CASES
-            if size in case.kernel and stride in case.strides and channels >= case.channels
-        ),
-        None,
-    )
+    for case in _CASES:
+        if size in case.kernel and stride in case.strides and channels >= case.channels:
+            return case.forms
+    return None
 
 
 def _manual_axes(x: jax.Array) -> list[Any]:

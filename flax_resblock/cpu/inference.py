@@ -52,17 +52,10 @@ class _Plan(NamedTuple):
 def _planned(of: onednn.Convolution, shape: tuple[int, ...], by_onednn: bool) -> _Plan:
     """The fastest form for an input ``(N, H, W, I)``."""
     tiles, channels = shape[0] * -(-shape[1] // 2) * -(-shape[2] // 2), min(of.kernel[2:])
-    square = (
-        of.kernel[:2] == (3, 3)
-        and of.strides == of.padding == of.dilation == (1, 1)
-        and of.groups == 1
-    )
+    plain = of.strides == of.padding == of.dilation == (1, 1) and of.groups == 1
     fits = not by_onednn or 16 * tiles * shape[3] * 4 <= WINOGRAD_BYTES
-    if (
-        square
-        and fits
-        and any(tiles >= fewest and channels >= width for fewest, width in WINOGRAD_PAYS[by_onednn])
-    ):
+    pays = any(tiles >= fewest and channels >= width for fewest, width in WINOGRAD_PAYS[by_onednn])
+    if of.kernel[:2] == (3, 3) and plain and fits and pays:
         return _Plan("winograd", of)
     return _Plan("onednn" if by_onednn else "xla", of)
 
@@ -114,20 +107,17 @@ class CpuNetwork:
             ]
             return evaluate_fused(network, [*known, images], compute)[0]
 
+        jitted = jax.jit(run, compiler_options=compiler_options())
         with onednn.not_kept():
-            compiled = (
-                jax.jit(run, compiler_options=compiler_options()).lower(inputs, images).compile()
-            )
+            compiled = jitted.lower(inputs, images).compile()
         return lambda images: compiled(inputs, images)
 
     def _plan(self, of: onednn.Convolution, shape: tuple[int, ...]) -> _Plan:
         if (of, shape) not in self._plans:
             plan = _planned(of, shape, self._by_onednn)
-            self._plans[of, shape] = (
-                plan._replace(convolution=onednn.order_of(of, shape))
-                if plan.form == "onednn"
-                else plan
-            )
+            if plan.form == "onednn":
+                plan = plan._replace(convolution=onednn.order_of(of, shape))
+            self._plans[of, shape] = plan
         return self._plans[of, shape]
 
     def _kernel(self, leaf: int, plan: _Plan) -> Any:

@@ -32,24 +32,14 @@ def _greatest(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array
     compare the position of every pixel of every slice with the image's edges.
     """
     rows, columns = (_runs(size, window, stride, padding) for size in x.shape[1:3])
-    return jnp.concatenate(
-        [
-            jnp.concatenate([_part(x, row, column, stride) for column in columns], axis=2)
-            for row in rows
-        ],
-        axis=1,
-    )
+    parts = ([_part(x, row, column, stride) for column in columns] for row in rows)
+    return jnp.concatenate([jnp.concatenate(row, axis=2) for row in parts], axis=1)
 
 
 class _Run(NamedTuple):
-    """Adjacent outputs whose windows overlap the image in the same way.
+    """Adjacent outputs whose windows overlap the image in the same way."""
 
-    Attributes:
-      pixels: The input pixels of the first output.
-      outputs: How many outputs there are.
-    """
-
-    pixels: range
+    pixels: range  # of the first output
     outputs: int
 
 
@@ -63,12 +53,9 @@ def _runs(size: int, window: int, stride: int, padding: int) -> list[_Run]:
 
 
 def _part(x: jax.Array, row: _Run, column: _Run, stride: int) -> jax.Array:
+    tall, wide = (stride * (run.outputs - 1) + 1 for run in (row, column))
     taps = [
-        x[
-            :,
-            i : i + stride * (row.outputs - 1) + 1 : stride,
-            j : j + stride * (column.outputs - 1) + 1 : stride,
-        ]
+        x[:, i : i + tall : stride, j : j + wide : stride]
         for i in row.pixels
         for j in column.pixels
     ]

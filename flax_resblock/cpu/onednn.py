@@ -92,11 +92,8 @@ class Convolution:
         shape = jax.ShapeDtypeStruct(
             (x.shape[0], *self.size(*x.shape[1:3]), self.kernel[3]), x.dtype
         )
-        added = [
-            (name, value)
-            for name, value in (("BIAS", bias), ("SUM", residual))
-            if value is not None
-        ]
+        pairs = (("BIAS", bias), ("SUM", residual))
+        added = [(name, value) for name, value in pairs if value is not None]
         steps = [name for name, _ in added] + ["RELU"] * relu
         # the operand whose memory the output takes
         over = None if residual is None else {1 + len(added): 0}
@@ -126,15 +123,10 @@ class Convolution:
         """The instruction's settings: XLA's message ``OneDnnConvolutionConfig``
         (xla/service/cpu/onednn_config.proto) as JSON, whose numbers are text.
         """
-        image = {
-            "dims": "4",
-            "data": {"batch_dim": "0", "feature_dim": "3", "spatial_dims": ["1", "2"]},
-        }
-        order: dict[str, Any] = {
-            "input_feature_dim": "2",
-            "output_feature_dim": "3",
-            "spatial_dims": ["0", "1"],
-        }
+        axes = {"batch_dim": "0", "feature_dim": "3", "spatial_dims": ["1", "2"]}
+        image = {"dims": "4", "data": axes}
+        order: dict[str, Any] = {"input_feature_dim": "2", "output_feature_dim": "3"}
+        order["spatial_dims"] = ["0", "1"]
         config: dict[str, Any] = {
             "dims": "4",
             "input": image,

@@ -19,9 +19,8 @@ def pointwise(
 ) -> jax.Array:
     """``(N, H, W, C)`` by ``(1, 1, C, O)`` to ``(N, H', W', O)``, without padding."""
     pixels = _visited(x, stride)
-    return jnp.dot(pixels.reshape(-1, pixels.shape[-1]), kernel[0, 0], precision=precision).reshape(
-        *pixels.shape[:3], -1
-    )
+    flat = jnp.dot(pixels.reshape(-1, pixels.shape[-1]), kernel[0, 0], precision=precision)
+    return flat.reshape(*pixels.shape[:3], -1)
 
 
 def pointwise_kernel_gradient(
@@ -98,14 +97,8 @@ def kernel_gradient(
     """``(k, k, C, O)`` from ``(N, H, W, C)`` and ``(N, H', W', O)``, by one product per tap."""
     dy = materialised(dy)
     seen = taps_of(x, taps, stride, padding, 0)
-    return jnp.concatenate(
-        [
-            jnp.concatenate(
-                [pointwise_kernel_gradient(tap, dy, 1, precision) for tap in row], axis=1
-            )
-            for row in seen
-        ]
-    )
+    taken = ([pointwise_kernel_gradient(tap, dy, 1, precision) for tap in row] for row in seen)
+    return jnp.concatenate([jnp.concatenate(row, axis=1) for row in taken])
 
 
 def input_gradient(
@@ -135,14 +128,8 @@ def input_gradient(
         precision=precision,
     )
     shares = shares.reshape(n, tall, wide, taps, taps, inner)
-    return materialised(
-        taps_added(
-            [[shares[:, :, :, i, j] for j in range(taps)] for i in range(taps)],
-            size,
-            stride,
-            padding,
-        )
-    )
+    parts = [[shares[:, :, :, i, j] for j in range(taps)] for i in range(taps)]
+    return materialised(taps_added(parts, size, stride, padding))
 
 
 def _overlapped(parts: list[jax.Array], stride: int, axis: int) -> jax.Array:

@@ -70,11 +70,8 @@ def evaluate_fused(network: ClosedJaxpr, inputs: Sequence[Any], compute: Compute
 def _evaluate(
     jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Any], compute: Compute
 ) -> list[Any]:
-    uses = Counter(
-        atom
-        for atom in (*(atom for eqn in jaxpr.eqns for atom in eqn.invars), *jaxpr.outvars)
-        if not isinstance(atom, Literal)
-    )
+    atoms = (*(atom for eqn in jaxpr.eqns for atom in eqn.invars), *jaxpr.outvars)
+    uses = Counter(atom for atom in atoms if not isinstance(atom, Literal))
     values: dict[Any, Any] = {}
 
     def read(atom: Any) -> Any:
@@ -89,14 +86,9 @@ def _evaluate(
     write(jaxpr.invars, inputs)
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
-        inner = next(
-            (
-                eqn.params[name]
-                for name in ("jaxpr", "call_jaxpr")
-                if eqn.primitive.name in _CALLS and name in eqn.params
-            ),
-            None,
-        )
+        inner = None
+        if eqn.primitive.name in _CALLS:
+            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
         rule = _RULES.get(eqn.primitive.name)
         if inner is not None:
             results = _evaluate(inner.jaxpr, inner.consts, operands, compute)
@@ -121,13 +113,8 @@ _CALLS = frozenset({"jit", "pjit", "custom_jvp_call", "custom_vjp_call"})
 
 def kernels(network: ClosedJaxpr) -> dict[int, tuple[Convolution, tuple[int, ...]]]:
     """Inputs used only as a kernel, by number: the convolution, and the shape of its array."""
-    uses = Counter(
-        id(atom)
-        for atom in (
-            *(atom for eqn in network.jaxpr.eqns for atom in eqn.invars),
-            *network.jaxpr.outvars,
-        )
-    )
+    read = (atom for eqn in network.jaxpr.eqns for atom in eqn.invars)
+    uses = Counter(id(atom) for atom in (*read, *network.jaxpr.outvars))
     numbers = {
         id(variable): number
         for number, variable in enumerate(network.jaxpr.invars)
@@ -143,9 +130,9 @@ def kernels(network: ClosedJaxpr) -> dict[int, tuple[Convolution, tuple[int, ...
 
 def _convolution(operands: list[Any], eqn: Any, compute: Compute) -> _Pending | None:
     found = _numbers(eqn)
-    return (
-        None if found is None else _Pending(Fused(found, _value(operands[0]), operands[1]), compute)
-    )
+    if found is None:
+        return None
+    return _Pending(Fused(found, _value(operands[0]), operands[1]), compute)
 
 
 def _numbers(eqn: Any) -> Convolution | None:
@@ -158,13 +145,8 @@ def _numbers(eqn: Any) -> Convolution | None:
         and all(low == high >= 0 for low, high in padding)
     )
     single = {atom.aval.dtype for atom in (*eqn.invars, *eqn.outvars)} == {np.dtype(np.float32)}
-    if (
-        not plain
-        or not single
-        or p["dimension_numbers"] != _DIMENSIONS
-        or len(padding) != 2
-        or kernel.size == 0
-    ):
+    flat = p["dimension_numbers"] == _DIMENSIONS and len(padding) == 2
+    if not (plain and single and flat) or kernel.size == 0:
         return None
     (rows, _), (columns, _) = padding
     return Convolution(
@@ -185,15 +167,10 @@ def _addition(operands: list[Any], eqn: Any, _: Compute) -> _Pending | None:
     for pending, other in (operands, operands[::-1]):
         if not isinstance(pending, _Pending) or pending.fused.relu:
             continue
-        if (
-            getattr(other, "shape", None) == (1, 1, 1, shape[-1])
-            and pending.fused.bias is None
-            and pending.fused.residual is None
-        ):
+        fused, size = pending.fused, getattr(other, "shape", None)
+        if size == (1, 1, 1, shape[-1]) and fused.bias is None and fused.residual is None:
             return pending.followed(bias=other)
-        if pending.fused.residual is None and (
-            isinstance(other, _Pending) or getattr(other, "shape", None) == shape
-        ):
+        if fused.residual is None and (isinstance(other, _Pending) or size == shape):
             return pending.followed(residual=_value(other))
     return None
 
@@ -201,12 +178,7 @@ def _addition(operands: list[Any], eqn: Any, _: Compute) -> _Pending | None:
 def _maximum(operands: list[Any], _: Any, __: Compute) -> _Pending | None:
     """A maximum with zero is a ReLU."""
     for pending, other in (operands, operands[::-1]):
-        if (
-            isinstance(pending, _Pending)
-            and not pending.fused.relu
-            and not isinstance(other, Tracer)
-            and _is_zero(other)
-        ):
+        if isinstance(pending, _Pending) and not pending.fused.relu and _is_zero(other):
             return pending.followed(relu=True)
     return None
 
@@ -216,28 +188,19 @@ def _pool(operands: list[Any], eqn: Any, _: Compute) -> jax.Array | None:
     p = eqn.params
     if len(p["window_dimensions"]) != 4:
         return None
-    (batch, window, width, channels), (_, stride, across, _), pads = (
-        p["window_dimensions"],
-        p["window_strides"],
-        p["padding"],
-    )
-    even = (
-        tuple(pads) == ((0, 0), pads[1], pads[1], (0, 0))
-        and pads[1][0] == pads[1][1] <= window // 2
-    )
-    square = (batch, width, channels, across) == (1, window, 1, stride) and tuple(
-        p["window_strides"][::3]
-    ) == (1, 1)
-    plain = {*p["base_dilation"], *p["window_dilation"]} == {1}
-    return (
-        max_pool(_value(operands[0]), window, stride, pads[1][0])
-        if even and square and plain
-        else None
-    )
+    (batch, window, width, channels), pads = p["window_dimensions"], tuple(p["padding"])
+    stride = p["window_strides"][1]
+    even = pads == ((0, 0), pads[1], pads[1], (0, 0)) and pads[1][0] == pads[1][1] <= window // 2
+    square = (batch, width, channels) == (1, window, 1)
+    square = square and tuple(p["window_strides"]) == (1, stride, stride, 1)
+    if not even or not square or {*p["base_dilation"], *p["window_dilation"]} != {1}:
+        return None
+    return max_pool(_value(operands[0]), window, stride, pads[1][0])
 
 
 def _is_zero(value: Any) -> bool:
-    return getattr(value, "shape", None) == () and float(value) == 0
+    known = not isinstance(value, Tracer) and getattr(value, "shape", None) == ()
+    return known and float(value) == 0
 
 
 _RULES: dict[str, Callable[[list[Any], Any, Compute], Any]] = {

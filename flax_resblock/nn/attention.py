@@ -57,8 +57,6 @@ def build_attention(
     """The attention of the block that ``config`` describes."""
     if config.attention == "se":
         return SqueezeExcitation(config.out_channels, config.squeezed_channels, layers)
-    return (
-        EfficientChannelAttention(config.attention_window, layers)
-        if config.attention == "eca"
-        else None
-    )
+    if config.attention == "eca":
+        return EfficientChannelAttention(config.attention_window, layers)
+    return None

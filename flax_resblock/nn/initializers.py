@@ -23,10 +23,7 @@ kaiming_fan_out: Initializer = jax.nn.initializers.variance_scaling(2.0, "fan_ou
 torchvision's choice (He et al. 2015, arXiv:1502.01852).
 """
 
-INITIALIZERS: dict[str, Initializer] = {
-    "torch_default": torch_default,
-    "kaiming_fan_out": kaiming_fan_out,
-}
+INITIALIZERS = {"torch_default": torch_default, "kaiming_fan_out": kaiming_fan_out}
 
 
 def uniform_bias(fan_in: int) -> Initializer:

@@ -141,10 +141,7 @@ class Layers:
             rngs=self.rngs,
             **self.shared,
         )
-        if (
-            ends_residual
-            and self.options.get("zero_init_residual", False)
-            and self.rngs is not None
-        ):
+        zero = ends_residual and self.options.get("zero_init_residual", False)
+        if zero and self.rngs is not None:
             norm.scale.set_value(jnp.zeros_like(norm.scale[...]))
         return norm

@@ -45,15 +45,12 @@ def variables(model: Model) -> dict[str, Any]:
       ``{'params': ..., 'batch_stats': ...}``, nested dicts of the model's own arrays with string
       keys.
     """
-    return {
-        name: _nested(
-            {
-                path: variable[...]
-                for path, variable in dict(nnx.to_flat_state(nnx.state(model, kind))).items()
-            }
-        )
-        for name, kind in COLLECTIONS.items()
-    }
+
+    def of(kind: type[nnx.Variable]) -> dict[str, Any]:
+        flat = dict(nnx.to_flat_state(nnx.state(model, kind)))
+        return _nested({path: variable[...] for path, variable in flat.items()})
+
+    return {name: of(kind) for name, kind in COLLECTIONS.items()}
 
 
 class ResNet(linen.Module):
@@ -78,13 +75,10 @@ class ResNet(linen.Module):
             get the running statistics back.
         """
         model = build(self.config, rngs=None, **self.options)
-        fresh = (
-            variables(
-                build(self.config, rngs=nnx.Rngs(params=self.make_rng("params")), **self.options)
-            )
-            if self.is_initializing()
-            else None
-        )
+        fresh = None
+        if self.is_initializing():
+            rngs = nnx.Rngs(params=self.make_rng("params"))
+            fresh = variables(build(self.config, rngs=rngs, **self.options))
         shapes = {
             name: dict(nnx.to_flat_state(nnx.state(model, kind)))
             for name, kind in COLLECTIONS.items()

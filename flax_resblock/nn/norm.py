@@ -111,12 +111,8 @@ def _forward(
     x = x if forms is None else forms.materialised(x)
     moments = batch_moments(x)
     inverse = lax.rsqrt(moments.biased_var + eps)
-    return ((x - moments.mean) * (inverse * scale) + bias, moments), (
-        x,
-        moments.mean,
-        inverse,
-        scale,
-    )
+    y = (x - moments.mean) * (inverse * scale) + bias
+    return (y, moments), (x, moments.mean, inverse, scale)
 
 
 def _backward(

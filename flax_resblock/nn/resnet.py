@@ -84,11 +84,8 @@ class DeepStemLayers(nnx.Module):
     def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
         """``(N, H, W, in_channels)`` to ``(N, H', W', stem_width)``, a quarter of the size."""
         x = images
-        for conv, norm in (
-            (self.conv1, self.norm1),
-            (self.conv2, self.norm2),
-            (self.conv3, self.norm3),
-        ):
+        convs, norms = (self.conv1, self.conv2, self.conv3), (self.norm1, self.norm2, self.norm3)
+        for conv, norm in zip(convs, norms, strict=True):
             x = norm(conv(x), use_running_average=use_running_average)
             x = ACTIVATIONS[self.activation](x)
         return x if self.pool is None else self.pool(x)
@@ -123,17 +120,11 @@ class ResNet(nnx.Module):
             stages[stage].append(build_block(block, rngs=rngs, **options))
         for name, blocks in stages.items():
             setattr(self, name, nnx.List(blocks))
-        self.head = (
-            Linear(
-                config.feature_channels,
-                config.num_classes,
-                precision=options.get("precision"),
-                rngs=rngs,
-                **layers.shared,
-            )
-            if config.num_classes is not None
-            else None
-        )
+        head, precision = None, options.get("precision")
+        if config.num_classes is not None:
+            sizes = (config.feature_channels, config.num_classes)
+            head = Linear(*sizes, precision=precision, rngs=rngs, **layers.shared)
+        self.head = head
 
     @in_slot
     def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:

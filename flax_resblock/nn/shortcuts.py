@@ -36,10 +36,8 @@ class ZeroPadShortcut(nnx.Module):
     def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
         """``(N, H, W, C)`` to ``(N, ceil(H / stride), ceil(W / stride), C + extra_channels)``."""
         front = self.extra_channels // 2
-        return jnp.pad(
-            x[:, :: self.stride, :: self.stride, :],
-            ((0, 0), (0, 0), (0, 0), (front, self.extra_channels - front)),
-        )
+        sides = ((0, 0), (0, 0), (0, 0), (front, self.extra_channels - front))
+        return jnp.pad(x[:, :: self.stride, :: self.stride, :], sides)
 
 
 class ProjectionShortcut(nnx.Module):
