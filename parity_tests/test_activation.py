@@ -102,6 +102,7 @@ def test_a_module_with_another_activation_in_one_place_is_refused(layer):
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.slow
 def test_json_and_checkpoints_keep_the_activation(name, tmp_path):
     config = replace(NETWORK, activation=name)
     assert from_json(to_json(config)) == config
@@ -125,6 +126,7 @@ def test_the_flag_is_written_into_the_metadata(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.slow
 def test_inference_folds_and_fuses_the_right_activation(name):
     pair = ReferencePair.random(replace(NETWORK, activation=name))
     images = adversarial_images(NETWORK, batch=3, height=9, width=8).astype(np.float32)

@@ -102,6 +102,7 @@ def test_a_family_converts_without_flags_computes_the_same_and_goes_back(name, t
     assert relative_l2(*outputs) == 0
 
 
+@pytest.mark.slow
 def test_another_eps_would_be_noticed(tmp_path):
     name = QUICK[1]
     module = saved(name, tmp_path / "theirs")
@@ -227,6 +228,7 @@ def test_a_model_from_python_is_saved_for_transformers(tmp_path):
         ("resnet18d", "huggingface", "has no name for stem.conv1"),
     ],
 )
+@pytest.mark.slow
 def test_what_a_package_cannot_build_is_not_written_for_it(name, naming, message, tmp_path):
     with pytest.raises(flax_resblock.InputError, match=message):
         flax_resblock.save(
@@ -248,6 +250,7 @@ def test_what_a_package_cannot_build_is_not_written_for_it(name, naming, message
         ({"model_type": "resnet", "id2label": {"1": "a"}}, "does not number the classes from 0"),
     ],
 )
+@pytest.mark.slow
 def test_a_config_that_means_another_network_is_refused(change, message, tmp_path):
     model = flax_resblock.create("resnet26", widths=(4, 8, 8, 16), num_classes=3, rngs=nnx.Rngs(0))
     flax_resblock.save(model, tmp_path / "folder", naming="huggingface")

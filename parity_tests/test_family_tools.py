@@ -76,6 +76,7 @@ def test_a_new_head_leaves_everything_else_alone():
     [deep(attention="se"), deep(antialias="blur", attention="eca")],
     ids=["se", "eca and blur"],
 )
+@pytest.mark.slow
 def test_linen_has_the_same_options(config):
     model = build(config, rngs=nnx.Rngs(0))
     model.eval()

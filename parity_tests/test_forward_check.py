@@ -206,6 +206,7 @@ def test_options_of_the_result_do_not_change_the_comparison():
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("block", [torch_ref.Block, torch_ref.BasicBlock, torch_ref.Bottleneck])
+@pytest.mark.slow
 def test_a_bare_block_is_run_on_feature_maps(block, stride):
     from_torch(block(8, 8, stride))
     wrong = type("Wrong", (block,), {"forward": lambda self, x: block.forward(self, x) * 1.01})
@@ -233,6 +234,7 @@ class Watched(Net):
 @pytest.mark.parametrize(
     ("suits", "tried"), [((32, 64, 224), [32]), ((64, 224), [32, 64]), ((224,), [32, 64, 224])]
 )
+@pytest.mark.slow
 def test_larger_images_are_tried_where_small_ones_raise(suits, tried):
     module = made(Watched, suits=suits)
     from_torch(module)
@@ -274,6 +276,7 @@ class Output:
         lambda x: OrderedDict(logits=x, probabilities=x.softmax(-1)),
     ],
 )
+@pytest.mark.slow
 def test_the_obvious_tensor_of_another_output_is_taken(wrap):
     from_torch(made(Wrapped, wrap=wrap))
     with pytest.raises(InputError, match="does not compute"):
@@ -364,6 +367,7 @@ class Restless(Net):
 @pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
 @pytest.mark.parametrize("locked", [False, True], ids=["copied", "restored"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.slow
 def test_the_module_and_every_random_state_stay_as_they_were(dtype, locked, wrong):
     module = made(Restless, locked=locked, wrong=wrong).to(dtype)
     module.train()
@@ -421,6 +425,7 @@ class Leaky(Net):
         super().__init__(act=lambda x: F.leaky_relu(x, 0.1))
 
 
+@pytest.mark.slow
 def test_the_advice_of_the_message_finds_the_layer(capsys):
     spec = f"{__file__}:Leaky"
     assert run(["verify", "--torch", spec, "--eval-only", "--precision", "float64"]) == 1

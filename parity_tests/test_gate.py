@@ -27,6 +27,7 @@ def run(folder, *reasons, strict):
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_a_skip_fails_the_strict_run_unless_its_reason_is_listed(tmp_path):
     status, text = run(tmp_path / "mixed", ALLOWED, REFUSED, strict="1")
     assert status == 1, text

@@ -119,6 +119,7 @@ def test_whichever_tensor_is_missing_or_too_many_is_named_and_no_other(name, nam
 
 
 @pytest.mark.parametrize(("name", "naming"), READINGS)
+@pytest.mark.slow
 def test_whichever_tensor_has_a_wrong_shape_is_named(name, naming):
     config = NETWORKS[name]
     found = described(config, naming)

@@ -61,6 +61,7 @@ def test_any_number_of_images_gets_the_models_logits(count, compiled, images, tr
     assert relative_l2(logits, truth[1 : count + 1]) > 1e-3 or count == 21
 
 
+@pytest.mark.slow
 def test_only_powers_of_two_and_the_example_are_compiled(compiled, images):
     assert compiled.batch_sizes == (1, 2, 4, 8)
     for count in (1, 3, 5, 6, 7, 8, 20):

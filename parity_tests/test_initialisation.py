@@ -90,6 +90,7 @@ def test_zero_init_residual_zeroes_the_last_norm_only_where_asked(block, zero):
         np.testing.assert_array_equal(module(x), np.maximum(x, 0))
 
 
+@pytest.mark.slow
 def test_options_reach_every_layer():
     model = create(
         "resnet20",

@@ -43,6 +43,7 @@ def built(config):
     return build(config, rngs=nnx.Rngs(11))
 
 
+@pytest.mark.slow
 def test_variables_of_a_fresh_linen_network_are_those_of_the_nnx_one(config):
     ours = linen.ResNet(config).init(jax.random.key(1), images(config.in_channels))
     theirs = linen.variables(built(config))
@@ -68,6 +69,7 @@ def test_evaluation_and_training_equal_nnx_bit_for_bit(config):
     assert not np.allclose(trained, evaluated, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_training_without_mutable_statistics_leaves_them(config):
     variables = linen.variables(built(config))
     before = jax.tree.map(np.array, variables)

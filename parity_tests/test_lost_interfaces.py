@@ -74,6 +74,7 @@ def after(loss: str):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.slow
 def test_without_it_a_cpu_computes_as_plain_xla_does(name):
     lost, onednn_lost, same, _, own = after(LOSSES[name])
     assert len(lost) == 1
@@ -88,6 +89,7 @@ def test_with_all_of_them_it_takes_its_own_forms_without_a_warning():
 
 
 @pytest.mark.skipif(not onednn.available(), reason="this machine or this jaxlib has no oneDNN")
+@pytest.mark.slow
 def test_without_the_instruction_for_onednn_inference_takes_the_other_forms():
     loss = "from flax_resblock.cpu import onednn; onednn.TARGET = '__onednn$gone'"
     lost, onednn_lost, same, close, own = after(loss)

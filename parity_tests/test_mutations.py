@@ -146,6 +146,7 @@ class Opaque(torch.nn.Module):
         )
 
 
+@pytest.mark.slow
 def test_where_only_outputs_can_be_seen_the_layer_is_found_by_bisection():
     base = ReferencePair.random(BLOCK, 1)
     images = adversarial_images(BLOCK, batch=2, seed=4)

@@ -61,6 +61,7 @@ def assert_same(ours, theirs):
     assert all(ours[key].tobytes() == value.tobytes() for key, value in theirs.items())
 
 
+@pytest.mark.slow
 def test_a_users_program_type_checks_in_strict_mode():
     checked = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable]
     done = subprocess.run(
@@ -72,6 +73,7 @@ def test_a_users_program_type_checks_in_strict_mode():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_type_check_of_a_users_program_can_fail(tmp_path):
     text = (REPOSITORY / "parity_tests" / "typing" / "example.py").read_text(encoding="utf-8")
     (tmp_path / "wrong.py").write_text(text.replace("num_classes=3, widths=", "colour=3, widths="))

@@ -178,6 +178,7 @@ def test_a_recipe_is_pytorchs(recipe, plain):
     assert worst(plain, truth) >= 1e6 * LIMIT  # the control: without it, it is another run
 
 
+@pytest.mark.slow
 def test_averages_are_those_of_weights_and_statistics_after_every_step(tmp_path):
     _, truth = in_torch(average=0.9)
     model, (images, test) = scale.start_model(), scale.images()

@@ -104,6 +104,7 @@ def test_branches_are_the_parts_of_a_network():
     ("name", "size"),
     [("resnet18", 224), ("resnet50d", 224), ("ecaresnet26t", 224), ("resnet20", 32)],
 )
+@pytest.mark.slow
 def test_the_usual_image_size_follows_from_the_stride_of_the_stem(name, size):
     config = architecture(name)
     assert config.image_size == size

@@ -185,6 +185,7 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(capsys):
     assert "devices=9 must be from 1 to 4" in said(capsys, "--devices 9", status=2)
 
 
+@pytest.mark.slow
 def test_a_diverging_run_writes_down_the_images_of_its_step(capsys, tmp_path):
     text = said(
         capsys,
@@ -300,6 +301,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_keeps_what_was_whole(small_disk, capsys):
     flags = (
         f"--epochs 30 --batch-size {runs.BATCH} --save-every 5 --keep 30 --out {small_disk / 'out'}"

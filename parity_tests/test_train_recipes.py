@@ -62,6 +62,7 @@ def test_there_are_few_short_programs_and_no_package():
     assert all(len((RECIPES / name).read_text().splitlines()) < 100 for name in PROGRAMS)
 
 
+@pytest.mark.slow
 def test_a_plain_optax_loop_learns_and_its_file_loads_in_pytorch(program):
     text = program("plain_optax.py", "--epochs", "3", "--batch-size", "128", "--out", "net.pth")
     accuracy = float(text.split("test accuracy ")[-1].split("%")[0])
@@ -78,6 +79,7 @@ def test_a_plain_optax_loop_learns_and_its_file_loads_in_pytorch(program):
     assert int(module.bn1.num_batches_tracked) == 3 * 11
 
 
+@pytest.mark.slow
 def test_fine_tuning_makes_a_new_head_and_keeps_frozen_parts(program, tmp_path):
     before = torch_run(tmp_path / "seven.pth", classes=7).state_dict()
     text = program(*shlex.split("fine_tune.py seven.pth --freeze stem --epochs 1 --batch-size 359"))
@@ -102,6 +104,7 @@ def test_a_pytorch_run_continues_and_comes_back(program, tmp_path):
     assert (back["step"], scheduler.last_epoch) == (5, 5)
 
 
+@pytest.mark.slow
 def test_training_on_all_devices_leaves_a_run_that_can_continue(program):
     text = program(*shlex.split("all_devices.py --epochs 1 --batch-size 356 --out out"))
     assert "4 devices in 1 processes" in text

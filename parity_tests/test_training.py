@@ -351,6 +351,7 @@ def test_the_rest_of_a_pytorch_run_is_pytorchs(epoch, batch, data, tmp_path):
         assert ours["weight_decay"] == theirs["weight_decay"]
 
 
+@pytest.mark.slow
 def test_training_in_jax_alone_reaches_95_percent_on_the_digits(data):
     config = dataclasses.replace(training.PRESETS["digits-resnet8"], epochs=3)
     model = training.new_model(config)
