@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from parity_tests.support import REPOSITORY
 
 ALLOWED = "needs a GPU or TPU: FLAX_RESBLOCK_ACCELERATOR=1 lets jax use the one there is"
