@@ -40,7 +40,7 @@ COMMANDS = {
     "convert": "convert net.pth out.safetensors",
     "export": "export net.pth exported",
     "verify": "verify net.pth --eval-only",
-    "train": "train --steps 2 --batch-size 600 --pad 1 --workers 2 --out run",
+    "train": "train --steps 2 --warmup-steps 0 --batch-size 600 --pad 1 --workers 2 --out run",
     "bench": "bench --what forward --architecture block --image-size 8 --rounds 1 --threads 1",
     "aot": "aot net.pth --target cuda:a100 --batch 1",
     "demo": "demo --epochs 1",

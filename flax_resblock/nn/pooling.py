@@ -26,7 +26,8 @@ class MaxPool(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, C)`` to ``(N, H', W', C)``."""
         forms = cpu_forms()
-        if forms is not None:
+        fixed = all(isinstance(size, int) for size in x.shape[1:3])  # not symbolic, as in exports
+        if forms is not None and fixed:
             return forms.max_pool(x, self.window, self.stride, self.padding)
         pad = (self.padding, self.padding)
         return nnx.max_pool(x, (self.window, self.window), (self.stride, self.stride), (pad, pad))  # pyright: ignore[reportArgumentType]
