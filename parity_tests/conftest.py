@@ -5,8 +5,7 @@ devices that it finds, and ``JAX_PLATFORMS=cuda,cpu`` chooses among them (keep `
 truth is computed there).
 
 ``FLAX_RESBLOCK_STRICT_SKIPS=1``, which the gate sets, makes the run fail when a test is skipped for
-a reason that :data:`ALLOWED_SKIPS` does not list.
-"""
+a reason that :data:`ALLOWED_SKIPS` does not list."""
 
 import os
 

@@ -1,8 +1,7 @@
 """The same steps in ``torch.nn.parallel.DistributedDataParallel`` over gloo: each process takes its
 share of every batch, and process 0 writes down the end.
 
-python -m parity_tests.ddp IN.pt OUT.pt PORT RANK WORLD
-"""
+python -m parity_tests.ddp IN.pt OUT.pt PORT RANK WORLD"""
 
 from __future__ import annotations
 

@@ -54,8 +54,7 @@ class Family:
       build: Makes it, freshly initialised.
       save: Writes it to a folder, with the package's own function.
       plain: The same module with a tensor for its output.
-      naming: Its naming scheme.
-    """
+      naming: Its naming scheme."""
 
     build: Callable[[], torch.nn.Module]
     save: Callable[[torch.nn.Module, Path], None]

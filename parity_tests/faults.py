@@ -64,8 +64,7 @@ class Fault:
       slot: Where the diagnosis must find it; None: it is everywhere.
       cause: What the diagnosis must call it; None: it need only be found.
       config: The network or block.
-      gradients: It shows in the gradients only.
-    """
+      gradients: It shows in the gradients only."""
 
     name: str
     side: str

@@ -45,8 +45,7 @@ def import_torchvision():
 
     With the CPU build of torch, torchvision's wheel cannot load its operators and then refuses to
     be imported because PyTorch does not know them. They are defined then, without an
-    implementation: the networks need none.
-    """
+    implementation: the networks need none."""
     try:
         return importlib.import_module("torchvision")
     except ImportError:
@@ -73,8 +72,7 @@ def random_bits(
     counter: int = 7,
 ) -> dict[str, np.ndarray]:
     """A state dict whose floating tensors are random bit patterns: NaN with payloads, infinities,
-    denormals and negative zeros among them.
-    """
+    denormals and negative zeros among them."""
     rng = np.random.default_rng(seed)
     dtype = np.dtype(dtype)
     state = {}

@@ -384,8 +384,7 @@ def test_a_hostile_array_in_an_orbax_folder_is_refused(case, tmp_path):
 
 def test_what_a_zstd_frame_expands_to_is_known_without_expanding_it(tmp_path):
     """A frame of repeated blocks (RFC 8878): eight thousand blocks of four bytes are a gigabyte of
-    zeros.
-    """
+    zeros."""
     write_orbax(tmp_path / "net", samples.state(), {})
     header = b"\x28\xb5\x2f\xfd\x00\x58"
     block = (1 << 17 << 3 | 1 << 1).to_bytes(3, "little") + b"\0"

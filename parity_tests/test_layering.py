@@ -84,8 +84,7 @@ PUBLIC_JAX_ONLY = ("nn", "convert", "runs", "io")
 
 def imports(source: str) -> Iterator[str]:
     """Dotted names of everything imported: ``from a import b`` as ``a.b``, and
-    ``import_module("a")`` and ``__import__("a")`` as ``a``.
-    """
+    ``import_module("a")`` and ``__import__("a")`` as ``a``."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

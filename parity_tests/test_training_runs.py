@@ -316,8 +316,7 @@ def float32_run(
 @pytest.fixture(scope="module")
 def envelope(stayed, tmp_path_factory) -> tuple[Path, list[Snapshot], list[list[Snapshot]]]:
     """A float32 checkpoint, the float64 truth of its next steps, and PyTorch's float32 steps in
-    several roundings.
-    """
+    several roundings."""
     kind, _, wide = stayed
     saved = torch.load(wide, weights_only=True)
     narrow = tmp_path_factory.mktemp("narrow") / "run.pth"

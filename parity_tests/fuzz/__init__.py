@@ -6,5 +6,4 @@
 choices that hypothesis draws. ``targets`` opens them and compares what comes out. ``guard`` notices
 code that runs, files outside the output folder, and memory beyond the limit. ``check`` combines
 them into one hypothesis property. ``__main__`` lets atheris choose hypothesis's choices, guided by
-coverage of this library's parsers, in processes that it starts again when a file crashes them.
-"""
+coverage of this library's parsers, in processes that it starts again when a file crashes them."""

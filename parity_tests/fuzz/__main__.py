@@ -35,8 +35,7 @@ class Tally:
       outcomes: How many of each outcome, by category.
       failures: One line for each file that got what no file may get.
       slowest: Seconds of the slowest.
-      most_memory: Bytes beyond what the process had before.
-    """
+      most_memory: Bytes beyond what the process had before."""
 
     outcomes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     failures: list[str] = field(default_factory=list)

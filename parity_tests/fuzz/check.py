@@ -37,8 +37,7 @@ class Checker:
     Attributes:
       folder: The files that were opened last, as they were.
       outcomes: How many files were ``"exact"``, ``"refused"`` or a ``"VIOLATION"``, by category.
-      failures: What was found, one line for each violation.
-    """
+      failures: What was found, one line for each violation."""
 
     def __init__(self, sandbox: Path, canaries: list[str]) -> None:
         logging.disable(logging.ERROR)

@@ -1,7 +1,6 @@
 """Valid files changed with knowledge of their formats.
 
-Every choice is taken from a generator, which hypothesis draws from the bytes it is given.
-"""
+Every choice is taken from a generator, which hypothesis draws from the bytes it is given."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 """A user's program: everything public in one run, as a type checker and as a reader see it.
 
 ``make lint`` checks it in pyright's strict mode, but for the types that torch and flax leave out of
-their own functions; ``parity_tests/test_public_surface.py`` checks it too, and runs it.
-"""
+their own functions; ``parity_tests/test_public_surface.py`` checks it too, and runs it."""
 
 from __future__ import annotations
 
