@@ -392,6 +392,7 @@ def test_bad_requests_are_refused_before_anything_is_compiled(case, capsys):
         ),
     ],
 )
+@pytest.mark.slow
 def test_what_only_the_compiler_knows_is_one_paragraph_too(arguments, words, capsys):
     skip_without("tpu")
     assert run(["aot", *arguments]) == 2
@@ -421,6 +422,7 @@ def test_a_compiler_of_another_version_is_refused(monkeypatch):
         require_compiler("cuda")
 
 
+@pytest.mark.slow
 def test_an_outcome_survives_the_way_from_the_child():
     skip_without("cuda")
     request = request_for(PROJECTION, "cuda:a100", **SMALL)
