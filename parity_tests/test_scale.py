@@ -48,7 +48,7 @@ def together(commands, devices=1):
 
 
 def scaled(out, devices, *flags, processes=1):
-    command = [sys.executable, "-m", "parity_tests.scale", str(out), *flags.split()]
+    command = [sys.executable, "-m", "parity_tests.scale", str(out), *flags]
     port = free_port()
     cluster_flags = f"--coordinator localhost:{port} --num-processes {processes} --process-id"
     joined = [[*cluster_flags.split(), str(number)] for number in range(processes)]
@@ -166,7 +166,7 @@ FLAGS = "--epochs 4 --batch-size 64 --save-every 7 --resume auto --seed 5"
 def joined(out, flags=FLAGS):
     """A run of two processes of two devices each."""
     port = free_port()
-    command = [sys.executable, "-m", "flax_resblock", "train", "--out", str(out), *flags.split()]
+    command = [sys.executable, "-m", "flax_resblock", "train", "--out", str(out), *flags]
     command += ["--coordinator", f"localhost:{port}", "--num-processes", "2"]
     return [
         subprocess.Popen(

@@ -110,8 +110,9 @@ def test_an_optimizer_of_pytorch_is_read_without_torch(tmp_path):
         "flax_resblock.checkpoint.record import arrays_in, digests\n"
     )
     code += (
-        "run = open_checkpoint(sys.argv[1] + '/net.pth', "
-        "run=True).run()\nprint(run)\nprint('torch' in sys.modules)\n"
+        "from flax_resblock.runs.run_file import run_of\n"
+        "run = run_of(open_checkpoint(sys.argv[1] + '/net.pth', run=True))\n"
+        "print(run)\nprint('torch' in sys.modules)\n"
     )
     without, with_torch = run(BLOCK_TORCH + code, tmp_path), run("import torch\n" + code, tmp_path)
     assert without.stdout.endswith("False\n"), without.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -116,24 +116,27 @@ class ResNetConfig(BlockOptions):
 
     def blocks(self) -> Iterator[tuple[str, int, BlockConfig]]:
         """Stage name, index and configuration of every block, in forward order."""
-        channels, dilation = self.stem_width, 1
+        channels, dilation, shared = self.stem_width, 1, self.shared_options
         for number, (stage, depth, width) in enumerate(
             zip(self.stage_names, self.depths, self.widths, strict=True), start=1
         ):
             stride, previous_dilation = (self.first_stride if number == 1 else 2), dilation
             if number in self.dilated_stages:
                 dilation, stride = dilation * stride, 1
-            for index in range(depth):
-                config = BlockConfig(
-                    in_channels=channels,
-                    out_channels=width * EXPANSION[self.block],
-                    kind=self.block,
-                    stride=stride if index == 0 else 1,
-                    dilation=previous_dilation if index == 0 else dilation,
-                    **self.shared_options,
-                )
-                yield stage, index, config
-                channels = config.out_channels
+            out_channels = width * EXPANSION[self.block]
+            first = BlockConfig(
+                in_channels=channels,
+                out_channels=out_channels,
+                kind=self.block,
+                stride=stride,
+                dilation=previous_dilation,
+                **shared,
+            )
+            others = first
+            if depth > 1:
+                others = replace(first, in_channels=out_channels, stride=1, dilation=dilation)
+            yield from ((stage, index, others if index else first) for index in range(depth))
+            channels = out_channels
 
     def slots(self) -> Iterator[Slot]:
         """Every slot in forward order."""
