@@ -166,7 +166,7 @@ FLAGS = "--epochs 4 --batch-size 64 --save-every 7 --resume auto --seed 5"
 def joined(out, flags=FLAGS):
     """A run of two processes of two devices each."""
     port = free_port()
-    command = [sys.executable, "-m", "flax_resblock", "train", "--out", str(out), *flags]
+    command = [sys.executable, "-m", "flax_resblock", "train", "--out", str(out), *flags.split()]
     command += ["--coordinator", f"localhost:{port}", "--num-processes", "2"]
     return [
         subprocess.Popen(
