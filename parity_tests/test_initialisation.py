@@ -17,6 +17,7 @@ from flax_resblock import (
     create,
 )
 from flax_resblock.config import architecture, from_json, to_json, walk
+from flax_resblock.nn.initializers import INITIALIZERS
 from flax_resblock.nn.linear import Linear
 from flax_resblock.nn.resnet import ResNet
 from flax_resblock.parity.battery import BATTERY
@@ -69,6 +70,22 @@ def test_a_network_starts_as_torchvisions_do(name):
     assert not same_distribution(
         ours.stage2[0].conv2.kernel[...] * 1.2, theirs.layer2[0].conv2.weight.detach()
     )
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 5, 7), (1, 1, 64, 96), (12, 10), (7, 7, 3, 64)])
+@pytest.mark.parametrize("dtype", [np.float32, "bfloat16"])
+def test_kernels_are_those_of_jaxs_initialisers_to_the_last_bit(shape, dtype):
+    scaling = jax.nn.initializers.variance_scaling
+    theirs = {
+        "torch_default": scaling(1 / 3, "fan_in", "uniform"),
+        "kaiming_fan_out": scaling(2.0, "fan_out", "normal"),
+    }
+    key = jax.random.key(5)
+    for name, init in theirs.items():
+        truth = np.asarray(init(key, shape, dtype), np.float32)
+        ours = np.asarray(INITIALIZERS[name](key, shape, dtype), np.float32)
+        np.testing.assert_array_equal(ours, truth)
+        assert not np.array_equal(ours, INITIALIZERS[name](jax.random.key(6), shape, dtype))
 
 
 def test_linear_bias_is_drawn_from_the_fan_in():

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -91,6 +92,28 @@ def test_a_full_disk_leaves_the_old_output_and_no_trace(name, size, large, tmp_p
         assert len(error.splitlines()) == 1
         assert sorted(path.name for path in disk.iterdir()) == before
         assert_same_bits(to_torch(from_torch(disk / name)), healthy())
+
+
+def test_what_a_background_thread_writes_after_a_failure_is_removed_too(tmp_path):
+    """As Orbax's threads do on a full disk: they make the folder again when it is gone."""
+
+    def late(folder):
+        while folder.exists():
+            time.sleep(0.001)
+        folder.mkdir()
+        (folder / "array").write_bytes(b"late")
+
+    def failing():
+        with atomic.replacing(tmp_path / "net") as temporary:
+            threads.append(threading.Thread(target=late, args=(temporary.parent,)))
+            threads[0].start()
+            raise OSError(28, "No space left on device")
+
+    threads: list[threading.Thread] = []
+    with pytest.raises(OutputError, match="No space left"):
+        failing()
+    threads[0].join()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["facts.json", "report.json"])

@@ -28,6 +28,8 @@ _ASIDE = "replaced"
 _REMOVED = "removed"
 _PATIENCE = 100
 """Attempts, a twentieth of a second apart, to remove a folder that is still being written to."""
+_LOOKS = 4
+"""How often, a twentieth of a second apart, the folder of a failed writer must be found absent."""
 _ATTEMPTS = 100
 """Attempts to make a temporary folder, which another process may remove before it is locked."""
 _AT_CURRENT_FOLDER, _EXCHANGE = -100, 2
@@ -142,11 +144,18 @@ def remove(folder: Path) -> None:
     _remove_stale(folder.parent)
 
 
-def _remove_tree(folder: Path) -> None:
-    """Removes a folder into which a background thread of an interrupted writer may still write."""
+def _remove_tree(folder: Path, looks: int = 1) -> None:
+    """Removes a folder into which a background thread of an interrupted writer may still write.
+
+    Args:
+      folder: Removed as often as such a thread makes it again.
+      looks: How often, in a row, it must be absent.
+    """
+    absent = 0
     for _ in range(_PATIENCE):
         shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
+        absent = 0 if folder.exists() else absent + 1
+        if absent == looks:
             return
         time.sleep(0.05)
 
@@ -155,10 +164,12 @@ def _remove_tree(folder: Path) -> None:
 def _scratch_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path``, locked, and removed at the end."""
     made, lock = _locked_folder(path)
+    looks = _LOOKS
     try:
         yield made
+        looks = 1
     finally:
-        _remove_tree(made)
+        _remove_tree(made, looks)
         os.close(lock)
 
 
