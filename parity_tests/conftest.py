@@ -17,10 +17,16 @@ import os
 if os.environ.get("FLAX_RESBLOCK_ACCELERATOR", "0") in ("", "0"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["FLAX_RESBLOCK_CACHE"] = "off"  # commands that tests start leave nothing in the home
-for _flag in ("--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=1"):
-    _flags = os.environ.get("XLA_FLAGS", "")
-    if _flag.split("=")[0] not in _flags:
-        os.environ["XLA_FLAGS"] = f"{_flags} {_flag}".strip()
+os.environ["XLA_FLAGS"] = " ".join(
+    {
+        flag.split("=")[0]: flag
+        for flag in (
+            "--xla_force_host_platform_device_count=4",
+            "--xla_backend_optimization_level=1",
+            *os.environ.get("XLA_FLAGS", "").split(),  # they come before ours
+        )
+    }.values()
+)
 
 import signal
 

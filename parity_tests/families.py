@@ -117,8 +117,6 @@ def _timm(name: str, **changes: Any) -> Family:
 
 FAMILIES = {
     "huggingface basic": _huggingface(),
-    "huggingface bottleneck": _huggingface(layer_type="bottleneck"),
-    "huggingface basic, first stage strided": _huggingface(downsample_in_first_stage=True),
     "huggingface bottleneck, first stage strided": _huggingface(
         layer_type="bottleneck", hidden_sizes=[12, 16], downsample_in_first_stage=True
     ),
@@ -126,23 +124,13 @@ FAMILIES = {
         layer_type="bottleneck", downsample_in_bottleneck=True
     ),
     "huggingface without head": _huggingface(head=False, hidden_sizes=[12, 16], depths=[2, 1]),
-    "timm resnet18": _timm("resnet18"),
-    "timm resnet50": _timm("resnet50"),
     "timm resnet10t": _timm("resnet10t", stem_width=16),
-    "timm resnet14t": _timm("resnet14t", stem_width=16),
     "timm resnet18d": _timm("resnet18d", stem_width=8),
     "timm resnet50c": _timm("resnet50c", stem_width=8),
-    "timm resnet152d": _timm("resnet152d", stem_width=8),
-    "timm resnet50s": _timm("resnet50s", stem_width=8),
     "timm wide_resnet50_2": _timm("wide_resnet50_2"),
-    "timm resnext50_32x4d": _timm("resnext50_32x4d", channels=(16, 32, 32, 32)),
     "timm resnext50d_32x4d": _timm("resnext50d_32x4d", channels=(16, 32, 32, 32), stem_width=8),
-    "timm seresnet18": _timm("seresnet18"),
-    "timm seresnet50": _timm("seresnet50"),
-    "timm seresnet152d": _timm("seresnet152d", stem_width=8),
     "timm seresnext50_32x4d": _timm("seresnext50_32x4d", channels=(16, 32, 32, 32)),
     "timm ecaresnet26t": _timm("ecaresnet26t", stem_width=16),
-    "timm ecaresnet50d": _timm("ecaresnet50d", stem_width=8),
     "timm resnetblur18": _timm("resnetblur18"),
     "timm resnetblur50d": _timm("resnetblur50d", stem_width=8),
     "timm without head": _timm("resnet26d", stem_width=8, num_classes=0),

@@ -123,8 +123,8 @@ CHOICES = {
 CASES = [
     QUICK[0],
     *(pytest.param(name, marks=pytest.mark.slow) for name in list(CHOICES)[1:]),
-    pytest.param("timm seresnet152d", marks=pytest.mark.slow),
-    pytest.param("timm ecaresnet50d", marks=pytest.mark.slow),
+    pytest.param("timm seresnext50_32x4d", marks=pytest.mark.slow),
+    pytest.param("timm ecaresnet26t", marks=pytest.mark.slow),
 ]
 
 
@@ -173,7 +173,7 @@ def test_names_and_shapes_are_timms(name):
 
 def test_sharded_and_pickled_folders_of_transformers_are_read(tmp_path):
     transformers = import_transformers()
-    module = saved("huggingface bottleneck", tmp_path / "whole")
+    module = saved("huggingface bottleneck, first stage strided", tmp_path / "whole")
     state = state_to_numpy(module.state_dict())
     module.save_pretrained(tmp_path / "shards", max_shard_size="4KB")
     assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()

@@ -118,11 +118,11 @@ def test_whichever_tensor_is_missing_or_too_many_is_named_and_no_other(name, nam
         assert complaint(more, config).split("\n")[1:] == [f"  unexpected  {extra}"]
 
 
-@pytest.mark.parametrize(("name", "naming"), READINGS)
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "resnext"])
 @pytest.mark.slow
-def test_whichever_tensor_has_a_wrong_shape_is_named(name, naming):
+def test_whichever_tensor_has_a_wrong_shape_is_named(name):
     config = NETWORKS[name]
-    found = described(config, naming)
+    found = described(config)
     for key in weights(found):
         shape = found[key].shape
         # weight against bias: one of the two is named, with both numbers

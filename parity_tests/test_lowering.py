@@ -14,9 +14,9 @@ import torch
 from flax import nnx
 
 import flax_resblock
-from flax_resblock import BlockConfig, ResidualBlock, ResNetConfig
+from flax_resblock import BlockConfig, ResidualBlock, ResNetConfig, architectures
 from flax_resblock.cli import run
-from flax_resblock.config import architecture
+from flax_resblock.config import SlotKind, architecture, choices_of, walk
 from flax_resblock.cpu import winograd
 from flax_resblock.cpu.forms import _CASES, forms_of
 from flax_resblock.cpu.materialised import kept, materialised
@@ -25,6 +25,7 @@ from flax_resblock.cpu.primitives import Forms
 from flax_resblock.cpu.switch import conv_lowering, for_cpu
 from flax_resblock.nn.conv import convolve
 from flax_resblock.nn.norm import batch_moments, normalised_by_batch
+from flax_resblock.parity.battery import fewest
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.devices import strict
 from flax_resblock.parity.inputs import adversarial_images
@@ -213,16 +214,31 @@ def test_parts_of_a_batch_spread_over_devices_have_the_same_gradients(mapped, tw
     test_a_batch_spread_over_devices_has_the_same_gradients(mapped)
 
 
-def unique_blocks():
-    """Every block of a named architecture, once, but those that fall under the table's limits."""
-    names = flax_resblock.architectures()
-    found = {
-        block: None
-        for name in names
-        for _, _, block in architecture(name).blocks()
-        if max(block.in_channels, block.out_channels) >= 64
+def convolutions_of(block):
+    """Each convolution's size, stride, groups, and the form that a CPU computes it in."""
+    for slot in walk(block):
+        if slot.kind is SlotKind.CONV:
+            kernel = np.empty(slot.shape, np.float32)
+            forms = forms_of(
+                np.empty((1, 8, 8, 8), np.float32),
+                kernel,
+                stride=slot.stride,
+                padding=slot.padding,
+                dilation=slot.dilation,
+                groups=slot.groups,
+            )
+            yield slot.shape[0], slot.stride, slot.groups > 1, forms
+
+
+def blocks_of_architectures():
+    """Few blocks with every option and every kind of convolution of the named architectures."""
+    blocks = {block for name in architectures() for _, _, block in architecture(name).blocks()}
+    features = {
+        block: {(name, getattr(block, name)) for name in choices_of(BlockConfig)}
+        | {*convolutions_of(block), (block.kind, block.out_channels > 256)}
+        for block in sorted(blocks, key=lambda block: (block.out_channels, repr(block)))
     }
-    return list(found)
+    return fewest(features)
 
 
 def brief(block):
@@ -304,8 +320,8 @@ def test_the_verifier_compares_either_lowering(small_checkpoint, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", unique_blocks(), ids=brief)
-def test_blocks_of_every_architecture_equal_pytorch(block):
+@pytest.mark.parametrize("block", blocks_of_architectures(), ids=brief)
+def test_blocks_of_the_architectures_equal_pytorch(block):
     """Outputs, statistics and gradients, float64 to 1e-12 and float32 by the oracle."""
     assert for_cpu()
     assert_block_equals_pytorch(block, (5, 6))

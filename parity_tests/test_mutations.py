@@ -200,7 +200,7 @@ def _random_case(number: int):
 
 
 @pytest.mark.parametrize(
-    "number", [n if n % 25 == 0 else pytest.param(n, marks=pytest.mark.slow) for n in range(50)]
+    "number", [n if n == 0 else pytest.param(n, marks=pytest.mark.slow) for n in range(15)]
 )
 def test_a_correct_pair_raises_no_alarm(number):
     config, size, options, plan = _random_case(number)

@@ -23,7 +23,7 @@ LIMIT, DDP_LIMIT = 1e-12, 1e-10
 
 
 def environment(devices, **more):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **more}
 
 

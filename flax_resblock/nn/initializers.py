@@ -22,7 +22,7 @@ _SHORTEST = 1024
 
 
 def _drawn(draw: Callable[..., jax.Array], key: Any, shape: Sequence[int], dtype: Any) -> jax.Array:
-    """What ``draw(key, shape, dtype)`` gives, by a program of one axis and a power of two in length.
+    """What ``draw(key, shape, dtype)`` gives, by a program of one axis and a power of 2 in length.
 
     Such a program compiles up to twenty times faster than one of four axes, and the kernels of a
     network share a few. Jax's numbers depend on the index alone (``jax_threefry_partitionable``,

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from itertools import product
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from flax_resblock.config import BlockConfig, Config, ResNetConfig, Slot, choices_of, walk
 
+T = TypeVar("T")
 OptionValue = tuple[str, str]
 """A field of a configuration and one of its values."""
 
@@ -62,16 +63,20 @@ def _without(config: Config, left_out: str) -> tuple[Any, ...]:
     return left_out, *(getattr(config, name) for name in names if name != left_out)
 
 
-def covering(kind: type[Config], numbers: Mapping[str, Any]) -> list[Config]:
-    """Few configurations in which every value of every option is used, the plainest first."""
-    used = uses(_valid(kind, numbers))
-    missing = set().union(*used.values())
+def fewest(features: Mapping[T, set[Any]]) -> list[T]:
+    """Few of the items that together have every feature of all of them: the greedy cover."""
+    missing: set[Any] = set().union(*features.values())
     chosen = []
     while missing:
-        best = max(used, key=lambda config: len(used[config] & missing))
+        best = max(features, key=lambda item: len(features[item] & missing))
         chosen.append(best)
-        missing -= used[best]
+        missing -= features[best]
     return chosen
+
+
+def covering(kind: type[Config], numbers: Mapping[str, Any]) -> list[Config]:
+    """Few configurations in which every value of every option is used, the plainest first."""
+    return fewest(uses(_valid(kind, numbers)))
 
 
 def _title(config: Config) -> str:
