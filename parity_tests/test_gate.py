@@ -35,5 +35,5 @@ def test_a_skip_fails_the_strict_run_unless_its_reason_is_listed(tmp_path):
     assert status == 1, text
     assert text.count("SKIPPED WITHOUT AN ALLOWED REASON") == 1
     assert REFUSED in text.split("SKIPPED WITHOUT AN ALLOWED REASON")[1]
-    # the control; that the allowed one alone fails no strict run is what every run of the gate shows
+    # the control; that an allowed skip fails no strict run is what every run of the gate shows
     assert run(tmp_path / "lenient", ALLOWED, REFUSED, strict="")[0] == 0

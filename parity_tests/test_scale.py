@@ -95,7 +95,6 @@ def test_two_processes_of_two_devices_take_the_steps_of_one_process(alone, tmp_p
 def test_pieces_of_mixed_batches_do_not_depend_on_devices_or_processes(alone, tmp_path):
     flags = ("--accumulate", "2", "--mixup", "0.4")
     whole = scaled(tmp_path / "whole.npz", 1, *flags)
-    assert worst(scaled(tmp_path / "four.npz", 4, *flags), whole) <= LIMIT
     assert worst(scaled(tmp_path / "two.npz", 2, *flags, processes=2), whole) <= LIMIT
     assert worst({"losses": whole["losses"]}, {"losses": alone["losses"]}) >= 1e6 * LIMIT
 
