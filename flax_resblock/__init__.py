@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flax_resblock.config import BlockConfig, ResNetConfig, architectures
     from flax_resblock.convert import NAMINGS, Naming
     from flax_resblock.cpu.switch import compiler_options, conv_lowering
-    from flax_resblock.errors import CheckpointError, InputError
+    from flax_resblock.errors import AssumptionWarning, CheckpointError, InputError
     from flax_resblock.export.inference import compile_inference
     from flax_resblock.io import from_torch, load, load_run, save, to_torch
     from flax_resblock.nn.blocks import BottleneckBlock, ResidualBlock
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NAMINGS",
+    "AssumptionWarning",
     "BatchNorm",
     "BlockConfig",
     "BottleneckBlock",
@@ -59,7 +60,7 @@ _MODULES = {
     "runs.run": ("Run",),
     "config": ("BlockConfig", "ResNetConfig", "architectures"),
     "nn.blocks": ("BottleneckBlock", "ResidualBlock"),
-    "errors": ("CheckpointError", "InputError"),
+    "errors": ("AssumptionWarning", "CheckpointError", "InputError"),
     "export.inference": ("compile_inference",),
     "cpu.switch": ("compiler_options", "conv_lowering"),
     "nn.norm": ("BatchNorm",),

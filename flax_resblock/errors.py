@@ -27,6 +27,11 @@ class MissingDependencyError(InputError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 
 
+class AssumptionWarning(UserWarning):
+    """Something that no tensor tells was assumed. The message lists every assumption, with what
+    changes it; ``assume="known"`` silences it."""
+
+
 def visible(text: str, keep: str = "") -> str:
     """Text from a file, safe to show: characters that control a terminal or reorder text appear as
     escapes, ``\\x1b`` or ``\\u202e``.

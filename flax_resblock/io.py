@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path as FilePath
-from typing import Any, Unpack, cast
+from typing import Any, Literal, Unpack, cast
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from flax_resblock.checkpoint import LIMITS, Limits
 from flax_resblock.checkpoint.unwrap import record_of
 from flax_resblock.config import Config, Path
 from flax_resblock.convert import Naming, StateMap, naming_of
+from flax_resblock.convert.detection.assumptions import KNOWN
 from flax_resblock.convert.hubs import files_of
 from flax_resblock.convert.metadata import EPS, MOMENTUM, metadata_of
 from flax_resblock.convert.modules import module_facts
@@ -29,7 +30,7 @@ from flax_resblock.convert.opening import (
     open_checkpoint,
     refuse_afresh,
 )
-from flax_resblock.errors import InputError, some
+from flax_resblock.errors import AssumptionWarning, InputError, some
 from flax_resblock.nn.blocks import BottleneckBlock, ResidualBlock
 from flax_resblock.nn.layers import LayerOptions
 from flax_resblock.nn.norm import BatchNorm
@@ -50,6 +51,7 @@ def from_torch(
     allow_missing: Sequence[str] = (),
     limits: Limits = LIMITS,
     assumptions: Mapping[str, Any] | None = None,
+    assume: Literal["known"] | None = None,
     **options: Unpack[LayerOptions],
 ) -> Model:
     """A PyTorch residual network as an nnx model in evaluation mode.
@@ -73,6 +75,7 @@ def from_torch(
       assumptions: Fields of :class:`~flax_resblock.ResNetConfig` that cannot be inferred from the
         weights, ``{"stride_on": "1x1"}``. An ``nn.Module`` and the ``config.json`` of a folder have
         them.
+      assume: ``"known"`` accepts every assumption that is left, and no warning lists them.
       **options: See :class:`flax_resblock.nn.layers.LayerOptions`. ``eps`` and ``momentum`` default
         to those of an ``nn.Module`` source.
     Returns:
@@ -83,18 +86,19 @@ def from_torch(
         network, or whose forward pass does: the module is run on random images and compared with
         the network built from it. The module itself is left as it was.
     Warns:
-      UserWarning: Everything that was assumed, left out, ignored, filled or unwrapped, in one
-        warning; non-finite values or negative variances, which are carried as they are.
+      AssumptionWarning: What no tensor tells and was assumed, such as the activation. A published
+        network under its usual names gets one line. An ``nn.Module`` leaves nothing to assume.
+      UserWarning: Everything that was left out, ignored, filled or unwrapped, in one warning;
+        non-finite values or negative variances, which are carried as they are.
     Example:
       >>> model = from_torch(torchvision.models.resnet18())
     """
-    reading = ReadOptions(
-        architecture, naming, num_classes, stride, ignore, allow_missing, limits, assumptions or {}
-    )
+    network, keys = (architecture, naming, num_classes, stride), (ignore, allow_missing)
+    reading = ReadOptions(*network, *keys, limits, _said(assumptions, options), assume)
     if callable(getattr(source, "state_dict", None)):
         facts = module_facts(source)
-        if stride is None:
-            reading = replace(reading, stride=facts.stride)
+        stride = facts.stride if stride is None else stride
+        reading = replace(reading, stride=stride, assume=KNOWN)
         record = record_of(source.state_dict(), type(source).__name__)
         opened = interpret(record, reading)
         if architecture is None:
@@ -117,6 +121,12 @@ def from_torch(
     return to_model(opened, **options)
 
 
+def _said(assumptions: Mapping[str, Any] | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the caller says about the network, also as options of its norms."""
+    norms = {name: options[name] for name in (EPS, MOMENTUM) if name in options}
+    return {**(assumptions or {}), **norms}
+
+
 def _warn_about(source: OpenedCheckpoint) -> None:
     """Warns, at the caller's own line, about everything that was not read as it stands."""
     level, frame = 1, sys._getframe()
@@ -125,6 +135,12 @@ def _warn_about(source: OpenedCheckpoint) -> None:
     name = source.record.source
     if source.notes:
         warnings.warn(f"{name}: {'; '.join(source.notes)}.", stacklevel=level)
+    if assumed := source.assumed.notes:
+        lines = "\n  ".join(
+            [f"{name} was read from its weights, which do not tell this:", *assumed]
+        )
+        words = f'{lines}\n  (assume="known" accepts this and silences the warning)'
+        warnings.warn(words, AssumptionWarning, stacklevel=level)
     if source.unhealthy:
         warnings.warn(f"{name}: {some(source.unhealthy)}; carried as they are.", stacklevel=level)
 
@@ -157,6 +173,7 @@ def load(
     allow_missing: Sequence[str] = (),
     limits: Limits = LIMITS,
     assumptions: Mapping[str, Any] | None = None,
+    assume: Literal["known"] | None = None,
     **options: Unpack[LayerOptions],
 ) -> Model:
     """The nnx model that a checkpoint of any format holds, in evaluation mode; arguments, warnings
@@ -180,6 +197,7 @@ def load(
         allow_missing=allow_missing,
         limits=limits,
         assumptions=assumptions,
+        assume=assume,
         **options,
     )
 
@@ -197,6 +215,7 @@ def load_run(
     allow_missing: Sequence[str] = (),
     limits: Limits = LIMITS,
     assumptions: Mapping[str, Any] | None = None,
+    assume: Literal["known"] | None = None,
     **options: Unpack[LayerOptions],
 ) -> tuple[Model, Run]:
     """Model and training run of a checkpoint: PyTorch's own, Lightning's, a Hugging Face Trainer
@@ -209,7 +228,7 @@ def load_run(
       per_epoch: Whether the learning-rate scheduler was stepped once per epoch (or once per batch);
         None finds it from the counters.
       entry: Which of several state dicts in the file to take as the weights, by name.
-      architecture, naming, num_classes, ignore, allow_missing, limits, assumptions: As for
+      architecture, naming, num_classes, ignore, allow_missing, limits, assumptions, assume: As for
         :func:`from_torch`; so are ``**options``.
     Returns:
       The nnx model in evaluation mode, and the :class:`~flax_resblock.Run`, which
@@ -222,9 +241,8 @@ def load_run(
     Example:
       >>> model, run = load_run("run.pth")
     """
-    reading = ReadOptions(
-        architecture, naming, num_classes, None, ignore, allow_missing, limits, assumptions or {}
-    )
+    network, keys = (architecture, naming, num_classes, None), (ignore, allow_missing)
+    reading = ReadOptions(*network, *keys, limits, _said(assumptions, options), assume)
     source = open_checkpoint(FilePath(path), reading, entry=entry, run=True)
     refuse_afresh(source)
     _warn_about(source)

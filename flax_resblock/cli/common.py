@@ -17,6 +17,7 @@ from rich.text import Text
 from flax_resblock.checkpoint import LIMITS, Limits, refuse_existing, replacing
 from flax_resblock.config import ARCHITECTURES, Config, architecture
 from flax_resblock.convert.detection.assumptions import ASSUMABLE_FIELDS
+from flax_resblock.convert.metadata import EPS
 from flax_resblock.convert.opening import (
     OpenedCheckpoint,
     ReadOptions,
@@ -115,6 +116,10 @@ class ReadingFlags:
     """
     dilated_stages: tuple[int, ...] | None = None
     """Stages (from 1) whose stride is replaced by dilation. Cannot be inferred from the weights."""
+    eps: float | None = None
+    """eps of every norm, 1e-5 by default. Cannot be inferred from the weights."""
+    assume: Literal["known"] | None = None
+    """known accepts everything that had to be assumed, and prints no list of it."""
     limits: Limits = LIMITS
     """Limits on what the file may declare before it is refused; docs/security.md explains them."""
 
@@ -123,11 +128,13 @@ class ReadingFlags:
         left in files beside it, ``afresh`` allows absent weights, as ``allow_missing`` says.
         """
         assumptions = {
-            name: value for name in ASSUMABLE_FIELDS if (value := getattr(self, name)) is not None
+            name: value
+            for name in (*ASSUMABLE_FIELDS, EPS)
+            if (value := getattr(self, name)) is not None
         }
         network = self.architecture, self.naming, self.num_classes, self.stride
         keys = self.ignore, self.allow_missing
-        reading = ReadOptions(*network, *keys, self.limits, assumptions)
+        reading = ReadOptions(*network, *keys, self.limits, assumptions, self.assume)
         source = open_checkpoint(path, reading, entry=self.entry, run=run)
         if not afresh:
             refuse_afresh(source)

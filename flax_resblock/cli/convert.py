@@ -157,7 +157,7 @@ def _describe(source: OpenedCheckpoint) -> _Description:
     return _Description(
         source.record.format,
         source.state_map.naming.name,
-        source.notes,
+        source.all_notes,
         source.norm_options,
         source.record.metadata,
     )

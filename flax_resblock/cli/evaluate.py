@@ -40,7 +40,7 @@ def classify(path: Path, wanted: Wanted, devices: int | None, out: Path | None) 
     of_data = {name: stored[name] for name in ("data", "image_size") if name in stored}
     settings = {name: value for name, value in wanted.settings.items() if name != "freeze"}
     config = with_settings(replace(wanted.preset, model=network), of_data | settings)
-    print_notes(source.notes)
+    print_notes(source.all_notes)
     test = opened(config, wanted.strict).test
     classes, channels = network.num_classes, test.shape[-1]
     if test.num_classes > classes or channels != network.in_channels:

@@ -106,5 +106,5 @@ def export(
             f"{errors['unfolded']:.1e} (relative, float32 on the CPU)",
             "yellow" if errors["folded"] > 2 * errors["unfolded"] else "",
         )
-    common.print_notes(source.notes)
+    common.print_notes(source.all_notes)
     return 0

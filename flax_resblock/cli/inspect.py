@@ -67,7 +67,7 @@ def report(source: OpenedCheckpoint) -> dict[str, Any]:
         "parameters": source.parameter_count,
         "bytes": sum(value.nbytes for value in tensors.values()),
         "dtypes": dict(Counter(value.dtype.name for value in tensors.values())),
-        "notes": list(source.notes),
+        "notes": list(source.all_notes),
         "unhealthy": source.unhealthy,
         "other_entries": {key: _brief(value) for key, value in source.record.extras.items()},
         "run": _run(source),
@@ -152,7 +152,7 @@ def inspect(
         common.say(f"  {name:<9}{text}")
     for name, text in facts["other_entries"].items():
         common.say(f"  also has {name}: {text}")
-    common.print_notes(source.notes)
+    common.print_notes(source.all_notes)
     for what, text in facts["run"].items():
         common.say(f"  {what:<9}{text}", "yellow" if what == "problem" else "")
     for problem in source.unhealthy:

@@ -149,7 +149,7 @@ def _open(
 
     preprocessing = _sized(preprocessing_of(source), image_size)
     labels = source.hub.labels if source.hub else ()
-    return _Network(source.config, forward, preprocessing, labels, source.notes)
+    return _Network(source.config, forward, preprocessing, labels, source.all_notes)
 
 
 def _open_exported(folder: Path, image_size: int | None) -> _Network:

@@ -118,7 +118,7 @@ def initialised(wanted: Wanted, path: Path) -> Start:
         had = "no head" if was is None else f"{was} classes"
         common.print_note(f"{path} has {had}: the head starts afresh, with {classes}")
     common.print_title(name_of(source.config), str(path))
-    common.print_notes(source.notes)
+    common.print_notes(source.all_notes)
     config = with_settings(replace(wanted.preset, model=source.config), settings)
     splits = Splits(*(_with_channels(part, config.model.in_channels) for part in data))
     return Start(model_of(source, config.dtype), None, config, splits)
@@ -134,7 +134,7 @@ def _with_new_head(
         for state_map in (source.state_map, made)
     )
     kept = {key: value for key, value in source.tensors.items() if key not in old}
-    notes = tuple(note for note in source.notes if note != HEADLESS)
+    notes = tuple(note for note in source.all_notes if note != HEADLESS)
     options = ReadOptions(made.config, made.naming, allow_missing=(*missing, *new))
     return interpret(replace(source.record, tensors=kept, notes=notes), options)
 
@@ -146,7 +146,7 @@ def resumed(wanted: Wanted, path: Path, schedule: str | None) -> Start:
         raise InputError(f"{path} is a bare block; training needs a network.")
     run = None if wanted.training.weights_only else wanted.training.of(source)
     common.print_title(name_of(source.config), str(path))
-    common.print_notes(source.notes)
+    common.print_notes(source.all_notes)
     config = replace(wanted.preset, model=source.config)
     if run is None:
         config = with_settings(config, wanted.settings_of_new_run)

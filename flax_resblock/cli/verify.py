@@ -121,7 +121,7 @@ class _Subject:
 
 def _consequences(subject: _Subject, images: Any) -> list[str]:
     """What the assumptions about the checkpoint change."""
-    if subject.source is None or not subject.source.assumed:
+    if subject.source is None or not subject.source.assumed.choices:
         return []
     from flax_resblock.parity.reference import consequences
 
@@ -144,7 +144,7 @@ def _subject(
     source = reading.open(checkpoint)
     common.refuse_unhealthy(source, allow_nonfinite)
     pair = ReferencePair.of(source)
-    return _Subject(pair, str(checkpoint), checkpoint_facts(source), source.notes, source)
+    return _Subject(pair, str(checkpoint), checkpoint_facts(source), source.all_notes, source)
 
 
 def _recheck(path: Path) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,8 +15,9 @@ from flax_resblock import config as arch
 from flax_resblock.checkpoint import LIMITS, Limits, Record
 from flax_resblock.checkpoint.unwrap import strip
 from flax_resblock.convert.detection.assumptions import (
-    Assumption,
-    open_assumptions,
+    KNOWN,
+    Assumptions,
+    assumptions_of,
     told_by_entries,
 )
 from flax_resblock.convert.detection.backbones import (
@@ -30,7 +31,13 @@ from flax_resblock.convert.detection.candidates import Match, identify
 from flax_resblock.convert.detection.heads import find_head, refuse_head_left_out, several_layers
 from flax_resblock.convert.health import unhealthy
 from flax_resblock.convert.hubs import HubConfig, read_hub
-from flax_resblock.convert.metadata import NAMING, written_config, written_norm_options
+from flax_resblock.convert.metadata import (
+    EPS,
+    MOMENTUM,
+    NAMING,
+    written_config,
+    written_norm_options,
+)
 from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
 from flax_resblock.convert.run_names import EMA, averaged, weights_among
 from flax_resblock.convert.state_map import StateMap, describe, matches_any
@@ -55,7 +62,9 @@ class ReadOptions:
         starts anything afresh, see :func:`refuse_afresh`.
       limits: What the file may declare before it is refused.
       assumptions: Fields of :class:`~flax_resblock.ResNetConfig` that cannot be inferred from the
-        weights, ``{"stride_on": "1x1"}``; see :mod:`flax_resblock.convert.detection.assumptions`.
+        weights, ``{"stride_on": "1x1"}``, ``eps`` and ``momentum``; see
+        :mod:`flax_resblock.convert.detection.assumptions`.
+      assume: ``"known"`` accepts every assumption that is left, without a word.
     """
 
     architecture: str | arch.Config | None = None
@@ -66,6 +75,7 @@ class ReadOptions:
     allow_missing: Sequence[str] = ()
     limits: Limits = LIMITS
     assumptions: Mapping[str, Any] = field(default_factory=dict)
+    assume: Literal["known"] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,11 +86,11 @@ class OpenedCheckpoint:
       record: What the file held.
       state_map: Its names and layouts.
       tensors: Its arrays by name, without ignored ones, absent counters filled with zero.
-      notes: Everything that was unwrapped, dropped, filled or assumed.
+      notes: Everything that was unwrapped, dropped or filled.
       afresh: Keys that are absent and allowed to be.
       norm_options: ``eps`` and ``momentum`` where the checkpoint has them.
       hub: What its ``config.json`` says; None where there is none.
-      assumed: Choices that had to be made without evidence.
+      assumed: What had to be assumed without evidence.
     """
 
     record: Record
@@ -90,7 +100,12 @@ class OpenedCheckpoint:
     afresh: tuple[str, ...] = ()
     norm_options: Mapping[str, float | None] = field(default_factory=dict)
     hub: HubConfig | None = None
-    assumed: tuple[Assumption, ...] = ()
+    assumed: Assumptions = field(default_factory=Assumptions)
+
+    @property
+    def all_notes(self) -> tuple[str, ...]:
+        """:attr:`notes`, and what was assumed."""
+        return (*self.notes, *self.assumed.notes)
 
     @property
     def config(self) -> arch.Config:
@@ -171,13 +186,17 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
     config = match.state_map.config
     if isinstance(config, arch.ResNetConfig) and config.num_classes is None:
         notes.append(HEADLESS)
-    assumed: list[Assumption] = []
-    if wanted is None:
-        assumed = open_assumptions(config, match.state_map.naming, reading.assumptions)
-    notes += [assumption.note for assumption in assumed]
-    afresh, norms = tuple(match.misfit.afresh), written_norm_options(record)
+    assumed = Assumptions()
+    if wanted is None and reading.assume != KNOWN:
+        said, by_file = reading.assumptions, hub is not None
+        assumed = assumptions_of(config, match.state_map.naming, said, by_file=by_file)
+    norms = written_norm_options(record)
+    norms |= {
+        name: reading.assumptions[name] for name in (EPS, MOMENTUM) if name in reading.assumptions
+    }
+    afresh = tuple(match.misfit.afresh)
     known = record, match.state_map, tensors, tuple(notes), afresh, norms
-    return OpenedCheckpoint(*known, hub=hub, assumed=tuple(assumed))
+    return OpenedCheckpoint(*known, hub=hub, assumed=assumed)
 
 
 def _identify(tensors: Mapping[str, np.ndarray], reading: ReadOptions, source: str) -> Match:

@@ -188,7 +188,7 @@ def consequences(source: OpenedCheckpoint, images: np.ndarray) -> Iterator[Conse
       images: ``(N, H, W, C)``.
     """
     pair = ReferencePair.of(source)
-    for assumption in source.assumed:
+    for assumption in source.assumed.choices:
         made = _output(pair, images)
         for value, config in assumption.alternatives.items():
             other = _output(ReferencePair(config, pair.state, pair.norm_options), images)

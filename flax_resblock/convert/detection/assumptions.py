@@ -1,19 +1,22 @@
-"""Options that cannot be inferred from the weights, such as where a stride sits or whether it is
-blurred: two networks that differ in nothing else have the same names and shapes.
+"""What cannot be inferred from the weights: an activation, a stride, a pooling layer. Two networks
+that differ in nothing else have the same names and shapes.
 
-They are taken from the first of these that has them: the caller's arguments, this library's own
+Options are taken from the first of these that has them: the caller's arguments, this library's own
 metadata, a ``config.json``, other entries of the checkpoint. Otherwise the first choice of a rule
-is assumed and, if the rule says so, reported with the flag that changes it."""
+is assumed, and said, with the flag that changes it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from flax_resblock.config import BlockConfig, Config, ResNetConfig
+from flax_resblock.config import ARCHITECTURES, BlockConfig, Config, ResNetConfig
 from flax_resblock.convert.naming import Naming
 from flax_resblock.errors import InputError
+
+KNOWN = "known"
+"""Value of ``assume=`` that accepts every assumption without a warning."""
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,23 @@ class AssumptionRule:
       choices: Values in words; the first is assumed unless something says otherwise.
       matters: Whether the choices make different networks of this configuration.
       stated: Whether both kinds are so common in this naming scheme that the assumption is
-        reported.
+        reported even for a published network.
     """
 
     field: str
     choices: Mapping[Any, str]
-    matters: Callable[[ResNetConfig], bool]
+    matters: Callable[[Config], bool]
     stated: Callable[[Naming], bool]
 
     @property
     def flag(self) -> str:
         """The flag of the command line."""
         return f"--{self.field.replace('_', '-')}"
+
+
+def _network(matters: Callable[[ResNetConfig], bool]) -> Callable[[Config], bool]:
+    """A condition that no bare block meets: the caller says its stride anyway."""
+    return lambda config: isinstance(config, ResNetConfig) and matters(config)
 
 
 def _strided(config: ResNetConfig) -> bool:
@@ -55,19 +63,23 @@ ASSUMPTION_RULES = (
             "3x3": "the stride of a bottleneck is on its 3x3 convolution (torchvision)",
             "1x1": "it is on its first 1x1 convolution (Caffe, He et al. 2016)",
         },
-        lambda config: config.block == "bottleneck" and _strided(config),
+        _network(lambda config: config.block == "bottleneck" and _strided(config)),
         lambda naming: True,
     ),
     AssumptionRule(
         "first_stride",
         {1: "the first stage keeps the resolution", 2: "it halves it"},
-        _projects_at_once,
+        _network(_projects_at_once),
         lambda naming: naming.hub == "transformers",
     ),
     AssumptionRule(
         "antialias",
         {"none": "strides are not blurred", "blur": "they are blurred (timm's resnetblur)"},
-        lambda config: _strided(config) and not config.dilated_stages and config.stride_on == "3x3",
+        _network(
+            lambda config: (
+                _strided(config) and not config.dilated_stages and config.stride_on == "3x3"
+            )
+        ),
         lambda naming: False,
     ),
     AssumptionRule(
@@ -96,10 +108,10 @@ class Assumption:
     """
 
     rule: AssumptionRule
-    config: ResNetConfig
+    config: Config
 
     @property
-    def alternatives(self) -> dict[Any, ResNetConfig]:
+    def alternatives(self) -> dict[Any, Config]:
         """The networks of the other choices, by value."""
         chosen = getattr(self.config, self.rule.field)
         return {
@@ -109,8 +121,15 @@ class Assumption:
         }
 
     @property
+    def brief(self) -> str:
+        """What was assumed, and the flag that changes it, without the meaning of its values."""
+        says = self.rule.choices[getattr(self.config, self.rule.field)]
+        values = ", ".join(map(str, self.alternatives))
+        return f"{says} ({self.rule.flag} {values} if not)"
+
+    @property
     def note(self) -> str:
-        """What was assumed, and the flag that changes it."""
+        """What was assumed, and the flag that changes it, in words."""
         chosen = getattr(self.config, self.rule.field)
         others = "; ".join(
             f"{self.rule.flag} {value} if {self.rule.choices[value]}" for value in self.alternatives
@@ -118,21 +137,129 @@ class Assumption:
         return f"assumed, as the weights do not show it: {self.rule.choices[chosen]}; {others}"
 
 
-def open_assumptions(config: Config, naming: Naming, told: Mapping[str, Any]) -> list[Assumption]:
-    """Choices that had to be made for a network and that must be said.
+@dataclass(frozen=True)
+class Fixed:
+    """What is assumed of every network that is read from weights alone.
+
+    Attributes:
+      says: What is assumed.
+      told_by: Arguments that say it; none where it is no option of this library.
+      matters: Whether a network has it.
+    """
+
+    says: str
+    told_by: Sequence[str]
+    matters: Callable[[Config], bool]
+
+    @property
+    def note(self) -> str:
+        """What was assumed, and how to change it."""
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in self.told_by)
+        how = f"{flags} if not" if flags else "if not, convert your own module with from_torch"
+        return f"{self.says} ({how})"
+
+
+FIXED = (
+    Fixed(
+        "every stage after the first halves the resolution",
+        ("dilated_stages",),
+        _network(lambda config: len(config.depths) > 1 and not config.dilated_stages),
+    ),
+    Fixed(
+        "the 3x3 stem keeps the resolution, and no pooling follows it",
+        (),
+        _network(lambda config: config.stem == "cifar"),
+    ),
+    Fixed(
+        "the stem halves the resolution, and so does the 3x3 max pooling after it",
+        (),
+        _network(lambda config: config.stem != "cifar"),
+    ),
+    Fixed(
+        "a shortcut without weights skips pixels and pads with zeros, half of them in front of the "
+        "old channels and half behind",
+        (),
+        lambda config: config.shortcut == "zero_pad",
+    ),
+    Fixed(
+        "each convolution pads with zeros to keep the image's size and comes before its norm, and "
+        "a block ends with its activation after the addition",
+        (),
+        lambda config: True,
+    ),
+    Fixed(
+        "the head takes the mean over all pixels",
+        (),
+        _network(lambda config: config.num_classes is not None),
+    ),
+    Fixed("eps is 1e-5 and momentum 0.1 in every norm", ("eps",), lambda config: True),
+)
+"""What is no choice of :data:`ASSUMPTION_RULES`."""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Everything that was assumed about a checkpoint.
+
+    Attributes:
+      choices: Those that are said whatever the network, as networks of both kinds are common.
+      others: The others, each as a note.
+      known: Name of the published network that it was read as; None where it is one's own.
+    """
+
+    choices: tuple[Assumption, ...] = ()
+    others: tuple[str, ...] = ()
+    known: str | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """One line each; all of :attr:`others` in one for a published network."""
+        notes = [assumption.note for assumption in self.choices]
+        if self.known is not None and self.others:
+            return [
+                *notes,
+                f"assumed: it computes what the published {self.known} does, with its activation, "
+                f"strides, pooling and eps",
+            ]
+        return [*notes, *(f"assumed: {one}" for one in self.others)]
+
+
+def assumptions_of(
+    config: Config, naming: Naming, told: Mapping[str, Any], *, by_file: bool
+) -> Assumptions:
+    """What had to be assumed about a network.
 
     Args:
       config: As it was read.
       naming: Its naming scheme.
-      told: Fields that someone gave.
+      told: Options that someone gave, by name.
+      by_file: Whether a file beside the weights describes the network.
     """
-    if not isinstance(config, ResNetConfig):
-        return []
-    return [
+    rules = [
         Assumption(rule, config)
         for rule in ASSUMPTION_RULES
-        if rule.field not in told and rule.stated(naming) and rule.matters(config)
+        if rule.field not in told and rule.matters(config)
     ]
+    choices = tuple(one for one in rules if one.rule.stated(naming))
+    if by_file:
+        return Assumptions(choices)
+    others = [
+        *(one.brief for one in rules if one not in choices),
+        *(f.note for f in FIXED if f.matters(config) and not set(f.told_by) & told.keys()),
+    ]
+    return Assumptions(choices, tuple(others), published(config))
+
+
+def published(config: Config) -> str | None:
+    """The name of the architecture that a configuration is, but for its classes and the channels of
+    its images; None for a network of one's own and for those with a 3x3 stem, which everyone
+    writes differently."""
+    if not isinstance(config, ResNetConfig) or config.stem == "cifar":
+        return None
+    same = {"num_classes": config.num_classes, "in_channels": config.in_channels}
+    return next(
+        (name for name, one in ARCHITECTURES.items() if replace(one, **same) == config), None
+    )
 
 
 def with_assumptions(config: Config, assumptions: Mapping[str, Any]) -> Config:

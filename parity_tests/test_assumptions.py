@@ -1,0 +1,170 @@
+"""What no tensor tells is announced: every assumption, with what changes it, once per load."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import flax_resblock
+from flax_resblock import AssumptionWarning, from_torch, load, load_run
+from flax_resblock.cli import run
+from flax_resblock.parity.oracle import relative_l2
+from torch_ref import ResNet
+
+SMALL = {"depths": (1, 1), "widths": (6, 10), "stem_width": 4, "num_classes": 3}
+F = torch.nn.functional
+
+
+class Own(ResNet):
+    """A 3x3 stem, option A and torchvision's names; what a forward pass may do besides."""
+
+    def __init__(self, *, stem_pool=False, act=F.relu, eps=1e-5, behind=False, maximum=False):
+        super().__init__(**SMALL, stem="cifar", shortcut="zero_pad")
+        self.choices = stem_pool, act, behind, maximum
+        for layer in self.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.eps = eps
+                torch.nn.init.normal_(layer.running_mean, 0, 0.3)
+                torch.nn.init.uniform_(layer.running_var, 0.1, 0.3)
+        self.eval()
+
+    def forward(self, x):
+        stem_pool, act, behind, maximum = self.choices
+        x = act(self.bn1(self.conv1(x)))
+        if stem_pool:
+            x = F.max_pool2d(x, 3, 2, 1)
+        for block in (*self.layer1, *self.layer2):
+            y = block.bn2(block.conv2(act(block.bn1(block.conv1(x)))))
+            more, step = y.shape[1] - x.shape[1], x.shape[2] // y.shape[2]
+            padding = (0, more) if behind else (more // 2, more - more // 2)
+            x = act(y + F.pad(x[:, :, ::step, ::step], (0, 0, 0, 0, *padding)))
+        return self.fc(x.amax((2, 3)) if maximum else x.mean((2, 3)))
+
+
+UNTOLD = {
+    "stem_pool": (True, "no pooling follows it (if not, convert your own module"),
+    "act": (F.silu, "the activation is ReLU (--activation leaky_relu, gelu, silu if not)"),
+    "eps": (0.1, "eps is 1e-5 and momentum 0.1 in every norm (--eps if not)"),
+    "behind": (True, "half of them in front of the old channels and half behind"),
+    "maximum": (True, "the head takes the mean over all pixels"),
+}
+
+
+def warnings_of(action):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action()
+    return [str(one.message) for one in caught if one.category is AssumptionWarning]
+
+
+def outputs(module, model):
+    images = np.random.default_rng(0).normal(0.3, 1, (4, 12, 14, 3)).astype(np.float32)
+    with torch.no_grad():
+        truth = module(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+    return np.asarray(model(images)), truth
+
+
+def test_the_network_of_these_tests_is_what_is_assumed():
+    """The control of the test below."""
+    torch.manual_seed(0)
+    module = Own()
+    assert relative_l2(*outputs(module, from_torch(module.state_dict(), assume="known"))) < 1e-5
+
+
+@pytest.mark.parametrize("what", UNTOLD)
+def test_what_makes_a_network_wrong_was_announced(what):
+    """Read from weights alone the network is another one, and the warning has the line."""
+    value, line = UNTOLD[what]
+    torch.manual_seed(0)
+    module = Own(**{what: value})
+    found = []
+    (text,) = warnings_of(lambda: found.append(from_torch(module.state_dict())))
+    assert line in text
+    assert relative_l2(*outputs(module, found[0])) > 1e-3
+
+
+def test_saying_it_removes_its_line_and_is_done():
+    torch.manual_seed(0)
+    module = Own(act=F.silu, eps=0.1)
+    found = []
+
+    def told():
+        state = module.state_dict()
+        found.append(from_torch(state, assumptions={"activation": "silu"}, eps=0.1))
+
+    (text,) = warnings_of(told)
+    assert "--activation" not in text
+    assert "--eps" not in text
+    assert relative_l2(*outputs(module, found[0])) < 1e-5
+
+
+@pytest.mark.parametrize("reads", [load, load_run, from_torch])
+def test_assume_known_silences_it(reads, tmp_path):
+    module = Own()
+    optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9)
+    module(torch.zeros(1, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    path = tmp_path / "run.pth"
+    torch.save({"model": module.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    assert len(warnings_of(lambda: reads(path))) == 1
+    assert warnings_of(lambda: reads(path, assume="known")) == []
+
+
+def test_a_published_network_gets_one_line():
+    state = ResNet().state_dict()  # torchvision's resnet18
+    (text,) = warnings_of(lambda: from_torch(state))
+    lines = [line for line in text.splitlines() if "assumed:" in line]
+    assert lines == [
+        "  assumed: it computes what the published resnet18 does, with its activation, strides, "
+        "pooling and eps"
+    ]
+    own = ResNet(depths=(2, 2, 2, 1)).state_dict()
+    (text,) = warnings_of(lambda: from_torch(own))
+    assert len([line for line in text.splitlines() if "assumed:" in line]) >= 6
+
+
+def test_a_module_and_a_file_of_this_library_leave_nothing_to_assume(tmp_path):
+    module = ResNet(**SMALL, stem="cifar", shortcut="zero_pad").eval()
+    models = []
+    assert warnings_of(lambda: models.append(from_torch(module))) == []
+    for name in ("net.pth", "net.safetensors", "net"):
+        flax_resblock.save(models[0], tmp_path / name)
+        assert warnings_of(lambda name=name: load(tmp_path / name)) == []
+    (tmp_path / "net.pth.sha256.json").unlink()
+    assert len(warnings_of(lambda: load(tmp_path / "net.pth"))) == 1
+
+
+def test_the_command_and_the_certificate_say_each_and_the_flags_are_taken(tmp_path, capsys):
+    torch.manual_seed(0)
+    torch.save(Own().state_dict(), tmp_path / "net.pth")
+    out = tmp_path / "out.safetensors"
+    assert run(["convert", str(tmp_path / "net.pth"), str(out)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    notes = json.loads((tmp_path / "parity.json").read_text())["outputs"][out.name]["notes"]
+    for _, line in UNTOLD.values():
+        assert line in text
+        assert any(line in note for note in notes)
+    flags = set(re.findall(r"\((--[a-z-]+)", text))
+    assert {"--activation", "--eps", "--dilated-stages", "--antialias"} <= flags
+    values = {"--activation": ["silu"], "--eps": ["0.1"], "--antialias": ["none"]}
+    values |= {"--dilated-stages": ["2"], "--first-stride": ["1"]}
+    for flag in flags:
+        assert run(["inspect", str(tmp_path / "net.pth"), flag, *values[flag]]) == 0, flag
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"({flag}" not in said
+    assert run(["inspect", str(tmp_path / "net.pth"), "--assume", "known"]) == 0
+    assert "assumed" not in capsys.readouterr().out
+
+
+def test_eps_that_was_said_is_computed_with_and_written(tmp_path):
+    torch.manual_seed(0)
+    module = Own(eps=0.1)
+    torch.save(module.state_dict(), tmp_path / "net.pth")
+    out = tmp_path / "out.pth"
+    assert run(["convert", str(tmp_path / "net.pth"), str(out), "--eps", "0.1"]) == 0
+    assert relative_l2(*outputs(module, load(out))) < 1e-5
