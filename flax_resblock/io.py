@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path as FilePath
 from typing import Any, Literal, Unpack, cast
@@ -19,10 +18,8 @@ from flax_resblock.checkpoint import LIMITS, Limits
 from flax_resblock.checkpoint.unwrap import record_of
 from flax_resblock.config import Config, Path
 from flax_resblock.convert import Naming, StateMap, naming_of
-from flax_resblock.convert.detection.assumptions import KNOWN
 from flax_resblock.convert.hubs import files_of
 from flax_resblock.convert.metadata import EPS, MOMENTUM, metadata_of
-from flax_resblock.convert.modules import module_facts
 from flax_resblock.convert.opening import (
     OpenedCheckpoint,
     ReadOptions,
@@ -96,18 +93,10 @@ def from_torch(
     network, keys = (architecture, naming, num_classes, stride), (ignore, allow_missing)
     reading = ReadOptions(*network, *keys, limits, _said(assumptions, options), assume)
     if callable(getattr(source, "state_dict", None)):
-        facts = module_facts(source)
-        stride = facts.stride if stride is None else stride
-        reading = replace(reading, stride=stride, assume=KNOWN)
-        record = record_of(source.state_dict(), type(source).__name__)
-        opened = interpret(record, reading)
-        if architecture is None:
-            told = {**facts.told(opened.state_map), **reading.assumptions}
-            reading = replace(reading, assumptions=told)
-            opened = interpret(record, reading)
-        facts.check(opened.state_map)
-        _check_forward(source, opened, reading, facts.norm_options[EPS])
-        options = cast(LayerOptions, {**facts.norm_options, **options})
+        # needs torch
+        from flax_resblock.parity.live_module import open_module
+
+        opened, _ = open_module(source, reading)
     elif isinstance(source, Mapping):
         opened = interpret(record_of(source, "the state dict"), reading)
     elif isinstance(source, str | PathLike):
@@ -143,23 +132,6 @@ def _warn_about(source: OpenedCheckpoint) -> None:
         warnings.warn(words, AssumptionWarning, stacklevel=level)
     if source.unhealthy:
         warnings.warn(f"{name}: {some(source.unhealthy)}; carried as they are.", stacklevel=level)
-
-
-def _check_forward(
-    module: Any, opened: OpenedCheckpoint, reading: ReadOptions, eps: float | None
-) -> None:
-    """Raises InputError unless the module's forward pass is that of the Flax network."""
-    # needs torch
-    from flax_resblock.parity.forward_check import check_forward
-
-    found = {"architecture": opened.config, "naming": opened.state_map.naming}
-    same = replace(reading, num_classes=None, assumptions={}, **found)
-
-    def values_of(state: Mapping[str, Any]) -> dict[Path, np.ndarray]:
-        again = interpret(record_of(state, opened.record.source), same)
-        return again.state_map.to_flax(again.tensors)
-
-    check_forward(module, opened, values_of, eps=1e-5 if eps is None else eps)
 
 
 def load(

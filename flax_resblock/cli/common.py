@@ -127,6 +127,14 @@ class ReadingFlags:
         """Opens a checkpoint with the one reading that fits: ``run`` also reads what a training run
         left in files beside it, ``afresh`` allows absent weights, as ``allow_missing`` says.
         """
+        reading = self.options()
+        source = open_checkpoint(path, reading, entry=self.entry, run=run)
+        if not afresh:
+            refuse_afresh(source)
+        return source
+
+    def options(self) -> ReadOptions:
+        """The flags as the library takes them."""
         assumptions = {
             name: value
             for name in (*ASSUMABLE_FIELDS, EPS)
@@ -134,11 +142,7 @@ class ReadingFlags:
         }
         network = self.architecture, self.naming, self.num_classes, self.stride
         keys = self.ignore, self.allow_missing
-        reading = ReadOptions(*network, *keys, self.limits, assumptions, self.assume)
-        source = open_checkpoint(path, reading, entry=self.entry, run=run)
-        if not afresh:
-            refuse_afresh(source)
-        return source
+        return ReadOptions(*network, *keys, self.limits, assumptions, self.assume)
 
     def named(self, name: str) -> Config:
         """An architecture by name, with ``--num-classes`` if given, or raises InputError."""
@@ -170,6 +174,20 @@ class RunFlags:
         """The run in an opened checkpoint."""
         per_epoch = None if self.schedule_unit is None else self.schedule_unit == "epoch"
         return run_of(source, optimizer=self.optimizer, per_epoch=per_epoch)
+
+
+def arguments_of(kwargs: str | None) -> dict[str, Any] | None:
+    """What ``--kwargs`` holds, or raises InputError."""
+    try:
+        arguments = None if kwargs is None else json.loads(kwargs)
+    except ValueError as error:
+        raise InputError(
+            f"--kwargs {kwargs!r} is no JSON ({error}). Write it like --kwargs "
+            f'\'{{"in_channels": 8, "out_channels": 16}}\'.'
+        ) from error
+    if arguments is not None and not isinstance(arguments, dict):
+        raise InputError(f"--kwargs {kwargs!r} must be a JSON object, argument names to values.")
+    return arguments
 
 
 def is_architecture(path: Path) -> bool:

@@ -11,13 +11,16 @@ import tyro
 
 from flax_resblock import checkpoint
 from flax_resblock.cli import common
+from flax_resblock.cli.common import arguments_of
+from flax_resblock.cli.verify_flags import torch_needed
 from flax_resblock.config import name_of
 from flax_resblock.convert import StateMap, naming_of
 from flax_resblock.convert.hubs import files_of
 from flax_resblock.convert.metadata import metadata_of
 from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, target_naming
 from flax_resblock.convert.state_map import transcode
-from flax_resblock.parity.certificate import REFERENCE, certificate_of
+from flax_resblock.errors import InputError
+from flax_resblock.parity.certificate import certificate_of
 from flax_resblock.parity.certify import certify, provenance, refuse_foreign_certificate
 from flax_resblock.runs.run_file import write_with_run
 
@@ -37,6 +40,9 @@ def convert(
     reading: common.ReadingFlags,
     training: common.RunFlags,
     to_naming: str | None = None,
+    torch: str | None = None,
+    kwargs: str | None = None,
+    image_size: tuple[int, int] | None = None,
     allow_nonfinite: common.AllowNonfinite = False,
     force: common.Force = False,
     no_certificate: bool = False,
@@ -49,6 +55,8 @@ def convert(
 
       flax-resblock convert resnet50.pth resnet50_flax
 
+      flax-resblock convert net.pth net.safetensors --torch net.py:Net
+
       flax-resblock convert runs/digits run.pth --with-optimizer
 
     The suffix of OUT decides the format: .pth for PyTorch, .safetensors for either framework, none
@@ -56,14 +64,21 @@ def convert(
     a config.json that transformers or timm loads. The output is written under a temporary name,
     read back, compared by SHA-256, and only then renamed. Then Flax and the reference
     network in PyTorch compute with it, every slot, in float64, and parity.json beside it records
-    the result, what was assumed, and the SHA-256 of everything. Your own code is not seen. Exit
-    status 1 if the frameworks differ.
+    the result, what was assumed, and the SHA-256 of everything. Your own code is seen with --torch
+    alone: then nothing is assumed, and your module is run and compared as well. Exit status 1 if
+    the frameworks differ.
 
     Args:
       reading: How to read the checkpoint.
       training: What to do with the training run in it.
       to_naming: Naming scheme of the output: torchvision, huggingface, timm and others listed in
         docs/families.md, or flax (.safetensors only). By default the names stay.
+      torch: The class or function that creates the network, FILE.py:NAME or package.module:NAME.
+        Importing it runs its code. CKPT is loaded into it, strictly, and Flax has to compute what
+        it computes, in float32 and float64.
+      kwargs: Arguments of that class or function, as a JSON object.
+      image_size: Height and width of the images that it is run on; found by trying 32, 64 and 224
+        if left out.
       no_certificate: Write no parity.json, and do not run the two frameworks.
     """
     format_name = checkpoint.output_format(out)
@@ -74,7 +89,7 @@ def convert(
         naming_of(to_naming)  # refuses an unknown name before anything is read
     with common.status.status(f"reading {checkpoint_}"):
         carry = training.with_optimizer and not training.weights_only
-        source = reading.open(checkpoint_, run=carry)
+        source, module = _opened(checkpoint_, reading, carry, torch, kwargs, image_size)
         common.refuse_unhealthy(source, allow_nonfinite)
         target = StateMap(source.config, target_naming(source, format_name, to_naming))
         files = None
@@ -83,6 +98,8 @@ def convert(
             files = files_of(target.naming.hub, source.config, source.record.metadata)
         tensors = transcode(source.state_map, target, source.tensors)
         origin = None if no_certificate else provenance(source)  # now, as OUT may replace it
+        if origin is not None and module is not None:
+            origin["module"] = module
         run = training.of(source) if carry else None
         left = None if carry or training.weights_only else common.optimizer_left_out(source)
     # lets go of the file's memory before the output is read back
@@ -100,6 +117,12 @@ def convert(
     )
     common.say(f"  to    {out} ({format_name}, naming scheme '{target.naming.name}')")
     common.print_notes(description.notes)
+    if module is not None:
+        common.say(
+            f"  equal {module['spec']} computes the same: float64 {_figure(module['float64'])}, "
+            f"float32 {_figure(module['float32'])} (relative, images of "
+            f"{'x'.join(map(str, module['image_size']))})"
+        )
     if run is not None:
         common.print_found(run)
     elif left:
@@ -110,6 +133,35 @@ def convert(
         return 0
     options = ReadOptions(architecture=target.config, naming=target.naming, limits=reading.limits)
     return _certify(out, options, origin, description.notes)
+
+
+def _figure(value: float | None) -> str:
+    return "not compared" if value is None else f"{value:.1e}"
+
+
+def _opened(
+    path: Path,
+    reading: common.ReadingFlags,
+    run: bool,
+    torch: str | None,
+    kwargs: str | None,
+    image_size: tuple[int, int] | None,
+) -> tuple[OpenedCheckpoint, dict[str, Any] | None]:
+    """The checkpoint, and what its own module was found to compute; None where there is none."""
+    if torch is None:
+        if kwargs is not None or image_size is not None:
+            raise InputError("--kwargs and --image-size go with --torch FILE.py:NAME.")
+        return reading.open(path, run=run), None
+    with torch_needed():
+        from flax_resblock.parity.forward_check import SIZES
+        from flax_resblock.parity.live_module import OwnNetwork
+
+    if image_size is not None and min(image_size) < 1:
+        raise InputError("--image-size takes two positive numbers, height and width.")
+    sizes = SIZES if image_size is None else (image_size,)
+    record = checkpoint.read(path, entry=reading.entry, run=run, limits=reading.limits)
+    network = OwnNetwork(torch, arguments_of(kwargs) or {}, sizes)
+    return network.read(record, reading.options())
 
 
 def _certify(
@@ -131,7 +183,7 @@ def _certify(
     if verification["passed"]:
         common.say(
             f"  parity  {verification['tensors']} tensors of Flax agree with PyTorch, compared "
-            f"with {REFERENCE}; the worst, {measured}; certificate {path}"
+            f"with {verification['compared_with']}; the worst, {measured}; certificate {path}"
         )
         return 0
     print(

@@ -29,7 +29,7 @@ def torch_needed() -> Iterator[None]:
         if error.name != "torch":
             raise
         raise MissingDependencyError(
-            "verify runs the PyTorch side and needs torch: pip install 'flax-resblock[torch]'."
+            "this runs the PyTorch side and needs torch: pip install 'flax-resblock[torch]'."
         ) from error
 
 

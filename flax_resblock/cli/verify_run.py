@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from flax_resblock.cli.common import output, print_notes, print_table, say, status, write_text
+from flax_resblock.cli.common import (
+    arguments_of,
+    output,
+    print_notes,
+    print_table,
+    say,
+    status,
+    write_text,
+)
 from flax_resblock.cli.interrupts import still_wanted
 from flax_resblock.cli.verify_flags import DeviceFlags, InputFlags, ReportFlags
 from flax_resblock.config import Config, name_of
@@ -118,7 +126,7 @@ class Verifier:
         from flax_resblock.parity.report import Clock, examined_facts, report_json
         from flax_resblock.parity.user_module import cases_of, examine, load_factory
 
-        arguments = _arguments(kwargs)
+        arguments = arguments_of(kwargs)
         factory = load_factory(spec)
         reports: list[dict[str, Any]] = []
         cases: list[ExaminedModule] = []
@@ -193,19 +201,6 @@ def _show(spinner: Status, what: str, step: str) -> None:
     """Shows progress, and notices an interrupt that compiled code swallowed."""
     still_wanted()
     spinner.update(escape(f"{what}: {step}"))
-
-
-def _arguments(kwargs: str | None) -> dict[str, Any] | None:
-    try:
-        arguments = None if kwargs is None else json.loads(kwargs)
-    except ValueError as error:
-        raise InputError(
-            f"--kwargs {kwargs!r} is no JSON ({error}). Write it like --kwargs "
-            f'\'{{"in_channels": 8, "out_channels": 16}}\'.'
-        ) from error
-    if arguments is not None and not isinstance(arguments, dict):
-        raise InputError(f"--kwargs {kwargs!r} must be a JSON object, argument names to values.")
-    return arguments
 
 
 def _cannot_run(title: str, raised: str | None, config: Config) -> str:

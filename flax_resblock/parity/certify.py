@@ -137,7 +137,8 @@ def certify(
     Args:
       out: What was written.
       reading: What it is; a ``.pth`` does not always tell.
-      origin: :func:`provenance` of what it was made from.
+      origin: :func:`provenance` of what it was made from, and under ``module`` the user's own
+        network that it was compared with.
       notes: What was assumed, left out or filled when that was read.
     Returns:
       ``verification`` of the entry, see :func:`verify_written`.
@@ -145,6 +146,12 @@ def certify(
       InputError: The folder's ``parity.json`` is no certificate; it is left alone.
     """
     source = open_checkpoint(out, reading)
+    verification = verify_written(source)
+    if "module" in origin:
+        verification["compared_with"] = (
+            f"{origin['module']['spec']}, your own module, and the reference network of this "
+            "description"
+        )
     entry = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": dict(origin),
@@ -154,7 +161,7 @@ def certify(
         "naming": source.state_map.naming.name,
         "notes": list(notes),
         "versions": versions(PACKAGES),
-        "verification": verify_written(source),
+        "verification": verification,
     }
     path = certificate_of(out)
     try:
@@ -164,4 +171,4 @@ def certify(
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OutputError as error:
         raise OutputError(f"{error} {out} itself is complete.") from error
-    return entry["verification"]
+    return verification

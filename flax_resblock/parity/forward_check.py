@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -23,11 +21,15 @@ from flax_resblock.cpu.switch import compiler_options, for_cpu
 from flax_resblock.errors import InputError, some, visible
 from flax_resblock.nn.resnet import Model, ResNet, build
 from flax_resblock.nn.variables import variable_at
+from flax_resblock.parity.module_run import global_state_kept, inner, randomise, runnable
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2, verdict_of
 from flax_resblock.parity.taps import as_array
 
-SIZES = (32, 64, 224)
-"""Heights and widths of the images, in the order in which they are tried."""
+Size = tuple[int, int]
+"""Height and width of images."""
+
+SIZES: tuple[Size, ...] = ((32, 32), (64, 64), (224, 224))
+"""Sizes of the images, in the order in which they are tried."""
 
 BATCH = 2
 
@@ -43,13 +45,34 @@ Values = Mapping[Any, np.ndarray]
 """Flax arrays by attribute path."""
 
 
+@dataclass(frozen=True)
+class ForwardFigures:
+    """How far a module and the Flax network built from it agree, with the module's own weights.
+
+    Attributes:
+      size: Of the images.
+      float32: Relative L2 error of the Flax network against the module in float64.
+      float64: Relative L2 difference of the two in float64; None for a module that does not run in
+        it, or where nobody asked.
+      elsewhere: Where the module runs on images of an odd size too and computes something else
+        there, a sentence on that.
+    """
+
+    size: Size
+    float32: float
+    float64: float | None
+    elsewhere: str = ""
+
+
 def check_forward(
     module: Any,
     source: OpenedCheckpoint,
     values_of: Callable[[Mapping[str, Any]], Values],
     *,
     eps: float,
-) -> None:
+    sizes: Sequence[Size] = SIZES,
+    wide: bool = False,
+) -> ForwardFigures:
     """Raises InputError unless a module computes what the Flax network built from it computes.
 
     The module is run in evaluation mode and float32 on the CPU, on random images, first with its
@@ -63,6 +86,10 @@ def check_forward(
       source: What its state dict was read as.
       values_of: Reads another state dict of the module in the same way, to Flax arrays by path.
       eps: Of the module's norms.
+      sizes: Sizes of the images, in the order in which they are tried.
+      wide: Compare in float64 too, with the limit 1e-12, and on images of an odd size.
+    Returns:
+      What was measured with the module's own weights.
     Raises:
       InputError: The outputs differ, the module raises at every image size, or its output cannot
         be compared.
@@ -70,14 +97,17 @@ def check_forward(
     name = type(module).__name__
     if not isinstance(module, torch.nn.Module):
         raise InputError(f"from_torch runs nn.Modules; pass the state_dict() of a {name}.")
-    with _global_state_kept(), _runnable(_inner(module)) as twin:
+    with global_state_kept(), runnable(inner(module)) as twin:
         place = _Place.of(twin, source)
-        check = _Check(name, twin, place, source.config, eps, values_of)
+        check = _Check(name, twin, place, source.config, eps, values_of, tuple(sizes), wide)
         with place.tapped(twin):
             size = check.find_size()
-            check.compare(size, own=True)
-            _randomise(twin)
+            figures = check.compare(size, own=True)
+            if wide:
+                figures = replace(figures, elsewhere=check.at_odd_size(size))
+            randomise(twin)
             check.compare(size, own=False)
+    return figures
 
 
 @dataclass(frozen=True)
@@ -135,33 +165,50 @@ class _Check:
     config: Config
     eps: float
     values_of: Callable[[Mapping[str, Any]], Values]
+    sizes: tuple[Size, ...]
+    wide: bool
 
-    def images(self, size: int) -> np.ndarray:
+    def images(self, size: Size) -> np.ndarray:
         """Random images or feature maps, ``(N, H, W, C)``."""
-        shape = (BATCH, size, size, self.config.in_channels)
+        shape = (BATCH, *size, self.config.in_channels)
         return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
-    def find_size(self) -> int:
+    def find_size(self) -> Size:
         """The first size at which the module runs.
 
         A size that leaves a last feature map of a single pixel comes last, because global average
         and max pooling are the same there."""
         raised = {}
-        sizes = sorted(SIZES, key=lambda size: size <= _total_stride(self.config))
+        sizes = sorted(self.sizes, key=lambda size: min(size) <= _total_stride(self.config))
         for size in sizes:
             try:
                 self.torch_tensors(size, torch.float32)
                 return size
             except Exception as error:
                 raised[size] = f"{type(error).__name__}: {_first_line(error)}"
-        shown = "; ".join(f"{size}x{size} raises {reason}" for size, reason in raised.items())
+        shown = "; ".join(f"{_shown(size)} raises {reason}" for size, reason in raised.items())
         raise InputError(
             f"from_torch compares {self.name} with its Flax twin by running it, but its forward "
             f"pass cannot be run in float32 on the CPU: an input of {shown}. Fix forward, or pass "
             "the submodule that is the residual network."
         )
 
-    def torch_tensors(self, size: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    def at_odd_size(self, size: Size) -> str:
+        """A sentence on images of an odd size, if the module takes them and computes something else
+        there, as one with a pool of fixed size does."""
+        odd = (size[0] + 3, size[1] + 1)
+        with suppress(Exception):
+            self.torch_tensors(odd, torch.float32)
+            try:
+                self.compare(odd, own=True)
+            except InputError:
+                return (
+                    f"made for images of {_shown(size)}: on {_shown(odd)} {self.name} computes "
+                    "something else than its Flax twin, as a network with a pool of fixed size does"
+                )
+        return ""
+
+    def torch_tensors(self, size: Size, dtype: torch.dtype) -> list[torch.Tensor]:
         """Every tensor that a run leaves to be compared, in the order of preference."""
         self.place.inputs.clear()
         self.module.to(dtype)
@@ -172,7 +219,7 @@ class _Check:
             self.module.to(torch.float32)
         return [*self.place.inputs, *_tensors(output)]
 
-    def flax_outputs(self, size: int, values: Values, dtype: Any) -> tuple[np.ndarray, ...]:
+    def flax_outputs(self, size: Size, values: Values, dtype: Any) -> tuple[np.ndarray, ...]:
         """The network's output, and for one without a head its last feature map."""
         highest = jax.default_matmul_precision("highest")
         with jax.enable_x64(dtype == np.float64), jax.default_device(_cpu()), highest:
@@ -186,7 +233,7 @@ class _Check:
             outputs = _compiled(for_cpu())(graphdef, state, jnp.asarray(self.images(size), dtype))
             return tuple(np.asarray(output) for output in outputs)
 
-    def compare(self, size: int, *, own: bool) -> None:
+    def compare(self, size: Size, *, own: bool) -> ForwardFigures:
         """Raises InputError where the two differ with the weights that the module has now.
 
         Args:
@@ -198,24 +245,34 @@ class _Check:
         twin = self.flax_outputs(size, values, np.float32)
         ours, which, index = self._counterpart(tensors, twin)
         if own and not np.isfinite(ours).all():
-            return  # NaN spreads differently in the two frameworks; the random weights are finite
+            # NaN spreads differently in the two frameworks; the random weights are finite
+            return ForwardFigures(size, float("nan"), None)
         epsilon = float(np.finfo(np.float32).eps)
         flax = twin[which]
         truth: np.ndarray | None = None
         with suppress(Exception):  # a module that converts to float32 itself
             truth = _as_shape(self.torch_tensors(size, torch.float64)[index], flax.shape)
-        if truth is not None:
-            flax_error, torch_error = relative_l2(flax, truth), relative_l2(ours, truth)
-            if verdict_of(flax_error, torch_error, epsilon).passed:
-                return
+        narrow = float("inf") if truth is None else relative_l2(flax, truth)
+        agrees = truth is not None and verdict_of(narrow, relative_l2(ours, truth), epsilon).passed
+        if agrees and not self.wide:
+            return ForwardFigures(size, narrow, None)
         # One rounding of PyTorch can be lucky, and not every module runs in float64: the Flax
         # network in float64 decides.
         exact = self.flax_outputs(size, values, np.float64)[which]
-        if truth is not None and relative_l2(truth, exact) <= FLOAT64_LIMIT:
-            return
-        if verdict_of(relative_l2(ours, exact), relative_l2(flax, exact), epsilon).passed:
-            return
-        raise InputError(self._difference(size, ours, exact, own))
+        difference = None if truth is None else relative_l2(truth, exact)
+        if difference is not None and difference <= FLOAT64_LIMIT:
+            return ForwardFigures(size, narrow, difference)
+        narrow = relative_l2(flax, exact)
+        if not (agrees or verdict_of(relative_l2(ours, exact), narrow, epsilon).passed):
+            raise InputError(self._difference(size, ours, exact, own))
+        if self.wide and difference is not None:
+            raise InputError(
+                f"{self.name} and its Flax twin agree in float32, but in float64 they differ by "
+                f"{difference:.1e}, limit {FLOAT64_LIMIT:g}. Either they compute something "
+                f"slightly different, such as another eps, or the forward pass of {self.name} "
+                f"converts to float32, so that it cannot be compared in float64."
+            )
+        return ForwardFigures(size, narrow, None)
 
     def _counterpart(
         self, tensors: list[torch.Tensor], twin: tuple[np.ndarray, ...]
@@ -246,18 +303,22 @@ class _Check:
             "that is the residual network, or wrap it in a module that returns the matching tensor."
         )
 
-    def _difference(self, size: int, ours: np.ndarray, exact: np.ndarray, own: bool) -> str:
+    def _difference(self, size: Size, ours: np.ndarray, exact: np.ndarray, own: bool) -> str:
         kind = "images" if isinstance(self.config, ResNetConfig) else "feature maps"
         weights = "its own weights" if own else f"random weights, {WHY_RANDOM}"
         return (
             f"{self.name} does not compute what its Flax twin computes. It was run in evaluation "
-            f"mode, in float32, on {BATCH} random {kind} of {size}x{size}, with {weights}: the "
+            f"mode, in float32, on {BATCH} random {kind} of {_shown(size)}, with {weights}: the "
             f"outputs differ by up to {_relative_max(ours, exact):.2g} of the largest value. The "
             f"names and shapes of its tensors fit {name_of(self.config)}, but its forward pass "
             f"computes something else. The usual causes: {CAUSES}. To find the first layer that "
             "differs, run `flax-resblock verify --torch FILE.py:NAME`, where NAME is the module's "
             "class or a function that returns the module."
         )
+
+
+def _shown(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def _relative_max(ours: np.ndarray, exact: np.ndarray) -> float:
@@ -320,85 +381,3 @@ def _compiled(cpu: bool) -> Callable[..., tuple[jax.Array, ...]]:
         return (model(images),)
 
     return jax.jit(outputs, static_argnums=0, compiler_options=compiler_options())
-
-
-def _inner(module: torch.nn.Module) -> torch.nn.Module:
-    """The module inside wrappers that only decide where and how it runs."""
-    while type(module).__name__ in ("DataParallel", "DistributedDataParallel", "OptimizedModule"):
-        module = module.get_submodule("_orig_mod" if hasattr(module, "_orig_mod") else "module")
-    return module
-
-
-@contextmanager
-def _global_state_kept() -> Iterator[None]:
-    """Disables gradients and autocast; restores the random state of torch, numpy and Python."""
-    of_python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
-        torch.set_rng_state(of_torch)
-
-
-@contextmanager
-def _runnable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """A copy of the module in evaluation mode and float32 on the CPU.
-
-    Where the module cannot be copied it is the module itself, restored afterwards."""
-    with ExitStack() as stack:
-        try:
-            twin = copy.deepcopy(module)
-        except Exception:  # whatever the module's attributes raise
-            stack.enter_context(_restored(module))
-            twin = module
-        yield twin.to(device="cpu", dtype=torch.float32).eval()
-
-
-@contextmanager
-def _restored(module: torch.nn.Module) -> Iterator[None]:
-    """Gives the module copies of its tensors; afterwards it has its own and its modes again."""
-    parts = list(module.modules())
-    before = [(part, part.training, dict(part._parameters), dict(part._buffers)) for part in parts]
-    copies: dict[int, Any] = {}
-
-    def copied(tensor: torch.Tensor | None) -> Any:
-        if tensor is not None and id(tensor) not in copies:
-            value = tensor.detach().clone()
-            if isinstance(tensor, torch.nn.Parameter):
-                value = torch.nn.Parameter(value, requires_grad=False)
-            copies[id(tensor)] = value
-        return None if tensor is None else copies[id(tensor)]
-
-    try:
-        for part, _, parameters, buffers in before:
-            part._parameters.update({name: copied(value) for name, value in parameters.items()})
-            part._buffers.update({name: copied(value) for name, value in buffers.items()})
-        yield
-    finally:
-        for part, training, parameters, buffers in before:
-            part.training = training
-            part._parameters.clear()
-            part._parameters.update(parameters)
-            part._buffers.clear()
-            part._buffers.update(buffers)
-
-
-def _randomise(module: torch.nn.Module) -> None:
-    """Gives the module random weights in place, and norms that look trained.
-
-    The norms' scales are small enough for the activations of a deep network not to overflow."""
-    generator = torch.Generator().manual_seed(0)
-    for part in module.modules():
-        for parameter in part.parameters(recurse=False):
-            if parameter.is_floating_point():
-                fan_in = max(1, parameter[0].numel()) if parameter.ndim > 1 else 50
-                parameter.data.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
-        names = ("running_mean", "running_var", "weight")
-        mean, var, scale = (getattr(part, name, None) for name in names)
-        if isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor):
-            mean.normal_(0, 0.3, generator=generator)
-            var.uniform_(0.5, 2, generator=generator)
-            if isinstance(scale, torch.Tensor):
-                scale.data.uniform_(0.3, 0.9, generator=generator)

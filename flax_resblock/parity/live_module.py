@@ -1,0 +1,152 @@
+"""Reads a PyTorch module of the user's own, and proves the reading by running the module."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_resblock.checkpoint import Record
+from flax_resblock.checkpoint.torch_file import with_tensors
+from flax_resblock.checkpoint.unwrap import record_of, unwrap
+from flax_resblock.config import Path as ModelPath
+from flax_resblock.convert.detection.assumptions import KNOWN
+from flax_resblock.convert.metadata import EPS
+from flax_resblock.convert.modules import module_facts
+from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, interpret
+from flax_resblock.convert.state_map import matches_any
+from flax_resblock.errors import CheckpointError, InputError, some
+from flax_resblock.parity.certificate import Hashes, hashes
+from flax_resblock.parity.forward_check import SIZES, ForwardFigures, Size, check_forward
+from flax_resblock.parity.user_module import load_factory
+
+
+def open_module(
+    module: Any, reading: ReadOptions, *, sizes: Sequence[Size] = SIZES, wide: bool = False
+) -> tuple[OpenedCheckpoint, ForwardFigures]:
+    """The state dict of a module with the one reading that fits and computes the same.
+
+    Nothing is assumed: what no tensor tells is read off the layers, and the module is run.
+
+    Args:
+      module: The ``nn.Module``; it is left as it was.
+      reading: What the caller says.
+      sizes, wide: See :func:`~flax_resblock.parity.forward_check.check_forward`.
+    Raises:
+      CheckpointError: Its tensors fit no network, or several.
+      InputError: Its layers or its forward pass are not those of the network that they fit.
+    """
+    facts = module_facts(module)
+    stride = facts.stride if reading.stride is None else reading.stride
+    reading = replace(reading, stride=stride, assume=KNOWN)
+    record = record_of(module.state_dict(), type(module).__name__)
+    opened = interpret(record, reading)
+    if reading.architecture is None:
+        told = {**facts.told(opened.state_map), **reading.assumptions}
+        reading = replace(reading, assumptions=told)
+        opened = interpret(record, reading)
+    facts.check(opened.state_map)
+    found = {"architecture": opened.config, "naming": opened.state_map.naming}
+    same = replace(reading, num_classes=None, assumptions={}, **found)
+
+    def values_of(state: Mapping[str, Any]) -> dict[ModelPath, np.ndarray]:
+        again = interpret(record_of(state, record.source), same)
+        return again.state_map.to_flax(again.tensors)
+
+    eps = facts.norm_options[EPS]
+    eps = 1e-5 if eps is None else eps
+    figures = check_forward(module, opened, values_of, eps=eps, sizes=sizes, wide=wide)
+    return replace(opened, norm_options=facts.norm_options), figures
+
+
+@dataclass(frozen=True)
+class OwnNetwork:
+    """A network of the user's own as code.
+
+    Attributes:
+      spec: ``FILE.py:NAME`` or ``package.module:NAME``.
+      kwargs: Arguments of the class or function.
+      sizes: Of the images that it is run on, in the order in which they are tried.
+    """
+
+    spec: str
+    kwargs: Mapping[str, Any]
+    sizes: tuple[Size, ...] = SIZES
+
+    def read(self, record: Record, reading: ReadOptions) -> tuple[OpenedCheckpoint, dict[str, Any]]:
+        """A checkpoint read as the weights of this network, which is run with them.
+
+        Args:
+          record: What the file holds; its tensors are loaded into the module, strictly.
+          reading: What the caller says.
+        Returns:
+          The checkpoint, and what the certificate says about the module: ``spec``, ``sha256`` of
+          its source, ``image_size``, ``float32`` and ``float64``.
+        Raises:
+          InputError: The code raises, the tensors are not the module's, or what it computes is not
+            what the Flax network computes.
+        """
+        factory = load_factory(self.spec)
+        try:
+            module = factory(**self.kwargs)
+        except Exception as error:
+            raise InputError(
+                f"--torch {self.spec}: calling it raised {type(error).__name__}: {error}. Pass its "
+                "arguments with --kwargs, a JSON object."
+            ) from error
+        kept = {k: v for k, v in record.tensors.items() if not matches_any(k, reading.ignore)}
+        _load(module, kept, record.source)
+        opened, figures = open_module(module, reading, sizes=self.sizes, wide=True)
+        found = {"architecture": opened.config, "naming": opened.state_map.naming}
+        same = replace(reading, num_classes=None, assumptions={}, **found)
+        again = replace(interpret(record, same), norm_options=opened.norm_options)
+        if figures.elsewhere:
+            again = replace(again, notes=(*again.notes, figures.elsewhere))
+        about = {
+            "spec": self.spec,
+            "sha256": _source_hash(factory),
+            "image_size": list(figures.size),
+            "float32": figures.float32,
+            "float64": figures.float64,
+        }
+        return again, about
+
+
+def _load(module: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
+    """Loads the tensors into the module, which has them under names with other wrappers.
+
+    Raises:
+      CheckpointError: They are not the tensors of the module.
+    """
+    name = type(module).__name__
+    keys = {key: key for key in module.state_dict()}
+    own, _, _ = unwrap(keys, is_tensor=lambda key: isinstance(key, str), source=name)
+    filled = dict(tensors)
+    for key, full in own.items():  # PyTorch fills counters as well
+        if key not in filled and full.endswith("num_batches_tracked"):
+            filled[key] = np.zeros((), np.int64)
+    missing, unexpected = sorted(own.keys() - filled), sorted(filled.keys() - own)
+    if missing or unexpected:
+        lines = [f"The tensors of {source} are not those of {name}."]
+        lines += [f"  missing     {some(missing)}"] if missing else []
+        lines += [f"  unexpected  {some(unexpected)}"] if unexpected else []
+        lines += ["Create the module as it was trained, with --kwargs where it needs arguments."]
+        raise CheckpointError("\n".join(lines))
+    try:
+        module.load_state_dict(with_tensors({own[key]: filled[key] for key in own}), strict=True)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[-1].strip()
+        raise CheckpointError(f"{source} cannot be loaded into {name}: {first}") from error
+
+
+def _source_hash(factory: Any) -> Hashes | None:
+    """SHA-256 of the file that the code is in; None where there is no such file."""
+    try:
+        file = inspect.getsourcefile(factory)
+    except TypeError:
+        return None
+    return None if file is None else hashes(Path(file))
