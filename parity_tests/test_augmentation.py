@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from multiprocessing import util
 from types import SimpleNamespace
 
 import numpy as np
@@ -403,6 +404,26 @@ def test_workers_change_nothing_and_are_gone_when_the_stream_is_closed(pictures)
     assert len(multiprocessing.active_children()) == 2
     iterator.close()
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_no_worker_searches_the_current_folder_while_it_starts(monkeypatch):
+    """The last worker starts later than the first, and all of them must be told."""
+    started, spawn = [], util.spawnv_passfds
+
+    def recorded(*arguments):
+        time.sleep(0.2 * len(started))  # the first is long ready when the last one starts
+        started.append(os.environ.get("PYTHONSAFEPATH"))
+        return spawn(*arguments)
+
+    monkeypatch.setattr(util, "spawnv_passfds", recorded)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    batches = Stream(made(40, 9, 9), 8, seed=0, workers=3).from_step(0)
+    next(batches)
+    batches.close()
+    assert len(started) >= 3
+    assert set(started) == {"1"}
+    assert "PYTHONSAFEPATH" not in os.environ
 
 
 @pytest.mark.slow

@@ -60,12 +60,13 @@ def prefetched(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
         )
     in_thread = grain.experimental.ThreadPrefetchIterDataset
-    ready = iter(in_thread(elements.map(finish), prefetch_buffer_size=_AHEAD))
+    with _started_without_current_folder():  # multiprocessing's own tracker starts here
+        ready = iter(in_thread(elements.map(finish), prefetch_buffer_size=_AHEAD))
 
     def drawn() -> Generator[Ready, None, None]:
         try:
-            with _started_without_current_folder():  # the first element starts the workers
-                first = list(itertools.islice(ready, 1))
+            with _started_without_current_folder():  # each worker starts with its first element
+                first = list(itertools.islice(ready, max(1, workers)))
             yield from first
             yield from ready
         finally:
