@@ -308,8 +308,8 @@ def save(
         :func:`flax_resblock.training.fit` give them. A ``.pth`` then is a training checkpoint, with
         the entries ``"model"``, ``"optimizer"``, ``"lr_scheduler"``, ``"epoch"`` and ``"step"``.
       naming: Naming scheme of ``.pth`` and ``.safetensors``, or the name of a known one; a scheme
-        of your own must be given again to read the file. ``"flax"`` keeps Flax's names and
-        layouts in a ``.safetensors``.
+        of your own is stored in the file, or beside it. ``"flax"`` keeps Flax's names and layouts
+        in a ``.safetensors``.
       force: Replace what is there.
     Raises:
       InputError: An unknown suffix or naming scheme, a destination that exists, a folder that
@@ -327,5 +327,5 @@ def save(
     checkpoint.refuse_existing(path, force, checkpoint.is_orbax)
     state_map = StateMap(config, "flax" if kind == "orbax" and files is None else scheme)
     tensors = state_map.to_torch(flat_arrays(model), copy=True)
-    metadata = metadata_of(config, scheme.name, norm_options(model))
+    metadata = metadata_of(config, scheme, norm_options(model))
     write_with_run(path, tensors, metadata, run, state_map, files=files, force=force)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import inspect
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +24,7 @@ from flax_resblock import (
     Naming,
     ResNet,
     ResNetConfig,
+    checkpoint,
     from_torch,
     load,
     load_run,
@@ -32,6 +34,7 @@ from flax_resblock import (
 from flax_resblock.cli import run as run_command
 from flax_resblock.config import NetworkOptions
 from flax_resblock.convert import StateMap, describe, identify, naming
+from flax_resblock.convert.opening import open_checkpoint
 from flax_resblock.convert.state_map import transcode
 from flax_resblock.parity.inputs import randomised_norm_state
 from flax_resblock.parity.pair import PRECISIONS
@@ -129,8 +132,8 @@ def test_an_own_scheme_converts_there_and_back_bit_for_bit(model):
     assert_same(to_torch(from_torch(straight), naming=OWN), own)
     match = identify(describe(own), naming=OWN)
     assert (match.state_map.config, match.state_map.naming) == (CONFIG, OWN)
-    with pytest.raises(CheckpointError, match="no residual network in any known naming scheme"):
-        from_torch(own)
+    # without it the names are labels, and the same scheme is learned
+    assert_same(to_torch(from_torch(own)), straight)
 
 
 def test_the_parity_functions_take_an_own_scheme(model):
@@ -143,19 +146,38 @@ def test_the_parity_functions_take_an_own_scheme(model):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ""])
-def test_a_file_in_an_own_scheme_is_read_with_it_and_not_guessed(suffix, model, tmp_path):
+def test_a_file_in_an_own_scheme_holds_it_and_is_read_with_it(suffix, model, tmp_path):
     path = tmp_path / f"net{suffix}"
     save(model, path, naming=OWN)
-    refusal = r"naming scheme 'own', which is not one of this library's\. .* naming="
-    if suffix:  # an Orbax folder holds Flax's names in any case
-        with pytest.raises(CheckpointError, match=refusal):
-            load(path)
-    else:
-        assert_same(to_torch(load(path)), to_torch(model))
-    restored = load(path, naming=OWN if suffix else None)
-    assert_same(to_torch(restored), to_torch(model))
-    save(restored, tmp_path / "again.safetensors")  # as the message advises
-    assert_same(to_torch(load(tmp_path / "again.safetensors")), to_torch(model))
+    opened = open_checkpoint(path)
+    assert opened.state_map.naming == (NAMINGS["flax"] if suffix == "" else OWN)  # Orbax: Flax's
+    assert opened.all_notes == ()
+    for scheme in (None, OWN if suffix else None):
+        assert_same(to_torch(load(path, naming=scheme)), to_torch(model))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("name = ", "Invalid value"),
+        ("name = 'own'", "it has no 'modules'"),
+        ("name = 'own'\nstage = '{stage.__class__}'\n[modules]", "no other braces"),
+        ("name = 'own'\nstage = '{stage:999999999}'\n[modules]", "no other braces"),
+        ("name = 'own'\nblocks = [[3]]\n[modules]", "blocks is a list of lists of texts"),
+        ("name = 'own'\nmore = 1\nstage = 'a'\n[modules]", "unknown entry 'more'"),
+    ],
+)
+def test_a_damaged_scheme_is_refused(text, why, model, tmp_path, capsys):
+    save(model, tmp_path / "net.safetensors", naming=OWN)
+    record = checkpoint.read(tmp_path / "net.safetensors")
+    metadata = {**record.metadata, "naming_scheme": text}
+    checkpoint.write(tmp_path / "bad.safetensors", dict(record.tensors), metadata=metadata)
+    with pytest.raises(CheckpointError, match=re.escape(why)):
+        load(tmp_path / "bad.safetensors")
+    (tmp_path / "own.toml").write_text(text)
+    flags = ["--naming", str(tmp_path / "own.toml")]
+    assert run_command(["inspect", str(tmp_path / "net.safetensors"), *flags]) == 2
+    assert why in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_run_in_an_own_scheme_is_read_with_it(tmp_path):
@@ -168,13 +190,18 @@ def test_a_run_in_an_own_scheme_is_read_with_it(tmp_path):
         assert_same(copied.optimizer.tensors[name], tensors)
 
 
-def test_the_command_line_says_how_to_read_an_own_scheme(model, tmp_path, capsys):
+def test_the_command_line_gives_an_own_scheme_back(model, tmp_path, capsys):
     save(model, tmp_path / "own", naming=OWN)  # an Orbax folder, which says where it came from
-    assert run_command(["convert", str(tmp_path / "own"), str(tmp_path / "out.pth")]) == 2
-    assert "came in the naming scheme 'own'" in " ".join(capsys.readouterr().err.split())
-    command = ["convert", str(tmp_path / "own"), str(tmp_path / "out.pth")]
-    assert run_command([*command, "--to-naming", "torchvision"]) == 0
-    assert_same(to_torch(load(tmp_path / "out.pth")), to_torch(model))
+    out = tmp_path / "out.pth"
+    assert run_command(["convert", str(tmp_path / "own"), str(out)]) == 0
+    assert_same(dict(checkpoint.read(out).tensors), to_torch(model, OWN))
+    capsys.readouterr()
+    assert run_command(["inspect", str(out), "--show-naming"]) == 0
+    (tmp_path / "own.toml").write_text(capsys.readouterr().out)
+    torch.save({k: torch.from_numpy(v) for k, v in to_torch(model, OWN).items()}, out)
+    flags = ["--force", "--naming", str(tmp_path / "own.toml"), "--to-naming", "torchvision"]
+    assert run_command(["convert", str(out), str(tmp_path / "back.safetensors"), *flags]) == 0
+    assert_same(to_torch(load(tmp_path / "back.safetensors")), to_torch(model))
 
 
 def test_a_scheme_that_takes_a_known_name_or_that_nobody_knows_is_refused(model):

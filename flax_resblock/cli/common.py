@@ -18,6 +18,8 @@ from flax_resblock.checkpoint import LIMITS, Limits, refuse_existing, replacing
 from flax_resblock.config import ARCHITECTURES, Config, architecture
 from flax_resblock.convert.detection.assumptions import ASSUMABLE_FIELDS
 from flax_resblock.convert.metadata import EPS
+from flax_resblock.convert.naming import Naming
+from flax_resblock.convert.naming_file import read_naming
 from flax_resblock.convert.opening import (
     OpenedCheckpoint,
     ReadOptions,
@@ -85,7 +87,8 @@ class ReadingFlags:
     """Architecture by name, such as resnet50."""
     naming: str | None = None
     """Naming scheme: torchvision, sequential, kuangliu, akamaster, huggingface, detectron2, flax
-    ...; docs/families.md lists them.
+    ...; docs/families.md lists them. Or a FILE.toml with one of your own, see `inspect
+    --show-naming`.
     """
     num_classes: int | None = None
     """Number of classes."""
@@ -140,7 +143,10 @@ class ReadingFlags:
             for name in (*ASSUMABLE_FIELDS, EPS)
             if (value := getattr(self, name)) is not None
         }
-        network = self.architecture, self.naming, self.num_classes, self.stride
+        naming: str | Naming | None = self.naming
+        if self.naming is not None and self.naming.endswith(".toml"):
+            naming = read_naming(Path(self.naming))
+        network = self.architecture, naming, self.num_classes, self.stride
         keys = self.ignore, self.allow_missing
         return ReadOptions(*network, *keys, self.limits, assumptions, self.assume)
 

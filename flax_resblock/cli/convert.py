@@ -14,7 +14,7 @@ from flax_resblock.cli import common
 from flax_resblock.cli.common import arguments_of
 from flax_resblock.cli.verify_flags import torch_needed
 from flax_resblock.config import name_of
-from flax_resblock.convert import StateMap, naming_of
+from flax_resblock.convert import Naming, StateMap, naming_of
 from flax_resblock.convert.hubs import files_of
 from flax_resblock.convert.metadata import metadata_of
 from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, target_naming
@@ -105,7 +105,7 @@ def convert(
     # lets go of the file's memory before the output is read back
     description, source = _describe(source), None
     with common.status.status(f"writing {out}"):
-        naming = description.naming if target.naming.name == "flax" else target.naming.name
+        naming = description.scheme if target.naming.name == "flax" else target.naming
         count, size = len(tensors), sum(value.nbytes for value in tensors.values())
         options, about = description.norm_options, description.metadata
         metadata = metadata_of(target.config, naming, options, about)
@@ -200,6 +200,7 @@ class _Description(NamedTuple):
 
     format: str
     naming: str
+    scheme: Naming
     notes: tuple[str, ...]
     norm_options: Mapping[str, float | None]
     metadata: Mapping[str, str]
@@ -209,6 +210,7 @@ def _describe(source: OpenedCheckpoint) -> _Description:
     return _Description(
         source.record.format,
         source.state_map.naming.name,
+        source.state_map.naming,
         source.all_notes,
         source.norm_options,
         source.record.metadata,

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from flax_resblock.cli import common
 from flax_resblock.config import SlotKind, name_of, to_json, walk
+from flax_resblock.convert.naming_file import to_toml
 from flax_resblock.convert.opening import OpenedCheckpoint
 from flax_resblock.errors import CheckpointError, MissingDependencyError
 from flax_resblock.runs.optimizer_kinds import OPTIMIZERS
@@ -117,6 +118,7 @@ def inspect(
     json_file: Path | None = None,
     force: common.Force = False,
     norms: bool = False,
+    show_naming: bool = False,
 ) -> int:
     """Shows what a checkpoint is: architecture, naming scheme, tensors, the health of its batch
     norms, and anything unusual. Nothing in it is executed.
@@ -129,6 +131,7 @@ def inspect(
       reading: How to read the checkpoint.
       json_file: Also write everything to this file.
       norms: List every batch norm, not only unusual ones.
+      show_naming: Print the naming scheme alone, as TOML that --naming FILE.toml takes.
     """
     with common.status.status(f"reading {checkpoint}"):
         try:
@@ -137,6 +140,9 @@ def inspect(
             # the weights can be read without torch, but not the run beside them
             source = reading.open(checkpoint)
         facts = report(source)
+    if show_naming:
+        print(to_toml(source.state_map.naming), end="")
+        return 0
     config, tensors = facts["config"], facts["tensors"]
     common.print_title(facts["architecture"], str(checkpoint))
     rows = {

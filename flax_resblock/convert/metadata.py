@@ -8,9 +8,12 @@ from flax_resblock import config as arch
 from flax_resblock._version import __version__
 from flax_resblock.checkpoint import Record
 from flax_resblock.convert.hubs import kept_files
-from flax_resblock.errors import CheckpointError, visible
+from flax_resblock.convert.naming import NAMINGS, Naming
+from flax_resblock.convert.naming_file import from_toml, to_toml
+from flax_resblock.errors import CheckpointError, InputError, visible
 
 CONFIG, NAMING, EPS, MOMENTUM = "config", "naming", "eps", "momentum"
+SCHEME = "naming_scheme"
 """Metadata that this library writes beside tensors."""
 
 
@@ -58,9 +61,24 @@ def written_norm_options(record: Record) -> dict[str, float | None]:
         ) from error
 
 
+def written_naming(record: Record) -> Naming | None:
+    """The naming scheme that this library stored in a checkpoint because it is not one of its own.
+
+    Raises:
+      CheckpointError: A damaged one.
+    """
+    text = record.metadata.get(SCHEME)
+    if text is None or record.metadata.get(NAMING) in NAMINGS:
+        return None
+    try:
+        return from_toml(text, f"{record.source}: its stored naming scheme")
+    except InputError as error:
+        raise CheckpointError(f"{error} Or copy the file again.") from error
+
+
 def metadata_of(
     config: arch.Config,
-    naming: str,
+    naming: Naming,
     norm_options: Mapping[str, float | None],
     source: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
@@ -68,16 +86,17 @@ def metadata_of(
 
     Args:
       config: The network or bare block.
-      naming: Naming scheme.
+      naming: Naming scheme; one that is not this library's is stored itself.
       norm_options: ``eps`` and ``momentum``.
       source: Metadata of the checkpoint that it came from, whose ``config.json`` is kept.
     """
     return {
-        "format": "pt" if naming != "flax" else "flax",
+        "format": "pt" if naming.name != "flax" else "flax",
         "written_by": f"flax-resblock {__version__}",
         "architecture": arch.name_of(config),
         CONFIG: arch.to_json(config),
-        NAMING: naming,
+        NAMING: naming.name,
+        **({} if naming.name in NAMINGS else {SCHEME: to_toml(naming)}),
         **{name: str(value) for name, value in norm_options.items()},
         **kept_files(source or {}),
     }

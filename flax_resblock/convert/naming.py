@@ -86,6 +86,8 @@ class Naming:
       hub: The package that loads folders of weights and ``config.json`` with these names: a key of
         :data:`flax_resblock.convert.hubs.HUBS`; empty if there is none.
       tensors: Names and codecs of a layer's tensors; PyTorch's by default.
+      blocks: Prefixes of the blocks of every stage, where no template gives them; ``stage`` and
+        ``first_stage`` are not used then.
     Example:
       >>> mine = Naming(
       ...     name="mine",
@@ -112,16 +114,23 @@ class Naming:
     first_stage: int = 1
     hub: str = ""
     tensors: Mapping[SlotKind, tuple[Tensor, ...]] = field(default_factory=lambda: TORCH_TENSORS)
+    blocks: tuple[tuple[str, ...], ...] = ()
 
-    def block_prefix(self, stage: str, block: int | None) -> str:
-        """``"layer2.0"``; empty for a bare block."""
+    def block_prefix(self, stage: str, block: int | None) -> str | None:
+        """``"layer2.0"``; empty for a bare block; None where there is no such block."""
         if block is None:
             return ""
+        if self.blocks:
+            place = int(stage.removeprefix("stage")) - 1
+            known = place < len(self.blocks) and block < len(self.blocks[place])
+            return self.blocks[place][block] if known else None
         number = int(stage.removeprefix("stage")) - 1 + self.first_stage
         return self.stage.format(stage=number, block=block)
 
     def is_inside_block(self, key: str) -> bool:
         """Whether a tensor has the name of one in a block of a network."""
+        if self.blocks:
+            return any(key.startswith(f"{prefix}.") for stage in self.blocks for prefix in stage)
         pattern = re.sub(r"\\{(stage|block)\\}", r"\\d+", re.escape(self.stage))
         return re.match(rf"{pattern}\.", key) is not None
 
@@ -135,6 +144,8 @@ class Naming:
         """Name of the module that holds ``slot``; None: no such place; ``""``: a bare block."""
         inside_stages = slot.block is not None or slot.stage == ""
         prefix = self.block_prefix(slot.stage, slot.block)
+        if prefix is None:
+            return None
         if inside_stages and not slot.role:
             return prefix
         place = slot.role if inside_stages else ".".join(filter(None, (slot.stage, slot.role)))

@@ -29,6 +29,8 @@ from flax_resblock.convert.detection.backbones import (
 )
 from flax_resblock.convert.detection.candidates import Match, identify
 from flax_resblock.convert.detection.heads import find_head, refuse_head_left_out, several_layers
+from flax_resblock.convert.detection.learning import learn_naming
+from flax_resblock.convert.detection.unsupported import unsupported
 from flax_resblock.convert.health import unhealthy
 from flax_resblock.convert.hubs import HubConfig, read_hub
 from flax_resblock.convert.metadata import (
@@ -36,6 +38,7 @@ from flax_resblock.convert.metadata import (
     MOMENTUM,
     NAMING,
     written_config,
+    written_naming,
     written_norm_options,
 )
 from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
@@ -152,6 +155,8 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
             for key, value in tensors.items()
             if backbone.holds(key)
         }
+    if reading.naming is None and (scheme := written_naming(record)) is not None:
+        reading = replace(reading, naming=_stored(scheme, tensors))
     hub = read_hub(record.metadata, record.source)
     by_entries, said = told_by_entries(record.extras)
     notes += said
@@ -170,10 +175,16 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
     except CheckpointError as error:
         refuse_ignored_blocks(ignored, kept, backbone, None, record.source)
         headed = _with_head(tensors, reading, record.source) if backbone is None else None
+        if headed is None and backbone is None:
+            headed = _with_learned_names(tensors, reading, record.source)
         if headed is None:
             _refuse_own_naming(record, reading)
             hints = [nearly(beside), several_layers(beside)] if backbone is None else []
-            raise CheckpointError("\n".join([str(error), *filter(None, hints)])) from error
+            first, *more = str(error).split("\n")
+            causes = unsupported(beside)
+            raise CheckpointError(
+                "\n".join([first, *causes, *more, *filter(None, hints)])
+            ) from error
         tensors, match, note = headed
         notes.append(note)
     if match.misfit.afresh:
@@ -252,6 +263,31 @@ def _with_head(
         raise CheckpointError(f"{error}\n{head.module} was read as its head, {name}.") from error
 
 
+def _stored(scheme: Naming, tensors: Mapping[str, np.ndarray]) -> Naming | str:
+    """The scheme that the file's tensors came in, or Flax's own, under which an Orbax folder of
+    such a network is written."""
+    own = any(scheme.is_inside_block(key) or scheme.is_in_bare_block(key) for key in tensors)
+    return scheme if own else "flax"
+
+
+def _with_learned_names(
+    tensors: Mapping[str, np.ndarray], reading: ReadOptions, source: str
+) -> tuple[dict[str, np.ndarray], Match, str] | None:
+    """The network under names of its author's own, in the form of :func:`_with_head`."""
+    naming = None if reading.naming is not None else learn_naming(describe(tensors))
+    if naming is None:
+        return None
+    try:
+        match = _identify(tensors, replace(reading, naming=naming), source)
+    except CheckpointError:
+        return None
+    note = (
+        "no known naming scheme fits, and the names were taken as labels (`flax-resblock inspect "
+        "--show-naming` prints what each was taken for)"
+    )
+    return dict(tensors), match, note
+
+
 def refuse_afresh(source: OpenedCheckpoint) -> None:
     """Raises CheckpointError where weights or running statistics are absent.
 
@@ -323,6 +359,8 @@ def target_naming(source: OpenedCheckpoint, output_format: str, naming: str | No
     here = source.state_map.naming
     if here.name != "flax":
         return here
+    if (scheme := written_naming(source.record)) is not None:
+        return scheme
     first = source.record.metadata.get(NAMING, "flax").replace("flax", "torchvision")
     if first not in NAMINGS:
         raise InputError(

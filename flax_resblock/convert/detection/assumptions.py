@@ -15,6 +15,8 @@ from flax_resblock.config import ARCHITECTURES, BlockConfig, Config, ResNetConfi
 from flax_resblock.convert.naming import Naming
 from flax_resblock.errors import InputError
 
+LEARNED = "learned"
+"""Name of every naming scheme that :mod:`flax_resblock.convert.detection.learning` finds."""
 KNOWN = "known"
 """Value of ``assume=`` that accepts every assumption without a warning."""
 
@@ -196,6 +198,10 @@ FIXED = (
 )
 """What is no choice of :data:`ASSUMPTION_RULES`."""
 
+_ORDER = (
+    "layers of equal shape run in the order in which the file has them (--naming FILE.toml if not)"
+)
+
 
 @dataclass(frozen=True)
 class Assumptions:
@@ -243,11 +249,14 @@ def assumptions_of(
     choices = tuple(one for one in rules if one.rule.stated(naming))
     if by_file:
         return Assumptions(choices)
+    labels = [_ORDER] if naming.name == LEARNED else []
     others = [
+        *labels,
         *(one.brief for one in rules if one not in choices),
         *(f.note for f in FIXED if f.matters(config) and not set(f.told_by) & told.keys()),
     ]
-    return Assumptions(choices, tuple(others), published(config))
+    known = None if labels else published(config)
+    return Assumptions(choices, tuple(others), known)
 
 
 def published(config: Config) -> str | None:

@@ -208,6 +208,8 @@ def _closest_family(found: TensorInfos) -> str:
                 state_map = StateMap(config, naming)
             except InputError:
                 continue
+            if not any(entry.torch_key in found for entry in state_map.entries):
+                break  # the first names of every network are the same
             fits = sum(
                 (info := found.get(entry.torch_key)) is not None and info.shape == entry.torch_shape
                 for entry in state_map.entries

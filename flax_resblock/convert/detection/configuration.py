@@ -52,8 +52,8 @@ class _Reader:
         return self.width(stage, [block], conv, norm) is not None
 
     def has_block(self, stage: str, block: int) -> bool:
-        prefix = self.naming.block_prefix(stage, block) + "."
-        return any(module.startswith(prefix) for module in self.modules)
+        prefix = self.naming.block_prefix(stage, block)
+        return any(module.startswith(f"{prefix}.") for module in self.modules)
 
     def width(self, stage: str, blocks: Iterable[int | None], conv: str, norm: str) -> int | None:
         """Output channels of a convolution in the first of ``blocks`` that has it: what most of its

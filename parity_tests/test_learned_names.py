@@ -1,0 +1,166 @@
+"""Names are labels: networks under names of their author's own are read right, announced or
+refused, and a refusal names the cause."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from flax_resblock import CheckpointError, checkpoint, from_torch, load, to_torch
+from flax_resblock.checkpoint.torch_file import state_to_numpy
+from flax_resblock.cli import run
+from flax_resblock.convert.naming_file import from_toml, to_toml
+from flax_resblock.convert.opening import open_checkpoint
+from flax_resblock.parity.oracle import relative_l2
+from parity_tests.people import Choices, Network, drawn, outcome_of
+
+PLAIN = Choices(
+    spelling=("block.{:3}", "block.{:3n}", "skip.0", "skip.1"),
+    stages="{flat}",
+    stem=("stem.0", "stem.1"),
+    head="head.1",
+    wrapper="",
+    bottleneck=False,
+    depths=(1, 2),
+    widths=(4, 8),
+    kernel=3,
+    stem_pool=False,
+    activation="relu",
+    pool_between=False,
+    zeros="projection",
+    maximum=False,
+    eps=1e-5,
+    skip_first=True,
+    preactivation=False,
+    biased=False,
+    last_activation=True,
+    no_skip=False,
+)
+RESIDUAL = replace(
+    PLAIN,
+    spelling=("residual_function.{:3}", "residual_function.{:3n}", "shortcut.0", "shortcut.1"),
+    stages="conv{stage}_x.{block}",
+    bottleneck=True,
+    widths=(4, 4),
+)
+UNITS = replace(
+    PLAIN,
+    spelling=("body.conv{}.conv", "body.conv{}.bn", "identity_conv.conv", "identity_conv.bn"),
+    stages="features.stage{stage}.unit{block}",
+    stem=("features.init_block.conv", "features.init_block.bn"),
+    head="output",
+    wrapper="my_network.",
+)
+
+
+@pytest.mark.slow
+def test_drawn_networks_are_right_announced_or_refused():
+    """The first hundred of the thousands that ``python -m parity_tests.people`` reads."""
+    outcomes = {number: outcome_of(Network(drawn(number), number)) for number in range(100)}
+    counts = Counter(outcome for outcome, _ in outcomes.values())
+    print(counts)
+    assert counts["WRONG"] == 0, [n for n, (outcome, _) in outcomes.items() if outcome == "WRONG"]
+    assert counts["right"] >= 40
+    assert counts["announced"] >= 25
+    assert "learned" in {why for outcome, why in outcomes.values() if outcome == "right"}
+
+
+def test_a_wrong_network_would_be_noticed():
+    """The control: one whose choice is in no list of assumptions is called wrong."""
+    network = Network(replace(PLAIN, stem_pool=True))
+    assert network.choices.announced == ()
+    assert outcome_of(network)[0] == "WRONG"
+
+
+@pytest.mark.parametrize("choices", [PLAIN, RESIDUAL, UNITS], ids=["flat", "residual", "units"])
+def test_a_module_and_its_weights_are_read_and_go_back(choices, tmp_path):
+    network = Network(choices, seed=3)
+    images = np.random.default_rng(0).normal(0.2, 1, (3, 18, 21, 3)).astype(np.float32)
+    with torch.no_grad():
+        truth = network(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+    torch.save(network.saved(), tmp_path / "net.pth")
+    opened = open_checkpoint(tmp_path / "net.pth")
+    assert opened.state_map.naming.name == "learned"
+    for model in (from_torch(network), load(tmp_path / "net.pth", assume="known")):
+        assert relative_l2(np.asarray(model(images)), truth) < 1e-5
+        back = to_torch(model, opened.state_map.naming)
+        own = state_to_numpy(network.saved())
+        assert {key.removeprefix("my_network.") for key in back} == set(network.state_dict())
+        for key, value in back.items():
+            full = key if key in own else f"my_network.{key}"
+            assert value.tobytes() == own[full].tobytes()
+    assert from_toml(to_toml(opened.state_map.naming), "it") == opened.state_map.naming
+
+
+@pytest.mark.parametrize("out", ["out.pth", "out.safetensors", "out"])
+def test_what_is_written_is_read_back_under_the_same_names(out, tmp_path, capsys):
+    network = Network(PLAIN, seed=4)
+    state = state_to_numpy(network.state_dict())
+    torch.save(network.state_dict(), tmp_path / "net.pth")
+    first, second = tmp_path / out, tmp_path / "again.pth"
+    for source, target in ((tmp_path / "net.pth", first), (first, second)):
+        assert run(["convert", str(source), str(target), "--no-certificate"]) == 0
+    found = checkpoint.read(second).tensors
+    assert found.keys() == state.keys()
+    assert all(found[key].tobytes() == value.tobytes() for key, value in state.items())
+    assert "damaged" not in capsys.readouterr().out
+
+
+def test_a_sorted_file_whose_order_says_nothing_is_refused():
+    """In a safetensors file "first" comes before "second" by chance alone."""
+    words = replace(PLAIN, depths=(2,), widths=(4,), stages="blocks.{flat}")
+    state = Network(words).state_dict()
+    named = {
+        key.replace("blocks.3", "blocks.zeta").replace("blocks.4", "blocks.alpha"): value
+        for key, value in state.items()
+    }
+    assert from_torch(named, assume="known").config.depths == (2,)  # as it was defined
+    with pytest.raises(CheckpointError):
+        from_torch(dict(sorted(named.items())))
+    assert from_torch(dict(sorted(state.items())), assume="known").config.depths == (2,)
+
+
+def test_numbers_are_sorted_as_numbers():
+    """Block 10 comes after block 9, also in a file sorted by name."""
+    many = Network(replace(PLAIN, depths=(9,), widths=(4,), stages="blocks.{flat}"))
+    outcome = outcome_of(many, dict(sorted(many.saved().items())))
+    assert outcome == ("right", "learned")
+
+
+def _changed(choices=PLAIN, **changes):
+    return Network(replace(choices, **changes)).state_dict()
+
+
+def _group_norms():
+    return {
+        key: value for key, value in _changed().items() if "running" not in key and "num" not in key
+    }
+
+
+CAUSES = {
+    "pre-activation": (lambda: _changed(preactivation=True), "pre-activation order"),
+    "biases": (lambda: _changed(biased=True), "convolutions with a bias"),
+    "group norm": (_group_norms, "norms without running statistics, such as GroupNorm"),
+    "volumes": (
+        lambda: {**_changed(), "stem.0.weight": torch.ones(4, 3, 3, 3, 3)},
+        "kernels with five axes",
+    ),
+    "weight norm": (
+        lambda: {**_changed(), "stem.0.weight_g": torch.ones(4, 1, 1, 1)},
+        "weight norm, spectral norm or pruning masks",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CAUSES)
+def test_a_refusal_names_the_cause(case):
+    make, words = CAUSES[case]
+    with pytest.raises(CheckpointError, match=words):
+        from_torch(make())
+    with pytest.raises(CheckpointError) as caught:
+        from_torch({**_changed(), "extra.weight": torch.ones(3)})
+    assert words not in str(caught.value)  # the control
