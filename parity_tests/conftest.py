@@ -86,6 +86,16 @@ def pytest_sessionfinish(session):
         session.exitstatus = 1
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _programs_are_dropped():
+    """Compiled programs go with their module: a process may map 65,530 pieces of memory, and a
+    worker that keeps the programs of two thousand tests comes near that."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def _working_directory():
     """A test that leaves the process in another folder fails, instead of one after it."""

@@ -152,7 +152,11 @@ def families_page() -> str:
         ),
         "Names of your own are described with `flax_resblock.Naming`, whose documentation shows an "
         "example; every function that takes the name of a scheme takes the object as well: "
-        "`load(path, naming=mine)`, `save(model, path, naming=mine)`.",
+        "`load(path, naming=mine)`, `save(model, path, naming=mine)`. Where no known scheme fits, "
+        "one is learned: the tree of names gives the blocks, shapes give the roles, and the order "
+        "of the tensors decides between layers of equal shape. `flax-resblock inspect CKPT "
+        "--show-naming` prints the scheme as TOML, and `--naming FILE.toml` takes it, changed or "
+        "not. A file that is written in such a scheme holds it.",
         "## Networks inside larger checkpoints",
         "The backbone of these projects' checkpoints is converted, and the rest is left out. A row "
         "applies only if it accounts for every tensor of the file and if the parts that identify "
@@ -163,8 +167,11 @@ def families_page() -> str:
         "torchvision's detectors with the COCO weights of 2017 use frozen norms with `eps=0`. The "
         "weights do not show this; pass `load(path, eps=0.0)`.",
         "## Options that cannot be inferred from the weights",
-        "Without a flag or a configuration in the file, the first value of each option is assumed. "
-        "`verify` shows how the other value would change the output.",
+        "Without a flag or a configuration in the file, the first value of each option is assumed, "
+        "and the output says so: in one line for a published network, and otherwise in one line for "
+        "each, with the pooling, the padding and everything else that is no option here. In Python "
+        'it is one `AssumptionWarning`, which `assume="known"` silences. `verify` shows how the '
+        "other place of a bottleneck's stride would change the output.",
         _table(("flag", "value", "meaning"), options),
         "`--dilated-stages 3 4` replaces the strides of stages 3 and 4 by dilation, as "
         "torchvision's `replace_stride_with_dilation` does.",
