@@ -168,7 +168,7 @@ def families_page() -> str:
         "weights do not show this; pass `load(path, eps=0.0)`.",
         "## Options that cannot be inferred from the weights",
         "Without a flag or a configuration in the file, the first value of each option is assumed, "
-        "and the output says so: in one line for a published network, and otherwise in one line for "
+        "and the output says so: in one line for a published network, otherwise in one line for "
         "each, with the pooling, the padding and everything else that is no option here. In Python "
         'it is one `AssumptionWarning`, which `assume="known"` silences. `verify` shows how the '
         "other place of a bottleneck's stride would change the output.",
