@@ -142,6 +142,49 @@ class ImageNetMax(torch_ref.ResNet):
         return self.fc(x.amax((2, 3)))
 
 
+class PaddedBefore(Net):
+    """A layer pads in front of a convolution that does not."""
+
+    def __init__(self, **choices):
+        super().__init__(**choices)
+        self.pad, self.conv1.padding = nn.ConstantPad2d(1, 0.0), (0, 0)
+
+    def body(self, x):
+        return super().body(self.pad(x))
+
+
+def pooled_with_ceil():
+    """At 32x32 pixels a max pool that rounds up gives what one that rounds down does."""
+    net = made(torch_ref.ResNet, **IMAGENET)
+    net.maxpool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+    return net
+
+
+class Frozen(nn.Module):
+    """A norm whose statistics and affine map are constants, as detectors have; without momentum."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name, value in (("weight", 1.1), ("bias", 0.1), ("running_mean", 0.2)):
+            self.register_buffer(name, torch.full((channels,), value))
+        self.register_buffer("running_var", torch.full((channels,), 0.7))
+        self.eps = 1e-5
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale[:, None, None] + shift[:, None, None]
+
+
+def frozen():
+    net = made()
+    for parent in [*net.modules()]:
+        for name, child in [*parent.named_children()]:
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, Frozen(child.num_features))
+    return net
+
+
 IMAGENET = {"depths": (1, 1, 1, 1), "widths": (4, 4, 4, 4), "stem_width": 4, "num_classes": 3}
 
 WRONG = {
@@ -170,6 +213,8 @@ RIGHT = {
     "bfloat16": lambda: made().bfloat16(),
     "DataParallel": lambda: nn.DataParallel(made()),
     "averaged": lambda: torch.optim.swa_utils.AveragedModel(made()),
+    "padding in a layer of its own": lambda: made(PaddedBefore),
+    "frozen norms without momentum": frozen,
 }
 
 
@@ -194,6 +239,12 @@ def test_a_network_that_computes_something_else_is_refused(case):
 @pytest.mark.parametrize("case", RIGHT)
 def test_a_network_that_computes_the_same_passes(case):
     from_torch(RIGHT[case]())
+
+
+def test_a_pool_that_differs_at_other_sizes_only_is_refused():
+    """It is equal at the size that is tried first; what the layer declares is the explanation."""
+    with pytest.raises(InputError, match=r"stem\.pool is MaxPool2d\(.*ceil_mode=True"):
+        from_torch(pooled_with_ceil())
 
 
 def test_options_of_the_result_do_not_change_the_comparison():

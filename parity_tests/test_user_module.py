@@ -116,6 +116,28 @@ def test_the_end_of_a_block_is_explained_with_its_own_activation(name):
 
 
 @pytest.mark.slow
+class FixedPool(ResNet):
+    """A CIFAR network as many write it: a pool of 16x16 pixels, for images of 32x32."""
+
+    def __init__(self):
+        super().__init__(**NETWORK)
+
+    def forward(self, images):
+        x = torch.relu(self.bn1(self.conv1(images)))
+        for stage in self.stages:
+            x = stage(x)
+        return self.fc(torch.nn.functional.avg_pool2d(x, 16).mean((2, 3)))
+
+
+def test_a_network_with_a_pool_of_fixed_size_is_run_at_the_size_it_was_made_for():
+    found = examine(FixedPool, {}, QUICK, any_size=True)
+    assert found.passed
+    assert found.verification is not None
+    (note,) = found.verification.notes
+    assert note.startswith("made for images of 32x32")
+    assert not examine(FixedPool, {}, QUICK).passed  # the control: at 33x32 it is another network
+
+
 def test_an_unknown_difference_is_not_given_a_wrong_name():
     case = examine(
         variant(lambda self, x: torch.relu(self.block(x) + self.skip(x)) + 0.01 * x.mean()),

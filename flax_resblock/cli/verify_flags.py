@@ -58,6 +58,11 @@ class InputFlags:
             config, batch=self.batch, height=self.height, width=self.width, seed=self.seed
         )
 
+    @property
+    def is_default(self) -> bool:
+        """Whether nobody chose the size of the images."""
+        return self.height is None and self.width is None and self.input is None
+
     def check(self) -> None:
         """Raises InputError if a size is not positive."""
         if self.batch < 1 or (self.height or 1) < 1 or (self.width or 1) < 1:

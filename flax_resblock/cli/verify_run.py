@@ -138,6 +138,7 @@ class Verifier:
                     call,
                     self.plan,
                     images=self.input.images,
+                    any_size=self.input.is_default,
                     seed=self.input.seed,
                     devices=self.places,
                     progress=partial(_show, spinner, spec),
@@ -149,9 +150,11 @@ class Verifier:
             output.print(f"[bold]{escape(case.title)}[/]  {verdict}", soft_wrap=True)
             for finding in case.findings:
                 say(f"  {finding}")
+            if case.passed and case.verification is not None:
+                print_notes(case.verification.notes)
             if case.verification is not None and (self.report.slots or not case.passed):
                 self.print(case.verification, diagnosis=False)
-            images = self.input.images(case.config)
+            images = self.input.images(case.config) if case.images is None else case.images
             provenance = self._provenance(examined_facts(case), clock, images)
             comparison = case.verification.comparison if case.verification else None
             reports.append(report_json(comparison, provenance, case.diagnosis, self.precision))

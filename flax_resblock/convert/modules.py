@@ -189,7 +189,12 @@ def module_facts(module: Any) -> ModuleFacts:
     strides = [
         _square(m.stride) for m in modules.values() if hasattr(m, "stride") and hasattr(m, "weight")
     ]
-    norms = {name: (m.eps, m.momentum) for name, m in modules.items() if hasattr(m, "running_var")}
+    # frozen norms have no momentum
+    norms = {
+        name: (getattr(m, "eps", 1e-5), getattr(m, "momentum", 0.1))
+        for name, m in modules.items()
+        if hasattr(m, "running_var")
+    }
     if len(set(norms.values())) > 1:
         shown = [f"{name} {values}" for name, values in norms.items()]
         raise InputError(

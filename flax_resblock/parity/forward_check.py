@@ -72,6 +72,7 @@ def check_forward(
     eps: float,
     sizes: Sequence[Size] = SIZES,
     wide: bool = False,
+    odd: bool = False,
 ) -> ForwardFigures:
     """Raises InputError unless a module computes what the Flax network built from it computes.
 
@@ -88,6 +89,7 @@ def check_forward(
       eps: Of the module's norms.
       sizes: Sizes of the images, in the order in which they are tried.
       wide: Compare in float64 too, with the limit 1e-12, and on images of an odd size.
+      odd: Demand the same on images of an odd size, where pools and paddings of other kinds differ.
     Returns:
       What was measured with the module's own weights.
     Raises:
@@ -103,7 +105,9 @@ def check_forward(
         with place.tapped(twin):
             size = check.find_size()
             figures = check.compare(size, own=True)
-            if wide:
+            if odd:
+                check.compare(_odd(size), own=True)
+            elif wide:
                 figures = replace(figures, elsewhere=check.at_odd_size(size))
             randomise(twin)
             check.compare(size, own=False)
@@ -196,7 +200,7 @@ class _Check:
     def at_odd_size(self, size: Size) -> str:
         """A sentence on images of an odd size, if the module takes them and computes something else
         there, as one with a pool of fixed size does."""
-        odd = (size[0] + 3, size[1] + 1)
+        odd = _odd(size)
         with suppress(Exception):
             self.torch_tensors(odd, torch.float32)
             try:
@@ -315,6 +319,10 @@ class _Check:
             "differs, run `flax-resblock verify --torch FILE.py:NAME`, where NAME is the module's "
             "class or a function that returns the module."
         )
+
+
+def _odd(size: Size) -> Size:
+    return size[0] + 3, size[1] + 1
 
 
 def _shown(size: Size) -> str:

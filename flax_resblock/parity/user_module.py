@@ -18,6 +18,7 @@ import torch
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.config import BlockConfig, Config
 from flax_resblock.convert import StateMap, describe, identify
+from flax_resblock.convert.detection.learning import learn_naming
 from flax_resblock.convert.modules import module_facts
 from flax_resblock.errors import CheckpointError, InputError
 from flax_resblock.parity.api import Verification, verify_pair
@@ -49,6 +50,7 @@ class ExaminedModule:
       stated: Mistakes that its attributes and shapes show, one sentence each.
       raised: The error that ``forward`` raises; empty if it runs.
       verification: The comparison with the Flax reference model; None if the module does not run.
+      images: What it was run on, ``(N, H, W, C)``.
     """
 
     title: str
@@ -58,6 +60,7 @@ class ExaminedModule:
     stated: tuple[str, ...] = ()
     raised: str = ""
     verification: Verification | None = None
+    images: np.ndarray | None = None
 
     @property
     def passed(self) -> bool:
@@ -152,6 +155,7 @@ def examine(
     plan: Plan,
     *,
     images: Callable[[Config], np.ndarray] | None = None,
+    any_size: bool = False,
     seed: int = 0,
     devices: Devices | None = None,
     progress: Callable[[str], None] = lambda _: None,
@@ -165,6 +169,8 @@ def examine(
         block is meant to be.
       plan, seed, devices, progress: Of the comparison.
       images: Makes the input for what the module is meant to be; by default three random images.
+      any_size: Try images of 32x32 too where the module fails on these, as one with a pool of fixed
+        size does on an odd number of pixels.
     Raises:
       InputError: The factory raises, makes no module, or a module that cannot be compared: see
         :func:`flax_resblock.parity.compare`.
@@ -188,18 +194,40 @@ def examine(
     ]
     config = state_map.config
     case = ExaminedModule(title, config, state_map.naming.name, state, tuple(findings))
-    pair = ReferencePair(config, state, facts.norm_options, state_map.naming.name, module)
+    pair = ReferencePair(config, state, facts.norm_options, state_map.naming, module)
     batch = images(config) if images is not None else adversarial_images(config, batch=3, seed=seed)
     shapes_fit = all(
         value.shape == entry.torch_shape
         for entry in state_map.entries
         if (value := state.get(entry.torch_key)) is not None
     )
-    raised = _raises(pair.torch(PRECISIONS["float64"]) if shapes_fit else module, batch)
-    if raised or not shapes_fit:
-        return replace(case, raised=raised)
-    found = verify_pair(pair, batch, plan, seed=seed, devices=devices, progress=progress)
-    return replace(case, verification=found)
+    ran = pair.torch(PRECISIONS["float64"]) if shapes_fit else module
+    raised = _raises(ran, batch)
+    options: dict[str, Any] = {"seed": seed, "devices": devices, "progress": progress}
+    found = None
+    if not raised and shapes_fit:
+        found = verify_pair(pair, batch, plan, **options)
+    if any_size and shapes_fit and (found is None or not found.passed):
+        square = _square_images(config, len(batch), seed)
+        again = None if _raises(ran, square) else verify_pair(pair, square, plan, **options)
+        if again is not None and again.passed:
+            height, width = batch.shape[1:3]
+            what = f"raises {raised}" if raised else "computes something else"
+            note = (
+                f"made for images of {_SIDE}x{_SIDE}: it equals its Flax twin there, and on "
+                f"{height}x{width} it {what}, as a network with a pool of fixed size does"
+            )
+            again = replace(again, notes=(*again.notes, note))
+            return replace(case, verification=again, images=square)
+    return replace(case, raised=raised, verification=found, images=batch)
+
+
+_SIDE = 32
+"""Pixels of the images that suit most networks with a pool of fixed size."""
+
+
+def _square_images(config: Config, batch: int, seed: int) -> np.ndarray:
+    return adversarial_images(config, batch=batch, height=_SIDE, width=_SIDE, seed=seed)
 
 
 def _specification(
@@ -208,10 +236,14 @@ def _specification(
     """The state map of the specification, and how the module's tensors differ from it."""
     found = describe(state)
     if not {"in_channels", "out_channels"} <= set(arguments):
+        stride = arguments.get("stride")
         try:
-            return identify(found, source=title, stride=arguments.get("stride")).state_map, []
+            return identify(found, source=title, stride=stride).state_map, []
         except CheckpointError as error:
-            raise InputError(str(error)) from error
+            learned = learn_naming(found)
+            if learned is None:
+                raise InputError(str(error)) from error
+            return identify(found, naming=learned, source=title, stride=stride).state_map, []
     kind = (
         "bottleneck" if any(f"{name}.weight" in found for name in ("conv3", "block.6")) else "basic"
     )
