@@ -301,3 +301,33 @@ def test_a_mistake_in_a_port_of_an_unknown_network_is_named(port):
         [] if expected is None else [(*expected, "flax")]
     )
     assert found.passed == (expected is None)
+
+
+OTHER_NORMS = {
+    "GroupNorm": (
+        lambda eps: torch.nn.GroupNorm(2, 8, eps=eps),
+        lambda eps: nnx.GroupNorm(8, num_groups=2, epsilon=eps, rngs=nnx.Rngs(0)),
+        (3, 6, 5, 8),
+    ),
+    "LayerNorm": (
+        lambda eps: torch.nn.LayerNorm(8, eps=eps),
+        lambda eps: nnx.LayerNorm(8, epsilon=eps, rngs=nnx.Rngs(0)),
+        (7, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-3])
+@pytest.mark.parametrize("kind", OTHER_NORMS)
+def test_another_eps_of_a_norm_without_running_statistics_is_named(kind, eps):
+    """And not taken for narrow arithmetic, whose errors have about that size."""
+    torch_norm, flax_norm, shape = OTHER_NORMS[kind]
+    images = np.random.default_rng(0).normal(0.4, 0.1, shape)
+    table = {"0.weight": "layers.0.scale", "0.bias": "layers.0.bias"}
+    found = []
+    for ours in (eps, 1e-5):  # the second is the control
+        pair = torch.nn.Sequential(torch_norm(1e-5)), nnx.Sequential(flax_norm(ours))
+        torch.nn.init.uniform_(pair[0][0].weight, 0.5, 1.5)
+        options = {"state_map": table, "copy_weights": True, "precisions": ("float64",)}
+        found.append([(d.cause, d.side) for d in compare(*pair, images, **options).diagnosis])
+    assert found == [[("eps", "flax")], []]

@@ -20,7 +20,7 @@ from flax_resblock.parity.causes import (
     explain,
     rounded,
 )
-from flax_resblock.parity.causes.norms import norm_candidates
+from flax_resblock.parity.causes.norms import norm_candidates, sample_norm_candidates
 from flax_resblock.parity.oracle import relative_l2
 
 
@@ -37,6 +37,10 @@ def explain_layer(layer: LayerRun, value: np.ndarray, limit: float = MATCH) -> C
     families = (
         (torch.nn.Conv2d, _convolution),
         (torch.nn.modules.batchnorm._BatchNorm, norm_candidates),
+        (
+            (torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.modules.instancenorm._InstanceNorm),
+            sample_norm_candidates,
+        ),
         (torch.nn.Linear, _linear),
         (torch.nn.MaxPool2d, _pool),
     )
@@ -221,10 +225,21 @@ def _any_layer(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
         yield "dropout", words, lambda: truth * kept / (1 - rate)
 
 
+_ALIKE = 0.9
+"""Correlation of an error with the value above which it is not rounding: truncated mantissas reach
+0.87, rounded ones less than a hundredth."""
+
+
 def _reduced_precision(layer: LayerRun, value: np.ndarray) -> Cause | None:
     """Unstructured error of the size that a narrower format makes."""
     error = relative_l2(value, layer.truth)
     if not 1e-10 < error < 0.02 or value.shape != layer.truth.shape:
+        return None
+    axes = tuple(range(value.ndim - 1))
+    wrong, right = (part - part.mean(axes) for part in (value - layer.truth, layer.truth))
+    with np.errstate(all="ignore"):
+        alike = abs(np.vdot(wrong, right)) / (np.linalg.norm(wrong) * np.linalg.norm(right))
+    if alike > _ALIKE:
         return None
     bits = effective_bits(value, layer.truth)
     close = min(FORMATS, key=lambda name: abs(FORMATS[name] - bits))

@@ -73,6 +73,36 @@ def norm_candidates(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
             yield "swapped-tensor", words, lambda m=mean, v=theirs: norm((m, v))
 
 
+def sample_norm_candidates(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
+    """Of norms that take their moments from each sample: GroupNorm, LayerNorm over a whole sample,
+    InstanceNorm without running statistics."""
+    module: Any = layer.module
+    x, eps = layer.x, float(module.eps)
+    channels = x.shape[-1]
+    groups = int(getattr(module, "num_groups", 1))
+    if type(module).__name__.startswith("InstanceNorm"):
+        groups = channels
+    scale = layer.tensors.get("scale", np.ones(channels))
+    bias = layer.tensors.get("bias", np.zeros(channels))
+    if channels % groups or scale.shape != (channels,) or value.shape != x.shape:
+        return
+    split = x.reshape(len(x), -1, groups, channels // groups)
+    mean, var = split.mean((1, 3), keepdims=True), split.var((1, 3), keepdims=True)
+    centred = (split - mean).reshape(x.shape) * scale
+
+    def norm(eps: float) -> np.ndarray:
+        spread = np.broadcast_to(np.sqrt(var + eps), split.shape).reshape(x.shape)
+        return centred / spread + bias
+
+    with np.errstate(all="ignore"):
+        parts = ((value - bias) * centred).reshape(split.shape), (centred**2).reshape(split.shape)
+        above, below = (part.sum((1, 3), keepdims=True) for part in parts)
+        found = float(np.median((below / above) ** 2 - var))
+    if np.isfinite(found) and found > -1e-12:
+        words = f"has eps={float(f'{found:.4g}'):g} instead of {eps:g}"
+        yield "eps", words, lambda: norm(found)
+
+
 def explain_statistics(layer: LayerRun, mean: np.ndarray, var: np.ndarray) -> Cause | None:
     """The mistake by which a norm's running statistics are ``mean`` and ``var`` after one batch in
     training mode.
