@@ -303,6 +303,28 @@ def test_another_network_in_the_file_can_be_ignored():
     assert_same_bits(to_torch(model), healthy())
 
 
+@pytest.mark.parametrize("pattern", ["module.extra.*", "extra.*", "module.ext*"])
+def test_what_is_ignored_is_named_as_in_the_file_or_as_it_is_shown(pattern):
+    state = {f"module.{key}": value for key, value in healthy().items()}
+    state["module.extra.weight"] = np.ones(3, np.float32)
+    with pytest.raises(CheckpointError, match=r"extra\.weight"):
+        from_torch(state)
+    with pytest.warns(UserWarning, match=r"ignored extra\.weight"):
+        model = from_torch(state, ignore=[pattern])
+    assert_same_bits(to_torch(model), healthy())
+
+
+def test_wrappers_inside_names_are_removed():
+    wrapper = {"layer1.": "layer1._fsdp_wrapped_module.", "fc.": "_orig_mod.fc."}
+    state = healthy()
+    for plain, wrapped in wrapper.items():
+        state = {key.replace(plain, wrapped, 1): value for key, value in state.items()}
+    assert any("_fsdp_wrapped_module" in key for key in state)
+    with pytest.warns(UserWarning, match="removed the names of wrappers"):
+        model = from_torch(state)
+    assert_same_bits(to_torch(model), healthy())
+
+
 @pytest.mark.parametrize("command", ["predict", "evaluate", "verify", "convert", "export"])
 def test_no_command_makes_weights_up(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -398,7 +420,6 @@ def test_a_module_that_computes_something_else_is_refused():
         "pooling kept in a CIFAR stem": lambda m: setattr(
             m, "maxpool", torch.nn.MaxPool2d(3, 2, 1)
         ),
-        "another global pooling": lambda m: m.add_module("avgpool", torch.nn.AdaptiveMaxPool2d(1)),
     }
     settings = {
         "depths": (1, 1),
@@ -415,6 +436,9 @@ def test_a_module_that_computes_something_else_is_refused():
             with pytest.raises(InputError, match=r"expected|differ in|does not track"):
                 from_torch(wrapped)
         assert from_torch(module.state_dict()).config == SMALL, name
+    module = ResNet(**settings)
+    module.add_module("avgpool", torch.nn.AdaptiveMaxPool2d(1))  # which forward never calls
+    assert from_torch(module).config == SMALL
 
 
 @pytest.mark.parametrize(

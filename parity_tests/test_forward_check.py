@@ -176,6 +176,23 @@ class Frozen(nn.Module):
         return x * scale[:, None, None] + shift[:, None, None]
 
 
+class Checkpointed(nn.Module):
+    """Around single blocks, as PyTorch's activation checkpointing and FSDP put it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self._checkpoint_wrapped_module = inner
+
+    def forward(self, x):
+        return self._checkpoint_wrapped_module(x)
+
+
+def with_wrapped_blocks():
+    net = made()
+    net.layer1[1], net.layer2[0] = Checkpointed(net.layer1[1]), Checkpointed(net.layer2[0])
+    return net
+
+
 def frozen():
     net = made()
     for parent in [*net.modules()]:
@@ -215,6 +232,7 @@ RIGHT = {
     "averaged": lambda: torch.optim.swa_utils.AveragedModel(made()),
     "padding in a layer of its own": lambda: made(PaddedBefore),
     "frozen norms without momentum": frozen,
+    "wrappers around single blocks": with_wrapped_blocks,
 }
 
 

@@ -36,6 +36,7 @@ class Record:
       metadata: What this library (or another) wrote beside the tensors.
       notes: What was unwrapped, dropped or filled, one sentence each.
       extras: Entries of the file beside the state dict: ``epoch``, ``optimizer``, ``best_prec1``.
+      names: Of the tensors in the file, where prefixes were removed.
     """
 
     source: str
@@ -44,6 +45,7 @@ class Record:
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     extras: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def digest(array: np.ndarray) -> str:

@@ -98,12 +98,12 @@ def read_safetensors(path: Path, *, entry: str | None = None, limits: Limits = L
         tensors |= more
         limits.check(path, "max_tensors", len(tensors), "tensors")
         metadata |= more_metadata
-    state, extras, notes = unwrap(
+    state, extras, notes, names = unwrap(
         tensors, is_tensor=lambda one: isinstance(one, np.ndarray), source=str(path), entry=entry
     )
     if len(files) > 1:
         notes.insert(0, f"joined {len(files)} shards")
-    return Record(str(path), "safetensors", state, metadata, tuple(notes), extras)
+    return Record(str(path), "safetensors", state, metadata, tuple(notes), extras, names)
 
 
 def write_safetensors(

@@ -190,10 +190,12 @@ def read_torch(path: Path, *, entry: str | None = None, limits: Limits = LIMITS)
     What lies beside the state dict is held against its digests here.
     """
     content = _sharded(path, limits) if path.suffix == ".json" else load_torch(path, limits)
-    state, extras, notes = unwrap(content, is_tensor=_is_tensor, source=str(path), entry=entry)
+    state, extras, notes, names = unwrap(
+        content, is_tensor=_is_tensor, source=str(path), entry=entry
+    )
     tensors = state_to_numpy(state)
     metadata = _recorded(path, tensors, extras, notes, entry)
-    return Record(str(path), "pytorch", tensors, metadata, tuple(notes), extras)
+    return Record(str(path), "pytorch", tensors, metadata, tuple(notes), extras, names)
 
 
 def _sharded(index: Path, limits: Limits) -> dict[str, Any]:

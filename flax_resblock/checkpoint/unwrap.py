@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,17 +20,43 @@ WRAPPERS = (
 
 PREFIXES = (
     "module.", "_orig_mod.", "backbone.", "model.", "encoder.", "network.", "net.", "resnet.",
-    "timm_model.", "bottom_up.", "body.",
+    "timm_model.", "bottom_up.", "body.", "base_model.model.", "0.body.",
 )  # fmt: skip
 """Prefixes left on every key by DataParallel, torch.compile, Lightning, hubs, detectors."""
+
+_INSIDE = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+"""Wrappers that PyTorch puts around single modules; nobody gives a layer such a name."""
 
 _STRAY = ("n_averaged",)
 """Tensors that wrappers add: the counter of torch.optim.swa_utils.AveragedModel."""
 
 
+class Unwrapped(NamedTuple):
+    """A state dict without what was around it.
+
+    Attributes:
+      state: Tensors by name.
+      extras: The entries beside it.
+      notes: What was done, one sentence each.
+      names: Of the same tensors in what was unwrapped.
+    """
+
+    state: dict[str, Any]
+    extras: dict[str, Any]
+    notes: list[str]
+    names: dict[str, str]
+
+
+def without_wrappers(name: str) -> str:
+    """A name without the wrappers that PyTorch puts around single modules."""
+    return _INSIDE.sub("", f"{name}.")[:-1]
+
+
 def unwrap(
     content: Any, *, is_tensor: Callable[[Any], bool], source: str, entry: str | None = None
-) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+) -> Unwrapped:
     """The state dict in ``content``, the entries beside it, and notes on what was done.
 
     Args:
@@ -83,16 +110,18 @@ def unwrap(
         else:
             extras[key] = value
             notes.append(f"left out {key!r}, a {type(value).__name__}")
-    return strip(state, notes), extras, notes
+    stripped = strip(state, notes)
+    kept = [key for key in state if key not in _STRAY or key in stripped]
+    return Unwrapped(stripped, extras, notes, dict(zip(stripped, kept, strict=True)))
 
 
 def record_of(state: Mapping[str, Any], name: str) -> Record:
     """A state dict of tensors or arrays as if it had been read from a file called ``name``."""
-    content, extras, notes = unwrap(
+    content, extras, notes, names = unwrap(
         state, is_tensor=lambda one: hasattr(one, "shape") and hasattr(one, "dtype"), source=name
     )
     tensors = {key: _to_numpy(value, key) for key, value in content.items()}
-    return Record(name, "state dict", tensors, {}, tuple(notes), extras)
+    return Record(name, "state dict", tensors, {}, tuple(notes), extras, names)
 
 
 def _to_numpy(value: Any, key: str) -> np.ndarray:
@@ -112,16 +141,25 @@ def _holds_tensors(value: Any, is_tensor: Callable[[Any], bool]) -> bool:
 
 
 def strip(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Removes prefixes that every key has, one after the other.
+    """Removes prefixes that every key has, one after the other, and wrappers inside the names.
 
     Args:
-      state: Tensors by name; tensors that wrappers add are deleted from it.
+      state: Tensors by name.
       notes: Gets a sentence on each.
     """
     for stray in _STRAY:
         if stray in state and len(state) > 1:
-            del state[stray]
+            state = {key: value for key, value in state.items() if key != stray}
             notes.append(f"left out '{stray}'")
+    state = _without_prefixes(state, notes)
+    inner = {without_wrappers(key): value for key, value in state.items()}
+    if len(inner) == len(state) and inner.keys() != state.keys():
+        notes.append("removed the names of wrappers inside the names of tensors")
+        state = _without_prefixes(inner, notes)
+    return state
+
+
+def _without_prefixes(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     while state:
         prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None)
         if prefix is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from flax_resblock.checkpoint.unwrap import PREFIXES
+from flax_resblock.checkpoint.unwrap import PREFIXES, without_wrappers
 from flax_resblock.config import Activation, Branch, ResNetConfig, Slot, SlotKind, walk
 from flax_resblock.convert.detection.assumptions import ASSUMPTION_RULES
 from flax_resblock.convert.naming import TORCH_ACTIVATIONS
@@ -94,6 +94,12 @@ class ModuleFacts:
         found = (_difference(slot, module) for slot, module in here if module is not None)
         return [words for words in found if words] + list(self._other_layers(places))
 
+    @property
+    def trains_without_statistics(self) -> bool:
+        """Whether a norm does not update its statistics, which no evaluation shows."""
+        norms = (one for one in self.modules.values() if hasattr(one, "running_var"))
+        return not all(getattr(one, "track_running_stats", True) for one in norms)
+
     def _other_layers(self, places: Mapping[str | None, Slot]) -> Iterator[str]:
         """Activations other than the network's, and pooling that it does not do."""
         activations: set[Activation | None] = {slot.activation for slot in places.values()}
@@ -174,7 +180,8 @@ def module_facts(module: Any) -> ModuleFacts:
     Raises:
       InputError: Norms that differ among themselves in ``eps`` or ``momentum``.
     """
-    modules = dict(module.named_modules())
+    # the module inside a wrapper comes after it, and takes its place
+    modules = {without_wrappers(name): one for name, one in module.named_modules()}
 
     def is_around(prefix: str) -> bool:
         inside = all(name == "" or f"{name}.".startswith(prefix) for name in modules)

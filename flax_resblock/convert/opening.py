@@ -60,7 +60,8 @@ class ReadOptions:
       naming: Naming scheme, or the name of a known one; None finds it.
       num_classes: Size of the logits; None reads it off.
       stride: Of a bare block, which its weights do not tell.
-      ignore: Keys to drop, shell-style patterns; none of them in a block of the network.
+      ignore: Keys to drop, shell-style patterns, as they are in the file or as ``inspect`` shows
+        them; none of them in a block of the network.
       allow_missing: Keys that may be absent and start afresh, shell-style patterns. Only training
         starts anything afresh, see :func:`refuse_afresh`.
       limits: What the file may declare before it is refused.
@@ -131,6 +132,16 @@ class OpenedCheckpoint:
         )
 
 
+def ignored(record: Record, patterns: Sequence[str]) -> list[str]:
+    """The tensors that one of the patterns names, as they are called in the file or without its
+    prefixes."""
+    return [
+        key
+        for key in record.tensors
+        if matches_any(key, patterns) or matches_any(record.names.get(key, key), patterns)
+    ]
+
+
 def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheckpoint:
     """The checkpoint with the one reading that fits.
 
@@ -139,12 +150,12 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
         flags to use.
     """
     reading = reading or ReadOptions()
-    ignored = [key for key in record.tensors if matches_any(key, reading.ignore)]
-    tensors = {key: value for key, value in record.tensors.items() if key not in set(ignored)}
+    dropped = ignored(record, reading.ignore)
+    tensors = {key: value for key, value in record.tensors.items() if key not in set(dropped)}
     tensors = weights_among(tensors, record.metadata)
     kept, notes = list(tensors), list(record.notes)
-    if ignored:
-        notes.append(f"ignored {some(ignored)}")
+    if dropped:
+        notes.append(f"ignored {some(dropped)}")
         tensors = strip(tensors, notes)
     beside = describe(tensors)
     backbone = find_backbone(beside, (*record.extras, *record.notes))
@@ -173,7 +184,7 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
         if backbone is not None:
             refuse_head_left_out(backbone, beside, match.state_map.config, record.source)
     except CheckpointError as error:
-        refuse_ignored_blocks(ignored, kept, backbone, None, record.source)
+        refuse_ignored_blocks(dropped, kept, backbone, None, record.source)
         headed = _with_head(tensors, reading, record.source) if backbone is None else None
         if headed is None and backbone is None:
             headed = _with_learned_names(tensors, reading, record.source)
@@ -193,7 +204,7 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
     if counters:
         notes.append(f"filled {len(counters)} absent num_batches_tracked with 0, as PyTorch does")
         tensors |= {key: np.zeros((), np.int64) for key in counters}
-    refuse_ignored_blocks(ignored, kept, backbone, match.state_map, record.source)
+    refuse_ignored_blocks(dropped, kept, backbone, match.state_map, record.source)
     config = match.state_map.config
     if isinstance(config, arch.ResNetConfig) and config.num_classes is None:
         notes.append(HEADLESS)

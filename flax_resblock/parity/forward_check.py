@@ -132,7 +132,7 @@ class _Place:
     def of(cls, module: torch.nn.Module, source: OpenedCheckpoint) -> _Place:
         """Finds the prefix as the state dict was read: wrappers first, then the backbone."""
         keys, is_key = {key: key for key in module.state_dict()}, lambda key: isinstance(key, str)
-        stripped, _, _ = unwrap(keys, is_tensor=is_key, source="the module")
+        stripped = unwrap(keys, is_tensor=is_key, source="the module").state
         name_of_array = {id(array): key for key, array in source.record.tensors.items()}
         own = [(key, name_of_array.get(id(array))) for key, array in source.tensors.items()]
         used = {key: stripped[name] for key, name in own if name is not None}

@@ -17,8 +17,7 @@ from flax_resblock.config import Path as ModelPath
 from flax_resblock.convert.detection.assumptions import KNOWN
 from flax_resblock.convert.metadata import EPS
 from flax_resblock.convert.modules import module_facts
-from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, interpret
-from flax_resblock.convert.state_map import matches_any
+from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, ignored, interpret
 from flax_resblock.errors import CheckpointError, InputError, some
 from flax_resblock.parity.certificate import Hashes, hashes
 from flax_resblock.parity.forward_check import SIZES, ForwardFigures, Size, check_forward
@@ -61,6 +60,8 @@ def open_module(
     # What the layers declare explains a difference; it is none where the outputs are equal at odd
     # sizes too, as of a layer that pads in front of a convolution without padding.
     odd = bool(facts.differences(opened.state_map))
+    if facts.trains_without_statistics:
+        facts.check(opened.state_map)
     try:
         figures = check_forward(module, opened, values_of, eps=eps, sizes=sizes, wide=wide, odd=odd)
     except Exception:
@@ -104,7 +105,8 @@ class OwnNetwork:
                 f"--torch {self.spec}: calling it raised {type(error).__name__}: {error}. Pass its "
                 "arguments with --kwargs, a JSON object."
             ) from error
-        kept = {k: v for k, v in record.tensors.items() if not matches_any(k, reading.ignore)}
+        left_out = set(ignored(record, reading.ignore))
+        kept = {key: value for key, value in record.tensors.items() if key not in left_out}
         _load(module, kept, record.source)
         opened, figures = open_module(module, reading, sizes=self.sizes, wide=True)
         found = {"architecture": opened.config, "naming": opened.state_map.naming}
@@ -130,7 +132,7 @@ def _load(module: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
     """
     name = type(module).__name__
     keys = {key: key for key in module.state_dict()}
-    own, _, _ = unwrap(keys, is_tensor=lambda key: isinstance(key, str), source=name)
+    own = unwrap(keys, is_tensor=lambda key: isinstance(key, str), source=name).state
     filled = dict(tensors)
     for key, full in own.items():  # PyTorch fills counters as well
         if key not in filled and full.endswith("num_batches_tracked"):
