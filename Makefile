@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed-$(VERSION)
 COMPILERS := $(VENV)/compilers
 
-.PHONY: help setup compilers demo test test-all stress fuzz lint bench decorrelation clean
+.PHONY: help setup compilers demo test test-all stress fuzz networks lint bench decorrelation clean
 
 help:
 	@echo "make demo      trains, converts, verifies and continues a network on digits; two minutes"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-all  every test but those of make stress"
 	@echo "make stress    kills 40 training runs and 200 conversions at random moments, three quarters of an hour"
 	@echo "make fuzz      opens mutated files for five minutes; longer with SECONDS=3600"
+	@echo "make networks  reads 2,000 networks as people write them; 15 minutes"
 	@echo "make lint      ruff and pyright"
 	@echo "make compilers the compilers for TPU and CUDA (400 MB), for flax-resblock aot; no device needed"
 	@echo "make bench     conversion against a plain copy"
@@ -64,6 +65,9 @@ stress: $(STAMP)
 SECONDS ?= 300
 fuzz: $(STAMP)
 	$(BIN)/python -m parity_tests.fuzz $(SECONDS)
+
+networks: $(STAMP)
+	$(BIN)/python -m parity_tests.people --networks 2000
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
