@@ -47,6 +47,14 @@ RESIDUAL = replace(
     bottleneck=True,
     widths=(4, 4),
 )
+INSIDE = replace(
+    PLAIN,
+    spelling=("conv{}", "conv{}.norm", "shortcut", "shortcut.norm"),
+    stages="res{stage}.{block}",
+    stem=("first", "first.norm"),
+    kernel=7,
+    stem_pool=True,
+)
 UNITS = replace(
     PLAIN,
     spelling=("body.conv{}.conv", "body.conv{}.bn", "identity_conv.conv", "identity_conv.bn"),
@@ -76,7 +84,9 @@ def test_a_wrong_network_would_be_noticed():
     assert outcome_of(network)[0] == "WRONG"
 
 
-@pytest.mark.parametrize("choices", [PLAIN, RESIDUAL, UNITS], ids=["flat", "residual", "units"])
+@pytest.mark.parametrize(
+    "choices", [PLAIN, RESIDUAL, UNITS, INSIDE], ids=["flat", "residual", "units", "inside"]
+)
 def test_a_module_and_its_weights_are_read_and_go_back(choices, tmp_path):
     network = Network(choices, seed=3)
     images = np.random.default_rng(0).normal(0.2, 1, (3, 18, 21, 3)).astype(np.float32)
@@ -122,6 +132,25 @@ def test_a_sorted_file_whose_order_says_nothing_is_refused():
     with pytest.raises(CheckpointError):
         from_torch(dict(sorted(named.items())))
     assert from_torch(dict(sorted(state.items())), assume="known").config.depths == (2,)
+
+
+@pytest.mark.parametrize("name", ["a." * 3000 + "b", "²", "9" * 5000, "blocks.²", "", "."])
+def test_hostile_names_are_refused(name):
+    state = {f"{name}.{key}": value for key, value in Network(PLAIN).state_dict().items()}
+    for found in (state, {**Network(PLAIN).state_dict(), f"{name}.weight": torch.ones(3)}):
+        for order in (list, sorted):
+            try:
+                from_torch({key: found[key] for key in order(found)}, assume="known")
+            except CheckpointError:
+                continue
+
+
+def test_a_plain_network_of_two_convolutions_a_stage_is_announced():
+    """Its tensors are those of residual blocks; that blocks add their input is an assumption."""
+    outcome, words = outcome_of(
+        Network(replace(PLAIN, no_skip=True, announced=("adds its input",)))
+    )
+    assert (outcome, words) == ("announced", "adds its input")
 
 
 def test_numbers_are_sorted_as_numbers():

@@ -185,7 +185,7 @@ FIXED = (
     ),
     Fixed(
         "each convolution pads with zeros to keep the image's size and comes before its norm, and "
-        "a block ends with its activation after the addition",
+        "each block adds its input to what it computes, with its activation after the addition",
         (),
         lambda config: True,
     ),

@@ -17,6 +17,9 @@ from flax_resblock.convert.detection.configuration import TensorInfos
 from flax_resblock.convert.naming import Naming
 
 _NORM = {"weight", "bias", "running_mean", "running_var"}
+_MOST_TENSORS, _DEEPEST, _LONGEST = 20_000, 30, 9
+"""Tensors, parts of a name and digits of a number beyond which nothing is learned: no network has
+so many, and a file may hold anything."""
 
 
 @dataclass(frozen=True)
@@ -83,20 +86,26 @@ def learn_naming(found: TensorInfos) -> Naming | None:
     Args:
       found: Shape and dtype of every tensor.
     """
-    layers = _layers(found)
+    layers = _layers(found) if len(found) <= _MOST_TENSORS else None
     if layers is None:
         return None
     is_sorted = list(found) == sorted(found)  # as safetensors files are
     if is_sorted:
         layers.sort(key=lambda one: _numbered(one.name))
     blocks, rest = _covered(_tree(layers))
-    outside = [one for one in layers if one.kind != "norm" or _owner(one, blocks) is None]
+    owned = {one.name for block in blocks for one in block.places.values()}
     stem = [one for one in rest if one.kind == "conv"]
-    norms = [one for one in outside if one.kind == "norm"]
+    norms = [one for one in layers if one.kind == "norm" and one.name not in owned]
     heads = [one for one in rest if one.kind == "linear"]
     if not blocks or len(stem) != 1 or len(norms) != 1 or len(heads) > 1:
         return None
-    blocks = sorted(blocks, key=lambda block: _place(block, layers))
+    order = {one.name: place for place, one in enumerate(layers)}
+    first_layer = {
+        id(block): min(order[one.name] for one in block.places.values()) for block in blocks
+    }
+    blocks = sorted(blocks, key=lambda block: first_layer[id(block)])
+    if not is_sorted and order[stem[0].name] > first_layer[id(blocks[0])]:
+        return None
     if norms[0].shape != (stem[0].out,) or not _chained(stem[0].out, blocks):
         return None
     if heads and heads[0].shape[1] != blocks[-1].out:
@@ -132,12 +141,17 @@ def _layers(found: TensorInfos) -> list[_Layer] | None:
             layers.append(_Layer(name, "linear", weight))
         else:
             return None
+        if name.count(".") > _DEEPEST:
+            return None
     return layers
 
 
 def _numbered(name: str) -> list[tuple[int, str]]:
     """A key that sorts names by their numbers: ``"block.2"`` before ``"block.10"``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [
+        (int(part), "") if part.isdecimal() and len(part) <= _LONGEST else (-1, part)
+        for part in re.split(r"(\d+)", name)
+    ]
 
 
 def _differ_in_numbers(names: Iterable[str]) -> bool:
@@ -169,14 +183,12 @@ def _tree(layers: list[_Layer]) -> _Node:
 def _covered(node: _Node) -> tuple[list[_Block], list[_Layer]]:
     """The smallest blocks below a node, and its convolutions and products outside them."""
     blocks: list[_Block] = []
-    rest: list[_Layer] = []
+    rest = [one for one in node.layers if one.name == node.name and one.kind != "norm"]
     for child in node.children.values():
         inner, left = _covered(child)
         blocks += inner
         rest += left
-    if not node.children:
-        return [], [one for one in node.layers if one.kind != "norm"]
-    if any(one.kind == "conv" for one in rest):
+    if node.children and any(one.kind == "conv" for one in rest):
         block = _block(node)
         if block is not None:
             return [block], []
@@ -187,7 +199,7 @@ def _block(node: _Node) -> _Block | None:
     """The node as one block; None where its layers are not those of one."""
     convs = [one for one in node.layers if one.kind == "conv"]
     norms = [one for one in node.layers if one.kind == "norm"]
-    if len(convs) != len(norms) or len(convs) + len(norms) != len(node.layers):
+    if len(convs) not in (2, 3, 4) or not len(convs) == len(norms) == len(node.layers) / 2:
         return None
     if norms and node.layers[0] is norms[0]:
         return None  # a norm before its convolution: pre-activation
@@ -259,15 +271,6 @@ def _with_norms(places: Mapping[str, _Layer], norms: list[_Layer]) -> dict[str, 
     found |= {p.replace("conv", "norm"): one for p, one in zip(waiting, left, strict=True)}
     ok = all(found[p.replace("conv", "norm")].shape == (c.out,) for p, c in places.items())
     return found if ok else None
-
-
-def _owner(layer: _Layer, blocks: list[_Block]) -> _Block | None:
-    return next((block for block in blocks if layer in block.places.values()), None)
-
-
-def _place(block: _Block, layers: list[_Layer]) -> int:
-    """Where a block stands: the place of its first layer."""
-    return min(layers.index(one) for one in block.places.values())
 
 
 def _chained(channels: int, blocks: list[_Block]) -> bool:
