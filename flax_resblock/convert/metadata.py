@@ -8,7 +8,7 @@ from flax_resblock import config as arch
 from flax_resblock._version import __version__
 from flax_resblock.checkpoint import Record
 from flax_resblock.convert.hubs import kept_files
-from flax_resblock.convert.naming import NAMINGS, Naming
+from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
 from flax_resblock.convert.naming_file import from_toml, to_toml
 from flax_resblock.errors import CheckpointError, InputError, visible
 
@@ -78,7 +78,7 @@ def written_naming(record: Record) -> Naming | None:
 
 def metadata_of(
     config: arch.Config,
-    naming: Naming,
+    naming: str | Naming,
     norm_options: Mapping[str, float | None],
     source: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
@@ -86,10 +86,11 @@ def metadata_of(
 
     Args:
       config: The network or bare block.
-      naming: Naming scheme; one that is not this library's is stored itself.
+      naming: Naming scheme, or the name of one; one that is not this library's is stored itself.
       norm_options: ``eps`` and ``momentum``.
       source: Metadata of the checkpoint that it came from, whose ``config.json`` is kept.
     """
+    naming = naming_of(naming)
     return {
         "format": "pt" if naming.name != "flax" else "flax",
         "written_by": f"flax-resblock {__version__}",
