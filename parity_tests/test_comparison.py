@@ -236,6 +236,7 @@ MISBEHAVED = {
 @pytest.mark.parametrize("case", MISBEHAVED)
 def test_a_module_that_cannot_be_compared_is_refused_in_one_paragraph(case):
     change, message = MISBEHAVED[case]
+    torch.manual_seed(0)  # else two small masks are equal now and then
     torch_module, flax_module = linear_pair()
     with pytest.raises(InputError, match=message) as caught:
         compare(_Returns(torch_module[0], change), flax_module, X, state_map=ACTIVATION)
