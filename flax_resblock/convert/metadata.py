@@ -12,8 +12,7 @@ from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
 from flax_resblock.convert.naming_file import from_toml, to_toml
 from flax_resblock.errors import CheckpointError, InputError, visible
 
-CONFIG, NAMING, EPS, MOMENTUM = "config", "naming", "eps", "momentum"
-SCHEME = "naming_scheme"
+CONFIG, NAMING, SCHEME, EPS, MOMENTUM = "config", "naming", "naming_scheme", "eps", "momentum"
 """Metadata that this library writes beside tensors."""
 
 

@@ -142,6 +142,12 @@ def ignored(record: Record, patterns: Sequence[str]) -> list[str]:
     ]
 
 
+def without(tensors: Mapping[str, np.ndarray], dropped: Sequence[str]) -> dict[str, np.ndarray]:
+    """The tensors that are not called so."""
+    left_out = set(dropped)
+    return {key: value for key, value in tensors.items() if key not in left_out}
+
+
 def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheckpoint:
     """The checkpoint with the one reading that fits.
 
@@ -151,7 +157,7 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
     """
     reading = reading or ReadOptions()
     dropped = ignored(record, reading.ignore)
-    tensors = {key: value for key, value in record.tensors.items() if key not in set(dropped)}
+    tensors = without(record.tensors, dropped)
     tensors = weights_among(tensors, record.metadata)
     kept, notes = list(tensors), list(record.notes)
     if dropped:

@@ -201,15 +201,15 @@ class _Check:
         """A sentence on images of an odd size, if the module takes them and computes something else
         there, as one with a pool of fixed size does."""
         odd = _odd(size)
-        with suppress(Exception):
-            self.torch_tensors(odd, torch.float32)
-            try:
-                self.compare(odd, own=True)
-            except InputError:
-                return (
-                    f"made for images of {_shown(size)}: on {_shown(odd)} {self.name} computes "
-                    "something else than its Flax twin, as a network with a pool of fixed size does"
-                )
+        try:
+            self.compare(odd, own=True)
+        except InputError:
+            return (
+                f"made for images of {_shown(size)}: on {_shown(odd)} {self.name} computes "
+                "something else than its Flax twin, as a network with a pool of fixed size does"
+            )
+        except Exception:  # it takes no such images
+            return ""
         return ""
 
     def torch_tensors(self, size: Size, dtype: torch.dtype) -> list[torch.Tensor]:

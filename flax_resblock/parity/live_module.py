@@ -17,11 +17,11 @@ from flax_resblock.config import Path as ModelPath
 from flax_resblock.convert.detection.assumptions import KNOWN
 from flax_resblock.convert.metadata import EPS
 from flax_resblock.convert.modules import module_facts
-from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, ignored, interpret
-from flax_resblock.errors import CheckpointError, InputError, some
+from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, ignored, interpret, without
+from flax_resblock.errors import CheckpointError, some
 from flax_resblock.parity.certificate import Hashes, hashes
 from flax_resblock.parity.forward_check import SIZES, ForwardFigures, Size, check_forward
-from flax_resblock.parity.user_module import load_factory
+from flax_resblock.parity.user_module import load_factory, made_by
 
 
 def open_module(
@@ -48,8 +48,7 @@ def open_module(
         told = {**facts.told(opened.state_map), **reading.assumptions}
         reading = replace(reading, assumptions=told)
         opened = interpret(record, reading)
-    found = {"architecture": opened.config, "naming": opened.state_map.naming}
-    same = replace(reading, num_classes=None, assumptions={}, **found)
+    same = _settled(reading, opened)
 
     def values_of(state: Mapping[str, Any]) -> dict[ModelPath, np.ndarray]:
         again = interpret(record_of(state, record.source), same)
@@ -68,6 +67,12 @@ def open_module(
         facts.check(opened.state_map)
         raise
     return replace(opened, norm_options=facts.norm_options), figures
+
+
+def _settled(reading: ReadOptions, opened: OpenedCheckpoint) -> ReadOptions:
+    """Reads other tensors of the same names as these were read."""
+    found = {"architecture": opened.config, "naming": opened.state_map.naming}
+    return replace(reading, num_classes=None, assumptions={}, **found)
 
 
 @dataclass(frozen=True)
@@ -98,20 +103,11 @@ class OwnNetwork:
             what the Flax network computes.
         """
         factory = load_factory(self.spec)
-        try:
-            module = factory(**self.kwargs)
-        except Exception as error:
-            raise InputError(
-                f"--torch {self.spec}: calling it raised {type(error).__name__}: {error}. Pass its "
-                "arguments with --kwargs, a JSON object."
-            ) from error
-        left_out = set(ignored(record, reading.ignore))
-        kept = {key: value for key, value in record.tensors.items() if key not in left_out}
-        _load(module, kept, record.source)
+        module = made_by(factory, self.kwargs, f"--torch {self.spec}: calling it")
+        _load(module, without(record.tensors, ignored(record, reading.ignore)), record.source)
         opened, figures = open_module(module, reading, sizes=self.sizes, wide=True)
-        found = {"architecture": opened.config, "naming": opened.state_map.naming}
-        same = replace(reading, num_classes=None, assumptions={}, **found)
-        again = replace(interpret(record, same), norm_options=opened.norm_options)
+        again = interpret(record, _settled(reading, opened))
+        again = replace(again, norm_options=opened.norm_options)
         if figures.elsewhere:
             again = replace(again, notes=(*again.notes, figures.elsewhere))
         about = {

@@ -149,6 +149,25 @@ def cases_of(factory: Callable[..., Any], kwargs: Mapping[str, Any] | None) -> l
     return [case for case in full if set(case) <= set(parameters)]
 
 
+def made_by(
+    factory: Callable[..., Any], arguments: Mapping[str, Any], title: str
+) -> torch.nn.Module:
+    """The module that the user's factory makes; ``title`` is what messages call it.
+
+    Raises:
+      InputError: It raises, or makes no module.
+    """
+    try:
+        module = factory(**arguments)
+    except Exception as error:
+        raise InputError(
+            f"{title} raised {type(error).__name__}: {error}. Pass its arguments with --kwargs."
+        ) from error
+    if not isinstance(module, torch.nn.Module):
+        raise InputError(f"{title} made a {type(module).__name__}, not an nn.Module.")
+    return module
+
+
 def examine(
     factory: Callable[..., Any],
     arguments: Mapping[str, Any],
@@ -178,14 +197,7 @@ def examine(
     torch.manual_seed(seed)
     listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     title = f"{getattr(factory, '__name__', 'factory')}({listed})"
-    try:
-        module = factory(**arguments)
-    except Exception as error:
-        raise InputError(
-            f"{title} raised {type(error).__name__}: {error}. Pass its arguments with --kwargs."
-        ) from error
-    if not isinstance(module, torch.nn.Module):
-        raise InputError(f"{title} made a {type(module).__name__}, not an nn.Module.")
+    module = made_by(factory, arguments, title)
     state = randomised_norm_state(state_to_numpy(module.state_dict()), seed)
     state_map, findings = _specification(state, arguments, title)
     facts = module_facts(module)
@@ -208,7 +220,7 @@ def examine(
     if not raised and shapes_fit:
         found = verify_pair(pair, batch, plan, **options)
     if any_size and shapes_fit and (found is None or not found.passed):
-        square = _square_images(config, len(batch), seed)
+        square = adversarial_images(config, batch=len(batch), height=_SIDE, width=_SIDE, seed=seed)
         again = None if _raises(ran, square) else verify_pair(pair, square, plan, **options)
         if again is not None and again.passed:
             height, width = batch.shape[1:3]
@@ -224,10 +236,6 @@ def examine(
 
 _SIDE = 32
 """Pixels of the images that suit most networks with a pool of fixed size."""
-
-
-def _square_images(config: Config, batch: int, seed: int) -> np.ndarray:
-    return adversarial_images(config, batch=batch, height=_SIDE, width=_SIDE, seed=seed)
 
 
 def _specification(

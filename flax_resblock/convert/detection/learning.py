@@ -100,11 +100,12 @@ def learn_naming(found: TensorInfos) -> Naming | None:
     if not blocks or len(stem) != 1 or len(norms) != 1 or len(heads) > 1:
         return None
     order = {one.name: place for place, one in enumerate(layers)}
-    first_layer = {
-        id(block): min(order[one.name] for one in block.places.values()) for block in blocks
-    }
-    blocks = sorted(blocks, key=lambda block: first_layer[id(block)])
-    if not is_sorted and order[stem[0].name] > first_layer[id(blocks[0])]:
+
+    def first_layer(block: _Block) -> int:
+        return min(order[one.name] for one in block.places.values())
+
+    blocks = sorted(blocks, key=first_layer)
+    if not is_sorted and order[stem[0].name] > first_layer(blocks[0]):
         return None
     if norms[0].shape != (stem[0].out,) or not _chained(stem[0].out, blocks):
         return None
@@ -154,8 +155,12 @@ def _numbered(name: str) -> list[tuple[int, str]]:
     ]
 
 
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
 def _differ_in_numbers(names: Iterable[str]) -> bool:
-    return len({re.sub(r"\d+", "#", name) for name in names}) <= 1
+    return len(set(map(_without_numbers, names))) <= 1
 
 
 def _tell_their_order(blocks: list[_Block], prefixes: list[str]) -> bool:
@@ -201,7 +206,7 @@ def _block(node: _Node) -> _Block | None:
     norms = [one for one in node.layers if one.kind == "norm"]
     if len(convs) not in (2, 3, 4) or not len(convs) == len(norms) == len(node.layers) / 2:
         return None
-    if norms and node.layers[0] is norms[0]:
+    if node.layers[0] is norms[0]:
         return None  # a norm before its convolution: pre-activation
     readings = [
         reading
@@ -221,7 +226,7 @@ def _block(node: _Node) -> _Block | None:
 
 def _is_regular(places: Mapping[str, _Layer]) -> bool:
     """Whether the main path's names differ in their numbers alone, and the projection's in more."""
-    names = {place: re.sub(r"\d+", "#", one.name) for place, one in places.items()}
+    names = {place: _without_numbers(one.name) for place, one in places.items()}
     shortcut = names.pop("shortcut.conv", None)
     return len(set(names.values())) == 1 and shortcut not in names.values()
 

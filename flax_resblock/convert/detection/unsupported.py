@@ -8,13 +8,8 @@ from typing import Any
 from flax_resblock.errors import some
 
 Shapes = Mapping[str, tuple[int, ...]]
-_REPARAMETRISED = {
-    "weight_g": "weight norm",
-    "weight_v": "weight norm",
-    "weight_mask": "pruning masks",
-    "weight_u": "spectral norm",
-    "weight_orig": "pruning or spectral norm",
-}
+_REPARAMETRISED = {"weight_g", "weight_v", "weight_mask", "weight_u", "weight_orig"}
+"""Of weight norm, pruning and spectral norm."""
 
 
 def _convolutions(shapes: Shapes) -> list[str]:
@@ -33,7 +28,6 @@ def _without_statistics(shapes: Shapes) -> list[str]:
         for key, shape in shapes.items()
         if len(shape) == 1 and key.endswith(".weight")
         if f"{(name := key.removesuffix('.weight'))}.bias" in shapes
-        and f"{name}.running_mean" not in shapes
     ]
 
 

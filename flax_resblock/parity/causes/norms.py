@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from flax_resblock.parity.causes import Candidate, Cause, LayerRun, explain
+
+
+def _another_eps(
+    found: float, eps: float, formula: Callable[[], np.ndarray]
+) -> Iterator[Candidate]:
+    """That a norm has ``found``, which the data give, instead of ``eps``."""
+    if np.isfinite(found) and found > -1e-12:
+        yield "eps", f"has eps={float(f'{found:.4g}'):g} instead of {eps:g}", formula
 
 
 def norm_candidates(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
@@ -38,9 +46,7 @@ def norm_candidates(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
             else np.full(x.shape[-1], np.nan)
         )
         found = float(np.median(1 / inverse**2 - right[1]))
-    if np.isfinite(found) and found > -1e-12:
-        words = f"has eps={float(f'{found:.4g}'):g} instead of {eps:g}"
-        yield "eps", words, lambda: norm(eps=found)
+    yield from _another_eps(found, eps, lambda: norm(eps=found))
     words = "normalises with the unbiased variance"
     yield "unbiased-normalisation", words, lambda: norm((right[0], right[1] * n / max(n - 1, 1)))
     words = "uses scale and bias the wrong way round"
@@ -98,9 +104,7 @@ def sample_norm_candidates(layer: LayerRun, value: np.ndarray) -> Iterator[Candi
         parts = ((value - bias) * centred).reshape(split.shape), (centred**2).reshape(split.shape)
         above, below = (part.sum((1, 3), keepdims=True) for part in parts)
         found = float(np.median((below / above) ** 2 - var))
-    if np.isfinite(found) and found > -1e-12:
-        words = f"has eps={float(f'{found:.4g}'):g} instead of {eps:g}"
-        yield "eps", words, lambda: norm(found)
+    yield from _another_eps(found, eps, lambda: norm(found))
 
 
 def explain_statistics(layer: LayerRun, mean: np.ndarray, var: np.ndarray) -> Cause | None:
