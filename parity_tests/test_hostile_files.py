@@ -23,7 +23,7 @@ from flax_resblock.checkpoint.torch_pickle import read_torch_pickle
 from flax_resblock.config import ResNetConfig
 from flax_resblock.training.data.bounded import read_npz
 from flax_resblock.training.data.idx import read_idx
-from parity_tests.fuzz import pickles, samples
+from parity_tests.fuzz import pickles, samples, targets
 from parity_tests.support import REPOSITORY, assert_same_bits
 
 FRAME = b"\x80\x02}(X\x05\x00\x00\x00stateK\x01%su."
@@ -230,6 +230,18 @@ def test_readers_that_could_find_another_directory_are_not_asked(change, healthy
         change(healthy),
         "damaged or truncated PyTorch zip archive|neither a PyTorch checkpoint",
     )
+
+
+def test_no_bit_of_the_directory_makes_readers_disagree(healthy, tmp_path):
+    """Its last entry and its end, bit by bit: refused, or read as torch reads it."""
+    outcomes = set()
+    for place in range(healthy.rindex(b"PK\x01\x02"), len(healthy)):
+        for bit in range(8):
+            data = bytearray(healthy)
+            data[place] ^= 1 << bit
+            (tmp_path / "net.pth").write_bytes(data)
+            outcomes.add(targets.open_one("pth zip", tmp_path))
+    assert outcomes == {"exact", "refused"}
 
 
 def test_limits_are_checked_and_their_flags_named(healthy, tmp_path):

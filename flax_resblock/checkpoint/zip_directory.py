@@ -20,6 +20,8 @@ ZIP_MAGIC = b"PK\x03\x04"
 
 _END, _END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q")
 _END64_LOCATOR, _LOCAL = struct.Struct("<4sLQL"), struct.Struct("<4s5H3L2H")
+_ENTRY = struct.Struct("<4s24x3H12x")
+"""An entry of the directory: its magic number, and the lengths of its name, extra and comment."""
 _SIZES_BEHIND, _UTF8 = 1 << 3, 1 << 11
 """Flags that a record may have: its sizes are repeated behind it, its name is UTF-8."""
 _FOLDER = 1 << 4
@@ -72,6 +74,17 @@ def _directory(handle: BinaryIO, path: Path, size: int) -> tuple[int, int, int]:
     return start, length, entries
 
 
+def _check_entries(handle: BinaryIO, path: Path, start: int, length: int) -> None:
+    """Refuses a directory whose last entry claims bytes behind its end, which zipfile cuts off."""
+    handle.seek(start)
+    directory, position = handle.read(length), 0
+    while position + _ENTRY.size <= length:
+        _, *lengths = _ENTRY.unpack_from(directory, position)
+        position += _ENTRY.size + sum(lengths)
+    if position != length:
+        raise _broken(path, "its directory is not as long as its entries")
+
+
 def records(path: Path, limits: Limits) -> dict[str, Place]:
     """The place of every record, by its name without the archive's own folder.
 
@@ -86,6 +99,7 @@ def records(path: Path, limits: Limits) -> dict[str, Place]:
         start, length, count = _directory(handle, path, path.stat().st_size)
         limits.check(path, "max_header_bytes", length, "bytes of zip directory")
         limits.check(path, "max_tensors", count, "records")
+        _check_entries(handle, path, start, length)
         try:
             with zipfile.ZipFile(handle) as archive:
                 entries = archive.infolist()
