@@ -48,6 +48,7 @@ PACKAGES: dict[str, tuple[set[str], set[str]]] = {
         {"_version", "checkpoint", "config", "convert", "cpu", "errors", "nn", "runs"},
         JAX | PAGES | {"torch", "torch_ref"},
     ),
+    "port": ({"config", "convert", "errors", "nn"}, JAX | {"torch"}),
     "io": (
         {"checkpoint", "config", "convert", "errors", "nn", "parity", "runs"},
         JAX,

@@ -1,1 +1,165 @@
-"""The layers and networks, in public JAX and Flax only."""
+"""Layers and functions with PyTorch's semantics, channels last, in public JAX and Flax only.
+
+A layer or function computes what its namesake in ``torch.nn`` or ``torch.nn.functional`` computes,
+with the same options, except that channels are the last axis: ``(N, H, W, C)``, or ``(N, L, C)``
+for one spatial axis. Values, gradients and running statistics agree.
+
+    from flax_resblock import nn
+
+    class Block(nnx.Module):
+        def __init__(self, *, rngs: nnx.Rngs | None) -> None:
+            self.conv = nn.Conv(3, 16, 3, stride=2, padding=1, rngs=rngs)
+            self.norm = nn.BatchNorm(16, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.max_pool(nn.relu(self.norm(self.conv(x))), 3, stride=2, padding=1)
+
+Names are imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flax_resblock.nn.activations import (
+        celu,
+        elu,
+        gelu,
+        glu,
+        hardshrink,
+        hardsigmoid,
+        hardswish,
+        hardtanh,
+        identity,
+        leaky_relu,
+        log_sigmoid,
+        log_softmax,
+        mish,
+        normalize,
+        prelu,
+        relu,
+        relu6,
+        selu,
+        sigmoid,
+        silu,
+        softmax,
+        softplus,
+        softshrink,
+        softsign,
+        tanh,
+        tanhshrink,
+        threshold,
+    )
+    from flax_resblock.nn.conv import Conv, Conv1d, convolve
+    from flax_resblock.nn.geometry import pad
+    from flax_resblock.nn.linear import Linear, PReLU
+    from flax_resblock.nn.norm import BatchNorm, batch_norm, batch_norm_by_batch
+    from flax_resblock.nn.pooling import avg_pool, lp_pool, max_pool
+
+__all__ = [
+    "BatchNorm",
+    "Conv",
+    "Conv1d",
+    "Linear",
+    "PReLU",
+    "avg_pool",
+    "batch_norm",
+    "batch_norm_by_batch",
+    "celu",
+    "convolve",
+    "elu",
+    "gelu",
+    "glu",
+    "hardshrink",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "identity",
+    "leaky_relu",
+    "log_sigmoid",
+    "log_softmax",
+    "lp_pool",
+    "max_pool",
+    "mish",
+    "normalize",
+    "pad",
+    "prelu",
+    "relu",
+    "relu6",
+    "selu",
+    "sigmoid",
+    "silu",
+    "softmax",
+    "softplus",
+    "softshrink",
+    "softsign",
+    "tanh",
+    "tanhshrink",
+    "threshold",
+]
+
+_MODULES = {
+    "activations": (
+        "celu",
+        "elu",
+        "gelu",
+        "glu",
+        "hardshrink",
+        "hardsigmoid",
+        "hardswish",
+        "hardtanh",
+        "identity",
+        "leaky_relu",
+        "log_sigmoid",
+        "log_softmax",
+        "mish",
+        "normalize",
+        "prelu",
+        "relu",
+        "relu6",
+        "selu",
+        "sigmoid",
+        "silu",
+        "softmax",
+        "softplus",
+        "softshrink",
+        "softsign",
+        "tanh",
+        "tanhshrink",
+        "threshold",
+    ),
+    "conv": (
+        "Conv",
+        "Conv1d",
+        "convolve",
+    ),
+    "geometry": ("pad",),
+    "linear": (
+        "Linear",
+        "PReLU",
+    ),
+    "norm": (
+        "BatchNorm",
+        "batch_norm",
+        "batch_norm_by_batch",
+    ),
+    "pooling": (
+        "avg_pool",
+        "lp_pool",
+        "max_pool",
+    ),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'flax_resblock.nn' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"flax_resblock.nn.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, get_args
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 from jax import lax
 
 from flax_resblock.config import Lowering
+from flax_resblock.nn.geometry import Padding, PaddingMode, Size, equal, pad, per_axis, sides
 from flax_resblock.nn.initializers import Initializer, initial_value, torch_default, uniform_bias
 from flax_resblock.nn.scopes import in_slot
 
@@ -27,24 +29,31 @@ def cpu_forms(lowering: Lowering = "auto") -> Any:
     return switch.forms(lowering)
 
 
+_LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
+"""The memory layouts of input, kernel and output, by the number of spatial axes."""
+
+
 def convolve(
     x: jax.Array,
     kernel: jax.Array,
+    bias: jax.Array | None = None,
     *,
-    stride: int,
-    padding: int,
-    dilation: int,
-    groups: int,
-    precision: lax.PrecisionLike,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    precision: lax.PrecisionLike = None,
     lowering: Lowering = "auto",
 ) -> jax.Array:
-    """2-d cross-correlation, NHWC by HWIO, ``padding`` pixels on *each* side (``'SAME'`` pads (0,
-    1) at stride 2 on even sizes; PyTorch pads (1, 1)).
+    """Cross-correlation along one or two spatial axes, NHWC by HWIO, ``padding`` pixels on *each*
+    side (``'SAME'`` pads (0, 1) at stride 2 on even sizes; PyTorch pads (1, 1)).
 
     Args:
-      x: ``(N, H, W, I)``.
-      kernel: ``(kh, kw, I // groups, O)``, same dtype as ``x``.
-      stride, padding, dilation: In pixels, equal in both directions.
+      x: ``(N, H, W, I)``, or ``(N, L, I)``.
+      kernel: ``(kh, kw, I // groups, O)``, or ``(k, I // groups, O)``, same dtype as ``x``.
+      bias: ``(O,)``, same dtype; or None.
+      stride, dilation: In pixels: one number, or one for each spatial axis.
+      padding: As ``stride``, or ``"valid"``, or ``"same"``, which is PyTorch's and needs stride 1.
       groups: Channel groups; output channels are assigned to groups in order, as in PyTorch.
       precision: ``lax.Precision`` of the products; only HIGHEST is float32 on TPU and on CUDA
         tensor cores.
@@ -52,30 +61,41 @@ def convolve(
         everywhere with ``"xla"``, ``lax.conv_general_dilated``.
     Returns:
       ``(N, H', W', O)`` with ``H' = (H + 2 padding - dilation (kh - 1) - 1) // stride + 1``.
+    Raises:
+      ValueError: Neither one nor two spatial axes, or sizes that do not fit their number.
     """
+    axes = kernel.ndim - 2
+    if axes not in _LAYOUTS or x.ndim != kernel.ndim:
+        raise ValueError(
+            f"convolve takes (N, H, W, C) and (kh, kw, I, O), or (N, L, C) and (k, I, O); got "
+            f"shapes {tuple(x.shape)} and {tuple(kernel.shape)}."
+        )
+    strides, dilations = per_axis(stride, axes, "stride"), per_axis(dilation, axes, "dilation")
+    pads = sides(padding, kernel.shape[:-2], dilations, strides)
+    y = None
     forms = cpu_forms(lowering)
-    if forms is not None:
+    if forms is not None and axes == 2 and equal(strides, dilations, pads[0], pads[1], pads):
         y = forms.convolve(
             x,
             kernel,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
+            stride=strides[0],
+            padding=pads[0][0],
+            dilation=dilations[0],
             groups=groups,
             precision=precision,
         )
-        if y is not None:
-            return y
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(stride, stride),
-        padding=((padding, padding), (padding, padding)),
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-        precision=precision,
-    )
+    if y is None:
+        y = lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=strides,
+            padding=pads,
+            rhs_dilation=dilations,
+            dimension_numbers=_LAYOUTS[axes],
+            feature_group_count=groups,
+            precision=precision,
+        )
+    return y if bias is None else y + bias
 
 
 class Conv(nnx.Module):
@@ -83,13 +103,16 @@ class Conv(nnx.Module):
     for.
 
     Attributes:
-      kernel: ``nnx.Param``, ``(kernel_size, kernel_size, in_channels // groups, out_channels)``.
+      kernel: ``nnx.Param``, ``(kh, kw, in_channels // groups, out_channels)``.
       bias: ``nnx.Param``, ``(out_channels,)``, or None.
 
     Args:
       in_channels, out_channels: Channels of input ``(N, H, W, in_channels)`` and output.
-      kernel_size, stride, padding, dilation: In pixels, square; padding is on each side.
+      kernel_size, stride, dilation: In pixels: one number, or one for each spatial axis.
+      padding: As ``stride``, on each side; or ``"same"`` or ``"valid"``.
       groups: Must divide both channel counts.
+      padding_mode: ``"zeros"``, or what stands beyond the edge instead: ``"reflect"``,
+        ``"replicate"`` or ``"circular"``.
       use_bias: Whether there is a bias; it starts as ``nn.Conv2d`` starts it.
       dtype: Dtype of the computation; None: the promotion of input and kernel.
       param_dtype: Dtype of the kernel at initialisation.
@@ -101,16 +124,19 @@ class Conv(nnx.Module):
         W, in_channels)``.
     """
 
+    _axes = "H, W"
+
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int,
+        kernel_size: Size,
         *,
-        stride: int = 1,
-        padding: int = 0,
-        dilation: int = 1,
+        stride: Size = 1,
+        padding: Padding = 0,
+        dilation: Size = 1,
         groups: int = 1,
+        padding_mode: PaddingMode = "zeros",
         use_bias: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -124,23 +150,31 @@ class Conv(nnx.Module):
                 f"conv_lowering {conv_lowering!r} is unknown; choose from "
                 f"{', '.join(get_args(Lowering))}."
             )
+        if padding_mode not in get_args(PaddingMode):
+            raise ValueError(
+                f"padding_mode {padding_mode!r} is unknown; choose from "
+                f"{', '.join(get_args(PaddingMode))}."
+            )
         if in_channels % groups or out_channels % groups:
             raise ValueError(
                 f"groups={groups} must divide in_channels={in_channels} and "
                 f"out_channels={out_channels}."
             )
+        axes = len(self._axes.split(","))
+        window = per_axis(kernel_size, axes, "kernel_size")
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.stride = stride
-        self.padding = padding
+        self.padding: Padding = padding
         self.dilation = dilation
         self.groups = groups
+        self.padding_mode: PaddingMode = padding_mode
         self.dtype = dtype
         self.precision = precision
         self.conv_lowering: Lowering = conv_lowering
-        shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
+        shape = (*window, in_channels // groups, out_channels)
         self.kernel = nnx.Param(initial_value(kernel_init, rngs, shape, param_dtype))
-        fan_in = kernel_size**2 * in_channels // groups
+        fan_in = math.prod(shape[:-1])
         self.bias = (
             nnx.Param(initial_value(uniform_bias(fan_in), rngs, (out_channels,), param_dtype))
             if use_bias
@@ -150,24 +184,44 @@ class Conv(nnx.Module):
     @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, in_channels)`` to ``(N, H', W', out_channels)``."""
-        if x.ndim != 4 or x.shape[-1] != self.in_channels:
+        if x.ndim != self.kernel.ndim or x.shape[-1] != self.in_channels:
             raise ValueError(
-                f"Conv expects (N, H, W, {self.in_channels}) with channels last (NHWC); got "
-                f"shape {tuple(x.shape)}."
+                f"{type(self).__name__} expects (N, {self._axes}, {self.in_channels}) with "
+                f"channels last; got shape {tuple(x.shape)}."
             )
         kernel = self.kernel[...]
         dtype = self.dtype or jnp.result_type(x, kernel)
-        y = convolve(
-            x.astype(dtype),
+        x, padding = x.astype(dtype), self.padding
+        if self.padding_mode != "zeros":
+            dilation = per_axis(self.dilation, x.ndim - 2, "dilation")
+            around = sides(padding, kernel.shape[:-2], dilation, self.stride)
+            x, padding = pad(x, ((0, 0), *around, (0, 0)), mode=self.padding_mode), 0
+        return convolve(
+            x,
             jnp.asarray(kernel, dtype),
+            None if self.bias is None else jnp.asarray(self.bias[...], dtype),
             stride=self.stride,
-            padding=self.padding,
+            padding=padding,
             dilation=self.dilation,
             groups=self.groups,
             precision=self.precision,
             lowering=self.conv_lowering,
         )
-        return y if self.bias is None else y + jnp.asarray(self.bias[...], dtype)
+
+
+class Conv1d(Conv):
+    """1-d convolution of ``(N, L, in_channels)``, equal to ``torch.nn.Conv1d`` up to the layout;
+    without bias unless asked for.
+
+    Attributes:
+      kernel: ``nnx.Param``, ``(k, in_channels // groups, out_channels)``.
+      bias: ``nnx.Param``, ``(out_channels,)``, or None.
+
+    Args:
+      in_channels, out_channels, kernel_size: As for :class:`Conv`, and so are all options.
+    """
+
+    _axes = "L"
 
 
 class ChannelConv(nnx.Module):
@@ -201,14 +255,11 @@ class ChannelConv(nnx.Module):
         """``(N, 1, C)`` to ``(N, 1, C)``, as ``torch.nn.Conv1d`` has it."""
         kernel = self.kernel[...]
         dtype = self.dtype or jnp.result_type(x, kernel)
-        side = kernel.shape[0] // 2
         rows = jnp.swapaxes(x.astype(dtype), 1, 2)
-        y = lax.conv_general_dilated(
+        y = convolve(
             rows,
             jnp.asarray(kernel, dtype),
-            (1,),
-            [(side, side)],
-            dimension_numbers=("NWC", "WIO", "NWC"),
+            padding=kernel.shape[0] // 2,
             precision=self.precision,
         )
         return jnp.swapaxes(y, 1, 2)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from functools import partial
+from collections.abc import Hashable
 from typing import Any, TypedDict
 
 import jax
@@ -12,6 +11,7 @@ from flax import nnx
 from jax import lax
 
 from flax_resblock.config import Activation, Lowering
+from flax_resblock.nn.activations import ACTIVATIONS
 from flax_resblock.nn.conv import ChannelConv, Conv, cpu_forms
 from flax_resblock.nn.initializers import INITIALIZERS, Initializer, InitName
 from flax_resblock.nn.norm import BatchNorm
@@ -43,19 +43,6 @@ class LayerOptions(TypedDict, total=False):
     axis_name: Hashable | None
     init: InitName
     zero_init_residual: bool
-
-
-def _leaky_relu(x: jax.Array) -> jax.Array:
-    return jnp.where(x > 0, x, 0.01 * x)  # at zero the derivative is PyTorch's 0.01, not jax's 1
-
-
-ACTIVATIONS: Mapping[Activation, Callable[[jax.Array], jax.Array]] = {
-    "relu": nnx.relu,
-    "leaky_relu": _leaky_relu,
-    "gelu": partial(nnx.gelu, approximate=False),
-    "silu": nnx.silu,
-}
-"""As ``torch.nn.ReLU()``, ``LeakyReLU()``, ``GELU()`` and ``SiLU()`` compute them."""
 
 
 def joined(

@@ -1,4 +1,4 @@
-"""The affine map of the last axis."""
+"""Parameters along the last axis: the affine map, and the rectifier with a learned slope."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from flax_resblock.nn.activations import prelu
 from flax_resblock.nn.initializers import initial_value, torch_default, uniform_bias
 from flax_resblock.nn.scopes import in_slot
 
@@ -18,10 +19,11 @@ class Linear(nnx.Module):
 
     Attributes:
       kernel: ``nnx.Param``, ``(in_features, out_features)``.
-      bias: ``nnx.Param``, ``(out_features,)``.
+      bias: ``nnx.Param``, ``(out_features,)``, or None.
 
     Args:
       in_features, out_features: Sizes of the last axis.
+      use_bias: Whether there is a bias.
       dtype, param_dtype, precision, rngs: As for :class:`flax_resblock.nn.conv.Conv`. Both
         parameters start as ``nn.Linear`` starts them.
     """
@@ -31,6 +33,7 @@ class Linear(nnx.Module):
         in_features: int,
         out_features: int,
         *,
+        use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         precision: lax.PrecisionLike = None,
@@ -41,18 +44,52 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(
             initial_value(torch_default, rngs, (in_features, out_features), param_dtype)
         )
-        self.bias = nnx.Param(
-            initial_value(uniform_bias(in_features), rngs, (out_features,), param_dtype)
+        self.bias = (
+            nnx.Param(initial_value(uniform_bias(in_features), rngs, (out_features,), param_dtype))
+            if use_bias
+            else None
         )
 
     @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        kernel, bias = self.kernel[...], self.bias[...]
-        dtype = self.dtype or jnp.result_type(x, kernel, bias)
-        return lax.dot_general(
+        kernel = self.kernel[...]
+        bias = None if self.bias is None else self.bias[...]
+        dtype = self.dtype or jnp.result_type(x, *(v for v in (kernel, bias) if v is not None))
+        y = lax.dot_general(
             x.astype(dtype),
             jnp.asarray(kernel, dtype),
             (((x.ndim - 1,), (0,)), ((), ())),
             precision=self.precision,
-        ) + jnp.asarray(bias, dtype)
+        )
+        return y if bias is None else y + jnp.asarray(bias, dtype)
+
+
+class PReLU(nnx.Module):
+    """The rectifier whose slope below zero is learned, equal to ``torch.nn.PReLU``.
+
+    Attributes:
+      weight: ``nnx.Param``, ``(num_parameters,)``: the slopes.
+
+    Args:
+      num_parameters: 1, or the number of channels.
+      init: The slopes at the start.
+      param_dtype: Dtype of the slopes at initialisation.
+      rngs: Not drawn from; None builds the module without values.
+    """
+
+    def __init__(
+        self,
+        num_parameters: int = 1,
+        *,
+        init: float = 0.25,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None,
+    ) -> None:
+        start = jax.nn.initializers.constant(init)
+        self.weight = nnx.Param(initial_value(start, rngs, (num_parameters,), param_dtype))
+
+    @in_slot
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(..., C)`` to the same shape, ``C`` any or ``num_parameters``."""
+        return prelu(x, self.weight[...])

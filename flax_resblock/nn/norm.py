@@ -135,6 +135,63 @@ def _channel_sum(values: jax.Array) -> jax.Array:
     return jnp.sum(rows, axis=tuple(range(rows.ndim - 1)))
 
 
+def batch_norm(
+    x: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    eps: float = 1e-5,
+) -> jax.Array:
+    """Normalises by given statistics, as ``torch.nn.functional.batch_norm`` in evaluation.
+
+    Args:
+      x: ``(..., C)``, float32 or wider, as are the others, ``(C,)``.
+      mean, var: The statistics.
+      scale, bias: The affine map that follows; None leaves it out.
+      eps: Added to the variance.
+    """
+    inverse = lax.rsqrt(var + eps)
+    y = (x - per_channel(mean, x.shape)) * per_channel(
+        inverse if scale is None else inverse * scale, x.shape
+    )
+    return y if bias is None else y + per_channel(bias, x.shape)
+
+
+def batch_norm_by_batch(
+    x: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    eps: float = 1e-5,
+) -> jax.Array:
+    """Normalises by the batch's own moments, as ``torch.nn.functional.batch_norm`` in training.
+
+    Args:
+      x: ``(..., C)``, float32 or wider, as are ``scale`` and ``bias``, ``(C,)``.
+      scale, bias, eps: As for :func:`batch_norm`.
+    Raises:
+      ValueError: Fewer than two values per channel.
+    """
+    return _by_batch(x, scale, bias, eps, None)[0]
+
+
+def _by_batch(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    eps: float,
+    axis_name: Hashable | None,
+) -> tuple[jax.Array, Moments]:
+    if axis_name is None and cpu_forms() is not None:
+        channels = x.shape[-1:]
+        scale = jnp.ones(channels, x.dtype) if scale is None else scale
+        bias = jnp.zeros(channels, x.dtype) if bias is None else bias
+        found: Any = normalised_by_batch(x, scale, bias, eps)
+        return found
+    moments = batch_moments(x, axis_name=axis_name)
+    return batch_norm(x, moments.mean, moments.biased_var, scale, bias, eps), moments
+
+
 class BatchNorm(nnx.Module):
     r"""Batch normalisation over the last axis, equal to ``torch.nn.BatchNorm2d`` up to the layout.
 
@@ -147,9 +204,10 @@ class BatchNorm(nnx.Module):
     ``model.eval()`` switch between the two; a new module is in training mode, as in PyTorch.
 
     Attributes:
-      scale, bias: ``nnx.Param``, ``(C,)``.
-      mean, var: ``nnx.BatchStat``, ``(C,)``, running statistics in float32 or wider.
-      num_batches_tracked: ``nnx.BatchStat``, integer scalar: training batches seen.
+      scale, bias: ``nnx.Param``, ``(C,)``, or None.
+      mean, var: ``nnx.BatchStat``, ``(C,)``, running statistics in float32 or wider; None without
+        ``track_running_stats``.
+      num_batches_tracked: ``nnx.BatchStat``, integer scalar: training batches seen; or None.
 
     Args:
       num_features: ``C``.
@@ -157,6 +215,10 @@ class BatchNorm(nnx.Module):
       momentum: PyTorch's convention, the weight of the *new* batch (Flax's own momentum is ``1 -
         this``). None: cumulative average, batch ``k`` gets weight ``1/k``, driven by
         ``num_batches_tracked``.
+      affine: Whether there are ``scale`` and ``bias``.
+      use_bias: Whether there is a ``bias`` if there is a ``scale``.
+      track_running_stats: Whether there are running statistics; without them the batch's own
+        normalise in evaluation mode too, as in PyTorch.
       axis_name: Mapped axis for global statistics inside ``shard_map``; see :func:`batch_moments`.
       dtype: Dtype of the output; None: the promotion of input and parameters. Statistics and
         normalisation are computed in float32 at least.
@@ -175,6 +237,9 @@ class BatchNorm(nnx.Module):
         *,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        affine: bool = True,
+        use_bias: bool = True,
+        track_running_stats: bool = True,
         axis_name: Hashable | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -189,11 +254,17 @@ class BatchNorm(nnx.Module):
         ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
         stat_dtype = jnp.promote_types(param_dtype, jnp.float32)
         shape = (num_features,)
-        self.scale = nnx.Param(initial_value(ones, rngs, shape, param_dtype))
-        self.bias = nnx.Param(initial_value(zeros, rngs, shape, param_dtype))
-        self.mean = nnx.BatchStat(initial_value(zeros, rngs, shape, stat_dtype))
-        self.var = nnx.BatchStat(initial_value(ones, rngs, shape, stat_dtype))
-        self.num_batches_tracked = nnx.BatchStat(initial_value(zeros, rngs, (), jnp.int32))
+
+        def variable(kind: Any, init: Any, dtype: Any, wanted: bool, shape: Any = shape) -> Any:
+            return kind(initial_value(init, rngs, shape, dtype)) if wanted else None
+
+        self.scale = variable(nnx.Param, ones, param_dtype, affine)
+        self.bias = variable(nnx.Param, zeros, param_dtype, affine and use_bias)
+        self.mean = variable(nnx.BatchStat, zeros, stat_dtype, track_running_stats)
+        self.var = variable(nnx.BatchStat, ones, stat_dtype, track_running_stats)
+        self.num_batches_tracked = variable(
+            nnx.BatchStat, zeros, jnp.int32, track_running_stats, ()
+        )
 
     @in_slot
     def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
@@ -209,30 +280,18 @@ class BatchNorm(nnx.Module):
                 f"BatchNorm over {self.num_features} channels got an input of shape "
                 f"{tuple(x.shape)}; channels are the last axis (NHWC)."
             )
-        scale, bias = self.scale[...], self.bias[...]
-        out_dtype = self.dtype or jnp.result_type(x, scale, bias)
-        compute_dtype = jnp.promote_types(out_dtype, jnp.float32)
+        affine = [None if value is None else value[...] for value in (self.scale, self.bias)]
+        out_dtype = self.dtype or jnp.result_type(x, *(v for v in affine if v is not None))
+        dtype = jnp.promote_types(out_dtype, jnp.float32)
+        scale, bias = (None if value is None else jnp.asarray(value, dtype) for value in affine)
         if use_running_average is None:
             use_running_average = self.use_running_average
-        if use_running_average:
-            mean, var = self.mean[...], self.var[...]
-        elif self.axis_name is None and cpu_forms() is not None:
-            found: Any = normalised_by_batch(
-                *(jnp.asarray(value, compute_dtype) for value in (x, scale, bias)), self.eps
-            )
-            y, moments = found
+        if use_running_average and self.mean is not None:
+            mean, var = (jnp.asarray(value[...], dtype) for value in (self.mean, self.var))
+            return batch_norm(x.astype(dtype), mean, var, scale, bias, self.eps).astype(out_dtype)
+        y, moments = _by_batch(x.astype(dtype), scale, bias, self.eps, self.axis_name)
+        if not use_running_average and self.mean is not None:
             self._track(moments)
-            return y.astype(out_dtype)
-        else:
-            moments = batch_moments(x, axis_name=self.axis_name)
-            mean, var = moments.mean, moments.biased_var
-            self._track(moments)
-        mean, var, scale, bias = (
-            jnp.asarray(value, compute_dtype) for value in (mean, var, scale, bias)
-        )
-        y = (x.astype(compute_dtype) - per_channel(mean, x.shape)) * per_channel(
-            lax.rsqrt(var + self.eps) * scale, x.shape
-        ) + per_channel(bias, x.shape)
         return y.astype(out_dtype)
 
     def _track(self, batch: Moments) -> None:

@@ -2,13 +2,179 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
 from flax_resblock.nn.conv import convolve, cpu_forms
+from flax_resblock.nn.geometry import Size, equal, pad, per_axis_of
 from flax_resblock.nn.scopes import in_slot
+
+
+class _Windows(NamedTuple):
+    """The windows of a pooling, one entry for each spatial axis."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        x: jax.Array,
+        kernel_size: Size,
+        stride: Size | None,
+        padding: Size,
+        dilation: Size,
+        ceil_mode: bool,
+    ) -> _Windows:
+        """PyTorch's windows; with ``ceil_mode`` the last ones need more padding at the end."""
+        size = per_axis_of(kernel_size, x)
+        steps = size if stride is None else per_axis_of(stride, x)
+        asked, holes = per_axis_of(padding, x), per_axis_of(dilation, x)
+        if any(2 * one > extent for one, extent in zip(asked, size, strict=True)):
+            raise ValueError(
+                f"padding={padding} must be at most half of kernel_size={kernel_size}, as in "
+                f"PyTorch."
+            )
+        reach = [hole * (extent - 1) + 1 for hole, extent in zip(holes, size, strict=True)]
+        ends = [
+            _end(n, *rest) if ceil_mode else rest[-1]
+            for n, *rest in zip(x.shape[1:-1], reach, steps, asked, strict=True)
+        ]
+        return cls(size, steps, tuple(zip(asked, ends, strict=True)), holes)
+
+    def without(self, padding: Sequence[int]) -> _Windows:
+        """The same windows of an input that has so much padding on each side already."""
+        pads = zip(self.pads, padding, strict=True)
+        return self._replace(pads=tuple((low - one, high - one) for (low, high), one in pads))
+
+    def reduce(self, x: jax.Array, start: float, combine: Callable[[Any, Any], Any]) -> jax.Array:
+        """``combine`` over each window, beginning with ``start``."""
+        return lax.reduce_window(
+            x,
+            np.asarray(start, x.dtype),  # a constant, by which jax knows its gradient
+            combine,
+            (1, *self.size, 1),
+            (1, *self.stride, 1),
+            ((0, 0), *self.pads, (0, 0)),
+            window_dilation=(1, *self.dilation, 1),
+        )
+
+
+def _end(extent: int, reach: int, stride: int, padding: int) -> int:
+    """The padding at the end of an axis that ``ceil_mode`` needs; a window that would begin in it
+    is left out."""
+    steps = -(-(extent + 2 * padding - reach) // stride)
+    end = steps * stride + reach - extent - padding
+    if stride > reach - padding and steps * stride >= extent + padding:
+        return max(0, end - stride)
+    return end
+
+
+def _first_greatest(x: jax.Array, windows: _Windows) -> jax.Array:
+    """Max pooling of windows with holes, which XLA's operation has no gradient for."""
+    x = pad(x, ((0, 0), *windows.pads, (0, 0)), value=-jnp.inf)
+    axes = list(zip(x.shape[1:-1], windows.size, windows.stride, windows.dilation, strict=True))
+    spans = [extent - hole * (size - 1) for extent, size, _, hole in axes]
+    taps = [
+        x[:, *(slice(i, i + span, axis[2]) for i, span, axis in zip(at, spans, axes, strict=True))]
+        for at in product(*(range(0, size * hole, hole) for _, size, _, hole in axes))
+    ]
+    stacked = jnp.stack(taps, -1)
+    first = jnp.argmax(stacked, -1, keepdims=True)
+    return jnp.take_along_axis(stacked, first, -1)[..., 0]
+
+
+def max_pool(
+    x: jax.Array,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    ceil_mode: bool = False,
+) -> jax.Array:
+    """The greatest value of each window, as ``torch.nn.functional.max_pool2d`` finds it. If values
+    are equal, the first one receives the gradient.
+
+    Args:
+      x: ``(N, *spatial, C)``.
+      kernel_size, padding, dilation: In pixels: one number, or one for each spatial axis.
+        Padding is minus infinity and stands on each side.
+      stride: As ``kernel_size``, which is its default.
+      ceil_mode: Whether a window that reaches beyond the end counts, unless it begins there.
+    """
+    windows = _Windows.of(x, kernel_size, stride, padding, dilation, ceil_mode)
+    forms = cpu_forms()
+    fixed = all(isinstance(size, int) for size in x.shape[1:-1])  # not symbolic, as in exports
+    plain = len(windows.size) == 2 and set(windows.dilation) == {1}
+    if forms is not None and fixed and plain and equal(windows.size, windows.stride):
+        pads = {*windows.pads[0], *windows.pads[1]}
+        if len(pads) == 1:
+            return forms.max_pool(x, windows.size[0], windows.stride[0], pads.pop())
+    if set(windows.dilation) != {1}:
+        return _first_greatest(x, windows)
+    return windows.reduce(x, -jnp.inf, lax.max)
+
+
+def avg_pool(
+    x: jax.Array,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> jax.Array:
+    """The mean of each window, as ``torch.nn.functional.avg_pool2d`` computes it.
+
+    Args:
+      x: ``(N, *spatial, C)``.
+      kernel_size, stride, padding, ceil_mode: As for :func:`max_pool`; padding is zeros.
+      count_include_pad: Whether the padding counts as values. What ``ceil_mode`` adds beyond it
+        never does.
+      divisor_override: Divides the sums instead of the number of values.
+    """
+    windows = _Windows.of(x, kernel_size, stride, padding, 1, ceil_mode)
+    sums = windows.reduce(x, 0.0, lax.add)
+    whole = all(pad == (0, 0) for pad in windows.pads) or (count_include_pad and not ceil_mode)
+    if divisor_override is not None:
+        return sums / divisor_override
+    if whole:
+        return sums / math.prod(windows.size)
+    ones, asked = jnp.ones((1, *x.shape[1:-1], 1), x.dtype), per_axis_of(padding, x)
+    if count_include_pad:
+        ones = pad(ones, ((0, 0), *((one, one) for one in asked), (0, 0)), value=1.0)
+        windows = windows.without(asked)
+    return sums / windows.reduce(ones, 0.0, lax.add)
+
+
+def lp_pool(
+    x: jax.Array,
+    norm_type: float,
+    kernel_size: Size,
+    stride: Size | None = None,
+    ceil_mode: bool = False,
+) -> jax.Array:
+    """The sum of the ``norm_type``-th powers of each window, to the power ``1 / norm_type``, as
+    ``torch.nn.functional.lp_pool2d`` computes it.
+
+    Args:
+      x: ``(N, *spatial, C)``.
+      norm_type: The exponent.
+      kernel_size, stride, ceil_mode: As for :func:`max_pool`.
+    """
+    means = avg_pool(x**norm_type, kernel_size, stride, ceil_mode=ceil_mode)
+    count = math.prod(per_axis_of(kernel_size, x))
+    return (jnp.sign(means) * jax.nn.relu(jnp.abs(means)) * count) ** (1 / norm_type)
 
 
 class MaxPool(nnx.Module):
@@ -25,12 +191,7 @@ class MaxPool(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, C)`` to ``(N, H', W', C)``."""
-        forms = cpu_forms()
-        fixed = all(isinstance(size, int) for size in x.shape[1:3])  # not symbolic, as in exports
-        if forms is not None and fixed:
-            return forms.max_pool(x, self.window, self.stride, self.padding)
-        pad = (self.padding, self.padding)
-        return nnx.max_pool(x, (self.window, self.window), (self.stride, self.stride), (pad, pad))  # pyright: ignore[reportArgumentType]
+        return max_pool(x, self.window, self.stride, self.padding)
 
 
 class AveragePool(nnx.Module):
@@ -50,9 +211,7 @@ class AveragePool(nnx.Module):
         """``(N, H, W, C)`` to ``(N, ceil(H / stride), ceil(W / stride), C)``."""
         if self.stride == 1:
             return x
-        window = (self.stride, self.stride)
-        pads = [(0, -size % self.stride) for size in x.shape[1:3]]
-        return nnx.avg_pool(x, window, window, pads, count_include_pad=False)  # pyright: ignore[reportArgumentType]
+        return avg_pool(x, self.stride, ceil_mode=True, count_include_pad=False)
 
 
 class Blur(nnx.Module):
