@@ -1,0 +1,460 @@
+"""Reads the graph of one module into the body of a class."""
+
+from __future__ import annotations
+
+import inspect
+import keyword
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from flax_resblock.errors import InputError
+from flax_resblock.port import axes
+from flax_resblock.port.axes import Order, Shape
+from flax_resblock.port.layers import Layer, layer_of
+from flax_resblock.port.parts import (
+    Body,
+    ContainerPart,
+    LayerPart,
+    ModulePart,
+    ParameterPart,
+    Part,
+)  # fmt: skip
+from flax_resblock.port.placing import Values
+from flax_resblock.port.tracing import Traced, shape_of, size_of
+from flax_resblock.port.values import Code, Constant, Value
+from flax_resblock.port.writing import write
+
+PASSES = LayerPart(Layer("nn.identity"), "")
+"""In the place of a module that holds nothing and is not called with those beside it."""
+
+
+class Reader:
+    """Reads the modules of a traced network, each once."""
+
+    def __init__(self, traced: Traced) -> None:
+        self.traced = traced
+        self.name = type(traced.live).__name__
+        self.bodies: dict[str, Body] = {}
+        self.inputs: dict[str, Sequence[tuple[Shape, Order]]] = {}
+
+    def live(self, path: str) -> torch.nn.Module:
+        """The user's module."""
+        return self.traced.live.get_submodule(without_call(path))
+
+    def graph(self, path: str) -> Any:
+        """What the module does."""
+        return getattr(self.traced.graphs.get_submodule(path), "graph", None)
+
+    def body(self, path: str, inputs: Sequence[tuple[Shape, Order]]) -> Body:
+        """The body of the module at ``path``, called with tensors of these shapes and orders."""
+        base = without_call(path)
+        body = BodyReader(self, path, inputs).read()
+        known = self.bodies.setdefault(base, body)
+        self.inputs.setdefault(base, inputs)
+        if (known.lines, known.constants) != (body.lines, body.constants):
+            raise InputError(
+                f"{self.name} cannot be ported: {base} is called more than once, and what it "
+                f"does depends on the call (on the shape of its input, for example). Use a module "
+                f"of its own for every call that differs."
+            )
+        return known
+
+
+def without_call(path: str) -> str:
+    """``"a.b"`` for ``"a.b@1"``, which is the second call of that module."""
+    return ".".join(part.partition("@")[0] for part in path.split("."))
+
+
+def is_container(module: torch.nn.Module) -> bool:
+    """Whether a module only holds others: in the emitted code it has no class."""
+    return isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict)) or (
+        type(module) is torch.nn.Sequential
+    )
+
+
+def identifier(name: str) -> str:
+    """A name that Python accepts."""
+    name = name if name.isidentifier() else "".join(c if c.isalnum() else "_" for c in f"_{name}")
+    return f"{name}_" if keyword.iskeyword(name) else name
+
+
+class BodyReader(Values):
+    """Reads one module.
+
+    Args:
+      reader: Of the network.
+      path: Of the module.
+      inputs: Shape and order of each tensor that it is called with.
+      skipped: Children that are treated as if they returned their input.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        path: str,
+        inputs: Sequence[tuple[Shape, Order]],
+        skipped: frozenset[str] = frozenset(),
+    ) -> None:
+        self.live = reader.live(path)
+        kind = type(self.live).__name__
+        super().__init__(reader.name, f"module {path} ({kind})" if path else "its forward pass")
+        self.reader, self.path, self.skipped = reader, path, skipped
+        self.body = Body(without_call(path), type(self.live))
+        self.graph = reader.graph(path)
+        self._arguments(inputs)
+
+    def read(self) -> Body:
+        """Reads every node."""
+        from flax_resblock.port.operators import apply_operator
+
+        self.body.parts = self._own_parts()
+        outputs: list[Value] = []
+        for self.node in self.graph.nodes:
+            if self.node.op == "get_attr":
+                self.env[self.node] = self._attribute(str(self.node.target))
+            elif self.node.op == "call_module":
+                self.env[self.node] = self._call(self.node)
+            elif self.node.op == "call_function":
+                self.env[self.node] = apply_operator(self, self.node)
+            elif self.node.op == "output":
+                outputs = self._outputs(self.node.args[0])
+        for value, part in self.parameters.items():
+            part.order = part.order or value.order
+        write(self.body, self.values, outputs)
+        children = [identifier(name) for name, _ in self.live.named_children()]
+        self.body.parts = dict(
+            sorted(
+                self.body.parts.items(),
+                key=lambda pair: children.index(pair[0]) if pair[0] in children else len(children),
+            )
+        )
+        self.body.sequence = self._sequence()
+        return self.body
+
+    def inside(self, name: str) -> str:
+        """The name in the network of what has this name in the module."""
+        return f"{self.body.path}.{name}".strip(".")
+
+    def _outputs(self, result: Any) -> list[Value]:
+        flat = list(_leaves(result))
+        self.body.is_tuple = isinstance(result, (tuple, list)) and self.path != ""
+        self.body.result = ", ".join("{}" for _ in flat)
+        outputs = [self.settled(self.value(one)) for one in flat]
+        if self.path == "":
+            self.body.result = _result(self.reader.traced.out_spec)
+            outputs = [self.bring(one, axes.channels_last(len(one.shape))) for one in outputs]
+        self.body.outputs = [(one.shape, one.order) for one in outputs]
+        return outputs
+
+    # Arguments
+
+    def _arguments(self, inputs: Sequence[tuple[Shape, Order]]) -> None:
+        names = _argument_names(self.live)
+        tensors = tensor_inputs(self.graph)
+        self.body.list_input = len(tensors) > 1 and len(names) == 1
+        self.listed: list[Value] = []
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and node not in tensors:
+                value = node.meta.get("val")
+                self.env[node] = size_of(value) if value is not None else None
+        for place in list_order(self.graph) if self.body.list_input else range(len(tensors)):
+            shape, order = inputs[place]
+            if self.body.list_input:
+                name = f"{names[0]}[{len(self.listed)}]"
+            else:
+                name = names[place] if place < len(names) else f"{names[-1]}{place}"
+                self.body.arguments.append(name)
+            plain = not self.body.list_input
+            value = Value(Code(name), shape, order, name, name=name, plain=plain)
+            self.env[tensors[place]] = value
+            self.listed.append(value)
+            self.body.input_shapes.append(value.sizes)
+        if self.body.list_input:
+            self.body.arguments = [names[0]]
+
+    # Parts
+
+    def _own_parts(self) -> dict[str, Part]:
+        """The attributes that are layers or hold layers; what is called is added by its call."""
+        parts: dict[str, Part] = {}
+        for name, child in self.live.named_children():
+            part = None if name in self.skipped else self._part(child, self.inside(name))
+            if part is not None and not (isinstance(part, LayerPart) and not part.layer.stateful):
+                parts[identifier(name)] = part
+        return parts
+
+    def _part(self, module: torch.nn.Module, inside: str) -> Part | None:
+        if is_container(module):
+            kind = "Dict" if isinstance(module, torch.nn.ModuleDict) else "List"
+            kind = "Sequential" if isinstance(module, torch.nn.Sequential) else kind
+            items = {
+                name: self._part(child, f"{inside}.{name}") or PASSES
+                for name, child in module.named_children()
+            }
+            return ContainerPart(kind, items) if items else None
+        layer = layer_of(module)
+        return None if layer is None else LayerPart(layer, f"{inside}.")
+
+    def _sequence(self) -> ContainerPart | None:
+        """The modules of a Sequential that does nothing but call them in a row, else None."""
+        forward = getattr(type(self.live), "forward", None)
+        if (
+            forward is not torch.nn.Sequential.forward
+            or self.body.is_tuple
+            or not len(self.graph.nodes)
+        ):
+            return None
+        previous, found = None, []
+        for node in self.graph.nodes:
+            if node in tensor_inputs(self.graph) and previous is None:
+                previous = node
+            elif node.op == "call_module":
+                if [one for one in node.args if _is_tensor(one)] != [previous]:
+                    return None
+                previous = node
+                found.append(str(node.target))
+            elif node.op != "output" and _is_tensor(node):
+                return None
+        names = [name for name, _ in self.live.named_children()]
+        moved = any("jnp." in line or ".reshape(" in line for line in self.body.lines)
+        if found != names or moved or any(line.startswith("for ") for line in self.body.lines[:0]):
+            return None
+        items = {}
+        for name, child in self.live.named_children():
+            items[name] = (
+                self.body.parts.get(identifier(name))
+                or self._part(child, self.inside(name))
+                or PASSES
+            )
+        return ContainerPart("Sequential", items)
+
+    # Calls of children
+
+    def _call(self, node: Any) -> Any:
+        target = without_call(str(node.target))
+        path = f"{self.path}.{node.target}".strip(".")
+        child = self.reader.live(path)
+        arguments = [self.value(one) for one in node.args if isinstance(self.number(one), Value)]
+        if target in self.skipped:
+            return arguments[0]
+        layer = None if is_container(child) else layer_of(child)
+        if layer is not None:
+            return self.apply(layer, target, arguments[0], shape_of(node))
+        arguments = [self.settled(one) for one in arguments]
+        body = self.reader.body(path, [(one.shape, one.order) for one in arguments])
+        self._hold(target, child, body)
+        holes: list[Value] = arguments
+        text = ", ".join("{}" for _ in holes)
+        if body.list_input:
+            holes = [arguments[place] for place in list_order(self.reader.graph(path))]
+            text = f"[{text}]"
+            if holes == self.listed and self.body.list_input:
+                text, holes = self.body.arguments[0], []
+        text = f"{self.accessor(target)}({text})"
+        hint = _hint(target)
+        if not body.is_tuple:
+            (_, order) = body.outputs[0]
+            return self.new(text, holes, shape_of(node), order, hint=hint)
+        whole = self.new(text, holes, (), (), hint=hint)
+        whole.items = [
+            self.new(f"{{3}}[{place}]", (whole,), shape, order, hint=f"{hint}{place}")
+            for place, (shape, order) in enumerate(body.outputs)
+        ]
+        return whole if len(whole.items) > 1 else whole.items[0]
+
+    def apply(self, layer: Layer, target: str, x: Value, shape: Shape) -> Value:
+        """What a layer makes of a value.
+
+        Args:
+          layer: Of ``flax_resblock.nn``.
+          target: Where it is in this module, for a layer with parameters.
+          x: Its input.
+          shape: Of its output, as PyTorch has it.
+        """
+        rank = len(x.shape)
+        x = self.settled(x)
+        if layer.inputs == "channels_last":
+            x = self.bring(x, axes.channels_last(rank))
+        elif layer.inputs == "last_axis" and x.order[-1] != rank - 1:
+            x = self.bring(x, axes.torch_order(rank))
+        order = x.order if len(shape) == rank else axes.channels_last(len(shape))
+        if layer.call == "nn.identity":
+            return x
+        if layer.stateful:
+            text = f"{self.accessor(target)}({{}})"
+            return self.new(text, (x,), shape, order, hint=_hint(target))
+        text, holes = layer_call(layer)
+        return self.new(text, (x, *holes), shape, order, hint=layer.call.rpartition(".")[2])
+
+    def _hold(self, target: str, child: torch.nn.Module, body: Body) -> None:
+        """Keeps a module that was called among the parts."""
+        holder: Any = self.body.parts
+        *steps, last = target.split(".")
+        for step in steps:
+            part = holder.get(step, holder.get(identifier(step)))
+            if isinstance(part, ContainerPart):
+                holder = part.items
+            elif isinstance(part, ModulePart):
+                holder = part.body.parts
+            else:
+                raise self.refusal(f"it calls {target}, a part of a module that it never calls")
+        last = last if steps and isinstance(holder, dict) and last in holder else identifier(last)
+        part = body.sequence if type(child) is torch.nn.Sequential else None
+        holder[last] = ModulePart(body) if part is None else part
+
+    def accessor(self, target: str) -> str:
+        """``self.layers[1]`` for ``layers.1``."""
+        text, module = "self", self.live
+        for place, step in enumerate(target.split(".")):
+            names = [name for name, _ in module.named_children()]
+            if place and isinstance(module, torch.nn.ModuleDict):
+                text += f"[{step!r}]"
+            elif place and is_container(module):
+                text += f"[{names.index(step)}]"
+            else:
+                text += f".{identifier(step)}"
+            module = module.get_submodule(step) if step in names else module
+        return text
+
+    # Parameters
+
+    def _attribute(self, target: str) -> Any:
+        *steps, name = target.split(".")
+        try:
+            owner = self.live.get_submodule(".".join(steps))
+        except AttributeError:
+            owner = self.live
+        parameters = dict(owner.named_parameters(recurse=False))
+        tensor = parameters.get(name, dict(owner.named_buffers(recurse=False)).get(name))
+        if tensor is None:
+            graphs: Any = self.reader.traced.graphs.get_submodule(self.path)
+            return self._literal(graphs.get_submodule(".".join(steps)).__getattr__(name))
+        shape = tuple(tensor.shape)
+        layer = layer_of(owner) if steps and not is_container(owner) else None
+        if layer is not None and name in layer.tensors:
+            ours, codec = layer.tensors[name]
+            code = Code(f"{self.accessor('.'.join(steps))}.{ours}[...]")
+            return Value(code, shape, codec.axes or axes.torch_order(len(shape)), name)
+        if steps:
+            raise self.refusal(f"it uses {target}, a tensor of another module")
+        part = self.body.parts.get(identifier(name))
+        if not isinstance(part, ParameterPart):
+            part = ParameterPart(name, shape, None, name in parameters, _initial(tensor))
+            self.body.parts[identifier(name)] = part
+        order = part.order or axes.torch_order(len(shape))
+        value = Value(Code(f"self.{identifier(name)}[...]"), shape, order, identifier(name))
+        self.parameters[value] = part
+        return value
+
+    def _literal(self, tensor: torch.Tensor) -> Any:
+        if tensor.ndim == 0:
+            return tensor.item()
+        if tensor.numel() > 64:
+            raise self.refusal(
+                f"it uses a constant of {tensor.numel():,} numbers that is neither a parameter nor "
+                f"a buffer. Register it with register_buffer"
+            )
+        shape, first = tuple(tensor.shape), self.listed[0].name
+        code = Code(f"jnp.array({tensor.tolist()!r}, {first}.dtype)")
+        return Value(code, shape, axes.torch_order(len(shape)), "constant")
+
+    def own(self, argument: Any) -> str | None:
+        """The name of a parameter or buffer of this module that nothing else has used yet."""
+        part = self.parameters.get(self.number(argument)) if argument is not None else None
+        used_once = part is not None and len(argument.users) == 1
+        return part.name if part is not None and used_once and part.order is None else None
+
+    def synthesised(self, layer: Layer, hint: str, names: Sequence[str]) -> str:
+        """Puts a layer in the place of tensors that the forward pass used by itself.
+
+        Returns:
+          The name of the layer.
+        """
+        for name in names:
+            self.body.parts.pop(identifier(name), None)
+        taken = {*self.body.parts, *(identifier(name) for name, _ in self.live.named_children())}
+        name, number = hint, 1
+        while name in taken:
+            number += 1
+            name = f"{hint}{number}"
+        self.body.parts[name] = LayerPart(layer, f"{self.body.path}." if self.body.path else "")
+        return name
+
+
+def _initial(tensor: torch.Tensor) -> str:
+    """Code of a value as the tensor has it now: a constant, or random numbers as large."""
+    flat = tensor.detach().flatten().double()
+    if bool((flat == flat[0]).all()):
+        value = float(flat[0])
+        return {0.0: "jnp.zeros({})", 1.0: "jnp.ones({})"}.get(value, f"jnp.full({{}}, {value:g})")
+    return f"{float(flat.std()):.2g} * jax.random.normal(rngs.params(), {{}})"
+
+
+def _leaves(result: Any) -> Any:
+    if isinstance(result, (tuple, list)):
+        for one in result:
+            yield from _leaves(one)
+    elif isinstance(result, dict):
+        for one in result.values():
+            yield from _leaves(one)
+    else:
+        yield result
+
+
+def _result(spec: Any) -> str:
+    """What the network returns, with a hole for every tensor."""
+    if spec.is_leaf():
+        return "{}"
+    inner = [_result(child) for child in spec.children()]
+    if spec.type in (tuple, list):
+        ends = "[]" if spec.type is list else "()"
+        return ends[0] + ", ".join(inner) + ("," if len(inner) == 1 else "") + ends[1]
+    names = [str(key) for key in spec.context] if isinstance(spec.context, (list, tuple)) else []
+    if len(names) != len(inner):
+        names = list(getattr(spec.context, "_fields", ())) or [str(i) for i in range(len(inner))]
+    pairs = (f'"{name}": {value}' for name, value in zip(names, inner, strict=True))
+    return "{{" + ", ".join(pairs) + "}}"
+
+
+def _is_tensor(node: Any) -> bool:
+    return isinstance(node, torch.fx.Node) and hasattr(node.meta.get("val"), "shape")
+
+
+def tensor_inputs(graph: Any) -> list[Any]:
+    """The inputs of a graph that are tensors."""
+    return [node for node in graph.nodes if node.op == "placeholder" and _is_tensor(node)]
+
+
+def list_order(graph: Any) -> list[int]:
+    """The order of the tensors of a list: that in which an operator takes them all."""
+    tensors = tensor_inputs(graph)
+    for node in graph.nodes:
+        for argument in node.args:
+            if isinstance(argument, (list, tuple)) and set(tensors) == set(argument):
+                return [tensors.index(one) for one in argument]
+    return list(range(len(tensors)))
+
+
+def layer_call(layer: Layer) -> tuple[str, list[Constant]]:
+    """``nn.max_pool({}, {}, stride={})``, and the constants for its holes behind the first."""
+    texts = ["{}", *("{}" for _ in layer.positional)]
+    holes = [Constant(value, "size") for value in layer.positional]
+    for name, value in layer.options.items():
+        texts.append(f"{name}={{}}")
+        holes.append(Constant(value, name))
+    return f"{layer.call}({', '.join(texts)})", holes
+
+
+def _argument_names(module: torch.nn.Module) -> list[str]:
+    parameters = inspect.signature(module.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [identifier(one.name) for one in parameters if one.kind in kinds]
+    return ["x"] if names in ([], ["input"]) else names
+
+
+def _hint(target: str) -> str:
+    """The name of a variable for what a module returns."""
+    *rest, last = target.split(".")
+    return identifier("_".join([*rest[-1:], last]) if last.isdigit() else last)

@@ -1,0 +1,162 @@
+"""What a class of the emitted code is made of, and how its instances differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flax_resblock.convert.codecs import Codec
+from flax_resblock.port.axes import Order, Shape
+from flax_resblock.port.layers import Layer
+from flax_resblock.port.values import Constant
+
+Key = tuple[Any, ...]
+"""Equal for instances of one class."""
+
+
+@dataclass
+class LayerPart:
+    """A layer of ``flax_resblock.nn``.
+
+    Attributes:
+      layer: Which, with its arguments.
+      prefix: Of the names of its tensors in the state dict.
+    """
+
+    layer: Layer
+    prefix: str
+
+
+@dataclass
+class ParameterPart:
+    """A parameter or buffer that the forward pass uses itself.
+
+    Attributes:
+      name: In the module that it is a part of.
+      shape: As PyTorch has it.
+      order: In which it is stored; None until its first use decides.
+      trained: Whether it is a parameter.
+      initial: Code of the value that it starts with; ``{}`` is its shape.
+    """
+
+    name: str
+    shape: Shape
+    order: Order | None
+    trained: bool
+    initial: str = "jnp.zeros({})"
+
+
+@dataclass
+class ContainerPart:
+    """Modules in a row or under names.
+
+    Attributes:
+      kind: ``"Sequential"``, ``"List"`` or ``"Dict"``.
+      items: By their names in PyTorch.
+    """
+
+    kind: str
+    items: dict[str, Part]
+
+
+@dataclass
+class ModulePart:
+    """A module of a class that is emitted too."""
+
+    body: Body
+
+
+Part = LayerPart | ParameterPart | ContainerPart | ModulePart
+
+
+@dataclass
+class Body:
+    """One instance of a class of the user's.
+
+    Attributes:
+      path: Where in the network it is.
+      cls: Its class in PyTorch.
+      parts: Its attributes.
+      arguments: Of ``__call__``: name and shape for the docstring.
+      lines: Of ``__call__``; ``\\x01INDEX\\x02`` is a constant.
+      constants: Of the lines.
+      outputs: Order and PyTorch shape of each tensor that it returns.
+      is_tuple: Whether it returns several tensors.
+      list_input: Whether its only argument is a list of tensors.
+      sequence: If it does nothing but call modules in a row, those.
+      result: What is returned, with a hole for every tensor.
+      group: The class that it is emitted as.
+    """
+
+    path: str
+    cls: type
+    parts: dict[str, Part] = field(default_factory=dict)
+    arguments: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    constants: list[Constant] = field(default_factory=list)
+    input_shapes: list[Shape] = field(default_factory=list)
+    outputs: list[tuple[Shape, Order]] = field(default_factory=list)
+    is_tuple: bool = False
+    list_input: bool = False
+    sequence: ContainerPart | None = None
+    result: str = "{}"
+    group: Any = None
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the state dict and where the Flax model has it.
+
+    Attributes:
+      key: In the state dict.
+      path: In the model; None for what the forward pass never uses.
+      codec: Between the two memory layouts.
+      trained: Whether it is a parameter.
+    """
+
+    key: str
+    path: tuple[Any, ...] | None
+    codec: Codec
+    trained: bool = True
+
+
+def tensors_of(
+    parts: Mapping[str, Part], prefix: str = "", path: tuple[Any, ...] = ()
+) -> list[Tensor]:
+    """Every tensor of a module's parts."""
+    found: list[Tensor] = []
+    for name, part in parts.items():
+        found += _tensors(part, (*path, name), prefix)
+    return found
+
+
+def _tensors(part: Part, path: tuple[Any, ...], prefix: str) -> list[Tensor]:
+    if isinstance(part, LayerPart):
+        return [
+            Tensor(f"{part.prefix}{torch}", (*path, ours), codec, ours in TRAINED)
+            for torch, (ours, codec) in part.layer.tensors.items()
+        ]
+    if isinstance(part, ParameterPart):
+        moved = part.order not in (None, tuple(range(len(part.shape))))
+        codec = Codec("axes moved", part.order) if moved else Codec("as is")
+        return [Tensor(f"{prefix}{part.name}", path, codec, part.trained)]
+    if isinstance(part, ModulePart):
+        body, inside = part.body, f"{part.body.path}."
+        if body.sequence is None:
+            return tensors_of(body.parts, inside, path)
+        return _tensors(body.sequence, path, inside)
+    return [
+        tensor
+        for place, (key, item) in enumerate(part.items.items())
+        for tensor in _tensors(item, (*path, *_STEPS[part.kind](place, key)), prefix)
+    ]
+
+
+TRAINED = ("kernel", "bias", "scale", "weight")
+
+_STEPS: Mapping[str, Any] = {
+    "Sequential": lambda place, key: ("layers", place),
+    "List": lambda place, key: (place,),
+    "Dict": lambda place, key: (key,),
+}

@@ -1,0 +1,196 @@
+"""Builds the values of one module, and moves their axes where an operator needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from flax_resblock.errors import InputError
+from flax_resblock.port import axes
+from flax_resblock.port.axes import Order, Shape
+from flax_resblock.port.parts import ParameterPart
+from flax_resblock.port.tracing import where
+from flax_resblock.port.values import ATOM, BATCH, SAME, Code, Constant, Value, source
+
+
+class Values:
+    """The values of one module, in the order in which they are computed."""
+
+    def __init__(self, network: str, place: str) -> None:
+        self.network, self.place = network, place
+        self.values: list[Value] = []
+        self.env: dict[Any, Any] = {}
+        self.node: Any = None
+        self.parameters: dict[Value, ParameterPart] = {}
+
+    def refusal(self, why: str) -> InputError:
+        """An error with the place in the user's code."""
+        line = where(self.node) if self.node is not None else ""
+        at = f", at {line}" if line else ""
+        return InputError(f"{self.network} cannot be ported: in {self.place}{at}, {why}.")
+
+    def number(self, argument: Any) -> Any:
+        """An argument of an operator: a number, or a value."""
+        return self.env.get(argument, argument) if isinstance(argument, torch.fx.Node) else argument
+
+    def value(self, argument: Any) -> Value:
+        """The value of a node."""
+        found = argument if isinstance(argument, Value) else self.number(argument)
+        if not isinstance(found, Value):
+            raise self.refusal(f"it computes with {found!r} where a tensor is expected")
+        return found
+
+    def new(
+        self,
+        text: str,
+        holes: Sequence[Any],
+        shape: Shape,
+        order: Order,
+        *,
+        binding: int = ATOM,
+        hint: str = "x",
+    ) -> Value:
+        """A value that this code computes."""
+        code = Code(text, tuple(source(hole) for hole in holes), binding)
+        line = where(self.node) if self.node is not None else ""
+        made = Value(code, tuple(shape), tuple(order), hint, line)
+        self.values.append(made)
+        return made
+
+    def bring(self, value: Value, order: Order) -> Value:
+        """The value with its axes in this order."""
+        value = self.settled(value)
+        self._store(value, order)
+        if value.order == order:
+            return value
+        if not axes.moves_data(value.shape, value.order, order):
+            sizes = tuple(value.shape[axis] for axis in order)
+            return self._shaped(value, sizes, value.shape, order)
+        moved = axes.permutation(value.order, order)
+        text = f"jnp.transpose({{}}, {moved})"
+        return self.new(text, (value,), value.shape, order, hint=value.hint)
+
+    def _store(self, value: Value, order: Order) -> None:
+        """Lets the first use of a parameter decide how it is stored."""
+        part = self.parameters.get(value)
+        if part is not None and part.order is None:
+            part.order = value.order = order
+
+    def reshaped(self, value: Value, shape: Shape) -> Value:
+        """``tensor.reshape(shape)``."""
+        value = self.settled(value)
+        plan = axes.reshape(value.shape, value.order, shape)
+        value = self.bring(value, plan.before)
+        return self._shaped(value, plan.shape, shape, plan.order)
+
+    def transposed(self, value: Value, permutation: Sequence[int]) -> Value:
+        """``tensor.permute(permutation)``, which moves nothing."""
+        value = self.settled(value)
+        self._store(value, value.order)
+        shape = tuple(value.shape[axis] for axis in permutation)
+        return self.relabelled(value, shape, axes.transposed(value.order, permutation))
+
+    def relabelled(self, value: Value, shape: Shape, order: Order) -> Value:
+        """The same array, which PyTorch sees in another shape or with its axes in another order."""
+        if (value.shape, value.order) == (shape, order):
+            return value
+        return self.new(SAME, (value,), shape, order, hint=value.hint)
+
+    def _shaped(self, value: Value, sizes: Shape, shape: Shape, order: Order) -> Value:
+        """Our array reshaped to ``sizes``."""
+        if value.sizes == sizes:
+            return self.relabelled(value, shape, order)
+        index = _inserted(value.sizes, sizes)
+        if index is not None:
+            return self.new(f"{{{ATOM}}}[{index}]", (value,), shape, order, hint=value.hint)
+        text, holes = self.sizes(sizes, value)
+        holes = (value, *holes)
+        return self.new(f"{{{ATOM}}}.reshape({text})", holes, shape, order, hint=value.hint)
+
+    def settled(self, value: Value) -> Value:
+        """The value, broadcast to its shape where PyTorch only pretended to."""
+        if value.expanded is None or value.expanded == value.shape:
+            return value
+        shape = value.expanded
+        order = axes.channels_last(len(shape))
+        inner = self.for_broadcast(value, order)
+        text, holes = self.sizes(tuple(shape[axis] for axis in order), None)
+        text = f"jnp.broadcast_to({{}}, ({text}))"
+        return self.new(text, (inner, *holes), shape, order, hint=value.hint)
+
+    def for_broadcast(self, value: Value, order: Order) -> Value:
+        """The value such that jax broadcasts it against one of this order, of as many axes or
+        more.
+        """
+        plan = axes.aligned(value.shape, value.order, order)
+        self._store(value, plan.before)
+        if value.expanded is not None:
+            value = self.relabelled_plain(value)
+        value = self.bring(value, plan.before) if value.order != plan.before else value
+        if value.sizes == plan.shape:
+            return value
+        flat = axes.torch_order(len(plan.shape))
+        return self._shaped(value, plan.shape, plan.shape, flat)
+
+    def relabelled_plain(self, value: Value) -> Value:
+        """Without what PyTorch pretends about its shape."""
+        return self.new(SAME, (value,), value.shape, value.order, hint=value.hint)
+
+    def sizes(self, sizes: Shape, like: Value | None) -> tuple[str, list[Any]]:
+        """The sizes of an array as code.
+
+        Args:
+          sizes: Of the array.
+          like: An array that is reshaped to them: what they have in common in front is taken from
+            it, and one of the others is ``-1``. None: the sizes are written out.
+        """
+        common, texts, holes = 0, [], []
+        have = () if like is None else like.sizes
+        while common < min(len(have), len(sizes)) and have[common] == sizes[common]:
+            common += 1
+        if common:
+            texts.append(f"{{{ATOM}}}.shape[0]" if common == 1 else f"*{{{ATOM}}}.shape[:{common}]")
+            holes.append(like)
+        rest = sizes[common:]
+        batched = [place for place, size in enumerate(rest) if size % BATCH == 0]
+        free = None
+        if like is not None and rest:
+            free = batched[0] if batched else len(rest) - 1
+        for place, size in enumerate(rest):
+            if place == free and (batched or size != 1):
+                texts.append("-1")
+            elif size % BATCH == 0:
+                factor = f"{size // BATCH} * " if size > BATCH else ""
+                texts.append(f"{factor}{{{ATOM}}}.shape[0]")
+                holes.append(self._with_batch())
+            else:
+                texts.append("{}")
+                holes.append(Constant(size, "size"))
+        return ", ".join(texts) + ("," if len(texts) == 1 and like is None else ""), holes
+
+    def _with_batch(self) -> Value:
+        for value in self.env.values():
+            if isinstance(value, Value) and value.name is not None and value.sizes[:1] == (BATCH,):
+                return value
+        raise self.refusal("it needs the size of the batch, and no input begins with it")
+
+
+def _inserted(have: Shape, want: Shape) -> str | None:
+    """The index that does nothing but insert axes of size 1; None where more is needed."""
+    index: list[str] = []
+    place = 0
+    for size in want:
+        if place < len(have) and have[place] == size:
+            index.append(":")
+            place += 1
+        elif size == 1:
+            index.append("None")
+        else:
+            return None
+    if place != len(have) or "None" not in index:
+        return None
+    while index[-1] == ":":
+        index.pop()
+    return ", ".join(index)

@@ -1,0 +1,257 @@
+"""Prints the classes of a network as Python."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from flax_resblock.port.classes import (
+    EmittedClass,
+    Written,
+    argument_names,
+    default_of,
+)  # fmt: skip
+from flax_resblock.port.parts import Body, ContainerPart, LayerPart, ModulePart, ParameterPart, Part
+from flax_resblock.port.values import BATCH
+
+_CONSTANT = re.compile(r"\x01(\d+)\x02")
+
+
+def source_of(classes: Sequence[EmittedClass], title: str) -> str:
+    """The file.
+
+    Args:
+      classes: Each behind those that it uses.
+      title: The first line of its docstring.
+    """
+    text = "\n\n".join(_class(one, last=one is classes[-1]) for one in classes)
+    lines = [f'"""{title}"""', "", "from __future__ import annotations", ""]
+    if "Callable[" in text:
+        lines += ["from collections.abc import Callable"]
+    if "partial(" in text:
+        lines += ["from functools import partial"]
+    lines += ([""] if lines[-1] else []) + ["import jax"]
+    if "jnp." in text:
+        lines += ["import jax.numpy as jnp"]
+    lines += ["from flax import nnx", "", "from flax_resblock import nn", "", ""]
+    return formatted("\n".join(lines) + text + "\n")
+
+
+def formatted(text: str) -> str:
+    """As ruff formats it; as it is where there is no ruff."""
+    beside = shutil.which("ruff", path=str(_bin())) or shutil.which("ruff")
+    if beside is None:
+        return text
+    command = [beside, "format", "--quiet", "--line-length", "100", "--isolated", "-"]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else text
+
+
+def _bin() -> Any:
+    from pathlib import Path
+
+    return Path(sys.executable).parent
+
+
+def _class(made: EmittedClass, *, last: bool) -> str:
+    body = made.main
+    kept = (
+        []
+        if body.sequence is not None
+        else sorted({name for slot, name in made.names.items() if "\x01" in str(slot[0])})
+    )
+    arguments = ", ".join(
+        f"{name}: {_type(values)}"
+        + (f" = {made.defaults[name]!r}" if name in made.defaults else "")
+        for name, values in made.arguments.items()
+    )
+    arguments = f"self, {arguments}, *, rngs: nnx.Rngs" if arguments else "self, *, rngs: nnx.Rngs"
+    parent = "nn.Sequential" if body.sequence is not None else "nnx.Module"
+    lines = [f"class {made.name}({parent}):", f'    """{_summary(made, last)}"""', ""]
+    if body.sequence is not None:
+        items = ", ".join(_items(made, body.sequence, (), call=True))
+        lines += [f"    def __init__({arguments}) -> None:", f"        super().__init__({items})"]
+        return "\n".join(lines) + "\n"
+    inner = [f"self.{name} = {name}" for name in kept]
+    for name, part in body.parts.items():
+        built = _built(made, part, (name,))
+        if name in made.conditions:
+            built += f" if {made.conditions[name]} else nn.identity"
+        inner.append(f"self.{name} = {built}")
+    if inner:
+        lines += [f"    def __init__({arguments}) -> None:"]
+        lines += [f"        {line}" for line in inner] + [""]
+    else:
+        lines += [
+            "    def __init__(self, *, rngs: nnx.Rngs | None = None) -> None:",
+            "        pass",
+            "",
+        ]
+    kind = "list[jax.Array]" if body.list_input else "jax.Array"
+    parameters = ", ".join(f"{name}: {kind}" for name in body.arguments)
+    lines += [f"    def __call__(self, {parameters}) -> {_returned(body)}:"]
+    lines += [f'        """{_shapes(made)}"""']
+
+    def constant(match: re.Match[str]) -> str:
+        slot = (match[0], body.constants[int(match[1])].hint)
+        name = made.names.get(slot)
+        return f"self.{name}" if name else repr(made.literal(slot))
+
+    lines += [f"        {_CONSTANT.sub(constant, line)}" for line in body.lines]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(made: EmittedClass, last: bool) -> str:
+    cls = made.main.cls
+    if last:
+        return f"``{cls.__qualname__}`` of ``{cls.__module__}``, with channels last."
+    return f"``{cls.__qualname__}`` of ``{cls.__module__}``."
+
+
+def _type(values: Sequence[Any]) -> str:
+    kinds = []
+    for value in values:
+        kind = type(value).__name__
+        if isinstance(value, Written):
+            kind = "Callable[[jax.Array], jax.Array]"
+        if isinstance(value, tuple):
+            kind = f"tuple[{', '.join(type(one).__name__ for one in value)}]"
+        if isinstance(value, list):
+            kind = f"list[{type(value[0]).__name__}]"
+        kind = "None" if value is None else kind
+        if kind not in kinds:
+            kinds.append(kind)
+    if set(kinds) == {"int", "float"}:
+        kinds = ["float"]
+    return " | ".join(sorted(kinds, key=lambda kind: kind == "None"))
+
+
+def _returned(body: Body) -> str:
+    if body.result.startswith("{{"):
+        return "dict[str, jax.Array]"
+    if len(body.outputs) > 1:
+        return f"tuple[{', '.join('jax.Array' for _ in body.outputs)}]"
+    return "jax.Array"
+
+
+def _shapes(made: EmittedClass) -> str:
+    """``(N, H, W, in_channels)`` to ``(N, H, W, out_channels)``."""
+    count = len(made.main.input_shapes)
+    if made.main.list_input:
+        return "Takes a list of arrays."
+    inputs = [_shape(made, [body.input_shapes[i] for body in made.bodies], i) for i in range(count)]
+    outputs = [
+        _shape(
+            made,
+            [
+                tuple(one[0][axis] for axis in one[1])
+                for one in (body.outputs[i] for body in made.bodies)
+            ],
+            i,
+        )
+        for i in range(len(made.main.outputs))
+    ]
+    return f"{', '.join(inputs)} to {', '.join(outputs)}."
+
+
+def _shape(made: EmittedClass, shapes: Sequence[tuple[int, ...]], place: int) -> str:
+    if len({len(shape) for shape in shapes}) > 1:
+        return "an array"
+    sizes = []
+    for axis, values in enumerate(zip(*shapes, strict=True)):
+        if values[0] % BATCH == 0:
+            sizes.append("N" if values[0] == BATCH else f"{values[0] // BATCH} N")
+        elif len(shapes[0]) == 4 and axis in (1, 2):
+            sizes.append("HW"[axis - 1] if len(set(values)) > 1 or values[0] != 1 else "1")
+        elif len(set(values)) == 1:
+            sizes.append(str(values[0]))
+        else:
+            same = [name for name, known in made.arguments.items() if tuple(known) == values]
+            sizes.append(same[0] if same else "C")
+    return f"``({', '.join(sizes)})``"
+
+
+# Constructors
+
+
+def _number(made: EmittedClass, slot: tuple[Any, ...]) -> str:
+    return made.names.get(slot) or repr(made.literal(slot))
+
+
+def _built(made: EmittedClass, part: Part, path: tuple[Any, ...]) -> str:
+    """The expression that builds a part."""
+    if isinstance(part, LayerPart):
+        return _layer(made, part, path)
+    if isinstance(part, ParameterPart):
+        return _parameter(made, part, path)
+    if isinstance(part, ModulePart):
+        emitted: EmittedClass = part.body.group
+        texts = []
+        for name in emitted.arguments:
+            slot = (*path, name)
+            text = _number(made, slot)
+            if name in emitted.defaults:
+                if slot not in made.names and made.literal(slot) == emitted.defaults[name]:
+                    continue
+                text = f"{name}={text}"
+            texts.append(text)
+        return f"{emitted.name}({', '.join([*texts, 'rngs=rngs'])})"
+    items = _items(made, part, path, call=part.kind == "Sequential")
+    if part.kind == "Sequential":
+        return f"nn.Sequential({', '.join(items)})"
+    if part.kind == "Dict":
+        pairs = ", ".join(f"{key!r}: {text}" for key, text in zip(part.items, items, strict=True))
+        return f"nnx.Dict({{{pairs}}})"
+    if len(items) == 1 and items[0].startswith("*["):
+        return f"nnx.List({items[0][1:]})"
+    return f"nnx.List([{', '.join(items)}])"
+
+
+def _items(
+    made: EmittedClass, part: ContainerPart, path: tuple[Any, ...], *, call: bool
+) -> list[str]:
+    texts = [_built(made, item, (*path, key)) for key, item in part.items.items()]
+    if part.kind == "Dict":
+        return texts
+    rows: list[tuple[str, int]] = []
+    for text in texts:
+        if rows and rows[-1][0] == text:
+            rows[-1] = (text, rows[-1][1] + 1)
+        else:
+            rows.append((text, 1))
+    return [
+        one
+        for text, count in rows
+        for one in ([f"*[{text} for _ in range({count})]"] if count > 2 else [text] * count)
+    ]
+
+
+def _layer(made: EmittedClass, part: LayerPart, path: tuple[Any, ...]) -> str:
+    layer = part.layer
+    if not layer.stateful:
+        return _number(made, (*path, "function"))
+    names = argument_names(layer.call)
+    first = names[: len(layer.positional)]
+    texts = [_number(made, (*path, name)) for name in first]
+    options = dict.fromkeys(
+        str(slot[-1])
+        for one in made.slots
+        for slot in one
+        if slot[:-1] == path and slot[-1] not in first
+    )
+    for name in options:
+        slot = (*path, name)
+        if slot in made.names or made.literal(slot) != default_of(layer.call, name):
+            texts.append(f"{name}={_number(made, slot)}")
+    return f"{layer.call}({', '.join([*texts, 'rngs=rngs'])})"
+
+
+def _parameter(made: EmittedClass, part: ParameterPart, path: tuple[Any, ...]) -> str:
+    sizes = [_number(made, (*path, place)) for place in range(len(part.shape))]
+    shape = f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+    kind = "nnx.Param" if part.trained else "nnx.BatchStat"
+    return f"{kind}({part.initial.format(shape)})"

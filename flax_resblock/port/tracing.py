@@ -1,0 +1,182 @@
+"""Traces a live PyTorch module: one small graph of ATen operators per submodule.
+
+Source: https://docs.pytorch.org/docs/stable/export.html
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flax_resblock.errors import InputError, visible
+from flax_resblock.port.values import BATCH
+
+_VIEWS = (
+    *("view", "reshape", "transpose", "permute", "slice", "select", "chunk", "split", "squeeze"),
+    *("split_with_sizes", "unsqueeze", "flatten", "unbind", "expand", "expand_as", "narrow", "t"),
+    *("contiguous", "dropout", "alias", "detach", "view_as", "reshape_as", "unflatten", "to"),
+)
+"""Operators whose result may share memory with their input."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A module and what it does.
+
+    Attributes:
+      live: The module, in evaluation mode.
+      graphs: The module again, with a graph for each submodule.
+      out_spec: How its outputs are put together, a pytree.
+    """
+
+    live: torch.nn.Module
+    graphs: torch.nn.Module
+    out_spec: Any
+
+
+def trace(module: torch.nn.Module, images: Sequence[torch.Tensor]) -> Traced:
+    """Traces a module in evaluation mode with a batch of any size.
+
+    Args:
+      module: In evaluation mode.
+      images: Its inputs, each with the batch first.
+    Raises:
+      InputError: The module does what cannot be traced, or changes a part of a tensor in place.
+    """
+    batch = torch.export.Dim.DYNAMIC
+    with _quiet():
+        try:
+            program = torch.export.export(
+                module,
+                tuple(images),
+                dynamic_shapes=tuple({0: batch} for _ in images),
+                strict=False,
+            )
+        except Exception as error:
+            raise InputError(_why_not(module, error)) from error
+        _check_in_place(program, type(module).__name__)
+        graphs = torch.export.unflatten(program)
+    return Traced(module, graphs, program.call_spec.out_spec)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export writes what concerns its own developers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def shape_of(node: Any) -> tuple[int, ...]:
+    """The shape of what a node computes, with :data:`BATCH` for the size of the batch."""
+    return tuple(size_of(size) for size in node.meta["val"].shape)
+
+
+def size_of(size: Any) -> int:
+    """A size that may depend on the batch, as a number."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, BATCH)))
+
+
+def where(node: Any) -> str:
+    """``FILE:LINE (CODE)`` of the user's line that a node comes from; empty if it is unknown."""
+    lines = (node.meta.get("stack_trace") or "").strip().splitlines()
+    places = [place for place, line in enumerate(lines) if line.strip().startswith("File ")]
+    own = [place for place in places if _is_own(lines[place])] or places
+    if not own:
+        return ""
+    head = lines[own[-1]].strip().split('"')
+    number = head[2].split(",")[1].strip().removeprefix("line ")
+    code = lines[own[-1] + 1].strip() if own[-1] + 1 < len(lines) else ""
+    return f"{head[1]}:{number}" + (f" ({code[:100]})" if code else "")
+
+
+def _is_own(line: str) -> bool:
+    root = str(Path(torch.__file__).parent)
+    return root not in line
+
+
+def _why_not(module: torch.nn.Module, error: Exception) -> str:
+    """One paragraph on a module that cannot be traced."""
+    name = type(module).__name__
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if _is_own(frame.filename) and Path(__file__).parent != Path(frame.filename).parent
+    ]
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    code = f" ({frames[-1].line})" if frames and frames[-1].line else ""
+    kind, text = type(error).__name__, str(error)
+    said = visible(text.strip().splitlines()[0][:200] if text.strip() else kind)
+    if "GuardOnDataDependent" in kind or "data-dependent" in text.lower() or ".item()" in text:
+        return (
+            f"{name} cannot be ported: its forward pass depends on the values in a tensor{place}"
+            f"{code}. A compiled program has one path: compute both and choose with torch.where, "
+            f"or decide by shapes and attributes."
+        )
+    if "specialized" in text or "Constraints violated" in text or "constraint" in text.lower():
+        return (
+            f"{name} cannot be ported: its forward pass fixes the size of the batch{place}{code}. "
+            f"Write x.size(0), or -1, where it names the size of the batch. torch.export says: "
+            f"{said}"
+        )
+    return f"{name} cannot be traced{place}{code}: {kind}: {said}"
+
+
+def _check_in_place(program: Any, name: str) -> None:
+    """Refuses code that changes a tensor which is used under another name afterwards."""
+    graph = program.graph
+    base: dict[Any, Any] = {}
+    outside = {node.name for node in graph.nodes if node.op == "placeholder"}
+    inputs = set(program.graph_signature.user_inputs)
+    order = {node: index for index, node in enumerate(graph.nodes)}
+
+    def root(node: Any) -> Any:
+        while node in base:
+            node = base[node]
+        return node
+
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        operator = getattr(node.target, "_schema", None)
+        short = str(node.target).removeprefix("aten.").partition(".")[0]
+        first = node.args[0] if node.args else None
+        if short in _VIEWS or "getitem" in str(node.target):
+            base[node] = first
+        elif operator is not None and short.endswith("_") and not short.startswith("_"):
+            if short in ("detach_", "requires_grad_"):
+                base[node] = first
+                continue
+            target = root(first)
+            kin = [one for one in order if root(one) is target and one is not first]
+            late = [u for one in kin for u in one.users if order[u] > order[node]]
+            if first is not target:
+                late += [u for u in target.users if order[u] > order[node]]
+            late = [user for user in late if user is not node]
+            if late or target.name in outside:
+                what = "its input" if target.name in inputs else "a buffer"
+                what = what if target.name in outside else "a part of a tensor"
+                raise InputError(
+                    f"{name} cannot be ported: it changes {what} in place ({short}) at "
+                    f"{where(node) or 'an unknown line'}, and JAX's arrays do not change. Write "
+                    f"the operation out of place, for example x = x + y in place of x += y, or "
+                    f"with inplace=False."
+                )
+            base[node] = first

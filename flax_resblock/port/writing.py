@@ -1,0 +1,141 @@
+"""Writes the forward pass of a class: which values get a name, and which."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from flax_resblock.port.parts import Body
+from flax_resblock.port.values import Code, Value, Writer, needed_values, source
+
+INLINE = 60
+"""Characters of the longest expression that is written inside another one."""
+DEPTH = 4
+"""Calls that are written inside one another."""
+
+_ITEM = re.compile(r"self\.(\w+)\[(\d+)\]\(\{\}\)")
+
+
+def write(body: Body, values: Sequence[Value], outputs: Sequence[Value]) -> None:
+    """Fills in the lines of ``__call__``.
+
+    Args:
+      body: Changed in place.
+      values: In the order in which they are computed.
+      outputs: What is returned.
+    """
+    outputs = [source(one) for one in outputs]
+    order = _needed(values, outputs)
+    loops = _loops(order, body)
+    order = [value for value in order if value not in loops or loops[value]]
+    last_use: dict[Value, int] = {}
+    named = [value for value in order if _needs_name(value) or value in loops]
+    place_of = {value: place for place, value in enumerate(named)}
+
+    def roots(code: Code) -> list[Value]:
+        found: list[Value] = []
+        for value in needed_values(code):
+            if value.name is not None or value in place_of:
+                found.append(value)
+            else:
+                found += roots(value.code)
+        return found
+
+    for place, value in enumerate(named):
+        for one in roots(value.code):
+            last_use[one] = place
+    for one in outputs:
+        kept = [one] if one in place_of or one.name is not None else roots(one.code)
+        last_use.update(dict.fromkeys(kept, len(named)))
+    taken = {*body.arguments}
+    writer = Writer()
+    for place, value in enumerate(named):
+        operands = [one for one in roots(value.code) if last_use[one] == place and one.plain]
+        text = writer.text(value.code) if value not in loops else ""
+        value.name = operands[0].name if operands else _unique(value.hint, taken)
+        taken.add(value.name or "")
+        value.plain = True
+        if value in loops:
+            attribute, start = loops[value] or ("", value)
+            if start.name != value.name:
+                body.lines.append(f"{value.name} = {start.name or writer.text(start.code)}")
+            body.lines.append(f"for {_singular(attribute)} in self.{attribute}:")
+            body.lines.append(f"    {value.name} = {_singular(attribute)}({value.name})")
+        else:
+            body.lines.append(f"{value.name} = {text}")
+    shown = [writer.text(Code("{}", (one,))) for one in outputs]
+    body.lines.append("return " + body.result.format(*shown))
+    body.constants = writer.constants
+
+
+def _needed(values: Sequence[Value], outputs: Sequence[Value]) -> list[Value]:
+    """The values that the outputs depend on, in order, with their uses counted."""
+    wanted, stack = set(), list(outputs)
+    for one in outputs:
+        one.uses += 1
+    while stack:
+        value = stack.pop()
+        if value in wanted:
+            continue
+        wanted.add(value)
+        for one in needed_values(value.code):
+            one.uses += 1
+            stack.append(one)
+    return [value for value in values if value in wanted]
+
+
+def _needs_name(value: Value) -> bool:
+    """Whether a value is assigned to a variable instead of being written where it is used."""
+    if value.name is not None:
+        return False
+    value.depth = 1 + max((one.depth for one in needed_values(value.code)), default=0)
+    length = len(Writer().text(value.code))
+    if value.uses > 1 or length > INLINE or value.depth > DEPTH:
+        value.depth, value.assigned = 0, True
+        return True
+    return False
+
+
+def _loops(order: Sequence[Value], body: Body) -> dict:
+    """Chains of calls through a whole list: the last of them, with the list and the input.
+
+    Those in between are there too, with None.
+    """
+    found: dict = {}
+    chains: dict[str, list[Value]] = {}
+    for value in order:
+        match = _ITEM.fullmatch(value.code.text)
+        if match is None:
+            continue
+        chain = chains.setdefault(match[1], [])
+        if int(match[2]) == len(chain) and (not chain or value.code.holes == (chain[-1],)):
+            chain.append(value)
+        else:
+            chain.append(value)
+            chains[match[1]] = [*chain, value]  # not in a row
+    for attribute, chain in chains.items():
+        part = body.parts.get(attribute)
+        items = getattr(part, "items", {})
+        row = len(chain) == len(items) > 1 and all(
+            later.code.holes == (earlier,) and earlier.uses == 1
+            for earlier, later in zip(chain, chain[1:], strict=False)
+        )
+        if row:
+            found.update(dict.fromkeys(chain[:-1]))
+            start = chain[0].code.holes[0]
+            found[chain[-1]] = (attribute, start)
+            chain[-1].code = Code("{}", (start,))
+    return found
+
+
+def _unique(hint: str, taken: set[str]) -> str:
+    name, number = hint, 1
+    while name in taken:
+        number += 1
+        name = f"{hint}{number}"
+    return name
+
+
+def _singular(attribute: str) -> str:
+    """``layer`` for ``layers``."""
+    return attribute[:-1] if attribute.endswith("s") and len(attribute) > 2 else f"each_{attribute}"
