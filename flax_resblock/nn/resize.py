@@ -62,10 +62,12 @@ def interpolate(
         asked = [float(one or 0) for one in given] * (len(extents) if len(given) == 1 else 1)
         outputs = tuple(math.floor(n * one) for n, one in zip(extents, asked, strict=True))
         factors = factors if recompute_scale_factor else tuple(asked)
+    wide = np.float64 if x.dtype == np.float64 else np.float32
+    dtype = wide if len(extents) == 1 else None
     for axis, (n, out, factor) in enumerate(zip(extents, outputs, factors, strict=True), 1):
         if mode.startswith("nearest"):
             exact = mode == "nearest-exact"
-            x = jnp.take(x, _nearest(n, out, factor, exact=exact), axis)
+            x = jnp.take(x, _nearest(n, out, factor, exact=exact, dtype=dtype), axis)
         elif n != out or factor not in (None, 1.0):
             cubic, corners = mode == "bicubic", bool(align_corners)
             weights = (_antialiased if antialias else _weights)(n, out, factor, cubic, corners)
@@ -76,12 +78,19 @@ def interpolate(
     return x
 
 
-def _nearest(n: int, out: int, factor: float | None, *, exact: bool) -> np.ndarray:
-    """The input of every output, with PyTorch's rounding: positions are float32."""
+def _nearest(
+    n: int, out: int, factor: float | None, *, exact: bool, dtype: type[np.floating] | None
+) -> np.ndarray:
+    """The input of every output, with PyTorch's rounding.
+
+    With one spatial axis the scale has the ``dtype`` of the images. With two (None) it is float32,
+    and sizes that are equal or doubled are not computed with it. PyTorch itself rounds another way
+    for large images of float64."""
     places = np.arange(out)
-    if not exact and out in (n, 2 * n):
+    if dtype is None and not exact and out in (n, 2 * n):
         return places // (out // n)
-    scale = np.float32(n) / np.float32(out) if factor is None else np.float32(1 / factor)
+    kind = dtype or np.float32
+    scale = kind(n) / kind(out) if factor is None else kind(1 / factor)
     positions = (places + 0.5 if exact else places) * np.float64(scale)
     return np.minimum(np.floor(positions.astype(np.float32)).astype(int), n - 1)
 
