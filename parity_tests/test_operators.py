@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from flax_resblock import nn
 from flax_resblock.errors import InputError
 from flax_resblock.nn.variables import variable_at
+from flax_resblock.port import layers
 from flax_resblock.port.layers import Layer, layer_of
 from parity_tests.support import import_torchvision
 
@@ -140,11 +141,13 @@ def differences(
 
 @dataclass(frozen=True)
 class Case:
-    """A module, the shape of its input, and options of the layer that are wrong for it."""
+    """A module, the shape of its input, and options of the layer that are wrong for it; whether
+    it is compared in training mode too."""
 
     module: torch.nn.Module
     shape: tuple[int, ...] = (2, 6, 7, 9)
     wrong: Mapping[str, Any] = field(default_factory=dict)
+    train: bool = True
 
 
 T = torch.nn
@@ -168,6 +171,7 @@ CASES = [
     Case(T.BatchNorm2d(6, track_running_stats=False), wrong={"eps": 1e-3}),
     Case(T.BatchNorm1d(6, track_running_stats=False, affine=False), (4, 6, 5)),
     Case(T.BatchNorm1d(6), (5, 6), wrong={"eps": 1e-3}),
+    Case(T.SyncBatchNorm(6, 1e-3), wrong={"eps": 1e-5}, train=False),  # trains on GPUs alone
     Case(T.MaxPool2d(3, 2, 1), wrong={"padding": 0}),
     Case(T.MaxPool2d(2), wrong={"stride": 1}),
     Case(T.MaxPool2d(3, 2, ceil_mode=True), (2, 6, 8, 9), wrong={"ceil_mode": False}),
@@ -209,6 +213,10 @@ CASES = [
     Case(T.ZeroPad2d((-1, 2, 0, -3))),
     Case(T.ConstantPad2d((1, 2, 0, 3), 0.5), wrong={"value": 0.0}),
     Case(T.ConstantPad1d((1, 2), 0.5), (2, 6, 5)),
+    Case(T.ZeroPad1d((1, 2)), (2, 6, 5)),
+    Case(T.ReflectionPad1d((1, 2)), (2, 6, 5)),
+    Case(T.ReplicationPad1d((1, 2)), (2, 6, 5)),
+    Case(T.CircularPad1d((1, 2)), (2, 6, 5)),
     Case(T.ReflectionPad2d((1, 2, 0, 3)), wrong={"mode": "replicate"}),
     Case(T.ReplicationPad2d((1, 2, 0, 3)), wrong={"mode": "circular"}),
     Case(T.CircularPad2d((1, 2, 0, 3)), wrong={"mode": "constant"}),
@@ -231,6 +239,7 @@ CASES = [
     Case(T.ChannelShuffle(3)),
     *(Case(kind(0.0)) for kind in (T.Dropout, T.Dropout2d, T.AlphaDropout)),
     Case(T.Dropout1d(0.0), (2, 6, 5)),
+    Case(T.RReLU(0.1, 0.4), wrong={"upper": 0.3}, train=False),
     Case(T.PReLU()),
     Case(T.PReLU(6)),
     Case(T.Identity()),
@@ -277,8 +286,8 @@ def test_every_layer_is_pytorchs(case):
     names = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
     assert set(layer.tensors) == names
     x = inputs(case.shape)
-    modes = (True, False) if layer.random or list(module.buffers()) else (True,)
-    for train in modes:
+    differs = layer.random or list(module.buffers())  # between training and evaluation
+    for train in (True, False) if differs and case.train else (case.train,):
         found = differences(module, layer, x, train=train)
         assert max(found.values()) <= TOLERANCE, found
 
@@ -292,8 +301,14 @@ def test_a_wrong_option_is_found(case):
     x = inputs(case.shape)
     if case.wrong.get("use_bias") is False:
         del wrong.tensors["bias"]
-    found = differences(module, wrong, x, train=True)
+    found = differences(module, wrong, x, train=case.train)
     assert max(found.values()) >= FAR
+
+
+def test_every_row_has_a_case():
+    compared = {type(case.module).__name__ for case in CASES}
+    rows = {name.removeprefix("torch.nn.") for name in layers.ROWS if name.startswith("torch.nn.")}
+    assert rows == compared
 
 
 @dataclass(frozen=True)

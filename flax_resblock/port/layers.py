@@ -69,7 +69,7 @@ def layer_of(module: torch.nn.Module) -> Layer | None:
             f"{module} cannot be ported: {_REFUSED[name]} are not supported. Images and sequences "
             f"with one or two spatial axes are."
         )
-    row = _ROWS.get(name)
+    row = ROWS.get(name)
     if row is None:
         _refuse_parametrized(module)
         return None
@@ -98,7 +98,12 @@ def _refuse_changed(module: torch.nn.Module) -> None:
     """Hooks, and a forward of its own, may change what the class computes."""
     hooks = [
         name
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+        for name in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
         if getattr(module, name)
     ]
     if hooks or "forward" in vars(module):
@@ -365,7 +370,7 @@ def _plainly(call: str, **options: str) -> Callable[[Any], Layer]:
     return lambda m: _with(call, **{name: getattr(m, told) for name, told in options.items()})
 
 
-_ROWS: dict[str, Callable[[Any], Layer | None]] = {
+ROWS: dict[str, Callable[[Any], Layer | None]] = {
     "torch.nn.Conv1d": partial(_conv, "Conv1d", OIW_WIO),
     "torch.nn.Conv2d": partial(_conv, "Conv", OIHW_HWIO),
     "torch.nn.ConvTranspose1d": partial(_conv_transpose, "ConvTranspose1d", IOW_WIO),
