@@ -536,6 +536,33 @@ def test_layers_of_torchvision_and_timm_are_known():
     }
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        T.Conv2d(32, 16, (3, 5), groups=2),
+        T.Conv1d(64, 32, 3),
+        T.ConvTranspose2d(32, 64, 3, groups=2),
+        T.ConvTranspose1d(64, 128, 3),
+        T.Linear(64, 32),
+        T.PReLU(3),
+        T.GroupNorm(2, 4),
+    ],
+    ids=str,
+)
+def test_parameters_start_within_pytorchs_bounds(module):
+    layer = layer_of(module)
+    assert layer is not None
+    model = eval(expression(layer), {"nn": nn, "rngs": nnx.Rngs(0)})
+    module.double()
+    for name, (path, codec) in layer.tensors.items():
+        theirs = codec.to_flax(module.state_dict()[name].numpy())
+        ours = np.asarray(variable_at(model, (path,))[...])
+        assert ours.shape == theirs.shape
+        few = 0.25 if ours.size < 1000 else 0.01  # how near the greatest of so many come
+        np.testing.assert_allclose(np.abs(ours).max(), np.abs(theirs).max(), rtol=few)
+        np.testing.assert_allclose(ours.mean(), theirs.mean(), atol=0.05)
+
+
 def test_every_public_name_is_there():
     assert [name for name in nn.__all__ if not callable(getattr(nn, name))] == []
     assert set(nn.__all__) <= set(dir(nn))
