@@ -4,9 +4,10 @@ comparison must fail by far."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import jax
@@ -15,10 +16,14 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from torch.nn import functional as F
 
 from flax_resblock import nn
+from flax_resblock.errors import InputError
 from flax_resblock.nn.variables import variable_at
+from flax_resblock.port import layers
 from flax_resblock.port.layers import Layer, layer_of
+from parity_tests.support import import_torchvision
 
 TOLERANCE = 1e-12
 FAR = 1e-6
@@ -136,11 +141,13 @@ def differences(
 
 @dataclass(frozen=True)
 class Case:
-    """A module, the shape of its input, and options of the layer that are wrong for it."""
+    """A module, the shape of its input, and options of the layer that are wrong for it; whether
+    it is compared in training mode too."""
 
     module: torch.nn.Module
     shape: tuple[int, ...] = (2, 6, 7, 9)
     wrong: Mapping[str, Any] = field(default_factory=dict)
+    train: bool = True
 
 
 T = torch.nn
@@ -164,6 +171,7 @@ CASES = [
     Case(T.BatchNorm2d(6, track_running_stats=False), wrong={"eps": 1e-3}),
     Case(T.BatchNorm1d(6, track_running_stats=False, affine=False), (4, 6, 5)),
     Case(T.BatchNorm1d(6), (5, 6), wrong={"eps": 1e-3}),
+    Case(T.SyncBatchNorm(6, 1e-3), wrong={"eps": 1e-5}, train=False),  # trains on GPUs alone
     Case(T.MaxPool2d(3, 2, 1), wrong={"padding": 0}),
     Case(T.MaxPool2d(2), wrong={"stride": 1}),
     Case(T.MaxPool2d(3, 2, ceil_mode=True), (2, 6, 8, 9), wrong={"ceil_mode": False}),
@@ -178,7 +186,61 @@ CASES = [
     Case(T.AvgPool1d(4, 3, 2, ceil_mode=True), (2, 6, 10), wrong={"stride": 2}),
     Case(T.LPPool2d(2, (3, 2), 2, ceil_mode=True), wrong={"ceil_mode": False}),
     Case(T.LPPool1d(4, 3), (2, 6, 10), wrong={"stride": 2}),
-    Case(T.PReLU(), wrong={}),
+    Case(T.ConvTranspose2d(6, 4, 3, 2, 1, 1), wrong={"output_padding": 0}),
+    Case(T.ConvTranspose2d(6, 4, (2, 3), (1, 2), (1, 0), (0, 1), 2, False, (2, 1))),
+    Case(T.ConvTranspose1d(6, 4, 4, 3, 2, 1), (2, 6, 7), wrong={"padding": 1}),
+    Case(T.GroupNorm(3, 6, 1e-3), wrong={"eps": 1e-5}),
+    Case(T.GroupNorm(2, 6, affine=False), (2, 6, 5)),
+    Case(T.LayerNorm(9), wrong={"eps": 1e-3}),
+    Case(T.LayerNorm(9, bias=False)),
+    Case(T.LayerNorm((6, 7, 9), elementwise_affine=False)),
+    Case(T.LayerNorm((6, 7, 9), 1e-3), wrong={"eps": 1e-5}),
+    Case(T.InstanceNorm2d(6), wrong={"eps": 1e-3}),
+    Case(T.InstanceNorm2d(6, 1e-3, 0.3, True, True), wrong={"momentum": 0.1}),
+    Case(T.InstanceNorm2d(6, momentum=None, track_running_stats=True)),
+    Case(T.InstanceNorm1d(6, affine=True), (2, 6, 5)),
+    Case(T.LocalResponseNorm(4, 0.2, 0.6, 2.0), wrong={"beta": 0.75}),
+    Case(T.LocalResponseNorm(3), (2, 6, 5), wrong={"k": 1.1}),
+    Case(T.AdaptiveAvgPool2d(1)),
+    Case(T.AdaptiveAvgPool2d((3, 4))),
+    Case(T.AdaptiveAvgPool2d((None, 3))),
+    Case(T.AdaptiveAvgPool2d((9, 5))),
+    Case(T.AdaptiveAvgPool1d(4), (2, 6, 10)),
+    Case(T.AdaptiveMaxPool2d((3, 4))),
+    Case(T.AdaptiveMaxPool2d((None, 3))),
+    Case(T.AdaptiveMaxPool1d(4), (2, 6, 10)),
+    Case(T.ZeroPad2d((1, 2, 0, 3)), wrong={"value": 1.0}),
+    Case(T.ZeroPad2d((-1, 2, 0, -3))),
+    Case(T.ConstantPad2d((1, 2, 0, 3), 0.5), wrong={"value": 0.0}),
+    Case(T.ConstantPad1d((1, 2), 0.5), (2, 6, 5)),
+    Case(T.ZeroPad1d((1, 2)), (2, 6, 5)),
+    Case(T.ReflectionPad1d((1, 2)), (2, 6, 5)),
+    Case(T.ReplicationPad1d((1, 2)), (2, 6, 5)),
+    Case(T.CircularPad1d((1, 2)), (2, 6, 5)),
+    Case(T.ReflectionPad2d((1, 2, 0, 3)), wrong={"mode": "replicate"}),
+    Case(T.ReplicationPad2d((1, 2, 0, 3)), wrong={"mode": "circular"}),
+    Case(T.CircularPad2d((1, 2, 0, 3)), wrong={"mode": "constant"}),
+    Case(T.Upsample(scale_factor=2)),
+    Case(T.Upsample((10, 7)), wrong={"mode": "nearest-exact"}),
+    Case(T.Upsample(scale_factor=(1.7, 0.6), mode="nearest-exact"), wrong={"mode": "nearest"}),
+    Case(T.Upsample(11, mode="linear"), (2, 6, 5), wrong={"align_corners": True}),
+    Case(T.Upsample(scale_factor=2, mode="bilinear"), wrong={"mode": "bicubic"}),
+    Case(
+        T.Upsample(scale_factor=1.3, mode="bilinear", recompute_scale_factor=True),
+        wrong={"recompute_scale_factor": None},
+    ),
+    Case(T.Upsample(scale_factor=1.3, mode="bilinear", align_corners=False)),
+    Case(T.Upsample((3, 14), mode="bicubic"), wrong={"align_corners": True}),
+    Case(T.Upsample((1, 14), mode="bicubic", align_corners=True), wrong={"align_corners": None}),
+    Case(T.UpsamplingBilinear2d((9, 13)), wrong={"align_corners": None}),
+    Case(T.UpsamplingNearest2d(scale_factor=3)),
+    Case(T.PixelShuffle(2), (2, 8, 5, 3)),
+    Case(T.PixelUnshuffle(2), (2, 3, 6, 4)),
+    Case(T.ChannelShuffle(3)),
+    *(Case(kind(0.0)) for kind in (T.Dropout, T.Dropout2d, T.AlphaDropout)),
+    Case(T.Dropout1d(0.0), (2, 6, 5)),
+    Case(T.RReLU(0.1, 0.4), wrong={"upper": 0.3}, train=False),
+    Case(T.PReLU()),
     Case(T.PReLU(6)),
     Case(T.Identity()),
     Case(T.ReLU()),
@@ -224,7 +286,8 @@ def test_every_layer_is_pytorchs(case):
     names = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
     assert set(layer.tensors) == names
     x = inputs(case.shape)
-    for train in (True, False):
+    differs = layer.random or list(module.buffers())  # between training and evaluation
+    for train in (True, False) if differs and case.train else (case.train,):
         found = differences(module, layer, x, train=train)
         assert max(found.values()) <= TOLERANCE, found
 
@@ -238,5 +301,343 @@ def test_a_wrong_option_is_found(case):
     x = inputs(case.shape)
     if case.wrong.get("use_bias") is False:
         del wrong.tensors["bias"]
-    found = [differences(module, wrong, x, train=train) for train in (True, False)]
-    assert max(max(one.values()) for one in found) >= FAR
+    found = differences(module, wrong, x, train=case.train)
+    assert max(found.values()) >= FAR
+
+
+def test_every_row_has_a_case():
+    compared = {type(case.module).__name__ for case in CASES}
+    rows = {name.removeprefix("torch.nn.") for name in layers.ROWS if name.startswith("torch.nn.")}
+    assert rows == compared
+
+
+@dataclass(frozen=True)
+class Function:
+    """The same function of both, of arrays in PyTorch's layout and in ours; and a wrong one."""
+
+    theirs: Callable[..., torch.Tensor]
+    ours: Callable[..., jax.Array]
+    wrong: Callable[..., jax.Array]
+    shapes: tuple[tuple[int, ...], ...] = ((2, 6, 5, 7),)
+    axes: tuple[tuple[int, ...] | None, ...] = (None,)
+
+
+IMAGE = (0, 2, 3, 1)
+FUNCTIONS = {
+    "convolve with a bias": Function(
+        lambda x, k, b: F.conv2d(x, k, b, (2, 1), 1, groups=2),
+        lambda x, k, b: nn.convolve(x, k, b, stride=(2, 1), padding=1, groups=2),
+        lambda x, k, b: nn.convolve(x, k, b, stride=(2, 1), padding=(1, 0), groups=2),
+        ((2, 6, 5, 7), (4, 3, 3, 2), (4,)),
+        (IMAGE, (2, 3, 1, 0), (0,)),
+    ),
+    "convolve with a pair for each axis": Function(
+        lambda x, k: F.conv2d(F.pad(x, (1, 2, 0, 3)), k),
+        lambda x, k: nn.convolve(x, k, padding=((0, 3), (1, 2))),
+        lambda x, k: nn.convolve(x, k, padding=((1, 2), (0, 3))),
+        ((2, 6, 5, 7), (4, 6, 3, 2)),
+        (IMAGE, (2, 3, 1, 0)),
+    ),
+    "weight standardisation": Function(
+        lambda w, g: F.batch_norm(
+            w.reshape(1, 5, -1), None, None, g, None, True, 0.0, 1e-6
+        ).reshape(w.shape),
+        lambda w, g: nn.batch_norm_by_batch(w, g, eps=1e-6),
+        lambda w, g: nn.batch_norm_by_batch(w, g, eps=1e-3),
+        ((5, 3, 3, 2), (5,)),
+        ((2, 3, 1, 0), (0,)),
+    ),
+    "batch norm of given statistics": Function(
+        lambda x, m, g: F.batch_norm(x, m.detach(), g.detach() ** 2 + 1, g, None, False, 0.0, 1e-3),
+        lambda x, m, g: nn.batch_norm(
+            x, jax.lax.stop_gradient(m), jax.lax.stop_gradient(g) ** 2 + 1, g, eps=1e-3
+        ),
+        lambda x, m, g: nn.batch_norm(
+            x, jax.lax.stop_gradient(m), jax.lax.stop_gradient(g) ** 2 + 1, g
+        ),
+        ((2, 6, 5, 7), (6,), (6,)),
+        (IMAGE, (0,), (0,)),
+    ),
+    "glu of another axis": Function(
+        lambda x: F.glu(x, 2),
+        lambda x: nn.glu(x, 2),
+        lambda x: nn.glu(x[:, :, ::-1], 2),
+        ((2, 5, 6),),
+    ),
+    "normalize": Function(
+        lambda x: F.normalize(x * (x > 0), dim=-1),
+        lambda x: nn.normalize(x * (x > 0)),
+        lambda x: nn.normalize(x),
+        ((40, 2),),
+    ),
+    "normalize with p=3 and a large eps": Function(
+        lambda x: F.normalize(x, 3.0, 1, 2.5),
+        lambda x: nn.normalize(x, 1, 2.5, 3.0),
+        lambda x: nn.normalize(x, 1, 2.5),
+        ((6, 5, 3),),
+    ),
+    "softmax": Function(
+        lambda x: F.softmax(x, 1),
+        lambda x: nn.softmax(x, axis=1),
+        lambda x: nn.softmax(x, axis=2),
+        ((3, 5, 6),),
+    ),
+    "prelu": Function(
+        F.prelu, nn.prelu, lambda x, w: nn.prelu(x, -w), ((5, 7), (7,)), (None, None)
+    ),
+    "layer norm of two axes": Function(
+        lambda x, g, b: F.layer_norm(x, (5, 7), g, b),
+        lambda x, g, b: nn.layer_norm(x, g, b, axes=2),
+        lambda x, g, b: nn.layer_norm(x, g, b),
+        ((3, 5, 7), (5, 7), (5, 7)),
+        (None, None, None),
+    ),
+    "max pool of one axis": Function(
+        lambda x: F.max_pool1d(x, 3, 2, 1, ceil_mode=True),
+        lambda x: nn.max_pool(x.swapaxes(1, 2), 3, 2, 1, ceil_mode=True).swapaxes(1, 2),
+        lambda x: nn.max_pool(x.swapaxes(1, 2), 3, 2, 1).swapaxes(1, 2),
+        ((2, 3, 8),),
+    ),
+    **{
+        f"antialiased {mode} to {size}": Function(
+            partial(F.interpolate, size=size, mode=mode, antialias=True),
+            partial(nn.interpolate, size=size, mode=mode, antialias=True),
+            partial(nn.interpolate, size=size, mode=mode),
+            ((2, 3, 11, 8),),
+            (IMAGE,),
+        )
+        for mode in ("bilinear", "bicubic")
+        for size in ((5, 3), (4, 13))
+    },
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_is_pytorchs(name):
+    case = FUNCTIONS[name]
+    arrays = [inputs(shape, seed) for seed, shape in enumerate(case.shapes)]
+    tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
+    y_torch = case.theirs(*tensors)
+    cotangent = np.random.default_rng(1).standard_normal(y_torch.shape)
+    y_torch.backward(torch.from_numpy(cotangent))
+    output = case.axes[0]
+
+    def moved(array: Any, axes: tuple[int, ...] | None) -> np.ndarray:
+        return np.asarray(array) if axes is None else np.transpose(array, axes)
+
+    placed = [jnp.asarray(moved(a, axes)) for a, axes in zip(arrays, case.axes, strict=True)]
+    theirs = [moved(y_torch.detach().numpy(), output)]
+    for tensor, axes in zip(tensors, case.axes, strict=True):
+        gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        theirs.append(moved(gradient.numpy(), axes))
+
+    def furthest(function: Callable[..., jax.Array]) -> float:
+        y, back = jax.vjp(jax.jit(function), *placed)
+        if y.shape != theirs[0].shape:
+            return np.inf
+        return max(map(error, [y, *back(jnp.asarray(moved(cotangent, output)))], theirs))
+
+    assert furthest(case.ours) <= TOLERANCE
+    assert furthest(case.wrong) >= FAR
+
+
+NEAREST = [(3, 7), (7, 14), (10, 10), (14, 46), (26, 22), (14, 5)]
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+def test_nearest_rounds_as_pytorch_does(mode):
+    other = {"nearest": "nearest-exact", "nearest-exact": "nearest"}[mode]
+    noticed = 0
+    for (n, out), dtype in product(NEAREST, (np.float32, np.float64)):
+        lines = np.broadcast_to(np.arange(n, dtype=dtype), (1, 3, n))
+        images = np.broadcast_to(lines[..., None], (1, 3, n, 5))
+        for x, size in ((lines, (out,)), (images, (out, 5))):
+            truth = channels_last(F.interpolate(torch.tensor(x), size, mode=mode).numpy())
+            ours, wrong = (nn.interpolate(channels_last(x), size, mode=m) for m in (mode, other))
+            np.testing.assert_array_equal(ours, truth)
+            noticed += bool((wrong != truth).any())
+    assert noticed > len(NEAREST)
+
+
+def test_nearest_by_a_factor_rounds_as_pytorch_does():
+    x = np.arange(2.0)[None, None, :]
+    truth = F.interpolate(torch.tensor(x), scale_factor=1.3).numpy()
+    np.testing.assert_array_equal(
+        nn.interpolate(channels_last(x), scale_factor=1.3)[..., 0], truth[0]
+    )
+    doubled = np.broadcast_to(np.arange(2.0)[:, None], (1, 3, 2, 2))
+    truth = F.interpolate(torch.tensor(doubled), scale_factor=1.3).numpy()
+    ours = nn.interpolate(channels_last(doubled), scale_factor=1.3)
+    np.testing.assert_array_equal(ours, channels_last(truth))
+
+
+def test_dropped_values_have_pytorchs_rate_and_scale():
+    x = jnp.ones((400, 5, 6, 4))
+    y = nn.Dropout(0.25, broadcast_dims=(1, 2), rngs=nnx.Rngs(0))(x)
+    assert bool((y == y[:, :1, :1]).all())
+    np.testing.assert_allclose(sorted(set(np.unique(y))), [0, 4 / 3])
+    assert abs(float(y.mean()) - 1) < 0.05
+    for mode, rows, calls in (("row", 400, 1), ("batch", 2, 200)):
+        depth = nn.StochasticDepth(0.3, mode, rngs=nnx.Rngs(0))
+        images = jnp.ones((rows, 3, 2))
+        kept = np.stack([depth(images).reshape(rows, -1) for _ in range(calls)])
+        together = kept.reshape(calls, -1) if mode == "batch" else kept.reshape(rows, -1)
+        assert bool((together == together[:, :1]).all())
+        np.testing.assert_allclose(np.unique(together), [0, 1 / 0.7])
+        assert abs(float((together > 0).mean()) - 0.7) < 0.08
+        depth.eval()
+        assert depth(x) is x
+    values = jax.nn.selu(jax.random.normal(jax.random.key(0), (200_000,)))
+    dropped = nn.AlphaDropout(0.2, rngs=nnx.Rngs(0))(values)
+    assert abs(float(dropped.mean()) - float(values.mean())) < 0.01
+    assert abs(float(dropped.std()) - float(values.std())) < 0.02
+    truth = torch.nn.AlphaDropout(0.2)(torch.ones(1000, dtype=torch.float64)).unique()
+    ours = jnp.unique(nn.AlphaDropout(0.2, rngs=nnx.Rngs(0))(jnp.ones(1000)))
+    np.testing.assert_allclose(ours, truth, rtol=1e-12)
+    slopes = -nn.RReLU(0.1, 0.4, rngs=nnx.Rngs(0))(-jnp.ones(10_000))
+    assert 0.1 <= float(slopes.min()) < 0.11
+    assert 0.39 < float(slopes.max()) <= 0.4
+
+
+def test_a_random_layer_without_a_stream_says_so():
+    for layer in (nn.StochasticDepth(0.5, rngs=None), nn.AlphaDropout(0.5, rngs=None)):
+        with pytest.raises(ValueError, match=r"built with rngs=None .* model\.eval\(\)"):
+            layer(jnp.ones((2, 3)))
+
+
+def test_layers_of_torchvision_and_timm_are_known():
+    torchvision, timm = import_torchvision(), pytest.importorskip("timm")
+    frozen = randomised(torchvision.ops.FrozenBatchNorm2d(6, 1e-3), 0)
+    layer = layer_of(frozen)
+    assert layer is not None
+    x = inputs((2, 6, 5, 7))
+    assert max(differences(frozen, layer, x, train=True).values()) <= TOLERANCE
+    wrong = replace(layer, options={})
+    assert max(differences(frozen, wrong, x, train=True).values()) >= FAR
+    found = {
+        expression(known)
+        for module in (
+            torchvision.ops.StochasticDepth(0.2, "batch"),
+            timm.layers.DropPath(0.1, scale_by_keep=False),
+            torch.nn.RReLU(0.1),
+            timm.layers.activations.GELU(),
+            timm.layers.activations.Sigmoid(),
+            timm.layers.Linear(2, 3),
+        )
+        if (known := layer_of(module))
+    }
+    assert found == {
+        "nn.StochasticDepth(0.2, mode='batch', rngs=rngs)",
+        "nn.StochasticDepth(0.1, scale_by_keep=False, rngs=rngs)",
+        "nn.RReLU(lower=0.1, rngs=rngs)",
+        "nn.gelu(x)",
+        "nn.sigmoid(x)",
+        "nn.Linear(2, 3, rngs=rngs)",
+    }
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        T.Conv2d(32, 16, (3, 5), groups=2),
+        T.Conv1d(64, 32, 3),
+        T.ConvTranspose2d(32, 64, 3, groups=2),
+        T.ConvTranspose1d(64, 128, 3),
+        T.Linear(64, 32),
+        T.PReLU(3),
+        T.GroupNorm(2, 4),
+    ],
+    ids=str,
+)
+def test_parameters_start_within_pytorchs_bounds(module):
+    layer = layer_of(module)
+    assert layer is not None
+    model = eval(expression(layer), {"nn": nn, "rngs": nnx.Rngs(0)})
+    module.double()
+    for name, (path, codec) in layer.tensors.items():
+        theirs = codec.to_flax(module.state_dict()[name].numpy())
+        ours = np.asarray(variable_at(model, (path,))[...])
+        assert ours.shape == theirs.shape
+        few = 0.25 if ours.size < 1000 else 0.01  # how near the greatest of so many come
+        np.testing.assert_allclose(np.abs(ours).max(), np.abs(theirs).max(), rtol=few)
+        np.testing.assert_allclose(ours.mean(), theirs.mean(), atol=0.05)
+
+
+def test_every_public_name_is_there():
+    assert [name for name in nn.__all__ if not callable(getattr(nn, name))] == []
+    assert set(nn.__all__) <= set(dir(nn))
+    with pytest.raises(AttributeError, match="has no attribute 'Conv3d'"):
+        nn.Conv3d  # noqa: B018
+
+
+def test_sequential_hands_on_what_a_layer_returns():
+    layers = nn.Sequential(lambda x: (x, x + 1), sum, nn.PReLU(rngs=nnx.Rngs(0)), nn.relu)
+    assert layers(jnp.asarray(2.0)).tolist() == [5]
+    assert len(layers) == 4
+    assert [path for path, _ in nnx.to_flat_state(nnx.state(layers))] == [("layers", 2, "weight")]
+    assert nn.Sequential()(3) == 3
+
+
+def with_hook(module: torch.nn.Module) -> torch.nn.Module:
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
+REFUSALS = {
+    "three spatial axes are not supported": lambda: T.Conv3d(1, 1, 1),
+    "recurrent layers are not supported": lambda: T.LSTM(2, 2),
+    "returns indices too": lambda: T.MaxPool2d(2, return_indices=True),
+    "has forward hooks": lambda: with_hook(T.ReLU()),
+    "has forward pre hooks": lambda: torch.nn.utils.weight_norm(T.Linear(2, 2)),
+    "has a parametrization": lambda: torch.nn.utils.parametrizations.weight_norm(T.Linear(2, 2)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("message", REFUSALS)
+def test_what_is_known_and_not_supported_is_refused(message):
+    with pytest.raises(InputError, match=message):
+        layer_of(REFUSALS[message]())
+
+
+def test_a_forward_that_was_replaced_is_refused():
+    module = T.ReLU()
+    module.forward = lambda input: input + 1
+    with pytest.raises(InputError, match="a forward that was replaced"):
+        layer_of(module)
+
+
+def test_other_modules_are_left_to_the_trace():
+    class Own(T.ReLU):
+        pass
+
+    others = (Own(), T.Flatten(), T.Softmax(-1), T.LayerNorm((3, 4)), T.Sequential(), T.Unflatten)
+    assert [layer_of(one) for one in others[:-1]] == [None] * 5
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    {
+        "stride 1": lambda x: nn.convolve(x, x, stride=2, padding="same"),
+        "'same', 'valid' or numbers": lambda x: nn.convolve(x, x, padding="full"),
+        "one number or 2": lambda x: nn.convolve(x, x, stride=(1, 2, 3)),
+        "convolve takes": lambda x: nn.convolve(x[0, 0], x[0, 0]),
+        "conv_transpose takes": lambda x: nn.conv_transpose(x[0, 0], x[0, 0]),
+        "at most half": lambda x: nn.max_pool(x, 2, padding=2),
+        "cannot pad an axis of 2 values by": lambda x: nn.pad(x, ((2, 0),) * 4, "reflect"),
+        "mode 'even' is unknown": lambda x: nn.pad(x, ((1, 0),) * 4, "even"),
+        "more than one pixel": lambda x: nn.instance_norm(x[:, :1, :1]),
+        "one of size and scale_factor": lambda x: nn.interpolate(x),
+        "mode 'area' is unknown": lambda x: nn.interpolate(x, 2, mode="area"),
+        "align_corners cannot be set": lambda x: nn.interpolate(x, 2, align_corners=False),
+        "antialias needs": lambda x: nn.interpolate(x, 2, antialias=True),
+        "positive and finite p": lambda x: nn.normalize(x, p=float("inf")),
+        "padding_mode 'even' is": lambda x: nn.Conv(2, 2, 1, padding_mode="even", rngs=None),
+        "groups=3 must divide": lambda x: nn.ConvTranspose(2, 2, 1, groups=3, rngs=None),
+        "a rate from 0 to 1": lambda x: nn.StochasticDepth(1.5, rngs=None),
+        "expects \\(N, L, 3\\)": lambda x: nn.Conv1d(3, 2, 1, rngs=nnx.Rngs(0))(x),
+    }.items(),
+)
+def test_a_wrong_argument_is_refused(message, call):
+    with pytest.raises(ValueError, match=message):
+        call(jnp.ones((2, 2, 2, 2)))

@@ -51,32 +51,67 @@ if TYPE_CHECKING:
         tanhshrink,
         threshold,
     )
+    from flax_resblock.nn.adaptive import adaptive_avg_pool, adaptive_max_pool
+    from flax_resblock.nn.containers import Sequential
     from flax_resblock.nn.conv import Conv, Conv1d, convolve
     from flax_resblock.nn.geometry import pad
     from flax_resblock.nn.linear import Linear, PReLU
     from flax_resblock.nn.norm import BatchNorm, batch_norm, batch_norm_by_batch
+    from flax_resblock.nn.other_norms import (
+        FrozenBatchNorm,
+        GroupNorm,
+        InstanceNorm,
+        LayerNorm,
+        group_norm,
+        instance_norm,
+        layer_norm,
+        local_response_norm,
+    )
     from flax_resblock.nn.pooling import avg_pool, lp_pool, max_pool
+    from flax_resblock.nn.resize import channel_shuffle, interpolate, pixel_shuffle, pixel_unshuffle
+    from flax_resblock.nn.stochastic import AlphaDropout, Dropout, RReLU, StochasticDepth
+    from flax_resblock.nn.transposed import ConvTranspose, ConvTranspose1d, conv_transpose
 
 __all__ = [
+    "AlphaDropout",
     "BatchNorm",
     "Conv",
     "Conv1d",
+    "ConvTranspose",
+    "ConvTranspose1d",
+    "Dropout",
+    "FrozenBatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
     "Linear",
     "PReLU",
+    "RReLU",
+    "Sequential",
+    "StochasticDepth",
+    "adaptive_avg_pool",
+    "adaptive_max_pool",
     "avg_pool",
     "batch_norm",
     "batch_norm_by_batch",
     "celu",
+    "channel_shuffle",
+    "conv_transpose",
     "convolve",
     "elu",
     "gelu",
     "glu",
+    "group_norm",
     "hardshrink",
     "hardsigmoid",
     "hardswish",
     "hardtanh",
     "identity",
+    "instance_norm",
+    "interpolate",
+    "layer_norm",
     "leaky_relu",
+    "local_response_norm",
     "log_sigmoid",
     "log_softmax",
     "lp_pool",
@@ -84,6 +119,8 @@ __all__ = [
     "mish",
     "normalize",
     "pad",
+    "pixel_shuffle",
+    "pixel_unshuffle",
     "prelu",
     "relu",
     "relu6",
@@ -129,6 +166,11 @@ _MODULES = {
         "tanhshrink",
         "threshold",
     ),
+    "adaptive": (
+        "adaptive_avg_pool",
+        "adaptive_max_pool",
+    ),
+    "containers": ("Sequential",),
     "conv": (
         "Conv",
         "Conv1d",
@@ -144,10 +186,37 @@ _MODULES = {
         "batch_norm",
         "batch_norm_by_batch",
     ),
+    "other_norms": (
+        "FrozenBatchNorm",
+        "GroupNorm",
+        "InstanceNorm",
+        "LayerNorm",
+        "group_norm",
+        "instance_norm",
+        "layer_norm",
+        "local_response_norm",
+    ),
     "pooling": (
         "avg_pool",
         "lp_pool",
         "max_pool",
+    ),
+    "resize": (
+        "channel_shuffle",
+        "interpolate",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+    ),
+    "stochastic": (
+        "AlphaDropout",
+        "Dropout",
+        "RReLU",
+        "StochasticDepth",
+    ),
+    "transposed": (
+        "ConvTranspose",
+        "ConvTranspose1d",
+        "conv_transpose",
     ),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

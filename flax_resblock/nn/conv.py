@@ -29,7 +29,7 @@ def cpu_forms(lowering: Lowering = "auto") -> Any:
     return switch.forms(lowering)
 
 
-_LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
+LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
 """The memory layouts of input, kernel and output, by the number of spatial axes."""
 
 
@@ -65,7 +65,7 @@ def convolve(
       ValueError: Neither one nor two spatial axes, or sizes that do not fit their number.
     """
     axes = kernel.ndim - 2
-    if axes not in _LAYOUTS or x.ndim != kernel.ndim:
+    if axes not in LAYOUTS or x.ndim != kernel.ndim:
         raise ValueError(
             f"convolve takes (N, H, W, C) and (kh, kw, I, O), or (N, L, C) and (k, I, O); got "
             f"shapes {tuple(x.shape)} and {tuple(kernel.shape)}."
@@ -91,7 +91,7 @@ def convolve(
             window_strides=strides,
             padding=pads,
             rhs_dilation=dilations,
-            dimension_numbers=_LAYOUTS[axes],
+            dimension_numbers=LAYOUTS[axes],
             feature_group_count=groups,
             precision=precision,
         )

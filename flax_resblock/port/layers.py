@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from flax_resblock import nn
-from flax_resblock.convert.codecs import AS_IS, OIHW_HWIO, OIW_WIO, TRANSPOSED, Codec
+from flax_resblock.convert.codecs import (
+    AS_IS,
+    CHW_HWC,
+    IOHW_HWIO,
+    IOW_WIO,
+    OIHW_HWIO,
+    OIW_WIO,
+    TRANSPOSED,
+    Codec,
+)
 from flax_resblock.errors import InputError
 
 if TYPE_CHECKING:
@@ -60,7 +69,7 @@ def layer_of(module: torch.nn.Module) -> Layer | None:
             f"{module} cannot be ported: {_REFUSED[name]} are not supported. Images and sequences "
             f"with one or two spatial axes are."
         )
-    row = _ROWS.get(name)
+    row = ROWS.get(name)
     if row is None:
         _refuse_parametrized(module)
         return None
@@ -89,7 +98,12 @@ def _refuse_changed(module: torch.nn.Module) -> None:
     """Hooks, and a forward of its own, may change what the class computes."""
     hooks = [
         name
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+        for name in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
         if getattr(module, name)
     ]
     if hooks or "forward" in vars(module):
@@ -148,6 +162,24 @@ def _conv(call: str, kernel: Codec, m: Any) -> Layer:
     )
 
 
+def _conv_transpose(call: str, kernel: Codec, m: Any) -> Layer:
+    return _with(
+        call,
+        m.in_channels,
+        m.out_channels,
+        m.kernel_size,
+        stride=m.stride,
+        padding=m.padding,
+        output_padding=m.output_padding,
+        dilation=m.dilation,
+        groups=m.groups,
+        use_bias=m.bias is not None,
+        tensors=_of(m, weight=("kernel", kernel), bias=_BIAS),
+        stateful=True,
+        inputs="channels_last",
+    )
+
+
 def _linear(m: Any) -> Layer:
     return _with(
         "Linear",
@@ -178,6 +210,54 @@ def _running_norm(call: str, m: Any) -> Layer:
         stateful=True,
         inputs="channels_last",
     )
+
+
+def _frozen_batch_norm(m: Any) -> Layer:
+    return _with(
+        "FrozenBatchNorm",
+        m.weight.shape[0],
+        eps=m.eps,
+        tensors=_of(m, weight=("scale", AS_IS), bias=_BIAS, **_STATISTICS),
+        stateful=True,
+        inputs="channels_last",
+    )
+
+
+def _group_norm(m: Any) -> Layer:
+    return _with(
+        "GroupNorm",
+        m.num_groups,
+        m.num_channels,
+        eps=m.eps,
+        affine=m.affine,
+        use_bias=m.bias is not None or not m.affine,
+        tensors=_of(m, weight=("scale", AS_IS), bias=_BIAS),
+        stateful=True,
+        inputs="channels_last",
+    )
+
+
+def _layer_norm(m: Any) -> Layer | None:
+    """Over the last axis, or over an image's channels and pixels."""
+    shape = tuple(m.normalized_shape)
+    if len(shape) not in (1, 3):
+        return None  # which axes these are is seen in the trace alone
+    codec = AS_IS if len(shape) == 1 else CHW_HWC
+    return _with(
+        "LayerNorm",
+        shape if len(shape) == 1 else (*shape[1:], shape[0]),
+        eps=m.eps,
+        affine=m.elementwise_affine,
+        use_bias=m.bias is not None or not m.elementwise_affine,
+        tensors=_of(m, weight=("scale", codec), bias=("bias", codec)),
+        stateful=True,
+        inputs="last_axis" if len(shape) == 1 else "channels_last",
+    )
+
+
+def _local_response_norm(m: Any) -> Layer:
+    options = {"alpha": m.alpha, "beta": m.beta, "k": m.k}
+    return _with("local_response_norm", m.size, **options, inputs="channels_last")
 
 
 def _max_pool(m: Any) -> Layer:
@@ -218,6 +298,59 @@ def _lp_pool(m: Any) -> Layer:
     )
 
 
+def _adaptive_pool(call: str, m: Any) -> Layer:
+    if getattr(m, "return_indices", False):
+        raise InputError(f"{m} returns indices too, which is not supported.")
+    return _with(call, m.output_size, inputs="channels_last")
+
+
+def _pad(mode: str, m: Any) -> Layer:
+    """PyTorch's widths begin with the last axis."""
+    ends = [m.padding[at : at + 2] for at in range(0, len(m.padding), 2)]
+    widths = ((0, 0), *(tuple(pair) for pair in reversed(ends)), (0, 0))
+    value = getattr(m, "value", 0.0) if mode == "constant" else 0.0
+    layer = _with("pad", mode=mode, value=value, inputs="channels_last")
+    return replace(layer, positional=(widths,))
+
+
+def _upsample(m: Any) -> Layer:
+    return _with(
+        "interpolate",
+        size=m.size,
+        scale_factor=m.scale_factor,
+        mode=m.mode,
+        align_corners=m.align_corners,
+        recompute_scale_factor=m.recompute_scale_factor or None,
+        inputs="channels_last",
+    )
+
+
+def _dropout(axes: tuple[int, ...], m: Any) -> Layer:
+    """``axes``: those that are dropped together, after the batch."""
+    inputs: Inputs = "channels_last" if axes else "elementwise"
+    layer = _with("Dropout", m.p, stateful=True, random=True, inputs=inputs)
+    return replace(layer, options={"broadcast_dims": axes} if axes else {})
+
+
+def _alpha_dropout(m: Any) -> Layer:
+    return _with("AlphaDropout", m.p, stateful=True, random=True)
+
+
+def _stochastic_depth(m: Any) -> Layer:
+    return _with("StochasticDepth", m.p, mode=m.mode, stateful=True, random=True)
+
+
+def _drop_path(m: Any) -> Layer:
+    scale = m.scale_by_keep
+    return _with(
+        "StochasticDepth", m.drop_prob or 0.0, scale_by_keep=scale, stateful=True, random=True
+    )
+
+
+def _rrelu(m: Any) -> Layer:
+    return _with("RReLU", lower=m.lower, upper=m.upper, stateful=True, random=True)
+
+
 def _prelu(m: Any) -> Layer:
     return _with(
         "PReLU",
@@ -237,19 +370,62 @@ def _plainly(call: str, **options: str) -> Callable[[Any], Layer]:
     return lambda m: _with(call, **{name: getattr(m, told) for name, told in options.items()})
 
 
-_ROWS: dict[str, Callable[[Any], Layer | None]] = {
+ROWS: dict[str, Callable[[Any], Layer | None]] = {
     "torch.nn.Conv1d": partial(_conv, "Conv1d", OIW_WIO),
     "torch.nn.Conv2d": partial(_conv, "Conv", OIHW_HWIO),
+    "torch.nn.ConvTranspose1d": partial(_conv_transpose, "ConvTranspose1d", IOW_WIO),
+    "torch.nn.ConvTranspose2d": partial(_conv_transpose, "ConvTranspose", IOHW_HWIO),
     "torch.nn.Linear": _linear,
     "torch.nn.BatchNorm1d": partial(_running_norm, "BatchNorm"),
     "torch.nn.BatchNorm2d": partial(_running_norm, "BatchNorm"),
     "torch.nn.SyncBatchNorm": partial(_running_norm, "BatchNorm"),
+    "torchvision.ops.misc.FrozenBatchNorm2d": _frozen_batch_norm,
+    "torch.nn.InstanceNorm1d": partial(_running_norm, "InstanceNorm"),
+    "torch.nn.InstanceNorm2d": partial(_running_norm, "InstanceNorm"),
+    "torch.nn.GroupNorm": _group_norm,
+    "torch.nn.LayerNorm": _layer_norm,
+    "torch.nn.LocalResponseNorm": _local_response_norm,
     "torch.nn.MaxPool1d": _max_pool,
     "torch.nn.MaxPool2d": _max_pool,
     "torch.nn.AvgPool1d": _avg_pool,
     "torch.nn.AvgPool2d": _avg_pool,
     "torch.nn.LPPool1d": _lp_pool,
     "torch.nn.LPPool2d": _lp_pool,
+    "torch.nn.AdaptiveAvgPool1d": partial(_adaptive_pool, "adaptive_avg_pool"),
+    "torch.nn.AdaptiveAvgPool2d": partial(_adaptive_pool, "adaptive_avg_pool"),
+    "torch.nn.AdaptiveMaxPool1d": partial(_adaptive_pool, "adaptive_max_pool"),
+    "torch.nn.AdaptiveMaxPool2d": partial(_adaptive_pool, "adaptive_max_pool"),
+    **{
+        f"torch.nn.{kind}{axes}d": partial(_pad, mode)
+        for axes in (1, 2)
+        for kind, mode in {
+            "ZeroPad": "constant",
+            "ConstantPad": "constant",
+            "ReflectionPad": "reflect",
+            "ReplicationPad": "replicate",
+            "CircularPad": "circular",
+        }.items()
+    },
+    "torch.nn.Upsample": _upsample,
+    "torch.nn.UpsamplingNearest2d": _upsample,
+    "torch.nn.UpsamplingBilinear2d": _upsample,
+    "torch.nn.PixelShuffle": lambda m: _with(
+        "pixel_shuffle", m.upscale_factor, inputs="channels_last"
+    ),
+    "torch.nn.PixelUnshuffle": lambda m: _with(
+        "pixel_unshuffle", m.downscale_factor, inputs="channels_last"
+    ),
+    "torch.nn.ChannelShuffle": lambda m: _with("channel_shuffle", m.groups, inputs="channels_last"),
+    "torch.nn.Dropout": partial(_dropout, ()),
+    "torch.nn.Dropout1d": partial(_dropout, (1,)),
+    "torch.nn.Dropout2d": partial(_dropout, (1, 2)),
+    "torch.nn.AlphaDropout": _alpha_dropout,
+    "torchvision.ops.stochastic_depth.StochasticDepth": _stochastic_depth,
+    "timm.layers.drop.DropPath": _drop_path,
+    "timm.layers.linear.Linear": _linear,
+    "timm.layers.activations.GELU": _plainly("gelu"),
+    "timm.layers.activations.Sigmoid": _plainly("sigmoid"),
+    "torch.nn.RReLU": _rrelu,
     "torch.nn.PReLU": _prelu,
     "torch.nn.Identity": _plainly("identity"),
     "torch.nn.ReLU": _plainly("relu"),
@@ -299,6 +475,7 @@ _REFUSED: dict[str, str] = {
     "torch.nn.FractionalMaxPool2d": "random pooling regions",
     "torch.nn.MaxUnpool1d": "the indices of a max pool",
     "torch.nn.MaxUnpool2d": "the indices of a max pool",
+    "torch.nn.FeatureAlphaDropout": "channels dropped to SELU's limit",
     "torch.nn.Embedding": "inputs of integers",
     "torch.nn.EmbeddingBag": "inputs of integers",
 }

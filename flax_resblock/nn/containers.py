@@ -1,0 +1,40 @@
+"""Layers in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from flax_resblock.nn.scopes import in_slot
+
+
+class Sequential(nnx.Module):
+    """Calls its layers one after the other, as ``torch.nn.Sequential`` does.
+
+    ``nnx.Sequential`` spreads a layer's tuple over the arguments of the next one; this one hands
+    on what a layer returns as it is.
+
+    Attributes:
+      layers: ``nnx.List``; the parameters of the first layer have the path ``("layers", 0, ...)``.
+
+    Args:
+      *layers: Modules and functions of one argument.
+    """
+
+    def __init__(self, *layers: Callable[[Any], Any]) -> None:
+        self.layers = nnx.List(layers)
+
+    @in_slot
+    def __call__(self, x: Any) -> Any:
+        """What the last layer returns; ``x`` without any."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.layers[index]

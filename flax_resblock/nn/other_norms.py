@@ -1,0 +1,308 @@
+"""Normalisation over groups of channels, over features, over single images and over neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from flax_resblock.nn.initializers import initial_value
+from flax_resblock.nn.norm import batch_norm
+from flax_resblock.nn.scopes import in_slot
+
+
+def normalised(x: jax.Array, axes: Sequence[int], eps: float) -> jax.Array:
+    """``x`` minus its mean, divided by its standard deviation; both over ``axes``, the variance
+    biased, computed in float32 at least."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - jnp.mean(wide, axes, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axes, keepdims=True)
+    return (centred * lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+def affine(x: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:
+    """``x * scale + bias``, without those that are None."""
+    y = x if scale is None else x * scale
+    return y if bias is None else y + bias
+
+
+def group_norm(
+    x: jax.Array,
+    num_groups: int,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    eps: float = 1e-5,
+) -> jax.Array:
+    """``torch.nn.functional.group_norm``: normalises each image's groups of channels.
+
+    Args:
+      x: ``(N, *spatial, C)``.
+      num_groups: Must divide ``C``.
+      scale, bias: ``(C,)``, or None.
+      eps: Added to the variance.
+    """
+    parts = x.reshape(*x.shape[:-1], num_groups, x.shape[-1] // num_groups)
+    axes = (*range(1, x.ndim - 1), x.ndim)
+    return affine(normalised(parts, axes, eps).reshape(x.shape), scale, bias)
+
+
+def layer_norm(
+    x: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    eps: float = 1e-5,
+    axes: int = 1,
+) -> jax.Array:
+    """``torch.nn.functional.layer_norm``: normalises over the last axes.
+
+    Args:
+      x: ``(..., *shape)``.
+      scale, bias: ``shape``, or None.
+      eps: Added to the variance.
+      axes: The number of axes of ``shape``.
+    """
+    return affine(normalised(x, range(x.ndim - axes, x.ndim), eps), scale, bias)
+
+
+def instance_norm(
+    x: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    eps: float = 1e-5,
+) -> jax.Array:
+    """``torch.nn.functional.instance_norm``: normalises each channel of each image.
+
+    Args:
+      x: ``(N, *spatial, C)``.
+      scale, bias: ``(C,)``, or None.
+      eps: Added to the variance.
+    Raises:
+      ValueError: One pixel alone, which PyTorch refuses too.
+    """
+    _refuse_single_pixel(x)
+    return affine(normalised(x, range(1, x.ndim - 1), eps), scale, bias)
+
+
+def local_response_norm(
+    x: jax.Array, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> jax.Array:
+    r"""``torch.nn.functional.local_response_norm``.
+
+    .. math:: y_c = x_c \left(k + \frac{\alpha}{size} \sum_{c'} x_{c'}^2\right)^{-\beta}
+
+    Args:
+      x: ``(..., C)``.
+      size: The number of neighbouring channels in the sum.
+      alpha, beta, k: As in the formula.
+    """
+    sums = lax.reduce_window(
+        jnp.square(x),
+        np.zeros((), x.dtype),
+        lax.add,
+        (*(1 for _ in x.shape[:-1]), size),
+        (1,) * x.ndim,
+        (*((0, 0) for _ in x.shape[:-1]), (size // 2, (size - 1) // 2)),
+    )
+    return x / (sums / size * alpha + k) ** beta
+
+
+def _refuse_single_pixel(x: jax.Array) -> None:
+    if all(size == 1 for size in x.shape[1:-1]):
+        raise ValueError(
+            f"InstanceNorm needs more than one pixel in an image; the input has shape "
+            f"{tuple(x.shape)}."
+        )
+
+
+class _Affine(nnx.Module):
+    """``scale``, ones, and ``bias``, zeros, at the start; each may be None."""
+
+    def __init__(
+        self, shape: tuple[int, ...], scale: bool, bias: bool, dtype: Any, rngs: nnx.Rngs | None
+    ) -> None:
+        ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
+        self.scale = nnx.Param(initial_value(ones, rngs, shape, dtype)) if scale else None
+        self.bias = nnx.Param(initial_value(zeros, rngs, shape, dtype)) if bias else None
+
+    def _values(self) -> tuple[jax.Array | None, jax.Array | None]:
+        scale = None if self.scale is None else self.scale[...]
+        return scale, None if self.bias is None else self.bias[...]
+
+
+class GroupNorm(_Affine):
+    """Group normalisation over the last axis, equal to ``torch.nn.GroupNorm`` up to the layout.
+
+    Attributes:
+      scale, bias: ``nnx.Param``, ``(num_channels,)``, or None.
+
+    Args:
+      num_groups: Must divide ``num_channels``.
+      num_channels: Size of the last axis.
+      eps: Added to the variance.
+      affine: Whether there are ``scale`` and ``bias``.
+      use_bias: Whether there is a ``bias`` if there is a ``scale``.
+      param_dtype: Dtype of the parameters at initialisation.
+      rngs: Not drawn from; None builds the module without values.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        use_bias: bool = True,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None,
+    ) -> None:
+        super().__init__((num_channels,), affine, affine and use_bias, param_dtype, rngs)
+        self.num_groups = num_groups
+        self.eps = eps
+
+    @in_slot
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(N, *spatial, C)`` to the same shape."""
+        return group_norm(x, self.num_groups, *self._values(), self.eps)
+
+
+class LayerNorm(_Affine):
+    """Layer normalisation over the last axes, equal to ``torch.nn.LayerNorm``.
+
+    Attributes:
+      scale, bias: ``nnx.Param``, of the shape that is normalised, or None.
+
+    Args:
+      shape: Sizes of the last axes.
+      eps: Added to the variance.
+      affine, use_bias, param_dtype, rngs: As for :class:`GroupNorm`.
+    """
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        use_bias: bool = True,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None,
+    ) -> None:
+        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        super().__init__(self.shape, affine, affine and use_bias, param_dtype, rngs)
+        self.eps = eps
+
+    @in_slot
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(..., *shape)`` to the same shape."""
+        return layer_norm(x, *self._values(), self.eps, len(self.shape))
+
+
+class InstanceNorm(_Affine):
+    """Instance normalisation, equal to ``torch.nn.InstanceNorm2d`` up to the layout.
+
+    Attributes:
+      scale, bias: ``nnx.Param``, ``(C,)``, or None.
+      mean, var: ``nnx.BatchStat``, ``(C,)``: running statistics, or None.
+      num_batches_tracked: ``nnx.BatchStat`` that PyTorch keeps too and never changes, or None.
+
+    Args:
+      num_features: ``C``.
+      eps: Added to the variance.
+      momentum: The weight of the new images in the running statistics; None is 0, as in PyTorch.
+      affine: Whether there are ``scale`` and ``bias``.
+      track_running_stats: Whether there are running statistics, which normalise in evaluation mode.
+      use_bias, param_dtype, rngs: As for :class:`GroupNorm`.
+    Raises:
+      ValueError: On a call in training mode with images of one pixel.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        use_bias: bool = True,
+        track_running_stats: bool = False,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None,
+    ) -> None:
+        super().__init__((num_features,), affine, affine and use_bias, param_dtype, rngs)
+        self.eps = eps
+        self.momentum = 0.0 if momentum is None else momentum
+        self.use_running_average = False
+        ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
+        dtype = jnp.promote_types(param_dtype, jnp.float32)
+
+        def tracked(init: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+            value = initial_value(init, rngs, shape, dtype)
+            return nnx.BatchStat(value) if track_running_stats else None
+
+        self.mean = tracked(zeros, (num_features,), dtype)
+        self.var = tracked(ones, (num_features,), dtype)
+        self.num_batches_tracked = tracked(zeros, (), jnp.int32)
+
+    @in_slot
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(N, *spatial, C)`` to the same shape; in training mode also updates the running
+        statistics."""
+        if self.mean is None:
+            return instance_norm(x, *self._values(), self.eps)
+        if self.use_running_average:
+            mean, var = (jnp.asarray(value[...], x.dtype) for value in (self.mean, self.var))
+            return batch_norm(x, mean, var, *self._values(), eps=self.eps)
+        y = instance_norm(x, *self._values(), self.eps)
+        axes = tuple(range(1, x.ndim - 1))
+        for running, new in (
+            (self.mean, jnp.mean(x, axes)),
+            (self.var, jnp.var(x, axes, ddof=1)),
+        ):
+            old, new = running[...], lax.stop_gradient(jnp.mean(new, 0))
+            running.set_value(((1 - self.momentum) * old + self.momentum * new).astype(old.dtype))
+        return y
+
+
+class FrozenBatchNorm(nnx.Module):
+    """Batch normalisation that is never trained, equal to ``torchvision.ops.FrozenBatchNorm2d``.
+
+    Attributes:
+      scale, bias, mean, var: ``nnx.BatchStat``, ``(num_features,)``.
+
+    Args:
+      num_features: Size of the last axis.
+      eps: Added to the variance.
+      param_dtype: Dtype of all four at initialisation.
+      rngs: Not drawn from; None builds the module without values.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None,
+    ) -> None:
+        self.eps = eps
+        ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
+        shape = (num_features,)
+        self.scale = nnx.BatchStat(initial_value(ones, rngs, shape, param_dtype))
+        self.bias = nnx.BatchStat(initial_value(zeros, rngs, shape, param_dtype))
+        self.mean = nnx.BatchStat(initial_value(zeros, rngs, shape, param_dtype))
+        self.var = nnx.BatchStat(initial_value(ones, rngs, shape, param_dtype))
+
+    @in_slot
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(..., C)`` to the same shape."""
+        mean, var, scale, bias = (
+            jnp.asarray(value[...], x.dtype)
+            for value in (self.mean, self.var, self.scale, self.bias)
+        )
+        return batch_norm(x, mean, var, scale, bias, self.eps)
