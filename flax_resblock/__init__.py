@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from flax_resblock.nn.blocks import BottleneckBlock, ResidualBlock
     from flax_resblock.nn.norm import BatchNorm
     from flax_resblock.nn.resnet import ResNet, create
+    from flax_resblock.port.folder import load_ported, ported_state_dict
+    from flax_resblock.port.network import PortedNetwork
+    from flax_resblock.port.porting import port
     from flax_resblock.runs.optimizers import optimizer_of
     from flax_resblock.runs.run import Run
 
@@ -35,6 +38,7 @@ __all__ = [
     "InputError",
     "Limits",
     "Naming",
+    "PortedNetwork",
     "ResNet",
     "ResNetConfig",
     "ResidualBlock",
@@ -47,8 +51,11 @@ __all__ = [
     "create",
     "from_torch",
     "load",
+    "load_ported",
     "load_run",
     "optimizer_of",
+    "port",
+    "ported_state_dict",
     "save",
     "to_torch",
 ]
@@ -65,6 +72,9 @@ _MODULES = {
     "cpu.switch": ("compiler_options", "conv_lowering"),
     "nn.norm": ("BatchNorm",),
     "nn.resnet": ("ResNet", "create"),
+    "port.folder": ("load_ported", "ported_state_dict"),
+    "port.network": ("PortedNetwork",),
+    "port.porting": ("port",),
     "io": ("from_torch", "load", "load_run", "save", "to_torch"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -49,6 +49,10 @@ COMMANDS: Mapping[str, str] = {
         "Runs the network in PyTorch and in Flax side by side, compares every slot, and says "
         "where a difference begins and why."
     ),
+    "port": (
+        "Writes any PyTorch network of convolutions as readable Flax source, with its weights and "
+        "the proof that it computes the same."
+    ),
     "train": "Trains a network in JAX, or continues a PyTorch or JAX run.",
     "predict": "Classifies images with a checkpoint of any format, or with an exported network.",
     "export": "Writes a network as a StableHLO program that runs with jax alone.",

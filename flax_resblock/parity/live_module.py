@@ -104,7 +104,7 @@ class OwnNetwork:
         """
         factory = load_factory(self.spec)
         module = made_by(factory, self.kwargs, f"--torch {self.spec}: calling it")
-        _load(module, without(record.tensors, ignored(record, reading.ignore)), record.source)
+        load_into(module, without(record.tensors, ignored(record, reading.ignore)), record.source)
         opened, figures = open_module(module, reading, sizes=self.sizes, wide=True)
         again = interpret(record, _settled(reading, opened))
         again = replace(again, norm_options=opened.norm_options)
@@ -112,7 +112,7 @@ class OwnNetwork:
             again = replace(again, notes=(*again.notes, figures.elsewhere))
         about = {
             "spec": self.spec,
-            "sha256": _source_hash(factory),
+            "sha256": source_hash(factory),
             "image_size": list(figures.size),
             "float32": figures.float32,
             "float64": figures.float64,
@@ -120,7 +120,7 @@ class OwnNetwork:
         return again, about
 
 
-def _load(module: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
+def load_into(module: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
     """Loads the tensors into the module, which has them under names with other wrappers.
 
     Raises:
@@ -147,7 +147,7 @@ def _load(module: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
         raise CheckpointError(f"{source} cannot be loaded into {name}: {first}") from error
 
 
-def _source_hash(factory: Any) -> Hashes | None:
+def source_hash(factory: Any) -> Hashes | None:
     """SHA-256 of the file that the code is in; None where there is no such file."""
     try:
         file = inspect.getsourcefile(factory)

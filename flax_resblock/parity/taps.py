@@ -97,6 +97,7 @@ def trace_flax(
     cotangent: np.ndarray | None = None,
     precision: Precision = PRECISIONS["float32"],
     device: JaxDevice | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Trace:
     """Runs an nnx model once, compiled; the model is left as it was.
 
@@ -108,7 +109,9 @@ def trace_flax(
       cotangent: Shape of the output; gradients are those of ``sum(output * cotangent)``.
       precision: To compute in.
       device: To compute on; None: jax's default.
+      options: Of the compiler; None: those of :func:`compiler_options`.
     """
+    options = compiler_options() if options is None else dict(options)
     with precision.on_jax(device):
         graphdef, params, rest = split_model(model, train)
         by_path = {path: name for name, path in slots.items()}
@@ -130,7 +133,7 @@ def trace_flax(
 
         x = jnp.asarray(images, precision.storage)
         if cotangent is None:
-            compiled = jax.jit(run, compiler_options=compiler_options())
+            compiled = jax.jit(run, compiler_options=options)
             output, (activations, statistics) = compiled(params, {}, x)
             return Trace(np.asarray(output), host_tree(activations), arrays_by_path(statistics))
         shapes = jax.eval_shape(run, params, {}, x)[1][0]
@@ -141,7 +144,7 @@ def trace_flax(
             return jnp.sum(output * weight), (output, *aux)
 
         gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
-        compiled = jax.jit(gradient, donate_argnums=(1,), compiler_options=compiler_options())
+        compiled = jax.jit(gradient, donate_argnums=(1,), compiler_options=options)
         weight = jnp.asarray(cotangent, precision.storage)
         found, (output, activations, statistics) = compiled(params, zeros, x, weight)
         of_params, of_activations, of_input = found

@@ -38,6 +38,7 @@ class Reader:
         self.name = type(traced.live).__name__
         self.bodies: dict[str, Body] = {}
         self.inputs: dict[str, Sequence[tuple[Shape, Order]]] = {}
+        self.orders: dict[str, list[Order]] = {}
 
     def live(self, path: str) -> torch.nn.Module:
         """The user's module."""
@@ -244,6 +245,7 @@ class BodyReader(Values):
             return self.apply(layer, target, arguments[0], shape_of(node))
         arguments = [self.settled(one) for one in arguments]
         body = self.reader.body(path, [(one.shape, one.order) for one in arguments])
+        self.reader.orders.setdefault(body.path, []).extend(order for _, order in body.outputs)
         self._hold(target, child, body)
         holes: list[Value] = arguments
         text = ", ".join("{}" for _ in holes)
@@ -283,6 +285,7 @@ class BodyReader(Values):
         if layer.call == "nn.identity":
             return x
         if layer.stateful:
+            self.reader.orders.setdefault(self.inside(target), []).append(order)
             text = f"{self.accessor(target)}({{}})"
             return self.new(text, (x,), shape, order, hint=_hint(target))
         text, holes = layer_call(layer)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flax_resblock import nn
 from flax_resblock.port.parts import (
+    parts_of,
     Body,
     ContainerPart,
     LayerPart,
@@ -156,11 +157,6 @@ def _without(reader: Reader, body: Body, names: Sequence[str]) -> Body:
     from flax_resblock.port.body import BodyReader
 
     return BodyReader(reader, body.path, reader.inputs[body.path], frozenset(names)).read()
-
-
-def parts_of(body: Body) -> Mapping[str, Part]:
-    """The attributes of a class, or the modules of one that is a sequence."""
-    return body.parts if body.sequence is None else body.sequence.items
 
 
 def _skeleton(body: Body) -> Any:

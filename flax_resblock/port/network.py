@@ -1,4 +1,6 @@
-"""A ported network: its source, its weights, and the table between the two frameworks."""
+"""A ported network: its source, and the table between the tensors of the two frameworks.
+
+Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,134 +8,195 @@ import linecache
 import sys
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from flax import nnx
 
-from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.config import Path
-from flax_resblock.nn.variables import fill, flat_arrays
-from flax_resblock.port import axes
-from flax_resblock.port.body import Reader
-from flax_resblock.port.classes import classes_of
-from flax_resblock.port.parts import Tensor, tensors_of
-from flax_resblock.port.source import source_of
-from flax_resblock.port.tracing import trace
-from flax_resblock.port.values import BATCH
+from flax_resblock.convert.codecs import Codec
+from flax_resblock.errors import InputError, some
+from flax_resblock.nn.variables import flat_arrays, on_device, set_values
 
 
 @dataclass(frozen=True)
-class PortedNetwork:
-    """A network as Flax source.
+class Tensor:
+    """A tensor of the state dict and where the Flax model has it.
 
     Attributes:
-      source: Of the Python file.
-      name: Of the class of the network in it.
-      tensors: Where every tensor of the state dict is.
+      key: In the state dict.
+      path: In the model; None for what the forward pass never uses.
+      codec: Between the two memory layouts.
     """
 
-    source: str
-    name: str
+    key: str
+    path: Path | None
+    codec: Codec
+
+
+@dataclass(frozen=True)
+class Table:
+    """The map between a state dict and a Flax model, read in both directions.
+
+    Attributes:
+      tensors: One row for every tensor of the state dict.
+    """
+
     tensors: tuple[Tensor, ...]
 
-    @cached_property
-    def module(self) -> types.ModuleType:
-        """The executed source."""
-        return executed(self.source, f"ported_{self.name}")
+    def to_flax(self, state: Mapping[str, np.ndarray]) -> dict[Path, np.ndarray]:
+        """A state dict as the Flax model has it.
 
-    def values(self, state: Mapping[str, np.ndarray]) -> dict[Path, np.ndarray]:
-        """The tensors of a state dict as Flax has them."""
+        Raises:
+          InputError: It has other tensors than the network.
+        """
+        keys = {one.key for one in self.tensors}
+        missing, unexpected = sorted(keys - state.keys()), sorted(state.keys() - keys)
+        if missing or unexpected:
+            lines = ["The state dict is not that of the ported network."]
+            lines += [f"  missing     {some(missing)}"] if missing else []
+            lines += [f"  unexpected  {some(unexpected)}"] if unexpected else []
+            raise InputError("\n".join(lines))
         return {
             one.path: one.codec.to_flax(state[one.key])
             for one in self.tensors
             if one.path is not None
         }
 
-    def create(self, values: Mapping[Path, np.ndarray]) -> nnx.Module:
-        """The network with these values."""
-        made = getattr(self.module, self.name)
-        model = nnx.eval_shape(lambda: made(rngs=nnx.Rngs(0)))
-        fill(model, values)
-        _seed(model)
-        return model
-
-    def state_dict(
-        self, model: nnx.Module, unused: Mapping[str, np.ndarray]
+    def to_torch(
+        self, arrays: Mapping[Path, np.ndarray], unused: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """The state dict of PyTorch.
+        """The state dict, in the order that PyTorch has it in.
 
         Args:
-          model: The network.
-          unused: The tensors that the forward pass never uses.
+          arrays: Of the model, by attribute path.
+          unused: The tensors that the forward pass never uses, by their keys.
         """
-        arrays = flat_arrays(model)
         return {
             one.key: unused[one.key] if one.path is None else one.codec.to_torch(arrays[one.path])
             for one in self.tensors
         }
 
+    def rows(self) -> list[dict[str, Any]]:
+        """As JSON has it."""
+        return [
+            {
+                "torch": one.key,
+                "flax": None if one.path is None else list(one.path),
+                "axes": None if one.codec.axes is None else list(one.codec.axes),
+            }
+            for one in self.tensors
+        ]
 
-def _seed(model: nnx.Module) -> None:
-    """Gives random layers a key each."""
+    @classmethod
+    def of_rows(cls, rows: Any) -> Table:
+        """From JSON.
+
+        Raises:
+          InputError: It is no such table.
+        """
+        tensors = []
+        for row in rows if isinstance(rows, list) else [None]:
+            key, path, axes = (
+                (row.get("torch"), row.get("flax"), row.get("axes"))
+                if isinstance(row, dict)
+                else (None, None, None)
+            )
+            sound = isinstance(key, str) and all(isinstance(p, int | str) for p in path or [])
+            if not sound or (axes is not None and sorted(axes) != list(range(len(axes)))):
+                raise InputError(f"the table of tensors is damaged at {str(row)[:120]!r}.")
+            codec = Codec("as is") if axes is None else Codec("axes moved", tuple(axes))
+            tensors.append(Tensor(str(key), None if path is None else tuple(path), codec))
+        return cls(tuple(tensors))
+
+
+@dataclass(frozen=True)
+class PortedNetwork:
+    """A network of the user's as Flax source, with its weights.
+
+    Attributes:
+      source: The Python file.
+      name: The class of the network in it.
+      table: Where every tensor of the state dict is.
+      values: The weights, by attribute path.
+      unused: Tensors that the forward pass never uses, by their PyTorch keys.
+      origin: The module's class, as the certificate names it.
+      image_size: Height and width of the images that it was traced with.
+      figures: What the comparison with the module measured; see
+        :class:`flax_resblock.port.proof.Proof`.
+      notes: What you should know about the result.
+    """
+
+    source: str
+    name: str
+    table: Table
+    values: Mapping[Path, np.ndarray]
+    unused: Mapping[str, np.ndarray]
+    origin: str
+    image_size: tuple[int, int]
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def network(self) -> type[nnx.Module]:
+        """The class of the network: the executed source."""
+        return getattr(executed(self.source, f"ported_{self.name.lower()}"), self.name)
+
+    def create(self) -> nnx.Module:
+        """The network with the weights of the module, in evaluation mode."""
+        return filled(self.network, self.values)
+
+    def to_torch(self, model: nnx.Module) -> dict[str, np.ndarray]:
+        """The state dict of a model of this network, as ``load_state_dict(strict=True)`` takes it
+        once :func:`torch.from_numpy` has made tensors of its arrays.
+        """
+        return self.table.to_torch(flat_arrays(model), self.unused)
+
+
+def filled(network: type[nnx.Module], values: Mapping[Path, np.ndarray]) -> nnx.Module:
+    """A network with these values, in evaluation mode.
+
+    Args:
+      network: A class of a ported file, called with ``rngs``.
+      values: By attribute path.
+    Raises:
+      InputError: They are not the values of this network.
+    """
+    make: Any = network
+    model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    state = nnx.state(model, (nnx.Param, nnx.BatchStat))
+    shapes = {path: tuple(one.shape) for path, one in dict(nnx.to_flat_state(state)).items()}
+    wrong = [
+        ".".join(map(str, path))
+        for path in {**shapes, **values}
+        if path not in values or shapes.get(path) != tuple(values[path].shape)
+        if not (path not in values and path[-1] == "num_batches_tracked")
+    ]
+    if wrong:
+        raise InputError(
+            f"The weights are not those of {network.__name__}: {some(sorted(wrong))} differ. "
+            f"Was the file edited after it was ported?"
+        )
+    absent = {path: np.zeros((), np.int64) for path in shapes if path not in values}
+    set_values(model, on_device({**values, **absent}))
     for place, (_, node) in enumerate(nnx.iter_graph(model)):
         if isinstance(node, nnx.RngKey):
             node.set_value(jax.random.key(place))
         elif isinstance(node, nnx.RngCount):
             node.set_value(jnp.zeros((), jnp.uint32))
+    model.eval()
+    return model
 
 
 def executed(source: str, name: str) -> types.ModuleType:
-    """The source as a module, whose code tracebacks can show."""
+    """The source as a module whose code tracebacks show."""
     module = types.ModuleType(name)
     file = f"<{name}>"
-    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     sys.modules[name] = module
     exec(compile(source, file, "exec"), module.__dict__)
     return module
-
-
-def port_module(module: torch.nn.Module, images: torch.Tensor) -> PortedNetwork:
-    """The source of a module.
-
-    Args:
-      module: In evaluation mode.
-      images: Its input, ``(N, C, H, W)``.
-    Raises:
-      InputError: It cannot be traced, or has an operator that is not supported.
-    """
-    shape = (BATCH, *images.shape[1:])
-    reader = Reader(trace(module, [images]))
-    body = reader.body("", [(shape, axes.channels_last(len(shape)))])
-    classes = classes_of(reader, body)
-    name = type(module).__name__
-    source = source_of(classes, f"{name} in Flax, ported from PyTorch.")
-    placed = {one.key: one for one in tensors_of(body.parts)}
-    keys = module.state_dict()
-    tensors = [placed.get(key) or _tied(module, key, placed) for key in keys]
-    return PortedNetwork(source, classes[-1].name, tuple(tensors))
-
-
-def _tied(module: torch.nn.Module, key: str, placed: Mapping[str, Tensor]) -> Tensor:
-    """A tensor that is the same as another one, or that the forward pass never uses."""
-    from dataclasses import replace
-
-    held = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
-    for other, one in placed.items():
-        if held.get(other) is held.get(key) and key in held:
-            return replace(one, key=key)
-    from flax_resblock.convert.codecs import AS_IS
-
-    return Tensor(key, None, AS_IS)
-
-
-def arrays_of(module: torch.nn.Module) -> dict[str, np.ndarray]:
-    """The state dict of a module as numpy arrays."""
-    return state_to_numpy(module.state_dict())

@@ -9,6 +9,7 @@ from typing import Any
 from flax_resblock.convert.codecs import Codec
 from flax_resblock.port.axes import Order, Shape
 from flax_resblock.port.layers import Layer
+from flax_resblock.port.network import Tensor
 from flax_resblock.port.values import Constant
 
 Key = tuple[Any, ...]
@@ -104,23 +105,6 @@ class Body:
     group: Any = None
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor of the state dict and where the Flax model has it.
-
-    Attributes:
-      key: In the state dict.
-      path: In the model; None for what the forward pass never uses.
-      codec: Between the two memory layouts.
-      trained: Whether it is a parameter.
-    """
-
-    key: str
-    path: tuple[Any, ...] | None
-    codec: Codec
-    trained: bool = True
-
-
 def tensors_of(
     parts: Mapping[str, Part], prefix: str = "", path: tuple[Any, ...] = ()
 ) -> list[Tensor]:
@@ -134,13 +118,13 @@ def tensors_of(
 def _tensors(part: Part, path: tuple[Any, ...], prefix: str) -> list[Tensor]:
     if isinstance(part, LayerPart):
         return [
-            Tensor(f"{part.prefix}{torch}", (*path, ours), codec, ours in TRAINED)
+            Tensor(f"{part.prefix}{torch}", (*path, ours), codec)
             for torch, (ours, codec) in part.layer.tensors.items()
         ]
     if isinstance(part, ParameterPart):
         moved = part.order not in (None, tuple(range(len(part.shape))))
         codec = Codec("axes moved", part.order) if moved else Codec("as is")
-        return [Tensor(f"{prefix}{part.name}", path, codec, part.trained)]
+        return [Tensor(f"{prefix}{part.name}", path, codec)]
     if isinstance(part, ModulePart):
         body, inside = part.body, f"{part.body.path}."
         if body.sequence is None:
@@ -149,14 +133,18 @@ def _tensors(part: Part, path: tuple[Any, ...], prefix: str) -> list[Tensor]:
     return [
         tensor
         for place, (key, item) in enumerate(part.items.items())
-        for tensor in _tensors(item, (*path, *_STEPS[part.kind](place, key)), prefix)
+        for tensor in _tensors(item, (*path, *STEPS[part.kind](place, key)), prefix)
     ]
 
 
-TRAINED = ("kernel", "bias", "scale", "weight")
+def parts_of(body: Body) -> Mapping[str, Part]:
+    """The attributes of a class, or the modules of one that is a sequence."""
+    return body.parts if body.sequence is None else body.sequence.items
 
-_STEPS: Mapping[str, Any] = {
+
+STEPS: Mapping[str, Any] = {
     "Sequential": lambda place, key: ("layers", place),
     "List": lambda place, key: (place,),
     "Dict": lambda place, key: (key,),
 }
+"""What leads from a container to one of its items, by kind: place and key to a path."""

@@ -15,20 +15,34 @@ from flax_resblock.port.classes import (
     argument_names,
     default_of,
 )  # fmt: skip
-from flax_resblock.port.parts import Body, ContainerPart, LayerPart, ModulePart, ParameterPart, Part
+from flax_resblock.port.parts import (
+    parts_of,
+    Body,
+    ContainerPart,
+    LayerPart,
+    ModulePart,
+    ParameterPart,
+    Part,
+)
 from flax_resblock.port.values import BATCH
 
 _CONSTANT = re.compile(r"\x01(\d+)\x02")
 
 
-def source_of(classes: Sequence[EmittedClass], title: str) -> str:
+def source_of(
+    classes: Sequence[EmittedClass], title: str, fixed_size: tuple[int, int] | None = None
+) -> str:
     """The file.
 
     Args:
       classes: Each behind those that it uses.
       title: The first line of its docstring.
+      fixed_size: The only size of images that the network is right for; None: any.
     """
-    text = "\n\n".join(_class(one, last=one is classes[-1]) for one in classes)
+    text = "\n\n".join(
+        _class(one, last=one is classes[-1], size=fixed_size if one is classes[-1] else None)
+        for one in classes
+    )
     lines = [f'"""{title}"""', "", "from __future__ import annotations", ""]
     if "Callable[" in text:
         lines += ["from collections.abc import Callable"]
@@ -57,7 +71,7 @@ def _bin() -> Any:
     return Path(sys.executable).parent
 
 
-def _class(made: EmittedClass, *, last: bool) -> str:
+def _class(made: EmittedClass, *, last: bool, size: tuple[int, int] | None = None) -> str:
     body = made.main
     kept = (
         []
@@ -95,6 +109,11 @@ def _class(made: EmittedClass, *, last: bool) -> str:
     parameters = ", ".join(f"{name}: {kind}" for name in body.arguments)
     lines += [f"    def __call__(self, {parameters}) -> {_returned(body)}:"]
     lines += [f'        """{_shapes(made)}"""']
+
+    if size is not None:
+        first, message = body.arguments[0], f"ported for images of {size[0]}x{size[1]}, not "
+        lines += [f"        if {first}.shape[1:3] != {size}:"]
+        lines += [f'            raise ValueError(f"{message}{{{first}.shape[1:3]}}")']
 
     def constant(match: re.Match[str]) -> str:
         slot = (match[0], body.constants[int(match[1])].hint)

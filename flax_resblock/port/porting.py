@@ -1,0 +1,180 @@
+"""Ports a live PyTorch module: traces it, writes its source, and proves the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from flax_resblock.checkpoint.torch_file import state_to_numpy
+from flax_resblock.config import Path
+from flax_resblock.convert.codecs import AS_IS
+from flax_resblock.errors import InputError, some
+from flax_resblock.parity.module_run import global_state_kept, inner, runnable
+from flax_resblock.port import axes
+from flax_resblock.port.body import Reader
+from flax_resblock.port.classes import classes_of
+from flax_resblock.port.layers import layer_of
+from flax_resblock.port.network import PortedNetwork, Table, Tensor
+from flax_resblock.port.parts import (
+    STEPS, Body, ContainerPart, LayerPart, ModulePart, Part, parts_of, tensors_of,
+)  # fmt: skip
+from flax_resblock.port.proof import prove
+from flax_resblock.port.source import source_of
+from flax_resblock.port.tracing import trace
+from flax_resblock.port.values import BATCH
+
+Size = tuple[int, int]
+"""Height and width of images."""
+
+SIZES: tuple[Size, ...] = ((32, 32), (64, 64), (224, 224), (299, 299))
+"""Sizes of the images, in the order in which they are tried."""
+
+
+def port(
+    module: Any,
+    *,
+    image_size: Size | None = None,
+    exact: bool = False,
+    origin: str | None = None,
+) -> PortedNetwork:
+    """A PyTorch module as Flax source, with its weights and the proof that it computes the same.
+
+    The module is traced in evaluation mode, written as Flax NNX classes, and run beside them on
+    random images: the output, every layer's activation, in training mode also the running
+    statistics and every gradient. It is left as it was.
+
+    Args:
+      module: An ``nn.Module`` that maps one batch of images ``(N, C, H, W)`` to tensors.
+      image_size: Height and width to trace it with; None tries 32, 64, 224 and 299.
+      exact: Compare in float64 as well, with the limit 1e-12.
+      origin: How the result names the module; None: its class.
+    Returns:
+      The ported network: ``source``, ``create()`` for the model, ``to_torch(model)`` for the way
+      back.
+    Raises:
+      InputError: The module cannot be traced, has an operator that is not supported, or does not
+        compute what was written. The message names the line of your code.
+    Example:
+      >>> ported = port(torchvision.models.mobilenet_v3_small())
+      >>> print(ported.source)
+      >>> model = ported.create()
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise InputError(f"port takes an nn.Module, not a {type(module).__name__}.")
+    with global_state_kept(), runnable(inner(module)) as copied:
+        state = state_to_numpy(inner(module).state_dict())
+        size = _size(copied, [image_size] if image_size else SIZES)
+        return _ported(copied, state, size, exact, origin or type(inner(module)).__name__)
+
+
+def _ported(
+    module: torch.nn.Module,
+    state: Mapping[str, np.ndarray],
+    size: Size,
+    exact: bool,
+    origin: str,
+) -> PortedNetwork:
+    channels = _channels(module)
+    reader = Reader(trace(module, [torch.randn(2, channels, *size)]))
+    body = reader.body("", [((BATCH, channels, *size), axes.channels_last(4))])
+    table = _table(module, body)
+    slots = dict(_slots(reader, body.parts, ()))
+    classes = classes_of(reader, body)
+    title = f"{origin} in Flax, with channels last. Written by flax-resblock port."
+    unused = {one.key: state[one.key] for one in table.tensors if one.path is None}
+    notes = []
+    if unused:
+        notes.append(
+            f"{some(list(unused))}: never used in evaluation mode; kept for the way back to PyTorch"
+        )
+    made = PortedNetwork(
+        source_of(classes, title), classes[-1].name, table, table.to_flax(state), unused,
+        origin, size, notes=tuple(notes),
+    )  # fmt: skip
+    proof = prove(module, made, slots, channels, exact=exact)
+    source = made.source
+    if proof.fixed_size:
+        source = source_of(classes, title, fixed_size=size)
+        notes.append(f"images of {size[0]}x{size[1]} only: {proof.fixed_size}")
+    notes += proof.notes
+    return PortedNetwork(
+        source, made.name, table, made.values, unused, origin, size, proof.figures, tuple(notes)
+    )
+
+
+def _channels(module: torch.nn.Module) -> int:
+    """Channels of the images: what the first convolution takes."""
+    for part in module.modules():
+        if isinstance(part, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            return part.in_channels
+    return 3
+
+
+def _size(module: torch.nn.Module, sizes: Sequence[Size]) -> Size:
+    """The first size of images that the module runs on."""
+    channels, first = _channels(module), None
+    for size in sizes:
+        try:
+            module(torch.randn(2, channels, *size))
+        except Exception as error:  # whatever the user's code raises
+            first = first or error
+        else:
+            return size
+    shown = ", ".join(f"{height}x{width}" for height, width in sizes)
+    said = f"{type(first).__name__}: {str(first).strip().splitlines()[0][:200]}"
+    raise InputError(
+        f"{type(module).__name__} raises on images of {channels} channels and {shown} pixels "
+        f"({said}). Give a size that it takes with --image-size HEIGHT WIDTH, or "
+        f"image_size=(height, width)."
+    ) from first
+
+
+def _table(module: torch.nn.Module, body: Body) -> Table:
+    """Where every tensor of the state dict is; one that is there twice has one place."""
+    placed = {one.key: one for one in tensors_of(body.parts)}
+    held: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
+    held.update(module.named_buffers(remove_duplicate=False))
+    by_identity = {id(held[key]): one for key, one in placed.items() if key in held}
+    tensors = []
+    for key in module.state_dict():
+        one = placed.get(key) or by_identity.get(id(held.get(key)))
+        path, codec = (None, AS_IS) if one is None else (one.path, one.codec)
+        tensors.append(Tensor(key, path, codec))
+    return Table(tuple(tensors))
+
+
+def _slots(reader: Reader, parts: Mapping[str, Part], path: Path) -> Iterator[tuple[str, Path]]:
+    """The modules whose outputs can be compared, by their names in PyTorch.
+
+    Left out are those that are called more than once, and those whose axes are in another order.
+    """
+    for name, part in parts.items():
+        yield from _slots_of(reader, part, (*path, name))
+
+
+def _slots_of(reader: Reader, part: Part, path: Path) -> Iterator[tuple[str, Path]]:
+    if isinstance(part, LayerPart):
+        name = part.prefix.rstrip(".")
+        if name and _comparable(reader, name) and layer_of(reader.live(name)) is not None:
+            yield name, path
+    elif isinstance(part, ModulePart):
+        body = part.body
+        if _comparable(reader, body.path):
+            yield body.path, path
+        inside = ("layers",) if body.sequence is not None else ()
+        if inside:
+            for place, item in enumerate(parts_of(body).values()):
+                yield from _slots_of(reader, item, (*path, "layers", place))
+        else:
+            yield from _slots(reader, body.parts, path)
+    elif isinstance(part, ContainerPart):
+        for place, (key, item) in enumerate(part.items.items()):
+            yield from _slots_of(reader, item, (*path, *STEPS[part.kind](place, key)))
+
+
+def _comparable(reader: Reader, name: str) -> bool:
+    orders = reader.orders.get(name, [])
+    return len(orders) == 1 and orders[0] in (axes.torch_order(2), axes.channels_last(4))

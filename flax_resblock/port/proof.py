@@ -1,0 +1,347 @@
+"""Runs a PyTorch module and what it was ported to side by side."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+from flax_resblock.checkpoint.torch_file import state_to_numpy
+from flax_resblock.config import Path
+from flax_resblock.cpu.switch import conv_lowering
+from flax_resblock.errors import InputError
+from flax_resblock.nn.stochastic import StochasticDepth
+from flax_resblock.parity.module_run import randomise
+from flax_resblock.parity.oracle import FLOAT64_LIMIT, verdict_of
+from flax_resblock.parity.pair import PRECISIONS, Precision
+from flax_resblock.parity.taps import Trace, as_tensor, trace_flax, trace_torch
+from flax_resblock.port.network import PortedNetwork, filled
+
+BATCH = 3
+
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Options of a compiler that is run more often than what it makes."""
+
+FLOOR = 1e-2
+"""Gradients are compared relative to themselves, or to this share of the largest of their kind:
+that of a bias in front of a norm is zero but for rounding."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was measured.
+
+    Attributes:
+      figures: The largest error and its place, by precision and quantity.
+      fixed_size: Why the network is right for one size of images only; empty if it is for others.
+      notes: What was not compared.
+    """
+
+    figures: dict[str, Any] = field(default_factory=dict)
+    fixed_size: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def prove(
+    module: torch.nn.Module,
+    ported: PortedNetwork,
+    slots: Mapping[str, Path],
+    channels: int,
+    *,
+    exact: bool,
+) -> Proof:
+    """Compares a module with what it was ported to, with the module's weights made random.
+
+    A weight of zero hides everything that is multiplied by it, so the weights of the user's own
+    are not enough. Random layers are switched off.
+
+    Args:
+      module: In evaluation mode and float32; changed.
+      ported: Its source and table.
+      slots: Paths of the layers in the Flax model, by their names in PyTorch.
+      channels: Of the images.
+      exact: Compare in float64 as well.
+    Raises:
+      InputError: They differ.
+    """
+    run = _Runs(module, ported, slots)
+    images = _images(channels, ported.image_size)
+    proof = Proof()
+    run.randomised()
+    names = ["float64", "float32"] if exact else ["float32"]
+    for name in names:
+        for train in (False, True):
+            run.compare(proof, images, PRECISIONS[name], train=train)
+    why = run.other_sizes(channels, ported.image_size)
+    return Proof(proof.figures, why, proof.notes)
+
+
+def _images(channels: int, size: tuple[int, int]) -> np.ndarray:
+    """Random images ``(N, H, W, C)`` whose channels have different means."""
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((BATCH, *size, channels))
+    return images + np.linspace(-1, 2, channels)
+
+
+class _Flat(nnx.Module):
+    """The network with everything that it returns in one array, in PyTorch's order."""
+
+    def __init__(self, net: Any, count: int | None = None) -> None:
+        self.net, self.count = net, count
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        parts = list(leaves(self.net(x)))[: self.count]
+        return jnp.concatenate(
+            [jnp.moveaxis(one, -1, 1).reshape(one.shape[0], -1) for one in parts], axis=-1
+        )
+
+
+class _FlatTorch(torch.nn.Module):
+    """The module with everything that it returns in one tensor."""
+
+    def __init__(self, net: torch.nn.Module, count: int | None = None) -> None:
+        super().__init__()
+        self.net, self.count, self.found = net, count, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [one for one in leaves(self.net(x)) if isinstance(one, torch.Tensor)]
+        self.found = len(parts)
+        return torch.cat([one.flatten(1) for one in parts[: self.count]], dim=-1)
+
+
+def leaves(result: Any) -> Iterator[Any]:
+    """The arrays of a result, in order."""
+    if isinstance(result, Mapping):
+        result = list(result.values())
+    if isinstance(result, (tuple, list)):
+        for one in result:
+            yield from leaves(one)
+    elif result is not None:
+        yield result
+
+
+class _Runs:
+    def __init__(
+        self, module: torch.nn.Module, ported: PortedNetwork, slots: Mapping[str, Path]
+    ) -> None:
+        self.module, self.ported = module, ported
+        _switch_off(module)
+        self.torch_slots = {name: f"net.{name}" for name in slots}
+        self.flax_slots = {name: ("net", *path) for name, path in slots.items()}
+        with torch.no_grad():
+            wrapped = _FlatTorch(module)
+            channels = 1 if not ported.image_size else None
+            del channels
+            self.wrapped = wrapped
+        self.count: int | None = None
+
+    def randomised(self) -> None:
+        """Gives the module random weights."""
+        randomise(self.module)
+        for name, buffer in self.module.named_buffers():
+            del name, buffer
+
+    def torch(self, images: np.ndarray, precision: Precision, **options: Any) -> Trace:
+        dtype = torch.float64 if precision.name == "float64" else torch.float32
+        module = copy.deepcopy(self.module).to(dtype)
+        flat = _FlatTorch(module, self.count)
+        with _no_functional_dropout(), torch.enable_grad():
+            found = trace_torch(flat, images, self.torch_slots, precision=precision, **options)
+        return found
+
+    def flax(self, images: np.ndarray, precision: Precision, **options: Any) -> Trace:
+        with precision.on_jax(None):
+            state = state_to_numpy(copy.deepcopy(self.module).to(
+                torch.float64 if precision.name == "float64" else torch.float32
+            ).state_dict())  # fmt: skip
+            model = filled(self.ported.network, self.ported.table.to_flax(state))
+            for _, part in nnx.iter_modules(model):
+                if isinstance(part, (nnx.Dropout, StochasticDepth)):
+                    part.rate = 0.0
+        flat = _Flat(model, self.count)
+        with conv_lowering("xla"):
+            return trace_flax(
+                flat, images, self.flax_slots, precision=precision, options=QUICKLY, **options
+            )
+
+    def compare(
+        self, proof: Proof, images: np.ndarray, precision: Precision, *, train: bool
+    ) -> None:
+        """Compares outputs and activations; in training mode statistics and gradients too."""
+        if self.count is None:
+            self.count = self._outputs(images)
+        if train and not self._trains(images, proof):
+            return
+        single = precision.name == "float32"
+        options: dict[str, Any] = {"train": train}
+        exact = PRECISIONS["float64"]
+        truth = self.torch(images, exact, **options)
+        if train:
+            rng = np.random.default_rng(1)
+            options["cotangent"] = rng.standard_normal(truth.output.shape)
+            truth = self.torch(images, exact, **options)
+        theirs = self.torch(images, precision, **options) if single else truth
+        ours = self.flax(images, precision, **options)
+        mode = "training" if train else "evaluation"
+        for quantity, rows in self._rows(truth, theirs, ours).items():
+            worst, place = 0.0, ""
+            for name, true, torch_value, value in rows:
+                floor = FLOOR * max(
+                    (np.linalg.norm(one[1]) for one in rows), default=0.0
+                ) if "gradient" in quantity else 0.0  # fmt: skip
+                error, own = _error(value, true, floor), _error(torch_value, true, floor)
+                verdict = verdict_of(error, own, precision.epsilon)
+                if not verdict.passed:
+                    raise InputError(self._difference(mode, quantity, name, error, verdict.limit))
+                if error >= worst:
+                    worst, place = error, name
+            proof.figures[f"{precision.name} {mode} {quantity}"] = {
+                "error": worst, "place": place, "tensors": len(rows),
+            }  # fmt: skip
+
+    def _rows(self, truth: Trace, theirs: Trace, ours: Trace) -> dict[str, list[Any]]:
+        shared = [name for name in truth.activations if name in ours.activations]
+        rows: dict[str, list[Any]] = {
+            "output": [("output", truth.output, theirs.output, ours.output)],
+            "activations": [
+                (name, truth.activations[name], theirs.activations[name], ours.activations[name])
+                for name in shared
+            ],
+        }
+        statistics, gradients = [], []
+        for one in self.ported.table.tensors:
+            if one.path is None:
+                continue
+            name, path = f"net.{one.key}", ("net", *one.path)
+            if (
+                name in truth.statistics
+                and path in ours.statistics
+                and truth.input_gradient is not None
+            ):
+                values = truth.statistics[name], theirs.statistics[name]
+                if values[0].dtype.kind == "f":
+                    statistics.append((one.key, *values, one.codec.to_torch(ours.statistics[path])))
+            if name in truth.gradients and path in ours.gradients:
+                values = truth.gradients[name], theirs.gradients[name]
+                gradients.append((one.key, *values, one.codec.to_torch(ours.gradients[path])))
+        rows["running statistics"], rows["gradients"] = statistics, gradients
+        if truth.input_gradient is not None:
+            values = truth.input_gradient, theirs.input_gradient, ours.input_gradient
+            rows["gradient of the input"] = [("images", *values)]
+        return {quantity: one for quantity, one in rows.items() if one}
+
+    def _outputs(self, images: np.ndarray) -> int:
+        flat = _FlatTorch(self.module.eval())
+        with torch.no_grad():
+            flat(as_tensor(images, PRECISIONS["float32"]))
+        return flat.found
+
+    def _trains(self, images: np.ndarray, proof: Proof) -> bool:
+        """Whether the module runs in training mode, and what it returns there."""
+        flat = _FlatTorch(copy.deepcopy(self.module).train())
+        try:
+            with torch.no_grad(), _no_functional_dropout():
+                flat(as_tensor(images, PRECISIONS["float32"]))
+        except Exception as error:  # whatever the user's code raises
+            said = str(error).strip().splitlines()
+            note = f"training mode was not compared: the module raises there ({said[:1]})"
+            proof.notes.append(note)
+            return False
+        if flat.found != self.count:
+            note = (
+                f"in training mode the module returns {flat.found} tensors instead of "
+                f"{self.count}; the ported network returns those of evaluation mode"
+            )
+            if note not in proof.notes:
+                proof.notes.append(note)
+        return True
+
+    def _difference(self, mode: str, quantity: str, name: str, error: float, limit: float) -> str:
+        what = f"{quantity} of {name}" if name not in ("output", "images") else f"the {quantity}"
+        because = (
+            " Its forward pass does something else when module.training is set, which is not "
+            "ported; only batch norm and dropout may differ."
+            if mode == "training"
+            else " Please report it with the module's code; nothing was written."
+        )
+        return (
+            f"{self.ported.origin} cannot be ported: in {mode} mode {what} differs by {error:.1e} "
+            f"(relative), the limit is {limit:.1e}.{because}"
+        )
+
+    def other_sizes(self, channels: int, size: tuple[int, int]) -> str:
+        """Why only images of one size are right; empty where another one that the module takes is
+        right too.
+        """
+        for other in ((size[0] + 33, size[1] + 32), (size[0] + 32, size[1] + 64)):
+            images = _images(channels, other)
+            try:
+                truth = self.torch(images, PRECISIONS["float64"])
+            except Exception:  # the module does not take this size
+                continue
+            try:
+                theirs = self.torch(images, PRECISIONS["float32"])
+                ours = self.flax(images, PRECISIONS["float32"])
+            except Exception as error:
+                return f"at {other[0]}x{other[1]} the written code raises {type(error).__name__}"
+            error = _error(ours.output, truth.output)
+            verdict = verdict_of(
+                error, _error(theirs.output, truth.output), PRECISIONS["float32"].epsilon
+            )
+            if not verdict.passed:
+                return (
+                    f"its code has numbers that follow from the size (at {other[0]}x{other[1]} "
+                    f"the output differs by {error:.1e})"
+                )
+            return ""
+        return "the module takes no other size that was tried"
+
+
+def _error(value: Any, truth: Any, floor: float = 0.0) -> float:
+    value, truth = np.asarray(value, np.float64), np.asarray(truth, np.float64)
+    if value.shape != truth.shape or not np.isfinite(value).all():
+        return float("inf") if not np.array_equal(value, truth, equal_nan=True) else 0.0
+    distance = float(np.linalg.norm(value - truth))
+    scale = max(float(np.linalg.norm(truth)), floor)
+    return 0.0 if distance == 0 else distance / scale if scale else float("inf")
+
+
+def _switch_off(module: torch.nn.Module) -> None:
+    """Sets the rates of random layers to zero."""
+    for part in module.modules():
+        kind = type(part).__name__
+        for name in ("p", "drop_prob", "rate"):
+            value = getattr(part, name, None)
+            random = "Drop" in kind or "StochasticDepth" in kind
+            if random and isinstance(value, float):
+                setattr(part, name, 0.0)
+
+
+@contextmanager
+def _no_functional_dropout() -> Iterator[None]:
+    """Within it ``F.dropout`` and its kin return their input."""
+    functional = torch.nn.functional
+    names = (
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+    )
+    before = {name: getattr(functional, name) for name in names}
+    for name in names:
+        setattr(functional, name, lambda input, *_, **__: input)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(functional, name, function)
