@@ -2,55 +2,41 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from flax_resblock import nn
-from flax_resblock.convert.codecs import (
-    AS_IS,
-    CHW_HWC,
-    IOHW_HWIO,
-    IOW_WIO,
-    OIHW_HWIO,
-    OIW_WIO,
-    TRANSPOSED,
-    Codec,
-)
 from flax_resblock.errors import InputError
+from flax_resblock.port.layer import Layer
+from flax_resblock.port.layer_rows import ROWS
 
 if TYPE_CHECKING:
     import torch
 
-Inputs = Literal["channels_last", "elementwise", "last_axis"]
+__all__ = ["Layer", "layer_of"]
 
-
-@dataclass(frozen=True)
-class Layer:
-    """How the source calls a layer, and where its tensors go.
-
-    Attributes:
-      call: ``"nn.Conv"``, or a function such as ``"nn.max_pool"`` for a layer without state.
-      positional: Arguments that are printed by position, after ``x`` for a function.
-      options: Arguments that are printed by keyword: those that differ from the defaults.
-      tensors: PyTorch's name of a parameter or buffer -> attribute of the layer, and the change of
-        its memory layout.
-      stateful: Whether it is an attribute, built with ``rngs=rngs``; otherwise a function of ``x``.
-      random: Whether it draws random numbers in training mode.
-      inputs: The memory layout that it needs. ``"channels_last"``: PyTorch's axis 1 last;
-        ``"last_axis"``: it acts on PyTorch's last axis, which has to be the last here too;
-        ``"elementwise"``: any.
-    """
-
-    call: str
-    positional: tuple[Any, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
-    tensors: Mapping[str, tuple[str, Codec]] = field(default_factory=dict)
-    stateful: bool = False
-    random: bool = False
-    inputs: Inputs = "elementwise"
+_VOLUMES = "three spatial axes"
+_RECURRENT = "recurrent layers"
+_REFUSED: dict[str, str] = {
+    **{
+        f"torch.nn.{name}3d": _VOLUMES
+        for name in (
+            *("Conv", "ConvTranspose", "BatchNorm", "InstanceNorm", "Dropout", "MaxPool"),
+            *("AvgPool", "LPPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "FractionalMaxPool"),
+            *("MaxUnpool", "ConstantPad", "ZeroPad", "ReflectionPad", "ReplicationPad"),
+            "CircularPad",
+        )
+    },
+    **{
+        f"torch.nn.{name}": _RECURRENT
+        for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+    },
+    "torch.nn.FractionalMaxPool2d": "random pooling regions",
+    "torch.nn.MaxUnpool1d": "the indices of a max pool",
+    "torch.nn.MaxUnpool2d": "the indices of a max pool",
+    "torch.nn.FeatureAlphaDropout": "channels dropped to SELU's limit",
+    "torch.nn.Embedding": "inputs of integers",
+    "torch.nn.EmbeddingBag": "inputs of integers",
+}
+"""Classes that cannot be ported, and what is not supported."""
 
 
 def layer_of(module: torch.nn.Module) -> Layer | None:
@@ -113,370 +99,3 @@ def _refuse_changed(module: torch.nn.Module) -> None:
             f"computes. Remove it first; weight_norm and spectral_norm are removed by "
             f"torch.nn.utils.remove_weight_norm and remove_spectral_norm."
         )
-
-
-def _with(call: str, *positional: Any, **rest: Any) -> Layer:
-    """A layer; of the options those that differ from the defaults of ``call``."""
-    places = ("tensors", "stateful", "random", "inputs")
-    places = {name: rest.pop(name) for name in places if name in rest}
-    called = getattr(nn, call)
-    known = inspect.signature(called.__init__ if isinstance(called, type) else called).parameters
-    options = {
-        name: _plain(value)
-        for name, value in rest.items()
-        if _plain(value) != _plain(known[name].default)
-    }
-    return Layer(f"nn.{call}", tuple(map(_plain, positional)), options, **places)
-
-
-def _plain(size: Any) -> Any:
-    """``(3, 3)`` and ``(3,)`` as 3."""
-    if isinstance(size, (tuple, list)) and size and all(one == size[0] for one in size):
-        return size[0] if isinstance(size[0], int | None) else tuple(size)
-    return tuple(size) if isinstance(size, list) else size
-
-
-def _of(module: torch.nn.Module, **places: tuple[str, Codec]) -> Mapping[str, tuple[str, Codec]]:
-    """The places of the tensors that the module has."""
-    return {name: place for name, place in places.items() if getattr(module, name) is not None}
-
-
-_BIAS = ("bias", AS_IS)
-
-
-def _conv(call: str, kernel: Codec, m: Any) -> Layer:
-    return _with(
-        call,
-        m.in_channels,
-        m.out_channels,
-        m.kernel_size,
-        stride=m.stride,
-        padding=m.padding,
-        dilation=m.dilation,
-        groups=m.groups,
-        padding_mode=m.padding_mode,
-        use_bias=m.bias is not None,
-        tensors=_of(m, weight=("kernel", kernel), bias=_BIAS),
-        stateful=True,
-        inputs="channels_last",
-    )
-
-
-def _conv_transpose(call: str, kernel: Codec, m: Any) -> Layer:
-    return _with(
-        call,
-        m.in_channels,
-        m.out_channels,
-        m.kernel_size,
-        stride=m.stride,
-        padding=m.padding,
-        output_padding=m.output_padding,
-        dilation=m.dilation,
-        groups=m.groups,
-        use_bias=m.bias is not None,
-        tensors=_of(m, weight=("kernel", kernel), bias=_BIAS),
-        stateful=True,
-        inputs="channels_last",
-    )
-
-
-def _linear(m: Any) -> Layer:
-    return _with(
-        "Linear",
-        m.in_features,
-        m.out_features,
-        use_bias=m.bias is not None,
-        tensors=_of(m, weight=("kernel", TRANSPOSED), bias=_BIAS),
-        stateful=True,
-        inputs="last_axis",
-    )
-
-
-_STATISTICS = {"running_mean": ("mean", AS_IS), "running_var": ("var", AS_IS)}
-_COUNTER = {"num_batches_tracked": ("num_batches_tracked", AS_IS)}
-
-
-def _running_norm(call: str, m: Any) -> Layer:
-    """Batch and instance norm."""
-    return _with(
-        call,
-        m.num_features,
-        eps=m.eps,
-        momentum=m.momentum,
-        affine=m.affine,
-        use_bias=m.bias is not None or not m.affine,
-        track_running_stats=m.track_running_stats,
-        tensors=_of(m, weight=("scale", AS_IS), bias=_BIAS, **_STATISTICS, **_COUNTER),
-        stateful=True,
-        inputs="channels_last",
-    )
-
-
-def _frozen_batch_norm(m: Any) -> Layer:
-    return _with(
-        "FrozenBatchNorm",
-        m.weight.shape[0],
-        eps=m.eps,
-        tensors=_of(m, weight=("scale", AS_IS), bias=_BIAS, **_STATISTICS),
-        stateful=True,
-        inputs="channels_last",
-    )
-
-
-def _group_norm(m: Any) -> Layer:
-    return _with(
-        "GroupNorm",
-        m.num_groups,
-        m.num_channels,
-        eps=m.eps,
-        affine=m.affine,
-        use_bias=m.bias is not None or not m.affine,
-        tensors=_of(m, weight=("scale", AS_IS), bias=_BIAS),
-        stateful=True,
-        inputs="channels_last",
-    )
-
-
-def _layer_norm(m: Any) -> Layer | None:
-    """Over the last axis, or over an image's channels and pixels."""
-    shape = tuple(m.normalized_shape)
-    if len(shape) not in (1, 3):
-        return None  # which axes these are is seen in the trace alone
-    codec = AS_IS if len(shape) == 1 else CHW_HWC
-    return _with(
-        "LayerNorm",
-        shape if len(shape) == 1 else (*shape[1:], shape[0]),
-        eps=m.eps,
-        affine=m.elementwise_affine,
-        use_bias=m.bias is not None or not m.elementwise_affine,
-        tensors=_of(m, weight=("scale", codec), bias=("bias", codec)),
-        stateful=True,
-        inputs="last_axis" if len(shape) == 1 else "channels_last",
-    )
-
-
-def _local_response_norm(m: Any) -> Layer:
-    options = {"alpha": m.alpha, "beta": m.beta, "k": m.k}
-    return _with("local_response_norm", m.size, **options, inputs="channels_last")
-
-
-def _max_pool(m: Any) -> Layer:
-    if m.return_indices:
-        raise InputError(f"{m} returns indices too, which is not supported.")
-    return _with(
-        "max_pool",
-        m.kernel_size,
-        stride=None if m.stride == m.kernel_size else m.stride,
-        padding=m.padding,
-        dilation=m.dilation,
-        ceil_mode=m.ceil_mode,
-        inputs="channels_last",
-    )
-
-
-def _avg_pool(m: Any) -> Layer:
-    return _with(
-        "avg_pool",
-        m.kernel_size,
-        stride=None if _plain(m.stride) == _plain(m.kernel_size) else m.stride,
-        padding=m.padding,
-        ceil_mode=m.ceil_mode,
-        count_include_pad=m.count_include_pad,
-        divisor_override=getattr(m, "divisor_override", None),
-        inputs="channels_last",
-    )
-
-
-def _lp_pool(m: Any) -> Layer:
-    return _with(
-        "lp_pool",
-        m.norm_type,
-        m.kernel_size,
-        stride=m.stride,
-        ceil_mode=m.ceil_mode,
-        inputs="channels_last",
-    )
-
-
-def _adaptive_pool(call: str, m: Any) -> Layer:
-    if getattr(m, "return_indices", False):
-        raise InputError(f"{m} returns indices too, which is not supported.")
-    return _with(call, m.output_size, inputs="channels_last")
-
-
-def _pad(mode: str, m: Any) -> Layer:
-    """PyTorch's widths begin with the last axis."""
-    ends = [m.padding[at : at + 2] for at in range(0, len(m.padding), 2)]
-    widths = ((0, 0), *(tuple(pair) for pair in reversed(ends)), (0, 0))
-    value = getattr(m, "value", 0.0) if mode == "constant" else 0.0
-    layer = _with("pad", mode=mode, value=value, inputs="channels_last")
-    return replace(layer, positional=(widths,))
-
-
-def _upsample(m: Any) -> Layer:
-    return _with(
-        "interpolate",
-        size=m.size,
-        scale_factor=m.scale_factor,
-        mode=m.mode,
-        align_corners=m.align_corners,
-        recompute_scale_factor=m.recompute_scale_factor or None,
-        inputs="channels_last",
-    )
-
-
-def _dropout(axes: tuple[int, ...], m: Any) -> Layer:
-    """``axes``: those that are dropped together, after the batch."""
-    inputs: Inputs = "channels_last" if axes else "elementwise"
-    layer = _with("Dropout", m.p, stateful=True, random=True, inputs=inputs)
-    return replace(layer, options={"broadcast_dims": axes} if axes else {})
-
-
-def _alpha_dropout(m: Any) -> Layer:
-    return _with("AlphaDropout", m.p, stateful=True, random=True)
-
-
-def _stochastic_depth(m: Any) -> Layer:
-    return _with("StochasticDepth", m.p, mode=m.mode, stateful=True, random=True)
-
-
-def _drop_path(m: Any) -> Layer:
-    scale = m.scale_by_keep
-    return _with(
-        "StochasticDepth", m.drop_prob or 0.0, scale_by_keep=scale, stateful=True, random=True
-    )
-
-
-def _rrelu(m: Any) -> Layer:
-    return _with("RReLU", lower=m.lower, upper=m.upper, stateful=True, random=True)
-
-
-def _prelu(m: Any) -> Layer:
-    return _with(
-        "PReLU",
-        m.num_parameters,
-        tensors={"weight": ("weight", AS_IS)},
-        stateful=True,
-        inputs="elementwise" if m.num_parameters == 1 else "channels_last",
-    )
-
-
-def _softmax(call: str, m: Any) -> Layer | None:
-    return _with(call, inputs="channels_last") if m.dim == 1 else None
-
-
-def _plainly(call: str, **options: str) -> Callable[[Any], Layer]:
-    """An elementwise function; ``options``: its keyword -> the module's attribute."""
-    return lambda m: _with(call, **{name: getattr(m, told) for name, told in options.items()})
-
-
-ROWS: dict[str, Callable[[Any], Layer | None]] = {
-    "torch.nn.Conv1d": partial(_conv, "Conv1d", OIW_WIO),
-    "torch.nn.Conv2d": partial(_conv, "Conv", OIHW_HWIO),
-    "torch.nn.ConvTranspose1d": partial(_conv_transpose, "ConvTranspose1d", IOW_WIO),
-    "torch.nn.ConvTranspose2d": partial(_conv_transpose, "ConvTranspose", IOHW_HWIO),
-    "torch.nn.Linear": _linear,
-    "torch.nn.BatchNorm1d": partial(_running_norm, "BatchNorm"),
-    "torch.nn.BatchNorm2d": partial(_running_norm, "BatchNorm"),
-    "torch.nn.SyncBatchNorm": partial(_running_norm, "BatchNorm"),
-    "torchvision.ops.misc.FrozenBatchNorm2d": _frozen_batch_norm,
-    "torch.nn.InstanceNorm1d": partial(_running_norm, "InstanceNorm"),
-    "torch.nn.InstanceNorm2d": partial(_running_norm, "InstanceNorm"),
-    "torch.nn.GroupNorm": _group_norm,
-    "torch.nn.LayerNorm": _layer_norm,
-    "torch.nn.LocalResponseNorm": _local_response_norm,
-    "torch.nn.MaxPool1d": _max_pool,
-    "torch.nn.MaxPool2d": _max_pool,
-    "torch.nn.AvgPool1d": _avg_pool,
-    "torch.nn.AvgPool2d": _avg_pool,
-    "torch.nn.LPPool1d": _lp_pool,
-    "torch.nn.LPPool2d": _lp_pool,
-    "torch.nn.AdaptiveAvgPool1d": partial(_adaptive_pool, "adaptive_avg_pool"),
-    "torch.nn.AdaptiveAvgPool2d": partial(_adaptive_pool, "adaptive_avg_pool"),
-    "torch.nn.AdaptiveMaxPool1d": partial(_adaptive_pool, "adaptive_max_pool"),
-    "torch.nn.AdaptiveMaxPool2d": partial(_adaptive_pool, "adaptive_max_pool"),
-    **{
-        f"torch.nn.{kind}{axes}d": partial(_pad, mode)
-        for axes in (1, 2)
-        for kind, mode in {
-            "ZeroPad": "constant",
-            "ConstantPad": "constant",
-            "ReflectionPad": "reflect",
-            "ReplicationPad": "replicate",
-            "CircularPad": "circular",
-        }.items()
-    },
-    "torch.nn.Upsample": _upsample,
-    "torch.nn.UpsamplingNearest2d": _upsample,
-    "torch.nn.UpsamplingBilinear2d": _upsample,
-    "torch.nn.PixelShuffle": lambda m: _with(
-        "pixel_shuffle", m.upscale_factor, inputs="channels_last"
-    ),
-    "torch.nn.PixelUnshuffle": lambda m: _with(
-        "pixel_unshuffle", m.downscale_factor, inputs="channels_last"
-    ),
-    "torch.nn.ChannelShuffle": lambda m: _with("channel_shuffle", m.groups, inputs="channels_last"),
-    "torch.nn.Dropout": partial(_dropout, ()),
-    "torch.nn.Dropout1d": partial(_dropout, (1,)),
-    "torch.nn.Dropout2d": partial(_dropout, (1, 2)),
-    "torch.nn.AlphaDropout": _alpha_dropout,
-    "torchvision.ops.stochastic_depth.StochasticDepth": _stochastic_depth,
-    "timm.layers.drop.DropPath": _drop_path,
-    "timm.layers.linear.Linear": _linear,
-    "timm.layers.activations.GELU": _plainly("gelu"),
-    "timm.layers.activations.Sigmoid": _plainly("sigmoid"),
-    "torch.nn.RReLU": _rrelu,
-    "torch.nn.PReLU": _prelu,
-    "torch.nn.Identity": _plainly("identity"),
-    "torch.nn.ReLU": _plainly("relu"),
-    "torch.nn.ReLU6": _plainly("relu6"),
-    "torch.nn.LeakyReLU": _plainly("leaky_relu", slope="negative_slope"),
-    "torch.nn.ELU": _plainly("elu", alpha="alpha"),
-    "torch.nn.SELU": _plainly("selu"),
-    "torch.nn.CELU": _plainly("celu", alpha="alpha"),
-    "torch.nn.GELU": lambda m: _with("gelu", approximate=m.approximate == "tanh"),
-    "torch.nn.SiLU": _plainly("silu"),
-    "torch.nn.Mish": _plainly("mish"),
-    "torch.nn.Sigmoid": _plainly("sigmoid"),
-    "torch.nn.LogSigmoid": _plainly("log_sigmoid"),
-    "torch.nn.Tanh": _plainly("tanh"),
-    "torch.nn.Tanhshrink": _plainly("tanhshrink"),
-    "torch.nn.Hardtanh": _plainly("hardtanh", min_value="min_val", max_value="max_val"),
-    "torch.nn.Hardswish": _plainly("hardswish"),
-    "torch.nn.Hardsigmoid": _plainly("hardsigmoid"),
-    "torch.nn.Hardshrink": _plainly("hardshrink", lambd="lambd"),
-    "torch.nn.Softshrink": _plainly("softshrink", lambd="lambd"),
-    "torch.nn.Softplus": _plainly("softplus", beta="beta", threshold="threshold"),
-    "torch.nn.Softsign": _plainly("softsign"),
-    "torch.nn.Threshold": lambda m: _with("threshold", m.threshold, m.value),
-    "torch.nn.Softmax": partial(_softmax, "softmax"),
-    "torch.nn.Softmax2d": lambda m: _with("softmax", inputs="channels_last"),
-    "torch.nn.LogSoftmax": partial(_softmax, "log_softmax"),
-    "torch.nn.GLU": partial(_softmax, "glu"),
-}
-"""Class -> its layer. Names instead of classes: nothing is imported for a class not met."""
-
-_VOLUMES = "three spatial axes"
-_RECURRENT = "recurrent layers"
-_REFUSED: dict[str, str] = {
-    **{
-        f"torch.nn.{name}3d": _VOLUMES
-        for name in (
-            *("Conv", "ConvTranspose", "BatchNorm", "InstanceNorm", "Dropout", "MaxPool"),
-            *("AvgPool", "LPPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "FractionalMaxPool"),
-            *("MaxUnpool", "ConstantPad", "ZeroPad", "ReflectionPad", "ReplicationPad"),
-            "CircularPad",
-        )
-    },
-    **{
-        f"torch.nn.{name}": _RECURRENT
-        for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
-    },
-    "torch.nn.FractionalMaxPool2d": "random pooling regions",
-    "torch.nn.MaxUnpool1d": "the indices of a max pool",
-    "torch.nn.MaxUnpool2d": "the indices of a max pool",
-    "torch.nn.FeatureAlphaDropout": "channels dropped to SELU's limit",
-    "torch.nn.Embedding": "inputs of integers",
-    "torch.nn.EmbeddingBag": "inputs of integers",
-}
-"""Classes that cannot be ported, and what is not supported."""
