@@ -78,6 +78,12 @@ def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
         weights = weights_in(path)
         if weights is not None:  # which a link may stand for: caches of downloads consist of them
             return ("pytorch" if ".bin" in weights.name else "safetensors"), weights
+        if (path / "port.json").is_file():
+            raise CheckpointError(
+                f"{path} is the folder of a network that `flax-resblock port` wrote. In Python, "
+                f"import the class in it and call flax_resblock.load_ported({str(path)!r}, "
+                f"Net); `flax-resblock convert {path} back.pth` returns the state dict of PyTorch."
+            )
         raise CheckpointError(
             f"{path} is a folder without a checkpoint: no Orbax metadata, no "
             f"model.safetensors. Give the checkpoint itself."

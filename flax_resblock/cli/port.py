@@ -61,7 +61,7 @@ def port(
       network: The class or function that creates the network, FILE.py:NAME or package.module:NAME.
         Importing it runs its code.
       kwargs: Arguments of that class or function, as a JSON object.
-      image_size: Height and width of the images that it is traced with; found by trying 32, 64,
+      image_size: Height and width of the images that it is traced with; found by trying 64, 32,
         224 and 299 if left out.
       entry: The entry of the checkpoint that holds the weights.
       exact: Compare in float64 as well, with the limit 1e-12.

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from flax_resblock import nn
 from flax_resblock.port.parts import (
-    parts_of,
     Body,
     ContainerPart,
     LayerPart,
     ModulePart,
     ParameterPart,
     Part,
+    parts_of,
 )  # fmt: skip
 
 if TYPE_CHECKING:

@@ -169,7 +169,8 @@ def filled(network: type[nnx.Module], values: Mapping[Path, np.ndarray]) -> nnx.
     make: Any = network
     model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))
-    shapes = {path: tuple(one.shape) for path, one in dict(nnx.to_flat_state(state)).items()}
+    flat: Any = dict(nnx.to_flat_state(state))
+    shapes: dict[Path, tuple[int, ...]] = {path: tuple(one.shape) for path, one in flat.items()}
     wrong = [
         ".".join(map(str, path))
         for path in {**shapes, **values}
@@ -181,8 +182,10 @@ def filled(network: type[nnx.Module], values: Mapping[Path, np.ndarray]) -> nnx.
             f"The weights are not those of {network.__name__}: {some(sorted(wrong))} differ. "
             f"Was the file edited after it was ported?"
         )
-    absent = {path: np.zeros((), np.int64) for path in shapes if path not in values}
-    set_values(model, on_device({**values, **absent}))
+    complete = dict(values)
+    for path in shapes:
+        complete.setdefault(path, np.zeros((), np.int64))  # counters that PyTorch does not have
+    set_values(model, on_device(complete))
     for place, (_, node) in enumerate(nnx.iter_graph(model)):
         if isinstance(node, nnx.RngKey):
             node.set_value(jax.random.key(place))

@@ -124,12 +124,13 @@ class Values:
         """The value such that jax broadcasts it against one of this order, of as many axes or
         more.
         """
+        missing = len(order) - len(value.shape)
+        self._store(value, tuple(axis - missing for axis in order if axis >= missing))
         plan = axes.aligned(value.shape, value.order, order)
-        self._store(value, plan.before)
         if value.expanded is not None:
             value = self.relabelled_plain(value)
         value = self.bring(value, plan.before) if value.order != plan.before else value
-        if value.sizes == plan.shape:
+        if _without_leading_ones(value.sizes) == _without_leading_ones(plan.shape):
             return value
         flat = axes.torch_order(len(plan.shape))
         return self._shaped(value, plan.shape, plan.shape, flat)
@@ -175,6 +176,12 @@ class Values:
             if isinstance(value, Value) and value.name is not None and value.sizes[:1] == (BATCH,):
                 return value
         raise self.refusal("it needs the size of the batch, and no input begins with it")
+
+
+def _without_leading_ones(sizes: Shape) -> Shape:
+    """The sizes that matter to broadcasting, which aligns arrays at their last axes."""
+    first = next((place for place, size in enumerate(sizes) if size != 1), len(sizes))
+    return sizes[first:]
 
 
 def _inserted(have: Shape, want: Shape) -> str | None:

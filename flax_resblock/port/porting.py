@@ -19,9 +19,16 @@ from flax_resblock.port.classes import classes_of
 from flax_resblock.port.layers import layer_of
 from flax_resblock.port.network import PortedNetwork, Table, Tensor
 from flax_resblock.port.parts import (
-    STEPS, Body, ContainerPart, LayerPart, ModulePart, Part, parts_of, tensors_of,
+    STEPS,
+    Body,
+    ContainerPart,
+    LayerPart,
+    ModulePart,
+    Part,
+    parts_of,
+    tensors_of,
 )  # fmt: skip
-from flax_resblock.port.proof import prove
+from flax_resblock.port.proof import channels_of, prove
 from flax_resblock.port.source import source_of
 from flax_resblock.port.tracing import trace
 from flax_resblock.port.values import BATCH
@@ -29,8 +36,9 @@ from flax_resblock.port.values import BATCH
 Size = tuple[int, int]
 """Height and width of images."""
 
-SIZES: tuple[Size, ...] = ((32, 32), (64, 64), (224, 224), (299, 299))
-"""Sizes of the images, in the order in which they are tried."""
+SIZES: tuple[Size, ...] = ((64, 64), (32, 32), (224, 224), (299, 299))
+"""Sizes of the images, in the order in which they are tried. At 32 pixels many networks end with
+maps of one pixel, whose axes cannot be told from those that a reshape adds."""
 
 
 def port(
@@ -48,7 +56,7 @@ def port(
 
     Args:
       module: An ``nn.Module`` that maps one batch of images ``(N, C, H, W)`` to tensors.
-      image_size: Height and width to trace it with; None tries 32, 64, 224 and 299.
+      image_size: Height and width to trace it with; None tries 64, 32, 224 and 299.
       exact: Compare in float64 as well, with the limit 1e-12.
       origin: How the result names the module; None: its class.
     Returns:
@@ -77,7 +85,7 @@ def _ported(
     exact: bool,
     origin: str,
 ) -> PortedNetwork:
-    channels = _channels(module)
+    channels = channels_of(module)
     reader = Reader(trace(module, [torch.randn(2, channels, *size)]))
     body = reader.body("", [((BATCH, channels, *size), axes.channels_last(4))])
     table = _table(module, body)
@@ -94,7 +102,7 @@ def _ported(
         source_of(classes, title), classes[-1].name, table, table.to_flax(state), unused,
         origin, size, notes=tuple(notes),
     )  # fmt: skip
-    proof = prove(module, made, slots, channels, exact=exact)
+    proof = prove(module, made, slots, exact=exact)
     source = made.source
     if proof.fixed_size:
         source = source_of(classes, title, fixed_size=size)
@@ -105,17 +113,9 @@ def _ported(
     )
 
 
-def _channels(module: torch.nn.Module) -> int:
-    """Channels of the images: what the first convolution takes."""
-    for part in module.modules():
-        if isinstance(part, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
-            return part.in_channels
-    return 3
-
-
 def _size(module: torch.nn.Module, sizes: Sequence[Size]) -> Size:
     """The first size of images that the module runs on."""
-    channels, first = _channels(module), None
+    channels, first = channels_of(module), None
     for size in sizes:
         try:
             module(torch.randn(2, channels, *size))

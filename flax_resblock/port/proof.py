@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from flax_resblock.cpu.switch import conv_lowering
 from flax_resblock.errors import InputError
 from flax_resblock.nn.stochastic import StochasticDepth
 from flax_resblock.parity.module_run import randomise
-from flax_resblock.parity.oracle import FLOAT64_LIMIT, verdict_of
+from flax_resblock.parity.oracle import verdict_of
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace, as_tensor, trace_flax, trace_torch
 from flax_resblock.port.network import PortedNetwork, filled
@@ -54,7 +54,6 @@ def prove(
     module: torch.nn.Module,
     ported: PortedNetwork,
     slots: Mapping[str, Path],
-    channels: int,
     *,
     exact: bool,
 ) -> Proof:
@@ -67,21 +66,27 @@ def prove(
       module: In evaluation mode and float32; changed.
       ported: Its source and table.
       slots: Paths of the layers in the Flax model, by their names in PyTorch.
-      channels: Of the images.
       exact: Compare in float64 as well.
     Raises:
       InputError: They differ.
     """
     run = _Runs(module, ported, slots)
-    images = _images(channels, ported.image_size)
+    images = _images(channels_of(module), ported.image_size)
     proof = Proof()
-    run.randomised()
     names = ["float64", "float32"] if exact else ["float32"]
     for name in names:
         for train in (False, True):
             run.compare(proof, images, PRECISIONS[name], train=train)
-    why = run.other_sizes(channels, ported.image_size)
+    why = run.other_sizes()
     return Proof(proof.figures, why, proof.notes)
+
+
+def channels_of(module: torch.nn.Module) -> int:
+    """Channels of the images that a module takes: those of its first convolution."""
+    for part in module.modules():
+        if isinstance(part, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            return part.in_channels
+    return 3
 
 
 def _images(channels: int, size: tuple[int, int]) -> np.ndarray:
@@ -121,7 +126,7 @@ def leaves(result: Any) -> Iterator[Any]:
     """The arrays of a result, in order."""
     if isinstance(result, Mapping):
         result = list(result.values())
-    if isinstance(result, (tuple, list)):
+    if isinstance(result, tuple | list):
         for one in result:
             yield from leaves(one)
     elif result is not None:
@@ -129,55 +134,45 @@ def leaves(result: Any) -> Iterator[Any]:
 
 
 class _Runs:
+    """The module and the ported network, with the same random weights."""
+
     def __init__(
         self, module: torch.nn.Module, ported: PortedNetwork, slots: Mapping[str, Path]
     ) -> None:
         self.module, self.ported = module, ported
         _switch_off(module)
+        randomise(module)
         self.torch_slots = {name: f"net.{name}" for name in slots}
         self.flax_slots = {name: ("net", *path) for name, path in slots.items()}
-        with torch.no_grad():
-            wrapped = _FlatTorch(module)
-            channels = 1 if not ported.image_size else None
-            del channels
-            self.wrapped = wrapped
-        self.count: int | None = None
-
-    def randomised(self) -> None:
-        """Gives the module random weights."""
-        randomise(self.module)
-        for name, buffer in self.module.named_buffers():
-            del name, buffer
+        self.count = self._outputs(ported.image_size)
 
     def torch(self, images: np.ndarray, precision: Precision, **options: Any) -> Trace:
-        dtype = torch.float64 if precision.name == "float64" else torch.float32
-        module = copy.deepcopy(self.module).to(dtype)
-        flat = _FlatTorch(module, self.count)
+        """What the module computes."""
+        flat = _FlatTorch(self._cast(precision), self.count)
         with _no_functional_dropout(), torch.enable_grad():
-            found = trace_torch(flat, images, self.torch_slots, precision=precision, **options)
-        return found
+            return trace_torch(flat, images, self.torch_slots, precision=precision, **options)
 
     def flax(self, images: np.ndarray, precision: Precision, **options: Any) -> Trace:
+        """What the ported network computes, compiled in a hurry, as it runs once."""
         with precision.on_jax(None):
-            state = state_to_numpy(copy.deepcopy(self.module).to(
-                torch.float64 if precision.name == "float64" else torch.float32
-            ).state_dict())  # fmt: skip
+            state = state_to_numpy(self._cast(precision).state_dict())
             model = filled(self.ported.network, self.ported.table.to_flax(state))
-            for _, part in nnx.iter_modules(model):
-                if isinstance(part, (nnx.Dropout, StochasticDepth)):
-                    part.rate = 0.0
+        for _, part in nnx.iter_modules(model):
+            if isinstance(part, nnx.Dropout | StochasticDepth):
+                part.rate = 0.0
         flat = _Flat(model, self.count)
+        options |= {"precision": precision, "options": QUICKLY}
         with conv_lowering("xla"):
-            return trace_flax(
-                flat, images, self.flax_slots, precision=precision, options=QUICKLY, **options
-            )
+            return trace_flax(flat, images, self.flax_slots, **options)
+
+    def _cast(self, precision: Precision) -> torch.nn.Module:
+        dtype = torch.float64 if precision.name == "float64" else torch.float32
+        return copy.deepcopy(self.module).to(dtype)
 
     def compare(
         self, proof: Proof, images: np.ndarray, precision: Precision, *, train: bool
     ) -> None:
         """Compares outputs and activations; in training mode statistics and gradients too."""
-        if self.count is None:
-            self.count = self._outputs(images)
         if train and not self._trains(images, proof):
             return
         single = precision.name == "float32"
@@ -191,12 +186,11 @@ class _Runs:
         theirs = self.torch(images, precision, **options) if single else truth
         ours = self.flax(images, precision, **options)
         mode = "training" if train else "evaluation"
-        for quantity, rows in self._rows(truth, theirs, ours).items():
+        for quantity, rows in self._rows(truth, theirs, ours, train).items():
             worst, place = 0.0, ""
+            largest = max(float(np.linalg.norm(row[1])) for row in rows)
+            floor = FLOOR * largest if quantity == "gradients" else 0.0
             for name, true, torch_value, value in rows:
-                floor = FLOOR * max(
-                    (np.linalg.norm(one[1]) for one in rows), default=0.0
-                ) if "gradient" in quantity else 0.0  # fmt: skip
                 error, own = _error(value, true, floor), _error(torch_value, true, floor)
                 verdict = verdict_of(error, own, precision.epsilon)
                 if not verdict.passed:
@@ -207,7 +201,7 @@ class _Runs:
                 "error": worst, "place": place, "tensors": len(rows),
             }  # fmt: skip
 
-    def _rows(self, truth: Trace, theirs: Trace, ours: Trace) -> dict[str, list[Any]]:
+    def _rows(self, truth: Trace, theirs: Trace, ours: Trace, train: bool) -> dict[str, list[Any]]:
         shared = [name for name in truth.activations if name in ours.activations]
         rows: dict[str, list[Any]] = {
             "output": [("output", truth.output, theirs.output, ours.output)],
@@ -216,32 +210,29 @@ class _Runs:
                 for name in shared
             ],
         }
-        statistics, gradients = [], []
+        rows |= {"running statistics": [], "gradients": []}
         for one in self.ported.table.tensors:
-            if one.path is None:
-                continue
-            name, path = f"net.{one.key}", ("net", *one.path)
-            if (
-                name in truth.statistics
-                and path in ours.statistics
-                and truth.input_gradient is not None
-            ):
-                values = truth.statistics[name], theirs.statistics[name]
-                if values[0].dtype.kind == "f":
-                    statistics.append((one.key, *values, one.codec.to_torch(ours.statistics[path])))
-            if name in truth.gradients and path in ours.gradients:
-                values = truth.gradients[name], theirs.gradients[name]
-                gradients.append((one.key, *values, one.codec.to_torch(ours.gradients[path])))
-        rows["running statistics"], rows["gradients"] = statistics, gradients
+            key, path = f"net.{one.key}", ("net", *(one.path or ()))
+            of_both = (
+                ("running statistics", truth.statistics, theirs.statistics, ours.statistics),
+                ("gradients", truth.gradients, theirs.gradients, ours.gradients),
+            )
+            for quantity, true, torch_values, values in of_both:
+                if key in true and path in values and true[key].dtype.kind == "f":
+                    value = one.codec.to_torch(values[path])
+                    rows[quantity].append((one.key, true[key], torch_values[key], value))
+        if not train:
+            del rows["running statistics"]
         if truth.input_gradient is not None:
             values = truth.input_gradient, theirs.input_gradient, ours.input_gradient
             rows["gradient of the input"] = [("images", *values)]
         return {quantity: one for quantity, one in rows.items() if one}
 
-    def _outputs(self, images: np.ndarray) -> int:
-        flat = _FlatTorch(self.module.eval())
+    def _outputs(self, size: tuple[int, int]) -> int:
+        """How many tensors the module returns in evaluation mode."""
+        flat = _FlatTorch(self.module)
         with torch.no_grad():
-            flat(as_tensor(images, PRECISIONS["float32"]))
+            flat(as_tensor(_images(channels_of(self.module), size), PRECISIONS["float32"]))
         return flat.found
 
     def _trains(self, images: np.ndarray, proof: Proof) -> bool:
@@ -277,10 +268,11 @@ class _Runs:
             f"(relative), the limit is {limit:.1e}.{because}"
         )
 
-    def other_sizes(self, channels: int, size: tuple[int, int]) -> str:
+    def other_sizes(self) -> str:
         """Why only images of one size are right; empty where another one that the module takes is
         right too.
         """
+        channels, size = channels_of(self.module), self.ported.image_size
         for other in ((size[0] + 33, size[1] + 32), (size[0] + 32, size[1] + 64)):
             images = _images(channels, other)
             try:

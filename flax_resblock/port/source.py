@@ -16,7 +16,6 @@ from flax_resblock.port.classes import (
     default_of,
 )  # fmt: skip
 from flax_resblock.port.parts import (
-    parts_of,
     Body,
     ContainerPart,
     LayerPart,
