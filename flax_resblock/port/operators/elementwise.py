@@ -1,0 +1,240 @@
+"""Operators that act on every number by itself, and those that broadcast."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from flax_resblock.convert.codecs import AS_IS
+from flax_resblock.port import axes
+from flax_resblock.port.axes import Shape
+from flax_resblock.port.layers import Inputs, Layer
+from flax_resblock.port.operators.rules import RULES, Rule, name_of, rule, word
+from flax_resblock.port.placing import Values
+from flax_resblock.port.values import ATOM, PRODUCT, SUM, Constant, Value
+
+
+def _unary(text: str, binding: int = ATOM) -> Rule:
+    def apply(b: Values, node: Any, x: Any, *_: Any, **__: Any) -> Value:
+        value = b.value(x)
+        made = b.new(text, (value,), value.shape, value.order, binding=binding, hint=word(text))
+        made.expanded = value.expanded
+        return made
+
+    return apply
+
+
+for _name, _text in {
+    "relu": "nn.relu({})",
+    "relu6": "nn.relu6({})",
+    "silu": "nn.silu({})",
+    "sigmoid": "nn.sigmoid({})",
+    "log_sigmoid": "nn.log_sigmoid({})",
+    "tanh": "nn.tanh({})",
+    "hardswish": "nn.hardswish({})",
+    "hardsigmoid": "nn.hardsigmoid({})",
+    "mish": "nn.mish({})",
+    "selu": "nn.selu({})",
+    "softsign": "nn.softsign({})",
+    "exp": "jnp.exp({})",
+    "log": "jnp.log({})",
+    "sqrt": "jnp.sqrt({})",
+    "rsqrt": "jax.lax.rsqrt({})",
+    "abs": "jnp.abs({})",
+    "erf": "jax.lax.erf({})",
+    "sin": "jnp.sin({})",
+    "cos": "jnp.cos({})",
+    "floor": "jnp.floor({})",
+    "ceil": "jnp.ceil({})",
+    "square": "jnp.square({})",
+    "reciprocal": "1 / {3}",
+    "neg": "-{3}",
+}.items():
+    RULES[_name] = _unary(_text, PRODUCT if _text[0] in "1-" else ATOM)
+
+
+def _with_numbers(call: str, defaults: dict[str, Any]) -> Rule:
+    """A function of one tensor and numbers; those with their default are left out."""
+
+    def apply(b: Values, node: Any, x: Any, *numbers: Any, **named: Any) -> Value:
+        given = {**dict(zip(defaults, numbers, strict=False)), **named}
+        shown = {k: v for k, v in given.items() if k in defaults and v != defaults[k]}
+        value = b.value(x)
+        text = "".join(f", {name}={{}}" for name in shown)
+        holes = [Constant(number, name) for name, number in shown.items()]
+        return b.new(f"nn.{call}({{}}{text})", (value, *holes), value.shape, value.order, hint=call)
+
+    return apply
+
+
+RULES["leaky_relu"] = _with_numbers("leaky_relu", {"slope": 0.01})
+RULES["hardtanh"] = _with_numbers("hardtanh", {"min_value": -1.0, "max_value": 1.0})
+RULES["softplus"] = _with_numbers("softplus", {"beta": 1, "threshold": 20})
+RULES["celu"] = _with_numbers("celu", {"alpha": 1.0})
+RULES["hardshrink"] = _with_numbers("hardshrink", {"lambd": 0.5})
+RULES["softshrink"] = _with_numbers("softshrink", {"lambd": 0.5})
+
+
+@rule("elu")
+def _elu(b: Values, node: Any, x: Any, alpha: Any = 1, scale: Any = 1, inner: Any = 1) -> Value:
+    if scale != 1 or inner != 1:
+        raise b.refusal("elu with a scale of its own is not supported")
+    return _with_numbers("elu", {"alpha": 1.0})(b, node, x, alpha)
+
+
+@rule("gelu")
+def _gelu(b: Values, node: Any, x: Any, approximate: str = "none") -> Value:
+    value = b.value(x)
+    text = "nn.gelu({}, approximate=True)" if approximate == "tanh" else "nn.gelu({})"
+    return b.new(text, (value,), value.shape, value.order, hint="gelu")
+
+
+@rule("prelu")
+def _prelu(b: Any, node: Any, x: Any, weight: Any) -> Value:
+    value, name = b.value(x), b.own(weight)
+    slope = b.value(weight)
+    if name is not None:
+        layer = Layer(
+            "nn.PReLU", (slope.shape[0],), {}, {name: ("weight", AS_IS)}, True,
+            inputs="elementwise" if slope.shape == (1,) else "channels_last",
+        )  # fmt: skip
+        return b.apply(layer, b.synthesised(layer, "prelu", [name]), value, value.shape)
+    value = b.bring(value, axes.channels_last(len(value.shape)))
+    return b.new("nn.prelu({}, {})", (value, slope), value.shape, value.order, hint="prelu")
+
+
+@rule("clamp", "clamp_min", "clamp_max", "hardclamp")
+def _clamp(b: Values, node: Any, x: Any, low: Any = None, high: Any = None, **named: Any) -> Value:
+    low, high = named.get("min", low), named.get("max", high)
+    if "clamp_max" in str(node.target):
+        low, high = None, low if high is None else high
+    value = b.value(x)
+    holes: list[Any] = [value, *(Constant(one, "limit") for one in (low, high) if one is not None)]
+    text = "nn.clamp({}" + (", min={}" if low is not None else "")
+    text += (", max={}" if high is not None else "") + ")"
+    return b.new(text, holes, value.shape, value.order, hint="clamp")
+
+
+_SIGNS = {"add": "+", "sub": "-", "rsub": "-", "mul": "*", "div": "/", "true_divide": "/"}
+
+
+@rule(*_SIGNS)
+def _arithmetic(
+    b: Values, node: Any, left: Any, right: Any, *, alpha: Any = 1, rounding_mode: Any = None
+) -> Any:
+    if rounding_mode is not None:
+        raise b.refusal(f"division with rounding_mode={rounding_mode!r} is not supported")
+    name = name_of(node)
+    left, right = b.number(left), b.number(right)
+    if name == "rsub":
+        left, right = right, left
+    sign = _SIGNS[name]
+    hint = {"+": "total", "-": "difference", "*": "product", "/": "quotient"}[sign]
+    if alpha != 1:
+        right = binary(b, node, "*", right, alpha, "product")
+    return binary(b, node, sign, left, right, hint)
+
+
+def binary(b: Values, node: Any, sign: str, left: Any, right: Any, hint: str) -> Any:
+    numbers = [one for one in (left, right) if not isinstance(one, Value)]
+    if len(numbers) == 2:
+        return {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}[
+            sign
+        ](*numbers)
+    least = SUM if sign in "+-" else PRODUCT
+    after = least + 1 if sign in "-/" or isinstance(right, Value) else least
+    operands, shape, order = together(b, (left, right))
+    text = f"{{{least}}} {sign} {{{after}}}"
+    return b.new(text, operands, shape, order, binding=least, hint=hint)
+
+
+def together(b: Values, operands: Sequence[Any]) -> tuple[list[Any], Shape, axes.Order]:
+    """Operands that jax broadcasts as PyTorch does, with the result's shape and order."""
+    tensors = [one for one in operands if isinstance(one, Value)]
+
+    def size(value: Value) -> tuple[int, int]:
+        return len(value.shape), math.prod(value.shape)
+
+    undecided = {one for one, part in b.parameters.items() if part.order is None}
+    leader = max(tensors, key=lambda one: (one not in undecided, *size(one)))
+    rank = max(len(one.shape) for one in tensors)
+    order = leader.order if len(leader.shape) == rank else axes.channels_last(rank)
+    shape = [1] * rank
+    for one in tensors:
+        for place, length in enumerate(reversed(one.shape), 1):
+            shape[-place] = length if length != 1 else shape[-place]
+    expanded = [one.expanded for one in tensors if one.expanded is not None]
+    fitted = [
+        b.for_broadcast(one, order) if isinstance(one, Value) else Constant(one, "factor")
+        for one in operands
+    ]
+    full = _broadcast([tuple(shape), *expanded]) if expanded else tuple(shape)
+    result_order = order if len(full) == rank else axes.channels_last(len(full))
+    if full != tuple(shape):
+        # only broadcasting to be made up for later makes the result larger
+        fitted = [
+            b.for_broadcast(b.settled(one), order) if isinstance(one, Value) else fit
+            for one, fit in zip(operands, fitted, strict=True)
+        ]
+    return fitted, full, result_order
+
+
+def _broadcast(shapes: Sequence[Shape]) -> Shape:
+    rank = max(map(len, shapes))
+    result = [1] * rank
+    for shape in shapes:
+        for place, length in enumerate(reversed(shape), 1):
+            result[-place] = length if length != 1 else result[-place]
+    return tuple(result)
+
+
+@rule("addcmul")
+def _addcmul(b: Values, node: Any, x: Any, left: Any, right: Any, *, value: Any = 1) -> Value:
+    product = binary(b, node, "*", b.value(left), b.value(right), "product")
+    if value != 1:
+        product = binary(b, node, "*", product, value, "product")
+    return binary(b, node, "+", b.value(x), product, "total")
+
+
+@rule("pow")
+def _pow(b: Values, node: Any, x: Any, exponent: Any) -> Value:
+    value, power = b.number(x), b.number(exponent)
+    if not isinstance(value, Value) or isinstance(power, Value):
+        raise b.refusal("a power with a tensor as exponent is not supported")
+    return b.new(
+        "{3} ** {}", (value, Constant(power, "power")), value.shape, value.order,
+        binding=PRODUCT, hint="power",
+    )  # fmt: skip
+
+
+def _of_two(call: str) -> Rule:
+    def apply(b: Values, node: Any, left: Any, right: Any) -> Value:
+        operands, shape, order = together(b, (b.number(left), b.number(right)))
+        return b.new(f"{call}({{}}, {{}})", operands, shape, order, hint=word(call + "("))
+
+    return apply
+
+
+RULES["maximum"], RULES["minimum"] = _of_two("nn.maximum"), _of_two("nn.minimum")
+
+
+@rule("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+def _dropout(b: Any, node: Any, x: Any, rate: float, train: bool) -> Value:
+    name = name_of(node)
+    value = b.value(x)
+    if train:
+        raise b.refusal(
+            f"{name} is on in evaluation mode too, so that the output is random. Pass "
+            f"training=self.training"
+        )
+    if rate == 0:
+        return value
+    if name not in ("dropout", "feature_dropout"):
+        raise b.refusal(f"{name} as a function is not supported; use the module of torch.nn")
+    images = name == "feature_dropout"
+    options = {"broadcast_dims": tuple(range(1, len(value.shape) - 1))} if images else {}
+    inputs: Inputs = "channels_last" if images else "elementwise"
+    layer = Layer("nn.Dropout", (rate,), options, {}, True, True, inputs)
+    return b.apply(layer, b.synthesised(layer, "dropout", []), value, value.shape)

@@ -1,0 +1,128 @@
+"""Pooling, padding and resizing as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from flax_resblock.port import axes
+from flax_resblock.port.operators.rules import RULES, Rule, name_of, plain_size, rule
+from flax_resblock.port.placing import Values
+from flax_resblock.port.tracing import shape_of, size_of
+from flax_resblock.port.values import Constant, Value
+
+
+def _pool(call: str, names: Sequence[str], defaults: Sequence[Any]) -> Rule:
+    def apply(b: Values, node: Any, x: Any, window: Any, *rest: Any, **named: Any) -> Value:
+        value = b.value(x)
+        value = b.bring(value, axes.channels_last(len(value.shape)))
+        given = {**dict(zip(names, rest, strict=False)), **named}
+        window = plain_size(window)
+        shown = {}
+        for name, default in zip(names, defaults, strict=True):
+            size = plain_size(given.get(name, default))
+            size = None if name == "stride" and size in ((), [], window) else size
+            if size != default:
+                shown[name] = size
+        text = f"nn.{call}({{}}, {{}}" + "".join(f", {name}={{}}" for name in shown) + ")"
+        holes = [value, Constant(window, "window")]
+        holes += [Constant(size, name) for name, size in shown.items()]
+        return b.new(text, holes, shape_of(node), value.order, hint="pooled")
+
+    return apply
+
+
+for _rank in ("1d", "2d"):
+    RULES[f"max_pool{_rank}"] = _pool(
+        "max_pool", ("stride", "padding", "dilation", "ceil_mode"), (None, 0, 1, False)
+    )
+    RULES[f"avg_pool{_rank}"] = _pool(
+        "avg_pool",
+        ("stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+        (None, 0, False, True, None),
+    )
+    RULES[f"adaptive_avg_pool{_rank}"] = _pool("adaptive_avg_pool", (), ())
+
+
+@rule("adaptive_max_pool2d", "adaptive_max_pool1d")
+def _adaptive_max(b: Values, node: Any, x: Any, size: Any) -> Value:
+    value = b.value(x)
+    value = b.bring(value, axes.channels_last(len(value.shape)))
+    shape = tuple(size_of(one) for one in node.meta["val"][0].shape)
+    holes = (value, Constant(plain_size(size), "size"))
+    whole = b.new("{}", (value,), (), ())
+    whole.items = [
+        b.new("nn.adaptive_max_pool({}, {})", holes, shape, value.order, hint="pooled"), None
+    ]  # fmt: skip
+    return whole
+
+
+@rule("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "zero_pad2d")
+@rule("reflection_pad1d", "replication_pad1d")
+def _pad(b: Values, node: Any, x: Any, widths: Any, *rest: Any, **named: Any) -> Value:
+    name = name_of(node)
+    value = b.settled(b.value(x))
+    rank = len(value.shape)
+    mode, amount = "constant", None
+    if name == "pad":
+        mode = rest[0] if rest else named.get("mode", "constant")
+        amount = rest[1] if len(rest) > 1 else named.get("value")
+    elif name == "constant_pad_nd":
+        amount = rest[0] if rest else named.get("value")
+    elif name != "zero_pad2d":
+        mode = "reflect" if "reflection" in name else "replicate"
+    widths = [b.number(width) for width in widths]
+    by_axis = {
+        rank - 1 - place: tuple(widths[2 * place : 2 * place + 2])
+        for place in range(len(widths) // 2)
+    }
+    if all(width == (0, 0) for width in by_axis.values()):
+        return value
+    ours = tuple(by_axis.get(axis, (0, 0)) for axis in value.order)
+    text, holes = "nn.pad({}, {}", [value, Constant(ours, "widths")]
+    if mode != "constant":
+        text += f", mode={mode!r}"
+    elif amount:
+        text += ", value={}"
+        holes.append(Constant(amount, "value"))
+    return b.new(text + ")", holes, shape_of(node), value.order, hint="padded")
+
+
+@rule("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest1d")
+@rule(
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+    "_upsample_nearest_exact2d",
+    "upsample_linear1d",
+)
+def _upsample(b: Values, node: Any, x: Any, size: Any, *rest: Any) -> Value:
+    name = name_of(node)
+    value = b.value(x)
+    value = b.bring(value, axes.channels_last(len(value.shape)))
+    mode = next(
+        one for one in ("nearest_exact", "nearest", "bilinear", "bicubic", "linear") if one in name
+    )
+    align = "nearest" not in mode and bool(rest[0])
+    scales = rest[-1] if rest and isinstance(rest[-1], (list, tuple)) else None
+    if size is not None or scales is None:
+        spatial = tuple(value.shape[2:])
+        target = tuple(shape_of(node)[2:])
+        same = all(new % old == 0 for new, old in zip(target, spatial, strict=True))
+        factors = {new // old for new, old in zip(target, spatial, strict=True)} if same else set()
+        del factors
+        text, holes = "size={}", [Constant(target, "size")]
+    else:
+        text, holes = "scale_factor={}", [Constant(plain_size(scales), "scale_factor")]
+    text = f"nn.interpolate({{}}, {text}, mode={mode.replace('_', '-')!r}"
+    text += ", align_corners=True" if align else ""
+    text += ", antialias=True)" if name.endswith("_aa") else ")"
+    return b.new(text, (value, *holes), shape_of(node), value.order, hint="resized")
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
+def _shuffle(b: Values, node: Any, x: Any, factor: int) -> Value:
+    name = name_of(node).removeprefix("native_")
+    value = b.value(x)
+    value = b.bring(value, axes.channels_last(len(value.shape)))
+    holes = (value, Constant(factor, "factor"))
+    return b.new(f"nn.{name}({{}}, {{}})", holes, shape_of(node), value.order, hint="shuffled")

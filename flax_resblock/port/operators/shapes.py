@@ -1,0 +1,170 @@
+"""Operators that name axes, cut or join."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from flax_resblock.port import axes
+from flax_resblock.port.operators.rules import along, rule
+from flax_resblock.port.placing import Values
+from flax_resblock.port.tracing import shape_of, size_of
+from flax_resblock.port.values import Constant, Value
+
+
+@rule("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten")
+@rule("squeeze", "unsqueeze", "squeeze_dim")
+def _reshape(b: Values, node: Any, x: Any, *_: Any, **__: Any) -> Value:
+    return b.reshaped(b.value(x), shape_of(node))
+
+
+@rule("contiguous", "clone", "detach", "alias", "lift_fresh_copy", "to", "_to_copy", "type_as")
+@rule("float", "requires_grad")
+def _same(b: Values, node: Any, x: Any, *_: Any, **__: Any) -> Any:
+    found = b.number(x)
+    if "detach" in str(node.target) and isinstance(found, Value):
+        return b.new(
+            "jax.lax.stop_gradient({})", (found,), found.shape, found.order, hint=found.hint
+        )
+    source = getattr(x, "meta", {}).get("val")
+    if isinstance(found, Value) and source is not None and source.dtype != node.meta["val"].dtype:
+        raise b.refusal(f"it casts to {node.meta['val'].dtype}, which fixes a precision")
+    return found
+
+
+@rule("_assert_tensor_metadata")
+def _nothing(b: Values, node: Any, *_: Any, **__: Any) -> None:
+    return None
+
+
+@rule("permute")
+def _permute(b: Values, node: Any, x: Any, dims: Sequence[int]) -> Value:
+    value = b.value(x)
+    return b.transposed(value, [dim % len(value.shape) for dim in dims])
+
+
+@rule("transpose", "t", "swapaxes")
+def _transpose(b: Values, node: Any, x: Any, first: int = 0, second: int = 1) -> Value:
+    value = b.value(x)
+    dims = list(range(len(value.shape)))
+    first, second = first % len(dims), second % len(dims)
+    dims[first], dims[second] = dims[second], dims[first]
+    return b.transposed(value, dims)
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def _expand(b: Values, node: Any, x: Any, *_: Any, **__: Any) -> Value:
+    value, shape = b.value(x), shape_of(node)
+    if shape == value.shape:
+        return value
+    made = b.relabelled_plain(value)
+    made.expanded = shape
+    return made
+
+
+@rule("cat", "concat", "concatenate")
+def _cat(b: Any, node: Any, tensors: Sequence[Any], dim: int = 0) -> Value:
+    values = [b.settled(b.value(one)) for one in tensors]
+    if len(values) == 1:
+        return values[0]
+    order = values[0].order
+    values = [b.bring(one, order) for one in values]
+    axis = along(b, values[0], dim)
+    if values == b.listed and b.body.list_input:
+        text, holes = f"jnp.concatenate({b.body.arguments[0]}, axis={axis})", ()
+    else:
+        text = f"jnp.concatenate([{', '.join('{}' for _ in values)}], axis={axis})"
+        holes = tuple(values)
+    return b.new(text, holes, shape_of(node), order, hint="joined")
+
+
+@rule("stack")
+def _stack(b: Values, node: Any, tensors: Sequence[Any], dim: int = 0) -> Value:
+    values = [b.settled(b.value(one)) for one in tensors]
+    order = values[0].order
+    values = [b.bring(one, order) for one in values]
+    place, after = axes.place_of_new(order, dim % (len(order) + 1))
+    text = f"jnp.stack([{', '.join('{}' for _ in values)}], axis={place})"
+    return b.new(text, values, shape_of(node), after, hint="stacked")
+
+
+def pieces(b: Values, node: Any, value: Value, dim: Any, text: str, holes: Sequence[Any]) -> Value:
+    """Several tensors that one is split into."""
+    whole = b.new(text, (value, *holes), (), (), hint="parts")
+    shapes = [tuple(size_of(size) for size in one.shape) for one in node.meta["val"]]
+    whole.items = [
+        b.new(f"{{3}}[{place}]", (whole,), shape, value.order, hint=f"part{place}")
+        for place, shape in enumerate(shapes)
+    ]
+    return whole
+
+
+@rule("chunk", "split", "split_with_sizes")
+def _split(b: Values, node: Any, x: Any, size: Any, dim: int = 0) -> Value:
+    value = b.settled(b.value(x))
+    lengths = [size_of(one.shape[dim]) for one in node.meta["val"]]
+    axis = along(b, value, dim)
+    if len(set(lengths)) == 1:
+        return pieces(b, node, value, dim, f"jnp.split({{}}, {len(lengths)}, axis={axis})", ())
+    ends = tuple(sum(lengths[: place + 1]) for place in range(len(lengths) - 1))
+    holes = (Constant(list(ends), "ends"),)
+    return pieces(b, node, value, dim, f"jnp.split({{}}, {{}}, axis={axis})", holes)
+
+
+@rule("unbind")
+def _unbind(b: Values, node: Any, x: Any, dim: int = 0) -> Value:
+    value = b.settled(b.value(x))
+    whole = b.new("{}", (value,), (), (), hint="parts")
+    whole.items = [
+        selected(b, value, dim % len(value.shape), i) for i in range(len(node.meta["val"]))
+    ]
+    return whole
+
+
+@rule("select")
+def _select(b: Values, node: Any, x: Any, dim: int, index: int) -> Value:
+    value = b.settled(b.value(x))
+    return selected(b, value, dim % len(value.shape), b.number(index))
+
+
+def selected(b: Values, value: Value, dim: int, index: Any) -> Value:
+    text = _indexed(value.order.index(dim), len(value.shape), "{}")
+    shape = value.shape[:dim] + value.shape[dim + 1 :]
+    order = axes.without(value.order, [dim])
+    return b.new(f"{{3}}[{text}]", (value, Constant(index, "index")), shape, order, hint=value.hint)
+
+
+def _indexed(place: int, rank: int, index: str) -> str:
+    behind = rank - 1 - place
+    if behind < place:
+        return ", ".join(["...", index, *[":"] * behind])
+    return ", ".join([*[":"] * place, index])
+
+
+@rule("slice")
+def _slice(
+    b: Values, node: Any, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Value:
+    value = b.settled(b.value(x))
+    start, end = b.number(start), b.number(end)
+    length = value.shape[dim % len(value.shape)]
+    start = start or 0
+    whole_end = end is None or end >= length
+    if start == 0 and whole_end and step == 1:
+        return value
+    first = "{}" if start else ""
+    holes: list[Any] = [Constant(start, "start")] if start else []
+    text = first + ":" + ("" if whole_end else "{}") + (f":{step}" if step != 1 else "")
+    holes += [] if whole_end else [Constant(end, "end")]
+    index = _indexed(value.order.index(dim % len(value.shape)), len(value.shape), text)
+    return b.new(f"{{3}}[{index}]", (value, *holes), shape_of(node), value.order, hint=value.hint)
+
+
+@rule("flip", "roll")
+def _flip(b: Values, node: Any, x: Any, *numbers: Any) -> Value:
+    value = b.settled(b.value(x))
+    name = "flip" if "flip" in str(node.target) else "roll"
+    dims = tuple(along(b, value, dim) for dim in numbers[-1])
+    text = f"jnp.{name}({{}}, {'' if name == 'flip' else '{}, '}axis={dims!r})"
+    holes = () if name == "flip" else (Constant(tuple(numbers[0]), "shifts"),)
+    return b.new(text, (value, *holes), value.shape, value.order, hint=name)
