@@ -197,7 +197,10 @@ def jax_steps(weights, run, data, *, optimizer=None):
             trace = jax.tree_util.tree_map_with_path(
                 lambda keys, _: jnp.array(momentum[parameter_path(keys)]), params
             )
-            buffers = (optax.TraceState(trace), *optimizer.init(params)[1:])
+            buffers = tuple(
+                optax.TraceState(trace) if isinstance(part, optax.TraceState) else part
+                for part in optimizer.init(params)
+            )
         state = TrainState(
             *jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (params, stats)), buffers
         )
