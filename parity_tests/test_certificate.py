@@ -20,6 +20,7 @@ from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.cli import run
 from flax_resblock.parity.certificate import REFERENCE, read_certificate, recheck
 from flax_resblock.parity.certify import BATCH
+from parity_tests.support import python, with_trained_norms
 from parity_tests.test_without_torch import BLOCK_TORCH
 from torch_ref import BasicBlock, ResNet
 
@@ -34,20 +35,12 @@ def write_network(seed=3):
     """net.pth, with batch norms as training leaves them."""
     torch.manual_seed(seed)
     module = ResNet(depths=(1, 1), widths=(8, 12), stem="cifar", stem_width=8, num_classes=4)
-    for layer in module.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.running_mean.normal_()
-            layer.running_var.uniform_(0.2, 3)
-            torch.nn.init.normal_(layer.weight)
-    torch.save(module.state_dict(), "net.pth")
+    torch.save(with_trained_norms(module).state_dict(), "net.pth")
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder but for net.pth."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def _a_network_is_there(folder):
     write_network()
-    return tmp_path
 
 
 def convert(out, *flags, source="net.pth"):
@@ -242,9 +235,7 @@ def test_without_torch_a_conversion_is_certified_and_not_verified(folder):
         "from flax_resblock.cli import run\nprint(run(['convert', 'net.safetensors', "
         "'flax.safetensors', '--to-naming', 'flax']))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    result = python("-c", code, check=True)
     assert result.stdout.splitlines()[-1] == "0", result.stderr
     assert read_certificate(PATH)["flax.safetensors"]["verification"] == {
         "skipped": "PyTorch is not installed"

@@ -20,27 +20,15 @@ import flax_resblock
 from flax_resblock import checkpoint
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.cli import run
+from parity_tests.support import SHARED, needs_real_checkpoints, with_trained_norms
 from torch_ref import BasicBlock, ResNet
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "checkpoints"
 NETWORK = {"depths": (1, 1), "widths": (8, 12), "stem": "cifar", "stem_width": 8, "num_classes": 4}
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
-    return tmp_path
 
 
 def network(seed=0):
     torch.manual_seed(seed)
-    module = ResNet(**NETWORK)
-    for layer in module.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.running_mean.normal_()
-            layer.running_var.uniform_(0.2, 3)
-    return module
+    return with_trained_norms(ResNet(**NETWORK))
 
 
 @pytest.fixture
@@ -294,7 +282,7 @@ def test_interrupt_while_writing_leaves_no_trace(folder):
             assert run(["convert", "big.pth", "out", "--force"]) == 0
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real checkpoints are not at {SHARED}")
+@needs_real_checkpoints
 @pytest.mark.parametrize(
     ("file", "name"),
     [
@@ -312,7 +300,7 @@ def test_real_checkpoints_work_with_no_flags(file, name, folder, capsys):
     assert "naming scheme 'akamaster'" in output
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real checkpoints are not at {SHARED}")
+@needs_real_checkpoints
 def test_real_images_are_all_labelled_right(folder, capsys):
     images = SHARED / "cifar10_20_images.npz"
     arguments = ["predict", str(SHARED / "resnet20-12fca82f.th"), str(images), "--logits", "l.npy"]

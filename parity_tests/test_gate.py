@@ -1,12 +1,10 @@
 """The gate is honest: a skip without an allowed reason fails the run."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
-from parity_tests.support import REPOSITORY
+from parity_tests.support import REPOSITORY, python
 
 ALLOWED = "needs a GPU or TPU: FLAX_RESBLOCK_ACCELERATOR=1 lets jax use the one there is"
 REFUSED = "needs torchvision: pip install torchvision"
@@ -19,12 +17,16 @@ def run(folder, *reasons, strict):
     (folder / "conftest.py").write_text(conftest, encoding="utf-8")
     tests = [f"def test_{i}():\n    pytest.skip({why!r})\n" for i, why in enumerate(reasons)]
     (folder / "test_it.py").write_text("\n\n".join(["import pytest\n", *tests]))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "1"],
+    done = python(
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "1",
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "FLAX_RESBLOCK_STRICT_SKIPS": strict},
-        capture_output=True,
-        text=True,
     )
     return done.returncode, done.stdout
 

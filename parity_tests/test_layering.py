@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from parity_tests.support import REPOSITORY
+from parity_tests.support import REPOSITORY, python
 
 ARRAYS = {"numpy", "ml_dtypes"}
 JAX = ARRAYS | {"jax", "flax", "optax"}
@@ -202,7 +201,7 @@ def test_the_converter_and_the_files_run_without_jax():
         "import flax_resblock.checkpoint, flax_resblock.runs.run\n"
         "print({'jax', 'flax', 'torch'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code, check=True)
     assert done.stdout.strip() == "set()"
 
 

@@ -18,8 +18,7 @@ from flax_resblock.checkpoint.record import sidecar_of
 from flax_resblock.cli import run
 from flax_resblock.errors import InputError, OutputError
 from parity_tests import kills
-from parity_tests.support import assert_same_bits
-from parity_tests.test_damaged_files import healthy
+from parity_tests.support import assert_same_bits, healthy
 from torch_ref import ResNet
 
 NAMES = ("net.safetensors", "net.pth", "net")

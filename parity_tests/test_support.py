@@ -1,11 +1,8 @@
 """The tests' own import of torchvision: a complete one is left alone, a broken one is a skip."""
 
-import subprocess
-import sys
-
 import pytest
 
-from parity_tests.support import REPOSITORY
+from parity_tests.support import REPOSITORY, python
 
 COMPLETE = """
 import torch
@@ -48,12 +45,8 @@ def test_torchvision_is_imported_as_it_is_or_skipped(source, words, implemented,
     package.mkdir()
     (package / "__init__.py").write_text(source)
     program = PROGRAM if implemented is not None else PROGRAM.rpartition("print(")[0]
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{program}"],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        check=False,
+    done = python(
+        "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{program}", cwd=REPOSITORY
     )
     assert done.returncode == 0, done.stderr
     first, *rest = done.stdout.splitlines()

@@ -1,8 +1,6 @@
 """A machine without torch can import, convert and run; and importing costs nothing."""
 
 import statistics
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ import torch
 from flax_resblock.checkpoint.torch_file import with_tensors
 from flax_resblock.config import architecture
 from parity_tests.fuzz import samples
-from parity_tests.support import assert_same_bits, random_bits
+from parity_tests.support import assert_same_bits, python, random_bits
 
 BLOCK_TORCH = """
 import sys
@@ -25,12 +23,7 @@ sys.meta_path.insert(0, NoTorch())
 
 
 def run(code, *arguments):
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return python("-c", code, *map(str, arguments))
 
 
 @pytest.mark.slow
