@@ -7,6 +7,7 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,12 @@ def assert_same_bits(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray])
         assert ours[key].tobytes() == value.tobytes(), key
 
 
+def fast_only(fast: Iterable[Any], every: Iterable[Any]) -> list[Any]:
+    """All parameters of a test, those that are not in ``fast`` marked as slow."""
+    chosen = list(fast)
+    return [one if one in chosen else pytest.param(one, marks=pytest.mark.slow) for one in every]
+
+
 SMALL = ResNetConfig(depths=(1, 1), widths=(6, 10), stem="cifar", stem_width=4, num_classes=3)
 
 
@@ -119,6 +126,7 @@ def with_trained_norms(module: torch.nn.Module) -> torch.nn.Module:
             torch.nn.init.normal_(layer.running_mean)
             torch.nn.init.uniform_(layer.running_var, 0.2, 3)
             torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+            torch.nn.init.normal_(layer.bias, 0, 0.4)
     return module
 
 

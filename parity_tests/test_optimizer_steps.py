@@ -26,12 +26,26 @@ from parity_tests.optimizer_runs import (
     run_of,
     set_up,
     torch_steps,
-    worst,
 )
+from parity_tests.support import worst
 
-each_run = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in RUNS]
-)
+FAST = {
+    *("sgd, two groups", "sgd, momentum in one group", "sgd, one cycle"),
+    *("adam, one cycle", "adamw, decay last", "sgd, two rates down to one"),
+}
+"""Runs that are compared in every run of the tests; the others where there is time."""
+
+
+def grouped(runs):
+    """Parameters whose run with this name is computed by one worker."""
+    slow = {name: () if run in FAST else (pytest.mark.slow,) for name, run in runs.items()}
+    return [
+        pytest.param(name, marks=[pytest.mark.xdist_group(run), *slow[name]])
+        for name, run in runs.items()
+    ]
+
+
+each_run = pytest.mark.parametrize("name", grouped({name: name for name in RUNS}))
 
 
 @each_run
@@ -153,7 +167,9 @@ def largest_error(name, change, optimizer=None):
     )
 
 
-@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize(
+    "control", grouped({control: name for control, (name, _) in CONTROLS.items()})
+)
 def test_what_is_carried_over_wrongly_shows_a_thousandfold(control):
     assert largest_error(*CONTROLS[control]) >= 1000 * TRAJECTORY_LIMIT
 
