@@ -27,7 +27,7 @@ PREFIXES = (
 _INSIDE = re.compile(
     r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-"""Wrappers that PyTorch puts around single modules; nobody gives a layer such a name."""
+"""Wrappers that PyTorch puts around single modules; no layer has such a name of its own."""
 
 _STRAY = ("n_averaged",)
 """Tensors that wrappers add: the counter of torch.optim.swa_utils.AveragedModel."""

@@ -53,7 +53,7 @@ class Slot:
       stride, padding, dilation: In pixels, equal in both directions; padding is on each side.
       groups: Channel groups of a convolution.
       branch: The part of the network that it belongs to.
-      activation: Applied to what a norm gives, or the last step of a block; None: none is.
+      activation: Applied to what a norm gives, or the last step of a block; may be None.
     """
 
     stage: str
