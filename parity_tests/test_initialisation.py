@@ -154,6 +154,8 @@ def test_create_names_unknown_options_and_architectures():
         ({"base_width": 128}, "basic block has none"),
         ({"shortcut": "zero_pad", "widths": (64, 32, 64, 64)}, "cannot reduce 64 channels to 32"),
         ({"stem": "fancy"}, "'imagenet', 'deep' or 'cifar'"),
+        ({"block": "bottleneck", "widths": (4,) * 4, "base_width": 8}, "no inner channel"),
+        ({"stem_width": 6, "groups": 4}, "groups=4 must divide in_channels=6"),
     ],
     ids=str,
 )

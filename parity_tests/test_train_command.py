@@ -17,7 +17,7 @@ import flax_resblock
 from flax_resblock import checkpoint, load_run
 from flax_resblock.cli import run as run_command
 from parity_tests import preemption, runs
-from parity_tests.support import json_lines, python, with_trained_norms, worst
+from parity_tests.support import fast_only, json_lines, python, with_trained_norms, worst
 from parity_tests.test_without_torch import BLOCK_TORCH
 from torch_ref import ResNet
 
@@ -53,7 +53,7 @@ def test_a_loop_without_settings_resumes_with_no_flags_and_a_note(folder, capsys
 
 @pytest.mark.parametrize(
     "spelling",
-    ["timm", *(pytest.param(s, marks=pytest.mark.slow) for s in runs.SPELLINGS if s != "timm")],
+    fast_only(["timm"], runs.SPELLINGS),
 )
 def test_a_checkpoint_resumes_where_it_stopped(spelling, folder, capsys):
     torch_run, path = runs.saved(spelling, folder)
@@ -211,9 +211,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", ["dampening", pytest.param("missing buffers", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("case", fast_only(["dampening"], BAD))
 def test_what_cannot_go_on_is_one_paragraph_with_status_2(case, folder, capsys):
     change, words = BAD[case]
     _, path = runs.saved("torchvision's reference", folder)

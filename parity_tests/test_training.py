@@ -16,12 +16,14 @@ from flax import nnx
 import flax_resblock.training.loop
 from flax_resblock import ResNetConfig, from_torch, load, load_run, to_torch, training
 from flax_resblock.convert import NAMINGS, StateMap
+from flax_resblock.parity.oracle import relative_l2
 from flax_resblock.runs.optimizer_state import fresh_optimizer, write_optimizer
 from flax_resblock.training.config import TrainConfig
 from flax_resblock.training.data import Augmentation, Dataset, batches, digits, steps_per_epoch
 from flax_resblock.training.loss import Mixed, cross_entropy
 from flax_resblock.training.run_folder import RunFolder
 from flax_resblock.training.step import make_train_step
+from parity_tests.support import fast_only, worst
 from torch_ref import ResNet as TorchResNet
 from torch_ref import training as reference
 
@@ -60,14 +62,9 @@ def torch_epoch(dataset: Dataset, config: TrainConfig, epoch: int):
     )
 
 
-def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Relative L2."""
-    return float(np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs))
-
-
-def worst(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
-    assert ours.keys() == theirs.keys()
-    return max(distance(ours[key], theirs[key]) for key in theirs)
+def first(dataset: Dataset, count: int) -> Dataset:
+    images, labels = dataset.images[:count], dataset.labels[:count]
+    return dataclasses.replace(dataset, images=images, labels=labels)
 
 
 def torch_state(model: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -111,7 +108,8 @@ def test_fit_ends_where_the_torch_loop_ends_and_compiles_one_step(data, torch_lo
     (module, theirs), (ours, history) = torch_loop, fitted(data, data.test)
     assert [step.compilations for step in compiled] == [1]
     assert worst(ours, torch_state(module)) <= TOLERANCE
-    assert worst(ours, torch_state(torch_reference(1))) > 0.1  # the path leads somewhere
+    moved = relative_l2(ours["fc.weight"], torch_state(torch_reference(1))["fc.weight"])
+    assert moved > 0.1  # the path leads somewhere
     assert [step.step for step in history.steps] == list(range(len(theirs)))
     for field in ("loss", "accuracy", "learning_rate"):
         np.testing.assert_allclose(
@@ -124,99 +122,66 @@ def test_fit_ends_where_the_torch_loop_ends_and_compiles_one_step(data, torch_lo
     assert history.test_accuracy[-1] == reference.evaluate(module, *images).accuracy
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"decay": ("kernel", "scale")}, {"warmup_steps": 7}, {"momentum": 0.91}, {"nesterov": False}],
-    ids=str,
-)
+CHANGES = [
+    {"decay": ("kernel", "scale")},
+    {"warmup_steps": 7},
+    {"momentum": 0.91},
+    {"nesterov": False},
+]
+
+
+@pytest.mark.parametrize("change", fast_only(CHANGES[1:2], CHANGES), ids=str)
 def test_another_run_ends_elsewhere(change, data, torch_loop):
     """The negative controls: decay of norms, a schedule off by one step, other momenta."""
     assert worst(fitted(data, **change)[0], torch_state(torch_loop[0])) >= CONTROL
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("epoch", "batch"), [(2, 0), (1, 3)], ids=["after an epoch", "within an epoch"]
-)
-def test_the_rest_of_a_pytorch_run_is_pytorchs(epoch, batch, data, tmp_path):
-    """fit() takes over weights, momentum, schedule and order: the end is PyTorch's own."""
-    module = torch_reference()
-    few = dataclasses.replace(
-        data.train, images=data.train.images[:320], labels=data.train.labels[:320]
-    )
-    steps = steps_per_epoch(few, SETTINGS.batch_size)
+def test_a_pytorch_run_that_stopped_within_an_epoch_ends_as_pytorchs(data, tmp_path):
+    """As test_training_checkpoints.py shows it after an epoch: also the order goes on."""
+    few, steps, done = first(data.train, 320), 10, 13
     config = dataclasses.replace(SETTINGS, epochs=4, dtype="float64")
+    module = torch_reference()
     optimizer = reference.sgd(module, config.learning_rate)
-    scheduler = reference.warmup_cosine(
-        optimizer,
-        warmup_steps=round(config.warmup_epochs * steps),
-        total_steps=config.epochs * steps,
-    )
-
-    every = itertools.chain.from_iterable(
-        torch_epoch(few, config, number) for number in range(config.epochs)
-    )
-    done = epoch * steps + batch
+    scheduler = reference.warmup_cosine(optimizer, warmup_steps=5, total_steps=4 * steps)
+    every = itertools.chain(*(torch_epoch(few, config, epoch) for epoch in range(4)))
 
     def go_on(count):
-        reference.train(
-            module,
-            itertools.islice(every, count),
-            optimizer,
-            scheduler,
-            label_smoothing=config.label_smoothing,
-        )
+        some, smoothing = itertools.islice(every, count), config.label_smoothing
+        reference.train(module, some, optimizer, scheduler, label_smoothing=smoothing)
 
     go_on(done)
     reference.save_checkpoint(
-        tmp_path / "run.pth", module, optimizer, scheduler, epoch=epoch - 1, step=done
+        tmp_path / "run.pth", module, optimizer, scheduler, epoch=0, step=done
     )
     with jax.enable_x64(True):
         model, run = load_run(tmp_path / "run.pth")
         without = from_torch(torch_state(module))
         history = training.fit(model, few, config, run=run, progress=False)
         forgotten = dataclasses.replace(run.optimizer, tensors={"momentum_buffer": {}})
-        training.fit(
-            without, few, config, run=dataclasses.replace(run, optimizer=forgotten), progress=False
-        )
+        run = dataclasses.replace(run, optimizer=forgotten)
+        training.fit(without, few, config, run=run, progress=False)
         ours, ours_without = to_torch(model), to_torch(without)
     go_on(4 * steps - done)
     truth = torch_state(module)
     assert worst(ours, truth) <= TOLERANCE
     assert worst(ours_without, truth) >= CONTROL
     assert [step.step for step in history.steps] == list(range(done, 4 * steps))
-    assert history.run is not None
-    assert history.run.schedule is not None
-    expected = (4, 4 * steps, 4 * steps)
-    assert (history.run.epochs, history.run.steps, history.run.schedule.position) == expected
+    assert (history.run.epochs, history.run.steps) == (4, 4 * steps)
     back = write_optimizer(history.run.optimizer, StateMap(CONFIG, NAMINGS["torchvision"]))
     for number, tensors in optimizer.state_dict()["state"].items():
-        assert (
-            distance(back["state"][number]["momentum_buffer"], tensors["momentum_buffer"].numpy())
-            <= TOLERANCE
-        )
+        momentum = tensors["momentum_buffer"].numpy()
+        assert relative_l2(back["state"][number]["momentum_buffer"], momentum) <= TOLERANCE
     for ours, theirs in zip(back["param_groups"], optimizer.param_groups, strict=True):
         assert ours["lr"] == pytest.approx(theirs["lr"], abs=1e-15)
         assert ours["weight_decay"] == theirs["weight_decay"]
 
 
 @pytest.mark.slow
-def test_training_in_jax_alone_reaches_95_percent_on_the_digits(data):
-    config = dataclasses.replace(training.PRESETS["digits-resnet8"], epochs=3)
-    model = training.new_model(config)
-    history = training.fit(model, data.train, config, test=data.test, progress=False)
-    result = training.evaluate(model, data.test.normalised(), data.test.labels)
-    assert result.accuracy >= 0.95
-    assert history.test_accuracy[-1] == result.accuracy
-
-
-@pytest.mark.slow
 def test_bfloat16_computes_with_float32_parameters_and_statistics(data):
     config = dataclasses.replace(SETTINGS, epochs=1, dtype="bfloat16")
     model = training.new_model(config)
-    few = dataclasses.replace(
-        data.train, images=data.train.images[:64], labels=data.train.labels[:64]
-    )
+    few = first(data.train, 64)
     history = training.fit(model, few, config, progress=False)
     assert all(np.isfinite(step.loss) for step in history.steps)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(model))} == {"float32", "int32"}
@@ -262,9 +227,7 @@ def test_a_torch_run_resumes_bit_for_bit_from_its_checkpoint(data, tmp_path):
         optimizer = reference.sgd(model, 0.1)
         return model, optimizer, reference.warmup_cosine(optimizer, warmup_steps=2, total_steps=8)
 
-    few = dataclasses.replace(
-        data.train, images=data.train.images[:128], labels=data.train.labels[:128]
-    )
+    few = first(data.train, 128)
     whole, optimizer, scheduler = start()
     for epoch in range(2):
         reference.train(whole, torch_epoch(few, SETTINGS, epoch), optimizer, scheduler)
@@ -309,7 +272,7 @@ def test_both_evaluations_agree_and_restore_the_mode(data):
     assert twin.training
     with jax.enable_x64(True):
         ours = training.evaluate(from_torch(twin), data.test.normalised(), data.test.labels)
-    assert distance(ours.logits, theirs.logits.numpy()) <= 1e-12
+    assert relative_l2(ours.logits, theirs.logits.numpy()) <= 1e-12
     assert ours.accuracy == theirs.accuracy
     assert np.array_equal(ours.predictions, theirs.predictions.numpy())
 
@@ -353,7 +316,7 @@ def test_augmented_and_mixed_runs_are_repeated_bit_for_bit(data):
         )
         ends.append(to_torch(model))
     assert all(ends[0][key].tobytes() == value.tobytes() for key, value in ends[1].items())
-    assert worst(ends[2], {key: value.astype(np.float64) for key, value in ends[0].items()}) > 1e-3
+    assert worst(ends[2], ends[0]) > 1e-3
 
 
 @pytest.mark.slow
