@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +112,36 @@ def fast_only(fast: Iterable[Any], every: Iterable[Any]) -> list[Any]:
 SMALL = ResNetConfig(depths=(1, 1), widths=(6, 10), stem="cifar", stem_width=4, num_classes=3)
 
 
-def healthy(config: Config = SMALL) -> dict[str, np.ndarray]:
+def healthy(config: Config = SMALL, naming: str = "torchvision") -> dict[str, np.ndarray]:
     """A state dict of finite positive weights."""
     rng = np.random.default_rng(0)
     return {
         key: value if value.dtype == np.int64 else rng.random(value.shape, np.float32)
-        for key, value in random_bits(config, np.float32).items()
+        for key, value in random_bits(config, np.float32, naming=naming).items()
     }
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Whether two values have the same types and bits all the way down."""
+    if isinstance(ours, argparse.Namespace) and isinstance(theirs, argparse.Namespace):
+        return same(vars(ours), vars(theirs))
+    if type(ours) is not type(theirs):
+        return False
+    if isinstance(ours, np.ndarray):
+        return (
+            ours.dtype == theirs.dtype
+            and ours.shape == theirs.shape
+            and ours.tobytes() == theirs.tobytes()
+        )
+    if isinstance(ours, dict):
+        return (
+            list(ours) == list(theirs)
+            and [type(key) for key in ours] == [type(key) for key in theirs]
+            and all(same(ours[key], theirs[key]) for key in ours)
+        )
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == theirs or repr(ours) == repr(theirs)  # of NaN
 
 
 def with_trained_norms(module: torch.nn.Module) -> torch.nn.Module:
@@ -152,3 +177,21 @@ def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[st
     """Runs this interpreter; ``options`` are those of :func:`subprocess.run`."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, **{"capture_output": True, "text": True, **options})
+
+
+@contextmanager
+def mounted(place, options):
+    """A file system in memory; a skip where nothing may be mounted."""
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        pytest.skip(f"needs the right to mount a file system: {done.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)

@@ -88,13 +88,6 @@ def test_a_certificate_lists_what_was_assumed_and_left_out(folder, capsys):
     assert all(note in printed for note in entry["notes"])
 
 
-def test_verify_says_what_the_checkpoint_was_compared_with(folder, capsys):
-    assert run(["verify", "net.pth", "--eval-only", "--json", "r.json", "--html", "r.html"]) == 0
-    assert f"within the criterion, compared with {REFERENCE}" in capsys.readouterr().out
-    assert json.loads(Path("r.json").read_text())["provenance"]["compared_with"] == REFERENCE
-    assert Path("r.html").read_text().count(REFERENCE) == 2
-
-
 def test_the_stored_worst_is_what_the_comparison_measures(folder):
     from flax_resblock.convert.opening import open_checkpoint
     from flax_resblock.parity.comparison import Plan, compare_pair
@@ -213,6 +206,7 @@ def test_values_that_are_not_finite_are_certified_and_not_verified(folder, capsy
     assert recheck(PATH)[0].status == "unchanged"
 
 
+@pytest.mark.slow
 def test_without_the_certificate_nothing_is_verified_or_written(folder):
     code = (
         "import sys; from flax_resblock.cli import run; print(run(['convert', *sys.argv[1:]]), "
@@ -229,6 +223,7 @@ def test_without_the_certificate_nothing_is_verified_or_written(folder):
     assert PATH.exists()
 
 
+@pytest.mark.slow
 def test_without_torch_a_conversion_is_certified_and_not_verified(folder):
     convert("net.safetensors", "--no-certificate")
     code = BLOCK_TORCH + (

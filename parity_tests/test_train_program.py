@@ -2,7 +2,6 @@
 
 import errno
 import json
-import subprocess
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from PIL import Image
 import flax_resblock
 from flax_resblock import checkpoint, load_run
 from parity_tests import runs
-from parity_tests.support import flip, json_lines, python
+from parity_tests.support import flip, json_lines, mounted, python
 from parity_tests.test_train_command import command, few  # noqa: F401 - a fixture
 from torch_ref import ResNet
 
@@ -283,17 +282,8 @@ def test_an_empty_class_is_refused(image_folder, capsys):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of a few hundred kilobytes; skips where nothing can be mounted."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(place)],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a small file system")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    with mounted(tmp_path / "small", "size=900k") as place:
+        yield place
 
 
 @pytest.mark.slow
