@@ -274,13 +274,11 @@ def test_interrupt_while_writing_leaves_no_trace(folder):
             assert run(["convert", "big.pth", "out", "--force"]) == 0
 
 
+@pytest.mark.slow
 @needs_real_checkpoints
 @pytest.mark.parametrize(
     ("file", "name"),
-    [
-        ("resnet20-12fca82f.th", "resnet20"),
-        pytest.param("resnet56-4bfd9763.th", "resnet56", marks=pytest.mark.slow),
-    ],
+    [("resnet20-12fca82f.th", "resnet20"), ("resnet56-4bfd9763.th", "resnet56")],
 )
 def test_real_checkpoints_work_with_no_flags(file, name, folder, capsys):
     path = str(SHARED / file)
