@@ -10,7 +10,7 @@ from flax_resblock.parity.causes.blocks import BlockEnd, explain_ending, explain
 from flax_resblock.parity.causes.connections import ACTIVATIONS, activation_slope
 from flax_resblock.parity.comparison import Plan
 from flax_resblock.parity.user_module import cases_of, examine, load_factory
-from parity_tests.support import REPOSITORY
+from parity_tests.support import REPOSITORY, fast_only
 from torch_ref import BasicBlock, Block, Bottleneck, ResNet, as_asked
 
 AS_ASKED = REPOSITORY / "torch_ref" / "as_asked.py"
@@ -82,9 +82,7 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize(
-    "words", ["does not add the skip", *(pytest.param(w, marks=SLOW) for w in list(ENDINGS)[1:])]
-)
+@pytest.mark.parametrize("words", fast_only(["does not add the skip"], ENDINGS))
 def test_a_wrong_ending_is_named(words):
     stride = 1 + list(ENDINGS).index(words) % 2
     case = examine(
