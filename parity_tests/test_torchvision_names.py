@@ -77,13 +77,10 @@ def test_a_fresh_network_leaves_under_torchvisions_names(name):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "train"),
-    [
-        ("resnet18", True),
-        pytest.param("resnext50_32x4d", False, marks=pytest.mark.slow),
-        pytest.param("wide_resnet50_2", True, marks=pytest.mark.slow),
-    ],
+    [("resnet18", True), ("resnext50_32x4d", False), ("wide_resnet50_2", True)],
 )
 def test_logits_equal_torchvisions_in_float64(name, train):
     torch.manual_seed(3)
