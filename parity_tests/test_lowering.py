@@ -333,7 +333,7 @@ def test_blocks_of_the_architectures_equal_pytorch(block):
 
 @pytest.mark.parametrize(
     ("height", "width", "window", "stride", "padding"),
-    [(7, 8, 3, 2, 1), (9, 9, 3, 1, 1), (1, 1, 3, 2, 1)],
+    [(7, 8, 3, 2, 1), (9, 9, 3, 1, 1), (5, 6, 2, 2, 0), (1, 1, 3, 2, 1)],
 )
 def test_max_pooling_is_pytorchs_where_pixels_are_equal_too(height, width, window, stride, padding):
     rng = np.random.default_rng(0)
