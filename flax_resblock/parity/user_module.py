@@ -18,7 +18,7 @@ import torch
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.config import BlockConfig, Config
 from flax_resblock.convert import StateMap, describe, identify
-from flax_resblock.convert.detection.learning import learn_naming
+from flax_resblock.convert.detection.learning import NotLearned, learn_naming
 from flax_resblock.convert.modules import module_facts
 from flax_resblock.errors import CheckpointError, InputError
 from flax_resblock.parity.api import Verification, verify_pair
@@ -249,7 +249,7 @@ def _specification(
             return identify(found, source=title, stride=stride).state_map, []
         except CheckpointError as error:
             learned = learn_naming(found)
-            if learned is None:
+            if isinstance(learned, NotLearned):
                 raise InputError(str(error)) from error
             return identify(found, naming=learned, source=title, stride=stride).state_map, []
     kind = (
