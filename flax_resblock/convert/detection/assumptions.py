@@ -215,7 +215,7 @@ FIXED = (
     ),
     Fixed(
         "each block adds its input to what it computes, both as they are, with its activation "
-        "after the addition, and every block runs once, one after the other",
+        "after the addition, and every block runs once, on what the one before it gives",
         (),
         lambda config: True,
     ),

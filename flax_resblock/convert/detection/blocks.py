@@ -45,6 +45,8 @@ class Block:
 
     prefix: str
     places: Mapping[str, Layer]
+    norm_first: bool = False
+    """Whether a norm is defined before the convolutions, as in pre-activation order."""
 
     @property
     def inside(self) -> int:
@@ -110,8 +112,6 @@ def _block(node: Node, rivals: list[str]) -> Block | None:
     norms = [one for one in node.layers if one.kind == "norm"]
     if len(convs) not in (2, 3, 4) or not len(convs) == len(norms) == len(node.layers) / 2:
         return None
-    if node.layers[0] is norms[0]:
-        return None  # a norm before its convolution: pre-activation
     readings = [
         reading
         for main in (2, 3)
@@ -128,7 +128,7 @@ def _block(node: Node, rivals: list[str]) -> Block | None:
         return None
     (places,) = readings
     paired = _with_norms(places, convs, norms)
-    return None if paired is None else Block(node.name, paired)
+    return None if paired is None else Block(node.name, paired, node.layers[0] is norms[0])
 
 
 def _rivals(block: str, readings: Iterable[Mapping[str, Layer]]) -> str:

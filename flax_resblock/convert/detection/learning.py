@@ -85,10 +85,11 @@ def _learned(layers: list[Layer], is_sorted: bool) -> Naming:
         ("fully connected layer, the classification head", len(heads[:1]), heads),
     ):
         if len(others) != number:
-            if rivals:
-                raise _UnclearError(rivals[0])
+            unread = [one for one in layers if one.name not in owned]
             raise _UnclearError(
-                f"{seen}, and outside them {some([one.name for one in others]) or 'nothing'}, "
+                "".join(rivals[:1])
+                or why_no_block(unread)
+                or f"{seen}, and outside them {some([one.name for one in others]) or 'nothing'}, "
                 f"where a network of this library has one {what}."
             )
     order = {one.name: place for place, one in enumerate(layers)}
@@ -192,7 +193,10 @@ def _tell_their_order(blocks: list[Block], prefixes: list[str]) -> bool:
 def _check_chain(stem: Layer, blocks: list[Block], seen: str) -> None:
     """Raises _UnclearError unless each block takes what the one before it gives."""
     channels, before = stem.out, stem.name
+    # norms of the channels that a convolution gives and not of those that it takes come after it
+    after = False
     for block in blocks:
+        after |= block.norm_first and block.places["norm1"].out != channels
         takes = block.places.get("shortcut.conv", block.places["conv1"]).shape[1]
         if channels % takes or (takes != channels and "shortcut.conv" in block.places):
             raise _UnclearError(
@@ -200,6 +204,11 @@ def _check_chain(stem: Layer, blocks: list[Block], seen: str) -> None:
                 f"before it, gives {channels}. {SAY}"
             )
         channels, before = block.out, block.prefix
+    if not after and (first := [block.prefix for block in blocks if block.norm_first]):
+        raise _UnclearError(
+            f"{seen}; in {some(first)} a norm is defined before the convolutions, as in "
+            f"pre-activation order, which this library does not have. {SAY}"
+        )
 
 
 def _aligned(blocks: list[Block]) -> tuple[list[str], dict[str, str]]:

@@ -167,14 +167,6 @@ def _norm_first(layers: _Layers) -> list[str]:
     ]
 
 
-def _defined_first(layers: _Layers) -> list[str]:
-    """Norms that are defined before the convolutions of their block, which may come before or
-    after them: where some block shows which, they are left to it."""
-    firsts = _firsts(layers)
-    alike = [norms[0] for parent, norms in firsts.items() if _are_of_outputs(layers, parent)]
-    return [] if len(alike) < len(firsts) else alike
-
-
 def _wide_shortcuts(layers: _Layers) -> list[str]:
     """Kernels larger than a pixel that take and give what their whole block does."""
     found = []
@@ -233,12 +225,6 @@ _SIGNS: tuple[tuple[Callable[[_Layers], list[str]], str], ...] = (
         _norm_first,
         "a norm in front of the first convolution of a block: pre-activation order, which the "
         "blocks of this library do not have",
-    ),
-    (
-        _defined_first,
-        "norms that are defined before the convolutions of their block, as of pre-activation "
-        "order, which the blocks of this library do not have; if they run after them, name the "
-        "layers with --naming FILE.toml",
     ),
     (
         _wide_shortcuts,
