@@ -369,6 +369,16 @@ def test_an_optimizer_alone_is_named(entry, tmp_path, capsys):
     assert f"holds the state of an optimizer{where}, and no weights" in text
 
 
+def test_a_whole_model_is_named_and_the_advice_gives_its_weights(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 3))
+    for name, content in (("a.pth", model), ("b.pth", {"model": model, "epoch": 3})):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(CheckpointError, match=r"a whole model.*save model\.state_dict\(\)"):
+            checkpoint.read(tmp_path / name)
+    torch.save(model.state_dict(), tmp_path / "c.pth")
+    assert set(checkpoint.read(tmp_path / "c.pth").tensors) == {"0.weight", "0.bias"}
+
+
 def test_many_tensors_are_refused_in_little_time():
     """What is looked for in a file of many layers takes time in proportion."""
 
