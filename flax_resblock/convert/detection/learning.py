@@ -54,7 +54,7 @@ def learn_naming(found: TensorInfos) -> Naming | NotLearned:
     layers = _layers(found) if len(found) <= _MOST_TENSORS else None
     if layers is None:
         return NotLearned()
-    is_sorted = list(found) == sorted(found)  # as safetensors files are
+    is_sorted = _is_sorted(found)
     if is_sorted:
         layers.sort(key=lambda one: _numbered(one.name))
     try:
@@ -146,6 +146,14 @@ def _pooled(
 
 def _main_path(block: Block) -> list[str]:
     return [one.name for place, one in block.places.items() if place.startswith("conv")]
+
+
+def _is_sorted(found: TensorInfos) -> bool:
+    """Whether the tensors of each dtype are sorted by name, as safetensors files have them."""
+    names: dict[object, list[str]] = {}
+    for key, info in found.items():
+        names.setdefault(info.dtype, []).append(key)
+    return all(own == sorted(own) for own in names.values())
 
 
 def _layers(found: TensorInfos) -> list[Layer] | None:
