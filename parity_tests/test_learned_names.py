@@ -135,6 +135,19 @@ def test_a_sorted_file_whose_order_says_nothing_is_refused():
     assert from_torch(dict(sorted(state.items())), assume="known").config.depths == (2,)
 
 
+def test_a_sorted_file_whose_norms_are_not_numbered_is_refused():
+    """The norm of the projection would be taken for the first of the main path."""
+    plain = replace(PLAIN, spelling=("conv{}", "bn{}", "skip", "skip_bn"), stages="blocks.{flat}")
+    whole = Network(plain).state_dict()
+    # every block that is left has a projection
+    state = {key: whole[key] for key in whole if not key.startswith(("blocks.3", "blocks.5"))}
+    odd = {key.replace("skip_bn", "a_bn"): value for key, value in state.items()}
+    from_torch(odd, assume="known")  # as it was defined
+    from_torch(dict(sorted(state.items())), assume="known")
+    with pytest.raises(CheckpointError, match="sorted by name, and the names do not tell"):
+        from_torch(dict(sorted(odd.items())))
+
+
 @pytest.mark.parametrize("double", ["", "norm"], ids=["float32", "two dtypes"])
 def test_the_order_of_a_safetensors_file_is_not_taken_for_that_of_the_layers(double, tmp_path):
     """safetensors sorts by dtype, then by name: the counters come first."""

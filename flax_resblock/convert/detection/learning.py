@@ -144,8 +144,8 @@ def _pooled(
     return {"shortcut.pool": f"{home}.0", **pooled}
 
 
-def _main_path(block: Block) -> list[str]:
-    return [one.name for place, one in block.places.items() if place.startswith("conv")]
+def _main_path(block: Block, kind: str = "conv") -> list[str]:
+    return [one.name for place, one in block.places.items() if place.startswith(kind)]
 
 
 def _is_sorted(found: TensorInfos) -> bool:
@@ -192,9 +192,9 @@ def _differ_in_numbers(names: Iterable[str]) -> bool:
 
 
 def _tell_their_order(blocks: list[Block], prefixes: list[str]) -> bool:
-    """Whether the numbers in the names of blocks and convolutions give their order; in a file that
-    is sorted by name, nothing else does."""
-    paths = map(_main_path, blocks)
+    """Whether the numbers in the names of blocks, convolutions and norms give their order; in a
+    file that is sorted by name, nothing else does."""
+    paths = (_main_path(block, kind) for block in blocks for kind in ("conv", "norm"))
     return _differ_in_numbers(prefixes) and all(map(_differ_in_numbers, paths))
 
 
