@@ -69,6 +69,10 @@ def output_format(path: Path) -> str:
     )
 
 
+_SHARD, _PLAN = ".distcp", ".metadata"
+"""A shard of ``torch.distributed.checkpoint``, and the file that says what is in which."""
+
+
 def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
     """Format and actual file, by content and not by name."""
     if path.is_dir():
@@ -78,6 +82,7 @@ def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
         weights = weights_in(path)
         if weights is not None:  # which a link may stand for: caches of downloads consist of them
             return ("pytorch" if ".bin" in weights.name else "safetensors"), weights
+        _refuse_distributed(path)
         raise CheckpointError(
             f"{path} is a folder without a checkpoint: no Orbax metadata, no "
             f"model.safetensors. Give the checkpoint itself."
@@ -92,6 +97,8 @@ def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     if not head:
         raise CheckpointError(f"{path} is empty. The download or copy failed; get it again.")
+    if path.suffix == _SHARD or path.name == _PLAN:
+        _refuse_distributed(path.parent)
     if path.name.endswith(".bin.index.json"):
         return "pytorch", path
     if path.name.endswith((".safetensors.index.json", ".safetensors")) or head[8:9] == b"{":
@@ -102,6 +109,17 @@ def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
         f"{path} is neither a PyTorch checkpoint (zip or pickle) nor safetensors: it begins "
         f"with {head!r}. Check that it is the right file."
     )
+
+
+def _refuse_distributed(folder: Path) -> None:
+    """Raises CheckpointError for a folder of ``torch.distributed.checkpoint``."""
+    shards = sorted(folder.glob(f"*{_SHARD}"))
+    if shards and (folder / _PLAN).is_file():
+        raise CheckpointError(
+            f"{folder} is a folder of torch.distributed.checkpoint ({_PLAN} and {len(shards)} "
+            f"{_SHARD} files), which only PyTorch reads. Make one file of it: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} checkpoint.pth"
+        )
 
 
 def read(
