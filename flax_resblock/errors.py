@@ -28,8 +28,8 @@ class MissingDependencyError(InputError, ImportError):
 
 
 class AssumptionWarning(UserWarning):
-    """Something that no tensor tells was assumed. The message lists every assumption, with what
-    changes it; ``assume="known"`` silences it."""
+    """Something that the weights do not tell was assumed. The message lists every assumption, with
+    what changes it; ``assume="known"`` silences it."""
 
 
 def visible(text: str, keep: str = "") -> str:

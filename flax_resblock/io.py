@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path as FilePath
 from typing import Any, Literal, Unpack, cast
+from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
@@ -239,7 +240,16 @@ def to_model(source: OpenedCheckpoint, **options: Unpack[LayerOptions]) -> Model
         values |= {entry.flax_path: fresh[entry.flax_path][...] for entry in afresh}
     set_values(model, values)
     model.eval()
+    if source.left_out:
+        _LEFT_OUT[model] = (
+            f"{len(source.left_out)} tensors of {source.record.source} were left out when it was "
+            f"loaded, and are not in the state dict of this model: {some(source.left_out)}."
+        )
     return model
+
+
+_LEFT_OUT: WeakKeyDictionary[Model, str] = WeakKeyDictionary()
+"""What :func:`to_torch` says of models that were loaded without some tensors of their file."""
 
 
 def arrays_of(source: OpenedCheckpoint) -> dict[Path, jax.Array | np.ndarray]:
@@ -260,8 +270,8 @@ def _config_of(model: Any) -> Config:
 
 
 def to_torch(model: Model, naming: str | Naming = "torchvision") -> dict[str, np.ndarray]:
-    """The state dict of a model, in PyTorch's order, names and layouts; bit for bit what
-    :func:`from_torch` was given.
+    """The state dict of a model, in PyTorch's order, names and layouts; bit for bit the tensors
+    that :func:`from_torch` took.
 
     Args:
       model: A model of this library.
@@ -273,8 +283,14 @@ def to_torch(model: Model, naming: str | Naming = "torchvision") -> dict[str, np
     Raises:
       InputError: Not a model of this library, an unknown naming scheme, or one that cannot name
         this network's parts.
+    Warns:
+      UserWarning: The model was loaded without some tensors of its file, such as a projection head,
+        so that this is not all that came in.
     """
-    return StateMap(_config_of(model), naming).to_torch(flat_arrays(model), copy=True)
+    state_map = StateMap(_config_of(model), naming)
+    if model in _LEFT_OUT:
+        warnings.warn(_LEFT_OUT[model], stacklevel=2)
+    return state_map.to_torch(flat_arrays(model), copy=True)
 
 
 def norm_options(model: Model) -> dict[str, float | None]:

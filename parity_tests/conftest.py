@@ -107,6 +107,14 @@ def _working_directory():
 
 
 @pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty current folder, and a terminal of 160 columns."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    return tmp_path
+
+
+@pytest.fixture
 def accelerator_device():
     """jax's first device that is no CPU; skips where there is none."""
     from flax_resblock.parity.devices import accelerator

@@ -17,7 +17,6 @@ from flax_resblock import ResNetConfig, from_torch, to_torch
 from flax_resblock.checkpoint.torch_file import plain
 from flax_resblock.convert import StateMap
 from flax_resblock.parity.inputs import adversarial_images
-from flax_resblock.parity.oracle import relative_l2
 from flax_resblock.runs.optimizer_state import read_optimizer
 from flax_resblock.runs.optimizers import optimizer_of, parameter_path, record_of, state_of
 from flax_resblock.runs.run import Run
@@ -166,7 +165,7 @@ def run_of(moment, steps):
 COMPILED: dict[str, Any] = {}
 
 
-def compiled(graphdef, run, pace):
+def compiled(graphdef, run, pace, dtype):
     """The train step; one for all runs whose optimizers differ only in rates and momenta."""
     given = {"lr", "initial_lr", "max_lr", "min_lr"}
     if pace.rates(pace.start).momenta is not None:
@@ -179,7 +178,7 @@ def compiled(graphdef, run, pace):
         )
         for group in run.optimizer.groups
     ]
-    key = repr((run.optimizer.kind, computes, sorted(given)))
+    key = repr((run.optimizer.kind, computes, sorted(given), dtype))
     if key not in COMPILED:
         COMPILED[key] = make_train_step(graphdef, optimizer_of(run.optimizer))
     return COMPILED[key]
@@ -187,7 +186,8 @@ def compiled(graphdef, run, pace):
 
 def jax_steps(weights, run, data, *, optimizer=None):
     """A run goes on in JAX: state dict, run and optimizer state after each step."""
-    with jax.enable_x64(True):
+    dtype = next(iter(weights.values())).dtype
+    with jax.enable_x64(dtype == np.float64):
         model = from_torch(weights)
         model.train()
         graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
@@ -197,7 +197,10 @@ def jax_steps(weights, run, data, *, optimizer=None):
             trace = jax.tree_util.tree_map_with_path(
                 lambda keys, _: jnp.array(momentum[parameter_path(keys)]), params
             )
-            buffers = (optax.TraceState(trace), *optimizer.init(params)[1:])
+            buffers = tuple(
+                optax.TraceState(trace) if isinstance(part, optax.TraceState) else part
+                for part in optimizer.init(params)
+            )
         state = TrainState(
             *jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (params, stats)), buffers
         )
@@ -205,17 +208,13 @@ def jax_steps(weights, run, data, *, optimizer=None):
         step = (
             make_train_step(graphdef, optimizer)
             if optimizer is not None
-            else compiled(graphdef, run, pace)
+            else compiled(graphdef, run, pace, dtype)
         )
         for number, (images, labels) in enumerate(data, start=pace.start):
             state, _ = step(state, jnp.asarray(images), jnp.asarray(labels), pace.rates(number))
             nnx.update(model, state.params, state.stats)
             yield to_torch(model), pace.after(number + 1), state.opt_state
         assert step.compilations == 1
-
-
-def worst(ours, theirs):
-    return max(relative_l2(ours[key], value) for key, value in theirs.items())
 
 
 def momentum_of(group):

@@ -87,6 +87,8 @@ class Choices:
     no_skip: bool
     announced: tuple[str, ...] = field(default=())
     """Words of the assumptions of which at least one says why this network is another one."""
+    as_safetensors: bool = False
+    """Whether its tensors are sorted by dtype and name, as safetensors has them."""
 
     @property
     def expansion(self) -> int:
@@ -142,7 +144,8 @@ def drawn(number: int) -> Choices:
         "comes before its norm": made["preactivation"] or not made["last_activation"],
         "after the addition": made["no_skip"],
     }
-    return Choices(**made, announced=tuple(word for word, is_so in words.items() if is_so))
+    announced = tuple(word for word, is_so in words.items() if is_so)
+    return Choices(**made, announced=announced, as_safetensors=bool(rng.random() < 0.25))
 
 
 def _spelled(template: str, number: int) -> str:
@@ -254,7 +257,10 @@ class Network(nn.Module):
 
     def saved(self) -> dict[str, torch.Tensor]:
         """The state dict inside its wrapper."""
-        return {f"{self.choices.wrapper}{key}": value for key, value in self.state_dict().items()}
+        state = {f"{self.choices.wrapper}{key}": value for key, value in self.state_dict().items()}
+        if not self.choices.as_safetensors:
+            return state
+        return dict(sorted(state.items(), key=lambda item: (item[1].is_floating_point(), item[0])))
 
 
 Outcome = Literal["right", "announced", "refused", "WRONG"]

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
+import json
+import subprocess
 import sys
+from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
+from flax_resblock import ResNetConfig
 from flax_resblock.config import Config
 from flax_resblock.convert import NAMINGS, StateMap
+from flax_resblock.parity.oracle import relative_l2
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "checkpoints"
@@ -93,3 +101,97 @@ def assert_same_bits(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray])
     for key, value in theirs.items():
         assert (ours[key].dtype, ours[key].shape) == (value.dtype, value.shape), key
         assert ours[key].tobytes() == value.tobytes(), key
+
+
+def fast_only(fast: Iterable[Any], every: Iterable[Any]) -> list[Any]:
+    """All parameters of a test, those that are not in ``fast`` marked as slow."""
+    chosen = list(fast)
+    return [one if one in chosen else pytest.param(one, marks=pytest.mark.slow) for one in every]
+
+
+SMALL = ResNetConfig(depths=(1, 1), widths=(6, 10), stem="cifar", stem_width=4, num_classes=3)
+
+
+def healthy(config: Config = SMALL, naming: str = "torchvision") -> dict[str, np.ndarray]:
+    """A state dict of finite positive weights."""
+    rng = np.random.default_rng(0)
+    return {
+        key: value if value.dtype == np.int64 else rng.random(value.shape, np.float32)
+        for key, value in random_bits(config, np.float32, naming=naming).items()
+    }
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Whether two values have the same types and bits all the way down."""
+    if isinstance(ours, argparse.Namespace) and isinstance(theirs, argparse.Namespace):
+        return same(vars(ours), vars(theirs))
+    if type(ours) is not type(theirs):
+        return False
+    if isinstance(ours, np.ndarray):
+        return (
+            ours.dtype == theirs.dtype
+            and ours.shape == theirs.shape
+            and ours.tobytes() == theirs.tobytes()
+        )
+    if isinstance(ours, dict):
+        return (
+            list(ours) == list(theirs)
+            and [type(key) for key in ours] == [type(key) for key in theirs]
+            and all(same(ours[key], theirs[key]) for key in ours)
+        )
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == theirs or repr(ours) == repr(theirs)  # of NaN
+
+
+def with_trained_norms(module: torch.nn.Module) -> torch.nn.Module:
+    """The module, with norms as training leaves them."""
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(layer.running_mean)
+            torch.nn.init.uniform_(layer.running_var, 0.2, 3)
+            torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+            torch.nn.init.normal_(layer.bias, 0, 0.4)
+    return module
+
+
+def worst(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """The largest relative difference (L2) of a floating tensor; the keys must be the same."""
+    assert ours.keys() == theirs.keys()
+    return max(relative_l2(ours[key], value) for key, value in theirs.items())
+
+
+def flip(path: Path | str, bit: int) -> None:
+    """Changes one bit of a file; a negative number counts from its end."""
+    content = bytearray(Path(path).read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    Path(path).write_bytes(content)
+
+
+def json_lines(path: Path | str) -> list[Any]:
+    """The values of a file with one JSON value a line."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs this interpreter; ``options`` are those of :func:`subprocess.run`."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, **{"capture_output": True, "text": True, **options})
+
+
+@contextmanager
+def mounted(place, options):
+    """A file system in memory; a skip where nothing may be mounted."""
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        pytest.skip(f"needs the right to mount a file system: {done.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)

@@ -23,9 +23,9 @@ F = torch.nn.functional
 class Own(ResNet):
     """A 3x3 stem, option A and torchvision's names; what a forward pass may do besides."""
 
-    def __init__(self, *, stem_pool=False, act=F.relu, eps=1e-5, behind=False, maximum=False):
-        super().__init__(**SMALL, stem="cifar", shortcut="zero_pad")
-        self.choices = stem_pool, act, behind, maximum
+    def __init__(self, *, projection=False, eps=1e-5, **choices):
+        super().__init__(**SMALL, stem="cifar", shortcut="projection" if projection else "zero_pad")
+        self.projection, self.choices = projection, choices
         for layer in self.modules():
             if isinstance(layer, torch.nn.BatchNorm2d):
                 layer.eps = eps
@@ -34,16 +34,28 @@ class Own(ResNet):
         self.eval()
 
     def forward(self, x):
-        stem_pool, act, behind, maximum = self.choices
-        x = act(self.bn1(self.conv1(x)))
-        if stem_pool:
+        said = self.choices.get
+        act, skipped = said("act", F.relu), said("skipped", ())
+        x = self.bn1(self.conv1(x))
+        x = x if "stem" in skipped else act(x)
+        if said("stem_pool"):
             x = F.max_pool2d(x, 3, 2, 1)
         for block in (*self.layer1, *self.layer2):
-            y = block.bn2(block.conv2(act(block.bn1(block.conv1(x)))))
-            more, step = y.shape[1] - x.shape[1], x.shape[2] // y.shape[2]
-            padding = (0, more) if behind else (more // 2, more - more // 2)
-            x = act(y + F.pad(x[:, :, ::step, ::step], (0, 0, 0, 0, *padding)))
-        return self.fc(x.amax((2, 3)) if maximum else x.mean((2, 3)))
+            y = block.bn1(block.conv1(x))
+            y = block.bn2(block.conv2(y if "block" in skipped else act(y)))
+            x = act(said("scale", 1.0) * y + self.shortcut(block, x, y))
+        x = self.fc(x.amax((2, 3)) if said("maximum") else x.mean((2, 3)))
+        return x.softmax(-1) if said("softmax") else x
+
+    def shortcut(self, block, x, y):
+        more, step = y.shape[1] - x.shape[1], x.shape[2] // y.shape[2]
+        if self.projection:
+            if block.downsample is None:
+                return x
+            pooled = F.max_pool2d(x, 3, 1, 1) if self.choices.get("pooled_shortcut") else x
+            return block.downsample(pooled)
+        padding = (0, more) if self.choices.get("behind") else (more // 2, more - more // 2)
+        return F.pad(x[:, :, ::step, ::step], (0, 0, 0, 0, *padding))
 
 
 UNTOLD = {
@@ -53,6 +65,16 @@ UNTOLD = {
     "behind": (True, "half of them in front of the old channels and half behind"),
     "maximum": (True, "the head takes the mean over all pixels"),
 }
+UNTOLD_ALONE = {
+    "pooled_shortcut": (True, "has the stride of its block, and no pooling is beside it"),
+    "skipped": (
+        ("block",),
+        "the activation follows every norm but that of a shortcut and the last",
+    ),
+    "scale": (0.3, "each block adds its input to what it computes, both as they are"),
+    "softmax": (True, "the mean over all pixels, and nothing follows it"),
+}
+"""The same of what the command's test does not repeat."""
 
 
 def warnings_of(action):
@@ -72,16 +94,17 @@ def outputs(module, model):
 def test_the_network_of_these_tests_is_what_is_assumed():
     """The control of the test below."""
     torch.manual_seed(0)
-    module = Own()
-    assert relative_l2(*outputs(module, from_torch(module.state_dict(), assume="known"))) < 1e-5
+    for projection in (False, True):
+        module = Own(projection=projection)
+        assert relative_l2(*outputs(module, from_torch(module.state_dict(), assume="known"))) < 1e-5
 
 
-@pytest.mark.parametrize("what", UNTOLD)
+@pytest.mark.parametrize("what", UNTOLD | UNTOLD_ALONE)
 def test_what_makes_a_network_wrong_was_announced(what):
     """Read from weights alone the network is another one, and the warning has the line."""
-    value, line = UNTOLD[what]
+    value, line = (UNTOLD | UNTOLD_ALONE)[what]
     torch.manual_seed(0)
-    module = Own(**{what: value})
+    module = Own(**{what: value}, projection=what == "pooled_shortcut")
     found = []
     (text,) = warnings_of(lambda: found.append(from_torch(module.state_dict())))
     assert line in text
@@ -168,3 +191,15 @@ def test_eps_that_was_said_is_computed_with_and_written(tmp_path):
     out = tmp_path / "out.pth"
     assert run(["convert", str(tmp_path / "net.pth"), str(out), "--eps", "0.1"]) == 0
     assert relative_l2(*outputs(module, load(out))) < 1e-5
+
+
+def test_what_was_left_out_is_said_where_the_state_dict_is_given_back():
+    network = ResNet(**SMALL, stem="cifar", shortcut="zero_pad")
+    state = network.state_dict()
+    with pytest.warns(UserWarning, match="ignored fc"):
+        model = from_torch(state, ignore=["fc.*"], assume="known")
+    with pytest.warns(UserWarning, match=r"2 tensors of .* left out .*: fc\.weight, fc\.bias"):
+        flax_resblock.to_torch(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flax_resblock.to_torch(from_torch(state, assume="known"))  # the control

@@ -6,8 +6,6 @@ import gc
 import itertools
 import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -35,7 +33,7 @@ from flax_resblock.training.data.dataset import normalise
 from flax_resblock.training.data.folder import IMAGENET_MEAN, IMAGENET_STD
 from flax_resblock.training.data.images import fit, resize
 from flax_resblock.training.data.mix import cut_box, draw_mixing, mix
-from parity_tests.support import REPOSITORY, import_torchvision
+from parity_tests.support import REPOSITORY, import_torchvision, python
 
 EVERYTHING = Augmentation(pad=2, flip=True, mixup=0.4, cutmix=1.0)
 
@@ -441,13 +439,8 @@ def test_a_program_may_end_while_a_stream_is_open(tmp_path):
         "augmentation=Augmentation(random_resized_crop=(0.9, 1.0)), workers=2).from_step(0)\n"
         "    print(next(iterator).images.shape)\n"
     )
-    done = subprocess.run(
-        [sys.executable, script],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    done = python(
+        script, check=True, timeout=120, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}
     )
     assert done.stdout == "(32, 400, 400, 3)\n"
     assert "Traceback" not in done.stderr

@@ -14,7 +14,7 @@ from flax_resblock.convert import NAMINGS
 from flax_resblock.convert.detection.backbones import BACKBONES, find_backbone
 from flax_resblock.convert.opening import ReadOptions, open_checkpoint
 from flax_resblock.convert.state_map import describe
-from parity_tests.support import assert_same_bits, random_bits
+from parity_tests.support import assert_same_bits, healthy, random_bits
 
 BACKBONE = ResNetConfig(
     block="bottleneck", depths=(2, 1, 1, 1), widths=(4, 8, 12, 16), stem_width=8, num_classes=None
@@ -188,15 +188,7 @@ def written(name, path, config=BACKBONE):
         config = ResNetConfig(
             block="bottleneck", depths=(2, 1, 1), widths=(4, 8, 12), stem_width=8, num_classes=None
         )
-    network = random_bits(config, np.float32, naming=naming)
-    network = {
-        key: np.nan_to_num(value, nan=1.0) if value.dtype == np.float32 else value
-        for key, value in network.items()
-    }
-    network = {
-        key: np.abs(value) if key.endswith("running_var") else value
-        for key, value in network.items()
-    }
+    network = healthy(config, naming)
     if name in NO_COUNTERS:
         network = {key: value for key, value in network.items() if COUNTERS not in key}
     prefix = next(backbone.prefix for backbone in BACKBONES if backbone.name == name)
@@ -293,15 +285,6 @@ def test_where_nobody_says_the_assumption_and_its_flag_are_stated(tmp_path):
 def backbone(prefix="backbone."):
     """A network without head as part of a larger one, as PyTorch tensors."""
     return {f"{prefix}{key}": from_numpy(value) for key, value in healthy(BACKBONE).items()}
-
-
-def healthy(config):
-    state = {
-        key: np.nan_to_num(value, nan=1.0) for key, value in random_bits(config, np.float32).items()
-    }
-    return {
-        key: np.abs(value) if key.endswith("running_var") else value for key, value in state.items()
-    }
 
 
 def opened(state, path, **entries):

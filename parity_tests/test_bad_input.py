@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,18 +24,8 @@ from flax_resblock.checkpoint import atomic, safetensors_file
 from flax_resblock.checkpoint.torch_file import from_numpy, with_tensors
 from flax_resblock.cli import run
 from flax_resblock.convert.opening import ReadOptions, open_checkpoint
-from parity_tests.support import assert_same_bits, random_bits
+from parity_tests.support import SMALL, assert_same_bits, flip, healthy, random_bits
 from torch_ref import BasicBlock, Block, ResNet
-
-SMALL = ResNetConfig(depths=(1, 1), widths=(6, 10), stem="cifar", stem_width=4, num_classes=3)
-
-
-def healthy():
-    rng = np.random.default_rng(0)
-    return {
-        key: value if value.dtype == np.int64 else rng.random(value.shape, np.float32)
-        for key, value in random_bits(SMALL, np.float32).items()
-    }
 
 
 @pytest.fixture
@@ -159,31 +148,11 @@ def test_an_existing_output_is_kept_without_force(name, written):
 
 
 @pytest.mark.parametrize("name", ["net.pth", "legacy.pth", "net.safetensors"])
-@pytest.mark.parametrize("share", [0.001, 0.01, 0.3, 0.7, 0.95, 0.999])
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.999])
 def test_a_truncated_file_is_refused(name, share, written):
     content = (written / name).read_bytes()
     (written / name).write_bytes(content[: max(1, int(len(content) * share))])
     with pytest.raises(CheckpointError):
-        load(written / name)
-
-
-@pytest.mark.parametrize("name", ["net.safetensors", "net"])
-def test_a_changed_bit_in_a_tensor_is_noticed_and_the_tensor_named(name, written):
-    kernel = healthy()["layer2.0.conv2.weight"]
-    stored = (kernel if name.endswith("safetensors") else kernel.transpose(2, 3, 1, 0)).tobytes()
-    files = (
-        [written / name]
-        if name.endswith("safetensors")
-        else [p for p in (written / name).rglob("*") if p.is_file()]
-    )
-    file = next(p for p in files if stored in p.read_bytes())
-    content = bytearray(file.read_bytes())
-    content[content.find(stored) + 5] ^= 4
-    file.write_bytes(content)
-    with pytest.raises(
-        CheckpointError,
-        match=r"is damaged: (layer2.0.conv2.weight|stage2.0.conv2.kernel) differs|damaged one \(",
-    ):
         load(written / name)
 
 
@@ -539,9 +508,7 @@ def test_what_is_read_back_is_compared(written, monkeypatch):
 
     def corrupting(path, tensors, metadata):
         original(path, tensors, metadata)
-        content = bytearray(Path(path).read_bytes())
-        content[-5] ^= 1
-        Path(path).write_bytes(content)
+        flip(path, -40)
 
     monkeypatch.setattr(safetensors_file, "write_safetensors", corrupting)
     with pytest.raises(CheckpointError, match=r"is damaged: .* differs? from the SHA-256"):

@@ -11,18 +11,13 @@ import torch
 
 from flax_resblock import CheckpointError, checkpoint, from_torch, save
 from flax_resblock.checkpoint.record import sidecar_of
+from flax_resblock.checkpoint.safetensors_file import write_safetensors
 from flax_resblock.cli import run
 from flax_resblock.convert.opening import open_checkpoint
 from parity_tests.fuzz import samples
-from parity_tests.test_damaged_files import healthy
+from parity_tests.support import flip, healthy, python
 
 FLIPS = 500
-
-
-def flip(path, place):
-    content = bytearray(path.read_bytes())
-    content[place // 8] ^= 1 << place % 8
-    path.write_bytes(content)
 
 
 @pytest.fixture
@@ -195,3 +190,38 @@ def test_a_file_of_another_kind_where_the_sidecar_goes_is_never_replaced(written
     assert "is something else" in " ".join(capsys.readouterr().err.split())
     assert not (written / "new.pth").exists()
     assert (written / "new.pth.sha256.json").read_text() == '{"precious": 1}'
+
+
+def test_a_damaged_orbax_folder_gives_one_line_and_no_traceback(written):
+    """Orbax reads all tensors at once; others must not fill the terminal when one fails."""
+    index = max((written / "net" / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    index.write_bytes(index.read_bytes()[: index.stat().st_size // 2])
+    code = "import sys; from flax_resblock.cli import run; sys.exit(run(['inspect', sys.argv[1]]))"
+    result = python("-c", code, written / "net")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(
+        r"flax-resblock: .*net is not an Orbax checkpoint, or a damaged one \(.*\)\. Copy it "
+        r"again\. Of its tensors, .* cannot be read\.\n",
+        result.stderr,
+    )
+
+
+def test_other_reports_still_arrive():
+    code = """
+from flax_resblock.checkpoint import orbax_folder
+orbax_folder._orbax()
+class Fails:
+    def __del__(self):
+        raise RuntimeError("in a destructor")
+Fails()
+"""
+    assert "RuntimeError: in a destructor" in python("-c", code, check=True).stderr
+
+
+def test_without_digests_a_flipped_bit_would_pass(tmp_path):
+    """The negative control: it is the SHA-256 that notices."""
+    state = healthy()
+    write_safetensors(tmp_path / "net.safetensors", state, {})
+    flip(tmp_path / "net.safetensors", -40)
+    back = checkpoint.read(tmp_path / "net.safetensors").tensors
+    assert any(back[key].tobytes() != value.tobytes() for key, value in state.items())

@@ -20,6 +20,7 @@ from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.cli import run
 from flax_resblock.parity.certificate import REFERENCE, read_certificate, recheck
 from flax_resblock.parity.certify import BATCH
+from parity_tests.support import python, with_trained_norms
 from parity_tests.test_without_torch import BLOCK_TORCH
 from torch_ref import BasicBlock, ResNet
 
@@ -34,20 +35,12 @@ def write_network(seed=3):
     """net.pth, with batch norms as training leaves them."""
     torch.manual_seed(seed)
     module = ResNet(depths=(1, 1), widths=(8, 12), stem="cifar", stem_width=8, num_classes=4)
-    for layer in module.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.running_mean.normal_()
-            layer.running_var.uniform_(0.2, 3)
-            torch.nn.init.normal_(layer.weight)
-    torch.save(module.state_dict(), "net.pth")
+    torch.save(with_trained_norms(module).state_dict(), "net.pth")
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder but for net.pth."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def _a_network_is_there(folder):
     write_network()
-    return tmp_path
 
 
 def convert(out, *flags, source="net.pth"):
@@ -93,13 +86,6 @@ def test_a_certificate_lists_what_was_assumed_and_left_out(folder, capsys):
     assert "took entry 'state_dict'" in entry["notes"]
     printed = " ".join(capsys.readouterr().out.split())
     assert all(note in printed for note in entry["notes"])
-
-
-def test_verify_says_what_the_checkpoint_was_compared_with(folder, capsys):
-    assert run(["verify", "net.pth", "--eval-only", "--json", "r.json", "--html", "r.html"]) == 0
-    assert f"within the criterion, compared with {REFERENCE}" in capsys.readouterr().out
-    assert json.loads(Path("r.json").read_text())["provenance"]["compared_with"] == REFERENCE
-    assert Path("r.html").read_text().count(REFERENCE) == 2
 
 
 def test_the_stored_worst_is_what_the_comparison_measures(folder):
@@ -220,6 +206,7 @@ def test_values_that_are_not_finite_are_certified_and_not_verified(folder, capsy
     assert recheck(PATH)[0].status == "unchanged"
 
 
+@pytest.mark.slow
 def test_without_the_certificate_nothing_is_verified_or_written(folder):
     code = (
         "import sys; from flax_resblock.cli import run; print(run(['convert', *sys.argv[1:]]), "
@@ -236,15 +223,14 @@ def test_without_the_certificate_nothing_is_verified_or_written(folder):
     assert PATH.exists()
 
 
+@pytest.mark.slow
 def test_without_torch_a_conversion_is_certified_and_not_verified(folder):
     convert("net.safetensors", "--no-certificate")
     code = BLOCK_TORCH + (
         "from flax_resblock.cli import run\nprint(run(['convert', 'net.safetensors', "
         "'flax.safetensors', '--to-naming', 'flax']))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    result = python("-c", code, check=True)
     assert result.stdout.splitlines()[-1] == "0", result.stderr
     assert read_certificate(PATH)["flax.safetensors"]["verification"] == {
         "skipped": "PyTorch is not installed"

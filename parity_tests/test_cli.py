@@ -20,27 +20,15 @@ import flax_resblock
 from flax_resblock import checkpoint
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.cli import run
+from parity_tests.support import SHARED, needs_real_checkpoints, with_trained_norms
 from torch_ref import BasicBlock, ResNet
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "checkpoints"
 NETWORK = {"depths": (1, 1), "widths": (8, 12), "stem": "cifar", "stem_width": 8, "num_classes": 4}
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
-    return tmp_path
 
 
 def network(seed=0):
     torch.manual_seed(seed)
-    module = ResNet(**NETWORK)
-    for layer in module.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.running_mean.normal_()
-            layer.running_var.uniform_(0.2, 3)
-    return module
+    return with_trained_norms(ResNet(**NETWORK))
 
 
 @pytest.fixture
@@ -78,6 +66,7 @@ def test_inspect_says_what_it_is_and_writes_json(checkpoint_file, capsys):
     assert facts["parameters"] == sum(p.numel() for p in network().parameters())
 
 
+@pytest.mark.slow
 def test_verify_passes_and_writes_json(checkpoint_file, capsys):
     assert run(["verify", checkpoint_file, "--gradients", "--json", "report.json"]) == 0
     facts = json.loads(Path("report.json").read_text())
@@ -147,28 +136,19 @@ def _broken(change):
     return write
 
 
-def _truncated():
-    torch.save(network().state_dict(), "bad.pth")
-    content = Path("bad.pth").read_bytes()
-    Path("bad.pth").write_bytes(content[: len(content) * 2 // 3])
-
-
 def _poison(key, value):
     return _broken(lambda state: state[key].view(-1).__setitem__(0, value))
 
 
-# Whatever else is no checkpoint or does not fit is refused with the words of test_bad_input.py.
+# Whatever else is no checkpoint or does not fit is refused with the words of test_bad_input.py and
+# test_identification.py.
 BAD = {
-    "truncated": (_truncated, "damaged or truncated|damaged"),
-    "absent": (lambda: None, "does not exist"),
     "missing key": (
         _broken(lambda s: s.pop("layer2.0.bn1.weight")),
         r"missing\s+layer2.0.bn1.weight",
     ),
     "--num-classes 7": (_broken(lambda s: None), r"fc.weight \[4, 12\], expected \[7, 12\]"),
-    "--architecture resnet18": (_broken(lambda s: None), "does not fit resnet18"),
     "--architecture vgg16": (_broken(lambda s: None), "'vgg16' is unknown; known: resnet18"),
-    "--naming mine": (_broken(lambda s: None), "'mine' is unknown; known: torchvision"),
     "not finite": (
         _poison("layer1.0.conv1.weight", float("nan")),
         r"layer1.0.conv1.weight \(1 of 576 values not finite\).*--allow-nonfinite",
@@ -294,13 +274,11 @@ def test_interrupt_while_writing_leaves_no_trace(folder):
             assert run(["convert", "big.pth", "out", "--force"]) == 0
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real checkpoints are not at {SHARED}")
+@pytest.mark.slow
+@needs_real_checkpoints
 @pytest.mark.parametrize(
     ("file", "name"),
-    [
-        ("resnet20-12fca82f.th", "resnet20"),
-        pytest.param("resnet56-4bfd9763.th", "resnet56", marks=pytest.mark.slow),
-    ],
+    [("resnet20-12fca82f.th", "resnet20"), ("resnet56-4bfd9763.th", "resnet56")],
 )
 def test_real_checkpoints_work_with_no_flags(file, name, folder, capsys):
     path = str(SHARED / file)
@@ -312,7 +290,7 @@ def test_real_checkpoints_work_with_no_flags(file, name, folder, capsys):
     assert "naming scheme 'akamaster'" in output
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real checkpoints are not at {SHARED}")
+@needs_real_checkpoints
 def test_real_images_are_all_labelled_right(folder, capsys):
     images = SHARED / "cifar10_20_images.npz"
     arguments = ["predict", str(SHARED / "resnet20-12fca82f.th"), str(images), "--logits", "l.npy"]

@@ -11,6 +11,7 @@ from flax_resblock import BlockConfig, InputError, ResNetConfig, from_torch
 from flax_resblock.cli import run
 from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.parity import compare
+from flax_resblock.parity.certificate import REFERENCE
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.inputs import adversarial_images
 from flax_resblock.parity.oracle import Tolerance, relative_l2, verdict_of
@@ -315,10 +316,13 @@ def test_the_command_writes_both_reports_and_replaces_none(network, tmp_path, ca
     expected = {"batch": 2, "height": 9, "width": 8, "channels": 3, "seed": 0}
     assert facts["provenance"]["input"] == expected
     assert len(facts["provenance"]["checkpoint_sha256"]) == 64
+    assert facts["provenance"]["compared_with"] == REFERENCE
+    assert f"within the criterion, compared with {REFERENCE}" in capsys.readouterr().out
     assert facts["histogram"]["edges"] == sorted(facts["histogram"]["edges"])
     assert sum(facts["histogram"]["flax"]) > 0
     page = (tmp_path / "out.html").read_text()
     assert page.lower().startswith("<!doctype html>")
+    assert page.count(REFERENCE) == 2
     assert "http://" not in page.replace("http://www.w3.org", "")
     before = (tmp_path / "out.json").stat().st_mtime_ns
     assert run(command) == 2
@@ -327,6 +331,7 @@ def test_the_command_writes_both_reports_and_replaces_none(network, tmp_path, ca
     assert run([*command, "--force"]) == 0
 
 
+@pytest.mark.slow
 def test_an_architecture_by_name_has_random_weights_and_norms(capsys):
     arguments = "verify resnet20 --height 8 --width 9 --eval-only --precision float64"
     assert run(arguments.split()) == 0

@@ -15,6 +15,7 @@ import flax_resblock
 from flax_resblock import ResNet, ResNetConfig
 from flax_resblock.aot.compiler import require_compiler
 from flax_resblock.errors import MissingDependencyError
+from parity_tests.support import fast_only
 
 OWN = ("train", "data", "config", "utils", "models", "nn", "test", "common", "training", "cli")
 """Names that a user gives modules."""
@@ -33,7 +34,6 @@ SPELLINGS = {
     ),
 }
 NETWORK = ResNetConfig(depths=(1,), widths=(4,), stem="cifar", stem_width=4, num_classes=10)
-SLOW = pytest.mark.slow
 COMMANDS = {
     "inspect": "inspect net.pth",
     "predict": "predict net.pth image.png",
@@ -65,9 +65,7 @@ def inputs(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize(
-    "name", ["inspect", *(pytest.param(name, marks=SLOW) for name in COMMANDS if name != "inspect")]
-)
+@pytest.mark.parametrize("name", fast_only(["inspect"], COMMANDS))
 def test_every_command_works_beside_modules_of_the_users_own(name, spelling, inputs, tmp_path):
     if name == "aot":
         try:

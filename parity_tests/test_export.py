@@ -19,8 +19,9 @@ from flax_resblock import conv_lowering, create, load, save
 from flax_resblock.cli import run
 from flax_resblock.config import BlockConfig, ResNetConfig
 from flax_resblock.errors import InputError
+from flax_resblock.export.exported import MANIFEST, PROGRAM, WEIGHTS, open_exported
 from flax_resblock.export.fold import fold_batch_norm, folding_error
-from flax_resblock.export.stablehlo import MANIFEST, PROGRAM, WEIGHTS, export_model, open_exported
+from flax_resblock.export.stablehlo import export_model
 from flax_resblock.nn.norm import BatchNorm
 from flax_resblock.nn.resnet import build
 from flax_resblock.parity.battery import BATTERY

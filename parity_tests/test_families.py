@@ -23,10 +23,9 @@ from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.reference import ReferencePair
 from flax_resblock.parity.taps import as_tensor
 from parity_tests.families import FAMILIES, import_timm, import_transformers, randomise
-from parity_tests.support import assert_same_bits, import_torchvision
+from parity_tests.support import assert_same_bits, fast_only, import_torchvision
 
 QUICK = ("huggingface bottleneck, stride on the 1x1", "timm resnet18d")
-EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +67,7 @@ def convert(source, out, *more):
     assert run(["convert", str(source), str(out), "--no-certificate", *more]) == 0
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", fast_only(QUICK[:1], FAMILIES))
 def test_a_family_converts_without_flags_computes_the_same_and_goes_back(name, tmp_path):
     family = FAMILIES[name]
     module = saved(name, tmp_path / "theirs")
@@ -122,7 +121,7 @@ CHOICES = {
 }
 CASES = [
     QUICK[0],
-    *(pytest.param(name, marks=pytest.mark.slow) for name in list(CHOICES)[1:]),
+    *fast_only([], list(CHOICES)[1:]),
     pytest.param("timm seresnext50_32x4d", marks=pytest.mark.slow),
     pytest.param("timm ecaresnet26t", marks=pytest.mark.slow),
 ]

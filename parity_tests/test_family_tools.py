@@ -13,11 +13,10 @@ import flax_resblock
 from flax_resblock import ResNetConfig
 from flax_resblock.checkpoint.torch_file import from_numpy, with_tensors
 from flax_resblock.cli import run
-from flax_resblock.config import ARCHITECTURES, walk
 from flax_resblock.convert import families
 from flax_resblock.nn import linen
 from flax_resblock.nn.resnet import build
-from flax_resblock.parity.reference import ReferencePair, torch_reference
+from flax_resblock.parity.reference import ReferencePair
 from parity_tests.families import FAMILIES, import_timm, randomise
 from parity_tests.support import REPOSITORY, random_bits
 
@@ -86,17 +85,6 @@ def test_linen_has_the_same_options(config):
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet18d", "seresnet18", "ecaresnet26t", "resnetblur18", "resnet50_caffe"]
-)
-def test_the_reference_has_a_module_for_every_slot(name):
-    with torch.device("meta"):
-        modules = dict(torch_reference(ARCHITECTURES[name]).named_modules())
-    slots = ReferencePair(ARCHITECTURES[name], {}, {}).torch_slots
-    assert set(slots) == {slot.name for slot in walk(ARCHITECTURES[name])}
-    assert set(slots.values()) <= set(modules)
-
-
 def photograph(path):
     rng = np.random.default_rng(5)
     Image.fromarray(
@@ -140,6 +128,7 @@ def test_predict_sees_what_timm_sees_and_says_its_labels(tmp_path, capsys):
     assert np.abs(np.load(tmp_path / "other.npy") - theirs).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_labels_of_transformers_survive_conversion_to_orbax(tmp_path, capsys):
     family = FAMILIES["huggingface basic"]
     family.save(randomise(family.build()).float(), tmp_path / "theirs")
@@ -171,6 +160,7 @@ def bottleneck(tmp_path):
     return tmp_path / "net.pth"
 
 
+@pytest.mark.slow
 def test_verify_shows_what_the_other_placement_of_the_stride_changes(bottleneck, capsys):
     flags = ["--precision", "float64", "--eval-only"]
     assert run(["verify", str(bottleneck), *flags]) == 0

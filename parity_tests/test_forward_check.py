@@ -265,6 +265,27 @@ def test_a_pool_that_differs_at_other_sizes_only_is_refused():
         from_torch(pooled_with_ceil())
 
 
+def test_layers_that_no_option_describes_are_listed_as_they_are():
+    """The stride on the second convolution; no layer that the module does not have is named."""
+    net = made()
+    net.layer2[0].conv1.stride, net.layer2[0].conv2.stride = (1, 1), (2, 2)
+    with pytest.raises(
+        InputError, match=r"stage2\.0\.conv2 has .*this library has no such"
+    ) as caught:
+        from_torch(net)
+    assert "blur" not in str(caught.value).lower()
+
+
+def test_norms_that_train_otherwise_are_refused():
+    """In evaluation mode they compute the same."""
+    net = made()
+    norm = nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
+    norm.load_state_dict(net.bn1.state_dict())
+    net.bn1 = norm
+    with pytest.raises(InputError, match=r"stem\.norm is InstanceNorm2d, which normalises each"):
+        from_torch(net)
+
+
 def test_options_of_the_result_do_not_change_the_comparison():
     import jax.numpy as jnp
 

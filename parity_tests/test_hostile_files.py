@@ -5,8 +5,6 @@ import io
 import json
 import os
 import struct
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -24,7 +22,7 @@ from flax_resblock.config import ResNetConfig
 from flax_resblock.training.data.bounded import read_npz
 from flax_resblock.training.data.idx import read_idx
 from parity_tests.fuzz import pickles, samples, targets
-from parity_tests.support import REPOSITORY, assert_same_bits
+from parity_tests.support import REPOSITORY, assert_same_bits, python
 
 FRAME = b"\x80\x02}(X\x05\x00\x00\x00stateK\x01%su."
 """A pickle of a dictionary, with a place for more of it."""
@@ -451,13 +449,7 @@ except checkpoint.InputError as error:
 
 
 def peak_of(path, limit):
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(path), str(limit)],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=REPOSITORY,
-    )
+    result = python("-c", MEASURE, str(path), str(limit), check=True, cwd=REPOSITORY)
     outcome, memory = result.stdout.split()
     return outcome, int(memory)
 

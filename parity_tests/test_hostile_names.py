@@ -15,7 +15,7 @@ from flax_resblock.checkpoint.torch_file import with_tensors
 from flax_resblock.cli import run
 from flax_resblock.errors import some, visible
 from parity_tests.browser import BINARY, browser
-from parity_tests.test_damaged_files import healthy
+from parity_tests.support import healthy
 
 ACTS = re.compile(
     r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"

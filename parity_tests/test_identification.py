@@ -186,15 +186,3 @@ def test_impossible_numbers_are_refused(name, number):
 def test_what_a_person_says_wrongly_is_answered_with_what_fits(said, message):
     with pytest.raises(InputError, match=message):
         identify(described(NETWORKS["basic"]), **said)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"block": "bottleneck", "widths": (4,), "base_width": 8}, "no inner channel"),
-        ({"widths": (6,), "stem_width": 6, "groups": 4}, "groups=4 must divide in_channels=6"),
-    ],
-)
-def test_numbers_that_make_no_network_make_no_configuration(change, message):
-    with pytest.raises(ValueError, match=message):
-        ResNetConfig(depths=(1,), **change)

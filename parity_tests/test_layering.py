@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from parity_tests.support import REPOSITORY
+from parity_tests.support import REPOSITORY, python
 
 ARRAYS = {"numpy", "ml_dtypes"}
 JAX = ARRAYS | {"jax", "flax", "optax"}
@@ -48,7 +47,10 @@ PACKAGES: dict[str, tuple[set[str], set[str]]] = {
         {"_version", "checkpoint", "config", "convert", "cpu", "errors", "nn", "runs"},
         JAX | PAGES | {"torch", "torch_ref"},
     ),
-    "port": ({"config", "convert", "errors", "nn"}, JAX | {"torch"}),
+    "port": (
+        {"checkpoint", "config", "convert", "cpu", "errors", "nn", "parity"},
+        JAX | {"torch"},
+    ),
     "io": (
         {"checkpoint", "config", "convert", "errors", "nn", "parity", "runs"},
         JAX,
@@ -60,7 +62,7 @@ PACKAGES: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         {
             *("_version", "aot", "bench", "checkpoint", "config", "convert", "cpu", "errors"),
-            *("export", "io", "nn", "parity", "runs", "training"),
+            *("export", "io", "nn", "parity", "port", "runs", "training"),
         },
         JAX | PAGES | {"torch", "torch_ref", "tyro", "PIL"},
     ),
@@ -203,7 +205,7 @@ def test_the_converter_and_the_files_run_without_jax():
         "import flax_resblock.checkpoint, flax_resblock.runs.run\n"
         "print({'jax', 'flax', 'torch'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code, check=True)
     assert done.stdout.strip() == "set()"
 
 

@@ -3,6 +3,7 @@ refused, and a refusal names the cause."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -132,6 +133,44 @@ def test_a_sorted_file_whose_order_says_nothing_is_refused():
     with pytest.raises(CheckpointError):
         from_torch(dict(sorted(named.items())))
     assert from_torch(dict(sorted(state.items())), assume="known").config.depths == (2,)
+
+
+def test_a_sorted_file_whose_norms_are_not_numbered_is_refused():
+    """The norm of the projection would be taken for the first of the main path."""
+    plain = replace(PLAIN, spelling=("conv{}", "bn{}", "skip", "skip_bn"), stages="blocks.{flat}")
+    whole = Network(plain).state_dict()
+    # every block that is left has a projection
+    state = {key: whole[key] for key in whole if not key.startswith(("blocks.3", "blocks.5"))}
+    odd = {key.replace("skip_bn", "a_bn"): value for key, value in state.items()}
+    from_torch(odd, assume="known")  # as it was defined
+    from_torch(dict(sorted(state.items())), assume="known")
+    with pytest.raises(CheckpointError, match="sorted by name, and the names do not tell"):
+        from_torch(dict(sorted(odd.items())))
+
+
+@pytest.mark.parametrize("double", ["", "norm"], ids=["float32", "two dtypes"])
+def test_the_order_of_a_safetensors_file_is_not_taken_for_that_of_the_layers(double, tmp_path):
+    """safetensors sorts by dtype, then by name: the counters come first."""
+    from safetensors.torch import save_file
+
+    def read(names):
+        state = {
+            re.sub(r"blocks\.(\d+)", lambda found: names(int(found[1]) - 3), key): value
+            for key, value in network.state_dict().items()
+        }
+        wide = {key: v.double() if double and v.ndim == 1 else v for key, v in state.items()}
+        save_file(wide, tmp_path / "net.safetensors")
+        return load(tmp_path / "net.safetensors", assume="known")
+
+    network = Network(
+        replace(PLAIN, depths=(11,), widths=(4,), stem=("a", "a_norm"), stages="blocks.{flat}")
+    )
+    images = np.random.default_rng(0).normal(0.2, 1, (2, 9, 9, 3)).astype(np.float32)
+    with torch.no_grad():
+        truth = network(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+    assert relative_l2(np.asarray(read(lambda i: f"blocks.{i}")(images)), truth) < 1e-5
+    with pytest.raises(CheckpointError, match="sorted by name, and the names do not tell"):
+        read(lambda i: f"blocks.{'kjihgfedcba'[i]}")
 
 
 @pytest.mark.parametrize("name", ["a." * 3000 + "b", "²", "9" * 5000, "blocks.²", "", "."])

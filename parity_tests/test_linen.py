@@ -9,6 +9,7 @@ import flax_resblock
 from flax_resblock import ResNetConfig
 from flax_resblock.nn import linen
 from flax_resblock.parity.battery import BATTERY
+from parity_tests.support import fast_only
 
 CONFIGS = {
     "basic": ResNetConfig(depths=(1, 2), widths=(8, 12), stem="cifar", stem_width=8, num_classes=5),
@@ -26,7 +27,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=fast_only(["basic", "every option of a block"], CONFIGS))
 def config(request):
     return CONFIGS[request.param]
 

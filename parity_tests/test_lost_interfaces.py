@@ -1,13 +1,11 @@
 """Where private parts of JAX or XLA vanish, a CPU computes as plain XLA does, with a warning."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from flax_resblock.cpu import onednn
-from parity_tests.support import REPOSITORY
+from parity_tests.support import REPOSITORY, python
 
 # Each takes one interface away, as a later JAX might.
 LOSSES = {
@@ -66,9 +64,7 @@ print(json.dumps([lost, oneDNN, same, close, own]))
 
 def after(loss: str):
     code = PROGRAM.replace("LOSS", loss)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False
-    )
+    done = python("-c", code, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

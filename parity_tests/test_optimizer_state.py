@@ -29,26 +29,8 @@ from parity_tests.optimizer_runs import (
     reference,
     torch_steps,
 )
+from parity_tests.support import same
 from torch_ref.training import sgd
-
-
-def same(ours, theirs):
-    if isinstance(theirs, dict):
-        return list(ours) == list(theirs) and all(
-            same(ours[key], value) for key, value in theirs.items()
-        )
-    if isinstance(theirs, list | tuple):
-        return len(ours) == len(theirs) and all(
-            same(a, b) for a, b in zip(ours, theirs, strict=True)
-        )
-    if isinstance(theirs, np.ndarray):
-        return (
-            ours.dtype == theirs.dtype
-            and ours.shape == theirs.shape
-            and ours.tobytes() == theirs.tobytes()
-        )
-    return type(ours) is type(theirs) and ours == theirs
-
 
 AMBIGUOUS = {
     *("sgd, two groups", "sgd, one cycle"),

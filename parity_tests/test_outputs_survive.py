@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,7 @@ from flax_resblock.checkpoint.record import sidecar_of
 from flax_resblock.cli import run
 from flax_resblock.errors import InputError, OutputError
 from parity_tests import kills
-from parity_tests.support import assert_same_bits
-from parity_tests.test_damaged_files import healthy
+from parity_tests.support import assert_same_bits, healthy, mounted
 from torch_ref import ResNet
 
 NAMES = ("net.safetensors", "net.pth", "net")
@@ -43,24 +41,6 @@ def test_the_look_at_what_is_left_sees_damage(tmp_path):
     assert kills.left(tmp_path / "net.safetensors", truth, {}).startswith("DAMAGED")
     (tmp_path / ".net.safetensors.1.x.partial").mkdir()
     assert kills.temporaries(tmp_path / "net.safetensors")
-
-
-@contextmanager
-def mounted(place, options):
-    """A file system in memory; a skip where nothing may be mounted."""
-    place.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        pytest.skip(f"needs the right to mount a file system: {done.stderr.strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @pytest.fixture

@@ -63,8 +63,6 @@ def measurement(quantity, slot, precision, excess=0.5, step=None, error=None):
         "step": step,
         "reference_error": own,
         "limit": limit,
-    }
-    row |= {
         "error": error,
         "ulp": error / EPSILON[precision],
         "excess": error / limit,
@@ -99,14 +97,10 @@ def report(slots, *, worst=0.9, steps=0, quantities=DEPTH, seed=0):
         "checkpoint_sha256": "ab" * 32,
         "architecture": "resnet20",
         "naming": "akamaster",
-    }
-    provenance |= {
         "sha256": dict.fromkeys(slots, "cd" * 32),
         "command": "flax-resblock verify model.pth",
         "created": "2024-05-06T07:08:09Z",
         "seconds": 31.2,
-    }
-    provenance |= {
         "versions": {"jax": "0.10.2"},
         "devices": {"jax": "cpu"},
         "input": {"batch": 2, "seed": 0},
@@ -137,8 +131,6 @@ def report(slots, *, worst=0.9, steps=0, quantities=DEPTH, seed=0):
             "precision": "float32",
             "step": None,
             "exact": 3,
-        }
-        | {
             "edges": [-9 + i / 5 for i in range(21)],
             "flax": [rng.randrange(50) for _ in range(20)],
             "torch": [rng.randrange(50) for _ in range(20)],

@@ -40,7 +40,7 @@ from flax_resblock.parity.inputs import randomised_norm_state
 from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.reference import ReferencePair
 from parity_tests import runs
-from parity_tests.support import REPOSITORY
+from parity_tests.support import REPOSITORY, python
 from parity_tests.typing import example
 
 CONFIG = ResNetConfig(depths=(1, 2), widths=(4, 6), stem="cifar", stem_width=4, num_classes=3)
@@ -81,12 +81,7 @@ def test_the_type_check_of_a_users_program_can_fail(tmp_path):
     text = (REPOSITORY / "parity_tests" / "typing" / "example.py").read_text(encoding="utf-8")
     (tmp_path / "wrong.py").write_text(text.replace("num_classes=3, widths=", "colour=3, widths="))
     (tmp_path / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(REPOSITORY)]}))
-    done = subprocess.run(
-        [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "wrong.py"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    done = python("-m", "pyright", "--pythonpath", sys.executable, "wrong.py", cwd=tmp_path)
     assert done.returncode == 1
     assert 'No parameter named "colour"' in done.stdout
 

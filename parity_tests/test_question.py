@@ -8,6 +8,7 @@ import torch
 import flax_resblock
 from flax_resblock import InputError
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
+from parity_tests.support import with_trained_norms
 from torch_ref import Block, as_asked
 
 CASES = [(8, 8, 1), (8, 8, 2), (4, 8, 1), (4, 8, 2)]
@@ -16,13 +17,7 @@ CASES = [(8, 8, 1), (8, 8, 2), (4, 8, 1), (4, 8, 2)]
 def pair(block_class, in_channels, out_channels, stride):
     """A faulty block, and the specification's Flax block with the same weights where they fit."""
     torch.manual_seed(5)
-    block = block_class(in_channels, out_channels, stride).double().eval()
-    for layer in block.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.running_mean.normal_(0, 0.5)
-            layer.running_var.uniform_(0.3, 3)
-            layer.weight.data.normal_(1, 0.3)
-            layer.bias.data.normal_(0, 0.4)
+    block = with_trained_norms(block_class(in_channels, out_channels, stride).double().eval())
     return block, flax_resblock.from_torch(block.state_dict(), naming="sequential", stride=stride)
 
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +13,14 @@ from flax_resblock import checkpoint
 from flax_resblock.cli import run
 from flax_resblock.errors import InputError
 from flax_resblock.parity.certificate import read_certificate, recheck
+from parity_tests.support import flip, python
 from parity_tests.test_certificate import PATH, convert, sha, write_network
 from torch_ref import BasicBlock
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder but for net.pth."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def _a_network_is_there(folder):
     write_network()
-    return tmp_path
-
-
-def flip(path, offset, bit=3):
-    content = bytearray(Path(path).read_bytes())
-    content[offset] ^= 1 << bit
-    Path(path).write_bytes(content)
 
 
 def test_one_flipped_bit_is_found_and_the_tensor_named(folder):
@@ -39,7 +29,7 @@ def test_one_flipped_bit_is_found_and_the_tensor_named(folder):
     content = Path("a.safetensors").read_bytes()
     header_end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:header_end])
-    flip("a.safetensors", header_end + header["layer2.0.conv2.weight"]["data_offsets"][0] + 5)
+    flip("a.safetensors", 8 * (header_end + header["layer2.0.conv2.weight"]["data_offsets"][0]))
     changed, unchanged = recheck(PATH)
     expected = ("a.safetensors", "changed", "unchanged")
     assert (changed.output, changed.status, unchanged.status) == expected
@@ -52,7 +42,7 @@ def test_one_flipped_bit_is_found_and_the_tensor_named(folder):
 def test_one_flipped_bit_in_a_pth_is_found_and_the_tensor_named(folder):
     convert("a.pth", source="net.pth")
     needle = torch.load("a.pth", weights_only=True)["fc.weight"].numpy().tobytes()
-    flip("a.pth", Path("a.pth").read_bytes().index(needle) + 17)
+    flip("a.pth", 8 * Path("a.pth").read_bytes().index(needle) + 17)
     (check,) = recheck(PATH)
     assert check.status == "changed"
     assert check.details == ("file a.pth has another SHA-256", "tensor fc.weight has changed")
@@ -63,7 +53,7 @@ def test_a_change_in_an_orbax_folder_names_the_file(folder):
     largest = max(
         (p for p in Path("net_flax/").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
     )
-    flip(largest, largest.stat().st_size // 2)
+    flip(largest, 4 * largest.stat().st_size)
     Path("net_flax/note.txt").write_text("mine")
     Path("net_flax/flax_resblock.json").unlink()
     (check,) = recheck(PATH)
@@ -137,16 +127,14 @@ def test_a_renamed_output_is_missing(out, folder):
 def test_checking_needs_neither_framework(folder):
     convert("net.safetensors")
     convert("net_flax")
-    flip("net.safetensors", -3)
+    flip("net.safetensors", -24)
     code = (
         "import sys; from pathlib import Path; from flax_resblock.parity.certificate import "
         "read_certificate, recheck\n"
         "print([c.status for c in recheck(Path('parity.json'))], {'jax', 'torch', 'flax'} & "
         "set(sys.modules))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    result = python("-c", code, check=True)
     assert result.stdout.strip() == "['changed', 'unchanged'] set()"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,25 +15,19 @@ from flax import nnx
 import flax_resblock
 from flax_resblock.cli import COMMANDS
 from flax_resblock.cli.cache import keep_compiled
-from parity_tests.support import REPOSITORY
+from parity_tests.support import REPOSITORY, python
 
 HEAVY = {"jax", "flax", "torch", "numpy", "rich", "tyro", "orbax", "tensorstore"}
 
 
-def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def started(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT", "FLAX_RESBLOCK_CACHE", "XDG_"))
     }
     path = os.pathsep.join(filter(None, [str(REPOSITORY), inherited.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**inherited, "PYTHONPATH": path, **environment},
-    )
+    return python("-c", code, *arguments, env={**inherited, "PYTHONPATH": path, **environment})
 
 
 def imported(*arguments: str) -> tuple[int, set[str]]:
@@ -48,7 +41,7 @@ except SystemExit as exit:
     status = exit.code
 print(json.dumps([status, sorted(sys.modules)]), file=sys.stderr)
 """
-    status, modules = json.loads(python(code, *arguments).stderr.splitlines()[-1])
+    status, modules = json.loads(started(code, *arguments).stderr.splitlines()[-1])
     return status, set(modules)
 
 
@@ -106,7 +99,7 @@ def test_predict_reads_an_archive_without_the_packages_of_training(checkpoints, 
 
 
 def test_the_overview_lists_every_command_and_its_options():
-    text = python("from flax_resblock.cli import main; main()").stdout
+    text = started("from flax_resblock.cli import main; main()").stdout
     for name in (*COMMANDS, "--help", "--version", "--traceback"):
         assert name in text
 
@@ -179,7 +172,7 @@ def test_only_a_program_that_runs_a_command_makes_the_folder(checkpoints, tmp_pa
         (("--help",), False),
         (("inspect", str(checkpoints / "net.safetensors")), True),
     ):
-        assert python(start, *arguments, HOME=str(tmp_path)).returncode == 0
+        assert started(start, *arguments, HOME=str(tmp_path)).returncode == 0
         assert (tmp_path / ".cache" / "flax-resblock" / "xla").exists() == made
 
 
@@ -188,7 +181,7 @@ def test_importing_the_library_changes_no_setting_of_jax(tmp_path):
         "import flax_resblock, jax; flax_resblock.create; "
         "print(jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache)"
     )
-    result = python(code, HOME=str(tmp_path))
+    result = started(code, HOME=str(tmp_path))
     assert result.stdout.split() == ["None", "True"], result.stderr
     assert not any(tmp_path.iterdir())
 
@@ -215,8 +208,8 @@ print(len(hits), float(jax.jit(loss)(state, images)).hex())
 
 @pytest.mark.slow
 def test_the_second_start_compiles_nothing_large_and_computes_the_same_bits(tmp_path):
-    first, second = (python(COMPILING, HOME=str(tmp_path)) for _ in range(2))
-    off = python(COMPILING, HOME=str(tmp_path), FLAX_RESBLOCK_CACHE="off")
+    first, second = (started(COMPILING, HOME=str(tmp_path)) for _ in range(2))
+    off = started(COMPILING, HOME=str(tmp_path), FLAX_RESBLOCK_CACHE="off")
     (hits, bits), (more_hits, same_bits), (no_hits, again) = (
         result.stdout.split() for result in (first, second, off)
     )
@@ -228,10 +221,10 @@ def test_the_second_start_compiles_nothing_large_and_computes_the_same_bits(tmp_
 
 @pytest.mark.slow
 def test_a_damaged_program_is_compiled_anew(tmp_path):
-    first = python(COMPILING, HOME=str(tmp_path))
+    first = started(COMPILING, HOME=str(tmp_path))
     for program in (tmp_path / ".cache" / "flax-resblock" / "xla").glob("*-cache"):
         program.write_bytes(program.read_bytes()[:100])
-    second = python(COMPILING, HOME=str(tmp_path))
+    second = started(COMPILING, HOME=str(tmp_path))
     assert second.returncode == 0
     assert second.stdout.split()[1] == first.stdout.split()[1]
 
@@ -244,7 +237,7 @@ def test_programs_of_another_processor_have_other_keys():
         "print(xla_client.get_topology_for_devices(jax.devices()).fingerprint())"
     )
     here, again, older = (
-        python(code, JAX_PLATFORMS="cpu", XLA_FLAGS=flags).stdout
+        started(code, JAX_PLATFORMS="cpu", XLA_FLAGS=flags).stdout
         for flags in ("", "", "--xla_cpu_max_isa=SSE4_2")
     )
     assert here == again != older

@@ -1,11 +1,10 @@
-"""The tests' own import of torchvision: a complete one is left alone, a broken one is a skip."""
+"""The tests' own machinery: torchvision's import, and skips, which need an allowed reason."""
 
-import subprocess
-import sys
+import os
 
 import pytest
 
-from parity_tests.support import REPOSITORY
+from parity_tests.support import REPOSITORY, python
 
 COMPLETE = """
 import torch
@@ -48,14 +47,45 @@ def test_torchvision_is_imported_as_it_is_or_skipped(source, words, implemented,
     package.mkdir()
     (package / "__init__.py").write_text(source)
     program = PROGRAM if implemented is not None else PROGRAM.rpartition("print(")[0]
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{program}"],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        check=False,
+    done = python(
+        "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{program}", cwd=REPOSITORY
     )
     assert done.returncode == 0, done.stderr
     first, *rest = done.stdout.splitlines()
     assert words in first
     assert rest == ([] if implemented is None else [str(implemented)])
+
+
+ALLOWED = "needs a GPU or TPU: FLAX_RESBLOCK_ACCELERATOR=1 lets jax use the one there is"
+REFUSED = "needs torchvision: pip install torchvision"
+
+
+def run(folder, *reasons, strict):
+    """Exit status and output of a test run whose tests skip for these reasons."""
+    folder.mkdir()
+    conftest = (REPOSITORY / "parity_tests" / "conftest.py").read_text(encoding="utf-8")
+    (folder / "conftest.py").write_text(conftest, encoding="utf-8")
+    tests = [f"def test_{i}():\n    pytest.skip({why!r})\n" for i, why in enumerate(reasons)]
+    (folder / "test_it.py").write_text("\n\n".join(["import pytest\n", *tests]))
+    done = python(
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "1",
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "FLAX_RESBLOCK_STRICT_SKIPS": strict},
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.mark.slow
+def test_a_skip_fails_the_strict_run_unless_its_reason_is_listed(tmp_path):
+    status, text = run(tmp_path / "mixed", ALLOWED, REFUSED, strict="1")
+    assert status == 1, text
+    assert text.count("SKIPPED WITHOUT AN ALLOWED REASON") == 1
+    assert REFUSED in text.split("SKIPPED WITHOUT AN ALLOWED REASON")[1]
+    # the control; that an allowed skip fails no strict run is what every run of the gate shows
+    assert run(tmp_path / "lenient", ALLOWED, REFUSED, strict="")[0] == 0

@@ -16,7 +16,7 @@ from flax_resblock import CheckpointError, checkpoint
 from flax_resblock.checkpoint import LIMITS, Limits, torch_archive, torch_file
 from flax_resblock.checkpoint.torch_file import plain
 from parity_tests.fuzz import samples
-from parity_tests.support import SHARED, needs_real_checkpoints
+from parity_tests.support import SHARED, needs_real_checkpoints, same
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -102,29 +102,6 @@ contents = st.recursive(
     ),
     max_leaves=12,
 )
-
-
-def same(ours, theirs):
-    """Whether two values have the same types and bits all the way down."""
-    if isinstance(ours, argparse.Namespace) and isinstance(theirs, argparse.Namespace):
-        return same(vars(ours), vars(theirs))
-    if type(ours) is not type(theirs):
-        return False
-    if isinstance(ours, np.ndarray):
-        return (
-            ours.dtype == theirs.dtype
-            and ours.shape == theirs.shape
-            and ours.tobytes() == theirs.tobytes()
-        )
-    if isinstance(ours, dict):
-        return (
-            list(ours) == list(theirs)
-            and [type(key) for key in ours] == [type(key) for key in theirs]
-            and all(same(ours[key], theirs[key]) for key in ours)
-        )
-    if isinstance(ours, list | tuple):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return ours == theirs or repr(ours) == repr(theirs)  # of NaN
 
 
 def theirs(path):

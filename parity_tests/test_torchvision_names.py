@@ -12,7 +12,7 @@ from flax_resblock import architectures, create, from_torch, to_torch
 from flax_resblock.config import architecture
 from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
-from parity_tests.support import import_torchvision
+from parity_tests.support import import_torchvision, with_trained_norms
 from torch_ref import ResNet
 
 TORCHVISION = [
@@ -77,22 +77,16 @@ def test_a_fresh_network_leaves_under_torchvisions_names(name):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "train"),
-    [
-        ("resnet18", True),
-        pytest.param("resnext50_32x4d", False, marks=pytest.mark.slow),
-        pytest.param("wide_resnet50_2", True, marks=pytest.mark.slow),
-    ],
+    [("resnet18", True), ("resnext50_32x4d", False), ("wide_resnet50_2", True)],
 )
 def test_logits_equal_torchvisions_in_float64(name, train):
     torch.manual_seed(3)
     module = getattr(import_torchvision().models, name)(num_classes=17).double()
     generator = np.random.default_rng(4)
-    for layer in module.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.running_mean.copy_(torch.from_numpy(generator.normal(0, 0.5, layer.num_features)))
-            layer.running_var.copy_(torch.from_numpy(generator.uniform(0.3, 3, layer.num_features)))
+    with_trained_norms(module)
     images = generator.standard_normal((4, 67, 80, 3)) * 1.5 + 0.3
     with jax.enable_x64(True):
         model = from_torch(module)

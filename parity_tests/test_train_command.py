@@ -17,6 +17,7 @@ import flax_resblock
 from flax_resblock import checkpoint, load_run
 from flax_resblock.cli import run as run_command
 from parity_tests import preemption, runs
+from parity_tests.support import fast_only, json_lines, python, with_trained_norms, worst
 from parity_tests.test_without_torch import BLOCK_TORCH
 from torch_ref import ResNet
 
@@ -24,13 +25,6 @@ from torch_ref import ResNet
 def command(line):
     """The exit status of a command line."""
     return run_command(line.split())
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
-    return tmp_path
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +53,7 @@ def test_a_loop_without_settings_resumes_with_no_flags_and_a_note(folder, capsys
 
 @pytest.mark.parametrize(
     "spelling",
-    ["timm", *(pytest.param(s, marks=pytest.mark.slow) for s in runs.SPELLINGS if s != "timm")],
+    fast_only(["timm"], runs.SPELLINGS),
 )
 def test_a_checkpoint_resumes_where_it_stopped(spelling, folder, capsys):
     torch_run, path = runs.saved(spelling, folder)
@@ -76,23 +70,14 @@ def test_a_checkpoint_resumes_where_it_stopped(spelling, folder, capsys):
     assert command("convert runs/digits-resnet8 back.pth --with-optimizer --no-certificate") == 0
     back = torch.load("back.pth", weights_only=True)
     truth = there.state()
-    assert (
-        max(
-            np.linalg.norm(back["model"][key].numpy() - value) / np.linalg.norm(value)
-            for key, value in truth.items()
-            if np.any(value)
-        )
-        <= 1e-10
-    )
+    ours = {key: value.numpy() for key, value in back["model"].items()}
+    assert worst(ours, truth) <= 1e-10
     again = runs.SPELLINGS[spelling][0]()
     again.optimizer.load_state_dict(back["optimizer"])
     if again.scheduler is not None:
         again.scheduler.load_state_dict(back["lr_scheduler"])
         assert again.scheduler.last_epoch == there.scheduler.last_epoch
-    lines = [
-        json.loads(line)
-        for line in Path("runs/digits-resnet8/metrics.jsonl").read_text().splitlines()
-    ]
+    lines = json_lines("runs/digits-resnet8/metrics.jsonl")
     assert [line["step"] for line in lines] == list(
         range(runs.DONE * runs.STEPS, runs.EPOCHS * runs.STEPS)
     )
@@ -109,10 +94,7 @@ def test_a_finished_run_goes_on_at_another_rate(folder):
     assert command(arguments) == 0
     _, run = load_run("on")
     assert (run.steps, run.epochs) == (3 * runs.STEPS, 3)
-    rates = [
-        json.loads(line)["learning_rate"]
-        for line in Path("on/metrics.jsonl").read_text().splitlines()
-    ]
+    rates = [line["learning_rate"] for line in json_lines("on/metrics.jsonl")]
     assert len(rates) == runs.STEPS
     assert 0 < rates[-1] < rates[0] < 0.01
 
@@ -131,7 +113,7 @@ def test_a_run_goes_on_in_its_own_folder_and_is_not_overwritten(folder, capsys):
     assert command(f"{flags} --resume on --epochs 3 --schedule constant --keep 2") == 0
     expected = ["step-00000010", "step-00000015"]
     assert sorted(path.name for path in Path("on/checkpoints").iterdir()) == expected
-    lines = [json.loads(line) for line in Path("on/metrics.jsonl").read_text().splitlines()]
+    lines = json_lines("on/metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(3 * runs.STEPS))
     assert json.loads(Path("on/config.json").read_text())["epochs"] == 3
 
@@ -139,13 +121,9 @@ def test_a_run_goes_on_in_its_own_folder_and_is_not_overwritten(folder, capsys):
 @pytest.mark.slow
 def test_a_network_of_a_thousand_classes_learns_ten_with_its_first_parts_frozen(folder, capsys):
     torch.manual_seed(0)
-    module = ResNet(
-        depths=(1, 1, 1), widths=(4, 6, 8), stem="imagenet", stem_width=4, num_classes=1000
+    module = with_trained_norms(
+        ResNet(depths=(1, 1, 1), widths=(4, 6, 8), stem_width=4, num_classes=1000)
     )
-    for layer in module.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.running_mean.normal_()
-            layer.running_var.uniform_(0.2, 3)
     torch.save(module.state_dict(), "imagenet.pth")
     flags = f"--epochs 1 --batch-size {runs.BATCH} --out tuned"
     assert command(f"train --init imagenet.pth --num-classes 10 --freeze stem,stage1 {flags}") == 0
@@ -233,9 +211,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", ["dampening", pytest.param("missing buffers", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("case", fast_only(["dampening"], BAD))
 def test_what_cannot_go_on_is_one_paragraph_with_status_2(case, folder, capsys):
     change, words = BAD[case]
     _, path = runs.saved("torchvision's reference", folder)
@@ -267,15 +243,11 @@ def test_a_schedule_without_counterpart_needs_a_word(folder, capsys):
     for schedule in ("constant", "warmup-cosine"):
         assert command(f"train --resume {path} --schedule {schedule} --out {schedule} {size}") == 0
     assert "0.025, 0.025, constant" in capsys.readouterr().out
-    rates = [
-        json.loads(line)["learning_rate"]
-        for line in Path("constant/metrics.jsonl").read_text().splitlines()
-    ]
-    assert rates == [0.025] * runs.STEPS
-    rates = [
-        json.loads(line)["learning_rate"]
-        for line in Path("warmup-cosine/metrics.jsonl").read_text().splitlines()
-    ]
+    constant, rates = (
+        [line["learning_rate"] for line in json_lines(f"{name}/metrics.jsonl")]
+        for name in ("constant", "warmup-cosine")
+    )
+    assert constant == [0.025] * runs.STEPS
     assert rates[0] == pytest.approx(0.05)
     assert rates == sorted(rates, reverse=True)
 
@@ -354,7 +326,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(folder):
         )[1]
     )
     _, run = load_run("out")
-    assert (run.steps, len(Path("out/metrics.jsonl").read_text().splitlines())) == (step, step)
+    assert (run.steps, len(json_lines("out/metrics.jsonl"))) == (step, step)
 
 
 @pytest.mark.slow
@@ -370,9 +342,7 @@ assert run(["convert", "runs/digits-resnet8", "back.safetensors", "--with-optimi
 assert "torch" not in sys.modules
 """
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    result = python("-c", code)
     assert result.returncode == 0, result.stderr
     _, run = load_run("back.safetensors")
     assert run.optimizer.kind == "sgd"

@@ -2,8 +2,6 @@
 
 import errno
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +11,8 @@ from PIL import Image
 import flax_resblock
 from flax_resblock import checkpoint, load_run
 from parity_tests import runs
-from parity_tests.test_train_command import command, few, folder  # noqa: F401 - fixtures
+from parity_tests.support import flip, json_lines, mounted, python
+from parity_tests.test_train_command import command, few  # noqa: F401 - a fixture
 from torch_ref import ResNet
 
 pytestmark = pytest.mark.usefixtures("few", "folder")
@@ -54,16 +53,13 @@ def test_a_run_leaves_metrics_events_curves_and_its_best_checkpoint(capsys, tmp_
         "--learning-rate 0.01",
     )
     assert "of the averaged weights" in text
-    evaluations = [
-        json.loads(line)
-        for line in (tmp_path / "out" / "evaluations.jsonl").read_text().splitlines()
-    ]
+    evaluations = json_lines(tmp_path / "out" / "evaluations.jsonl")
     assert [line["step"] for line in evaluations] == [runs.STEPS, 2 * runs.STEPS]
     assert all(line["ema_accuracy"] is not None for line in evaluations)
     assert Image.open(tmp_path / "out" / "curves.png").size[0] > 800
     assert scalars(tmp_path / "out" / "tensorboard", "train/loss") == [
         (line["step"], pytest.approx(line["loss"], rel=1e-6))
-        for line in map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+        for line in json_lines(tmp_path / "out" / "metrics.jsonl")
     ]
     expected = [runs.STEPS, 2 * runs.STEPS]
     assert [
@@ -218,9 +214,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_is_found_and_the_run_goes_on_fro
     largest = max(
         (path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
     )
-    data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    largest.write_bytes(data)
+    flip(largest, 4 * largest.stat().st_size)
     (tmp_path / "out" / "summary.json").unlink()
     text = said(capsys, "--out out --resume auto", status=2)
     assert "damaged" in text
@@ -288,17 +282,8 @@ def test_an_empty_class_is_refused(image_folder, capsys):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of a few hundred kilobytes; skips where nothing can be mounted."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(place)],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a small file system")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    with mounted(tmp_path / "small", "size=900k") as place:
+        yield place
 
 
 @pytest.mark.slow
@@ -351,9 +336,7 @@ for dtype in ("float32", "bfloat16"):
     history = fit(new_model(config), images, config, test=test, progress=False)
     print(history.test_accuracy[-1])
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    result = python("-c", code, check=True)
     single, half = map(float, result.stdout.split())
     assert min(single, half) >= 0.985
     assert half >= single - 0.005

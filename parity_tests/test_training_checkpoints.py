@@ -12,13 +12,10 @@ from safetensors.numpy import load_file, save_file
 import flax_resblock
 from flax_resblock import CheckpointError, load_run, training
 from flax_resblock.checkpoint.record import METADATA_DIGEST
-from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2
+from flax_resblock.parity.oracle import TRAJECTORY_LIMIT
 from parity_tests import runs
 from parity_tests.runs import DONE, EPOCHS, SPELLINGS, STEPS
-
-
-def worst(ours, theirs):
-    return max(relative_l2(ours[key], value) for key, value in theirs.items())
+from parity_tests.support import fast_only, worst
 
 
 def goes_on(path, *, epochs=EPOCHS, change=lambda run: run, **arguments):
@@ -31,7 +28,7 @@ def goes_on(path, *, epochs=EPOCHS, change=lambda run: run, **arguments):
         return flax_resblock.to_torch(model), model, history.run
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("spelling", fast_only(["torchvision's reference", "Lightning"], SPELLINGS))
 def test_a_run_goes_on_in_jax_and_comes_back(spelling, tmp_path):
     run, path = runs.saved(spelling, tmp_path)
     there = runs.twin(run).epochs(2)
@@ -60,7 +57,7 @@ def _one_step_late(run):
 
 @pytest.mark.parametrize(
     "spelling",
-    ["timm", *(pytest.param(s, marks=pytest.mark.slow) for s in SPELLINGS if s != "timm")],
+    fast_only(["timm"], SPELLINGS),
 )
 def test_momentum_and_schedule_matter(spelling, tmp_path):
     run, path = runs.saved(spelling, tmp_path)

@@ -12,21 +12,15 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import flax_resblock.training.loop
-from flax_resblock import ResidualBlock, ResNetConfig, from_torch, to_torch, training
+from flax_resblock import ResidualBlock, from_torch, to_torch, training
 from flax_resblock.errors import InputError
 from flax_resblock.runs.scheduler_state import ScheduleState
 from flax_resblock.runs.schedules import OneCycleLR, Phase
 from flax_resblock.training.config import TrainConfig
 from flax_resblock.training.data import Dataset, batches, digits, epoch_order, steps_per_epoch
 from flax_resblock.training.pace import Pace, new_run
+from parity_tests.test_training import CONFIG, SETTINGS
 from torch_ref import ResNet as TorchResNet
-
-CONFIG = ResNetConfig(
-    depths=(1, 1), widths=(8, 12), stem="cifar", stem_width=8, in_channels=1, num_classes=10
-)
-SETTINGS = TrainConfig(
-    model=CONFIG, epochs=2, batch_size=32, warmup_epochs=0.5, label_smoothing=0.1
-)
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +73,6 @@ def test_batches_depend_on_seed_and_epoch_alone(data):
         np.concatenate([batch.indices for batch in one]),
         epoch_order(len(data.train), seed=5, epoch=3)[:1400],
     )
-
-
-def test_an_epoch_taken_up_in_the_middle_has_the_same_batches_left(data):
-    one = list(batches(data.train, 100, seed=5, epoch=3))
-    for first in (0, 6, 13, 14):
-        left = list(batches(data.train, 100, seed=5, epoch=3, first=first))
-        assert len(left) == len(one) - first
-        assert all(
-            np.array_equal(a.indices, b.indices) for a, b in zip(left, one[first:], strict=True)
-        )
 
 
 def test_every_epoch_and_seed_has_another_order():

@@ -18,6 +18,7 @@ from flax_resblock.parity.oracle import TRAJECTORY_LIMIT
 from flax_resblock.parity.reference import ReferencePair
 from flax_resblock.parity.trajectory import Recipe
 from flax_resblock.runs.optimizers import adamw, bias_correction
+from parity_tests.support import fast_only
 
 NETWORK = ResNetConfig(
     depths=(1, 1), widths=(6, 10), stem="cifar", stem_width=6, shortcut="zero_pad", num_classes=5
@@ -91,10 +92,7 @@ WRONG = {
 
 @pytest.mark.parametrize(
     "fault",
-    [
-        fault if fault in ("another momentum", "coupled decay") else pytest.param(fault, marks=SLOW)
-        for fault in WRONG
-    ],
+    fast_only(["another momentum", "coupled decay"], WRONG),
 )
 def test_another_optimizer_fails_by_a_hundred_times_the_limit(fault, monkeypatch):
     name, make = WRONG[fault]

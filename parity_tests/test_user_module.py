@@ -10,7 +10,7 @@ from flax_resblock.parity.causes.blocks import BlockEnd, explain_ending, explain
 from flax_resblock.parity.causes.connections import ACTIVATIONS, activation_slope
 from flax_resblock.parity.comparison import Plan
 from flax_resblock.parity.user_module import cases_of, examine, load_factory
-from parity_tests.support import REPOSITORY
+from parity_tests.support import REPOSITORY, fast_only
 from torch_ref import BasicBlock, Block, Bottleneck, ResNet, as_asked
 
 AS_ASKED = REPOSITORY / "torch_ref" / "as_asked.py"
@@ -82,9 +82,7 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize(
-    "words", ["does not add the skip", *(pytest.param(w, marks=SLOW) for w in list(ENDINGS)[1:])]
-)
+@pytest.mark.parametrize("words", fast_only(["does not add the skip"], ENDINGS))
 def test_a_wrong_ending_is_named(words):
     stride = 1 + list(ENDINGS).index(words) % 2
     case = examine(
@@ -115,7 +113,6 @@ def test_the_end_of_a_block_is_explained_with_its_own_activation(name):
     assert explain_gradient(truth + 1, truth, None, cotangent, end) is None
 
 
-@pytest.mark.slow
 class FixedPool(ResNet):
     """A CIFAR network as many write it: a pool of 16x16 pixels, for images of 32x32."""
 
@@ -127,6 +124,22 @@ class FixedPool(ResNet):
         for stage in self.stages:
             x = stage(x)
         return self.fc(torch.nn.functional.avg_pool2d(x, 16).mean((2, 3)))
+
+
+class EvenOnly(Block):
+    """A block that drops the last row of an odd number of them."""
+
+    def forward(self, x):
+        return super().forward(x)[:, :, : x.shape[2] // 2 * 2]
+
+
+def test_a_block_that_is_right_at_even_sizes_alone_is_wrong():
+    """It has no pool of fixed size that would explain it."""
+    arguments = {"in_channels": 4, "out_channels": 4}
+    found = examine(EvenOnly, arguments, QUICK, any_size=True)
+    assert found.raised or not found.verification.passed
+    right = examine(Block, arguments, QUICK, any_size=True)  # the control
+    assert right.verification.passed
 
 
 def test_a_network_with_a_pool_of_fixed_size_is_run_at_the_size_it_was_made_for():

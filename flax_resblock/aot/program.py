@@ -183,7 +183,7 @@ def _lower_step(request: Request, mesh: Mesh) -> Any:
 
 
 def _lower_exported(request: Request, mesh: Mesh) -> Any:
-    from flax_resblock.export.stablehlo import open_exported
+    from flax_resblock.export.exported import open_exported
 
     exported = open_exported(request.subject)
     weights = {

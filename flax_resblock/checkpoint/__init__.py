@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.checkpoint.atomic import refuse_existing, remove, replacing
-from flax_resblock.checkpoint.folders import is_orbax, texts_beside, trainer_files, weights_in
+from flax_resblock.checkpoint.folders import (
+    is_orbax, is_ported, texts_beside, trainer_files, weights_in,
+)  # fmt: skip
 from flax_resblock.checkpoint.limits import (
     LIMITS,
     UNLIMITED,
@@ -38,7 +40,7 @@ from flax_resblock.checkpoint.record import (
 from flax_resblock.errors import CheckpointError, InputError, OutputError, some
 
 __all__ = [
-    "FORMATS", "LIMITS", "Limits", "Record", "digest", "digests", "is_orbax", "output_format",
+    "FORMATS", "LIMITS", "Limits", "Record", "digest", "digests", "is_orbax", "is_ported", "output_format",
     "read", "refuse_existing", "remove", "replacing", "write",
 ]  # fmt: skip
 
@@ -69,6 +71,10 @@ def output_format(path: Path) -> str:
     )
 
 
+_SHARD, _PLAN = ".distcp", ".metadata"
+"""A shard of ``torch.distributed.checkpoint``, and the file that says what is in which."""
+
+
 def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
     """Format and actual file, by content and not by name."""
     if path.is_dir():
@@ -78,12 +84,13 @@ def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
         weights = weights_in(path)
         if weights is not None:  # which a link may stand for: caches of downloads consist of them
             return ("pytorch" if ".bin" in weights.name else "safetensors"), weights
-        if (path / "port.json").is_file():
+        if is_ported(path):
             raise CheckpointError(
                 f"{path} is the folder of a network that `flax-resblock port` wrote. In Python, "
                 f"import the class in it and call flax_resblock.load_ported({str(path)!r}, "
                 f"Net); `flax-resblock convert {path} back.pth` returns the state dict of PyTorch."
             )
+        _refuse_distributed(path)
         raise CheckpointError(
             f"{path} is a folder without a checkpoint: no Orbax metadata, no "
             f"model.safetensors. Give the checkpoint itself."
@@ -98,6 +105,8 @@ def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     if not head:
         raise CheckpointError(f"{path} is empty. The download or copy failed; get it again.")
+    if path.suffix == _SHARD or path.name == _PLAN:
+        _refuse_distributed(path.parent)
     if path.name.endswith(".bin.index.json"):
         return "pytorch", path
     if path.name.endswith((".safetensors.index.json", ".safetensors")) or head[8:9] == b"{":
@@ -108,6 +117,17 @@ def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
         f"{path} is neither a PyTorch checkpoint (zip or pickle) nor safetensors: it begins "
         f"with {head!r}. Check that it is the right file."
     )
+
+
+def _refuse_distributed(folder: Path) -> None:
+    """Raises CheckpointError for a folder of ``torch.distributed.checkpoint``."""
+    shards = sorted(folder.glob(f"*{_SHARD}"))
+    if shards and (folder / _PLAN).is_file():
+        raise CheckpointError(
+            f"{folder} is a folder of torch.distributed.checkpoint ({_PLAN} and {len(shards)} "
+            f"{_SHARD} files), which only PyTorch reads. Make one file of it: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} checkpoint.pth"
+        )
 
 
 def read(

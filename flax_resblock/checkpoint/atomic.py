@@ -133,10 +133,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder, which vanishes at once and is never seen half removed.
-
-    Also removes what killed processes left beside it.
-    """
+    """Removes a folder in one step, and what killed processes left beside it."""
     if not folder.is_dir():
         return
     with _scratch_folder(folder) as scratch:

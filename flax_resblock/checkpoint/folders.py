@@ -36,6 +36,15 @@ def is_orbax(path: Path) -> bool:
     )
 
 
+PORTED = ("port.json", "weights.safetensors")
+"""Files of a network that ``flax-resblock port`` wrote: the table of its tensors, and they."""
+
+
+def is_ported(path: Path) -> bool:
+    """Whether a path is the folder of a ported network."""
+    return all((path / name).is_file() for name in PORTED)
+
+
 def weights_in(folder: Path) -> Path | None:
     """The weights of a folder; None where there are none."""
     return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)

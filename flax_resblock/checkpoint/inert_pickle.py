@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import pickletools
 import sys
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -50,6 +50,7 @@ class PickleRules:
       hashable: Names of the callables whose results are as quick to hash as their arguments.
       most_opcodes: How many instructions it may have.
       refusal: Ends the message about an instruction that is not among ``opcodes``.
+      refusals: What ends the message about the state of a function whose name begins so.
     """
 
     opcodes: Set[str]
@@ -59,6 +60,7 @@ class PickleRules:
     hashable: Set[str] = frozenset()
     most_opcodes: int = sys.maxsize
     refusal: str = "It is damaged, or made to do harm; nothing was run."
+    refusals: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -158,8 +160,11 @@ class _Walk:
     def with_state(self, target: _Sketch, state: _Sketch) -> _Sketch:
         if target.kind != "result" or target.name not in self.rules.stateful:
             if target.kind != "result" or not target.name.startswith(self.rules.foreign_state):
+                known = self.rules.refusals.items()
+                words = [words for start, words in known if target.name.startswith(start)]
                 raise RefusedError(
-                    f"gives a state to a {target.name or target.kind}. {self.rules.refusal}"
+                    f"gives a state to a {target.name or target.kind}. "
+                    f"{words[0] if words else self.rules.refusal}"
                 )
             self.foreign = self.foreign or f"the state of what {target.name} gives"
         return self.filled(target, [state])

@@ -96,10 +96,6 @@ def _elements(path: Path, start: Callable[[Storage], int]) -> StorageReader:
 
 def _read_zip(path: Path, limits: Limits) -> TorchPickle:
     places = records(path, limits)
-    if "constants.pkl" in places:
-        raise CheckpointError(
-            f"{path} is a TorchScript archive, a program. Save model.state_dict() instead."
-        )
     if _PICKLE not in places:
         raise CheckpointError(
             f"{path} is a damaged or truncated PyTorch zip archive (it has no {_PICKLE}), or "

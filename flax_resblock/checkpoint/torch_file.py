@@ -210,10 +210,10 @@ def _sharded(index: Path, limits: Limits) -> dict[str, Any]:
                 f"{file}, which {index.name} names, is no state dict but a "
                 f"{type(content).__name__}. Copy the folder again."
             )
-        twins = found.keys() & content.keys()
-        if twins:
+        repeated = found.keys() & content.keys()
+        if repeated:
             raise CheckpointError(
-                f"{index}: {some(sorted(map(str, twins)))} in two shards; which one counts "
+                f"{index}: {some(sorted(map(str, repeated)))} in two shards; which one counts "
                 f"would depend on the reader. Copy the folder again."
             )
         found |= content

@@ -184,4 +184,8 @@ _RULES = PickleRules(
     fillable=frozenset({"collections.OrderedDict", "collections.Counter"}),
     hashable=frozenset({"_codecs.encode", "torch.Size", "torch.torch_version.TorchVersion"}),
     refusal=f"torch.save does not write that unless it is told to. {REFUSED}",
+    refusals={
+        "torch.nn.modules.": f"It is a whole model, as torch.save(model) writes it, and not its "
+        f"weights alone. {REFUSED}"
+    },
 )

@@ -27,7 +27,7 @@ PREFIXES = (
 _INSIDE = re.compile(
     r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-"""Wrappers that PyTorch puts around single modules; nobody gives a layer such a name."""
+"""Wrappers that PyTorch puts around single modules; no layer has such a name of its own."""
 
 _STRAY = ("n_averaged",)
 """Tensors that wrappers add: the counter of torch.optim.swa_utils.AveragedModel."""
@@ -89,6 +89,7 @@ def unwrap(
         elif found:
             chosen = found[0]
         else:
+            _refuse_optimizer(content, source)
             held = some([f"{key!s}: {type(value).__name__}" for key, value in content.items()], 6)
             raise CheckpointError(
                 f"{source} holds no state dict; its entries are {held or 'nothing'}. Save "
@@ -113,6 +114,22 @@ def unwrap(
     stripped = strip(state, notes)
     kept = [key for key in state if key not in _STRAY or key in stripped]
     return Unwrapped(stripped, extras, notes, dict(zip(stripped, kept, strict=True)))
+
+
+def _refuse_optimizer(content: Mapping[Any, Any], source: str) -> None:
+    """Raises CheckpointError for what holds the state of an optimizer, and no weights."""
+
+    def is_optimizer(value: Any) -> bool:
+        return isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()
+
+    found = [str(name) for name, value in content.items() if is_optimizer(value)]
+    if found or is_optimizer(content):
+        where = f" in its entry {some(found)}" if found else ""
+        raise CheckpointError(
+            f"{source} holds the state of an optimizer{where}, and no weights: optimizer."
+            "state_dict() has averages and step counts alone. Save model.state_dict() and convert "
+            "that."
+        )
 
 
 def record_of(state: Mapping[str, Any], name: str) -> Record:

@@ -108,6 +108,7 @@ def records(path: Path, limits: Limits) -> dict[str, Place]:
             raise _broken(path, visible(str(error))[:120]) from error
         if not entries or len(entries) != count:
             raise _broken(path, "it holds no records, or not as many as it says")
+        _refuse_programs(path, [entry.orig_filename for entry in entries])
         places: dict[str, Place] = {}
         end = 0
         for entry in sorted(entries, key=lambda entry: entry.header_offset):
@@ -134,6 +135,26 @@ def records(path: Path, limits: Limits) -> dict[str, Place]:
         seen.add(name.lower())
         found[rest[1:]] = places[name]
     return found
+
+
+_PROGRAMS = (
+    ("constants.pkl", "TorchScript", "torch.jit.load({path!r}).state_dict()"),
+    ("archive_format", "torch.export", "torch.export.load({path!r}).state_dict"),
+)
+"""A record that only such an archive has, what writes it, and how to get its weights."""
+
+
+def _refuse_programs(path: Path, names: list[str]) -> None:
+    """Raises CheckpointError for an archive of a program, whose records may be compressed."""
+    records = {name.partition("/")[2] for name in names}
+    for record, writer, weights in _PROGRAMS:
+        if record in records:
+            code = f"torch.save({weights.format(path=path.name)}, 'weights.pth')"
+            raise CheckpointError(
+                f"{visible(str(path))} is a {writer} archive, a program with its weights. This "
+                f"library runs no code of a file: write the weights alone in PyTorch, with "
+                f"{visible(code)}."
+            )
 
 
 def _checked_place(

@@ -124,7 +124,7 @@ def _request(
     if size is not None:
         options |= {"height": size, "width": size}
     if (subject / "manifest.json").is_file():
-        from flax_resblock.export.stablehlo import open_exported
+        from flax_resblock.export.exported import open_exported
 
         exported = open_exported(subject)
         side = size or exported.image_size

@@ -22,7 +22,6 @@ from flax_resblock.convert.state_map import transcode
 from flax_resblock.errors import InputError
 from flax_resblock.parity.certificate import certificate_of
 from flax_resblock.parity.certify import certify, provenance, refuse_foreign_certificate
-from flax_resblock.port.folder import is_ported, read_ported
 from flax_resblock.runs.run_file import write_with_run
 
 Output = Annotated[
@@ -86,7 +85,7 @@ def convert(
     """
     format_name = checkpoint.output_format(out)
     checkpoint.refuse_existing(out, force, checkpoint.is_orbax)
-    if is_ported(checkpoint_):
+    if checkpoint.is_ported(checkpoint_):
         return _from_ported(checkpoint_, out, format_name, reading, to_naming, torch, force)
     if not no_certificate:
         refuse_foreign_certificate(out)
@@ -155,6 +154,8 @@ def _from_ported(
             f"{folder} is a network of your own that was ported: it is converted to the names of "
             f"your PyTorch module, as .pth or .safetensors, without --torch or --to-naming."
         )
+    from flax_resblock.port.folder import read_ported
+
     with common.status.status(f"reading {folder}"):
         tensors = read_ported(folder, reading.limits).state_dict()
     with common.status.status(f"writing {out}"):

@@ -57,7 +57,8 @@ def export(
       fold_batch_norm: Fold the batch norms into the convolutions. This is faster but no longer
         equal bit for bit; the error is measured and reported.
     """
-    from flax_resblock.export.stablehlo import PROGRAM, WEIGHTS, export_model, is_exported
+    from flax_resblock.export.exported import PROGRAM, WEIGHTS, is_exported
+    from flax_resblock.export.stablehlo import export_model
     from flax_resblock.io import to_model
 
     refuse_existing(out, force, is_exported)

@@ -75,9 +75,9 @@ def port(
         from flax_resblock.parity.user_module import load_factory, made_by
         from flax_resblock.port.porting import port as port_module
     from flax_resblock.parity.certificate import hashes
-    from flax_resblock.port.folder import is_ported, save_ported
+    from flax_resblock.port.folder import save_ported
 
-    checkpoint.refuse_existing(folder, force, is_ported)
+    checkpoint.refuse_existing(folder, force, checkpoint.is_ported)
     factory = load_factory(network)
     module = made_by(factory, arguments_of(kwargs) or {}, f"{network}: calling it")
     source = None

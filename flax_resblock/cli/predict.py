@@ -153,7 +153,7 @@ def _open(
 
 
 def _open_exported(folder: Path, image_size: int | None) -> _Network:
-    from flax_resblock.export.stablehlo import open_exported
+    from flax_resblock.export.exported import open_exported
 
     exported = open_exported(folder)
     if exported.fixed_size is not None and image_size not in (None, exported.fixed_size):

@@ -60,7 +60,7 @@ class InputFlags:
 
     @property
     def is_default(self) -> bool:
-        """Whether nobody chose the size of the images."""
+        """Whether the size of the images was left open."""
         return self.height is None and self.width is None and self.input is None
 
     def check(self) -> None:

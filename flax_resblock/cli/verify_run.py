@@ -146,7 +146,7 @@ class Verifier:
             cases.append(case)
             if case.raised and not case.stated and arguments is not None:
                 raise InputError(_cannot_run(case.title, case.raised, case.config))
-            verdict = "[green]equals its Flax twin[/]" if case.passed else "[bold red]wrong[/]"
+            verdict = "[green]equals its Flax network[/]" if case.passed else "[bold red]wrong[/]"
             output.print(f"[bold]{escape(case.title)}[/]  {verdict}", soft_wrap=True)
             for finding in case.findings:
                 say(f"  {finding}")

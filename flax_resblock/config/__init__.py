@@ -8,23 +8,26 @@ package imports no array library and no framework.
 from flax_resblock.config.architectures import ARCHITECTURES, architecture, architectures, name_of
 from flax_resblock.config.block import (
     EXPANSION,
-    Activation,
     Antialias,
     Attention,
     BlockConfig,
     BlockKind,
     BlockOptions,
-    Branch,
     Lowering,
-    Path,
     Shortcut,
-    Slot,
-    SlotKind,
     StridePlacement,
     choices_of,
 )
-from flax_resblock.config.network import Config, ResNetConfig, Stem, from_json, to_json, walk
-from flax_resblock.config.options import NetworkOptions
+from flax_resblock.config.network import (
+    Config,
+    NetworkOptions,
+    ResNetConfig,
+    Stem,
+    from_json,
+    to_json,
+    walk,
+)
+from flax_resblock.config.slots import Activation, Branch, Path, Slot, SlotKind
 
 __all__ = [
     "ARCHITECTURES", "EXPANSION", "Activation", "Antialias", "Attention", "BlockConfig",

@@ -4,143 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from flax_resblock.config.slots import Activation, Branch, Slot, SlotKind, normalised_conv
 
 BlockKind = Literal["basic", "bottleneck"]
 Shortcut = Literal["projection", "pooled", "zero_pad"]
 StridePlacement = Literal["3x3", "1x1"]
 Attention = Literal["none", "se", "eca"]
 Antialias = Literal["none", "blur"]
-Activation = Literal["relu", "leaky_relu", "gelu", "silu"]
 Lowering = Literal["auto", "xla"]  # of convolutions on a CPU; see flax_resblock.conv_lowering
-Path = tuple[str | int, ...]
 
 EXPANSION: Mapping[str, int] = MappingProxyType({"basic": 1, "bottleneck": 4})
-
-
-class SlotKind(Enum):
-    """What a slot holds. It decides which tensors belong to the slot."""
-
-    CONV = "conv"
-    BIASED_CONV = "biased_conv"
-    CHANNEL_CONV = "channel_conv"
-    NORM = "norm"
-    LINEAR = "linear"
-    MAX_POOL = "max_pool"
-    AVERAGE_POOL = "average_pool"
-    BLUR = "blur"
-    OUTPUT = "output"
-    """The result of a part that has slots of its own: of a block, of its attention."""
-
-
-class Branch(Enum):
-    """The part of a network that a slot belongs to."""
-
-    STEM = "stem"
-    MAIN = "main path"
-    ATTENTION = "attention"
-    """On the main path, after its last norm."""
-    SHORTCUT = "shortcut"
-    HEAD = "head"
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One place of a network, with everything that decides what is computed there.
-
-    Attributes:
-      stage: ``"stem"``, ``"stage1"`` ..., ``"head"``, or ``""`` in a bare block.
-      block: Index of the block within its stage; None outside the stages.
-      role: Dotted place within the block or stem, ``"conv1"``, ``"shortcut.norm"``; ``""`` is the
-        whole.
-      kind: What it holds.
-      shape: Shape of its kernel ``(kh, kw, I // groups, O)``, ``(k, I, O)`` over channels or ``(in,
-        out)``; ``(C,)`` of a norm; the window ``(h, w)`` of a pool or blur; ``()`` of an output.
-      stride, padding, dilation: In pixels, equal in both directions; padding is on each side.
-      groups: Channel groups of a convolution.
-      branch: The part of the network that it belongs to.
-      activation: Applied to what a norm gives, or the last step of a block; None: none is.
-    """
-
-    stage: str
-    block: int | None
-    role: str
-    kind: SlotKind
-    shape: tuple[int, ...] = ()
-    stride: int = field(default=1, kw_only=True)
-    padding: int = field(default=0, kw_only=True)
-    dilation: int = field(default=1, kw_only=True)
-    groups: int = field(default=1, kw_only=True)
-    branch: Branch = field(default=Branch.MAIN, kw_only=True)
-    activation: Activation | None = field(default=None, kw_only=True)
-
-    @property
-    def path(self) -> Path:
-        """Attribute path in the Flax module: ``("stage1", 0, "shortcut", "conv")``."""
-        place: Path = (self.stage,) if self.stage else ()
-        if self.block is not None:
-            place += (self.block,)
-        return place + tuple(self.role.split(".")) if self.role else place
-
-    @property
-    def name(self) -> str:
-        """Dotted path, ``"stage1.0.shortcut.conv"``; a bare block as a whole is ``"block"``."""
-        return ".".join(map(str, self.path)) or "block"
-
-    @property
-    def is_block(self) -> bool:
-        """Whether it is the output of a whole block."""
-        return self.kind is SlotKind.OUTPUT and not self.role
-
-    @property
-    def multiplies(self) -> bool:
-        """Whether it is a 2-d convolution or a matrix product."""
-        return self.kind in (SlotKind.CONV, SlotKind.BIASED_CONV, SlotKind.LINEAR)
-
-    @property
-    def parameters(self) -> int:
-        """Number of trainable values."""
-        if self.kind is SlotKind.NORM:
-            return 2 * self.shape[0]
-        if self.multiplies or self.kind is SlotKind.CHANNEL_CONV:
-            biased = self.kind in (SlotKind.BIASED_CONV, SlotKind.LINEAR)
-            return math.prod(self.shape) + (self.shape[-1] if biased else 0)
-        return 0
-
-
-def normalised_conv(
-    stage: str,
-    block: int | None,
-    names: tuple[str, str],
-    size: int,
-    channels: tuple[int, int],
-    *,
-    dilation: int = 1,
-    groups: int = 1,
-    activation: Activation | None = None,
-    **numbers: Any,
-) -> Iterator[Slot]:
-    """A convolution of ``size`` by ``size`` pixels that keeps the resolution at stride 1, and the
-    norm that follows it.
-
-    Args:
-      stage, block: Where they are.
-      names: Roles of the two.
-      size: In pixels.
-      channels: Of input and output.
-      dilation, groups, activation, **numbers: See :class:`Slot`.
-    """
-    conv, norm = names
-    shape = (size, size, channels[0] // groups, channels[1])
-    padding = dilation * (size // 2)
-    geometry = {"padding": padding, "dilation": dilation, "groups": groups}
-    yield Slot(stage, block, conv, SlotKind.CONV, shape, **geometry, **numbers)
-    ending = {"branch": numbers.get("branch", Branch.MAIN), "activation": activation}
-    yield Slot(stage, block, norm, SlotKind.NORM, channels[1:], **ending)
 
 
 @cache

@@ -7,23 +7,46 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypedDict
 
 from flax_resblock.config.block import (
     EXPANSION,
+    Antialias,
+    Attention,
     BlockConfig,
     BlockKind,
     BlockOptions,
-    Branch,
-    Slot,
-    SlotKind,
+    Shortcut,
+    StridePlacement,
     check_choices,
-    normalised_conv,
 )
+from flax_resblock.config.slots import Activation, Branch, Slot, SlotKind, normalised_conv
 
 Stem = Literal["imagenet", "deep", "cifar"]
 MOST_BLOCKS = 10_000
 """Of a network; a configuration in a file may say any number."""
+
+
+class NetworkOptions(TypedDict, total=False):
+    """Every field of :class:`ResNetConfig` but ``in_channels`` and ``num_classes``, for functions
+    that pass them on as keyword arguments."""
+
+    block: BlockKind
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    stem: Stem
+    stem_width: int
+    stem_hidden: tuple[int, ...]
+    first_stride: int
+    shortcut: Shortcut
+    stride_on: StridePlacement
+    attention: Attention
+    attention_ratio: float
+    antialias: Antialias
+    activation: Activation
+    groups: int
+    base_width: int
+    dilated_stages: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,8 @@ _POOLS = {
     SlotKind.BLUR: (("Blur", "BlurPool2d"), {}),
 }
 """Classes of the layers without tensors, and their fields that no slot has."""
+_IN_TRAINING = ("not track running statistics", "normalises each image on its own in training")
+"""Differences of norms that no evaluation shows."""
 _POOLING = {name for classes, _ in _POOLS.values() for name in classes}
 
 
@@ -60,8 +62,11 @@ def _difference(slot: Slot, module: Any) -> str | None:
             return f"{slot.name} has ({', '.join(names)}) {found}, expected {expected}"
         if getattr(module, "padding_mode", "zeros") != "zeros":
             return f"{slot.name} pads with {module.padding_mode!r}, expected 'zeros'"
-    elif slot.kind is SlotKind.NORM and not getattr(module, "track_running_stats", True):
-        return f"{slot.name} does not track running statistics"
+    elif slot.kind is SlotKind.NORM:
+        if not getattr(module, "track_running_stats", True):
+            return f"{slot.name} does {_IN_TRAINING[0]}"
+        if type(module).__name__.startswith("InstanceNorm"):
+            return f"{slot.name} is {type(module).__name__}, which {_IN_TRAINING[1]}"
     elif slot.kind in _POOLS:
         classes, fixed = _POOLS[slot.kind]
         layer = type(module).__name__
@@ -90,15 +95,16 @@ class ModuleFacts:
     def differences(self, state_map: StateMap) -> list[str]:
         """Every way in which a layer differs from its Flax counterpart, one sentence each."""
         places = {state_map.naming.module_name(slot): slot for slot in walk(state_map.config)}
-        here = ((slot, self.modules.get(name or "")) for name, slot in places.items())
+        here = [(slot, self.modules.get(name)) for name, slot in places.items() if name is not None]
         found = (_difference(slot, module) for slot, module in here if module is not None)
-        return [words for words in found if words] + list(self._other_layers(places))
+        blurs = [slot for slot in walk(state_map.config) if slot.kind is SlotKind.BLUR]
+        blurred = {slot.name for slot, module in here if module is not None}
+        absent = [f"{slot.name} is absent" for slot in blurs if slot.name not in blurred]
+        return [words for words in found if words] + absent + list(self._other_layers(places))
 
-    @property
-    def trains_without_statistics(self) -> bool:
-        """Whether a norm does not update its statistics, which no evaluation shows."""
-        norms = (one for one in self.modules.values() if hasattr(one, "running_var"))
-        return not all(getattr(one, "track_running_stats", True) for one in norms)
+    def trains_otherwise(self, state_map: StateMap) -> bool:
+        """Whether a norm trains otherwise than a batch norm, which no evaluation shows."""
+        return any(words.endswith(_IN_TRAINING) for words in self.differences(state_map))
 
     def _other_layers(self, places: Mapping[str | None, Slot]) -> Iterator[str]:
         """Activations other than the network's, and pooling that it does not do."""
@@ -169,8 +175,9 @@ class ModuleFacts:
         if differences:
             raise InputError(
                 f"the PyTorch module's tensors fit, but it computes something else than its "
-                f"Flax counterpart: {some(differences)}. "
-                "Pass architecture=ResNetConfig(...) or BlockConfig(...) that describes it."
+                f"Flax counterpart: {some(differences)}. Where a ResNetConfig or BlockConfig "
+                "describes these layers, pass it as architecture=; otherwise this library has no "
+                "such network."
             )
 
 

@@ -79,8 +79,7 @@ class Naming:
       modules: Module name of every place of the network. Places outside the stages are
         ``"stem.conv"``, ``"stem.norm"`` (``"stem.conv1"`` to ``"stem.norm3"`` of a deep stem) and
         ``"head"``; those of a block are ``"conv1"``, ``"norm1"``, ``"conv2"`` and so on,
-        ``"shortcut.conv"``, ``"shortcut.norm"``. Places that your networks do not have can be left
-        out.
+        ``"shortcut.conv"``, ``"shortcut.norm"``. You can leave out those that you do not have.
       origin: Who writes such checkpoints.
       first_stage: Number of the first stage in the template.
       hub: The package that loads folders of weights and ``config.json`` with these names: a key of

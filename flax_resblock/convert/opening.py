@@ -23,13 +23,13 @@ from flax_resblock.convert.detection.assumptions import (
 from flax_resblock.convert.detection.backbones import (
     describe_left_out,
     find_backbone,
-    nearly,
     refuse_ignored_blocks,
     refuse_untold_dilation,
 )
 from flax_resblock.convert.detection.candidates import Match, identify
-from flax_resblock.convert.detection.heads import find_head, refuse_head_left_out, several_layers
-from flax_resblock.convert.detection.learning import learn_naming
+from flax_resblock.convert.detection.heads import find_head, refuse_head_left_out
+from flax_resblock.convert.detection.learning import NotLearned, learn_naming
+from flax_resblock.convert.detection.refusal import explained
 from flax_resblock.convert.detection.unsupported import unsupported
 from flax_resblock.convert.health import unhealthy
 from flax_resblock.convert.hubs import HubConfig, read_hub
@@ -43,7 +43,7 @@ from flax_resblock.convert.metadata import (
 )
 from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
 from flax_resblock.convert.run_names import EMA, averaged, weights_among
-from flax_resblock.convert.state_map import StateMap, describe, matches_any
+from flax_resblock.convert.state_map import StateMap, TensorInfo, describe, matches_any
 from flax_resblock.errors import CheckpointError, InputError, some, visible
 
 HEADLESS = "no classification head: the network returns pooled features"
@@ -110,6 +110,12 @@ class OpenedCheckpoint:
     def all_notes(self) -> tuple[str, ...]:
         """:attr:`notes`, and what was assumed."""
         return (*self.notes, *self.assumed.notes)
+
+    @cached_property
+    def left_out(self) -> list[str]:
+        """Tensors of the file that are no part of what was read."""
+        used = {id(array) for array in self.tensors.values()}
+        return [key for key, array in self.record.tensors.items() if id(array) not in used]
 
     @property
     def config(self) -> arch.Config:
@@ -192,16 +198,13 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
     except CheckpointError as error:
         refuse_ignored_blocks(dropped, kept, backbone, None, record.source)
         headed = _with_head(tensors, reading, record.source) if backbone is None else None
+        why = ""
         if headed is None and backbone is None:
-            headed = _with_learned_names(tensors, reading, record.source)
+            headed, why = _with_learned_names(tensors, reading, record.source)
         if headed is None:
             _refuse_own_naming(record, reading)
-            hints = [nearly(beside), several_layers(beside)] if backbone is None else []
-            first, *more = str(error).split("\n")
-            causes = unsupported(beside)
-            raise CheckpointError(
-                "\n".join([first, *causes, *more, *filter(None, hints)])
-            ) from error
+            is_told = backbone is not None
+            raise _refusal(record, reading, beside, error, why, is_told) from error
         tensors, match, note = headed
         notes.append(note)
     if match.misfit.afresh:
@@ -289,20 +292,48 @@ def _stored(scheme: Naming, tensors: Mapping[str, np.ndarray]) -> Naming | str:
 
 def _with_learned_names(
     tensors: Mapping[str, np.ndarray], reading: ReadOptions, source: str
-) -> tuple[dict[str, np.ndarray], Match, str] | None:
-    """The network under names of its author's own, in the form of :func:`_with_head`."""
-    naming = None if reading.naming is not None else learn_naming(describe(tensors))
-    if naming is None:
-        return None
+) -> tuple[tuple[dict[str, np.ndarray], Match, str] | None, str]:
+    """The network under names of its author's own, in the form of :func:`_with_head`; else why
+    there is none."""
+    if reading.naming is not None:
+        return None, ""
+    naming = learn_naming(describe(tensors))
+    if isinstance(naming, NotLearned):
+        return None, naming.why
     try:
         match = _identify(tensors, replace(reading, naming=naming), source)
     except CheckpointError:
-        return None
+        return None, ""
     note = (
         "no known naming scheme fits, and the names were taken as labels (`flax-resblock inspect "
         "--show-naming` prints what each was taken for)"
     )
-    return dict(tensors), match, note
+    return (dict(tensors), match, note), ""
+
+
+def _refusal(
+    record: Record,
+    reading: ReadOptions,
+    found: Mapping[str, TensorInfo],
+    error: CheckpointError,
+    why: str,
+    is_told: bool,
+) -> CheckpointError:
+    """The error with everything that is seen in a checkpoint that is no network.
+
+    Args:
+      record, reading: The checkpoint.
+      found: Shape and dtype of every tensor.
+      error: Of the detection.
+      why: A sentence on the names that were not learned; may be empty.
+      is_told: Whether it is known where in the file the network is.
+    """
+    told = (reading.architecture, reading.naming, reading.num_classes)
+    if is_told or any(one is not None for one in told) or reading.ignore or reading.allow_missing:
+        first, *more = str(error).split("\n")
+        return CheckpointError("\n".join([first, *unsupported(found), *more]))
+
+    return explained(error, found, why, record.source)
 
 
 def refuse_afresh(source: OpenedCheckpoint) -> None:

@@ -59,7 +59,7 @@ def open_module(
     # What the layers declare explains a difference; it is none where the outputs are equal at odd
     # sizes too, as of a layer that pads in front of a convolution without padding.
     odd = bool(facts.differences(opened.state_map))
-    if facts.trains_without_statistics:
+    if facts.trains_otherwise(opened.state_map):
         facts.check(opened.state_map)
     try:
         figures = check_forward(module, opened, values_of, eps=eps, sizes=sizes, wide=wide, odd=odd)

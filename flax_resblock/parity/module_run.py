@@ -39,11 +39,11 @@ def runnable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     Where the module cannot be copied it is the module itself, restored afterwards."""
     with ExitStack() as stack:
         try:
-            twin = copy.deepcopy(module)
+            copied = copy.deepcopy(module)
         except Exception:  # whatever the module's attributes raise
             stack.enter_context(_restored(module))
-            twin = module
-        yield twin.to(device="cpu", dtype=torch.float32).eval()
+            copied = module
+        yield copied.to(device="cpu", dtype=torch.float32).eval()
 
 
 @contextmanager

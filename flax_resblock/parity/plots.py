@@ -1,5 +1,4 @@
-"""The plots of the HTML report: small SVG panels that take their colours and font from the page
-around them.
+"""The plots of the HTML report: small SVG panels with the colours and the font of their page.
 
 Needs matplotlib (the extra ``report``). Nothing here changes matplotlib's global state: no pyplot,
 no backend, settings only within a context."""
@@ -28,8 +27,7 @@ _NAMES = ("ink", "muted", "grid", "flax", "torch", "fail")
 VARIABLES = {f"#01020{i}": f"--{name}" for i, name in enumerate(_NAMES)}
 
 WIDTH, HEIGHT, FONT, LEFT = 470, 262, 13, 0.12
-"""In the SVG's own units; a panel 340 pixels wide, on a phone, still has text of 9 pixels. ``LEFT``
-is a share of the width."""
+"""In units of the SVG (text on a phone has 9 pixels); ``LEFT`` is a share of the width."""
 
 GROUPS = 9
 """Stages that are named below a plot; where there are more, only the ends are."""
@@ -40,8 +38,7 @@ WORDS = 12
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """The same plot whatever the user's matplotlibrc says; dollar signs in names are no
-    formulas."""
+    """The same plot whatever your matplotlibrc says; dollar signs in names are no formulas."""
     from matplotlib import style
 
     ours = {"font.size": FONT, "text.parse_math": False, "svg.fonttype": "none"}
@@ -203,8 +200,7 @@ def _power(exponent: float) -> str:
 
 
 def _scale(axes: Axes, values: Iterable[float]) -> tuple[float, float]:
-    """A logarithmic axis for everything positive and finite, with a margin; returns its two
-    ends."""
+    """A logarithmic axis for what is positive and finite, with a margin; returns its two ends."""
     logs = [math.log10(v) for v in values if math.isfinite(v) and v > 0] or [-16.0]
     low, high = min(logs), max(logs)
     margin = max(2.2 - (high - low), 0.3)
@@ -286,6 +282,7 @@ def _svg(figure: Figure, name: str, label: str, titles: Mapping[str, Sequence[st
 def _attributes(attributes: Mapping[str, str], name: str) -> dict[str, str]:
     """What a page needs of them: no fonts, no clipping (nothing lies outside the axes), no
     identifiers that nothing uses; numbers to a tenth."""
+    to_a_tenth = lambda number: f"{float(number[0]):.1f}".removesuffix(".0")  # noqa: E731
     kept = {}
     for key, value in attributes.items():
         key = key.rpartition("}")[2]
@@ -294,14 +291,10 @@ def _attributes(attributes: Mapping[str, str], name: str) -> dict[str, str]:
         elif key == "id" and re.fullmatch(r"m[0-9a-f]{6,}", value):
             kept[key] = f"{name}-{value}"
         elif key in ("d", "x", "y") or (key == "transform" and "rotate(-0 " not in value):
-            kept[key] = " ".join(re.sub(r"-?\d+\.\d+", _to_a_tenth, value).split())
+            kept[key] = " ".join(re.sub(r"-?\d+\.\d+", to_a_tenth, value).split())
         elif key == "style":
             value = re.sub(r"font: (?:\w+ )*?([\d.]+px) [^;]*", r"font-size: \1", value)
             value = re.sub(r"font-family:[^;]*;?", "", value)
             value = re.sub(r"#01020\d", lambda colour: f"var({VARIABLES[colour[0]]})", value)
             kept[key] = value.replace("; ", ";").replace(": ", ":")
     return kept
-
-
-def _to_a_tenth(number: re.Match[str]) -> str:
-    return f"{float(number[0]):.1f}".removesuffix(".0")

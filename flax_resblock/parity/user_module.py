@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from flax_resblock.checkpoint.torch_file import state_to_numpy
-from flax_resblock.config import BlockConfig, Config
+from flax_resblock.config import BlockConfig, Config, ResNetConfig
 from flax_resblock.convert import StateMap, describe, identify
-from flax_resblock.convert.detection.learning import learn_naming
+from flax_resblock.convert.detection.learning import NotLearned, learn_naming
+from flax_resblock.convert.detection.refusal import explained
 from flax_resblock.convert.modules import module_facts
 from flax_resblock.errors import CheckpointError, InputError
 from flax_resblock.parity.api import Verification, verify_pair
@@ -188,8 +189,8 @@ def examine(
         block is meant to be.
       plan, seed, devices, progress: Of the comparison.
       images: Makes the input for what the module is meant to be; by default three random images.
-      any_size: Try images of 32x32 too where the module fails on these, as one with a pool of fixed
-        size does on an odd number of pixels.
+      any_size: Try images of 32x32 too where a network fails on these, as one with a pool of fixed
+        size does on an odd number of pixels. A bare block has no such pool.
     Raises:
       InputError: The factory raises, makes no module, or a module that cannot be compared: see
         :func:`flax_resblock.parity.compare`.
@@ -219,7 +220,8 @@ def examine(
     found = None
     if not raised and shapes_fit:
         found = verify_pair(pair, batch, plan, **options)
-    if any_size and shapes_fit and (found is None or not found.passed):
+    is_network = isinstance(config, ResNetConfig)
+    if any_size and is_network and shapes_fit and (found is None or not found.passed):
         square = adversarial_images(config, batch=len(batch), height=_SIDE, width=_SIDE, seed=seed)
         again = None if _raises(ran, square) else verify_pair(pair, square, plan, **options)
         if again is not None and again.passed:
@@ -249,8 +251,8 @@ def _specification(
             return identify(found, source=title, stride=stride).state_map, []
         except CheckpointError as error:
             learned = learn_naming(found)
-            if learned is None:
-                raise InputError(str(error)) from error
+            if isinstance(learned, NotLearned):
+                raise explained(error, found, learned.why, title) from error
             return identify(found, naming=learned, source=title, stride=stride).state_map, []
     kind = (
         "bottleneck" if any(f"{name}.weight" in found for name in ("conv3", "block.6")) else "basic"

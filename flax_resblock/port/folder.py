@@ -16,6 +16,7 @@ from flax import nnx
 
 from flax_resblock import checkpoint
 from flax_resblock.checkpoint import LIMITS, Limits
+from flax_resblock.checkpoint.folders import PORTED
 from flax_resblock.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from flax_resblock.config import Path
 from flax_resblock.errors import InputError
@@ -23,7 +24,7 @@ from flax_resblock.nn.variables import flat_arrays
 from flax_resblock.parity.certificate import KIND, NAME, SCHEMA, hashes, versions
 from flax_resblock.port.network import PortedNetwork, Table, filled
 
-WEIGHTS, TABLE = "weights.safetensors", "port.json"
+TABLE, WEIGHTS = PORTED
 TABLE_KIND = "flax-resblock ported network"
 UNUSED = "unused."
 """Begins the names of tensors that the forward pass never uses; the rest is their PyTorch key."""
@@ -50,11 +51,6 @@ class PortedWeights:
     def state_dict(self) -> dict[str, np.ndarray]:
         """The state dict of PyTorch."""
         return self.table.to_torch(self.values, self.unused)
-
-
-def is_ported(path: FilePath) -> bool:
-    """Whether a path is the folder of a ported network."""
-    return (path / TABLE).is_file() and (path / WEIGHTS).is_file()
 
 
 def save_ported(
@@ -90,7 +86,7 @@ def save_ported(
         "image_size": list(ported.image_size),
         "tensors": ported.table.rows(),
     }
-    with checkpoint.replacing(folder, force=force, replaceable=is_ported) as temporary:
+    with checkpoint.replacing(folder, force=force, replaceable=checkpoint.is_ported) as temporary:
         temporary.mkdir()
         (temporary / f"{stem}.py").write_text(ported.source, encoding="utf-8")
         write_safetensors(temporary / WEIGHTS, tensors, {"format": "flax"})

@@ -77,14 +77,12 @@ class TrainStep:
     def __init__(
         self, step: Callable[..., tuple[TrainState, Metrics]], placement: Placement
     ) -> None:
-        def of_arrays(
-            arrays: list[Array], *batch: Any, structure: Any
-        ) -> tuple[list[Array], Metrics]:
+        def flat(arrays: list[Array], *batch: Any, structure: Any) -> tuple[list[Array], Metrics]:
             state, metrics = step(jax.tree.unflatten(structure, arrays), *batch)
             return jax.tree.leaves(state), metrics
 
         self.compiled: Any = jax.jit(
-            of_arrays,
+            flat,
             donate_argnums=0,
             static_argnames="structure",
             out_shardings=placement.copied,
@@ -263,12 +261,7 @@ def make_train_step(
         return _Learned(means[0], means[1], stats, means[2])
 
     def train_step(
-        state: TrainState,
-        images: Array,
-        labels: Array,
-        rates: Rates,
-        mixed: Mixed | None = None,
-        stop: Array | None = None,
+        state: TrainState, images: Array, labels: Array, rates: Rates, mixed: Any, stop: Any
     ) -> tuple[TrainState, Metrics]:
         learned = learn_all(state, images, labels, mixed)
         gradients = learned.gradients

@@ -14,8 +14,10 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-from parity_tests.fuzz import pickles
+from flax_resblock.config import to_json
+from parity_tests.fuzz import pickles, samples
 from parity_tests.fuzz.samples import Files, saved, training
+from parity_tests.support import SMALL
 
 NUMBERS = pickles.NUMBERS
 _BOMB = zlib.compress(bytes(1 << 20), 9)
@@ -264,23 +266,7 @@ def _config(files: Files, rng: random.Random) -> Files:
     data = files["net.safetensors"]
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    block = {
-        "type": "BlockConfig",
-        "in_channels": 4,
-        "out_channels": 4,
-        "kind": "basic",
-        "stride": 1,
-    }
-    network = {
-        "type": "ResNetConfig",
-        "block": "basic",
-        "depths": [1, 1],
-        "widths": [4, 6],
-        "stem": "cifar",
-        "stem_width": 4,
-        "num_classes": 3,
-    }
-    config = rng.choice((block, network))
+    config = json.loads(to_json(rng.choice((samples.CONFIG, SMALL))))
     run = {
         "optimizer": "sgd",
         "groups": [],

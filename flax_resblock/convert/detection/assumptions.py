@@ -147,25 +147,37 @@ class Fixed:
       says: What is assumed.
       told_by: Arguments that say it; none where it is no option of this library.
       matters: Whether a network has it.
+      unless: What these arguments say, where that is only one of the other cases.
     """
 
     says: str
     told_by: Sequence[str]
     matters: Callable[[Config], bool]
+    unless: str = ""
 
     @property
     def note(self) -> str:
         """What was assumed, and how to change it."""
+        if not self.told_by:
+            return f"{self.says} ({OWN_MODULE})"
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in self.told_by)
-        how = f"{flags} if not" if flags else "if not, convert your own module with from_torch"
-        return f"{self.says} ({how})"
+        when = f"{flags} if {self.unless}; {OWN_MODULE}" if self.unless else f"{flags} if not"
+        return f"{self.says} ({when})"
 
+
+OWN_MODULE = "if not, convert your own module with from_torch"
 
 FIXED = (
     Fixed(
-        "every stage after the first halves the resolution",
+        "every stage after the first halves the resolution, with the stride of its first block",
         ("dilated_stages",),
         _network(lambda config: len(config.depths) > 1 and not config.dilated_stages),
+        unless="it is dilated instead",
+    ),
+    Fixed(
+        "a basic block has its stride in its first convolution",
+        (),
+        _network(lambda config: config.block == "basic" and _strided(config)),
     ),
     Fixed(
         "the 3x3 stem keeps the resolution, and no pooling follows it",
@@ -173,7 +185,8 @@ FIXED = (
         _network(lambda config: config.stem == "cifar"),
     ),
     Fixed(
-        "the stem halves the resolution, and so does the 3x3 max pooling after it",
+        "the stem halves the resolution, and so does the 3x3 max pooling, padded by one "
+        "pixel, after it",
         (),
         _network(lambda config: config.stem != "cifar"),
     ),
@@ -184,13 +197,30 @@ FIXED = (
         lambda config: config.shortcut == "zero_pad",
     ),
     Fixed(
-        "each convolution pads with zeros to keep the image's size and comes before its norm, and "
-        "each block adds its input to what it computes, with its activation after the addition",
+        "the 1x1 convolution of a shortcut has the stride of its block, and no pooling is beside "
+        "it",
+        (),
+        lambda config: config.shortcut == "projection",
+    ),
+    Fixed(
+        "where a block has a stride, its shortcut averages 2x2 pixels in front of the convolution",
+        (),
+        lambda config: config.shortcut == "pooled",
+    ),
+    Fixed(
+        "each convolution pads with zeros to keep the image's size and comes before its norm; the "
+        "activation follows every norm but that of a shortcut and the last of a block",
         (),
         lambda config: True,
     ),
     Fixed(
-        "the head takes the mean over all pixels",
+        "each block adds its input to what it computes, both as they are, with its activation "
+        "after the addition, and every block runs once, on what the one before it gives",
+        (),
+        lambda config: True,
+    ),
+    Fixed(
+        "the head takes the mean over all pixels, and nothing follows it",
         (),
         _network(lambda config: config.num_classes is not None),
     ),
@@ -199,7 +229,8 @@ FIXED = (
 """What is no choice of :data:`ASSUMPTION_RULES`."""
 
 _ORDER = (
-    "layers of equal shape run in the order in which the file has them (--naming FILE.toml if not)"
+    "layers of equal shape run in the order in which the file has them, and norms belong to "
+    "convolutions in the same order (--naming FILE.toml if not)"
 )
 
 

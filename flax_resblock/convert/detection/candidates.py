@@ -34,6 +34,18 @@ class Match:
         return f"{name_of(self.state_map.config)} in naming scheme '{self.state_map.naming.name}'"
 
 
+class NoFitError(CheckpointError):
+    """No reading fits.
+
+    Attributes:
+      nearest: The one with the fewest differences; None where there is none at all.
+    """
+
+    def __init__(self, message: str, nearest: Match | None) -> None:
+        super().__init__(message)
+        self.nearest = nearest
+
+
 def _requested(
     wanted: str | Config,
     found: TensorInfos,
@@ -133,7 +145,8 @@ def identify(
     fitting = [match for match in matches if not len(match.misfit)]
     if not fitting:
         was_told = any(one is not None for one in (architecture, naming, num_classes))
-        raise CheckpointError(_no_fit(found, source, matches, was_told, stride))
+        words = _no_fit(found, source, matches, was_told, stride)
+        raise NoFitError(words, matches[0] if matches else None)
     best, *others = fitting
     rivals = [other for other in others if not _same(best.state_map, other.state_map)]
     if rivals:
@@ -168,11 +181,18 @@ def _no_fit(
         sample = sample if keys else "it holds no tensors"
         nearest = f" Nearest: {free[0].title} ({_differences(free[0])})." if free else None
         nearest = nearest or _closest_family(found)
+        # whatever else it is, it is a network of convolutions
+        if any(len(info.shape) == 4 for info in found.values()):
+            advice = (
+                "--naming FILE.toml takes a naming scheme of your own (flax_resblock.Naming in "
+                "Python); --architecture NAME with --naming NAME lists every difference from one "
+                "reading."
+            )
+        else:
+            advice = "It has no convolution; check that it is the right file."
         return (
             f"{source} is no residual network in any known naming scheme ({', '.join(NAMINGS)}); "
-            f"{sample}.{nearest} Check that it is the right file; --architecture NAME with "
-            "--naming NAME lists every difference from one reading. In Python, describe names of "
-            "your own with flax_resblock.Naming and pass naming=."
+            f"{sample}.{nearest}\n{advice}"
         )
     best, misfit = matches[0], matches[0].misfit
     wrong = len(misfit.unexpected) + len(misfit.wrong_shape) + len(misfit.wrong_dtype)
@@ -200,27 +220,35 @@ def _differences(match: Match) -> str:
 
 
 def _closest_family(found: TensorInfos) -> str:
-    """The named network and scheme that most tensors fit, and which tensors do not fit it."""
+    """The named network and scheme that at least half of the tensors fit, and which do not."""
     best: tuple[int, Match] | None = None
     for naming in NAMINGS.values():
+        if 2 * sum(naming.is_inside_block(key) or _is_outside(naming, key) for key in found) < len(
+            found
+        ):
+            continue
         for config in ARCHITECTURES.values():
             try:
                 state_map = StateMap(config, naming)
             except InputError:
                 continue
-            if not any(entry.torch_key in found for entry in state_map.entries):
-                break  # the first names of every network are the same
             fits = sum(
                 (info := found.get(entry.torch_key)) is not None and info.shape == entry.torch_shape
                 for entry in state_map.entries
             )
-            if fits and (best is None or fits > best[0]):
+            if 2 * fits >= len(found) and (best is None or fits > best[0]):
                 best = fits, Match(state_map, state_map.check(found))
-    if best is None:
-        return " No tensor of it fits any known family."
+    if best is None or not found:
+        return ""
     fits, match = best
     others = [*match.misfit.unexpected, *match.misfit.wrong_shape]
     return (
         f" Closest family: {match.title}, which {fits} of {len(found)} tensors fit; these do "
         f"not: {some(others)}."
     )
+
+
+def _is_outside(naming: Naming, key: str) -> bool:
+    """Whether a tensor has the name of one of the stem or the head."""
+    places = (name for place, name in naming.modules.items() if place.startswith(("stem", "head")))
+    return key.rpartition(".")[0] in places

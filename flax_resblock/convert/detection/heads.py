@@ -102,5 +102,7 @@ def several_layers(found: Mapping[str, TensorInfo]) -> str:
     return (
         f"It has {len(names)} fully connected layers: {some(names)}. The tensors do not say what "
         "lies between them, or whether they are the network's head; a network that this library "
-        "reads has one, the classification head, which is never left out."
+        "reads has one, the classification head, which is never left out. To convert the features "
+        "alone, put torch.nn.Identity() in the place of the others in PyTorch and save the state "
+        "dict."
     )

@@ -10,11 +10,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from flax_resblock.convert.detection.assumptions import LEARNED
+from flax_resblock.convert.detection.blocks import (
+    SAY,
+    Block,
+    Layer,
+    covered,
+    tree_of,
+    why_no_block,
+    without_numbers,
+)
 from flax_resblock.convert.detection.configuration import TensorInfos
 from flax_resblock.convert.naming import Naming
+from flax_resblock.errors import some
 
 _NORM = {"weight", "bias", "running_mean", "running_var"}
 _MOST_TENSORS, _DEEPEST, _LONGEST = 20_000, 30, 9
@@ -23,100 +33,95 @@ so many, and a file may hold anything."""
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """A module with tensors.
+class NotLearned:
+    """Why no naming scheme was learned.
 
     Attributes:
-      name: Of the module.
-      kind: ``"conv"``, ``"norm"`` or ``"linear"``.
-      shape: Of its weight.
+      why: A sentence; empty where the tensors are not those of a residual network at all.
     """
 
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-
-    @property
-    def out(self) -> int:
-        """Output channels."""
-        return self.shape[0]
-
-    @property
-    def size(self) -> int:
-        """Of a kernel, in pixels."""
-        return self.shape[-1]
+    why: str = ""
 
 
-@dataclass(frozen=True)
-class _Block:
-    """A residual block: its prefix, and the modules of its places by their whole names."""
-
-    prefix: str
-    places: Mapping[str, _Layer]
-
-    @property
-    def inside(self) -> int:
-        """Input channels; of a grouped convolution, those of one group."""
-        return self.places["conv1"].shape[1]
-
-    @property
-    def out(self) -> int:
-        """Output channels."""
-        return self.places["conv3" if "conv3" in self.places else "conv2"].out
-
-    def relative(self, prefix: str) -> dict[str, str]:
-        """Names of its places below a prefix."""
-        return {place: one.name[len(prefix) + 1 :] for place, one in self.places.items()}
-
-
-@dataclass
-class _Node:
-    """A module that holds others."""
-
-    name: str
-    children: dict[str, _Node] = field(default_factory=dict)
-    layers: list[_Layer] = field(default_factory=list)
-    """Of the whole subtree, in order."""
-
-
-def learn_naming(found: TensorInfos) -> Naming | None:
-    """The naming scheme of a residual network whose names are its author's own; None where the
-    tensors are not those of one, or where order alone would have to decide and is not known.
+def learn_naming(found: TensorInfos) -> Naming | NotLearned:
+    """The naming scheme of a residual network whose names are its author's own; why there is none
+    where the tensors are not those of one, or where order alone would have to decide and is not
+    known.
 
     Args:
       found: Shape and dtype of every tensor.
     """
     layers = _layers(found) if len(found) <= _MOST_TENSORS else None
     if layers is None:
-        return None
-    is_sorted = list(found) == sorted(found)  # as safetensors files are
+        return NotLearned()
+    is_sorted = _is_sorted(found)
     if is_sorted:
         layers.sort(key=lambda one: _numbered(one.name))
-    blocks, rest = _covered(_tree(layers))
+    try:
+        return _learned(layers, is_sorted)
+    except _UnclearError as unclear:
+        return NotLearned(str(unclear))
+
+
+class _UnclearError(Exception):
+    """The layers have no reading, or several; the message is a sentence on it."""
+
+
+def _learned(layers: list[Layer], is_sorted: bool) -> Naming:
+    rivals: list[str] = []
+    blocks, rest = covered(tree_of(layers), rivals)
+    if not blocks:
+        raise _UnclearError(rivals[0] if rivals else why_no_block(layers))
+    if not blocks[0].prefix:
+        raise _UnclearError(f"It looks like a single residual block with names of its own. {SAY}")
     owned = {one.name for block in blocks for one in block.places.values()}
     stem = [one for one in rest if one.kind == "conv"]
     norms = [one for one in layers if one.kind == "norm" and one.name not in owned]
     heads = [one for one in rest if one.kind == "linear"]
-    if not blocks or len(stem) != 1 or len(norms) != 1 or len(heads) > 1:
-        return None
+    seen = f"Residual blocks are recognised ({some([one.prefix for one in blocks])})"
+    for what, number, others in (
+        ("convolution, that of the stem", 1, stem),
+        ("norm, that of the stem", 1, norms),
+        ("fully connected layer, the classification head", len(heads[:1]), heads),
+    ):
+        if len(others) != number:
+            unread = [one for one in layers if one.name not in owned]
+            raise _UnclearError(
+                "".join(rivals[:1])
+                or why_no_block(unread)
+                or f"{seen}, and outside them {some([one.name for one in others]) or 'nothing'}, "
+                f"where a network of this library has one {what}."
+            )
     order = {one.name: place for place, one in enumerate(layers)}
 
-    def first_layer(block: _Block) -> int:
+    def first_layer(block: Block) -> int:
         return min(order[one.name] for one in block.places.values())
 
     blocks = sorted(blocks, key=first_layer)
     if not is_sorted and order[stem[0].name] > first_layer(blocks[0]):
-        return None
-    if norms[0].shape != (stem[0].out,) or not _chained(stem[0].out, blocks):
-        return None
+        raise _UnclearError(
+            f"{seen}, and the stem {stem[0].name} is defined after them, so that the order in "
+            f"which the layers are defined is not the order in which they run. {SAY}"
+        )
+    if norms[0].shape != (stem[0].out,):
+        raise _UnclearError(
+            f"{seen}, and outside them the norm {norms[0].name} of {norms[0].out} channels beside "
+            f"the convolution {stem[0].name} of {stem[0].out}."
+        )
+    _check_chain(stem[0], blocks, seen)
     if heads and heads[0].shape[1] != blocks[-1].out:
-        return None
-    aligned = _aligned(blocks)
-    if aligned is None:
-        return None
-    prefixes, places = aligned
+        raise _UnclearError(
+            f"{seen}; {heads[0].name} takes {heads[0].shape[1]} features, and the last block, "
+            f"{blocks[-1].prefix}, gives {blocks[-1].out} channels."
+        )
+    prefixes, places = _aligned(blocks)
+    places = _pooled(places, prefixes, order)
     if is_sorted and not _tell_their_order(blocks, prefixes):
-        return None
+        raise _UnclearError(
+            f"The file is sorted by name, and the names do not tell in which order these run: "
+            f"{some([one.prefix for one in blocks], 6)}, and the convolutions inside, such as "
+            f"{some(_main_path(blocks[0]))}. {SAY}"
+        )
     modules = {"stem.conv": stem[0].name, "stem.norm": norms[0].name, **places}
     if heads:
         modules["head"] = heads[0].name
@@ -124,7 +129,34 @@ def learn_naming(found: TensorInfos) -> Naming | None:
     return Naming(LEARNED, "", modules, "learned from the tensors", blocks=stages)
 
 
-def _layers(found: TensorInfos) -> list[_Layer] | None:
+def _pooled(
+    places: dict[str, str], prefixes: list[str], known: Mapping[str, int]
+) -> dict[str, str]:
+    """The places with the projection of a pooled shortcut, where its convolution is the second
+    layer of a sequence whose first has no tensors."""
+    conv = places.get("shortcut.conv", "")
+    home, _, number = conv.rpartition(".")
+    if number != "1" or any(f"{prefix}.{home}.0" in known for prefix in prefixes):
+        return places
+    pooled = {
+        place.replace("shortcut.", "shortcut.projection."): name for place, name in places.items()
+    }
+    return {"shortcut.pool": f"{home}.0", **pooled}
+
+
+def _main_path(block: Block, kind: str = "conv") -> list[str]:
+    return [one.name for place, one in block.places.items() if place.startswith(kind)]
+
+
+def _is_sorted(found: TensorInfos) -> bool:
+    """Whether the tensors of each dtype are sorted by name, as safetensors files have them."""
+    names: dict[object, list[str]] = {}
+    for key, info in found.items():
+        names.setdefault(info.dtype, []).append(key)
+    return all(own == sorted(own) for own in names.values())
+
+
+def _layers(found: TensorInfos) -> list[Layer] | None:
     """Every module with tensors, in order; None where one is no layer of a residual network."""
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, info in found.items():
@@ -135,11 +167,11 @@ def _layers(found: TensorInfos) -> list[_Layer] | None:
         weight = tensors.get("weight", ())
         own = set(tensors) - {"num_batches_tracked"}
         if len(weight) == 4 and own == {"weight"}:
-            layers.append(_Layer(name, "conv", weight))
+            layers.append(Layer(name, "conv", weight))
         elif len(weight) == 1 and own == _NORM:
-            layers.append(_Layer(name, "norm", weight))
+            layers.append(Layer(name, "norm", weight))
         elif len(weight) == 2 and own == {"weight", "bias"}:
-            layers.append(_Layer(name, "linear", weight))
+            layers.append(Layer(name, "linear", weight))
         else:
             return None
         if name.count(".") > _DEEPEST:
@@ -155,158 +187,59 @@ def _numbered(name: str) -> list[tuple[int, str]]:
     ]
 
 
-def _without_numbers(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
-
-
 def _differ_in_numbers(names: Iterable[str]) -> bool:
-    return len(set(map(_without_numbers, names))) <= 1
+    return len(set(map(without_numbers, names))) <= 1
 
 
-def _tell_their_order(blocks: list[_Block], prefixes: list[str]) -> bool:
-    """Whether the numbers in the names of blocks and convolutions give their order; in a file that
-    is sorted by name, nothing else does."""
-    paths = (
-        [one.name for place, one in block.places.items() if place.startswith("conv")]
-        for block in blocks
-    )
+def _tell_their_order(blocks: list[Block], prefixes: list[str]) -> bool:
+    """Whether the numbers in the names of blocks, convolutions and norms give their order; in a
+    file that is sorted by name, nothing else does."""
+    paths = (_main_path(block, kind) for block in blocks for kind in ("conv", "norm"))
     return _differ_in_numbers(prefixes) and all(map(_differ_in_numbers, paths))
 
 
-def _tree(layers: list[_Layer]) -> _Node:
-    root = _Node("")
-    for one in layers:
-        node, parts = root, one.name.split(".")
-        node.layers.append(one)
-        for depth in range(1, len(parts) + 1):
-            name = ".".join(parts[:depth])
-            node = node.children.setdefault(name, _Node(name))
-            node.layers.append(one)
-    return root
-
-
-def _covered(node: _Node) -> tuple[list[_Block], list[_Layer]]:
-    """The smallest blocks below a node, and its convolutions and products outside them."""
-    blocks: list[_Block] = []
-    rest = [one for one in node.layers if one.name == node.name and one.kind != "norm"]
-    for child in node.children.values():
-        inner, left = _covered(child)
-        blocks += inner
-        rest += left
-    if node.children and any(one.kind == "conv" for one in rest):
-        block = _block(node)
-        if block is not None:
-            return [block], []
-    return blocks, rest
-
-
-def _block(node: _Node) -> _Block | None:
-    """The node as one block; None where its layers are not those of one."""
-    convs = [one for one in node.layers if one.kind == "conv"]
-    norms = [one for one in node.layers if one.kind == "norm"]
-    if len(convs) not in (2, 3, 4) or not len(convs) == len(norms) == len(node.layers) / 2:
-        return None
-    if node.layers[0] is norms[0]:
-        return None  # a norm before its convolution: pre-activation
-    readings = [
-        reading
-        for main in (2, 3)
-        for shortcut in (None, *convs)
-        if (reading := _reading(convs, main, shortcut)) is not None
-    ]
-    if len(readings) > 1:
-        # a projection may have the shape of a convolution of the main path, and another name
-        readings = [reading for reading in readings if _is_regular(reading)]
-    if len(readings) != 1:
-        return None
-    (places,) = readings
-    paired = _with_norms(places, norms)
-    return None if paired is None else _Block(node.name, paired)
-
-
-def _is_regular(places: Mapping[str, _Layer]) -> bool:
-    """Whether the main path's names differ in their numbers alone, and the projection's in more."""
-    names = {place: _without_numbers(one.name) for place, one in places.items()}
-    shortcut = names.pop("shortcut.conv", None)
-    return len(set(names.values())) == 1 and shortcut not in names.values()
-
-
-def _reading(convs: list[_Layer], main: int, shortcut: _Layer | None) -> dict[str, _Layer] | None:
-    """The convolutions as a main path and a projection, if their shapes and sizes are right."""
-    path = [one for one in convs if one is not shortcut]
-    if len(path) != main or (shortcut is not None and shortcut.size != 1):
-        return None
-    sizes = [one.size for one in path]
-    if sizes != ([3, 3] if main == 2 else [1, 3, 1]):
-        return None
-    if any(one.shape[2] != one.shape[3] for one in convs):
-        return None
-    first, last = path[0], path[-1]
-    if main == 3:
-        if last.out != 4 * path[1].out and last.out <= path[1].out:
-            return None  # the projection taken for the last convolution
-        if path[1].out != last.shape[1] or path[1].out % path[1].shape[1]:
-            return None
-    elif last.out != first.out or first.out % last.shape[1]:
-        return None
-    if shortcut is not None and (shortcut.out != last.out or shortcut.shape[1] % first.shape[1]):
-        return None
-    places = {f"conv{i}": one for i, one in enumerate(path, 1)}
-    return places if shortcut is None else {**places, "shortcut.conv": shortcut}
-
-
-def _with_norms(places: Mapping[str, _Layer], norms: list[_Layer]) -> dict[str, _Layer] | None:
-    """The places with the norm of each convolution: its only sibling, else the one in the same
-    place of the order."""
-    left, found = list(norms), dict(places)
-    waiting = []
-    for place, conv in places.items():
-        parent = conv.name.rpartition(".")[0]
-        near = [one for one in norms if one.name.rpartition(".")[0] in (parent, conv.name)]
-        alone = sum(c.name.rpartition(".")[0] == parent for c in places.values()) == 1
-        inside = [one for one in near if one.name.startswith(f"{conv.name}.")]
-        chosen = inside or (near if alone else [])
-        if len(chosen) == 1 and chosen[0] in left:
-            found[place.replace("conv", "norm")] = chosen[0]
-            left.remove(chosen[0])
-        else:
-            waiting.append(place)
-    if len(waiting) != len(left):
-        return None
-    found |= {p.replace("conv", "norm"): one for p, one in zip(waiting, left, strict=True)}
-    ok = all(found[p.replace("conv", "norm")].shape == (c.out,) for p, c in places.items())
-    return found if ok else None
-
-
-def _chained(channels: int, blocks: list[_Block]) -> bool:
-    """Whether each block takes what the one before it gives."""
+def _check_chain(stem: Layer, blocks: list[Block], seen: str) -> None:
+    """Raises _UnclearError unless each block takes what the one before it gives."""
+    channels, before = stem.out, stem.name
+    # norms of the channels that a convolution gives and not of those that it takes come after it
+    after = False
     for block in blocks:
-        seen = block.places.get("shortcut.conv", block.places["conv1"]).shape[1]
-        if channels % seen or (seen != channels and "shortcut.conv" in block.places):
-            return False
-        channels = block.out
-    return True
+        after |= block.norm_first and block.places["norm1"].out != channels
+        takes = block.places.get("shortcut.conv", block.places["conv1"]).shape[1]
+        if channels % takes or (takes != channels and "shortcut.conv" in block.places):
+            raise _UnclearError(
+                f"{seen}; {block.prefix} takes {takes} channels, and {before}, which is defined "
+                f"before it, gives {channels}. {SAY}"
+            )
+        channels, before = block.out, block.prefix
+    if not after and (first := [block.prefix for block in blocks if block.norm_first]):
+        raise _UnclearError(
+            f"{seen}; in {some(first)} a norm is defined before the convolutions, as in "
+            f"pre-activation order, which this library does not have. {SAY}"
+        )
 
 
-def _aligned(blocks: list[_Block]) -> tuple[list[str], dict[str, str]] | None:
+def _aligned(blocks: list[Block]) -> tuple[list[str], dict[str, str]]:
     """Prefixes under which the places have the same names in every block, and these names."""
     largest = max(blocks, key=lambda block: len(block.places))
     names = largest.relative(largest.prefix)
     prefixes = []
     for block in blocks:
         prefix = block.prefix
-        while True:
-            own = block.relative(prefix) if prefix else {}
-            if own and all(names.get(place) == name for place, name in own.items()):
-                break
-            if not prefix:
-                return None
+        while prefix and any(names.get(k) != v for k, v in block.relative(prefix).items()):
             prefix = prefix.rpartition(".")[0]
+        if not prefix or prefix in prefixes:
+            mine = ", ".join(f"{place} {name}" for place, name in names.items())
+            own = ", ".join(f"{k} {v}" for k, v in block.relative(block.prefix).items())
+            raise _UnclearError(
+                f"The layers of {block.prefix} ({own}) have other names than those of "
+                f"{largest.prefix} ({mine}); a naming scheme has one name for each place."
+            )
         prefixes.append(prefix)
-    return (prefixes, names) if len(set(prefixes)) == len(prefixes) else None
+    return prefixes, names
 
 
-def _stages(blocks: list[_Block], prefixes: list[str]) -> Iterator[tuple[str, ...]]:
+def _stages(blocks: list[Block], prefixes: list[str]) -> Iterator[tuple[str, ...]]:
     """Prefixes by stage. A stage begins with a block that has a projection or gives another number
     of channels; where blocks have several parents, with another parent as well."""
     parents = [prefix.rpartition(".")[0] for prefix in prefixes]

@@ -2,75 +2,237 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice, pairwise
 from typing import Any
 
 from flax_resblock.errors import some
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shape = tuple[int, ...]
 _REPARAMETRISED = {"weight_g", "weight_v", "weight_mask", "weight_u", "weight_orig"}
 """Of weight norm, pruning and spectral norm."""
+_MOST_TENSORS, _DEEPEST = 20_000, 30
+"""Tensors, and parts of a name, beyond which nothing is looked for: a file may hold anything."""
+_BLOCK = 6
+"""Convolutions of the largest residual block, with attention."""
 
 
-def _convolutions(shapes: Shapes) -> list[str]:
-    return [key.rpartition(".")[0] for key, shape in shapes.items() if len(shape) == 4]
+class _Layers:
+    """The modules with tensors, in order.
+
+    Attributes:
+      tensors: Shape of every tensor, by name.
+      modules: Shapes by module and name within it.
+      kernels: Shapes of the convolution kernels, by module.
+      children: Names of the modules directly inside another, by its name.
+      blocks: Names of the convolutions anywhere inside a module, where they are two to six.
+      norms: Channels of every batch norm, by module.
+    """
+
+    def __init__(self, tensors: Mapping[str, Shape]) -> None:
+        self.tensors = tensors
+        self.modules: dict[str, dict[str, Shape]] = {}
+        for key, shape in tensors.items():
+            module, _, name = key.rpartition(".")
+            self.modules.setdefault(module, {})[name] = shape
+        weights = {name: own.get("weight", ()) for name, own in self.modules.items()}
+        self.kernels = {name: shape for name, shape in weights.items() if len(shape) == 4}
+        self.norms = {
+            name: own["running_mean"][:1]
+            for name, own in self.modules.items()
+            if "running_mean" in own
+        }
+        self.children: dict[str, list[str]] = {}
+        for name in self.modules:
+            self.children.setdefault(name.rpartition(".")[0], []).append(name)
+        inside: dict[str, list[str]] = {}
+        for name in self.kernels:
+            for parent in _parents(name):
+                inside.setdefault(parent, []).append(name)
+        self.blocks = {one: convs for one, convs in inside.items() if 2 <= len(convs) <= _BLOCK}
 
 
-def _biased(shapes: Shapes) -> list[str]:
-    return [name for name in _convolutions(shapes) if f"{name}.bias" in shapes]
+def _parents(name: str) -> Iterator[str]:
+    """The modules around a module, the nearest first."""
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
-def _without_statistics(shapes: Shapes) -> list[str]:
-    if any(key.endswith("running_mean") for key in shapes):
+def _squeezes(layers: _Layers) -> list[str]:
+    """Pairs of layers that narrow the channels and widen them again, inside a block."""
+    plain = {
+        name: tensors.get("weight", ())
+        for name, tensors in layers.modules.items()
+        if not tensors.keys() - {"weight", "bias"}
+    }
+    blocks = {name for name, convs in layers.blocks.items() if _has_kernel_of_3(layers, convs)}
+    found: list[str] = []
+    for (first, a), (second, b) in pairwise(plain.items()):
+        if not (_is_product(a) and _is_product(b)) or a[:2] != b[1::-1] or a[0] >= a[1]:
+            continue
+        near = [one for one in islice(_parents(first), 3) if one in blocks]
+        if any(second.startswith(f"{one}.") for one in near):
+            found += [first, second]
+    return found
+
+
+def _is_product(shape: Shape) -> bool:
+    """Whether a layer is one product per pixel."""
+    return len(shape) == 2 or (len(shape) == 4 and set(shape[2:]) == {1})
+
+
+def _has_kernel_of_3(layers: _Layers, convs: list[str]) -> bool:
+    return any(layers.kernels[name][2] == 3 for name in convs)
+
+
+def _biased(layers: _Layers) -> list[str]:
+    """Convolutions with a bias and a norm of their channels after them or beside them."""
+    others, names = set(_squeezes(layers)), list(layers.modules)
+    after = dict(pairwise(names))
+    beside = {
+        parent: {layers.norms.get(one) for one in children}
+        for parent, children in layers.children.items()
+    }
+    return [
+        name
+        for name, shape in layers.kernels.items()
+        if "bias" in layers.modules[name] and name not in others
+        if shape[:1] == layers.norms.get(after.get(name, ""))
+        or shape[:1] in beside[name.rpartition(".")[0]]
+    ]
+
+
+def _without_statistics(layers: _Layers) -> list[str]:
+    if layers.norms:
         return []
     return [
         name
-        for key, shape in shapes.items()
-        if len(shape) == 1 and key.endswith(".weight")
-        if f"{(name := key.removesuffix('.weight'))}.bias" in shapes
+        for name, tensors in layers.modules.items()
+        if tensors.keys() == {"weight", "bias"} and len(tensors["weight"]) == 1
     ]
 
 
-def _five_axes(shapes: Shapes) -> list[str]:
-    return [key for key, shape in shapes.items() if len(shape) == 5]
-
-
-def _reparametrised(shapes: Shapes) -> list[str]:
-    found = [key for key in shapes if key.rpartition(".")[2] in _REPARAMETRISED]
-    return found + [key for key in shapes if ".parametrizations." in key]
-
-
-def _norm_first(shapes: Shapes) -> list[str]:
-    """Modules whose first layer is a norm: pre-activation, or a norm of the input."""
-    first: dict[str, str] = {}
-    convs = {name.rpartition(".")[0] for name in _convolutions(shapes)}
-    for key in shapes:
-        name = key.rpartition(".")[0]
-        first.setdefault(name.rpartition(".")[0], name)
+def _without_affine(layers: _Layers) -> list[str]:
     return [
         name
-        for parent, name in first.items()
-        if parent in convs and f"{name}.running_mean" in shapes
+        for name, tensors in layers.modules.items()
+        if name in layers.norms and "weight" not in tensors
     ]
 
 
-_SIGNS: tuple[tuple[Callable[[Shapes], list[str]], str], ...] = (
+def _vectors(layers: _Layers) -> list[str]:
+    return [
+        name
+        for name, tensors in layers.modules.items()
+        if tensors.keys() == {"weight"} and len(tensors["weight"]) == 1
+    ]
+
+
+def _five_axes(layers: _Layers) -> list[str]:
+    return [key for key, shape in layers.tensors.items() if len(shape) == 5]
+
+
+def _oblong(layers: _Layers) -> list[str]:
+    return [name for name, shape in layers.kernels.items() if shape[2] != shape[3]]
+
+
+def _reparametrised(layers: _Layers) -> list[str]:
+    found = [key for key in layers.tensors if key.rpartition(".")[2] in _REPARAMETRISED]
+    return found + [key for key in layers.tensors if ".parametrizations." in key]
+
+
+def _firsts(layers: _Layers) -> dict[str, list[str]]:
+    """The norms of every module that begins with one and has convolutions beside it."""
+    if _reparametrised(layers):
+        return {}
+    homes = {name.rpartition(".")[0] for name in layers.kernels}
+    return {
+        parent: [one for one in children if one in layers.norms]
+        for parent, children in layers.children.items()
+        if parent in homes and children[0] in layers.norms
+    }
+
+
+def _are_of_outputs(layers: _Layers, parent: str) -> bool:
+    """Whether the norms have the channels that the convolutions beside them give."""
+    given = [layers.kernels[one][:1] for one in layers.children[parent] if one in layers.kernels]
+    norms = [layers.norms[one] for one in layers.children[parent] if one in layers.norms]
+    return sorted(given) == sorted(norms)
+
+
+def _norm_first(layers: _Layers) -> list[str]:
+    """Norms of the channels that the convolutions of their block take: pre-activation order."""
+    return [
+        norms[0] for parent, norms in _firsts(layers).items() if not _are_of_outputs(layers, parent)
+    ]
+
+
+def _wide_shortcuts(layers: _Layers) -> list[str]:
+    """Kernels larger than a pixel that take and give what their whole block does."""
+    found = []
+    for first, *others in layers.blocks.values():
+        shape = layers.kernels[first]
+        same = [one for one in others if layers.kernels[one] == shape]
+        if len(others) == 2 and len(same) == 1 and shape[2] > 1 and shape[0] != shape[1]:
+            found.append(same[0])
+    return found
+
+
+def _bare_shortcuts(layers: _Layers) -> list[str]:
+    """Convolutions of one pixel without a norm beside two larger ones that have theirs."""
+    around: dict[str, list[str]] = {}
+    for name in layers.norms:
+        for parent in _parents(name):
+            around.setdefault(parent, []).append(name)
+    first = {norms[0] for norms in _firsts(layers).values()}
+    found = []
+    for block, convs in layers.blocks.items():
+        norms = around.get(block, [])
+        small = [one for one in convs if layers.kernels[one][2] == 1]
+        alike = len({layers.norms[one] for one in norms}) == 1
+        if (len(convs), len(small), len(norms)) == (3, 1, 2) and alike and not first & set(norms):
+            found += small
+    return found
+
+
+_SIGNS: tuple[tuple[Callable[[_Layers], list[str]], str], ...] = (
     (_five_axes, "kernels with five axes, of convolutions over volumes or video"),
+    (_oblong, "kernels that are not square"),
     (
         _reparametrised,
         "weight norm, spectral norm or pruning masks; remove them in PyTorch first "
-        "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove)",
+        "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm, "
+        "torch.nn.utils.prune.remove)",
     ),
     (
         _without_statistics,
         "norms without running statistics, such as GroupNorm or LayerNorm; the networks of this "
         "library have batch norms",
     ),
+    (_without_affine, "batch norms without scale and bias (affine=False)"),
+    (
+        _vectors,
+        "layers with a single vector, such as PReLU, whose slopes are learned; the activations of "
+        "this library have no weights",
+    ),
+    (
+        _squeezes,
+        "squeeze-and-excitation in another form than this library's, two convolutions with biases "
+        "called se.fc1 and se.fc2 whose inner channels are a multiple of 8",
+    ),
     (_biased, "convolutions with a bias, which the blocks of this library do not have"),
     (
         _norm_first,
         "a norm in front of the first convolution of a block: pre-activation order, which the "
         "blocks of this library do not have",
+    ),
+    (
+        _wide_shortcuts,
+        "shortcuts with a kernel larger than 1x1, which the blocks of this library do not have",
+    ),
+    (
+        _bare_shortcuts,
+        "shortcuts whose convolution has no norm after it, which the blocks of this library have",
     ),
 )
 
@@ -81,5 +243,7 @@ def unsupported(found: Mapping[str, Any]) -> list[str]:
     Args:
       found: Shape and dtype of every tensor.
     """
-    shapes = {key: info.shape for key, info in found.items()}
-    return [f"It has {words}: {some(names)}." for sign, words in _SIGNS if (names := sign(shapes))]
+    if len(found) > _MOST_TENSORS or any(key.count(".") > _DEEPEST for key in found):
+        return []
+    layers = _Layers({key: info.shape for key, info in found.items()})
+    return [f"It has {words}: {some(names)}." for sign, words in _SIGNS if (names := sign(layers))]

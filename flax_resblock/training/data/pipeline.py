@@ -62,10 +62,10 @@ def import_grain():
     return grain
 
 
-def _epoch_of(dataset: grain.MapDataset, epoch: int, first: int = 0) -> Iterator:
+def _epoch_of(dataset: grain.MapDataset, epoch: int) -> Iterator:
     length = len(dataset)
     repeated = dataset.repeat(epoch + 1)
-    return (repeated[index] for index in range(epoch * length + first, (epoch + 1) * length))
+    return (repeated[index] for index in range(epoch * length, (epoch + 1) * length))
 
 
 def epoch_order(size: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -73,11 +73,9 @@ def epoch_order(size: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.fromiter(_epoch_of(shuffled(size, seed), epoch), np.int64, size)
 
 
-def batches(
-    dataset: DataSource, batch_size: int, *, seed: int, epoch: int, first: int = 0
-) -> Iterator[Batch]:
-    """The full batches of one epoch, without the ``first`` ones: :func:`epoch_order` cut into
-    pieces of ``batch_size``. Raises InputError for fewer images than one batch needs.
+def batches(dataset: DataSource, batch_size: int, *, seed: int, epoch: int) -> Iterator[Batch]:
+    """The full batches of one epoch: :func:`epoch_order` cut into pieces of ``batch_size``. Raises
+    InputError for fewer images than one batch needs.
     """
     steps_per_epoch(dataset, batch_size)
 
@@ -89,4 +87,4 @@ def batches(
         .batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
         .map(gather)
     )
-    return _epoch_of(pipeline, epoch, first)
+    return _epoch_of(pipeline, epoch)
