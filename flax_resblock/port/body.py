@@ -397,10 +397,12 @@ class BodyReader(Values):
         code = Code(f"jnp.array({tensor.tolist()!r}, {self.dtype})")
         return Value(code, shape, axes.torch_order(len(shape)), "constant")
 
-    def own(self, argument: Any) -> str | None:
+    def own(self, node: Any) -> str | None:
         """The name of a parameter or buffer of this module that nothing else has used yet."""
-        part = None if argument is None else self.parameters.get(self.number(argument))
-        if part is None or len(argument.users) != 1 or part.order is not None:
+        if node is None:
+            return None
+        part = self.parameters.get(self.number(node))
+        if part is None or len(node.users) != 1 or part.order is not None:
             return None
         return part.name
 
