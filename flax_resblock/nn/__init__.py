@@ -69,6 +69,13 @@ if TYPE_CHECKING:
     )
     from flax_resblock.nn.pooling import avg_pool, lp_pool, max_pool
     from flax_resblock.nn.resize import channel_shuffle, interpolate, pixel_shuffle, pixel_unshuffle
+    from flax_resblock.nn.selection import (
+        clamp,
+        maximum_along,
+        minimum_along,
+        scaled_dot_product_attention,
+        vector_norm,
+    )
     from flax_resblock.nn.stochastic import AlphaDropout, Dropout, RReLU, StochasticDepth
     from flax_resblock.nn.transposed import ConvTranspose, ConvTranspose1d, conv_transpose
 
@@ -96,6 +103,7 @@ __all__ = [
     "batch_norm_by_batch",
     "celu",
     "channel_shuffle",
+    "clamp",
     "conv_transpose",
     "convolve",
     "elu",
@@ -116,6 +124,8 @@ __all__ = [
     "log_softmax",
     "lp_pool",
     "max_pool",
+    "maximum_along",
+    "minimum_along",
     "mish",
     "normalize",
     "pad",
@@ -124,6 +134,7 @@ __all__ = [
     "prelu",
     "relu",
     "relu6",
+    "scaled_dot_product_attention",
     "selu",
     "sigmoid",
     "silu",
@@ -134,6 +145,7 @@ __all__ = [
     "tanh",
     "tanhshrink",
     "threshold",
+    "vector_norm",
 ]
 
 _MODULES = {
@@ -206,6 +218,13 @@ _MODULES = {
         "interpolate",
         "pixel_shuffle",
         "pixel_unshuffle",
+    ),
+    "selection": (
+        "clamp",
+        "maximum_along",
+        "minimum_along",
+        "scaled_dot_product_attention",
+        "vector_norm",
     ),
     "stochastic": (
         "AlphaDropout",

@@ -16,6 +16,7 @@ from jax import lax
 from flax_resblock.nn.conv import convolve, cpu_forms
 from flax_resblock.nn.geometry import Size, equal, pad, per_axis_of
 from flax_resblock.nn.scopes import in_slot
+from flax_resblock.nn.selection import maximum_along
 
 
 class _Windows(NamedTuple):
@@ -113,6 +114,14 @@ def max_pool(
       ceil_mode: Whether a window that reaches beyond the end counts, unless it begins there.
     """
     windows = _Windows.of(x, kernel_size, stride, padding, dilation, ceil_mode)
+    if (
+        windows.size == x.shape[1:-1]
+        and {1} == {*windows.dilation}
+        and not any(map(any, windows.pads))
+    ):
+        flat = x.reshape(x.shape[0], -1, x.shape[-1])  # one window, too large to be unrolled
+        kept = (x.shape[0], *(1 for _ in windows.size), x.shape[-1])
+        return maximum_along(flat, 1, keepdims=True).reshape(kept)
     forms = cpu_forms()
     fixed = all(isinstance(size, int) for size in x.shape[1:-1])  # not symbolic, as in exports
     plain = len(windows.size) == 2 and set(windows.dilation) == {1}

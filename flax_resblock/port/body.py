@@ -20,9 +20,10 @@ from flax_resblock.port.parts import (
     ModulePart,
     ParameterPart,
     Part,
+    tensors_of,
 )  # fmt: skip
 from flax_resblock.port.placing import Values
-from flax_resblock.port.tracing import Traced, shape_of, size_of
+from flax_resblock.port.tracing import Traced, number_of, shape_of
 from flax_resblock.port.values import Code, Constant, Value
 from flax_resblock.port.writing import write
 
@@ -75,6 +76,11 @@ def is_container(module: torch.nn.Module) -> bool:
     )
 
 
+def is_parameters(module: torch.nn.Module) -> bool:
+    """Whether a module is a list or dictionary of parameters."""
+    return isinstance(module, (torch.nn.ParameterList, torch.nn.ParameterDict))
+
+
 def identifier(name: str) -> str:
     """A name that Python accepts."""
     name = name if name.isidentifier() else "".join(c if c.isalnum() else "_" for c in f"_{name}")
@@ -112,15 +118,16 @@ class BodyReader(Values):
 
         self.body.parts = self._own_parts()
         outputs: list[Value] = []
-        for self.node in self.graph.nodes:
-            if self.node.op == "get_attr":
-                self.env[self.node] = self._attribute(str(self.node.target))
-            elif self.node.op == "call_module":
-                self.env[self.node] = self._call(self.node)
-            elif self.node.op == "call_function":
-                self.env[self.node] = apply_operator(self, self.node)
-            elif self.node.op == "output":
-                outputs = self._outputs(self.node.args[0])
+        for node in self.graph.nodes:
+            self.node = node
+            if node.op == "get_attr":
+                self.env[node] = self._attribute(str(node.target))
+            elif node.op == "call_module":
+                self.env[node] = self._call(node)
+            elif node.op == "call_function":
+                self.env[node] = apply_operator(self, node)
+            elif node.op == "output":
+                outputs = self._outputs(node.args[0])
         for value, part in self.parameters.items():
             part.order = part.order or value.order
         write(self.body, self.values, outputs)
@@ -132,6 +139,11 @@ class BodyReader(Values):
             )
         )
         self.body.sequence = self._sequence()
+        if self.path == "" and self.body.sequence is not None:
+            layers = ContainerPart("List", dict(self.body.sequence.items))
+            self.body.parts = {"layers": layers}
+        if self.path == "":
+            _refuse_tied(self.live, self.body)
         return self.body
 
     def inside(self, name: str) -> str:
@@ -155,11 +167,11 @@ class BodyReader(Values):
         names = _argument_names(self.live)
         tensors = tensor_inputs(self.graph)
         self.body.list_input = len(tensors) > 1 and len(names) == 1
-        self.listed: list[Value] = []
         for node in self.graph.nodes:
             if node.op == "placeholder" and node not in tensors:
                 value = node.meta.get("val")
-                self.env[node] = size_of(value) if value is not None else None
+                known = value is None or isinstance(value, int | float | str)
+                self.env[node] = value if known else number_of(value)
         for place in list_order(self.graph) if self.body.list_input else range(len(tensors)):
             shape, order = inputs[place]
             if self.body.list_input:
@@ -331,43 +343,71 @@ class BodyReader(Values):
             owner = self.live
         parameters = dict(owner.named_parameters(recurse=False))
         tensor = parameters.get(name, dict(owner.named_buffers(recurse=False)).get(name))
-        if tensor is None:
+        if tensor is None or name in owner._non_persistent_buffers_set:
             graphs: Any = self.reader.traced.graphs.get_submodule(self.path)
-            return self._literal(graphs.get_submodule(".".join(steps)).__getattr__(name))
+            held = graphs.get_submodule(".".join(steps)).__getattr__(name)
+            return self._literal(held if tensor is None else tensor)
         shape = tuple(tensor.shape)
         layer = layer_of(owner) if steps and not is_container(owner) else None
         if layer is not None and name in layer.tensors:
             ours, codec = layer.tensors[name]
             code = Code(f"{self.accessor('.'.join(steps))}.{ours}[...]")
             return Value(code, shape, codec.axes or axes.torch_order(len(shape)), name)
-        if steps:
+        holder: Any = self.body.parts if not steps else getattr(self._listed(steps), "items", None)
+        if holder is None:
             raise self.refusal(f"it uses {target}, a tensor of another module")
-        part = self.body.parts.get(identifier(name))
+        place = name if steps else identifier(name)
+        part = holder.get(place)
         if not isinstance(part, ParameterPart):
-            part = ParameterPart(name, shape, None, name in parameters, _initial(tensor))
-            self.body.parts[identifier(name)] = part
+            part = ParameterPart(target, shape, None, name in parameters, _initial(tensor))
+            holder[place] = part
         order = part.order or axes.torch_order(len(shape))
-        value = Value(Code(f"self.{identifier(name)}[...]"), shape, order, identifier(name))
+        text = f"self.{identifier(name)}"
+        if steps:
+            key = repr(name) if isinstance(owner, torch.nn.ParameterDict) else name
+            text = f"{self.accessor('.'.join(steps))}[{key}]"
+        value = Value(Code(f"{text}[...]"), shape, order, identifier(".".join([*steps[-1:], name])))
         self.parameters[value] = part
         return value
+
+    def _listed(self, steps: Sequence[str]) -> ContainerPart | None:
+        """The list of parameters at a place; None if there is none."""
+        owner = self.live.get_submodule(".".join(steps))
+        if len(steps) > 1 or not is_parameters(owner):
+            return None
+        kind = "Dict" if isinstance(owner, torch.nn.ParameterDict) else "List"
+        listed = self.body.parts.setdefault(identifier(steps[0]), ContainerPart(kind, {}))
+        if not isinstance(listed, ContainerPart):
+            return None
+        for name, tensor in owner.named_parameters():
+            if name not in listed.items:
+                initial = _initial(tensor)
+                told = (f"{steps[0]}.{name}", tuple(tensor.shape), None, True, initial)
+                listed.items[name] = ParameterPart(*told)
+        return listed
 
     def _literal(self, tensor: torch.Tensor) -> Any:
         if tensor.ndim == 0:
             return tensor.item()
+        if not tensor.dtype.is_floating_point:
+            raise self.refusal(f"it uses a constant of {tensor.dtype}, which is not supported")
         if tensor.numel() > 64:
             raise self.refusal(
                 f"it uses a constant of {tensor.numel():,} numbers that is neither a parameter nor "
-                f"a buffer. Register it with register_buffer"
+                f"a persistent buffer. Register it with register_buffer"
             )
-        shape, first = tuple(tensor.shape), self.listed[0].name
-        code = Code(f"jnp.array({tensor.tolist()!r}, {first}.dtype)")
+        shape = tuple(tensor.shape)
+        code = Code(f"jnp.array({tensor.tolist()!r}, {self.dtype})")
         return Value(code, shape, axes.torch_order(len(shape)), "constant")
 
-    def own(self, argument: Any) -> str | None:
+    def own(self, node: Any) -> str | None:
         """The name of a parameter or buffer of this module that nothing else has used yet."""
-        part = self.parameters.get(self.number(argument)) if argument is not None else None
-        used_once = part is not None and len(argument.users) == 1
-        return part.name if part is not None and used_once and part.order is None else None
+        if node is None:
+            return None
+        part = self.parameters.get(self.number(node))
+        if part is None or len(node.users) != 1 or part.order is not None:
+            return None
+        return part.name
 
     def synthesised(self, layer: Layer, hint: str, names: Sequence[str]) -> str:
         """Puts a layer in the place of tensors that the forward pass used by itself.
@@ -384,6 +424,20 @@ class BodyReader(Values):
             name = f"{hint}{number}"
         self.body.parts[name] = LayerPart(layer, f"{self.body.path}." if self.body.path else "")
         return name
+
+
+def _refuse_tied(module: torch.nn.Module, body: Body) -> None:
+    """Two modules that hold one parameter would train apart."""
+    held = dict(module.named_parameters(remove_duplicate=False))
+    seen: dict[int, str] = {}
+    for one in tensors_of(body.parts):
+        other = seen.setdefault(id(held[one.key]), one.key) if one.key in held else one.key
+        if other != one.key:
+            raise InputError(
+                f"{type(module).__name__} cannot be ported: {other} and {one.key} are one "
+                f"parameter of two modules, and each would have its own in Flax. Call one module "
+                f"twice, or give the second one a parameter of its own."
+            )
 
 
 def _initial(tensor: torch.Tensor) -> str:

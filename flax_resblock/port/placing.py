@@ -11,7 +11,7 @@ from flax_resblock.errors import InputError
 from flax_resblock.port import axes
 from flax_resblock.port.axes import Order, Shape
 from flax_resblock.port.parts import ParameterPart
-from flax_resblock.port.tracing import where
+from flax_resblock.port.tracing import FromBatch, where
 from flax_resblock.port.values import ATOM, BATCH, SAME, Code, Constant, Value, source
 
 
@@ -24,6 +24,7 @@ class Values:
         self.env: dict[Any, Any] = {}
         self.node: Any = None
         self.parameters: dict[Value, ParameterPart] = {}
+        self.listed: list[Value] = []
 
     def refusal(self, why: str) -> InputError:
         """An error with the place in the user's code."""
@@ -53,11 +54,28 @@ class Values:
         hint: str = "x",
     ) -> Value:
         """A value that this code computes."""
+        holes = [self._constant(hole) for hole in holes]
         code = Code(text, tuple(source(hole) for hole in holes), binding)
         line = where(self.node) if self.node is not None else ""
         made = Value(code, tuple(shape), tuple(order), hint, line)
         self.values.append(made)
         return made
+
+    def _constant(self, hole: Any) -> Any:
+        """The hole, or code for the size of the batch in it."""
+        if not isinstance(hole, Constant):
+            return hole
+        inside = hole.value if isinstance(hole.value, (tuple, list)) else [hole.value]
+        if not any(isinstance(one, FromBatch) for one in inside):
+            return hole
+        if hole.value == BATCH:
+            return Code(f"{{{ATOM}}}.shape[0]", (self._with_batch(),))
+        raise self.refusal("it computes with a number that depends on the size of the batch")
+
+    @property
+    def dtype(self) -> str:
+        """Code for the dtype of the network: that of its input."""
+        return f"{self.listed[0].name}.dtype"
 
     def bring(self, value: Value, order: Order) -> Value:
         """The value with its axes in this order."""

@@ -36,11 +36,13 @@ class Traced:
       live: The module, in evaluation mode.
       graphs: The module again, with a graph for each submodule.
       out_spec: How its outputs are put together, a pytree.
+      dtype: Of its input.
     """
 
     live: torch.nn.Module
     graphs: torch.nn.Module
     out_spec: Any
+    dtype: torch.dtype
 
 
 def trace(module: torch.nn.Module, images: Sequence[torch.Tensor]) -> Traced:
@@ -53,7 +55,7 @@ def trace(module: torch.nn.Module, images: Sequence[torch.Tensor]) -> Traced:
       InputError: The module does what cannot be traced, or changes a part of a tensor in place.
     """
     batch = torch.export.Dim.DYNAMIC
-    with _quiet():
+    with _quiet(), _no_custom_gradients(type(module).__name__):
         try:
             program = torch.export.export(
                 module,
@@ -61,11 +63,13 @@ def trace(module: torch.nn.Module, images: Sequence[torch.Tensor]) -> Traced:
                 dynamic_shapes=tuple({0: batch} for _ in images),
                 strict=False,
             )
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(_why_not(module, error)) from error
         _check_in_place(program, type(module).__name__)
         graphs = torch.export.unflatten(program)
-    return Traced(module, graphs, program.call_spec.out_spec)
+    return Traced(module, graphs, program.call_spec.out_spec, images[0].dtype)
 
 
 @contextmanager
@@ -81,6 +85,28 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+@contextmanager
+def _no_custom_gradients(name: str) -> Iterator[None]:
+    """Refuses functions that define their own gradient, of which a trace shows the value alone."""
+    function: Any = torch.autograd.Function
+    before = vars(function)["apply"]
+
+    def apply(cls: Any, *_: Any, **__: Any) -> Any:
+        frames = [one for one in traceback.extract_stack()[:-1] if _is_own(one.filename)]
+        place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        raise InputError(
+            f"{name} cannot be ported: it uses {cls.__qualname__}{place}, a "
+            f"torch.autograd.Function, whose gradient is written by hand. Write it with PyTorch's "
+            f"own operators, which have the gradient that belongs to them."
+        )
+
+    function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        function.apply = before
+
+
 def shape_of(node: Any) -> tuple[int, ...]:
     """The shape of what a node computes, with :data:`BATCH` for the size of the batch."""
     return tuple(size_of(size) for size in node.meta["val"].shape)
@@ -92,6 +118,20 @@ def size_of(size: Any) -> int:
         return size
     expression = size.node.expr
     return int(expression.subs(dict.fromkeys(expression.free_symbols, BATCH)))
+
+
+class FromBatch(float):
+    """A number that is computed from the size of the batch, and is no constant of the code.
+
+    Its value is what it is for a batch of :data:`BATCH`."""
+
+
+def number_of(number: Any) -> int | float:
+    """A number that code computes from sizes."""
+    expression = number.node.expr
+    if not expression.free_symbols:
+        return number.node.pytype(expression)
+    return FromBatch(expression.subs(dict.fromkeys(expression.free_symbols, BATCH)))
 
 
 def where(node: Any) -> str:

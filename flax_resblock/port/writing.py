@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 from flax_resblock.port.parts import Body
 from flax_resblock.port.values import Code, Value, Writer, needed_values, source
@@ -118,7 +119,7 @@ def _loops(order: Sequence[Value], body: Body) -> dict:
         items = getattr(part, "items", {})
         row = len(chain) == len(items) > 1 and all(
             later.code.holes == (earlier,) and earlier.uses == 1
-            for earlier, later in zip(chain, chain[1:], strict=False)
+            for earlier, later in pairwise(chain)
         )
         if row:
             found.update(dict.fromkeys(chain[:-1]))

@@ -17,7 +17,7 @@ from flax_resblock.port.operators import (
     shapes,
 )
 from flax_resblock.port.operators.rules import RULES, name_of
-from flax_resblock.port.tracing import size_of
+from flax_resblock.port.tracing import number_of
 from flax_resblock.port.values import Value
 
 __all__ = [
@@ -42,13 +42,15 @@ def apply_operator(reader: Any, node: Any) -> Any:
     """
     if node.target is operator.getitem:
         return _item(reader, *node.args)
-    if isinstance(node.meta.get("val"), int | float | bool) or hasattr(
-        node.meta.get("val"), "node"
-    ):
-        return size_of(node.meta["val"])  # arithmetic with sizes
+    made = node.meta.get("val")
+    if isinstance(made, int | float | bool):
+        return made
+    if hasattr(made, "node"):
+        return number_of(made)
     name = name_of(node)
-    if name.endswith("_") and not name.startswith("_"):
-        name = name[:-1]
+    kind = getattr(made, "dtype", None)
+    if kind is not None and kind.is_floating_point and kind != reader.reader.traced.dtype:
+        raise reader.refusal(f"it casts to {kind}, which fixes a precision ({node.target})")
     if name not in RULES:
         raise reader.refusal(
             f"the operator {node.target} is not supported. Write it with operators that the "
@@ -59,4 +61,9 @@ def apply_operator(reader: Any, node: Any) -> Any:
 
 def _item(b: Any, sequence: Any, index: int) -> Any:
     found = b.number(sequence)
-    return found.items[index] if isinstance(found, Value) else found[index]
+    items = found.items if isinstance(found, Value) else found
+    if items is None:
+        raise b.refusal("it takes an item of what is no sequence")
+    if items[index] is None and b.node.users:
+        raise b.refusal("it uses the indices of the largest or smallest values")
+    return items[index]

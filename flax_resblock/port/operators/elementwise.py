@@ -13,7 +13,7 @@ from flax_resblock.port.axes import Shape
 from flax_resblock.port.layers import Inputs, Layer
 from flax_resblock.port.operators.rules import RULES, Rule, name_of, rule, word
 from flax_resblock.port.placing import Values
-from flax_resblock.port.values import ATOM, PRODUCT, SUM, Constant, Value
+from flax_resblock.port.values import ANY, ATOM, PRODUCT, SUM, Constant, Value
 
 
 def _unary(text: str, binding: int = ATOM) -> Rule:
@@ -49,10 +49,15 @@ for _name, _text in {
     "floor": "jnp.floor({})",
     "ceil": "jnp.ceil({})",
     "square": "jnp.square({})",
+    "sign": "jnp.sign({})",
+    "log1p": "jnp.log1p({})",
+    "expm1": "jnp.expm1({})",
+    "logical_not": "~{3}",
+    "bitwise_not": "~{3}",
     "reciprocal": "1 / {3}",
     "neg": "-{3}",
 }.items():
-    RULES[_name] = _unary(_text, PRODUCT if _text[0] in "1-" else ATOM)
+    RULES[_name] = _unary(_text, PRODUCT if _text[0] in "1-~" else ATOM)
 
 
 def _with_numbers(call: str, defaults: dict[str, Any]) -> Rule:
@@ -61,7 +66,7 @@ def _with_numbers(call: str, defaults: dict[str, Any]) -> Rule:
     def apply(b: Values, node: Any, x: Any, *numbers: Any, **named: Any) -> Value:
         given = {**dict(zip(defaults, numbers, strict=False)), **named}
         shown = {k: v for k, v in given.items() if k in defaults and v != defaults[k]}
-        value = b.value(x)
+        value = b.settled(b.value(x))
         text = "".join(f", {name}={{}}" for name in shown)
         holes = [Constant(number, name) for name, number in shown.items()]
         return b.new(f"nn.{call}({{}}{text})", (value, *holes), value.shape, value.order, hint=call)
@@ -86,14 +91,14 @@ def _elu(b: Values, node: Any, x: Any, alpha: Any = 1, scale: Any = 1, inner: An
 
 @rule("gelu")
 def _gelu(b: Values, node: Any, x: Any, approximate: str = "none") -> Value:
-    value = b.value(x)
+    value = b.settled(b.value(x))
     text = "nn.gelu({}, approximate=True)" if approximate == "tanh" else "nn.gelu({})"
     return b.new(text, (value,), value.shape, value.order, hint="gelu")
 
 
 @rule("prelu")
 def _prelu(b: Any, node: Any, x: Any, weight: Any) -> Value:
-    value, name = b.value(x), b.own(weight)
+    value, name = b.settled(b.value(x)), b.own(weight)
     slope = b.value(weight)
     if name is not None:
         layer = Layer(
@@ -110,7 +115,9 @@ def _clamp(b: Values, node: Any, x: Any, low: Any = None, high: Any = None, **na
     low, high = named.get("min", low), named.get("max", high)
     if "clamp_max" in str(node.target):
         low, high = None, low if high is None else high
-    value = b.value(x)
+    value = b.settled(b.value(x))
+    if any(isinstance(b.number(limit), Value) for limit in (low, high)):
+        raise b.refusal("clamp with tensors as limits is not supported; use torch.maximum")
     holes: list[Any] = [value, *(Constant(one, "limit") for one in (low, high) if one is not None)]
     text = "nn.clamp({}" + (", min={}" if low is not None else "")
     text += (", max={}" if high is not None else "") + ")"
@@ -202,7 +209,8 @@ def _addcmul(b: Values, node: Any, x: Any, left: Any, right: Any, *, value: Any 
 def _pow(b: Values, node: Any, x: Any, exponent: Any) -> Value:
     value, power = b.number(x), b.number(exponent)
     if not isinstance(value, Value) or isinstance(power, Value):
-        raise b.refusal("a power with a tensor as exponent is not supported")
+        operands, shape, order = together(b, (value, power))
+        return b.new("{3} ** {3}", operands, shape, order, binding=PRODUCT, hint="power")
     return b.new(
         "{3} ** {}", (value, Constant(power, "power")), value.shape, value.order,
         binding=PRODUCT, hint="power",
@@ -217,7 +225,32 @@ def _of_two(call: str) -> Rule:
     return apply
 
 
-RULES["maximum"], RULES["minimum"] = _of_two("nn.maximum"), _of_two("nn.minimum")
+RULES["maximum"], RULES["minimum"] = _of_two("jnp.maximum"), _of_two("jnp.minimum")
+
+_COMPARISONS = {"gt": ">", "lt": "<", "ge": ">=", "le": "<=", "eq": "==", "ne": "!="}
+_BOTH = {"logical_and": "&", "logical_or": "|", "bitwise_and": "&", "bitwise_or": "|"}
+
+
+@rule(*_COMPARISONS, *_BOTH)
+def _comparison(b: Values, node: Any, left: Any, right: Any) -> Value:
+    sign = {**_COMPARISONS, **_BOTH}[name_of(node)]
+    operands, shape, order = together(b, (b.number(left), b.number(right)))
+    return b.new(f"{{1}} {sign} {{1}}", operands, shape, order, binding=ANY, hint="mask")
+
+
+@rule("where")
+def _where(b: Values, node: Any, condition: Any, yes: Any = None, no: Any = None) -> Value:
+    if yes is None or no is None:
+        raise b.refusal("torch.where with a condition alone gives indices, which depend on values")
+    operands = (b.number(condition), b.number(yes), b.number(no))
+    fitted, shape, order = together(b, operands)
+    return b.new("jnp.where({}, {}, {})", fitted, shape, order, hint="chosen")
+
+
+@rule("masked_fill")
+def _masked_fill(b: Values, node: Any, x: Any, mask: Any, amount: Any) -> Value:
+    fitted, shape, order = together(b, (b.number(mask), b.number(amount), b.value(x)))
+    return b.new("jnp.where({}, {}, {})", fitted, shape, order, hint="filled")
 
 
 @rule("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")

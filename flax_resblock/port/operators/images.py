@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flax_resblock.port import axes
-from flax_resblock.port.operators.rules import RULES, Rule, name_of, plain_size, rule
+from flax_resblock.port.operators.rules import RULES, Rule, name_of, plain_size, rule, several
 from flax_resblock.port.placing import Values
 from flax_resblock.port.tracing import shape_of, size_of
 from flax_resblock.port.values import Constant, Value
@@ -50,11 +50,8 @@ def _adaptive_max(b: Values, node: Any, x: Any, size: Any) -> Value:
     value = b.bring(value, axes.channels_last(len(value.shape)))
     shape = tuple(size_of(one) for one in node.meta["val"][0].shape)
     holes = (value, Constant(plain_size(size), "size"))
-    whole = b.new("{}", (value,), (), ())
-    whole.items = [
-        b.new("nn.adaptive_max_pool({}, {})", holes, shape, value.order, hint="pooled"), None
-    ]  # fmt: skip
-    return whole
+    pooled = b.new("nn.adaptive_max_pool({}, {})", holes, shape, value.order, hint="pooled")
+    return several(b, [pooled, None])
 
 
 @rule("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "zero_pad2d")
@@ -105,12 +102,7 @@ def _upsample(b: Values, node: Any, x: Any, size: Any, *rest: Any) -> Value:
     align = "nearest" not in mode and bool(rest[0])
     scales = rest[-1] if rest and isinstance(rest[-1], (list, tuple)) else None
     if size is not None or scales is None:
-        spatial = tuple(value.shape[2:])
-        target = tuple(shape_of(node)[2:])
-        same = all(new % old == 0 for new, old in zip(target, spatial, strict=True))
-        factors = {new // old for new, old in zip(target, spatial, strict=True)} if same else set()
-        del factors
-        text, holes = "size={}", [Constant(target, "size")]
+        text, holes = "size={}", [Constant(tuple(shape_of(node)[2:]), "size")]
     else:
         text, holes = "scale_factor={}", [Constant(plain_size(scales), "scale_factor")]
     text = f"nn.interpolate({{}}, {text}, mode={mode.replace('_', '-')!r}"

@@ -52,14 +52,14 @@ def _other_norm(b: Any, node: Any, x: Any, *arguments: Any) -> Value:
     kind = name_of(node)
     value = b.value(x)
     rank = len(value.shape)
+    defaults = (None, None, None, 1e-5)
+    given: tuple[Any, ...] = (*arguments, *defaults[len(arguments) :])[:4]
     if kind == "group_norm":
-        groups, weight, bias, eps = (
-            (*arguments, None, None, 1e-5)[:4] if len(arguments) < 4 else arguments[:4]
-        )
+        groups, weight, bias, eps = given
         first: tuple[Any, ...] = (groups, value.shape[1])
         call = "GroupNorm"
     elif kind == "layer_norm":
-        shape, weight, bias, eps = (*arguments, *(None, None, 1e-5)[len(arguments) - 1 :])[:4]
+        shape, weight, bias, eps = given
         first = (plain_size(shape) if len(shape) == 1 else tuple(shape),)
         call = "LayerNorm"
         if len(shape) > 1:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from flax_resblock.port import axes
-from flax_resblock.port.operators.rules import RULES, along, name_of, rule
+from flax_resblock.port.axes import Shape
+from flax_resblock.port.operators.rules import RULES, along, name_of, rule, several
 from flax_resblock.port.placing import Values
-from flax_resblock.port.tracing import shape_of
-from flax_resblock.port.values import PRODUCT, Value
+from flax_resblock.port.tracing import shape_of, size_of
+from flax_resblock.port.values import PRODUCT, Constant, Value
 
 
 @rule("mean", "sum", "amax", "amin", "var", "std", "prod")
 def _reduce(b: Values, node: Any, x: Any, dims: Any = None, *rest: Any, **named: Any) -> Value:
     name = name_of(node)
     value = b.settled(b.value(x))
-    rank = len(value.shape)
     keepdim = named.get("keepdim", False)
     correction = named.get("correction", 1)
     if name in ("mean", "sum", "amax", "amin", "prod"):
@@ -24,17 +25,24 @@ def _reduce(b: Values, node: Any, x: Any, dims: Any = None, *rest: Any, **named:
         raise b.refusal(f"{name} in this form is not supported; name its axes")
     elif rest:
         correction, keepdim = int(bool(rest[0])), (rest[1] if len(rest) > 1 else keepdim)
+    corrected = correction if name in ("var", "std") else None
+    return _reduced(b, value, name, dims, keepdim, shape_of(node), corrected)
+
+
+def _reduced(
+    b: Values, value: Value, name: str, dims: Any, keep: bool, shape: Shape, correction: Any
+) -> Value:
+    rank = len(value.shape)
     dims = [dims] if isinstance(dims, int) else dims
     dims = [dim % rank for dim in dims] if dims else list(range(rank))
-    places = tuple(sorted(value.order.index(dim) for dim in dims))
-    axis: Any = places if len(places) > 1 else places[0]
-    axis = -1 if axis == rank - 1 else axis
+    places = sorted(value.order.index(dim) for dim in dims)
+    axis = tuple(places) if len(places) != 1 else along(b, value, dims[0])
     call = {"amax": "jnp.max", "amin": "jnp.min"}.get(name, f"jnp.{name}")
     text = f"{call}({{}}, axis={axis}" if len(dims) < rank else f"{call}({{}}"
-    text += f", ddof={correction}" if name in ("var", "std") and correction else ""
-    text += ", keepdims=True)" if keepdim else ")"
-    order = value.order if keepdim else axes.without(value.order, dims)
-    return b.new(text, (value,), shape_of(node), order, hint=name)
+    text += f", ddof={correction}" if correction else ""
+    text += ", keepdims=True)" if keep else ")"
+    order = value.order if keep else axes.without(value.order, dims)
+    return b.new(text, (value,), shape, order, hint=name)
 
 
 @rule("max", "min")
@@ -42,12 +50,36 @@ def _extreme(b: Values, node: Any, x: Any, *rest: Any, **named: Any) -> Any:
     name = "amax" if ".max" in str(node.target) else "amin"
     if rest and isinstance(b.number(rest[0]), Value):
         return RULES["maximum" if name == "amax" else "minimum"](b, node, x, rest[0])
+    value = b.settled(b.value(x))
     if not rest:
-        value = b.settled(b.value(x))
         return b.new(f"jnp.{name[1:]}({{}})", (value,), (), (), hint=name)
-    raise b.refusal(
-        f"torch.{name[1:]} with an axis gives indices too; write torch.{name}(x, dim, keepdim)"
-    )
+    dim, *more = rest
+    keep = more[0] if more else named.get("keepdim", False)
+    dim %= len(value.shape)
+    call = "nn.maximum_along" if name == "amax" else "nn.minimum_along"
+    text = f"{call}({{}}, axis={along(b, value, dim)}" + (", keepdims=True)" if keep else ")")
+    order = value.order if keep else axes.without(value.order, [dim])
+    shape = tuple(size_of(size) for size in node.meta["val"][0].shape)
+    return several(b, [b.new(text, (value,), shape, order, hint=name), None])
+
+
+@rule("var_mean", "std_mean")
+def _moments(b: Values, node: Any, x: Any, *rest: Any, **named: Any) -> Value:
+    spread = name_of(node).partition("_")[0]
+    value = b.settled(b.value(x))
+    keep = named.get("keepdim", False)
+    if rest and isinstance(rest[0], bool):
+        raise b.refusal(f"{name_of(node)} in this form is not supported; name its axes")
+    dims, *more = rest or (None,)
+    correction = named.get("correction", 1)
+    if more:
+        correction, keep = int(bool(more[0])), more[1] if len(more) > 1 else keep
+    shape = tuple(size_of(size) for size in node.meta["val"][0].shape)
+    both = [
+        _reduced(b, value, call, dims, keep, shape, correction if call == spread else None)
+        for call in (spread, "mean")
+    ]
+    return several(b, both)
 
 
 @rule("linalg_vector_norm", "norm")
@@ -91,3 +123,39 @@ def _matmul(b: Values, node: Any, left: Any, right: Any) -> Value:
     return b.new(
         "{2} @ {3}", operands, shape, axes.torch_order(len(shape)), binding=PRODUCT, hint="product"
     )
+
+
+@rule("einsum")
+def _einsum(b: Values, node: Any, equation: str, tensors: Sequence[Any], **_: Any) -> Value:
+    values = [b.settled(b.value(one)) for one in tensors]
+    inputs, _arrow, output = equation.replace(" ", "").partition("->")
+    letters = inputs.split(",")
+    if "." in equation:
+        raise b.refusal("einsum with an ellipsis is not supported; name all axes")
+    if not _arrow:
+        output = "".join(sorted(one for one in set(inputs) - {","} if inputs.count(one) == 1))
+    order = axes.channels_last(len(output))
+    for value in values:
+        b.bring(value, value.order)
+    ours = [
+        "".join(names[axis] for axis in value.order)
+        for names, value in zip(letters, values, strict=True)
+    ]
+    result = "".join(output[axis] for axis in order)
+    text = f'jnp.einsum("{",".join(ours)}->{result}", {", ".join("{}" for _ in values)})'
+    return b.new(text, values, shape_of(node), order, hint="product")
+
+
+@rule("scaled_dot_product_attention")
+def _attention(
+    b: Values, node: Any, query: Any, key: Any, value: Any, mask: Any = None, rate: float = 0.0,
+    causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> Value:  # fmt: skip
+    if mask is not None or rate or causal or enable_gqa:
+        raise b.refusal("attention with a mask or dropout is not supported")
+    values = [b.value(one) for one in (query, key, value)]
+    order = axes.torch_order(len(values[0].shape))
+    values = [b.bring(one, order) for one in values]
+    text = "nn.scaled_dot_product_attention({}, {}, {}" + (", scale={})" if scale else ")")
+    holes = [*values, Constant(scale, "scale")] if scale else values
+    return b.new(text, holes, shape_of(node), order, hint="attended")

@@ -40,6 +40,13 @@ def along(b: Values, value: Value, dim: Any) -> int:
     return -1 if place == len(value.shape) - 1 else place
 
 
+def several(b: Values, items: list[Any]) -> Value:
+    """What an operator with several results returns; None stands for indices."""
+    whole = b.new("{}", (items[0],), (), ())
+    whole.items = items
+    return whole
+
+
 def plain_size(size: Any) -> Any:
     """``[3, 3]`` as 3."""
     if isinstance(size, (tuple, list)):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from flax_resblock.port import axes
-from flax_resblock.port.operators.rules import along, rule
+from flax_resblock.port.operators.rules import along, name_of, rule
 from flax_resblock.port.placing import Values
 from flax_resblock.port.tracing import shape_of, size_of
 from flax_resblock.port.values import Constant, Value
@@ -28,6 +30,9 @@ def _same(b: Values, node: Any, x: Any, *_: Any, **__: Any) -> Any:
         )
     source = getattr(x, "meta", {}).get("val")
     if isinstance(found, Value) and source is not None and source.dtype != node.meta["val"].dtype:
+        if source.dtype == torch.bool and node.meta["val"].dtype.is_floating_point:
+            text = f"{{3}}.astype({b.dtype})"
+            return b.new(text, (found,), found.shape, found.order, hint=found.hint)
         raise b.refusal(f"it casts to {node.meta['val'].dtype}, which fixes a precision")
     return found
 
@@ -50,6 +55,45 @@ def _transpose(b: Values, node: Any, x: Any, first: int = 0, second: int = 1) ->
     first, second = first % len(dims), second % len(dims)
     dims[first], dims[second] = dims[second], dims[first]
     return b.transposed(value, dims)
+
+
+@rule("zeros", "new_zeros", "zeros_like", "ones", "new_ones", "ones_like")
+@rule("full", "new_full", "full_like")
+def _filled(b: Values, node: Any, like: Any, *rest: Any, **_: Any) -> Value:
+    name, shape = name_of(node), shape_of(node)
+    if not node.meta["val"].dtype.is_floating_point:
+        raise b.refusal(f"{name} of {node.meta['val'].dtype} is not supported")
+    kind = name.removeprefix("new_").removesuffix("_like")
+    amount = f", {b.number(rest[-1])!r}" if kind == "full" else ""
+    if name.endswith("_like"):
+        value = b.settled(b.value(like))
+        return b.new(f"jnp.{name}({{}}{amount})", (value,), shape, value.order, hint=kind)
+    order = axes.channels_last(len(shape))
+    text, holes = b.sizes(tuple(shape[axis] for axis in order), None)
+    return b.new(f"jnp.{kind}(({text}){amount}, {b.dtype})", holes, shape, order, hint=kind)
+
+
+@rule("repeat", "tile")
+def _repeat(b: Values, node: Any, x: Any, times: Sequence[Any]) -> Value:
+    value, shape = b.settled(b.value(x)), shape_of(node)
+    value = b.reshaped(value, (1,) * (len(shape) - len(value.shape)) + value.shape)
+    if all(have in (1, want) for have, want in zip(value.shape, shape, strict=True)):
+        made = b.relabelled_plain(value)
+        made.expanded = shape
+        return made
+    ours = tuple(size_of(times[axis]) for axis in value.order)
+    holes = (value, Constant(ours, "times"))
+    return b.new("jnp.tile({}, {})", holes, shape, value.order, hint=value.hint)
+
+
+@rule("repeat_interleave")
+def _repeat_interleave(b: Values, node: Any, x: Any, times: Any, dim: Any = None) -> Value:
+    value = b.settled(b.value(x))
+    if dim is None or not isinstance(times, int):
+        raise b.refusal("repeat_interleave needs a number and an axis")
+    text = f"jnp.repeat({{}}, {{}}, axis={along(b, value, dim)})"
+    holes = (value, Constant(times, "times"))
+    return b.new(text, holes, shape_of(node), value.order, hint=value.hint)
 
 
 @rule("expand", "expand_as", "broadcast_to")

@@ -1,0 +1,232 @@
+"""Networks as people write them, against the Flax code that they are ported to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from flax import nnx
+
+from flax_resblock.nn.variables import fill, flat_arrays
+from flax_resblock.parity.module_run import randomise
+from flax_resblock.port import axes
+from flax_resblock.port.body import Reader
+from flax_resblock.port.classes import classes_of
+from flax_resblock.port.network import executed
+from flax_resblock.port.parts import tensors_of
+from flax_resblock.port.source import source_of
+from flax_resblock.port.tracing import trace
+from flax_resblock.port.values import BATCH
+from parity_tests.port_networks import IMAGE, NETWORKS
+
+LIMIT = 1e-12
+FLOOR = 1e-2
+"""A gradient is compared relative to itself, or to this share of the largest one: that of a bias
+in front of a norm is zero but for rounding."""
+
+CASES = [pytest.param(*case, id=name) for name, case in NETWORKS.items()]
+
+
+@dataclass
+class Ported:
+    """A module, the code that it becomes, and the table of its tensors."""
+
+    module: torch.nn.Module
+    source: str
+    name: str
+    tensors: list[Any]
+
+    def flax(self) -> nnx.Module:
+        made = getattr(executed(self.source, f"ported_{self.name.lower()}"), self.name)
+        model = nnx.eval_shape(lambda: made(rngs=nnx.Rngs(0)))
+        state = state_of(self.module)
+        fill(model, {one.path: one.codec.to_flax(state[one.key]) for one in self.tensors})
+        for place, (_, node) in enumerate(nnx.iter_graph(model)):
+            if isinstance(node, nnx.RngKey):
+                node.set_value(jax.random.key(place))
+            elif isinstance(node, nnx.RngCount):
+                node.set_value(jnp.zeros((), jnp.uint32))
+        return model
+
+
+def ported(build: Any, shapes: Any) -> Ported:
+    torch.manual_seed(0)
+    module = build().double().eval()
+    randomise(module)
+    inputs = [torch.randn(2, *shape, dtype=torch.float64) for shape in shapes]
+    reader = Reader(trace(module, inputs))
+    orders = [axes.channels_last(1 + len(shape)) for shape in shapes]
+    body = reader.body(
+        "", [((BATCH, *shape), one) for shape, one in zip(shapes, orders, strict=True)]
+    )
+    classes = classes_of(reader, body)
+    return Ported(module, source_of(classes, "Ported."), classes[-1].name, tensors_of(body.parts))
+
+
+def state_of(module: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {key: value.detach().numpy().copy() for key, value in module.state_dict().items()}
+
+
+def leaves(result: Any) -> Iterator[Any]:
+    if isinstance(result, Mapping):
+        result = list(result.values())
+    if isinstance(result, (tuple, list)):
+        for one in result:
+            yield from leaves(one)
+    else:
+        yield result
+
+
+def channels_last(tensor: torch.Tensor) -> np.ndarray:
+    array = tensor.detach().numpy()
+    return np.moveaxis(array, 1, -1) if array.ndim > 2 else array
+
+
+def error(have: Any, want: np.ndarray, floor: float = 0.0) -> float:
+    have = np.asarray(have)
+    assert have.shape == want.shape
+    return float(np.abs(have - want).max() / max(np.abs(want).max(), floor, 1e-300))
+
+
+@dataclass
+class Run:
+    """What a network computed in training mode, and in evaluation mode before."""
+
+    evaluated: list[np.ndarray]
+    trained: list[np.ndarray]
+    statistics: dict[str, np.ndarray]
+    gradients: dict[str, np.ndarray]
+
+
+def run_torch(case: Ported, inputs: list[torch.Tensor], weights: list[np.ndarray]) -> Run:
+    module = case.module
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    with torch.no_grad():
+        evaluated = [channels_last(one) for one in leaves(module.eval()(*inputs))]
+    with mock.patch.object(F, "dropout", lambda x, *_, **__: x):
+        trained = list(leaves(module.train()(*inputs)))
+    loss = sum(
+        (one * torch.from_numpy(np.moveaxis(w, -1, 1) if w.ndim > 2 else w)).sum()
+        for one, w in zip(trained, weights, strict=True)
+    )
+    assert isinstance(loss, torch.Tensor)
+    module.zero_grad()
+    loss.backward()
+    gradients = {
+        key: one.grad.numpy() for key, one in module.named_parameters() if one.grad is not None
+    }
+    statistics = {
+        key: value.numpy().copy()
+        for key, value in module.state_dict().items()
+        if "running" in key or "num_batches" in key
+    }
+    module.load_state_dict(before)
+    return Run(evaluated, [channels_last(one) for one in trained], statistics, gradients)
+
+
+def run_flax(case: Ported, model: nnx.Module, inputs: Any, weights: Any) -> Run:
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def both(params: Any) -> Any:
+        network: Any = nnx.merge(graph, params, rest, copy=True)
+        network.eval()
+        evaluated = list(leaves(network(*inputs)))
+        network.train()
+        for _, one in nnx.iter_modules(network):
+            if isinstance(one, nnx.Dropout):
+                one.rate = 0.0
+        trained = list(leaves(network(*inputs)))
+        loss = sum(jnp.sum(one * w) for one, w in zip(trained, weights, strict=True))
+        return loss, (evaluated, trained, nnx.state(network, nnx.BatchStat))
+
+    gradients, (evaluated, trained, after) = jax.jit(jax.grad(both, has_aux=True))(params)
+    gradients = dict(nnx.to_flat_state(gradients))
+    after = dict(nnx.to_flat_state(after))
+    back = {one.path: one for one in case.tensors if one.path is not None}
+
+    def by_key(found: Mapping[Any, Any]) -> dict[str, np.ndarray]:
+        return {
+            back[path].key: back[path].codec.to_torch(np.asarray(value[...]))
+            for path, value in found.items()
+        }
+
+    return Run(evaluated, trained, by_key(after), by_key(gradients))
+
+
+def compare(case: Ported, model: nnx.Module, shapes: Any) -> dict[str, float]:
+    """The largest errors of outputs, running statistics and gradients."""
+    rng = np.random.default_rng(1)
+    inputs = [torch.from_numpy(rng.standard_normal((3, *shape))) for shape in shapes]
+    arrays = [jnp.asarray(channels_last(one)) for one in inputs]
+    with torch.no_grad():
+        weights = [
+            rng.standard_normal(channels_last(one).shape) for one in leaves(case.module(*inputs))
+        ]
+    torch_run = run_torch(case, inputs, weights)
+    flax_run = run_flax(case, model, arrays, weights)
+    assert flax_run.gradients.keys() >= torch_run.gradients.keys()
+    top = max(float(np.abs(one).max()) for one in torch_run.gradients.values())
+    stats = torch_run.statistics
+    return {
+        "evaluation": max(map(error, flax_run.evaluated, torch_run.evaluated)),
+        "training": max(map(error, flax_run.trained, torch_run.trained)),
+        "statistics": max(
+            (error(flax_run.statistics[key], stats[key]) for key in stats), default=0
+        ),
+        "gradients": max(
+            error(flax_run.gradients[key], one, FLOOR * top)
+            for key, one in torch_run.gradients.items()
+        ),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize(("build", "shapes"), CASES)
+def test_a_ported_network_computes_and_learns_the_same(build: Any, shapes: Any) -> None:
+    case = ported(build, shapes)
+    model = case.flax()
+    errors = compare(case, model, shapes)
+    assert max(errors.values()) <= LIMIT, errors
+    arrays, state = flat_arrays(model), state_of(case.module)
+    assert arrays.keys() == {one.path for one in case.tensors}
+    for one in case.tensors:
+        back = one.codec.to_torch(arrays[one.path])
+        assert back.tobytes() == np.ascontiguousarray(state[one.key]).tobytes()
+        assert back.shape == state[one.key].shape
+    assert state.keys() - {one.key for one in case.tensors} <= {"unused.weight", "unused.bias"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "quantity"),
+    [
+        ("stride=2", "stride=2, padding_mode='circular'", "evaluation"),
+        ("nn.BatchNorm(8", "nn.BatchNorm(8, momentum=0.11", "statistics"),
+        ("nn.relu", "nn.silu", "evaluation"),
+    ],
+)
+def test_one_changed_number_is_noticed(old: str, new: str, quantity: str) -> None:
+    case = ported(*NETWORKS["flat_sequential"])
+    assert old in case.source
+    case.source = case.source.replace(old, new, 1)
+    assert compare(case, case.flax(), IMAGE)[quantity] > 1e-4
+
+
+def test_a_gradient_at_ties_is_noticed() -> None:
+    case = ported(*NETWORKS["cbam"])
+    assert "nn.maximum_along(" in case.source
+    case.source = case.source.replace("nn.maximum_along(", "jnp.max(")
+    errors = compare(case, case.flax(), IMAGE)
+    assert errors["evaluation"] <= LIMIT < 1e-4 < errors["gradients"]
