@@ -74,13 +74,14 @@ _MODULES = {
     "nn.resnet": ("ResNet", "create"),
     "port.folder": ("load_ported", "ported_state_dict"),
     "port.network": ("PortedNetwork",),
-    "port.porting": ("port",),
     "io": ("from_torch", "load", "load_run", "save", "to_torch"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "port":  # a package that can be called, so that it is not replaced by a function
+        return importlib.import_module("flax_resblock.port")
     if name not in _HOME:
         raise AttributeError(f"module 'flax_resblock' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"flax_resblock.{_HOME[name]}"), name)

@@ -10,7 +10,7 @@ from typing import Any
 from flax_resblock.convert.codecs import AS_IS
 from flax_resblock.port import axes
 from flax_resblock.port.axes import Shape
-from flax_resblock.port.layers import Inputs, Layer
+from flax_resblock.port.layer import Inputs, Layer
 from flax_resblock.port.operators.rules import RULES, Rule, name_of, rule, word
 from flax_resblock.port.placing import Values
 from flax_resblock.port.values import ANY, ATOM, PRODUCT, SUM, Constant, Value

@@ -1,0 +1,398 @@
+"""`flax-resblock port`: what it writes is right, complete, and says what it was compared with."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from flax import nnx
+from torch import nn
+
+import flax_resblock
+from flax_resblock import InputError
+from flax_resblock.cli import run
+from flax_resblock.parity.certificate import recheck
+from flax_resblock.port import porting, proof
+from flax_resblock.port.network import executed
+from parity_tests.support import REPOSITORY, import_torchvision, python
+from parity_tests.wide_resnet import WideResNet
+
+CODE = '''
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Gate(nn.Module):
+    """Squeezes an image to a number for each channel."""
+
+    def __init__(self, planes):
+        super().__init__()
+        self.fc1 = nn.Linear(planes, 4)
+        self.fc2 = nn.Linear(4, planes)
+
+    def forward(self, x):
+        n, c = x.shape[:2]
+        y = torch.sigmoid(self.fc2(F.leaky_relu(self.fc1(x.mean((2, 3))), 0.2)))
+        return x * y.view(n, c, 1, 1).expand_as(x)
+
+
+class Net(nn.Module):
+    def __init__(self, classes=5, kernel=3):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, kernel, padding=kernel // 2)
+        self.norm = nn.BatchNorm2d(6, eps=1e-3)
+        self.gates = nn.ModuleList([Gate(6), Gate(6)])
+        self.never_used = Gate(3)
+        self.head = nn.Linear(6, classes)
+
+    def forward(self, x):
+        x = F.gelu(self.norm(self.stem(x)))
+        for gate in self.gates:
+            x = F.dropout(gate(x) + x, 0.5, self.training)
+        return self.head(F.max_pool2d(x, 2).amax((2, 3)))
+'''
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    """A file with a network, its weights, and the module; the current folder is theirs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gated.py").write_text(CODE)
+    module = imported(tmp_path / "gated.py").Net()
+    torch.save({"epoch": 3, "model": module.state_dict()}, tmp_path / "gated.pth")
+    return module
+
+
+def imported(path: Path):
+    spec = importlib.util.spec_from_file_location(f"at_{abs(hash(path))}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_command_writes_code_weights_and_certificate(network, tmp_path, capsys):
+    assert run(["port", "gated.py:Net", "gated.pth", "out"]) == 0
+    said = capsys.readouterr().out
+    assert "out/gated.py" in said
+    assert "training gradients" in said
+    assert "never_used.fc1.weight" in said
+
+    model = flax_resblock.load_ported("out", imported(tmp_path / "out" / "gated.py").Net)
+    images = torch.randn(3, 3, 19, 26) + 1
+    with torch.no_grad():
+        theirs = network.eval()(images).numpy()
+    ours = np.asarray(model(jnp.asarray(images.permute(0, 2, 3, 1).numpy())))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+    certificate = json.loads((tmp_path / "out" / "parity.json").read_text())
+    entry = certificate["outputs"]["weights.safetensors"]
+    assert entry["verification"]["compared_with"] == "gated.py:Net, your own module"
+    assert re.fullmatch("[0-9a-f]{64}", entry["source"]["module"]["sha256"])
+    assert re.fullmatch("[0-9a-f]{64}", entry["source"]["sha256"])
+    assert [one.status for one in recheck(tmp_path / "out" / "parity.json")] == ["unchanged"] * 2
+
+    code = tmp_path / "out" / "gated.py"
+    code.write_text(code.read_text().replace("slope=0.2", "slope=0.1"))
+    found = {one.output: one.status for one in recheck(tmp_path / "out" / "parity.json")}
+    assert found == {"weights.safetensors": "unchanged", "gated.py": "changed"}
+
+
+def test_the_state_dict_returns_bit_for_bit(network, tmp_path):
+    network.norm.running_mean.copy_(torch.randn(6))
+    torch.save(network.state_dict(), tmp_path / "gated.pth")
+    assert run(["port", "gated.py:Net", "gated.pth", "out"]) == 0
+    assert run(["convert", "out", "back.pth"]) == 0
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert list(back) == list(network.state_dict())
+    for key, value in network.state_dict().items():
+        assert torch.equal(back[key], value), key
+    fresh = imported(tmp_path / "gated.py").Net()
+    fresh.load_state_dict(back, strict=True)
+
+    model = flax_resblock.load_ported("out", imported(tmp_path / "out" / "gated.py").Net)
+    model.head.bias.set_value(model.head.bias[...] + 1)
+    trained = flax_resblock.ported_state_dict(model, "out")
+    np.testing.assert_array_equal(trained["head.bias"], network.head.bias.detach().numpy() + 1)
+    np.testing.assert_array_equal(
+        trained["never_used.fc1.bias"], network.never_used.fc1.bias.detach()
+    )
+
+
+def test_what_was_written_needs_no_torch(network, tmp_path):
+    assert run(["port", "gated.py:Net", "gated.pth", "out"]) == 0
+    code = """
+import sys
+sys.modules["torch"] = None
+import jax.numpy as jnp, flax_resblock
+from out.gated import Net
+model = flax_resblock.load_ported("out", Net)
+print(model(jnp.ones((2, 20, 20, 3))).shape)
+"""
+    done = python("-c", code, cwd=tmp_path, env=None)
+    assert done.stdout.strip() == "(2, 5)", done.stderr
+
+
+def test_an_edited_network_does_not_get_the_weights(network, tmp_path):
+    assert run(["port", "gated.py:Net", "gated.pth", "out"]) == 0
+    code = tmp_path / "out" / "gated.py"
+    code.write_text(code.read_text().replace("nn.Linear(6, 5", "nn.Linear(6, 4"))
+    with pytest.raises(InputError, match=r"not those of Net: head.bias, head.kernel differ"):
+        flax_resblock.load_ported("out", imported(code).Net)
+
+
+def test_the_module_is_left_as_it_was(network):
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    network.train()
+    state = torch.get_rng_state()
+    flax_resblock.port(network)
+    assert network.training
+    assert torch.equal(state, torch.get_rng_state())
+    for key, value in network.state_dict().items():
+        assert torch.equal(before[key], value), key
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "quantity"),
+    [
+        ("slope=0.2", "slope=0.25", "evaluation mode the output"),
+        ("eps=0.001", "eps=0.002", "evaluation mode the output"),
+        ("axis=(1, 2))", "axis=(1, 2)) + 1e-4", "evaluation mode the output"),
+        ("eps=0.001", "eps=0.001, momentum=0.2", "training mode running statistics of norm"),
+        ("nn.gelu(self.norm", "jax.lax.stop_gradient(self.norm", "evaluation mode the output"),
+        (") + x)", ") + jax.lax.stop_gradient(x))", "training mode gradients"),
+    ],
+)
+def test_a_wrong_translation_is_never_handed_out(network, monkeypatch, written, instead, quantity):
+    genuine = porting.source_of
+
+    def spoilt(*arguments, **options):
+        source = genuine(*arguments, **options)
+        changed = source.replace(written, instead)
+        assert changed != source
+        return changed
+
+    monkeypatch.setattr(porting, "source_of", spoilt)
+    with pytest.raises(InputError, match=f"cannot be ported: in {quantity}"):
+        flax_resblock.port(network)
+
+
+class OtherwiseInTraining(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return (x * 2 if self.training else x).mean((2, 3))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.lstm = nn.LSTM(4, 5)
+
+    def forward(self, x):
+        return self.lstm(self.conv(x).mean((2, 3))[None])[0][0]
+
+
+class ByValue(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        if x.mean() > 0:
+            return x
+        return -x
+
+
+class Volume(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.volume = nn.Conv3d(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        return self.volume(self.conv(x)[:, None])
+
+
+class IntoItsInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        x -= 0.5
+        return self.conv(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (OtherwiseInTraining, "in training mode .* only batch norm and dropout may differ"),
+        (Recurrent, "LSTM.*recurrent layers are not supported"),
+        (ByValue, r"depends on the values in a tensor at .*test_port.py:\d+ \(if x.mean\(\) > 0"),
+        (Volume, "Conv3d.*three spatial axes are not supported"),
+        (IntoItsInput, r"changes its input in place \(sub_\) at .*test_port.py:\d+ \(x -= 0.5\)"),
+    ],
+)
+def test_what_cannot_be_ported_is_refused_by_name(kind, text):
+    with pytest.raises(InputError, match=text):
+        flax_resblock.port(kind())
+
+
+def test_a_refusal_writes_nothing_and_ends_with_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["port", f"{__file__}:Recurrent", "out"]) == 2
+    assert "recurrent layers are not supported" in capsys.readouterr().err
+    assert run(["port", f"{__file__}:OtherwiseInTraining", "out"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+class SamePadding(nn.Module):
+    """Pads as TensorFlow does, by numbers that follow from the size of the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2)
+
+    def forward(self, x):
+        pads = [max((-(-n // 2) - 1) * 2 + 3 - n, 0) for n in x.shape[-2:]]
+        x = F.pad(x, [pads[1] // 2, pads[1] - pads[1] // 2, pads[0] // 2, pads[0] - pads[0] // 2])
+        return self.conv(x).mean((2, 3))
+
+
+def test_numbers_that_follow_from_the_size_bind_the_network_to_it():
+    ported = flax_resblock.port(SamePadding())
+    assert "images of 64x64 only: its code has numbers that follow from the size" in ported.notes[0]
+    model = ported.create()
+    assert model(jnp.ones((1, 64, 64, 3))).shape == (1, 4)
+    with pytest.raises(ValueError, match=r"ported for images of 64x64, not \(65, 65\)"):
+        model(jnp.ones((1, 65, 65, 3)))
+
+
+class WithDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.by_channel = nn.Dropout2d(0.25)
+
+    def forward(self, x):
+        return F.dropout(self.by_channel(self.conv(x)), 0.4, self.training)
+
+
+def test_dropout_has_the_rate_and_the_scale_of_the_module():
+    module = WithDropout()
+    nn.init.zeros_(module.conv.weight)
+    nn.init.ones_(module.conv.bias)
+    model = flax_resblock.port(module).create()
+    images = jnp.zeros((64, 16, 16, 3))
+    assert np.all(model(images) == 1)
+    model.train()
+    once, again = np.asarray(model(images)), np.asarray(model(images))
+    assert not np.array_equal(once, again)
+    kept = once != 0
+    np.testing.assert_allclose(once[kept], 1 / (0.75 * 0.6), rtol=1e-6)
+    channels = kept.any((1, 2))
+    assert abs(channels.mean() - 0.75) < 0.06
+    assert abs(kept.mean((1, 2))[channels].mean() - 0.6) < 0.02
+
+
+def test_nothing_is_transposed_without_a_flattened_map():
+    """A transpose of an image batch would be paid for at every step."""
+
+    def transposes(module: nn.Module) -> int:
+        model = flax_resblock.port(module).create()
+        images = jnp.ones((2, 64, 64, 3))
+        with flax_resblock.conv_lowering("xla"):
+            text = jax.jit(lambda x: model(x)).lower(images).as_text()
+        return len(re.findall(r"stablehlo.transpose", text))
+
+    assert transposes(WideResNet(depth=10, width=1)) == 0
+    flattening = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(31), nn.Flatten(), nn.Linear(16, 2))
+    assert transposes(flattening) == 1
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_figures_name_the_precision(network, exact):
+    figures = flax_resblock.port(network, exact=exact).figures
+    assert ("float64 training gradients" in figures) == exact
+    for name, figure in figures.items():
+        limit = 1e-12 if name.startswith("float64") else 1e-4
+        assert figure["error"] <= limit, name
+
+
+TORCHVISION = (
+    "squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v2", "mobilenet_v3_small", "mnasnet0_5",
+    "efficientnet_b0", "googlenet", "regnet_x_400mf", "resnet18",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_classifiers_of_torchvision_are_ported(name):
+    """Every named activation, running statistic and gradient, in float64; and the way back."""
+    torchvision = import_torchvision()
+    options = {"init_weights": False} if name == "googlenet" else {}
+    module = getattr(torchvision.models, name)(weights=None, **options)
+    ported = flax_resblock.port(module, exact=True)
+    for quantity, figure in ported.figures.items():
+        if quantity.startswith("float64"):
+            assert figure["error"] <= 1e-12, quantity
+    back = ported.to_torch(ported.create())
+    tensors = {key: torch.from_numpy(np.array(value)) for key, value in back.items()}
+    module.load_state_dict(tensors, strict=True)
+    assert all(torch.equal(tensors[key], value) for key, value in module.state_dict().items())
+
+
+SHOWN = {
+    "wide_resnet.py": (lambda: WideResNet(), "WRN-28-10"),
+    "resnet18.py": (lambda: import_torchvision().models.resnet18(weights=None), "resnet18"),
+    "mobilenet_v3_small.py": (
+        lambda: import_torchvision().models.mobilenet_v3_small(weights=None), "mobilenet_v3_small",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_documentation_shows_what_is_written(name, monkeypatch):
+    build, title = SHOWN[name]
+    monkeypatch.setattr(porting, "prove", lambda *_, **__: proof.Proof())
+    source = flax_resblock.port(build(), image_size=(64, 64), origin=title).source
+    shown = REPOSITORY / "docs" / "ported" / name
+    assert source == shown.read_text(), f"write it anew with the code of this test: {shown}"
+
+
+def test_a_ported_network_learns_with_optax():
+    """Its loss falls as any nnx module's does."""
+    import optax
+
+    network = executed(
+        (REPOSITORY / "docs" / "ported" / "wide_resnet.py").read_text(), "shown_wide_resnet"
+    )
+    assert issubclass(network.WideBlock, nnx.Module)
+    model = network.WideBlock(4, rngs=nnx.Rngs(0, dropout=1))
+    optimizer = nnx.Optimizer(model, optax.sgd(0.05), wrt=nnx.Param)
+    images = jax.random.normal(jax.random.key(1), (8, 6, 6, 4))
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(images) - 3 * images) ** 2))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(30)]
+    assert losses[-1] < 0.9 * losses[0]
