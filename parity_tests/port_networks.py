@@ -106,9 +106,9 @@ class Cbam(nn.Module):
         size = (x.size(2), x.size(3))
         weights = self.mlp(F.avg_pool2d(x, size)) + self.mlp(F.max_pool2d(x, size, stride=size))
         x = x * torch.sigmoid(weights).unsqueeze(2).unsqueeze(3).expand_as(x)
-        largest = torch.max(x, 1)[0].unsqueeze(1)  # of ties the first has the gradient
+        largest = torch.max(x, 1)[0].unsqueeze(1)
         x = x * torch.sigmoid(self.conv(torch.cat((largest, x.mean(1, keepdim=True)), dim=1)))
-        return self.fc(x.amax((2, 3)))  # among ties it is divided
+        return self.fc(x.amax((2, 3)))
 
 
 class Shake(nn.Module):
@@ -413,6 +413,19 @@ class Choices(nn.Module):
         return self.fc(torch.max(x.flatten(2), dim=2).values + x.amin((2, 3)))
 
 
+class Ties(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        first = torch.max(torch.stack((x, x.detach()), 1), 1)[0]
+        divided = torch.stack((x, x.detach()), 1).amin(1)
+        half = torch.maximum(x.detach(), 2 * x - x.detach())
+        return (first + 3 * divided + 5 * half).mean((2, 3))
+
+
 class InPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -461,6 +474,7 @@ NETWORKS = {
     "signals": (Signals, ((3, 20),)),
     "pixel_attention": (PixelAttention, IMAGE),
     "choices": (Choices, IMAGE),
+    "ties": (Ties, IMAGE),
     "in_place": (InPlace, IMAGE),
     "flat_sequential": (flat, IMAGE),
 }

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from flax import nnx
 
+from flax_resblock.errors import InputError
 from flax_resblock.nn.variables import fill, flat_arrays
 from flax_resblock.parity.module_run import randomise
 from flax_resblock.port import axes
@@ -225,8 +226,173 @@ def test_one_changed_number_is_noticed(old: str, new: str, quantity: str) -> Non
 
 
 def test_a_gradient_at_ties_is_noticed() -> None:
-    case = ported(*NETWORKS["cbam"])
+    case = ported(*NETWORKS["ties"])
     assert "nn.maximum_along(" in case.source
     case.source = case.source.replace("nn.maximum_along(", "jnp.max(")
     errors = compare(case, case.flax(), IMAGE)
     assert errors["evaluation"] <= LIMIT < 1e-4 < errors["gradients"]
+
+
+class Small(torch.nn.Module):
+    """A convolution; subclasses say what comes before and after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+
+
+class Branching(Small):
+    def forward(self, x):
+        x = self.conv(x)
+        if x.mean() > 0:
+            x = x * 2
+        return x
+
+
+class ReadingValues(Small):
+    def forward(self, x):
+        return self.conv(x) * float(x.max())
+
+
+class FixedBatch(Small):
+    def forward(self, x):
+        return self.conv(x).view(2, -1)
+
+
+class ChangedInput(Small):
+    def forward(self, x):
+        x -= 0.5
+        return self.conv(x)
+
+
+class ChangedPart(Small):
+    def forward(self, x):
+        x = self.conv(x)
+        x[:, 0] = 0
+        return x
+
+
+class ChangedBuffer(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x):
+        x = self.conv(x)
+        self.seen.add_(x.detach().mean((0, 2, 3)))
+        return x - self.seen[:, None, None]
+
+
+class Sorted(Small):
+    def forward(self, x):
+        return self.conv(x).flatten(2).topk(3, -1)[0]
+
+
+class Indices(Small):
+    def forward(self, x):
+        largest, where = self.conv(x).max(1)
+        return largest * where
+
+
+class Noisy(Small):
+    def forward(self, x):
+        x = self.conv(x)
+        return x + torch.randn_like(x)
+
+
+class AlwaysDropped(Small):
+    def forward(self, x):
+        return F.dropout(self.conv(x), 0.5)
+
+
+class Cast(Small):
+    def forward(self, x):
+        return self.conv(x).float().mean((2, 3))
+
+
+class BatchRoot(Small):
+    def forward(self, x):
+        return self.conv(x) * x.shape[0] ** 0.5
+
+
+class Recurrent(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = torch.nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(self.conv(x).flatten(2).transpose(1, 2))[0]
+
+
+class Volume(Small):
+    def forward(self, x):
+        return F.conv3d(self.conv(x)[:, None], self.conv.weight[:, None])
+
+
+class Tied(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = torch.nn.Conv2d(3, 4, 3)
+        self.again.weight = self.conv.weight
+
+    def forward(self, x):
+        return self.again(x) + self.conv(x)
+
+
+class HandWritten(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class OwnGradient(Small):
+    def forward(self, x):
+        return HandWritten.apply(self.conv(x))
+
+
+class CalledTwoWays(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = ByShape()
+
+    def forward(self, x):
+        return self.part(x).mean((2, 3)) + self.part(x[:, :, ::2]).mean((2, 3))
+
+
+class ByShape(Small):
+    def forward(self, x):
+        return self.conv(x) * (2 if x.shape[2] > 8 else 3)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (Branching, ["depends on the values", "if x.mean() > 0"]),
+        (ReadingValues, ["depends on the values", "float(x.max())"]),
+        (FixedBatch, ["fixes the size of the batch"]),
+        (ChangedInput, ["changes its input in place (sub_)", "x -= 0.5"]),
+        (ChangedPart, ["changes a part of a tensor in place (fill_)", "x[:, 0] = 0"]),
+        (ChangedBuffer, ["changes a buffer in place (add_)", "self.seen.add_"]),
+        (Sorted, ["aten.topk", "topk(3, -1)"]),
+        (Indices, ["the indices of the largest", "largest, where"]),
+        (Noisy, ["aten.randn_like", "x + torch.randn_like(x)"]),
+        (AlwaysDropped, ["dropout is on in evaluation mode", "training=self.training"]),
+        (Cast, ["casts to torch.float32", ".float()"]),
+        (BatchRoot, ["depends on the size of the batch", "x.shape[0] ** 0.5"]),
+        (Recurrent, ["LSTM(4, 4", "recurrent layers"]),
+        (Volume, ["aten.conv3d", "F.conv3d"]),
+        (Tied, ["conv.weight and again.weight are one parameter"]),
+        (OwnGradient, ["HandWritten", "torch.autograd.Function", "test_port_networks.py:"]),
+        (CalledTwoWays, ["part is called more than once", "depends on the call"]),
+    ],
+)
+def test_what_cannot_be_ported_is_refused_by_name(build: Any, words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        ported(build, IMAGE)
+    message = str(caught.value)
+    assert [word for word in words if word not in message] == [], message
+    assert "\n" not in message

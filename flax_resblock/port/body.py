@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.fx import GraphModule
 
 from flax_resblock.errors import InputError
 from flax_resblock.port import axes
@@ -120,7 +121,7 @@ class BodyReader(Values):
         outputs: list[Value] = []
         for node in self.graph.nodes:
             self.node = node
-            if node.op == "get_attr":
+            if node.op == "get_attr" and not isinstance(_held(self.graph, node), GraphModule):
                 self.env[node] = self._attribute(str(node.target))
             elif node.op == "call_module":
                 self.env[node] = self._call(node)
@@ -250,7 +251,7 @@ class BodyReader(Values):
         path = f"{self.path}.{node.target}".strip(".")
         child = self.reader.live(path)
         arguments = [self.value(one) for one in node.args if isinstance(self.number(one), Value)]
-        if target in self.skipped:
+        if target.partition(".")[0] in self.skipped:
             return arguments[0]
         layer = None if is_container(child) else layer_of(child)
         if layer is not None:
@@ -424,6 +425,14 @@ class BodyReader(Values):
             name = f"{hint}{number}"
         self.body.parts[name] = LayerPart(layer, f"{self.body.path}." if self.body.path else "")
         return name
+
+
+def _held(graph: Any, node: Any) -> Any:
+    """What an attribute of a graph is: a tensor, or a graph that an operator calls."""
+    owner = graph.owning_module
+    for step in str(node.target).split("."):
+        owner = getattr(owner, step, None)
+    return owner
 
 
 def _refuse_tied(module: torch.nn.Module, body: Body) -> None:
