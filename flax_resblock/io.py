@@ -97,7 +97,12 @@ def from_torch(
         # needs torch
         from flax_resblock.parity.live_module import open_module
 
-        opened, _ = open_module(source, reading)
+        try:
+            opened, _ = open_module(source, reading)
+        except InputError as error:
+            how = "flax_resblock.port(module) writes a network of another kind as Flax source."
+            error.args = (f"{error}\n{how}",)
+            raise
     elif isinstance(source, Mapping):
         opened = interpret(record_of(source, "the state dict"), reading)
     elif isinstance(source, str | PathLike):
