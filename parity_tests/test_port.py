@@ -18,6 +18,7 @@ from flax import nnx
 from torch import nn
 
 import flax_resblock
+import torch_ref
 from flax_resblock import InputError
 from flax_resblock.cli import run
 from flax_resblock.parity.certificate import recheck
@@ -277,7 +278,7 @@ class SamePadding(nn.Module):
 
 def test_numbers_that_follow_from_the_size_bind_the_network_to_it():
     ported = flax_resblock.port(SamePadding())
-    assert "images of 64x64 only: its code has numbers that follow from the size" in ported.notes[0]
+    assert "images of 64x64 only: its code has numbers that follow from" in ported.notes[0]
     model = ported.create()
     assert model(jnp.ones((1, 64, 64, 3))).shape == (1, 4)
     with pytest.raises(ValueError, match=r"ported for images of 64x64, not \(65, 65\)"):
@@ -326,13 +327,45 @@ def test_nothing_is_transposed_without_a_flattened_map():
     assert transposes(flattening) == 1
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_figures_name_the_precision(network, exact):
-    figures = flax_resblock.port(network, exact=exact).figures
-    assert ("float64 training gradients" in figures) == exact
-    for name, figure in figures.items():
-        limit = 1e-12 if name.startswith("float64") else 1e-4
-        assert figure["error"] <= limit, name
+def test_figures_name_the_precision_and_the_steps(network):
+    figures = flax_resblock.port(network, exact=True).figures
+    assert figures["float64 training gradients"]["error"] <= 1e-12
+    assert figures["float64 weights after 5 steps of SGD"]["error"] <= 1e-10
+    assert 1e-9 < figures["float32 evaluation output"]["error"] < 1e-5
+    assert "float64 weights after 5 steps of SGD" not in flax_resblock.port(network).figures
+
+
+class Casts(nn.Module):
+    """Computes its head in float32, whatever comes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x).float().mean((2, 3))
+
+
+def test_a_module_that_is_bound_to_float32_is_compared_in_it():
+    ported = flax_resblock.port(Casts())
+    assert "does not compute in float64" in ported.notes[0]
+    assert all(name.startswith("float32") for name in ported.figures)
+
+
+def small_resnet():
+    return torch_ref.ResNet(depths=(1, 1), widths=(6, 8), num_classes=3, stem="cifar")
+
+
+def test_a_network_that_the_library_has_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec = f"{REPOSITORY}/parity_tests/test_port.py:small_resnet"
+    assert run(["port", spec, "out"]) == 0
+    written = imported(tmp_path / "out" / "test_port.py")
+    model = flax_resblock.load_ported("out", written.ResNet)
+    assert model.config.widths == (6, 8)
+    back = flax_resblock.ported_state_dict(model, "out")
+    assert back.keys() == small_resnet().state_dict().keys()
+    assert "class BasicBlock" in flax_resblock.port(small_resnet(), expand=True).source
 
 
 TORCHVISION = (
@@ -348,7 +381,7 @@ def test_classifiers_of_torchvision_are_ported(name):
     torchvision = import_torchvision()
     options = {"init_weights": False} if name == "googlenet" else {}
     module = getattr(torchvision.models, name)(weights=None, **options)
-    ported = flax_resblock.port(module, exact=True)
+    ported = flax_resblock.port(module, exact=True, expand=True)
     for quantity, figure in ported.figures.items():
         if quantity.startswith("float64"):
             assert figure["error"] <= 1e-12, quantity
@@ -371,7 +404,7 @@ SHOWN = {
 def test_the_documentation_shows_what_is_written(name, monkeypatch):
     build, title = SHOWN[name]
     monkeypatch.setattr(porting, "prove", lambda *_, **__: proof.Proof())
-    source = flax_resblock.port(build(), image_size=(64, 64), origin=title).source
+    source = flax_resblock.port(build(), image_size=(64, 64), origin=title, expand=True).source
     shown = REPOSITORY / "docs" / "ported" / name
     assert source == shown.read_text(), f"write it anew with the code of this test: {shown}"
 

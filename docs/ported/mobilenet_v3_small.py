@@ -184,5 +184,4 @@ class MobileNetV3(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, 3)`` to ``(N, 1000)``."""
         x = nn.adaptive_avg_pool(self.features(x), 1)
-        x = self.classifier(x.reshape(x.shape[0], -1))
-        return x
+        return self.classifier(x.reshape(x.shape[0], -1))

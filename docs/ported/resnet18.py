@@ -55,5 +55,4 @@ class ResNet(nnx.Module):
         """``(N, H, W, 3)`` to ``(N, 1000)``."""
         x = nn.max_pool(nn.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
         x = nn.adaptive_avg_pool(self.layer4(self.layer3(self.layer2(self.layer1(x)))), 1)
-        x = self.fc(x.reshape(x.shape[0], -1))
-        return x
+        return self.fc(x.reshape(x.shape[0], -1))

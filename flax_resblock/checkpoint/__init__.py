@@ -16,7 +16,11 @@ import numpy as np
 
 from flax_resblock.checkpoint.atomic import refuse_existing, remove, replacing
 from flax_resblock.checkpoint.folders import (
-    is_orbax, is_ported, texts_beside, trainer_files, weights_in,
+    is_orbax,
+    is_ported,
+    texts_beside,
+    trainer_files,
+    weights_in,
 )  # fmt: skip
 from flax_resblock.checkpoint.limits import (
     LIMITS,
@@ -40,8 +44,8 @@ from flax_resblock.checkpoint.record import (
 from flax_resblock.errors import CheckpointError, InputError, OutputError, some
 
 __all__ = [
-    "FORMATS", "LIMITS", "Limits", "Record", "digest", "digests", "is_orbax", "is_ported", "output_format",
-    "read", "refuse_existing", "remove", "replacing", "write",
+    "FORMATS", "LIMITS", "Limits", "Record", "digest", "digests", "is_orbax", "is_ported",
+    "output_format", "read", "refuse_existing", "remove", "replacing", "write",
 ]  # fmt: skip
 
 FORMATS: Mapping[str, tuple[str, ...]] = {

@@ -34,6 +34,7 @@ def port(
     image_size: tuple[int, int] | None = None,
     entry: str | None = None,
     exact: bool = False,
+    expand: bool = False,
     force: common.Force = False,
     limits: Limits = LIMITS,
 ) -> int:
@@ -64,7 +65,9 @@ def port(
       image_size: Height and width of the images that it is traced with; found by trying 64, 32,
         224 and 299 if left out.
       entry: The entry of the checkpoint that holds the weights.
-      exact: Compare in float64 as well, with the limit 1e-12.
+      exact: Train both for five steps as well, and compare weights and statistics to 1e-10.
+      expand: Write out a network that this library has already, such as a ResNet of torchvision,
+        which is otherwise one line that creates it.
       limits: Limits on what the file may declare before it is refused.
     """
     weights, folder = (None, checkpoint_) if out is None else (checkpoint_, out)
@@ -87,7 +90,9 @@ def port(
             load_into(module, record.tensors, record.source)
             source = {"path": weights.name, "sha256": hashes(Path(record.source))}
     with common.status.status(f"porting {network} and comparing both"):
-        ported = port_module(module, image_size=image_size, exact=exact, origin=network)
+        ported = port_module(
+            module, image_size=image_size, exact=exact, expand=expand, origin=network
+        )
     stem = _stem(network, ported.name)
     about = {"spec": network, "sha256": source_hash(factory)}
     with common.status.status(f"writing {folder}"):

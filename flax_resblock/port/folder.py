@@ -5,7 +5,7 @@ Needs no torch, and runs no code of the folder."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path as FilePath
@@ -159,7 +159,7 @@ def read_ported(folder: FilePath, limits: Limits = LIMITS) -> PortedWeights:
 
 
 def load_ported(
-    folder: str | FilePath, network: type[nnx.Module], *, limits: Limits = LIMITS
+    folder: str | FilePath, network: Callable[..., nnx.Module], *, limits: Limits = LIMITS
 ) -> nnx.Module:
     """A ported network with its weights, in evaluation mode.
 

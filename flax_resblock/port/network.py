@@ -7,7 +7,7 @@ from __future__ import annotations
 import linecache
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -142,8 +142,8 @@ class PortedNetwork:
     notes: tuple[str, ...] = ()
 
     @cached_property
-    def network(self) -> type[nnx.Module]:
-        """The class of the network: the executed source."""
+    def network(self) -> Callable[..., nnx.Module]:
+        """What creates the network, called with ``rngs``: the class in the executed source."""
         return getattr(executed(self.source, f"ported_{self.name.lower()}"), self.name)
 
     def create(self) -> nnx.Module:
@@ -157,17 +157,16 @@ class PortedNetwork:
         return self.table.to_torch(flat_arrays(model), self.unused)
 
 
-def filled(network: type[nnx.Module], values: Mapping[Path, np.ndarray]) -> nnx.Module:
+def filled(network: Callable[..., nnx.Module], values: Mapping[Path, np.ndarray]) -> nnx.Module:
     """A network with these values, in evaluation mode.
 
     Args:
-      network: A class of a ported file, called with ``rngs``.
+      network: The class of the network in a ported file, called with ``rngs``.
       values: By attribute path.
     Raises:
       InputError: They are not the values of this network.
     """
-    make: Any = network
-    model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))
     flat: Any = dict(nnx.to_flat_state(state))
     shapes: dict[Path, tuple[int, ...]] = {path: tuple(one.shape) for path, one in flat.items()}
@@ -178,8 +177,9 @@ def filled(network: type[nnx.Module], values: Mapping[Path, np.ndarray]) -> nnx.
         if not (path not in values and path[-1] == "num_batches_tracked")
     ]
     if wrong:
+        name = getattr(network, "__name__", "the network")
         raise InputError(
-            f"The weights are not those of {network.__name__}: {some(sorted(wrong))} differ. "
+            f"The weights are not those of {name}: {some(sorted(wrong))} differ. "
             f"Was the file edited after it was ported?"
         )
     complete = dict(values)

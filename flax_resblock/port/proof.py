@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +19,9 @@ from flax_resblock.config import Path
 from flax_resblock.cpu.switch import conv_lowering
 from flax_resblock.errors import InputError
 from flax_resblock.nn.stochastic import StochasticDepth
+from flax_resblock.nn.variables import flat_arrays
 from flax_resblock.parity.module_run import randomise
-from flax_resblock.parity.oracle import verdict_of
+from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, verdict_of
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace, as_tensor, trace_flax, trace_torch
 from flax_resblock.port.network import PortedNetwork, filled
@@ -29,6 +30,8 @@ BATCH = 3
 
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Options of a compiler that is run more often than what it makes."""
+
+STEPS, RATE = 5, 0.01
 
 FLOOR = 1e-2
 """Gradients are compared relative to themselves, or to this share of the largest of their kind:
@@ -66,18 +69,21 @@ def prove(
       module: In evaluation mode and float32; changed.
       ported: Its source and table.
       slots: Paths of the layers in the Flax model, by their names in PyTorch.
-      exact: Compare in float64 as well.
+      exact: Train for some steps as well.
     Raises:
       InputError: They differ.
     """
     run = _Runs(module, ported, slots)
     images = _images(channels_of(module), ported.image_size)
     proof = Proof()
-    names = ["float64", "float32"] if exact else ["float32"]
-    for name in names:
-        for train in (False, True):
-            run.compare(proof, images, PRECISIONS[name], train=train)
-    why = run.other_sizes()
+    precision = PRECISIONS["float64" if run.is_wide(images) else "float32"]
+    if precision.name == "float32":
+        proof.notes.append("your module does not compute in float64; it was compared in float32")
+    run.compare(proof, images, precision, train=False)
+    run.compare(proof, images, precision, train=True)
+    if exact:
+        run.compare_steps(proof, images, precision)
+    why = run.compare_in_float32(proof, images)
     return Proof(proof.figures, why, proof.notes)
 
 
@@ -155,15 +161,18 @@ class _Runs:
     def flax(self, images: np.ndarray, precision: Precision, **options: Any) -> Trace:
         """What the ported network computes, compiled in a hurry, as it runs once."""
         with precision.on_jax(None):
-            state = state_to_numpy(self._cast(precision).state_dict())
-            model = filled(self.ported.network, self.ported.table.to_flax(state))
-        for _, part in nnx.iter_modules(model):
-            if isinstance(part, nnx.Dropout | StochasticDepth):
-                part.rate = 0.0
-        flat = _Flat(model, self.count)
+            flat = _Flat(self._filled(precision), self.count)
         options |= {"precision": precision, "options": QUICKLY}
         with conv_lowering("xla"):
             return trace_flax(flat, images, self.flax_slots, **options)
+
+    def _filled(self, precision: Precision) -> nnx.Module:
+        state = state_to_numpy(self._cast(precision).state_dict())
+        model = filled(self.ported.network, self.ported.table.to_flax(state))
+        for _, part in nnx.iter_modules(model):
+            if isinstance(part, nnx.Dropout | StochasticDepth):
+                part.rate = 0.0
+        return model
 
     def _cast(self, precision: Precision) -> torch.nn.Module:
         dtype = torch.float64 if precision.name == "float64" else torch.float32
@@ -268,33 +277,101 @@ class _Runs:
             f"(relative), the limit is {limit:.1e}.{because}"
         )
 
-    def other_sizes(self) -> str:
-        """Why only images of one size are right; empty where another one that the module takes is
-        right too.
+    def is_wide(self, images: np.ndarray) -> bool:
+        """Whether the module computes in float64: a cast in its code may keep it from that."""
+        flat = _FlatTorch(self._cast(PRECISIONS["float64"]))
+        try:
+            with torch.no_grad():
+                return flat(as_tensor(images, PRECISIONS["float64"])).dtype == torch.float64
+        except Exception:  # whatever the user's code raises
+            return False
+
+    def compare_in_float32(self, proof: Proof, images: np.ndarray) -> str:
+        """Compares in evaluation mode and float32, with images of another size if there is one
+        that the module takes.
+
+        Returns:
+          Why the network is right for images of one size only; empty if it is for others.
         """
-        channels, size = channels_of(self.module), self.ported.image_size
-        for other in ((size[0] + 33, size[1] + 32), (size[0] + 32, size[1] + 64)):
-            images = _images(channels, other)
+        channels, (height, width) = channels_of(self.module), self.ported.image_size
+        for other in ((height + 33, width + 32), (height + 32, width + 64)):
+            others = _images(channels, other)
             try:
-                truth = self.torch(images, PRECISIONS["float64"])
+                self.torch(others, PRECISIONS["float32"])
             except Exception:  # the module does not take this size
                 continue
             try:
-                theirs = self.torch(images, PRECISIONS["float32"])
-                ours = self.flax(images, PRECISIONS["float32"])
-            except Exception as error:
-                return f"at {other[0]}x{other[1]} the written code raises {type(error).__name__}"
-            error = _error(ours.output, truth.output)
-            verdict = verdict_of(
-                error, _error(theirs.output, truth.output), PRECISIONS["float32"].epsilon
-            )
-            if not verdict.passed:
-                return (
-                    f"its code has numbers that follow from the size (at {other[0]}x{other[1]} "
-                    f"the output differs by {error:.1e})"
-                )
-            return ""
-        return "the module takes no other size that was tried"
+                self.compare(proof, others, PRECISIONS["float32"], train=False)
+                return ""
+            except InputError:
+                why = f"its code has numbers that follow from the size, and differs at {other}"
+            except Exception as error:  # of jax: shapes that do not fit
+                why = f"the written code raises {type(error).__name__} at {other}"
+            break
+        else:
+            why = "the module takes no other size that was tried"
+        self.compare(proof, images, PRECISIONS["float32"], train=False)
+        return why
+
+    def compare_steps(self, proof: Proof, images: np.ndarray, precision: Precision) -> None:
+        """Compares weights and statistics after some steps of SGD with momentum."""
+        rng = np.random.default_rng(2)
+        batches = [images + 0.1 * rng.standard_normal(images.shape) for _ in range(STEPS)]
+        module = _FlatTorch(self._cast(precision), self.count).train()
+        with _no_functional_dropout(), torch.enable_grad():
+            targets = rng.standard_normal(tuple(module(as_tensor(images, precision)).shape))
+            module = _FlatTorch(self._cast(precision), self.count).train()
+            optimizer = torch.optim.SGD(module.parameters(), lr=RATE, momentum=0.9)
+            for batch in batches:
+                optimizer.zero_grad()
+                goal = torch.from_numpy(targets)
+                torch.mean((module(as_tensor(batch, precision)) - goal) ** 2).backward()
+                optimizer.step()
+        state = {name.removeprefix("net."): value for name, value in module.state_dict().items()}
+        truth = self.ported.table.to_flax(state_to_numpy(state))
+        with precision.on_jax(None), conv_lowering("xla"):
+            model = _Flat(self._filled(precision), self.count)
+            model.train()
+            arrays = _trained(model, batches, targets, precision)
+        limit = TRAJECTORY_LIMIT if precision.name == "float64" else 1e-2
+        largest = max(float(np.linalg.norm(value)) for value in truth.values())
+        errors = {
+            ".".join(map(str, path)): _error(arrays["net", *path], value, FLOOR * largest)
+            for path, value in truth.items()
+            if value.dtype.kind == "f"
+        }
+        place = max(errors, key=lambda name: errors[name])
+        quantity = f"weights after {STEPS} steps"
+        if not errors[place] <= limit:
+            raise InputError(self._difference("training", quantity, place, errors[place], limit))
+        proof.figures[f"{precision.name} {quantity} of SGD"] = {
+            "error": errors[place], "place": place, "tensors": len(errors),
+        }  # fmt: skip
+
+
+def _trained(
+    model: nnx.Module, batches: Sequence[np.ndarray], targets: np.ndarray, precision: Precision
+) -> dict[Any, np.ndarray]:
+    """Every array of a model after a step of SGD with momentum for each batch."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def step(params: Any, rest: Any, momentum: Any, images: jax.Array) -> Any:
+        def loss(params: Any) -> Any:
+            module: Any = nnx.merge(graphdef, params, rest, copy=True)
+            value = jnp.mean((module(images) - targets) ** 2)
+            return value, nnx.state(module, nnx.Not(nnx.Param))
+
+        gradients, rest = jax.grad(loss, has_aux=True)(params)
+        momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, gradients)
+        return jax.tree.map(lambda p, m: p - RATE * m, params, momentum), rest, momentum
+
+    momentum = jax.tree.map(jnp.zeros_like, params)
+    compiled = jax.jit(step, compiler_options=QUICKLY)
+    for batch in batches:
+        params, rest, momentum = compiled(
+            params, rest, momentum, jnp.asarray(batch, precision.storage)
+        )
+    return flat_arrays(nnx.merge(graphdef, params, rest))
 
 
 def _error(value: Any, truth: Any, floor: float = 0.0) -> float:

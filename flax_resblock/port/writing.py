@@ -30,7 +30,8 @@ def write(body: Body, values: Sequence[Value], outputs: Sequence[Value]) -> None
     loops = _loops(order, body)
     order = [value for value in order if value not in loops or loops[value]]
     last_use: dict[Value, int] = {}
-    named = [value for value in order if _needs_name(value) or value in loops]
+    alone = outputs[0] if len(outputs) == 1 else None
+    named = [one for one in order if _needs_name(one, returned=one is alone) or one in loops]
     place_of = {value: place for place, value in enumerate(named)}
 
     def roots(code: Code) -> list[Value]:
@@ -85,9 +86,14 @@ def _needed(values: Sequence[Value], outputs: Sequence[Value]) -> list[Value]:
     return [value for value in values if value in wanted]
 
 
-def _needs_name(value: Value) -> bool:
-    """Whether a value is assigned to a variable instead of being written where it is used."""
-    if value.name is not None:
+def _needs_name(value: Value, *, returned: bool) -> bool:
+    """Whether a value is assigned to a variable instead of being written where it is used.
+
+    Args:
+      value: Its ``depth`` and ``assigned`` are set.
+      returned: Whether it is all that is returned.
+    """
+    if value.name is not None or (returned and value.uses == 1):
         return False
     value.depth = 1 + max((one.depth for one in needed_values(value.code)), default=0)
     length = len(Writer().text(value.code))
