@@ -309,8 +309,11 @@ class BodyReader(Values):
         holder, _ = self._holder(steps)
         last = last if steps and last in holder else identifier(last)
         part = body.sequence if type(child) is torch.nn.Sequential else None
-        if isinstance(holder.get(last), ContainerPart) and not is_container(child):
-            raise self.refusal(f"it calls {target} as a whole, and parts of it by themselves")
+        parts = holder.get(last)
+        if isinstance(parts, ContainerPart) and not is_container(child):
+            if body.sequence is not None:
+                raise self.refusal(f"it calls {target} as a whole, and parts of it by themselves")
+            body.parts = {**parts.items, **body.parts}
         holder[last] = ModulePart(body) if part is None else part
 
     def _holder(self, steps: Sequence[str]) -> tuple[dict[str, Part], str]:
@@ -420,14 +423,18 @@ class BodyReader(Values):
             return Value(code, tuple(tensor.shape), axes.torch_order(tensor.ndim), "indices")
         if not tensor.dtype.is_floating_point:
             raise self.refusal(f"it uses a constant of {tensor.dtype}, which is not supported")
-        if tensor.numel() > 64:
+        shape, small = tuple(tensor.shape), tensor
+        for axis in range(tensor.ndim):
+            first = small.narrow(axis, 0, 1)
+            small = first if bool((small == first).all()) else small
+        if small.numel() > 64:
             raise self.refusal(
                 f"it uses a constant of {tensor.numel():,} numbers that is neither a parameter nor "
                 f"a persistent buffer. Register it with register_buffer"
             )
-        shape = tuple(tensor.shape)
-        code = Code(f"jnp.array({tensor.tolist()!r}, {self.dtype})")
-        return Value(code, shape, axes.torch_order(len(shape)), "constant")
+        text = f"jnp.array({small.tolist()!r}, {self.dtype})"
+        text = text if small.shape == tensor.shape else f"jnp.broadcast_to({text}, {shape})"
+        return Value(Code(text), shape, axes.torch_order(len(shape)), "constant")
 
     def own(self, node: Any) -> str | None:
         """The name of a parameter or buffer of this module that nothing else has used yet."""

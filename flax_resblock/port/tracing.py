@@ -70,7 +70,10 @@ def trace(module: torch.nn.Module, images: Sequence[torch.Tensor]) -> Traced:
         except Exception as error:
             raise InputError(_why_not(module, error)) from error
         _check_in_place(program, type(module).__name__)
-        graphs = torch.export.unflatten(program)
+        try:
+            graphs = torch.export.unflatten(program)
+        except Exception as error:
+            raise InputError(_why_not(module, error)) from error
     spec, constants = program.call_spec.out_spec, program.constants
     return Traced(module, graphs, spec, images[0].dtype, constants)
 

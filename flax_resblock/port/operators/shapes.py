@@ -96,6 +96,18 @@ def _repeat_interleave(b: Values, node: Any, x: Any, times: Any, dim: Any = None
     return b.new(text, holes, shape_of(node), value.order, hint=value.hint)
 
 
+@rule("movedim", "moveaxis")
+def _movedim(b: Values, node: Any, x: Any, sources: Any, targets: Any) -> Value:
+    value = b.value(x)
+    rank = len(value.shape)
+    ends = [[one] if isinstance(one, int) else one for one in (sources, targets)]
+    before, after = ([dim % rank for dim in dims] for dims in ends)
+    dims = [dim for dim in range(rank) if dim not in before]
+    for place, dim in sorted(zip(after, before, strict=True)):
+        dims.insert(place, dim)
+    return b.transposed(value, dims)
+
+
 @rule("expand", "expand_as", "broadcast_to")
 def _expand(b: Values, node: Any, x: Any, *_: Any, **__: Any) -> Value:
     value, shape = b.value(x), shape_of(node)
