@@ -192,10 +192,10 @@ class BodyReader(Values):
 
     def _own_parts(self) -> dict[str, Part]:
         """The attributes that are layers or hold layers; what is called is added by its call."""
-        parts: dict[str, Part] = {}
+        parts: dict[str, Any] = {}
         for name, child in self.live.named_children():
             part = None if name in self.skipped else self._part(child, self.inside(name))
-            if part is not None and not (isinstance(part, LayerPart) and not part.layer.stateful):
+            if _is_kept(part):
                 parts[identifier(name)] = part
         return parts
 
@@ -255,6 +255,8 @@ class BodyReader(Values):
             return arguments[0]
         layer = None if is_container(child) else layer_of(child)
         if layer is not None:
+            if layer.stateful:
+                self._holder(target.split(".")[:-1])
             return self.apply(layer, target, arguments[0], shape_of(node))
         arguments = [self.settled(one) for one in arguments]
         body = self.reader.body(path, [(one.shape, one.order) for one in arguments])
@@ -306,19 +308,42 @@ class BodyReader(Values):
 
     def _hold(self, target: str, child: torch.nn.Module, body: Body) -> None:
         """Keeps a module that was called among the parts."""
-        holder: Any = self.body.parts
         *steps, last = target.split(".")
-        for step in steps:
-            part = holder.get(step, holder.get(identifier(step)))
-            if isinstance(part, ContainerPart):
-                holder = part.items
-            elif isinstance(part, ModulePart):
-                holder = part.body.parts
-            else:
-                raise self.refusal(f"it calls {target}, a part of a module that it never calls")
-        last = last if steps and isinstance(holder, dict) and last in holder else identifier(last)
+        holder, _ = self._holder(steps)
+        last = last if steps and last in holder else identifier(last)
         part = body.sequence if type(child) is torch.nn.Sequential else None
+        parts = holder.get(last)
+        if isinstance(parts, ContainerPart) and not is_container(child):
+            if body.sequence is not None:
+                raise self.refusal(f"it calls {target} as a whole, and parts of it by themselves")
+            body.parts = {**parts.items, **body.parts}
         holder[last] = ModulePart(body) if part is None else part
+
+    def _holder(self, steps: Sequence[str]) -> tuple[dict[str, Part], str]:
+        """What holds the parts of a module, and the module of a class that this belongs to.
+
+        A module that is never called, of which parts are, becomes a dictionary.
+        """
+        holder, module, owner = self.body.parts, self.live, ""
+        for place, step in enumerate(steps):
+            inside = ".".join(steps[: place + 1])
+            module = module.get_submodule(step)
+            key = step if step in holder else identifier(step)
+            part = holder.get(key)
+            if isinstance(part, ModulePart):
+                sequence, owner = part.body.sequence, inside
+                holder = part.body.parts if sequence is None else sequence.items
+                continue
+            if not isinstance(part, ContainerPart):
+                held = {
+                    name: self._part(child, f"{self.inside(inside)}.{name}")
+                    for name, child in module.named_children()
+                }
+                kept = {key: one for key, one in held.items() if one is not None and _is_kept(one)}
+                part = ContainerPart("Dict", kept)
+                holder[key] = part
+            holder = part.items
+        return holder, owner
 
     def accessor(self, target: str) -> str:
         """``self.layers[1]`` for ``layers.1``."""
@@ -346,25 +371,31 @@ class BodyReader(Values):
         tensor = parameters.get(name, dict(owner.named_buffers(recurse=False)).get(name))
         if tensor is None or name in owner._non_persistent_buffers_set:
             graphs: Any = self.reader.traced.graphs.get_submodule(self.path)
-            held = graphs.get_submodule(".".join(steps)).__getattr__(name)
-            return self._literal(held if tensor is None else tensor)
+            if tensor is None and target in self.reader.traced.constants:
+                tensor = self.reader.traced.constants[target]
+            if tensor is None:
+                tensor = graphs.get_submodule(".".join(steps)).__getattr__(name)
+            return self._literal(tensor)
         shape = tuple(tensor.shape)
         layer = layer_of(owner) if steps and not is_container(owner) else None
         if layer is not None and name in layer.tensors:
             ours, codec = layer.tensors[name]
             code = Code(f"{self.accessor('.'.join(steps))}.{ours}[...]")
             return Value(code, shape, codec.axes or axes.torch_order(len(shape)), name)
-        holder: Any = self.body.parts if not steps else getattr(self._listed(steps), "items", None)
-        if holder is None:
-            raise self.refusal(f"it uses {target}, a tensor of another module")
-        place = name if steps else identifier(name)
+        listed = self._listed(steps) if steps else None
+        holder: Any
+        holder, other = (listed.items, "") if listed else self._holder(steps)
+        place = name if listed else identifier(name)
         part = holder.get(place)
         if not isinstance(part, ParameterPart):
-            part = ParameterPart(target, shape, None, name in parameters, _initial(tensor))
+            own = target.removeprefix(f"{other}." if other else "")
+            part = ParameterPart(own, shape, None, name in parameters, _initial(tensor))
             holder[place] = part
         order = part.order or axes.torch_order(len(shape))
         text = f"self.{identifier(name)}"
-        if steps:
+        if steps and not listed:
+            text = f"{self.accessor('.'.join(steps))}.{identifier(name)}"
+        elif steps:
             key = repr(name) if isinstance(owner, torch.nn.ParameterDict) else name
             text = f"{self.accessor('.'.join(steps))}[{key}]"
         value = Value(Code(f"{text}[...]"), shape, order, identifier(".".join([*steps[-1:], name])))
@@ -390,23 +421,30 @@ class BodyReader(Values):
     def _literal(self, tensor: torch.Tensor) -> Any:
         if tensor.ndim == 0:
             return tensor.item()
+        if tensor.dtype == torch.int64 and tensor.numel() <= 64:
+            code = Code(f"jnp.array({tensor.tolist()!r})")
+            return Value(code, tuple(tensor.shape), axes.torch_order(tensor.ndim), "indices")
         if not tensor.dtype.is_floating_point:
             raise self.refusal(f"it uses a constant of {tensor.dtype}, which is not supported")
-        if tensor.numel() > 64:
+        shape, small = tuple(tensor.shape), tensor
+        for axis in range(tensor.ndim):
+            first = small.narrow(axis, 0, 1)
+            small = first if bool((small == first).all()) else small
+        if small.numel() > 64:
             raise self.refusal(
                 f"it uses a constant of {tensor.numel():,} numbers that is neither a parameter nor "
                 f"a persistent buffer. Register it with register_buffer"
             )
-        shape = tuple(tensor.shape)
-        code = Code(f"jnp.array({tensor.tolist()!r}, {self.dtype})")
-        return Value(code, shape, axes.torch_order(len(shape)), "constant")
+        text = f"jnp.array({small.tolist()!r}, {self.dtype})"
+        text = text if small.shape == tensor.shape else f"jnp.broadcast_to({text}, {shape})"
+        return Value(Code(text), shape, axes.torch_order(len(shape)), "constant")
 
     def own(self, node: Any) -> str | None:
         """The name of a parameter or buffer of this module that nothing else has used yet."""
         if node is None:
             return None
         part = self.parameters.get(self.number(node))
-        if part is None or len(node.users) != 1 or part.order is not None:
+        if part is None or len(node.users) != 1 or part.order is not None or "." in part.name:
             return None
         return part.name
 
@@ -449,8 +487,15 @@ def _refuse_tied(module: torch.nn.Module, body: Body) -> None:
             )
 
 
+def _is_kept(part: Part | None) -> bool:
+    """Whether a part is an attribute: it is a layer with parameters, or holds some."""
+    return part is not None and not (isinstance(part, LayerPart) and not part.layer.stateful)
+
+
 def _initial(tensor: torch.Tensor) -> str:
     """Code of a value as the tensor has it now: a constant, or random numbers as large."""
+    if not tensor.dtype.is_floating_point:
+        return "jnp.zeros({}, int)"
     flat = tensor.detach().flatten().double()
     if bool((flat == flat[0]).all()):
         value = float(flat[0])

@@ -65,10 +65,13 @@ class Values:
         """The hole, or code for the size of the batch in it."""
         if not isinstance(hole, Constant):
             return hole
-        inside = hole.value if isinstance(hole.value, (tuple, list)) else [hole.value]
+        several = isinstance(hole.value, (tuple, list))
+        inside = [self.number(one) for one in (hole.value if several else [hole.value])]
+        if any(isinstance(one, Value) for one in inside):
+            raise self.refusal("it computes with a tensor where a number is expected")
         if not any(isinstance(one, FromBatch) for one in inside):
-            return hole
-        if hole.value == BATCH:
+            return Constant(type(hole.value)(inside) if several else inside[0], hole.hint)
+        if inside == [BATCH]:
             return Code(f"{{{ATOM}}}.shape[0]", (self._with_batch(),))
         raise self.refusal("it computes with a number that depends on the size of the batch")
 
@@ -144,6 +147,8 @@ class Values:
         """
         missing = len(order) - len(value.shape)
         self._store(value, tuple(axis - missing for axis in order if axis >= missing))
+        if value.order == order and value.expanded is None:
+            return value
         plan = axes.aligned(value.shape, value.order, order)
         if value.expanded is not None:
             value = self.relabelled_plain(value)
@@ -152,6 +157,11 @@ class Values:
             return value
         flat = axes.torch_order(len(plan.shape))
         return self._shaped(value, plan.shape, plan.shape, flat)
+
+    def with_leading_ones(self, value: Value, rank: int) -> Value:
+        """What :meth:`for_broadcast` made, with axes of length 1 in front."""
+        sizes = (1,) * (rank - len(value.shape)) + value.shape
+        return self._shaped(value, sizes, sizes, axes.torch_order(rank))
 
     def relabelled_plain(self, value: Value) -> Value:
         """Without what PyTorch pretends about its shape."""

@@ -9,7 +9,7 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +37,14 @@ class Traced:
       graphs: The module again, with a graph for each submodule.
       out_spec: How its outputs are put together, a pytree.
       dtype: Of its input.
+      constants: Tensors in the code that are neither parameters nor buffers.
     """
 
     live: torch.nn.Module
     graphs: torch.nn.Module
     out_spec: Any
     dtype: torch.dtype
+    constants: Mapping[str, Any]
 
 
 def trace(module: torch.nn.Module, images: Sequence[torch.Tensor]) -> Traced:
@@ -68,8 +70,12 @@ def trace(module: torch.nn.Module, images: Sequence[torch.Tensor]) -> Traced:
         except Exception as error:
             raise InputError(_why_not(module, error)) from error
         _check_in_place(program, type(module).__name__)
-        graphs = torch.export.unflatten(program)
-    return Traced(module, graphs, program.call_spec.out_spec, images[0].dtype)
+        try:
+            graphs = torch.export.unflatten(program)
+        except Exception as error:
+            raise InputError(_why_not(module, error)) from error
+    spec, constants = program.call_spec.out_spec, program.constants
+    return Traced(module, graphs, spec, images[0].dtype, constants)
 
 
 @contextmanager

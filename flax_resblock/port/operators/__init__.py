@@ -31,6 +31,18 @@ __all__ = [
 ]
 
 
+_REASONS = {
+    "wrap_with_autocast": "it uses torch.autocast, which fixes a precision",
+    "wrap_with_set_grad_enabled": "it switches gradients on or off; use tensor.detach()",
+    "randn_like": "it draws random numbers (aten.randn_like)",
+    "rand_like": "it draws random numbers (aten.rand_like)",
+    "randn": "it draws random numbers (aten.randn)",
+    "rand": "it draws random numbers (aten.rand)",
+    "bernoulli": "it draws random numbers (aten.bernoulli)",
+}
+"""Operators that cannot be ported, and why."""
+
+
 def apply_operator(reader: Any, node: Any) -> Any:
     """What a node computes, as code.
 
@@ -51,6 +63,8 @@ def apply_operator(reader: Any, node: Any) -> Any:
     kind = getattr(made, "dtype", None)
     if kind is not None and kind.is_floating_point and kind != reader.reader.traced.dtype:
         raise reader.refusal(f"it casts to {kind}, which fixes a precision ({node.target})")
+    if name in _REASONS:
+        raise reader.refusal(_REASONS[name])
     if name not in RULES:
         raise reader.refusal(
             f"the operator {node.target} is not supported. Write it with operators that the "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flax_resblock.convert.codecs import AS_IS, OIHW_HWIO, OIW_WIO, TRANSPOSED
+from flax_resblock.convert.codecs import AS_IS, IOHW_HWIO, IOW_WIO, OIHW_HWIO, OIW_WIO, TRANSPOSED
 from flax_resblock.port import axes
 from flax_resblock.port.layers import Layer
 from flax_resblock.port.operators.elementwise import binary
@@ -45,6 +45,29 @@ def _conv(
     if bias is not None:
         text += ", {}"
         holes.append(b.value(bias))
+    text += "".join(f", {one}={{}}" for one in options) + ")"
+    holes += [Constant(size, one) for one, size in options.items()]
+    return b.new(text, holes, shape_of(node), axes.channels_last(rank), hint="conv")
+
+
+@rule("conv_transpose1d", "conv_transpose2d")
+def _conv_transpose(
+    b: Any, node: Any, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> Value:  # fmt: skip
+    kernel, value = b.value(weight), b.value(x)
+    rank = len(kernel.shape)
+    codec = IOHW_HWIO if rank == 4 else IOW_WIO
+    sizes = {
+        "stride": (stride, 1), "padding": (padding, 0), "output_padding": (output_padding, 0),
+        "groups": (groups, 1), "dilation": (dilation, 1),
+    }  # fmt: skip
+    options = {
+        name: plain_size(size) for name, (size, most) in sizes.items() if plain_size(size) != most
+    }
+    value = b.bring(value, axes.channels_last(rank))
+    holes = [value, b.bring(kernel, codec.axes), *([] if bias is None else [b.value(bias)])]
+    text = f"nn.conv_transpose({', '.join('{}' for _ in holes)}"
     text += "".join(f", {one}={{}}" for one in options) + ")"
     holes += [Constant(size, one) for one, size in options.items()]
     return b.new(text, holes, shape_of(node), axes.channels_last(rank), hint="conv")

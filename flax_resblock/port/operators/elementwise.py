@@ -173,10 +173,14 @@ def together(b: Values, operands: Sequence[Any]) -> tuple[list[Any], Shape, axes
         for place, length in enumerate(reversed(one.shape), 1):
             shape[-place] = length if length != 1 else shape[-place]
     expanded = [one.expanded for one in tensors if one.expanded is not None]
-    fitted = [
+    fitted: list[Any] = [
         b.for_broadcast(one, order) if isinstance(one, Value) else Constant(one, "factor")
         for one in operands
     ]
+    ranks = [len(one.shape) for one in fitted if isinstance(one, Value)]
+    if max(ranks) < rank:
+        first = next(place for place, one in enumerate(fitted) if isinstance(one, Value))
+        fitted[first] = b.with_leading_ones(fitted[first], rank)
     full = _broadcast([tuple(shape), *expanded]) if expanded else tuple(shape)
     result_order = order if len(full) == rank else axes.channels_last(len(full))
     if full != tuple(shape):

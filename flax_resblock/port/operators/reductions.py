@@ -108,6 +108,16 @@ def _along(b: Values, node: Any, x: Any, dim: int, *_: Any, **__: Any) -> Value:
     return b.new(text, (value,), value.shape, value.order, hint=name)
 
 
+@rule("logsumexp")
+def _logsumexp(b: Values, node: Any, x: Any, dims: Any, keep: bool = False) -> Value:
+    value = b.settled(b.value(x))
+    dims = [dim % len(value.shape) for dim in ([dims] if isinstance(dims, int) else dims)]
+    places = tuple(sorted(value.order.index(dim) for dim in dims))
+    text = f"jax.nn.logsumexp({{}}, axis={places}" + (", keepdims=True)" if keep else ")")
+    order = value.order if keep else axes.without(value.order, dims)
+    return b.new(text, (value,), shape_of(node), order, hint="logsumexp")
+
+
 @rule("glu")
 def _glu(b: Values, node: Any, x: Any, dim: int = -1) -> Value:
     value = b.settled(b.value(x))

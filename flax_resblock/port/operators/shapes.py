@@ -10,7 +10,7 @@ import torch
 from flax_resblock.port import axes
 from flax_resblock.port.operators.rules import along, name_of, rule
 from flax_resblock.port.placing import Values
-from flax_resblock.port.tracing import shape_of, size_of
+from flax_resblock.port.tracing import FromBatch, shape_of, size_of
 from flax_resblock.port.values import Constant, Value
 
 
@@ -94,6 +94,18 @@ def _repeat_interleave(b: Values, node: Any, x: Any, times: Any, dim: Any = None
     text = f"jnp.repeat({{}}, {{}}, axis={along(b, value, dim)})"
     holes = (value, Constant(times, "times"))
     return b.new(text, holes, shape_of(node), value.order, hint=value.hint)
+
+
+@rule("movedim", "moveaxis")
+def _movedim(b: Values, node: Any, x: Any, sources: Any, targets: Any) -> Value:
+    value = b.value(x)
+    rank = len(value.shape)
+    ends = [[one] if isinstance(one, int) else one for one in (sources, targets)]
+    before, after = ([dim % rank for dim in dims] for dims in ends)
+    dims = [dim for dim in range(rank) if dim not in before]
+    for place, dim in sorted(zip(after, before, strict=True)):
+        dims.insert(place, dim)
+    return b.transposed(value, dims)
 
 
 @rule("expand", "expand_as", "broadcast_to")
@@ -202,6 +214,35 @@ def _slice(
     holes += [] if whole_end else [Constant(end, "end")]
     index = _indexed(value.order.index(dim % len(value.shape)), len(value.shape), text)
     return b.new(f"{{3}}[{index}]", (value, *holes), shape_of(node), value.order, hint=value.hint)
+
+
+@rule("index_select")
+def _index_select(b: Values, node: Any, x: Any, dim: int, index: Any) -> Value:
+    value, places = b.settled(b.value(x)), b.value(index)
+    text = f"jnp.take({{}}, {{}}, axis={along(b, value, dim)})"
+    return b.new(text, (value, places), shape_of(node), value.order, hint=value.hint)
+
+
+@rule("index")
+def _index(b: Values, node: Any, x: Any, indices: Sequence[Any]) -> Value:
+    given = [place for place, one in enumerate(indices) if one is not None]
+    chosen = [b.value(indices[place]) for place in given]
+    if (
+        len(given) != 1
+        or len(chosen[0].shape) != 1
+        or indices[given[0]].meta["val"].dtype == torch.bool
+    ):
+        raise b.refusal("an index is supported that is one list of places along one axis")
+    return _index_select(b, node, x, given[0], chosen[0])
+
+
+@rule("arange", "linspace")
+def _numbers(b: Values, node: Any, *arguments: Any, **_: Any) -> Value:
+    numbers = ", ".join(repr(b.number(one)) for one in arguments)
+    if any(isinstance(b.number(one), FromBatch) for one in arguments):
+        raise b.refusal("it computes with a number that depends on the size of the batch")
+    text = f"jnp.{name_of(node)}({numbers}, dtype={b.dtype})"
+    return b.new(text, (), shape_of(node), (0,), hint="numbers")
 
 
 @rule("flip", "roll")
