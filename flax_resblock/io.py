@@ -101,7 +101,9 @@ def from_torch(
             opened, _ = open_module(source, reading)
         except InputError as error:
             how = "flax_resblock.port(module) writes a network of another kind as Flax source."
-            error.args = (f"{error}\n{how}",)
+            lines = str(error)
+            gap = "\n" if "\n" in lines else " "
+            error.args = (f"{lines}{gap}{how}",)
             raise
     elif isinstance(source, Mapping):
         opened = interpret(record_of(source, "the state dict"), reading)
