@@ -368,10 +368,14 @@ def test_a_network_that_the_library_has_is_one_line(tmp_path, monkeypatch):
     assert "class BasicBlock" in flax_resblock.port(small_resnet(), expand=True).source
 
 
-TORCHVISION = (
-    "squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v2", "mobilenet_v3_small", "mnasnet0_5",
-    "efficientnet_b0", "googlenet", "regnet_x_400mf", "resnet18",
-)  # fmt: skip
+TORCHVISION = {
+    "squeezenet1_1": True,
+    "shufflenet_v2_x0_5": True,
+    "mobilenet_v3_small": False,
+    "googlenet": False,
+    "efficientnet_b0": False,
+}
+"""Whether both are trained as well, which takes as long again."""
 
 
 @pytest.mark.slow
@@ -381,10 +385,10 @@ def test_classifiers_of_torchvision_are_ported(name):
     torchvision = import_torchvision()
     options = {"init_weights": False} if name == "googlenet" else {}
     module = getattr(torchvision.models, name)(weights=None, **options)
-    ported = flax_resblock.port(module, exact=True, expand=True)
+    ported = flax_resblock.port(module, exact=TORCHVISION[name])
     for quantity, figure in ported.figures.items():
         if quantity.startswith("float64"):
-            assert figure["error"] <= 1e-12, quantity
+            assert figure["error"] <= (1e-10 if "steps" in quantity else 1e-12), quantity
     back = ported.to_torch(ported.create())
     tensors = {key: torch.from_numpy(np.array(value)) for key, value in back.items()}
     module.load_state_dict(tensors, strict=True)

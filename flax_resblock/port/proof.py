@@ -31,7 +31,7 @@ BATCH = 3
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Options of a compiler that is run more often than what it makes."""
 
-STEPS, RATE = 5, 0.01
+STEPS, RATE = 5, 1e-3
 
 FLOOR = 1e-2
 """Gradients are compared relative to themselves, or to this share of the largest of their kind:
