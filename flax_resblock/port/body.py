@@ -21,10 +21,10 @@ from flax_resblock.port.parts import (
     ModulePart,
     ParameterPart,
     Part,
-    tensors_of,
 )  # fmt: skip
 from flax_resblock.port.placing import Values
 from flax_resblock.port.tracing import Traced, number_of, shape_of
+from flax_resblock.port.tying import tie
 from flax_resblock.port.values import Code, Constant, Value
 from flax_resblock.port.writing import write
 
@@ -74,6 +74,11 @@ def is_container(module: torch.nn.Module) -> bool:
     return isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict)) or (
         type(module) is torch.nn.Sequential
     )
+
+
+def children_of(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """The modules that a module holds; one that has two names is there twice."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
 
 
 def is_parameters(module: torch.nn.Module) -> bool:
@@ -131,7 +136,7 @@ class BodyReader(Values):
         for value, part in self.parameters.items():
             part.order = part.order or value.order
         write(self.body, self.values, outputs)
-        children = [identifier(name) for name, _ in self.live.named_children()]
+        children = [identifier(name) for name, _ in children_of(self.live)]
         self.body.parts = dict(
             sorted(
                 self.body.parts.items(),
@@ -143,7 +148,7 @@ class BodyReader(Values):
             layers = ContainerPart("List", dict(self.body.sequence.items))
             self.body.parts = {"layers": layers}
         if self.path == "":
-            _refuse_tied(self.live, self.body)
+            tie(self.live, self.body)
         return self.body
 
     def inside(self, name: str) -> str:
@@ -192,7 +197,7 @@ class BodyReader(Values):
     def _own_parts(self) -> dict[str, Part]:
         """The attributes that are layers or hold layers; what is called is added by its call."""
         parts: dict[str, Any] = {}
-        for name, child in self.live.named_children():
+        for name, child in children_of(self.live):
             part = None if name in self.skipped else self._part(child, self.inside(name))
             if _is_kept(part):
                 parts[identifier(name)] = part
@@ -204,7 +209,7 @@ class BodyReader(Values):
             kind = "Sequential" if isinstance(module, torch.nn.Sequential) else kind
             items = {
                 name: self._part(child, f"{inside}.{name}") or PASSES
-                for name, child in module.named_children()
+                for name, child in children_of(module)
             }
             return ContainerPart(kind, items) if items else None
         layer = layer_of(module)
@@ -230,12 +235,12 @@ class BodyReader(Values):
                 found.append(str(node.target))
             elif node.op != "output" and _is_tensor(node):
                 return None
-        names = [name for name, _ in self.live.named_children()]
+        names = [name for name, _ in children_of(self.live)]
         moved = any("jnp." in line or ".reshape(" in line for line in self.body.lines)
         if found != names or moved or any(line.startswith("for ") for line in self.body.lines[:0]):
             return None
         items = {}
-        for name, child in self.live.named_children():
+        for name, child in children_of(self.live):
             items[name] = (
                 self.body.parts.get(identifier(name))
                 or self._part(child, self.inside(name))
@@ -334,7 +339,7 @@ class BodyReader(Values):
             if not isinstance(part, ContainerPart):
                 held = {
                     name: self._part(child, f"{self.inside(inside)}.{name}")
-                    for name, child in module.named_children()
+                    for name, child in children_of(module)
                 }
                 kept = {key: one for key, one in held.items() if one is not None and _is_kept(one)}
                 part = ContainerPart("Dict", kept)
@@ -346,7 +351,7 @@ class BodyReader(Values):
         """``self.layers[1]`` for ``layers.1``."""
         text, module = "self", self.live
         for place, step in enumerate(target.split(".")):
-            names = [name for name, _ in module.named_children()]
+            names = [name for name, _ in children_of(module)]
             if place and isinstance(module, torch.nn.ModuleDict):
                 text += f"[{step!r}]"
             elif place and is_container(module):
@@ -453,7 +458,7 @@ class BodyReader(Values):
         """
         for name in names:
             self.body.parts.pop(identifier(name), None)
-        taken = {*self.body.parts, *(identifier(name) for name, _ in self.live.named_children())}
+        taken = {*self.body.parts, *(identifier(name) for name, _ in children_of(self.live))}
         name, number = hint, 1
         while name in taken:
             number += 1
@@ -468,20 +473,6 @@ def _held(graph: Any, node: Any) -> Any:
     for step in str(node.target).split("."):
         owner = getattr(owner, step, None)
     return owner
-
-
-def _refuse_tied(module: torch.nn.Module, body: Body) -> None:
-    """Two modules that hold one parameter would train apart."""
-    held = dict(module.named_parameters(remove_duplicate=False))
-    seen: dict[int, str] = {}
-    for one in tensors_of(body.parts):
-        other = seen.setdefault(id(held[one.key]), one.key) if one.key in held else one.key
-        if other != one.key:
-            raise InputError(
-                f"{type(module).__name__} cannot be ported: {other} and {one.key} are one "
-                f"parameter of two modules, and each would have its own in Flax. Call one module "
-                f"twice, or give the second one a parameter of its own."
-            )
 
 
 def _is_kept(part: Part | None) -> bool:
