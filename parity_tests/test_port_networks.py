@@ -394,7 +394,7 @@ class ByShape(Small):
         (AlwaysDropped, ["dropout is on in evaluation mode", "training=self.training"]),
         (Cast, ["casts to torch.float32", ".float()"]),
         (BatchRoot, ["depends on the size of the batch", "x.shape[0] ** 0.5"]),
-        (Recurrent, ["LSTM(4, 4", "recurrent layers"]),
+        (Recurrent, ["in module rnn", "LSTM(4, 4", "recurrent layers"]),
         (Volume, ["aten.conv3d", "F.conv3d"]),
         (TiedLayouts, ["back.weight", "conv.weight", "one parameter of two modules"]),
         (OwnGradient, ["HandWritten", "torch.autograd.Function", "test_port_networks.py:"]),

@@ -45,6 +45,13 @@ class Reader:
         """The user's module."""
         return self.traced.live.get_submodule(without_call(path))
 
+    def layer(self, module: torch.nn.Module, path: str) -> Layer | None:
+        """The layer that a module is; see :func:`flax_resblock.port.layers.layer_of`."""
+        try:
+            return layer_of(module)
+        except InputError as error:
+            raise InputError(f"{self.name} cannot be ported: in module {path}, {error}") from error
+
     def graph(self, path: str) -> Any:
         """What the module does."""
         return getattr(self.traced.graphs.get_submodule(path), "graph", None)
@@ -212,7 +219,7 @@ class BodyReader(Values):
                 for name, child in children_of(module)
             }
             return ContainerPart(kind, items) if items else None
-        layer = layer_of(module)
+        layer = self.reader.layer(module, inside)
         return None if layer is None else LayerPart(layer, f"{inside}.")
 
     def _sequence(self) -> ContainerPart | None:
@@ -257,7 +264,7 @@ class BodyReader(Values):
         arguments = [self.value(one) for one in node.args if isinstance(self.number(one), Value)]
         if target.partition(".")[0] in self.skipped:
             return arguments[0]
-        layer = None if is_container(child) else layer_of(child)
+        layer = None if is_container(child) else self.reader.layer(child, self.inside(target))
         if layer is not None:
             if layer.stateful:
                 self._holder(target.split(".")[:-1])
