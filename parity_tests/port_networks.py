@@ -413,6 +413,53 @@ class Choices(nn.Module):
         return self.fc(torch.max(x.flatten(2), dim=2).values + x.amin((2, 3)))
 
 
+class Backbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.layer1 = nn.Sequential(PreActivation(8, 8), PreActivation(8, 12, 2))
+        self.position = nn.Parameter(torch.zeros(1, 1, 1, 1))
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.layer1(F.relu(self.bn1(self.conv1(x)))) + self.position
+        return self.fc(x.mean((2, 3)))
+
+
+class PartsOfBackbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.resnet = Backbone()
+        self.resnet.fc = nn.Identity()
+        self.register_buffer("noise", torch.randn(1, 1, 16, 12))
+        self.strength = nn.Parameter(torch.zeros(1, 8, 1, 1))
+
+    def forward(self, x):
+        x = self.resnet.bn1(self.resnet.conv1(x)) + self.strength * self.noise
+        return self.resnet.layer1(x) - self.resnet.position
+
+
+class SharedParts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = PreActivation(8, 8)
+        act = nn.PReLU()
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 1), act, nn.Conv2d(8, 8, 1), act)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8)])
+        self.norm = self.norms[0]
+        self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.right.weight = self.left.weight
+
+    def forward(self, x):
+        x = self.stem(x)
+        for _ in range(3):
+            x = self.block(x)
+        x = self.norm(self.body(self.norms[0](x)))
+        return self.right(F.relu(self.left(x.mean((2, 3)))))
+
+
 class Ties(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -462,7 +509,7 @@ NETWORKS = {
     "cbam": (Cbam, IMAGE),
     "shake": (Shake, IMAGE),
     "loops_over_shapes": (LoopsOverShapes, IMAGE),
-    "unet": (UNet, ((3, 18, 18),)),
+    "unet": (UNet, ((3, 18, 14),)),
     "dense": (Dense, IMAGE),
     "dictionaries": (Dictionaries, IMAGE),
     "channel_norms": (ChannelNorms, IMAGE),
@@ -474,6 +521,8 @@ NETWORKS = {
     "signals": (Signals, ((3, 20),)),
     "pixel_attention": (PixelAttention, IMAGE),
     "choices": (Choices, IMAGE),
+    "parts_of_backbone": (PartsOfBackbone, ((3, 16, 12),)),
+    "shared_parts": (SharedParts, IMAGE),
     "ties": (Ties, IMAGE),
     "in_place": (InPlace, IMAGE),
     "flat_sequential": (flat, IMAGE),

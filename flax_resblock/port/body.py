@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import keyword
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,24 +10,36 @@ from torch.fx import GraphModule
 
 from flax_resblock.errors import InputError
 from flax_resblock.port import axes
+from flax_resblock.port.attributes import PASSES, Parts, is_kept
 from flax_resblock.port.axes import Order, Shape
+from flax_resblock.port.graphs import (
+    argument_names,
+    held,
+    hint_of,
+    is_tensor,
+    layer_call,
+    leaves,
+    list_order,
+    result_of,
+    tensor_inputs,
+)
 from flax_resblock.port.layers import Layer, layer_of
+from flax_resblock.port.modules import (
+    children_of,
+    identifier,
+    is_container,
+    without_call,
+)
 from flax_resblock.port.parts import (
     Body,
     ContainerPart,
-    LayerPart,
     ModulePart,
-    ParameterPart,
     Part,
-    tensors_of,
 )  # fmt: skip
-from flax_resblock.port.placing import Values
 from flax_resblock.port.tracing import Traced, number_of, shape_of
-from flax_resblock.port.values import Code, Constant, Value
+from flax_resblock.port.tying import tie
+from flax_resblock.port.values import Code, Value
 from flax_resblock.port.writing import write
-
-PASSES = LayerPart(Layer("nn.identity"), "")
-"""In the place of a module that holds nothing and is not called with those beside it."""
 
 
 class Reader:
@@ -45,6 +55,13 @@ class Reader:
     def live(self, path: str) -> torch.nn.Module:
         """The user's module."""
         return self.traced.live.get_submodule(without_call(path))
+
+    def layer(self, module: torch.nn.Module, path: str) -> Layer | None:
+        """The layer that a module is; see :func:`flax_resblock.port.layers.layer_of`."""
+        try:
+            return layer_of(module)
+        except InputError as error:
+            raise InputError(f"{self.name} cannot be ported: in module {path}, {error}") from error
 
     def graph(self, path: str) -> Any:
         """What the module does."""
@@ -65,30 +82,7 @@ class Reader:
         return known
 
 
-def without_call(path: str) -> str:
-    """``"a.b"`` for ``"a.b@1"``, which is the second call of that module."""
-    return ".".join(part.partition("@")[0] for part in path.split("."))
-
-
-def is_container(module: torch.nn.Module) -> bool:
-    """Whether a module only holds others: in the emitted code it has no class."""
-    return isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict)) or (
-        type(module) is torch.nn.Sequential
-    )
-
-
-def is_parameters(module: torch.nn.Module) -> bool:
-    """Whether a module is a list or dictionary of parameters."""
-    return isinstance(module, (torch.nn.ParameterList, torch.nn.ParameterDict))
-
-
-def identifier(name: str) -> str:
-    """A name that Python accepts."""
-    name = name if name.isidentifier() else "".join(c if c.isalnum() else "_" for c in f"_{name}")
-    return f"{name}_" if keyword.iskeyword(name) else name
-
-
-class BodyReader(Values):
+class BodyReader(Parts):
     """Reads one module.
 
     Args:
@@ -121,7 +115,7 @@ class BodyReader(Values):
         outputs: list[Value] = []
         for node in self.graph.nodes:
             self.node = node
-            if node.op == "get_attr" and not isinstance(_held(self.graph, node), GraphModule):
+            if node.op == "get_attr" and not isinstance(held(self.graph, node), GraphModule):
                 self.env[node] = self._attribute(str(node.target))
             elif node.op == "call_module":
                 self.env[node] = self._call(node)
@@ -132,7 +126,7 @@ class BodyReader(Values):
         for value, part in self.parameters.items():
             part.order = part.order or value.order
         write(self.body, self.values, outputs)
-        children = [identifier(name) for name, _ in self.live.named_children()]
+        children = [identifier(name) for name, _ in children_of(self.live)]
         self.body.parts = dict(
             sorted(
                 self.body.parts.items(),
@@ -144,20 +138,16 @@ class BodyReader(Values):
             layers = ContainerPart("List", dict(self.body.sequence.items))
             self.body.parts = {"layers": layers}
         if self.path == "":
-            _refuse_tied(self.live, self.body)
+            tie(self.live, self.body)
         return self.body
 
-    def inside(self, name: str) -> str:
-        """The name in the network of what has this name in the module."""
-        return f"{self.body.path}.{name}".strip(".")
-
     def _outputs(self, result: Any) -> list[Value]:
-        flat = list(_leaves(result))
+        flat = list(leaves(result))
         self.body.is_tuple = isinstance(result, (tuple, list)) and self.path != ""
         self.body.result = ", ".join("{}" for _ in flat)
         outputs = [self.settled(self.value(one)) for one in flat]
         if self.path == "":
-            self.body.result = _result(self.reader.traced.out_spec)
+            self.body.result = result_of(self.reader.traced.out_spec)
             outputs = [self.bring(one, axes.channels_last(len(one.shape))) for one in outputs]
         self.body.outputs = [(one.shape, one.order) for one in outputs]
         return outputs
@@ -165,7 +155,7 @@ class BodyReader(Values):
     # Arguments
 
     def _arguments(self, inputs: Sequence[tuple[Shape, Order]]) -> None:
-        names = _argument_names(self.live)
+        names = argument_names(self.live)
         tensors = tensor_inputs(self.graph)
         self.body.list_input = len(tensors) > 1 and len(names) == 1
         for node in self.graph.nodes:
@@ -193,23 +183,11 @@ class BodyReader(Values):
     def _own_parts(self) -> dict[str, Part]:
         """The attributes that are layers or hold layers; what is called is added by its call."""
         parts: dict[str, Any] = {}
-        for name, child in self.live.named_children():
+        for name, child in children_of(self.live):
             part = None if name in self.skipped else self._part(child, self.inside(name))
-            if _is_kept(part):
+            if is_kept(part):
                 parts[identifier(name)] = part
         return parts
-
-    def _part(self, module: torch.nn.Module, inside: str) -> Part | None:
-        if is_container(module):
-            kind = "Dict" if isinstance(module, torch.nn.ModuleDict) else "List"
-            kind = "Sequential" if isinstance(module, torch.nn.Sequential) else kind
-            items = {
-                name: self._part(child, f"{inside}.{name}") or PASSES
-                for name, child in module.named_children()
-            }
-            return ContainerPart(kind, items) if items else None
-        layer = layer_of(module)
-        return None if layer is None else LayerPart(layer, f"{inside}.")
 
     def _sequence(self) -> ContainerPart | None:
         """The modules of a Sequential that does nothing but call them in a row, else None."""
@@ -225,18 +203,18 @@ class BodyReader(Values):
             if node in tensor_inputs(self.graph) and previous is None:
                 previous = node
             elif node.op == "call_module":
-                if [one for one in node.args if _is_tensor(one)] != [previous]:
+                if [one for one in node.args if is_tensor(one)] != [previous]:
                     return None
                 previous = node
                 found.append(str(node.target))
-            elif node.op != "output" and _is_tensor(node):
+            elif node.op != "output" and is_tensor(node):
                 return None
-        names = [name for name, _ in self.live.named_children()]
+        names = [name for name, _ in children_of(self.live)]
         moved = any("jnp." in line or ".reshape(" in line for line in self.body.lines)
         if found != names or moved or any(line.startswith("for ") for line in self.body.lines[:0]):
             return None
         items = {}
-        for name, child in self.live.named_children():
+        for name, child in children_of(self.live):
             items[name] = (
                 self.body.parts.get(identifier(name))
                 or self._part(child, self.inside(name))
@@ -253,7 +231,7 @@ class BodyReader(Values):
         arguments = [self.value(one) for one in node.args if isinstance(self.number(one), Value)]
         if target.partition(".")[0] in self.skipped:
             return arguments[0]
-        layer = None if is_container(child) else layer_of(child)
+        layer = None if is_container(child) else self.reader.layer(child, self.inside(target))
         if layer is not None:
             if layer.stateful:
                 self._holder(target.split(".")[:-1])
@@ -270,7 +248,7 @@ class BodyReader(Values):
             if holes == self.listed and self.body.list_input:
                 text, holes = self.body.arguments[0], []
         text = f"{self.accessor(target)}({text})"
-        hint = _hint(target)
+        hint = hint_of(target)
         if not body.is_tuple:
             (_, order) = body.outputs[0]
             return self.new(text, holes, shape_of(node), order, hint=hint)
@@ -302,7 +280,7 @@ class BodyReader(Values):
         if layer.stateful:
             self.reader.orders.setdefault(self.inside(target), []).append(order)
             text = f"{self.accessor(target)}({{}})"
-            return self.new(text, (x,), shape, order, hint=_hint(target))
+            return self.new(text, (x,), shape, order, hint=hint_of(target))
         text, holes = layer_call(layer)
         return self.new(text, (x, *holes), shape, order, hint=layer.call.rpartition(".")[2])
 
@@ -318,254 +296,3 @@ class BodyReader(Values):
                 raise self.refusal(f"it calls {target} as a whole, and parts of it by themselves")
             body.parts = {**parts.items, **body.parts}
         holder[last] = ModulePart(body) if part is None else part
-
-    def _holder(self, steps: Sequence[str]) -> tuple[dict[str, Part], str]:
-        """What holds the parts of a module, and the module of a class that this belongs to.
-
-        A module that is never called, of which parts are, becomes a dictionary.
-        """
-        holder, module, owner = self.body.parts, self.live, ""
-        for place, step in enumerate(steps):
-            inside = ".".join(steps[: place + 1])
-            module = module.get_submodule(step)
-            key = step if step in holder else identifier(step)
-            part = holder.get(key)
-            if isinstance(part, ModulePart):
-                sequence, owner = part.body.sequence, inside
-                holder = part.body.parts if sequence is None else sequence.items
-                continue
-            if not isinstance(part, ContainerPart):
-                held = {
-                    name: self._part(child, f"{self.inside(inside)}.{name}")
-                    for name, child in module.named_children()
-                }
-                kept = {key: one for key, one in held.items() if one is not None and _is_kept(one)}
-                part = ContainerPart("Dict", kept)
-                holder[key] = part
-            holder = part.items
-        return holder, owner
-
-    def accessor(self, target: str) -> str:
-        """``self.layers[1]`` for ``layers.1``."""
-        text, module = "self", self.live
-        for place, step in enumerate(target.split(".")):
-            names = [name for name, _ in module.named_children()]
-            if place and isinstance(module, torch.nn.ModuleDict):
-                text += f"[{step!r}]"
-            elif place and is_container(module):
-                text += f"[{names.index(step)}]"
-            else:
-                text += f".{identifier(step)}"
-            module = module.get_submodule(step) if step in names else module
-        return text
-
-    # Parameters
-
-    def _attribute(self, target: str) -> Any:
-        *steps, name = target.split(".")
-        try:
-            owner = self.live.get_submodule(".".join(steps))
-        except AttributeError:
-            owner = self.live
-        parameters = dict(owner.named_parameters(recurse=False))
-        tensor = parameters.get(name, dict(owner.named_buffers(recurse=False)).get(name))
-        if tensor is None or name in owner._non_persistent_buffers_set:
-            graphs: Any = self.reader.traced.graphs.get_submodule(self.path)
-            if tensor is None and target in self.reader.traced.constants:
-                tensor = self.reader.traced.constants[target]
-            if tensor is None:
-                tensor = graphs.get_submodule(".".join(steps)).__getattr__(name)
-            return self._literal(tensor)
-        shape = tuple(tensor.shape)
-        layer = layer_of(owner) if steps and not is_container(owner) else None
-        if layer is not None and name in layer.tensors:
-            ours, codec = layer.tensors[name]
-            code = Code(f"{self.accessor('.'.join(steps))}.{ours}[...]")
-            return Value(code, shape, codec.axes or axes.torch_order(len(shape)), name)
-        listed = self._listed(steps) if steps else None
-        holder: Any
-        holder, other = (listed.items, "") if listed else self._holder(steps)
-        place = name if listed else identifier(name)
-        part = holder.get(place)
-        if not isinstance(part, ParameterPart):
-            own = target.removeprefix(f"{other}." if other else "")
-            part = ParameterPart(own, shape, None, name in parameters, _initial(tensor))
-            holder[place] = part
-        order = part.order or axes.torch_order(len(shape))
-        text = f"self.{identifier(name)}"
-        if steps and not listed:
-            text = f"{self.accessor('.'.join(steps))}.{identifier(name)}"
-        elif steps:
-            key = repr(name) if isinstance(owner, torch.nn.ParameterDict) else name
-            text = f"{self.accessor('.'.join(steps))}[{key}]"
-        value = Value(Code(f"{text}[...]"), shape, order, identifier(".".join([*steps[-1:], name])))
-        self.parameters[value] = part
-        return value
-
-    def _listed(self, steps: Sequence[str]) -> ContainerPart | None:
-        """The list of parameters at a place; None if there is none."""
-        owner = self.live.get_submodule(".".join(steps))
-        if len(steps) > 1 or not is_parameters(owner):
-            return None
-        kind = "Dict" if isinstance(owner, torch.nn.ParameterDict) else "List"
-        listed = self.body.parts.setdefault(identifier(steps[0]), ContainerPart(kind, {}))
-        if not isinstance(listed, ContainerPart):
-            return None
-        for name, tensor in owner.named_parameters():
-            if name not in listed.items:
-                initial = _initial(tensor)
-                told = (f"{steps[0]}.{name}", tuple(tensor.shape), None, True, initial)
-                listed.items[name] = ParameterPart(*told)
-        return listed
-
-    def _literal(self, tensor: torch.Tensor) -> Any:
-        if tensor.ndim == 0:
-            return tensor.item()
-        if tensor.dtype == torch.int64 and tensor.numel() <= 64:
-            code = Code(f"jnp.array({tensor.tolist()!r})")
-            return Value(code, tuple(tensor.shape), axes.torch_order(tensor.ndim), "indices")
-        if not tensor.dtype.is_floating_point:
-            raise self.refusal(f"it uses a constant of {tensor.dtype}, which is not supported")
-        shape, small = tuple(tensor.shape), tensor
-        for axis in range(tensor.ndim):
-            first = small.narrow(axis, 0, 1)
-            small = first if bool((small == first).all()) else small
-        if small.numel() > 64:
-            raise self.refusal(
-                f"it uses a constant of {tensor.numel():,} numbers that is neither a parameter nor "
-                f"a persistent buffer. Register it with register_buffer"
-            )
-        text = f"jnp.array({small.tolist()!r}, {self.dtype})"
-        text = text if small.shape == tensor.shape else f"jnp.broadcast_to({text}, {shape})"
-        return Value(Code(text), shape, axes.torch_order(len(shape)), "constant")
-
-    def own(self, node: Any) -> str | None:
-        """The name of a parameter or buffer of this module that nothing else has used yet."""
-        if node is None:
-            return None
-        part = self.parameters.get(self.number(node))
-        if part is None or len(node.users) != 1 or part.order is not None or "." in part.name:
-            return None
-        return part.name
-
-    def synthesised(self, layer: Layer, hint: str, names: Sequence[str]) -> str:
-        """Puts a layer in the place of tensors that the forward pass used by itself.
-
-        Returns:
-          The name of the layer.
-        """
-        for name in names:
-            self.body.parts.pop(identifier(name), None)
-        taken = {*self.body.parts, *(identifier(name) for name, _ in self.live.named_children())}
-        name, number = hint, 1
-        while name in taken:
-            number += 1
-            name = f"{hint}{number}"
-        self.body.parts[name] = LayerPart(layer, f"{self.body.path}." if self.body.path else "")
-        return name
-
-
-def _held(graph: Any, node: Any) -> Any:
-    """What an attribute of a graph is: a tensor, or a graph that an operator calls."""
-    owner = graph.owning_module
-    for step in str(node.target).split("."):
-        owner = getattr(owner, step, None)
-    return owner
-
-
-def _refuse_tied(module: torch.nn.Module, body: Body) -> None:
-    """Two modules that hold one parameter would train apart."""
-    held = dict(module.named_parameters(remove_duplicate=False))
-    seen: dict[int, str] = {}
-    for one in tensors_of(body.parts):
-        other = seen.setdefault(id(held[one.key]), one.key) if one.key in held else one.key
-        if other != one.key:
-            raise InputError(
-                f"{type(module).__name__} cannot be ported: {other} and {one.key} are one "
-                f"parameter of two modules, and each would have its own in Flax. Call one module "
-                f"twice, or give the second one a parameter of its own."
-            )
-
-
-def _is_kept(part: Part | None) -> bool:
-    """Whether a part is an attribute: it is a layer with parameters, or holds some."""
-    return part is not None and not (isinstance(part, LayerPart) and not part.layer.stateful)
-
-
-def _initial(tensor: torch.Tensor) -> str:
-    """Code of a value as the tensor has it now: a constant, or random numbers as large."""
-    if not tensor.dtype.is_floating_point:
-        return "jnp.zeros({}, int)"
-    flat = tensor.detach().flatten().double()
-    if bool((flat == flat[0]).all()):
-        value = float(flat[0])
-        return {0.0: "jnp.zeros({})", 1.0: "jnp.ones({})"}.get(value, f"jnp.full({{}}, {value:g})")
-    return f"{float(flat.std()):.2g} * jax.random.normal(rngs.params(), {{}})"
-
-
-def _leaves(result: Any) -> Any:
-    if isinstance(result, (tuple, list)):
-        for one in result:
-            yield from _leaves(one)
-    elif isinstance(result, dict):
-        for one in result.values():
-            yield from _leaves(one)
-    else:
-        yield result
-
-
-def _result(spec: Any) -> str:
-    """What the network returns, with a hole for every tensor."""
-    if spec.is_leaf():
-        return "{}"
-    inner = [_result(child) for child in spec.children()]
-    if spec.type in (tuple, list):
-        ends = "[]" if spec.type is list else "()"
-        return ends[0] + ", ".join(inner) + ("," if len(inner) == 1 else "") + ends[1]
-    names = [str(key) for key in spec.context] if isinstance(spec.context, (list, tuple)) else []
-    if len(names) != len(inner):
-        names = list(getattr(spec.context, "_fields", ())) or [str(i) for i in range(len(inner))]
-    pairs = (f'"{name}": {value}' for name, value in zip(names, inner, strict=True))
-    return "{{" + ", ".join(pairs) + "}}"
-
-
-def _is_tensor(node: Any) -> bool:
-    return isinstance(node, torch.fx.Node) and hasattr(node.meta.get("val"), "shape")
-
-
-def tensor_inputs(graph: Any) -> list[Any]:
-    """The inputs of a graph that are tensors."""
-    return [node for node in graph.nodes if node.op == "placeholder" and _is_tensor(node)]
-
-
-def list_order(graph: Any) -> list[int]:
-    """The order of the tensors of a list: that in which an operator takes them all."""
-    tensors = tensor_inputs(graph)
-    for node in graph.nodes:
-        for argument in node.args:
-            if isinstance(argument, (list, tuple)) and set(tensors) == set(argument):
-                return [tensors.index(one) for one in argument]
-    return list(range(len(tensors)))
-
-
-def layer_call(layer: Layer) -> tuple[str, list[Constant]]:
-    """``nn.max_pool({}, {}, stride={})``, and the constants for its holes behind the first."""
-    texts = ["{}", *("{}" for _ in layer.positional)]
-    holes = [Constant(value, "size") for value in layer.positional]
-    for name, value in layer.options.items():
-        texts.append(f"{name}={{}}")
-        holes.append(Constant(value, name))
-    return f"{layer.call}({', '.join(texts)})", holes
-
-
-def _argument_names(module: torch.nn.Module) -> list[str]:
-    parameters = inspect.signature(module.forward).parameters.values()
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [identifier(one.name) for one in parameters if one.kind in kinds]
-    return ["x"] if names in ([], ["input"]) else names
-
-
-def _hint(target: str) -> str:
-    """The name of a variable for what a module returns."""
-    *rest, last = target.split(".")
-    return identifier("_".join([*rest[-1:], last]) if last.isdigit() else last)

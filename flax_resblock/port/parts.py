@@ -87,6 +87,7 @@ class Body:
       list_input: Whether its only argument is a list of tensors.
       sequence: If it does nothing but call modules in a row, those.
       result: What is returned, with a hole for every tensor.
+      ties: Assignments of ``__init__`` that make one variable of two: target and value.
       group: The class that it is emitted as.
     """
 
@@ -102,6 +103,7 @@ class Body:
     list_input: bool = False
     sequence: ContainerPart | None = None
     result: str = "{}"
+    ties: list[tuple[str, str]] = field(default_factory=list)
     group: Any = None
 
 

@@ -95,6 +95,7 @@ def _class(made: EmittedClass, *, last: bool, size: tuple[int, int] | None = Non
         if name in made.conditions:
             built += f" if {made.conditions[name]} else nn.identity"
         inner.append(f"self.{name} = {built}")
+    inner += [f"{target} = {value}" for target, value in body.ties]
     if inner:
         lines += [f"    def __init__({arguments}) -> None:"]
         lines += [f"        {line}" for line in inner] + [""]

@@ -96,6 +96,14 @@ def _repeat_interleave(b: Values, node: Any, x: Any, times: Any, dim: Any = None
     return b.new(text, holes, shape_of(node), value.order, hint=value.hint)
 
 
+@rule("mT", "numpy_T")
+def _turned(b: Values, node: Any, x: Any) -> Value:
+    value = b.value(x)
+    dims = list(range(len(value.shape)))
+    dims = [*dims[:-2], dims[-1], dims[-2]] if name_of(node) == "mT" else dims[::-1]
+    return b.transposed(value, dims)
+
+
 @rule("movedim", "moveaxis")
 def _movedim(b: Values, node: Any, x: Any, sources: Any, targets: Any) -> Value:
     value = b.value(x)

@@ -1,0 +1,70 @@
+"""One parameter of several modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from flax_resblock.errors import InputError
+from flax_resblock.port.parts import (
+    Body,
+    ContainerPart,
+    LayerPart,
+    ModulePart,
+    Part,
+    tensors_of,
+)  # fmt: skip
+
+
+def tie(module: torch.nn.Module, body: Body) -> None:
+    """Lets the layers of a network share what its modules share.
+
+    Args:
+      module: The network.
+      body: Of the network; gets the assignments that make one variable of two, and only one of
+        them keeps its place in the state dict.
+    Raises:
+      InputError: The modules hold it in different memory layouts.
+    """
+    held: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
+    held.update(module.named_buffers(remove_duplicate=False))
+    groups: dict[int, list[Any]] = {}
+    for one in tensors_of(body.parts):
+        groups.setdefault(id(held.get(one.key, one)), []).append(one)
+    layers = {f"{part.prefix}{name}": part for part, name in _layers(body.parts)}
+    for group in groups.values():
+        first, *others = sorted(group, key=lambda one: one.path)  # nnx keeps the first path
+        for other in others:
+            same = first.codec.axes == other.codec.axes and other.key in layers
+            if not same or body.sequence is not None:
+                raise InputError(
+                    f"{type(module).__name__} cannot be ported: {first.key} and {other.key} are "
+                    f"one parameter of two modules, which cannot share it in Flax. Call one module "
+                    f"twice, or give the second one a parameter of its own."
+                )
+            part = layers[other.key]
+            name = other.key.removeprefix(part.prefix)
+            left = {key: one for key, one in part.layer.tensors.items() if key != name}
+            part.layer = replace(part.layer, tensors=left)
+            body.ties.append((_text(other.path), _text(first.path)))
+
+
+def _layers(parts: Mapping[str, Part]) -> Iterator[tuple[LayerPart, str]]:
+    """Every layer, with the name of each of its tensors."""
+    for part in parts.values():
+        if isinstance(part, LayerPart):
+            yield from ((part, name) for name in part.layer.tensors)
+        elif isinstance(part, ModulePart):
+            body = part.body
+            yield from _layers(body.parts if body.sequence is None else body.sequence.items)
+        elif isinstance(part, ContainerPart):
+            yield from _layers(part.items)
+
+
+def _text(path: tuple[Any, ...]) -> str:
+    """``self.layers[1].kernel`` for ``("layers", 1, "kernel")``."""
+    steps = (f".{s}" if isinstance(s, str) and s.isidentifier() else f"[{s!r}]" for s in path)
+    return "self" + "".join(steps)
