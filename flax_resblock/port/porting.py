@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -101,7 +102,12 @@ def _ported(
     reader = Reader(trace(module, [torch.randn(2, channels, *size)]))
     body = reader.body("", [((BATCH, channels, *size), axes.channels_last(4))])
     table = _table(module, body)
-    slots = dict(_slots(reader, body.parts, ()))
+    names = Counter(id(one) for _, one in module.named_modules(remove_duplicate=False))
+    slots = {
+        name: path
+        for name, path in _slots(reader, body.parts, ())
+        if names[id(module.get_submodule(name))] == 1
+    }
     classes = classes_of(reader, body)
     title = f"{origin} in Flax, with channels last. Written by flax-resblock port."
     unused = {one.key: state[one.key] for one in table.tensors if one.path is None}
