@@ -188,6 +188,28 @@ def test_a_wrong_translation_is_never_handed_out(network, monkeypatch, written, 
         flax_resblock.port(network)
 
 
+class LogarithmicGain(nn.Module):
+    """NaN with random weights, half of which are negative."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.gain = nn.Parameter(torch.full((4, 1, 1), 2.0))
+
+    def forward(self, x):
+        return (self.conv(x) * torch.log(self.gain)).mean((2, 3))
+
+
+def test_weights_that_hide_everything_are_not_compared_with(monkeypatch):
+    assert flax_resblock.port(LogarithmicGain()).figures["float64 training gradients"]
+    genuine = porting.source_of
+    monkeypatch.setattr(
+        porting, "source_of", lambda *a, **k: genuine(*a, **k).replace("jnp.log(", "jnp.log1p(")
+    )
+    with pytest.raises(InputError, match="in evaluation mode the output differs"):
+        flax_resblock.port(LogarithmicGain())
+
+
 class OtherwiseInTraining(nn.Module):
     def __init__(self):
         super().__init__()

@@ -31,7 +31,8 @@ from flax_resblock.port.parts import (
     parts_of,
     tensors_of,
 )  # fmt: skip
-from flax_resblock.port.proof import channels_of, prove
+from flax_resblock.port.proof import prove
+from flax_resblock.port.side_by_side import channels_of
 from flax_resblock.port.source import source_of
 from flax_resblock.port.tracing import trace
 from flax_resblock.port.values import BATCH

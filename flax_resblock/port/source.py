@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from flax_resblock.port.classes import (
+from flax_resblock.port.arguments import (
     EmittedClass,
     Written,
     argument_names,

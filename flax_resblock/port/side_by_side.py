@@ -1,0 +1,241 @@
+"""A PyTorch module and what it was ported to, with the same random weights, run side by side."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+from flax_resblock.checkpoint.torch_file import state_to_numpy
+from flax_resblock.config import Path
+from flax_resblock.cpu.switch import conv_lowering
+from flax_resblock.nn.stochastic import StochasticDepth
+from flax_resblock.nn.variables import flat_arrays
+from flax_resblock.parity.module_run import randomise
+from flax_resblock.parity.pair import PRECISIONS, Precision
+from flax_resblock.parity.taps import Trace, as_tensor, trace_flax, trace_torch
+from flax_resblock.port.network import PortedNetwork, filled
+
+BATCH = 3
+
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Options of the compiler for programs that run once."""
+
+STEPS, RATE = 5, 1e-3
+"""Of the training that is compared."""
+
+
+def channels_of(module: torch.nn.Module) -> int:
+    """Channels of the images that a module takes: those of its first convolution."""
+    for part in module.modules():
+        if isinstance(part, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            return part.in_channels
+    return 3
+
+
+def images_of(channels: int, size: tuple[int, int]) -> np.ndarray:
+    """Random images ``(N, H, W, C)`` whose channels have different means."""
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((BATCH, *size, channels))
+    return images + np.linspace(-1, 2, channels)
+
+
+class _Flat(nnx.Module):
+    """The network with everything that it returns in one array, in PyTorch's order."""
+
+    def __init__(self, net: Any, count: int | None = None) -> None:
+        self.net, self.count = net, count
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        parts = list(leaves(self.net(x)))[: self.count]
+        return jnp.concatenate(
+            [jnp.moveaxis(one, -1, 1).reshape(one.shape[0], -1) for one in parts], axis=-1
+        )
+
+
+class _FlatTorch(torch.nn.Module):
+    """The module with everything that it returns in one tensor."""
+
+    def __init__(self, net: torch.nn.Module, count: int | None = None) -> None:
+        super().__init__()
+        self.net, self.count, self.found = net, count, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [one for one in leaves(self.net(x)) if isinstance(one, torch.Tensor)]
+        self.found = len(parts)
+        return torch.cat([one.flatten(1) for one in parts[: self.count]], dim=-1)
+
+
+def leaves(result: Any) -> Iterator[Any]:
+    """The arrays of a result, in order."""
+    if isinstance(result, Mapping):
+        result = list(result.values())
+    if isinstance(result, tuple | list):
+        for one in result:
+            yield from leaves(one)
+    elif result is not None:
+        yield result
+
+
+class SideBySide:
+    """The module and the ported network.
+
+    Args:
+      module: In evaluation mode and float32; changed: its weights become random, unless its output
+        is then zero or not finite, and its random layers are switched off.
+      ported: Its source and table.
+      slots: Paths of the layers in the Flax model, by their names in PyTorch.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, ported: PortedNetwork, slots: Mapping[str, Path]
+    ) -> None:
+        self.module, self.ported = module, ported
+        self.torch_slots = {name: f"net.{name}" for name in slots}
+        self.flax_slots = {name: ("net", *path) for name, path in slots.items()}
+        _switch_off(module)
+        own = copy.deepcopy(module.state_dict())
+        randomise(module)
+        self.images = images_of(channels_of(module), ported.image_size)
+        output, self.count = self._output()
+        if not (np.isfinite(output).all() and output.any()):
+            module.load_state_dict(own)
+
+    def _output(self) -> tuple[np.ndarray, int]:
+        """The output in evaluation mode, and of how many tensors it consists."""
+        flat = _FlatTorch(self.module)
+        with torch.no_grad():
+            output = flat(as_tensor(self.images, PRECISIONS["float32"]))
+        return output.numpy(), flat.found
+
+    def outputs_in_training(self) -> int:
+        """How many tensors the module returns in training mode; whatever it raises, it raises."""
+        flat = _FlatTorch(copy.deepcopy(self.module).train())
+        with torch.no_grad(), _no_functional_dropout():
+            flat(as_tensor(self.images, PRECISIONS["float32"]))
+        return flat.found
+
+    def torch(self, images: np.ndarray, precision: Precision, **options: Any) -> Trace:
+        """What the module computes."""
+        flat = _FlatTorch(self._cast(precision), self.count)
+        with _no_functional_dropout(), torch.enable_grad():
+            return trace_torch(flat, images, self.torch_slots, precision=precision, **options)
+
+    def flax(self, images: np.ndarray, precision: Precision, **options: Any) -> Trace:
+        """What the ported network computes, compiled in a hurry, as it runs once."""
+        with precision.on_jax(None):
+            flat = _Flat(self._filled(precision), self.count)
+        options |= {"precision": precision, "options": QUICKLY}
+        with conv_lowering("xla"):
+            return trace_flax(flat, images, self.flax_slots, **options)
+
+    def _filled(self, precision: Precision) -> nnx.Module:
+        state = state_to_numpy(self._cast(precision).state_dict())
+        model = filled(self.ported.network, self.ported.table.to_flax(state))
+        for _, part in nnx.iter_modules(model):
+            if isinstance(part, nnx.Dropout | StochasticDepth):
+                part.rate = 0.0
+        return model
+
+    def _cast(self, precision: Precision) -> torch.nn.Module:
+        dtype = torch.float64 if precision.name == "float64" else torch.float32
+        return copy.deepcopy(self.module).to(dtype)
+
+    def is_wide(self) -> bool:
+        """Whether the module computes in float64: a cast in its code may keep it from that."""
+        flat = _FlatTorch(self._cast(PRECISIONS["float64"]))
+        try:
+            with torch.no_grad():
+                return flat(as_tensor(self.images, PRECISIONS["float64"])).dtype == torch.float64
+        except Exception:  # whatever the user's code raises
+            return False
+
+    def train_both(
+        self, precision: Precision
+    ) -> tuple[dict[Path, np.ndarray], dict[Any, np.ndarray]]:
+        """Every tensor after some steps of SGD with momentum: PyTorch's as Flax has them, and
+        Flax's, whose paths begin with ``"net"``.
+        """
+        rng = np.random.default_rng(2)
+        batches = [self.images + 0.1 * rng.standard_normal(self.images.shape) for _ in range(STEPS)]
+        module = _FlatTorch(self._cast(precision), self.count).train()
+        with _no_functional_dropout(), torch.enable_grad():
+            targets = rng.standard_normal(tuple(module(as_tensor(self.images, precision)).shape))
+            module = _FlatTorch(self._cast(precision), self.count).train()
+            optimizer = torch.optim.SGD(module.parameters(), lr=RATE, momentum=0.9)
+            for batch in batches:
+                optimizer.zero_grad()
+                goal = torch.from_numpy(targets)
+                torch.mean((module(as_tensor(batch, precision)) - goal) ** 2).backward()
+                optimizer.step()
+        state = {name.removeprefix("net."): value for name, value in module.state_dict().items()}
+        theirs = self.ported.table.to_flax(state_to_numpy(state))
+        with precision.on_jax(None), conv_lowering("xla"):
+            model = _Flat(self._filled(precision), self.count)
+            model.train()
+            return theirs, _trained(model, batches, targets, precision)
+
+
+def _trained(
+    model: nnx.Module, batches: Sequence[np.ndarray], targets: np.ndarray, precision: Precision
+) -> dict[Any, np.ndarray]:
+    """Every array of a model after a step of SGD with momentum for each batch."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def step(params: Any, rest: Any, momentum: Any, images: jax.Array) -> Any:
+        def loss(params: Any) -> Any:
+            module: Any = nnx.merge(graphdef, params, rest, copy=True)
+            value = jnp.mean((module(images) - targets) ** 2)
+            return value, nnx.state(module, nnx.Not(nnx.Param))
+
+        gradients, rest = jax.grad(loss, has_aux=True)(params)
+        momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, gradients)
+        return jax.tree.map(lambda p, m: p - RATE * m, params, momentum), rest, momentum
+
+    momentum = jax.tree.map(jnp.zeros_like, params)
+    compiled = jax.jit(step, compiler_options=QUICKLY)
+    for batch in batches:
+        params, rest, momentum = compiled(
+            params, rest, momentum, jnp.asarray(batch, precision.storage)
+        )
+    return flat_arrays(nnx.merge(graphdef, params, rest))
+
+
+def _switch_off(module: torch.nn.Module) -> None:
+    """Sets the rates of random layers to zero."""
+    for part in module.modules():
+        kind = type(part).__name__
+        for name in ("p", "drop_prob", "rate"):
+            value = getattr(part, name, None)
+            random = "Drop" in kind or "StochasticDepth" in kind
+            if random and isinstance(value, float):
+                setattr(part, name, 0.0)
+
+
+@contextmanager
+def _no_functional_dropout() -> Iterator[None]:
+    """Within it ``F.dropout`` and its kin return their input."""
+    functional = torch.nn.functional
+    names = (
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+    )
+    before = {name: getattr(functional, name) for name in names}
+    for name in names:
+        setattr(functional, name, lambda input, *_, **__: input)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(functional, name, function)
