@@ -84,6 +84,7 @@ def save_ported(
         "network": ported.name,
         "file": f"{stem}.py",
         "image_size": list(ported.image_size),
+        "channels": ported.channels,
         "tensors": ported.table.rows(),
     }
     with checkpoint.replacing(folder, force=force, replaceable=checkpoint.is_ported) as temporary:

@@ -56,7 +56,7 @@ def known_network(module: torch.nn.Module, origin: str) -> KnownNetwork | None:
 
 
 def _source(opened: OpenedCheckpoint, config: ResNetConfig, name: str, origin: str) -> str:
-    title = name_of(config)
+    title, origin = name_of(config), origin.replace("\\", "/").replace('"', "'")
     usual = {EPS: 1e-5, MOMENTUM: 0.1}
     options = {
         option: value for option, value in opened.norm_options.items() if value != usual.get(option)

@@ -126,6 +126,7 @@ class PortedNetwork:
       unused: Tensors that the forward pass never uses, by their PyTorch keys.
       origin: The module's class, as the certificate names it.
       image_size: Height and width of the images that it was traced with.
+      channels: Of these images.
       figures: What the comparison with the module measured; see
         :class:`flax_resblock.port.proof.Proof`.
       notes: What you should know about the result.
@@ -138,6 +139,7 @@ class PortedNetwork:
     unused: Mapping[str, np.ndarray]
     origin: str
     image_size: tuple[int, int]
+    channels: int
     figures: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

@@ -32,7 +32,6 @@ from flax_resblock.port.parts import (
     tensors_of,
 )  # fmt: skip
 from flax_resblock.port.proof import prove
-from flax_resblock.port.side_by_side import channels_of
 from flax_resblock.port.source import source_of
 from flax_resblock.port.tracing import trace
 from flax_resblock.port.values import BATCH
@@ -80,14 +79,15 @@ def port(
         raise InputError(f"port takes an nn.Module, not a {type(module).__name__}.")
     with global_state_kept(), runnable(inner(module)) as copied:
         state = state_to_numpy(inner(module).state_dict())
-        size = _size(copied, [image_size] if image_size else SIZES)
+        channels, size = _accepted(copied, [image_size] if image_size else SIZES)
         name = origin or type(inner(module)).__name__
         known = None if expand else known_network(copied, name)
         if known is None:
-            return _ported(copied, state, size, exact, name)
+            return _ported(copied, state, channels, size, exact, name)
         made = PortedNetwork(
-            known.source, known.name, known.table, known.table.to_flax(state), {}, name, size
-        )
+            known.source, known.name, known.table, known.table.to_flax(state), {}, name, size,
+            channels,
+        )  # fmt: skip
         proof = prove(copied, made, known.slots, exact=exact)
         return replace(made, figures=proof.figures, notes=tuple(proof.notes))
 
@@ -95,11 +95,11 @@ def port(
 def _ported(
     module: torch.nn.Module,
     state: Mapping[str, np.ndarray],
+    channels: int,
     size: Size,
     exact: bool,
     origin: str,
 ) -> PortedNetwork:
-    channels = channels_of(module)
     reader = Reader(trace(module, [torch.randn(2, channels, *size)]))
     body = reader.body("", [((BATCH, channels, *size), axes.channels_last(4))])
     table = _table(module, body)
@@ -110,7 +110,8 @@ def _ported(
         if names[id(module.get_submodule(name))] == 1
     }
     classes = classes_of(reader, body)
-    title = f"{origin} in Flax, with channels last. Written by flax-resblock port."
+    shown = origin.replace("\\", "/").replace('"', "'")
+    title = f"{shown} in Flax, with channels last. Written by flax-resblock port."
     unused = {one.key: state[one.key] for one in table.tensors if one.path is None}
     notes = []
     if unused:
@@ -119,7 +120,7 @@ def _ported(
         )
     made = PortedNetwork(
         source_of(classes, title), classes[-1].name, table, table.to_flax(state), unused,
-        origin, size, notes=tuple(notes),
+        origin, size, channels, notes=tuple(notes),
     )  # fmt: skip
     proof = prove(module, made, slots, exact=exact)
     source = made.source
@@ -127,27 +128,29 @@ def _ported(
         source = source_of(classes, title, fixed_size=size)
         notes.append(f"images of {size[0]}x{size[1]} only: {proof.fixed_size}")
     notes += proof.notes
-    return PortedNetwork(
-        source, made.name, table, made.values, unused, origin, size, proof.figures, tuple(notes)
-    )
+    return replace(made, source=source, figures=proof.figures, notes=tuple(notes))
 
 
-def _size(module: torch.nn.Module, sizes: Sequence[Size]) -> Size:
-    """The first size of images that the module runs on."""
-    channels, first = channels_of(module), None
-    for size in sizes:
-        try:
-            module(torch.randn(2, channels, *size))
-        except Exception as error:  # whatever the user's code raises
-            first = first or error
-        else:
-            return size
+def _accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size]:
+    """The channels and the first size of images that the module runs on."""
+    kinds = torch.nn.Conv2d | torch.nn.ConvTranspose2d
+    convolutions: list[Any] = [one for one in module.modules() if isinstance(one, kinds)]
+    found = [one.in_channels for one in convolutions]
+    first: Exception | None = None
+    for channels in dict.fromkeys([*found[:1], 3, 1, *found]):
+        for size in sizes:
+            try:
+                module(torch.randn(2, channels, *size))
+            except Exception as error:  # whatever the user's code raises
+                first = first or error
+            else:
+                return channels, size
     shown = ", ".join(f"{height}x{width}" for height, width in sizes)
-    said = f"{type(first).__name__}: {str(first).strip().splitlines()[0][:200]}"
+    said = f"{type(first).__name__}: {str(first).strip().partition(chr(10))[0][:200]}"
     raise InputError(
-        f"{type(module).__name__} raises on images of {channels} channels and {shown} pixels "
-        f"({said}). Give a size that it takes with --image-size HEIGHT WIDTH, or "
-        f"image_size=(height, width)."
+        f"{type(module).__name__} raises on images of {shown} pixels, with {(found or [3])[0]} and "
+        f"other numbers of channels ({said}). Give a size that it takes with --image-size HEIGHT "
+        f"WIDTH, or image_size=(height, width)."
     ) from first
 
 

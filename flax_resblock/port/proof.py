@@ -15,7 +15,7 @@ from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, verdict_of
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace
 from flax_resblock.port.network import PortedNetwork
-from flax_resblock.port.side_by_side import STEPS, SideBySide, channels_of, images_of
+from flax_resblock.port.side_by_side import STEPS, SideBySide, images_of
 
 FLOOR = 1e-2
 """Gradients are compared relative to themselves, or to this share of the largest of their kind:
@@ -169,7 +169,7 @@ class _Comparison(SideBySide):
         Returns:
           Why the network is right for images of one size only; empty if it is for others.
         """
-        channels, (height, width) = channels_of(self.module), self.ported.image_size
+        channels, (height, width) = self.ported.channels, self.ported.image_size
         for other in ((height + 33, width + 32), (height + 32, width + 64)):
             others = images_of(channels, other)
             try:

@@ -32,14 +32,6 @@ STEPS, RATE = 5, 1e-3
 """Of the training that is compared."""
 
 
-def channels_of(module: torch.nn.Module) -> int:
-    """Channels of the images that a module takes: those of its first convolution."""
-    for part in module.modules():
-        if isinstance(part, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
-            return part.in_channels
-    return 3
-
-
 def images_of(channels: int, size: tuple[int, int]) -> np.ndarray:
     """Random images ``(N, H, W, C)`` whose channels have different means."""
     rng = np.random.default_rng(0)
@@ -103,7 +95,7 @@ class SideBySide:
         _switch_off(module)
         own = copy.deepcopy(module.state_dict())
         randomise(module)
-        self.images = images_of(channels_of(module), ported.image_size)
+        self.images = images_of(ported.channels, ported.image_size)
         output, self.count = self._output()
         if not (np.isfinite(output).all() and output.any()):
             module.load_state_dict(own)
