@@ -395,7 +395,6 @@ TORCHVISION = {
     "shufflenet_v2_x0_5": True,
     "mobilenet_v3_small": False,
     "googlenet": False,
-    "efficientnet_b0": False,
 }
 """Whether both are trained as well, which takes as long again."""
 
