@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from flax import nnx
 
 from flax_resblock.errors import InputError
-from flax_resblock.nn.variables import fill, flat_arrays
+from flax_resblock.nn.variables import flat_arrays
 from flax_resblock.parity.module_run import randomise
 from flax_resblock.port import axes
 from flax_resblock.port.body import Reader
 from flax_resblock.port.classes import classes_of
-from flax_resblock.port.network import executed
+from flax_resblock.port.graphs import leaves
+from flax_resblock.port.network import executed, filled
 from flax_resblock.port.parts import tensors_of
 from flax_resblock.port.source import source_of
 from flax_resblock.port.tracing import trace
@@ -47,15 +48,8 @@ class Ported:
 
     def flax(self) -> nnx.Module:
         made = getattr(executed(self.source, f"ported_{self.name.lower()}"), self.name)
-        model = nnx.eval_shape(lambda: made(rngs=nnx.Rngs(0)))
         state = state_of(self.module)
-        fill(model, {one.path: one.codec.to_flax(state[one.key]) for one in self.tensors})
-        for place, (_, node) in enumerate(nnx.iter_graph(model)):
-            if isinstance(node, nnx.RngKey):
-                node.set_value(jax.random.key(place))
-            elif isinstance(node, nnx.RngCount):
-                node.set_value(jnp.zeros((), jnp.uint32))
-        return model
+        return filled(made, {one.path: one.codec.to_flax(state[one.key]) for one in self.tensors})
 
 
 def ported(build: Any, shapes: Any) -> Ported:
@@ -74,16 +68,6 @@ def ported(build: Any, shapes: Any) -> Ported:
 
 def state_of(module: torch.nn.Module) -> dict[str, np.ndarray]:
     return {key: value.detach().numpy().copy() for key, value in module.state_dict().items()}
-
-
-def leaves(result: Any) -> Iterator[Any]:
-    if isinstance(result, Mapping):
-        result = list(result.values())
-    if isinstance(result, (tuple, list)):
-        for one in result:
-            yield from leaves(one)
-    else:
-        yield result
 
 
 def channels_last(tensor: torch.Tensor) -> np.ndarray:

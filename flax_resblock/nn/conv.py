@@ -98,6 +98,24 @@ def convolve(
     return y if bias is None else y + bias
 
 
+def check_groups(in_channels: int, out_channels: int, groups: int) -> None:
+    """Raises ValueError unless the groups divide both numbers of channels."""
+    if in_channels % groups or out_channels % groups:
+        raise ValueError(
+            f"groups={groups} must divide in_channels={in_channels} and "
+            f"out_channels={out_channels}."
+        )
+
+
+def check_channels(layer: Any, x: jax.Array, axes: str) -> None:
+    """Raises ValueError unless a convolution's input has its channels last, behind ``axes``."""
+    if x.ndim != layer.kernel.ndim or x.shape[-1] != layer.in_channels:
+        raise ValueError(
+            f"{type(layer).__name__} expects (N, {axes}, {layer.in_channels}) with "
+            f"channels last; got shape {tuple(x.shape)}."
+        )
+
+
 class Conv(nnx.Module):
     """2-d convolution, equal to ``torch.nn.Conv2d`` up to the layout; without bias unless asked
     for.
@@ -155,11 +173,7 @@ class Conv(nnx.Module):
                 f"padding_mode {padding_mode!r} is unknown; choose from "
                 f"{', '.join(get_args(PaddingMode))}."
             )
-        if in_channels % groups or out_channels % groups:
-            raise ValueError(
-                f"groups={groups} must divide in_channels={in_channels} and "
-                f"out_channels={out_channels}."
-            )
+        check_groups(in_channels, out_channels, groups)
         axes = len(self._axes.split(","))
         window = per_axis(kernel_size, axes, "kernel_size")
         self.in_channels = in_channels
@@ -184,11 +198,7 @@ class Conv(nnx.Module):
     @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, in_channels)`` to ``(N, H', W', out_channels)``."""
-        if x.ndim != self.kernel.ndim or x.shape[-1] != self.in_channels:
-            raise ValueError(
-                f"{type(self).__name__} expects (N, {self._axes}, {self.in_channels}) with "
-                f"channels last; got shape {tuple(x.shape)}."
-            )
+        check_channels(self, x, self._axes)
         kernel = self.kernel[...]
         dtype = self.dtype or jnp.result_type(x, kernel)
         x, padding = x.astype(dtype), self.padding

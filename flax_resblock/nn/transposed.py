@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_resblock.nn.conv import LAYOUTS
+from flax_resblock.nn.conv import LAYOUTS, check_channels, check_groups
 from flax_resblock.nn.geometry import Size, per_axis
 from flax_resblock.nn.initializers import initial_value, uniform_bias
 from flax_resblock.nn.scopes import in_slot
@@ -111,11 +111,7 @@ class ConvTranspose(nnx.Module):
         precision: lax.PrecisionLike = None,
         rngs: nnx.Rngs | None,
     ) -> None:
-        if in_channels % groups or out_channels % groups:
-            raise ValueError(
-                f"groups={groups} must divide in_channels={in_channels} and "
-                f"out_channels={out_channels}."
-            )
+        check_groups(in_channels, out_channels, groups)
         self.in_channels = in_channels
         self.stride = stride
         self.padding = padding
@@ -135,11 +131,7 @@ class ConvTranspose(nnx.Module):
     @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, in_channels)`` to ``(N, H', W', out_channels)``."""
-        if x.ndim != self.kernel.ndim or x.shape[-1] != self.in_channels:
-            raise ValueError(
-                f"{type(self).__name__} expects (N, {self._axes}, {self.in_channels}) with "
-                f"channels last; got shape {tuple(x.shape)}."
-            )
+        check_channels(self, x, self._axes)
         kernel = self.kernel[...]
         dtype = self.dtype or jnp.result_type(x, kernel)
         return conv_transpose(

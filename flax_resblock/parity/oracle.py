@@ -74,8 +74,8 @@ class Tolerance:
         return float(np.max(np.where(np.isfinite(ratios), ratios, np.inf), initial=0.0))
 
 
-def relative_l2(value: np.ndarray, truth: np.ndarray) -> float:
-    """``|value - truth| / |truth|`` in float64, L2 over the whole tensor.
+def relative_l2(value: np.ndarray, truth: np.ndarray, floor: float = 0.0) -> float:
+    """``|value - truth| / max(|truth|, floor)`` in float64, L2 over the whole tensor.
 
     Args:
       value, truth: Same shape. Infinite when the shapes differ, or where one is finite (or of
@@ -97,6 +97,7 @@ def relative_l2(value: np.ndarray, truth: np.ndarray) -> float:
         scale = float(np.linalg.norm(truth[finite]))
     if distance == 0.0:
         return 0.0
+    scale = max(scale, floor)
     return distance / scale if scale else float("inf")
 
 

@@ -22,6 +22,7 @@ from flax_resblock.port.parts import (
     ModulePart,
     ParameterPart,
     Part,
+    parts_of,
 )  # fmt: skip
 from flax_resblock.port.placing import Values
 from flax_resblock.port.values import Code, Value
@@ -66,8 +67,7 @@ class Parts(Values):
             key = step if step in holder else identifier(step)
             part = holder.get(key)
             if isinstance(part, ModulePart):
-                sequence, owner = part.body.sequence, inside
-                holder = part.body.parts if sequence is None else sequence.items
+                holder, owner = parts_of(part.body), inside
                 continue
             if not isinstance(part, ContainerPart):
                 held = {

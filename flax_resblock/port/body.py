@@ -198,9 +198,10 @@ class BodyReader(Parts):
             or not len(self.graph.nodes)
         ):
             return None
+        inputs = tensor_inputs(self.graph)
         previous, found = None, []
         for node in self.graph.nodes:
-            if node in tensor_inputs(self.graph) and previous is None:
+            if node in inputs and previous is None:
                 previous = node
             elif node.op == "call_module":
                 if [one for one in node.args if is_tensor(one)] != [previous]:
@@ -211,7 +212,7 @@ class BodyReader(Parts):
                 return None
         names = [name for name, _ in children_of(self.live)]
         moved = any("jnp." in line or ".reshape(" in line for line in self.body.lines)
-        if found != names or moved or any(line.startswith("for ") for line in self.body.lines[:0]):
+        if found != names or moved:
             return None
         items = {}
         for name, child in children_of(self.live):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from flax_resblock.port.modules import identifier
 from flax_resblock.port.values import Constant
 
 
-def leaves(result: Any) -> Any:
-    if isinstance(result, (tuple, list)):
+def leaves(result: Any) -> Iterator[Any]:
+    """What nested tuples, lists and mappings hold, in order."""
+    if isinstance(result, Mapping):
+        result = list(result.values())
+    if isinstance(result, tuple | list):
         for one in result:
-            yield from leaves(one)
-    elif isinstance(result, dict):
-        for one in result.values():
             yield from leaves(one)
     else:
         yield result

@@ -13,7 +13,7 @@ from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions
 from flax_resblock.errors import InputError
 from flax_resblock.parity.live_module import open_module
 from flax_resblock.port.network import Table, Tensor
-from flax_resblock.port.source import formatted
+from flax_resblock.port.source import formatted, in_docstring
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def known_network(module: torch.nn.Module, origin: str) -> KnownNetwork | None:
 
 
 def _source(opened: OpenedCheckpoint, config: ResNetConfig, name: str, origin: str) -> str:
-    title, origin = name_of(config), origin.replace("\\", "/").replace('"', "'")
+    title = name_of(config)
     usual = {EPS: 1e-5, MOMENTUM: 0.1}
     options = {
         option: value for option, value in opened.norm_options.items() if value != usual.get(option)
@@ -80,7 +80,7 @@ def _source(opened: OpenedCheckpoint, config: ResNetConfig, name: str, origin: s
     shown = "".join(f", {option}={value!r}" for option, value in options.items())
     logits = config.num_classes if config.num_classes is not None else "..., C"
     return formatted(
-        f'''"""{origin} is {title} of flax_resblock. Written by flax-resblock port."""
+        f'''"""{in_docstring(origin)} is {title} of flax_resblock. Written by flax-resblock port."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,35 +23,17 @@ from flax_resblock.port.layer import Inputs, Layer, layer, plain, present
 _BIAS = ("bias", AS_IS)
 
 
-def _conv(call: str, kernel: Codec, m: Any) -> Layer:
+_CONV = ("stride", "padding", "dilation", "groups", "padding_mode")
+_TRANSPOSED = ("stride", "padding", "output_padding", "dilation", "groups")
+
+
+def _conv(call: str, kernel: Codec, m: Any, options: Sequence[str] = _CONV) -> Layer:
     return layer(
         call,
         m.in_channels,
         m.out_channels,
         m.kernel_size,
-        stride=m.stride,
-        padding=m.padding,
-        dilation=m.dilation,
-        groups=m.groups,
-        padding_mode=m.padding_mode,
-        use_bias=m.bias is not None,
-        tensors=present(m, weight=("kernel", kernel), bias=_BIAS),
-        stateful=True,
-        inputs="channels_last",
-    )
-
-
-def _conv_transpose(call: str, kernel: Codec, m: Any) -> Layer:
-    return layer(
-        call,
-        m.in_channels,
-        m.out_channels,
-        m.kernel_size,
-        stride=m.stride,
-        padding=m.padding,
-        output_padding=m.output_padding,
-        dilation=m.dilation,
-        groups=m.groups,
+        **{name: getattr(m, name) for name in options},
         use_bias=m.bias is not None,
         tensors=present(m, weight=("kernel", kernel), bias=_BIAS),
         stateful=True,
@@ -253,8 +235,8 @@ def _plainly(call: str, **options: str) -> Callable[[Any], Layer]:
 ROWS: dict[str, Callable[[Any], Layer | None]] = {
     "torch.nn.Conv1d": partial(_conv, "Conv1d", OIW_WIO),
     "torch.nn.Conv2d": partial(_conv, "Conv", OIHW_HWIO),
-    "torch.nn.ConvTranspose1d": partial(_conv_transpose, "ConvTranspose1d", IOW_WIO),
-    "torch.nn.ConvTranspose2d": partial(_conv_transpose, "ConvTranspose", IOHW_HWIO),
+    "torch.nn.ConvTranspose1d": partial(_conv, "ConvTranspose1d", IOW_WIO, options=_TRANSPOSED),
+    "torch.nn.ConvTranspose2d": partial(_conv, "ConvTranspose", IOHW_HWIO, options=_TRANSPOSED),
     "torch.nn.Linear": _linear,
     "torch.nn.BatchNorm1d": partial(_running_norm, "BatchNorm"),
     "torch.nn.BatchNorm2d": partial(_running_norm, "BatchNorm"),

@@ -24,6 +24,12 @@ def children_of(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     return [(name, child) for name, child in module._modules.items() if child is not None]
 
 
+def tensors_held(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Its parameters and buffers by name; one that has two names is there twice."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
+
+
 def is_parameters(module: torch.nn.Module) -> bool:
     """Whether a module is a list or dictionary of parameters."""
     return isinstance(module, (torch.nn.ParameterList, torch.nn.ParameterDict))

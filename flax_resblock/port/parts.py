@@ -139,7 +139,7 @@ def _tensors(part: Part, path: tuple[Any, ...], prefix: str) -> list[Tensor]:
     ]
 
 
-def parts_of(body: Body) -> Mapping[str, Part]:
+def parts_of(body: Body) -> dict[str, Part]:
     """The attributes of a class, or the modules of one that is a sequence."""
     return body.parts if body.sequence is None else body.sequence.items
 

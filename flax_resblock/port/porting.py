@@ -20,6 +20,7 @@ from flax_resblock.port.body import Reader
 from flax_resblock.port.classes import classes_of
 from flax_resblock.port.known import known_network
 from flax_resblock.port.layers import layer_of
+from flax_resblock.port.modules import tensors_held
 from flax_resblock.port.network import PortedNetwork, Table, Tensor
 from flax_resblock.port.parts import (
     STEPS,
@@ -28,11 +29,10 @@ from flax_resblock.port.parts import (
     LayerPart,
     ModulePart,
     Part,
-    parts_of,
     tensors_of,
 )  # fmt: skip
 from flax_resblock.port.proof import prove
-from flax_resblock.port.source import source_of
+from flax_resblock.port.source import in_docstring, source_of
 from flax_resblock.port.tracing import trace
 from flax_resblock.port.values import BATCH
 
@@ -110,8 +110,7 @@ def _ported(
         if names[id(module.get_submodule(name))] == 1
     }
     classes = classes_of(reader, body)
-    shown = origin.replace("\\", "/").replace('"', "'")
-    title = f"{shown} in Flax, with channels last. Written by flax-resblock port."
+    title = f"{in_docstring(origin)} in Flax, with channels last. Written by flax-resblock port."
     unused = {one.key: state[one.key] for one in table.tensors if one.path is None}
     notes = []
     if unused:
@@ -157,8 +156,7 @@ def _accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size
 def _table(module: torch.nn.Module, body: Body) -> Table:
     """Where every tensor of the state dict is; one that is there twice has one place."""
     placed = {one.key: one for one in tensors_of(body.parts)}
-    held: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
-    held.update(module.named_buffers(remove_duplicate=False))
+    held = tensors_held(module)
     by_identity = {id(held[key]): one for key, one in placed.items() if key in held}
     tensors = []
     for key in module.state_dict():
@@ -186,10 +184,8 @@ def _slots_of(reader: Reader, part: Part, path: Path) -> Iterator[tuple[str, Pat
         body = part.body
         if _comparable(reader, body.path):
             yield body.path, path
-        inside = ("layers",) if body.sequence is not None else ()
-        if inside:
-            for place, item in enumerate(parts_of(body).values()):
-                yield from _slots_of(reader, item, (*path, "layers", place))
+        if body.sequence is not None:
+            yield from _slots_of(reader, body.sequence, path)
         else:
             yield from _slots(reader, body.parts, path)
     elif isinstance(part, ContainerPart):

@@ -11,7 +11,7 @@ import torch
 
 from flax_resblock.config import Path
 from flax_resblock.errors import InputError
-from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, verdict_of
+from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2, verdict_of
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace
 from flax_resblock.port.network import PortedNetwork
@@ -61,11 +61,13 @@ def prove(
     precision = PRECISIONS["float64" if both.is_wide() else "float32"]
     if precision.name == "float32":
         both.notes.append("your module does not compute in float64; it was compared in float32")
-    both.compare(both.images, precision, train=False)
-    if both.trains():
-        both.compare(both.images, precision, train=True)
+    both.compare(both.images, precision)
+    shape = both.trained_shape()
+    if shape is not None:
+        cotangent = np.random.default_rng(1).standard_normal(shape)
+        both.compare(both.images, precision, cotangent)
         if exact:
-            both.compare_steps(precision)
+            both.compare_steps(precision, shape)
     return Proof(both.figures, both.compare_in_float32(), both.notes)
 
 
@@ -79,17 +81,16 @@ class _Comparison(SideBySide):
         self.figures: dict[str, Any] = {}
         self.notes: list[str] = []
 
-    def compare(self, images: np.ndarray, precision: Precision, *, train: bool) -> None:
-        """Compares outputs and activations; in training mode statistics and gradients too."""
-        single = precision.name == "float32"
-        options: dict[str, Any] = {"train": train}
-        exact = PRECISIONS["float64"]
-        truth = self.torch(images, exact, **options)
-        if train:
-            rng = np.random.default_rng(1)
-            options["cotangent"] = rng.standard_normal(truth.output.shape)
-            truth = self.torch(images, exact, **options)
-        theirs = self.torch(images, precision, **options) if single else truth
+    def compare(
+        self, images: np.ndarray, precision: Precision, cotangent: np.ndarray | None = None
+    ) -> None:
+        """Compares outputs and activations; with a cotangent of the output in training mode, and
+        statistics and gradients too.
+        """
+        train = cotangent is not None
+        options: dict[str, Any] = {"train": train, "cotangent": cotangent}
+        truth = self.torch(images, PRECISIONS["float64"], **options)
+        theirs = self.torch(images, precision, **options) if precision.name == "float32" else truth
         ours = self.flax(images, precision, **options)
         mode = "training" if train else "evaluation"
         for quantity, rows in self._rows(truth, theirs, ours, train).items():
@@ -134,20 +135,20 @@ class _Comparison(SideBySide):
             rows["gradient of the input"] = [("images", *values)]
         return {quantity: one for quantity, one in rows.items() if one}
 
-    def trains(self) -> bool:
-        """Whether the module runs in training mode."""
+    def trained_shape(self) -> tuple[int, ...] | None:
+        """The shape of the output in training mode; None where the module does not run in it."""
         try:
-            found = self.outputs_in_training()
+            shape, found = self.output_in_training()
         except Exception as error:  # whatever the user's code raises
             said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
             self.notes.append(f"training mode was not compared: your module raises there ({said})")
-            return False
+            return None
         if found != self.count:
             self.notes.append(
                 f"in training mode your module returns {found} tensors instead of {self.count}; "
                 f"the ported network returns those of evaluation mode"
             )
-        return True
+        return shape
 
     def _difference(self, mode: str, quantity: str, name: str, error: float, limit: float) -> str:
         what = f"{quantity} of {name}" if name not in ("output", "images") else f"the {quantity}"
@@ -177,7 +178,7 @@ class _Comparison(SideBySide):
             except Exception:  # the module does not take this size
                 continue
             try:
-                self.compare(others, PRECISIONS["float32"], train=False)
+                self.compare(others, PRECISIONS["float32"])
                 return ""
             except InputError:
                 why = f"its code has numbers that follow from the size, and differs at {other}"
@@ -186,12 +187,12 @@ class _Comparison(SideBySide):
             break
         else:
             why = "the module takes no other size that was tried"
-        self.compare(self.images, PRECISIONS["float32"], train=False)
+        self.compare(self.images, PRECISIONS["float32"])
         return why
 
-    def compare_steps(self, precision: Precision) -> None:
+    def compare_steps(self, precision: Precision, shape: tuple[int, ...]) -> None:
         """Compares weights and statistics after some steps of SGD with momentum."""
-        truth, arrays = self.train_both(precision)
+        truth, arrays = self.train_both(precision, shape)
         limit = TRAJECTORY_LIMIT if precision.name == "float64" else 1e-2
         largest = max(float(np.linalg.norm(value)) for value in truth.values())
         errors = {
@@ -209,9 +210,7 @@ class _Comparison(SideBySide):
 
 
 def _error(value: Any, truth: Any, floor: float = 0.0) -> float:
-    value, truth = np.asarray(value, np.float64), np.asarray(truth, np.float64)
-    if value.shape != truth.shape or not np.isfinite(value).all():
-        return float("inf") if not np.array_equal(value, truth, equal_nan=True) else 0.0
-    distance = float(np.linalg.norm(value - truth))
-    scale = max(float(np.linalg.norm(truth)), floor)
-    return 0.0 if distance == 0 else distance / scale if scale else float("inf")
+    """The relative error; infinite where a value is not finite, unless both are the same."""
+    if not np.isfinite(value).all() and not np.array_equal(value, truth, equal_nan=True):
+        return float("inf")
+    return relative_l2(value, truth, floor)

@@ -21,6 +21,7 @@ from flax_resblock.nn.variables import flat_arrays
 from flax_resblock.parity.module_run import randomise
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace, as_tensor, trace_flax, trace_torch
+from flax_resblock.port.graphs import leaves
 from flax_resblock.port.network import PortedNetwork, filled
 
 BATCH = 3
@@ -46,7 +47,7 @@ class _Flat(nnx.Module):
         self.net, self.count = net, count
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        parts = list(leaves(self.net(x)))[: self.count]
+        parts = [one for one in leaves(self.net(x)) if one is not None][: self.count]
         return jnp.concatenate(
             [jnp.moveaxis(one, -1, 1).reshape(one.shape[0], -1) for one in parts], axis=-1
         )
@@ -63,17 +64,6 @@ class _FlatTorch(torch.nn.Module):
         parts = [one for one in leaves(self.net(x)) if isinstance(one, torch.Tensor)]
         self.found = len(parts)
         return torch.cat([one.flatten(1) for one in parts[: self.count]], dim=-1)
-
-
-def leaves(result: Any) -> Iterator[Any]:
-    """The arrays of a result, in order."""
-    if isinstance(result, Mapping):
-        result = list(result.values())
-    if isinstance(result, tuple | list):
-        for one in result:
-            yield from leaves(one)
-    elif result is not None:
-        yield result
 
 
 class SideBySide:
@@ -107,12 +97,14 @@ class SideBySide:
             output = flat(as_tensor(self.images, PRECISIONS["float32"]))
         return output.numpy(), flat.found
 
-    def outputs_in_training(self) -> int:
-        """How many tensors the module returns in training mode; whatever it raises, it raises."""
-        flat = _FlatTorch(copy.deepcopy(self.module).train())
+    def output_in_training(self) -> tuple[tuple[int, ...], int]:
+        """The shape of the output in training mode, and how many tensors the module returns there;
+        whatever the module raises, this raises.
+        """
+        flat = _FlatTorch(copy.deepcopy(self.module).train(), self.count)
         with torch.no_grad(), _no_functional_dropout():
-            flat(as_tensor(self.images, PRECISIONS["float32"]))
-        return flat.found
+            output = flat(as_tensor(self.images, PRECISIONS["float32"]))
+        return tuple(output.shape), flat.found
 
     def torch(self, images: np.ndarray, precision: Precision, **options: Any) -> Trace:
         """What the module computes."""
@@ -150,17 +142,19 @@ class SideBySide:
             return False
 
     def train_both(
-        self, precision: Precision
+        self, precision: Precision, shape: tuple[int, ...]
     ) -> tuple[dict[Path, np.ndarray], dict[Any, np.ndarray]]:
-        """Every tensor after some steps of SGD with momentum: PyTorch's as Flax has them, and
-        Flax's, whose paths begin with ``"net"``.
+        """Trains towards random outputs of this shape for some steps of SGD with momentum.
+
+        Returns:
+          Every tensor afterwards: PyTorch's as Flax has them, and Flax's, whose paths begin with
+          ``"net"``.
         """
         rng = np.random.default_rng(2)
         batches = [self.images + 0.1 * rng.standard_normal(self.images.shape) for _ in range(STEPS)]
+        targets = rng.standard_normal(shape)
         module = _FlatTorch(self._cast(precision), self.count).train()
         with _no_functional_dropout(), torch.enable_grad():
-            targets = rng.standard_normal(tuple(module(as_tensor(self.images, precision)).shape))
-            module = _FlatTorch(self._cast(precision), self.count).train()
             optimizer = torch.optim.SGD(module.parameters(), lr=RATE, momentum=0.9)
             for batch in batches:
                 optimizer.zero_grad()

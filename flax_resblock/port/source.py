@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from flax_resblock.port.arguments import (
@@ -56,7 +57,7 @@ def source_of(
 
 def formatted(text: str) -> str:
     """As ruff formats it; as it is where there is no ruff."""
-    beside = shutil.which("ruff", path=str(_bin())) or shutil.which("ruff")
+    beside = shutil.which("ruff", path=str(Path(sys.executable).parent)) or shutil.which("ruff")
     if beside is None:
         return text
     command = [beside, "format", "--quiet", "--line-length", "100", "--isolated", "-"]
@@ -64,10 +65,9 @@ def formatted(text: str) -> str:
     return done.stdout if done.returncode == 0 else text
 
 
-def _bin() -> Any:
-    from pathlib import Path
-
-    return Path(sys.executable).parent
+def in_docstring(text: str) -> str:
+    """Text from outside, such as a path, without what ends or escapes a docstring."""
+    return text.replace("\\", "/").replace('"', "'")
 
 
 def _class(made: EmittedClass, *, last: bool, size: tuple[int, int] | None = None) -> str:
@@ -86,7 +86,7 @@ def _class(made: EmittedClass, *, last: bool, size: tuple[int, int] | None = Non
     parent = "nn.Sequential" if body.sequence is not None else "nnx.Module"
     lines = [f"class {made.name}({parent}):", f'    """{_summary(made, last)}"""', ""]
     if body.sequence is not None:
-        items = ", ".join(_items(made, body.sequence, (), call=True))
+        items = ", ".join(_items(made, body.sequence, ()))
         lines += [f"    def __init__({arguments}) -> None:", f"        super().__init__({items})"]
         return "\n".join(lines) + "\n"
     inner = [f"self.{name} = {name}" for name in kept]
@@ -219,7 +219,7 @@ def _built(made: EmittedClass, part: Part, path: tuple[Any, ...]) -> str:
                 text = f"{name}={text}"
             texts.append(text)
         return f"{emitted.name}({', '.join([*texts, 'rngs=rngs'])})"
-    items = _items(made, part, path, call=part.kind == "Sequential")
+    items = _items(made, part, path)
     if part.kind == "Sequential":
         return f"nn.Sequential({', '.join(items)})"
     if part.kind == "Dict":
@@ -230,9 +230,7 @@ def _built(made: EmittedClass, part: Part, path: tuple[Any, ...]) -> str:
     return f"nnx.List([{', '.join(items)}])"
 
 
-def _items(
-    made: EmittedClass, part: ContainerPart, path: tuple[Any, ...], *, call: bool
-) -> list[str]:
+def _items(made: EmittedClass, part: ContainerPart, path: tuple[Any, ...]) -> list[str]:
     texts = [_built(made, item, (*path, key)) for key, item in part.items.items()]
     if part.kind == "Dict":
         return texts

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from flax_resblock.errors import InputError
+from flax_resblock.port.modules import tensors_held
 from flax_resblock.port.parts import (
     Body,
     ContainerPart,
     LayerPart,
     ModulePart,
     Part,
+    parts_of,
     tensors_of,
 )  # fmt: skip
 
@@ -29,8 +31,7 @@ def tie(module: torch.nn.Module, body: Body) -> None:
     Raises:
       InputError: The modules hold it in different memory layouts.
     """
-    held: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
-    held.update(module.named_buffers(remove_duplicate=False))
+    held = tensors_held(module)
     groups: dict[int, list[Any]] = {}
     for one in tensors_of(body.parts):
         groups.setdefault(id(held.get(one.key, one)), []).append(one)
@@ -58,8 +59,7 @@ def _layers(parts: Mapping[str, Part]) -> Iterator[tuple[LayerPart, str]]:
         if isinstance(part, LayerPart):
             yield from ((part, name) for name in part.layer.tensors)
         elif isinstance(part, ModulePart):
-            body = part.body
-            yield from _layers(body.parts if body.sequence is None else body.sequence.items)
+            yield from _layers(parts_of(part.body))
         elif isinstance(part, ContainerPart):
             yield from _layers(part.items)
 
