@@ -15,11 +15,15 @@ from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2, verdict_o
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace
 from flax_resblock.port.network import PortedNetwork
-from flax_resblock.port.side_by_side import STEPS, SideBySide, images_of
+from flax_resblock.port.side_by_side import QUICKLY, STEPS, SideBySide, images_of
 
 FLOOR = 1e-2
 """Gradients are compared relative to themselves, or to this share of the largest of their kind:
 that of a bias in front of a norm is zero but for rounding."""
+
+MANY = 1e6
+"""Numbers in all activations. With more of them, a training step that is compiled in a hurry runs
+longer than the full compilation takes."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,9 @@ class _Comparison(SideBySide):
         options: dict[str, Any] = {"train": train, "cotangent": cotangent}
         truth = self.torch(images, PRECISIONS["float64"], **options)
         theirs = self.torch(images, precision, **options) if precision.name == "float32" else truth
-        ours = self.flax(images, precision, **options)
+        numbers = sum(one.size for one in truth.activations.values())
+        compiler = {} if train and numbers > MANY else QUICKLY
+        ours = self.flax(images, precision, compiler, **options)
         mode = "training" if train else "evaluation"
         for quantity, rows in self._rows(truth, theirs, ours, train).items():
             worst, place = 0.0, ""

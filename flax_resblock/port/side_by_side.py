@@ -17,17 +17,17 @@ from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.config import Path
 from flax_resblock.cpu.switch import conv_lowering
 from flax_resblock.nn.stochastic import StochasticDepth
-from flax_resblock.nn.variables import flat_arrays
+from flax_resblock.nn.variables import flat_arrays, on_device, set_values
 from flax_resblock.parity.module_run import randomise
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace, as_tensor, trace_flax, trace_torch
 from flax_resblock.port.graphs import leaves
-from flax_resblock.port.network import PortedNetwork, filled
+from flax_resblock.port.network import PortedNetwork
 
 BATCH = 3
 
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Options of the compiler for programs that run once."""
+"""Options of the compiler for programs that run once and compute little."""
 
 STEPS, RATE = 5, 1e-3
 """Of the training that is compared."""
@@ -79,7 +79,7 @@ class SideBySide:
     def __init__(
         self, module: torch.nn.Module, ported: PortedNetwork, slots: Mapping[str, Path]
     ) -> None:
-        self.module, self.ported = module, ported
+        self.module, self.ported, self._model = module, ported, ported.create()
         self.torch_slots = {name: f"net.{name}" for name in slots}
         self.flax_slots = {name: ("net", *path) for name, path in slots.items()}
         _switch_off(module)
@@ -112,17 +112,24 @@ class SideBySide:
         with _no_functional_dropout(), torch.enable_grad():
             return trace_torch(flat, images, self.torch_slots, precision=precision, **options)
 
-    def flax(self, images: np.ndarray, precision: Precision, **options: Any) -> Trace:
-        """What the ported network computes, compiled in a hurry, as it runs once."""
+    def flax(
+        self,
+        images: np.ndarray,
+        precision: Precision,
+        compiler: Mapping[str, Any] = QUICKLY,
+        **options: Any,
+    ) -> Trace:
+        """What the ported network computes, with these options of the compiler."""
         with precision.on_jax(None):
             flat = _Flat(self._filled(precision), self.count)
-        options |= {"precision": precision, "options": QUICKLY}
+        options |= {"precision": precision, "options": compiler, "activation_gradients": False}
         with conv_lowering("xla"):
             return trace_flax(flat, images, self.flax_slots, **options)
 
     def _filled(self, precision: Precision) -> nnx.Module:
         state = state_to_numpy(self._cast(precision).state_dict())
-        model = filled(self.ported.network, self.ported.table.to_flax(state))
+        model = nnx.clone(self._model)
+        set_values(model, on_device(self.ported.table.to_flax(state)))
         for _, part in nnx.iter_modules(model):
             if isinstance(part, nnx.Dropout | StochasticDepth):
                 part.rate = 0.0
