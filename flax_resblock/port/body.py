@@ -43,10 +43,15 @@ from flax_resblock.port.writing import write
 
 
 class Reader:
-    """Reads the modules of a traced network, each once."""
+    """Reads the modules of a traced network, each once.
 
-    def __init__(self, traced: Traced) -> None:
-        self.traced = traced
+    Args:
+      traced: The network.
+      any_size: Write heights and widths for images of any size where that can be guessed.
+    """
+
+    def __init__(self, traced: Traced, any_size: bool = False) -> None:
+        self.traced, self.any_size = traced, any_size
         self.name = type(traced.live).__name__
         self.bodies: dict[str, Body] = {}
         self.inputs: dict[str, Sequence[tuple[Shape, Order]]] = {}
@@ -101,7 +106,8 @@ class BodyReader(Parts):
     ) -> None:
         self.live = reader.live(path)
         kind = type(self.live).__name__
-        super().__init__(reader.name, f"module {path} ({kind})" if path else "its forward pass")
+        place = f"module {path} ({kind})" if path else "its forward pass"
+        super().__init__(reader.name, place, reader.any_size)
         self.reader, self.path, self.skipped = reader, path, skipped
         self.body = Body(without_call(path), type(self.live))
         self.graph = reader.graph(path)
