@@ -247,7 +247,9 @@ class Values:
 def _in_common(first: Shape, second: Shape) -> int:
     """How many sizes both begin with."""
     pairs = zip(first, second, strict=False)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+    return next(
+        (place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second))
+    )
 
 
 def _without_leading_ones(sizes: Shape) -> Shape:
