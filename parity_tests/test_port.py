@@ -425,6 +425,42 @@ def without_guesses(original):
     return lambda self, traced, training=None, any_size=False: original(self, traced, training)
 
 
+class Survival(nn.Module):
+    """Drops whole branches, as many people write it."""
+
+    def __init__(self, survival=0.8, scaled=True, whole=True):
+        super().__init__()
+        self.survival, self.scaled, self.whole = survival, scaled, whole
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        shape = (x.shape[0], *((1,) * (x.ndim - 1) if self.whole else x.shape[1:]))
+        keep = (torch.rand(shape) < self.survival).to(x.dtype)
+        return x * keep / (self.survival if self.scaled else 1)
+
+
+class Branch(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+        self.drop = Survival(**options)
+
+    def forward(self, x):
+        x = self.first(x)
+        return x + self.drop(self.second(x))
+
+
+def test_a_module_that_drops_whole_images_is_known_by_what_it_does():
+    found = flax_resblock.port(Branch())
+    assert "nn.StochasticDepth(0.2" in found.source.replace("0.19999999999999996", "0.2")
+    assert "training gradients" in str(found.figures)
+    unscaled = flax_resblock.port(Branch(survival=0.7, scaled=False))
+    assert "scale_by_keep=False" in unscaled.source
+    with pytest.raises(InputError, match=r"in training mode module drop .*aten\.rand"):
+        flax_resblock.port(Branch(whole=False))
+
+
 class Doubled(torch.autograd.Function):
     factor = 2.0
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from flax_resblock.errors import InputError
 from flax_resblock.port.layer import Layer
 from flax_resblock.port.layer_rows import ROWS
+from flax_resblock.port.random_layers import stochastic_depth
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,8 @@ _REFUSED: dict[str, str] = {
 def layer_of(module: torch.nn.Module) -> Layer | None:
     """The layer that a module is, or None if it is no leaf that is known.
 
-    Subclasses are not known: their forward may be another. A known module whose axes depend on its
+    Subclasses are not known: their forward may be another. Of the user's own modules those are
+    known that drop images at random. A known module whose axes depend on its
     input (``Flatten``, ``Softmax(dim=-1)``) is None too.
 
     Raises:
@@ -58,7 +60,8 @@ def layer_of(module: torch.nn.Module) -> Layer | None:
     row = ROWS.get(name)
     if row is None:
         _refuse_parametrized(module)
-        return None
+        found = stochastic_depth(module)
+        return None if found is None else found.layer
     layer = row(module)
     if layer is not None:
         _refuse_changed(module)

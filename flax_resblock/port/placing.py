@@ -46,6 +46,8 @@ class Values:
     def value(self, argument: Any) -> Value:
         """The value of a node."""
         found = argument if isinstance(argument, Value) else self.number(argument)
+        if isinstance(found, FromBatch):
+            raise self.refusal("it computes with a number that depends on the size of the batch")
         if not isinstance(found, Value):
             raise self.refusal(f"it computes with {found!r} where a tensor is expected")
         return found

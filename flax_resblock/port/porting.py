@@ -112,47 +112,43 @@ def _ported(
     images = [torch.randn(2, channels, *size)]
     traced = trace(module, images)
     training = trace_training(traced, images) if trains else None
-    names = Counter(id(one) for _, one in module.named_modules(remove_duplicate=False))
     title = f"{in_docstring(origin)} in Flax, with channels last. Written by flax-resblock port."
-    frozen = [name for name, one in module.named_parameters() if not one.requires_grad]
-    fixed: PortedNetwork | None = None
-    tried = ""
+    written = []  # all before the first proof, which changes the module
     for any_size in (False, True):
         reader = Reader(traced, training, any_size)
         body = reader.body("", [((BATCH, channels, *size), axes.channels_last(4))])
-        table = _table(module, body)
-        slots = {
-            name: path
-            for name, path in _slots(reader, body.parts, ())
-            if names[id(module.get_submodule(name))] == 1
-        }
-        classes = classes_of(reader, body)
+        table, classes = _table(module, body), classes_of(reader, body)
         unused = {one.key: state[one.key] for one in table.tensors if one.path is None}
-        why = "never used in evaluation mode; kept for the way back to PyTorch"
-        notes = [f"{some(list(unused))}: {why}"] if unused else []
-        if frozen:
-            why = (
-                "frozen in PyTorch (requires_grad=False); keep them from your optimizer in JAX too"
-            )
-            notes.append(f"{some(frozen)}: {why}")
         made = PortedNetwork(
             source_of(classes, title), classes[-1].name, table, table.to_flax(state), unused,
-            origin, size, channels,
+            origin, size, channels, notes=_notes(module, unused),
         )  # fmt: skip
-        if made.source == tried:
-            break  # there was nothing to guess
-        tried = made.source
-        options = {"exact": exact, "guessed": any_size}
+        written.append((made, classes, _slots(reader, body.parts)))
+    plain, guessed = (made for made, *_ in written)
+    fixed = plain
+    for made, classes, slots in written[: 1 if plain.source == guessed.source else 2]:
+        options = {"exact": exact, "guessed": made is guessed}
         proof = _proved(module, made, slots, traced, options)
-        made = replace(made, figures=proof.figures, notes=(*notes, *proof.notes))
+        made = replace(made, figures=proof.figures, notes=(*made.notes, *proof.notes))
         if not proof.fixed_size:
             return made
-        if fixed is None:
-            source = source_of(classes, title, fixed_size=size)
+        if fixed is plain:
             why = f"images of {size[0]}x{size[1]} only: {proof.fixed_size}"
-            fixed = replace(made, source=source, notes=(*notes, why, *proof.notes))
-    assert fixed is not None
+            source = source_of(classes, title, fixed_size=size)
+            fixed = replace(made, source=source, notes=(*made.notes, why))
     return fixed
+
+
+def _notes(module: torch.nn.Module, unused: Mapping[str, Any]) -> tuple[str, ...]:
+    notes = []
+    if unused:
+        why = "never used in evaluation mode; kept for the way back to PyTorch"
+        notes.append(f"{some(list(unused))}: {why}")
+    frozen = [name for name, one in module.named_parameters() if not one.requires_grad]
+    if frozen:
+        why = "frozen in PyTorch (requires_grad=False); keep them from your optimizer in JAX too"
+        notes.append(f"{some(frozen)}: {why}")
+    return tuple(notes)
 
 
 def _proved(
@@ -240,11 +236,19 @@ def _table(module: torch.nn.Module, body: Body) -> Table:
     return Table(tuple(tensors))
 
 
-def _slots(reader: Reader, parts: Mapping[str, Part], path: Path) -> Iterator[tuple[str, Path]]:
-    """The modules whose outputs can be compared, by their names in PyTorch.
+def _slots(reader: Reader, parts: Mapping[str, Part]) -> dict[str, Path]:
+    """The modules whose outputs can be compared, by their names in PyTorch, with their paths.
 
-    Left out are those that are called more than once, and those whose axes are in another order.
+    Left out are those that are called more than once or have several names, and those whose axes
+    are in another order.
     """
+    live = reader.traced.live
+    names = Counter(id(one) for _, one in live.named_modules(remove_duplicate=False))
+    found = _slots_in(reader, parts, ())
+    return {name: path for name, path in found if names[id(live.get_submodule(name))] == 1}
+
+
+def _slots_in(reader: Reader, parts: Mapping[str, Part], path: Path) -> Iterator[tuple[str, Path]]:
     for name, part in parts.items():
         yield from _slots_of(reader, part, (*path, name))
 
@@ -261,7 +265,7 @@ def _slots_of(reader: Reader, part: Part, path: Path) -> Iterator[tuple[str, Pat
         if body.sequence is not None:
             yield from _slots_of(reader, body.sequence, path)
         else:
-            yield from _slots(reader, body.parts, path)
+            yield from _slots_in(reader, body.parts, path)
     elif isinstance(part, ContainerPart):
         for place, (key, item) in enumerate(part.items.items()):
             yield from _slots_of(reader, item, (*path, *STEPS[part.kind](place, key)))

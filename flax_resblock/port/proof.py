@@ -202,7 +202,7 @@ class _Comparison(SideBySide):
           Why the network is right for images of one size only; empty if it is for others.
         """
         channels, (height, width) = self.ported.channels, self.ported.image_size
-        compared = False
+        why, agreed = "the module takes no other size that was tried", False
         # nearly twice as large: a window that covers the map leaves most of such a map out
         larger = min(height, width, 64) - 3
         sizes = ((larger, larger - 2), (33, 32), (32, 64))
@@ -214,19 +214,20 @@ class _Comparison(SideBySide):
                 continue
             try:
                 self.compare(others, PRECISIONS["float32"])
+                agreed = True
             except InputError:
                 why = f"its code has numbers that follow from the size, and differs at {other}"
+                agreed = False
                 break
             except Exception as error:  # of jax: shapes that do not fit
                 why = f"the written code raises {type(error).__name__} at {other}"
+                thoroughly = True
+            if agreed and not thoroughly:
                 break
-            compared = True
-            if not thoroughly:
-                return ""
-        else:
-            if compared:
-                return ""
-            why = "the module takes no other size that was tried"
+        if agreed:
+            if "raises" in why:
+                self.notes.append(f"{why}, which your module takes; it agrees at other sizes")
+            return ""
         self.compare(self.images, PRECISIONS["float32"])
         return why
 

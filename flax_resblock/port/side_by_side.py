@@ -22,6 +22,7 @@ from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace, as_tensor, trace_flax, trace_torch
 from flax_resblock.port.graphs import leaves
 from flax_resblock.port.network import PortedNetwork
+from flax_resblock.port.random_layers import stochastic_depth
 
 SMALL = 64 * 64
 """Pixels of an image that is small enough for a larger batch. With few values a channel the
@@ -225,6 +226,9 @@ def _move_weights(module: torch.nn.Module) -> None:
 def _switch_off(module: torch.nn.Module) -> None:
     """Sets the rates of random layers to zero."""
     for part in module.modules():
+        found = stochastic_depth(part)
+        if found is not None:
+            setattr(part, found.name, found.off)
         kind = type(part).__name__
         for name in ("p", "drop_prob", "rate"):
             value = getattr(part, name, None)

@@ -28,6 +28,8 @@ def _pool(call: str, names: Sequence[str], defaults: Sequence[Any]) -> Rule:
         sizes = value.sizes[1:-1]
         whole = sizes == (tuple(window) if isinstance(window, tuple) else (window,) * len(sizes))
         code = b.map_sizes(sizes, value) if whole else None
+        if "adaptive" in call:
+            code = b.map_sizes(shape_of(node)[2:])
         holes = [value, code or Constant(window, "window")]
         holes += [Constant(size, name) for name, size in shown.items()]
         return b.new(text, holes, shape_of(node), value.order, hint="pooled")
