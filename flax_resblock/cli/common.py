@@ -108,6 +108,14 @@ class ReadingFlags:
     """Convolution of a bottleneck that has the stride: 3x3 as in torchvision, 1x1 as in Caffe.
     Cannot be inferred from the weights.
     """
+    stem_stride: Literal[1, 2] | None = None
+    """Stride of the stem's first convolution: by default 1 of a 3x3 stem and 2 of the others.
+    Cannot be inferred from the weights.
+    """
+    stem_pool: Literal["3x3", "2x2", "none"] | None = None
+    """Max pooling after the stem: by default none of a 3x3 stem and 3x3 of the others. Cannot be
+    inferred from the weights.
+    """
     first_stride: Literal[1, 2] | None = None
     """Stride of the first stage. Can be inferred from the weights of basic blocks only."""
     antialias: Literal["none", "blur"] | None = None

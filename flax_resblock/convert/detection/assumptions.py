@@ -8,6 +8,7 @@ is assumed, and said, with the flag that changes it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -43,6 +44,20 @@ class AssumptionRule:
         """The flag of the command line."""
         return f"--{self.field.replace('_', '-')}"
 
+    def chosen(self, config: Config) -> Any:
+        """The value that a configuration has, also where it is the usual one of its stem."""
+        usual = {"stem_stride": "stem_striding", "stem_pool": "stem_pooling"}
+        return getattr(config, usual.get(self.field, self.field))
+
+    def others(self, config: Config) -> dict[Any, Config]:
+        """The networks of the other choices, by value."""
+        found: dict[Any, Config] = {}
+        for value in self.choices:
+            if value != self.chosen(config):
+                with suppress(ValueError):  # such a network does not exist
+                    found[value] = replace(config, **{self.field: value})
+        return found
+
 
 def _network(matters: Callable[[ResNetConfig], bool]) -> Callable[[Config], bool]:
     """A condition that no bare block meets: the caller says its stride anyway."""
@@ -67,6 +82,25 @@ ASSUMPTION_RULES = (
         },
         _network(lambda config: config.block == "bottleneck" and _strided(config)),
         lambda naming: True,
+    ),
+    AssumptionRule(
+        "stem_stride",
+        {
+            2: "the first convolution of the stem halves the resolution",
+            1: "the first convolution of the stem keeps the resolution",
+        },
+        _network(lambda config: True),
+        lambda naming: False,
+    ),
+    AssumptionRule(
+        "stem_pool",
+        {
+            "3x3": "max pooling of 3x3 pixels, padded by one, follows the stem",
+            "2x2": "max pooling of 2x2 pixels follows the stem",
+            "none": "no pooling follows the stem",
+        },
+        _network(lambda config: True),
+        lambda naming: False,
     ),
     AssumptionRule(
         "first_stride",
@@ -115,24 +149,19 @@ class Assumption:
     @property
     def alternatives(self) -> dict[Any, Config]:
         """The networks of the other choices, by value."""
-        chosen = getattr(self.config, self.rule.field)
-        return {
-            value: replace(self.config, **{self.rule.field: value})
-            for value in self.rule.choices
-            if value != chosen
-        }
+        return self.rule.others(self.config)
 
     @property
     def brief(self) -> str:
         """What was assumed, and the flag that changes it, without the meaning of its values."""
-        says = self.rule.choices[getattr(self.config, self.rule.field)]
+        says = self.rule.choices[self.rule.chosen(self.config)]
         values = ", ".join(map(str, self.alternatives))
         return f"{says} ({self.rule.flag} {values} if not)"
 
     @property
     def note(self) -> str:
         """What was assumed, and the flag that changes it, in words."""
-        chosen = getattr(self.config, self.rule.field)
+        chosen = self.rule.chosen(self.config)
         others = "; ".join(
             f"{self.rule.flag} {value} if {self.rule.choices[value]}" for value in self.alternatives
         )
@@ -180,17 +209,6 @@ FIXED = (
         _network(lambda config: config.block == "basic" and _strided(config)),
     ),
     Fixed(
-        "the 3x3 stem keeps the resolution, and no pooling follows it",
-        (),
-        _network(lambda config: config.stem == "cifar"),
-    ),
-    Fixed(
-        "the stem halves the resolution, and so does the 3x3 max pooling, padded by one "
-        "pixel, after it",
-        (),
-        _network(lambda config: config.stem != "cifar"),
-    ),
-    Fixed(
         "a shortcut without weights skips pixels and pads with zeros, half of them in front of the "
         "old channels and half behind",
         (),
@@ -229,8 +247,8 @@ FIXED = (
 """What is no choice of :data:`ASSUMPTION_RULES`."""
 
 _ORDER = (
-    "layers of equal shape run in the order in which the file has them, and norms belong to "
-    "convolutions in the same order (--naming FILE.toml if not)"
+    "layers of equal shape run in the order of their numbers, else in that in which the file has "
+    "them, and norms belong to convolutions in the same order (--naming FILE.toml if not)"
 )
 
 
