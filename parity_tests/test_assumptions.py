@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 import flax_resblock
 from flax_resblock import AssumptionWarning, from_torch, load, load_run
@@ -199,8 +200,9 @@ def test_what_was_left_out_is_said_where_the_state_dict_is_given_back():
     state = network.state_dict()
     with pytest.warns(UserWarning, match="ignored fc"):
         model = from_torch(state, ignore=["fc.*"], assume="known")
-    with pytest.warns(UserWarning, match=r"2 tensors of .* left out .*: fc\.weight, fc\.bias"):
-        flax_resblock.to_torch(model)
+    for one in (model, nnx.merge(*nnx.split(model))):
+        with pytest.warns(UserWarning, match=r"2 tensors .* left out .*: fc\.weight, fc\.bias"):
+            flax_resblock.to_torch(one)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         flax_resblock.to_torch(from_torch(state, assume="known"))  # the control

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from flax_resblock.checkpoint import LIMITS, Limits, refuse_existing, replacing
 from flax_resblock.config import ARCHITECTURES, Config, architecture
-from flax_resblock.convert.detection.assumptions import ASSUMABLE_FIELDS
+from flax_resblock.convert.detection.assumption_rules import ASSUMABLE_FIELDS
 from flax_resblock.convert.metadata import EPS
 from flax_resblock.convert.naming import Naming
 from flax_resblock.convert.naming_file import read_naming

@@ -44,9 +44,8 @@ TORCH_TENSORS: Mapping[SlotKind, tuple[Tensor, ...]] = MappingProxyType(
             Tensor("num_batches_tracked", "num_batches_tracked", role="counter"),
         ),
         SlotKind.LINEAR: (Tensor("kernel", "weight", TRANSPOSED), Tensor("bias", "bias")),
-        **dict.fromkeys((SlotKind.MAX_POOL, SlotKind.AVERAGE_POOL), ()),
-        **dict.fromkeys((SlotKind.BLUR, SlotKind.OUTPUT), ()),
     }
+    | dict.fromkeys((SlotKind.MAX_POOL, SlotKind.AVERAGE_POOL, SlotKind.BLUR, SlotKind.OUTPUT), ())
 )
 TORCH_ACTIVATIONS: Mapping[Activation, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -85,8 +84,7 @@ class Naming:
       hub: The package that loads folders of weights and ``config.json`` with these names: a key of
         :data:`flax_resblock.convert.hubs.HUBS`; empty if there is none.
       tensors: Names and codecs of a layer's tensors; PyTorch's by default.
-      blocks: Prefixes of the blocks of every stage, where no template gives them; ``stage`` and
-        ``first_stage`` are not used then.
+      blocks: Prefixes of the blocks of every stage, instead of ``stage`` and ``first_stage``.
       joint: What stands between the prefix of a block and the names in it.
     Example:
       >>> mine = Naming(
@@ -138,9 +136,8 @@ class Naming:
 
     def is_in_bare_block(self, key: str) -> bool:
         """Whether a tensor has the name of one in a bare block."""
-        places = {name for place, name in self.modules.items() if not place.startswith("stem")}
-        places.discard(self.modules.get("head", ""))
-        return any(key.startswith(f"{name}.") for name in places)
+        inside = (name for at, name in self.modules.items() if not at.startswith(("stem", "head")))
+        return any(key.startswith(f"{name}.") for name in inside)
 
     def module_name(self, slot: Slot) -> str | None:
         """Name of the module that holds ``slot``; None: no such place; ``""``: a bare block."""
