@@ -24,9 +24,9 @@ from flax_resblock.config.block import (
 from flax_resblock.config.slots import Activation, Branch, Slot, SlotKind, normalised_conv
 
 Stem = Literal["imagenet", "deep", "cifar"]
-StemPool = Literal["3x3", "2x2", "none"]
-StemStride = Literal[1, 2]
-USUAL_STEMS: Mapping[Stem, tuple[StemStride, StemPool]] = MappingProxyType(
+StemStride = Literal[None, 1, 2]
+StemPool = Literal[None, "3x3", "2x2", "none"]
+USUAL_STEMS: Mapping[Stem, tuple[int, str]] = MappingProxyType(
     {"imagenet": (2, "3x3"), "deep": (2, "3x3"), "cifar": (1, "none")}
 )
 """Stride of the first convolution, and the pooling after the last."""
@@ -44,8 +44,8 @@ class NetworkOptions(TypedDict, total=False):
     stem: Stem
     stem_width: int
     stem_hidden: tuple[int, ...]
-    stem_stride: StemStride | None
-    stem_pool: StemPool | None
+    stem_stride: StemStride
+    stem_pool: StemPool
     stem_bias: bool
     first_stride: int
     shortcut: Shortcut
@@ -95,8 +95,8 @@ class ResNetConfig(BlockOptions):
     stem: Stem = "imagenet"
     stem_width: int = 64
     stem_hidden: tuple[int, ...] = ()
-    stem_stride: Literal[None, 1, 2] = None
-    stem_pool: Literal[None, "3x3", "2x2", "none"] = None
+    stem_stride: StemStride = None
+    stem_pool: StemPool = None
     stem_bias: bool = False
     first_stride: int = 1
     dilated_stages: tuple[int, ...] = ()
@@ -148,12 +148,12 @@ class ResNetConfig(BlockOptions):
         return self.widths[-1] * EXPANSION[self.block]
 
     @property
-    def stem_striding(self) -> StemStride:
+    def stem_striding(self) -> int:
         """Stride of the stem's first convolution."""
         return USUAL_STEMS[self.stem][0] if self.stem_stride is None else self.stem_stride
 
     @property
-    def stem_pooling(self) -> StemPool:
+    def stem_pooling(self) -> str:
         """The max pooling after the stem."""
         return USUAL_STEMS[self.stem][1] if self.stem_pool is None else self.stem_pool
 
