@@ -85,7 +85,7 @@ def _title(config: Config) -> str:
     kind, what = ("kind", "block") if isinstance(config, BlockConfig) else ("block", "network")
     defaults = {one.name: one.default for one in fields(config) if one.default is not MISSING}
     changed = [
-        f"{name} {getattr(config, name)}"
+        name if getattr(config, name) is True else f"{name} {getattr(config, name)}"
         for name in choices_of(type(config))
         if name != kind and getattr(config, name) != defaults[name]
     ]
