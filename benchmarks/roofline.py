@@ -171,7 +171,7 @@ def _operations(
 ) -> tuple[list[Layer], tuple[int, int]]:
     """What is computed at a slot, and size and channels behind it."""
     activation = ("relu",) if slot.activation else ()
-    if slot.kind is SlotKind.CONV:
+    if slot.convolves:
         conv, after = _conv(slot, size, channels, first=first)
         return [conv], (after, slot.shape[-1])
     if slot.kind is SlotKind.NORM:

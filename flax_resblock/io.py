@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path as FilePath
 from typing import Any, Literal, Unpack, cast
-from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
@@ -248,15 +247,17 @@ def to_model(source: OpenedCheckpoint, **options: Unpack[LayerOptions]) -> Model
     set_values(model, values)
     model.eval()
     if source.left_out:
-        _LEFT_OUT[model] = (
+        words = (
             f"{len(source.left_out)} tensors of {source.record.source} were left out when it was "
             f"loaded, and are not in the state dict of this model: {some(source.left_out)}."
         )
+        setattr(model, _LEFT_OUT, words)
     return model
 
 
-_LEFT_OUT: WeakKeyDictionary[Model, str] = WeakKeyDictionary()
-"""What :func:`to_torch` says of models that were loaded without some tensors of their file."""
+_LEFT_OUT = "left_out"
+"""Attribute of models that were loaded without some tensors of their file: what :func:`to_torch`
+says of them. A text is static, so that it survives ``nnx.split`` and ``nnx.merge``."""
 
 
 def arrays_of(source: OpenedCheckpoint) -> dict[Path, jax.Array | np.ndarray]:
@@ -295,8 +296,8 @@ def to_torch(model: Model, naming: str | Naming = "torchvision") -> dict[str, np
         so that this is not all that came in.
     """
     state_map = StateMap(_config_of(model), naming)
-    if model in _LEFT_OUT:
-        warnings.warn(_LEFT_OUT[model], stacklevel=2)
+    if words := getattr(model, _LEFT_OUT, ""):
+        warnings.warn(words, stacklevel=2)
     return state_map.to_torch(flat_arrays(model), copy=True)
 
 

@@ -35,6 +35,7 @@ SPELLINGS = (
     ("residual_function.{:3}", "residual_function.{:3n}", "shortcut.0", "shortcut.1"),
     ("block.{:3}", "block.{:3n}", "skip.0", "skip.1"),
     ("body.unit{}.convolution", "body.unit{}.batchnorm", "match.convolution", "match.batchnorm"),
+    ("_{}_conv", "_{}_bn", "_0_conv", "_0_bn"),
 )
 STAGES = (
     "layer{stage}.{block}",
@@ -63,28 +64,30 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Choices:
-    """What one network is."""
+    """What one network is; by default what is assumed, under names of its author's own."""
 
-    spelling: tuple[str, str, str, str]
-    stages: str
-    stem: tuple[str, str]
-    head: str
-    wrapper: str
-    bottleneck: bool
-    depths: tuple[int, ...]
-    widths: tuple[int, ...]
-    kernel: Literal[3, 7]
-    stem_pool: bool
-    activation: str
-    pool_between: bool
-    zeros: Literal["projection", "both", "behind"]
-    maximum: bool
-    eps: float
-    skip_first: bool
-    preactivation: bool
-    biased: bool
-    last_activation: bool
-    no_skip: bool
+    spelling: tuple[str, str, str, str] = ("block.{:3}", "block.{:3n}", "skip.0", "skip.1")
+    stages: str = "{flat}"
+    stem: tuple[str, str] = ("stem.0", "stem.1")
+    head: str = "head.1"
+    wrapper: str = ""
+    bottleneck: bool = False
+    depths: tuple[int, ...] = (1, 2)
+    widths: tuple[int, ...] = (4, 8)
+    kernel: Literal[3, 7] = 3
+    stem_stride: int = 1
+    stem_pool: Literal["none", "3x3", "2x2"] = "none"
+    activation: str = "relu"
+    pool_between: bool = False
+    zeros: Literal["projection", "both", "behind"] = "projection"
+    maximum: bool = False
+    eps: float = 1e-5
+    skip_first: bool = True
+    reversed: bool = False
+    preactivation: bool = False
+    biased: Literal["none", "all", "main", "shortcut", "first"] = "none"
+    last_activation: bool = True
+    no_skip: bool = False
     announced: tuple[str, ...] = field(default=())
     """Words of the assumptions of which at least one says why this network is another one."""
     as_safetensors: bool = False
@@ -128,16 +131,24 @@ def drawn(number: int) -> Choices:
         "maximum": rarely(),
         "eps": 1e-3 if rng.random() < 0.15 else 1e-5,
         "skip_first": bool(rng.random() < 0.3),
+        "reversed": rarely(),
         "preactivation": rarely(),
-        "biased": rarely(),
+        "biased": pick(["all", "all", "main", "shortcut", "first"])
+        if rng.random() < 0.25
+        else "none",
         "last_activation": not rarely(),
         "no_skip": rarely(),
     }
-    made["stem_pool"] = (made["kernel"] == 7) != rarely()
+    usual = (2, "3x3") if made["kernel"] == 7 else (1, "none")
+    made["stem_stride"] = 3 - usual[0] if rarely() else usual[0]
+    made["stem_pool"] = pick(["3x3", "2x2", "none"]) if rarely() else usual[1]
+    if made["spelling"][0].startswith("_"):  # Keras's flat names
+        made["stages"], made["stem"] = "conv{stage}_block{block}", ("conv1_conv", "conv1_bn")
     words = {
         "--activation": made["activation"] != "relu",
         "every stage after the first halves": made["pool_between"],
-        "pooling": made["stem_pool"] != (made["kernel"] == 7),
+        "--stem-stride": made["stem_stride"] != usual[0],
+        "--stem-pool": made["stem_pool"] != usual[1],
         "pads with zeros, half of them": made["zeros"] == "behind",
         "the head takes the mean": made["maximum"],
         "--eps": made["eps"] != 1e-5,
@@ -146,6 +157,10 @@ def drawn(number: int) -> Choices:
     }
     announced = tuple(word for word, is_so in words.items() if is_so)
     return Choices(**made, announced=announced, as_safetensors=bool(rng.random() < 0.25))
+
+
+def _inside(block: str, name: str) -> str:
+    return block + name if name.startswith("_") else f"{block}.{name}"
 
 
 def _spelled(template: str, number: int) -> str:
@@ -162,7 +177,7 @@ class Network(nn.Module):
         self.choices, self.plan = choices, []
         self.layers: dict[str, nn.Module] = {}
         c, channels = choices, choices.widths[0]
-        self._conv(c.stem[0], 3, channels, c.kernel, 2 if c.kernel == 7 else 1)
+        self._conv(c.stem[0], 3, channels, c.kernel, c.stem_stride, bias=c.biased == "all")
         self._norm(c.stem[1], channels)
         flat = 3
         for stage, (depth, width) in enumerate(zip(c.depths, c.widths, strict=True), 1):
@@ -193,8 +208,9 @@ class Network(nn.Module):
         home.add_module(last, layer)
         self.layers[name] = layer
 
-    def _conv(self, name: str, inside: int, out: int, size: int, stride: int) -> None:
-        bias = self.choices.biased and size == 3
+    def _conv(
+        self, name: str, inside: int, out: int, size: int, stride: int, *, bias: bool
+    ) -> None:
         self._add(name, nn.Conv2d(inside, out, size, stride, size // 2, bias=bias))
 
     def _norm(self, name: str, channels: int) -> None:
@@ -208,25 +224,29 @@ class Network(nn.Module):
 
         def shortcut() -> None:
             if c.zeros == "projection" and not c.no_skip and (stride > 1 or inside != out):
-                self._conv(f"{name}.{skip}", inside, out, 1, stride)
-                self._norm(f"{name}.{skip_norm}", out)
+                bias = c.biased in ("all", "shortcut")
+                self._conv(_inside(name, skip), inside, out, 1, stride, bias=bias)
+                self._norm(_inside(name, skip_norm), out)
 
         if c.skip_first:
             shortcut()
-        for i, size in enumerate(sizes, 1):
+        numbered = list(enumerate(sizes, 1))
+        for i, size in numbered[::-1] if c.reversed else numbered:
+            bias = c.biased in ("all", "main") or (c.biased == "first" and i == 1)
             strided = stride if i == (2 if c.bottleneck else 1) else 1
             if c.preactivation:
-                self._norm(f"{name}.{_spelled(norm, i)}", path[i - 1])
-            self._conv(f"{name}.{_spelled(conv, i)}", path[i - 1], path[i], size, strided)
+                self._norm(_inside(name, _spelled(norm, i)), path[i - 1])
+            own = _inside(name, _spelled(conv, i))
+            self._conv(own, path[i - 1], path[i], size, strided, bias=bias)
             if not c.preactivation:
-                self._norm(f"{name}.{_spelled(norm, i)}", path[i])
+                self._norm(_inside(name, _spelled(norm, i)), path[i])
         if not c.skip_first:
             shortcut()
 
     def _skipped(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         _, _, skip, skip_norm = self.choices.spelling
-        if f"{name}.{skip}" in self.layers:
-            return self.layers[f"{name}.{skip_norm}"](self.layers[f"{name}.{skip}"](x))
+        if (conv := _inside(name, skip)) in self.layers:
+            return self.layers[_inside(name, skip_norm)](self.layers[conv](x))
         step, more = max(1, round(x.shape[2] / y.shape[2])), y.shape[1] - x.shape[1]
         padding = (0, more) if self.choices.zeros == "behind" else (more // 2, more - more // 2)
         return F.pad(x[:, :, ::step, ::step], (0, 0, 0, 0, *padding))
@@ -235,19 +255,15 @@ class Network(nn.Module):
         """Logits of images ``(N, 3, H, W)``."""
         c, act = self.choices, ACTIVATIONS[self.choices.activation]
         x = act(self.layers[c.stem[1]](self.layers[c.stem[0]](x)))
-        if c.stem_pool:
-            x = F.max_pool2d(x, 3, 2, 1)
+        if c.stem_pool != "none":
+            x = F.max_pool2d(x, 3, 2, 1) if c.stem_pool == "3x3" else F.max_pool2d(x, 2)
         conv, norm, *_ = c.spelling
         for name, _, pooled in self.plan:
             if pooled:
                 x = F.max_pool2d(x, 2)
             y, last = x, 3 if c.bottleneck else 2
             for i in range(1, last + 1):
-                layers = self.layers
-                one, its = (
-                    layers[f"{name}.{_spelled(conv, i)}"],
-                    layers[f"{name}.{_spelled(norm, i)}"],
-                )
+                one, its = (self.layers[_inside(name, _spelled(end, i))] for end in (conv, norm))
                 y = one(act(its(y))) if c.preactivation else its(one(y))
                 if i < last and not c.preactivation:
                     y = act(y)

@@ -8,7 +8,7 @@ import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,17 @@ def fast_only(fast: Iterable[Any], every: Iterable[Any]) -> list[Any]:
     """All parameters of a test, those that are not in ``fast`` marked as slow."""
     chosen = list(fast)
     return [one if one in chosen else pytest.param(one, marks=pytest.mark.slow) for one in every]
+
+
+def fewest(features: Mapping[Any, set[Any]]) -> list[Any]:
+    """Few of the items that together have every feature of all of them: the greedy cover."""
+    missing: set[Any] = set().union(*features.values())
+    chosen = []
+    while missing:
+        best = max(features, key=lambda item: len(features[item] & missing))
+        chosen.append(best)
+        missing -= features[best]
+    return chosen
 
 
 SMALL = ResNetConfig(depths=(1, 1), widths=(6, 10), stem="cifar", stem_width=4, num_classes=3)

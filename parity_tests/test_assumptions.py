@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 import flax_resblock
 from flax_resblock import AssumptionWarning, from_torch, load, load_run
@@ -59,7 +60,7 @@ class Own(ResNet):
 
 
 UNTOLD = {
-    "stem_pool": (True, "no pooling follows it (if not, convert your own module"),
+    "stem_pool": (True, "no pooling follows the stem (--stem-pool 3x3, 2x2 if not)"),
     "act": (F.silu, "the activation is ReLU (--activation leaky_relu, gelu, silu if not)"),
     "eps": (0.1, "eps is 1e-5 and momentum 0.1 in every norm (--eps if not)"),
     "behind": (True, "half of them in front of the old channels and half behind"),
@@ -113,16 +114,16 @@ def test_what_makes_a_network_wrong_was_announced(what):
 
 def test_saying_it_removes_its_line_and_is_done():
     torch.manual_seed(0)
-    module = Own(act=F.silu, eps=0.1)
+    module = Own(act=F.silu, eps=0.1, stem_pool=True)
     found = []
 
     def told():
-        state = module.state_dict()
-        found.append(from_torch(state, assumptions={"activation": "silu"}, eps=0.1))
+        said = {"activation": "silu", "stem_pool": "3x3"}
+        found.append(from_torch(module.state_dict(), assumptions=said, eps=0.1))
 
     (text,) = warnings_of(told)
-    assert "--activation" not in text
-    assert "--eps" not in text
+    for flag in ("--activation", "--stem-pool", "--eps"):
+        assert flag not in text
     assert relative_l2(*outputs(module, found[0])) < 1e-5
 
 
@@ -176,6 +177,7 @@ def test_the_command_and_the_certificate_say_each_and_the_flags_are_taken(tmp_pa
     assert {"--activation", "--eps", "--dilated-stages", "--antialias"} <= flags
     values = {"--activation": ["silu"], "--eps": ["0.1"], "--antialias": ["none"]}
     values |= {"--dilated-stages": ["2"], "--first-stride": ["1"]}
+    values |= {"--stem-stride": ["2"], "--stem-pool": ["2x2"]}
     for flag in flags:
         assert run(["inspect", str(tmp_path / "net.pth"), flag, *values[flag]]) == 0, flag
         said = " ".join(capsys.readouterr().out.split())
@@ -198,8 +200,9 @@ def test_what_was_left_out_is_said_where_the_state_dict_is_given_back():
     state = network.state_dict()
     with pytest.warns(UserWarning, match="ignored fc"):
         model = from_torch(state, ignore=["fc.*"], assume="known")
-    with pytest.warns(UserWarning, match=r"2 tensors of .* left out .*: fc\.weight, fc\.bias"):
-        flax_resblock.to_torch(model)
+    for one in (model, nnx.merge(*nnx.split(model))):
+        with pytest.warns(UserWarning, match=r"2 tensors .* left out .*: fc\.weight, fc\.bias"):
+            flax_resblock.to_torch(one)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         flax_resblock.to_torch(from_torch(state, assume="known"))  # the control

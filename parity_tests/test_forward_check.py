@@ -207,7 +207,6 @@ IMAGENET = {"depths": (1, 1, 1, 1), "widths": (4, 4, 4, 4), "stem_width": 4, "nu
 WRONG = {
     "leaky relu": lambda: made(act=lambda x: F.leaky_relu(x, 0.1)),
     "gelu": lambda: made(act=F.gelu),
-    "max pooling after a 3x3 stem": lambda: made(pool_stem=True),
     "a max head": lambda: made(head=global_max),
     "a max head after a stride of 32": lambda: made(ImageNetMax, **IMAGENET),
     "zeros of option A behind": lambda: made(option_a="behind"),
@@ -220,6 +219,7 @@ WRONG = {
 }
 RIGHT = {
     "projections": made,
+    "max pooling after a 3x3 stem": lambda: made(pool_stem=True),
     "option A": lambda: made(option_a="both"),
     "constant width": lambda: made(widths=(8, 8), second_stride=1),
     "branches of zero": lambda: made(zero_init=True),

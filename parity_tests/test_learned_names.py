@@ -19,28 +19,7 @@ from flax_resblock.convert.opening import open_checkpoint
 from flax_resblock.parity.oracle import relative_l2
 from parity_tests.people import Choices, Network, drawn, outcome_of
 
-PLAIN = Choices(
-    spelling=("block.{:3}", "block.{:3n}", "skip.0", "skip.1"),
-    stages="{flat}",
-    stem=("stem.0", "stem.1"),
-    head="head.1",
-    wrapper="",
-    bottleneck=False,
-    depths=(1, 2),
-    widths=(4, 8),
-    kernel=3,
-    stem_pool=False,
-    activation="relu",
-    pool_between=False,
-    zeros="projection",
-    maximum=False,
-    eps=1e-5,
-    skip_first=True,
-    preactivation=False,
-    biased=False,
-    last_activation=True,
-    no_skip=False,
-)
+PLAIN = Choices()
 RESIDUAL = replace(
     PLAIN,
     spelling=("residual_function.{:3}", "residual_function.{:3n}", "shortcut.0", "shortcut.1"),
@@ -54,7 +33,18 @@ INSIDE = replace(
     stages="res{stage}.{block}",
     stem=("first", "first.norm"),
     kernel=7,
-    stem_pool=True,
+    stem_stride=2,
+    stem_pool="3x3",
+    reversed=True,
+)
+KERAS = replace(
+    PLAIN,
+    spelling=("_{}_conv", "_{}_bn", "_0_conv", "_0_bn"),
+    stages="conv{stage}_block{block}",
+    stem=("conv1_conv", "conv1_bn"),
+    head="predictions",
+    bottleneck=True,
+    biased="all",
 )
 UNITS = replace(
     PLAIN,
@@ -80,13 +70,15 @@ def test_drawn_networks_are_right_announced_or_refused():
 
 def test_a_wrong_network_would_be_noticed():
     """The control: one whose choice is in no list of assumptions is called wrong."""
-    network = Network(replace(PLAIN, stem_pool=True))
+    network = Network(replace(PLAIN, stem_pool="3x3"))
     assert network.choices.announced == ()
     assert outcome_of(network)[0] == "WRONG"
 
 
 @pytest.mark.parametrize(
-    "choices", [PLAIN, RESIDUAL, UNITS, INSIDE], ids=["flat", "residual", "units", "inside"]
+    "choices",
+    [PLAIN, RESIDUAL, UNITS, INSIDE, KERAS],
+    ids=["flat", "residual", "units", "inside", "keras"],
 )
 def test_a_module_and_its_weights_are_read_and_go_back(choices, tmp_path):
     network = Network(choices, seed=3)
@@ -211,7 +203,7 @@ def _group_norms():
 
 CAUSES = {
     "pre-activation": (lambda: _changed(preactivation=True), "pre-activation order"),
-    "biases": (lambda: _changed(biased=True), "convolutions with a bias"),
+    "biases": (lambda: _changed(biased="first"), "convolutions with a bias beside others"),
     "group norm": (_group_norms, "norms without running statistics, such as GroupNorm"),
     "volumes": (
         lambda: {**_changed(), "stem.0.weight": torch.ones(4, 3, 3, 3, 3)},

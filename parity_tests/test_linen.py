@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 import flax_resblock
-from flax_resblock import ResNetConfig
+from flax_resblock import BlockConfig, ResNetConfig
 from flax_resblock.nn import linen
 from flax_resblock.parity.battery import BATTERY
 from parity_tests.support import fast_only
@@ -22,7 +22,7 @@ CONFIGS = {
     "every option of a block": next(
         config
         for config in BATTERY.values()
-        if getattr(config, "kind", None) == "bottleneck" and config.attention == "eca"
+        if isinstance(config, BlockConfig) and config.attention == "eca"
     ),
 }
 

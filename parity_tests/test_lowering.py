@@ -24,7 +24,6 @@ from flax_resblock.cpu.primitives import Forms
 from flax_resblock.cpu.switch import conv_lowering, for_cpu
 from flax_resblock.nn.conv import convolve
 from flax_resblock.nn.norm import batch_moments, normalised_by_batch
-from flax_resblock.parity.battery import fewest
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.devices import strict
 from flax_resblock.parity.inputs import adversarial_images
@@ -32,7 +31,7 @@ from flax_resblock.parity.oracle import relative_l2, verdict_of
 from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.reference import ReferencePair
 from flax_resblock.parity.taps import as_tensor
-from parity_tests.support import fast_only
+from parity_tests.support import fast_only, fewest
 
 # N, H, W, C, O, kernel, stride: every row of the table, odd and even sizes, one pixel, wide and
 # narrow

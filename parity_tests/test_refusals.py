@@ -37,6 +37,12 @@ class Block(nn.Module):
             conv = nn.Conv2d(inside, out, projection, stride, projection // 2, bias=False)
             self.skip = nn.Sequential(conv, nn.BatchNorm2d(out))
 
+    def forward(self, x):
+        y = self.two_norm(self.two(F.relu(self.one_norm(self.one(x)))))
+        if hasattr(self, "squeeze"):
+            y = y * torch.sigmoid(self.squeeze(y.mean((2, 3), keepdim=True)))
+        return F.relu(y + self.skip(x))
+
 
 class Net(nn.Module):
     """A stem, three blocks and a head, under names of their author's own."""
@@ -51,6 +57,12 @@ class Net(nn.Module):
             for numbers in ((narrow, narrow), (narrow, wide, 1 + (wide > narrow)), (wide, wide))
         )
         self.answer = nn.Linear(wide, 5) if head is None else head
+
+    def forward(self, x):
+        x = F.relu(self.first_norm(self.first(x)))
+        for unit in self.units:
+            x = unit(x)
+        return self.answer(x.mean((2, 3)))
 
 
 class Bare(Block):
@@ -83,6 +95,12 @@ def with_kernels(net, size):
     return net
 
 
+def with_bias(net):
+    one = net.units[0].one
+    net.units[0].one = nn.Conv2d(one.in_channels, one.out_channels, 3, 1, 1)
+    return net
+
+
 SEEN = {
     "squeeze of products": (
         lambda: Net(extra=squeeze_of_products),
@@ -100,6 +118,14 @@ SEEN = {
         lambda: Net(block=Bare),
         r"shortcuts whose convolution has no norm after it.*: units\.1\.skip\.",
     ),
+    "a head without bias": (
+        lambda: Net(head=nn.Linear(16, 5, bias=False)),
+        r"a fully connected layer without bias.*: answer\.",
+    ),
+    "a bias in some convolutions": (
+        lambda: with_bias(Net()),
+        r"convolutions with a bias beside others without.*: units\.0\.one\.",
+    ),
     "learned slopes": (
         lambda: Net(act=nn.PReLU()),
         r"a single vector, such as PReLU.*: units\.0\.act",
@@ -111,8 +137,9 @@ SEEN = {
         r"units\.1 would be residual blocks if .* in which they are defined",
     ),
 }
-EVERY_SIGN = "|".join(
-    ("squeeze-and", "larger than 1x1", "no norm after it", "PReLU", "without scale", "not square")
+EVERY_SIGN = (
+    "squeeze-and|larger than 1x1|no norm after it|PReLU|without scale|not square|"
+    "connected layer without bias|beside others without"
 )
 
 
@@ -123,10 +150,31 @@ def test_what_is_seen_is_named_and_nothing_else(case):
         from_torch(make().state_dict())
     others = set(re.findall(EVERY_SIGN, str(caught.value)))
     assert len(others) <= 1, others
-    assert not re.search(
-        r"Check that it is the right file|convolutions with a bias", str(caught.value)
-    )
+    assert "Check that it is the right file" not in str(caught.value)
+    assert ("flax-resblock port net.py:Net weights.pth out" in str(caught.value)) == bool(others)
     assert from_torch(Net().state_dict(), assume="known").config.depths == (1, 2)  # the control
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", ["squeeze of convolutions", "a 3x3 shortcut", "a head without bias"]
+)
+def test_the_command_that_a_refusal_advises_converts_the_network(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = f"""
+from parity_tests.test_refusals import SEEN
+
+def Net():
+    return SEEN[{case!r}][0]()
+"""
+    (tmp_path / "net.py").write_text(code)
+    net = SEEN[case][0]().eval()
+    torch.save(net.state_dict(), "weights.pth")
+    with pytest.raises(CheckpointError) as caught:
+        from_torch(net.state_dict())
+    (advice,) = re.findall(r"`flax-resblock (port .*?)`", str(caught.value))
+    assert run(advice.split()) == 0
+    assert (tmp_path / "out" / "parity.json").exists()
 
 
 class Half(nn.Module):

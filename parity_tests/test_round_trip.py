@@ -29,11 +29,11 @@ from flax_resblock.checkpoint.safetensors_file import write_safetensors
 from flax_resblock.checkpoint.torch_file import state_to_numpy, with_tensors
 from flax_resblock.config import architecture, choices_of, walk
 from flax_resblock.convert import NAMINGS, StateMap, describe, identify
-from flax_resblock.convert.detection.assumptions import ASSUMABLE_FIELDS
+from flax_resblock.convert.detection.assumption_rules import ASSUMABLE_FIELDS
 from flax_resblock.convert.opening import interpret
 from flax_resblock.convert.state_map import transcode
-from flax_resblock.parity.battery import BATTERY, fewest
-from parity_tests.support import DTYPES, assert_same_bits, random_bits
+from flax_resblock.parity.battery import BATTERY
+from parity_tests.support import DTYPES, assert_same_bits, fewest, random_bits
 from torch_ref import Block, ResNet
 
 SMALL = ResNetConfig(

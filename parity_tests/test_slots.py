@@ -24,7 +24,6 @@ from flax_resblock.parity.battery import BATTERY
 from flax_resblock.parity.reference import torch_reference
 
 GEOMETRY = ("stride", "padding", "dilation", "groups")
-CONVOLUTIONS = (SlotKind.CONV, SlotKind.BIASED_CONV)
 
 
 def flax_numbers(layer) -> dict[str, object]:
@@ -65,7 +64,7 @@ def test_slots_have_the_numbers_of_the_layers_on_both_sides(name):
     assert facts.differences(state_map) == []
     assert {state_map.naming.module_name(slot) for slot in slots} <= set(facts.modules)
     for slot in slots:  # the negative control: a slot with another number is found on either side
-        if slot.kind in CONVOLUTIONS:
+        if slot.convolves:
             for number in GEOMETRY:
                 wrong = replace(slot, **{number: getattr(slot, number) + 1})
                 assert differing_slots([wrong], model) == [slot.name]
@@ -86,7 +85,7 @@ def test_slots_count_the_parameters_of_the_model(name):
 def test_every_norm_follows_the_convolution_that_it_normalises(name):
     for before, slot in pairwise(walk(BATTERY[name])):
         if slot.kind is SlotKind.NORM:
-            assert (before.kind, before.branch) == (SlotKind.CONV, slot.branch)
+            assert (before.convolves, before.branch) == (True, slot.branch)
             assert before.shape[-1:] == slot.shape
 
 
@@ -108,27 +107,27 @@ def test_branches_are_the_parts_of_a_network():
 def test_the_usual_image_size_follows_from_the_stride_of_the_stem(name, size):
     config = architecture(name)
     assert config.image_size == size
-    assert config.stem_stride == (4 if size == 224 else 1)
+    assert config.stem_reduction == (4 if size == 224 else 1)
     images = np.zeros((1, 64, 64, 3), np.float32)
     stem = build(config, rngs=nnx.Rngs(0)).stem(images, use_running_average=True)
-    assert stem.shape[1] == 64 // config.stem_stride
+    assert stem.shape[1] == 64 // config.stem_reduction
 
 
 def missing_values(configs, kind, choices) -> set[tuple[str, str]]:
     """Values of options that no configuration uses so that it makes a difference."""
     values = {(name, value) for name, known in choices.items() for value in known}
-    of_kind = [config for config in configs if isinstance(config, kind)]
-    numbers = battery._BLOCK if kind is BlockConfig else battery._NETWORK
-    used = battery.uses([*battery._valid(kind, numbers), *of_kind])
-    return values - set().union(*(used[config] for config in of_kind))
+    return values - set().union(*map(battery.used, of_kind(configs, kind)))
+
+
+def of_kind(configs, kind) -> list:
+    return [config for config in configs if isinstance(config, kind)]
 
 
 @pytest.mark.parametrize("kind", [BlockConfig, ResNetConfig])
 def test_the_battery_uses_every_value_of_every_option(kind):
     configs, choices = list(BATTERY.values()), choices_of(kind)
     assert missing_values(configs, kind, choices) == set()
-    of_kind = [config for config in configs if isinstance(config, kind)]
-    assert len(of_kind) <= 3 + max(map(len, choices.values()))
+    assert len(of_kind(configs, kind)) <= 3 + max(map(len, choices.values()))
     # The negative controls: an option that the battery does not know, and one configuration less.
     fake = {**choices, "attention": (*choices["attention"], "fake")}
     assert missing_values(configs, kind, fake) == {("attention", "fake")}

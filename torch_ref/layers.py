@@ -16,10 +16,11 @@ def conv(
     stride: int = 1,
     dilation: int = 1,
     groups: int = 1,
+    bias: bool = False,
 ) -> nn.Conv2d:
-    """A convolution without bias, padded so that stride 1 keeps the resolution."""
+    """A convolution padded so that stride 1 keeps the resolution, without bias by default."""
     padding = dilation * (size // 2)
-    return nn.Conv2d(in_channels, out_channels, size, stride, padding, dilation, groups, bias=False)
+    return nn.Conv2d(in_channels, out_channels, size, stride, padding, dilation, groups, bias)
 
 
 def activation_layer(name: str) -> nn.Module:
@@ -42,8 +43,11 @@ class ZeroPad(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], sides)
 
 
-def downsample(in_channels: int, out_channels: int, stride: int, shortcut: str) -> nn.Module | None:
+def downsample(
+    in_channels: int, out_channels: int, stride: int, shortcut: str, bias: bool = False
+) -> nn.Module | None:
     """The shortcut of a block; None where it copies its input."""
+    norm = nn.BatchNorm2d(out_channels)
     if stride == 1 and in_channels == out_channels:
         return None
     if shortcut == "zero_pad":
@@ -52,8 +56,8 @@ def downsample(in_channels: int, out_channels: int, stride: int, shortcut: str) 
         pool = nn.Identity()
         if stride > 1:
             pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
-        return nn.Sequential(pool, conv(in_channels, out_channels, 1), nn.BatchNorm2d(out_channels))
-    return nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+        return nn.Sequential(pool, conv(in_channels, out_channels, 1, bias=bias), norm)
+    return nn.Sequential(conv(in_channels, out_channels, 1, stride, bias=bias), norm)
 
 
 class SqueezeExcitation(nn.Module):

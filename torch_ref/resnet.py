@@ -29,17 +29,20 @@ class BasicBlock(nn.Module):
         attention_ratio: float = 1 / 16,
         antialias: str = "none",
         activation: str = "relu",
+        conv_bias: bool = False,
+        shortcut_bias: bool = False,
     ) -> None:
         super().__init__()
         blurs = antialias == "blur" and stride == 2
-        self.conv1 = conv(in_channels, planes, 3, 1 if blurs else stride, dilation, groups)
+        strided = 1 if blurs else stride
+        self.conv1 = conv(in_channels, planes, 3, strided, dilation, groups, conv_bias)
         self.bn1 = nn.BatchNorm2d(planes)
         self.aa = Blur(planes, stride) if blurs else None
-        self.conv2 = conv(planes, planes, 3, 1, dilation, groups)
+        self.conv2 = conv(planes, planes, 3, 1, dilation, groups, conv_bias)
         self.bn2 = nn.BatchNorm2d(planes)
         self.se = channel_attention(attention, planes, attention_ratio)
         self.act = activation_layer(activation)
-        self.downsample = downsample(in_channels, planes, stride, shortcut)
+        self.downsample = downsample(in_channels, planes, stride, shortcut, shortcut_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.act(self.bn1(self.conv1(x)))
@@ -69,21 +72,24 @@ class Bottleneck(nn.Module):
         attention_ratio: float = 1 / 16,
         antialias: str = "none",
         activation: str = "relu",
+        conv_bias: bool = False,
+        shortcut_bias: bool = False,
     ) -> None:
         super().__init__()
         width = int(planes * (base_width / 64.0)) * groups
         blurs = antialias == "blur" and stride == 2
         first, second = (stride, 1) if stride_on == "1x1" else (1, 1 if blurs else stride)
-        self.conv1 = conv(in_channels, width, 1, first)
+        self.conv1 = conv(in_channels, width, 1, first, bias=conv_bias)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = conv(width, width, 3, second, dilation, groups)
+        self.conv2 = conv(width, width, 3, second, dilation, groups, conv_bias)
         self.bn2 = nn.BatchNorm2d(width)
         self.aa = Blur(width, stride) if blurs else None
-        self.conv3 = conv(width, planes * self.expansion, 1)
+        self.conv3 = conv(width, planes * self.expansion, 1, bias=conv_bias)
         self.bn3 = nn.BatchNorm2d(planes * self.expansion)
         self.se = channel_attention(attention, planes * self.expansion, attention_ratio)
         self.act = activation_layer(activation)
-        self.downsample = downsample(in_channels, planes * self.expansion, stride, shortcut)
+        outputs = planes * self.expansion
+        self.downsample = downsample(in_channels, outputs, stride, shortcut, shortcut_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.act(self.bn1(self.conv1(x)))
@@ -95,15 +101,31 @@ class Bottleneck(nn.Module):
 
 
 def _stem_convolutions(
-    stem: str, in_channels: int, hidden: Sequence[int], width: int, activation: str
+    stem: str,
+    in_channels: int,
+    hidden: Sequence[int],
+    width: int,
+    activation: str,
+    stride: int,
+    bias: bool,
 ) -> nn.Module:
     if stem != "deep":
-        return conv(in_channels, width, 7, 2) if stem == "imagenet" else conv(in_channels, width, 3)
+        return conv(in_channels, width, 7 if stem == "imagenet" else 3, stride, bias=bias)
     layers: list[nn.Module] = []
     for index, (inputs, outputs) in enumerate(zip((in_channels, *hidden), hidden, strict=False)):
-        layers += [conv(inputs, outputs, 3, 1 if index else 2), nn.BatchNorm2d(outputs)]
-        layers.append(activation_layer(activation))
-    return nn.Sequential(*layers, conv(hidden[-1], width, 3))
+        layers.append(conv(inputs, outputs, 3, 1 if index else stride, bias=bias))
+        layers += [nn.BatchNorm2d(outputs), activation_layer(activation)]
+    return nn.Sequential(*layers, conv(hidden[-1], width, 3, bias=bias))
+
+
+def _stem_pooling(pool: str, blurs: bool, channels: int) -> nn.Module:
+    if pool == "none":
+        return nn.Identity()
+    if pool == "2x2":
+        return nn.MaxPool2d(2)
+    if blurs:
+        return nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), Blur(channels, 2))
+    return nn.MaxPool2d(3, stride=2, padding=1)
 
 
 class ResNet(nn.Module):
@@ -116,9 +138,12 @@ class ResNet(nn.Module):
         ``"cifar"`` (3x3).
       stem_width: Channels of the stem.
       stem_hidden: Channels of a deep stem's first two convolutions.
+      stem_stride: Of the stem's first convolution; None: 1 of ``"cifar"``, else 2.
+      stem_pool: ``"3x3"``, ``"2x2"`` or ``"none"``; None: none of ``"cifar"``, else 3x3.
+      stem_bias: Whether the stem's convolutions have a bias.
       first_stride: Stride of the first stage.
-      shortcut, stride_on, groups, base_width, attention, attention_ratio, antialias: Of every
-        block.
+      shortcut, stride_on, groups, base_width, attention, attention_ratio, antialias, conv_bias,
+        shortcut_bias: Of every block.
       activation: Of the stem and of every block.
       dilated_stages: Stages (from 1) whose stride is replaced by dilation.
       in_channels, num_classes: Channels of the images, size of the logits (None: no head).
@@ -134,6 +159,9 @@ class ResNet(nn.Module):
         stem: str = "imagenet",
         stem_width: int = 64,
         stem_hidden: Sequence[int] = (),
+        stem_stride: int | None = None,
+        stem_pool: str | None = None,
+        stem_bias: bool = False,
         first_stride: int = 1,
         shortcut: str = "projection",
         stride_on: str = "3x3",
@@ -141,6 +169,8 @@ class ResNet(nn.Module):
         attention_ratio: float = 1 / 16,
         antialias: str = "none",
         activation: str = "relu",
+        conv_bias: bool = False,
+        shortcut_bias: bool = False,
         groups: int = 1,
         base_width: int = 64,
         dilated_stages: Sequence[int] = (),
@@ -149,14 +179,13 @@ class ResNet(nn.Module):
         zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
-        self.conv1 = _stem_convolutions(stem, in_channels, stem_hidden, stem_width, activation)
+        stem_stride = stem_stride or (1 if stem == "cifar" else 2)
+        stem_pool = stem_pool or ("none" if stem == "cifar" else "3x3")
+        sizes = in_channels, stem_hidden, stem_width
+        self.conv1 = _stem_convolutions(stem, *sizes, activation, stem_stride, stem_bias)
         self.bn1 = nn.BatchNorm2d(stem_width)
         self.act = activation_layer(activation)
-        self.maxpool: nn.Module = nn.Identity()
-        if stem != "cifar" and antialias == "blur":
-            self.maxpool = nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), Blur(stem_width, 2))
-        elif stem != "cifar":
-            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = _stem_pooling(stem_pool, antialias == "blur", stem_width)
 
         make_block = BasicBlock if block == "basic" else partial(Bottleneck, stride_on=stride_on)
         expansion = BasicBlock.expansion if block == "basic" else Bottleneck.expansion
@@ -181,6 +210,8 @@ class ResNet(nn.Module):
                         attention_ratio=attention_ratio,
                         antialias=antialias,
                         activation=activation,
+                        conv_bias=conv_bias,
+                        shortcut_bias=shortcut_bias,
                     )
                 )
                 channels = width * expansion

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from flax_resblock.checkpoint import LIMITS, Limits, refuse_existing, replacing
 from flax_resblock.config import ARCHITECTURES, Config, architecture
-from flax_resblock.convert.detection.assumptions import ASSUMABLE_FIELDS
+from flax_resblock.convert.detection.assumption_rules import ASSUMABLE_FIELDS
 from flax_resblock.convert.metadata import EPS
 from flax_resblock.convert.naming import Naming
 from flax_resblock.convert.naming_file import read_naming
@@ -107,6 +107,14 @@ class ReadingFlags:
     stride_on: Literal["3x3", "1x1"] | None = None
     """Convolution of a bottleneck that has the stride: 3x3 as in torchvision, 1x1 as in Caffe.
     Cannot be inferred from the weights.
+    """
+    stem_stride: Literal[1, 2] | None = None
+    """Stride of the stem's first convolution: by default 1 of a 3x3 stem and 2 of the others.
+    Cannot be inferred from the weights.
+    """
+    stem_pool: Literal["3x3", "2x2", "none"] | None = None
+    """Max pooling after the stem: by default none of a 3x3 stem and 3x3 of the others. Cannot be
+    inferred from the weights.
     """
     first_stride: Literal[1, 2] | None = None
     """Stride of the first stage. Can be inferred from the weights of basic blocks only."""

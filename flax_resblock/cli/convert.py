@@ -17,7 +17,7 @@ from flax_resblock.config import name_of
 from flax_resblock.convert import Naming, StateMap, naming_of
 from flax_resblock.convert.hubs import files_of
 from flax_resblock.convert.metadata import metadata_of
-from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, target_naming
+from flax_resblock.convert.opened import OpenedCheckpoint, ReadOptions, target_naming
 from flax_resblock.convert.state_map import transcode
 from flax_resblock.errors import InputError
 from flax_resblock.parity.certificate import certificate_of

@@ -118,7 +118,7 @@ def default_preprocessing(config: Config) -> Preprocessing:
     mean, std, origin = (0.0,) * channels, (1.0,) * channels, "none (pixels from 0 to 1)"
     if channels == 3:
         mean, std, origin = IMAGENET_MEAN, IMAGENET_STD, "ImageNet's, the usual choice"
-    if not isinstance(config, ResNetConfig) or config.stem == "cifar":
+    if not isinstance(config, ResNetConfig) or config.image_size == 32:
         return Preprocessing(mean, std, (32, 32), 1.0, "bilinear", False, origin)
     return Preprocessing(mean, std, (224, 224), 224 / 256, "bilinear", True, origin)
 

@@ -23,6 +23,8 @@ from flax_resblock.config.network import (
     NetworkOptions,
     ResNetConfig,
     Stem,
+    StemPool,
+    StemStride,
     from_json,
     to_json,
     walk,
@@ -32,6 +34,7 @@ from flax_resblock.config.slots import Activation, Branch, Path, Slot, SlotKind
 __all__ = [
     "ARCHITECTURES", "EXPANSION", "Activation", "Antialias", "Attention", "BlockConfig",
     "BlockKind", "BlockOptions", "Branch", "Config", "Lowering", "NetworkOptions", "Path",
-    "ResNetConfig", "Shortcut", "Slot", "SlotKind", "Stem", "StridePlacement", "architecture",
-    "architectures", "choices_of", "from_json", "name_of", "to_json", "walk",
+    "ResNetConfig", "Shortcut", "Slot", "SlotKind", "Stem", "StemPool", "StemStride",
+    "StridePlacement", "architecture", "architectures", "choices_of", "from_json", "name_of",
+    "to_json", "walk",
 ]  # fmt: skip

@@ -145,7 +145,7 @@ def name_of(config: Config) -> str:
     if isinstance(config, BlockConfig):
         return (
             f"{config.kind} block {config.in_channels}->{config.out_channels}, stride "
-            f"{config.stride}{_activation(config)}"
+            f"{config.stride}{_others(config)}"
         )
     for name, known in ARCHITECTURES.items():
         if replace(known, num_classes=config.num_classes, in_channels=config.in_channels) == config:
@@ -153,9 +153,19 @@ def name_of(config: Config) -> str:
     attention = "" if config.attention == "none" else f", {config.attention} attention"
     return (
         f"custom {config.block} ResNet, depths {config.depths}, widths {config.widths}, "
-        f"{config.stem} stem, {config.shortcut} shortcuts{attention}{_activation(config)}"
+        f"{config.stem} stem, {config.shortcut} shortcuts{attention}{_others(config)}"
     )
 
 
-def _activation(config: Config) -> str:
-    return "" if config.activation == "relu" else f", {config.activation}"
+def _others(config: Config) -> str:
+    """Activation, biases and stem, where they are not the usual ones."""
+    words = [] if config.activation == "relu" else [config.activation]
+    if isinstance(config, ResNetConfig):
+        words += [f"stem stride {config.stem_stride}"] if config.stem_stride else []
+        words += [f"stem pooling {config.stem_pool}"] if config.stem_pool else []
+    words += [name for name in _BIASES if getattr(config, name, False)]
+    return "".join(f", {one}" for one in words)
+
+
+_BIASES = ("stem_bias", "conv_bias", "shortcut_bias")
+"""Fields that say whether convolutions have a bias."""

@@ -22,10 +22,12 @@ EXPANSION: Mapping[str, int] = MappingProxyType({"basic": 1, "bottleneck": 4})
 
 
 @cache
-def choices_of(config: type) -> Mapping[str, tuple[str, ...]]:
-    """The options of a configuration class and their values: its fields that are literals."""
-    hints = get_type_hints(config)
-    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+def choices_of(config: type) -> Mapping[str, tuple[Any, ...]]:
+    """The options of a configuration class and their values: its fields that are literals or yes
+    or no."""
+    hints = get_type_hints(config).items()
+    literals = {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
+    return literals | {name: (False, True) for name, hint in hints if hint is bool}
 
 
 def check_choices(config: Any) -> None:
@@ -59,6 +61,9 @@ class BlockOptions:
       activation: Of the stem, within a block and at its end, as PyTorch defines it:
         ``"leaky_relu"`` has a slope of 0.01 and ``"gelu"`` is exact. Squeeze-and-excitation keeps
         its ReLU.
+      conv_bias, shortcut_bias: Whether the convolutions of the main path, and that of the shortcut,
+        have a bias in front of their norm, as ``nn.Conv2d`` has by default. In training it changes
+        the running mean alone.
     """
 
     groups: int = 1
@@ -69,6 +74,8 @@ class BlockOptions:
     attention_ratio: float = 1 / 16
     antialias: Antialias = "none"
     activation: Activation = "relu"
+    conv_bias: bool = False
+    shortcut_bias: bool = False
 
     @property
     def shared_options(self) -> dict[str, Any]:
@@ -193,12 +200,12 @@ class BlockConfig(BlockOptions):
         sizes = (3, 3) if self.kind == "basic" else (1, 3, 1)
         channels = (inputs, *[width] * (len(sizes) - 1), outputs)
         for i, (size, stride) in enumerate(zip(sizes, self.strides, strict=True), start=1):
-            wide = {"dilation": self.dilation, "groups": self.groups} if size > 1 else {}
+            numbers: dict[str, Any] = {"stride": stride, "bias": self.conv_bias}
+            if size > 1:
+                numbers |= {"dilation": self.dilation, "groups": self.groups}
             names, ends = (f"conv{i}", f"norm{i}"), (channels[i - 1], channels[i])
             act = self.activation if i < len(sizes) else None
-            yield from normalised_conv(
-                stage, block, names, size, ends, stride=stride, activation=act, **wide
-            )
+            yield from normalised_conv(stage, block, names, size, ends, activation=act, **numbers)
             if self.blurs and i == len(sizes) - 1:
                 yield at("blur", SlotKind.BLUR, (3, 3), stride=self.stride, padding=1)
         yield from self._attention_slots(at)
@@ -209,8 +216,8 @@ class BlockConfig(BlockOptions):
                 if (window := self.stride) > 1:  # at stride 1 the pool returns its input
                     kind = SlotKind.AVERAGE_POOL
                     yield at("shortcut.pool", kind, (window, window), stride=window, branch=skip)
-            ends = inputs, outputs
-            yield from normalised_conv(stage, block, names, 1, ends, stride=stride, branch=skip)
+            numbers = {"stride": stride, "bias": self.shortcut_bias, "branch": skip}
+            yield from normalised_conv(stage, block, names, 1, (inputs, outputs), **numbers)
         yield at("", SlotKind.OUTPUT, activation=self.activation)
 
     def _attention_slots(self, at: Any) -> Iterator[Slot]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Literal, TypedDict
+from types import MappingProxyType
+from typing import Any, Literal, TypedDict
 
 from flax_resblock.config.block import (
     EXPANSION,
@@ -23,6 +24,12 @@ from flax_resblock.config.block import (
 from flax_resblock.config.slots import Activation, Branch, Slot, SlotKind, normalised_conv
 
 Stem = Literal["imagenet", "deep", "cifar"]
+StemStride = Literal[None, 1, 2]
+StemPool = Literal[None, "3x3", "2x2", "none"]
+USUAL_STEMS: Mapping[Stem, tuple[int, str]] = MappingProxyType(
+    {"imagenet": (2, "3x3"), "deep": (2, "3x3"), "cifar": (1, "none")}
+)
+"""Stride of the first convolution, and the pooling after the last."""
 MOST_BLOCKS = 10_000
 """Of a network; a configuration in a file may say any number."""
 
@@ -37,6 +44,9 @@ class NetworkOptions(TypedDict, total=False):
     stem: Stem
     stem_width: int
     stem_hidden: tuple[int, ...]
+    stem_stride: StemStride
+    stem_pool: StemPool
+    stem_bias: bool
     first_stride: int
     shortcut: Shortcut
     stride_on: StridePlacement
@@ -44,6 +54,8 @@ class NetworkOptions(TypedDict, total=False):
     attention_ratio: float
     antialias: Antialias
     activation: Activation
+    conv_bias: bool
+    shortcut_bias: bool
     groups: int
     base_width: int
     dilated_stages: tuple[int, ...]
@@ -59,9 +71,14 @@ class ResNetConfig(BlockOptions):
       widths: Planes per stage (a bottleneck's output has four times as many channels).
       stem: ``"imagenet"``: 7x7 convolution of stride 2 and 3x3 max pooling of stride 2; ``"deep"``:
         three 3x3 convolutions, the first of stride 2, and the same pooling; ``"cifar"``: 3x3
-        convolution of stride 1.
+        convolution of stride 1. The next two change the stride and the pooling.
       stem_width: Channels of the stem.
       stem_hidden: Channels of the first two convolutions of a deep stem; ``()`` for the others.
+      stem_stride: Stride of the stem's first convolution, 1 or 2; None: as ``stem`` says. A value
+        that ``stem`` says anyway becomes None, so that equal networks are equal.
+      stem_pool: Max pooling after the stem: ``"3x3"`` pixels of stride 2, padded by one; ``"2x2"``
+        pixels of stride 2; or ``"none"``. None as for ``stem_stride``.
+      stem_bias: Whether the convolutions of the stem have a bias in front of their norm.
       first_stride: Stride of the first stage; that of the others is 2.
       dilated_stages: Stages (from 1) whose stride is replaced by dilation, torchvision's
         ``replace_stride_with_dilation``.
@@ -78,6 +95,9 @@ class ResNetConfig(BlockOptions):
     stem: Stem = "imagenet"
     stem_width: int = 64
     stem_hidden: tuple[int, ...] = ()
+    stem_stride: StemStride = None
+    stem_pool: StemPool = None
+    stem_bias: bool = False
     first_stride: int = 1
     dilated_stages: tuple[int, ...] = ()
     in_channels: int = 3
@@ -100,6 +120,11 @@ class ResNetConfig(BlockOptions):
                     f"integers; got {field!r} in {self}."
                 )
         check_choices(self)
+        for field, usual in zip(("stem_stride", "stem_pool"), USUAL_STEMS[self.stem], strict=True):
+            if getattr(self, field) == usual:
+                object.__setattr__(self, field, None)
+        if self.antialias == "blur" and self.stem_pooling == "2x2":
+            raise ValueError("antialias='blur' goes with a stem_pool of 3x3 pixels or none.")
         if sum(self.depths) > MOST_BLOCKS:
             raise ValueError(f"depths={self.depths} are more than {MOST_BLOCKS:,} blocks.")
         if len(self.stem_hidden) != (2 if self.stem == "deep" else 0):
@@ -123,14 +148,24 @@ class ResNetConfig(BlockOptions):
         return self.widths[-1] * EXPANSION[self.block]
 
     @property
-    def stem_stride(self) -> int:
+    def stem_striding(self) -> int:
+        """Stride of the stem's first convolution."""
+        return USUAL_STEMS[self.stem][0] if self.stem_stride is None else self.stem_stride
+
+    @property
+    def stem_pooling(self) -> str:
+        """The max pooling after the stem."""
+        return USUAL_STEMS[self.stem][1] if self.stem_pool is None else self.stem_pool
+
+    @property
+    def stem_reduction(self) -> int:
         """By how much the stem reduces height and width."""
         return math.prod(slot.stride for slot in self._stem_slots())
 
     @property
     def image_size(self) -> int:
         """Usual side of its images in pixels: 224 where the stem reduces them, else 32."""
-        return 224 if self.stem_stride > 1 else 32
+        return 224 if self.stem_reduction > 1 else 32
 
     @property
     def stage_names(self) -> tuple[str, ...]:
@@ -171,16 +206,19 @@ class ResNetConfig(BlockOptions):
             yield Slot("head", None, "", SlotKind.LINEAR, shape, branch=Branch.HEAD)
 
     def _stem_slots(self) -> Iterator[Slot]:
-        where, deep, pools = ("stem", None), self.stem == "deep", self.stem != "cifar"
+        where, deep = ("stem", None), self.stem == "deep"
         channels = (self.in_channels, *self.stem_hidden, self.stem_width)
         for i, ends in enumerate(pairwise(channels), start=1):
             names = (f"conv{i}", f"norm{i}") if deep else ("conv", "norm")
-            size, stride = 7 if self.stem == "imagenet" else 3, 2 if pools and i == 1 else 1
-            numbers = {"stride": stride, "activation": self.activation, "branch": Branch.STEM}
+            size, stride = 7 if self.stem == "imagenet" else 3, self.stem_striding if i == 1 else 1
+            numbers: dict[str, Any] = {"stride": stride, "bias": self.stem_bias}
+            numbers |= {"activation": self.activation, "branch": Branch.STEM}
             yield from normalised_conv(*where, names, size, ends, **numbers)
-        if not pools:
+        if self.stem_pooling == "none":
             return
-        window = {"shape": (3, 3), "padding": 1, "branch": Branch.STEM}
+        window: dict[str, Any] = {"shape": (3, 3), "padding": 1, "branch": Branch.STEM}
+        if self.stem_pooling == "2x2":
+            window |= {"shape": (2, 2), "padding": 0}
         if self.antialias == "blur":
             yield Slot(*where, "pool.pool", SlotKind.MAX_POOL, **window)
             yield Slot(*where, "pool.blur", SlotKind.BLUR, stride=2, **window)

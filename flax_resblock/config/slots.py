@@ -87,9 +87,14 @@ class Slot:
         return self.kind is SlotKind.OUTPUT and not self.role
 
     @property
+    def convolves(self) -> bool:
+        """Whether it is a 2-d convolution."""
+        return self.kind in (SlotKind.CONV, SlotKind.BIASED_CONV)
+
+    @property
     def multiplies(self) -> bool:
         """Whether it is a 2-d convolution or a matrix product."""
-        return self.kind in (SlotKind.CONV, SlotKind.BIASED_CONV, SlotKind.LINEAR)
+        return self.convolves or self.kind is SlotKind.LINEAR
 
     @property
     def parameters(self) -> int:
@@ -111,6 +116,7 @@ def normalised_conv(
     *,
     dilation: int = 1,
     groups: int = 1,
+    bias: bool = False,
     activation: Activation | None = None,
     **numbers: Any,
 ) -> Iterator[Slot]:
@@ -122,12 +128,14 @@ def normalised_conv(
       names: Roles of the two.
       size: In pixels.
       channels: Of input and output.
+      bias: Whether the convolution has one.
       dilation, groups, activation, **numbers: See :class:`Slot`.
     """
     conv, norm = names
     shape = (size, size, channels[0] // groups, channels[1])
     padding = dilation * (size // 2)
     geometry = {"padding": padding, "dilation": dilation, "groups": groups}
-    yield Slot(stage, block, conv, SlotKind.CONV, shape, **geometry, **numbers)
+    kind = SlotKind.BIASED_CONV if bias else SlotKind.CONV
+    yield Slot(stage, block, conv, kind, shape, **geometry, **numbers)
     ending = {"branch": numbers.get("branch", Branch.MAIN), "activation": activation}
     yield Slot(stage, block, norm, SlotKind.NORM, channels[1:], **ending)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from flax_resblock.config import ARCHITECTURES
-from flax_resblock.convert.detection.assumptions import ASSUMPTION_RULES
+from flax_resblock.convert.detection.assumption_rules import ASSUMPTION_RULES
 from flax_resblock.convert.detection.backbones import BACKBONES
 from flax_resblock.convert.naming import NAMINGS
 

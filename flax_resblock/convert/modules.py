@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from math import inf
 from typing import Any
 
 from flax_resblock.checkpoint.unwrap import PREFIXES, without_wrappers
 from flax_resblock.config import Activation, Branch, ResNetConfig, Slot, SlotKind, walk
-from flax_resblock.convert.detection.assumptions import ASSUMPTION_RULES
+from flax_resblock.convert.detection.assumption_rules import ASSUMPTION_RULES
 from flax_resblock.convert.naming import TORCH_ACTIVATIONS
 from flax_resblock.convert.state_map import StateMap
 from flax_resblock.errors import InputError, some
@@ -100,23 +100,33 @@ class ModuleFacts:
         blurs = [slot for slot in walk(state_map.config) if slot.kind is SlotKind.BLUR]
         blurred = {slot.name for slot, module in here if module is not None}
         absent = [f"{slot.name} is absent" for slot in blurs if slot.name not in blurred]
-        return [words for words in found if words] + absent + list(self._other_layers(places))
+        pools = [slot for slot in walk(state_map.config) if slot.name == "stem.pool"]
+        placed = {state_map.naming.module_name(slot) in self.modules for slot in pools}
+        home = state_map.naming.modules.get("stem.pool")
+        others = self._other_layers(places, [] if True in placed else pools, home)
+        return [words for words in found if words] + absent + list(others)
 
     def trains_otherwise(self, state_map: StateMap) -> bool:
         """Whether a norm trains otherwise than a batch norm, which no evaluation shows."""
         return any(words.endswith(_IN_TRAINING) for words in self.differences(state_map))
 
-    def _other_layers(self, places: Mapping[str | None, Slot]) -> Iterator[str]:
-        """Activations other than the network's, and pooling that it does not do."""
+    def _other_layers(
+        self, places: Mapping[str | None, Slot], unplaced: Sequence[Slot], home: str | None
+    ) -> Iterator[str]:
+        """Activations other than the network's, and pooling that it does not do.
+
+        One pool outside the blocks may be the stem's, if that is unplaced: if the naming scheme has
+        no ``home`` for it or the module nothing there.
+        """
         activations: set[Activation | None] = {slot.activation for slot in places.values()}
         expected = [TORCH_ACTIVATIONS[one] for one in activations if one is not None]
         attention = tuple(f"{name}." for name, s in places.items() if s.branch is Branch.ATTENTION)
         blocks = tuple(f"{name}." if name else "" for name, s in places.items() if s.is_block)
         for name, module in self.modules.items():
-            layer, home = type(module).__name__, type(module).__module__
+            layer, package = type(module).__name__, type(module).__module__
             if name in places:
                 continue
-            if home == "torch.nn.modules.activation":
+            if package == "torch.nn.modules.activation":
                 if name.startswith(attention):
                     known = layer in ("ReLU", "Sigmoid")
                 else:
@@ -124,9 +134,13 @@ class ModuleFacts:
                 if not known:
                     words = " or ".join(f"{name}{_call(fields)}" for name, fields in expected)
                     yield f"{name} is {module}, expected {words}"
-            elif home == "torch.nn.modules.pooling" or layer in _POOLING:
+            elif package == "torch.nn.modules.pooling" or layer in _POOLING:
                 inside = name.startswith(blocks) and not name.startswith(attention)
-                if not _keeps_its_input(module) and ("Avg" not in layer or inside):
+                if not inside and any(_difference(pool, module) is None for pool in unplaced):
+                    unplaced = []
+                    continue
+                averages = "Avg" in layer and not inside and name != home
+                if not _keeps_its_input(module) and not averages:
                     place = "no pooling" if inside else "the mean over the image"
                     yield f"{name} is {layer}, expected {place}"
 
@@ -143,20 +157,24 @@ class ModuleFacts:
         if not isinstance(config, ResNetConfig):
             return told
         last = len(config.depths)
-        dilated = [tuple(range(first, last + 1)) for first in range(last + 1, 1, -1)]
-        open_ones = [t for t in ASSUMPTION_RULES if t.field not in told and t.matters(config)]
-        choices = [rule.choices for rule in open_ones]
-        names = [*(rule.field for rule in open_ones), "dilated_stages"]
-        best: tuple[int, dict[str, Any]] | None = None
-        for values in product(*choices, dilated):
-            told = told | dict(zip(names, values, strict=True))
+        choices: dict[str, Iterable[Any]] = {
+            rule.field: rule.choices for rule in ASSUMPTION_RULES if rule.matters(config)
+        }
+        choices["dilated_stages"] = [tuple(range(n, last + 1)) for n in range(last + 1, 1, -1)]
+
+        def number(told: Mapping[str, Any]) -> float:
             try:
-                number = len(self.differences(StateMap(replace(config, **told), state_map.naming)))
+                return len(self.differences(StateMap(replace(config, **told), state_map.naming)))
             except ValueError:
-                continue  # such a network does not exist
-            if best is None or number < best[0]:
-                best = number, told
-        return best[1] if best else {}
+                return inf  # such a network does not exist
+
+        best = number(told)
+        for name, values in choices.items():
+            told = {name: getattr(config, name), **told}
+            for value in values if name != "activation" else ():
+                if (differing := number(told | {name: value})) < best:
+                    best, told = differing, told | {name: value}
+        return told
 
     @property
     def _activation(self) -> dict[str, Any]:

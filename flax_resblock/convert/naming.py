@@ -44,9 +44,8 @@ TORCH_TENSORS: Mapping[SlotKind, tuple[Tensor, ...]] = MappingProxyType(
             Tensor("num_batches_tracked", "num_batches_tracked", role="counter"),
         ),
         SlotKind.LINEAR: (Tensor("kernel", "weight", TRANSPOSED), Tensor("bias", "bias")),
-        **dict.fromkeys((SlotKind.MAX_POOL, SlotKind.AVERAGE_POOL), ()),
-        **dict.fromkeys((SlotKind.BLUR, SlotKind.OUTPUT), ()),
     }
+    | dict.fromkeys((SlotKind.MAX_POOL, SlotKind.AVERAGE_POOL, SlotKind.BLUR, SlotKind.OUTPUT), ())
 )
 TORCH_ACTIVATIONS: Mapping[Activation, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -85,8 +84,8 @@ class Naming:
       hub: The package that loads folders of weights and ``config.json`` with these names: a key of
         :data:`flax_resblock.convert.hubs.HUBS`; empty if there is none.
       tensors: Names and codecs of a layer's tensors; PyTorch's by default.
-      blocks: Prefixes of the blocks of every stage, where no template gives them; ``stage`` and
-        ``first_stage`` are not used then.
+      blocks: Prefixes of the blocks of every stage, instead of ``stage`` and ``first_stage``.
+      joint: What stands between the prefix of a block and the names in it.
     Example:
       >>> mine = Naming(
       ...     name="mine",
@@ -114,6 +113,7 @@ class Naming:
     hub: str = ""
     tensors: Mapping[SlotKind, tuple[Tensor, ...]] = field(default_factory=lambda: TORCH_TENSORS)
     blocks: tuple[tuple[str, ...], ...] = ()
+    joint: str = "."
 
     def block_prefix(self, stage: str, block: int | None) -> str | None:
         """``"layer2.0"``; empty for a bare block; None where there is no such block."""
@@ -129,15 +129,15 @@ class Naming:
     def is_inside_block(self, key: str) -> bool:
         """Whether a tensor has the name of one in a block of a network."""
         if self.blocks:
-            return any(key.startswith(f"{prefix}.") for stage in self.blocks for prefix in stage)
+            prefixes = (prefix + self.joint for stage in self.blocks for prefix in stage)
+            return any(map(key.startswith, prefixes))
         pattern = re.sub(r"\\{(stage|block)\\}", r"\\d+", re.escape(self.stage))
-        return re.match(rf"{pattern}\.", key) is not None
+        return re.match(pattern + re.escape(self.joint), key) is not None
 
     def is_in_bare_block(self, key: str) -> bool:
         """Whether a tensor has the name of one in a bare block."""
-        places = {name for place, name in self.modules.items() if not place.startswith("stem")}
-        places.discard(self.modules.get("head", ""))
-        return any(key.startswith(f"{name}.") for name in places)
+        inside = (name for at, name in self.modules.items() if not at.startswith(("stem", "head")))
+        return any(key.startswith(f"{name}.") for name in inside)
 
     def module_name(self, slot: Slot) -> str | None:
         """Name of the module that holds ``slot``; None: no such place; ``""``: a bare block."""
@@ -149,7 +149,7 @@ class Naming:
             return prefix
         place = slot.role if inside_stages else ".".join(filter(None, (slot.stage, slot.role)))
         module = self.modules.get(place)
-        return None if module is None else ".".join(filter(None, (prefix, module)))
+        return None if module is None else self.joint.join(filter(None, (prefix, module)))
 
 
 _RESIDUAL = {f"conv{i}": f"conv{i}" for i in (1, 2, 3)} | {f"norm{i}": f"bn{i}" for i in (1, 2, 3)}

@@ -27,6 +27,7 @@ def to_toml(naming: Naming) -> str:
     else:
         lines.append(f"stage = {json.dumps(naming.stage)}")
         lines.append(f"first_stage = {naming.first_stage}")
+    lines += [f"joint = {json.dumps(naming.joint)}"] if naming.joint != "." else []
     lines += ["", "[modules]"]
     lines += [f"{json.dumps(place)} = {json.dumps(name)}" for place, name in naming.modules.items()]
     return "\n".join(lines) + "\n"
@@ -48,6 +49,9 @@ def from_toml(text: str, source: str) -> Naming:
         name, modules = found.pop("name"), found.pop("modules")
         stage, first = found.pop("stage", ""), found.pop("first_stage", 1)
         blocks, origin = found.pop("blocks", []), found.pop("origin", "your own")
+        joint = found.pop("joint", ".")
+        if joint not in (".", "_"):
+            raise ValueError("joint is '.' or '_'")
         if found:
             raise ValueError(f"it has an unknown entry {next(iter(found))!r}")
         _check(name, origin, modules, stage, first, blocks)
@@ -58,7 +62,7 @@ def from_toml(text: str, source: str) -> Naming:
             f"--show-naming` prints one to start from."
         ) from error
     stages = tuple(tuple(one) for one in blocks)
-    return Naming(name, stage, modules, origin, first_stage=first, blocks=stages)
+    return Naming(name, stage, modules, origin, first_stage=first, blocks=stages, joint=joint)
 
 
 def _check(name: Any, origin: Any, modules: Any, stage: Any, first: Any, blocks: Any) -> None:

@@ -37,7 +37,8 @@ def fold_batch_norm(model: Model) -> Model:
     r"""A copy of a model for evaluation alone, without norms.
 
     Each kernel becomes ``kernel * scale / sqrt(var + eps)``, each norm an addition of ``bias - mean
-    * scale / sqrt(var + eps)``; both are computed in float64 and rounded once.
+    * scale / sqrt(var + eps)``; both are computed in float64 and rounded once. A bias of the
+    convolution counts against the mean, and is gone.
 
     Args:
       model: A network or block; does not change.
@@ -49,7 +50,7 @@ def fold_batch_norm(model: Model) -> Model:
         if slot.kind is not SlotKind.NORM:
             continue
         *place, name = slot.path
-        conv = variable_at(folded, before.path) if before.kind is SlotKind.CONV else None
+        conv = variable_at(folded, before.path) if before.convolves else None
         norm = variable_at(folded, slot.path)
         channels = norm.num_features if isinstance(norm, BatchNorm) else None
         if not isinstance(conv, Conv) or conv.kernel.shape[-1] != channels:
@@ -62,6 +63,9 @@ def fold_batch_norm(model: Model) -> Model:
             for value in (conv.kernel, norm.scale, norm.bias, norm.mean, norm.var)
         )
         factor = scale / np.sqrt(var + norm.eps)
+        if conv.bias is not None:
+            mean = mean - np.asarray(conv.bias[...], np.float64)
+            conv.bias = None
         dtype = conv.kernel[...].dtype
         conv.kernel.set_value(jnp.asarray((kernel * factor).astype(dtype)))
         shift = ChannelBias(jnp.asarray((bias - mean * factor).astype(dtype)))

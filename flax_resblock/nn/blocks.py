@@ -38,6 +38,8 @@ class ResidualOptions(LayerOptions, total=False):
     attention_ratio: float
     antialias: Antialias
     activation: Activation
+    conv_bias: bool
+    shortcut_bias: bool
 
 
 class BottleneckOptions(ResidualOptions, total=False):
@@ -52,6 +54,7 @@ class _Spread(TypedDict):
 
     dilation: int
     groups: int
+    use_bias: bool
 
 
 def _described(
@@ -72,9 +75,10 @@ class ResidualBlock(nnx.Module):
 
     .. math:: y = act(norm_2(conv_2(act(norm_1(conv_1(x))))) + shortcut(x))
 
-    The convolutions have no bias and pad one pixel (``dilation`` pixels) on each side; the first
-    carries the stride. The shortcut copies the input where stride and channels stay, else it is a
-    1x1 convolution without bias followed by a norm. The activation is ReLU unless asked otherwise.
+    The convolutions have no bias unless asked otherwise and pad one pixel (``dilation`` pixels) on
+    each side; the first carries the stride. The shortcut copies the input where stride and channels
+    stay, else it is a 1x1 convolution followed by a norm. The activation is ReLU unless asked
+    otherwise.
 
     Args:
       in_channels, out_channels: Channels of input ``(N, H, W, in_channels)`` and output ``(N,
@@ -103,7 +107,7 @@ class ResidualBlock(nnx.Module):
             stride=stride,
         )
         self.config, layers = config, Layers(rngs, rest)
-        wide = _Spread(dilation=config.dilation, groups=config.groups)
+        wide = _Spread(dilation=config.dilation, groups=config.groups, use_bias=config.conv_bias)
         first, second = config.strides
         self.conv1 = layers.conv(in_channels, out_channels, 3, stride=first, **wide)
         self.norm1 = layers.norm(out_channels)
@@ -161,13 +165,14 @@ class BottleneckBlock(nnx.Module):
             stride=stride,
         )
         self.config, layers = config, Layers(rngs, rest)
-        wide, width = _Spread(dilation=config.dilation, groups=config.groups), config.inner_width
+        bias, width = config.conv_bias, config.inner_width
+        wide = _Spread(dilation=config.dilation, groups=config.groups, use_bias=bias)
         first, second, third = config.strides
-        self.conv1 = layers.conv(in_channels, width, 1, stride=first)
+        self.conv1 = layers.conv(in_channels, width, 1, stride=first, use_bias=bias)
         self.norm1 = layers.norm(width)
         self.conv2 = layers.conv(width, width, 3, stride=second, **wide)
         self.norm2 = layers.norm(width)
-        self.conv3 = layers.conv(width, out_channels, 1, stride=third)
+        self.conv3 = layers.conv(width, out_channels, 1, stride=third, use_bias=bias)
         self.norm3 = layers.norm(out_channels, ends_residual=True)
         self.blur = Blur(stride) if config.blurs else None
         self.attention = build_attention(config, layers)

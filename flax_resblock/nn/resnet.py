@@ -39,18 +39,23 @@ class BlurredMaxPool(nnx.Module):
 
 
 def _stem_pool(config: ResNetConfig) -> MaxPool | BlurredMaxPool | None:
-    if config.stem == "cifar":
+    if config.stem_pooling == "2x2":
+        return MaxPool(2, stride=2, padding=0)
+    if config.stem_pooling == "none":
         return None
     return BlurredMaxPool() if config.antialias == "blur" else MaxPool(3, stride=2, padding=1)
 
 
 class StemLayers(nnx.Module):
-    """First convolution, norm and activation, and for ImageNet the max pooling."""
+    """First convolution, norm and activation, and the max pooling where there is one."""
 
     def __init__(self, config: ResNetConfig, layers: Layers) -> None:
-        imagenet = config.stem == "imagenet"
         self.conv = layers.conv(
-            config.in_channels, config.stem_width, 7 if imagenet else 3, stride=2 if imagenet else 1
+            config.in_channels,
+            config.stem_width,
+            7 if config.stem == "imagenet" else 3,
+            stride=config.stem_striding,
+            use_bias=config.stem_bias,
         )
         self.norm = layers.norm(config.stem_width)
         self.activation: Activation = config.activation
@@ -65,24 +70,26 @@ class StemLayers(nnx.Module):
 
 
 class DeepStemLayers(nnx.Module):
-    """Three 3x3 convolutions, the first of stride 2, each with norm and activation, and the max
-    pooling (ResNet-C, He et al. 2019, arXiv:1812.01187).
+    """Three 3x3 convolutions, the first with the stride, each with norm and activation, and the
+    max pooling (ResNet-C, He et al. 2019, arXiv:1812.01187).
     """
 
     def __init__(self, config: ResNetConfig, layers: Layers) -> None:
-        first, second = config.stem_hidden
-        self.conv1 = layers.conv(config.in_channels, first, 3, stride=2)
+        (first, second), bias = config.stem_hidden, config.stem_bias
+        stride = config.stem_striding
+        self.conv1 = layers.conv(config.in_channels, first, 3, stride=stride, use_bias=bias)
         self.norm1 = layers.norm(first)
-        self.conv2 = layers.conv(first, second, 3)
+        self.conv2 = layers.conv(first, second, 3, use_bias=bias)
         self.norm2 = layers.norm(second)
-        self.conv3 = layers.conv(second, config.stem_width, 3)
+        self.conv3 = layers.conv(second, config.stem_width, 3, use_bias=bias)
         self.norm3 = layers.norm(config.stem_width)
         self.activation: Activation = config.activation
         self.pool = _stem_pool(config)
 
     @in_slot
     def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
-        """``(N, H, W, in_channels)`` to ``(N, H', W', stem_width)``, a quarter of the size."""
+        """``(N, H, W, in_channels)`` to ``(N, H', W', stem_width)``, usually a quarter of the
+        size."""
         x = images
         convs, norms = (self.conv1, self.conv2, self.conv3), (self.norm1, self.norm2, self.norm3)
         for conv, norm in zip(convs, norms, strict=True):

@@ -43,9 +43,10 @@ class ZeroPadShortcut(nnx.Module):
 class ProjectionShortcut(nnx.Module):
     """A 1x1 convolution with the stride and the channel change, then a norm (option B)."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, layers: Layers) -> None:
-        self.conv = layers.conv(in_channels, out_channels, 1, stride=stride)
-        self.norm = layers.norm(out_channels)
+    def __init__(self, config: BlockConfig, stride: int, layers: Layers) -> None:
+        ends, bias = (config.in_channels, config.out_channels), config.shortcut_bias
+        self.conv = layers.conv(*ends, 1, stride=stride, use_bias=bias)
+        self.norm = layers.norm(config.out_channels)
 
     @in_slot
     def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
@@ -56,9 +57,9 @@ class ProjectionShortcut(nnx.Module):
 class PooledShortcut(nnx.Module):
     """An average over 2x2 pixels, then a projection of stride 1 (ResNet-D, He et al. 2019)."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, layers: Layers) -> None:
-        self.pool = AveragePool(stride)
-        self.projection = ProjectionShortcut(in_channels, out_channels, 1, layers)
+    def __init__(self, config: BlockConfig, layers: Layers) -> None:
+        self.pool = AveragePool(config.stride)
+        self.projection = ProjectionShortcut(config, 1, layers)
 
     @in_slot
     def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
@@ -72,8 +73,8 @@ def build_shortcut(
     """The shortcut of the block that ``config`` describes."""
     if config.projects:
         if config.shortcut == "pooled":
-            return PooledShortcut(config.in_channels, config.out_channels, config.stride, layers)
-        return ProjectionShortcut(config.in_channels, config.out_channels, config.stride, layers)
+            return PooledShortcut(config, layers)
+        return ProjectionShortcut(config, config.stride, layers)
     if config.changes_shape:
         return ZeroPadShortcut(config.stride, config.out_channels - config.in_channels)
     return IdentityShortcut()

@@ -6,16 +6,15 @@ forgotten; only what has numbers instead of choices is listed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from itertools import product
+from functools import cache
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 from flax_resblock.config import BlockConfig, Config, ResNetConfig, Slot, choices_of, walk
 
-T = TypeVar("T")
-OptionValue = tuple[str, str]
+OptionValue = tuple[str, Any]
 """A field of a configuration and one of its values."""
 
 _BLOCK: dict[str, Any] = {"in_channels": 8, "out_channels": 16, "stride": 2}
@@ -25,58 +24,60 @@ _DILATED["num_classes"] = None
 _DEEP: dict[str, Any] = {"stem_hidden": (4, 6)}
 
 
-def _valid(kind: type[Config], numbers: Mapping[str, Any]) -> Iterator[Config]:
-    """A configuration for every combination of options that makes one."""
-    choices = choices_of(kind)
-    for values in product(*choices.values()):
-        options = dict(zip(choices, values, strict=True))
-        extra = _DEEP if options.get("stem") == "deep" else {}
-        try:
-            yield kind(**numbers, **options, **extra)
-        except ValueError:
-            continue
+@cache
+def _slots(config: Config) -> tuple[Slot, ...]:
+    return tuple(walk(config))
 
 
-def uses(configs: Iterable[Config]) -> dict[Config, set[OptionValue]]:
-    """Which values of options each configuration uses: those that decide about one of its slots.
+def _made(kind: type[Config], options: Mapping[str, Any]) -> Config | None:
+    """The configuration; None where the options make none."""
+    extra = _DEEP if options.get("stem") == "deep" else {}
+    try:
+        return kind(**options, **extra)
+    except ValueError:
+        return None
 
-    Args:
-      configs: All valid combinations of the options, with the same numbers.
-    """
-    slots = {config: tuple(walk(config)) for config in configs}
-    by_others: dict[tuple[Any, ...], set[tuple[Slot, ...]]] = {}
-    for config, own in slots.items():
-        for name in choices_of(type(config)):
-            by_others.setdefault(_without(config, name), set()).add(own)
+
+def used(config: Config) -> set[OptionValue]:
+    """The values of options that decide about one of the slots of a configuration: with another
+    value of the same option, the slots are others."""
+    kind, own = type(config), {one.name: getattr(config, one.name) for one in fields(config)}
+    own.pop("stem_hidden", None)
     return {
-        config: {
-            (name, getattr(config, name))
-            for name in choices_of(type(config))
-            if len(by_others[_without(config, name)]) > 1
-        }
-        for config in slots
+        (name, own[name])
+        for name, values in choices_of(kind).items()
+        if any(
+            other is not None and _slots(other) != _slots(config)
+            for value in values
+            for other in [_made(kind, {**own, name: value})]
+        )
     }
 
 
-def _without(config: Config, left_out: str) -> tuple[Any, ...]:
-    names = choices_of(type(config))
-    return left_out, *(getattr(config, name) for name in names if name != left_out)
-
-
-def fewest(features: Mapping[T, set[Any]]) -> list[T]:
-    """Few of the items that together have every feature of all of them: the greedy cover."""
-    missing: set[Any] = set().union(*features.values())
-    chosen = []
-    while missing:
-        best = max(features, key=lambda item: len(features[item] & missing))
-        chosen.append(best)
-        missing -= features[best]
-    return chosen
-
-
 def covering(kind: type[Config], numbers: Mapping[str, Any]) -> list[Config]:
-    """Few configurations in which every value of every option is used, the plainest first."""
-    return fewest(uses(_valid(kind, numbers)))
+    """Few configurations in which every value of every option is used, the plainest first: each
+    begins with the defaults and takes every value, if need be with a value of another option, that
+    adds one which none before it uses."""
+    values = [{name: value} for name, known in choices_of(kind).items() for value in known]
+    missing = {pair for value in values for pair in value.items()}
+    chosen: list[Config] = []
+    while missing:
+        options, config = dict(numbers), _made(kind, numbers)
+        best = missing & used(config) if config else set[OptionValue]()
+        for pair in sorted(missing, key=str):
+            for other in ({}, *values):
+                tried = {**options, **other, **dict([pair])}
+                made = _made(kind, tried)
+                found = missing & used(made) if made else set[OptionValue]()
+                if len(found) > len(best):
+                    options, config, best = tried, made, found
+                if pair in found:
+                    break
+        if config is None or not best:
+            break
+        chosen.append(config)
+        missing -= best
+    return chosen
 
 
 def _title(config: Config) -> str:
@@ -84,7 +85,7 @@ def _title(config: Config) -> str:
     kind, what = ("kind", "block") if isinstance(config, BlockConfig) else ("block", "network")
     defaults = {one.name: one.default for one in fields(config) if one.default is not MISSING}
     changed = [
-        f"{name} {getattr(config, name)}"
+        name if getattr(config, name) is True else f"{name} {getattr(config, name)}"
         for name in choices_of(type(config))
         if name != kind and getattr(config, name) != defaults[name]
     ]

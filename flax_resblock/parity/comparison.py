@@ -30,6 +30,7 @@ from flax_resblock.parity.parts import (
     Tensors,
     Weights,
     reference_run,
+    vanishing,
 )
 from flax_resblock.parity.taps import trace_torch
 from flax_resblock.parity.trajectory import RECIPES, Trajectory, moderate
@@ -174,7 +175,9 @@ class _Referee:
                 progress(f"{where}: PyTorch and Flax, {precision.name}")
                 ours = truth if precision.name == "float64" else next(torch_side)
                 own = {
-                    key: 0.0 if ours is truth else relative_l2(value, truth[key])
+                    key: 0.0
+                    if ours is truth
+                    else relative_l2(value, truth[key], vanishing(key, truth))
                     for key, value in ours.items()
                 }
                 kept = ours
@@ -200,7 +203,8 @@ class _Referee:
     ) -> Iterator[Measurement]:
         for key, reference in own.items():
             value = flax.get(key)
-            error = float("inf") if value is None else relative_l2(value, truth[key])
+            floor = vanishing(key, truth)
+            error = float("inf") if value is None else relative_l2(value, truth[key], floor)
             verdict = verdict_of(error, reference, precision.epsilon, limit64=part.limit64)
             if self.tolerance is not None and value is not None:
                 excess = self.tolerance.excess(value, ours[key])
@@ -236,7 +240,8 @@ def _with_spread(
         for step, (truth, ours) in enumerate(zip(truths, again, strict=True), start=1):
             for key, value in ours.items():
                 place = (*key, step if stepped else None)
-                largest[place] = max(largest[place], relative_l2(value, truth[key]))
+                error = relative_l2(value, truth[key], vanishing(key, truth))
+                largest[place] = max(largest[place], error)
     found = []
     for row in rows:
         own = largest[row.quantity, row.slot, row.step]

@@ -347,7 +347,7 @@ def _total_stride(config: Config) -> int:
     if not isinstance(config, ResNetConfig):
         return config.stride
     strides = [block.stride for _, _, block in config.blocks()]
-    return int(np.prod(strides)) * (1 if config.stem == "cifar" else 4)
+    return int(np.prod(strides)) * config.stem_reduction
 
 
 def _first_line(error: Exception) -> str:

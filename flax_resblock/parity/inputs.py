@@ -32,7 +32,7 @@ def adversarial_images(
     rng = np.random.default_rng(seed)
     size = (15, 14)
     if not isinstance(config, BlockConfig):
-        size = (65, 48) if config.stem_stride > 1 else (33, 32)
+        size = (65, 48) if config.stem_reduction > 1 else (33, 32)
     height, width = height or size[0], width or size[1]
     channels = config.in_channels
     mean, scale = rng.uniform(-2, 2, channels), rng.uniform(0.3, 2, channels)

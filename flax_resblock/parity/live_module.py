@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from flax_resblock.checkpoint import Record
 from flax_resblock.checkpoint.torch_file import with_tensors
 from flax_resblock.checkpoint.unwrap import record_of, unwrap
 from flax_resblock.config import Path as ModelPath
+from flax_resblock.config import ResNetConfig, walk
 from flax_resblock.convert.detection.assumptions import KNOWN
 from flax_resblock.convert.metadata import EPS
-from flax_resblock.convert.modules import module_facts
+from flax_resblock.convert.modules import ModuleFacts, module_facts
 from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, ignored, interpret, without
-from flax_resblock.errors import CheckpointError, some
+from flax_resblock.errors import CheckpointError, InputError, some
 from flax_resblock.parity.certificate import Hashes, hashes
 from flax_resblock.parity.forward_check import SIZES, ForwardFigures, Size, check_forward
+from flax_resblock.parity.module_run import heights_between
 from flax_resblock.parity.user_module import load_factory, made_by
 
 
@@ -39,7 +42,7 @@ def open_module(
       CheckpointError: Its tensors fit no network, or several.
       InputError: Its layers or its forward pass are not those of the network that they fit.
     """
-    facts = module_facts(module)
+    facts, asked, said = module_facts(module), reading, reading.assumptions
     stride = facts.stride if reading.stride is None else reading.stride
     reading = replace(reading, stride=stride, assume=KNOWN)
     record = record_of(module.state_dict(), type(module).__name__)
@@ -64,9 +67,30 @@ def open_module(
     try:
         figures = check_forward(module, opened, values_of, eps=eps, sizes=sizes, wide=wide, odd=odd)
     except Exception:
+        for pool in _stem_pools(module, facts, opened) if "stem_pool" not in said else ():
+            with suppress(InputError):
+                told = {**said, "stem_pool": pool}
+                return open_module(module, replace(asked, assumptions=told), sizes=sizes, wide=wide)
         facts.check(opened.state_map)
         raise
     return replace(opened, norm_options=facts.norm_options), figures
+
+
+def _stem_pools(module: Any, facts: ModuleFacts, opened: OpenedCheckpoint) -> Sequence[str]:
+    """Other poolings after the stem that the module may have, as its run shows; pooling that is
+    called as a function is no layer that could be read."""
+    config = opened.config
+    if not isinstance(config, ResNetConfig):
+        return ()
+    names = {slot.name: opened.state_map.naming.module_name(slot) for slot in walk(config)}
+    last = [name for name in names if name.startswith("stem.norm")][-1]
+    ends = [facts.modules.get(names[name] or "") for name in (last, "stage1.0.conv1")]
+    heights = heights_between(module, *ends, channels=config.in_channels)
+    if heights is None:
+        return ()
+    halves = heights[0] // 2 == heights[1]
+    seen = ("3x3", "2x2") if halves else ("none",) if heights[0] == heights[1] else ()
+    return [pool for pool in seen if pool != config.stem_pooling]
 
 
 def _settled(reading: ReadOptions, opened: OpenedCheckpoint) -> ReadOptions:

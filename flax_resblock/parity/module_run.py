@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,39 @@ def runnable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
             stack.enter_context(_restored(module))
             copied = module
         yield copied.to(device="cpu", dtype=torch.float32).eval()
+
+
+def heights_between(
+    module: torch.nn.Module, first: Any, second: Any, *, channels: int
+) -> tuple[int, int] | None:
+    """Height of what one layer of a module gives and of what another takes, in pixels.
+
+    Args:
+      module: Run on images of 64x64 and 32x32 pixels until it takes one; it is left as it was.
+      first, second: Modules in it.
+      channels: Of the images.
+    Returns:
+      None where the module takes neither size or does not run both layers.
+    """
+    names = {id(layer): name for name, layer in inner(module).named_modules()}
+    if not {id(first), id(second)} <= names.keys():
+        return None
+    heights: dict[str, int] = {}
+    with global_state_kept(), runnable(inner(module)) as twin:
+        start, end = (twin.get_submodule(names[id(layer)]) for layer in (first, second))
+        hooks = [
+            start.register_forward_hook(lambda _, __, y: heights.update(given=y.shape[2])),
+            end.register_forward_pre_hook(lambda _, x: heights.update(taken=x[0].shape[2])),
+        ]
+        try:
+            for size in (64, 32):
+                with suppress(Exception):  # whatever the module's code raises
+                    twin(torch.zeros(1, channels, size, size))
+                    return heights["given"], heights["taken"]
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return None
 
 
 @contextmanager

@@ -106,6 +106,20 @@ def by_entries(
     return found
 
 
+def vanishing(key: Key, truth: Tensors) -> float:
+    """What the rounding error of a gradient that is zero is measured by; 0 where it is not zero.
+
+    In training a norm takes the mean off again, so that the bias of the convolution before it has
+    no gradient but rounding. Its yardstick is the gradient of the kernel, a sum over as many
+    pixels."""
+    slot, _, name = key[1].rpartition("/")
+    if name != "bias" or (quantity := key[0]) != "parameter gradient":
+        return 0.0
+    kernel = truth.get((quantity, f"{slot}/kernel"))
+    scale = 0.0 if kernel is None else float(np.linalg.norm(kernel))
+    return scale if float(np.linalg.norm(truth[key])) <= FLOAT64_LIMIT * scale else 0.0
+
+
 def named(quantity: str, values: Mapping[str, np.ndarray]) -> Tensors:
     """Keys values by slot under one quantity."""
     return {(quantity, name): value for name, value in values.items()}

@@ -17,7 +17,7 @@ import torch
 from flax import nnx
 
 from flax_resblock.cpu.switch import compiler_options
-from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2
+from flax_resblock.parity.oracle import FLOAT64_LIMIT, TRAJECTORY_LIMIT, relative_l2
 from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, Side
 from flax_resblock.parity.parts import Devices, Part, Tensors, by_entries
 from flax_resblock.parity.taps import arrays_by_path, as_array, as_tensor, split_model
@@ -34,25 +34,27 @@ class Recipe:
         parameters.
       momentum: Nesterov's, of SGD.
       learning_rate: 0 before :func:`moderate` has chosen one.
+      eps: Of AdamW.
     """
 
     name: str
     weight_decay: float
     momentum: float = 0.0
     learning_rate: float = 0.0
+    eps: float = 1e-8
 
     def of_torch(self, module: torch.nn.Module) -> torch.optim.Optimizer:
         """PyTorch's own optimizer."""
         options: Any = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
         if self.name == "adamw":
-            return torch.optim.AdamW(module.parameters(), **options)
+            return torch.optim.AdamW(module.parameters(), eps=self.eps, **options)
         options |= {"momentum": self.momentum, "nesterov": True}
         return torch.optim.SGD(module.parameters(), **options)
 
     def of_optax(self) -> optax.GradientTransformation:
         """The same in optax."""
         if self.name == "adamw":
-            return adamw(self.learning_rate, weight_decay=self.weight_decay)
+            return adamw(self.learning_rate, eps=self.eps, weight_decay=self.weight_decay)
         return optax.chain(
             optax.add_decayed_weights(self.weight_decay),
             optax.sgd(self.learning_rate, momentum=self.momentum, nesterov=True),
@@ -67,6 +69,10 @@ FIRST_STEP = 0.005
 """How far the first step moves the tensor that it moves most, relative to that tensor. At several
 percent a deep network on a small batch is chaotic: the last bit of its input decides after ten
 steps where it is, in either framework, and no comparison says anything."""
+
+
+WIDE_EPS = 1e-4
+"""``eps`` of AdamW where gradients vanish but for rounding, see :func:`moderate`."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,9 @@ class Trajectory(Part):
     @property
     def title(self) -> str:
         """The optimizer and its learning rate."""
-        return f"training with {self.recipe.name}, learning rate {self.recipe.learning_rate:.2g}"
+        one = self.recipe
+        eps = f", eps {one.eps:g}" if one.eps != Recipe.eps else ""
+        return f"training with {one.name}, learning rate {one.learning_rate:.2g}{eps}"
 
     @property
     def steps(self) -> int:
@@ -194,22 +202,31 @@ class Trajectory(Part):
 
 def moderate(part: Trajectory, pair: Pair) -> Trajectory:
     """The same with a learning rate at which the first step moves no tensor by more than
-    :data:`FIRST_STEP` of its norm; as it is where it has a rate."""
+    :data:`FIRST_STEP` of its norm; as it is where it has a rate.
+
+    A gradient that is nothing but rounding, as of a bias in front of a norm, is divided by its own
+    size in AdamW and would move its parameter at random. There ``eps`` is :data:`WIDE_EPS`.
+    """
     if part.recipe.learning_rate:
         return part
     precision = PRECISIONS["float64"]
     module = pair.torch(precision).train()
     part.torch_loss(module, precision, part.batches[0], torch.device("cpu")).backward()
-    moved = [0.0]
+    moved, sizes = [0.0], [0.0]
     for parameter in module.parameters():
         norm = float(parameter.detach().norm())
+        if parameter.grad is not None:
+            sizes.append(float(parameter.grad.abs().max()))
         if parameter.grad is not None and norm:
             first = (1 + part.recipe.momentum) * parameter.grad
             if part.recipe.name == "adamw":
                 first = parameter.grad.sign()
             moved.append(float(first.norm()) / norm)
     rate = FIRST_STEP / max(moved) if max(moved) else 1e-3
-    return replace(part, recipe=replace(part.recipe, learning_rate=float(f"{rate:.1e}")))
+    recipe = replace(part.recipe, learning_rate=float(f"{rate:.1e}"))
+    if any(0 < size < FLOAT64_LIMIT * max(sizes) for size in sizes):
+        recipe = replace(recipe, eps=WIDE_EPS)
+    return replace(part, recipe=recipe)
 
 
 def own_spread(part: Trajectory, pair: Pair, images: np.ndarray) -> float:

@@ -86,18 +86,19 @@ def _scale_by_adam(number: int, b1: float, b2: float, eps: float) -> Transformat
 
 
 def adamw(
-    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 0.01
+    learning_rate: optax.ScalarOrSchedule, *, eps: float = 1e-8, weight_decay: float = 0.01
 ) -> optax.GradientTransformation:
-    """``torch.optim.AdamW`` with its default betas and eps: weight decay is decoupled from the
+    """``torch.optim.AdamW`` with its default betas: weight decay is decoupled from the
     gradient and multiplied by the learning rate.
 
     Args:
       learning_rate: Number, or a function of the step.
+      eps: Added to the square root of the second moment.
       weight_decay: PyTorch's default is 0.01 (optax's is 1e-4).
     Reference: Loshchilov & Hutter 2019, arXiv:1711.05101.
     """
     return optax.chain(
-        scale_by_adam(0.9, 0.999, 1e-8),
+        scale_by_adam(0.9, 0.999, eps),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )

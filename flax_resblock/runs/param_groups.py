@@ -32,9 +32,10 @@ def _splits(entries: Sequence[Entry]) -> dict[str, list[list[Entry]]]:
         yes, no = [e for e in entries if first(e)], [e for e in entries if not first(e)]
         return {f"{words} first": [yes, no], f"{words} last": [no, yes]}
 
+    norms = {e.flax_path[:-1] for e in entries if e.flax_path[-1] == "scale"}
+
     def of_norm(entry: Entry) -> bool:
-        what = entry.flax_path[-1]
-        return what == "scale" or (what == "bias" and "head" not in entry.flax_path)
+        return entry.flax_path[:-1] in norms
 
     kernels, biases, scales = (
         [e for e in entries if e.flax_path[-1] == what] for what in ("kernel", "bias", "scale")

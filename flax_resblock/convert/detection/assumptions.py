@@ -7,11 +7,16 @@ is assumed, and said, with the flag that changes it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from flax_resblock.config import ARCHITECTURES, BlockConfig, Config, ResNetConfig
+from flax_resblock.convert.detection.assumption_rules import (
+    ASSUMPTION_RULES,
+    FIXED,
+    AssumptionRule,
+)
 from flax_resblock.convert.naming import Naming
 from flax_resblock.errors import InputError
 
@@ -19,85 +24,6 @@ LEARNED = "learned"
 """Name of every naming scheme that :mod:`flax_resblock.convert.detection.learning` finds."""
 KNOWN = "known"
 """Value of ``assume=`` that accepts every assumption without a warning."""
-
-
-@dataclass(frozen=True)
-class AssumptionRule:
-    """One option that cannot be inferred from the weights.
-
-    Attributes:
-      field: Of :class:`~flax_resblock.ResNetConfig`.
-      choices: Values in words; the first is assumed unless something says otherwise.
-      matters: Whether the choices make different networks of this configuration.
-      stated: Whether both kinds are so common in this naming scheme that the assumption is
-        reported even for a published network.
-    """
-
-    field: str
-    choices: Mapping[Any, str]
-    matters: Callable[[Config], bool]
-    stated: Callable[[Naming], bool]
-
-    @property
-    def flag(self) -> str:
-        """The flag of the command line."""
-        return f"--{self.field.replace('_', '-')}"
-
-
-def _network(matters: Callable[[ResNetConfig], bool]) -> Callable[[Config], bool]:
-    """A condition that no bare block meets: the caller says its stride anyway."""
-    return lambda config: isinstance(config, ResNetConfig) and matters(config)
-
-
-def _strided(config: ResNetConfig) -> bool:
-    return any(block.stride > 1 for _, _, block in config.blocks())
-
-
-def _projects_at_once(config: ResNetConfig) -> bool:
-    """Whether the first block has a projection whatever its stride."""
-    return config.stem_width != next(config.blocks())[2].out_channels
-
-
-ASSUMPTION_RULES = (
-    AssumptionRule(
-        "stride_on",
-        {
-            "3x3": "the stride of a bottleneck is on its 3x3 convolution (torchvision)",
-            "1x1": "it is on its first 1x1 convolution (Caffe, He et al. 2016)",
-        },
-        _network(lambda config: config.block == "bottleneck" and _strided(config)),
-        lambda naming: True,
-    ),
-    AssumptionRule(
-        "first_stride",
-        {1: "the first stage keeps the resolution", 2: "it halves it"},
-        _network(_projects_at_once),
-        lambda naming: naming.hub == "transformers",
-    ),
-    AssumptionRule(
-        "antialias",
-        {"none": "strides are not blurred", "blur": "they are blurred (timm's resnetblur)"},
-        _network(
-            lambda config: (
-                _strided(config) and not config.dilated_stages and config.stride_on == "3x3"
-            )
-        ),
-        lambda naming: False,
-    ),
-    AssumptionRule(
-        "activation",
-        {
-            "relu": "the activation is ReLU",
-            "leaky_relu": "it is LeakyReLU with slope 0.01",
-            "gelu": "it is the exact GELU",
-            "silu": "it is SiLU (swish)",
-        },
-        lambda config: True,
-        lambda naming: False,
-    ),
-)
-ASSUMABLE_FIELDS = (*(rule.field for rule in ASSUMPTION_RULES), "dilated_stages")
-"""Fields of a configuration that tensors do not tell."""
 
 
 @dataclass(frozen=True)
@@ -115,122 +41,28 @@ class Assumption:
     @property
     def alternatives(self) -> dict[Any, Config]:
         """The networks of the other choices, by value."""
-        chosen = getattr(self.config, self.rule.field)
-        return {
-            value: replace(self.config, **{self.rule.field: value})
-            for value in self.rule.choices
-            if value != chosen
-        }
+        return self.rule.others(self.config)
 
     @property
     def brief(self) -> str:
         """What was assumed, and the flag that changes it, without the meaning of its values."""
-        says = self.rule.choices[getattr(self.config, self.rule.field)]
+        says = self.rule.choices[self.rule.chosen(self.config)]
         values = ", ".join(map(str, self.alternatives))
         return f"{says} ({self.rule.flag} {values} if not)"
 
     @property
     def note(self) -> str:
         """What was assumed, and the flag that changes it, in words."""
-        chosen = getattr(self.config, self.rule.field)
+        chosen = self.rule.chosen(self.config)
         others = "; ".join(
             f"{self.rule.flag} {value} if {self.rule.choices[value]}" for value in self.alternatives
         )
         return f"assumed, as the weights do not show it: {self.rule.choices[chosen]}; {others}"
 
 
-@dataclass(frozen=True)
-class Fixed:
-    """What is assumed of every network that is read from weights alone.
-
-    Attributes:
-      says: What is assumed.
-      told_by: Arguments that say it; none where it is no option of this library.
-      matters: Whether a network has it.
-      unless: What these arguments say, where that is only one of the other cases.
-    """
-
-    says: str
-    told_by: Sequence[str]
-    matters: Callable[[Config], bool]
-    unless: str = ""
-
-    @property
-    def note(self) -> str:
-        """What was assumed, and how to change it."""
-        if not self.told_by:
-            return f"{self.says} ({OWN_MODULE})"
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in self.told_by)
-        when = f"{flags} if {self.unless}; {OWN_MODULE}" if self.unless else f"{flags} if not"
-        return f"{self.says} ({when})"
-
-
-OWN_MODULE = "if not, convert your own module with from_torch"
-
-FIXED = (
-    Fixed(
-        "every stage after the first halves the resolution, with the stride of its first block",
-        ("dilated_stages",),
-        _network(lambda config: len(config.depths) > 1 and not config.dilated_stages),
-        unless="it is dilated instead",
-    ),
-    Fixed(
-        "a basic block has its stride in its first convolution",
-        (),
-        _network(lambda config: config.block == "basic" and _strided(config)),
-    ),
-    Fixed(
-        "the 3x3 stem keeps the resolution, and no pooling follows it",
-        (),
-        _network(lambda config: config.stem == "cifar"),
-    ),
-    Fixed(
-        "the stem halves the resolution, and so does the 3x3 max pooling, padded by one "
-        "pixel, after it",
-        (),
-        _network(lambda config: config.stem != "cifar"),
-    ),
-    Fixed(
-        "a shortcut without weights skips pixels and pads with zeros, half of them in front of the "
-        "old channels and half behind",
-        (),
-        lambda config: config.shortcut == "zero_pad",
-    ),
-    Fixed(
-        "the 1x1 convolution of a shortcut has the stride of its block, and no pooling is beside "
-        "it",
-        (),
-        lambda config: config.shortcut == "projection",
-    ),
-    Fixed(
-        "where a block has a stride, its shortcut averages 2x2 pixels in front of the convolution",
-        (),
-        lambda config: config.shortcut == "pooled",
-    ),
-    Fixed(
-        "each convolution pads with zeros to keep the image's size and comes before its norm; the "
-        "activation follows every norm but that of a shortcut and the last of a block",
-        (),
-        lambda config: True,
-    ),
-    Fixed(
-        "each block adds its input to what it computes, both as they are, with its activation "
-        "after the addition, and every block runs once, on what the one before it gives",
-        (),
-        lambda config: True,
-    ),
-    Fixed(
-        "the head takes the mean over all pixels, and nothing follows it",
-        (),
-        _network(lambda config: config.num_classes is not None),
-    ),
-    Fixed("eps is 1e-5 and momentum 0.1 in every norm", ("eps",), lambda config: True),
-)
-"""What is no choice of :data:`ASSUMPTION_RULES`."""
-
 _ORDER = (
-    "layers of equal shape run in the order in which the file has them, and norms belong to "
-    "convolutions in the same order (--naming FILE.toml if not)"
+    "layers of equal shape run in the order of their numbers, else in that in which the file has "
+    "them, and norms belong to convolutions in the same order (--naming FILE.toml if not)"
 )
 
 

@@ -11,6 +11,8 @@ from flax_resblock.errors import some
 
 _MOST_NODES = 2000
 """Modules that are tried in every order of their layers, for a message."""
+_LONGEST = 9
+"""Digits of a number that sorts names; a file may hold anything."""
 SAY = "Say it with --naming FILE.toml (flax_resblock.Naming in Python)."
 
 
@@ -58,6 +60,11 @@ class Block:
         """Output channels."""
         return self.places["conv3" if "conv3" in self.places else "conv2"].out
 
+    @property
+    def layers(self) -> list[Layer]:
+        """Its modules."""
+        return list(self.places.values())
+
     def relative(self, prefix: str) -> dict[str, str]:
         """Names of its places below a prefix."""
         return {place: one.name[len(prefix) + 1 :] for place, one in self.places.items()}
@@ -73,20 +80,45 @@ class Node:
     """Of the whole subtree, in order."""
 
 
-def tree_of(layers: list[Layer]) -> Node:
+def tree_of(layers: list[Layer], joints: str = ".") -> Node:
+    """The tree of the names, whose parts any of ``joints`` separates."""
     root = Node("")
     for one in layers:
-        node, parts = root, one.name.split(".")
+        node = root
         node.layers.append(one)
-        for depth in range(1, len(parts) + 1):
-            name = ".".join(parts[:depth])
+        for name in (*_beginnings(one.name, joints), one.name):
             node = node.children.setdefault(name, Node(name))
             node.layers.append(one)
     return root
 
 
+def _beginnings(name: str, joints: str) -> list[str]:
+    return [name[:place] for place, letter in enumerate(name) if letter in joints]
+
+
 def without_numbers(name: str) -> str:
     return re.sub(r"\d+", "#", name)
+
+
+def numbered(name: str) -> list[tuple[int, str]]:
+    """A key that sorts names by their numbers: ``"block.2"`` before ``"block.10"``."""
+    return [
+        (int(part), "") if part.isdecimal() and len(part) <= _LONGEST else (-1, part)
+        for part in re.split(r"(\d+)", name)
+    ]
+
+
+def _by_number(layers: list[Layer]) -> list[Layer]:
+    """The layers in the order in which they were defined, and those whose names differ in their
+    numbers alone in the order of the numbers: ``conv2`` runs after ``conv1``."""
+    families: dict[str, list[Layer]] = {}
+    for one in layers:
+        families.setdefault(without_numbers(one.name), []).append(one)
+    queues = {
+        name: iter(sorted(family, key=lambda one: numbered(one.name)))
+        for name, family in families.items()
+    }
+    return [next(queues[without_numbers(one.name)]) for one in layers]
 
 
 def covered(node: Node, rivals: list[str]) -> tuple[list[Block], list[Layer]]:
@@ -108,9 +140,12 @@ def covered(node: Node, rivals: list[str]) -> tuple[list[Block], list[Layer]]:
 
 def _block(node: Node, rivals: list[str]) -> Block | None:
     """The node as one block; None where its layers are not those of one, or are in several ways."""
-    convs = [one for one in node.layers if one.kind == "conv"]
-    norms = [one for one in node.layers if one.kind == "norm"]
-    if len(convs) not in (2, 3, 4) or not len(convs) == len(norms) == len(node.layers) / 2:
+    if len(node.layers) not in (4, 6, 8):
+        return None
+    layers = _by_number(node.layers)
+    convs = [one for one in layers if one.kind == "conv"]
+    norms = [one for one in layers if one.kind == "norm"]
+    if not len(convs) == len(norms) == len(layers) / 2:
         return None
     readings = [
         reading
@@ -128,7 +163,7 @@ def _block(node: Node, rivals: list[str]) -> Block | None:
         return None
     (places,) = readings
     paired = _with_norms(places, convs, norms)
-    return None if paired is None else Block(node.name, paired, node.layers[0] is norms[0])
+    return None if paired is None else Block(node.name, paired, node.layers[0].kind == "norm")
 
 
 def _rivals(block: str, readings: Iterable[Mapping[str, Layer]]) -> str:

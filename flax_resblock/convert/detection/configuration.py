@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
+from typing import Any
 
 from flax_resblock.config import EXPANSION, BlockConfig, ResNetConfig, Shortcut, Slot, SlotKind
 from flax_resblock.convert.naming import Naming
@@ -53,7 +54,9 @@ class _Reader:
 
     def has_block(self, stage: str, block: int) -> bool:
         prefix = self.naming.block_prefix(stage, block)
-        return any(module.startswith(f"{prefix}.") for module in self.modules)
+        if prefix is None:
+            return False
+        return any(module.startswith(prefix + self.naming.joint) for module in self.modules)
 
     def width(self, stage: str, blocks: Iterable[int | None], conv: str, norm: str) -> int | None:
         """Output channels of a convolution in the first of ``blocks`` that has it: what most of its
@@ -71,9 +74,25 @@ class _Reader:
                 return channels.most_common(1)[0][0]
         return None
 
+    def biased(self, places: Iterable[tuple[str, int | None, str]]) -> bool:
+        """Whether most of the convolutions at these places (stage, block and role) have a bias."""
+        kind = SlotKind.BIASED_CONV
+        there = [place for place in places if self.shape(*place, kind) is not None]
+        found = [self.shape(*place, kind, "bias") is not None for place in there]
+        return 2 * sum(found) > len(found)
+
+    def biases(self, blocks: Sequence[tuple[str, int | None]]) -> dict[str, bool]:
+        """``conv_bias`` and ``shortcut_bias`` of blocks, each by stage and index."""
+
+        def of(*roles: str) -> bool:
+            return self.biased((*block, role) for block in blocks for role in roles)
+
+        skips = "shortcut.conv", "shortcut.projection.conv"
+        return {"conv_bias": of("conv1", "conv2", "conv3"), "shortcut_bias": of(*skips)}
+
     def attention(
         self, blocks: Sequence[tuple[str, int | None]], out_channels: Mapping[str, int]
-    ) -> dict[str, object]:
+    ) -> dict[str, Any]:
         """SlotKind of attention, and the ratio that most inner widths of squeeze-and-excitation
         have.
 
@@ -186,6 +205,7 @@ def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
         for i in stage
     ]
     groups, base_width = reader.grouping(kind, blocks)
+    places = [(stage, i) for stage, i, _, _ in blocks]
     firsts = [f"stage{n}" for n in range(1, len(stages) + 1)]
     pooled = any(reader.pools(stage, 0) for stage in firsts)
     projects = any(reader.width(stage, [0], "shortcut.conv", "shortcut.norm") for stage in firsts)
@@ -201,15 +221,17 @@ def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
             stem="deep" if deep else "cifar" if stem is not None and stem[0] == 3 else "imagenet",
             stem_width=stem_width,
             stem_hidden=inner if deep else (),
+            stem_bias=reader.biased(
+                ("stem", None, f"conv{i}") for i in ((1, 2, 3) if deep else ("",))
+            ),
             first_stride=first_stride,
             shortcut=_shortcut(pooled, projects or not changes),
             groups=groups,
             base_width=base_width,
             in_channels=stem[2] if stem else 3,
             num_classes=head[-1] if head else None,
-            **reader.attention(
-                [(stage, i) for stage, i, _, _ in blocks], dict(zip(firsts, widths, strict=True))
-            ),  # pyright: ignore[reportArgumentType]
+            **reader.biases(places),
+            **reader.attention(places, dict(zip(firsts, widths, strict=True))),
         )
     except ValueError:
         return None
@@ -247,7 +269,8 @@ def infer_block(naming: Naming, found: TensorInfos, stride: int | None) -> Block
             groups=groups,
             base_width=base_width,
             shortcut=_shortcut(pooled, projects or ((stride or 1) == 1 and in_channels == out)),
-            **reader.attention([("", None)], {"": out}),  # pyright: ignore[reportArgumentType]
+            **reader.biases([("", None)]),
+            **reader.attention([("", None)], {"": out}),
         )
     except ValueError:
         return None

@@ -8,7 +8,6 @@ name every tensor, with the right shape, or it is not used.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from flax_resblock.convert.detection.blocks import (
     Block,
     Layer,
     covered,
+    numbered,
     tree_of,
     why_no_block,
     without_numbers,
@@ -27,9 +27,9 @@ from flax_resblock.convert.naming import Naming
 from flax_resblock.errors import some
 
 _NORM = {"weight", "bias", "running_mean", "running_var"}
-_MOST_TENSORS, _DEEPEST, _LONGEST = 20_000, 30, 9
-"""Tensors, parts of a name and digits of a number beyond which nothing is learned: no network has
-so many, and a file may hold anything."""
+_MOST_TENSORS, _DEEPEST = 20_000, 30
+"""Tensors and parts of a name beyond which nothing is learned: no network has so many, and a file
+may hold anything."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def learn_naming(found: TensorInfos) -> Naming | NotLearned:
         return NotLearned()
     is_sorted = _is_sorted(found)
     if is_sorted:
-        layers.sort(key=lambda one: _numbered(one.name))
+        layers.sort(key=lambda one: numbered(one.name))
     try:
         return _learned(layers, is_sorted)
     except _UnclearError as unclear:
@@ -70,6 +70,9 @@ class _UnclearError(Exception):
 def _learned(layers: list[Layer], is_sorted: bool) -> Naming:
     rivals: list[str] = []
     blocks, rest = covered(tree_of(layers), rivals)
+    if not blocks and not rivals:
+        # Keras's names, conv2_block1_1_conv: a flat list
+        blocks, rest = covered(tree_of(layers, "._"), rivals)
     if not blocks:
         raise _UnclearError(rivals[0] if rivals else why_no_block(layers))
     if not blocks[0].prefix:
@@ -125,8 +128,11 @@ def _learned(layers: list[Layer], is_sorted: bool) -> Naming:
     modules = {"stem.conv": stem[0].name, "stem.norm": norms[0].name, **places}
     if heads:
         modules["head"] = heads[0].name
-    stages = tuple(_stages(blocks, prefixes))
-    return Naming(LEARNED, "", modules, "learned from the tensors", blocks=stages)
+    stages, origin = tuple(_stages(blocks, prefixes)), "learned from the tensors"
+    after = {one.name[len(p)] for b, p in zip(blocks, prefixes, strict=True) for one in b.layers}
+    if len(after) > 1:
+        raise _UnclearError(f"{seen}, some of whose names go on with '.' and some with '_'. {SAY}")
+    return Naming(LEARNED, "", modules, origin, blocks=stages, joint=after.pop())
 
 
 def _pooled(
@@ -166,7 +172,7 @@ def _layers(found: TensorInfos) -> list[Layer] | None:
     for name, tensors in modules.items():
         weight = tensors.get("weight", ())
         own = set(tensors) - {"num_batches_tracked"}
-        if len(weight) == 4 and own == {"weight"}:
+        if len(weight) == 4 and own in ({"weight"}, {"weight", "bias"}):
             layers.append(Layer(name, "conv", weight))
         elif len(weight) == 1 and own == _NORM:
             layers.append(Layer(name, "norm", weight))
@@ -174,17 +180,9 @@ def _layers(found: TensorInfos) -> list[Layer] | None:
             layers.append(Layer(name, "linear", weight))
         else:
             return None
-        if name.count(".") > _DEEPEST:
+        if name.count(".") + name.count("_") > _DEEPEST:
             return None
     return layers
-
-
-def _numbered(name: str) -> list[tuple[int, str]]:
-    """A key that sorts names by their numbers: ``"block.2"`` before ``"block.10"``."""
-    return [
-        (int(part), "") if part.isdecimal() and len(part) <= _LONGEST else (-1, part)
-        for part in re.split(r"(\d+)", name)
-    ]
 
 
 def _differ_in_numbers(names: Iterable[str]) -> bool:

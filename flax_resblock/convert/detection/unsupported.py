@@ -85,20 +85,19 @@ def _has_kernel_of_3(layers: _Layers, convs: list[str]) -> bool:
     return any(layers.kernels[name][2] == 3 for name in convs)
 
 
-def _biased(layers: _Layers) -> list[str]:
-    """Convolutions with a bias and a norm of their channels after them or beside them."""
-    others, names = set(_squeezes(layers)), list(layers.modules)
-    after = dict(pairwise(names))
-    beside = {
-        parent: {layers.norms.get(one) for one in children}
-        for parent, children in layers.children.items()
-    }
+def _partly_biased(layers: _Layers) -> list[str]:
+    """Convolutions of blocks with a bias, where others of the same size have none."""
+    inside = {one for convs in layers.blocks.values() for one in convs}
+    large = [one for one in layers.kernels if one in inside and layers.kernels[one][2] > 1]
+    biased = [one for one in large if "bias" in layers.modules[one]]
+    return biased if len(biased) < len(large) else []
+
+
+def _without_bias(layers: _Layers) -> list[str]:
     return [
         name
-        for name, shape in layers.kernels.items()
-        if "bias" in layers.modules[name] and name not in others
-        if shape[:1] == layers.norms.get(after.get(name, ""))
-        or shape[:1] in beside[name.rpartition(".")[0]]
+        for name, tensors in layers.modules.items()
+        if tensors.keys() == {"weight"} and len(tensors["weight"]) == 2
     ]
 
 
@@ -195,6 +194,11 @@ def _bare_shortcuts(layers: _Layers) -> list[str]:
     return found
 
 
+_PORT = (
+    "With the network's own code, `flax-resblock port net.py:Net weights.pth out` writes it as "
+    "Flax source."
+)
+"""The next step, which needs no block of this library; it does not know volumes."""
 _SIGNS: tuple[tuple[Callable[[_Layers], list[str]], str], ...] = (
     (_five_axes, "kernels with five axes, of convolutions over volumes or video"),
     (_oblong, "kernels that are not square"),
@@ -220,7 +224,15 @@ _SIGNS: tuple[tuple[Callable[[_Layers], list[str]], str], ...] = (
         "squeeze-and-excitation in another form than this library's, two convolutions with biases "
         "called se.fc1 and se.fc2 whose inner channels are a multiple of 8",
     ),
-    (_biased, "convolutions with a bias, which the blocks of this library do not have"),
+    (
+        _partly_biased,
+        "convolutions with a bias beside others without; in this library either all convolutions "
+        "of the main paths have one or none, and so those of the shortcuts and of the stem",
+    ),
+    (
+        _without_bias,
+        "a fully connected layer without bias; the classification head of this library has one",
+    ),
     (
         _norm_first,
         "a norm in front of the first convolution of a block: pre-activation order, which the "
@@ -246,4 +258,6 @@ def unsupported(found: Mapping[str, Any]) -> list[str]:
     if len(found) > _MOST_TENSORS or any(key.count(".") > _DEEPEST for key in found):
         return []
     layers = _Layers({key: info.shape for key, info in found.items()})
-    return [f"It has {words}: {some(names)}." for sign, words in _SIGNS if (names := sign(layers))]
+    seen = {words: names for sign, words in _SIGNS if (names := sign(layers))}
+    lines = [f"It has {words}: {some(names)}." for words, names in seen.items()]
+    return [*lines, _PORT] if lines and not _five_axes(layers) else lines

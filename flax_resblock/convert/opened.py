@@ -1,0 +1,148 @@
+"""A checkpoint that was read: how, as what, and the naming scheme of what is written from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from flax_resblock import config as arch
+from flax_resblock.checkpoint import LIMITS, Limits, Record
+from flax_resblock.convert.detection.assumptions import Assumptions
+from flax_resblock.convert.health import unhealthy
+from flax_resblock.convert.hubs import HubConfig
+from flax_resblock.convert.metadata import NAMING, written_naming
+from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
+from flax_resblock.convert.state_map import StateMap
+from flax_resblock.errors import InputError, visible
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How to read a checkpoint where its names and shapes leave it open, or where a person knows
+    better.
+
+    Attributes:
+      architecture: Name or configuration; None finds it.
+      naming: Naming scheme, or the name of a known one; None finds it.
+      num_classes: Size of the logits; None reads it off.
+      stride: Of a bare block, which its weights do not tell.
+      ignore: Keys to drop, shell-style patterns, as they are in the file or as ``inspect`` shows
+        them; none of them in a block of the network.
+      allow_missing: Keys that may be absent and start afresh, shell-style patterns. Only training
+        starts anything afresh, see :func:`refuse_afresh`.
+      limits: What the file may declare before it is refused.
+      assumptions: Fields of :class:`~flax_resblock.ResNetConfig` that cannot be inferred from the
+        weights, ``{"stride_on": "1x1"}``, ``eps`` and ``momentum``; see
+        :mod:`flax_resblock.convert.detection.assumptions`.
+      assume: ``"known"`` accepts every assumption that is left, without a word.
+    """
+
+    architecture: str | arch.Config | None = None
+    naming: str | Naming | None = None
+    num_classes: int | None = None
+    stride: int | None = None
+    ignore: Sequence[str] = ()
+    allow_missing: Sequence[str] = ()
+    limits: Limits = LIMITS
+    assumptions: Mapping[str, Any] = field(default_factory=dict)
+    assume: Literal["known"] | None = None
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint that fits.
+
+    Attributes:
+      record: What the file held.
+      state_map: Its names and layouts.
+      tensors: Its arrays by name, without ignored ones, absent counters filled with zero.
+      notes: Everything that was unwrapped, dropped or filled.
+      afresh: Keys that are absent and allowed to be.
+      norm_options: ``eps`` and ``momentum`` where the checkpoint has them.
+      hub: What its ``config.json`` says; None where there is none.
+      assumed: What had to be assumed without evidence.
+    """
+
+    record: Record
+    state_map: StateMap
+    tensors: Mapping[str, np.ndarray]
+    notes: tuple[str, ...]
+    afresh: tuple[str, ...] = ()
+    norm_options: Mapping[str, float | None] = field(default_factory=dict)
+    hub: HubConfig | None = None
+    assumed: Assumptions = field(default_factory=Assumptions)
+
+    @property
+    def all_notes(self) -> tuple[str, ...]:
+        """:attr:`notes`, and what was assumed."""
+        return (*self.notes, *self.assumed.notes)
+
+    @cached_property
+    def left_out(self) -> list[str]:
+        """Tensors of the file that are no part of what was read."""
+        used = {id(array) for array in self.tensors.values()}
+        return [key for key, array in self.record.tensors.items() if id(array) not in used]
+
+    @property
+    def config(self) -> arch.Config:
+        """The network or bare block."""
+        return self.state_map.config
+
+    @cached_property
+    def unhealthy(self) -> list[str]:
+        """Tensors with non-finite values or negative variances."""
+        return unhealthy(self.state_map, self.tensors)
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trainable values (statistics and counters are not)."""
+        statistics = ("mean", "var", "num_batches_tracked")
+        return sum(
+            int(np.prod(entry.flax_shape))
+            for entry in self.state_map.entries
+            if entry.flax_path[-1] not in statistics
+        )
+
+
+def target_naming(source: OpenedCheckpoint, output_format: str, naming: str | None) -> Naming:
+    """The naming scheme of an output: what was asked for; else Flax's own for Orbax, and for the
+    others the scheme that the network came in.
+
+    An Orbax folder (a name without suffix) holds Flax's names; with the naming scheme of a hub, the
+    folder is one as that hub's package has them.
+
+    Raises:
+      InputError: PyTorch's file format with Flax's names, Orbax with others, or a network that came
+        in a naming scheme which is not one of this library's.
+    """
+    if output_format == "orbax":
+        scheme = naming_of(naming or "flax")
+        if scheme.name != "flax" and not scheme.hub:
+            raise InputError(
+                f"an Orbax folder holds Flax names; --to-naming {naming} is for .pth and "
+                f".safetensors."
+            )
+        return scheme
+    if naming == "flax" and output_format == "pytorch":
+        raise InputError(
+            "a .pth file holds PyTorch names; use .safetensors or an Orbax folder for naming "
+            "scheme 'flax'."
+        )
+    if naming is not None:
+        return naming_of(naming)
+    here = source.state_map.naming
+    if here.name != "flax":
+        return here
+    if (scheme := written_naming(source.record)) is not None:
+        return scheme
+    first = source.record.metadata.get(NAMING, "flax").replace("flax", "torchvision")
+    if first not in NAMINGS:
+        raise InputError(
+            f"{source.record.source} came in the naming scheme {visible(first)!r}, which is not "
+            f"one of this library's. Choose one for the output: --to-naming torchvision."
+        )
+    return NAMINGS[first]
