@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path as FilePath
 from typing import Any
@@ -98,6 +98,26 @@ def save_ported(
         }
         content = {"schema": SCHEMA, "kind": KIND, "outputs": entries}
         (temporary / NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def save_model(
+    ported: PortedNetwork, model: nnx.Module, path: FilePath, *, force: bool = False
+) -> None:
+    """Writes a ported model with the weights that it has now.
+
+    Args:
+      ported: What it was ported from.
+      path: A folder, for the code and the weights, or a file with one of the suffixes of a
+        checkpoint, for the state dict of PyTorch alone.
+      force: Replace what is there.
+    """
+    if checkpoint.output_format(path) != "orbax":
+        checkpoint.write(path, ported.to_torch(model), force=force)
+        return
+    arrays = flat_arrays(model)
+    values = {one.path: arrays[one.path] for one in ported.table.tensors if one.path is not None}
+    checkpoint.refuse_existing(path, force, checkpoint.is_ported)
+    save_ported(replace(ported, values=values), path, stem=ported.name.lower(), force=force)
 
 
 def _entry(

@@ -8,7 +8,7 @@ import linecache
 import sys
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -145,8 +145,13 @@ class PortedNetwork:
 
     @cached_property
     def network(self) -> Callable[..., nnx.Module]:
-        """What creates the network, called with ``rngs``: the class in the executed source."""
-        return getattr(executed(self.source, f"ported_{self.name.lower()}"), self.name)
+        """What creates the network, called with ``rngs``: the class in the executed source.
+
+        The class knows this description, see :func:`ported_of`."""
+        made = getattr(executed(self.source, f"ported_{self.name.lower()}"), self.name)
+        if isinstance(made, type):
+            setattr(made, _DESCRIPTION, replace(self, values={}))
+        return made
 
     def create(self) -> nnx.Module:
         """The network with the weights of the module, in evaluation mode."""
@@ -157,6 +162,18 @@ class PortedNetwork:
         once :func:`torch.from_numpy` has made tensors of its arrays.
         """
         return self.table.to_torch(flat_arrays(model), self.unused)
+
+
+_DESCRIPTION = "__ported__"
+"""Attribute of a class whose source was executed: a class is kept by all that copies a model, such
+as ``nnx.split`` and ``nnx.merge``."""
+
+
+def ported_of(model: Any) -> PortedNetwork | None:
+    """What a model was ported from, without its weights; None if it was not, or if its class was
+    imported from a folder.
+    """
+    return getattr(type(model), _DESCRIPTION, None)
 
 
 def filled(network: Callable[..., nnx.Module], values: Mapping[Path, np.ndarray]) -> nnx.Module:

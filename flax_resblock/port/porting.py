@@ -79,6 +79,13 @@ def port(
         raise InputError(f"port takes an nn.Module, not a {type(module).__name__}.")
     with global_state_kept(), runnable(inner(module)) as copied:
         state = state_to_numpy(inner(module).state_dict())
+        if copied is inner(module):
+            raise InputError(
+                f"{type(module).__name__} cannot be ported: copy.deepcopy raises on it, and both "
+                f"are compared on copies. Remove what cannot be copied, such as a lock or an open "
+                f"file, from its attributes."
+            )
+        copied.requires_grad_(True)  # a frozen parameter has a gradient in Flax
         channels, size = _accepted(copied, [image_size] if image_size else SIZES)
         name = origin or type(inner(module)).__name__
         known = None if expand else known_network(copied, name)

@@ -1,0 +1,190 @@
+"""A module that no configuration describes comes out of from_torch as a port of it, and a ported
+model is saved, converted and verified like any other."""
+
+import shlex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from flax import nnx
+from torch import nn
+
+import flax_resblock
+from flax_resblock import InputError, PortedWarning, checkpoint, from_torch, to_torch
+from flax_resblock.cli import run
+from flax_resblock.nn.variables import set_values
+from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
+from flax_resblock.port import porting
+from flax_resblock.port.network import ported_of
+from parity_tests.support import assert_same_bits, fast_only
+from parity_tests.test_forward_check import WRONG
+from parity_tests.test_port import Recurrent
+
+
+class Gated(nn.Module):
+    """No residual network: a strided convolution, a gate of its own, and two kinds of pools."""
+
+    def __init__(self, slope=0.3):
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(6, momentum=0.2)
+        self.gate = nn.Conv2d(6, 6, 1)
+        self.head = nn.Linear(12, 4)
+        self.slope = slope
+
+    def forward(self, x):
+        x = F.leaky_relu(self.norm(self.first(x)), self.slope)
+        x = x * torch.sigmoid(self.gate(x))
+        return self.head(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))
+
+
+def trained(module):
+    """With statistics as after training; one layer is frozen."""
+    generator = torch.Generator().manual_seed(3)
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.3, generator=generator)
+            layer.running_var.uniform_(0.5, 2, generator=generator)
+            layer.num_batches_tracked.fill_(7)
+    next(module.parameters()).requires_grad_(False)
+    return module
+
+
+def arrays(module):
+    return {key: value.detach().numpy() for key, value in module.state_dict().items()}
+
+
+def difference(module, model, size=(37, 30)):
+    """Of the outputs in float64, relative."""
+    images = np.random.default_rng(5).normal((0.5, 0.0, -1.0), 1, (3, *size, 3))
+    with torch.no_grad():
+        truth = module(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+    with jax.enable_x64(True):
+        return relative_l2(np.asarray(model(jnp.asarray(images))), truth)
+
+
+@pytest.fixture(scope="module")
+def gated():
+    torch.manual_seed(0)
+    module = trained(Gated()).double().eval()
+    with pytest.warns(PortedWarning) as caught:
+        model = from_torch(module)
+    return module, model, [str(one.message) for one in caught]
+
+
+def test_a_module_that_no_configuration_describes_is_ported(gated):
+    module, model, (said,) = gated
+    assert "Gated is no residual network in any known naming scheme" in said
+    assert "flax_resblock.port(module).source" in said
+    assert isinstance(model, nnx.Module)
+    assert difference(module, model) <= FLOAT64_LIMIT
+    other = Gated(slope=0.31).double().eval()
+    other.load_state_dict(module.state_dict())
+    assert difference(other, model) > 1e-6  # the control
+
+
+def test_its_state_dict_returns_bit_for_bit_after_split_and_merge(gated):
+    module, model, _ = gated
+    assert_same_bits(to_torch(model), arrays(module))
+    graphdef, state = nnx.split(model)
+    copy = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf + 1, state))
+    moved = to_torch(nnx.clone(copy))
+    for key, value in arrays(module).items():
+        np.testing.assert_array_equal(moved[key], value + 1, strict=True)
+    with pytest.raises(InputError, match="naming= is for the networks of this library"):
+        to_torch(model, "timm")
+    with pytest.raises(InputError, match=r"a model that from_torch or .* ported, not a Linear"):
+        to_torch(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+
+
+def test_it_is_saved_as_a_port_and_as_a_state_dict(gated, tmp_path, monkeypatch):
+    module, model, _ = gated
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    flax_resblock.save(model, "saved_gated")
+    flax_resblock.save(model, "state.pth")
+    assert_same_bits(checkpoint.read("state.pth").tensors, arrays(module))
+    from saved_gated.gated import Gated as Emitted  # pyright: ignore[reportMissingImports]
+
+    again = flax_resblock.load_ported("saved_gated", Emitted)
+    assert difference(module, again) <= FLOAT64_LIMIT
+    assert_same_bits(flax_resblock.ported_state_dict(again, "saved_gated"), arrays(module))
+    with pytest.raises(InputError, match=r"load_ported\('saved_gated', Net\)"):
+        flax_resblock.load("saved_gated")
+    with pytest.raises(InputError, match="exists"):
+        flax_resblock.save(model, "saved_gated")
+
+
+HIDDEN = "another activation hidden by branches of zero"
+LOOKS = (HIDDEN, "reflecting padding", "a max head after a stride of 32")
+
+
+@pytest.mark.parametrize("case", fast_only(LOOKS[:2], LOOKS))
+def test_what_only_looks_like_a_residual_network_is_ported_or_refused(case):
+    """Never anything between: equal in float64, in spite of weights that hide what differs."""
+    module = trained(WRONG[case]()).double().eval()
+    if case == "reflecting padding":  # by a forward pass that changes the module
+        with pytest.raises(InputError, match=r"Mirrored cannot be ported: .*\(relative\)"):
+            from_torch(module)
+        return
+    with pytest.warns(PortedWarning, match="does not compute what its Flax twin computes"):
+        model = from_torch(module)
+    assert_same_bits(to_torch(model), arrays(module))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0, 0.2)  # its own hide what differs
+    ported = ported_of(model)
+    assert ported is not None
+    set_values(model, ported.table.to_flax(arrays(module)))
+    assert difference(module, model, (64, 96)) <= FLOAT64_LIMIT
+
+
+def test_a_wrong_port_is_never_returned(monkeypatch):
+    genuine = porting.source_of
+    monkeypatch.setattr(
+        porting, "source_of", lambda *a, **k: genuine(*a, **k).replace("slope=0.3", "slope=0.2")
+    )
+    with pytest.raises(InputError, match=r"(?s)^Gated cannot be ported: .*differs.*no network of"):
+        from_torch(trained(Gated()))
+
+
+REFUSED = {
+    "recurrent": (
+        Recurrent,
+        r"^Recurrent cannot be ported: in module lstm, LSTM.*recurrent layers.* no network of this "
+        r"library either: Recurrent is no residual network",
+    ),
+    "no image": (lambda: nn.LSTM(3, 4), r"^LSTM raises on images of .* no network of this"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_has_both_reasons_in_one_paragraph(case):
+    make, words = REFUSED[case]
+    with pytest.raises(InputError, match=words) as caught:
+        from_torch(make())
+    assert "\n" not in str(caught.value)
+
+
+def test_wishes_that_a_port_cannot_fulfil_are_not_dropped():
+    with pytest.raises(InputError, match=r"no residual network.*alone, without ignore= and eps="):
+        from_torch(Gated(), ignore=["head.*"], eps=1e-3)
+
+
+def test_convert_refuses_it_and_its_advice_ports_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = trained(Gated(slope=0.25))
+    torch.save({"epoch": 3, "model": module.state_dict()}, "net.pth")
+    spec = f"{__file__}:Gated"
+    command = ["net.pth", "net.safetensors", "--torch", spec, "--kwargs", '{"slope": 0.25}']
+    assert run(["convert", *command]) == 2
+    said = capsys.readouterr().err
+    assert "Gated is no residual network in any known naming scheme" in said
+    advice = shlex.split(said.partition(" run: ")[2])
+    assert advice[:2] == ["flax-resblock", "port"]
+    assert run(advice[1:]) == 0
+    assert run(["convert", "net", "back.pth"]) == 0
+    assert_same_bits(checkpoint.read("back.pth").tensors, arrays(module))
