@@ -281,9 +281,7 @@ def _config_of(model: Any) -> Config:
     if not isinstance(model, ResNet | ResidualBlock | BottleneckBlock):
         raise InputError(
             f"this takes a ResNet, ResidualBlock or BottleneckBlock of flax_resblock, or a model "
-            f"that from_torch or port(module).create() ported, not a {type(model).__name__}. The "
-            f"state dict of a model of load_ported is flax_resblock.ported_state_dict(model, "
-            f"folder)."
+            f"that was ported, not a {type(model).__name__}."
         )
     return model.config
 

@@ -1,6 +1,7 @@
 """A module that no configuration describes comes out of from_torch as a port of it, and a ported
 model is saved, converted and verified like any other."""
 
+import json
 import shlex
 
 import jax
@@ -96,7 +97,7 @@ def test_its_state_dict_returns_bit_for_bit_after_split_and_merge(gated):
         np.testing.assert_array_equal(moved[key], value + 1, strict=True)
     with pytest.raises(InputError, match="naming= is for the networks of this library"):
         to_torch(model, "timm")
-    with pytest.raises(InputError, match=r"a model that from_torch or .* ported, not a Linear"):
+    with pytest.raises(InputError, match="a model that was ported, not a Linear"):
         to_torch(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
 
 
@@ -140,6 +141,63 @@ def test_what_only_looks_like_a_residual_network_is_ported_or_refused(case):
     assert ported is not None
     set_values(model, ported.table.to_flax(arrays(module)))
     assert difference(module, model, (64, 96)) <= FLOAT64_LIMIT
+
+
+class TwoHeads(Gated):
+    """Several outputs, random layers in modules and in functions, and a block of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Dropout(0.4), nn.ReLU())
+        self.drop = nn.Dropout2d(0.3)
+
+    def forward(self, x):
+        x = self.drop(self.stem(x))
+        return {"logits": super().forward(F.dropout(x, 0.2, self.training)), "map": x}
+
+
+def test_verify_ports_what_no_configuration_describes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    spec = f"{__file__}:TwoHeads"
+    torch.save(trained(TwoHeads()).state_dict(), "net.pth")
+    assert run(["verify", "--torch", spec, "--gradients", "--json", "a.json"]) == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["provenance"]["compared_with"] == f"{spec}, your own module"
+    rows = {(row["quantity"], row["slot"]): row for row in report["measurements"]}
+    places = {"first", "norm", "gate", "head", "stem.0", "output"}
+    assert {slot for quantity, slot in rows if quantity == "train forward"} == places
+    assert rows["parameter gradient", "stem.0/kernel"]["passed"]
+    assert ("running statistics after 5", "norm/var") in rows
+    assert {row["precision"] for row in report["measurements"]} == {"float64", "float32"}
+    assert run(["verify", "net.pth", "--torch", spec, "--eval-only", "--precision", "float64"]) == 0
+    assert "equal: all" in capsys.readouterr().out
+
+
+def test_edited_code_is_verified_against_the_module(tmp_path, monkeypatch, capsys):
+    """One operator or one number changed: the first slot that differs is a module of the user's."""
+    monkeypatch.chdir(tmp_path)
+    spec = f"{__file__}:TwoHeads"
+    assert run(["port", spec, "out"]) == 0
+    (file,) = (tmp_path / "out").glob("*.py")
+    command = ["verify", "--torch", spec, "--flax", f"out/{file.name}:TwoHeads"]
+    command += ["--eval-only", "--precision", "float64"]
+    assert run(command) == 0
+    code = file.read_text()
+    for written, instead, first in (
+        ("nn.sigmoid(", "jnp.tanh(", "head"),
+        ("slope=0.3", "slope=0.31", "gate"),
+        ("padding=1", "padding=1, padding_mode='reflect'", "first"),
+    ):
+        file.write_text(code.replace(written, instead, 1))
+        assert file.read_text() != code
+        capsys.readouterr()
+        assert run(command) == 1
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"differ, first at {first} (" in said
+    file.write_text(code.replace("nn.Linear(12, 4", "nn.Linear(12, 5"))
+    assert run(command) == 2
+    assert run(["verify", "out", "--torch", spec]) == 2
+    assert "--flax out/FILE.py:NAME" in capsys.readouterr().err
 
 
 def test_a_wrong_port_is_never_returned(monkeypatch):

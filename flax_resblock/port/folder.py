@@ -20,7 +20,7 @@ from flax_resblock.checkpoint.folders import PORTED
 from flax_resblock.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from flax_resblock.config import Path
 from flax_resblock.errors import InputError
-from flax_resblock.nn.variables import flat_arrays
+from flax_resblock.nn.variables import PORTED_FROM, flat_arrays
 from flax_resblock.parity.certificate import KIND, NAME, SCHEMA, hashes, versions
 from flax_resblock.port.network import PortedNetwork, Table, filled
 
@@ -40,7 +40,8 @@ class PortedWeights:
       table: Between the state dict and the Flax model.
       values: By attribute path.
       unused: Tensors that the forward pass never uses, by their PyTorch keys.
-      about: What ``port.json`` says besides: ``network``, ``file``, ``image_size``.
+      about: What ``port.json`` says besides: ``network``, ``file``, ``image_size``, ``channels``,
+        ``slots``.
     """
 
     table: Table
@@ -51,6 +52,21 @@ class PortedWeights:
     def state_dict(self) -> dict[str, np.ndarray]:
         """The state dict of PyTorch."""
         return self.table.to_torch(self.values, self.unused)
+
+    def description(self) -> PortedNetwork:
+        """What a model of the folder's class knows about itself: neither weights nor source."""
+        about = self.about
+        slots = {name: tuple(path) for name, path in about.get("slots", {}).items()}
+        name, size = str(about["network"]), tuple(about["image_size"])
+        return PortedNetwork(
+            "", name, self.table, {}, self.unused, name, size, about["channels"], slots
+        )
+
+    def create(self, network: Callable[..., nnx.Module]) -> nnx.Module:
+        """A network of this class with these weights, in evaluation mode."""
+        model = filled(network, self.values)
+        setattr(model, PORTED_FROM, self.description())
+        return model
 
 
 def save_ported(
@@ -85,6 +101,7 @@ def save_ported(
         "file": f"{stem}.py",
         "image_size": list(ported.image_size),
         "channels": ported.channels,
+        "slots": {name: list(path) for name, path in ported.slots.items()},
         "tensors": ported.table.rows(),
     }
     with checkpoint.replacing(folder, force=force, replaceable=checkpoint.is_ported) as temporary:
@@ -111,6 +128,12 @@ def save_model(
         checkpoint, for the state dict of PyTorch alone.
       force: Replace what is there.
     """
+    if not ported.source and checkpoint.output_format(path) == "orbax":
+        raise InputError(
+            "This model was loaded from the folder of a port, whose code you import, and only its "
+            "weights are known here. Save its state dict, as .pth or .safetensors, or keep the "
+            "folder and save nnx.state(model)."
+        )
     if checkpoint.output_format(path) != "orbax":
         checkpoint.write(path, ported.to_torch(model), force=force)
         return
@@ -194,7 +217,7 @@ def load_ported(
       >>> from out.net import Net
       >>> model = load_ported("out", Net)
     """
-    return filled(network, read_ported(FilePath(folder), limits).values)
+    return read_ported(FilePath(folder), limits).create(network)
 
 
 def ported_state_dict(model: nnx.Module, folder: str | FilePath) -> dict[str, np.ndarray]:

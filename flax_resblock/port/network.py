@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_resblock.config import Path
+from flax_resblock.config import BlockConfig, Path
 from flax_resblock.convert.codecs import Codec
 from flax_resblock.errors import InputError, some
-from flax_resblock.nn.variables import flat_arrays, on_device, set_values
+from flax_resblock.nn.variables import PORTED_FROM, flat_arrays, on_device, set_values
+from flax_resblock.parity.inputs import adversarial_images
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,12 @@ class Table:
         return cls(tuple(tensors))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class PortedNetwork:
     """A network of the user's as Flax source, with its weights.
 
     Attributes:
-      source: The Python file.
+      source: The Python file; empty if the network was loaded from a folder.
       name: The class of the network in it.
       table: Where every tensor of the state dict is.
       values: The weights, by attribute path.
@@ -127,6 +128,7 @@ class PortedNetwork:
       origin: The module's class, as the certificate names it.
       image_size: Height and width of the images that it was traced with.
       channels: Of these images.
+      slots: Paths of the layers whose outputs can be compared, by their names in PyTorch.
       figures: What the comparison with the module measured; see
         :class:`flax_resblock.port.proof.Proof`.
       notes: What you should know about the result.
@@ -140,6 +142,7 @@ class PortedNetwork:
     origin: str
     image_size: tuple[int, int]
     channels: int
+    slots: Mapping[str, Path] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -147,15 +150,31 @@ class PortedNetwork:
     def network(self) -> Callable[..., nnx.Module]:
         """What creates the network, called with ``rngs``: the class in the executed source.
 
-        The class knows this description, see :func:`ported_of`."""
+        Models of the class know this description, see :func:`ported_of`."""
         made = getattr(executed(self.source, f"ported_{self.name.lower()}"), self.name)
         if isinstance(made, type):
-            setattr(made, _DESCRIPTION, replace(self, values={}))
+            setattr(made, PORTED_FROM, replace(self, values={}))
         return made
 
     def create(self) -> nnx.Module:
         """The network with the weights of the module, in evaluation mode."""
         return filled(self.network, self.values)
+
+    def __repr__(self) -> str:
+        return f"PortedNetwork({self.name}, {len(self.table.tensors)} tensors, of {self.origin})"
+
+    def pair_with(self, module: Any, model: nnx.Module, *, copy_weights: bool = False) -> Any:
+        """A :class:`flax_resblock.port.pair.PortedPair` of the module and a model of this network,
+        to be compared; needs torch."""
+        from flax_resblock.port.pair import PortedPair
+
+        return PortedPair(module, model, self, copy_weights=copy_weights)
+
+    def images(self) -> np.ndarray:
+        """Random images of the size that it was traced with, ``(3, H, W, C)``."""
+        height, width = self.image_size
+        config = BlockConfig(in_channels=self.channels, out_channels=self.channels)
+        return adversarial_images(config, batch=3, height=height, width=width)
 
     def to_torch(self, model: nnx.Module) -> dict[str, np.ndarray]:
         """The state dict of a model of this network, as ``load_state_dict(strict=True)`` takes it
@@ -164,16 +183,9 @@ class PortedNetwork:
         return self.table.to_torch(flat_arrays(model), self.unused)
 
 
-_DESCRIPTION = "__ported__"
-"""Attribute of a class whose source was executed: a class is kept by all that copies a model, such
-as ``nnx.split`` and ``nnx.merge``."""
-
-
 def ported_of(model: Any) -> PortedNetwork | None:
-    """What a model was ported from, without its weights; None if it was not, or if its class was
-    imported from a folder.
-    """
-    return getattr(type(model), _DESCRIPTION, None)
+    """What a model was ported from, without its weights; None if it was not."""
+    return getattr(model, PORTED_FROM, None)
 
 
 def filled(network: Callable[..., nnx.Module], values: Mapping[Path, np.ndarray]) -> nnx.Module:

@@ -93,9 +93,9 @@ def port(
             return _ported(copied, state, channels, size, exact, name)
         made = PortedNetwork(
             known.source, known.name, known.table, known.table.to_flax(state), {}, name, size,
-            channels,
+            channels, known.slots,
         )  # fmt: skip
-        proof = prove(copied, made, known.slots, exact=exact)
+        proof = prove(copied, made, made.slots, exact=exact)
         return replace(made, figures=proof.figures, notes=tuple(proof.notes))
 
 
@@ -126,7 +126,7 @@ def _ported(
         )
     made = PortedNetwork(
         source_of(classes, title), classes[-1].name, table, table.to_flax(state), unused,
-        origin, size, channels, notes=tuple(notes),
+        origin, size, channels, slots, notes=tuple(notes),
     )  # fmt: skip
     proof = prove(module, made, slots, exact=exact)
     source = made.source
