@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -20,26 +21,45 @@ from flax_resblock.nn.variables import flat_arrays, variable_at
 from flax_resblock.parity.module_run import inner
 from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
 from flax_resblock.parity.taps import as_tensor
+from flax_resblock.port.graphs import leaves
 from flax_resblock.port.network import PortedNetwork
 from flax_resblock.port.proof import FLOOR
-from flax_resblock.port.side_by_side import (
-    _Flat,
-    _FlatTorch,
-    _no_functional_dropout,
-    _switch_off,
-    images_of,
-)
+from flax_resblock.port.side_by_side import _no_functional_dropout, _switch_off, images_of
 
 NET = "net"
 """The network inside the modules that put all of its outputs in one array."""
 
 
-class _Calm(_FlatTorch):
-    """Draws no random numbers in functions either."""
+class _Outputs(nnx.Module):
+    """The network with what it returns in evaluation mode as one array, in PyTorch's order; in
+    training mode without what auxiliary heads return."""
+
+    def __init__(self, net: Any, count: int) -> None:
+        self.net, self.count = net, count
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        parts = [one for one in leaves(self.net(x)) if one is not None]
+        flat = [jnp.moveaxis(one, -1, 1).reshape(one.shape[0], -1) for one in parts]
+        return jnp.concatenate(flat[: self.count], axis=-1)
+
+
+class _TorchOutputs(torch.nn.Module):
+    """The same of the module, which draws no random numbers.
+
+    Attributes:
+      count: Of the tensors that it returns in evaluation mode; None until it has run.
+    """
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.count: int | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with _no_functional_dropout():
-            return super().forward(x)
+            parts = [one for one in leaves(self.net(x)) if isinstance(one, torch.Tensor)]
+        self.count = self.count or len(parts)
+        return torch.cat([one.flatten(1) for one in parts[: self.count]], dim=-1)
 
 
 class PortedPair(Pair):
@@ -82,7 +102,7 @@ class PortedPair(Pair):
                 f"differ. Port the module again, or give both the same arguments."
             )
         self._values = values if copy_weights else {path: own[path] for path in values}
-        self._torch, self._flax = _Calm(net), model
+        self._torch, self._flax = _TorchOutputs(net), model
         idle = self._run(images_of(ported.channels, ported.image_size))
         self._slots = {name: path for name, path in ported.slots.items() if name not in idle}
         rows = {one.path: one for one in reversed(ported.table.tensors) if one.path is not None}
@@ -101,12 +121,12 @@ class PortedPair(Pair):
                 lambda _, given, made: idle.add(name) if given and made is given[0] else None
             )
 
-        flat = copy.deepcopy(self._torch).float().eval()
+        flat: Any = copy.deepcopy(self._torch).float().eval()
         for name, part in flat.net.named_modules():
             watch(name, part)
         with torch.no_grad():
             flat(as_tensor(images, PRECISIONS["float32"]))
-        self._torch.count = flat.found
+        self._torch.count = flat.count
         return idle
 
     @property
@@ -142,4 +162,4 @@ class PortedPair(Pair):
                 layer.rate = 0.0
             if hasattr(part, "dtype"):
                 layer.dtype = precision.compute
-        return _Flat(model, self._torch.count)
+        return _Outputs(model, self._torch.count or 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from flax_resblock.port.body import Reader
 from flax_resblock.port.classes import classes_of
 from flax_resblock.port.known import known_network
 from flax_resblock.port.layers import layer_of
+from flax_resblock.port.modes import trace_training
 from flax_resblock.port.modules import tensors_held
 from flax_resblock.port.network import PortedNetwork, Table, Tensor
 from flax_resblock.port.parts import (
@@ -86,11 +88,13 @@ def port(
                 f"file, from its attributes."
             )
         copied.requires_grad_(True)  # a frozen parameter has a gradient in Flax
-        channels, size = _accepted(copied, [image_size] if image_size else SIZES)
+        channels, size, random = _accepted(copied, [image_size] if image_size else SIZES)
         name = origin or type(inner(module)).__name__
-        known = None if expand else known_network(copied, name)
+        # the library's own networks have neither dropout nor stochastic depth
+        known = None if expand or random else known_network(copied, name)
         if known is None:
-            return _ported(copied, state, channels, size, exact, name)
+            trains = random is not None
+            return _ported(copied, state, channels, size, exact, name, trains=trains)
         made = PortedNetwork(
             known.source, known.name, known.table, known.table.to_flax(state), {}, name, size,
             channels, known.slots,
@@ -106,8 +110,12 @@ def _ported(
     size: Size,
     exact: bool,
     origin: str,
+    *,
+    trains: bool,
 ) -> PortedNetwork:
-    reader = Reader(trace(module, [torch.randn(2, channels, *size)]))
+    images = [torch.randn(2, channels, *size)]
+    traced = trace(module, images)
+    reader = Reader(traced, trace_training(traced, images) if trains else None)
     body = reader.body("", [((BATCH, channels, *size), axes.channels_last(4))])
     table = _table(module, body)
     names = Counter(id(one) for _, one in module.named_modules(remove_duplicate=False))
@@ -137,20 +145,28 @@ def _ported(
     return replace(made, source=source, figures=proof.figures, notes=tuple(notes))
 
 
-def _accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size]:
-    """The channels and the first size of images that the module runs on."""
+def _accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size, bool | None]:
+    """The channels and the first size of images that the module runs on, in training mode too if
+    there is one; and whether it draws random numbers there, None if it does not run."""
     kinds = torch.nn.Conv2d | torch.nn.ConvTranspose2d
     convolutions: list[Any] = [one for one in module.modules() if isinstance(one, kinds)]
     found = [one.in_channels for one in convolutions]
     first: Exception | None = None
     for channels in dict.fromkeys([*found[:1], 3, 1, *found]):
+        runs: list[Size] = []
         for size in sizes:
+            images = torch.randn(2, channels, *size)
             try:
-                module(torch.randn(2, channels, *size))
+                module(images)
             except Exception as error:  # whatever the user's code raises
                 first = first or error
-            else:
-                return channels, size
+                continue
+            runs.append(size)
+            random = _draws(module, images)
+            if random is not None:
+                return channels, size, random
+        if runs:
+            return channels, runs[0], None
     shown = ", ".join(f"{height}x{width}" for height, width in sizes)
     said = f"{type(first).__name__}: {str(first).strip().partition(chr(10))[0][:200]}"
     raise InputError(
@@ -158,6 +174,16 @@ def _accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size
         f"other numbers of channels ({said}). Give a size that it takes with --image-size HEIGHT "
         f"WIDTH, or image_size=(height, width)."
     ) from first
+
+
+def _draws(module: torch.nn.Module, images: torch.Tensor) -> bool | None:
+    """Whether the module draws random numbers in training mode; None if it does not run in it."""
+    before = torch.get_rng_state()
+    try:
+        copy.deepcopy(module).train()(images)
+    except Exception:  # whatever the user's code raises
+        return None
+    return not torch.equal(before, torch.get_rng_state())
 
 
 def _table(module: torch.nn.Module, body: Body) -> Table:
