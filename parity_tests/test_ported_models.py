@@ -3,6 +3,7 @@ model is saved, converted and verified like any other."""
 
 import json
 import shlex
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +199,55 @@ def test_edited_code_is_verified_against_the_module(tmp_path, monkeypatch, capsy
     assert run(command) == 2
     assert run(["verify", "out", "--torch", spec]) == 2
     assert "--flax out/FILE.py:NAME" in capsys.readouterr().err
+
+
+class WithFacts(nn.Module):
+    """Takes an image and what is known about it; returns a mapping."""
+
+    def __init__(self):
+        super().__init__()
+        self.image = nn.Conv2d(3, 6, 3, stride=2)
+        self.facts = nn.Linear(4, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, image, facts):
+        x = torch.relu(self.image(image)).mean((2, 3)) * torch.sigmoid(self.facts(facts))
+        return {"score": self.head(x), "sum": x.sum(-1)}
+
+
+def test_several_inputs_are_traced_and_proved(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    spec = f"{__file__}:WithFacts"
+    assert run(["port", spec, "out", "--inputs", "2,3,32,24;2,4"]) == 0
+    said = capsys.readouterr().out
+    assert "float64 training gradient of the input" in said
+    assert "inputs of 32x24" in said
+    (file,) = (tmp_path / "out").glob("*.py")
+    command = ["verify", "--torch", spec, "--flax", f"out/{file.name}:WithFacts"]
+    command += ["--eval-only", "--precision", "float64"]
+    assert run(command) == 0
+    file.write_text(file.read_text().replace("nn.relu(", "nn.silu("))
+    assert run(command) == 1  # the control
+
+    module = WithFacts().double()
+    inputs = {"image": torch.randn(2, 3, 20, 31).double(), "facts": torch.randn(2, 4).double()}
+    ported = flax_resblock.port(module, example_inputs=inputs)
+    truth = module(**inputs)
+    with jax.enable_x64(True):
+        found: Any = ported.create()
+        image = jnp.asarray(inputs["image"].numpy().transpose(0, 2, 3, 1))
+        found = found(image, jnp.asarray(inputs["facts"].numpy()))
+    for name, value in truth.items():
+        assert relative_l2(np.asarray(found[name]), value.detach().numpy()) <= FLOAT64_LIMIT
+
+    for shapes, words in (("2,3,32", "raises on inputs"), ("2;3", "2,3,64,64;2,10")):
+        assert run(["port", spec, "no", "--inputs", shapes]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+    for wrong in ({"image": inputs["image"]}, [torch.zeros(3)], [[torch.zeros(2, 3)]]):
+        with pytest.raises(InputError, match="example_inputs"):
+            flax_resblock.port(module, example_inputs=wrong)
+    with pytest.raises(InputError, match=r"port\(module, example_inputs=.*no network of this"):
+        from_torch(module)
 
 
 def test_a_wrong_port_is_never_returned(monkeypatch):

@@ -19,7 +19,11 @@ from flax_resblock.config import BlockConfig
 from flax_resblock.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from flax_resblock.cli.verify_flags import InputFlags
     from flax_resblock.cli.verify_run import Verifier
+    from flax_resblock.port.network import PortedNetwork
 
 
 def verify_port(
@@ -77,10 +81,7 @@ def verify_port(
         model, described = ported.create(), ported
         print_notes(ported.notes)
     pair = described.pair_with(module, model)
-    (height, width), flags = described.image_size, verifier.input
-    flags = replace(flags, height=flags.height or height, width=flags.width or width)
-    channels = described.channels
-    images = flags.images(BlockConfig(in_channels=channels, out_channels=channels))
+    images = _images(verifier.input, described)
     against = flax or "its port"
     print_title(described.name, f"{spec} and {against}, input {list(images.shape)}")
     facts: Mapping[str, Any] = {
@@ -92,6 +93,23 @@ def verify_port(
     verifier.print(verification, compared_with=facts["compared_with"])
     verifier.write(report)
     return 0 if verification.passed else 1
+
+
+def _images(flags: InputFlags, described: PortedNetwork) -> np.ndarray:
+    """The inputs of a network as the flags say, by default of the size that it was ported with."""
+    from flax_resblock.port.inputs import random_inputs
+
+    if described.inputs and not flags.is_default:
+        raise InputError(
+            f"--height, --width and --input are for images; {described.name} takes inputs of the "
+            f"shapes {' and '.join(str([*shape]) for shape in described.inputs)}."
+        )
+    if described.inputs:
+        return random_inputs(described.inputs, batch=flags.batch, seed=flags.seed)
+    height, width = described.image_size
+    flags = replace(flags, height=flags.height or height, width=flags.width or width)
+    channels = described.channels
+    return flags.images(BlockConfig(in_channels=channels, out_channels=channels))
 
 
 def _as_trained(module: Any, seed: int) -> None:

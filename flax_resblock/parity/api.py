@@ -86,8 +86,8 @@ def compare(
       flax_module: Takes ``inputs`` as they are; images as ``(N, H, W, C)``. Neither module is
         modified.
       inputs: Array in Flax's memory layout, finite. With four axes it is an image batch and is
-        handed to PyTorch as NCHW. None is enough for a ported model: random images of the size that
-        it was traced with.
+        handed to PyTorch as NCHW. None is enough for a ported model: random inputs of the shapes
+        that it was traced with. Several are one array, see :mod:`flax_resblock.port.inputs`.
       state_map: PyTorch key to Flax path, ``{"fc.weight": "head.kernel"}``, with a codec where the
         memory layout is not the usual one, ``("head.kernel", "linear")``; see
         :func:`flax_resblock.parity.pair.entries_of`. Or a :class:`flax_resblock.convert.StateMap`.

@@ -41,7 +41,7 @@ class PortedWeights:
       values: By attribute path.
       unused: Tensors that the forward pass never uses, by their PyTorch keys.
       about: What ``port.json`` says besides: ``network``, ``file``, ``image_size``, ``channels``,
-        ``slots``.
+        ``slots``, ``inputs``.
     """
 
     table: Table
@@ -58,8 +58,9 @@ class PortedWeights:
         about = self.about
         slots = {name: tuple(path) for name, path in about.get("slots", {}).items()}
         name, size = str(about["network"]), tuple(about["image_size"])
+        inputs = tuple(tuple(shape) for shape in about.get("inputs", ()))
         return PortedNetwork(
-            "", name, self.table, {}, self.unused, name, size, about["channels"], slots
+            "", name, self.table, {}, self.unused, name, size, about["channels"], slots, inputs
         )
 
     def create(self, network: Callable[..., nnx.Module]) -> nnx.Module:
@@ -101,6 +102,7 @@ def save_ported(
         "file": f"{stem}.py",
         "image_size": list(ported.image_size),
         "channels": ported.channels,
+        "inputs": [list(shape) for shape in ported.inputs],
         "slots": {name: list(path) for name, path in ported.slots.items()},
         "tensors": ported.table.rows(),
     }
@@ -162,6 +164,7 @@ def _entry(
             "passed": True,
             "compared_with": f"{ported.origin}, your own module",
             "image_size": list(ported.image_size),
+            "inputs": [list(shape) for shape in ported.inputs],
             "figures": dict(ported.figures),
         },
     }

@@ -22,6 +22,7 @@ from flax_resblock.convert.codecs import Codec
 from flax_resblock.errors import InputError, some
 from flax_resblock.nn.variables import PORTED_FROM, flat_arrays, on_device, set_values
 from flax_resblock.parity.inputs import adversarial_images
+from flax_resblock.port.inputs import Shapes, random_inputs
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class PortedNetwork:
       image_size: Height and width of the images that it was traced with.
       channels: Of these images.
       slots: Paths of the layers whose outputs can be compared, by their names in PyTorch.
+      inputs: Shapes of its inputs, if they are something else than one batch of images.
       figures: What the comparison with the module measured; see
         :class:`flax_resblock.port.proof.Proof`.
       notes: What you should know about the result.
@@ -143,6 +145,7 @@ class PortedNetwork:
     image_size: tuple[int, int]
     channels: int
     slots: Mapping[str, Path] = field(default_factory=dict)
+    inputs: Shapes = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -171,7 +174,10 @@ class PortedNetwork:
         return PortedPair(module, model, self, copy_weights=copy_weights)
 
     def images(self) -> np.ndarray:
-        """Random images of the size that it was traced with, ``(3, H, W, C)``."""
+        """Random images of the size that it was traced with, ``(3, H, W, C)``; several inputs in
+        one array, see :mod:`flax_resblock.port.inputs`."""
+        if self.inputs:
+            return random_inputs(self.inputs, batch=3)
         height, width = self.image_size
         config = BlockConfig(in_channels=self.channels, out_channels=self.channels)
         return adversarial_images(config, batch=3, height=height, width=width)

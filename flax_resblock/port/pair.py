@@ -22,9 +22,10 @@ from flax_resblock.parity.module_run import inner
 from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
 from flax_resblock.parity.taps import as_tensor
 from flax_resblock.port.graphs import leaves
+from flax_resblock.port.inputs import Shapes, in_one_array, unpacked, unpacked_last
 from flax_resblock.port.network import PortedNetwork
 from flax_resblock.port.proof import FLOOR
-from flax_resblock.port.side_by_side import _no_functional_dropout, _switch_off, images_of
+from flax_resblock.port.side_by_side import _no_functional_dropout, _switch_off
 
 NET = "net"
 """The network inside the modules that put all of its outputs in one array."""
@@ -34,13 +35,13 @@ class _Outputs(nnx.Module):
     """The network with what it returns in evaluation mode as one array, in PyTorch's order; in
     training mode without what auxiliary heads return."""
 
-    def __init__(self, net: Any, count: int) -> None:
-        self.net, self.count = net, count
+    def __init__(self, net: Any, count: int, shapes: Shapes) -> None:
+        self.net, self.count, self.shapes = net, count, shapes
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        parts = [one for one in leaves(self.net(x)) if one is not None]
-        flat = [jnp.moveaxis(one, -1, 1).reshape(one.shape[0], -1) for one in parts]
-        return jnp.concatenate(flat[: self.count], axis=-1)
+        found = leaves(self.net(*unpacked_last(x, self.shapes)))
+        parts = [one for one in found if one is not None]
+        return in_one_array(parts[: self.count])
 
 
 class _TorchOutputs(torch.nn.Module):
@@ -50,23 +51,25 @@ class _TorchOutputs(torch.nn.Module):
       count: Of the tensors that it returns in evaluation mode; None until it has run.
     """
 
-    def __init__(self, net: torch.nn.Module) -> None:
+    def __init__(self, net: torch.nn.Module, shapes: Shapes) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.shapes = net, shapes
         self.count: int | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with _no_functional_dropout():
-            parts = [one for one in leaves(self.net(x)) if isinstance(one, torch.Tensor)]
+            found = leaves(self.net(*unpacked(x, self.shapes)))
+        parts = [one for one in found if isinstance(one, torch.Tensor)]
         self.count = self.count or len(parts)
-        return torch.cat([one.flatten(1) for one in parts[: self.count]], dim=-1)
+        return torch.cat([one.reshape(len(one), -1) for one in parts[: self.count]], dim=-1)
 
 
 class PortedPair(Pair):
     """A module and a model of the network that it was ported to.
 
-    Slots have the names of the user's modules. Several outputs are joined to one, and random layers
-    are switched off on both sides.
+    Slots have the names of the user's modules. Several inputs are one array, see
+    :mod:`flax_resblock.port.inputs`, and so are several outputs; random layers are switched off on
+    both sides.
 
     Args:
       module: The user's own; not modified.
@@ -102,8 +105,8 @@ class PortedPair(Pair):
                 f"differ. Port the module again, or give both the same arguments."
             )
         self._values = values if copy_weights else {path: own[path] for path in values}
-        self._torch, self._flax = _TorchOutputs(net), model
-        idle = self._run(images_of(ported.channels, ported.image_size))
+        self._torch, self._flax = _TorchOutputs(net, ported.inputs), model
+        idle = self._run(ported.images())
         self._slots = {name: path for name, path in ported.slots.items() if name not in idle}
         rows = {one.path: one for one in reversed(ported.table.tensors) if one.path is not None}
         self.entries = tuple(
@@ -162,4 +165,4 @@ class PortedPair(Pair):
                 layer.rate = 0.0
             if hasattr(part, "dtype"):
                 layer.dtype = precision.compute
-        return _Outputs(model, self._torch.count or 1)
+        return _Outputs(model, self._torch.count or 1, self._torch.shapes)

@@ -19,6 +19,8 @@ from flax_resblock.parity.module_run import global_state_kept, inner, runnable
 from flax_resblock.port import axes
 from flax_resblock.port.body import Reader
 from flax_resblock.port.classes import classes_of
+from flax_resblock.port.examples import shapes_of
+from flax_resblock.port.inputs import Shapes, is_one_image
 from flax_resblock.port.known import known_network
 from flax_resblock.port.layers import layer_of
 from flax_resblock.port.modes import trace_training
@@ -50,6 +52,7 @@ def port(
     module: Any,
     *,
     image_size: Size | None = None,
+    example_inputs: Any = None,
     exact: bool = False,
     expand: bool = False,
     origin: str | None = None,
@@ -61,8 +64,12 @@ def port(
     statistics and every gradient. It is left as it was.
 
     Args:
-      module: An ``nn.Module`` that maps one batch of images ``(N, C, H, W)`` to tensors.
+      module: An ``nn.Module`` that maps one batch of images ``(N, C, H, W)``, or the
+        ``example_inputs``, to tensors.
       image_size: Height and width to trace it with; None tries 64, 32, 224 and 299.
+      example_inputs: What it takes if that is something else than one batch of images: a tensor,
+        several, or a mapping from arguments of ``forward`` to tensors, each with the batch first.
+        Only the shapes count.
       exact: Train both for five steps as well, and compare weights and statistics to 1e-10.
       expand: Write out a network that this library has already, which is otherwise one line.
       origin: How the result names the module; None: its class.
@@ -88,13 +95,19 @@ def port(
                 f"file, from its attributes."
             )
         copied.requires_grad_(True)  # a frozen parameter has a gradient in Flax
-        channels, size, random = _accepted(copied, [image_size] if image_size else SIZES)
+        shapes = shapes_of(copied, example_inputs)
+        if shapes:
+            random = _runs_on(copied, shapes)
+            channels, *size = next((one for one in shapes if len(one) == 3), (0, 0, 0))
+            size, shapes = (size[0], size[1]), () if is_one_image(shapes) else shapes
+        else:
+            channels, size, random = _accepted(copied, [image_size] if image_size else SIZES)
         name = origin or type(inner(module)).__name__
         # the library's own networks have neither dropout nor stochastic depth
-        known = None if expand or random else known_network(copied, name)
+        known = None if expand or random or shapes else known_network(copied, name)
         if known is None:
             trains = random is not None
-            return _ported(copied, state, channels, size, exact, name, trains=trains)
+            return _ported(copied, state, channels, size, exact, name, trains=trains, inputs=shapes)
         made = PortedNetwork(
             known.source, known.name, known.table, known.table.to_flax(state), {}, name, size,
             channels, known.slots,
@@ -112,11 +125,15 @@ def _ported(
     origin: str,
     *,
     trains: bool,
+    inputs: Shapes,
 ) -> PortedNetwork:
-    images = [torch.randn(2, channels, *size)]
+    shapes = inputs or ((channels, *size),)
+    images = [torch.randn(2, *shape) for shape in shapes]
     traced = trace(module, images)
     reader = Reader(traced, trace_training(traced, images) if trains else None)
-    body = reader.body("", [((BATCH, channels, *size), axes.channels_last(4))])
+    body = reader.body(
+        "", [((BATCH, *shape), axes.channels_last(1 + len(shape))) for shape in shapes]
+    )
     table = _table(module, body)
     names = Counter(id(one) for _, one in module.named_modules(remove_duplicate=False))
     slots = {
@@ -134,13 +151,15 @@ def _ported(
         )
     made = PortedNetwork(
         source_of(classes, title), classes[-1].name, table, table.to_flax(state), unused,
-        origin, size, channels, slots, notes=tuple(notes),
+        origin, size, channels, slots, inputs, notes=tuple(notes),
     )  # fmt: skip
     proof = prove(module, made, slots, exact=exact)
     source = made.source
     if proof.fixed_size:
-        source = source_of(classes, title, fixed_size=size)
-        notes.append(f"images of {size[0]}x{size[1]} only: {proof.fixed_size}")
+        sizes = [shape[1:] for shape in shapes]
+        source = source_of(classes, title, fixed_sizes=sizes)
+        shown = " and ".join("x".join(map(str, one)) for one in sizes if one)
+        notes.append(f"{'inputs' if inputs else 'images'} of {shown} only: {proof.fixed_size}")
     notes += proof.notes
     return replace(made, source=source, figures=proof.figures, notes=tuple(notes))
 
@@ -162,7 +181,7 @@ def _accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size
                 first = first or error
                 continue
             runs.append(size)
-            random = _draws(module, images)
+            random = _draws(module, [images])
             if random is not None:
                 return channels, size, random
         if runs:
@@ -172,15 +191,36 @@ def _accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size
     raise InputError(
         f"{type(module).__name__} raises on images of {shown} pixels, with {(found or [3])[0]} and "
         f"other numbers of channels ({said}). Give a size that it takes with --image-size HEIGHT "
-        f"WIDTH, or image_size=(height, width)."
+        f"WIDTH, or image_size=(height, width). If it takes something else than one image, give "
+        f"the shapes of its inputs, with --inputs '2,3,64,64;2,10' or port(module, "
+        f"example_inputs=...)."
     ) from first
 
 
-def _draws(module: torch.nn.Module, images: torch.Tensor) -> bool | None:
+def _runs_on(module: torch.nn.Module, shapes: Shapes) -> bool | None:
+    """Whether the module draws random numbers in training mode; None if it does not run in it.
+
+    Raises:
+      InputError: It does not run in evaluation mode.
+    """
+    inputs = [torch.randn(2, *shape) for shape in shapes]
+    try:
+        module(*inputs)
+    except Exception as error:  # whatever the user's code raises
+        shown = ", ".join(str(["N", *shape]).replace("'", "") for shape in shapes)
+        said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        raise InputError(
+            f"{type(module).__name__} raises on inputs of the shapes {shown} ({said}). Give those "
+            f"that its forward takes, in its order."
+        ) from error
+    return _draws(module, inputs)
+
+
+def _draws(module: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> bool | None:
     """Whether the module draws random numbers in training mode; None if it does not run in it."""
     before = torch.get_rng_state()
     try:
-        copy.deepcopy(module).train()(images)
+        copy.deepcopy(module).train()(*inputs)
     except Exception:  # whatever the user's code raises
         return None
     return not torch.equal(before, torch.get_rng_state())

@@ -14,8 +14,9 @@ from flax_resblock.errors import InputError
 from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2, verdict_of
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace
+from flax_resblock.port.inputs import grown
 from flax_resblock.port.network import PortedNetwork
-from flax_resblock.port.side_by_side import QUICKLY, STEPS, SideBySide, images_of
+from flax_resblock.port.side_by_side import QUICKLY, STEPS, SideBySide
 
 FLOOR = 1e-2
 """Gradients are compared relative to themselves, or to this share of the largest of their kind:
@@ -165,9 +166,14 @@ class _Comparison(SideBySide):
         Returns:
           Why the network is right for images of one size only; empty if it is for others.
         """
-        channels, (height, width) = self.ported.channels, self.ported.image_size
-        for other in ((height + 33, width + 32), (height + 32, width + 64)):
-            others = images_of(channels, other)
+        shapes, (height, width) = self.ported.inputs, self.ported.image_size
+        if shapes and grown(shapes, (1, 1)) == shapes:  # vectors, which have no size
+            self.compare(self.images, PRECISIONS["float32"])
+            return ""
+        for more in ((33, 32), (32, 64)):
+            other = (height + more[0], width + more[1])
+            others = self.inputs_of(grown(shapes, more), other)
+            shown = f"inputs larger by {more}" if shapes else str(other)
             try:
                 self.torch(others, PRECISIONS["float32"])
             except Exception:  # the module does not take this size
@@ -176,12 +182,13 @@ class _Comparison(SideBySide):
                 self.compare(others, PRECISIONS["float32"])
                 return ""
             except InputError:
-                why = f"its code has numbers that follow from the size, and differs at {other}"
+                why = f"its code has numbers that follow from the size, and differs at {shown}"
             except Exception as error:  # of jax: shapes that do not fit
-                why = f"the written code raises {type(error).__name__} at {other}"
+                why = f"the written code raises {type(error).__name__} at {shown}"
             break
         else:
             why = "the module takes no other size that was tried"
+        self.shapes = shapes
         self.compare(self.images, PRECISIONS["float32"])
         return why
 
