@@ -36,6 +36,7 @@ def port(
     entry: str | None = None,
     exact: bool = False,
     expand: bool = False,
+    fold_layout: bool = False,
     force: common.Force = False,
     limits: Limits = LIMITS,
 ) -> int:
@@ -71,6 +72,8 @@ def port(
       exact: Train both for five steps as well, and compare weights and statistics to 1e-10.
       expand: Write out a network that this library has already, such as a ResNet of torchvision,
         which is otherwise one line that creates it.
+      fold_layout: Let a linear layer take a flattened map with channels last, with the rows of its
+        weight in that order, instead of a transpose in front of it.
       limits: Limits on what the file may declare before it is refused.
     """
     if image_size is not None and inputs is not None:
@@ -101,6 +104,7 @@ def port(
             example_inputs=inputs,
             exact=exact,
             expand=expand,
+            fold_layout=fold_layout,
             origin=network,
         )
     stem = _stem(network, ported.name)

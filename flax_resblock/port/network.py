@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from flax_resblock.config import BlockConfig, Path
-from flax_resblock.convert.codecs import Codec
+from flax_resblock.convert.codecs import Codec, folded
 from flax_resblock.errors import InputError, some
 from flax_resblock.nn.variables import PORTED_FROM, flat_arrays, on_device, set_values
 from flax_resblock.parity.inputs import adversarial_images
@@ -91,6 +91,7 @@ class Table:
                 "flax": None if one.path is None else list(one.path),
                 "axes": None if one.codec.axes is None else list(one.codec.axes),
             }
+            | ({"columns": list(one.codec.columns)} if one.codec.columns is not None else {})
             for one in self.tensors
         ]
 
@@ -103,15 +104,17 @@ class Table:
         """
         tensors = []
         for row in rows if isinstance(rows, list) else [None]:
-            key, path, axes = (
-                (row.get("torch"), row.get("flax"), row.get("axes"))
-                if isinstance(row, dict)
-                else (None, None, None)
-            )
+            read = row if isinstance(row, dict) else {}
+            key, path, axes, columns = map(read.get, ("torch", "flax", "axes", "columns"))
             sound = isinstance(key, str) and all(isinstance(p, int | str) for p in path or [])
             if not sound or (axes is not None and sorted(axes) != list(range(len(axes)))):
                 raise InputError(f"the table of tensors is damaged at {str(row)[:120]!r}.")
             codec = Codec("as is") if axes is None else Codec("axes moved", tuple(axes))
+            if columns is not None:
+                sizes = isinstance(columns, list) and all(isinstance(c, int) for c in columns)
+                if not sizes or len(columns) != 3 or axes != [1, 0]:
+                    raise InputError(f"the table of tensors is damaged at {str(row)[:120]!r}.")
+                codec = folded((columns[0], columns[1], columns[2]))
             tensors.append(Tensor(str(key), None if path is None else tuple(path), codec))
         return cls(tuple(tensors))
 

@@ -55,6 +55,7 @@ def port(
     example_inputs: Any = None,
     exact: bool = False,
     expand: bool = False,
+    fold_layout: bool = False,
     origin: str | None = None,
 ) -> PortedNetwork:
     """A PyTorch module as Flax source, with its weights and the proof that it computes the same.
@@ -71,6 +72,8 @@ def port(
         several, or a mapping from arguments of ``forward`` to tensors, each with the batch first.
         Only the shapes count.
       exact: Train both for five steps as well, and compare weights and statistics to 1e-10.
+      fold_layout: Let a linear layer take a flattened map with channels last, with the rows of its
+        weight in that order, instead of a transpose in front of it.
       expand: Write out a network that this library has already, which is otherwise one line.
       origin: How the result names the module; None: its class.
     Returns:
@@ -107,7 +110,8 @@ def port(
         known = None if expand or random or shapes else known_network(copied, name)
         if known is None:
             trains = random is not None
-            return _ported(copied, state, channels, size, exact, name, trains=trains, inputs=shapes)
+            more: dict[str, Any] = {"trains": trains, "inputs": shapes, "fold_layout": fold_layout}
+            return _ported(copied, state, channels, size, exact, name, **more)
         made = PortedNetwork(
             known.source, known.name, known.table, known.table.to_flax(state), {}, name, size,
             channels, known.slots,
@@ -126,11 +130,15 @@ def _ported(
     *,
     trains: bool,
     inputs: Shapes,
+    fold_layout: bool,
 ) -> PortedNetwork:
     shapes = inputs or ((channels, *size),)
     images = [torch.randn(2, *shape) for shape in shapes]
-    traced = trace(module, images)
-    reader = Reader(traced, trace_training(traced, images) if trains else None)
+    traced = trace(module, images, fold_layout=fold_layout)
+    training = trace_training(traced, images) if trains else None
+    if training is not None:
+        traced = replace(traced, folded=traced.folded.joined(training.folded))
+    reader = Reader(traced, training)
     body = reader.body(
         "", [((BATCH, *shape), axes.channels_last(1 + len(shape))) for shape in shapes]
     )
@@ -267,5 +275,7 @@ def _slots_of(reader: Reader, part: Part, path: Path) -> Iterator[tuple[str, Pat
 
 
 def _comparable(reader: Reader, name: str) -> bool:
+    if name in reader.traced.folded.between:
+        return False
     orders = reader.orders.get(name, [])
     return len(orders) == 1 and orders[0] in (axes.torch_order(2), axes.channels_last(4))
