@@ -463,6 +463,37 @@ def test_a_linear_layer_takes_a_flattened_map_as_it_is(tmp_path, monkeypatch):
     assert all(torch.equal(back[key], value) for key, value in module.state_dict().items())
 
 
+class Keywords(nn.Module):
+    """Its modules are called like keywords of Python and methods of nnx; it looks at the names."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_module("lambda", nn.Conv2d(3, 4, 3))
+        self.add_module("lambda_", nn.Conv2d(4, 4, 1))
+        self.set_attributes = nn.Sequential(nn.Conv2d(4, 5, 1))
+        self.heads = nn.ModuleDict({"class": nn.Linear(5, 3), "None": nn.Linear(5, 2)})
+
+    def forward(self, x):
+        x = self.set_attributes(self.lambda_(getattr(self, "lambda")(x))).mean((2, 3))
+        return {name: self.heads[name](x) for name in ("class", "None") if name in self.heads}
+
+
+def test_modules_may_be_called_like_keywords():
+    torch.manual_seed(5)
+    module = Keywords()
+    ported = flax_resblock.port(module)
+    assert set(ported.slots) == {
+        *("lambda", "lambda_", "set_attributes.0", "heads.class", "heads.None")
+    }
+    assert "self.lambda__ = nn.Conv(3, 4, 3" in ported.source
+    back = ported.to_torch(ported.create())
+    assert list(back) == list(module.state_dict())
+    assert all(np.array_equal(back[key], value) for key, value in module.state_dict().items())
+    module.register_parameter("with", nn.Parameter(torch.ones(3)))
+    with pytest.raises(InputError, match="parameter 'with' has the name of a Python keyword"):
+        flax_resblock.port(module)
+
+
 def test_figures_name_the_precision_and_the_steps(network):
     figures = flax_resblock.port(network, exact=True).figures
     assert figures["float64 training gradients"]["error"] <= 1e-12

@@ -36,6 +36,7 @@ from flax_resblock.port.parts import (
     tensors_of,
 )  # fmt: skip
 from flax_resblock.port.proof import prove
+from flax_resblock.port.renaming import old_key, without_keywords
 from flax_resblock.port.source import in_docstring, source_of
 from flax_resblock.port.tracing import trace
 from flax_resblock.port.values import BATCH
@@ -134,7 +135,8 @@ def _ported(
 ) -> PortedNetwork:
     shapes = inputs or ((channels, *size),)
     images = [torch.randn(2, *shape) for shape in shapes]
-    traced = trace(module, images, fold_layout=fold_layout)
+    named, old = without_keywords(module)
+    traced = trace(named, images, fold_layout=fold_layout)
     training = trace_training(traced, images) if trains else None
     if training is not None:
         traced = replace(traced, folded=traced.folded.joined(training.folded))
@@ -142,12 +144,13 @@ def _ported(
     body = reader.body(
         "", [((BATCH, *shape), axes.channels_last(1 + len(shape))) for shape in shapes]
     )
-    table = _table(module, body)
-    names = Counter(id(one) for _, one in module.named_modules(remove_duplicate=False))
+    rows = [replace(one, key=old_key(one.key, old)) for one in _table(named, body).tensors]
+    table = Table(tuple(rows))
+    names = Counter(id(one) for _, one in named.named_modules(remove_duplicate=False))
     slots = {
-        name: path
+        old_key(name, old): path
         for name, path in _slots(reader, body.parts, ())
-        if names[id(module.get_submodule(name))] == 1
+        if names[id(named.get_submodule(name))] == 1
     }
     classes = classes_of(reader, body)
     title = f"{in_docstring(origin)} in Flax, with channels last. Written by flax-resblock port."
