@@ -35,10 +35,10 @@ from flax_resblock.port.parts import (
     Part,
     tensors_of,
 )  # fmt: skip
-from flax_resblock.port.proof import prove
+from flax_resblock.port.proof import Proof, prove
 from flax_resblock.port.renaming import old_key, without_keywords
 from flax_resblock.port.source import in_docstring, source_of
-from flax_resblock.port.tracing import trace
+from flax_resblock.port.tracing import Traced, trace
 from flax_resblock.port.values import BATCH
 
 Size = tuple[int, int]
@@ -98,7 +98,6 @@ def port(
                 f"are compared on copies. Remove what cannot be copied, such as a lock or an open "
                 f"file, from its attributes."
             )
-        copied.requires_grad_(True)  # a frozen parameter has a gradient in Flax
         shapes = shapes_of(copied, example_inputs)
         if shapes:
             random = _runs_on(copied, shapes)
@@ -133,6 +132,9 @@ def _ported(
     inputs: Shapes,
     fold_layout: bool,
 ) -> PortedNetwork:
+    """Writes the module with the sizes of its trace; if that is right for one size of images only,
+    again with guesses at where they come from, which are kept if they are right for another size.
+    """
     shapes = inputs or ((channels, *size),)
     images = [torch.randn(2, *shape) for shape in shapes]
     named, old = without_keywords(module)
@@ -140,39 +142,83 @@ def _ported(
     training = trace_training(traced, images) if trains else None
     if training is not None:
         traced = replace(traced, folded=traced.folded.joined(training.folded))
-    reader = Reader(traced, training)
-    body = reader.body(
-        "", [((BATCH, *shape), axes.channels_last(1 + len(shape))) for shape in shapes]
-    )
-    rows = [replace(one, key=old_key(one.key, old)) for one in _table(named, body).tensors]
-    table = Table(tuple(rows))
     names = Counter(id(one) for _, one in named.named_modules(remove_duplicate=False))
-    slots = {
-        old_key(name, old): path
-        for name, path in _slots(reader, body.parts, ())
-        if names[id(named.get_submodule(name))] == 1
-    }
-    classes = classes_of(reader, body)
     title = f"{in_docstring(origin)} in Flax, with channels last. Written by flax-resblock port."
-    unused = {one.key: state[one.key] for one in table.tensors if one.path is None}
-    notes = []
-    if unused:
-        notes.append(
-            f"{some(list(unused))}: never used in evaluation mode; kept for the way back to PyTorch"
+    frozen = [name for name, one in module.named_parameters() if not one.requires_grad]
+    fixed: PortedNetwork | None = None
+    tried = ""
+    for any_size in (False, True):
+        reader = Reader(traced, training, any_size)
+        body = reader.body(
+            "", [((BATCH, *shape), axes.channels_last(1 + len(shape))) for shape in shapes]
         )
-    made = PortedNetwork(
-        source_of(classes, title), classes[-1].name, table, table.to_flax(state), unused,
-        origin, size, channels, slots, inputs, notes=tuple(notes),
-    )  # fmt: skip
-    proof = prove(module, made, slots, exact=exact)
-    source = made.source
-    if proof.fixed_size:
-        sizes = [shape[1:] for shape in shapes]
-        source = source_of(classes, title, fixed_sizes=sizes)
-        shown = " and ".join("x".join(map(str, one)) for one in sizes if one)
-        notes.append(f"{'inputs' if inputs else 'images'} of {shown} only: {proof.fixed_size}")
-    notes += proof.notes
-    return replace(made, source=source, figures=proof.figures, notes=tuple(notes))
+        rows = [replace(one, key=old_key(one.key, old)) for one in _table(named, body).tensors]
+        table = Table(tuple(rows))
+        slots = {
+            old_key(name, old): path
+            for name, path in _slots(reader, body.parts, ())
+            if names[id(named.get_submodule(name))] == 1
+        }
+        classes = classes_of(reader, body)
+        unused = {one.key: state[one.key] for one in table.tensors if one.path is None}
+        why = "never used in evaluation mode; kept for the way back to PyTorch"
+        notes = [f"{some(list(unused))}: {why}"] if unused else []
+        if frozen:
+            why = (
+                "frozen in PyTorch (requires_grad=False); keep them from your optimizer in JAX too"
+            )
+            notes.append(f"{some(frozen)}: {why}")
+        made = PortedNetwork(
+            source_of(classes, title), classes[-1].name, table, table.to_flax(state), unused,
+            origin, size, channels, slots, inputs,
+        )  # fmt: skip
+        if made.source == tried:
+            break  # there was nothing to guess
+        tried = made.source
+        options = {"exact": exact, "guessed": any_size}
+        proof = _proved(module, made, slots, traced, options)
+        made = replace(made, figures=proof.figures, notes=(*notes, *proof.notes))
+        if not proof.fixed_size:
+            return made
+        if fixed is None:
+            sizes = [shape[1:] for shape in shapes]
+            source = source_of(classes, title, fixed_sizes=sizes)
+            shown = " and ".join("x".join(map(str, one)) for one in sizes if one)
+            why = f"{'inputs' if inputs else 'images'} of {shown} only: {proof.fixed_size}"
+            fixed = replace(made, source=source, notes=(*notes, why, *proof.notes))
+    assert fixed is not None
+    return fixed
+
+
+def _proved(
+    module: torch.nn.Module,
+    made: PortedNetwork,
+    slots: Mapping[str, Path],
+    traced: Traced,
+    options: Mapping[str, bool],
+) -> Proof:
+    """The proof; a gradient that is written by hand has to be the one of the forward pass."""
+    if not traced.custom_gradients:
+        return prove(module, made, slots, **options)
+    used = (
+        f"{some(list(traced.custom_gradients))}, a torch.autograd.Function, has a gradient that is "
+        f"written by hand"
+    )
+    try:
+        proof = prove(module, made, slots, **options)
+    except InputError as error:
+        difference = str(error).partition(" Please")[0]
+        raise InputError(
+            f"{difference} {used}; write it with PyTorch's own operators, which have the gradient "
+            f"that belongs to them."
+        ) from error
+    if not any("gradients" in name for name in proof.figures):
+        raise InputError(
+            f"{made.origin} cannot be ported: {used}, and your module does not run in training "
+            f"mode, where it would be compared ({some(proof.notes)})."
+        )
+    note = f"{used}; the port has that of the forward pass, which agrees on the images compared"
+    return replace(proof, notes=[*proof.notes, note])
 
 
 def _accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size, bool | None]:

@@ -40,6 +40,7 @@ class Traced:
       dtype: Of its input.
       constants: Tensors in the code that are neither parameters nor buffers.
       folded: Linear layers that take flattened maps with channels last.
+      custom_gradients: Functions whose gradient is written by hand, each with its place.
     """
 
     live: torch.nn.Module
@@ -48,6 +49,7 @@ class Traced:
     dtype: torch.dtype
     constants: Mapping[str, Any]
     folded: Folded = NOTHING
+    custom_gradients: tuple[str, ...] = ()
 
 
 def trace(
@@ -68,7 +70,7 @@ def trace(
       InputError: The module does what cannot be traced, or changes a part of a tensor in place.
     """
     batch = torch.export.Dim.DYNAMIC
-    with _quiet(), _no_custom_gradients(type(module).__name__):
+    with _quiet(), _custom_gradients() as custom:
         try:
             program = torch.export.export(
                 module,
@@ -76,8 +78,6 @@ def trace(
                 dynamic_shapes=tuple({0: batch} for _ in images),
                 strict=False,
             )
-        except InputError:
-            raise
         except Exception as error:
             raise InputError(_why_not(module, error)) from error
         if training:
@@ -89,7 +89,7 @@ def trace(
         except Exception as error:
             raise InputError(_why_not(module, error)) from error
     spec, constants = program.call_spec.out_spec, program.constants
-    return Traced(module, graphs, spec, images[0].dtype, constants, folded)
+    return Traced(module, graphs, spec, images[0].dtype, constants, folded, tuple(custom))
 
 
 @contextmanager
@@ -106,23 +106,23 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _no_custom_gradients(name: str) -> Iterator[None]:
-    """Refuses functions that define their own gradient, of which a trace shows the value alone."""
+def _custom_gradients() -> Iterator[dict[str, None]]:
+    """The places that use functions with a gradient of their own, of which a trace shows the value
+    alone.
+    """
     function: Any = torch.autograd.Function
     before = vars(function)["apply"]
+    found: dict[str, None] = {}
 
-    def apply(cls: Any, *_: Any, **__: Any) -> Any:
+    def apply(cls: Any, *arguments: Any, **named: Any) -> Any:
         frames = [one for one in traceback.extract_stack()[:-1] if _is_own(one.filename)]
         place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-        raise InputError(
-            f"{name} cannot be ported: it uses {cls.__qualname__}{place}, a "
-            f"torch.autograd.Function, whose gradient is written by hand. Write it with PyTorch's "
-            f"own operators, which have the gradient that belongs to them."
-        )
+        found[f"{cls.__qualname__}{place}"] = None
+        return before.__get__(None, cls)(*arguments, **named)
 
     function.apply = classmethod(apply)
     try:
-        yield
+        yield found
     finally:
         function.apply = before
 
@@ -187,8 +187,8 @@ def _why_not(module: torch.nn.Module, error: Exception) -> str:
     if "GuardOnDataDependent" in kind or "data-dependent" in text.lower() or ".item()" in text:
         return (
             f"{name} cannot be ported: {mode}its forward pass depends on the values in a tensor"
-            f"{place}{code}. A compiled program has one path: compute both and choose with torch.where, "
-            f"or decide by shapes and attributes."
+            f"{place}{code}. A compiled program has one path: compute both and choose with "
+            f"torch.where, or decide by shapes and attributes."
         )
     if "specialized" in text or "Constraints violated" in text or "constraint" in text.lower():
         return (
