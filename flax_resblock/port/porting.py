@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from flax_resblock.parity.module_run import global_state_kept, inner, runnable
 from flax_resblock.port import axes
 from flax_resblock.port.body import Reader
 from flax_resblock.port.classes import classes_of
-from flax_resblock.port.examples import shapes_of
+from flax_resblock.port.examples import SIZES, Size, accepted, runs_on, shapes_of
 from flax_resblock.port.inputs import Shapes, is_one_image
 from flax_resblock.port.known import known_network
 from flax_resblock.port.layers import layer_of
@@ -40,13 +39,6 @@ from flax_resblock.port.renaming import old_key, without_keywords
 from flax_resblock.port.source import in_docstring, source_of
 from flax_resblock.port.tracing import Traced, trace
 from flax_resblock.port.values import BATCH
-
-Size = tuple[int, int]
-"""Height and width of images."""
-
-SIZES: tuple[Size, ...] = ((64, 64), (32, 32), (224, 224), (299, 299))
-"""Sizes of the images, in the order in which they are tried. At 32 pixels many networks end with
-maps of one pixel, whose axes cannot be told from those that a reshape adds."""
 
 
 def port(
@@ -100,11 +92,11 @@ def port(
             )
         shapes = shapes_of(copied, example_inputs)
         if shapes:
-            random = _runs_on(copied, shapes)
+            random = runs_on(copied, shapes)
             channels, *size = next((one for one in shapes if len(one) == 3), (0, 0, 0))
             size, shapes = (size[0], size[1]), () if is_one_image(shapes) else shapes
         else:
-            channels, size, random = _accepted(copied, [image_size] if image_size else SIZES)
+            channels, size, random = accepted(copied, [image_size] if image_size else SIZES)
         name = origin or type(inner(module)).__name__
         # the library's own networks have neither dropout nor stochastic depth
         known = None if expand or random or shapes else known_network(copied, name)
@@ -219,68 +211,6 @@ def _proved(
         )
     note = f"{used}; the port has that of the forward pass, which agrees on the images compared"
     return replace(proof, notes=[*proof.notes, note])
-
-
-def _accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size, bool | None]:
-    """The channels and the first size of images that the module runs on, in training mode too if
-    there is one; and whether it draws random numbers there, None if it does not run."""
-    kinds = torch.nn.Conv2d | torch.nn.ConvTranspose2d
-    convolutions: list[Any] = [one for one in module.modules() if isinstance(one, kinds)]
-    found = [one.in_channels for one in convolutions]
-    first: Exception | None = None
-    for channels in dict.fromkeys([*found[:1], 3, 1, *found]):
-        runs: list[Size] = []
-        for size in sizes:
-            images = torch.randn(2, channels, *size)
-            try:
-                module(images)
-            except Exception as error:  # whatever the user's code raises
-                first = first or error
-                continue
-            runs.append(size)
-            random = _draws(module, [images])
-            if random is not None:
-                return channels, size, random
-        if runs:
-            return channels, runs[0], None
-    shown = ", ".join(f"{height}x{width}" for height, width in sizes)
-    said = f"{type(first).__name__}: {str(first).strip().partition(chr(10))[0][:200]}"
-    raise InputError(
-        f"{type(module).__name__} raises on images of {shown} pixels, with {(found or [3])[0]} and "
-        f"other numbers of channels ({said}). Give a size that it takes with --image-size HEIGHT "
-        f"WIDTH, or image_size=(height, width). If it takes something else than one image, give "
-        f"the shapes of its inputs, with --inputs '2,3,64,64;2,10' or port(module, "
-        f"example_inputs=...)."
-    ) from first
-
-
-def _runs_on(module: torch.nn.Module, shapes: Shapes) -> bool | None:
-    """Whether the module draws random numbers in training mode; None if it does not run in it.
-
-    Raises:
-      InputError: It does not run in evaluation mode.
-    """
-    inputs = [torch.randn(2, *shape) for shape in shapes]
-    try:
-        module(*inputs)
-    except Exception as error:  # whatever the user's code raises
-        shown = ", ".join(str(["N", *shape]).replace("'", "") for shape in shapes)
-        said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-        raise InputError(
-            f"{type(module).__name__} raises on inputs of the shapes {shown} ({said}). Give those "
-            f"that its forward takes, in its order."
-        ) from error
-    return _draws(module, inputs)
-
-
-def _draws(module: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> bool | None:
-    """Whether the module draws random numbers in training mode; None if it does not run in it."""
-    before = torch.get_rng_state()
-    try:
-        copy.deepcopy(module).train()(*inputs)
-    except Exception:  # whatever the user's code raises
-        return None
-    return not torch.equal(before, torch.get_rng_state())
 
 
 def _table(module: torch.nn.Module, body: Body) -> Table:
