@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from flax_resblock.config import BlockConfig, ResNetConfig, architectures
     from flax_resblock.convert import NAMINGS, Naming
     from flax_resblock.cpu.switch import compiler_options, conv_lowering
-    from flax_resblock.errors import AssumptionWarning, CheckpointError, InputError
+    from flax_resblock.errors import (
+        AssumptionWarning,
+        CheckpointError,
+        InputError,
+        PortedWarning,
+    )
     from flax_resblock.export.inference import compile_inference
     from flax_resblock.io import from_torch, load, load_run, save, to_torch
     from flax_resblock.nn.blocks import BottleneckBlock, ResidualBlock
@@ -39,6 +44,7 @@ __all__ = [
     "Limits",
     "Naming",
     "PortedNetwork",
+    "PortedWarning",
     "ResNet",
     "ResNetConfig",
     "ResidualBlock",
@@ -67,7 +73,7 @@ _MODULES = {
     "runs.run": ("Run",),
     "config": ("BlockConfig", "ResNetConfig", "architectures"),
     "nn.blocks": ("BottleneckBlock", "ResidualBlock"),
-    "errors": ("AssumptionWarning", "CheckpointError", "InputError"),
+    "errors": ("AssumptionWarning", "CheckpointError", "InputError", "PortedWarning"),
     "export.inference": ("compile_inference",),
     "cpu.switch": ("compiler_options", "conv_lowering"),
     "nn.norm": ("BatchNorm",),

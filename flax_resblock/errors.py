@@ -32,6 +32,11 @@ class AssumptionWarning(UserWarning):
     what changes it; ``assume="known"`` silences it."""
 
 
+class PortedWarning(UserWarning):
+    """A module that no configuration describes was ported instead: written as Flax source and
+    compared with it. The message says why, and how to get the source."""
+
+
 def visible(text: str, keep: str = "") -> str:
     """Text from a file, safe to show: characters that control a terminal or reorder text appear as
     escapes, ``\\x1b`` or ``\\u202e``.

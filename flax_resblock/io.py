@@ -27,12 +27,14 @@ from flax_resblock.convert.opening import (
     open_checkpoint,
     refuse_afresh,
 )
-from flax_resblock.errors import AssumptionWarning, InputError, some
+from flax_resblock.errors import AssumptionWarning, InputError, PortedWarning, some
 from flax_resblock.nn.blocks import BottleneckBlock, ResidualBlock
 from flax_resblock.nn.layers import LayerOptions
 from flax_resblock.nn.norm import BatchNorm
 from flax_resblock.nn.resnet import Model, ResNet, build
 from flax_resblock.nn.variables import flat_arrays, on_device, set_values
+from flax_resblock.port.folder import save_model
+from flax_resblock.port.network import ported_of
 from flax_resblock.runs.run import Run
 from flax_resblock.runs.run_file import run_of, write_with_run
 
@@ -50,11 +52,14 @@ def from_torch(
     assumptions: Mapping[str, Any] | None = None,
     assume: Literal["known"] | None = None,
     **options: Unpack[LayerOptions],
-) -> Model:
-    """A PyTorch residual network as an nnx model in evaluation mode.
+) -> Model | Any:
+    """A PyTorch network as an nnx model in evaluation mode.
 
     Every value is carried bit for bit, in its own dtype: float64 weights stay float64 (as numpy
     arrays where jax's x64 mode is off).
+
+    An ``nn.Module`` that is no residual network of this library is ported: written as Flax source
+    that computes the same, see :func:`flax_resblock.port`.
 
     Args:
       source: A state dict of tensors or arrays, an ``nn.Module``, or a path of a checkpoint in any
@@ -76,13 +81,15 @@ def from_torch(
       **options: See :class:`flax_resblock.nn.layers.LayerOptions`. ``eps`` and ``momentum`` default
         to those of an ``nn.Module`` source.
     Returns:
-      A :class:`~flax_resblock.ResNet`, or a bare block, in evaluation mode.
+      A :class:`~flax_resblock.ResNet`, or a bare block, in evaluation mode; of a module that was
+      ported, an ``nnx.Module`` with the names of the module.
     Raises:
       CheckpointError: The tensors fit no network, or several; the message lists the differences.
-      InputError: An ``nn.Module`` whose strides, padding or norms differ from those of the Flax
-        network, or whose forward pass does: the module is run on random images and compared with
-        the network built from it. The module itself is left as it was.
+      InputError: An ``nn.Module`` that no configuration describes and that cannot be ported, or is
+        given together with arguments that a port has no place for. The module is run on random
+        images and compared with what was built from it; it is left as it was.
     Warns:
+      PortedWarning: The module was ported, with the reason.
       AssumptionWarning: What no tensor tells and was assumed, such as the activation. A published
         network under its usual names gets one line. An ``nn.Module`` leaves nothing to assume.
       UserWarning: Everything that was left out, ignored, filled or unwrapped, in one warning;
@@ -98,12 +105,15 @@ def from_torch(
 
         try:
             opened, _ = open_module(source, reading)
-        except InputError as error:
-            how = "flax_resblock.port(module) writes a network of another kind as Flax source."
-            lines = str(error)
-            gap = "\n" if "\n" in lines else " "
-            error.args = (f"{lines}{gap}{how}",)
-            raise
+        except InputError as refusal:
+            from flax_resblock.port.instead import ported_instead
+
+            names = ("architecture", "naming", "num_classes", "stride", "ignore", "allow_missing")
+            told = [name for name in names if getattr(reading, name)]
+            told += [*(["assumptions"] if assumptions else []), *options]
+            ported, words = ported_instead(source, refusal, told)
+            warnings.warn(words, PortedWarning, stacklevel=2)
+            return ported.create()
     elif isinstance(source, Mapping):
         opened = interpret(record_of(source, "the state dict"), reading)
     elif isinstance(source, str | PathLike):
@@ -271,19 +281,22 @@ def arrays_of(source: OpenedCheckpoint) -> dict[Path, jax.Array | np.ndarray]:
 def _config_of(model: Any) -> Config:
     if not isinstance(model, ResNet | ResidualBlock | BottleneckBlock):
         raise InputError(
-            f"this takes a ResNet, ResidualBlock or BottleneckBlock of flax_resblock, not a "
-            f"{type(model).__name__}."
+            f"this takes a ResNet, ResidualBlock or BottleneckBlock of flax_resblock, or a model "
+            f"that was ported, not a {type(model).__name__}."
         )
     return model.config
 
 
-def to_torch(model: Model, naming: str | Naming = "torchvision") -> dict[str, np.ndarray]:
+def to_torch(
+    model: Model | nnx.Module, naming: str | Naming = "torchvision"
+) -> dict[str, np.ndarray]:
     """The state dict of a model, in PyTorch's order, names and layouts; bit for bit the tensors
     that :func:`from_torch` took.
 
     Args:
-      model: A model of this library.
-      naming: Naming scheme, or the name of one of :data:`flax_resblock.NAMINGS`.
+      model: A model of this library, or one that was ported from a module.
+      naming: Naming scheme, or the name of one of :data:`flax_resblock.NAMINGS`. A ported model has
+        the names of its own module.
     Returns:
       New writable arrays by name; ``num_batches_tracked`` is int64. ``torch.from_numpy`` of each
       loads with ``strict=True`` (bfloat16 goes through
@@ -295,10 +308,23 @@ def to_torch(model: Model, naming: str | Naming = "torchvision") -> dict[str, np
       UserWarning: The model was loaded without some tensors of its file, such as a projection head,
         so that this is not all that came in.
     """
+    if (ported := ported_of(model)) is not None:
+        _refuse_for_ported(naming != "torchvision" and "naming")
+        state = ported.to_torch(model)
+        return {key: np.array(value, order="C") for key, value in state.items()}
     state_map = StateMap(_config_of(model), naming)
     if words := getattr(model, _LEFT_OUT, ""):
         warnings.warn(words, stacklevel=2)
     return state_map.to_torch(flat_arrays(model), copy=True)
+
+
+def _refuse_for_ported(argument: str | Literal[False]) -> None:
+    """Raises InputError if an argument was given that a ported model has no place for."""
+    if argument:
+        raise InputError(
+            f"{argument}= is for the networks of this library; this model was ported, and has the "
+            f"names of its own PyTorch module. Leave it out."
+        )
 
 
 def norm_options(model: Model) -> dict[str, float | None]:
@@ -314,7 +340,7 @@ def norm_options(model: Model) -> dict[str, float | None]:
 
 
 def save(
-    model: Model,
+    model: Model | nnx.Module,
     path: str | PathLike[str],
     *,
     run: Run | None = None,
@@ -324,10 +350,11 @@ def save(
     """Writes a model, and the run that trains it, to a checkpoint, whole or not at all.
 
     Args:
-      model: A model of this library.
+      model: A model of this library, or one that was ported from a module.
       path: The suffix decides the format: ``.pth`` (``.pt``, ``.th``), ``.safetensors``, or none
         for an Orbax folder, which holds Flax's own names; with the naming scheme ``"huggingface"``
-        or ``"timm"``, for a folder that transformers or timm loads.
+        or ``"timm"``, for a folder that transformers or timm loads. None for a ported model: the
+        folder that ``flax-resblock port`` writes, for :func:`flax_resblock.load_ported`.
       run: Optimizer, schedule and counters, as :func:`load_run` and
         :func:`flax_resblock.training.fit` give them. A ``.pth`` then is a training checkpoint, with
         the entries ``"model"``, ``"optimizer"``, ``"lr_scheduler"``, ``"epoch"`` and ``"step"``.
@@ -339,7 +366,12 @@ def save(
       InputError: An unknown suffix or naming scheme, a destination that exists, a folder that
         cannot be written to.
     """
-    path, scheme, config = FilePath(path), naming_of(naming), _config_of(model)
+    path = FilePath(path)
+    if (ported := ported_of(model)) is not None:
+        _refuse_for_ported((run is not None and "run") or (naming != "torchvision" and "naming"))
+        save_model(ported, model, path, force=force)
+        return
+    scheme, config = naming_of(naming), _config_of(model)
     StateMap(config, scheme)  # refuses a scheme that cannot name this network, whatever the format
     kind = checkpoint.output_format(path)
     files = files_of(scheme.hub, config, {}) if kind == "orbax" and scheme.hub else None
@@ -351,5 +383,5 @@ def save(
     checkpoint.refuse_existing(path, force, checkpoint.is_orbax)
     state_map = StateMap(config, "flax" if kind == "orbax" and files is None else scheme)
     tensors = state_map.to_torch(flat_arrays(model), copy=True)
-    metadata = metadata_of(config, scheme, norm_options(model))
+    metadata = metadata_of(config, scheme, norm_options(cast(Model, model)))
     write_with_run(path, tensors, metadata, run, state_map, files=files, force=force)

@@ -16,12 +16,14 @@ import flax_resblock
 from flax_resblock import BlockConfig, ResNetConfig, compile_inference, from_torch
 from flax_resblock.cli import run
 from flax_resblock.config import choices_of, from_json, name_of, to_json
+from flax_resblock.convert.opening import ReadOptions
 from flax_resblock.errors import InputError
 from flax_resblock.export.fold import fold_batch_norm, folding_error
 from flax_resblock.nn import layers
 from flax_resblock.nn.resnet import build
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.inputs import adversarial_images
+from flax_resblock.parity.live_module import open_module
 from flax_resblock.parity.oracle import relative_l2
 from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.reference import ReferencePair
@@ -98,7 +100,7 @@ def test_a_module_with_another_activation_in_one_place_is_refused(layer):
     module = ResNet(**SMALL, activation="gelu")
     module.layer2[0].act = layer
     with pytest.raises(InputError, match=r"layer2\.0\.act is .*, expected GELU\(approximate=none"):
-        from_torch(module)
+        open_module(module, ReadOptions())
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -24,6 +24,7 @@ from flax_resblock.checkpoint import atomic, safetensors_file
 from flax_resblock.checkpoint.torch_file import from_numpy, with_tensors
 from flax_resblock.cli import run
 from flax_resblock.convert.opening import ReadOptions, open_checkpoint
+from flax_resblock.parity.live_module import open_module
 from parity_tests.support import SMALL, assert_same_bits, flip, healthy, random_bits
 from torch_ref import BasicBlock, Block, ResNet
 
@@ -403,7 +404,7 @@ def test_a_module_that_computes_something_else_is_refused():
         change(module)
         for wrapped in (module, torch.nn.DataParallel(module)):
             with pytest.raises(InputError, match=r"expected|differ in|does not track"):
-                from_torch(wrapped)
+                open_module(wrapped, ReadOptions())
         assert from_torch(module.state_dict()).config == SMALL, name
     module = ResNet(**settings)
     module.add_module("avgpool", torch.nn.AdaptiveMaxPool2d(1))  # which forward never calls
@@ -425,7 +426,7 @@ def test_another_pooling_in_an_imagenet_stem_is_refused(pool):
     with pytest.raises(
         InputError, match=r"stem\.pool is .*expected MaxPool2d\(kernel_size=3, stride=2, padding=1"
     ):
-        from_torch(module)
+        open_module(module, ReadOptions())
 
 
 def test_a_bare_block_needs_its_stride_unless_it_has_no_projection_or_is_a_module():

@@ -292,7 +292,11 @@ FLAGS = {
     "negative steps": (["--steps", "-1"], "must not be negative"),
     "training in evaluation mode": (["--steps", "2", "--eval-only"], "leave one of them out"),
     "a negative tolerance": (["--rtol", "-1"], "not negative"),
-    "two subjects": (["--torch", "a.py:B"], "give one of CKPT and --torch"),
+    "three subjects": (
+        ["--torch", "a.py:B", "--certificate", "nowhere.json"],
+        "give one of CKPT and --torch and --certificate",
+    ),
+    "a port alone": (["--flax", "a.py:B"], "compared with your own PyTorch module"),
     "no images": (["--batch", "0"], "must be positive"),
     "no certificate": (["--certificate", "nowhere.json"], "give one of CKPT and --certificate"),
 }

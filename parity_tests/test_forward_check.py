@@ -1,4 +1,5 @@
-"""from_torch runs its module and refuses one that computes something else than the Flax network."""
+"""A module that computes something else than the Flax network is refused as that network;
+test_ported_models.py tests what from_torch makes of it then."""
 
 import random
 import threading
@@ -13,6 +14,11 @@ from torch import nn
 import torch_ref
 from flax_resblock import InputError, from_torch
 from flax_resblock.cli import run
+from flax_resblock.convert.opening import ReadOptions
+from flax_resblock.parity.live_module import open_module
+
+# No model here may be a port.
+pytestmark = pytest.mark.filterwarnings("error::flax_resblock.PortedWarning")
 
 WIDTHS = (8, 12)
 
@@ -202,6 +208,11 @@ def frozen():
     return net
 
 
+def as_network(module):
+    """Reads the module as a network of this library, as from_torch does first."""
+    return open_module(module, ReadOptions())
+
+
 IMAGENET = {"depths": (1, 1, 1, 1), "widths": (4, 4, 4, 4), "stem_width": 4, "num_classes": 3}
 
 WRONG = {
@@ -247,7 +258,7 @@ def test_a_network_that_computes_something_else_is_refused(case):
         InputError,
         match=r"does not compute what its Flax twin computes.*the outputs differ by up to",
     ) as caught:
-        from_torch(WRONG[case]())
+        as_network(WRONG[case]())
     message = str(caught.value)
     assert "\n" not in message
     assert ("64x64" if "32" in case else "32x32") in message
@@ -262,7 +273,7 @@ def test_a_network_that_computes_the_same_passes(case):
 def test_a_pool_that_differs_at_other_sizes_only_is_refused():
     """It is equal at the size that is tried first; what the layer declares is the explanation."""
     with pytest.raises(InputError, match=r"stem\.pool is MaxPool2d\(.*ceil_mode=True"):
-        from_torch(pooled_with_ceil())
+        as_network(pooled_with_ceil())
 
 
 def test_layers_that_no_option_describes_are_listed_as_they_are():
@@ -272,7 +283,7 @@ def test_layers_that_no_option_describes_are_listed_as_they_are():
     with pytest.raises(
         InputError, match=r"stage2\.0\.conv2 has .*this library has no such"
     ) as caught:
-        from_torch(net)
+        as_network(net)
     assert "blur" not in str(caught.value).lower()
 
 
@@ -283,7 +294,7 @@ def test_norms_that_train_otherwise_are_refused():
     norm.load_state_dict(net.bn1.state_dict())
     net.bn1 = norm
     with pytest.raises(InputError, match=r"stem\.norm is InstanceNorm2d, which normalises each"):
-        from_torch(net)
+        as_network(net)
 
 
 def test_options_of_the_result_do_not_change_the_comparison():
@@ -301,7 +312,7 @@ def test_a_bare_block_is_run_on_feature_maps(block, stride):
     from_torch(block(8, 8, stride))
     wrong = type("Wrong", (block,), {"forward": lambda self, x: block.forward(self, x) * 1.01})
     with pytest.raises(InputError, match="feature maps of 32x32"):
-        from_torch(wrong(8, 8, stride))
+        as_network(wrong(8, 8, stride))
 
 
 class Watched(Net):
@@ -330,7 +341,7 @@ def test_larger_images_are_tried_where_small_ones_raise(suits, tried):
     from_torch(module)
     assert list(dict.fromkeys(module.seen)) == tried
     with pytest.raises(InputError, match=f"{tried[-1]}x{tried[-1]}"):
-        from_torch(made(Watched, suits=suits, act=F.gelu))
+        as_network(made(Watched, suits=suits, act=F.gelu))
 
 
 def test_a_module_that_never_runs_is_refused_with_what_it_raised():
@@ -370,7 +381,7 @@ class Output:
 def test_the_obvious_tensor_of_another_output_is_taken(wrap):
     from_torch(made(Wrapped, wrap=wrap))
     with pytest.raises(InputError, match="does not compute"):
-        from_torch(made(Wrapped, wrap=lambda x: wrap(2 * x)))
+        as_network(made(Wrapped, wrap=lambda x: wrap(2 * x)))
 
 
 @pytest.mark.parametrize(
@@ -383,7 +394,7 @@ def test_the_obvious_tensor_of_another_output_is_taken(wrap):
 )
 def test_an_output_that_cannot_be_compared_is_refused(wrap, message):
     with pytest.raises(InputError, match=message):
-        from_torch(made(Wrapped, wrap=wrap))
+        as_network(made(Wrapped, wrap=wrap))
 
 
 class Backbone(nn.Module):
@@ -402,7 +413,7 @@ class Backbone(nn.Module):
 def test_the_converted_part_of_a_larger_module_is_compared():
     assert from_torch(made(Backbone)).head is None
     with pytest.raises(InputError, match="does not compute"):
-        from_torch(made(Backbone, act=F.gelu))
+        as_network(made(Backbone, act=F.gelu))
 
 
 def test_what_a_dropped_head_is_given_is_compared():
@@ -422,7 +433,7 @@ def test_a_feature_map_is_compared_where_there_is_no_head():
 
     from_torch(made(Body))
     with pytest.raises(InputError, match="does not compute"):
-        from_torch(made(Body, act=F.gelu))
+        as_network(made(Body, act=F.gelu))
 
 
 def test_weights_that_are_not_finite_do_not_hide_a_difference():
@@ -435,7 +446,7 @@ def test_weights_that_are_not_finite_do_not_hide_a_difference():
     with pytest.warns(UserWarning, match="carried as they are"):
         from_torch(broken())
     with pytest.raises(InputError, match="does not compute"):
-        from_torch(broken(act=F.gelu))
+        as_network(broken(act=F.gelu))
 
 
 class Restless(Net):

@@ -52,7 +52,7 @@ PACKAGES: dict[str, tuple[set[str], set[str]]] = {
         JAX | {"torch"},
     ),
     "io": (
-        {"checkpoint", "config", "convert", "errors", "nn", "parity", "runs"},
+        {"checkpoint", "config", "convert", "errors", "nn", "parity", "port", "runs"},
         JAX,
     ),
     "bench": (

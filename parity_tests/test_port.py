@@ -571,6 +571,82 @@ def test_nothing_is_transposed_without_a_flattened_map():
     assert transposes(flattening) == 1
 
 
+class Flattens(nn.Module):
+    """Two heads of flattened maps; that of the second goes through a norm as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2)
+        self.pool = nn.MaxPool2d((9, 7))
+        self.head = nn.Sequential(nn.Dropout(), nn.Linear(48, 7), nn.ReLU(), nn.Linear(7, 2))
+        self.other = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(48), nn.Linear(48, 3))
+
+    def forward(self, x):
+        x = self.pool(torch.relu(self.conv(x)))
+        return self.head(F.relu(torch.flatten(x, 1))), self.other(x)
+
+
+def test_a_linear_layer_takes_a_flattened_map_as_it_is(tmp_path, monkeypatch):
+    """Its weight has the order; a norm in between keeps the transpose that it needs."""
+    torch.manual_seed(4)
+    module = Flattens()
+
+    def transposes(ported) -> int:
+        model = ported.create()
+        with flax_resblock.conv_lowering("xla"):
+            text = jax.jit(lambda x: model(x)).lower(jnp.ones((2, 64, 64, 3))).as_text()
+        return len(re.findall(r"stablehlo.transpose", text))
+
+    plain = flax_resblock.port(module)
+    folded = flax_resblock.port(module, fold_layout=True)
+    assert (transposes(plain), transposes(folded)) == (2, 1)
+    assert folded.figures["float64 training gradients"]["tensors"] == len([*module.parameters()])
+    kernel = folded.values["head", "layers", 1, "kernel"]
+    weight = module.head[1].weight.detach().numpy()
+    np.testing.assert_array_equal(
+        kernel.reshape(3, 4, 4, 7).transpose(3, 2, 0, 1).reshape(7, 48), weight
+    )
+    assert not np.array_equal(kernel.T, weight)  # the control
+
+    monkeypatch.chdir(tmp_path)
+    torch.save(module.state_dict(), "net.pth")
+    assert run(["port", f"{__file__}:Flattens", "net.pth", "out", "--fold-layout"]) == 0
+    assert run(["convert", "out", "back.pth"]) == 0
+    back = torch.load("back.pth", weights_only=True)
+    assert all(torch.equal(back[key], value) for key, value in module.state_dict().items())
+
+
+class Keywords(nn.Module):
+    """Its modules are called like keywords of Python and methods of nnx; it looks at the names."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_module("lambda", nn.Conv2d(3, 4, 3))
+        self.add_module("lambda_", nn.Conv2d(4, 4, 1))
+        self.set_attributes = nn.Sequential(nn.Conv2d(4, 5, 1))
+        self.heads = nn.ModuleDict({"class": nn.Linear(5, 3), "None": nn.Linear(5, 2)})
+
+    def forward(self, x):
+        x = self.set_attributes(self.lambda_(getattr(self, "lambda")(x))).mean((2, 3))
+        return {name: self.heads[name](x) for name in ("class", "None") if name in self.heads}
+
+
+def test_modules_may_be_called_like_keywords():
+    torch.manual_seed(5)
+    module = Keywords()
+    ported = flax_resblock.port(module)
+    assert set(ported.slots) == {
+        *("lambda", "lambda_", "set_attributes.0", "heads.class", "heads.None")
+    }
+    assert "self.lambda__ = nn.Conv(3, 4, 3" in ported.source
+    back = ported.to_torch(ported.create())
+    assert list(back) == list(module.state_dict())
+    assert all(np.array_equal(back[key], value) for key, value in module.state_dict().items())
+    module.register_parameter("with", nn.Parameter(torch.ones(3)))
+    with pytest.raises(InputError, match="parameter 'with' has the name of a Python keyword"):
+        flax_resblock.port(module)
+
+
 def test_figures_name_the_precision_and_the_steps(network):
     figures = flax_resblock.port(network, exact=True).figures
     assert figures["float64 training gradients"]["error"] <= 1e-12

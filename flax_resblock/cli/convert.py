@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,7 +94,7 @@ def convert(
         naming_of(to_naming)  # refuses an unknown name before anything is read
     with common.status.status(f"reading {checkpoint_}"):
         carry = training.with_optimizer and not training.weights_only
-        source, module = _opened(checkpoint_, reading, carry, torch, kwargs, image_size)
+        source, module = _opened(checkpoint_, out, reading, carry, torch, kwargs, image_size)
         common.refuse_unhealthy(source, allow_nonfinite)
         target = StateMap(source.config, target_naming(source, format_name, to_naming))
         files = None
@@ -175,6 +176,7 @@ def _figure(value: float | None) -> str:
 
 def _opened(
     path: Path,
+    out: Path,
     reading: common.ReadingFlags,
     run: bool,
     torch: str | None,
@@ -194,8 +196,20 @@ def _opened(
         raise InputError("--image-size takes two positive numbers, height and width.")
     sizes = SIZES if image_size is None else (image_size,)
     record = checkpoint.read(path, entry=reading.entry, run=run, limits=reading.limits)
-    network = OwnNetwork(torch, arguments_of(kwargs) or {}, sizes)
+    ported_by = ["flax-resblock", "port", torch, str(path), _new_folder(out)]
+    ported_by += ["--kwargs", kwargs] if kwargs is not None else []
+    ported_by += ["--image-size", *map(str, image_size)] if image_size is not None else []
+    ported_by += ["--entry", reading.entry] if reading.entry is not None else []
+    # port drops no tensors, so that it is no way out for a file of which some are ignored
+    command = "" if reading.ignore else shlex.join(ported_by)
+    network = OwnNetwork(torch, arguments_of(kwargs) or {}, sizes, command)
     return network.read(record, reading.options())
+
+
+def _new_folder(out: Path) -> str:
+    """A folder beside the output that is not there yet."""
+    folder = out.with_suffix("")
+    return str(folder.with_name(f"{folder.name}_ported") if folder.exists() else folder)
 
 
 def _certify(

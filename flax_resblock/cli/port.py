@@ -32,9 +32,11 @@ def port(
     ] = None,
     kwargs: str | None = None,
     image_size: tuple[int, int] | None = None,
+    inputs: str | None = None,
     entry: str | None = None,
     exact: bool = False,
     expand: bool = False,
+    fold_layout: bool = False,
     force: common.Force = False,
     limits: Limits = LIMITS,
 ) -> int:
@@ -64,12 +66,18 @@ def port(
       kwargs: Arguments of that class or function, as a JSON object.
       image_size: Height and width of the images that it is traced with; found by trying 64, 32,
         224 and 299 if left out.
+      inputs: The shapes of what it takes if that is something else than one image, in PyTorch, the
+        batch first: '2,3,64,64;2,10'.
       entry: The entry of the checkpoint that holds the weights.
       exact: Train both for five steps as well, and compare weights and statistics to 1e-10.
       expand: Write out a network that this library has already, such as a ResNet of torchvision,
         which is otherwise one line that creates it.
+      fold_layout: Let a linear layer take a flattened map with channels last, with the rows of its
+        weight in that order, instead of a transpose in front of it.
       limits: Limits on what the file may declare before it is refused.
     """
+    if image_size is not None and inputs is not None:
+        raise InputError("--inputs has the size of images too; leave --image-size out.")
     weights, folder = (None, checkpoint_) if out is None else (checkpoint_, out)
     if image_size is not None and min(image_size) < 1:
         raise InputError("--image-size takes two positive numbers, height and width.")
@@ -91,7 +99,13 @@ def port(
             source = {"path": weights.name, "sha256": hashes(Path(record.source))}
     with common.status.status(f"porting {network} and comparing both"):
         ported = port_module(
-            module, image_size=image_size, exact=exact, expand=expand, origin=network
+            module,
+            image_size=image_size,
+            example_inputs=inputs,
+            exact=exact,
+            expand=expand,
+            fold_layout=fold_layout,
+            origin=network,
         )
     stem = _stem(network, ported.name)
     about = {"spec": network, "sha256": source_hash(factory)}
@@ -101,11 +115,13 @@ def port(
     common.print_title(ported.name, f"{lines} lines, {count} tensors, from {network}")
     common.say(f"  code     {folder / f'{stem}.py'}")
     common.say(f"  weights  {folder / 'weights.safetensors'}")
-    height, width = ported.image_size
+    sizes = [shape[1:] for shape in ported.inputs] or [ported.image_size]
+    shown = " and ".join("x".join(map(str, size)) for size in sizes if size)
+    shown = f", {'inputs' if ported.inputs else 'images'} of {shown}" if shown else ""
     for name, figure in ported.figures.items():
         common.say(
             f"  equal    {name}: {figure['error']:.1e} at most (relative, {figure['tensors']} "
-            f"compared, images of {height}x{width})"
+            f"compared{shown})"
         )
     common.print_notes(ported.notes)
     return 0

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.markup import escape
 
+from flax_resblock.checkpoint import is_ported
 from flax_resblock.cli import common, verify_flags
+from flax_resblock.cli.verify_port import verify_port
 from flax_resblock.cli.verify_run import Verifier, devices_of
 from flax_resblock.config import name_of
 from flax_resblock.errors import InputError
@@ -42,6 +44,7 @@ def verify(
     checkpoint: OptionalCheckpoint = None,
     torch: str | None = None,
     kwargs: str | None = None,
+    flax: str | None = None,
     certificate: Path | None = None,
     allow_nonfinite: common.AllowNonfinite = False,
 ) -> int:
@@ -56,6 +59,8 @@ def verify(
 
       flax-resblock verify --torch net.py:Block
 
+      flax-resblock verify --torch net.py:Net --flax out/net.py:Net
+
     float64 must agree to 1e-12. In float32 Flax's error against the float64 truth may be four times
     PyTorch's own, or 8 ulp. Exit status 1 if something differs.
 
@@ -68,8 +73,12 @@ def verify(
       torch: Examine a PyTorch module of your own instead: FILE.py:NAME or package.module:NAME of a
         class or function that creates it. Importing it runs its code. A block with in_channels and
         out_channels is tried with several values and compared with the specification of a residual
-        block.
+        block. A network of another kind is ported and compared with its port, under the names of
+        its modules; so is every network for which CKPT is given, with these weights.
       kwargs: Arguments of that class or function, as a JSON object.
+      flax: Compare that module with this network, FILE.py:NAME in the folder that
+        flax-resblock port wrote. You may have edited the file. Importing it runs its code. The
+        weights are those of the folder, or of CKPT.
       certificate: Check instead whether the files of a parity.json that convert wrote are
         unchanged. Runs no network.
     """
@@ -77,16 +86,36 @@ def verify(
     report.check()
     subjects = {"CKPT": checkpoint, "--torch": torch, "--certificate": certificate}
     chosen = [name for name, value in subjects.items() if value is not None]
-    if len(chosen) > 1:
+    with_weights = chosen == ["CKPT", "--torch"]
+    if len(chosen) > 1 and not with_weights:
         raise InputError(f"give one of {' and '.join(chosen)}, not both: each is verified alone.")
     if certificate is not None:
         return _recheck(certificate)
+    if flax is not None and torch is None:
+        raise InputError(
+            f"--flax {flax} is compared with your own PyTorch module: say which, with "
+            f"--torch FILE.py:NAME."
+        )
+    if checkpoint is not None and is_ported(checkpoint):
+        raise InputError(
+            f"{checkpoint} is the folder of a port. It is compared with your PyTorch module by "
+            f"flax-resblock verify --torch FILE.py:NAME --flax {checkpoint}/FILE.py:NAME, which "
+            f"runs the code of both files."
+        )
     with verify_flags.torch_needed():
         plan = what.plan()
         places, precision = devices_of(devices, plan)
     verifier = Verifier(plan, places, precision, input, report)
+    if torch is not None and (flax is not None or checkpoint is not None):
+        options: Any = {"weights": checkpoint, "flax": flax, "reading": reading}
+        return verify_port(verifier, torch, kwargs, **options)
     if torch is not None:
-        return verifier.module(torch, kwargs)
+        from flax_resblock.parity.user_module import NoSpecificationError
+
+        try:
+            return verifier.module(torch, kwargs)
+        except NoSpecificationError as error:
+            return verify_port(verifier, torch, kwargs, refusal=error)
     if checkpoint is None and reading.architecture is None:
         if what.all:
             return verifier.battery()

@@ -13,6 +13,7 @@ from rich.markup import escape
 from flax_resblock.cli.common import (
     arguments_of,
     output,
+    print_note,
     print_notes,
     print_table,
     say,
@@ -21,7 +22,7 @@ from flax_resblock.cli.common import (
 )
 from flax_resblock.cli.interrupts import still_wanted
 from flax_resblock.cli.verify_flags import DeviceFlags, InputFlags, ReportFlags
-from flax_resblock.config import Config, name_of
+from flax_resblock.config import Config, ResNetConfig, name_of
 from flax_resblock.errors import InputError
 from flax_resblock.parity.certificate import REFERENCE
 
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 
     from flax_resblock.parity.api import Verification
     from flax_resblock.parity.comparison import Plan
+    from flax_resblock.parity.pair import Pair
     from flax_resblock.parity.parts import Devices
-    from flax_resblock.parity.reference import ReferencePair
     from flax_resblock.parity.report import Clock
     from flax_resblock.parity.user_module import ExaminedModule
 
@@ -72,7 +73,7 @@ class Verifier:
     report: ReportFlags
 
     def pair(
-        self, pair: ReferencePair, images: np.ndarray, facts: Mapping[str, Any]
+        self, pair: Pair, images: np.ndarray, facts: Mapping[str, Any]
     ) -> tuple[Verification, dict[str, Any]]:
         """Verifies a pair of networks; returns the report too, which holds ``facts``."""
         from flax_resblock.parity.api import verify_pair
@@ -168,7 +169,13 @@ class Verifier:
                 f"the report of one, the terminal shows all"
             )
         self.write(chosen)
-        return 0 if all(facts["passed"] for facts in reports) else 1
+        passed = all(facts["passed"] for facts in reports)
+        if not passed and all(isinstance(case.config, ResNetConfig) for case in cases):
+            print_note(
+                f"if {spec} is meant to differ from this library's network: flax-resblock port "
+                f"{spec} FOLDER writes it as Flax source of its own"
+            )
+        return 0 if passed else 1
 
     def print(
         self, verification: Verification, *, diagnosis: bool = True, compared_with: str = ""

@@ -113,10 +113,13 @@ class Codec:
     Attributes:
       name: For messages.
       axes: ``flax = torch.transpose(axes)``; None keeps the layout.
+      columns: Of a matrix: the map ``(C, H, W)`` that its columns are in PyTorch, whose channels
+        come last among the rows that they are in Flax.
     """
 
     name: str
     axes: tuple[int, ...] | None = None
+    columns: tuple[int, int, int] | None = None
 
     @cached_property
     def inverse_axes(self) -> tuple[int, ...] | None:
@@ -127,10 +130,19 @@ class Codec:
         """PyTorch's layout to Flax's; the array itself where nothing moves into no place."""
         if self.axes is None and out is None:
             return array
+        if self.columns is not None:
+            (count, _), (c, h, w) = array.shape, self.columns
+            place = None if out is None else out.reshape(h, w, c, count)
+            moved = permute(array.reshape(count, c, h, w), (2, 3, 1, 0), place)
+            return moved.reshape(-1, count)
         return permute(array, self.axes or range(array.ndim), out)
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         """Flax's layout to PyTorch's; the array itself where nothing moves."""
+        if self.columns is not None:
+            c, h, w = self.columns
+            apart = array.reshape(h, w, c, -1)
+            return permute(apart, (3, 2, 0, 1)).reshape(apart.shape[-1], -1)
         return array if self.inverse_axes is None else permute(array, self.inverse_axes)
 
     def flax_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
@@ -152,3 +164,9 @@ TRANSPOSED = Codec("transposed", (1, 0))
 IOHW_HWIO = Codec("IOHW <-> HWIO", (2, 3, 0, 1))
 IOW_WIO = Codec("IOW <-> WIO", (2, 0, 1))
 CHW_HWC = Codec("CHW <-> HWC", (1, 2, 0))
+
+
+def folded(columns: tuple[int, int, int]) -> Codec:
+    """Of the weight of a linear layer that takes a flattened map ``(C, H, W)`` with channels
+    last."""
+    return Codec("transposed, a map's channels last", (1, 0), columns)

@@ -11,6 +11,10 @@ from flax import nnx
 
 from flax_resblock.config import Path
 
+PORTED_FROM = "__ported__"
+"""Attribute of a ported model that says where its tensors are in PyTorch's state dict, see
+:func:`flax_resblock.port.network.ported_of`; ``nnx.split`` and ``nnx.merge`` keep it."""
+
 
 def variable_at(model: nnx.Module, path: tuple[Any, ...]) -> Any:
     """The variable or submodule at an attribute path, ``("stage1", 0, "conv1", "kernel")``."""

@@ -14,6 +14,7 @@ from flax import nnx
 from flax_resblock.convert import StateMap
 from flax_resblock.cpu.switch import Lowering
 from flax_resblock.errors import InputError
+from flax_resblock.nn.variables import PORTED_FROM
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.devices import strict
 from flax_resblock.parity.diagnose import Diagnosis, diagnose
@@ -57,9 +58,9 @@ class Verification:
 def compare(
     torch_module: torch.nn.Module,
     flax_module: nnx.Module,
-    inputs: Any,
+    inputs: Any = None,
     *,
-    state_map: StateMap | Mapping[str, Any],
+    state_map: StateMap | Mapping[str, Any] | None = None,
     slots: Mapping[str, tuple[str, str]] | None = None,
     copy_weights: bool = False,
     train: bool = True,
@@ -76,19 +77,21 @@ def compare(
     """Compares a PyTorch module with an nnx module: every layer's output, running statistics, every
     gradient, and on request whole training steps.
 
-    You only say which of their tensors correspond. Each module is called with one array and returns
-    one. A layer that holds a tensor of the table is compared by itself; name other layers to
-    compare in ``slots``.
+    You only say which of their tensors correspond; a ported model knows that itself. Each module is
+    called with one array and returns one. A layer that holds a tensor of the table is compared by
+    itself; name other layers to compare in ``slots``.
 
     Args:
       torch_module: Takes ``inputs``; images as ``(N, C, H, W)``.
       flax_module: Takes ``inputs`` as they are; images as ``(N, H, W, C)``. Neither module is
         modified.
       inputs: Array in Flax's memory layout, finite. With four axes it is an image batch and is
-        handed to PyTorch as NCHW.
+        handed to PyTorch as NCHW. None is enough for a ported model: random inputs of the shapes
+        that it was traced with. Several are one array, see :mod:`flax_resblock.port.inputs`.
       state_map: PyTorch key to Flax path, ``{"fc.weight": "head.kernel"}``, with a codec where the
         memory layout is not the usual one, ``("head.kernel", "linear")``; see
         :func:`flax_resblock.parity.pair.entries_of`. Or a :class:`flax_resblock.convert.StateMap`.
+        None for a ported model, whose slots then have the names of the PyTorch modules.
       slots: Further layers to compare: name to ``(torch module name, Flax path)``.
       copy_weights: Copy PyTorch's tensors to the Flax side first. Otherwise the two modules are
         compared as they are, tensors included.
@@ -113,9 +116,23 @@ def compare(
       >>> table = {"0.weight": "layers.0.kernel", "0.bias": "layers.0.bias"}
       >>> print(compare(torch_mlp, flax_mlp, x, state_map=table))
     """
-    if isinstance(state_map, StateMap):
-        state_map = {e.torch_key: (dotted(e.flax_path), e.codec) for e in state_map.entries}
-    pair = ModulePair(torch_module, flax_module, state_map, slots=slots, copy_weights=copy_weights)
+    pair: Pair
+    ported = getattr(flax_module, PORTED_FROM, None)
+    if state_map is not None:
+        if isinstance(state_map, StateMap):
+            state_map = {e.torch_key: (dotted(e.flax_path), e.codec) for e in state_map.entries}
+        options: dict[str, Any] = {"slots": slots, "copy_weights": copy_weights}
+        pair = ModulePair(torch_module, flax_module, state_map, **options)
+    elif ported is not None and slots is None:
+        pair = ported.pair_with(torch_module, flax_module, copy_weights=copy_weights)
+        inputs = ported.images() if inputs is None else inputs
+    else:
+        raise InputError(
+            "compare needs a state_map, which says which tensors of the two modules correspond. "
+            "Only a ported model has one of its own, and slots as well."
+        )
+    if inputs is None:
+        raise InputError("compare needs inputs, an array in Flax's memory layout.")
     plan = Plan(train, gradients, precisions, isolated, steps, conv_lowering=conv_lowering)
     if rtol is not None or atol is not None:
         plan = replace(plan, tolerance=Tolerance(rtol or 0.0, atol or 0.0))

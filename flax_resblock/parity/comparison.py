@@ -174,10 +174,9 @@ class _Referee:
                 torch_side, flax_side = sides[precision.name]
                 progress(f"{where}: PyTorch and Flax, {precision.name}")
                 ours = truth if precision.name == "float64" else next(torch_side)
+                floors = _floors(pair, truth)
                 own = {
-                    key: 0.0
-                    if ours is truth
-                    else relative_l2(value, truth[key], vanishing(key, truth))
+                    key: 0.0 if ours is truth else relative_l2(value, truth[key], floors[key])
                     for key, value in ours.items()
                 }
                 kept = ours
@@ -186,7 +185,7 @@ class _Referee:
                 del ours  # the largest arrays: freed before the other side allocates its own
                 flax = next(flax_side)
                 number = None if count is None else step
-                found = self._compared(part, precision, number, flax, kept, truth, own)
+                found = self._compared(part, precision, number, flax, kept, truth, own, floors)
                 rows[precision.name] += list(found)
                 del flax, kept
         return rows
@@ -200,11 +199,13 @@ class _Referee:
         ours: Tensors,
         truth: Tensors,
         own: Mapping[Key, float],
+        floors: Mapping[Key, float],
     ) -> Iterator[Measurement]:
         for key, reference in own.items():
             value = flax.get(key)
-            floor = vanishing(key, truth)
-            error = float("inf") if value is None else relative_l2(value, truth[key], floor)
+            error = float("inf")
+            if value is not None:
+                error = relative_l2(value, truth[key], floors[key])
             verdict = verdict_of(error, reference, precision.epsilon, limit64=part.limit64)
             if self.tolerance is not None and value is not None:
                 excess = self.tolerance.excess(value, ours[key])
@@ -214,6 +215,15 @@ class _Referee:
             if value is not None and value.shape == truth[key].shape and verdict.excess > worst:
                 self.histogram = histogram_of(row, value, ours[key], truth[key]) or self.histogram
             yield row
+
+
+def _floors(pair: Pair, truth: Tensors) -> dict[Key, float]:
+    """The norm below which each tensor counts as small; see ``Pair.gradient_floor`` and
+    :func:`flax_resblock.parity.parts.vanishing`."""
+    of_parameters = [key for key in truth if pair.gradient_floor and key[0] == "parameter gradient"]
+    largest = max((float(np.linalg.norm(truth[key])) for key in of_parameters), default=0.0)
+    floors = dict.fromkeys(of_parameters, pair.gradient_floor * largest)
+    return {key: max(floors.get(key, 0.0), vanishing(key, truth)) for key in truth}
 
 
 def _with_spread(
@@ -238,10 +248,10 @@ def _with_spread(
         truths = part.run("torch", pair, EXACT, images, devices.of(EXACT))
         again = part.run("torch", pair, precision, moved, devices.of(precision))
         for step, (truth, ours) in enumerate(zip(truths, again, strict=True), start=1):
+            floors = _floors(pair, truth)
             for key, value in ours.items():
                 place = (*key, step if stepped else None)
-                error = relative_l2(value, truth[key], vanishing(key, truth))
-                largest[place] = max(largest[place], error)
+                largest[place] = max(largest[place], relative_l2(value, truth[key], floors[key]))
     found = []
     for row in rows:
         own = largest[row.quantity, row.slot, row.step]

@@ -13,12 +13,13 @@ import torch
 from flax import nnx
 
 from flax_resblock.config import Path
+from flax_resblock.convert.state_map import Entry
 from flax_resblock.nn.variables import variable_at
 from flax_resblock.parity.anatomy import Anatomy, quantity_of
 from flax_resblock.parity.causes import NAMES, Diagnosis, evidence_for, explain_tensor
 from flax_resblock.parity.causes.layers import explain_layer
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2, verdict_of
-from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, Side, dotted, parse_path
+from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, Side, parse_path
 from flax_resblock.parity.parts import Devices, Isolated, Tensors, Weights
 from flax_resblock.parity.taps import trace_flax, trace_torch
 
@@ -153,20 +154,25 @@ def _tensors(pair: Pair, images: np.ndarray) -> Iterator[Diagnosis]:
             yield Diagnosis(slot, cause.name if cause else "unknown", side, words, evidence)
 
 
+def _slot_of(pair: Pair, entry: Entry) -> str:
+    return pair.name_of(entry).rpartition("/")[0]
+
+
 class Silenced(Pair):
     """A pair with some layers silenced on both sides.
 
     Args:
       pair: The pair.
-      slots: Names of the layers: attribute paths with dots.
+      slots: Names of the layers.
     """
 
     def __init__(self, pair: Pair, slots: set[str]) -> None:
         self.pair, self.title, self.entries = pair, pair.title, pair.entries
+        self.gradient_floor = pair.gradient_floor
         self.muted = [
             e
             for e in pair.entries
-            if e.flax_path[-1] in ("kernel", "scale") and dotted(e.flax_path[:-1]) in slots
+            if e.flax_path[-1] in ("kernel", "scale") and _slot_of(pair, e) in slots
         ]
 
     @property
@@ -178,6 +184,10 @@ class Silenced(Pair):
     def torch_slots(self) -> Mapping[str, str]:
         """As they were."""
         return self.pair.torch_slots
+
+    def name_of(self, entry: Entry) -> str:
+        """As it was."""
+        return self.pair.name_of(entry)
 
     def torch(self, precision: Precision) -> torch.nn.Module:
         """With the silenced layers' kernels and scales zero."""
@@ -207,8 +217,8 @@ def bisect(pair: Pair, images: np.ndarray, side: Side) -> str | None:
       Name of the layer; None where the outputs agree, or still differ when every layer is silent.
     """
     spec = pair.specification() or pair
-    paths = [e.flax_path for e in pair.entries if e.flax_path[-1] in ("kernel", "scale")]
-    slots = list(dict.fromkeys(dotted(path[:-1]) for path in paths))
+    entries = [e for e in pair.entries if e.flax_path[-1] in ("kernel", "scale")]
+    slots = list(dict.fromkeys(_slot_of(pair, e) for e in entries))
     if _agree(pair, spec, set(), images, side) or not _agree(pair, spec, set(slots), images, side):
         return None
     low, high = 0, len(slots)  # silencing the first `low` does not hide it, the first `high` does

@@ -107,11 +107,13 @@ class OwnNetwork:
       spec: ``FILE.py:NAME`` or ``package.module:NAME``.
       kwargs: Arguments of the class or function.
       sizes: Of the images that it is run on, in the order in which they are tried.
+      ported_by: The command that ports it, for the message that it is no network of this library.
     """
 
     spec: str
     kwargs: Mapping[str, Any]
     sizes: tuple[Size, ...] = SIZES
+    ported_by: str = ""
 
     def read(self, record: Record, reading: ReadOptions) -> tuple[OpenedCheckpoint, dict[str, Any]]:
         """A checkpoint read as the weights of this network, which is run with them.
@@ -129,7 +131,12 @@ class OwnNetwork:
         factory = load_factory(self.spec)
         module = made_by(factory, self.kwargs, f"--torch {self.spec}: calling it")
         load_into(module, without(record.tensors, ignored(record, reading.ignore)), record.source)
-        opened, figures = open_module(module, reading, sizes=self.sizes, wide=True)
+        try:
+            opened, figures = open_module(module, reading, sizes=self.sizes, wide=True)
+        except InputError as error:
+            gap = "\n" if "\n" in str(error) else " "
+            advice = f"{gap}To port it instead, as Flax source of its own, run: {self.ported_by}"
+            raise type(error)(f"{error}{advice if self.ported_by else ''}") from error
         again = interpret(record, _settled(reading, opened))
         again = replace(again, norm_options=opened.norm_options)
         if figures.elsewhere:

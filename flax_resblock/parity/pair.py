@@ -94,10 +94,13 @@ class Pair(ABC):
       title: A name for messages.
       entries: One row per tensor: its Flax path, its PyTorch key, the codec between the memory
         layouts.
+      gradient_floor: Gradients of parameters are compared relative to themselves, or to this share
+        of the largest one: that of a bias in front of a norm is zero but for rounding.
     """
 
     title: str
     entries: Sequence[Entry]
+    gradient_floor: float = 0.0
 
     @property
     @abstractmethod
@@ -113,6 +116,11 @@ class Pair(ABC):
     def branches(self) -> Mapping[str, Branch]:
         """The branch of a residual block that a slot belongs to, for those where it is known."""
         return {}
+
+    def name_of(self, entry: Entry) -> str:
+        """The name of a tensor: the slot that holds it, a slash and its own."""
+        path = entry.flax_path
+        return f"{dotted(path[:-1])}/{path[-1]}".removeprefix("/")
 
     def specification(self) -> Pair | None:
         """A pair whose PyTorch side is known to be right, where there is one: a diagnosis then says

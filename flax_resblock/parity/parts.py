@@ -19,7 +19,7 @@ from flax_resblock.cpu.switch import compiler_options
 from flax_resblock.parity.devices import JaxDevice
 from flax_resblock.parity.isolation import isolate_flax, isolate_torch
 from flax_resblock.parity.oracle import FLOAT64_LIMIT
-from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, Side, dotted
+from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, Side
 from flax_resblock.parity.taps import (
     CPU,
     Trace,
@@ -101,8 +101,9 @@ def by_entries(
             continue
         value = values.get(entry.torch_key if side == "torch" else entry.flax_path)
         if value is not None:
-            name = f"{dotted(entry.flax_path[:-1])}/{entry.flax_path[-1]}".removeprefix("/")
-            found[quantity, name] = entry.codec.to_flax(value) if side == "torch" else value
+            found[quantity, pair.name_of(entry)] = (
+                entry.codec.to_flax(value) if side == "torch" else value
+            )
     return found
 
 
@@ -140,7 +141,8 @@ class Weights(Part):
             state = {k: value.numpy() for k, value in pair.torch(precision).state_dict().items()}
         else:
             with precision.of_jax():
-                state = arrays_by_path(nnx.state(pair.flax(precision)))
+                kinds = (nnx.Param, nnx.BatchStat)  # not the keys of random layers
+                state = arrays_by_path(nnx.state(pair.flax(precision), kinds))
         tensors = by_entries(pair, "tensors", state, side=side)
         yield tensors | by_entries(pair, "tensors", state, side=side, statistics=True)
 

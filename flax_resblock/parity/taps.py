@@ -191,7 +191,7 @@ def trace_torch(
         def hook(_: Any, args: Any, output: Any) -> None:
             if not isinstance(output, torch.Tensor):
                 return  # a layer that returns several things is no slot
-            if inputs and args:
+            if inputs and args and isinstance(args[0], torch.Tensor):
                 fed[name] = as_array(args[0], copied=True)
             # a following in-place ReLU would overwrite the output
             activations[name] = as_array(output, copied=True)

@@ -91,25 +91,33 @@ class ExaminedModule:
         )
 
 
-def load_factory(spec: str) -> Callable[..., Any]:
+class NoSpecificationError(CheckpointError):
+    """A module is neither a residual network nor a block, so that there is no specification to
+    compare it with."""
+
+
+def load_factory(spec: str, flag: str = "--torch") -> Callable[..., Any]:
     """Imports what ``FILE.py:NAME`` or ``package.module:NAME`` names. This runs its code.
 
+    Args:
+      spec: What to import.
+      flag: What messages say before it.
     Raises:
       InputError: No such file, module or name, or code that raises.
     """
     where, colon, name = spec.rpartition(":")
     if not colon or not where or not name:
         raise InputError(
-            f"--torch {spec!r} must be FILE.py:NAME or package.module:NAME, such as model.py:Block."
+            f"{flag} {spec!r} must be FILE.py:NAME or package.module:NAME, such as model.py:Block."
         )
     try:
         if where.endswith(".py"):
             path = Path(where)
             if not path.is_file():
-                raise InputError(f"--torch {spec}: the file {where} does not exist.")
+                raise InputError(f"{flag} {spec}: the file {where} does not exist.")
             found = importlib.util.spec_from_file_location(path.stem, path)
             if found is None or found.loader is None:
-                raise InputError(f"--torch {spec}: {where} cannot be imported.")
+                raise InputError(f"{flag} {spec}: {where} cannot be imported.")
             module = importlib.util.module_from_spec(found)
             sys.modules.setdefault(path.stem, module)
             found.loader.exec_module(module)
@@ -119,11 +127,11 @@ def load_factory(spec: str) -> Callable[..., Any]:
         raise
     except Exception as error:
         raise InputError(
-            f"--torch {spec}: importing it raised {type(error).__name__}: {error}."
+            f"{flag} {spec}: importing it raised {type(error).__name__}: {error}."
         ) from error
     factory = getattr(module, name, None)
     if not callable(factory):
-        raise InputError(f"--torch {spec}: {where} has no class or function {name!r}.")
+        raise InputError(f"{flag} {spec}: {where} has no class or function {name!r}.")
     return factory
 
 
@@ -192,6 +200,7 @@ def examine(
       any_size: Try images of 32x32 too where a network fails on these, as one with a pool of fixed
         size does on an odd number of pixels. A bare block has no such pool.
     Raises:
+      NoSpecificationError: The module is no residual network or block.
       InputError: The factory raises, makes no module, or a module that cannot be compared: see
         :func:`flax_resblock.parity.compare`.
     """
@@ -200,7 +209,10 @@ def examine(
     title = f"{getattr(factory, '__name__', 'factory')}({listed})"
     module = made_by(factory, arguments, title)
     state = randomised_norm_state(state_to_numpy(module.state_dict()), seed)
-    state_map, findings = _specification(state, arguments, title)
+    try:
+        state_map, findings = _specification(state, arguments, title)
+    except InputError as error:
+        raise NoSpecificationError(str(error)) from error
     facts = module_facts(module)
     findings += [
         f"{difference}{_stride_remark(difference)}" for difference in facts.differences(state_map)

@@ -67,7 +67,7 @@ class Reader:
     def layer(self, module: torch.nn.Module, path: str) -> Layer | None:
         """The layer that a module is; see :func:`flax_resblock.port.layers.layer_of`."""
         try:
-            return layer_of(module)
+            return self.traced.folded.applied(layer_of(module), path)
         except InputError as error:
             raise InputError(f"{self.name} cannot be ported: in module {path}, {error}") from error
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path as FilePath
 from typing import Any
@@ -20,7 +20,7 @@ from flax_resblock.checkpoint.folders import PORTED
 from flax_resblock.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from flax_resblock.config import Path
 from flax_resblock.errors import InputError
-from flax_resblock.nn.variables import flat_arrays
+from flax_resblock.nn.variables import PORTED_FROM, flat_arrays
 from flax_resblock.parity.certificate import KIND, NAME, SCHEMA, hashes, versions
 from flax_resblock.port.network import PortedNetwork, Table, filled
 
@@ -40,7 +40,8 @@ class PortedWeights:
       table: Between the state dict and the Flax model.
       values: By attribute path.
       unused: Tensors that the forward pass never uses, by their PyTorch keys.
-      about: What ``port.json`` says besides: ``network``, ``file``, ``image_size``.
+      about: What ``port.json`` says besides: ``network``, ``file``, ``image_size``, ``channels``,
+        ``slots``, ``inputs``.
     """
 
     table: Table
@@ -51,6 +52,22 @@ class PortedWeights:
     def state_dict(self) -> dict[str, np.ndarray]:
         """The state dict of PyTorch."""
         return self.table.to_torch(self.values, self.unused)
+
+    def description(self) -> PortedNetwork:
+        """What a model of the folder's class knows about itself: neither weights nor source."""
+        about = self.about
+        slots = {name: tuple(path) for name, path in about.get("slots", {}).items()}
+        name, size = str(about["network"]), tuple(about["image_size"])
+        inputs = tuple(tuple(shape) for shape in about.get("inputs", ()))
+        return PortedNetwork(
+            "", name, self.table, {}, self.unused, name, size, about["channels"], slots, inputs
+        )
+
+    def create(self, network: Callable[..., nnx.Module]) -> nnx.Module:
+        """A network of this class with these weights, in evaluation mode."""
+        model = filled(network, self.values)
+        setattr(model, PORTED_FROM, self.description())
+        return model
 
 
 def save_ported(
@@ -85,6 +102,8 @@ def save_ported(
         "file": f"{stem}.py",
         "image_size": list(ported.image_size),
         "channels": ported.channels,
+        "inputs": [list(shape) for shape in ported.inputs],
+        "slots": {name: list(path) for name, path in ported.slots.items()},
         "tensors": ported.table.rows(),
     }
     with checkpoint.replacing(folder, force=force, replaceable=checkpoint.is_ported) as temporary:
@@ -98,6 +117,32 @@ def save_ported(
         }
         content = {"schema": SCHEMA, "kind": KIND, "outputs": entries}
         (temporary / NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def save_model(
+    ported: PortedNetwork, model: nnx.Module, path: FilePath, *, force: bool = False
+) -> None:
+    """Writes a ported model with the weights that it has now.
+
+    Args:
+      ported: What it was ported from.
+      path: A folder, for the code and the weights, or a file with one of the suffixes of a
+        checkpoint, for the state dict of PyTorch alone.
+      force: Replace what is there.
+    """
+    if not ported.source and checkpoint.output_format(path) == "orbax":
+        raise InputError(
+            "This model was loaded from the folder of a port, whose code you import, and only its "
+            "weights are known here. Save its state dict, as .pth or .safetensors, or keep the "
+            "folder and save nnx.state(model)."
+        )
+    if checkpoint.output_format(path) != "orbax":
+        checkpoint.write(path, ported.to_torch(model), force=force)
+        return
+    arrays = flat_arrays(model)
+    values = {one.path: arrays[one.path] for one in ported.table.tensors if one.path is not None}
+    checkpoint.refuse_existing(path, force, checkpoint.is_ported)
+    save_ported(replace(ported, values=values), path, stem=ported.name.lower(), force=force)
 
 
 def _entry(
@@ -119,6 +164,7 @@ def _entry(
             "passed": True,
             "compared_with": f"{ported.origin}, your own module",
             "image_size": list(ported.image_size),
+            "inputs": [list(shape) for shape in ported.inputs],
             "figures": dict(ported.figures),
         },
     }
@@ -174,7 +220,7 @@ def load_ported(
       >>> from out.net import Net
       >>> model = load_ported("out", Net)
     """
-    return filled(network, read_ported(FilePath(folder), limits).values)
+    return read_ported(FilePath(folder), limits).create(network)
 
 
 def ported_state_dict(model: nnx.Module, folder: str | FilePath) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from flax_resblock.errors import InputError
+from flax_resblock.port.folding import NOTHING
 from flax_resblock.port.graphs import held, is_tensor, leaves
 from flax_resblock.port.layers import layer_of
 from flax_resblock.port.modules import tensors_held, without_call
@@ -33,7 +34,8 @@ def trace_training(evaluation: Traced, images: Sequence[torch.Tensor]) -> Traced
     for part in module.modules():
         part.training = not _is_layer(part)
     try:
-        training = trace(module, images, training=True)
+        fold_layout = evaluation.folded is not NOTHING
+        training = trace(module, images, training=True, fold_layout=fold_layout)
     finally:
         module.eval()
     for path, _ in training.graphs.named_modules():

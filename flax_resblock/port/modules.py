@@ -5,6 +5,7 @@ from __future__ import annotations
 import keyword
 
 import torch
+from flax import nnx
 
 
 def without_call(path: str) -> str:
@@ -36,6 +37,6 @@ def is_parameters(module: torch.nn.Module) -> bool:
 
 
 def identifier(name: str) -> str:
-    """A name that Python accepts."""
+    """A name that Python accepts, and that no method of ``nnx.Module`` has."""
     name = name if name.isidentifier() else "".join(c if c.isalnum() else "_" for c in f"_{name}")
-    return f"{name}_" if keyword.iskeyword(name) else name
+    return f"{name}_" if keyword.iskeyword(name) or hasattr(nnx.Module, name) else name

@@ -8,7 +8,7 @@ import linecache
 import sys
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_resblock.config import Path
-from flax_resblock.convert.codecs import Codec
+from flax_resblock.config import BlockConfig, Path
+from flax_resblock.convert.codecs import Codec, folded
 from flax_resblock.errors import InputError, some
-from flax_resblock.nn.variables import flat_arrays, on_device, set_values
+from flax_resblock.nn.variables import PORTED_FROM, flat_arrays, on_device, set_values
+from flax_resblock.parity.inputs import adversarial_images
+from flax_resblock.port.inputs import Shapes, random_inputs
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Table:
                 "flax": None if one.path is None else list(one.path),
                 "axes": None if one.codec.axes is None else list(one.codec.axes),
             }
+            | ({"columns": list(one.codec.columns)} if one.codec.columns is not None else {})
             for one in self.tensors
         ]
 
@@ -101,25 +104,27 @@ class Table:
         """
         tensors = []
         for row in rows if isinstance(rows, list) else [None]:
-            key, path, axes = (
-                (row.get("torch"), row.get("flax"), row.get("axes"))
-                if isinstance(row, dict)
-                else (None, None, None)
-            )
+            read = row if isinstance(row, dict) else {}
+            key, path, axes, columns = map(read.get, ("torch", "flax", "axes", "columns"))
             sound = isinstance(key, str) and all(isinstance(p, int | str) for p in path or [])
             if not sound or (axes is not None and sorted(axes) != list(range(len(axes)))):
                 raise InputError(f"the table of tensors is damaged at {str(row)[:120]!r}.")
             codec = Codec("as is") if axes is None else Codec("axes moved", tuple(axes))
+            if columns is not None:
+                sizes = isinstance(columns, list) and all(isinstance(c, int) for c in columns)
+                if not sizes or len(columns) != 3 or axes != [1, 0]:
+                    raise InputError(f"the table of tensors is damaged at {str(row)[:120]!r}.")
+                codec = folded((columns[0], columns[1], columns[2]))
             tensors.append(Tensor(str(key), None if path is None else tuple(path), codec))
         return cls(tuple(tensors))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class PortedNetwork:
     """A network of the user's as Flax source, with its weights.
 
     Attributes:
-      source: The Python file.
+      source: The Python file; empty if the network was loaded from a folder.
       name: The class of the network in it.
       table: Where every tensor of the state dict is.
       values: The weights, by attribute path.
@@ -127,6 +132,8 @@ class PortedNetwork:
       origin: The module's class, as the certificate names it.
       image_size: Height and width of the images that it was traced with.
       channels: Of these images.
+      slots: Paths of the layers whose outputs can be compared, by their names in PyTorch.
+      inputs: Shapes of its inputs, if they are something else than one batch of images.
       figures: What the comparison with the module measured; see
         :class:`flax_resblock.port.proof.Proof`.
       notes: What you should know about the result.
@@ -140,23 +147,54 @@ class PortedNetwork:
     origin: str
     image_size: tuple[int, int]
     channels: int
+    slots: Mapping[str, Path] = field(default_factory=dict)
+    inputs: Shapes = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @cached_property
     def network(self) -> Callable[..., nnx.Module]:
-        """What creates the network, called with ``rngs``: the class in the executed source."""
-        return getattr(executed(self.source, f"ported_{self.name.lower()}"), self.name)
+        """What creates the network, called with ``rngs``: the class in the executed source.
+
+        Models of the class know this description, see :func:`ported_of`."""
+        made = getattr(executed(self.source, f"ported_{self.name.lower()}"), self.name)
+        if isinstance(made, type):
+            setattr(made, PORTED_FROM, replace(self, values={}))
+        return made
 
     def create(self) -> nnx.Module:
         """The network with the weights of the module, in evaluation mode."""
         return filled(self.network, self.values)
+
+    def __repr__(self) -> str:
+        return f"PortedNetwork({self.name}, {len(self.table.tensors)} tensors, of {self.origin})"
+
+    def pair_with(self, module: Any, model: nnx.Module, *, copy_weights: bool = False) -> Any:
+        """A :class:`flax_resblock.port.pair.PortedPair` of the module and a model of this network,
+        to be compared; needs torch."""
+        from flax_resblock.port.pair import PortedPair
+
+        return PortedPair(module, model, self, copy_weights=copy_weights)
+
+    def images(self) -> np.ndarray:
+        """Random images of the size that it was traced with, ``(3, H, W, C)``; several inputs in
+        one array, see :mod:`flax_resblock.port.inputs`."""
+        if self.inputs:
+            return random_inputs(self.inputs, batch=3)
+        height, width = self.image_size
+        config = BlockConfig(in_channels=self.channels, out_channels=self.channels)
+        return adversarial_images(config, batch=3, height=height, width=width)
 
     def to_torch(self, model: nnx.Module) -> dict[str, np.ndarray]:
         """The state dict of a model of this network, as ``load_state_dict(strict=True)`` takes it
         once :func:`torch.from_numpy` has made tensors of its arrays.
         """
         return self.table.to_torch(flat_arrays(model), self.unused)
+
+
+def ported_of(model: Any) -> PortedNetwork | None:
+    """What a model was ported from, without its weights; None if it was not."""
+    return getattr(model, PORTED_FROM, None)
 
 
 def filled(network: Callable[..., nnx.Module], values: Mapping[Path, np.ndarray]) -> nnx.Module:

@@ -108,9 +108,12 @@ class Values:
         if part is not None and part.order is None:
             part.order = value.order = order
 
-    def reshaped(self, value: Value, shape: Shape) -> Value:
-        """``tensor.reshape(shape)``."""
+    def reshaped(self, value: Value, shape: Shape, *, as_it_is: bool = False) -> Value:
+        """``tensor.reshape(shape)``; as it is, our array flattened with its channels last."""
         value = self.settled(value)
+        if as_it_is:
+            value = self.bring(value, axes.channels_last(len(value.shape)))
+            return self._shaped(value, shape, shape, axes.torch_order(len(shape)))
         plan = axes.reshape(value.shape, value.order, shape)
         value = self.bring(value, plan.before)
         return self._shaped(value, plan.shape, shape, plan.order)

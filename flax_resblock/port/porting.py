@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +18,8 @@ from flax_resblock.parity.module_run import global_state_kept, inner, runnable
 from flax_resblock.port import axes
 from flax_resblock.port.body import Reader
 from flax_resblock.port.classes import classes_of
+from flax_resblock.port.examples import SIZES, Size, accepted, runs_on, shapes_of
+from flax_resblock.port.inputs import Shapes, is_one_image
 from flax_resblock.port.known import known_network
 from flax_resblock.port.layers import layer_of
 from flax_resblock.port.modes import trace_training
@@ -34,24 +35,20 @@ from flax_resblock.port.parts import (
     tensors_of,
 )  # fmt: skip
 from flax_resblock.port.proof import Proof, prove
+from flax_resblock.port.renaming import old_key, without_keywords
 from flax_resblock.port.source import in_docstring, source_of
 from flax_resblock.port.tracing import Traced, trace
 from flax_resblock.port.values import BATCH
-
-Size = tuple[int, int]
-"""Height and width of images."""
-
-SIZES: tuple[Size, ...] = ((64, 64), (32, 32), (224, 224), (299, 299))
-"""Sizes of the images, in the order in which they are tried. At 32 pixels many networks end with
-maps of one pixel, whose axes cannot be told from those that a reshape adds."""
 
 
 def port(
     module: Any,
     *,
     image_size: Size | None = None,
+    example_inputs: Any = None,
     exact: bool = False,
     expand: bool = False,
+    fold_layout: bool = False,
     origin: str | None = None,
 ) -> PortedNetwork:
     """A PyTorch module as Flax source, with its weights and the proof that it computes the same.
@@ -61,9 +58,15 @@ def port(
     statistics and every gradient. It is left as it was.
 
     Args:
-      module: An ``nn.Module`` that maps one batch of images ``(N, C, H, W)`` to tensors.
+      module: An ``nn.Module`` that maps one batch of images ``(N, C, H, W)``, or the
+        ``example_inputs``, to tensors.
       image_size: Height and width to trace it with; None tries 64, 32, 224 and 299.
+      example_inputs: What it takes if that is something else than one batch of images: a tensor,
+        several, or a mapping from arguments of ``forward`` to tensors, each with the batch first.
+        Only the shapes count.
       exact: Train both for five steps as well, and compare weights and statistics to 1e-10.
+      fold_layout: Let a linear layer take a flattened map with channels last, with the rows of its
+        weight in that order, instead of a transpose in front of it.
       expand: Write out a network that this library has already, which is otherwise one line.
       origin: How the result names the module; None: its class.
     Returns:
@@ -81,18 +84,31 @@ def port(
         raise InputError(f"port takes an nn.Module, not a {type(module).__name__}.")
     with global_state_kept(), runnable(inner(module)) as copied:
         state = state_to_numpy(inner(module).state_dict())
-        channels, size, random = _accepted(copied, [image_size] if image_size else SIZES)
+        if copied is inner(module):
+            raise InputError(
+                f"{type(module).__name__} cannot be ported: copy.deepcopy raises on it, and both "
+                f"are compared on copies. Remove what cannot be copied, such as a lock or an open "
+                f"file, from its attributes."
+            )
+        shapes = shapes_of(copied, example_inputs)
+        if shapes:
+            random = runs_on(copied, shapes)
+            channels, *size = next((one for one in shapes if len(one) == 3), (0, 0, 0))
+            size, shapes = (size[0], size[1]), () if is_one_image(shapes) else shapes
+        else:
+            channels, size, random = accepted(copied, [image_size] if image_size else SIZES)
         name = origin or type(inner(module)).__name__
         # the library's own networks have neither dropout nor stochastic depth
-        known = None if expand or random else known_network(copied, name)
+        known = None if expand or random or shapes else known_network(copied, name)
         if known is None:
             trains = random is not None
-            return _ported(copied, state, channels, size, exact, name, trains=trains)
+            more: dict[str, Any] = {"trains": trains, "inputs": shapes, "fold_layout": fold_layout}
+            return _ported(copied, state, channels, size, exact, name, **more)
         made = PortedNetwork(
             known.source, known.name, known.table, known.table.to_flax(state), {}, name, size,
-            channels,
+            channels, known.slots,
         )  # fmt: skip
-        proof = prove(copied, made, known.slots, exact=exact)
+        proof = prove(copied, made, made.slots, exact=exact)
         return replace(made, figures=proof.figures, notes=tuple(proof.notes))
 
 
@@ -105,36 +121,48 @@ def _ported(
     origin: str,
     *,
     trains: bool,
+    inputs: Shapes,
+    fold_layout: bool,
 ) -> PortedNetwork:
     """Writes the module with the sizes of its trace; if that is right for one size of images only,
     again with guesses at where they come from, which are kept if they are right for another size.
     """
-    images = [torch.randn(2, channels, *size)]
-    traced = trace(module, images)
+    shapes = inputs or ((channels, *size),)
+    images = [torch.randn(2, *shape) for shape in shapes]
+    named, old = without_keywords(module)
+    traced = trace(named, images, fold_layout=fold_layout)
     training = trace_training(traced, images) if trains else None
+    if training is not None:
+        traced = replace(traced, folded=traced.folded.joined(training.folded))
     title = f"{in_docstring(origin)} in Flax, with channels last. Written by flax-resblock port."
     written = []  # all before the first proof, which changes the module
     for any_size in (False, True):
         reader = Reader(traced, training, any_size)
-        body = reader.body("", [((BATCH, channels, *size), axes.channels_last(4))])
-        table, classes = _table(module, body), classes_of(reader, body)
+        body = reader.body(
+            "", [((BATCH, *shape), axes.channels_last(1 + len(shape))) for shape in shapes]
+        )
+        rows = [replace(one, key=old_key(one.key, old)) for one in _table(named, body).tensors]
+        table, classes = Table(tuple(rows)), classes_of(reader, body)
+        slots = {old_key(name, old): path for name, path in _slots(reader, body.parts).items()}
         unused = {one.key: state[one.key] for one in table.tensors if one.path is None}
         made = PortedNetwork(
             source_of(classes, title), classes[-1].name, table, table.to_flax(state), unused,
-            origin, size, channels, notes=_notes(module, unused),
+            origin, size, channels, slots, inputs, notes=_notes(module, unused),
         )  # fmt: skip
-        written.append((made, classes, _slots(reader, body.parts)))
-    plain, guessed = (made for made, *_ in written)
+        written.append((made, classes))
+    plain, guessed = (made for made, _ in written)
     fixed = plain
-    for made, classes, slots in written[: 1 if plain.source == guessed.source else 2]:
+    for made, classes in written[: 1 if plain.source == guessed.source else 2]:
         options = {"exact": exact, "guessed": made is guessed}
-        proof = _proved(module, made, slots, traced, options)
+        proof = _proved(module, made, traced, options)
         made = replace(made, figures=proof.figures, notes=(*made.notes, *proof.notes))
         if not proof.fixed_size:
             return made
         if fixed is plain:
-            why = f"images of {size[0]}x{size[1]} only: {proof.fixed_size}"
-            source = source_of(classes, title, fixed_size=size)
+            sizes = [shape[1:] for shape in shapes]
+            source = source_of(classes, title, fixed_sizes=sizes)
+            shown = " and ".join("x".join(map(str, one)) for one in sizes if one)
+            why = f"{'inputs' if inputs else 'images'} of {shown} only: {proof.fixed_size}"
             fixed = replace(made, source=source, notes=(*made.notes, why))
     return fixed
 
@@ -154,19 +182,18 @@ def _notes(module: torch.nn.Module, unused: Mapping[str, Any]) -> tuple[str, ...
 def _proved(
     module: torch.nn.Module,
     made: PortedNetwork,
-    slots: Mapping[str, Path],
     traced: Traced,
     options: Mapping[str, bool],
 ) -> Proof:
     """The proof; a gradient that is written by hand has to be the one of the forward pass."""
     if not traced.custom_gradients:
-        return prove(module, made, slots, **options)
+        return prove(module, made, made.slots, **options)
     used = (
         f"{some(list(traced.custom_gradients))}, a torch.autograd.Function, has a gradient that is "
         f"written by hand"
     )
     try:
-        proof = prove(module, made, slots, **options)
+        proof = prove(module, made, made.slots, **options)
     except InputError as error:
         difference = str(error).partition(" Please")[0]
         raise InputError(
@@ -180,47 +207,6 @@ def _proved(
         )
     note = f"{used}; the port has that of the forward pass, which agrees on the images compared"
     return replace(proof, notes=[*proof.notes, note])
-
-
-def _accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size, bool | None]:
-    """The channels and the first size of images that the module runs on, in training mode too if
-    there is one; and whether it draws random numbers there, None if it does not run."""
-    kinds = torch.nn.Conv2d | torch.nn.ConvTranspose2d
-    convolutions: list[Any] = [one for one in module.modules() if isinstance(one, kinds)]
-    found = [one.in_channels for one in convolutions]
-    first: Exception | None = None
-    for channels in dict.fromkeys([*found[:1], 3, 1, *found]):
-        runs: list[Size] = []
-        for size in sizes:
-            images = torch.randn(2, channels, *size)
-            try:
-                module(images)
-            except Exception as error:  # whatever the user's code raises
-                first = first or error
-                continue
-            runs.append(size)
-            random = _draws(module, images)
-            if random is not None:
-                return channels, size, random
-        if runs:
-            return channels, runs[0], None
-    shown = ", ".join(f"{height}x{width}" for height, width in sizes)
-    said = f"{type(first).__name__}: {str(first).strip().partition(chr(10))[0][:200]}"
-    raise InputError(
-        f"{type(module).__name__} raises on images of {shown} pixels, with {(found or [3])[0]} and "
-        f"other numbers of channels ({said}). Give a size that it takes with --image-size HEIGHT "
-        f"WIDTH, or image_size=(height, width)."
-    ) from first
-
-
-def _draws(module: torch.nn.Module, images: torch.Tensor) -> bool | None:
-    """Whether the module draws random numbers in training mode; None if it does not run in it."""
-    before = torch.get_rng_state()
-    try:
-        copy.deepcopy(module).train()(images)
-    except Exception:  # whatever the user's code raises
-        return None
-    return not torch.equal(before, torch.get_rng_state())
 
 
 def _table(module: torch.nn.Module, body: Body) -> Table:
@@ -272,5 +258,7 @@ def _slots_of(reader: Reader, part: Part, path: Path) -> Iterator[tuple[str, Pat
 
 
 def _comparable(reader: Reader, name: str) -> bool:
+    if name in reader.traced.folded.between:
+        return False
     orders = reader.orders.get(name, [])
     return len(orders) == 1 and orders[0] in (axes.torch_order(2), axes.channels_last(4))

@@ -15,8 +15,9 @@ from flax_resblock.parity.comparison import SPREAD
 from flax_resblock.parity.oracle import TORCH_FACTOR, TRAJECTORY_LIMIT, relative_l2, verdict_of
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace
+from flax_resblock.port.inputs import grown
 from flax_resblock.port.network import PortedNetwork
-from flax_resblock.port.side_by_side import QUICKLY, STEPS, SideBySide, images_of
+from flax_resblock.port.side_by_side import QUICKLY, STEPS, SideBySide
 
 FLOOR = 1e-2
 """Gradients are compared relative to themselves, or to this share of the largest of their kind:
@@ -201,13 +202,17 @@ class _Comparison(SideBySide):
         Returns:
           Why the network is right for images of one size only; empty if it is for others.
         """
-        channels, (height, width) = self.ported.channels, self.ported.image_size
+        shapes, (height, width) = self.ported.inputs, self.ported.image_size
+        if shapes and grown(shapes, (1, 1)) == shapes:  # vectors, which have no size
+            self.compare(self.images, PRECISIONS["float32"])
+            return ""
         why, agreed = "the module takes no other size that was tried", False
         # nearly twice as large: a window that covers the map leaves most of such a map out
-        larger = min(height, width, 64) - 3
-        sizes = ((larger, larger - 2), (33, 32), (32, 64))
-        for other in ((height + more, width + wider) for more, wider in sizes):
-            others = images_of(channels, other)
+        larger = max(min(height, width, 64) - 3, 1)
+        for more in ((larger, max(larger - 2, 1)), (33, 32), (32, 64)):
+            other = (height + more[0], width + more[1])
+            others = self.inputs_of(grown(shapes, more), other)
+            shown = f"inputs larger by {more}" if shapes else str(other)
             try:
                 self.torch(others, PRECISIONS["float32"])
             except Exception:  # the module does not take this size
@@ -216,11 +221,11 @@ class _Comparison(SideBySide):
                 self.compare(others, PRECISIONS["float32"])
                 agreed = True
             except InputError:
-                why = f"its code has numbers that follow from the size, and differs at {other}"
+                why = f"its code has numbers that follow from the size, and differs at {shown}"
                 agreed = False
                 break
             except Exception as error:  # of jax: shapes that do not fit
-                why = f"the written code raises {type(error).__name__} at {other}"
+                why = f"the written code raises {type(error).__name__} at {shown}"
                 thoroughly = True
             if agreed and not thoroughly:
                 break
@@ -228,6 +233,7 @@ class _Comparison(SideBySide):
             if "raises" in why:
                 self.notes.append(f"{why}, which your module takes; it agrees at other sizes")
             return ""
+        self.shapes = shapes
         self.compare(self.images, PRECISIONS["float32"])
         return why
 

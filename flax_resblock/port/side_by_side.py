@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from flax_resblock.nn.variables import flat_arrays, on_device, set_values
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace, as_tensor, trace_flax, trace_torch
 from flax_resblock.port.graphs import leaves
+from flax_resblock.port.inputs import Shapes, in_one_array, random_inputs, unpacked, unpacked_last
 from flax_resblock.port.network import PortedNetwork
 from flax_resblock.port.random_layers import stochastic_depth
 
@@ -46,26 +48,25 @@ def images_of(channels: int, size: tuple[int, int]) -> np.ndarray:
 class _Flat(nnx.Module):
     """The network with everything that it returns in one array, in PyTorch's order."""
 
-    def __init__(self, net: Any) -> None:
-        self.net = net
+    def __init__(self, net: Any, shapes: Shapes = ()) -> None:
+        self.net, self.shapes = net, shapes
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        parts = [one for one in leaves(self.net(x)) if one is not None]
-        return jnp.concatenate(
-            [jnp.moveaxis(one, -1, 1).reshape(one.shape[0], -1) for one in parts], axis=-1
-        )
+        found = leaves(self.net(*unpacked_last(x, self.shapes)))
+        return in_one_array([one for one in found if one is not None])
 
 
 class _FlatTorch(torch.nn.Module):
     """The module with everything that it returns in one tensor."""
 
-    def __init__(self, net: torch.nn.Module) -> None:
+    def __init__(self, net: torch.nn.Module, shapes: Shapes = ()) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.shapes = net, shapes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = [one for one in leaves(self.net(x)) if isinstance(one, torch.Tensor)]
-        return torch.cat([one.flatten(1) for one in parts], dim=-1)
+        found = leaves(self.net(*unpacked(x, self.shapes)))
+        parts = [one for one in found if isinstance(one, torch.Tensor)]
+        return torch.cat([one.reshape(len(one), -1) for one in parts], dim=-1)
 
 
 class SideBySide:
@@ -90,21 +91,31 @@ class SideBySide:
             parameter.requires_grad_(parameter.is_floating_point())
         own = copy.deepcopy(module.state_dict())
         _move_weights(module)
-        self.images = images_of(ported.channels, ported.image_size)
+        self.shapes: Shapes = ()
+        self.images = self.inputs_of(ported.inputs, ported.image_size)
         output = self._output()
         if not (np.isfinite(output).all() and output.any()):
             module.load_state_dict(own)
 
+    def inputs_of(self, shapes: Shapes, size: tuple[int, int]) -> np.ndarray:
+        """Random inputs of these shapes, or images of this size; both sides expect them now."""
+        self.shapes = shapes
+        if shapes:
+            small = sum(map(math.prod, shapes)) <= 3 * SMALL
+            return random_inputs(shapes, batch=6 if small else 3)
+        return images_of(self.ported.channels, size)
+
     def _output(self) -> np.ndarray:
         """The output in evaluation mode."""
         with torch.no_grad():
-            return _FlatTorch(self.module)(as_tensor(self.images, PRECISIONS["float32"])).numpy()
+            flat = _FlatTorch(self.module, self.shapes)
+            return flat(as_tensor(self.images, PRECISIONS["float32"])).numpy()
 
     def output_in_training(self) -> tuple[int, ...]:
         """The shape of the output in training mode; whatever the module raises there or in its
         backward pass, this raises.
         """
-        flat = _FlatTorch(copy.deepcopy(self.module).train())
+        flat = _FlatTorch(copy.deepcopy(self.module).train(), self.shapes)
         with torch.enable_grad(), _no_functional_dropout():
             output = flat(as_tensor(self.images, PRECISIONS["float32"]))
             output.sum().backward()
@@ -112,7 +123,7 @@ class SideBySide:
 
     def torch(self, images: np.ndarray, precision: Precision, **options: Any) -> Trace:
         """What the module computes."""
-        flat = _FlatTorch(self._cast(precision))
+        flat = _FlatTorch(self._cast(precision), self.shapes)
         with _no_functional_dropout(), torch.enable_grad():
             return trace_torch(flat, images, self.torch_slots, precision=precision, **options)
 
@@ -125,7 +136,7 @@ class SideBySide:
     ) -> Trace:
         """What the ported network computes, with these options of the compiler."""
         with precision.on_jax(None):
-            flat = _Flat(self._filled(precision))
+            flat = _Flat(self._filled(precision), self.shapes)
         options |= {"precision": precision, "options": compiler, "activation_gradients": False}
         with conv_lowering("xla"):
             return trace_flax(flat, images, self.flax_slots, **options)
@@ -145,7 +156,7 @@ class SideBySide:
 
     def is_wide(self) -> bool:
         """Whether the module computes in float64: a cast in its code may keep it from that."""
-        flat = _FlatTorch(self._cast(PRECISIONS["float64"]))
+        flat = _FlatTorch(self._cast(PRECISIONS["float64"]), self.shapes)
         try:
             with torch.no_grad():
                 return flat(as_tensor(self.images, PRECISIONS["float64"])).dtype == torch.float64
@@ -164,7 +175,7 @@ class SideBySide:
         rng = np.random.default_rng(2)
         batches = [self.images + 0.1 * rng.standard_normal(self.images.shape) for _ in range(STEPS)]
         targets = rng.standard_normal(shape)
-        module = _FlatTorch(self._cast(precision)).train()
+        module = _FlatTorch(self._cast(precision), self.shapes).train()
         with _no_functional_dropout(), torch.enable_grad():
             optimizer = torch.optim.SGD(module.parameters(), lr=RATE, momentum=0.9)
             for batch in batches:
@@ -175,7 +186,7 @@ class SideBySide:
         state = {name.removeprefix("net."): value for name, value in module.state_dict().items()}
         theirs = self.ported.table.to_flax(state_to_numpy(state))
         with precision.on_jax(None), conv_lowering("xla"):
-            model = _Flat(self._filled(precision))
+            model = _Flat(self._filled(precision), self.shapes)
             model.train()
             return theirs, _trained(model, batches, targets, precision)
 

@@ -30,17 +30,17 @@ _CONSTANT = re.compile(r"\x01(\d+)\x02")
 
 
 def source_of(
-    classes: Sequence[EmittedClass], title: str, fixed_size: tuple[int, int] | None = None
+    classes: Sequence[EmittedClass], title: str, fixed_sizes: Sequence[tuple[int, ...]] = ()
 ) -> str:
     """The file.
 
     Args:
       classes: Each behind those that it uses.
       title: The first line of its docstring.
-      fixed_size: The only size of images that the network is right for; None: any.
+      fixed_sizes: The only size of each input that the network is right for; empty: any.
     """
     text = "\n\n".join(
-        _class(one, last=one is classes[-1], size=fixed_size if one is classes[-1] else None)
+        _class(one, last=one is classes[-1], sizes=fixed_sizes if one is classes[-1] else ())
         for one in classes
     )
     lines = [f'"""{title}"""', "", "from __future__ import annotations", ""]
@@ -70,7 +70,7 @@ def in_docstring(text: str) -> str:
     return text.replace("\\", "/").replace('"', "'")
 
 
-def _class(made: EmittedClass, *, last: bool, size: tuple[int, int] | None = None) -> str:
+def _class(made: EmittedClass, *, last: bool, sizes: Sequence[tuple[int, ...]]) -> str:
     body = made.main
     kept = (
         []
@@ -115,10 +115,13 @@ def _class(made: EmittedClass, *, last: bool, size: tuple[int, int] | None = Non
     lines += [f"    def __call__(self, {parameters}) -> {' | '.join(results)}:"]
     lines += [f'        """{_shapes(made)}"""']
 
-    if size is not None:
-        first, message = body.arguments[0], f"ported for images of {size[0]}x{size[1]}, not "
-        lines += [f"        if {first}.shape[1:3] != {size}:"]
-        lines += [f'            raise ValueError(f"{message}{{{first}.shape[1:3]}}")']
+    for name, size in zip(body.arguments, sizes, strict=False):
+        found, shown = f"{name}.shape[1:{1 + len(size)}]", "x".join(map(str, size))
+        what = "images" if len(size) == 2 else "signals"
+        if size:
+            lines += [f"        if {found} != {size}:"]
+            text = f"ported for {what} of {shown}, not {{{found}}}"
+            lines += [f'            raise ValueError(f"{text}")']
 
     def constant(match: re.Match[str]) -> str:
         slot = (match[0], body.constants[int(match[1])].hint)

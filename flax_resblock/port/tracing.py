@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from flax_resblock.errors import InputError, visible
+from flax_resblock.port.folding import NOTHING, Folded, fold
 from flax_resblock.port.values import BATCH
 
 _VIEWS = (
@@ -38,6 +39,7 @@ class Traced:
       out_spec: How its outputs are put together, a pytree.
       dtype: Of its input.
       constants: Tensors in the code that are neither parameters nor buffers.
+      folded: Linear layers that take flattened maps with channels last.
       custom_gradients: Functions whose gradient is written by hand, each with its place.
     """
 
@@ -46,11 +48,16 @@ class Traced:
     out_spec: Any
     dtype: torch.dtype
     constants: Mapping[str, Any]
+    folded: Folded = NOTHING
     custom_gradients: tuple[str, ...] = ()
 
 
 def trace(
-    module: torch.nn.Module, images: Sequence[torch.Tensor], *, training: bool = False
+    module: torch.nn.Module,
+    images: Sequence[torch.Tensor],
+    *,
+    training: bool = False,
+    fold_layout: bool = False,
 ) -> Traced:
     """Traces a module with a batch of any size.
 
@@ -58,6 +65,7 @@ def trace(
       module: In the mode that is traced, its layers in evaluation mode.
       images: Its inputs, each with the batch first.
       training: Show batch norm and dropout as functions as they are in evaluation mode.
+      fold_layout: Look for flattened maps that linear layers can take with channels last.
     Raises:
       InputError: The module does what cannot be traced, or changes a part of a tensor in place.
     """
@@ -75,12 +83,13 @@ def trace(
         if training:
             _as_in_evaluation(program.graph)
         _check_in_place(program, type(module).__name__)
+        folded = fold(program) if fold_layout else NOTHING
         try:
             graphs = torch.export.unflatten(program)
         except Exception as error:
             raise InputError(_why_not(module, error)) from error
     spec, constants = program.call_spec.out_spec, program.constants
-    return Traced(module, graphs, spec, images[0].dtype, constants, tuple(custom))
+    return Traced(module, graphs, spec, images[0].dtype, constants, folded, tuple(custom))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flax_resblock.port import axes
+from flax_resblock.port.folding import MARK
 from flax_resblock.port.operators.rules import along, name_of, rule
 from flax_resblock.port.placing import Values
 from flax_resblock.port.tracing import FromBatch, shape_of, size_of
@@ -17,6 +18,8 @@ from flax_resblock.port.values import Constant, Value
 @rule("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten")
 @rule("squeeze", "unsqueeze", "squeeze_dim")
 def _reshape(b: Values, node: Any, x: Any, *_: Any, **__: Any) -> Value:
+    if MARK in node.meta:
+        return b.reshaped(b.value(x), shape_of(node), as_it_is=True)
     return b.reshaped(b.value(x), shape_of(node))
 
 
