@@ -13,6 +13,7 @@ import gc
 import json
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,7 +94,9 @@ def row_of(package: str, name: str, *, exact: bool) -> list[str]:
     back = ported.to_torch(ported.create())
     tensors = {key: torch.from_numpy(np.array(value)) for key, value in back.items()}
     state = module.state_dict()
-    module.load_state_dict(tensors, strict=True)
+    versions = OrderedDict(tensors)
+    versions._metadata = state._metadata  # torch.save keeps it, and MNASNet asks for it
+    module.load_state_dict(versions, strict=True)
     assert all(torch.equal(tensors[key], value) for key, value in state.items())
     figures: dict[str, Any] = {
         name.removeprefix("float64 "): figure for name, figure in ported.figures.items()

@@ -178,8 +178,8 @@ def _why_not(module: torch.nn.Module, error: Exception) -> str:
     if "GuardOnDataDependent" in kind or "data-dependent" in text.lower() or ".item()" in text:
         return (
             f"{name} cannot be ported: {mode}its forward pass depends on the values in a tensor"
-            f"{place}{code}. A compiled program has one path: compute both and choose with torch.where, "
-            f"or decide by shapes and attributes."
+            f"{place}{code}. A compiled program has one path: compute both and choose with "
+            f"torch.where, or decide by shapes and attributes."
         )
     if "specialized" in text or "Constraints violated" in text or "constraint" in text.lower():
         return (
