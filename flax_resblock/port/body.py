@@ -46,10 +46,13 @@ class Reader:
     Args:
       traced: In evaluation mode.
       training: In training mode, if it returns more there.
+      any_size: Write heights and widths for images of any size where that can be guessed.
     """
 
-    def __init__(self, traced: Traced, training: Traced | None = None) -> None:
-        self.traced, self.training = traced, training
+    def __init__(
+        self, traced: Traced, training: Traced | None = None, any_size: bool = False
+    ) -> None:
+        self.traced, self.training, self.any_size = traced, training, any_size
         self.name = type(traced.live).__name__
         self.bodies: dict[str, Body] = {}
         self.inputs: dict[str, Sequence[tuple[Shape, Order]]] = {}
@@ -106,7 +109,8 @@ class BodyReader(Parts):
     ) -> None:
         self.live = reader.live(path)
         kind = type(self.live).__name__
-        super().__init__(reader.name, f"module {path} ({kind})" if path else "its forward pass")
+        place = f"module {path} ({kind})" if path else "its forward pass"
+        super().__init__(reader.name, place, reader.any_size)
         self.reader, self.path, self.skipped = reader, path, skipped
         self.body = Body(without_call(path), type(self.live))
         self.traced = reader.trace_of(path)

@@ -106,36 +106,52 @@ def _ported(
     *,
     trains: bool,
 ) -> PortedNetwork:
+    """Writes the module with the sizes of its trace; if that is right for one size of images only,
+    again with guesses at where they come from, which are kept if they are right for another size.
+    """
     images = [torch.randn(2, channels, *size)]
     traced = trace(module, images)
-    reader = Reader(traced, trace_training(traced, images) if trains else None)
-    body = reader.body("", [((BATCH, channels, *size), axes.channels_last(4))])
-    table = _table(module, body)
+    training = trace_training(traced, images) if trains else None
     names = Counter(id(one) for _, one in module.named_modules(remove_duplicate=False))
-    slots = {
-        name: path
-        for name, path in _slots(reader, body.parts, ())
-        if names[id(module.get_submodule(name))] == 1
-    }
-    classes = classes_of(reader, body)
     title = f"{in_docstring(origin)} in Flax, with channels last. Written by flax-resblock port."
-    unused = {one.key: state[one.key] for one in table.tensors if one.path is None}
-    notes = []
-    if unused:
-        notes.append(
-            f"{some(list(unused))}: never used in evaluation mode; kept for the way back to PyTorch"
-        )
-    made = PortedNetwork(
-        source_of(classes, title), classes[-1].name, table, table.to_flax(state), unused,
-        origin, size, channels, notes=tuple(notes),
-    )  # fmt: skip
-    proof = prove(module, made, slots, exact=exact)
-    source = made.source
-    if proof.fixed_size:
-        source = source_of(classes, title, fixed_size=size)
-        notes.append(f"images of {size[0]}x{size[1]} only: {proof.fixed_size}")
-    notes += proof.notes
-    return replace(made, source=source, figures=proof.figures, notes=tuple(notes))
+    frozen = [name for name, one in module.named_parameters() if not one.requires_grad]
+    fixed: PortedNetwork | None = None
+    tried = ""
+    for any_size in (False, True):
+        reader = Reader(traced, training, any_size)
+        body = reader.body("", [((BATCH, channels, *size), axes.channels_last(4))])
+        table = _table(module, body)
+        slots = {
+            name: path
+            for name, path in _slots(reader, body.parts, ())
+            if names[id(module.get_submodule(name))] == 1
+        }
+        classes = classes_of(reader, body)
+        unused = {one.key: state[one.key] for one in table.tensors if one.path is None}
+        why = "never used in evaluation mode; kept for the way back to PyTorch"
+        notes = [f"{some(list(unused))}: {why}"] if unused else []
+        if frozen:
+            why = (
+                "frozen in PyTorch (requires_grad=False); keep them from your optimizer in JAX too"
+            )
+            notes.append(f"{some(frozen)}: {why}")
+        made = PortedNetwork(
+            source_of(classes, title), classes[-1].name, table, table.to_flax(state), unused,
+            origin, size, channels,
+        )  # fmt: skip
+        if made.source == tried:
+            break  # there was nothing to guess
+        tried = made.source
+        proof = prove(module, made, slots, exact=exact)
+        made = replace(made, figures=proof.figures, notes=(*notes, *proof.notes))
+        if not proof.fixed_size:
+            return made
+        if fixed is None:
+            source = source_of(classes, title, fixed_size=size)
+            why = f"images of {size[0]}x{size[1]} only: {proof.fixed_size}"
+            fixed = replace(made, source=source, notes=(*notes, why, *proof.notes))
+    assert fixed is not None
+    return fixed
 
 
 def _accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size, bool | None]:

@@ -17,18 +17,18 @@ from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.config import Path
 from flax_resblock.cpu.switch import conv_lowering
 from flax_resblock.nn.stochastic import StochasticDepth
-from flax_resblock.nn.variables import flat_arrays
+from flax_resblock.nn.variables import flat_arrays, on_device, set_values
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace, as_tensor, trace_flax, trace_torch
 from flax_resblock.port.graphs import leaves
-from flax_resblock.port.network import PortedNetwork, filled
+from flax_resblock.port.network import PortedNetwork
 
 SMALL = 64 * 64
 """Pixels of an image that is small enough for a larger batch. With few values a channel the
 gradient of batch norm is a small difference of large numbers."""
 
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Options of the compiler for programs that run once."""
+"""Options of the compiler for programs that run once and compute little."""
 
 STEPS, RATE = 5, 1e-3
 """Of the training that is compared."""
@@ -73,7 +73,8 @@ class SideBySide:
 
     Args:
       module: In evaluation mode and float32; changed: its weights are moved, unless its output
-        is then zero or not finite, and its random layers are switched off.
+        is then zero or not finite, its random layers are switched off, and its frozen parameters
+        have gradients.
       ported: Its source and table.
       slots: Paths of the layers in the Flax model, by their names in PyTorch.
     """
@@ -81,10 +82,12 @@ class SideBySide:
     def __init__(
         self, module: torch.nn.Module, ported: PortedNetwork, slots: Mapping[str, Path]
     ) -> None:
-        self.module, self.ported = module, ported
+        self.module, self.ported, self._model = module, ported, ported.create()
         self.torch_slots = {name: f"net.{name}" for name in slots}
         self.flax_slots = {name: ("net", *path) for name, path in slots.items()}
         _switch_off(module)
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
         own = copy.deepcopy(module.state_dict())
         _move_weights(module)
         self.images = images_of(ported.channels, ported.image_size)
@@ -98,10 +101,14 @@ class SideBySide:
             return _FlatTorch(self.module)(as_tensor(self.images, PRECISIONS["float32"])).numpy()
 
     def output_in_training(self) -> tuple[int, ...]:
-        """The shape of the output in training mode; whatever the module raises, this raises."""
+        """The shape of the output in training mode; whatever the module raises there or in its
+        backward pass, this raises.
+        """
         flat = _FlatTorch(copy.deepcopy(self.module).train())
-        with torch.no_grad(), _no_functional_dropout():
-            return tuple(flat(as_tensor(self.images, PRECISIONS["float32"])).shape)
+        with torch.enable_grad(), _no_functional_dropout():
+            output = flat(as_tensor(self.images, PRECISIONS["float32"]))
+            output.sum().backward()
+        return tuple(output.shape)
 
     def torch(self, images: np.ndarray, precision: Precision, **options: Any) -> Trace:
         """What the module computes."""
@@ -109,17 +116,24 @@ class SideBySide:
         with _no_functional_dropout(), torch.enable_grad():
             return trace_torch(flat, images, self.torch_slots, precision=precision, **options)
 
-    def flax(self, images: np.ndarray, precision: Precision, **options: Any) -> Trace:
-        """What the ported network computes, compiled in a hurry, as it runs once."""
+    def flax(
+        self,
+        images: np.ndarray,
+        precision: Precision,
+        compiler: Mapping[str, Any] = QUICKLY,
+        **options: Any,
+    ) -> Trace:
+        """What the ported network computes, with these options of the compiler."""
         with precision.on_jax(None):
             flat = _Flat(self._filled(precision))
-        options |= {"precision": precision, "options": QUICKLY}
+        options |= {"precision": precision, "options": compiler, "activation_gradients": False}
         with conv_lowering("xla"):
             return trace_flax(flat, images, self.flax_slots, **options)
 
     def _filled(self, precision: Precision) -> nnx.Module:
         state = state_to_numpy(self._cast(precision).state_dict())
-        model = filled(self.ported.network, self.ported.table.to_flax(state))
+        model = nnx.clone(self._model)
+        set_values(model, on_device(self.ported.table.to_flax(state)))
         for _, part in nnx.iter_modules(model):
             if isinstance(part, nnx.Dropout | StochasticDepth):
                 part.rate = 0.0
