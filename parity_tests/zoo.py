@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import sys
 import time
 from collections import OrderedDict
@@ -150,7 +151,8 @@ def write(package: str, version: str, name: str, row: list[str], told: str) -> N
     if row:
         of["ported"][name] = " ".join(row[1:])
     else:
-        of["refused"][name] = told.removeprefix("refused: ")
+        why = told.partition("cannot be ported: ")[2] or told
+        of["refused"][name] = re.sub(r"/\S*/site-packages/", "", why)
     FACTS.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     PAGE.write_text(page(facts), encoding="utf-8")
 
