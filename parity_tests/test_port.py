@@ -24,6 +24,7 @@ from flax_resblock.cli import run
 from flax_resblock.parity.certificate import recheck
 from flax_resblock.port import porting, proof
 from flax_resblock.port.network import executed
+from flax_resblock.port.source import source_of
 from parity_tests.support import REPOSITORY, import_torchvision, python
 from parity_tests.wide_resnet import WideResNet
 
@@ -374,6 +375,122 @@ def test_numbers_that_follow_from_the_size_bind_the_network_to_it():
     assert model(jnp.ones((1, 64, 64, 3))).shape == (1, 4)
     with pytest.raises(ValueError, match=r"ported for images of 64x64, not \(65, 65\)"):
         model(jnp.ones((1, 65, 65, 3)))
+
+
+class Sizes(nn.Module):
+    """Asks for the size of its maps in every way."""
+
+    def __init__(self, window=None):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, 2)
+        self.side = nn.Conv2d(6, 4, 1)
+        self.window = window
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x):
+        n, _, height, width = x.shape
+        y = torch.relu(self.conv(x))
+        shares = torch.softmax(self.side(y).view(n, 4, -1), dim=-1)
+        back = shares.view(n, 4, *y.shape[2:])
+        large = F.interpolate(back, size=(height, width))
+        pooled = F.max_pool2d(y, self.window or y.shape[2:]).amax((2, 3))
+        means = y.flatten(2).mean(-1)
+        return self.fc(torch.cat([pooled, means, large.amax((2, 3))], dim=1))
+
+
+def test_sizes_that_follow_from_the_images_do_not_bind_the_network(monkeypatch):
+    torch.manual_seed(0)
+    module = Sizes().eval()
+    images = torch.randn(2, 3, 41, 30)
+    found = flax_resblock.port(module)
+    assert found.notes == ()
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            found.create()(jnp.asarray(images.permute(0, 2, 3, 1).numpy())),
+            module(images).numpy(),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+    # a window that only happens to be as large as the map stays what it is
+    for seed in range(2):
+        torch.manual_seed(seed)
+        fixed = flax_resblock.port(Sizes(15), image_size=(32, 32))
+        assert "images of 32x32 only" in str(fixed.notes)
+    monkeypatch.setattr(porting.Reader, "__init__", without_guesses(porting.Reader.__init__))
+    assert "images of 64x64 only" in str(flax_resblock.port(Sizes()).notes)
+
+
+def without_guesses(original):
+    return lambda self, traced, training=None, any_size=False: original(self, traced, training)
+
+
+class Doubled(torch.autograd.Function):
+    factor = 2.0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @classmethod
+    def backward(cls, ctx, gradient):
+        return gradient * Doubled.factor
+
+
+class OwnGradient(nn.Module):
+    def __init__(self, trains=True):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.trains = trains
+
+    def forward(self, x):
+        if self.training and not self.trains:
+            raise RuntimeError("this network is not trained any more")
+        return Doubled.apply(self.conv(x))
+
+
+def test_a_gradient_written_by_hand_has_to_be_that_of_the_forward_pass(monkeypatch):
+    found = flax_resblock.port(OwnGradient())
+    assert "Doubled at" in str(found.notes)
+    assert "training gradients" in str(found.figures)
+    with pytest.raises(InputError, match=r"Doubled at .*does not run in training mode"):
+        flax_resblock.port(OwnGradient(trains=False))
+    monkeypatch.setattr(Doubled, "factor", 2.0 + 1e-9)
+    with pytest.raises(InputError, match=r"gradients of .* Doubled at .*written by hand"):
+        flax_resblock.port(OwnGradient())
+
+
+def test_a_frozen_parameter_is_compared_and_named():
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    module[1].bias.requires_grad_(False)
+    found = flax_resblock.port(module)
+    assert found.notes == (
+        "1.bias: frozen in PyTorch (requires_grad=False); keep them from your optimizer in JAX too",
+    )
+    assert found.figures["float64 training gradients"]["tensors"] == 4
+    assert not module[1].bias.requires_grad
+
+
+class Amplifying(nn.Module):
+    """Loses five digits."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return torch.sin(300000.0 * self.conv(x).mean((2, 3)))
+
+
+def test_where_pytorch_itself_is_uncertain_its_uncertainty_is_the_limit(monkeypatch):
+    found = flax_resblock.port(Amplifying())
+    assert "differ by more than the usual limit" in str(found.notes)
+    assert found.figures["float64 evaluation output"]["error"] > 1e-12
+    monkeypatch.setattr(
+        porting, "source_of", lambda *a, **k: source_of(*a, **k).replace("300000.0", "300000.01")
+    )
+    with pytest.raises(InputError, match=r"differs? by"):
+        flax_resblock.port(Amplifying())
 
 
 class WithDropout(nn.Module):

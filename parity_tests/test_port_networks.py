@@ -334,21 +334,6 @@ class TiedLayouts(Small):
         return self.back(self.conv(x))
 
 
-class HandWritten(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
-
-
-class OwnGradient(Small):
-    def forward(self, x):
-        return HandWritten.apply(self.conv(x))
-
-
 class CalledTwoWays(Small):
     def __init__(self) -> None:
         super().__init__()
@@ -381,7 +366,6 @@ class ByShape(Small):
         (Recurrent, ["in module rnn", "LSTM(4, 4", "recurrent layers"]),
         (Volume, ["aten.conv3d", "F.conv3d"]),
         (TiedLayouts, ["back.weight", "conv.weight", "one parameter of two modules"]),
-        (OwnGradient, ["HandWritten", "torch.autograd.Function", "test_port_networks.py:"]),
         (CalledTwoWays, ["part is called more than once", "depends on the call"]),
     ],
 )

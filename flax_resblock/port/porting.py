@@ -33,9 +33,9 @@ from flax_resblock.port.parts import (
     Part,
     tensors_of,
 )  # fmt: skip
-from flax_resblock.port.proof import prove
+from flax_resblock.port.proof import Proof, prove
 from flax_resblock.port.source import in_docstring, source_of
-from flax_resblock.port.tracing import trace
+from flax_resblock.port.tracing import Traced, trace
 from flax_resblock.port.values import BATCH
 
 Size = tuple[int, int]
@@ -142,7 +142,8 @@ def _ported(
         if made.source == tried:
             break  # there was nothing to guess
         tried = made.source
-        proof = prove(module, made, slots, exact=exact)
+        options = {"exact": exact, "guessed": any_size}
+        proof = _proved(module, made, slots, traced, options)
         made = replace(made, figures=proof.figures, notes=(*notes, *proof.notes))
         if not proof.fixed_size:
             return made
@@ -152,6 +153,37 @@ def _ported(
             fixed = replace(made, source=source, notes=(*notes, why, *proof.notes))
     assert fixed is not None
     return fixed
+
+
+def _proved(
+    module: torch.nn.Module,
+    made: PortedNetwork,
+    slots: Mapping[str, Path],
+    traced: Traced,
+    options: Mapping[str, bool],
+) -> Proof:
+    """The proof; a gradient that is written by hand has to be the one of the forward pass."""
+    if not traced.custom_gradients:
+        return prove(module, made, slots, **options)
+    used = (
+        f"{some(list(traced.custom_gradients))}, a torch.autograd.Function, has a gradient that is "
+        f"written by hand"
+    )
+    try:
+        proof = prove(module, made, slots, **options)
+    except InputError as error:
+        difference = str(error).partition(" Please")[0]
+        raise InputError(
+            f"{difference} {used}; write it with PyTorch's own operators, which have the gradient "
+            f"that belongs to them."
+        ) from error
+    if not any("gradients" in name for name in proof.figures):
+        raise InputError(
+            f"{made.origin} cannot be ported: {used}, and your module does not run in training "
+            f"mode, where it would be compared ({some(proof.notes)})."
+        )
+    note = f"{used}; the port has that of the forward pass, which agrees on the images compared"
+    return replace(proof, notes=[*proof.notes, note])
 
 
 def _accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size, bool | None]:

@@ -38,6 +38,7 @@ class Traced:
       out_spec: How its outputs are put together, a pytree.
       dtype: Of its input.
       constants: Tensors in the code that are neither parameters nor buffers.
+      custom_gradients: Functions whose gradient is written by hand, each with its place.
     """
 
     live: torch.nn.Module
@@ -45,6 +46,7 @@ class Traced:
     out_spec: Any
     dtype: torch.dtype
     constants: Mapping[str, Any]
+    custom_gradients: tuple[str, ...] = ()
 
 
 def trace(
@@ -60,7 +62,7 @@ def trace(
       InputError: The module does what cannot be traced, or changes a part of a tensor in place.
     """
     batch = torch.export.Dim.DYNAMIC
-    with _quiet(), _no_custom_gradients(type(module).__name__):
+    with _quiet(), _custom_gradients() as custom:
         try:
             program = torch.export.export(
                 module,
@@ -68,8 +70,6 @@ def trace(
                 dynamic_shapes=tuple({0: batch} for _ in images),
                 strict=False,
             )
-        except InputError:
-            raise
         except Exception as error:
             raise InputError(_why_not(module, error)) from error
         if training:
@@ -80,7 +80,7 @@ def trace(
         except Exception as error:
             raise InputError(_why_not(module, error)) from error
     spec, constants = program.call_spec.out_spec, program.constants
-    return Traced(module, graphs, spec, images[0].dtype, constants)
+    return Traced(module, graphs, spec, images[0].dtype, constants, tuple(custom))
 
 
 @contextmanager
@@ -97,23 +97,23 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _no_custom_gradients(name: str) -> Iterator[None]:
-    """Refuses functions that define their own gradient, of which a trace shows the value alone."""
+def _custom_gradients() -> Iterator[dict[str, None]]:
+    """The places that use functions with a gradient of their own, of which a trace shows the value
+    alone.
+    """
     function: Any = torch.autograd.Function
     before = vars(function)["apply"]
+    found: dict[str, None] = {}
 
-    def apply(cls: Any, *_: Any, **__: Any) -> Any:
+    def apply(cls: Any, *arguments: Any, **named: Any) -> Any:
         frames = [one for one in traceback.extract_stack()[:-1] if _is_own(one.filename)]
         place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-        raise InputError(
-            f"{name} cannot be ported: it uses {cls.__qualname__}{place}, a "
-            f"torch.autograd.Function, whose gradient is written by hand. Write it with PyTorch's "
-            f"own operators, which have the gradient that belongs to them."
-        )
+        found[f"{cls.__qualname__}{place}"] = None
+        return before.__get__(None, cls)(*arguments, **named)
 
     function.apply = classmethod(apply)
     try:
-        yield
+        yield found
     finally:
         function.apply = before
 
