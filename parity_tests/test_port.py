@@ -351,7 +351,7 @@ def test_an_auxiliary_head_is_ported_and_compared_in_training_mode(monkeypatch):
         "source_of",
         lambda *a, **k: genuine(*a, **k).replace("self.aux(x)", "self.aux(-x)"),
     )
-    with pytest.raises(InputError, match="in training mode there is a difference in the output"):
+    with pytest.raises(InputError, match="in training mode the output differs"):
         flax_resblock.port(Supervised())
 
 
