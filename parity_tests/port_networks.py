@@ -490,6 +490,24 @@ class InPlace(nn.Module):
         return self.fc(x.mul_(2).div_(3).mean((2, 3)))
 
 
+class Windows(nn.Module):
+    """Unfolds, folds and compares windows; pools and norms as functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.patches = nn.Unfold((4, 2), stride=(4, 2))
+        self.fc = nn.Linear(64, 5)
+        self.alike = nn.CosineSimilarity(dim=1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = x + F.fold(F.unfold(x, 3, 2, 2).tanh(), x.shape[-2:], 3, 2, 2)
+        x = F.local_response_norm(x, 3, 0.1) * self.alike(x, x.mean((2, 3), keepdim=True))[:, None]
+        pooled = F.lp_pool2d(x.abs() + 0.1, 3.0, (2, 1))
+        return self.fc(self.patches(pooled).transpose(1, 2)).mean(1)
+
+
 def flat() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, 2, 1),
@@ -525,6 +543,7 @@ NETWORKS = {
     "shared_parts": (SharedParts, IMAGE),
     "ties": (Ties, IMAGE),
     "in_place": (InPlace, IMAGE),
+    "windows": (Windows, IMAGE),
     "flat_sequential": (flat, IMAGE),
 }
 """Name -> what builds the network, and the shapes of its inputs without the batch."""

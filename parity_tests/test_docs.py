@@ -97,3 +97,14 @@ def test_every_schedule_that_is_carried_is_documented():
         "SequentialLR",
     }
     assert all(name in text for name in carried)
+
+
+def test_the_page_of_networks_shows_what_was_measured():
+    from parity_tests import zoo
+
+    facts = json.loads(zoo.FACTS.read_text(encoding="utf-8"))
+    assert zoo.page(facts) == zoo.PAGE.read_text(encoding="utf-8")
+    ported = facts["torchvision"]["ported"] | facts["timm"]["ported"]
+    errors = [float(one) for row in ported.values() for one in row.split()[2:6] if one != "-"]
+    assert len(ported) > 20
+    assert max(errors) <= 1e-12

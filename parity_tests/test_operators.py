@@ -400,6 +400,28 @@ FUNCTIONS = {
         lambda x: nn.max_pool(x.swapaxes(1, 2), 3, 2, 1).swapaxes(1, 2),
         ((2, 3, 8),),
     ),
+    "unfold": Function(
+        lambda x: F.unfold(x, (3, 2), (1, 2), (1, 0), (2, 1)),
+        lambda x: nn.unfold(x.transpose(IMAGE), (3, 2), (1, 2), (1, 0), (2, 1)).swapaxes(1, 2),
+        lambda x: nn.unfold(x.transpose(IMAGE), (3, 2), (1, 2), (1, 0), (2, 1))[::-1].swapaxes(
+            1, 2
+        ),
+    ),
+    "fold": Function(
+        lambda x: F.fold(x, (5, 6), (3, 2), 1, (1, 0), 2),
+        lambda x: nn.fold(x.swapaxes(1, 2), (5, 6), (3, 2), 1, (1, 0), 2).transpose(0, 3, 1, 2),
+        lambda x: nn.fold(x.swapaxes(1, 2), (5, 6), (3, 2), 1, (1, 0), 2)[..., ::-1].transpose(
+            0, 3, 1, 2
+        ),
+        ((2, 12, 9),),
+    ),
+    "cosine similarity, with vectors of zero and shorter ones than eps": Function(
+        lambda x, y: F.cosine_similarity(x * (x > 0), y, dim=1, eps=0.5),
+        lambda x, y: nn.cosine_similarity(x * (x > 0), y, axis=1, eps=0.5),
+        lambda x, y: nn.cosine_similarity(x * (x > 0), y, axis=1, eps=0.4),
+        ((9, 2, 5), (2, 1)),
+        (None, None),
+    ),
     **{
         f"antialiased {mode} to {size}": Function(
             partial(F.interpolate, size=size, mode=mode, antialias=True),
@@ -630,6 +652,7 @@ def test_other_modules_are_left_to_the_trace():
         "at most half": lambda x: nn.max_pool(x, 2, padding=2),
         "cannot pad an axis of 2 values by": lambda x: nn.pad(x, ((2, 0),) * 4, "reflect"),
         "mode 'even' is unknown": lambda x: nn.pad(x, ((1, 0),) * 4, "even"),
+        "needs windows of shape": lambda x: nn.fold(x[0], 2, 1),
         "more than one pixel": lambda x: nn.instance_norm(x[:, :1, :1]),
         "one of size and scale_factor": lambda x: nn.interpolate(x),
         "mode 'area' is unknown": lambda x: nn.interpolate(x, 2, mode="area"),

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from flax_resblock.nn.adaptive import adaptive_avg_pool, adaptive_max_pool
     from flax_resblock.nn.containers import Sequential
     from flax_resblock.nn.conv import Conv, Conv1d, convolve
-    from flax_resblock.nn.geometry import pad
+    from flax_resblock.nn.geometry import fold, pad, unfold
     from flax_resblock.nn.linear import Linear, PReLU
     from flax_resblock.nn.norm import BatchNorm, batch_norm, batch_norm_by_batch
     from flax_resblock.nn.other_norms import (
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from flax_resblock.nn.resize import channel_shuffle, interpolate, pixel_shuffle, pixel_unshuffle
     from flax_resblock.nn.selection import (
         clamp,
+        cosine_similarity,
         maximum_along,
         minimum_along,
         scaled_dot_product_attention,
@@ -106,7 +107,9 @@ __all__ = [
     "clamp",
     "conv_transpose",
     "convolve",
+    "cosine_similarity",
     "elu",
+    "fold",
     "gelu",
     "glu",
     "group_norm",
@@ -145,6 +148,7 @@ __all__ = [
     "tanh",
     "tanhshrink",
     "threshold",
+    "unfold",
     "vector_norm",
 ]
 
@@ -188,7 +192,11 @@ _MODULES = {
         "Conv1d",
         "convolve",
     ),
-    "geometry": ("pad",),
+    "geometry": (
+        "fold",
+        "pad",
+        "unfold",
+    ),
     "linear": (
         "Linear",
         "PReLU",
@@ -221,6 +229,7 @@ _MODULES = {
     ),
     "selection": (
         "clamp",
+        "cosine_similarity",
         "maximum_along",
         "minimum_along",
         "scaled_dot_product_attention",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, Literal
 
 import jax
@@ -103,3 +105,74 @@ def pad(
         if min(pair) < 0 or (most is not None and max(pair) > 0 and max(pair) > most):
             raise ValueError(f"mode {mode!r} cannot pad an axis of {size} values by {pair}.")
     return jnp.pad(x, widths, mode=_MODES[mode])
+
+
+def stacked_taps(
+    x: jax.Array, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> jax.Array:
+    """The values of every window.
+
+    Args:
+      x: ``(N, *spatial, C)``.
+      size, stride, dilation: One number for each spatial axis.
+    Returns:
+      ``(N, *windows, C, K)`` with the ``K`` values of a window in the order of rows.
+    """
+    axes = list(zip(x.shape[1:-1], size, stride, dilation, strict=True))
+    spans = [extent - hole * (width - 1) for extent, width, _, hole in axes]
+    taps = [
+        x[:, *(slice(i, i + span, axis[2]) for i, span, axis in zip(at, spans, axes, strict=True))]
+        for at in product(*(range(0, width * hole, hole) for _, width, _, hole in axes))
+    ]
+    return jnp.stack(taps, -1)
+
+
+def unfold(
+    x: jax.Array, kernel_size: Size, dilation: Size = 1, padding: Size = 0, stride: Size = 1
+) -> jax.Array:
+    """The windows of images, as ``torch.nn.functional.unfold``.
+
+    Args:
+      x: ``(N, H, W, C)``.
+      kernel_size, dilation, padding, stride: In pixels: one number, or one for each spatial axis.
+        Padding is zeros.
+    Returns:
+      ``(N, L, C * K)``: ``L`` windows in rows, each with its ``K`` values of one channel, then
+      those of the next.
+    """
+    size, hole, pads, step = (per_axis_of(s, x) for s in (kernel_size, dilation, padding, stride))
+    x = pad(x, ((0, 0), *((one, one) for one in pads), (0, 0)))
+    taps = stacked_taps(x, size, step, hole)
+    return taps.reshape(x.shape[0], math.prod(taps.shape[1:-2]), -1)
+
+
+def fold(
+    x: jax.Array,
+    output_size: Size,
+    kernel_size: Size,
+    dilation: Size = 1,
+    padding: Size = 0,
+    stride: Size = 1,
+) -> jax.Array:
+    """The sums of windows where they overlap, as ``torch.nn.functional.fold``.
+
+    Args:
+      x: ``(N, L, C * K)``, as :func:`unfold` returns it.
+      output_size: Height and width of the images.
+      kernel_size, dilation, padding, stride: As for :func:`unfold`.
+    Returns:
+      ``(N, H, W, C)``.
+    Raises:
+      ValueError: Images of this size have another number of windows, or of values in a window.
+    """
+    channels = x.shape[-1] // math.prod(per_axis(kernel_size, 2, "kernel_size"))
+    shape = (x.shape[0], *per_axis(output_size, 2, "output_size"), channels)
+
+    def windows(images: jax.Array) -> jax.Array:
+        return unfold(images, kernel_size, dilation, padding, stride)
+
+    images = jax.ShapeDtypeStruct(shape, x.dtype)
+    expected = jax.eval_shape(windows, images).shape
+    if x.shape != expected:
+        raise ValueError(f"fold to {shape} needs windows of shape {expected}; got {x.shape}.")
+    return jax.linear_transpose(windows, images)(x)[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import product
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from flax import nnx
 from jax import lax
 
 from flax_resblock.nn.conv import convolve, cpu_forms
-from flax_resblock.nn.geometry import Size, equal, pad, per_axis_of
+from flax_resblock.nn.geometry import Size, equal, pad, per_axis_of, stacked_taps
 from flax_resblock.nn.scopes import in_slot
 from flax_resblock.nn.selection import maximum_along
 
@@ -84,13 +83,7 @@ def _end(extent: int, reach: int, stride: int, padding: int) -> int:
 def _first_greatest(x: jax.Array, windows: _Windows) -> jax.Array:
     """Max pooling of windows with holes, which XLA's operation has no gradient for."""
     x = pad(x, ((0, 0), *windows.pads, (0, 0)), value=-jnp.inf)
-    axes = list(zip(x.shape[1:-1], windows.size, windows.stride, windows.dilation, strict=True))
-    spans = [extent - hole * (size - 1) for extent, size, _, hole in axes]
-    taps = [
-        x[:, *(slice(i, i + span, axis[2]) for i, span, axis in zip(at, spans, axes, strict=True))]
-        for at in product(*(range(0, size * hole, hole) for _, size, _, hole in axes))
-    ]
-    stacked = jnp.stack(taps, -1)
+    stacked = stacked_taps(x, windows.size, windows.stride, windows.dilation)
     first = jnp.argmax(stacked, -1, keepdims=True)
     return jnp.take_along_axis(stacked, first, -1)[..., 0]
 

@@ -67,6 +67,23 @@ def vector_norm(
     return jnp.where(total > 0, jnp.sqrt(some), total)
 
 
+def cosine_similarity(x: jax.Array, y: jax.Array, axis: int = -1, eps: float = 1e-8) -> jax.Array:
+    """The cosine of the angle between vectors, as ``torch.nn.functional.cosine_similarity``.
+
+    Args:
+      x, y: Any shapes that broadcast.
+      axis: Of the vectors, which goes.
+      eps: The least norm that a vector is divided by; the derivative is that of its own norm.
+    """
+
+    def scaled(x: jax.Array) -> jax.Array:
+        norm = vector_norm(x, axis, keepdims=True)
+        return x / (norm + jax.lax.stop_gradient(jnp.maximum(norm, eps) - norm))
+
+    x, y = jnp.broadcast_arrays(x, y)
+    return jnp.sum(scaled(x) * scaled(y), axis)
+
+
 def scaled_dot_product_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float | None = None
 ) -> jax.Array:

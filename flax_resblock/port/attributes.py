@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flax_resblock.port import axes
+from flax_resblock.port.graphs import calls_in_a_row
 from flax_resblock.port.layers import Layer, layer_of
 from flax_resblock.port.modules import (
     children_of,
@@ -39,11 +40,44 @@ class Parts(Values):
     body: Body
     reader: Any
     traced: Traced
+    graph: Any
+    skipped: frozenset[str]
     path: str
 
     def inside(self, name: str) -> str:
         """The name in the network of what has this name in the module."""
         return f"{self.body.path}.{name}".strip(".")
+
+    def _own_parts(self) -> dict[str, Part]:
+        """The attributes that are layers or hold layers; what is called is added by its call."""
+        parts: dict[str, Any] = {}
+        for name, child in children_of(self.live):
+            part = None if name in self.skipped else self._part(child, self.inside(name))
+            if is_kept(part):
+                parts[identifier(name)] = part
+        return parts
+
+    def _sequence(self) -> ContainerPart | None:
+        """The modules of a Sequential that does nothing but call them in a row, else None."""
+        forward = getattr(type(self.live), "forward", None)
+        if (
+            forward is not torch.nn.Sequential.forward
+            or self.body.is_tuple
+            or not len(self.graph.nodes)
+        ):
+            return None
+        names = [name for name, _ in children_of(self.live)]
+        moved = any("jnp." in line or ".reshape(" in line for line in self.body.lines)
+        if calls_in_a_row(self.graph) != names or moved:
+            return None
+        items = {}
+        for name, child in children_of(self.live):
+            items[name] = (
+                self.body.parts.get(identifier(name))
+                or self._part(child, self.inside(name))
+                or PASSES
+            )
+        return ContainerPart("Sequential", items)
 
     def _part(self, module: torch.nn.Module, inside: str) -> Part | None:
         if is_container(module):

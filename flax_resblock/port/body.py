@@ -10,11 +10,10 @@ from torch.fx import GraphModule
 
 from flax_resblock.errors import InputError
 from flax_resblock.port import axes
-from flax_resblock.port.attributes import PASSES, Parts, is_kept
+from flax_resblock.port.attributes import Parts
 from flax_resblock.port.axes import Order, Shape
 from flax_resblock.port.graphs import (
     argument_names,
-    calls_in_a_row,
     held,
     hint_of,
     layer_call,
@@ -34,7 +33,6 @@ from flax_resblock.port.modules import (
 from flax_resblock.port.parts import (
     Body,
     ContainerPart,
-    Part,
 )  # fmt: skip
 from flax_resblock.port.tracing import Traced, number_of, shape_of
 from flax_resblock.port.tying import tie
@@ -168,7 +166,12 @@ class BodyReader(Parts):
 
     def _outputs(self, result: Any) -> list[Value]:
         flat = list(leaves(result))
-        self.body.is_tuple = isinstance(result, (tuple, list)) and self.path != ""
+        if self.path:  # sizes that one module computes and another one uses are numbers here
+            found = [self.number(one) for one in flat]
+            self.body.numbers = {i: n for i, n in enumerate(found) if not isinstance(n, Value)}
+            flat = [one for one in found if isinstance(one, Value)]
+        numbered = bool(self.body.numbers) and len(flat) == 1
+        self.body.is_tuple = isinstance(result, (tuple, list)) and self.path != "" and not numbered
         self.body.result = ", ".join("{}" for _ in flat)
         outputs = [self.settled(self.value(one)) for one in flat]
         if self.path == "":
@@ -203,39 +206,6 @@ class BodyReader(Parts):
         if self.body.list_input:
             self.body.arguments = [names[0]]
 
-    # Parts
-
-    def _own_parts(self) -> dict[str, Part]:
-        """The attributes that are layers or hold layers; what is called is added by its call."""
-        parts: dict[str, Any] = {}
-        for name, child in children_of(self.live):
-            part = None if name in self.skipped else self._part(child, self.inside(name))
-            if is_kept(part):
-                parts[identifier(name)] = part
-        return parts
-
-    def _sequence(self) -> ContainerPart | None:
-        """The modules of a Sequential that does nothing but call them in a row, else None."""
-        forward = getattr(type(self.live), "forward", None)
-        if (
-            forward is not torch.nn.Sequential.forward
-            or self.body.is_tuple
-            or not len(self.graph.nodes)
-        ):
-            return None
-        names = [name for name, _ in children_of(self.live)]
-        moved = any("jnp." in line or ".reshape(" in line for line in self.body.lines)
-        if calls_in_a_row(self.graph) != names or moved:
-            return None
-        items = {}
-        for name, child in children_of(self.live):
-            items[name] = (
-                self.body.parts.get(identifier(name))
-                or self._part(child, self.inside(name))
-                or PASSES
-            )
-        return ContainerPart("Sequential", items)
-
     # Calls of children
 
     def _call(self, node: Any) -> Any:
@@ -265,13 +235,17 @@ class BodyReader(Parts):
         text = f"{self.accessor(target)}({text})"
         hint = hint_of(target)
         if not body.is_tuple:
-            (_, order) = body.outputs[0]
-            return self.new(text, holes, shape_of(node), order, hint=hint)
+            (shape, order) = body.outputs[0]
+            shape = shape if body.numbers else shape_of(node)
+            made = self.new(text, holes, shape, order, hint=hint)
+            return _with_numbers([made], body) if body.numbers else made
         whole = self.new(text, holes, (), (), hint=hint)
         whole.items = [
             self.new(f"{{3}}[{place}]", (whole,), shape, order, hint=f"{hint}{place}")
             for place, (shape, order) in enumerate(body.outputs)
         ]
+        if body.numbers:
+            return _with_numbers(whole.items, body)
         return whole if len(whole.items) > 1 else whole.items[0]
 
     def apply(self, layer: Layer, target: str, x: Value, shape: Shape) -> Value:
@@ -298,3 +272,10 @@ class BodyReader(Parts):
             return self.new(text, (x,), shape, order, hint=hint_of(target))
         text, holes = layer_call(layer)
         return self.new(text, (x, *holes), shape, order, hint=layer.call.rpartition(".")[2])
+
+
+def _with_numbers(tensors: Sequence[Value], body: Body) -> list[Any]:
+    """What a module returns: its tensors, and its numbers between them."""
+    rest = iter(tensors)
+    count = len(tensors) + len(body.numbers)
+    return [body.numbers[i] if i in body.numbers else next(rest) for i in range(count)]

@@ -31,8 +31,9 @@ def trace_training(evaluation: Traced, images: Sequence[torch.Tensor]) -> Traced
       InputError: In training mode it does something else, or cannot be traced.
     """
     module = evaluation.live
-    for part in module.modules():
-        part.training = not _is_layer(part)
+    module.train()
+    for part in filter(_is_layer, module.modules()):
+        part.training = False
     try:
         fold_layout = evaluation.folded is not NOTHING
         training = trace(module, images, training=True, fold_layout=fold_layout)

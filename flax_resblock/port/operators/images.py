@@ -37,7 +37,7 @@ def _pool(call: str, names: Sequence[str], defaults: Sequence[Any]) -> Rule:
     return apply
 
 
-for _rank in ("1d", "2d"):
+for _rank in ("1d", "2d", "3d"):
     RULES[f"max_pool{_rank}"] = _pool(
         "max_pool", ("stride", "padding", "dilation", "ceil_mode"), (None, 0, 1, False)
     )
@@ -124,3 +124,19 @@ def _shuffle(b: Values, node: Any, x: Any, factor: int) -> Value:
     value = b.bring(value, axes.channels_last(len(value.shape)))
     holes = (value, Constant(factor, "factor"))
     return b.new(f"nn.{name}({{}}, {{}})", holes, shape_of(node), value.order, hint="shuffled")
+
+
+@rule("im2col", "col2im")
+def _unfold(b: Values, node: Any, x: Any, *sizes: Any) -> Value:
+    call = "unfold" if name_of(node) == "im2col" else "fold"
+    value, shape = b.value(x), shape_of(node)
+    value = b.bring(value, axes.channels_last(len(value.shape)))
+    *given, dilation, padding, stride = (plain_size(size) for size in sizes)
+    options = {"dilation": dilation, "padding": padding, "stride": stride}
+    shown = {k: v for k, v in options.items() if v != (0 if k == "padding" else 1)}
+    text = f"nn.{call}({{}}{', {}' * len(given)}{''.join(f', {name}={{}}' for name in shown)})"
+    holes = [
+        *(Constant(size, "size") for size in given),
+        *(Constant(v, k) for k, v in shown.items()),
+    ]
+    return b.new(text, (value, *holes), shape, axes.channels_last(len(shape)), hint=f"{call}ed")

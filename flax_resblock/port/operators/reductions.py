@@ -7,6 +7,7 @@ from typing import Any
 
 from flax_resblock.port import axes
 from flax_resblock.port.axes import Shape
+from flax_resblock.port.operators.elementwise import together
 from flax_resblock.port.operators.rules import RULES, along, name_of, rule, several
 from flax_resblock.port.placing import Values
 from flax_resblock.port.tracing import shape_of, size_of
@@ -97,6 +98,16 @@ def _norm(
         ", keepdims=True)" if keep else ")"
     )
     return b.new(text, (value,), shape_of(node), order, hint="norm")
+
+
+@rule("cosine_similarity")
+def _cosine(b: Values, node: Any, left: Any, right: Any, dim: int = 1, eps: float = 1e-8) -> Value:
+    operands, shape, order = together(b, (b.value(left), b.value(right)))
+    dim %= len(shape)
+    axis = order.index(dim) - len(shape)
+    text = "nn.cosine_similarity({}, {}" + (f", axis={axis}" if axis != -1 else "")
+    text += f", eps={eps!r})" if eps != 1e-8 else ")"
+    return b.new(text, operands, shape_of(node), axes.without(order, [dim]), hint="cosine")
 
 
 @rule("softmax", "log_softmax", "cumsum")
