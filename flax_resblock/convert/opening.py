@@ -42,6 +42,7 @@ from flax_resblock.convert.metadata import (
     written_norm_options,
 )
 from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
+from flax_resblock.convert.own import refuse_own
 from flax_resblock.convert.run_names import EMA, averaged, weights_among
 from flax_resblock.convert.state_map import StateMap, TensorInfo, describe, matches_any
 from flax_resblock.errors import CheckpointError, InputError, some, visible
@@ -162,6 +163,7 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
         flags to use.
     """
     reading = reading or ReadOptions()
+    refuse_own(record)
     dropped = ignored(record, reading.ignore)
     tensors = without(record.tensors, dropped)
     tensors = weights_among(tensors, record.metadata)
@@ -369,13 +371,18 @@ def open_checkpoint(
     run: bool = False,
 ) -> OpenedCheckpoint:
     """Reads any checkpoint and finds what it is; see ``checkpoint.read`` and :func:`interpret`."""
-    # formats without entries, where averaged weights have names of their own
-    flat = entry == EMA and Path(path).suffix in ("", ".safetensors")
     limits = LIMITS if reading is None else reading.limits
+    return interpret(read_entry(path, entry, run=run, limits=limits), reading)
+
+
+def read_entry(
+    path: str | Path, entry: str | None = None, *, run: bool = False, limits: Limits = LIMITS
+) -> Record:
+    """``checkpoint.read``, also for averaged weights in formats without entries, where they have
+    names of their own."""
+    flat = entry == EMA and Path(path).suffix in ("", ".safetensors")
     record = checkpoint.read(path, entry=None if flat else entry, run=run, limits=limits)
-    if flat:
-        record = averaged(record)
-    return interpret(record, reading)
+    return averaged(record) if flat else record
 
 
 def target_naming(source: OpenedCheckpoint, output_format: str, naming: str | None) -> Naming:

@@ -18,10 +18,11 @@ from flax_resblock.parity.module_run import global_state_kept, inner, runnable
 from flax_resblock.port import axes
 from flax_resblock.port.body import Reader
 from flax_resblock.port.classes import classes_of
+from flax_resblock.port.graphs import leaves
 from flax_resblock.port.known import known_network
 from flax_resblock.port.layers import layer_of
 from flax_resblock.port.modules import tensors_held
-from flax_resblock.port.network import PortedNetwork, Table, Tensor
+from flax_resblock.port.network import PortedNetwork
 from flax_resblock.port.parts import (
     STEPS,
     Body,
@@ -33,6 +34,7 @@ from flax_resblock.port.parts import (
 )  # fmt: skip
 from flax_resblock.port.proof import prove
 from flax_resblock.port.source import in_docstring, source_of
+from flax_resblock.port.table import Table, Tensor
 from flax_resblock.port.tracing import trace
 from flax_resblock.port.values import BATCH
 
@@ -77,17 +79,19 @@ def port(
     """
     if not isinstance(module, torch.nn.Module):
         raise InputError(f"port takes an nn.Module, not a {type(module).__name__}.")
+    asked = {name: one.requires_grad for name, one in inner(module).named_parameters()}
     with global_state_kept(), runnable(inner(module)) as copied:
         state = state_to_numpy(inner(module).state_dict())
         channels, size = _accepted(copied, [image_size] if image_size else SIZES)
+        parameters = _trained(copied, asked, torch.randn(2, channels, *size))
         name = origin or type(inner(module)).__name__
         known = None if expand else known_network(copied, name)
         if known is None:
-            return _ported(copied, state, channels, size, exact, name)
+            return _ported(copied, state, parameters, channels, size, exact, name)
+        table = Table.of(known.tensors, state, parameters)
         made = PortedNetwork(
-            known.source, known.name, known.table, known.table.to_flax(state), {}, name, size,
-            channels,
-        )  # fmt: skip
+            known.source, known.name, table, table.to_flax(state), {}, name, size, channels
+        )
         proof = prove(copied, made, known.slots, exact=exact)
         return replace(made, figures=proof.figures, notes=tuple(proof.notes))
 
@@ -95,6 +99,7 @@ def port(
 def _ported(
     module: torch.nn.Module,
     state: Mapping[str, np.ndarray],
+    parameters: Mapping[str, bool],
     channels: int,
     size: Size,
     exact: bool,
@@ -102,7 +107,7 @@ def _ported(
 ) -> PortedNetwork:
     reader = Reader(trace(module, [torch.randn(2, channels, *size)]))
     body = reader.body("", [((BATCH, channels, *size), axes.channels_last(4))])
-    table = _table(module, body)
+    table = Table.of(_tensors(module, body), state, parameters)
     names = Counter(id(one) for _, one in module.named_modules(remove_duplicate=False))
     slots = {
         name: path
@@ -111,7 +116,7 @@ def _ported(
     }
     classes = classes_of(reader, body)
     title = f"{in_docstring(origin)} in Flax, with channels last. Written by flax-resblock port."
-    unused = {one.key: state[one.key] for one in table.tensors if one.path is None}
+    unused = table.unused_of(state)
     notes = []
     if unused:
         notes.append(
@@ -153,7 +158,26 @@ def _accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size
     ) from first
 
 
-def _table(module: torch.nn.Module, body: Body) -> Table:
+def _trained(
+    module: torch.nn.Module, asked: Mapping[str, bool], images: torch.Tensor
+) -> dict[str, bool]:
+    """Whether training changes each parameter, in the order in which an optimizer has them: it has
+    to ask for a gradient, and the output has to depend on it.
+    """
+    parameters = {name: one for name, one in module.named_parameters() if asked[name]}
+    for one in parameters.values():
+        one.requires_grad_()
+    with torch.enable_grad():
+        tensors = [one for one in leaves(module(images)) if isinstance(one, torch.Tensor)]
+        outputs = [one.float().sum() for one in tensors if one.requires_grad]
+        found: Sequence[Any] = [None] * len(parameters)
+        if outputs and parameters:
+            found = torch.autograd.grad(outputs, list(parameters.values()), allow_unused=True)
+    reached = {name for name, one in zip(parameters, found, strict=True) if one is not None}
+    return {name: name in reached for name in asked}
+
+
+def _tensors(module: torch.nn.Module, body: Body) -> list[Tensor]:
     """Where every tensor of the state dict is; one that is there twice has one place."""
     placed = {one.key: one for one in tensors_of(body.parts)}
     held = tensors_held(module)
@@ -163,7 +187,7 @@ def _table(module: torch.nn.Module, body: Body) -> Table:
         one = placed.get(key) or by_identity.get(id(held.get(key)))
         path, codec = (None, AS_IS) if one is None else (one.path, one.codec)
         tensors.append(Tensor(key, path, codec))
-    return Table(tuple(tensors))
+    return tensors
 
 
 def _slots(reader: Reader, parts: Mapping[str, Part], path: Path) -> Iterator[tuple[str, Path]]:
