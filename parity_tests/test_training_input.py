@@ -186,7 +186,7 @@ def test_misfits_are_refused(data):
         training.fit(
             model, dataclasses.replace(data.train, num_classes=11), SETTINGS, progress=False
         )
-    with pytest.raises(InputError, match="a bare block"):
+    with pytest.raises(InputError, match=r"ResidualBlock returns \(2, 8, 8, 4\)"):
         training.evaluate(
             ResidualBlock(1, 4, rngs=nnx.Rngs(0)), data.test.normalised(), data.test.labels
         )

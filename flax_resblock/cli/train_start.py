@@ -213,7 +213,7 @@ def enable_x64(wanted: bool) -> None:
     if wanted:
         import jax
 
-        jax.config.update("jaxenable_x64", True)
+        jax.config.update("jax_enable_x64", True)
 
 
 def model_of(source: OpenedCheckpoint, dtype: str) -> Model:

@@ -27,8 +27,9 @@ class Entry:
       codec: Between the two memory layouts.
       role: ``"weight"``, ``"variance"``, ``"counter"``, or ``"buffer"`` for what may hold anything.
       flax_shape: Shape on the Flax side.
-      trained: Whether training changes it, if it is a parameter: not with ``requires_grad=False``,
-        nor where PyTorch has no gradient because the output does not depend on it.
+      frozen: Whether it is a parameter with ``requires_grad=False``.
+      trained: Whether training changes it, if it is a parameter: not if it is frozen, nor where
+        PyTorch has no gradient because the output does not depend on it.
       unused: Whether the Flax model leaves it out, because the forward pass never uses it. Its
         path then is not one of the model's.
     """
@@ -38,6 +39,7 @@ class Entry:
     codec: Codec
     role: str
     flax_shape: tuple[int, ...]
+    frozen: bool = False
     trained: bool = True
     unused: bool = False
 
@@ -113,9 +115,9 @@ class TensorMap:
 
     def in_flax(self) -> TensorMap:
         """The same tensors under Flax's names and in Flax's memory layout."""
-        own = {
+        own = {  # of tensors that share a path, the one that is the parameter
             one.flax_path: replace(one, torch_key=".".join(map(str, one.flax_path)), codec=AS_IS)
-            for one in self.entries
+            for one in (*self.entries, *self.parameters)
         }
         return TensorMap(list(own.values()), [own[one.flax_path] for one in self.parameters])
 

@@ -34,7 +34,7 @@ from flax_resblock.port.parts import (
 )  # fmt: skip
 from flax_resblock.port.proof import prove
 from flax_resblock.port.source import in_docstring, source_of
-from flax_resblock.port.table import Table, Tensor
+from flax_resblock.port.table import Parameter, Table, Tensor
 from flax_resblock.port.tracing import trace
 from flax_resblock.port.values import BATCH
 
@@ -79,11 +79,12 @@ def port(
     """
     if not isinstance(module, torch.nn.Module):
         raise InputError(f"port takes an nn.Module, not a {type(module).__name__}.")
-    asked = {name: one.requires_grad for name, one in inner(module).named_parameters()}
+    asking = {name: one.requires_grad for name, one in inner(module).named_parameters()}
     with global_state_kept(), runnable(inner(module)) as copied:
         state = state_to_numpy(inner(module).state_dict())
+        copied.requires_grad_(True)  # a frozen parameter has a gradient in Flax
         channels, size = _accepted(copied, [image_size] if image_size else SIZES)
-        parameters = _trained(copied, asked, torch.randn(2, channels, *size))
+        parameters = _parameters(copied, asking, torch.randn(2, channels, *size))
         name = origin or type(inner(module)).__name__
         known = None if expand else known_network(copied, name)
         if known is None:
@@ -99,7 +100,7 @@ def port(
 def _ported(
     module: torch.nn.Module,
     state: Mapping[str, np.ndarray],
-    parameters: Mapping[str, bool],
+    parameters: Mapping[str, Parameter],
     channels: int,
     size: Size,
     exact: bool,
@@ -158,23 +159,24 @@ def _accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size
     ) from first
 
 
-def _trained(
-    module: torch.nn.Module, asked: Mapping[str, bool], images: torch.Tensor
-) -> dict[str, bool]:
-    """Whether training changes each parameter, in the order in which an optimizer has them: it has
-    to ask for a gradient, and the output has to depend on it.
+def _parameters(
+    module: torch.nn.Module, asking: Mapping[str, bool], images: torch.Tensor
+) -> dict[str, Parameter]:
+    """The parameters in the order in which an optimizer has them. Training changes those that ask
+    for a gradient and on which the output depends; PyTorch has none for others, and leaves them
+    alone.
     """
-    parameters = {name: one for name, one in module.named_parameters() if asked[name]}
-    for one in parameters.values():
-        one.requires_grad_()
     with torch.enable_grad():
         tensors = [one for one in leaves(module(images)) if isinstance(one, torch.Tensor)]
         outputs = [one.float().sum() for one in tensors if one.requires_grad]
-        found: Sequence[Any] = [None] * len(parameters)
-        if outputs and parameters:
-            found = torch.autograd.grad(outputs, list(parameters.values()), allow_unused=True)
-    reached = {name for name, one in zip(parameters, found, strict=True) if one is not None}
-    return {name: name in reached for name in asked}
+        every = [one for _, one in module.named_parameters()]
+        found: Sequence[Any] = [None] * len(every)
+        if outputs and every:
+            found = torch.autograd.grad(outputs, every, allow_unused=True)
+    return {
+        name: Parameter(asks, asks and gradient is not None)
+        for (name, asks), gradient in zip(asking.items(), found, strict=True)
+    }
 
 
 def _tensors(module: torch.nn.Module, body: Body) -> list[Tensor]:

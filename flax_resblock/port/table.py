@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,18 @@ class Tensor:
     key: str
     path: Path | None
     codec: Codec
+
+
+class Parameter(NamedTuple):
+    """A parameter of a module.
+
+    Attributes:
+      requires_grad: Whether it asks for a gradient.
+      trained: Whether training changes it: the output depends on it too.
+    """
+
+    requires_grad: bool
+    trained: bool
 
 
 class Table(TensorMap):
@@ -70,14 +82,14 @@ class Table(TensorMap):
         cls,
         tensors: Iterable[Tensor],
         state: Mapping[str, np.ndarray],
-        parameters: Mapping[str, bool],
+        parameters: Mapping[str, Parameter],
     ) -> Table:
         """The table of a module.
 
         Args:
           tensors: Where its tensors are.
           state: Its state dict.
-          parameters: Whether training changes each of its parameters, in their order.
+          parameters: Its parameters, in their order.
         """
         entries = [_entry(one, state[one.key].shape, parameters.get(one.key)) for one in tensors]
         by_key = {one.torch_key: one for one in entries}
@@ -123,6 +135,7 @@ class Table(TensorMap):
                 "shape": list(one.torch_shape),
                 "axes": None if one.codec.axes is None else list(one.codec.axes),
                 "parameter": numbers.get(one.torch_key),
+                "requires_grad": one.torch_key in numbers and not one.frozen,
                 "trained": one.torch_key in numbers and one.trained,
             }
             for one in self.entries
@@ -173,25 +186,26 @@ class Table(TensorMap):
 _OWN = ("kind", "schema", "tensors")
 
 
-def _entry(one: Tensor, torch_shape: Sequence[int], trained: bool | None) -> Entry:
-    """Of a tensor; ``trained`` is None for one that is no parameter."""
+def _entry(one: Tensor, torch_shape: Sequence[int], parameter: Parameter | None) -> Entry:
+    """Of a tensor; ``parameter`` is None for one that is none."""
     name = one.key.rpartition(".")[2]
     role = {"num_batches_tracked": "counter", "running_var": "variance"}.get(name, "buffer")
-    role = "weight" if trained is not None or name == "running_mean" else role
+    role = "weight" if parameter is not None or name == "running_mean" else role
     shape = one.codec.flax_shape(torch_shape)
     if shape is None:
         raise InputError(f"the table of tensors is damaged at {one.key!r}. Port the network again.")
     unused = one.path is None
     path = (UNUSED, one.key) if one.path is None else one.path
-    return Entry(path, one.key, one.codec, role, shape, bool(trained) and not unused, unused)
+    frozen = parameter is not None and not parameter.requires_grad
+    trained = parameter is not None and parameter.trained and not unused
+    return Entry(path, one.key, one.codec, role, shape, frozen, trained, unused)
 
 
 def _of_row(row: Any) -> tuple[Entry, int | None]:
     """Of JSON: the tensor, and its number among the parameters."""
-    key, path, shape, axes, number, trained = (
-        row.get(name) if isinstance(row, dict) else None
-        for name in ("torch", "flax", "shape", "axes", "parameter", "trained")
-    )
+    names = ("torch", "flax", "shape", "axes", "parameter", "requires_grad", "trained")
+    values: list[Any] = [row.get(name) if isinstance(row, dict) else None for name in names]
+    key, path, shape, axes, number, *said = values
     sizes: list[Any] = shape if isinstance(shape, list) else [None]
     sound = (
         isinstance(key, str)
@@ -199,7 +213,7 @@ def _of_row(row: Any) -> tuple[Entry, int | None]:
         and all(isinstance(size, int) and size >= 0 for size in sizes)
         and (axes is None or sorted(axes) == list(range(len(sizes))))
         and (number is None or isinstance(number, int))
-        and isinstance(trained, bool)
+        and all(isinstance(one, bool) for one in said)
     )
     if not sound:
         raise InputError(
@@ -207,4 +221,4 @@ def _of_row(row: Any) -> tuple[Entry, int | None]:
         )
     codec = AS_IS if axes is None else Codec("axes moved", tuple(axes))
     tensor = Tensor(str(key), None if path is None else tuple(path), codec)
-    return _entry(tensor, sizes, trained if number is not None else None), number
+    return _entry(tensor, sizes, None if number is None else Parameter(*said)), number

@@ -89,7 +89,8 @@ def names_of(
             )
         return named, "parameters by name"
     total = sum(map(len, numbers))
-    if total not in (len(entries), len(trained)):
+    asking = [entry for entry in entries if not entry.frozen]
+    if total not in (len(entries), len(asking), len(trained)):
         raise CheckpointError(
             f"{source} does not belong to this model: it has {total} parameters, the model "
             f"{len(entries)}. {WEIGHTS_ONLY}"
@@ -108,7 +109,7 @@ def names_of(
 
     found = {
         tuple(tuple(e.torch_key for e in part) for part in split): words
-        for members in (trained, entries)
+        for members in (trained, asking, entries)
         for words, split in list(_splits(members).items())[::-1]
         if fits(split)
     }
