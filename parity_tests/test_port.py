@@ -220,6 +220,25 @@ class OtherwiseInTraining(nn.Module):
         return (x * 2 if self.training else x).mean((2, 3))
 
 
+class DropPath(nn.Module):
+    """Drops a branch at random, as people write it themselves."""
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * (torch.rand(x.shape[0], 1, 1, 1) < 0.8) / 0.8
+
+
+class RandomBranch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.drop_path = DropPath()
+
+    def forward(self, x):
+        return (x + self.drop_path(self.conv(x))).mean((2, 3))
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -265,7 +284,8 @@ class IntoItsInput(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        (OtherwiseInTraining, "in training mode .* only batch norm and dropout may differ"),
+        (OtherwiseInTraining, r"in training mode its forward .*test_port.py:\d+ \(return \(x \* 2"),
+        (RandomBranch, r"in training mode module drop_path .*test_port.py:\d+ \(return x \* \("),
         (Recurrent, "LSTM.*recurrent layers are not supported"),
         (ByValue, r"depends on the values in a tensor at .*test_port.py:\d+ \(if x.mean\(\) > 0"),
         (Volume, "Conv3d.*three spatial axes are not supported"),
@@ -283,6 +303,55 @@ def test_a_refusal_writes_nothing_and_ends_with_2(tmp_path, monkeypatch, capsys)
     assert "recurrent layers are not supported" in capsys.readouterr().err
     assert run(["port", f"{__file__}:OtherwiseInTraining", "out"]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+class Head(nn.Module):
+    """An auxiliary head."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(5)
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.fc(F.dropout(self.norm(x).mean((2, 3)), 0.5, self.training))
+
+
+class Supervised(nn.Module):
+    """Has an auxiliary head, which runs in training mode alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 5, 3)
+        self.conv = nn.Conv2d(5, 4, 3)
+        self.fc = nn.Linear(4, 3)
+        self.aux = Head()
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.fc(F.relu(self.conv(x)).mean((2, 3)))
+        return (y, self.aux(x)) if self.training else y
+
+
+def test_an_auxiliary_head_is_ported_and_compared_in_training_mode(monkeypatch):
+    ported = flax_resblock.port(Supervised(), exact=True)
+    assert ported.unused == {}
+    assert ported.figures["float64 training gradients"]["tensors"] == 10
+    assert ported.figures["float64 training running statistics"]["tensors"] == 2
+    model = ported.create()
+    images = jnp.ones((2, 9, 9, 3))
+    assert model(images).shape == (2, 3)
+    model.train()
+    assert [one.shape for one in model(images)] == [(2, 3), (2, 3)]
+
+    genuine = porting.source_of
+    monkeypatch.setattr(
+        porting,
+        "source_of",
+        lambda *a, **k: genuine(*a, **k).replace("self.aux(x)", "self.aux(-x)"),
+    )
+    with pytest.raises(InputError, match="in training mode the output differs"):
+        flax_resblock.port(Supervised())
 
 
 class SamePadding(nn.Module):
@@ -388,6 +457,13 @@ def test_a_network_that_the_library_has_is_one_line(tmp_path, monkeypatch):
     back = flax_resblock.ported_state_dict(model, "out")
     assert back.keys() == small_resnet().state_dict().keys()
     assert "class BasicBlock" in flax_resblock.port(small_resnet(), expand=True).source
+
+
+def test_dropout_is_not_lost_in_a_network_that_the_library_has():
+    """Its own networks have none."""
+    module = small_resnet()
+    module.fc = nn.Sequential(nn.Dropout(0.3), nn.Linear(8, 3))
+    assert "nn.Dropout(0.3" in flax_resblock.port(module).source
 
 
 TORCHVISION = {

@@ -98,6 +98,7 @@ def trace_flax(
     precision: Precision = PRECISIONS["float32"],
     device: JaxDevice | None = None,
     options: Mapping[str, Any] | None = None,
+    activation_gradients: bool = True,
 ) -> Trace:
     """Runs an nnx model once, compiled; the model is left as it was.
 
@@ -110,6 +111,7 @@ def trace_flax(
       precision: To compute in.
       device: To compute on; None: jax's default.
       options: Of the compiler; None: those of :func:`compiler_options`.
+      activation_gradients: Also take the gradients of activations, where there is a cotangent.
     """
     options = compiler_options() if options is None else dict(options)
     with precision.on_jax(device):
@@ -136,7 +138,7 @@ def trace_flax(
             compiled = jax.jit(run, compiler_options=options)
             output, (activations, statistics) = compiled(params, {}, x)
             return Trace(np.asarray(output), host_tree(activations), arrays_by_path(statistics))
-        shapes = jax.eval_shape(run, params, {}, x)[1][0]
+        shapes = jax.eval_shape(run, params, {}, x)[1][0] if activation_gradients else {}
         zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
 
         def loss(params: Any, zeros: Any, x: Any, weight: Any) -> tuple[Any, Any]:
@@ -153,7 +155,7 @@ def trace_flax(
             host_tree(activations),
             arrays_by_path(statistics),
             arrays_by_path(of_params),
-            {name: np.asarray(of_activations[name]) for name in activations},
+            {name: np.asarray(of_activations[name]) for name in activations if name in zeros},
             np.asarray(of_input),
         )
 

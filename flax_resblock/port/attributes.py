@@ -25,6 +25,7 @@ from flax_resblock.port.parts import (
     parts_of,
 )  # fmt: skip
 from flax_resblock.port.placing import Values
+from flax_resblock.port.tracing import Traced
 from flax_resblock.port.values import Code, Value
 
 PASSES = LayerPart(Layer("nn.identity"), "")
@@ -37,6 +38,7 @@ class Parts(Values):
     live: torch.nn.Module
     body: Body
     reader: Any
+    traced: Traced
     path: str
 
     def inside(self, name: str) -> str:
@@ -80,6 +82,19 @@ class Parts(Values):
             holder = part.items
         return holder, owner
 
+    def _hold(self, target: str, child: torch.nn.Module, body: Body) -> None:
+        """Keeps a module that was called among the parts."""
+        *steps, last = target.split(".")
+        holder, _ = self._holder(steps)
+        last = last if steps and last in holder else identifier(last)
+        part = body.sequence if type(child) is torch.nn.Sequential else None
+        parts = holder.get(last)
+        if isinstance(parts, ContainerPart) and not is_container(child):
+            if body.sequence is not None:
+                raise self.refusal(f"it calls {target} as a whole, and parts of it by themselves")
+            body.parts = {**parts.items, **body.parts}
+        holder[last] = ModulePart(body) if part is None else part
+
     def accessor(self, target: str) -> str:
         """``self.layers[1]`` for ``layers.1``."""
         text, module = "self", self.live
@@ -103,9 +118,9 @@ class Parts(Values):
         parameters = dict(owner.named_parameters(recurse=False))
         tensor = parameters.get(name, dict(owner.named_buffers(recurse=False)).get(name))
         if tensor is None or name in owner._non_persistent_buffers_set:
-            graphs: Any = self.reader.traced.graphs.get_submodule(self.path)
-            if tensor is None and target in self.reader.traced.constants:
-                tensor = self.reader.traced.constants[target]
+            graphs: Any = self.traced.graphs.get_submodule(self.path)
+            if tensor is None and target in self.traced.constants:
+                tensor = self.traced.constants[target]
             if tensor is None:
                 tensor = graphs.get_submodule(".".join(steps)).__getattr__(name)
             return self._literal(tensor)

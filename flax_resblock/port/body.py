@@ -14,9 +14,9 @@ from flax_resblock.port.attributes import PASSES, Parts, is_kept
 from flax_resblock.port.axes import Order, Shape
 from flax_resblock.port.graphs import (
     argument_names,
+    calls_in_a_row,
     held,
     hint_of,
-    is_tensor,
     layer_call,
     leaves,
     list_order,
@@ -24,6 +24,7 @@ from flax_resblock.port.graphs import (
     tensor_inputs,
 )
 from flax_resblock.port.layers import Layer, layer_of
+from flax_resblock.port.modes import has_graph, shared_nodes
 from flax_resblock.port.modules import (
     children_of,
     identifier,
@@ -33,7 +34,6 @@ from flax_resblock.port.modules import (
 from flax_resblock.port.parts import (
     Body,
     ContainerPart,
-    ModulePart,
     Part,
 )  # fmt: skip
 from flax_resblock.port.tracing import Traced, number_of, shape_of
@@ -43,10 +43,18 @@ from flax_resblock.port.writing import write
 
 
 class Reader:
-    """Reads the modules of a traced network, each once."""
+    """Reads the modules of a traced network, each once.
 
-    def __init__(self, traced: Traced) -> None:
-        self.traced = traced
+    Args:
+      traced: In evaluation mode.
+      training: In training mode, if it returns more there.
+      any_size: Write heights and widths for images of any size where that can be guessed.
+    """
+
+    def __init__(
+        self, traced: Traced, training: Traced | None = None, any_size: bool = False
+    ) -> None:
+        self.traced, self.training, self.any_size = traced, training, any_size
         self.name = type(traced.live).__name__
         self.bodies: dict[str, Body] = {}
         self.inputs: dict[str, Sequence[tuple[Shape, Order]]] = {}
@@ -63,9 +71,11 @@ class Reader:
         except InputError as error:
             raise InputError(f"{self.name} cannot be ported: in module {path}, {error}") from error
 
-    def graph(self, path: str) -> Any:
-        """What the module does."""
-        return getattr(self.traced.graphs.get_submodule(path), "graph", None)
+    def trace_of(self, path: str) -> Traced:
+        """The trace that has a graph of the module."""
+        if self.training is None or has_graph(self.traced, path):
+            return self.traced
+        return self.training
 
     def body(self, path: str, inputs: Sequence[tuple[Shape, Order]]) -> Body:
         """The body of the module at ``path``, called with tensors of these shapes and orders."""
@@ -101,31 +111,30 @@ class BodyReader(Parts):
     ) -> None:
         self.live = reader.live(path)
         kind = type(self.live).__name__
-        super().__init__(reader.name, f"module {path} ({kind})" if path else "its forward pass")
+        place = f"module {path} ({kind})" if path else "its forward pass"
+        super().__init__(reader.name, place, reader.any_size)
         self.reader, self.path, self.skipped = reader, path, skipped
         self.body = Body(without_call(path), type(self.live))
-        self.graph = reader.graph(path)
+        self.traced = reader.trace_of(path)
+        self.graph: Any = getattr(self.traced.graphs.get_submodule(path), "graph", None)
         self._arguments(inputs)
 
     def read(self) -> Body:
         """Reads every node."""
-        from flax_resblock.port.operators import apply_operator
-
         self.body.parts = self._own_parts()
-        outputs: list[Value] = []
-        for node in self.graph.nodes:
-            self.node = node
-            if node.op == "get_attr" and not isinstance(held(self.graph, node), GraphModule):
-                self.env[node] = self._attribute(str(node.target))
-            elif node.op == "call_module":
-                self.env[node] = self._call(node)
-            elif node.op == "call_function":
-                self.env[node] = apply_operator(self, node)
-            elif node.op == "output":
-                outputs = self._outputs(node.args[0])
+        outputs, in_training = self._nodes(), []
+        if self.path == "" and self.reader.training is not None:
+            result, of_both = self.body.result, self.body.outputs
+            shared = shared_nodes(self.traced, self.reader.training, self.path)
+            self.env |= {node: self.env[one] for node, one in shared.items() if one in self.env}
+            self.traced = self.reader.training
+            self.graph = self.traced.graphs.graph
+            in_training = self._nodes()
+            self.body.training_result, self.body.result = self.body.result, result
+            self.body.training_outputs, self.body.outputs = self.body.outputs, of_both
         for value, part in self.parameters.items():
             part.order = part.order or value.order
-        write(self.body, self.values, outputs)
+        write(self.body, self.values, outputs, in_training)
         children = [identifier(name) for name, _ in children_of(self.live)]
         self.body.parts = dict(
             sorted(
@@ -141,13 +150,29 @@ class BodyReader(Parts):
             tie(self.live, self.body)
         return self.body
 
+    def _nodes(self) -> list[Value]:
+        """Reads the nodes of the graph that are not known yet, and returns the outputs."""
+        from flax_resblock.port.operators import apply_operator
+
+        for node in [one for one in self.graph.nodes if one not in self.env]:
+            self.node = node
+            if node.op == "get_attr" and not isinstance(held(self.graph, node), GraphModule):
+                self.env[node] = self._attribute(str(node.target))
+            elif node.op == "call_module":
+                self.env[node] = self._call(node)
+            elif node.op == "call_function":
+                self.env[node] = apply_operator(self, node)
+            elif node.op == "output":
+                return self._outputs(node.args[0])
+        return []
+
     def _outputs(self, result: Any) -> list[Value]:
         flat = list(leaves(result))
         self.body.is_tuple = isinstance(result, (tuple, list)) and self.path != ""
         self.body.result = ", ".join("{}" for _ in flat)
         outputs = [self.settled(self.value(one)) for one in flat]
         if self.path == "":
-            self.body.result = result_of(self.reader.traced.out_spec)
+            self.body.result = result_of(self.traced.out_spec)
             outputs = [self.bring(one, axes.channels_last(len(one.shape))) for one in outputs]
         self.body.outputs = [(one.shape, one.order) for one in outputs]
         return outputs
@@ -198,21 +223,9 @@ class BodyReader(Parts):
             or not len(self.graph.nodes)
         ):
             return None
-        inputs = tensor_inputs(self.graph)
-        previous, found = None, []
-        for node in self.graph.nodes:
-            if node in inputs and previous is None:
-                previous = node
-            elif node.op == "call_module":
-                if [one for one in node.args if is_tensor(one)] != [previous]:
-                    return None
-                previous = node
-                found.append(str(node.target))
-            elif node.op != "output" and is_tensor(node):
-                return None
         names = [name for name, _ in children_of(self.live)]
         moved = any("jnp." in line or ".reshape(" in line for line in self.body.lines)
-        if found != names or moved:
+        if calls_in_a_row(self.graph) != names or moved:
             return None
         items = {}
         for name, child in children_of(self.live):
@@ -244,7 +257,8 @@ class BodyReader(Parts):
         holes: list[Value] = arguments
         text = ", ".join("{}" for _ in holes)
         if body.list_input:
-            holes = [arguments[place] for place in list_order(self.reader.graph(path))]
+            graph = self.reader.trace_of(path).graphs.get_submodule(path).graph
+            holes = [arguments[place] for place in list_order(graph)]
             text = f"[{text}]"
             if holes == self.listed and self.body.list_input:
                 text, holes = self.body.arguments[0], []
@@ -284,16 +298,3 @@ class BodyReader(Parts):
             return self.new(text, (x,), shape, order, hint=hint_of(target))
         text, holes = layer_call(layer)
         return self.new(text, (x, *holes), shape, order, hint=layer.call.rpartition(".")[2])
-
-    def _hold(self, target: str, child: torch.nn.Module, body: Body) -> None:
-        """Keeps a module that was called among the parts."""
-        *steps, last = target.split(".")
-        holder, _ = self._holder(steps)
-        last = last if steps and last in holder else identifier(last)
-        part = body.sequence if type(child) is torch.nn.Sequential else None
-        parts = holder.get(last)
-        if isinstance(parts, ContainerPart) and not is_container(child):
-            if body.sequence is not None:
-                raise self.refusal(f"it calls {target} as a whole, and parts of it by themselves")
-            body.parts = {**parts.items, **body.parts}
-        holder[last] = ModulePart(body) if part is None else part

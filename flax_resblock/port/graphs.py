@@ -48,6 +48,23 @@ def tensor_inputs(graph: Any) -> list[Any]:
     return [node for node in graph.nodes if node.op == "placeholder" and is_tensor(node)]
 
 
+def calls_in_a_row(graph: Any) -> list[str] | None:
+    """The modules that a graph calls, if it does nothing but hand one's result to the next."""
+    inputs = tensor_inputs(graph)
+    previous, found = None, []
+    for node in graph.nodes:
+        if node in inputs and previous is None:
+            previous = node
+        elif node.op == "call_module":
+            if [one for one in node.args if is_tensor(one)] != [previous]:
+                return None
+            previous = node
+            found.append(str(node.target))
+        elif node.op != "output" and is_tensor(node):
+            return None
+    return found
+
+
 def list_order(graph: Any) -> list[int]:
     """The order of the tensors of a list: that in which an operator takes them all."""
     tensors = tensor_inputs(graph)

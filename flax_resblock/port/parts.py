@@ -87,6 +87,8 @@ class Body:
       list_input: Whether its only argument is a list of tensors.
       sequence: If it does nothing but call modules in a row, those.
       result: What is returned, with a hole for every tensor.
+      training_result: The same in training mode, if that is more.
+      training_outputs: Order and PyTorch shape of each tensor of it.
       ties: Assignments of ``__init__`` that make one variable of two: target and value.
       group: The class that it is emitted as.
     """
@@ -103,6 +105,8 @@ class Body:
     list_input: bool = False
     sequence: ContainerPart | None = None
     result: str = "{}"
+    training_result: str = ""
+    training_outputs: list[tuple[Shape, Order]] = field(default_factory=list)
     ties: list[tuple[str, str]] = field(default_factory=list)
     group: Any = None
 

@@ -16,10 +16,16 @@ from flax_resblock.port.values import ATOM, BATCH, SAME, Code, Constant, Value, 
 
 
 class Values:
-    """The values of one module, in the order in which they are computed."""
+    """The values of one module, in the order in which they are computed.
 
-    def __init__(self, network: str, place: str) -> None:
-        self.network, self.place = network, place
+    Args:
+      network: Its name, for messages.
+      place: Of the module in the network, for messages.
+      any_size: Write a height and width as those of a value that has them, instead of as numbers.
+    """
+
+    def __init__(self, network: str, place: str, any_size: bool = False) -> None:
+        self.network, self.place, self.any_size = network, place, any_size
         self.values: list[Value] = []
         self.env: dict[Any, Any] = {}
         self.node: Any = None
@@ -175,20 +181,29 @@ class Values:
           like: An array that is reshaped to them: what they have in common in front is taken from
             it, and one of the others is ``-1``. None: the sizes are written out.
         """
-        common, texts, holes = 0, [], []
         have = () if like is None else like.sizes
-        while common < min(len(have), len(sizes)) and have[common] == sizes[common]:
-            common += 1
-        if common:
-            texts.append(f"{{{ATOM}}}.shape[0]" if common == 1 else f"*{{{ATOM}}}.shape[:{common}]")
+        front = _in_common(have, sizes)
+        texts: list[str] = []
+        holes: list[Any] = []
+        if front:
+            texts.append(f"{{{ATOM}}}.shape[0]" if front == 1 else f"*{{{ATOM}}}.shape[:{front}]")
             holes.append(like)
-        rest = sizes[common:]
+        back = _in_common(have[front:][::-1], sizes[front:][::-1])
+        if len(sizes) - front - back != 1:
+            back = 0
+        rest = sizes[front : len(sizes) - back]
         batched = [place for place, size in enumerate(rest) if size % BATCH == 0]
+        map_at, map_code = self._map_in(rest)
         free = None
         if like is not None and rest:
-            free = batched[0] if batched else len(rest) - 1
+            others = [place for place in range(len(rest)) if place not in map_at]
+            free = batched[0] if batched else others[-1] if others else None
         for place, size in enumerate(rest):
-            if place == free and (batched or size != 1):
+            if place in map_at:
+                if place == map_at[0]:
+                    texts.append("*{}")
+                    holes.append(map_code)
+            elif place == free and (batched or size != 1):
                 texts.append("-1")
             elif size % BATCH == 0:
                 factor = f"{size // BATCH} * " if size > BATCH else ""
@@ -197,13 +212,44 @@ class Values:
             else:
                 texts.append("{}")
                 holes.append(Constant(size, "size"))
+        if back:
+            texts.append(f"{{{ATOM}}}.shape[-1]" if back == 1 else f"*{{{ATOM}}}.shape[-{back}:]")
+            holes.append(like)
         return ", ".join(texts) + ("," if len(texts) == 1 and like is None else ""), holes
+
+    def map_sizes(self, sizes: Sequence[int], *first: Value) -> Code | None:
+        """Code for the height and width of a value that has these, looked for in these values
+        first; None if they are written as numbers.
+        """
+        if not self.any_size or len(sizes) != 2 or max(sizes) == 1:
+            return None
+        for value in (*first, *self.env.values()):
+            if isinstance(value, Value) and value.order == axes.channels_last(4):
+                if value.sizes[1:3] == tuple(sizes) and value.expanded is None:
+                    return Code(f"{{{ATOM}}}.shape[1:3]", (value,))
+        return None
+
+    def _map_in(self, sizes: Shape) -> tuple[range, Code | None]:
+        """Which two of these sizes are a height and width, and code for them."""
+        for place in range(len(sizes) - 1):
+            code = self.map_sizes(sizes[place : place + 2])
+            if code is not None:
+                return range(place, place + 2), code
+        return range(0), None
 
     def _with_batch(self) -> Value:
         for value in self.env.values():
             if isinstance(value, Value) and value.name is not None and value.sizes[:1] == (BATCH,):
                 return value
         raise self.refusal("it needs the size of the batch, and no input begins with it")
+
+
+def _in_common(first: Shape, second: Shape) -> int:
+    """How many sizes both begin with."""
+    pairs = zip(first, second, strict=False)
+    return next(
+        (place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second))
+    )
 
 
 def _without_leading_ones(sizes: Shape) -> Shape:

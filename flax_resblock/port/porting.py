@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +23,7 @@ from flax_resblock.port.classes import classes_of
 from flax_resblock.port.graphs import leaves
 from flax_resblock.port.known import known_network
 from flax_resblock.port.layers import layer_of
+from flax_resblock.port.modes import trace_training
 from flax_resblock.port.modules import tensors_held
 from flax_resblock.port.network import PortedNetwork
 from flax_resblock.port.parts import (
@@ -83,12 +86,14 @@ def port(
     with global_state_kept(), runnable(inner(module)) as copied:
         state = state_to_numpy(inner(module).state_dict())
         copied.requires_grad_(True)  # a frozen parameter has a gradient in Flax
-        channels, size = _accepted(copied, [image_size] if image_size else SIZES)
+        channels, size, random = _accepted(copied, [image_size] if image_size else SIZES)
         parameters = _parameters(copied, asking, torch.randn(2, channels, *size))
         name = origin or type(inner(module)).__name__
-        known = None if expand else known_network(copied, name)
+        # the library's own networks have neither dropout nor stochastic depth
+        known = None if expand or random else known_network(copied, name)
         if known is None:
-            return _ported(copied, state, parameters, channels, size, exact, name)
+            trains = random is not None
+            return _ported(copied, state, parameters, channels, size, exact, name, trains=trains)
         table = Table.of(known.tensors, state, parameters)
         made = PortedNetwork(
             known.source, known.name, table, table.to_flax(state), {}, name, size, channels
@@ -105,8 +110,12 @@ def _ported(
     size: Size,
     exact: bool,
     origin: str,
+    *,
+    trains: bool,
 ) -> PortedNetwork:
-    reader = Reader(trace(module, [torch.randn(2, channels, *size)]))
+    images = [torch.randn(2, channels, *size)]
+    traced = trace(module, images)
+    reader = Reader(traced, trace_training(traced, images) if trains else None)
     body = reader.body("", [((BATCH, channels, *size), axes.channels_last(4))])
     table = Table.of(_tensors(module, body), state, parameters)
     names = Counter(id(one) for _, one in module.named_modules(remove_duplicate=False))
@@ -136,20 +145,28 @@ def _ported(
     return replace(made, source=source, figures=proof.figures, notes=tuple(notes))
 
 
-def _accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size]:
-    """The channels and the first size of images that the module runs on."""
+def _accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size, bool | None]:
+    """The channels and the first size of images that the module runs on, in training mode too if
+    there is one; and whether it draws random numbers there, None if it does not run."""
     kinds = torch.nn.Conv2d | torch.nn.ConvTranspose2d
     convolutions: list[Any] = [one for one in module.modules() if isinstance(one, kinds)]
     found = [one.in_channels for one in convolutions]
     first: Exception | None = None
     for channels in dict.fromkeys([*found[:1], 3, 1, *found]):
+        runs: list[Size] = []
         for size in sizes:
+            images = torch.randn(2, channels, *size)
             try:
-                module(torch.randn(2, channels, *size))
+                module(images)
             except Exception as error:  # whatever the user's code raises
                 first = first or error
-            else:
-                return channels, size
+                continue
+            runs.append(size)
+            random = _draws(module, images)
+            if random is not None:
+                return channels, size, random
+        if runs:
+            return channels, runs[0], None
     shown = ", ".join(f"{height}x{width}" for height, width in sizes)
     said = f"{type(first).__name__}: {str(first).strip().partition(chr(10))[0][:200]}"
     raise InputError(
@@ -159,24 +176,42 @@ def _accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size
     ) from first
 
 
+def _draws(module: torch.nn.Module, images: torch.Tensor) -> bool | None:
+    """Whether the module draws random numbers in training mode; None if it does not run in it."""
+    before = torch.get_rng_state()
+    try:
+        copy.deepcopy(module).train()(images)
+    except Exception:  # whatever the user's code raises
+        return None
+    return not torch.equal(before, torch.get_rng_state())
+
+
 def _parameters(
     module: torch.nn.Module, asking: Mapping[str, bool], images: torch.Tensor
 ) -> dict[str, Parameter]:
     """The parameters in the order in which an optimizer has them. Training changes those that ask
     for a gradient and on which the output depends; PyTorch has none for others, and leaves them
-    alone.
+    alone. Outputs that there are in training mode alone, as of auxiliary heads, do not count.
     """
     with torch.enable_grad():
-        tensors = [one for one in leaves(module(images)) if isinstance(one, torch.Tensor)]
-        outputs = [one.float().sum() for one in tensors if one.requires_grad]
+        outputs = _outputs(module, images)
+        with suppress(Exception):  # whatever the user's code raises: it does not run in training
+            training = copy.deepcopy(module).train()
+            outputs, module = _outputs(training, images)[: len(outputs)], training
         every = [one for _, one in module.named_parameters()]
         found: Sequence[Any] = [None] * len(every)
-        if outputs and every:
-            found = torch.autograd.grad(outputs, every, allow_unused=True)
+        sums = [one.float().sum() for one in outputs if one.requires_grad]
+        if sums and every:
+            found = torch.autograd.grad(sums, every, allow_unused=True)
     return {
         name: Parameter(asks, asks and gradient is not None)
         for (name, asks), gradient in zip(asking.items(), found, strict=True)
     }
+
+
+def _outputs(module: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that the module returns."""
+    return [one for one in leaves(module(images)) if isinstance(one, torch.Tensor)]
 
 
 def _tensors(module: torch.nn.Module, body: Body) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""A PyTorch module and what it was ported to, with the same random weights, run side by side."""
+"""A PyTorch module and what it was ported to, with the same moved weights, run side by side."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.config import Path
 from flax_resblock.cpu.switch import conv_lowering
 from flax_resblock.nn.stochastic import StochasticDepth
-from flax_resblock.nn.variables import flat_arrays
-from flax_resblock.parity.module_run import randomise
+from flax_resblock.nn.variables import flat_arrays, on_device, set_values
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace, as_tensor, trace_flax, trace_torch
 from flax_resblock.port.graphs import leaves
-from flax_resblock.port.network import PortedNetwork, filled
+from flax_resblock.port.network import PortedNetwork
 
-BATCH = 3
+SMALL = 64 * 64
+"""Pixels of an image that is small enough for a larger batch. With few values a channel the
+gradient of batch norm is a small difference of large numbers."""
 
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Options of the compiler for programs that run once."""
+"""Options of the compiler for programs that run once and compute little."""
 
 STEPS, RATE = 5, 1e-3
 """Of the training that is compared."""
@@ -36,18 +37,19 @@ STEPS, RATE = 5, 1e-3
 def images_of(channels: int, size: tuple[int, int]) -> np.ndarray:
     """Random images ``(N, H, W, C)`` whose channels have different means."""
     rng = np.random.default_rng(0)
-    images = rng.standard_normal((BATCH, *size, channels))
+    batch = 6 if size[0] * size[1] <= SMALL else 3
+    images = rng.standard_normal((batch, *size, channels))
     return images + np.linspace(-1, 2, channels)
 
 
 class _Flat(nnx.Module):
     """The network with everything that it returns in one array, in PyTorch's order."""
 
-    def __init__(self, net: Any, count: int | None = None) -> None:
-        self.net, self.count = net, count
+    def __init__(self, net: Any) -> None:
+        self.net = net
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        parts = [one for one in leaves(self.net(x)) if one is not None][: self.count]
+        parts = [one for one in leaves(self.net(x)) if one is not None]
         return jnp.concatenate(
             [jnp.moveaxis(one, -1, 1).reshape(one.shape[0], -1) for one in parts], axis=-1
         )
@@ -56,21 +58,20 @@ class _Flat(nnx.Module):
 class _FlatTorch(torch.nn.Module):
     """The module with everything that it returns in one tensor."""
 
-    def __init__(self, net: torch.nn.Module, count: int | None = None) -> None:
+    def __init__(self, net: torch.nn.Module) -> None:
         super().__init__()
-        self.net, self.count, self.found = net, count, 0
+        self.net = net
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts = [one for one in leaves(self.net(x)) if isinstance(one, torch.Tensor)]
-        self.found = len(parts)
-        return torch.cat([one.flatten(1) for one in parts[: self.count]], dim=-1)
+        return torch.cat([one.flatten(1) for one in parts], dim=-1)
 
 
 class SideBySide:
     """The module and the ported network.
 
     Args:
-      module: In evaluation mode and float32; changed: its weights become random, unless its output
+      module: In evaluation mode and float32; changed: its weights are moved, unless its output
         is then zero or not finite, and its random layers are switched off.
       ported: Its source and table.
       slots: Paths of the layers in the Flax model, by their names in PyTorch.
@@ -79,50 +80,52 @@ class SideBySide:
     def __init__(
         self, module: torch.nn.Module, ported: PortedNetwork, slots: Mapping[str, Path]
     ) -> None:
-        self.module, self.ported = module, ported
+        self.module, self.ported, self._model = module, ported, ported.create()
         self.torch_slots = {name: f"net.{name}" for name in slots}
         self.flax_slots = {name: ("net", *path) for name, path in slots.items()}
         _switch_off(module)
         own = copy.deepcopy(module.state_dict())
-        randomise(module)
+        _move_weights(module)
         self.images = images_of(ported.channels, ported.image_size)
-        output, self.count = self._output()
+        output = self._output()
         if not (np.isfinite(output).all() and output.any()):
             module.load_state_dict(own)
 
-    def _output(self) -> tuple[np.ndarray, int]:
-        """The output in evaluation mode, and of how many tensors it consists."""
-        flat = _FlatTorch(self.module)
+    def _output(self) -> np.ndarray:
+        """The output in evaluation mode."""
         with torch.no_grad():
-            output = flat(as_tensor(self.images, PRECISIONS["float32"]))
-        return output.numpy(), flat.found
+            return _FlatTorch(self.module)(as_tensor(self.images, PRECISIONS["float32"])).numpy()
 
-    def output_in_training(self) -> tuple[tuple[int, ...], int]:
-        """The shape of the output in training mode, and how many tensors the module returns there;
-        whatever the module raises, this raises.
-        """
-        flat = _FlatTorch(copy.deepcopy(self.module).train(), self.count)
+    def output_in_training(self) -> tuple[int, ...]:
+        """The shape of the output in training mode; whatever the module raises, this raises."""
+        flat = _FlatTorch(copy.deepcopy(self.module).train())
         with torch.no_grad(), _no_functional_dropout():
-            output = flat(as_tensor(self.images, PRECISIONS["float32"]))
-        return tuple(output.shape), flat.found
+            return tuple(flat(as_tensor(self.images, PRECISIONS["float32"])).shape)
 
     def torch(self, images: np.ndarray, precision: Precision, **options: Any) -> Trace:
         """What the module computes."""
-        flat = _FlatTorch(self._cast(precision), self.count)
+        flat = _FlatTorch(self._cast(precision))
         with _no_functional_dropout(), torch.enable_grad():
             return trace_torch(flat, images, self.torch_slots, precision=precision, **options)
 
-    def flax(self, images: np.ndarray, precision: Precision, **options: Any) -> Trace:
-        """What the ported network computes, compiled in a hurry, as it runs once."""
+    def flax(
+        self,
+        images: np.ndarray,
+        precision: Precision,
+        compiler: Mapping[str, Any] = QUICKLY,
+        **options: Any,
+    ) -> Trace:
+        """What the ported network computes, with these options of the compiler."""
         with precision.on_jax(None):
-            flat = _Flat(self._filled(precision), self.count)
-        options |= {"precision": precision, "options": QUICKLY}
+            flat = _Flat(self._filled(precision))
+        options |= {"precision": precision, "options": compiler, "activation_gradients": False}
         with conv_lowering("xla"):
             return trace_flax(flat, images, self.flax_slots, **options)
 
     def _filled(self, precision: Precision) -> nnx.Module:
         state = state_to_numpy(self._cast(precision).state_dict())
-        model = filled(self.ported.network, self.ported.table.to_flax(state))
+        model = nnx.clone(self._model)
+        set_values(model, on_device(self.ported.table.to_flax(state)))
         for _, part in nnx.iter_modules(model):
             if isinstance(part, nnx.Dropout | StochasticDepth):
                 part.rate = 0.0
@@ -153,7 +156,7 @@ class SideBySide:
         rng = np.random.default_rng(2)
         batches = [self.images + 0.1 * rng.standard_normal(self.images.shape) for _ in range(STEPS)]
         targets = rng.standard_normal(shape)
-        module = _FlatTorch(self._cast(precision), self.count).train()
+        module = _FlatTorch(self._cast(precision)).train()
         with _no_functional_dropout(), torch.enable_grad():
             optimizer = torch.optim.SGD(module.parameters(), lr=RATE, momentum=0.9)
             for batch in batches:
@@ -164,7 +167,7 @@ class SideBySide:
         state = {name.removeprefix("net."): value for name, value in module.state_dict().items()}
         theirs = self.ported.table.to_flax(state_to_numpy(state))
         with precision.on_jax(None), conv_lowering("xla"):
-            model = _Flat(self._filled(precision), self.count)
+            model = _Flat(self._filled(precision))
             model.train()
             return theirs, _trained(model, batches, targets, precision)
 
@@ -192,6 +195,24 @@ def _trained(
             params, rest, momentum, jnp.asarray(batch, precision.storage)
         )
     return flat_arrays(nnx.merge(graphdef, params, rest))
+
+
+def _move_weights(module: torch.nn.Module) -> None:
+    """Moves every weight from where it is, so that none is zero or like its neighbours, which would
+    hide what is multiplied by it, and lets norms look trained.
+
+    Weights that have nothing to do with the module's own may amplify rounding without bound."""
+    generator = torch.Generator().manual_seed(0)
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            if parameter.is_floating_point():
+                spread = 0.3 * float(parameter.std()) if parameter.numel() > 1 else 0.0
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.data.add_(noise, alpha=spread or 0.1)
+        mean, var = (getattr(part, name, None) for name in ("running_mean", "running_var"))
+        if isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor):
+            mean.normal_(0, 0.3, generator=generator)
+            var.uniform_(0.5, 2, generator=generator)
 
 
 def _switch_off(module: torch.nn.Module) -> None:

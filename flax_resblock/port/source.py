@@ -16,8 +16,8 @@ from flax_resblock.port.arguments import (
     argument_names,
     default_of,
 )  # fmt: skip
+from flax_resblock.port.axes import Order, Shape
 from flax_resblock.port.parts import (
-    Body,
     ContainerPart,
     LayerPart,
     ModulePart,
@@ -90,6 +90,8 @@ def _class(made: EmittedClass, *, last: bool, size: tuple[int, int] | None = Non
         lines += [f"    def __init__({arguments}) -> None:", f"        super().__init__({items})"]
         return "\n".join(lines) + "\n"
     inner = [f"self.{name} = {name}" for name in kept]
+    if body.training_result:
+        inner.insert(0, "self.deterministic = False  # set by eval(), cleared by train()")
     for name, part in body.parts.items():
         built = _built(made, part, (name,))
         if name in made.conditions:
@@ -107,7 +109,10 @@ def _class(made: EmittedClass, *, last: bool, size: tuple[int, int] | None = Non
         ]
     kind = "list[jax.Array]" if body.list_input else "jax.Array"
     parameters = ", ".join(f"{name}: {kind}" for name in body.arguments)
-    lines += [f"    def __call__(self, {parameters}) -> {_returned(body)}:"]
+    results = {_returned(body.result, len(body.outputs)): None}
+    if body.training_result:
+        results[_returned(body.training_result, len(body.training_outputs))] = None
+    lines += [f"    def __call__(self, {parameters}) -> {' | '.join(results)}:"]
     lines += [f'        """{_shapes(made)}"""']
 
     if size is not None:
@@ -149,12 +154,11 @@ def _type(values: Sequence[Any]) -> str:
     return " | ".join(sorted(kinds, key=lambda kind: kind == "None"))
 
 
-def _returned(body: Body) -> str:
-    if body.result.startswith("{{"):
+def _returned(result: str, count: int) -> str:
+    """The type of a result that consists of so many tensors."""
+    if result.startswith("{{"):
         return "dict[str, jax.Array]"
-    if len(body.outputs) > 1:
-        return f"tuple[{', '.join('jax.Array' for _ in body.outputs)}]"
-    return "jax.Array"
+    return f"tuple[{', '.join(['jax.Array'] * count)}]" if count > 1 else "jax.Array"
 
 
 def _shapes(made: EmittedClass) -> str:
@@ -163,18 +167,18 @@ def _shapes(made: EmittedClass) -> str:
     if made.main.list_input:
         return "Takes a list of arrays."
     inputs = [_shape(made, [body.input_shapes[i] for body in made.bodies], i) for i in range(count)]
-    outputs = [
-        _shape(
-            made,
-            [
-                tuple(one[0][axis] for axis in one[1])
-                for one in (body.outputs[i] for body in made.bodies)
-            ],
-            i,
+
+    def shown(*outputs: Sequence[tuple[Shape, Order]]) -> str:
+        """The shapes of what each instance returns."""
+        return ", ".join(
+            _shape(made, [tuple(shape[axis] for axis in order) for shape, order in one], place)
+            for place, one in enumerate(zip(*outputs, strict=True))
         )
-        for i in range(len(made.main.outputs))
-    ]
-    return f"{', '.join(inputs)} to {', '.join(outputs)}."
+
+    text = f"{', '.join(inputs)} to {shown(*(body.outputs for body in made.bodies))}"
+    if made.main.training_result:
+        text += f"; in training mode to {shown(made.main.training_outputs)}"
+    return f"{text}."
 
 
 def _shape(made: EmittedClass, shapes: Sequence[tuple[int, ...]], place: int) -> str:

@@ -47,12 +47,15 @@ class Traced:
     constants: Mapping[str, Any]
 
 
-def trace(module: torch.nn.Module, images: Sequence[torch.Tensor]) -> Traced:
-    """Traces a module in evaluation mode with a batch of any size.
+def trace(
+    module: torch.nn.Module, images: Sequence[torch.Tensor], *, training: bool = False
+) -> Traced:
+    """Traces a module with a batch of any size.
 
     Args:
-      module: In evaluation mode.
+      module: In the mode that is traced, its layers in evaluation mode.
       images: Its inputs, each with the batch first.
+      training: Show batch norm and dropout as functions as they are in evaluation mode.
     Raises:
       InputError: The module does what cannot be traced, or changes a part of a tensor in place.
     """
@@ -69,6 +72,8 @@ def trace(module: torch.nn.Module, images: Sequence[torch.Tensor]) -> Traced:
             raise
         except Exception as error:
             raise InputError(_why_not(module, error)) from error
+        if training:
+            _as_in_evaluation(program.graph)
         _check_in_place(program, type(module).__name__)
         try:
             graphs = torch.export.unflatten(program)
@@ -160,7 +165,7 @@ def _is_own(line: str) -> bool:
 
 def _why_not(module: torch.nn.Module, error: Exception) -> str:
     """One paragraph on a module that cannot be traced."""
-    name = type(module).__name__
+    name, mode = type(module).__name__, "in training mode " if module.training else ""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -172,17 +177,30 @@ def _why_not(module: torch.nn.Module, error: Exception) -> str:
     said = visible(text.strip().splitlines()[0][:200] if text.strip() else kind)
     if "GuardOnDataDependent" in kind or "data-dependent" in text.lower() or ".item()" in text:
         return (
-            f"{name} cannot be ported: its forward pass depends on the values in a tensor{place}"
-            f"{code}. A compiled program has one path: compute both and choose with torch.where, "
+            f"{name} cannot be ported: {mode}its forward pass depends on the values in a tensor"
+            f"{place}{code}. A compiled program has one path: compute both and choose with torch.where, "
             f"or decide by shapes and attributes."
         )
     if "specialized" in text or "Constraints violated" in text or "constraint" in text.lower():
         return (
-            f"{name} cannot be ported: its forward pass fixes the size of the batch{place}{code}. "
+            f"{name} cannot be ported: {mode}its forward pass fixes the size of the batch{place}"
+            f"{code}. "
             f"Write x.size(0), or -1, where it names the size of the batch. torch.export says: "
             f"{said}"
         )
     return f"{name} cannot be traced{place}{code}: {kind}: {said}"
+
+
+def _as_in_evaluation(graph: Any) -> None:
+    """Takes back what batch norm and dropout as functions do when ``module.training`` is set."""
+    for node in list(graph.nodes):
+        name = str(node.target)
+        if "dropout" in name:
+            node.args = (*node.args[:2], False)
+        elif "batch_norm" in name and node.args[3] is not None:
+            node.args = (*node.args[:5], False, *node.args[6:])
+        elif "add_" in name and "num_batches_tracked" in str(node.args[0]):
+            graph.erase_node(node)
 
 
 def _check_in_place(program: Any, name: str) -> None:

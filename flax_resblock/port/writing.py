@@ -17,22 +17,31 @@ DEPTH = 4
 _ITEM = re.compile(r"self\.(\w+)\[(\d+)\]\(\{\}\)")
 
 
-def write(body: Body, values: Sequence[Value], outputs: Sequence[Value]) -> None:
+def write(
+    body: Body,
+    values: Sequence[Value],
+    outputs: Sequence[Value],
+    in_training: Sequence[Value] = (),
+) -> None:
     """Fills in the lines of ``__call__``.
 
     Args:
       body: Changed in place.
       values: In the order in which they are computed.
       outputs: What is returned.
+      in_training: What is returned in training mode, if that is more; the lines for it are behind
+        those for the outputs in evaluation mode.
     """
-    outputs = [source(one) for one in outputs]
-    order = _needed(values, outputs)
+    outputs, in_training = ([source(one) for one in each] for each in (outputs, in_training))
+    early = _reached(outputs)
+    order = sorted(_needed(values, [*outputs, *in_training]), key=lambda value: value not in early)
     loops = _loops(order, body)
     order = [value for value in order if value not in loops or loops[value]]
     last_use: dict[Value, int] = {}
-    alone = outputs[0] if len(outputs) == 1 else None
+    alone = outputs[0] if len(outputs) == 1 and not in_training else None
     named = [one for one in order if _needs_name(one, returned=one is alone) or one in loops]
     place_of = {value: place for place, value in enumerate(named)}
+    middle = sum(value in early for value in named)
 
     def roots(code: Code) -> list[Value]:
         found: list[Value] = []
@@ -46,12 +55,14 @@ def write(body: Body, values: Sequence[Value], outputs: Sequence[Value]) -> None
     for place, value in enumerate(named):
         for one in roots(value.code):
             last_use[one] = place
-    for one in outputs:
-        kept = [one] if one in place_of or one.name is not None else roots(one.code)
-        last_use.update(dict.fromkeys(kept, len(named)))
+    for end, several in ((middle, outputs), (len(named), in_training)):
+        for one in several:
+            kept = [one] if one in place_of or one.name is not None else roots(one.code)
+            last_use.update({root: max(end, last_use.get(root, 0)) for root in kept})
     taken = {*body.arguments}
     writer = Writer()
-    for place, value in enumerate(named):
+
+    def assign(place: int, value: Value) -> None:
         operands = [one for one in roots(value.code) if last_use[one] == place and one.plain]
         text = writer.text(value.code) if value not in loops else ""
         value.name = operands[0].name if operands else _unique(value.hint, taken)
@@ -65,24 +76,38 @@ def write(body: Body, values: Sequence[Value], outputs: Sequence[Value]) -> None
             body.lines.append(f"    {value.name} = {_singular(attribute)}({value.name})")
         else:
             body.lines.append(f"{value.name} = {text}")
-    shown = [writer.text(Code("{}", (one,))) for one in outputs]
-    body.lines.append("return " + body.result.format(*shown))
+
+    def returned(result: str, several: Sequence[Value]) -> str:
+        return "return " + result.format(*(writer.text(Code("{}", (one,))) for one in several))
+
+    for place, value in enumerate(named[:middle]):
+        assign(place, value)
+    if in_training:
+        body.lines += ["if self.deterministic:", f"    {returned(body.result, outputs)}"]
+        for place, value in enumerate(named[middle:], middle):
+            assign(place, value)
+        body.lines.append(returned(body.training_result, in_training))
+    else:
+        body.lines.append(returned(body.result, outputs))
     body.constants = writer.constants
+
+
+def _reached(outputs: Sequence[Value]) -> set[Value]:
+    """The values that these depend on, and they themselves."""
+    found, stack = set(), list(outputs)
+    while stack:
+        value = stack.pop()
+        if value not in found:
+            found.add(value)
+            stack += needed_values(value.code)
+    return found
 
 
 def _needed(values: Sequence[Value], outputs: Sequence[Value]) -> list[Value]:
     """The values that the outputs depend on, in order, with their uses counted."""
-    wanted, stack = set(), list(outputs)
-    for one in outputs:
+    wanted = _reached(outputs)
+    for one in [*outputs, *(one for value in wanted for one in needed_values(value.code))]:
         one.uses += 1
-    while stack:
-        value = stack.pop()
-        if value in wanted:
-            continue
-        wanted.add(value)
-        for one in needed_values(value.code):
-            one.uses += 1
-            stack.append(one)
     return [value for value in values if value in wanted]
 
 

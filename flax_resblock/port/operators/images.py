@@ -25,7 +25,10 @@ def _pool(call: str, names: Sequence[str], defaults: Sequence[Any]) -> Rule:
             if size != default:
                 shown[name] = size
         text = f"nn.{call}({{}}, {{}}" + "".join(f", {name}={{}}" for name in shown) + ")"
-        holes = [value, Constant(window, "window")]
+        sizes = value.sizes[1:-1]
+        whole = sizes == (tuple(window) if isinstance(window, tuple) else (window,) * len(sizes))
+        code = b.map_sizes(sizes, value) if whole else None
+        holes = [value, code or Constant(window, "window")]
         holes += [Constant(size, name) for name, size in shown.items()]
         return b.new(text, holes, shape_of(node), value.order, hint="pooled")
 
@@ -102,7 +105,8 @@ def _upsample(b: Values, node: Any, x: Any, size: Any, *rest: Any) -> Value:
     align = "nearest" not in mode and bool(rest[0])
     scales = rest[-1] if rest and isinstance(rest[-1], (list, tuple)) else None
     if size is not None or scales is None:
-        text, holes = "size={}", [Constant(tuple(shape_of(node)[2:]), "size")]
+        sizes = shape_of(node)[2:]
+        text, holes = "size={}", [b.map_sizes(sizes) or Constant(sizes, "size")]
     else:
         text, holes = "scale_factor={}", [Constant(plain_size(scales), "scale_factor")]
     text = f"nn.interpolate({{}}, {text}, mode={mode.replace('_', '-')!r}"

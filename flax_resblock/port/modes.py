@@ -1,0 +1,157 @@
+"""What a module does in training mode alone: more outputs, such as those of auxiliary heads, are
+ported; whatever else is not batch norm or dropout is refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from flax_resblock.errors import InputError
+from flax_resblock.port.graphs import held, is_tensor, leaves
+from flax_resblock.port.layers import layer_of
+from flax_resblock.port.modules import tensors_held, without_call
+from flax_resblock.port.tracing import Traced, trace, where
+
+
+def trace_training(evaluation: Traced, images: Sequence[torch.Tensor]) -> Traced | None:
+    """The trace in training mode of a network that returns more there; None if it does not.
+
+    Layers of ``torch.nn`` stay in evaluation mode, as those that are written for them know both
+    modes: what differs is the user's own code, where it asks for ``self.training``.
+
+    Args:
+      evaluation: The trace in evaluation mode.
+      images: The inputs of the network.
+    Raises:
+      InputError: In training mode it does something else, or cannot be traced.
+    """
+    module = evaluation.live
+    for part in module.modules():
+        part.training = not _is_layer(part)
+    try:
+        training = trace(module, images, training=True)
+    finally:
+        module.eval()
+    for path, _ in training.graphs.named_modules():
+        if has_graph(evaluation, path) and has_graph(training, path):
+            _compare(evaluation, training, path)
+    grown = len(_outputs(training, "")) > len(_outputs(evaluation, ""))
+    return training if grown else None
+
+
+def has_graph(traced: Traced, path: str) -> bool:
+    """Whether a module is called in this mode."""
+    module: Any = traced.graphs
+    for step in path.split(".") if path else ():
+        module = getattr(module, step, None)
+    return bool(getattr(getattr(module, "graph", None), "nodes", ()))
+
+
+def shared_nodes(evaluation: Traced, training: Traced, path: str) -> Mapping[Node, Node]:
+    """The nodes of a module in training mode -> the nodes in evaluation mode that compute the same.
+
+    Args:
+      path: Of the module; ``""`` is the network.
+    """
+    numbers: dict[Any, int] = {}
+    known = {number: node for node, number in _numbered(evaluation, path, numbers).items()}
+    found = _numbered(training, path, numbers)
+    return {node: known[number] for node, number in found.items() if number in known}
+
+
+def _numbered(traced: Traced, path: str, numbers: dict[Any, int]) -> dict[Node, int]:
+    """A number for every node of a module, the same for nodes that compute the same.
+
+    Args:
+      numbers: Those that were given; changed.
+    """
+    found: dict[Node, int] = {}
+    seen: Counter[Any] = Counter()
+
+    def plain(argument: Any) -> Any:
+        if isinstance(argument, Node):
+            return found[argument]
+        if isinstance(argument, tuple | list):
+            return tuple(plain(one) for one in argument)
+        return repr(argument)
+
+    for node in _graph(traced, path).nodes:
+        if node.op == "output":
+            continue
+        what: Any = without_call(str(node.target))
+        if node.op == "placeholder":
+            what = seen["placeholder"]
+            seen["placeholder"] += 1
+        elif node.op == "get_attr":
+            what = _attribute(traced, path, node)
+        arguments = [plain(one) for one in (*node.args, *node.kwargs.values())]
+        key = (node.op, what, *arguments, *node.kwargs)
+        seen[key] += 1
+        found[node] = numbers.setdefault((key, seen[key]), len(numbers))
+    return found
+
+
+def _attribute(traced: Traced, path: str, node: Node) -> Any:
+    """The name of a parameter or buffer, or the numbers of a constant."""
+    live = traced.live.get_submodule(without_call(path))
+    tensor = held(node.graph, node)
+    if node.target in tensors_held(live) or not isinstance(tensor, torch.Tensor):
+        return node.target
+    return str(tensor.dtype), tuple(tensor.shape), tuple(tensor.flatten().tolist())
+
+
+def _compare(evaluation: Traced, training: Traced, path: str) -> None:
+    """Refuses a module that does something else in training mode; the network may return more."""
+    shared = shared_nodes(evaluation, training, path)
+    before, after = _outputs(evaluation, path), _outputs(training, path)
+    lost = [one for one in _reached(before) if one not in set(shared.values())]
+    more = [one for one in _reached(after) if one not in shared]
+    heads = path == "" and len(after) > len(before)
+    if not lost and (heads or not more) and (heads or [shared[one] for one in after] == before):
+        return
+    node = next(filter(is_tensor, [*([] if heads else more), *lost, *after]))
+    while node.op == "call_module":  # to where the difference begins
+        path = f"{path}.{node.target}".strip(".")
+        called = [one for one in held(node.graph, node).graph.nodes if one.op[:4] == "call"]
+        node = next(filter(is_tensor, called), None) or node
+    at = where(node)
+    raise InputError(
+        f"{type(evaluation.live).__name__} cannot be ported: in training mode "
+        f"{f'module {without_call(path)}' if path else 'its forward pass'} does something else"
+        f"{f' at {at}' if at else ''} ({node.target}). The modes may differ in batch norm, dropout "
+        f"and other layers of torch.nn, and the network may return more tensors in training mode, "
+        f"as with auxiliary heads. To drop values or branches at random, use torch.nn.Dropout or "
+        f"torchvision.ops.StochasticDepth."
+    )
+
+
+def _graph(traced: Traced, path: str) -> Any:
+    return traced.graphs.get_submodule(path).graph
+
+
+def _outputs(traced: Traced, path: str) -> list[Node]:
+    """The nodes that a module returns."""
+    last = next(reversed(_graph(traced, path).nodes))
+    return [one for one in leaves(last.args[0]) if isinstance(one, Node)]
+
+
+def _reached(outputs: Sequence[Node]) -> list[Node]:
+    """The nodes that these depend on, in order; they are among them."""
+    found, stack = set(), list(outputs)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return [one for one in outputs[0].graph.nodes if one in found] if outputs else []
+
+
+def _is_layer(module: torch.nn.Module) -> bool:
+    try:
+        return layer_of(module) is not None
+    except InputError:
+        return True
