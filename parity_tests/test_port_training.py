@@ -297,6 +297,14 @@ def test_bad_input_ends_with_one_true_paragraph(here, capsys):
         assert message in capsys.readouterr().err, line
         assert not Path("never").exists()
 
+    class Auxiliary(Plain):
+        def __call__(self, x: jax.Array) -> tuple[jax.Array, ...] | jax.Array:
+            logits = super().__call__(x)
+            return logits if self.drop.deterministic else (logits, logits)
+
+    with pytest.raises(InputError, match=r"Auxiliary returns tuple .* in training mode"):
+        fit(Auxiliary(rngs=nnx.Rngs(0)), runs.few_digits(), TrainConfig(), progress=False)
+
     done = "train --model plain.py:Plain --steps 1 --warmup-steps 0 --out plain"
     assert run_command(done.split()) == 0
     again = "train --model plain.py:Plain --resume auto --steps 2 --out plain"

@@ -22,6 +22,7 @@ def check_model(model: nnx.Module, dataset: DataSource, config: TrainConfig) -> 
     if isinstance(model, ResNet) and model.config.num_classes is not None:
         _check_resnet(model, dataset, config)
     classes = classes_of(model, dataset.shape)
+    classes_of(model, dataset.shape, training=True)  # which may return auxiliary outputs too
     if classes < dataset.num_classes:
         raise InputError(
             f"{type(model).__name__} knows {classes} classes, and {dataset.name} has images in "

@@ -149,12 +149,13 @@ def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(log_sum - wide[np.arange(len(wide)), labels]))
 
 
-def classes_of(model: nnx.Module, shape: Sequence[int]) -> int:
+def classes_of(model: nnx.Module, shape: Sequence[int], *, training: bool = False) -> int:
     """The number of classes that a network knows.
 
     Args:
       model: Any network.
       shape: Of the images, ``(H, W, C)``.
+      training: Whether it is asked in training mode.
     Raises:
       InputError: It does not take such images, or does not return logits ``(N, num_classes)``.
     """
@@ -165,7 +166,7 @@ def classes_of(model: nnx.Module, shape: Sequence[int]) -> int:
 
     def logits(state: nnx.State, images: jax.Array) -> Any:
         network: Any = nnx.merge(graphdef, state, copy=True)
-        network.eval()
+        network.train() if training else network.eval()
         return network(images)
 
     images = jax.ShapeDtypeStruct((2, *shape), np.float32)
@@ -179,9 +180,11 @@ def classes_of(model: nnx.Module, shape: Sequence[int]) -> int:
         ) from error
     got = getattr(found, "shape", type(found).__name__)
     if not isinstance(got, tuple) or len(got) != 2 or got[0] != 2 or found.dtype.kind not in "fV":
+        mode = "training" if training else "evaluation"
         raise InputError(
-            f"{name} returns {got} for two images of {size}; training and evaluation need logits, "
-            f"one floating array (N, num_classes)."
+            f"{name} returns {got} for two images of {size} in {mode} mode; it needs to be logits, "
+            f"one floating array (N, num_classes). For anything else, such as auxiliary heads, "
+            f"write the loss and the loop yourself (nnx.Optimizer, or train/plain_optax.py)."
         )
     return got[1]
 
