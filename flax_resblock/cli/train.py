@@ -118,8 +118,8 @@ def train(
             if eval_only is not None:
                 return classify(eval_only, wanted, devices, out if first else None, code)
             if print_config and resume is None and init is None:
-                chosen = {"model": wanted.preset.model if code is None else None}
-                return _printed(replace(fresh_config(wanted), **chosen))
+                config = fresh_config(wanted)
+                return _printed(config if code is None else replace(config, model=None))
             out = out or Path("runs") / preset
             resume = _checkpoint_to_resume(resume, out)
             in_place = resume == out

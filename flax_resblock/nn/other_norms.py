@@ -20,9 +20,16 @@ def normalised(x: jax.Array, axes: Sequence[int], eps: float) -> jax.Array:
     """``x`` minus its mean, divided by its standard deviation; both over ``axes``, the variance
     biased, computed in float32 at least."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centred = wide - jnp.mean(wide, axes, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axes, keepdims=True)
-    return (centred * lax.rsqrt(variance + eps)).astype(x.dtype)
+    centred = wide - _mean(wide, axes)
+    return (centred * lax.rsqrt(_mean(jnp.square(centred), axes) + eps)).astype(x.dtype)
+
+
+def _mean(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The mean over axes, which stay with length 1. Over axes that are not neighbours it is taken
+    in two steps: XLA's single sum over all of them is twenty times less accurate on a CPU."""
+    if axes[-1] - axes[0] == len(axes) - 1:
+        return jnp.mean(x, axes, keepdims=True)
+    return jnp.mean(jnp.mean(x, axes[:-1], keepdims=True), axes[-1], keepdims=True)
 
 
 def affine(x: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:

@@ -57,7 +57,7 @@ def _restored(module: torch.nn.Module) -> Iterator[None]:
         if tensor is not None and id(tensor) not in copies:
             value = tensor.detach().clone()
             if isinstance(tensor, torch.nn.Parameter):
-                value = torch.nn.Parameter(value, requires_grad=False)
+                value = torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
             copies[id(tensor)] = value
         return None if tensor is None else copies[id(tensor)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -197,7 +198,9 @@ class Values:
         free = None
         if like is not None and rest:
             others = [place for place in range(len(rest)) if place not in map_at]
-            free = batched[0] if batched else others[-1] if others else None
+            pixels = math.prod(have[1:3]) if self.any_size and len(have) == 4 else 1
+            flat = [place for place in others if rest[place] == pixels > 1]
+            free = next(iter((*batched, *flat, *others[-1:])), None)
         for place, size in enumerate(rest):
             if place in map_at:
                 if place == map_at[0]:
@@ -224,9 +227,9 @@ class Values:
         if not self.any_size or len(sizes) != 2 or max(sizes) == 1:
             return None
         for value in (*first, *self.env.values()):
-            if isinstance(value, Value) and value.order == axes.channels_last(4):
-                if value.sizes[1:3] == tuple(sizes) and value.expanded is None:
-                    return Code(f"{{{ATOM}}}.shape[1:3]", (value,))
+            found = isinstance(value, Value) and value.order == axes.channels_last(4)
+            if found and value.sizes[1:3] == tuple(sizes) and value.expanded is None:
+                return Code(f"{{{ATOM}}}.shape[1:3]", (value,))
         return None
 
     def _map_in(self, sizes: Shape) -> tuple[range, Code | None]:

@@ -82,12 +82,10 @@ def port(
     """
     if not isinstance(module, torch.nn.Module):
         raise InputError(f"port takes an nn.Module, not a {type(module).__name__}.")
-    asking = {name: one.requires_grad for name, one in inner(module).named_parameters()}
     with global_state_kept(), runnable(inner(module)) as copied:
         state = state_to_numpy(inner(module).state_dict())
-        copied.requires_grad_(True)  # a frozen parameter has a gradient in Flax
         channels, size, random = _accepted(copied, [image_size] if image_size else SIZES)
-        parameters = _parameters(copied, asking, torch.randn(2, channels, *size))
+        parameters = _parameters(copied, torch.randn(2, channels, *size))
         name = origin or type(inner(module)).__name__
         # the library's own networks have neither dropout nor stochastic depth
         known = None if expand or random else known_network(copied, name)
@@ -113,36 +111,53 @@ def _ported(
     *,
     trains: bool,
 ) -> PortedNetwork:
+    """Writes the module with the sizes of its trace; if that is right for one size of images only,
+    again with guesses at where they come from, which are kept if they are right for another size.
+    """
     images = [torch.randn(2, channels, *size)]
     traced = trace(module, images)
-    reader = Reader(traced, trace_training(traced, images) if trains else None)
-    body = reader.body("", [((BATCH, channels, *size), axes.channels_last(4))])
-    table = Table.of(_tensors(module, body), state, parameters)
+    training = trace_training(traced, images) if trains else None
     names = Counter(id(one) for _, one in module.named_modules(remove_duplicate=False))
-    slots = {
-        name: path
-        for name, path in _slots(reader, body.parts, ())
-        if names[id(module.get_submodule(name))] == 1
-    }
-    classes = classes_of(reader, body)
     title = f"{in_docstring(origin)} in Flax, with channels last. Written by flax-resblock port."
-    unused = table.unused_of(state)
-    notes = []
-    if unused:
-        notes.append(
-            f"{some(list(unused))}: never used in evaluation mode; kept for the way back to PyTorch"
-        )
-    made = PortedNetwork(
-        source_of(classes, title), classes[-1].name, table, table.to_flax(state), unused,
-        origin, size, channels, notes=tuple(notes),
-    )  # fmt: skip
-    proof = prove(module, made, slots, exact=exact)
-    source = made.source
-    if proof.fixed_size:
-        source = source_of(classes, title, fixed_size=size)
-        notes.append(f"images of {size[0]}x{size[1]} only: {proof.fixed_size}")
-    notes += proof.notes
-    return replace(made, source=source, figures=proof.figures, notes=tuple(notes))
+    frozen = [name for name, one in parameters.items() if not one.requires_grad]
+    fixed: PortedNetwork | None = None
+    tried = ""
+    for any_size in (False, True):
+        reader = Reader(traced, training, any_size)
+        body = reader.body("", [((BATCH, channels, *size), axes.channels_last(4))])
+        table = Table.of(_tensors(module, body), state, parameters)
+        slots = {
+            name: path
+            for name, path in _slots(reader, body.parts, ())
+            if names[id(module.get_submodule(name))] == 1
+        }
+        classes = classes_of(reader, body)
+        unused = table.unused_of(state)
+        why = "never used in evaluation mode; kept for the way back to PyTorch"
+        notes = [f"{some(list(unused))}: {why}"] if unused else []
+        if frozen:
+            why = (
+                "frozen in PyTorch (requires_grad=False); fit and `train` keep them, and keep them "
+                "from an optimizer of your own in JAX too"
+            )
+            notes.append(f"{some(frozen)}: {why}")
+        made = PortedNetwork(
+            source_of(classes, title), classes[-1].name, table, table.to_flax(state), unused,
+            origin, size, channels,
+        )  # fmt: skip
+        if made.source == tried:
+            break  # there was nothing to guess
+        tried = made.source
+        proof = prove(module, made, slots, exact=exact)
+        made = replace(made, figures=proof.figures, notes=(*notes, *proof.notes))
+        if not proof.fixed_size:
+            return made
+        if fixed is None:
+            source = source_of(classes, title, fixed_size=size)
+            why = f"images of {size[0]}x{size[1]} only: {proof.fixed_size}"
+            fixed = replace(made, source=source, notes=(*notes, why, *proof.notes))
+    assert fixed is not None
+    return fixed
 
 
 def _accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size, bool | None]:
@@ -186,9 +201,7 @@ def _draws(module: torch.nn.Module, images: torch.Tensor) -> bool | None:
     return not torch.equal(before, torch.get_rng_state())
 
 
-def _parameters(
-    module: torch.nn.Module, asking: Mapping[str, bool], images: torch.Tensor
-) -> dict[str, Parameter]:
+def _parameters(module: torch.nn.Module, images: torch.Tensor) -> dict[str, Parameter]:
     """The parameters in the order in which an optimizer has them. Training changes those that ask
     for a gradient and on which the output depends; PyTorch has none for others, and leaves them
     alone. Outputs that there are in training mode alone, as of auxiliary heads, do not count.
@@ -198,14 +211,15 @@ def _parameters(
         with suppress(Exception):  # whatever the user's code raises: it does not run in training
             training = copy.deepcopy(module).train()
             outputs, module = _outputs(training, images)[: len(outputs)], training
-        every = [one for _, one in module.named_parameters()]
-        found: Sequence[Any] = [None] * len(every)
+        asking = {name: one for name, one in module.named_parameters() if one.requires_grad}
+        found: Sequence[Any] = [None] * len(asking)
         sums = [one.float().sum() for one in outputs if one.requires_grad]
-        if sums and every:
-            found = torch.autograd.grad(sums, every, allow_unused=True)
+        if sums and asking:
+            found = torch.autograd.grad(sums, list(asking.values()), allow_unused=True)
+    reached = {name for name, one in zip(asking, found, strict=True) if one is not None}
     return {
-        name: Parameter(asks, asks and gradient is not None)
-        for (name, asks), gradient in zip(asking.items(), found, strict=True)
+        name: Parameter(one.requires_grad, name in reached)
+        for name, one in module.named_parameters()
     }
 
 

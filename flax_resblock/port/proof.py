@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from flax_resblock.config import Path
-from flax_resblock.errors import InputError
-from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2, verdict_of
+from flax_resblock.errors import InputError, some
+from flax_resblock.parity.comparison import SPREAD
+from flax_resblock.parity.oracle import TORCH_FACTOR, TRAJECTORY_LIMIT, relative_l2, verdict_of
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace
 from flax_resblock.port.network import PortedNetwork
@@ -20,6 +21,9 @@ from flax_resblock.port.side_by_side import QUICKLY, STEPS, SideBySide, images_o
 FLOOR = 1e-2
 """Gradients are compared relative to themselves, or to this share of the largest of their kind:
 that of a bias in front of a norm is zero but for rounding."""
+
+HOPELESS = {"float64": 1e-10, "float32": 1e-3}
+"""Where PyTorch's own result is less certain than this, nothing is proved."""
 
 MANY = 1e6
 """Numbers in all activations. With more of them, a training step that is compiled in a hurry runs
@@ -99,20 +103,47 @@ class _Comparison(SideBySide):
         compiler = {} if train and numbers > MANY else QUICKLY
         ours = self.flax(images, precision, compiler, **options)
         mode = "training" if train else "evaluation"
+        spread: dict[tuple[str, str], float] | None = None
+        uncertain: dict[str, float] = {}
         for quantity, rows in self._rows(truth, theirs, ours, train).items():
-            worst, place = 0.0, ""
-            largest = max(float(np.linalg.norm(row[1])) for row in rows)
-            floor = FLOOR * largest if quantity == "gradients" else 0.0
+            floor = _floor(quantity, rows)
+            figure = {"error": 0.0, "place": "", "tensors": len(rows)}
             for name, true, torch_value, value in rows:
                 error, own = _error(value, true, floor), _error(torch_value, true, floor)
-                verdict = verdict_of(error, own, precision.epsilon)
-                if not verdict.passed:
-                    raise InputError(self._difference(mode, quantity, name, error, verdict.limit))
-                if error >= worst:
-                    worst, place = error, name
-            self.figures[f"{precision.name} {mode} {quantity}"] = {
-                "error": worst, "place": place, "tensors": len(rows),
-            }  # fmt: skip
+                limit = verdict_of(error, own, precision.epsilon).limit
+                if not error <= limit:
+                    spread = spread or self._spread(images, precision, truth, ours, options)
+                    own = spread[quantity, name]
+                    if not error <= min(TORCH_FACTOR * own, HOPELESS[precision.name]):
+                        raise InputError(self._difference(mode, quantity, name, error, limit))
+                    uncertain[_named(quantity, name)] = own
+                if error >= figure["error"]:
+                    figure |= {"error": error, "place": name}
+            self.figures[f"{precision.name} {mode} {quantity}"] = figure
+        if uncertain:
+            self.notes.append(
+                f"{mode} mode, {precision.name}: {some(list(uncertain))} differ by more than the "
+                f"usual limit, but by no more than {TORCH_FACTOR:g} times what PyTorch's own move "
+                f"by where the images change in their last bit ({max(uncertain.values()):.1e})"
+            )
+
+    def _spread(
+        self, images: np.ndarray, precision: Precision, truth: Trace, ours: Trace, options: Any
+    ) -> dict[tuple[str, str], float]:
+        """PyTorch's own largest errors where the images move by a unit in the last place, as in
+        :mod:`flax_resblock.parity.comparison`, by quantity and tensor.
+        """
+        rng = np.random.default_rng(1)
+        largest: dict[tuple[str, str], float] = {}
+        for _ in range(SPREAD):
+            moved = images * (1 + precision.epsilon * rng.integers(-1, 2, images.shape))
+            again = self.torch(moved, precision, **options)
+            for quantity, rows in self._rows(truth, again, ours, options["train"]).items():
+                floor = _floor(quantity, rows)
+                for name, true, value, _ in rows:
+                    key = quantity, name
+                    largest[key] = max(largest.get(key, 0.0), _error(value, true, floor))
+        return largest
 
     def _rows(self, truth: Trace, theirs: Trace, ours: Trace, train: bool) -> dict[str, list[Any]]:
         shared = [name for name in truth.activations if name in ours.activations]
@@ -151,11 +182,10 @@ class _Comparison(SideBySide):
             return None
 
     def _difference(self, mode: str, quantity: str, name: str, error: float, limit: float) -> str:
-        what = f"{quantity} of {name}" if name not in ("output", "images") else f"the {quantity}"
         return (
-            f"{self.ported.origin} cannot be ported: in {mode} mode {what} differs by {error:.1e} "
-            f"(relative), the limit is {limit:.1e}. Please report it with the module's code; "
-            f"nothing was written."
+            f"{self.ported.origin} cannot be ported: in {mode} mode there is a difference in "
+            f"{_named(quantity, name)} of {error:.1e} (relative), the limit is {limit:.1e}. Please "
+            f"report it with the module's code; nothing was written."
         )
 
     def compare_in_float32(self) -> str:
@@ -202,6 +232,17 @@ class _Comparison(SideBySide):
         self.figures[f"{precision.name} {quantity} of SGD"] = {
             "error": errors[place], "place": place, "tensors": len(errors),
         }  # fmt: skip
+
+
+def _named(quantity: str, name: str) -> str:
+    return f"the {quantity}" + (f" of {name}" if name not in ("output", "images") else "")
+
+
+def _floor(quantity: str, rows: list[Any]) -> float:
+    """The norm to which an error is relative at least."""
+    if quantity != "gradients":
+        return 0.0
+    return FLOOR * max(float(np.linalg.norm(true)) for _, true, *_ in rows)
 
 
 def _error(value: Any, truth: Any, floor: float = 0.0) -> float:

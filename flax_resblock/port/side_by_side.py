@@ -72,7 +72,8 @@ class SideBySide:
 
     Args:
       module: In evaluation mode and float32; changed: its weights are moved, unless its output
-        is then zero or not finite, and its random layers are switched off.
+        is then zero or not finite, its random layers are switched off, and its frozen parameters
+        have gradients.
       ported: Its source and table.
       slots: Paths of the layers in the Flax model, by their names in PyTorch.
     """
@@ -84,6 +85,8 @@ class SideBySide:
         self.torch_slots = {name: f"net.{name}" for name in slots}
         self.flax_slots = {name: ("net", *path) for name, path in slots.items()}
         _switch_off(module)
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
         own = copy.deepcopy(module.state_dict())
         _move_weights(module)
         self.images = images_of(ported.channels, ported.image_size)
@@ -97,10 +100,14 @@ class SideBySide:
             return _FlatTorch(self.module)(as_tensor(self.images, PRECISIONS["float32"])).numpy()
 
     def output_in_training(self) -> tuple[int, ...]:
-        """The shape of the output in training mode; whatever the module raises, this raises."""
+        """The shape of the output in training mode; whatever the module raises there or in its
+        backward pass, this raises.
+        """
         flat = _FlatTorch(copy.deepcopy(self.module).train())
-        with torch.no_grad(), _no_functional_dropout():
-            return tuple(flat(as_tensor(self.images, PRECISIONS["float32"])).shape)
+        with torch.enable_grad(), _no_functional_dropout():
+            output = flat(as_tensor(self.images, PRECISIONS["float32"]))
+            output.sum().backward()
+        return tuple(output.shape)
 
     def torch(self, images: np.ndarray, precision: Precision, **options: Any) -> Trace:
         """What the module computes."""
