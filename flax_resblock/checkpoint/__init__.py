@@ -16,14 +16,7 @@ import numpy as np
 
 from flax_resblock.checkpoint.atomic import refuse_existing, remove, replacing
 from flax_resblock.checkpoint.folders import (
-    RUN_FOLDER,
-    is_orbax,
-    is_ported,
-    metadata_in,
-    orbax_in,
-    texts_beside,
-    trainer_files,
-    weights_in,
+    RUN_FOLDER, is_orbax, is_ported, metadata_in, orbax_in, texts_beside, trainer_files, weights_in,
 )  # fmt: skip
 from flax_resblock.checkpoint.limits import (
     LIMITS,
@@ -181,7 +174,6 @@ def read(
 
 
 def _with_run(record: Record, path: Path, limits: Limits) -> Record:
-
     extras = dict(record.extras)
     if path.is_dir() and record.format != "orbax":
         extras |= trainer_files(path, limits)

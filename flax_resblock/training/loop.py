@@ -69,9 +69,8 @@ def fit(
       model: Any nnx module from images ``(N, H, W, C)`` to logits ``(N, num_classes)``: the network
         that ``config.model`` describes, from :func:`new_model` or ``flax_resblock.from_torch``; one
         that was ported, from ``flax_resblock.load_ported``; or one of your own. It receives the
-        trained values at the end, and stays as it was if the run fails. Its mode (training or
-        evaluation) does not matter and does not change. What dropout draws depends on
-        ``config.seed`` and the step.
+        trained values at the end, and stays as it was if the run fails. Its mode does not matter
+        and does not change. What dropout draws depends on ``config.seed`` and the step.
       dataset: The training images.
       config: The run.
       test: Test images, classified after each epoch and at the end.
