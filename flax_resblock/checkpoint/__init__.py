@@ -16,7 +16,14 @@ import numpy as np
 
 from flax_resblock.checkpoint.atomic import refuse_existing, remove, replacing
 from flax_resblock.checkpoint.folders import (
-    RUN_FOLDER, is_orbax, is_ported, metadata_in, orbax_in, texts_beside, trainer_files, weights_in,
+    RUN_FOLDER,
+    is_orbax,
+    is_ported,
+    metadata_in,
+    orbax_in,
+    texts_beside,
+    trainer_files,
+    weights_in,
 )  # fmt: skip
 from flax_resblock.checkpoint.limits import (
     LIMITS,
