@@ -30,7 +30,8 @@ from flax_resblock.runs.scheduler_state import ScheduleState
 from flax_resblock.runs.schedules import warmup_cosine
 from flax_resblock.training.data import batches, digits
 from flax_resblock.training.pace import Pace
-from flax_resblock.training.step import make_train_step, split
+from flax_resblock.training.state import split
+from flax_resblock.training.step import make_train_step
 from torch_ref import ResNet, training
 
 CONFIG = ResNetConfig(

@@ -20,7 +20,8 @@ from flax import nnx
 
 import flax_resblock
 from flax_resblock.training.pace import Rates
-from flax_resblock.training.step import Leaves, make_train_step, split
+from flax_resblock.training.state import Leaves, split
+from flax_resblock.training.step import make_train_step
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def in_torch(config: TrainConfig) -> tuple[list[float], list[float]]:
 
     train, test = open_data(config.data)
     steps = steps_per_epoch(train, config.batch_size)
-    model = ResNet(**asdict(config.model))
+    model = ResNet(**asdict(new_model(config).config))
     model.load_state_dict(
         {key: torch.from_numpy(value) for key, value in to_torch(new_model(config)).items()}
     )

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flax_resblock.port.network import PortedNetwork
     from flax_resblock.port.porting import port
     from flax_resblock.runs.optimizers import optimizer_of
+    from flax_resblock.runs.own import load_run_into
     from flax_resblock.runs.run import Run
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "load",
     "load_ported",
     "load_run",
+    "load_run_into",
     "optimizer_of",
     "port",
     "ported_state_dict",
@@ -70,6 +72,7 @@ _MODULES = {
     "checkpoint": ("Limits",),
     "convert": ("NAMINGS", "Naming"),
     "runs.optimizers": ("optimizer_of",),
+    "runs.own": ("load_run_into",),
     "runs.run": ("Run",),
     "config": ("BlockConfig", "ResNetConfig", "architectures"),
     "nn.blocks": ("BottleneckBlock", "ResidualBlock"),

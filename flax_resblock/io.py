@@ -27,16 +27,18 @@ from flax_resblock.convert.opening import (
     open_checkpoint,
     refuse_afresh,
 )
+from flax_resblock.convert.own import carried
 from flax_resblock.errors import AssumptionWarning, InputError, PortedWarning, some
-from flax_resblock.nn.blocks import BottleneckBlock, ResidualBlock
 from flax_resblock.nn.layers import LayerOptions
 from flax_resblock.nn.norm import BatchNorm
-from flax_resblock.nn.resnet import Model, ResNet, build
+from flax_resblock.nn.resnet import Model, build
 from flax_resblock.nn.variables import flat_arrays, on_device, set_values
 from flax_resblock.port.folder import save_model
 from flax_resblock.port.network import ported_of
+from flax_resblock.runs.own import save_own, state_dict_of
 from flax_resblock.runs.run import Run
 from flax_resblock.runs.run_file import run_of, write_with_run
+from flax_resblock.runs.tensors import config_of
 
 
 def from_torch(
@@ -208,7 +210,7 @@ def load_run(
     **options: Unpack[LayerOptions],
 ) -> tuple[Model, Run]:
     """Model and training run of a checkpoint: PyTorch's own, Lightning's, a Hugging Face Trainer
-    folder, or one of this library's.
+    folder, or one of this library's. For a ported network, see :func:`load_run_into`.
 
     Args:
       path: The checkpoint.
@@ -278,56 +280,47 @@ def arrays_of(source: OpenedCheckpoint) -> dict[Path, jax.Array | np.ndarray]:
     return on_device(source.state_map.to_flax(source.tensors, in_one_block=True))
 
 
-def _config_of(model: Any) -> Config:
-    if not isinstance(model, ResNet | ResidualBlock | BottleneckBlock):
+def _config_of(model: Any, naming: str | Naming | None) -> Config | None:
+    """The configuration of a model that is written by it; None for one with names of its own."""
+    config = None if carried(model) is not None and naming is None else config_of(model)
+    if config is None and naming is not None:
         raise InputError(
-            f"this takes a ResNet, ResidualBlock or BottleneckBlock of flax_resblock, or a model "
-            f"that was ported, not a {type(model).__name__}."
+            f"a naming scheme names the tensors of a ResNet, ResidualBlock or BottleneckBlock of "
+            f"flax_resblock, not those of a {type(model).__name__}. Leave out naming."
         )
-    return model.config
+    return config
 
 
-def to_torch(
-    model: Model | nnx.Module, naming: str | Naming = "torchvision"
-) -> dict[str, np.ndarray]:
+def to_torch(model: nnx.Module, naming: str | Naming | None = None) -> dict[str, np.ndarray]:
     """The state dict of a model, in PyTorch's order, names and layouts; bit for bit the tensors
     that :func:`from_torch` took.
 
     Args:
-      model: A model of this library, or one that was ported from a module.
-      naming: Naming scheme, or the name of one of :data:`flax_resblock.NAMINGS`. A ported model has
-        the names of its own module.
+      model: A model of this library, or a ported one, from :func:`from_torch`,
+        :func:`load_ported` or ``PortedNetwork.create()``.
+      naming: Naming scheme, or the name of one of :data:`flax_resblock.NAMINGS`; None is
+        torchvision's, or the names of the module that a ported network came from.
     Returns:
       New writable arrays by name; ``num_batches_tracked`` is int64. ``torch.from_numpy`` of each
       loads with ``strict=True`` (bfloat16 goes through
       :func:`flax_resblock.checkpoint.torch_file.from_numpy`).
     Raises:
-      InputError: Not a model of this library, an unknown naming scheme, or one that cannot name
-        this network's parts.
+      InputError: A model without names in PyTorch, an unknown naming scheme, or one that cannot
+        name this network's parts.
     Warns:
       UserWarning: The model was loaded without some tensors of its file, such as a projection head,
         so that this is not all that came in.
     """
-    if (ported := ported_of(model)) is not None:
-        _refuse_for_ported(naming != "torchvision" and "naming")
-        state = ported.to_torch(model)
-        return {key: np.array(value, order="C") for key, value in state.items()}
-    state_map = StateMap(_config_of(model), naming)
+    config = _config_of(model, naming)
+    if config is None:
+        return state_dict_of(model)
+    state_map = StateMap(config, naming or "torchvision")
     if words := getattr(model, _LEFT_OUT, ""):
         warnings.warn(words, stacklevel=2)
     return state_map.to_torch(flat_arrays(model), copy=True)
 
 
-def _refuse_for_ported(argument: str | Literal[False]) -> None:
-    """Raises InputError if an argument was given that a ported model has no place for."""
-    if argument:
-        raise InputError(
-            f"{argument}= is for the networks of this library; this model was ported, and has the "
-            f"names of its own PyTorch module. Leave it out."
-        )
-
-
-def norm_options(model: Model) -> dict[str, float | None]:
+def norm_options(model: nnx.Module) -> dict[str, float | None]:
     """``eps`` and ``momentum`` that all norms of the model share."""
     norms = [module for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm)]
     shared = {(norm.eps, norm.momentum) for norm in norms}
@@ -340,17 +333,18 @@ def norm_options(model: Model) -> dict[str, float | None]:
 
 
 def save(
-    model: Model | nnx.Module,
+    model: nnx.Module,
     path: str | PathLike[str],
     *,
     run: Run | None = None,
-    naming: str | Naming = "torchvision",
+    naming: str | Naming | None = None,
     force: bool = False,
 ) -> None:
     """Writes a model, and the run that trains it, to a checkpoint, whole or not at all.
 
     Args:
-      model: A model of this library, or one that was ported from a module.
+      model: A model of this library; or a ported one, which keeps the names of your module; or any
+        other, for an Orbax folder only.
       path: The suffix decides the format: ``.pth`` (``.pt``, ``.th``), ``.safetensors``, or none
         for an Orbax folder, which holds Flax's own names; with the naming scheme ``"huggingface"``
         or ``"timm"``, for a folder that transformers or timm loads. None for a ported model: the
@@ -358,20 +352,24 @@ def save(
       run: Optimizer, schedule and counters, as :func:`load_run` and
         :func:`flax_resblock.training.fit` give them. A ``.pth`` then is a training checkpoint, with
         the entries ``"model"``, ``"optimizer"``, ``"lr_scheduler"``, ``"epoch"`` and ``"step"``.
-      naming: Naming scheme of ``.pth`` and ``.safetensors``, or the name of a known one; a scheme
-        of your own is stored in the file, or beside it. ``"flax"`` keeps Flax's names and layouts
-        in a ``.safetensors``.
+      naming: Naming scheme of ``.pth`` and ``.safetensors``, or the name of a known one; None is
+        torchvision's, or the names of the module that a ported network came from. A scheme of your
+        own is stored in the file, or beside it. ``"flax"`` keeps Flax's names and layouts in a
+        ``.safetensors``.
       force: Replace what is there.
     Raises:
       InputError: An unknown suffix or naming scheme, a destination that exists, a folder that
         cannot be written to.
     """
-    path = FilePath(path)
-    if (ported := ported_of(model)) is not None:
-        _refuse_for_ported((run is not None and "run") or (naming != "torchvision" and "naming"))
-        save_model(ported, model, path, force=force)
+    path, scheme = FilePath(path), naming_of(naming or "torchvision")
+    config = _config_of(model, naming)
+    if config is None:
+        ported = ported_of(model)
+        if run is None and ported is not None and checkpoint.output_format(path) == "orbax":
+            save_model(ported, model, path, force=force)
+        else:
+            save_own(model, path, run, force=force)
         return
-    scheme, config = naming_of(naming), _config_of(model)
     StateMap(config, scheme)  # refuses a scheme that cannot name this network, whatever the format
     kind = checkpoint.output_format(path)
     files = files_of(scheme.hub, config, {}) if kind == "orbax" and scheme.hub else None

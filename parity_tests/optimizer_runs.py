@@ -22,7 +22,8 @@ from flax_resblock.runs.optimizers import optimizer_of, parameter_path, record_o
 from flax_resblock.runs.run import Run
 from flax_resblock.runs.scheduler_state import ScheduleState, read_schedule
 from flax_resblock.training.pace import Pace
-from flax_resblock.training.step import TrainState, make_train_step
+from flax_resblock.training.state import TrainState
+from flax_resblock.training.step import make_train_step
 from torch_ref import ResNet
 from torch_ref.training import sgd, warmup_cosine
 

@@ -31,7 +31,7 @@ PACKAGES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "convert": ({"_version", "checkpoint", "config", "errors"}, ARRAYS),
     "runs": (
-        {"_version", "checkpoint", "config", "convert", "errors"},
+        {"_version", "checkpoint", "config", "convert", "errors", "nn"},
         JAX,
     ),
     "export": (

@@ -28,7 +28,8 @@ from flax_resblock.config import ResNetConfig
 from flax_resblock.cpu import switch
 from flax_resblock.nn.resnet import ResNet
 from flax_resblock.training.pace import Rates
-from flax_resblock.training.step import Leaves, make_train_step, split
+from flax_resblock.training.state import Leaves, split
+from flax_resblock.training.step import make_train_step
 
 assert not {f"flax_resblock.cpu.{name}" for name in ("forms", "primitives", "rewrite")} & set(
     sys.modules

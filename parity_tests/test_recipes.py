@@ -358,10 +358,14 @@ def test_nothing_is_compiled_again_after_the_first_step_on_several_devices():
     from flax_resblock.runs.optimizers import state_of
     from flax_resblock.training.devices import Placement, data_mesh
     from flax_resblock.training.pace import Pace, new_run
-    from flax_resblock.training.step import make_train_step, split
+    from flax_resblock.training.state import split
+    from flax_resblock.training.step import make_train_step
 
     config = dataclasses.replace(scale.CONFIG, accumulate=2, ema=0.9)
-    placement, run = Placement(data_mesh(4)), new_run(config, 44)
+    placement, run = (
+        Placement(data_mesh(4)),
+        new_run(config, 44, StateMap(config.model, "torchvision")),
+    )
     optimizer = optimizer_of(run.optimizer)
     graphdef, state = split(scale.start_model(), optimizer, placement=placement)
     state = state._replace(

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 import flax_resblock.training.loop
 from flax_resblock import ResidualBlock, from_torch, to_torch, training
+from flax_resblock.convert import StateMap
 from flax_resblock.errors import InputError
 from flax_resblock.runs.scheduler_state import ScheduleState
 from flax_resblock.runs.schedules import OneCycleLR, Phase
@@ -139,7 +140,7 @@ def test_settings_out_of_their_range_are_named():
 def test_a_run_that_cannot_go_on_here_is_refused(data):
     model = training.new_model(SETTINGS)
     steps = steps_per_epoch(data.train, SETTINGS.batch_size)
-    begun = new_run(SETTINGS, steps)
+    begun = new_run(SETTINGS, steps, StateMap(CONFIG, "torchvision"))
     run = Pace.of(begun, steps).after(2 * steps)
     with pytest.raises(
         InputError,
@@ -149,9 +150,8 @@ def test_a_run_that_cannot_go_on_here_is_refused(data):
     run = dataclasses.replace(begun, steps=None, epochs=2)
     with pytest.raises(InputError, match="the run is over: it is at step 88"):
         training.fit(model, data.train, SETTINGS, run=run, progress=False)
-    another = new_run(
-        dataclasses.replace(SETTINGS, model=dataclasses.replace(CONFIG, depths=(1, 2))), steps
-    )
+    deeper = StateMap(dataclasses.replace(CONFIG, depths=(1, 2)), "torchvision")
+    another = new_run(SETTINGS, steps, deeper)
     with pytest.raises(
         InputError,
         match=r"the run's optimizer is another model's: stage2\.1\.\S+, .* are only on one side",
@@ -186,7 +186,7 @@ def test_misfits_are_refused(data):
         training.fit(
             model, dataclasses.replace(data.train, num_classes=11), SETTINGS, progress=False
         )
-    with pytest.raises(InputError, match="a bare block"):
+    with pytest.raises(InputError, match=r"ResidualBlock returns \(2, 8, 8, 4\)"):
         training.evaluate(
             ResidualBlock(1, 4, rngs=nnx.Rngs(0)), data.test.normalised(), data.test.labels
         )

@@ -9,7 +9,8 @@ from flax_resblock.cli import run
 from flax_resblock.parity.causes.blocks import BlockEnd, explain_ending, explain_gradient
 from flax_resblock.parity.causes.connections import ACTIVATIONS, activation_slope
 from flax_resblock.parity.comparison import Plan
-from flax_resblock.parity.user_module import cases_of, examine, load_factory
+from flax_resblock.parity.user_code import load_factory
+from flax_resblock.parity.user_module import cases_of, examine
 from parity_tests.support import REPOSITORY, fast_only
 from torch_ref import BasicBlock, Block, Bottleneck, ResNet, as_asked
 

@@ -18,7 +18,8 @@ from flax_resblock.cpu.switch import compiler_options, conv_lowering
 from flax_resblock.export.inference import compile_inference
 from flax_resblock.nn.resnet import ResNet
 from flax_resblock.training.pace import Rates
-from flax_resblock.training.step import Leaves, make_train_step, split
+from flax_resblock.training.state import Leaves, split
+from flax_resblock.training.step import make_train_step
 
 
 def _sgd() -> optax.GradientTransformationExtraArgs:

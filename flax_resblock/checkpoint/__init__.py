@@ -16,8 +16,11 @@ import numpy as np
 
 from flax_resblock.checkpoint.atomic import refuse_existing, remove, replacing
 from flax_resblock.checkpoint.folders import (
+    RUN_FOLDER,
     is_orbax,
     is_ported,
+    metadata_in,
+    orbax_in,
     texts_beside,
     trainer_files,
     weights_in,
@@ -44,8 +47,9 @@ from flax_resblock.checkpoint.record import (
 from flax_resblock.errors import CheckpointError, InputError, OutputError, some
 
 __all__ = [
-    "FORMATS", "LIMITS", "Limits", "Record", "digest", "digests", "is_orbax", "is_ported",
-    "output_format", "read", "refuse_existing", "remove", "replacing", "write",
+    "FORMATS", "LIMITS", "RUN_FOLDER", "Limits", "Record", "digest", "digests", "is_orbax",
+    "is_ported", "metadata_in", "output_format", "read", "refuse_existing", "remove", "replacing",
+    "write",
 ]  # fmt: skip
 
 FORMATS: Mapping[str, tuple[str, ...]] = {
@@ -54,9 +58,6 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
     "orbax": ("",),
 }
 """Output formats by file name suffix; a name without suffix is a folder."""
-
-RUN_FOLDER = "checkpoints"
-"""Where the folder of a training run has its Orbax folders; the last by name is the newest."""
 
 
 def output_format(path: Path) -> str:
@@ -82,9 +83,9 @@ _SHARD, _PLAN = ".distcp", ".metadata"
 def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
     """Format and actual file, by content and not by name."""
     if path.is_dir():
-        for folder in (path, *sorted((path / RUN_FOLDER).glob("*"), reverse=True)):
-            if is_orbax(folder):
-                return "orbax", folder
+        orbax = orbax_in(path)
+        if orbax is not None:
+            return "orbax", orbax
         weights = weights_in(path)
         if weights is not None:  # which a link may stand for: caches of downloads consist of them
             return ("pytorch" if ".bin" in weights.name else "safetensors"), weights
@@ -180,7 +181,6 @@ def read(
 
 
 def _with_run(record: Record, path: Path, limits: Limits) -> Record:
-
     extras = dict(record.extras)
     if path.is_dir() and record.format != "orbax":
         extras |= trainer_files(path, limits)

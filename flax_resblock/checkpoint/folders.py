@@ -36,6 +36,29 @@ def is_orbax(path: Path) -> bool:
     )
 
 
+RUN_FOLDER = "checkpoints"
+"""Where the folder of a training run has its Orbax folders; the last by name is the newest."""
+
+
+def orbax_in(path: Path) -> Path | None:
+    """The Orbax folder that a path is, or the newest of a run; None if there is none."""
+    folders = (path, *sorted((path / RUN_FOLDER).glob("*"), reverse=True))
+    return next((folder for folder in folders if is_orbax(folder)), None)
+
+
+def metadata_in(path: Path) -> dict[str, str]:
+    """What this library wrote beside the tensors of an Orbax folder, or of the newest of a run;
+    empty for anything else. The tensors are not read.
+
+    Raises:
+      CheckpointError: It is damaged.
+    """
+    from flax_resblock.checkpoint.orbax_folder import METADATA_FILE, read_metadata
+
+    folder = orbax_in(path)
+    return {} if folder is None else read_metadata(folder / METADATA_FILE)
+
+
 PORTED = ("port.json", "weights.safetensors")
 """Files of a network that ``flax-resblock port`` wrote: the table of its tensors, and they."""
 

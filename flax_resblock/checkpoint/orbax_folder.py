@@ -130,19 +130,24 @@ def read_orbax(path: Path, limits: Limits = LIMITS) -> Record:
         return int(getattr(value, "nbytes", 0)) if hasattr(value, "dtype") else None
 
     check_content(tree, limits, size, str(path))
-    return Record(str(path), "orbax", _flatten(tree), _metadata(path / METADATA_FILE))
+    return Record(str(path), "orbax", _flatten(tree), read_metadata(path / METADATA_FILE))
 
 
 def _lost(path: Path) -> str:
     """A sentence on the tensors that cannot be read; empty where the metadata do not list them."""
     try:
-        lost = unreadable(path, json.loads(_metadata(path / METADATA_FILE).get(DIGESTS, "{}")))
+        lost = unreadable(path, json.loads(read_metadata(path / METADATA_FILE).get(DIGESTS, "{}")))
     except (CheckpointError, ValueError, RecursionError):
         return ""
     return f" Of its tensors, {some(lost)} cannot be read." if lost else ""
 
 
-def _metadata(file: Path) -> dict[str, str]:
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata in a file beside an Orbax checkpoint; empty if there is none.
+
+    Raises:
+      CheckpointError: It is damaged.
+    """
     if not file.is_file():
         return {}
     try:

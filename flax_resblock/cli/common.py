@@ -26,11 +26,12 @@ from flax_resblock.convert.opening import (
     open_checkpoint,
     refuse_afresh,
 )
+from flax_resblock.convert.own import OpenedTensors
 from flax_resblock.convert.run_names import holds_run
 from flax_resblock.errors import InputError, some, visible
 from flax_resblock.runs.optimizer_state import find_optimizer
 from flax_resblock.runs.run import Run
-from flax_resblock.runs.run_file import run_of
+from flax_resblock.runs.run_file import Opened, run_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -184,7 +185,7 @@ class RunFlags:
     schedule_unit: Literal["batch", "epoch"] | None = None
     """What the learning-rate scheduler counted, if the checkpoint does not say."""
 
-    def of(self, source: OpenedCheckpoint) -> Run:
+    def of(self, source: Opened) -> Run:
         """The run in an opened checkpoint."""
         per_epoch = None if self.schedule_unit is None else self.schedule_unit == "epoch"
         return run_of(source, optimizer=self.optimizer, per_epoch=per_epoch)
@@ -264,7 +265,7 @@ def write_json(path: Path, content: Any, force: bool) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n", force)
 
 
-def optimizer_left_out(source: OpenedCheckpoint) -> str | None:
+def optimizer_left_out(source: OpenedCheckpoint | OpenedTensors) -> str | None:
     """Names the optimizer state in an opened checkpoint; None if it has none."""
     if holds_run(source.record.metadata):
         return "its optimizer"
@@ -272,7 +273,7 @@ def optimizer_left_out(source: OpenedCheckpoint) -> str | None:
     return None if found is None else f"its optimizer, entry '{found[0]}',"
 
 
-def refuse_unhealthy(source: OpenedCheckpoint, allow: bool) -> None:
+def refuse_unhealthy(source: OpenedCheckpoint | OpenedTensors, allow: bool) -> None:
     """Raises InputError for NaN, infinities and negative variances, unless they are allowed."""
     if source.unhealthy and not allow:
         raise InputError(

@@ -13,11 +13,12 @@ import tyro
 from flax_resblock import checkpoint
 from flax_resblock.cli import common
 from flax_resblock.cli.common import arguments_of
+from flax_resblock.cli.convert_ported import from_ported
 from flax_resblock.cli.verify_flags import torch_needed
 from flax_resblock.config import name_of
 from flax_resblock.convert import Naming, StateMap, naming_of
 from flax_resblock.convert.hubs import files_of
-from flax_resblock.convert.metadata import metadata_of
+from flax_resblock.convert.metadata import PORT, metadata_of
 from flax_resblock.convert.opened import OpenedCheckpoint, ReadOptions, target_naming
 from flax_resblock.convert.state_map import transcode
 from flax_resblock.errors import InputError
@@ -62,6 +63,8 @@ def convert(
 
       flax-resblock convert ported_folder back.pth
 
+      flax-resblock convert runs/own back.pth --with-optimizer
+
     The suffix of OUT decides the format: .pth for PyTorch, .safetensors for either framework, none
     for an Orbax folder with Flax names, or, with --to-naming huggingface or timm, for a folder with
     a config.json that transformers or timm loads. The output is written under a temporary name,
@@ -86,8 +89,8 @@ def convert(
     """
     format_name = checkpoint.output_format(out)
     checkpoint.refuse_existing(out, force, checkpoint.is_orbax)
-    if checkpoint.is_ported(checkpoint_):
-        return _from_ported(checkpoint_, out, format_name, reading, to_naming, torch, force)
+    if checkpoint.is_ported(checkpoint_) or PORT in checkpoint.metadata_in(checkpoint_):
+        return from_ported(checkpoint_, out, reading, training, to_naming or torch, force)
     if not no_certificate:
         refuse_foreign_certificate(out)
     if to_naming is not None:
@@ -138,36 +141,6 @@ def convert(
         return 0
     options = ReadOptions(architecture=target.config, naming=target.naming, limits=reading.limits)
     return _certify(out, options, origin, description.notes)
-
-
-def _from_ported(
-    folder: Path,
-    out: Path,
-    format_name: str,
-    reading: common.ReadingFlags,
-    to_naming: str | None,
-    torch: str | None,
-    force: bool,
-) -> int:
-    """The state dict of the user's own network, from the folder that ``port`` wrote."""
-    if torch is not None or to_naming is not None or format_name == "orbax":
-        raise InputError(
-            f"{folder} is a network of your own that was ported: it is converted to the names of "
-            f"your PyTorch module, as .pth or .safetensors, without --torch or --to-naming."
-        )
-    from flax_resblock.port.folder import read_ported
-
-    with common.status.status(f"reading {folder}"):
-        tensors = read_ported(folder, reading.limits).state_dict()
-    with common.status.status(f"writing {out}"):
-        checkpoint.write(out, tensors, force=force)
-    size = common.megabytes(sum(value.nbytes for value in tensors.values()))
-    common.print_title(
-        folder.name, f"{len(tensors)} tensors, {size}, read back and equal bit for bit"
-    )
-    common.say(f"  from  {folder} (a ported network)")
-    common.say(f"  to    {out} ({format_name}, the names of your PyTorch module)")
-    return 0
 
 
 def _figure(value: float | None) -> str:

@@ -18,6 +18,7 @@ from flax_resblock.cli.inspect import inspect
 from flax_resblock.cli.verify import verify
 from flax_resblock.cli.verify_flags import DeviceFlags, InputFlags, ReportFlags, WhatFlags
 from flax_resblock.errors import InputError, MissingDependencyError
+from flax_resblock.training.config import RESNET8_DIGITS
 
 if TYPE_CHECKING:
     from flax_resblock.training.data.dataset import Splits
@@ -71,7 +72,7 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
     _chapter(1, f"PyTorch: train a small ResNet for {epochs} epochs on {subject}")
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # small layers lose time on a second thread if its core is busy
-    module = torch_ref.ResNet(**asdict(config.model))
+    module = torch_ref.ResNet(**asdict(RESNET8_DIGITS))
     optimizer, scheduler, steps = _train_torch(module, config, splits, epochs)
     checkpoint = out / "digits.pth"
     torch_ref.training.save_checkpoint(
@@ -119,7 +120,7 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
         convert(out / "digits_trained", back, ReadingFlags(), RunFlags(with_optimizer=True)),
         f"convert {out / 'digits_trained'} {back} --with-optimizer",
     )
-    module = torch_ref.ResNet(**asdict(config.model))
+    module = torch_ref.ResNet(**asdict(RESNET8_DIGITS))
     saved = torch.load(back, weights_only=True)
     module.load_state_dict(saved["model"], strict=True)
     optimizer.load_state_dict(saved["optimizer"])

@@ -5,56 +5,56 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from rich.table import Table
 
 from flax_resblock import checkpoint
 from flax_resblock.cli.common import output, print_notes, print_table, print_title, say, status
+from flax_resblock.cli.train_own import OwnCode, evaluated
 from flax_resblock.cli.train_start import Wanted, model_of, opened
 from flax_resblock.config import ResNetConfig, name_of
 from flax_resblock.convert.run_names import holds_run
 from flax_resblock.errors import InputError
-from flax_resblock.runs.run_file import run_of
-from flax_resblock.training.config import with_settings
+from flax_resblock.runs.run_file import Opened, run_of
+from flax_resblock.training.config import TrainConfig, with_settings
+from flax_resblock.training.data import DataSource
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 _SHOWN = 12
 """Up to so many classes the whole confusion matrix is shown, else the most frequent confusions."""
 
 
-def classify(path: Path, wanted: Wanted, devices: int | None, out: Path | None) -> int:
+class _Evaluated(NamedTuple):
+    """A network, its name, the configuration, and the images."""
+
+    model: nnx.Module
+    title: str
+    config: TrainConfig
+    test: DataSource
+
+
+def classify(
+    path: Path, wanted: Wanted, devices: int | None, out: Path | None, code: OwnCode | None
+) -> int:
     """Prints accuracy and confusion matrix on the test images; ``out`` receives them as files."""
     from flax_resblock.training import data_mesh
     from flax_resblock.training.devices import Placement
-    from flax_resblock.training.evaluation import confusion_matrix, evaluate_source
+    from flax_resblock.training.evaluation import classes_of, confusion_matrix, evaluate_source
 
     if out is not None:
         checkpoint.refuse_existing(out, force=False)
-    with status.status(f"reading {path}"):
-        source = wanted.reading.open(path)
-    network = source.config
-    if not isinstance(network, ResNetConfig) or network.num_classes is None:
-        raise InputError(f"{path} has no head and so no classes to tell. Give a network with one.")
-    record = source.record
-    stored = run_of(source).settings if holds_run(record.metadata) else {}
-    of_data = {name: stored[name] for name in ("data", "image_size") if name in stored}
-    settings = {name: value for name, value in wanted.settings.items() if name != "freeze"}
-    config = with_settings(replace(wanted.preset, model=network), of_data | settings)
-    print_notes(source.all_notes)
-    test = opened(config, wanted.strict).test
-    classes, channels = network.num_classes, test.shape[-1]
-    if test.num_classes > classes or channels != network.in_channels:
-        raise InputError(
-            f"{path} takes {network.in_channels} channels and knows {classes} classes; {test.name} "
-            f"has {channels} channels and {test.num_classes} classes. Choose its data with --data."
-        )
-    model, placement = model_of(source, config.dtype), Placement(data_mesh(devices))
+    model, title, config, test = _own(path, wanted, code) if code else _known(path, wanted)
+    classes, placement = classes_of(model, test.shape), Placement(data_mesh(devices))
     with status.status(f"classifying {len(test):,} images"):
         found = evaluate_source(model, test, placement=placement, workers=config.workers)
     counts = confusion_matrix(test.labels, found.predictions, classes)
     names = test.class_names or ()
     names += tuple(str(number) for number in range(len(names), classes))
-    print_title(name_of(network), f"{path}  on {test.name}")
+    print_title(title, f"{path}  on {test.name}")
     output.print(
         f"accuracy {found.accuracy:.2%}  ({int(np.trace(counts)):,} of {len(test):,})   "
         f"cross-entropy {found.loss:.4f}"
@@ -70,6 +70,49 @@ def classify(path: Path, wanted: Wanted, devices: int | None, out: Path | None) 
         }
         _write(out, content, counts, names)
     return 0
+
+
+def _known(path: Path, wanted: Wanted) -> _Evaluated:
+    """A network of this library."""
+    with status.status(f"reading {path}"):
+        source = wanted.reading.open(path)
+    network = source.config
+    if not isinstance(network, ResNetConfig) or network.num_classes is None:
+        raise InputError(f"{path} has no head and so no classes to tell. Give a network with one.")
+    print_notes(source.all_notes)
+    config = _settings(source, replace(wanted.preset, model=network), wanted)
+    test = opened(config, wanted.strict, network.in_channels).test
+    classes, channels = network.num_classes, test.shape[-1]
+    if test.num_classes > classes or channels != network.in_channels:
+        raise InputError(
+            f"{path} takes {network.in_channels} channels and knows {classes} classes; {test.name} "
+            f"has {channels} channels and {test.num_classes} classes. Choose its data with --data."
+        )
+    return _Evaluated(model_of(source, config.dtype), name_of(network), config, test)
+
+
+def _own(path: Path, wanted: Wanted, code: OwnCode) -> _Evaluated:
+    """A network of the user's own."""
+    from flax_resblock.training.evaluation import classes_of
+
+    model, weights = evaluated(code, wanted, path)
+    config = _settings(weights.opened, replace(wanted.preset, model=None), wanted)
+    test = opened(config, wanted.strict, weights.channels).test
+    classes = classes_of(model, test.shape)
+    if test.num_classes > classes:
+        raise InputError(
+            f"{path} knows {classes} classes; {test.name} has {test.num_classes}. Choose its data "
+            f"with --data."
+        )
+    return _Evaluated(model, code.name, config, test)
+
+
+def _settings(source: Opened, preset: TrainConfig, wanted: Wanted) -> TrainConfig:
+    """What was asked for, on the data that the run in a checkpoint had."""
+    stored = run_of(source).settings if holds_run(source.record.metadata) else {}
+    of_data = {name: stored[name] for name in ("data", "image_size") if name in stored}
+    settings = {name: value for name, value in wanted.settings.items() if name != "freeze"}
+    return with_settings(preset, of_data | settings)
 
 
 def _confusion_table(counts: np.ndarray, names: tuple[str, ...]) -> Table:

@@ -83,7 +83,8 @@ def port(
         raise InputError("--image-size takes two positive numbers, height and width.")
     with torch_needed():
         from flax_resblock.parity.live_module import load_into, source_hash
-        from flax_resblock.parity.user_module import load_factory, made_by
+        from flax_resblock.parity.user_code import load_factory
+        from flax_resblock.parity.user_module import made_by
         from flax_resblock.port.porting import port as port_module
     from flax_resblock.parity.certificate import hashes
     from flax_resblock.port.folder import save_ported
@@ -111,7 +112,7 @@ def port(
     about = {"spec": network, "sha256": source_hash(factory)}
     with common.status.status(f"writing {folder}"):
         save_ported(ported, folder, stem=stem, source=source, module=about, force=force)
-    lines, count = len(ported.source.splitlines()), len(ported.table.tensors)
+    lines, count = len(ported.source.splitlines()), len(ported.table.entries)
     common.print_title(ported.name, f"{lines} lines, {count} tensors, from {network}")
     common.say(f"  code     {folder / f'{stem}.py'}")
     common.say(f"  weights  {folder / 'weights.safetensors'}")

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +16,9 @@ from flax_resblock.checkpoint import RUN_FOLDER
 from flax_resblock.cli.common import AllowNonfinite, ReadingFlags, RunFlags, output, say, status
 from flax_resblock.cli.evaluate import classify
 from flax_resblock.cli.interrupts import Stop
+from flax_resblock.cli.processes import end_all, only_first_speaks
 from flax_resblock.cli.settings import SettingFlags, given
+from flax_resblock.cli.train_own import OwnCode, begun, own_code
 from flax_resblock.cli.train_start import Start, Wanted, afresh, fresh_config, initialised, resumed
 from flax_resblock.errors import CheckpointError, InputError
 from flax_resblock.training import cluster
@@ -36,6 +35,7 @@ def train(
     training: RunFlags,
     settings: SettingFlags,
     processes: cluster.Cluster,
+    model: Annotated[str | None, tyro.conf.arg(metavar="FILE.py:NAME")] = None,
     preset: Preset = "digits-resnet8",
     resume: Path | None = None,
     init: Path | None = None,
@@ -62,6 +62,10 @@ def train(
 
       flax-resblock train --init resnet18.pth --num-classes 10 --freeze stem,stage1 --data pictures
 
+      flax-resblock train --model out/net.py:Net --init out --data pictures
+
+      flax-resblock train --model out/net.py:Net --resume run.pth --data pictures
+
     --resume takes a training checkpoint of a plain PyTorch loop, of torchvision's references, timm
     or Lightning, a Hugging Face Trainer folder, or what this command and `convert --with-optimizer`
     write; its optimizer, schedule and counters continue. OUT receives checkpoints, the loss of
@@ -77,6 +81,10 @@ def train(
       settings: What differs from the preset, or from the settings of the run that continues.
       processes: How the processes of a run find each other. On TPU pods, Slurm, Open MPI and
         Kubernetes they do so by themselves; start the same command on every host.
+      model: A network of your own in Flax: the class in a file that `flax-resblock port` wrote, or
+        any nnx module that is created by NAME(rngs=...), from images (N, H, W, C) to logits. This
+        runs its code. A ported network takes --init and --resume from what `port` wrote, from
+        checkpoints of its PyTorch module, and from earlier runs.
       preset: The configuration.
       resume: Checkpoint to continue from, or auto to continue the run in OUT if there is one.
       init: Checkpoint whose weights the run begins with. If it has no head or another number of
@@ -105,18 +113,20 @@ def train(
     wanted = Wanted(PRESETS[preset], reading, training, given(settings), strict, allow_nonfinite)
     several = cluster.connect(processes)
     try:
-        with _only_first_speaks(several) as first:
+        with only_first_speaks(several) as first:
+            code = None if model is None else own_code(model, reading)
             if eval_only is not None:
-                return classify(eval_only, wanted, devices, out if first else None)
+                return classify(eval_only, wanted, devices, out if first else None, code)
             if print_config and resume is None and init is None:
-                return _printed(fresh_config(wanted))
+                config = fresh_config(wanted)
+                return _printed(config if code is None else replace(config, model=None))
             out = out or Path("runs") / preset
             resume = _checkpoint_to_resume(resume, out)
             in_place = resume == out
             if in_place and _is_complete(out) and not {"epochs", "steps"} & wanted.settings.keys():
                 say(f"the run in {out} is complete; --epochs takes it further")
                 return 0
-            begin = _begun(wanted, resume, init, schedule, out)
+            begin = _begun(wanted, resume, init, schedule, out, code)
             if print_config:
                 return _printed(begin.config)
             if in_place and not _is_complete(out) and _at_its_end(begin):
@@ -124,20 +134,27 @@ def train(
             return _run(begin, out, save_every, keep, devices, first)
     except Exception as error:
         if several:
-            _end_all(error)
+            end_all(error)
         raise
     finally:
         cluster.leave()
 
 
 def _begun(
-    wanted: Wanted, resume: Path | None, init: Path | None, schedule: str | None, out: Path
+    wanted: Wanted,
+    resume: Path | None,
+    init: Path | None,
+    schedule: str | None,
+    out: Path,
+    code: OwnCode | None,
 ) -> Start:
-    if init is not None:
-        return initialised(wanted, init)
-    if resume is None:
-        return afresh(wanted)
     try:
+        if code is not None:
+            return begun(code, wanted, resume, init, schedule)
+        if init is not None:
+            return initialised(wanted, init)
+        if resume is None:
+            return afresh(wanted)
         return resumed(wanted, resume, schedule)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_damage(out) if resume == out else ''}") from error
@@ -167,21 +184,11 @@ def _summed_up(begin: Start, out: Path, first: bool) -> int:
     return 0
 
 
-def _end_all(error: Exception) -> None:
-    """Ends a failed process and with it the others, for which jax would wait, as they for it."""
-    if type(error).__name__ == "JaxRuntimeError":
-        time.sleep(2)  # another process is gone; the thread that watches it can say which
-        cluster.lost("a process")
-    if isinstance(error, InputError):
-        print(f"flax-resblock: {error}", file=sys.stderr, flush=True)
-        time.sleep(1)  # so that every process can report its own error
-        os._exit(2)
-
-
 def _run(
     begin: Start, out: Path, save_every: int | None, keep: int, devices: int | None, first: bool
 ) -> int:
     """Trains; only the first process writes files."""
+    from flax_resblock.runs.tensors import has_torch_names
     from flax_resblock.training import Stopped, TrainingError, data_mesh, fit
     from flax_resblock.training.run_folder import RunFolder
 
@@ -189,7 +196,7 @@ def _run(
     config, splits = begin.config, begin.splits
     every = save_every or steps_per_epoch(splits.train, config.batch_size)
     stop = Stop(lambda: status.print("stopping after this step; the run is saved first"))
-    with RunFolder(out, config, every=every, keep=keep) as folder, stop:
+    with RunFolder(out, config, every=every, keep=keep, code=begin.code) as folder, stop:
         writing: dict[str, Any] = {
             "on_step": folder.record,
             "on_evaluation": folder.evaluated,
@@ -236,29 +243,14 @@ def _run(
         f"accuracy {last.accuracy:.2%}"
         + ("" if averaged is None else f", of the averaged weights {averaged:.2%}")
     )
-    say(f"wrote {out}; back to PyTorch: flax-resblock convert {out} run.pth --with-optimizer")
+    back = f"; back to PyTorch: flax-resblock convert {out} run.pth --with-optimizer"
+    say(f"wrote {out}{back if has_torch_names(begin.model) else ''}")
     return 0
 
 
 def _printed(config: Any) -> int:
     print(json.dumps(asdict(config), indent=1))
     return 0
-
-
-@contextmanager
-def _only_first_speaks(several: bool) -> Iterator[bool]:
-    """Silences all processes but the first; yields whether this is it."""
-    first = True
-    if several:
-        import jax
-
-        first = jax.process_index() == 0
-    before = output.quiet, status.quiet
-    output.quiet, status.quiet = before if first else (True, True)
-    try:
-        yield first
-    finally:
-        output.quiet, status.quiet = before
 
 
 def _checkpoint_to_resume(resume: Path | None, out: Path) -> Path | None:

@@ -15,10 +15,12 @@ from flax_resblock.convert.opening import HEADLESS, OpenedCheckpoint, ReadOption
 from flax_resblock.errors import InputError
 from flax_resblock.runs.run import Run
 from flax_resblock.runs.scheduler_state import ScheduleState, describe_schedule
-from flax_resblock.training.config import TrainConfig, with_settings
+from flax_resblock.training.config import RESNET8_DIGITS, TrainConfig, with_settings
 from flax_resblock.training.data import Dataset, DataSource, Splits, open_data, steps_per_epoch
 
 if TYPE_CHECKING:
+    from flax import nnx
+
     from flax_resblock.nn.resnet import Model
     from flax_resblock.training.pace import Pace
 
@@ -63,12 +65,15 @@ class Wanted:
 
 
 class Start(NamedTuple):
-    """Model, run to continue, configuration and data of a run that begins."""
+    """Model, run to continue, configuration and data of a run that begins, and the Python file of a
+    network of the user's own.
+    """
 
-    model: Model
+    model: nnx.Module
     run: Run | None
     config: TrainConfig
     splits: Splits[DataSource]
+    code: Path | None = None
 
 
 def fresh_config(wanted: Wanted) -> TrainConfig:
@@ -77,7 +82,7 @@ def fresh_config(wanted: Wanted) -> TrainConfig:
     if wanted.reading.architecture is not None:
         settings["model"] = architecture(wanted.reading.architecture)
     config, classes = with_settings(wanted.preset, settings), wanted.reading.num_classes
-    if classes is None:
+    if classes is None or config.model is None:
         return config
     return replace(config, model=replace(config.model, num_classes=classes))
 
@@ -87,11 +92,12 @@ def afresh(wanted: Wanted) -> Start:
     from flax_resblock.training import new_model
 
     config = fresh_config(wanted)
-    _enable_x64(config.dtype == "float64")
-    fit_channels = wanted.reading.architecture is not None
-    splits = opened(config, wanted.strict, fit_channels=fit_channels)
+    network = config.model or RESNET8_DIGITS
+    enable_x64(config.dtype == "float64")
+    fixed = network.in_channels if wanted.reading.architecture is not None else None
+    splits = opened(config, wanted.strict, fixed)
     classes = _num_classes(wanted.reading.num_classes, splits)
-    model = replace(config.model, in_channels=splits.train.shape[-1], num_classes=classes)
+    model = replace(network, in_channels=splits.train.shape[-1], num_classes=classes)
     if model != config.model:
         common.print_note(
             f"the network gets {model.in_channels} channels and {classes} classes, as "
@@ -106,7 +112,7 @@ def initialised(wanted: Wanted, path: Path) -> Start:
     settings = wanted.settings_of_new_run
     # the parts that can be frozen are known once the checkpoint is read
     unfrozen = {name: value for name, value in settings.items() if name != "freeze"}
-    data = opened(with_settings(wanted.preset, unfrozen), wanted.strict, fit_channels=False)
+    data = opened(with_settings(wanted.preset, unfrozen), wanted.strict, None)
     classes = _num_classes(wanted.reading.num_classes, data)
     reading = replace(wanted.reading, num_classes=None)
     source = replace(wanted, reading=reading).read(path, afresh=True)
@@ -120,7 +126,7 @@ def initialised(wanted: Wanted, path: Path) -> Start:
     common.print_title(name_of(source.config), str(path))
     common.print_notes(source.all_notes)
     config = with_settings(replace(wanted.preset, model=source.config), settings)
-    splits = Splits(*(_with_channels(part, config.model.in_channels) for part in data))
+    splits = Splits(*(_with_channels(part, source.config.in_channels) for part in data))
     return Start(model_of(source, config.dtype), None, config, splits)
 
 
@@ -147,15 +153,29 @@ def resumed(wanted: Wanted, path: Path, schedule: str | None) -> Start:
     run = None if wanted.training.weights_only else wanted.training.of(source)
     common.print_title(name_of(source.config), str(path))
     common.print_notes(source.all_notes)
-    config = replace(wanted.preset, model=source.config)
-    if run is None:
-        config = with_settings(config, wanted.settings_of_new_run)
-        splits = opened(config, wanted.strict)
-    else:
-        common.print_found(run)
-        config, run, splits = _continued(run, config, wanted, schedule)
+    preset = replace(wanted.preset, model=source.config)
+    config, run, splits = goes_on(
+        run, replace(wanted, preset=preset), schedule, source.config.in_channels
+    )
     with common.status.status("building the network"):
         return Start(model_of(source, config.dtype), run, config, splits)
+
+
+def goes_on(
+    run: Run | None, wanted: Wanted, schedule: str | None, channels: int | None
+) -> tuple[TrainConfig, Run | None, Splits[DataSource]]:
+    """Configuration, run and data of what continues a checkpoint: its run, or its weights alone.
+
+    Args:
+      run: None for the weights alone.
+      wanted, schedule: What the command line asks for.
+      channels: Of the network; None if unknown.
+    """
+    if run is None:
+        config = with_settings(wanted.preset, wanted.settings_of_new_run)
+        return config, None, opened(config, wanted.strict, channels)
+    common.print_found(run)
+    return _continued(run, wanted, schedule, channels)
 
 
 def _num_classes(asked: int | None, splits: Splits[DataSource]) -> int:
@@ -169,9 +189,7 @@ def _num_classes(asked: int | None, splits: Splits[DataSource]) -> int:
     return asked or there
 
 
-def opened(
-    config: TrainConfig, strict: bool = False, *, fit_channels: bool = True
-) -> Splits[DataSource]:
+def opened(config: TrainConfig, strict: bool, channels: int | None) -> Splits[DataSource]:
     """Opens the data; grey images are repeated for a network with three channels."""
     with common.status.status(f"opening {config.data}") as shown:
         splits = open_data(
@@ -179,12 +197,10 @@ def opened(
         )
     for part in splits:
         common.print_notes(part.notes)
-    if not fit_channels:
-        return splits
-    return Splits(*(_with_channels(part, config.model.in_channels) for part in splits))
+    return Splits(*(_with_channels(part, channels) for part in splits))
 
 
-def _with_channels(dataset: DataSource, channels: int) -> DataSource:
+def _with_channels(dataset: DataSource, channels: int | None) -> DataSource:
     if not isinstance(dataset, Dataset) or dataset.shape[-1] != 1 or channels != 3:
         return dataset
     common.print_note(f"{dataset.name}: grey images, repeated for the network's 3 channels")
@@ -192,7 +208,8 @@ def _with_channels(dataset: DataSource, channels: int) -> DataSource:
     return replace(dataset, images=images, mean=dataset.mean * 3, std=dataset.std * 3)
 
 
-def _enable_x64(wanted: bool) -> None:
+def enable_x64(wanted: bool) -> None:
+    """Turns jax's x64 mode on."""
     if wanted:
         import jax
 
@@ -204,15 +221,15 @@ def model_of(source: OpenedCheckpoint, dtype: str) -> Model:
     from flax_resblock.io import to_model
 
     wide = any(value.dtype.name == "float64" for value in source.tensors.values())
-    _enable_x64(wide or dtype == "float64")
+    enable_x64(wide or dtype == "float64")
     return to_model(source, **({} if wide else {"dtype": dtype}))
 
 
 def _continued(
-    run: Run, config: TrainConfig, wanted: Wanted, schedule: str | None
+    run: Run, wanted: Wanted, schedule: str | None, channels: int | None
 ) -> tuple[TrainConfig, Run, Splits[DataSource]]:
     """Configuration and schedule of a run that goes on: as given, as stored, as in the preset."""
-    from flax_resblock.training.pace import Pace, at, schedule_of, settings_of
+    from flax_resblock.training.pace import Pace, at, rescaled, schedule_of, settings_of
 
     given = wanted.settings
     if schedule is None:
@@ -227,8 +244,8 @@ def _continued(
                 f"{run.problem} Say --schedule constant to go on at the rate that the "
                 f"optimizer has, or --schedule warmup-cosine."
             )
-    config = with_settings(with_settings(config, run.settings), given)
-    splits = opened(config, wanted.strict)
+    config = with_settings(with_settings(wanted.preset, run.settings), given)
+    splits = opened(config, wanted.strict, channels)
     steps = steps_per_epoch(splits.train, config.batch_size)
     pace = Pace.of(run, steps)
     if schedule == "constant" or (schedule is None and run.schedule is None):
@@ -236,7 +253,7 @@ def _continued(
         rates = ", ".join(f"{float(group.options['lr']):.4g}" for group in run.optimizer.groups)
         common.say(f"  learning rate  {rates}, constant")
     elif schedule == "warmup-cosine":
-        run = _rescaled(run, given.get("learning_rate"))
+        run = rescaled(run, given.get("learning_rate"))
         run = at(replace(run, schedule=ScheduleState(schedule_of(config, steps), 0)), pace.start)
         pace = Pace.of(run, steps)
     if not {"epochs", "steps"} & given.keys() and config.steps is None:
@@ -254,18 +271,6 @@ def _continued(
         f"{-(-config.end(steps) // steps)}, {steps} steps per epoch"
     )
     return config, replace(run, settings=settings_of(config)), splits
-
-
-def _rescaled(run: Run, learning_rate: float | None) -> Run:
-    """The run with another base rate; its param groups keep their ratios."""
-    groups = run.optimizer.groups
-    bases = [float(group.options.get("initial_lr", group.options["lr"])) for group in groups]
-    factor = 1.0 if learning_rate is None or not bases[0] else learning_rate / bases[0]
-    made = tuple(
-        replace(group, options={**group.options, "lr": base * factor, "initial_lr": base * factor})
-        for group, base in zip(groups, bases, strict=True)
-    )
-    return replace(run, optimizer=replace(run.optimizer, groups=made))
 
 
 def _epochs_of(run: Run, pace: Pace, config: TrainConfig) -> int:

@@ -52,10 +52,11 @@ def verify_port(
     import torch
 
     from flax_resblock.parity.live_module import load_into
-    from flax_resblock.parity.user_module import load_factory, made_by
+    from flax_resblock.parity.user_code import load_factory
+    from flax_resblock.parity.user_module import made_by
     from flax_resblock.port.folder import read_ported
     from flax_resblock.port.instead import ported_instead
-    from flax_resblock.port.network import filled
+    from flax_resblock.port.network import described, filled
     from flax_resblock.port.porting import port
 
     torch.manual_seed(verifier.input.seed)
@@ -71,23 +72,23 @@ def verify_port(
     else:
         _as_trained(module, verifier.input.seed)
     if read is not None and flax is not None:
-        described = read.description()
+        port_of = described(read.table)
         state = {key: value.detach().numpy() for key, value in module.state_dict().items()}
         network = load_factory(flax, "--flax")
-        model = filled(network, described.table.to_flax(state))
+        model = filled(network, port_of.table.to_flax(state))
     else:
         with status.status(f"porting {spec}"):
             ported = port(module) if refusal is None else ported_instead(module, refusal, ())[0]
-        model, described = ported.create(), ported
+        model, port_of = ported.create(), ported
         print_notes(ported.notes)
-    pair = described.pair_with(module, model)
-    images = _images(verifier.input, described)
+    pair = port_of.pair_with(module, model)
+    images = _images(verifier.input, port_of)
     against = flax or "its port"
-    print_title(described.name, f"{spec} and {against}, input {list(images.shape)}")
+    print_title(port_of.name, f"{spec} and {against}, input {list(images.shape)}")
     facts: Mapping[str, Any] = {
         "subject": f"{spec} and {against}",
         "compared_with": f"{spec}, your own module",
-        "architecture": described.name,
+        "architecture": port_of.name,
     }
     verification, report = verifier.pair(pair, images, facts)
     verifier.print(verification, compared_with=facts["compared_with"])

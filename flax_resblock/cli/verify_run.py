@@ -125,7 +125,8 @@ class Verifier:
     def module(self, spec: str, kwargs: str | None) -> int:
         """Examines a PyTorch module of the user's own and says what is wrong with it."""
         from flax_resblock.parity.report import Clock, examined_facts, report_json
-        from flax_resblock.parity.user_module import cases_of, examine, load_factory
+        from flax_resblock.parity.user_code import load_factory
+        from flax_resblock.parity.user_module import cases_of, examine
 
         arguments = arguments_of(kwargs)
         factory = load_factory(spec)

@@ -3,9 +3,9 @@
 from flax_resblock.convert.detection.candidates import Match, identify
 from flax_resblock.convert.health import unhealthy
 from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
-from flax_resblock.convert.state_map import Entry, StateMap, TensorInfo, describe
+from flax_resblock.convert.state_map import Entry, StateMap, TensorInfo, TensorMap, describe
 
 __all__ = [
-    "NAMINGS", "Entry", "Match", "Naming", "StateMap", "TensorInfo", "describe", "identify",
-    "naming_of", "unhealthy",
+    "NAMINGS", "Entry", "Match", "Naming", "StateMap", "TensorInfo", "TensorMap", "describe",
+    "identify", "naming_of", "unhealthy",
 ]  # fmt: skip

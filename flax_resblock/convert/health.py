@@ -7,15 +7,17 @@ from collections.abc import Mapping
 import numpy as np
 
 from flax_resblock.checkpoint.parallel import on_every_core
-from flax_resblock.convert.state_map import Entry, StateMap, is_floating
+from flax_resblock.convert.state_map import Entry, TensorMap, is_floating
 
 
-def unhealthy(state_map: StateMap, state: Mapping[str, np.ndarray]) -> list[str]:
+def unhealthy(state_map: TensorMap, state: Mapping[str, np.ndarray]) -> list[str]:
     """Tensors with NaN, infinity or a negative running variance; one line each."""
     entries = [
         e
         for e in state_map.entries
-        if e.role != "counter" and e.torch_key in state and is_floating(state[e.torch_key].dtype)
+        if e.role not in ("counter", "buffer")
+        and e.torch_key in state
+        and is_floating(state[e.torch_key].dtype)
     ]
     problems = on_every_core(
         lambda entry: _problem(entry, state[entry.torch_key]),

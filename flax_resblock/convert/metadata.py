@@ -14,6 +14,9 @@ from flax_resblock.errors import CheckpointError, InputError, visible
 
 CONFIG, NAMING, SCHEME, EPS, MOMENTUM = "config", "naming", "naming_scheme", "eps", "momentum"
 """Metadata that this library writes beside tensors."""
+PORT, NETWORK = "port", "network"
+"""Metadata beside the tensors of a network that is none of this library's: the table that ``port``
+wrote, as JSON, if there is one; and the name of its class."""
 
 
 def written_config(record: Record) -> arch.Config | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from flax_resblock import checkpoint
 from flax_resblock import config as arch
-from flax_resblock.checkpoint import LIMITS, Record
+from flax_resblock.checkpoint import LIMITS, Limits, Record
 from flax_resblock.checkpoint.unwrap import strip
 from flax_resblock.convert.detection.assumptions import (
     KNOWN,
@@ -40,6 +40,7 @@ from flax_resblock.convert.metadata import (
 )
 from flax_resblock.convert.naming import NAMINGS, Naming
 from flax_resblock.convert.opened import OpenedCheckpoint, ReadOptions
+from flax_resblock.convert.own import refuse_own
 from flax_resblock.convert.run_names import EMA, averaged, weights_among
 from flax_resblock.convert.state_map import TensorInfo, describe, matches_any
 from flax_resblock.errors import CheckpointError, some, visible
@@ -72,6 +73,7 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
         flags to use.
     """
     reading = reading or ReadOptions()
+    refuse_own(record)
     dropped = ignored(record, reading.ignore)
     tensors = without(record.tensors, dropped)
     tensors = weights_among(tensors, record.metadata)
@@ -279,10 +281,15 @@ def open_checkpoint(
     run: bool = False,
 ) -> OpenedCheckpoint:
     """Reads any checkpoint and finds what it is; see ``checkpoint.read`` and :func:`interpret`."""
-    # formats without entries, where averaged weights have names of their own
-    flat = entry == EMA and Path(path).suffix in ("", ".safetensors")
     limits = LIMITS if reading is None else reading.limits
+    return interpret(read_entry(path, entry, run=run, limits=limits), reading)
+
+
+def read_entry(
+    path: str | Path, entry: str | None = None, *, run: bool = False, limits: Limits = LIMITS
+) -> Record:
+    """``checkpoint.read``, also for averaged weights in formats without entries, where they have
+    names of their own."""
+    flat = entry == EMA and Path(path).suffix in ("", ".safetensors")
     record = checkpoint.read(path, entry=None if flat else entry, run=run, limits=limits)
-    if flat:
-        record = averaged(record)
-    return interpret(record, reading)
+    return averaged(record) if flat else record

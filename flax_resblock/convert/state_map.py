@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from flax_resblock.checkpoint.parallel import on_every_core
 from flax_resblock.config import Config, Path, Slot, walk
-from flax_resblock.convert.codecs import Codec, one_block
+from flax_resblock.convert.codecs import AS_IS, Codec, one_block
 from flax_resblock.convert.naming import Naming, naming_of
 from flax_resblock.errors import InputError, some
 
@@ -25,8 +25,13 @@ class Entry:
       flax_path: Attribute path in the nnx model, ``("stage1", 0, "conv1", "kernel")``.
       torch_key: Key in the state dict, ``"layer1.0.conv1.weight"``.
       codec: Between the two memory layouts.
-      role: ``"weight"``, ``"variance"`` or ``"counter"``.
+      role: ``"weight"``, ``"variance"``, ``"counter"``, or ``"buffer"`` for what may hold anything.
       flax_shape: Shape on the Flax side.
+      frozen: Whether it is a parameter with ``requires_grad=False``.
+      trained: Whether training changes it, if it is a parameter: not if it is frozen, nor where
+        PyTorch has no gradient because the output does not depend on it.
+      unused: Whether the Flax model leaves it out, because the forward pass never uses it. Its
+        path then is not one of the model's.
     """
 
     flax_path: Path
@@ -34,6 +39,9 @@ class Entry:
     codec: Codec
     role: str
     flax_shape: tuple[int, ...]
+    frozen: bool = False
+    trained: bool = True
+    unused: bool = False
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
@@ -90,11 +98,110 @@ def matches_any(key: str, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(key, glob) for glob in globs)
 
 
-class StateMap:
-    """The tensors of a network under a naming scheme; both directions are loops over the same list.
+class TensorMap:
+    """The tensors of a network in both frameworks; both directions are loops over the same list.
 
     Whatever else is kept per parameter (gradients, momentum buffers, Adam's moments) goes through
-    the same list, and :attr:`modules` names the modules whose activations can be compared.
+    the same list.
+
+    Args:
+      entries: Every tensor, in the order of the state dict.
+      parameters: Those that are parameters, in the order of ``module.parameters()``.
+    """
+
+    def __init__(self, entries: Sequence[Entry], parameters: Sequence[Entry]) -> None:
+        self.entries = tuple(entries)
+        self.parameters = tuple(parameters)
+
+    def in_flax(self) -> TensorMap:
+        """The same tensors under Flax's names and in Flax's memory layout."""
+        own = {  # of tensors that share a path, the one that is the parameter
+            one.flax_path: replace(one, torch_key=".".join(map(str, one.flax_path)), codec=AS_IS)
+            for one in (*self.entries, *self.parameters)
+        }
+        return TensorMap(list(own.values()), [own[one.flax_path] for one in self.parameters])
+
+    def whole(self, state: Mapping[Path, np.ndarray]) -> Mapping[Path, np.ndarray]:
+        """Arrays of the Flax model by path, with those that it leaves out."""
+        return state
+
+    def check(self, found: Mapping[str, TensorInfo], allow_missing: Sequence[str] = ()) -> Misfit:
+        """Every way in which the state dict described by ``found`` differs from this map; keys
+        matching ``allow_missing`` (globs) may be absent.
+        """
+        misfit = Misfit()
+        for entry in self.entries:
+            info = found.get(entry.torch_key)
+            if info is None:
+                absent = misfit.missing
+                if entry.role == "counter":
+                    absent = misfit.filled_counters
+                elif matches_any(entry.torch_key, allow_missing):
+                    absent = misfit.afresh
+                absent.append(entry.torch_key)
+                continue
+            if info.shape != entry.torch_shape:
+                misfit.wrong_shape.append(
+                    f"{entry.torch_key} {list(info.shape)}, expected {list(entry.torch_shape)}"
+                )
+            fits = info.dtype.kind in "iu" if entry.role == "counter" else is_floating(info.dtype)
+            if not fits and entry.role != "buffer":
+                expected = "an integer" if entry.role == "counter" else "a floating type"
+                misfit.wrong_dtype.append(
+                    f"{entry.torch_key} {info.dtype.name}, expected {expected}"
+                )
+        known = {entry.torch_key for entry in self.entries}
+        misfit.unexpected.extend(key for key in found if key not in known)
+        return misfit
+
+    def to_flax(
+        self, state: Mapping[str, np.ndarray], *, in_one_block: bool = False
+    ) -> dict[Path, np.ndarray]:
+        """State dict to Flax arrays by path, without what the model leaves out; keys that are
+        absent are left out too (call :meth:`check` first).
+
+        Args:
+          state: Arrays by name.
+          in_one_block: Also copy arrays whose layout stays, so that nothing is shared with
+            ``state``, all into one block of memory; see
+            :func:`flax_resblock.convert.codecs.one_block`.
+        """
+        entries = [one for one in self.entries if one.torch_key in state and not one.unused]
+        arrays = [state[entry.torch_key] for entry in entries]
+        places: Sequence[np.ndarray | None] = [None] * len(entries)
+        if in_one_block:
+            dtypes = [array.dtype for array in arrays]
+            places = one_block([(e.flax_shape, d) for e, d in zip(entries, dtypes, strict=True)])
+        moved = on_every_core(
+            lambda i: entries[i].codec.to_flax(arrays[i], places[i]),
+            range(len(entries)),
+            lambda i: arrays[i].nbytes,
+        )
+        return dict(zip([entry.flax_path for entry in entries], moved, strict=True))
+
+    def to_torch(
+        self, state: Mapping[Path, np.ndarray], *, copy: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Flax arrays by path to a state dict, in PyTorch's order; paths that are absent are left
+        out.
+
+        Args:
+          state: Arrays by path.
+          copy: Also copy arrays whose layout stays, so that nothing is shared with ``state``.
+        """
+        entries = [entry for entry in self.entries if entry.flax_path in state]
+        arrays = on_every_core(
+            lambda e: e.codec.to_torch(_owned(state[e.flax_path], e.codec, copy)),
+            entries,
+            lambda e: state[e.flax_path].nbytes,
+        )
+        return dict(zip([e.torch_key for e in entries], arrays, strict=True))
+
+
+class StateMap(TensorMap):
+    """The tensors of a network of this library under a naming scheme.
+
+    :attr:`modules` names the modules whose activations can be compared.
 
     Args:
       config: The network or bare block.
@@ -107,9 +214,8 @@ class StateMap:
     def __init__(self, config: Config, naming: str | Naming) -> None:
         self.config = config
         self.naming = naming_of(naming)
-        self.entries: tuple[Entry, ...] = tuple(
-            entry for slot in walk(config) for entry in self._expand(slot)
-        )
+        entries = [entry for slot in walk(config) for entry in self._expand(slot)]
+        super().__init__(entries, [one for one in entries if one.flax_path[-1] in _PARAMETERS])
         paths = {entry.flax_path for entry in self.entries}
         keys = {entry.torch_key for entry in self.entries}
         if not len(paths) == len(keys) == len(self.entries):
@@ -140,77 +246,8 @@ class StateMap:
         named = {slot.name: self.naming.module_name(slot) for slot in walk(self.config)}
         return {slot: module for slot, module in named.items() if module is not None}
 
-    def check(self, found: Mapping[str, TensorInfo], allow_missing: Sequence[str] = ()) -> Misfit:
-        """Every way in which the state dict described by ``found`` differs from this map; keys
-        matching ``allow_missing`` (globs) may be absent.
-        """
-        misfit = Misfit()
-        for entry in self.entries:
-            info = found.get(entry.torch_key)
-            if info is None:
-                absent = misfit.missing
-                if entry.role == "counter":
-                    absent = misfit.filled_counters
-                elif matches_any(entry.torch_key, allow_missing):
-                    absent = misfit.afresh
-                absent.append(entry.torch_key)
-                continue
-            if info.shape != entry.torch_shape:
-                misfit.wrong_shape.append(
-                    f"{entry.torch_key} {list(info.shape)}, expected {list(entry.torch_shape)}"
-                )
-            fits = info.dtype.kind in "iu" if entry.role == "counter" else is_floating(info.dtype)
-            if not fits:
-                expected = "an integer" if entry.role == "counter" else "a floating type"
-                misfit.wrong_dtype.append(
-                    f"{entry.torch_key} {info.dtype.name}, expected {expected}"
-                )
-        known = {entry.torch_key for entry in self.entries}
-        misfit.unexpected.extend(key for key in found if key not in known)
-        return misfit
 
-    def to_flax(
-        self, state: Mapping[str, np.ndarray], *, in_one_block: bool = False
-    ) -> dict[Path, np.ndarray]:
-        """State dict to Flax arrays by path; keys that are absent are left out (call :meth:`check`
-        first).
-
-        Args:
-          state: Arrays by name.
-          in_one_block: Also copy arrays whose layout stays, so that nothing is shared with
-            ``state``, all into one block of memory; see
-            :func:`flax_resblock.convert.codecs.one_block`.
-        """
-        entries = [entry for entry in self.entries if entry.torch_key in state]
-        arrays = [state[entry.torch_key] for entry in entries]
-        places: Sequence[np.ndarray | None] = [None] * len(entries)
-        if in_one_block:
-            dtypes = [array.dtype for array in arrays]
-            places = one_block([(e.flax_shape, d) for e, d in zip(entries, dtypes, strict=True)])
-        moved = on_every_core(
-            lambda i: entries[i].codec.to_flax(arrays[i], places[i]),
-            range(len(entries)),
-            lambda i: arrays[i].nbytes,
-        )
-        return dict(zip([entry.flax_path for entry in entries], moved, strict=True))
-
-    def to_torch(
-        self, state: Mapping[Path, np.ndarray], *, copy: bool = False
-    ) -> dict[str, np.ndarray]:
-        """Flax arrays by path to a state dict, in PyTorch's order; paths that are absent are left
-        out.
-
-        Args:
-          state: Arrays by path.
-          copy: Also copy arrays whose layout stays, so that nothing is shared with ``state``.
-        """
-        entries = [entry for entry in self.entries if entry.flax_path in state]
-        arrays = on_every_core(
-            lambda e: e.codec.to_torch(_owned(state[e.flax_path], e.codec, copy)),
-            entries,
-            lambda e: state[e.flax_path].nbytes,
-        )
-        return dict(zip([e.torch_key for e in entries], arrays, strict=True))
+_PARAMETERS = ("kernel", "scale", "bias")
 
 
 def _owned(array: np.ndarray, codec: Codec, copy: bool) -> np.ndarray:

@@ -15,6 +15,12 @@ PORTED_FROM = "__ported__"
 """Attribute of a ported model that says where its tensors are in PyTorch's state dict, see
 :func:`flax_resblock.port.network.ported_of`; ``nnx.split`` and ``nnx.merge`` keep it."""
 
+_PASSING = nnx.Any(nnx.RngState, nnx.Intermediate)
+KEPT = nnx.Not(_PASSING)
+"""Filter of what a checkpoint of a model holds: not its random state, and nothing intermediate."""
+STATISTICS = nnx.Not(nnx.Any(nnx.Param, _PASSING))
+"""Filter of what it holds beside its parameters, such as running statistics."""
+
 
 def variable_at(model: nnx.Module, path: tuple[Any, ...]) -> Any:
     """The variable or submodule at an attribute path, ``("stage1", 0, "conv1", "kernel")``."""
@@ -65,7 +71,7 @@ def _as_jax_keeps_it(array: np.ndarray) -> np.ndarray | None:
 def flat_arrays(model: nnx.Module) -> dict[Path, np.ndarray]:
     """Every variable of a model by path, on the host, counters as int64."""
     arrays = {}
-    state = nnx.state(model, (nnx.Param, nnx.BatchStat))
+    state = nnx.state(model, KEPT)
     for path, variable in dict(nnx.to_flat_state(state)).items():
         array = np.asarray(variable[...])
         arrays[path] = array.astype(np.int64) if path[-1] == "num_batches_tracked" else array

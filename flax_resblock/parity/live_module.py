@@ -24,7 +24,8 @@ from flax_resblock.errors import CheckpointError, InputError, some
 from flax_resblock.parity.certificate import Hashes, hashes
 from flax_resblock.parity.forward_check import SIZES, ForwardFigures, Size, check_forward
 from flax_resblock.parity.module_run import heights_between
-from flax_resblock.parity.user_module import load_factory, made_by
+from flax_resblock.parity.user_code import load_factory
+from flax_resblock.parity.user_module import made_by
 
 
 def open_module(

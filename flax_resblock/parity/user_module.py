@@ -3,13 +3,9 @@ shapes and strides that the module declares, and known mistakes in a block."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,45 +90,6 @@ class ExaminedModule:
 class NoSpecificationError(CheckpointError):
     """A module is neither a residual network nor a block, so that there is no specification to
     compare it with."""
-
-
-def load_factory(spec: str, flag: str = "--torch") -> Callable[..., Any]:
-    """Imports what ``FILE.py:NAME`` or ``package.module:NAME`` names. This runs its code.
-
-    Args:
-      spec: What to import.
-      flag: What messages say before it.
-    Raises:
-      InputError: No such file, module or name, or code that raises.
-    """
-    where, colon, name = spec.rpartition(":")
-    if not colon or not where or not name:
-        raise InputError(
-            f"{flag} {spec!r} must be FILE.py:NAME or package.module:NAME, such as model.py:Block."
-        )
-    try:
-        if where.endswith(".py"):
-            path = Path(where)
-            if not path.is_file():
-                raise InputError(f"{flag} {spec}: the file {where} does not exist.")
-            found = importlib.util.spec_from_file_location(path.stem, path)
-            if found is None or found.loader is None:
-                raise InputError(f"{flag} {spec}: {where} cannot be imported.")
-            module = importlib.util.module_from_spec(found)
-            sys.modules.setdefault(path.stem, module)
-            found.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"{flag} {spec}: importing it raised {type(error).__name__}: {error}."
-        ) from error
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        raise InputError(f"{flag} {spec}: {where} has no class or function {name!r}.")
-    return factory
 
 
 def cases_of(factory: Callable[..., Any], kwargs: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -15,58 +15,42 @@ import numpy as np
 from flax import nnx
 
 from flax_resblock import checkpoint
-from flax_resblock.checkpoint import LIMITS, Limits
+from flax_resblock.checkpoint import LIMITS, Limits, Record
 from flax_resblock.checkpoint.folders import PORTED
 from flax_resblock.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from flax_resblock.config import Path
+from flax_resblock.convert.metadata import PORT
+from flax_resblock.convert.own import OpenedTensors, open_own
 from flax_resblock.errors import InputError
 from flax_resblock.nn.variables import PORTED_FROM, flat_arrays
 from flax_resblock.parity.certificate import KIND, NAME, SCHEMA, hashes, versions
-from flax_resblock.port.network import PortedNetwork, Table, filled
+from flax_resblock.port.network import PortedNetwork, described, filled
+from flax_resblock.port.table import Table
 
 TABLE, WEIGHTS = PORTED
-TABLE_KIND = "flax-resblock ported network"
-UNUSED = "unused."
-"""Begins the names of tensors that the forward pass never uses; the rest is their PyTorch key."""
-
 PACKAGES = ("jax", "flax", "numpy", "safetensors", "torch")
 
 
 @dataclass(frozen=True)
 class PortedWeights:
-    """The weights in the folder of a ported network.
+    """The weights of a ported network.
 
     Attributes:
-      table: Between the state dict and the Flax model.
-      values: By attribute path.
-      unused: Tensors that the forward pass never uses, by their PyTorch keys.
-      about: What ``port.json`` says besides: ``network``, ``file``, ``image_size``, ``channels``,
-        ``slots``, ``inputs``.
+      table: Between the state dict and the Flax model; it holds what is never used.
+      values: The weights, by attribute path.
     """
 
     table: Table
     values: Mapping[Path, np.ndarray]
-    unused: Mapping[str, np.ndarray]
-    about: Mapping[str, Any]
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The state dict of PyTorch."""
-        return self.table.to_torch(self.values, self.unused)
-
-    def description(self) -> PortedNetwork:
-        """What a model of the folder's class knows about itself: neither weights nor source."""
-        about = self.about
-        slots = {name: tuple(path) for name, path in about.get("slots", {}).items()}
-        name, size = str(about["network"]), tuple(about["image_size"])
-        inputs = tuple(tuple(shape) for shape in about.get("inputs", ()))
-        return PortedNetwork(
-            "", name, self.table, {}, self.unused, name, size, about["channels"], slots, inputs
-        )
+        return self.table.to_torch(self.table.whole(self.values))
 
     def create(self, network: Callable[..., nnx.Module]) -> nnx.Module:
         """A network of this class with these weights, in evaluation mode."""
-        model = filled(network, self.values)
-        setattr(model, PORTED_FROM, self.description())
+        model = filled(network, self.values, self.table)
+        setattr(model, PORTED_FROM, described(self.table))
         return model
 
 
@@ -92,25 +76,17 @@ def save_ported(
       InputError: The folder exists.
       OutputError: It cannot be written.
     """
-    names = {".".join(map(str, path)): value for path, value in ported.values.items()}
-    names |= {f"{UNUSED}{key}": value for key, value in ported.unused.items()}
-    tensors = {name: np.asarray(value) for name, value in names.items()}
-    about = {
-        "kind": TABLE_KIND,
-        "schema": 1,
-        "network": ported.name,
-        "file": f"{stem}.py",
-        "image_size": list(ported.image_size),
-        "channels": ported.channels,
-        "inputs": [list(shape) for shape in ported.inputs],
-        "slots": {name: list(path) for name, path in ported.slots.items()},
-        "tensors": ported.table.rows(),
-    }
+    table = ported.carried.with_content(
+        about={"file": f"{stem}.py", **ported.carried.about}, unused=ported.unused
+    )
+    tensors = table.in_flax().to_torch(table.whole(ported.values))
     with checkpoint.replacing(folder, force=force, replaceable=checkpoint.is_ported) as temporary:
         temporary.mkdir()
         (temporary / f"{stem}.py").write_text(ported.source, encoding="utf-8")
         write_safetensors(temporary / WEIGHTS, tensors, {"format": "flax"})
-        (temporary / TABLE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        (temporary / TABLE).write_text(
+            json.dumps(table.content(), indent=1) + "\n", encoding="utf-8"
+        )
         entries = {
             WEIGHTS: _entry(ported, temporary / WEIGHTS, tensors, source, module),
             f"{stem}.py": _entry(ported, temporary / f"{stem}.py", {}, source, module),
@@ -126,21 +102,20 @@ def save_model(
 
     Args:
       ported: What it was ported from.
-      path: A folder, for the code and the weights, or a file with one of the suffixes of a
-        checkpoint, for the state dict of PyTorch alone.
+      path: A folder, for the code and the weights.
       force: Replace what is there.
+    Raises:
+      InputError: The folder exists, or the code is not known.
     """
-    if not ported.source and checkpoint.output_format(path) == "orbax":
+    if not ported.source:
         raise InputError(
             "This model was loaded from the folder of a port, whose code you import, and only its "
             "weights are known here. Save its state dict, as .pth or .safetensors, or keep the "
             "folder and save nnx.state(model)."
         )
-    if checkpoint.output_format(path) != "orbax":
-        checkpoint.write(path, ported.to_torch(model), force=force)
-        return
     arrays = flat_arrays(model)
-    values = {one.path: arrays[one.path] for one in ported.table.tensors if one.path is not None}
+    paths = [one.flax_path for one in ported.table.entries if not one.unused]
+    values = {path: arrays[path] for path in paths}
     checkpoint.refuse_existing(path, force, checkpoint.is_ported)
     save_ported(replace(ported, values=values), path, stem=ported.name.lower(), force=force)
 
@@ -170,39 +145,80 @@ def _entry(
     }
 
 
-def read_ported(folder: FilePath, limits: Limits = LIMITS) -> PortedWeights:
-    """The weights in a folder; its code is not run.
+def read_ported(path: FilePath, limits: Limits = LIMITS) -> PortedWeights:
+    """The weights in a folder of ``port``, or in a checkpoint or run of such a network; its code
+    is not run.
 
     Raises:
-      InputError: It is no such folder, or damaged.
+      InputError: It is no such folder or checkpoint, or damaged.
     """
+    if checkpoint.is_ported(path):
+        return opened_folder(path, limits)[0]
+    return opened_ported(checkpoint.read(path, limits=limits))[0]
+
+
+def opened_folder(path: FilePath, limits: Limits = LIMITS) -> tuple[PortedWeights, OpenedTensors]:
+    """The weights in a folder of ``port``.
+
+    Raises:
+      InputError: It is damaged.
+    """
+    table = _table_in(path)
+    record = replace(read_safetensors(path / WEIGHTS, limits=limits), format="orbax")
+    opened = open_own(record, table, str(table.about.get("network")))
+    return _weights(table, opened), opened
+
+
+def read_table(folder: FilePath) -> Table | None:
+    """The table in a folder of ``port``, or in that of a run of such a network; None in any other.
+
+    Raises:
+      InputError: It is damaged.
+    """
+    if checkpoint.is_ported(folder):
+        return _table_in(folder)
+    text = checkpoint.metadata_in(folder).get(PORT)
+    return None if text is None else _table_of(text, folder)
+
+
+def _table_in(folder: FilePath) -> Table:
     try:
-        about = json.loads((folder / TABLE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{folder} is no folder of a ported network: {TABLE} cannot be read ({error}). "
-            f"flax-resblock port writes such folders."
-        ) from error
-    if not isinstance(about, dict) or about.get("kind") != TABLE_KIND or about.get("schema") != 1:
-        raise InputError(f"{folder / TABLE} is not a table that flax-resblock port wrote.")
+        text = (folder / TABLE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder / TABLE} cannot be read ({error}).") from error
+    return _table_of(text, folder / TABLE)
+
+
+def _table_of(text: str, source: object) -> Table:
     try:
-        table = Table.of_rows(about.get("tensors"))
+        return Table.of_content(json.loads(text))
     except InputError as error:
-        raise InputError(f"{folder / TABLE}: {error} Port the network again.") from error
-    found = read_safetensors(folder / WEIGHTS, limits=limits).tensors
-    names = {
-        f"{UNUSED}{one.key}" if one.path is None else ".".join(map(str, one.path)): one
-        for one in table.tensors
-    }
-    absent = sorted(names.keys() - found.keys())
-    if absent:
+        raise InputError(f"{source}: {error}") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{folder / WEIGHTS} lacks {absent[0]!r}, which {TABLE} names. The two belong to "
-            f"different networks, or one is damaged: port the network again."
+            f"{source}: its table of tensors is damaged ({error}). Port the network again."
+        ) from error
+
+
+def opened_ported(record: Record) -> tuple[PortedWeights, OpenedTensors]:
+    """The weights in a checkpoint that :func:`flax_resblock.save` wrote of a ported network.
+
+    Raises:
+      InputError: It is none, or damaged.
+    """
+    if PORT not in record.metadata:
+        raise InputError(
+            f"{record.source} is no ported network. flax-resblock port writes a folder of one; "
+            f"flax-resblock train --model and flax_resblock.save write checkpoints of it."
         )
-    values = {one.path: found[name] for name, one in names.items() if one.path is not None}
-    unused = {one.key: found[name] for name, one in names.items() if one.path is None}
-    return PortedWeights(table, values, unused, about)
+    table = _table_of(record.metadata[PORT], record.source)
+    opened = open_own(record, table, str(table.about.get("network")))
+    return _weights(table, opened), opened
+
+
+def _weights(table: Table, opened: OpenedTensors) -> PortedWeights:
+    unused = opened.unused
+    return PortedWeights(table.with_content(unused=unused), opened.values)
 
 
 def load_ported(
@@ -211,7 +227,8 @@ def load_ported(
     """A ported network with its weights, in evaluation mode.
 
     Args:
-      folder: That ``flax-resblock port`` wrote.
+      folder: That ``flax-resblock port`` wrote, or the folder of a run of such a network, or one of
+        its checkpoints.
       network: The class in its Python file, which you import: nothing in the folder is executed.
       limits: See :class:`flax_resblock.Limits`.
     Raises:
@@ -227,8 +244,9 @@ def ported_state_dict(model: nnx.Module, folder: str | FilePath) -> dict[str, np
     """The PyTorch state dict of a ported network, which may have been trained since.
 
     Args:
-      model: A model of the class in the folder.
+      model: A model of the class in the folder. One that :func:`load_ported` made knows its names:
+        ``flax_resblock.to_torch(model)`` is the same.
       folder: That ``flax-resblock port`` wrote.
     """
-    read = read_ported(FilePath(folder))
-    return read.table.to_torch(flat_arrays(model), read.unused)
+    table = read_ported(FilePath(folder)).table
+    return table.to_torch(table.whole(flat_arrays(model)), copy=True)

@@ -57,5 +57,5 @@ def ported_instead(
 
 def _tensors(ported: PortedNetwork) -> list[tuple[str, np.ndarray]]:
     """Every tensor of the state dict that holds numbers with a fraction."""
-    state = ported.table.to_torch(ported.values, ported.unused)
+    state = ported.table.to_torch(ported.carried.whole(ported.values))
     return [(key, value) for key, value in state.items() if value.dtype.kind not in "biu"]

@@ -12,8 +12,8 @@ from flax_resblock.convert.metadata import EPS, MOMENTUM
 from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions
 from flax_resblock.errors import InputError
 from flax_resblock.parity.live_module import open_module
-from flax_resblock.port.network import Table, Tensor
 from flax_resblock.port.source import formatted, in_docstring
+from flax_resblock.port.table import Tensor
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class KnownNetwork:
     Attributes:
       source: Of the Python file.
       name: Of the function in it that creates the network.
-      table: Where every tensor of the state dict is.
+      tensors: Where those of the state dict are.
       slots: Paths of the layers in the Flax model, by their names in PyTorch.
     """
 
     source: str
     name: str
-    table: Table
+    tensors: tuple[Tensor, ...]
     slots: Mapping[str, Path]
 
 
@@ -46,13 +46,13 @@ def known_network(module: torch.nn.Module, origin: str) -> KnownNetwork | None:
     keys = list(module.state_dict())
     if not isinstance(opened.config, ResNetConfig) or by_key.keys() != set(keys):
         return None
-    table = Table(tuple(Tensor(key, by_key[key].flax_path, by_key[key].codec) for key in keys))
+    tensors = tuple(Tensor(key, by_key[key].flax_path, by_key[key].codec) for key in keys)
     modules = opened.state_map.modules
     slots = {
         modules[slot.name]: slot.path for slot in walk(opened.config) if modules.get(slot.name)
     }
     name = type(module).__name__
-    return KnownNetwork(_source(opened, opened.config, name, origin), name, table, slots)
+    return KnownNetwork(_source(opened, opened.config, name, origin), name, tensors, slots)
 
 
 def _source(opened: OpenedCheckpoint, config: ResNetConfig, name: str, origin: str) -> str:

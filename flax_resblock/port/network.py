@@ -18,105 +18,12 @@ import numpy as np
 from flax import nnx
 
 from flax_resblock.config import BlockConfig, Path
-from flax_resblock.convert.codecs import Codec, folded
+from flax_resblock.convert.own import carry
 from flax_resblock.errors import InputError, some
-from flax_resblock.nn.variables import PORTED_FROM, flat_arrays, on_device, set_values
+from flax_resblock.nn.variables import KEPT, PORTED_FROM, flat_arrays, on_device, set_values
 from flax_resblock.parity.inputs import adversarial_images
 from flax_resblock.port.inputs import Shapes, random_inputs
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor of the state dict and where the Flax model has it.
-
-    Attributes:
-      key: In the state dict.
-      path: In the model; None for what the forward pass never uses.
-      codec: Between the two memory layouts.
-    """
-
-    key: str
-    path: Path | None
-    codec: Codec
-
-
-@dataclass(frozen=True)
-class Table:
-    """The map between a state dict and a Flax model, read in both directions.
-
-    Attributes:
-      tensors: One row for every tensor of the state dict.
-    """
-
-    tensors: tuple[Tensor, ...]
-
-    def to_flax(self, state: Mapping[str, np.ndarray]) -> dict[Path, np.ndarray]:
-        """A state dict as the Flax model has it.
-
-        Raises:
-          InputError: It has other tensors than the network.
-        """
-        keys = {one.key for one in self.tensors}
-        missing, unexpected = sorted(keys - state.keys()), sorted(state.keys() - keys)
-        if missing or unexpected:
-            lines = ["The state dict is not that of the ported network."]
-            lines += [f"  missing     {some(missing)}"] if missing else []
-            lines += [f"  unexpected  {some(unexpected)}"] if unexpected else []
-            raise InputError("\n".join(lines))
-        return {
-            one.path: one.codec.to_flax(state[one.key])
-            for one in self.tensors
-            if one.path is not None
-        }
-
-    def to_torch(
-        self, arrays: Mapping[Path, np.ndarray], unused: Mapping[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        """The state dict, in the order that PyTorch has it in.
-
-        Args:
-          arrays: Of the model, by attribute path.
-          unused: The tensors that the forward pass never uses, by their keys.
-        """
-        return {
-            one.key: unused[one.key] if one.path is None else one.codec.to_torch(arrays[one.path])
-            for one in self.tensors
-        }
-
-    def rows(self) -> list[dict[str, Any]]:
-        """As JSON has it."""
-        return [
-            {
-                "torch": one.key,
-                "flax": None if one.path is None else list(one.path),
-                "axes": None if one.codec.axes is None else list(one.codec.axes),
-            }
-            | ({"columns": list(one.codec.columns)} if one.codec.columns is not None else {})
-            for one in self.tensors
-        ]
-
-    @classmethod
-    def of_rows(cls, rows: Any) -> Table:
-        """From JSON.
-
-        Raises:
-          InputError: It is no such table.
-        """
-        tensors = []
-        for row in rows if isinstance(rows, list) else [None]:
-            read = row if isinstance(row, dict) else {}
-            key, path, axes, columns = map(read.get, ("torch", "flax", "axes", "columns"))
-            sound = isinstance(key, str) and all(isinstance(p, int | str) for p in path or [])
-            if not sound or (axes is not None and sorted(axes) != list(range(len(axes)))):
-                raise InputError(f"the table of tensors is damaged at {str(row)[:120]!r}.")
-            codec = Codec("as is") if axes is None else Codec("axes moved", tuple(axes))
-            if columns is not None:
-                sizes = isinstance(columns, list) and all(isinstance(c, int) for c in columns)
-                if not sizes or len(columns) != 3 or axes != [1, 0]:
-                    raise InputError(f"the table of tensors is damaged at {str(row)[:120]!r}.")
-                codec = folded((columns[0], columns[1], columns[2]))
-            tensors.append(Tensor(str(key), None if path is None else tuple(path), codec))
-        return cls(tuple(tensors))
+from flax_resblock.port.table import Table
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -163,11 +70,26 @@ class PortedNetwork:
         return made
 
     def create(self) -> nnx.Module:
-        """The network with the weights of the module, in evaluation mode."""
-        return filled(self.network, self.values)
+        """The network with the weights of the module, in evaluation mode. It carries
+        :attr:`carried`, with which :func:`flax_resblock.save`, :func:`flax_resblock.to_torch`,
+        :func:`flax_resblock.load_run` and :func:`flax_resblock.training.fit` know its tensors.
+        """
+        return filled(self.network, self.values, self.carried)
+
+    @cached_property
+    def carried(self) -> Table:
+        """:attr:`table` with what it says of the network, and the tensors that are never used."""
+        about = {
+            "network": self.name,
+            "image_size": list(self.image_size),
+            "channels": self.channels,
+            "inputs": [list(shape) for shape in self.inputs],
+            "slots": {name: list(path) for name, path in self.slots.items()},
+        }
+        return self.table.with_content(about=about, unused=self.unused)
 
     def __repr__(self) -> str:
-        return f"PortedNetwork({self.name}, {len(self.table.tensors)} tensors, of {self.origin})"
+        return f"PortedNetwork({self.name}, {len(self.table.entries)} tensors, of {self.origin})"
 
     def pair_with(self, module: Any, model: nnx.Module, *, copy_weights: bool = False) -> Any:
         """A :class:`flax_resblock.port.pair.PortedPair` of the module and a model of this network,
@@ -189,7 +111,7 @@ class PortedNetwork:
         """The state dict of a model of this network, as ``load_state_dict(strict=True)`` takes it
         once :func:`torch.from_numpy` has made tensors of its arrays.
         """
-        return self.table.to_torch(flat_arrays(model), self.unused)
+        return self.table.to_torch(self.carried.whole(flat_arrays(model)), copy=True)
 
 
 def ported_of(model: Any) -> PortedNetwork | None:
@@ -197,17 +119,34 @@ def ported_of(model: Any) -> PortedNetwork | None:
     return getattr(model, PORTED_FROM, None)
 
 
-def filled(network: Callable[..., nnx.Module], values: Mapping[Path, np.ndarray]) -> nnx.Module:
+def described(table: Table) -> PortedNetwork:
+    """What a model of a network knows about itself that was read from a folder: neither its weights
+    nor its source."""
+    about = table.about
+    slots = {name: tuple(path) for name, path in about["slots"].items()}
+    inputs = tuple(tuple(shape) for shape in about["inputs"])
+    name, size = str(about["network"]), tuple(about["image_size"])
+    return PortedNetwork(
+        "", name, table, {}, table.unused, name, size, about["channels"], slots, inputs
+    )
+
+
+def filled(
+    network: Callable[..., nnx.Module],
+    values: Mapping[Path, np.ndarray],
+    table: Table | None = None,
+) -> nnx.Module:
     """A network with these values, in evaluation mode.
 
     Args:
       network: The class of the network in a ported file, called with ``rngs``.
       values: By attribute path.
+      table: What the model carries.
     Raises:
       InputError: They are not the values of this network.
     """
     model = nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
-    state = nnx.state(model, (nnx.Param, nnx.BatchStat))
+    state = nnx.state(model, KEPT)
     flat: Any = dict(nnx.to_flat_state(state))
     shapes: dict[Path, tuple[int, ...]] = {path: tuple(one.shape) for path, one in flat.items()}
     wrong = [
@@ -232,6 +171,8 @@ def filled(network: Callable[..., nnx.Module], values: Mapping[Path, np.ndarray]
         elif isinstance(node, nnx.RngCount):
             node.set_value(jnp.zeros((), jnp.uint32))
     model.eval()
+    if table is not None:
+        carry(model, table)
     return model
 
 

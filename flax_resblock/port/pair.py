@@ -108,9 +108,9 @@ class PortedPair(Pair):
         self._torch, self._flax = _TorchOutputs(net, ported.inputs), model
         idle = self._run(ported.images())
         self._slots = {name: path for name, path in ported.slots.items() if name not in idle}
-        rows = {one.path: one for one in reversed(ported.table.tensors) if one.path is not None}
+        rows = {one.flax_path: one for one in reversed(ported.table.entries) if not one.unused}
         self.entries = tuple(
-            Entry((NET, *path), f"{NET}.{one.key}", one.codec, "weight", values[path].shape)
+            Entry((NET, *path), f"{NET}.{one.torch_key}", one.codec, "weight", values[path].shape)
             for path, one in reversed(rows.items())
         )
 

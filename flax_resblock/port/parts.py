@@ -9,7 +9,7 @@ from typing import Any
 from flax_resblock.convert.codecs import Codec
 from flax_resblock.port.axes import Order, Shape
 from flax_resblock.port.layers import Layer
-from flax_resblock.port.network import Tensor
+from flax_resblock.port.table import Tensor
 from flax_resblock.port.values import Constant
 
 Key = tuple[Any, ...]

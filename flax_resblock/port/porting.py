@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +10,6 @@ import numpy as np
 import torch
 
 from flax_resblock.checkpoint.torch_file import state_to_numpy
-from flax_resblock.config import Path
-from flax_resblock.convert.codecs import AS_IS
 from flax_resblock.errors import InputError, some
 from flax_resblock.parity.module_run import global_state_kept, inner, runnable
 from flax_resblock.port import axes
@@ -21,22 +18,13 @@ from flax_resblock.port.classes import classes_of
 from flax_resblock.port.examples import SIZES, Size, accepted, runs_on, shapes_of
 from flax_resblock.port.inputs import Shapes, is_one_image
 from flax_resblock.port.known import known_network
-from flax_resblock.port.layers import layer_of
 from flax_resblock.port.modes import trace_training
-from flax_resblock.port.modules import tensors_held
-from flax_resblock.port.network import PortedNetwork, Table, Tensor
-from flax_resblock.port.parts import (
-    STEPS,
-    Body,
-    ContainerPart,
-    LayerPart,
-    ModulePart,
-    Part,
-    tensors_of,
-)  # fmt: skip
+from flax_resblock.port.network import PortedNetwork
+from flax_resblock.port.places import parameters_of, placed_tensors, slots_of
 from flax_resblock.port.proof import Proof, prove
 from flax_resblock.port.renaming import old_key, without_keywords
 from flax_resblock.port.source import in_docstring, source_of
+from flax_resblock.port.table import Parameter, Table
 from flax_resblock.port.tracing import Traced, trace
 from flax_resblock.port.values import BATCH
 
@@ -97,16 +85,19 @@ def port(
             size, shapes = (size[0], size[1]), () if is_one_image(shapes) else shapes
         else:
             channels, size, random = accepted(copied, [image_size] if image_size else SIZES)
+        images = [torch.randn(2, *shape) for shape in shapes or ((channels, *size),)]
+        parameters = parameters_of(copied, images)
         name = origin or type(inner(module)).__name__
         # the library's own networks have neither dropout nor stochastic depth
         known = None if expand or random or shapes else known_network(copied, name)
         if known is None:
             trains = random is not None
             more: dict[str, Any] = {"trains": trains, "inputs": shapes, "fold_layout": fold_layout}
-            return _ported(copied, state, channels, size, exact, name, **more)
+            return _ported(copied, state, parameters, channels, size, exact, name, **more)
+        table = Table.of(known.tensors, state, parameters)
         made = PortedNetwork(
-            known.source, known.name, known.table, known.table.to_flax(state), {}, name, size,
-            channels, known.slots,
+            known.source, known.name, table, table.to_flax(state), {}, name, size, channels,
+            known.slots,
         )  # fmt: skip
         proof = prove(copied, made, made.slots, exact=exact)
         return replace(made, figures=proof.figures, notes=tuple(proof.notes))
@@ -115,6 +106,7 @@ def port(
 def _ported(
     module: torch.nn.Module,
     state: Mapping[str, np.ndarray],
+    parameters: Mapping[str, Parameter],
     channels: int,
     size: Size,
     exact: bool,
@@ -141,13 +133,13 @@ def _ported(
         body = reader.body(
             "", [((BATCH, *shape), axes.channels_last(1 + len(shape))) for shape in shapes]
         )
-        rows = [replace(one, key=old_key(one.key, old)) for one in _table(named, body).tensors]
-        table, classes = Table(tuple(rows)), classes_of(reader, body)
-        slots = {old_key(name, old): path for name, path in _slots(reader, body.parts).items()}
-        unused = {one.key: state[one.key] for one in table.tensors if one.path is None}
+        rows = [replace(one, key=old_key(one.key, old)) for one in placed_tensors(named, body)]
+        table, classes = Table.of(rows, state, parameters), classes_of(reader, body)
+        slots = {old_key(name, old): path for name, path in slots_of(reader, body).items()}
+        unused = table.unused_of(state)
         made = PortedNetwork(
             source_of(classes, title), classes[-1].name, table, table.to_flax(state), unused,
-            origin, size, channels, slots, inputs, notes=_notes(module, unused),
+            origin, size, channels, slots, inputs, notes=_notes(parameters, unused),
         )  # fmt: skip
         written.append((made, classes))
     plain, guessed = (made for made, _ in written)
@@ -167,14 +159,17 @@ def _ported(
     return fixed
 
 
-def _notes(module: torch.nn.Module, unused: Mapping[str, Any]) -> tuple[str, ...]:
+def _notes(parameters: Mapping[str, Parameter], unused: Mapping[str, Any]) -> tuple[str, ...]:
     notes = []
     if unused:
         why = "never used in evaluation mode; kept for the way back to PyTorch"
         notes.append(f"{some(list(unused))}: {why}")
-    frozen = [name for name, one in module.named_parameters() if not one.requires_grad]
+    frozen = [name for name, one in parameters.items() if not one.requires_grad]
     if frozen:
-        why = "frozen in PyTorch (requires_grad=False); keep them from your optimizer in JAX too"
+        why = (
+            "frozen in PyTorch (requires_grad=False); fit and `train` keep them, and keep them "
+            "from an optimizer of your own in JAX too"
+        )
         notes.append(f"{some(frozen)}: {why}")
     return tuple(notes)
 
@@ -207,58 +202,3 @@ def _proved(
         )
     note = f"{used}; the port has that of the forward pass, which agrees on the images compared"
     return replace(proof, notes=[*proof.notes, note])
-
-
-def _table(module: torch.nn.Module, body: Body) -> Table:
-    """Where every tensor of the state dict is; one that is there twice has one place."""
-    placed = {one.key: one for one in tensors_of(body.parts)}
-    held = tensors_held(module)
-    by_identity = {id(held[key]): one for key, one in placed.items() if key in held}
-    tensors = []
-    for key in module.state_dict():
-        one = placed.get(key) or by_identity.get(id(held.get(key)))
-        path, codec = (None, AS_IS) if one is None else (one.path, one.codec)
-        tensors.append(Tensor(key, path, codec))
-    return Table(tuple(tensors))
-
-
-def _slots(reader: Reader, parts: Mapping[str, Part]) -> dict[str, Path]:
-    """The modules whose outputs can be compared, by their names in PyTorch, with their paths.
-
-    Left out are those that are called more than once or have several names, and those whose axes
-    are in another order.
-    """
-    live = reader.traced.live
-    names = Counter(id(one) for _, one in live.named_modules(remove_duplicate=False))
-    found = _slots_in(reader, parts, ())
-    return {name: path for name, path in found if names[id(live.get_submodule(name))] == 1}
-
-
-def _slots_in(reader: Reader, parts: Mapping[str, Part], path: Path) -> Iterator[tuple[str, Path]]:
-    for name, part in parts.items():
-        yield from _slots_of(reader, part, (*path, name))
-
-
-def _slots_of(reader: Reader, part: Part, path: Path) -> Iterator[tuple[str, Path]]:
-    if isinstance(part, LayerPart):
-        name = part.prefix.rstrip(".")
-        if name and _comparable(reader, name) and layer_of(reader.live(name)) is not None:
-            yield name, path
-    elif isinstance(part, ModulePart):
-        body = part.body
-        if _comparable(reader, body.path):
-            yield body.path, path
-        if body.sequence is not None:
-            yield from _slots_of(reader, body.sequence, path)
-        else:
-            yield from _slots_in(reader, body.parts, path)
-    elif isinstance(part, ContainerPart):
-        for place, (key, item) in enumerate(part.items.items()):
-            yield from _slots_of(reader, item, (*path, *STEPS[part.kind](place, key)))
-
-
-def _comparable(reader: Reader, name: str) -> bool:
-    if name in reader.traced.folded.between:
-        return False
-    orders = reader.orders.get(name, [])
-    return len(orders) == 1 and orders[0] in (axes.torch_order(2), axes.channels_last(4))

@@ -159,8 +159,8 @@ class _Comparison(SideBySide):
             ],
         }
         rows |= {"running statistics": [], "gradients": []}
-        for one in self.ported.table.tensors:
-            key, path = f"net.{one.key}", ("net", *(one.path or ()))
+        for one in self.ported.table.entries:
+            key, path = f"net.{one.torch_key}", ("net", *one.flax_path)
             of_both = (
                 ("running statistics", truth.statistics, theirs.statistics, ours.statistics),
                 ("gradients", truth.gradients, theirs.gradients, ours.gradients),
@@ -168,7 +168,7 @@ class _Comparison(SideBySide):
             for quantity, true, torch_values, values in of_both:
                 if key in true and path in values and true[key].dtype.kind == "f":
                     value = one.codec.to_torch(values[path])
-                    rows[quantity].append((one.key, true[key], torch_values[key], value))
+                    rows[quantity].append((one.torch_key, true[key], torch_values[key], value))
         if not train:
             del rows["running statistics"]
         if truth.input_gradient is not None:

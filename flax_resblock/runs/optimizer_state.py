@@ -1,4 +1,4 @@
-"""The state of a ``torch.optim`` optimizer, through the same StateMap as the weights."""
+"""The state of a ``torch.optim`` optimizer, through the same map as the weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.config import Path
-from flax_resblock.convert.state_map import Entry, StateMap
+from flax_resblock.convert.state_map import Entry, TensorMap
 from flax_resblock.errors import CheckpointError, some
 from flax_resblock.runs.optimizer_kinds import NOT_COMPUTED, OPTIMIZERS, OptimizerKind
-from flax_resblock.runs.param_groups import WEIGHTS_ONLY, names_of, trainable
+from flax_resblock.runs.param_groups import (
+    WEIGHTS_ONLY,
+    kind_of,
+    names_of,
+    refuse_trained_elsewhere,
+)
 
 ENTRIES = (
     *("optimizer", "optimizer_state_dict", "optimizer_state", "optim", "opt"),
@@ -74,7 +79,7 @@ def find_optimizer(extras: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] |
 
 def read_optimizer(
     state: Mapping[str, Any],
-    state_map: StateMap,
+    state_map: TensorMap,
     *,
     kind: str | None = None,
     source: str = "the optimizer",
@@ -106,9 +111,10 @@ def read_optimizer(
     per_parameter = {int(number): tensors for number, tensors in per_parameter.items()}
     numbers = [[int(number) for number in group["params"]] for group in groups]
     keys, how = names_of(groups, numbers, per_parameter, state_map, source)
-    by_key = {entry.torch_key: entry for entry in trainable(state_map)}
+    by_key = {entry.torch_key: entry for entry in state_map.parameters}
     entries = [[by_key[key] for key in names] for names in keys]
     of_number = dict(zip(chain(*numbers), chain(*entries), strict=True))
+    refuse_trained_elsewhere(per_parameter, of_number, source)
     tensors, steps = _tensors(per_parameter, of_number, kind, source)
     notes = [f"{kind}, {len(groups)} param group{'s' if len(groups) > 1 else ''}: {how}"]
     if lacking := _lacking(OPTIMIZERS[kind], groups, entries, tensors):
@@ -219,7 +225,8 @@ def _lacking(
 ) -> tuple[str, list[str], int] | None:
     """The first tensor that parameters lack, their names, and how many should have it."""
     pairs = zip(groups, entries, strict=True)
-    expected = [entry for group, members in pairs if kind.buffered(group) for entry in members]
+    buffered = (entry for group, members in pairs if kind.buffered(group) for entry in members)
+    expected = [entry for entry in buffered if entry.trained]
     for name, found in tensors.items():
         absent = [entry.torch_key for entry in expected if entry.flax_path not in found]
         if absent:
@@ -228,22 +235,22 @@ def _lacking(
 
 
 def fresh_optimizer(
-    kind: str, state_map: StateMap, *, decay: Sequence[str] = ("kernel",), **options: Any
+    kind: str, state_map: TensorMap, *, decay: Sequence[str] = ("kernel",), **options: Any
 ) -> OptimizerState:
     """An optimizer before its first step, for a run that begins in JAX.
 
     Args:
       kind: A key of :data:`~flax_resblock.runs.optimizer_kinds.OPTIMIZERS`.
       state_map: Of the model.
-      decay: Which parameters decay, some of ``"kernel"``, ``"scale"``, ``"bias"``; those that do
-        are the first param group.
+      decay: Which parameters decay, some of ``"kernel"``, ``"scale"``, ``"bias"`` (see
+        :func:`~flax_resblock.runs.param_groups.kind_of`); those that do are the first param group.
       **options: By torch's names: ``lr``, ``momentum``, ``weight_decay`` and so on.
     """
     row = OPTIMIZERS[kind]
     settings = {**row.options, **row.only, **row.flags, **options}
     members: dict[tuple[bool, bool], list[Path]] = {}
-    for entry in trainable(state_map):
-        what = str(entry.flax_path[-1])
+    for entry in state_map.parameters:
+        what = kind_of(entry)
         group = (what in decay, row.adaptive and what == "kernel")
         members.setdefault(group, []).append(entry.flax_path)
     groups = []
@@ -254,7 +261,7 @@ def fresh_optimizer(
     return OptimizerState(kind, tuple(groups), {name: {} for name in row.tensors})
 
 
-def write_optimizer(state: OptimizerState, state_map: StateMap) -> dict[str, Any]:
+def write_optimizer(state: OptimizerState, state_map: TensorMap) -> dict[str, Any]:
     """What ``torch.optim.Optimizer.load_state_dict`` takes, with numpy arrays for tensors; the
     exact inverse of :func:`read_optimizer`. Raises CheckpointError if torch has no such optimizer.
     """
@@ -264,7 +271,7 @@ def write_optimizer(state: OptimizerState, state_map: StateMap) -> dict[str, Any
             f"this run. Write a .safetensors file or an Orbax folder, or the weights without "
             f"--with-optimizer."
         )
-    entries = {entry.flax_path: entry for entry in trainable(state_map)}
+    entries = {entry.flax_path: entry for entry in state_map.parameters}
     per_parameter: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     first = 0
@@ -275,9 +282,9 @@ def write_optimizer(state: OptimizerState, state_map: StateMap) -> dict[str, Any
         groups.append({**names, **group.options, "params": list(numbers)})
         for number, entry in zip(numbers, members, strict=True):
             path = entry.flax_path
-            kept = {"step": state.steps[path]} if path in state.steps else {}
+            kept = {"step": state.steps[path]} if path in state.steps and entry.trained else {}
             for name, found in state.tensors.items():
-                if path in found:
+                if path in found and entry.trained:
                     kept[name] = entry.codec.to_torch(found[path])
             if kept:
                 per_parameter[number] = kept

@@ -123,12 +123,13 @@ def optimizer_of(record: OptimizerState) -> Transformation:
     r"""An optimizer as an optax transformation: :math:`p \leftarrow p + u` is torch's update.
 
     Every param group keeps its own rate, decay, momentum, betas and eps; they are joined by
-    ``optax.partition``. ``update`` takes two more arguments, so that a schedule can be computed on
-    the host in float64, as torch does, and a new rate compiles nothing: ``learning_rates``,
-    ``(groups,)``, and ``momenta``, from :func:`moving`; None leaves what the groups have. SGD and
-    LARS keep torch's ``momentum_buffer`` in an ``optax.TraceState`` per group; Adam, AdamW and LAMB
-    keep ``exp_avg`` and ``exp_avg_sq`` in an ``optax.ScaleByAdamState``. The trust ratio of LARS
-    and LAMB is optax's, applied to the groups that have a coefficient for it.
+    ``optax.partition``. Parameters in no group stay as they are. ``update`` takes two more
+    arguments, so that a schedule can be computed on the host in float64, as torch does, and a new
+    rate compiles nothing: ``learning_rates``, ``(groups,)``, and ``momenta``, from :func:`moving`;
+    None leaves what the groups have. SGD and LARS keep torch's ``momentum_buffer`` in an
+    ``optax.TraceState`` per group; Adam, AdamW and LAMB keep ``exp_avg`` and ``exp_avg_sq`` in an
+    ``optax.ScaleByAdamState``. The trust ratio of LARS and LAMB is optax's, applied to the groups
+    that have a coefficient for it.
 
     Args:
       record: The optimizer of a model whose parameters are an nnx state of ``nnx.Param``.
@@ -140,13 +141,19 @@ def optimizer_of(record: OptimizerState) -> Transformation:
     number_of = {path: number for number, group in enumerate(record.groups) for path in group.paths}
     return optax.partition(
         {
-            number: _group_optimizer(record.kind, number, group.options)
-            for number, group in enumerate(record.groups)
+            **{
+                number: _group_optimizer(record.kind, number, group.options)
+                for number, group in enumerate(record.groups)
+            },
+            _IN_NO_GROUP: optax.set_to_zero(),
         },
         lambda params: jax.tree_util.tree_map_with_path(
-            lambda keys, _: number_of[parameter_path(keys)], params
+            lambda keys, _: number_of.get(parameter_path(keys), _IN_NO_GROUP), params
         ),
     )
+
+
+_IN_NO_GROUP = -1
 
 
 def _group_optimizer(kind: str, number: int, options: Mapping[str, Any]) -> Transformation:

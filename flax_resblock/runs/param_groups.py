@@ -13,16 +13,21 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.checkpoint.unwrap import PREFIXES
-from flax_resblock.convert.state_map import Entry, StateMap
+from flax_resblock.convert.state_map import Entry, TensorMap
 from flax_resblock.errors import CheckpointError, some
 
 WEIGHTS_ONLY = "Go on with the weights alone (--weights-only): they do not depend on it."
 """Ends the message of every refusal of a run."""
 
 
-def trainable(state_map: StateMap) -> list[Entry]:
-    """Entries of the parameters, in the order of ``model.parameters()``."""
-    return [one for one in state_map.entries if one.flax_path[-1] in ("kernel", "scale", "bias")]
+def kind_of(entry: Entry) -> str:
+    """``"kernel"``, ``"scale"`` or ``"bias"``; a parameter of another name, such as an embedding of
+    positions, is a kernel if it has several axes, else a scale.
+    """
+    name = str(entry.flax_path[-1])
+    if name in ("kernel", "scale", "bias"):
+        return name
+    return "kernel" if len(entry.flax_shape) > 1 else "scale"
 
 
 def _splits(entries: Sequence[Entry]) -> dict[str, list[list[Entry]]]:
@@ -33,19 +38,16 @@ def _splits(entries: Sequence[Entry]) -> dict[str, list[list[Entry]]]:
         return {f"{words} first": [yes, no], f"{words} last": [no, yes]}
 
     norms = {e.flax_path[:-1] for e in entries if e.flax_path[-1] == "scale"}
-
-    def of_norm(entry: Entry) -> bool:
-        return entry.flax_path[:-1] in norms
-
+    last = {e.flax_path[0] for e in entries[-1:]}
     kernels, biases, scales = (
-        [e for e in entries if e.flax_path[-1] == what] for what in ("kernel", "bias", "scale")
+        [e for e in entries if kind_of(e) == what] for what in ("kernel", "bias", "scale")
     )
     return {
         "all parameters in the model's order": [list(entries)],
-        **apart("kernels", lambda e: e.flax_path[-1] == "kernel"),
-        **apart("biases", lambda e: e.flax_path[-1] == "bias"),
-        **apart("norms", of_norm),
-        **apart("the head", lambda e: e.flax_path[0] == "head"),
+        **apart("kernels", lambda e: kind_of(e) == "kernel"),
+        **apart("biases", lambda e: kind_of(e) == "bias"),
+        **apart("norms", lambda e: e.flax_path[:-1] in norms),
+        **apart("the head", lambda e: e.flax_path[0] in last),
         "kernels, norm scales, biases": [kernels, scales, biases],
         "kernels, biases, norm scales": [kernels, biases, scales],
         "norm scales, kernels, biases": [scales, kernels, biases],
@@ -56,7 +58,7 @@ def names_of(
     groups: Sequence[Mapping[str, Any]],
     numbers: list[list[int]],
     per_parameter: Mapping[int, Mapping[str, Any]],
-    state_map: StateMap,
+    state_map: TensorMap,
     source: str,
 ) -> tuple[list[tuple[str, ...]], str]:
     """The names in the model of the parameters of every group, and how they were found.
@@ -68,14 +70,17 @@ def names_of(
     Raises:
       CheckpointError: They are not this model's, or more than one way to name them fits.
     """
-    entries = trainable(state_map)
+    entries = state_map.parameters
     known = {entry.torch_key for entry in entries}
+    trained = [entry for entry in entries if entry.trained]
     if all("param_names" in group for group in groups):
-        named = _without_prefixes([tuple(map(str, group["param_names"])) for group in groups])
+        named = [tuple(map(str, group["param_names"])) for group in groups]
+        if not known.issuperset(chain(*named)):
+            named = _without_prefixes(named)
         given = list(chain(*named))
         strangers = [name for name in given if name not in known]
-        if strangers or sorted(given) != sorted(known):
-            missing = sorted(known - set(given))
+        missing = sorted({entry.torch_key for entry in trained} - set(given))
+        if strangers or missing or len(given) != len(set(given)):
             words = f"leaves out {some(missing)}"
             if strangers:
                 words = f"names {some(strangers)}, which the model does not have"
@@ -84,7 +89,8 @@ def names_of(
             )
         return named, "parameters by name"
     total = sum(map(len, numbers))
-    if total != len(entries):
+    asking = [entry for entry in entries if not entry.frozen]
+    if total not in (len(entries), len(asking), len(trained)):
         raise CheckpointError(
             f"{source} does not belong to this model: it has {total} parameters, the model "
             f"{len(entries)}. {WEIGHTS_ONLY}"
@@ -103,7 +109,8 @@ def names_of(
 
     found = {
         tuple(tuple(e.torch_key for e in part) for part in split): words
-        for words, split in list(_splits(entries).items())[::-1]
+        for members in (trained, asking, entries)
+        for words, split in list(_splits(members).items())[::-1]
         if fits(split)
     }
     if len(found) != 1:
@@ -127,3 +134,23 @@ def _without_prefixes(named: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     ):
         named = [tuple(name.removeprefix(prefix) for name in names) for names in named]
     return named
+
+
+def refuse_trained_elsewhere(
+    per_parameter: Mapping[int, Mapping[str, Any]], of_number: Mapping[int, Entry], source: str
+) -> None:
+    """Raises CheckpointError for an optimizer that trains what the Flax network does not."""
+    kept = [
+        entry
+        for number, entry in of_number.items()
+        if any(value is not None for value in per_parameter.get(number, {}).values())
+        and not entry.trained
+    ]
+    if not kept:
+        return
+    raise CheckpointError(
+        f"{source} has trained {some([entry.torch_key for entry in kept])}, which training the "
+        f"Flax network does not change: in the module that was ported, the output in evaluation "
+        f"mode does not depend on them (as on auxiliary heads), or they have requires_grad=False. "
+        f"In JAX it would be another run. {WEIGHTS_ONLY}"
+    )

@@ -10,7 +10,7 @@ import numpy as np
 
 from flax_resblock.config import Path
 from flax_resblock.convert.run_names import EMA
-from flax_resblock.convert.state_map import StateMap, describe
+from flax_resblock.convert.state_map import TensorMap, describe
 from flax_resblock.errors import CheckpointError, some
 from flax_resblock.runs.optimizer_kinds import OPTIMIZERS
 from flax_resblock.runs.optimizer_state import (
@@ -107,7 +107,7 @@ _REASONS = {
 
 def read_run(
     extras: Mapping[str, Any],
-    state_map: StateMap,
+    state_map: TensorMap,
     *,
     optimizer: str | None = None,
     per_epoch: bool | None = None,
@@ -166,7 +166,7 @@ def read_run(
     return replace(run, found=(*found.values(), *rest))
 
 
-def _averaged(state: Any, state_map: StateMap, source: str) -> dict[Path, np.ndarray]:
+def _averaged(state: Any, state_map: TensorMap, source: str) -> dict[Path, np.ndarray]:
     if not isinstance(state, Mapping):
         raise CheckpointError(
             f"{source} holds no averaged weights, but a {type(state).__name__}. {WEIGHTS_ONLY}"

@@ -11,18 +11,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from flax_resblock import checkpoint
 from flax_resblock._version import __version__
-from flax_resblock.convert.opening import OpenedCheckpoint
+from flax_resblock.checkpoint import Record
 from flax_resblock.convert.run_names import AVERAGED, EMA, OPTIMIZER, RUN, holds_run
-from flax_resblock.convert.state_map import StateMap
+from flax_resblock.convert.state_map import TensorMap
 from flax_resblock.errors import CheckpointError, InputError, visible
 from flax_resblock.runs.optimizer_state import read_optimizer, write_optimizer
-from flax_resblock.runs.param_groups import WEIGHTS_ONLY, trainable
+from flax_resblock.runs.param_groups import WEIGHTS_ONLY
 from flax_resblock.runs.run import EPOCHS_DONE, OURS, Run, RunEntry, read_run
 from flax_resblock.runs.scheduler_state import (
     ScheduleState,
@@ -32,13 +32,26 @@ from flax_resblock.runs.scheduler_state import (
 )
 
 
-def run_of(
-    opened: OpenedCheckpoint, *, optimizer: str | None = None, per_epoch: bool | None = None
-) -> Run:
+class Opened(Protocol):
+    """A checkpoint that has been opened, and the names of its tensors."""
+
+    @property
+    def record(self) -> Record:
+        """What the file held."""
+        ...
+
+    @property
+    def state_map(self) -> TensorMap:
+        """The names of its tensors."""
+        ...
+
+
+def run_of(opened: Opened, *, optimizer: str | None = None, per_epoch: bool | None = None) -> Run:
     """The training run in an opened checkpoint: optimizer, schedule and counters.
 
     Args:
-      opened: See :func:`flax_resblock.convert.opening.open_checkpoint`; a Hugging Face Trainer's
+      opened: See :func:`flax_resblock.convert.opening.open_checkpoint` and
+        :func:`flax_resblock.convert.own.open_own`; a Hugging Face Trainer's
         folder has to be opened with ``run=True``.
       optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``, if the optimizer's options do not tell.
       per_epoch: Whether the scheduler counts epochs (or batches); None finds it from the counters.
@@ -62,16 +75,18 @@ def run_of(
         ) from error
 
 
-def pack_run(run: Run, state_map: StateMap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def pack_run(run: Run, state_map: TensorMap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The run as arrays and metadata, in the names and memory layout of ``state_map``."""
-    entries = {entry.flax_path: entry for entry in trainable(state_map)}
+    entries = {entry.flax_path: entry for entry in state_map.parameters}
     record = run.optimizer
     tensors = {
         f"{OPTIMIZER}{name}.{entries[path].torch_key}": entries[path].codec.to_torch(value)
         for name, found in record.tensors.items()
         for path, value in found.items()
+        if entries[path].trained
     }
-    tensors |= {f"{AVERAGED}{key}": value for key, value in state_map.to_torch(run.ema).items()}
+    averages = state_map.to_torch(state_map.whole(run.ema)) if run.ema else {}
+    tensors |= {f"{AVERAGED}{key}": value for key, value in averages.items()}
     counter = next(iter(record.steps.values()), None)
     count = counter if counter is None else {"value": float(counter), "dtype": counter.dtype.name}
     groups = [
@@ -118,7 +133,7 @@ def _with_prefix(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np
 def unpack_run(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str],
-    state_map: StateMap,
+    state_map: TensorMap,
     *,
     source: str = "the checkpoint",
 ) -> Run:
@@ -170,7 +185,7 @@ def unpack_run(
     return Run(record, schedule, steps, epochs, settings, tuple(found), ema=averages)
 
 
-def run_entries(run: Run, state_map: StateMap) -> dict[str, Any]:
+def run_entries(run: Run, state_map: TensorMap) -> dict[str, Any]:
     """The entries of a PyTorch training checkpoint beside ``"model"``, as torchvision's reference
     scripts name them, with numpy arrays for tensors.
 
@@ -189,7 +204,7 @@ def run_entries(run: Run, state_map: StateMap) -> dict[str, Any]:
     if run.settings:
         entries["args"] = {OURS: f"flax-resblock {__version__}", **run.settings}
     if run.ema:
-        entries[EMA] = state_map.to_torch(run.ema)
+        entries[EMA] = state_map.to_torch(state_map.whole(run.ema))
     return entries
 
 
@@ -198,7 +213,7 @@ def write_with_run(
     tensors: dict[str, np.ndarray],
     metadata: Mapping[str, str],
     run: Run | None,
-    state_map: StateMap,
+    state_map: TensorMap,
     *,
     files: Mapping[str, str] | None = None,
     force: bool = False,

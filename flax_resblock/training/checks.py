@@ -2,39 +2,68 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flax import nnx
 
+from flax_resblock.convert.state_map import TensorMap
 from flax_resblock.errors import InputError, some
-from flax_resblock.nn.resnet import Model, ResNet
+from flax_resblock.nn.resnet import ResNet
 from flax_resblock.runs.run import Run
 from flax_resblock.runs.schedules import OneCycleLR
 from flax_resblock.training.config import TrainConfig
 from flax_resblock.training.data import DataSource
-from flax_resblock.training.evaluation import with_head
+from flax_resblock.training.evaluation import classes_of
 from flax_resblock.training.pace import Pace
 
 
-def check_model(model: Model, dataset: DataSource, config: TrainConfig) -> ResNet:
-    """Returns the network; raises InputError unless it fits the images and the configuration."""
-    network = with_head(model)
-    if network.config != config.model:
+def check_model(model: nnx.Module, dataset: DataSource, config: TrainConfig) -> None:
+    """Raises InputError unless the network fits the images and the configuration."""
+    if isinstance(model, ResNet) and model.config.num_classes is not None:
+        _check_resnet(model, dataset, config)
+    classes = classes_of(model, dataset.shape)
+    classes_of(model, dataset.shape, training=True)  # which may return auxiliary outputs too
+    if classes < dataset.num_classes:
         raise InputError(
-            f"the model is {network.config}, but config.model is {config.model}. Use "
+            f"{type(model).__name__} knows {classes} classes, and {dataset.name} has images in "
+            f"{dataset.num_classes}. Choose other data, or give the network more logits."
+        )
+    parts = dict.fromkeys(str(path[0]) for path, _ in _parameters(model))
+    if not set(config.freeze) < set(parts):
+        raise InputError(
+            f"freeze={list(config.freeze)} must be some of {', '.join(parts)}, but not all."
+        )
+
+
+def _check_resnet(model: ResNet, dataset: DataSource, config: TrainConfig) -> None:
+    if model.config != config.model:
+        raise InputError(
+            f"the model is {model.config}, but config.model is {config.model}. Use "
             f"replace(config, model=model.config)."
         )
-    channels, classes = network.config.in_channels, network.config.num_classes or 0
+    channels, classes = model.config.in_channels, model.config.num_classes or 0
     if channels != dataset.shape[-1] or classes < dataset.num_classes:
         raise InputError(
             f"the model takes {channels} channels and knows {classes} classes; {dataset.name} has "
             f"images of {dataset.shape[-1]} channels in {dataset.num_classes} classes."
         )
-    return network
 
 
-def check_run(run: Run, network: ResNet, pace: Pace, end: int) -> None:
-    """Raises InputError unless the run fits the network and can be continued until step ``end``."""
-    theirs = {path for group in run.optimizer.groups for path in group.paths}
-    ours = set(dict(nnx.to_flat_state(nnx.state(network, nnx.Param))))
+def _parameters(model: nnx.Module) -> Any:
+    return nnx.to_flat_state(nnx.state(model, nnx.Param))
+
+
+def check_run(run: Run, model: nnx.Module, tensors: TensorMap, pace: Pace, end: int) -> None:
+    """Raises InputError unless the run fits the network and can be continued until step ``end``.
+
+    Args:
+      run, pace: The run, and where it continues.
+      model, tensors: The network; those of its tensors that training does not change may be absent
+        from the optimizer.
+    """
+    still = {one.flax_path for one in tensors.parameters if not one.trained}
+    theirs = {path for group in run.optimizer.groups for path in group.paths} - still
+    ours = {path for path, _ in _parameters(model)} - still
     if theirs != ours:
         only = sorted(".".join(map(str, path)) for path in theirs ^ ours)
         raise InputError(

@@ -35,7 +35,8 @@ class TrainConfig:
     """A training run: a network, an optimizer, linear warm-up followed by a cosine.
 
     Attributes:
-      model: The network.
+      model: The network, if it is one of this library. None leaves it to the module that ``fit``
+        is given; where that is no :class:`~flax_resblock.ResNet`, this is not looked at.
       epochs: Passes over the training images, counted over the whole run.
       steps: Steps of the whole run; overrides the length in epochs.
       batch_size: Images per step, over all devices. An incomplete last batch is left out.
@@ -49,7 +50,8 @@ class TrainConfig:
       betas: Decay of the two moments of Adam, AdamW and LAMB.
       weight_decay: Weight decay of the parameters that decay.
       decay: Kinds of parameters that decay: kernel (of convolutions and linear layers), scale (of
-        norms), bias.
+        norms), bias. In a network of your own, parameters of other names are kernels if they have
+        several axes, else scales.
       clip_norm: Largest joint norm of all gradients of a step, as clip_grad_norm_ in PyTorch. None
         disables clipping.
       ema: Decay per step of the averaged weights and statistics, such as 0.999. They are evaluated
@@ -58,7 +60,8 @@ class TrainConfig:
       warmup_steps: Length of the linear warm-up in steps; overrides the length in epochs.
       warmup_factor: Share of the learning rate at which the warm-up starts, above 0 and at most 1.
       label_smoothing: Label smoothing, from 0 to below 1.
-      freeze: Parts that keep their parameters and running statistics: stem, stage1 and so on.
+      freeze: Parts that keep their parameters and running statistics: stem, stage1 and so on; in a
+        network of your own, its attributes.
       batch_norm: Batch statistics on several devices. global uses those of the whole batch, as
         SyncBatchNorm; replica those of each device's share, as DistributedDataParallel, and keeps
         the running statistics of the first.
@@ -74,7 +77,7 @@ class TrainConfig:
     Reference: You et al. 2017, arXiv:1708.03888 (LARS); You et al. 2020, arXiv:1904.00962 (LAMB)
     """
 
-    model: ResNetConfig = field(default_factory=lambda: RESNET8_DIGITS)
+    model: ResNetConfig | None = field(default_factory=lambda: RESNET8_DIGITS)
     epochs: int = 6
     steps: int | None = None
     batch_size: int = 64
@@ -132,9 +135,10 @@ class TrainConfig:
         shorter = self.warmup_steps is None or 0 <= self.warmup_steps < (self.steps or math.inf)
         yield "warmup_steps", shorter, f"at least 0 and below steps={self.steps}"
         yield "warmup_factor", 0 < self.warmup_factor <= 1, "above 0 and at most 1"
-        parts = list(dict.fromkeys(str(slot.path[0]) for slot in walk(self.model)))
-        some_parts = f"some of {', '.join(parts)}, but not all"
-        yield "freeze", set(self.freeze) < set(parts), some_parts
+        if self.model is not None:
+            parts = list(dict.fromkeys(str(slot.path[0]) for slot in walk(self.model)))
+            some_parts = f"some of {', '.join(parts)}, but not all"
+            yield "freeze", set(self.freeze) < set(parts), some_parts
         positive = self.image_size is None or self.image_size >= 1
         yield "image_size", positive, "a positive number of pixels"
         in_range = isinstance(self.seed, int) and 0 <= self.seed < 2**32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,13 +14,15 @@ from jax.sharding import Mesh
 
 from flax_resblock.cpu.switch import compiler_options
 from flax_resblock.errors import InputError
-from flax_resblock.nn.resnet import Model, ResNet
+from flax_resblock.nn.resnet import ResNet
+from flax_resblock.nn.variables import STATISTICS
 from flax_resblock.training.data import Dataset, DataSource, evaluation_batches
 from flax_resblock.training.devices import Placement
+from flax_resblock.training.randomness import random_state
 
 EVAL_BATCH = 512
 
-EvalStep = Callable[[nnx.State, nnx.State, Any], jax.Array]
+EvalStep = Callable[[nnx.State, nnx.State, nnx.State | None, Any], jax.Array]
 
 
 class Evaluation(NamedTuple):
@@ -40,12 +42,12 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    model: Model, images: np.ndarray, labels: np.ndarray, *, batch_size: int = EVAL_BATCH
+    model: nnx.Module, images: np.ndarray, labels: np.ndarray, *, batch_size: int = EVAL_BATCH
 ) -> Evaluation:
     """Classifies every image exactly once, in evaluation mode; the model does not change.
 
     Args:
-      model: A network with a head.
+      model: Any network from images to logits.
       images: ``(N, H, W, C)`` with ``N`` at least 1, normalised (:meth:`Dataset.normalised`).
       labels: ``(N,)``, integers.
       batch_size: Images at a time. The last batch is padded so that only one shape is compiled.
@@ -57,18 +59,17 @@ def evaluate(
             f"evaluation takes one label per image and at least one image; got {len(images)} "
             f"images and {len(labels)} labels."
         )
-    network = with_head(model)
-    classes = max(network.config.num_classes or 0, int(labels.max()) + 1)
     channels = images.shape[-1]
+    classes = max(classes_of(model, images.shape[1:]), int(labels.max()) + 1)
     mean, std = (0.0,) * channels, (1.0,) * channels
     source = Dataset(
         name="images", images=images, labels=labels, num_classes=classes, mean=mean, std=std
     )
-    return evaluate_source(network, source, batch_size=batch_size)
+    return evaluate_source(model, source, batch_size=batch_size)
 
 
 def evaluate_source(
-    model: Model,
+    model: nnx.Module,
     source: DataSource,
     *,
     placement: Placement | None = None,
@@ -79,30 +80,33 @@ def evaluate_source(
     decode images, and every process of a run gets the whole result.
     """
     placement = placement or Placement()
-    graphdef, params, stats = nnx.split(with_head(model), nnx.Param, nnx.BatchStat)
+    classes_of(model, source.shape)
+    graphdef, params, stats, _ = nnx.split(model, nnx.Param, STATISTICS, ...)
     params, stats = placement.copies((params, stats))
-    return evaluate_state(
-        graphdef, params, stats, source, placement=placement, workers=workers, batch_size=batch_size
-    )
+    how = {"placement": placement, "workers": workers, "batch_size": batch_size}
+    return evaluate_state(graphdef, params, stats, source, random=random_state(model), **how)
 
 
 def evaluate_state(
-    graphdef: nnx.GraphDef[ResNet],
+    graphdef: nnx.GraphDef[Any],
     params: nnx.State,
     stats: nnx.State,
     source: DataSource,
     *,
     placement: Placement,
+    random: nnx.State | None = None,
     workers: int = 0,
     batch_size: int = EVAL_BATCH,
 ) -> Evaluation:
-    """:func:`evaluate_source` for a split model whose values are already on the devices."""
+    """:func:`evaluate_source` for a split model whose values are already on the devices; ``random``
+    are its random streams, if it has any.
+    """
     eval_step = make_eval_step(graphdef, placement.mesh)
     rows = -(-min(batch_size, len(source)) // placement.devices) * placement.devices
     pieces = []
     with closing(evaluation_batches(source, rows, placement.shard, workers=workers)) as coming:
         for number, batch in enumerate(coming):
-            logits = np.asarray(eval_step(params, stats, placement.spread(batch.images)))
+            logits = np.asarray(eval_step(params, stats, random, placement.spread(batch.images)))
             pieces.append(logits[: len(source) - number * rows])  # without the last one's padding
     logits = np.concatenate(pieces)
     predictions = logits.argmax(axis=1)
@@ -111,12 +115,18 @@ def evaluate_state(
 
 
 @lru_cache(maxsize=8)
-def make_eval_step(graphdef: nnx.GraphDef[ResNet], mesh: Mesh | None = None) -> EvalStep:
-    """Compiles evaluation, once per structure: ``(params, stats, images) -> (N, num_classes)``."""
+def make_eval_step(graphdef: nnx.GraphDef[Any], mesh: Mesh | None = None) -> EvalStep:
+    """Compiles evaluation, once per structure: ``(params, stats, random, images) -> (N,
+    num_classes)``.
+    """
 
-    def eval_step(params: nnx.State, stats: nnx.State, images: jax.Array) -> jax.Array:
-        model = nnx.merge(graphdef, params, stats, copy=True)
-        return model(images, use_running_average=True)
+    def eval_step(
+        params: nnx.State, stats: nnx.State, random: nnx.State | None, images: jax.Array
+    ) -> jax.Array:
+        rest = () if random is None else (random,)
+        model = nnx.merge(graphdef, params, stats, *rest, copy=True)
+        model.eval()
+        return model(images)
 
     whole = Placement(mesh).copied
     return jax.jit(eval_step, out_shardings=whole, compiler_options=compiler_options())
@@ -139,11 +149,53 @@ def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(log_sum - wide[np.arange(len(wide)), labels]))
 
 
-def with_head(model: Model) -> ResNet:
-    """Returns the model; raises InputError for a bare block or a network without head."""
-    if not isinstance(model, ResNet) or model.config.num_classes is None:
+def classes_of(model: nnx.Module, shape: Sequence[int], *, training: bool = False) -> int:
+    """The number of classes that a network knows.
+
+    Args:
+      model: Any network.
+      shape: Of the images, ``(H, W, C)``.
+      training: Whether it is asked in training mode.
+    Raises:
+      InputError: It does not take such images, or does not return logits ``(N, num_classes)``.
+    """
+    if isinstance(model, ResNet):
+        return _classes_of_resnet(model, shape)
+    name, size = type(model).__name__, list(shape)
+    graphdef, state = nnx.split(model)
+
+    def logits(state: nnx.State, images: jax.Array) -> Any:
+        network: Any = nnx.merge(graphdef, state, copy=True)
+        network.train() if training else network.eval()
+        return network(images)
+
+    images = jax.ShapeDtypeStruct((2, *shape), np.float32)
+    try:
+        found = jax.eval_shape(logits, state, images)
+    except Exception as error:  # whatever the user's code raises
+        said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
         raise InputError(
-            "training and evaluation need a ResNet with a head; a bare block, or a network "
-            "with num_classes=None, has no logits."
+            f"{name} does not take images of shape (N, {', '.join(map(str, size))}): {said}. "
+            f"Choose other data, or another size (--image-size)."
+        ) from error
+    got = getattr(found, "shape", type(found).__name__)
+    if not isinstance(got, tuple) or len(got) != 2 or got[0] != 2 or found.dtype.kind not in "fV":
+        mode = "training" if training else "evaluation"
+        raise InputError(
+            f"{name} returns {got} for two images of {size} in {mode} mode; it needs to be logits, "
+            f"one floating array (N, num_classes). For anything else, such as auxiliary heads, "
+            f"write the loss and the loop yourself (nnx.Optimizer, or train/plain_optax.py)."
         )
-    return model
+    return got[1]
+
+
+def _classes_of_resnet(model: ResNet, shape: Sequence[int]) -> int:
+    classes, channels = model.config.num_classes, model.config.in_channels
+    if classes is None:
+        raise InputError(
+            "training and evaluation need a ResNet with a head; a network with num_classes=None "
+            "has no logits."
+        )
+    if channels != shape[-1]:
+        raise InputError(f"the model takes {channels} channels; the images have {shape[-1]}.")
+    return classes

@@ -15,9 +15,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from flax_resblock.errors import InputError, some
-from flax_resblock.nn.resnet import Model, ResNet
+from flax_resblock.nn.resnet import ResNet
 from flax_resblock.runs.optimizers import optimizer_of, parameter_path, record_of, state_of
 from flax_resblock.runs.run import Run
+from flax_resblock.runs.tensors import tensors_of
 from flax_resblock.training.checks import check_model, check_run
 from flax_resblock.training.config import TrainConfig
 from flax_resblock.training.data import Batch, DataSource, Stream, steps_per_epoch
@@ -27,16 +28,20 @@ from flax_resblock.training.evaluation import evaluate_state
 from flax_resblock.training.loss import Mixed
 from flax_resblock.training.pace import Pace, Rates, new_run
 from flax_resblock.training.progress import TrainingProgress
+from flax_resblock.training.randomness import random_state
 from flax_resblock.training.reports import EvaluationReport, History, Saver, StepReport
-from flax_resblock.training.step import Leaves, Metrics, TrainState, make_train_step, split
+from flax_resblock.training.state import Leaves, TrainState, split
+from flax_resblock.training.step import Metrics, make_train_step
 
 
 def new_model(config: TrainConfig) -> ResNet:
     """Creates the configured network with fresh weights from ``config.seed``, in training mode.
 
     Raises:
-      InputError: ``dtype="float64"`` while jax's x64 mode is off.
+      InputError: No configured network, or ``dtype="float64"`` without jax's x64 mode.
     """
+    if config.model is None:
+        raise InputError("config.model is None: create the network yourself.")
     if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise InputError('dtype="float64" needs jax\'s x64 mode: set JAX_ENABLE_X64=1.')
     param_dtype = jnp.promote_types(config.dtype, jnp.float32)
@@ -45,7 +50,7 @@ def new_model(config: TrainConfig) -> ResNet:
 
 
 def fit(
-    model: Model,
+    model: nnx.Module,
     dataset: DataSource,
     config: TrainConfig,
     *,
@@ -61,9 +66,11 @@ def fit(
     """Trains a network in place.
 
     Args:
-      model: The network that ``config.model`` describes, from :func:`new_model` or
-        ``flax_resblock.from_torch``. It receives the trained values at the end, and stays as it was
-        if the run fails. Its mode (training or evaluation) does not matter and does not change.
+      model: Any nnx module from images ``(N, H, W, C)`` to logits ``(N, num_classes)``: the network
+        that ``config.model`` describes, from :func:`new_model` or ``flax_resblock.from_torch``; one
+        that was ported, from ``flax_resblock.load_ported``; or one of your own. It receives the
+        trained values at the end, and stays as it was if the run fails. Its mode does not matter
+        and does not change. What dropout draws depends on ``config.seed`` and the step.
       dataset: The training images.
       config: The run.
       test: Test images, classified after each epoch and at the end.
@@ -87,15 +94,16 @@ def fit(
       TrainingError: The loss is not finite; the message names the step and the images.
       Stopped: ``stop`` returned True; the model stays as it was.
     """
-    network = check_model(model, dataset, config)
+    check_model(model, dataset, config)
+    tensors, random = tensors_of(model), random_state(model)
     placement = Placement(mesh)
     placement.check(config.batch_size, config.accumulate)
     steps = steps_per_epoch(dataset, config.batch_size)
-    run = run or new_run(config, steps)
+    run = run or new_run(config, steps, tensors)
     pace, record, end = Pace.of(run, steps), run.optimizer, config.end(steps)
-    check_run(run, network, pace, end)
+    check_run(run, model, tensors, pace, end)
     optimizer = optimizer_of(record)
-    graphdef, state = split(network, optimizer, freeze=config.freeze, placement=placement)
+    graphdef, state = split(model, optimizer, freeze=config.freeze, placement=placement)
     state = state._replace(
         opt_state=placement.copies(state_of(record, state.params)),
         ema=_averages(config, run, state, placement),
@@ -104,13 +112,17 @@ def fit(
         graphdef,
         optimizer,
         label_smoothing=config.label_smoothing,
-        freeze=config.freeze,
+        freeze={(part,) for part in config.freeze}
+        | {one.flax_path for one in tensors.parameters if not one.trained},
         accumulate=config.accumulate,
         clip_norm=config.clip_norm,
         ema=config.ema,
         replicas=config.batch_norm == "replica" and placement.devices > 1,
         mesh=mesh,
+        random=random,
+        seed=config.seed,
     )
+    rest = () if random is None else (random,)
     stream = Stream(
         dataset,
         config.batch_size,
@@ -147,7 +159,10 @@ def fit(
             rates, done = pace.rates(number), number + 1
             flag = placement.flag(asked()) if several else None
             metrics = train_step.advance(
-                leaves, *_on_devices(batch, config.accumulate, placement, rates), stop=flag
+                leaves,
+                *_on_devices(batch, config.accumulate, placement, rates),
+                stop=flag,
+                number=None if random is None else np.uint32(number),
             )
             # the report of the step before, while this one is computed
             stopped = computed is not None and reported(computed)
@@ -161,18 +176,20 @@ def fit(
             reported(computed)
             computed = evaluation = None
             if test is not None and tested:
-                evaluation = _evaluate(graphdef, leaves.state, test, config, placement, done, steps)
+                evaluation = _evaluate(
+                    graphdef, leaves.state, random, test, config, placement, done, steps
+                )
                 history.evaluations.append(evaluation)
                 if on_evaluation is not None:
                     on_evaluation(evaluation)
             if saver is not None and (stopped or done == end or saver.due(done, evaluation)):
-                saver.save(*_copies(graphdef, leaves.state, pace.after(done)))
+                saver.save(*_copies(graphdef, leaves.state, rest, pace.after(done)))
             if stopped and done < end:
                 raise Stopped(done)
     state = leaves.state
     params, stats = on_host((state.params, state.stats)) if several else (state.params, state.stats)
-    nnx.update(network, params, stats)
-    _, history.run = _copies(graphdef, state, pace.after(end))
+    nnx.update(model, params, stats)
+    _, history.run = _copies(graphdef, state, rest, pace.after(end))
     return history
 
 
@@ -232,8 +249,9 @@ def _averages(
 
 
 def _evaluate(
-    graphdef: nnx.GraphDef[ResNet],
+    graphdef: nnx.GraphDef[Any],
     state: TrainState,
+    random: nnx.State | None,
     test: DataSource,
     config: TrainConfig,
     placement: Placement,
@@ -244,13 +262,20 @@ def _evaluate(
     for values in ((state.params, state.stats), state.ema):
         if values is not None:
             evaluation = evaluate_state(
-                graphdef, *values, test, placement=placement, workers=config.workers
+                graphdef,
+                *values,
+                test,
+                placement=placement,
+                random=random,
+                workers=config.workers,
             )
             found += [evaluation.accuracy, evaluation.loss]
     return EvaluationReport(done, -(-done // steps), *found)
 
 
-def _copies(graphdef: nnx.GraphDef[ResNet], state: TrainState, run: Run) -> tuple[ResNet, Run]:
+def _copies(
+    graphdef: nnx.GraphDef[Any], state: TrainState, rest: tuple[nnx.State, ...], run: Run
+) -> tuple[nnx.Module, Run]:
     """Copies of model and run, because the next step reuses the arrays of the state."""
     params, stats, opt_state, ema = on_host(tuple(state))
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
@@ -259,7 +284,10 @@ def _copies(graphdef: nnx.GraphDef[ResNet], state: TrainState, run: Run) -> tupl
             f"learning_rate or a longer warmup_epochs."
         )
     averaged = {path: leaf for part in ema or () for path, leaf in _by_path(part).items()}
-    model, optimizer = nnx.merge(graphdef, params, stats), record_of(run.optimizer, opt_state)
+    model, optimizer = (
+        nnx.merge(graphdef, params, stats, *rest),
+        record_of(run.optimizer, opt_state),
+    )
     return model, replace(run, optimizer=optimizer, ema=averaged)
 
 

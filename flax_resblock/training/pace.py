@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_resblock.convert import StateMap
+from flax_resblock.convert.state_map import TensorMap
 from flax_resblock.runs.optimizer_kinds import OPTIMIZERS
 from flax_resblock.runs.optimizer_state import fresh_optimizer
 from flax_resblock.runs.optimizers import moving
@@ -39,14 +39,15 @@ def settings_of(config: TrainConfig) -> dict[str, object]:
     return {name: value for name, value in asdict(config).items() if name != "model"}
 
 
-def new_run(config: TrainConfig, steps: int) -> Run:
-    """The configured run before its first step, with ``steps`` steps per epoch."""
+def new_run(config: TrainConfig, steps: int, tensors: TensorMap) -> Run:
+    """The configured run of a model with these tensors before its first step, with ``steps`` steps
+    per epoch.
+    """
     own: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.nesterov}
     if OPTIMIZERS[config.optimizer].counts:
         own = {"betas": config.betas}
     own |= {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    state_map = StateMap(config.model, "torchvision")
-    record = fresh_optimizer(config.optimizer, state_map, decay=config.decay, **own)
+    record = fresh_optimizer(config.optimizer, tensors, decay=config.decay, **own)
     schedule = ScheduleState(schedule_of(config, steps), 0)
     return at(Run(record, schedule, 0, 0, settings_of(config)), 0)
 
@@ -65,6 +66,18 @@ def at(run: Run, position: int) -> Run:
         replace(run.schedule, position=position),
     )
     return replace(run, optimizer=optimizer, schedule=state)
+
+
+def rescaled(run: Run, learning_rate: float | None) -> Run:
+    """The run with another base rate; its param groups keep their ratios."""
+    groups = run.optimizer.groups
+    bases = [float(group.options.get("initial_lr", group.options["lr"])) for group in groups]
+    factor = 1.0 if learning_rate is None or not bases[0] else learning_rate / bases[0]
+    made = tuple(
+        replace(group, options={**group.options, "lr": base * factor, "initial_lr": base * factor})
+        for group, base in zip(groups, bases, strict=True)
+    )
+    return replace(run, optimizer=replace(run.optimizer, groups=made))
 
 
 @dataclass(frozen=True)

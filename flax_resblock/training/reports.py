@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from flax_resblock.nn.resnet import ResNet
+    from flax import nnx
+
     from flax_resblock.runs.run import Run
 
 
@@ -59,7 +60,7 @@ class Saver(Protocol):
         """Whether to save the state after ``step`` steps, which was perhaps just evaluated."""
         ...
 
-    def save(self, model: ResNet, run: Run, /) -> None:
+    def save(self, model: nnx.Module, run: Run, /) -> None:
         """Saves it. The values belong to the saver."""
         ...
 

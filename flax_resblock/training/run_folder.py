@@ -7,6 +7,7 @@
     checkpoints/step-*   Orbax folders: weights, statistics, averages, optimizer, schedule,
                          counters, settings, and a SHA-256 of every tensor
     best                 a link to the checkpoint with the highest test accuracy
+    net.py               a copy of the code of a network of your own
     summary.json         written at the end of the run
     curves.png           written at the end of the run
 
@@ -25,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from flax_resblock import checkpoint
 from flax_resblock.checkpoint import RUN_FOLDER
 from flax_resblock.errors import InputError
 from flax_resblock.io import save
-from flax_resblock.nn.resnet import ResNet
 from flax_resblock.runs.run import Run
 from flax_resblock.training.config import TrainConfig
 from flax_resblock.training.curves import draw_curves
@@ -51,10 +52,20 @@ class RunFolder:
       config: The run's configuration.
       every: Steps between two checkpoints; 0 saves only at the end.
       keep: How many of the newest checkpoints to keep; the best one stays beside them.
+      code: The Python file of a network of your own, which is copied beside the checkpoints.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, *, every: int = 0, keep: int = 3) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        *,
+        every: int = 0,
+        keep: int = 3,
+        code: Path | None = None,
+    ) -> None:
         self.folder, self.config, self.every, self.keep = folder, config, every, keep
+        self.code = code
         self._writer = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[None] | None = None
         self._records: Records | None = None
@@ -87,6 +98,9 @@ class RunFolder:
         try:
             (self.folder / RUN_FOLDER).mkdir(parents=True, exist_ok=True)
             _write_json(self.folder / "config.json", asdict(self.config))
+            if self.code is not None and not (self.folder / self.code.name).exists():
+                with checkpoint.replacing(self.folder / self.code.name) as temporary:
+                    temporary.write_bytes(self.code.read_bytes())
             records = Records(self.folder, first)
         except OSError as error:
             raise InputError(
@@ -102,7 +116,7 @@ class RunFolder:
             return True
         return bool(self.every) and step % self.every == 0
 
-    def save(self, model: ResNet, run: Run) -> None:
+    def save(self, model: nnx.Module, run: Run) -> None:
         """Writes a checkpoint in the background; raises InputError if the one before could not be
         written. The values must not change any more.
         """
@@ -120,7 +134,7 @@ class RunFolder:
     def _path(self, step: int) -> Path:
         return self.folder / RUN_FOLDER / f"step-{step:08d}"
 
-    def _save(self, model: ResNet, run: Run, best_step: int | None) -> None:
+    def _save(self, model: nnx.Module, run: Run, best_step: int | None) -> None:
         path = self._path(run.steps or 0)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
-"""The compiled training step: a pure function over a model that was split once."""
+"""The compiled training step: a pure function over a model that was split once; see
+:mod:`flax_resblock.training.state`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -12,27 +13,15 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
+from flax_resblock.config import Path
 from flax_resblock.cpu.switch import compiler_options
-from flax_resblock.errors import InputError
-from flax_resblock.nn.resnet import ResNet
+from flax_resblock.nn.variables import STATISTICS
+from flax_resblock.runs.optimizers import parameter_path
 from flax_resblock.training.devices import AXIS, Placement
 from flax_resblock.training.loss import Mixed, cross_entropy
 from flax_resblock.training.pace import Rates
-
-
-class TrainState(NamedTuple):
-    """What a training step changes.
-
-    Attributes:
-      params, stats: Parameters and running statistics.
-      opt_state: The optimizer's buffers.
-      ema: Averages of ``(params, stats)``; None if none are kept.
-    """
-
-    params: nnx.State
-    stats: nnx.State
-    opt_state: Any
-    ema: tuple[nnx.State, nnx.State] | None = None
+from flax_resblock.training.randomness import drawn, step_key
+from flax_resblock.training.state import Leaves, TrainState
 
 
 class Metrics(NamedTuple):
@@ -55,20 +44,6 @@ class _Learned(NamedTuple):
     accuracy: Array
     stats: nnx.State
     gradients: nnx.State
-
-
-class Leaves:
-    """A training state as the list of its arrays, which are handed over. Steps pass the list on
-    instead of visiting every variable of the model, which takes milliseconds.
-    """
-
-    def __init__(self, state: TrainState) -> None:
-        self.arrays, self.structure = jax.tree.flatten(state)
-
-    @property
-    def state(self) -> TrainState:
-        """The current state."""
-        return jax.tree.unflatten(self.structure, self.arrays)
 
 
 class TrainStep:
@@ -95,7 +70,9 @@ class TrainStep:
         return self.compiled._cache_size()
 
     def __call__(self, state: TrainState, *batch: Any, **more: Any) -> tuple[TrainState, Metrics]:
-        """``(state, images, labels, rates, mixed=None, stop=None) -> (state, metrics)``."""
+        """``(state, images, labels, rates, mixed=None, stop=None, number=None) -> (state,
+        metrics)``.
+        """
         leaves = Leaves(state)
         metrics = self.advance(leaves, *batch, **more)
         return leaves.state, metrics
@@ -108,11 +85,11 @@ class TrainStep:
         rates: Rates,
         mixed: Mixed | None = None,
         stop: Any = None,
+        number: Any = None,
     ) -> Metrics:
         """Takes the step in place."""
-        leaves.arrays, metrics = self.compiled(
-            leaves.arrays, images, labels, rates, mixed, stop, structure=leaves.structure
-        )
+        batch = images, labels, rates, mixed, stop, number
+        leaves.arrays, metrics = self.compiled(leaves.arrays, *batch, structure=leaves.structure)
         return metrics
 
 
@@ -123,60 +100,22 @@ def clipped(gradients: Any, max_norm: float) -> Any:
     return jax.tree.map(lambda gradient: gradient * factor.astype(gradient.dtype), gradients)
 
 
-def split(
-    model: ResNet,
-    optimizer: optax.GradientTransformation,
-    *,
-    freeze: Sequence[str] = (),
-    placement: Placement | None = None,
-) -> tuple[nnx.GraphDef[ResNet], TrainState]:
-    """Splits a model into its structure, in training mode except for the frozen parts, and a fresh
-    training state.
-
-    The state holds copies, because a training step donates its input.
-
-    Args:
-      model: Is not changed.
-      optimizer: See :func:`make_train_step`.
-      freeze: Parts whose norms use their running statistics: ``"stem"``, ``"stage1"`` ...
-      placement: The devices of the state.
-    Raises:
-      InputError: float64 values while jax's x64 mode is off; they would be narrowed silently.
-    """
-    placement = placement or Placement()
-    graphdef, values = nnx.split(model)
-    training = nnx.merge(graphdef, values)
-    training.train()
-    for part in freeze:
-        block_or_list = getattr(training, part)
-        for module in block_or_list if isinstance(block_or_list, nnx.List) else (block_or_list,):
-            module.eval()
-    graphdef, params, stats = nnx.split(training, nnx.Param, nnx.BatchStat)
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves((params, stats)) if leaf.dtype.kind == "f"}
-    wide = {str(dtype) for dtype in dtypes if jax.dtypes.canonicalize_dtype(dtype) != dtype}
-    if wide:
-        raise InputError(
-            f"the model's values are {', '.join(sorted(wide))}, which jax would narrow. Turn "
-            f"on jax_enable_x64, or convert to float32 first."
-        )
-    params, stats = placement.copies((params, stats))
-    return graphdef, TrainState(params, stats, optimizer.init(params))
-
-
 def make_train_step(
-    graphdef: nnx.GraphDef[ResNet],
+    graphdef: nnx.GraphDef[Any],
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     label_smoothing: float = 0.0,
-    freeze: Sequence[str] = (),
+    freeze: Collection[Path] = (),
     accumulate: int = 1,
     clip_norm: float | None = None,
     ema: float = 0.0,
     replicas: bool = False,
     mesh: Mesh | None = None,
+    random: nnx.State | None = None,
+    seed: int = 0,
 ) -> TrainStep:
-    """Compiles one training step: ``(state, images, labels, rates, mixed=None, stop=None) ->
-    (state, metrics)``.
+    """Compiles one training step: ``(state, images, labels, rates, mixed=None, stop=None,
+    number=None) -> (state, metrics)``.
 
     The given state is donated: its arrays cannot be used after the call. ``images`` are
     ``(N, H, W, C)``, ``labels`` ``(N,)`` int32. With ``accumulate``, all arrays of a batch have a
@@ -187,19 +126,35 @@ def make_train_step(
       graphdef: Structure of the model; see :func:`split`.
       optimizer: See :func:`flax_resblock.runs.optimizers.optimizer_of`.
       label_smoothing: See :func:`cross_entropy`.
-      freeze: Parts whose parameters keep their bits.
+      freeze: What keeps its bits: paths of parameters, or of parts that they are in.
       accumulate: Number of pieces that a batch is computed in.
       clip_norm: See :func:`clipped`.
       ema: Decay of the averages; used if the state has any.
       replicas: Every device normalises its own images, and the running statistics of the first are
         kept. Otherwise the statistics are those of the whole batch.
       mesh: The devices; None uses jax's default device.
+      random: The random streams of the model; if it has any, a step takes its ``number``.
+      seed: Seed of what they draw.
     """
     frozen = frozenset(freeze)
 
+    def keeps(keys: tuple[Any, ...]) -> bool:
+        path = parameter_path(keys)
+        return any(path[:length] in frozen for length in range(1, len(path) + 1))
+
     def learn(
-        params: nnx.State, stats: nnx.State, images: Array, labels: Array, mixed: Mixed | None
+        params: nnx.State,
+        stats: nnx.State,
+        images: Array,
+        labels: Array,
+        mixed: Mixed | None,
+        key: Array | None,
     ) -> _Learned:
+        rest: tuple[nnx.State, ...] = ()
+        if random is not None and key is not None:
+            own = jax.random.fold_in(key, lax.axis_index(AXIS)) if replicas else key
+            rest = (drawn(random, own),)
+
         def loss_of(params: nnx.State) -> tuple[Array, tuple[Array, nnx.State]]:
             # so that gradients are summed over the devices in the shape of the parameters, not of
             # the activations
@@ -207,12 +162,12 @@ def make_train_step(
                 params = jax.tree.map(lambda leaf: lax.pcast(leaf, AXIS, to="varying"), params)
             # copy=True: the running statistics change inside the gradient's trace, and their
             # variables must belong to it
-            model = nnx.merge(graphdef, params, stats, copy=True)
+            model = nnx.merge(graphdef, params, stats, *rest, copy=True)
             logits = model(images)
             loss = cross_entropy(logits, labels, label_smoothing, mixed)
             # inside the differentiated function: the gradient of a parameter that all devices share
             # is summed over them by itself
-            new = nnx.state(model, nnx.BatchStat)
+            new = nnx.state(model, STATISTICS)
             return lax.pmean(loss, AXIS) if replicas else loss, (logits, new)
 
         (loss, (logits, new)), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
@@ -226,24 +181,33 @@ def make_train_step(
             raise ValueError("replicas need a mesh")
         whole, spread = PartitionSpec(), PartitionSpec(AXIS)
         learn = jax.shard_map(
-            learn, mesh=mesh, in_specs=(whole, whole, spread, spread, spread), out_specs=whole
+            learn,
+            mesh=mesh,
+            in_specs=(whole, whole, spread, spread, spread, whole),
+            out_specs=whole,
         )
 
-    def learn_all(state: TrainState, images: Array, labels: Array, mixed: Mixed | None) -> _Learned:
+    def key_of(number: Any, piece: Any) -> Array | None:
+        return None if random is None else step_key(seed, number, piece)
+
+    def learn_all(
+        state: TrainState, images: Array, labels: Array, mixed: Mixed | None, number: Any
+    ) -> _Learned:
         if accumulate == 1:
-            return learn(state.params, state.stats, images, labels, mixed)
+            return learn(state.params, state.stats, images, labels, mixed, key_of(number, 0))
 
         def piece(
-            stats: nnx.State, batch: tuple[Array, Array, Mixed | None]
+            stats: nnx.State, batch: tuple[Array, Array, Mixed | None, Any]
         ) -> tuple[nnx.State, tuple[Array, Array, nnx.State]]:
-            learned = learn(state.params, stats, *batch)
+            images, labels, mixed, place = batch
+            learned = learn(state.params, stats, images, labels, mixed, key_of(number, place))
             return learned.stats, (learned.loss, learned.accuracy, learned.gradients)
 
         if jax.default_backend() == "cpu":  # whose convolutions are many times slower inside a loop
             stats, learned = state.stats, []
             for n in range(accumulate):
                 batch = jax.tree.map(lambda array, n=n: array[n], (images, labels, mixed))
-                stats, one = piece(stats, batch)
+                stats, one = piece(stats, (*batch, n))
                 learned.append(one)
             means = jax.tree.map(lambda *values: sum(values[1:], values[0]) / accumulate, *learned)
         else:
@@ -256,24 +220,31 @@ def make_train_step(
 
             wide = jnp.promote_types(jax.tree.leaves(state.params)[0].dtype, jnp.float32)
             start = state.stats, (jnp.zeros((), wide), jnp.zeros(()), zeros)
-            (stats, sums), _ = lax.scan(summed, start, (images, labels, mixed))
+            pieces = images, labels, mixed, jnp.arange(accumulate)
+            (stats, sums), _ = lax.scan(summed, start, pieces)
             means = jax.tree.map(lambda value: value / accumulate, sums)
         return _Learned(means[0], means[1], stats, means[2])
 
     def train_step(
-        state: TrainState, images: Array, labels: Array, rates: Rates, mixed: Any, stop: Any
+        state: TrainState,
+        images: Array,
+        labels: Array,
+        rates: Rates,
+        mixed: Any,
+        stop: Any,
+        number: Any,
     ) -> tuple[TrainState, Metrics]:
-        learned = learn_all(state, images, labels, mixed)
+        learned = learn_all(state, images, labels, mixed, number)
         gradients = learned.gradients
         if clip_norm is not None:
-            gradients = clipped(_without(gradients, frozen), clip_norm)
+            gradients = clipped(_without(gradients, keeps), clip_norm)
         updates, opt_state = optimizer.update(
             gradients, state.opt_state, state.params, **rates._asdict()
         )
         params: Any = optax.apply_updates(state.params, updates)
         if frozen:
             params = jax.tree_util.tree_map_with_path(
-                lambda keys, new, old: old if keys[0].key in frozen else new, params, state.params
+                lambda keys, new, old: old if keeps(keys) else new, params, state.params
             )
         averages = state.ema and jax.tree.map(
             lambda old, new: _averaged(old, new, ema), state.ema, (params, learned.stats)
@@ -288,10 +259,10 @@ def _of_first(value: Array) -> Array:
     return lax.psum(jnp.where(lax.axis_index(AXIS) == 0, value, jnp.zeros_like(value)), AXIS)
 
 
-def _without(gradients: Any, frozen: frozenset[str]) -> Any:
-    """Gradients with zeros for frozen parts, which do not count in the norm."""
+def _without(gradients: Any, keeps: Callable[[tuple[Any, ...]], bool]) -> Any:
+    """Gradients with zeros for what is frozen, which does not count in the norm."""
     return jax.tree_util.tree_map_with_path(
-        lambda keys, value: jnp.zeros_like(value) if keys[0].key in frozen else value, gradients
+        lambda keys, value: jnp.zeros_like(value) if keeps(keys) else value, gradients
     )
 
 

@@ -1,0 +1,65 @@
+"""``flax-resblock convert`` for ported networks: back to PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flax_resblock import checkpoint
+from flax_resblock.cli import common
+from flax_resblock.convert.opening import read_entry
+from flax_resblock.errors import InputError
+
+
+def from_ported(
+    path: Path,
+    out: Path,
+    reading: common.ReadingFlags,
+    training: common.RunFlags,
+    other: str | None,
+    force: bool,
+) -> int:
+    """Writes the state dict of the user's own network, and its run.
+
+    Args:
+      path: The folder that ``port`` wrote, or a checkpoint or run of that network.
+      out: The output.
+      reading, training: How to read the checkpoint, and the run in it.
+      other: A naming scheme, or code to compare with, for which there is no place here.
+      force: Replace what is there.
+    """
+    format_name = checkpoint.output_format(out)
+    if other is not None or format_name == "orbax":
+        raise InputError(
+            f"{path} is a network of your own that was ported: it is converted to the names of "
+            f"your PyTorch module, as .pth or .safetensors, without --torch or --to-naming."
+        )
+    from flax_resblock.port.folder import opened_folder, opened_ported
+    from flax_resblock.runs.own import write_own
+
+    carry, kind = training.with_optimizer and not training.weights_only, "a ported network"
+    with common.status.status(f"reading {path}"):
+        if checkpoint.is_ported(path):
+            weights, opened = opened_folder(path, reading.limits)
+        else:
+            kind = "the run of a ported network"
+            weights, opened = opened_ported(
+                read_entry(path, reading.entry, run=carry, limits=reading.limits)
+            )
+        run = training.of(opened) if carry else None
+        left = None if carry or training.weights_only else common.optimizer_left_out(opened)
+    name = str(weights.table.about.get("network"))
+    with common.status.status(f"writing {out}"):
+        write_own(out, weights.values, weights.table, run, name, force=force)
+    count, size = len(weights.table.entries), sum(one.nbytes for one in opened.tensors.values())
+    common.print_title(
+        path.name, f"{count} tensors, {common.megabytes(size)}, read back and equal bit for bit"
+    )
+    common.say(f"  from  {path} ({kind})")
+    common.say(f"  to    {out} ({format_name}, the names of your PyTorch module)")
+    if run is not None:
+        common.print_found(run)
+    elif left:
+        common.print_note(
+            f"the weights alone; {left} stays behind (--with-optimizer carries the run)"
+        )
+    return 0

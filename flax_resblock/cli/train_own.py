@@ -1,0 +1,237 @@
+"""Training a network of the user's own: ``flax-resblock train --model FILE.py:NAME``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flax_resblock import checkpoint
+from flax_resblock.checkpoint import Limits
+from flax_resblock.cli import common
+from flax_resblock.cli.train_start import Start, Wanted, enable_x64, goes_on
+from flax_resblock.config import Path as ModelPath
+from flax_resblock.convert.metadata import PORT
+from flax_resblock.convert.opening import read_entry
+from flax_resblock.convert.own import OpenedTensors, open_own
+from flax_resblock.errors import InputError
+from flax_resblock.parity.user_code import load_factory
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+    from flax_resblock.port.table import Table
+
+_OF_ANY_NETWORK = ("entry", "limits")
+"""Flags of a checkpoint that say nothing about its network."""
+
+
+@dataclass(frozen=True)
+class OwnCode:
+    """The code of a network.
+
+    Attributes:
+      spec: ``FILE.py:NAME`` or ``package.module:NAME``.
+      factory: What it names.
+      file: The file, if it was named.
+      table: The table of the tensors, if ``port`` wrote the file: it lies beside it.
+    """
+
+    spec: str
+    factory: Callable[..., Any]
+    file: Path | None
+    table: Table | None
+
+    @property
+    def name(self) -> str:
+        """Of the class or function."""
+        return self.spec.rpartition(":")[2]
+
+    def fresh(self, seed: int) -> nnx.Module:
+        """The network with the values that its own code draws.
+
+        Raises:
+          InputError: It raises, or is no nnx module.
+        """
+        from flax import nnx
+
+        try:
+            made = self.factory(rngs=nnx.Rngs(seed))
+        except Exception as error:  # whatever the user's code raises
+            raise InputError(
+                f"--model {self.spec}: calling it with rngs=nnx.Rngs({seed}) raised "
+                f"{type(error).__name__}: {error}. It has to be the class of an nnx module that "
+                f"needs nothing else, such as `flax-resblock port` writes; a PyTorch module is "
+                f"ported first."
+            ) from error
+        if not isinstance(made, nnx.Module):
+            raise InputError(
+                f"--model {self.spec} made a {type(made).__name__}, not an nnx module. A PyTorch "
+                f"module is ported first: flax-resblock port {self.spec} weights.pth out"
+            )
+        return made
+
+
+def own_code(spec: str, reading: common.ReadingFlags) -> OwnCode:
+    """Imports the code of a network, which runs it.
+
+    Raises:
+      InputError: No such code, or flags that describe a network besides.
+    """
+    usual = common.ReadingFlags()
+    for name in (one.name for one in fields(reading) if one.name not in _OF_ANY_NETWORK):
+        if getattr(reading, name) != getattr(usual, name):
+            raise InputError(
+                f"--{name.replace('_', '-')} has no place beside --model: the code says what the "
+                f"network is, and its tensors fit or do not. Leave it out."
+            )
+    where = spec.rpartition(":")[0]
+    file = Path(where) if where.endswith(".py") else None
+    factory = load_factory(spec, "--model")
+    return OwnCode(spec, factory, file, _table_beside(file, spec.rpartition(":")[2]))
+
+
+def _table_beside(file: Path | None, name: str) -> Table | None:
+    """What ``port`` wrote beside a file, or a run beside its copy; None where it did not."""
+    if file is None:
+        return None
+    from flax_resblock.port.folder import read_table
+
+    table = read_table(file.parent)
+    said = {} if table is None else table.about
+    return table if (said.get("network"), said.get("file")) == (name, file.name) else None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The values of a model, where they come from, and what the model carries."""
+
+    values: Mapping[ModelPath, np.ndarray]
+    opened: OpenedTensors
+    table: Table | None
+
+    @property
+    def channels(self) -> int | None:
+        """Of the images, if a table says it."""
+        return None if self.table is None else self.table.about.get("channels")
+
+
+def _read(code: OwnCode, path: Path, wanted: Wanted, *, run: bool) -> Weights:
+    """Reads a checkpoint as the weights of a network.
+
+    Raises:
+      InputError: It is not one of this network.
+    """
+    from flax import nnx
+
+    from flax_resblock.port.folder import opened_folder, opened_ported
+    from flax_resblock.runs.own import open_for
+
+    limits: Limits = wanted.reading.limits
+    with common.status.status(f"reading {path}"):
+        table = code.table
+        if checkpoint.is_ported(path):
+            weights, opened = opened_folder(path, limits)
+            table = weights.table
+        else:
+            record = read_entry(path, wanted.reading.entry, run=run, limits=limits)
+            if PORT in record.metadata:
+                weights, opened = opened_ported(record)
+                table = weights.table
+            elif table is not None:
+                opened = open_own(record, table, code.name)
+                table = table.with_content(unused=opened.unused)
+            else:
+                opened = open_for(nnx.eval_shape(lambda: code.fresh(0)), record)
+        common.refuse_unhealthy(opened, wanted.allow_nonfinite)
+    common.print_title(code.name, str(path))
+    common.print_notes(opened.notes)
+    return Weights(opened.values, opened, table)
+
+
+def _model(code: OwnCode, weights: Weights, dtype: str, *, widen: bool) -> nnx.Module:
+    """The network with the weights; ``widen`` makes them as wide as ``dtype``."""
+    from flax import nnx
+
+    from flax_resblock.port.network import filled
+
+    values = dict(weights.values)
+    wide = any(value.dtype.name == "float64" for value in values.values())
+    enable_x64(wide or dtype == "float64")
+    if dtype == "float64" and widen:
+        floating = {path: value for path, value in values.items() if value.dtype.kind == "f"}
+        values |= {path: value.astype(np.float64) for path, value in floating.items()}
+    nnx.eval_shape(lambda: code.fresh(0))  # for the message, if it raises
+    return filled(code.factory, values, weights.table)
+
+
+def begun(
+    code: OwnCode, wanted: Wanted, resume: Path | None, init: Path | None, schedule: str | None
+) -> Start:
+    """Where a run of the user's own network begins.
+
+    Raises:
+      InputError: The checkpoint, the code and the flags do not fit each other.
+    """
+    wanted = replace(wanted, preset=replace(wanted.preset, model=None))
+    source = init or resume
+    if source is None:
+        return _afresh(code, wanted)
+    if resume is not None:
+        _refuse_other_code(code, resume)
+    whole = resume is not None and not wanted.training.weights_only
+    weights = _read(code, source, wanted, run=whole)
+    run = wanted.training.of(weights.opened) if whole else None
+    config, run, splits = goes_on(run, wanted, schedule, weights.channels)
+    _refuse_bfloat16(config.dtype)
+    model = _model(code, weights, config.dtype, widen=run is None)
+    return Start(model, run, config, splits, code.file)
+
+
+def _refuse_other_code(code: OwnCode, run: Path) -> None:
+    """Raises InputError if a run was begun with other code: it would not be the same run."""
+    copy = run / code.file.name if code.file is not None else run
+    if code.file is not None and copy.is_file() and copy.read_bytes() != code.file.read_bytes():
+        raise InputError(
+            f"{code.file} is not the code that {run} was begun with: {copy} differs. Go on with "
+            f"--model {copy}:{code.name}, or begin another run with --init {run}."
+        )
+
+
+def _refuse_bfloat16(dtype: str) -> None:
+    if dtype == "bfloat16":
+        raise InputError(
+            "--dtype bfloat16 is for the networks of this library; one of your own computes in the "
+            "dtypes that its code says. Leave it out."
+        )
+
+
+def _afresh(code: OwnCode, wanted: Wanted) -> Start:
+    if code.table is not None:
+        folder = code.file.parent if code.file is not None else "FOLDER"
+        raise InputError(
+            f"{code.spec} was ported, and its own initial values are not those of your PyTorch "
+            f"code. Begin with weights: --init {folder}, or --init weights.pth. For random ones, "
+            f"port the module without a checkpoint: it then has those that it starts with."
+        )
+    config, _, splits = goes_on(None, wanted, None, None)
+    _refuse_bfloat16(config.dtype)
+    enable_x64(config.dtype == "float64")
+    common.print_title(code.name, f"{code.spec}, with the values that its own code draws")
+    model = code.fresh(config.seed)
+    if config.dtype == "float64":
+        from flax_resblock.nn.variables import fill, flat_arrays
+
+        arrays = flat_arrays(model)
+        floating = {path: value for path, value in arrays.items() if value.dtype.kind == "f"}
+        fill(model, {path: value.astype(np.float64) for path, value in floating.items()})
+    return Start(model, None, config, splits, code.file)
+
+
+def evaluated(code: OwnCode, wanted: Wanted, path: Path) -> tuple[nnx.Module, Weights]:
+    """The network with the weights of a checkpoint, to be evaluated."""
+    weights = _read(code, path, wanted, run=False)
+    return _model(code, weights, "float32", widen=False), weights

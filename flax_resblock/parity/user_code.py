@@ -1,0 +1,51 @@
+"""Imports the user's own code, which may be of either framework. Needs no torch."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flax_resblock.errors import InputError
+
+
+def load_factory(spec: str, flag: str = "--torch") -> Callable[..., Any]:
+    """Imports what ``FILE.py:NAME`` or ``package.module:NAME`` names. This runs its code.
+
+    Args:
+      spec: The name.
+      flag: What messages call it.
+    Raises:
+      InputError: No such file, module or name, or code that raises.
+    """
+    where, colon, name = spec.rpartition(":")
+    if not colon or not where or not name:
+        raise InputError(
+            f"{flag} {spec!r} must be FILE.py:NAME or package.module:NAME, such as model.py:Block."
+        )
+    try:
+        if where.endswith(".py"):
+            path = Path(where)
+            if not path.is_file():
+                raise InputError(f"{flag} {spec}: the file {where} does not exist.")
+            found = importlib.util.spec_from_file_location(path.stem, path)
+            if found is None or found.loader is None:
+                raise InputError(f"{flag} {spec}: {where} cannot be imported.")
+            module = importlib.util.module_from_spec(found)
+            sys.modules.setdefault(path.stem, module)
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(where)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{flag} {spec}: importing it raised {type(error).__name__}: {error}."
+        ) from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        raise InputError(f"{flag} {spec}: {where} has no class or function {name!r}.")
+    return factory

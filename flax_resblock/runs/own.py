@@ -1,0 +1,144 @@
+"""Checkpoints of models that are none of this library's: ported networks, and any other module."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from flax_resblock import checkpoint
+from flax_resblock._version import __version__
+from flax_resblock.checkpoint import LIMITS, Limits, Record
+from flax_resblock.config import Path
+from flax_resblock.convert.metadata import NETWORK, PORT
+from flax_resblock.convert.own import OpenedTensors, carried, carry, open_own
+from flax_resblock.convert.state_map import TensorMap
+from flax_resblock.errors import InputError, some
+from flax_resblock.nn.variables import flat_arrays, on_device, set_values
+from flax_resblock.runs.run import Run
+from flax_resblock.runs.run_file import run_of, write_with_run
+from flax_resblock.runs.tensors import flax_tensors
+
+
+def state_dict_of(model: nnx.Module) -> dict[str, np.ndarray]:
+    """The state dict of the module that a model was ported from.
+
+    Raises:
+      InputError: The model was not ported.
+    """
+    tensors = _ported(model)
+    return tensors.to_torch(tensors.whole(flat_arrays(model)), copy=True)
+
+
+def _ported(model: nnx.Module) -> Any:
+    tensors = carried(model)
+    if tensors is None:
+        raise InputError(
+            f"{type(model).__name__} is no network of flax_resblock, and carries no names of "
+            f"PyTorch's for its tensors, so that it has no state dict. A ported network carries "
+            f"them if it comes from flax_resblock.load_ported(folder, "
+            f"{type(model).__name__}). Any other can be saved as an Orbax folder, a name without "
+            f"suffix."
+        )
+    return tensors
+
+
+def save_own(model: nnx.Module, path: FilePath, run: Run | None, *, force: bool) -> None:
+    """Writes a model and its run: :func:`flax_resblock.save` for what is none of this library's.
+
+    Raises:
+      InputError: A format of PyTorch's, for a model without names of PyTorch's.
+    """
+    in_flax = checkpoint.output_format(path) == "orbax"
+    tensors = (carried(model) or flax_tensors(model)) if in_flax else _ported(model)
+    write_own(path, flat_arrays(model), tensors, run, type(model).__name__, force=force)
+
+
+def write_own(
+    path: FilePath,
+    values: Mapping[Path, np.ndarray],
+    tensors: Any,
+    run: Run | None,
+    network: str,
+    *,
+    force: bool,
+) -> None:
+    """Writes values by attribute path and a run.
+
+    Args:
+      path: The suffix decides the format, and with it whether names are Flax's or PyTorch's.
+      values: Of the model.
+      tensors: Its names; what a ported network carries is stored beside them.
+      run: May be None.
+      network: The name of the class.
+      force: Replace what is there.
+    """
+    names = tensors.in_flax() if checkpoint.output_format(path) == "orbax" else tensors
+    metadata = {"written_by": f"flax-resblock {__version__}", NETWORK: network}
+    if hasattr(tensors, "content"):
+        metadata[PORT] = json.dumps(tensors.content())
+    arrays = names.to_torch(tensors.whole(values), copy=True)
+    checkpoint.refuse_existing(path, force, checkpoint.is_orbax)
+    write_with_run(path, arrays, metadata, run, names, force=force)
+
+
+def open_for(model: nnx.Module, record: Record) -> OpenedTensors:
+    """The content of a file as the tensors of a model.
+
+    Raises:
+      InputError: They are not; or the file has PyTorch's names, and the model does not.
+    """
+    in_flax = record.format == "orbax"
+    tensors: TensorMap = (carried(model) or flax_tensors(model)) if in_flax else _ported(model)
+    return open_own(record, tensors, type(model).__name__)
+
+
+def fill_own(model: nnx.Module, opened: OpenedTensors) -> None:
+    """Gives a model the values of a checkpoint, and what it carries those that it leaves out."""
+    tensors: Any = carried(model)
+    set_values(model, on_device(opened.values))
+    if tensors is not None:
+        carry(model, tensors.with_content(unused=opened.unused))
+
+
+def load_run_into(
+    model: nnx.Module,
+    path: str | PathLike[str],
+    *,
+    optimizer: str | None = None,
+    per_epoch: bool | None = None,
+    entry: str | None = None,
+    limits: Limits = LIMITS,
+) -> Run:
+    """The training run in a checkpoint of a network of your own, which receives the weights.
+
+    Args:
+      model: A ported network, from :func:`flax_resblock.load_ported` or ``PortedNetwork.create()``;
+        for the checkpoint of a run in JAX, any module.
+      path: The checkpoint of the PyTorch module that it was ported from, in any spelling that
+        :func:`flax_resblock.load_run` takes, or one that :func:`flax_resblock.save` wrote.
+      optimizer, per_epoch, entry, limits: As for :func:`flax_resblock.load_run`.
+    Returns:
+      What :func:`flax_resblock.training.fit` goes on with and :func:`flax_resblock.save` writes.
+    Raises:
+      CheckpointError: The tensors are not those of the model; or there is no optimizer, or one that
+        does not fit. The model stays as it was.
+    Warns:
+      UserWarning: What was unwrapped or filled; non-finite values, which are carried as they are.
+    Example:
+      >>> model = load_ported("out", Net)
+      >>> run = load_run_into(model, "run.pth")
+      >>> history = fit(model, images, config, run=run)
+    """
+    opened = open_for(model, checkpoint.read(FilePath(path), entry=entry, run=True, limits=limits))
+    run = run_of(opened, optimizer=optimizer, per_epoch=per_epoch)
+    for said in (*opened.notes, *([some(opened.unhealthy)] if opened.unhealthy else [])):
+        warnings.warn(f"{opened.record.source}: {said}.", stacklevel=2)
+    fill_own(model, opened)
+    return run
