@@ -501,7 +501,8 @@ def test_a_frozen_parameter_is_compared_and_named():
     module[1].bias.requires_grad_(False)
     found = flax_resblock.port(module)
     assert found.notes == (
-        "1.bias: frozen in PyTorch (requires_grad=False); keep them from your optimizer in JAX too",
+        "1.bias: frozen in PyTorch (requires_grad=False); fit and `train` keep them, and keep them "
+        "from an optimizer of your own in JAX too",
     )
     assert found.figures["float64 training gradients"]["tensors"] == 4
     assert not module[1].bias.requires_grad

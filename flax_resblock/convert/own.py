@@ -20,9 +20,11 @@ from flax_resblock.convert.metadata import NETWORK, PORT
 from flax_resblock.convert.run_names import weights_among
 from flax_resblock.convert.state_map import TensorMap, describe
 from flax_resblock.errors import CheckpointError, visible
-from flax_resblock.nn.variables import PORTED_FROM
 
 _CARRIED = "_flax_resblock_tensors"
+PORTED_FROM = "__ported__"
+"""Attribute of a ported model that describes it, see
+:func:`flax_resblock.port.network.ported_of`; ``nnx.split`` and ``nnx.merge`` keep it."""
 
 
 def carry(model: Any, tensors: TensorMap) -> None:

@@ -11,10 +11,6 @@ from flax import nnx
 
 from flax_resblock.config import Path
 
-PORTED_FROM = "__ported__"
-"""Attribute of a ported model that says where its tensors are in PyTorch's state dict, see
-:func:`flax_resblock.port.network.ported_of`; ``nnx.split`` and ``nnx.merge`` keep it."""
-
 _PASSING = nnx.Any(nnx.RngState, nnx.Intermediate)
 KEPT = nnx.Not(_PASSING)
 """Filter of what a checkpoint of a model holds: not its random state, and nothing intermediate."""

@@ -12,9 +12,9 @@ import torch
 from flax import nnx
 
 from flax_resblock.convert import StateMap
+from flax_resblock.convert.own import PORTED_FROM
 from flax_resblock.cpu.switch import Lowering
 from flax_resblock.errors import InputError
-from flax_resblock.nn.variables import PORTED_FROM
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.devices import strict
 from flax_resblock.parity.diagnose import Diagnosis, diagnose

@@ -20,9 +20,9 @@ from flax_resblock.checkpoint.folders import PORTED
 from flax_resblock.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from flax_resblock.config import Path
 from flax_resblock.convert.metadata import PORT
-from flax_resblock.convert.own import OpenedTensors, open_own
+from flax_resblock.convert.own import PORTED_FROM, OpenedTensors, open_own
 from flax_resblock.errors import InputError
-from flax_resblock.nn.variables import PORTED_FROM, flat_arrays
+from flax_resblock.nn.variables import flat_arrays
 from flax_resblock.parity.certificate import KIND, NAME, SCHEMA, hashes, versions
 from flax_resblock.port.network import PortedNetwork, described, filled
 from flax_resblock.port.table import Table

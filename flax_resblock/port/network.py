@@ -18,9 +18,9 @@ import numpy as np
 from flax import nnx
 
 from flax_resblock.config import BlockConfig, Path
-from flax_resblock.convert.own import carry
+from flax_resblock.convert.own import PORTED_FROM, carry
 from flax_resblock.errors import InputError, some
-from flax_resblock.nn.variables import KEPT, PORTED_FROM, flat_arrays, on_device, set_values
+from flax_resblock.nn.variables import KEPT, flat_arrays, on_device, set_values
 from flax_resblock.parity.inputs import adversarial_images
 from flax_resblock.port.inputs import Shapes, random_inputs
 from flax_resblock.port.table import Table
