@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from flax_resblock import nn
 from flax_resblock.errors import InputError
+from flax_resblock.nn.norm import normalised_by_batch
 from flax_resblock.nn.variables import variable_at
 from flax_resblock.port.layer_rows import ROWS
 from flax_resblock.port.layers import Layer, layer_of
@@ -668,3 +669,28 @@ def test_other_modules_are_left_to_the_trace():
 def test_a_wrong_argument_is_refused(message, call):
     with pytest.raises(ValueError, match=message):
         call(jnp.ones((2, 2, 2, 2)))
+
+
+HURRIED = {"xla_backend_optimization_level": 0}
+"""Options with which XLA computes the values that are compared once more, and rounds otherwise."""
+
+
+def test_the_greatest_values_are_found_again_in_the_backward_pass():
+    """The gradient of ``jnp.max`` gets lost there: the control."""
+    rng = np.random.default_rng(0)
+    shapes = ((6, 2, 2, 4), (4,), (4,), (6, 4))
+
+    with jax.enable_x64(True):
+        x, scale, bias, weight = (jnp.asarray(rng.standard_normal(shape)) for shape in shapes)
+
+        def gradient(largest, options):
+            def loss(x):
+                y, _ = normalised_by_batch(x, scale, bias, 1e-5)
+                return jnp.sum(largest(nn.relu(y), (1, 2)) * weight)
+
+            return jax.jit(jax.grad(loss), compiler_options=options)(x)
+
+        plain = gradient(jnp.max, {})
+        assert error(gradient(nn.amax, {}), plain) <= TOLERANCE
+        assert error(gradient(nn.amax, HURRIED), plain) <= TOLERANCE
+        assert error(gradient(jnp.max, HURRIED), plain) > FAR

@@ -98,9 +98,7 @@ def test_its_state_dict_returns_bit_for_bit_after_split_and_merge(gated):
         np.testing.assert_array_equal(moved[key], value + 1, strict=True)
     with pytest.raises(InputError, match=r"names the tensors of a ResNet.*Leave out naming"):
         to_torch(model, "timm")
-    with pytest.raises(
-        InputError, match="Linear is no network of flax_resblock, and carries"
-    ):
+    with pytest.raises(InputError, match="Linear is no network of flax_resblock, and carries"):
         to_torch(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
 
 

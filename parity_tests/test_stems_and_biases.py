@@ -32,7 +32,7 @@ from flax_resblock.parity.oracle import relative_l2
 from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.parts import vanishing
 from flax_resblock.parity.reference import ReferencePair
-from flax_resblock.runs.param_groups import names_of, trainable
+from flax_resblock.runs.param_groups import names_of
 from parity_tests.support import random_bits
 from torch_ref import ResNet
 
@@ -129,7 +129,7 @@ def test_biases_of_convolutions_are_no_parameters_of_norms():
     named, how = names_of(groups, [one["params"] for one in groups], {}, state_map, "it")
     assert how == "norms last"
     assert "conv1.bias" in named[0]
-    assert len(trainable(state_map)) == len(list(module.parameters()))
+    assert len(state_map.parameters) == len(list(module.parameters()))
 
 
 @pytest.mark.parametrize("change", [*BIASES, "stem_stride", "stem_pool"])

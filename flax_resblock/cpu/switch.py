@@ -71,6 +71,12 @@ def forms(lowering: Lowering = "auto") -> ModuleType | None:
     return _working_forms()
 
 
+def in_memory(x: jax.Array) -> jax.Array:
+    """``x``, kept in memory by a program for a CPU, whatever the lowering of convolutions."""
+    forms = _working_forms() if jax.default_backend() == "cpu" else None
+    return x if forms is None else forms.materialised(x)
+
+
 def for_cpu(lowering: Lowering = "auto") -> bool:
     """Whether :func:`forms` returns the forms."""
     return forms(lowering) is not None

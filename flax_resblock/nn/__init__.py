@@ -70,6 +70,8 @@ if TYPE_CHECKING:
     from flax_resblock.nn.pooling import avg_pool, lp_pool, max_pool
     from flax_resblock.nn.resize import channel_shuffle, interpolate, pixel_shuffle, pixel_unshuffle
     from flax_resblock.nn.selection import (
+        amax,
+        amin,
         clamp,
         cosine_similarity,
         maximum_along,
@@ -99,6 +101,8 @@ __all__ = [
     "StochasticDepth",
     "adaptive_avg_pool",
     "adaptive_max_pool",
+    "amax",
+    "amin",
     "avg_pool",
     "batch_norm",
     "batch_norm_by_batch",
@@ -228,6 +232,8 @@ _MODULES = {
         "pixel_unshuffle",
     ),
     "selection": (
+        "amax",
+        "amin",
         "clamp",
         "cosine_similarity",
         "maximum_along",

@@ -19,7 +19,7 @@ from flax_resblock.nn.scopes import in_slot
 def cpu_forms(lowering: Lowering = "auto") -> Any:
     """:mod:`flax_resblock.cpu.forms` if code that is traced now takes a CPU's own forms, else None.
 
-    This is the only place where the layers meet :mod:`flax_resblock.cpu`.
+    This and :func:`in_memory` are where the layers meet :mod:`flax_resblock.cpu`.
 
     Args:
       lowering: The layer's own choice; see :func:`flax_resblock.conv_lowering`.
@@ -27,6 +27,15 @@ def cpu_forms(lowering: Lowering = "auto") -> Any:
     from flax_resblock.cpu import switch
 
     return switch.forms(lowering)
+
+
+def in_memory(x: jax.Array) -> Any:
+    """``x``, which a program for a CPU computes once and keeps.
+
+    XLA may compute a value again wherever it is used, and round it otherwise there."""
+    from flax_resblock.cpu import switch
+
+    return switch.in_memory(x)
 
 
 LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}

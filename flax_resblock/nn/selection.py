@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+from flax_resblock.nn.conv import in_memory
 
 
 def clamp(x: jax.Array, min: float | None = None, max: float | None = None) -> jax.Array:
@@ -20,11 +25,31 @@ def clamp(x: jax.Array, min: float | None = None, max: float | None = None) -> j
     return x if max is None else jnp.where(x > max, max, x)
 
 
+def amax(x: jax.Array, axis: int | Sequence[int] | None = None, *, keepdims: bool = False) -> Any:
+    """The greatest values along axes, as ``torch.amax``, which divides the gradient among values
+    that are equal.
+
+    The gradient finds them by comparison. ``jnp.max`` loses some of it, or divides by zero, where
+    XLA computes ``x`` once more for the comparison and rounds it otherwise, as it does on a CPU.
+
+    Args:
+      x: Any shape.
+      axis: The axes that go; None: all.
+      keepdims: Whether they stay, with length 1.
+    """
+    return jnp.max(in_memory(x), axis, keepdims=keepdims)
+
+
+def amin(x: jax.Array, axis: int | Sequence[int] | None = None, *, keepdims: bool = False) -> Any:
+    """The least values along axes, as ``torch.amin``; see :func:`amax`."""
+    return jnp.min(in_memory(x), axis, keepdims=keepdims)
+
+
 def maximum_along(x: jax.Array, axis: int, *, keepdims: bool = False) -> jax.Array:
     """The greatest values along an axis, as ``torch.max(x, axis)[0]``.
 
-    If values are equal, the first one receives the gradient; ``jnp.max`` and ``torch.amax`` divide
-    it among them.
+    If values are equal, the first one receives the gradient; :func:`amax` divides it among
+    them.
 
     Args:
       x: Any shape.

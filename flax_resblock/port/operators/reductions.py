@@ -38,7 +38,7 @@ def _reduced(
     dims = [dim % rank for dim in dims] if dims else list(range(rank))
     places = sorted(value.order.index(dim) for dim in dims)
     axis = tuple(places) if len(places) != 1 else along(b, value, dims[0])
-    call = {"amax": "jnp.max", "amin": "jnp.min"}.get(name, f"jnp.{name}")
+    call = f"nn.{name}" if name in ("amax", "amin") else f"jnp.{name}"
     text = f"{call}({{}}, axis={axis}" if len(dims) < rank else f"{call}({{}}"
     text += f", ddof={correction}" if correction else ""
     text += ", keepdims=True)" if keep else ")"
@@ -53,7 +53,7 @@ def _extreme(b: Values, node: Any, x: Any, *rest: Any, **named: Any) -> Any:
         return RULES["maximum" if name == "amax" else "minimum"](b, node, x, rest[0])
     value = b.settled(b.value(x))
     if not rest:
-        return b.new(f"jnp.{name[1:]}({{}})", (value,), (), (), hint=name)
+        return b.new(f"nn.{name}({{}})", (value,), (), (), hint=name)
     dim, *more = rest
     keep = more[0] if more else named.get("keepdim", False)
     dim %= len(value.shape)
