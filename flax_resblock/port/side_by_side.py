@@ -21,6 +21,7 @@ from flax_resblock.nn.stochastic import StochasticDepth
 from flax_resblock.nn.variables import flat_arrays, on_device, set_values
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace, as_tensor, trace_flax, trace_torch
+from flax_resblock.parity.trajectory import FIRST_STEP
 from flax_resblock.port.graphs import leaves
 from flax_resblock.port.inputs import Shapes, in_one_array, random_inputs, unpacked, unpacked_last
 from flax_resblock.port.network import PortedNetwork
@@ -33,7 +34,7 @@ gradient of batch norm is a small difference of large numbers."""
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Options of the compiler for programs that run once and compute little."""
 
-STEPS, RATE = 5, 1e-3
+STEPS = 5
 """Of the training that is compared."""
 
 
@@ -178,22 +179,37 @@ class SideBySide:
         targets = rng.standard_normal(shape)
         module = _FlatTorch(self._cast(precision), self.shapes).train()
         with _no_functional_dropout(), torch.enable_grad():
-            optimizer = torch.optim.SGD(module.parameters(), lr=RATE, momentum=0.9)
+            optimizer = torch.optim.SGD(module.parameters(), momentum=0.9)
+            rate = 0.0
             for batch in batches:
                 optimizer.zero_grad()
                 goal = torch.from_numpy(targets)
                 torch.mean((module(as_tensor(batch, precision)) - goal) ** 2).backward()
+                rate = rate or _moderate(module)
+                optimizer.param_groups[0]["lr"] = rate
                 optimizer.step()
         state = {name.removeprefix("net."): value for name, value in module.state_dict().items()}
         theirs = self.ported.table.to_flax(state_to_numpy(state))
         with precision.on_jax(None), conv_lowering("xla"):
             model = _Flat(self._filled(precision), self.shapes)
             model.train()
-            return theirs, _trained(model, batches, targets, precision)
+            return theirs, _trained(model, batches, targets, precision, rate)
+
+
+def _moderate(module: torch.nn.Module) -> float:
+    """A learning rate at which a step moves no tensor by more than a small share of its norm: with
+    a higher one, training amplifies the last bit of a weight."""
+    pairs = [(one.grad, one) for one in module.parameters() if one.grad is not None]
+    moved = [float(grad.norm() / one.detach().norm()) for grad, one in pairs if one.any()]
+    return min(FIRST_STEP / max(moved, default=1.0), 1.0) if any(moved) else 1e-3
 
 
 def _trained(
-    model: nnx.Module, batches: Sequence[np.ndarray], targets: np.ndarray, precision: Precision
+    model: nnx.Module,
+    batches: Sequence[np.ndarray],
+    targets: np.ndarray,
+    precision: Precision,
+    rate: float,
 ) -> dict[Any, np.ndarray]:
     """Every array of a model after a step of SGD with momentum for each batch."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -206,10 +222,10 @@ def _trained(
 
         gradients, rest = jax.grad(loss, has_aux=True)(params)
         momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, gradients)
-        return jax.tree.map(lambda p, m: p - RATE * m, params, momentum), rest, momentum
+        return jax.tree.map(lambda p, m: p - rate * m, params, momentum), rest, momentum
 
     momentum = jax.tree.map(jnp.zeros_like, params)
-    compiled = jax.jit(step, compiler_options=QUICKLY)
+    compiled = jax.jit(step)
     for batch in batches:
         params, rest, momentum = compiled(
             params, rest, momentum, jnp.asarray(batch, precision.storage)
