@@ -118,7 +118,9 @@ def test_the_certificate_says_with_what_it_was_compared(folder, capsys):
 def test_what_computes_something_else_is_refused_and_nothing_written(arguments, folder, capsys):
     saved(**arguments)
     assert convert("--kwargs", json.dumps(arguments)) == 2
-    assert "does not compute what its Flax twin computes" in capsys.readouterr().err
+    assert (
+        "does not compute what the Flax network built from it computes" in capsys.readouterr().err
+    )
     assert not (folder / "out.safetensors").exists()
     assert not (folder / "parity.json").exists()
 

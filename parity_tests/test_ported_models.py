@@ -132,7 +132,9 @@ def test_what_only_looks_like_a_residual_network_is_ported_or_refused(case):
         with pytest.raises(InputError, match=r"Mirrored cannot be ported: .*\(relative\)"):
             from_torch(module)
         return
-    with pytest.warns(PortedWarning, match="does not compute what its Flax twin computes"):
+    with pytest.warns(
+        PortedWarning, match="does not compute what the Flax network built from it computes"
+    ):
         model = from_torch(module)
     assert_same_bits(to_torch(model), arrays(module))
     with torch.no_grad():

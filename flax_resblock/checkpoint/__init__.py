@@ -32,7 +32,7 @@ from flax_resblock.checkpoint.limits import (
     check_files,
     check_names,
     first_line,
-)
+)  # fmt: skip
 from flax_resblock.checkpoint.record import (
     DIGESTS,
     METADATA_DIGEST,
@@ -258,8 +258,7 @@ def write(
         in memory together.
     Raises:
       InputError: An unknown suffix, or a destination that exists.
-      OutputError: A full or failing disk, or a folder that cannot be written to; nothing is left at
-        ``path``.
+      OutputError: A full or failing disk, or a folder that cannot be written to; nothing is left.
       CheckpointError: What was read back differs from what was written (a failing disk); nothing is
         left at ``path``.
     """
@@ -297,6 +296,5 @@ def _writing(path: Path, write: Callable[..., None], *arguments: Any, **extras: 
     # RuntimeError of torch, SafetensorError, ValueError of TensorStore: none of them an OSError
     except Exception as error:
         raise OutputError(
-            f"{path} could not be written: {first_line(error)}. Is the disk full? Nothing was left "
-            f"there."
+            f"{path} could not be written: {first_line(error)}. Is the disk full? Nothing is left."
         ) from error

@@ -56,17 +56,15 @@ if TYPE_CHECKING:
     from flax_resblock.nn.conv import Conv, Conv1d, convolve
     from flax_resblock.nn.geometry import fold, pad, unfold
     from flax_resblock.nn.linear import Linear, PReLU
-    from flax_resblock.nn.norm import BatchNorm, batch_norm, batch_norm_by_batch
-    from flax_resblock.nn.other_norms import (
-        FrozenBatchNorm,
-        GroupNorm,
-        InstanceNorm,
-        LayerNorm,
+    from flax_resblock.nn.norm import BatchNorm, batch_norm_by_batch
+    from flax_resblock.nn.norm_functions import (
+        batch_norm,
         group_norm,
         instance_norm,
         layer_norm,
         local_response_norm,
     )
+    from flax_resblock.nn.other_norms import FrozenBatchNorm, GroupNorm, InstanceNorm, LayerNorm
     from flax_resblock.nn.pooling import avg_pool, lp_pool, max_pool
     from flax_resblock.nn.resize import channel_shuffle, interpolate, pixel_shuffle, pixel_unshuffle
     from flax_resblock.nn.selection import (
@@ -207,18 +205,20 @@ _MODULES = {
     ),
     "norm": (
         "BatchNorm",
-        "batch_norm",
         "batch_norm_by_batch",
+    ),
+    "norm_functions": (
+        "batch_norm",
+        "group_norm",
+        "instance_norm",
+        "layer_norm",
+        "local_response_norm",
     ),
     "other_norms": (
         "FrozenBatchNorm",
         "GroupNorm",
         "InstanceNorm",
         "LayerNorm",
-        "group_norm",
-        "instance_norm",
-        "layer_norm",
-        "local_response_norm",
     ),
     "pooling": (
         "avg_pool",

@@ -19,6 +19,7 @@ from jax import lax
 
 from flax_resblock.nn.conv import cpu_forms
 from flax_resblock.nn.initializers import initial_value
+from flax_resblock.nn.norm_functions import batch_norm
 from flax_resblock.nn.scopes import in_slot
 
 
@@ -28,19 +29,6 @@ class Moments(NamedTuple):
     mean: jax.Array
     biased_var: jax.Array
     unbiased_var: jax.Array
-
-
-def per_channel(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Broadcasts ``(C,)`` to ``(..., W, C)`` in two steps, so that its gradient is summed in two
-    steps: over the rows, then over the rest.
-
-    XLA's CPU backend adds values one after the other: the rounding error of one long sum grows with
-    its length, while PyTorch adds in a cascade. The barrier keeps the compiler from merging the two
-    sums."""
-    if len(shape) < 3:
-        return jnp.broadcast_to(values, shape)
-    rows = jnp.broadcast_to(values, (*shape[:-2], 1, shape[-1]))
-    return jnp.broadcast_to(lax.optimization_barrier(rows), shape)
 
 
 def batch_moments(x: jax.Array, *, axis_name: Hashable | None = None) -> Moments:
@@ -133,29 +121,6 @@ def _channel_sum(values: jax.Array) -> jax.Array:
     """``(..., C)`` to ``(C,)``, in the two steps of :func:`per_channel`."""
     rows = lax.optimization_barrier(jnp.sum(values, axis=-2)) if values.ndim > 2 else values
     return jnp.sum(rows, axis=tuple(range(rows.ndim - 1)))
-
-
-def batch_norm(
-    x: jax.Array,
-    mean: jax.Array,
-    var: jax.Array,
-    scale: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    eps: float = 1e-5,
-) -> jax.Array:
-    """Normalises by given statistics, as ``torch.nn.functional.batch_norm`` in evaluation.
-
-    Args:
-      x: ``(..., C)``, float32 or wider, as are the others, ``(C,)``.
-      mean, var: The statistics.
-      scale, bias: The affine map that follows; None leaves it out.
-      eps: Added to the variance.
-    """
-    inverse = lax.rsqrt(var + eps)
-    y = (x - per_channel(mean, x.shape)) * per_channel(
-        inverse if scale is None else inverse * scale, x.shape
-    )
-    return y if bias is None else y + per_channel(bias, x.shape)
 
 
 def batch_norm_by_batch(

@@ -7,123 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 
 from flax_resblock.nn.initializers import initial_value
-from flax_resblock.nn.norm import batch_norm
+from flax_resblock.nn.norm_functions import (
+    batch_norm,
+    group_norm,
+    instance_norm,
+    layer_norm,
+)
 from flax_resblock.nn.scopes import in_slot
-
-
-def normalised(x: jax.Array, axes: Sequence[int], eps: float) -> jax.Array:
-    """``x`` minus its mean, divided by its standard deviation; both over ``axes``, the variance
-    biased, computed in float32 at least."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centred = wide - _mean(wide, axes)
-    return (centred * lax.rsqrt(_mean(jnp.square(centred), axes) + eps)).astype(x.dtype)
-
-
-def _mean(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The mean over axes, which stay with length 1. Over axes that are not neighbours it is taken
-    in two steps: XLA's single sum over all of them is twenty times less accurate on a CPU."""
-    if axes[-1] - axes[0] == len(axes) - 1:
-        return jnp.mean(x, axes, keepdims=True)
-    return jnp.mean(jnp.mean(x, axes[:-1], keepdims=True), axes[-1], keepdims=True)
-
-
-def affine(x: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:
-    """``x * scale + bias``, without those that are None."""
-    y = x if scale is None else x * scale
-    return y if bias is None else y + bias
-
-
-def group_norm(
-    x: jax.Array,
-    num_groups: int,
-    scale: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    eps: float = 1e-5,
-) -> jax.Array:
-    """``torch.nn.functional.group_norm``: normalises each image's groups of channels.
-
-    Args:
-      x: ``(N, *spatial, C)``.
-      num_groups: Must divide ``C``.
-      scale, bias: ``(C,)``, or None.
-      eps: Added to the variance.
-    """
-    parts = x.reshape(*x.shape[:-1], num_groups, x.shape[-1] // num_groups)
-    axes = (*range(1, x.ndim - 1), x.ndim)
-    return affine(normalised(parts, axes, eps).reshape(x.shape), scale, bias)
-
-
-def layer_norm(
-    x: jax.Array,
-    scale: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    eps: float = 1e-5,
-    axes: int = 1,
-) -> jax.Array:
-    """``torch.nn.functional.layer_norm``: normalises over the last axes.
-
-    Args:
-      x: ``(..., *shape)``.
-      scale, bias: ``shape``, or None.
-      eps: Added to the variance.
-      axes: The number of axes of ``shape``.
-    """
-    return affine(normalised(x, range(x.ndim - axes, x.ndim), eps), scale, bias)
-
-
-def instance_norm(
-    x: jax.Array,
-    scale: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    eps: float = 1e-5,
-) -> jax.Array:
-    """``torch.nn.functional.instance_norm``: normalises each channel of each image.
-
-    Args:
-      x: ``(N, *spatial, C)``.
-      scale, bias: ``(C,)``, or None.
-      eps: Added to the variance.
-    Raises:
-      ValueError: One pixel alone, which PyTorch refuses too.
-    """
-    _refuse_single_pixel(x)
-    return affine(normalised(x, range(1, x.ndim - 1), eps), scale, bias)
-
-
-def local_response_norm(
-    x: jax.Array, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
-) -> jax.Array:
-    r"""``torch.nn.functional.local_response_norm``.
-
-    .. math:: y_c = x_c \left(k + \frac{\alpha}{size} \sum_{c'} x_{c'}^2\right)^{-\beta}
-
-    Args:
-      x: ``(..., C)``.
-      size: The number of neighbouring channels in the sum.
-      alpha, beta, k: As in the formula.
-    """
-    sums = lax.reduce_window(
-        jnp.square(x),
-        np.zeros((), x.dtype),
-        lax.add,
-        (*(1 for _ in x.shape[:-1]), size),
-        (1,) * x.ndim,
-        (*((0, 0) for _ in x.shape[:-1]), (size // 2, (size - 1) // 2)),
-    )
-    return x / (sums / size * alpha + k) ** beta
-
-
-def _refuse_single_pixel(x: jax.Array) -> None:
-    if all(size == 1 for size in x.shape[1:-1]):
-        raise ValueError(
-            f"InstanceNorm needs more than one pixel in an image; the input has shape "
-            f"{tuple(x.shape)}."
-        )
 
 
 class _Affine(nnx.Module):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,19 +13,26 @@ import numpy as np
 import torch
 from flax import nnx
 
-from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.config import Config, ResNetConfig, name_of
 from flax_resblock.convert.opening import OpenedCheckpoint
-from flax_resblock.cpu.switch import compiler_options, for_cpu
-from flax_resblock.errors import InputError, some, visible
-from flax_resblock.nn.resnet import Model, ResNet, build
+from flax_resblock.cpu.switch import for_cpu
+from flax_resblock.errors import InputError, some
+from flax_resblock.nn.resnet import build
 from flax_resblock.nn.variables import variable_at
+from flax_resblock.parity.forward_run import (
+    Place,
+    Size,
+    as_shape,
+    compiled_outputs,
+    cpu_device,
+    first_line,
+    odd_size,
+    relative_max,
+    shown_size,
+    tensors_in,
+)
 from flax_resblock.parity.module_run import global_state_kept, inner, randomise, runnable
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2, verdict_of
-from flax_resblock.parity.taps import as_array
-
-Size = tuple[int, int]
-"""Height and width of images."""
 
 SIZES: tuple[Size, ...] = ((32, 32), (64, 64), (224, 224))
 """Sizes of the images, in the order in which they are tried."""
@@ -99,73 +105,26 @@ def check_forward(
     name = type(module).__name__
     if not isinstance(module, torch.nn.Module):
         raise InputError(f"from_torch runs nn.Modules; pass the state_dict() of a {name}.")
-    with global_state_kept(), runnable(inner(module)) as twin:
-        place = _Place.of(twin, source)
-        check = _Check(name, twin, place, source.config, eps, values_of, tuple(sizes), wide)
-        with place.tapped(twin):
+    with global_state_kept(), runnable(inner(module)) as copied:
+        place = Place.of(copied, source)
+        check = _Check(name, copied, place, source.config, eps, values_of, tuple(sizes), wide)
+        with place.tapped(copied):
             size = check.find_size()
             figures = check.compare(size, own=True)
-            if odd and check.runs(_odd(size)):
-                check.compare(_odd(size), own=True)
+            if odd and check.runs(odd_size(size)):
+                check.compare(odd_size(size), own=True)
             elif wide:
                 figures = replace(figures, elsewhere=check.at_odd_size(size))
-            randomise(twin)
+            randomise(copied)
             check.compare(size, own=False)
     return figures
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where in a module the converted network is.
-
-    Attributes:
-      prefix: Of its tensors; only used where others were left out.
-      left_out: Names of the modules whose tensors were left out.
-      inputs: What these modules were given in the latest run.
-    """
-
-    prefix: str
-    left_out: tuple[str, ...]
-    inputs: list[torch.Tensor] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, module: torch.nn.Module, source: OpenedCheckpoint) -> _Place:
-        """Finds the prefix as the state dict was read: wrappers first, then the backbone."""
-        keys, is_key = {key: key for key in module.state_dict()}, lambda key: isinstance(key, str)
-        stripped = unwrap(keys, is_tensor=is_key, source="the module").state
-        name_of_array = {id(array): key for key, array in source.record.tensors.items()}
-        own = [(key, name_of_array.get(id(array))) for key, array in source.tensors.items()]
-        used = {key: stripped[name] for key, name in own if name is not None}
-        prefixes = [name.removesuffix(key) for key, name in used.items() if name.endswith(key)]
-        prefix = prefixes[0] if prefixes else ""
-        left = [name for name in stripped.values() if name not in set(used.values())]
-        return cls(prefix, tuple(dict.fromkeys(key.rpartition(".")[0] for key in left)))
-
-    def subject(self, module: torch.nn.Module) -> torch.nn.Module:
-        """What is run: the module, or the part of it that was converted."""
-        return module.get_submodule(self.prefix.rstrip(".")) if self.left_out else module
-
-    @contextmanager
-    def tapped(self, module: torch.nn.Module) -> Iterator[None]:
-        """Within it ``inputs`` receives what the modules whose tensors were left out are given."""
-
-        def record(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
-            self.inputs.extend(value for value in args if isinstance(value, torch.Tensor))
-
-        parts = [module.get_submodule(name) for name in self.left_out if name]
-        handles = [part.register_forward_pre_hook(record) for part in parts]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 @dataclass(frozen=True)
 class _Check:
     name: str
     module: torch.nn.Module
-    place: _Place
+    place: Place
     config: Config
     eps: float
     values_of: Callable[[Mapping[str, Any]], Values]
@@ -189,10 +148,10 @@ class _Check:
                 self.torch_tensors(size, torch.float32)
                 return size
             except Exception as error:
-                raised[size] = f"{type(error).__name__}: {_first_line(error)}"
-        shown = "; ".join(f"{_shown(size)} raises {reason}" for size, reason in raised.items())
+                raised[size] = f"{type(error).__name__}: {first_line(error)}"
+        shown = "; ".join(f"{shown_size(size)} raises {reason}" for size, reason in raised.items())
         raise InputError(
-            f"from_torch compares {self.name} with its Flax twin by running it, but its forward "
+            f"from_torch compares {self.name} with the Flax network by running it, but its forward "
             f"pass cannot be run in float32 on the CPU: an input of {shown}. Fix forward, or pass "
             "the submodule that is the residual network."
         )
@@ -208,15 +167,15 @@ class _Check:
     def at_odd_size(self, size: Size) -> str:
         """A sentence on images of an odd size, if the module takes them and computes something else
         there, as one with a pool of fixed size does."""
-        odd = _odd(size)
+        odd = odd_size(size)
         if not self.runs(odd):
             return ""
         try:
             self.compare(odd, own=True)
         except InputError:
             return (
-                f"made for images of {_shown(size)}: on {_shown(odd)} {self.name} computes "
-                "something else than its Flax twin, as a network with a pool of fixed size does"
+                f"made for images of {shown_size(size)}: on {shown_size(odd)} {self.name} computes "
+                "something else than the Flax network, as a network with a pool of fixed size does"
             )
         return ""
 
@@ -229,12 +188,12 @@ class _Check:
             output = self.place.subject(self.module)(images.to(dtype))
         finally:
             self.module.to(torch.float32)
-        return [*self.place.inputs, *_tensors(output)]
+        return [*self.place.inputs, *tensors_in(output)]
 
     def flax_outputs(self, size: Size, values: Values, dtype: Any) -> tuple[np.ndarray, ...]:
         """The network's output, and for one without a head its last feature map."""
         highest = jax.default_matmul_precision("highest")
-        with jax.enable_x64(dtype == np.float64), jax.default_device(_cpu()), highest:
+        with jax.enable_x64(dtype == np.float64), jax.default_device(cpu_device()), highest:
             model = build(self.config, rngs=None, eps=self.eps)
             paths = dict(nnx.to_flat_state(nnx.state(model)))
             for path in paths:
@@ -242,7 +201,9 @@ class _Check:
                 variable_at(model, path).set_value(jnp.asarray(values[path], of_value))
             model.eval()
             graphdef, state = nnx.split(model)
-            outputs = _compiled(for_cpu())(graphdef, state, jnp.asarray(self.images(size), dtype))
+            outputs = compiled_outputs(for_cpu())(
+                graphdef, state, jnp.asarray(self.images(size), dtype)
+            )
             return tuple(np.asarray(output) for output in outputs)
 
     def compare(self, size: Size, *, own: bool) -> ForwardFigures:
@@ -254,16 +215,16 @@ class _Check:
         """
         tensors = self.torch_tensors(size, torch.float32)
         values = self.values_of(self.module.state_dict())
-        twin = self.flax_outputs(size, values, np.float32)
-        ours, which, index = self._counterpart(tensors, twin)
+        outputs = self.flax_outputs(size, values, np.float32)
+        ours, which, index = self._counterpart(tensors, outputs)
         if own and not np.isfinite(ours).all():
             # NaN spreads differently in the two frameworks; the random weights are finite
             return ForwardFigures(size, float("nan"), None)
         epsilon = float(np.finfo(np.float32).eps)
-        flax = twin[which]
+        flax = outputs[which]
         truth: np.ndarray | None = None
         with suppress(Exception):  # a module that converts to float32 itself
-            truth = _as_shape(self.torch_tensors(size, torch.float64)[index], flax.shape)
+            truth = as_shape(self.torch_tensors(size, torch.float64)[index], flax.shape)
         narrow = float("inf") if truth is None else relative_l2(flax, truth)
         agrees = truth is not None and verdict_of(narrow, relative_l2(ours, truth), epsilon).passed
         if agrees and not self.wide:
@@ -279,7 +240,7 @@ class _Check:
             raise InputError(self._difference(size, ours, exact, own))
         if self.wide and difference is not None:
             raise InputError(
-                f"{self.name} and its Flax twin agree in float32, but in float64 they differ by "
+                f"{self.name} and the Flax network agree in float32, but in float64 they differ by "
                 f"{difference:.1e}, limit {FLOAT64_LIMIT:g}. Either they compute something "
                 f"slightly different, such as another eps, or the forward pass of {self.name} "
                 f"converts to float32, so that it cannot be compared in float64."
@@ -287,16 +248,16 @@ class _Check:
         return ForwardFigures(size, narrow, None)
 
     def _counterpart(
-        self, tensors: list[torch.Tensor], twin: tuple[np.ndarray, ...]
+        self, tensors: list[torch.Tensor], outputs: tuple[np.ndarray, ...]
     ) -> tuple[np.ndarray, int, int]:
-        """The tensor that corresponds to an output of the twin.
+        """The tensor that corresponds to an output of the Flax network.
 
         Returns:
-          The tensor in Flax's layout, the index of the twin's output, and that of the tensor.
+          The tensor in Flax's layout, the index of the Flax output, and that of the tensor.
         """
-        subject = f"from_torch compares {self.name} with its Flax twin by running it, but it"
-        for which, output in enumerate(twin):
-            arrays = [_as_shape(tensor, output.shape) for tensor in tensors]
+        subject = f"from_torch compares {self.name} with the Flax network by running it, but it"
+        for which, output in enumerate(outputs):
+            arrays = [as_shape(tensor, output.shape) for tensor in tensors]
             found = [(array, i) for i, array in enumerate(arrays) if array is not None]
             if found and (len(found) == 1 or self.place.left_out):
                 return found[0][0], which, found[0][1]
@@ -308,7 +269,7 @@ class _Check:
                     "mean."
                 )
         shapes = some([str(list(tensor.shape)) for tensor in tensors]) or "no tensor at all"
-        of_torch = [[shape[0], shape[-1], *shape[1:-1]] for shape in (y.shape for y in twin)]
+        of_torch = [[shape[0], shape[-1], *shape[1:-1]] for shape in (y.shape for y in outputs)]
         raise InputError(
             f"{subject} returns {shapes}, and {name_of(self.config)}, which the names and shapes "
             f"of its tensors fit, returns {' or '.join(map(str, of_torch))}. Pass the submodule "
@@ -319,27 +280,14 @@ class _Check:
         kind = "images" if isinstance(self.config, ResNetConfig) else "feature maps"
         weights = "its own weights" if own else f"random weights, {WHY_RANDOM}"
         return (
-            f"{self.name} does not compute what its Flax twin computes. It was run in evaluation "
-            f"mode, in float32, on {BATCH} random {kind} of {_shown(size)}, with {weights}: the "
-            f"outputs differ by up to {_relative_max(ours, exact):.2g} of the largest value. The "
-            f"names and shapes of its tensors fit {name_of(self.config)}, but its forward pass "
-            f"computes something else. The usual causes: {CAUSES}. To find the first layer that "
-            "differs, run `flax-resblock verify --torch FILE.py:NAME`, where NAME is the module's "
-            "class or a function that returns the module."
+            f"{self.name} does not compute what the Flax network built from it computes. It was "
+            f"run in evaluation mode, in float32, on {BATCH} random {kind} of {shown_size(size)}, "
+            f"with {weights}: the outputs differ by up to {relative_max(ours, exact):.2g} of the "
+            f"largest value. The names and shapes of its tensors fit {name_of(self.config)}, but "
+            f"its forward pass computes something else. The usual causes: {CAUSES}. To find the "
+            f"first layer that differs, run `flax-resblock verify --torch FILE.py:NAME`, where "
+            f"NAME is the module's class or a function that returns the module."
         )
-
-
-def _odd(size: Size) -> Size:
-    return size[0] + 3, size[1] + 1
-
-
-def _shown(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"
-
-
-def _relative_max(ours: np.ndarray, exact: np.ndarray) -> float:
-    with np.errstate(all="ignore"):
-        return float(np.max(np.abs(ours - exact)) / np.max(np.abs(exact)))
 
 
 def _total_stride(config: Config) -> int:
@@ -348,52 +296,3 @@ def _total_stride(config: Config) -> int:
         return config.stride
     strides = [block.stride for _, _, block in config.blocks()]
     return int(np.prod(strides)) * config.stem_reduction
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return visible(lines[0][:200].rstrip(".")) if lines else "no message"
-
-
-def _tensors(output: Any) -> list[torch.Tensor]:
-    """Every tensor in a module's output; only the logits where it names them."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    is_mapping = isinstance(output, Mapping)
-    logits = output.get("logits") if is_mapping else getattr(output, "logits", None)
-    if isinstance(logits, torch.Tensor):
-        return [logits]
-    parts = output.values() if is_mapping else output if isinstance(output, tuple | list) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
-
-
-def _as_shape(tensor: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The tensor in Flax's layout; None where it does not have the shape.
-
-    Pooled features may keep two axes of length one."""
-    if tensor.ndim == 4 and len(shape) == 2 and tuple(tensor.shape[2:]) == (1, 1):
-        tensor = tensor.flatten(1)
-    array = as_array(tensor)
-    return array if array.shape == shape else None
-
-
-def _cpu() -> Any:
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS names other platforms only
-        return jax.local_devices()[0]
-
-
-@functools.cache
-def _compiled(cpu: bool) -> Callable[..., tuple[jax.Array, ...]]:
-    """Runs a split model, compiled once per architecture; ``cpu`` tells the two lowerings apart."""
-    del cpu
-
-    def outputs(graphdef: Any, state: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-        model: Model = nnx.merge(graphdef, state)
-        if isinstance(model, ResNet) and model.head is None:
-            *_, last = model.features(images).values()
-            return jnp.mean(last, axis=(1, 2)), last
-        return (model(images),)
-
-    return jax.jit(outputs, static_argnums=0, compiler_options=compiler_options())

@@ -62,8 +62,8 @@ def heights_between(
     if not {id(first), id(second)} <= names.keys():
         return None
     heights: dict[str, int] = {}
-    with global_state_kept(), runnable(inner(module)) as twin:
-        start, end = (twin.get_submodule(names[id(layer)]) for layer in (first, second))
+    with global_state_kept(), runnable(inner(module)) as copied:
+        start, end = (copied.get_submodule(names[id(layer)]) for layer in (first, second))
         hooks = [
             start.register_forward_hook(lambda _, __, y: heights.update(given=y.shape[2])),
             end.register_forward_pre_hook(lambda _, x: heights.update(taken=x[0].shape[2])),
@@ -71,7 +71,7 @@ def heights_between(
         try:
             for size in (64, 32):
                 with suppress(Exception):  # whatever the module's code raises
-                    twin(torch.zeros(1, channels, size, size))
+                    copied(torch.zeros(1, channels, size, size))
                     return heights["given"], heights["taken"]
         finally:
             for hook in hooks:

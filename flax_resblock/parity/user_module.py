@@ -197,7 +197,7 @@ def examine(
             height, width = batch.shape[1:3]
             what = f"raises {raised}" if raised else "computes something else"
             note = (
-                f"made for images of {_SIDE}x{_SIDE}: it equals its Flax twin there, and on "
+                f"made for images of {_SIDE}x{_SIDE}: it equals the Flax network there, and on "
                 f"{height}x{width} it {what}, as a network with a pool of fixed size does"
             )
             again = replace(again, notes=(*again.notes, note))

@@ -17,8 +17,8 @@ from flax_resblock.convert.codecs import (
     TRANSPOSED,
     Codec,
 )
-from flax_resblock.errors import InputError
-from flax_resblock.port.layer import Inputs, Layer, layer, plain, present
+from flax_resblock.port import window_rows as rows
+from flax_resblock.port.layer import Inputs, Layer, layer, present
 
 _BIAS = ("bias", AS_IS)
 
@@ -122,71 +122,6 @@ def _local_response_norm(m: Any) -> Layer:
     return layer("local_response_norm", m.size, **options, inputs="channels_last")
 
 
-def _max_pool(m: Any) -> Layer:
-    if m.return_indices:
-        raise InputError(f"{m} returns indices too, which is not supported.")
-    return layer(
-        "max_pool",
-        m.kernel_size,
-        stride=None if m.stride == m.kernel_size else m.stride,
-        padding=m.padding,
-        dilation=m.dilation,
-        ceil_mode=m.ceil_mode,
-        inputs="channels_last",
-    )
-
-
-def _avg_pool(m: Any) -> Layer:
-    return layer(
-        "avg_pool",
-        m.kernel_size,
-        stride=None if plain(m.stride) == plain(m.kernel_size) else m.stride,
-        padding=m.padding,
-        ceil_mode=m.ceil_mode,
-        count_include_pad=m.count_include_pad,
-        divisor_override=getattr(m, "divisor_override", None),
-        inputs="channels_last",
-    )
-
-
-def _lp_pool(m: Any) -> Layer:
-    return layer(
-        "lp_pool",
-        m.norm_type,
-        m.kernel_size,
-        stride=m.stride,
-        ceil_mode=m.ceil_mode,
-        inputs="channels_last",
-    )
-
-
-def _adaptive_pool(call: str, m: Any) -> Layer:
-    if getattr(m, "return_indices", False):
-        raise InputError(f"{m} returns indices too, which is not supported.")
-    return layer(call, m.output_size, inputs="channels_last")
-
-
-def _pad(mode: str, m: Any) -> Layer:
-    """PyTorch's widths begin with the last axis."""
-    ends = [m.padding[at : at + 2] for at in range(0, len(m.padding), 2)]
-    widths = ((0, 0), *(tuple(pair) for pair in reversed(ends)), (0, 0))
-    value = getattr(m, "value", 0.0) if mode == "constant" else 0.0
-    found = layer("pad", mode=mode, value=value, inputs="channels_last")
-    return replace(found, positional=(widths,))
-
-
-def _upsample(m: Any) -> Layer:
-    return layer(
-        "interpolate",
-        size=m.size,
-        scale_factor=m.scale_factor,
-        mode=m.mode,
-        align_corners=m.align_corners,
-        recompute_scale_factor=m.recompute_scale_factor or None,
-        inputs="channels_last",
-    )
-
-
 def _dropout(axes: tuple[int, ...], m: Any) -> Layer:
     """``axes``: those that are dropped together, after the batch."""
     inputs: Inputs = "channels_last" if axes else "elementwise"
@@ -247,18 +182,18 @@ ROWS: dict[str, Callable[[Any], Layer | None]] = {
     "torch.nn.GroupNorm": _group_norm,
     "torch.nn.LayerNorm": _layer_norm,
     "torch.nn.LocalResponseNorm": _local_response_norm,
-    "torch.nn.MaxPool1d": _max_pool,
-    "torch.nn.MaxPool2d": _max_pool,
-    "torch.nn.AvgPool1d": _avg_pool,
-    "torch.nn.AvgPool2d": _avg_pool,
-    "torch.nn.LPPool1d": _lp_pool,
-    "torch.nn.LPPool2d": _lp_pool,
-    "torch.nn.AdaptiveAvgPool1d": partial(_adaptive_pool, "adaptive_avg_pool"),
-    "torch.nn.AdaptiveAvgPool2d": partial(_adaptive_pool, "adaptive_avg_pool"),
-    "torch.nn.AdaptiveMaxPool1d": partial(_adaptive_pool, "adaptive_max_pool"),
-    "torch.nn.AdaptiveMaxPool2d": partial(_adaptive_pool, "adaptive_max_pool"),
+    "torch.nn.MaxPool1d": rows.max_pool,
+    "torch.nn.MaxPool2d": rows.max_pool,
+    "torch.nn.AvgPool1d": rows.avg_pool,
+    "torch.nn.AvgPool2d": rows.avg_pool,
+    "torch.nn.LPPool1d": rows.lp_pool,
+    "torch.nn.LPPool2d": rows.lp_pool,
+    "torch.nn.AdaptiveAvgPool1d": partial(rows.adaptive_pool, "adaptive_avg_pool"),
+    "torch.nn.AdaptiveAvgPool2d": partial(rows.adaptive_pool, "adaptive_avg_pool"),
+    "torch.nn.AdaptiveMaxPool1d": partial(rows.adaptive_pool, "adaptive_max_pool"),
+    "torch.nn.AdaptiveMaxPool2d": partial(rows.adaptive_pool, "adaptive_max_pool"),
     **{
-        f"torch.nn.{kind}{axes}d": partial(_pad, mode)
+        f"torch.nn.{kind}{axes}d": partial(rows.pad, mode)
         for axes in (1, 2)
         for kind, mode in {
             "ZeroPad": "constant",
@@ -268,9 +203,9 @@ ROWS: dict[str, Callable[[Any], Layer | None]] = {
             "CircularPad": "circular",
         }.items()
     },
-    "torch.nn.Upsample": _upsample,
-    "torch.nn.UpsamplingNearest2d": _upsample,
-    "torch.nn.UpsamplingBilinear2d": _upsample,
+    "torch.nn.Upsample": rows.upsample,
+    "torch.nn.UpsamplingNearest2d": rows.upsample,
+    "torch.nn.UpsamplingBilinear2d": rows.upsample,
     "torch.nn.PixelShuffle": lambda m: layer(
         "pixel_shuffle", m.upscale_factor, inputs="channels_last"
     ),

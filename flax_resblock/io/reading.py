@@ -1,4 +1,4 @@
-"""Models in, models out: PyTorch state dicts, modules and files to nnx models, and back."""
+"""PyTorch's modules, state dicts and checkpoints to models."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from flax_resblock import checkpoint
 from flax_resblock.checkpoint import LIMITS, Limits
 from flax_resblock.checkpoint.unwrap import record_of
 from flax_resblock.config import Config, Path
-from flax_resblock.convert import Naming, StateMap, naming_of
-from flax_resblock.convert.hubs import files_of
-from flax_resblock.convert.metadata import EPS, MOMENTUM, metadata_of
+from flax_resblock.convert import Naming
+from flax_resblock.convert.metadata import EPS, MOMENTUM
 from flax_resblock.convert.opening import (
     OpenedCheckpoint,
     ReadOptions,
@@ -27,18 +26,13 @@ from flax_resblock.convert.opening import (
     open_checkpoint,
     refuse_afresh,
 )
-from flax_resblock.convert.own import carried
 from flax_resblock.errors import AssumptionWarning, InputError, PortedWarning, some
+from flax_resblock.io.writing import LEFT_OUT
 from flax_resblock.nn.layers import LayerOptions
-from flax_resblock.nn.norm import BatchNorm
 from flax_resblock.nn.resnet import Model, build
-from flax_resblock.nn.variables import flat_arrays, on_device, set_values
-from flax_resblock.port.folder import save_model
-from flax_resblock.port.network import ported_of
-from flax_resblock.runs.own import save_own, state_dict_of
+from flax_resblock.nn.variables import on_device, set_values
 from flax_resblock.runs.run import Run
-from flax_resblock.runs.run_file import run_of, write_with_run
-from flax_resblock.runs.tensors import config_of
+from flax_resblock.runs.run_file import run_of
 
 
 def from_torch(
@@ -263,13 +257,8 @@ def to_model(source: OpenedCheckpoint, **options: Unpack[LayerOptions]) -> Model
             f"{len(source.left_out)} tensors of {source.record.source} were left out when it was "
             f"loaded, and are not in the state dict of this model: {some(source.left_out)}."
         )
-        setattr(model, _LEFT_OUT, words)
+        setattr(model, LEFT_OUT, words)
     return model
-
-
-_LEFT_OUT = "left_out"
-"""Attribute of models that were loaded without some tensors of their file: what :func:`to_torch`
-says of them. A text is static, so that it survives ``nnx.split`` and ``nnx.merge``."""
 
 
 def arrays_of(source: OpenedCheckpoint) -> dict[Path, jax.Array | np.ndarray]:
@@ -278,108 +267,3 @@ def arrays_of(source: OpenedCheckpoint) -> dict[Path, jax.Array | np.ndarray]:
     them does.
     """
     return on_device(source.state_map.to_flax(source.tensors, in_one_block=True))
-
-
-def _config_of(model: Any, naming: str | Naming | None) -> Config | None:
-    """The configuration of a model that is written by it; None for one with names of its own."""
-    config = None if carried(model) is not None and naming is None else config_of(model)
-    if config is None and naming is not None:
-        raise InputError(
-            f"a naming scheme names the tensors of a ResNet, ResidualBlock or BottleneckBlock of "
-            f"flax_resblock, not those of a {type(model).__name__}. Leave out naming."
-        )
-    return config
-
-
-def to_torch(model: nnx.Module, naming: str | Naming | None = None) -> dict[str, np.ndarray]:
-    """The state dict of a model, in PyTorch's order, names and layouts; bit for bit the tensors
-    that :func:`from_torch` took.
-
-    Args:
-      model: A model of this library, or a ported one, from :func:`from_torch`,
-        :func:`load_ported` or ``PortedNetwork.create()``.
-      naming: Naming scheme, or the name of one of :data:`flax_resblock.NAMINGS`; None is
-        torchvision's, or the names of the module that a ported network came from.
-    Returns:
-      New writable arrays by name; ``num_batches_tracked`` is int64. ``torch.from_numpy`` of each
-      loads with ``strict=True`` (bfloat16 goes through
-      :func:`flax_resblock.checkpoint.torch_file.from_numpy`).
-    Raises:
-      InputError: A model without names in PyTorch, an unknown naming scheme, or one that cannot
-        name this network's parts.
-    Warns:
-      UserWarning: The model was loaded without some tensors of its file, such as a projection head,
-        so that this is not all that came in.
-    """
-    config = _config_of(model, naming)
-    if config is None:
-        return state_dict_of(model)
-    state_map = StateMap(config, naming or "torchvision")
-    if words := getattr(model, _LEFT_OUT, ""):
-        warnings.warn(words, stacklevel=2)
-    return state_map.to_torch(flat_arrays(model), copy=True)
-
-
-def norm_options(model: nnx.Module) -> dict[str, float | None]:
-    """``eps`` and ``momentum`` that all norms of the model share."""
-    norms = [module for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm)]
-    shared = {(norm.eps, norm.momentum) for norm in norms}
-    if len(shared) > 1:
-        raise InputError(
-            f"the model's norms differ in (eps, momentum): {sorted(map(str, shared))}; a "
-            f"checkpoint holds one pair for all."
-        )
-    return dict(zip((EPS, MOMENTUM), next(iter(shared)), strict=True))
-
-
-def save(
-    model: nnx.Module,
-    path: str | PathLike[str],
-    *,
-    run: Run | None = None,
-    naming: str | Naming | None = None,
-    force: bool = False,
-) -> None:
-    """Writes a model, and the run that trains it, to a checkpoint, whole or not at all.
-
-    Args:
-      model: A model of this library; or a ported one, which keeps the names of your module; or any
-        other, for an Orbax folder only.
-      path: The suffix decides the format: ``.pth`` (``.pt``, ``.th``), ``.safetensors``, or none
-        for an Orbax folder, which holds Flax's own names; with the naming scheme ``"huggingface"``
-        or ``"timm"``, for a folder that transformers or timm loads. None for a ported model: the
-        folder that ``flax-resblock port`` writes, for :func:`flax_resblock.load_ported`.
-      run: Optimizer, schedule and counters, as :func:`load_run` and
-        :func:`flax_resblock.training.fit` give them. A ``.pth`` then is a training checkpoint, with
-        the entries ``"model"``, ``"optimizer"``, ``"lr_scheduler"``, ``"epoch"`` and ``"step"``.
-      naming: Naming scheme of ``.pth`` and ``.safetensors``, or the name of a known one; None is
-        torchvision's, or the names of the module that a ported network came from. A scheme of your
-        own is stored in the file, or beside it. ``"flax"`` keeps Flax's names and layouts in a
-        ``.safetensors``.
-      force: Replace what is there.
-    Raises:
-      InputError: An unknown suffix or naming scheme, a destination that exists, a folder that
-        cannot be written to.
-    """
-    path, scheme = FilePath(path), naming_of(naming or "torchvision")
-    config = _config_of(model, naming)
-    if config is None:
-        ported = ported_of(model)
-        if run is None and ported is not None and checkpoint.output_format(path) == "orbax":
-            save_model(ported, model, path, force=force)
-        else:
-            save_own(model, path, run, force=force)
-        return
-    StateMap(config, scheme)  # refuses a scheme that cannot name this network, whatever the format
-    kind = checkpoint.output_format(path)
-    files = files_of(scheme.hub, config, {}) if kind == "orbax" and scheme.hub else None
-    if kind == "pytorch" and scheme.name == "flax":
-        raise InputError(
-            "a .pth file holds PyTorch names; use .safetensors or an Orbax folder for naming "
-            "scheme 'flax'."
-        )
-    checkpoint.refuse_existing(path, force, checkpoint.is_orbax)
-    state_map = StateMap(config, "flax" if kind == "orbax" and files is None else scheme)
-    tensors = state_map.to_torch(flat_arrays(model), copy=True)
-    metadata = metadata_of(config, scheme, norm_options(cast(Model, model)))
-    write_with_run(path, tensors, metadata, run, state_map, files=files, force=force)
