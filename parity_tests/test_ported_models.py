@@ -298,3 +298,25 @@ def test_convert_refuses_it_and_its_advice_ports_it(tmp_path, monkeypatch, capsy
     assert run(advice[1:]) == 0
     assert run(["convert", "net", "back.pth"]) == 0
     assert_same_bits(checkpoint.read("back.pth").tensors, arrays(module))
+
+
+class Versioned(torch.nn.Conv2d):
+    """Refuses a state dict that does not say its version, as MNASNet of torchvision does."""
+
+    _version = 3
+
+    def _load_from_state_dict(self, state, prefix, local_metadata, *rest):
+        if local_metadata.get("version") != self._version:
+            raise ValueError("of another version")
+        super()._load_from_state_dict(state, prefix, local_metadata, *rest)
+
+
+def test_a_file_keeps_the_versions_of_modules(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Sequential(Versioned(3, 4, 3)))
+    with pytest.warns(PortedWarning):
+        model = from_torch(module)
+    flax_resblock.save(model, tmp_path / "back.pth")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    module.load_state_dict(back, strict=True)
+    with pytest.raises(ValueError, match="of another version"):
+        module.load_state_dict(dict(back), strict=True)

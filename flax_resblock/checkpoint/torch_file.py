@@ -251,6 +251,11 @@ def _recorded(
     return {**found.metadata, DIGESTS: json.dumps(found.tensors)}
 
 
+VERSIONS = "module_versions"
+"""Metadata: a JSON object of the versions with which classes of the user's own mark their state
+dicts, by the module's name; ``load_state_dict`` shows them to these classes."""
+
+
 def write_torch(
     path: Path,
     tensors: Mapping[str, np.ndarray],
@@ -261,9 +266,12 @@ def write_torch(
     accepts, and in a file beside it the metadata and the SHA-256 of everything.
 
     With ``extras``, the entries of a training checkpoint, the state dict is the entry ``"model"``
-    beside them."""
+    beside them. The entry :data:`VERSIONS` of the metadata becomes a part of it."""
     torch = import_torch()
-    state = OrderedDict((key, from_numpy(value)) for key, value in tensors.items())
+    state: Any = OrderedDict((key, from_numpy(value)) for key, value in tensors.items())
+    if VERSIONS in metadata:
+        versions = json.loads(metadata[VERSIONS])
+        state._metadata = OrderedDict((path, {"version": n}) for path, n in versions.items())
     torch.save(state if extras is None else {"model": state, **with_tensors(extras)}, path)
     recorded = json.loads(metadata[DIGESTS]) if DIGESTS in metadata else digests(tensors)
     beside = ({}, "") if extras is None else record.digests_of_extras(extras)

@@ -80,6 +80,7 @@ class PortedNetwork:
     def carried(self) -> Table:
         """:attr:`table` with what it says of the network, and the tensors that are never used."""
         about = {
+            **self.table.about,
             "network": self.name,
             "image_size": list(self.image_size),
             "channels": self.channels,

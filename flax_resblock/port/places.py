@@ -56,6 +56,18 @@ def _outputs(module: torch.nn.Module, images: Sequence[torch.Tensor]) -> list[to
     return [one for one in leaves(module(*images)) if isinstance(one, torch.Tensor)]
 
 
+def versions_of(module: torch.nn.Module) -> dict[str, int]:
+    """With which version the classes of a module that are not PyTorch's mark its state dict."""
+    marks = getattr(module.state_dict(), "_metadata", {})
+    return {
+        path: mark["version"]
+        for path, mark in marks.items()
+        if isinstance(mark.get("version"), int)
+        and not type(module.get_submodule(path)).__module__.startswith("torch.nn.")
+        and type(module.get_submodule(path))._version != torch.nn.Module._version
+    }
+
+
 def placed_tensors(module: torch.nn.Module, body: Body) -> list[Tensor]:
     """Where every tensor of the state dict is; one that is there twice has one place."""
     placed = {one.key: one for one in tensors_of(body.parts)}

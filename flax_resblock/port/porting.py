@@ -20,7 +20,7 @@ from flax_resblock.port.inputs import Shapes, is_one_image
 from flax_resblock.port.known import known_network
 from flax_resblock.port.modes import trace_training
 from flax_resblock.port.network import PortedNetwork
-from flax_resblock.port.places import parameters_of, placed_tensors, slots_of
+from flax_resblock.port.places import parameters_of, placed_tensors, slots_of, versions_of
 from flax_resblock.port.proof import Proof, prove
 from flax_resblock.port.renaming import old_key, without_keywords
 from flax_resblock.port.source import in_docstring, source_of
@@ -94,7 +94,7 @@ def port(
             trains = random is not None
             more: dict[str, Any] = {"trains": trains, "inputs": shapes, "fold_layout": fold_layout}
             return _ported(copied, state, parameters, channels, size, exact, name, **more)
-        table = Table.of(known.tensors, state, parameters)
+        table = Table.of(known.tensors, state, parameters, versions_of(copied))
         made = PortedNetwork(
             known.source, known.name, table, table.to_flax(state), {}, name, size, channels,
             known.slots,
@@ -134,7 +134,8 @@ def _ported(
             "", [((BATCH, *shape), axes.channels_last(1 + len(shape))) for shape in shapes]
         )
         rows = [replace(one, key=old_key(one.key, old)) for one in placed_tensors(named, body)]
-        table, classes = Table.of(rows, state, parameters), classes_of(reader, body)
+        table = Table.of(rows, state, parameters, versions_of(module))
+        classes = classes_of(reader, body)
         slots = {old_key(name, old): path for name, path in slots_of(reader, body).items()}
         unused = table.unused_of(state)
         made = PortedNetwork(

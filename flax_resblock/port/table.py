@@ -84,6 +84,7 @@ class Table(TensorMap):
         tensors: Iterable[Tensor],
         state: Mapping[str, np.ndarray],
         parameters: Mapping[str, Parameter],
+        versions: Mapping[str, int] | None = None,
     ) -> Table:
         """The table of a module.
 
@@ -91,10 +92,12 @@ class Table(TensorMap):
           tensors: Where its tensors are.
           state: Its state dict.
           parameters: Its parameters, in their order.
+          versions: With which its classes mark their state dicts, by the names of modules.
         """
         entries = [_entry(one, state[one.key].shape, parameters.get(one.key)) for one in tensors]
         by_key = {one.torch_key: one for one in entries}
-        return cls(entries, [by_key[key] for key in parameters if key in by_key])
+        about = {"versions": dict(versions)} if versions else {}
+        return cls(entries, [by_key[key] for key in parameters if key in by_key], about)
 
     def with_content(
         self, *, about: Mapping[str, Any] | None = None, unused: Mapping[str, np.ndarray]
@@ -195,7 +198,7 @@ def _check(about: Mapping[str, Any]) -> None:
     def sizes(value: Any) -> bool:
         return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
 
-    slots, inputs = about.get("slots"), about.get("inputs")
+    slots, inputs, versions = (about.get(name) for name in ("slots", "inputs", "versions"))
     sound = (
         isinstance(about.get("network"), str)
         and sizes(about.get("image_size"))
@@ -206,6 +209,7 @@ def _check(about: Mapping[str, Any]) -> None:
         and isinstance(slots, dict)
         and all(isinstance(path, list) for path in slots.values())
         and all(isinstance(step, int | str) for path in slots.values() for step in path)
+        and (versions is None or (isinstance(versions, dict) and sizes([*versions.values()])))
     )
     if not sound:
         raise InputError("what it says of the network is damaged. Port the network again.")

@@ -15,6 +15,7 @@ from flax import nnx
 from flax_resblock import checkpoint
 from flax_resblock._version import __version__
 from flax_resblock.checkpoint import LIMITS, Limits, Record
+from flax_resblock.checkpoint.torch_file import VERSIONS
 from flax_resblock.config import Path
 from flax_resblock.convert.metadata import NETWORK, PORT
 from flax_resblock.convert.own import OpenedTensors, carried, carry, open_own
@@ -83,6 +84,7 @@ def write_own(
     metadata = {"written_by": f"flax-resblock {__version__}", NETWORK: network}
     if hasattr(tensors, "content"):
         metadata[PORT] = json.dumps(tensors.content())
+        metadata[VERSIONS] = json.dumps(tensors.about.get("versions", {}))
     arrays = names.to_torch(tensors.whole(values), copy=True)
     checkpoint.refuse_existing(path, force, checkpoint.is_orbax)
     write_with_run(path, arrays, metadata, run, names, force=force)
