@@ -317,6 +317,7 @@ def test_a_linear_beside_the_network_is_its_head(head, prefix, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_backbone_with_a_classifier_has_the_users_own_logits(tmp_path):
     from torch_ref import ResNet
 

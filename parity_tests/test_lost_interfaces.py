@@ -79,6 +79,7 @@ def test_without_it_a_cpu_computes_as_plain_xla_does(name):
     assert (onednn_lost, same, own) == ([], True, [False, False])
 
 
+@pytest.mark.slow
 def test_with_all_of_them_it_takes_its_own_forms_without_a_warning():
     """The control of the test above."""
     lost, onednn_lost, same, close, own = after("")

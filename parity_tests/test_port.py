@@ -398,6 +398,7 @@ class Sizes(nn.Module):
         return self.fc(torch.cat([pooled, means, large.amax((2, 3))], dim=1))
 
 
+@pytest.mark.slow
 def test_sizes_that_follow_from_the_images_do_not_bind_the_network(monkeypatch):
     torch.manual_seed(0)
     module = Sizes().eval()
@@ -557,6 +558,7 @@ def test_dropout_has_the_rate_and_the_scale_of_the_module():
     assert abs(kept.mean((1, 2))[channels].mean() - 0.6) < 0.02
 
 
+@pytest.mark.slow
 def test_nothing_is_transposed_without_a_flattened_map():
     """A transpose of an image batch would be paid for at every step."""
 
@@ -648,6 +650,7 @@ def test_modules_may_be_called_like_keywords():
         flax_resblock.port(module)
 
 
+@pytest.mark.slow
 def test_figures_name_the_precision_and_the_steps(network):
     figures = flax_resblock.port(network, exact=True).figures
     assert figures["float64 training gradients"]["error"] <= 1e-12
@@ -677,6 +680,7 @@ def small_resnet():
     return torch_ref.ResNet(depths=(1, 1), widths=(6, 8), num_classes=3, stem="cifar")
 
 
+@pytest.mark.slow
 def test_a_network_that_the_library_has_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     spec = f"{REPOSITORY}/parity_tests/test_port.py:small_resnet"
@@ -689,6 +693,7 @@ def test_a_network_that_the_library_has_is_one_line(tmp_path, monkeypatch):
     assert "class BasicBlock" in flax_resblock.port(small_resnet(), expand=True).source
 
 
+@pytest.mark.slow
 def test_dropout_is_not_lost_in_a_network_that_the_library_has():
     """Its own networks have none."""
     module = small_resnet()
@@ -732,6 +737,7 @@ SHOWN = {
 
 
 @pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.slow
 def test_the_documentation_shows_what_is_written(name, monkeypatch):
     build, title = SHOWN[name]
     monkeypatch.setattr(porting, "prove", lambda *_, **__: proof.Proof())

@@ -246,6 +246,7 @@ def test_the_table_has_the_parameters_in_pytorchs_order_and_what_training_change
         Table.of_content(content)
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_evaluates_without_torch(here):
     code = f"""
 import flax_resblock
@@ -264,6 +265,7 @@ print(len(flax_resblock.to_torch(model)), "torch" in sys.modules)
     assert "accuracy" in done.stdout
 
 
+@pytest.mark.slow
 def test_bad_input_ends_with_one_true_paragraph(here, capsys):
     module = imported(here.parent / "own.py").Net()
     torch.save(module.state_dict(), "weights.pth")

@@ -124,7 +124,7 @@ HIDDEN = "another activation hidden by branches of zero"
 LOOKS = (HIDDEN, "reflecting padding", "a max head after a stride of 32")
 
 
-@pytest.mark.parametrize("case", fast_only(LOOKS[:2], LOOKS))
+@pytest.mark.parametrize("case", fast_only(LOOKS[1:2], LOOKS))
 def test_what_only_looks_like_a_residual_network_is_ported_or_refused(case):
     """Never anything between: equal in float64, in spite of weights that hide what differs."""
     module = trained(WRONG[case]()).double().eval()
@@ -159,6 +159,7 @@ class TwoHeads(Gated):
         return {"logits": super().forward(F.dropout(x, 0.2, self.training)), "map": x}
 
 
+@pytest.mark.slow
 def test_verify_ports_what_no_configuration_describes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     spec = f"{__file__}:TwoHeads"
@@ -176,6 +177,7 @@ def test_verify_ports_what_no_configuration_describes(tmp_path, monkeypatch, cap
     assert "equal: all" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_edited_code_is_verified_against_the_module(tmp_path, monkeypatch, capsys):
     """One operator or one number changed: the first slot that differs is a module of the user's."""
     monkeypatch.chdir(tmp_path)
