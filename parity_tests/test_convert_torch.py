@@ -89,6 +89,7 @@ def convert(*more):
     return run(["convert", "net.pth", "out.safetensors", "--torch", "net.py:Net", *more])
 
 
+@pytest.mark.slow
 def test_the_certificate_says_with_what_it_was_compared(folder, capsys):
     """eps 1e-3, which no tensor tells, is the module's."""
     module = saved()

@@ -131,6 +131,7 @@ def test_the_state_dict_returns_bit_for_bit(network, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_what_was_written_needs_no_torch(network, tmp_path):
     assert run(["port", "gated.py:Net", "gated.pth", "out"]) == 0
     code = """
