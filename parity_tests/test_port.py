@@ -24,6 +24,7 @@ from flax_resblock.cli import run
 from flax_resblock.parity.certificate import recheck
 from flax_resblock.port import porting, proof
 from flax_resblock.port.network import executed
+from flax_resblock.port.random_layers import stochastic_depth
 from flax_resblock.port.source import source_of
 from parity_tests.support import REPOSITORY, import_torchvision, python
 from parity_tests.wide_resnet import WideResNet
@@ -461,6 +462,23 @@ def test_a_module_that_drops_whole_images_is_known_by_what_it_does():
     assert "scale_by_keep=False" in unscaled.source
     with pytest.raises(InputError, match=r"in training mode module drop .*aten\.rand"):
         flax_resblock.port(Branch(whole=False))
+
+
+class Leaky(nn.Module):
+    """Has a small number as an attribute, and leaves positive numbers alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = 0.001
+
+    def forward(self, x):
+        return torch.where(x > 0, x, self.slope * x)
+
+
+def test_a_module_that_drops_nothing_is_no_stochastic_depth():
+    assert stochastic_depth(Leaky()) is None
+    assert stochastic_depth(nn.LeakyReLU(0.001)) is None
+    assert stochastic_depth(Survival(0.999, scaled=False)) is not None  # the control
 
 
 class Doubled(torch.autograd.Function):

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -16,52 +15,33 @@ from flax_resblock.checkpoint.torch_file import from_numpy, state_to_numpy
 from flax_resblock.config import Path
 from flax_resblock.convert.state_map import Entry
 from flax_resblock.errors import InputError, some
-from flax_resblock.nn.stochastic import StochasticDepth
 from flax_resblock.nn.variables import flat_arrays, variable_at
 from flax_resblock.parity.module_run import inner
 from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
 from flax_resblock.parity.taps import as_tensor
-from flax_resblock.port.graphs import leaves
-from flax_resblock.port.inputs import Shapes, in_one_array, unpacked, unpacked_last
 from flax_resblock.port.network import PortedNetwork
 from flax_resblock.port.proof import FLOOR
-from flax_resblock.port.side_by_side import _no_functional_dropout, _switch_off
+from flax_resblock.port.side_by_side import (
+    FlatModule,
+    FlatNetwork,
+    drop_nothing,
+    no_functional_dropout,
+    switch_off,
+)
 
 NET = "net"
-"""The network inside the modules that put all of its outputs in one array."""
+"""The network inside the modules that put its outputs in one array."""
 
 
-class _Outputs(nnx.Module):
-    """The network with what it returns in evaluation mode as one array, in PyTorch's order; in
-    training mode without what auxiliary heads return."""
+class _TorchOutputs(FlatModule):
+    """The module with what it returns in evaluation mode as one tensor; in training mode without
+    what auxiliary heads return. It draws no random numbers."""
 
-    def __init__(self, net: Any, count: int, shapes: Shapes) -> None:
-        self.net, self.count, self.shapes = net, count, shapes
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        found = leaves(self.net(*unpacked_last(x, self.shapes)))
-        parts = [one for one in found if one is not None]
-        return in_one_array(parts[: self.count])
-
-
-class _TorchOutputs(torch.nn.Module):
-    """The same of the module, which draws no random numbers.
-
-    Attributes:
-      count: Of the tensors that it returns in evaluation mode; None until it has run.
-    """
-
-    def __init__(self, net: torch.nn.Module, shapes: Shapes) -> None:
-        super().__init__()
-        self.net, self.shapes = net, shapes
-        self.count: int | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with _no_functional_dropout():
-            found = leaves(self.net(*unpacked(x, self.shapes)))
-        parts = [one for one in found if isinstance(one, torch.Tensor)]
-        self.count = self.count or len(parts)
-        return torch.cat([one.reshape(len(one), -1) for one in parts[: self.count]], dim=-1)
+    def parts(self, x: torch.Tensor) -> list[torch.Tensor]:
+        with no_functional_dropout():
+            found = super().parts(x)
+        self.count = self.count or len(found)
+        return found
 
 
 class PortedPair(Pair):
@@ -91,7 +71,7 @@ class PortedPair(Pair):
         self.title = f"{type(inner(module)).__name__} against its port"
         self.gradient_floor = FLOOR
         net = copy.deepcopy(inner(module)).cpu().requires_grad_(True)
-        _switch_off(net)
+        switch_off(net)
         values = ported.table.to_flax(state_to_numpy(net.state_dict()))
         own = flat_arrays(model)
         wrong = [
@@ -159,10 +139,9 @@ class PortedPair(Pair):
             floating = jnp.issubdtype(value.dtype, jnp.floating)
             dtype = precision.storage if floating else None
             variable_at(model, path).set_value(jnp.asarray(value, dtype))
+        drop_nothing(model)
         for _, part in nnx.iter_modules(model):
             layer: Any = part
-            if isinstance(part, nnx.Dropout | StochasticDepth):
-                layer.rate = 0.0
             if hasattr(part, "dtype"):
                 layer.dtype = precision.compute
-        return _Outputs(model, self._torch.count or 1, self._torch.shapes)
+        return FlatNetwork(model, self._torch.shapes, self._torch.count)

@@ -99,7 +99,7 @@ def port(
             known.source, known.name, table, table.to_flax(state), {}, name, size, channels,
             known.slots,
         )  # fmt: skip
-        proof = prove(copied, made, made.slots, exact=exact)
+        proof = prove(copied, made, exact=exact)
         return replace(made, figures=proof.figures, notes=tuple(proof.notes))
 
 
@@ -183,13 +183,13 @@ def _proved(
 ) -> Proof:
     """The proof; a gradient that is written by hand has to be the one of the forward pass."""
     if not traced.custom_gradients:
-        return prove(module, made, made.slots, **options)
+        return prove(module, made, **options)
     used = (
         f"{some(list(traced.custom_gradients))}, a torch.autograd.Function, has a gradient that is "
         f"written by hand"
     )
     try:
-        proof = prove(module, made, made.slots, **options)
+        proof = prove(module, made, **options)
     except InputError as error:
         difference = str(error).partition(" Please")[0]
         raise InputError(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from flax_resblock.config import Path
 from flax_resblock.errors import InputError, some
 from flax_resblock.parity.comparison import SPREAD
 from flax_resblock.parity.oracle import TORCH_FACTOR, TRAJECTORY_LIMIT, relative_l2, verdict_of
@@ -49,7 +47,6 @@ class Proof:
 def prove(
     module: torch.nn.Module,
     ported: PortedNetwork,
-    slots: Mapping[str, Path],
     *,
     exact: bool,
     guessed: bool = False,
@@ -62,14 +59,13 @@ def prove(
     Args:
       module: In evaluation mode and float32; changed.
       ported: Its source and table.
-      slots: Paths of the layers in the Flax model, by their names in PyTorch.
       exact: Train both for some steps as well.
       guessed: Heights and widths in the source are guessed; see
         :class:`flax_resblock.port.placing.Values`.
     Raises:
       InputError: They differ.
     """
-    both = _Comparison(module, ported, slots)
+    both = _Comparison(module, ported)
     precision = PRECISIONS["float64" if both.is_wide() else "float32"]
     if precision.name == "float32":
         both.notes.append("your module does not compute in float64; it was compared in float32")
@@ -86,10 +82,8 @@ def prove(
 class _Comparison(SideBySide):
     """Collects figures and notes, and raises InputError at the first difference."""
 
-    def __init__(
-        self, module: torch.nn.Module, ported: PortedNetwork, slots: Mapping[str, Path]
-    ) -> None:
-        super().__init__(module, ported, slots)
+    def __init__(self, module: torch.nn.Module, ported: PortedNetwork) -> None:
+        super().__init__(module, ported)
         self.figures: dict[str, Any] = {}
         self.notes: list[str] = []
 

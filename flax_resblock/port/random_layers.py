@@ -37,11 +37,14 @@ def stochastic_depth(module: torch.nn.Module) -> StochasticDepth | None:
     """
     if [*module.parameters(), *module.buffers(), *module.children()]:
         return None
-    for name, value in list(vars(module).items()):
-        if not isinstance(value, float) or not 0 < value < 1:
-            continue
+    attributes = {name: value for name, value in vars(module).items() if isinstance(value, float)}
+    candidates = {name: value for name, value in attributes.items() if 0 < value < 1}
+    factors = _factors(module) if candidates else None
+    if factors is None:
+        return None
+    for name, value in candidates.items():
         for rate, off in ((value, 0.0), (1 - value, 1.0)):
-            scale = _scale(module, rate)
+            scale = _scale(factors, rate)
             if scale is None or not _is_off(module, name, off):
                 continue
             options = {"scale_by_keep": scale != 1, "stateful": True, "random": True}
@@ -70,7 +73,8 @@ def _factors(module: torch.nn.Module) -> Any:
 
     training = module.training
     with global_state_kept():
-        images: Any = 1 + torch.rand(SAMPLES, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        images: Any = torch.randn(SAMPLES, 3, 2, 2, generator=generator)
         try:
             torch.manual_seed(0)
             if torch.equal(module.eval()(images.clone()), images):
@@ -82,11 +86,10 @@ def _factors(module: torch.nn.Module) -> Any:
     return None
 
 
-def _scale(module: torch.nn.Module, rate: float) -> float | None:
-    """What the images are multiplied by that are not dropped; None if it does something else."""
-    factors = _factors(module)
-    if factors is None:
-        return None
+def _scale(factors: torch.Tensor, rate: float) -> float | None:
+    """What the images are multiplied by that are not dropped; None if none is dropped, or something
+    else is done to them.
+    """
     first = factors[:, 0]
     scale = float(first.max())
     dropped = float((first == 0).float().mean())
@@ -94,6 +97,6 @@ def _scale(module: torch.nn.Module, rate: float) -> float | None:
     binary = bool(((first == 0) | ((first - scale).abs() <= 1e-5 * scale)).all())
     likely = abs(dropped - rate) <= 5 * (rate * (1 - rate) / SAMPLES) ** 0.5
     known = min(abs(scale - 1), abs(scale - 1 / (1 - rate))) <= 1e-5 * scale
-    if not (whole and binary and likely and known):
+    if not (whole and binary and likely and known and dropped):
         return None
     return 1.0 if abs(scale - 1) <= 1e-5 else scale

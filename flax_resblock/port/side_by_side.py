@@ -47,28 +47,42 @@ def images_of(channels: int, size: tuple[int, int]) -> np.ndarray:
     return images + np.linspace(-0.1, 0.2, channels)
 
 
-class _Flat(nnx.Module):
-    """The network with everything that it returns in one array, in PyTorch's order."""
+class FlatNetwork(nnx.Module):
+    """The network with what it returns in one array, in PyTorch's order.
 
-    def __init__(self, net: Any, shapes: Shapes = ()) -> None:
-        self.net, self.shapes = net, shapes
+    Args:
+      net: The network.
+      shapes: Of its inputs, which are one array.
+      count: How many of its outputs; None: all.
+    """
+
+    def __init__(self, net: Any, shapes: Shapes, count: int | None = None) -> None:
+        self.net, self.shapes, self.count = net, shapes, count
 
     def __call__(self, x: jax.Array) -> jax.Array:
         found = leaves(self.net(*unpacked_last(x, self.shapes)))
-        return in_one_array([one for one in found if one is not None])
+        return in_one_array([one for one in found if one is not None][: self.count])
 
 
-class _FlatTorch(torch.nn.Module):
-    """The module with everything that it returns in one tensor."""
+class FlatModule(torch.nn.Module):
+    """The module with what it returns in one tensor.
 
-    def __init__(self, net: torch.nn.Module, shapes: Shapes = ()) -> None:
+    Attributes:
+      count: How many of its outputs; None: all.
+    """
+
+    def __init__(self, net: torch.nn.Module, shapes: Shapes) -> None:
         super().__init__()
         self.net, self.shapes = net, shapes
+        self.count: int | None = None
+
+    def parts(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors that it returns."""
+        found = leaves(self.net(*unpacked(x, self.shapes)))
+        return [one for one in found if isinstance(one, torch.Tensor)][: self.count]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found = leaves(self.net(*unpacked(x, self.shapes)))
-        parts = [one for one in found if isinstance(one, torch.Tensor)]
-        return torch.cat([one.reshape(len(one), -1) for one in parts], dim=-1)
+        return torch.cat([one.reshape(len(one), -1) for one in self.parts(x)], dim=-1)
 
 
 class SideBySide:
@@ -79,16 +93,13 @@ class SideBySide:
         is then zero or not finite, its random layers are switched off, and its frozen parameters
         have gradients.
       ported: Its source and table.
-      slots: Paths of the layers in the Flax model, by their names in PyTorch.
     """
 
-    def __init__(
-        self, module: torch.nn.Module, ported: PortedNetwork, slots: Mapping[str, Path]
-    ) -> None:
+    def __init__(self, module: torch.nn.Module, ported: PortedNetwork) -> None:
         self.module, self.ported, self._model = module, ported, ported.create()
-        self.torch_slots = {name: f"net.{name}" for name in slots}
-        self.flax_slots = {name: ("net", *path) for name, path in slots.items()}
-        _switch_off(module)
+        self.torch_slots = {name: f"net.{name}" for name in ported.slots}
+        self.flax_slots = {name: ("net", *path) for name, path in ported.slots.items()}
+        switch_off(module)
         for parameter in module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         own = copy.deepcopy(module.state_dict())
@@ -110,23 +121,23 @@ class SideBySide:
     def _output(self) -> np.ndarray:
         """The output in evaluation mode."""
         with torch.no_grad():
-            flat = _FlatTorch(self.module, self.shapes)
+            flat = FlatModule(self.module, self.shapes)
             return flat(as_tensor(self.images, PRECISIONS["float32"])).numpy()
 
     def output_in_training(self) -> tuple[int, ...]:
         """The shape of the output in training mode; whatever the module raises there or in its
         backward pass, this raises.
         """
-        flat = _FlatTorch(copy.deepcopy(self.module).train(), self.shapes)
-        with torch.enable_grad(), _no_functional_dropout():
+        flat = FlatModule(copy.deepcopy(self.module).train(), self.shapes)
+        with torch.enable_grad(), no_functional_dropout():
             output = flat(as_tensor(self.images, PRECISIONS["float32"]))
             output.sum().backward()
         return tuple(output.shape)
 
     def torch(self, images: np.ndarray, precision: Precision, **options: Any) -> Trace:
         """What the module computes."""
-        flat = _FlatTorch(self._cast(precision), self.shapes)
-        with _no_functional_dropout(), torch.enable_grad():
+        flat = FlatModule(self._cast(precision), self.shapes)
+        with no_functional_dropout(), torch.enable_grad():
             return trace_torch(flat, images, self.torch_slots, precision=precision, **options)
 
     def flax(
@@ -138,7 +149,7 @@ class SideBySide:
     ) -> Trace:
         """What the ported network computes, with these options of the compiler."""
         with precision.on_jax(None):
-            flat = _Flat(self._filled(precision), self.shapes)
+            flat = FlatNetwork(self._filled(precision), self.shapes)
         options |= {"precision": precision, "options": compiler, "activation_gradients": False}
         with conv_lowering("xla"):
             return trace_flax(flat, images, self.flax_slots, **options)
@@ -147,9 +158,7 @@ class SideBySide:
         state = state_to_numpy(self._cast(precision).state_dict())
         model = nnx.clone(self._model)
         set_values(model, on_device(self.ported.table.to_flax(state)))
-        for _, part in nnx.iter_modules(model):
-            if isinstance(part, nnx.Dropout | StochasticDepth):
-                part.rate = 0.0
+        drop_nothing(model)
         return model
 
     def _cast(self, precision: Precision) -> torch.nn.Module:
@@ -158,7 +167,7 @@ class SideBySide:
 
     def is_wide(self) -> bool:
         """Whether the module computes in float64: a cast in its code may keep it from that."""
-        flat = _FlatTorch(self._cast(PRECISIONS["float64"]), self.shapes)
+        flat = FlatModule(self._cast(PRECISIONS["float64"]), self.shapes)
         try:
             with torch.no_grad():
                 return flat(as_tensor(self.images, PRECISIONS["float64"])).dtype == torch.float64
@@ -177,8 +186,8 @@ class SideBySide:
         rng = np.random.default_rng(2)
         batches = [self.images + 0.1 * rng.standard_normal(self.images.shape) for _ in range(STEPS)]
         targets = rng.standard_normal(shape)
-        module = _FlatTorch(self._cast(precision), self.shapes).train()
-        with _no_functional_dropout(), torch.enable_grad():
+        module = FlatModule(self._cast(precision), self.shapes).train()
+        with no_functional_dropout(), torch.enable_grad():
             optimizer = torch.optim.SGD(module.parameters(), momentum=0.9)
             rate = 0.0
             for batch in batches:
@@ -191,7 +200,7 @@ class SideBySide:
         state = {name.removeprefix("net."): value for name, value in module.state_dict().items()}
         theirs = self.ported.table.to_flax(state_to_numpy(state))
         with precision.on_jax(None), conv_lowering("xla"):
-            model = _Flat(self._filled(precision), self.shapes)
+            model = FlatNetwork(self._filled(precision), self.shapes)
             model.train()
             return theirs, _trained(model, batches, targets, precision, rate)
 
@@ -251,7 +260,14 @@ def _move_weights(module: torch.nn.Module) -> None:
             var.uniform_(0.5, 2, generator=generator)
 
 
-def _switch_off(module: torch.nn.Module) -> None:
+def drop_nothing(model: nnx.Module) -> None:
+    """Sets the rates of random layers of the ported network to zero."""
+    for _, part in nnx.iter_modules(model):
+        if isinstance(part, nnx.Dropout | StochasticDepth):
+            part.rate = 0.0
+
+
+def switch_off(module: torch.nn.Module) -> None:
     """Sets the rates of random layers to zero."""
     for part in module.modules():
         found = stochastic_depth(part)
@@ -266,7 +282,7 @@ def _switch_off(module: torch.nn.Module) -> None:
 
 
 @contextmanager
-def _no_functional_dropout() -> Iterator[None]:
+def no_functional_dropout() -> Iterator[None]:
     """Within it ``F.dropout`` and its kin return their input."""
     functional = torch.nn.functional
     names = (
