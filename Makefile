@@ -13,6 +13,8 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed-$(VERSION)
 COMPILERS := $(VENV)/compilers
+# Tests start many processes, and without kept bytecode each compiles this library's source again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup compilers demo test test-all stress fuzz networks lint bench decorrelation clean
 

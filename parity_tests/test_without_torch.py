@@ -1,5 +1,6 @@
 """A machine without torch can import, convert and run; and importing costs nothing."""
 
+import os
 import statistics
 
 import numpy as np
@@ -118,8 +119,11 @@ def test_importing_and_every_public_name_need_no_torch():
 
 
 @pytest.mark.slow
-def test_importing_takes_no_longer_than_jax_and_nnx():
-    """Both in one process: two processes differ by more than what is to be measured."""
+def test_importing_takes_no_longer_than_jax_and_nnx(tmp_path):
+    """Both in one process: two processes differ by more than what is to be measured.
+
+    With bytecode for both, as after an installation. jax has it from pip; where
+    ``PYTHONDONTWRITEBYTECODE`` is set, every process would compile this library's source."""
     code = """
 import time
 start = time.process_time()
@@ -130,10 +134,13 @@ ours = time.process_time()
 [getattr(flax_resblock, name) for name in flax_resblock.__all__]
 print(base - start, ours - base, time.process_time() - base)
 """
-    rows = [[float(word) for word in run(code).stdout.split()] for _ in range(5)]
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    runs = [python("-c", code, env=environment).stdout for _ in range(6)]
+    rows = [[float(word) for word in line.split()] for line in runs[1:]]
     base, ours, all_names = (statistics.median(column) for column in zip(*rows, strict=True))
     print(
         f"jax and nnx {base:.2f} s, flax_resblock {ours:.3f} s more, with every public name "
         f"{all_names:.3f} s more"
     )
-    assert all_names <= 0.2 * base  # 0.12 to 0.14 on two busy cores
+    assert all_names <= 0.15 * base  # measured: 0.07
