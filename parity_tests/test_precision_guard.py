@@ -22,6 +22,7 @@ from flax_resblock.parity.devices import (
     strict,
     torch_device,
 )
+from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.precision import (
     MeasuredPrecision,
     mantissa_bits,
@@ -247,7 +248,7 @@ def test_strict_sets_everything_and_puts_it_back(outside, failing, settings):
                 raise ZeroDivisionError
         assert {_node(name).fp32_precision for name in SETTINGS} == {"ieee"}
         assert torch.are_deterministic_algorithms_enabled()
-        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
         assert not torch.backends.cudnn.benchmark
         assert os.environ[WORKSPACE] in (":4096:8", ":16:8")
         assert jax.config.jax_default_matmul_precision == "highest"
@@ -269,6 +270,29 @@ def test_strict_reaches_the_products_that_name_no_precision():
     with strict():
         assert "HIGHEST" in program()
     assert "HIGHEST" not in program()
+
+
+def test_tf32_reaches_both_sides_and_leaves_strict_as_it_was():
+    def program():
+        product = jax.jit(lambda x: x @ x)
+        return product.lower(jnp.ones((4, 4))).as_text()
+
+    with strict():
+        before = {name: _node(name).fp32_precision for name in SETTINGS}
+        with PRECISIONS["tf32"].on_torch():
+            assert {_node(name).fp32_precision for name in SETTINGS} == {"tf32"}
+        assert {name: _node(name).fp32_precision for name in SETTINGS} == before
+        with PRECISIONS["tf32"].on_jax(None):
+            assert "HIGHEST" not in program()
+        assert "HIGHEST" in program()
+    found = measure_precision("torch", torch.device("cpu"), "tf32")
+    assert {(one.dtype, one.expected_bits) for one in found} == {("tf32", 10)}
+
+
+def test_an_operation_without_deterministic_algorithm_warns_within_strict():
+    index, value = torch.tensor([0]), torch.ones(1)
+    with strict(), pytest.warns(UserWarning, match="deterministic"):
+        torch.zeros(3).put_(index, value)
 
 
 def test_every_switch_is_in_its_strict_position(monkeypatch):

@@ -99,7 +99,7 @@ def compare(
       gradients: Also gradients of every parameter, activation and the input.
       isolated: Also compare every layer by itself, fed PyTorch's own input.
       steps: Also compare this many training steps with SGD and with AdamW.
-      precisions: Among ``"float64"``, ``"float32"`` and ``"bfloat16"``.
+      precisions: Among ``"float64"``, ``"float32"``, ``"tf32"`` and ``"bfloat16"``.
       rtol, atol: Replace the project's criterion by that of ``numpy.allclose``. If only one is
         given, the other is 0.
       conv_lowering: How Flax computes the convolutions of this package; see
@@ -176,7 +176,7 @@ def verify_pair(
         if comparison.passed:
             return Verification(comparison, title=pair.title)
         progress("looking for the cause")
-        narrow = [name for name in plan.precisions if name != "float64"]
+        narrow = [name for name in plan.precisions if name not in ("float64", "tf32")]
         gradients = plan.gradients or plan.steps > 0
         found = diagnose(
             pair, images, train=plan.train, gradients=gradients, precisions=narrow, devices=devices

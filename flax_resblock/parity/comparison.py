@@ -53,7 +53,8 @@ class Plan:
         :data:`BATCHES`.
       gradients: Also gradients of every parameter, activation and the input (in training mode where
         ``train``, else in evaluation mode).
-      precisions: Among ``"float64"``, ``"float32"`` and ``"bfloat16"``.
+      precisions: Among ``"float64"``, ``"float32"``, ``"tf32"`` and ``"bfloat16"``. TF32 is what
+        CUDA's matrix units make of float32; a device that has none computes in float32.
       isolated: Also every slot by itself, fed PyTorch's own input.
       steps: Also this many training steps with each of ``optimizers``; everything is compared
         after every step.
@@ -173,7 +174,8 @@ class _Referee:
             for precision in precisions:
                 torch_side, flax_side = sides[precision.name]
                 progress(f"{where}: PyTorch and Flax, {precision.name}")
-                ours = truth if precision.name == "float64" else next(torch_side)
+                with precision.on_torch():
+                    ours = truth if precision.name == "float64" else next(torch_side)
                 floors = _floors(pair, truth)
                 own = {
                     key: 0.0 if ours is truth else relative_l2(value, truth[key], floors[key])
@@ -243,11 +245,16 @@ def _with_spread(
     rng = np.random.default_rng(1)
     largest = {(row.quantity, row.slot, row.step): row.verdict.reference_error for row in rows}
     stepped = isinstance(part, Trajectory)
+    kept: list[Tensors] = []
     for _ in range(SPREAD):
         moved = images * (1 + precision.epsilon * rng.integers(-1, 2, images.shape))
-        truths = part.run("torch", pair, EXACT, images, devices.of(EXACT))
         again = part.run("torch", pair, precision, moved, devices.of(precision))
-        for step, (truth, ours) in enumerate(zip(truths, again, strict=True), start=1):
+        truths = kept or part.run("torch", pair, EXACT, images, devices.of(EXACT))
+        if not stepped:  # the steps of a training run together may not fit in memory
+            truths = kept = list(truths)
+        for step, truth in enumerate(truths, start=1):
+            with precision.on_torch():
+                ours = next(again)
             floors = _floors(pair, truth)
             for key, value in ours.items():
                 place = (*key, step if stepped else None)

@@ -128,8 +128,8 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextmanager
-def _torch_ieee() -> Iterator[None]:
-    """``fp32_precision = "ieee"`` for every operation.
+def torch_products(value: str) -> Iterator[None]:
+    """``fp32_precision = value``, which is ``"ieee"`` or ``"tf32"``, for every operation of torch.
 
     Only this API: mixed with the older ``allow_tf32`` it makes torch raise. The common setting
     comes first, and only those that do not follow it are touched, because one that inherits cannot
@@ -145,18 +145,21 @@ def _torch_ieee() -> Iterator[None]:
     before: list[tuple[Any, str]] = []
     try:
         for setting in settings:
-            if setting.fp32_precision != "ieee":
+            if setting.fp32_precision != value:
                 before.append((setting, setting.fp32_precision))
-                setting.fp32_precision = "ieee"
+                setting.fp32_precision = value
         yield
     finally:
-        for setting, value in reversed(before):
-            setting.fp32_precision = value
+        for setting, old in reversed(before):
+            setting.fp32_precision = old
 
 
 @contextmanager
 def _torch_deterministic() -> Iterator[None]:
-    """The same kernels in every run; cuBLAS needs a workspace of fixed size for that."""
+    """The same kernels in every run, where torch has such kernels; cuBLAS needs a workspace of
+    fixed size for that. An operation that has none warns instead of failing, because a comparison
+    does not need it: on CUDA these are the gradients of common layers, such as reflection
+    padding."""
     import torch
 
     before = (
@@ -168,7 +171,7 @@ def _torch_deterministic() -> Iterator[None]:
     try:
         os.environ.setdefault(WORKSPACE, ":4096:8")
         torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
@@ -179,15 +182,15 @@ def _torch_deterministic() -> Iterator[None]:
 
 @contextmanager
 def strict(lowering: Lowering = "xla") -> Iterator[None]:
-    """Within it both frameworks compute float32 as float32, in the same way each time; every
-    setting is what it was afterwards.
+    """Within it both frameworks compute float32 as float32, and in the same way each time where
+    they can; every setting is what it was afterwards.
 
     jax: ``default_matmul_precision("highest")``, which convolutions and products without a
     precision of their own follow, and convolutions in XLA's own form, unless ``lowering`` selects
     another. torch: no TF32 and no bfloat16 in cuBLAS, cuDNN and oneDNN, no benchmarking,
-    deterministic algorithms (an operation that has none raises RuntimeError)."""
+    deterministic algorithms (an operation that has none warns)."""
     with ExitStack() as stack:
-        stack.enter_context(_torch_ieee())
+        stack.enter_context(torch_products("ieee"))
         stack.enter_context(_torch_deterministic())
         stack.enter_context(jax.default_matmul_precision("highest"))
         stack.enter_context(conv_lowering(lowering))

@@ -133,7 +133,7 @@ class Measurement:
         gradient"``, ``"sgd: parameters"`` ...
       slot: Slot name, with the tensor's name behind a slash where the slot has several;
         ``"output"`` and ``"input"``.
-      precision: ``"float64"``, ``"float32"`` or ``"bfloat16"``.
+      precision: ``"float64"``, ``"float32"``, ``"tf32"`` or ``"bfloat16"``.
       verdict: Errors and limit.
       step: Training step (from 1) of a trajectory, else None.
     """

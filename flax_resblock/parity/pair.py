@@ -24,7 +24,7 @@ from flax_resblock.convert.codecs import AS_IS, OIHW_HWIO, TRANSPOSED, Codec
 from flax_resblock.convert.state_map import Entry
 from flax_resblock.errors import InputError, some
 from flax_resblock.nn.variables import variable_at
-from flax_resblock.parity.devices import JaxDevice
+from flax_resblock.parity.devices import JaxDevice, torch_products
 
 Side = Literal["flax", "torch"]
 """One of the two frameworks that are compared."""
@@ -35,18 +35,21 @@ class Precision:
     """A floating format as both frameworks are made to use it.
 
     Attributes:
-      name: ``"float64"``, ``"float32"`` or ``"bfloat16"``.
+      name: ``"float64"``, ``"float32"``, ``"tf32"`` or ``"bfloat16"``.
       storage: numpy dtype of parameters, statistics and images.
       compute: jax dtype that layers compute in where it is not ``storage``: in bfloat16 parameters
         and statistics stay in float32, as mixed-precision training has them (``torch.autocast`` on
         one side, ``dtype=`` of the layers on the other).
       epsilon: Distance from 1 to the next number.
+      products: ``"tf32"`` where the operands of convolutions and products are rounded to TF32,
+        gradients included; ``"ieee"`` elsewhere.
     """
 
     name: str
     storage: Any
     compute: Any
     epsilon: float
+    products: str = "ieee"
 
     def of_jax(self) -> AbstractContextManager[Any]:
         """Within it jax computes in this precision and no less."""
@@ -56,7 +59,8 @@ class Precision:
     def on_jax(self, device: JaxDevice | None) -> Iterator[None]:
         """Within it jax computes on a device (None: its default), in this precision and no less,
         products included."""
-        with self.of_jax(), jax.default_device(device), jax.default_matmul_precision("highest"):
+        products = "default" if self.products == "tf32" else "highest"
+        with self.of_jax(), jax.default_device(device), jax.default_matmul_precision(products):
             yield
 
     def of_torch(self, device: torch.device) -> AbstractContextManager[Any]:
@@ -65,11 +69,17 @@ class Precision:
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)
 
+    def on_torch(self) -> AbstractContextManager[Any]:
+        """Within it torch computes products in this precision, in gradients too; :meth:`of_torch`
+        is for the forward pass alone, as autocast is meant to be used."""
+        return torch_products("tf32") if self.products == "tf32" else nullcontext()
+
 
 PRECISIONS: Mapping[str, Precision] = MappingProxyType(
     {
         "float64": Precision("float64", np.float64, None, float(np.finfo(np.float64).eps)),
         "float32": Precision("float32", np.float32, None, float(np.finfo(np.float32).eps)),
+        "tf32": Precision("tf32", np.float32, None, 2.0**-10, "tf32"),
         "bfloat16": Precision(
             "bfloat16", np.float32, jnp.bfloat16, float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps)
         ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from flax_resblock.checkpoint.torch_file import from_numpy, to_numpy
 from flax_resblock.errors import InputError
 from flax_resblock.nn.conv import convolve
 from flax_resblock.parity.devices import JaxDevice, device_name
-from flax_resblock.parity.pair import Side
+from flax_resblock.parity.pair import PRECISIONS, Side
 
 Operation = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """A product ``(M, K) by (K, N) -> (M, N)`` as some backend computes it, all three in one dtype."""
@@ -188,17 +188,23 @@ def _torch_operations(device: torch.device) -> dict[str, Operation]:
 def measure_precision(
     side: Side, device: JaxDevice | torch.device, dtype: str
 ) -> list[MeasuredPrecision]:
-    """Examines one 3x3 convolution and one matrix product under the settings in force; see
-    :func:`strict`.
+    """Examines one 3x3 convolution and one matrix product under the settings in force, see
+    :func:`strict`; or, of ``"tf32"``, under its own.
 
     Args:
       side: Which framework.
       device: One of its devices. float64 is the truth and measured where the truth is computed, on
         the CPU.
-      dtype: Of operands and results.
+      dtype: Of operands and results. ``"tf32"``: float32 operands that the device may round to
+        TF32; one without TF32 keeps more bits.
     Raises:
       TypeError: A device of the other framework.
     """
+    if dtype == "tf32":
+        bits = int(-np.log2(PRECISIONS[dtype].epsilon))
+        with PRECISIONS[dtype].on_torch(), jax.default_matmul_precision("default"):
+            found = measure_precision(side, device, "float32")
+        return [replace(one, dtype=dtype, expected_bits=bits) for one in found]
     if isinstance(device, torch.device) != (side == "torch"):
         raise TypeError(f"{device!r} is no device of {'jax' if side == 'flax' else 'torch'}.")
     if isinstance(device, torch.device):
