@@ -40,42 +40,40 @@ class Part(NamedTuple):
     where: str = "anywhere"
 
 
-def _networks() -> dict[str, Part]:
-    found = {}
-    for arithmetic, where in (
-        ("float32", "anywhere"),
-        ("bfloat16", "accelerator"),
-        ("tf32", "tf32"),
-    ):
-        for name in ("resnet50", "resnet18"):
-            run = partial(network, name, arithmetic)
-            what = f"{name} at 224x224 in {arithmetic}: outputs, statistics and gradients"
-            found[f"{name}-{arithmetic}"] = Part(run, what, 240, where)
-    return found
+def _networks(arithmetic: str, where: str) -> dict[str, Part]:
+    parts = {}
+    for name in ("resnet50", "resnet18"):
+        what = f"{name} at 224x224 in {arithmetic}: outputs, statistics and gradients"
+        parts[f"{name}-{arithmetic}"] = Part(partial(network, name, arithmetic), what, 240, where)
+    return parts
 
 
-def _training(arithmetic: str, where: str) -> Part:
+def _training(arithmetic: str, where: str) -> dict[str, Part]:
     what = f"twenty training steps in {arithmetic}, SGD and AdamW"
-    return Part(partial(training, arithmetic), what, 240, where)
+    return {f"training-{arithmetic}": Part(partial(training, arithmetic), what, 240, where)}
 
+
+_EVERY_KIND = {
+    f"battery-{chunk + 1}": Part(
+        partial(battery, chunk), "every kind of block and small network", 300
+    )
+    for chunk in range(CHUNKS)
+}
 
 PARTS: Mapping[str, Part] = {
     "machine": Part(machine, "machine, versions and settings", 120),
     "precision": Part(precision, "what precision both sides really deliver", 120),
     "block": Part(block, "the residual block of the question", 240),
-    **_networks(),
-    **{
-        f"battery-{chunk + 1}": Part(
-            partial(battery, chunk), "every kind of block and small network", 300
-        )
-        for chunk in range(CHUNKS)
-    },
-    "training-float32": _training("float32", "anywhere"),
+    **_networks("float32", "anywhere"),
     "conversion": Part(conversion, "weights to the device and back, bit for bit", 120),
-    "tests": Part(tests, "the tests of the marker accelerator", 240, "accelerator"),
+    **_networks("bfloat16", "accelerator"),
+    **_networks("tf32", "tf32"),
+    **_training("float32", "anywhere"),
+    **_EVERY_KIND,
     "repeatability": Part(repeatability, "the same bits in every run", 240),
-    "training-bfloat16": _training("bfloat16", "accelerator"),
-    "training-tf32": _training("tf32", "tf32"),
+    "tests": Part(tests, "the tests of the marker accelerator", 240, "accelerator"),
+    **_training("bfloat16", "accelerator"),
+    **_training("tf32", "tf32"),
     "memory": Part(memory, "peak memory of a training step", 180, "accelerator"),
 }
 """In the order of their value."""
