@@ -218,7 +218,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="Small cases of a few parts.")
     parser.add_argument("--time-limit", type=float, default=480, help="Seconds, of everything.")
     parser.add_argument("--part-limit", type=float, help="Seconds, of each part.")
-    parser.add_argument("--jobs", type=int, help="Parts at a time; by default 5 on a GPU, else 1.")
+    parser.add_argument("--jobs", type=int, help="Parts at a time; by default as many as suit.")
     parser.add_argument("--fault", choices=FAULTS, help="A fault to put into the Flax side.")
     given = parser.parse_args()
     names = given.parts.split(",") if given.parts else list(QUICK if given.quick else PARTS)
@@ -228,8 +228,9 @@ def main() -> int:
     deadline = time.monotonic() + given.time_limit - MARGIN
     given.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the parts are ended, too
-    jobs = given.jobs or (
-        min(5, max(1, (os.cpu_count() or 1) // 3)) if given.device == "gpu" else 1
+    cores = os.cpu_count() or 1
+    jobs = given.jobs or {"gpu": min(5, max(1, cores // 3)), "cpu": min(4, cores)}.get(
+        given.device, 1
     )
     identity = {"device": given.device, "quick": given.quick, "fault": given.fault}
     here = {"anywhere"} if given.device == "cpu" else {"anywhere", "accelerator"}
