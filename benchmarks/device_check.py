@@ -124,6 +124,16 @@ class Launch:
         return record(status, seconds, **found, error=output[-12000:])
 
 
+def say(name: str, found: Mapping[str, Any]) -> None:
+    """Prints how a part ended, and the first of what is wrong."""
+    print(f"{found['status']:8}  {name}, {found['seconds']:.0f} s", flush=True)
+    wrong = [row for row in found["rows"] if row["passed"] is False]
+    lines = [f"{row['subject']}: {row['check']}: {row['figure']}" for row in wrong[:5]]
+    lines += found.get("error", "").strip().splitlines()[-5:]
+    for line in lines:
+        print(f"          {line[:300]}", flush=True)
+
+
 def end(child: subprocess.Popen[bytes]) -> None:
     """Ends a part and whatever it has started."""
     with contextlib.suppress(ProcessLookupError):
@@ -195,8 +205,7 @@ def run_all(
                 end(child)
                 del running[name]
                 check.put(name, launch.outcome(name, status, seconds, child.returncode))
-                found = check.parts[name]
-                print(f"{found['status']:8}  {name}, {seconds:.0f} s", flush=True)
+                say(name, check.parts[name])
             if not running and time.monotonic() > deadline:
                 for name in waiting:
                     check.put(name, record("not run: the time of the whole check was over"))

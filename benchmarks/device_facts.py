@@ -254,5 +254,5 @@ def tests(setting: Setting) -> Iterator[Row]:
     )
     print(run.stdout, flush=True)
     last = run.stdout.strip().splitlines()[-1:] or ["no output"]
-    passed = run.returncode == 0 and "skipped" not in last[0]
+    passed = run.returncode == 0 and " passed" in last[0]  # torch can be without the device
     yield Row("parity_tests", "marker accelerator", last[0], passed, {"output": run.stdout[-8000:]})

@@ -44,7 +44,7 @@ def _networks(arithmetic: str, where: str) -> dict[str, Part]:
     parts = {}
     for name in ("resnet50", "resnet18"):
         what = f"{name} at 224x224 in {arithmetic}: outputs, statistics and gradients"
-        parts[f"{name}-{arithmetic}"] = Part(partial(network, name, arithmetic), what, 240, where)
+        parts[f"{name}-{arithmetic}"] = Part(partial(network, name, arithmetic), what, 300, where)
     return parts
 
 
