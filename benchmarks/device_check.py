@@ -160,7 +160,8 @@ class Check:
         earlier call finished on the same one."""
         self.parts[name] = found
         if name == "machine":
-            self.identity[name] = {row["check"]: row["figure"] for row in found["rows"]}
+            facts = [row for row in found["rows"] if row["subject"] == "machine"]
+            self.identity[name] = {row["check"]: row["figure"] for row in facts}
             if self.earlier["identity"] == self.identity:
                 earlier = self.earlier["parts"].items()
                 self.parts = {k: v for k, v in earlier if v["status"] in ENDED} | self.parts

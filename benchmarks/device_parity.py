@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -106,7 +107,8 @@ class FaultyPair(ReferencePair):
 def _compared(
     setting: Setting, subject: str, pair: ReferencePair, images: np.ndarray, plan: Plan
 ) -> Iterator[Row]:
-    """One row per precision and quantity."""
+    """One row per precision and quantity; one with the error where a comparison raises one, so that
+    the other cases of a part are compared all the same."""
     if setting.fault:
         fields = (pair.config, pair.state, pair.norm_options, pair.naming, pair.module)
         pair = FaultyPair(*fields, fault=setting.fault)
@@ -115,8 +117,13 @@ def _compared(
     def progress(text: str) -> None:
         print(f"{time.monotonic() - started:7.1f} s  {subject}: {text}", flush=True)
 
-    with strict(setting.lowering):
-        comparison = compare_pair(pair, images, plan, progress=progress, devices=setting.places)
+    try:
+        with strict(setting.lowering):
+            comparison = compare_pair(pair, images, plan, progress=progress, devices=setting.places)
+    except Exception as error:  # of any class: a compiler's, or a library's that lacks a kernel
+        text = f"{type(error).__name__}: {error}"[:300]
+        yield Row(subject, "comparison", text, False, {"error": traceback.format_exc()})
+        return
     for precision, quantity, rows in comparison.groups():
         yield _summary(f"{subject}, {precision}", quantity, rows)
 
@@ -181,6 +188,6 @@ def battery(chunk: int, setting: Setting) -> Iterator[Row]:
 def training(name: str, setting: Setting) -> Iterator[Row]:
     """Twenty training steps with each optimizer, everything compared after every step."""
     config = architecture("resnet20")
-    images = adversarial_images(config, batch=8)
+    images = adversarial_images(config, batch=8, height=17, width=16)
     plan = Plan(train=False, precisions=(name,), steps=20)
-    yield from _compared(setting, "resnet20 at 33x32", ReferencePair.random(config), images, plan)
+    yield from _compared(setting, "resnet20 at 17x16", ReferencePair.random(config), images, plan)

@@ -83,12 +83,18 @@ QUICK = ("machine", "precision", "block", "conversion")
 
 
 def run_part(name: str, setting: Setting, result: Path) -> None:
-    """Runs one part and writes its rows to ``result`` as they come, see ``facts`` below."""
+    """Runs one part and writes its rows to ``result`` as they come, see ``facts`` below.
+
+    Raises:
+      RuntimeError: After everything else, if a comparison raised an error; the part is not finished
+        then.
+    """
     rows: list[dict[str, Any]] = []
 
     def write(finished: bool) -> None:
         scratch = result.with_suffix(".partial")
         facts = {"rows": rows, "finished": finished, "cpu_seconds": round(sum(os.times()[:4]), 1)}
+        facts["xla_flags"] = os.environ.get("XLA_FLAGS", "")
         scratch.write_text(json.dumps(facts))
         scratch.replace(result)
 
@@ -96,6 +102,9 @@ def run_part(name: str, setting: Setting, result: Path) -> None:
         print(f"{row.subject}: {row.check}: {row.figure}", flush=True)
         rows.append(row._asdict())
         write(False)
+    errors = [row["detail"]["error"] for row in rows if "error" in row["detail"]]
+    if errors:
+        raise RuntimeError("\n".join(errors))
     write(True)
 
 

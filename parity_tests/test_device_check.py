@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from flax_resblock import BlockConfig
+from flax_resblock.parity import oracle
 from parity_tests.support import REPOSITORY
 
 sys.path.append(str(REPOSITORY / "benchmarks"))
@@ -32,6 +34,24 @@ def test_the_block_passes_and_each_fault_is_found(tmp_path):
     assert _failed(None, tmp_path) == set()
     assert {"eval forward", "train forward"} <= _failed("precision", tmp_path)
     assert _failed("statistics", tmp_path) == {"running statistics", "running statistics after 5"}
+
+
+def test_an_error_in_one_case_leaves_the_other_cases(tmp_path, monkeypatch):
+    def fails(pair, *_, **__):
+        if pair.config.out_channels == 8:
+            raise NotImplementedError("no such kernel")
+        return oracle.Comparison((oracle.Measurement("q", "s", "float32", verdict),))
+
+    verdict = oracle.verdict_of(0.0, 0.0, 1e-7)
+    configs = {str(n): BlockConfig(in_channels=4, out_channels=n) for n in (8, 16)}
+    monkeypatch.setattr(parity, "compare_pair", fails)
+    monkeypatch.setattr(parity, "BATTERY", configs)
+    monkeypatch.setattr(parity, "CHUNKS", 1)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        parts.run_part("battery-1", parity.Setting("cpu"), tmp_path / "result.json")
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert [row["passed"] for row in found["rows"]] == [False, True]
+    assert not found["finished"]
 
 
 @dataclass(frozen=True)
