@@ -252,7 +252,7 @@ def test_inputs_that_do_not_fit_are_refused():
     ):
         with pytest.raises(InputError, match=message):
             compare(*linear_pair(), bad, state_map=ACTIVATION)
-    with pytest.raises(InputError, match="choose among float64, float32, bfloat16"):
+    with pytest.raises(InputError, match="choose among float64, float32, tf32, bfloat16"):
         compare(*linear_pair(), X, state_map=ACTIVATION, precisions=("float16",))
     with pytest.raises(InputError, match="slot 'act' is said to be the PyTorch module 'nowhere'"):
         compare(*linear_pair(), X, state_map=ACTIVATION, slots={"act": ("nowhere", "layers.0")})
