@@ -5,15 +5,19 @@ import importlib.util
 import json
 import sys
 import time
+from pathlib import Path
 
+import jax
 import pytest
 
-from flax_resblock.bench import device_run
+from flax_resblock.bench import device_run, jax_device, torch_device
 from flax_resblock.bench.cases import BenchCase, Contestant
 from flax_resblock.bench.chips import flops, peak_of
 from flax_resblock.bench.device_report import content, sentences, table
+from flax_resblock.bench.device_worker import Alone
 from flax_resblock.bench.kernels import group_of, kernels_of_trace
 from flax_resblock.bench.plan import EAGER, JAX_FLAGS, OURS, Part, parts_of
+from flax_resblock.bench.worker import Task
 from flax_resblock.cli import run
 from parity_tests.support import REPOSITORY
 
@@ -61,6 +65,13 @@ def test_what_takes_too_long_is_ended_and_the_rest_measured(monkeypatch):
     assert "no answer within" in found.results[0].failed
     assert len(found.results[1].rounds) == 2
     assert time.monotonic() - begun < 50
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the machine has a GPU or TPU")
+@pytest.mark.parametrize("side", [jax_device, torch_device])
+def test_nothing_is_measured_on_a_cpu_that_was_asked_of_a_gpu(side):
+    with pytest.raises(RuntimeError, match="has no GPU here"):
+        side.program(Task(CASE, "eager", 1, Path("none"), "gpu"), Alone(None))
 
 
 def test_no_part_begins_without_time(monkeypatch):

@@ -40,6 +40,8 @@ def _profile(run: Callable[[], None]) -> list[dict[str, Any]]:
 def program(task: Task, alone: Alone) -> Program:
     """The step of ``flax-resblock train``, or the network as ``compile_inference`` prepares it."""
     case = task.case
+    if task.device == "gpu" and jax.default_backend() == "cpu":
+        raise RuntimeError("jax has no GPU here")
     jax.config.update("jax_default_matmul_precision", {"float32": "highest"}.get(case.precision))
     dtype = jnp.bfloat16 if case.precision == "bfloat16" else None
     model = flax_resblock.load(task.weights, dtype=dtype)

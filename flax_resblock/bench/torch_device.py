@@ -20,11 +20,11 @@ _WARM = 3
 
 def _settings(task: Task) -> torch.device:
     """The fastest that each precision allows."""
+    if task.device == "gpu" and not torch.cuda.is_available():
+        raise RuntimeError("torch has no GPU here")
     tf32 = task.case.precision != "float32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = True
-    if task.device == "gpu" and not torch.cuda.is_available():
-        raise RuntimeError("torch has no GPU here")
     return torch.device("cuda" if task.device == "gpu" else "cpu")
 
 
