@@ -108,7 +108,7 @@ def bench(
     from flax_resblock.bench.run import measure
 
     cases = {"quick": QUICK, "full": FULL}.get(what) or (
-        BenchCase(what, architecture, image_size, batches[0]),  # pyright: ignore[reportArgumentType]
+        BenchCase(what, architecture, image_size, max(batches)),  # pyright: ignore[reportArgumentType]
     )
     common.say(f"{report.machine_line(report.machine())}; {threads} threads, malloc: {malloc}")
     found = []
