@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from flax_resblock.aot.request import Request
 from flax_resblock.config import ResNetConfig
-from flax_resblock.cpu.switch import conv_lowering
+from flax_resblock.cpu.switch import conv_lowering, traced_for
 from flax_resblock.errors import InputError
 from flax_resblock.nn.resnet import build
 
@@ -124,7 +124,8 @@ def lower(request: Request, devices: Sequence[Any]) -> Any:
         )
     mesh = Mesh(np.array(devices), (AXIS,))
     # as on a host of that device; this one may have only a CPU
-    with jax.default_matmul_precision(request.precision), conv_lowering("xla"):
+    platform = traced_for(request.parsed_target.platform)
+    with jax.default_matmul_precision(request.precision), platform, conv_lowering("auto"):
         if request.exported:
             return _lower_exported(request, mesh)
         if request.what == "forward":

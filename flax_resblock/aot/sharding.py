@@ -11,12 +11,13 @@ from flax_resblock.aot.hlo import Program
 from flax_resblock.aot.request import Request
 from flax_resblock.config import Branch, Config, SlotKind, walk
 
-_PER_NORM = 3
-"""All-reduces that each norm waits for with global statistics: of the mean, of its correction and
-the squares, and of the sums of its backward pass."""
-_STATISTICS = 4
-"""Values per channel of a norm in them, besides the gradients of scale and bias, which the backward
-pass needs anyway: the mean, its correction, the squares, and one sum more."""
+_PER_NORM = {"float32": 3, "bfloat16": 2}
+"""All-reduces that each norm waits for with global statistics: in float32 of the mean, of its
+correction and the squares, and of the sums of its backward pass. In bfloat16 the first is not
+needed."""
+_STATISTICS = {"float32": 3, "bfloat16": 2}
+"""Values per channel of a norm in them, besides the gradients of scale and bias, which are the sums
+of its backward pass: the mean, its correction and the squares."""
 _BETWEEN_SLICES = {"send", "recv", "all-gather"}
 
 
@@ -36,13 +37,14 @@ class Expected:
     reason: str
 
 
-def expected(config: Config, batch_norm: str) -> Expected:
+def expected(config: Config, batch_norm: str, dtype: str = "float32") -> Expected:
     """All-reduces of a training step on several devices.
 
     With statistics of each device's own share, only the gradients and the loss are summed, together
-    in one all-reduce. With global statistics, every norm also needs two all-reduces forward and one
-    backward. Those of a shortcut's norm travel with those of its block. Where the shortcut pools
-    first they may travel alone, as their values are ready at another time; the compiler decides.
+    in one all-reduce. With global statistics, every norm also needs two all-reduces forward (one in
+    bfloat16) and one backward. Those of a shortcut's norm travel with those of its block. Where the
+    shortcut pools first they may travel alone, as their values are ready at another time; the
+    compiler decides.
 
     The bias of a shortcut's norm and that of the block's last norm have the same gradient, unless
     attention weighs the main path in between. The compiler sums the gradient once for both."""
@@ -56,16 +58,17 @@ def expected(config: Config, batch_norm: str) -> Expected:
     gradients = sum(slot.parameters for slot in slots) - shared + loss
     if batch_norm == "replica":
         return Expected(1, 1, gradients, "all gradients and the loss together")
+    per_norm = _PER_NORM[dtype]
     chain, alone = len(norms) - len(skips), sum((s.stage, s.block) in pooled for s in skips)
     reason = (
-        f"{_PER_NORM} for each of {chain} norms in a row"
-        + (f", up to {_PER_NORM} for each of {alone} pooled shortcuts" if alone else "")
+        f"{per_norm} for each of {chain} norms in a row"
+        + (f", up to {per_norm} for each of {alone} pooled shortcuts" if alone else "")
         + ", and the gradients with the loss"
     )
     return Expected(
-        _PER_NORM * chain + 1,
-        _PER_NORM * (chain + alone) + 1,
-        gradients + _STATISTICS * sum(slot.shape[0] for slot in norms),
+        per_norm * chain + 1,
+        per_norm * (chain + alone) + 1,
+        gradients + _STATISTICS[dtype] * sum(slot.shape[0] for slot in norms),
         reason,
     )
 
@@ -89,7 +92,7 @@ def differences(request: Request, program: Program, devices: int) -> list[str]:
             if kinds
             else []
         )
-    should = expected(request.config, request.batch_norm)
+    should = expected(request.config, request.batch_norm, request.dtype)
     reduces = [collective for collective in program.collectives if collective.kind == "all-reduce"]
     found = []
     tpu = request.parsed_target.platform == "tpu"

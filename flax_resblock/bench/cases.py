@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Workload = Literal["train-step", "forward", "inference", "conversion"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,18 @@ class BenchCase:
       image_size: Side of the square images (of the block: activations), in pixels; up to 64 the
         network has the stem for small images.
       batch: Images.
+      classes: Of the network.
+      precision: ``"float32"``: exact; ``"tf32"``: both sides may multiply in TF32; ``"bfloat16"``:
+        weights in float32 and computation in bfloat16, as under PyTorch's autocast, in inference
+        weights in bfloat16 too.
     """
 
     what: Workload
     architecture: str
     image_size: int
     batch: int
+    classes: int = 10
+    precision: Precision = "float32"
 
     @property
     def title(self) -> str:
@@ -34,7 +41,8 @@ class BenchCase:
         title = f"{self.what} {self.architecture}"
         if self.what == "conversion":
             return title
-        return f"{title} {self.image_size}x{self.image_size} batch {self.batch}"
+        precision = "" if self.precision == "float32" else f" {self.precision}"
+        return f"{title} {self.image_size}x{self.image_size} batch {self.batch}{precision}"
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,15 @@ class Contestant:
       name: In tables.
       side: ``"torch"`` or ``"jax"``.
       how: The variant, as its worker understands it.
+      flags: Of XLA.
+      late: Whether it compiles when the others are ready, because it keeps the device busy.
     """
 
     name: str
     side: Literal["torch", "jax"]
     how: str
+    flags: str = ""
+    late: bool = False
 
 
 _OURS = (Contestant("flax-resblock", "jax", "auto"), Contestant("plain XLA", "jax", "xla"))

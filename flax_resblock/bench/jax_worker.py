@@ -22,7 +22,7 @@ from flax_resblock.training.state import Leaves, split
 from flax_resblock.training.step import make_train_step
 
 
-def _sgd() -> optax.GradientTransformationExtraArgs:
+def sgd() -> optax.GradientTransformationExtraArgs:
     """The same update as ``torch.optim.SGD`` with momentum and decay."""
     return optax.with_extra_args_support(
         optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(LEARNING_RATE, momentum=MOMENTUM))
@@ -34,7 +34,7 @@ def train_step(task: Task) -> Callable[[], float]:
     the mean square as loss."""
     model = flax_resblock.load(task.weights)
     images, labels = (jnp.asarray(array) for array in batch_of(task.case))
-    optimizer = _sgd()
+    optimizer = sgd()
     if isinstance(model, ResNet):
         graphdef, state = split(model, optimizer)
         step, leaves = make_train_step(graphdef, optimizer), Leaves(state)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,6 +12,7 @@ from typing import Any
 
 import flax_resblock
 from flax_resblock.bench.cases import CONTESTANTS, BenchCase, Contestant
+from flax_resblock.bench.process import Worker, environment_of_workers
 from flax_resblock.bench.worker import Task, config_of
 from flax_resblock.errors import InputError
 from flax_resblock.nn.resnet import build
@@ -69,45 +66,6 @@ class Result:
         return found
 
 
-class _Worker:
-    """A process of a contestant."""
-
-    def __init__(self, contestant: Contestant, task: Task, environment: dict[str, str]) -> None:
-        module = f"flax_resblock.bench.{contestant.side}_worker"
-        self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  # lives as long as the process
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
-        command = [sys.executable, "-P", "-m", module, task.text()]
-        self._process = subprocess.Popen(command, **pipes, text=True, env=environment)
-
-    def answer(self) -> dict[str, Any]:
-        """The next line.
-
-        Raises:
-          RuntimeError: The process ended instead.
-        """
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            self._errors.seek(0)
-            lines = self._errors.read().strip().splitlines()
-            raise RuntimeError(lines[-1][:300] if lines else f"status {self._process.returncode}")
-        return json.loads(line)
-
-    def ask(self, repeats: int) -> dict[str, Any]:
-        """The answer to a number of repetitions."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{repeats}\n")
-        self._process.stdin.flush()
-        return self.answer()
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.kill()
-        self._process.communicate()
-        self._errors.close()
-
-
 def measure(
     case: BenchCase,
     *,
@@ -134,23 +92,17 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="flax-resblock-bench") as folder, ExitStack() as stack:
         weights = Path(folder) / "weights.safetensors"
         on_progress("preparing weights", 0)
-        _write_weights(case, weights)
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(threads),
-            "JAX_PLATFORMS": "cpu",
-            "FLAX_RESBLOCK_CONV_LOWERING": "",
-            "JAX_COMPILATION_CACHE_DIR": str(Path(folder) / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            # also if the user has turned off the command's own: the second start is measured
-            "JAX_ENABLE_COMPILATION_CACHE": "true",
-        }
+        write_weights(case, weights)
+        environment = environment_of_workers(
+            Path(folder),
+            OMP_NUM_THREADS=str(threads),
+            JAX_PLATFORMS="cpu",
+            JAX_COMPILATION_CACHE_DIR=str(Path(folder) / "cache"),
+        )
         environment.pop("GLIBC_TUNABLES", None)
-        # the workers do not look for modules in the current folder, so they are told where this is
-        folders = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
-        environment |= {"PYTHONPATH": os.pathsep.join(filter(None, folders)), **allocator}
+        environment |= allocator
         results: dict[str, Result] = {}
-        workers: dict[str, _Worker] = {}
+        workers: dict[str, Worker] = {}
         for contestant in CONTESTANTS[case.what]:
             result = results[contestant.name] = Result(contestant.name)
             task = Task(case, contestant.how, threads, weights)
@@ -166,7 +118,8 @@ def measure(
         return list(results.values())
 
 
-def _write_weights(case: BenchCase, path: Path) -> None:
+def write_weights(case: BenchCase, path: Path) -> None:
+    """Writes the fresh weights that every contestant of a case begins with."""
     from flax import nnx
 
     flax_resblock.save(build(config_of(case), rngs=nnx.Rngs(0)), path)
@@ -178,11 +131,12 @@ def _started(
     environment: dict[str, str],
     result: Result,
     stack: ExitStack,
-) -> _Worker:
+) -> Worker:
     """A worker that is ready; of jax, the second one, which finds its programs compiled."""
 
-    def start() -> tuple[_Worker, dict[str, Any]]:
-        worker = _Worker(contestant, task, environment)
+    def start() -> tuple[Worker, dict[str, Any]]:
+        module = f"flax_resblock.bench.{contestant.side}_worker"
+        worker = Worker(module, task.text(), environment)
         stack.callback(worker.close)
         return worker, worker.answer()
 
@@ -197,7 +151,7 @@ def _started(
 
 
 def _take_turns(
-    workers: dict[str, _Worker],
+    workers: dict[str, Worker],
     results: dict[str, Result],
     rounds: int,
     on_progress: Callable[[str, int], None],

@@ -21,7 +21,6 @@ import numpy as np
 from flax_resblock.bench.cases import BenchCase
 from flax_resblock.config import BlockConfig, Config, architecture
 
-CLASSES = 10
 LEARNING_RATE, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
 """The hyperparameters of SGD on both sides."""
 
@@ -35,19 +34,23 @@ class Task:
       how: See :class:`flax_resblock.bench.cases.Contestant`.
       threads: That it may use.
       weights: A ``.safetensors`` file with torchvision's names.
+      device: ``"cpu"`` or ``"gpu"``.
+      lock: A file that is locked while somebody uses the device alone; None: nobody does.
     """
 
     case: BenchCase
     how: str
     threads: int
     weights: Path
+    device: str = "cpu"
+    lock: str | None = None
 
     @classmethod
     def of(cls, text: str) -> Task:
         """From :meth:`text`."""
         content = json.loads(text)
-        case, weights = BenchCase(**content["case"]), Path(content["weights"])
-        return cls(case, content["how"], content["threads"], weights)
+        given = {"case": BenchCase(**content["case"]), "weights": Path(content["weights"])}
+        return cls(**(content | given))
 
     def text(self) -> str:
         """As JSON."""
@@ -61,7 +64,7 @@ def config_of(case: BenchCase) -> Config:
     if case.what == "conversion":
         return architecture(case.architecture)
     stem = "cifar" if case.image_size <= 64 else "imagenet"
-    return architecture(case.architecture, num_classes=CLASSES, stem=stem)
+    return architecture(case.architecture, num_classes=case.classes, stem=stem)
 
 
 def batch_of(case: BenchCase) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +72,7 @@ def batch_of(case: BenchCase) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     shape = case.batch, case.image_size, case.image_size, config_of(case).in_channels
     images = rng.normal(0.2, 1.0, shape)
-    return images.astype(np.float32), rng.integers(0, CLASSES, case.batch).astype(np.int32)
+    return images.astype(np.float32), rng.integers(0, case.classes, case.batch).astype(np.int32)
 
 
 def resident() -> int:

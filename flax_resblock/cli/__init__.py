@@ -60,7 +60,7 @@ COMMANDS: Mapping[str, str] = {
         "Compiles a network for TPUs or GPUs that need not be present, and reports precision, "
         "memory and communication."
     ),
-    "bench": "Times JAX against PyTorch on this CPU.",
+    "bench": "Times JAX against PyTorch on this CPU or on a GPU.",
 }
 """Each command with a summary. It is the function of that name in the module of that name in this
 package.

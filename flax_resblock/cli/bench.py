@@ -9,6 +9,7 @@ from typing import Literal
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flax_resblock.cli import common
+from flax_resblock.cli.bench_device import DeviceFlags, bench_device
 from flax_resblock.cli.huge_pages import SETTING, VARIABLE
 from flax_resblock.errors import InputError, MissingDependencyError
 
@@ -16,11 +17,15 @@ DIFFERENT = 0.01
 """Relative difference of losses or outputs above which the two sides did different work."""
 
 
+What = Literal["quick", "full", "train-step", "forward", "inference", "conversion", "accelerator"]
+
+
 def bench(
-    what: Literal["quick", "full", "train-step", "forward", "inference", "conversion"] = "quick",
-    architecture: str = "resnet18",
-    image_size: int = 32,
-    batch: int = 32,
+    accelerator: DeviceFlags,
+    what: What = "quick",
+    architecture: str | None = None,
+    image_size: int | None = None,
+    batch: tuple[int, ...] = (),
     rounds: int = 7,
     threads: int | None = None,
     malloc: Literal["huge-pages", "default"] = "huge-pages",
@@ -28,8 +33,8 @@ def bench(
     png: Path | None = None,
     force: common.Force = False,
 ) -> int:
-    """Times JAX against PyTorch on this CPU: the same weights and batches, equal threads, turn by
-    turn, each in a process of its own.
+    """Times JAX against PyTorch, on this CPU or on a GPU: the same weights and batches, equal
+    threads, turn by turn, each in a process of its own.
 
     For example:
 
@@ -37,16 +42,23 @@ def bench(
 
       flax-resblock bench --what train-step --architecture resnet50 --image-size 224 --batch 8
 
+      flax-resblock bench --what accelerator --minutes 10 --json-file gpu.json
+
     The table shows medians of the rounds with their quartiles, and the ratio to PyTorch eager
     (channels last) of the same round. Losses and outputs are compared, so that both sides do the
     same work. For meaningful numbers, leave the machine idle otherwise.
 
     Args:
+      accelerator: For --what accelerator.
       what: quick is a training step and an inference of resnet18, two minutes; full is every row of
-        the README's table, twenty minutes; the others time one thing.
-      architecture: Network to time; block is a single residual block of 64 channels.
-      image_size: Side of the square images; up to 64 the network has the stem for small images.
-      batch: Images per batch.
+        the README's table, twenty minutes; accelerator is resnet50 on a GPU in several precisions;
+        the others time one thing.
+      architecture: Network to time, by default resnet18, of accelerator resnet50; block is a single
+        residual block of 64 channels.
+      image_size: Side of the square images, by default 32, of accelerator 224; up to 64 the network
+        has the stem for small images.
+      batch: Images per batch, by default 32; of accelerator one or several sizes, by default 256
+        and 64.
       rounds: Turns of each contestant.
       threads: Threads of each process, by default one per core.
       malloc: Whether the allocator asks for huge pages, on both sides, as the train command does.
@@ -63,10 +75,10 @@ def bench(
         raise MissingDependencyError(
             f"bench needs {' and '.join(missing)}: pip install 'flax-resblock[torch,train]'."
         )
-    from flax_resblock.bench import report
-    from flax_resblock.bench.cases import FULL, QUICK, BenchCase
-    from flax_resblock.bench.run import measure
-
+    on_device = what == "accelerator"
+    architecture = architecture or ("resnet50" if on_device else "resnet18")
+    image_size = image_size or (224 if on_device else 32)
+    batches: tuple[int, ...] = batch or ((256, 64) if on_device else (32,))
     cores = os.cpu_count() or 1
     threads = cores if threads is None else threads
     if architecture != "block" and architecture not in architectures():
@@ -74,7 +86,7 @@ def bench(
             f"--architecture {architecture!r} is unknown; choose block or one of "
             f"{', '.join(architectures())}."
         )
-    if min(image_size, batch, rounds, threads) < 1 or threads > cores:
+    if min(image_size, *batches, rounds, threads) < 1 or threads > cores:
         raise InputError(
             f"--image-size, --batch, --rounds and --threads must be positive, and threads at "
             f"most the {cores} cores that there are."
@@ -84,9 +96,19 @@ def bench(
             "--what conversion times a checkpoint of a network; choose another --architecture "
             "than block."
         )
+    if len(batches) > 1 and not on_device:
+        raise InputError("--batch takes one number, except with --what accelerator.")
     common.refuse_all_existing(force, json_file, png)
+    if on_device:
+        return bench_device(
+            architecture, image_size, batches, rounds, accelerator, json_file, force
+        )
+    from flax_resblock.bench import report
+    from flax_resblock.bench.cases import FULL, QUICK, BenchCase
+    from flax_resblock.bench.run import measure
+
     cases = {"quick": QUICK, "full": FULL}.get(what) or (
-        BenchCase(what, architecture, image_size, batch),  # pyright: ignore[reportArgumentType]
+        BenchCase(what, architecture, image_size, max(batches)),  # pyright: ignore[reportArgumentType]
     )
     common.say(f"{report.machine_line(report.machine())}; {threads} threads, malloc: {malloc}")
     found = []

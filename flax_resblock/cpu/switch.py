@@ -36,6 +36,7 @@ def known(lowering: str) -> Lowering:
 
 _DEFAULT: Lowering = known(os.environ.get(ENVIRONMENT) or "auto")
 _lowering: ContextVar[Lowering] = ContextVar("conv_lowering", default=_DEFAULT)
+_platform: ContextVar[str | None] = ContextVar("platform", default=None)
 
 
 @contextmanager
@@ -59,6 +60,21 @@ def conv_lowering(lowering: Lowering) -> Iterator[None]:
         _lowering.reset(token)
 
 
+@contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+    """Code that is traced in this context takes the forms of another platform than the one that
+    this process computes on: ``"cuda"``, ``"tpu"``."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+def _is_cpu() -> bool:
+    return (_platform.get() or jax.default_backend()) == "cpu"
+
+
 def forms(lowering: Lowering = "auto") -> ModuleType | None:
     """:mod:`flax_resblock.cpu.forms` if code that is traced now is for a CPU and takes its own
     forms there; None if it takes XLA's operations.
@@ -66,14 +82,24 @@ def forms(lowering: Lowering = "auto") -> ModuleType | None:
     Args:
       lowering: The layer's own choice.
     """
-    if lowering != "auto" or _lowering.get() != "auto" or jax.default_backend() != "cpu":
+    if lowering != "auto" or _lowering.get() != "auto" or not _is_cpu():
         return None
     return _working_forms()
 
 
+def on_accelerator(lowering: Lowering = "auto") -> bool:
+    """Whether code that is traced now is for another platform than a CPU, and not confined to what
+    XLA and jax derive by themselves.
+
+    Args:
+      lowering: The layer's own choice.
+    """
+    return lowering == _lowering.get() == "auto" and not _is_cpu()
+
+
 def in_memory(x: jax.Array) -> jax.Array:
     """``x``, kept in memory by a program for a CPU, whatever the lowering of convolutions."""
-    forms = _working_forms() if jax.default_backend() == "cpu" else None
+    forms = _working_forms() if _is_cpu() else None
     return x if forms is None else forms.materialised(x)
 
 

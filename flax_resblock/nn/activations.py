@@ -33,6 +33,24 @@ def identity(x: jax.Array) -> jax.Array:
     return x
 
 
+@jax.custom_jvp
+def relu_by_output(x: jax.Array) -> jax.Array:
+    """:func:`relu`, whose derivative looks at its result and not at its input.
+
+    At the end of a block the result is kept anyway, for the next convolution, while the input is a
+    sum that would have to be read or computed again. The barrier keeps XLA from doing so
+    nevertheless."""
+    return lax.optimization_barrier(relu(x))
+
+
+@relu_by_output.defjvp
+def _relu_by_output_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    y = relu_by_output(primals[0])
+    return y, jnp.where(y > 0, tangents[0], jnp.zeros_like(tangents[0]))
+
+
 def leaky_relu(x: jax.Array, slope: float = 0.01) -> jax.Array:
     """``x`` above zero, ``slope * x`` below; the derivative at zero is ``slope``."""
     return jnp.where(x > 0, x, slope * x)

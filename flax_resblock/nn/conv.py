@@ -19,7 +19,8 @@ from flax_resblock.nn.scopes import in_slot
 def cpu_forms(lowering: Lowering = "auto") -> Any:
     """:mod:`flax_resblock.cpu.forms` if code that is traced now takes a CPU's own forms, else None.
 
-    This and :func:`in_memory` are where the layers meet :mod:`flax_resblock.cpu`.
+    This, :func:`on_accelerator` and :func:`in_memory` are where the layers meet
+    :mod:`flax_resblock.cpu`.
 
     Args:
       lowering: The layer's own choice; see :func:`flax_resblock.conv_lowering`.
@@ -27,6 +28,14 @@ def cpu_forms(lowering: Lowering = "auto") -> Any:
     from flax_resblock.cpu import switch
 
     return switch.forms(lowering)
+
+
+def on_accelerator(lowering: Lowering = "auto") -> bool:
+    """Whether code that is traced now is for a GPU or TPU and may compute what jax derives, such as
+    the gradient of a norm, with fewer passes over memory. Arguments as for :func:`cpu_forms`."""
+    from flax_resblock.cpu import switch
+
+    return switch.on_accelerator(lowering)
 
 
 def in_memory(x: jax.Array) -> Any:

@@ -107,24 +107,30 @@ def pad(
     return jnp.pad(x, widths, mode=_MODES[mode])
 
 
-def stacked_taps(
+def window_taps(
     x: jax.Array, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> jax.Array:
-    """The values of every window.
+) -> list[jax.Array]:
+    """The values of every window, by their place in it.
 
     Args:
       x: ``(N, *spatial, C)``.
       size, stride, dilation: One number for each spatial axis.
     Returns:
-      ``(N, *windows, C, K)`` with the ``K`` values of a window in the order of rows.
+      One ``(N, *windows, C)`` for each place of a window, in the order of rows.
     """
     axes = list(zip(x.shape[1:-1], size, stride, dilation, strict=True))
     spans = [extent - hole * (width - 1) for extent, width, _, hole in axes]
-    taps = [
+    return [
         x[:, *(slice(i, i + span, axis[2]) for i, span, axis in zip(at, spans, axes, strict=True))]
         for at in product(*(range(0, width * hole, hole) for _, width, _, hole in axes))
     ]
-    return jnp.stack(taps, -1)
+
+
+def stacked_taps(
+    x: jax.Array, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> jax.Array:
+    """:func:`window_taps` as one array ``(N, *windows, C, K)``."""
+    return jnp.stack(window_taps(x, size, stride, dilation), -1)
 
 
 def unfold(

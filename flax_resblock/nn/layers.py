@@ -11,8 +11,8 @@ from flax import nnx
 from jax import lax
 
 from flax_resblock.config import Activation, Lowering
-from flax_resblock.nn.activations import ACTIVATIONS
-from flax_resblock.nn.conv import ChannelConv, Conv, cpu_forms
+from flax_resblock.nn.activations import ACTIVATIONS, relu_by_output
+from flax_resblock.nn.conv import ChannelConv, Conv, cpu_forms, on_accelerator
 from flax_resblock.nn.initializers import INITIALIZERS, Initializer, InitName
 from flax_resblock.nn.norm import BatchNorm
 
@@ -53,7 +53,10 @@ def joined(
     In training a CPU keeps it: XLA would compute it, and with it all blocks before it from their
     convolutions on, once for each of its users.
     """
-    y = ACTIVATIONS[activation](main + skip)
+    act = ACTIVATIONS[activation]
+    if activation == "relu" and on_accelerator(lowering):
+        act = relu_by_output
+    y = act(main + skip)
     forms = cpu_forms(lowering)
     return y if forms is None else forms.kept(y)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +14,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from flax_resblock.nn.conv import convolve, cpu_forms
-from flax_resblock.nn.geometry import Size, equal, pad, per_axis_of, stacked_taps
+from flax_resblock.nn.conv import convolve, cpu_forms, on_accelerator
+from flax_resblock.nn.geometry import Size, equal, pad, per_axis_of, stacked_taps, window_taps
 from flax_resblock.nn.scopes import in_slot
 from flax_resblock.nn.selection import maximum_along
 
@@ -88,6 +90,53 @@ def _first_greatest(x: jax.Array, windows: _Windows) -> jax.Array:
     return jnp.take_along_axis(stacked, first, -1)[..., 0]
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _compared(x: jax.Array, windows: _Windows, shape: tuple[int, ...]) -> jax.Array:
+    """Max pooling whose gradient is gathered. XLA's own is a scatter, which takes an accelerator
+    several passes and adds in no fixed order.
+
+    Args:
+      x: ``(N, H, W, C)``.
+      windows: Without dilation.
+      shape: Of ``x``.
+    """
+    return windows.reduce(x, -jnp.inf, lax.max)
+
+
+def _compared_forward(
+    x: jax.Array, windows: _Windows, shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """The greatest values, and the places of the first of them in their windows."""
+    padded = pad(x, ((0, 0), *windows.pads, (0, 0)), value=-jnp.inf)
+    taps = window_taps(padded, windows.size, windows.stride, windows.dilation)
+    greatest, places = taps[0], jnp.zeros(taps[0].shape, jnp.int8)
+    for place, tap in enumerate(taps[1:], start=1):
+        places = jnp.where(tap > greatest, jnp.int8(place), places)
+        greatest = jnp.maximum(greatest, tap)
+    return greatest, places
+
+
+def _compared_backward(
+    windows: _Windows, shape: tuple[int, ...], places: jax.Array, dy: jax.Array
+) -> tuple[jax.Array]:
+    total, zero = jnp.zeros(shape, dy.dtype), np.zeros((), dy.dtype)
+    taps = product(*map(range, windows.size))
+    for place, offsets in enumerate(taps):
+        share = jnp.where(places == place, dy, zero)
+        around = [
+            (offset - low, extent - (offset - low + stride * (outputs - 1) + 1), stride - 1)
+            for offset, (low, _), stride, extent, outputs in zip(
+                offsets, windows.pads, windows.stride, shape[1:-1], dy.shape[1:-1], strict=True
+            )
+        ]
+        total += lax.pad(share, zero, ((0, 0, 0), *around, (0, 0, 0)))
+    return (lax.optimization_barrier(total),)
+
+
+_compared.defvjp(_compared_forward, _compared_backward)
+_MOST_TAPS = 16
+
+
 def max_pool(
     x: jax.Array,
     kernel_size: Size,
@@ -122,6 +171,8 @@ def max_pool(
         pads = {*windows.pads[0], *windows.pads[1]}
         if len(pads) == 1:
             return forms.max_pool(x, windows.size[0], windows.stride[0], pads.pop())
+    if on_accelerator() and fixed and plain and math.prod(windows.size) <= _MOST_TAPS:
+        return _compared(x, windows, x.shape)
     if set(windows.dilation) != {1}:
         return _first_greatest(x, windows)
     return windows.reduce(x, -jnp.inf, lax.max)

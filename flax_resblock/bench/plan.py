@@ -1,0 +1,107 @@
+"""What is timed on an accelerator, in order of value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from flax_resblock.bench.cases import BenchCase, Contestant, Precision, Workload
+
+TOLERANCES: Mapping[Precision, float] = MappingProxyType(
+    {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 2e-2}
+)
+"""Relative difference of losses or outputs above which two contestants did different work."""
+
+JAX_FLAGS: Mapping[str, str] = MappingProxyType(
+    {
+        "no-command-buffers": "--xla_gpu_enable_command_buffer=",
+        "pdl": "--xla_gpu_enable_pdl=true",
+        "wide-command-buffers": "--xla_gpu_enable_command_buffer="
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONVOLUTION",
+        "conv-fusion": "--xla_gpu_experimental_enable_conv_fusion=true",
+        "fusion-autotuner": "--xla_gpu_experimental_enable_fusion_autotuner=true",
+        "latency-hiding": "--xla_gpu_enable_latency_hiding_scheduler=true",
+        "cudnn-gemm-fusion": "--xla_gpu_cudnn_gemm_fusion_level=3",
+        "no-triton-gemm": "--xla_gpu_enable_triton_gemm=false",
+        "deterministic": "--xla_gpu_deterministic_ops=true",
+    }
+)
+"""Options of XLA's compiler for GPUs that may change the speed of a step."""
+
+EAGER = Contestant("PyTorch eager", "torch", "eager")
+COMPILED = Contestant("torch.compile", "torch", "compile")
+GRAPH = Contestant("PyTorch, CUDA graph", "torch", "graph")
+AUTOTUNED = Contestant("torch.compile, max-autotune", "torch", "max-autotune", late=True)
+OURS = Contestant("flax-resblock", "jax", "auto")
+PLAIN = Contestant("plain XLA", "jax", "xla")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A case and who computes it. The others are compared with the first.
+
+    Attributes:
+      name: For ``--parts``.
+      case: What to do.
+      contestants: At least one.
+    """
+
+    name: str
+    case: BenchCase
+    contestants: tuple[Contestant, ...]
+
+
+def with_flags(name: str) -> Contestant:
+    """Our side with other options of XLA.
+
+    Args:
+      name: Key of :data:`JAX_FLAGS`, or the options themselves.
+    """
+    return Contestant(f"flax-resblock, {name}", "jax", "auto", flags=JAX_FLAGS.get(name, name))
+
+
+def parts_of(
+    architecture: str, image_size: int, batches: Sequence[int], jax_flags: Sequence[str]
+) -> list[Part]:
+    """Everything that can be timed, the most important first.
+
+    Args:
+      architecture: A name of :func:`flax_resblock.architectures`.
+      image_size: In pixels.
+      batches: Images per batch: the largest in every part, the others in parts of their own.
+      jax_flags: See :func:`with_flags`.
+    """
+    classes = 1000 if image_size > 64 else 10
+    large, *others = sorted(batches, reverse=True)
+
+    def case(what: Workload, precision: Precision, batch: int = large) -> BenchCase:
+        return BenchCase(what, architecture, image_size, batch, classes, precision)
+
+    usual, captured = (EAGER, COMPILED, OURS), (EAGER, GRAPH, OURS, AUTOTUNED)
+    train, infer = case("train-step", "bfloat16"), case("inference", "bfloat16")
+    sets = [jax_flags[n : n + _SETS] for n in range(0, len(jax_flags), _SETS)]
+    return [
+        Part("train-bfloat16", train, (*usual, PLAIN)),
+        Part("inference-bfloat16", infer, usual),
+        *(
+            Part(f"flags-{number}", train, (OURS, *map(with_flags, some)))
+            for number, some in enumerate(sets, start=1)
+        ),
+        Part("train-tf32", case("train-step", "tf32"), usual),
+        Part("train-float32", case("train-step", "float32"), usual),
+        *(
+            Part(f"{name}-batch-{batch}", case(what, "bfloat16", batch), usual)
+            for batch in others
+            for name, what in _SMALL
+        ),
+        Part("train-graphs", train, captured),
+        Part("inference-graphs", infer, captured),
+        Part("inference-tf32", case("inference", "tf32"), usual),
+        Part("inference-float32", case("inference", "float32"), usual),
+    ]
+
+
+_SETS = 4
+"""Sets of options in one part, whose processes share the device's memory."""
+_SMALL: tuple[tuple[str, Workload], ...] = (("train", "train-step"), ("inference", "inference"))
