@@ -102,7 +102,7 @@ def test_every_synonym_leads_to_a_flag_and_is_none_itself_where_it_is_suggested(
         having = [options for options in names.values() if flag in options]
         assert having, flag
         assert any(other not in options for options in having for other in others)
-    with pytest.raises(InputError, match=r"has no option --zzz\\. All options"):
+    with pytest.raises(InputError, match=r"has no option --zzz\. All options"):
         refuse_unknown(HELPS["convert"], ["a", "b", "--zzz=3"])
     refuse_unknown(HELPS["convert"], ["a", "b", "--to_naming", "flax", "-3"])
 

@@ -188,7 +188,7 @@ def _flags(
         metavar or name.upper() if positional else f"--{name.strip('_').replace('_', '-')}",
         "" if positional or switch else metavar or _value(hint),
         _shown(default if shown is None else shown),
-        " ".join(text.split()),
+        " ".join(text.replace("``", "").split()),
         group,
         aliases,
         default is MISSING,
