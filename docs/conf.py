@@ -29,7 +29,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "notebooks/out", "**/.ipynb_checkpoints"]
+exclude_patterns = ["_build", "notebooks/*.ipynb", "**/.ipynb_checkpoints"]
 suppress_warnings = ["config.cache"]
 nitpicky = False
 

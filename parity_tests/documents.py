@@ -78,6 +78,15 @@ def programs(text: str) -> list[str]:
     return re.findall(r"```(?:python|\{code-cell\} ipython3)\n(.*?)```", text, flags=re.DOTALL)
 
 
+def in_python(cell: str) -> str:
+    """A cell of a notebook without the syntax that only a notebook has."""
+    if not cell.startswith("!"):
+        return cell
+    shell = f"{{ {cell[1:].strip()}; }}"
+    run = f"subprocess.run(['bash', '-c', {shell!r}], capture_output=True, text=True)"
+    return f"import subprocess\nprint({run}.stdout)"
+
+
 RUN = """
 import contextlib, io, json, sys, traceback
 printed = []
@@ -109,7 +118,9 @@ def printed(pages: list[list[str]], folder: Path) -> list[list[str]]:
 
 
 def _environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    kept = {"MPLBACKEND": "Agg"} | {
+        name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
+    }
     path = os.pathsep.join([str(REPOSITORY), kept.get("PYTHONPATH", "")])
     return {**kept, "PYTHONPATH": path, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}"}
 

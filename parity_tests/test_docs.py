@@ -211,3 +211,63 @@ def test_the_five_minutes_can_be_copied_from_beginning_to_end(tmp_path):
         assert "Traceback" not in output, output
         assert output.splitlines()[: len(documents.stated(block))] == documents.stated(block)
     assert (tmp_path / "back.pth").is_file()
+
+
+NOTEBOOKS = sorted((documents.DOCS / "notebooks").glob("*.md"))
+
+
+@pytest.mark.slow
+def test_the_notebooks_run(tmp_path):
+    """All of them, one after the other in one process; they state what they are sure of with
+    ``print``.
+    """
+    pages = [documents.programs(page.read_text(encoding="utf-8")) for page in NOTEBOOKS]
+    outputs = documents.printed([[*map(documents.in_python, page)] for page in pages], tmp_path)
+    for page, printed in zip(NOTEBOOKS, outputs, strict=True):
+        whole = "\n".join(printed)
+        assert "Traceback" not in whole, f"{page}\n{whole}"
+        assert "False" not in printed[-1], page
+    asked, *_, repaired = (text for text in outputs[1] if "Block(" in text)
+    assert "overwrites the main path" in asked
+    assert "takes in_channels" in asked
+    assert "the first convolution ignores stride" in asked
+    assert "wrong" in asked
+    assert "wrong" not in repaired
+
+
+def test_the_notebooks_for_colab_are_those_of_the_documentation():
+    from docs.notebook_files import notebook
+
+    assert len(NOTEBOOKS) == 4
+    for page in NOTEBOOKS:
+        text = page.read_text(encoding="utf-8")
+        assert page.with_suffix(".ipynb").read_text(encoding="utf-8") == notebook(text), (
+            "python -m docs.notebook_files writes it anew"
+        )
+        assert f"/blob/main/docs/notebooks/{page.stem}.ipynb)" in text
+
+
+def test_the_project_files_agree_about_version_and_address():
+    import tomllib
+
+    import yaml
+
+    from flax_resblock import __version__
+
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert f"\n## [{__version__}]" in (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    address = project["urls"]["Repository"]
+    assert citation["repository-code"] == address
+    assert f"git clone {address}" in (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for page in NOTEBOOKS:
+        assert address.removeprefix("https://") in page.read_text(encoding="utf-8")
+    github = REPOSITORY / ".github"
+    jobs = yaml.safe_load((github / "workflows" / "ci.yml").read_text())["jobs"]
+    rows = jobs["test"]["strategy"]["matrix"]["include"]
+    assert {row["python"] for row in rows} == {"3.11", "3.12", "3.13"}
+    assert all((REPOSITORY / row["constraints"]).is_file() for row in rows)
+    for form in (github / "ISSUE_TEMPLATE").glob("*.yml"):
+        yaml.safe_load(form.read_text())
+    assert "flax-resblock doctor" in (github / "ISSUE_TEMPLATE" / "bug.yml").read_text()
