@@ -33,13 +33,14 @@ exclude_patterns = ["_build", "notebooks/*.ipynb", "**/.ipynb_checkpoints"]
 suppress_warnings = ["config.cache"]
 nitpicky = False
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = os.environ.get("FLAX_RESBLOCK_NOTEBOOKS", "off")  # "force" runs the notebooks
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True, "show-inheritance": False}

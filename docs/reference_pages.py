@@ -30,13 +30,10 @@ def page(known: Help) -> str:
         title = title.rstrip(".")
         lines += [f"## {title[:1].upper()}{title[1:]}", ""]
         lines += [rest, ""] if rest else []
-        lines += ["| | |", "|---|---|"]
         for flag in flags:
             default = f" *Default:* `{flag.default}`." if flag.default else ""
             names = ", ".join(f"`{name}`" for name in (flag.usage, *flag.aliases))
-            text = _code(flag.text).replace("|", "\\|")
-            lines.append(f"| {names.replace('|', chr(92) + '|')} | {text}{default} |")
-        lines.append("")
+            lines += [names, f": {_code(flag.text)}{default}", ""]
     return "\n".join(lines)
 
 
