@@ -16,6 +16,8 @@ sys.path.insert(0, str(DOCS.parent))
 PROJECT = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
 
+from sphinx.util import inspect  # noqa: E402
+
 from docs import reference_pages  # noqa: E402, the folder was just made importable
 from flax_resblock._version import __version__  # noqa: E402
 
@@ -33,7 +35,7 @@ exclude_patterns = ["_build", "notebooks/*.ipynb", "**/.ipynb_checkpoints"]
 suppress_warnings = ["config.cache"]
 nitpicky = False
 
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
 nb_execution_mode = os.environ.get("FLAX_RESBLOCK_NOTEBOOKS", "off")  # "force" runs the notebooks
 nb_execution_timeout = 300
@@ -43,7 +45,7 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
@@ -83,7 +85,16 @@ def _outward(app, name: str, source: list[str]) -> None:
     source[0] = re.sub(r"\]\((?P<target>[\w./-]+)(?P<anchor>#[\w-]+)?\)", replaced, source[0])
 
 
+def _of_init(app, what: str, name: str, made, options, signature: str | None, returned):
+    """The arguments of a module's own constructor; Flax's metaclass shows none of them."""
+    if what == "class" and (signature or "").startswith("(*args"):
+        own = inspect.signature(made.__init__, bound_method=True)
+        signature = inspect.stringify_signature(own, unqualified_typehints=True)
+    return signature, returned
+
+
 def setup(app) -> None:
     """Registers the hooks."""
     reference_pages.write(DOCS / "reference" / "commands")
     app.connect("source-read", _outward)
+    app.connect("autodoc-process-signature", _of_init)

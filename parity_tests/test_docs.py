@@ -262,7 +262,7 @@ def test_the_project_files_agree_about_version_and_address():
     assert citation["repository-code"] == address
     assert f"git clone {address}" in (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for page in NOTEBOOKS:
-        assert address.removeprefix("https://") in page.read_text(encoding="utf-8")
+        assert address.removeprefix("https://github.com/") in page.read_text(encoding="utf-8")
     github = REPOSITORY / ".github"
     jobs = yaml.safe_load((github / "workflows" / "ci.yml").read_text())["jobs"]
     rows = jobs["test"]["strategy"]["matrix"]["include"]
