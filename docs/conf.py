@@ -33,12 +33,13 @@ extensions = [
 ]
 exclude_patterns = ["_build", "notebooks/*.ipynb", "**/.ipynb_checkpoints"]
 suppress_warnings = ["config.cache"]
-nitpicky = False
+smartquotes = False  # it would turn the two hyphens of an option into a dash
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
 nb_execution_mode = os.environ.get("FLAX_RESBLOCK_NOTEBOOKS", "off")  # "force" runs the notebooks
 nb_execution_timeout = 300
+nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 
 autodoc_member_order = "bysource"

@@ -118,11 +118,11 @@ def printed(pages: list[list[str]], folder: Path) -> list[list[str]]:
 
 
 def _environment() -> dict[str, str]:
-    kept = {"MPLBACKEND": "Agg"} | {
-        name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
-    }
-    path = os.pathsep.join([str(REPOSITORY), kept.get("PYTHONPATH", "")])
-    return {**kept, "PYTHONPATH": path, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}"}
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    flags = "--xla_backend_optimization_level=2"  # one device, and the level of the other tests
+    own = {"PYTHONPATH": path, "PATH": programs, "MPLBACKEND": "Agg", "XLA_FLAGS": flags}
+    return {**os.environ, **own}
 
 
 def stated(block: str) -> list[str]:
