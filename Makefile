@@ -53,7 +53,7 @@ compilers: $(COMPILERS)/installed
 
 NOTEBOOKS ?= off
 docs: $(STAMP)
-	PATH="$(abspath $(BIN)):$$PATH" FLAX_RESBLOCK_NOTEBOOKS=$(NOTEBOOKS) python -m sphinx -q -W --keep-going docs docs/_build/html
+	PATH="$(abspath $(BIN)):$$PATH" FLAX_RESBLOCK_NOTEBOOKS=$(NOTEBOOKS) $(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
 
 demo: $(STAMP)
 	$(BIN)/flax-resblock demo
