@@ -40,6 +40,7 @@ myst_heading_anchors = 4
 nb_execution_mode = os.environ.get("FLAX_RESBLOCK_NOTEBOOKS", "off")  # "force" runs the notebooks
 nb_execution_timeout = 300
 nb_execution_in_temp = True
+nb_merge_streams = True
 nb_execution_raise_on_error = True
 
 autodoc_member_order = "bysource"
