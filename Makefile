@@ -16,7 +16,7 @@ COMPILERS := $(VENV)/compilers
 # Tests start many processes, and without kept bytecode each compiles this library's source again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup compilers demo test test-all stress fuzz networks lint bench decorrelation clean
+.PHONY: help setup compilers docs demo test test-all stress fuzz networks lint bench decorrelation clean
 
 help:
 	@echo "make demo      trains, converts, verifies and continues a network on digits; two minutes"
@@ -26,6 +26,7 @@ help:
 	@echo "make fuzz      opens mutated files for five minutes; longer with SECONDS=3600"
 	@echo "make networks  reads 2,000 networks as people write them; 15 minutes"
 	@echo "make lint      ruff and pyright"
+	@echo "make docs      the site in docs/_build/html, warnings as errors; NOTEBOOKS=force runs the notebooks"
 	@echo "make compilers the compilers for TPU and CUDA (400 MB), for flax-resblock aot; no device needed"
 	@echo "make bench     conversion against a plain copy"
 	@echo "make decorrelation   how long float32 runs stay together, docs/decorrelation.png"
@@ -36,7 +37,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flax-resblock needs Python 3.11 or newer; say which with make PYTHON=python3.13")'
 	test ! -e $(VENV)/pyvenv.cfg || test -d $(VENV)/lib/python$(VERSION) || rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e '.[torch,train,report,dev]'
+	$(INSTALL) -e '.[torch,train,report,docs,dev]'
 	$(INSTALL) --no-deps torchvision
 	$(INSTALL) -e '.[families]'
 	touch $(STAMP)
@@ -49,6 +50,10 @@ $(COMPILERS)/installed: $(STAMP)
 	mkdir -p $(COMPILERS) && touch $@
 
 compilers: $(COMPILERS)/installed
+
+NOTEBOOKS ?= off
+docs: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" FLAX_RESBLOCK_NOTEBOOKS=$(NOTEBOOKS) $(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
 
 demo: $(STAMP)
 	$(BIN)/flax-resblock demo
@@ -83,4 +88,4 @@ decorrelation: $(STAMP)
 	$(BIN)/python benchmarks/decorrelation.py docs/decorrelation.png
 
 clean:
-	rm -rf .venv .venv-* demo_out .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-* demo_out .pytest_cache .ruff_cache .hypothesis *.egg-info docs/_build docs/reference/commands

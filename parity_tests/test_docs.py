@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
+from flax_resblock.cli.flags import refuse_unknown
+from parity_tests import documents
 from parity_tests.support import REPOSITORY
+from parity_tests.test_help import HELPS, parse
 
 VERIFICATION = REPOSITORY / "docs" / "verification.md"
 
@@ -108,3 +111,163 @@ def test_the_page_of_networks_shows_what_was_measured():
     errors = [float(one) for row in ported.values() for one in row.split()[2:6] if one != "-"]
     assert len(ported) > 20
     assert max(errors) <= 1e-12
+
+
+@pytest.mark.parametrize("page", documents.PAGES, ids=documents.name_of)
+def test_every_link_leads_somewhere(page):
+    assert not documents.broken(page, page.read_text(encoding="utf-8"))
+
+
+def test_a_broken_link_or_anchor_is_found():
+    page = documents.DOCS / "index.md"
+    text = (
+        "[a](port.md) [b](prt.md) [c](port.md#train-it) [d](port.md#trein-it) [e](#none) `[f](g)`"
+    )
+    assert documents.broken(page, text) == ["prt.md", "port.md#trein-it", "#none"]
+
+
+def test_every_command_line_of_the_documentation_parses():
+    """Those in blocks as a whole; of those in sentences the names of the command and its flags."""
+    lines, parts = set(), set()
+    for page in documents.PAGES:
+        text = page.read_text(encoding="utf-8")
+        lines |= set(documents.command_lines(text))
+        parts |= set(documents.spans(text))
+    assert len(lines) > 60
+    assert len(parts) > 15
+    for line in sorted(lines):
+        parse(line)
+    for part in parts:
+        name, *arguments = part.split()[1:]
+        refuse_unknown(HELPS[name], arguments)
+    with pytest.raises(AssertionError, match="does not parse"):
+        parse("flax-resblock convert only-one")
+
+
+RUN_PAGES = (
+    "explanations/batch-norm.md",
+    "explanations/evidence.md",
+    "explanations/traps.md",
+    "how-to/convert.md",
+    "how-to/fine-tune.md",
+    "how-to/naming-scheme.md",
+    "how-to/verify.md",
+)
+
+
+@pytest.mark.slow
+def test_the_programs_of_the_pages_print_what_the_pages_say(tmp_path):
+    """Every figure of the traps is measured here."""
+    pages = [
+        documents.programs((documents.DOCS / page).read_text(encoding="utf-8"))
+        for page in RUN_PAGES
+    ]
+    outputs = documents.printed(pages, tmp_path)
+    for page, blocks, printed in zip(RUN_PAGES, pages, outputs, strict=True):
+        assert blocks, page
+        for block, output in zip(blocks, printed, strict=True):
+            said, found = documents.stated(block), output.splitlines()
+            assert len(said) == len(found), f"{page}\n{block}\n{output}"
+            for one, other in zip(said, found, strict=True):
+                assert documents.agrees(one, other), f"{page}: {other} printed, but it says {one}"
+
+
+def test_a_figure_that_is_wrong_is_noticed():
+    for said, found, same in (
+        ("1.4e+00, 3.0e-16", "1.5e+00, 1.0e-15", True),
+        ("1.4e+00, 3.0e-16", "1.7e+00, 1.0e-16", False),
+        ("1.4e+00, 3.0e-16", "1.4e+00, 1.0e-12", False),
+        ("1.4e+00", "1.4e+00, 1.4e+00", False),
+        ("True", "False", False),
+    ):
+        assert documents.agrees(said, found) == same
+
+
+def test_every_trap_has_a_figure_and_a_tool_that_exists():
+    text = (documents.DOCS / "explanations" / "traps.md").read_text(encoding="utf-8")
+    known = set(re.findall(r"\| `([\w-]+)` \|$", VERIFICATION.read_text(encoding="utf-8"), re.M))
+    traps = re.split(r"^### ", text, flags=re.MULTILINE)[1:]
+    assert len(traps) >= 20
+    for trap in traps:
+        assert documents.stated(trap), trap[:60]
+        (tool,) = re.findall(r"^\*Found by\*(.*?)(?:^#|\Z)", trap, re.MULTILINE | re.DOTALL)
+        assert set(re.findall(r": `([\w-]+)`\.", tool)) <= known, tool
+
+
+@pytest.mark.slow
+def test_the_five_minutes_can_be_copied_from_beginning_to_end(tmp_path):
+    """Every block of the page, Python and shell, in its order."""
+    text = (documents.DOCS / "getting-started" / "five-minutes.md").read_text(encoding="utf-8")
+    steps = re.findall(r"```(python|bash)\n(.*?)```", text, re.DOTALL)
+    assert [kind for kind, _ in steps].count("bash") == 3
+    blocks = [
+        f"import subprocess\nsubprocess.run(['bash', '-ec', {block!r}], check=True)"
+        if kind == "bash"
+        else block
+        for kind, block in steps
+    ]
+    (outputs,) = documents.printed([blocks], tmp_path)
+    for (_, block), output in zip(steps, outputs, strict=True):
+        assert "Traceback" not in output, output
+        assert output.splitlines()[: len(documents.stated(block))] == documents.stated(block)
+    assert (tmp_path / "back.pth").is_file()
+
+
+NOTEBOOKS = sorted((documents.DOCS / "notebooks").glob("*.md"))
+
+
+@pytest.mark.slow
+def test_the_notebooks_run(tmp_path):
+    """All of them, one after the other in one process; they state what they are sure of with
+    ``print``.
+    """
+    pages = [documents.programs(page.read_text(encoding="utf-8")) for page in NOTEBOOKS]
+    outputs = documents.printed([[*map(documents.in_python, page)] for page in pages], tmp_path)
+    for page, printed in zip(NOTEBOOKS, outputs, strict=True):
+        whole = "\n".join(printed)
+        assert "Traceback" not in whole, f"{page}\n{whole}"
+        assert "False" not in printed[-1], page
+    asked, *_, repaired = (text for text in outputs[1] if "Block(" in text)
+    assert "overwrites the main path" in asked
+    assert "takes in_channels" in asked
+    assert "the first convolution ignores stride" in asked
+    assert "wrong" in asked
+    assert "wrong" not in repaired
+
+
+def test_the_notebooks_for_colab_are_those_of_the_documentation():
+    from docs.notebook_files import notebook
+
+    assert len(NOTEBOOKS) == 4
+    for page in NOTEBOOKS:
+        text = page.read_text(encoding="utf-8")
+        assert page.with_suffix(".ipynb").read_text(encoding="utf-8") == notebook(text), (
+            "python -m docs.notebook_files writes it anew"
+        )
+        assert f"/blob/main/docs/notebooks/{page.stem}.ipynb)" in text
+
+
+def test_the_project_files_agree_about_version_and_address():
+    import tomllib
+
+    import yaml
+
+    from flax_resblock import __version__
+
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert f"\n## [{__version__}]" in (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    address = project["urls"]["Repository"]
+    assert citation["repository-code"] == address
+    assert f"git clone {address}" in (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for page in NOTEBOOKS:
+        assert address.removeprefix("https://github.com/") in page.read_text(encoding="utf-8")
+    github = REPOSITORY / ".github"
+    jobs = yaml.safe_load((github / "workflows" / "ci.yml").read_text())["jobs"]
+    rows = jobs["test"]["strategy"]["matrix"]["include"]
+    assert {row["python"] for row in rows} == {"3.11", "3.12", "3.13"}
+    assert all((REPOSITORY / row["constraints"]).is_file() for row in rows)
+    for form in (github / "ISSUE_TEMPLATE").glob("*.yml"):
+        yaml.safe_load(form.read_text())
+    assert "flax-resblock doctor" in (github / "ISSUE_TEMPLATE" / "bug.yml").read_text()

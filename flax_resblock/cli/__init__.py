@@ -10,8 +10,11 @@ import os
 import signal
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Mapping, Sequence
-from io import TextIOWrapper
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from difflib import get_close_matches
+from io import StringIO, TextIOWrapper
+from shutil import get_terminal_size
 from typing import Any
 
 from flax_resblock._version import __version__
@@ -22,17 +25,21 @@ from flax_resblock.errors import InputError, visible
 
 INTERRUPTED = 130
 LINE_BREAK = "\n"
+SHELLS = ("bash", "zsh", "fish")
 
 DESCRIPTION = """\
-Move residual networks between PyTorch and JAX/Flax, and prove that nothing changed on the way.
+Move networks between PyTorch and JAX/Flax, and prove that nothing changed on the way.
 
-Start with
-  flax-resblock demo
-then try
-  flax-resblock convert resnet50.pth resnet50.safetensors
-  flax-resblock verify resnet50.pth
+You have
+  a checkpoint                  flax-resblock convert resnet50.pth resnet50.safetensors
+  a network of your own         flax-resblock port net.py:Net weights.pth out
+  two that should be the same   flax-resblock verify --torch net.py:Net --flax out/net.py:Net
+  a training run to go on with  flax-resblock train --resume run.pth --data pictures --out runs/on
+  a TPU or GPU, soon            flax-resblock aot resnet50 --target tpu:v5e:2x2 --what train-step
 
-Every command has --help."""
+All of it on real data, in two minutes: flax-resblock demo
+What is installed, and what is missing: flax-resblock doctor
+Every command has --help, which begins with examples."""
 
 
 COMMANDS: Mapping[str, str] = {
@@ -61,6 +68,7 @@ COMMANDS: Mapping[str, str] = {
         "memory and communication."
     ),
     "bench": "Times JAX against PyTorch on this CPU or on a GPU.",
+    "doctor": "Shows versions, devices and caches, and which packages are missing for what.",
 }
 """Each command with a summary. It is the function of that name in the module of that name in this
 package.
@@ -117,18 +125,57 @@ def _drop_output() -> None:
 
 def _dispatch(arguments: list[str]) -> int:
     """Runs one command. Only its own module is imported, and none for the overview."""
+    if len(arguments) == 2 and arguments[0] == "--completion" and arguments[1] in SHELLS:
+        return _complete(arguments[1])
     if not arguments or arguments[0] not in COMMANDS:
         return _overview(arguments or ["--help"])
     name, *rest = arguments
     import tyro
 
-    command = getattr(importlib.import_module(f"{__name__}.{name}"), name)
-    config: tuple[Any, ...] = (
-        tyro.conf.FlagCreatePairsOff,
-        tyro.conf.OmitArgPrefixes,
-        tyro.conf.HelptextFromCommentsOff,
+    from flax_resblock.cli import flags
+
+    command = command_called(name)
+    known = flags.help_of(name, command)
+    if {"-h", "--help"} & set(rest):
+        print(flags.text_of(known, min(get_terminal_size().columns, 100)))
+        return 0
+    flags.refuse_unknown(known, rest)
+    return tyro.cli(command, prog=f"flax-resblock {name}", args=rest, config=tyro_settings())
+
+
+def tyro_settings() -> tuple[Any, ...]:
+    """How tyro makes flags of a signature."""
+    from tyro import conf
+
+    return (
+        conf.FlagCreatePairsOff,
+        conf.OmitArgPrefixes,
+        conf.HelptextFromCommentsOff,
+        conf.DisallowNone,
     )
-    return tyro.cli(command, prog=f"flax-resblock {name}", args=rest, config=config)
+
+
+def command_called(name: str) -> Callable[..., int]:
+    """The function of a command; imports its module."""
+    return getattr(importlib.import_module(f"{__name__}.{name}"), name)
+
+
+def _complete(shell: str) -> int:
+    """Prints the script for a shell's tab completion, which tyro makes of all commands.
+
+    Line breaks in the description of an option would be offered as words of their own.
+    """
+    import tyro
+
+    commands = {name: command_called(name) for name in COMMANDS}
+    arguments = ["--tyro-write-completion", shell, "-"]
+    with suppress(SystemExit), redirect_stdout(StringIO()) as script:  # tyro ends the process
+        tyro.extras.subcommand_cli_from_dict(
+            commands, prog="flax-resblock", args=arguments, config=tyro_settings()
+        )
+    for line in script.getvalue().splitlines():
+        print(line.replace(r"\n", " ") if line.startswith("COMPLETION_SPEC") else line)
+    return 0
 
 
 def _overview(arguments: list[str]) -> int:
@@ -142,10 +189,17 @@ def _overview(arguments: list[str]) -> int:
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this help message")
     parser.add_argument("-V", "--version", action="store_true", help="show the version")
+    parser.add_argument(
+        "--completion", choices=SHELLS, help="print the script for a shell's tab completion"
+    )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, summary in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
+    if not arguments[0].startswith("-"):
+        meant = get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"Did you mean {meant[0]}?" if meant else f"Commands: {', '.join(COMMANDS)}."
+        parser.error(f"there is no command {arguments[0]!r}. {hint}")
     asked, _ = parser.parse_known_args(arguments)
     if not (asked.help or asked.version):
         parser.error(f"{arguments[0]!r} is no option here; the command comes first")

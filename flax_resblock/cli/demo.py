@@ -33,6 +33,10 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
     frameworks from the same checkpoint, momentum and schedule included; converts back to a .pth;
     and shows how close both ended.
 
+    For example:
+
+      flax-resblock demo
+
     Needs the extras: pip install 'flax-resblock[torch,train]'.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from flax_resblock.training.config import TrainConfig
+from flax_resblock.training.presets import DEFAULT_PRESET, PRESETS
 
 _WITHOUT_FLAG = ("model", "optimizer", "size")
 """Set by --architecture, by the flags of a run in a checkpoint, and by --image-size."""
@@ -13,27 +13,33 @@ _SWITCH = Literal["on", "off"] | None
 _LIST = tuple[str, ...] | None
 
 
-def _flags_of(config: type) -> type:
-    """The fields of a configuration as flags with its help texts; None means not given."""
+def _flags_of(config: Any) -> type:
+    """The fields of a configuration as flags with its help texts; None means not given, and the
+    help shows the values of ``config``.
+    """
     flags: list[Any] = []
     kind: Any
-    for name, kind in get_type_hints(config).items():
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
         if name in _WITHOUT_FLAG:
             continue
-        if is_dataclass(kind):
-            nested = _flags_of(kind)  # pyright: ignore[reportArgumentType]
+        if is_dataclass(value):
+            nested = _flags_of(value)
             flags.append((name, nested, field(default_factory=nested)))
+        elif kind is bool:
+            shown = {"default": "on" if value else "off"}
+            flags.append((name, _SWITCH, field(default=None, metadata=shown)))
         else:
-            flags.append((name, _SWITCH if kind is bool else kind | None, None))
-    made = make_dataclass(f"{config.__name__}Flags", flags, frozen=True)
-    made.__doc__ = config.__doc__
+            flags.append((name, kind | None, field(default=None, metadata={"default": value})))
+    made = make_dataclass(f"{type(config).__name__}Flags", flags, frozen=True)
+    made.__doc__ = type(config).__doc__
     return made
 
 
 if TYPE_CHECKING:
     SettingFlags = Any
 else:
-    SettingFlags = _flags_of(TrainConfig)
+    SettingFlags = _flags_of(PRESETS[DEFAULT_PRESET])
 
 
 def given(flags: SettingFlags) -> dict[str, Any]:

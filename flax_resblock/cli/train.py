@@ -23,7 +23,7 @@ from flax_resblock.cli.train_start import Start, Wanted, afresh, fresh_config, i
 from flax_resblock.errors import CheckpointError, InputError
 from flax_resblock.training import cluster
 from flax_resblock.training.data import steps_per_epoch
-from flax_resblock.training.presets import PRESETS
+from flax_resblock.training.presets import DEFAULT_PRESET, PRESETS
 
 Preset = Annotated[
     str, tyro.conf.arg(metavar="NAME", help=f"Configuration by name: {', '.join(PRESETS)}.")
@@ -31,12 +31,12 @@ Preset = Annotated[
 
 
 def train(
-    reading: ReadingFlags,
-    training: RunFlags,
     settings: SettingFlags,
+    training: RunFlags,
+    reading: ReadingFlags,
     processes: cluster.Cluster,
     model: Annotated[str | None, tyro.conf.arg(metavar="FILE.py:NAME")] = None,
-    preset: Preset = "digits-resnet8",
+    preset: Preset = DEFAULT_PRESET,
     resume: Path | None = None,
     init: Path | None = None,
     eval_only: Path | None = None,
@@ -78,7 +78,8 @@ def train(
         choose the network.
       training: What to do with the training run in the checkpoint. It continues unless
         --weights-only is given.
-      settings: What differs from the preset, or from the settings of the run that continues.
+      settings: What differs from the preset, or from the settings of the run that continues. The
+        defaults shown are those of the preset digits-resnet8.
       processes: How the processes of a run find each other. On TPU pods, Slurm, Open MPI and
         Kubernetes they do so by themselves; start the same command on every host.
       model: A network of your own in Flax: the class in a file that `flax-resblock port` wrote, or

@@ -63,7 +63,8 @@ class NetworkOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class ResNetConfig(BlockOptions):
-    """A residual network.
+    """A residual network. The fields that are not listed here are those of every block, see
+    :class:`BlockOptions`.
 
     Attributes:
       block: Kind of every block.
@@ -84,7 +85,6 @@ class ResNetConfig(BlockOptions):
         ``replace_stride_with_dilation``.
       in_channels: Channels of the images.
       num_classes: Size of the logits; None: no head, the network returns pooled features.
-      The others: Of every block, see :class:`BlockOptions`.
     Raises:
       ValueError: Numbers that make no network.
     """

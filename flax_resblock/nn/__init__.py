@@ -2,7 +2,7 @@
 
 A layer or function computes what its namesake in ``torch.nn`` or ``torch.nn.functional`` computes,
 with the same options, except that channels are the last axis: ``(N, H, W, C)``, or ``(N, L, C)``
-for one spatial axis. Values, gradients and running statistics agree.
+for one spatial axis. Values, gradients and running statistics agree::
 
     from flax_resblock import nn
 

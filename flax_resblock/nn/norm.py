@@ -188,10 +188,10 @@ class BatchNorm(nnx.Module):
     .. math:: y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \cdot scale + bias
 
     In training mode :math:`\mu, \sigma^2` are the batch's mean and *biased* variance, and the
-    running statistics move towards the mean and the *unbiased*
-    variance: ``running = (1 - momentum) * running + momentum * batch``. In evaluation mode the
-      running statistics normalise. ``model.train()`` and
-    ``model.eval()`` switch between the two; a new module is in training mode, as in PyTorch.
+    running statistics move towards the mean and the *unbiased* variance: ``running = (1 - momentum)
+    * running + momentum * batch``. In evaluation mode the running statistics normalise.
+    ``model.train()`` and ``model.eval()`` switch between the two; a new module is in training mode,
+    as in PyTorch.
 
     Attributes:
       scale, bias: ``nnx.Param``, ``(C,)``, or None.

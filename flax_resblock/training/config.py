@@ -52,8 +52,8 @@ class TrainConfig:
       decay: Kinds of parameters that decay: kernel (of convolutions and linear layers), scale (of
         norms), bias. In a network of your own, parameters of other names are kernels if they have
         several axes, else scales.
-      clip_norm: Largest joint norm of all gradients of a step, as clip_grad_norm_ in PyTorch. None
-        disables clipping.
+      clip_norm: Largest joint norm of all gradients of a step, as ``clip_grad_norm_`` in PyTorch.
+        None disables clipping.
       ema: Decay per step of the averaged weights and statistics, such as 0.999. They are evaluated
         and saved beside the trained ones. 0 keeps none.
       warmup_epochs: Length of the linear warm-up in epochs; fractions are allowed.

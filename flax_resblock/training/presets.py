@@ -10,6 +10,9 @@ from flax_resblock.config import architecture
 from flax_resblock.training.config import TrainConfig
 from flax_resblock.training.data import Augmentation
 
+DEFAULT_PRESET = "digits-resnet8"
+"""What is trained if nothing else is asked for."""
+
 _STANDARD = Augmentation(pad=4, flip=True)
 _CIFAR = {
     "data": "cifar-10-batches-bin",
@@ -22,7 +25,7 @@ _CIFAR = {
 }
 PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
     {
-        "digits-resnet8": TrainConfig(epochs=20, learning_rate=0.1),
+        DEFAULT_PRESET: TrainConfig(epochs=20, learning_rate=0.1),
         "fashion-resnet20": TrainConfig(
             model=replace(architecture("resnet20"), in_channels=1),
             data="/usr/share/datasets/fashion-mnist",
