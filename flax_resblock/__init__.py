@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         PortedWarning,
     )
     from flax_resblock.export.inference import compile_inference
+    from flax_resblock.images import preprocess
     from flax_resblock.io import from_torch, load, load_run, save, to_torch
     from flax_resblock.nn.blocks import BottleneckBlock, ResidualBlock
     from flax_resblock.nn.norm import BatchNorm
@@ -64,6 +65,7 @@ __all__ = [
     "optimizer_of",
     "port",
     "ported_state_dict",
+    "preprocess",
     "save",
     "to_torch",
 ]
@@ -77,6 +79,7 @@ _MODULES = {
     "config": ("BlockConfig", "ResNetConfig", "architectures"),
     "nn.blocks": ("BottleneckBlock", "ResidualBlock"),
     "errors": ("AssumptionWarning", "CheckpointError", "InputError", "PortedWarning"),
+    "images": ("preprocess",),
     "export.inference": ("compile_inference",),
     "cpu.switch": ("compiler_options", "conv_lowering"),
     "nn.norm": ("BatchNorm",),

@@ -30,6 +30,7 @@ PACKAGES: dict[str, tuple[set[str], set[str]]] = {
         ARRAYS | {"safetensors", "jax", "orbax", "tensorstore", "filelock"},
     ),
     "convert": ({"_version", "checkpoint", "config", "errors"}, ARRAYS),
+    "images": ({"config", "convert", "errors"}, ARRAYS | {"PIL"}),
     "runs": (
         {"_version", "checkpoint", "config", "convert", "errors", "nn"},
         JAX,
@@ -62,7 +63,7 @@ PACKAGES: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         {
             *("_version", "aot", "bench", "checkpoint", "config", "convert", "cpu", "errors"),
-            *("export", "io", "nn", "parity", "port", "runs", "training"),
+            *("export", "images", "io", "nn", "parity", "port", "runs", "training"),
         },
         JAX | PAGES | {"torch", "torch_ref", "tyro", "PIL"},
     ),

@@ -18,6 +18,7 @@ from flax_resblock.cli.evaluate import classify
 from flax_resblock.cli.interrupts import Stop
 from flax_resblock.cli.processes import end_all, only_first_speaks
 from flax_resblock.cli.settings import SettingFlags, given
+from flax_resblock.cli.train_data import print_data
 from flax_resblock.cli.train_own import OwnCode, begun, own_code
 from flax_resblock.cli.train_start import Start, Wanted, afresh, fresh_config, initialised, resumed
 from flax_resblock.errors import CheckpointError, InputError
@@ -58,7 +59,7 @@ def train(
 
       flax-resblock train --out runs/digits --resume auto
 
-      flax-resblock train --resume run.pth --out runs/continued
+      flax-resblock train --resume run.pth --data pictures --out runs/continued
 
       flax-resblock train --init resnet18.pth --num-classes 10 --freeze stem,stage1 --data pictures
 
@@ -110,7 +111,9 @@ def train(
             "--resume, --init and --eval-only each say where the weights come from. Give one "
             "of them."
         )
-    wanted = Wanted(PRESETS[preset], reading, training, given(settings), strict, allow_nonfinite)
+    wanted = Wanted(
+        PRESETS[preset], reading, training, given(settings), strict, allow_nonfinite, devices
+    )
     several = cluster.connect(processes)
     try:
         with only_first_speaks(several) as first:
@@ -192,6 +195,7 @@ def _run(
     from flax_resblock.training import Stopped, TrainingError, data_mesh, fit
     from flax_resblock.training.run_folder import RunFolder
 
+    print_data(begin)
     started = time.perf_counter()
     config, splits = begin.config, begin.splits
     every = save_every or steps_per_epoch(splits.train, config.batch_size)

@@ -18,6 +18,7 @@ from flax_resblock.checkpoint import LIMITS, Limits
 from flax_resblock.checkpoint.unwrap import record_of
 from flax_resblock.config import Config, Path
 from flax_resblock.convert import Naming
+from flax_resblock.convert.image_facts import carry_images
 from flax_resblock.convert.metadata import EPS, MOMENTUM
 from flax_resblock.convert.opening import (
     OpenedCheckpoint,
@@ -252,6 +253,7 @@ def to_model(source: OpenedCheckpoint, **options: Unpack[LayerOptions]) -> Model
         values |= {entry.flax_path: fresh[entry.flax_path][...] for entry in afresh}
     set_values(model, values)
     model.eval()
+    carry_images(model, source.images)
     if source.left_out:
         words = (
             f"{len(source.left_out)} tensors of {source.record.source} were left out when it was "

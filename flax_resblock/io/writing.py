@@ -14,6 +14,7 @@ from flax_resblock import checkpoint
 from flax_resblock.config import Config
 from flax_resblock.convert import Naming, StateMap, naming_of
 from flax_resblock.convert.hubs import files_of
+from flax_resblock.convert.image_facts import carried_images
 from flax_resblock.convert.metadata import EPS, MOMENTUM, metadata_of
 from flax_resblock.convert.own import carried
 from flax_resblock.errors import InputError
@@ -124,7 +125,9 @@ def save(
         return
     StateMap(config, scheme)  # refuses a scheme that cannot name this network, whatever the format
     kind = checkpoint.output_format(path)
-    files = files_of(scheme.hub, config, {}) if kind == "orbax" and scheme.hub else None
+    facts, files = carried_images(model), None
+    if kind == "orbax" and scheme.hub:
+        files = files_of(scheme.hub, config, {}, facts)
     if kind == "pytorch" and scheme.name == "flax":
         raise InputError(
             "a .pth file holds PyTorch names; use .safetensors or an Orbax folder for naming "
@@ -133,5 +136,5 @@ def save(
     checkpoint.refuse_existing(path, force, checkpoint.is_orbax)
     state_map = StateMap(config, "flax" if kind == "orbax" and files is None else scheme)
     tensors = state_map.to_torch(flat_arrays(model), copy=True)
-    metadata = metadata_of(config, scheme, norm_options(cast(Model, model)))
+    metadata = metadata_of(config, scheme, norm_options(cast(Model, model)), facts.metadata)
     write_with_run(path, tensors, metadata, run, state_map, files=files, force=force)
