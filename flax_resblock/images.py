@@ -138,7 +138,7 @@ def pixels_of(images: np.ndarray, preprocessing: Preprocessing, name: str) -> np
     return images.astype(np.float32) / np.float32(most)
 
 
-def normalised(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+def normalised(pixels: np.ndarray, mean: Any, std: Any) -> np.ndarray:
     """``(pixels - mean) / std`` per channel, float32."""
     return (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 

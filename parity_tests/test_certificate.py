@@ -100,8 +100,8 @@ def test_a_certificate_lists_what_was_assumed_and_left_out(folder, capsys):
     state["classifier.bias"] = state.pop("backbone.fc.bias")
     torch.save({"state_dict": state}, "tuned.pth")
     entry = convert("out.safetensors", source="tuned.pth")
-    assert any(note.startswith("took classifier as the class") for note in entry["notes"])
-    assert "took entry 'state_dict'" in entry["notes"]
+    assert any(note.startswith("classifier is read as the class") for note in entry["notes"])
+    assert "the weights are those of entry 'state_dict'" in entry["notes"]
     printed = " ".join(capsys.readouterr().out.split())
     assert all(note in printed for note in entry["notes"])
 

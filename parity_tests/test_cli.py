@@ -52,7 +52,7 @@ def test_convert_there_and_back_is_exact(checkpoint_file, capsys):
     assert all(torch.equal(back[key], truth[key]) for key in truth)
     network(1).load_state_dict(back, strict=True)
     output = capsys.readouterr().out
-    assert "took entry 'state_dict'" in output
+    assert "the weights are those of entry 'state_dict'" in output
     assert "removed the prefix 'module.'" in output
 
 

@@ -173,7 +173,7 @@ def test_moments_of_some_parameters_in_two_groups_move_in_python(here):
     run = in_torch(here, adamw)
     saved(run, "run.pth")
     model = flax_resblock.load_ported(here, imported(here / "own.py").Net)
-    with pytest.warns(UserWarning, match="took entry 'model'"):
+    with pytest.warns(UserWarning, match="the weights are those of entry 'model'"):
         begun = flax_resblock.load_run_into(model, "run.pth")
     config = TrainConfig(epochs=2, batch_size=runs.BATCH)
     history = fit(model, runs.few_digits(), config, run=begun, progress=False)

@@ -128,7 +128,7 @@ def test_a_network_of_a_thousand_classes_learns_ten_with_its_first_parts_frozen(
     flags = f"--data digits --epochs 1 --batch-size {runs.BATCH} --out tuned"
     assert command(f"train --init imagenet.pth --num-classes 10 --freeze stem,stage1 {flags}") == 0
     text = capsys.readouterr().out
-    assert "imagenet.pth has 1000 classes: the head starts afresh, with 10" in text
+    assert "imagenet.pth has 1000 classes: the head is new, for 10 classes" in text
     assert "grey images, repeated for the network's 3 channels" in text
     after = flax_resblock.to_torch(flax_resblock.load("tuned"))
     before = {key: value.numpy() for key, value in module.state_dict().items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files
-from flax_resblock.errors import CheckpointError, visible
+from flax_resblock.errors import CheckpointError, reason, visible
 
 CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
 WEIGHTS = (
@@ -135,7 +135,7 @@ def texts_beside(weights: Path) -> dict[str, str]:
                 texts[name] = file.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise CheckpointError(
-                    f"{file} cannot be read as text ({error}). Copy the folder again, or "
+                    f"{file} cannot be read as text ({reason(error)}). Copy the folder again, or "
                     f"remove that file."
                 ) from error
     return texts

@@ -89,7 +89,7 @@ def train(
       preset: The configuration.
       resume: Checkpoint to continue from, or auto to continue the run in OUT if there is one.
       init: Checkpoint whose weights the run begins with. If it has no head or another number of
-        classes, the head starts afresh.
+        classes, the head is new.
       eval_only: Checkpoint to evaluate on the test images instead of training; with --out, accuracy
         and confusion matrix are also written to files.
       out: Folder for the results, by default runs/PRESET. It must not exist, unless its run
@@ -242,9 +242,11 @@ def _run(
             folder.finish(time.perf_counter() - started)
     done, last = len(history.steps), history.evaluations[-1]  # every run ends with an evaluation
     averaged = last.ema_accuracy
+    whole = history.steps[-1].step + 1
+    in_all = f" ({whole} in all)" if whole != done else ""
     output.print(
-        f"{done} step{'s' if done != 1 else ''}, last loss {history.steps[-1].loss:.4f}, test "
-        f"accuracy {last.accuracy:.2%}"
+        f"{done} step{'s' if done != 1 else ''}{in_all}, last loss {history.steps[-1].loss:.4f}, "
+        f"test accuracy {last.accuracy:.2%}"
         + ("" if averaged is None else f", of the averaged weights {averaged:.2%}")
     )
     back = f"; back to PyTorch: flax-resblock convert {out} run.pth --with-optimizer"

@@ -131,7 +131,7 @@ def initialised(wanted: Wanted, path: Path) -> Start:
         was = source.config.num_classes
         source = _with_new_head(source, source.config, classes, wanted.reading.allow_missing)
         had = "no head" if was is None else f"{was} classes"
-        common.print_note(f"{path} has {had}: the head starts afresh, with {classes}")
+        common.print_note(f"{path} has {had}: the head is new, for {classes} classes")
     common.print_title(name_of(source.config), str(path))
     common.print_notes(source.all_notes)
     config = with_settings(replace(wanted.preset, model=source.config), settings)

@@ -80,11 +80,11 @@ def read_images(metadata: Mapping[str, str], source: str) -> ImageFacts:
 
 def _preprocessing(stored: Mapping[str, Any]) -> Preprocessing:
     """Raises ValueError or TypeError for anything but sizes and finite numbers."""
-    white = stored["white"]
+    white, (height, width) = stored["white"], stored["size"]
     found = Preprocessing(
         tuple(map(float, stored["mean"])),
         tuple(map(float, stored["std"])),
-        tuple(map(int, stored["size"])),
+        (int(height), int(width)),
         float(stored["crop_pct"]),
         str(stored["interpolation"]),
         bool(stored["keep_ratio"]),
@@ -96,7 +96,6 @@ def _preprocessing(stored: Mapping[str, Any]) -> Preprocessing:
         len(found.mean) != len(found.std)
         or not all(map(math.isfinite, numbers))
         or min((*found.std, found.white or 1.0)) <= 0
-        or len(found.size) != 2
         or not all(1 <= side <= _LARGEST for side in found.size)
         or not 0 < found.crop_pct <= 1
         or found.interpolation not in INTERPOLATIONS

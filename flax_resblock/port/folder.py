@@ -22,7 +22,7 @@ from flax_resblock.config import Path
 from flax_resblock.convert.image_facts import carry_images, read_images
 from flax_resblock.convert.metadata import PORT
 from flax_resblock.convert.own import PORTED_FROM, OpenedTensors, open_own
-from flax_resblock.errors import InputError
+from flax_resblock.errors import InputError, reason
 from flax_resblock.nn.variables import flat_arrays
 from flax_resblock.parity.certificate import KIND, NAME, SCHEMA, hashes, versions
 from flax_resblock.port.network import PortedNetwork, described, filled
@@ -190,7 +190,7 @@ def _table_in(folder: FilePath) -> Table:
     try:
         text = (folder / TABLE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder / TABLE} cannot be read ({error}).") from error
+        raise InputError(f"{folder / TABLE} cannot be read ({reason(error)}).") from error
     return _table_of(text, folder / TABLE)
 
 

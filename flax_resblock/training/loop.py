@@ -97,8 +97,7 @@ def fit(
       Stopped: ``stop`` returned True; the model stays as it was.
     """
     check_model(model, dataset, config)
-    facts = image_facts(dataset)
-    tensors, random = tensors_of(model), random_state(model)
+    tensors, random, facts = tensors_of(model), random_state(model), image_facts(dataset)
     placement = Placement(mesh)
     placement.check(config.batch_size, config.accumulate)
     steps = steps_per_epoch(dataset, config.batch_size)
@@ -135,8 +134,7 @@ def fit(
         pieces=config.accumulate,
         workers=config.workers,
     )
-    leaves = Leaves(state)
-    history = History()
+    leaves, history = Leaves(state), History()
     several = placement.shard[1] > 1
     images, epochs = (end - pace.start) * config.batch_size, -(-end // steps)
     with (
@@ -278,11 +276,7 @@ def _evaluate(
 
 
 def _copies(
-    graphdef: nnx.GraphDef[Any],
-    state: TrainState,
-    rest: tuple[nnx.State, ...],
-    run: Run,
-    facts: ImageFacts,
+    graphdef: Any, state: TrainState, rest: tuple[nnx.State, ...], run: Run, facts: ImageFacts
 ) -> tuple[nnx.Module, Run]:
     """Copies of model and run, because the next step reuses the arrays of the state."""
     params, stats, opt_state, ema = on_host(tuple(state))
@@ -292,12 +286,9 @@ def _copies(
             f"learning_rate or a longer warmup_epochs."
         )
     averaged = {path: leaf for part in ema or () for path, leaf in _by_path(part).items()}
-    model, optimizer = (
-        nnx.merge(graphdef, params, stats, *rest),
-        record_of(run.optimizer, opt_state),
-    )
+    model = nnx.merge(graphdef, params, stats, *rest)
     carry_images(model, facts)
-    return model, replace(run, optimizer=optimizer, ema=averaged)
+    return model, replace(run, optimizer=record_of(run.optimizer, opt_state), ema=averaged)
 
 
 def _by_path(values: nnx.State) -> dict[tuple[Any, ...], np.ndarray]:
