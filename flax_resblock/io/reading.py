@@ -87,8 +87,8 @@ def from_torch(
         images and compared with what was built from it; it is left as it was.
     Warns:
       PortedWarning: The module was ported, with the reason.
-      AssumptionWarning: What no tensor tells and was assumed, such as the activation. A published
-        network under its usual names gets one line. An ``nn.Module`` leaves nothing to assume.
+      AssumptionWarning: What the weights do not show and was assumed, such as the activation. A
+        published network under its usual names gets one line. An ``nn.Module`` leaves nothing to assume.
       UserWarning: Everything that was left out, ignored, filled or unwrapped, in one warning;
         non-finite values or negative variances, which are carried as they are.
     Example:
