@@ -22,11 +22,12 @@ FORBIDDEN_JAX = ("jax.extend", "jax.interpreters", "jax.experimental", "jax._src
 PACKAGES: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "_version": (set(), set()),
+    "hub": ({"errors"}, {"huggingface_hub", "rich", "filelock"}),
     "config": (set(), set()),
     "cpu": ({"config", "errors"}, JAX | {"jaxlib"}),
     "nn": ({"config", "errors"}, JAX),
     "checkpoint": (
-        {"_version", "errors"},
+        {"_version", "errors", "hub"},
         ARRAYS | {"safetensors", "jax", "orbax", "tensorstore", "filelock"},
     ),
     "convert": ({"_version", "checkpoint", "config", "errors"}, ARRAYS),
@@ -45,7 +46,7 @@ PACKAGES: dict[str, tuple[set[str], set[str]]] = {
         JAX | {"rich", "tensorboardX", "matplotlib", "PIL", "grain", "absl", "sklearn", "orbax"},
     ),
     "parity": (
-        {"_version", "checkpoint", "config", "convert", "cpu", "errors", "nn", "runs"},
+        {"_version", "checkpoint", "config", "convert", "cpu", "errors", "hub", "nn", "runs"},
         JAX | PAGES | {"torch", "torch_ref"},
     ),
     "port": (
@@ -53,7 +54,7 @@ PACKAGES: dict[str, tuple[set[str], set[str]]] = {
         JAX | {"torch"},
     ),
     "io": (
-        {"checkpoint", "config", "convert", "errors", "nn", "parity", "port", "runs"},
+        {"checkpoint", "config", "convert", "errors", "hub", "nn", "parity", "port", "runs"},
         JAX,
     ),
     "bench": (

@@ -88,7 +88,8 @@ def from_torch(
     Warns:
       PortedWarning: The module was ported, with the reason.
       AssumptionWarning: What the weights do not show and was assumed, such as the activation. A
-        published network under its usual names gets one line. An ``nn.Module`` leaves nothing to assume.
+        published network under its usual names gets one line. An ``nn.Module`` leaves nothing to
+        assume.
       UserWarning: Everything that was left out, ignored, filled or unwrapped, in one warning;
         non-finite values or negative variances, which are carried as they are.
     Example:
@@ -163,7 +164,8 @@ def load(
     **options: Unpack[LayerOptions],
 ) -> Model:
     """The nnx model that a checkpoint of any format holds, in evaluation mode; arguments, warnings
-    and errors as for :func:`from_torch`.
+    and errors as for :func:`from_torch`. The path may also be the name of weights that are fetched:
+    ``"hf-hub:USER/NAME"``, with ``@REVISION`` to pin it, or ``"torchvision:WEIGHTS"``.
 
     Example:
       >>> model = load("resnet18.pth")

@@ -18,6 +18,7 @@ from flax_resblock import checkpoint
 from flax_resblock.config import name_of
 from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, open_checkpoint
 from flax_resblock.errors import InputError, OutputError, some
+from flax_resblock.hub.names import HUB
 from flax_resblock.parity.certificate import (
     ITSELF,
     KIND,
@@ -53,12 +54,13 @@ def provenance(source: OpenedCheckpoint) -> dict[str, Any]:
     """What a checkpoint is called, without its folder, and the SHA-256 of its file, of its files,
     or of a shard index and its shards."""
     path = Path(source.record.source)
+    named = {HUB: source.record.metadata[HUB]} if HUB in source.record.metadata else {}
     if path.suffix != ".json":
-        return {"path": path.name, "sha256": hashes(path)}
+        return {"path": path.name, "sha256": hashes(path), **named}
     # the shards are plain names, which reading the source has checked
     shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
     digests = {name: hashes(path.with_name(name)) for name in sorted({path.name, *shards})}
-    return {"path": path.name, "sha256": digests}
+    return {"path": path.name, "sha256": digests, **named}
 
 
 @contextmanager
