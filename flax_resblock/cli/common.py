@@ -73,7 +73,7 @@ Checkpoint = Annotated[
         metavar="CKPT",
         help=(
             ".pth, .pt, .th, .safetensors (or its index), an Orbax folder, or one of transformers "
-            "or timm."
+            "or timm; or a name, hf-hub:USER/NAME or torchvision:WEIGHTS."
         ),
     ),
 ]

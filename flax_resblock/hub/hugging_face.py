@@ -17,6 +17,7 @@ from flax_resblock.errors import InputError, MissingDependencyError, reason, som
 from flax_resblock.hub.names import HUB, HUB_PREFIX, Fetched, RepositoryName, parsed, say
 
 _CHUNK = 1 << 22
+_MAIN = "main"
 _INDEX = ".index.json"
 _LARGEST_INDEX = 64 << 20
 _OF_TRANSPORT = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
@@ -38,18 +39,27 @@ def fetch_from_hub(name: str, weights: Sequence[str], texts: Sequence[str]) -> F
     chosen = _chosen(name, wanted, present, weights)
     with _explaining(name, "fetched"):
 
-        def get(file: str) -> Path:
-            found = hub.hf_hub_download(wanted.repository, file, revision=info.sha)
+        def get(file: str, revision: str) -> Path:
+            found = hub.hf_hub_download(wanted.repository, file, revision=revision)
             return _verified(Path(found), name)
 
+        # first what describes the weights, so that the cache never has weights without it
         for text in texts:
             if text in present:
-                get(text)
-        path = get(chosen)
+                get(text, info.sha)
+        # under the name of its branch, by which it is found again without a network
+        path = get(chosen, wanted.revision or _MAIN)
+        if _commit_of(path) != info.sha:
+            raise InputError(f"{name} was changed while it was fetched. Run this again.")
         for shard in _shards(path):
             if shard in present:
-                get(shard)
+                get(shard, info.sha)
     return _found(name, wanted, info.sha, path)
+
+
+def _commit_of(path: Path) -> str:
+    """The commit of a file in the cache."""
+    return next(one.name for one in path.parents if one.parent.name == "snapshots")
 
 
 def _chosen(
@@ -89,7 +99,7 @@ def _from_cache(
     """The weights that an earlier call fetched, where the hub cannot be asked."""
 
     def cached(file: str) -> Path | None:
-        revision = wanted.revision or "main"
+        revision = wanted.revision or _MAIN
         found = hub.try_to_load_from_cache(wanted.repository, file, revision=revision)
         return _verified(Path(found), name) if isinstance(found, str) else None
 
@@ -107,9 +117,8 @@ def _from_cache(
         ) from error
     for text in texts:
         cached(text)
-    commit = next(one.name for one in path.parents if one.parent.name == "snapshots")
     say(f"{why}; {name} is read from the cache.")
-    return _found(name, wanted, commit, path)
+    return _found(name, wanted, _commit_of(path), path)
 
 
 def _found(name: str, wanted: RepositoryName, commit: str, path: Path) -> Fetched:
