@@ -54,7 +54,10 @@ PACKAGES: dict[str, tuple[set[str], set[str]]] = {
         JAX | {"torch"},
     ),
     "io": (
-        {"checkpoint", "config", "convert", "errors", "hub", "nn", "parity", "port", "runs"},
+        {
+            *("_version", "checkpoint", "config", "convert", "errors", "hub", "nn", "parity"),
+            *("port", "runs"),
+        },
         JAX,
     ),
     "bench": (
