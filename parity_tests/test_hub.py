@@ -246,6 +246,7 @@ def test_no_code_of_a_repository_runs(files, hub):
     assert not any("modeling.py" in one for one in hub.requests)
 
 
+@pytest.mark.slow
 def test_a_model_is_pushed_with_its_certificate_and_comes_back(files, hub, network, monkeypatch):
     with pytest.raises(InputError, match=r"was refused: the token is not valid|log in"):
         flax_resblock.save(network, "hf-hub:user/pushed")
@@ -266,6 +267,9 @@ def test_a_model_is_pushed_with_its_certificate_and_comes_back(files, hub, netwo
     )
     back = flax_resblock.load("hf-hub:user/pushed")
     assert_same_bits(flax_resblock.to_torch(back), flax_resblock.to_torch(network))
+    with pytest.raises(InputError, match="can only be read"):
+        flax_resblock.save(network, "torchvision:ResNet50_Weights.IMAGENET1K_V2")
+    assert run(["convert", "hf-hub:user/pushed", "hf-hub:user/other"]) == 2
     small = replace(CONFIG, stem="cifar")  # no other package has such a network
     flax_resblock.save(flax_resblock.ResNet(small, rngs=nnx.Rngs(0)), "hf-hub:user/own")
     assert flax_resblock.load("hf-hub:user/own").config == small

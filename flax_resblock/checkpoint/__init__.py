@@ -68,11 +68,14 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
 
 
 def output_format(path: Path) -> str:
-    """The format that a file name asks for.
-
-    Raises:
-      InputError: A suffix that no format has.
+    """The format that a file name asks for; raises InputError for a suffix that no format has, and
+    for a name on a hub.
     """
+    if is_name(path):
+        raise InputError(
+            f"{path} names a repository, and an output is a file or a folder. In Python, "
+            f"flax_resblock.save(model, {str(path)!r}) pushes a model."
+        )
     for name, suffixes in FORMATS.items():
         if path.suffix.lower() in suffixes:
             return name

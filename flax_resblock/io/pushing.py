@@ -16,7 +16,7 @@ from flax_resblock.convert.hubs import files_of
 from flax_resblock.convert.image_facts import carried_images
 from flax_resblock.convert.opening import ReadOptions
 from flax_resblock.errors import InputError
-from flax_resblock.hub import push_folder
+from flax_resblock.hub import HUB_PREFIX, push_folder
 from flax_resblock.io.writing import model_config, save
 from flax_resblock.parity.certificate import certificate_of, read_certificate
 from flax_resblock.parity.certify import certify
@@ -42,7 +42,9 @@ def push(model: nnx.Module, name: str, naming: str | Naming | None = None) -> st
       InputError: The frameworks differ on what was written, no access, or no network. Nothing was
         changed on the hub then.
     """
-    repository = name.removeprefix("hf-hub:").partition("@")[0]
+    if not name.startswith(HUB_PREFIX):
+        raise InputError(f"{name} can only be read. Push a model to {HUB_PREFIX}USER/NAME.")
+    repository = name.removeprefix(HUB_PREFIX).partition("@")[0]
     config = model_config(model, naming)
     with tempfile.TemporaryDirectory(prefix="flax_resblock.") as scratch:
         folder = Path(scratch) / "model"
