@@ -23,10 +23,11 @@ if TYPE_CHECKING:
         PortedWarning,
     )
     from flax_resblock.export.inference import compile_inference
-    from flax_resblock.io import from_torch, load, load_run, save, to_torch
+    from flax_resblock.images import preprocess
+    from flax_resblock.io import create, from_torch, load, load_run, save, to_torch
     from flax_resblock.nn.blocks import BottleneckBlock, ResidualBlock
     from flax_resblock.nn.norm import BatchNorm
-    from flax_resblock.nn.resnet import ResNet, create
+    from flax_resblock.nn.resnet import ResNet
     from flax_resblock.port.folder import load_ported, ported_state_dict
     from flax_resblock.port.network import PortedNetwork
     from flax_resblock.port.porting import port
@@ -64,6 +65,7 @@ __all__ = [
     "optimizer_of",
     "port",
     "ported_state_dict",
+    "preprocess",
     "save",
     "to_torch",
 ]
@@ -77,13 +79,14 @@ _MODULES = {
     "config": ("BlockConfig", "ResNetConfig", "architectures"),
     "nn.blocks": ("BottleneckBlock", "ResidualBlock"),
     "errors": ("AssumptionWarning", "CheckpointError", "InputError", "PortedWarning"),
+    "images": ("preprocess",),
     "export.inference": ("compile_inference",),
     "cpu.switch": ("compiler_options", "conv_lowering"),
     "nn.norm": ("BatchNorm",),
-    "nn.resnet": ("ResNet", "create"),
+    "nn.resnet": ("ResNet",),
     "port.folder": ("load_ported", "ported_state_dict"),
     "port.network": ("PortedNetwork",),
-    "io": ("from_torch", "load", "load_run", "save", "to_torch"),
+    "io": ("create", "from_torch", "load", "load_run", "save", "to_torch"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

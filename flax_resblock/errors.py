@@ -51,6 +51,15 @@ def visible(text: str, keep: str = "") -> str:
     return "".join(c.encode("unicode_escape").decode() if c in hidden else c for c in text)
 
 
+def reason(error: BaseException) -> str:
+    """An error in its own words; that of a system call without its number, ``[Errno 2]``, and
+    without the path, which the message around it names.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
 def some(names: list[str], limit: int = 3) -> str:
     """``a, b, c and 61 more``; names as :func:`visible` shows them, long ones cut."""
     shown = ", ".join(

@@ -14,6 +14,7 @@ from flax import nnx
 import flax_resblock
 from flax_resblock import AssumptionWarning, from_torch, load, load_run
 from flax_resblock.cli import run
+from flax_resblock.parity.certificate import certificate_of
 from flax_resblock.parity.oracle import relative_l2
 from torch_ref import ResNet
 
@@ -169,7 +170,7 @@ def test_the_command_and_the_certificate_say_each_and_the_flags_are_taken(tmp_pa
     out = tmp_path / "out.safetensors"
     assert run(["convert", str(tmp_path / "net.pth"), str(out)]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    notes = json.loads((tmp_path / "parity.json").read_text())["outputs"][out.name]["notes"]
+    notes = json.loads(certificate_of(out).read_text())["outputs"][out.name]["notes"]
     for _, line in UNTOLD.values():
         assert line in text
         assert any(line in note for note in notes)

@@ -313,7 +313,7 @@ def test_a_linear_beside_the_network_is_its_head(head, prefix, tmp_path):
     assert not any("left out" in note for note in source.notes)
     if name == "fc":
         assert any(
-            note.startswith(f"took {head} as the classification head") for note in source.notes
+            note.startswith(f"{head} is read as the classification head") for note in source.notes
         )
 
 

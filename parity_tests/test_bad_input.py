@@ -495,7 +495,7 @@ def test_a_failing_write_leaves_the_old_file_and_no_trace(name, written, monkeyp
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(atomic, "_sync", fail)
+    monkeypatch.setattr(atomic, "sync", fail)
     before = sorted(p.name for p in written.iterdir())
     with pytest.raises(InputError, match="No space left on device"):
         save(from_torch(healthy()), written / name, force=True)

@@ -1,4 +1,4 @@
-"""parity.json after a conversion: what it says is so, also after an interrupt."""
+"""The certificate of a conversion: what it says is so, also after an interrupt."""
 
 import hashlib
 import json
@@ -18,13 +18,19 @@ import torch
 from flax_resblock import checkpoint
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.cli import run
-from flax_resblock.parity.certificate import REFERENCE, read_certificate, recheck
+from flax_resblock.parity.certificate import (
+    ITSELF,
+    REFERENCE,
+    certificate_of,
+    read_certificate,
+    recheck,
+)
 from flax_resblock.parity.certify import BATCH
 from parity_tests.support import python, with_trained_norms
 from parity_tests.test_without_torch import BLOCK_TORCH
-from torch_ref import BasicBlock, ResNet
+from torch_ref import ResNet
 
-PATH = Path("parity.json")
+PATH = Path("out.safetensors.parity.json")
 
 
 def sha(path):
@@ -45,15 +51,22 @@ def _a_network_is_there(folder):
 
 def convert(out, *flags, source="net.pth"):
     assert run(["convert", source, out, *flags]) == 0
-    return read_certificate(PATH)[out] if PATH.exists() else None
+    path = certificate_of(Path(out))
+    return next(iter(read_certificate(path).values())) if path.exists() else None
 
 
 @pytest.mark.parametrize("out", ["net.safetensors", "again.pth", "net_flax"])
 def test_a_conversion_is_certified(out, folder, capsys):
-    entry = convert(out)
+    entry, path = convert(out), certificate_of(Path(out))
+    assert str(path) == ("net_flax/parity.json" if out == "net_flax" else f"{out}.parity.json")
+    assert list(read_certificate(path)) == [ITSELF if out == "net_flax" else out]
     assert entry["source"] == {"path": "net.pth", "sha256": sha("net.pth")}
     files = (
-        sorted(p.relative_to(out).as_posix() for p in Path(out).rglob("*") if p.is_file())
+        sorted(
+            p.relative_to(out).as_posix()
+            for p in Path(out).rglob("*")
+            if p.is_file() and p.name != "parity.json"
+        )
         if Path(out).is_dir()
         else None
     )
@@ -68,12 +81,17 @@ def test_a_conversion_is_certified(out, folder, capsys):
     assert verification["tensors"] >= 16
     assert {"flax_resblock", "jax", "torch", "python"} <= set(entry["versions"])
     assert entry["naming"] == ("flax" if out == "net_flax" else "torchvision")
-    assert str(folder) not in PATH.read_text()
+    assert str(folder) not in path.read_text()
     assert verification["compared_with"] == REFERENCE
     printed = capsys.readouterr().out
+    assert f"wrote   {path}, the certificate: this result" in printed
     assert f"tensors of Flax agree with PyTorch, compared with {REFERENCE}" in printed
     assert "equal in both frameworks" not in printed
-    assert [(c.output, c.status, c.details) for c in recheck(PATH)] == [(out, "unchanged", ())]
+    for name in (out, f"moved{Path(out).suffix}") if out == "net_flax" else (out,):
+        Path(out).rename(name)  # a folder brings its certificate along
+        path = certificate_of(Path(name))
+        found = [(c.output, c.status, c.details) for c in recheck(path)]
+        assert found == [(name, "unchanged", ())]
 
 
 def test_a_certificate_lists_what_was_assumed_and_left_out(folder, capsys):
@@ -82,8 +100,8 @@ def test_a_certificate_lists_what_was_assumed_and_left_out(folder, capsys):
     state["classifier.bias"] = state.pop("backbone.fc.bias")
     torch.save({"state_dict": state}, "tuned.pth")
     entry = convert("out.safetensors", source="tuned.pth")
-    assert any(note.startswith("took classifier as the class") for note in entry["notes"])
-    assert "took entry 'state_dict'" in entry["notes"]
+    assert any(note.startswith("classifier is read as the class") for note in entry["notes"])
+    assert "the weights are those of entry 'state_dict'" in entry["notes"]
     printed = " ".join(capsys.readouterr().out.split())
     assert all(note in printed for note in entry["notes"])
 
@@ -104,35 +122,12 @@ def test_the_stored_worst_is_what_the_comparison_measures(folder):
     assert verification["worst"]["error"] == max(row.verdict.error for row in rows)
 
 
-def test_two_outputs_share_a_certificate_and_the_last_conversion_of_each_counts(folder):
-    convert("a.safetensors")
-    first = read_certificate(PATH)["a.safetensors"]
-    convert("b.pth")
-    assert list(read_certificate(PATH)) == ["a.safetensors", "b.pth"]
-    assert read_certificate(PATH)["a.safetensors"] == first
+def test_the_last_conversion_to_a_name_counts(folder):
+    first = convert("out.safetensors")
     write_network(seed=9)
-    convert("a.safetensors", "--force")
-    assert (
-        read_certificate(PATH)["a.safetensors"]["source"]["sha256"]
-        == sha("net.pth")
-        != first["source"]["sha256"]
-    )
-    assert [check.status for check in recheck(PATH)] == ["unchanged", "unchanged"]
-
-
-@pytest.mark.slow
-def test_simultaneous_conversions_keep_each_others_entries(folder):
-    names = [f"out{i}.safetensors" for i in range(3)]
-    torch.save(BasicBlock(4, 6, 2).state_dict(), "block.pth")
-    command = [sys.executable, "-m", "flax_resblock", "convert", "block.pth", "--stride", "2"]
-    processes = [
-        subprocess.Popen([*command, name], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        for name in names
-    ]
-    assert [(process.wait(), process.stderr.read())[0] for process in processes] == [0, 0, 0]
-    assert [(check.output, check.status) for check in recheck(PATH)] == [
-        (name, "unchanged") for name in names
-    ]
+    last = convert("out.safetensors", "--force")
+    assert last["source"]["sha256"] == sha("net.pth") != first["source"]["sha256"]
+    assert [check.status for check in recheck(PATH)] == ["unchanged"]
 
 
 def test_a_source_that_the_output_replaces_is_certified_as_it_was(folder):
@@ -232,7 +227,8 @@ def test_without_torch_a_conversion_is_certified_and_not_verified(folder):
     )
     result = python("-c", code, check=True)
     assert result.stdout.splitlines()[-1] == "0", result.stderr
-    assert read_certificate(PATH)["flax.safetensors"]["verification"] == {
+    path = Path("flax.safetensors.parity.json")
+    assert read_certificate(path)["flax.safetensors"]["verification"] == {
         "skipped": "PyTorch is not installed"
     }
 
@@ -251,8 +247,6 @@ def _half(self, text, **_):
 def test_an_interrupt_leaves_a_complete_output_and_no_half_certificate(
     where, folder, monkeypatch, capsys
 ):
-    convert("before.safetensors")
-    certified = PATH.read_bytes()
     with monkeypatch.context() as patch:
         if where == "verifying":
             patch.setattr("flax_resblock.parity.certify.verify_written", _interrupt)
@@ -260,30 +254,28 @@ def test_an_interrupt_leaves_a_complete_output_and_no_half_certificate(
             patch.setattr(Path, "write_text", _half)
         assert run(["convert", "net.pth", "out.safetensors"]) == 130
     assert "interrupted" in capsys.readouterr().err
-    assert_whole(folder, certified)
-    assert "out.safetensors" not in read_certificate(PATH)
+    assert not PATH.exists()
+    assert_whole(folder)
     convert("out.safetensors", "--force")
-    assert [check.status for check in recheck(PATH)] == ["unchanged", "unchanged"]
+    assert [check.status for check in recheck(PATH)] == ["unchanged"]
 
 
-def assert_whole(folder, certified=None):
-    """The output is complete, the certificate old or with its entry too; nothing else is left."""
-    expected = ["before.safetensors", "net.pth", "out.safetensors", "parity.json"]
-    assert sorted(path.name for path in folder.iterdir()) == expected
+def assert_whole(folder):
+    """The output is complete, and so is the certificate if there is one; nothing else is left."""
+    expected = {"net.pth", "out.safetensors"}
+    assert expected <= {path.name for path in folder.iterdir()} <= expected | {PATH.name}
     truth = torch.load("net.pth", weights_only=True)
     assert all(
         np.array_equal(value, truth[key].numpy())
         for key, value in checkpoint.read("out.safetensors").tensors.items()
     )
-    assert certified in (None, PATH.read_bytes())
-    assert {check.status for check in recheck(PATH)} == {"unchanged"}
+    assert not PATH.exists() or {check.status for check in recheck(PATH)} == {"unchanged"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.2, 0.5, 1.0, 1.5, 2.0])
 def test_an_interrupt_at_any_time_after_the_output_is_written_does_no_harm(delay, folder):
     """jax's callbacks swallow an interrupt: then the conversion ends as if there had been none."""
-    convert("before.safetensors")
     process = subprocess.Popen(
         [sys.executable, "-m", "flax_resblock", "convert", "net.pth", "out.safetensors"],
         stdout=subprocess.PIPE,
@@ -297,4 +289,4 @@ def test_an_interrupt_at_any_time_after_the_output_is_written_does_no_harm(delay
     _, error = process.communicate(timeout=60)
     assert process.returncode == 0 or b"flax-resblock: interrupted" in error, error
     assert_whole(folder)
-    assert ("out.safetensors" in read_certificate(PATH)) or process.returncode != 0
+    assert PATH.exists() or process.returncode != 0

@@ -52,7 +52,7 @@ def test_convert_there_and_back_is_exact(checkpoint_file, capsys):
     assert all(torch.equal(back[key], truth[key]) for key in truth)
     network(1).load_state_dict(back, strict=True)
     output = capsys.readouterr().out
-    assert "took entry 'state_dict'" in output
+    assert "the weights are those of entry 'state_dict'" in output
     assert "removed the prefix 'module.'" in output
 
 
@@ -241,7 +241,8 @@ def test_temporaries_of_a_killed_process_are_removed_and_those_of_a_live_one_kep
     assert Path(f".out.{os.getpid()}.abc.partial/half").exists()
     os.close(live)
     assert run(["convert", checkpoint_file, "out", "--force"]) == 0
-    assert sorted(path.name for path in Path().iterdir()) == [checkpoint_file, "out", "parity.json"]
+    assert sorted(path.name for path in Path().iterdir()) == [checkpoint_file, "out"]
+    assert Path("out/parity.json").exists()
 
 
 def test_a_folder_that_was_moved_aside_by_a_killed_process_comes_back(checkpoint_file, capsys):
@@ -268,7 +269,7 @@ def test_interrupt_while_writing_leaves_no_trace(folder):
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
-        assert {path.name for path in folder.iterdir()} <= {"big.pth", "out", "parity.json"}
+        assert {path.name for path in folder.iterdir()} <= {"big.pth", "out"}
         if (folder / "out").exists():
             assert flax_resblock.load("out").config.depths == (2, 2, 2, 2)
             assert run(["convert", "big.pth", "out", "--force"]) == 0

@@ -97,7 +97,9 @@ def test_the_certificate_says_with_what_it_was_compared(folder, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "net.py:Net computes the same: float64" in text
     assert "assumed" not in text
-    entry = json.loads((folder / "parity.json").read_text())["outputs"]["out.safetensors"]
+    entry = json.loads((folder / "out.safetensors.parity.json").read_text())["outputs"][
+        "out.safetensors"
+    ]
     assert entry["verification"]["passed"]
     assert entry["verification"]["compared_with"].startswith("net.py:Net, your own module")
     assert (
@@ -112,7 +114,7 @@ def test_the_certificate_says_with_what_it_was_compared(folder, capsys):
     images = np.random.default_rng(0).normal(0.2, 1, (3, 19, 22, 3)).astype(np.float32)
     truth = module(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).detach().numpy()
     assert relative_l2(np.asarray(load("out.safetensors")(images)), truth) < 1e-5
-    assert run(["verify", "--certificate", "parity.json"]) == 0
+    assert run(["verify", "--certificate", "out.safetensors.parity.json"]) == 0
 
 
 @pytest.mark.parametrize("arguments", [{"act": "leaky_relu"}, {"act": "gelu"}], ids=str)
@@ -123,7 +125,7 @@ def test_what_computes_something_else_is_refused_and_nothing_written(arguments, 
         "does not compute what the Flax network built from it computes" in capsys.readouterr().err
     )
     assert not (folder / "out.safetensors").exists()
-    assert not (folder / "parity.json").exists()
+    assert not list(folder.glob("*parity.json"))
 
 
 def test_a_pool_of_fixed_size_is_said(folder, capsys):

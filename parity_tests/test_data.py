@@ -310,8 +310,8 @@ def test_an_archive_without_test_images_is_split_in_proportion_and_says_so(tmp_p
         image.tobytes() for image in images
     }
     assert train.notes == (
-        "a.npz has no test images of its own: every fifth image of each class, 10 in all, is "
-        "set aside.",
+        "a.npz has no test images of its own: 20% of the images of each class, 10 in all, "
+        "are set aside.",
     )
     # given for pixels from 0 to 1, as `flax-resblock predict` takes them
     assert (train.mean, train.std) == ((127.5,), (63.75,))
@@ -573,7 +573,7 @@ REFUSED = {
         "a.npz",
     ),
     "an image folder without test images": Refusal(
-        folder_with(train={"a": 1}), r"none below val/ or test/"
+        folder_with(train={"a": 1}), r"no test images below val/ or test/"
     ),
     "a class that training lacks": Refusal(
         folder_with(train={"a": 1, "b": 1}, test={"A": 1}),

@@ -48,7 +48,7 @@ def test_the_examples_say_what_the_text_says_of_them(printed):
     words = "before it Flax applies GELU (tanh form) after layers.0 instead of GELU"
     assert words in mlp["text"]
     assert words in text
-    assert plain["failed"] == ["running statistics", "running statistics after 5"]
+    assert plain["failed"] == ["running statistics", "running statistics after 5 batches"]
     words = "updates with the biased variance and weighs the new batch by 0.01 instead of 0.1"
     assert words in plain["text"]
     assert words in text

@@ -22,14 +22,16 @@ FORBIDDEN_JAX = ("jax.extend", "jax.interpreters", "jax.experimental", "jax._src
 PACKAGES: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "_version": (set(), set()),
+    "hub": ({"errors"}, {"huggingface_hub", "rich", "filelock"}),
     "config": (set(), set()),
     "cpu": ({"config", "errors"}, JAX | {"jaxlib"}),
     "nn": ({"config", "errors"}, JAX),
     "checkpoint": (
-        {"_version", "errors"},
+        {"_version", "errors", "hub"},
         ARRAYS | {"safetensors", "jax", "orbax", "tensorstore", "filelock"},
     ),
     "convert": ({"_version", "checkpoint", "config", "errors"}, ARRAYS),
+    "images": ({"config", "convert", "errors"}, ARRAYS | {"PIL"}),
     "runs": (
         {"_version", "checkpoint", "config", "convert", "errors", "nn"},
         JAX,
@@ -44,7 +46,7 @@ PACKAGES: dict[str, tuple[set[str], set[str]]] = {
         JAX | {"rich", "tensorboardX", "matplotlib", "PIL", "grain", "absl", "sklearn", "orbax"},
     ),
     "parity": (
-        {"_version", "checkpoint", "config", "convert", "cpu", "errors", "nn", "runs"},
+        {"_version", "checkpoint", "config", "convert", "cpu", "errors", "hub", "nn", "runs"},
         JAX | PAGES | {"torch", "torch_ref"},
     ),
     "port": (
@@ -52,7 +54,10 @@ PACKAGES: dict[str, tuple[set[str], set[str]]] = {
         JAX | {"torch"},
     ),
     "io": (
-        {"checkpoint", "config", "convert", "errors", "nn", "parity", "port", "runs"},
+        {
+            *("_version", "checkpoint", "config", "convert", "errors", "hub", "nn", "parity"),
+            *("port", "runs"),
+        },
         JAX,
     ),
     "bench": (
@@ -62,7 +67,7 @@ PACKAGES: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         {
             *("_version", "aot", "bench", "checkpoint", "config", "convert", "cpu", "errors"),
-            *("export", "io", "nn", "parity", "port", "runs", "training"),
+            *("export", "images", "io", "nn", "parity", "port", "runs", "training"),
         },
         JAX | PAGES | {"torch", "torch_ref", "tyro", "PIL"},
     ),

@@ -213,6 +213,34 @@ SLOTS = [
 ]
 
 
+def test_every_call_of_a_module_is_shown_with_its_own_verdict():
+    first, *others = (
+        report(SLOTS, worst=worst, quantities=DEPTH[:1], seed=seed)
+        for seed, worst in enumerate((50.0, 0.5, 20.0))
+    )
+    for number, one in enumerate((first, *others)):
+        one["provenance"] = {**one["provenance"], "subject": f"Block(stride={number})"}
+        one["diagnosis"] = [
+            {
+                "slot": "block",
+                "cause": "raises",
+                "side": "torch",
+                "sentence": f"finding {number}",
+                "evidence": "seen",
+                "others": [],
+            }
+        ]
+    page = render_page(first | {"other_calls": others})
+    assert all(f"Block(stride={i})" in page and f"finding {i}" in page for i in range(3))
+    assert page.count('<details class="call"') == 2
+    assert len(re.findall(r'<details class="call" open>', page)) == 1  # the one that differs
+    names = re.findall(r'\bid="([^"]+)"', page)
+    assert len(names) == len(set(names))
+    rows = sum(len(one["measurements"]) for one in (first, *others))
+    assert len(re.findall(r"<tr[^>]*><td class=\"number\">\d+</td><td>", page)) == rows
+    assert 'id="calls"' not in render_page(first)
+
+
 @pytest.mark.parametrize("worst", [0.9, 40.0])
 def test_the_page_says_what_the_json_says(worst):
     facts = report(SLOTS, worst=worst)

@@ -66,7 +66,7 @@ def test_every_option_equals_pytorch_in_both_modes_with_gradients(name):
         "eval forward",
         "train forward",
         "running statistics",
-        "running statistics after 5",
+        "running statistics after 5 batches",
     }
     gradients = [
         m

@@ -133,7 +133,7 @@ def adamw(module: torch.nn.Module) -> torch.optim.Optimizer:
 def test_a_pytorch_run_goes_on_in_jax_as_it_would_have_and_returns(here, capsys):
     run = in_torch(here, sgd)
     saved(run, "run.pth")
-    train = f"train --model {here}/own.py:Net --batch-size {runs.BATCH} --epochs 2"
+    train = f"train --data digits --model {here}/own.py:Net --batch-size {runs.BATCH} --epochs 2"
     assert run_command([*train.split(), "--resume", "run.pth", "--out", "on"]) == 0
     said = capsys.readouterr().out
     assert "StepLR at step 5, one per batch" in said
@@ -173,7 +173,7 @@ def test_moments_of_some_parameters_in_two_groups_move_in_python(here):
     run = in_torch(here, adamw)
     saved(run, "run.pth")
     model = flax_resblock.load_ported(here, imported(here / "own.py").Net)
-    with pytest.warns(UserWarning, match="took entry 'model'"):
+    with pytest.warns(UserWarning, match="the weights are those of entry 'model'"):
         begun = flax_resblock.load_run_into(model, "run.pth")
     config = TrainConfig(epochs=2, batch_size=runs.BATCH)
     history = fit(model, runs.few_digits(), config, run=begun, progress=False)
@@ -251,7 +251,7 @@ def test_the_command_trains_and_evaluates_without_torch(here):
     code = f"""
 import flax_resblock
 from flax_resblock.cli import run
-flags = ["--model", "{here}/own.py:Net"]
+flags = ["--data", "digits", "--model", "{here}/own.py:Net"]
 assert run(["train", *flags, "--init", "{here}", "--steps", "2", "--warmup-steps", "1"]) == 0
 done = "runs/digits-resnet8"
 assert run(["train", "--model", done + "/own.py:Net", "--eval-only", done + "/best"]) == 0
@@ -278,7 +278,7 @@ def test_bad_input_ends_with_one_true_paragraph(here, capsys):
     Path("plain.py").write_text("from parity_tests.test_port_training import Plain\n")
     Path("taken").mkdir()
     (Path("taken") / "own.py").write_text("# other code\n")
-    mine = f"--model {here}/own.py:Net"
+    mine = f"--data digits --model {here}/own.py:Net"
     for line, message in {
         "--model gone.py:Net --init out": "--model gone.py:Net: the file gone.py does not exist",
         f"--model {here}/own.py:Gone": "no class or function 'Gone'",
@@ -293,7 +293,7 @@ def test_bad_input_ends_with_one_true_paragraph(here, capsys):
         f"{mine} --init weights.pth --architecture resnet18": "--architecture has no place beside",
         f"{mine} --init weights.pth --dtype bfloat16": "--dtype bfloat16 is for the networks of",
         f"{mine} --init weights.pth --freeze stem": "freeze=['stem'] must be some of",
-        f"--model edited.py:Net --init {here}": "head.bias, head.kernel differ",
+        f"--data digits --model edited.py:Net --init {here}": "head.bias, head.kernel differ",
     }.items():
         assert run_command(["train", *line.split(), "--out", "never"]) == 2, line
         assert message in capsys.readouterr().err, line

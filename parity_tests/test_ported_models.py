@@ -171,7 +171,7 @@ def test_verify_ports_what_no_configuration_describes(tmp_path, monkeypatch, cap
     places = {"first", "norm", "gate", "head", "stem.0", "output"}
     assert {slot for quantity, slot in rows if quantity == "train forward"} == places
     assert rows["parameter gradient", "stem.0/kernel"]["passed"]
-    assert ("running statistics after 5", "norm/var") in rows
+    assert ("running statistics after 5 batches", "norm/var") in rows
     assert {row["precision"] for row in report["measurements"]} == {"float64", "float32"}
     assert run(["verify", "net.pth", "--torch", spec, "--eval-only", "--precision", "float64"]) == 0
     assert "equal: all" in capsys.readouterr().out

@@ -12,7 +12,7 @@ import torch
 from flax_resblock import checkpoint
 from flax_resblock.cli import run
 from flax_resblock.errors import InputError
-from flax_resblock.parity.certificate import read_certificate, recheck
+from flax_resblock.parity.certificate import certificate_of, read_certificate, recheck
 from parity_tests.support import flip, python
 from parity_tests.test_certificate import PATH, convert, sha, write_network
 from torch_ref import BasicBlock
@@ -23,6 +23,12 @@ def _a_network_is_there(folder):
     write_network()
 
 
+def checked(out):
+    """What is found of an output."""
+    (check,) = recheck(certificate_of(Path(out)))
+    return check
+
+
 def test_one_flipped_bit_is_found_and_the_tensor_named(folder):
     convert("a.safetensors")
     convert("b.safetensors")
@@ -30,7 +36,7 @@ def test_one_flipped_bit_is_found_and_the_tensor_named(folder):
     header_end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:header_end])
     flip("a.safetensors", 8 * (header_end + header["layer2.0.conv2.weight"]["data_offsets"][0]))
-    changed, unchanged = recheck(PATH)
+    changed, unchanged = checked("a.safetensors"), checked("b.safetensors")
     expected = ("a.safetensors", "changed", "unchanged")
     assert (changed.output, changed.status, unchanged.status) == expected
     assert changed.details == (
@@ -43,7 +49,7 @@ def test_one_flipped_bit_in_a_pth_is_found_and_the_tensor_named(folder):
     convert("a.pth", source="net.pth")
     needle = torch.load("a.pth", weights_only=True)["fc.weight"].numpy().tobytes()
     flip("a.pth", 8 * Path("a.pth").read_bytes().index(needle) + 17)
-    (check,) = recheck(PATH)
+    check = checked("a.pth")
     assert check.status == "changed"
     assert check.details == ("file a.pth has another SHA-256", "tensor fc.weight has changed")
 
@@ -51,12 +57,13 @@ def test_one_flipped_bit_in_a_pth_is_found_and_the_tensor_named(folder):
 def test_a_change_in_an_orbax_folder_names_the_file(folder):
     convert("net_flax")
     largest = max(
-        (p for p in Path("net_flax/").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+        (p for p in Path("net_flax/").rglob("*") if p.is_file() and p.name != "parity.json"),
+        key=lambda p: p.stat().st_size,
     )
     flip(largest, 4 * largest.stat().st_size)
     Path("net_flax/note.txt").write_text("mine")
     Path("net_flax/flax_resblock.json").unlink()
-    (check,) = recheck(PATH)
+    check = checked("net_flax")
     assert check.status == "changed"
     assert check.details[:3] == tuple(
         sorted(
@@ -77,9 +84,12 @@ def test_a_changed_tensor_in_a_rewritten_orbax_folder_is_named(folder):
     record = checkpoint.read("net_flax")
     tensors = {name: np.array(value) for name, value in record.tensors.items()}
     tensors["stage1.0.conv1.kernel"][1, 2, 3, 4] += 1e-3
+    certificate = Path("net_flax/parity.json").read_text()
     checkpoint.write("net_flax", tensors, force=True)
-    assert "tensor stage1.0.conv1.kernel has changed" in recheck(PATH)[0].details
-    assert not any("tensor stage2" in detail for detail in recheck(PATH)[0].details)
+    assert not Path("net_flax/parity.json").exists()  # a stale one does not stay
+    Path("net_flax/parity.json").write_text(certificate)
+    assert "tensor stage1.0.conv1.kernel has changed" in checked("net_flax").details
+    assert not any("tensor stage2" in detail for detail in checked("net_flax").details)
 
 
 def test_a_file_whose_tensors_are_as_they_were_is_told_from_one_with_others(folder):
@@ -90,38 +100,36 @@ def test_a_file_whose_tensors_are_as_they_were_is_told_from_one_with_others(fold
         "new.safetensors",
     )
     Path("new.safetensors").replace("a.safetensors")
-    (check,) = recheck(PATH)
+    check = checked("a.safetensors")
     assert check.status == "changed"
     assert check.details[-1] == "every tensor is as it was; only the bytes around them differ"
     tensors = safetensors.numpy.load_file("a.safetensors")
     del tensors["fc.bias"]
     safetensors.numpy.save_file({**tensors, "more": np.ones(2)}, "a.safetensors")
-    assert recheck(PATH)[0].details[1:] == ("tensor fc.bias is gone", "tensor more is new")
+    assert checked("a.safetensors").details[1:] == ("tensor fc.bias is gone", "tensor more is new")
     Path("a.safetensors").write_bytes(Path("a.safetensors").read_bytes()[:50])
-    assert "can no longer be read" in recheck(PATH)[0].details[-1]
+    assert "can no longer be read" in checked("a.safetensors").details[-1]
 
 
 def test_a_bare_block_in_a_pth_is_certified_though_the_file_does_not_tell_its_stride(folder):
     torch.save(BasicBlock(4, 6, 2).state_dict(), "block.pth")
     assert run(["convert", "block.pth", "again.pth", "--stride", "2"]) == 0
-    assert read_certificate(PATH)["again.pth"]["verification"]["passed"] is True
-    assert [check.status for check in recheck(PATH)] == ["unchanged"]
+    entry = read_certificate(certificate_of(Path("again.pth")))["again.pth"]
+    assert entry["verification"]["passed"] is True
+    assert checked("again.pth").status == "unchanged"
 
 
-@pytest.mark.parametrize("out", ["net.safetensors", "net_flax"])
-def test_a_renamed_output_is_missing(out, folder):
+def test_a_renamed_output_is_missing(folder):
+    out = "net.safetensors"
     convert(out)
     Path(out).rename("elsewhere")
-    (check,) = recheck(PATH)
+    check = checked(out)
     assert (check.output, check.status) == (out, "missing")
-    if out == "net.safetensors":
-        Path(out).mkdir()  # another thing under its name
-    else:
-        Path(out).write_text("")
-    assert recheck(PATH)[0].status == "missing"
-    Path(out).rmdir() if Path(out).is_dir() else Path(out).unlink()
+    Path(out).mkdir()  # another thing under its name
+    assert checked(out).status == "missing"
+    Path(out).rmdir()
     Path("elsewhere").rename(out)
-    assert recheck(PATH)[0].status == "unchanged"
+    assert checked(out).status == "unchanged"
 
 
 def test_checking_needs_neither_framework(folder):
@@ -131,8 +139,9 @@ def test_checking_needs_neither_framework(folder):
     code = (
         "import sys; from pathlib import Path; from flax_resblock.parity.certificate import "
         "read_certificate, recheck\n"
-        "print([c.status for c in recheck(Path('parity.json'))], {'jax', 'torch', 'flax'} & "
-        "set(sys.modules))"
+        "found = recheck(Path('net.safetensors.parity.json')) + "
+        "recheck(Path('net_flax/parity.json'))\n"
+        "print([c.status for c in found], {'jax', 'torch', 'flax'} & set(sys.modules))"
     )
     result = python("-c", code, check=True)
     assert result.stdout.strip() == "['changed', 'unchanged'] set()"
@@ -213,7 +222,7 @@ def test_a_bad_certificate_gives_one_paragraph_and_is_never_replaced(case, folde
 
 
 def test_an_absent_certificate_gives_one_paragraph(folder):
-    with pytest.raises(InputError, match=r"does not exist\. Certificates are called parity\.json"):
+    with pytest.raises(InputError, match=r"does not exist\. A certificate is called OUTPUT\.par"):
         recheck(PATH)
 
 
@@ -236,7 +245,7 @@ def test_an_index_in_a_forged_certificate_leads_nowhere(folder):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_certificate_that_cannot_be_read_is_left_alone(folder, capsys):
-    convert("a.safetensors")
+    convert("out.safetensors")
     PATH.chmod(0)
-    assert run(["convert", "net.pth", "b.safetensors"]) == 2
+    assert run(["convert", "net.pth", "out.safetensors", "--force"]) == 2
     assert "cannot be read: Permission denied" in capsys.readouterr().err

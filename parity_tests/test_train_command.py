@@ -44,7 +44,7 @@ def few(monkeypatch):
 @pytest.mark.slow
 def test_a_loop_without_settings_resumes_with_no_flags_and_a_note(folder, capsys):
     _, path = runs.saved("a plain loop with GradScaler and EMA", folder)
-    assert command(f"train --resume {path}") == 0
+    assert command(f"train --data digits --resume {path}") == 0
     text = capsys.readouterr().out
     assert "the run took 10 steps in 2 epochs, and here an epoch has 1" in text
     assert "ignored scaler: loss scaling is for float16" in text
@@ -58,7 +58,7 @@ def test_a_loop_without_settings_resumes_with_no_flags_and_a_note(folder, capsys
 def test_a_checkpoint_resumes_where_it_stopped(spelling, folder, capsys):
     torch_run, path = runs.saved(spelling, folder)
     size = f"--batch-size {runs.BATCH}" if "plain" in spelling else ""  # has no settings in it
-    assert command(f"train --resume {path} {size}") == 0, capsys.readouterr().err
+    assert command(f"train --data digits --resume {path} {size}") == 0, capsys.readouterr().err
     text = capsys.readouterr().out
     _, after = load_run("runs/digits-resnet8")
     there = torch_run.epochs(runs.EPOCHS - runs.DONE)
@@ -125,10 +125,10 @@ def test_a_network_of_a_thousand_classes_learns_ten_with_its_first_parts_frozen(
         ResNet(depths=(1, 1, 1), widths=(4, 6, 8), stem_width=4, num_classes=1000)
     )
     torch.save(module.state_dict(), "imagenet.pth")
-    flags = f"--epochs 1 --batch-size {runs.BATCH} --out tuned"
+    flags = f"--data digits --epochs 1 --batch-size {runs.BATCH} --out tuned"
     assert command(f"train --init imagenet.pth --num-classes 10 --freeze stem,stage1 {flags}") == 0
     text = capsys.readouterr().out
-    assert "imagenet.pth has 1000 classes: the head starts afresh, with 10" in text
+    assert "imagenet.pth has 1000 classes: the head is new, for 10 classes" in text
     assert "grey images, repeated for the network's 3 channels" in text
     after = flax_resblock.to_torch(flax_resblock.load("tuned"))
     before = {key: value.numpy() for key, value in module.state_dict().items()}
@@ -189,11 +189,11 @@ def test_convert_without_the_flag_says_what_stays_behind(folder, capsys):
 def test_a_certificate_covers_the_run(folder, capsys):
     _, path = runs.saved("Lightning", folder)
     assert command(f"convert {path} run --with-optimizer") == 0
-    assert command("verify --certificate parity.json") == 0
+    assert command("verify --certificate run/parity.json") == 0
     key = next(
         key for key in checkpoint.read("run").tensors if key.startswith("optimizer.exp_avg.")
     )
-    assert key in json.loads(Path("parity.json").read_text())["outputs"]["run"]["tensors"]
+    assert key in json.loads(Path("run/parity.json").read_text())["outputs"]["."]["tensors"]
 
 
 def _no_buffers(content):
@@ -225,7 +225,9 @@ def test_what_cannot_go_on_is_one_paragraph_with_status_2(case, folder, capsys):
         assert error.count("\n") == 1
     assert sorted(folder.rglob("*")) == before
     assert command(f"convert {path} out --with-optimizer --weights-only --no-certificate") == 0
-    arguments = f"train --resume {path} --weights-only --epochs 1 --batch-size {runs.BATCH}"
+    arguments = (
+        f"train --data digits --resume {path} --weights-only --epochs 1 --batch-size {runs.BATCH}"
+    )
     assert command(arguments) == 0
 
 
@@ -237,11 +239,12 @@ def test_a_schedule_without_counterpart_needs_a_word(folder, capsys):
     )
     path = runs.plain_loop(run.epochs(1), folder)
     size = f"--batch-size {runs.BATCH} --epochs 2"
-    assert command(f"train --resume {path} {size}") == 2
+    assert command(f"train --data digits --resume {path} {size}") == 2
     error = capsys.readouterr().err
     assert "keeps its function in the program, not in the file. Say --schedule constant" in error
+    line = f"train --data digits --resume {path}"
     for schedule in ("constant", "warmup-cosine"):
-        assert command(f"train --resume {path} --schedule {schedule} --out {schedule} {size}") == 0
+        assert command(f"{line} --schedule {schedule} --out {schedule} {size}") == 0
     assert "0.025, 0.025, constant" in capsys.readouterr().out
     constant, rates = (
         [line["learning_rate"] for line in json_lines(f"{name}/metrics.jsonl")]
@@ -265,11 +268,11 @@ OTHER = {
         "batch_size=999 must be from 1 to the 120 images",
     ),
     "a rate for a run that has one": (
-        "train --resume run.pth --learning-rate 0.1",
+        "train --data digits --resume run.pth --learning-rate 0.1",
         "--learning-rate has no place in a run that goes on",
     ),
     "a run that is over": (
-        "train --resume run.pth --epochs 2",
+        "train --data digits --resume run.pth --epochs 2",
         "the run is over: it is at step 10, and its 2 epochs of 5 steps end at 10",
     ),
 }
@@ -337,7 +340,7 @@ def test_a_host_without_torch_goes_on_with_a_run_in_safetensors(folder):
         BLOCK_TORCH
         + """
 from flax_resblock.cli import run
-assert run(["train", "--resume", "run.safetensors", "--batch-size", "256", "--epochs", "3"]) == 0
+assert run("train --data digits --resume run.safetensors --batch-size 256 --epochs 3".split()) == 0
 assert run(["convert", "runs/digits-resnet8", "back.safetensors", "--with-optimizer"]) == 0
 assert "torch" not in sys.modules
 """

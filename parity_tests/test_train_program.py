@@ -162,8 +162,8 @@ def test_a_head_beside_its_backbone_starts_afresh_for_other_classes(capsys):
     state = {f"backbone.{key}": value for key, value in module.state_dict().items()}
     state |= {"classifier.weight": torch.ones(7, 6), "classifier.bias": torch.ones(7)}
     torch.save(state, "seven.pth")
-    text = said(capsys, f"--init seven.pth --num-classes 10 {SHORT} --out tuned")
-    assert "seven.pth has 7 classes: the head starts afresh, with 10" in text
+    text = said(capsys, f"--data digits --init seven.pth --num-classes 10 {SHORT} --out tuned")
+    assert "seven.pth has 7 classes: the head is new, for 10 classes" in text
     assert flax_resblock.load("tuned").config.num_classes == 10
 
 

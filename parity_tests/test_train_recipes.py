@@ -82,7 +82,11 @@ def test_a_plain_optax_loop_learns_and_its_file_loads_in_pytorch(program):
 @pytest.mark.slow
 def test_fine_tuning_makes_a_new_head_and_keeps_frozen_parts(program, tmp_path):
     before = torch_run(tmp_path / "seven.pth", classes=7).state_dict()
-    text = program(*shlex.split("fine_tune.py seven.pth --freeze stem --epochs 1 --batch-size 359"))
+    text = program(
+        *shlex.split(
+            "fine_tune.py seven.pth --data digits --freeze stem --epochs 1 --batch-size 359"
+        )
+    )
     assert "epoch 1: test accuracy" in text
     after = torch.load("tuned.pth", weights_only=True)
     assert after["fc.weight"].shape == (10, 6)
@@ -92,7 +96,8 @@ def test_fine_tuning_makes_a_new_head_and_keeps_frozen_parts(program, tmp_path):
 
 def test_a_pytorch_run_continues_and_comes_back(program, tmp_path):
     module = torch_run(tmp_path / "run.pth")
-    text = program(*shlex.split("continue_run.py run.pth --epochs 1 --batch-size 287 --out on.pth"))
+    line = "continue_run.py run.pth --data digits --epochs 1 --batch-size 287 --out on.pth"
+    text = program(*shlex.split(line))
     assert "used: optimizer" in text
     assert "step 4: test accuracy" in text
     back = torch.load("on.pth", weights_only=True)

@@ -63,7 +63,7 @@ def test_a_right_module_has_no_findings(factory, arguments):
     assert case.findings == []
     assert case.passed
     assert case.verification is not None
-    expected = {"eval forward", "parameter gradient", "running statistics after 5"}
+    expected = {"eval forward", "parameter gradient", "running statistics after 5 batches"}
     assert {m.quantity for m in case.verification.comparison.measurements} >= expected
 
 

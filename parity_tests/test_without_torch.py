@@ -53,7 +53,7 @@ print(fr.load(b)(np.ones((1, 32, 32, 3), np.float32)).shape, "torch" in sys.modu
     result = without_torch(code, tmp_path)
     assert result.stdout.endswith("(1, 10) False\n"), result.stderr
     assert result.stderr.count("pip install 'flax-resblock[torch]'") == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b", "parity.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b"]
 
 
 @pytest.mark.parametrize("legacy", [False, pytest.param(True, marks=pytest.mark.slow)])

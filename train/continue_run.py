@@ -19,9 +19,7 @@ from flax_resblock.training.data import open_data
 def main() -> None:
     parser = argparse.ArgumentParser(description="Continue a PyTorch training run in JAX.")
     parser.add_argument("checkpoint", help="training checkpoint of PyTorch or of this library")
-    parser.add_argument(
-        "--data", default="digits", help="see flax_resblock.training.data.open_data"
-    )
+    parser.add_argument("--data", required=True, help="see flax_resblock.training.data.open_data")
     parser.add_argument(
         "--epochs", type=int, default=20, help="of the whole run, in both frameworks"
     )

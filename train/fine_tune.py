@@ -21,9 +21,7 @@ from flax_resblock.training.data import Augmentation, open_data
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune a network from a PyTorch file.")
     parser.add_argument("checkpoint", help=".pth, .safetensors or any other readable checkpoint")
-    parser.add_argument(
-        "--data", default="digits", help="see flax_resblock.training.data.open_data"
-    )
+    parser.add_argument("--data", required=True, help="see flax_resblock.training.data.open_data")
     parser.add_argument("--image-size", type=int, help="for image folders, 224 by default")
     parser.add_argument("--freeze", nargs="*", default=[], help="parts to keep: stem, stage1 ...")
     parser.add_argument("--epochs", type=int, default=5)

@@ -16,11 +16,17 @@ import numpy as np
 
 from flax_resblock.checkpoint.atomic import refuse_existing, remove, replacing
 from flax_resblock.checkpoint.folders import (
+    CONFIG_FILE,
+    DISTRIBUTED_PLAN,
+    DISTRIBUTED_SHARD,
+    PREPROCESSOR_FILE,
     RUN_FOLDER,
+    WEIGHTS,
     is_orbax,
     is_ported,
     metadata_in,
     orbax_in,
+    refuse_distributed,
     texts_beside,
     trainer_files,
     weights_in,
@@ -45,6 +51,7 @@ from flax_resblock.checkpoint.record import (
     sidecar_of,
 )
 from flax_resblock.errors import CheckpointError, InputError, OutputError, some
+from flax_resblock.hub import fetch, is_name
 
 __all__ = [
     "FORMATS", "LIMITS", "RUN_FOLDER", "Limits", "Record", "digest", "digests", "is_orbax",
@@ -61,11 +68,14 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
 
 
 def output_format(path: Path) -> str:
-    """The format that a file name asks for.
-
-    Raises:
-      InputError: A suffix that no format has.
+    """The format that a file name asks for; raises InputError for a suffix that no format has, and
+    for a name on a hub.
     """
+    if is_name(path):
+        raise InputError(
+            f"{path} names a repository, and an output is a file or a folder. In Python, "
+            f"flax_resblock.save(model, {str(path)!r}) pushes a model."
+        )
     for name, suffixes in FORMATS.items():
         if path.suffix.lower() in suffixes:
             return name
@@ -74,10 +84,6 @@ def output_format(path: Path) -> str:
         f"{path}: the suffix {path.suffix!r} names no format. Use {known}, or a name without "
         f"suffix for an Orbax folder."
     )
-
-
-_SHARD, _PLAN = ".distcp", ".metadata"
-"""A shard of ``torch.distributed.checkpoint``, and the file that says what is in which."""
 
 
 def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
@@ -95,7 +101,7 @@ def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
                 f"import the class in it and call flax_resblock.load_ported({str(path)!r}, "
                 f"Net); `flax-resblock convert {path} back.pth` returns the state dict of PyTorch."
             )
-        _refuse_distributed(path)
+        refuse_distributed(path)
         raise CheckpointError(
             f"{path} is a folder without a checkpoint: no Orbax metadata, no "
             f"model.safetensors. Give the checkpoint itself."
@@ -110,8 +116,8 @@ def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     if not head:
         raise CheckpointError(f"{path} is empty. The download or copy failed; get it again.")
-    if path.suffix == _SHARD or path.name == _PLAN:
-        _refuse_distributed(path.parent)
+    if path.suffix == DISTRIBUTED_SHARD or path.name == DISTRIBUTED_PLAN:
+        refuse_distributed(path.parent)
     if path.name.endswith(".bin.index.json"):
         return "pytorch", path
     if path.name.endswith((".safetensors.index.json", ".safetensors")) or head[8:9] == b"{":
@@ -124,17 +130,6 @@ def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
     )
 
 
-def _refuse_distributed(folder: Path) -> None:
-    """Raises CheckpointError for a folder of ``torch.distributed.checkpoint``."""
-    shards = sorted(folder.glob(f"*{_SHARD}"))
-    if shards and (folder / _PLAN).is_file():
-        raise CheckpointError(
-            f"{folder} is a folder of torch.distributed.checkpoint ({_PLAN} and {len(shards)} "
-            f"{_SHARD} files), which only PyTorch reads. Make one file of it: python -m "
-            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} checkpoint.pth"
-        )
-
-
 def read(
     path: str | Path, *, entry: str | None = None, run: bool = False, limits: Limits = LIMITS
 ) -> Record:
@@ -143,7 +138,7 @@ def read(
     Args:
       path: ``.pt``, ``.pth``, ``.th``, ``.safetensors``, a shard index, an Orbax folder, or a
         folder with ``model.safetensors`` or ``pytorch_model.bin``, whose ``config.json`` then is in
-        the metadata.
+        the metadata; or the name of weights elsewhere, see :mod:`flax_resblock.hub`.
       entry: Name of the entry that holds the state dict in a training checkpoint; None finds it.
       run: Also read what a training run left in files beside the weights; and entries beside them
         have numpy arrays for tensors.
@@ -154,6 +149,10 @@ def read(
       MissingDependencyError: A PyTorch file with something in it that only PyTorch can read, where
         torch is not installed.
     """
+    if is_name(path):
+        fetched = fetch(str(path), WEIGHTS, (CONFIG_FILE, PREPROCESSOR_FILE))
+        record = read(fetched.path, entry=entry, run=run, limits=limits)
+        return replace(record, metadata={**fetched.metadata, **record.metadata})
     format_name, file = _resolve(Path(path), limits)
     if format_name == "orbax":
         from flax_resblock.checkpoint.orbax_folder import read_orbax

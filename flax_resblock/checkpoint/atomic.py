@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from flax_resblock.checkpoint.flushing import flush, mode_of_new_files, sync
 from flax_resblock.errors import InputError, OutputError
 
 _SUFFIX = ".partial"
@@ -96,14 +97,15 @@ def replacing(
         with _scratch_folder(path) as scratch:
             temporary = scratch / path.name
             yield temporary
+            mode = mode_of_new_files(scratch / f"{path.name}.mode")
             for part in (temporary, *(scratch / name for name in companions)):
-                _sync(part)
+                sync(part, mode)
             with alone(path.parent):
                 refuse_existing(path, force, replaceable)  # it may have appeared meanwhile
                 for name in companions:
                     os.replace(scratch / name, path.parent / name)
                 _place(temporary, path, scratch / _ASIDE, force)
-            _flush(path.parent)
+            flush(path.parent)
     except OSError as error:
         raise OutputError(
             f"{path} could not be written: {error.strerror or error}. Nothing was left there."
@@ -277,22 +279,3 @@ def _swap(new: Path, path: Path, aside: Path) -> None:
     except BaseException:
         os.replace(aside, path)
         raise
-
-
-def _sync(path: Path) -> None:
-    """Flushes a file, or everything in a folder and the folders themselves."""
-    if path.is_dir():
-        for parent, _, names in os.walk(path):
-            for name in names:
-                _flush(Path(parent) / name)
-            _flush(Path(parent))
-    else:
-        _flush(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files
-from flax_resblock.errors import CheckpointError, visible
+from flax_resblock.errors import CheckpointError, reason, visible
 
 CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
 WEIGHTS = (
@@ -135,7 +135,7 @@ def texts_beside(weights: Path) -> dict[str, str]:
                 texts[name] = file.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise CheckpointError(
-                    f"{file} cannot be read as text ({error}). Copy the folder again, or "
+                    f"{file} cannot be read as text ({reason(error)}). Copy the folder again, or "
                     f"remove that file."
                 ) from error
     return texts
@@ -177,3 +177,19 @@ def trainer_files(folder: Path, limits: Limits = LIMITS) -> dict[str, Any]:
             ) from error
         found["trainer_state"] = state
     return found | {name: None for name in _NOT_READ if (folder / name).is_file()}
+
+
+DISTRIBUTED_SHARD, DISTRIBUTED_PLAN = ".distcp", ".metadata"
+"""A shard of ``torch.distributed.checkpoint``, and the file that says what is in which."""
+
+
+def refuse_distributed(folder: Path) -> None:
+    """Raises CheckpointError for a folder of ``torch.distributed.checkpoint``."""
+    shards = sorted(folder.glob(f"*{DISTRIBUTED_SHARD}"))
+    if shards and (folder / DISTRIBUTED_PLAN).is_file():
+        raise CheckpointError(
+            f"{folder} is a folder of torch.distributed.checkpoint ({DISTRIBUTED_PLAN} and "
+            f"{len(shards)} {DISTRIBUTED_SHARD} files), which only PyTorch reads. Make one "
+            f"file of it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+            f"{folder} checkpoint.pth"
+        )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.checkpoint.parallel import on_every_core
-from flax_resblock.errors import CheckpointError, InputError
+from flax_resblock.errors import CheckpointError, InputError, reason
 
 DIGESTS = "sha256"
 """Metadata entry: a JSON object of tensor name to SHA-256."""
@@ -159,7 +159,7 @@ def read_sidecar(path: Path) -> Sidecar | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{place} should hold the SHA-256 of the tensors in {path.name}, and cannot be "
-            f"read ({str(error)[:120]}). It is damaged: remove it to read "
+            f"read ({reason(error)[:120]}). It is damaged: remove it to read "
             f"{path.name} without that check, or copy both again."
         ) from error
     return found

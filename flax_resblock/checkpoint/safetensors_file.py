@@ -17,7 +17,7 @@ from flax_resblock.checkpoint.folders import shards, without_duplicates
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files
 from flax_resblock.checkpoint.record import Record
 from flax_resblock.checkpoint.unwrap import unwrap
-from flax_resblock.errors import CheckpointError, visible
+from flax_resblock.errors import CheckpointError, reason, visible
 
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -51,7 +51,7 @@ def _read_one(path: Path, limits: Limits) -> tuple[dict[str, np.ndarray], dict[s
             raise
         raise CheckpointError(
             f"{path} is not a safetensors file, or a damaged one "
-            f"({visible(str(error)[:300])}). Copy or download it again."
+            f"({visible(reason(error)[:300])}). Copy or download it again."
         ) from error
     limits.check(path, "max_tensors", len(header), "tensors")
     with path.open("rb") as handle:

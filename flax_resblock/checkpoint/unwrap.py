@@ -97,7 +97,7 @@ def unwrap(
             )
         others = [name for name in found if name != chosen]
         also = f" (also there: {', '.join(others)}; choose with --entry)" if others else ""
-        notes.append(f"took entry '{chosen}'{also}")
+        notes.append(f"the weights are those of entry '{chosen}'{also}")
         extras |= {str(key): value for key, value in content.items() if key != chosen}
         content = content[chosen]
     state = {}

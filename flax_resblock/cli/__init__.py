@@ -21,7 +21,8 @@ from flax_resblock._version import __version__
 from flax_resblock.cli.cache import keep_compiled
 from flax_resblock.cli.huge_pages import start_again_with_huge_pages
 from flax_resblock.cli.interrupts import on_interrupt
-from flax_resblock.errors import InputError, visible
+from flax_resblock.cli.wrapping import for_stream
+from flax_resblock.errors import InputError, reason, visible
 
 INTERRUPTED = 130
 LINE_BREAK = "\n"
@@ -88,7 +89,8 @@ def run(arguments: Sequence[str]) -> int:
     except InputError as error:
         if show_traceback:
             raise
-        print(f"flax-resblock: {visible(str(error), keep=LINE_BREAK)}", file=sys.stderr)
+        message = f"flax-resblock: {visible(str(error), keep=LINE_BREAK)}"
+        print(for_stream(message, sys.stderr), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(
@@ -108,13 +110,12 @@ def run(arguments: Sequence[str]) -> int:
             _drop_output()
         what = "not enough memory"
         if isinstance(error, OSError):
-            what = error.strerror or str(error)
-            what += f": {error.filename}" if error.filename else ""
-        print(
+            what = reason(error) + (f": {error.filename}" if error.filename else "")
+        message = (
             f"flax-resblock: {visible(what)}. Nothing was left half-written. Check the disk "
-            f"and the memory, then run it again.",
-            file=sys.stderr,
+            f"and the memory, then run it again."
         )
+        print(for_stream(message, sys.stderr), file=sys.stderr)
         return 2
 
 

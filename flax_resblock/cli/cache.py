@@ -7,6 +7,8 @@ import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from flax_resblock.errors import reason
+
 VARIABLE = "FLAX_RESBLOCK_CACHE"
 """The folder; empty or ``off`` keeps nothing."""
 
@@ -55,14 +57,10 @@ def keep_compiled(environment: MutableMapping[str, str]) -> str | None:
     except (OSError, RuntimeError) as error:  # RuntimeError: no home
         environment[VARIABLE] = "off"
         environment[_SWITCH] = "false"
-        reason = (
-            f"{error.filename}: {error.strerror}"
-            if isinstance(error, OSError) and error.filename
-            else str(error)
-        )
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
         return (
-            f"compiled programs are not kept, every start compiles anew: {reason}. Set {VARIABLE} "
-            f"to a folder of yours, or to off."
+            f"compiled programs are not kept, every start compiles anew: {where}{reason(error)}. "
+            f"Set {VARIABLE} to a folder of yours, or to off."
         )
     environment[_FOLDER] = str(folder)
     for name, value in _SETTINGS.items():

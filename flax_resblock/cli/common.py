@@ -15,6 +15,7 @@ from rich.status import Status
 from rich.text import Text
 
 from flax_resblock.checkpoint import LIMITS, Limits, refuse_existing, replacing
+from flax_resblock.cli.wrapping import wrapped
 from flax_resblock.config import ARCHITECTURES, Config, architecture
 from flax_resblock.convert.detection.assumption_rules import ASSUMABLE_FIELDS
 from flax_resblock.convert.metadata import EPS
@@ -72,7 +73,7 @@ Checkpoint = Annotated[
         metavar="CKPT",
         help=(
             ".pth, .pt, .th, .safetensors (or its index), an Orbax folder, or one of transformers "
-            "or timm."
+            "or timm; or a name, hf-hub:USER/NAME or torchvision:WEIGHTS."
         ),
     ),
 ]
@@ -211,8 +212,11 @@ def is_architecture(path: Path) -> bool:
 
 
 def say(text: str, style: str = "") -> None:
-    """Prints a line as it is, without markup and line breaks."""
-    output.print(text, style=style, markup=False, soft_wrap=True)
+    """Prints a line as it is, without markup; a terminal shows it in several, see
+    :func:`flax_resblock.cli.wrapping.wrapped`.
+    """
+    for line in wrapped(text, output.width) if output.is_terminal else [text]:
+        output.print(line, style=style, markup=False, soft_wrap=True)
 
 
 def print_note(text: str) -> None:

@@ -69,8 +69,9 @@ def convert(
     for an Orbax folder with Flax names, or, with --to-naming huggingface or timm, for a folder with
     a config.json that transformers or timm loads. The output is written under a temporary name,
     read back, compared by SHA-256, and only then renamed. Then Flax and the reference
-    network in PyTorch compute with it, every slot, in float64, and parity.json beside it records
-    the result, what was assumed, and the SHA-256 of everything. Your own code is seen with --torch
+    network in PyTorch compute with it, every slot, in float64, and the certificate,
+    OUT.parity.json (or parity.json in OUT, if that is a folder), records the result, what was
+    assumed, and the SHA-256 of everything. Your own code is seen with --torch
     alone: then nothing is assumed, and your module is run and compared as well. Exit status 1 if
     the frameworks differ.
 
@@ -85,7 +86,7 @@ def convert(
       kwargs: Arguments of that class or function, as a JSON object.
       image_size: Height and width of the images that it is run on; found by trying 32, 64 and 224
         if left out.
-      no_certificate: Write no parity.json, and do not run the two frameworks.
+      no_certificate: Write no certificate, and do not run the two frameworks.
     """
     format_name = checkpoint.output_format(out)
     checkpoint.refuse_existing(out, force, checkpoint.is_orbax)
@@ -103,7 +104,8 @@ def convert(
         files = None
         if format_name == "orbax" and target.naming.hub:
             format_name = f"folder for {target.naming.hub}"
-            files = files_of(target.naming.hub, source.config, source.record.metadata)
+            about = source.record.metadata
+            files = files_of(target.naming.hub, source.config, about, source.images)
         tensors = transcode(source.state_map, target, source.tensors)
         origin = None if no_certificate else provenance(source)  # now, as OUT may replace it
         if origin is not None and module is not None:
@@ -192,9 +194,8 @@ def _certify(
         verification = certify(out, reading, origin, notes)
     path = certificate_of(out)
     if "skipped" in verification:
-        common.say(
-            f"  parity  not verified: {verification['skipped']}; SHA-256 in {path}", "yellow"
-        )
+        common.say(f"  parity  not verified: {verification['skipped']}", "yellow")
+        common.say(f"  wrote   {path}, the SHA-256 of all files and tensors")
         return 0
     worst = verification["worst"]
     measured = (
@@ -204,7 +205,11 @@ def _certify(
     if verification["passed"]:
         common.say(
             f"  parity  {verification['tensors']} tensors of Flax agree with PyTorch, compared "
-            f"with {verification['compared_with']}; the worst, {measured}; certificate {path}"
+            f"with {verification['compared_with']}; the worst, {measured}"
+        )
+        common.say(
+            f"  wrote   {path}, the certificate: this result, what was assumed, and the SHA-256 of "
+            f"all files and tensors; `verify --certificate` checks them again"
         )
         return 0
     print(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flax_resblock import checkpoint
 from flax_resblock.cli import common
+from flax_resblock.convert.image_facts import read_images
 from flax_resblock.convert.opening import read_entry
 from flax_resblock.errors import InputError
 
@@ -49,7 +50,9 @@ def from_ported(
         left = None if carry or training.weights_only else common.optimizer_left_out(opened)
     name = str(weights.table.about.get("network"))
     with common.status.status(f"writing {out}"):
-        write_own(out, weights.values, weights.table, run, name, force=force)
+        images = read_images(opened.record.metadata, opened.record.source)
+        about = images.metadata
+        write_own(out, weights.values, weights.table, run, name, about, force=force)
     count, size = len(weights.table.entries), sum(one.nbytes for one in opened.tensors.values())
     common.print_title(
         path.name, f"{count} tensors, {common.megabytes(size)}, read back and equal bit for bit"

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from flax_resblock import checkpoint
 from flax_resblock.cli.common import output, print_notes, print_table, print_title, say, status
+from flax_resblock.cli.train_data import OF_DATA, opened, refuse_unnamed_data
 from flax_resblock.cli.train_own import OwnCode, evaluated
-from flax_resblock.cli.train_start import Wanted, model_of, opened
+from flax_resblock.cli.train_start import Wanted, model_of
 from flax_resblock.config import ResNetConfig, name_of
 from flax_resblock.convert.run_names import holds_run
 from flax_resblock.errors import InputError
@@ -80,7 +81,7 @@ def _known(path: Path, wanted: Wanted) -> _Evaluated:
     if not isinstance(network, ResNetConfig) or network.num_classes is None:
         raise InputError(f"{path} has no head and so no classes to tell. Give a network with one.")
     print_notes(source.all_notes)
-    config = _settings(source, replace(wanted.preset, model=network), wanted)
+    config = _settings(path, source, replace(wanted.preset, model=network), wanted)
     test = opened(config, wanted.strict, network.in_channels).test
     classes, channels = network.num_classes, test.shape[-1]
     if test.num_classes > classes or channels != network.in_channels:
@@ -96,7 +97,7 @@ def _own(path: Path, wanted: Wanted, code: OwnCode) -> _Evaluated:
     from flax_resblock.training.evaluation import classes_of
 
     model, weights = evaluated(code, wanted, path)
-    config = _settings(weights.opened, replace(wanted.preset, model=None), wanted)
+    config = _settings(path, weights.opened, replace(wanted.preset, model=None), wanted)
     test = opened(config, wanted.strict, weights.channels).test
     classes = classes_of(model, test.shape)
     if test.num_classes > classes:
@@ -107,10 +108,11 @@ def _own(path: Path, wanted: Wanted, code: OwnCode) -> _Evaluated:
     return _Evaluated(model, code.name, config, test)
 
 
-def _settings(source: Opened, preset: TrainConfig, wanted: Wanted) -> TrainConfig:
+def _settings(path: Path, source: Opened, preset: TrainConfig, wanted: Wanted) -> TrainConfig:
     """What was asked for, on the data that the run in a checkpoint had."""
     stored = run_of(source).settings if holds_run(source.record.metadata) else {}
-    of_data = {name: stored[name] for name in ("data", "image_size") if name in stored}
+    refuse_unnamed_data(path, preset, wanted.settings, stored)
+    of_data = {name: stored[name] for name in OF_DATA if name in stored}
     settings = {name: value for name, value in wanted.settings.items() if name != "freeze"}
     return with_settings(preset, of_data | settings)
 

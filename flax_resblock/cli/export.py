@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from flax_resblock.checkpoint.atomic import refuse_existing
 from flax_resblock.cli import common
 from flax_resblock.cli.images import normalisation_of, preprocessing_of
 from flax_resblock.config import name_of
+from flax_resblock.convert.image_facts import IMAGES
 from flax_resblock.errors import InputError
 
 Output = Annotated[
@@ -48,7 +50,8 @@ def export(
     Args:
       reading: How to read the checkpoint.
       platforms: Platforms to export for, separated by commas.
-      image_size: Side of the images, by default 224 for ImageNet stems and 32 for small ones.
+      image_size: Side of the images. By default that of the checkpoint; where it does not say, 224
+        for ImageNet stems and 32 for small ones.
       any_image_size: Leave height and width free, from 32 pixels on.
       precision: Precision of convolutions and products: highest is float32; default is bfloat16 on
         TPU and TF32 on CUDA.
@@ -67,13 +70,23 @@ def export(
     source = reading.open(checkpoint)
     common.refuse_unhealthy(source, allow_nonfinite)
     config = source.config
-    shift, scale, origin = normalisation_of(
-        (None, None), preprocessing_of(source), config.in_channels, mean, std
-    )
-    size = None if any_image_size else config.image_size if image_size is None else image_size
+    wanted = preprocessing_of(source)
+    shift, scale, origin = normalisation_of((None, None), wanted, config.in_channels, mean, std)
+    size = None if any_image_size else image_size
+    if not any_image_size and image_size is None:
+        size, width = wanted.size
+        if size != width:
+            raise InputError(
+                f"{checkpoint} takes images of {size}x{width} pixels, and the sides of an export "
+                f"are equal or free. Choose --image-size, or leave them free (--any-image-size)."
+            )
     normalisation = {"mean": shift.tolist(), "std": scale.tolist()}
     preprocessing = {"pixels": "RGB from 0 to 1", **normalisation}
-    facts: dict[str, Any] = {"source": checkpoint.name, "preprocessing": preprocessing}
+    facts: dict[str, Any] = {
+        "source": checkpoint.name,
+        "preprocessing": preprocessing,
+        IMAGES: asdict(source.images),
+    }
     model = to_model(source)
     with common.status.status(f"exporting {checkpoint}"):
         if fold_batch_norm:

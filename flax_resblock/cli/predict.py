@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,14 +17,15 @@ from flax_resblock.checkpoint import replacing
 from flax_resblock.cli import common
 from flax_resblock.cli.images import (
     ImageBatch,
-    default_preprocessing,
     load_images,
     normalisation_of,
     preprocessing_of,
 )
 from flax_resblock.config import Config, ResNetConfig, name_of
 from flax_resblock.convert.hubs import Preprocessing
-from flax_resblock.errors import InputError
+from flax_resblock.convert.image_facts import IMAGES, read_images
+from flax_resblock.errors import InputError, reason
+from flax_resblock.images import default_preprocessing, normalised
 
 MANIFEST = "manifest.json"
 """Marks the folder of an exported network."""
@@ -61,15 +63,15 @@ def predict(
 
       flax-resblock predict resnet50.pth cat.jpg dog.png --class-names imagenet.txt
 
-    Class names, size, crop and normalisation are taken from the checkpoint's config.json if it has
-    one (transformers, timm) or was converted from one.
+    Class names, size, crop and normalisation are taken from the checkpoint: from what `train` wrote
+    into it, or from a config.json (transformers, timm), also after a conversion.
 
     Args:
       reading: How to read the checkpoint.
       top: Number of classes to show.
       class_names: Text file with one class name per line.
-      image_size: Side of the square to which images are resized, by default 224 (center crop) for
-        ImageNet stems and 32 for small ones.
+      image_size: Side of the square to which images are resized. Where the checkpoint does not say,
+        224 (center crop) for ImageNet stems and 32 for small ones.
       logits: Also write the logits (N, classes) to this .npy file.
       exact: Do not fold the batch norms into the convolutions. This is slower, and the last bits
         are those of the model and of its export.
@@ -97,7 +99,7 @@ def predict(
     )
     names = _class_names(class_names, network.labels, config.num_classes)
     with common.status.status("predicting"):
-        values = np.asarray(network.forward((batch.pixels - shift) / scale), np.float32)
+        values = np.asarray(network.forward(normalised(batch.pixels, shift, scale)), np.float32)
     common.print_title(
         name_of(config), f"{checkpoint}; {height}x{width} pixels; normalisation {origin}"
     )
@@ -148,7 +150,7 @@ def _open(
             return jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, images)
 
     preprocessing = _sized(preprocessing_of(source), image_size)
-    labels = source.hub.labels if source.hub else ()
+    labels = source.images.labels
     return _Network(source.config, forward, preprocessing, labels, source.all_notes)
 
 
@@ -161,12 +163,14 @@ def _open_exported(folder: Path, image_size: int | None) -> _Network:
             f"{folder} was exported for images of {exported.fixed_size} pixels; leave "
             f"--image-size out, or export with --any-image-size."
         )
-    preprocessing = default_preprocessing(exported.config)
+    stored = exported.manifest.get(IMAGES)
+    facts = read_images({IMAGES: json.dumps(stored)} if stored else {}, str(folder))
+    preprocessing = facts.preprocessing or default_preprocessing(exported.config)
     if recorded := exported.manifest.get("preprocessing", {}):
         changes = {name: tuple(recorded[name]) for name in ("mean", "std") if name in recorded}
         preprocessing = replace(preprocessing, **changes, origin="from the export")
     size = image_size or exported.fixed_size
-    return _Network(exported.config, exported, _sized(preprocessing, size))
+    return _Network(exported.config, exported, _sized(preprocessing, size), facts.labels)
 
 
 def _sized(preprocessing: Preprocessing, size: int | None) -> Preprocessing:
@@ -175,11 +179,12 @@ def _sized(preprocessing: Preprocessing, size: int | None) -> Preprocessing:
 
 def _class_names(file: Path | None, labels: Sequence[str], count: int) -> list[str]:
     if file is None:
-        return list(labels) if len(labels) == count else [f"class {i}" for i in range(count)]
+        known = list(labels) if len(labels) <= count else []
+        return known + [f"class {i}" for i in range(len(known), count)]
     try:
         names = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as text ({error}).") from error
+        raise InputError(f"{file} cannot be read as text ({reason(error)}).") from error
     if len(names) != count:
         raise InputError(
             f"{file} has {len(names)} lines; the network has {count} classes, one name per line."

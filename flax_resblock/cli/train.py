@@ -18,6 +18,7 @@ from flax_resblock.cli.evaluate import classify
 from flax_resblock.cli.interrupts import Stop
 from flax_resblock.cli.processes import end_all, only_first_speaks
 from flax_resblock.cli.settings import SettingFlags, given
+from flax_resblock.cli.train_data import print_data
 from flax_resblock.cli.train_own import OwnCode, begun, own_code
 from flax_resblock.cli.train_start import Start, Wanted, afresh, fresh_config, initialised, resumed
 from flax_resblock.errors import CheckpointError, InputError
@@ -58,7 +59,7 @@ def train(
 
       flax-resblock train --out runs/digits --resume auto
 
-      flax-resblock train --resume run.pth --out runs/continued
+      flax-resblock train --resume run.pth --data pictures --out runs/continued
 
       flax-resblock train --init resnet18.pth --num-classes 10 --freeze stem,stage1 --data pictures
 
@@ -89,7 +90,7 @@ def train(
       preset: The configuration.
       resume: Checkpoint to continue from, or auto to continue the run in OUT if there is one.
       init: Checkpoint whose weights the run begins with. If it has no head or another number of
-        classes, the head starts afresh.
+        classes, the head is new.
       eval_only: Checkpoint to evaluate on the test images instead of training; with --out, accuracy
         and confusion matrix are also written to files.
       out: Folder for the results, by default runs/PRESET. It must not exist, unless its run
@@ -111,7 +112,9 @@ def train(
             "--resume, --init and --eval-only each say where the weights come from. Give one "
             "of them."
         )
-    wanted = Wanted(PRESETS[preset], reading, training, given(settings), strict, allow_nonfinite)
+    wanted = Wanted(
+        PRESETS[preset], reading, training, given(settings), strict, allow_nonfinite, devices
+    )
     several = cluster.connect(processes)
     try:
         with only_first_speaks(several) as first:
@@ -193,6 +196,7 @@ def _run(
     from flax_resblock.training import Stopped, TrainingError, data_mesh, fit
     from flax_resblock.training.run_folder import RunFolder
 
+    print_data(begin)
     started = time.perf_counter()
     config, splits = begin.config, begin.splits
     every = save_every or steps_per_epoch(splits.train, config.batch_size)
@@ -239,9 +243,11 @@ def _run(
             folder.finish(time.perf_counter() - started)
     done, last = len(history.steps), history.evaluations[-1]  # every run ends with an evaluation
     averaged = last.ema_accuracy
+    whole = history.steps[-1].step + 1
+    in_all = f" ({whole} in all)" if whole != done else ""
     output.print(
-        f"{done} step{'s' if done != 1 else ''}, last loss {history.steps[-1].loss:.4f}, test "
-        f"accuracy {last.accuracy:.2%}"
+        f"{done} step{'s' if done != 1 else ''}{in_all}, last loss {history.steps[-1].loss:.4f}, "
+        f"test accuracy {last.accuracy:.2%}"
         + ("" if averaged is None else f", of the averaged weights {averaged:.2%}")
     )
     back = f"; back to PyTorch: flax-resblock convert {out} run.pth --with-optimizer"

@@ -185,7 +185,7 @@ def begun(
     whole = resume is not None and not wanted.training.weights_only
     weights = _read(code, source, wanted, run=whole)
     run = wanted.training.of(weights.opened) if whole else None
-    config, run, splits = goes_on(run, wanted, schedule, weights.channels)
+    config, run, splits = goes_on(run, wanted, schedule, weights.channels, source)
     _refuse_bfloat16(config.dtype)
     model = _model(code, weights, config.dtype, widen=run is None)
     return Start(model, run, config, splits, code.file)
@@ -217,7 +217,7 @@ def _afresh(code: OwnCode, wanted: Wanted) -> Start:
             f"code. Begin with weights: --init {folder}, or --init weights.pth. For random ones, "
             f"port the module without a checkpoint: it then has those that it starts with."
         )
-    config, _, splits = goes_on(None, wanted, None, None)
+    config, _, splits = goes_on(None, wanted, None, None, None)
     _refuse_bfloat16(config.dtype)
     enable_x64(config.dtype == "float64")
     common.print_title(code.name, f"{code.spec}, with the values that its own code draws")

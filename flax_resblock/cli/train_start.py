@@ -6,9 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from flax_resblock.cli import common
+from flax_resblock.cli.train_data import (
+    classes_note,
+    filled_batches,
+    opened,
+    refuse_unnamed_data,
+    with_channels,
+)
 from flax_resblock.config import ResNetConfig, architecture, name_of
 from flax_resblock.convert import StateMap
 from flax_resblock.convert.opening import HEADLESS, OpenedCheckpoint, ReadOptions, interpret
@@ -16,7 +21,7 @@ from flax_resblock.errors import InputError
 from flax_resblock.runs.run import Run
 from flax_resblock.runs.scheduler_state import ScheduleState, describe_schedule
 from flax_resblock.training.config import RESNET8_DIGITS, TrainConfig, with_settings
-from flax_resblock.training.data import Dataset, DataSource, Splits, open_data, steps_per_epoch
+from flax_resblock.training.data import DataSource, Splits, steps_per_epoch
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -41,6 +46,7 @@ class Wanted:
       settings: The settings that were given, by field.
       strict: Refuse damaged images.
       allow_nonfinite: Accept a checkpoint that is not healthy.
+      devices: How many devices of this host share a batch; None is all of them.
     """
 
     preset: TrainConfig
@@ -49,6 +55,7 @@ class Wanted:
     settings: dict[str, Any]
     strict: bool
     allow_nonfinite: bool
+    devices: int | None = None
 
     @property
     def settings_of_new_run(self) -> dict[str, Any]:
@@ -98,18 +105,20 @@ def afresh(wanted: Wanted) -> Start:
     splits = opened(config, wanted.strict, fixed)
     classes = _num_classes(wanted.reading.num_classes, splits)
     model = replace(network, in_channels=splits.train.shape[-1], num_classes=classes)
-    if model != config.model:
-        common.print_note(
-            f"the network gets {model.in_channels} channels and {classes} classes, as "
-            f"{splits.train.name} has"
-        )
-    config = replace(config, model=model)
+    had = network.in_channels, network.num_classes
+    now = model.in_channels, classes
+    if note := classes_note(had, now, wanted.reading.num_classes, splits):
+        common.print_note(note)
+    config = filled_batches(
+        replace(config, model=model), splits.train, wanted.devices, wanted.settings
+    )
     return Start(new_model(config), None, config, splits)
 
 
 def initialised(wanted: Wanted, path: Path) -> Start:
     """Starts from the weights of a checkpoint, with a head for the classes of the data."""
     settings = wanted.settings_of_new_run
+    refuse_unnamed_data(path, wanted.preset, settings)
     # the parts that can be frozen are known once the checkpoint is read
     unfrozen = {name: value for name, value in settings.items() if name != "freeze"}
     data = opened(with_settings(wanted.preset, unfrozen), wanted.strict, None)
@@ -122,11 +131,12 @@ def initialised(wanted: Wanted, path: Path) -> Start:
         was = source.config.num_classes
         source = _with_new_head(source, source.config, classes, wanted.reading.allow_missing)
         had = "no head" if was is None else f"{was} classes"
-        common.print_note(f"{path} has {had}: the head starts afresh, with {classes}")
+        common.print_note(f"{path} has {had}: the head is new, for {classes} classes")
     common.print_title(name_of(source.config), str(path))
     common.print_notes(source.all_notes)
     config = with_settings(replace(wanted.preset, model=source.config), settings)
-    splits = Splits(*(_with_channels(part, source.config.in_channels) for part in data))
+    splits = Splits(*(with_channels(part, source.config.in_channels) for part in data))
+    config = filled_batches(config, splits.train, wanted.devices, settings)
     return Start(model_of(source, config.dtype), None, config, splits)
 
 
@@ -155,14 +165,18 @@ def resumed(wanted: Wanted, path: Path, schedule: str | None) -> Start:
     common.print_notes(source.all_notes)
     preset = replace(wanted.preset, model=source.config)
     config, run, splits = goes_on(
-        run, replace(wanted, preset=preset), schedule, source.config.in_channels
+        run, replace(wanted, preset=preset), schedule, source.config.in_channels, path
     )
     with common.status.status("building the network"):
         return Start(model_of(source, config.dtype), run, config, splits)
 
 
 def goes_on(
-    run: Run | None, wanted: Wanted, schedule: str | None, channels: int | None
+    run: Run | None,
+    wanted: Wanted,
+    schedule: str | None,
+    channels: int | None,
+    path: Path | None,
 ) -> tuple[TrainConfig, Run | None, Splits[DataSource]]:
     """Configuration, run and data of what continues a checkpoint: its run, or its weights alone.
 
@@ -170,10 +184,16 @@ def goes_on(
       run: None for the weights alone.
       wanted, schedule: What the command line asks for.
       channels: Of the network; None if unknown.
+      path: The checkpoint; None for random weights.
     """
+    if path is not None:
+        stored = {} if run is None else run.settings
+        refuse_unnamed_data(path, wanted.preset, wanted.settings, stored)
     if run is None:
         config = with_settings(wanted.preset, wanted.settings_of_new_run)
-        return config, None, opened(config, wanted.strict, channels)
+        splits = opened(config, wanted.strict, channels)
+        config = filled_batches(config, splits.train, wanted.devices, wanted.settings)
+        return config, None, splits
     common.print_found(run)
     return _continued(run, wanted, schedule, channels)
 
@@ -187,25 +207,6 @@ def _num_classes(asked: int | None, splits: Splits[DataSource]) -> int:
             f"has. Leave it out, or choose other data."
         )
     return asked or there
-
-
-def opened(config: TrainConfig, strict: bool, channels: int | None) -> Splits[DataSource]:
-    """Opens the data; grey images are repeated for a network with three channels."""
-    with common.status.status(f"opening {config.data}") as shown:
-        splits = open_data(
-            config.data, strict=strict, image_size=config.image_size, on_progress=shown.update
-        )
-    for part in splits:
-        common.print_notes(part.notes)
-    return Splits(*(_with_channels(part, channels) for part in splits))
-
-
-def _with_channels(dataset: DataSource, channels: int | None) -> DataSource:
-    if not isinstance(dataset, Dataset) or dataset.shape[-1] != 1 or channels != 3:
-        return dataset
-    common.print_note(f"{dataset.name}: grey images, repeated for the network's 3 channels")
-    images = np.repeat(dataset.images, 3, axis=-1)
-    return replace(dataset, images=images, mean=dataset.mean * 3, std=dataset.std * 3)
 
 
 def enable_x64(wanted: bool) -> None:
@@ -246,6 +247,7 @@ def _continued(
             )
     config = with_settings(with_settings(wanted.preset, run.settings), given)
     splits = opened(config, wanted.strict, channels)
+    config = filled_batches(config, splits.train, wanted.devices, given, run.settings)
     steps = steps_per_epoch(splits.train, config.batch_size)
     pace = Pace.of(run, steps)
     if schedule == "constant" or (schedule is None and run.schedule is None):

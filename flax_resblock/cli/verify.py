@@ -79,7 +79,7 @@ def verify(
       flax: Compare that module with this network, FILE.py:NAME in the folder that
         flax-resblock port wrote. You may have edited the file. Importing it runs its code. The
         weights are those of the folder, or of CKPT.
-      certificate: Check instead whether the files of a parity.json that convert wrote are
+      certificate: Check instead whether the files of a certificate that convert wrote are
         unchanged. Runs no network.
     """
     input.check()

@@ -119,7 +119,7 @@ class Verifier:
             output.print(f"{verdict}  [bold]{escape(name)}[/]  input {shape}", soft_wrap=True)
             if not verification.passed:
                 self.print(verification)
-        self.write(next((facts for facts in reports if not facts["passed"]), reports[-1]))
+        self.write_all(reports)
         return 0 if all(facts["passed"] for facts in reports) else 1
 
     def module(self, spec: str, kwargs: str | None) -> int:
@@ -162,14 +162,7 @@ class Verifier:
             reports.append(report_json(comparison, provenance, case.diagnosis, self.precision))
         if all(case.raised and not case.stated for case in cases):
             raise InputError(_cannot_run(cases[0].title, cases[0].raised, cases[0].config))
-        chosen = next((facts for facts in reports if not facts["passed"]), reports[0])
-        if len(reports) > 1:
-            wrong = sum(not facts["passed"] for facts in reports)
-            chosen["notes"].append(
-                f"{len(reports)} calls of {spec} were tried and {wrong} found wrong; this is "
-                f"the report of one, the terminal shows all"
-            )
-        self.write(chosen)
+        self.write_all(reports)
         passed = all(facts["passed"] for facts in reports)
         if not passed and all(isinstance(case.config, ResNetConfig) for case in cases):
             print_note(
@@ -194,6 +187,13 @@ class Verifier:
         for cause in verification.diagnosis if diagnosis else ():
             say(f"  {cause}", "bold")
         print_notes(verification.notes)
+
+    def write_all(self, reports: list[dict[str, Any]]) -> None:
+        """Writes several reports as one: the first that failed, or the first, which holds the
+        others."""
+        chosen = next((facts for facts in reports if not facts["passed"]), reports[0])
+        others = [facts for facts in reports if facts is not chosen]
+        self.write(chosen | ({"other_calls": others} if others else {}))
 
     def write(self, facts: dict[str, Any]) -> None:
         """Writes the files that were asked for."""

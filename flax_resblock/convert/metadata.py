@@ -8,6 +8,7 @@ from flax_resblock import config as arch
 from flax_resblock._version import __version__
 from flax_resblock.checkpoint import Record
 from flax_resblock.convert.hubs import kept_files
+from flax_resblock.convert.image_facts import IMAGES
 from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
 from flax_resblock.convert.naming_file import from_toml, to_toml
 from flax_resblock.errors import CheckpointError, InputError, visible
@@ -90,7 +91,8 @@ def metadata_of(
       config: The network or bare block.
       naming: Naming scheme, or the name of one; one that is not this library's is stored itself.
       norm_options: ``eps`` and ``momentum``.
-      source: Metadata of the checkpoint that it came from, whose ``config.json`` is kept.
+      source: Metadata of the checkpoint that it came from, whose ``config.json`` and images are
+        kept.
     """
     naming = naming_of(naming)
     return {
@@ -102,4 +104,5 @@ def metadata_of(
         **({} if naming.name in NAMINGS else {SCHEME: to_toml(naming)}),
         **{name: str(value) for name, value in norm_options.items()},
         **kept_files(source or {}),
+        **({IMAGES: source[IMAGES]} if source and IMAGES in source else {}),
     }

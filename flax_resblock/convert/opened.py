@@ -14,6 +14,7 @@ from flax_resblock.checkpoint import LIMITS, Limits, Record
 from flax_resblock.convert.detection.assumptions import Assumptions
 from flax_resblock.convert.health import unhealthy
 from flax_resblock.convert.hubs import HubConfig
+from flax_resblock.convert.image_facts import ImageFacts, read_images
 from flax_resblock.convert.metadata import NAMING, written_naming
 from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
 from flax_resblock.convert.state_map import StateMap
@@ -80,6 +81,14 @@ class OpenedCheckpoint:
     def all_notes(self) -> tuple[str, ...]:
         """:attr:`notes`, and what was assumed."""
         return (*self.notes, *self.assumed.notes)
+
+    @property
+    def images(self) -> ImageFacts:
+        """What it says of its images: as this library stored it, else its ``config.json``."""
+        stored = read_images(self.record.metadata, self.record.source)
+        if stored or self.hub is None:
+            return stored
+        return ImageFacts(self.hub.preprocessing, tuple(self.hub.labels))
 
     @cached_property
     def left_out(self) -> list[str]:

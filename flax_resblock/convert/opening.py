@@ -120,7 +120,7 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
         tensors, match, note = headed
         notes.append(note)
     if match.misfit.afresh:
-        notes.append(f"absent, to start afresh: {some(match.misfit.afresh)}")
+        notes.append(f"absent, and initialised with new values: {some(match.misfit.afresh)}")
     counters = match.misfit.filled_counters
     if counters:
         notes.append(f"filled {len(counters)} absent num_batches_tracked with 0, as PyTorch does")
@@ -217,8 +217,8 @@ def _with_learned_names(
     except CheckpointError:
         return None, ""
     note = (
-        "no known naming scheme fits, and the names were taken as labels (`flax-resblock inspect "
-        "--show-naming` prints what each was taken for)"
+        "no known naming scheme fits, and the layers were recognised by their shapes and order "
+        "(`flax-resblock inspect --show-naming` prints the place of each name)"
     )
     return (dict(tensors), match, note), ""
 

@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from flax_resblock import config as arch
-from flax_resblock.errors import CheckpointError, InputError, MissingDependencyError
+from flax_resblock.errors import CheckpointError, InputError, MissingDependencyError, reason
 
 PROGRAM, WEIGHTS, MANIFEST = "model.stablehlo", "weights.safetensors", "manifest.json"
 FORMAT = "flax-resblock export"
@@ -113,7 +113,7 @@ class Exported:
             return safetensors.numpy.load_file(self.folder / WEIGHTS)
         except (safetensors.SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{self.folder / WEIGHTS} cannot be read ({error}). Export again."
+                f"{self.folder / WEIGHTS} cannot be read ({reason(error)}). Export again."
             ) from error
 
     @property
@@ -164,8 +164,8 @@ def open_exported(folder: str | Path) -> Exported:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder / MANIFEST} cannot be read ({error}). Give a folder that `flax-resblock "
-            f"export` wrote."
+            f"{folder / MANIFEST} cannot be read ({reason(error)}). Give a folder that "
+            f"`flax-resblock export` wrote."
         ) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(

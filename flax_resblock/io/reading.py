@@ -18,6 +18,7 @@ from flax_resblock.checkpoint import LIMITS, Limits
 from flax_resblock.checkpoint.unwrap import record_of
 from flax_resblock.config import Config, Path
 from flax_resblock.convert import Naming
+from flax_resblock.convert.image_facts import carry_images
 from flax_resblock.convert.metadata import EPS, MOMENTUM
 from flax_resblock.convert.opening import (
     OpenedCheckpoint,
@@ -86,8 +87,9 @@ def from_torch(
         images and compared with what was built from it; it is left as it was.
     Warns:
       PortedWarning: The module was ported, with the reason.
-      AssumptionWarning: What no tensor tells and was assumed, such as the activation. A published
-        network under its usual names gets one line. An ``nn.Module`` leaves nothing to assume.
+      AssumptionWarning: What the weights do not show and was assumed, such as the activation. A
+        published network under its usual names gets one line. An ``nn.Module`` leaves nothing to
+        assume.
       UserWarning: Everything that was left out, ignored, filled or unwrapped, in one warning;
         non-finite values or negative variances, which are carried as they are.
     Example:
@@ -162,7 +164,8 @@ def load(
     **options: Unpack[LayerOptions],
 ) -> Model:
     """The nnx model that a checkpoint of any format holds, in evaluation mode; arguments, warnings
-    and errors as for :func:`from_torch`.
+    and errors as for :func:`from_torch`. The path may also be the name of weights that are fetched:
+    ``"hf-hub:USER/NAME"``, with ``@REVISION`` to pin it, or ``"torchvision:WEIGHTS"``.
 
     Example:
       >>> model = load("resnet18.pth")
@@ -252,6 +255,7 @@ def to_model(source: OpenedCheckpoint, **options: Unpack[LayerOptions]) -> Model
         values |= {entry.flax_path: fresh[entry.flax_path][...] for entry in afresh}
     set_values(model, values)
     model.eval()
+    carry_images(model, source.images)
     if source.left_out:
         words = (
             f"{len(source.left_out)} tensors of {source.record.source} were left out when it was "

@@ -14,9 +14,12 @@ from flax_resblock import checkpoint
 from flax_resblock.config import Config
 from flax_resblock.convert import Naming, StateMap, naming_of
 from flax_resblock.convert.hubs import files_of
+from flax_resblock.convert.image_facts import carried_images
 from flax_resblock.convert.metadata import EPS, MOMENTUM, metadata_of
 from flax_resblock.convert.own import carried
 from flax_resblock.errors import InputError
+from flax_resblock.hub import is_name
+from flax_resblock.hub.names import say
 from flax_resblock.nn.norm import BatchNorm
 from flax_resblock.nn.resnet import Model
 from flax_resblock.nn.variables import flat_arrays
@@ -32,7 +35,7 @@ LEFT_OUT = "left_out"
 says of them. A text is static, so that it survives ``nnx.split`` and ``nnx.merge``."""
 
 
-def _config_of(model: Any, naming: str | Naming | None) -> Config | None:
+def model_config(model: Any, naming: str | Naming | None) -> Config | None:
     """The configuration of a model that is written by it; None for one with names of its own."""
     config = None if carried(model) is not None and naming is None else config_of(model)
     if config is None and naming is not None:
@@ -63,7 +66,7 @@ def to_torch(model: nnx.Module, naming: str | Naming | None = None) -> dict[str,
       UserWarning: The model was loaded without some tensors of its file, such as a projection head,
         so that this is not all that came in.
     """
-    config = _config_of(model, naming)
+    config = model_config(model, naming)
     if config is None:
         return state_dict_of(model)
     state_map = StateMap(config, naming or "torchvision")
@@ -101,6 +104,8 @@ def save(
         for an Orbax folder, which holds Flax's own names; with the naming scheme ``"huggingface"``
         or ``"timm"``, for a folder that transformers or timm loads. None for a ported model: the
         folder that ``flax-resblock port`` writes, for :func:`flax_resblock.load_ported`.
+        ``hf-hub:USER/NAME`` pushes such a folder to Hugging Face's hub, with a model card and the
+        certificate that PyTorch and Flax agree on it.
       run: Optimizer, schedule and counters, as :func:`load_run` and
         :func:`flax_resblock.training.fit` give them. A ``.pth`` then is a training checkpoint, with
         the entries ``"model"``, ``"optimizer"``, ``"lr_scheduler"``, ``"epoch"`` and ``"step"``.
@@ -113,8 +118,17 @@ def save(
       InputError: An unknown suffix or naming scheme, a destination that exists, a folder that
         cannot be written to.
     """
+    if is_name(path):
+        if run is not None:
+            raise InputError(
+                f"{path}: a hub holds models, not runs. Leave out run, or write it to a file."
+            )
+        from flax_resblock.io.pushing import push
+
+        say(f"pushed; {push(model, str(path), naming)} names this revision for good.")
+        return
     path, scheme = FilePath(path), naming_of(naming or "torchvision")
-    config = _config_of(model, naming)
+    config = model_config(model, naming)
     if config is None:
         ported = ported_of(model)
         if run is None and ported is not None and checkpoint.output_format(path) == "orbax":
@@ -124,7 +138,9 @@ def save(
         return
     StateMap(config, scheme)  # refuses a scheme that cannot name this network, whatever the format
     kind = checkpoint.output_format(path)
-    files = files_of(scheme.hub, config, {}) if kind == "orbax" and scheme.hub else None
+    facts, files = carried_images(model), None
+    if kind == "orbax" and scheme.hub:
+        files = files_of(scheme.hub, config, {}, facts)
     if kind == "pytorch" and scheme.name == "flax":
         raise InputError(
             "a .pth file holds PyTorch names; use .safetensors or an Orbax folder for naming "
@@ -133,5 +149,5 @@ def save(
     checkpoint.refuse_existing(path, force, checkpoint.is_orbax)
     state_map = StateMap(config, "flax" if kind == "orbax" and files is None else scheme)
     tensors = state_map.to_torch(flat_arrays(model), copy=True)
-    metadata = metadata_of(config, scheme, norm_options(cast(Model, model)))
+    metadata = metadata_of(config, scheme, norm_options(cast(Model, model)), facts.metadata)
     write_with_run(path, tensors, metadata, run, state_map, files=files, force=force)

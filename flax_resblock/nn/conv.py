@@ -14,6 +14,7 @@ from flax_resblock.config import Lowering
 from flax_resblock.nn.geometry import Padding, PaddingMode, Size, equal, pad, per_axis, sides
 from flax_resblock.nn.initializers import Initializer, initial_value, torch_default, uniform_bias
 from flax_resblock.nn.scopes import in_slot
+from flax_resblock.nn.variables import refuse_integers
 
 
 def cpu_forms(lowering: Lowering = "auto") -> Any:
@@ -126,7 +127,10 @@ def check_groups(in_channels: int, out_channels: int, groups: int) -> None:
 
 
 def check_channels(layer: Any, x: jax.Array, axes: str) -> None:
-    """Raises ValueError unless a convolution's input has its channels last, behind ``axes``."""
+    """Raises ValueError unless a convolution's input is floating and has its channels last, behind
+    ``axes``.
+    """
+    refuse_integers(layer, x)
     if x.ndim != layer.kernel.ndim or x.shape[-1] != layer.in_channels:
         raise ValueError(
             f"{type(layer).__name__} expects (N, {axes}, {layer.in_channels}) with "

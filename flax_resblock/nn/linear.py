@@ -12,6 +12,7 @@ from jax import lax
 from flax_resblock.nn.activations import prelu
 from flax_resblock.nn.initializers import initial_value, torch_default, uniform_bias
 from flax_resblock.nn.scopes import in_slot
+from flax_resblock.nn.variables import refuse_integers
 
 
 class Linear(nnx.Module):
@@ -53,6 +54,7 @@ class Linear(nnx.Module):
     @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(..., in_features)`` to ``(..., out_features)``."""
+        refuse_integers(self, x)
         kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...]
         dtype = self.dtype or jnp.result_type(x, *(v for v in (kernel, bias) if v is not None))

@@ -6,16 +6,30 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from flax_resblock.config import Path
+from flax_resblock.errors import InputError
 
 _PASSING = nnx.Any(nnx.RngState, nnx.Intermediate)
 KEPT = nnx.Not(_PASSING)
 """Filter of what a checkpoint of a model holds: not its random state, and nothing intermediate."""
 STATISTICS = nnx.Not(nnx.Any(nnx.Param, _PASSING))
 """Filter of what it holds beside its parameters, such as running statistics."""
+
+
+def refuse_integers(layer: nnx.Module, x: Any) -> None:
+    """Raises InputError for an input of integers, such as pixels from 0 to 255, to a layer that
+    multiplies it by weights. PyTorch refuses it as well.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise InputError(
+            f"{type(layer).__name__} got {x.dtype} {tuple(x.shape)}; a network takes floating "
+            f"images, normalised as in its training. flax_resblock.preprocess(images, model) makes "
+            f"them from pixels or files."
+        )
 
 
 def variable_at(model: nnx.Module, path: tuple[Any, ...]) -> Any:

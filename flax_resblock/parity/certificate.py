@@ -1,7 +1,8 @@
-"""``parity.json``: beside every converted checkpoint a record of what it was made from, what it
-holds, and how far both frameworks agreed on it.
+"""``OUTPUT.parity.json``: beside every converted checkpoint, or as ``parity.json`` inside one that
+is a folder, a record of what it was made from, what it holds, and how far both frameworks agreed on
+it.
 
-One file per folder, one entry per output; :mod:`flax_resblock.parity.certify` writes it. This
+One entry per output; :mod:`flax_resblock.parity.certify` writes it. This
 module reads it and holds the outputs against it, without either framework."""
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from flax_resblock.checkpoint.safetensors_file import read_safetensors
 from flax_resblock.errors import CheckpointError, InputError, MissingDependencyError
 
 NAME = "parity.json"
+ITSELF = "."
+"""Name of an output that is the folder in which its certificate lies."""
 KIND = "flax-resblock certificate"
 SCHEMA = 1
 REFERENCE = "the reference network of this description; your own code was not seen"
@@ -46,13 +49,13 @@ def _sha256(file: Path) -> str:
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(
-        child.relative_to(folder).as_posix() for child in folder.rglob("*") if child.is_file()
-    )
+    """Every file below a folder but a certificate in it, also one that is being written."""
+    names = (child.relative_to(folder).as_posix() for child in folder.rglob("*") if child.is_file())
+    return sorted(name for name in names if name != NAME and not name.startswith(f".{NAME}."))
 
 
 def hashes(path: Path) -> Hashes:
-    """SHA-256 of a file, or of every file of a folder.
+    """SHA-256 of a file, or of every file of a folder but its certificate.
 
     Raises:
       CheckpointError: It cannot be read.
@@ -66,8 +69,9 @@ def hashes(path: Path) -> Hashes:
 
 
 def certificate_of(out: Path) -> Path:
-    """Where the certificate of an output is."""
-    return out.parent / NAME
+    """Where the certificate of an output is: in a folder, and beside a file."""
+    is_folder = checkpoint.output_format(out) == "orbax"
+    return out / NAME if is_folder else out.with_name(f"{out.name}.{NAME}")
 
 
 def read_certificate(path: Path) -> dict[str, Any]:
@@ -80,8 +84,8 @@ def read_certificate(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(
-            f"{path} does not exist. Certificates are called {NAME} and lie beside the "
-            f"converted checkpoint."
+            f"{path} does not exist. A certificate is called OUTPUT.{NAME} and lies beside the "
+            f"converted checkpoint, or {NAME} and lies in it where that is a folder."
         ) from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
@@ -115,7 +119,7 @@ def read_certificate(path: Path) -> dict[str, Any]:
 
 
 def _flaw(name: str, entry: Any) -> str | None:
-    if not _is_inside(name) or "/" in name:
+    if name != ITSELF and (not _is_inside(name) or "/" in name):
         return f"{name[:120]!r} is not the plain name of a file or folder"
     entry = entry if isinstance(entry, dict) else {}
     if not isinstance(entry.get("output"), dict) or not isinstance(entry.get("tensors"), dict):
@@ -165,11 +169,15 @@ def recheck(path: Path) -> list[RecheckedOutput]:
     has changed and is read with one (.pth, Orbax).
 
     Args:
-      path: A ``parity.json``; outputs are looked for beside it.
+      path: A certificate; outputs are looked for beside it.
     Raises:
       InputError: It is no certificate, of another version, damaged, or an output cannot be read.
     """
-    return [_check(path.parent / name, entry) for name, entry in read_certificate(path).items()]
+    folder, outputs = path.parent, read_certificate(path)
+    return [
+        _check(folder.resolve() if name == ITSELF else folder / name, entry)
+        for name, entry in outputs.items()
+    ]
 
 
 def _check(out: Path, entry: Mapping[str, Any]) -> RecheckedOutput:

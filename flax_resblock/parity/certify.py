@@ -1,5 +1,5 @@
-"""The last step of a conversion: opens its output again, runs it in both frameworks, and adds an
-entry to the folder's ``parity.json``."""
+"""The last step of a conversion: opens its output again, runs it in both frameworks, and writes its
+certificate."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from flax_resblock import checkpoint
-from flax_resblock.checkpoint.atomic import alone
 from flax_resblock.config import name_of
 from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, open_checkpoint
 from flax_resblock.errors import InputError, OutputError, some
+from flax_resblock.hub.names import HUB
 from flax_resblock.parity.certificate import (
+    ITSELF,
     KIND,
     REFERENCE,
     SCHEMA,
@@ -53,12 +54,13 @@ def provenance(source: OpenedCheckpoint) -> dict[str, Any]:
     """What a checkpoint is called, without its folder, and the SHA-256 of its file, of its files,
     or of a shard index and its shards."""
     path = Path(source.record.source)
+    named = {HUB: source.record.metadata[HUB]} if HUB in source.record.metadata else {}
     if path.suffix != ".json":
-        return {"path": path.name, "sha256": hashes(path)}
+        return {"path": path.name, "sha256": hashes(path), **named}
     # the shards are plain names, which reading the source has checked
     shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
     digests = {name: hashes(path.with_name(name)) for name in sorted({path.name, *shards})}
-    return {"path": path.name, "sha256": digests}
+    return {"path": path.name, "sha256": digests, **named}
 
 
 @contextmanager
@@ -132,7 +134,7 @@ def verify_written(source: OpenedCheckpoint) -> dict[str, Any]:
 def certify(
     out: Path, reading: ReadOptions, origin: Mapping[str, Any], notes: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Opens an output again, verifies it and enters it in the certificate of its folder.
+    """Opens an output again, verifies it and writes its certificate.
 
     Args:
       out: What was written.
@@ -143,7 +145,7 @@ def certify(
     Returns:
       ``verification`` of the entry, see :func:`verify_written`.
     Raises:
-      InputError: The folder's ``parity.json`` is no certificate; it is left alone.
+      OutputError: The certificate cannot be written.
     """
     source = open_checkpoint(out, reading)
     verification = verify_written(source)
@@ -164,10 +166,10 @@ def certify(
         "verification": verification,
     }
     path = certificate_of(out)
+    name = ITSELF if path.parent == out else out.name
+    content = {"schema": SCHEMA, "kind": KIND, "outputs": {name: entry}}
     try:
-        with alone(path.parent), checkpoint.replacing(path, force=True) as temporary:
-            outputs = (read_certificate(path) if os.path.lexists(path) else {}) | {out.name: entry}
-            content = {"schema": SCHEMA, "kind": KIND, "outputs": dict(sorted(outputs.items()))}
+        with checkpoint.replacing(path, force=True) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OutputError as error:
         raise OutputError(f"{error} {out} itself is complete.") from error

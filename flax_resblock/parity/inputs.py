@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from flax_resblock.config import BlockConfig, Config
-from flax_resblock.errors import InputError
+from flax_resblock.errors import InputError, reason
 
 
 def adversarial_images(
@@ -101,7 +101,7 @@ def read_images(path: Path, config: Config) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:
         raise InputError(
-            f"--input {path} cannot be read as a .npy array ({str(error).splitlines()[0]}). "
+            f"--input {path} cannot be read as a .npy array ({reason(error).splitlines()[0]}). "
             f"Write one with numpy.save('images.npy', images)."
         ) from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":

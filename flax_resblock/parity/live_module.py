@@ -33,7 +33,7 @@ def open_module(
 ) -> tuple[OpenedCheckpoint, ForwardFigures]:
     """The state dict of a module with the one reading that fits and computes the same.
 
-    Nothing is assumed: what no tensor tells is read off the layers, and the module is run.
+    Nothing is assumed: what the weights do not show is read off the layers, and the module runs.
 
     Args:
       module: The ``nn.Module``; it is left as it was.

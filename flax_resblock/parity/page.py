@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -72,7 +72,8 @@ def render_page(facts: Mapping[str, Any]) -> str:
 
     Args:
       facts: The JSON report of ``flax-resblock verify --json-file``, schema 2; numbers that JSON
-        lacks are the strings ``"inf"``, ``"-inf"``, ``"nan"``.
+        lacks are the strings ``"inf"``, ``"-inf"``, ``"nan"``. ``other_calls``, if there are
+        any, are the reports of the other ways in which the module was called.
     Returns:
       A document that asks for no other file, is complete without JavaScript, and allows no script
       but its own.
@@ -87,27 +88,37 @@ def render_page(facts: Mapping[str, Any]) -> str:
             f"the HTML report needs {error.name}, which is not installed: pip install "
             f"'flax-resblock[report]'."
         ) from error
-    facts = _visible(facts)
-    rows = [_row(number, entry) for number, entry in enumerate(facts["measurements"], start=1)]
     loader, strict = jinja2.PackageLoader("flax_resblock.parity", ""), jinja2.StrictUndefined
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=strict
     )
     environment.filters |= {"sci": _scientific, "times": _times, "bytes": _bytes, "digest": _digest}
-    quantities, cells = _groups(rows, "quantity"), _groups(rows, "quantity", "precision")
-    return environment.get_template("page.html.j2").render(
-        facts=facts,
-        total=len(rows),
-        failed=sum(not row.passed for row in rows),
-        precisions=_groups(rows, "precision"),
-        quantities=quantities,
-        compared=_compared(quantities),
-        matrix={(g.rows[0].quantity, g.rows[0].precision): g for g in cells},
-        families=_families([row for row in rows if row.step is None]),
-        trajectories=_trajectories([row for row in rows if row.step is not None]),
-        histogram=_histogram(facts["histogram"]),
-        table=_table(rows),
-    )
+    view, *others = _views(_visible(facts))
+    return environment.get_template("page.html.j2").render(**view, others=others)
+
+
+def _views(facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the template shows of a report, and of the other calls in it. Rows are numbered through,
+    as names of plots derive from their numbers.
+    """
+    first = 1
+    for one in (facts, *facts.get("other_calls", ())):
+        rows = [_row(number, entry) for number, entry in enumerate(one["measurements"], first)]
+        first += len(rows)
+        quantities, cells = _groups(rows, "quantity"), _groups(rows, "quantity", "precision")
+        yield {
+            "facts": one,
+            "total": len(rows),
+            "failed": sum(not row.passed for row in rows),
+            "precisions": _groups(rows, "precision"),
+            "quantities": quantities,
+            "compared": _compared(quantities),
+            "matrix": {(g.rows[0].quantity, g.rows[0].precision): g for g in cells},
+            "families": _families([row for row in rows if row.step is None]),
+            "trajectories": _trajectories([row for row in rows if row.step is not None]),
+            "histogram": _histogram(one["histogram"]),
+            "table": _table(rows),
+        }
 
 
 def _visible(value: Any) -> Any:

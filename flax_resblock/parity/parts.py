@@ -210,7 +210,7 @@ class Statistics(Part):
     ) -> Iterator[Tensors]:
         run = self._torch if side == "torch" else self._flax
         found = run(pair, precision, (images, *self.batches[1:]), devices)
-        quantity = f"running statistics after {len(self.batches)}"
+        quantity = f"running statistics after {len(self.batches)} batches"
         yield by_entries(pair, quantity, found, side=side, statistics=True)
 
     def _torch(

@@ -19,9 +19,10 @@ from flax_resblock.checkpoint import LIMITS, Limits, Record
 from flax_resblock.checkpoint.folders import PORTED
 from flax_resblock.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from flax_resblock.config import Path
+from flax_resblock.convert.image_facts import carry_images, read_images
 from flax_resblock.convert.metadata import PORT
 from flax_resblock.convert.own import PORTED_FROM, OpenedTensors, open_own
-from flax_resblock.errors import InputError
+from flax_resblock.errors import InputError, reason
 from flax_resblock.nn.variables import flat_arrays
 from flax_resblock.parity.certificate import KIND, NAME, SCHEMA, hashes, versions
 from flax_resblock.port.network import PortedNetwork, described, filled
@@ -152,9 +153,13 @@ def read_ported(path: FilePath, limits: Limits = LIMITS) -> PortedWeights:
     Raises:
       InputError: It is no such folder or checkpoint, or damaged.
     """
+    return _opened(path, limits)[0]
+
+
+def _opened(path: FilePath, limits: Limits) -> tuple[PortedWeights, OpenedTensors]:
     if checkpoint.is_ported(path):
-        return opened_folder(path, limits)[0]
-    return opened_ported(checkpoint.read(path, limits=limits))[0]
+        return opened_folder(path, limits)
+    return opened_ported(checkpoint.read(path, limits=limits))
 
 
 def opened_folder(path: FilePath, limits: Limits = LIMITS) -> tuple[PortedWeights, OpenedTensors]:
@@ -185,7 +190,7 @@ def _table_in(folder: FilePath) -> Table:
     try:
         text = (folder / TABLE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder / TABLE} cannot be read ({error}).") from error
+        raise InputError(f"{folder / TABLE} cannot be read ({reason(error)}).") from error
     return _table_of(text, folder / TABLE)
 
 
@@ -237,7 +242,10 @@ def load_ported(
       >>> from out.net import Net
       >>> model = load_ported("out", Net)
     """
-    return read_ported(FilePath(folder), limits).create(network)
+    weights, opened = _opened(FilePath(folder), limits)
+    model = weights.create(network)
+    carry_images(model, read_images(opened.record.metadata, opened.record.source))
+    return model
 
 
 def ported_state_dict(model: nnx.Module, folder: str | FilePath) -> dict[str, np.ndarray]:

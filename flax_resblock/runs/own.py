@@ -17,6 +17,7 @@ from flax_resblock._version import __version__
 from flax_resblock.checkpoint import LIMITS, Limits, Record
 from flax_resblock.checkpoint.torch_file import VERSIONS
 from flax_resblock.config import Path
+from flax_resblock.convert.image_facts import carried_images, carry_images, read_images
 from flax_resblock.convert.metadata import NETWORK, PORT
 from flax_resblock.convert.own import OpenedTensors, carried, carry, open_own
 from flax_resblock.convert.state_map import TensorMap
@@ -58,7 +59,8 @@ def save_own(model: nnx.Module, path: FilePath, run: Run | None, *, force: bool)
     """
     in_flax = checkpoint.output_format(path) == "orbax"
     tensors = (carried(model) or flax_tensors(model)) if in_flax else _ported(model)
-    write_own(path, flat_arrays(model), tensors, run, type(model).__name__, force=force)
+    about, network = carried_images(model).metadata, type(model).__name__
+    write_own(path, flat_arrays(model), tensors, run, network, about, force=force)
 
 
 def write_own(
@@ -67,6 +69,7 @@ def write_own(
     tensors: Any,
     run: Run | None,
     network: str,
+    about: Mapping[str, str],
     *,
     force: bool,
 ) -> None:
@@ -78,10 +81,11 @@ def write_own(
       tensors: Its names; what a ported network carries is stored beside them.
       run: May be None.
       network: The name of the class.
+      about: What is known of its images, as metadata.
       force: Replace what is there.
     """
     names = tensors.in_flax() if checkpoint.output_format(path) == "orbax" else tensors
-    metadata = {"written_by": f"flax-resblock {__version__}", NETWORK: network}
+    metadata = {"written_by": f"flax-resblock {__version__}", NETWORK: network, **about}
     if hasattr(tensors, "content"):
         metadata[PORT] = json.dumps(tensors.content())
         metadata[VERSIONS] = json.dumps(tensors.about.get("versions", {}))
@@ -105,6 +109,7 @@ def fill_own(model: nnx.Module, opened: OpenedTensors) -> None:
     """Gives a model the values of a checkpoint, and what it carries those that it leaves out."""
     tensors: Any = carried(model)
     set_values(model, on_device(opened.values))
+    carry_images(model, read_images(opened.record.metadata, opened.record.source))
     if tensors is not None:
         carry(model, tensors.with_content(unused=opened.unused))
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from flax_resblock.errors import InputError
+from flax_resblock.errors import InputError, reason
 
 PEER_LOST = 3
 """Exit status of a process whose peer died."""
@@ -185,8 +185,8 @@ def _watch() -> None:
             _observe(connection, "process 0")
     except OSError as error:
         print(
-            f"flax-resblock: process {jax.process_index()} cannot watch the others ({error}); "
-            f"if one dies, this is noticed within {_HEARTBEAT} s.",
+            f"flax-resblock: process {jax.process_index()} cannot watch the others "
+            f"({reason(error)}); if one dies, this is noticed within {_HEARTBEAT} s.",
             file=sys.stderr,
         )
 

@@ -68,6 +68,8 @@ class TrainConfig:
       augmentation: Random changes of the training images.
       data: The images: digits, or the path of an IDX, CIFAR or image folder, or of an .npz archive.
       image_size: Side in pixels to which the images of a folder are resized; 224 by default.
+      val_fraction: Part of the images of each class that is set aside for tests, such as 0.2, where
+        the data have no test images of their own. The choice depends on nothing else.
       workers: Number of processes that decode and augment images; 0 uses a thread.
       seed: Seed of the initial weights and of the order of the images, from 0 to 2**32 - 1.
       dtype: Dtype of the computation. Parameters and statistics are float32, or float64 with
@@ -100,6 +102,7 @@ class TrainConfig:
     augmentation: Augmentation = field(default_factory=Augmentation)
     data: str = "digits"
     image_size: int | None = None
+    val_fraction: float | None = None
     workers: int = 0
     seed: int = 0
     dtype: Dtype = "float32"
@@ -141,6 +144,8 @@ class TrainConfig:
             yield "freeze", set(self.freeze) < set(parts), some_parts
         positive = self.image_size is None or self.image_size >= 1
         yield "image_size", positive, "a positive number of pixels"
+        part = self.val_fraction is None or 0 < self.val_fraction < 1
+        yield "val_fraction", part, "above 0 and below 1"
         in_range = isinstance(self.seed, int) and 0 <= self.seed < 2**32
         yield "seed", in_range, "an integer from 0 to 2**32 - 1"
 

@@ -13,6 +13,12 @@ from flax_resblock.training.reports import EvaluationReport
 
 _SMOOTH = 50
 """The bold lines are averaged over this many steps at most."""
+_TRAINING = "tab:blue"
+_TESTS = (
+    ("", "test", "o-", "tab:orange"),
+    ("ema_", "test, averaged weights", "s--", "tab:red"),
+)
+"""Prefix of the fields of an evaluation, label, marks and colour."""
 
 
 def draw_curves(
@@ -26,14 +32,15 @@ def draw_curves(
     numbers = np.array([step["step"] + 1 for step in steps])
     _noisy(loss, numbers, np.array([step["loss"] for step in steps]), "training")
     _noisy(accuracy, numbers, 100 * np.array([step["accuracy"] for step in steps]), "training")
-    for name, label, style in (("", "test", "o-"), ("ema_", "test, averaged weights", "s--")):
+    for name, label, style, color in _TESTS:
         present = [one for one in evaluations if getattr(one, f"{name}accuracy") is not None]
         if present:
             at = [one.step for one in present]
             losses = [getattr(one, f"{name}loss") for one in present]
             shares = [100 * getattr(one, f"{name}accuracy") for one in present]
-            loss.plot(at, losses, style, label=label, markersize=4)
-            accuracy.plot(at, shares, style, label=label, markersize=4)
+            look = {"color": color, "label": label, "markersize": 4}
+            loss.plot(at, losses, style, **look)
+            accuracy.plot(at, shares, style, **look)
     rate.plot(numbers, [step["learning_rate"] for step in steps], color="tab:green")
     titles = {loss: "cross-entropy", accuracy: "accuracy, %", rate: "learning rate"}
     for axes, words in titles.items():
@@ -47,11 +54,11 @@ def draw_curves(
 
 
 def _noisy(axes: Any, steps: np.ndarray, values: np.ndarray, label: str) -> None:
-    axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.7)
+    axes.plot(steps, values, color=_TRAINING, alpha=0.25, linewidth=0.7)
     width = max(1, min(_SMOOTH, len(values) // 10))
     means = np.convolve(values, np.full(width, 1 / width), mode="valid")
     label = f"{label}, mean of {width} steps" if width > 1 else label
-    axes.plot(steps[width - 1 :], means, color="tab:blue", label=label)
+    axes.plot(steps[width - 1 :], means, color=_TRAINING, label=label)
 
 
 def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None:

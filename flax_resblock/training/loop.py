@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from flax_resblock.convert.image_facts import ImageFacts, carry_images
 from flax_resblock.errors import InputError, some
 from flax_resblock.nn.resnet import ResNet
 from flax_resblock.runs.optimizers import optimizer_of, parameter_path, record_of, state_of
@@ -22,6 +23,7 @@ from flax_resblock.runs.tensors import tensors_of
 from flax_resblock.training.checks import check_model, check_run
 from flax_resblock.training.config import TrainConfig
 from flax_resblock.training.data import Batch, DataSource, Stream, steps_per_epoch
+from flax_resblock.training.data.facts import image_facts
 from flax_resblock.training.devices import Placement, on_host
 from flax_resblock.training.errors import Stopped, TrainingError
 from flax_resblock.training.evaluation import evaluate_state
@@ -95,7 +97,7 @@ def fit(
       Stopped: ``stop`` returned True; the model stays as it was.
     """
     check_model(model, dataset, config)
-    tensors, random = tensors_of(model), random_state(model)
+    tensors, random, facts = tensors_of(model), random_state(model), image_facts(dataset)
     placement = Placement(mesh)
     placement.check(config.batch_size, config.accumulate)
     steps = steps_per_epoch(dataset, config.batch_size)
@@ -132,8 +134,7 @@ def fit(
         pieces=config.accumulate,
         workers=config.workers,
     )
-    leaves = Leaves(state)
-    history = History()
+    leaves, history = Leaves(state), History()
     several = placement.shard[1] > 1
     images, epochs = (end - pace.start) * config.batch_size, -(-end // steps)
     with (
@@ -183,13 +184,14 @@ def fit(
                 if on_evaluation is not None:
                     on_evaluation(evaluation)
             if saver is not None and (stopped or done == end or saver.due(done, evaluation)):
-                saver.save(*_copies(graphdef, leaves.state, rest, pace.after(done)))
+                saver.save(*_copies(graphdef, leaves.state, rest, pace.after(done), facts))
             if stopped and done < end:
                 raise Stopped(done)
     state = leaves.state
     params, stats = on_host((state.params, state.stats)) if several else (state.params, state.stats)
     nnx.update(model, params, stats)
-    _, history.run = _copies(graphdef, state, rest, pace.after(end))
+    carry_images(model, facts)
+    _, history.run = _copies(graphdef, state, rest, pace.after(end), facts)
     return history
 
 
@@ -274,7 +276,7 @@ def _evaluate(
 
 
 def _copies(
-    graphdef: nnx.GraphDef[Any], state: TrainState, rest: tuple[nnx.State, ...], run: Run
+    graphdef: Any, state: TrainState, rest: tuple[nnx.State, ...], run: Run, facts: ImageFacts
 ) -> tuple[nnx.Module, Run]:
     """Copies of model and run, because the next step reuses the arrays of the state."""
     params, stats, opt_state, ema = on_host(tuple(state))
@@ -284,11 +286,9 @@ def _copies(
             f"learning_rate or a longer warmup_epochs."
         )
     averaged = {path: leaf for part in ema or () for path, leaf in _by_path(part).items()}
-    model, optimizer = (
-        nnx.merge(graphdef, params, stats, *rest),
-        record_of(run.optimizer, opt_state),
-    )
-    return model, replace(run, optimizer=optimizer, ema=averaged)
+    model = nnx.merge(graphdef, params, stats, *rest)
+    carry_images(model, facts)
+    return model, replace(run, optimizer=record_of(run.optimizer, opt_state), ema=averaged)
 
 
 def _by_path(values: nnx.State) -> dict[tuple[Any, ...], np.ndarray]:

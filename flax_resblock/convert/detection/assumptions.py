@@ -82,14 +82,14 @@ class Assumptions:
 
     @property
     def notes(self) -> list[str]:
-        """One line each; all of :attr:`others` in one for a published network."""
-        notes = [assumption.note for assumption in self.choices]
+        """One line each; all in one for a published network."""
         if self.known is not None and self.others:
+            choices = "".join(f"; {one.brief}" for one in self.choices)
             return [
-                *notes,
                 f"assumed: it computes what the published {self.known} does, with its activation, "
-                f"strides, pooling and eps",
+                f"strides, pooling and eps{choices}"
             ]
+        notes = [assumption.note for assumption in self.choices]
         return [*notes, *(f"assumed: {one}" for one in self.others)]
 
 

@@ -39,11 +39,11 @@ class Head:
         return key in (f"{self.module}.weight", f"{self.module}.bias")
 
     def note(self, name: str) -> str:
-        """What was taken for the head and what that assumes."""
+        """Which layer is read as the head, and what that assumes."""
         where = f" of the network under '{self.prefix}'" if self.prefix else ""
         return (
-            f"took {self.module} as the classification head{where} and named it {name}; assumed, "
-            "as no tensor tells, that it takes the mean of the features over all pixels"
+            f"{self.module} is read as the classification head{where} and named {name}; assumed, "
+            "as the weights do not show it: it takes the mean of the features over all pixels"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flax_resblock.checkpoint.folders import CONFIG_FILE, PREPROCESSOR_FILE
 from flax_resblock.config import Config, ResNetConfig
@@ -13,6 +13,9 @@ from flax_resblock.convert.hubs.common import Hub, HubConfig, Preprocessing
 from flax_resblock.convert.hubs.timm import TIMM
 from flax_resblock.convert.hubs.transformers import TRANSFORMERS
 from flax_resblock.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    from flax_resblock.convert.image_facts import ImageFacts
 
 __all__ = ["HUBS", "HubConfig", "Preprocessing", "files_of", "kept_files", "read_hub"]
 
@@ -63,13 +66,16 @@ def kept_files(metadata: Mapping[str, str]) -> dict[str, str]:
     return {name: metadata[name] for name in (CONFIG_FILE, PREPROCESSOR_FILE) if name in metadata}
 
 
-def files_of(hub: str, config: Config, metadata: Mapping[str, str]) -> dict[str, str]:
+def files_of(
+    hub: str, config: Config, metadata: Mapping[str, str], facts: ImageFacts
+) -> dict[str, str]:
     """The JSON files of a folder that ``hub``'s package loads, by name.
 
     Args:
       hub: A key of :data:`HUBS`.
       config: The network.
       metadata: Of the checkpoint that it came from.
+      facts: What is known of its images.
     Raises:
       InputError: A bare block, or a network that the package cannot build.
     """
@@ -81,6 +87,5 @@ def files_of(hub: str, config: Config, metadata: Mapping[str, str]) -> dict[str,
     said = read_hub(metadata, "the checkpoint")
     own = said is not None and said.hub == hub
     kept = _json(metadata, CONFIG_FILE, "the checkpoint") if own else {}
-    labels, preprocessing = (said.labels, said.preprocessing) if said is not None else ((), None)
-    files = HUBS[hub].write(config, labels, kept, preprocessing)
+    files = HUBS[hub].write(config, facts.labels, kept, facts.preprocessing)
     return {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}

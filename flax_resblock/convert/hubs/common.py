@@ -8,6 +8,8 @@ from typing import Any
 
 from flax_resblock.config import ResNetConfig
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -20,6 +22,8 @@ class Preprocessing:
       interpolation: ``"nearest"``, ``"bilinear"``, ``"bicubic"`` or ``"lanczos"``.
       keep_ratio: Whether resizing keeps the image's proportions.
       origin: Where this was found.
+      white: The value of a white pixel in arrays of integers. None: the network's images have
+        units of their own, and image files cannot be brought to them.
     """
 
     mean: tuple[float, ...]
@@ -29,6 +33,7 @@ class Preprocessing:
     interpolation: str
     keep_ratio: bool
     origin: str
+    white: float | None = 255.0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.errors import InputError
+from flax_resblock.errors import InputError, reason
 from flax_resblock.training.data.bounded import check_file
 from flax_resblock.training.data.cifar_pickle import read_cifar_pickle
 from flax_resblock.training.data.dataset import Dataset, Splits, pixel_moments, splits_of
@@ -75,8 +75,8 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"{path} cannot be read ({error}). It belongs to the data set: unpack the archive "
-            f"again."
+            f"{path} cannot be read ({reason(error)}). It belongs to the data set: unpack the "
+            f"archive again."
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -89,6 +90,7 @@ class Dataset:
         ``(images - mean) / std``.
       class_names: One per class; None if the data have no names.
       notes: What was left out or assumed when the data were read, one sentence each.
+      white: The value of a white pixel, if ``images`` are integers; None is 255.
     Raises:
       InputError: Arrays that do not fit together.
     """
@@ -101,6 +103,7 @@ class Dataset:
     std: tuple[float, ...]
     class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    white: float | None = None
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -209,12 +212,26 @@ def pixel_moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, .
     return tuple(mean.tolist()), tuple(np.sqrt(variance).tolist())
 
 
-def held_out(labels: np.ndarray, *, every: int = 5, seed: int = 0) -> np.ndarray:
-    """Chooses test images for data without: one in ``every`` of each class, ``(N,)`` bool."""
-    # Every fifth image of a shuffled list ordered by class: stratified to within one image per
-    # class. RandomState's stream is frozen by numpy.
+def has_own_tests(source: object, val_fraction: float) -> InputError:
+    """The error for data that need no ``val_fraction``."""
+    return InputError(
+        f"val_fraction={val_fraction:g} sets test images aside, and {source} has test images of "
+        f"its own. Leave out val_fraction."
+    )
+
+
+HELD_OUT = 0.2
+"""Part of the images that becomes test images by default."""
+
+
+def held_out(labels: np.ndarray, fraction: float = HELD_OUT, *, seed: int = 0) -> np.ndarray:
+    """Chooses test images for data without: a fraction of each class, ``(N,)`` bool."""
+    # Images at equal distances in a shuffled list ordered by class: stratified to within one image
+    # per class. RandomState's stream is frozen by numpy.
     shuffled = np.random.RandomState(seed).permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    part = Fraction(str(fraction))  # exact, so that 0.2 is every fifth image
     chosen = np.zeros(len(labels), bool)
-    chosen[by_class[::every]] = True
+    for place in range(len(labels)):
+        chosen[by_class[place]] = place * part.numerator % part.denominator < part.numerator
     return chosen

@@ -31,4 +31,6 @@ def digits() -> Splits[Dataset]:
     pixels = images[~in_test].astype(np.float64)
     mean, std = (float(pixels.mean()),), (float(pixels.std()),)
     parts = [(images[chosen], labels[chosen]) for chosen in (~in_test, in_test)]
-    return splits_of("digits", parts, num_classes=10, mean=mean, std=std)
+    names = tuple(str(digit) for digit in range(10))
+    about = {"num_classes": 10, "class_names": names, "white": 16.0}
+    return splits_of("digits", parts, mean=mean, std=std, **about)

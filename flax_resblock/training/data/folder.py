@@ -1,17 +1,24 @@
-"""Image folders, one folder per class below ``train`` and ``val`` or ``test``."""
+"""Image folders, one folder per class, below ``train`` and ``val`` or ``test`` or by themselves."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from flax_resblock.errors import InputError, some
-from flax_resblock.training.data.dataset import Splits, check_range, normalise
+from flax_resblock.training.data.dataset import (
+    HELD_OUT,
+    Splits,
+    check_range,
+    has_own_tests,
+    held_out,
+    normalise,
+)
 from flax_resblock.training.data.images import damage, decode, fit
 
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -95,11 +102,31 @@ def class_folders(folder: Path) -> list[str]:
     return sorted(name for name in names if not name.startswith("."))
 
 
+_PARTS = ("train", "val", "test")
+"""Names of folders that are no classes."""
+
+
+def holds_classes(root: Path) -> bool:
+    """Whether a folder holds images in class folders, below ``train`` or directly."""
+    if class_folders(root / "train"):
+        return True
+    classes = class_folders(root)
+    return not set(classes) & set(_PARTS) and any(
+        file.lower().endswith(SUFFIXES) for name in classes for file in _files(root / name)
+    )
+
+
 def image_folder(
-    root: Path, *, strict: bool, size: int, on_progress: Callable[[str], None] | None = None
+    root: Path,
+    *,
+    strict: bool,
+    size: int,
+    val_fraction: float | None = None,
+    on_progress: Callable[[str], None] | None = None,
 ) -> Splits[FolderDataset]:
     """Opens ``root/train/CLASS/...`` and ``root/val/CLASS/...`` (or ``test``): JPEG and PNG files,
-    in the order of torchvision's ``ImageFolder``.
+    in the order of torchvision's ``ImageFolder``. Where there are training images alone, or
+    ``root/CLASS/...``, ``val_fraction`` of each class become test images.
 
     Every file is decoded once. Damaged ones are left out and counted in ``notes``.
 
@@ -107,25 +134,70 @@ def image_folder(
       root: The folder.
       strict: Refuse damaged images instead.
       size: See :class:`FolderDataset`.
+      val_fraction: Part of the images that is set aside; None where test images are there.
       on_progress: Called with the progress of the check.
     Raises:
       InputError: A missing folder, an empty class, a class without training images, or with
         ``strict`` a damaged image.
     """
-    held_out = next((name for name in ("val", "test") if class_folders(root / name)), None)
-    if held_out is None:
-        raise InputError(
-            f"{root} has class folders below train/, but none below val/ or test/. Put test "
-            f"images there, sorted like those in train/."
-        )
+    tests = next((name for name in ("val", "test") if class_folders(root / name)), None)
+    if tests is None:
+        return _split(root, strict, size, val_fraction, on_progress)
+    if val_fraction is not None:
+        raise has_own_tests(root, val_fraction)
     classes = class_folders(root / "train")
-    unknown = [name for name in class_folders(root / held_out) if name not in classes]
+    unknown = [name for name in class_folders(root / tests) if name not in classes]
     if unknown:
         raise InputError(
-            f"{root / held_out} has {some(unknown)}, which {root / 'train'} does not; it has "
+            f"{root / tests} has {some(unknown)}, which {root / 'train'} does not; it has "
             f"{some(classes)}. Name the folders alike."
         )
-    parts = [_part(root, name, classes, strict, size, on_progress) for name in ("train", held_out)]
+    parts = [_part(root, name, classes, strict, size, on_progress) for name in ("train", tests)]
+    return Splits(*parts)
+
+
+def _split(
+    root: Path,
+    strict: bool,
+    size: int,
+    val_fraction: float | None,
+    on_progress: Callable[[str], None] | None,
+) -> Splits[FolderDataset]:
+    """Training images, some of which become test images."""
+    part = "train" if class_folders(root / "train") else ""
+    if val_fraction is None:
+        sorted_ = f"put test images into {root / 'val'}, sorted like those in {root / 'train'}"
+        if not part:
+            sorted_ = f"sort the class folders into {root / 'train'} and {root / 'val'}"
+        below = " below train/" if part else ""
+        raise InputError(
+            f"{root} has class folders{below}, and no test images below val/ or test/. Set some of "
+            f"each class aside with --val-fraction {HELD_OUT} (val_fraction={HELD_OUT}), or "
+            f"{sorted_}."
+        )
+    whole = _part(root, part, class_folders(root / part), strict, size, on_progress)
+    in_test = held_out(whole.labels, val_fraction)
+    lacking = set(whole.labels.tolist()) - set(whole.labels[~in_test].tolist())
+    if lacking:
+        names = [whole.class_names[label] for label in sorted(lacking)]
+        raise InputError(
+            f"val_fraction={val_fraction:g} leaves no training image of {some(names)} in "
+            f"{root / part}. Choose a smaller fraction, or add images."
+        )
+    note = (
+        f"{whole.name} has no test images of its own: {val_fraction:.0%} of the images of each "
+        f"class, {int(in_test.sum()):,} of {len(whole):,} in all, are set aside."
+    )
+    parts = [
+        replace(
+            whole,
+            name=f"{root.name}/{name}",
+            files=tuple(file for file, one in zip(whole.files, chosen, strict=True) if one),
+            labels=whole.labels[chosen],
+            notes=(*whole.notes, note) if name == "train" else (),
+        )
+        for name, chosen in (("train", ~in_test), ("test", in_test))
+    ]
     return Splits(*parts)
 
 
@@ -143,7 +215,7 @@ def _part(
     size: int,
     on_progress: Callable[[str], None] | None,
 ) -> FolderDataset:
-    folder, name = root / part, f"{root.name}/{part}"
+    folder, name = root / part, f"{root.name}/{part}".rstrip("/")
     found = [(file, label) for label, name in enumerate(classes) for file in _files(folder / name)]
     images = [(file, label) for file, label in found if file.lower().endswith(SUFFIXES)]
     present = {label for _, label in images}

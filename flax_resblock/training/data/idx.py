@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from flax_resblock.errors import InputError
+from flax_resblock.errors import InputError, reason
 from flax_resblock.training.data.bounded import MOST_BYTES, check_file
 from flax_resblock.training.data.dataset import Dataset, Splits, pixel_moments, splits_of
 
@@ -69,7 +69,8 @@ def read_idx(path: Path, dimensions: int, most: int = MOST_BYTES) -> np.ndarray:
             found = len(data) if compressed else found
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(
-            f"{path} cannot be read ({error}). It may be cut off or damaged: fetch it again."
+            f"{path} cannot be read ({reason(error)}). It may be cut off or damaged: "
+            f"fetch it again."
         ) from error
     if not whole or found != size:
         more = "more than " if compressed and found > size else ""

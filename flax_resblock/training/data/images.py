@@ -50,6 +50,11 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.stack([resized(plane) for plane in planes], axis=-1)
 
 
+def shorter_side(size: int) -> int:
+    """Pixels of the shorter side before the crop, in torchvision's proportion of 256 to 224."""
+    return round(size * 256 / 224)
+
+
 def fit(image: np.ndarray, size: int) -> np.ndarray:
     """Resizes the shorter side to ``round(size * 256 / 224)`` and takes the central square, as
     evaluation does.
@@ -64,7 +69,7 @@ def fit(image: np.ndarray, size: int) -> np.ndarray:
       ``(size, size, C)``, uint8.
     """
     height, width, _ = image.shape
-    short = round(size * 256 / 224)
+    short = shorter_side(size)
     long = int(short * max(height, width) / min(height, width))  # truncated, as in torchvision
     image = resize(image, *((short, long) if height <= width else (long, short)))
     top, left = round((image.shape[0] - size) / 2), round((image.shape[1] - size) / 2)

@@ -9,7 +9,15 @@ import numpy as np
 
 from flax_resblock.errors import InputError
 from flax_resblock.training.data.bounded import read_npz
-from flax_resblock.training.data.dataset import Dataset, Splits, held_out, pixel_moments, splits_of
+from flax_resblock.training.data.dataset import (
+    HELD_OUT,
+    Dataset,
+    Splits,
+    has_own_tests,
+    held_out,
+    pixel_moments,
+    splits_of,
+)
 
 _SPLIT = (
     ("x_train", "y_train", "x_test", "y_test"),
@@ -18,14 +26,15 @@ _SPLIT = (
 _WHOLE = ("images", "labels")
 
 
-def npz_archive(path: Path) -> Splits[Dataset]:
+def npz_archive(path: Path, val_fraction: float | None = None) -> Splits[Dataset]:
     """Reads the arrays of an archive without unpickling anything.
 
     The arrays are ``x_train, y_train, x_test, y_test`` (Keras), ``train_images, train_labels,
-    test_images, test_labels`` (MedMNIST), or ``images, labels``; then every fifth image of each
-    class becomes a test image. Images are ``(N, H, W, C)`` or ``(N, H, W)``, uint8 or
-    floating; labels ``(N,)`` or ``(N, 1)``, integers. ``mean`` and ``std`` of the channels, for
-    uint8 images on the scale from 0 to 1, replace the moments of the training pixels.
+    test_images, test_labels`` (MedMNIST), or ``images, labels``; then ``val_fraction`` of the
+    images of each class, a fifth by default, become test images. Images are ``(N, H, W, C)`` or
+    ``(N, H, W)``, uint8 or floating; labels ``(N,)`` or ``(N, 1)``, integers. ``mean`` and ``std``
+    of the channels, for uint8 images on the scale from 0 to 1, replace the moments of the training
+    pixels.
 
     Raises:
       InputError: Not such an archive, or arrays that do not fit together.
@@ -43,9 +52,11 @@ def npz_archive(path: Path) -> Splits[Dataset]:
         _pair(path, arrays, images, labels)
         for images, labels in zip(names[::2], names[1::2], strict=True)
     ]
+    if val_fraction is not None and names != _WHOLE:
+        raise has_own_tests(path, val_fraction)
     if names == _WHOLE:
         ((images, labels),) = pairs
-        in_test = held_out(labels)
+        in_test = held_out(labels, val_fraction or HELD_OUT)
         if in_test.all():
             raise InputError(
                 f"{path} has {len(images)} image; at least one training and one test image are "
@@ -53,8 +64,8 @@ def npz_archive(path: Path) -> Splits[Dataset]:
             )
         pairs = [(images[~in_test], labels[~in_test]), (images[in_test], labels[in_test])]
         notes = (
-            f"{path.name} has no test images of its own: every fifth image of each class, "
-            f"{int(in_test.sum()):,} in all, is set aside.",
+            f"{path.name} has no test images of its own: {val_fraction or HELD_OUT:.0%} of the "
+            f"images of each class, {int(in_test.sum()):,} in all, are set aside.",
         )
     mean, std = _moments(path, arrays, pairs[0][0])
     classes = int(pairs[0][1].max()) + 1

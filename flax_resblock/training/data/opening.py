@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from flax_resblock.errors import InputError
+from flax_resblock.errors import InputError, reason
 from flax_resblock.training.data.cifar import EDITIONS, cifar_folder
-from flax_resblock.training.data.dataset import DataSource, Splits
+from flax_resblock.training.data.dataset import Dataset, DataSource, Splits, has_own_tests
 from flax_resblock.training.data.digits import digits
-from flax_resblock.training.data.folder import class_folders, image_folder
+from flax_resblock.training.data.folder import holds_classes, image_folder
 from flax_resblock.training.data.idx import find_idx, idx_folder
 from flax_resblock.training.data.npz import npz_archive
 
 _KNOWN = (
     "'digits'; an IDX folder (train-images-idx3-ubyte and its three companions, also .gz); a "
     f"CIFAR-10 or CIFAR-100 folder ({', '.join(edition.folder for edition in EDITIONS)}); an .npz "
-    "archive; an image folder (train/CLASS/*.jpg or *.png, and val/ or test/ beside train/)"
+    "archive; an image folder (train/CLASS/*.jpg or *.png, and val/ or test/ beside train/; or "
+    "CLASS/*.jpg or *.png, with --val-fraction)"
 )
 
 
@@ -25,6 +26,7 @@ def open_data(
     *,
     strict: bool = False,
     image_size: int | None = None,
+    val_fraction: float | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Splits[DataSource]:
     """Opens training and test images of any kind, recognised by their content.
@@ -36,6 +38,8 @@ def open_data(
         of other kinds are always refused.
       image_size: Side in pixels to which the images of a folder are resized, 224 by default. Other
         data keep their size.
+      val_fraction: Part of the images of each class that become test images, where the data have
+        none of their own. The choice depends on the images alone.
       on_progress: Called with a line of text while an image folder is checked.
     Raises:
       InputError: Nothing readable; the message says what was looked for.
@@ -43,9 +47,13 @@ def open_data(
     if image_size is not None and image_size < 1:
         raise InputError(f"image_size={image_size} must be a positive number of pixels.")
     try:
-        splits = digits() if spec == "digits" else _at(Path(spec), strict, image_size, on_progress)
+        splits = digits() if spec == "digits" else _with_tests(Path(spec))
+        if splits is None:
+            splits = _at(Path(spec), strict, image_size, val_fraction, on_progress)
+        elif val_fraction is not None:
+            raise has_own_tests(spec, val_fraction)
     except OSError as error:
-        raise InputError(f"{spec} cannot be read ({error}).") from error
+        raise InputError(f"{spec} cannot be read ({reason(error)}).") from error
     train, test = splits
     if train.shape != test.shape:
         raise InputError(
@@ -65,17 +73,8 @@ def _size(source: DataSource) -> str:
     return f"{height}x{width} pixels in {channels} channel{'s' if channels > 1 else ''}"
 
 
-def _at(
-    path: Path, strict: bool, image_size: int | None, on_progress: Callable[[str], None] | None
-) -> Splits[DataSource]:
-    if not path.exists():
-        raise InputError(f"{path} does not exist. Data are {_KNOWN}.")
-    if path.is_file():
-        if path.suffix == ".npz":
-            return npz_archive(path)
-        packed = path.name.endswith((".tar.gz", ".tgz", ".tar"))
-        unpack = f" Unpack it first: tar xf {path.name}." if packed else ""
-        raise InputError(f"{path} is a file of no known kind.{unpack} Data are {_KNOWN}.")
+def _with_tests(path: Path) -> Splits[Dataset] | None:
+    """Data of a kind that always has test images of its own; None for any other path."""
     if any(find_idx(path, stem, dimensions) for stem in ("train", "t10k") for dimensions in (3, 1)):
         return idx_folder(path)
     places = [
@@ -86,10 +85,32 @@ def _at(
             f"{path} holds {', '.join(place.name for place, _ in places)}. Say which: "
             f"{places[0][0]}, for example."
         )
-    if places:
-        return cifar_folder(*places[0])
-    if class_folders(path / "train"):
-        return image_folder(path, strict=strict, size=image_size or 224, on_progress=on_progress)
+    return cifar_folder(*places[0]) if places else None
+
+
+def _at(
+    path: Path,
+    strict: bool,
+    image_size: int | None,
+    val_fraction: float | None,
+    on_progress: Callable[[str], None] | None,
+) -> Splits[DataSource]:
+    if not path.exists():
+        raise InputError(f"{path} does not exist. Data are {_KNOWN}.")
+    if path.is_file():
+        if path.suffix == ".npz":
+            return npz_archive(path, val_fraction)
+        packed = path.name.endswith((".tar.gz", ".tgz", ".tar"))
+        unpack = f" Unpack it first: tar xf {path.name}." if packed else ""
+        raise InputError(f"{path} is a file of no known kind.{unpack} Data are {_KNOWN}.")
+    if holds_classes(path):
+        return image_folder(
+            path,
+            strict=strict,
+            size=image_size or 224,
+            val_fraction=val_fraction,
+            on_progress=on_progress,
+        )
     entries = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
     shown = ", ".join(entries[:5]) + (", ..." if len(entries) > 5 else "")
     raise InputError(
