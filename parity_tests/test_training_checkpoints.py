@@ -13,6 +13,7 @@ import flax_resblock
 from flax_resblock import CheckpointError, load_run, training
 from flax_resblock.checkpoint.record import METADATA_DIGEST
 from flax_resblock.parity.oracle import TRAJECTORY_LIMIT
+from flax_resblock.runs.ticks import BATCH, unit_of
 from parity_tests import runs
 from parity_tests.runs import DONE, EPOCHS, SPELLINGS, STEPS
 from parity_tests.support import fast_only, worst
@@ -92,36 +93,42 @@ def test_every_format_holds_the_same_run(spelling, suffix, tmp_path):
 EXPECTED = {
     "a plain loop with GradScaler and EMA": (
         {"optimizer_state_dict", "global_step", "epoch", "scheduler_state_dict"},
-        {"scaler", "ema", "rng", "best_acc"},
+        {"scaler", "ema"},
+        {"rng", "best_acc"},
     ),
     "torchvision's reference": (
         {"optimizer", "lr_scheduler", "epoch", "args"},
         {"model_ema", "scaler"},
+        set(),
     ),
     "Lightning": (
         {"optimizer_states", "lr_schedulers", "epoch", "global_step", "hyper_parameters"},
-        {"loops", "callbacks", "MixedPrecision", "hparams_name", "pytorch-lightning_version"},
+        {"MixedPrecision"},
+        {"loops", "callbacks", "hparams_name", "pytorch-lightning_version"},
     ),
     "timm": (
         {"optimizer", "epoch", "args"},
-        {"amp_scaler", "state_dict_ema", "metric", "version", "arch"},
+        {"amp_scaler", "state_dict_ema"},
+        {"metric", "version", "arch"},
     ),
     "Hugging Face Trainer": (
         {"optimizer", "scheduler", "epoch", "global_step", "trainer_state"},
+        set(),
         {"rng_state.pth", "training_args.bin"},
     ),
 }
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_counters_are_read_and_every_entry_is_listed_as_used_or_ignored(spelling, tmp_path):
+def test_counters_are_read_and_every_entry_is_listed_as_used_kept_or_ignored(spelling, tmp_path):
     _, path = runs.saved(spelling, tmp_path)
     _, run = load_run(path)
     assert run.problem is None
     assert (run.steps if run.steps is not None else run.epochs * STEPS) == DONE * STEPS
     if spelling in EXPECTED:
         listed = [
-            {entry.name for entry in run.found if entry.used is used} for used in (True, False)
+            {entry.name for entry in run.found if entry.status == status}
+            for status in ("used", "kept", "ignored")
         ]
         assert tuple(listed) == EXPECTED[spelling]
 
@@ -138,7 +145,7 @@ def test_a_gradscaler_that_skipped_steps_leaves_the_schedule_ahead_of_adam(tmp_p
 
     _, found = load_run(runs.rewritten(path, change))
     assert found.schedule is not None
-    assert (found.schedule.position, found.schedule.per_epoch) == (run.step, False)
+    assert (found.schedule.position, found.schedule.unit) == (run.step, BATCH)
     assert float(next(iter(found.optimizer.steps.values()))) == run.step - skipped
 
 
@@ -147,12 +154,15 @@ def test_what_a_scheduler_counted_can_be_said(tmp_path):
     runs.rewritten(path, lambda content: content.update(epoch=90, global_step=4711))
     _, run = load_run(path)
     assert run.schedule is None
-    assert "stepped 2 times in a run of 4711 optimizer steps in epoch 90" in (run.problem or "")
+    words = (
+        "stepped 2 times, and the file has 4711 steps by the program's own count, 10 batches seen"
+    )
+    assert words in (run.problem or "")
     assert "--schedule-unit" in (run.problem or "")
-    for per_epoch in (True, False):
-        _, run = load_run(path, per_epoch=per_epoch)
+    for unit in ("epoch", "batch", 4):
+        _, run = load_run(path, schedule_unit=unit)
         assert run.schedule is not None
-        assert run.schedule.per_epoch is per_epoch
+        assert run.schedule.unit == unit_of(unit)
 
 
 def test_a_schedule_without_counterpart_leaves_the_optimizer_usable(tmp_path):
