@@ -121,6 +121,7 @@ def pack_run(run: Run, state_map: TensorMap) -> tuple[dict[str, np.ndarray], dic
             "options": group.options,
             "parameters": [entries[path].torch_key for path in group.paths],
             "named": group.named,
+            "tensors": {n: [like.shape, like.dtype.name] for n, like in group.tensors.items()},
         }
         for group in record.groups
     ]
@@ -180,7 +181,10 @@ def unpack_run(
                 numbers[key] = len(numbers)
             names = list(group["parameters"])
             members = {"params": [numbers[key] for key in names], "param_names": names}
-            groups.append(with_tuples(group["options"]) | members)
+            options = with_tuples(group["options"]) | members
+            for option, (shape, dtype) in group["tensors"].items():
+                options[option] = np.full(shape, options[option], dtype)
+            groups.append(options)
         for name, value in _with_prefix(tensors, OPTIMIZER).items():
             tensor, _, key = name.partition(".")
             state.setdefault(numbers[key], {})[tensor] = value
@@ -189,7 +193,8 @@ def unpack_run(
                 found["step"] = np.asarray(counter["value"], counter["dtype"])
         schedule = content["schedule"]
         if schedule is not None:
-            read = read_schedule(schedule, groups, lr_lambda=lr_lambda, source=source)
+            options = [with_tuples(group["options"]) for group in content["groups"]]
+            read = read_schedule(schedule, options, lr_lambda=lr_lambda, source=source)
             schedule = ScheduleState(*read, unit_of(content["schedule_unit"]))
         steps, epochs, settings = content["steps"], content["epochs"], content["settings"]
         named = [bool(group["named"]) for group in content["groups"]]

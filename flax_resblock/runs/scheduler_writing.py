@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from flax_resblock.runs.other_schedules import (
     ChainedScheduler,
     CosineAnnealingWarmRestarts,
@@ -37,20 +35,14 @@ def scheduled(
     """
     if isinstance(schedule, ReduceLROnPlateau):
         return dict(options)
-    rate, initial = schedule.rate(position, options, number), options.get("initial_lr")
-    now = {**options, "lr": like(options["lr"], rate)}
-    now["initial_lr"] = base_rate(options) if initial is None else initial
+    rate = schedule.rate(position, options, number)
+    now = {**options, "initial_lr": base_rate(options), "lr": rate}
     momentum = schedule.momentum(position, options, number)
     if momentum is None:
         return now
     if "betas" in options:
         return {**now, "betas": (momentum, *options["betas"][1:])}
     return {**now, "momentum": momentum}
-
-
-def like(old: Any, new: float) -> Any:
-    """A new rate in the type of the old one: torch also takes tensors of one element."""
-    return np.full_like(old, new) if isinstance(old, np.ndarray) else new
 
 
 def write_schedule(state: ScheduleState, groups: Sequence[Options]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from flax_resblock.runs.optimizers import moving
 from flax_resblock.runs.plateau import ReduceLROnPlateau
 from flax_resblock.runs.run import Run
 from flax_resblock.runs.scheduler_state import ScheduleState
-from flax_resblock.runs.scheduler_writing import like, scheduled
+from flax_resblock.runs.scheduler_writing import scheduled
 from flax_resblock.runs.schedules import Fixed, Schedule, warmup_cosine
 from flax_resblock.training.config import TrainConfig
 from flax_resblock.training.reports import EvaluationReport
@@ -139,9 +139,9 @@ class Pace:
         optimizer = self.run.optimizer
         if reduced:
             groups = tuple(
-                replace(group, options={**group.options, "lr": like(group.options["lr"], rate)})
+                replace(group, options={**group.options, "lr": schedule.reduced(rate, number)})
                 for number, group in enumerate(optimizer.groups)
-                for rate in (schedule.reduced(float(group.options["lr"]), number),)
+                for rate in (float(group.options["lr"]),)
             )
             optimizer = replace(optimizer, groups=groups)
         seen = replace(state, schedule=schedule, position=state.position + 1)
