@@ -134,6 +134,7 @@ READ = {
     "four per step": (400, Counters(100), Unit(4)),
     "four per step, a few skipped": (400, Counters(97), Unit(4)),
     "two per step, though few": (8, Counters(4, 4), Unit(2)),
+    "two per step, as batch norm says": (20, Counters(10, batches=10), Unit(2)),
     "Accelerate's, which waits for skipped steps": (400, Counters(100, 103), Unit(4)),
     "the program counts batches, four per step": (100, Counters(100, 400), BATCH),
     "per epoch": (5, Counters(500, epochs=5), EPOCH),
@@ -149,6 +150,11 @@ UNREADABLE = {
     "2 per step or skipped": (
         10,
         Counters(5),
+        "fits 2 per optimizer step as well as one per batch",
+    ),
+    "2 per step or skipped, whose batches batch norm saw": (
+        20,
+        Counters(10, batches=20),
         "fits 2 per optimizer step as well as one per batch",
     ),
     "another optimizer's count": (

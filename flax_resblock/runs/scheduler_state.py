@@ -154,6 +154,12 @@ def _check_place(schedule: Schedule, position: int, state: Mapping[str, Any], so
                 f"restart, of {place[1]:g}, at its step {position}. It was stepped by fractions of "
                 "an epoch or by numbers of the program's own, which has no counterpart here."
             )
+    if isinstance(schedule, OneCycleLR) and state.get("_step_count", position + 1) > position + 1:
+        raise CheckpointError(
+            f"{source}: its OneCycleLR has counted {state['_step_count']} calls by its step "
+            f"{position}, as Accelerate makes it when it accumulates gradients. It would end it by "
+            "that count, which has no counterpart here."
+        )
     if isinstance(schedule, ChainedScheduler) and position > (schedule.end or position):
         raise CheckpointError(
             f"{source}: a ChainedScheduler with a cosine that has ended, at its step "

@@ -138,11 +138,14 @@ def _readings(position: int, count: int | None, skipped: int = 0) -> set[Unit]:
 
 
 def _per_step(position: int, counters: Counters) -> set[Unit]:
-    updates, steps = counters.updates, counters.steps
-    by_updates = _readings(position, updates, _most_skipped(updates or 0))
+    updates, steps, seen = counters.updates, counters.steps, counters.batches
+    skipped = _most_skipped(updates or 0)
+    if updates and seen is not None and seen >= updates:
+        skipped = min(skipped, seen - updates)  # BatchNorm sees the batches of skipped steps too
+    by_updates = _readings(position, updates, skipped)
     by_steps = _readings(position, steps)
     if not updates and not steps:
-        return _readings(position, counters.batches)
+        return _readings(position, seen)
     behind = steps - updates if updates and steps and not _finer(steps, updates) else -1
     if 0 <= behind <= _most_skipped(updates or 0):
         # the program counts the steps, skipped ones too; Accelerate does not tick at those
