@@ -33,6 +33,7 @@ from flax_resblock.runs import schedules
 from flax_resblock.runs.scheduler_state import ScheduleState, read_schedule
 from flax_resblock.runs.scheduler_writing import scheduled, write_schedule
 from flax_resblock.runs.schedules import Fixed, Options, Schedule, base_rate, warmup_cosine
+from flax_resblock.runs.transformers_schedules import TransformersSchedule, recognised
 from parity_tests.schedulers import (
     CONTROL,
     LIMIT,
@@ -192,6 +193,39 @@ def test_a_function_of_the_program_gives_torchs_rates_as_a_factor_or_step_by_ste
         read_schedule(*moments[1], lr_lambda=functions)
     with pytest.raises(CheckpointError, match="2 param groups, and lr_lambda 1 functions"):
         read_schedule(*moments[9], lr_lambda=functions[:1])
+
+
+TRANSFORMERS = ("linear", "cosine")
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_a_schedule_of_the_trainer_is_recognised_by_its_rate_and_refused_where_others_fit(kind):
+    optimization = pytest.importorskip("transformers.optimization")
+    make = getattr(optimization, f"get_{kind}_schedule_with_warmup")
+    moments = walked(partial(make, num_warmup_steps=7, num_training_steps=STEPS - 3))
+    total, known = STEPS - 3, TransformersSchedule(kind, 7, STEPS - 3)
+    told = [
+        start
+        for start in range(STEPS + 1)
+        if recognised(start, moments[start].groups, total) == known
+    ]
+    assert set(range(8, total)) - set(told) <= {22}  # where a half is the share of both
+    for start in told:
+        schedule, position = read_schedule(*moments[start], total=total)
+        assert (schedule, position) == (known, start)
+        for step in range(start, STEPS + 1):
+            assert deviation(schedule, moments[start].groups, moments[step].groups, step) <= LIMIT
+        state = write_schedule(ScheduleState(schedule, position), moments[start].groups)
+        assert read_schedule(json.loads(json.dumps(state)), moments[start].groups)[0] == known
+        del state["_transformers"]
+        assert differences(state, moments[start].state) == []
+    for start in (0, 3, 7, total):
+        with pytest.raises(CheckpointError, match="keeps its function in the program"):
+            read_schedule(*moments[start], total=total)
+    assert recognised(20, moments[20].groups, total + 1) is None
+    theirs = partial(optimization.get_polynomial_decay_schedule_with_warmup, num_warmup_steps=7)
+    other = walked(partial(theirs, num_training_steps=total, power=2.0))
+    assert not any(recognised(step, other[step].groups, total) for step in range(STEPS))
 
 
 whole = st.integers(1, 15)

@@ -104,6 +104,12 @@ def count(
     return None if taken is None else counts[taken]
 
 
+def whole_number(extras: Mapping[str, Any], entry: str, name: str) -> int | None:
+    """A number in an entry that is a mapping."""
+    values = extras.get(entry)
+    return _number(values.get(name)) if isinstance(values, Mapping) else None
+
+
 def settings_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[str, Any]:
     """Batch size, epochs and label smoothing, from whatever holds the script's settings."""
     for name in _SETTINGS:

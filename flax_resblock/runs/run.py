@@ -118,7 +118,8 @@ def read_run(
         unit = unit_of(extras[entries.SCHEDULE_UNIT])
         found[SCHEDULE_UNIT] = RunEntry(SCHEDULE_UNIT, str(unit), "used")
     if entry is not None:
-        run = _with_schedule(run, *entry, unit, counters, lr_lambda, source, found)
+        total = entries.whole_number(extras, "trainer_state", "max_steps")
+        run = _with_schedule(run, *entry, unit, counters, lr_lambda, total, source, found)
     elif counters.epochs is not None and {"arch", "version"} <= extras.keys():
         run = replace(run, epochs=counters.epochs + 1)  # timm stores the last epoch that was done
     kind = OPTIMIZERS[record.kind]
@@ -175,6 +176,7 @@ def _with_schedule(
     unit: Unit | None,
     counters: Counters,
     lr_lambda: LRLambda | None,
+    total: int | None,
     source: str,
     found: dict[str, RunEntry],
 ) -> Run:
@@ -185,7 +187,9 @@ def _with_schedule(
             raise CheckpointError(f"{where} is not the state of one learning-rate scheduler.")
         optimizer = with_initial_rates(run.optimizer, state)
         options = [group.options for group in optimizer.groups]
-        schedule, position = read_schedule(state, options, lr_lambda=lr_lambda, source=where)
+        schedule, position = read_schedule(
+            state, options, lr_lambda=lr_lambda, total=total, source=where
+        )
         unit = unit or read_unit(position, counters, where)
         if isinstance(schedule, ReduceLROnPlateau) and unit != EPOCH:
             raise CheckpointError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flax_resblock.errors import CheckpointError
+from flax_resblock.runs import transformers_schedules
 from flax_resblock.runs.optimizer_state import OptimizerState
 from flax_resblock.runs.other_schedules import (
     ChainedScheduler,
@@ -28,6 +29,7 @@ from flax_resblock.runs.schedules import (
     base_rate,
 )
 from flax_resblock.runs.ticks import BATCH, Unit
+from flax_resblock.runs.transformers_schedules import TransformersSchedule, recognised
 
 _NEAR = 1e-9
 """Relative difference between the closed form's rate and torch's own that rounding explains."""
@@ -54,6 +56,11 @@ def describe_schedule(state: ScheduleState) -> str:
     if isinstance(state.schedule, ReduceLROnPlateau):
         metric = "loss" if state.schedule.mode == "min" else "accuracy"
         words += f", by the test {metric} (what the program measured is not in the file)"
+    if isinstance(state.schedule, TransformersSchedule):
+        words += (
+            f", recognised by its rate as the {state.schedule.kind} one with "
+            f"{state.schedule.warmup} warm-up steps of {state.schedule.total}"
+        )
     if isinstance(state.schedule, CyclicLR):
         words += ", without a scale_fn (which would not be in the file)"
     return words
@@ -85,6 +92,7 @@ def read_schedule(
     groups: Sequence[Options],
     *,
     lr_lambda: LRLambda | None = None,
+    total: int | None = None,
     source: str = "the scheduler",
 ) -> tuple[Schedule, int]:
     """Reads the schedule in a scheduler's state dict, and its position.
@@ -93,13 +101,14 @@ def read_schedule(
       state: What ``scheduler.state_dict()`` gave.
       groups: The optimizer's param groups, whose rates must be the schedule's.
       lr_lambda: The function of a LambdaLR or MultiplicativeLR, or one per group.
+      total: Steps of the whole run, if a Trainer says it.
       source: For messages.
     Raises:
       CheckpointError: A scheduler without counterpart, a damaged state, or rates that are not on
         the schedule.
     """
     try:
-        schedule = _schedule(state, groups, lr_lambda, source)
+        schedule = _schedule(state, groups, lr_lambda, total, source)
         position = _position(state, source)
         _check_place(schedule, position, state, source)
         _check_rates(schedule, position, groups, source)
@@ -168,10 +177,18 @@ def _check_place(schedule: Schedule, position: int, state: Mapping[str, Any], so
 
 
 def _schedule(
-    state: Mapping[str, Any], groups: Sequence[Options], lr_lambda: LRLambda | None, source: str
+    state: Mapping[str, Any],
+    groups: Sequence[Options],
+    lr_lambda: LRLambda | None,
+    total: int | None,
+    source: str,
 ) -> Schedule:
     if "lr_lambdas" in state:
-        schedule = _of_functions(state, groups, lr_lambda, source)
+        schedule = transformers_schedules.read_written(state)
+        theirs = not any(one is None for one in state["lr_lambdas"])
+        if schedule is None and lr_lambda is None and theirs and total:
+            schedule = recognised(int(state["last_epoch"]), groups, total)
+        schedule = schedule or _of_functions(state, groups, lr_lambda, source)
     elif "_schedulers" in state:
         return _several(state, groups, source)
     else:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from flax_resblock.runs import transformers_schedules
 from flax_resblock.runs.other_schedules import (
     ChainedScheduler,
     CosineAnnealingWarmRestarts,
@@ -25,6 +26,7 @@ from flax_resblock.runs.schedules import (
     SequentialLR,
     base_rate,
 )
+from flax_resblock.runs.transformers_schedules import TransformersSchedule
 
 
 def scheduled(
@@ -97,6 +99,8 @@ def _state(
         values = {name: v for name, v in asdict(schedule).items() if name not in left}
         own = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
         own["_scale_fn_custom"] = None
+    elif isinstance(schedule, TransformersSchedule):
+        own = transformers_schedules.written(schedule, len(groups))
     elif isinstance(schedule, LambdaLR):
         own = {"lr_lambdas": list(schedule.states)}
     else:
