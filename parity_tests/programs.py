@@ -20,6 +20,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from parity_tests import runs
+from parity_tests.support import import_torchvision
 
 ON, BACK = 4, 2
 """Epochs after the file was saved, and after the run has come back."""
@@ -112,6 +113,7 @@ class _Batches(torch.utils.data.IterableDataset):
 
 def lightning(task: str, folder: Path) -> None:
     """Lightning's Trainer."""
+    import_torchvision()  # which torchmetrics imports
     import pytorch_lightning as pl
 
     run, rates = _adamw(), []

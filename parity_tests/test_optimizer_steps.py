@@ -112,7 +112,7 @@ class OneShare(Schedule):
     schedule: Schedule
     first: Options
 
-    def rate(self, step, group):
+    def rate(self, step, group, number=0):
         return base_rate(group) * self.schedule.rate(step, self.first) / base_rate(self.first)
 
 

@@ -133,6 +133,35 @@ def test_counters_are_read_and_every_entry_is_listed_as_used_kept_or_ignored(spe
         assert tuple(listed) == EXPECTED[spelling]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_scaler_and_the_averages_go_back_as_they_came(tmp_path):
+    for spelling, name, scaler in (
+        ("a plain loop with GradScaler and EMA", "ema", "scaler"),
+        ("timm", "state_dict_ema", "amp_scaler"),
+    ):
+        original, path = runs.saved(spelling, tmp_path)
+        there = torch.load(path, weights_only=False)
+        model, run = load_run(path)
+        assert run.ema
+        flax_resblock.save(model, tmp_path / f"{name}.safetensors", run=run)
+        again, carried = load_run(tmp_path / f"{name}.safetensors")
+        flax_resblock.save(again, tmp_path / f"{name}.pth", run=carried)
+        back = torch.load(tmp_path / f"{name}.pth", weights_only=True)
+        assert back[scaler] == there[scaler]
+        assert list(back[name]) == list(there[name])
+        for key, value in there[name].items():
+            assert torch.equal(back[name][key], value), key
+            assert back[name][key].dtype == value.dtype, key
+        if name == "ema":
+            averaged = torch.optim.swa_utils.AveragedModel(original.model)
+            averaged.load_state_dict(back[name], strict=True)
+    other = {**there[name], "fc.bias": torch.zeros(3)}
+    _, found = load_run(runs.rewritten(path, lambda content: content.update({name: other})))
+    assert not found.ema
+    (entry,) = (one for one in found.found if one.name == name)
+    assert (entry.status, "--entry state_dict_ema" in entry.use) == ("ignored", True)
+
+
 def test_a_gradscaler_that_skipped_steps_leaves_the_schedule_ahead_of_adam(tmp_path):
     run, path = runs.saved("Lightning", tmp_path)
     skipped = 3
