@@ -25,6 +25,7 @@ from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2
 from flax_resblock.runs.optimizer_kinds import OPTIMIZERS
 from flax_resblock.runs.optimizer_state import OptimizerState, read_optimizer, write_optimizer
 from flax_resblock.runs.optimizers import moving, optimizer_of, record_of, state_of
+from flax_resblock.runs.update_rules import RULES, Parameter
 from parity_tests.families import import_timm
 from parity_tests.optimizer_runs import MAP, module_of
 from parity_tests.support import same
@@ -253,6 +254,27 @@ def test_50_steps_are_torchs_and_the_state_goes_there_and_back_bit_for_bit(name)
     documented = re.search(rf"^\| {re.escape(name)} \| (\S+) \|$", DOCS.read_text("utf-8"), re.M)
     assert documented is not None, f"| {name} | {error:.0e} |"
     assert error / 10 <= float(documented[1]) <= 10 * error, f"| {name} | {error:.0e} |"
+
+
+@pytest.mark.parametrize("kind", ["radam", "nadam"])
+def test_float32_keeps_its_digits_at_every_count(kind):
+    """Differences of nearly equal numbers would lose four of them in the first steps."""
+    rng, counts = np.random.default_rng(0), (1, 2, 5, 6, 7, 20, 300, 499, 501, 502, 5000, 10**6)
+    values = {n: rng.uniform(0.5, 1.5, 5) for n in ("value", "gradient", "exp_avg", "exp_avg_sq")}
+
+    def moved(count: int, dtype: Any) -> np.ndarray:
+        value, gradient, mean, square = (jnp.asarray(array, dtype) for array in values.values())
+        product = jnp.asarray(0.4 if count == 1 else 0.0, dtype)
+        kept = {"exp_avg": mean, "exp_avg_sq": square, "mu_product": product}
+        momentum = tuple(moving([0.9])[0].tolist())
+        options = OPTIMIZERS[kind].options
+        step = Parameter(value, gradient, kept, jnp.asarray(count), 0.1, momentum, None, options)
+        return np.asarray(RULES[kind](step).by, np.float64)
+
+    with jax.enable_x64(True):
+        for count in counts:
+            exact, narrow = moved(count, np.float64), moved(count, np.float32)
+            assert relative_l2(narrow, exact) <= 16 * np.finfo(np.float32).eps, count
 
 
 def test_every_optimizer_has_its_row():

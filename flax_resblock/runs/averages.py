@@ -58,7 +58,9 @@ def read_average(
             f"{'; '.join(line.strip() for line in misfit.lines())}. {WEIGHTS_ONLY}"
         )
     first = next(iter(tensors))
-    prefix = next(key for key in arrays if key.endswith(first)).removesuffix(first)
+    whole = next((key for key in arrays if key.endswith(first)), first)
+    prefix = whole.removesuffix(first)
+    prefix = prefix if all(f"{prefix}{key}" in arrays for key in tensors) else ""
     strays = [key for key in arrays if key.removeprefix(prefix) not in tensors]
     counters = {key: int(arrays[key]) for key in strays if arrays[key].size == 1}
     return state_map.to_flax(tensors), AverageEntry(name, prefix, counters)

@@ -71,8 +71,8 @@ _BEGINNINGS = {
     "sampler": "the order of the images in PyTorch; JAX has its own",
     "dl_state_dict": "the order of the images in PyTorch; JAX has its own",
     "custom_checkpoint": "an object of the program's own, which is not opened",
-    "optimizer_": "of a second optimizer",
-    "scheduler_": "of a second scheduler",
+    "optimizer_1": "of a second optimizer",
+    "scheduler_1": "of a second scheduler",
 }
 """The same by how the names of files begin."""
 

@@ -48,6 +48,8 @@ def one_schedule(state: Mapping[str, Any], source: str) -> Schedule:
         moves, beta = bool(state["cycle_momentum"]), bool(state.get("use_beta1"))
         return OneCycleLR(int(state["total_steps"]), phases, anneal, moves, beta)
     if own == _RESTARTS:
+        if min(int(state["T_0"]), int(state["T_mult"])) < 1:
+            raise ValueError("its T_0 and T_mult are at least 1")
         return CosineAnnealingWarmRestarts(
             int(state["T_0"]), int(state["T_mult"]), float(state["eta_min"])
         )

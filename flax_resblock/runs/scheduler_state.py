@@ -31,6 +31,7 @@ from flax_resblock.runs.schedules import (
 from flax_resblock.runs.ticks import BATCH, Unit
 from flax_resblock.runs.transformers_schedules import TransformersSchedule, recognised
 
+_MOST_CALLS = 1 << 24
 _NEAR = 1e-9
 """Relative difference between the closed form's rate and torch's own that rounding explains."""
 
@@ -226,6 +227,10 @@ def _of_functions(
             "Give one for all, or one for each."
         )
     states, position = tuple(state["lr_lambdas"]), int(state["last_epoch"])
+    if position > _MOST_CALLS:
+        raise CheckpointError(
+            f"{source} was stepped {position} times, more often than a function is called here."
+        )
     both = LambdaLR(functions, states), MultiplicativeLR(functions, states)
     fitting = [one for one in both if next(_misfits(one, position, groups), None) is None]
     if len(fitting) == 1:

@@ -175,16 +175,35 @@ def _nadam(p: Parameter) -> Moved:
     mean, square = p.moments(gradient)
     first, rate = p.number(p.momentum[0]), p.number(p.rate)
     now = p.count.astype(rate.dtype) * float(p.options["momentum_decay"])
-    mu, mu_next = (
-        first * (1 - 0.5 * 0.96**at) for at in (now, now + float(p.options["momentum_decay"]))
+    half, half_next = (
+        0.5 * first * 0.96**at for at in (now, now + float(p.options["momentum_decay"]))
     )
+    mu, mu_next, rest = first - half, first - half_next, p.number(p.momentum[1]) + half
     # torch multiplies in the type of the tensor, float32
     product = p.kept["mu_product"] * mu.astype(p.kept["mu_product"].dtype)
     wide = product.astype(rate.dtype)
     root = jnp.sqrt(square / p.corrections()[1]) + p.options["eps"]
-    step = (1 - mu) / (1 - wide) * gradient + mu_next / (1 - wide * mu_next) * mean
+    step = rest / (1 - wide) * gradient + mu_next / (1 - wide * mu_next) * mean
     kept = {"exp_avg": mean, "exp_avg_sq": square, "mu_product": product}
     return Moved(moved - rate * step / root, kept)
+
+
+def _averaged_length(decay: float, count: Array, dtype: Any) -> Array:
+    """RAdam's length of the average, ``2 / (1 - b) - 1 - 2 t b**t / (1 - b**t)``.
+
+    As it stands, float32 loses four digits of the first lengths: they are differences of thousands.
+    With ``x = -t log(b)`` it is a small constant and ``1 - x / expm1(x)``, which has a series.
+    """
+    rate = -log_of(decay)
+    x = count.astype(dtype) * jnp.asarray(rate, dtype)
+    small = jnp.minimum(x, 0.5)
+    y, series = small**2, jnp.zeros_like(x)
+    # Bernoulli numbers over factorials, from the last
+    for term in (-691 / 1307674368000, 1 / 47900160, -1 / 1209600, 1 / 30240, -1 / 720, 1 / 12):
+        series = term + y * series
+    large = jnp.maximum(x, 0.5)
+    share = jnp.where(x < 0.5, small / 2 - y * series, 1 - large / jnp.expm1(large))
+    return (2 / (1 - decay) - 1 - 2 / rate) + 2 / rate * share
 
 
 def _radam(p: Parameter) -> Moved:
@@ -192,8 +211,7 @@ def _radam(p: Parameter) -> Moved:
     mean, square = p.moments(gradient)
     by_first, by_second = p.corrections()
     second = float(p.options["betas"][1])
-    longest = 2 / (1 - second) - 1
-    length = longest - 2 * p.count.astype(mean.dtype) * (1 - by_second) / by_second
+    longest, length = 2 / (1 - second) - 1, _averaged_length(second, p.count, mean.dtype)
     long = length > 5
     safe = jnp.where(long, length, 6.0)
     share = (safe - 4) * (safe - 2) * longest / ((longest - 4) * (longest - 2) * safe)
