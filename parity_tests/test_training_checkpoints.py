@@ -12,6 +12,8 @@ from safetensors.numpy import load_file, save_file
 import flax_resblock
 from flax_resblock import CheckpointError, load_run, training
 from flax_resblock.checkpoint.record import METADATA_DIGEST
+from flax_resblock.cli.common import RunFlags
+from flax_resblock.convert.opening import open_checkpoint
 from flax_resblock.parity.oracle import TRAJECTORY_LIMIT
 from flax_resblock.runs.ticks import BATCH, unit_of
 from parity_tests import runs
@@ -206,6 +208,12 @@ def test_a_schedule_without_counterpart_leaves_the_optimizer_usable(tmp_path):
     _, found = load_run(path)
     assert found.schedule is None
     assert "keeps its function in the program" in (found.problem or "")
+    (tmp_path / "half.py").write_text("def half(step):\n    return 0.5\n")
+    named = RunFlags(lr_lambda=(f"{tmp_path}/half.py:half",), schedule_unit="batch")
+    found = named.of(open_checkpoint(path, run=True))
+    assert found.problem is None
+    assert found.schedule is not None
+    assert (found.schedule.position, found.schedule.unit) == (STEPS, BATCH)
     # that function happens to be constant
     assert worst(goes_on(path, epochs=2)[0], run.epochs(1).state()) <= TRAJECTORY_LIMIT
 
