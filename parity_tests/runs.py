@@ -227,7 +227,10 @@ def timm(run: TorchRun, path: Path) -> Path:
             epochs=EPOCHS, batch_size=BATCH, smoothing=0.0, opt="sgd", model="resnet8"
         ),
         "amp_scaler": _scaler(),
-        "state_dict_ema": {key: value * 0.9 for key, value in run.model.state_dict().items()},
+        "state_dict_ema": {
+            key: value * 0.9 if value.is_floating_point() else value
+            for key, value in run.model.state_dict().items()
+        },
         "metric": 91.5,
     }
     torch.save(content, path / "last.pth.tar")

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import (
+    ChainedScheduler,
     ConstantLR,
     CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
     ExponentialLR,
     LinearLR,
     LRScheduler,
@@ -54,6 +57,10 @@ def sequence(milestones: list[int], *parts: Make) -> Make:
     return lambda optimizer: SequentialLR(
         optimizer, [part(optimizer) for part in parts], milestones
     )
+
+
+def chain(*parts: Make) -> Any:
+    return lambda optimizer: ChainedScheduler([part(optimizer) for part in parts])
 
 
 LINEAR = partial(LinearLR, start_factor=0.1, total_iters=5)
@@ -109,6 +116,50 @@ SCHEDULERS: dict[str, Make] = {
     "warm-up, exponential": sequence([8], LINEAR, partial(ExponentialLR, gamma=0.95)),
     "warm-up, polynomial": sequence([5], LINEAR, partial(PolynomialLR, total_iters=20)),
     "a sequence of one": sequence([], partial(StepLR, step_size=7)),
+    "restarts": partial(CosineAnnealingWarmRestarts, T_0=7, eta_min=0.002),
+    "restarts, ever longer": partial(CosineAnnealingWarmRestarts, T_0=3, T_mult=2),
+    "warm-up, restarts": sequence(
+        [5], LINEAR, partial(CosineAnnealingWarmRestarts, T_0=4, T_mult=3)
+    ),
+    "triangles": partial(
+        CyclicLR, base_lr=[0.1, LOWEST], max_lr=0.4, step_size_up=6, step_size_down=3
+    ),
+    "triangles, ever lower": partial(
+        CyclicLR,
+        base_lr=[0.1, LOWEST],
+        max_lr=[0.5, 0.2],
+        step_size_up=5,
+        mode="triangular2",
+        base_momentum=[0.8, 0.7],
+        max_momentum=[0.9, 0.95],
+    ),
+    "triangles, exponential": partial(
+        CyclicLR,
+        base_lr=[0.1, LOWEST],
+        max_lr=0.4,
+        step_size_up=4,
+        mode="exp_range",
+        gamma=0.97,
+        cycle_momentum=False,
+    ),
+    "a chain, warm-up times exponential": chain(LINEAR, partial(ExponentialLR, gamma=0.9)),
+    "a chain, warm-up times cosine": chain(
+        partial(ConstantLR, factor=0.2, total_iters=6),
+        partial(MultiStepLR, milestones=[4, 11], gamma=0.3),
+        partial(CosineAnnealingLR, T_max=50),
+    ),
+    "warm-up, one cycle": sequence(
+        [8], LINEAR, partial(OneCycleLR, max_lr=[0.6, 0.9], total_steps=32)
+    ),
+    "warm-up, step, one cycle": sequence(
+        [5, 16],
+        LINEAR,
+        partial(StepLR, step_size=7),
+        partial(OneCycleLR, max_lr=[0.6, 0.9], total_steps=24),
+    ),
+    "a cycle, then steps": sequence(
+        [11], partial(OneCycleLR, max_lr=[0.6, 0.9], total_steps=10), partial(StepLR, step_size=7)
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from jax.tree_util import GetAttrKey
 
 from flax_resblock import CheckpointError, from_torch
 from flax_resblock.checkpoint.torch_file import plain, with_tensors
+from flax_resblock.runs.optimizer_kinds import OPTIMIZERS as OPTIMIZERS_KNOWN
 from flax_resblock.runs.optimizer_state import (
     find_optimizer,
     fresh_optimizer,
@@ -144,6 +145,13 @@ def _sgd(parameters):
     return plain(torch.optim.SGD(parameters, momentum=0.9).state_dict())
 
 
+def _lamb(**options):
+    """timm's LAMB, before its first step."""
+    usual = OPTIMIZERS_KNOWN["timm-lamb"]
+    group = {**usual.options, **usual.only, "foreach": None, **options, "params": list(range(20))}
+    return {"state": {}, "param_groups": [group]}
+
+
 def _split_at(number):
     parameters = list(module_of().parameters())
     return [{"params": parameters[:number]}, {"params": parameters[number:]}]
@@ -151,16 +159,12 @@ def _split_at(number):
 
 BAD = {
     "no state": (lambda: {"epoch": 1}, "no state of a torch optimizer"),
-    "dampening": (
-        _edited(lambda groups, _: groups[0].update(dampening=0.1)),
-        "param group 0: dampening=0.1 has no counterpart",
-    ),
-    "amsgrad": (
-        _edited(lambda groups, _: groups[0].update(amsgrad=True), "adam"),
-        "amsgrad=True has no counterpart",
+    "a changed LAMB": (
+        lambda: _lamb(caution=True),
+        "param group 0: caution=True has no counterpart here",
     ),
     "another optimizer": (
-        lambda: plain(torch.optim.RMSprop(module_of().parameters()).state_dict()),
+        lambda: plain(torch.optim.Rprop(module_of().parameters()).state_dict()),
         "no optimizer with a counterpart here",
     ),
     "another model": (
@@ -296,6 +300,17 @@ def test_a_prefix_that_only_some_names_have_is_part_of_the_name():
     words = r"names module\.bn1\.weight, .* which the model does not have"
     with pytest.raises(CheckpointError, match=words):
         read_optimizer(_sgd(named), MAP)
+
+
+def test_parameters_by_name_in_place_of_numbers_are_those_of_a_full_state_dict_of_fsdp():
+    state = copy.deepcopy(reference("adamw, named", 2)[-1].optimizer)
+    names = state["param_groups"][0].pop("param_names")
+    keyed = {
+        "state": {names[number]: found for number, found in state["state"].items()},
+        "param_groups": [{**state["param_groups"][0], "params": names}],
+    }
+    numbered = read_optimizer(reference("adamw, named", 2)[-1].optimizer, MAP)
+    assert same(write_optimizer(read_optimizer(keyed, MAP), MAP), write_optimizer(numbered, MAP))
 
 
 def test_adam_and_adamw_of_an_old_torch_are_not_confused():

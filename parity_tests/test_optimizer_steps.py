@@ -11,7 +11,8 @@ import torch
 from flax_resblock.checkpoint.torch_file import plain, with_tensors
 from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2
 from flax_resblock.runs.optimizer_state import read_optimizer, write_optimizer
-from flax_resblock.runs.scheduler_state import ScheduleState, write_schedule
+from flax_resblock.runs.scheduler_state import ScheduleState
+from flax_resblock.runs.scheduler_writing import write_schedule
 from flax_resblock.runs.schedules import Options, Schedule, base_rate
 from parity_tests.optimizer_runs import (
     AFTER,
@@ -111,7 +112,7 @@ class OneShare(Schedule):
     schedule: Schedule
     first: Options
 
-    def rate(self, step, group):
+    def rate(self, step, group, number=0):
         return base_rate(group) * self.schedule.rate(step, self.first) / base_rate(self.first)
 
 

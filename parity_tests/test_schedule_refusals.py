@@ -15,13 +15,27 @@ from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, LRScheduler, One
 from flax_resblock import CheckpointError
 from flax_resblock.runs.scheduler_state import read_schedule
 from flax_resblock.runs.schedules import Options
-from parity_tests.schedulers import LINEAR, SCHEDULERS, options_of, sequence, two_rates, walked
+from parity_tests.schedulers import (
+    LINEAR,
+    SCHEDULERS,
+    chain,
+    options_of,
+    sequence,
+    two_rates,
+    walked,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 
 
 def lambda_lr(optimizer: torch.optim.Optimizer) -> LRScheduler:
     return torch_schedules.LambdaLR(optimizer, lambda step: 0.9**step)
+
+
+def by_fractions(optimizer: torch.optim.Optimizer) -> LRScheduler:
+    scheduler = torch_schedules.CosineAnnealingWarmRestarts(optimizer, T_0=4)
+    scheduler.step(2.5)  # type: ignore[arg-type]
+    return scheduler
 
 
 class Held(LRScheduler):
@@ -42,34 +56,34 @@ REFUSED: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], str]] = {
     ),
     "LambdaLR after a warm-up": (
         sequence([5], LINEAR, lambda_lr),
-        "keeps its function in the program",
+        "a LambdaLR inside a SequentialLR",
     ),
-    "ReduceLROnPlateau": (
-        torch_schedules.ReduceLROnPlateau,
-        "ReduceLROnPlateau depends on what was measured, not on the step",
+    "restarts by fractions of an epoch": (
+        by_fractions,
+        r"is 2\.5 steps after its last restart, of 4, at its step 2\. It was stepped by fractions",
     ),
-    "CosineAnnealingWarmRestarts": (
-        partial(torch_schedules.CosineAnnealingWarmRestarts, T_0=4),
-        "CosineAnnealingWarmRestarts has no counterpart here",
-    ),
-    "CyclicLR": (
-        partial(torch_schedules.CyclicLR, base_lr=0.1, max_lr=0.4),
-        "CyclicLR has no counterpart here",
-    ),
-    "ChainedScheduler": (
-        lambda optimizer: torch_schedules.ChainedScheduler(
-            [LINEAR(optimizer), ExponentialLR(optimizer, 0.9)]
+    "CyclicLR with a function": (
+        partial(
+            torch_schedules.CyclicLR,
+            base_lr=0.1,
+            max_lr=0.4,
+            scale_fn=lambda x: 0.5,
+            scale_mode="iterations",
         ),
-        "ChainedScheduler has no counterpart here",
+        "a CyclicLR with a scale_fn of the program's own",
+    ),
+    "a chain of what does not multiply": (
+        chain(LINEAR, partial(torch_schedules.CosineAnnealingLR, T_max=9, eta_min=0.01)),
+        "a CosineAnnealingLR inside a ChainedScheduler",
+    ),
+    "a chain of cycles": (
+        chain(partial(OneCycleLR, max_lr=1.0, total_steps=10), LINEAR),
+        "a OneCycleLR inside a ChainedScheduler",
     ),
     "SWALR": (partial(torch.optim.swa_utils.SWALR, swa_lr=0.01), "SWALR has no counterpart here"),
     "a sequence in a sequence": (
         sequence([8], sequence([2], LINEAR, partial(ConstantLR, total_iters=3)), LINEAR),
-        "a SequentialLR inside a SequentialLR",
-    ),
-    "one cycle in a sequence": (
-        sequence([8], partial(OneCycleLR, max_lr=1.0, total_steps=10), LINEAR),
-        "a OneCycleLR inside a SequentialLR",
+        "a sequence or chain inside a SequentialLR",
     ),
     "a constant of no steps after a warm-up": (
         sequence([5], LINEAR, partial(ConstantLR, total_iters=0)),

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.optim import lr_scheduler as torch_schedules
 from torch.optim.lr_scheduler import (
     ConstantLR,
     CosineAnnealingLR,
@@ -27,14 +28,12 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
+from flax_resblock import CheckpointError
 from flax_resblock.runs import schedules
-from flax_resblock.runs.scheduler_state import (
-    ScheduleState,
-    read_schedule,
-    scheduled,
-    write_schedule,
-)
+from flax_resblock.runs.scheduler_state import ScheduleState, read_schedule
+from flax_resblock.runs.scheduler_writing import scheduled, write_schedule
 from flax_resblock.runs.schedules import Fixed, Options, Schedule, base_rate, warmup_cosine
+from flax_resblock.runs.transformers_schedules import TransformersSchedule, recognised
 from parity_tests.schedulers import (
     CONTROL,
     LIMIT,
@@ -55,7 +54,10 @@ pytestmark = pytest.mark.filterwarnings(
 
 CASES = [pytest.param(make, "sgd", id=name) for name, make in SCHEDULERS.items()] + [
     pytest.param(SCHEDULERS[name], "adamw", id=f"{name}, of AdamW")
-    for name in ("one cycle", "one cycle, three linear phases", "warm-up, cosine")
+    for name in (
+        *("one cycle", "one cycle, three linear phases", "warm-up, cosine"),
+        *("triangles, ever lower", "warm-up, one cycle"),
+    )
 ]
 
 
@@ -66,9 +68,10 @@ def momentum_of(group: Options) -> float:
 def deviation(schedule: Schedule, now: list[Options], later: list[Options], step: int) -> float:
     """The largest difference between a schedule's later rates and momenta and torch's."""
     differences = [0.0]
-    for ours, theirs in zip(now, later, strict=True):
-        momentum = schedule.momentum(step, ours)
-        differences.append(abs(schedule.rate(step, ours) - theirs["lr"]) / base_rate(ours))
+    for number, (ours, theirs) in enumerate(zip(now, later, strict=True)):
+        momentum = schedule.momentum(step, ours, number)
+        rate = schedule.rate(step, ours, number)
+        differences.append(abs(rate - theirs["lr"]) / base_rate(ours))
         differences.append(
             abs((momentum_of(ours) if momentum is None else momentum) - momentum_of(theirs))
         )
@@ -133,7 +136,7 @@ def test_the_state_that_is_written_is_torchs_and_survives_json(make, kind):
         assert differences(written, state) == []
         assert read_schedule(json.loads(json.dumps(written)), groups) == (position.schedule, step)
         # and as if all the steps had been taken in JAX
-        moved = [scheduled(group, schedule, step) for group in moments[0].groups]
+        moved = [scheduled(group, schedule, step, n) for n, group in enumerate(moments[0].groups)]
         assert differences(moved, groups) == []
         assert differences(write_schedule(ScheduleState(schedule, step), moved), state) == []
 
@@ -157,7 +160,7 @@ def test_torch_goes_on_from_the_state_that_is_written(make, kind):
     moments = walked(make, kind)
     schedule, _ = read_schedule(*moments[0])
     for start in (0, 1, 4, 5, 11, 12, 13, 24, 30):
-        groups = [scheduled(group, schedule, start) for group in moments[0].groups]
+        groups = [scheduled(group, schedule, start, n) for n, group in enumerate(moments[0].groups)]
         optimizer = two_rates(kind)
         scheduler = make(optimizer)
         for group, options in zip(optimizer.param_groups, groups, strict=True):
@@ -168,6 +171,61 @@ def test_torch_goes_on_from_the_state_that_is_written(make, kind):
             for ours, theirs in zip(options_of(optimizer), moments[step].groups, strict=True):
                 assert abs(ours["lr"] - theirs["lr"]) <= LIMIT * base_rate(theirs), (start, step)
                 assert abs(momentum_of(ours) - momentum_of(theirs)) <= LIMIT, (start, step)
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_a_function_of_the_program_gives_torchs_rates_as_a_factor_or_step_by_step(multiplies):
+    functions = [lambda step: 1 / (1 + step), lambda step: 1 - 0.01 * (step % 7)]
+    kind = torch_schedules.MultiplicativeLR if multiplies else torch_schedules.LambdaLR
+    moments = walked(partial(kind, lr_lambda=functions))
+    for start in range(2, STEPS, 7):
+        schedule, position = read_schedule(*moments[start], lr_lambda=functions)
+        assert (type(schedule).__name__, position) == (kind.__name__, start)
+        for step in range(start, STEPS + 1):
+            now, later = moments[start].groups, moments[step].groups
+            assert deviation(schedule, now, later, step) <= LIMIT
+            written = [scheduled(group, schedule, step, n) for n, group in enumerate(now)]
+            state = write_schedule(ScheduleState(schedule, step), written)
+            assert differences(state, moments[step].state) == []
+    with pytest.raises(CheckpointError, match="It is another function"):
+        read_schedule(*moments[9], lr_lambda=functions[::-1])
+    with pytest.raises(CheckpointError, match="as well as of a MultiplicativeLR"):
+        read_schedule(*moments[1], lr_lambda=functions)
+    with pytest.raises(CheckpointError, match="2 param groups, and lr_lambda 1 functions"):
+        read_schedule(*moments[9], lr_lambda=functions[:1])
+
+
+TRANSFORMERS = ("linear", "cosine")
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_a_schedule_of_the_trainer_is_recognised_by_its_rate_and_refused_where_others_fit(kind):
+    optimization = pytest.importorskip("transformers.optimization")
+    make = getattr(optimization, f"get_{kind}_schedule_with_warmup")
+    moments = walked(partial(make, num_warmup_steps=7, num_training_steps=STEPS - 3))
+    total, known = STEPS - 3, TransformersSchedule(kind, 7, STEPS - 3)
+    told = [
+        start
+        for start in range(STEPS + 1)
+        if recognised(start, moments[start].groups, total) == known
+    ]
+    assert set(range(8, total)) - set(told) <= {22}  # where a half is the share of both
+    for start in told:
+        schedule, position = read_schedule(*moments[start], total=total)
+        assert (schedule, position) == (known, start)
+        for step in range(start, STEPS + 1):
+            assert deviation(schedule, moments[start].groups, moments[step].groups, step) <= LIMIT
+        state = write_schedule(ScheduleState(schedule, position), moments[start].groups)
+        assert read_schedule(json.loads(json.dumps(state)), moments[start].groups)[0] == known
+        del state["_transformers"]
+        assert differences(state, moments[start].state) == []
+    for start in (0, 3, 7, total):
+        with pytest.raises(CheckpointError, match="keeps its function in the program"):
+            read_schedule(*moments[start], total=total)
+    assert recognised(20, moments[20].groups, total + 1) is None
+    theirs = partial(optimization.get_polynomial_decay_schedule_with_warmup, num_warmup_steps=7)
+    other = walked(partial(theirs, num_training_steps=total, power=2.0))
+    assert not any(recognised(step, other[step].groups, total) for step in range(STEPS))
 
 
 whole = st.integers(1, 15)
@@ -246,6 +304,17 @@ WRONG: list[tuple[str, str, Callable[[Any], Any]]] = [
     ("one cycle", "cycle_momentum", lambda _: False),
     ("one cycle, three phases", "phases", lambda them: them[:2]),
     ("warm-up, cosine", "milestones", lambda _: (6,)),
+    ("restarts, ever longer", "T_mult", one_more),
+    ("restarts, ever longer", "T_0", one_more),
+    ("restarts", "eta_min", nearly),
+    ("triangles, ever lower", "mode", lambda _: "triangular"),
+    ("triangles, ever lower", "max_lrs", lambda them: (them[0], nearly(them[1]))),
+    ("triangles, ever lower", "base_momentums", lambda them: (0.8, nearly(them[1]))),
+    ("triangles, exponential", "gamma", nearly),
+    ("triangles", "total_size", one_more),
+    ("triangles", "step_ratio", nearly),
+    ("a chain, warm-up times exponential", "schedules", lambda them: them[:1]),
+    ("warm-up, step, one cycle", "bases", lambda _: ()),
     (
         "warm-up, exponential",
         "schedules",
@@ -322,6 +391,9 @@ def test_the_length_is_where_a_schedule_has_nothing_more_to_say():
         **{name: STEPS for name in SCHEDULERS if name.startswith("one cycle")},
         "warm-up, cosine": 25,
         "warm-up, polynomial": 25,
+        "a chain, warm-up times cosine": 50,
+        "warm-up, one cycle": 40,
+        "warm-up, step, one cycle": 40,
     }
 
 

@@ -12,7 +12,10 @@ from safetensors.numpy import load_file, save_file
 import flax_resblock
 from flax_resblock import CheckpointError, load_run, training
 from flax_resblock.checkpoint.record import METADATA_DIGEST
+from flax_resblock.cli.common import RunFlags
+from flax_resblock.convert.opening import open_checkpoint
 from flax_resblock.parity.oracle import TRAJECTORY_LIMIT
+from flax_resblock.runs.ticks import BATCH, unit_of
 from parity_tests import runs
 from parity_tests.runs import DONE, EPOCHS, SPELLINGS, STEPS
 from parity_tests.support import fast_only, worst
@@ -92,38 +95,73 @@ def test_every_format_holds_the_same_run(spelling, suffix, tmp_path):
 EXPECTED = {
     "a plain loop with GradScaler and EMA": (
         {"optimizer_state_dict", "global_step", "epoch", "scheduler_state_dict"},
-        {"scaler", "ema", "rng", "best_acc"},
+        {"scaler", "ema"},
+        {"rng", "best_acc"},
     ),
     "torchvision's reference": (
         {"optimizer", "lr_scheduler", "epoch", "args"},
         {"model_ema", "scaler"},
+        set(),
     ),
     "Lightning": (
         {"optimizer_states", "lr_schedulers", "epoch", "global_step", "hyper_parameters"},
-        {"loops", "callbacks", "MixedPrecision", "hparams_name", "pytorch-lightning_version"},
+        {"MixedPrecision"},
+        {"loops", "callbacks", "hparams_name", "pytorch-lightning_version"},
     ),
     "timm": (
         {"optimizer", "epoch", "args"},
-        {"amp_scaler", "state_dict_ema", "metric", "version", "arch"},
+        {"amp_scaler", "state_dict_ema"},
+        {"metric", "version", "arch"},
     ),
     "Hugging Face Trainer": (
         {"optimizer", "scheduler", "epoch", "global_step", "trainer_state"},
+        set(),
         {"rng_state.pth", "training_args.bin"},
     ),
 }
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_counters_are_read_and_every_entry_is_listed_as_used_or_ignored(spelling, tmp_path):
+def test_counters_are_read_and_every_entry_is_listed_as_used_kept_or_ignored(spelling, tmp_path):
     _, path = runs.saved(spelling, tmp_path)
     _, run = load_run(path)
     assert run.problem is None
     assert (run.steps if run.steps is not None else run.epochs * STEPS) == DONE * STEPS
     if spelling in EXPECTED:
         listed = [
-            {entry.name for entry in run.found if entry.used is used} for used in (True, False)
+            {entry.name for entry in run.found if entry.status == status}
+            for status in ("used", "kept", "ignored")
         ]
         assert tuple(listed) == EXPECTED[spelling]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_scaler_and_the_averages_go_back_as_they_came(tmp_path):
+    for spelling, name, scaler in (
+        ("a plain loop with GradScaler and EMA", "ema", "scaler"),
+        ("timm", "state_dict_ema", "amp_scaler"),
+    ):
+        original, path = runs.saved(spelling, tmp_path)
+        there = torch.load(path, weights_only=False)
+        model, run = load_run(path)
+        assert run.ema
+        flax_resblock.save(model, tmp_path / f"{name}.safetensors", run=run)
+        again, carried = load_run(tmp_path / f"{name}.safetensors")
+        flax_resblock.save(again, tmp_path / f"{name}.pth", run=carried)
+        back = torch.load(tmp_path / f"{name}.pth", weights_only=True)
+        assert back[scaler] == there[scaler]
+        assert list(back[name]) == list(there[name])
+        for key, value in there[name].items():
+            assert torch.equal(back[name][key], value), key
+            assert back[name][key].dtype == value.dtype, key
+        if name == "ema":
+            averaged = torch.optim.swa_utils.AveragedModel(original.model)
+            averaged.load_state_dict(back[name], strict=True)
+    other = {**there[name], "fc.bias": torch.zeros(3)}
+    _, found = load_run(runs.rewritten(path, lambda content: content.update({name: other})))
+    assert not found.ema
+    (entry,) = (one for one in found.found if one.name == name)
+    assert (entry.status, "--entry state_dict_ema" in entry.use) == ("ignored", True)
 
 
 def test_a_gradscaler_that_skipped_steps_leaves_the_schedule_ahead_of_adam(tmp_path):
@@ -138,7 +176,7 @@ def test_a_gradscaler_that_skipped_steps_leaves_the_schedule_ahead_of_adam(tmp_p
 
     _, found = load_run(runs.rewritten(path, change))
     assert found.schedule is not None
-    assert (found.schedule.position, found.schedule.per_epoch) == (run.step, False)
+    assert (found.schedule.position, found.schedule.unit) == (run.step, BATCH)
     assert float(next(iter(found.optimizer.steps.values()))) == run.step - skipped
 
 
@@ -147,12 +185,15 @@ def test_what_a_scheduler_counted_can_be_said(tmp_path):
     runs.rewritten(path, lambda content: content.update(epoch=90, global_step=4711))
     _, run = load_run(path)
     assert run.schedule is None
-    assert "stepped 2 times in a run of 4711 optimizer steps in epoch 90" in (run.problem or "")
+    words = (
+        "stepped 2 times, and the file has 4711 steps by the program's own count, 10 batches seen"
+    )
+    assert words in (run.problem or "")
     assert "--schedule-unit" in (run.problem or "")
-    for per_epoch in (True, False):
-        _, run = load_run(path, per_epoch=per_epoch)
+    for unit in ("epoch", "batch", 4):
+        _, run = load_run(path, schedule_unit=unit)
         assert run.schedule is not None
-        assert run.schedule.per_epoch is per_epoch
+        assert run.schedule.unit == unit_of(unit)
 
 
 def test_a_schedule_without_counterpart_leaves_the_optimizer_usable(tmp_path):
@@ -167,6 +208,12 @@ def test_a_schedule_without_counterpart_leaves_the_optimizer_usable(tmp_path):
     _, found = load_run(path)
     assert found.schedule is None
     assert "keeps its function in the program" in (found.problem or "")
+    (tmp_path / "half.py").write_text("def half(step):\n    return 0.5\n")
+    named = RunFlags(lr_lambda=(f"{tmp_path}/half.py:half",), schedule_unit="batch")
+    found = named.of(open_checkpoint(path, run=True))
+    assert found.problem is None
+    assert found.schedule is not None
+    assert (found.schedule.position, found.schedule.unit) == (STEPS, BATCH)
     # that function happens to be constant
     assert worst(goes_on(path, epochs=2)[0], run.epochs(1).state()) <= TRAJECTORY_LIMIT
 

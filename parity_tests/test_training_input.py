@@ -163,7 +163,7 @@ def test_a_run_that_cannot_go_on_here_is_refused(data):
     with pytest.raises(
         InputError,
         match=(
-            "the one-cycle schedule of this run ends at its step 80, but its 2 epochs of 44 steps "
+            "the OneCycleLR of this run ends at its step 80, but its 2 epochs of 44 steps "
             "would take it to 87"
         ),
     ):

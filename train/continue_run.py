@@ -32,7 +32,7 @@ def main() -> None:
     if not isinstance(model, flax_resblock.ResNet):
         raise SystemExit(f"{args.checkpoint} is a bare block, not a network.")
     for entry in run.found:
-        print(f"{'used' if entry.used else 'ignored'}: {entry.name}, {entry.use}")
+        print(f"{entry.status}: {entry.name}, {entry.use}")
 
     train, test = open_data(args.data)
     config = TrainConfig(

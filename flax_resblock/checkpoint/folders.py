@@ -1,7 +1,7 @@
 """Folders of checkpoints as Orbax, Hugging Face's hub and its Trainer write them.
 
-On the hub the weights have well-known names, and JSON files lie beside them. The Trainer adds files
-for the optimizer and the schedule.
+On the hub the weights have well-known names, and JSON files lie beside them. The Trainer and
+Accelerate add files for the optimizer and the schedule.
 """
 
 from __future__ import annotations
@@ -141,8 +141,12 @@ def texts_beside(weights: Path) -> dict[str, str]:
     return texts
 
 
-_PICKLED = {"optimizer": "optimizer.pt", "scheduler": "scheduler.pt"}
-_NOT_READ = ("training_args.bin", "scaler.pt", "rng_state.pth")
+_PICKLED = {
+    "optimizer": ("optimizer.pt", "optimizer.bin"),
+    "scheduler": ("scheduler.pt", "scheduler.bin"),
+    "scaler": ("scaler.pt",),
+}
+"""Files of the Trainer and of Accelerate's ``save_state`` by the entry that they stand for."""
 _STATE = "trainer_state.json"
 
 
@@ -154,18 +158,21 @@ def trainer_files(folder: Path, limits: Limits = LIMITS) -> dict[str, Any]:
       folder: Where the weights are.
       limits: What each file may declare.
     Returns:
-      By entry name, arrays for tensors; files that are of no use to another framework with None.
+      By entry name, arrays for tensors; every other file, none of which is opened, with None.
     Raises:
       CheckpointError: A damaged file, or one that would execute code.
       MissingDependencyError: There is something in it that only PyTorch can read, and torch is not
         installed.
     """
     found: dict[str, Any] = {}
-    for name, file in _PICKLED.items():
-        if (folder / file).is_file():
+    read = {_STATE, CONFIG_FILE, PREPROCESSOR_FILE, *WEIGHTS}
+    for name, files in _PICKLED.items():
+        file = next((file for file in files if (folder / file).is_file()), None)
+        if file is not None:
             from flax_resblock.checkpoint import torch_file
 
             found[name] = torch_file.load_torch(folder / file, limits)
+            read.add(file)
     if (folder / _STATE).is_file():
         check_files([folder / _STATE], replace(limits, max_bytes=limits.header), folder / _STATE)
         try:
@@ -176,7 +183,10 @@ def trainer_files(folder: Path, limits: Limits = LIMITS) -> dict[str, Any]:
                 f"{folder / _STATE} is damaged ({error}). Copy the folder again."
             ) from error
         found["trainer_state"] = state
-    return found | {name: None for name in _NOT_READ if (folder / name).is_file()}
+    others = sorted(file.name for file in folder.iterdir() if file.is_file())
+    weights = ("model-", "pytorch_model-")  # shards
+    rest = [name for name in others if name not in read and not name.startswith(weights)]
+    return found | dict.fromkeys(rest)
 
 
 DISTRIBUTED_SHARD, DISTRIBUTED_PLAN = ".distcp", ".metadata"

@@ -183,13 +183,29 @@ class RunFlags:
     """The optimizer of a new run, or of a checkpoint that does not say (PyTorch before 2.6 writes
     Adam and AdamW alike).
     """
-    schedule_unit: Literal["batch", "epoch"] | None = None
-    """What the learning-rate scheduler counted, if the checkpoint does not say."""
+    schedule_unit: Annotated[str | None, tyro.conf.arg(metavar="batch|epoch|N")] = None
+    """What the learning-rate scheduler counted, if the checkpoint does not say: batches, epochs, or
+    N per optimizer step.
+    """
+    lr_lambda: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE.py:NAME")] = ()
+    """The function of a LambdaLR or MultiplicativeLR, which no checkpoint holds; one for all param
+    groups, or one for each. This runs its code.
+    """
 
     def of(self, source: Opened) -> Run:
         """The run in an opened checkpoint."""
-        per_epoch = None if self.schedule_unit is None else self.schedule_unit == "epoch"
-        return run_of(source, optimizer=self.optimizer, per_epoch=per_epoch)
+        functions: Any = None
+        if self.lr_lambda:
+            from flax_resblock.parity.user_code import load_factory
+
+            functions = [load_factory(spec, "--lr-lambda") for spec in self.lr_lambda]
+            functions = functions if len(functions) > 1 else functions[0]
+        return run_of(
+            source,
+            optimizer=self.optimizer,
+            schedule_unit=self.schedule_unit,
+            lr_lambda=functions,
+        )
 
 
 def arguments_of(kwargs: str | None) -> dict[str, Any] | None:
@@ -244,8 +260,8 @@ def print_table(table: Table) -> None:
 def print_found(run: Run) -> None:
     """Prints every entry of a training checkpoint, and how it is used."""
     for found in run.found:
-        used = "used   " if found.used else "ignored"
-        say(f"  {used} {found.name}: {found.use}", "" if found.used else "dim")
+        style = "" if found.status == "used" else "dim"
+        say(f"  {found.status:7} {found.name}: {found.use}", style)
     if run.problem:
         print_note(f"no schedule: {run.problem}")
 

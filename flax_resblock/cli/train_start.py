@@ -281,7 +281,8 @@ def _epochs_of(run: Run, pace: Pace, config: TrainConfig) -> int:
     if run.schedule is not None and run.schedule.schedule.length is not None:
         left = run.schedule.schedule.length - pace.position(pace.start)
         if left > 0:
-            per_epoch = run.schedule.per_epoch
+            left = -(-left // run.schedule.unit.ticks)
+            per_epoch = run.schedule.unit.per_epoch
             end = done + left if per_epoch else round((pace.start + left) / pace.steps)
             return max(end, done + 1)
     if "epochs" in run.settings:

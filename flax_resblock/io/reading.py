@@ -32,6 +32,7 @@ from flax_resblock.io.writing import LEFT_OUT
 from flax_resblock.nn.layers import LayerOptions
 from flax_resblock.nn.resnet import Model, build
 from flax_resblock.nn.variables import on_device, set_values
+from flax_resblock.runs.other_schedules import LRLambda
 from flax_resblock.runs.run import Run
 from flax_resblock.runs.run_file import run_of
 
@@ -194,7 +195,8 @@ def load_run(
     path: str | PathLike[str],
     *,
     optimizer: str | None = None,
-    per_epoch: bool | None = None,
+    schedule_unit: str | int | None = None,
+    lr_lambda: LRLambda | None = None,
     entry: str | None = None,
     architecture: str | Config | None = None,
     naming: str | Naming | None = None,
@@ -213,8 +215,10 @@ def load_run(
       path: The checkpoint.
       optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``, if the file does not tell (torch before 2.6
         writes Adam and AdamW alike).
-      per_epoch: Whether the learning-rate scheduler was stepped once per epoch (or once per batch);
-        None finds it from the counters.
+      schedule_unit: What the learning-rate scheduler counted: ``"batch"``, ``"epoch"``, or how
+        often it was stepped per optimizer step, ``4``; None finds it from the counters.
+      lr_lambda: The function of a LambdaLR or MultiplicativeLR, or one per param group: it is not
+        in the file.
       entry: Which of several state dicts in the file to take as the weights, by name.
       architecture, naming, num_classes, ignore, allow_missing, limits, assumptions, assume: As for
         :func:`from_torch`; so are ``**options``.
@@ -234,7 +238,9 @@ def load_run(
     source = open_checkpoint(FilePath(path), reading, entry=entry, run=True)
     refuse_afresh(source)
     _warn_about(source)
-    return to_model(source, **options), run_of(source, optimizer=optimizer, per_epoch=per_epoch)
+    return to_model(source, **options), run_of(
+        source, optimizer=optimizer, schedule_unit=schedule_unit
+    )
 
 
 def to_model(source: OpenedCheckpoint, **options: Unpack[LayerOptions]) -> Model:

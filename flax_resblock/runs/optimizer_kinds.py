@@ -16,40 +16,77 @@ class OptimizerKind:
       tensors: What it keeps per parameter, by torch's names.
       options: The options that decide its update, with torch's defaults (optax's where torch does
         not have the optimizer).
+      later: More of them, which files of an older torch lack, with the values that they had.
       only: Options that are supported at this one value.
       flags: Options that change how torch computes and not what; they are kept for the way back.
-      in_torch: Whether ``torch.optim`` has it.
+      needs: Tensors that only groups with an option have, and the option.
+      scalars: Tensors that are one number, whatever the shape of the parameter.
+      begins: Values of tensors before the first step, where they are not 0: a number, or an option.
+      counts: Whether it counts its steps, as Adam does.
+      package: Where it comes from; None where only JAX has it.
+      counts_in_group: Whether it counts them once per param group.
       adaptive: Whether the update of a kernel is scaled by the ratio of the kernel's norm to the
         update's own (the options ``trust_coefficient`` and, for LARS, ``eps``; 0 switches it off).
     """
 
     tensors: tuple[str, ...]
     options: Mapping[str, Any]
+    later: Mapping[str, Any] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
     flags: Mapping[str, Any] = field(default_factory=dict)
-    in_torch: bool = True
+    needs: Mapping[str, str] = field(default_factory=dict)
+    scalars: tuple[str, ...] = ()
+    begins: Mapping[str, float | str] = field(default_factory=dict)
+    counts: bool = True
+    package: str | None = "torch.optim"
+    counts_in_group: bool = False
     adaptive: bool = False
 
     @property
-    def counts(self) -> bool:
-        """Whether it counts its steps, as Adam does."""
-        return "exp_avg" in self.tensors
+    def known(self) -> set[str]:
+        """Every option that it may have."""
+        return {*self.options, *self.later, *self.only, *self.flags, *NOT_COMPUTED}
+
+    def has(self, tensor: str, options: Mapping[str, Any]) -> bool:
+        """Whether parameters of a group with these options have a tensor."""
+        return tensor not in self.needs or bool(options.get(self.needs[tensor]))
 
     def buffered(self, options: Mapping[str, Any]) -> bool:
-        """Whether parameters of a group with these options have tensors."""
-        return self.counts or bool(options["momentum"])
+        """Whether parameters of a group with these options have any."""
+        return any(self.has(tensor, options) for tensor in self.tensors)
 
+    def beginning(self, tensor: str, options: Mapping[str, Any]) -> float:
+        """The value of a tensor before the first step."""
+        value = self.begins.get(tensor, 0.0)
+        return float(options[value] if isinstance(value, str) else value)
+
+
+NOT_COMPUTED = frozenset(
+    {
+        *("foreach", "fused", "capturable", "differentiable", "swap_params"),
+        *("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "lr_scale"),
+        *("params", "param_names", "group_name", "name", "max_lr_snapshot"),
+    }
+)
+"""Entries of a param group that the update does not depend on: torch's flags, what a scheduler
+keeps there, and the parameters and their names.
+"""
 
 _FLAGS = {"foreach": None, "differentiable": False, "fused": None}
+_CAPTURABLE = {"foreach": None, "differentiable": False, "capturable": False}
 _MOMENTUM, _MOMENTS = ("momentum_buffer",), ("exp_avg", "exp_avg_sq")
+_BETAS = {"betas": (0.9, 0.999), "eps": 1e-8}
+_MAXIMIZE, _DECOUPLED = {"maximize": False}, {"decoupled_weight_decay": False}
+_BY_MOMENTUM = {"momentum_buffer": "momentum"}
 
 
 def _adam(decay: float, decoupled: bool) -> OptimizerKind:
     return OptimizerKind(
-        _MOMENTS,
-        {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": decay},
-        only={"amsgrad": False, "maximize": False},
+        (*_MOMENTS, "max_exp_avg_sq"),
+        {"lr": 1e-3, **_BETAS, "weight_decay": decay, "amsgrad": False},
+        later=_MAXIMIZE,
         flags={**_FLAGS, "capturable": False, "decoupled_weight_decay": decoupled},
+        needs={"max_exp_avg_sq": "amsgrad"},
     )
 
 
@@ -57,37 +94,92 @@ OPTIMIZERS: Mapping[str, OptimizerKind] = MappingProxyType(
     {
         "sgd": OptimizerKind(
             _MOMENTUM,
-            {"lr": 1e-3, "momentum": 0, "nesterov": False, "weight_decay": 0},
-            only={"dampening": 0, "maximize": False},
+            {"lr": 1e-3, "momentum": 0, "nesterov": False, "weight_decay": 0, "dampening": 0},
+            later=_MAXIMIZE,
             flags=_FLAGS,
+            needs=_BY_MOMENTUM,
+            counts=False,
         ),
         "adam": _adam(0, decoupled=False),
         "adamw": _adam(1e-2, decoupled=True),
+        "rmsprop": OptimizerKind(
+            ("square_avg", "momentum_buffer", "grad_avg"),
+            {"lr": 1e-2, "momentum": 0, "alpha": 0.99, "eps": 1e-8, "centered": False}
+            | {"weight_decay": 0},
+            later=_MAXIMIZE,
+            flags=_CAPTURABLE,
+            needs={"grad_avg": "centered", **_BY_MOMENTUM},
+        ),
+        "adagrad": OptimizerKind(
+            ("sum",),
+            {"lr": 1e-2, "lr_decay": 0, "eps": 1e-10, "weight_decay": 0}
+            | {"initial_accumulator_value": 0},
+            later=_MAXIMIZE,
+            flags=_FLAGS,
+            begins={"sum": "initial_accumulator_value"},
+        ),
+        "adadelta": OptimizerKind(
+            ("square_avg", "acc_delta"),
+            {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0},
+            later=_MAXIMIZE,
+            flags=_CAPTURABLE,
+        ),
+        "adamax": OptimizerKind(
+            ("exp_avg", "exp_inf"),
+            {"lr": 2e-3, **_BETAS, "weight_decay": 0},
+            later=_MAXIMIZE,
+            flags=_CAPTURABLE,
+        ),
+        "nadam": OptimizerKind(
+            ("mu_product", *_MOMENTS),
+            {"lr": 2e-3, **_BETAS, "weight_decay": 0, "momentum_decay": 4e-3},
+            later={**_MAXIMIZE, **_DECOUPLED},
+            flags=_CAPTURABLE,
+            scalars=("mu_product",),
+            begins={"mu_product": 1.0},
+        ),
+        "radam": OptimizerKind(
+            _MOMENTS,
+            {"lr": 1e-3, **_BETAS, "weight_decay": 0},
+            later={**_MAXIMIZE, **_DECOUPLED},
+            flags=_CAPTURABLE,
+        ),
+        "timm-lars": OptimizerKind(
+            _MOMENTUM,
+            {"lr": 1.0, "momentum": 0, "dampening": 0, "weight_decay": 0, "nesterov": False}
+            | {"trust_coeff": 0.001, "eps": 1e-8, "trust_clip": False, "always_adapt": False},
+            flags={"foreach": None},
+            needs=_BY_MOMENTUM,
+            counts=False,
+            package="timm.optim",
+        ),
+        "timm-lamb": OptimizerKind(
+            _MOMENTS,
+            {"lr": 1e-3, "bias_correction": True, "betas": (0.9, 0.999), "eps": 1e-6}
+            | {"weight_decay": 0.01, "grad_averaging": True, "max_grad_norm": 1.0}
+            | {"trust_clip": False, "always_adapt": False},
+            later={"decoupled_decay": False},
+            only={"caution": False, "corrected_weight_decay": False},
+            flags={"foreach": None},
+            package="timm.optim",
+            counts_in_group=True,
+        ),
         "lars": OptimizerKind(
             _MOMENTUM,
             {"lr": 1.0, "momentum": 0.9, "nesterov": False, "weight_decay": 0}
             | {"trust_coefficient": 0.001, "eps": 0.0},
-            in_torch=False,
+            needs=_BY_MOMENTUM,
+            counts=False,
+            package=None,
             adaptive=True,
         ),
         "lamb": OptimizerKind(
             _MOMENTS,
             {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0}
             | {"trust_coefficient": 1.0},
-            in_torch=False,
+            package=None,
             adaptive=True,
         ),
     }
 )
 """Every optimizer that a run can have, by name."""
-
-NOT_COMPUTED = frozenset(
-    {
-        *("foreach", "fused", "capturable", "differentiable", "swap_params"),
-        *("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"),
-        *("params", "param_names", "decoupled_weight_decay"),
-    }
-)
-"""Entries of a param group that the update does not depend on: torch's flags, what a scheduler
-keeps there, and the parameters themselves.
-"""

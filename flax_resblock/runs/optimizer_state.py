@@ -12,11 +12,13 @@ import numpy as np
 from flax_resblock.config import Path
 from flax_resblock.convert.state_map import Entry, TensorMap
 from flax_resblock.errors import CheckpointError, some
-from flax_resblock.runs.optimizer_kinds import NOT_COMPUTED, OPTIMIZERS, OptimizerKind
+from flax_resblock.runs.optimizer_kinds import OPTIMIZERS, OptimizerKind
+from flax_resblock.runs.optimizer_options import read_kind
 from flax_resblock.runs.param_groups import (
     WEIGHTS_ONLY,
     kind_of,
     names_of,
+    numbered,
     refuse_trained_elsewhere,
 )
 
@@ -32,15 +34,24 @@ class ParamGroup:
     """A param group.
 
     Attributes:
-      options: As torch has them, in torch's order.
+      options: As torch has them, in torch's order, with numbers for tensors of one element.
       paths: Flax paths of its parameters, in torch's order.
       named: Whether torch knows its parameters by name,
         ``torch.optim.SGD(model.named_parameters())``.
+      tensors: Options that torch has as tensors, such as the rate of a ``capturable`` optimizer:
+        arrays of their shape and dtype.
     """
 
     options: Mapping[str, Any]
     paths: tuple[Path, ...]
     named: bool = False
+    tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """The options with tensors where torch has them."""
+        made = {name: np.full_like(like, self.options[name]) for name, like in self.tensors.items()}
+        return {**self.options, **made}
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,8 @@ def read_optimizer(
     Args:
       state: ``{"state": {0: {...}}, "param_groups": [...]}`` with numpy arrays for tensors.
       state_map: Of the model that it belongs to.
-      kind: ``"sgd"``, ``"adam"`` or ``"adamw"``, if the options do not tell.
+      kind: A key of :data:`~flax_resblock.runs.optimizer_kinds.OPTIMIZERS`, if the options do not
+        tell.
       source: What to call it in messages.
     Raises:
       CheckpointError: No optimizer state, one without counterpart, or one that does not belong to
@@ -106,10 +118,12 @@ def read_optimizer(
             f"{source} is no state of a torch optimizer: it has no 'param_groups' and 'state'. "
             f"{WEIGHTS_ONLY}"
         )
-    kind = _kind(groups, kind, source)
-    _check_options(groups, kind, source)
-    per_parameter = {int(number): tensors for number, tensors in per_parameter.items()}
+    groups, per_parameter = numbered(groups, per_parameter)
+    kept = {str(name) for tensors in per_parameter.values() for name in tensors}
+    kind = read_kind(groups, kept, kind, source)
     numbers = [[int(number) for number in group["params"]] for group in groups]
+    if OPTIMIZERS[kind].counts_in_group:
+        groups, per_parameter = _counted_by_parameter(groups, per_parameter)
     keys, how = names_of(groups, numbers, per_parameter, state_map, source)
     by_key = {entry.torch_key: entry for entry in state_map.parameters}
     entries = [[by_key[key] for key in names] for names in keys]
@@ -126,58 +140,16 @@ def read_optimizer(
                 f"were frozen, which JAX would not keep, or the file is damaged. {WEIGHTS_ONLY}"
             )
         notes.append(f"no {name} yet, as before the first step; it starts at zero")
-    made = tuple(
-        ParamGroup(
-            {name: value for name, value in group.items() if name not in ("params", "param_names")},
-            tuple(entry.flax_path for entry in members),
-            named="param_names" in group,
-        )
-        for group, members in zip(groups, entries, strict=True)
-    )
+    made = tuple(_group(group, of) for group, of in zip(groups, entries, strict=True))
     return OptimizerState(kind, made, tensors, steps, tuple(notes))
 
 
-def _kind(groups: Sequence[Mapping[str, Any]], kind: str | None, source: str) -> str:
-    options = set(groups[0])
-    if kind is not None:
-        if kind not in OPTIMIZERS:
-            raise CheckpointError(
-                f"{source}: optimizer {kind!r} is unknown; known: {', '.join(OPTIMIZERS)}."
-            )
-        return kind
-    if {"momentum", "dampening", "nesterov"} <= options:
-        return "sgd"
-    if {"betas", "eps", "amsgrad"} <= options:
-        if "decoupled_weight_decay" in options:
-            return "adamw" if groups[0]["decoupled_weight_decay"] else "adam"
-        if all(not group["weight_decay"] for group in groups):
-            return "adam"  # without decay the two are the same
-        raise CheckpointError(
-            f"{source} is Adam or AdamW, which torch before 2.6 writes alike; they decay "
-            f"differently. Say which: --optimizer adam or adamw (optimizer=... in Python)."
-        )
-    raise CheckpointError(
-        f"{source} is no optimizer with a counterpart here (SGD, Adam, AdamW): its options are "
-        f"{some(sorted(options - {'params'}))}. {WEIGHTS_ONLY}"
-    )
-
-
-def _check_options(groups: Sequence[Mapping[str, Any]], kind: str, source: str) -> None:
-    row = OPTIMIZERS[kind]
-    known = {*row.options, *row.only, *NOT_COMPUTED}
-    for number, group in enumerate(groups):
-        where = f"{source}, param group {number}"
-        for name, value in row.only.items():
-            if group.get(name, value) != value:
-                raise CheckpointError(
-                    f"{where}: {name}={group[name]!r} has no counterpart in optax (only "
-                    f"{name}={value!r}). {WEIGHTS_ONLY}"
-                )
-        missing, other = [name for name in row.options if name not in group], set(group) - known
-        if missing or other:
-            extra = f"has options that {kind} does not know: {some(sorted(other))}"
-            words = f"lacks {some(missing)}" if missing else extra
-            raise CheckpointError(f"{where} {words}. {WEIGHTS_ONLY}")
+def _group(group: Mapping[str, Any], members: Sequence[Entry]) -> ParamGroup:
+    options = {name: v for name, v in group.items() if name not in ("params", "param_names")}
+    tensors = {name: v for name, v in options.items() if isinstance(v, np.ndarray) and v.size == 1}
+    numbers = {name: value.item() for name, value in tensors.items()}
+    paths = tuple(entry.flax_path for entry in members)
+    return ParamGroup({**options, **numbers}, paths, "param_names" in group, tensors)
 
 
 def _tensors(
@@ -201,7 +173,8 @@ def _tensors(
             elif name not in tensors:
                 unknown.add(name)
             elif value is not None:
-                tensors[name][entry.flax_path] = entry.codec.to_flax(np.asarray(value))
+                array, scalar = np.asarray(value), name in OPTIMIZERS[kind].scalars
+                tensors[name][entry.flax_path] = array if scalar else entry.codec.to_flax(array)
     if unknown:
         raise CheckpointError(
             f"{source} keeps {some(sorted(unknown))} per parameter, which {kind} has no place "
@@ -224,14 +197,24 @@ def _lacking(
     tensors: Mapping[str, Mapping[Path, np.ndarray]],
 ) -> tuple[str, list[str], int] | None:
     """The first tensor that parameters lack, their names, and how many should have it."""
-    pairs = zip(groups, entries, strict=True)
-    buffered = (entry for group, members in pairs if kind.buffered(group) for entry in members)
-    expected = [entry for entry in buffered if entry.trained]
     for name, found in tensors.items():
+        pairs = zip(groups, entries, strict=True)
+        having = (entry for group, of in pairs if kind.has(name, group) for entry in of)
+        expected = [entry for entry in having if entry.trained]
         absent = [entry.torch_key for entry in expected if entry.flax_path not in found]
         if absent:
             return name, absent, len(expected)
     return None
+
+
+def _counted_by_parameter(
+    groups: Sequence[Mapping[str, Any]], per_parameter: Mapping[int, Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
+    """The same with the count of each group at each of its parameters."""
+    steps = {int(n): g["step"] for g in groups if "step" in g for n in g["params"]}
+    counted = {n: {**found, "step": steps[n]} for n, found in per_parameter.items() if n in steps}
+    bare = [{name: value for name, value in group.items() if name != "step"} for group in groups]
+    return bare, {**{n: dict(found) for n, found in per_parameter.items()}, **counted}
 
 
 def fresh_optimizer(
@@ -247,7 +230,7 @@ def fresh_optimizer(
       **options: By torch's names: ``lr``, ``momentum``, ``weight_decay`` and so on.
     """
     row = OPTIMIZERS[kind]
-    settings = {**row.options, **row.only, **row.flags, **options}
+    settings = {**row.options, **row.later, **row.only, **row.flags, **options}
     members: dict[tuple[bool, bool], list[Path]] = {}
     for entry in state_map.parameters:
         what = kind_of(entry)
@@ -265,7 +248,8 @@ def write_optimizer(state: OptimizerState, state_map: TensorMap) -> dict[str, An
     """What ``torch.optim.Optimizer.load_state_dict`` takes, with numpy arrays for tensors; the
     exact inverse of :func:`read_optimizer`. Raises CheckpointError if torch has no such optimizer.
     """
-    if not OPTIMIZERS[state.kind].in_torch:
+    kind = OPTIMIZERS[state.kind]
+    if kind.package is None:
         raise CheckpointError(
             f"{state.kind} has no counterpart in torch.optim, so a PyTorch file cannot hold "
             f"this run. Write a .safetensors file or an Orbax folder, or the weights without "
@@ -279,13 +263,18 @@ def write_optimizer(state: OptimizerState, state_map: TensorMap) -> dict[str, An
         members = [entries[path] for path in group.paths]
         numbers = range(first, first := first + len(members))
         names = {"param_names": [entry.torch_key for entry in members]} if group.named else {}
-        groups.append({**names, **group.options, "params": list(numbers)})
+        groups.append({**names, **group.written, "params": list(numbers)})
         for number, entry in zip(numbers, members, strict=True):
             path = entry.flax_path
-            kept = {"step": state.steps[path]} if path in state.steps and entry.trained else {}
+            counted = path in state.steps and not kind.counts_in_group and entry.trained
+            kept = {"step": state.steps[path]} if counted else {}
             for name, found in state.tensors.items():
                 if path in found and entry.trained:
-                    kept[name] = entry.codec.to_torch(found[path])
+                    scalar = name in kind.scalars
+                    kept[name] = found[path] if scalar else entry.codec.to_torch(found[path])
             if kept:
                 per_parameter[number] = kept
+        steps = [state.steps[path] for path in group.paths if path in state.steps]
+        if kind.counts_in_group and steps:
+            groups[-1]["step"] = steps[0]
     return {"state": per_parameter, "param_groups": groups}

@@ -8,7 +8,6 @@ host."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,28 +20,20 @@ import optax
 from flax_resblock.config import Path
 from flax_resblock.runs.optimizer_kinds import OPTIMIZERS
 from flax_resblock.runs.optimizer_state import OptimizerState
+from flax_resblock.runs.rule_optimizer import by_rule
+from flax_resblock.runs.update_rules import (
+    bias_correction,
+    corrected,
+    log_of,
+    rule_of,
+)
+
+__all__ = [
+    "adamw", "bias_correction", "moving", "optimizer_of", "parameter_path", "record_of",
+    "scale_by_adam", "state_of",
+]  # fmt: skip
 
 Transformation = optax.GradientTransformationExtraArgs
-
-
-def bias_correction(decay: float, count: jax.Array, dtype: Any) -> jax.Array:
-    """``1 - decay**count``, accurate to the last bits of ``dtype`` at any count: ``-expm1(count *
-    log(decay))``.
-
-    Args:
-      decay: Between 0 and 1.
-      count: Updates so far, this one included; integer scalar.
-      dtype: Floating dtype of the result.
-    """
-    return _bias_correction(_log(decay), count, dtype)
-
-
-def _log(decay: float) -> float:
-    return math.log(decay) if decay else -math.inf
-
-
-def _bias_correction(log_decay: Any, count: jax.Array, dtype: Any) -> jax.Array:
-    return -jnp.expm1(count.astype(dtype) * jnp.asarray(log_decay, dtype))
 
 
 def scale_by_adam(
@@ -75,7 +66,7 @@ def _scale_by_adam(number: int, b1: float, b2: float, eps: float) -> Transformat
             return jnp.asarray(first, m.dtype) * m + jnp.asarray(complement, m.dtype) * g
 
         def direction(m: jax.Array, v: jax.Array) -> jax.Array:
-            by_first, by_second = (_bias_correction(it, count, m.dtype) for it in (log, _log(b2)))
+            by_first, by_second = (corrected(it, count, m.dtype) for it in (log, log_of(b2)))
             return (m / by_first) / (jnp.sqrt(v / by_second) + eps)
 
         mu = jax.tree.map(averaged, state.mu, updates)
@@ -116,7 +107,7 @@ def moving(momenta: Sequence[float]) -> np.ndarray:
       ``(groups, 3)`` float64: the momentum, its complement and its logarithm, which would lose
       digits if they were computed from a float32 momentum.
     """
-    return np.array([(value, 1 - value, _log(value)) for value in map(float, momenta)])
+    return np.array([(value, 1 - value, log_of(value)) for value in map(float, momenta)])
 
 
 def optimizer_of(record: OptimizerState) -> Transformation:
@@ -139,7 +130,7 @@ def optimizer_of(record: OptimizerState) -> Transformation:
       >>> params = optax.apply_updates(params, updates)
     """
     number_of = {path: number for number, group in enumerate(record.groups) for path in group.paths}
-    return optax.partition(
+    partition = optax.partition(
         {
             **{
                 number: _group_optimizer(record.kind, number, group.options)
@@ -151,6 +142,17 @@ def optimizer_of(record: OptimizerState) -> Transformation:
             lambda keys, _: number_of.get(parameter_path(keys), _IN_NO_GROUP), params
         ),
     )
+    if record.kind != "timm-lamb":
+        return partition
+    # which clips the norm of all gradients that torch has; it keeps moments of those alone
+    counted = record.tensors["exp_avg"].keys() or number_of.keys()
+
+    def update(updates: Any, state: Any, params: Any = None, **rates: Any) -> Any:
+        leaves = jax.tree_util.tree_leaves_with_path(updates)
+        norm = optax.tree.norm([leaf for keys, leaf in leaves if parameter_path(keys) in counted])
+        return partition.update(updates, state, params, gradient_norm=norm, **rates)
+
+    return Transformation(partition.init, update)
 
 
 _IN_NO_GROUP = -1
@@ -158,6 +160,17 @@ _IN_NO_GROUP = -1
 
 def _group_optimizer(kind: str, number: int, options: Mapping[str, Any]) -> Transformation:
     """The update of one param group, the ``number``-th."""
+    rule = rule_of(kind, options)
+    if rule is not None:
+        first = options["betas"][0] if "betas" in options else options.get("momentum", 0)
+        momentum = tuple(moving([first])[0].tolist())
+        return by_rule(rule, OPTIMIZERS[kind], number, options, momentum)
+    chained = _chained(kind, number, options)
+    return optax.chain(optax.scale(-1.0), chained) if options.get("maximize") else chained
+
+
+def _chained(kind: str, number: int, options: Mapping[str, Any]) -> Transformation:
+    """The same where it consists of optax's transformations."""
     rate = _scale_by_rate(number, float(options["lr"]))
     amount = float(options["weight_decay"])
     decay = optax.add_decayed_weights(amount) if amount else optax.identity()
@@ -222,6 +235,8 @@ _FIELDS = {"trace": "momentum_buffer", "mu": "exp_avg", "nu": "exp_avg_sq"}
 def _tensor_at(keys: tuple[Any, ...]) -> tuple[str, Path] | None:
     """Torch's name of an optimizer's tensor and its parameter's path; None for a counter."""
     for index, key in enumerate(keys):
+        if isinstance(key, jax.tree_util.GetAttrKey) and key.name == "tensors":
+            return keys[index + 1].key, parameter_path(keys[index + 2 :])
         if isinstance(key, jax.tree_util.GetAttrKey) and key.name in _FIELDS:
             return _FIELDS[key.name], parameter_path(keys[index:])
     return None
@@ -229,9 +244,10 @@ def _tensor_at(keys: tuple[Any, ...]) -> tuple[str, Path] | None:
 
 def state_of(record: OptimizerState, params: Any) -> Any:
     """The optax state for :func:`optimizer_of`, filled with what torch had, in torch's dtypes; what
-    torch had not made yet is zero.
+    torch had not made yet is as torch would make it.
     """
-    count = int(float(next(iter(record.steps.values()), 0)))
+    made = any(record.tensors.values())
+    count = int(float(next(iter(record.steps.values()), int(made))))
 
     def filled(keys: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         place = _tensor_at(keys)
@@ -255,15 +271,17 @@ def record_of(record: OptimizerState, state: Any) -> OptimizerState:
             count = int(leaf)
         else:
             now[place[0]][place[1]] = np.asarray(leaf)
-    kept = {path for group in record.groups for path in group.paths if kind.buffered(group.options)}
     tensors: dict[str, dict[Path, np.ndarray]] = {}
     for name, before in record.tensors.items():
+        having = (group for group in record.groups if kind.has(name, group.options))
+        kept = {path for group in having for path in group.paths}
         # torch makes a parameter's tensors at its first step
-        stepped = bool(before) or count > 0 or any(map(np.any, now[name].values()))
+        moved = not kind.counts and any(map(np.any, now[name].values()))
+        stepped = bool(before) or count > 0 or moved
         paths = [path for path in now[name] if stepped and (path in kept or path in before)]
         tensors[name] = {path: now[name][path] for path in paths}
     if not kind.counts:
         return replace(record, tensors=tensors, steps={})
     like = next(iter(record.steps.values()), np.zeros((), np.float32))
-    steps = {path: np.asarray(count, like.dtype) for path in tensors["exp_avg"]}
+    steps = {path: np.asarray(count, like.dtype) for path in tensors[kind.tensors[0]]}
     return replace(record, tensors=tensors, steps=steps)

@@ -23,6 +23,7 @@ from flax_resblock.convert.own import OpenedTensors, carried, carry, open_own
 from flax_resblock.convert.state_map import TensorMap
 from flax_resblock.errors import InputError, some
 from flax_resblock.nn.variables import flat_arrays, on_device, set_values
+from flax_resblock.runs.other_schedules import LRLambda
 from flax_resblock.runs.run import Run
 from flax_resblock.runs.run_file import run_of, write_with_run
 from flax_resblock.runs.tensors import flax_tensors
@@ -119,7 +120,8 @@ def load_run_into(
     path: str | PathLike[str],
     *,
     optimizer: str | None = None,
-    per_epoch: bool | None = None,
+    schedule_unit: str | int | None = None,
+    lr_lambda: LRLambda | None = None,
     entry: str | None = None,
     limits: Limits = LIMITS,
 ) -> Run:
@@ -130,7 +132,7 @@ def load_run_into(
         for the checkpoint of a run in JAX, any module.
       path: The checkpoint of the PyTorch module that it was ported from, in any spelling that
         :func:`flax_resblock.load_run` takes, or one that :func:`flax_resblock.save` wrote.
-      optimizer, per_epoch, entry, limits: As for :func:`flax_resblock.load_run`.
+      optimizer, schedule_unit, lr_lambda, entry, limits: As for :func:`flax_resblock.load_run`.
     Returns:
       What :func:`flax_resblock.training.fit` goes on with and :func:`flax_resblock.save` writes.
     Raises:
@@ -144,7 +146,7 @@ def load_run_into(
       >>> history = fit(model, images, config, run=run)
     """
     opened = open_for(model, checkpoint.read(FilePath(path), entry=entry, run=True, limits=limits))
-    run = run_of(opened, optimizer=optimizer, per_epoch=per_epoch)
+    run = run_of(opened, optimizer=optimizer, schedule_unit=schedule_unit, lr_lambda=lr_lambda)
     for said in (*opened.notes, *([some(opened.unhealthy)] if opened.unhealthy else [])):
         warnings.warn(f"{opened.record.source}: {said}.", stacklevel=2)
     fill_own(model, opened)

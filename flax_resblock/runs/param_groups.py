@@ -104,7 +104,7 @@ def names_of(
             np.shape(v) == e.torch_shape
             for n, e in pairs
             for name, v in per_parameter.get(n, {}).items()
-            if name != "step" and v is not None
+            if v is not None and np.size(v) != 1
         )
 
     found = {
@@ -119,12 +119,36 @@ def names_of(
         if found:
             words = f"fits {len(found)} of the usual ways: {some(list(found.values()))}"
         raise CheckpointError(
-            f"{source} has param groups of {sizes} parameters, which {words}. Make it from "
+            f"{source} does not say in which order it has its parameters, and that cannot be "
+            f"known: it has param groups of {sizes} parameters, which {words}. Make it from "
             f"named parameters, torch.optim.SGD(model.named_parameters()), "
             f"so that it carries their names. {WEIGHTS_ONLY}"
         )
     (names, how), *_ = found.items()
     return list(names), how
+
+
+def numbered(
+    groups: Sequence[Mapping[str, Any]], per_parameter: Mapping[Any, Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[int, Mapping[str, Any]]]:
+    """Param groups and state with a number for each parameter, where FSDP and PyTorch's distributed
+    checkpoints have its name.
+    """
+    keys = [key for group in groups for key in group["params"]]
+    number_of: dict[Any, Any] = {key: key for key in keys}
+    named = _are_names(keys)
+    if named:
+        number_of = {key: number for number, key in enumerate(keys)}
+    made = []
+    for group in groups:
+        members = list(group["params"])
+        names = {"param_names": members} if named else {}
+        made.append({**group, **names, "params": [number_of[key] for key in members]})
+    return made, {int(number_of.get(key, key)): found for key, found in per_parameter.items()}
+
+
+def _are_names(keys: Sequence[Any]) -> bool:
+    return bool(keys) and all(isinstance(key, str) and not key.isdecimal() for key in keys)
 
 
 def _without_prefixes(named: list[tuple[str, ...]]) -> list[tuple[str, ...]]:

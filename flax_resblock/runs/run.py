@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from flax_resblock.config import Path
-from flax_resblock.convert.run_names import EMA
-from flax_resblock.convert.state_map import TensorMap, describe
+from flax_resblock.convert.state_map import TensorMap
 from flax_resblock.errors import CheckpointError, some
+from flax_resblock.runs import entries
+from flax_resblock.runs.averages import AverageEntry, read_average
+from flax_resblock.runs.entries import EPOCHS_DONE, SCHEDULE_UNIT, RunEntry
 from flax_resblock.runs.optimizer_kinds import OPTIMIZERS
 from flax_resblock.runs.optimizer_state import (
     OptimizerState,
@@ -20,22 +22,15 @@ from flax_resblock.runs.optimizer_state import (
     read_optimizer,
 )
 from flax_resblock.runs.param_groups import WEIGHTS_ONLY
-from flax_resblock.runs.scheduler_state import ScheduleState, describe_schedule, read_schedule
-
-
-@dataclass(frozen=True)
-class RunEntry:
-    """An entry of a training checkpoint.
-
-    Attributes:
-      name: Its name in the file.
-      use: What was made of it, or why it was left out.
-      used: Whether the run needs it.
-    """
-
-    name: str
-    use: str
-    used: bool
+from flax_resblock.runs.plateau import ReduceLROnPlateau
+from flax_resblock.runs.scheduler_state import (
+    LRLambda,
+    ScheduleState,
+    describe_schedule,
+    read_schedule,
+    with_initial_rates,
+)
+from flax_resblock.runs.ticks import EPOCH, Counters, Unit, read_unit, unit_of
 
 
 @dataclass(frozen=True)
@@ -50,10 +45,13 @@ class Run:
       epochs: Epochs done; None if unknown.
       settings: The training script's settings that a run needs: ``epochs``, ``batch_size``,
         ``label_smoothing``.
-      found: Every entry of the file beside the weights, and what became of it.
+      found: Every entry of the file beside the weights, and what became of it: used, kept or
+        ignored, and why.
       problem: Why the schedule of the file cannot be carried over.
       ema: Averaged parameters and statistics by Flax path, in Flax's memory layout; empty if none
         are kept.
+      average: How the file has them.
+      kept: Entries that JAX does not need and that go back as they are, such as a GradScaler's.
     """
 
     optimizer: OptimizerState
@@ -64,45 +62,8 @@ class Run:
     found: tuple[RunEntry, ...] = ()
     problem: str | None = None
     ema: Mapping[Path, np.ndarray] = field(default_factory=dict)
-
-
-OURS = "written_by"
-"""Key of ``"args"`` that marks them as settings which this library wrote, to be read back whole."""
-EPOCHS_DONE = "epochs_done"
-"""Entry that counts epochs done; ``"epoch"`` may mean the last one or the next."""
-_SCHEDULERS = (
-    *("lr_scheduler", "scheduler", "lr_schedulers", "scheduler_state_dict"),
-    *("lr_scheduler_state_dict", "sched", "lr_sched"),
-)
-_STEPS = ("global_step", "step", "steps", "iteration", "iter", "num_updates", "num_steps")
-_EPOCHS = ("epoch", "current_epoch", "start_epoch")
-_SETTINGS = ("args", "hyper_parameters", "hparams", "config", "cfg", "trainer_state")
-_NAMES = {
-    "epochs": ("epochs", "max_epochs", "num_epochs", "num_train_epochs"),
-    "batch_size": ("batch_size", "train_batch_size"),
-    "label_smoothing": ("label_smoothing", "smoothing"),
-}
-"""Settings by their usual names."""
-_REASONS = {
-    name: reason.format(name=name)
-    for reason, names in {
-        "loss scaling is for float16; float32 and bfloat16 need none": (
-            "scaler grad_scaler amp_scaler amp native_amp_scaling_state MixedPrecision"
-        ),
-        "averaged weights; --entry {name} takes them instead of the trained ones": (
-            "model_ema ema state_dict_ema ema_state_dict ema_model"
-        ),
-        "PyTorch's random state; JAX has its own": (
-            "rng rng_state rng_states random_state torch_rng torch_rng_state cuda_rng_state"
-        ),
-        "of PyTorch's trainer": (
-            "loops callbacks pytorch-lightning_version hparams_name datamodule_hparams_name "
-            "training_args.bin"
-        ),
-    }.items()
-    for name in names.split()
-}
-"""Why known entries are not needed."""
+    average: AverageEntry = field(default_factory=AverageEntry)
+    kept: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_run(
@@ -110,18 +71,22 @@ def read_run(
     state_map: TensorMap,
     *,
     optimizer: str | None = None,
-    per_epoch: bool | None = None,
+    schedule_unit: str | int | None = None,
+    lr_lambda: LRLambda | None = None,
+    batches: int | None = None,
     source: str = "the checkpoint",
 ) -> Run:
     """Reads the run in the entries of a PyTorch training checkpoint, written by torchvision's
-    reference scripts, timm, Lightning, Hugging Face's Trainer or a plain loop.
+    reference scripts, timm, Lightning, Hugging Face's Trainer, Accelerate or a plain loop.
 
     Args:
       extras: The entries beside the weights, with numpy arrays for tensors.
       state_map: Of the model.
-      optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``, if the options do not tell.
-      per_epoch: Whether the scheduler was stepped once per epoch (or once per batch); None finds it
-        from the counters.
+      optimizer: A key of :data:`~flax_resblock.runs.optimizer_kinds.OPTIMIZERS`, if the options do
+        not tell.
+      schedule_unit: See :func:`~flax_resblock.runs.ticks.unit_of`; None finds it from the counters.
+      lr_lambda: The function of a LambdaLR or MultiplicativeLR, or one per param group.
+      batches: Batches that the model's BatchNorms have seen, if they agree.
       source: For messages.
     Raises:
       CheckpointError: No optimizer, one without counterpart, or one of another model.
@@ -135,18 +100,28 @@ def read_run(
         )
     name, state = entry
     record = read_optimizer(state, state_map, kind=optimizer, source=f"{source}, entry '{name}'")
-    found = {name: RunEntry(name, record.notes[0], True)}
-    steps, epoch = _count(extras, _STEPS, found), _count(extras, _EPOCHS, found)
-    explicit = steps is not None
-    if not explicit and record.steps:
-        steps = int(float(next(iter(record.steps.values()))))
-    settings = _settings(extras, found)
-    run = Run(record, None, steps, epoch, settings)
-    entry = next(((key, only_item(extras[key])) for key in _SCHEDULERS if extras.get(key)), None)
+    found = {name: RunEntry(name, record.notes[0], "used")}
+    updates = next((int(float(step)) for step in record.steps.values()), None)
+    counters = Counters(
+        updates,
+        entries.count(extras, entries.STEPS, found),
+        batches or None,
+        entries.count(extras, entries.EPOCHS, found),
+    )
+    settings = entries.settings_in(extras, found)
+    run = Run(record, None, counters.done, counters.epochs, settings)
+    entry = next(
+        ((key, only_item(extras[key])) for key in entries.SCHEDULERS if extras.get(key)), None
+    )
+    unit = None if schedule_unit is None else unit_of(schedule_unit)
+    if unit is None and entries.SCHEDULE_UNIT in extras:
+        unit = unit_of(extras[entries.SCHEDULE_UNIT])
+        found[SCHEDULE_UNIT] = RunEntry(SCHEDULE_UNIT, str(unit), "used")
     if entry is not None:
-        run = _with_schedule(run, *entry, per_epoch, explicit, source, found)
-    elif epoch is not None and {"arch", "version"} <= extras.keys():
-        run = replace(run, epochs=epoch + 1)  # timm stores the last epoch that was done
+        total = entries.whole_number(extras, "trainer_state", "max_steps")
+        run = _with_schedule(run, *entry, unit, counters, lr_lambda, total, source, found)
+    elif counters.epochs is not None and {"arch", "version"} <= extras.keys():
+        run = replace(run, epochs=counters.epochs + 1)  # timm stores the last epoch that was done
     kind = OPTIMIZERS[record.kind]
     buffered = any(kind.buffered(group.options) for group in record.groups)
     if run.steps and buffered and not any(record.tensors.values()):
@@ -155,114 +130,80 @@ def read_run(
             f"buffers ({some(list(kind.tensors))}) that {record.kind} "
             f"has by then. Without them it would not be the same run. {WEIGHTS_ONLY}"
         )
-    done = _count(extras, (EPOCHS_DONE,), found)
+    done = entries.count(extras, (EPOCHS_DONE,), found)
     if done is not None:
         run = replace(run, epochs=done)
-    if EMA in extras and settings.get("ema"):
-        run = replace(run, ema=_averaged(extras[EMA], state_map, f"{source}, entry '{EMA}'"))
-        found[EMA] = RunEntry(EMA, f"averaged weights, decay {settings['ema']}", True)
-    names = [str(key) for key in extras if key not in found]
-    rest = [RunEntry(key, _REASONS.get(key, "not needed to go on"), False) for key in names]
-    return replace(run, found=(*found.values(), *rest))
+    run = _with_average(run, extras, state_map, source, found)
+    run = replace(run, kept=entries.scalers_in(extras, found))
+    rest = [str(key) for key in extras if key not in found]
+    ignored = [RunEntry(key, entries.reason(key), "ignored") for key in rest]
+    return replace(run, found=(*found.values(), *ignored))
 
 
-def _averaged(state: Any, state_map: TensorMap, source: str) -> dict[Path, np.ndarray]:
-    if not isinstance(state, Mapping):
-        raise CheckpointError(
-            f"{source} holds no averaged weights, but a {type(state).__name__}. {WEIGHTS_ONLY}"
-        )
-    misfit = state_map.check(describe(state))
-    if len(misfit):
-        raise CheckpointError(
-            f"{source} is not the state of this model: "
-            f"{'; '.join(line.strip() for line in misfit.lines())}. {WEIGHTS_ONLY}"
-        )
-    return state_map.to_flax(state)
+def _with_average(
+    run: Run,
+    extras: Mapping[str, Any],
+    state_map: TensorMap,
+    source: str,
+    found: dict[str, RunEntry],
+) -> Run:
+    """The run with the first averaged weights that are this model's."""
+    decay = run.settings.get("ema")
+    for name in entries.AVERAGES:
+        if name not in extras:
+            continue
+        try:
+            values, form = read_average(extras[name], state_map, name, source)
+        except CheckpointError:
+            if decay:  # this library wrote them
+                raise
+            continue
+        words = f"averaged weights, decay {decay}"
+        if not decay:
+            words = (
+                "averaged weights, for the way back; the file does not say how they are averaged: "
+                "train --ema DECAY goes on with them, without it they end with the first step"
+            )
+        found[name] = RunEntry(name, words, "used" if decay else "kept")
+        return replace(run, ema=values, average=form)
+    return run
 
 
 def _with_schedule(
     run: Run,
     name: str,
     state: Any,
-    per_epoch: bool | None,
-    explicit: bool,
+    unit: Unit | None,
+    counters: Counters,
+    lr_lambda: LRLambda | None,
+    total: int | None,
     source: str,
     found: dict[str, RunEntry],
 ) -> Run:
     """The run with the scheduler's state, or with the reason why it has no counterpart."""
-    options = [group.options for group in run.optimizer.groups]
+    where = f"{source}, entry '{name}'"
     try:
         if not isinstance(state, Mapping):
+            raise CheckpointError(f"{where} is not the state of one learning-rate scheduler.")
+        optimizer = with_initial_rates(run.optimizer, state)
+        options = [group.options for group in optimizer.groups]
+        schedule, position = read_schedule(
+            state, options, lr_lambda=lr_lambda, total=total, source=where
+        )
+        unit = unit or read_unit(position, counters, where)
+        if isinstance(schedule, ReduceLROnPlateau) and unit != EPOCH:
             raise CheckpointError(
-                f"{source}, entry '{name}' is not the state of one learning-rate scheduler."
+                f"{where} is a ReduceLROnPlateau that was stepped {position} times, {unit}. Here "
+                "it is stepped once per epoch, by what is measured on the test images."
             )
-        schedule, position = read_schedule(state, options, source=f"{source}, entry '{name}'")
-        if per_epoch is None:
-            per_epoch = _stepped_per_epoch(run, position, explicit, f"{source}, entry '{name}'")
     except CheckpointError as error:
-        found[name] = RunEntry(name, "not carried, see below", False)
+        found[name] = RunEntry(name, "not carried, see below", "ignored")
         return replace(run, problem=str(error))
-    state = ScheduleState(schedule, position, per_epoch)
-    found[name] = RunEntry(name, describe_schedule(state), True)
-    if per_epoch:
-        return replace(run, schedule=state, epochs=position)
-    return replace(run, schedule=state, steps=run.steps if explicit else position)
-
-
-def _stepped_per_epoch(run: Run, position: int, explicit: bool, source: str) -> bool:
-    """Whether the scheduler counted epochs; batches otherwise."""
-    if explicit and position == run.steps:
-        return False
-    if run.epochs is not None and position in (run.epochs, run.epochs + 1):
-        return True
-    if not explicit and run.steps is not None:
-        # As many or more are batches: Adam's count lags by the steps that loss scaling skipped.
-        return position < run.steps
-    if not explicit and run.epochs is not None:
-        return False
-    counts = f"{run.steps if explicit else 'an unknown number of'} optimizer steps" + (
-        "" if run.epochs is None else f" in epoch {run.epochs}"
-    )
-    raise CheckpointError(
-        f"{source} was stepped {position} times in a run of {counts}, which does not show whether "
-        "it counts batches or epochs. Say --schedule-unit batch or epoch (per_epoch=... in Python)."
-    )
-
-
-def _number(value: Any) -> int | None:
-    if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
-        value = value.item()
-    counts = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-    return int(value) if counts else None
-
-
-def _count(
-    extras: Mapping[str, Any], names: Sequence[str], found: dict[str, RunEntry]
-) -> int | None:
-    for name in names:
-        count = _number(extras.get(name))
-        if count is not None:
-            found[name] = RunEntry(name, str(count), True)
-            return count
-    return None
-
-
-def _settings(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[str, Any]:
-    """Batch size, epochs and label smoothing, from whatever holds the script's settings."""
-    for name in _SETTINGS:
-        values = extras.get(name)
-        values = values if isinstance(values, Mapping) else getattr(values, "__dict__", {})
-        if str(values.get(OURS, "")).startswith("flax-resblock"):
-            found[name] = RunEntry(name, "all settings of the run", True)
-            return {key: value for key, value in values.items() if key != OURS}
-        chosen = {}
-        for ours, theirs in _NAMES.items():
-            numbers = (values[key] for key in theirs if isinstance(values.get(key), int | float))
-            value = next(numbers, None)
-            if value is not None and not isinstance(value, bool) and value >= 0:
-                chosen[ours] = value if ours == "label_smoothing" else int(value)
-        if chosen:
-            words = ", ".join(f"{key} {value}" for key, value in chosen.items())
-            found[name] = RunEntry(name, words, True)
-            return chosen
-    return {}
+    read = ScheduleState(schedule, position, unit)
+    found[name] = RunEntry(name, f"{describe_schedule(read)} ({counters})", "used")
+    run = replace(run, optimizer=optimizer, schedule=read)
+    if not unit.per_epoch:
+        return replace(run, steps=counters.steps_at(position, unit))
+    epochs = counters.epochs
+    known = epochs is not None and position not in (epochs, epochs + 1)
+    return run if known else replace(run, epochs=position)

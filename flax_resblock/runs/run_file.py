@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,18 +18,22 @@ import numpy as np
 from flax_resblock import checkpoint
 from flax_resblock._version import __version__
 from flax_resblock.checkpoint import Record
-from flax_resblock.convert.run_names import AVERAGED, EMA, OPTIMIZER, RUN, holds_run
+from flax_resblock.convert.run_names import AVERAGED, OPTIMIZER, RUN, holds_run
 from flax_resblock.convert.state_map import TensorMap
 from flax_resblock.errors import CheckpointError, InputError, visible
+from flax_resblock.runs.averages import AverageEntry
+from flax_resblock.runs.entries import EPOCHS_DONE, OURS, SCHEDULE_UNIT, RunEntry
 from flax_resblock.runs.optimizer_state import read_optimizer, write_optimizer
 from flax_resblock.runs.param_groups import WEIGHTS_ONLY
-from flax_resblock.runs.run import EPOCHS_DONE, OURS, Run, RunEntry, read_run
+from flax_resblock.runs.run import Run, read_run
 from flax_resblock.runs.scheduler_state import (
+    LRLambda,
     ScheduleState,
     describe_schedule,
     read_schedule,
-    write_schedule,
 )
+from flax_resblock.runs.scheduler_writing import write_schedule
+from flax_resblock.runs.ticks import unit_of, word_of
 
 
 class Opened(Protocol):
@@ -46,7 +50,13 @@ class Opened(Protocol):
         ...
 
 
-def run_of(opened: Opened, *, optimizer: str | None = None, per_epoch: bool | None = None) -> Run:
+def run_of(
+    opened: Opened,
+    *,
+    optimizer: str | None = None,
+    schedule_unit: str | int | None = None,
+    lr_lambda: LRLambda | None = None,
+) -> Run:
     """The training run in an opened checkpoint: optimizer, schedule and counters.
 
     Args:
@@ -54,25 +64,42 @@ def run_of(opened: Opened, *, optimizer: str | None = None, per_epoch: bool | No
         :func:`flax_resblock.convert.own.open_own`; a Hugging Face Trainer's
         folder has to be opened with ``run=True``.
       optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``, if the optimizer's options do not tell.
-      per_epoch: Whether the scheduler counts epochs (or batches); None finds it from the counters.
+      schedule_unit: What the scheduler counts: ``"batch"``, ``"epoch"``, or how often it is stepped
+        per optimizer step; None finds it from the counters.
+      lr_lambda: The function of a LambdaLR or MultiplicativeLR, or one per param group.
     Raises:
       CheckpointError: It holds none, or one that cannot go on; the message says why.
     """
     record, state_map, source = opened.record, opened.state_map, opened.record.source
     try:
         if holds_run(record.metadata):
-            return unpack_run(record.tensors, record.metadata, state_map, source=source)
+            return unpack_run(
+                record.tensors, record.metadata, state_map, lr_lambda=lr_lambda, source=source
+            )
         return read_run(
-            record.extras, state_map, optimizer=optimizer, per_epoch=per_epoch, source=source
+            record.extras,
+            state_map,
+            optimizer=optimizer,
+            schedule_unit=schedule_unit,
+            lr_lambda=lr_lambda,
+            batches=_batches(record),
+            source=source,
         )
     except InputError:
         raise
     # A file may hold anything under the names of a training program, and anything may be raised.
     except Exception as error:
         raise CheckpointError(
-            f"{source}: its training run is damaged, or no training program's "
-            f"({type(error).__name__}: {visible(str(error))[:160]}). {WEIGHTS_ONLY}"
+            f"{source}: what lies beside its weights is not what a training program writes under "
+            f"these names ({type(error).__name__}: {visible(str(error))[:160]}). {WEIGHTS_ONLY}"
         ) from error
+
+
+def _batches(record: Record) -> int | None:
+    """How many batches all BatchNorms have seen; None if they differ, or there are none."""
+    name = "num_batches_tracked"
+    counts = {int(value) for key, value in record.tensors.items() if key.endswith(name)}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def pack_run(run: Run, state_map: TensorMap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -94,6 +121,7 @@ def pack_run(run: Run, state_map: TensorMap) -> tuple[dict[str, np.ndarray], dic
             "options": group.options,
             "parameters": [entries[path].torch_key for path in group.paths],
             "named": group.named,
+            "tensors": {n: [like.shape, like.dtype.name] for n, like in group.tensors.items()},
         }
         for group in record.groups
     ]
@@ -102,10 +130,12 @@ def pack_run(run: Run, state_map: TensorMap) -> tuple[dict[str, np.ndarray], dic
         "groups": groups,
         "count": count,
         "schedule": _written_schedule(run),
-        "per_epoch": run.schedule is not None and run.schedule.per_epoch,
+        "schedule_unit": None if run.schedule is None else word_of(run.schedule.unit),
         "steps": run.steps,
         "epochs": run.epochs,
         "settings": dict(run.settings),
+        "average": asdict(run.average),
+        "kept": dict(run.kept),
     }
     return tensors, {RUN: json.dumps(content, default=_as_number)}
 
@@ -135,6 +165,7 @@ def unpack_run(
     metadata: Mapping[str, str],
     state_map: TensorMap,
     *,
+    lr_lambda: LRLambda | None = None,
     source: str = "the checkpoint",
 ) -> Run:
     """Restores the run from the arrays and metadata that :func:`pack_run` made; raises
@@ -150,7 +181,10 @@ def unpack_run(
                 numbers[key] = len(numbers)
             names = list(group["parameters"])
             members = {"params": [numbers[key] for key in names], "param_names": names}
-            groups.append(with_tuples(group["options"]) | members)
+            options = with_tuples(group["options"]) | members
+            for option, (shape, dtype) in group["tensors"].items():
+                options[option] = np.full(shape, options[option], dtype)
+            groups.append(options)
         for name, value in _with_prefix(tensors, OPTIMIZER).items():
             tensor, _, key = name.partition(".")
             state.setdefault(numbers[key], {})[tensor] = value
@@ -159,10 +193,12 @@ def unpack_run(
                 found["step"] = np.asarray(counter["value"], counter["dtype"])
         schedule = content["schedule"]
         if schedule is not None:
-            found = read_schedule(schedule, groups, source=source)
-            schedule = ScheduleState(*found, content["per_epoch"])
+            options = [with_tuples(group["options"]) for group in content["groups"]]
+            read = read_schedule(schedule, options, lr_lambda=lr_lambda, source=source)
+            schedule = ScheduleState(*read, unit_of(content["schedule_unit"]))
         steps, epochs, settings = content["steps"], content["epochs"], content["settings"]
         named = [bool(group["named"]) for group in content["groups"]]
+        average, kept = AverageEntry(**content["average"]), dict(content["kept"])
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -174,15 +210,26 @@ def unpack_run(
     record = read_optimizer(written, state_map, kind=kind, source=where)
     pairs = zip(record.groups, named, strict=True)
     record = replace(record, groups=tuple(replace(group, named=name) for group, name in pairs))
-    found = [RunEntry("optimizer", record.notes[0], True)]
+    found = [RunEntry("optimizer", record.notes[0], "used")]
     averages = state_map.to_flax(_with_prefix(tensors, AVERAGED))
     if averages:
-        found.append(RunEntry("ema", "averaged weights and statistics", True))
+        found.append(RunEntry("ema", "averaged weights and statistics", "used"))
     if schedule is not None:
-        found.append(RunEntry("schedule", describe_schedule(schedule), True))
+        found.append(RunEntry("schedule", describe_schedule(schedule), "used"))
     counters = {"steps": steps, "epochs": epochs}
-    found += [RunEntry(key, str(n), True) for key, n in counters.items() if n is not None]
-    return Run(record, schedule, steps, epochs, settings, tuple(found), ema=averages)
+    found += [RunEntry(key, str(n), "used") for key, n in counters.items() if n is not None]
+    found += [RunEntry(key, "for the way back", "kept") for key in kept]
+    return Run(
+        record,
+        schedule,
+        steps,
+        epochs,
+        settings,
+        tuple(found),
+        ema=averages,
+        average=average,
+        kept=kept,
+    )
 
 
 def run_entries(run: Run, state_map: TensorMap) -> dict[str, Any]:
@@ -199,13 +246,16 @@ def run_entries(run: Run, state_map: TensorMap) -> dict[str, Any]:
     if run.epochs is not None:
         entries["epoch"] = run.epochs - 1
         entries[EPOCHS_DONE] = run.epochs
+    if run.schedule is not None:
+        entries[SCHEDULE_UNIT] = word_of(run.schedule.unit)
     if run.steps is not None:
         entries["step"] = run.steps
     if run.settings:
         entries["args"] = {OURS: f"flax-resblock {__version__}", **run.settings}
     if run.ema:
-        entries[EMA] = state_map.to_torch(state_map.whole(run.ema))
-    return entries
+        averages = state_map.to_torch(state_map.whole(run.ema))
+        entries[run.average.name] = run.average.written(averages)
+    return {**run.kept, **entries}
 
 
 def write_with_run(

@@ -1,53 +1,37 @@
-"""State dicts of ``torch.optim.lr_scheduler`` to :mod:`flax_resblock.runs.schedules` and back."""
+"""State dicts of ``torch.optim.lr_scheduler`` to :mod:`flax_resblock.runs.schedules`; the way back
+is :mod:`flax_resblock.runs.scheduler_writing`."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import Counter
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from flax_resblock.errors import CheckpointError, some
-from flax_resblock.runs import schedules
+from flax_resblock.errors import CheckpointError
+from flax_resblock.runs import transformers_schedules
+from flax_resblock.runs.optimizer_state import OptimizerState
+from flax_resblock.runs.other_schedules import (
+    ChainedScheduler,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    LambdaLR,
+    LRLambda,
+    MultiplicativeLR,
+    chains,
+)
+from flax_resblock.runs.plateau import ReduceLROnPlateau
+from flax_resblock.runs.scheduler_kinds import one_schedule
 from flax_resblock.runs.schedules import (
-    MultiStepLR,
     OneCycleLR,
     Options,
-    Phase,
     Schedule,
     SequentialLR,
     base_rate,
 )
+from flax_resblock.runs.ticks import BATCH, Unit
+from flax_resblock.runs.transformers_schedules import TransformersSchedule, recognised
 
-PLAIN_SCHEDULES = (
-    *(schedules.StepLR, schedules.CosineAnnealingLR, schedules.LinearLR),
-    *(schedules.ConstantLR, schedules.PolynomialLR, schedules.ExponentialLR),
-)
-"""Schedules whose fields are the entries of the state dict."""
-_COMMON = frozenset(
-    {
-        *("base_lrs", "last_epoch", "verbose", "_last_lr"),
-        *("_step_count", "_is_initial", "_get_lr_called_within_step"),
-    }
-)
-"""Entries that every scheduler may have."""
-_ONE_CYCLE = frozenset(
-    {
-        *("total_steps", "_schedule_phases", "_anneal_func_type", "anneal_func"),
-        *("cycle_momentum", "use_beta1"),
-    }
-)
-_WITHOUT_COUNTERPART = {
-    "lr_lambdas": (
-        "LambdaLR (or MultiplicativeLR) keeps its function in the program, not in the file"
-    ),
-    "patience": "ReduceLROnPlateau depends on what was measured, not on the step",
-    "T_0": "CosineAnnealingWarmRestarts has no counterpart here",
-    "_anneal_strategy": "SWALR has no counterpart here",
-    "max_lrs": "CyclicLR has no counterpart here",
-}
-"""Entries that only one scheduler has, and why that one is refused."""
+_MOST_CALLS = 1 << 24
 _NEAR = 1e-9
 """Relative difference between the closed form's rate and torch's own that rounding explains."""
 
@@ -59,45 +43,76 @@ class ScheduleState:
     Attributes:
       schedule: The learning rate by step.
       position: How often the scheduler was stepped; torch's ``last_epoch``.
-      per_epoch: Stepped once per epoch, not once per batch.
+      unit: How often it is stepped.
     """
 
     schedule: Schedule
     position: int
-    per_epoch: bool = False
+    unit: Unit = BATCH
 
 
 def describe_schedule(state: ScheduleState) -> str:
     """In a few words: ``"SequentialLR at step 66, one per batch"``."""
-    return (
-        f"{type(state.schedule).__name__} at step {state.position}, one per "
-        f"{'epoch' if state.per_epoch else 'batch'}"
-    )
+    words = f"{type(state.schedule).__name__} at step {state.position}, {state.unit}"
+    if isinstance(state.schedule, ReduceLROnPlateau):
+        metric = "loss" if state.schedule.mode == "min" else "accuracy"
+        words += f", by the test {metric} (what the program measured is not in the file)"
+    if isinstance(state.schedule, TransformersSchedule):
+        words += (
+            f", recognised by its rate as the {state.schedule.kind} one with "
+            f"{state.schedule.warmup} warm-up steps of {state.schedule.total}"
+        )
+    if isinstance(state.schedule, CyclicLR):
+        words += ", without a scale_fn (which would not be in the file)"
+    return words
+
+
+def bases_of(state: Mapping[str, Any]) -> list[float] | None:
+    """The base rates in a scheduler's state dict, or in that of the last scheduler in it."""
+    parts = state.get("_schedulers")
+    state = parts[-1] if isinstance(parts, list) and parts else state
+    found = state.get("base_lrs") if isinstance(state, Mapping) else None
+    return [float(base) for base in found] if isinstance(found, list) else None
+
+
+def with_initial_rates(optimizer: OptimizerState, state: Mapping[str, Any]) -> OptimizerState:
+    """The optimizer with ``initial_lr`` in its param groups; where they have lost it, it is that of
+    the scheduler.
+    """
+    bases = bases_of(state)
+    lost = not any("initial_lr" in group.options for group in optimizer.groups)
+    if bases is None or not lost or len(bases) != len(optimizer.groups):
+        return optimizer
+    pairs = zip(optimizer.groups, bases, strict=True)
+    groups = [replace(g, options={**g.options, "initial_lr": base}) for g, base in pairs]
+    return replace(optimizer, groups=tuple(groups))
 
 
 def read_schedule(
-    state: Mapping[str, Any], groups: Sequence[Options], *, source: str = "the scheduler"
+    state: Mapping[str, Any],
+    groups: Sequence[Options],
+    *,
+    lr_lambda: LRLambda | None = None,
+    total: int | None = None,
+    source: str = "the scheduler",
 ) -> tuple[Schedule, int]:
     """Reads the schedule in a scheduler's state dict, and its position.
 
     Args:
       state: What ``scheduler.state_dict()`` gave.
       groups: The optimizer's param groups, whose rates must be the schedule's.
+      lr_lambda: The function of a LambdaLR or MultiplicativeLR, or one per group.
+      total: Steps of the whole run, if a Trainer says it.
       source: For messages.
     Raises:
       CheckpointError: A scheduler without counterpart, a damaged state, or rates that are not on
         the schedule.
     """
     try:
-        schedule, position = _schedule(state, groups, source), int(state["last_epoch"])
-        for number, group in enumerate(groups):
-            expected, found = schedule.rate(position, group), float(group["lr"])
-            if not abs(expected - found) <= _NEAR * max(abs(expected), base_rate(group)):
-                raise CheckpointError(
-                    f"{source} gives param group {number} the learning rate {expected:.9g} at "
-                    f"its step {position}, but the optimizer has {found:.9g}: it was "
-                    "changed by other means than the schedule."
-                )
+        schedule = _schedule(state, groups, lr_lambda, total, source)
+        position = _position(state, source)
+        _check_place(schedule, position, state, source)
+        _check_rates(schedule, position, groups, source)
     except CheckpointError:
         raise
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
@@ -108,13 +123,85 @@ def read_schedule(
     return schedule, position
 
 
-def _schedule(state: Mapping[str, Any], groups: Sequence[Options], source: str) -> Schedule:
-    for marker, why in _WITHOUT_COUNTERPART.items():
-        if marker in state:
-            raise CheckpointError(f"{source}: {why}.")
-    if "_schedulers" in state:
-        return _sequence(state, groups, source)
-    schedule = _simple(state, state.keys() - _COMMON, source)
+def _position(state: Mapping[str, Any], source: str) -> int:
+    if "last_epoch" in state or not state.get("_schedulers"):
+        return int(state["last_epoch"])
+    positions = {int(part["last_epoch"]) for part in state["_schedulers"]}  # a ChainedScheduler
+    if len(positions) > 1:
+        raise CheckpointError(
+            f"{source}: the members of its ChainedScheduler are at different steps, "
+            f"{sorted(positions)}, which has no counterpart here."
+        )
+    return positions.pop()
+
+
+def _misfits(schedule: Schedule, position: int, groups: Sequence[Options]) -> Iterator[int]:
+    """The param groups whose rate is not the schedule's."""
+    for number, group in enumerate(groups):
+        expected, found = schedule.rate(position, group, number), float(group["lr"])
+        if not abs(expected - found) <= _NEAR * max(abs(expected), base_rate(group)):
+            yield number
+
+
+def _check_rates(schedule: Schedule, position: int, groups: Sequence[Options], source: str) -> None:
+    for number in _misfits(schedule, position, groups):
+        group = groups[number]
+        raise CheckpointError(
+            f"{source} gives param group {number} the learning rate "
+            f"{schedule.rate(position, group, number):.9g} at its step {position}, but the "
+            f"optimizer has {float(group['lr']):.9g}: it was changed by other means than the "
+            "schedule."
+        )
+
+
+def _check_place(schedule: Schedule, position: int, state: Mapping[str, Any], source: str) -> None:
+    """Raises CheckpointError if the schedule is not where its own state says it is."""
+    if isinstance(schedule, CosineAnnealingWarmRestarts):
+        place = state["T_cur"], state["T_i"]
+        if place != schedule.since(position):
+            raise CheckpointError(
+                f"{source}: its CosineAnnealingWarmRestarts is {place[0]:g} steps after its last "
+                f"restart, of {place[1]:g}, at its step {position}. It was stepped by fractions of "
+                "an epoch or by numbers of the program's own, which has no counterpart here."
+            )
+    if isinstance(schedule, OneCycleLR) and state.get("_step_count", position + 1) > position + 1:
+        raise CheckpointError(
+            f"{source}: its OneCycleLR has counted {state['_step_count']} calls by its step "
+            f"{position}, as Accelerate makes it when it accumulates gradients. It would end it by "
+            "that count, which has no counterpart here."
+        )
+    if isinstance(schedule, ChainedScheduler) and position > (schedule.end or position):
+        raise CheckpointError(
+            f"{source}: a ChainedScheduler with a cosine that has ended, at its step "
+            f"{schedule.end}, has no counterpart here."
+        )
+
+
+def _schedule(
+    state: Mapping[str, Any],
+    groups: Sequence[Options],
+    lr_lambda: LRLambda | None,
+    total: int | None,
+    source: str,
+) -> Schedule:
+    if "lr_lambdas" in state:
+        schedule = transformers_schedules.read_written(state)
+        theirs = not any(one is None for one in state["lr_lambdas"])
+        if schedule is None and lr_lambda is None and theirs and total:
+            schedule = recognised(int(state["last_epoch"]), groups, total)
+        schedule = schedule or _of_functions(state, groups, lr_lambda, source)
+    elif "_schedulers" in state:
+        return _several(state, groups, source)
+    else:
+        schedule = one_schedule(state, source)
+        if isinstance(schedule, ReduceLROnPlateau):
+            rates, last = [float(group["lr"]) for group in groups], state.get("_last_lr")
+            if last is not None and [float(rate) for rate in last] != rates:
+                raise CheckpointError(
+                    f"{source} left the learning rates {[float(rate) for rate in last]}, but the "
+                    f"optimizer has {rates}: they were changed by other means than the schedule."
+                )
+            return schedule
     bases = [float(base) for base in state["base_lrs"]]
     if bases != [base_rate(group) for group in groups]:
         raise CheckpointError(
@@ -124,99 +211,70 @@ def _schedule(state: Mapping[str, Any], groups: Sequence[Options], source: str) 
     return schedule
 
 
-def _simple(state: Mapping[str, Any], own: Set[str], source: str) -> Schedule:
-    """A schedule that has no others in it, by the entries that are its own."""
-    if "_schedule_phases" in own and own <= _ONE_CYCLE:
-        phases = tuple(Phase(**phase) for phase in state["_schedule_phases"])
-        anneal = {"cos": "cos", "linear": "linear"}[state["_anneal_func_type"]]
-        moves, beta = bool(state["cycle_momentum"]), bool(state.get("use_beta1"))
-        return OneCycleLR(int(state["total_steps"]), phases, anneal, moves, beta)
-    if own == {"milestones", "gamma"}:
-        counts = {int(step): int(count) for step, count in state["milestones"].items()}
-        return MultiStepLR(
-            tuple(sorted(step for step, count in counts.items() for _ in range(count))),
-            float(state["gamma"]),
+def _of_functions(
+    state: Mapping[str, Any], groups: Sequence[Options], lr_lambda: LRLambda | None, source: str
+) -> Schedule:
+    """A LambdaLR or MultiplicativeLR: whichever gives the rates that the optimizer has."""
+    if lr_lambda is None:
+        raise CheckpointError(
+            f"{source}: LambdaLR (or MultiplicativeLR) keeps its function in the program, not in "
+            "the file. Name it with --lr-lambda FILE.py:NAME (lr_lambda=... in Python)."
         )
-    for kind in PLAIN_SCHEDULES:
-        if own == set(kind.__dataclass_fields__):
-            return kind(**{name: state[name] for name in own})
+    functions = tuple(lr_lambda) if isinstance(lr_lambda, Sequence) else (lr_lambda,) * len(groups)
+    if len(functions) != len(groups):
+        raise CheckpointError(
+            f"{source} has {len(groups)} param groups, and lr_lambda {len(functions)} functions. "
+            "Give one for all, or one for each."
+        )
+    states, position = tuple(state["lr_lambdas"]), int(state["last_epoch"])
+    if position > _MOST_CALLS:
+        raise CheckpointError(
+            f"{source} was stepped {position} times, more often than a function is called here."
+        )
+    both = LambdaLR(functions, states), MultiplicativeLR(functions, states)
+    fitting = [one for one in both if next(_misfits(one, position, groups), None) is None]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise CheckpointError(
+            f"{source}: at its step {position}, the function is that of a LambdaLR as well as of a "
+            "MultiplicativeLR. Save the run a few steps later."
+        )
+    words = [f"{one.rate(position, groups[0]):.9g} as {type(one).__name__}" for one in both]
     raise CheckpointError(
-        f"{source} is no learning-rate scheduler with a counterpart here: it has "
-        f"{some(sorted(map(str, own))) or 'nothing of its own'}."
+        f"{source}: at its step {position} the function gives param group 0 the learning rate "
+        f"{' and '.join(words)}, but the optimizer has {float(groups[0]['lr']):.9g}. It is "
+        "another function, or the rate was changed by other means."
     )
 
 
-def _sequence(state: Mapping[str, Any], groups: Sequence[Options], source: str) -> SequentialLR:
-    if "_milestones" not in state:
-        raise CheckpointError(f"{source}: ChainedScheduler has no counterpart here.")
-    members = tuple(_schedule(part, groups, source) for part in state["_schedulers"])
+def _several(state: Mapping[str, Any], groups: Sequence[Options], source: str) -> Schedule:
+    """A SequentialLR or a ChainedScheduler."""
+    name = "SequentialLR" if "_milestones" in state else "ChainedScheduler"
+    members = []
+    for part in state["_schedulers"]:
+        if "_schedulers" in part or "lr_lambdas" in part:
+            inner = "sequence or chain" if "_schedulers" in part else "LambdaLR"
+            raise CheckpointError(f"{source}: a {inner} inside a {name} has no counterpart here.")
+        members.append(one_schedule(part, source))
+    bases = tuple(tuple(float(base) for base in part["base_lrs"]) for part in state["_schedulers"])
+    own = tuple(base_rate(group) for group in groups)
     for number, member in enumerate(members):
         words = type(member).__name__
-        if isinstance(member, SequentialLR | OneCycleLR):
-            raise CheckpointError(
-                f"{source}: a {words} inside a SequentialLR has no counterpart here."
-            )
-        if number and getattr(member, "total_iters", 1) == 0:
+        known = not isinstance(member, CyclicLR | ReduceLROnPlateau)
+        if not known or (name == "ChainedScheduler" and not chains(member)):
+            raise CheckpointError(f"{source}: a {words} inside a {name} has no counterpart here.")
+        if number and name == "SequentialLR" and getattr(member, "total_iters", 1) == 0:
             raise CheckpointError(
                 f"{source}: a {words} of 0 steps after another schedule has no counterpart here."
             )
-    return SequentialLR(members, tuple(int(step) for step in state["_milestones"]))
-
-
-def scheduled(options: Options, schedule: Schedule, position: int) -> dict[str, Any]:
-    """A param group's options as torch's scheduler leaves them at ``position``, its ``last_epoch``:
-    ``initial_lr``, ``lr``, and the momentum where the schedule moves it.
-    """
-    now = {**options, "initial_lr": base_rate(options), "lr": schedule.rate(position, options)}
-    momentum = schedule.momentum(position, options)
-    if momentum is None:
-        return now
-    if "betas" in options:
-        return {**now, "betas": (momentum, *options["betas"][1:])}
-    return {**now, "momentum": momentum}
-
-
-def write_schedule(state: ScheduleState, groups: Sequence[Options]) -> dict[str, Any]:
-    """What ``load_state_dict`` of a scheduler of the same kind takes (any but ``Fixed``), for the
-    optimizer's param groups at this position.
-    """
-    return _state(state.schedule, state.position, groups, [float(group["lr"]) for group in groups])
-
-
-def _state(
-    schedule: Schedule, position: int, groups: Sequence[Options], rates: list[float]
-) -> dict[str, Any]:
-    if isinstance(schedule, SequentialLR):
-        current = bisect_right(schedule.milestones, position)
-        starts = (0, *schedule.milestones)
-        parts = []
-        for index, part in enumerate(schedule.schedules):
-            last = (
-                position if index == current else starts[index + 1] - 1 if index < current else -1
-            )
-            since = last - starts[index] if index <= current else -1
-            its_rates = [part.rate(max(since, 0), group) for group in groups]
-            parts.append(_state(part, since, groups, rates if index == current else its_rates))
-        own = {"_milestones": list(schedule.milestones), "last_epoch": position}
-        return own | {"_last_lr": rates, "_schedulers": parts}
-    if isinstance(schedule, OneCycleLR):
-        own: dict[str, Any] = {
-            "total_steps": schedule.total_steps,
-            "_schedule_phases": [asdict(phase) for phase in schedule.phases],
-            "_anneal_func_type": schedule.anneal,
-            "cycle_momentum": schedule.cycle_momentum,
-            **({"use_beta1": schedule.use_beta1} if schedule.cycle_momentum else {}),
-        }
-    elif isinstance(schedule, MultiStepLR):
-        own = {"milestones": Counter(schedule.milestones), "gamma": schedule.gamma}
-    else:
-        own = {name: getattr(schedule, name) for name in schedule.__dataclass_fields__}
-    return {
-        **own,
-        "base_lrs": [base_rate(group) for group in groups],
-        "last_epoch": position,
-        "_step_count": max(position + 1, 1),
-        "_is_initial": False,
-        "_get_lr_called_within_step": False,
-        "_last_lr": rates,
-    }
+    one_cycle = any(isinstance(member, OneCycleLR) for member in members)
+    if any(base != own for base in bases) and not one_cycle:
+        raise CheckpointError(
+            f"{source} scales the learning rates {list(map(list, dict.fromkeys(bases)))}, but the "
+            f"optimizer began with {list(own)}."
+        )
+    if name == "ChainedScheduler":
+        return ChainedScheduler(tuple(members))
+    milestones = tuple(int(step) for step in state["_milestones"])
+    return SequentialLR(tuple(members), milestones, bases if one_cycle else ())

@@ -33,16 +33,21 @@ class Schedule(ABC):
     """A learning rate by torch's ``last_epoch``, which is 0 at the first optimizer step."""
 
     @abstractmethod
-    def rate(self, step: int, group: Options) -> float:
-        """The learning rate of a param group at ``step``, from 0."""
+    def rate(self, step: int, group: Options, number: int = 0) -> float:
+        """The learning rate of the param group ``number`` at ``step``, both from 0."""
 
-    def momentum(self, step: int, group: Options) -> float | None:
+    def momentum(self, step: int, group: Options, number: int = 0) -> float | None:
         """What becomes of ``momentum`` (or of Adam's first beta); None leaves it alone."""
-        del step, group
+        del step, group, number
 
     @property
     def length(self) -> int | None:
         """Steps after which the schedule has ended; None if it never ends."""
+        return None
+
+    @property
+    def end(self) -> int | None:
+        """The last step that has a rate; None if all have."""
         return None
 
 
@@ -54,7 +59,7 @@ class Scaled(Schedule):
     def share(self, step: int) -> float:
         """Share of the base rate."""
 
-    def rate(self, step: int, group: Options) -> float:
+    def rate(self, step: int, group: Options, number: int = 0) -> float:
         return base_rate(group) * self.share(step)
 
 
@@ -62,7 +67,7 @@ class Scaled(Schedule):
 class Fixed(Schedule):
     """No schedule: the rate that every group has."""
 
-    def rate(self, step: int, group: Options) -> float:
+    def rate(self, step: int, group: Options, number: int = 0) -> float:
         return float(group["lr"])
 
 
@@ -156,7 +161,7 @@ class CosineAnnealingLR(Schedule):
     T_max: int
     eta_min: float
 
-    def rate(self, step: int, group: Options) -> float:
+    def rate(self, step: int, group: Options, number: int = 0) -> float:
         height = base_rate(group) - self.eta_min
         return self.eta_min + height * (1 + math.cos(math.pi * step / self.T_max)) / 2
 
@@ -208,10 +213,10 @@ class OneCycleLR(Schedule):
             start = phase.end_step
         raise ValueError("a one-cycle schedule has at least one phase")
 
-    def rate(self, step: int, group: Options) -> float:
+    def rate(self, step: int, group: Options, number: int = 0) -> float:
         return self._between(min(step, self.total_steps), group, "lr")
 
-    def momentum(self, step: int, group: Options) -> float | None:
+    def momentum(self, step: int, group: Options, number: int = 0) -> float | None:
         if not self.cycle_momentum:
             return None
         return self._between(min(step, self.total_steps), group, "momentum")
@@ -220,38 +225,64 @@ class OneCycleLR(Schedule):
     def length(self) -> int:
         return self.total_steps
 
+    @property
+    def end(self) -> int:
+        return self.total_steps
+
 
 @dataclass(frozen=True)
 class SequentialLR(Schedule):
-    """One schedule after the other, each counting from its own start, at the milestones."""
+    """One schedule after the other, each counting from its own start, at the milestones.
+
+    Attributes:
+      schedules, milestones: Of the sequence.
+      bases: The base rates of each schedule, one per param group, where they have their own: a
+        OneCycleLR that is made after another sets new ones. Empty where all have the group's.
+    """
 
     schedules: tuple[Schedule, ...]
     milestones: tuple[int, ...]
+    bases: tuple[tuple[float, ...], ...] = ()
 
-    def _now(self, step: int) -> tuple[Schedule, int]:
+    def _now(self, step: int) -> tuple[int, int]:
         index = bisect_right(self.milestones, step)
-        return self.schedules[index], step - (self.milestones[index - 1] if index else 0)
+        return index, step - (self.milestones[index - 1] if index else 0)
 
-    def rate(self, step: int, group: Options) -> float:
-        schedule, since = self._now(step)
-        return schedule.rate(since, group)
+    def rate(self, step: int, group: Options, number: int = 0) -> float:
+        index, since = self._now(step)
+        return self.rate_of(index, since, group, number)
 
-    def momentum(self, step: int, group: Options) -> float | None:
-        schedule, since = self._now(step)
-        return schedule.momentum(since, group)
+    def rate_of(self, index: int, since: int, group: Options, number: int) -> float:
+        """The rate of one schedule at its own step; the first begins with the group's rate."""
+        own = {"initial_lr": self.bases[index][number]} if self.bases and index else {}
+        return self.schedules[index].rate(since, {**group, **own}, number)
+
+    def momentum(self, step: int, group: Options, number: int = 0) -> float | None:
+        index, since = self._now(step)
+        starts = (0, *self.milestones)
+        before = [(i, starts[i + 1] - 1 - starts[i]) for i in range(index - 1, -1, -1)]
+        after = [(i, 0) for i in range(index + 1, len(self.schedules))]
+        # one that leaves it alone keeps what the last one set, or the next when it was made
+        places = [(index, since), *before, *after]
+        found = (self.schedules[i].momentum(at, group, number) for i, at in places)
+        return next((momentum for momentum in found if momentum is not None), None)
 
     @property
     def length(self) -> int | None:
         last = self.schedules[-1].length
-        return None if last is None else last + (self.milestones[-1] if self.milestones else 0)
+        return None if last is None else last + max(self.milestones, default=0)
+
+    @property
+    def end(self) -> int | None:
+        last = self.schedules[-1].end
+        return None if last is None else last + max(self.milestones, default=0)
 
 
 def warmup_cosine(warmup_steps: int, total_steps: int, warmup_factor: float = 0.1) -> Schedule:
     """A linear warm-up from ``warmup_factor`` of the base rate, then half a cosine down to 0.
 
     Args:
-      warmup_steps: 0: no warm-up.
-      total_steps: Steps of the run, more than ``warmup_steps``.
+      warmup_steps, total_steps: At least 0, and more than that.
       warmup_factor: In (0, 1].
     Raises:
       ValueError: Numbers that make no schedule.

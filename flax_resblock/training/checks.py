@@ -9,8 +9,8 @@ from flax import nnx
 from flax_resblock.convert.state_map import TensorMap
 from flax_resblock.errors import InputError, some
 from flax_resblock.nn.resnet import ResNet
+from flax_resblock.runs.plateau import ReduceLROnPlateau
 from flax_resblock.runs.run import Run
-from flax_resblock.runs.schedules import OneCycleLR
 from flax_resblock.training.config import TrainConfig
 from flax_resblock.training.data import DataSource
 from flax_resblock.training.evaluation import classes_of
@@ -53,13 +53,16 @@ def _parameters(model: nnx.Module) -> Any:
     return nnx.to_flat_state(nnx.state(model, nnx.Param))
 
 
-def check_run(run: Run, model: nnx.Module, tensors: TensorMap, pace: Pace, end: int) -> None:
+def check_run(
+    run: Run, model: nnx.Module, tensors: TensorMap, pace: Pace, end: int, *, tested: bool
+) -> None:
     """Raises InputError unless the run fits the network and can be continued until step ``end``.
 
     Args:
       run, pace: The run, and where it continues.
       model, tensors: The network; those of its tensors that training does not change may be absent
         from the optimizer.
+      tested: Whether there are test images.
     """
     still = {one.flax_path for one in tensors.parameters if not one.trained}
     theirs = {path for group in run.optimizer.groups for path in group.paths} - still
@@ -78,9 +81,15 @@ def check_run(run: Run, model: nnx.Module, tensors: TensorMap, pace: Pace, end: 
             f"epochs to go on."
         )
     schedule = run.schedule and run.schedule.schedule
-    last = schedule.length if isinstance(schedule, OneCycleLR) else None
-    if last is not None and pace.position(end - 1) > last:
+    if isinstance(schedule, ReduceLROnPlateau) and not tested:
         raise InputError(
-            f"the one-cycle schedule of this run ends at its step {last}, but {length} would take "
-            f"it to {pace.position(end - 1)}. Take fewer epochs."
+            "the ReduceLROnPlateau of this run is stepped by what is measured on the test images "
+            "after each epoch. Give some: test=... in Python."
+        )
+    last = None if run.schedule is None else run.schedule.schedule.end
+    if run.schedule is not None and last is not None and pace.position(end - 1) > last:
+        name = type(run.schedule.schedule).__name__
+        raise InputError(
+            f"the {name} of this run ends at its step {last}, but {length} would take it to "
+            f"{pace.position(end - 1)}. Take fewer epochs."
         )

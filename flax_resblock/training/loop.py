@@ -32,7 +32,7 @@ from flax_resblock.training.pace import Pace, Rates, new_run
 from flax_resblock.training.progress import TrainingProgress
 from flax_resblock.training.randomness import random_state
 from flax_resblock.training.reports import EvaluationReport, History, Saver, StepReport
-from flax_resblock.training.state import Leaves, TrainState, split
+from flax_resblock.training.state import Leaves, TrainState, by_path, split
 from flax_resblock.training.step import Metrics, make_train_step
 
 
@@ -103,7 +103,7 @@ def fit(
     steps = steps_per_epoch(dataset, config.batch_size)
     run = run or new_run(config, steps, tensors)
     pace, record, end = Pace.of(run, steps), run.optimizer, config.end(steps)
-    check_run(run, model, tensors, pace, end)
+    check_run(run, model, tensors, pace, end, tested=test is not None)
     optimizer = optimizer_of(record)
     graphdef, state = split(model, optimizer, freeze=config.freeze, placement=placement)
     state = state._replace(
@@ -183,6 +183,7 @@ def fit(
                 history.evaluations.append(evaluation)
                 if on_evaluation is not None:
                     on_evaluation(evaluation)
+                pace = pace.seeing(evaluation) if done % steps == 0 else pace
             if saver is not None and (stopped or done == end or saver.due(done, evaluation)):
                 saver.save(*_copies(graphdef, leaves.state, rest, pace.after(done), facts))
             if stopped and done < end:
@@ -285,16 +286,7 @@ def _copies(
             f"the parameters are not finite after step {(run.steps or 1) - 1}. Try a smaller "
             f"learning_rate or a longer warmup_epochs."
         )
-    averaged = {path: leaf for part in ema or () for path, leaf in _by_path(part).items()}
+    averaged = {path: leaf for part in ema or () for path, leaf in by_path(part).items()}
     model = nnx.merge(graphdef, params, stats, *rest)
     carry_images(model, facts)
     return model, replace(run, optimizer=record_of(run.optimizer, opt_state), ema=averaged)
-
-
-def _by_path(values: nnx.State) -> dict[tuple[Any, ...], np.ndarray]:
-    """Arrays by attribute path; counters as int64, as in checkpoints."""
-    flat = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(values)}
-    return {
-        path: array.astype(np.int64) if path[-1] == "num_batches_tracked" else array
-        for path, array in flat.items()
-    }

@@ -11,10 +11,13 @@ from flax_resblock.convert.state_map import TensorMap
 from flax_resblock.runs.optimizer_kinds import OPTIMIZERS
 from flax_resblock.runs.optimizer_state import fresh_optimizer
 from flax_resblock.runs.optimizers import moving
+from flax_resblock.runs.plateau import ReduceLROnPlateau
 from flax_resblock.runs.run import Run
-from flax_resblock.runs.scheduler_state import ScheduleState, scheduled
+from flax_resblock.runs.scheduler_state import ScheduleState
+from flax_resblock.runs.scheduler_writing import scheduled
 from flax_resblock.runs.schedules import Fixed, Schedule, warmup_cosine
 from flax_resblock.training.config import TrainConfig
+from flax_resblock.training.reports import EvaluationReport
 
 
 class Rates(NamedTuple):
@@ -58,8 +61,8 @@ def at(run: Run, position: int) -> Run:
         return run
     schedule = run.schedule.schedule
     groups = tuple(
-        replace(group, options=scheduled(group.options, schedule, position))
-        for group in run.optimizer.groups
+        replace(group, options=scheduled(group.options, schedule, position, number))
+        for number, group in enumerate(run.optimizer.groups)
     )
     optimizer, state = (
         replace(run.optimizer, groups=groups),
@@ -78,6 +81,15 @@ def rescaled(run: Run, learning_rate: float | None) -> Run:
         for group, base in zip(groups, bases, strict=True)
     )
     return replace(run, optimizer=replace(run.optimizer, groups=made))
+
+
+def metric_of(schedule: ReduceLROnPlateau, evaluation: EvaluationReport) -> float:
+    """What steps a ReduceLROnPlateau: the test loss where it waits for a minimum, else the test
+    accuracy, in percent if the best so far is.
+    """
+    if schedule.mode == "min":
+        return evaluation.loss
+    return evaluation.accuracy * (100 if schedule.best > 1 else 1)
 
 
 @dataclass(frozen=True)
@@ -108,22 +120,41 @@ class Pace:
         state = self.run.schedule
         if state is None:
             return 0
-        return state.position + (
-            step // self.steps - self.start // self.steps if state.per_epoch else step - self.start
-        )
+        if isinstance(state.schedule, ReduceLROnPlateau):
+            return state.position
+        epochs = step // self.steps - self.start // self.steps
+        count = epochs if state.unit.per_epoch else step - self.start
+        return state.position + state.unit.ticks * count
 
     def after(self, step: int) -> Run:
         """The run after ``step`` steps, with unchanged buffers."""
         return replace(at(self.run, self.position(step)), steps=step, epochs=step // self.steps)
+
+    def seeing(self, evaluation: EvaluationReport) -> Pace:
+        """The pace after an epoch's evaluation, which steps a ReduceLROnPlateau."""
+        state = self.run.schedule
+        if state is None or not isinstance(state.schedule, ReduceLROnPlateau):
+            return self
+        schedule, reduced = state.schedule.seen(metric_of(state.schedule, evaluation))
+        optimizer = self.run.optimizer
+        if reduced:
+            groups = tuple(
+                replace(group, options={**group.options, "lr": schedule.reduced(rate, number)})
+                for number, group in enumerate(optimizer.groups)
+                for rate in (float(group.options["lr"]),)
+            )
+            optimizer = replace(optimizer, groups=groups)
+        seen = replace(state, schedule=schedule, position=state.position + 1)
+        return replace(self, run=replace(self.run, optimizer=optimizer, schedule=seen))
 
     def rates(self, step: int) -> Rates:
         """The rates of the step numbered ``step``."""
         groups = [group.options for group in self.run.optimizer.groups]
         schedule = Fixed() if self.run.schedule is None else self.run.schedule.schedule
         position = self.position(step)
-        momenta = [schedule.momentum(position, group) for group in groups]
+        momenta = [schedule.momentum(position, group, n) for n, group in enumerate(groups)]
         moved = [momentum for momentum in momenta if momentum is not None]
         return Rates(
-            np.array([schedule.rate(position, group) for group in groups]),
+            np.array([schedule.rate(position, group, n) for n, group in enumerate(groups)]),
             moving(moved) if moved else None,
         )

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 
@@ -82,3 +83,12 @@ def split(
         )
     params, stats = placement.copies((params, stats))
     return graphdef, TrainState(params, stats, optimizer.init(params))
+
+
+def by_path(values: nnx.State) -> dict[tuple[Any, ...], np.ndarray]:
+    """Arrays by attribute path; counters as int64, as in checkpoints."""
+    flat = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(values)}
+    return {
+        path: array.astype(np.int64) if path[-1] == "num_batches_tracked" else array
+        for path, array in flat.items()
+    }

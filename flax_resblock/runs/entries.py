@@ -1,0 +1,148 @@
+"""The entries of a PyTorch training checkpoint: their usual names, and what becomes of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class RunEntry:
+    """An entry of a training checkpoint.
+
+    Attributes:
+      name: Its name in the file.
+      use: What was made of it, or why it was left out.
+      status: ``"used"`` if the run needs it; ``"kept"`` if JAX does not, but it goes back to
+        PyTorch as it was; ``"ignored"`` if it ends here.
+    """
+
+    name: str
+    use: str
+    status: Literal["used", "kept", "ignored"]
+
+
+OURS = "written_by"
+"""Key of ``"args"`` that marks them as settings which this library wrote, to be read back whole."""
+EPOCHS_DONE = "epochs_done"
+"""Entry that counts epochs done; ``"epoch"`` may mean the last one or the next."""
+SCHEDULE_UNIT = "schedule_unit"
+"""Entry that says what the scheduler counts, where this library wrote the file."""
+SCHEDULERS = (
+    *("lr_scheduler", "scheduler", "lr_schedulers", "scheduler_state_dict"),
+    *("lr_scheduler_state_dict", "sched", "lr_sched", "param_schedulers"),
+)
+STEPS = ("global_step", "step", "steps", "iteration", "iter", "num_updates", "num_steps", "updates")
+EPOCHS = ("epoch", "current_epoch", "start_epoch")
+AVERAGES = ("model_ema", "ema", "state_dict_ema", "ema_state_dict", "ema_model")
+SCALERS = (
+    *("scaler", "grad_scaler", "amp_scaler", "amp", "native_amp_scaling_state", "MixedPrecision"),
+)
+_SETTINGS = ("args", "hyper_parameters", "hparams", "config", "cfg", "trainer_state")
+_NAMES = {
+    "epochs": ("epochs", "max_epochs", "num_epochs", "num_train_epochs"),
+    "batch_size": ("batch_size", "train_batch_size"),
+    "label_smoothing": ("label_smoothing", "smoothing"),
+}
+"""Settings by their usual names."""
+_RANDOM = "PyTorch's random state; JAX has its own"
+_REASONS = {
+    name: reason.format(name=name)
+    for reason, names in {
+        "loss scaling is for float16; float32 and bfloat16 need none": " ".join(SCALERS),
+        "averaged weights; --entry {name} takes them instead of the trained ones": (
+            " ".join(AVERAGES)
+        ),
+        _RANDOM: "rng rng_state rng_states random_state torch_rng torch_rng_state cuda_rng_state",
+        "of PyTorch's trainer": (
+            "loops callbacks pytorch-lightning_version hparams_name datamodule_hparams_name "
+            "training_args.bin"
+        ),
+    }.items()
+    for name in names.split()
+}
+"""Why known entries are not needed."""
+_BEGINNINGS = {
+    "rng_state": _RANDOM,
+    "random_states": _RANDOM,
+    "sampler": "the order of the images in PyTorch; JAX has its own",
+    "dl_state_dict": "the order of the images in PyTorch; JAX has its own",
+    "custom_checkpoint": "an object of the program's own, which is not opened",
+    "optimizer_1": "of a second optimizer",
+    "scheduler_1": "of a second scheduler",
+}
+"""The same by how the names of files begin."""
+
+
+def reason(name: str) -> str:
+    """Why an entry that nothing has used is not needed."""
+    begins = (why for start, why in _BEGINNINGS.items() if name.startswith(start))
+    return _REASONS.get(name) or next(begins, "not needed to go on")
+
+
+def _number(value: Any) -> int | None:
+    if isinstance(value, np.ndarray | np.generic) and value.size == 1:
+        value = value.item()
+    counts = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+    return int(value) if counts else None
+
+
+def count(
+    extras: Mapping[str, Any], names: Sequence[str], found: dict[str, RunEntry]
+) -> int | None:
+    """The first counter of these names; others are listed as ignored."""
+    counts = {name: n for name in names if (n := _number(extras.get(name))) is not None}
+    taken = next(iter(counts), None)
+    for name, value in counts.items():
+        if name == taken:
+            found[name] = RunEntry(name, str(value), "used")
+        else:
+            found[name] = RunEntry(name, f"{value}; '{taken}' was taken", "ignored")
+    return None if taken is None else counts[taken]
+
+
+def whole_number(extras: Mapping[str, Any], entry: str, name: str) -> int | None:
+    """A number in an entry that is a mapping."""
+    values = extras.get(entry)
+    return _number(values.get(name)) if isinstance(values, Mapping) else None
+
+
+def settings_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[str, Any]:
+    """Batch size, epochs and label smoothing, from whatever holds the script's settings."""
+    for name in _SETTINGS:
+        values = extras.get(name)
+        values = values if isinstance(values, Mapping) else getattr(values, "__dict__", {})
+        if str(values.get(OURS, "")).startswith("flax-resblock"):
+            found[name] = RunEntry(name, "all settings of the run", "used")
+            return {key: value for key, value in values.items() if key != OURS}
+        chosen = {}
+        for ours, theirs in _NAMES.items():
+            numbers = (values[key] for key in theirs if isinstance(values.get(key), int | float))
+            value = next(numbers, None)
+            if value is not None and not isinstance(value, bool) and value >= 0:
+                chosen[ours] = value if ours == "label_smoothing" else int(value)
+        if chosen:
+            words = ", ".join(f"{key} {value}" for key, value in chosen.items())
+            found[name] = RunEntry(name, words, "used")
+            return chosen
+    return {}
+
+
+def scalers_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[str, Any]:
+    """The states of gradient scalers, which are numbers and go back as they are."""
+    kept = {name: extras[name] for name in SCALERS if extras.get(name) and _plain(extras[name])}
+    words = "loss scaling, for the way back; float32 and bfloat16 need none"
+    found |= {name: RunEntry(name, words, "kept") for name in kept}
+    return kept
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is numbers and text in mappings and lists, which JSON holds as well."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(_plain, value))
+    return value is None or type(value) in (bool, int, float, str)

@@ -1,0 +1,96 @@
+"""Runs that real training programs have saved go on without flags, come back, and are resumed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import flax_resblock
+from flax_resblock import load_run, training
+from flax_resblock.parity.oracle import TRAJECTORY_LIMIT
+from flax_resblock.runs.ticks import BATCH, Unit
+from parity_tests import runs
+from parity_tests.programs import BACK, ON
+from parity_tests.support import worst
+
+PROGRAMS = {
+    "accelerate": ("accelerate", "saved", Unit(2)),
+    "lightning": ("pytorch_lightning", "saved.ckpt", BATCH),
+    "ignite": ("ignite", "saved.pt", BATCH),
+}
+"""The package of each, what it saves, and how often it steps the scheduler."""
+
+
+def run_program(program: str, task: str, folder: Path) -> None:
+    """Runs a program, Accelerate in two processes."""
+    command = [sys.executable, "-m", "parity_tests.programs", program, task, str(folder)]
+    several = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    ranks = range(2) if program == "accelerate" else range(1)
+    running = []
+    for rank in ranks:
+        own = {**several, "RANK": str(rank), "LOCAL_RANK": str(rank)} if len(ranks) > 1 else {}
+        running.append(
+            subprocess.Popen(
+                command,
+                cwd=Path(__file__).parents[1],
+                env={**os.environ, **own, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        for process in running:
+            said, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, said[-3000:]
+    finally:
+        for process in running:
+            process.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_of_the_program_goes_on_here_and_there_again(program, tmp_path):
+    package, saved, unit = PROGRAMS[program]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs {package}: pip install '.[programs]'")
+    run_program(program, "begin", tmp_path)
+    stayed = dict(np.load(tmp_path / "stayed.npz"))
+    rates = stayed.pop("rates")
+    with jax.enable_x64(True):
+        model, run = load_run(tmp_path / saved)
+        assert run.schedule is not None, run.problem
+        assert run.schedule.unit == unit
+        assert all(entry.use for entry in run.found)
+        config = runs.config(epochs=runs.DONE + ON)
+        data = runs.few_digits()
+        history = training.fit(model, data, config, run=run, progress=False)
+        assert len(history.steps) == ON * runs.STEPS
+        ours = flax_resblock.to_torch(model)
+        again, _ = load_run(tmp_path / saved)
+        half = training.fit(
+            again, data, runs.config(epochs=runs.DONE + ON - BACK), run=run, progress=False
+        )
+        flax_resblock.save(again, tmp_path / "back.pth", run=half.run)
+    assert worst(ours, stayed) <= TRAJECTORY_LIMIT
+    found = [step.learning_rate for step in history.steps[:: runs.STEPS]]
+    np.testing.assert_allclose(found, rates, rtol=1e-12)
+    run_program(program, "resume", tmp_path)
+    resumed = dict(np.load(tmp_path / "resumed.npz"))
+    np.testing.assert_allclose(resumed.pop("rates"), rates[-BACK:], rtol=1e-12)
+    assert worst(resumed, stayed) <= TRAJECTORY_LIMIT
