@@ -14,6 +14,7 @@ from flax_resblock.config.block import (
     BlockKind,
     BlockOptions,
     Lowering,
+    PaddingRule,
     Shortcut,
     StridePlacement,
     choices_of,
@@ -23,6 +24,7 @@ from flax_resblock.config.network import (
     NetworkOptions,
     ResNetConfig,
     Stem,
+    StemPadding,
     StemPool,
     StemStride,
     from_json,
@@ -33,8 +35,10 @@ from flax_resblock.config.slots import Activation, Branch, Path, Slot, SlotKind
 
 __all__ = [
     "ARCHITECTURES", "EXPANSION", "Activation", "Antialias", "Attention", "BlockConfig",
-    "BlockKind", "BlockOptions", "Branch", "Config", "Lowering", "NetworkOptions", "Path",
-    "ResNetConfig", "Shortcut", "Slot", "SlotKind", "Stem", "StemPool", "StemStride",
+    "BlockKind", "BlockOptions", "Branch", "Config", "Lowering", "NetworkOptions",
+    "PaddingRule", "Path",
+    "ResNetConfig", "Shortcut", "Slot", "SlotKind", "Stem", "StemPadding",
+    "StemPool", "StemStride",
     "StridePlacement", "architecture", "architectures", "choices_of", "from_json", "name_of",
     "to_json", "walk",
 ]  # fmt: skip

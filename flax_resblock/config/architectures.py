@@ -148,8 +148,8 @@ def name_of(config: Config) -> str:
             f"{config.stride}{_others(config)}"
         )
     for name, known in ARCHITECTURES.items():
-        if replace(known, num_classes=config.num_classes, in_channels=config.in_channels) == config:
-            return name
+        if replace(known, **{field: getattr(config, field) for field in _BESIDE}) == config:
+            return f"{name}{_padding(config)}"
     attention = "" if config.attention == "none" else f", {config.attention} attention"
     return (
         f"custom {config.block} ResNet, depths {config.depths}, widths {config.widths}, "
@@ -164,7 +164,18 @@ def _others(config: Config) -> str:
         words += [f"stem stride {config.stem_stride}"] if config.stem_stride else []
         words += [f"stem pooling {config.stem_pool}"] if config.stem_pool else []
     words += [name for name in _BIASES if getattr(config, name, False)]
-    return "".join(f", {one}" for one in words)
+    return "".join(f", {one}" for one in words) + _padding(config)
+
+
+def _padding(config: Config) -> str:
+    """How strided windows pad, where it is not as in PyTorch."""
+    words = f", padding {config.padding}" if config.padding != "symmetric" else ""
+    stem = getattr(config, "stem_padding", None)
+    return words if stem is None else f"{words}, stem padding {stem}"
+
+
+_BESIDE = ("num_classes", "in_channels", "padding", "stem_padding")
+"""Fields that do not change what a network is called."""
 
 
 _BIASES = ("stem_bias", "conv_bias", "shortcut_bias")

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 
 from flax_resblock.config import Activation, Lowering
+from flax_resblock.config.slots import padded
 from flax_resblock.nn.activations import ACTIVATIONS
 from flax_resblock.nn.conv import ChannelConv, Conv, cpu_forms
 from flax_resblock.nn.initializers import INITIALIZERS, Initializer, InitName
@@ -84,6 +85,7 @@ class Layers:
         dilation: int = 1,
         groups: int = 1,
         use_bias: bool = False,
+        padding_rule: str = "symmetric",
     ) -> Conv:
         """A convolution padded so that stride 1 keeps the resolution."""
         return Conv(
@@ -91,7 +93,7 @@ class Layers:
             out_channels,
             size,
             stride=stride,
-            padding=dilation * (size // 2),
+            padding=padded(size, stride, padding_rule, dilation * (size // 2)),
             dilation=dilation,
             groups=groups,
             use_bias=use_bias,
