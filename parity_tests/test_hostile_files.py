@@ -19,7 +19,7 @@ from flax_resblock.checkpoint.safetensors_file import write_safetensors
 from flax_resblock.checkpoint.torch_file import with_tensors
 from flax_resblock.checkpoint.torch_pickle import read_torch_pickle
 from flax_resblock.config import ResNetConfig
-from flax_resblock.training.data.bounded import read_npz
+from flax_resblock.checkpoint.bounded import read_npz
 from flax_resblock.training.data.idx import read_idx
 from parity_tests.fuzz import pickles, samples, targets
 from parity_tests.support import REPOSITORY, assert_same_bits, python

@@ -104,7 +104,7 @@ def convert(
         if format_name == "orbax" and target.naming.hub:
             format_name = f"folder for {target.naming.hub}"
             files = files_of(target.naming.hub, source.config, source.record.metadata)
-        tensors = transcode(source.state_map, target, source.tensors)
+        tensors = target.written(transcode(source.state_map, target, source.tensors))
         origin = None if no_certificate else provenance(source)  # now, as OUT may replace it
         if origin is not None and module is not None:
             origin["module"] = module

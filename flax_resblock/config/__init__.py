@@ -5,7 +5,13 @@ A *slot* is one place in a network that has parameters, or an activation worth c
 package imports no array library and no framework.
 """
 
-from flax_resblock.config.architectures import ARCHITECTURES, architecture, architectures, name_of
+from flax_resblock.config.architectures import (
+    ARCHITECTURES,
+    architecture,
+    architectures,
+    as_in_pytorch,
+    name_of,
+)
 from flax_resblock.config.block import (
     EXPANSION,
     Antialias,
@@ -39,6 +45,6 @@ __all__ = [
     "PaddingRule", "Path",
     "ResNetConfig", "Shortcut", "Slot", "SlotKind", "Stem", "StemPadding",
     "StemPool", "StemStride",
-    "StridePlacement", "architecture", "architectures", "choices_of", "from_json", "name_of",
-    "to_json", "walk",
+    "StridePlacement", "architecture", "architectures", "as_in_pytorch", "choices_of",
+    "from_json", "name_of", "to_json", "walk",
 ]  # fmt: skip

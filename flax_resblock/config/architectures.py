@@ -147,8 +147,9 @@ def name_of(config: Config) -> str:
             f"{config.kind} block {config.in_channels}->{config.out_channels}, stride "
             f"{config.stride}{_others(config)}"
         )
+    plain = as_in_pytorch(config)
     for name, known in ARCHITECTURES.items():
-        if replace(known, **{field: getattr(config, field) for field in _BESIDE}) == config:
+        if replace(known, num_classes=config.num_classes, in_channels=config.in_channels) == plain:
             return f"{name}{_padding(config)}"
     attention = "" if config.attention == "none" else f", {config.attention} attention"
     return (
@@ -174,8 +175,9 @@ def _padding(config: Config) -> str:
     return words if stem is None else f"{words}, stem padding {stem}"
 
 
-_BESIDE = ("num_classes", "in_channels", "padding", "stem_padding")
-"""Fields that do not change what a network is called."""
+def as_in_pytorch(config: ResNetConfig) -> ResNetConfig:
+    """The same network with strided windows that pad as many pixels on each side."""
+    return replace(config, padding="symmetric", stem_padding=None)
 
 
 _BIASES = ("stem_bias", "conv_bias", "shortcut_bias")

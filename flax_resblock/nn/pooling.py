@@ -192,7 +192,7 @@ class MaxPool(nnx.Module):
     def __init__(self, window: int, stride: int, padding: int | Literal["SAME"]) -> None:
         self.window = window
         self.stride = stride
-        self.padding = padding
+        self.padding: int | Literal["SAME"] = padding
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, C)`` to ``(N, H', W', C)``."""

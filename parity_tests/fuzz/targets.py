@@ -28,7 +28,7 @@ from flax_resblock.errors import InputError
 from flax_resblock.parity.certificate import recheck
 from flax_resblock.runs.run_file import run_of
 from flax_resblock.training.data import opening
-from flax_resblock.training.data.bounded import read_npz
+from flax_resblock.checkpoint.bounded import read_npz
 from flax_resblock.training.data.idx import read_idx
 from parity_tests.fuzz.pickles import PIECES
 from parity_tests.fuzz.samples import Files, state
