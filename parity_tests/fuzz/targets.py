@@ -21,6 +21,7 @@ import torch
 
 from flax_resblock import checkpoint
 from flax_resblock.checkpoint import Limits, digests
+from flax_resblock.checkpoint.bounded import read_npz
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.convert.opening import ReadOptions, interpret
@@ -28,7 +29,6 @@ from flax_resblock.errors import InputError
 from flax_resblock.parity.certificate import recheck
 from flax_resblock.runs.run_file import run_of
 from flax_resblock.training.data import opening
-from flax_resblock.checkpoint.bounded import read_npz
 from flax_resblock.training.data.idx import read_idx
 from parity_tests.fuzz.pickles import PIECES
 from parity_tests.fuzz.samples import Files, state
