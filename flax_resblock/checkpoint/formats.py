@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -81,7 +82,7 @@ def resolve(path: Path, limits: Limits) -> tuple[str, Path]:
         _refuse_distributed(path.parent)
     if path.name.endswith(".bin.index.json"):
         return "pytorch", path
-    if head.startswith(_MAPS) and any(head[4:8]):  # a header of gigabytes otherwise
+    if _MAPPING.match(head) and any(head[4:8]):  # as a header, it would have gigabytes
         return "msgpack", path
     if path.name.endswith((".safetensors.index.json", ".safetensors")) or head[8:9] == b"{":
         return "safetensors", path
@@ -122,8 +123,8 @@ def _is_npz(path: Path) -> bool:
 
 _PICKLES = tuple(bytes((0x80, protocol)) for protocol in (3, 4, 5))
 """How pickles of Python 3 begin; PyTorch writes protocol 2."""
-_MAPS = tuple(bytes((code,)) for code in (*range(0x81, 0x90), 0xDE, 0xDF))
-"""How msgpack begins with a mapping."""
+_MAPPING = re.compile(rb"([\x81-\x8f]|\xde..|\xdf....)[\xa0-\xbf\xd9\xda]", re.DOTALL)
+"""How msgpack begins with a mapping whose first key is text."""
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _CODE: Mapping[str, tuple[str, str, str]] = {
     "pytorch": ("torch_file", "read_torch", "write_torch"),
