@@ -1,24 +1,22 @@
 """Programs that train residual networks in JAX, as their users have them: each builds a small
 network with random statistics in float64, saves it by its own means, and runs it.
 
-    python parity_tests/jax_programs.py PROGRAM save FOLDER
-    python parity_tests/jax_programs.py PROGRAM run FOLDER FILE
-
-The first writes the checkpoint into FOLDER and images and outputs to FOLDER/truth.npz; the second
-loads FILE by the program's own means and writes FOLDER/again.npz. Runs in a process of its own, as
-the packages are in a folder that this library's own environment does not have."""
+It reads what to do from its standard input, a list in JSON on each line, and answers each with a
+line. ``[PROGRAM, "save", FOLDER]`` writes the checkpoint into FOLDER, and images and outputs to
+FOLDER/truth.npz; ``[PROGRAM, "run", FOLDER, FILE]`` loads FILE by the program's own means and
+writes FOLDER/again.npz. It is a process of its own, as it takes packages from a folder that this
+library's own environment does not have."""
 
 from __future__ import annotations
 
+import json
 import pickle
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 
 import jax
-
-jax.config.update("jax_enable_x64", True)
-
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx, serialization
@@ -309,7 +307,6 @@ PROGRAMS = {
     "flax example": lambda: Linen(Example(ResNetBlock)),
     "flax example, bottleneck": lambda: Linen(Example(BottleneckResNetBlock)),
     "jax-resnet": lambda: jax_resnet("ResNet18"),
-    "jax-resnet, ResNeXt": lambda: jax_resnet("ResNeXt50"),
     "jax-resnet, D": lambda: jax_resnet("ResNetD50"),
     "transformers": lambda: HuggingFace("basic"),
     "transformers, bottleneck": lambda: HuggingFace("bottleneck"),
@@ -322,15 +319,24 @@ PROGRAMS = {
 }
 
 
-def main(name, what, folder, file=None):
-    program, folder = PROGRAMS[name](), Path(folder)
-    if what == "save":
-        program.save(folder)
-    else:
-        program.load(Path(file))
-    output = {"images": IMAGES, "output": np.asarray(program.output(IMAGES))}
-    np.savez(folder / ("truth.npz" if what == "save" else "again.npz"), **output)
+def main():
+    jax.config.update("jax_enable_x64", True)
+    made = {}
+    for line in sys.stdin:
+        name, what, folder, *file = json.loads(line)
+        try:
+            program = made.setdefault(name, None) or PROGRAMS[name]()
+            made[name] = program
+            if what == "save":
+                program.save(Path(folder))
+            else:
+                program.load(Path(*file))
+            output = {"images": IMAGES, "output": np.asarray(program.output(IMAGES))}
+            np.savez(Path(folder) / ("truth.npz" if what == "save" else "again.npz"), **output)
+            print("done", flush=True)
+        except Exception:
+            print(json.dumps(traceback.format_exc()), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
