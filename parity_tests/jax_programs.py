@@ -186,7 +186,7 @@ class Haiku:
                 resnet_v2=v2,
                 channels_per_group=(16, 32, 32, 64),
                 use_projection=(bottleneck, True, True, True),
-                initial_conv_config={"output_channels": 16},
+                initial_conv_config={"output_channels": 8 if bottleneck else 16},
             )
             return net(images, is_training=train)
 

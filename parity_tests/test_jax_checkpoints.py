@@ -40,6 +40,7 @@ SAME = ResNetConfig(
     stem_padding="symmetric",
 )  # fmt: skip
 EXAMPLE = "flax_imagenet_basic"
+TOLD = {"depths": (1, 2), "widths": (8, 16), "stem_width": 8, "num_classes": 3}
 
 
 def variables(config=SAME, naming=EXAMPLE):
@@ -251,11 +252,10 @@ def test_what_is_no_set_of_variables_is_refused_with_a_reason(tmp_path):
 
 
 def test_every_naming_scheme_of_a_jax_program_reads_what_it_writes():
-    told = {"depths": (1, 2), "widths": (8, 16), "stem_width": 8, "num_classes": 3}
     for name, naming in NAMINGS.items():
         if not naming.told:
             continue
-        options = {**told, "block": "basic" if "basic" in name or name == "haiku" else "bottleneck"}
+        options = {**TOLD, "block": "basic" if "basic" in name or name == "haiku" else "bottleneck"}
         if name.endswith("_d"):
             options |= {"stem": "deep", "stem_hidden": (4, 4), "shortcut": "pooled"}
         if "backbone" in name:
@@ -265,4 +265,13 @@ def test_every_naming_scheme_of_a_jax_program_reads_what_it_writes():
         state = healthy(config, name)
         model = quietly(from_torch, state)
         assert model.config == config, name
-        assert model.stem.norm.momentum == naming.told["momentum"] if "_d" not in name else True
+        norm = model.stem.norm3 if model.config.stem == "deep" else model.stem.norm
+        assert norm.momentum == naming.told["momentum"]
+
+
+def test_a_projection_that_changes_nothing_is_no_stride_that_such_a_program_does_not_have():
+    """Haiku has projections where asked for; in PyTorch's names this would be a stride of 2."""
+    config = ResNetConfig(**TOLD, first_stride=2, padding="same")
+    assert quietly(from_torch, healthy(config)).config.first_stride == 2
+    with pytest.raises(CheckpointError, match=r"block_group_0\.block_0\.shortcut_conv\.w"):
+        from_torch(healthy(config, "haiku"))

@@ -44,6 +44,7 @@ _PROGRAM = (
     "saved by the program itself with random statistics, read with no flags, output in float64 <= "
     "1e-12; the same in PyTorch; written back, loaded and run by the program"
 )
+_FLAX = "flax 0.12.8"
 _TRANSFORMERS, _TIMM, _TORCHVISION = "transformers 5.24.0", "timm 1.0.31", "torchvision 0.28.0"
 
 FAMILIES = (
@@ -91,13 +92,13 @@ FAMILIES = (
     Family("nn.Sequential(*children)", "children", "lightly, BYOL", "none", _KEYS),
     Family(
         "Linen variables of this library", "flax",
-        "`linen.variables` in msgpack or Orbax, trained with Linen; `nnx.state` in Orbax", "flax",
+        "`linen.variables` in msgpack or Orbax, trained with Linen; `nnx.state` in Orbax", _FLAX,
         "trained, saved with flax.serialization, read back bit for bit, and loaded by PyTorch",
     ),
     Family(
         "flax ImageNet example", "flax_imagenet_basic",
         "ResNetBlock; the row flax_imagenet_bottleneck has BottleneckResNetBlock; padding same",
-        "flax, with the example's architecture written anew", _PROGRAM,
+        _FLAX, f"the example is no package, and its architecture is written anew; {_PROGRAM}",
     ),
     Family(
         "jax-resnet", "jax_resnet", "ResNet, wide ResNet, ResNeXt; ResNet-D (jax_resnet_d)",
@@ -114,8 +115,9 @@ FAMILIES = (
         "flaxmodels_linen_bottleneck)", "flaxmodels 0.1.3", _PROGRAM,
     ),
     Family(
-        "bonsai ResNet (NNX)", "bonsai", "`nnx.state` in Orbax", "flax, with the model written "
-        "anew by bonsai's names, as its package in the registry is empty", _PROGRAM,
+        "bonsai ResNet (NNX)", "bonsai", "`nnx.state` in Orbax", _FLAX,
+        f"its package in the registry is empty, and the model is written anew by its names; "
+        f"{_PROGRAM}",
     ),
     Family(
         "haiku ResNet", "haiku", "version 1, pickled or in an .npz; padding same",

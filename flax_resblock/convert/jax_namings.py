@@ -38,7 +38,14 @@ def _numbered(conv: str, norm: str, convolutions: int = 3) -> dict[str, str]:
 
 _TOLD: Mapping[str, Any] = MappingProxyType(
     {"padding": "symmetric", "stem_padding": None, "stride_on": "3x3", "activation": "relu"}
-    | {"stem_stride": None, "stem_pool": None, "dilated_stages": (), "eps": 1e-5, "momentum": 0.1}
+    | {
+        "stem_stride": None,
+        "stem_pool": None,
+        "first_stride": 1,
+        "dilated_stages": (),
+        "eps": 1e-5,
+        "momentum": 0.1,
+    }
 )
 """What these programs have unless a row says otherwise. PyTorch's ``momentum`` is one minus that
 of Flax, and one minus Haiku's ``decay_rate``."""
@@ -57,6 +64,7 @@ def _flax(
     **fields: Any,
 ) -> Naming:
     told = {**_TOLD, **({"block": "bottleneck"} if name.endswith("bottleneck") else {}), **told}
+    told = {key: value for key, value in told.items() if value is not ...}
     fields = {"tensors": FLAX_TENSORS, "counts": False, "note": BIASED, **fields}
     return Naming(name, stage, modules, origin, told=told, **fields)
 
@@ -111,6 +119,7 @@ def _huggingface(kind: str, layer: str, convolutions: int, prefix: str) -> Namin
         f"{prefix}encoder.stages.{{stage}}.layers.{{block}}",
         main | ends,
         f"transformers 4, {what}, {kind} blocks",
+        {"first_stride": ...},  # its config.json says it
         first_stage=0,
     )
 

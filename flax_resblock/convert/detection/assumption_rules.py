@@ -189,6 +189,7 @@ FIXED = (
         "where a convolution or a max pooling has a stride, it pads alike on all sides",
         ("padding",),
         _network(lambda config: config.padding == "symmetric"),
+        unless="it pads as TensorFlow does",
     ),
     Fixed(
         "each convolution pads with zeros to keep the image's size and comes before its norm; the "
