@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
+import re
 import warnings
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from flax import nnx, serialization
 from flax.training import train_state
 
 import flax_resblock
-from flax_resblock import InputError, ResNetConfig, from_torch
+from flax_resblock import InputError, ResNetConfig, from_torch, to_torch
 from flax_resblock.checkpoint import read
 from flax_resblock.checkpoint.jax_tree import nested
 from flax_resblock.cli import run
@@ -33,7 +34,7 @@ from flax_resblock.parity.oracle import relative_l2
 from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.reference import ReferencePair, torch_reference
 from flax_resblock.parity.taps import as_tensor
-from parity_tests.support import healthy
+from parity_tests.support import assert_same_bits, healthy
 
 SAME = ResNetConfig(
     depths=(1, 2), widths=(4, 8), stem_width=4, num_classes=3, padding="same",
@@ -264,6 +265,10 @@ def test_every_naming_scheme_of_a_jax_program_reads_what_it_writes():
         config = ResNetConfig(**options)
         state = healthy(config, name)
         model = quietly(from_torch, state)
+        assert_same_bits(to_torch(model, name), state)
+        gone = next(key for key in list(state)[20:] if "tracked" not in key)
+        with pytest.raises(CheckpointError, match=rf"missing +{re.escape(gone)}\n"):
+            from_torch({key: value for key, value in state.items() if key != gone})
         assert model.config == config, name
         norm = model.stem.norm3 if model.config.stem == "deep" else model.stem.norm
         assert norm.momentum == naming.told["momentum"]
