@@ -102,10 +102,16 @@ def _size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) 
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
+def _padding(slot: Slot) -> int:
+    if slot.padding == "SAME":
+        raise ValueError("networks with padding 'same' are not counted here.")
+    return slot.padding
+
+
 def _conv(slot: Slot, size: int, channels: int, *, first: bool) -> tuple[Layer, int]:
     """The layer of a convolution, and the size of its output."""
     kernel, _, fan, out = slot.shape
-    geometry = kernel, slot.stride, slot.padding, slot.dilation
+    geometry = kernel, slot.stride, _padding(slot), slot.dilation
     after = _size(size, *geometry)
     layer = Layer(
         group=slot.stage,
@@ -133,7 +139,7 @@ def layers(config: ResNetConfig, size: int) -> list[Layer]:
     """Every operation of a network on square images of ``size`` pixels, in forward order.
 
     Raises:
-      ValueError: Attention, blurs and pooled shortcuts are not counted.
+      ValueError: Attention, blurs, pooled shortcuts and padding ``"same"`` are not counted.
     """
     slots = list(walk(config))
     if any(slot.branch is Branch.ATTENTION or slot.kind in _UNCOUNTED for slot in slots):
@@ -179,7 +185,7 @@ def _operations(
     if slot.is_block:
         return _elementwise(slot.stage, ("add", *activation), size, channels), (size, channels)
     if slot.kind is SlotKind.MAX_POOL:
-        after = _size(size, slot.shape[0], slot.stride, slot.padding)
+        after = _size(size, slot.shape[0], slot.stride, _padding(slot))
         before, behind = size**2 * channels, after**2 * channels
         pool = Layer(group=slot.stage, kind="pool", inputs=before, outputs=behind)
         return [pool], (after, channels)

@@ -43,6 +43,7 @@ ALLOWED_SKIPS = {
     "needs a GPU or TPU": "the machine has none",
     "torch has no accelerator": "the machine has none",
     "jax has no GPU or TPU": "the machine has none",
+    "the package registry cannot be reached": "other programs are downloaded where that is allowed",
     "root": "file permissions do not bind root",
     "the real checkpoints are not at": "the folder with trained checkpoints is optional",
 }

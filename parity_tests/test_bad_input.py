@@ -474,7 +474,7 @@ def test_a_broken_shard_index_is_refused(index, tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["net.npz", "net.h5", "net.safetensor"])
+@pytest.mark.parametrize("name", ["net.onnx", "net.tar", "net.safetensor"])
 def test_an_unknown_suffix_is_refused(name, tmp_path):
     with pytest.raises(InputError, match="names no format"):
         save(from_torch(healthy()), tmp_path / name)

@@ -219,6 +219,7 @@ def test_the_table_of_families_is_current():
 
 
 def test_the_table_names_the_versions_that_the_tests_run_with():
-    pinned = (REPOSITORY / "constraints.txt").read_text()
+    files = "constraints.txt", "parity_tests/test_jax_families.py"
+    pinned = "".join((REPOSITORY / name).read_text() for name in files)
     for reference in {family.reference for family in families.FAMILIES} - {"none", "torch_ref"}:
         assert reference.replace(" ", "==") in pinned

@@ -10,11 +10,11 @@ import pytest
 import safetensors.numpy
 
 from flax_resblock import CheckpointError, InputError, checkpoint
+from flax_resblock.checkpoint.bounded import read_npz
 from flax_resblock.cli import run
 from flax_resblock.convert.opening import ReadOptions, open_checkpoint
 from flax_resblock.parity.certificate import recheck
 from flax_resblock.runs.run_file import run_of
-from flax_resblock.training.data.bounded import read_npz
 from flax_resblock.training.data.npz import npz_archive
 from parity_tests.fuzz import samples
 

@@ -13,13 +13,13 @@ import torch
 
 from flax_resblock import CheckpointError, InputError, checkpoint
 from flax_resblock.checkpoint import Limits
+from flax_resblock.checkpoint.bounded import read_npz
 from flax_resblock.checkpoint.limits import check_content
 from flax_resblock.checkpoint.orbax_folder import write_orbax
 from flax_resblock.checkpoint.safetensors_file import write_safetensors
 from flax_resblock.checkpoint.torch_file import with_tensors
 from flax_resblock.checkpoint.torch_pickle import read_torch_pickle
 from flax_resblock.config import ResNetConfig
-from flax_resblock.training.data.bounded import read_npz
 from flax_resblock.training.data.idx import read_idx
 from parity_tests.fuzz import pickles, samples, targets
 from parity_tests.support import REPOSITORY, assert_same_bits, python

@@ -66,7 +66,8 @@ NETWORKS = {
 def names(naming, config):
     """Whether a naming scheme has names for all of a network, and is not another one's again."""
     try:
-        return naming != "timm" and bool(StateMap(config, NAMINGS[naming]))
+        scheme = NAMINGS[naming]
+        return naming != "timm" and not scheme.told and bool(StateMap(config, scheme))
     except InputError:
         return False
 
@@ -78,7 +79,8 @@ READINGS = [
     if names(naming, config)
     and (naming == "torchvision" or name in ("basic", "deep, without head"))
 ]
-"""Every network under torchvision's names, and one with and one without a head under all others."""
+"""Every network under torchvision's names, and one with and one without a head under all others
+that are for any network."""
 
 
 def described(config, naming="torchvision"):

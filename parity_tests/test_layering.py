@@ -28,7 +28,8 @@ PACKAGES: dict[str, tuple[set[str], set[str]]] = {
     "nn": ({"config", "errors"}, JAX),
     "checkpoint": (
         {"_version", "errors", "hub"},
-        ARRAYS | {"safetensors", "jax", "orbax", "tensorstore", "filelock"},
+        ARRAYS
+        | {"safetensors", "jax", "orbax", "tensorstore", "filelock", "msgpack", "flax", "h5py"},
     ),
     "convert": ({"_version", "checkpoint", "config", "errors"}, ARRAYS),
     "images": ({"config", "convert", "errors"}, ARRAYS | {"PIL"}),

@@ -646,7 +646,7 @@ def test_other_modules_are_left_to_the_trace():
     ("message", "call"),
     {
         "stride 1": lambda x: nn.convolve(x, x, stride=2, padding="same"),
-        "'same', 'valid' or numbers": lambda x: nn.convolve(x, x, padding="full"),
+        "'valid', 'SAME' or numbers": lambda x: nn.convolve(x, x, padding="full"),
         "one number or 2": lambda x: nn.convolve(x, x, stride=(1, 2, 3)),
         "convolve takes": lambda x: nn.convolve(x[0, 0], x[0, 0]),
         "conv_transpose takes": lambda x: nn.conv_transpose(x[0, 0], x[0, 0]),

@@ -66,7 +66,8 @@ def test_slots_have_the_numbers_of_the_layers_on_both_sides(name):
     for slot in slots:  # the negative control: a slot with another number is found on either side
         if slot.convolves:
             for number in GEOMETRY:
-                wrong = replace(slot, **{number: getattr(slot, number) + 1})
+                own = getattr(slot, number)
+                wrong = replace(slot, **{number: 0 if own == "SAME" else own + 1})
                 assert differing_slots([wrong], model) == [slot.name]
             module = facts.modules[state_map.naming.module_name(slot) or ""]
             module.stride = (slot.stride + 1, slot.stride + 1)
@@ -143,7 +144,7 @@ def test_a_new_option_enters_the_battery_by_itself():
 
         def slots(self, stage="", block=None):
             for slot in super().slots(stage, block):
-                yield replace(slot, padding=slot.padding + (self.colour == "green"))
+                yield replace(slot, dilation=slot.dilation + (self.colour == "green"))
 
     Extended.__annotations__["colour"] = Literal["red", "green"]
     found = battery.covering(Extended, battery._BLOCK)

@@ -3,10 +3,51 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def same_padding(x: Tensor, reach: int, stride: int) -> list[int]:
+    """TensorFlow's and Flax's ``'SAME'`` as ``F.pad`` takes it: left, right, top, bottom.
+
+    As many pixels as ``ceil(size / stride)`` windows that reach over ``reach`` pixels need; where
+    their number is odd, the right and the bottom have one more."""
+    sides: list[int] = []
+    for size in (x.shape[3], x.shape[2]):
+        total = max((math.ceil(size / stride) - 1) * stride + reach - size, 0)
+        sides += [total // 2, total - total // 2]
+    return sides
+
+
+class SameConv2d(nn.Conv2d):
+    """A strided convolution that pads its input with ``'SAME'``."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.padding = "SAME"
+
+    def forward(self, input: Tensor) -> Tensor:
+        reach = self.dilation[0] * (self.kernel_size[0] - 1) + 1
+        x = F.pad(input, same_padding(input, reach, self.stride[0]))
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class SameMaxPool2d(nn.Module):
+    """Max pooling that pads its input with ``'SAME'``, by minus infinity."""
+
+    padding, dilation, ceil_mode = "SAME", 1, False
+
+    def __init__(self, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.kernel_size, self.stride = kernel_size, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides = same_padding(x, self.kernel_size, self.stride)
+        x = F.pad(x, sides, value=-math.inf)
+        return F.max_pool2d(x, self.kernel_size, self.stride)
 
 
 def conv(
@@ -17,8 +58,11 @@ def conv(
     dilation: int = 1,
     groups: int = 1,
     bias: bool = False,
+    padding_rule: str = "symmetric",
 ) -> nn.Conv2d:
     """A convolution padded so that stride 1 keeps the resolution, without bias by default."""
+    if padding_rule == "same" and size > 1 and stride > 1:
+        return SameConv2d(in_channels, out_channels, size, stride, 0, dilation, groups, bias)
     padding = dilation * (size // 2)
     return nn.Conv2d(in_channels, out_channels, size, stride, padding, dilation, groups, bias)
 

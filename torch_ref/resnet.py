@@ -7,7 +7,14 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from torch_ref.layers import Blur, activation_layer, channel_attention, conv, downsample
+from torch_ref.layers import (
+    Blur,
+    SameMaxPool2d,
+    activation_layer,
+    channel_attention,
+    conv,
+    downsample,
+)
 
 
 class BasicBlock(nn.Module):
@@ -31,11 +38,12 @@ class BasicBlock(nn.Module):
         activation: str = "relu",
         conv_bias: bool = False,
         shortcut_bias: bool = False,
+        padding: str = "symmetric",
     ) -> None:
         super().__init__()
         blurs = antialias == "blur" and stride == 2
         strided = 1 if blurs else stride
-        self.conv1 = conv(in_channels, planes, 3, strided, dilation, groups, conv_bias)
+        self.conv1 = conv(in_channels, planes, 3, strided, dilation, groups, conv_bias, padding)
         self.bn1 = nn.BatchNorm2d(planes)
         self.aa = Blur(planes, stride) if blurs else None
         self.conv2 = conv(planes, planes, 3, 1, dilation, groups, conv_bias)
@@ -74,6 +82,7 @@ class Bottleneck(nn.Module):
         activation: str = "relu",
         conv_bias: bool = False,
         shortcut_bias: bool = False,
+        padding: str = "symmetric",
     ) -> None:
         super().__init__()
         width = int(planes * (base_width / 64.0)) * groups
@@ -81,7 +90,7 @@ class Bottleneck(nn.Module):
         first, second = (stride, 1) if stride_on == "1x1" else (1, 1 if blurs else stride)
         self.conv1 = conv(in_channels, width, 1, first, bias=conv_bias)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = conv(width, width, 3, second, dilation, groups, conv_bias)
+        self.conv2 = conv(width, width, 3, second, dilation, groups, conv_bias, padding)
         self.bn2 = nn.BatchNorm2d(width)
         self.aa = Blur(width, stride) if blurs else None
         self.conv3 = conv(width, planes * self.expansion, 1, bias=conv_bias)
@@ -108,19 +117,23 @@ def _stem_convolutions(
     activation: str,
     stride: int,
     bias: bool,
+    padding: str,
 ) -> nn.Module:
+    options = {"bias": bias, "padding_rule": padding}
     if stem != "deep":
-        return conv(in_channels, width, 7 if stem == "imagenet" else 3, stride, bias=bias)
+        return conv(in_channels, width, 7 if stem == "imagenet" else 3, stride, **options)
     layers: list[nn.Module] = []
     for index, (inputs, outputs) in enumerate(zip((in_channels, *hidden), hidden, strict=False)):
-        layers.append(conv(inputs, outputs, 3, 1 if index else stride, bias=bias))
+        layers.append(conv(inputs, outputs, 3, 1 if index else stride, **options))
         layers += [nn.BatchNorm2d(outputs), activation_layer(activation)]
     return nn.Sequential(*layers, conv(hidden[-1], width, 3, bias=bias))
 
 
-def _stem_pooling(pool: str, blurs: bool, channels: int) -> nn.Module:
+def _stem_pooling(pool: str, blurs: bool, channels: int, padding: str) -> nn.Module:
     if pool == "none":
         return nn.Identity()
+    if padding == "same":
+        return SameMaxPool2d(2 if pool == "2x2" else 3, 2)
     if pool == "2x2":
         return nn.MaxPool2d(2)
     if blurs:
@@ -140,6 +153,9 @@ class ResNet(nn.Module):
       stem_hidden: Channels of a deep stem's first two convolutions.
       stem_stride: Of the stem's first convolution; None: 1 of ``"cifar"``, else 2.
       stem_pool: ``"3x3"``, ``"2x2"`` or ``"none"``; None: none of ``"cifar"``, else 3x3.
+      padding: ``"symmetric"``, or ``"same"``: strided convolutions and pooling pad as TensorFlow
+        and Flax do with ``'SAME'``.
+      stem_padding: The same of the stem's convolutions; None: as ``padding``.
       stem_bias: Whether the stem's convolutions have a bias.
       first_stride: Stride of the first stage.
       shortcut, stride_on, groups, base_width, attention, attention_ratio, antialias, conv_bias,
@@ -161,6 +177,7 @@ class ResNet(nn.Module):
         stem_hidden: Sequence[int] = (),
         stem_stride: int | None = None,
         stem_pool: str | None = None,
+        stem_padding: str | None = None,
         stem_bias: bool = False,
         first_stride: int = 1,
         shortcut: str = "projection",
@@ -171,6 +188,7 @@ class ResNet(nn.Module):
         activation: str = "relu",
         conv_bias: bool = False,
         shortcut_bias: bool = False,
+        padding: str = "symmetric",
         groups: int = 1,
         base_width: int = 64,
         dilated_stages: Sequence[int] = (),
@@ -182,10 +200,12 @@ class ResNet(nn.Module):
         stem_stride = stem_stride or (1 if stem == "cifar" else 2)
         stem_pool = stem_pool or ("none" if stem == "cifar" else "3x3")
         sizes = in_channels, stem_hidden, stem_width
-        self.conv1 = _stem_convolutions(stem, *sizes, activation, stem_stride, stem_bias)
+        stem_padding = stem_padding or padding
+        options = activation, stem_stride, stem_bias, stem_padding
+        self.conv1 = _stem_convolutions(stem, *sizes, *options)
         self.bn1 = nn.BatchNorm2d(stem_width)
         self.act = activation_layer(activation)
-        self.maxpool = _stem_pooling(stem_pool, antialias == "blur", stem_width)
+        self.maxpool = _stem_pooling(stem_pool, antialias == "blur", stem_width, padding)
 
         make_block = BasicBlock if block == "basic" else partial(Bottleneck, stride_on=stride_on)
         expansion = BasicBlock.expansion if block == "basic" else Bottleneck.expansion
@@ -212,6 +232,7 @@ class ResNet(nn.Module):
                         activation=activation,
                         conv_bias=conv_bias,
                         shortcut_bias=shortcut_bias,
+                        padding=padding,
                     )
                 )
                 channels = width * expansion

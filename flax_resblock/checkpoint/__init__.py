@@ -1,4 +1,4 @@
-"""Files to flat ``{name: array}`` and back: PyTorch, safetensors, Orbax.
+"""Files to flat ``{name: array}`` and back: PyTorch, safetensors, Orbax, msgpack, npz, HDF5.
 
 Names are taken as they are; the naming schemes are known to :mod:`flax_resblock.convert`.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,26 @@ import numpy as np
 from flax_resblock.checkpoint.atomic import refuse_existing, remove, replacing
 from flax_resblock.checkpoint.folders import (
     CONFIG_FILE,
-    DISTRIBUTED_PLAN,
-    DISTRIBUTED_SHARD,
     PREPROCESSOR_FILE,
     RUN_FOLDER,
     WEIGHTS,
     is_orbax,
     is_ported,
     metadata_in,
-    orbax_in,
-    refuse_distributed,
     texts_beside,
     trainer_files,
-    weights_in,
+)  # fmt: skip
+from flax_resblock.checkpoint.formats import (
+    FORMATS,
+    output_format,
+    read_as,
+    resolve,
+    writer_of,
 )  # fmt: skip
 from flax_resblock.checkpoint.limits import (
     LIMITS,
     UNLIMITED,
     Limits,
-    check_files,
     check_names,
     first_line,
 )  # fmt: skip
@@ -59,76 +59,6 @@ __all__ = [
     "write",
 ]  # fmt: skip
 
-FORMATS: Mapping[str, tuple[str, ...]] = {
-    "pytorch": (".pt", ".pth", ".th", ".bin", ".ckpt"),
-    "safetensors": (".safetensors",),
-    "orbax": ("",),
-}
-"""Output formats by file name suffix; a name without suffix is a folder."""
-
-
-def output_format(path: Path) -> str:
-    """The format that a file name asks for; raises InputError for a suffix that no format has, and
-    for a name on a hub.
-    """
-    if is_name(path):
-        raise InputError(
-            f"{path} names a repository, and an output is a file or a folder. In Python, "
-            f"flax_resblock.save(model, {str(path)!r}) pushes a model."
-        )
-    for name, suffixes in FORMATS.items():
-        if path.suffix.lower() in suffixes:
-            return name
-    known = ", ".join(suffix for suffixes in FORMATS.values() for suffix in suffixes if suffix)
-    raise InputError(
-        f"{path}: the suffix {path.suffix!r} names no format. Use {known}, or a name without "
-        f"suffix for an Orbax folder."
-    )
-
-
-def _resolve(path: Path, limits: Limits) -> tuple[str, Path]:
-    """Format and actual file, by content and not by name."""
-    if path.is_dir():
-        orbax = orbax_in(path)
-        if orbax is not None:
-            return "orbax", orbax
-        weights = weights_in(path)
-        if weights is not None:  # which a link may stand for: caches of downloads consist of them
-            return ("pytorch" if ".bin" in weights.name else "safetensors"), weights
-        if is_ported(path):
-            raise CheckpointError(
-                f"{path} is the folder of a network that `flax-resblock port` wrote. In Python, "
-                f"import the class in it and call flax_resblock.load_ported({str(path)!r}, "
-                f"Net); `flax-resblock convert {path} back.pth` returns the state dict of PyTorch."
-            )
-        refuse_distributed(path)
-        raise CheckpointError(
-            f"{path} is a folder without a checkpoint: no Orbax metadata, no "
-            f"model.safetensors. Give the checkpoint itself."
-        )
-    try:
-        if not path.exists():
-            raise CheckpointError(f"{path} does not exist. Check the path.")
-        check_files([path], limits, path)
-        with path.open("rb") as handle:
-            head = handle.read(9)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    if not head:
-        raise CheckpointError(f"{path} is empty. The download or copy failed; get it again.")
-    if path.suffix == DISTRIBUTED_SHARD or path.name == DISTRIBUTED_PLAN:
-        refuse_distributed(path.parent)
-    if path.name.endswith(".bin.index.json"):
-        return "pytorch", path
-    if path.name.endswith((".safetensors.index.json", ".safetensors")) or head[8:9] == b"{":
-        return "safetensors", path
-    if head.startswith((b"PK", b"\x80")):
-        return "pytorch", path
-    raise CheckpointError(
-        f"{path} is neither a PyTorch checkpoint (zip or pickle) nor safetensors: it begins "
-        f"with {head!r}. Check that it is the right file."
-    )
-
 
 def read(
     path: str | Path, *, entry: str | None = None, run: bool = False, limits: Limits = LIMITS
@@ -136,9 +66,10 @@ def read(
     """Reads any checkpoint; nothing in it is executed.
 
     Args:
-      path: ``.pt``, ``.pth``, ``.th``, ``.safetensors``, a shard index, an Orbax folder, or a
-        folder with ``model.safetensors`` or ``pytorch_model.bin``, whose ``config.json`` then is in
-        the metadata; or the name of weights elsewhere, see :mod:`flax_resblock.hub`.
+      path: ``.pt``, ``.pth``, ``.th``, ``.safetensors``, a shard index, ``.msgpack``, ``.npz``,
+        ``.h5``, a pickle of arrays, an Orbax folder, or a folder with ``model.safetensors``,
+        ``pytorch_model.bin`` or ``flax_model.msgpack``, whose ``config.json`` then is in the
+        metadata; or the name of weights elsewhere, see :mod:`flax_resblock.hub`.
       entry: Name of the entry that holds the state dict in a training checkpoint; None finds it.
       run: Also read what a training run left in files beside the weights; and entries beside them
         have numpy arrays for tensors.
@@ -153,19 +84,8 @@ def read(
         fetched = fetch(str(path), WEIGHTS, (CONFIG_FILE, PREPROCESSOR_FILE))
         record = read(fetched.path, entry=entry, run=run, limits=limits)
         return replace(record, metadata={**fetched.metadata, **record.metadata})
-    format_name, file = _resolve(Path(path), limits)
-    if format_name == "orbax":
-        from flax_resblock.checkpoint.orbax_folder import read_orbax
-
-        record = read_orbax(file, limits)
-    elif format_name == "safetensors":
-        from flax_resblock.checkpoint.safetensors_file import read_safetensors
-
-        record = read_safetensors(file, entry=entry, limits=limits)
-    else:
-        from flax_resblock.checkpoint.torch_file import read_torch
-
-        record = read_torch(file, entry=entry, limits=limits)
+    format_name, file = resolve(Path(path), limits)
+    record = read_as(format_name, file, entry, limits)
     check_names(record.tensors, record.source)
     _verify(record, _recorded_digests(record))
     found = metadata_digest(record.metadata)
@@ -211,24 +131,6 @@ def _verify(record: Record, expected: Mapping[str, str]) -> None:
         )
 
 
-def _writer(format_name: str, files: Mapping[str, str] | None) -> Callable[..., None]:
-    if files is not None:
-        from flax_resblock.checkpoint.safetensors_file import write_hub_folder
-
-        return partial(write_hub_folder, files=files)
-    if format_name == "orbax":
-        from flax_resblock.checkpoint.orbax_folder import write_orbax
-
-        return write_orbax
-    if format_name == "safetensors":
-        from flax_resblock.checkpoint.safetensors_file import write_safetensors
-
-        return write_safetensors
-    from flax_resblock.checkpoint.torch_file import write_torch
-
-    return write_torch
-
-
 def write(
     path: str | Path,
     tensors: dict[str, np.ndarray],
@@ -243,11 +145,11 @@ def write(
     into place.
 
     Args:
-      path: The suffix decides the format: ``.pth`` (``.pt``, ``.th``), ``.safetensors``, none for
-        an Orbax folder.
+      path: The suffix decides the format: ``.pth`` (``.pt``, ``.th``), ``.safetensors``,
+        ``.msgpack``, ``.npz``, ``.h5``, none for an Orbax folder.
       tensors: Arrays by name.
       metadata: Strings kept beside the tensors where the format has a place for them (not in a
-        ``.pth``, whose SHA-256 lie in a file beside it).
+        ``.pth``, whose SHA-256 lie in a file beside it, nor in the formats of JAX programs).
       extras: Entries of a training checkpoint, numpy arrays for tensors; for a ``.pth`` only, where
         ``tensors`` then become the entry ``"model"``.
       files: Texts by name; ``path``, without suffix, then becomes a folder of ``model.safetensors``
@@ -272,7 +174,7 @@ def write(
         companions = (sidecar_of(path).name,)
     with replacing(path, force=force, companions=companions, replaceable=is_orbax) as temporary:
         metadata[METADATA_DIGEST] = metadata_digest(metadata)
-        _writing(path, _writer(format_name, files), temporary, tensors, metadata, **beside)
+        _writing(path, writer_of(format_name, files), temporary, tensors, metadata, **beside)
         if release:
             tensors.clear()
         # reading compares with the digests that lie in it or beside it

@@ -7,6 +7,7 @@ Accelerate add files for the optimizer and the schedule.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ WEIGHTS = (
     "model.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
+    "flax_model.msgpack",
 )
 """Names of the weights, in order of preference."""
 
@@ -41,9 +43,24 @@ RUN_FOLDER = "checkpoints"
 
 
 def orbax_in(path: Path) -> Path | None:
-    """The Orbax folder that a path is, or the newest of a run; None if there is none."""
-    folders = (path, *sorted((path / RUN_FOLDER).glob("*"), reverse=True))
+    """The Orbax folder that a path is, or the newest of a run or of a folder of steps; None if
+    there is none."""
+    steps = sorted(path.glob("*"), key=_step, reverse=True) if path.is_dir() else []
+    folders = (path, *sorted((path / RUN_FOLDER).glob("*"), reverse=True), *steps)
     return next((folder for folder in folders if is_orbax(folder)), None)
+
+
+def _step(path: Path) -> tuple[int, str]:
+    """The number at the end of a name: ``100``, ``checkpoint_100``."""
+    digits = re.search(r"\d{1,18}$", path.name)
+    return (int(digits.group()) if digits else -1), path.name
+
+
+def msgpack_in(path: Path) -> Path | None:
+    """The newest of the files ``checkpoint_100`` that ``flax.training.checkpoints`` wrote; None if
+    there is none."""
+    files = [one for one in path.glob("checkpoint_*") if one.is_file()]
+    return max(files, key=_step, default=None)
 
 
 def metadata_in(path: Path) -> dict[str, str]:

@@ -85,7 +85,8 @@ class _Sketch(NamedTuple):
         call), ``"reference"`` (by a persistent id) or ``"mark"``.
       depth: How deep it nests.
       weight: How many values hashing it visits; ``_UNHASHABLE`` for more than a key may have.
-      name: Full name of a global, or of what was called; empty where only the stack has it.
+      name: Full name of a global, or of what was called; the text of a short string, of which a
+        name may be made.
     """
 
     kind: str
@@ -102,8 +103,9 @@ _WITHOUT_VALUE = ("PROTO", "FRAME")
 _SCALARS = (
     {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1"}
     | {"SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES"}
-    | {"SHORT_BINUNICODE", "BINUNICODE"}
+    | {"SHORT_BINUNICODE", "BINUNICODE", "BINBYTES8", "BYTEARRAY8"}
 )
+_LONGEST_NAME = 512
 
 
 @dataclass
@@ -183,7 +185,7 @@ class _Walk:
         if name == "GLOBAL":
             return _Sketch("global", name=str(argument).replace(" ", ".", 1))
         if name == "STACK_GLOBAL":
-            return _Sketch("global")
+            return _Sketch("global", name=".".join(part.name for part in below))
         if name in ("REDUCE", "NEWOBJ"):
             return self.called(*below)
         if name == "BINPERSID":
@@ -236,7 +238,8 @@ def check_pickle(
         if name not in rules.opcodes:
             raise RefusedError(f"asks for the instruction {name}. {rules.refusal}")
         if name in _SCALARS:
-            stack.append(_SCALAR)
+            short = isinstance(argument, str) and len(argument) <= _LONGEST_NAME
+            stack.append(_SCALAR._replace(name=argument) if short else _SCALAR)
         elif name in _PUTS:
             number = len(memo) if argument is None else int(argument)
             if number > len(data):

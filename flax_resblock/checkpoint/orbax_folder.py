@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from flax_resblock.checkpoint.jax_tree import record_of_tree
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_content, first_line
 from flax_resblock.checkpoint.orbax_check import DamagedFolderError, check_folder, unreadable
 from flax_resblock.checkpoint.record import DIGESTS, Record
@@ -21,6 +22,8 @@ from flax_resblock.errors import CheckpointError, some
 _IN_FLIGHT = 16 << 20
 """Bytes that Orbax may hold in its own buffers at a time."""
 
+_STEP, _TREE = "_CHECKPOINT_METADATA", "_METADATA"
+"""Orbax's own metadata of a whole checkpoint, and of a tree in it."""
 METADATA_FILE = "flax_resblock.json"
 """Beside Orbax's own files: the architecture and a SHA-256 of every tensor."""
 
@@ -119,7 +122,7 @@ def read_orbax(path: Path, limits: Limits = LIMITS) -> Record:
     try:
         v1 = _orbax()
         with _frugal(v1, _IN_FLIGHT):
-            tree = v1.load(path.resolve())
+            tree = _loaded(v1, path.resolve())
     except Exception as error:  # Orbax and TensorStore raise their own and each other's types
         raise CheckpointError(
             f"{path} is not an Orbax checkpoint, or a damaged one ({first_line(error)}). Copy it "
@@ -130,7 +133,28 @@ def read_orbax(path: Path, limits: Limits = LIMITS) -> Record:
         return int(getattr(value, "nbytes", 0)) if hasattr(value, "dtype") else None
 
     check_content(tree, limits, size, str(path))
-    return Record(str(path), "orbax", _flatten(tree), read_metadata(path / METADATA_FILE))
+    if metadata := read_metadata(path / METADATA_FILE):
+        return Record(str(path), "orbax", _flatten(tree), metadata)
+    return record_of_tree(_with_arrays(tree), str(path), "orbax", limits)
+
+
+def _loaded(v1: Any, path: Path) -> Any:
+    """The tree in a folder; where it has several parts ("items"), their trees by name."""
+    if not (path / _STEP).exists() and (path.parent / _STEP).exists():  # a part alone
+        return v1.load(path.parent, checkpointable_name=path.name)
+    parts = sorted(child.name for child in path.iterdir() if (child / _TREE).is_file())
+    if len(parts) < 2:
+        return v1.load(path)
+    return {name: v1.load(path, checkpointable_name=name) for name in parts}
+
+
+def _with_arrays(tree: Any) -> Any:
+    """The same containers with numpy arrays for jax's."""
+    if isinstance(tree, Mapping):
+        return {str(key): _with_arrays(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_with_arrays(value) for value in tree]
+    return np.asarray(tree) if hasattr(tree, "dtype") else tree
 
 
 def _lost(path: Path) -> str:

@@ -72,8 +72,9 @@ Checkpoint = Annotated[
     tyro.conf.arg(
         metavar="CKPT",
         help=(
-            ".pth, .pt, .th, .safetensors (or its index), an Orbax folder, or one of transformers "
-            "or timm; or a name, hf-hub:USER/NAME or torchvision:WEIGHTS."
+            ".pth, .pt, .th, .safetensors (or its index), .msgpack, .npz, .h5, a pickle of "
+            "arrays, an Orbax folder, or a folder of transformers or timm; or a name, "
+            "hf-hub:USER/NAME or torchvision:WEIGHTS."
         ),
     ),
 ]
@@ -129,6 +130,13 @@ class ReadingFlags:
     """
     dilated_stages: tuple[int, ...] | None = None
     """Stages (from 1) whose stride is replaced by dilation. Cannot be inferred from the weights."""
+    padding: Literal["symmetric", "same"] | None = None
+    """Padding of convolutions and pooling with a stride: symmetric as in PyTorch, same as in
+    TensorFlow and Flax. Cannot be inferred from the weights; known JAX programs have theirs.
+    """
+    stem_padding: Literal["symmetric", "same"] | None = None
+    """Padding of the stem's first convolution, if it is another than the rest of the network has.
+    """
     eps: float | None = None
     """eps of every norm, 1e-5 by default. Cannot be inferred from the weights."""
     assume: Literal["known"] | None = None

@@ -22,6 +22,7 @@ from flax_resblock.convert.metadata import PORT, metadata_of
 from flax_resblock.convert.opened import OpenedCheckpoint, ReadOptions, target_naming
 from flax_resblock.convert.state_map import transcode
 from flax_resblock.errors import InputError
+from flax_resblock.export.torch_code import torch_code as torch_code_of
 from flax_resblock.parity.certificate import certificate_of
 from flax_resblock.parity.certify import certify, provenance, refuse_foreign_certificate
 from flax_resblock.runs.run_file import write_with_run
@@ -48,6 +49,7 @@ def convert(
     allow_nonfinite: common.AllowNonfinite = False,
     force: common.Force = False,
     no_certificate: bool = False,
+    torch_code: Path | None = None,
 ) -> int:
     """Converts a checkpoint from any format to any other, in either direction, bit for bit.
 
@@ -87,9 +89,13 @@ def convert(
       image_size: Height and width of the images that it is run on; found by trying 32, 64 and 224
         if left out.
       no_certificate: Write no certificate, and do not run the two frameworks.
+      torch_code: Also write the network as a file of plain PyTorch, whose network() takes the
+        converted weights with strict=True. Networks that pad as JAX programs do are in no package
+        of PyTorch's.
     """
     format_name = checkpoint.output_format(out)
     checkpoint.refuse_existing(out, force, checkpoint.is_orbax)
+    common.refuse_all_existing(force, torch_code)
     if checkpoint.is_ported(checkpoint_) or PORT in checkpoint.metadata_in(checkpoint_):
         return from_ported(checkpoint_, out, reading, training, to_naming or torch, force)
     if not no_certificate:
@@ -101,12 +107,13 @@ def convert(
         source, module = _opened(checkpoint_, out, reading, carry, torch, kwargs, image_size)
         common.refuse_unhealthy(source, allow_nonfinite)
         target = StateMap(source.config, target_naming(source, format_name, to_naming))
+        code = None if torch_code is None else _torch_code(target, source.norm_options)
         files = None
         if format_name == "orbax" and target.naming.hub:
             format_name = f"folder for {target.naming.hub}"
             about = source.record.metadata
             files = files_of(target.naming.hub, source.config, about, source.images)
-        tensors = transcode(source.state_map, target, source.tensors)
+        tensors = target.written(transcode(source.state_map, target, source.tensors))
         origin = None if no_certificate else provenance(source)  # now, as OUT may replace it
         if origin is not None and module is not None:
             origin["module"] = module
@@ -139,10 +146,32 @@ def convert(
         common.print_note(
             f"the weights alone; {left} stays behind (--with-optimizer carries the run)"
         )
+    if code is not None and torch_code is not None:
+        common.write_text(torch_code, code, force)
+    elif getattr(target.config, "padding", "") == "same" and not target.naming.as_in_flax:
+        common.print_note(OTHER_PADDING)
     if origin is None:
         return 0
     options = ReadOptions(architecture=target.config, naming=target.naming, limits=reading.limits)
     return _certify(out, options, origin, description.notes)
+
+
+OTHER_PADDING = (
+    "strided convolutions and pooling pad as in TensorFlow and Flax ('SAME'); PyTorch's own "
+    "classes load these weights and compute something else (--torch-code FILE.py writes the "
+    "network)"
+)
+"""Said of weights under names that a class of another function has, too."""
+
+
+def _torch_code(target: StateMap, norm_options: Mapping[str, float | None]) -> str:
+    names = [one.torch_key for one in StateMap(target.config, "torchvision").entries]
+    if names != [one.torch_key for one in target.entries]:
+        raise InputError(
+            f"--torch-code writes a network with torchvision's names, and the output has those of "
+            f"{target.naming.name!r}. Add --to-naming torchvision."
+        )
+    return torch_code_of(target.config, norm_options)
 
 
 def _figure(value: float | None) -> str:

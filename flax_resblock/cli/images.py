@@ -50,7 +50,7 @@ def load_images(paths: Sequence[Path], preprocessing: Preprocessing, channels: i
 
 
 def _read_archive(path: Path, preprocessing: Preprocessing) -> ImageBatch:
-    from flax_resblock.training.data.bounded import read_npz
+    from flax_resblock.checkpoint.bounded import read_npz
 
     arrays = read_npz(path)
     images = arrays.get("images")

@@ -5,7 +5,13 @@ A *slot* is one place in a network that has parameters, or an activation worth c
 package imports no array library and no framework.
 """
 
-from flax_resblock.config.architectures import ARCHITECTURES, architecture, architectures, name_of
+from flax_resblock.config.architectures import (
+    ARCHITECTURES,
+    architecture,
+    architectures,
+    as_in_pytorch,
+    name_of,
+)
 from flax_resblock.config.block import (
     EXPANSION,
     Antialias,
@@ -14,6 +20,7 @@ from flax_resblock.config.block import (
     BlockKind,
     BlockOptions,
     Lowering,
+    PaddingRule,
     Shortcut,
     StridePlacement,
     choices_of,
@@ -23,6 +30,7 @@ from flax_resblock.config.network import (
     NetworkOptions,
     ResNetConfig,
     Stem,
+    StemPadding,
     StemPool,
     StemStride,
     from_json,
@@ -33,8 +41,10 @@ from flax_resblock.config.slots import Activation, Branch, Path, Slot, SlotKind
 
 __all__ = [
     "ARCHITECTURES", "EXPANSION", "Activation", "Antialias", "Attention", "BlockConfig",
-    "BlockKind", "BlockOptions", "Branch", "Config", "Lowering", "NetworkOptions", "Path",
-    "ResNetConfig", "Shortcut", "Slot", "SlotKind", "Stem", "StemPool", "StemStride",
-    "StridePlacement", "architecture", "architectures", "choices_of", "from_json", "name_of",
-    "to_json", "walk",
+    "BlockKind", "BlockOptions", "Branch", "Config", "Lowering", "NetworkOptions",
+    "PaddingRule", "Path",
+    "ResNetConfig", "Shortcut", "Slot", "SlotKind", "Stem", "StemPadding",
+    "StemPool", "StemStride",
+    "StridePlacement", "architecture", "architectures", "as_in_pytorch", "choices_of",
+    "from_json", "name_of", "to_json", "walk",
 ]  # fmt: skip

@@ -147,9 +147,10 @@ def name_of(config: Config) -> str:
             f"{config.kind} block {config.in_channels}->{config.out_channels}, stride "
             f"{config.stride}{_others(config)}"
         )
+    plain = as_in_pytorch(config)
     for name, known in ARCHITECTURES.items():
-        if replace(known, num_classes=config.num_classes, in_channels=config.in_channels) == config:
-            return name
+        if replace(known, num_classes=config.num_classes, in_channels=config.in_channels) == plain:
+            return f"{name}{_padding(config)}"
     attention = "" if config.attention == "none" else f", {config.attention} attention"
     return (
         f"custom {config.block} ResNet, depths {config.depths}, widths {config.widths}, "
@@ -164,7 +165,19 @@ def _others(config: Config) -> str:
         words += [f"stem stride {config.stem_stride}"] if config.stem_stride else []
         words += [f"stem pooling {config.stem_pool}"] if config.stem_pool else []
     words += [name for name in _BIASES if getattr(config, name, False)]
-    return "".join(f", {one}" for one in words)
+    return "".join(f", {one}" for one in words) + _padding(config)
+
+
+def _padding(config: Config) -> str:
+    """How strided windows pad, where it is not as in PyTorch."""
+    words = f", padding {config.padding}" if config.padding != "symmetric" else ""
+    stem = getattr(config, "stem_padding", None)
+    return words if stem is None else f"{words}, stem padding {stem}"
+
+
+def as_in_pytorch(config: ResNetConfig) -> ResNetConfig:
+    """The same network with strided windows that pad as many pixels on each side."""
+    return replace(config, padding="symmetric", stem_padding=None)
 
 
 _BIASES = ("stem_bias", "conv_bias", "shortcut_bias")

@@ -16,6 +16,7 @@ Shortcut = Literal["projection", "pooled", "zero_pad"]
 StridePlacement = Literal["3x3", "1x1"]
 Attention = Literal["none", "se", "eca"]
 Antialias = Literal["none", "blur"]
+PaddingRule = Literal["symmetric", "same"]
 Lowering = Literal["auto", "xla"]  # of convolutions on a CPU; see flax_resblock.conv_lowering
 
 EXPANSION: Mapping[str, int] = MappingProxyType({"basic": 1, "bottleneck": 4})
@@ -64,6 +65,10 @@ class BlockOptions:
       conv_bias, shortcut_bias: Whether the convolutions of the main path, and that of the shortcut,
         have a bias in front of their norm, as ``nn.Conv2d`` has by default. In training it changes
         the running mean alone.
+      padding: Of convolutions and max pooling that have a stride: ``"symmetric"`` pads as many
+        pixels on each side, as PyTorch does; ``"same"`` as TensorFlow, Flax and Haiku do with
+        ``'SAME'``: just enough for ``ceil(size / stride)`` outputs, the larger half at the end. At
+        stride 1 the two are equal.
     """
 
     groups: int = 1
@@ -76,6 +81,7 @@ class BlockOptions:
     activation: Activation = "relu"
     conv_bias: bool = False
     shortcut_bias: bool = False
+    padding: PaddingRule = "symmetric"
 
     @property
     def shared_options(self) -> dict[str, Any]:
@@ -136,6 +142,8 @@ class BlockConfig(BlockOptions):
         words = "antialias='blur' carries a stride of 1 or 2 after a 3x3 convolution; it goes with"
         words += " neither dilation nor stride_on='1x1'."
         yield self.antialias == "blur" and unblurred, words
+        words = "antialias='blur' pads its own strides; it does not go with padding='same'."
+        yield self.antialias == "blur" and self.padding == "same", words
         words = f"attention_ratio={self.attention_ratio!r} must be above 0 and at most 1."
         yield not 0 < self.attention_ratio <= 1, words
 
@@ -201,6 +209,7 @@ class BlockConfig(BlockOptions):
         channels = (inputs, *[width] * (len(sizes) - 1), outputs)
         for i, (size, stride) in enumerate(zip(sizes, self.strides, strict=True), start=1):
             numbers: dict[str, Any] = {"stride": stride, "bias": self.conv_bias}
+            numbers["padding_rule"] = self.padding
             if size > 1:
                 numbers |= {"dilation": self.dilation, "groups": self.groups}
             names, ends = (f"conv{i}", f"norm{i}"), (channels[i - 1], channels[i])

@@ -17,15 +17,17 @@ from flax_resblock.config.block import (
     BlockConfig,
     BlockKind,
     BlockOptions,
+    PaddingRule,
     Shortcut,
     StridePlacement,
     check_choices,
 )
-from flax_resblock.config.slots import Activation, Branch, Slot, SlotKind, normalised_conv
+from flax_resblock.config.slots import Activation, Branch, Slot, SlotKind, normalised_conv, padded
 
 Stem = Literal["imagenet", "deep", "cifar"]
 StemStride = Literal[None, 1, 2]
 StemPool = Literal[None, "3x3", "2x2", "none"]
+StemPadding = Literal[None, "symmetric", "same"]
 USUAL_STEMS: Mapping[Stem, tuple[int, str]] = MappingProxyType(
     {"imagenet": (2, "3x3"), "deep": (2, "3x3"), "cifar": (1, "none")}
 )
@@ -46,6 +48,7 @@ class NetworkOptions(TypedDict, total=False):
     stem_hidden: tuple[int, ...]
     stem_stride: StemStride
     stem_pool: StemPool
+    stem_padding: StemPadding
     stem_bias: bool
     first_stride: int
     shortcut: Shortcut
@@ -56,6 +59,7 @@ class NetworkOptions(TypedDict, total=False):
     activation: Activation
     conv_bias: bool
     shortcut_bias: bool
+    padding: PaddingRule
     groups: int
     base_width: int
     dilated_stages: tuple[int, ...]
@@ -79,6 +83,9 @@ class ResNetConfig(BlockOptions):
         that ``stem`` says anyway becomes None, so that equal networks are equal.
       stem_pool: Max pooling after the stem: ``"3x3"`` pixels of stride 2, padded by one; ``"2x2"``
         pixels of stride 2; or ``"none"``. None as for ``stem_stride``.
+      stem_padding: ``padding`` of the stem's first convolution, if it is another than that of the
+        rest of the network: Flax's ImageNet example has ``"symmetric"`` there and ``"same"``
+        elsewhere. None as for ``stem_stride``.
       stem_bias: Whether the convolutions of the stem have a bias in front of their norm.
       first_stride: Stride of the first stage; that of the others is 2.
       dilated_stages: Stages (from 1) whose stride is replaced by dilation, torchvision's
@@ -97,6 +104,7 @@ class ResNetConfig(BlockOptions):
     stem_hidden: tuple[int, ...] = ()
     stem_stride: StemStride = None
     stem_pool: StemPool = None
+    stem_padding: StemPadding = None
     stem_bias: bool = False
     first_stride: int = 1
     dilated_stages: tuple[int, ...] = ()
@@ -120,7 +128,8 @@ class ResNetConfig(BlockOptions):
                     f"integers; got {field!r} in {self}."
                 )
         check_choices(self)
-        for field, usual in zip(("stem_stride", "stem_pool"), USUAL_STEMS[self.stem], strict=True):
+        usually = (*USUAL_STEMS[self.stem], self.padding)
+        for field, usual in zip(("stem_stride", "stem_pool", "stem_padding"), usually, strict=True):
             if getattr(self, field) == usual:
                 object.__setattr__(self, field, None)
         if self.antialias == "blur" and self.stem_pooling == "2x2":
@@ -156,6 +165,11 @@ class ResNetConfig(BlockOptions):
     def stem_pooling(self) -> str:
         """The max pooling after the stem."""
         return USUAL_STEMS[self.stem][1] if self.stem_pool is None else self.stem_pool
+
+    @property
+    def stem_padding_rule(self) -> str:
+        """The padding of the stem's first convolution."""
+        return self.padding if self.stem_padding is None else self.stem_padding
 
     @property
     def stem_reduction(self) -> int:
@@ -213,12 +227,14 @@ class ResNetConfig(BlockOptions):
             size, stride = 7 if self.stem == "imagenet" else 3, self.stem_striding if i == 1 else 1
             numbers: dict[str, Any] = {"stride": stride, "bias": self.stem_bias}
             numbers |= {"activation": self.activation, "branch": Branch.STEM}
+            numbers["padding_rule"] = self.stem_padding_rule
             yield from normalised_conv(*where, names, size, ends, **numbers)
         if self.stem_pooling == "none":
             return
-        window: dict[str, Any] = {"shape": (3, 3), "padding": 1, "branch": Branch.STEM}
+        window: dict[str, Any] = {"shape": (3, 3), "branch": Branch.STEM}
+        window["padding"] = padded(3, 2, self.padding, 1)
         if self.stem_pooling == "2x2":
-            window |= {"shape": (2, 2), "padding": 0}
+            window |= {"shape": (2, 2), "padding": padded(2, 2, self.padding, 0)}
         if self.antialias == "blur":
             yield Slot(*where, "pool.pool", SlotKind.MAX_POOL, **window)
             yield Slot(*where, "pool.blur", SlotKind.BLUR, stride=2, **window)

@@ -50,7 +50,8 @@ class Slot:
       kind: What it holds.
       shape: Shape of its kernel ``(kh, kw, I // groups, O)``, ``(k, I, O)`` over channels or ``(in,
         out)``; ``(C,)`` of a norm; the window ``(h, w)`` of a pool or blur; ``()`` of an output.
-      stride, padding, dilation: In pixels, equal in both directions; padding is on each side.
+      stride, padding, dilation: In pixels, equal in both directions; padding is on each side, or
+        ``"SAME"``, which depends on the size of the image.
       groups: Channel groups of a convolution.
       branch: The part of the network that it belongs to.
       activation: Applied to what a norm gives, or the last step of a block; may be None.
@@ -62,7 +63,7 @@ class Slot:
     kind: SlotKind
     shape: tuple[int, ...] = ()
     stride: int = field(default=1, kw_only=True)
-    padding: int = field(default=0, kw_only=True)
+    padding: int | Literal["SAME"] = field(default=0, kw_only=True)
     dilation: int = field(default=1, kw_only=True)
     groups: int = field(default=1, kw_only=True)
     branch: Branch = field(default=Branch.MAIN, kw_only=True)
@@ -107,6 +108,12 @@ class Slot:
         return 0
 
 
+def padded(size: int, stride: int, rule: str, symmetric: int) -> int | Literal["SAME"]:
+    """The padding of a window of ``size`` pixels: ``"SAME"`` where that differs from
+    ``symmetric`` pixels on each side for some image."""
+    return "SAME" if rule == "same" and min(size, stride) > 1 else symmetric
+
+
 def normalised_conv(
     stage: str,
     block: int | None,
@@ -117,6 +124,7 @@ def normalised_conv(
     dilation: int = 1,
     groups: int = 1,
     bias: bool = False,
+    padding_rule: str = "symmetric",
     activation: Activation | None = None,
     **numbers: Any,
 ) -> Iterator[Slot]:
@@ -129,11 +137,12 @@ def normalised_conv(
       size: In pixels.
       channels: Of input and output.
       bias: Whether the convolution has one.
+      padding_rule: See :class:`~flax_resblock.config.block.BlockOptions`.
       dilation, groups, activation, **numbers: See :class:`Slot`.
     """
     conv, norm = names
     shape = (size, size, channels[0] // groups, channels[1])
-    padding = dilation * (size // 2)
+    padding = padded(size, numbers.get("stride", 1), padding_rule, dilation * (size // 2))
     geometry = {"padding": padding, "dilation": dilation, "groups": groups}
     kind = SlotKind.BIASED_CONV if bias else SlotKind.CONV
     yield Slot(stage, block, conv, kind, shape, **geometry, **numbers)

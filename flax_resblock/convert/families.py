@@ -40,6 +40,11 @@ _KEYS = (
     "the project's key set, written by hand from its code, around a torchvision network; "
     "equal bit for bit"
 )
+_PROGRAM = (
+    "saved by the program itself with random statistics, read with no flags, output in float64 <= "
+    "1e-12; the same in PyTorch; written back, loaded and run by the program"
+)
+_FLAX = "flax 0.12.8"
 _TRANSFORMERS, _TIMM, _TORCHVISION = "transformers 5.24.0", "timm 1.0.31", "torchvision 0.28.0"
 
 FAMILIES = (
@@ -85,6 +90,39 @@ FAMILIES = (
         "none", _KEYS,
     ),
     Family("nn.Sequential(*children)", "children", "lightly, BYOL", "none", _KEYS),
+    Family(
+        "Linen variables of this library", "flax",
+        "`linen.variables` in msgpack or Orbax, trained with Linen; `nnx.state` in Orbax", _FLAX,
+        "trained, saved with flax.serialization, read back bit for bit, and loaded by PyTorch",
+    ),
+    Family(
+        "flax ImageNet example", "flax_imagenet_basic",
+        "ResNetBlock; the row flax_imagenet_bottleneck has BottleneckResNetBlock; padding same",
+        _FLAX, f"the example is no package, and its architecture is written anew; {_PROGRAM}",
+    ),
+    Family(
+        "jax-resnet", "jax_resnet", "ResNet, wide ResNet, ResNeXt; ResNet-D (jax_resnet_d)",
+        "jax-resnet 0.0.4", f"{_PROGRAM}; ResNet and ResNet-D are tested",
+    ),
+    Family(
+        "transformers FlaxResNet", "flax_huggingface_bottleneck",
+        "`flax_model.msgpack` with its config.json, both kinds of blocks", "transformers 4.46.3",
+        f"{_PROGRAM}; FlaxResNetModel without a head by its names only",
+    ),
+    Family(
+        "flaxmodels ResNet", "flaxmodels",
+        "the published .h5 (needs h5py), and Linen variables (flaxmodels_linen_basic and "
+        "flaxmodels_linen_bottleneck)", "flaxmodels 0.1.3", _PROGRAM,
+    ),
+    Family(
+        "bonsai ResNet (NNX)", "bonsai", "`nnx.state` in Orbax", _FLAX,
+        f"its package in the registry is empty, and the model is written anew by its names; "
+        f"{_PROGRAM}",
+    ),
+    Family(
+        "haiku ResNet", "haiku", "version 1, pickled or in an .npz; padding same",
+        "dm-haiku 0.0.17", _PROGRAM,
+    ),
 )  # fmt: skip
 
 NOT_CONVERTED = (
@@ -99,6 +137,11 @@ NOT_CONVERTED = (
         "block",
     ),
     ("timm resnet50_gn", "GroupNorm"),
+    ("haiku ResNet version 2", "pre-activation order, and no naming scheme is for it"),
+    (
+        "big_vision BiT (.npz)",
+        "standardised kernels and group norms, and no naming scheme is for it",
+    ),
     (
         "transformers with hidden_act other than relu",
         "transformers keeps ReLU within its blocks and applies hidden_act at their ends",
@@ -139,8 +182,17 @@ def families_page() -> str:
             ("family", "naming scheme", "what converts", "reference package", "how it is tested"),
             ((f.name, _code(f.naming), f.converts, f.reference, f.proof) for f in FAMILIES),
         ),
-        "The tests are in `parity_tests/test_families.py` and `test_backbones.py`. They need the "
-        "reference packages: `pip install -c constraints.txt '.[families]'`.",
+        "The tests are in `parity_tests/test_families.py`, `test_backbones.py` and "
+        "`test_jax_families.py`. The first two need the reference packages: `pip install -c "
+        "constraints.txt '.[families]'`; the third installs those of JAX into a folder of its own.",
+        "Checkpoints of JAX programs are read from msgpack (`flax.serialization`), Orbax folders "
+        "and folders of steps, `.npz`, `.h5` and pickles of arrays, which are not run. The "
+        "variables are found wherever they lie: beside an optimizer, inside a training state, in "
+        "collections or wrapped by NNX. A `.msgpack`, `.npz` or `.h5` output is the way back: "
+        "`flax-resblock convert net.pth net.msgpack --to-naming flax_imagenet_bottleneck`.",
+        "Convolutions and pooling of these programs may pad as TensorFlow does (`padding same`), "
+        "which PyTorch's own classes do not. Such a network keeps its padding; `--torch-code "
+        "FILE.py` writes it in plain PyTorch beside the weights.",
         "## Naming schemes",
         "A naming scheme says how the tensors of a network are named. `--naming NAME` selects "
         "the scheme for reading (by default it is detected), and `--to-naming NAME` the scheme for "

@@ -96,7 +96,7 @@ def metadata_of(
     """
     naming = naming_of(naming)
     return {
-        "format": "pt" if naming.name != "flax" else "flax",
+        "format": "flax" if naming.as_in_flax else "pt",
         "written_by": f"flax-resblock {__version__}",
         "architecture": arch.name_of(config),
         CONFIG: arch.to_json(config),

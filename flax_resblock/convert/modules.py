@@ -17,7 +17,7 @@ from flax_resblock.errors import InputError, some
 
 _CONVOLUTIONS = (SlotKind.CONV, SlotKind.BIASED_CONV, SlotKind.CHANNEL_CONV)
 _POOLS = {
-    SlotKind.MAX_POOL: (("MaxPool2d",), {"dilation": 1, "ceil_mode": False}),
+    SlotKind.MAX_POOL: (("MaxPool2d", "SameMaxPool2d"), {"dilation": 1, "ceil_mode": False}),
     SlotKind.AVERAGE_POOL: (("AvgPool2d",), {"ceil_mode": True, "count_include_pad": False}),
     SlotKind.BLUR: (("Blur", "BlurPool2d"), {}),
 }
@@ -160,6 +160,7 @@ class ModuleFacts:
         choices: dict[str, Iterable[Any]] = {
             rule.field: rule.choices for rule in ASSUMPTION_RULES if rule.matters(config)
         }
+        choices |= {"padding": ("symmetric", "same"), "stem_padding": (None, "symmetric", "same")}
         choices["dilated_stages"] = [tuple(range(n, last + 1)) for n in range(last + 1, 1, -1)]
 
         def number(told: Mapping[str, Any]) -> float:

@@ -117,6 +117,42 @@ class OpenedCheckpoint:
         )
 
 
+JAX_FORMATS = ("msgpack", "npz", "h5")
+"""Formats that hold arrays as Flax has them."""
+
+
+def refuse_layout(naming: Naming, output_format: str) -> None:
+    """Raises InputError for a format that holds arrays as the other framework has them."""
+    if naming.as_in_flax and output_format == "pytorch":
+        raise InputError(
+            f"a .pth file holds PyTorch names; use .safetensors, .msgpack or an Orbax folder for "
+            f"naming scheme {naming.name!r}."
+        )
+    if not naming.as_in_flax and output_format in JAX_FORMATS:
+        known = ", ".join(name for name, one in NAMINGS.items() if one.as_in_flax)
+        raise InputError(
+            f"a .{output_format} file holds arrays as JAX programs have them, and naming scheme "
+            f"{naming.name!r} is PyTorch's. Choose one of {known}."
+        )
+
+
+def refuse_other_function(naming: Naming, config: arch.Config) -> None:
+    """Raises InputError where the program that reads these names would compute something else."""
+    fields = {name: value for name, value in naming.told.items() if hasattr(config, name)}
+    if not naming.as_in_flax and naming.hub:
+        fields |= {"padding": "symmetric"}
+    found = {name: getattr(config, name) for name in fields}
+    differing = [name for name, value in fields.items() if found[name] != value]
+    if isinstance(config, arch.ResNetConfig) and differing:
+        theirs = ", ".join(f"{name} {fields[name]}" for name in differing)
+        ours = ", ".join(f"{name} {found[name]}" for name in differing)
+        raise InputError(
+            f"networks in the naming scheme {naming.name!r} ({naming.origin}) have {theirs}, and "
+            f"this one has {ours}: with these weights, that program would compute something else. "
+            f"Choose another naming scheme, such as flax."
+        )
+
+
 def target_naming(source: OpenedCheckpoint, output_format: str, naming: str | None) -> Naming:
     """The naming scheme of an output: what was asked for; else Flax's own for Orbax, and for the
     others the scheme that the network came in.
@@ -136,19 +172,21 @@ def target_naming(source: OpenedCheckpoint, output_format: str, naming: str | No
                 f".safetensors."
             )
         return scheme
-    if naming == "flax" and output_format == "pytorch":
-        raise InputError(
-            "a .pth file holds PyTorch names; use .safetensors or an Orbax folder for naming "
-            "scheme 'flax'."
-        )
-    if naming is not None:
-        return naming_of(naming)
     here = source.state_map.naming
-    if here.name != "flax":
+    scheme = None if naming is None else naming_of(naming)
+    if output_format in JAX_FORMATS:
+        scheme = scheme or (here if here.as_in_flax else naming_of("flax"))
+    if scheme is not None:
+        refuse_layout(scheme, output_format)
+        refuse_other_function(scheme, source.config)
+        return scheme
+    if not here.as_in_flax or (output_format == "safetensors" and here.name != "flax"):
         return here
     if (scheme := written_naming(source.record)) is not None:
         return scheme
-    first = source.record.metadata.get(NAMING, "flax").replace("flax", "torchvision")
+    first = source.record.metadata.get(NAMING, "torchvision")
+    if first in NAMINGS and NAMINGS[first].as_in_flax:
+        first = "torchvision"
     if first not in NAMINGS:
         raise InputError(
             f"{source.record.source} came in the naming scheme {visible(first)!r}, which is not "

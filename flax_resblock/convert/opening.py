@@ -99,6 +99,8 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
         notes.append(hub.sentence)
     wanted = reading.architecture if reading.architecture is not None else written_config(record)
     by_file = {**by_entries, **(hub.told if hub else {})} if wanted is None else {}
+    if record.format == "msgpack":  # transformers' Flax models have no downsample_in_bottleneck
+        by_file.pop("stride_on", None)
     reading = replace(reading, architecture=wanted, assumptions={**by_file, **reading.assumptions})
     if backbone is not None:
         known = isinstance(wanted, arch.ResNetConfig) or "dilated_stages" in reading.assumptions
@@ -126,17 +128,16 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
         notes.append(f"filled {len(counters)} absent num_batches_tracked with 0, as PyTorch does")
         tensors |= {key: np.zeros((), np.int64) for key in counters}
     refuse_ignored_blocks(dropped, kept, backbone, match.state_map, record.source)
-    config = match.state_map.config
+    config, naming = match.state_map.config, match.state_map.naming
+    notes += [naming.note] if naming.note else []
     if isinstance(config, arch.ResNetConfig) and config.num_classes is None:
         notes.append(HEADLESS)
     assumed = Assumptions()
     if wanted is None and reading.assume != KNOWN:
-        said, by_file = reading.assumptions, hub is not None
-        assumed = assumptions_of(config, match.state_map.naming, said, by_file=by_file)
-    norms = written_norm_options(record)
-    norms |= {
-        name: reading.assumptions[name] for name in (EPS, MOMENTUM) if name in reading.assumptions
-    }
+        said, by_file = {**naming.told, **reading.assumptions}, hub is not None
+        assumed = assumptions_of(config, naming, said, by_file=by_file)
+    norms = {**naming.told, **written_norm_options(record), **reading.assumptions}
+    norms = {name: norms[name] for name in (EPS, MOMENTUM) if name in norms}
     afresh = tuple(match.misfit.afresh)
     known = record, match.state_map, tensors, tuple(notes), afresh, norms
     return OpenedCheckpoint(*known, hub=hub, assumed=assumed)

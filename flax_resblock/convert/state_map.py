@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.checkpoint.parallel import on_every_core
-from flax_resblock.config import Config, Path, Slot, walk
+from flax_resblock.config import Config, Path, ResNetConfig, Slot, walk
 from flax_resblock.convert.codecs import AS_IS, Codec, one_block
 from flax_resblock.convert.naming import Naming, naming_of
 from flax_resblock.errors import InputError, some
@@ -214,6 +214,8 @@ class StateMap(TensorMap):
     def __init__(self, config: Config, naming: str | Naming) -> None:
         self.config = config
         self.naming = naming_of(naming)
+        if isinstance(config, ResNetConfig):
+            self.naming = self.naming.laid_out(config.depths)
         entries = [entry for slot in walk(config) for entry in self._expand(slot)]
         super().__init__(entries, [one for one in entries if one.flax_path[-1] in _PARAMETERS])
         paths = {entry.flax_path for entry in self.entries}
@@ -239,6 +241,13 @@ class StateMap(TensorMap):
             shape = () if tensor.role == "counter" else shape
             entries.append(Entry(path, key, tensor.codec, tensor.role, shape))
         return entries
+
+    def written(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A state dict as a file in this naming scheme has it: without counters where the scheme
+        has none."""
+        counters = {e.torch_key for e in self.entries if e.role == "counter"}
+        counters = set() if self.naming.counts else counters
+        return {key: value for key, value in tensors.items() if key not in counters}
 
     @cached_property
     def modules(self) -> dict[str, str]:

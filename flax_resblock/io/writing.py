@@ -16,6 +16,7 @@ from flax_resblock.convert import Naming, StateMap, naming_of
 from flax_resblock.convert.hubs import files_of
 from flax_resblock.convert.image_facts import carried_images
 from flax_resblock.convert.metadata import EPS, MOMENTUM, metadata_of
+from flax_resblock.convert.opened import JAX_FORMATS, refuse_layout, refuse_other_function
 from flax_resblock.convert.own import carried
 from flax_resblock.errors import InputError
 from flax_resblock.hub import is_name
@@ -141,13 +142,12 @@ def save(
     facts, files = carried_images(model), None
     if kind == "orbax" and scheme.hub:
         files = files_of(scheme.hub, config, {}, facts)
-    if kind == "pytorch" and scheme.name == "flax":
-        raise InputError(
-            "a .pth file holds PyTorch names; use .safetensors or an Orbax folder for naming "
-            "scheme 'flax'."
-        )
+    if kind in JAX_FORMATS and naming is None:
+        scheme = naming_of("flax")
+    refuse_layout(scheme, kind)
+    refuse_other_function(scheme, config)
     checkpoint.refuse_existing(path, force, checkpoint.is_orbax)
     state_map = StateMap(config, "flax" if kind == "orbax" and files is None else scheme)
-    tensors = state_map.to_torch(flat_arrays(model), copy=True)
+    tensors = state_map.written(state_map.to_torch(flat_arrays(model), copy=True))
     metadata = metadata_of(config, scheme, norm_options(cast(Model, model)), facts.metadata)
     write_with_run(path, tensors, metadata, run, state_map, files=files, force=force)

@@ -14,6 +14,7 @@ from flax_resblock.config import (
     Antialias,
     Attention,
     BlockConfig,
+    PaddingRule,
     Shortcut,
     StridePlacement,
 )
@@ -40,6 +41,7 @@ class ResidualOptions(LayerOptions, total=False):
     activation: Activation
     conv_bias: bool
     shortcut_bias: bool
+    padding: PaddingRule
 
 
 class BottleneckOptions(ResidualOptions, total=False):
@@ -55,6 +57,16 @@ class _Spread(TypedDict):
     dilation: int
     groups: int
     use_bias: bool
+    padding_rule: str
+
+
+def _spread(config: BlockConfig) -> _Spread:
+    return _Spread(
+        dilation=config.dilation,
+        groups=config.groups,
+        use_bias=config.conv_bias,
+        padding_rule=config.padding,
+    )
 
 
 def _described(
@@ -107,7 +119,7 @@ class ResidualBlock(nnx.Module):
             stride=stride,
         )
         self.config, layers = config, Layers(rngs, rest)
-        wide = _Spread(dilation=config.dilation, groups=config.groups, use_bias=config.conv_bias)
+        wide = _spread(config)
         first, second = config.strides
         self.conv1 = layers.conv(in_channels, out_channels, 3, stride=first, **wide)
         self.norm1 = layers.norm(out_channels)
@@ -165,8 +177,7 @@ class BottleneckBlock(nnx.Module):
             stride=stride,
         )
         self.config, layers = config, Layers(rngs, rest)
-        bias, width = config.conv_bias, config.inner_width
-        wide = _Spread(dilation=config.dilation, groups=config.groups, use_bias=bias)
+        bias, width, wide = config.conv_bias, config.inner_width, _spread(config)
         first, second, third = config.strides
         self.conv1 = layers.conv(in_channels, width, 1, stride=first, use_bias=bias)
         self.norm1 = layers.norm(width)

@@ -65,14 +65,16 @@ def convolve(
     lowering: Lowering = "auto",
 ) -> jax.Array:
     """Cross-correlation along one or two spatial axes, NHWC by HWIO, ``padding`` pixels on *each*
-    side (``'SAME'`` pads (0, 1) at stride 2 on even sizes; PyTorch pads (1, 1)).
+    side.
 
     Args:
       x: ``(N, H, W, I)``, or ``(N, L, I)``.
       kernel: ``(kh, kw, I // groups, O)``, or ``(k, I // groups, O)``, same dtype as ``x``.
       bias: ``(O,)``, same dtype; or None.
       stride, dilation: In pixels: one number, or one for each spatial axis.
-      padding: As ``stride``, or ``"valid"``, or ``"same"``, which is PyTorch's and needs stride 1.
+      padding: As ``stride``, or ``"valid"``, or ``"same"``, which is PyTorch's and needs stride 1,
+        or ``"SAME"``, which is JAX's: a 3x3 window of stride 2 pads (0, 1) pixels of even sizes and
+        (1, 1) of odd ones, where PyTorch's networks pad (1, 1).
       groups: Channel groups; output channels are assigned to groups in order, as in PyTorch.
       precision: ``lax.Precision`` of the products; only HIGHEST is float32 on TPU and on CUDA
         tensor cores.
@@ -90,7 +92,7 @@ def convolve(
             f"shapes {tuple(x.shape)} and {tuple(kernel.shape)}."
         )
     strides, dilations = per_axis(stride, axes, "stride"), per_axis(dilation, axes, "dilation")
-    pads = sides(padding, kernel.shape[:-2], dilations, strides)
+    pads = sides(padding, kernel.shape[:-2], dilations, strides, x.shape[1:-1])
     y = None
     forms = cpu_forms(lowering)
     if forms is not None and axes == 2 and equal(strides, dilations, pads[0], pads[1], pads):
@@ -149,7 +151,7 @@ class Conv(nnx.Module):
     Args:
       in_channels, out_channels: Channels of input ``(N, H, W, in_channels)`` and output.
       kernel_size, stride, dilation: In pixels: one number, or one for each spatial axis.
-      padding: As ``stride``, on each side; or ``"same"`` or ``"valid"``.
+      padding: As ``stride``, on each side; or a name, see :func:`convolve`.
       groups: Must divide both channel counts.
       padding_mode: ``"zeros"``, or what stands beyond the edge instead: ``"reflect"``,
         ``"replicate"`` or ``"circular"``.
@@ -226,7 +228,7 @@ class Conv(nnx.Module):
         x, padding = x.astype(dtype), self.padding
         if self.padding_mode != "zeros":
             dilation = per_axis(self.dilation, x.ndim - 2, "dilation")
-            around = sides(padding, kernel.shape[:-2], dilation, self.stride)
+            around = sides(padding, kernel.shape[:-2], dilation, self.stride, x.shape[1:-1])
             x, padding = pad(x, ((0, 0), *around, (0, 0)), mode=self.padding_mode), 0
         return convolve(
             x,

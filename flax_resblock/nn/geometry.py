@@ -13,8 +13,9 @@ from jax import lax
 
 Size = int | Sequence[int]
 """The same number for every spatial axis, or one number for each, such as ``(height, width)``."""
-Padding = int | Sequence[int] | Sequence[tuple[int, int]] | Literal["same", "valid"]
-"""Pixels on each side as a :data:`Size`, or a pair, before and after, for each axis; or a name."""
+Padding = int | Sequence[int] | Sequence[tuple[int, int]] | Literal["same", "valid", "SAME"]
+"""Pixels on each side as a :data:`Size`, or a pair, before and after, for each axis; or a name:
+``"same"`` and ``"valid"`` are PyTorch's, ``"SAME"`` is that of JAX and TensorFlow."""
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
@@ -31,21 +32,36 @@ def per_axis(size: Size, axes: int, name: str) -> tuple[int, ...]:
 
 
 def sides(
-    padding: Padding, window: Sequence[int], dilation: Sequence[int], stride: Size
+    padding: Padding,
+    window: Sequence[int],
+    dilation: Sequence[int],
+    stride: Size,
+    extents: Sequence[int] = (),
 ) -> tuple[tuple[int, int], ...]:
     """Pixels before and after each spatial axis.
 
     ``"same"`` is PyTorch's: the output of stride 1 has the size of the input, and an odd number
-    of pixels has its larger half at the end.
+    of pixels has its larger half at the end. ``"SAME"`` is JAX's: the output of any stride has
+    ``ceil(extent / stride)`` pixels.
 
+    Args:
+      padding: See :data:`Padding`.
+      window, dilation, stride: In pixels.
+      extents: Of the input along each axis; ``"SAME"`` needs them.
     Raises:
       ValueError: An unknown name, or ``"same"`` with a stride, which PyTorch refuses too.
     """
     if isinstance(padding, str):
         if padding == "valid":
             return ((0, 0),) * len(window)
+        if padding == "SAME":
+            reach = [d * (size - 1) + 1 for d, size in zip(dilation, window, strict=True)]
+            steps = per_axis(stride, len(window), "stride")
+            return tuple(lax.padtype_to_pads(extents, reach, steps, "SAME"))
         if padding != "same":
-            raise ValueError(f"padding {padding!r} is unknown; choose 'same', 'valid' or numbers.")
+            raise ValueError(
+                f"padding {padding!r} is unknown; choose 'same', 'valid', 'SAME' or numbers."
+            )
         if set(per_axis(stride, len(window), "stride")) != {1}:
             raise ValueError("padding='same' needs stride 1, as in PyTorch.")
         totals = [d * (size - 1) for d, size in zip(dilation, window, strict=True)]

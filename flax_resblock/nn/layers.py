@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 
 from flax_resblock.config import Activation, Lowering
+from flax_resblock.config.slots import padded
 from flax_resblock.nn.activations import ACTIVATIONS, relu_by_output
 from flax_resblock.nn.conv import ChannelConv, Conv, cpu_forms, on_accelerator
 from flax_resblock.nn.initializers import INITIALIZERS, Initializer, InitName
@@ -87,6 +88,7 @@ class Layers:
         dilation: int = 1,
         groups: int = 1,
         use_bias: bool = False,
+        padding_rule: str = "symmetric",
     ) -> Conv:
         """A convolution padded so that stride 1 keeps the resolution."""
         return Conv(
@@ -94,7 +96,7 @@ class Layers:
             out_channels,
             size,
             stride=stride,
-            padding=dilation * (size // 2),
+            padding=padded(size, stride, padding_rule, dilation * (size // 2)),
             dilation=dilation,
             groups=groups,
             use_bias=use_bias,

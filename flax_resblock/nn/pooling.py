@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,15 @@ from flax import nnx
 from jax import lax
 
 from flax_resblock.nn.conv import convolve, cpu_forms, on_accelerator
-from flax_resblock.nn.geometry import Size, equal, pad, per_axis_of, stacked_taps, window_taps
+from flax_resblock.nn.geometry import (
+    Size,
+    equal,
+    pad,
+    per_axis_of,
+    sides,
+    stacked_taps,
+    window_taps,
+)
 from flax_resblock.nn.scopes import in_slot
 from flax_resblock.nn.selection import maximum_along
 
@@ -34,14 +42,17 @@ class _Windows(NamedTuple):
         x: jax.Array,
         kernel_size: Size,
         stride: Size | None,
-        padding: Size,
+        padding: Size | Literal["SAME"],
         dilation: Size,
         ceil_mode: bool,
     ) -> _Windows:
         """PyTorch's windows; with ``ceil_mode`` the last ones need more padding at the end."""
         size = per_axis_of(kernel_size, x)
         steps = size if stride is None else per_axis_of(stride, x)
-        asked, holes = per_axis_of(padding, x), per_axis_of(dilation, x)
+        holes = per_axis_of(dilation, x)
+        if isinstance(padding, str):
+            return cls(size, steps, sides(padding, size, holes, steps, x.shape[1:-1]), holes)
+        asked = per_axis_of(padding, x)
         if any(2 * one > extent for one, extent in zip(asked, size, strict=True)):
             raise ValueError(
                 f"padding={padding} must be at most half of kernel_size={kernel_size}, as in "
@@ -141,7 +152,7 @@ def max_pool(
     x: jax.Array,
     kernel_size: Size,
     stride: Size | None = None,
-    padding: Size = 0,
+    padding: Size | Literal["SAME"] = 0,
     dilation: Size = 1,
     ceil_mode: bool = False,
 ) -> jax.Array:
@@ -151,7 +162,7 @@ def max_pool(
     Args:
       x: ``(N, *spatial, C)``.
       kernel_size, padding, dilation: In pixels: one number, or one for each spatial axis.
-        Padding is minus infinity and stands on each side.
+        Padding is minus infinity and stands on each side, or is ``"SAME"``, which is JAX's.
       stride: As ``kernel_size``, which is its default.
       ceil_mode: Whether a window that reaches beyond the end counts, unless it begins there.
     """
@@ -234,13 +245,13 @@ class MaxPool(nnx.Module):
     """Max pooling, equal to ``torch.nn.MaxPool2d``: pads with minus infinity on both sides.
 
     Args:
-      window, stride, padding: In pixels, square.
+      window, stride, padding: In pixels, square; ``"SAME"`` pads as JAX does.
     """
 
-    def __init__(self, window: int, stride: int, padding: int) -> None:
+    def __init__(self, window: int, stride: int, padding: int | Literal["SAME"]) -> None:
         self.window = window
         self.stride = stride
-        self.padding = padding
+        self.padding: int | Literal["SAME"] = padding
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, C)`` to ``(N, H', W', C)``."""

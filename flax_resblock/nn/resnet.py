@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_resblock.config import Activation, Config, NetworkOptions, ResNetConfig, architecture
+from flax_resblock.config.slots import padded
 from flax_resblock.nn.blocks import (
     BottleneckBlock,
     LayerOptions,
@@ -39,11 +40,14 @@ class BlurredMaxPool(nnx.Module):
 
 
 def _stem_pool(config: ResNetConfig) -> MaxPool | BlurredMaxPool | None:
+    rule = config.padding
     if config.stem_pooling == "2x2":
-        return MaxPool(2, stride=2, padding=0)
+        return MaxPool(2, stride=2, padding=padded(2, 2, rule, 0))
     if config.stem_pooling == "none":
         return None
-    return BlurredMaxPool() if config.antialias == "blur" else MaxPool(3, stride=2, padding=1)
+    if config.antialias == "blur":
+        return BlurredMaxPool()
+    return MaxPool(3, stride=2, padding=padded(3, 2, rule, 1))
 
 
 class StemLayers(nnx.Module):
@@ -56,6 +60,7 @@ class StemLayers(nnx.Module):
             7 if config.stem == "imagenet" else 3,
             stride=config.stem_striding,
             use_bias=config.stem_bias,
+            padding_rule=config.stem_padding_rule,
         )
         self.norm = layers.norm(config.stem_width)
         self.activation: Activation = config.activation
@@ -76,8 +81,8 @@ class DeepStemLayers(nnx.Module):
 
     def __init__(self, config: ResNetConfig, layers: Layers) -> None:
         (first, second), bias = config.stem_hidden, config.stem_bias
-        stride = config.stem_striding
-        self.conv1 = layers.conv(config.in_channels, first, 3, stride=stride, use_bias=bias)
+        start = {"stride": config.stem_striding, "padding_rule": config.stem_padding_rule}
+        self.conv1 = layers.conv(config.in_channels, first, 3, use_bias=bias, **start)
         self.norm1 = layers.norm(first)
         self.conv2 = layers.conv(first, second, 3, use_bias=bias)
         self.norm2 = layers.norm(second)

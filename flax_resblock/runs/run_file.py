@@ -18,6 +18,7 @@ import numpy as np
 from flax_resblock import checkpoint
 from flax_resblock._version import __version__
 from flax_resblock.checkpoint import Record
+from flax_resblock.convert.opened import JAX_FORMATS
 from flax_resblock.convert.run_names import AVERAGED, OPTIMIZER, RUN, holds_run
 from flax_resblock.convert.state_map import TensorMap
 from flax_resblock.errors import CheckpointError, InputError, visible
@@ -277,6 +278,11 @@ def write_with_run(
     extras = None
     if run is not None and checkpoint.output_format(path) == "pytorch":
         extras = run_entries(run, state_map)
+    elif run is not None and checkpoint.output_format(path) in JAX_FORMATS:
+        raise InputError(
+            f"{path} would hold the variables of a JAX program, which have no place for a training "
+            f"run. Write a .pth, a .safetensors or an Orbax folder, or leave the run behind."
+        )
     elif run is not None:
         more, about = pack_run(run, state_map)
         tensors |= more

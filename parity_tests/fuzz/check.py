@@ -20,9 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from parity_tests.fuzz import guard, targets
+from parity_tests.fuzz.jax_files import JAX_MUTATIONS, jax_samples
 from parity_tests.fuzz.mutations import MUTATIONS
 from parity_tests.fuzz.samples import Files, samples
 
+SAMPLES = {**samples(), **jax_samples()}
+MUTATIONS |= JAX_MUTATIONS
 HANG = 10.0
 """Seconds after which a file counts as one that hangs whoever opens it."""
 COMMAND_EVERY = 30
@@ -49,10 +52,10 @@ class Checker:
         self.failures: list[str] = []
         self.slowest, self.most_memory = 0.0, 0
         # Everything is imported, and every buffer made, before anything is measured.
-        for category, files in samples().items():
+        for category, files in SAMPLES.items():
             outcome = targets.open_one(category, targets.put(self.folder, files))
             assert outcome == "exact" or category == "config json", (category, outcome)
-        targets.put(self.folder, samples()["pth zip"])
+        targets.put(self.folder, SAMPLES["pth zip"])
         for convert in (False, True):
             targets.command(self.folder, self.out, convert=convert)
         guard.bound_process(12)
@@ -112,7 +115,7 @@ def property_of(checker: Checker, categories: list[str]) -> Callable[[bytes], ob
     @settings(deadline=None, database=None, suppress_health_check=tuple(HealthCheck))
     @given(st.sampled_from(weighted), st.randoms(use_true_random=False))
     def opens_exactly_or_is_refused(category: str, rng: Random) -> None:
-        files = MUTATIONS[category](samples()[category], rng)
+        files = MUTATIONS[category](SAMPLES[category], rng)
         commands = category not in targets.NO_CHECKPOINTS and rng.randrange(COMMAND_EVERY) == 0
         checker.check(category, files, rng.random() < 0.5 if commands else None)
 

@@ -192,7 +192,7 @@ def _safetensors(files: Files, rng: random.Random) -> Files:
     return {name: struct.pack("<Q", declared % 2**64) + text + data[8 + length :], **rest}
 
 
-def _one_of(
+def one_of(
     change: Callable[[bytes, random.Random], bytes], *only: str
 ) -> Callable[[Files, random.Random], Files]:
     """One of the files changed; with ``only``, those with these suffixes."""
@@ -222,7 +222,7 @@ def _idx_file(data: bytes, rng: random.Random) -> bytes:
     return gzip.compress(some_bytes(plain, rng), 9 if rng.random() < 0.5 else 1)
 
 
-def _npy(data: bytes, rng: random.Random) -> bytes:
+def npy(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.5:
         return some_bytes(data, rng)
     header = {
@@ -238,7 +238,7 @@ def _npy(data: bytes, rng: random.Random) -> bytes:
 
 def _npz(files: Files, rng: random.Random) -> Files:
     ((name, data),) = files.items()
-    return {name: some_bytes(data, rng) if rng.random() < 0.3 else in_zip(data, rng, _npy, ".npy")}
+    return {name: some_bytes(data, rng) if rng.random() < 0.3 else in_zip(data, rng, npy, ".npy")}
 
 
 def _pickled(data: bytes, rng: random.Random) -> bytes:
@@ -299,17 +299,17 @@ def _config(files: Files, rng: random.Random) -> Files:
 MUTATIONS: dict[str, Callable[[Files, random.Random], Files]] = {
     "pth zip": _pth_zip,
     "pth legacy": _pth_legacy,
-    "pth with sidecar": _one_of(some_bytes),
+    "pth with sidecar": one_of(some_bytes),
     "optimizer": _optimizer,
     "safetensors": _safetensors,
-    "safetensors with digests": _one_of(some_bytes),
-    "shard index": _one_of(
+    "safetensors with digests": one_of(some_bytes),
+    "shard index": one_of(
         lambda data, rng: _in_json(data, rng) if data[:1] == b"{" else some_bytes(data, rng)
     ),
-    "orbax": _one_of(_orbax_file),
-    "idx": _one_of(_idx_file),
-    "cifar binary": _one_of(some_bytes),
-    "cifar pickle": _one_of(_pickled),
+    "orbax": one_of(_orbax_file),
+    "idx": one_of(_idx_file),
+    "cifar binary": one_of(some_bytes),
+    "cifar pickle": one_of(_pickled),
     "npz": _npz,
     "config json": _config,
 }

@@ -73,10 +73,10 @@ def saved(content: Any, *, legacy: bool = False) -> bytes:
     return buffer.getvalue()
 
 
-def _written(name: str, **arguments: Any) -> Files:
+def written(name: str, **arguments: Any) -> Files:
     """What this library writes, digests included."""
     with tempfile.TemporaryDirectory() as folder:
-        naming = NAMINGS["flax" if name == "net" else "torchvision"]
+        naming = NAMINGS["flax" if name in ("net", "net.msgpack") else "torchvision"]
         tensors = dict(
             zip(
                 [e.torch_key for e in StateMap(CONFIG, naming).entries],
@@ -97,6 +97,13 @@ def _written(name: str, **arguments: Any) -> Files:
             for path in files
             if path.is_file()
         }
+
+
+def flax_state() -> dict[str, np.ndarray]:
+    """The same under Flax's names and in its layout."""
+    naming = NAMINGS["flax"]
+    keys = [entry.torch_key for entry in StateMap(CONFIG, naming).entries]
+    return dict(zip(keys, _arrays(naming), strict=True))
 
 
 def _arrays(naming: Any) -> list[np.ndarray]:
@@ -201,12 +208,12 @@ def samples() -> dict[str, Files]:
     return {
         "pth zip": {"net.pth": saved(with_tensors(state()))},
         "pth legacy": {"net.pth": saved(with_tensors(state()), legacy=True)},
-        "pth with sidecar": _written("net.pth"),
+        "pth with sidecar": written("net.pth"),
         "optimizer": {"net.pth": saved(run)},
         "safetensors": {"net.safetensors": plain},
-        "safetensors with digests": _written("net.safetensors"),
+        "safetensors with digests": written("net.safetensors"),
         "shard index": _shards(),
-        "orbax": _written("net"),
+        "orbax": written("net"),
         "idx": _idx_files(),
         "cifar binary": _cifar_bin(),
         "cifar pickle": _cifar_py(),

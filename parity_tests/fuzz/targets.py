@@ -21,6 +21,7 @@ import torch
 
 from flax_resblock import checkpoint
 from flax_resblock.checkpoint import Limits, digests
+from flax_resblock.checkpoint.bounded import read_npz
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.convert.opening import ReadOptions, interpret
@@ -28,8 +29,8 @@ from flax_resblock.errors import InputError
 from flax_resblock.parity.certificate import recheck
 from flax_resblock.runs.run_file import run_of
 from flax_resblock.training.data import opening
-from flax_resblock.training.data.bounded import read_npz
 from flax_resblock.training.data.idx import read_idx
+from parity_tests.fuzz.jax_files import reference
 from parity_tests.fuzz.pickles import PIECES
 from parity_tests.fuzz.samples import Files, state
 
@@ -38,7 +39,7 @@ LIMITS = Limits(max_bytes=MOST, max_tensors=2000, max_header_bytes=1 << 20)
 _UNSEEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """What must not reach a terminal."""
 
-DAMAGE = ("pth with sidecar", "safetensors with digests", "orbax")
+DAMAGE = ("pth with sidecar", "safetensors with digests", "orbax", "msgpack with digests")
 """Categories whose files carry digests: what loads is what was written."""
 
 
@@ -93,11 +94,12 @@ def _open_checkpoint(category: str, folder: Path) -> None:
 
 def _subject(folder: Path) -> Path:
     names = ("net.pth", "net.safetensors", "net", "model.safetensors.index.json")
+    names += ("net.msgpack", "net.npz", "net.pkl", "net.h5")
     return next((folder / name for name in names if (folder / name).exists()), folder / "net.pth")
 
 
 def _truth(category: str) -> dict[str, str]:
-    if category == "orbax":
+    if category in ("orbax", "msgpack with digests"):
         from flax_resblock.convert import NAMINGS, StateMap
         from parity_tests.fuzz.samples import CONFIG
 
@@ -120,6 +122,8 @@ def _reference(path: Path) -> dict[str, np.ndarray] | None:
         return state_to_numpy(unwrap(content, is_tensor=torch.is_tensor, source="reference")[0])
     if path.suffix == ".safetensors":
         return safetensors.numpy.load_file(path)
+    if not path.name.endswith(".index.json"):
+        return reference(path.name, path.read_bytes())
     return {
         key: value
         for shard in sorted(path.parent.glob("*.safetensors"))

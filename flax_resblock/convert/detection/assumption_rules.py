@@ -102,7 +102,9 @@ ASSUMPTION_RULES = (
         {"none": "strides are not blurred", "blur": "they are blurred (timm's resnetblur)"},
         _network(
             lambda config: (
-                _strided(config) and not config.dilated_stages and config.stride_on == "3x3"
+                _strided(config)
+                and not config.dilated_stages
+                and (config.stride_on, config.padding) == ("3x3", "symmetric")
             )
         ),
         lambda naming: False,
@@ -119,7 +121,10 @@ ASSUMPTION_RULES = (
         lambda naming: False,
     ),
 )
-ASSUMABLE_FIELDS = (*(rule.field for rule in ASSUMPTION_RULES), "dilated_stages")
+ASSUMABLE_FIELDS = (
+    *(rule.field for rule in ASSUMPTION_RULES),
+    *("dilated_stages", "padding", "stem_padding"),
+)
 """Fields of a configuration that tensors do not tell."""
 
 
@@ -179,6 +184,12 @@ FIXED = (
         "where a block has a stride, its shortcut averages 2x2 pixels in front of the convolution",
         (),
         lambda config: config.shortcut == "pooled",
+    ),
+    Fixed(
+        "where a convolution or a max pooling has a stride, it pads alike on all sides",
+        ("padding",),
+        _network(lambda config: config.padding == "symmetric"),
+        unless="it pads as TensorFlow does",
     ),
     Fixed(
         "each convolution pads with zeros to keep the image's size and comes before its norm; the "

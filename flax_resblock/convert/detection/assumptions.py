@@ -73,7 +73,8 @@ class Assumptions:
     Attributes:
       choices: Those that are said whatever the network, as networks of both kinds are common.
       others: The others, each as a note.
-      known: Name of the published network that it was read as; None where it is one's own.
+      known: What it was read as: a published network, or that of a known JAX program; None where
+        it is one's own.
     """
 
     choices: tuple[Assumption, ...] = ()
@@ -119,6 +120,10 @@ def assumptions_of(
         *(f.note for f in FIXED if f.matters(config) and not set(f.told_by) & told.keys()),
     ]
     known = None if labels else published(config)
+    if naming.origin_tells:
+        known = naming.origin
+    elif known is not None:
+        known = f"the published {known}"
     return Assumptions(choices, tuple(others), known)
 
 

@@ -86,6 +86,11 @@ def _matches(
                 config = replace(config, num_classes=num_classes)
         if config is None:
             continue
+        if not isinstance(wanted, ResNetConfig | BlockConfig):
+            try:
+                config = with_assumptions(config, naming.told)
+            except InputError:
+                continue  # the program that this scheme comes from has no such network
         config = with_assumptions(config, assumptions or {})
         try:
             state_map = StateMap(config, naming)

@@ -162,6 +162,26 @@ class _Reader:
         return groups, max(narrowest, key=fits)
 
 
+def _depths(naming: Naming, found: TensorInfos) -> list[int]:
+    """Blocks of each stage where the scheme numbers them through: a stage begins with the first
+    block, and with every block that has a projection."""
+    if not naming.numbers_through:
+        return []
+    skips = ("shortcut.conv", "shortcut.projection.conv")
+    skips = [naming.modules[place] for place in skips if place in naming.modules]
+    (blocks,) = naming.laid_out([len(found)]).blocks
+    modules = {key.rpartition(".")[0] for key in found}
+    depths: list[int] = []
+    for prefix in blocks:
+        inside = [name for name in modules if name.startswith(prefix + naming.joint)]
+        if not inside:
+            break
+        if not depths or any(f"{prefix}{naming.joint}{skip}" in modules for skip in skips):
+            depths.append(0)
+        depths[-1] += 1
+    return depths
+
+
 def _shortcut(pooled: bool, projects: bool) -> Shortcut:
     if pooled:
         return "pooled"
@@ -174,7 +194,7 @@ def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
 
     Tolerates single missing tensors, so that the error can name them.
     """
-    reader = _Reader(naming, found)
+    reader = _Reader(naming.laid_out(_depths(naming, found)), found)
     stages: list[range] = []
     for number in count(1):
         depth = next(block for block in count() if not reader.has_block(f"stage{number}", block))

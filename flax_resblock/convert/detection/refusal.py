@@ -62,6 +62,8 @@ def explained(
       source: For messages.
     """
     first, *more = str(error).split("\n")
+    if words := _other_program(found):
+        return CheckpointError(f"{source} is {words}. It is not converted.")
     known, head = nearly(found), several_layers(found)
     nearest = error.nearest if isinstance(error, NoFitError) else None
     if nearest is not None and _is_network_with_more(nearest):
@@ -75,6 +77,20 @@ def explained(
     else:
         lines = [first, why, known, head, *more]
     return CheckpointError("\n".join(filter(None, lines)))
+
+
+_OTHER_PROGRAMS = {
+    "final_batchnorm": "haiku's ResNet v2 (it has a final_batchnorm): its blocks normalise before "
+    "they convolve (pre-activation order), and no naming scheme here is for it",
+    "gn_root": "big_vision's BiT (it has a gn_root): its kernels are standardised and its norms "
+    "normalise groups of channels, and no naming scheme here is for it",
+}
+"""What networks of JAX programs are that have no row in the naming schemes, by a module of each."""
+
+
+def _other_program(found: Mapping[str, TensorInfo]) -> str:
+    modules = {key.rpartition(".")[0] for key in found}
+    return next((words for name, words in _OTHER_PROGRAMS.items() if name in modules), "")
 
 
 def _parts_of(found: Mapping[str, TensorInfo]) -> list[Part]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from flax_resblock.checkpoint.bounded import check_file
 from flax_resblock.errors import InputError, reason
-from flax_resblock.training.data.bounded import check_file
 from flax_resblock.training.data.cifar_pickle import read_cifar_pickle
 from flax_resblock.training.data.dataset import Dataset, Splits, pixel_moments, splits_of
 

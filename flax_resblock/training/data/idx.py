@@ -10,8 +10,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from flax_resblock.checkpoint.bounded import MOST_BYTES, check_file
 from flax_resblock.errors import InputError, reason
-from flax_resblock.training.data.bounded import MOST_BYTES, check_file
 from flax_resblock.training.data.dataset import Dataset, Splits, pixel_moments, splits_of
 
 _GZIP = b"\x1f\x8b"

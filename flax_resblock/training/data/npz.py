@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flax_resblock.checkpoint.bounded import read_npz
 from flax_resblock.errors import InputError
-from flax_resblock.training.data.bounded import read_npz
 from flax_resblock.training.data.dataset import (
     HELD_OUT,
     Dataset,

@@ -32,9 +32,11 @@ def check_file(path: Path, most: int = MOST_BYTES) -> None:
         )
 
 
-def read_npz(path: Path, most: int = MOST_BYTES) -> dict[str, np.ndarray]:
+def read_npz(
+    path: Path, most: int = MOST_BYTES, most_arrays: int = MOST_ARRAYS
+) -> dict[str, np.ndarray]:
     """Reads every array of an ``.npz`` archive without unpickling anything; raises InputError if it
-    is none, damaged, or larger than ``most`` bytes.
+    is none, damaged, or larger than ``most`` bytes or ``most_arrays`` arrays.
     """
     try:
         check_file(path, most)
@@ -46,8 +48,8 @@ def read_npz(path: Path, most: int = MOST_BYTES) -> dict[str, np.ndarray]:
         )
         if magic != b"PK\x05\x06" or comment:
             raise ValueError("it does not end as a zip archive does")
-        if count > MOST_ARRAYS or length > MOST_ARRAYS << 10:
-            raise ValueError(f"it lists {count:,} arrays; at most {MOST_ARRAYS:,} are read")
+        if count > most_arrays or length > most_arrays << 10:
+            raise ValueError(f"it lists {count:,} arrays; at most {most_arrays:,} are read")
         with zipfile.ZipFile(path) as archive:
             expanded = sum(info.file_size for info in archive.infolist())
         if expanded > most:

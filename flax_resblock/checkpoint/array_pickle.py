@@ -1,0 +1,182 @@
+"""Pickles of nested dictionaries of arrays, as Haiku's users save them; runs nothing in them.
+
+The arrays are numpy's or jax's. :mod:`~flax_resblock.checkpoint.inert_pickle` checks the
+instructions first; then our own functions stand behind the names that such a pickle may call."""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_resblock.checkpoint.inert_pickle import (
+    PLAIN_OPCODES,
+    PickleRules,
+    RefusedError,
+    check_pickle,
+)
+from flax_resblock.checkpoint.jax_tree import record_of_tree
+from flax_resblock.checkpoint.limits import Limits, check_content, first_line
+from flax_resblock.checkpoint.record import Record
+from flax_resblock.checkpoint.torch_calls import MADE, Context
+from flax_resblock.checkpoint.torch_stand_ins import Copies, DTypeStandIn
+from flax_resblock.errors import CheckpointError, visible
+
+_REFUSED = (
+    "Loading never executes code, so it was refused. If you trust the file, open it yourself and "
+    "save its arrays with numpy.savez, or with flax.serialization.to_bytes."
+)
+_OPCODES_PER_TENSOR = 100
+
+
+class _Array:
+    """In place of an array, until its values are known."""
+
+    __slots__ = ("array",)
+
+    def __init__(self) -> None:
+        self.array: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        """``(version, shape, dtype, Fortran order, bytes)``, as numpy has it."""
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise ValueError("an array in it has no shape, type and values")
+        _, shape, dtype, in_columns, values = state
+        self.array = _filled(values, dtype, shape, "F" if in_columns else "C")
+
+
+def _filled(values: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+    kind = dtype.dtype if isinstance(dtype, DTypeStandIn) else None
+    sizes = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
+    if kind is None or not sizes or not isinstance(values, bytes | bytearray):
+        raise ValueError("an array in it is of another type than numbers of this machine's order")
+    if math.prod(shape) * kind.itemsize != len(values) or order not in ("C", "F"):
+        raise ValueError(f"an array of shape {shape} in it has {len(values)} bytes")
+    return np.frombuffer(values, kind).reshape(shape, order=order)
+
+
+def _empty(_: Context, *arguments: Any) -> Any:
+    return _Array()
+
+
+def _from_buffer(_: Context, values: Any, dtype: Any, shape: Any, order: Any) -> Any:
+    return _filled(values, dtype, shape, order)
+
+
+def _of_jax(_: Context, function: Any, arguments: Any, state: Any, *about: Any) -> Any:
+    """A jax array is a numpy array, and what else jax knows of it."""
+    made = _Array()
+    made.__setstate__(state)
+    return made.array
+
+
+def _mapping(context: Context, items: Any = ()) -> Any:
+    if not isinstance(items, dict):
+        raise ValueError("a mapping in it is made from something else than a dictionary")
+    return items
+
+
+_CALLS: Mapping[str, Callable[..., Any]] = {
+    **{
+        f"numpy.{core}.{name}": call
+        for core in ("core", "_core")
+        for name, call in (
+            ("multiarray._reconstruct", _empty),
+            ("multiarray.scalar", MADE["numpy.core.multiarray.scalar"]),
+            ("numeric._frombuffer", _from_buffer),
+        )
+    },
+    "numpy.dtype": MADE["numpy.dtype"],
+    "numpy.ndarray": _empty,
+    "_codecs.encode": MADE["_codecs.encode"],
+    "jax._src.array._reconstruct_array": _of_jax,
+    "jaxlib.xla_extension._reconstruct_array": _of_jax,
+    "haiku._src.data_structures.FlatMapping": _mapping,
+}
+"""What such a pickle may call, by name."""
+_OPCODES = (
+    PLAIN_OPCODES
+    | {"FRAME", "MEMOIZE", "STACK_GLOBAL", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES"}
+    | {"BINBYTES8", "BYTEARRAY8"}
+)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Finds our own functions behind names."""
+
+    def __init__(self, data: bytes, context: Context) -> None:
+        super().__init__(io.BytesIO(data))
+        self.context = context
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        name = f"{module_name}.{global_name}"
+        if name == "collections.OrderedDict":
+            return OrderedDict
+        if name not in _CALLS:
+            raise RefusedError(
+                f"needs {visible(name)[:160]} to be imported and run to open it. {_REFUSED}"
+            )
+        return partial(_CALLS[name], self.context)
+
+
+def read_pickle(path: Path, limits: Limits) -> Record:
+    """Reads a pickle of parameters and state.
+
+    Raises:
+      CheckpointError: Code, damage, other values than dictionaries of arrays, or beyond the limits.
+    """
+    source = str(path)
+    rules = PickleRules(
+        opcodes=_OPCODES,
+        stateful={
+            "numpy.dtype",
+            *(f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")),
+        },
+        fillable=frozenset({"collections.OrderedDict"}),
+        hashable=frozenset({"_codecs.encode"}),
+        most_opcodes=limits.max_tensors * _OPCODES_PER_TENSOR,
+        refusal=_REFUSED,
+    )
+    try:
+        data = path.read_bytes()
+        checked = check_pickle(data, rules, limits, source)
+        context = Context(limits, source, None, Copies(limits, source))
+        content = _Unpickler(data[: checked.end], context).load()
+    except RefusedError as error:
+        raise CheckpointError(f"{source} {error}") from error
+    except CheckpointError:
+        raise
+    # IndexError, struct.error, UnicodeDecodeError, KeyError ...: damage raises nearly anything.
+    except Exception as error:
+        raise CheckpointError(
+            f"{source} is no pickle of arrays, or a damaged one ({first_line(error)}). Copy it "
+            f"again."
+        ) from error
+    check_content(content, limits, _size, source)
+    return record_of_tree(_with_arrays(content, source), source, "pickle", limits)
+
+
+def _size(value: Any) -> int | None:
+    if isinstance(value, _Array):
+        value = value.array
+    return int(value.nbytes) if isinstance(value, np.ndarray | np.generic) else None
+
+
+def _with_arrays(value: Any, source: str) -> Any:
+    """The same containers with every array in its place."""
+    if isinstance(value, _Array):
+        if value.array is None:
+            raise CheckpointError(f"{source} has an array without values. It is damaged.")
+        return value.array
+    if isinstance(value, Mapping):
+        return {key: _with_arrays(item, source) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_arrays(item, source) for item in value]
+    return value

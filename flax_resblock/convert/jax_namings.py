@@ -1,0 +1,214 @@
+"""Naming schemes of residual networks in JAX programs: Linen, NNX, Haiku.
+
+Collections are merged (``params`` and ``batch_stats`` have the same modules), and the parts of a
+name are joined by dots; see :mod:`flax_resblock.checkpoint.jax_tree`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from flax_resblock.config import SlotKind
+from flax_resblock.convert.scheme import FLAX_TENSORS, Naming, Tensor
+
+_MAIN = {f"{kind}{i + 1}": (kind, i) for kind in ("conv", "norm") for i in range(3)}
+
+
+def _renamed(names: Mapping[str, str]) -> Mapping[SlotKind, tuple[Tensor, ...]]:
+    """Flax's tensors with other names, by slot kind and Flax's name: ``{"conv.kernel": "w"}``."""
+    return MappingProxyType(
+        {
+            kind: tuple(
+                replace(t, name=names.get(f"{kind.value}.{t.flax_name}", t.name)) for t in tensors
+            )
+            for kind, tensors in FLAX_TENSORS.items()
+        }
+    )
+
+
+def _numbered(conv: str, norm: str, convolutions: int = 3) -> dict[str, str]:
+    """The main path, from templates over the number of the convolution."""
+    templates = {"conv": conv, "norm": norm}
+    return {
+        place: templates[kind].format(i) for place, (kind, i) in _MAIN.items() if i < convolutions
+    }
+
+
+_TOLD: Mapping[str, Any] = MappingProxyType(
+    {"padding": "symmetric", "stem_padding": None, "stride_on": "3x3", "activation": "relu"}
+    | {
+        "stem_stride": None,
+        "stem_pool": None,
+        "first_stride": 1,
+        "dilated_stages": (),
+        "eps": 1e-5,
+        "momentum": 0.1,
+    }
+)
+"""What these programs have unless a row says otherwise. PyTorch's ``momentum`` is one minus that
+of Flax, and one minus Haiku's ``decay_rate``."""
+BIASED = (
+    "its running variances are averages of biased ones, as Flax and Haiku compute them, and are "
+    "carried as they are; in training, PyTorch and this library average unbiased ones"
+)
+
+
+def _flax(
+    name: str,
+    stage: str,
+    modules: dict[str, str],
+    origin: str,
+    told: Mapping[str, Any] = MappingProxyType({}),
+    **fields: Any,
+) -> Naming:
+    told = {**_TOLD, **({"block": "bottleneck"} if name.endswith("bottleneck") else {}), **told}
+    told = {key: value for key, value in told.items() if value is not ...}
+    fields = {"tensors": FLAX_TENSORS, "counts": False, "note": BIASED, **fields}
+    return Naming(name, stage, modules, origin, told=told, **fields)
+
+
+_EXAMPLE_STEM = {"stem.conv": "conv_init", "stem.norm": "bn_init", "head": "Dense_0"}
+_EXAMPLE_SKIP = {"shortcut.conv": "conv_proj", "shortcut.norm": "norm_proj"}
+_EXAMPLE_TOLD = {"padding": "same", "stem_padding": "symmetric"}
+"""Its first convolution pads (3, 3); everything else is ``'SAME'``."""
+
+
+def _example(kind: str, block: str, convolutions: int) -> Naming:
+    main = _numbered("Conv_{}", "BatchNorm_{}", convolutions)
+    modules = _EXAMPLE_STEM | main | _EXAMPLE_SKIP
+    origin = f"flax/examples/imagenet, {kind} blocks"
+    name, stage = f"flax_imagenet_{kind}", f"{block}_{{index}}"
+    return _flax(name, stage, modules, origin, _EXAMPLE_TOLD, first_stage=0)
+
+
+def _jax_resnet(name: str, what: str, stem: dict[str, str], skip: dict[str, str]) -> Naming:
+    main = _numbered("ConvBlock_{}.Conv_0", "ConvBlock_{}.BatchNorm_0")
+    modules = stem | main | skip | {"head": "layers_{behind}"}
+    return _flax(name, "layers_{index}", modules, f"jax-resnet, {what}", first_stage=2)
+
+
+def _in_conv_block(place: str, module: str, number: str = "") -> dict[str, str]:
+    return {
+        f"{place}.conv{number}": f"{module}.Conv_0",
+        f"{place}.norm{number}": f"{module}.BatchNorm_0",
+    }
+
+
+_RESNETD_STEM = {
+    place: name
+    for i in range(3)
+    for place, name in _in_conv_block("stem", f"layers_0.ConvBlock_{i}", str(i + 1)).items()
+}
+
+
+def _huggingface(kind: str, layer: str, convolutions: int, prefix: str) -> Naming:
+    main = _numbered(f"{layer}.convolution", f"{layer}.normalization", convolutions)
+    ends = {
+        "stem.conv": f"{prefix}embedder.embedder.convolution",
+        "stem.norm": f"{prefix}embedder.embedder.normalization",
+        "shortcut.conv": "shortcut.convolution",
+        "shortcut.norm": "shortcut.normalization",
+    }
+    if prefix:
+        ends["head"] = "classifier.1"
+    what = "FlaxResNetForImageClassification" if prefix else "FlaxResNetModel"
+    return _flax(
+        f"flax_huggingface_{'' if prefix else 'backbone_'}{kind}",
+        f"{prefix}encoder.stages.{{stage}}.layers.{{block}}",
+        main | ends,
+        f"transformers 4, {what}, {kind} blocks",
+        {"first_stride": ...},  # its config.json says it
+        first_stage=0,
+    )
+
+
+_FLAXMODELS_TOLD = {"momentum": 0.9}
+"""It gives Flax's ``momentum`` the value of PyTorch's, 0.1: PyTorch's would be 0.9."""
+_FLAXMODELS_NOTE = (
+    f"{BIASED}; unless told otherwise, flaxmodels' model normalises images itself and ends with a "
+    f"softmax, and neither is part of this network"
+)
+
+
+def _flaxmodels(kind: str, block: str, convolutions: int) -> Naming:
+    main = _numbered("Conv_{}", "BatchNorm_{}", convolutions)
+    skip = {"shortcut.conv": f"Conv_{convolutions}", "shortcut.norm": f"BatchNorm_{convolutions}"}
+    stem = {"stem.conv": "Conv_0", "stem.norm": "BatchNorm_0", "head": "Dense_0"}
+    origin = f"flaxmodels' Linen variables, {kind} blocks"
+    names = f"flaxmodels_linen_{kind}", f"{block}_{{index}}", stem | main | skip, origin
+    return _flax(*names, _FLAXMODELS_TOLD, first_stage=0, note=_FLAXMODELS_NOTE)
+
+
+JAX_NAMINGS = (
+    _example("basic", "ResNetBlock", 2),
+    _example("bottleneck", "BottleneckResNetBlock", 3),
+    _jax_resnet(
+        "jax_resnet",
+        "ResNet, ResNeXt and wide ResNet",
+        _in_conv_block("stem", "layers_0.ConvBlock_0"),
+        _in_conv_block("shortcut", "ResNetSkipConnection_0.ConvBlock_0"),
+    ),
+    _jax_resnet(
+        "jax_resnet_d",
+        "ResNet-D",
+        _RESNETD_STEM,
+        _in_conv_block("shortcut.projection", "ResNetDSkipConnection_0.ConvBlock_0"),
+    ),
+    *(
+        _huggingface(kind, layer, convolutions, prefix)
+        for prefix in ("resnet.", "")
+        for kind, layer, convolutions in (
+            ("basic", "layer.layer_{}", 2),
+            ("bottleneck", "layer.{}", 3),
+        )
+    ),
+    _flax(
+        "flaxmodels",
+        "layer{stage}.block{block}",
+        {"stem.conv": "conv1", "stem.norm": "bn1", "head": "fc"}
+        | {
+            place: f"{'bn' if kind == 'norm' else kind}{i + 1}"
+            for place, (kind, i) in _MAIN.items()
+        }
+        | {"shortcut.conv": "downsample.conv", "shortcut.norm": "downsample.bn"},
+        "flaxmodels' pretrained .h5",
+        tensors=_renamed(
+            dict.fromkeys(("conv.kernel", "biased_conv.kernel", "linear.kernel"), "weight")
+        ),
+        told=_FLAXMODELS_TOLD,
+        note=_FLAXMODELS_NOTE,
+    ),
+    _flaxmodels("basic", "BasicBlock", 2),
+    _flaxmodels("bottleneck", "Bottleneck", 3),
+    _flax(
+        "bonsai",
+        "layer{stage}.blocks.{block}",
+        {"stem.conv": "stem.conv", "stem.norm": "stem.bn", "head": "fc"}
+        | _numbered("conv{}", "bn{}")
+        | {"shortcut.conv": "downsample.conv", "shortcut.norm": "downsample.bn"},
+        "bonsai's ResNet (NNX)",
+        first_stage=0,
+        told={"momentum": 0.01, "block": "bottleneck"},
+    ),
+    _flax(
+        "haiku",
+        "block_group_{stage}.block_{block}",
+        {"stem.conv": "initial_conv", "stem.norm": "initial_batchnorm", "head": "logits"}
+        | _numbered("conv_{}", "batchnorm_{}")
+        | {"shortcut.conv": "shortcut_conv", "shortcut.norm": "shortcut_batchnorm"},
+        "haiku.nets.ResNet, resnet_v2=False",
+        first_stage=0,
+        tensors=_renamed(
+            {
+                **dict.fromkeys(("conv.kernel", "biased_conv.kernel", "linear.kernel"), "w"),
+                **dict.fromkeys(("biased_conv.bias", "linear.bias"), "b"),
+                "norm.bias": "offset",
+            }
+        ),
+        told={"padding": "same"},
+        counts=True,
+    ),
+)
+"""One row for each family and kind of block."""
