@@ -16,7 +16,7 @@ from flax_resblock.port.inputs import Shapes, parsed_shapes
 Size = tuple[int, int]
 """Height and width of images."""
 
-SIZES: tuple[Size, ...] = ((64, 64), (32, 32), (224, 224), (299, 299))
+SIZES: tuple[Size, ...] = ((64, 64), (32, 32), (96, 96), (224, 224), (299, 299))
 """Sizes of the images, in the order in which they are tried. At 32 pixels many networks end with
 maps of one pixel, whose axes cannot be told from those that a reshape adds."""
 

@@ -138,7 +138,7 @@ def _graph(traced: Traced, path: str) -> Any:
 
 def _outputs(traced: Traced, path: str) -> list[Node]:
     """The nodes that a module returns."""
-    last = next(reversed(_graph(traced, path).nodes))
+    last = next(iter(reversed(_graph(traced, path).nodes)))
     return [one for one in leaves(last.args[0]) if isinstance(one, Node)]
 
 

@@ -15,7 +15,7 @@ from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace
 from flax_resblock.port.inputs import grown
 from flax_resblock.port.network import PortedNetwork
-from flax_resblock.port.side_by_side import QUICKLY, STEPS, SideBySide
+from flax_resblock.port.side_by_side import STEPS, SideBySide
 
 FLOOR = 1e-2
 """Gradients are compared relative to themselves, or to this share of the largest of their kind:
@@ -23,10 +23,6 @@ that of a bias in front of a norm is zero but for rounding."""
 
 HOPELESS = {"float64": 1e-10, "float32": 1e-2}
 """Where PyTorch's own result is less certain than this, nothing is proved."""
-
-MANY = 1e6
-"""Numbers in all activations. With more of them, a training step that is compiled in a hurry runs
-longer than the full compilation takes."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +93,7 @@ class _Comparison(SideBySide):
         options: dict[str, Any] = {"train": train, "cotangent": cotangent}
         truth = self.torch(images, PRECISIONS["float64"], **options)
         theirs = self.torch(images, precision, **options) if precision.name == "float32" else truth
-        numbers = sum(one.size for one in truth.activations.values())
-        compiler = {} if train and numbers > MANY else QUICKLY
-        ours = self.flax(images, precision, compiler, **options)
+        ours = self.flax(images, precision, **options)
         mode = "training" if train else "evaluation"
         spread: dict[tuple[str, str], float] | None = None
         uncertain: dict[str, float] = {}
