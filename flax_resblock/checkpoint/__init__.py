@@ -31,7 +31,6 @@ from flax_resblock.checkpoint.limits import (
     Limits,
     check_files,
     check_names,
-    first_line,
 )  # fmt: skip
 from flax_resblock.checkpoint.record import (
     DIGESTS,
@@ -44,7 +43,7 @@ from flax_resblock.checkpoint.record import (
     refuse_foreign_sidecar,
     sidecar_of,
 )
-from flax_resblock.errors import CheckpointError, InputError, OutputError, some
+from flax_resblock.errors import CheckpointError, InputError, OutputError, first_line, some
 
 __all__ = [
     "FORMATS", "LIMITS", "RUN_FOLDER", "Limits", "Record", "digest", "digests", "is_orbax",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from flax_resblock.cpu.switch import Lowering
-from flax_resblock.parity.inputs import more_batches
+from flax_resblock.parity.inputs import more_batches, nudged
 from flax_resblock.parity.oracle import (
     Comparison,
     Histogram,
@@ -244,7 +244,7 @@ def _with_spread(
     largest = {(row.quantity, row.slot, row.step): row.verdict.reference_error for row in rows}
     stepped = isinstance(part, Trajectory)
     for _ in range(SPREAD):
-        moved = images * (1 + precision.epsilon * rng.integers(-1, 2, images.shape))
+        moved = nudged(images, precision.epsilon, rng)
         truths = part.run("torch", pair, EXACT, images, devices.of(EXACT))
         again = part.run("torch", pair, precision, moved, devices.of(precision))
         for step, (truth, ours) in enumerate(zip(truths, again, strict=True), start=1):

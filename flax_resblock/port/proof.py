@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from flax_resblock.errors import InputError, some
+from flax_resblock.errors import InputError, raised, some
 from flax_resblock.parity.comparison import SPREAD
+from flax_resblock.parity.inputs import nudged
 from flax_resblock.parity.oracle import TORCH_FACTOR, TRAJECTORY_LIMIT, relative_l2, verdict_of
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace
@@ -128,7 +129,7 @@ class _Comparison(SideBySide):
         rng = np.random.default_rng(1)
         largest: dict[tuple[str, str], float] = {}
         for _ in range(SPREAD):
-            moved = images * (1 + precision.epsilon * rng.integers(-1, 2, images.shape))
+            moved = nudged(images, precision.epsilon, rng)
             again = self.torch(moved, precision, **options)
             for quantity, rows in self._rows(truth, again, ours, options["train"]).items():
                 floor = _floor(quantity, rows)
@@ -169,8 +170,9 @@ class _Comparison(SideBySide):
         try:
             return self.output_in_training()
         except Exception as error:  # whatever the user's code raises
-            said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-            self.notes.append(f"training mode was not compared: your module raises there ({said})")
+            self.notes.append(
+                f"training mode was not compared: your module raises there ({raised(error)})"
+            )
             return None
 
     def _difference(self, mode: str, quantity: str, name: str, error: float, limit: float) -> str:
