@@ -154,7 +154,7 @@ def work(package: str, name: str, core: int | None, results: Connection) -> None
 
 
 def measured(
-    tasks: Sequence[tuple[str, str]], jobs: int, limit: float
+    tasks: Sequence[tuple[str, str]], jobs: int, limit: float, within: float
 ) -> Iterator[tuple[str, str, float, dict[str, str]]]:
     """Ports networks in processes of their own.
 
@@ -162,6 +162,7 @@ def measured(
       tasks: Package and name of each.
       jobs: How many at once; each of several has a core of its own.
       limit: Seconds for each.
+      within: Seconds for all; then those that still run are ended.
     Yields:
       Package, name, seconds and facts, in the order in which they end. The facts are empty of a
       network that takes longer than the limit, or whose process ends with an error of its own.
@@ -170,7 +171,8 @@ def measured(
     context.set_forkserver_preload(["parity_tests.families", "flax_resblock.port.porting"])
     cores = sorted(os.sched_getaffinity(0))
     waiting, running = list(reversed(tasks)), dict[int, Any]()
-    while waiting or running:
+    end = time.monotonic() + within
+    while (waiting or running) and time.monotonic() < end:
         for place in range(jobs):
             if waiting and place not in running:
                 task = waiting.pop()
@@ -192,6 +194,8 @@ def measured(
                 process.join()
                 del running[place]
                 yield *task, seconds, facts
+    for _, process, *_ in running.values():
+        process.kill()
 
 
 def main() -> int:
@@ -201,6 +205,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="of networks; of files to merge")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--limit", type=float, default=900, help="seconds for each network")
+    parser.add_argument("--within", type=float, default=float("inf"), help="seconds for all")
     parser.add_argument("--again", action="store_true", help="also what this code has proved")
     parser.add_argument("--write", nargs="?", const=FACTS, type=Path, metavar="FILE",
                         help="write the results to FILE and the page beside it")  # fmt: skip
@@ -221,7 +226,7 @@ def main() -> int:
                 tasks.append((package, name))
     shown = read(FACTS)
     tasks.sort(key=lambda task: "ported" in shown.get(task[0], {}).get(task[1], {}))
-    for package, name, seconds, row in measured(tasks, options.jobs, options.limit):
+    for package, name, seconds, row in measured(tasks, options.jobs, options.limit, options.within):
         told = row.get("ported") or f"refused: {row.get('refused', 'no result')}"
         print(f"{name:33}{seconds:5.0f} s  {told}", flush=True)
         failed |= "ported" not in row
