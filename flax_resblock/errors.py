@@ -60,6 +60,18 @@ def reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+def first_line(error: Exception) -> str:
+    """The beginning of another library's error message, fit for a message of ours."""
+    lines = str(error).strip().splitlines()
+    return visible(lines[0])[:200].rstrip(".") if lines else type(error).__name__
+
+
+def raised(error: Exception) -> str:
+    """The class of an error and the beginning of its message: ``ValueError: a is not b``."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
+
+
 def some(names: list[str], limit: int = 3) -> str:
     """``a, b, c and 61 more``; names as :func:`visible` shows them, long ones cut."""
     shown = ", ".join(

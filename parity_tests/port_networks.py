@@ -508,6 +508,26 @@ class Windows(nn.Module):
         return self.fc(self.patches(pooled).transpose(1, 2)).mean(1)
 
 
+class Transformers(nn.Module):
+    """A spatial transformer, and attention of torch.nn between the pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 4, 1)
+        self.places = nn.Linear(8, 6)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.conv(x)
+        theta = self.places(x.mean((2, 3))).view(-1, 2, 3)
+        with torch.autocast("cpu", enabled=False):
+            grid = F.affine_grid(theta, [x.size(0), x.size(1), 4, 3], align_corners=False)
+        x = F.grid_sample(x, grid, padding_mode="border", align_corners=True)
+        x = x.flatten(2).transpose(1, 2)
+        return self.fc(self.attention(x, x, x)[0].mean(1))
+
+
 def flat() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, 2, 1),
@@ -544,6 +564,7 @@ NETWORKS = {
     "ties": (Ties, IMAGE),
     "in_place": (InPlace, IMAGE),
     "windows": (Windows, IMAGE),
+    "transformers": (Transformers, IMAGE),
     "flat_sequential": (flat, IMAGE),
 }
 """Name -> what builds the network, and the shapes of its inputs without the batch."""

@@ -19,6 +19,7 @@ from flax import nnx
 from torch.nn import functional as F
 
 from flax_resblock import nn
+from flax_resblock.cpu.switch import conv_lowering
 from flax_resblock.errors import InputError
 from flax_resblock.nn.norm import normalised_by_batch
 from flax_resblock.nn.variables import variable_at
@@ -434,6 +435,30 @@ FUNCTIONS = {
         for mode in ("bilinear", "bicubic")
         for size in ((5, 3), (4, 13))
     },
+    **{
+        f"grid sample {mode} with {padding}, corners {corners}": Function(
+            partial(F.grid_sample, mode=mode, padding_mode=padding, align_corners=corners),
+            partial(nn.grid_sample, mode=mode, padding_mode=padding, align_corners=corners),
+            partial(nn.grid_sample, mode=mode, padding_mode=padding, align_corners=not corners),
+            ((2, 3, 7, 5), (2, 4, 6, 2)),
+            (IMAGE, None),
+        )
+        for mode, padding, corners in (
+            ("bilinear", "zeros", False),
+            ("bilinear", "border", True),
+            ("nearest", "border", False),
+            ("nearest", "zeros", True),
+        )
+    },
+    **{
+        f"affine grid, corners {corners}": Function(
+            partial(F.affine_grid, size=(2, 3, 4, 5), align_corners=corners),
+            partial(nn.affine_grid, size=(4, 5), align_corners=corners),
+            partial(nn.affine_grid, size=(4, 5), align_corners=not corners),
+            ((2, 2, 3),),
+        )
+        for corners in (False, True)
+    },
 }
 
 
@@ -603,6 +628,21 @@ def test_sequential_hands_on_what_a_layer_returns():
     assert len(layers) == 4
     assert [path for path, _ in nnx.to_flat_state(nnx.state(layers))] == [("layers", 2, "weight")]
     assert nn.Sequential()(3) == 3
+
+
+def test_training_keeps_the_outputs_of_blocks_in_a_sequence():
+    """Without that XLA computes each of them again for every user, on a CPU."""
+
+    def block() -> nn.Sequential:
+        return nn.Sequential(nn.PReLU(rngs=nnx.Rngs(0)), nn.relu)
+
+    def kept(layers: nn.Sequential, lowering: Any) -> bool:
+        with conv_lowering(lowering):
+            traced = jax.make_jaxpr(jax.grad(lambda x: layers(x).sum()))(jnp.ones(3))
+        return "resblock_materialised" in str(traced)
+
+    blocks, layers = nn.Sequential(block(), block()), nn.Sequential(nn.relu, nn.relu)
+    assert [kept(blocks, "auto"), kept(layers, "auto"), kept(blocks, "xla")] == [True, False, False]
 
 
 def with_hook(module: torch.nn.Module) -> torch.nn.Module:

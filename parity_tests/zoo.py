@@ -1,21 +1,26 @@
 """Ports the convolutional networks of torchvision and timm, and writes what was measured.
 
     python -m parity_tests.zoo torchvision              # one or more of each family
-    python -m parity_tests.zoo timm resnest14d --write
+    python -m parity_tests.zoo all --jobs 8 --write
 
 prints one line for each network: lines of source, layers, the largest errors, or why it is refused.
-``--write`` brings its row of docs/ported/zoo.md up to date. Exit status 1 if one is refused."""
+``--write`` brings its row of docs/ported/zoo.md up to date, and passes over what this code has
+proved already. Exit status 1 if one is refused."""
 
 from __future__ import annotations
 
 import argparse
-import gc
+import hashlib
 import json
+import multiprocessing
+import os
 import re
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +29,7 @@ import torch
 
 import flax_resblock
 from flax_resblock import InputError
+from flax_resblock.port.source import formatted
 from parity_tests.families import import_timm
 from parity_tests.support import REPOSITORY, import_torchvision
 
@@ -32,10 +38,10 @@ FACTS = PAGE.with_suffix(".json")
 
 NETWORKS = {
     "torchvision": """
-        alexnet vgg11 vgg11_bn resnet18 resnet50 resnext50_32x4d wide_resnet50_2 densenet121
-        googlenet inception_v3 squeezenet1_0 squeezenet1_1 shufflenet_v2_x0_5 mobilenet_v2
-        mobilenet_v3_small mobilenet_v3_large mnasnet0_5 efficientnet_b0 efficientnet_v2_s
-        regnet_x_400mf regnet_y_400mf convnext_tiny
+        inception_v3 alexnet vgg11 vgg11_bn resnet18 resnet50 resnext50_32x4d wide_resnet50_2
+        resnet34 vgg13 vgg16 densenet121 googlenet squeezenet1_0 squeezenet1_1 convnext_tiny
+        shufflenet_v2_x0_5 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet0_5
+        efficientnet_b0 efficientnet_v2_s regnet_x_400mf regnet_y_400mf
     """,
     "timm": """
         resnet10t resnet26d resnetaa50d resnetblur50 resnetrs50 seresnet33ts ecaresnet26t
@@ -64,12 +70,13 @@ module on the same images: the output and every layer's output in evaluation mod
 mode (with auxiliary heads), the running statistics after a batch, every gradient with that of the
 images, and weights and statistics after five steps of SGD with momentum. The limit is 1e-12, of
 the five steps 1e-10. The state dict returns bit for bit, and `load_state_dict(strict=True)` takes
-it. A dash: the network has no such tensor, or the row was written with `--quick`, without steps.
+it. A dash: the network has no such tensor, the steps were not run, or its lines were not formatted.
 
     python -m parity_tests.zoo torchvision mnasnet0_5            # prints the row
-    python -m parity_tests.zoo torchvision mnasnet0_5 --write    # brings this page up to date
+    python -m parity_tests.zoo all --jobs 8 --write              # brings this page up to date
 """
-HEAD = ("network", "lines", "layers", "evaluation", "training", "statistics", "gradients", "steps")
+HEAD = ("network", "lines", "layers", "evaluation", "training", "statistics", "gradients", "steps",
+        "with")  # fmt: skip
 QUANTITIES = {
     "evaluation": ("evaluation output", "evaluation activations"),
     "training": ("training output", "training activations"),
@@ -87,98 +94,186 @@ def built(package: str, name: str) -> torch.nn.Module:
     return getattr(import_torchvision().models, name)(weights=None, **slow)
 
 
-def row_of(package: str, name: str, *, exact: bool) -> list[str]:
+def row_of(package: str, name: str) -> list[str]:
     """Ports a network and returns what was measured, in the order of :data:`HEAD`.
 
     Raises:
       InputError: It is refused.
     """
     module = built(package, name)
-    ported = flax_resblock.port(module, exact=exact, origin=name)
+    ported = flax_resblock.port(module, exact=True, origin=name)
     back = ported.to_torch(ported.create())
     tensors = {key: torch.from_numpy(np.array(value)) for key, value in back.items()}
     state = module.state_dict()
-    versions = OrderedDict(tensors)
-    versions._metadata = state._metadata  # torch.save keeps it, and MNASNet asks for it
-    module.load_state_dict(versions, strict=True)
+    marked = OrderedDict(tensors)
+    marked._metadata = state._metadata  # torch.save keeps it, and MNASNet asks for it
+    module.load_state_dict(marked, strict=True)
     assert all(torch.equal(tensors[key], value) for key, value in state.items())
     figures: dict[str, Any] = {
         name.removeprefix("float64 "): figure for name, figure in ported.figures.items()
     }
-    row = [
-        name,
-        str(len(ported.source.splitlines())),
-        str(figures.get("evaluation activations", {}).get("tensors", 0)),
-    ]
+    layers = figures.get("evaluation activations", {}).get("tensors", 0)
+    lines = "-" if formatted("a=1") == "a=1" else len(ported.source.splitlines())  # no ruff
+    row = [str(lines), str(layers)]
     for names in QUANTITIES.values():
         errors = [figures[one]["error"] for one in names if one in figures]
         row.append(f"{max(errors):.0e}" if errors else "-")
     return row
 
 
+def digest() -> str:
+    """Of the code that a row is measured with."""
+    library = REPOSITORY / "flax_resblock"
+    files = [file for part in ("port", "nn", "parity") for file in (library / part).rglob("*.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:12]
+
+
+def versions(package: str) -> str:
+    """Of the packages that a row is measured with."""
+    module = import_torchvision() if package == "torchvision" else import_timm()
+    found = {"jax": jax.__version__, "torch": torch.__version__, package: module.__version__}
+    return ", ".join(f"{one} {number.partition('+')[0]}" for one, number in found.items())
+
+
+def work(package: str, name: str, core: int | None, results: Connection) -> None:
+    """Sends the row of a network, or why there is none.
+
+    Args:
+      core: To compute on; None: on all. Threads of one process wait for each other where other
+        processes keep the cores busy.
+    """
+    torch.set_num_threads(1)
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    about = {"code": digest(), "with": versions(package)}
+    try:
+        results.send({**about, "ported": " ".join(row_of(package, name))})
+    except InputError as error:
+        why = str(error).partition("cannot be ported: ")[2] or str(error)
+        results.send({**about, "refused": re.sub(r"/\S*/site-packages/", "", why)})
+
+
+def measured(
+    tasks: Sequence[tuple[str, str]], jobs: int, limit: float, within: float
+) -> Iterator[tuple[str, str, float, dict[str, str]]]:
+    """Ports networks in processes of their own.
+
+    Args:
+      tasks: Package and name of each.
+      jobs: How many at once; each of several has a core of its own.
+      limit: Seconds for each.
+      within: Seconds for all; then those that still run are ended.
+    Yields:
+      Package, name, seconds and facts, in the order in which they end. The facts are empty of a
+      network that takes longer than the limit, or whose process ends with an error of its own.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["parity_tests.families", "flax_resblock.port.porting"])
+    cores = sorted(os.sched_getaffinity(0))
+    waiting, running = list(reversed(tasks)), dict[int, Any]()
+    end = time.monotonic() + within
+    while (waiting or running) and time.monotonic() < end:
+        for place in range(jobs):
+            if waiting and place not in running:
+                task = waiting.pop()
+                results, sender = context.Pipe(duplex=False)
+                core = cores[place % len(cores)] if jobs > 1 else None
+                process = context.Process(target=work, args=(*task, core, sender), daemon=True)
+                process.start()
+                sender.close()
+                running[place] = task, process, results, time.monotonic()
+        wait([one[2] for one in running.values()], timeout=1)
+        for place, (task, process, results, began) in list(running.items()):
+            seconds = time.monotonic() - began
+            if results.poll() or not process.is_alive() or seconds > limit:
+                try:
+                    facts = results.recv() if results.poll() else {}
+                except EOFError:
+                    facts = {}
+                process.kill()
+                process.join()
+                del running[place]
+                yield *task, seconds, facts
+    for _, process, *_ in running.values():
+        process.kill()
+
+
 def main() -> int:
     """Ports the networks that were named, or all."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("package", choices=NETWORKS)
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--write", action="store_true", help="bring the page up to date")
-    parser.add_argument("--quick", action="store_true", help="without the five steps")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("package", choices=[*NETWORKS, "all", "merge"])
+    parser.add_argument("names", nargs="*", help="of networks; of files to merge")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
+    parser.add_argument("--limit", type=float, default=900, help="seconds for each network")
+    parser.add_argument("--within", type=float, default=float("inf"), help="seconds for all")
+    parser.add_argument("--again", action="store_true", help="also what this code has proved")
+    parser.add_argument("--write", nargs="?", const=FACTS, type=Path, metavar="FILE",
+                        help="write the results to FILE and the page beside it")  # fmt: skip
     options = parser.parse_args()
-    package = import_torchvision() if options.package == "torchvision" else import_timm()
-    refused = False
-    for name in options.names or NETWORKS[options.package].split():
-        began, row = time.monotonic(), []
-        try:
-            row = row_of(options.package, name, exact=not options.quick)
-            told = "  ".join(row[1:])
-        except InputError as error:
-            told, refused = f"refused: {error}", True
-        print(f"{name:33}{time.monotonic() - began:5.0f} s  {told}", flush=True)
-        if options.write:
-            write(options.package, plain(package.__version__), name, row, told)
-        jax.clear_caches()
-        gc.collect()
-    return int(refused)
+    facts = read(options.write or FACTS)
+    if options.package == "merge":
+        for file in options.names:
+            for package, rows in read(Path(file)).items():
+                facts.setdefault(package, {}).update(rows)
+        write(facts, FACTS)
+        return 0
+    tasks, failed = [], False
+    for package in NETWORKS if options.package == "all" else [options.package]:
+        now = {"code": digest(), "with": versions(package)}
+        for name in options.names or NETWORKS[package].split():
+            row = facts.get(package, {}).get(name, {})
+            if options.again or "ported" not in row or {**row, **now} != row:
+                tasks.append((package, name))
+    shown = read(FACTS)
+    tasks.sort(key=lambda task: "ported" in shown.get(task[0], {}).get(task[1], {}))
+    for package, name, seconds, row in measured(tasks, options.jobs, options.limit, options.within):
+        told = row.get("ported") or f"refused: {row.get('refused', 'no result')}"
+        print(f"{name:33}{seconds:5.0f} s  {told}", flush=True)
+        failed |= "ported" not in row
+        if options.write and row:
+            facts.setdefault(package, {})[name] = row
+            write(facts, options.write)
+    return int(failed)
 
 
-def write(package: str, version: str, name: str, row: list[str], told: str) -> None:
-    """Brings the facts and the page up to date."""
-    facts = json.loads(FACTS.read_text(encoding="utf-8")) if FACTS.exists() else {}
-    of = facts.setdefault(package, {"versions": {}, "ported": {}, "refused": {}})
-    of["versions"] = {package: version, "torch": plain(torch.__version__), "jax": jax.__version__}
-    of["ported"].pop(name, None)
-    of["refused"].pop(name, None)
-    if row:
-        of["ported"][name] = " ".join(row[1:])
-    else:
-        why = told.partition("cannot be ported: ")[2] or told
-        of["refused"][name] = re.sub(r"/\S*/site-packages/", "", why)
-    FACTS.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    PAGE.write_text(page(facts), encoding="utf-8")
+def read(file: Path) -> dict[str, Any]:
+    """The facts in a file: by package and network, ``ported`` (its row) or ``refused`` (why),
+    ``code`` and ``with``."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def write(facts: dict[str, Any], file: Path) -> None:
+    """Brings a file of facts and the page beside it up to date."""
+    file.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    file.with_suffix(".md").write_text(page(facts), encoding="utf-8")
 
 
 def page(facts: dict[str, Any]) -> str:
     """The page that shows the facts."""
     parts = [TITLE]
-    for package, of in facts.items():
-        versions = ", ".join(f"{one} {number}" for one, number in sorted(of["versions"].items()))
-        parts.append(f"## {package}: {len(of['ported'])} ported\n\nWith {versions}.\n")
-        rows = [[name, *row.split()] for name, row in sorted(of["ported"].items())]
-        parts.append(table(HEAD, rows))
-        if of["refused"]:
-            rows = [[name, told.replace("|", "/")] for name, told in sorted(of["refused"].items())]
-            parts += ["Refused, with what the command says:\n", table(("network", "why"), rows)]
+    for package, of in sorted(facts.items()):
+        used = sorted({row["with"] for row in of.values()})
+        told = "; ".join(f"{chr(97 + place)}: {one}" for place, one in enumerate(used))
+        ported = [
+            [name, *row["ported"].split(), chr(97 + used.index(row["with"]))]
+            for name, row in sorted(of.items())
+            if "ported" in row
+        ]
+        parts.append(f"## {package}: {len(ported)} ported\n\nWith {told}.\n")
+        parts.append(table(HEAD, ported))
+        refused = [
+            [name, row["refused"].replace("|", "/")]
+            for name, row in sorted(of.items())
+            if "refused" in row
+        ]
+        if refused:
+            parts += ["Refused, with what the command says:\n", table(("network", "why"), refused)]
     return "\n".join(parts)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def plain(version: str) -> str:
-    """Without the build."""
-    return version.partition("+")[0]
 
 
 if __name__ == "__main__":

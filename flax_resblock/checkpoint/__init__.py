@@ -37,7 +37,6 @@ from flax_resblock.checkpoint.limits import (
     UNLIMITED,
     Limits,
     check_names,
-    first_line,
 )  # fmt: skip
 from flax_resblock.checkpoint.record import (
     DIGESTS,
@@ -50,7 +49,7 @@ from flax_resblock.checkpoint.record import (
     refuse_foreign_sidecar,
     sidecar_of,
 )
-from flax_resblock.errors import CheckpointError, InputError, OutputError, some
+from flax_resblock.errors import CheckpointError, InputError, OutputError, first_line, some
 from flax_resblock.hub import fetch, is_name
 
 __all__ = [

@@ -23,11 +23,11 @@ from flax_resblock.checkpoint.inert_pickle import (
     check_pickle,
 )
 from flax_resblock.checkpoint.jax_tree import record_of_tree
-from flax_resblock.checkpoint.limits import Limits, check_content, first_line
+from flax_resblock.checkpoint.limits import Limits, check_content
 from flax_resblock.checkpoint.record import Record
 from flax_resblock.checkpoint.torch_calls import MADE, Context
 from flax_resblock.checkpoint.torch_stand_ins import Copies, DTypeStandIn
-from flax_resblock.errors import CheckpointError, visible
+from flax_resblock.errors import CheckpointError, first_line, visible
 
 _REFUSED = (
     "Loading never executes code, so it was refused. If you trust the file, open it yourself and "

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.checkpoint.jax_tree import METADATA, paths_of, record_of_tree, tree_of
-from flax_resblock.checkpoint.limits import Limits, first_line
+from flax_resblock.checkpoint.limits import Limits
 from flax_resblock.checkpoint.record import Record
-from flax_resblock.errors import CheckpointError, MissingDependencyError, visible
+from flax_resblock.errors import CheckpointError, MissingDependencyError, first_line, visible
 
 
 def _h5py() -> Any:

@@ -89,12 +89,6 @@ UNLIMITED = Limits(*[sys.maxsize] * 4)
 _LONGEST_NAME = 512
 
 
-def first_line(error: Exception) -> str:
-    """The beginning of another library's error message, fit for a message of ours."""
-    lines = str(error).strip().splitlines()
-    return visible(lines[0])[:200] if lines else type(error).__name__
-
-
 def check_files(paths: Iterable[Path], limits: Limits, source: object) -> None:
     """Refuses pipes (which would be waited for), devices (which have no end), and files that are
     too large together.

@@ -13,9 +13,9 @@ import msgpack
 import numpy as np
 
 from flax_resblock.checkpoint.jax_tree import METADATA, nested, record_of_tree
-from flax_resblock.checkpoint.limits import Limits, first_line
+from flax_resblock.checkpoint.limits import Limits
 from flax_resblock.checkpoint.record import Record
-from flax_resblock.errors import CheckpointError
+from flax_resblock.errors import CheckpointError, first_line
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 """Flax's extension types."""

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.checkpoint.limits import Limits, check_files, first_line
-from flax_resblock.errors import CheckpointError, visible
+from flax_resblock.checkpoint.limits import Limits, check_files
+from flax_resblock.errors import CheckpointError, first_line, visible
 
 _MANIFEST = "manifest.ocdbt"
 _ARRAY_FILES = (".zarray", "zarr.json")

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.checkpoint.jax_tree import record_of_tree
-from flax_resblock.checkpoint.limits import LIMITS, Limits, check_content, first_line
+from flax_resblock.checkpoint.limits import LIMITS, Limits, check_content
 from flax_resblock.checkpoint.orbax_check import DamagedFolderError, check_folder, unreadable
 from flax_resblock.checkpoint.record import DIGESTS, Record
-from flax_resblock.errors import CheckpointError, some
+from flax_resblock.errors import CheckpointError, first_line, some
 
 _IN_FLIGHT = 16 << 20
 """Bytes that Orbax may hold in its own buffers at a time."""

@@ -23,11 +23,11 @@ import numpy as np
 
 from flax_resblock.checkpoint import record, torch_archive
 from flax_resblock.checkpoint.folders import shards
-from flax_resblock.checkpoint.limits import LIMITS, Limits, check_content, check_files, first_line
+from flax_resblock.checkpoint.limits import LIMITS, Limits, check_content, check_files
 from flax_resblock.checkpoint.record import DIGESTS, METADATA_DIGEST, Record, Sidecar, digests
 from flax_resblock.checkpoint.torch_calls import needs
 from flax_resblock.checkpoint.unwrap import unwrap
-from flax_resblock.errors import CheckpointError, MissingDependencyError, some, visible
+from flax_resblock.errors import CheckpointError, MissingDependencyError, first_line, some, visible
 
 if TYPE_CHECKING:
     import torch

@@ -24,7 +24,7 @@ from flax_resblock.checkpoint.inert_pickle import (
     RefusedError,
     check_pickle,
 )
-from flax_resblock.checkpoint.limits import Limits, first_line
+from flax_resblock.checkpoint.limits import Limits
 from flax_resblock.checkpoint.torch_calls import (
     BY_TORCH,
     MADE,
@@ -42,7 +42,7 @@ from flax_resblock.checkpoint.torch_stand_ins import (
     Storage,
     types,
 )
-from flax_resblock.errors import CheckpointError, visible
+from flax_resblock.errors import CheckpointError, first_line, visible
 
 
 @dataclass

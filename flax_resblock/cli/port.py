@@ -65,7 +65,7 @@ def port(
         Importing it runs its code.
       kwargs: Arguments of that class or function, as a JSON object.
       image_size: Height and width of the images that it is traced with; found by trying 64, 32,
-        224 and 299 if left out.
+        96, 224 and 299 if left out.
       inputs: The shapes of what it takes if that is something else than one image, in PyTorch, the
         batch first: '2,3,64,64;2,10'.
       entry: The entry of the checkpoint that holds the weights.

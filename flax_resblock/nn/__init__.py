@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from flax_resblock.nn.other_norms import FrozenBatchNorm, GroupNorm, InstanceNorm, LayerNorm
     from flax_resblock.nn.pooling import avg_pool, lp_pool, max_pool
     from flax_resblock.nn.resize import channel_shuffle, interpolate, pixel_shuffle, pixel_unshuffle
+    from flax_resblock.nn.sampling import affine_grid, grid_sample
     from flax_resblock.nn.selection import (
         amax,
         amin,
@@ -99,6 +100,7 @@ __all__ = [
     "StochasticDepth",
     "adaptive_avg_pool",
     "adaptive_max_pool",
+    "affine_grid",
     "amax",
     "amin",
     "avg_pool",
@@ -114,6 +116,7 @@ __all__ = [
     "fold",
     "gelu",
     "glu",
+    "grid_sample",
     "group_norm",
     "hardshrink",
     "hardsigmoid",
@@ -230,6 +233,10 @@ _MODULES = {
         "interpolate",
         "pixel_shuffle",
         "pixel_unshuffle",
+    ),
+    "sampling": (
+        "affine_grid",
+        "grid_sample",
     ),
     "selection": (
         "amax",

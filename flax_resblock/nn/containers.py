@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
 
+from flax_resblock.nn.conv import cpu_forms
 from flax_resblock.nn.scopes import in_slot
 
 
@@ -29,8 +31,11 @@ class Sequential(nnx.Module):
     @in_slot
     def __call__(self, x: Any) -> Any:
         """What the last layer returns; ``x`` without any."""
+        forms = cpu_forms()
         for layer in self.layers:
             x = layer(x)
+            if forms is not None and isinstance(x, jax.Array) and _is_block(layer):
+                x = forms.kept(x)  # see flax_resblock.nn.layers.joined
         return x
 
     def __len__(self) -> int:
@@ -38,3 +43,8 @@ class Sequential(nnx.Module):
 
     def __getitem__(self, index: int) -> Any:
         return self.layers[index]
+
+
+def _is_block(layer: Any) -> bool:
+    """Whether a layer consists of other modules."""
+    return isinstance(layer, nnx.Module) and any(True for _ in nnx.iter_children(layer))

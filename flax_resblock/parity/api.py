@@ -14,7 +14,7 @@ from flax import nnx
 from flax_resblock.convert import StateMap
 from flax_resblock.convert.own import PORTED_FROM
 from flax_resblock.cpu.switch import Lowering
-from flax_resblock.errors import InputError
+from flax_resblock.errors import InputError, raised
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.devices import strict
 from flax_resblock.parity.diagnose import Diagnosis, diagnose
@@ -217,7 +217,7 @@ def refuse_unfit(pair: Pair, images: np.ndarray, *, train: bool) -> None:
     except Exception as error:
         raise InputError(
             f"the Flax module refuses an input of shape {list(images.shape)}: "
-            f"{_first_line(error)}. Its images are (N, H, W, C)."
+            f"{raised(error)}. Its images are (N, H, W, C)."
         ) from error
     if not hasattr(shape, "shape"):
         raise InputError(
@@ -236,7 +236,7 @@ def _torch_output(pair: Pair, images: np.ndarray, train: bool) -> np.ndarray:
     except Exception as error:
         raise InputError(
             f"the PyTorch module refuses an input of shape {list(x.shape)}: "
-            f"{_first_line(error)}. Its images are (N, C, H, W)."
+            f"{raised(error)}. Its images are (N, C, H, W)."
         ) from error
     if not isinstance(output, torch.Tensor):
         raise InputError(
@@ -245,13 +245,6 @@ def _torch_output(pair: Pair, images: np.ndarray, train: bool) -> np.ndarray:
             "Wrap it in a module that returns the tensor to compare."
         )
     return as_array(output)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    if text:
-        return f"{type(error).__name__}: {text.splitlines()[0][:300].rstrip('.')}"
-    return type(error).__name__
 
 
 def _chaos(

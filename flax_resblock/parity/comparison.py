@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from flax_resblock.cpu.switch import Lowering
-from flax_resblock.parity.inputs import more_batches
+from flax_resblock.parity.inputs import more_batches, nudged
 from flax_resblock.parity.oracle import (
     Comparison,
     Histogram,
@@ -247,7 +247,7 @@ def _with_spread(
     stepped = isinstance(part, Trajectory)
     kept: list[Tensors] = []
     for _ in range(SPREAD):
-        moved = images * (1 + precision.epsilon * rng.integers(-1, 2, images.shape))
+        moved = nudged(images, precision.epsilon, rng)
         again = part.run("torch", pair, precision, moved, devices.of(precision))
         truths = kept or part.run("torch", pair, EXACT, images, devices.of(EXACT))
         if not stepped:  # the steps of a training run together may not fit in memory

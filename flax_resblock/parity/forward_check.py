@@ -16,7 +16,7 @@ from flax import nnx
 from flax_resblock.config import Config, ResNetConfig, name_of
 from flax_resblock.convert.opening import OpenedCheckpoint
 from flax_resblock.cpu.switch import for_cpu
-from flax_resblock.errors import InputError, some
+from flax_resblock.errors import InputError, raised, some
 from flax_resblock.nn.resnet import build
 from flax_resblock.nn.variables import variable_at
 from flax_resblock.parity.forward_run import (
@@ -25,7 +25,6 @@ from flax_resblock.parity.forward_run import (
     as_shape,
     compiled_outputs,
     cpu_device,
-    first_line,
     odd_size,
     relative_max,
     shown_size,
@@ -141,15 +140,15 @@ class _Check:
 
         A size that leaves a last feature map of a single pixel comes last, because global average
         and max pooling are the same there."""
-        raised = {}
+        failed = {}
         sizes = sorted(self.sizes, key=lambda size: min(size) <= _total_stride(self.config))
         for size in sizes:
             try:
                 self.torch_tensors(size, torch.float32)
                 return size
             except Exception as error:
-                raised[size] = f"{type(error).__name__}: {first_line(error)}"
-        shown = "; ".join(f"{shown_size(size)} raises {reason}" for size, reason in raised.items())
+                failed[size] = raised(error)
+        shown = "; ".join(f"{shown_size(size)} raises {reason}" for size, reason in failed.items())
         raise InputError(
             f"from_torch compares {self.name} with the Flax network by running it, but its forward "
             f"pass cannot be run in float32 on the CPU: an input of {shown}. Fix forward, or pass "

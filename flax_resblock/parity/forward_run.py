@@ -17,7 +17,6 @@ from flax import nnx
 from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.convert.opening import OpenedCheckpoint
 from flax_resblock.cpu.switch import compiler_options
-from flax_resblock.errors import visible
 from flax_resblock.nn.resnet import Model, ResNet
 from flax_resblock.parity.taps import as_array
 
@@ -122,11 +121,6 @@ def odd_size(size: Size) -> Size:
 
 def shown_size(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return visible(lines[0][:200].rstrip(".")) if lines else "no message"
 
 
 def relative_max(ours: np.ndarray, exact: np.ndarray) -> float:

@@ -84,6 +84,13 @@ def more_batches(images: np.ndarray, count: int, seed: int) -> tuple[np.ndarray,
     return tuple(batches)
 
 
+def nudged(images: np.ndarray, epsilon: float, rng: np.random.Generator) -> np.ndarray:
+    """Images of which each number moves by at most one unit in the last place, of size ``epsilon``
+    relative to it, which shows how certain a result is.
+    """
+    return images * (1 + epsilon * rng.integers(-1, 2, images.shape))
+
+
 def read_images(path: Path, config: Config) -> np.ndarray:
     """A batch of images from a ``.npy`` file; nothing in it is ever executed.
 

@@ -97,8 +97,6 @@ def trace_flax(
     cotangent: np.ndarray | None = None,
     precision: Precision = PRECISIONS["float32"],
     device: JaxDevice | None = None,
-    options: Mapping[str, Any] | None = None,
-    activation_gradients: bool = True,
 ) -> Trace:
     """Runs an nnx model once, compiled; the model is left as it was.
 
@@ -110,10 +108,8 @@ def trace_flax(
       cotangent: Shape of the output; gradients are those of ``sum(output * cotangent)``.
       precision: To compute in.
       device: To compute on; None: jax's default.
-      options: Of the compiler; None: those of :func:`compiler_options`.
-      activation_gradients: Also take the gradients of activations, where there is a cotangent.
     """
-    options = compiler_options() if options is None else dict(options)
+    options = compiler_options()
     with precision.on_jax(device):
         graphdef, params, rest = split_model(model, train)
         by_path = {path: name for name, path in slots.items()}
@@ -138,7 +134,7 @@ def trace_flax(
             compiled = jax.jit(run, compiler_options=options)
             output, (activations, statistics) = compiled(params, {}, x)
             return Trace(np.asarray(output), host_tree(activations), arrays_by_path(statistics))
-        shapes = jax.eval_shape(run, params, {}, x)[1][0] if activation_gradients else {}
+        shapes = jax.eval_shape(run, params, {}, x)[1][0]
         zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
 
         def loss(params: Any, zeros: Any, x: Any, weight: Any) -> tuple[Any, Any]:
@@ -155,7 +151,7 @@ def trace_flax(
             host_tree(activations),
             arrays_by_path(statistics),
             arrays_by_path(of_params),
-            {name: np.asarray(of_activations[name]) for name in activations if name in zeros},
+            {name: np.asarray(of_activations[name]) for name in activations},
             np.asarray(of_input),
         )
 

@@ -17,6 +17,7 @@ import torch
 from flax import nnx
 
 from flax_resblock.cpu.switch import compiler_options
+from flax_resblock.parity.inputs import nudged
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, TRAJECTORY_LIMIT, relative_l2
 from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, Side
 from flax_resblock.parity.parts import Devices, Part, Tensors, by_entries
@@ -233,8 +234,7 @@ def own_spread(part: Trajectory, pair: Pair, images: np.ndarray) -> float:
     """How far PyTorch's float64 run ends from itself when its input moves by one unit in the last
     place: the largest relative difference at any step."""
     exact = PRECISIONS["float64"]
-    step = np.random.default_rng(2).integers(-1, 2, images.shape)
-    batches = images, images * (1 + exact.epsilon * step)
+    batches = images, nudged(images, exact.epsilon, np.random.default_rng(2))
     runs = (part.run("torch", pair, exact, batch, Devices()) for batch in batches)
     return max(
         relative_l2(there[key], value)

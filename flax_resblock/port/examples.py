@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from flax_resblock.errors import InputError
+from flax_resblock.errors import InputError, raised
 from flax_resblock.port.inputs import Shapes, parsed_shapes
 
 Size = tuple[int, int]
 """Height and width of images."""
 
-SIZES: tuple[Size, ...] = ((64, 64), (32, 32), (224, 224), (299, 299))
+SIZES: tuple[Size, ...] = ((64, 64), (32, 32), (96, 96), (224, 224), (299, 299))
 """Sizes of the images, in the order in which they are tried. At 32 pixels many networks end with
 maps of one pixel, whose axes cannot be told from those that a reshape adds."""
 
@@ -75,13 +75,13 @@ def accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size,
         if runs:
             return channels, runs[0], None
     shown = ", ".join(f"{height}x{width}" for height, width in sizes)
-    said = f"{type(first).__name__}: {str(first).strip().partition(chr(10))[0][:200]}"
+    assert first is not None
     raise InputError(
         f"{type(module).__name__} raises on images of {shown} pixels, with {(found or [3])[0]} and "
-        f"other numbers of channels ({said}). Give a size that it takes with --image-size HEIGHT "
-        f"WIDTH, or image_size=(height, width). If it takes something else than one image, give "
-        f"the shapes of its inputs, with --inputs '2,3,64,64;2,10' or port(module, "
-        f"example_inputs=...)."
+        f"other numbers of channels ({raised(first)}). Give a size that it takes with "
+        f"--image-size HEIGHT WIDTH, or image_size=(height, width). If it takes something else "
+        f"than one image, give the shapes of its inputs, with --inputs '2,3,64,64;2,10' or "
+        f"port(module, example_inputs=...)."
     ) from first
 
 
@@ -96,10 +96,9 @@ def runs_on(module: torch.nn.Module, shapes: Shapes) -> bool | None:
         module(*inputs)
     except Exception as error:  # whatever the user's code raises
         shown = ", ".join(str(["N", *shape]).replace("'", "") for shape in shapes)
-        said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         raise InputError(
-            f"{type(module).__name__} raises on inputs of the shapes {shown} ({said}). Give those "
-            f"that its forward takes, in its order."
+            f"{type(module).__name__} raises on inputs of the shapes {shown} ({raised(error)}). "
+            f"Give those that its forward takes, in its order."
         ) from error
     return _draws(module, inputs)
 

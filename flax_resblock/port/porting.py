@@ -48,7 +48,7 @@ def port(
     Args:
       module: An ``nn.Module`` that maps one batch of images ``(N, C, H, W)``, or the
         ``example_inputs``, to tensors.
-      image_size: Height and width to trace it with; None tries 64, 32, 224 and 299.
+      image_size: Height and width to trace it with; None tries 64, 32, 96, 224 and 299.
       example_inputs: What it takes if that is something else than one batch of images: a tensor,
         several, or a mapping from arguments of ``forward`` to tensors, each with the batch first.
         Only the shapes count.

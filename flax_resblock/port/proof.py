@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from flax_resblock.errors import InputError, some
+from flax_resblock.errors import InputError, raised, some
 from flax_resblock.parity.comparison import SPREAD
+from flax_resblock.parity.inputs import nudged
 from flax_resblock.parity.oracle import TORCH_FACTOR, TRAJECTORY_LIMIT, relative_l2, verdict_of
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace
 from flax_resblock.port.inputs import grown
 from flax_resblock.port.network import PortedNetwork
-from flax_resblock.port.side_by_side import QUICKLY, STEPS, SideBySide
+from flax_resblock.port.side_by_side import STEPS, SideBySide
 
 FLOOR = 1e-2
 """Gradients are compared relative to themselves, or to this share of the largest of their kind:
@@ -23,10 +24,6 @@ that of a bias in front of a norm is zero but for rounding."""
 
 HOPELESS = {"float64": 1e-10, "float32": 1e-2}
 """Where PyTorch's own result is less certain than this, nothing is proved."""
-
-MANY = 1e6
-"""Numbers in all activations. With more of them, a training step that is compiled in a hurry runs
-longer than the full compilation takes."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +94,7 @@ class _Comparison(SideBySide):
         options: dict[str, Any] = {"train": train, "cotangent": cotangent}
         truth = self.torch(images, PRECISIONS["float64"], **options)
         theirs = self.torch(images, precision, **options) if precision.name == "float32" else truth
-        numbers = sum(one.size for one in truth.activations.values())
-        compiler = {} if train and numbers > MANY else QUICKLY
-        ours = self.flax(images, precision, compiler, **options)
+        ours = self.flax(images, precision, **options)
         mode = "training" if train else "evaluation"
         spread: dict[tuple[str, str], float] | None = None
         uncertain: dict[str, float] = {}
@@ -134,7 +129,7 @@ class _Comparison(SideBySide):
         rng = np.random.default_rng(1)
         largest: dict[tuple[str, str], float] = {}
         for _ in range(SPREAD):
-            moved = images * (1 + precision.epsilon * rng.integers(-1, 2, images.shape))
+            moved = nudged(images, precision.epsilon, rng)
             again = self.torch(moved, precision, **options)
             for quantity, rows in self._rows(truth, again, ours, options["train"]).items():
                 floor = _floor(quantity, rows)
@@ -175,8 +170,9 @@ class _Comparison(SideBySide):
         try:
             return self.output_in_training()
         except Exception as error:  # whatever the user's code raises
-            said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-            self.notes.append(f"training mode was not compared: your module raises there ({said})")
+            self.notes.append(
+                f"training mode was not compared: your module raises there ({raised(error)})"
+            )
             return None
 
     def _difference(self, mode: str, quantity: str, name: str, error: float, limit: float) -> str:

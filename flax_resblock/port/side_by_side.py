@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
 
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.config import Path
-from flax_resblock.cpu.switch import conv_lowering
 from flax_resblock.nn.stochastic import StochasticDepth
-from flax_resblock.nn.variables import flat_arrays, on_device, set_values
+from flax_resblock.nn.variables import on_device, set_values
 from flax_resblock.parity.pair import PRECISIONS, Precision
-from flax_resblock.parity.taps import Trace, as_tensor, trace_flax, trace_torch
+from flax_resblock.parity.taps import Trace, as_tensor, trace_torch
 from flax_resblock.parity.trajectory import FIRST_STEP
 from flax_resblock.port.graphs import leaves
 from flax_resblock.port.inputs import Shapes, in_one_array, random_inputs, unpacked, unpacked_last
 from flax_resblock.port.network import PortedNetwork
+from flax_resblock.port.program import Program
 from flax_resblock.port.random_layers import stochastic_depth
 
 SMALL = 64 * 64
 """Pixels of an image that is small enough for a larger batch. With few values a channel the
 gradient of batch norm is a small difference of large numbers."""
-
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Options of the compiler for programs that run once and compute little."""
 
 STEPS = 5
 """Of the training that is compared."""
@@ -97,6 +93,7 @@ class SideBySide:
 
     def __init__(self, module: torch.nn.Module, ported: PortedNetwork) -> None:
         self.module, self.ported, self._model = module, ported, ported.create()
+        self._programs: dict[tuple[str, bool, Shapes], Program] = {}
         self.torch_slots = {name: f"net.{name}" for name in ported.slots}
         self.flax_slots = {name: ("net", *path) for name, path in ported.slots.items()}
         switch_off(module)
@@ -144,15 +141,21 @@ class SideBySide:
         self,
         images: np.ndarray,
         precision: Precision,
-        compiler: Mapping[str, Any] = QUICKLY,
-        **options: Any,
+        *,
+        train: bool = False,
+        cotangent: np.ndarray | None = None,
     ) -> Trace:
-        """What the ported network computes, with these options of the compiler."""
-        with precision.on_jax(None):
-            flat = FlatNetwork(self._filled(precision), self.shapes)
-        options |= {"precision": precision, "options": compiler, "activation_gradients": False}
-        with conv_lowering("xla"):
-            return trace_flax(flat, images, self.flax_slots, **options)
+        """What the ported network computes."""
+        return self._program(precision, train)(images, cotangent)
+
+    def _program(self, precision: Precision, train: bool) -> Program:
+        """The ported network, compiled once for each of these and the shapes."""
+        key = precision.name, train, self.shapes
+        if key not in self._programs:
+            with precision.on_jax(None):
+                flat = FlatNetwork(self._filled(precision), self.shapes)
+            self._programs[key] = Program(flat, self.flax_slots, precision, train=train)
+        return self._programs[key]
 
     def _filled(self, precision: Precision) -> nnx.Module:
         state = state_to_numpy(self._cast(precision).state_dict())
@@ -199,10 +202,7 @@ class SideBySide:
                 optimizer.step()
         state = {name.removeprefix("net."): value for name, value in module.state_dict().items()}
         theirs = self.ported.table.to_flax(state_to_numpy(state))
-        with precision.on_jax(None), conv_lowering("xla"):
-            model = FlatNetwork(self._filled(precision), self.shapes)
-            model.train()
-            return theirs, _trained(model, batches, targets, precision, rate)
+        return theirs, self._program(precision, True).descend(batches, targets, rate)
 
 
 def _moderate(module: torch.nn.Module) -> float:
@@ -211,35 +211,6 @@ def _moderate(module: torch.nn.Module) -> float:
     pairs = [(one.grad, one) for one in module.parameters() if one.grad is not None]
     moved = [float(grad.norm() / one.detach().norm()) for grad, one in pairs if one.any()]
     return min(FIRST_STEP / max(moved, default=1.0), 1.0) if any(moved) else 1e-3
-
-
-def _trained(
-    model: nnx.Module,
-    batches: Sequence[np.ndarray],
-    targets: np.ndarray,
-    precision: Precision,
-    rate: float,
-) -> dict[Any, np.ndarray]:
-    """Every array of a model after a step of SGD with momentum for each batch."""
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-
-    def step(params: Any, rest: Any, momentum: Any, images: jax.Array) -> Any:
-        def loss(params: Any) -> Any:
-            module: Any = nnx.merge(graphdef, params, rest, copy=True)
-            value = jnp.mean((module(images) - targets) ** 2)
-            return value, nnx.state(module, nnx.Not(nnx.Param))
-
-        gradients, rest = jax.grad(loss, has_aux=True)(params)
-        momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, gradients)
-        return jax.tree.map(lambda p, m: p - rate * m, params, momentum), rest, momentum
-
-    momentum = jax.tree.map(jnp.zeros_like, params)
-    compiled = jax.jit(step)
-    for batch in batches:
-        params, rest, momentum = compiled(
-            params, rest, momentum, jnp.asarray(batch, precision.storage)
-        )
-    return flat_arrays(nnx.merge(graphdef, params, rest))
 
 
 def _move_weights(module: torch.nn.Module) -> None:

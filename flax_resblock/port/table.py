@@ -222,12 +222,16 @@ def _entry(one: Tensor, torch_shape: Sequence[int], parameter: Parameter | None)
     role = "weight" if parameter is not None or name == "running_mean" else role
     shape = one.codec.flax_shape(torch_shape)
     if shape is None:
-        raise InputError(f"the table of tensors is damaged at {one.key!r}. Port the network again.")
+        raise _damaged(one.key)
     unused = one.path is None
     path = (UNUSED, one.key) if one.path is None else one.path
     frozen = parameter is not None and not parameter.requires_grad
     trained = parameter is not None and parameter.trained and not unused
     return Entry(path, one.key, one.codec, role, shape, frozen, trained, unused)
+
+
+def _damaged(where: str) -> InputError:
+    return InputError(f"the table of tensors is damaged at {where!r}. Port the network again.")
 
 
 def _of_row(row: Any) -> tuple[Entry, int | None]:
@@ -245,17 +249,13 @@ def _of_row(row: Any) -> tuple[Entry, int | None]:
         and all(isinstance(one, bool) for one in said)
     )
     if not sound:
-        raise InputError(
-            f"the table of tensors is damaged at {str(row)[:120]!r}. Port the network again."
-        )
+        raise _damaged(str(row)[:120])
     codec = AS_IS if axes is None else Codec("axes moved", tuple(axes))
     columns = row.get("columns")
     if columns is not None:
         whole = isinstance(columns, list) and [type(one) for one in columns] == [int] * 3
         if not whole or axes != [1, 0] or math.prod(columns) != sizes[1] or min(columns) < 1:
-            raise InputError(
-                f"the table of tensors is damaged at {str(row)[:120]!r}. Port the network again."
-            )
+            raise _damaged(str(row)[:120])
         codec = folded((columns[0], columns[1], columns[2]))
     tensor = Tensor(str(key), None if path is None else tuple(path), codec)
     return _entry(tensor, sizes, None if number is None else Parameter(*said)), number

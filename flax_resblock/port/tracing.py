@@ -70,7 +70,7 @@ def trace(
       InputError: The module does what cannot be traced, or changes a part of a tensor in place.
     """
     batch = torch.export.Dim.DYNAMIC
-    with _quiet(), _custom_gradients() as custom:
+    with _quiet(), _no_idle_autocast(), _custom_gradients() as custom:
         try:
             program = torch.export.export(
                 module,
@@ -103,6 +103,21 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def _no_idle_autocast() -> Iterator[None]:
+    """Within it ``torch.autocast(..., enabled=False)`` leaves no trace: it fixes no precision where
+    none is switched on around it, and switching one on does leave a trace.
+    """
+    autocast: Any = torch.autocast
+    enter, leave = autocast.__enter__, autocast.__exit__
+    autocast.__enter__ = lambda self: enter(self) if self._enabled else self
+    autocast.__exit__ = lambda self, *error: leave(self, *error) if self._enabled else None
+    try:
+        yield
+    finally:
+        autocast.__enter__, autocast.__exit__ = enter, leave
 
 
 @contextmanager

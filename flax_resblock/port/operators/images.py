@@ -140,3 +140,32 @@ def _unfold(b: Values, node: Any, x: Any, *sizes: Any) -> Value:
         *(Constant(v, k) for k, v in shown.items()),
     ]
     return b.new(text, (value, *holes), shape, axes.channels_last(len(shape)), hint=f"{call}ed")
+
+
+@rule("grid_sampler", "grid_sampler_2d")
+def _grid_sample(
+    b: Values, node: Any, x: Any, grid: Any, mode: int, padding: int, align: bool
+) -> Value:
+    value, places = b.value(x), b.value(grid)
+    if len(value.shape) != 4 or mode > 1 or padding > 1:
+        raise b.refusal(
+            "grid_sample with mode='bicubic', padding_mode='reflection' or three spatial axes is "
+            "not supported; bilinear and nearest with zeros or border are"
+        )
+    value = b.bring(value, axes.channels_last(4))
+    places = b.bring(places, axes.torch_order(4))
+    text = "nn.grid_sample({}, {}" + (", mode='nearest'" if mode else "")
+    text += ", padding_mode='border'" if padding else ""
+    text += ", align_corners=True)" if align else ")"
+    return b.new(text, (value, places), shape_of(node), value.order, hint="sampled")
+
+
+@rule("affine_grid_generator")
+def _affine_grid(b: Values, node: Any, theta: Any, size: Any, align: bool) -> Value:
+    value = b.bring(b.value(theta), axes.torch_order(3))
+    if len(size) != 4:
+        raise b.refusal("affine_grid with three spatial axes is not supported")
+    sizes = shape_of(node)[1:3]
+    holes = (value, b.map_sizes(sizes) or Constant(sizes, "size"))
+    text = "nn.affine_grid({}, {}" + (", align_corners=True)" if align else ")")
+    return b.new(text, holes, shape_of(node), axes.torch_order(4), hint="grid")

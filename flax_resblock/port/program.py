@@ -1,0 +1,145 @@
+"""The ported network compiled once, for everything that a proof asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flax_resblock.config import Path
+from flax_resblock.cpu.switch import conv_lowering
+from flax_resblock.nn.variables import flat_arrays, set_values, variable_at
+from flax_resblock.parity.pair import Precision
+from flax_resblock.parity.taps import Trace, arrays_by_path, hooked, host_tree
+
+_QUICKLY = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
+
+
+@cache
+def quick_options() -> Mapping[str, Any]:
+    """Options of the compiler for programs that run a few times and compute little, as far as this
+    XLA knows them. At level 0 a convolution in float64 runs ten times as long.
+    """
+
+    def is_known(name: str) -> bool:
+        trial = jax.jit(lambda x: x + 1, compiler_options={name: _QUICKLY[name]})
+        try:
+            trial.lower(0.0).compile()
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
+    return {name: value for name, value in _QUICKLY.items() if is_known(name)}
+
+
+class Program:
+    """Runs a model on batches of one shape without compiling again, whatever its weights are.
+
+    Args:
+      model: Called with one array; in the same precision; not modified.
+      slots: Attribute path of every slot by name.
+      precision: To compute in.
+      train: Training mode, with gradients.
+    """
+
+    def __init__(
+        self, model: nnx.Module, slots: Mapping[str, Path], precision: Precision, *, train: bool
+    ) -> None:
+        self.precision, self.train = precision, train
+        with precision.on_jax(None):
+            copied = nnx.clone(model)
+            (copied.train if train else copied.eval)()
+            self._split = nnx.split(copied)
+            self.params = arrays_by_path(nnx.state(copied, nnx.Param))
+            self.statistics = arrays_by_path(nnx.state(copied, nnx.BatchStat))
+            run = self._gradients if train else self._outputs
+            self._run = jax.jit(run, compiler_options=dict(quick_options()))
+        self._slots = {path: name for name, path in slots.items()}
+        self._paths = tuple(self.params), tuple(self.statistics)
+
+    def __call__(
+        self, images: np.ndarray, weight: np.ndarray | None = None, pull: float = 0.0
+    ) -> Trace:
+        """Runs the model with :attr:`params` and :attr:`statistics`, and leaves them as they are.
+
+        Args:
+          images: The input.
+          weight: Of every output. In training mode the gradients are those of
+            ``sum(output * weight) + pull / 2 * sum(output**2)``.
+          pull: Of all outputs towards zero.
+        """
+        storage = self.precision.storage
+        with self.precision.on_jax(None), conv_lowering("xla"):
+            arrays = (list(self.params.values()), list(self.statistics.values()))
+            x = jnp.asarray(images, storage)
+            if not self.train:
+                output, (activations, _) = self._run(*arrays, x)
+                return Trace(np.asarray(output), host_tree(activations), self.statistics)
+            assert weight is not None
+            numbers = jnp.asarray(weight, storage), jnp.asarray(pull, storage)
+            found, output, (activations, statistics) = self._run(*arrays, x, *numbers)
+            of_params, of_input = found
+            return Trace(
+                np.asarray(output),
+                host_tree(activations),
+                dict(zip(self._paths[1], map(np.asarray, statistics), strict=True)),
+                dict(zip(self._paths[0], map(np.asarray, of_params), strict=True)),
+                input_gradient=np.asarray(of_input),
+            )
+
+    def descend(
+        self, batches: Sequence[np.ndarray], targets: np.ndarray, rate: float
+    ) -> dict[Any, np.ndarray]:
+        """Takes a step of SGD with momentum 0.9 for each batch, down the mean squared distance of
+        the outputs to the targets.
+
+        Returns:
+          Every array of the model afterwards.
+        """
+        before = self.params, self.statistics
+        momentum = {path: np.zeros_like(value) for path, value in self.params.items()}
+        pull = 2 / targets.size
+        for batch in batches:
+            found = self(batch, -pull * targets, pull)
+            gradients = found.gradients
+            momentum = {path: 0.9 * value + gradients[path] for path, value in momentum.items()}
+            self.params = {path: self.params[path] - rate * m for path, m in momentum.items()}
+            self.statistics = found.statistics
+        with self.precision.on_jax(None):
+            model: Any = nnx.merge(*self._split, copy=True)
+            set_values(model, {**self.params, **self.statistics})
+        self.params, self.statistics = before
+        return flat_arrays(model)
+
+    def _outputs(self, params: Any, statistics: Any, images: jax.Array) -> tuple[Any, Any]:
+        """The output; beside it the activations and the statistics afterwards."""
+        module: Any = nnx.merge(*self._split, copy=True)
+        paths = (*self._paths[0], *self._paths[1])
+        set_values(module, dict(zip(paths, (*params, *statistics), strict=True)))
+        activations: dict[str, Any] = {}
+
+        def keep(path: Path, output: Any) -> Any:
+            if path in self._slots:
+                activations[self._slots[path]] = output
+            return output
+
+        with hooked(module, lambda _, value: value, keep):
+            output = module(images)
+        after = [variable_at(module, path)[...] for path in self._paths[1]]
+        return output, (activations, after)
+
+    def _gradients(
+        self, params: Any, statistics: Any, images: jax.Array, weight: jax.Array, pull: jax.Array
+    ) -> tuple[Any, Any, Any]:
+        """The gradients of parameters and input, and what :meth:`_outputs` returns."""
+
+        def forward(params: Any, images: jax.Array) -> Any:
+            return self._outputs(params, statistics, images)
+
+        output, backward, more = jax.vjp(forward, params, images, has_aux=True)
+        return backward(weight + pull * output), output, more
