@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flax-resblock needs Python 3.11 or newer; say which with make PYTHON=python3.13")'
 	test ! -e $(VENV)/pyvenv.cfg || test -d $(VENV)/lib/python$(VERSION) || rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e '.[torch,train,report,docs,dev]'
+	$(INSTALL) -e '.[torch,train,report,docs,hub,h5,dev]'
 	$(INSTALL) --no-deps torchvision
 	$(INSTALL) -e '.[families]'
 	touch $(STAMP)

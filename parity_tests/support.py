@@ -190,6 +190,16 @@ def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[st
     return subprocess.run(command, **{"capture_output": True, "text": True, **options})
 
 
+def installed_apart(folder, packages):
+    """Installs packages, without what they need, into a folder for a process of their own; a skip
+    where no registry can be reached."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
+    done = subprocess.run([*command, *packages], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"the package registry cannot be reached: {done.stderr[-300:]}")
+    return folder
+
+
 @contextmanager
 def mounted(place, options):
     """A file system in memory; a skip where nothing may be mounted."""

@@ -24,7 +24,7 @@ from flax_resblock.errors import CheckpointError
 from flax_resblock.nn.resnet import build
 from flax_resblock.nn.variables import flat_arrays, set_values
 from flax_resblock.parity.oracle import relative_l2
-from parity_tests.support import REPOSITORY, assert_same_bits
+from parity_tests.support import REPOSITORY, assert_same_bits, installed_apart
 from torch_ref import ResNet
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("jax families")]
@@ -78,12 +78,7 @@ class Programs:
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("packages")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
-    done = subprocess.run([*command, *PACKAGES], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"the package registry cannot be reached: {done.stderr[-300:]}")
-    return folder
+    return installed_apart(tmp_path_factory.mktemp("packages"), PACKAGES)
 
 
 @pytest.fixture(scope="module")

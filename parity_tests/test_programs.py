@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 import subprocess
@@ -19,17 +18,27 @@ from flax_resblock.parity.oracle import TRAJECTORY_LIMIT
 from flax_resblock.runs.ticks import BATCH, Unit
 from parity_tests import runs
 from parity_tests.programs import BACK, ON
-from parity_tests.support import worst
+from parity_tests.support import installed_apart, worst
 
 PROGRAMS = {
-    "accelerate": ("accelerate", "saved", Unit(2)),
-    "lightning": ("pytorch_lightning", "saved.ckpt", BATCH),
-    "ignite": ("ignite", "saved.pt", BATCH),
+    "accelerate": ("saved", Unit(2)),
+    "lightning": ("saved.ckpt", BATCH),
+    "ignite": ("saved.pt", BATCH),
 }
-"""The package of each, what it saves, and how often it steps the scheduler."""
+"""What each saves, and how often it steps the scheduler."""
+PACKAGES = (
+    *("accelerate==1.15.0", "psutil", "pytorch-lightning==2.6.6", "lightning-utilities"),
+    *("torchmetrics", "pytorch-ignite==0.5.5"),
+)
+"""Without what they depend on and this library has."""
 
 
-def run_program(program: str, task: str, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    return installed_apart(tmp_path_factory.mktemp("packages"), PACKAGES)
+
+
+def run_program(program: str, task: str, folder: Path, packages: Path) -> None:
     """Runs a program, Accelerate in two processes."""
     command = [sys.executable, "-m", "parity_tests.programs", program, task, str(folder)]
     several = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
@@ -41,7 +50,13 @@ def run_program(program: str, task: str, folder: Path) -> None:
             subprocess.Popen(
                 command,
                 cwd=Path(__file__).parents[1],
-                env={**os.environ, **own, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+                env={
+                    **os.environ,
+                    **own,
+                    "PYTHONPATH": str(packages),
+                    "ACCELERATE_USE_CPU": "1",
+                    "OMP_NUM_THREADS": "1",
+                },
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -63,13 +78,12 @@ def _free_port() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("programs")
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_of_the_program_goes_on_here_and_there_again(program, tmp_path):
-    package, saved, unit = PROGRAMS[program]
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"needs {package}: pip install '.[programs]'")
-    run_program(program, "begin", tmp_path)
+def test_a_run_of_the_program_goes_on_here_and_there_again(program, packages, tmp_path):
+    saved, unit = PROGRAMS[program]
+    run_program(program, "begin", tmp_path, packages)
     stayed = dict(np.load(tmp_path / "stayed.npz"))
     rates = stayed.pop("rates")
     with jax.enable_x64(True):
@@ -90,7 +104,7 @@ def test_a_run_of_the_program_goes_on_here_and_there_again(program, tmp_path):
     assert worst(ours, stayed) <= TRAJECTORY_LIMIT
     found = [step.learning_rate for step in history.steps[:: runs.STEPS]]
     np.testing.assert_allclose(found, rates, rtol=1e-12)
-    run_program(program, "resume", tmp_path)
+    run_program(program, "resume", tmp_path, packages)
     resumed = dict(np.load(tmp_path / "resumed.npz"))
     np.testing.assert_allclose(resumed.pop("rates"), rates[-BACK:], rtol=1e-12)
     assert worst(resumed, stayed) <= TRAJECTORY_LIMIT
