@@ -6,35 +6,38 @@ package imports no array library and no framework.
 """
 
 from flax_resblock.config.architectures import ARCHITECTURES, architecture, architectures, name_of
-from flax_resblock.config.block import (
-    EXPANSION,
-    Antialias,
-    Attention,
-    BlockConfig,
-    BlockKind,
-    BlockOptions,
-    Lowering,
-    Shortcut,
-    StridePlacement,
-    choices_of,
-)
+from flax_resblock.config.block import BlockConfig
 from flax_resblock.config.network import (
     Config,
+    HeadPool,
     NetworkOptions,
     ResNetConfig,
     Stem,
     StemPool,
     StemStride,
-    from_json,
-    to_json,
     walk,
 )
-from flax_resblock.config.slots import Activation, Branch, Path, Slot, SlotKind
+from flax_resblock.config.options import (
+    EXPANSION,
+    Antialias,
+    Attention,
+    BlockKind,
+    BlockOptions,
+    Lowering,
+    Order,
+    Shortcut,
+    ShortcutSize,
+    ShortcutSource,
+    StridePlacement,
+    choices_of,
+)
+from flax_resblock.config.slots import Activation, Branch, Norm, Path, Slot, SlotKind
+from flax_resblock.config.text import from_json, to_json
 
 __all__ = [
     "ARCHITECTURES", "EXPANSION", "Activation", "Antialias", "Attention", "BlockConfig",
-    "BlockKind", "BlockOptions", "Branch", "Config", "Lowering", "NetworkOptions", "Path",
-    "ResNetConfig", "Shortcut", "Slot", "SlotKind", "Stem", "StemPool", "StemStride",
-    "StridePlacement", "architecture", "architectures", "choices_of", "from_json", "name_of",
-    "to_json", "walk",
+    "BlockKind", "BlockOptions", "Branch", "Config", "HeadPool", "Lowering", "NetworkOptions",
+    "Norm", "Order", "Path", "ResNetConfig", "Shortcut", "ShortcutSize", "ShortcutSource", "Slot",
+    "SlotKind", "Stem", "StemPool", "StemStride", "StridePlacement", "architecture",
+    "architectures", "choices_of", "from_json", "name_of", "to_json", "walk",
 ]  # fmt: skip

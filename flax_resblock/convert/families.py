@@ -12,7 +12,7 @@ from typing import NamedTuple
 from flax_resblock.config import ARCHITECTURES
 from flax_resblock.convert.detection.assumption_rules import ASSUMPTION_RULES
 from flax_resblock.convert.detection.backbones import BACKBONES
-from flax_resblock.convert.naming import NAMINGS
+from flax_resblock.convert.namings import NAMINGS
 
 
 class Family(NamedTuple):

@@ -38,7 +38,8 @@ from flax_resblock.convert.metadata import (
     written_naming,
     written_norm_options,
 )
-from flax_resblock.convert.naming import NAMINGS, Naming
+from flax_resblock.convert.naming import Naming
+from flax_resblock.convert.namings import NAMINGS
 from flax_resblock.convert.opened import OpenedCheckpoint, ReadOptions
 from flax_resblock.convert.own import refuse_own
 from flax_resblock.convert.run_names import EMA, averaged, weights_among

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
@@ -110,7 +109,7 @@ def compiled_outputs(cpu: bool) -> Callable[..., tuple[jax.Array, ...]]:
         model: Model = nnx.merge(graphdef, state)
         if isinstance(model, ResNet) and model.head is None:
             *_, last = model.features(images).values()
-            return jnp.mean(last, axis=(1, 2)), last
+            return model.pooled(last), last
         return (model(images),)
 
     return jax.jit(outputs, static_argnums=0, compiler_options=compiler_options())

@@ -24,6 +24,7 @@ from flax_resblock.parity.inputs import randomised_norm_state
 from flax_resblock.parity.oracle import relative_l2
 from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
 from flax_resblock.parity.taps import as_tensor
+from torch_ref.layers import FrozenBatchNorm2d
 
 
 def torch_reference(
@@ -38,7 +39,7 @@ def torch_reference(
     network = isinstance(config, ResNetConfig)
     module = torch_ref.ResNet(**asdict(config)) if network else _torch_block(config)
     for layer in module.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
+        if isinstance(layer, torch.nn.BatchNorm2d | torch.nn.GroupNorm | FrozenBatchNorm2d):
             for name, value in (norm_options or {}).items():
                 setattr(layer, name, value)
     return module

@@ -22,6 +22,8 @@ from flax_resblock.errors import InputError
 
 LEARNED = "learned"
 """Name of every naming scheme that :mod:`flax_resblock.convert.detection.learning` finds."""
+_MANY = 2
+"""Alternatives that a sentence still lists with their meaning."""
 KNOWN = "known"
 """Value of ``assume=`` that accepts every assumption without a warning."""
 
@@ -54,6 +56,8 @@ class Assumption:
     def note(self) -> str:
         """What was assumed, and the flag that changes it, in words."""
         chosen = self.rule.chosen(self.config)
+        if len(self.alternatives) > _MANY:
+            return f"assumed, as the weights do not show it: {self.brief}"
         others = "; ".join(
             f"{self.rule.flag} {value} if {self.rule.choices[value]}" for value in self.alternatives
         )

@@ -16,7 +16,8 @@ from flax_resblock.config import (
 )
 from flax_resblock.convert.detection.assumptions import with_assumptions
 from flax_resblock.convert.detection.configuration import TensorInfos, infer_block, infer_network
-from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
+from flax_resblock.convert.naming import Naming, is_outside
+from flax_resblock.convert.namings import NAMINGS, naming_of
 from flax_resblock.convert.state_map import Misfit, StateMap
 from flax_resblock.errors import CheckpointError, InputError, some
 
@@ -84,6 +85,8 @@ def _matches(
             config = infer_network(naming, found) or infer_block(naming, found, stride)
             if isinstance(config, ResNetConfig) and num_classes is not None:
                 config = replace(config, num_classes=num_classes)
+            if config is not None and config.norm_first:
+                config = replace(config, **naming.assumes)
         if config is None:
             continue
         config = with_assumptions(config, assumptions or {})
@@ -97,10 +100,12 @@ def _matches(
 
 
 def _same(a: StateMap, b: StateMap) -> bool:
-    """Whether two readings are the same conversion."""
-    return a.config == b.config and [(e.torch_key, e.codec) for e in a.entries] == [
-        (e.torch_key, e.codec) for e in b.entries
-    ]
+    """Whether two readings are the same conversion, but for what both schemes assume."""
+    usual = {**a.naming.assumes, **b.naming.assumes}
+    told = {name: getattr(a.config, name) for name in usual if hasattr(b.config, name)}
+    return replace(b.config, **told) == a.config and [
+        (e.torch_key, e.codec) for e in a.entries
+    ] == [(e.torch_key, e.codec) for e in b.entries]
 
 
 def identify(
@@ -250,5 +255,5 @@ def _closest_family(found: TensorInfos) -> str:
 
 def _is_outside(naming: Naming, key: str) -> bool:
     """Whether a tensor has the name of one of the stem or the head."""
-    places = (name for place, name in naming.modules.items() if place.startswith(("stem", "head")))
+    places = (name for place, name in naming.modules.items() if is_outside(place))
     return key.rpartition(".")[0] in places
