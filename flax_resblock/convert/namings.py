@@ -135,11 +135,12 @@ _ROWS = (
     ),
     Naming(
         "timm_v2", "stages.{stage}.blocks.{block}", _TIMM_V2, "timm's resnetv2 and BiT",
-        first_stage=0, tensors={**TORCH_TENSORS, **_PIXELWISE}, shortcut_first=True,
+        first_stage=0, hub="timm", tensors={**TORCH_TENSORS, **_PIXELWISE}, shortcut_first=True,
     ),
     Naming(
-        "timm", "layer{stage}.{block}", _TORCHVISION | {"head": "fc"},
-        "timm's folders (torchvision's names)", hub="timm", assumes=_INPUT,
+        "timm", "layer{stage}.{block}",
+        {place: name for place, name in _TORCHVISION.items() if place != "norm"} | {"head": "fc"},
+        "timm's folders (torchvision's names)", hub="timm",
     ),
     Naming(
         "huggingface", "resnet.encoder.stages.{stage}.layers.{block}",

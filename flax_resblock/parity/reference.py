@@ -118,7 +118,12 @@ class ReferencePair(Pair):
         if self.module is None:
             return self.state_map.modules
         there = dict(self.module.named_modules())
-        return {slot: name for slot, name in self.state_map.modules.items() if name in there}
+        found = {slot: name for slot, name in self.state_map.modules.items() if name in there}
+        for slot in walk(self.config):
+            # timm's norms go on with dropout, here none, and their activation
+            if slot.normalises and (inside := f"{found.get(slot.name)}.drop") in there:
+                found[slot.name] = inside
+        return found
 
     @property
     def branches(self) -> dict[str, Branch]:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -62,7 +62,9 @@ def _hides_its_order(config: ResNetConfig) -> bool:
     """Whether no main path and no projection tells if norms come before their convolutions."""
     blocks = _blocks(config)
     same = all(block.in_channels == block.out_channels for block in blocks)
-    return config.block == "basic" and same and not any(block.projects for block in blocks)
+    # a norm behind a projection is one of post-activation order
+    normed = not config.norm_first and any(block.projects for block in blocks)
+    return config.block == "basic" and same and not normed
 
 
 def _network(matters: Callable[[ResNetConfig], bool]) -> Callable[[Config], bool]:
@@ -182,7 +184,7 @@ ASSUMPTION_RULES = (
     ),
     AssumptionRule(
         "norm_groups",
-        {n: f"each group norm has {n} group{'s' if n > 1 else ''}" for n in GROUPS},
+        {n: f"each norm is a group norm of {n} group{'s' if n > 1 else ''}" for n in GROUPS},
         lambda config: config.norm == "group",
         lambda naming: True,
     ),
