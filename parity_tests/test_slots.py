@@ -131,7 +131,7 @@ def of_kind(configs, kind) -> list:
 def test_the_battery_uses_every_value_of_every_option(kind):
     configs, choices = list(BATTERY.values()), choices_of(kind)
     assert missing_values(configs, kind, choices) == set()
-    assert len(of_kind(configs, kind)) <= 3 + max(map(len, choices.values()))
+    assert len(of_kind(configs, kind)) <= 4 + max(map(len, choices.values()))
     # The negative controls: an option that the battery does not know, and one configuration less.
     fake = {**choices, "attention": (*choices["attention"], "fake")}
     assert missing_values(configs, kind, fake) == {("attention", "fake")}

@@ -124,7 +124,10 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
         notes.append(f"absent, to start afresh: {some(match.misfit.afresh)}")
     counters = match.misfit.filled_counters
     if counters:
-        notes.append(f"filled {len(counters)} absent num_batches_tracked with 0, as PyTorch does")
+        every = len(counters) == sum(one.role == "counter" for one in match.state_map.entries)
+        frozen = " (--norm frozen if training never changes the norms)" if every else ""
+        words = "absent num_batches_tracked with 0, as PyTorch does"
+        notes.append(f"filled {len(counters)} {words}{frozen}")
         tensors |= {key: np.zeros((), np.int64) for key in counters}
     refuse_ignored_blocks(dropped, kept, backbone, match.state_map, record.source)
     config = match.state_map.config

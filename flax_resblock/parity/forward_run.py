@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from flax import nnx
 
 from flax_resblock.checkpoint.unwrap import unwrap
+from flax_resblock.config import Config, ResNetConfig
 from flax_resblock.convert.opening import OpenedCheckpoint
 from flax_resblock.cpu.switch import compiler_options
 from flax_resblock.errors import visible
@@ -131,3 +132,19 @@ def first_line(error: Exception) -> str:
 def relative_max(ours: np.ndarray, exact: np.ndarray) -> float:
     with np.errstate(all="ignore"):
         return float(np.max(np.abs(ours - exact)) / np.max(np.abs(exact)))
+
+
+def by_use(config: Config, sizes: Sequence[Size]) -> list[Size]:
+    """Sizes of images in the order in which they are tried.
+
+    A size that leaves a last feature map of a single pixel comes last, because global average and
+    max pooling are the same there."""
+    return sorted(sizes, key=lambda size: min(size) <= _total_stride(config))
+
+
+def _total_stride(config: Config) -> int:
+    """By how much the last feature map is smaller than the images."""
+    if not isinstance(config, ResNetConfig):
+        return config.stride
+    strides = [block.stride for _, _, block in config.blocks()]
+    return int(np.prod(strides)) * config.stem_reduction

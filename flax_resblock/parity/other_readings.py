@@ -15,13 +15,13 @@ from flax_resblock.convert.detection.assumption_rules import ASSUMPTION_RULES
 from flax_resblock.convert.opening import OpenedCheckpoint
 from flax_resblock.convert.state_map import StateMap
 from flax_resblock.errors import InputError
-from flax_resblock.parity.forward_run import Size, tensors_in
+from flax_resblock.parity.forward_run import Size, by_use, tensors_in
 from flax_resblock.parity.module_run import global_state_kept, inner, runnable
 from flax_resblock.parity.oracle import relative_l2
 from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.reference import ReferencePair
 
-UNSEEN = {"order", "shortcut_from", "last_activation", "shortcut", "head_pool", "stem_pool"}
+UNSEEN = {"order", "shortcut_from", "last_activation", "shortcut", "head_pool"}
 """Options of functions that no layer shows."""
 _MOST = 3
 """Options that differ at a time from what was assumed."""
@@ -46,7 +46,7 @@ def equal_reading(
     """
     generator, channels = torch.Generator().manual_seed(0), opened.config.in_channels
     with global_state_kept(), runnable(inner(module)) as copied:
-        for size in sizes:
+        for size in by_use(opened.config, sizes):
             images = torch.randn(2, channels, *size, generator=generator)
             outputs: list[torch.Tensor] = []
             with suppress(Exception):  # whatever its forward pass raises

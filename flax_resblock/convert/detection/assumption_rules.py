@@ -279,12 +279,6 @@ FIXED = (
         _network(lambda config: config.num_classes is not None),
     ),
     Fixed("eps is 1e-5 and momentum 0.1 in every norm", ("eps",), lambda config: True),
-    Fixed(
-        "training changes every norm",
-        ("norm",),
-        lambda config: config.norm == "batch",
-        unless="they are frozen",
-    ),
     Fixed("training drops no values", ("dropout",), lambda config: config.norm_first),
 )
 """What is no choice of :data:`ASSUMPTION_RULES`."""

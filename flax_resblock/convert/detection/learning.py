@@ -88,7 +88,7 @@ def _learned(layers: list[Layer], is_sorted: bool) -> Naming:
         return min(order[one.name] for one in block.places.values())
 
     blocks = sorted(blocks, key=first_layer)
-    norm_first = _order_of(blocks, seen)
+    norm_first, unclear = _order_of(blocks, seen)
     of_whom = "behind the blocks" if norm_first else "of the stem"
     for what, number, others in (
         ("convolution, that of the stem", 1, stem),
@@ -103,6 +103,8 @@ def _learned(layers: list[Layer], is_sorted: bool) -> Naming:
                 or f"{seen}, and outside them {some([one.name for one in others]) or 'nothing'}, "
                 f"where a network of this library has one {what}."
             )
+    if unclear:
+        raise _UnclearError(unclear)
     if not is_sorted and order[stem[0].name] > first_layer(blocks[0]):
         raise _UnclearError(
             f"{seen}, and the stem {stem[0].name} is defined after them, so that the order in "
@@ -201,19 +203,20 @@ def _tell_their_order(blocks: list[Block], prefixes: list[str]) -> bool:
     return _differ_in_numbers(prefixes) and all(map(_differ_in_numbers, paths))
 
 
-def _order_of(blocks: list[Block], seen: str) -> bool:
-    """Whether norms come before their convolutions, as the channels of the norms tell."""
+def _order_of(blocks: list[Block], seen: str) -> tuple[bool, str]:
+    """Whether norms come before their convolutions, as the channels of the norms tell; and where
+    they do not, a sentence on blocks that look so."""
     told = {block.norm_first for block in blocks} - {None}
     if len(told) == 1:
-        return told.pop() is True
+        return told.pop() is True, ""
     first = [block.prefix for block in blocks if block.defines_norm_first]
-    if told or first:
-        raise _UnclearError(
-            f"{seen}; in {some(first or [blocks[0].prefix])} a norm is defined before the "
-            f"convolutions, as in pre-activation order, and the channels do not tell whether it "
-            f"also runs before them. {SAY}"
-        )
-    return False
+    if not told and not first:
+        return False, ""
+    return False, (
+        f"{seen}; in {some(first or [blocks[0].prefix])} a norm is defined before the "
+        f"convolutions, as in pre-activation order, and the channels do not tell whether it also "
+        f"runs before them. {SAY}"
+    )
 
 
 def _check_chain(stem: Layer, blocks: list[Block], seen: str) -> None:

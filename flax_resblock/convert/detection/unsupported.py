@@ -171,9 +171,10 @@ def _wide_shortcuts(layers: _Layers) -> list[str]:
     found = []
     for first, *others in layers.blocks.values():
         shape = layers.kernels[first]
-        same = [one for one in others if layers.kernels[one] == shape]
-        if len(others) == 2 and len(same) == 1 and shape[2] > 3 and shape[0] != shape[1]:
-            found.append(same[0])
+        same = [one for one in others if layers.kernels[one][:2] == shape[:2]]
+        wide = [one for one in same if layers.kernels[one][2] > 3]
+        if len(others) == 2 and len(same) == 1 and wide and shape[0] != shape[1]:
+            found += wide
     return found
 
 
