@@ -105,6 +105,33 @@ def test_a_module_tells_what_its_tensors_and_layers_do_not(name):
     assert relative_l2(flax_output(model, images), output_of(module, images)) < 1e-5
 
 
+def test_dropout_that_is_no_layer_is_said(monkeypatch):
+    """Training then drops values in PyTorch and not in Flax."""
+    module = network("kuangliu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from_torch(module)  # the control
+    relu = torch.nn.functional.relu
+    dropping = "parity_tests.cifar_networks.F.relu"
+    monkeypatch.setattr(dropping, lambda x: torch.dropout(relu(x), 0.3, module.training))
+    with pytest.warns(UserWarning, match="draws random numbers"):
+        from_torch(module)
+
+
+def test_the_other_order_fails_by_far():
+    """Of a block of constant width both orders have the same tensors."""
+    config = BlockConfig(in_channels=4, out_channels=4)
+    before = replace(config, order="pre_activation")
+    images = adversarial_images(config, batch=2)
+    pair = ReferencePair.random(config)
+    truth = output_of(pair.torch(FLOAT64), images)
+    with jax.enable_x64(True):
+        models = [pair.flax(FLOAT64), replace(pair, config=before).flax(FLOAT64)]
+        right, wrong = (np.asarray(one(images, use_running_average=True)) for one in models)
+    assert relative_l2(right, truth) <= FLOAT64_LIMIT
+    assert relative_l2(wrong, truth) > 100 * FLOAT64_LIMIT
+
+
 def test_networks_written_without_modules_are_read():
     module = network("with a last norm", last="bn1")
     tensors = zagoruyko(module)

@@ -40,6 +40,10 @@ _KEYS = (
     "the project's key set, written by hand from its code, around a torchvision network; "
     "equal bit for bit"
 )
+_SPELLED = (
+    "the repository's conventions in a module of the tests' own, read with no flags; every slot, "
+    "statistic and gradient in float64 <= 1e-12; bit for bit"
+)
 _TRANSFORMERS, _TIMM, _TORCHVISION = "transformers 5.24.0", "timm 1.0.31", "torchvision 0.28.0"
 
 FAMILIES = (
@@ -72,6 +76,33 @@ FAMILIES = (
         "timm ResNet-Blur", "timm", "plain and d, selected by config.json or --antialias blur",
         _TIMM, _EQUAL,
     ),
+    Family("timm ResNet with GroupNorm", "timm", "resnet50_gn", _TIMM, _EQUAL),
+    Family(
+        "timm ResNetV2", "timm_v2", "pre-activation, batch norms: 18, 34, 50, 101, 152", _TIMM,
+        _EQUAL,
+    ),
+    Family(
+        "timm BiT", "timm_v2",
+        "pre-activation, group norms, standardised kernels: 50x1, 50x3, 101x1 and other widths",
+        _TIMM, _EQUAL,
+    ),
+    Family(
+        "pre-activation ResNets of CIFAR", "kuangliu",
+        "basic and bottleneck blocks, with or without a norm behind the last", "none", _SPELLED,
+    ),
+    Family(
+        "pre-activation ResNets of CIFAR", "torchvision",
+        "bearpaw's spelling, whose shortcuts take the block's input", "none", _SPELLED,
+    ),
+    Family(
+        "wide ResNets", "wide_resnet", "meliketoy's spelling: biases, dropout, shortcuts of the "
+        "block's input", "none", _SPELLED,
+    ),
+    Family("wide ResNets", "xternalz", "xternalz's spelling", "none", _SPELLED),
+    Family(
+        "wide ResNets", "zagoruyko", "tensors of code without modules (`group0.block0.conv0`)",
+        "none", "a network's tensors under these names; logits in float64 <= 1e-12, bit for bit",
+    ),
     Family(
         "Caffe and MSRA", "torchvision",
         "resnet50_caffe and the others, with --stride-on 1x1 or an OpenMMLab configuration in "
@@ -89,8 +120,8 @@ FAMILIES = (
 
 NOT_CONVERTED = (
     (
-        "timm resnetv2, BiT",
-        "pre-activation order: a norm precedes its convolution, and projections have no norm",
+        "timm resnetv2 d, t, evos and frn",
+        "shortcuts that pool under names that do not show it, and norms that are activations",
     ),
     ("timm resnetaa", "average pooling drops the last row of odd sizes, but the shortcut does not"),
     (
@@ -98,7 +129,6 @@ NOT_CONVERTED = (
         "a convolution instead of the stem's pooling, 3x3 projections, or different widths in each "
         "block",
     ),
-    ("timm resnet50_gn", "GroupNorm"),
     (
         "transformers with hidden_act other than relu",
         "transformers keeps ReLU within its blocks and applies hidden_act at their ends",

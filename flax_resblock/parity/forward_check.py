@@ -41,8 +41,8 @@ SIZES: tuple[Size, ...] = ((32, 32), (64, 64), (224, 224))
 BATCH = 2
 
 CAUSES = (
-    "another activation function, a pooling layer called in forward, another head (such as one with "
-    "a final softmax), layers in another order, other padding"
+    "another activation function, a pooling layer called in forward, another head (such as one "
+    "with a final softmax), layers in another order, other padding"
 )
 
 WHY_RANDOM = "as its own (zero or not finite somewhere, for example) hide the difference"

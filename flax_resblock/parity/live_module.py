@@ -23,7 +23,7 @@ from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, ignored
 from flax_resblock.errors import CheckpointError, InputError, some
 from flax_resblock.parity.certificate import Hashes, hashes
 from flax_resblock.parity.forward_check import SIZES, ForwardFigures, Size, check_forward
-from flax_resblock.parity.module_run import heights_between
+from flax_resblock.parity.module_run import draws_numbers, heights_between
 from flax_resblock.parity.other_readings import UNSEEN, equal_reading
 from flax_resblock.parity.user_code import load_factory
 from flax_resblock.parity.user_module import made_by
@@ -81,6 +81,13 @@ def open_module(
             return open_module(module, replace(asked, assumptions=told), sizes=sizes, wide=wide)
         facts.check(opened.state_map)
         raise
+    seen = {"channels": opened.config.in_channels, "size": figures.size}
+    if not opened.config.dropout and draws_numbers(module, **seen):
+        drawn = (
+            "in training its forward pass draws random numbers, as dropout does, and the Flax "
+            "network does not; what they compute in evaluation is equal"
+        )
+        opened = replace(opened, notes=(*opened.notes, drawn))
     return replace(opened, norm_options=facts.norm_options), figures
 
 
