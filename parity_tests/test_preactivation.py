@@ -124,7 +124,7 @@ def test_the_other_order_fails_by_far():
     before = replace(config, order="pre_activation")
     images = adversarial_images(config, batch=2)
     pair = ReferencePair.random(config)
-    truth = output_of(pair.torch(FLOAT64), images)
+    truth = np.moveaxis(output_of(pair.torch(FLOAT64), images), 1, -1)
     with jax.enable_x64(True):
         models = [pair.flax(FLOAT64), replace(pair, config=before).flax(FLOAT64)]
         right, wrong = (np.asarray(one(images, use_running_average=True)) for one in models)
@@ -254,6 +254,23 @@ def test_named_networks_are_those_of_their_papers():
     parameters = {"wrn_28_10": 36_479_194, "wrn_40_2": 2_243_546, "wrn_16_4": 2_748_890}
     for name, number in parameters.items():
         assert sum(slot.parameters for slot in architecture(name).slots()) == number
+
+
+def test_a_name_does_not_tell_what_repositories_spell_differently():
+    state = network("bearpaw", widths=(16, 32, 64), depth=3).float().state_dict()
+    state["conv1.weight"] = torch.zeros(16, 3, 3, 3)
+    state["layer1.0.bn1.weight"] = torch.zeros(16)
+    for name in ("bias", "running_mean", "running_var"):
+        state[f"layer1.0.bn1.{name}"] = torch.ones(16)
+    state["layer1.0.conv1.weight"] = torch.zeros(16, 16, 3, 3)
+    del state["layer1.0.downsample.0.weight"]
+    with pytest.warns(AssumptionWarning, match="--shortcut-from input"):
+        config = from_torch(state, architecture="preresnet20").config
+    assert name_of(config) == "preresnet20"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told = {"shortcut_from": "input"}
+        from_torch(state, architecture="preresnet20", assumptions=told)
 
 
 def test_mixed_norms_are_refused():

@@ -14,6 +14,7 @@ from flax_resblock.checkpoint import LIMITS, Limits, Record
 from flax_resblock.checkpoint.unwrap import strip
 from flax_resblock.convert.detection.assumptions import (
     KNOWN,
+    SPELLED_DIFFERENTLY,
     Assumptions,
     assumptions_of,
     told_by_entries,
@@ -134,15 +135,15 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
     if isinstance(config, arch.ResNetConfig) and config.num_classes is None:
         notes.append(HEADLESS)
     assumed = Assumptions()
-    if wanted is None and reading.assume != KNOWN:
-        said, by_file = reading.assumptions, hub is not None
+    if (wanted is None or isinstance(wanted, str)) and reading.assume != KNOWN:
+        said, by_file = reading.assumptions, hub is not None or wanted is not None
         assumed = assumptions_of(config, match.state_map.naming, said, by_file=by_file)
+        assumed = assumed if wanted is None else assumed.of(SPELLED_DIFFERENTLY)
     norms = written_norm_options(record)
     norms |= {
         name: reading.assumptions[name] for name in (EPS, MOMENTUM) if name in reading.assumptions
     }
-    afresh = tuple(match.misfit.afresh)
-    known = record, match.state_map, tensors, tuple(notes), afresh, norms
+    known = record, match.state_map, tensors, tuple(notes), tuple(match.misfit.afresh), norms
     return OpenedCheckpoint(*known, hub=hub, assumed=assumed)
 
 
