@@ -106,6 +106,8 @@ def _huggingface(head: bool = True, **changes: Any) -> Family:
 
 def _timm(name: str, *, naming: str = "torchvision", **changes: Any) -> Family:
     options = {"channels": (8, 16, 24, 32), "layers": (1, 2, 1, 1), "num_classes": 5, **changes}
+    if name.endswith("_bit"):  # its depths are in its name
+        del options["layers"]
 
     def save(module: torch.nn.Module, folder: Path) -> None:
         import_timm().models.save_for_hf(module, folder, safe_serialization=True)
@@ -118,9 +120,8 @@ def _timm(name: str, *, naming: str = "torchvision", **changes: Any) -> Family:
     )
 
 
-def _timm_v2(name: str) -> Family:
-    sizes = {"channels": (128, 256), "layers": (1, 2), "stem_chs": 32}
-    return _timm(name, naming="timm_v2", **sizes)
+def _timm_v2(name: str, **sizes: Any) -> Family:
+    return _timm(name, naming="timm_v2", stem_chs=32, **sizes)
 
 
 FAMILIES = {
@@ -145,6 +146,6 @@ FAMILIES = {
     "timm dilated": _timm("resnet26", output_stride=8),
     "timm grey images": _timm("resnet26", in_chans=1),
     "timm resnet50_gn": _timm("resnet50_gn", channels=(32, 64, 32, 64)),
-    "timm resnetv2_50": _timm_v2("resnetv2_50"),
-    "timm resnetv2_50x1_bit": _timm_v2("resnetv2_50x1_bit"),
+    "timm resnetv2_50": _timm_v2("resnetv2_50", channels=(128, 256), layers=(1, 2)),
+    "timm resnetv2_50x1_bit": _timm_v2("resnetv2_50x1_bit", channels=(128, 128, 128, 128)),
 }

@@ -17,12 +17,14 @@ CONFIGS = {
         depths=(1, 1), widths=(6, 12), stem="cifar", stem_width=6, num_classes=None
     ),
     "every option of a network": next(
-        config for config in BATTERY.values() if getattr(config, "stem", None) == "deep"
+        config
+        for config in BATTERY.values()
+        if isinstance(config, ResNetConfig) and config.attention == "se" and config.norm == "batch"
     ),
     "every option of a block": next(
         config
         for config in BATTERY.values()
-        if isinstance(config, BlockConfig) and config.attention == "eca"
+        if isinstance(config, BlockConfig) and config.attention == "se" and config.norm == "batch"
     ),
 }
 

@@ -123,6 +123,12 @@ class ReferencePair(Pair):
             # timm's norms go on with dropout, here none, and their activation
             if slot.normalises and (inside := f"{found.get(slot.name)}.drop") in there:
                 found[slot.name] = inside
+            # a head that is a convolution gives an image of one pixel
+            if (
+                slot.name == "head"
+                and (flat := found["head"].rpartition(".")[0] + ".flatten") in there
+            ):
+                found["head"] = flat
         return found
 
     @property

@@ -28,8 +28,8 @@ _OTHER_FUNCTION = {
 
 _IN_THE_TENSORS = (
     "num_classes", "in_chans", "channels", "layers", "cardinality", "base_width", "stem_width",
-    "stem_type", "avg_down", "block", "drop_rate", "drop_path_rate", "drop_block_rate",
-    "zero_init_last", "pretrained", "pretrained_cfg", "device", "dtype",
+    "stem_type", "stem_chs", "width_factor", "avg_down", "block", "drop_rate", "drop_path_rate",
+    "drop_block_rate", "zero_init_last", "pretrained", "pretrained_cfg", "device", "dtype",
 )  # fmt: skip
 """Arguments of timm's ResNet that names and shapes tell, or that evaluation does not see."""
 
