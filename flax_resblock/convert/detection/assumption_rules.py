@@ -58,7 +58,7 @@ def _blocks(config: Config) -> list[BlockConfig]:
     return [config]
 
 
-def _hides_its_order(config: ResNetConfig) -> bool:
+def hides_its_order(config: ResNetConfig) -> bool:
     """Whether no main path and no projection tells if norms come before their convolutions."""
     blocks = _blocks(config)
     same = all(block.in_channels == block.out_channels for block in blocks)
@@ -147,7 +147,7 @@ ASSUMPTION_RULES = (
             "post_activation": "each convolution comes before its norm",
             "pre_activation": "each norm and activation come before their convolution",
         },
-        _network(_hides_its_order),
+        _network(hides_its_order),
         lambda naming: False,
     ),
     AssumptionRule(

@@ -14,6 +14,7 @@ from flax_resblock.config import (
     architecture,
     name_of,
 )
+from flax_resblock.convert.detection.assumption_rules import hides_its_order
 from flax_resblock.convert.detection.assumptions import with_assumptions
 from flax_resblock.convert.detection.configuration import TensorInfos, infer_block, infer_network
 from flax_resblock.convert.naming import Naming, is_outside
@@ -108,6 +109,12 @@ def _same(a: StateMap, b: StateMap) -> bool:
     ] == [(e.torch_key, e.codec) for e in b.entries]
 
 
+def _are_orders(a: Config, b: Config) -> bool:
+    """Whether two readings guess different orders, which no tensor tells: it is an assumption."""
+    networks = isinstance(a, ResNetConfig) and isinstance(b, ResNetConfig)
+    return networks and a.order != b.order and hides_its_order(a) and hides_its_order(b)
+
+
 def identify(
     found: TensorInfos,
     *,
@@ -153,7 +160,8 @@ def identify(
         words = _no_fit(found, source, matches, was_told, stride)
         raise NoFitError(words, matches[0] if matches else None)
     best, *others = fitting
-    rivals = [other for other in others if not _same(best.state_map, other.state_map)]
+    rivals = [one for one in others if not _same(best.state_map, one.state_map)]
+    rivals = [one for one in rivals if not _are_orders(best.state_map.config, one.state_map.config)]
     if rivals:
         choices = "; ".join(match.title for match in (best, *rivals))
         raise CheckpointError(

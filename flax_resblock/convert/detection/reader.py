@@ -59,7 +59,9 @@ class Reader:
             convs = [self.shape(*place, f"conv{i}", SlotKind.CONV) for i in range(1, last + 1)]
             skip = self.shape(*place, "shortcut.conv", SlotKind.CONV)
             if inside is None and (one := skip or convs[0]):
-                inside = one[2]
+                inside, first = one[2], self.norm(*place, "norm1", "scale")
+                if not skip and first and first[0] != one[3] and first[0] % inside == 0:
+                    inside = first[0]  # of a convolution in groups
             for i, kernel in enumerate(convs, start=1):
                 scale = self.norm(*place, f"norm{i}", "scale")
                 takes = inside if i == 1 else kernel[2] if kernel else None

@@ -101,7 +101,7 @@ def _matters(config: ResNetConfig, field: str) -> bool:
     others = {"shortcut_from": config.norm_first, "norm_groups": config.norm == "group"}
     others["standardized"] = config.norm == "group"
     usual = ResNetConfig.__dataclass_fields__[field].default
-    return others.get(field, getattr(config, field) != usual)
+    return bool(others.get(field, getattr(config, field) != usual))
 
 
 def _is_attention(block_args: Mapping[str, Any]) -> bool:
