@@ -120,7 +120,8 @@ class ResNet(nn.Module):
         self.conv1 = _stem_convolutions(stem, *sizes, activation, stem_stride, stem_bias, kind)
         self.bn1 = None if preact else kind.make_norm(stem_width)
         self.act = activation_layer(activation)
-        self.border = nn.ConstantPad2d(1 if stem_pool == "3x3_zeros" else 0, 0.0)
+        bordered = stem_pool == "3x3_zeros"
+        self.border = nn.ConstantPad2d(1, 0.0) if bordered else nn.Identity()
         self.maxpool = _stem_pooling(stem_pool, antialias == "blur", stem_width)
 
         options: dict[str, Any] = {"stride_on": stride_on} if block == "bottleneck" else {}

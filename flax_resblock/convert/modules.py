@@ -181,6 +181,9 @@ class ModuleFacts:
         choices: dict[str, Iterable[Any]] = {
             rule.field: rule.choices for rule in ASSUMPTION_RULES if rule.matters(config)
         }
+        if not any("Pad2d" in type(one).__name__ for one in self.modules.values()):
+            pools = choices.get("stem_pool", ())
+            choices["stem_pool"] = [one for one in pools if one != "3x3_zeros"]
         choices["dilated_stages"] = [tuple(range(n, last + 1)) for n in range(last + 1, 1, -1)]
 
         def number(told: Mapping[str, Any]) -> float:

@@ -111,8 +111,9 @@ def _same(a: StateMap, b: StateMap) -> bool:
 
 def _are_orders(a: Config, b: Config) -> bool:
     """Whether two readings guess different orders, which no tensor tells: it is an assumption."""
-    networks = isinstance(a, ResNetConfig) and isinstance(b, ResNetConfig)
-    return networks and a.order != b.order and hides_its_order(a) and hides_its_order(b)
+    if not isinstance(a, ResNetConfig) or not isinstance(b, ResNetConfig):
+        return False
+    return a.order != b.order and hides_its_order(a) and hides_its_order(b)
 
 
 def identify(
