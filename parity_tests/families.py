@@ -36,6 +36,9 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     module.double()
     with torch.no_grad():
         for layer in module.modules():
+            if isinstance(layer, torch.nn.GroupNorm):
+                layer.weight.uniform_(0.4, 1.6, generator=generator)
+                layer.bias.normal_(0, 0.5, generator=generator)
             if hasattr(layer, "running_var"):
                 layer.running_mean.normal_(0, 0.5, generator=generator)
                 layer.running_var.uniform_(0.3, 3, generator=generator)
@@ -101,8 +104,10 @@ def _huggingface(head: bool = True, **changes: Any) -> Family:
     )
 
 
-def _timm(name: str, **changes: Any) -> Family:
+def _timm(name: str, *, naming: str = "torchvision", **changes: Any) -> Family:
     options = {"channels": (8, 16, 24, 32), "layers": (1, 2, 1, 1), "num_classes": 5, **changes}
+    if name.endswith("_bit"):  # its depths are in its name
+        del options["layers"]
 
     def save(module: torch.nn.Module, folder: Path) -> None:
         import_timm().models.save_for_hf(module, folder, safe_serialization=True)
@@ -111,8 +116,12 @@ def _timm(name: str, **changes: Any) -> Family:
         lambda: import_timm().create_model(name, **options),
         save,
         lambda module: module,
-        "torchvision",
+        naming,
     )
+
+
+def _timm_v2(name: str, **sizes: Any) -> Family:
+    return _timm(name, naming="timm_v2", stem_chs=32, **sizes)
 
 
 FAMILIES = {
@@ -136,4 +145,7 @@ FAMILIES = {
     "timm without head": _timm("resnet26d", stem_width=8, num_classes=0),
     "timm dilated": _timm("resnet26", output_stride=8),
     "timm grey images": _timm("resnet26", in_chans=1),
+    "timm resnet50_gn": _timm("resnet50_gn", channels=(32, 64, 32, 64)),
+    "timm resnetv2_50": _timm_v2("resnetv2_50", channels=(128, 256), layers=(1, 2)),
+    "timm resnetv2_50x1_bit": _timm_v2("resnetv2_50x1_bit", channels=(128, 128, 128, 128)),
 }

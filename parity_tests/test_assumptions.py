@@ -61,7 +61,7 @@ class Own(ResNet):
 
 
 UNTOLD = {
-    "stem_pool": (True, "no pooling follows the stem (--stem-pool 3x3, 2x2 if not)"),
+    "stem_pool": (True, "no pooling follows the stem (--stem-pool 3x3, 3x3_zeros, 2x2 if not)"),
     "act": (F.silu, "the activation is ReLU (--activation leaky_relu, gelu, silu if not)"),
     "eps": (0.1, "eps is 1e-5 and momentum 0.1 in every norm (--eps if not)"),
     "behind": (True, "half of them in front of the old channels and half behind"),
@@ -74,7 +74,7 @@ UNTOLD_ALONE = {
         "the activation follows every norm but that of a shortcut and the last",
     ),
     "scale": (0.3, "each block adds its input to what it computes, both as they are"),
-    "softmax": (True, "the mean over all pixels, and nothing follows it"),
+    "softmax": (True, "nothing follows the head"),
 }
 """The same of what the command's test does not repeat."""
 
@@ -178,7 +178,8 @@ def test_the_command_and_the_certificate_say_each_and_the_flags_are_taken(tmp_pa
     assert {"--activation", "--eps", "--dilated-stages", "--antialias"} <= flags
     values = {"--activation": ["silu"], "--eps": ["0.1"], "--antialias": ["none"]}
     values |= {"--dilated-stages": ["2"], "--first-stride": ["1"]}
-    values |= {"--stem-stride": ["2"], "--stem-pool": ["2x2"], "--padding": ["same"]}
+    values |= {"--stem-stride": ["2"], "--stem-pool": ["2x2"], "--shortcut": ["none"]}
+    values |= {"--last-activation": ["False"], "--head-pool": ["max"], "--padding": ["same"]}
     for flag in flags:
         assert run(["inspect", str(tmp_path / "net.pth"), flag, *values[flag]]) == 0, flag
         said = " ".join(capsys.readouterr().out.split())

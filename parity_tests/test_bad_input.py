@@ -347,8 +347,7 @@ def test_a_checkpoint_that_is_read_as_it_stands_gives_no_warning():
 def test_two_readings_that_fit_equally_are_a_tie(monkeypatch):
     from dataclasses import replace
 
-    from flax_resblock.convert import identify
-    from flax_resblock.convert import naming as namings
+    from flax_resblock.convert import identify, namings
     from flax_resblock.convert.detection.candidates import identify as find
     from flax_resblock.convert.state_map import describe
 

@@ -218,17 +218,17 @@ IMAGENET = {"depths": (1, 1, 1, 1), "widths": (4, 4, 4, 4), "stem_width": 4, "nu
 WRONG = {
     "leaky relu": lambda: made(act=lambda x: F.leaky_relu(x, 0.1)),
     "gelu": lambda: made(act=F.gelu),
-    "a max head": lambda: made(head=global_max),
-    "a max head after a stride of 32": lambda: made(ImageNetMax, **IMAGENET),
-    "zeros of option A behind": lambda: made(option_a="behind"),
     "pre-activation of constant width": lambda: made(widths=(8, 8), second_stride=1, preact=True),
-    "no shortcuts": lambda: made(widths=(8, 8), second_stride=1, skip=False),
     "reflecting padding": lambda: made(Mirrored),
     "a softmax": lambda: made(Softmaxed),
     "another activation hidden by branches of zero": zero_branches_and_inner_leaky,
     "another activation hidden by a head of zero": lambda: zero_head(made(act=F.gelu)),
 }
 RIGHT = {
+    "a max head": lambda: made(head=global_max),
+    "a max head after a stride of 32": lambda: made(ImageNetMax, **IMAGENET),
+    "zeros of option A behind": lambda: made(option_a="behind"),
+    "no shortcuts": lambda: made(widths=(8, 8), second_stride=1, skip=False),
     "projections": made,
     "max pooling after a 3x3 stem": lambda: made(pool_stem=True),
     "option A": lambda: made(option_a="both"),

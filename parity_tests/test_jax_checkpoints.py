@@ -27,6 +27,7 @@ from flax_resblock.cli import run
 from flax_resblock.config import architecture, from_json, name_of, to_json
 from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.convert.hubs import files_of
+from flax_resblock.convert.image_facts import ImageFacts
 from flax_resblock.errors import CheckpointError
 from flax_resblock.nn import linen
 from flax_resblock.nn.resnet import build
@@ -209,7 +210,7 @@ def test_a_program_that_would_compute_something_else_is_not_written_for(tmp_path
         flax_resblock.save(model, tmp_path / "x.npz", naming="torchvision")
     for hub in ("transformers", "timm"):
         with pytest.raises(InputError, match="padding" if hub == "transformers" else "no name"):
-            files_of(hub, architecture("resnet18", padding="same"), {})
+            files_of(hub, architecture("resnet18", padding="same"), {}, ImageFacts())
     assert not list(tmp_path.iterdir())
     assert name_of(architecture("resnet50", padding="same")) == "resnet50, padding same"
 

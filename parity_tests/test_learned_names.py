@@ -195,16 +195,18 @@ def _changed(choices=PLAIN, **changes):
     return Network(replace(choices, **changes)).state_dict()
 
 
-def _group_norms():
-    return {
-        key: value for key, value in _changed().items() if "running" not in key and "num" not in key
-    }
+def _group_norms(**changes):
+    state = _changed(**changes)
+    return {k: value for k, value in state.items() if "running" not in k and "num" not in k}
 
 
 CAUSES = {
-    "pre-activation": (lambda: _changed(preactivation=True), "pre-activation order"),
+    "pre-activation": (lambda: _changed(preactivation=True), "pre-activation order, in which"),
     "biases": (lambda: _changed(biased="first"), "convolutions with a bias beside others"),
-    "group norm": (_group_norms, "norms without running statistics, such as GroupNorm"),
+    "group norm": (
+        lambda: _group_norms(biased="first"),
+        "norms without running statistics, such as GroupNorm",
+    ),
     "volumes": (
         lambda: {**_changed(), "stem.0.weight": torch.ones(4, 3, 3, 3, 3)},
         "kernels with five axes",

@@ -1,5 +1,7 @@
 """The Linen module is the nnx network: same variables, same numbers, same statistics."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -17,10 +19,12 @@ CONFIGS = {
         depths=(1, 1), widths=(6, 12), stem="cifar", stem_width=6, num_classes=None
     ),
     "every option of a network": next(
-        config for config in BATTERY.values() if getattr(config, "stem", None) == "deep"
+        replace(config, norm="batch")
+        for config in BATTERY.values()
+        if getattr(config, "stem", None) == "deep"
     ),
     "every option of a block": next(
-        config
+        replace(config, norm="batch")
         for config in BATTERY.values()
         if isinstance(config, BlockConfig) and config.attention == "eca"
     ),

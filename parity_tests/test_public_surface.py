@@ -33,7 +33,7 @@ from flax_resblock import (
 )
 from flax_resblock.cli import run as run_command
 from flax_resblock.config import NetworkOptions
-from flax_resblock.convert import StateMap, describe, identify, naming
+from flax_resblock.convert import StateMap, describe, identify, namings
 from flax_resblock.convert.opening import open_checkpoint
 from flax_resblock.convert.state_map import transcode
 from flax_resblock.parity.inputs import randomised_norm_state
@@ -204,7 +204,7 @@ def test_a_scheme_that_takes_a_known_name_or_that_nobody_knows_is_refused(model)
         to_torch(model, replace(OWN, name="kuangliu"))
     with pytest.raises(InputError, match="naming scheme 'kuanglui' is unknown; known: torchvision"):
         to_torch(model, "kuanglui")
-    assert naming.naming_of(NAMINGS["timm"]) is naming.naming_of("timm")
+    assert namings.naming_of(NAMINGS["timm"]) is namings.naming_of("timm")
 
 
 def test_torch_tensors_in_an_own_scheme_are_read(model):

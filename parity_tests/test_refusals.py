@@ -110,9 +110,9 @@ SEEN = {
         lambda: Net(extra=squeeze_of_convolutions),
         r"squeeze-and-excitation in another form .*: units\.0\.squeeze\.0, units\.0\.squeeze\.2",
     ),
-    "a 3x3 shortcut": (
-        lambda: Net(projection=3),
-        r"shortcuts with a kernel larger than 1x1.*: units\.1\.skip\.0\.",
+    "a 5x5 shortcut": (
+        lambda: Net(projection=5),
+        r"shortcuts with a kernel larger than 3x3.*: units\.1\.skip\.0\.",
     ),
     "a shortcut without norm": (
         lambda: Net(block=Bare),
@@ -138,7 +138,7 @@ SEEN = {
     ),
 }
 EVERY_SIGN = (
-    "squeeze-and|larger than 1x1|no norm after it|PReLU|without scale|not square|"
+    "squeeze-and|larger than 3x3|no norm after it|PReLU|without scale|not square|"
     "connected layer without bias|beside others without"
 )
 
@@ -157,7 +157,7 @@ def test_what_is_seen_is_named_and_nothing_else(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", ["squeeze of convolutions", "a 3x3 shortcut", "a head without bias"]
+    "case", ["squeeze of convolutions", "a 5x5 shortcut", "a head without bias"]
 )
 def test_the_command_that_a_refusal_advises_converts_the_network(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

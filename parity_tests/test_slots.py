@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -83,11 +82,16 @@ def test_slots_count_the_parameters_of_the_model(name):
 
 
 @pytest.mark.parametrize("name", BATTERY)
-def test_every_norm_follows_the_convolution_that_it_normalises(name):
-    for before, slot in pairwise(walk(BATTERY[name])):
-        if slot.kind is SlotKind.NORM:
-            assert (before.convolves, before.branch) == (True, slot.branch)
-            assert before.shape[-1:] == slot.shape
+def test_every_norm_is_beside_its_convolution(name):
+    """It follows the one that it normalises, or precedes the one that takes what it gives."""
+    slots = list(walk(BATTERY[name]))
+    for before, slot, after in zip([None, *slots], slots, [*slots[1:], None], strict=False):
+        if slot.normalises and slot.branch is not Branch.HEAD:
+            precedes = BATTERY[name].norm_first and slot.branch is not Branch.STEM
+            conv = after if precedes else before
+            assert (conv.convolves, conv.branch) == (True, slot.branch)
+            axis = 2 if precedes and conv.groups == 1 else 3
+            assert conv.shape[axis : axis + 1] == slot.shape
 
 
 def test_branches_are_the_parts_of_a_network():
@@ -128,7 +132,7 @@ def of_kind(configs, kind) -> list:
 def test_the_battery_uses_every_value_of_every_option(kind):
     configs, choices = list(BATTERY.values()), choices_of(kind)
     assert missing_values(configs, kind, choices) == set()
-    assert len(of_kind(configs, kind)) <= 3 + max(map(len, choices.values()))
+    assert len(of_kind(configs, kind)) <= 4 + max(map(len, choices.values()))
     # The negative controls: an option that the battery does not know, and one configuration less.
     fake = {**choices, "attention": (*choices["attention"], "fake")}
     assert missing_values(configs, kind, fake) == {("attention", "fake")}

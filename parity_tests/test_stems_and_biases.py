@@ -24,6 +24,7 @@ from flax_resblock import (
 from flax_resblock.config import architecture, architectures, from_json, name_of, to_json
 from flax_resblock.convert import StateMap
 from flax_resblock.convert.hubs import files_of
+from flax_resblock.convert.image_facts import ImageFacts
 from flax_resblock.export.fold import fold_batch_norm, folding_error
 from flax_resblock.nn.resnet import build
 from flax_resblock.parity.comparison import Plan, compare_pair
@@ -138,7 +139,7 @@ def test_a_hub_that_cannot_be_told_refuses(change):
     config = replace(architecture("resnet18"), **{change: value})
     for hub in ("transformers", "timm"):
         with pytest.raises(InputError, match=change if hub == "transformers" else "no name"):
-            files_of(hub, config, {})
+            files_of(hub, config, {}, ImageFacts())
     assert change.replace("stem_pool", "stem pool").replace("stem_str", "stem str") in name_of(
         config
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,13 @@ class SameConv2d(nn.Conv2d):
         super().__init__(*arguments)
         self.padding = "SAME"
 
+    def kernel(self) -> Tensor:
+        return self.weight
+
     def forward(self, input: Tensor) -> Tensor:
         reach = self.dilation[0] * (self.kernel_size[0] - 1) + 1
         x = F.pad(input, same_padding(input, reach, self.stride[0]))
-        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return F.conv2d(x, self.kernel(), self.bias, self.stride, 0, self.dilation, self.groups)
 
 
 class SameMaxPool2d(nn.Module):
@@ -50,21 +53,91 @@ class SameMaxPool2d(nn.Module):
         return F.max_pool2d(x, self.kernel_size, self.stride)
 
 
-def conv(
-    in_channels: int,
-    out_channels: int,
-    size: int,
-    stride: int = 1,
-    dilation: int = 1,
-    groups: int = 1,
-    bias: bool = False,
-    padding_rule: str = "symmetric",
-) -> nn.Conv2d:
-    """A convolution padded so that stride 1 keeps the resolution, without bias by default."""
-    if padding_rule == "same" and size > 1 and stride > 1:
-        return SameConv2d(in_channels, out_channels, size, stride, 0, dilation, groups, bias)
-    padding = dilation * (size // 2)
-    return nn.Conv2d(in_channels, out_channels, size, stride, padding, dilation, groups, bias)
+class StdConv2d(nn.Conv2d):
+    """A convolution whose kernel is standardised, Qiao et al. 2019."""
+
+    eps = 1e-8
+
+    def kernel(self) -> Tensor:
+        var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), unbiased=False, keepdim=True)
+        return (self.weight - mean) / torch.sqrt(var + self.eps)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.kernel(), self.bias)
+
+
+class SameStdConv2d(SameConv2d):
+    """Both of them."""
+
+    eps = 1e-8
+    kernel = StdConv2d.kernel  # pyright: ignore[reportAssignmentType]
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """A batch norm that is never trained; nothing in it is a parameter."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.eps = 1e-5
+        for name, start in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
+            self.register_buffer(name, torch.full((channels,), float(start)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var, scale, bias = (
+            one[:, None, None]
+            for one in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
+        return (x - mean) / torch.sqrt(var + self.eps) * scale + bias
+
+
+class Kind(NamedTuple):
+    """What every norm and every convolution of a network is.
+
+    Attributes:
+      norm: ``"batch"``, ``"group"`` or ``"frozen"``.
+      norm_groups: Of group norms.
+      standardized: Whether kernels are standardised.
+      standardized_eps: Added to their variance.
+      padding: Of strided convolutions: ``"symmetric"``, or ``"same"`` as TensorFlow and Flax pad
+        with ``'SAME'``.
+    """
+
+    norm: str = "batch"
+    norm_groups: int = 32
+    standardized: bool = False
+    standardized_eps: float = 1e-8
+    padding: str = "symmetric"
+
+    def make_norm(self, channels: int) -> nn.Module:
+        """A norm."""
+        if self.norm == "group":
+            return nn.GroupNorm(self.norm_groups, channels)
+        return FrozenBatchNorm2d(channels) if self.norm == "frozen" else nn.BatchNorm2d(channels)
+
+    def make_conv(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+    ) -> nn.Conv2d:
+        """A convolution padded so that stride 1 keeps the resolution, without bias by default."""
+        same = self.padding == "same" and size > 1 and stride > 1
+        sides = 0 if same else dilation * (size // 2)
+        sizes = in_channels, out_channels, size, stride, sides, dilation, groups, bias
+        if not self.standardized:
+            return SameConv2d(*sizes) if same else nn.Conv2d(*sizes)
+        made = SameStdConv2d(*sizes) if same else StdConv2d(*sizes)
+        made.eps = self.standardized_eps
+        return made
 
 
 def activation_layer(name: str) -> nn.Module:
@@ -74,34 +147,46 @@ def activation_layer(name: str) -> nn.Module:
 
 
 class ZeroPad(nn.Module):
-    """Option-A shortcut of He et al. 2016: a strided slice, new channels zero, half in front."""
+    """Option-A shortcut of He et al. 2016: a strided slice, new channels zero, half in front or all
+    behind."""
 
-    def __init__(self, extra_channels: int, stride: int) -> None:
+    def __init__(self, extra_channels: int, stride: int, behind: bool = False) -> None:
         super().__init__()
         self.extra_channels = extra_channels
         self.stride = stride
+        self.behind = behind
 
     def forward(self, x: Tensor) -> Tensor:
-        front = self.extra_channels // 2
+        front = 0 if self.behind else self.extra_channels // 2
         sides = (0, 0, 0, 0, front, self.extra_channels - front)
         return F.pad(x[:, :, :: self.stride, :: self.stride], sides)
 
 
 def downsample(
-    in_channels: int, out_channels: int, stride: int, shortcut: str, bias: bool = False
+    in_channels: int,
+    out_channels: int,
+    stride: int,
+    shortcut: str,
+    bias: bool = False,
+    *,
+    size: int = 1,
+    normalised: bool = True,
+    kind: Kind,
 ) -> nn.Module | None:
-    """The shortcut of a block; None where it copies its input."""
-    norm = nn.BatchNorm2d(out_channels)
-    if stride == 1 and in_channels == out_channels:
+    """The shortcut of a block; None where it copies its input or adds nothing."""
+    if shortcut == "none" or (stride == 1 and in_channels == out_channels):
         return None
-    if shortcut == "zero_pad":
-        return ZeroPad(out_channels - in_channels, stride)
+    if shortcut.startswith("zero_pad"):
+        return ZeroPad(out_channels - in_channels, stride, shortcut == "zero_pad_behind")
+    norms = [kind.make_norm(out_channels)] if normalised else []
     if shortcut == "pooled":
         pool = nn.Identity()
         if stride > 1:
             pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
-        return nn.Sequential(pool, conv(in_channels, out_channels, 1, bias=bias), norm)
-    return nn.Sequential(conv(in_channels, out_channels, 1, stride, bias=bias), norm)
+        conv = kind.make_conv(in_channels, out_channels, 1, bias=bias)
+        return nn.Sequential(pool, conv, *norms)
+    conv = kind.make_conv(in_channels, out_channels, size, stride, bias=bias)
+    return nn.Sequential(conv, *norms)
 
 
 class SqueezeExcitation(nn.Module):

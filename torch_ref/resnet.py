@@ -3,110 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
-from torch_ref.layers import (
-    Blur,
-    SameMaxPool2d,
-    activation_layer,
-    channel_attention,
-    conv,
-    downsample,
-)
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; the first carries the stride."""
-
-    expansion = 1
-
-    def __init__(
-        self,
-        in_channels: int,
-        planes: int,
-        stride: int = 1,
-        *,
-        dilation: int = 1,
-        groups: int = 1,
-        base_width: int = 64,
-        shortcut: str = "projection",
-        attention: str = "none",
-        attention_ratio: float = 1 / 16,
-        antialias: str = "none",
-        activation: str = "relu",
-        conv_bias: bool = False,
-        shortcut_bias: bool = False,
-        padding: str = "symmetric",
-    ) -> None:
-        super().__init__()
-        blurs = antialias == "blur" and stride == 2
-        strided = 1 if blurs else stride
-        self.conv1 = conv(in_channels, planes, 3, strided, dilation, groups, conv_bias, padding)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.aa = Blur(planes, stride) if blurs else None
-        self.conv2 = conv(planes, planes, 3, 1, dilation, groups, conv_bias)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.se = channel_attention(attention, planes, attention_ratio)
-        self.act = activation_layer(activation)
-        self.downsample = downsample(in_channels, planes, stride, shortcut, shortcut_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.act(self.bn1(self.conv1(x)))
-        out = out if self.aa is None else self.aa(out)
-        out = self.bn2(self.conv2(out))
-        out = out if self.se is None else self.se(out)
-        return self.act(out + (x if self.downsample is None else self.downsample(x)))
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1; the stride sits on the 3x3 (torchvision) or on the first 1x1 (Caffe)."""
-
-    expansion = 4
-
-    def __init__(
-        self,
-        in_channels: int,
-        planes: int,
-        stride: int = 1,
-        *,
-        dilation: int = 1,
-        groups: int = 1,
-        base_width: int = 64,
-        shortcut: str = "projection",
-        stride_on: str = "3x3",
-        attention: str = "none",
-        attention_ratio: float = 1 / 16,
-        antialias: str = "none",
-        activation: str = "relu",
-        conv_bias: bool = False,
-        shortcut_bias: bool = False,
-        padding: str = "symmetric",
-    ) -> None:
-        super().__init__()
-        width = int(planes * (base_width / 64.0)) * groups
-        blurs = antialias == "blur" and stride == 2
-        first, second = (stride, 1) if stride_on == "1x1" else (1, 1 if blurs else stride)
-        self.conv1 = conv(in_channels, width, 1, first, bias=conv_bias)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = conv(width, width, 3, second, dilation, groups, conv_bias, padding)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.aa = Blur(width, stride) if blurs else None
-        self.conv3 = conv(width, planes * self.expansion, 1, bias=conv_bias)
-        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
-        self.se = channel_attention(attention, planes * self.expansion, attention_ratio)
-        self.act = activation_layer(activation)
-        outputs = planes * self.expansion
-        self.downsample = downsample(in_channels, outputs, stride, shortcut, shortcut_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.act(self.bn1(self.conv1(x)))
-        out = self.act(self.bn2(self.conv2(out)))
-        out = out if self.aa is None else self.aa(out)
-        out = self.bn3(self.conv3(out))
-        out = out if self.se is None else self.se(out)
-        return self.act(out + (x if self.downsample is None else self.downsample(x)))
+from torch_ref.blocks import BasicBlock, Bottleneck
+from torch_ref.layers import Blur, Kind, SameMaxPool2d, activation_layer
 
 
 def _stem_convolutions(
@@ -117,15 +19,15 @@ def _stem_convolutions(
     activation: str,
     stride: int,
     bias: bool,
-    padding: str,
+    kind: Kind,
 ) -> nn.Module:
-    options = {"bias": bias, "padding_rule": padding}
+    conv = kind.make_conv
     if stem != "deep":
-        return conv(in_channels, width, 7 if stem == "imagenet" else 3, stride, **options)
+        return conv(in_channels, width, 7 if stem == "imagenet" else 3, stride, bias=bias)
     layers: list[nn.Module] = []
     for index, (inputs, outputs) in enumerate(zip((in_channels, *hidden), hidden, strict=False)):
-        layers.append(conv(inputs, outputs, 3, 1 if index else stride, **options))
-        layers += [nn.BatchNorm2d(outputs), activation_layer(activation)]
+        layers.append(conv(inputs, outputs, 3, 1 if index else stride, bias=bias))
+        layers += [kind.make_norm(outputs), activation_layer(activation)]
     return nn.Sequential(*layers, conv(hidden[-1], width, 3, bias=bias))
 
 
@@ -136,9 +38,14 @@ def _stem_pooling(pool: str, blurs: bool, channels: int, padding: str) -> nn.Mod
         return SameMaxPool2d(2 if pool == "2x2" else 3, 2)
     if pool == "2x2":
         return nn.MaxPool2d(2)
+    if pool == "3x3_zeros":
+        return nn.MaxPool2d(3, stride=2)
     if blurs:
         return nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), Blur(channels, 2))
     return nn.MaxPool2d(3, stride=2, padding=1)
+
+
+_USUAL = "post_activation"
 
 
 class ResNet(nn.Module):
@@ -152,14 +59,19 @@ class ResNet(nn.Module):
       stem_width: Channels of the stem.
       stem_hidden: Channels of a deep stem's first two convolutions.
       stem_stride: Of the stem's first convolution; None: 1 of ``"cifar"``, else 2.
-      stem_pool: ``"3x3"``, ``"2x2"`` or ``"none"``; None: none of ``"cifar"``, else 3x3.
+      stem_pool: ``"3x3"``, ``"3x3_zeros"`` (behind a border of zeros), ``"2x2"`` or ``"none"``;
+        None: none of ``"cifar"``, else 3x3.
       padding: ``"symmetric"``, or ``"same"``: strided convolutions and pooling pad as TensorFlow
         and Flax do with ``'SAME'``.
       stem_padding: The same of the stem's convolutions; None: as ``padding``.
       stem_bias: Whether the stem's convolutions have a bias.
       first_stride: Stride of the first stage.
       shortcut, stride_on, groups, base_width, attention, attention_ratio, antialias, conv_bias,
-        shortcut_bias: Of every block.
+        shortcut_bias, shortcut_from, shortcut_size, last_activation, dropout: Of every block.
+      order: ``"post_activation"`` or ``"pre_activation"`` (He et al. 2016b), with a bare stem.
+      final_norm: Whether a norm and an activation follow the last stage in pre-activation order.
+      norm, norm_groups, standardized, standardized_eps: See :class:`torch_ref.layers.Kind`.
+      head_pool: ``"mean"`` or ``"max"``.
       activation: Of the stem and of every block.
       dilated_stages: Stages (from 1) whose stride is replaced by dilation.
       in_channels, num_classes: Channels of the images, size of the logits (None: no head).
@@ -191,6 +103,17 @@ class ResNet(nn.Module):
         padding: str = "symmetric",
         groups: int = 1,
         base_width: int = 64,
+        order: str = "post_activation",
+        shortcut_from: str = "activated",
+        shortcut_size: int = 1,
+        norm: str = "batch",
+        norm_groups: int = 32,
+        standardized: bool = False,
+        standardized_eps: float = 1e-8,
+        last_activation: bool = True,
+        dropout: float = 0.0,
+        final_norm: bool = True,
+        head_pool: str = "mean",
         dilated_stages: Sequence[int] = (),
         in_channels: int = 3,
         num_classes: int | None = 1000,
@@ -199,16 +122,18 @@ class ResNet(nn.Module):
         super().__init__()
         stem_stride = stem_stride or (1 if stem == "cifar" else 2)
         stem_pool = stem_pool or ("none" if stem == "cifar" else "3x3")
+        kind = Kind(norm, norm_groups, standardized, standardized_eps, padding)
+        of_stem, preact = kind._replace(padding=stem_padding or padding), order != _USUAL
         sizes = in_channels, stem_hidden, stem_width
-        stem_padding = stem_padding or padding
-        options = activation, stem_stride, stem_bias, stem_padding
-        self.conv1 = _stem_convolutions(stem, *sizes, *options)
-        self.bn1 = nn.BatchNorm2d(stem_width)
+        self.conv1 = _stem_convolutions(stem, *sizes, activation, stem_stride, stem_bias, of_stem)
+        self.bn1 = None if preact else kind.make_norm(stem_width)
         self.act = activation_layer(activation)
+        bordered = stem_pool == "3x3_zeros"
+        self.border = nn.ConstantPad2d(1, 0.0) if bordered else nn.Identity()
         self.maxpool = _stem_pooling(stem_pool, antialias == "blur", stem_width, padding)
 
-        make_block = BasicBlock if block == "basic" else partial(Bottleneck, stride_on=stride_on)
-        expansion = BasicBlock.expansion if block == "basic" else Bottleneck.expansion
+        options: dict[str, Any] = {"stride_on": stride_on} if block == "bottleneck" else {}
+        make_block = BasicBlock if block == "basic" else Bottleneck
         channels, dilation = stem_width, 1
         self.stages: list[nn.Sequential] = []
         for number, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
@@ -233,25 +158,40 @@ class ResNet(nn.Module):
                         conv_bias=conv_bias,
                         shortcut_bias=shortcut_bias,
                         padding=padding,
+                        order=order,
+                        shortcut_from=shortcut_from,
+                        shortcut_size=shortcut_size,
+                        norm=norm,
+                        norm_groups=norm_groups,
+                        standardized=standardized,
+                        standardized_eps=standardized_eps,
+                        last_activation=last_activation,
+                        dropout=dropout,
+                        **options,
                     )
                 )
-                channels = width * expansion
+                channels = width * make_block.expansion
             stage = nn.Sequential(*blocks)
             self.add_module(f"layer{number}", stage)
             self.stages.append(stage)
+        self.bn = kind.make_norm(channels) if preact and final_norm else None
         self.fc = nn.Linear(channels, num_classes) if num_classes is not None else nn.Identity()
+        self.head_pool = head_pool
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif zero_init_residual and isinstance(module, BasicBlock):
-                nn.init.zeros_(module.bn2.weight)
-            elif zero_init_residual and isinstance(module, Bottleneck):
-                nn.init.zeros_(module.bn3.weight)
+        made = [one for one in self.modules() if isinstance(one, BasicBlock | Bottleneck)]
+        for one in made if zero_init_residual else ():
+            number = 2 if isinstance(one, BasicBlock) else 3
+            last = one.get_submodule(f"conv{number}" if preact else f"bn{number}")
+            nn.init.zeros_(last.get_parameter("weight"))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(N, in_channels, H, W)`` to logits ``(N, num_classes)``."""
-        x = self.maxpool(self.act(self.bn1(self.conv1(images))))
+        x = self.conv1(images)
+        x = self.maxpool(self.border(x if self.bn1 is None else self.act(self.bn1(x))))
         for stage in self.stages:
             x = stage(x)
-        return self.fc(x.mean(dim=(2, 3)))
+        x = x if self.bn is None else self.act(self.bn(x))
+        return self.fc(x.amax(dim=(2, 3)) if self.head_pool == "max" else x.mean(dim=(2, 3)))

@@ -31,7 +31,11 @@ def fixed_bytes(request: Request) -> int:
     if request.exported:
         return 0
     slots = list(walk(request.config))
-    statistics = sum(2 * slot.shape[0] for slot in slots if slot.kind is SlotKind.NORM)
+    statistics = sum(
+        2 * slot.shape[0]
+        for slot in slots
+        if slot.normalises and slot.kind is not SlotKind.GROUP_NORM
+    )
     trained = sum(slot.parameters for slot in slots)
     return 4 * (statistics + trained * _COPIES[request.what])
 

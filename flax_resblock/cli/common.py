@@ -15,6 +15,7 @@ from rich.status import Status
 from rich.text import Text
 
 from flax_resblock.checkpoint import LIMITS, Limits, refuse_existing, replacing
+from flax_resblock.cli.option_flags import OptionFlags
 from flax_resblock.cli.wrapping import wrapped
 from flax_resblock.config import ARCHITECTURES, Config, architecture
 from flax_resblock.convert.detection.assumption_rules import ASSUMABLE_FIELDS
@@ -81,7 +82,7 @@ Checkpoint = Annotated[
 
 
 @dataclass(frozen=True)
-class ReadingFlags:
+class ReadingFlags(OptionFlags):
     """How to read the checkpoint if its names and shapes allow several readings. Most checkpoints
     need none of these.
     """
@@ -107,38 +108,6 @@ class ReadingFlags:
     """Entry of a training checkpoint that holds the weights, such as model_ema for averaged
     weights.
     """
-    stride_on: Literal["3x3", "1x1"] | None = None
-    """Convolution of a bottleneck that has the stride: 3x3 as in torchvision, 1x1 as in Caffe.
-    Cannot be inferred from the weights.
-    """
-    stem_stride: Literal[1, 2] | None = None
-    """Stride of the stem's first convolution: by default 1 of a 3x3 stem and 2 of the others.
-    Cannot be inferred from the weights.
-    """
-    stem_pool: Literal["3x3", "2x2", "none"] | None = None
-    """Max pooling after the stem: by default none of a 3x3 stem and 3x3 of the others. Cannot be
-    inferred from the weights.
-    """
-    first_stride: Literal[1, 2] | None = None
-    """Stride of the first stage. Can be inferred from the weights of basic blocks only."""
-    antialias: Literal["none", "blur"] | None = None
-    """Whether strided convolutions are blurred, as in timm's resnetblur. Cannot be inferred from
-    the weights.
-    """
-    activation: Literal["relu", "leaky_relu", "gelu", "silu"] | None = None
-    """Activation of the stem and the blocks, relu by default. Cannot be inferred from the weights.
-    """
-    dilated_stages: tuple[int, ...] | None = None
-    """Stages (from 1) whose stride is replaced by dilation. Cannot be inferred from the weights."""
-    padding: Literal["symmetric", "same"] | None = None
-    """Padding of convolutions and pooling with a stride: symmetric as in PyTorch, same as in
-    TensorFlow and Flax. Cannot be inferred from the weights; known JAX programs have theirs.
-    """
-    stem_padding: Literal["symmetric", "same"] | None = None
-    """Padding of the stem's first convolution, if it is another than the rest of the network has.
-    """
-    eps: float | None = None
-    """eps of every norm, 1e-5 by default. Cannot be inferred from the weights."""
     assume: Literal["known"] | None = None
     """known accepts everything that had to be assumed, and prints no list of it."""
     limits: Limits = LIMITS

@@ -12,39 +12,41 @@ from flax_resblock.config.architectures import (
     as_in_pytorch,
     name_of,
 )
-from flax_resblock.config.block import (
-    EXPANSION,
-    Antialias,
-    Attention,
-    BlockConfig,
-    BlockKind,
-    BlockOptions,
-    Lowering,
-    PaddingRule,
-    Shortcut,
-    StridePlacement,
-    choices_of,
-)
+from flax_resblock.config.block import BlockConfig
 from flax_resblock.config.network import (
     Config,
+    HeadPool,
     NetworkOptions,
     ResNetConfig,
     Stem,
     StemPadding,
     StemPool,
     StemStride,
-    from_json,
-    to_json,
     walk,
 )
-from flax_resblock.config.slots import Activation, Branch, Path, Slot, SlotKind
+from flax_resblock.config.options import (
+    EXPANSION,
+    Antialias,
+    Attention,
+    BlockKind,
+    BlockOptions,
+    Lowering,
+    Order,
+    PaddingRule,
+    Shortcut,
+    ShortcutSize,
+    ShortcutSource,
+    StridePlacement,
+    choices_of,
+)
+from flax_resblock.config.slots import Activation, Branch, Norm, Path, Slot, SlotKind
+from flax_resblock.config.text import from_json, to_json
 
 __all__ = [
     "ARCHITECTURES", "EXPANSION", "Activation", "Antialias", "Attention", "BlockConfig",
-    "BlockKind", "BlockOptions", "Branch", "Config", "Lowering", "NetworkOptions",
-    "PaddingRule", "Path",
-    "ResNetConfig", "Shortcut", "Slot", "SlotKind", "Stem", "StemPadding",
-    "StemPool", "StemStride",
+    "BlockKind", "BlockOptions", "Branch", "Config", "HeadPool", "Lowering", "NetworkOptions",
+    "Norm", "Order", "PaddingRule", "Path", "ResNetConfig", "Shortcut", "ShortcutSize",
+    "ShortcutSource", "Slot", "SlotKind", "Stem", "StemPadding", "StemPool", "StemStride",
     "StridePlacement", "architecture", "architectures", "as_in_pytorch", "choices_of",
     "from_json", "name_of", "to_json", "walk",
 ]  # fmt: skip

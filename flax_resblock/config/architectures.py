@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import MappingProxyType
+from typing import Any
 
-from flax_resblock.config.block import Antialias, Attention, BlockConfig
+from flax_resblock.config.block import BlockConfig
 from flax_resblock.config.network import Config, ResNetConfig
+from flax_resblock.config.options import Antialias, Attention
 
 
 def _bottleneck(depths: tuple[int, ...], **changes: object) -> ResNetConfig:
@@ -23,6 +25,25 @@ def _he_cifar(blocks_per_stage: int) -> ResNetConfig:
         stem_width=16,
         shortcut="zero_pad",
         num_classes=10,
+    )
+
+
+def _wide(depth: int, factor: int) -> ResNetConfig:
+    """WRN-depth-factor (Zagoruyko & Komodakis 2016)."""
+    widths = (16 * factor, 32 * factor, 64 * factor)
+    return replace(_he_cifar((depth - 4) // 6), widths=widths, **_PREACTIVATED)
+
+
+def _bit(config: ResNetConfig, factor: int) -> ResNetConfig:
+    """Big Transfer (Kolesnikov et al. 2020, arXiv:1912.11370)."""
+    return replace(
+        config,
+        widths=tuple(factor * width for width in config.widths),
+        stem_width=64 * factor,
+        stem_pool="3x3_zeros",
+        order="pre_activation",
+        norm="group",
+        standardized=True,
     )
 
 
@@ -52,6 +73,11 @@ _VARIANTS: Mapping[str, dict[str, object]] = MappingProxyType(
 )
 """The letters behind timm's and Gluon's names: which stem, and whether shortcuts pool."""
 
+_PREACTIVATED: Mapping[str, Any] = MappingProxyType(
+    {"order": "pre_activation", "shortcut": "projection"}
+)
+_BARE: Mapping[str, Any] = MappingProxyType({"order": "pre_activation", "final_norm": False})
+"""The CIFAR networks that end without norm and activation, as in kuangliu's code."""
 _RESNET18 = ResNetConfig()
 _RESNET34 = ResNetConfig(depths=(3, 4, 6, 3))
 _RESNET50 = _bottleneck((3, 4, 6, 3))
@@ -118,9 +144,30 @@ ARCHITECTURES: Mapping[str, ResNetConfig] = MappingProxyType(
         "resnetblur50": _timm(_RESNET50, antialias="blur"),
         "resnetblur50d": _timm(_RESNET50, "d", antialias="blur"),
         "resnetblur101d": _timm(_RESNET101, "d", antialias="blur"),
+        "resnet50_gn": replace(_RESNET50, norm="group"),
+        "resnetv2_18": replace(_RESNET18, order="pre_activation"),
+        "resnetv2_34": replace(_RESNET34, order="pre_activation"),
+        "resnetv2_50": replace(_RESNET50, order="pre_activation"),
+        "resnetv2_101": replace(_RESNET101, order="pre_activation"),
+        "resnetv2_152": replace(_RESNET152, order="pre_activation"),
+        "resnetv2_50x1_bit": _bit(_RESNET50, 1),
+        "resnetv2_50x3_bit": _bit(_RESNET50, 3),
+        "resnetv2_101x1_bit": _bit(_RESNET101, 1),
+        "preact_resnet18": replace(_cifar_stem(_RESNET18), **_BARE),
+        "preact_resnet34": replace(_cifar_stem(_RESNET34), **_BARE),
+        "preact_resnet50": replace(_cifar_stem(_RESNET50), **_BARE),
+        "preact_resnet101": replace(_cifar_stem(_RESNET101), **_BARE),
+        "preresnet20": replace(_he_cifar(3), **_PREACTIVATED),
+        "preresnet56": replace(_he_cifar(9), **_PREACTIVATED),
+        "preresnet110": replace(_he_cifar(18), **_PREACTIVATED),
+        "preresnet164": replace(_he_cifar(18), block="bottleneck", **_PREACTIVATED),
+        "wrn_16_4": _wide(16, 4),
+        "wrn_28_10": _wide(28, 10),
+        "wrn_40_2": _wide(40, 2),
     }
 )
-"""Torchvision's; CIFAR's of He et al. 2016, and ImageNet's with that stem; Caffe's; timm's."""
+"""Torchvision's; CIFAR's of He et al. 2016, and ImageNet's with that stem; Caffe's; timm's; CIFAR's
+of He et al. 2016b and Zagoruyko & Komodakis 2016."""
 
 
 def architectures() -> tuple[str, ...]:
@@ -159,12 +206,16 @@ def name_of(config: Config) -> str:
 
 
 def _others(config: Config) -> str:
-    """Activation, biases and stem, where they are not the usual ones."""
+    """The options that have no words of their own above, where they are not the usual ones."""
     words = [] if config.activation == "relu" else [config.activation]
-    if isinstance(config, ResNetConfig):
-        words += [f"stem stride {config.stem_stride}"] if config.stem_stride else []
-        words += [f"stem pooling {config.stem_pool}"] if config.stem_pool else []
-    words += [name for name in _BIASES if getattr(config, name, False)]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _SAID or value == field.default or value is None:
+            continue
+        said = field.name.replace("_", " ").replace("pool", "pooling")
+        alone = {True: field.name, False: f"no {said}"}
+        words.append(alone[value] if isinstance(value, bool) else f"{said} {value}")
+    words = [_SHORTER.get(one, one) for one in words]
     return "".join(f", {one}" for one in words) + _padding(config)
 
 
@@ -180,5 +231,8 @@ def as_in_pytorch(config: ResNetConfig) -> ResNetConfig:
     return replace(config, padding="symmetric", stem_padding=None)
 
 
-_BIASES = ("stem_bias", "conv_bias", "shortcut_bias")
-"""Fields that say whether convolutions have a bias."""
+_SAID = ("stem_stride", "stem_pool", "stem_bias", "conv_bias", "shortcut_bias", "order")
+_SAID += ("shortcut_from", "shortcut_size", "norm", "standardized", "last_activation", "final_norm")
+_SAID += ("head_pool", "dropout")
+_SHORTER = {"order pre_activation": "pre-activation"}
+_SHORTER |= {"norm group": "group norm", "norm frozen": "frozen norms"}

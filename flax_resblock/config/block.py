@@ -3,90 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple
 
+from flax_resblock.config.options import EXPANSION, BlockKind, BlockOptions
 from flax_resblock.config.slots import Activation, Branch, Slot, SlotKind, normalised_conv
 
-BlockKind = Literal["basic", "bottleneck"]
-Shortcut = Literal["projection", "pooled", "zero_pad"]
-StridePlacement = Literal["3x3", "1x1"]
-Attention = Literal["none", "se", "eca"]
-Antialias = Literal["none", "blur"]
-PaddingRule = Literal["symmetric", "same"]
-Lowering = Literal["auto", "xla"]  # of convolutions on a CPU; see flax_resblock.conv_lowering
 
-EXPANSION: Mapping[str, int] = MappingProxyType({"basic": 1, "bottleneck": 4})
+class Convolution(NamedTuple):
+    """One convolution of the main path of a block: channels, size of the kernel and stride."""
 
-
-@cache
-def choices_of(config: type) -> Mapping[str, tuple[Any, ...]]:
-    """The options of a configuration class and their values: its fields that are literals or yes
-    or no."""
-    hints = get_type_hints(config).items()
-    literals = {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
-    return literals | {name: (False, True) for name, hint in hints if hint is bool}
-
-
-def check_choices(config: Any) -> None:
-    """Raises ValueError for an option whose value is none of its literal's."""
-    for name, known in choices_of(type(config)).items():
-        if (value := getattr(config, name)) not in known:
-            *others, last = map(repr, known)
-            what = "block kind" if name == "kind" else name
-            raise ValueError(f"{what} {value!r} is unknown; choose {', '.join(others)} or {last}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockOptions:
-    """What a block and a network of such blocks are told alike.
-
-    Attributes:
-      groups, base_width: As in torchvision: the inner width is ``int(planes * base_width / 64) *
-        groups``; a basic block takes groups only.
-      shortcut: Where stride or channels change: ``"projection"`` is a 1x1 convolution and a norm;
-        ``"pooled"`` averages 2x2 pixels first, where the stride is 2 (ResNet-D, He et al. 2019,
-        arXiv:1812.01187); ``"zero_pad"`` is option A of He et al. 2016, a strided slice with zero
-        channels added on both sides.
-      stride_on: Which convolution of a bottleneck carries the stride: ``"3x3"`` as torchvision,
-        ``"1x1"`` as Caffe and He et al.
-      attention: Weighs the channels of the main path before the addition: ``"se"``
-        squeeze-and-excitation (arXiv:1709.01507), ``"eca"`` efficient channel attention
-        (arXiv:1910.03151).
-      attention_ratio: Inner channels of ``"se"`` per channel, rounded to a multiple of 8.
-      antialias: ``"blur"``: a 3x3 binomial filter carries a stride of 2 (Zhang 2019,
-        arXiv:1904.11486), also that of a stem's pooling; it has no weights.
-      activation: Of the stem, within a block and at its end, as PyTorch defines it:
-        ``"leaky_relu"`` has a slope of 0.01 and ``"gelu"`` is exact. Squeeze-and-excitation keeps
-        its ReLU.
-      conv_bias, shortcut_bias: Whether the convolutions of the main path, and that of the shortcut,
-        have a bias in front of their norm, as ``nn.Conv2d`` has by default. In training it changes
-        the running mean alone.
-      padding: Of convolutions and max pooling that have a stride: ``"symmetric"`` pads as many
-        pixels on each side, as PyTorch does; ``"same"`` as TensorFlow, Flax and Haiku do with
-        ``'SAME'``: just enough for ``ceil(size / stride)`` outputs, the larger half at the end. At
-        stride 1 the two are equal.
-    """
-
-    groups: int = 1
-    base_width: int = 64
-    shortcut: Shortcut = "projection"
-    stride_on: StridePlacement = "3x3"
-    attention: Attention = "none"
-    attention_ratio: float = 1 / 16
-    antialias: Antialias = "none"
-    activation: Activation = "relu"
-    conv_bias: bool = False
-    shortcut_bias: bool = False
-    padding: PaddingRule = "symmetric"
-
-    @property
-    def shared_options(self) -> dict[str, Any]:
-        """The fields of :class:`BlockOptions` alone."""
-        return {name: getattr(self, name) for name in BlockOptions.__dataclass_fields__}
+    inputs: int
+    outputs: int
+    size: int
+    stride: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +46,7 @@ class BlockConfig(BlockOptions):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive integer.")
-        check_choices(self)
+        self.check()
         for wrong, words in self._faults():
             if wrong:
                 raise ValueError(words)
@@ -133,8 +64,8 @@ class BlockConfig(BlockOptions):
         )
         words = f"base_width={self.base_width} leaves a bottleneck of {self.planes} planes no inner"
         yield self.inner_width < 1, f"{words} channel."
-        words = f"a zero_pad shortcut cannot reduce {inputs} channels to {outputs}."
-        yield self.shortcut == "zero_pad" and outputs < inputs, words
+        words = f"a {self.shortcut} shortcut cannot reduce {inputs} channels to {outputs}."
+        yield self.pads and outputs < inputs, words
         words = f"a pooled shortcut with dilation={self.dilation} is defined differently by"
         words += " different libraries; use shortcut='projection'."
         yield self.shortcut == "pooled" and self.dilation > 1, words
@@ -146,6 +77,12 @@ class BlockConfig(BlockOptions):
         yield self.antialias == "blur" and self.padding == "same", words
         words = f"attention_ratio={self.attention_ratio!r} must be above 0 and at most 1."
         yield not 0 < self.attention_ratio <= 1, words
+        words = "antialias='blur' goes with order='post_activation'."
+        yield self.antialias == "blur" and self.norm_first, words
+        channels = {inputs if self.norm_first else outputs, self.inner_width}
+        uneven = self.norm == "group" and any(one % self.norm_groups for one in channels)
+        words = f"norm_groups={self.norm_groups} must divide the channels of every norm, among them"
+        yield uneven, f"{words} {' and '.join(map(str, sorted(channels)))}."
 
     @property
     def planes(self) -> int:
@@ -165,9 +102,24 @@ class BlockConfig(BlockOptions):
         return self.stride != 1 or self.in_channels != self.out_channels
 
     @property
+    def pads(self) -> bool:
+        """Whether new channels of the skip are zero."""
+        return self.shortcut in ("zero_pad", "zero_pad_behind")
+
+    @property
     def projects(self) -> bool:
         """Whether the skip has parameters."""
-        return self.changes_shape and self.shortcut != "zero_pad"
+        return self.changes_shape and self.shortcut in ("projection", "pooled")
+
+    @property
+    def skips_activated(self) -> bool:
+        """Whether the skip is given what the first norm and activation give."""
+        return self.norm_first and self.changes_shape and self.shortcut_from == "activated"
+
+    @property
+    def ending(self) -> Activation | None:
+        """The activation after the addition."""
+        return self.activation if self.last_activation and not self.norm_first else None
 
     @property
     def blurs(self) -> bool:
@@ -181,6 +133,14 @@ class BlockConfig(BlockOptions):
         if self.kind == "basic":
             return stride, 1
         return (stride, 1, 1) if self.stride_on == "1x1" else (1, stride, 1)
+
+    @property
+    def convolutions(self) -> tuple[Convolution, ...]:
+        """Those of the main path."""
+        sizes = (3, 3) if self.kind == "basic" else (1, 3, 1)
+        inner = [self.inner_width] * (len(sizes) - 1)
+        ends = (self.in_channels, *inner), (*inner, self.out_channels)
+        return tuple(map(Convolution, *ends, sizes, self.strides))
 
     @property
     def squeezed_channels(self) -> int:
@@ -204,30 +164,35 @@ class BlockConfig(BlockOptions):
         def at(role: str, kind: SlotKind, shape: tuple[int, ...] = (), **numbers: Any) -> Slot:
             return Slot(stage, block, role, kind, shape, **numbers)
 
-        inputs, width, outputs = self.in_channels, self.inner_width, self.out_channels
-        sizes = (3, 3) if self.kind == "basic" else (1, 3, 1)
-        channels = (inputs, *[width] * (len(sizes) - 1), outputs)
-        for i, (size, stride) in enumerate(zip(sizes, self.strides, strict=True), start=1):
-            numbers: dict[str, Any] = {"stride": stride, "bias": self.conv_bias}
-            numbers["padding_rule"] = self.padding
+        shared, last = {"norm_first": self.norm_first, **self.layer_numbers}, len(self.strides)
+        for i, (*ends, size, stride) in enumerate(self.convolutions, start=1):
+            numbers: dict[str, Any] = {"stride": stride, "bias": self.conv_bias, **shared}
             if size > 1:
                 numbers |= {"dilation": self.dilation, "groups": self.groups}
-            names, ends = (f"conv{i}", f"norm{i}"), (channels[i - 1], channels[i])
-            act = self.activation if i < len(sizes) else None
-            yield from normalised_conv(stage, block, names, size, ends, activation=act, **numbers)
-            if self.blurs and i == len(sizes) - 1:
+            if self.norm_first or i < last:
+                numbers["activation"] = self.activation
+            names = f"conv{i}", f"norm{i}"
+            yield from normalised_conv(stage, block, names, size, (ends[0], ends[1]), **numbers)
+            if self.blurs and i == last - 1:
                 yield at("blur", SlotKind.BLUR, (3, 3), stride=self.stride, padding=1)
         yield from self._attention_slots(at)
         if self.projects:
-            names, stride, skip = ("shortcut.conv", "shortcut.norm"), self.stride, Branch.SHORTCUT
-            if self.shortcut == "pooled":
-                names, stride = ("shortcut.projection.conv", "shortcut.projection.norm"), 1
-                if (window := self.stride) > 1:  # at stride 1 the pool returns its input
-                    kind = SlotKind.AVERAGE_POOL
-                    yield at("shortcut.pool", kind, (window, window), stride=window, branch=skip)
-            numbers = {"stride": stride, "bias": self.shortcut_bias, "branch": skip}
-            yield from normalised_conv(stage, block, names, 1, (inputs, outputs), **numbers)
-        yield at("", SlotKind.OUTPUT, activation=self.activation)
+            yield from self._shortcut_slots(at, stage, block)
+        added = self.shortcut if self.changes_shape or self.shortcut == "none" else "input"
+        yield at("", SlotKind.OUTPUT, activation=self.ending, takes=added)
+
+    def _shortcut_slots(self, at: Any, stage: str, block: int | None) -> Iterator[Slot]:
+        home, stride, skip = "shortcut", self.stride, Branch.SHORTCUT
+        takes = "norm1" if self.skips_activated else ""
+        if self.shortcut == "pooled":
+            home, stride = "shortcut.projection", 1
+            if (window := self.stride) > 1:  # at stride 1 the pool returns its input
+                numbers = {"stride": window, "branch": skip, "takes": takes}
+                yield at("shortcut.pool", SlotKind.AVERAGE_POOL, (window, window), **numbers)
+        numbers = {"stride": stride, "bias": self.shortcut_bias, "branch": skip, "takes": takes}
+        names = f"{home}.conv", None if self.norm_first else f"{home}.norm"
+        size, ends = self.shortcut_size, (self.in_channels, self.out_channels)
+        yield from normalised_conv(stage, block, names, size, ends, **numbers, **self.layer_numbers)
 
     def _attention_slots(self, at: Any) -> Iterator[Slot]:
         branch, channels, inner = Branch.ATTENTION, self.out_channels, self.squeezed_channels

@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal, TypedDict
 
-from flax_resblock.config.block import (
+from flax_resblock.config.block import BlockConfig
+from flax_resblock.config.options import (
     EXPANSION,
     Antialias,
     Attention,
-    BlockConfig,
     BlockKind,
     BlockOptions,
+    Order,
     PaddingRule,
     Shortcut,
+    ShortcutSize,
+    ShortcutSource,
     StridePlacement,
-    check_choices,
 )
-from flax_resblock.config.slots import Activation, Branch, Slot, SlotKind, normalised_conv, padded
+from flax_resblock.config.slots import (
+    Activation,
+    Branch,
+    Norm,
+    Slot,
+    SlotKind,
+    norm_slot,
+    normalised_conv,
+    padded,
+)
 
 Stem = Literal["imagenet", "deep", "cifar"]
 StemStride = Literal[None, 1, 2]
-StemPool = Literal[None, "3x3", "2x2", "none"]
+StemPool = Literal[None, "3x3", "3x3_zeros", "2x2", "none"]
 StemPadding = Literal[None, "symmetric", "same"]
+HeadPool = Literal["mean", "max"]
 USUAL_STEMS: Mapping[Stem, tuple[int, str]] = MappingProxyType(
     {"imagenet": (2, "3x3"), "deep": (2, "3x3"), "cifar": (1, "none")}
 )
 """Stride of the first convolution, and the pooling after the last."""
+_WINDOWS: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {"3x3": (3, 1), "3x3_zeros": (3, 0), "2x2": (2, 0)}
+)
+"""Size and padding of each pooling; zeros stand around the image in the second."""
 MOST_BLOCKS = 10_000
 """Of a network; a configuration in a file may say any number."""
 
@@ -63,6 +78,17 @@ class NetworkOptions(TypedDict, total=False):
     groups: int
     base_width: int
     dilated_stages: tuple[int, ...]
+    order: Order
+    shortcut_from: ShortcutSource
+    shortcut_size: ShortcutSize
+    norm: Norm
+    norm_groups: int
+    standardized: bool
+    standardized_eps: float
+    last_activation: bool
+    dropout: float
+    final_norm: bool
+    head_pool: HeadPool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +107,21 @@ class ResNetConfig(BlockOptions):
       stem_hidden: Channels of the first two convolutions of a deep stem; ``()`` for the others.
       stem_stride: Stride of the stem's first convolution, 1 or 2; None: as ``stem`` says. A value
         that ``stem`` says anyway becomes None, so that equal networks are equal.
-      stem_pool: Max pooling after the stem: ``"3x3"`` pixels of stride 2, padded by one; ``"2x2"``
-        pixels of stride 2; or ``"none"``. None as for ``stem_stride``.
+      stem_pool: Max pooling after the stem: ``"3x3"`` pixels of stride 2, padded by one, with zeros
+        (BiT) where it is ``"3x3_zeros"``; ``"2x2"`` pixels of stride 2; or ``"none"``. None as for
+        ``stem_stride``.
       stem_padding: ``padding`` of the stem's first convolution, if it is another than that of the
         rest of the network: Flax's ImageNet example has ``"symmetric"`` there and ``"same"``
         elsewhere. None as for ``stem_stride``.
-      stem_bias: Whether the convolutions of the stem have a bias in front of their norm.
+      stem_bias: Whether the convolutions of the stem have a bias.
       first_stride: Stride of the first stage; that of the others is 2.
       dilated_stages: Stages (from 1) whose stride is replaced by dilation, torchvision's
         ``replace_stride_with_dilation``.
       in_channels: Channels of the images.
       num_classes: Size of the logits; None: no head, the network returns pooled features.
+      final_norm: Whether a norm and an activation follow the last stage in pre-activation order,
+        where the stem's last convolution has neither.
+      head_pool: How the head pools over all pixels.
     Raises:
       ValueError: Numbers that make no network.
     """
@@ -110,6 +140,8 @@ class ResNetConfig(BlockOptions):
     dilated_stages: tuple[int, ...] = ()
     in_channels: int = 3
     num_classes: int | None = 1000
+    final_norm: bool = True
+    head_pool: HeadPool = "mean"
 
     def __post_init__(self) -> None:
         for field in ("depths", "widths", "stem_hidden", "dilated_stages"):
@@ -127,13 +159,21 @@ class ResNetConfig(BlockOptions):
                     f"depths, widths, stem_width, in_channels and num_classes must be positive "
                     f"integers; got {field!r} in {self}."
                 )
-        check_choices(self)
+        self.check()
+        if not self.norm_first:
+            object.__setattr__(self, "final_norm", True)
         usually = (*USUAL_STEMS[self.stem], self.padding)
         for field, usual in zip(("stem_stride", "stem_pool", "stem_padding"), usually, strict=True):
             if getattr(self, field) == usual:
                 object.__setattr__(self, field, None)
-        if self.antialias == "blur" and self.stem_pooling == "2x2":
+        if self.antialias == "blur" and self.stem_pooling not in ("3x3", "none"):
             raise ValueError("antialias='blur' goes with a stem_pool of 3x3 pixels or none.")
+        if self.padding == "same" and self.stem_pooling == "3x3_zeros":
+            raise ValueError("stem_pool='3x3_zeros' pads by itself; padding='same' has no place.")
+        if self.norm == "group" and self.stem_width % self.norm_groups:
+            raise ValueError(
+                f"norm_groups={self.norm_groups} must divide stem_width={self.stem_width}."
+            )
         if sum(self.depths) > MOST_BLOCKS:
             raise ValueError(f"depths={self.depths} are more than {MOST_BLOCKS:,} blocks.")
         if len(self.stem_hidden) != (2 if self.stem == "deep" else 0):
@@ -155,6 +195,11 @@ class ResNetConfig(BlockOptions):
     def feature_channels(self) -> int:
         """Channels of the last stage's output."""
         return self.widths[-1] * EXPANSION[self.block]
+
+    @property
+    def ends_with_norm(self) -> bool:
+        """Whether a norm and an activation follow the last stage."""
+        return self.norm_first and self.final_norm
 
     @property
     def stem_striding(self) -> int:
@@ -215,26 +260,33 @@ class ResNetConfig(BlockOptions):
         yield from self._stem_slots()
         for stage, index, block in self.blocks():
             yield from block.slots(stage, index)
+        head: dict[str, Any] = {"branch": Branch.HEAD}
+        if self.ends_with_norm:
+            its = {"norm": self.norm, "norm_groups": self.norm_groups, **head}
+            yield norm_slot(
+                "norm", None, "", self.feature_channels, activation=self.activation, **its
+            )
         if self.num_classes is not None:
             shape = (self.feature_channels, self.num_classes)
-            yield Slot("head", None, "", SlotKind.LINEAR, shape, branch=Branch.HEAD)
+            yield Slot("head", None, "", SlotKind.LINEAR, shape, takes=self.head_pool, **head)
 
     def _stem_slots(self) -> Iterator[Slot]:
         where, deep = ("stem", None), self.stem == "deep"
         channels = (self.in_channels, *self.stem_hidden, self.stem_width)
         for i, ends in enumerate(pairwise(channels), start=1):
-            names = (f"conv{i}", f"norm{i}") if deep else ("conv", "norm")
+            conv, norm = (f"conv{i}", f"norm{i}") if deep else ("conv", "norm")
+            bare = self.norm_first and i == len(channels) - 1
+            names = conv, None if bare else norm
             size, stride = 7 if self.stem == "imagenet" else 3, self.stem_striding if i == 1 else 1
             numbers: dict[str, Any] = {"stride": stride, "bias": self.stem_bias}
-            numbers |= {"activation": self.activation, "branch": Branch.STEM}
+            numbers |= {"activation": self.activation, "branch": Branch.STEM, **self.layer_numbers}
             numbers["padding_rule"] = self.stem_padding_rule
             yield from normalised_conv(*where, names, size, ends, **numbers)
         if self.stem_pooling == "none":
             return
-        window: dict[str, Any] = {"shape": (3, 3), "branch": Branch.STEM}
-        window["padding"] = padded(3, 2, self.padding, 1)
-        if self.stem_pooling == "2x2":
-            window |= {"shape": (2, 2), "padding": padded(2, 2, self.padding, 0)}
+        size, sides = _WINDOWS[self.stem_pooling]
+        window: dict[str, Any] = {"shape": (size, size), "branch": Branch.STEM}
+        window["padding"] = padded(size, 2, self.padding, sides)
         if self.antialias == "blur":
             yield Slot(*where, "pool.pool", SlotKind.MAX_POOL, **window)
             yield Slot(*where, "pool.blur", SlotKind.BLUR, stride=2, **window)
@@ -244,28 +296,6 @@ class ResNetConfig(BlockOptions):
 
 
 Config = ResNetConfig | BlockConfig
-
-
-def to_json(config: Config) -> str:
-    """A JSON object that :func:`from_json` turns back into ``config``."""
-    return json.dumps({"type": type(config).__name__, **asdict(config)})
-
-
-def from_json(text: str) -> Config:
-    """The configuration that :func:`to_json` wrote.
-
-    Raises:
-      ValueError: Anything else.
-    """
-    fields = json.loads(text)
-    types = {"ResNetConfig": ResNetConfig, "BlockConfig": BlockConfig}
-    if not isinstance(fields, dict) or fields.get("type") not in types:
-        raise ValueError("not a configuration of a residual network")
-    config = types[fields.pop("type")]
-    try:
-        return config(**fields)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
 
 
 def walk(config: Config) -> Iterator[Slot]:

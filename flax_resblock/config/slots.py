@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, Literal
 
 Activation = Literal["relu", "leaky_relu", "gelu", "silu"]
+Norm = Literal["batch", "group", "frozen"]
 Path = tuple[str | int, ...]
 
 
@@ -19,12 +21,19 @@ class SlotKind(Enum):
     BIASED_CONV = "biased_conv"
     CHANNEL_CONV = "channel_conv"
     NORM = "norm"
+    FROZEN_NORM = "frozen_norm"
+    GROUP_NORM = "group_norm"
     LINEAR = "linear"
     MAX_POOL = "max_pool"
     AVERAGE_POOL = "average_pool"
     BLUR = "blur"
     OUTPUT = "output"
     """The result of a part that has slots of its own: of a block, of its attention."""
+
+
+NORMS: Mapping[Norm, SlotKind] = MappingProxyType(
+    {"batch": SlotKind.NORM, "frozen": SlotKind.FROZEN_NORM, "group": SlotKind.GROUP_NORM}
+)
 
 
 class Branch(Enum):
@@ -52,9 +61,13 @@ class Slot:
         out)``; ``(C,)`` of a norm; the window ``(h, w)`` of a pool or blur; ``()`` of an output.
       stride, padding, dilation: In pixels, equal in both directions; padding is on each side, or
         ``"SAME"``, which depends on the size of the image.
-      groups: Channel groups of a convolution.
+      groups: Channel groups of a convolution or group norm.
       branch: The part of the network that it belongs to.
       activation: Applied to what a norm gives, or the last step of a block; may be None.
+      standardized: Added to the variance by which a kernel is standardised; None: it is used as it
+        is.
+      takes: What a slot is given where the order of the slots does not say it: the option of a
+        shortcut or head.
     """
 
     stage: str
@@ -68,6 +81,8 @@ class Slot:
     groups: int = field(default=1, kw_only=True)
     branch: Branch = field(default=Branch.MAIN, kw_only=True)
     activation: Activation | None = field(default=None, kw_only=True)
+    standardized: float | None = field(default=None, kw_only=True)
+    takes: str = field(default="", kw_only=True)
 
     @property
     def path(self) -> Path:
@@ -93,6 +108,11 @@ class Slot:
         return self.kind in (SlotKind.CONV, SlotKind.BIASED_CONV)
 
     @property
+    def normalises(self) -> bool:
+        """Whether it is a norm of any kind."""
+        return self.kind in NORMS.values()
+
+    @property
     def multiplies(self) -> bool:
         """Whether it is a 2-d convolution or a matrix product."""
         return self.convolves or self.kind is SlotKind.LINEAR
@@ -100,7 +120,7 @@ class Slot:
     @property
     def parameters(self) -> int:
         """Number of trainable values."""
-        if self.kind is SlotKind.NORM:
+        if self.kind in (SlotKind.NORM, SlotKind.GROUP_NORM):
             return 2 * self.shape[0]
         if self.multiplies or self.kind is SlotKind.CHANNEL_CONV:
             biased = self.kind in (SlotKind.BIASED_CONV, SlotKind.LINEAR)
@@ -114,10 +134,27 @@ def padded(size: int, stride: int, rule: str, symmetric: int) -> int | Literal["
     return "SAME" if rule == "same" and min(size, stride) > 1 else symmetric
 
 
+def norm_slot(
+    stage: str,
+    block: int | None,
+    role: str,
+    channels: int,
+    *,
+    norm: Norm,
+    norm_groups: int,
+    activation: Activation | None,
+    branch: Branch = Branch.MAIN,
+) -> Slot:
+    """A norm; arguments as for :func:`normalised_conv`."""
+    groups = norm_groups if norm == "group" else 1
+    kind, ending = NORMS[norm], {"branch": branch, "activation": activation}
+    return Slot(stage, block, role, kind, (channels,), groups=groups, **ending)
+
+
 def normalised_conv(
     stage: str,
     block: int | None,
-    names: tuple[str, str],
+    names: tuple[str, str | None],
     size: int,
     channels: tuple[int, int],
     *,
@@ -126,25 +163,33 @@ def normalised_conv(
     bias: bool = False,
     padding_rule: str = "symmetric",
     activation: Activation | None = None,
+    norm: Norm,
+    norm_groups: int,
+    norm_first: bool = False,
     **numbers: Any,
 ) -> Iterator[Slot]:
     """A convolution of ``size`` by ``size`` pixels that keeps the resolution at stride 1, and the
-    norm that follows it.
+    norm that follows it or, with ``norm_first``, precedes it.
 
     Args:
       stage, block: Where they are.
-      names: Roles of the two.
+      names: Roles of the two; the second may be None, of a convolution without norm.
       size: In pixels.
       channels: Of input and output.
       bias: Whether the convolution has one.
-      padding_rule: See :class:`~flax_resblock.config.block.BlockOptions`.
+      padding_rule: See :class:`~flax_resblock.config.options.BlockOptions`.
+      norm, norm_groups: Kind of norm, and its groups.
       dilation, groups, activation, **numbers: See :class:`Slot`.
     """
-    conv, norm = names
+    conv, its = names
     shape = (size, size, channels[0] // groups, channels[1])
     padding = padded(size, numbers.get("stride", 1), padding_rule, dilation * (size // 2))
     geometry = {"padding": padding, "dilation": dilation, "groups": groups}
     kind = SlotKind.BIASED_CONV if bias else SlotKind.CONV
-    yield Slot(stage, block, conv, kind, shape, **geometry, **numbers)
-    ending = {"branch": numbers.get("branch", Branch.MAIN), "activation": activation}
-    yield Slot(stage, block, norm, SlotKind.NORM, channels[1:], **ending)
+    both = [Slot(stage, block, conv, kind, shape, **geometry, **numbers)]
+    if its is not None:
+        told: dict[str, Any] = {"norm": norm, "norm_groups": norm_groups, "activation": activation}
+        told["branch"] = numbers.get("branch", Branch.MAIN)
+        its_channels = channels[0] if norm_first else channels[1]
+        both.append(norm_slot(stage, block, its, its_channels, **told))
+    yield from reversed(both) if norm_first else both

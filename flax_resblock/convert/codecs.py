@@ -115,11 +115,13 @@ class Codec:
       axes: ``flax = torch.transpose(axes)``; None keeps the layout.
       columns: Of a matrix: the map ``(C, H, W)`` that its columns are in PyTorch, whose channels
         come last among the rows that they are in Flax.
+      pixels: Axes of length 1 that PyTorch has behind the others, and Flax does not.
     """
 
     name: str
     axes: tuple[int, ...] | None = None
     columns: tuple[int, int, int] | None = None
+    pixels: int = 0
 
     @cached_property
     def inverse_axes(self) -> tuple[int, ...] | None:
@@ -135,6 +137,7 @@ class Codec:
             place = None if out is None else out.reshape(h, w, c, count)
             moved = permute(array.reshape(count, c, h, w), (2, 3, 1, 0), place)
             return moved.reshape(-1, count)
+        array = array.reshape(array.shape[: array.ndim - self.pixels])
         return permute(array, self.axes or range(array.ndim), out)
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
@@ -143,24 +146,28 @@ class Codec:
             c, h, w = self.columns
             apart = array.reshape(h, w, c, -1)
             return permute(apart, (3, 2, 0, 1)).reshape(apart.shape[-1], -1)
-        return array if self.inverse_axes is None else permute(array, self.inverse_axes)
+        moved = array if self.inverse_axes is None else permute(array, self.inverse_axes)
+        return moved.reshape(moved.shape + (1,) * self.pixels)
 
     def flax_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
         """The Flax shape of a PyTorch shape; None where the number of axes does not fit."""
         if self.axes is None:
             return tuple(shape)
-        return tuple(shape[axis] for axis in self.axes) if len(shape) == len(self.axes) else None
+        if len(shape) != len(self.axes) + self.pixels or set(shape[len(self.axes) :]) - {1}:
+            return None
+        return tuple(shape[axis] for axis in self.axes)
 
     def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The PyTorch shape of a tensor of Flax shape ``shape``."""
         axes = self.inverse_axes or range(len(shape))
-        return tuple(shape[axis] for axis in axes)
+        return tuple(shape[axis] for axis in axes) + (1,) * self.pixels
 
 
 AS_IS = Codec("as is")
 OIHW_HWIO = Codec("OIHW <-> HWIO", (2, 3, 1, 0))
 OIW_WIO = Codec("OIW <-> WIO", (2, 1, 0))
 TRANSPOSED = Codec("transposed", (1, 0))
+PIXEL = Codec("OI11 <-> IO", (1, 0), pixels=2)
 IOHW_HWIO = Codec("IOHW <-> HWIO", (2, 3, 0, 1))
 IOW_WIO = Codec("IOW <-> WIO", (2, 0, 1))
 CHW_HWC = Codec("CHW <-> HWC", (1, 2, 0))

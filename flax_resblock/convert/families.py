@@ -12,7 +12,7 @@ from typing import NamedTuple
 from flax_resblock.config import ARCHITECTURES
 from flax_resblock.convert.detection.assumption_rules import ASSUMPTION_RULES
 from flax_resblock.convert.detection.backbones import BACKBONES
-from flax_resblock.convert.naming import NAMINGS
+from flax_resblock.convert.namings import NAMINGS
 
 
 class Family(NamedTuple):
@@ -39,6 +39,10 @@ _NAMES = "every key and shape of every named architecture; logits in float64 <= 
 _KEYS = (
     "the project's key set, written by hand from its code, around a torchvision network; "
     "equal bit for bit"
+)
+_SPELLED = (
+    "the repository's conventions in a module of the tests' own, read with no flags; every slot, "
+    "statistic and gradient in float64 <= 1e-12; bit for bit"
 )
 _PROGRAM = (
     "saved by the program itself with random statistics, read with no flags, output in float64 <= "
@@ -76,6 +80,33 @@ FAMILIES = (
     Family(
         "timm ResNet-Blur", "timm", "plain and d, selected by config.json or --antialias blur",
         _TIMM, _EQUAL,
+    ),
+    Family("timm ResNet with GroupNorm", "timm", "resnet50_gn", _TIMM, _EQUAL),
+    Family(
+        "timm ResNetV2", "timm_v2", "pre-activation, batch norms: 18, 34, 50, 101, 152", _TIMM,
+        _EQUAL,
+    ),
+    Family(
+        "timm BiT", "timm_v2",
+        "pre-activation, group norms, standardised kernels: 50x1, 50x3, 101x1 and other widths",
+        _TIMM, _EQUAL,
+    ),
+    Family(
+        "pre-activation ResNets of CIFAR", "kuangliu",
+        "basic and bottleneck blocks, with or without a norm behind the last", "none", _SPELLED,
+    ),
+    Family(
+        "pre-activation ResNets of CIFAR", "torchvision",
+        "bearpaw's spelling, whose shortcuts take the block's input", "none", _SPELLED,
+    ),
+    Family(
+        "wide ResNets", "wide_resnet", "meliketoy's spelling: biases, dropout, shortcuts of the "
+        "block's input", "none", _SPELLED,
+    ),
+    Family("wide ResNets", "xternalz", "xternalz's spelling", "none", _SPELLED),
+    Family(
+        "wide ResNets", "zagoruyko", "tensors of code without modules (`group0.block0.conv0`)",
+        "none", "a network's tensors under these names; logits in float64 <= 1e-12, bit for bit",
     ),
     Family(
         "Caffe and MSRA", "torchvision",
@@ -127,8 +158,8 @@ FAMILIES = (
 
 NOT_CONVERTED = (
     (
-        "timm resnetv2, BiT",
-        "pre-activation order: a norm precedes its convolution, and projections have no norm",
+        "timm resnetv2 d, t, evos and frn",
+        "shortcuts that pool under names that do not show it, and norms that are activations",
     ),
     ("timm resnetaa", "average pooling drops the last row of odd sizes, but the shortcut does not"),
     (
@@ -136,12 +167,8 @@ NOT_CONVERTED = (
         "a convolution instead of the stem's pooling, 3x3 projections, or different widths in each "
         "block",
     ),
-    ("timm resnet50_gn", "GroupNorm"),
-    ("haiku ResNet version 2", "pre-activation order, and no naming scheme is for it"),
-    (
-        "big_vision BiT (.npz)",
-        "standardised kernels and group norms, and no naming scheme is for it",
-    ),
+    ("haiku ResNet version 2", "no naming scheme is for it"),
+    ("big_vision BiT (.npz)", "no naming scheme is for it"),
     (
         "transformers with hidden_act other than relu",
         "transformers keeps ReLU within its blocks and applies hidden_act at their ends",

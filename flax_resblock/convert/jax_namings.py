@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from flax_resblock.config import SlotKind
-from flax_resblock.convert.scheme import FLAX_TENSORS, Naming, Tensor
+from flax_resblock.convert.naming import FLAX_TENSORS, Naming, Tensor
 
 _MAIN = {f"{kind}{i + 1}": (kind, i) for kind in ("conv", "norm") for i in range(3)}
 

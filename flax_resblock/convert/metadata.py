@@ -9,8 +9,9 @@ from flax_resblock._version import __version__
 from flax_resblock.checkpoint import Record
 from flax_resblock.convert.hubs import kept_files
 from flax_resblock.convert.image_facts import IMAGES
-from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
+from flax_resblock.convert.naming import Naming
 from flax_resblock.convert.naming_file import from_toml, to_toml
+from flax_resblock.convert.namings import NAMINGS, naming_of
 from flax_resblock.errors import CheckpointError, InputError, visible
 
 CONFIG, NAMING, SCHEME, EPS, MOMENTUM = "config", "naming", "naming_scheme", "eps", "momentum"

@@ -24,6 +24,9 @@ _POOLS = {
 """Classes of the layers without tensors, and their fields that no slot has."""
 _IN_TRAINING = ("not track running statistics", "normalises each image on its own in training")
 """Differences of norms that no evaluation shows."""
+_STANDARDISES = "StdConv"
+"""In the name of every convolution that standardises its kernel before it uses it."""
+_FROZEN = "FrozenBatchNorm2d"
 _POOLING = {name for classes, _ in _POOLS.values() for name in classes}
 
 
@@ -62,6 +65,14 @@ def _difference(slot: Slot, module: Any) -> str | None:
             return f"{slot.name} has ({', '.join(names)}) {found}, expected {expected}"
         if getattr(module, "padding_mode", "zeros") != "zeros":
             return f"{slot.name} pads with {module.padding_mode!r}, expected 'zeros'"
+        eps = module.eps if _STANDARDISES in type(module).__name__ else None
+        if eps != slot.standardized:
+            how = "as it is" if slot.standardized is None else f"with eps {slot.standardized}"
+            return f"{slot.name} is {type(module).__name__} (eps {eps}), expected a kernel {how}"
+    elif slot.kind is SlotKind.GROUP_NORM:
+        found, expected = getattr(module, "num_groups", None), slot.groups
+        if found != expected:
+            return f"{slot.name} is {type(module).__name__} of {found} groups, expected {expected}"
     elif slot.kind is SlotKind.NORM:
         if not getattr(module, "track_running_stats", True):
             return f"{slot.name} does {_IN_TRAINING[0]}"
@@ -103,7 +114,9 @@ class ModuleFacts:
         pools = [slot for slot in walk(state_map.config) if slot.name == "stem.pool"]
         placed = {state_map.naming.module_name(slot) in self.modules for slot in pools}
         home = state_map.naming.modules.get("stem.pool")
-        others = self._other_layers(places, [] if True in placed else pools, home)
+        config = state_map.config
+        over = "Max" if isinstance(config, ResNetConfig) and config.head_pool == "max" else "Avg"
+        others = self._other_layers(places, [] if True in placed else pools, home, over)
         return [words for words in found if words] + absent + list(others)
 
     def trains_otherwise(self, state_map: StateMap) -> bool:
@@ -111,12 +124,16 @@ class ModuleFacts:
         return any(words.endswith(_IN_TRAINING) for words in self.differences(state_map))
 
     def _other_layers(
-        self, places: Mapping[str | None, Slot], unplaced: Sequence[Slot], home: str | None
+        self,
+        places: Mapping[str | None, Slot],
+        unplaced: Sequence[Slot],
+        home: str | None,
+        over: str,
     ) -> Iterator[str]:
         """Activations other than the network's, and pooling that it does not do.
 
         One pool outside the blocks may be the stem's, if that is unplaced: if the naming scheme has
-        no ``home`` for it or the module nothing there.
+        no ``home`` for it or the module nothing there. ``over`` is in the name of the head's.
         """
         activations: set[Activation | None] = {slot.activation for slot in places.values()}
         expected = [TORCH_ACTIVATIONS[one] for one in activations if one is not None]
@@ -139,9 +156,10 @@ class ModuleFacts:
                 if not inside and any(_difference(pool, module) is None for pool in unplaced):
                     unplaced = []
                     continue
-                averages = "Avg" in layer and not inside and name != home
-                if not _keeps_its_input(module) and not averages:
-                    place = "no pooling" if inside else "the mean over the image"
+                heads = over in layer and not inside and name != home
+                if not _keeps_its_input(module) and not heads:
+                    what = "maximum" if over == "Max" else "mean"
+                    place = "no pooling" if inside else f"the {what} over the image"
                     yield f"{name} is {layer}, expected {place}"
 
     def told(self, state_map: StateMap) -> dict[str, Any]:
@@ -151,15 +169,21 @@ class ModuleFacts:
         Args:
           state_map: As read off the tensors alone.
         """
-        config, told = state_map.config, self._activation
+        config, told = state_map.config, self._read_off(state_map)
+        if told:
+            state_map = StateMap(replace(config, **told), state_map.naming)
         if not self.differences(state_map):
-            return {}
+            return told
+        config, told = state_map.config, {**told, **self._activation}
         if not isinstance(config, ResNetConfig):
             return told
         last = len(config.depths)
         choices: dict[str, Iterable[Any]] = {
             rule.field: rule.choices for rule in ASSUMPTION_RULES if rule.matters(config)
         }
+        if not any("Pad2d" in type(one).__name__ for one in self.modules.values()):
+            pools = choices.get("stem_pool", ())
+            choices["stem_pool"] = [one for one in pools if one != "3x3_zeros"]
         choices |= {"padding": ("symmetric", "same"), "stem_padding": (None, "symmetric", "same")}
         choices["dilated_stages"] = [tuple(range(n, last + 1)) for n in range(last + 1, 1, -1)]
 
@@ -176,6 +200,33 @@ class ModuleFacts:
                 if (differing := number(told | {name: value})) < best:
                     best, told = differing, told | {name: value}
         return told
+
+    def _read_off(self, state_map: StateMap) -> dict[str, Any]:
+        """Options that single layers say: groups, standardised kernels, frozen norms, dropout."""
+        names = [state_map.naming.module_name(slot) for slot in walk(state_map.config)]
+        layers = [self.modules[name] for name in names if name in self.modules]
+        blocks = tuple(
+            f"{state_map.naming.module_name(slot)}."
+            for slot in walk(state_map.config)
+            if slot.is_block
+        )
+        rates = {
+            float(module.p)
+            for name, module in self.modules.items()
+            if type(module).__name__ == "Dropout" and name.startswith(blocks)
+        }
+        groups = {one.num_groups for one in layers if hasattr(one, "num_groups")}
+        eps = {one.eps for one in layers if _STANDARDISES in type(one).__name__}
+        told: dict[str, Any] = {}
+        if len(groups) == 1:
+            told |= {"norm_groups": groups.pop(), "standardized": bool(eps)}
+        if len(eps) == 1:
+            told |= {"standardized": True, "standardized_eps": eps.pop()}
+        if any(type(one).__name__ == _FROZEN for one in layers):
+            told["norm"] = "frozen"
+        if len(rates) == 1 and 0 < (rate := rates.pop()) < 1:
+            told["dropout"] = rate
+        return {k: v for k, v in told.items() if v != getattr(state_map.config, k)}
 
     @property
     def _activation(self) -> dict[str, Any]:
@@ -226,7 +277,7 @@ def module_facts(module: Any) -> ModuleFacts:
     norms = {
         name: (getattr(m, "eps", 1e-5), getattr(m, "momentum", 0.1))
         for name, m in modules.items()
-        if hasattr(m, "running_var")
+        if hasattr(m, "running_var") or hasattr(m, "num_groups")
     }
     if len(set(norms.values())) > 1:
         shown = [f"{name} {values}" for name, values in norms.items()]

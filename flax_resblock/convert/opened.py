@@ -16,7 +16,8 @@ from flax_resblock.convert.health import unhealthy
 from flax_resblock.convert.hubs import HubConfig
 from flax_resblock.convert.image_facts import ImageFacts, read_images
 from flax_resblock.convert.metadata import NAMING, written_naming
-from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
+from flax_resblock.convert.naming import Naming
+from flax_resblock.convert.namings import NAMINGS, naming_of
 from flax_resblock.convert.state_map import StateMap
 from flax_resblock.errors import InputError, visible
 

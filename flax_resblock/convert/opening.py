@@ -14,6 +14,7 @@ from flax_resblock.checkpoint import LIMITS, Limits, Record
 from flax_resblock.checkpoint.unwrap import strip
 from flax_resblock.convert.detection.assumptions import (
     KNOWN,
+    SPELLED_DIFFERENTLY,
     Assumptions,
     assumptions_of,
     told_by_entries,
@@ -38,7 +39,8 @@ from flax_resblock.convert.metadata import (
     written_naming,
     written_norm_options,
 )
-from flax_resblock.convert.naming import NAMINGS, Naming
+from flax_resblock.convert.naming import Naming
+from flax_resblock.convert.namings import NAMINGS
 from flax_resblock.convert.opened import OpenedCheckpoint, ReadOptions
 from flax_resblock.convert.own import refuse_own
 from flax_resblock.convert.run_names import EMA, averaged, weights_among
@@ -125,7 +127,10 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
         notes.append(f"absent, and initialised with new values: {some(match.misfit.afresh)}")
     counters = match.misfit.filled_counters
     if counters:
-        notes.append(f"filled {len(counters)} absent num_batches_tracked with 0, as PyTorch does")
+        every = len(counters) == sum(one.role == "counter" for one in match.state_map.entries)
+        frozen = " (--norm frozen if training never changes the norms)" if every else ""
+        words = "absent num_batches_tracked with 0, as PyTorch does"
+        notes.append(f"filled {len(counters)} {words}{frozen}")
         tensors |= {key: np.zeros((), np.int64) for key in counters}
     refuse_ignored_blocks(dropped, kept, backbone, match.state_map, record.source)
     config, naming = match.state_map.config, match.state_map.naming
@@ -133,13 +138,14 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
     if isinstance(config, arch.ResNetConfig) and config.num_classes is None:
         notes.append(HEADLESS)
     assumed = Assumptions()
-    if wanted is None and reading.assume != KNOWN:
-        said, by_file = {**naming.told, **reading.assumptions}, hub is not None
+    if (wanted is None or isinstance(wanted, str)) and reading.assume != KNOWN:
+        said = {**naming.told, **reading.assumptions}
+        by_file = hub is not None or wanted is not None
         assumed = assumptions_of(config, naming, said, by_file=by_file)
+        assumed = assumed if wanted is None else assumed.of(SPELLED_DIFFERENTLY)
     norms = {**naming.told, **written_norm_options(record), **reading.assumptions}
     norms = {name: norms[name] for name in (EPS, MOMENTUM) if name in norms}
-    afresh = tuple(match.misfit.afresh)
-    known = record, match.state_map, tensors, tuple(notes), afresh, norms
+    known = record, match.state_map, tensors, tuple(notes), tuple(match.misfit.afresh), norms
     return OpenedCheckpoint(*known, hub=hub, assumed=assumed)
 
 

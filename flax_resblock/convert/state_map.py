@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.checkpoint.parallel import on_every_core
-from flax_resblock.config import Config, Path, ResNetConfig, Slot, walk
+from flax_resblock.config import Branch, Config, Path, ResNetConfig, Slot, SlotKind, walk
 from flax_resblock.convert.codecs import AS_IS, Codec, one_block
-from flax_resblock.convert.naming import Naming, naming_of
+from flax_resblock.convert.naming import Naming
+from flax_resblock.convert.namings import naming_of
 from flax_resblock.errors import InputError, some
 
 
@@ -216,8 +217,18 @@ class StateMap(TensorMap):
         self.naming = naming_of(naming)
         if isinstance(config, ResNetConfig):
             self.naming = self.naming.laid_out(config.depths)
-        entries = [entry for slot in walk(config) for entry in self._expand(slot)]
-        super().__init__(entries, [one for one in entries if one.flax_path[-1] in _PARAMETERS])
+        slots = list(walk(config))
+        if self.naming.shortcut_first:
+            starts = {(one.stage, one.block): i for i, one in reversed([*enumerate(slots)])}
+            places = {
+                one: starts[one.stage, one.block] if one.branch is Branch.SHORTCUT else i
+                for i, one in enumerate(slots)
+            }
+            slots.sort(key=lambda one: (places[one], one.branch is not Branch.SHORTCUT))
+        expanded = [(slot, entry) for slot in slots for entry in self._expand(slot)]
+        entries = [entry for _, entry in expanded]
+        trained = [entry for slot, entry in expanded if slot.kind is not SlotKind.FROZEN_NORM]
+        super().__init__(entries, [one for one in trained if one.flax_path[-1] in _PARAMETERS])
         paths = {entry.flax_path for entry in self.entries}
         keys = {entry.torch_key for entry in self.entries}
         if not len(paths) == len(keys) == len(self.entries):
@@ -236,7 +247,7 @@ class StateMap(TensorMap):
             )
         entries = []
         for tensor in tensors:
-            path, key = (*slot.path, tensor.flax_name), f"{module}.{tensor.name}"
+            path, key = (*slot.path, tensor.flax_name), tensor.key(module or "")
             shape = slot.shape if tensor.flax_name == "kernel" else slot.shape[-1:]
             shape = () if tensor.role == "counter" else shape
             entries.append(Entry(path, key, tensor.codec, tensor.role, shape))

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_resblock.config import SlotKind, walk
+from flax_resblock.config import Slot, SlotKind, walk
 from flax_resblock.errors import InputError
 from flax_resblock.nn.conv import Conv
 from flax_resblock.nn.norm import BatchNorm
+from flax_resblock.nn.other_norms import FrozenBatchNorm
 from flax_resblock.nn.resnet import Model
 from flax_resblock.nn.variables import fill, flat_arrays, variable_at
 
@@ -34,26 +35,31 @@ class ChannelBias(nnx.Module):
 
 
 def fold_batch_norm(model: Model) -> Model:
-    r"""A copy of a model for evaluation alone, without norms.
+    r"""A copy of a model for evaluation alone, without the norms that follow a convolution.
 
-    Each kernel becomes ``kernel * scale / sqrt(var + eps)``, each norm an addition of ``bias - mean
+    In pre-activation order those that follow an addition stay, and so do group norms. Each kernel
+    becomes ``kernel * scale / sqrt(var + eps)``, each norm an addition of ``bias - mean
     * scale / sqrt(var + eps)``; both are computed in float64 and rounded once. A bias of the
-    convolution counts against the mean, and is gone.
+    convolution counts against the mean, and is gone; a standardised kernel is standardised first.
 
     Args:
       model: A network or block; does not change.
     Raises:
-      InputError: A norm that follows no convolution.
+      InputError: A norm of other channels than its convolution's.
     """
     folded = nnx.merge(*nnx.split(model), copy=True)
+    for _, conv in nnx.iter_modules(folded):
+        if isinstance(conv, Conv) and conv.standardized is not None:
+            _standardise(conv)
     for before, slot in pairwise(walk(model.config)):
-        if slot.kind is not SlotKind.NORM:
+        foldable = slot.normalises and slot.kind is not SlotKind.GROUP_NORM
+        if not foldable or not _follows(before, slot):
             continue
         *place, name = slot.path
         conv = variable_at(folded, before.path) if before.convolves else None
         norm = variable_at(folded, slot.path)
-        channels = norm.num_features if isinstance(norm, BatchNorm) else None
-        if not isinstance(conv, Conv) or conv.kernel.shape[-1] != channels:
+        known = isinstance(norm, BatchNorm | FrozenBatchNorm)
+        if not isinstance(conv, Conv) or not known or conv.kernel.shape[-1:] != norm.scale.shape:
             raise InputError(
                 f"the norm at {slot.name} follows no convolution of as many channels and cannot "
                 f"be folded into one. Export without --fold-batch-norm."
@@ -71,6 +77,21 @@ def fold_batch_norm(model: Model) -> Model:
         shift = ChannelBias(jnp.asarray((bias - mean * factor).astype(dtype)))
         setattr(variable_at(folded, tuple(place)), str(name), shift)
     return folded
+
+
+def _standardise(conv: Conv) -> None:
+    """Puts the standardised kernel in the place of the one that it is made of."""
+    kernel = np.asarray(conv.kernel[...], np.float64)
+    axes = tuple(range(kernel.ndim - 1))
+    standard = (kernel - kernel.mean(axes)) / np.sqrt(kernel.var(axes) + (conv.standardized or 0))
+    conv.kernel.set_value(jnp.asarray(standard.astype(conv.kernel[...].dtype)))
+    conv.standardized = None
+
+
+def _follows(before: Slot, norm: Slot) -> bool:
+    """Whether a norm takes what the slot before it gives, and nothing else does."""
+    here = (before.stage, before.block, before.branch) == (norm.stage, norm.block, norm.branch)
+    return before.convolves and here
 
 
 def folding_error(

@@ -136,7 +136,7 @@ def export_model(
         raise InputError(f"precision {precision!r} is unknown; choose from default, high, highest.")
     if image_size is not None and image_size < 1:
         raise InputError(f"image size {image_size} must be positive.")
-    if image_size is None and model.config.shortcut == "zero_pad":
+    if image_size is None and model.config.shortcut in ("zero_pad", "zero_pad_behind"):
         raise InputError(
             "a network with zero-padded shortcuts is exported for one image size: jax cannot "
             "prove that their sizes meet. Say which, --image-size."

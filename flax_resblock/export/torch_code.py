@@ -14,7 +14,7 @@ from flax_resblock._version import __version__
 from flax_resblock.config import Config, ResNetConfig, name_of
 from flax_resblock.errors import InputError
 
-_MODULES = ("layers", "resnet")
+_MODULES = ("layers", "blocks", "resnet")
 
 
 def torch_code(config: Config, norm_options: Mapping[str, float | None]) -> str:
@@ -44,7 +44,6 @@ def torch_code(config: Config, norm_options: Mapping[str, float | None]) -> str:
         if getattr(config, one.name) != one.default
     )
     norms = {"eps": 1e-5, "momentum": 0.1, **norm_options}
-    options = "".join(f"            module.{name} = {norms[name]!r}\n" for name in norms)
     return (
         f'"""{name_of(config)}, in PyTorch.\n\n'
         f"    state = torch.load(FILE, weights_only=True)\n"
@@ -57,8 +56,10 @@ def torch_code(config: Config, norm_options: Mapping[str, float | None]) -> str:
         + f'\n\n\ndef network() -> ResNet:\n    """{name_of(config)}, with fresh weights."""\n'
         f"    net = ResNet(\n{arguments}    )\n"
         f"    for module in net.modules():\n"
+        f"        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm | FrozenBatchNorm2d):\n"
+        f"            module.eps = {norms['eps']!r}\n"
         f"        if isinstance(module, nn.BatchNorm2d):\n"
-        f"{options}"
+        f"            module.momentum = {norms['momentum']!r}\n"
         f"    return net\n"
     )
 

@@ -21,7 +21,7 @@ from flax_resblock.convert.own import carried
 from flax_resblock.errors import InputError
 from flax_resblock.hub import is_name
 from flax_resblock.hub.names import say
-from flax_resblock.nn.norm import BatchNorm
+from flax_resblock.nn.layers import NormLayer
 from flax_resblock.nn.resnet import Model
 from flax_resblock.nn.variables import flat_arrays
 from flax_resblock.port.folder import save_model
@@ -78,8 +78,8 @@ def to_torch(model: nnx.Module, naming: str | Naming | None = None) -> dict[str,
 
 def norm_options(model: nnx.Module) -> dict[str, float | None]:
     """``eps`` and ``momentum`` that all norms of the model share."""
-    norms = [module for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm)]
-    shared = {(norm.eps, norm.momentum) for norm in norms}
+    norms = [module for _, module in nnx.iter_modules(model) if isinstance(module, NormLayer)]
+    shared = {(norm.eps, getattr(norm, "momentum", 0.1)) for norm in norms}
     if len(shared) > 1:
         raise InputError(
             f"the model's norms differ in (eps, momentum): {sorted(map(str, shared))}; a "

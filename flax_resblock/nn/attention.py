@@ -23,8 +23,8 @@ class SqueezeExcitation(nnx.Module):
     """
 
     def __init__(self, channels: int, squeezed: int, layers: Layers) -> None:
-        self.reduce = layers.conv(channels, squeezed, 1, use_bias=True)
-        self.expand = layers.conv(squeezed, channels, 1, use_bias=True)
+        self.reduce = layers.conv(channels, squeezed, 1, use_bias=True, standardized=False)
+        self.expand = layers.conv(squeezed, channels, 1, use_bias=True, standardized=False)
 
     @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,10 +1,10 @@
-"""The residual blocks (He et al. 2016, arXiv:1512.03385)."""
+"""The residual blocks (He et al. 2016, arXiv:1512.03385 and arXiv:1603.05027)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import jax
 from flax import nnx
@@ -14,12 +14,17 @@ from flax_resblock.config import (
     Antialias,
     Attention,
     BlockConfig,
+    Norm,
+    Order,
     PaddingRule,
     Shortcut,
+    ShortcutSize,
+    ShortcutSource,
     StridePlacement,
 )
 from flax_resblock.nn.attention import build_attention
-from flax_resblock.nn.layers import ACTIVATIONS, LayerOptions, Layers, joined
+from flax_resblock.nn.conv import Conv
+from flax_resblock.nn.layers import ACTIVATIONS, LayerOptions, Layers, NormLayer, joined
 from flax_resblock.nn.pooling import Blur
 from flax_resblock.nn.scopes import in_slot
 from flax_resblock.nn.shortcuts import build_shortcut
@@ -42,6 +47,15 @@ class ResidualOptions(LayerOptions, total=False):
     conv_bias: bool
     shortcut_bias: bool
     padding: PaddingRule
+    order: Order
+    shortcut_from: ShortcutSource
+    shortcut_size: ShortcutSize
+    norm: Norm
+    norm_groups: int
+    standardized: bool
+    standardized_eps: float
+    last_activation: bool
+    dropout: float
 
 
 class BottleneckOptions(ResidualOptions, total=False):
@@ -49,24 +63,6 @@ class BottleneckOptions(ResidualOptions, total=False):
 
     base_width: int
     stride_on: StridePlacement
-
-
-class _Spread(TypedDict):
-    """Of a 3x3 convolution."""
-
-    dilation: int
-    groups: int
-    use_bias: bool
-    padding_rule: str
-
-
-def _spread(config: BlockConfig) -> _Spread:
-    return _Spread(
-        dilation=config.dilation,
-        groups=config.groups,
-        use_bias=config.conv_bias,
-        padding_rule=config.padding,
-    )
 
 
 def _described(
@@ -82,7 +78,60 @@ def _described(
     return BlockConfig(**fields, **own), rest  # pyright: ignore[reportReturnType]
 
 
-class ResidualBlock(nnx.Module):
+class _Block(nnx.Module):
+    """The convolutions and norms of a main path, ``conv1``, ``norm1`` and so on, and what is added
+    to it."""
+
+    conv1: Conv
+    norm1: NormLayer
+
+    def __init__(self, config: BlockConfig, rngs: nnx.Rngs | None, options: LayerOptions) -> None:
+        self.config, layers = config, Layers(rngs, options, config)
+        last, before = len(config.convolutions), config.norm_first
+        for i, (inputs, outputs, size, stride) in enumerate(config.convolutions, start=1):
+            spread = {} if size == 1 else {"dilation": config.dilation, "groups": config.groups}
+            numbers: dict[str, Any] = {"stride": stride, "use_bias": config.conv_bias, **spread}
+            conv = layers.conv(inputs, outputs, size, **numbers)
+            norm = layers.norm(
+                inputs if before else outputs, ends_residual=i == last and not before
+            )
+            ends = i == last and before
+            setattr(self, f"conv{i}", layers.ending_conv(conv) if ends else conv)
+            setattr(self, f"norm{i}", norm)
+        self.dropout = layers.dropout()
+        self.blur = Blur(config.stride) if config.blurs else None
+        self.attention = build_attention(config, layers)
+        self.shortcut = build_shortcut(config, layers)
+
+    @in_slot
+    def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
+        """``(N, H, W, in_channels)`` to ``(N, H', W', out_channels)``.
+
+        Args:
+          x: Activations.
+          use_running_average: Overrides the mode of every norm for this call.
+        """
+        config, act = self.config, ACTIVATIONS[self.config.activation]
+        y, skipped, last = x, x, len(config.convolutions)
+        for i in range(1, last + 1):
+            conv, norm = getattr(self, f"conv{i}"), getattr(self, f"norm{i}")
+            if config.norm_first:
+                y = act(norm(y, use_running_average=use_running_average))
+                skipped = y if i == 1 and config.skips_activated else skipped
+            y = y if self.dropout is None or i != 2 else self.dropout(y)
+            y = conv(y)
+            if not config.norm_first:
+                y = norm(y, use_running_average=use_running_average)
+                y = act(y) if i < last else y
+            y = y if self.blur is None or i != last - 1 else self.blur(y)
+        y = y if self.attention is None else self.attention(y)
+        skip = None
+        if self.shortcut is not None:
+            skip = self.shortcut(skipped, use_running_average=use_running_average)
+        return joined(y, skip, config.ending, self.conv1.conv_lowering)
+
+
+class ResidualBlock(_Block):
     r"""Two 3x3 convolutions with batch norm, plus the skip connection.
 
     .. math:: y = act(norm_2(conv_2(act(norm_1(conv_1(x))))) + shortcut(x))
@@ -90,7 +139,9 @@ class ResidualBlock(nnx.Module):
     The convolutions have no bias unless asked otherwise and pad one pixel (``dilation`` pixels) on
     each side; the first carries the stride. The shortcut copies the input where stride and channels
     stay, else it is a 1x1 convolution followed by a norm. The activation is ReLU unless asked
-    otherwise.
+    otherwise. With ``order="pre_activation"`` it is
+
+    .. math:: y = conv_2(act(norm_2(conv_1(a)))) + shortcut(a),\quad a = act(norm_1(x))
 
     Args:
       in_channels, out_channels: Channels of input ``(N, H, W, in_channels)`` and output ``(N,
@@ -111,42 +162,12 @@ class ResidualBlock(nnx.Module):
         rngs: nnx.Rngs | None,
         **options: Unpack[ResidualOptions],
     ) -> None:
-        config, rest = _described(
-            options,
-            ResidualOptions.__annotations__,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            stride=stride,
-        )
-        self.config, layers = config, Layers(rngs, rest)
-        wide = _spread(config)
-        first, second = config.strides
-        self.conv1 = layers.conv(in_channels, out_channels, 3, stride=first, **wide)
-        self.norm1 = layers.norm(out_channels)
-        self.conv2 = layers.conv(out_channels, out_channels, 3, stride=second, **wide)
-        self.norm2 = layers.norm(out_channels, ends_residual=True)
-        self.blur = Blur(stride) if config.blurs else None
-        self.attention = build_attention(config, layers)
-        self.shortcut = build_shortcut(config, layers)
-
-    @in_slot
-    def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
-        """``(N, H, W, in_channels)`` to ``(N, H', W', out_channels)``.
-
-        Args:
-          x: Activations.
-          use_running_average: Overrides the mode of every norm for this call.
-        """
-        act = ACTIVATIONS[self.config.activation]
-        y = act(self.norm1(self.conv1(x), use_running_average=use_running_average))
-        y = y if self.blur is None else self.blur(y)
-        y = self.norm2(self.conv2(y), use_running_average=use_running_average)
-        y = y if self.attention is None else self.attention(y)
-        skip = self.shortcut(x, use_running_average=use_running_average)
-        return joined(y, skip, self.config.activation, self.conv1.conv_lowering)
+        sizes = {"in_channels": in_channels, "out_channels": out_channels, "stride": stride}
+        config, rest = _described(options, ResidualOptions.__annotations__, **sizes)
+        super().__init__(config, rngs, rest)
 
 
-class BottleneckBlock(nnx.Module):
+class BottleneckBlock(_Block):
     """1x1, 3x3 and 1x1 convolutions, each with batch norm, plus the skip connection.
 
     Args:
@@ -168,40 +189,10 @@ class BottleneckBlock(nnx.Module):
         rngs: nnx.Rngs | None,
         **options: Unpack[BottleneckOptions],
     ) -> None:
-        config, rest = _described(
-            options,
-            BottleneckOptions.__annotations__,
-            kind="bottleneck",
-            in_channels=in_channels,
-            out_channels=out_channels,
-            stride=stride,
-        )
-        self.config, layers = config, Layers(rngs, rest)
-        bias, width, wide = config.conv_bias, config.inner_width, _spread(config)
-        first, second, third = config.strides
-        self.conv1 = layers.conv(in_channels, width, 1, stride=first, use_bias=bias)
-        self.norm1 = layers.norm(width)
-        self.conv2 = layers.conv(width, width, 3, stride=second, **wide)
-        self.norm2 = layers.norm(width)
-        self.conv3 = layers.conv(width, out_channels, 1, stride=third, use_bias=bias)
-        self.norm3 = layers.norm(out_channels, ends_residual=True)
-        self.blur = Blur(stride) if config.blurs else None
-        self.attention = build_attention(config, layers)
-        self.shortcut = build_shortcut(config, layers)
-
-    @in_slot
-    def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
-        """``(N, H, W, in_channels)`` to ``(N, H', W', out_channels)``; arguments as for
-        :class:`ResidualBlock`.
-        """
-        act = ACTIVATIONS[self.config.activation]
-        y = act(self.norm1(self.conv1(x), use_running_average=use_running_average))
-        y = act(self.norm2(self.conv2(y), use_running_average=use_running_average))
-        y = y if self.blur is None else self.blur(y)
-        y = self.norm3(self.conv3(y), use_running_average=use_running_average)
-        y = y if self.attention is None else self.attention(y)
-        skip = self.shortcut(x, use_running_average=use_running_average)
-        return joined(y, skip, self.config.activation, self.conv1.conv_lowering)
+        sizes = {"in_channels": in_channels, "out_channels": out_channels, "stride": stride}
+        known = BottleneckOptions.__annotations__
+        config, rest = _described(options, known, kind="bottleneck", **sizes)
+        super().__init__(config, rngs, rest)
 
 
 def build_block(

@@ -13,6 +13,7 @@ from jax import lax
 from flax_resblock.config import Lowering
 from flax_resblock.nn.geometry import Padding, PaddingMode, Size, equal, pad, per_axis, sides
 from flax_resblock.nn.initializers import Initializer, initial_value, torch_default, uniform_bias
+from flax_resblock.nn.norm_functions import normalised
 from flax_resblock.nn.scopes import in_slot
 from flax_resblock.nn.variables import refuse_integers
 
@@ -156,6 +157,8 @@ class Conv(nnx.Module):
       padding_mode: ``"zeros"``, or what stands beyond the edge instead: ``"reflect"``,
         ``"replicate"`` or ``"circular"``.
       use_bias: Whether there is a bias; it starts as ``nn.Conv2d`` starts it.
+      standardized: Each output channel's kernel is standardised before it is used, and this is
+        added to its variance (Qiao et al. 2019, arXiv:1903.10520); None: it is used as it is.
       dtype: Dtype of the computation; None: the promotion of input and kernel.
       param_dtype: Dtype of the kernel at initialisation.
       precision, conv_lowering: See :func:`convolve`.
@@ -180,6 +183,7 @@ class Conv(nnx.Module):
         groups: int = 1,
         padding_mode: PaddingMode = "zeros",
         use_bias: bool = False,
+        standardized: float | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         precision: lax.PrecisionLike = None,
@@ -207,6 +211,7 @@ class Conv(nnx.Module):
         self.dilation = dilation
         self.groups = groups
         self.padding_mode: PaddingMode = padding_mode
+        self.standardized = standardized
         self.dtype = dtype
         self.precision = precision
         self.conv_lowering: Lowering = conv_lowering
@@ -226,6 +231,8 @@ class Conv(nnx.Module):
         kernel = self.kernel[...]
         dtype = self.dtype or jnp.result_type(x, kernel)
         x, padding = x.astype(dtype), self.padding
+        if self.standardized is not None:
+            kernel = normalised(kernel, range(kernel.ndim - 1), self.standardized)
         if self.padding_mode != "zeros":
             dilation = per_axis(self.dilation, x.ndim - 2, "dilation")
             around = sides(padding, kernel.shape[:-2], dilation, self.stride, x.shape[1:-1])

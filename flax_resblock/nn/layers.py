@@ -10,12 +10,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_resblock.config import Activation, Lowering
+from flax_resblock.config import Activation, BlockOptions, Lowering
 from flax_resblock.config.slots import padded
 from flax_resblock.nn.activations import ACTIVATIONS, relu_by_output
 from flax_resblock.nn.conv import ChannelConv, Conv, cpu_forms, on_accelerator
 from flax_resblock.nn.initializers import INITIALIZERS, Initializer, InitName
 from flax_resblock.nn.norm import BatchNorm
+from flax_resblock.nn.other_norms import FrozenBatchNorm, GroupNorm
+from flax_resblock.nn.stochastic import Dropout
+
+NormLayer = BatchNorm | GroupNorm | FrozenBatchNorm
 
 
 class LayerOptions(TypedDict, total=False):
@@ -28,11 +32,11 @@ class LayerOptions(TypedDict, total=False):
       precision: ``lax.Precision`` of convolutions and products; for true float32 on TPU and GPU use
         ``lax.Precision.HIGHEST``.
       conv_lowering: ``"auto"`` (default) or ``"xla"``; see :func:`flax_resblock.conv_lowering`.
-      eps, momentum, axis_name: See :class:`flax_resblock.BatchNorm`.
+      eps, momentum, axis_name: See :class:`flax_resblock.BatchNorm`; other norms have eps alone.
       init: ``"torch_default"`` as a bare ``nn.Conv2d`` (default of a block) or
         ``"kaiming_fan_out"`` (default of a network).
-      zero_init_residual: Start the last norm's scale of every block at zero (Goyal et al. 2017);
-        False by default, as in torchvision.
+      zero_init_residual: Start the last norm's scale of every block at zero (Goyal et al. 2017), or
+        its last kernel in pre-activation order; False by default, as in torchvision.
     """
 
     dtype: Any
@@ -47,25 +51,32 @@ class LayerOptions(TypedDict, total=False):
 
 
 def joined(
-    main: jax.Array, skip: jax.Array, activation: Activation, lowering: Lowering
+    main: jax.Array, skip: jax.Array | None, activation: Activation | None, lowering: Lowering
 ) -> jax.Array:
-    """``activation(main + skip)``, the output of a block.
+    """``activation(main + skip)``, the output of a block; without what is None.
 
     In training a CPU keeps it: XLA would compute it, and with it all blocks before it from their
     convolutions on, once for each of its users.
     """
-    act = ACTIVATIONS[activation]
+    y = main if skip is None else main + skip
     if activation == "relu" and on_accelerator(lowering):
-        act = relu_by_output
-    y = act(main + skip)
+        y = relu_by_output(y)
+    elif activation is not None:
+        y = ACTIVATIONS[activation](y)
     forms = cpu_forms(lowering)
     return y if forms is None else forms.kept(y)
 
 
 class Layers:
-    """Builds the layers of one block or stem with the same options."""
+    """Builds the layers of one block or stem with the same options.
 
-    def __init__(self, rngs: nnx.Rngs | None, options: LayerOptions) -> None:
+    Args:
+      rngs: As for the layers.
+      options: See :class:`LayerOptions`.
+      config: Says what every norm and every kernel is.
+    """
+
+    def __init__(self, rngs: nnx.Rngs | None, options: LayerOptions, config: BlockOptions) -> None:
         unknown = set(options) - set(LayerOptions.__annotations__)
         if unknown:
             raise TypeError(
@@ -74,6 +85,7 @@ class Layers:
             )
         self.rngs = rngs
         self.options = options
+        self.config = config
         self.shared: dict[str, Any] = {
             key: value for key, value in options.items() if key in ("dtype", "param_dtype")
         }
@@ -88,18 +100,23 @@ class Layers:
         dilation: int = 1,
         groups: int = 1,
         use_bias: bool = False,
-        padding_rule: str = "symmetric",
+        standardized: bool = True,
+        padding_rule: str | None = None,
     ) -> Conv:
-        """A convolution padded so that stride 1 keeps the resolution."""
+        """A convolution padded so that stride 1 keeps the resolution; ``standardized``: where all
+        kernels of the network are. ``padding_rule``: None is that of the network."""
+        config = self.config
+        rule = config.padding if padding_rule is None else padding_rule
         return Conv(
             in_channels,
             out_channels,
             size,
             stride=stride,
-            padding=padded(size, stride, padding_rule, dilation * (size // 2)),
+            padding=padded(size, stride, rule, dilation * (size // 2)),
             dilation=dilation,
             groups=groups,
             use_bias=use_bias,
+            standardized=config.layer_numbers["standardized"] if standardized else None,
             precision=self.options.get("precision"),
             conv_lowering=self.options.get("conv_lowering", "auto"),
             kernel_init=self._kernel_init(),
@@ -123,17 +140,31 @@ class Layers:
             raise ValueError(f"init {init!r} is unknown; choose from {', '.join(INITIALIZERS)}.")
         return INITIALIZERS[init]
 
-    def norm(self, channels: int, *, ends_residual: bool = False) -> BatchNorm:
-        """A batch norm; ``ends_residual``: the one that ``zero_init_residual`` starts at zero."""
-        norm = BatchNorm(
-            channels,
-            eps=self.options.get("eps", 1e-5),
-            momentum=self.options.get("momentum", 0.1),
-            axis_name=self.options.get("axis_name"),
-            rngs=self.rngs,
-            **self.shared,
-        )
-        zero = ends_residual and self.options.get("zero_init_residual", False)
-        if zero and self.rngs is not None:
-            norm.scale.set_value(jnp.zeros_like(norm.scale[...]))
+    def norm(self, channels: int, *, ends_residual: bool = False) -> NormLayer:
+        """A norm; ``ends_residual``: the one that ``zero_init_residual`` starts at zero."""
+        eps, shared = self.options.get("eps", 1e-5), {**self.shared, "rngs": self.rngs}
+        if self.config.norm == "group":
+            norm: NormLayer = GroupNorm(self.config.norm_groups, channels, eps=eps, **shared)
+        elif self.config.norm == "frozen":
+            norm = FrozenBatchNorm(channels, eps=eps, **shared)
+        else:
+            momentum, axis_name = self.options.get("momentum", 0.1), self.options.get("axis_name")
+            norm = BatchNorm(channels, eps=eps, momentum=momentum, axis_name=axis_name, **shared)
+        if ends_residual:
+            self._start_at_zero(norm.scale)
         return norm
+
+    def ending_conv(self, conv: Conv) -> Conv:
+        """The last convolution of a block that ends with it."""
+        self._start_at_zero(conv.kernel)
+        return conv
+
+    def _start_at_zero(self, variable: nnx.Variable[jax.Array] | None) -> None:
+        zero = self.options.get("zero_init_residual", False) and self.rngs is not None
+        if zero and variable is not None:
+            variable.set_value(jnp.zeros_like(variable[...]))
+
+    def dropout(self) -> nnx.Module | None:
+        """The dropout of a block; None where it has none."""
+        rate = self.config.dropout
+        return Dropout(rate, rngs=self.rngs) if rate else None

@@ -47,6 +47,8 @@ class GroupNorm(_Affine):
       eps: Added to the variance.
       affine: Whether there are ``scale`` and ``bias``.
       use_bias: Whether there is a ``bias`` if there is a ``scale``.
+      dtype: Dtype of the output; None: the promotion of input and parameters. The normalisation is
+        computed in float32 at least.
       param_dtype: Dtype of the parameters at initialisation.
       rngs: Not drawn from; None builds the module without values.
     """
@@ -59,17 +61,20 @@ class GroupNorm(_Affine):
         eps: float = 1e-5,
         affine: bool = True,
         use_bias: bool = True,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None,
     ) -> None:
         super().__init__((num_channels,), affine, affine and use_bias, param_dtype, rngs)
         self.num_groups = num_groups
         self.eps = eps
+        self.dtype = dtype
 
     @in_slot
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, *spatial, C)`` to the same shape."""
-        return group_norm(x, self.num_groups, *self._values(), self.eps)
+    def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
+        """``(N, *spatial, C)`` to the same shape; there are no running statistics to use."""
+        y = group_norm(x, self.num_groups, *self._values(), self.eps)
+        return y if self.dtype is None else y.astype(self.dtype)
 
 
 class LayerNorm(_Affine):
@@ -179,6 +184,7 @@ class FrozenBatchNorm(nnx.Module):
     Args:
       num_features: Size of the last axis.
       eps: Added to the variance.
+      dtype: Dtype of the output; None: that of the input.
       param_dtype: Dtype of all four at initialisation.
       rngs: Not drawn from; None builds the module without values.
     """
@@ -188,10 +194,12 @@ class FrozenBatchNorm(nnx.Module):
         num_features: int,
         *,
         eps: float = 1e-5,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None,
     ) -> None:
         self.eps = eps
+        self.dtype = dtype
         ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
         shape = (num_features,)
         self.scale = nnx.BatchStat(initial_value(ones, rngs, shape, param_dtype))
@@ -200,10 +208,11 @@ class FrozenBatchNorm(nnx.Module):
         self.var = nnx.BatchStat(initial_value(ones, rngs, shape, param_dtype))
 
     @in_slot
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``(..., C)`` to the same shape."""
+    def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
+        """``(..., C)`` to the same shape; the running statistics are always used."""
+        wide = jnp.promote_types(x.dtype, jnp.float32)
         mean, var, scale, bias = (
-            jnp.asarray(value[...], x.dtype)
-            for value in (self.mean, self.var, self.scale, self.bias)
+            jnp.asarray(value[...], wide) for value in (self.mean, self.var, self.scale, self.bias)
         )
-        return batch_norm(x, mean, var, scale, bias, self.eps)
+        y = batch_norm(x.astype(wide), mean, var, scale, bias, self.eps)
+        return y.astype(self.dtype or x.dtype)

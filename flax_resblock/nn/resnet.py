@@ -20,7 +20,7 @@ from flax_resblock.nn.blocks import (
     build_block,
 )
 from flax_resblock.nn.conv import Conv
-from flax_resblock.nn.layers import ACTIVATIONS
+from flax_resblock.nn.layers import ACTIVATIONS, NormLayer
 from flax_resblock.nn.linear import Linear
 from flax_resblock.nn.pooling import Blur, MaxPool
 from flax_resblock.nn.scopes import in_slot
@@ -39,19 +39,37 @@ class BlurredMaxPool(nnx.Module):
         return self.blur(self.pool(x))
 
 
-def _stem_pool(config: ResNetConfig) -> MaxPool | BlurredMaxPool | None:
-    rule = config.padding
-    if config.stem_pooling == "2x2":
-        return MaxPool(2, stride=2, padding=padded(2, 2, rule, 0))
-    if config.stem_pooling == "none":
-        return None
-    if config.antialias == "blur":
-        return BlurredMaxPool()
-    return MaxPool(3, stride=2, padding=padded(3, 2, rule, 1))
+class _Stem(nnx.Module):
+    """What follows the last convolution of a stem.
+
+    Pooling of ``"3x3_zeros"`` sees a border of zeros, where others see none."""
+
+    def _finish(self, config: ResNetConfig) -> None:
+        self.activation: Activation = config.activation
+        self.border = config.stem_pooling == "3x3_zeros"
+        if config.stem_pooling == "2x2":
+            self.pool = MaxPool(2, stride=2, padding=padded(2, 2, config.padding, 0))
+        elif config.stem_pooling == "none":
+            self.pool = None
+        elif config.antialias == "blur":
+            self.pool = BlurredMaxPool()
+        else:
+            sides = padded(3, 2, config.padding, 0 if self.border else 1)
+            self.pool = MaxPool(3, stride=2, padding=sides)
+
+    def _normalised(self, x: jax.Array, norm: NormLayer | None, average: bool | None) -> jax.Array:
+        if norm is None:
+            return x
+        return ACTIVATIONS[self.activation](norm(x, use_running_average=average))
+
+    def _pooled(self, x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))) if self.border else x
+        return x if self.pool is None else self.pool(x)
 
 
-class StemLayers(nnx.Module):
-    """First convolution, norm and activation, and the max pooling where there is one."""
+class StemLayers(_Stem):
+    """First convolution, norm and activation, and the max pooling where there is one; in
+    pre-activation order without norm and activation."""
 
     def __init__(self, config: ResNetConfig, layers: Layers) -> None:
         self.conv = layers.conv(
@@ -62,21 +80,20 @@ class StemLayers(nnx.Module):
             use_bias=config.stem_bias,
             padding_rule=config.stem_padding_rule,
         )
-        self.norm = layers.norm(config.stem_width)
-        self.activation: Activation = config.activation
-        self.pool = _stem_pool(config)
+        self.norm = None if config.norm_first else layers.norm(config.stem_width)
+        self._finish(config)
 
     @in_slot
     def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
         """``(N, H, W, in_channels)`` to ``(N, H', W', stem_width)``."""
-        x = self.norm(self.conv(images), use_running_average=use_running_average)
-        x = ACTIVATIONS[self.activation](x)
-        return x if self.pool is None else self.pool(x)
+        x = self._normalised(self.conv(images), self.norm, use_running_average)
+        return self._pooled(x)
 
 
-class DeepStemLayers(nnx.Module):
+class DeepStemLayers(_Stem):
     """Three 3x3 convolutions, the first with the stride, each with norm and activation, and the
-    max pooling (ResNet-C, He et al. 2019, arXiv:1812.01187).
+    max pooling (ResNet-C, He et al. 2019, arXiv:1812.01187); in pre-activation order the last
+    without norm and activation.
     """
 
     def __init__(self, config: ResNetConfig, layers: Layers) -> None:
@@ -87,9 +104,8 @@ class DeepStemLayers(nnx.Module):
         self.conv2 = layers.conv(first, second, 3, use_bias=bias)
         self.norm2 = layers.norm(second)
         self.conv3 = layers.conv(second, config.stem_width, 3, use_bias=bias)
-        self.norm3 = layers.norm(config.stem_width)
-        self.activation: Activation = config.activation
-        self.pool = _stem_pool(config)
+        self.norm3 = None if config.norm_first else layers.norm(config.stem_width)
+        self._finish(config)
 
     @in_slot
     def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
@@ -98,16 +114,16 @@ class DeepStemLayers(nnx.Module):
         x = images
         convs, norms = (self.conv1, self.conv2, self.conv3), (self.norm1, self.norm2, self.norm3)
         for conv, norm in zip(convs, norms, strict=True):
-            x = norm(conv(x), use_running_average=use_running_average)
-            x = ACTIVATIONS[self.activation](x)
-        return x if self.pool is None else self.pool(x)
+            x = self._normalised(conv(x), norm, use_running_average)
+        return self._pooled(x)
 
 
 class ResNet(nnx.Module):
-    """Stem, stages of residual blocks, global average pooling and a linear head.
+    """Stem, stages of residual blocks, global pooling and a linear head.
 
-    The stages are attributes ``stage1``, ``stage2`` ..., each an ``nnx.List`` of blocks; ``head``
-    is None where ``config.num_classes`` is None.
+    The stages are attributes ``stage1``, ``stage2`` ..., each an ``nnx.List`` of blocks; ``norm``
+    follows the last stage where ``config.ends_with_norm``, and ``head`` is None where
+    ``config.num_classes`` is None.
 
     Args:
       config: What to build.
@@ -121,7 +137,7 @@ class ResNet(nnx.Module):
     ) -> None:
         self.config = config
         options.setdefault("init", "kaiming_fan_out")
-        layers = Layers(rngs, options)
+        layers = Layers(rngs, options, config)
         self.stem = (
             DeepStemLayers(config, layers) if config.stem == "deep" else StemLayers(config, layers)
         )
@@ -132,6 +148,7 @@ class ResNet(nnx.Module):
             stages[stage].append(build_block(block, rngs=rngs, **options))
         for name, blocks in stages.items():
             setattr(self, name, nnx.List(blocks))
+        self.norm = layers.norm(config.feature_channels) if config.ends_with_norm else None
         head, precision = None, options.get("precision")
         if config.num_classes is not None:
             sizes = (config.feature_channels, config.num_classes)
@@ -150,8 +167,16 @@ class ResNet(nnx.Module):
           without head.
         """
         *_, last = self.features(images, use_running_average=use_running_average).values()
-        pooled = jnp.mean(last, axis=(1, 2))
+        pooled = self.pooled(last, use_running_average=use_running_average)
         return pooled if self.head is None else self.head(pooled)
+
+    def pooled(self, last: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
+        """What the head is given, ``(N, feature_channels)``, of the last stage's output."""
+        if self.norm is not None:
+            last = self.norm(last, use_running_average=use_running_average)
+            last = ACTIVATIONS[self.config.activation](last)
+        over = jnp.max if self.config.head_pool == "max" else jnp.mean
+        return over(last, axis=(1, 2))
 
     @in_slot
     def features(

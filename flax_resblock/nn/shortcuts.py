@@ -21,37 +21,39 @@ class IdentityShortcut(nnx.Module):
 
 
 class ZeroPadShortcut(nnx.Module):
-    """Option A of He et al. 2016: every ``stride``-th pixel, new channels filled with zeros, half
-    of them (rounded down) in front.
+    """Option A of He et al. 2016: every ``stride``-th pixel, new channels filled with zeros.
 
     Args:
       stride: In pixels.
       extra_channels: How many channels to add.
+      front: How many of them stand in front of the old ones.
     """
 
-    def __init__(self, stride: int, extra_channels: int) -> None:
+    def __init__(self, stride: int, extra_channels: int, front: int) -> None:
         self.stride = stride
         self.extra_channels = extra_channels
+        self.front = front
 
     def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
         """``(N, H, W, C)`` to ``(N, ceil(H / stride), ceil(W / stride), C + extra_channels)``."""
-        front = self.extra_channels // 2
-        sides = ((0, 0), (0, 0), (0, 0), (front, self.extra_channels - front))
+        sides = ((0, 0), (0, 0), (0, 0), (self.front, self.extra_channels - self.front))
         return jnp.pad(x[:, :: self.stride, :: self.stride, :], sides)
 
 
 class ProjectionShortcut(nnx.Module):
-    """A 1x1 convolution with the stride and the channel change, then a norm (option B)."""
+    """A convolution with the stride and the channel change, then a norm (option B); in
+    pre-activation order without it."""
 
     def __init__(self, config: BlockConfig, stride: int, layers: Layers) -> None:
         ends, bias = (config.in_channels, config.out_channels), config.shortcut_bias
-        self.conv = layers.conv(*ends, 1, stride=stride, use_bias=bias)
-        self.norm = layers.norm(config.out_channels)
+        self.conv = layers.conv(*ends, config.shortcut_size, stride=stride, use_bias=bias)
+        self.norm = None if config.norm_first else layers.norm(config.out_channels)
 
     @in_slot
     def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
         """``(N, H, W, in_channels)`` to ``(N, ceil(H / stride), ..., out_channels)``."""
-        return self.norm(self.conv(x), use_running_average=use_running_average)
+        y = self.conv(x)
+        return y if self.norm is None else self.norm(y, use_running_average=use_running_average)
 
 
 class PooledShortcut(nnx.Module):
@@ -67,14 +69,19 @@ class PooledShortcut(nnx.Module):
         return self.projection(self.pool(x), use_running_average=use_running_average)
 
 
-def build_shortcut(
-    config: BlockConfig, layers: Layers
-) -> IdentityShortcut | ZeroPadShortcut | ProjectionShortcut | PooledShortcut:
-    """The shortcut of the block that ``config`` describes."""
+Skip = IdentityShortcut | ZeroPadShortcut | ProjectionShortcut | PooledShortcut
+
+
+def build_shortcut(config: BlockConfig, layers: Layers) -> Skip | None:
+    """The shortcut of the block that ``config`` describes; None where nothing is added."""
+    if config.shortcut == "none":
+        return None
     if config.projects:
         if config.shortcut == "pooled":
             return PooledShortcut(config, layers)
         return ProjectionShortcut(config, config.stride, layers)
     if config.changes_shape:
-        return ZeroPadShortcut(config.stride, config.out_channels - config.in_channels)
+        extra = config.out_channels - config.in_channels
+        front = extra // 2 if config.shortcut == "zero_pad" else 0  # rounded down
+        return ZeroPadShortcut(config.stride, extra, front)
     return IdentityShortcut()

@@ -6,6 +6,7 @@ forgotten; only what has numbers instead of choices is listed."""
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from functools import cache
@@ -21,7 +22,11 @@ _BLOCK: dict[str, Any] = {"in_channels": 8, "out_channels": 16, "stride": 2}
 _NETWORK: dict[str, Any] = {"depths": (1, 1), "widths": (8, 16), "stem_width": 8, "num_classes": 10}
 _DILATED: dict[str, Any] = {"depths": (1, 2, 2), "widths": (8, 16, 16), "stem_width": 16}
 _DILATED["num_classes"] = None
-_DEEP: dict[str, Any] = {"stem_hidden": (4, 6)}
+_WITH: dict[OptionValue, dict[str, Any]] = {
+    ("stem", "deep"): {"stem_hidden": (4, 6)},
+    ("norm", "group"): {"norm_groups": 2},
+}
+"""Numbers that a value of an option needs."""
 
 
 @cache
@@ -31,9 +36,9 @@ def _slots(config: Config) -> tuple[Slot, ...]:
 
 def _made(kind: type[Config], options: Mapping[str, Any]) -> Config | None:
     """The configuration; None where the options make none."""
-    extra = _DEEP if options.get("stem") == "deep" else {}
+    extra = [more for (name, value), more in _WITH.items() if options.get(name) == value]
     try:
-        return kind(**options, **extra)
+        return kind(**ChainMap(*extra, dict(options)))
     except ValueError:
         return None
 
@@ -42,7 +47,8 @@ def used(config: Config) -> set[OptionValue]:
     """The values of options that decide about one of the slots of a configuration: with another
     value of the same option, the slots are others."""
     kind, own = type(config), {one.name: getattr(config, one.name) for one in fields(config)}
-    own.pop("stem_hidden", None)
+    for name in ("stem_hidden", "norm_groups"):
+        own.pop(name, None)
     return {
         (name, own[name])
         for name, values in choices_of(kind).items()

@@ -23,6 +23,7 @@ from flax_resblock.parity.forward_run import (
     Place,
     Size,
     as_shape,
+    by_use,
     compiled_outputs,
     cpu_device,
     odd_size,
@@ -39,9 +40,8 @@ SIZES: tuple[Size, ...] = ((32, 32), (64, 64), (224, 224))
 BATCH = 2
 
 CAUSES = (
-    "another activation function, a pooling layer called in forward, another head (such as global "
-    "max pooling or a final softmax), a missing shortcut, pre-activation order (norm and ReLU "
-    "before the convolution), other padding"
+    "another activation function, a pooling layer called in forward, another head (such as one "
+    "with a final softmax), layers in another order, other padding"
 )
 
 WHY_RANDOM = "as its own (zero or not finite somewhere, for example) hide the difference"
@@ -136,13 +136,9 @@ class _Check:
         return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
     def find_size(self) -> Size:
-        """The first size at which the module runs.
-
-        A size that leaves a last feature map of a single pixel comes last, because global average
-        and max pooling are the same there."""
+        """The first size at which the module runs."""
         failed = {}
-        sizes = sorted(self.sizes, key=lambda size: min(size) <= _total_stride(self.config))
-        for size in sizes:
+        for size in by_use(self.config, self.sizes):
             try:
                 self.torch_tensors(size, torch.float32)
                 return size
@@ -287,11 +283,3 @@ class _Check:
             f"first layer that differs, run `flax-resblock verify --torch FILE.py:NAME`, where "
             f"NAME is the module's class or a function that returns the module."
         )
-
-
-def _total_stride(config: Config) -> int:
-    """By how much the last feature map is smaller than the images."""
-    if not isinstance(config, ResNetConfig):
-        return config.stride
-    strides = [block.stride for _, _, block in config.blocks()]
-    return int(np.prod(strides)) * config.stem_reduction

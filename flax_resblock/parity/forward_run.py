@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
 
 from flax_resblock.checkpoint.unwrap import unwrap
+from flax_resblock.config import Config, ResNetConfig
 from flax_resblock.convert.opening import OpenedCheckpoint
 from flax_resblock.cpu.switch import compiler_options
 from flax_resblock.nn.resnet import Model, ResNet
@@ -109,7 +109,7 @@ def compiled_outputs(cpu: bool) -> Callable[..., tuple[jax.Array, ...]]:
         model: Model = nnx.merge(graphdef, state)
         if isinstance(model, ResNet) and model.head is None:
             *_, last = model.features(images).values()
-            return jnp.mean(last, axis=(1, 2)), last
+            return model.pooled(last), last
         return (model(images),)
 
     return jax.jit(outputs, static_argnums=0, compiler_options=compiler_options())
@@ -126,3 +126,19 @@ def shown_size(size: Size) -> str:
 def relative_max(ours: np.ndarray, exact: np.ndarray) -> float:
     with np.errstate(all="ignore"):
         return float(np.max(np.abs(ours - exact)) / np.max(np.abs(exact)))
+
+
+def by_use(config: Config, sizes: Sequence[Size]) -> list[Size]:
+    """Sizes of images in the order in which they are tried.
+
+    A size that leaves a last feature map of a single pixel comes last, because global average and
+    max pooling are the same there."""
+    return sorted(sizes, key=lambda size: min(size) <= _total_stride(config))
+
+
+def _total_stride(config: Config) -> int:
+    """By how much the last feature map is smaller than the images."""
+    if not isinstance(config, ResNetConfig):
+        return config.stride
+    strides = [block.stride for _, _, block in config.blocks()]
+    return int(np.prod(strides)) * config.stem_reduction

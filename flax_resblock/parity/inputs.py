@@ -53,15 +53,17 @@ def randomised_norm_state(state: dict[str, np.ndarray], seed: int = 0) -> dict[s
     result = dict(state)
     for key in state:
         prefix, _, name = key.rpartition(".")
-        if name != "running_var":
-            continue
         shape, dtype = state[key].shape, state[key].dtype
-        result[key] = rng.uniform(0.3, 3, shape).astype(dtype)
-        result[f"{prefix}.running_mean"] = rng.normal(0, 0.5, shape).astype(dtype)
+        if name == "running_var":
+            result[key] = rng.uniform(0.3, 3, shape).astype(dtype)
+            result[f"{prefix}.running_mean"] = rng.normal(0, 0.5, shape).astype(dtype)
+        elif name != "weight" or len(shape) != 1 or f"{prefix}.running_var" in state:
+            continue
         scale = rng.uniform(0.4, 1.6, shape) * rng.choice([-1, 1], shape, p=[0.1, 0.9])
         result[f"{prefix}.weight"] = scale.astype(dtype)
         result[f"{prefix}.bias"] = rng.normal(0, 0.5, shape).astype(dtype)
-        result[f"{prefix}.num_batches_tracked"] = np.array(rng.integers(1, 1000), np.int64)
+        if (counter := f"{prefix}.num_batches_tracked") in state:
+            result[counter] = np.array(rng.integers(1, 1000), np.int64)
     return result
 
 

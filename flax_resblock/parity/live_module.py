@@ -23,7 +23,8 @@ from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, ignored
 from flax_resblock.errors import CheckpointError, InputError, some
 from flax_resblock.parity.certificate import Hashes, hashes
 from flax_resblock.parity.forward_check import SIZES, ForwardFigures, Size, check_forward
-from flax_resblock.parity.module_run import heights_between
+from flax_resblock.parity.module_run import draws_numbers, heights_between
+from flax_resblock.parity.other_readings import UNSEEN, equal_reading
 from flax_resblock.parity.user_code import load_factory
 from flax_resblock.parity.user_module import made_by
 
@@ -72,8 +73,21 @@ def open_module(
             with suppress(InputError):
                 told = {**said, "stem_pool": pool}
                 return open_module(module, replace(asked, assumptions=told), sizes=sizes, wide=wide)
+        told = None
+        if reading.architecture is None and not said.keys() & UNSEEN:
+            told = equal_reading(module, opened, {**facts.norm_options, EPS: eps}, sizes)
+        if told is not None:
+            told = {**said, **told}
+            return open_module(module, replace(asked, assumptions=told), sizes=sizes, wide=wide)
         facts.check(opened.state_map)
         raise
+    seen = {"channels": opened.config.in_channels, "size": figures.size}
+    if not opened.config.dropout and draws_numbers(module, **seen):
+        drawn = (
+            "in training its forward pass draws random numbers, as dropout does, and the Flax "
+            "network does not; what they compute in evaluation is equal"
+        )
+        opened = replace(opened, notes=(*opened.notes, drawn))
     return replace(opened, norm_options=facts.norm_options), figures
 
 
@@ -84,8 +98,9 @@ def _stem_pools(module: Any, facts: ModuleFacts, opened: OpenedCheckpoint) -> Se
     if not isinstance(config, ResNetConfig):
         return ()
     names = {slot.name: opened.state_map.naming.module_name(slot) for slot in walk(config)}
-    last = [name for name in names if name.startswith("stem.norm")][-1]
-    ends = [facts.modules.get(names[name] or "") for name in (last, "stage1.0.conv1")]
+    last = [name for name in names if name.startswith(("stem.conv", "stem.norm"))][-1]
+    first = next(name for name in names if name.startswith("stage1.0."))
+    ends = [facts.modules.get(names[name] or "") for name in (last, first)]
     heights = heights_between(module, *ends, channels=config.in_channels)
     if heights is None:
         return ()

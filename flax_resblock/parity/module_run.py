@@ -79,6 +79,24 @@ def heights_between(
     return None
 
 
+def draws_numbers(module: torch.nn.Module, *, channels: int, size: tuple[int, int]) -> bool:
+    """Whether a module's output in training mode depends on the random state, as with dropout.
+
+    Args:
+      module: It is left as it was.
+      channels, size: Of the images.
+    """
+    with global_state_kept(), runnable(inner(module)) as copied:
+        copied.train()
+        images, outputs = torch.randn(4, channels, *size), []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            with suppress(Exception):  # whatever the module's code raises
+                outputs.append(copied(images))
+    tensors = [one for one in outputs if isinstance(one, torch.Tensor)]
+    return len(tensors) == 2 and not torch.equal(*tensors)
+
+
 @contextmanager
 def _restored(module: torch.nn.Module) -> Iterator[None]:
     """Gives the module copies of its tensors; afterwards it has its own and its modes again."""

@@ -24,6 +24,7 @@ from flax_resblock.parity.inputs import randomised_norm_state
 from flax_resblock.parity.oracle import relative_l2
 from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
 from flax_resblock.parity.taps import as_tensor
+from torch_ref.layers import FrozenBatchNorm2d
 
 
 def torch_reference(
@@ -38,7 +39,7 @@ def torch_reference(
     network = isinstance(config, ResNetConfig)
     module = torch_ref.ResNet(**asdict(config)) if network else _torch_block(config)
     for layer in module.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
+        if isinstance(layer, torch.nn.BatchNorm2d | torch.nn.GroupNorm | FrozenBatchNorm2d):
             for name, value in (norm_options or {}).items():
                 setattr(layer, name, value)
     return module
@@ -117,7 +118,18 @@ class ReferencePair(Pair):
         if self.module is None:
             return self.state_map.modules
         there = dict(self.module.named_modules())
-        return {slot: name for slot, name in self.state_map.modules.items() if name in there}
+        found = {slot: name for slot, name in self.state_map.modules.items() if name in there}
+        for slot in walk(self.config):
+            # timm's norms go on with dropout, here none, and their activation
+            if slot.normalises and (inside := f"{found.get(slot.name)}.drop") in there:
+                found[slot.name] = inside
+            # a head that is a convolution gives an image of one pixel
+            if (
+                slot.name == "head"
+                and (flat := found["head"].rpartition(".")[0] + ".flatten") in there
+            ):
+                found["head"] = flat
+        return found
 
     @property
     def branches(self) -> dict[str, Branch]:  # pyright: ignore[reportIncompatibleMethodOverride]

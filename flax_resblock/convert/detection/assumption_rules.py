@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flax_resblock.config import Config, ResNetConfig
+from flax_resblock.config import BlockConfig, Config, ResNetConfig
 from flax_resblock.convert.naming import Naming
 
 
@@ -48,6 +48,25 @@ class AssumptionRule:
         return found
 
 
+GROUPS = (32, 16, 8, 4, 2, 1)
+"""Usual numbers of groups of group norms, the first of which is assumed where it is possible."""
+
+
+def _blocks(config: Config) -> list[BlockConfig]:
+    if isinstance(config, ResNetConfig):
+        return [block for _, _, block in config.blocks()]
+    return [config]
+
+
+def hides_its_order(config: ResNetConfig) -> bool:
+    """Whether no main path and no projection tells if norms come before their convolutions."""
+    blocks = _blocks(config)
+    same = all(block.in_channels == block.out_channels for block in blocks)
+    # a norm behind a projection is one of post-activation order
+    normed = not config.norm_first and any(block.projects for block in blocks)
+    return config.block == "basic" and same and not normed
+
+
 def _network(matters: Callable[[ResNetConfig], bool]) -> Callable[[Config], bool]:
     """A condition that no bare block meets: the caller says its stride anyway."""
     return lambda config: isinstance(config, ResNetConfig) and matters(config)
@@ -85,6 +104,7 @@ ASSUMPTION_RULES = (
         "stem_pool",
         {
             "3x3": "max pooling of 3x3 pixels, padded by one, follows the stem",
+            "3x3_zeros": "the same pooling sees a border of zeros (BiT)",
             "2x2": "max pooling of 2x2 pixels follows the stem",
             "none": "no pooling follows the stem",
         },
@@ -105,6 +125,7 @@ ASSUMPTION_RULES = (
                 _strided(config)
                 and not config.dilated_stages
                 and (config.stride_on, config.padding) == ("3x3", "symmetric")
+                and not config.norm_first
             )
         ),
         lambda naming: False,
@@ -120,11 +141,66 @@ ASSUMPTION_RULES = (
         lambda config: True,
         lambda naming: False,
     ),
+    AssumptionRule(
+        "order",
+        {
+            "post_activation": "each convolution comes before its norm",
+            "pre_activation": "each norm and activation come before their convolution",
+        },
+        _network(hides_its_order),
+        lambda naming: False,
+    ),
+    AssumptionRule(
+        "shortcut_from",
+        {
+            "activated": "a projection takes what its block's first norm and activation give",
+            "input": "a projection takes its block's input as it is",
+        },
+        lambda config: any(block.norm_first and block.changes_shape for block in _blocks(config)),
+        lambda naming: True,
+    ),
+    AssumptionRule(
+        "last_activation",
+        {True: "a block ends with its activation", False: "nothing follows the addition"},
+        lambda config: not config.norm_first,
+        lambda naming: False,
+    ),
+    AssumptionRule(
+        "shortcut",
+        {
+            "zero_pad": "a shortcut without weights skips pixels and pads with zeros, half of them "
+            "in front of the old channels and half behind",
+            "zero_pad_behind": "all of them are behind",
+            "none": "no block adds its input",
+        },
+        lambda config: config.shortcut in ("zero_pad", "zero_pad_behind", "none"),
+        lambda naming: False,
+    ),
+    AssumptionRule(
+        "head_pool",
+        {"mean": "the head takes the mean over all pixels", "max": "it takes the maximum"},
+        _network(lambda config: config.num_classes is not None),
+        lambda naming: False,
+    ),
+    AssumptionRule(
+        "norm_groups",
+        {n: f"each norm is a group norm of {n} group{'s' if n > 1 else ''}" for n in GROUPS},
+        lambda config: config.norm == "group",
+        lambda naming: True,
+    ),
+    AssumptionRule(
+        "standardized",
+        {
+            False: "kernels are used as they are",
+            True: "kernels are standardised (BiT, weight standardisation), with an eps of "
+            "--standardized-eps (1e-8)",
+        },
+        lambda config: config.norm == "group",
+        lambda naming: True,
+    ),
 )
-ASSUMABLE_FIELDS = (
-    *(rule.field for rule in ASSUMPTION_RULES),
-    *("dilated_stages", "padding", "stem_padding"),
-)
+ASSUMABLE_FIELDS = (*(rule.field for rule in ASSUMPTION_RULES), "dilated_stages", "norm")
+ASSUMABLE_FIELDS += ("standardized_eps", "dropout", "padding", "stem_padding")
 """Fields of a configuration that tensors do not tell."""
 
 
@@ -169,14 +245,7 @@ FIXED = (
         _network(lambda config: config.block == "basic" and _strided(config)),
     ),
     Fixed(
-        "a shortcut without weights skips pixels and pads with zeros, half of them in front of the "
-        "old channels and half behind",
-        (),
-        lambda config: config.shortcut == "zero_pad",
-    ),
-    Fixed(
-        "the 1x1 convolution of a shortcut has the stride of its block, and no pooling is beside "
-        "it",
+        "the convolution of a shortcut has the stride of its block, and no pooling is beside it",
         (),
         lambda config: config.shortcut == "projection",
     ),
@@ -195,19 +264,27 @@ FIXED = (
         "each convolution pads with zeros to keep the image's size and comes before its norm; the "
         "activation follows every norm but that of a shortcut and the last of a block",
         (),
-        lambda config: True,
+        lambda config: not config.norm_first,
     ),
     Fixed(
-        "each block adds its input to what it computes, both as they are, with its activation "
-        "after the addition, and every block runs once, on what the one before it gives",
+        "each convolution pads with zeros to keep the image's size and follows its norm and the "
+        "activation; the stem has neither of them, and nothing follows an addition in a block",
         (),
-        lambda config: True,
+        lambda config: config.norm_first,
     ),
     Fixed(
-        "the head takes the mean over all pixels, and nothing follows it",
+        "each block adds its input to what it computes, both as they are, and any activation comes "
+        "after the addition; every block runs once, on what the one before it gives",
+        ("shortcut",),
+        lambda config: config.shortcut != "none",
+        unless="nothing is added (none)",
+    ),
+    Fixed(
+        "nothing follows the head",
         (),
         _network(lambda config: config.num_classes is not None),
     ),
     Fixed("eps is 1e-5 and momentum 0.1 in every norm", ("eps",), lambda config: True),
+    Fixed("training drops no values", ("dropout",), lambda config: config.norm_first),
 )
 """What is no choice of :data:`ASSUMPTION_RULES`."""

@@ -7,7 +7,7 @@ is assumed, and said, with the flag that changes it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -22,6 +22,10 @@ from flax_resblock.errors import InputError
 
 LEARNED = "learned"
 """Name of every naming scheme that :mod:`flax_resblock.convert.detection.learning` finds."""
+SPELLED_DIFFERENTLY = ("shortcut_from",)
+"""Fields that differ between repositories which call their networks by the same name."""
+_MANY = 2
+"""Alternatives that a sentence still lists with their meaning."""
 KNOWN = "known"
 """Value of ``assume=`` that accepts every assumption without a warning."""
 
@@ -54,6 +58,8 @@ class Assumption:
     def note(self) -> str:
         """What was assumed, and the flag that changes it, in words."""
         chosen = self.rule.chosen(self.config)
+        if len(self.alternatives) > _MANY:
+            return f"assumed, as the weights do not show it: {self.brief}"
         others = "; ".join(
             f"{self.rule.flag} {value} if {self.rule.choices[value]}" for value in self.alternatives
         )
@@ -80,6 +86,10 @@ class Assumptions:
     choices: tuple[Assumption, ...] = ()
     others: tuple[str, ...] = ()
     known: str | None = None
+
+    def of(self, fields: Collection[str]) -> Assumptions:
+        """Those choices alone that are about these fields."""
+        return Assumptions(tuple(one for one in self.choices if one.rule.field in fields))
 
     @property
     def notes(self) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from flax_resblock.checkpoint.unwrap import wrapping
 from flax_resblock.config import BlockConfig
-from flax_resblock.convert.naming import NAMINGS
+from flax_resblock.convert.namings import NAMINGS
 from flax_resblock.convert.state_map import StateMap, TensorInfo, matches_any
 from flax_resblock.errors import CheckpointError, InputError, some
 

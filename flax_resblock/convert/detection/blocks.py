@@ -47,8 +47,11 @@ class Block:
 
     prefix: str
     places: Mapping[str, Layer]
-    norm_first: bool = False
-    """Whether a norm is defined before the convolutions, as in pre-activation order."""
+    defines_norm_first: bool = False
+    """Whether a norm is defined before the convolutions."""
+    norm_first: bool | None = None
+    """Whether the norms have the channels that the convolutions take, as in pre-activation order,
+    and not those that they give; None where both are the same."""
 
     @property
     def inside(self) -> int:
@@ -140,17 +143,18 @@ def covered(node: Node, rivals: list[str]) -> tuple[list[Block], list[Layer]]:
 
 def _block(node: Node, rivals: list[str]) -> Block | None:
     """The node as one block; None where its layers are not those of one, or are in several ways."""
-    if len(node.layers) not in (4, 6, 8):
+    if not 4 <= len(node.layers) <= 8:
         return None
     layers = _by_number(node.layers)
     convs = [one for one in layers if one.kind == "conv"]
     norms = [one for one in layers if one.kind == "norm"]
-    if not len(convs) == len(norms) == len(layers) / 2:
+    bare = len(convs) - len(norms)  # projections of pre-activation order, which have no norm
+    if bare not in (0, 1) or len(convs) + len(norms) < len(layers):
         return None
     readings = [
         reading
         for main in (2, 3)
-        for shortcut in (None, *convs)
+        for shortcut in (convs if bare else (None, *convs))
         if (reading := _reading(convs, main, shortcut)) is not None
     ]
     if len(readings) > 1:
@@ -163,7 +167,10 @@ def _block(node: Node, rivals: list[str]) -> Block | None:
         return None
     (places,) = readings
     paired = _with_norms(places, convs, norms)
-    return None if paired is None else Block(node.name, paired, node.layers[0].kind == "norm")
+    if paired is None:
+        return None
+    found, norm_first = paired
+    return Block(node.name, found, node.layers[0].kind == "norm", norm_first)
 
 
 def _rivals(block: str, readings: Iterable[Mapping[str, Layer]]) -> str:
@@ -196,7 +203,7 @@ def why_no_block(layers: list[Layer]) -> str:
         return ""
     return (
         f"{some(found)} would be residual blocks if their layers did not run in the order in which "
-        f"they are defined, or if their norms came after their convolutions. {SAY}"
+        f"they are defined. {SAY}"
     )
 
 
@@ -216,7 +223,7 @@ def _is_regular(places: Mapping[str, Layer]) -> bool:
 def _reading(convs: list[Layer], main: int, shortcut: Layer | None) -> dict[str, Layer] | None:
     """The convolutions as a main path and a projection, if their shapes and sizes are right."""
     path = [one for one in convs if one is not shortcut]
-    if len(path) != main or (shortcut is not None and shortcut.size != 1):
+    if len(path) != main or (shortcut is not None and shortcut.size not in (1, 3)):
         return None
     sizes = [one.size for one in path]
     if sizes != ([3, 3] if main == 2 else [1, 3, 1]):
@@ -239,15 +246,17 @@ def _reading(convs: list[Layer], main: int, shortcut: Layer | None) -> dict[str,
 
 def _with_norms(
     places: Mapping[str, Layer], convs: list[Layer], norms: list[Layer]
-) -> dict[str, Layer] | None:
+) -> tuple[dict[str, Layer], bool | None] | None:
     """The places with the norm of each convolution: its only sibling, else the one in the same
-    place of the order in which they are defined."""
+    place of the order in which they are defined; and :attr:`Block.norm_first`."""
     left, found = list(norms), dict(places)
-    waiting = []
-    for place, conv in sorted(places.items(), key=lambda item: convs.index(item[1])):
+    waiting, main = [], places
+    if bare := len(norms) < len(convs):
+        main = {place: one for place, one in places.items() if place != "shortcut.conv"}
+    for place, conv in sorted(main.items(), key=lambda item: convs.index(item[1])):
         parent = conv.name.rpartition(".")[0]
         near = [one for one in norms if one.name.rpartition(".")[0] in (parent, conv.name)]
-        alone = sum(c.name.rpartition(".")[0] == parent for c in places.values()) == 1
+        alone = sum(c.name.rpartition(".")[0] == parent for c in main.values()) == 1
         inside = [one for one in near if one.name.startswith(f"{conv.name}.")]
         chosen = inside or (near if alone else [])
         if len(chosen) == 1 and chosen[0] in left:
@@ -258,5 +267,12 @@ def _with_norms(
     if len(waiting) != len(left):
         return None
     found |= {p.replace("conv", "norm"): one for p, one in zip(waiting, left, strict=True)}
-    ok = all(found[p.replace("conv", "norm")].shape == (c.out,) for p, c in places.items())
-    return found if ok else None
+    pairs = [(found[p.replace("conv", "norm")].shape, p, c) for p, c in main.items()]
+    after = all(shape == (conv.out,) for shape, _, conv in pairs)
+    # a convolution in groups takes what the one before it gives
+    takes = {"conv1": places.get("shortcut.conv", places["conv1"]).shape[1]}
+    takes |= {f"conv{i + 1}": places[f"conv{i}"].out for i in (1, 2) if f"conv{i}" in places}
+    before = "shortcut.norm" not in found and all(shape == (takes[p],) for shape, p, _ in pairs)
+    if not before and (bare or not after):
+        return None
+    return found, None if after and before else before

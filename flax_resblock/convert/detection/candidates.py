@@ -14,9 +14,11 @@ from flax_resblock.config import (
     architecture,
     name_of,
 )
+from flax_resblock.convert.detection.assumption_rules import hides_its_order
 from flax_resblock.convert.detection.assumptions import with_assumptions
 from flax_resblock.convert.detection.configuration import TensorInfos, infer_block, infer_network
-from flax_resblock.convert.naming import NAMINGS, Naming, naming_of
+from flax_resblock.convert.naming import Naming, is_outside
+from flax_resblock.convert.namings import NAMINGS, naming_of
 from flax_resblock.convert.state_map import Misfit, StateMap
 from flax_resblock.errors import CheckpointError, InputError, some
 
@@ -84,6 +86,8 @@ def _matches(
             config = infer_network(naming, found) or infer_block(naming, found, stride)
             if isinstance(config, ResNetConfig) and num_classes is not None:
                 config = replace(config, num_classes=num_classes)
+            if config is not None and config.norm_first:
+                config = replace(config, **naming.assumes)
         if config is None:
             continue
         if not isinstance(wanted, ResNetConfig | BlockConfig):
@@ -102,10 +106,19 @@ def _matches(
 
 
 def _same(a: StateMap, b: StateMap) -> bool:
-    """Whether two readings are the same conversion."""
-    return a.config == b.config and [(e.torch_key, e.codec) for e in a.entries] == [
-        (e.torch_key, e.codec) for e in b.entries
-    ]
+    """Whether two readings are the same conversion, but for what both schemes assume."""
+    usual = {**a.naming.assumes, **b.naming.assumes}
+    told = {name: getattr(a.config, name) for name in usual if hasattr(b.config, name)}
+    return replace(b.config, **told) == a.config and [
+        (e.torch_key, e.codec) for e in a.entries
+    ] == [(e.torch_key, e.codec) for e in b.entries]
+
+
+def _are_orders(a: Config, b: Config) -> bool:
+    """Whether two readings guess different orders, which no tensor tells: it is an assumption."""
+    if not isinstance(a, ResNetConfig) or not isinstance(b, ResNetConfig):
+        return False
+    return a.order != b.order and hides_its_order(a) and hides_its_order(b)
 
 
 def identify(
@@ -153,7 +166,8 @@ def identify(
         words = _no_fit(found, source, matches, was_told, stride)
         raise NoFitError(words, matches[0] if matches else None)
     best, *others = fitting
-    rivals = [other for other in others if not _same(best.state_map, other.state_map)]
+    rivals = [one for one in others if not _same(best.state_map, one.state_map)]
+    rivals = [one for one in rivals if not _are_orders(best.state_map.config, one.state_map.config)]
     if rivals:
         choices = "; ".join(match.title for match in (best, *rivals))
         raise CheckpointError(
@@ -255,5 +269,5 @@ def _closest_family(found: TensorInfos) -> str:
 
 def _is_outside(naming: Naming, key: str) -> bool:
     """Whether a tensor has the name of one of the stem or the head."""
-    places = (name for place, name in naming.modules.items() if place.startswith(("stem", "head")))
+    places = (name for place, name in naming.modules.items() if is_outside(place))
     return key.rpartition(".")[0] in places

@@ -82,9 +82,17 @@ def _learned(layers: list[Layer], is_sorted: bool) -> Naming:
     norms = [one for one in layers if one.kind == "norm" and one.name not in owned]
     heads = [one for one in rest if one.kind == "linear"]
     seen = f"Residual blocks are recognised ({some([one.prefix for one in blocks])})"
+    order = {one.name: place for place, one in enumerate(layers)}
+
+    def first_layer(block: Block) -> int:
+        return min(order[one.name] for one in block.places.values())
+
+    blocks = sorted(blocks, key=first_layer)
+    norm_first, unclear = _order_of(blocks, seen)
+    of_whom = "behind the blocks" if norm_first else "of the stem"
     for what, number, others in (
         ("convolution, that of the stem", 1, stem),
-        ("norm, that of the stem", 1, norms),
+        (f"norm, that {of_whom}", len(norms[:1]) if norm_first else 1, norms),
         ("fully connected layer, the classification head", len(heads[:1]), heads),
     ):
         if len(others) != number:
@@ -95,21 +103,19 @@ def _learned(layers: list[Layer], is_sorted: bool) -> Naming:
                 or f"{seen}, and outside them {some([one.name for one in others]) or 'nothing'}, "
                 f"where a network of this library has one {what}."
             )
-    order = {one.name: place for place, one in enumerate(layers)}
-
-    def first_layer(block: Block) -> int:
-        return min(order[one.name] for one in block.places.values())
-
-    blocks = sorted(blocks, key=first_layer)
+    if unclear:
+        raise _UnclearError(unclear)
     if not is_sorted and order[stem[0].name] > first_layer(blocks[0]):
         raise _UnclearError(
             f"{seen}, and the stem {stem[0].name} is defined after them, so that the order in "
             f"which the layers are defined is not the order in which they run. {SAY}"
         )
-    if norms[0].shape != (stem[0].out,):
+    beside = blocks[-1] if norm_first else stem[0]
+    if norms and norms[0].shape != (beside.out,):
+        name = beside.prefix if isinstance(beside, Block) else f"the convolution {beside.name}"
         raise _UnclearError(
             f"{seen}, and outside them the norm {norms[0].name} of {norms[0].out} channels beside "
-            f"the convolution {stem[0].name} of {stem[0].out}."
+            f"{name} of {beside.out}."
         )
     _check_chain(stem[0], blocks, seen)
     if heads and heads[0].shape[1] != blocks[-1].out:
@@ -125,7 +131,8 @@ def _learned(layers: list[Layer], is_sorted: bool) -> Naming:
             f"{some([one.prefix for one in blocks], 6)}, and the convolutions inside, such as "
             f"{some(_main_path(blocks[0]))}. {SAY}"
         )
-    modules = {"stem.conv": stem[0].name, "stem.norm": norms[0].name, **places}
+    modules = {"stem.conv": stem[0].name, **places}
+    modules |= {"norm" if norm_first else "stem.norm": one.name for one in norms}
     if heads:
         modules["head"] = heads[0].name
     stages, origin = tuple(_stages(blocks, prefixes)), "learned from the tensors"
@@ -174,7 +181,7 @@ def _layers(found: TensorInfos) -> list[Layer] | None:
         own = set(tensors) - {"num_batches_tracked"}
         if len(weight) == 4 and own in ({"weight"}, {"weight", "bias"}):
             layers.append(Layer(name, "conv", weight))
-        elif len(weight) == 1 and own == _NORM:
+        elif len(weight) == 1 and own in (_NORM, {"weight", "bias"}):
             layers.append(Layer(name, "norm", weight))
         elif len(weight) == 2 and own == {"weight", "bias"}:
             layers.append(Layer(name, "linear", weight))
@@ -196,13 +203,26 @@ def _tell_their_order(blocks: list[Block], prefixes: list[str]) -> bool:
     return _differ_in_numbers(prefixes) and all(map(_differ_in_numbers, paths))
 
 
+def _order_of(blocks: list[Block], seen: str) -> tuple[bool, str]:
+    """Whether norms come before their convolutions, as the channels of the norms tell; and where
+    they do not, a sentence on blocks that look so."""
+    told = {block.norm_first for block in blocks} - {None}
+    if len(told) == 1:
+        return told.pop() is True, ""
+    first = [block.prefix for block in blocks if block.defines_norm_first]
+    if not told and not first:
+        return False, ""
+    return False, (
+        f"{seen}; in {some(first or [blocks[0].prefix])} a norm is defined before the "
+        f"convolutions, as in pre-activation order, and the channels do not tell whether it also "
+        f"runs before them. {SAY}"
+    )
+
+
 def _check_chain(stem: Layer, blocks: list[Block], seen: str) -> None:
     """Raises _UnclearError unless each block takes what the one before it gives."""
     channels, before = stem.out, stem.name
-    # norms of the channels that a convolution gives and not of those that it takes come after it
-    after = False
     for block in blocks:
-        after |= block.norm_first and block.places["norm1"].out != channels
         takes = block.places.get("shortcut.conv", block.places["conv1"]).shape[1]
         if channels % takes or (takes != channels and "shortcut.conv" in block.places):
             raise _UnclearError(
@@ -210,11 +230,6 @@ def _check_chain(stem: Layer, blocks: list[Block], seen: str) -> None:
                 f"before it, gives {channels}. {SAY}"
             )
         channels, before = block.out, block.prefix
-    if not after and (first := [block.prefix for block in blocks if block.norm_first]):
-        raise _UnclearError(
-            f"{seen}; in {some(first)} a norm is defined before the convolutions, as in "
-            f"pre-activation order, which this library does not have. {SAY}"
-        )
 
 
 def _aligned(blocks: list[Block]) -> tuple[list[str], dict[str, str]]:

@@ -80,10 +80,9 @@ def explained(
 
 
 _OTHER_PROGRAMS = {
-    "final_batchnorm": "haiku's ResNet v2 (it has a final_batchnorm): its blocks normalise before "
-    "they convolve (pre-activation order), and no naming scheme here is for it",
-    "gn_root": "big_vision's BiT (it has a gn_root): its kernels are standardised and its norms "
-    "normalise groups of channels, and no naming scheme here is for it",
+    "final_batchnorm": "haiku's ResNet v2 (it has a final_batchnorm), and no naming scheme here is "
+    "for it",
+    "gn_root": "big_vision's BiT (it has a gn_root), and no naming scheme here is for it",
 }
 """What networks of JAX programs are that have no row in the naming schemes, by a module of each."""
 

@@ -171,9 +171,10 @@ def _wide_shortcuts(layers: _Layers) -> list[str]:
     found = []
     for first, *others in layers.blocks.values():
         shape = layers.kernels[first]
-        same = [one for one in others if layers.kernels[one] == shape]
-        if len(others) == 2 and len(same) == 1 and shape[2] > 1 and shape[0] != shape[1]:
-            found.append(same[0])
+        same = [one for one in others if layers.kernels[one][:2] == shape[:2]]
+        wide = [one for one in same if layers.kernels[one][2] > 3]
+        if len(others) == 2 and len(same) == 1 and wide and shape[0] != shape[1]:
+            found += wide
     return found
 
 
@@ -210,8 +211,8 @@ _SIGNS: tuple[tuple[Callable[[_Layers], list[str]], str], ...] = (
     ),
     (
         _without_statistics,
-        "norms without running statistics, such as GroupNorm or LayerNorm; the networks of this "
-        "library have batch norms",
+        "norms without running statistics, such as GroupNorm or LayerNorm; of these the networks "
+        "of this library have group norms alone",
     ),
     (_without_affine, "batch norms without scale and bias (affine=False)"),
     (
@@ -235,16 +236,17 @@ _SIGNS: tuple[tuple[Callable[[_Layers], list[str]], str], ...] = (
     ),
     (
         _norm_first,
-        "a norm in front of the first convolution of a block: pre-activation order, which the "
-        "blocks of this library do not have",
+        "norms of the channels that the convolutions after them take: pre-activation order, in "
+        "which this library has no norm behind a shortcut or the stem",
     ),
     (
         _wide_shortcuts,
-        "shortcuts with a kernel larger than 1x1, which the blocks of this library do not have",
+        "shortcuts with a kernel larger than 3x3, which the blocks of this library do not have",
     ),
     (
         _bare_shortcuts,
-        "shortcuts whose convolution has no norm after it, which the blocks of this library have",
+        "shortcuts whose convolution has no norm after it, which the blocks of this library have "
+        "in post-activation order",
     ),
 )
 

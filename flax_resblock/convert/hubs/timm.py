@@ -20,7 +20,6 @@ _OTHER_FUNCTION = {
     "resnetaa": _AVERAGED,
     "seresnetaa": _AVERAGED,
     "seresnextaa": _AVERAGED,
-    "resnetv2": "its blocks normalise before they convolve (pre-activation)",
     "resnetrs": "a convolution takes the place of its stem's pooling",
     "senet154": "3x3 convolutions project its shortcuts",
     "legacy_se": "its stem pools without padding",
@@ -29,8 +28,8 @@ _OTHER_FUNCTION = {
 
 _IN_THE_TENSORS = (
     "num_classes", "in_chans", "channels", "layers", "cardinality", "base_width", "stem_width",
-    "stem_type", "avg_down", "block", "drop_rate", "drop_path_rate", "drop_block_rate",
-    "zero_init_last", "pretrained", "pretrained_cfg", "device", "dtype",
+    "stem_type", "stem_chs", "width_factor", "avg_down", "block", "drop_rate", "drop_path_rate",
+    "drop_block_rate", "zero_init_last", "pretrained", "pretrained_cfg", "device", "dtype",
 )  # fmt: skip
 """Arguments of timm's ResNet that names and shapes tell, or that evaluation does not see."""
 
@@ -43,6 +42,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "down_kernel_size": (1,),
 }
 """Arguments that must have one of these values."""
+_HIDDEN = ("order", "shortcut_from", "norm_groups", "standardized", "standardized_eps", "stem_pool")
+"""Options that a name says, and tensors do not."""
 _DILATED = {32: (), 16: (4,), 8: (3, 4)}
 _ANTIALIAS = {None: "none", "blur": "blur", "blurpool": "blur"}
 
@@ -63,11 +64,19 @@ def _read(content: Mapping[str, Any], preprocessor: Mapping[str, Any], source: s
             f"{source} says that this is timm's {name}: {other}, which this library does not "
             f"compute. It is not converted."
         )
+    known = ARCHITECTURES.get(name.partition(".")[0])
+    if name.startswith("resnetv2") and known is None:
+        raise CheckpointError(
+            f"{source} says that this is timm's {name}, a pre-activation network of a kind that "
+            f"this library does not have. It is not converted."
+        )
     told: dict[str, Any] = {
         "antialias": "blur" if name.startswith(_BLURRED) else "none",
         "stride_on": "3x3",
         "first_stride": 1,
     }
+    if known is not None:
+        told |= {field: getattr(known, field) for field in _HIDDEN if _matters(known, field)}
     for argument, value in arguments.items():
         if argument == "aa_layer" and value in _ANTIALIAS:
             told["antialias"] = _ANTIALIAS[value]
@@ -85,6 +94,14 @@ def _read(content: Mapping[str, Any], preprocessor: Mapping[str, Any], source: s
     return HubConfig(
         "timm", told, [str(label) for label in labels], _preprocessing(pretrained, source)
     )
+
+
+def _matters(config: ResNetConfig, field: str) -> bool:
+    """Whether an option decides about a network."""
+    others = {"shortcut_from": config.norm_first, "norm_groups": config.norm == "group"}
+    others["standardized"] = config.norm == "group"
+    usual = ResNetConfig.__dataclass_fields__[field].default
+    return bool(others.get(field, getattr(config, field) != usual))
 
 
 def _is_attention(block_args: Mapping[str, Any]) -> bool:
@@ -146,8 +163,12 @@ def _write(
         }
     pretrained |= {
         "num_classes": classes,
-        "first_conv": "conv1.0" if config.stem == "deep" else "conv1",
-        "classifier": "fc",
+        "first_conv": "stem.conv"
+        if config.norm_first
+        else "conv1.0"
+        if config.stem == "deep"
+        else "conv1",
+        "classifier": "head.fc" if config.norm_first else "fc",
     }
     content = {
         **kept,

@@ -1,0 +1,157 @@
+"""The options that blocks and networks of blocks are told alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from flax_resblock.config.slots import Activation, Norm
+
+BlockKind = Literal["basic", "bottleneck"]
+Shortcut = Literal["projection", "pooled", "zero_pad", "zero_pad_behind", "none"]
+ShortcutSource = Literal["activated", "input"]
+ShortcutSize = Literal[1, 3]
+Order = Literal["post_activation", "pre_activation"]
+StridePlacement = Literal["3x3", "1x1"]
+Attention = Literal["none", "se", "eca"]
+Antialias = Literal["none", "blur"]
+PaddingRule = Literal["symmetric", "same"]
+Lowering = Literal["auto", "xla"]  # of convolutions on a CPU; see flax_resblock.conv_lowering
+
+EXPANSION: Mapping[str, int] = MappingProxyType({"basic": 1, "bottleneck": 4})
+
+
+@cache
+def choices_of(config: type) -> Mapping[str, tuple[Any, ...]]:
+    """The options of a configuration class and their values: its fields that are literals or yes
+    or no."""
+    hints = get_type_hints(config).items()
+    literals = {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
+    return literals | {name: (False, True) for name, hint in hints if hint is bool}
+
+
+def check_choices(config: Any) -> None:
+    """Raises ValueError for an option whose value is none of its literal's."""
+    for name, known in choices_of(type(config)).items():
+        if (value := getattr(config, name)) not in known:
+            *others, last = map(repr, known)
+            what = "block kind" if name == "kind" else name
+            raise ValueError(f"{what} {value!r} is unknown; choose {', '.join(others)} or {last}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockOptions:
+    """What a block and a network of such blocks are told alike.
+
+    Attributes:
+      groups, base_width: As in torchvision: the inner width is ``int(planes * base_width / 64) *
+        groups``; a basic block takes groups only.
+      order: ``"post_activation"`` is convolution, norm, activation, and the activation after the
+        addition (He et al. 2015, arXiv:1512.03385); ``"pre_activation"`` is norm, activation,
+        convolution, and nothing after the addition (He et al. 2016b, arXiv:1603.05027). A
+        projection then has no norm.
+      shortcut: Where stride or channels change: ``"projection"`` is a convolution and a norm;
+        ``"pooled"`` averages 2x2 pixels first, where the stride is 2 (ResNet-D, He et al. 2019,
+        arXiv:1812.01187); ``"zero_pad"`` is option A of He et al. 2016, a strided slice with zero
+        channels added on both sides, or with ``"zero_pad_behind"`` behind the old ones alone.
+        ``"none"``: no block adds anything.
+      shortcut_from: What a shortcut that changes the shape is given in pre-activation order: what
+        the first norm and activation of its block give, or the block's input. A shortcut that
+        copies always copies the input.
+      shortcut_size: Of the kernel of a projection, in pixels.
+      stride_on: Which convolution of a bottleneck carries the stride: ``"3x3"`` as torchvision,
+        ``"1x1"`` as Caffe and He et al.
+      attention: Weighs the channels of the main path before the addition: ``"se"``
+        squeeze-and-excitation (arXiv:1709.01507), ``"eca"`` efficient channel attention
+        (arXiv:1910.03151).
+      attention_ratio: Inner channels of ``"se"`` per channel, rounded to a multiple of 8.
+      antialias: ``"blur"``: a 3x3 binomial filter carries a stride of 2 (Zhang 2019,
+        arXiv:1904.11486), also that of a stem's pooling; it has no weights.
+      activation: Of the stem, within a block and at its end, as PyTorch defines it:
+        ``"leaky_relu"`` has a slope of 0.01 and ``"gelu"`` is exact. Squeeze-and-excitation keeps
+        its ReLU.
+      conv_bias, shortcut_bias: Whether the convolutions of the main path, and that of the shortcut,
+        have a bias, as ``nn.Conv2d`` has by default. In training a bias in front of a batch norm
+        changes the running mean alone.
+      padding: Of convolutions and max pooling that have a stride: ``"symmetric"`` pads as many
+        pixels on each side, as PyTorch does; ``"same"`` as TensorFlow, Flax and Haiku do with
+        ``'SAME'``: just enough for ``ceil(size / stride)`` outputs, the larger half at the end. At
+        stride 1 the two are equal.
+      norm: Every norm of the network: ``"batch"``; ``"group"`` (Wu & He 2018, arXiv:1803.08494);
+        or ``"frozen"``, a batch norm whose parameters and statistics are never trained, as
+        torchvision's FrozenBatchNorm2d.
+      norm_groups: Channel groups of each group norm.
+      standardized: Whether each kernel is standardised before it is used, to mean 0 and variance 1
+        for each output channel (Qiao et al. 2019, arXiv:1903.10520); not those of attention.
+      standardized_eps: Added to that variance.
+      last_activation: Whether a block of ``"post_activation"`` ends with its activation.
+      dropout: Probability of dropping a value in front of the second convolution of a block, in
+        training (wide ResNets, Zagoruyko & Komodakis 2016, arXiv:1605.07146).
+    """
+
+    groups: int = 1
+    base_width: int = 64
+    shortcut: Shortcut = "projection"
+    stride_on: StridePlacement = "3x3"
+    attention: Attention = "none"
+    attention_ratio: float = 1 / 16
+    antialias: Antialias = "none"
+    activation: Activation = "relu"
+    conv_bias: bool = False
+    shortcut_bias: bool = False
+    padding: PaddingRule = "symmetric"
+    order: Order = "post_activation"
+    shortcut_from: ShortcutSource = "activated"
+    shortcut_size: ShortcutSize = 1
+    norm: Norm = "batch"
+    norm_groups: int = 32
+    standardized: bool = False
+    standardized_eps: float = 1e-8
+    last_activation: bool = True
+    dropout: float = 0.0
+
+    @property
+    def norm_first(self) -> bool:
+        """Whether norm and activation come before each convolution."""
+        return self.order == "pre_activation"
+
+    @property
+    def layer_numbers(self) -> dict[str, Any]:
+        """What decides about every norm and kernel, in the words of
+        :func:`flax_resblock.config.slots.normalised_conv`."""
+        eps = self.standardized_eps if self.standardized else None
+        numbers = {"norm": self.norm, "norm_groups": self.norm_groups, "standardized": eps}
+        return numbers | {"padding_rule": self.padding}
+
+    def check(self) -> None:
+        """Sets options without effect to their defaults, so that equal networks are equal.
+
+        Raises:
+          ValueError: Values that an option does not have.
+        """
+        check_choices(self)
+        unused = {
+            "shortcut_from": not self.norm_first or self.shortcut == "none",
+            "last_activation": self.norm_first,
+            "norm_groups": self.norm != "group",
+            "standardized_eps": not self.standardized,
+        }
+        for name, is_unused in unused.items():
+            if is_unused:
+                object.__setattr__(self, name, BlockOptions.__dataclass_fields__[name].default)
+        if not isinstance(self.norm_groups, int) or self.norm_groups < 1:
+            raise ValueError(f"norm_groups={self.norm_groups!r} must be a positive integer.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1.")
+        if not self.standardized_eps >= 0:
+            raise ValueError(f"standardized_eps={self.standardized_eps!r} must not be negative.")
+        if self.shortcut_size > 1 and self.shortcut != "projection":
+            raise ValueError(f"shortcut={self.shortcut!r} has no kernel of 3x3 pixels.")
+
+    @property
+    def shared_options(self) -> dict[str, Any]:
+        """The fields of :class:`BlockOptions` alone."""
+        return {name: getattr(self, name) for name in BlockOptions.__dataclass_fields__}
