@@ -70,7 +70,7 @@ class ResNet(nn.Module):
         shortcut_bias, shortcut_from, shortcut_size, last_activation, dropout: Of every block.
       order: ``"post_activation"`` or ``"pre_activation"`` (He et al. 2016b), with a bare stem.
       final_norm: Whether a norm and an activation follow the last stage in pre-activation order.
-      norm, norm_groups, standardized, standardized_eps: See :class:`torch_ref.layers.Kind`.
+      norm, norm_groups, standardized, standardized_eps: See :class:`Kind`.
       head_pool: ``"mean"`` or ``"max"``.
       activation: Of the stem and of every block.
       dilated_stages: Stages (from 1) whose stride is replaced by dilation.

@@ -205,6 +205,8 @@ def _value(hint: Any) -> str:
     if origin is tuple:
         repeated = inside[-1] is Ellipsis
         return f"{_value(inside[0])} ..." if repeated else " ".join(map(_value, inside))
+    if hint is bool:
+        return "{True,False}"
     return {Path: "PATH", str: "TEXT", int: "INT", float: "NUMBER"}.get(hint, "VALUE")
 
 
@@ -226,9 +228,11 @@ def _section(documentation: str, name: str) -> dict[str, str]:
 
 
 def _attribute_texts(kind: type) -> dict[str, str]:
-    """The strings below the attributes of a class."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    body = getattr(definition, "body", [])
+    """The strings below the attributes of a class and of those that it is derived from."""
+    body: list[ast.stmt] = []
+    for one in reversed([one for one in kind.__mro__ if is_dataclass(one)]):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
+        body += getattr(definition, "body", [])
     return {
         before.target.id: str(after.value.value)
         for before, after in pairwise(body)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
+
+YesOrNo = Annotated[bool | None, tyro.conf.FlagConversionOff]
+"""An option with a value, ``True`` or ``False``."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class OptionFlags:
     """Where shortcuts without weights put new channels, or that no block adds its input. Cannot be
     inferred from the weights.
     """
-    last_activation: bool | None = None
+    last_activation: YesOrNo = None
     """Whether a block ends with its activation. Cannot be inferred from the weights."""
     head_pool: Literal["mean", "max"] | None = None
     """How the head pools over all pixels. Cannot be inferred from the weights."""
@@ -55,7 +60,7 @@ class OptionFlags:
     """frozen: training leaves every norm as it is. Cannot be inferred from the weights."""
     norm_groups: int | None = None
     """Groups of each group norm. Cannot be inferred from the weights."""
-    standardized: bool | None = None
+    standardized: YesOrNo = None
     """Whether kernels are standardised before they are used. Cannot be inferred from the
     weights.
     """

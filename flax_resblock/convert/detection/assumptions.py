@@ -97,7 +97,7 @@ class Assumptions:
         if self.known is not None and self.others:
             choices = "".join(f"; {one.brief}" for one in self.choices)
             return [
-                f"assumed: it computes what the published {self.known} does, with its activation, "
+                f"assumed: it computes what {self.known} does, with its activation, "
                 f"strides, pooling and eps{choices}"
             ]
         notes = [assumption.note for assumption in self.choices]
