@@ -33,7 +33,10 @@ def _failed(fault, folder):
 def test_the_block_passes_and_each_fault_is_found(tmp_path):
     assert _failed(None, tmp_path) == set()
     assert {"eval forward", "train forward"} <= _failed("precision", tmp_path)
-    assert _failed("statistics", tmp_path) == {"running statistics", "running statistics after 5"}
+    assert _failed("statistics", tmp_path) == {
+        "running statistics",
+        "running statistics after 5 batches",
+    }
 
 
 def test_an_error_in_one_case_leaves_the_other_cases(tmp_path, monkeypatch):

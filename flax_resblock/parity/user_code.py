@@ -5,11 +5,22 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flax_resblock.errors import InputError
+
+
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """Imports leave no ``__pycache__`` in the user's folder."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def load_factory(spec: str, flag: str = "--torch") -> Callable[..., Any]:
@@ -36,7 +47,8 @@ def load_factory(spec: str, flag: str = "--torch") -> Callable[..., Any]:
                 raise InputError(f"{flag} {spec}: {where} cannot be imported.")
             module = importlib.util.module_from_spec(found)
             sys.modules.setdefault(path.stem, module)
-            found.loader.exec_module(module)
+            with _no_bytecode():
+                found.loader.exec_module(module)
         else:
             module = importlib.import_module(where)
     except InputError:
