@@ -81,7 +81,7 @@ def record_of_tree(
     notes: list[str] = []
     place, variables, extras = _variables(content, source)
     if place:
-        notes.append(f"took entry '{'.'.join(place)}'")
+        notes.append(f"the weights are those of entry '{'.'.join(place)}'")
     if extras:
         notes.append(f"left out beside the variables: {some(list(extras), 6)}")
     flat: dict[Path, np.ndarray] = {}
