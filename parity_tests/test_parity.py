@@ -64,7 +64,7 @@ def test_every_option_equals_pytorch_in_both_modes_with_gradients(name):
     assert {precision for precision, _ in groups} == {"float64", "float32"}
     stated = {"tensors", "eval forward", "train forward"}
     if config.norm != "group":  # which has none
-        stated |= {"running statistics", "running statistics after 5"}
+        stated |= {"running statistics", "running statistics after 5 batches"}
     assert {quantity for _, quantity in groups} >= stated
     gradients = [
         m

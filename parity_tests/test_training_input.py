@@ -120,6 +120,7 @@ OUT_OF_RANGE = {
     "warmup_factor": 0.0,
     "label_smoothing": 1.0,
     "freeze": ("stage9",),
+    "val_fraction": 1.0,
     "batch_norm": "local",
     "image_size": 0,
     "seed": -1,
@@ -180,12 +181,11 @@ def test_misfits_are_refused(data):
         training.fit(
             model, data.train, dataclasses.replace(SETTINGS, batch_size=2000), progress=False
         )
+    wide_data = dataclasses.replace(data.train, num_classes=11, class_names=None)
     with pytest.raises(
         InputError, match="knows 10 classes; digits/train has images of 1 channels in 11 classes"
     ):
-        training.fit(
-            model, dataclasses.replace(data.train, num_classes=11), SETTINGS, progress=False
-        )
+        training.fit(model, wide_data, SETTINGS, progress=False)
     with pytest.raises(InputError, match=r"ResidualBlock returns \(2, 8, 8, 4\)"):
         training.evaluate(
             ResidualBlock(1, 4, rngs=nnx.Rngs(0)), data.test.normalised(), data.test.labels

@@ -95,12 +95,20 @@ def _matches(
                 config = with_assumptions(config, naming.told)
             except InputError:
                 continue  # the program that this scheme comes from has no such network
-        config = with_assumptions(config, assumptions or {})
+        unsuited = None
+        try:
+            config = with_assumptions(config, assumptions or {})
+        except InputError as error:
+            unsuited = error
         try:
             state_map = StateMap(config, naming)
         except InputError:
             continue  # this scheme cannot name the network at all
-        matches.append(Match(state_map, state_map.check(found, allow_missing)))
+        match = Match(state_map, state_map.check(found, allow_missing))
+        if unsuited is None:
+            matches.append(match)
+        elif not len(match.misfit):
+            raise unsuited  # the tensors fit, and what was said of them does not
     # of two, the one that knows every name
     return sorted(matches, key=lambda match: (len(match.misfit), len(match.misfit.unexpected)))
 
