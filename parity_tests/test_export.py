@@ -22,6 +22,7 @@ from flax_resblock.errors import InputError
 from flax_resblock.export.exported import MANIFEST, PROGRAM, WEIGHTS, open_exported
 from flax_resblock.export.fold import fold_batch_norm, folding_error
 from flax_resblock.export.stablehlo import export_model
+from flax_resblock.nn.layers import NormLayer
 from flax_resblock.nn.norm import BatchNorm
 from flax_resblock.nn.resnet import build
 from flax_resblock.parity.battery import BATTERY
@@ -194,14 +195,22 @@ def test_baked_weights_are_in_the_program_and_change_last_bits_at_most(model, tm
     )
 
 
+def _norms(model):
+    return {path for path, one in nnx.iter_modules(model) if isinstance(one, NormLayer)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BATTERY)
 def test_folding_is_no_worse_than_twice_the_unfolded_error(name):
-    model = randomised(build(BATTERY[name], rngs=nnx.Rngs(5)), seed=5)
+    config = BATTERY[name]
+    model = randomised(build(config, rngs=nnx.Rngs(5)), seed=5)
+    before = _norms(model)
     folded = fold_batch_norm(model)
-    assert not [module for _, module in nnx.iter_modules(folded) if isinstance(module, BatchNorm)]
-    # the model itself keeps its norms
-    assert [module for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm)]
+    inside = {path for path in before if path[0] != "stem"}
+    follow_an_addition = {path for path in inside if path[-1] in ("norm1", "norm")}
+    stay = before if config.norm == "group" else follow_an_addition if config.norm_first else set()
+    assert _norms(folded) == stay
+    assert _norms(model) == before  # the model itself keeps its norms
     errors = folding_error(model, folded, 33, batch=8)
     assert 0 < errors["folded"] <= 2 * errors["unfolded"]
 
