@@ -34,7 +34,7 @@ def fuzz(folder, *arguments):
 @pytest.mark.xdist_group("fuzz")
 def test_every_mutated_file_loads_exactly_or_is_refused(tmp_path):
     """A few seconds of `make fuzz`."""
-    status, output = fuzz(tmp_path, "40", "--files", "400")
+    status, output = fuzz(tmp_path, "200", "--files", "400")
     assert status == 0, output
     refused = dict(re.findall(r"^(\S.*?\S) +[\d,]+ +[\d,]+ +([\d,]+) +0 +0 +0$", output, re.M))
     assert refused.keys() == MUTATIONS.keys() | {"all"}, output
