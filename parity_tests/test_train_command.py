@@ -244,7 +244,8 @@ def test_a_schedule_without_counterpart_needs_a_word(folder, capsys):
     size = f"--batch-size {runs.BATCH} --epochs 2"
     assert command(f"train --data digits --resume {path} {size}") == 2
     error = capsys.readouterr().err
-    assert "keeps its function in the program, not in the file. Say --schedule constant" in error
+    assert "--lr-lambda" in error
+    assert "Say --schedule constant to go on at the rate that the optimizer has" in error
     line = f"train --data digits --resume {path}"
     for schedule in ("constant", "warmup-cosine"):
         assert command(f"{line} --schedule {schedule} --out {schedule} {size}") == 0
