@@ -7,26 +7,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from flax_resblock.config.block import BlockConfig
 from flax_resblock.config.options import (
     EXPANSION,
-    Antialias,
-    Attention,
     BlockKind,
     BlockOptions,
-    Order,
-    PaddingRule,
-    Shortcut,
-    ShortcutSize,
-    ShortcutSource,
+    SharedOptions,
     StridePlacement,
 )
 from flax_resblock.config.slots import (
-    Activation,
     Branch,
-    Norm,
     Slot,
     SlotKind,
     norm_slot,
@@ -51,7 +43,7 @@ MOST_BLOCKS = 10_000
 """Of a network; a configuration in a file may say any number."""
 
 
-class NetworkOptions(TypedDict, total=False):
+class NetworkOptions(SharedOptions, total=False):
     """Every field of :class:`ResNetConfig` but ``in_channels`` and ``num_classes``, for functions
     that pass them on as keyword arguments."""
 
@@ -66,27 +58,9 @@ class NetworkOptions(TypedDict, total=False):
     stem_padding: StemPadding
     stem_bias: bool
     first_stride: int
-    shortcut: Shortcut
     stride_on: StridePlacement
-    attention: Attention
-    attention_ratio: float
-    antialias: Antialias
-    activation: Activation
-    conv_bias: bool
-    shortcut_bias: bool
-    padding: PaddingRule
-    groups: int
     base_width: int
     dilated_stages: tuple[int, ...]
-    order: Order
-    shortcut_from: ShortcutSource
-    shortcut_size: ShortcutSize
-    norm: Norm
-    norm_groups: int
-    standardized: bool
-    standardized_eps: float
-    last_activation: bool
-    dropout: float
     final_norm: bool
     head_pool: HeadPool
 
@@ -212,6 +186,12 @@ class ResNetConfig(BlockOptions):
         return USUAL_STEMS[self.stem][1] if self.stem_pool is None else self.stem_pool
 
     @property
+    def stem_window(self) -> tuple[int, int | Literal["SAME"]]:
+        """Size and padding of the window of that pooling, where there is one."""
+        size, sides = _WINDOWS[self.stem_pooling]
+        return size, padded(size, 2, self.padding, sides)
+
+    @property
     def stem_padding_rule(self) -> str:
         """The padding of the stem's first convolution."""
         return self.padding if self.stem_padding is None else self.stem_padding
@@ -284,9 +264,8 @@ class ResNetConfig(BlockOptions):
             yield from normalised_conv(*where, names, size, ends, **numbers)
         if self.stem_pooling == "none":
             return
-        size, sides = _WINDOWS[self.stem_pooling]
-        window: dict[str, Any] = {"shape": (size, size), "branch": Branch.STEM}
-        window["padding"] = padded(size, 2, self.padding, sides)
+        size, sides = self.stem_window
+        window: dict[str, Any] = {"shape": (size, size), "branch": Branch.STEM, "padding": sides}
         if self.antialias == "blur":
             yield Slot(*where, "pool.pool", SlotKind.MAX_POOL, **window)
             yield Slot(*where, "pool.blur", SlotKind.BLUR, stride=2, **window)

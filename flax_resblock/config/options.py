@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
 from flax_resblock.config.slots import Activation, Norm
 
@@ -40,6 +40,30 @@ def check_choices(config: Any) -> None:
             *others, last = map(repr, known)
             what = "block kind" if name == "kind" else name
             raise ValueError(f"{what} {value!r} is unknown; choose {', '.join(others)} or {last}.")
+
+
+class SharedOptions(TypedDict, total=False):
+    """Fields of :class:`BlockOptions` that basic blocks have too, for functions that pass them on
+    as keyword arguments."""
+
+    groups: int
+    shortcut: Shortcut
+    attention: Attention
+    attention_ratio: float
+    antialias: Antialias
+    activation: Activation
+    conv_bias: bool
+    shortcut_bias: bool
+    padding: PaddingRule
+    order: Order
+    shortcut_from: ShortcutSource
+    shortcut_size: ShortcutSize
+    norm: Norm
+    norm_groups: int
+    standardized: bool
+    standardized_eps: float
+    last_activation: bool
+    dropout: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,15 @@ from math import inf
 from typing import Any
 
 from flax_resblock.checkpoint.unwrap import PREFIXES, without_wrappers
-from flax_resblock.config import Activation, Branch, ResNetConfig, Slot, SlotKind, walk
+from flax_resblock.config import (
+    Activation,
+    Branch,
+    ResNetConfig,
+    Slot,
+    SlotKind,
+    choices_of,
+    walk,
+)
 from flax_resblock.convert.detection.assumption_rules import ASSUMPTION_RULES
 from flax_resblock.convert.naming import TORCH_ACTIVATIONS
 from flax_resblock.convert.state_map import StateMap
@@ -184,7 +192,8 @@ class ModuleFacts:
         if not any("Pad2d" in type(one).__name__ for one in self.modules.values()):
             pools = choices.get("stem_pool", ())
             choices["stem_pool"] = [one for one in pools if one != "3x3_zeros"]
-        choices |= {"padding": ("symmetric", "same"), "stem_padding": (None, "symmetric", "same")}
+        options = choices_of(ResNetConfig)
+        choices |= {name: options[name] for name in ("padding", "stem_padding")}
         choices["dilated_stages"] = [tuple(range(n, last + 1)) for n in range(last + 1, 1, -1)]
 
         def number(told: Mapping[str, Any]) -> float:

@@ -9,19 +9,8 @@ from typing import Any, Unpack
 import jax
 from flax import nnx
 
-from flax_resblock.config import (
-    Activation,
-    Antialias,
-    Attention,
-    BlockConfig,
-    Norm,
-    Order,
-    PaddingRule,
-    Shortcut,
-    ShortcutSize,
-    ShortcutSource,
-    StridePlacement,
-)
+from flax_resblock.config import BlockConfig, StridePlacement
+from flax_resblock.config.options import SharedOptions
 from flax_resblock.nn.attention import build_attention
 from flax_resblock.nn.conv import Conv
 from flax_resblock.nn.layers import ACTIVATIONS, LayerOptions, Layers, NormLayer, joined
@@ -32,30 +21,12 @@ from flax_resblock.nn.shortcuts import build_shortcut
 __all__ = ["BottleneckBlock", "LayerOptions", "Layers", "ResidualBlock", "build_block"]
 
 
-class ResidualOptions(LayerOptions, total=False):
+class ResidualOptions(LayerOptions, SharedOptions, total=False):
     """Options of a :class:`ResidualBlock`: fields of :class:`flax_resblock.BlockConfig` with its
     defaults, and :class:`LayerOptions`.
     """
 
     dilation: int
-    groups: int
-    shortcut: Shortcut
-    attention: Attention
-    attention_ratio: float
-    antialias: Antialias
-    activation: Activation
-    conv_bias: bool
-    shortcut_bias: bool
-    padding: PaddingRule
-    order: Order
-    shortcut_from: ShortcutSource
-    shortcut_size: ShortcutSize
-    norm: Norm
-    norm_groups: int
-    standardized: bool
-    standardized_eps: float
-    last_activation: bool
-    dropout: float
 
 
 class BottleneckOptions(ResidualOptions, total=False):

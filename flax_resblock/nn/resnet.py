@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_resblock.config import Activation, Config, NetworkOptions, ResNetConfig, architecture
-from flax_resblock.config.slots import padded
 from flax_resblock.nn.blocks import (
     BottleneckBlock,
     LayerOptions,
@@ -47,15 +46,13 @@ class _Stem(nnx.Module):
     def _finish(self, config: ResNetConfig) -> None:
         self.activation: Activation = config.activation
         self.border = config.stem_pooling == "3x3_zeros"
-        if config.stem_pooling == "2x2":
-            self.pool = MaxPool(2, stride=2, padding=padded(2, 2, config.padding, 0))
-        elif config.stem_pooling == "none":
+        if config.stem_pooling == "none":
             self.pool = None
         elif config.antialias == "blur":
             self.pool = BlurredMaxPool()
         else:
-            sides = padded(3, 2, config.padding, 0 if self.border else 1)
-            self.pool = MaxPool(3, stride=2, padding=sides)
+            size, sides = config.stem_window
+            self.pool = MaxPool(size, stride=2, padding=sides)
 
     def _normalised(self, x: jax.Array, norm: NormLayer | None, average: bool | None) -> jax.Array:
         if norm is None:
