@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.optim import lr_scheduler
 
-from parity_tests import runs
+from parity_tests import runs, sharded_programs
 from parity_tests.support import import_torchvision
 
 ON, BACK = 4, 2
@@ -191,7 +191,13 @@ def ignite(task: str, folder: Path) -> None:
     _written(folder / "stayed.npz", run, rates)
 
 
+def distributed(task: str, folder: Path) -> None:
+    """PyTorch's distributed checkpoint, in two processes that share the parameters."""
+    sharded_programs.folders(task, folder, _gone_on, ON, BACK)
+
+
 PROGRAMS: dict[str, Callable[[str, Path], None]] = {
+    "distributed": distributed,
     "accelerate": accelerate,
     "lightning": lightning,
     "ignite": ignite,

@@ -21,11 +21,14 @@ from parity_tests.programs import BACK, ON
 from parity_tests.support import installed_apart, worst
 
 PROGRAMS = {
+    "distributed": ("saved", BATCH),
     "accelerate": ("saved", Unit(2)),
     "lightning": ("saved.ckpt", BATCH),
     "ignite": ("saved.pt", BATCH),
 }
 """What each saves, and how often it steps the scheduler."""
+SEVERAL = ("accelerate", "distributed")
+"""Those that run in two processes."""
 PACKAGES = (
     *("accelerate==1.15.0", "psutil", "pytorch-lightning==2.6.6", "lightning-utilities"),
     *("torchmetrics", "pytorch-ignite==0.5.5"),
@@ -39,10 +42,10 @@ def packages(tmp_path_factory):
 
 
 def run_program(program: str, task: str, folder: Path, packages: Path) -> None:
-    """Runs a program, Accelerate in two processes."""
+    """Runs a program."""
     command = [sys.executable, "-m", "parity_tests.programs", program, task, str(folder)]
     several = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    ranks = range(2) if program == "accelerate" else range(1)
+    ranks = range(2) if program in SEVERAL else range(1)
     running = []
     for rank in ranks:
         own = {**several, "RANK": str(rank), "LOCAL_RANK": str(rank)} if len(ranks) > 1 else {}

@@ -386,23 +386,6 @@ def test_a_program_is_named_and_the_advice_gives_its_weights(name, tmp_path, mon
     assert set(checkpoint.read("weights.pth").tensors) == {"weight", "bias"}
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_distributed_checkpoint_is_named_and_the_advice_converts_it(tmp_path):
-    from torch.distributed import checkpoint as distributed
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    folder = tmp_path / "shards"
-    state = Net().state_dict()
-    distributed.save({"model": state}, checkpoint_id=folder)
-    for path in (folder, folder / ".metadata", next(folder.glob("*.distcp"))):
-        with pytest.raises(CheckpointError, match=r"torch\.distributed\.checkpoint \(") as caught:
-            checkpoint.read(path)
-        assert f"format_utils dcp_to_torch {folder} checkpoint.pth" in str(caught.value)
-    dcp_to_torch_save(folder, tmp_path / "checkpoint.pth")
-    assert set(checkpoint.read(tmp_path / "checkpoint.pth").tensors) == set(state)
-
-
 @pytest.mark.parametrize("entry", ["", "optimizer"])
 def test_an_optimizer_alone_is_named(entry, tmp_path, capsys):
     net = Net()

@@ -76,6 +76,19 @@ def metadata_in(path: Path) -> dict[str, str]:
     return {} if folder is None else read_metadata(folder / METADATA_FILE)
 
 
+DISTRIBUTED_SHARD, DISTRIBUTED_PLAN = ".distcp", ".metadata"
+"""A shard of ``torch.distributed.checkpoint``, and the file that says what is in which."""
+
+
+def distributed_in(path: Path) -> Path | None:
+    """The folder of ``torch.distributed.checkpoint`` that a path is, or is a file of; None for
+    anything else.
+    """
+    inside = path.suffix == DISTRIBUTED_SHARD or path.name == DISTRIBUTED_PLAN
+    folder = path.parent if inside else path
+    return folder if (folder / DISTRIBUTED_PLAN).is_file() else None
+
+
 PORTED = ("port.json", "weights.safetensors")
 """Files of a network that ``flax-resblock port`` wrote: the table of its tensors, and they."""
 
@@ -202,21 +215,7 @@ def trainer_files(folder: Path, limits: Limits = LIMITS) -> dict[str, Any]:
         found["trainer_state"] = state
     others = sorted(file.name for file in folder.iterdir() if file.is_file())
     weights = ("model-", "pytorch_model-")  # shards
-    rest = [name for name in others if name not in read and not name.startswith(weights)]
+    plan = {DISTRIBUTED_PLAN} if distributed_in(folder) else set()
+    rest = [name for name in others if name not in read | plan and not name.startswith(weights)]
+    rest = [name for name in rest if not (plan and name.endswith(DISTRIBUTED_SHARD))]
     return found | dict.fromkeys(rest)
-
-
-DISTRIBUTED_SHARD, DISTRIBUTED_PLAN = ".distcp", ".metadata"
-"""A shard of ``torch.distributed.checkpoint``, and the file that says what is in which."""
-
-
-def refuse_distributed(folder: Path) -> None:
-    """Raises CheckpointError for a folder of ``torch.distributed.checkpoint``."""
-    shards = sorted(folder.glob(f"*{DISTRIBUTED_SHARD}"))
-    if shards and (folder / DISTRIBUTED_PLAN).is_file():
-        raise CheckpointError(
-            f"{folder} is a folder of torch.distributed.checkpoint ({DISTRIBUTED_PLAN} and "
-            f"{len(shards)} {DISTRIBUTED_SHARD} files), which only PyTorch reads. Make one "
-            f"file of it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
-            f"{folder} checkpoint.pth"
-        )

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from flax_resblock.checkpoint.folders import (
-    DISTRIBUTED_PLAN,
-    DISTRIBUTED_SHARD,
+    distributed_in,
     is_ported,
     msgpack_in,
     orbax_in,
-    refuse_distributed,
     weights_in,
 )
 from flax_resblock.checkpoint.limits import Limits, check_files
@@ -58,6 +56,8 @@ def output_format(path: Path) -> str:
 
 def resolve(path: Path, limits: Limits) -> tuple[str, Path]:
     """Format and actual file, by content and not by name."""
+    if (distributed := distributed_in(path)) is not None:
+        return "distributed", distributed
     if path.is_dir():
         orbax = orbax_in(path)
         if orbax is not None:
@@ -73,7 +73,6 @@ def resolve(path: Path, limits: Limits) -> tuple[str, Path]:
                 f"import the class in it and call flax_resblock.load_ported({str(path)!r}, "
                 f"Net); `flax-resblock convert {path} back.pth` returns the state dict of PyTorch."
             )
-        refuse_distributed(path)
         raise CheckpointError(
             f"{path} is a folder without a checkpoint: no Orbax metadata, no "
             f"model.safetensors. Give the checkpoint itself."
@@ -88,8 +87,6 @@ def resolve(path: Path, limits: Limits) -> tuple[str, Path]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     if not head:
         raise CheckpointError(f"{path} is empty. The download or copy failed; get it again.")
-    if path.suffix == DISTRIBUTED_SHARD or path.name == DISTRIBUTED_PLAN:
-        refuse_distributed(path.parent)
     if path.name.endswith(".bin.index.json"):
         return "pytorch", path
     if _MAPPING.match(head) and any(head[4:8]):  # as a header, it would have gigabytes
@@ -133,6 +130,7 @@ _CODE: Mapping[str, tuple[str, str, str]] = {
     "npz": ("npz_file", "read_weights", "write_weights"),
     "h5": ("h5_file", "read_h5", "write_h5"),
     "pickle": ("array_pickle", "read_pickle", ""),
+    "distributed": ("distributed_folder", "read_distributed", ""),
 }
 """Module, reader and writer of each; imported when they are needed."""
 
@@ -144,7 +142,7 @@ def _code(module: str, name: str) -> Callable[..., Any]:
 def read_as(format_name: str, file: Path, entry: str | None, limits: Limits) -> Record:
     """Reads a file of a format; see :func:`flax_resblock.checkpoint.read`."""
     module, reader, _ = _CODE[format_name]
-    entries = {"entry": entry} if format_name in ("pytorch", "safetensors") else {}
+    entries = {"entry": entry} if format_name in ("pytorch", "safetensors", "distributed") else {}
     return _code(module, reader)(file, limits=limits, **entries)
 
 

@@ -239,7 +239,7 @@ def load_run(
     refuse_afresh(source)
     _warn_about(source)
     return to_model(source, **options), run_of(
-        source, optimizer=optimizer, schedule_unit=schedule_unit
+        source, optimizer=optimizer, schedule_unit=schedule_unit, lr_lambda=lr_lambda
     )
 
 

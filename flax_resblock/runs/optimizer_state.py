@@ -16,6 +16,7 @@ from flax_resblock.runs.optimizer_kinds import OPTIMIZERS, OptimizerKind
 from flax_resblock.runs.optimizer_options import read_kind
 from flax_resblock.runs.param_groups import (
     WEIGHTS_ONLY,
+    are_names,
     kind_of,
     names_of,
     numbered,
@@ -65,6 +66,8 @@ class OptimizerState:
         that have none yet (torch makes them on first use) are absent.
       steps: Steps taken, by Flax path; empty for SGD and LARS.
       notes: How the parameters were told apart, and what starts at zero.
+      by_name: Whether torch has names in place of numbers, as PyTorch's distributed checkpoints and
+        FSDP have.
     """
 
     kind: str
@@ -72,6 +75,7 @@ class OptimizerState:
     tensors: Mapping[str, Mapping[Path, np.ndarray]]
     steps: Mapping[Path, np.ndarray] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    by_name: bool = False
 
 
 def only_item(value: Any) -> Any:
@@ -118,6 +122,7 @@ def read_optimizer(
             f"{source} is no state of a torch optimizer: it has no 'param_groups' and 'state'. "
             f"{WEIGHTS_ONLY}"
         )
+    by_name = are_names([key for group in groups for key in group["params"]])
     groups, per_parameter = numbered(groups, per_parameter)
     kept = {str(name) for tensors in per_parameter.values() for name in tensors}
     kind = read_kind(groups, kept, kind, source)
@@ -141,7 +146,7 @@ def read_optimizer(
             )
         notes.append(f"no {name} yet, as before the first step; it starts at zero")
     made = tuple(_group(group, of) for group, of in zip(groups, entries, strict=True))
-    return OptimizerState(kind, made, tensors, steps, tuple(notes))
+    return OptimizerState(kind, made, tensors, steps, tuple(notes), by_name)
 
 
 def _group(group: Mapping[str, Any], members: Sequence[Entry]) -> ParamGroup:
@@ -256,14 +261,16 @@ def write_optimizer(state: OptimizerState, state_map: TensorMap) -> dict[str, An
             f"--with-optimizer."
         )
     entries = {entry.flax_path: entry for entry in state_map.parameters}
-    per_parameter: dict[int, dict[str, Any]] = {}
+    per_parameter: dict[int | str, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     first = 0
     for group in state.groups:
         members = [entries[path] for path in group.paths]
-        numbers = range(first, first := first + len(members))
-        names = {"param_names": [entry.torch_key for entry in members]} if group.named else {}
-        groups.append({**names, **group.written, "params": list(numbers)})
+        keys = [entry.torch_key for entry in members]
+        numbers = list(range(first, first := first + len(members)))
+        names = {"param_names": keys} if group.named and not state.by_name else {}
+        numbers = keys if state.by_name else numbers
+        groups.append({**names, **group.written, "params": numbers})
         for number, entry in zip(numbers, members, strict=True):
             path = entry.flax_path
             counted = path in state.steps and not kind.counts_in_group and entry.trained

@@ -136,7 +136,7 @@ def numbered(
     """
     keys = [key for group in groups for key in group["params"]]
     number_of: dict[Any, Any] = {key: key for key in keys}
-    named = _are_names(keys)
+    named = are_names(keys)
     if named:
         number_of = {key: number for number, key in enumerate(keys)}
     made = []
@@ -147,7 +147,8 @@ def numbered(
     return made, {int(number_of.get(key, key)): found for key, found in per_parameter.items()}
 
 
-def _are_names(keys: Sequence[Any]) -> bool:
+def are_names(keys: Sequence[Any]) -> bool:
+    """Whether the parameters of an optimizer have names in place of numbers."""
     return bool(keys) and all(isinstance(key, str) and not key.isdecimal() for key in keys)
 
 

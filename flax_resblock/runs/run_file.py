@@ -129,6 +129,7 @@ def pack_run(run: Run, state_map: TensorMap) -> tuple[dict[str, np.ndarray], dic
     content = {
         "optimizer": record.kind,
         "groups": groups,
+        "by_name": record.by_name,
         "count": count,
         "schedule": _written_schedule(run),
         "schedule_unit": None if run.schedule is None else word_of(run.schedule.unit),
@@ -199,6 +200,7 @@ def unpack_run(
             schedule = ScheduleState(*read, unit_of(content["schedule_unit"]))
         steps, epochs, settings = content["steps"], content["epochs"], content["settings"]
         named = [bool(group["named"]) for group in content["groups"]]
+        by_name = bool(content.get("by_name"))
         average, kept = AverageEntry(**content["average"]), dict(content["kept"])
     except CheckpointError:
         raise
@@ -210,7 +212,8 @@ def unpack_run(
     written, where = {"state": state, "param_groups": groups}, f"{source}, its optimizer"
     record = read_optimizer(written, state_map, kind=kind, source=where)
     pairs = zip(record.groups, named, strict=True)
-    record = replace(record, groups=tuple(replace(group, named=name) for group, name in pairs))
+    groups = tuple(replace(group, named=name) for group, name in pairs)
+    record = replace(record, groups=groups, by_name=by_name)
     found = [RunEntry("optimizer", record.notes[0], "used")]
     averages = state_map.to_flax(_with_prefix(tensors, AVERAGED))
     if averages:
