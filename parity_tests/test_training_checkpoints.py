@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import flax_resblock
-from flax_resblock import CheckpointError, load_run, training
+from flax_resblock import CheckpointError, InputError, load_run, training
 from flax_resblock.checkpoint.record import METADATA_DIGEST
 from flax_resblock.cli.common import RunFlags
 from flax_resblock.convert.opening import open_checkpoint
@@ -214,8 +214,22 @@ def test_a_schedule_without_counterpart_leaves_the_optimizer_usable(tmp_path):
     assert found.problem is None
     assert found.schedule is not None
     assert (found.schedule.position, found.schedule.unit) == (STEPS, BATCH)
+    with pytest.raises(
+        InputError, match=r"in the file\. .* pass run=dataclasses\.replace\(run, pr"
+    ):
+        goes_on(path, epochs=2)
     # that function happens to be constant
-    assert worst(goes_on(path, epochs=2)[0], run.epochs(1).state()) <= TRAJECTORY_LIMIT
+    ours, *_ = goes_on(path, epochs=2, change=lambda run: replace(run, problem=None))
+    assert worst(ours, run.epochs(1).state()) <= TRAJECTORY_LIMIT
+
+
+def test_a_schedule_that_the_file_does_not_hold_is_missed(tmp_path):
+    _, path = runs.saved("a plain loop with GradScaler and EMA", tmp_path)
+    runs.rewritten(path, lambda content: content.pop("scheduler_state_dict"))
+    _, run = load_run(path)
+    assert "holds no learning-rate scheduler, but the run had one" in (run.problem or "")
+    runs.rewritten(path, lambda content: content.update(scheduler=None))
+    assert load_run(path)[1].problem is None
 
 
 @pytest.mark.slow

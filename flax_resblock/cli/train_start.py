@@ -251,7 +251,7 @@ def _continued(
     steps = steps_per_epoch(splits.train, config.batch_size)
     pace = Pace.of(run, steps)
     if schedule == "constant" or (schedule is None and run.schedule is None):
-        run = replace(run, schedule=None)
+        run = replace(run, schedule=None, problem=None)
         rates = ", ".join(f"{float(group.options['lr']):.4g}" for group in run.optimizer.groups)
         common.say(f"  learning rate  {rates}, constant")
     elif schedule == "warmup-cosine":

@@ -110,11 +110,15 @@ def whole_number(extras: Mapping[str, Any], entry: str, name: str) -> int | None
     return _number(values.get(name)) if isinstance(values, Mapping) else None
 
 
+def named(values: Any) -> Mapping[str, Any]:
+    """The values of a mapping or a namespace; none of anything else."""
+    return values if isinstance(values, Mapping) else getattr(values, "__dict__", {})
+
+
 def settings_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[str, Any]:
     """Batch size, epochs and label smoothing, from whatever holds the script's settings."""
     for name in _SETTINGS:
-        values = extras.get(name)
-        values = values if isinstance(values, Mapping) else getattr(values, "__dict__", {})
+        values = named(extras.get(name))
         if str(values.get(OURS, "")).startswith("flax-resblock"):
             found[name] = RunEntry(name, "all settings of the run", "used")
             return {key: value for key, value in values.items() if key != OURS}

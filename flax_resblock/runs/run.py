@@ -11,7 +11,7 @@ import numpy as np
 from flax_resblock.config import Path
 from flax_resblock.convert.state_map import TensorMap
 from flax_resblock.errors import CheckpointError, some
-from flax_resblock.runs import entries
+from flax_resblock.runs import entries, timm_schedules
 from flax_resblock.runs.averages import AverageEntry, read_average
 from flax_resblock.runs.entries import EPOCHS_DONE, SCHEDULE_UNIT, RunEntry
 from flax_resblock.runs.optimizer_kinds import OPTIMIZERS
@@ -30,7 +30,10 @@ from flax_resblock.runs.scheduler_state import (
     read_schedule,
     with_initial_rates,
 )
+from flax_resblock.runs.scheduler_writing import scheduled
 from flax_resblock.runs.ticks import EPOCH, Counters, Unit, read_unit, unit_of
+from flax_resblock.runs.timm_schedules import TimmSchedule
+from flax_resblock.runs.timm_script import of_script
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,8 @@ def read_run(
     if entry is not None:
         total = entries.whole_number(extras, "trainer_state", "max_steps")
         run = _with_schedule(run, *entry, unit, counters, lr_lambda, total, source, found)
-    elif counters.epochs is not None and {"arch", "version"} <= extras.keys():
-        run = replace(run, epochs=counters.epochs + 1)  # timm stores the last epoch that was done
+    else:
+        run = _without_scheduler(run, extras, counters, source, found)
     kind = OPTIMIZERS[record.kind]
     buffered = any(kind.buffered(group.options) for group in record.groups)
     if run.steps and buffered and not any(record.tensors.values()):
@@ -138,6 +141,44 @@ def read_run(
     rest = [str(key) for key in extras if key not in found]
     ignored = [RunEntry(key, entries.reason(key), "ignored") for key in rest]
     return replace(run, found=(*found.values(), *ignored))
+
+
+def _without_scheduler(
+    run: Run,
+    extras: Mapping[str, Any],
+    counters: Counters,
+    source: str,
+    found: dict[str, RunEntry],
+) -> Run:
+    """The run of a file without a scheduler; timm's script stores what it makes its own of."""
+    arguments = entries.named(extras.get("args"))
+    groups = [group.options for group in run.optimizer.groups]
+    if counters.epochs is not None and {"arch", "version"} <= extras.keys():
+        done = counters.epochs + 1  # it stores the last epoch that was done
+        run = replace(run, epochs=done)
+        if arguments.get("sched", "none") != "none":
+            try:
+                read = of_script(arguments, counters, done, groups, source)
+            except CheckpointError as error:
+                return replace(run, problem=str(error))
+            schedule, position, total = read
+            state = ScheduleState(schedule, position, schedule.unit)
+            options = [scheduled(one, schedule, position, n) for n, one in enumerate(groups)]
+            pairs = zip(run.optimizer.groups, options, strict=True)
+            made = tuple(replace(group, options=one) for group, one in pairs)
+            words = f"{found['args'].use}; " if "args" in found else ""
+            found["args"] = RunEntry("args", f"{words}{describe_schedule(state)}", "used")
+            settings = {**run.settings, "epochs": total}
+            optimizer = replace(run.optimizer, groups=made)
+            return replace(run, optimizer=optimizer, schedule=state, settings=settings)
+    moved = any("initial_lr" in group for group in groups)
+    if moved and not any(name in extras for name in entries.SCHEDULERS):
+        words = (
+            f"{source} holds no learning-rate scheduler, but the run had one: its param groups "
+            "have 'initial_lr', which only a scheduler sets."
+        )
+        return replace(run, problem=words)
+    return run
 
 
 def _with_average(
@@ -187,9 +228,13 @@ def _with_schedule(
             raise CheckpointError(f"{where} is not the state of one learning-rate scheduler.")
         optimizer = with_initial_rates(run.optimizer, state)
         options = [group.options for group in optimizer.groups]
+        if timm_schedules.is_timm(state):
+            state = timm_schedules.located(state, counters, options, where)
         schedule, position = read_schedule(
             state, options, lr_lambda=lr_lambda, total=total, source=where
         )
+        if isinstance(schedule, TimmSchedule):
+            unit = schedule.unit
         unit = unit or read_unit(position, counters, where)
         if isinstance(schedule, ReduceLROnPlateau) and unit != EPOCH:
             raise CheckpointError(

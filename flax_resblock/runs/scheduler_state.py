@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flax_resblock.errors import CheckpointError
-from flax_resblock.runs import transformers_schedules
+from flax_resblock.runs import timm_schedules, transformers_schedules
 from flax_resblock.runs.optimizer_state import OptimizerState
 from flax_resblock.runs.other_schedules import (
     ChainedScheduler,
@@ -29,6 +29,7 @@ from flax_resblock.runs.schedules import (
     base_rate,
 )
 from flax_resblock.runs.ticks import BATCH, Unit
+from flax_resblock.runs.timm_schedules import TimmSchedule
 from flax_resblock.runs.transformers_schedules import TransformersSchedule, recognised
 
 _MOST_CALLS = 1 << 24
@@ -57,6 +58,8 @@ def describe_schedule(state: ScheduleState) -> str:
     if isinstance(state.schedule, ReduceLROnPlateau):
         metric = "loss" if state.schedule.mode == "min" else "accuracy"
         words += f", by the test {metric} (what the program measured is not in the file)"
+    if isinstance(state.schedule, TimmSchedule):
+        words += f", the {state.schedule.kind} one"
     if isinstance(state.schedule, TransformersSchedule):
         words += (
             f", recognised by its rate as the {state.schedule.kind} one with "
@@ -192,6 +195,8 @@ def _schedule(
         schedule = schedule or _of_functions(state, groups, lr_lambda, source)
     elif "_schedulers" in state:
         return _several(state, groups, source)
+    elif timm_schedules.is_timm(state):
+        return timm_schedules.read_timm(state, groups, source)
     else:
         schedule = one_schedule(state, source)
         if isinstance(schedule, ReduceLROnPlateau):

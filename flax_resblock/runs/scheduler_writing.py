@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from flax_resblock.runs import transformers_schedules
+from flax_resblock.runs import timm_schedules, transformers_schedules
 from flax_resblock.runs.other_schedules import (
     ChainedScheduler,
     CosineAnnealingWarmRestarts,
@@ -26,6 +26,7 @@ from flax_resblock.runs.schedules import (
     SequentialLR,
     base_rate,
 )
+from flax_resblock.runs.timm_schedules import TimmSchedule
 from flax_resblock.runs.transformers_schedules import TransformersSchedule
 
 
@@ -79,6 +80,8 @@ def _state(
         own = {name: getattr(schedule, name) for name in PLATEAU}
         own["min_lrs"] = list(schedule.min_lrs)
         return own | {"last_epoch": position, "_last_lr": rates}
+    if isinstance(schedule, TimmSchedule):
+        return timm_schedules.written(schedule, position, groups)
     bases, counted = [base_rate(group) for group in groups], True
     if isinstance(schedule, OneCycleLR):
         own: dict[str, Any] = {

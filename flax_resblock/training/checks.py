@@ -80,6 +80,11 @@ def check_run(
             f"the run is over: it is at step {pace.start}, and {length} end at {end}. Take more "
             f"epochs to go on."
         )
+    if run.problem and run.schedule is None:
+        raise InputError(
+            f"{run.problem} To go on at the rates that the optimizer has, pass run="
+            "dataclasses.replace(run, problem=None)."
+        )
     schedule = run.schedule and run.schedule.schedule
     if isinstance(schedule, ReduceLROnPlateau) and not tested:
         raise InputError(
