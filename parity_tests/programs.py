@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.optim import lr_scheduler
 
-from parity_tests import runs, sharded_programs
+from parity_tests import runs, sharded_programs, trainer_programs
 from parity_tests.support import import_torchvision
 
 ON, BACK = 4, 2
@@ -196,7 +196,21 @@ def distributed(task: str, folder: Path) -> None:
     sharded_programs.folders(task, folder, _gone_on, ON, BACK)
 
 
+def _with_own_loop(
+    program: Callable[[str, Path, int, int], tuple[runs.TorchRun, list[float]]],
+) -> Callable[[str, Path], None]:
+    """A program that trains, saves and resumes in one function."""
+
+    def train(task: str, folder: Path) -> None:
+        run, rates = program(task, folder, ON, BACK)
+        _written(folder / ("resumed.npz" if task == "resume" else "stayed.npz"), run, rates)
+
+    return train
+
+
 PROGRAMS: dict[str, Callable[[str, Path], None]] = {
+    "transformers": _with_own_loop(trainer_programs.hugging_face),
+    "timm": _with_own_loop(trainer_programs.timm),
     "distributed": distributed,
     "accelerate": accelerate,
     "lightning": lightning,

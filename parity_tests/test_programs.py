@@ -15,7 +15,7 @@ import pytest
 import flax_resblock
 from flax_resblock import load_run, training
 from flax_resblock.parity.oracle import TRAJECTORY_LIMIT
-from flax_resblock.runs.ticks import BATCH, Unit
+from flax_resblock.runs.ticks import BATCH, EPOCH, Unit
 from parity_tests import runs
 from parity_tests.programs import BACK, ON
 from parity_tests.support import installed_apart, worst
@@ -23,6 +23,8 @@ from parity_tests.support import installed_apart, worst
 PROGRAMS = {
     "distributed": ("saved", BATCH),
     "accelerate": ("saved", Unit(2)),
+    "transformers": (f"checkpoint-{runs.DONE * runs.STEPS}", BATCH),
+    "timm": ("saved.pth.tar", EPOCH),
     "lightning": ("saved.ckpt", BATCH),
     "ignite": ("saved.pt", BATCH),
 }

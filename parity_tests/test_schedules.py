@@ -195,37 +195,62 @@ def test_a_function_of_the_program_gives_torchs_rates_as_a_factor_or_step_by_ste
         read_schedule(*moments[9], lr_lambda=functions[:1])
 
 
-TRANSFORMERS = ("linear", "cosine")
+WARM = {"num_warmup_steps": 7}
+LONG = {**WARM, "num_training_steps": STEPS - 3}
+KNOWN = partial(TransformersSchedule, warmup=7, total=STEPS - 3)
+TRANSFORMERS: dict[str, tuple[dict[str, Any], TransformersSchedule]] = {
+    "linear_schedule": (LONG, KNOWN("linear")),
+    "cosine_schedule": (LONG, KNOWN("cosine")),
+    "constant_schedule": (WARM, KNOWN("constant")),
+    "polynomial_decay_schedule": (
+        {**LONG, "power": 2.0},
+        KNOWN("polynomial", power=2.0, floor=1e-7 / 0.1),
+    ),
+    "cosine_with_hard_restarts_schedule": (
+        {**LONG, "num_cycles": 3},
+        KNOWN("restarts", cycles=3),
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", TRANSFORMERS)
-def test_a_schedule_of_the_trainer_is_recognised_by_its_rate_and_refused_where_others_fit(kind):
+def test_a_schedule_of_the_trainer_is_recognised_by_its_rates_and_refused_where_others_fit(kind):
     optimization = pytest.importorskip("transformers.optimization")
-    make = getattr(optimization, f"get_{kind}_schedule_with_warmup")
-    moments = walked(partial(make, num_warmup_steps=7, num_training_steps=STEPS - 3))
-    total, known = STEPS - 3, TransformersSchedule(kind, 7, STEPS - 3)
-    told = [
-        start
-        for start in range(STEPS + 1)
-        if recognised(start, moments[start].groups, total) == known
-    ]
-    assert set(range(8, total)) - set(told) <= {22}  # where a half is the share of both
-    for start in told:
-        schedule, position = read_schedule(*moments[start], total=total)
-        assert (schedule, position) == (known, start)
-        for step in range(start, STEPS + 1):
-            assert deviation(schedule, moments[start].groups, moments[step].groups, step) <= LIMIT
-        state = write_schedule(ScheduleState(schedule, position), moments[start].groups)
-        assert read_schedule(json.loads(json.dumps(state)), moments[start].groups)[0] == known
+    options, known = TRANSFORMERS[kind]
+    moments = walked(partial(getattr(optimization, f"get_{kind}_with_warmup"), **options))
+    total, rates = STEPS - 3, [moment.groups[0]["lr"] for moment in moments]
+    for back in (0, 1):  # the Trainer logs the rate of a step, and older ones that of the next
+        logged = [(step, rates[step - back]) for step in (2, 4, 9, 10, 16, 23, 31)]
+        starts = range(12, total)
+        told = [n for n in starts if recognised(n, moments[n].groups, total, logged) == known]
+        assert set(starts) - set(told) <= {13, 17, 22, 27, 31}  # where others fit
+        for start in told:
+            schedule, position = read_schedule(*moments[start], total=total, logged=logged)
+            assert (schedule, position) == (known, start)
+            for step in range(start, STEPS + 1):
+                now, later = moments[start].groups, moments[step].groups
+                assert deviation(schedule, now, later, step) <= LIMIT
+        state = write_schedule(ScheduleState(known, told[0]), moments[told[0]].groups)
+        again, _ = read_schedule(json.loads(json.dumps(state)), moments[told[0]].groups)
+        assert again == known
+        assert (known.end, known.length) == (None, total)
         del state["_transformers"]
-        assert differences(state, moments[start].state) == []
+        assert differences(state, moments[told[0]].state) == []
+    wrong = [(step, rate * 1.001) for step, rate in logged]
+    assert not any(recognised(n, moments[n].groups, total, wrong) for n in range(STEPS))
     for start in (0, 3, 7, total):
         with pytest.raises(CheckpointError, match="keeps its function in the program"):
             read_schedule(*moments[start], total=total)
-    assert recognised(20, moments[20].groups, total + 1) is None
-    theirs = partial(optimization.get_polynomial_decay_schedule_with_warmup, num_warmup_steps=7)
-    other = walked(partial(theirs, num_training_steps=total, power=2.0))
-    assert not any(recognised(step, other[step].groups, total) for step in range(STEPS))
+
+
+def test_without_logged_rates_some_steps_leave_one_schedule():
+    optimization = pytest.importorskip("transformers.optimization")
+    for kind in ("linear_schedule", "cosine_schedule"):
+        options, known = TRANSFORMERS[kind]
+        moments = walked(partial(getattr(optimization, f"get_{kind}_with_warmup"), **options))
+        found = [recognised(n, moments[n].groups, STEPS - 3) for n in range(STEPS + 1)]
+        assert set(found) == {None, known}
+        assert found.count(known) >= 12
 
 
 whole = st.integers(1, 15)

@@ -110,6 +110,14 @@ def whole_number(extras: Mapping[str, Any], entry: str, name: str) -> int | None
     return _number(values.get(name)) if isinstance(values, Mapping) else None
 
 
+def logged_rates(extras: Mapping[str, Any]) -> list[tuple[int, float]]:
+    """Steps and learning rates that a Trainer has logged."""
+    log = named(extras.get("trainer_state")).get("log_history")
+    lines = [named(line) for line in log] if isinstance(log, list) else []
+    pairs = ((line.get("step"), line.get("learning_rate")) for line in lines)
+    return [(n, float(r)) for n, r in pairs if type(n) is int and isinstance(r, int | float)]
+
+
 def named(values: Any) -> Mapping[str, Any]:
     """The values of a mapping or a namespace; none of anything else."""
     return values if isinstance(values, Mapping) else getattr(values, "__dict__", {})

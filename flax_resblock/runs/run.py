@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -122,7 +122,8 @@ def read_run(
         found[SCHEDULE_UNIT] = RunEntry(SCHEDULE_UNIT, str(unit), "used")
     if entry is not None:
         total = entries.whole_number(extras, "trainer_state", "max_steps")
-        run = _with_schedule(run, *entry, unit, counters, lr_lambda, total, source, found)
+        known = total, entries.logged_rates(extras)
+        run = _with_schedule(run, *entry, unit, counters, lr_lambda, known, source, found)
     else:
         run = _without_scheduler(run, extras, counters, source, found)
     kind = OPTIMIZERS[record.kind]
@@ -217,12 +218,12 @@ def _with_schedule(
     unit: Unit | None,
     counters: Counters,
     lr_lambda: LRLambda | None,
-    total: int | None,
+    known: tuple[int | None, Sequence[tuple[int, float]]],
     source: str,
     found: dict[str, RunEntry],
 ) -> Run:
     """The run with the scheduler's state, or with the reason why it has no counterpart."""
-    where = f"{source}, entry '{name}'"
+    where, (total, logged) = f"{source}, entry '{name}'", known
     try:
         if not isinstance(state, Mapping):
             raise CheckpointError(f"{where} is not the state of one learning-rate scheduler.")
@@ -231,7 +232,7 @@ def _with_schedule(
         if timm_schedules.is_timm(state):
             state = timm_schedules.located(state, counters, options, where)
         schedule, position = read_schedule(
-            state, options, lr_lambda=lr_lambda, total=total, source=where
+            state, options, lr_lambda=lr_lambda, total=total, logged=logged, source=where
         )
         if isinstance(schedule, TimmSchedule):
             unit = schedule.unit

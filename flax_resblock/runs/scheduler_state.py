@@ -30,7 +30,11 @@ from flax_resblock.runs.schedules import (
 )
 from flax_resblock.runs.ticks import BATCH, Unit
 from flax_resblock.runs.timm_schedules import TimmSchedule
-from flax_resblock.runs.transformers_schedules import TransformersSchedule, recognised
+from flax_resblock.runs.transformers_schedules import (
+    Logged,
+    TransformersSchedule,
+    recognised,
+)
 
 _MOST_CALLS = 1 << 24
 _NEAR = 1e-9
@@ -97,6 +101,7 @@ def read_schedule(
     *,
     lr_lambda: LRLambda | None = None,
     total: int | None = None,
+    logged: Logged = (),
     source: str = "the scheduler",
 ) -> tuple[Schedule, int]:
     """Reads the schedule in a scheduler's state dict, and its position.
@@ -105,14 +110,14 @@ def read_schedule(
       state: What ``scheduler.state_dict()`` gave.
       groups: The optimizer's param groups, whose rates must be the schedule's.
       lr_lambda: The function of a LambdaLR or MultiplicativeLR, or one per group.
-      total: Steps of the whole run, if a Trainer says it.
+      total, logged: Steps of the whole run, and rates by step, if a Trainer says them.
       source: For messages.
     Raises:
       CheckpointError: A scheduler without counterpart, a damaged state, or rates that are not on
         the schedule.
     """
     try:
-        schedule = _schedule(state, groups, lr_lambda, total, source)
+        schedule = _schedule(state, groups, lr_lambda, total, logged, source)
         position = _position(state, source)
         _check_place(schedule, position, state, source)
         _check_rates(schedule, position, groups, source)
@@ -185,13 +190,14 @@ def _schedule(
     groups: Sequence[Options],
     lr_lambda: LRLambda | None,
     total: int | None,
+    logged: Logged,
     source: str,
 ) -> Schedule:
     if "lr_lambdas" in state:
         schedule = transformers_schedules.read_written(state)
         theirs = not any(one is None for one in state["lr_lambdas"])
         if schedule is None and lr_lambda is None and theirs and total:
-            schedule = recognised(int(state["last_epoch"]), groups, total)
+            schedule = recognised(int(state["last_epoch"]), groups, total, logged)
         schedule = schedule or _of_functions(state, groups, lr_lambda, source)
     elif "_schedulers" in state:
         return _several(state, groups, source)
