@@ -211,6 +211,7 @@ def _with_own_loop(
 PROGRAMS: dict[str, Callable[[str, Path], None]] = {
     "transformers": _with_own_loop(trainer_programs.hugging_face),
     "timm": _with_own_loop(trainer_programs.timm),
+    "mmengine": _with_own_loop(trainer_programs.mmengine),
     "distributed": distributed,
     "accelerate": accelerate,
     "lightning": lightning,

@@ -25,6 +25,7 @@ PROGRAMS = {
     "accelerate": ("saved", Unit(2)),
     "transformers": (f"checkpoint-{runs.DONE * runs.STEPS}", BATCH),
     "timm": ("saved.pth.tar", EPOCH),
+    "mmengine": (f"epoch_{runs.DONE}.pth", EPOCH),
     "lightning": ("saved.ckpt", BATCH),
     "ignite": ("saved.pt", BATCH),
 }
@@ -34,6 +35,7 @@ SEVERAL = ("accelerate", "distributed")
 PACKAGES = (
     *("accelerate==1.15.0", "psutil", "pytorch-lightning==2.6.6", "lightning-utilities"),
     *("torchmetrics", "pytorch-ignite==0.5.5"),
+    *("mmengine==0.10.7", "addict", "yapf", "termcolor", "opencv-python-headless"),
 )
 """Without what they depend on and this library has."""
 

@@ -151,3 +151,79 @@ def timm(task: str, folder: Path, on: int, back: int) -> tuple[runs.TorchRun, li
             (folder / f"checkpoint-{epoch}.pth.tar").rename(folder / "saved.pth.tar")
         scheduler.step(epoch + 1)
     return run, rates[-(on if task == "begin" else back) :]
+
+
+def mmengine(task: str, folder: Path, on: int, back: int) -> tuple[runs.TorchRun, list[float]]:
+    """MMEngine's Runner, with two schedules by epoch."""
+    import_torchvision()
+    from mmengine.hooks import Hook
+    from mmengine.model import BaseModel
+    from mmengine.optim import LinearLR, MultiStepLR, OptimWrapper
+    from mmengine.runner import Runner
+
+    run = runs.started(runs.momentum_sgd(lambda model: model.parameters()), None)
+    rates: list[float] = []
+
+    class Model(BaseModel):
+        """The same network as one of MMEngine's."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = run.model
+
+        def forward(self, inputs: Any, labels: Any, mode: str = "loss") -> Any:
+            return {"loss": torch.nn.functional.cross_entropy(self.backbone(inputs), labels)}
+
+    class Noted(Hook):
+        """Notes the rates."""
+
+        def before_train_epoch(self, runner: Any) -> None:
+            rates.append(float(run.optimizer.param_groups[0]["lr"]))
+
+    class Batches(torch.utils.data.IterableDataset):
+        """The batches that the JAX loop sees."""
+
+        epoch = 0
+
+        def __iter__(self) -> Any:
+            for images, labels in runs._batches(runs.few_digits(), self.epoch):
+                yield {"inputs": images, "labels": labels}
+            self.epoch += 1
+
+        def __len__(self) -> int:
+            return runs.STEPS
+
+    data = Batches()
+    runner = Runner(
+        model=Model(),
+        work_dir=str(folder),
+        train_dataloader=torch.utils.data.DataLoader(data, batch_size=None),
+        train_cfg={"by_epoch": True, "max_epochs": runs.DONE + on},
+        optim_wrapper=OptimWrapper(run.optimizer),
+        param_scheduler=[
+            LinearLR(run.optimizer, start_factor=0.5, begin=0, end=3),
+            MultiStepLR(run.optimizer, milestones=[1, 3], gamma=0.3, begin=1, end=5),
+        ],
+        default_hooks={
+            "checkpoint": {"type": "CheckpointHook", "interval": runs.DONE},
+            "sampler_seed": None,
+        },
+        default_scope="mmengine",
+    )
+    runner.register_hook(Noted())
+    if task == "resume":
+        came = torch.load(folder / "back.pth", weights_only=True)
+        torch.save(
+            {
+                "meta": {"epoch": came["epoch"] + 1, "iter": came["step"]},
+                "state_dict": {f"backbone.{key}": v for key, v in came["model"].items()},
+                "message_hub": runner.message_hub.state_dict(),
+                "optimizer": came["optimizer"],
+                "param_schedulers": came["lr_scheduler"]["param_schedulers"],
+            },
+            folder / "resume.pth",
+        )
+        data.epoch = came["epoch"] + 1
+        runner.resume(str(folder / "resume.pth"))
+    runner.train()
+    return run, rates[-(on if task == "begin" else back) :]

@@ -16,7 +16,14 @@ import numpy as np
 
 from flax_resblock.checkpoint.inert_pickle import RefusedError
 from flax_resblock.checkpoint.limits import Limits
-from flax_resblock.checkpoint.torch_stand_ins import HARM, Copies, DTypeStandIn, OnlyTorch, Storage
+from flax_resblock.checkpoint.torch_stand_ins import (
+    HARM,
+    Copies,
+    DTypeStandIn,
+    LogStandIn,
+    OnlyTorch,
+    Storage,
+)
 from flax_resblock.errors import visible
 
 REFUSED = (
@@ -246,7 +253,16 @@ def _scalar(_: Context, dtype: Any = None, data: Any = None) -> Any:
     return np.frombuffer(data, dtype.dtype)[0]
 
 
+def _method(_: Context, owner: Any, name: Any) -> Any:
+    """A method of MMEngine's log, which pickles the functions that it offers."""
+    if not isinstance(owner, type) or not issubclass(owner, LogStandIn):
+        raise RefusedError(needs("builtins.getattr"))
+    return OnlyTorch("a method of MMEngine's log")
+
+
 MADE: Mapping[str, Callable[..., Any]] = {
+    "builtins.getattr": _method,
+    "__builtin__.getattr": _method,
     "torch._utils._rebuild_tensor": _plain_tensor,
     "torch._utils._rebuild_tensor_v2": _flagged_tensor,
     "torch._utils._rebuild_parameter": _parameter,
@@ -267,6 +283,7 @@ MADE: Mapping[str, Callable[..., Any]] = {
 """What is made here, by name; see also :func:`~flax_resblock.checkpoint.torch_stand_ins.types`."""
 BY_TORCH = frozenset(
     {"torch._utils._rebuild_sparse_tensor", "torch.serialization._get_layout", "torch.device"}
-    | {"builtins.complex", "__builtin__.complex"}
+    | {"builtins.complex", "__builtin__.complex", "numpy.ndarray"}
+    | {f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")}
 )
 """What only PyTorch can make."""

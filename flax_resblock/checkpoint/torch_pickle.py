@@ -36,6 +36,7 @@ from flax_resblock.checkpoint.torch_calls import (
 )
 from flax_resblock.checkpoint.torch_stand_ins import (
     HARM,
+    LOG,
     Copies,
     DTypeStandIn,
     OnlyTorch,
@@ -179,7 +180,7 @@ _RULES = PickleRules(
     opcodes=PLAIN_OPCODES | {"NEWOBJ", "BINPERSID"},
     stateful=BY_TORCH
     | {"argparse.Namespace", "collections.OrderedDict", "numpy.dtype"}
-    | {"torch.nn.parameter.Parameter"},
+    | {"torch.nn.parameter.Parameter", LOG},
     foreign_state=("torch._utils._rebuild_", "torch._tensor._rebuild_"),
     fillable=frozenset({"collections.OrderedDict", "collections.Counter"}),
     hashable=frozenset({"_codecs.encode", "torch.Size", "torch.torch_version.TorchVersion"}),

@@ -15,6 +15,7 @@ import numpy as np
 from flax_resblock.checkpoint.inert_pickle import RefusedError
 from flax_resblock.checkpoint.limits import Limits
 
+LOG = "mmengine.logging.history_buffer.HistoryBuffer"
 HARM = "It is damaged, or made to do harm."
 
 
@@ -83,6 +84,13 @@ class VersionStandIn:
         return text
 
 
+class LogStandIn:
+    """In place of MMEngine's ``HistoryBuffer``, a log of losses in each of its checkpoints."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Drops the log, with its arrays and methods."""
+
+
 class DTypeStandIn:
     """In place of ``numpy.dtype``, which a pickle could change."""
 
@@ -130,4 +138,5 @@ def types(copies: Copies) -> dict[str, type]:
         "collections.OrderedDict": StateDict,
         "torch.nn.parameter.Parameter": ParameterStandIn,
         "torch.torch_version.TorchVersion": VersionStandIn,
+        LOG: LogStandIn,
     }

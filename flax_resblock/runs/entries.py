@@ -35,7 +35,17 @@ SCHEDULERS = (
     *("lr_scheduler", "scheduler", "lr_schedulers", "scheduler_state_dict"),
     *("lr_scheduler_state_dict", "sched", "lr_sched", "param_schedulers"),
 )
-STEPS = ("global_step", "step", "steps", "iteration", "iter", "num_updates", "num_steps", "updates")
+STEPS = (
+    "global_step",
+    "global_steps",
+    "step",
+    "steps",
+    "iteration",
+    "iter",
+    "num_updates",
+    "num_steps",
+    "updates",
+)
 EPOCHS = ("epoch", "current_epoch", "start_epoch")
 AVERAGES = ("model_ema", "ema", "state_dict_ema", "ema_state_dict", "ema_model")
 SCALERS = (
@@ -57,6 +67,7 @@ _REASONS = {
             " ".join(AVERAGES)
         ),
         _RANDOM: "rng rng_state rng_states random_state torch_rng torch_rng_state cuda_rng_state",
+        "of MMEngine: its log, configuration and random state": "meta message_hub",
         "of PyTorch's trainer": (
             "loops callbacks pytorch-lightning_version hparams_name datamodule_hparams_name "
             "training_args.bin"
@@ -108,6 +119,13 @@ def whole_number(extras: Mapping[str, Any], entry: str, name: str) -> int | None
     """A number in an entry that is a mapping."""
     values = extras.get(entry)
     return _number(values.get(name)) if isinstance(values, Mapping) else None
+
+
+def with_counters(extras: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entries with the counters that MMEngine keeps in another one."""
+    about = named(extras.get("meta"))
+    counts = {name: about[name] for name in ("epoch", "iter") if name in about}
+    return {**counts, **extras} if "mmengine_version" in about else extras
 
 
 def logged_rates(extras: Mapping[str, Any]) -> list[tuple[int, float]]:

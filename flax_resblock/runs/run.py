@@ -14,6 +14,7 @@ from flax_resblock.errors import CheckpointError, some
 from flax_resblock.runs import entries, timm_schedules
 from flax_resblock.runs.averages import AverageEntry, read_average
 from flax_resblock.runs.entries import EPOCHS_DONE, SCHEDULE_UNIT, RunEntry
+from flax_resblock.runs.mmengine_schedules import PARTS, MMEngineSchedule
 from flax_resblock.runs.optimizer_kinds import OPTIMIZERS
 from flax_resblock.runs.optimizer_state import (
     OptimizerState,
@@ -94,6 +95,7 @@ def read_run(
     Raises:
       CheckpointError: No optimizer, one without counterpart, or one of another model.
     """
+    extras = entries.with_counters(extras)
     entry = find_optimizer(extras)
     if entry is None:
         held = some(list(map(str, extras))) or "nothing"
@@ -120,6 +122,8 @@ def read_run(
     if unit is None and entries.SCHEDULE_UNIT in extras:
         unit = unit_of(extras[entries.SCHEDULE_UNIT])
         found[SCHEDULE_UNIT] = RunEntry(SCHEDULE_UNIT, str(unit), "used")
+    if entry is not None and entry[0] == PARTS:
+        entry = PARTS, {PARTS: extras[PARTS]}
     if entry is not None:
         total = entries.whole_number(extras, "trainer_state", "max_steps")
         known = total, entries.logged_rates(extras)
@@ -234,7 +238,7 @@ def _with_schedule(
         schedule, position = read_schedule(
             state, options, lr_lambda=lr_lambda, total=total, logged=logged, source=where
         )
-        if isinstance(schedule, TimmSchedule):
+        if isinstance(schedule, TimmSchedule | MMEngineSchedule):
             unit = schedule.unit
         unit = unit or read_unit(position, counters, where)
         if isinstance(schedule, ReduceLROnPlateau) and unit != EPOCH:

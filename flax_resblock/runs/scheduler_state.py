@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flax_resblock.errors import CheckpointError
-from flax_resblock.runs import timm_schedules, transformers_schedules
+from flax_resblock.runs import mmengine_schedules, timm_schedules, transformers_schedules
 from flax_resblock.runs.optimizer_state import OptimizerState
 from flax_resblock.runs.other_schedules import (
     ChainedScheduler,
@@ -132,6 +132,8 @@ def read_schedule(
 
 
 def _position(state: Mapping[str, Any], source: str) -> int:
+    if mmengine_schedules.PARTS in state:
+        return int(state[mmengine_schedules.PARTS][0]["_global_step"])
     if "last_epoch" in state or not state.get("_schedulers"):
         return int(state["last_epoch"])
     positions = {int(part["last_epoch"]) for part in state["_schedulers"]}  # a ChainedScheduler
@@ -201,6 +203,8 @@ def _schedule(
         schedule = schedule or _of_functions(state, groups, lr_lambda, source)
     elif "_schedulers" in state:
         return _several(state, groups, source)
+    elif mmengine_schedules.PARTS in state:
+        return mmengine_schedules.read_parts(state[mmengine_schedules.PARTS], groups, source)[0]
     elif timm_schedules.is_timm(state):
         return timm_schedules.read_timm(state, groups, source)
     else:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from flax_resblock.runs import timm_schedules, transformers_schedules
+from flax_resblock.runs import mmengine_schedules, timm_schedules, transformers_schedules
+from flax_resblock.runs.mmengine_schedules import MMEngineSchedule
 from flax_resblock.runs.other_schedules import (
     ChainedScheduler,
     CosineAnnealingWarmRestarts,
@@ -80,6 +81,8 @@ def _state(
         own = {name: getattr(schedule, name) for name in PLATEAU}
         own["min_lrs"] = list(schedule.min_lrs)
         return own | {"last_epoch": position, "_last_lr": rates}
+    if isinstance(schedule, MMEngineSchedule):
+        return mmengine_schedules.written(schedule, position, groups, rates)
     if isinstance(schedule, TimmSchedule):
         return timm_schedules.written(schedule, position, groups)
     bases, counted = [base_rate(group) for group in groups], True
