@@ -83,7 +83,7 @@ class TorchRun:
     epoch: int = 0
     step: int = 0
 
-    def epochs(self, count: int) -> TorchRun:
+    def epochs(self, count: int, after_step: Callable[[], object] = lambda: None) -> TorchRun:
         """The same run ``count`` epochs later, on the batches that the JAX loop sees."""
         data = few_digits()
         for epoch in range(self.epoch, self.epoch + count):
@@ -93,6 +93,7 @@ class TorchRun:
                 loss.backward()
                 self.optimizer.step()
                 self.step += 1
+                after_step()
                 if self.scheduler is not None and not self.per_epoch:
                     self.scheduler.step()
             if self.scheduler is not None and self.per_epoch:

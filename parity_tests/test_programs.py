@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 
 import flax_resblock
 from flax_resblock import load_run, training
@@ -98,11 +99,18 @@ def test_a_run_of_the_program_goes_on_here_and_there_again(program, packages, tm
         assert run.schedule is not None, run.problem
         assert run.schedule.unit == unit
         assert all(entry.use for entry in run.found)
-        config = runs.config(epochs=runs.DONE + ON)
+        decay = run.settings.get("ema", 0.0)
+        config = runs.config(epochs=runs.DONE + ON, ema=decay)
         data = runs.few_digits()
         history = training.fit(model, data, config, run=run, progress=False)
         assert len(history.steps) == ON * runs.STEPS
         ours = flax_resblock.to_torch(model)
+        if decay:
+            flax_resblock.save(model, tmp_path / "whole.pth", run=history.run)
+            whole = torch.load(tmp_path / "whole.pth", weights_only=True)["state_dict_ema"]
+            files = whole, torch.load(tmp_path / "average.pth", weights_only=True)
+            averages = [{k: v.numpy() for k, v in one.items()} for one in files]
+            assert worst(*averages) <= TRAJECTORY_LIMIT
         again, _ = load_run(tmp_path / saved)
         half = training.fit(
             again, data, runs.config(epochs=runs.DONE + ON - BACK), run=run, progress=False

@@ -144,12 +144,13 @@ def timm(task: str, folder: Path, on: int, back: int) -> tuple[runs.TorchRun, li
     scheduler.step(run.epoch)
     for epoch in range(run.epoch, runs.DONE + on):
         rates.append(float(run.optimizer.param_groups[0]["lr"]))
-        run.epochs(1)
-        average.update(run.model, step=run.step)
+        run.epochs(1, after_step=lambda: average.update(run.model, step=run.step))
         if task == "begin" and epoch == runs.DONE - 1:
             saver.save_checkpoint(epoch, metric=0.5)
             (folder / f"checkpoint-{epoch}.pth.tar").rename(folder / "saved.pth.tar")
         scheduler.step(epoch + 1)
+    if task == "begin":
+        torch.save(average.module.state_dict(), folder / "average.pth")
     return run, rates[-(on if task == "begin" else back) :]
 
 

@@ -128,6 +128,23 @@ def with_counters(extras: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**counts, **extras} if "mmengine_version" in about else extras
 
 
+def elsewhere(extras: Mapping[str, Any]) -> str:
+    """A sentence on an optimizer that a known program keeps in another way; may be empty."""
+    if {"param_shapes", "ds_version"} <= extras.keys():
+        return (
+            "DeepSpeed's ZeRO keeps the optimizer in shards, *_optim_states.pt, that DeepSpeed "
+            "alone puts together; so it does the trained weights in float32: run "
+            "`python zero_to_fp32.py . merged` in the folder above this one, and give "
+            "merged/pytorch_model.bin. "
+        )
+    if any("hypers" in named(value) for value in extras.values()):
+        return (
+            "It is one of fastai's own, whose state does not say which. Train with "
+            "OptimWrapper(opt=torch.optim.AdamW), whose state is torch's. "
+        )
+    return ""
+
+
 def logged_rates(extras: Mapping[str, Any]) -> list[tuple[int, float]]:
     """Steps and learning rates that a Trainer has logged."""
     log = named(extras.get("trainer_state")).get("log_history")
@@ -154,6 +171,10 @@ def settings_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[s
             value = next(numbers, None)
             if value is not None and not isinstance(value, bool) and value >= 0:
                 chosen[ours] = value if ours == "label_smoothing" else int(value)
+        # timm's script, which has --sched, updates its average with each step
+        decay = values.get("model_ema_decay") if values.get("model_ema") else None
+        if isinstance(decay, float) and "sched" in values and not values.get("model_ema_warmup"):
+            chosen["ema"] = decay
         if chosen:
             words = ", ".join(f"{key} {value}" for key, value in chosen.items())
             found[name] = RunEntry(name, words, "used")

@@ -101,7 +101,7 @@ def read_run(
         held = some(list(map(str, extras))) or "nothing"
         raise CheckpointError(
             f"{source} holds no optimizer that could go on; beside the weights it has: {held}. "
-            f"{WEIGHTS_ONLY}"
+            f"{entries.elsewhere(extras)}{WEIGHTS_ONLY}"
         )
     name, state = entry
     record = read_optimizer(state, state_map, kind=optimizer, source=f"{source}, entry '{name}'")
