@@ -196,6 +196,11 @@ def distributed(task: str, folder: Path) -> None:
     sharded_programs.folders(task, folder, _gone_on, ON, BACK)
 
 
+def fsdp(task: str, folder: Path) -> None:
+    """FSDP's full state dicts, in two processes that share the parameters."""
+    sharded_programs.files(task, folder, _gone_on, ON, BACK)
+
+
 def _with_own_loop(
     program: Callable[[str, Path, int, int], tuple[runs.TorchRun, list[float]]],
 ) -> Callable[[str, Path], None]:
@@ -213,6 +218,7 @@ PROGRAMS: dict[str, Callable[[str, Path], None]] = {
     "timm": _with_own_loop(trainer_programs.timm),
     "mmengine": _with_own_loop(trainer_programs.mmengine),
     "distributed": distributed,
+    "fsdp": fsdp,
     "accelerate": accelerate,
     "lightning": lightning,
     "ignite": ignite,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import distributed
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as parts
@@ -83,4 +84,36 @@ def folders(
     assert run.scheduler is not None
     run.scheduler.load_state_dict(state["lr_scheduler"])
     run.epoch = state["epoch"] + 1
+    _finished(folder, run, gone_on(run, back), task)
+
+
+def files(
+    task: str,
+    folder: Path,
+    gone_on: Callable[[runs.TorchRun, int], list[float]],
+    on: int,
+    back: int,
+) -> None:
+    """FSDP2 with full state dicts in one file, whose optimizer has names in place of numbers."""
+    run = _started(_sharded)
+    assert run.scheduler is not None
+    if task == "begin":
+        run.epochs(runs.DONE)
+        model, optimizer = parts.get_state_dict(run.model, run.optimizer, options=WHOLE)
+        rest = {"scheduler": run.scheduler.state_dict(), "epoch": run.epoch - 1}
+        if distributed.get_rank() == 0:
+            torch.save({"model": model, "optimizer": optimizer, **rest}, folder / "saved.pt")
+        _finished(folder, run, gone_on(run, on), task)
+        return
+    came = torch.load(folder / "back.pth", weights_only=True)
+    model, optimizer = came["model"], came["optimizer"]
+    parts.set_state_dict(
+        run.model,
+        run.optimizer,
+        model_state_dict=model,
+        optim_state_dict=optimizer,
+        options=parts.StateDictOptions(full_state_dict=True),
+    )
+    run.scheduler.load_state_dict(came["lr_scheduler"])
+    run.epoch = came["epoch"] + 1
     _finished(folder, run, gone_on(run, back), task)

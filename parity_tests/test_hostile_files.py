@@ -62,6 +62,7 @@ WHY = {
     "inst": "instruction INST",
     "obj": "instruction OBJ",
     "obj of a class": "instruction OBJ",
+    "method of a class": "builtins.getattr to be imported and run",
     "numpy load": "numpy.load to be imported and run",
     "torch load": "torch.load to be imported and run",
     "bytearray": "builtins.bytearray to be imported and run",

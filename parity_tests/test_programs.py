@@ -23,6 +23,7 @@ from parity_tests.support import installed_apart, worst
 
 PROGRAMS = {
     "distributed": ("saved", BATCH),
+    "fsdp": ("saved.pt", BATCH),
     "accelerate": ("saved", Unit(2)),
     "transformers": (f"checkpoint-{runs.DONE * runs.STEPS}", BATCH),
     "timm": ("saved.pth.tar", EPOCH),
@@ -31,7 +32,7 @@ PROGRAMS = {
     "ignite": ("saved.pt", BATCH),
 }
 """What each saves, and how often it steps the scheduler."""
-SEVERAL = ("accelerate", "distributed")
+SEVERAL = ("accelerate", "distributed", "fsdp")
 """Those that run in two processes."""
 PACKAGES = (
     *("accelerate==1.15.0", "psutil", "pytorch-lightning==2.6.6", "lightning-utilities"),

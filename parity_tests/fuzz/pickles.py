@@ -69,6 +69,9 @@ PIECES: dict[str, bytes] = {
     "inst": b"(" + _text(f"touch {CANARY}") + b"iposix\nsystem\n",
     "obj of a class": b"(ccollections\nOrderedDict\no",
     "obj": b"(cposix\nsystem\n" + _text(f"touch {CANARY}") + b"o",
+    "method of a class": call(
+        "builtins", "getattr", b"ccollections\nOrderedDict\n", _text("fromkeys")
+    ),
     "numpy load": call("numpy", "load", _text(CANARY)),
     "torch load": call("torch", "load", _text(CANARY)),
     "bytearray": call("builtins", "bytearray", _int(2**33)),
