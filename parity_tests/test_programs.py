@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -45,6 +46,19 @@ PACKAGES = (
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
     return installed_apart(tmp_path_factory.mktemp("packages"), PACKAGES)
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "training-runs.md"
+
+
+def test_every_program_is_documented_with_its_version():
+    text = PAGE.read_text(encoding="utf-8")
+    table = text.split("| program | version | processes |")[1].split("\n\n")[0]
+    assert len(table.strip().splitlines()) == 2 + len(PROGRAMS)
+    for name in ("accelerate", "lightning", "ignite", "mmengine"):
+        (pinned,) = (one for one in PACKAGES if name in one and "==" in one)
+        version = pinned.partition("==")[2].rpartition(".")[0]
+        assert re.search(rf"^\| {name}.* \| {version} \| ", table, re.M | re.I), pinned
 
 
 def run_program(program: str, task: str, folder: Path, packages: Path) -> None:
