@@ -116,12 +116,14 @@ class Codec:
       columns: Of a matrix: the map ``(C, H, W)`` that its columns are in PyTorch, whose channels
         come last among the rows that they are in Flax.
       pixels: Axes of length 1 that PyTorch has behind the others, and Flax does not.
+      leading: Such axes in front of the others, which programs of JAX have.
     """
 
     name: str
     axes: tuple[int, ...] | None = None
     columns: tuple[int, int, int] | None = None
     pixels: int = 0
+    leading: int = 0
 
     @cached_property
     def inverse_axes(self) -> tuple[int, ...] | None:
@@ -137,7 +139,7 @@ class Codec:
             place = None if out is None else out.reshape(h, w, c, count)
             moved = permute(array.reshape(count, c, h, w), (2, 3, 1, 0), place)
             return moved.reshape(-1, count)
-        array = array.reshape(array.shape[: array.ndim - self.pixels])
+        array = array.reshape(array.shape[self.leading : array.ndim - self.pixels])
         return permute(array, self.axes or range(array.ndim), out)
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
@@ -147,20 +149,24 @@ class Codec:
             apart = array.reshape(h, w, c, -1)
             return permute(apart, (3, 2, 0, 1)).reshape(apart.shape[-1], -1)
         moved = array if self.inverse_axes is None else permute(array, self.inverse_axes)
-        return moved.reshape(moved.shape + (1,) * self.pixels)
+        return moved.reshape(self._framed(moved.shape))
 
     def flax_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
         """The Flax shape of a PyTorch shape; None where the number of axes does not fit."""
         if self.axes is None:
             return tuple(shape)
-        if len(shape) != len(self.axes) + self.pixels or set(shape[len(self.axes) :]) - {1}:
+        inner = tuple(shape[self.leading : len(shape) - self.pixels])
+        if len(inner) != len(self.axes) or self._framed(inner) != tuple(shape):
             return None
-        return tuple(shape[axis] for axis in self.axes)
+        return tuple(inner[axis] for axis in self.axes)
 
     def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The PyTorch shape of a tensor of Flax shape ``shape``."""
         axes = self.inverse_axes or range(len(shape))
-        return tuple(shape[axis] for axis in axes) + (1,) * self.pixels
+        return self._framed(tuple(shape[axis] for axis in axes))
+
+    def _framed(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (1,) * self.leading + shape + (1,) * self.pixels
 
 
 AS_IS = Codec("as is")
@@ -168,6 +174,8 @@ OIHW_HWIO = Codec("OIHW <-> HWIO", (2, 3, 1, 0))
 OIW_WIO = Codec("OIW <-> WIO", (2, 1, 0))
 TRANSPOSED = Codec("transposed", (1, 0))
 PIXEL = Codec("OI11 <-> IO", (1, 0), pixels=2)
+LED_PIXEL = Codec("11IO <-> IO", (0, 1), leading=2)
+LED_VECTOR = Codec("111C <-> C", (0,), leading=3)
 IOHW_HWIO = Codec("IOHW <-> HWIO", (2, 3, 0, 1))
 IOW_WIO = Codec("IOW <-> WIO", (2, 0, 1))
 CHW_HWC = Codec("CHW <-> HWC", (1, 2, 0))

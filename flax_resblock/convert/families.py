@@ -151,8 +151,19 @@ FAMILIES = (
         f"{_PROGRAM}",
     ),
     Family(
-        "haiku ResNet", "haiku", "version 1, pickled or in an .npz; padding same",
+        "haiku ResNet", "haiku",
+        "pickled or in an .npz, both kinds of blocks; padding same; version 2 is the row haiku_v2",
         "dm-haiku 0.0.17", _PROGRAM,
+    ),
+    Family(
+        "BiT, published .npz", "bit", "the files of Big Transfer, whose names are TensorFlow's",
+        _TIMM,
+        "saved from a network of timm's, with the eps of the programs that trained the published "
+        "files; output in float64 <= 1e-12; written back, and read by timm's loader bit for bit",
+    ),
+    Family(
+        "big_vision BiT", "big_vision", "what `bit_paper` trains, as an .npz of paths", _FLAX,
+        f"it is in no registry, and the model is written anew by its names; {_PROGRAM}",
     ),
 )  # fmt: skip
 
@@ -167,8 +178,10 @@ NOT_CONVERTED = (
         "a convolution instead of the stem's pooling, 3x3 projections, or different widths in each "
         "block",
     ),
-    ("haiku ResNet version 2", "no naming scheme is for it"),
-    ("big_vision BiT (.npz)", "no naming scheme is for it"),
+    (
+        "big_vision ResNet v1 (`bit`, with `gn_root`)",
+        "each kernel is divided by its standard deviation plus 1e-5, outside the root",
+    ),
     (
         "transformers with hidden_act other than relu",
         "transformers keeps ReLU within its blocks and applies hidden_act at their ends",

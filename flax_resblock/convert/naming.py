@@ -89,15 +89,16 @@ class Naming:
     Attributes:
       name: Of the scheme; ``--naming`` takes it where the scheme is known.
       stage: Template of a block's prefix, over ``{stage}`` (from ``first_stage``) and ``{block}``
-        (from 0); or over ``{index}``, where all blocks of a network are numbered through (from
-        ``first_stage``).
+        (from ``first_block``); or over ``{index}``, where all blocks of a network are numbered
+        through (from ``first_stage``).
       modules: Module name of every place of the network. Places outside the stages are
         ``"stem.conv"``, ``"stem.norm"`` (``"stem.conv1"`` to ``"stem.norm3"`` of a deep stem) and
         ``"norm"`` behind the last stage and ``"head"``; those of a block are ``"conv1"``,
         ``"norm1"``, ``"conv2"`` and so on, ``"shortcut.conv"``, ``"shortcut.norm"``. You can leave
         out those that you do not have.
       origin: Who writes such checkpoints.
-      first_stage: Number of the first stage in the template.
+      first_stage, first_block: Numbers of the first stage, and of the first block of each, in the
+        template.
       hub: The package that loads folders of weights and ``config.json`` with these names: a key of
         :data:`flax_resblock.convert.hubs.HUBS`; empty if there is none.
       tensors: Names and codecs of a layer's tensors; PyTorch's by default.
@@ -109,6 +110,7 @@ class Naming:
         checkpoints come from.
       note: What else a reader should know of that program; a sentence without its end.
       counts: Whether norms have the counter ``num_batches_tracked``.
+      root: Of a JAX program: the module around all others in its files.
       shortcut_first: Whether the tensors of a block's shortcut come before those of its main path.
     Example:
       >>> mine = Naming(
@@ -134,6 +136,7 @@ class Naming:
     modules: Mapping[str, str]
     origin: str = "your own"
     first_stage: int = 1
+    first_block: int = 0
     hub: str = ""
     tensors: Mapping[SlotKind, tuple[Tensor, ...]] = field(default_factory=lambda: TORCH_TENSORS)
     blocks: tuple[tuple[str, ...], ...] = ()
@@ -143,6 +146,7 @@ class Naming:
     told: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     counts: bool = True
+    root: str = ""
 
     @property
     def as_in_flax(self) -> bool:
@@ -179,14 +183,14 @@ class Naming:
             known = place < len(self.blocks) and block < len(self.blocks[place])
             return self.blocks[place][block] if known else None
         number = int(stage.removeprefix("stage")) - 1 + self.first_stage
-        return self.stage.format(stage=number, block=block)
+        return self.stage.format(stage=number, block=block + self.first_block)
 
     def is_inside_block(self, key: str) -> bool:
         """Whether a tensor has the name of one in a block of a network."""
         if self.blocks:
             prefixes = (prefix + self.joint for stage in self.blocks for prefix in stage)
             return any(map(key.startswith, prefixes))
-        pattern = re.sub(r"\\{(stage|block|index)\\}", r"\\d+", re.escape(self.stage))
+        pattern = re.sub(r"\\{(stage|block|index)[^}]*\\}", r"\\d+", re.escape(self.stage))
         return re.match(pattern + re.escape(self.joint), key) is not None
 
     def is_in_bare_block(self, key: str) -> bool:
