@@ -117,6 +117,7 @@ class Codec:
         come last among the rows that they are in Flax.
       pixels: Axes of length 1 that PyTorch has behind the others, and Flax does not.
       leading: Such axes in front of the others, which programs of JAX have.
+      flax_leading: Such axes that Flax has in front of the others.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Codec:
     columns: tuple[int, int, int] | None = None
     pixels: int = 0
     leading: int = 0
+    flax_leading: int = 0
 
     @cached_property
     def inverse_axes(self) -> tuple[int, ...] | None:
@@ -140,7 +142,9 @@ class Codec:
             moved = permute(array.reshape(count, c, h, w), (2, 3, 1, 0), place)
             return moved.reshape(-1, count)
         array = array.reshape(array.shape[self.leading : array.ndim - self.pixels])
-        return permute(array, self.axes or range(array.ndim), out)
+        place = None if out is None else out.reshape(out.shape[self.flax_leading :])
+        moved = permute(array, self.axes or range(array.ndim), place)
+        return moved.reshape((1,) * self.flax_leading + moved.shape)
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         """Flax's layout to PyTorch's; the array itself where nothing moves."""
@@ -148,6 +152,7 @@ class Codec:
             c, h, w = self.columns
             apart = array.reshape(h, w, c, -1)
             return permute(apart, (3, 2, 0, 1)).reshape(apart.shape[-1], -1)
+        array = array.reshape(array.shape[self.flax_leading :])
         moved = array if self.inverse_axes is None else permute(array, self.inverse_axes)
         return moved.reshape(self._framed(moved.shape))
 
@@ -158,10 +163,11 @@ class Codec:
         inner = tuple(shape[self.leading : len(shape) - self.pixels])
         if len(inner) != len(self.axes) or self._framed(inner) != tuple(shape):
             return None
-        return tuple(inner[axis] for axis in self.axes)
+        return (1,) * self.flax_leading + tuple(inner[axis] for axis in self.axes)
 
     def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The PyTorch shape of a tensor of Flax shape ``shape``."""
+        shape = shape[self.flax_leading :]
         axes = self.inverse_axes or range(len(shape))
         return self._framed(tuple(shape[axis] for axis in axes))
 
@@ -174,6 +180,7 @@ OIHW_HWIO = Codec("OIHW <-> HWIO", (2, 3, 1, 0))
 OIW_WIO = Codec("OIW <-> WIO", (2, 1, 0))
 TRANSPOSED = Codec("transposed", (1, 0))
 PIXEL = Codec("OI11 <-> IO", (1, 0), pixels=2)
+MATRIX = Codec("OI <-> 11IO", (1, 0), flax_leading=2)
 LED_PIXEL = Codec("11IO <-> IO", (0, 1), leading=2)
 LED_VECTOR = Codec("111C <-> C", (0,), leading=3)
 IOHW_HWIO = Codec("IOHW <-> HWIO", (2, 3, 0, 1))

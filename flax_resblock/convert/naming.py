@@ -8,8 +8,15 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from flax_resblock.config import Activation, Slot, SlotKind
-from flax_resblock.convert.codecs import AS_IS, OIHW_HWIO, OIW_WIO, TRANSPOSED, Codec
+from flax_resblock.config import Activation, Branch, Slot, SlotKind
+from flax_resblock.convert.codecs import (
+    AS_IS,
+    MATRIX,
+    OIHW_HWIO,
+    OIW_WIO,
+    TRANSPOSED,
+    Codec,
+)
 
 
 @dataclass(frozen=True)
@@ -109,9 +116,10 @@ class Naming:
       told: Fields of the configuration, and ``eps`` and ``momentum``, of the program that such
         checkpoints come from.
       note: What else a reader should know of that program; a sentence without its end.
+      matrices: Places of convolutions of one pixel that are linear layers in this scheme.
       counts: Whether norms have the counter ``num_batches_tracked``.
       root: Of a JAX program: the module around all others in its files.
-      shortcut_first: Whether the tensors of a block's shortcut come before those of its main path.
+      parts: The parts of a block in the order of their tensors.
     Example:
       >>> mine = Naming(
       ...     name="mine",
@@ -142,11 +150,19 @@ class Naming:
     blocks: tuple[tuple[str, ...], ...] = ()
     joint: str = "."
     assumes: Mapping[str, Any] = field(default_factory=dict)
-    shortcut_first: bool = False
+    parts: tuple[Branch, ...] = (Branch.MAIN, Branch.ATTENTION, Branch.SHORTCUT)
     told: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     counts: bool = True
     root: str = ""
+    matrices: tuple[str, ...] = ()
+
+    def tensors_of(self, kind: SlotKind, role: str) -> tuple[Tensor, ...]:
+        """The tensors of a layer at a place of a block."""
+        if role not in self.matrices:
+            return self.tensors[kind]
+        kernel, *others = self.tensors[kind]
+        return replace(kernel, codec=MATRIX), *others
 
     @property
     def as_in_flax(self) -> bool:
