@@ -144,7 +144,7 @@ class Codec:
         array = array.reshape(array.shape[self.leading : array.ndim - self.pixels])
         place = None if out is None else out.reshape(out.shape[self.flax_leading :])
         moved = permute(array, self.axes or range(array.ndim), place)
-        return moved.reshape((1,) * self.flax_leading + moved.shape)
+        return moved.reshape((1,) * self.flax_leading + moved.shape) if out is None else out
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         """Flax's layout to PyTorch's; the array itself where nothing moves."""

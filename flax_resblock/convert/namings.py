@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 from flax_resblock.config import Branch, SlotKind
 from flax_resblock.convert.codecs import OIHW_HWIO, PIXEL
@@ -108,6 +109,15 @@ def _huggingface(prefix: str) -> dict[str, str]:
     return {place: prefix + name for place, name in stem.items()} | main | skip
 
 
+def _timm_v2(
+    name: str, own: dict[str, str], origin: str, assumes: Mapping[str, Any] = MappingProxyType({})
+) -> Naming:
+    fields = {"tensors": {**TORCH_TENSORS, **_PIXELWISE}, "assumes": assumes, "first_stage": 0}
+    parts = Branch.SHORTCUT, Branch.MAIN, Branch.ATTENTION
+    names = name, "stages.{stage}.blocks.{block}", _TIMM_V2 | own, origin
+    return Naming(*names, hub="timm", parts=parts, **fields)
+
+
 _FLAX_PLACES = (*_TORCHVISION, "head")
 _DEEP_STEM = _stem_sequence("stem", "stem.7")
 _OPENMMLAB = {place: f"backbone.{name}" for place, name in (_STEM | _DEEP_STEM).items()}
@@ -154,20 +164,11 @@ _ROWS = (
         "github.com/szagoruyko/wide-residual-networks", first_stage=0,
         tensors={**TORCH_TENSORS, **_KERNELS},
     ),
-    *(
-        Naming(
-            name, "stages.{stage}.blocks.{block}", _TIMM_V2 | own, origin, first_stage=0,
-            hub="timm", tensors={**TORCH_TENSORS, **_PIXELWISE},
-            parts=(Branch.SHORTCUT, Branch.MAIN, Branch.ATTENTION),
-        )
-        for name, own, origin in (
-            (
-                "timm_v2", {"stem.conv": "stem.conv", "shortcut.conv": "downsample.conv"},
-                "timm's resnetv2 and BiT",
-            ),
-            ("timm_v2_d", _TIMM_V2_D, "timm's resnetv2 with a d or t stem"),
-        )
+    _timm_v2(
+        "timm_v2", {"stem.conv": "stem.conv", "shortcut.conv": "downsample.conv"},
+        "timm's resnetv2 and BiT",
     ),
+    _timm_v2("timm_v2_d", _TIMM_V2_D, "timm's resnetv2 with a d or t stem", {"shortcut": "pooled"}),
     Naming(
         "timm", "layer{stage}.{block}",
         {place: name for place, name in _TORCHVISION.items() if place != "norm"} | {"head": "fc"},

@@ -247,7 +247,7 @@ _SIGNS: tuple[tuple[Callable[[_Layers], list[str]], str], ...] = (
     (
         _norm_first,
         "norms of the channels that the convolutions after them take: pre-activation order, in "
-        "which this library has no norm behind a shortcut or the stem",
+        "which this library has no norm behind a shortcut",
     ),
     (
         _wide_shortcuts,
