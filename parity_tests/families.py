@@ -120,8 +120,8 @@ def _timm(name: str, *, naming: str = "torchvision", **changes: Any) -> Family:
     )
 
 
-def _timm_v2(name: str, **sizes: Any) -> Family:
-    return _timm(name, naming="timm_v2", stem_chs=32, **sizes)
+def _timm_v2(name: str, naming: str = "timm_v2", **sizes: Any) -> Family:
+    return _timm(name, naming=naming, **{"stem_chs": 32, **sizes})
 
 
 FAMILIES = {
@@ -147,5 +147,10 @@ FAMILIES = {
     "timm grey images": _timm("resnet26", in_chans=1),
     "timm resnet50_gn": _timm("resnet50_gn", channels=(32, 64, 32, 64)),
     "timm resnetv2_50": _timm_v2("resnetv2_50", channels=(128, 256), layers=(1, 2)),
+    "timm resnetv2_18d": _timm_v2("resnetv2_18d", "timm_v2_d", channels=(32, 64), layers=(1, 2)),
+    "timm resnetv2_50t": _timm_v2("resnetv2_50t", "timm_v2_d", channels=(64, 96), layers=(2, 1)),
+    "timm resnetv2_50d_gn": _timm_v2(
+        "resnetv2_50d_gn", "timm_v2_d", channels=(128, 256), layers=(1, 1), stem_chs=64
+    ),
     "timm resnetv2_50x1_bit": _timm_v2("resnetv2_50x1_bit", channels=(128, 128, 128, 128)),
 }

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx, serialization
+from flax import linen, nnx, serialization, traverse_util
 
 IMAGES = np.random.default_rng(1).normal(0.2, 1, (2, 45, 38, 3)).astype(np.float32)
 """Odd and even, not square; the rows and columns of the later maps are odd and even too."""
@@ -225,6 +225,106 @@ class Haiku:
         return self.net.apply(self.params, self.state, None, jnp.asarray(images, jnp.float64))[0]
 
 
+class BigVisionConv(linen.Module):
+    """A convolution without bias whose kernel is standardised."""
+
+    filters: int
+    size: int
+    stride: int = 1
+
+    @linen.compact
+    def __call__(self, x):
+        shape = (self.size, self.size, x.shape[-1], self.filters)
+        kernel = self.param("kernel", linen.initializers.lecun_normal(), shape)
+        mean, var = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2))
+        kernel, sides = (kernel - mean) / jnp.sqrt(var + 1e-10), [(self.size // 2,) * 2] * 2
+        layouts, strides = ("NHWC", "HWIO", "NHWC"), (self.stride, self.stride)
+        return jax.lax.conv_general_dilated(x, kernel, strides, sides, dimension_numbers=layouts)
+
+
+class BigVisionNorm(linen.Module):
+    """A group norm of 32 groups whose parameters have the axes of an image."""
+
+    @linen.compact
+    def __call__(self, x):
+        shape = (1, 1, 1, x.shape[-1])
+        scale = self.param("scale", linen.initializers.ones, shape)
+        bias = self.param("bias", linen.initializers.zeros, shape)
+        groups = x.reshape(*x.shape[:-1], 32, -1)
+        mean = groups.mean((1, 2, 4), keepdims=True)
+        var = groups.var((1, 2, 4), keepdims=True)
+        return ((groups - mean) / jnp.sqrt(var + 1e-5)).reshape(x.shape) * scale + bias
+
+
+class BigVisionUnit(linen.Module):
+    """A bottleneck in pre-activation order."""
+
+    planes: int
+    stride: int
+
+    @linen.compact
+    def __call__(self, x):
+        y = linen.relu(BigVisionNorm(name="gn1")(x))
+        if self.stride > 1 or x.shape[-1] != 4 * self.planes:
+            x = BigVisionConv(4 * self.planes, 1, self.stride, name="conv_proj")(y)
+        y = BigVisionConv(self.planes, 1, name="conv1")(y)
+        y = linen.relu(BigVisionNorm(name="gn2")(y))
+        y = BigVisionConv(self.planes, 3, self.stride, name="conv2")(y)
+        y = linen.relu(BigVisionNorm(name="gn3")(y))
+        return x + BigVisionConv(4 * self.planes, 1, name="conv3")(y)
+
+
+class BigVisionRoot(linen.Module):
+    """The stem: a bare convolution, and pooling that sees no border."""
+
+    @linen.compact
+    def __call__(self, x):
+        x = BigVisionConv(32, 7, 2, name="conv_root")(x)
+        return linen.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+
+class BigVisionStage(linen.Module):
+    """Units that are numbered from 1, in two digits."""
+
+    planes: int
+    depth: int
+    stride: int
+
+    @linen.compact
+    def __call__(self, x):
+        for i in range(1, self.depth + 1):
+            x = BigVisionUnit(self.planes, self.stride if i == 1 else 1, name=f"unit{i:02}")(x)
+        return x
+
+
+class BigVisionNet(linen.Module):
+    """big_vision's BiT by the names of its parts; it is in no registry."""
+
+    @linen.compact
+    def __call__(self, x):
+        x = BigVisionRoot(name="root_block")(x)
+        x = BigVisionStage(32, 2, 1, name="block1")(x)
+        x = BigVisionStage(64, 1, 2, name="block2")(x)
+        x = linen.relu(BigVisionNorm(name="norm-pre-head")(x)).mean((1, 2))
+        return linen.Dense(5, name="head")(x)
+
+
+class BigVision(Linen):
+    """Its parameters are an archive of numpy, by their paths."""
+
+    def save(self, folder):
+        flat = traverse_util.flatten_dict(self.variables["params"], sep="/")
+        np.savez(folder / "net.npz", **flat)
+
+    def load(self, file):
+        like = traverse_util.flatten_dict(self.variables["params"], sep="/")
+        found = dict(np.load(file))
+        assert found.keys() - like.keys() == {"flax_resblock"}
+        assert all(found[name].shape == value.shape for name, value in like.items())
+        tree = {name: found[name] for name in like}
+        self.variables = {"params": traverse_util.unflatten_dict(tree, sep="/")}
+
+
 class BonsaiBlock(nnx.Module):
     """A bottleneck by the names that bonsai gives its parts."""
 
@@ -314,7 +414,9 @@ PROGRAMS = {
     "flaxmodels, bottleneck": lambda: FlaxModels("bottleneck"),
     "haiku": lambda: Haiku(False),
     "haiku, bottleneck": lambda: Haiku(True),
-    "haiku v2": lambda: Haiku(True, v2=True),
+    "haiku v2": lambda: Haiku(False, v2=True),
+    "haiku v2, bottleneck": lambda: Haiku(True, v2=True),
+    "big_vision": lambda: BigVision(BigVisionNet()),
     "bonsai": Nnx,
 }
 

@@ -541,7 +541,34 @@ def flat() -> nn.Module:
 
 
 IMAGE = ((3, 16, 16),)
+
+
+class ResNet9(nn.Module):
+    """The fast network of CIFAR: pooling between the convolutions, two residual parts, and logits
+    that are scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prep, self.layer1 = self.unit(3, 8), self.unit(8, 12, nn.MaxPool2d(2))
+        self.res1 = nn.Sequential(self.unit(12, 12), self.unit(12, 12))
+        self.layer2 = self.unit(12, 16, nn.MaxPool2d(2))
+        self.res2 = nn.Sequential(self.unit(16, 16), self.unit(16, 16))
+        self.head = nn.Sequential(nn.MaxPool2d(4), nn.Flatten(), nn.Dropout(0.2))
+        self.linear = nn.Linear(16, 5, bias=False)
+
+    @staticmethod
+    def unit(inside: int, out: int, *more: nn.Module) -> nn.Sequential:
+        conv = nn.Conv2d(inside, out, 3, padding=1, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU(inplace=True), *more)
+
+    def forward(self, x):
+        x = self.layer1(self.prep(x))
+        x = self.layer2(x + self.res1(x))
+        return self.linear(self.head(x + self.res2(x))) * 0.125
+
+
 NETWORKS = {
+    "resnet9": (ResNet9, IMAGE),
     "wide_resnet": (WideResNet, IMAGE),
     "squeezes": (Squeezes, IMAGE),
     "cbam": (Cbam, IMAGE),

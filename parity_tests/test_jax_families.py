@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -24,6 +26,7 @@ from flax_resblock.errors import CheckpointError
 from flax_resblock.nn.resnet import build
 from flax_resblock.nn.variables import flat_arrays, set_values
 from flax_resblock.parity.oracle import relative_l2
+from parity_tests.families import import_timm, randomise
 from parity_tests.support import REPOSITORY, assert_same_bits, installed_apart
 from torch_ref import ResNet
 
@@ -46,6 +49,9 @@ NAMINGS = {
     "flaxmodels, bottleneck": "flaxmodels_linen_bottleneck",
     "haiku": "haiku",
     "haiku, bottleneck": "haiku",
+    "haiku v2": "haiku_v2",
+    "haiku v2, bottleneck": "haiku_v2",
+    "big_vision": "big_vision",
     "bonsai": "bonsai",
 }
 
@@ -108,6 +114,26 @@ def error(model, truth) -> float:
     return relative_l2(output, truth["output"])
 
 
+def wrong(config):
+    """The negative controls: what a network of the same tensors may be taken for."""
+    pool = "3x3" if config.stem_pool == "3x3_zeros" else "3x3_zeros"
+    paddings = {"symmetric": "same", "same": "symmetric"}
+    if pool != "3x3":
+        yield {"padding": paddings[config.padding], "stem_padding": None}
+    if config.norm_first:
+        yield {"shortcut_from": "input"}
+    if config.norm == "group":
+        yield from ({"norm_groups": 16}, {"stem_pool": pool}, {"standardized_eps": 1e-8})
+
+
+def changed(model, change):
+    """The network of the same tensors and another configuration."""
+    other = build(replace(model.config, **change), rngs=None)
+    set_values(other, flat_arrays(model))
+    other.eval()
+    return other
+
+
 @pytest.mark.parametrize("name", NAMINGS)
 def test_a_network_of_a_jax_program_is_computed_as_there_and_goes_to_pytorch_and_back(
     name, programs, packages, tmp_path, monkeypatch
@@ -118,13 +144,8 @@ def test_a_network_of_a_jax_program_is_computed_as_there_and_goes_to_pytorch_and
         for file in sorted(tmp_path.glob("net*")):
             model = loaded(file)
             assert error(model, truth) <= 1e-12, file
-        told = {"padding": "symmetric", "stem_padding": None}
-        if model.config.padding == "symmetric":
-            told["padding"] = "same"
-        other = build(replace(model.config, **told), rngs=None)  # the negative control
-        set_values(other, flat_arrays(model))
-        other.eval()
-        assert error(other, truth) > 100 * 1e-12
+        for change in wrong(model.config):
+            assert error(changed(model, change), truth) > 100 * 1e-12, change
         flax_resblock.save(model, tmp_path / "out.pth")
         state = torch.load(tmp_path / "out.pth", weights_only=True)
         module = ResNet(**asdict(model.config)).double()
@@ -134,7 +155,7 @@ def test_a_network_of_a_jax_program_is_computed_as_there_and_goes_to_pytorch_and
             assert relative_l2(module.eval()(images).numpy(), truth["output"]) <= 1e-12
         again = loaded(tmp_path / "out.pth")
         assert again.config == model.config
-        formats = {"haiku": "back.npz"}.get(NAMINGS[name], "back.msgpack")
+        formats = "back.npz" if NAMINGS[name].startswith(("haiku", "big")) else "back.msgpack"
         ways = {formats: NAMINGS[name]}
         if name.startswith("flaxmodels"):
             ways["back.h5"] = "flaxmodels"
@@ -146,8 +167,70 @@ def test_a_network_of_a_jax_program_is_computed_as_there_and_goes_to_pytorch_and
         assert_same_bits(*map(in_order, (tmp_path / formats, file)))
 
 
-def test_a_haiku_network_of_version_2_is_refused_by_name(programs, tmp_path):
-    programs.do("haiku v2", "save", tmp_path)
-    for file in ("net.pkl", "net.npz"):
-        with pytest.raises(CheckpointError, match=r"ResNet v2 .*no naming scheme.*\.$"):
-            flax_resblock.load(tmp_path / file)
+def test_a_published_file_of_big_transfer_is_computed_and_written_as_timm_reads_it(tmp_path):
+    theirs = timms_bit()
+    state = {name: value.numpy() for name, value in theirs.state_dict().items()}
+    np.savez(tmp_path / "net.npz", **{published(n): hwio(n, v) for n, v in state.items()})
+    images = np.random.default_rng(2).normal(0.2, 1, (2, 45, 38, 3))
+    truth = {"images": images, "output": output_of_torch(theirs, images)}
+    with jax.enable_x64(True):
+        model = loaded(tmp_path / "net.npz")
+        assert error(model, truth) <= 1e-12
+        for change in wrong(model.config):
+            assert error(changed(model, change), truth) > 100 * 1e-12, change
+        flax_resblock.save(model, tmp_path / "back.npz", naming="bit")
+        again = timms_bit(seed=1)
+        assert relative_l2(output_of_torch(again, images), truth["output"]) > 0.1
+        again.load_pretrained(str(tmp_path / "back.npz"))
+        assert_same_bits({n: v.numpy() for n, v in again.state_dict().items()}, state)
+        assert loaded(tmp_path / "back.npz").config == model.config
+
+
+def timms_bit(seed=0):
+    """A small network of timm's, with the eps of the programs that trained the published ones."""
+    timm = import_timm()
+    layers, make = timm.layers, timm.models.resnetv2.ResNetV2
+    sizes = {"layers": (2, 1), "channels": (128, 256), "stem_chs": 32, "num_classes": 5}
+    options = {"stem_type": "fixed", "conv_layer": partial(layers.StdConv2d, eps=1e-10)}
+    norm = partial(layers.GroupNormAct, num_groups=32)
+    torch.manual_seed(seed)
+    module = make(**sizes, **options, norm_layer=norm)
+    with torch.no_grad():
+        module.get_parameter("head.fc.weight").normal_()
+    return randomise(module, seed).eval()
+
+
+def output_of_torch(module, images):
+    with torch.no_grad():
+        return module(from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+
+
+def published(name):
+    """The name that the published files have for a tensor of timm's network."""
+    parts = re.fullmatch(
+        r"stages\.(\d)\.blocks\.(\d)\.(conv|norm|downsample)(\d)?.*\.(weight|bias)", name
+    )
+    kinds = {"weight": "gamma", "bias": "beta"}
+    if parts is None:
+        module, _, kind = name.rpartition(".")
+        ends = {"stem.conv": "root_block/standardized_conv2d", "head.fc": "head/conv2d"}
+        leaf = kinds[kind] if module == "norm" else {"weight": "kernel"}.get(kind, kind)
+        return f"resnet/{ends.get(module, 'group_norm')}/{leaf}"
+    stage, block, layer, number, kind = parts.groups()
+    unit = f"resnet/block{int(stage) + 1}/unit{int(block) + 1:02}"
+    if layer == "downsample":
+        return f"{unit}/a/proj/standardized_conv2d/kernel"
+    part = "abc"[int(number) - 1]
+    if layer == "conv":
+        return f"{unit}/{part}/standardized_conv2d/kernel"
+    return f"{unit}/{part}/group_norm/{kinds[kind]}"
+
+
+def hwio(name, value):
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
+
+
+def test_a_network_of_big_vision_with_other_kernels_is_refused_by_name(tmp_path):
+    np.savez(tmp_path / "net.npz", **{"gn_root/scale": np.ones(32), "conv_root/kernel": np.ones(3)})
+    with pytest.raises(CheckpointError, match=r"gn_root.*standard deviation.*not converted\.$"):
+        flax_resblock.load(tmp_path / "net.npz")

@@ -104,11 +104,11 @@ def with_bias(net):
 SEEN = {
     "squeeze of products": (
         lambda: Net(extra=squeeze_of_products),
-        r"squeeze-and-excitation in another form .*: units\.0\.squeeze\.0, units\.0\.squeeze\.2",
+        r"squeeze-and-excitation under other names .*: units\.0\.squeeze\.0, units\.0\.squeeze\.2",
     ),
     "squeeze of convolutions": (
         lambda: Net(extra=squeeze_of_convolutions),
-        r"squeeze-and-excitation in another form .*: units\.0\.squeeze\.0, units\.0\.squeeze\.2",
+        r"squeeze-and-excitation under other names .*: units\.0\.squeeze\.0, units\.0\.squeeze\.2",
     ),
     "a 5x5 shortcut": (
         lambda: Net(projection=5),

@@ -58,6 +58,7 @@ UNNAMED = {
     "huggingface_backbone": "head",
     "children": "head",
     "openmmlab_backbone": "stem.conv",
+    "timm_v2_d": "stem.conv",
 }
 """What a naming scheme has no name for: its networks have none."""
 EDGE_COUNTERS = (0, 7, 2**31 - 1, 2**31, 2**40)
@@ -134,8 +135,16 @@ def test_every_option_survives(name, naming):
     assert_same_bits(to_torch(model, naming), state)
 
 
-PRE_ACTIVATION = ("wide_resnet", "xternalz", "zagoruyko", "timm_v2")
+PRE_ACTIVATION = ("wide_resnet", "xternalz", "zagoruyko", "timm_v2", "timm_v2_d")
 """Naming schemes of networks in this order alone."""
+
+
+def suited(config, naming):
+    """The configuration with what all networks of a naming scheme have."""
+    changes = {"order": "pre_activation"} if naming in PRE_ACTIVATION else {}
+    if naming == "timm_v2_d":
+        changes["shortcut"] = "pooled"
+    return replace(config, **changes)
 
 
 @pytest.mark.parametrize("naming", SCHEMES)
@@ -143,15 +152,16 @@ PRE_ACTIVATION = ("wide_resnet", "xternalz", "zagoruyko", "timm_v2")
     "config", [SMALL, OPTION_A, *BLOCKS.values()], ids=["bottleneck", "option A", *BLOCKS]
 )
 def test_every_naming_scheme_survives(naming, config):
-    if naming in PRE_ACTIVATION:
-        config = replace(config, order="pre_activation")
+    config = suited(config, naming)
     unnamed = UNNAMED.get(naming)
     if unnamed and any(slot.name.endswith(unnamed) for slot in walk(config)):
         with pytest.raises(InputError, match=rf"'{naming}' has no name for .*{unnamed}"):
             StateMap(config, NAMINGS[naming])
         return
     state = random_bits(config, np.float32, naming=naming)
-    model = from_torch(state, stride=getattr(config, "stride", None))
+    # a bare block does not show that its shortcut pools
+    told = {"naming": naming} if naming == "timm_v2_d" else {}
+    model = from_torch(state, stride=getattr(config, "stride", None), **told)
     assert replace(model.config, shortcut_from=config.shortcut_from) == config  # is assumed
     assert_same_bits(to_torch(model, naming), state)
     changed = {**state, next(iter(state)): -state[next(iter(state))]}
@@ -161,18 +171,10 @@ def test_every_naming_scheme_survives(naming, config):
 
 @pytest.mark.parametrize("naming", SCHEMES)
 def test_a_naming_names_every_tensor_once(naming):
-    config = (
-        replace(OPTION_A, num_classes=None)
-        if UNNAMED.get(naming) in ("head", "stem.conv")
-        else OPTION_A
-    )
-    if naming in PRE_ACTIVATION:
-        config = replace(config, order="pre_activation")
-    config = (
-        replace(config, stem="deep", stem_hidden=(2, 3))
-        if naming == "openmmlab_backbone"
-        else config
-    )
+    config = replace(OPTION_A, num_classes=None) if naming in UNNAMED else OPTION_A
+    config = suited(config, naming)
+    if UNNAMED.get(naming) == "stem.conv":
+        config = replace(config, stem="deep", stem_hidden=(2, 3))
     entries = StateMap(config, NAMINGS[naming]).entries
     assert (
         len({e.torch_key for e in entries}) == len({e.flax_path for e in entries}) == len(entries)

@@ -25,6 +25,8 @@ class _Residual(nn.Module):
         shortcut: str = "projection",
         attention: str = "none",
         attention_ratio: float = 1 / 16,
+        attention_multiple: int = 8,
+        attention_bias: bool = True,
         activation: str = "relu",
         shortcut_bias: bool = False,
         shortcut_from: str = "activated",
@@ -36,7 +38,8 @@ class _Residual(nn.Module):
         outputs, preact = planes * self.expansion, order == "pre_activation"
         self.preact, self.adds = preact, shortcut != "none"
         self.shortcut_from = shortcut_from
-        self.se = channel_attention(attention, outputs, attention_ratio)
+        squeeze = attention_ratio, attention_multiple, attention_bias
+        self.se = channel_attention(attention, outputs, *squeeze)
         self.act = activation_layer(activation)
         self.is_last = last_activation and not preact
         self.dropout = nn.Dropout(dropout)

@@ -192,11 +192,12 @@ def downsample(
 class SqueezeExcitation(nn.Module):
     """Hu et al. 2018: two 1x1 convolutions of the channels' means weigh each channel."""
 
-    def __init__(self, channels: int, ratio: float) -> None:
+    def __init__(self, channels: int, ratio: float, multiple: int, bias: bool) -> None:
         super().__init__()
-        squeezed = max(8, int(channels * ratio + 4) // 8 * 8)
-        self.fc1 = nn.Conv2d(channels, squeezed, 1)
-        self.fc2 = nn.Conv2d(squeezed, channels, 1)
+        squeezed = math.floor(channels * ratio / multiple + (0.5 if multiple > 1 else 0))
+        squeezed = max(squeezed, 1) * multiple
+        self.fc1 = nn.Conv2d(channels, squeezed, 1, bias=bias)
+        self.fc2 = nn.Conv2d(squeezed, channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         means = x.mean(dim=(2, 3), keepdim=True)
@@ -217,10 +218,12 @@ class EfficientChannelAttention(nn.Module):
         return x * weights[:, 0, :, None, None]
 
 
-def channel_attention(kind: str, channels: int, ratio: float) -> nn.Module | None:
+def channel_attention(
+    kind: str, channels: int, ratio: float, multiple: int, bias: bool
+) -> nn.Module | None:
     """The attention of a block; None where it has none."""
     if kind == "se":
-        return SqueezeExcitation(channels, ratio)
+        return SqueezeExcitation(channels, ratio, multiple, bias)
     return EfficientChannelAttention(channels) if kind == "eca" else None
 
 

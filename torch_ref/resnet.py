@@ -65,10 +65,12 @@ class ResNet(nn.Module):
         and Flax do with ``'SAME'``.
       stem_padding: The same of the stem's convolutions; None: as ``padding``.
       stem_bias: Whether the stem's convolutions have a bias.
+      stem_norm: Whether the stem ends with a norm and an activation in pre-activation order too.
       first_stride: Stride of the first stage.
-      shortcut, stride_on, groups, base_width, attention, attention_ratio, antialias, conv_bias,
-        shortcut_bias, shortcut_from, shortcut_size, last_activation, dropout: Of every block.
-      order: ``"post_activation"`` or ``"pre_activation"`` (He et al. 2016b), with a bare stem.
+      shortcut, stride_on, groups, base_width, attention, attention_ratio, attention_multiple,
+        attention_bias, antialias, conv_bias, shortcut_bias, shortcut_from, shortcut_size,
+        last_activation, dropout: Of every block.
+      order: ``"post_activation"`` or ``"pre_activation"`` (He et al. 2016b).
       final_norm: Whether a norm and an activation follow the last stage in pre-activation order.
       norm, norm_groups, standardized, standardized_eps: See :class:`Kind`.
       head_pool: ``"mean"`` or ``"max"``.
@@ -91,11 +93,14 @@ class ResNet(nn.Module):
         stem_pool: str | None = None,
         stem_padding: str | None = None,
         stem_bias: bool = False,
+        stem_norm: bool = False,
         first_stride: int = 1,
         shortcut: str = "projection",
         stride_on: str = "3x3",
         attention: str = "none",
         attention_ratio: float = 1 / 16,
+        attention_multiple: int = 8,
+        attention_bias: bool = True,
         antialias: str = "none",
         activation: str = "relu",
         conv_bias: bool = False,
@@ -126,7 +131,7 @@ class ResNet(nn.Module):
         of_stem, preact = kind._replace(padding=stem_padding or padding), order != _USUAL
         sizes = in_channels, stem_hidden, stem_width
         self.conv1 = _stem_convolutions(stem, *sizes, activation, stem_stride, stem_bias, of_stem)
-        self.bn1 = None if preact else kind.make_norm(stem_width)
+        self.bn1 = None if preact and not stem_norm else kind.make_norm(stem_width)
         self.act = activation_layer(activation)
         bordered = stem_pool == "3x3_zeros"
         self.border = nn.ConstantPad2d(1, 0.0) if bordered else nn.Identity()
@@ -153,6 +158,8 @@ class ResNet(nn.Module):
                         shortcut=shortcut,
                         attention=attention,
                         attention_ratio=attention_ratio,
+                        attention_multiple=attention_multiple,
+                        attention_bias=attention_bias,
                         antialias=antialias,
                         activation=activation,
                         conv_bias=conv_bias,

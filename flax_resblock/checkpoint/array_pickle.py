@@ -21,13 +21,14 @@ from flax_resblock.checkpoint.inert_pickle import (
     PickleRules,
     RefusedError,
     check_pickle,
+    one_error,
 )
 from flax_resblock.checkpoint.jax_tree import record_of_tree
 from flax_resblock.checkpoint.limits import Limits, check_content
 from flax_resblock.checkpoint.record import Record
 from flax_resblock.checkpoint.torch_calls import MADE, Context
 from flax_resblock.checkpoint.torch_stand_ins import Copies, DTypeStandIn
-from flax_resblock.errors import CheckpointError, first_line, visible
+from flax_resblock.errors import CheckpointError, visible
 
 _REFUSED = (
     "Loading never executes code, so it was refused. If you trust the file, open it yourself and "
@@ -144,21 +145,11 @@ def read_pickle(path: Path, limits: Limits) -> Record:
         most_opcodes=limits.max_tensors * _OPCODES_PER_TENSOR,
         refusal=_REFUSED,
     )
-    try:
+    with one_error(source, "pickle of arrays"):
         data = path.read_bytes()
         checked = check_pickle(data, rules, limits, source)
         context = Context(limits, source, None, Copies(limits, source))
         content = _Unpickler(data[: checked.end], context).load()
-    except RefusedError as error:
-        raise CheckpointError(f"{source} {error}") from error
-    except CheckpointError:
-        raise
-    # IndexError, struct.error, UnicodeDecodeError, KeyError ...: damage raises nearly anything.
-    except Exception as error:
-        raise CheckpointError(
-            f"{source} is no pickle of arrays, or a damaged one ({first_line(error)}). Copy it "
-            f"again."
-        ) from error
     check_content(content, limits, _size, source)
     return record_of_tree(_with_arrays(content, source), source, "pickle", limits)
 

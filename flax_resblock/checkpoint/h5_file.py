@@ -83,6 +83,6 @@ def _datasets(
 def write_h5(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Writes one dataset for each tensor, and this library's metadata as an attribute."""
     with _h5py().File(path, "w") as file:
-        for name, value in paths_of(tensors, collections=False).items():
+        for name, value in paths_of(tensors, metadata, collections=False).items():
             file.create_dataset(name, data=value)
         file[METADATA] = json.dumps(dict(metadata))  # too long for an attribute

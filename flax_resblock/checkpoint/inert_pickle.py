@@ -13,11 +13,13 @@ from __future__ import annotations
 import io
 import pickletools
 import sys
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from flax_resblock.checkpoint.limits import Limits
+from flax_resblock.errors import CheckpointError, first_line
 
 PLAIN_OPCODES = (
     {"PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2"}
@@ -35,6 +37,28 @@ _MOST_TAKEN = ("list", "dict", "tuple")
 
 class RefusedError(Exception):
     """Says why a pickle is refused, as the end of a sentence that begins with its source."""
+
+
+@contextmanager
+def one_error(source: str, kind: str) -> Iterator[None]:
+    """Turns whatever a pickle raises into a CheckpointError.
+
+    Args:
+      source: Of the pickle, for messages.
+      kind: What it should be.
+    """
+    try:
+        yield
+    except RefusedError as error:
+        raise CheckpointError(f"{source} {error}") from error
+    except CheckpointError:
+        raise
+    # IndexError, struct.error, UnicodeDecodeError, KeyError ...: damage raises nearly anything.
+    except Exception as error:
+        raise CheckpointError(
+            f"{source} is no {kind}, or a damaged one: its pickle cannot be read "
+            f"({first_line(error)}). Copy or download it again."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ _SPARE = (("mean_ema", "hidden"), ("var_ema", "hidden"), ("var_ema", "counter"))
 _BROADCAST = ("scale", "offset", "mean", "var")
 
 
+ROOT = "root"
+"""The entry of the metadata that names the module around all others in a file."""
 METADATA = "flax_resblock"
 """Where this library's own metadata lie in a file: a JSON object of strings."""
 
@@ -128,21 +131,29 @@ def tree_of(arrays: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
     return tree
 
 
-def nested(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def nested(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
     """Linen's variables: nested dictionaries of the collections ``params`` and ``batch_stats``."""
-    return tree_of({name: np.asarray(value) for name, value in paths_of(tensors).items()}, "it")
+    paths = paths_of(tensors, metadata)
+    return tree_of({name: np.asarray(value) for name, value in paths.items()}, "it")
+
+
+def has_statistics(tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether any of the tensors belongs into the collection of statistics."""
+    return any(name.rpartition(".")[2] in STATISTIC_NAMES for name in tensors)
 
 
 def paths_of(
-    tensors: Mapping[str, np.ndarray], *, collections: bool = True
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], *, collections: bool = True
 ) -> dict[str, np.ndarray]:
     """The same tensors under names that are paths, in the collections of Linen unless told not to
-    be."""
-    found = {}
+    be, and below the root that the metadata say."""
+    found, root = {}, f"{metadata[ROOT]}/" if ROOT in metadata else ""
     for name, value in tensors.items():
-        statistic = name.rpartition(".")[2] in STATISTIC_NAMES
-        collection = f"{STATISTICS if statistic else PARAMS}/" if collections else ""
-        found[collection + name.replace(".", "/")] = value
+        collection = f"{STATISTICS if has_statistics({name: value}) else PARAMS}/"
+        collection = collection if collections else ""
+        found[collection + root + name.replace(".", "/")] = value
     return found
 
 

@@ -132,5 +132,5 @@ def write_msgpack(
     heed to the entry with this library's metadata."""
     from flax import serialization
 
-    content = {**nested(tensors), METADATA: json.dumps(dict(metadata))}
+    content = {**nested(tensors, metadata), METADATA: json.dumps(dict(metadata))}
     path.write_bytes(serialization.msgpack_serialize(content))

@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.checkpoint.bounded import read_npz
-from flax_resblock.checkpoint.jax_tree import METADATA, paths_of, record_of_tree, tree_of
+from flax_resblock.checkpoint.jax_tree import (
+    METADATA,
+    has_statistics,
+    paths_of,
+    record_of_tree,
+    tree_of,
+)
 from flax_resblock.checkpoint.limits import Limits
 from flax_resblock.checkpoint.record import Record
 from flax_resblock.errors import CheckpointError, InputError
@@ -34,8 +40,10 @@ def read_weights(path: Path, limits: Limits) -> Record:
 def write_weights(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Writes the collections ``params`` and ``batch_stats``, and this library's metadata as an
+    """Writes the collections ``params`` and ``batch_stats``, or the parameters alone without a
+    collection where there are no statistics, as big_vision does; and this library's metadata as an
     array of text."""
-    content: dict[str, Any] = {**paths_of(tensors), METADATA: json.dumps(dict(metadata))}
+    content: dict[str, Any] = dict(paths_of(tensors, metadata, collections=has_statistics(tensors)))
+    content[METADATA] = json.dumps(dict(metadata))
     with path.open("wb") as handle:
         np.savez(handle, allow_pickle=False, **content)

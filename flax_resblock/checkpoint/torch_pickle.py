@@ -23,6 +23,7 @@ from flax_resblock.checkpoint.inert_pickle import (
     PickleRules,
     RefusedError,
     check_pickle,
+    one_error,
 )
 from flax_resblock.checkpoint.limits import Limits
 from flax_resblock.checkpoint.torch_calls import (
@@ -43,7 +44,7 @@ from flax_resblock.checkpoint.torch_stand_ins import (
     Storage,
     types,
 )
-from flax_resblock.errors import CheckpointError, first_line, visible
+from flax_resblock.errors import visible
 
 
 @dataclass
@@ -88,22 +89,12 @@ def read_torch_pickle(
       CheckpointError: Damaged, code, deeper than allowed, sizes beyond the limits, or a tensor
         beyond its storage.
     """
-    try:
+    with one_error(source, "PyTorch checkpoint"):
         checked = check_pickle(data, _RULES, limits, source, start)
         elements = None if checked.foreign else elements
         context = Context(limits, source, elements, Copies(limits, source))
         reader = _Unpickler(data[start : checked.end], context, 6 if legacy else 5)
         content = reader.load()
-    except RefusedError as error:
-        raise CheckpointError(f"{source} {error}") from error
-    except CheckpointError:
-        raise
-    # IndexError, struct.error, UnicodeDecodeError, KeyError ...: damage raises nearly anything.
-    except Exception as error:
-        raise CheckpointError(
-            f"{source} is no PyTorch checkpoint, or a damaged one: its pickle cannot be read "
-            f"({first_line(error)}). Copy or download it again."
-        ) from error
     return TorchPickle(content, checked.foreign, reader.storages, checked.end)
 
 

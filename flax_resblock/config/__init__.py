@@ -11,6 +11,7 @@ from flax_resblock.config.architectures import (
     architectures,
     as_in_pytorch,
     name_of,
+    unknown_architecture,
 )
 from flax_resblock.config.block import BlockConfig
 from flax_resblock.config.network import (
@@ -48,5 +49,6 @@ __all__ = [
     "Norm", "Order", "PaddingRule", "Path", "ResNetConfig", "Shortcut", "ShortcutSize",
     "ShortcutSource", "Slot", "SlotKind", "Stem", "StemPadding", "StemPool", "StemStride",
     "StridePlacement", "architecture", "architectures", "as_in_pytorch", "choices_of",
-    "from_json", "name_of", "to_json", "walk",
+    "from_json", "name_of", "to_json",
+    "unknown_architecture", "walk",
 ]  # fmt: skip

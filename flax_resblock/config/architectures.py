@@ -150,6 +150,13 @@ ARCHITECTURES: Mapping[str, ResNetConfig] = MappingProxyType(
         "resnetv2_50": replace(_RESNET50, order="pre_activation"),
         "resnetv2_101": replace(_RESNET101, order="pre_activation"),
         "resnetv2_152": replace(_RESNET152, order="pre_activation"),
+        "resnetv2_18d": replace(_timm(_RESNET18, "d"), order="pre_activation"),
+        "resnetv2_34d": replace(_timm(_RESNET34, "d"), order="pre_activation"),
+        "resnetv2_50d": replace(_timm(_RESNET50, "d"), order="pre_activation"),
+        "resnetv2_50t": replace(_timm(_RESNET50, "t"), order="pre_activation"),
+        "resnetv2_101d": replace(_timm(_RESNET101, "d"), order="pre_activation"),
+        "resnetv2_152d": replace(_timm(_RESNET152, "d"), order="pre_activation"),
+        "resnetv2_50d_gn": replace(_timm(_RESNET50, "d"), order="pre_activation", norm="group"),
         "resnetv2_50x1_bit": _bit(_RESNET50, 1),
         "resnetv2_50x3_bit": _bit(_RESNET50, 3),
         "resnetv2_101x1_bit": _bit(_RESNET101, 1),
@@ -170,6 +177,27 @@ ARCHITECTURES: Mapping[str, ResNetConfig] = MappingProxyType(
 of He et al. 2016b and Zagoruyko & Komodakis 2016."""
 
 
+OTHER_NETWORKS: Mapping[str, str] = MappingProxyType(
+    {
+        "resnet9": "max pooling between its convolutions and residual parts in two of its stages "
+        "alone, each of which adds what comes behind an activation, and its authors differ in the "
+        "rest"
+    }
+)
+"""Networks that people call residual and that no configuration describes, and why."""
+
+
+def unknown_architecture(name: str) -> str:
+    """A sentence on a name that is none of :data:`ARCHITECTURES`, and what to do."""
+    if (why := OTHER_NETWORKS.get(name)) is not None:
+        return (
+            f"{name} is no named architecture: it has {why}. `flax-resblock port net.py:Net "
+            f"weights.pth out` (flax_resblock.port in Python) writes your own module as Flax "
+            f"source, with its weights."
+        )
+    return f"architecture {name!r} is unknown; known: {', '.join(ARCHITECTURES)}."
+
+
 def architectures() -> tuple[str, ...]:
     """Names that :func:`architecture` and ``flax_resblock.create`` accept."""
     return tuple(ARCHITECTURES)
@@ -183,7 +211,7 @@ def architecture(name: str, **changes: object) -> ResNetConfig:
         network.
     """
     if name not in ARCHITECTURES:
-        raise ValueError(f"architecture {name!r} is unknown; known: {', '.join(ARCHITECTURES)}.")
+        raise ValueError(unknown_architecture(name))
     return replace(ARCHITECTURES[name], **changes)  # pyright: ignore[reportArgumentType]
 
 
@@ -231,7 +259,15 @@ def as_in_pytorch(config: ResNetConfig) -> ResNetConfig:
     return replace(config, padding="symmetric", stem_padding=None)
 
 
-_SAID = ("stem_stride", "stem_pool", "stem_bias", "conv_bias", "shortcut_bias", "order")
+_SAID = (
+    "stem_stride",
+    "stem_pool",
+    "stem_bias",
+    "stem_norm",
+    "conv_bias",
+    "shortcut_bias",
+    "order",
+)
 _SAID += ("shortcut_from", "shortcut_size", "norm", "standardized", "last_activation", "final_norm")
 _SAID += ("head_pool", "dropout")
 _SHORTER = {"order pre_activation": "pre-activation"}

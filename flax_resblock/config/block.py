@@ -144,8 +144,11 @@ class BlockConfig(BlockOptions):
 
     @property
     def squeezed_channels(self) -> int:
-        """Inner channels of squeeze-and-excitation, to the nearest multiple of 8."""
-        return max(8, int(self.out_channels * self.attention_ratio + 4) // 8 * 8)
+        """Inner channels of squeeze-and-excitation."""
+        multiple = self.attention_multiple
+        half = multiple / 2 if multiple > 1 else 0
+        number = int(self.out_channels * self.attention_ratio + half)
+        return max(multiple, number // multiple * multiple)
 
     @property
     def attention_window(self) -> int:
@@ -198,7 +201,7 @@ class BlockConfig(BlockOptions):
         branch, channels, inner = Branch.ATTENTION, self.out_channels, self.squeezed_channels
         if self.attention == "se":
             for role, ends in (("reduce", (channels, inner)), ("expand", (inner, channels))):
-                kind = SlotKind.BIASED_CONV
+                kind = SlotKind.BIASED_CONV if self.attention_bias else SlotKind.CONV
                 yield at(f"attention.{role}", kind, (1, 1, *ends), branch=branch)
         if self.attention == "eca":
             window, kind = self.attention_window, SlotKind.CHANNEL_CONV

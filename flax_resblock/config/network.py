@@ -57,6 +57,7 @@ class NetworkOptions(SharedOptions, total=False):
     stem_pool: StemPool
     stem_padding: StemPadding
     stem_bias: bool
+    stem_norm: bool
     first_stride: int
     stride_on: StridePlacement
     base_width: int
@@ -88,13 +89,14 @@ class ResNetConfig(BlockOptions):
         rest of the network: Flax's ImageNet example has ``"symmetric"`` there and ``"same"``
         elsewhere. None as for ``stem_stride``.
       stem_bias: Whether the convolutions of the stem have a bias.
+      stem_norm: Whether a norm and an activation follow the stem's last convolution in
+        pre-activation order too; in the other order they always do.
       first_stride: Stride of the first stage; that of the others is 2.
       dilated_stages: Stages (from 1) whose stride is replaced by dilation, torchvision's
         ``replace_stride_with_dilation``.
       in_channels: Channels of the images.
       num_classes: Size of the logits; None: no head, the network returns pooled features.
-      final_norm: Whether a norm and an activation follow the last stage in pre-activation order,
-        where the stem's last convolution has neither.
+      final_norm: Whether a norm and an activation follow the last stage in pre-activation order.
       head_pool: How the head pools over all pixels.
     Raises:
       ValueError: Numbers that make no network.
@@ -110,6 +112,7 @@ class ResNetConfig(BlockOptions):
     stem_pool: StemPool = None
     stem_padding: StemPadding = None
     stem_bias: bool = False
+    stem_norm: bool = False
     first_stride: int = 1
     dilated_stages: tuple[int, ...] = ()
     in_channels: int = 3
@@ -136,6 +139,7 @@ class ResNetConfig(BlockOptions):
         self.check()
         if not self.norm_first:
             object.__setattr__(self, "final_norm", True)
+            object.__setattr__(self, "stem_norm", False)
         usually = (*USUAL_STEMS[self.stem], self.padding)
         for field, usual in zip(("stem_stride", "stem_pool", "stem_padding"), usually, strict=True):
             if getattr(self, field) == usual:
@@ -174,6 +178,11 @@ class ResNetConfig(BlockOptions):
     def ends_with_norm(self) -> bool:
         """Whether a norm and an activation follow the last stage."""
         return self.norm_first and self.final_norm
+
+    @property
+    def stem_is_bare(self) -> bool:
+        """Whether neither a norm nor an activation follows the stem's last convolution."""
+        return self.norm_first and not self.stem_norm
 
     @property
     def stem_striding(self) -> int:
@@ -255,7 +264,7 @@ class ResNetConfig(BlockOptions):
         channels = (self.in_channels, *self.stem_hidden, self.stem_width)
         for i, ends in enumerate(pairwise(channels), start=1):
             conv, norm = (f"conv{i}", f"norm{i}") if deep else ("conv", "norm")
-            bare = self.norm_first and i == len(channels) - 1
+            bare = self.stem_is_bare and i == len(channels) - 1
             names = conv, None if bare else norm
             size, stride = 7 if self.stem == "imagenet" else 3, self.stem_striding if i == 1 else 1
             numbers: dict[str, Any] = {"stride": stride, "bias": self.stem_bias}

@@ -50,6 +50,8 @@ class SharedOptions(TypedDict, total=False):
     shortcut: Shortcut
     attention: Attention
     attention_ratio: float
+    attention_multiple: int
+    attention_bias: bool
     antialias: Antialias
     activation: Activation
     conv_bias: bool
@@ -91,7 +93,10 @@ class BlockOptions:
       attention: Weighs the channels of the main path before the addition: ``"se"``
         squeeze-and-excitation (arXiv:1709.01507), ``"eca"`` efficient channel attention
         (arXiv:1910.03151).
-      attention_ratio: Inner channels of ``"se"`` per channel, rounded to a multiple of 8.
+      attention_ratio: Inner channels of ``"se"`` per channel.
+      attention_multiple: What they are a multiple of: rounded to the nearest multiple of 8, as timm
+        does, or with 1 rounded down, as ``channels // 16`` does.
+      attention_bias: Whether both layers of ``"se"`` have a bias.
       antialias: ``"blur"``: a 3x3 binomial filter carries a stride of 2 (Zhang 2019,
         arXiv:1904.11486), also that of a stem's pooling; it has no weights.
       activation: Of the stem, within a block and at its end, as PyTorch defines it:
@@ -122,6 +127,8 @@ class BlockOptions:
     stride_on: StridePlacement = "3x3"
     attention: Attention = "none"
     attention_ratio: float = 1 / 16
+    attention_multiple: int = 8
+    attention_bias: bool = True
     antialias: Antialias = "none"
     activation: Activation = "relu"
     conv_bias: bool = False
@@ -162,12 +169,18 @@ class BlockOptions:
             "last_activation": self.norm_first,
             "norm_groups": self.norm != "group",
             "standardized_eps": not self.standardized,
+            "attention_ratio": self.attention != "se",
+            "attention_multiple": self.attention != "se",
+            "attention_bias": self.attention != "se",
         }
         for name, is_unused in unused.items():
             if is_unused:
                 object.__setattr__(self, name, BlockOptions.__dataclass_fields__[name].default)
         if not isinstance(self.norm_groups, int) or self.norm_groups < 1:
             raise ValueError(f"norm_groups={self.norm_groups!r} must be a positive integer.")
+        if not isinstance(self.attention_multiple, int) or self.attention_multiple < 1:
+            words = f"attention_multiple={self.attention_multiple!r} must be a positive integer."
+            raise ValueError(words)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1.")
         if not self.standardized_eps >= 0:

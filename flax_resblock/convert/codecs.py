@@ -116,12 +116,16 @@ class Codec:
       columns: Of a matrix: the map ``(C, H, W)`` that its columns are in PyTorch, whose channels
         come last among the rows that they are in Flax.
       pixels: Axes of length 1 that PyTorch has behind the others, and Flax does not.
+      leading: Such axes in front of the others, which programs of JAX have.
+      flax_leading: Such axes that Flax has in front of the others.
     """
 
     name: str
     axes: tuple[int, ...] | None = None
     columns: tuple[int, int, int] | None = None
     pixels: int = 0
+    leading: int = 0
+    flax_leading: int = 0
 
     @cached_property
     def inverse_axes(self) -> tuple[int, ...] | None:
@@ -137,8 +141,10 @@ class Codec:
             place = None if out is None else out.reshape(h, w, c, count)
             moved = permute(array.reshape(count, c, h, w), (2, 3, 1, 0), place)
             return moved.reshape(-1, count)
-        array = array.reshape(array.shape[: array.ndim - self.pixels])
-        return permute(array, self.axes or range(array.ndim), out)
+        array = array.reshape(array.shape[self.leading : array.ndim - self.pixels])
+        place = None if out is None else out.reshape(out.shape[self.flax_leading :])
+        moved = permute(array, self.axes or range(array.ndim), place)
+        return moved.reshape((1,) * self.flax_leading + moved.shape) if out is None else out
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         """Flax's layout to PyTorch's; the array itself where nothing moves."""
@@ -146,21 +152,27 @@ class Codec:
             c, h, w = self.columns
             apart = array.reshape(h, w, c, -1)
             return permute(apart, (3, 2, 0, 1)).reshape(apart.shape[-1], -1)
+        array = array.reshape(array.shape[self.flax_leading :])
         moved = array if self.inverse_axes is None else permute(array, self.inverse_axes)
-        return moved.reshape(moved.shape + (1,) * self.pixels)
+        return moved.reshape(self._framed(moved.shape))
 
     def flax_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
         """The Flax shape of a PyTorch shape; None where the number of axes does not fit."""
         if self.axes is None:
             return tuple(shape)
-        if len(shape) != len(self.axes) + self.pixels or set(shape[len(self.axes) :]) - {1}:
+        inner = tuple(shape[self.leading : len(shape) - self.pixels])
+        if len(inner) != len(self.axes) or self._framed(inner) != tuple(shape):
             return None
-        return tuple(shape[axis] for axis in self.axes)
+        return (1,) * self.flax_leading + tuple(inner[axis] for axis in self.axes)
 
     def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The PyTorch shape of a tensor of Flax shape ``shape``."""
+        shape = shape[self.flax_leading :]
         axes = self.inverse_axes or range(len(shape))
-        return tuple(shape[axis] for axis in axes) + (1,) * self.pixels
+        return self._framed(tuple(shape[axis] for axis in axes))
+
+    def _framed(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (1,) * self.leading + shape + (1,) * self.pixels
 
 
 AS_IS = Codec("as is")
@@ -168,6 +180,9 @@ OIHW_HWIO = Codec("OIHW <-> HWIO", (2, 3, 1, 0))
 OIW_WIO = Codec("OIW <-> WIO", (2, 1, 0))
 TRANSPOSED = Codec("transposed", (1, 0))
 PIXEL = Codec("OI11 <-> IO", (1, 0), pixels=2)
+MATRIX = Codec("OI <-> 11IO", (1, 0), flax_leading=2)
+LED_PIXEL = Codec("11IO <-> IO", (0, 1), leading=2)
+LED_VECTOR = Codec("111C <-> C", (0,), leading=3)
 IOHW_HWIO = Codec("IOHW <-> HWIO", (2, 3, 0, 1))
 IOW_WIO = Codec("IOW <-> WIO", (2, 0, 1))
 CHW_HWC = Codec("CHW <-> HWC", (1, 2, 0))

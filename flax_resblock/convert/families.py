@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from flax_resblock.config import ARCHITECTURES
+from flax_resblock.config.architectures import OTHER_NETWORKS
 from flax_resblock.convert.detection.assumption_rules import ASSUMPTION_RULES
 from flax_resblock.convert.detection.backbones import BACKBONES
 from flax_resblock.convert.namings import NAMINGS
@@ -87,6 +88,11 @@ FAMILIES = (
         _EQUAL,
     ),
     Family(
+        "timm ResNetV2 with a d or t stem", "timm_v2_d",
+        "the same with three convolutions in the stem and shortcuts that pool: 18d, 34d, 50d, 50t, "
+        "101d, 152d, 50d_gn", _TIMM, _EQUAL,
+    ),
+    Family(
         "timm BiT", "timm_v2",
         "pre-activation, group norms, standardised kernels: 50x1, 50x3, 101x1 and other widths",
         _TIMM, _EQUAL,
@@ -98,6 +104,15 @@ FAMILIES = (
     Family(
         "pre-activation ResNets of CIFAR", "torchvision",
         "bearpaw's spelling, whose shortcuts take the block's input", "none", _SPELLED,
+    ),
+    Family(
+        "SENet of CIFAR", "kuangliu",
+        "squeeze-and-excitation in pre-activation blocks behind a stem with a norm (`fc1`, `fc2`)",
+        "none", _SPELLED,
+    ),
+    Family(
+        "SE-ResNets", "senet", "moskomule's linear layers without biases (`se.fc.0`); the row "
+        "conv_reduce has convolutions (`se.conv_reduce`)", "none", _SPELLED,
     ),
     Family(
         "wide ResNets", "wide_resnet", "meliketoy's spelling: biases, dropout, shortcuts of the "
@@ -151,24 +166,35 @@ FAMILIES = (
         f"{_PROGRAM}",
     ),
     Family(
-        "haiku ResNet", "haiku", "version 1, pickled or in an .npz; padding same",
+        "haiku ResNet", "haiku",
+        "pickled or in an .npz, both kinds of blocks; padding same; version 2 is the row haiku_v2",
         "dm-haiku 0.0.17", _PROGRAM,
+    ),
+    Family(
+        "BiT, published .npz", "bit", "the files of Big Transfer, whose names are TensorFlow's",
+        _TIMM,
+        "saved from a network of timm's, with the eps of the programs that trained the published "
+        "files; output in float64 <= 1e-12; written back, and read by timm's loader bit for bit",
+    ),
+    Family(
+        "big_vision BiT", "big_vision", "what `bit_paper` trains, as an .npz of paths", _FLAX,
+        f"it is in no registry, and the model is written anew by its names; {_PROGRAM}",
     ),
 )  # fmt: skip
 
 NOT_CONVERTED = (
-    (
-        "timm resnetv2 d, t, evos and frn",
-        "shortcuts that pool under names that do not show it, and norms that are activations",
-    ),
+    ("timm resnetv2 evos and frn", "norms that are activations, with a third tensor"),
+    *((name, f"{why}; `port` takes them") for name, why in OTHER_NETWORKS.items()),
     ("timm resnetaa", "average pooling drops the last row of odd sizes, but the shortcut does not"),
     (
         "timm resnetrs, senet154, ecaresnet*_pruned",
         "a convolution instead of the stem's pooling, 3x3 projections, or different widths in each "
         "block",
     ),
-    ("haiku ResNet version 2", "no naming scheme is for it"),
-    ("big_vision BiT (.npz)", "no naming scheme is for it"),
+    (
+        "big_vision ResNet v1 (`bit`, with `gn_root`)",
+        "each kernel is divided by its standard deviation plus 1e-5, outside the root",
+    ),
     (
         "transformers with hidden_act other than relu",
         "transformers keeps ReLU within its blocks and applies hidden_act at their ends",

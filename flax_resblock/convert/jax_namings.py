@@ -11,20 +11,24 @@ from types import MappingProxyType
 from typing import Any
 
 from flax_resblock.config import SlotKind
+from flax_resblock.convert.codecs import LED_PIXEL, LED_VECTOR, Codec
 from flax_resblock.convert.naming import FLAX_TENSORS, Naming, Tensor
 
 _MAIN = {f"{kind}{i + 1}": (kind, i) for kind in ("conv", "norm") for i in range(3)}
 
 
-def _renamed(names: Mapping[str, str]) -> Mapping[SlotKind, tuple[Tensor, ...]]:
-    """Flax's tensors with other names, by slot kind and Flax's name: ``{"conv.kernel": "w"}``."""
+def _renamed(
+    names: Mapping[str, str], codecs: Mapping[str, Codec] = MappingProxyType({})
+) -> Mapping[SlotKind, tuple[Tensor, ...]]:
+    """Flax's tensors with other names and layouts, by slot kind and Flax's name:
+    ``{"conv.kernel": "w"}``."""
+
+    def changed(kind: SlotKind, one: Tensor) -> Tensor:
+        key = f"{kind.value}.{one.flax_name}"
+        return replace(one, name=names.get(key, one.name), codec=codecs.get(key, one.codec))
+
     return MappingProxyType(
-        {
-            kind: tuple(
-                replace(t, name=names.get(f"{kind.value}.{t.flax_name}", t.name)) for t in tensors
-            )
-            for kind, tensors in FLAX_TENSORS.items()
-        }
+        {kind: tuple(changed(kind, t) for t in tensors) for kind, tensors in FLAX_TENSORS.items()}
     )
 
 
@@ -141,6 +145,46 @@ def _flaxmodels(kind: str, block: str, convolutions: int) -> Naming:
     return _flax(*names, _FLAXMODELS_TOLD, first_stage=0, note=_FLAXMODELS_NOTE)
 
 
+_HAIKU_TENSORS = _renamed(
+    {
+        **dict.fromkeys(("conv.kernel", "biased_conv.kernel", "linear.kernel"), "w"),
+        **dict.fromkeys(("biased_conv.bias", "linear.bias"), "b"),
+        "norm.bias": "offset",
+    }
+)
+
+
+def _haiku(
+    name: str, version: str, ends: dict[str, str], told: Mapping[str, Any] = MappingProxyType({})
+) -> Naming:
+    modules = {"stem.conv": "initial_conv", "head": "logits", "shortcut.conv": "shortcut_conv"}
+    return _flax(
+        name,
+        "block_group_{stage}.block_{block}",
+        modules | _numbered("conv_{}", "batchnorm_{}") | ends,
+        f"haiku.nets.ResNet, resnet_v2={version}",
+        {"padding": "same", **told},
+        first_stage=0,
+        tensors=_HAIKU_TENSORS,
+        counts=True,
+    )
+
+
+_BIT_TOLD: Mapping[str, Any] = MappingProxyType(
+    {"order": "pre_activation", "shortcut_from": "activated", "block": "bottleneck"}
+    | {"norm": "group", "norm_groups": 32, "standardized": True, "standardized_eps": 1e-10}
+)
+_NORMS = "norm", "group_norm"
+"""Kinds of slots; a norm is looked up as the first before it is known to be the second."""
+
+
+def _bit(
+    name: str, origin: str, modules: dict[str, str], pool: str | None, **fields: Any
+) -> Naming:
+    stage, told = "block{stage}.unit{block:02d}", {**_BIT_TOLD, "stem_pool": pool}
+    return _flax(name, stage, modules, origin, told, first_block=1, **fields)
+
+
 JAX_NAMINGS = (
     _example("basic", "ResNetBlock", 2),
     _example("bottleneck", "BottleneckResNetBlock", 3),
@@ -192,23 +236,47 @@ JAX_NAMINGS = (
         first_stage=0,
         told={"momentum": 0.01, "block": "bottleneck"},
     ),
-    _flax(
+    _haiku(
         "haiku",
-        "block_group_{stage}.block_{block}",
-        {"stem.conv": "initial_conv", "stem.norm": "initial_batchnorm", "head": "logits"}
-        | _numbered("conv_{}", "batchnorm_{}")
-        | {"shortcut.conv": "shortcut_conv", "shortcut.norm": "shortcut_batchnorm"},
-        "haiku.nets.ResNet, resnet_v2=False",
-        first_stage=0,
+        "False",
+        {"stem.norm": "initial_batchnorm", "shortcut.norm": "shortcut_batchnorm"},
+        {"order": "post_activation"},
+    ),
+    _haiku(
+        "haiku_v2",
+        "True",
+        {"norm": "final_batchnorm"},
+        {"order": "pre_activation", "shortcut_from": "activated"},
+    ),
+    _bit(
+        "bit",
+        "Big Transfer's published .npz",
+        {"stem.conv": "root_block.standardized_conv2d", "norm": "group_norm"}
+        | {f"conv{i}": f"{part}.standardized_conv2d" for i, part in enumerate("abc", start=1)}
+        | {f"norm{i}": f"{part}.group_norm" for i, part in enumerate("abc", start=1)}
+        | {"shortcut.conv": "a.proj.standardized_conv2d", "head": "head.conv2d"},
+        "3x3_zeros",
         tensors=_renamed(
-            {
-                **dict.fromkeys(("conv.kernel", "biased_conv.kernel", "linear.kernel"), "w"),
-                **dict.fromkeys(("biased_conv.bias", "linear.bias"), "b"),
-                "norm.bias": "offset",
-            }
+            {f"{norm}.scale": "gamma" for norm in _NORMS}
+            | {f"{norm}.bias": "beta" for norm in _NORMS},
+            {"linear.kernel": LED_PIXEL},
         ),
-        told={"padding": "same"},
-        counts=True,
+        root="resnet",
+        note="",
+    ),
+    _bit(
+        "big_vision",
+        "big_vision's bit_paper",
+        {"stem.conv": "root_block.conv_root", "norm": "norm-pre-head", "head": "head"}
+        | {f"conv{i}": f"conv{i}" for i in (1, 2, 3)}
+        | {f"norm{i}": f"gn{i}" for i in (1, 2, 3)}
+        | {"shortcut.conv": "conv_proj"},
+        None,
+        tensors=_renamed(
+            {}, {f"{norm}.{name}": LED_VECTOR for norm in _NORMS for name in ("scale", "bias")}
+        ),
+        note="big_vision's pooling sees no border of zeros, where that of Big Transfer's own "
+        "programs does (--stem-pool 3x3_zeros)",
     ),
 )
 """One row for each family and kind of block."""

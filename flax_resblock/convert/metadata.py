@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from flax_resblock import config as arch
 from flax_resblock._version import __version__
 from flax_resblock.checkpoint import Record
+from flax_resblock.checkpoint.jax_tree import ROOT
 from flax_resblock.convert.hubs import kept_files
 from flax_resblock.convert.image_facts import IMAGES
 from flax_resblock.convert.naming import Naming
@@ -102,6 +103,7 @@ def metadata_of(
         "architecture": arch.name_of(config),
         CONFIG: arch.to_json(config),
         NAMING: naming.name,
+        **({ROOT: naming.root} if naming.root else {}),
         **({} if naming.name in NAMINGS else {SCHEME: to_toml(naming)}),
         **{name: str(value) for name, value in norm_options.items()},
         **kept_files(source or {}),

@@ -8,8 +8,15 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from flax_resblock.config import Activation, Slot, SlotKind
-from flax_resblock.convert.codecs import AS_IS, OIHW_HWIO, OIW_WIO, TRANSPOSED, Codec
+from flax_resblock.config import Activation, Branch, Slot, SlotKind
+from flax_resblock.convert.codecs import (
+    AS_IS,
+    MATRIX,
+    OIHW_HWIO,
+    OIW_WIO,
+    TRANSPOSED,
+    Codec,
+)
 
 
 @dataclass(frozen=True)
@@ -89,15 +96,16 @@ class Naming:
     Attributes:
       name: Of the scheme; ``--naming`` takes it where the scheme is known.
       stage: Template of a block's prefix, over ``{stage}`` (from ``first_stage``) and ``{block}``
-        (from 0); or over ``{index}``, where all blocks of a network are numbered through (from
-        ``first_stage``).
+        (from ``first_block``); or over ``{index}``, where all blocks of a network are numbered
+        through (from ``first_stage``).
       modules: Module name of every place of the network. Places outside the stages are
         ``"stem.conv"``, ``"stem.norm"`` (``"stem.conv1"`` to ``"stem.norm3"`` of a deep stem) and
         ``"norm"`` behind the last stage and ``"head"``; those of a block are ``"conv1"``,
         ``"norm1"``, ``"conv2"`` and so on, ``"shortcut.conv"``, ``"shortcut.norm"``. You can leave
         out those that you do not have.
       origin: Who writes such checkpoints.
-      first_stage: Number of the first stage in the template.
+      first_stage, first_block: Numbers of the first stage, and of the first block of each, in the
+        template.
       hub: The package that loads folders of weights and ``config.json`` with these names: a key of
         :data:`flax_resblock.convert.hubs.HUBS`; empty if there is none.
       tensors: Names and codecs of a layer's tensors; PyTorch's by default.
@@ -108,8 +116,10 @@ class Naming:
       told: Fields of the configuration, and ``eps`` and ``momentum``, of the program that such
         checkpoints come from.
       note: What else a reader should know of that program; a sentence without its end.
+      matrices: Places of convolutions of one pixel that are linear layers in this scheme.
       counts: Whether norms have the counter ``num_batches_tracked``.
-      shortcut_first: Whether the tensors of a block's shortcut come before those of its main path.
+      root: Of a JAX program: the module around all others in its files.
+      parts: The parts of a block in the order of their tensors.
     Example:
       >>> mine = Naming(
       ...     name="mine",
@@ -134,15 +144,25 @@ class Naming:
     modules: Mapping[str, str]
     origin: str = "your own"
     first_stage: int = 1
+    first_block: int = 0
     hub: str = ""
     tensors: Mapping[SlotKind, tuple[Tensor, ...]] = field(default_factory=lambda: TORCH_TENSORS)
     blocks: tuple[tuple[str, ...], ...] = ()
     joint: str = "."
     assumes: Mapping[str, Any] = field(default_factory=dict)
-    shortcut_first: bool = False
+    parts: tuple[Branch, ...] = (Branch.MAIN, Branch.ATTENTION, Branch.SHORTCUT)
     told: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     counts: bool = True
+    root: str = ""
+    matrices: tuple[str, ...] = ()
+
+    def tensors_of(self, kind: SlotKind, role: str) -> tuple[Tensor, ...]:
+        """The tensors of a layer at a place of a block."""
+        if role not in self.matrices:
+            return self.tensors[kind]
+        kernel, *others = self.tensors[kind]
+        return replace(kernel, codec=MATRIX), *others
 
     @property
     def as_in_flax(self) -> bool:
@@ -179,14 +199,14 @@ class Naming:
             known = place < len(self.blocks) and block < len(self.blocks[place])
             return self.blocks[place][block] if known else None
         number = int(stage.removeprefix("stage")) - 1 + self.first_stage
-        return self.stage.format(stage=number, block=block)
+        return self.stage.format(stage=number, block=block + self.first_block)
 
     def is_inside_block(self, key: str) -> bool:
         """Whether a tensor has the name of one in a block of a network."""
         if self.blocks:
             prefixes = (prefix + self.joint for stage in self.blocks for prefix in stage)
             return any(map(key.startswith, prefixes))
-        pattern = re.sub(r"\\{(stage|block|index)\\}", r"\\d+", re.escape(self.stage))
+        pattern = re.sub(r"\\{(stage|block|index)[^}]*\\}", r"\\d+", re.escape(self.stage))
         return re.match(pattern + re.escape(self.joint), key) is not None
 
     def is_in_bare_block(self, key: str) -> bool:

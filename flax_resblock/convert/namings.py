@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
-from flax_resblock.config import SlotKind
+from flax_resblock.config import Branch, SlotKind
 from flax_resblock.convert.codecs import OIHW_HWIO, PIXEL
 from flax_resblock.convert.jax_namings import JAX_NAMINGS
 from flax_resblock.convert.naming import FLAX_TENSORS, TORCH_TENSORS, Naming, Tensor
@@ -43,6 +44,15 @@ def _stem_sequence(name: str, last_norm: str) -> dict[str, str]:
     return convs | norms | {"stem.norm3": last_norm}
 
 
+_SQUEEZE = "attention.reduce", "attention.expand"
+
+
+def _squeeze(*layers: str) -> dict[str, str]:
+    """The two layers of squeeze-and-excitation."""
+    return dict(zip(_SQUEEZE, layers, strict=True))
+
+
+_SE_LAYER = _squeeze("se_layer.conv1.conv", "se_layer.conv2.conv")
 _TORCHVISION = (
     _STEM | _stem_sequence("conv1", "bn1") | _RESIDUAL | _DOWNSAMPLE | _POOLED | _ATTENTION
     | {"norm": "bn"}
@@ -60,14 +70,14 @@ _ZAGORUYKO |= {"stem.conv": "conv0", "shortcut.conv": "convdim", "norm": "bn", "
 _KERNELS = {SlotKind.CONV: (Tensor("kernel", "", OIHW_HWIO),)}
 """Of code without modules: a kernel has the name of its layer."""
 _TIMM_V2 = {
-    "stem.conv": "stem.conv",
     "stem.pool": "stem.pool",
-    **{f"stem.{kind}{i}": f"stem.{kind}{i}" for kind in ("conv", "norm") for i in (1, 2, 3)},
     **{f"{kind}{i}": f"{kind}{i}" for kind in ("conv", "norm") for i in (1, 2, 3)},
-    "shortcut.conv": "downsample.conv",
     "norm": "norm",
     "head": "head.fc",
 }
+_TIMM_V2_D = {f"stem.{kind}{i}": f"stem.{kind}{i}" for kind in ("conv", "norm") for i in (1, 2, 3)}
+_TIMM_V2_D |= {"shortcut.pool": "downsample.pool", "shortcut.projection.conv": "downsample.conv"}
+"""Its deep stems come with shortcuts that pool, whose convolution is called as any other's."""
 _PIXELWISE = {SlotKind.LINEAR: (Tensor("kernel", "weight", PIXEL), Tensor("bias", "bias"))}
 """Of a head that is a convolution of one pixel."""
 _INPUT = {"shortcut_from": "input"}
@@ -99,6 +109,15 @@ def _huggingface(prefix: str) -> dict[str, str]:
     return {place: prefix + name for place, name in stem.items()} | main | skip
 
 
+def _timm_v2(
+    name: str, own: dict[str, str], origin: str, assumes: Mapping[str, Any] = MappingProxyType({})
+) -> Naming:
+    fields = {"tensors": {**TORCH_TENSORS, **_PIXELWISE}, "assumes": assumes, "first_stage": 0}
+    parts = Branch.SHORTCUT, Branch.MAIN, Branch.ATTENTION
+    names = name, "stages.{stage}.blocks.{block}", _TIMM_V2 | own, origin
+    return Naming(*names, hub="timm", parts=parts, **fields)
+
+
 _FLAX_PLACES = (*_TORCHVISION, "head")
 _DEEP_STEM = _stem_sequence("stem", "stem.7")
 _OPENMMLAB = {place: f"backbone.{name}" for place, name in (_STEM | _DEEP_STEM).items()}
@@ -107,6 +126,16 @@ _ROWS = (
     Naming(
         "torchvision", "layer{stage}.{block}", _TORCHVISION | {"head": "fc"},
         "torchvision.models, timm, most papers", assumes=_INPUT,
+    ),
+    Naming(
+        "senet", "layer{stage}.{block}",
+        _TORCHVISION | {"head": "fc"} | _squeeze("se.fc.0", "se.fc.2"),
+        "github.com/moskomule/senet.pytorch", assumes=_INPUT, matrices=_SQUEEZE,
+    ),
+    Naming(
+        "conv_reduce", "layer{stage}.{block}",
+        _TORCHVISION | {"head": "fc"} | _squeeze("se.conv_reduce", "se.conv_expand"),
+        "squeeze-and-excitation as in EfficientNets", assumes=_INPUT,
     ),
     Naming(
         "sequential", "layer{stage}.{block}", _STEM | _SEQUENTIAL | {"head": "fc"},
@@ -118,8 +147,8 @@ _ROWS = (
     ),
     Naming(
         "kuangliu", "layer{stage}.{block}",
-        _STEM | _RESIDUAL | _SHORTCUT | {"norm": "bn", "head": "linear"},
-        "github.com/kuangliu/pytorch-cifar",
+        _STEM | _RESIDUAL | _SHORTCUT | {"norm": "bn", "head": "linear"} | _squeeze("fc1", "fc2"),
+        "github.com/kuangliu/pytorch-cifar", parts=(Branch.MAIN, Branch.SHORTCUT, Branch.ATTENTION),
     ),
     Naming(
         "wide_resnet", "layer{stage}.{block}", _WIDE | _SHORTCUT | {"head": "linear"},
@@ -135,10 +164,11 @@ _ROWS = (
         "github.com/szagoruyko/wide-residual-networks", first_stage=0,
         tensors={**TORCH_TENSORS, **_KERNELS},
     ),
-    Naming(
-        "timm_v2", "stages.{stage}.blocks.{block}", _TIMM_V2, "timm's resnetv2 and BiT",
-        first_stage=0, hub="timm", tensors={**TORCH_TENSORS, **_PIXELWISE}, shortcut_first=True,
+    _timm_v2(
+        "timm_v2", {"stem.conv": "stem.conv", "shortcut.conv": "downsample.conv"},
+        "timm's resnetv2 and BiT",
     ),
+    _timm_v2("timm_v2_d", _TIMM_V2_D, "timm's resnetv2 with a d or t stem", {"shortcut": "pooled"}),
     Naming(
         "timm", "layer{stage}.{block}",
         {place: name for place, name in _TORCHVISION.items() if place != "norm"} | {"head": "fc"},
@@ -155,12 +185,12 @@ _ROWS = (
     ),
     Naming(
         "openmmlab", "backbone.layer{stage}.{block}",
-        _OPENMMLAB | _RESIDUAL | _DOWNSAMPLE | _POOLED | {"head": "head.fc"},
+        _OPENMMLAB | _RESIDUAL | _DOWNSAMPLE | _POOLED | {"head": "head.fc"} | _SE_LAYER,
         "mmpretrain classifiers",
     ),
     Naming(
         "openmmlab_backbone", "layer{stage}.{block}",
-        _DEEP_STEM | _RESIDUAL | _DOWNSAMPLE | _POOLED,
+        _DEEP_STEM | _RESIDUAL | _DOWNSAMPLE | _POOLED | _SE_LAYER,
         "mmdet and mmseg, deep stem (ResNetV1d)",
     ),
     Naming("detectron2", "res{stage}.{block}", _DETECTRON2, "detectron2", first_stage=2),

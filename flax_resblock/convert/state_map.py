@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.checkpoint.parallel import on_every_core
-from flax_resblock.config import Branch, Config, Path, ResNetConfig, Slot, SlotKind, walk
+from flax_resblock.config import Config, Path, ResNetConfig, Slot, SlotKind, walk
 from flax_resblock.convert.codecs import AS_IS, Codec, one_block
 from flax_resblock.convert.naming import Naming
 from flax_resblock.convert.namings import naming_of
@@ -218,13 +218,9 @@ class StateMap(TensorMap):
         if isinstance(config, ResNetConfig):
             self.naming = self.naming.laid_out(config.depths)
         slots = list(walk(config))
-        if self.naming.shortcut_first:
-            starts = {(one.stage, one.block): i for i, one in reversed([*enumerate(slots)])}
-            places = {
-                one: starts[one.stage, one.block] if one.branch is Branch.SHORTCUT else i
-                for i, one in enumerate(slots)
-            }
-            slots.sort(key=lambda one: (places[one], one.branch is not Branch.SHORTCUT))
+        starts = {(one.stage, one.block): i for i, one in reversed([*enumerate(slots)])}
+        rank = {part: n for n, part in enumerate(self.naming.parts)}
+        slots.sort(key=lambda one: (starts[one.stage, one.block], rank.get(one.branch, 0)))
         expanded = [(slot, entry) for slot in slots for entry in self._expand(slot)]
         entries = [entry for _, entry in expanded]
         trained = [entry for slot, entry in expanded if slot.kind is not SlotKind.FROZEN_NORM]
@@ -238,7 +234,7 @@ class StateMap(TensorMap):
             )
 
     def _expand(self, slot: Slot) -> list[Entry]:
-        tensors = self.naming.tensors[slot.kind]
+        tensors = self.naming.tensors_of(slot.kind, slot.role)
         module = self.naming.module_name(slot)
         if tensors and module is None:
             raise InputError(

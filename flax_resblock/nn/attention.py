@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,13 +20,15 @@ class SqueezeExcitation(nnx.Module):
 
     Args:
       channels: Of input and output.
-      squeezed: Between the two 1x1 convolutions, which have a bias.
+      squeezed: Between the two 1x1 convolutions.
       layers: Builds them.
+      use_bias: Whether they have a bias.
     """
 
-    def __init__(self, channels: int, squeezed: int, layers: Layers) -> None:
-        self.reduce = layers.conv(channels, squeezed, 1, use_bias=True, standardized=False)
-        self.expand = layers.conv(squeezed, channels, 1, use_bias=True, standardized=False)
+    def __init__(self, channels: int, squeezed: int, layers: Layers, *, use_bias: bool) -> None:
+        options: dict[str, Any] = {"use_bias": use_bias, "standardized": False}
+        self.reduce = layers.conv(channels, squeezed, 1, **options)
+        self.expand = layers.conv(squeezed, channels, 1, **options)
 
     @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -56,7 +60,8 @@ def build_attention(
 ) -> SqueezeExcitation | EfficientChannelAttention | None:
     """The attention of the block that ``config`` describes."""
     if config.attention == "se":
-        return SqueezeExcitation(config.out_channels, config.squeezed_channels, layers)
+        sizes = config.out_channels, config.squeezed_channels
+        return SqueezeExcitation(*sizes, layers, use_bias=config.attention_bias)
     if config.attention == "eca":
         return EfficientChannelAttention(config.attention_window, layers)
     return None

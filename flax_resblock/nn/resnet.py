@@ -65,8 +65,8 @@ class _Stem(nnx.Module):
 
 
 class StemLayers(_Stem):
-    """First convolution, norm and activation, and the max pooling where there is one; in
-    pre-activation order without norm and activation."""
+    """First convolution, norm and activation, and the max pooling where there is one; without norm
+    and activation where the stem is bare."""
 
     def __init__(self, config: ResNetConfig, layers: Layers) -> None:
         self.conv = layers.conv(
@@ -77,7 +77,7 @@ class StemLayers(_Stem):
             use_bias=config.stem_bias,
             padding_rule=config.stem_padding_rule,
         )
-        self.norm = None if config.norm_first else layers.norm(config.stem_width)
+        self.norm = None if config.stem_is_bare else layers.norm(config.stem_width)
         self._finish(config)
 
     @in_slot
@@ -89,8 +89,8 @@ class StemLayers(_Stem):
 
 class DeepStemLayers(_Stem):
     """Three 3x3 convolutions, the first with the stride, each with norm and activation, and the
-    max pooling (ResNet-C, He et al. 2019, arXiv:1812.01187); in pre-activation order the last
-    without norm and activation.
+    max pooling (ResNet-C, He et al. 2019, arXiv:1812.01187); the last without norm and activation
+    where the stem is bare.
     """
 
     def __init__(self, config: ResNetConfig, layers: Layers) -> None:
@@ -101,7 +101,7 @@ class DeepStemLayers(_Stem):
         self.conv2 = layers.conv(first, second, 3, use_bias=bias)
         self.norm2 = layers.norm(second)
         self.conv3 = layers.conv(second, config.stem_width, 3, use_bias=bias)
-        self.norm3 = None if config.norm_first else layers.norm(config.stem_width)
+        self.norm3 = None if config.stem_is_bare else layers.norm(config.stem_width)
         self._finish(config)
 
     @in_slot

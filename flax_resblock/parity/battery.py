@@ -25,8 +25,9 @@ _DILATED["num_classes"] = None
 _WITH: dict[OptionValue, dict[str, Any]] = {
     ("stem", "deep"): {"stem_hidden": (4, 6)},
     ("norm", "group"): {"norm_groups": 2},
+    ("attention_bias", False): {"attention": "se"},
 }
-"""Numbers that a value of an option needs."""
+"""What a value of an option needs."""
 
 
 @cache

@@ -120,6 +120,8 @@ class ReferencePair(Pair):
         there = dict(self.module.named_modules())
         found = {slot: name for slot, name in self.state_map.modules.items() if name in there}
         for slot in walk(self.config):
+            if slot.role in self.state_map.naming.matrices:
+                found.pop(slot.name, None)  # it gives a vector, and Flax an image of one pixel
             # timm's norms go on with dropout, here none, and their activation
             if slot.normalises and (inside := f"{found.get(slot.name)}.drop") in there:
                 found[slot.name] = inside

@@ -25,7 +25,7 @@ from parity_tests.fuzz.mutations import MUTATIONS
 from parity_tests.fuzz.samples import Files, samples
 
 SAMPLES = {**samples(), **jax_samples()}
-MUTATIONS |= JAX_MUTATIONS
+ALL_MUTATIONS = {**MUTATIONS, **JAX_MUTATIONS}
 HANG = 10.0
 """Seconds after which a file counts as one that hangs whoever opens it."""
 COMMAND_EVERY = 30
@@ -62,7 +62,7 @@ class Checker:
         if canaries:
             turns = itertools.cycle(targets.CANARIES[name] for name in canaries)
             opener = lambda category, folder: next(turns)(category, folder)  # noqa: E731
-            targets.OPENERS.update(dict.fromkeys(MUTATIONS, opener))
+            targets.OPENERS.update(dict.fromkeys(ALL_MUTATIONS, opener))
 
     def check(self, category: str, files: Files, by_command: bool | None = None) -> str:
         """Opens these files, and returns what came of it.
@@ -115,7 +115,7 @@ def property_of(checker: Checker, categories: list[str]) -> Callable[[bytes], ob
     @settings(deadline=None, database=None, suppress_health_check=tuple(HealthCheck))
     @given(st.sampled_from(weighted), st.randoms(use_true_random=False))
     def opens_exactly_or_is_refused(category: str, rng: Random) -> None:
-        files = MUTATIONS[category](SAMPLES[category], rng)
+        files = ALL_MUTATIONS[category](SAMPLES[category], rng)
         commands = category not in targets.NO_CHECKPOINTS and rng.randrange(COMMAND_EVERY) == 0
         checker.check(category, files, rng.random() < 0.5 if commands else None)
 

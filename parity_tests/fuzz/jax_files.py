@@ -117,21 +117,24 @@ def reference(name: str, data: bytes) -> dict[str, np.ndarray] | None:
     if name.endswith(".h5"):
         import h5py  # pyright: ignore[reportMissingImports]
 
-        found: dict[str, np.ndarray] = {}
-
-        def keep(key: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset):
-                found[key.replace("/", ".")] = item[()]
-
+        # by key, as visititems() gives up where the cache of a damaged file has two minds
         with h5py.File(io.BytesIO(data), "r") as file:
-            file.visititems(keep)
-        return found
+            return _flat_h5(file)
     return None
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
     if isinstance(tree, dict | list):
         items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        parts = [_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in items]
+        named = [(str(key).replace("/", "."), value) for key, value in items]
+        parts = [_flat(value, f"{prefix}.{key}" if prefix else key) for key, value in named]
         return {name: value for part in parts for name, value in part.items()}
     return {prefix: np.asarray(tree)} if isinstance(tree, np.ndarray | np.generic) else {}
+
+
+def _flat_h5(group: Any, prefix: str = "") -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for key, item in group.items():
+        name = f"{prefix}.{key}" if prefix else key
+        found |= _flat_h5(item, name) if hasattr(item, "items") else {name: item[()]}
+    return found

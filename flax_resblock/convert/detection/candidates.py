@@ -13,6 +13,7 @@ from flax_resblock.config import (
     ResNetConfig,
     architecture,
     name_of,
+    unknown_architecture,
 )
 from flax_resblock.convert.detection.assumption_rules import hides_its_order
 from flax_resblock.convert.detection.assumptions import with_assumptions
@@ -158,9 +159,7 @@ def identify(
       InputError: An unknown name, or a number of classes or a stride below 1.
     """
     if isinstance(architecture, str) and architecture not in ARCHITECTURES:
-        raise InputError(
-            f"architecture {architecture!r} is unknown; known: {', '.join(ARCHITECTURES)}."
-        )
+        raise InputError(unknown_architecture(architecture))
     for name, number in (("num_classes", num_classes), ("stride", stride)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise InputError(f"{name}={number!r} must be a positive integer.")

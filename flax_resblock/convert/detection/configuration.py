@@ -112,6 +112,7 @@ def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
     }
     if norm_first:
         told["final_norm"] = reader.has("norm", [None], "")
+        told["stem_norm"] = reader.has("stem", [None], stem_place[1])
         if told["norm"] == "group" and told["stem"] == "imagenet":  # as Big Transfer has it
             told |= {"standardized": True, "stem_pool": "3x3_zeros"}
     return _made(ResNetConfig, told)

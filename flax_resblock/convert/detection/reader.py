@@ -16,6 +16,7 @@ _KERNEL_AXES[SlotKind.LINEAR] = 2
 _NORM_TENSORS = ("scale", "bias", "mean", "var")
 Blocks = Sequence[tuple[str, int | None]]
 """Stage and index of each."""
+_SQUEEZE = "attention.reduce", "attention.expand"
 _RATIOS = tuple(1 / n for n in (16, 8, 4, 2, 1, 32, 64))
 """Of squeeze-and-excitation, the usual ones first."""
 
@@ -35,7 +36,8 @@ class Reader:
         module = self.naming.module_name(Slot(stage, block, role, kind))
         if module is None:
             return None
-        row = next(row for row in self.naming.tensors[kind] if row.flax_name == tensor)
+        rows = self.naming.tensors_of(kind, role)
+        row = next(row for row in rows if row.flax_name == tensor)
         info = self.found.get(row.key(module))
         shape = None if info is None else row.codec.flax_shape(info.shape)
         axes = _KERNEL_AXES[kind] if tensor == "kernel" else 1
@@ -138,8 +140,8 @@ class Reader:
     def attention(
         self, blocks: Sequence[tuple[str, int | None]], out_channels: Mapping[str, int]
     ) -> dict[str, Any]:
-        """SlotKind of attention, and the ratio that most inner widths of squeeze-and-excitation
-        have.
+        """Kind of attention; of squeeze-and-excitation the biases, and the ratio and multiple that
+        most inner widths have.
 
         Args:
           blocks: Stage and index of each.
@@ -147,11 +149,7 @@ class Reader:
         """
         if any(self.has(stage, [block], "attention.conv") for stage, block in blocks):
             return {"attention": "eca"}
-        if not any(
-            self.has(stage, [block], role)
-            for stage, block in blocks
-            for role in ("attention.reduce", "attention.expand")
-        ):
+        if not any(self.has(stage, [block], role) for stage, block in blocks for role in _SQUEEZE):
             return {}
         seen: list[tuple[int, int]] = []
         for stage, block in blocks:
@@ -159,16 +157,22 @@ class Reader:
             if kernel:
                 seen.append((out_channels[stage], kernel[-1]))
 
-        def fits(ratio: float) -> int:
-            return sum(
-                BlockConfig(
-                    in_channels=out, out_channels=out, attention="se", attention_ratio=ratio
-                ).squeezed_channels
-                == inner
-                for out, inner in seen
+        def fits(choice: Mapping[str, Any]) -> int:
+            blocks = (
+                BlockConfig(in_channels=out, out_channels=out, attention="se", **choice)
+                for out, _ in seen
             )
+            inner = (inner for _, inner in seen)
+            return sum(a.squeezed_channels == b for a, b in zip(blocks, inner, strict=True))
 
-        return {"attention": "se", "attention_ratio": max(_RATIOS, key=fits)}
+        choices = [
+            {"attention_ratio": ratio, "attention_multiple": multiple}
+            for multiple in (8, 1)
+            for ratio in _RATIOS
+        ]
+        places = [(*place, role) for place in blocks for role in _SQUEEZE]
+        biased = self.biased(places) or not any(self.has(s, [b], role) for s, b, role in places)
+        return {"attention": "se", "attention_bias": biased, **max(choices, key=fits)}
 
     def grouping(
         self, kind: str, blocks: Iterable[tuple[str, int | None, int | None, int]]

@@ -127,6 +127,11 @@ def _vectors(layers: _Layers) -> list[str]:
     ]
 
 
+def _acting_norms(layers: _Layers) -> list[str]:
+    thirds = {"weight", "bias", "v"}, {"weight", "bias", "tau"}
+    return [name for name, own in layers.modules.items() if own.keys() in thirds]
+
+
 def _five_axes(layers: _Layers) -> list[str]:
     return [key for key, shape in layers.tensors.items() if len(shape) == 5]
 
@@ -222,8 +227,13 @@ _SIGNS: tuple[tuple[Callable[[_Layers], list[str]], str], ...] = (
     ),
     (
         _squeezes,
-        "squeeze-and-excitation in another form than this library's, two convolutions with biases "
-        "called se.fc1 and se.fc2 whose inner channels are a multiple of 8",
+        "squeeze-and-excitation under other names than this library knows (se.fc1 and se.fc2, fc1 "
+        "and fc2, se.fc.0 and se.fc.2, se.conv_reduce and se.conv_expand), or of a ratio of inner "
+        "channels that is none of 1/1, 1/2 to 1/64",
+    ),
+    (
+        _acting_norms,
+        "norms that are activations too (EvoNorm, FilterResponseNorm), which have a third tensor",
     ),
     (
         _partly_biased,
@@ -237,7 +247,7 @@ _SIGNS: tuple[tuple[Callable[[_Layers], list[str]], str], ...] = (
     (
         _norm_first,
         "norms of the channels that the convolutions after them take: pre-activation order, in "
-        "which this library has no norm behind a shortcut or the stem",
+        "which this library has no norm behind a shortcut",
     ),
     (
         _wide_shortcuts,

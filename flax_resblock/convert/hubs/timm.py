@@ -161,13 +161,10 @@ def _write(
             "crop_mode": "center" if preprocessing.keep_ratio else "squash",
             "interpolation": preprocessing.interpolation,
         }
+    stem = ("conv1", "conv1.0"), ("stem.conv", "stem.conv1")
     pretrained |= {
         "num_classes": classes,
-        "first_conv": "stem.conv"
-        if config.norm_first
-        else "conv1.0"
-        if config.stem == "deep"
-        else "conv1",
+        "first_conv": stem[config.norm_first][config.stem == "deep"],
         "classifier": "head.fc" if config.norm_first else "fc",
     }
     content = {

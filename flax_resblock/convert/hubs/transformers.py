@@ -123,9 +123,9 @@ def _refuse_lost(config: ResNetConfig, content: Mapping[str, Any]) -> None:
         in_channels=content["num_channels"],
         num_classes=config.num_classes,
     )
-    names = (
-        name for name in ResNetConfig.__dataclass_fields__ if not _without_effect(config, name)
-    )
+    names = [*ResNetConfig.__dataclass_fields__]
+    if config.block == "basic":
+        names.remove("stride_on")
     pairs = ((name, getattr(config, name), getattr(told, name)) for name in names)
     lost = [f"{name} {wanted!r}" for name, wanted, found in pairs if wanted != found]
     if lost:
@@ -133,12 +133,6 @@ def _refuse_lost(config: ResNetConfig, content: Mapping[str, Any]) -> None:
             f"transformers' ResNet cannot be told {', '.join(lost)}. Write another naming "
             f"scheme: --to-naming torchvision."
         )
-
-
-def _without_effect(config: ResNetConfig, name: str) -> bool:
-    return (name == "stride_on" and config.block == "basic") or (
-        name == "attention_ratio" and config.attention != "se"
-    )
 
 
 TRANSFORMERS = Hub(_recognises, _read, _write)
