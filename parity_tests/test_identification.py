@@ -179,7 +179,7 @@ def test_impossible_numbers_are_refused(name, number):
         ({"architecture": "resnet19"}, "architecture 'resnet19' is unknown; known: resnet18"),
         (
             {"naming": "kuangliu"},
-            r"unexpected .*downsample.0.weight.*\n(.*\n)*It does fit .*--naming torchvision",
+            r"unexpected .*downsample.0.weight.*\n(.*\n)*It does fit .*naming='torchvision'",
         ),
         ({"naming": "keras"}, "naming scheme 'keras' is unknown; known: torchvision"),
     ],
