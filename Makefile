@@ -26,7 +26,7 @@ help:
 	@echo "make fuzz      opens mutated files for five minutes; longer with SECONDS=3600"
 	@echo "make networks  reads 2,000 networks as people write them; 15 minutes"
 	@echo "make lint      ruff and pyright"
-	@echo "make docs      the site in docs/_build/html, warnings as errors; NOTEBOOKS=force runs the notebooks"
+	@echo "make docs      the site in docs/_build/html, warnings as errors; it runs the notebooks, and keeps what they showed"
 	@echo "make compilers the compilers for TPU and CUDA (400 MB), for flax-resblock aot; no device needed"
 	@echo "make bench     conversion against a plain copy"
 	@echo "make decorrelation   how long float32 runs stay together, docs/decorrelation.png"
@@ -51,7 +51,7 @@ $(COMPILERS)/installed: $(STAMP)
 
 compilers: $(COMPILERS)/installed
 
-NOTEBOOKS ?= off
+NOTEBOOKS ?= cache
 docs: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" FLAX_RESBLOCK_NOTEBOOKS=$(NOTEBOOKS) $(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
 

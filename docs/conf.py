@@ -5,6 +5,7 @@ the repository here, and the reference of the commands is written from the comma
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sys
@@ -16,10 +17,21 @@ sys.path.insert(0, str(DOCS.parent))
 PROJECT = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
 
+from docutils import nodes  # noqa: E402
 from sphinx.util import inspect  # noqa: E402
 
 from docs import reference_pages  # noqa: E402, the folder was just made importable
 from flax_resblock._version import __version__  # noqa: E402
+
+
+def _digest() -> str:
+    """Of the code that the notebooks run, so that what they showed is kept until it changes."""
+    found = hashlib.sha256()
+    for package in ("flax_resblock", "torch_ref"):
+        for path in sorted((DOCS.parent / package).rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
 
 project = "flax-resblock"
 copyright = "the authors of flax-resblock, Apache-2.0"
@@ -37,7 +49,8 @@ smartquotes = False  # it would turn the two hyphens of an option into a dash
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
-nb_execution_mode = os.environ.get("FLAX_RESBLOCK_NOTEBOOKS", "off")  # "force" runs the notebooks
+nb_execution_mode = os.environ.get("FLAX_RESBLOCK_NOTEBOOKS", "cache")  # "force" runs them again
+nb_execution_cache_path = str(DOCS / "_build" / f"notebooks-{_digest()}")
 nb_execution_timeout = 300
 nb_execution_in_temp = True
 nb_merge_streams = True
@@ -95,8 +108,16 @@ def _of_init(app, what: str, name: str, made, options, signature: str | None, re
     return signature, returned
 
 
+def _dashes(app, tree) -> None:
+    """Two hyphens between an argument and its text become a dash; those of an option stay."""
+    for text in list(tree.findall(nodes.Text)):
+        if text == " -- ":
+            text.parent.replace(text, nodes.Text(" – "))  # noqa: RUF001
+
+
 def setup(app) -> None:
     """Registers the hooks."""
     reference_pages.write(DOCS / "reference" / "commands")
     app.connect("source-read", _outward)
+    app.connect("doctree-read", _dashes)
     app.connect("autodoc-process-signature", _of_init)

@@ -78,15 +78,6 @@ def programs(text: str) -> list[str]:
     return re.findall(r"```(?:python|\{code-cell\} ipython3)\n(.*?)```", text, flags=re.DOTALL)
 
 
-def in_python(cell: str) -> str:
-    """A cell of a notebook without the syntax that only a notebook has."""
-    if not cell.startswith("!"):
-        return cell
-    shell = f"{{ {cell[1:].strip()}; }}"
-    run = f"subprocess.run(['bash', '-c', {shell!r}], capture_output=True, text=True)"
-    return f"import subprocess\nprint({run}.stdout)"
-
-
 RUN = """
 import contextlib, io, json, sys, traceback
 printed = []

@@ -216,25 +216,6 @@ def test_the_five_minutes_can_be_copied_from_beginning_to_end(tmp_path):
 NOTEBOOKS = sorted((documents.DOCS / "notebooks").glob("*.md"))
 
 
-@pytest.mark.slow
-def test_the_notebooks_run(tmp_path):
-    """All of them, one after the other in one process; they state what they are sure of with
-    ``print``.
-    """
-    pages = [documents.programs(page.read_text(encoding="utf-8")) for page in NOTEBOOKS]
-    outputs = documents.printed([[*map(documents.in_python, page)] for page in pages], tmp_path)
-    for page, printed in zip(NOTEBOOKS, outputs, strict=True):
-        whole = "\n".join(printed)
-        assert "Traceback" not in whole, f"{page}\n{whole}"
-        assert "False" not in printed[-1], page
-    asked, *_, repaired = (text for text in outputs[1] if "Block(" in text)
-    assert "overwrites the main path" in asked
-    assert "takes in_channels" in asked
-    assert "the first convolution ignores stride" in asked
-    assert "wrong" in asked
-    assert "wrong" not in repaired
-
-
 def test_the_notebooks_for_colab_are_those_of_the_documentation():
     from docs.notebook_files import notebook
 
@@ -268,6 +249,22 @@ def test_the_project_files_agree_about_version_and_address():
     rows = jobs["test"]["strategy"]["matrix"]["include"]
     assert {row["python"] for row in rows} == {"3.11", "3.12", "3.13"}
     assert all((REPOSITORY / row["constraints"]).is_file() for row in rows)
+    oldest = re.findall(r"jax==(\S+)", (REPOSITORY / "constraints.txt").read_text())
+    newest = re.findall(r"jax==(\S+)", (REPOSITORY / "constraints-newest.txt").read_text())
+    (floor,) = (one for one in project["dependencies"] if one.startswith("jax>="))
+    assert oldest[0].startswith(floor.removeprefix("jax>="))
+    assert newest != oldest
+    assert {row["constraints"] for row in rows} == {"constraints.txt", "constraints-newest.txt"}
+    publish = yaml.safe_load((github / "workflows" / "publish.yml").read_text())
+    trusted = publish["jobs"]["publish"]  # PyPI trusts this workflow: it keeps no password
+    assert trusted["permissions"] == {"id-token": "write"}
+    assert (trusted["needs"], trusted["environment"]) == ("build", "pypi")
+    assert publish["permissions"] == {"contents": "read"}
+    assert "permissions" not in publish["jobs"]["build"]
+    assert not any("password" in step.get("with", {}) for step in trusted["steps"])
+    for job in (*jobs.values(), *publish["jobs"].values()):
+        used = [step["uses"] for step in job["steps"] if "uses" in step]
+        assert all(re.fullmatch(r"[\w.-]+/[\w.-]+@(v\d+|release/v1)", one) for one in used)
     for form in (github / "ISSUE_TEMPLATE").glob("*.yml"):
         yaml.safe_load(form.read_text())
     assert "flax-resblock doctor" in (github / "ISSUE_TEMPLATE" / "bug.yml").read_text()

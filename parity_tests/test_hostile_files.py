@@ -255,15 +255,17 @@ def test_limits_are_checked_and_their_flags_named(healthy, tmp_path):
     )
     write_orbax(tmp_path / "net", tensors, {})
     for name in ("net.safetensors", "net.pth", "net"):
-        with pytest.raises(CheckpointError, match=r"the limit is 20,000.*--max-bytes \d+\."):
+        with pytest.raises(CheckpointError, match=r"the limit is 20,000.*Limits\(max_bytes=\d+\)"):
             checkpoint.read(tmp_path / name, limits=Limits(max_bytes=20_000))
-        with pytest.raises(CheckpointError, match=r"the limit is 8\..*--max-tensors \d+\."):
+        with pytest.raises(CheckpointError, match=r"the limit is 8\..*Limits\(max_tensors=\d+\)"):
             checkpoint.read(tmp_path / name, limits=Limits(max_tensors=8))
-        with pytest.raises(CheckpointError, match=r"the limit is 300\..*--max-header-bytes \d+\."):
+        with pytest.raises(
+            CheckpointError, match=r"the limit is 300\..*Limits\(max_header_bytes=\d+\)"
+        ):
             checkpoint.read(tmp_path / name, limits=Limits(max_header_bytes=300))
-    with pytest.raises(CheckpointError, match=r"the limit is 3\..*--max-nesting \d+\."):
+    with pytest.raises(CheckpointError, match=r"the limit is 3\..*`Limits\(max_nesting=\d+\)"):
         checkpoint.read(tmp_path / "deep.pth", limits=Limits(max_nesting=3))
-    with pytest.raises(InputError, match="--max-bytes 0 must be positive"):
+    with pytest.raises(InputError, match=r"`Limits\(max_bytes=0\)` must be positive"):
         Limits(max_bytes=0)
 
 

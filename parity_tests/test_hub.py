@@ -275,6 +275,47 @@ def test_a_model_is_pushed_with_its_certificate_and_comes_back(files, hub, netwo
     assert flax_resblock.load("hf-hub:user/own").config == small
 
 
+@pytest.mark.slow
+def test_a_ported_model_is_pushed_with_its_code_and_the_weights_that_it_has_now(
+    files, hub, monkeypatch, folder
+):
+    from parity_tests.newcomers import NET
+
+    hub.tokens.add("good")
+    monkeypatch.setenv("HF_TOKEN", "good")
+    scope: dict = {}
+    exec(NET, scope)
+    module = scope["Net"]()
+    model = flax_resblock.port(module).create()
+    model.head.bias[...] = model.head.bias[...] + 1  # training went on
+    flax_resblock.save(model, "hf-hub:user/ported")
+    pushed = hub.files["user/ported"]
+    written = {"net.py", "weights.safetensors", "port.json", "parity.json"}
+    assert set(pushed) == {"README.md", *written}
+    entry = json.loads(pushed["parity.json"])["outputs"]["weights.safetensors"]
+    digest = hashlib.sha256(pushed["weights.safetensors"]).hexdigest()
+    assert digest in json.dumps(entry["output"])
+    card = pushed["README.md"].decode()
+    assert "agreed when the network was ported, with the weights of that time" in card
+    assert "hf download user/ported --local-dir out" in card
+    for name, data in pushed.items():  # what the card tells its reader to do
+        Path("out").mkdir(exist_ok=True)
+        (Path("out") / name).write_bytes(data)
+    monkeypatch.syspath_prepend(folder)
+    use = card.partition("```python\n")[2].partition("```")[0]
+    exec(use, scope)
+    assert_same_bits(flax_resblock.to_torch(scope["model"]), flax_resblock.to_torch(model))
+    assert not np.array_equal(
+        flax_resblock.to_torch(model)["head.bias"], module.head.bias.detach().numpy()
+    )
+    with pytest.raises(InputError) as caught:  # a card's reader may try it
+        flax_resblock.load("hf-hub:user/ported")
+    assert str(caught.value).startswith("hf-hub:user/ported")
+    with pytest.raises(InputError, match="keep the folder"):
+        flax_resblock.save(scope["model"], "hf-hub:user/again")
+    assert "user/again" not in hub.files
+
+
 @pytest.fixture
 def weights(hub, monkeypatch, tmp_path):
     """A file of torchvision's kind for one of its names, on the server."""

@@ -153,7 +153,7 @@ def test_the_base_width_serves_every_stage(base_width):
 def test_a_stride_that_changes_the_function_is_asked_for(shortcut):
     found = described(BlockConfig(in_channels=4, out_channels=8, stride=2, shortcut=shortcut))
     with pytest.raises(
-        CheckpointError, match=r"4->8 .*Its stride cannot be read off the weights.*--stride 2"
+        CheckpointError, match=r"4->8 .*Its stride cannot be read off the weights.*`stride=2`"
     ):
         identify(found)
     assert [identify(found, stride=stride).state_map.config.stride for stride in (1, 2)] == [1, 2]
@@ -180,7 +180,7 @@ def test_impossible_numbers_are_refused(name, number):
         ({"architecture": "resnet9"}, "resnet9 is no named .*max pooling between .*resblock port "),
         (
             {"naming": "kuangliu"},
-            r"unexpected .*downsample.0.weight.*\n(.*\n)*It does fit .*--naming torchvision",
+            r"unexpected .*downsample.0.weight.*\n(.*\n)*It does fit .*naming='torchvision'",
         ),
         ({"naming": "keras"}, "naming scheme 'keras' is unknown; known: torchvision"),
     ],

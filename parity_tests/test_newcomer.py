@@ -101,7 +101,7 @@ def test_a_fraction_of_each_class_is_set_aside(fraction):
 
 
 def test_test_images_that_are_missing_are_told_with_the_flag_that_makes_them(pictures):
-    with pytest.raises(InputError, match=r"--val-fraction 0\.2 .* sort the class folders into"):
+    with pytest.raises(InputError, match=r"`val_fraction=0\.2`, .* sort the class folders into"):
         open_data("flat")
     train, test = open_data("flat", val_fraction=0.2)
     assert set(train.files) | set(test.files) == {str(file) for file in Path("flat").rglob("*.png")}
@@ -248,7 +248,7 @@ def test_a_published_bottleneck_network_has_one_note():
     config = flax_resblock.create("resnet50", rngs=None).config
     (note,) = assumptions_of(config, NAMINGS["torchvision"], {}, by_file=False).notes
     assert note.startswith("assumed: it computes what the published resnet50 does")
-    assert "3x3 convolution (torchvision) (--stride-on 1x1 if not)" in note
+    assert "3x3 convolution (torchvision) (`stride_on='1x1'` if not)" in note
 
 
 RIDDLES = (

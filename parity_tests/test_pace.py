@@ -122,7 +122,7 @@ def test_sgd_which_counts_nothing_is_told_by_the_program_or_by_batch_norm():
     run = read_run(extras, MAP)
     assert run.schedule is None
     assert "stepped 240 times, and the file has epoch 5: that is neither" in (run.problem or "")
-    assert "--schedule-unit batch, epoch, or the number" in (run.problem or "")
+    assert "Say `schedule_unit='batch'`, `schedule_unit='epoch'` or" in (run.problem or "")
 
 
 READ = {
@@ -177,7 +177,7 @@ def test_counters_that_tell_are_read_and_those_that_do_not_are_shown():
         with pytest.raises(CheckpointError, match=r"run\.pth was stepped") as caught:
             read_unit(position, counters, "run.pth")
         assert words in str(caught.value), (name, str(caught.value))
-        assert "--schedule-unit" in str(caught.value)
+        assert "schedule_unit=" in str(caught.value)
 
 
 def test_units_are_said_as_a_flag_says_them():

@@ -64,7 +64,7 @@ def test_a_repositorys_network_is_read_with_no_flags_equals_it_and_goes_back(nam
     module = network(name)
     state = state_to_numpy(module.state_dict())
     with jax.enable_x64(True):
-        with pytest.warns(AssumptionWarning, match="--shortcut-from"):
+        with pytest.warns(AssumptionWarning, match="shortcut_from="):
             model = from_torch(module.state_dict())
         config = model.config
         assert config.order == "pre_activation"
@@ -150,12 +150,12 @@ def test_an_order_that_the_tensors_do_not_tell_is_announced():
     """Of blocks of constant width: both orders fit, and --order says which it is."""
     config = ResNetConfig(**{**SMALL, "depths": (2,), "widths": (8,)})
     state = random_bits(config, np.float32)
-    with pytest.warns(AssumptionWarning, match="--order pre_activation"):
+    with pytest.warns(AssumptionWarning, match="order='pre_activation'"):
         assert from_torch(state, naming="torchvision").config == config
     wider = random_bits(ResNetConfig(**SMALL), np.float32)
     with pytest.warns(AssumptionWarning) as caught:
         from_torch(wider)
-    assert "--order" not in str(caught[0].message)  # the control
+    assert "order=" not in str(caught[0].message)  # the control
     before = replace(config, order="pre_activation")
     found = from_torch(random_bits(before, np.float32), assume="known", naming="torchvision")
     assert found.config.order == "pre_activation"  # its norm is behind the blocks
@@ -187,7 +187,7 @@ def test_standardised_kernels_of_group_norms_are_assumed_where_big_transfer_has_
     config = replace(config, stem_width=32, num_classes=3)
     state = ReferencePair.random(config)
     tensors = to_torch(state.flax(PRECISIONS["float32"]), "timm_v2")
-    with pytest.warns(AssumptionWarning, match="--norm-groups 16.*\n.*kernels are standardised"):
+    with pytest.warns(AssumptionWarning, match=r"norm_groups=16.*\n.*kernels are standardised"):
         assert from_torch(tensors).config == config
     told = {"norm_groups": 16, "standardized": False, "stem_pool": "3x3"}
     other = from_torch(tensors, assumptions=told, assume="known").config
@@ -264,7 +264,7 @@ def test_a_name_does_not_tell_what_repositories_spell_differently():
         state[f"layer1.0.bn1.{name}"] = torch.ones(16)
     state["layer1.0.conv1.weight"] = torch.zeros(16, 16, 3, 3)
     del state["layer1.0.downsample.0.weight"]
-    with pytest.warns(AssumptionWarning, match="--shortcut-from input"):
+    with pytest.warns(AssumptionWarning, match="shortcut_from='input'"):
         config = from_torch(state, architecture="preresnet20").config
     assert name_of(config) == "preresnet20"
     with warnings.catch_warnings():

@@ -294,7 +294,7 @@ def test_rival_readings_are_shown():
     assert {"conv3 = 3.c, shortcut.conv = 3.d", "conv3 = 3.d, shortcut.conv = 3.c"} <= set(
         re.findall(r"conv3 = 3\.\w, shortcut\.conv = 3\.\w", line)
     )
-    assert "--naming FILE.toml" in line
+    assert "`naming=flax_resblock.Naming(...)`" in line
 
 
 def test_order_that_names_do_not_tell_is_said():

@@ -274,9 +274,9 @@ def test_clusters_are_recognised(variables, kind):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ((None, 2, 0), "needs --coordinator HOST:PORT"),
-        (("host:1", None, 0), "needs --num-processes and --process-id too"),
-        (("host:1", 2, 2), "--process-id 2 must be from 0 to --num-processes 2 less one"),
+        ((None, 2, 0), "needs `coordinator=HOST:PORT`"),
+        (("host:1", None, 0), "needs `num_processes=...` and `process_id=...` too"),
+        (("host:1", 2, 2), "`process_id=2` must be from 0 to `num_processes=2` less one"),
         (("host", 2, 0), "must be HOST:PORT of process 0"),
     ],
 )

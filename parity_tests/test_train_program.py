@@ -292,7 +292,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_whole(small_disk, capsys):
         f"--epochs 30 --batch-size {runs.BATCH} --save-every 5 --keep 30 --out {small_disk / 'out'}"
     )
     text = said(capsys, f"{flags}", status=2)
-    assert "Make room, and go on with --resume auto" in text
+    assert "Make room, and go on from" in text
     assert "No space left on device" in text or "could not be written" in text
     whole = sorted((small_disk / "out" / "checkpoints").iterdir())
     assert whole

@@ -217,9 +217,9 @@ def test_a_module_that_raises_is_bad_input(more, capsys):
 
 
 def test_a_factory_that_needs_unknown_arguments_says_so():
-    with pytest.raises(InputError, match="needs in_channels, planes; pass them with --kwargs"):
+    with pytest.raises(InputError, match="needs in_channels, planes; pass them with `kwargs="):
         cases_of(BasicBlock, None)
-    with pytest.raises(InputError, match=r"raised TypeError.*--kwargs"):
+    with pytest.raises(InputError, match=r"raised TypeError.*`kwargs=...`"):
         examine(Block, {"width": 3}, QUICK)
     with pytest.raises(InputError, match="no residual network"):
         examine(lambda: torch.nn.Linear(3, 4), {}, QUICK)

@@ -54,11 +54,6 @@ class Suggestion:
     batch: int
     target: str
 
-    def flags(self, request: Request) -> str:
-        """What to type."""
-        batch = f"--batch {self.batch}"
-        return batch if self.target == request.target else f"--target {self.target} {batch}"
-
 
 def suggestions(request: Request, outcome: Outcome) -> list[Suggestion]:
     """Changes that should make a program fit: a smaller batch, more of the same chips, or as many

@@ -58,13 +58,11 @@ def refuse_existing(
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist. Create it first.")
     if os.path.lexists(path) and not force:
-        raise InputError(
-            f"{path} exists. Choose another name, or pass --force (force=True) to replace it."
-        )
+        raise InputError(f"{path} exists. Choose another name, or pass `force=True` to replace it.")
     if path.is_dir() and any(path.iterdir()) and not replaceable(path):
         raise InputError(
             f"{path} is a folder of something else than what is to be written there; it is not "
-            f"replaced, even with --force. Choose another name."
+            f"replaced, even with `force=True`. Choose another name."
         )
 
 

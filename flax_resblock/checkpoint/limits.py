@@ -38,7 +38,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value < 1:
-                raise InputError(f"{_flag(name)} {value} must be positive.")
+                raise InputError(f"`Limits({name}={value})` must be positive.")
 
     @property
     def header(self) -> int:
@@ -65,17 +65,14 @@ class Limits:
             raise CheckpointError(
                 f"{source} declares {found:,} {what}; the limit is {limit:,}. It is damaged, made "
                 "to exhaust this machine, or larger than any network here. If you trust it, raise "
-                f"the limit: {_flag('max_bytes' if limit < getattr(self, name) else name)} "
-                f"{_enough(self, name, found)}."
+                f"the limit: "
+                f"`Limits({'max_bytes' if limit < getattr(self, name) else name}="
+                f"{_enough(self, name, found)})`."
             )
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def _enough(limits: Limits, name: str, found: int) -> int:
-    """A value of the flag with which ``found`` would pass."""
+    """A value of the limit with which ``found`` would pass."""
     by_bytes = name == "max_header_bytes" and limits.header < limits.max_header_bytes
     return found * 72 if by_bytes else found
 

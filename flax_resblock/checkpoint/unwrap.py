@@ -96,7 +96,7 @@ def unwrap(
                 f"model.state_dict() and convert that."
             )
         others = [name for name in found if name != chosen]
-        also = f" (also there: {', '.join(others)}; choose with --entry)" if others else ""
+        also = f" (also there: {', '.join(others)}; choose with `entry=...`)" if others else ""
         notes.append(f"the weights are those of entry '{chosen}'{also}")
         extras |= {str(key): value for key, value in content.items() if key != chosen}
         content = content[chosen]

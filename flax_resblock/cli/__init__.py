@@ -21,6 +21,7 @@ from flax_resblock._version import __version__
 from flax_resblock.cli.cache import keep_compiled
 from flax_resblock.cli.huge_pages import start_again_with_huge_pages
 from flax_resblock.cli.interrupts import on_interrupt
+from flax_resblock.cli.wording import in_flags
 from flax_resblock.cli.wrapping import for_stream
 from flax_resblock.errors import InputError, reason, visible
 
@@ -89,7 +90,7 @@ def run(arguments: Sequence[str]) -> int:
     except InputError as error:
         if show_traceback:
             raise
-        message = f"flax-resblock: {visible(str(error), keep=LINE_BREAK)}"
+        message = f"flax-resblock: {in_flags(visible(str(error), keep=LINE_BREAK))}"
         print(for_stream(message, sys.stderr), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

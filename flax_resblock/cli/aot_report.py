@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from flax_resblock.aot.hlo import Program
-from flax_resblock.aot.memory import suggestions
+from flax_resblock.aot.memory import Suggestion, suggestions
 from flax_resblock.aot.outcome import Outcome, computed_in, findings
 from flax_resblock.aot.request import Request
 from flax_resblock.aot.sharding import differences, expected, is_step_on_several
@@ -141,10 +141,17 @@ def _fields(request: Request, other: Request) -> list[tuple[str, Any, Any]]:
     return [(name, left[name], right[name]) for name in fields]
 
 
+def _flags(suggestion: Suggestion, request: Request) -> str:
+    """What to type."""
+    batch = f"--batch {suggestion.batch}"
+    same = suggestion.target == request.target
+    return batch if same else f"--target {suggestion.target} {batch}"
+
+
 def does_not_fit(request: Request, outcome: Outcome, name: str) -> str:
     """The error message for a program that needs more memory than the devices have."""
     more = "at least " if outcome.memory is None else ""
-    would = [suggestion.flags(request) for suggestion in suggestions(request, outcome)]
+    would = [_flags(suggestion, request) for suggestion in suggestions(request, outcome)]
     advice = (
         f"By estimate these would: {'; or '.join(would)}"
         if would

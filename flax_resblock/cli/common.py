@@ -16,6 +16,7 @@ from rich.text import Text
 
 from flax_resblock.checkpoint import LIMITS, Limits, refuse_existing, replacing
 from flax_resblock.cli.option_flags import OptionFlags
+from flax_resblock.cli.wording import in_flags
 from flax_resblock.cli.wrapping import wrapped
 from flax_resblock.config import ARCHITECTURES, Config, architecture
 from flax_resblock.convert.detection.assumption_rules import ASSUMABLE_FIELDS
@@ -175,7 +176,7 @@ class RunFlags:
         if self.lr_lambda:
             from flax_resblock.parity.user_code import load_factory
 
-            functions = [load_factory(spec, "--lr-lambda") for spec in self.lr_lambda]
+            functions = [load_factory(spec, "lr_lambda") for spec in self.lr_lambda]
             functions = functions if len(functions) > 1 else functions[0]
         return run_of(
             source,
@@ -206,8 +207,10 @@ def is_architecture(path: Path) -> bool:
 
 def say(text: str, style: str = "") -> None:
     """Prints a line as it is, without markup; a terminal shows it in several, see
-    :func:`flax_resblock.cli.wrapping.wrapped`.
+    :func:`flax_resblock.cli.wrapping.wrapped`. Arguments that a message of the library names
+    appear as flags.
     """
+    text = in_flags(text)
     for line in wrapped(text, output.width) if output.is_terminal else [text]:
         output.print(line, style=style, markup=False, soft_wrap=True)
 

@@ -15,6 +15,7 @@ from flax_resblock.cli import common
 from flax_resblock.cli.common import arguments_of
 from flax_resblock.cli.convert_ported import from_ported
 from flax_resblock.cli.verify_flags import torch_needed
+from flax_resblock.cli.wording import in_flags
 from flax_resblock.config import name_of
 from flax_resblock.convert import Naming, StateMap, naming_of
 from flax_resblock.convert.hubs import files_of
@@ -78,7 +79,8 @@ def convert(
     the frameworks differ.
 
     Args:
-      reading: How to read the checkpoint.
+      reading: How to read the checkpoint, where its weights do not show it. Most checkpoints need
+        none of these.
       training: What to do with the training run in it.
       to_naming: Naming scheme of the output: torchvision, huggingface, timm and others listed in
         docs/families.md, or flax (.safetensors only). By default the names stay.
@@ -266,7 +268,7 @@ def _describe(source: OpenedCheckpoint) -> _Description:
         source.record.format,
         source.state_map.naming.name,
         source.state_map.naming,
-        source.all_notes,
+        tuple(map(in_flags, source.all_notes)),
         source.norm_options,
         source.record.metadata,
     )

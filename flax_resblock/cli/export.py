@@ -48,7 +48,8 @@ def export(
     checkpoint's bit for bit.
 
     Args:
-      reading: How to read the checkpoint.
+      reading: How to read the checkpoint, where its weights do not show it. Most checkpoints need
+        none of these.
       platforms: Platforms to export for, separated by commas.
       image_size: Side of the images. By default that of the checkpoint; where it does not say, 224
         for ImageNet stems and 32 for small ones.

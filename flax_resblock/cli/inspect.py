@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flax_resblock.cli import common
+from flax_resblock.cli.wording import in_flags
 from flax_resblock.config import SlotKind, name_of, to_json, walk
 from flax_resblock.convert.naming_file import to_toml
 from flax_resblock.convert.opening import OpenedCheckpoint
@@ -68,7 +69,7 @@ def report(source: OpenedCheckpoint) -> dict[str, Any]:
         "parameters": source.parameter_count,
         "bytes": sum(value.nbytes for value in tensors.values()),
         "dtypes": dict(Counter(value.dtype.name for value in tensors.values())),
-        "notes": list(source.all_notes),
+        "notes": list(map(in_flags, source.all_notes)),
         "unhealthy": source.unhealthy,
         "other_entries": {key: _brief(value) for key, value in source.record.extras.items()},
         "run": _run(source),
@@ -83,7 +84,7 @@ def _run(source: OpenedCheckpoint) -> dict[str, str]:
     try:
         run = run_of(source)
     except CheckpointError as error:
-        return {"problem": f"its training run cannot go on in JAX: {error}"}
+        return {"problem": in_flags(f"its training run cannot go on in JAX: {error}")}
     known, options = OPTIMIZERS[run.optimizer.kind].options, run.optimizer.groups[0].options
     first = ", ".join(f"{name} {value}" for name, value in options.items() if name in known)
     counters = {"step": run.steps, "epoch": run.epochs}
@@ -92,7 +93,8 @@ def _run(source: OpenedCheckpoint) -> dict[str, str]:
         at.append(describe_schedule(run.schedule))
     facts = {"run": f"{run.optimizer.notes[0]}; of the first: {first}"}
     facts["at"] = ", ".join(at) or "an unknown step"
-    return facts | ({"problem": f"no schedule: {run.problem}"} if run.problem else {})
+    problem = in_flags(f"no schedule: {run.problem}")
+    return facts | ({"problem": problem} if run.problem else {})
 
 
 def _brief(value: Any) -> str:
@@ -128,7 +130,8 @@ def inspect(
       flax-resblock inspect resnet50.pth
 
     Args:
-      reading: How to read the checkpoint.
+      reading: How to read the checkpoint, where its weights do not show it. Most checkpoints need
+        none of these.
       json_file: Also write everything to this file.
       norms: List every batch norm, not only unusual ones.
       show_naming: Print the naming scheme alone, as TOML that --naming FILE.toml takes.

@@ -67,7 +67,8 @@ def predict(
     into it, or from a config.json (transformers, timm), also after a conversion.
 
     Args:
-      reading: How to read the checkpoint.
+      reading: How to read the checkpoint, where its weights do not show it. Most checkpoints need
+        none of these.
       top: Number of classes to show.
       class_names: Text file with one class name per line.
       image_size: Side of the square to which images are resized. Where the checkpoint does not say,

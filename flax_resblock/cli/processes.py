@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flax_resblock.cli.common import output, status
+from flax_resblock.cli.wording import in_flags
 from flax_resblock.errors import InputError
 from flax_resblock.training import cluster
 
@@ -19,7 +20,7 @@ def end_all(error: Exception) -> None:
         time.sleep(2)  # another process is gone; the thread that watches it can say which
         cluster.lost("a process")
     if isinstance(error, InputError):
-        print(f"flax-resblock: {error}", file=sys.stderr, flush=True)
+        print(f"flax-resblock: {in_flags(str(error))}", file=sys.stderr, flush=True)
         time.sleep(1)  # so that every process can report its own error
         os._exit(2)
 

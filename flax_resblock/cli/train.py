@@ -75,8 +75,8 @@ def train(
     exit with status 130 or 143; a killed run continues from its last checkpoint, bit for bit.
 
     Args:
-      reading: How to read the checkpoint. Without a checkpoint, --architecture and --num-classes
-        choose the network.
+      reading: How to read the checkpoint, where its weights do not show it. Without a checkpoint,
+        --architecture and --num-classes choose the network.
       training: What to do with the training run in the checkpoint. It continues unless
         --weights-only is given.
       settings: What differs from the preset, or from the settings of the run that continues. The
@@ -250,7 +250,7 @@ def _run(
         f"test accuracy {last.accuracy:.2%}"
         + ("" if averaged is None else f", of the averaged weights {averaged:.2%}")
     )
-    back = f"; back to PyTorch: flax-resblock convert {out} run.pth --with-optimizer"
+    back = f"; back to PyTorch: flax-resblock convert {out} back.pth --with-optimizer"
     say(f"wrote {out}{back if has_torch_names(begin.model) else ''}")
     return 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,12 +100,13 @@ def print_data(begin: Start) -> None:
     common.say(
         f"  data   {config.data}: {_count(len(train), 'training image')} and "
         f"{_count(len(test), 'test image')} of {height}x{width} pixels, "
-        f"{_count(channels, 'channel')}, {_count(train.num_classes, 'class', 'classes')}"
+        f"{_count(channels, 'channel')}, {_count(train.num_classes, 'class', 'classes')}; "
+        f"normalised by the pixel mean {_shown(train.mean)}, std {_shown(train.std)}"
     )
     over = len(train) % config.batch_size
     left_out = (
-        f"; each epoch leaves out {_count(over, 'image')}, a batch that is not full, and another "
-        f"epoch others"
+        f"; each epoch leaves out {_count(over, 'image')}, too few for a batch, and every epoch "
+        f"leaves out others"
         if over
         else ""
     )
@@ -113,6 +114,10 @@ def print_data(begin: Start) -> None:
         f"  steps  {config.end(per_epoch):,} in all, {per_epoch:,} per epoch, "
         f"{config.batch_size} images each{left_out}"
     )
+
+
+def _shown(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

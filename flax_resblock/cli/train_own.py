@@ -90,7 +90,7 @@ def own_code(spec: str, reading: common.ReadingFlags) -> OwnCode:
             )
     where = spec.rpartition(":")[0]
     file = Path(where) if where.endswith(".py") else None
-    factory = load_factory(spec, "--model")
+    factory = load_factory(spec, "model")
     return OwnCode(spec, factory, file, _table_beside(file, spec.rpartition(":")[2]))
 
 

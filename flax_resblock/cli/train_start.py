@@ -270,7 +270,7 @@ def _continued(
         )
     common.say(
         f"  goes on at step {pace.start}, epoch {pace.start // steps + 1} of "
-        f"{-(-config.end(steps) // steps)}, {steps} steps per epoch"
+        f"{-(-config.end(steps) // steps)}, {steps} step{'s' if steps != 1 else ''} per epoch"
     )
     return config, replace(run, settings=settings_of(config)), splits
 

@@ -14,6 +14,7 @@ from flax_resblock.checkpoint import is_ported
 from flax_resblock.cli import common, verify_flags
 from flax_resblock.cli.verify_port import verify_port
 from flax_resblock.cli.verify_run import Verifier, devices_of
+from flax_resblock.cli.wording import in_flags
 from flax_resblock.config import name_of
 from flax_resblock.errors import InputError
 from flax_resblock.parity.certificate import REFERENCE
@@ -65,7 +66,8 @@ def verify(
     PyTorch's own, or 8 ulp. Exit status 1 if something differs.
 
     Args:
-      reading: How to read the checkpoint.
+      reading: How to read the checkpoint, where its weights do not show it. Most checkpoints need
+        none of these.
       input: The images.
       what: What to compare.
       devices: Where each side computes.
@@ -155,7 +157,7 @@ def _consequences(subject: _Subject, images: Any) -> list[str]:
     from flax_resblock.parity.reference import consequences
 
     with common.status.status("trying what was not assumed"):
-        return [consequence.note for consequence in consequences(subject.source, images)]
+        return [in_flags(consequence.note) for consequence in consequences(subject.source, images)]
 
 
 def _subject(

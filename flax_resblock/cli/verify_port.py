@@ -60,7 +60,7 @@ def verify_port(
     from flax_resblock.port.porting import port
 
     torch.manual_seed(verifier.input.seed)
-    module = made_by(load_factory(spec), arguments_of(kwargs) or {}, f"--torch {spec}: calling it")
+    module = made_by(load_factory(spec), arguments_of(kwargs) or {}, f"`torch={spec}`: calling it")
     reading = reading or ReadingFlags()
     folder = None if flax is None else Path(flax.rpartition(":")[0]).parent
     read = None if folder is None else read_ported(folder, reading.limits)
@@ -74,7 +74,7 @@ def verify_port(
     if read is not None and flax is not None:
         port_of = described(read.table)
         state = {key: value.detach().numpy() for key, value in module.state_dict().items()}
-        network = load_factory(flax, "--flax")
+        network = load_factory(flax, "flax")
         model = filled(network, port_of.table.to_flax(state))
     else:
         with status.status(f"porting {spec}"):

@@ -22,6 +22,7 @@ from flax_resblock.cli.common import (
 )
 from flax_resblock.cli.interrupts import still_wanted
 from flax_resblock.cli.verify_flags import DeviceFlags, InputFlags, ReportFlags
+from flax_resblock.cli.wording import in_flags
 from flax_resblock.config import Config, ResNetConfig, name_of
 from flax_resblock.errors import InputError
 from flax_resblock.parity.certificate import REFERENCE
@@ -91,7 +92,11 @@ class Verifier:
             )
         comparison, provenance = verification.comparison, self._provenance(facts, clock, images)
         content = report_json(
-            comparison, provenance, verification.diagnosis, self.precision, verification.notes
+            comparison,
+            provenance,
+            verification.diagnosis,
+            self.precision,
+            [*map(in_flags, verification.notes)],
         )
         return verification, content
 

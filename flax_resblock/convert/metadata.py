@@ -43,7 +43,7 @@ def written_config(record: Record) -> arch.Config | None:
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{record.source}: its stored configuration is damaged "
-            f"({visible(str(error))[:160]}). Say --architecture NAME, or copy the file again."
+            f"({visible(str(error))[:160]}). Say `architecture=NAME`, or copy the file again."
         ) from error
 
 

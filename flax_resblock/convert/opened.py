@@ -169,7 +169,7 @@ def target_naming(source: OpenedCheckpoint, output_format: str, naming: str | No
         scheme = naming_of(naming or "flax")
         if scheme.name != "flax" and not scheme.hub:
             raise InputError(
-                f"an Orbax folder holds Flax names; --to-naming {naming} is for .pth and "
+                f"an Orbax folder holds Flax names; `save(naming={naming})` is for .pth and "
                 f".safetensors."
             )
         return scheme
@@ -191,6 +191,6 @@ def target_naming(source: OpenedCheckpoint, output_format: str, naming: str | No
     if first not in NAMINGS:
         raise InputError(
             f"{source.record.source} came in the naming scheme {visible(first)!r}, which is not "
-            f"one of this library's. Choose one for the output: --to-naming torchvision."
+            f"one of this library's. Choose one for the output: `save(naming='torchvision')`."
         )
     return NAMINGS[first]

@@ -128,7 +128,7 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
     counters = match.misfit.filled_counters
     if counters:
         every = len(counters) == sum(one.role == "counter" for one in match.state_map.entries)
-        frozen = " (--norm frozen if training never changes the norms)" if every else ""
+        frozen = " (`norm='frozen'` if training never changes the norms)" if every else ""
         words = "absent num_batches_tracked with 0, as PyTorch does"
         notes.append(f"filled {len(counters)} {words}{frozen}")
         tensors |= {key: np.zeros((), np.int64) for key in counters}

@@ -132,6 +132,6 @@ def refuse_own(record: Record) -> None:
             f"returns the state dict of PyTorch."
         )
     raise CheckpointError(
-        f"{words} `flax-resblock train` takes it with --model FILE.py:{name} and --resume, --init "
-        f"or --eval-only."
+        f"{words} `flax-resblock train --model FILE.py:{name}` takes it, as the value of "
+        f"`resume=...`, `init=...` or `eval_only=...`."
     )

@@ -49,8 +49,8 @@ def averaged(record: Record) -> Record:
     }
     if not tensors:
         raise CheckpointError(
-            f"{record.source} keeps no averaged weights: the run had --ema 0. Leave out "
-            f"--entry {EMA}."
+            f"{record.source} keeps no averaged weights: the run had `ema=0`. Leave out "
+            f"`entry={EMA}`."
         )
     metadata = {name: value for name, value in record.metadata.items() if name != RUN}
     return replace(record, tensors=tensors, metadata=metadata)

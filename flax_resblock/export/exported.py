@@ -142,7 +142,7 @@ class Exported:
         if not here & set(self.manifest["platforms"]):
             raise InputError(
                 f"{self.folder} was exported for {', '.join(self.manifest['platforms'])}; jax "
-                f"computes on {platform} here. Export with --platforms {platform}."
+                f"computes on {platform} here. Export with `platforms={platform}`."
             )
         return self.program.call(self.weights, jnp.asarray(images, jnp.float32))
 

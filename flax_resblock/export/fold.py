@@ -62,7 +62,7 @@ def fold_batch_norm(model: Model) -> Model:
         if not isinstance(conv, Conv) or not known or conv.kernel.shape[-1:] != norm.scale.shape:
             raise InputError(
                 f"the norm at {slot.name} follows no convolution of as many channels and cannot "
-                f"be folded into one. Export without --fold-batch-norm."
+                f"be folded into one. Export without `fold_batch_norm=True`."
             )
         kernel, scale, bias, mean, var = (
             np.asarray(value[...], np.float64)

@@ -139,7 +139,7 @@ def export_model(
     if image_size is None and model.config.shortcut in ("zero_pad", "zero_pad_behind"):
         raise InputError(
             "a network with zero-padded shortcuts is exported for one image size: jax cannot "
-            "prove that their sizes meet. Say which, --image-size."
+            "prove that their sizes meet. Say which, `image_size=...`."
         )
     weights = weights_of(model)
     forward = forward_of(model)

@@ -28,7 +28,7 @@ def torch_code(config: Config, norm_options: Mapping[str, float | None]) -> str:
       InputError: A bare block.
     """
     if not isinstance(config, ResNetConfig):
-        raise InputError("--torch-code writes whole networks, and this is a bare block.")
+        raise InputError("`torch_code=...` writes whole networks, and this is a bare block.")
     imports: dict[str, None] = {}
     bodies = []
     for module in _MODULES:

@@ -111,6 +111,7 @@ def _card(
     if config is None:
         use = (
             f"# hf download {repository} --local-dir out; read its code before you import it\n"
+            f"import flax_resblock\nfrom out.{kind.lower()} import {kind}\n\n"
             f"model = flax_resblock.load_ported('out', {kind})"
         )
     loader = _LOADERS.get("" if scheme is None else scheme.name, "").format(name=repository)
@@ -164,4 +165,10 @@ def _certificate(entry: dict[str, Any]) -> str:
         }
     rows |= {"versions": ", ".join(f"{k} {v}" for k, v in entry["versions"].items())}
     lines = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"PyTorch and Flax agree on these weights.\n\n| | |\n|---|---|\n{lines}"
+    words = "PyTorch and Flax agree on these weights."
+    if "figures" in found:
+        words = (
+            "PyTorch and Flax agreed when the network was ported, with the weights of that time. "
+            "The SHA-256 are those of the weights here."
+        )
+    return f"{words}\n\n| | |\n|---|---|\n{lines}"

@@ -144,7 +144,10 @@ def _warn_about(source: OpenedCheckpoint) -> None:
         lines = "\n  ".join(
             [f"{name} was read from its weights, which do not tell this:", *assumed]
         )
-        words = f'{lines}\n  (assume="known" accepts this and silences the warning)'
+        words = (
+            f'{lines}\n  (assumptions={{"NAME": VALUE}} changes one of them; assume="known" '
+            f"accepts this and silences the warning)"
+        )
         warnings.warn(words, AssumptionWarning, stacklevel=level)
     if source.unhealthy:
         warnings.warn(f"{name}: {some(source.unhealthy)}; carried as they are.", stacklevel=level)

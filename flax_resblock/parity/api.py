@@ -199,8 +199,8 @@ def refuse_unfit(pair: Pair, images: np.ndarray, *, train: bool) -> None:
         first, second = (_torch_output(pair, images, mode) for _ in range(2))
         if not np.array_equal(first, second, equal_nan=True):
             advice = (
-                "dropout or stochastic depth? Compare in evaluation mode only (train=False, "
-                "--eval-only), or switch it off"
+                "dropout or stochastic depth? Compare in evaluation mode only "
+                "(`train=False`), or switch it off"
                 if mode
                 else "remove what is random"
             )

@@ -46,7 +46,8 @@ def refuse_foreign_certificate(out: Path) -> None:
     except InputError as error:
         raise InputError(
             f"{error} convert keeps its certificate under this name and never replaces another "
-            "file, even by force. Move that file, choose another folder, or pass --no-certificate."
+            "file, even by force. Move that file, choose another folder, or pass "
+            "`certificate=False`."
         ) from error
 
 

@@ -110,12 +110,12 @@ def read_images(path: Path, config: Config) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:
         raise InputError(
-            f"--input {path} cannot be read as a .npy array ({reason(error).splitlines()[0]}). "
+            f"`input={path}` cannot be read as a .npy array ({reason(error).splitlines()[0]}). "
             f"Write one with numpy.save('images.npy', images)."
         ) from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         raise InputError(
-            f"--input {path} holds {getattr(array, 'dtype', type(array).__name__)}; an array "
+            f"`input={path}` holds {getattr(array, 'dtype', type(array).__name__)}; an array "
             f"of numbers is needed, (N, H, W, {config.in_channels})."
         )
     if array.ndim != 4 or array.shape[-1] != config.in_channels or 0 in array.shape:
@@ -123,12 +123,12 @@ def read_images(path: Path, config: Config) -> np.ndarray:
         if array.ndim == 4 and array.shape[1] == config.in_channels:
             hint = " They look like NCHW; move the channels last: images.transpose(0, 2, 3, 1)."
         raise InputError(
-            f"--input {path} has the shape {list(array.shape)}; the network takes (N, H, W, "
+            f"`input={path}` has the shape {list(array.shape)}; the network takes (N, H, W, "
             f"{config.in_channels}).{hint}"
         )
     if not np.isfinite(array).all():
         raise InputError(
-            f"--input {path} holds {np.count_nonzero(~np.isfinite(array))} values that are not "
+            f"`input={path}` holds {np.count_nonzero(~np.isfinite(array))} values that are not "
             f"finite; with them every comparison is empty."
         )
     return array.astype(np.float64)

@@ -145,7 +145,7 @@ class OwnNetwork:
             what the Flax network computes.
         """
         factory = load_factory(self.spec)
-        module = made_by(factory, self.kwargs, f"--torch {self.spec}: calling it")
+        module = made_by(factory, self.kwargs, f"`torch={self.spec}`: calling it")
         load_into(module, without(record.tensors, ignored(record, reading.ignore)), record.source)
         try:
             opened, figures = open_module(module, reading, sizes=self.sizes, wide=True)
@@ -185,7 +185,9 @@ def load_into(module: Any, tensors: Mapping[str, np.ndarray], source: str) -> No
         lines = [f"The tensors of {source} are not those of {name}."]
         lines += [f"  missing     {some(missing)}"] if missing else []
         lines += [f"  unexpected  {some(unexpected)}"] if unexpected else []
-        lines += ["Create the module as it was trained, with --kwargs where it needs arguments."]
+        lines += [
+            "Create the module as it was trained, with `kwargs=...` where it needs arguments."
+        ]
         raise CheckpointError("\n".join(lines))
     try:
         module.load_state_dict(with_tensors({own[key]: filled[key] for key in own}), strict=True)

@@ -176,12 +176,12 @@ class Consequence:
     """How the output would change under another assumption.
 
     Attributes:
-      flag: The flag that selects it, ``"--stride-on 1x1"``.
+      argument: What selects it, ``"`stride_on='1x1'`"``.
       meaning: The alternative in words.
       difference: Relative L2 difference of the output, evaluation mode, float64.
     """
 
-    flag: str
+    argument: str
     meaning: str
     difference: float
 
@@ -189,8 +189,8 @@ class Consequence:
     def note(self) -> str:
         """One line for the terminal."""
         return (
-            f"with {self.flag} ({self.meaning}) the output would differ by {self.difference:.1e} "
-            f"(relative, evaluation mode); the tensors fit both"
+            f"with {self.argument} ({self.meaning}) the output would differ by "
+            f"{self.difference:.1e} (relative, evaluation mode); the tensors fit both"
         )
 
 
@@ -206,8 +206,9 @@ def consequences(source: OpenedCheckpoint, images: np.ndarray) -> Iterator[Conse
         made = _output(pair, images)
         for value, config in assumption.alternatives.items():
             other = _output(ReferencePair(config, pair.state, pair.norm_options), images)
-            flag, meaning = f"{assumption.rule.flag} {value}", assumption.rule.choices[value]
-            yield Consequence(flag, meaning, relative_l2(other, made))
+            rule = assumption.rule
+            difference = relative_l2(other, made)
+            yield Consequence(rule.argument(value), rule.choices[value], difference)
 
 
 def _output(pair: ReferencePair, images: np.ndarray) -> Any:

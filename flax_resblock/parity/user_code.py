@@ -23,28 +23,29 @@ def _no_bytecode() -> Iterator[None]:
         sys.dont_write_bytecode = before
 
 
-def load_factory(spec: str, flag: str = "--torch") -> Callable[..., Any]:
+def load_factory(spec: str, argument: str = "torch") -> Callable[..., Any]:
     """Imports what ``FILE.py:NAME`` or ``package.module:NAME`` names. This runs its code.
 
     Args:
       spec: The name.
-      flag: What messages call it.
+      argument: Which argument it is, for messages.
     Raises:
       InputError: No such file, module or name, or code that raises.
     """
     where, colon, name = spec.rpartition(":")
     if not colon or not where or not name:
         raise InputError(
-            f"{flag} {spec!r} must be FILE.py:NAME or package.module:NAME, such as model.py:Block."
+            f"`{argument}={spec}` must be FILE.py:NAME or package.module:NAME, such as "
+            "model.py:Block."
         )
     try:
         if where.endswith(".py"):
             path = Path(where)
             if not path.is_file():
-                raise InputError(f"{flag} {spec}: the file {where} does not exist.")
+                raise InputError(f"`{argument}={spec}`: the file {where} does not exist.")
             found = importlib.util.spec_from_file_location(path.stem, path)
             if found is None or found.loader is None:
-                raise InputError(f"{flag} {spec}: {where} cannot be imported.")
+                raise InputError(f"`{argument}={spec}`: {where} cannot be imported.")
             module = importlib.util.module_from_spec(found)
             sys.modules.setdefault(path.stem, module)
             with _no_bytecode():
@@ -55,9 +56,9 @@ def load_factory(spec: str, flag: str = "--torch") -> Callable[..., Any]:
         raise
     except Exception as error:
         raise InputError(
-            f"{flag} {spec}: importing it raised {type(error).__name__}: {error}."
+            f"`{argument}={spec}`: importing it raised {type(error).__name__}: {error}."
         ) from error
     factory = getattr(module, name, None)
     if not callable(factory):
-        raise InputError(f"{flag} {spec}: {where} has no class or function {name!r}.")
+        raise InputError(f"`{argument}={spec}`: {where} has no class or function {name!r}.")
     return factory

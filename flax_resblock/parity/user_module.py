@@ -109,7 +109,7 @@ def cases_of(factory: Callable[..., Any], kwargs: Mapping[str, Any] | None) -> l
     if not set(required) <= {"in_channels", "out_channels", "stride"}:
         raise InputError(
             f"{getattr(factory, '__name__', factory)} needs {', '.join(required)}; pass them "
-            f"with --kwargs, such as --kwargs '{{\"width\": 64}}'."
+            f"with `kwargs=...`, such as `kwargs={{'width': 64}}`."
         )
     full = [{"stride": 1, **case} if "stride" in required else dict(case) for case in BLOCK_CASES]
     return [case for case in full if set(case) <= set(parameters)]
@@ -127,7 +127,7 @@ def made_by(
         module = factory(**arguments)
     except Exception as error:
         raise InputError(
-            f"{title} raised {type(error).__name__}: {error}. Pass its arguments with --kwargs."
+            f"{title} raised {type(error).__name__}: {error}. Pass its arguments with `kwargs=...`."
         ) from error
     if not isinstance(module, torch.nn.Module):
         raise InputError(f"{title} made a {type(module).__name__}, not an nn.Module.")

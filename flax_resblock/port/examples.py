@@ -79,9 +79,9 @@ def accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size,
     raise InputError(
         f"{type(module).__name__} raises on images of {shown} pixels, with {(found or [3])[0]} and "
         f"other numbers of channels ({raised(first)}). Give a size that it takes with "
-        f"--image-size HEIGHT WIDTH, or image_size=(height, width). If it takes something else "
-        f"than one image, give the shapes of its inputs, with --inputs '2,3,64,64;2,10' or "
-        f"port(module, example_inputs=...)."
+        f"`image_size=(HEIGHT, WIDTH)`. If it takes something else "
+        f"than one image, give the shapes of its inputs, with "
+        f"`example_inputs=...`."
     ) from first
 
 

@@ -213,8 +213,8 @@ def opened_ported(record: Record) -> tuple[PortedWeights, OpenedTensors]:
     """
     if PORT not in record.metadata:
         raise InputError(
-            f"{record.source} is no ported network. flax-resblock port writes a folder of one; "
-            f"flax-resblock train --model and flax_resblock.save write checkpoints of it."
+            f"{record.source} is no ported network. `flax-resblock port` writes a folder of one; "
+            f"`flax-resblock train --model` and flax_resblock.save write checkpoints of it."
         )
     table = _table_of(record.metadata[PORT], record.source)
     opened = open_own(record, table, str(table.about.get("network")))

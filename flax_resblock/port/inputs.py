@@ -28,7 +28,7 @@ def parsed_shapes(text: str) -> Shapes:
     rows = [[part.strip() for part in one.split(",")] for one in text.strip(" ;").split(";")]
     if not all(len(row) > 1 and all(one.isdigit() and int(one) for one in row) for row in rows):
         raise InputError(
-            f"--inputs {text!r} must be the shapes of the inputs in PyTorch, the batch first, with "
+            f"`inputs={text!r}` must be the shapes of the inputs in PyTorch, the batch first, with "
             f"commas and semicolons between them: 2,3,64,64;2,10."
         )
     return tuple(tuple(int(one) for one in row[1:]) for row in rows)

@@ -63,7 +63,7 @@ _REASONS = {
     name: reason.format(name=name)
     for reason, names in {
         "loss scaling is for float16; float32 and bfloat16 need none": " ".join(SCALERS),
-        "averaged weights; --entry {name} takes them instead of the trained ones": (
+        "averaged weights; `entry={name}` takes them instead of the trained ones": (
             " ".join(AVERAGES)
         ),
         _RANDOM: "rng rng_state rng_states random_state torch_rng torch_rng_state cuda_rng_state",

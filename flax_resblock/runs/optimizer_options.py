@@ -48,7 +48,7 @@ def _kind(
             return "adam"  # without decay the two are the same
         raise CheckpointError(
             f"{source} is Adam or AdamW, which torch before 2.6 writes alike; they decay "
-            f"differently. Say which: --optimizer adam or adamw (optimizer=... in Python)."
+            f"differently. Say which: `optimizer='adam'` or `optimizer='adamw'`."
         )
     if len(found) == 1:
         return found[0]

@@ -258,7 +258,7 @@ def write_optimizer(state: OptimizerState, state_map: TensorMap) -> dict[str, An
         raise CheckpointError(
             f"{state.kind} has no counterpart in torch.optim, so a PyTorch file cannot hold "
             f"this run. Write a .safetensors file or an Orbax folder, or the weights without "
-            f"--with-optimizer."
+            f"`run=...`."
         )
     entries = {entry.flax_path: entry for entry in state_map.parameters}
     per_parameter: dict[int | str, dict[str, Any]] = {}

@@ -16,7 +16,7 @@ from flax_resblock.checkpoint.unwrap import PREFIXES
 from flax_resblock.convert.state_map import Entry, TensorMap
 from flax_resblock.errors import CheckpointError, some
 
-WEIGHTS_ONLY = "Go on with the weights alone (--weights-only): they do not depend on it."
+WEIGHTS_ONLY = "Go on with the weights alone (`flax_resblock.load`): they do not depend on it."
 """Ends the message of every refusal of a run."""
 
 

@@ -208,7 +208,7 @@ def _with_average(
         if not decay:
             words = (
                 "averaged weights, for the way back; the file does not say how they are averaged: "
-                "train --ema DECAY goes on with them, without it they end with the first step"
+                "`ema=DECAY` goes on with them, without it they end with the first step"
             )
         found[name] = RunEntry(name, words, "used" if decay else "kept")
         return replace(run, ema=values, average=form)

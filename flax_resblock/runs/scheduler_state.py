@@ -233,7 +233,7 @@ def _of_functions(
     if lr_lambda is None:
         raise CheckpointError(
             f"{source}: LambdaLR (or MultiplicativeLR) keeps its function in the program, not in "
-            "the file. Name it with --lr-lambda FILE.py:NAME (lr_lambda=... in Python)."
+            "the file. Name it with `lr_lambda=FUNCTION`."
         )
     functions = tuple(lr_lambda) if isinstance(lr_lambda, Sequence) else (lr_lambda,) * len(groups)
     if len(functions) != len(groups):

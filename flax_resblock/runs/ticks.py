@@ -28,8 +28,8 @@ class Unit(NamedTuple):
 
 BATCH, EPOCH = Unit(), Unit(per_epoch=True)
 FLAG = (
-    "Say --schedule-unit batch, epoch, or the number of scheduler steps per optimizer step "
-    "(schedule_unit=... in Python)."
+    "Say `schedule_unit='batch'`, `schedule_unit='epoch'` or, with the number of scheduler steps "
+    "per optimizer step, `schedule_unit=N`."
 )
 """What to do where the counters do not tell."""
 

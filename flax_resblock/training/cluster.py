@@ -81,22 +81,22 @@ class Cluster:
         given = (self.coordinator, self.num_processes, self.process_id)
         if self.coordinator is None and given != (None, None, None):
             raise InputError(
-                "--num-processes and --process-id belong to a run of several processes, which "
-                "needs --coordinator HOST:PORT of process 0 too."
+                "`num_processes=...` and `process_id=...` belong to a run of several processes, "
+                "which needs `coordinator=HOST:PORT` of process 0 too."
             )
         if self.coordinator is not None and detected() is None:
             if self.num_processes is None or self.process_id is None:
                 raise InputError(
-                    f"--coordinator {self.coordinator} needs --num-processes and --process-id "
-                    f"too; nothing in the environment tells them."
+                    f"`coordinator={self.coordinator}` needs `num_processes=...` and "
+                    f"`process_id=...` too; nothing in the environment tells them."
                 )
             if not 0 <= self.process_id < self.num_processes:
                 raise InputError(
-                    f"--process-id {self.process_id} must be from 0 to --num-processes "
-                    f"{self.num_processes} less one."
+                    f"`process_id={self.process_id}` must be from 0 to "
+                    f"`num_processes={self.num_processes}` less one."
                 )
         if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdigit():
-            raise InputError(f"--coordinator {self.coordinator} must be HOST:PORT of process 0.")
+            raise InputError(f"`coordinator={self.coordinator}` must be HOST:PORT of process 0.")
 
 
 def connect(cluster: Cluster) -> bool:
@@ -112,7 +112,7 @@ def connect(cluster: Cluster) -> bool:
     import jax
 
     cluster.check()
-    kind = detected() if cluster.coordinator is None else "--coordinator"
+    kind = detected() if cluster.coordinator is None else "`coordinator=...`"
     if kind is None:
         return False
     try:
@@ -127,8 +127,9 @@ def connect(cluster: Cluster) -> bool:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"the processes of this run ({kind}) did not find each other ({reason[:200]}). "
-            f"Check that --coordinator names process 0, that --num-processes "
-            "processes were started, each with its own --process-id, and that the port is open."
+            "Check that `coordinator=...` names process 0, that as many processes as "
+            "`num_processes=...` says were started, each with its own `process_id=...`, and that "
+            "the port is open."
         ) from error
     if jax.process_count() > 1:
         _watch()
@@ -142,7 +143,8 @@ def lost(who: str) -> NoReturn:
     number, count = jax.process_index(), jax.process_count()
     print(
         f"flax-resblock: {who} of {count} is gone; process {number} cannot go on without it. Start "
-        "all of them again with --resume auto: the run goes on from its last checkpoint.",
+        "all of them again with `flax-resblock train --resume auto`: the run goes on from its last "
+        "checkpoint.",
         file=sys.stderr,
         flush=True,
     )

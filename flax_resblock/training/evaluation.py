@@ -176,7 +176,7 @@ def classes_of(model: nnx.Module, shape: Sequence[int], *, training: bool = Fals
         said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
         raise InputError(
             f"{name} does not take images of shape (N, {', '.join(map(str, size))}): {said}. "
-            f"Choose other data, or another size (--image-size)."
+            f"Choose other data, or another size (`image_size=...`)."
         ) from error
     got = getattr(found, "shape", type(found).__name__)
     if not isinstance(got, tuple) or len(got) != 2 or got[0] != 2 or found.dtype.kind not in "fV":

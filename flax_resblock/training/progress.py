@@ -40,6 +40,6 @@ class TrainingProgress:
 
     def advance(self, images: int, *, epoch: int, loss: float, accuracy: float) -> None:
         """Advances by one batch of ``images`` images with its loss and accuracy."""
-        metrics = f"this batch: loss {loss:.4f}  accuracy {accuracy:6.1%}"
+        metrics = f"batch loss {loss:.4f}, accuracy {accuracy:.1%}"
         description = f"epoch {epoch + 1}/{self._epochs}"
         self._progress.update(self._task, advance=images, description=description, metrics=metrics)

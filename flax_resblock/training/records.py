@@ -66,8 +66,8 @@ class Records:
             file.write(json.dumps(entry._asdict()) + "\n")
         except OSError as error:
             raise InputError(
-                f"{file.name} cannot be written ({error.strerror}). Make room, and go on with "
-                f"--resume auto; the checkpoints are whole."
+                f"{file.name} cannot be written ({error.strerror}). Make room, and go on from "
+                f"the last checkpoint (`load_run`); the checkpoints are whole."
             ) from error
         for name in names:
             if (value := getattr(entry, name)) is not None:

@@ -105,7 +105,7 @@ class RunFolder:
         except OSError as error:
             raise InputError(
                 f"{self.folder} cannot be written ({error.strerror}). Choose another folder "
-                f"with --out, or make room."
+                f"for the run, or make room."
             ) from error
         self._best = best(self.folder)  # an evaluation that is made again no longer counts
         return records
@@ -151,7 +151,8 @@ class RunFolder:
             whole = sorted(path.parent.glob("step-*"))
             raise InputError(
                 f"the checkpoint {path} could not be written ({reason[:300]}). The last whole one "
-                f"is {whole[-1] if whole else 'none yet'}. Make room, and go on with --resume auto."
+                f"is {whole[-1] if whole else 'none yet'}. Make room, and go on from it "
+                f"(`load_run`)."
             ) from error
 
     def _point_at(self, path: Path) -> None:

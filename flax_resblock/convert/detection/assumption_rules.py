@@ -33,6 +33,10 @@ class AssumptionRule:
         """The flag of the command line."""
         return f"--{self.field.replace('_', '-')}"
 
+    def argument(self, value: Any) -> str:
+        """The choice of a value, as messages name it."""
+        return f"`{self.field}={value!r}`"
+
     def chosen(self, config: Config) -> Any:
         """The value that a configuration has, also where it is the usual one of its stem."""
         usual = {"stem_stride": "stem_striding", "stem_pool": "stem_pooling"}
@@ -193,7 +197,7 @@ ASSUMPTION_RULES = (
         {
             False: "kernels are used as they are",
             True: "kernels are standardised (BiT, weight standardisation), with an eps of "
-            "--standardized-eps (1e-8)",
+            "`standardized_eps=1e-8`",
         },
         lambda config: config.norm == "group",
         lambda naming: True,
@@ -225,8 +229,8 @@ class Fixed:
         """What was assumed, and how to change it."""
         if not self.told_by:
             return f"{self.says} ({OWN_MODULE})"
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in self.told_by)
-        when = f"{flags} if {self.unless}; {OWN_MODULE}" if self.unless else f"{flags} if not"
+        said = " and ".join(f"`{name}=...`" for name in self.told_by)
+        when = f"{said} if {self.unless}; {OWN_MODULE}" if self.unless else f"{said} if not"
         return f"{self.says} ({when})"
 
 

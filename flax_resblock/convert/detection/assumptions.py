@@ -3,7 +3,7 @@ that differ in nothing else have the same names and shapes.
 
 Options are taken from the first of these that has them: the caller's arguments, this library's own
 metadata, a ``config.json``, other entries of the checkpoint. Otherwise the first choice of a rule
-is assumed, and said, with the flag that changes it."""
+is assumed, and said, with the argument that changes it."""
 
 from __future__ import annotations
 
@@ -49,26 +49,28 @@ class Assumption:
 
     @property
     def brief(self) -> str:
-        """What was assumed, and the flag that changes it, without the meaning of its values."""
+        """What was assumed, and the argument that changes it, without the meaning of its values."""
         says = self.rule.choices[self.rule.chosen(self.config)]
-        values = ", ".join(map(str, self.alternatives))
-        return f"{says} ({self.rule.flag} {values} if not)"
+        values = "|".join(map(repr, self.alternatives))
+        return f"{says} (`{self.rule.field}={values}` if not)"
 
     @property
     def note(self) -> str:
-        """What was assumed, and the flag that changes it, in words."""
+        """What was assumed, and the argument that changes it, in words."""
         chosen = self.rule.chosen(self.config)
         if len(self.alternatives) > _MANY:
             return f"assumed, as the weights do not show it: {self.brief}"
         others = "; ".join(
-            f"{self.rule.flag} {value} if {self.rule.choices[value]}" for value in self.alternatives
+            f"{self.rule.argument(value)} if {self.rule.choices[value]}"
+            for value in self.alternatives
         )
         return f"assumed, as the weights do not show it: {self.rule.choices[chosen]}; {others}"
 
 
 _ORDER = (
     "layers of equal shape run in the order of their numbers, else in that in which the file has "
-    "them, and norms belong to convolutions in the same order (--naming FILE.toml if not)"
+    "them, and norms belong to convolutions in the same order "
+    "(`naming=flax_resblock.Naming(...)` if not)"
 )
 
 

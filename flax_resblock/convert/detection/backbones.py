@@ -207,9 +207,9 @@ def refuse_untold_dilation(backbone: Backbone, known: bool, source: str) -> None
     if backbone.may_dilate and not known:
         raise CheckpointError(
             f"{source} holds the backbone of a segmentation network ({backbone.name}), and "
-            "the weights do not show whether its last stages are dilated. Say --dilated-stages 3 4 "
-            "if they are, as in torchvision's FCN and DeepLabV3, or --dilated-stages without a "
-            "number if they are not (assumptions={'dilated_stages': (3, 4)}, or (), in Python)."
+            "the weights do not show whether its last stages are dilated. Say "
+            "`assumptions={'dilated_stages': (3, 4)}` if they are, as in torchvision's FCN and "
+            "DeepLabV3, or `assumptions={'dilated_stages': ()}`, without a number, if they are not."
         )
 
 

@@ -13,7 +13,7 @@ _MOST_NODES = 2000
 """Modules that are tried in every order of their layers, for a message."""
 _LONGEST = 9
 """Digits of a number that sorts names; a file may hold anything."""
-SAY = "Say it with --naming FILE.toml (flax_resblock.Naming in Python)."
+SAY = "Say it with `naming=flax_resblock.Naming(...)`."
 
 
 @dataclass(frozen=True)

@@ -178,8 +178,8 @@ def identify(
     if rivals:
         choices = "; ".join(match.title for match in (best, *rivals))
         raise CheckpointError(
-            f"{source} fits several readings equally well: {choices}. Say which with --naming "
-            f"NAME or --architecture NAME."
+            f"{source} fits several readings equally well: {choices}. Say which with "
+            f"`naming=NAME` or `architecture=NAME`."
         )
     config = best.state_map.config
     if (
@@ -192,7 +192,7 @@ def identify(
             f"{source} is a bare {config.kind} block "
             f"{config.in_channels}->{config.out_channels} whose skip changes shape "
             f"(naming scheme '{best.state_map.naming.name}'). Its stride cannot be read off "
-            f"the weights. Say it with --stride 1 or --stride 2 (stride=... in Python)."
+            f"the weights. Say it with `stride=1` or `stride=2`."
         )
     return best
 
@@ -210,9 +210,8 @@ def _no_fit(
         # whatever else it is, it is a network of convolutions
         if any(len(info.shape) == 4 for info in found.values()):
             advice = (
-                "--naming FILE.toml takes a naming scheme of your own (flax_resblock.Naming in "
-                "Python); --architecture NAME with --naming NAME lists every difference from one "
-                "reading."
+                "`naming=flax_resblock.Naming(...)` takes a naming scheme of your own; "
+                "`architecture=NAME` with `naming=NAME` lists every difference from one reading."
             )
         else:
             advice = "It has no convolution; check that it is the right file."
@@ -230,13 +229,13 @@ def _no_fit(
     others = [match for match in (better or matches[1:]) if match is not best]
     if better and not len(better[0].misfit):
         lines.append(
-            f"It does fit {better[0].title}; leave out what you gave, or pass --naming "
-            f"{better[0].state_map.naming.name}."
+            f"It does fit {better[0].title}; leave out what you gave, or pass "
+            f"`naming={better[0].state_map.naming.name!r}`."
         )
     elif others:
         next_best = "; ".join(f"{one.title} ({_differences(one)})" for one in others[:2])
         lines.append(f"Next nearest: {next_best}.")
-    lines.append("Try --naming NAME or --architecture NAME for another reading.")
+    lines.append("Try `naming=NAME` or `architecture=NAME` for another reading.")
     return "\n".join(lines)
 
 

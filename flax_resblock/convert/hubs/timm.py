@@ -116,7 +116,7 @@ def _preprocessing(content: Mapping[str, Any], source: str) -> Preprocessing | N
     if mode not in ("center", "squash"):
         raise CheckpointError(
             f"{source}: its crop_mode {mode!r} is not known; known: center, squash. Change it, "
-            f"or say --mean, --std and --image-size."
+            f"or say `mean=...`, `std=...` and `image_size=...`."
         )
     _, height, width = content["input_size"]
     return Preprocessing(
@@ -148,7 +148,7 @@ def _write(
     if name is None:
         raise InputError(
             "timm has no name for this network, and its config.json needs one. Write another "
-            "naming scheme: --to-naming torchvision."
+            'naming scheme: `save(naming="torchvision")`.'
         )
     classes = config.num_classes or 0
     pretrained = dict(kept.get("pretrained_cfg") or {})

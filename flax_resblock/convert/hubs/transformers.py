@@ -131,7 +131,7 @@ def _refuse_lost(config: ResNetConfig, content: Mapping[str, Any]) -> None:
     if lost:
         raise InputError(
             f"transformers' ResNet cannot be told {', '.join(lost)}. Write another naming "
-            f"scheme: --to-naming torchvision."
+            'scheme: `save(naming="torchvision")`.'
         )
 
 

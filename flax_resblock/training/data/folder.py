@@ -172,8 +172,7 @@ def _split(
         below = " below train/" if part else ""
         raise InputError(
             f"{root} has class folders{below}, and no test images below val/ or test/. Set some of "
-            f"each class aside with --val-fraction {HELD_OUT} (val_fraction={HELD_OUT}), or "
-            f"{sorted_}."
+            f"each class aside with `val_fraction={HELD_OUT}`, or {sorted_}."
         )
     whole = _part(root, part, class_folders(root / part), strict, size, on_progress)
     in_test = held_out(whole.labels, val_fraction)

@@ -17,7 +17,7 @@ _KNOWN = (
     "'digits'; an IDX folder (train-images-idx3-ubyte and its three companions, also .gz); a "
     f"CIFAR-10 or CIFAR-100 folder ({', '.join(edition.folder for edition in EDITIONS)}); an .npz "
     "archive; an image folder (train/CLASS/*.jpg or *.png, and val/ or test/ beside train/; or "
-    "CLASS/*.jpg or *.png, with --val-fraction)"
+    "CLASS/*.jpg or *.png, with `val_fraction=...`)"
 )
 
 
