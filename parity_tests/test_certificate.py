@@ -108,16 +108,18 @@ def test_a_certificate_lists_what_was_assumed_and_left_out(folder, capsys):
 
 def test_the_stored_worst_is_what_the_comparison_measures(folder):
     from flax_resblock.convert.opening import open_checkpoint
+    from flax_resblock.cpu.switch import conv_lowering
     from flax_resblock.parity.comparison import Plan, compare_pair
+    from flax_resblock.parity.frugal import FrugalPair
     from flax_resblock.parity.inputs import adversarial_images
-    from flax_resblock.parity.reference import ReferencePair
 
     verification = convert("net.safetensors")["verification"]
     source = open_checkpoint("net.safetensors")
     images = adversarial_images(source.config, batch=BATCH)
-    rows = compare_pair(
-        ReferencePair.of(source), images, Plan(train=False, precisions=("float64",))
-    ).measurements
+    with conv_lowering("xla"):
+        rows = compare_pair(
+            FrugalPair.of(source), images, Plan(train=False, precisions=("float64",))
+        ).measurements
     assert verification["tensors"] == len(rows)
     assert verification["worst"]["error"] == max(row.verdict.error for row in rows)
 
@@ -159,9 +161,9 @@ def test_shards_and_folders_as_a_source_are_hashed_file_by_file(folder):
 
 @pytest.mark.parametrize("change", ["torch", "flax"])
 def test_frameworks_that_differ_give_status_1_and_are_recorded(change, folder, capsys, monkeypatch):
-    from flax_resblock.parity.reference import ReferencePair
+    from flax_resblock.parity.frugal import FrugalPair
 
-    original = getattr(ReferencePair, change)
+    original = getattr(FrugalPair, change)
 
     def tampered(self, *arguments, **options):
         model = original(self, *arguments, **options)
@@ -171,7 +173,7 @@ def test_frameworks_that_differ_give_status_1_and_are_recorded(change, folder, c
             model.bn1.eps *= 1.01
         return model
 
-    monkeypatch.setattr(ReferencePair, change, tampered)
+    monkeypatch.setattr(FrugalPair, change, tampered)
     assert run(["convert", "net.pth", "out.safetensors"]) == 1
     error = " ".join(capsys.readouterr().err.split())
     assert (

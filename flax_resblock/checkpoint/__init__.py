@@ -54,8 +54,8 @@ from flax_resblock.hub import fetch, is_name
 
 __all__ = [
     "FORMATS", "LIMITS", "RUN_FOLDER", "Limits", "Record", "digest", "digests", "is_orbax",
-    "is_ported", "metadata_in", "output_format", "read", "refuse_existing", "remove", "replacing",
-    "write",
+    "is_ported", "metadata_in", "output_format", "read", "recorded_digests", "refuse_existing",
+    "remove", "replacing", "write",
 ]  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def read(
     format_name, file = resolve(Path(path), limits)
     record = read_as(format_name, file, entry, limits)
     check_names(record.tensors, record.source)
-    _verify(record, _recorded_digests(record))
+    _verify(record, recorded_digests(record))
     found = metadata_digest(record.metadata)
     if record.metadata.get(METADATA_DIGEST, found) != found:
         raise CheckpointError(
@@ -109,7 +109,8 @@ def _with_run(record: Record, path: Path, limits: Limits) -> Record:
     return replace(record, extras=plain(extras))
 
 
-def _recorded_digests(record: Record) -> dict[str, str]:
+def recorded_digests(record: Record) -> dict[str, str]:
+    """SHA-256 that were written with a checkpoint, which :func:`read` compares; may be empty."""
     try:
         recorded = json.loads(record.metadata.get(DIGESTS, "{}"))
         return {str(key): str(value) for key, value in recorded.items()}
@@ -178,7 +179,7 @@ def write(
             tensors.clear()
         # reading compares with the digests that lie in it or beside it
         written = read(temporary, run=bool(extras), limits=UNLIMITED)
-        if _recorded_digests(written) != expected:
+        if recorded_digests(written) != expected:
             _verify(written, expected)
         if extras and digests(arrays_in(written.extras)) != digests(arrays_in(extras)):
             raise CheckpointError(

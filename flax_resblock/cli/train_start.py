@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flax_resblock.cli import common
 from flax_resblock.cli.train_data import (
+    at_own_size,
     classes_note,
     filled_batches,
     opened,
@@ -102,7 +103,7 @@ def afresh(wanted: Wanted) -> Start:
     network = config.model or RESNET8_DIGITS
     enable_x64(config.dtype == "float64")
     fixed = network.in_channels if wanted.reading.architecture is not None else None
-    splits = opened(config, wanted.strict, fixed)
+    config, splits = at_own_size(config, opened(config, wanted.strict, fixed), network)
     classes = _num_classes(wanted.reading.num_classes, splits)
     model = replace(network, in_channels=splits.train.shape[-1], num_classes=classes)
     had = network.in_channels, network.num_classes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,13 @@ from flax_resblock.errors import InputError, MissingDependencyError
 
 if TYPE_CHECKING:
     from flax_resblock.parity.comparison import Plan
+
+
+def let_torch_sleep() -> None:
+    """Lets the threads of PyTorch sleep while they wait for work, instead of turning in a loop: on
+    small images, and beside XLA's own threads, that loop takes longer than the work. Call it
+    before torch is imported; what you have set yourself stays."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @contextmanager

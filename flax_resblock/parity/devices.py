@@ -162,20 +162,17 @@ def _torch_deterministic() -> Iterator[None]:
     padding."""
     import torch
 
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.backends.cudnn.benchmark,
-    )
+    before, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
     workspace = os.environ.get(WORKSPACE)
     try:
         os.environ.setdefault(WORKSPACE, ":4096:8")
         torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # the mode alone; use_deterministic_algorithms imports torch's compiler, which takes seconds
+        torch.set_deterministic_debug_mode("warn")
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.backends.cudnn.benchmark = before[2]
+        torch.set_deterministic_debug_mode(before)
+        torch.backends.cudnn.benchmark = benchmark
         if workspace is None:
             os.environ.pop(WORKSPACE, None)
 

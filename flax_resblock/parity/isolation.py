@@ -19,7 +19,7 @@ import torch
 from flax import nnx
 
 from flax_resblock.config import Path
-from flax_resblock.cpu.switch import compiler_options
+from flax_resblock.parity.compiling import options_for
 from flax_resblock.parity.devices import JaxDevice
 from flax_resblock.parity.pair import Precision
 from flax_resblock.parity.taps import (
@@ -92,7 +92,7 @@ def isolate_flax(
 
         x = jnp.asarray(images, precision.storage)
         if not gradients:
-            compiled = jax.jit(run, compiler_options=compiler_options())
+            compiled = jax.jit(run, compiler_options=options_for(device))
             own, incoming, statistics = compiled(params, fed, handed_on, x)
             return _isolation(host_tree(own), host_tree(incoming), arrays_by_path(statistics))
         shapes = jax.eval_shape(run, params, fed, handed_on, x)
@@ -114,7 +114,7 @@ def isolate_flax(
             return total, (own, incoming, statistics)
 
         gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
-        compiled = jax.jit(gradient, compiler_options=compiler_options())
+        compiled = jax.jit(gradient, compiler_options=options_for(device))
         found, (own, incoming, statistics) = compiled(params, fed, handed_on, x, weights)
         values = host_tree(own), host_tree(incoming), arrays_by_path(statistics)
         of_params, of_inputs, of_outputs = arrays_by_path(found[0]), *map(host_tree, found[1:])

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 import torch_ref
 from flax_resblock.checkpoint.torch_file import from_numpy, state_to_numpy
@@ -147,28 +148,58 @@ class ReferencePair(Pair):
         state = transcode(self.state_map, state_map, self.state)
         return ReferencePair(self.config, state, self.norm_options)
 
-    def _cast(self, precision: Precision) -> dict[str, np.ndarray]:
-        return {
-            key: value.astype(precision.storage if is_floating(value.dtype) else np.int64)
-            for key, value in self.state.items()
-        }
-
     def torch(self, precision: Precision) -> torch.nn.Module:
         """The PyTorch module with its weights in ``precision.storage``."""
-        module = copy.deepcopy(self.module)
-        if module is None:
-            module = torch_reference(self.config, self.norm_options)
-        state = {key: from_numpy(np.array(value)) for key, value in self._cast(precision).items()}
-        module.to(next(value.dtype for value in state.values() if value.dtype.is_floating_point))
+        state = {key: from_numpy(_cast(value, precision)) for key, value in self.state.items()}
+        dtype = torch_dtype(precision)
+        if self.module is None:
+            return self.holding(state).to(dtype)  # what no state dict holds
+        module = copy.deepcopy(self.module).to(dtype)
         module.load_state_dict(state, strict=True)
+        return module
+
+    def holding(self, state: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+        """The reference of ``torch_ref`` with these tensors for its own."""
+        with _NothingDrawn():
+            module = torch_reference(self.config, self.norm_options)
+        module.load_state_dict(state, strict=True, assign=True)
         return module
 
     def flax(self, precision: Precision) -> Model:
         """The nnx model with its weights in ``precision.storage``."""
         options: dict[str, Any] = {**self.norm_options, "dtype": precision.compute}
         model = build(self.config, rngs=None, **options)
-        fill(model, self.state_map.to_flax(self._cast(precision)))
+        for entry in self.entries:  # one at a time, so that none is in memory three times
+            moved = entry.codec.to_flax(self.state[entry.torch_key])
+            fill(model, {entry.flax_path: _cast(moved, precision)})
         return model
+
+
+_DRAWING = ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_")
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Within it layers leave their new parameters as they found the memory, where every one is
+    about to be replaced."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def torch_dtype(precision: Precision) -> torch.dtype:
+    """``precision.storage`` as torch calls it."""
+    return from_numpy(np.zeros((), precision.storage)).dtype
+
+
+def _cast(value: np.ndarray, precision: Precision) -> np.ndarray:
+    """A copy in C order, numbers with a fraction in ``precision.storage``."""
+    dtype = precision.storage if is_floating(value.dtype) else np.int64
+    return value.astype(dtype, order="C")
 
 
 @dataclass(frozen=True)

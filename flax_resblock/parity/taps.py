@@ -19,7 +19,7 @@ import torch
 from flax import nnx
 
 from flax_resblock.config import Path
-from flax_resblock.cpu.switch import compiler_options
+from flax_resblock.parity.compiling import options_for
 from flax_resblock.parity.devices import JaxDevice
 from flax_resblock.parity.pair import PRECISIONS, Precision
 
@@ -109,7 +109,7 @@ def trace_flax(
       precision: To compute in.
       device: To compute on; None: jax's default.
     """
-    options = compiler_options()
+    options = options_for(device, light=not train and cotangent is None)
     with precision.on_jax(device):
         graphdef, params, rest = split_model(model, train)
         by_path = {path: name for name, path in slots.items()}
@@ -177,7 +177,10 @@ def trace_torch(
       device: To compute on.
       inputs: Also keep what every slot was fed.
     """
-    module = copy.deepcopy(module).to(device).train(train)
+    # a run without gradients leaves parameters as they are, and those in place are not copied
+    in_place = () if cotangent is not None else module.parameters()
+    kept = {id(one): one for one in in_place if one.device == device}
+    module = copy.deepcopy(module, kept).to(device).train(train)
     x = as_tensor(images, precision, device).requires_grad_(cotangent is not None)
     activations: dict[str, np.ndarray] = {}
     gradients: dict[str, np.ndarray] = {}

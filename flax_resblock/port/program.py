@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import jax
@@ -14,27 +13,9 @@ from flax import nnx
 from flax_resblock.config import Path
 from flax_resblock.cpu.switch import conv_lowering
 from flax_resblock.nn.variables import flat_arrays, set_values, variable_at
+from flax_resblock.parity.compiling import quick_options
 from flax_resblock.parity.pair import Precision
 from flax_resblock.parity.taps import Trace, arrays_by_path, hooked, host_tree
-
-_QUICKLY = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
-
-
-@cache
-def quick_options() -> Mapping[str, Any]:
-    """Options of the compiler for programs that run a few times and compute little, as far as this
-    XLA knows them. At level 0 a convolution in float64 runs ten times as long.
-    """
-
-    def is_known(name: str) -> bool:
-        trial = jax.jit(lambda x: x + 1, compiler_options={name: _QUICKLY[name]})
-        try:
-            trial.lower(0.0).compile()
-        except jax.errors.JaxRuntimeError:
-            return False
-        return True
-
-    return {name: value for name, value in _QUICKLY.items() if is_known(name)}
 
 
 class Program:

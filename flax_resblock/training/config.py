@@ -67,7 +67,8 @@ class TrainConfig:
         the running statistics of the first.
       augmentation: Random changes of the training images.
       data: The images: digits, or the path of an IDX, CIFAR or image folder, or of an .npz archive.
-      image_size: Side in pixels to which the images of a folder are resized; 224 by default.
+      image_size: Side in pixels to which the images of a folder are resized; 224 by default. The
+        command line keeps smaller images small for a network whose stem keeps every pixel.
       val_fraction: Part of the images of each class that is set aside for tests, such as 0.2, where
         the data have no test images of their own. The choice depends on nothing else.
       workers: Number of processes that decode and augment images; 0 uses a thread.

@@ -19,7 +19,7 @@ from flax_resblock.training.data.dataset import (
     held_out,
     normalise,
 )
-from flax_resblock.training.data.images import damage, decode, fit
+from flax_resblock.training.data.images import damage, decode, fit, short_side
 
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
@@ -76,6 +76,11 @@ class FolderDataset:
     def shape(self) -> tuple[int, int, int]:
         """``(size, size, 3)``, of :meth:`fitted` images."""
         return self.size, self.size, 3
+
+    def largest_side(self) -> int:
+        """Pixels of the shorter side of the largest image; reads the headers alone."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return max(pool.map(short_side, self.files))
 
     def raw(self, index: int) -> np.ndarray:
         """One image as decoded, ``(h, w, 3)`` uint8."""

@@ -22,6 +22,12 @@ def decode(path: str) -> np.ndarray:
         ) from error
 
 
+def short_side(path: str) -> int:
+    """Pixels of the shorter side of an image file, from its header."""
+    with Image.open(path) as image:
+        return min(image.size)
+
+
 def damage(path: str) -> str | None:
     """Why an image cannot be decoded, or None. A JPEG is decoded at an eighth of its size."""
     try:

@@ -1,0 +1,50 @@
+"""Options of XLA for programs that a proof compiles, runs a few times and throws away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import jax
+
+from flax_resblock.cpu.switch import compiler_options, for_cpu
+
+_LEVEL = "xla_backend_optimization_level"
+_QUICKLY = {_LEVEL: 1, "xla_cpu_use_fusion_emitters": False}
+
+
+@cache
+def quick_options() -> Mapping[str, Any]:
+    """Options of the compiler for programs that run a few times and compute little, as far as this
+    XLA knows them. At level 0 a convolution in float64 runs ten times as long.
+    """
+
+    def is_known(name: str) -> bool:
+        trial = jax.jit(lambda x: x + 1, compiler_options={name: _QUICKLY[name]})
+        try:
+            trial.lower(0.0).compile()
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
+    return {name: value for name, value in _QUICKLY.items() if is_known(name)}
+
+
+def options_for(device: Any, *, light: bool = False) -> dict[str, Any]:
+    """Options of the compiler for a program of a comparison.
+
+    Args:
+      device: Of jax that it runs on; None: the default device.
+      light: A forward pass that runs once, which takes longer to optimise than to run.
+    Returns:
+      Those of training and inference where convolutions take their forms on a CPU; else
+      :func:`quick_options` on a CPU, and none elsewhere.
+    """
+    platform = jax.default_backend() if device is None else device.platform
+    if platform != "cpu":
+        return {}
+    if for_cpu():
+        return compiler_options()
+    options = dict(quick_options())
+    return options | {name: 0 for name in options if light and name == _LEVEL}
