@@ -23,7 +23,7 @@ from flax_resblock import InputError
 from flax_resblock.cli import run
 from flax_resblock.parity.certificate import recheck
 from flax_resblock.port import porting, proof
-from flax_resblock.port.network import executed
+from flax_resblock.port.network import executed, filled
 from flax_resblock.port.random_layers import stochastic_depth
 from flax_resblock.port.source import source_of
 from parity_tests.support import REPOSITORY, import_torchvision, python
@@ -223,6 +223,20 @@ class OtherwiseInTraining(nn.Module):
         return (x * 2 if self.training else x).mean((2, 3))
 
 
+class ModeUnderAnotherName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.factor = 2
+
+    def train(self, mode=True):
+        self.factor = 2 if mode else 1
+        return super().train(mode)
+
+    def forward(self, x):
+        return (self.conv(x) * self.factor).mean((2, 3))
+
+
 class DropPath(nn.Module):
     """Drops a branch at random, as people write it themselves."""
 
@@ -288,6 +302,7 @@ class IntoItsInput(nn.Module):
     ("kind", "text"),
     [
         (OtherwiseInTraining, r"in training mode its forward .*test_port.py:\d+ \(return \(x \* 2"),
+        (ModeUnderAnotherName, r"in training mode its forward .*\(return \(self.conv\(x\) \* "),
         (RandomBranch, r"in training mode module drop_path .*test_port.py:\d+ \(return x \* \("),
         (Recurrent, "LSTM.*recurrent layers are not supported"),
         (ByValue, r"depends on the values in a tensor at .*test_port.py:\d+ \(if x.mean\(\) > 0"),
@@ -306,6 +321,44 @@ def test_a_refusal_writes_nothing_and_ends_with_2(tmp_path, monkeypatch, capsys)
     assert "recurrent layers are not supported" in capsys.readouterr().err
     assert run(["port", f"{__file__}:OtherwiseInTraining", "out"]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+class InAnyMode(nn.Module):
+    """Its code does not ask for the mode; its layers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.layers = nn.Sequential(nn.BatchNorm2d(4), nn.Dropout(0.5))
+
+    def forward(self, x):
+        return self.layers(self.conv(x)).mean((2, 3))
+
+
+def test_a_module_is_traced_in_training_mode_only_if_its_code_asks_for_the_mode(monkeypatch):
+    traced = []
+    monkeypatch.setattr(porting, "trace_training", lambda one, _: traced.append(type(one.live)))
+    monkeypatch.setattr(porting, "prove", lambda *_, **__: proof.Proof())
+    for module in (InAnyMode(), OtherwiseInTraining(), ModeUnderAnotherName()):
+        flax_resblock.port(module)
+    assert traced == [OtherwiseInTraining, ModeUnderAnotherName]
+    assert "training" not in vars(nn.Module)
+
+
+class KeepsItsStreams(nnx.Module):
+    """Draws from the streams that it was created with, which an edited port may do."""
+
+    def __init__(self, *, rngs):
+        self.rngs = rngs
+        self.weight = nnx.Param(rngs.params.normal((2,)))
+
+
+def test_streams_of_a_model_that_is_filled_never_repeat_a_number():
+    model = filled(KeepsItsStreams, {("weight",): np.ones(2, np.float32)})
+    assert type(model.rngs.default) is nnx.RngStream
+    draws = [float(model.rngs.noise.normal()) for _ in range(3)]
+    assert len(set(draws)) == 3
+    np.testing.assert_array_equal(model.weight[...], 1)
 
 
 class Head(nn.Module):

@@ -3,11 +3,14 @@ ported; whatever else is not batch norm or dropout is refused."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.fx
 from torch.fx import Node
 
 from flax_resblock.errors import InputError
@@ -16,6 +19,47 @@ from flax_resblock.port.graphs import held, is_tensor, leaves
 from flax_resblock.port.layers import layer_of
 from flax_resblock.port.modules import tensors_held, without_call
 from flax_resblock.port.tracing import Traced, trace, where
+
+_OF_TRACE = torch.fx.__path__[0]
+"""Where ``torch.export`` asks for the mode of its own graphs."""
+
+
+@contextmanager
+def asking_for_mode(module: torch.nn.Module) -> Iterator[list[str]]:
+    """Within it the list gets the names of classes whose code asks whether it is in training mode.
+
+    Where it stays empty while the module is traced in evaluation mode, training mode does the same
+    but for layers of ``torch.nn``. Classes that may keep the mode elsewhere are in it at the start:
+    those with a ``train``, ``eval`` or ``training`` of their own.
+    """
+    of_module: Any = torch.nn.Module
+    parts = list(module.modules())
+    layers = {id(part) for part in parts if _is_layer(part)}
+    asking = [type(part).__name__ for part in parts if _has_own_switch(part)]
+
+    def read(part: Any) -> bool:
+        caller = sys._getframe(1).f_code.co_filename
+        if id(part) not in layers and not caller.startswith(_OF_TRACE):
+            asking.append(type(part).__name__)
+        if "training" not in vars(part):
+            raise AttributeError("training")
+        return vars(part)["training"]
+
+    def write(part: Any, value: bool) -> None:
+        vars(part)["training"] = value
+
+    of_module.training = property(read, write)
+    try:
+        yield asking
+    finally:
+        del of_module.training
+
+
+def _has_own_switch(part: torch.nn.Module) -> bool:
+    methods = {"train", "eval"}
+    own = [cls for cls in type(part).__mro__ if cls is not torch.nn.Module]
+    replaced = any({*methods, "training"} & vars(cls).keys() for cls in own)
+    return replaced or bool(methods & vars(part).keys())
 
 
 def trace_training(evaluation: Traced, images: Sequence[torch.Tensor]) -> Traced | None:

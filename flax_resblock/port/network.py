@@ -132,6 +132,14 @@ def described(table: Table) -> PortedNetwork:
     )
 
 
+class _Uncounted(nnx.RngStream):
+    """Hands out the same key every time, which does where only shapes are asked for. To count in a
+    traced variable costs milliseconds each time: jax words an error that flax then ignores."""
+
+    def __call__(self) -> jax.Array:
+        return self.key[...]
+
+
 def filled(
     network: Callable[..., nnx.Module],
     values: Mapping[Path, np.ndarray],
@@ -146,7 +154,13 @@ def filled(
     Raises:
       InputError: They are not the values of this network.
     """
-    model = nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
+
+    def shapes_alone() -> nnx.Module:
+        rngs: Any = nnx.Rngs(0)
+        rngs.default = _Uncounted(0, tag="default")
+        return network(rngs=rngs)
+
+    model = nnx.eval_shape(shapes_alone)
     state = nnx.state(model, KEPT)
     flat: Any = dict(nnx.to_flat_state(state))
     shapes: dict[Path, tuple[int, ...]] = {path: tuple(one.shape) for path, one in flat.items()}
@@ -167,7 +181,9 @@ def filled(
         complete.setdefault(path, np.zeros((), np.int64))  # counters that PyTorch does not have
     set_values(model, on_device(complete))
     for place, (_, node) in enumerate(nnx.iter_graph(model)):
-        if isinstance(node, nnx.RngKey):
+        if isinstance(node, _Uncounted):
+            object.__setattr__(node, "__class__", nnx.RngStream)  # in the model, streams count
+        elif isinstance(node, nnx.RngKey):
             node.set_value(jax.random.key(place))
         elif isinstance(node, nnx.RngCount):
             node.set_value(jnp.zeros((), jnp.uint32))

@@ -18,7 +18,7 @@ from flax_resblock.port.classes import classes_of
 from flax_resblock.port.examples import SIZES, Size, accepted, runs_on, shapes_of
 from flax_resblock.port.inputs import Shapes, is_one_image
 from flax_resblock.port.known import known_network
-from flax_resblock.port.modes import trace_training
+from flax_resblock.port.modes import asking_for_mode, trace_training
 from flax_resblock.port.network import PortedNetwork
 from flax_resblock.port.places import parameters_of, placed_tensors, slots_of, versions_of
 from flax_resblock.port.proof import Proof, prove
@@ -122,8 +122,9 @@ def _ported(
     shapes = inputs or ((channels, *size),)
     images = [torch.randn(2, *shape) for shape in shapes]
     named, old = without_keywords(module)
-    traced = trace(named, images, fold_layout=fold_layout)
-    training = trace_training(traced, images) if trains else None
+    with asking_for_mode(named) as asking:
+        traced = trace(named, images, fold_layout=fold_layout)
+    training = trace_training(traced, images) if trains and asking else None
     if training is not None:
         traced = replace(traced, folded=traced.folded.joined(training.folded))
     title = f"{in_docstring(origin)} in Flax, with channels last. Written by flax-resblock port."

@@ -63,10 +63,11 @@ def prove(
       InputError: They differ.
     """
     both = _Comparison(module, ported)
-    precision = PRECISIONS["float64" if both.is_wide() else "float32"]
-    if precision.name == "float32":
+    truth = both.in_float64()
+    precision = PRECISIONS["float32" if truth is None else "float64"]
+    if truth is None:
         both.notes.append("your module does not compute in float64; it was compared in float32")
-    both.compare(both.images, precision)
+    both.compare(both.few, precision, theirs=truth)
     shape = both.trained_shape()
     if shape is not None:
         cotangent = np.random.default_rng(1).standard_normal(shape)
@@ -85,15 +86,23 @@ class _Comparison(SideBySide):
         self.notes: list[str] = []
 
     def compare(
-        self, images: np.ndarray, precision: Precision, cotangent: np.ndarray | None = None
+        self,
+        images: np.ndarray,
+        precision: Precision,
+        cotangent: np.ndarray | None = None,
+        theirs: Trace | None = None,
     ) -> None:
         """Compares outputs and activations; with a cotangent of the output in training mode, and
         statistics and gradients too.
+
+        Args:
+          theirs: What the module computes in this precision, if that is known.
         """
         train = cotangent is not None
         options: dict[str, Any] = {"train": train, "cotangent": cotangent}
-        truth = self.torch(images, PRECISIONS["float64"], **options)
-        theirs = self.torch(images, precision, **options) if precision.name == "float32" else truth
+        wide = precision.name == "float64"
+        truth = theirs if wide and theirs else self.torch(images, PRECISIONS["float64"], **options)
+        theirs = truth if wide else theirs or self.torch(images, precision, **options)
         ours = self.flax(images, precision, **options)
         mode = "training" if train else "evaluation"
         spread: dict[tuple[str, str], float] | None = None
@@ -194,7 +203,7 @@ class _Comparison(SideBySide):
         """
         shapes, (height, width) = self.ported.inputs, self.ported.image_size
         if shapes and grown(shapes, (1, 1)) == shapes:  # vectors, which have no size
-            self.compare(self.images, PRECISIONS["float32"])
+            self.compare(self.few, PRECISIONS["float32"])
             return ""
         why, agreed = "the module takes no other size that was tried", False
         # nearly twice as large: a window that covers the map leaves most of such a map out
@@ -204,11 +213,11 @@ class _Comparison(SideBySide):
             others = self.inputs_of(grown(shapes, more), other)
             shown = f"inputs larger by {more}" if shapes else str(other)
             try:
-                self.torch(others, PRECISIONS["float32"])
+                theirs = self.torch(others, PRECISIONS["float32"])
             except Exception:  # the module does not take this size
                 continue
             try:
-                self.compare(others, PRECISIONS["float32"])
+                self.compare(others, PRECISIONS["float32"], theirs=theirs)
                 agreed = True
             except InputError:
                 why = f"its code has numbers that follow from the size, and differs at {shown}"
@@ -224,7 +233,7 @@ class _Comparison(SideBySide):
                 self.notes.append(f"{why}, which your module takes; it agrees at other sizes")
             return ""
         self.shapes = shapes
-        self.compare(self.images, PRECISIONS["float32"])
+        self.compare(self.few, PRECISIONS["float32"])
         return why
 
     def compare_steps(self, precision: Precision, shape: tuple[int, ...]) -> None:
@@ -259,6 +268,8 @@ def _floor(quantity: str, rows: list[Any]) -> float:
 
 def _error(value: Any, truth: Any, floor: float = 0.0) -> float:
     """The relative error; infinite where a value is not finite, unless both are the same."""
+    if value is truth:
+        return 0.0
     if not np.isfinite(value).all() and not np.array_equal(value, truth, equal_nan=True):
         return float("inf")
     return relative_l2(value, truth, floor)

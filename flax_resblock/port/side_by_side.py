@@ -94,6 +94,7 @@ class SideBySide:
     def __init__(self, module: torch.nn.Module, ported: PortedNetwork) -> None:
         self.module, self.ported, self._model = module, ported, ported.create()
         self._programs: dict[tuple[str, bool, Shapes], Program] = {}
+        self._wide: torch.nn.Module | None = None
         self.torch_slots = {name: f"net.{name}" for name in ported.slots}
         self.flax_slots = {name: ("net", *path) for name, path in ported.slots.items()}
         switch_off(module)
@@ -107,6 +108,11 @@ class SideBySide:
         if not (np.isfinite(output).all() and output.any()):
             module.load_state_dict(own)
 
+    @property
+    def few(self) -> np.ndarray:
+        """As many of the inputs as evaluation needs: more are for the gradients of batch norm."""
+        return self.images[:3]
+
     def inputs_of(self, shapes: Shapes, size: tuple[int, int]) -> np.ndarray:
         """Random inputs of these shapes, or images of this size; both sides expect them now."""
         self.shapes = shapes
@@ -119,7 +125,7 @@ class SideBySide:
         """The output in evaluation mode."""
         with torch.no_grad():
             flat = FlatModule(self.module, self.shapes)
-            return flat(as_tensor(self.images, PRECISIONS["float32"])).numpy()
+            return flat(as_tensor(self.few, PRECISIONS["float32"])).numpy()
 
     def output_in_training(self) -> tuple[int, ...]:
         """The shape of the output in training mode; whatever the module raises there or in its
@@ -127,9 +133,10 @@ class SideBySide:
         """
         flat = FlatModule(copy.deepcopy(self.module).train(), self.shapes)
         with torch.enable_grad(), no_functional_dropout():
-            output = flat(as_tensor(self.images, PRECISIONS["float32"]))
+            output = flat(as_tensor(self.few, PRECISIONS["float32"]))
             output.sum().backward()
-        return tuple(output.shape)
+        batch, *sizes = output.shape
+        return (batch * len(self.images) // len(self.few), *sizes)
 
     def torch(self, images: np.ndarray, precision: Precision, **options: Any) -> Trace:
         """What the module computes."""
@@ -165,17 +172,20 @@ class SideBySide:
         return model
 
     def _cast(self, precision: Precision) -> torch.nn.Module:
-        dtype = torch.float64 if precision.name == "float64" else torch.float32
-        return copy.deepcopy(self.module).to(dtype)
+        """The module in this precision, to be left as it is."""
+        if precision.name != "float64":
+            return self.module
+        self._wide = self._wide or copy.deepcopy(self.module).to(torch.float64)
+        return self._wide
 
-    def is_wide(self) -> bool:
-        """Whether the module computes in float64: a cast in its code may keep it from that."""
-        flat = FlatModule(self._cast(PRECISIONS["float64"]), self.shapes)
+    def in_float64(self) -> Trace | None:
+        """What the module computes in evaluation mode and float64 from :attr:`few`; None if it does
+        not compute in float64: a cast in its code may keep it from that."""
         try:
-            with torch.no_grad():
-                return flat(as_tensor(self.images, PRECISIONS["float64"])).dtype == torch.float64
+            found = self.torch(self.few, PRECISIONS["float64"])
         except Exception:  # whatever the user's code raises
-            return False
+            return None
+        return found if found.output.dtype == np.float64 else None
 
     def train_both(
         self, precision: Precision, shape: tuple[int, ...]
@@ -189,7 +199,7 @@ class SideBySide:
         rng = np.random.default_rng(2)
         batches = [self.images + 0.1 * rng.standard_normal(self.images.shape) for _ in range(STEPS)]
         targets = rng.standard_normal(shape)
-        module = FlatModule(self._cast(precision), self.shapes).train()
+        module = FlatModule(copy.deepcopy(self._cast(precision)), self.shapes).train()
         with no_functional_dropout(), torch.enable_grad():
             optimizer = torch.optim.SGD(module.parameters(), momentum=0.9)
             rate = 0.0
