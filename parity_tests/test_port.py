@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -511,6 +512,14 @@ def test_a_module_that_drops_whole_images_is_known_by_what_it_does():
     found = flax_resblock.port(Branch())
     assert "nn.StochasticDepth(0.2" in found.source.replace("0.19999999999999996", "0.2")
     assert "training gradients" in str(found.figures)
+    model: Any = found.create()
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((500, 6, 6, 3)), jnp.float32)
+    branch = np.abs(np.asarray(model(x) - model.first(x))).max((1, 2, 3))
+    model.train()
+    dropped = np.abs(np.asarray(model(x) - model.first(x))).max((1, 2, 3))
+    gone = dropped < 1e-5
+    assert 0.1 < gone.mean() < 0.3
+    np.testing.assert_allclose(dropped[~gone], branch[~gone] / 0.8, rtol=1e-4)
     unscaled = flax_resblock.port(Branch(survival=0.7, scaled=False))
     assert "scale_by_keep=False" in unscaled.source
     with pytest.raises(InputError, match=r"in training mode module drop .*aten\.rand"):

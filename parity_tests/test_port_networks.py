@@ -27,7 +27,7 @@ from flax_resblock.port.parts import tensors_of
 from flax_resblock.port.source import source_of
 from flax_resblock.port.tracing import trace
 from flax_resblock.port.values import BATCH
-from parity_tests.port_networks import IMAGE, NETWORKS
+from parity_tests.port_networks import IMAGE, NETWORKS, Dense
 
 LIMIT = 1e-12
 FLOOR = 1e-2
@@ -203,6 +203,13 @@ def test_a_ported_network_computes_and_learns_the_same(build: Any, shapes: Any) 
         assert back.shape == state[one.key].shape
     listed = {id(held(case.module)[one.key]) for one in case.tensors}
     assert [key for key, one in held(case.module).items() if id(one) not in listed] == []
+
+
+def test_a_dense_block_adds_to_one_list() -> None:
+    source = ported(Dense, IMAGE).source
+    assert "features.append(self.layers[1](features))" in source
+    assert "features.append(self.layers[2](features))" in source
+    assert source.count("features = [") == 1
 
 
 @pytest.mark.parametrize(

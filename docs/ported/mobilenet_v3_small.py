@@ -53,12 +53,12 @@ class Conv2dNormActivation2(nn.Sequential):
 class SqueezeExcitation(nnx.Module):
     """``SqueezeExcitation`` of ``torchvision.ops.misc``."""
 
-    def __init__(self, out_channels: int, fc1_channels: int, *, rngs: nnx.Rngs) -> None:
-        self.fc1 = nn.Conv(out_channels, fc1_channels, 1, use_bias=True, rngs=rngs)
-        self.fc2 = nn.Conv(fc1_channels, out_channels, 1, use_bias=True, rngs=rngs)
+    def __init__(self, channels: int, fc1_channels: int, *, rngs: nnx.Rngs) -> None:
+        self.fc1 = nn.Conv(channels, fc1_channels, 1, use_bias=True, rngs=rngs)
+        self.fc2 = nn.Conv(fc1_channels, channels, 1, use_bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, H, W, out_channels)`` to ``(N, H, W, out_channels)``."""
+        """``(N, H, W, channels)`` to ``(N, H, W, channels)``."""
         hardsigmoid = nn.hardsigmoid(self.fc2(nn.relu(self.fc1(nn.adaptive_avg_pool(x, 1)))))
         return hardsigmoid * x
 
@@ -115,23 +115,29 @@ class InvertedResidual2(nnx.Module):
         self,
         in_channels: int,
         out_channels: int,
+        block_1_channels: int,
         fc1_channels: int,
-        block_3_channels: int,
         stride: int = 2,
         *,
         rngs: nnx.Rngs,
     ) -> None:
         self.block = nn.Sequential(
-            Conv2dNormActivation(in_channels, out_channels, 1, 0, rngs=rngs),
+            Conv2dNormActivation(in_channels, block_1_channels, 1, 0, rngs=rngs),
             Conv2dNormActivation(
-                out_channels, out_channels, 5, 2, stride=stride, groups=out_channels, rngs=rngs
+                block_1_channels,
+                block_1_channels,
+                5,
+                2,
+                stride=stride,
+                groups=block_1_channels,
+                rngs=rngs,
             ),
-            SqueezeExcitation(out_channels, fc1_channels, rngs=rngs),
-            Conv2dNormActivation2(out_channels, block_3_channels, rngs=rngs),
+            SqueezeExcitation(block_1_channels, fc1_channels, rngs=rngs),
+            Conv2dNormActivation2(block_1_channels, out_channels, rngs=rngs),
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, H, W, in_channels)`` to ``(N, H, W, block_3_channels)``."""
+        """``(N, H, W, in_channels)`` to ``(N, H, W, out_channels)``."""
         return self.block(x)
 
 
@@ -139,19 +145,19 @@ class InvertedResidual(nnx.Module):
     """``InvertedResidual`` of ``torchvision.models.mobilenetv3``."""
 
     def __init__(
-        self, out_channels: int, block_2_channels: int, fc1_channels: int, *, rngs: nnx.Rngs
+        self, channels: int, block_1_channels: int, fc1_channels: int, *, rngs: nnx.Rngs
     ) -> None:
         self.block = nn.Sequential(
-            Conv2dNormActivation(out_channels, block_2_channels, 1, 0, rngs=rngs),
+            Conv2dNormActivation(channels, block_1_channels, 1, 0, rngs=rngs),
             Conv2dNormActivation(
-                block_2_channels, block_2_channels, 5, 2, groups=block_2_channels, rngs=rngs
+                block_1_channels, block_1_channels, 5, 2, groups=block_1_channels, rngs=rngs
             ),
-            SqueezeExcitation(block_2_channels, fc1_channels, rngs=rngs),
-            Conv2dNormActivation2(block_2_channels, out_channels, rngs=rngs),
+            SqueezeExcitation(block_1_channels, fc1_channels, rngs=rngs),
+            Conv2dNormActivation2(block_1_channels, channels, rngs=rngs),
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, H, W, out_channels)`` to ``(N, H, W, out_channels)``."""
+        """``(N, H, W, channels)`` to ``(N, H, W, channels)``."""
         return self.block(x) + x
 
 
@@ -164,12 +170,12 @@ class MobileNetV3(nnx.Module):
             InvertedResidual3(rngs=rngs),
             InvertedResidual4(rngs=rngs),
             InvertedResidual5(rngs=rngs),
-            InvertedResidual2(24, 96, 24, 40, rngs=rngs),
+            InvertedResidual2(24, 40, 96, 24, rngs=rngs),
             InvertedResidual(40, 240, 64, rngs=rngs),
             InvertedResidual(40, 240, 64, rngs=rngs),
-            InvertedResidual2(40, 120, 32, 48, stride=1, rngs=rngs),
+            InvertedResidual2(40, 48, 120, 32, stride=1, rngs=rngs),
             InvertedResidual(48, 144, 40, rngs=rngs),
-            InvertedResidual2(48, 288, 72, 96, rngs=rngs),
+            InvertedResidual2(48, 96, 288, 72, rngs=rngs),
             InvertedResidual(96, 576, 144, rngs=rngs),
             InvertedResidual(96, 576, 144, rngs=rngs),
             Conv2dNormActivation(96, 576, 1, 0, rngs=rngs),

@@ -31,15 +31,15 @@ class WideBlock2(nnx.Module):
 class WideBlock(nnx.Module):
     """``WideBlock`` of ``parity_tests.wide_resnet``."""
 
-    def __init__(self, out_channels: int, *, rngs: nnx.Rngs) -> None:
-        self.bn1 = nn.BatchNorm(out_channels, rngs=rngs)
-        self.conv1 = nn.Conv(out_channels, out_channels, 3, padding=1, rngs=rngs)
-        self.bn2 = nn.BatchNorm(out_channels, rngs=rngs)
-        self.conv2 = nn.Conv(out_channels, out_channels, 3, padding=1, rngs=rngs)
+    def __init__(self, channels: int, *, rngs: nnx.Rngs) -> None:
+        self.bn1 = nn.BatchNorm(channels, rngs=rngs)
+        self.conv1 = nn.Conv(channels, channels, 3, padding=1, rngs=rngs)
+        self.bn2 = nn.BatchNorm(channels, rngs=rngs)
+        self.conv2 = nn.Conv(channels, channels, 3, padding=1, rngs=rngs)
         self.dropout = nn.Dropout(0.3, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, H, W, out_channels)`` to ``(N, H, W, out_channels)``."""
+        """``(N, H, W, channels)`` to ``(N, H, W, channels)``."""
         relu = nn.relu(self.bn2(self.conv1(nn.relu(self.bn1(x)))))
         return self.conv2(self.dropout(relu)) + x
 

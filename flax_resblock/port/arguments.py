@@ -148,8 +148,11 @@ def find_arguments(made: EmittedClass) -> None:
             common = next(value for value in row if value is not absent)
             vectors.append(([common if value is absent else value for value in row], [slot]))
     taken: set[str] = {*parts_of(made.main), "self", "rngs"}
-    for values, slots in vectors:
-        name = _argument_name(slots, taken)
+    widths = [_width_name(made, values, slots) for values, slots in vectors]
+    widths = ["" if name in taken else name for name in widths]
+    taken |= {*widths, *(["in_channels", "out_channels"] if "channels" in widths else [])}
+    for width, (values, slots) in zip(widths, vectors, strict=True):
+        name = width or _argument_name(slots, taken)
         taken.add(name)
         made.names.update(dict.fromkeys(slots, name))
         made.arguments[name] = values
@@ -207,9 +210,25 @@ def _default_slots(made: EmittedClass, everywhere: Mapping[Slot, None]) -> dict[
 
 
 def _rank(name: str) -> int:
-    if name.startswith(("in_", "num_features")):
+    if name.startswith(("in_", "channels", "num_features")):
         return 0
-    return 1 if "channels" in name or "features" in name else 2
+    if name.startswith("out_"):
+        return 1
+    return 2 if "channels" in name or "features" in name else 3
+
+
+def _width_name(made: EmittedClass, values: Sequence[Any], slots: Sequence[Slot]) -> str:
+    """``"in_channels"`` for those of the maps that instances take, ``"out_channels"`` for those of
+    the maps that they return, ``"channels"`` for both; empty for other numbers.
+    """
+    bodies = [body for body in made.bodies if body.input_shapes and body.outputs]
+    roles = {slot[-1] for slot in slots}
+    if len(bodies) < len(values) or not roles & {"in_channels", "out_channels"}:
+        return ""
+    taken = [body.input_shapes[0][-1] for body in bodies] == list(values)
+    returned = [body.outputs[0][0][body.outputs[0][1][-1]] for body in bodies] == list(values)
+    side = "" if taken and returned else "in_" if taken else "out_"
+    return f"{side}channels" if taken or returned else ""
 
 
 def _argument_name(slots: Sequence[Slot], taken: set[str]) -> str:

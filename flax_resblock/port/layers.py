@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from flax_resblock.errors import InputError
 from flax_resblock.port.layer import Layer
@@ -12,7 +14,7 @@ from flax_resblock.port.random_layers import stochastic_depth
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Layer", "layer_of"]
+__all__ = ["Layer", "layer_of", "stochastic_depth_seen"]
 
 _VOLUMES = "three spatial axes"
 _RECURRENT = "recurrent layers"
@@ -66,6 +68,35 @@ def layer_of(module: torch.nn.Module) -> Layer | None:
     if layer is not None:
         _refuse_changed(module)
     return layer
+
+
+@contextmanager
+def stochastic_depth_seen(module: torch.nn.Module) -> Iterator[None]:
+    """Within it a layer that drops whole images leaves an operator in the trace. In evaluation mode
+    it hands on the very tensor that it is given, so that the trace would know nothing of its call.
+    """
+
+    import torch
+
+    def forward(*arguments: Any, **named: Any) -> torch.Tensor:
+        return torch.nn.functional.dropout([*arguments, *named.values()][0], training=False)
+
+    parts: list[Any] = [part for part in module.modules() if _drops_images(part)]
+    for part in parts:
+        part.forward = forward
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.forward
+
+
+def _drops_images(part: torch.nn.Module) -> bool:
+    try:
+        layer = layer_of(part)
+    except InputError:  # said where the layer is read
+        return False
+    return layer is not None and layer.call == "nn.StochasticDepth"
 
 
 def _name(module: torch.nn.Module) -> str:

@@ -101,12 +101,9 @@ def _class(made: EmittedClass, *, last: bool, sizes: Sequence[tuple[int, ...]]) 
     if inner:
         lines += [f"    def __init__({arguments}) -> None:"]
         lines += [f"        {line}" for line in inner] + [""]
-    else:
-        lines += [
-            "    def __init__(self, *, rngs: nnx.Rngs | None = None) -> None:",
-            "        pass",
-            "",
-        ]
+    elif last:  # the network is created with rngs
+        lines += ["    def __init__(self, *, rngs: nnx.Rngs | None = None) -> None:"]
+        lines += ['        """Has no parameters."""', ""]
     kind = "list[jax.Array]" if body.list_input else "jax.Array"
     parameters = ", ".join(f"{name}: {kind}" for name in body.arguments)
     results = {_returned(body.result, len(body.outputs)): None}
@@ -225,7 +222,9 @@ def _built(made: EmittedClass, part: Part, path: tuple[Any, ...]) -> str:
                     continue
                 text = f"{name}={text}"
             texts.append(text)
-        return f"{emitted.name}({', '.join([*texts, 'rngs=rngs'])})"
+        main = emitted.main
+        empty = main.sequence is None and not (main.parts or main.ties or texts)
+        return f"{emitted.name}({', '.join(texts if empty else [*texts, 'rngs=rngs'])})"
     items = _items(made, part, path)
     if part.kind == "Sequential":
         return f"nn.Sequential({', '.join(items)})"

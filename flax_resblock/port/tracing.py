@@ -19,6 +19,7 @@ import torch
 
 from flax_resblock.errors import InputError, visible
 from flax_resblock.port.folding import NOTHING, Folded, fold
+from flax_resblock.port.layers import stochastic_depth_seen
 from flax_resblock.port.values import BATCH
 
 _VIEWS = (
@@ -70,7 +71,12 @@ def trace(
       InputError: The module does what cannot be traced, or changes a part of a tensor in place.
     """
     batch = torch.export.Dim.DYNAMIC
-    with _quiet(), _no_idle_autocast(), _custom_gradients() as custom:
+    with (
+        _quiet(),
+        _no_idle_autocast(),
+        stochastic_depth_seen(module),
+        _custom_gradients() as custom,
+    ):
         try:
             program = torch.export.export(
                 module,

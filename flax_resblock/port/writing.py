@@ -11,9 +11,12 @@ from flax_resblock.port.values import Code, Value, Writer, needed_values, source
 
 INLINE = 60
 """Characters of the longest expression that is written inside another one."""
+LONG = 3
+"""Lists each of which holds one value more than the one before, for one list that grows."""
 DEPTH = 4
 """Calls that are written inside one another."""
 
+_LIST = re.compile(r"\[\{\d?\}(?:, \{\d?\})+\]")
 _ITEM = re.compile(r"self\.(\w+)\[(\d+)\]\(\{\}\)")
 
 
@@ -35,11 +38,17 @@ def write(
     outputs, in_training = ([source(one) for one in each] for each in (outputs, in_training))
     early = _reached(outputs)
     order = sorted(_needed(values, [*outputs, *in_training]), key=lambda value: value not in early)
+    order, added = _growing_lists(order)
+    early |= {value for value in order if any(one in early for one in value.items or ())}
     loops = _loops(order, body)
     order = [value for value in order if value not in loops or loops[value]]
     last_use: dict[Value, int] = {}
     alone = outputs[0] if len(outputs) == 1 and not in_training else None
-    named = [one for one in order if _needs_name(one, returned=one is alone) or one in loops]
+    named = [
+        one
+        for one in order
+        if _needs_name(one, returned=one is alone) or one in loops or one in added
+    ]
     place_of = {value: place for place, value in enumerate(named)}
     middle = sum(value in early for value in named)
 
@@ -61,11 +70,18 @@ def write(
             last_use.update({root: max(end, last_use.get(root, 0)) for root in kept})
     taken = {*body.arguments}
     writer = Writer()
+    spare: dict[Value, str | None] = {}
 
     def assign(place: int, value: Value) -> None:
         operands = [one for one in roots(value.code) if last_use[one] == place and one.plain]
         text = writer.text(value.code) if value not in loops else ""
-        value.name = operands[0].name if operands else _unique(value.hint, taken)
+        if value in added:
+            body.lines.append(f"{added[value].name}.append({text})")
+            return
+        again = next(filter(None, (spare.get(one, one.name) for one in operands)), None)
+        if value.items is not None:  # a variable holds arrays or a list of them, not both
+            spare[value], again = again, None
+        value.name = again or _unique(value.hint, taken)
         taken.add(value.name or "")
         value.plain = True
         if value in loops:
@@ -126,6 +142,48 @@ def _needs_name(value: Value, *, returned: bool) -> bool:
         value.depth, value.assigned = 0, True
         return True
     return False
+
+
+def _growing_lists(order: Sequence[Value]) -> tuple[list[Value], dict[Value, Value]]:
+    """Finds values each of which is computed from a list of those before it, as in a dense block.
+
+    Returns:
+      The values with those lists among them, and the list that each such value is added to.
+    """
+    rows: list[tuple[tuple[Value, ...], list[Value]]] = []
+    following: dict[tuple[Value, ...], list[Value]] = {}
+    place: dict[Value, tuple[re.Match[str], int]] = {}
+    for value in order:
+        match = _LIST.search(value.code.text)
+        if match is None:
+            continue
+        place[value] = match, value.code.text[: match.start()].count("{")
+        first, count = place[value][1], match[0].count("{")
+        items = tuple(map(source, value.code.holes[first : first + count]))
+        if items not in following:
+            rows.append((items, []))
+            following[items] = rows[-1][1]
+        row = following.pop(items)
+        row.append(value)
+        following[*items, value] = row
+    order, added = list(order), {}
+    for items, row in rows:
+        alone = all(one.uses == len(row) - k for k, one in enumerate(row[:-1], 1))
+        if len(row) < LONG or not alone:
+            continue
+        text = ", ".join("{}" for _ in items)
+        whole = Value(Code(f"[{text}]", items), (), (), "features", items=list(row), uses=len(row))
+        for value in row:
+            match, first = place[value]
+            text = value.code.text[: match.start()] + "{}" + value.code.text[match.end() :]
+            holes = list(value.code.holes)
+            holes[first : first + match[0].count("{")] = [whole]
+            value.code = Code(text, tuple(holes), value.code.binding)
+        for one in items:
+            one.uses -= len(row) - 1
+        order.insert(order.index(row[0]), whole)
+        added |= dict.fromkeys(row[:-1], whole)
+    return order, added
 
 
 def _loops(order: Sequence[Value], body: Body) -> dict:
