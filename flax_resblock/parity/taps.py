@@ -247,8 +247,9 @@ def as_array(tensor: torch.Tensor, *, copied: bool = False) -> np.ndarray:
     tensor = tensor.detach().cpu()
     if tensor.dtype in (torch.bfloat16, torch.float16):
         tensor = tensor.float()
-    array = np.array(tensor.numpy()) if copied else tensor.numpy()
-    return np.moveaxis(array, 1, -1) if array.ndim == 4 else array
+    array = tensor.numpy()
+    array = np.moveaxis(array, 1, -1) if array.ndim == 4 else array
+    return np.array(array, order="C") if copied else array  # what is compared with is in C order
 
 
 def host_tree(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
