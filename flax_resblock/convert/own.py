@@ -132,6 +132,6 @@ def refuse_own(record: Record) -> None:
             f"returns the state dict of PyTorch."
         )
     raise CheckpointError(
-        f"{words} `flax-resblock train` takes it with --model FILE.py:{name} and --resume, --init "
-        f"or --eval-only."
+        f"{words} `flax-resblock predict` and `export` take it with --model FILE.py:{name}, and so "
+        f"does `train`, with --resume, --init or --eval-only."
     )
