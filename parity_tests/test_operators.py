@@ -656,7 +656,6 @@ REFUSALS = {
     "returns indices too": lambda: T.MaxPool2d(2, return_indices=True),
     "has forward hooks": lambda: with_hook(T.ReLU()),
     "has forward pre hooks": lambda: torch.nn.utils.weight_norm(T.Linear(2, 2)),
-    "has a parametrization": lambda: torch.nn.utils.parametrizations.weight_norm(T.Linear(2, 2)),
 }
 
 

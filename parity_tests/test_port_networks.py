@@ -267,13 +267,6 @@ class ChangedInput(Small):
         return self.conv(x)
 
 
-class ChangedPart(Small):
-    def forward(self, x):
-        x = self.conv(x)
-        x[:, 0] = 0
-        return x
-
-
 class ChangedBuffer(Small):
     def __init__(self) -> None:
         super().__init__()
@@ -362,7 +355,6 @@ class ByShape(Small):
         (ReadingValues, ["depends on the values", "float(x.max())"]),
         (FixedBatch, ["fixes the size of the batch"]),
         (ChangedInput, ["changes its input in place (sub_)", "x -= 0.5"]),
-        (ChangedPart, ["changes a part of a tensor in place (fill_)", "x[:, 0] = 0"]),
         (ChangedBuffer, ["changes a buffer in place (add_)", "self.seen.add_"]),
         (Sorted, ["aten.topk", "topk(3, -1)"]),
         (Indices, ["the indices of the largest", "largest, where"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,12 +17,14 @@ from flax import nnx
 import flax_resblock
 from flax_resblock import InputError
 from flax_resblock.cli import run as run_command
-from flax_resblock.nn.variables import flat_arrays
+from flax_resblock.nn.variables import fill, flat_arrays
 from flax_resblock.parity.oracle import TRAJECTORY_LIMIT
 from flax_resblock.port.folder import read_ported
 from flax_resblock.port.table import Table
+from flax_resblock.runs.tensors import tensors_of
 from flax_resblock.training import TrainConfig, fit
-from flax_resblock.training.data import Splits
+from flax_resblock.training.data import Splits, batches
+from flax_resblock.training.pace import new_run
 from flax_resblock.training.randomness import drawn, random_state, step_key
 from flax_resblock.training.run_folder import RunFolder
 from parity_tests import runs
@@ -318,3 +321,68 @@ def test_bad_input_ends_with_one_true_paragraph(here, capsys):
     }.items():
         assert run_command(line.split()) == 2, line
         assert message in capsys.readouterr().err, line
+
+
+class Supervised(torch.nn.Module):
+    """Returns the logits of an auxiliary head too while it trains, and first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Conv2d(1, 6, 3), torch.nn.BatchNorm2d(6))
+        self.aux, self.fc = torch.nn.Linear(6, 10), torch.nn.Linear(6, 10)
+
+    def forward(self, x):
+        x = self.body(x)
+        found = {"out": self.fc(torch.relu(x).mean((2, 3)))}
+        return {"aux": self.aux(x.square().mean((2, 3))), **found} if self.training else found
+
+
+def test_auxiliary_heads_train_with_their_weight(here):
+    jax.config.update("jax_enable_x64", True)
+    torch.manual_seed(0)
+    module = Supervised()
+    ported, data = flax_resblock.port(module, image_size=(8, 8)), runs.few_digits()
+    module = module.double()
+    optimizer = sgd(module)
+    for batch in batches(data, runs.BATCH, seed=0, epoch=0):
+        images = torch.from_numpy(np.moveaxis(batch.images, -1, 1).astype(np.float64))
+        labels = torch.from_numpy(batch.labels.astype(np.int64))
+        found = module(images)
+        loss = [torch.nn.functional.cross_entropy(found[name], labels) for name in ("out", "aux")]
+        optimizer.zero_grad()
+        (loss[0] + 0.4 * loss[1]).backward()
+        optimizer.step()
+    truth = {key: value.numpy() for key, value in module.state_dict().items()}
+
+    def trained(aux_weight: float) -> dict[str, np.ndarray]:
+        config = TrainConfig(
+            model=None, epochs=1, batch_size=runs.BATCH, learning_rate=0.1, nesterov=False,
+            weight_decay=1e-2, decay=("kernel", "scale", "bias"), warmup_epochs=0.0,
+            aux_weight=aux_weight, dtype="float64",
+        )  # fmt: skip
+        model = ported.create()
+        values = {k: v.astype(np.float64) for k, v in flat_arrays(model).items() if v.dtype == "f4"}
+        fill(model, values)
+        run = replace(new_run(config, runs.STEPS, tensors_of(model)), schedule=None)
+        fit(model, data, config, run=run, progress=False)
+        return flax_resblock.to_torch(model)
+
+    assert worst(trained(0.4), truth) <= TRAJECTORY_LIMIT
+    assert worst(trained(0.3), truth) > 1e6 * TRAJECTORY_LIMIT
+
+
+def test_predict_and_export_take_a_ported_network(here, capsys):
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 8, 8, 1), dtype=np.uint8)
+    np.savez("x.npz", images=pixels)
+    code = ["--model", f"{here}/own.py:Net"]
+    assert run_command(["predict", str(here), "x.npz", *code, "--logits", "own.npy"]) == 0
+    assert run_command(["export", str(here), "exported", *code, "--platforms", "cpu"]) == 0
+    assert run_command(["predict", "exported", "x.npz", "--logits", "exported.npy"]) == 0
+    model = flax_resblock.load_ported(here, imported(here / "own.py").Net)
+    truth = np.asarray(model(pixels.astype(np.float32) / 255))
+    for file in ("own.npy", "exported.npy"):
+        np.testing.assert_allclose(np.load(file), truth, rtol=1e-5, atol=1e-6)
+    assert np.abs(truth - np.asarray(model(1 - pixels.astype(np.float32) / 255))).max() > 1e-3
+    capsys.readouterr()
+    assert run_command(["predict", str(here), "x.npz"]) == 2
+    assert "--model" in capsys.readouterr().err

@@ -114,6 +114,7 @@ OUT_OF_RANGE = {
     "weight_decay": -1e-4,
     "decay": ("weight",),
     "clip_norm": 0.0,
+    "aux_weight": 0.0,
     "ema": 1.0,
     "warmup_epochs": 2,
     "warmup_steps": -1,

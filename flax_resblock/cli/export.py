@@ -12,7 +12,8 @@ from flax_resblock.checkpoint.atomic import refuse_existing
 from flax_resblock.cli import common
 from flax_resblock.cli.images import normalisation_of, preprocessing_of
 from flax_resblock.config import name_of
-from flax_resblock.convert.image_facts import IMAGES
+from flax_resblock.convert.hubs import Preprocessing
+from flax_resblock.convert.image_facts import IMAGES, ImageFacts
 from flax_resblock.errors import InputError
 
 Output = Annotated[
@@ -27,6 +28,7 @@ def export(
     platforms: str = "cpu,cuda,rocm,tpu",
     image_size: int | None = None,
     any_image_size: bool = False,
+    model: str | None = None,
     precision: Literal["default", "high", "highest"] = "highest",
     bake_weights: bool = False,
     fold_batch_norm: bool = False,
@@ -53,6 +55,8 @@ def export(
       platforms: Platforms to export for, separated by commas.
       image_size: Side of the images. By default that of the checkpoint; where it does not say, 224
         for ImageNet stems and 32 for small ones.
+      model: FILE.py:NAME, the code of a network of your own, such as `port` writes; CKPT is its
+        folder, a run or a checkpoint. Importing it runs the code.
       any_image_size: Leave height and width free, from 32 pixels on.
       precision: Precision of convolutions and products: highest is float32; default is bfloat16 on
         TPU and TF32 on CUDA.
@@ -68,11 +72,19 @@ def export(
     refuse_existing(out, force, is_exported)
     if any_image_size and image_size is not None:
         raise InputError("--image-size fixes what --any-image-size leaves free; give one of them.")
-    source = reading.open(checkpoint)
-    common.refuse_unhealthy(source, allow_nonfinite)
-    config = source.config
-    wanted = preprocessing_of(source)
-    shift, scale, origin = normalisation_of((None, None), wanted, config.in_channels, mean, std)
+    if model is not None and fold_batch_norm:
+        raise InputError("--fold-batch-norm is for networks of this library; leave it out.")
+    if model is not None:
+        network, images, wanted = _own(checkpoint, model, reading, allow_nonfinite)
+        name, channels, notes = model.rpartition(":")[2], len(wanted.mean), ()
+        usual = wanted.size[0]
+    else:
+        source = reading.open(checkpoint)
+        common.refuse_unhealthy(source, allow_nonfinite)
+        network, images, notes = to_model(source), source.images, source.all_notes
+        wanted, channels = preprocessing_of(source), source.config.in_channels
+        name, usual = name_of(source.config), source.config.image_size
+    shift, scale, origin = normalisation_of((None, None), wanted, channels, mean, std)
     size = None if any_image_size else image_size
     if not any_image_size and image_size is None:
         size, width = wanted.size
@@ -86,20 +98,20 @@ def export(
     facts: dict[str, Any] = {
         "source": checkpoint.name,
         "preprocessing": preprocessing,
-        IMAGES: asdict(source.images),
+        IMAGES: asdict(images),
     }
-    model = to_model(source)
     with common.status.status(f"exporting {checkpoint}"):
         if fold_batch_norm:
             from flax_resblock.export.fold import fold_batch_norm as fold
             from flax_resblock.export.fold import folding_error
 
-            original, model = model, fold(model)
-            facts["batch_norm_folded"] = folding_error(original, model, size or config.image_size)
+            original, network = network, fold(network)
+            facts["batch_norm_folded"] = folding_error(original, network, size or usual)
         manifest = export_model(
-            model,
+            network,
             out,
             image_size=size,
+            channels=channels,
             platforms=platforms.split(","),
             precision=precision,
             bake_weights=bake_weights,
@@ -108,9 +120,7 @@ def export(
         )
     shape = ", ".join(map(str, manifest["input"]["shape"]))
     platforms = ", ".join(manifest["platforms"])
-    common.print_title(
-        name_of(config), f"({shape}) float32, precision {precision}, for {platforms}"
-    )
+    common.print_title(name, f"({shape}) float32, precision {precision}, for {platforms}")
     for name in (PROGRAM, WEIGHTS):
         common.say(f"  {out / name}  {common.megabytes((out / name).stat().st_size)}")
     common.say(f"  normalisation {origin}")
@@ -121,5 +131,18 @@ def export(
             f"{errors['unfolded']:.1e} (relative, float32 on the CPU)",
             "yellow" if errors["folded"] > 2 * errors["unfolded"] else "",
         )
-    common.print_notes(source.all_notes)
+    common.print_notes(notes)
     return 0
+
+
+def _own(
+    path: Path, spec: str, reading: common.ReadingFlags, nonfinite: bool
+) -> tuple[Any, ImageFacts, Preprocessing]:
+    """A network of the user's own, what is known of its images, and how they are prepared."""
+    from flax_resblock.cli.train_own import opened_own, own_code
+
+    model, weights = opened_own(own_code(spec, reading), path, reading, nonfinite)
+    facts = weights.images
+    if facts.preprocessing is None:
+        raise InputError(weights.no_images(spec, path))
+    return model, facts, facts.preprocessing

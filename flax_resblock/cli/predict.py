@@ -21,7 +21,7 @@ from flax_resblock.cli.images import (
     normalisation_of,
     preprocessing_of,
 )
-from flax_resblock.config import Config, ResNetConfig, name_of
+from flax_resblock.config import BlockConfig, ResNetConfig, name_of
 from flax_resblock.convert.hubs import Preprocessing
 from flax_resblock.convert.image_facts import IMAGES, read_images
 from flax_resblock.errors import InputError, reason
@@ -48,6 +48,7 @@ def predict(
     reading: common.ReadingFlags,
     top: int = 3,
     class_names: Path | None = None,
+    model: str | None = None,
     mean: common.Mean = None,
     std: common.Std = None,
     image_size: int | None = None,
@@ -71,6 +72,8 @@ def predict(
         none of these.
       top: Number of classes to show.
       class_names: Text file with one class name per line.
+      model: FILE.py:NAME, the code of a network of your own, such as `port` writes; CKPT is its
+        folder, a run or a checkpoint. Importing it runs the code.
       image_size: Side of the square to which images are resized. Where the checkpoint does not say,
         224 (center crop) for ImageNet stems and 32 for small ones.
       logits: Also write the logits (N, classes) to this .npy file.
@@ -82,27 +85,29 @@ def predict(
     if top < 1 or (image_size is not None and image_size < 1):
         raise InputError(f"--top {top} and --image-size {image_size} must be positive.")
     common.refuse_all_existing(force, logits)
-    network = _open(checkpoint, reading, image_size, allow_nonfinite, exact)
-    config = network.config
-    if not isinstance(config, ResNetConfig) or config.num_classes is None:
+    if model is not None:
+        network = _open_own(checkpoint, model, reading, image_size, allow_nonfinite)
+    else:
+        network = _open(checkpoint, reading, image_size, allow_nonfinite, exact)
+    if network.classes is None:
         raise InputError(
-            f"{checkpoint} is a {name_of(config)} without a classification head; predict needs "
+            f"{checkpoint} is a {network.name} without a classification head; predict needs "
             f"a network with logits."
         )
-    batch = load_images(images, network.preprocessing, config.in_channels)
+    batch = load_images(images, network.preprocessing, network.channels)
     height, width, channels = batch.pixels.shape[1:]
-    if channels != config.in_channels:
+    if channels != network.channels:
         raise InputError(
-            f"{images[0]} has {channels} channels; the network takes {config.in_channels}."
+            f"{images[0]} has {channels} channels; the network takes {network.channels}."
         )
     shift, scale, origin = normalisation_of(
         (batch.mean, batch.std), network.preprocessing, channels, mean, std
     )
-    names = _class_names(class_names, network.labels, config.num_classes)
+    names = _class_names(class_names, network.labels, network.classes)
     with common.status.status("predicting"):
         values = np.asarray(network.forward(normalised(batch.pixels, shift, scale)), np.float32)
     common.print_title(
-        name_of(config), f"{checkpoint}; {height}x{width} pixels; normalisation {origin}"
+        network.name, f"{checkpoint}; {height}x{width} pixels; normalisation {origin}"
     )
     common.print_notes(network.notes)
     _print_predictions(values, batch, names, top)
@@ -115,9 +120,12 @@ def predict(
 
 @dataclass(frozen=True)
 class _Network:
-    """A checkpoint or an export; ``forward`` maps normalised ``(N, H, W, C)`` images to logits."""
+    """A checkpoint or an export; ``forward`` maps normalised ``(N, H, W, C)`` images to logits, of
+    which there are ``classes``, None if the network has no head."""
 
-    config: Config
+    name: str
+    channels: int
+    classes: int | None
     forward: Callable[[np.ndarray], Any]
     preprocessing: Preprocessing
     labels: Sequence[str] = ()
@@ -151,8 +159,40 @@ def _open(
             return jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, images)
 
     preprocessing = _sized(preprocessing_of(source), image_size)
-    labels = source.images.labels
-    return _Network(source.config, forward, preprocessing, labels, source.all_notes)
+    config = source.config
+    classes = config.num_classes if isinstance(config, ResNetConfig) else None
+    told = name_of(config), config.in_channels, classes, forward, preprocessing
+    return _Network(*told, source.images.labels, source.all_notes)
+
+
+def _open_own(
+    path: Path, spec: str, reading: common.ReadingFlags, image_size: int | None, nonfinite: bool
+) -> _Network:
+    import jax
+    from flax import nnx
+
+    from flax_resblock.cli.train_own import opened_own, own_code
+    from flax_resblock.nn.outputs import logits_of
+    from flax_resblock.training.evaluation import classes_of
+
+    model, weights = opened_own(own_code(spec, reading), path, reading, nonfinite)
+    facts = weights.images
+    if facts.preprocessing is None:
+        raise InputError(weights.no_images(spec, path))
+    preprocessing = _sized(facts.preprocessing, image_size)
+    channels = len(preprocessing.mean)
+    graphdef, state = nnx.split(model)
+
+    def forward(images: np.ndarray) -> Any:
+        def run(state: nnx.State, x: jax.Array) -> Any:
+            return logits_of(nnx.merge(graphdef, state)(x))[0]
+
+        with jax.default_matmul_precision("highest"):
+            return jax.jit(run)(state, images)
+
+    classes = classes_of(model, (*preprocessing.size, channels))
+    name = spec.rpartition(":")[2]
+    return _Network(name, channels, classes, forward, preprocessing, facts.labels)
 
 
 def _open_exported(folder: Path, image_size: int | None) -> _Network:
@@ -166,12 +206,17 @@ def _open_exported(folder: Path, image_size: int | None) -> _Network:
         )
     stored = exported.manifest.get(IMAGES)
     facts = read_images({IMAGES: json.dumps(stored)} if stored else {}, str(folder))
-    preprocessing = facts.preprocessing or default_preprocessing(exported.config)
+    config = exported.config
+    plain = BlockConfig(in_channels=exported.channels, out_channels=exported.channels)
+    preprocessing = facts.preprocessing or default_preprocessing(config or plain)
     if recorded := exported.manifest.get("preprocessing", {}):
         changes = {name: tuple(recorded[name]) for name in ("mean", "std") if name in recorded}
         preprocessing = replace(preprocessing, **changes, origin="from the export")
     size = image_size or exported.fixed_size
-    return _Network(exported.config, exported, _sized(preprocessing, size), facts.labels)
+    has_logits = config is None or getattr(config, "num_classes", None) is not None
+    classes = int(exported.manifest["output"]["shape"][-1]) if has_logits else None
+    told = exported.architecture, exported.channels, classes, exported
+    return _Network(*told, _sized(preprocessing, size), facts.labels)
 
 
 def _sized(preprocessing: Preprocessing, size: int | None) -> Preprocessing:

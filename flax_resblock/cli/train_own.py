@@ -13,11 +13,14 @@ from flax_resblock import checkpoint
 from flax_resblock.checkpoint import Limits
 from flax_resblock.cli import common
 from flax_resblock.cli.train_start import Start, Wanted, enable_x64, goes_on
+from flax_resblock.config import BlockConfig
 from flax_resblock.config import Path as ModelPath
+from flax_resblock.convert.image_facts import ImageFacts, read_images
 from flax_resblock.convert.metadata import PORT
 from flax_resblock.convert.opening import read_entry
 from flax_resblock.convert.own import OpenedTensors, open_own
 from flax_resblock.errors import InputError
+from flax_resblock.images import default_preprocessing
 from flax_resblock.parity.user_code import load_factory
 
 if TYPE_CHECKING:
@@ -118,8 +121,32 @@ class Weights:
         """Of the images, if a table says it."""
         return None if self.table is None else self.table.about.get("channels")
 
+    def no_images(self, spec: str, path: Path) -> str:
+        """The message where :attr:`images` says nothing."""
+        if self.table is not None:
+            shapes = " and ".join(map(str, self.table.about["inputs"]))
+            return f"{spec} takes inputs of the shapes {shapes}, and no image alone."
+        return (
+            f"{path} does not say which images {spec} takes. Train it with `flax-resblock train`, "
+            f"which keeps that beside the weights."
+        )
 
-def _read(code: OwnCode, path: Path, wanted: Wanted, *, run: bool) -> Weights:
+    @property
+    def images(self) -> ImageFacts:
+        """What the checkpoint says about images and classes; where it does not say how images are
+        prepared, as usual for so many channels, in the size that the network was ported with."""
+        record = self.opened.record
+        facts = read_images(record.metadata, record.source)
+        if facts.preprocessing is not None or self.table is None or self.table.about["inputs"]:
+            return facts
+        channels, size = int(self.table.about["channels"]), tuple(self.table.about["image_size"])
+        usual = default_preprocessing(BlockConfig(in_channels=channels, out_channels=channels))
+        return replace(facts, preprocessing=replace(usual, size=size))
+
+
+def _read(
+    code: OwnCode, path: Path, reading: common.ReadingFlags, allow_nonfinite: bool, *, run: bool
+) -> Weights:
     """Reads a checkpoint as the weights of a network.
 
     Raises:
@@ -130,14 +157,14 @@ def _read(code: OwnCode, path: Path, wanted: Wanted, *, run: bool) -> Weights:
     from flax_resblock.port.folder import opened_folder, opened_ported
     from flax_resblock.runs.own import open_for
 
-    limits: Limits = wanted.reading.limits
+    limits: Limits = reading.limits
     with common.status.status(f"reading {path}"):
         table = code.table
         if checkpoint.is_ported(path):
             weights, opened = opened_folder(path, limits)
             table = weights.table
         else:
-            record = read_entry(path, wanted.reading.entry, run=run, limits=limits)
+            record = read_entry(path, reading.entry, run=run, limits=limits)
             if PORT in record.metadata:
                 weights, opened = opened_ported(record)
                 table = weights.table
@@ -146,8 +173,7 @@ def _read(code: OwnCode, path: Path, wanted: Wanted, *, run: bool) -> Weights:
                 table = table.with_content(unused=opened.unused)
             else:
                 opened = open_for(nnx.eval_shape(lambda: code.fresh(0)), record)
-        common.refuse_unhealthy(opened, wanted.allow_nonfinite)
-    common.print_title(code.name, str(path))
+        common.refuse_unhealthy(opened, allow_nonfinite)
     common.print_notes(opened.notes)
     return Weights(opened.values, opened, table)
 
@@ -183,7 +209,8 @@ def begun(
     if resume is not None:
         _refuse_other_code(code, resume)
     whole = resume is not None and not wanted.training.weights_only
-    weights = _read(code, source, wanted, run=whole)
+    weights = _read(code, source, wanted.reading, wanted.allow_nonfinite, run=whole)
+    common.print_title(code.name, str(source))
     run = wanted.training.of(weights.opened) if whole else None
     config, run, splits = goes_on(run, wanted, schedule, weights.channels, source)
     _refuse_bfloat16(config.dtype)
@@ -233,5 +260,14 @@ def _afresh(code: OwnCode, wanted: Wanted) -> Start:
 
 def evaluated(code: OwnCode, wanted: Wanted, path: Path) -> tuple[nnx.Module, Weights]:
     """The network with the weights of a checkpoint, to be evaluated."""
-    weights = _read(code, path, wanted, run=False)
+    opened = opened_own(code, path, wanted.reading, wanted.allow_nonfinite)
+    common.print_title(code.name, str(path))
+    return opened
+
+
+def opened_own(
+    code: OwnCode, path: Path, reading: common.ReadingFlags, allow_nonfinite: bool
+) -> tuple[nnx.Module, Weights]:
+    """The network with the weights of a folder of ``port``, a run or a checkpoint."""
+    weights = _read(code, path, reading, allow_nonfinite, run=False)
     return _model(code, weights, "float32", widen=False), weights

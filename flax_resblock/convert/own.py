@@ -132,6 +132,7 @@ def refuse_own(record: Record) -> None:
             f"returns the state dict of PyTorch."
         )
     raise CheckpointError(
-        f"{words} `flax-resblock train --model FILE.py:{name}` takes it, as the value of "
-        f"`resume=...`, `init=...` or `eval_only=...`."
+        f"{words} `flax-resblock predict --model FILE.py:{name}` and `flax-resblock export --model "
+        f"FILE.py:{name}` take it, and so does `flax-resblock train --model FILE.py:{name}`, as "
+        f"the value of `resume=...`, `init=...` or `eval_only=...`."
     )

@@ -58,9 +58,10 @@ class Exported:
     manifest: Mapping[str, Any]
 
     @property
-    def config(self) -> arch.Config:
-        """The network's configuration."""
-        return arch.from_json(self.manifest["config"])
+    def config(self) -> arch.Config | None:
+        """The network's configuration; None if it is none of this library's."""
+        content = self.manifest["config"]
+        return None if content is None else arch.from_json(content)
 
     @property
     def architecture(self) -> str:

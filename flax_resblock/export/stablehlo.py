@@ -33,8 +33,8 @@ from flax_resblock.export.exported import (
     require_flatbuffers,
     sha256_of,
 )
-from flax_resblock.nn.resnet import Model
-from flax_resblock.nn.variables import flat_arrays
+from flax_resblock.nn.outputs import logits_of
+from flax_resblock.nn.variables import KEPT, flat_arrays
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "safetensors")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -43,7 +43,7 @@ _SMALLEST = 32
 """The least side of an image in pixels, so that no stage is empty."""
 
 
-def weights_of(model: Model) -> dict[str, np.ndarray]:
+def weights_of(model: nnx.Module) -> dict[str, np.ndarray]:
     """The arrays that evaluation needs, by dotted path.
 
     Raises:
@@ -63,9 +63,9 @@ def weights_of(model: Model) -> dict[str, np.ndarray]:
     return found
 
 
-def forward_of(model: Model) -> Callable[[Mapping[str, Any], Any], Any]:
+def forward_of(model: nnx.Module) -> Callable[[Mapping[str, Any], Any], Any]:
     """``(weights, images) -> outputs`` in evaluation mode; see :func:`weights_of`."""
-    graphdef, state = nnx.split(model)
+    graphdef, state, rest = nnx.split(model, KEPT, ...)  # the rest are random streams
     names = {path: ".".join(map(str, path)) for path in dict(nnx.to_flat_state(state))}
 
     def forward(weights: Mapping[str, Any], images: Any) -> Any:
@@ -74,18 +74,32 @@ def forward_of(model: Model) -> Callable[[Mapping[str, Any], Any], Any]:
             for path, name in names.items()
         }
         values = [(path, one.replace(flat[path])) for path, one in nnx.to_flat_state(state)]
-        module = nnx.merge(graphdef, nnx.from_flat_state(values))
-        return module(images, use_running_average=True)
+        module: Any = nnx.merge(graphdef, nnx.from_flat_state(values), rest)
+        if is_known(model):
+            return module(images, use_running_average=True)
+        module.eval()
+        output, others = logits_of(module(images))
+        if others:
+            raise InputError(
+                f"{type(model).__name__} returns {1 + len(others)} arrays, and an exported "
+                f"program returns one. Put a module around it that chooses."
+            )
+        return output
 
     return forward
 
 
-def _input_spec(config: arch.Config, image_size: int | None) -> jax.ShapeDtypeStruct:
+def is_known(model: nnx.Module) -> bool:
+    """Whether a model is a network or block of this library."""
+    return isinstance(getattr(model, "config", None), arch.Config)
+
+
+def _input_spec(channels: int, image_size: int | None) -> jax.ShapeDtypeStruct:
     size, constraints = f"{image_size}, {image_size}", ["batch >= 1"]
     if image_size is None:
         size = "height, width"
         constraints += [f"height >= {_SMALLEST}", f"width >= {_SMALLEST}"]
-    text = f"batch, {size}, {config.in_channels}"
+    text = f"batch, {size}, {channels}"
     shape = jax.export.symbolic_shape(text, constraints=constraints)
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -96,10 +110,11 @@ def _described(array: Any) -> dict[str, Any]:
 
 
 def export_model(
-    model: Model,
+    model: nnx.Module,
     folder: str | Path,
     *,
     image_size: int | None,
+    channels: int = 3,
     platforms: Sequence[str] = PLATFORMS,
     precision: str = "highest",
     bake_weights: bool = False,
@@ -109,10 +124,12 @@ def export_model(
     """Writes the folder of an exported model, whole or not at all.
 
     Args:
-      model: Of this library, or folded by :func:`flax_resblock.export.fold.fold_batch_norm`.
+      model: Of this library, or folded by :func:`flax_resblock.export.fold.fold_batch_norm`; or any
+        nnx module from images to one array.
       folder: To write.
       image_size: Side of the images in pixels; None: any height and width from 32 on. The batch is
         always free.
+      channels: Of the images of a model that is none of this library's.
       platforms: Where the program shall run, of :data:`PLATFORMS`.
       precision: ``"highest"`` is float32 everywhere; ``"high"`` and ``"default"`` are faster on TPU
         and CUDA and lose bits.
@@ -136,25 +153,38 @@ def export_model(
         raise InputError(f"precision {precision!r} is unknown; choose from default, high, highest.")
     if image_size is not None and image_size < 1:
         raise InputError(f"image size {image_size} must be positive.")
-    if image_size is None and model.config.shortcut in ("zero_pad", "zero_pad_behind"):
+    config: Any = getattr(model, "config", None) if is_known(model) else None
+    zero_padded = config is not None and config.shortcut in ("zero_pad", "zero_pad_behind")
+    if image_size is None and zero_padded:
         raise InputError(
             "a network with zero-padded shortcuts is exported for one image size: jax cannot "
             "prove that their sizes meet. Say which, `image_size=...`."
         )
     weights = weights_of(model)
     forward = forward_of(model)
-    images = _input_spec(model.config, image_size)
+    images = _input_spec(channels if config is None else config.in_channels, image_size)
     kept = {} if bake_weights else weights
     specs = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in kept.items()}
     network = jax.jit(lambda given, images: forward(weights if bake_weights else given, images))
     with jax.default_matmul_precision(precision):
-        exported = jax.export.export(network, platforms=list(map(str, platforms)))(specs, images)
+        try:
+            exported = jax.export.export(network, platforms=list(map(str, platforms)))(
+                specs, images
+            )
+        except Exception as error:
+            if config is not None or isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{type(model).__name__} cannot be exported for images {images.shape}: "
+                f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}. "
+                f"Try the size that it was ported with (--image-size)."
+            ) from error
     program = exported.serialize()
     manifest = {
         "format": FORMAT,
         "schema": SCHEMA,
-        "architecture": arch.name_of(model.config),
-        "config": arch.to_json(model.config),
+        "architecture": type(model).__name__ if config is None else arch.name_of(config),
+        "config": None if config is None else arch.to_json(config),
         "input": {**_described(images), "layout": "NHWC"},
         "output": _described(exported.out_avals[0]),
         "platforms": list(platforms),

@@ -50,8 +50,7 @@ def layer_of(module: torch.nn.Module) -> Layer | None:
     input (``Flatten``, ``Softmax(dim=-1)``) is None too.
 
     Raises:
-      InputError: The module is known and has an option, hook or parametrization that is not
-        supported.
+      InputError: The module is known and has an option or hook that is not supported.
     """
     name = _name(module)
     if name in _REFUSED:
@@ -61,7 +60,6 @@ def layer_of(module: torch.nn.Module) -> Layer | None:
         )
     row = ROWS.get(name)
     if row is None:
-        _refuse_parametrized(module)
         found = stochastic_depth(module)
         return None if found is None else found.layer
     layer = row(module)
@@ -105,15 +103,6 @@ def _name(module: torch.nn.Module) -> str:
     return f"{home}.{kind.__qualname__}"
 
 
-def _refuse_parametrized(module: torch.nn.Module) -> None:
-    if "parametrizations" in dict(module.named_children()):
-        raise InputError(
-            f"{type(module).__name__} has a parametrization (weight_norm, spectral_norm or one of "
-            f"your own), which recomputes its tensors on every call. Remove it first: "
-            f"torch.nn.utils.parametrize.remove_parametrizations(module, name)."
-        )
-
-
 def _refuse_changed(module: torch.nn.Module) -> None:
     """Hooks, and a forward of its own, may change what the class computes."""
     hooks = [
@@ -130,6 +119,5 @@ def _refuse_changed(module: torch.nn.Module) -> None:
         what = " and ".join(name.strip("_").replace("_", " ") for name in hooks)
         raise InputError(
             f"{module} has {what or 'a forward that was replaced'}, which may change what it "
-            f"computes. Remove it first; weight_norm and spectral_norm are removed by "
-            f"torch.nn.utils.remove_weight_norm and remove_spectral_norm."
+            f"computes. Remove it first."
         )

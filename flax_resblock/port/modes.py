@@ -18,6 +18,7 @@ from flax_resblock.port.folding import NOTHING
 from flax_resblock.port.graphs import held, is_tensor, leaves
 from flax_resblock.port.layers import layer_of
 from flax_resblock.port.modules import tensors_held, without_call
+from flax_resblock.port.operator_names import RANDOM, name_of
 from flax_resblock.port.tracing import Traced, trace, where
 
 _OF_TRACE = torch.fx.__path__[0]
@@ -62,8 +63,10 @@ def _has_own_switch(part: torch.nn.Module) -> bool:
     return replaced or bool(methods & vars(part).keys())
 
 
-def trace_training(evaluation: Traced, images: Sequence[torch.Tensor]) -> Traced | None:
-    """The trace in training mode of a network that returns more there; None if it does not.
+def trace_training(
+    evaluation: Traced, images: Sequence[torch.Tensor]
+) -> tuple[Traced, Traced | None]:
+    """Traces a network in training mode too.
 
     Layers of ``torch.nn`` stay in evaluation mode, as those that are written for them know both
     modes: what differs is the user's own code, where it asks for ``self.training``.
@@ -71,6 +74,9 @@ def trace_training(evaluation: Traced, images: Sequence[torch.Tensor]) -> Traced
     Args:
       evaluation: The trace in evaluation mode.
       images: The inputs of the network.
+    Returns:
+      The trace that shows what the network does, with dropout that the code calls in training mode
+      alone; and the trace in training mode if the network returns more there, else None.
     Raises:
       InputError: In training mode it does something else, or cannot be traced.
     """
@@ -83,11 +89,32 @@ def trace_training(evaluation: Traced, images: Sequence[torch.Tensor]) -> Traced
         training = trace(module, images, training=True, fold_layout=fold_layout)
     finally:
         module.eval()
+    _refuse_random(training)
+    grown = len(_outputs(training, "")) > len(_outputs(evaluation, ""))
+    before, after = (sum(map(_is_dropout, _nodes(one))) for one in (evaluation, training))
+    more_dropout = after > before and not grown
     for path, _ in training.graphs.named_modules():
         if has_graph(evaluation, path) and has_graph(training, path):
-            _compare(evaluation, training, path)
-    grown = len(_outputs(training, "")) > len(_outputs(evaluation, ""))
-    return training if grown else None
+            _compare(evaluation, training, path, through_dropout=more_dropout)
+    return (training if more_dropout else evaluation), (training if grown else None)
+
+
+def _refuse_random(training: Traced) -> None:
+    """Refuses random numbers of the user's own by name: they also move what is around them."""
+    for node in _nodes(training):
+        name = name_of(node)
+        if name in RANDOM:
+            at = where(node)
+            raise InputError(
+                f"{type(training.live).__name__} cannot be ported: in training mode it draws "
+                f"random numbers of its own{f' at {at}' if at else ''} ({node.target}). To drop "
+                f"values or branches at random, use torch.nn.Dropout or "
+                f"torchvision.ops.StochasticDepth."
+            )
+
+
+def _is_dropout(node: Node) -> bool:
+    return node.op == "call_function" and name_of(node) in ("dropout", "feature_dropout")
 
 
 def has_graph(traced: Traced, path: str) -> bool:
@@ -98,23 +125,32 @@ def has_graph(traced: Traced, path: str) -> bool:
     return bool(getattr(getattr(module, "graph", None), "nodes", ()))
 
 
-def shared_nodes(evaluation: Traced, training: Traced, path: str) -> Mapping[Node, Node]:
+def shared_nodes(
+    evaluation: Traced, training: Traced, path: str, *, through_dropout: bool = False
+) -> Mapping[Node, Node]:
     """The nodes of a module in training mode -> the nodes in evaluation mode that compute the same.
 
     Args:
       path: Of the module; ``""`` is the network.
+      through_dropout: Dropout computes what it is given.
     """
     numbers: dict[Any, int] = {}
-    known = {number: node for node, number in _numbered(evaluation, path, numbers).items()}
-    found = _numbered(training, path, numbers)
+    options = {"through_dropout": through_dropout}
+    known: dict[int, Node] = {}
+    for node, number in _numbered(evaluation, path, numbers, **options).items():
+        known.setdefault(number, node)
+    found = _numbered(training, path, numbers, **options)
     return {node: known[number] for node, number in found.items() if number in known}
 
 
-def _numbered(traced: Traced, path: str, numbers: dict[Any, int]) -> dict[Node, int]:
+def _numbered(
+    traced: Traced, path: str, numbers: dict[Any, int], *, through_dropout: bool = False
+) -> dict[Node, int]:
     """A number for every node of a module, the same for nodes that compute the same.
 
     Args:
       numbers: Those that were given; changed.
+      through_dropout: Dropout computes what it is given.
     """
     found: dict[Node, int] = {}
     seen: Counter[Any] = Counter()
@@ -128,6 +164,9 @@ def _numbered(traced: Traced, path: str, numbers: dict[Any, int]) -> dict[Node, 
 
     for node in _graph(traced, path).nodes:
         if node.op == "output":
+            continue
+        if through_dropout and _is_dropout(node):
+            found[node] = found[node.args[0]]
             continue
         what: Any = without_call(str(node.target))
         if node.op == "placeholder":
@@ -151,11 +190,16 @@ def _attribute(traced: Traced, path: str, node: Node) -> Any:
     return str(tensor.dtype), tuple(tensor.shape), tuple(tensor.flatten().tolist())
 
 
-def _compare(evaluation: Traced, training: Traced, path: str) -> None:
+def _compare(evaluation: Traced, training: Traced, path: str, *, through_dropout: bool) -> None:
     """Refuses a module that does something else in training mode; the network may return more."""
-    shared = shared_nodes(evaluation, training, path)
+    shared = shared_nodes(evaluation, training, path, through_dropout=through_dropout)
     before, after = _outputs(evaluation, path), _outputs(training, path)
-    lost = [one for one in _reached(before) if one not in set(shared.values())]
+    if through_dropout:
+        before = [_without_dropout(one) for one in before]
+    met = {*shared.values()}
+    lost = [one for one in _reached(before) if one not in met]
+    if through_dropout:
+        lost = [one for one in lost if not _is_dropout(one)]
     more = [one for one in _reached(after) if one not in shared]
     heads = path == "" and len(after) > len(before)
     if not lost and (heads or not more) and (heads or [shared[one] for one in after] == before):
@@ -178,6 +222,19 @@ def _compare(evaluation: Traced, training: Traced, path: str) -> None:
 
 def _graph(traced: Traced, path: str) -> Any:
     return traced.graphs.get_submodule(path).graph
+
+
+def _without_dropout(node: Node) -> Node:
+    """What dropout is given, if a node is dropout."""
+    while _is_dropout(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _nodes(traced: Traced) -> Iterator[Node]:
+    """The nodes of all modules."""
+    for part in traced.graphs.modules():
+        yield from getattr(getattr(part, "graph", None), "nodes", ())
 
 
 def _outputs(traced: Traced, path: str) -> list[Node]:

@@ -7,6 +7,44 @@ import keyword
 import torch
 from flax import nnx
 
+from flax_resblock.errors import InputError
+
+
+def refuse_unready(module: torch.nn.Module) -> None:
+    """Refuses modules whose tensors are made by calls, and code that is not Python.
+
+    Raises:
+      InputError: It has lazy or recomputed tensors, or is TorchScript.
+    """
+    for name, part in module.named_modules():
+        kind, why = type(part).__name__, ""
+        hooks = {type(hook).__name__ for hook in part._forward_pre_hooks.values()}
+        if "parametrizations" in part._modules:
+            why = (
+                "has a parametrization (weight_norm, spectral_norm or one of your own), which "
+                "recomputes its tensors on every call. Remove it first: "
+                "torch.nn.utils.parametrize.remove_parametrizations(module, name)"
+            )
+        elif old := hooks & {"WeightNorm", "SpectralNorm"}:
+            norm = "weight_norm" if "WeightNorm" in old else "spectral_norm"
+            why = (
+                f"has {norm}, which recomputes its weight on every call. Remove it first: "
+                f"torch.nn.utils.remove_{norm}(module)"
+            )
+        elif any(torch.nn.parameter.is_lazy(one) for one in part.parameters(recurse=False)):
+            why = (
+                "is lazy: its first call makes its parameters. Call the network with a batch of "
+                "images first, or load a checkpoint"
+            )
+        elif isinstance(part, torch.jit.ScriptModule):
+            why = (
+                "is TorchScript, which cannot be traced. Give the module that torch.jit.script or "
+                "torch.jit.trace was given"
+            )
+        if why:
+            at = f"in module {name}, " if name else ""
+            raise InputError(f"{type(module).__name__} cannot be ported: {at}{kind} {why}.")
+
 
 def without_call(path: str) -> str:
     """``"a.b"`` for ``"a.b@1"``, which is the second call of that module."""

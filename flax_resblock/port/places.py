@@ -6,12 +6,12 @@ import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
 
 from flax_resblock.config import Path
 from flax_resblock.convert.codecs import AS_IS
+from flax_resblock.errors import InputError, some
 from flax_resblock.port import axes
 from flax_resblock.port.body import Reader
 from flax_resblock.port.graphs import leaves
@@ -31,20 +31,32 @@ from flax_resblock.port.table import Parameter, Tensor
 
 def parameters_of(module: torch.nn.Module, images: Sequence[torch.Tensor]) -> dict[str, Parameter]:
     """The parameters in the order in which an optimizer has them. Training changes those that ask
-    for a gradient and on which the output depends; PyTorch has none for others, and leaves them
-    alone. Outputs that there are in training mode alone, as of auxiliary heads, do not count.
+    for a gradient and on which an output depends in training mode, also that of an auxiliary head;
+    PyTorch has none for others, and leaves them alone.
+
+    Raises:
+      InputError: The backward pass changes a buffer.
     """
+    changed: list[str] = []
+    reached = {name for name, one in module.named_parameters() if one.requires_grad}
     with torch.enable_grad():
-        outputs = _outputs(module, images)
-        with suppress(Exception):  # whatever the user's code raises: it does not run in training
-            training = copy.deepcopy(module).train()
-            outputs, module = _outputs(training, images)[: len(outputs)], training
-        asking = {name: one for name, one in module.named_parameters() if one.requires_grad}
-        found: Sequence[Any] = [None] * len(asking)
-        sums = [one.float().sum() for one in outputs if one.requires_grad]
-        if sums and asking:
-            found = torch.autograd.grad(sums, list(asking.values()), allow_unused=True)
-    reached = {name for name, one in zip(asking, found, strict=True) if one is not None}
+        for mode in (False, True):
+            copied = copy.deepcopy(module).train(mode)
+            copied.zero_grad(set_to_none=True)
+            with suppress(Exception):  # whatever the user's code raises here
+                sums = [one.float().sum() for one in _outputs(copied, images) if one.requires_grad]
+                before = {name: one.clone() for name, one in copied.named_buffers()}
+                if sums:
+                    torch.stack(sums).sum().backward()
+                reached = {n for n, one in copied.named_parameters() if one.grad is not None}
+                after = copied.named_buffers()
+                changed += [name for name, one in after if not torch.equal(one, before[name])]
+    if changed:
+        raise InputError(
+            f"{type(module).__name__} cannot be ported: its backward pass changes {some(changed)}. "
+            f"torch.utils.checkpoint around a batch norm does that: the norm runs twice, and its "
+            f"statistics count every batch twice. Keep norms out of what is computed again."
+        )
     return {
         name: Parameter(one.requires_grad, name in reached)
         for name, one in module.named_parameters()

@@ -19,6 +19,7 @@ from flax_resblock.port.examples import SIZES, Size, accepted, runs_on, shapes_o
 from flax_resblock.port.inputs import Shapes, is_one_image
 from flax_resblock.port.known import known_network
 from flax_resblock.port.modes import asking_for_mode, trace_training
+from flax_resblock.port.modules import refuse_unready
 from flax_resblock.port.network import PortedNetwork
 from flax_resblock.port.places import parameters_of, placed_tensors, slots_of, versions_of
 from flax_resblock.port.proof import Proof, prove
@@ -70,8 +71,10 @@ def port(
     """
     if not isinstance(module, torch.nn.Module):
         raise InputError(f"port takes an nn.Module, not a {type(module).__name__}.")
+    refuse_unready(inner(module))
     with global_state_kept(), runnable(inner(module)) as copied:
         state = state_to_numpy(inner(module).state_dict())
+        state = {key: value.copy() for key, value in state.items()}  # the module may train on
         if copied is inner(module):
             raise InputError(
                 f"{type(module).__name__} cannot be ported: copy.deepcopy raises on it, and both "
@@ -124,7 +127,9 @@ def _ported(
     named, old = without_keywords(module)
     with asking_for_mode(named) as asking:
         traced = trace(named, images, fold_layout=fold_layout)
-    training = trace_training(traced, images) if trains and asking else None
+    training = None
+    if trains and asking:
+        traced, training = trace_training(traced, images)
     if training is not None:
         traced = replace(traced, folded=traced.folded.joined(training.folded))
     title = f"{in_docstring(origin)} in Flax, with channels last. Written by flax-resblock port."

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import torch
 from flax import nnx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.config import Path
-from flax_resblock.nn.stochastic import StochasticDepth
+from flax_resblock.nn.stochastic import AlphaDropout, RReLU, StochasticDepth
 from flax_resblock.nn.variables import on_device, set_values
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace, as_tensor, trace_torch
@@ -79,6 +80,20 @@ class FlatModule(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([one.reshape(len(one), -1) for one in self.parts(x)], dim=-1)
+
+
+class _Dtypes(TorchDispatchMode):
+    """Collects the floating dtypes of what is computed within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        found = [one.dtype for one in leaves(made) if isinstance(one, torch.Tensor)]
+        self.dtypes |= {one for one in found if one.is_floating_point}
+        return made
 
 
 class SideBySide:
@@ -182,10 +197,11 @@ class SideBySide:
         """What the module computes in evaluation mode and float64 from :attr:`few`; None if it does
         not compute in float64: a cast in its code may keep it from that."""
         try:
-            found = self.torch(self.few, PRECISIONS["float64"])
+            with _Dtypes() as made:
+                found = self.torch(self.few, PRECISIONS["float64"])
         except Exception:  # whatever the user's code raises
             return None
-        return found if found.output.dtype == np.float64 else None
+        return found if made.dtypes == {torch.float64} else None
 
     def train_both(
         self, precision: Precision, shape: tuple[int, ...]
@@ -242,15 +258,20 @@ def _move_weights(module: torch.nn.Module) -> None:
 
 
 def drop_nothing(model: nnx.Module) -> None:
-    """Sets the rates of random layers of the ported network to zero."""
+    """Sets the rates of random layers of the ported network to zero, and random slopes to their
+    mean."""
     for _, part in nnx.iter_modules(model):
-        if isinstance(part, nnx.Dropout | StochasticDepth):
+        if isinstance(part, nnx.Dropout | AlphaDropout | StochasticDepth):
             part.rate = 0.0
+        elif isinstance(part, RReLU):
+            part.lower = part.upper = (part.lower + part.upper) / 2
 
 
 def switch_off(module: torch.nn.Module) -> None:
-    """Sets the rates of random layers to zero."""
+    """Sets the rates of random layers to zero, and random slopes to their mean."""
     for part in module.modules():
+        if isinstance(part, torch.nn.RReLU):
+            part.lower = part.upper = (part.lower + part.upper) / 2
         found = stochastic_depth(part)
         if found is not None:
             setattr(part, found.name, found.off)

@@ -10,7 +10,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def trace(
       training: Show batch norm and dropout as functions as they are in evaluation mode.
       fold_layout: Look for flattened maps that linear layers can take with channels last.
     Raises:
-      InputError: The module does what cannot be traced, or changes a part of a tensor in place.
+      InputError: The module does what cannot be traced, or changes its input in place.
     """
     batch = torch.export.Dim.DYNAMIC
     with (
@@ -88,7 +88,8 @@ def trace(
             raise InputError(_why_not(module, error)) from error
         if training:
             _as_in_evaluation(program.graph)
-        _check_in_place(program, type(module).__name__)
+        if _changes_a_part(program, type(module).__name__):
+            program = program.run_decompositions({})  # writes as functions, and nothing else
         folded = fold(program) if fold_layout else NOTHING
         try:
             graphs = torch.export.unflatten(program)
@@ -104,7 +105,11 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -233,8 +238,13 @@ def _as_in_evaluation(graph: Any) -> None:
             graph.erase_node(node)
 
 
-def _check_in_place(program: Any, name: str) -> None:
-    """Refuses code that changes a tensor which is used under another name afterwards."""
+def _changes_a_part(program: Any, name: str) -> bool:
+    """Whether code changes a tensor which is used under another name afterwards.
+
+    Raises:
+      InputError: That is an input or a buffer.
+    """
+    changes, dropped = False, None
     graph = program.graph
     base: dict[Any, Any] = {}
     outside = {node.name for node in graph.nodes if node.op == "placeholder"}
@@ -252,6 +262,8 @@ def _check_in_place(program: Any, name: str) -> None:
         operator = getattr(node.target, "_schema", None)
         short = str(node.target).removeprefix("aten.").partition(".")[0]
         first = node.args[0] if node.args else None
+        if "dropout" in short and "torch.nn." not in str(innermost(node)):
+            dropped = node
         if short in _VIEWS or "getitem" in str(node.target):
             base[node] = first
         elif operator is not None and short.endswith("_") and not short.startswith("_"):
@@ -264,9 +276,9 @@ def _check_in_place(program: Any, name: str) -> None:
             if first is not target:
                 late += [u for u in target.users if order[u] > order[node]]
             late = [user for user in late if user is not node]
-            if late or target.name in outside:
+            changes = changes or bool(late)
+            if target.name in outside:
                 what = "its input" if target.name in inputs else "a buffer"
-                what = what if target.name in outside else "a part of a tensor"
                 raise InputError(
                     f"{name} cannot be ported: it changes {what} in place ({short}) at "
                     f"{where(node) or 'an unknown line'}, and JAX's arrays do not change. Write "
@@ -274,3 +286,16 @@ def _check_in_place(program: Any, name: str) -> None:
                     f"with inplace=False."
                 )
             base[node] = first
+    if changes and dropped is not None:  # which the trace loses where writes become functions
+        raise InputError(
+            f"{name} cannot be ported: it writes into a part of a tensor, and calls dropout as a "
+            f"function at {where(dropped) or 'an unknown line'}. Use a module of torch.nn for one, "
+            f"or write the other out of place, with torch.cat for example."
+        )
+    return changes
+
+
+def innermost(node: Any) -> Any:
+    """The class of the module whose code a node comes from."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return stack[-1][1] if stack else ""

@@ -60,6 +60,9 @@ class TrainConfig:
       warmup_steps: Length of the linear warm-up in steps; overrides the length in epochs.
       warmup_factor: Share of the learning rate at which the warm-up starts, above 0 and at most 1.
       label_smoothing: Label smoothing, from 0 to below 1.
+      aux_weight: Weight of the loss of every auxiliary head, for networks that return several
+        logits in training mode: 0.3 for GoogLeNet (Szegedy et al. 2014); PyTorch's tutorial takes
+        0.4 for Inception.
       freeze: Parts that keep their parameters and running statistics: stem, stage1 and so on; in a
         network of your own, its attributes.
       batch_norm: Batch statistics on several devices. global uses those of the whole batch, as
@@ -98,6 +101,7 @@ class TrainConfig:
     warmup_steps: int | None = None
     warmup_factor: float = 0.1
     label_smoothing: float = 0.0
+    aux_weight: float = 0.3
     freeze: tuple[str, ...] = ()
     batch_norm: BatchNormScope = "global"
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -129,6 +133,7 @@ class TrainConfig:
         yield "nesterov", not self.nesterov or self.momentum > 0, without_momentum
         in_range = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         yield "betas", in_range, "two numbers, at least 0 and below 1"
+        yield "aux_weight", 0 < self.aux_weight < math.inf, "positive and finite"
         yield "weight_decay", 0 <= self.weight_decay < math.inf, "0 or more, and finite"
         yield "decay", set(self.decay) <= set(PARAMETERS), f"some of {', '.join(PARAMETERS)}"
         clipping = self.clip_norm is None or 0 < self.clip_norm < math.inf

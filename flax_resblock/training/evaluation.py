@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from flax_resblock.cpu.switch import compiler_options
 from flax_resblock.errors import InputError
+from flax_resblock.nn.outputs import logits_of
 from flax_resblock.nn.resnet import ResNet
 from flax_resblock.nn.variables import STATISTICS
 from flax_resblock.training.data import Dataset, DataSource, evaluation_batches
@@ -126,7 +127,7 @@ def make_eval_step(graphdef: nnx.GraphDef[Any], mesh: Mesh | None = None) -> Eva
         rest = () if random is None else (random,)
         model = nnx.merge(graphdef, params, stats, *rest, copy=True)
         model.eval()
-        return model(images)
+        return logits_of(model(images))[0]
 
     whole = Placement(mesh).copied
     return jax.jit(eval_step, out_shardings=whole, compiler_options=compiler_options())
@@ -178,13 +179,18 @@ def classes_of(model: nnx.Module, shape: Sequence[int], *, training: bool = Fals
             f"{name} does not take images of shape (N, {', '.join(map(str, size))}): {said}. "
             f"Choose other data, or another size (`image_size=...`)."
         ) from error
-    got = getattr(found, "shape", type(found).__name__)
-    if not isinstance(got, tuple) or len(got) != 2 or got[0] != 2 or found.dtype.kind not in "fV":
+    main, others = logits_of(found)
+    got: Any = getattr(main, "shape", type(main).__name__)
+    shapes = [getattr(one, "shape", type(one).__name__) for one in (others if training else ())]
+    fits = isinstance(got, tuple) and len(got) == 2 and got[0] == 2 and main.dtype.kind in "fV"
+    if not fits or any(shape != got for shape in shapes):
         mode = "training" if training else "evaluation"
+        shown = " and ".join(map(str, [got, *shapes]))
         raise InputError(
-            f"{name} returns {got} for two images of {size} in {mode} mode; it needs to be logits, "
-            f"one floating array (N, num_classes). For anything else, such as auxiliary heads, "
-            f"write the loss and the loop yourself (nnx.Optimizer, or train/plain_optax.py)."
+            f"{name} returns {shown} for two images of {size} in {mode} mode; it needs to be "
+            f"logits, one floating array (N, num_classes), and in training mode more of the same "
+            f"shape if it has auxiliary heads. For anything else write the loss and the loop "
+            f"yourself (nnx.Optimizer, or train/plain_optax.py)."
         )
     return got[1]
 

@@ -114,6 +114,7 @@ def fit(
         graphdef,
         optimizer,
         label_smoothing=config.label_smoothing,
+        aux_weight=config.aux_weight,
         freeze={(part,) for part in config.freeze}
         | {one.flax_path for one in tensors.parameters if not one.trained},
         accumulate=config.accumulate,

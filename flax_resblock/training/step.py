@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from flax_resblock.config import Path
 from flax_resblock.cpu.switch import compiler_options
+from flax_resblock.nn.outputs import logits_of
 from flax_resblock.nn.variables import STATISTICS
 from flax_resblock.runs.optimizers import parameter_path
 from flax_resblock.training.devices import AXIS, Placement
@@ -105,6 +106,7 @@ def make_train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     label_smoothing: float = 0.0,
+    aux_weight: float = 0.3,
     freeze: Collection[Path] = (),
     accumulate: int = 1,
     clip_norm: float | None = None,
@@ -126,6 +128,7 @@ def make_train_step(
       graphdef: Structure of the model; see :func:`split`.
       optimizer: See :func:`flax_resblock.runs.optimizers.optimizer_of`.
       label_smoothing: See :func:`cross_entropy`.
+      aux_weight: Weight of the loss of every auxiliary head.
       freeze: What keeps its bits: paths of parameters, or of parts that they are in.
       accumulate: Number of pieces that a batch is computed in.
       clip_norm: See :func:`clipped`.
@@ -163,8 +166,10 @@ def make_train_step(
             # copy=True: the running statistics change inside the gradient's trace, and their
             # variables must belong to it
             model = nnx.merge(graphdef, params, stats, *rest, copy=True)
-            logits = model(images)
+            logits, others = logits_of(model(images))
             loss = cross_entropy(logits, labels, label_smoothing, mixed)
+            for one in others:
+                loss += aux_weight * cross_entropy(one, labels, label_smoothing, mixed)
             # inside the differentiated function: the gradient of a parameter that all devices share
             # is summed over them by itself
             new = nnx.state(model, STATISTICS)

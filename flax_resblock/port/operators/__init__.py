@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+from flax_resblock.port.operator_names import RANDOM, name_of
 from flax_resblock.port.operators import (
     convolutions,
     elementwise,
@@ -15,8 +16,9 @@ from flax_resblock.port.operators import (
     norms,
     reductions,
     shapes,
+    writes,
 )
-from flax_resblock.port.operators.rules import RULES, name_of
+from flax_resblock.port.operators.rules import RULES
 from flax_resblock.port.tracing import number_of
 from flax_resblock.port.values import Value
 
@@ -28,17 +30,14 @@ __all__ = [
     "norms",
     "reductions",
     "shapes",
+    "writes",
 ]
 
 
 _REASONS = {
     "wrap_with_autocast": "it uses torch.autocast, which fixes a precision",
     "wrap_with_set_grad_enabled": "it switches gradients on or off; use tensor.detach()",
-    "randn_like": "it draws random numbers (aten.randn_like)",
-    "rand_like": "it draws random numbers (aten.rand_like)",
-    "randn": "it draws random numbers (aten.randn)",
-    "rand": "it draws random numbers (aten.rand)",
-    "bernoulli": "it draws random numbers (aten.bernoulli)",
+    **{name: f"it draws random numbers (aten.{name})" for name in RANDOM},
 }
 """Operators that cannot be ported, and why."""
 

@@ -11,7 +11,8 @@ from flax_resblock.convert.codecs import AS_IS
 from flax_resblock.port import axes
 from flax_resblock.port.axes import Shape
 from flax_resblock.port.layer import Inputs, Layer
-from flax_resblock.port.operators.rules import RULES, Rule, name_of, rule, word
+from flax_resblock.port.operator_names import name_of
+from flax_resblock.port.operators.rules import RULES, Rule, rule, word
 from flax_resblock.port.placing import Values
 from flax_resblock.port.values import ANY, ATOM, PRODUCT, SUM, Constant, Value
 
@@ -44,8 +45,18 @@ for _name, _text in {
     "rsqrt": "jax.lax.rsqrt({})",
     "abs": "jnp.abs({})",
     "erf": "jax.lax.erf({})",
+    "erfc": "jax.lax.erfc({})",
     "sin": "jnp.sin({})",
     "cos": "jnp.cos({})",
+    "tan": "jnp.tan({})",
+    "atan": "jnp.arctan({})",
+    "sinh": "jnp.sinh({})",
+    "cosh": "jnp.cosh({})",
+    "exp2": "jnp.exp2({})",
+    "log2": "jnp.log2({})",
+    "log10": "jnp.log10({})",
+    "round": "jnp.round({})",
+    "trunc": "jnp.trunc({})",
     "floor": "jnp.floor({})",
     "ceil": "jnp.ceil({})",
     "square": "jnp.square({})",
@@ -124,7 +135,7 @@ def _clamp(b: Values, node: Any, x: Any, low: Any = None, high: Any = None, **na
     return b.new(text, holes, value.shape, value.order, hint="clamp")
 
 
-_SIGNS = {"add": "+", "sub": "-", "rsub": "-", "mul": "*", "div": "/", "true_divide": "/"}
+_SIGNS = {"add": "+", "sub": "-", "rsub": "-", "mul": "*", "div": "/"}
 
 
 @rule(*_SIGNS)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from flax_resblock.port import axes
-from flax_resblock.port.operators.rules import RULES, Rule, name_of, plain_size, rule, several
+from flax_resblock.port.operator_names import name_of
+from flax_resblock.port.operators.rules import RULES, Rule, plain_size, rule, several
 from flax_resblock.port.placing import Values
 from flax_resblock.port.tracing import shape_of, size_of
 from flax_resblock.port.values import Constant, Value

@@ -7,7 +7,8 @@ from typing import Any
 from flax_resblock.convert.codecs import AS_IS
 from flax_resblock.port import axes
 from flax_resblock.port.layers import Layer
-from flax_resblock.port.operators.rules import name_of, plain_size, rule
+from flax_resblock.port.operator_names import name_of
+from flax_resblock.port.operators.rules import plain_size, rule
 from flax_resblock.port.values import Constant, Value
 
 

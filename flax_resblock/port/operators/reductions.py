@@ -7,8 +7,9 @@ from typing import Any
 
 from flax_resblock.port import axes
 from flax_resblock.port.axes import Shape
-from flax_resblock.port.operators.elementwise import together
-from flax_resblock.port.operators.rules import RULES, along, name_of, rule, several
+from flax_resblock.port.operator_names import name_of
+from flax_resblock.port.operators.elementwise import binary, together
+from flax_resblock.port.operators.rules import RULES, along, rule, several
 from flax_resblock.port.placing import Values
 from flax_resblock.port.tracing import shape_of, size_of
 from flax_resblock.port.values import PRODUCT, Constant, Value
@@ -110,6 +111,18 @@ def _cosine(b: Values, node: Any, left: Any, right: Any, dim: int = 1, eps: floa
     return b.new(text, operands, shape_of(node), axes.without(order, [dim]), hint="cosine")
 
 
+@rule("pairwise_distance")
+def _distance(
+    b: Values, node: Any, left: Any, right: Any, power: float = 2.0, eps: float = 1e-6,
+    keepdim: bool = False,
+) -> Value:  # fmt: skip
+    if power not in (1, 2):
+        raise b.refusal(f"a distance of order {power} is not supported")
+    apart = binary(b, node, "-", b.value(left), b.value(right), "difference")
+    apart = binary(b, node, "+", apart, eps, "difference")
+    return _norm(b, node, apart, int(power), [-1], keepdim)
+
+
 @rule("softmax", "log_softmax", "cumsum")
 def _along(b: Values, node: Any, x: Any, dim: int, *_: Any, **__: Any) -> Value:
     name = name_of(node)
@@ -144,6 +157,16 @@ def _matmul(b: Values, node: Any, left: Any, right: Any) -> Value:
     return b.new(
         "{2} @ {3}", operands, shape, axes.torch_order(len(shape)), binding=PRODUCT, hint="product"
     )
+
+
+@rule("addmm", "baddbmm")
+def _addmm(
+    b: Values, node: Any, x: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1
+) -> Value:
+    product = _matmul(b, node, left, right)
+    product = product if alpha == 1 else binary(b, node, "*", product, alpha, "product")
+    added = b.value(x) if beta == 1 else binary(b, node, "*", b.value(x), beta, "product")
+    return binary(b, node, "+", added, product, "total")
 
 
 @rule("einsum")

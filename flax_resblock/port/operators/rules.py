@@ -23,12 +23,6 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def name_of(node: Any) -> str:
-    """``"add"`` for ``aten.add_.Tensor``."""
-    name = str(node.target).removeprefix("aten.").partition(".")[0]
-    return name[:-1] if name.endswith("_") and not name.startswith("_") else name
-
-
 def word(text: str) -> str:
     """``"relu"`` for ``"nn.relu({})"``: a name for what a function returns."""
     return text.partition("(")[0].rpartition(".")[2] or "x"

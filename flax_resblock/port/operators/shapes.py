@@ -9,7 +9,8 @@ import torch
 
 from flax_resblock.port import axes
 from flax_resblock.port.folding import MARK
-from flax_resblock.port.operators.rules import along, name_of, rule
+from flax_resblock.port.operator_names import name_of
+from flax_resblock.port.operators.rules import along, rule, several
 from flax_resblock.port.placing import Values
 from flax_resblock.port.tracing import FromBatch, shape_of, size_of
 from flax_resblock.port.values import Constant, Value
@@ -33,7 +34,7 @@ def _same(b: Values, node: Any, x: Any, *_: Any, **__: Any) -> Any:
         )
     source = getattr(x, "meta", {}).get("val")
     if isinstance(found, Value) and source is not None and source.dtype != node.meta["val"].dtype:
-        if source.dtype == torch.bool and node.meta["val"].dtype.is_floating_point:
+        if not source.dtype.is_floating_point and node.meta["val"].dtype.is_floating_point:
             text = f"{{3}}.astype({b.dtype})"
             return b.new(text, (found,), found.shape, found.order, hint=found.hint)
         raise b.refusal(f"it casts to {node.meta['val'].dtype}, which fixes a precision")
@@ -51,7 +52,7 @@ def _permute(b: Values, node: Any, x: Any, dims: Sequence[int]) -> Value:
     return b.transposed(value, [dim % len(value.shape) for dim in dims])
 
 
-@rule("transpose", "t", "swapaxes")
+@rule("transpose", "t")
 def _transpose(b: Values, node: Any, x: Any, first: int = 0, second: int = 1) -> Value:
     value = b.value(x)
     dims = list(range(len(value.shape)))
@@ -129,7 +130,7 @@ def _expand(b: Values, node: Any, x: Any, *_: Any, **__: Any) -> Value:
     return made
 
 
-@rule("cat", "concat", "concatenate")
+@rule("cat")
 def _cat(b: Any, node: Any, tensors: Sequence[Any], dim: int = 0) -> Value:
     values = [b.settled(b.value(one)) for one in tensors]
     if len(values) == 1:
@@ -195,13 +196,13 @@ def _select(b: Values, node: Any, x: Any, dim: int, index: int) -> Value:
 
 
 def selected(b: Values, value: Value, dim: int, index: Any) -> Value:
-    text = _indexed(value.order.index(dim), len(value.shape), "{}")
+    text = indexed(value.order.index(dim), len(value.shape), "{}")
     shape = value.shape[:dim] + value.shape[dim + 1 :]
     order = axes.without(value.order, [dim])
     return b.new(f"{{3}}[{text}]", (value, Constant(index, "index")), shape, order, hint=value.hint)
 
 
-def _indexed(place: int, rank: int, index: str) -> str:
+def indexed(place: int, rank: int, index: str) -> str:
     behind = rank - 1 - place
     if behind < place:
         return ", ".join(["...", index, *[":"] * behind])
@@ -213,18 +214,33 @@ def _slice(
     b: Values, node: Any, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> Value:
     value = b.settled(b.value(x))
-    start, end = b.number(start), b.number(end)
-    length = value.shape[dim % len(value.shape)]
-    start = start or 0
-    whole_end = end is None or end >= length
-    if start == 0 and whole_end and step == 1:
+    index = sliced(b, value, dim, start, end, step)
+    if index is None:
         return value
-    first = "{}" if start else ""
+    text, holes = index
+    return b.new(f"{{3}}[{text}]", (value, *holes), shape_of(node), value.order, hint=value.hint)
+
+
+def sliced(
+    b: Values, value: Value, dim: int, start: Any, end: Any, step: int
+) -> tuple[str, list[Any]] | None:
+    """The index of a slice along one axis, with its holes; None if it is the whole tensor."""
+    start, end = b.number(start) or 0, b.number(end)
+    whole_end = end is None or end >= value.shape[dim % len(value.shape)]
+    if start == 0 and whole_end and step == 1:
+        return None
     holes: list[Any] = [Constant(start, "start")] if start else []
-    text = first + ":" + ("" if whole_end else "{}") + (f":{step}" if step != 1 else "")
+    text = ("{}" if start else "") + ":" + ("" if whole_end else "{}")
+    text += f":{step}" if step != 1 else ""
     holes += [] if whole_end else [Constant(end, "end")]
-    index = _indexed(value.order.index(dim % len(value.shape)), len(value.shape), text)
-    return b.new(f"{{3}}[{index}]", (value, *holes), shape_of(node), value.order, hint=value.hint)
+    return indexed(value.order.index(dim % len(value.shape)), len(value.shape), text), holes
+
+
+@rule("narrow")
+def _narrow(b: Values, node: Any, x: Any, dim: int, start: Any, length: Any) -> Value:
+    value = b.value(x)
+    first = int(b.number(start)) % value.shape[dim % len(value.shape)]
+    return _slice(b, node, x, dim, first, first + int(b.number(length)))
 
 
 @rule("index_select")
@@ -254,6 +270,22 @@ def _numbers(b: Values, node: Any, *arguments: Any, **_: Any) -> Value:
         raise b.refusal("it computes with a number that depends on the size of the batch")
     text = f"jnp.{name_of(node)}({numbers}, dtype={b.dtype})"
     return b.new(text, (), shape_of(node), (0,), hint="numbers")
+
+
+@rule("meshgrid")
+def _meshgrid(b: Values, node: Any, tensors: Sequence[Any], indexing: str = "ij") -> Value:
+    places = list(range(len(tensors)))
+    if indexing == "xy":
+        places[:2] = places[:2][::-1]
+    values = [b.settled(b.value(one)) for one in tensors]
+    shape = tuple(size_of(size) for size in node.meta["val"][0].shape)
+    items = []
+    for place, value in zip(places, values, strict=True):
+        sizes = tuple(size if axis == place else 1 for axis, size in enumerate(shape))
+        made = b.relabelled_plain(b.reshaped(value, sizes))
+        made.expanded = shape
+        items.append(made)
+    return several(b, items)
 
 
 @rule("flip", "roll")
