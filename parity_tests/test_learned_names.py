@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,9 @@ from flax_resblock.cli import run
 from flax_resblock.convert.naming_file import from_toml, to_toml
 from flax_resblock.convert.opening import open_checkpoint
 from flax_resblock.parity.oracle import relative_l2
+from parity_tests.families import randomise
 from parity_tests.people import Choices, Network, drawn, outcome_of
+from torch_ref import ResNet
 
 PLAIN = Choices()
 RESIDUAL = replace(
@@ -226,3 +229,35 @@ def test_a_refusal_names_the_cause(case):
     with pytest.raises(CheckpointError) as caught:
         from_torch({**_changed(), "extra.weight": torch.ones(3)})
     assert words not in str(caught.value)  # the control
+
+
+def own_names(state):
+    """A state dict of torch_ref's under names of nobody else's."""
+    outside = {"conv1": "entry", "bn1": "entry_norm", "bn": "exit_norm", "fc": "answer"}
+
+    def renamed(name):
+        module, _, kind = name.rpartition(".")
+        inner = re.sub(r"^layer(\d)\.(\d)\.(conv|bn)(\d)", r"part\1.unit\2.step\4.\3", module)
+        inner = re.sub(r"^layer(\d)\.(\d)\.downsample\.0", r"part\1.unit\2.jump", inner)
+        return f"{outside.get(module, inner)}.{kind}"
+
+    return {renamed(name): value for name, value in state.items()}
+
+
+def test_a_norm_behind_a_stem_in_pre_activation_order_is_told_by_its_channels():
+    sizes = {"depths": (1, 2), "stem": "cifar", "stem_width": 8, "num_classes": 3}
+    images = np.random.default_rng(0).normal(0.2, 1, (2, 13, 12, 3))
+    for stem_norm, final_norm, widths in ((True, False, (8, 16)), (True, True, (12, 8))):
+        ends = {"stem_norm": stem_norm, "final_norm": final_norm, "widths": widths}
+        module = randomise(ResNet(**sizes, **ends, order="pre_activation"))
+        with jax.enable_x64(True):
+            model = from_torch(own_names(module.state_dict()), assume="known")
+            truth = module.eval()(torch.from_numpy(np.moveaxis(images, -1, 1).copy()))
+            found = model.config.stem_norm, model.config.final_norm
+            assert found == (stem_norm, final_norm)
+            assert relative_l2(np.asarray(model(images)), truth.detach().numpy()) <= 1e-12
+    # alone before blocks of as many channels, it may be used in either place
+    alone = {"widths": (12, 8), "stem_norm": True, "final_norm": False}
+    unclear = ResNet(**sizes, **alone, order="pre_activation")
+    with pytest.raises(CheckpointError, match=r"norm entry_norm of 8 channels beside .*entry of 8"):
+        from_torch(own_names(unclear.state_dict()))

@@ -14,8 +14,10 @@ from flax import nnx
 
 from flax_resblock import (
     AssumptionWarning,
+    BatchNorm,
     BlockConfig,
     CheckpointError,
+    InputError,
     ResNetConfig,
     from_torch,
     to_torch,
@@ -105,6 +107,18 @@ def test_a_module_tells_what_its_tensors_and_layers_do_not(name):
     assert relative_l2(flax_output(model, images), output_of(module, images)) < 1e-5
 
 
+@pytest.mark.slow
+def test_a_norm_with_a_momentum_of_its_own_is_refused_or_ported_and_never_lost():
+    module = network("meliketoy", dropout=0.0)
+    module.get_submodule(module.last).momentum = 0.9
+    with pytest.raises(InputError, match=r"norms differ in \(eps, momentum\)"):
+        from_torch(module, image_size=(16, 16))
+    model = from_torch(module)
+    found = {one.momentum for _, one in nnx.iter_modules(model) if isinstance(one, BatchNorm)}
+    assert found == {0.1, 0.9}
+    assert model.bn1.momentum == 0.9
+
+
 def test_dropout_that_is_no_layer_is_said(monkeypatch):
     """Training then drops values in PyTorch and not in Flax."""
     module = network("kuangliu")
@@ -167,6 +181,8 @@ def test_options_are_read_from_the_tensors_and_go_back_bit_for_bit():
         {"order": "pre_activation", "final_norm": False, "norm": "group", "shortcut_from": "input"},
         {"norm": "group", "shortcut_size": 3, "norm_groups": 8},
         {"order": "pre_activation", "stem": "deep", "stem_hidden": (4, 5), "shortcut": "pooled"},
+        {"order": "pre_activation", "stem_norm": True},
+        {"attention": "se", "attention_multiple": 1, "attention_bias": False},
     ):
         config = ResNetConfig(**{**SMALL, "norm_groups": 8, **changes})
         config = replace(config, shortcut_from="input")

@@ -92,7 +92,7 @@ def _learned(layers: list[Layer], is_sorted: bool) -> Naming:
     of_whom = "behind the blocks" if norm_first else "of the stem"
     for what, number, others in (
         ("convolution, that of the stem", 1, stem),
-        (f"norm, that {of_whom}", len(norms[:1]) if norm_first else 1, norms),
+        (f"norm, that {of_whom}", len(norms[:2]) if norm_first else 1, norms),
         ("fully connected layer, the classification head", len(heads[:1]), heads),
     ):
         if len(others) != number:
@@ -110,13 +110,9 @@ def _learned(layers: list[Layer], is_sorted: bool) -> Naming:
             f"{seen}, and the stem {stem[0].name} is defined after them, so that the order in "
             f"which the layers are defined is not the order in which they run. {SAY}"
         )
-    beside = blocks[-1] if norm_first else stem[0]
-    if norms and norms[0].shape != (beside.out,):
-        name = beside.prefix if isinstance(beside, Block) else f"the convolution {beside.name}"
-        raise _UnclearError(
-            f"{seen}, and outside them the norm {norms[0].name} of {norms[0].out} channels beside "
-            f"{name} of {beside.out}."
-        )
+    ends = {"stem.norm": stem[0], **({"norm": blocks[-1]} if norm_first else {})}
+    early = {one.name for one in norms if order[one.name] < first_layer(blocks[0])}
+    outside = _outer_norms(norms, ends, early, seen)
     _check_chain(stem[0], blocks, seen)
     if heads and heads[0].shape[1] != blocks[-1].out:
         raise _UnclearError(
@@ -132,7 +128,7 @@ def _learned(layers: list[Layer], is_sorted: bool) -> Naming:
             f"{some(_main_path(blocks[0]))}. {SAY}"
         )
     modules = {"stem.conv": stem[0].name, **places}
-    modules |= {"norm" if norm_first else "stem.norm": one.name for one in norms}
+    modules |= {place: one.name for place, one in outside.items()}
     if heads:
         modules["head"] = heads[0].name
     stages, origin = tuple(_stages(blocks, prefixes)), "learned from the tensors"
@@ -217,6 +213,36 @@ def _order_of(blocks: list[Block], seen: str) -> tuple[bool, str]:
         f"convolutions, as in pre-activation order, and the channels do not tell whether it also "
         f"runs before them. {SAY}"
     )
+
+
+def _outer_norms(
+    norms: list[Layer], ends: Mapping[str, Layer | Block], early: set[str], seen: str
+) -> dict[str, Layer]:
+    """The norms outside the blocks by their places, each behind what gives as many channels.
+
+    Args:
+      norms: In order.
+      ends: What they may follow, by their place.
+      early: Those that are defined before the blocks.
+      seen: Begins the message.
+    """
+    found: dict[str, Layer] = {}
+    for one in norms:
+        fitting = [place for place, end in ends.items() if one.shape == (end.out,)]
+        if len(fitting) > 1 and (len(norms) > 1 or one.name not in early):
+            fitting = ["stem.norm" if one.name in early else "norm"]
+        if len(fitting) != 1 or fitting[0] in found:
+            names = (
+                f"{end.prefix if isinstance(end, Block) else f'the convolution {end.name}'} of "
+                f"{end.out}"
+                for end in ends.values()
+            )
+            raise _UnclearError(
+                f"{seen}, and outside them the norm {one.name} of {one.out} channels beside "
+                f"{' and '.join(names)}."
+            )
+        found[fitting[0]] = one
+    return found
 
 
 def _check_chain(stem: Layer, blocks: list[Block], seen: str) -> None:

@@ -73,7 +73,7 @@ def explained(
         lines += [*(part.description for part in parts), head]
         lines.append("Nothing is left out unless you say so: it may be part of what is computed.")
     elif causes := unsupported(found):
-        lines = [first, *causes, *more, known]
+        lines = [first, why, *causes, *more, known]
     else:
         lines = [first, why, known, head, *more]
     return CheckpointError("\n".join(filter(None, lines)))

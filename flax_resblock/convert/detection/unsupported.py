@@ -128,8 +128,11 @@ def _vectors(layers: _Layers) -> list[str]:
 
 
 def _acting_norms(layers: _Layers) -> list[str]:
-    thirds = {"weight", "bias", "v"}, {"weight", "bias", "tau"}
-    return [name for name, own in layers.modules.items() if own.keys() in thirds]
+    return [
+        name
+        for name, own in layers.modules.items()
+        if own.keys() & {"v", "tau"} and own.keys() >= {"weight", "bias"}
+    ]
 
 
 def _five_axes(layers: _Layers) -> list[str]:
