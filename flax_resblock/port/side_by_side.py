@@ -196,9 +196,11 @@ class SideBySide:
     def in_float64(self) -> Trace | None:
         """What the module computes in evaluation mode and float64 from :attr:`few`; None if it does
         not compute in float64: a cast in its code may keep it from that."""
+        precision = PRECISIONS["float64"]
+        self._cast(precision)  # beforehand: it begins with a copy in float32
         try:
             with _Dtypes() as made:
-                found = self.torch(self.few, PRECISIONS["float64"])
+                found = self.torch(self.few, precision)
         except Exception:  # whatever the user's code raises
             return None
         return found if made.dtypes == {torch.float64} else None
