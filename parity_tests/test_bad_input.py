@@ -365,7 +365,7 @@ def test_two_readings_that_fit_equally_are_a_tie(monkeypatch):
     square = ResNetConfig(depths=(1,), widths=(4,), stem="cifar", stem_width=4, num_classes=3)
     with pytest.raises(
         CheckpointError,
-        match=r"several readings equally well: .*'torchvision'; .*'mirrored'. Say which with --n",
+        match=r"several readings equally well: .*'torchvision'; .*'mirrored'. Say which with",
     ):
         find(describe(random_bits(square, np.float32)))
     assert (

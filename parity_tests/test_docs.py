@@ -148,10 +148,8 @@ RUN_PAGES = (
     "explanations/batch-norm.md",
     "explanations/evidence.md",
     "explanations/traps.md",
-    "how-to/convert.md",
     "how-to/fine-tune.md",
     "how-to/naming-scheme.md",
-    "how-to/verify.md",
 )
 
 

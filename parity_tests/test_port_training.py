@@ -295,7 +295,7 @@ def test_bad_input_ends_with_one_true_paragraph(here, capsys):
         f"{mine} --resume taken": "is not the code that taken was begun with",
         f"{mine} --init weights.pth --architecture resnet18": "--architecture has no place beside",
         f"{mine} --init weights.pth --dtype bfloat16": "--dtype bfloat16 is for the networks of",
-        f"{mine} --init weights.pth --freeze stem": "freeze=['stem'] must be some of",
+        f"{mine} --init weights.pth --freeze stem": "--freeze stem must be some of",
         f"--data digits --model edited.py:Net --init {here}": "head.bias, head.kernel differ",
     }.items():
         assert run_command(["train", *line.split(), "--out", "never"]) == 2, line

@@ -143,7 +143,7 @@ def test_a_network_of_a_thousand_classes_learns_ten_with_its_first_parts_frozen(
     assert "--num-classes 5 is less than the 10 classes" in capsys.readouterr().err
     assert command("train --freeze stage9 --out other") == 2
     assert (
-        "freeze=('stage9',) must be some of stem, stage1, stage2, stage3, head, but not all"
+        "--freeze stage9 must be some of stem, stage1, stage2, stage3, head, but not all"
         in capsys.readouterr().err
     )
 
@@ -266,10 +266,10 @@ OTHER = {
     ),
     "a folder that exists": ("train --out full", "full exists. A run is never overwritten"),
     "no such checkpoint": ("train --resume nowhere.pth", "nowhere.pth does not exist"),
-    "a bad setting": ("train --epochs 0", "epochs=0 must be a positive integer"),
+    "a bad setting": ("train --epochs 0", "--epochs 0 must be a positive integer"),
     "more images than there are": (
         "train --batch-size 999",
-        "batch_size=999 must be from 1 to the 120 images",
+        "--batch-size 999 must be from 1 to the 120 images",
     ),
     "a rate for a run that has one": (
         "train --data digits --resume run.pth --learning-rate 0.1",

@@ -178,7 +178,7 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(capsys):
         in said(capsys, "--batch-size 25", status=2)
     )
     said(capsys, "--batch-size 25 --devices 1 --epochs 1 --out one")
-    assert "devices=9 must be from 1 to 4" in said(capsys, "--devices 9", status=2)
+    assert "--devices 9 must be from 1 to 4" in said(capsys, "--devices 9", status=2)
 
 
 @pytest.mark.slow

@@ -30,14 +30,19 @@ LINE_BREAK = "\n"
 SHELLS = ("bash", "zsh", "fish")
 
 DESCRIPTION = """\
-Move networks between PyTorch and JAX/Flax, and prove that nothing changed on the way.
+Move networks between PyTorch and JAX/Flax, and prove that nothing changed.
 
 You have
-  a checkpoint                  flax-resblock convert resnet50.pth resnet50.safetensors
-  a network of your own         flax-resblock port net.py:Net weights.pth out
-  two that should be the same   flax-resblock verify --torch net.py:Net --flax out/net.py:Net
-  a training run to go on with  flax-resblock train --resume run.pth --data pictures --out runs/on
-  a TPU or GPU, soon            flax-resblock aot resnet50 --target tpu:v5e:2x2 --what train-step
+  a checkpoint:
+      flax-resblock convert resnet50.pth resnet50.safetensors
+  a network of your own:
+      flax-resblock port net.py:Net weights.pth out
+  two that should be the same:
+      flax-resblock verify --torch net.py:Net --flax out/net.py:Net
+  a training run to go on with:
+      flax-resblock train --resume run.pth --data pictures --out runs/on
+  a TPU or GPU, soon:
+      flax-resblock aot resnet50 --target tpu:v5e:2x2 --what train-step
 
 All of it on real data, in two minutes: flax-resblock demo
 What is installed, and what is missing: flax-resblock doctor

@@ -84,6 +84,6 @@ def _value(text: str) -> str:
         return text.strip("()").replace(",", "")
     if isinstance(value, dict):
         return shlex.quote(json.dumps(value))
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return " ".join(map(str, value))
     return shlex.quote(value) if isinstance(value, str) else text
