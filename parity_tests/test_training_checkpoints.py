@@ -209,6 +209,8 @@ def test_a_schedule_without_counterpart_leaves_the_optimizer_usable(tmp_path):
     assert found.schedule is None
     assert "keeps its function in the program" in (found.problem or "")
     (tmp_path / "half.py").write_text("def half(step):\n    return 0.5\n")
+    _, direct = load_run(path, lr_lambda=lambda step: 0.5, schedule_unit="batch")
+    assert direct.schedule is not None, direct.problem
     named = RunFlags(lr_lambda=(f"{tmp_path}/half.py:half",), schedule_unit="batch")
     found = named.of(open_checkpoint(path, run=True))
     assert found.problem is None
