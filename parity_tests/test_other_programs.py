@@ -8,6 +8,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from flax_resblock import CheckpointError, load_run
 from flax_resblock.runs.mmengine_schedules import read_parts
@@ -133,6 +134,12 @@ def test_an_optimizer_that_only_its_program_puts_together_is_named(trained, tmp_
     torch.save(zero, tmp_path / "zero.pt")
     with pytest.raises(CheckpointError, match=r"alone puts together.* zero_to_fp32\.py \. merged"):
         load_run(tmp_path / "zero.pt")
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    one = copy.deepcopy((trained.model, trained.optimizer))
+    _, flattened = get_state_dict(*one, options=flat)
+    torch.save({**fastai(trained), "optimizer": flattened}, tmp_path / "flat.pth")
+    with pytest.raises(CheckpointError, match=r"is flattened .* Save it without that option"):
+        load_run(tmp_path / "flat.pth")
     own = {"state": [{"grad_avg": torch.ones(2)}], "hypers": [{"lr": 0.1, "mom": 0.9}]}
     torch.save({**fastai(trained), "opt": own}, tmp_path / "own.pth")
     with pytest.raises(CheckpointError, match=r"one of fastai's own, .*OptimWrapper"):
