@@ -1,13 +1,19 @@
 """Files in the documented form of programs that the tests do not install are the same run."""
 
 import copy
+import json
+import math
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from flax_resblock import CheckpointError, load_run
+from flax_resblock.runs.mmengine_schedules import read_parts
+from flax_resblock.runs.scheduler_state import ScheduleState, read_schedule
+from flax_resblock.runs.scheduler_writing import write_schedule
 from flax_resblock.runs.ticks import BATCH
 from parity_tests import runs
 from parity_tests.support import same
@@ -88,11 +94,52 @@ def test_the_run_is_that_of_a_plain_loop(form, trained, tmp_path):
         assert next(one for one in run.found if one.name == "ema").status == "kept"
 
 
+def _mmengine(**changes):
+    """The state of one of MMEngine's schedulers at step 4, from step 1 to before step 3."""
+    common = {"param_name": "lr", "begin": 1, "end": 3, "by_epoch": True, "base_values": [0.1, 0.1]}
+    counts = {"last_step": 1, "_global_step": 4, "verbose": False, "_last_value": [0.05, 0.05]}
+    return {"step_size": 1, "gamma": 0.5, **common, **counts, **changes}
+
+
+def test_mmengines_schedules_multiply_and_end():
+    groups = [{"lr": 0.05, "initial_lr": 0.1}] * 2
+    cosine = _mmengine(begin=2, end=9, last_step=2, T_max=7, eta_min=0.0)
+    del cosine["step_size"], cosine["gamma"]
+    halves, both = [_mmengine()], [_mmengine(), cosine]
+    schedule, position = read_parts(halves, groups, "x")
+    rates = [schedule.rate(step, groups[0]) for step in range(6)]
+    assert (position, rates) == (4, [0.1, 0.1, 0.05, 0.05, 0.05, 0.05])
+    product, _ = read_parts(both, groups, "x")
+    down = [1, 1, *((1 + math.cos(math.pi * n / 7)) / 2 for n in (0, 1, 2, 3, 4, 5, 6, 6))]
+    found = [product.rate(step, groups[0]) for step in range(10)]
+    np.testing.assert_allclose(found, [0.1, 0.1, *(0.05 * n for n in down[2:])], rtol=1e-14)
+    state = json.loads(json.dumps(write_schedule(ScheduleState(schedule, 4), groups)))
+    assert state["param_schedulers"] == halves
+    assert read_schedule(state, groups) == (schedule, 4)
+    refused = {
+        "count epochs and others that count iterations": [_mmengine(), _mmengine(by_epoch=False)],
+        r"schedulers at the steps \[4, 5\]": [_mmengine(), _mmengine(_global_step=5)],
+        "at its step 2 with the base rates": [_mmengine(last_step=2)],
+        "a scheduler of the momentum": [_mmengine(param_name="momentum")],
+        "or one with a lowest rate": [{**cosine, "eta_min": 0.01}],
+        "of several optimizers": {"one": halves},
+    }
+    for words, states in refused.items():
+        with pytest.raises(CheckpointError, match=words):
+            read_parts(states, groups, "x")
+
+
 def test_an_optimizer_that_only_its_program_puts_together_is_named(trained, tmp_path):
     zero = {**deepspeed(trained), "optimizer": None, "lr_scheduler": None}
     torch.save(zero, tmp_path / "zero.pt")
     with pytest.raises(CheckpointError, match=r"alone puts together.* zero_to_fp32\.py \. merged"):
         load_run(tmp_path / "zero.pt")
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    one = copy.deepcopy((trained.model, trained.optimizer))
+    _, flattened = get_state_dict(*one, options=flat)
+    torch.save({**fastai(trained), "optimizer": flattened}, tmp_path / "flat.pth")
+    with pytest.raises(CheckpointError, match=r"is flattened .* Save it without that option"):
+        load_run(tmp_path / "flat.pth")
     own = {"state": [{"grad_avg": torch.ones(2)}], "hypers": [{"lr": 0.1, "mom": 0.9}]}
     torch.save({**fastai(trained), "opt": own}, tmp_path / "own.pth")
     with pytest.raises(CheckpointError, match=r"one of fastai's own, .*OptimWrapper"):

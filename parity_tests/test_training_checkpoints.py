@@ -208,7 +208,12 @@ def test_a_schedule_without_counterpart_leaves_the_optimizer_usable(tmp_path):
     _, found = load_run(path)
     assert found.schedule is None
     assert "keeps its function in the program" in (found.problem or "")
+    for name in ("again.safetensors", "again.pth"):  # which does not lose the reason
+        flax_resblock.save(load_run(path)[0], tmp_path / name, run=found)
+        assert load_run(tmp_path / name)[1].problem
     (tmp_path / "half.py").write_text("def half(step):\n    return 0.5\n")
+    _, direct = load_run(path, lr_lambda=lambda step: 0.5, schedule_unit="batch")
+    assert direct.schedule is not None, direct.problem
     named = RunFlags(lr_lambda=(f"{tmp_path}/half.py:half",), schedule_unit="batch")
     found = named.of(open_checkpoint(path, run=True))
     assert found.problem is None

@@ -137,6 +137,13 @@ def elsewhere(extras: Mapping[str, Any]) -> str:
             "`python zero_to_fp32.py . merged` in the folder above this one, and give "
             "merged/pytorch_model.bin. "
         )
+    if any(
+        str(key).startswith("param_groups.") for value in extras.values() for key in named(value)
+    ):
+        return (
+            "It is flattened (flatten_optimizer_state_dict=True of torch.distributed.checkpoint), "
+            "which takes its param groups apart. Save it without that option. "
+        )
     if any("hypers" in named(value) for value in extras.values()):
         return (
             "It is one of fastai's own, whose state does not say which. Train with "

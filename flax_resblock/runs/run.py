@@ -255,5 +255,5 @@ def _with_schedule(
     if not unit.per_epoch:
         return replace(run, steps=counters.steps_at(position, unit))
     epochs = counters.epochs
-    known = epochs is not None and position not in (epochs, epochs + 1)
-    return run if known else replace(run, epochs=position)
+    other = epochs is not None and position not in (epochs, epochs + 1)
+    return run if other else replace(run, epochs=position)

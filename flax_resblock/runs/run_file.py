@@ -132,6 +132,7 @@ def pack_run(run: Run, state_map: TensorMap) -> tuple[dict[str, np.ndarray], dic
         "by_name": record.by_name,
         "count": count,
         "schedule": _written_schedule(run),
+        "problem": None if run.schedule else run.problem,
         "schedule_unit": None if run.schedule is None else word_of(run.schedule.unit),
         "steps": run.steps,
         "epochs": run.epochs,
@@ -200,7 +201,7 @@ def unpack_run(
             schedule = ScheduleState(*read, unit_of(content["schedule_unit"]))
         steps, epochs, settings = content["steps"], content["epochs"], content["settings"]
         named = [bool(group["named"]) for group in content["groups"]]
-        by_name = bool(content.get("by_name"))
+        by_name, problem = bool(content.get("by_name")), content.get("problem")
         average, kept = AverageEntry(**content["average"]), dict(content["kept"])
     except CheckpointError:
         raise
@@ -230,6 +231,7 @@ def unpack_run(
         epochs,
         settings,
         tuple(found),
+        problem,
         ema=averages,
         average=average,
         kept=kept,
@@ -243,10 +245,9 @@ def run_entries(run: Run, state_map: TensorMap) -> dict[str, Any]:
     ``"epoch"`` is the number, from 0, of the last epoch that was completed, as there;
     ``"epochs_done"`` and ``"step"`` count epochs and optimizer steps done.
     """
-    entries: dict[str, Any] = {
-        "optimizer": write_optimizer(run.optimizer, state_map),
-        "lr_scheduler": _written_schedule(run),
-    }
+    entries: dict[str, Any] = {"optimizer": write_optimizer(run.optimizer, state_map)}
+    if run.schedule is not None or not run.problem:  # else reading misses it again
+        entries["lr_scheduler"] = _written_schedule(run)
     if run.epochs is not None:
         entries["epoch"] = run.epochs - 1
         entries[EPOCHS_DONE] = run.epochs
