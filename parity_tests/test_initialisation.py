@@ -1,10 +1,14 @@
 """Fresh weights come from PyTorch's distributions; architectures that make no sense are refused."""
 
+from collections import Counter
+
 import jax
 import numpy as np
 import pytest
 import torch
 from flax import nnx
+from flax.errors import TraceContextError
+from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
 
 import torch_ref
@@ -17,16 +21,27 @@ from flax_resblock import (
     create,
 )
 from flax_resblock.config import architecture, from_json, to_json, walk
-from flax_resblock.nn.initializers import INITIALIZERS, drawn
+from flax_resblock.nn.conv import Conv
+from flax_resblock.nn.initializers import INITIALIZERS
 from flax_resblock.nn.linear import Linear
 from flax_resblock.nn.resnet import ResNet
 from flax_resblock.parity.battery import BATTERY
-from parity_tests.support import fast_only
 
 SIGNIFICANT = 1e-4
 """p-value below which two samples are said to come from different distributions; the seeds are
 fixed, so nothing here is left to chance.
 """
+
+
+COMPILED: Counter[str] = Counter()
+"""How often jax has compiled something, by event."""
+
+
+def _count(event: str, _: float, **__: str | int) -> None:
+    COMPILED.update([event] if "backend_compile" in event else [])
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 def same_distribution(ours, theirs) -> bool:
@@ -73,25 +88,94 @@ def test_a_network_starts_as_torchvisions_do(name):
     )
 
 
-@pytest.mark.parametrize("shape", [(3, 3, 5, 7), (12, 10)])
-@pytest.mark.parametrize("dtype", fast_only(["float32"], ["float32", "bfloat16"]))
-def test_kernels_are_those_of_jaxs_initialisers(shape, dtype):
-    """The random numbers to the last bit; jax 0.12 rounds once less when it scales them."""
-    key = jax.random.key(5)
-    for draw in (jax.random.normal, jax.random.uniform):
-        truth = np.asarray(draw(key, shape, dtype))
-        np.testing.assert_array_equal(np.asarray(drawn(draw, key, shape, dtype)), truth)
-        assert not np.array_equal(drawn(draw, jax.random.key(6), shape, dtype), truth)
-    scaling = jax.nn.initializers.variance_scaling
-    theirs = {
-        "torch_default": scaling(1 / 3, "fan_in", "uniform"),
-        "kaiming_fan_out": scaling(2.0, "fan_out", "normal"),
-    }
-    close = 2.0**-22 if dtype == "float32" else 2.0**-6  # two units in the last place
-    for name, init in theirs.items():
-        truth = np.asarray(init(key, shape, dtype), np.float32)
-        ours = np.asarray(INITIALIZERS[name](key, shape, dtype), np.float32)
-        np.testing.assert_allclose(ours, truth, rtol=close)
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_kernels_have_the_moments_and_bounds_of_their_distribution(name):
+    """In every dtype, over the border between two blocks, and each value independent of all
+    others."""
+    init, shape = INITIALIZERS[name], (3, 3, 160, 200)  # more than one block of random numbers
+    scale = (9 * 160) ** -0.5 if name == "torch_default" else (2 / (9 * 200)) ** 0.5
+    deviation = scale / 3**0.5 if name == "torch_default" else scale
+    drawn = {dtype: init(jax.random.key(5), shape, dtype) for dtype in ("float32", "bfloat16")}
+    with jax.enable_x64(True):
+        drawn["float64"] = init(jax.random.key(5), shape, "float64")
+    truth = stats.uniform(-1, 2) if name == "torch_default" else stats.norm()
+    for dtype, values in drawn.items():
+        assert (values.dtype, values.shape) == (dtype, shape)
+        flat = np.asarray(values, np.float64).ravel()
+        assert abs(flat.mean()) < 5 * deviation / flat.size**0.5, dtype
+        assert abs(flat.std() / deviation - 1) < 0.006, dtype
+        if dtype != "bfloat16":
+            assert stats.kstest(flat[:50000] / scale, truth.cdf).pvalue > SIGNIFICANT, dtype
+            assert stats.kstest(flat[:50000] / scale * 1.05, truth.cdf).pvalue < SIGNIFICANT, dtype
+        if name == "torch_default":
+            assert abs(flat).max() <= float(np.asarray(scale, values.dtype))
+        else:
+            assert abs(flat).max() > 4 * scale, "truncated"
+    flat = np.asarray(drawn["float32"]).ravel()
+    for lag in (1, 200, flat.size // 2, 1 << 18):
+        assert abs(np.corrcoef(flat[:-lag], flat[lag:])[0, 1]) < 5 / (flat.size - lag) ** 0.5, lag
+
+
+def test_no_two_kernels_and_no_two_seeds_share_their_random_numbers():
+    config = ResNetConfig(block="basic", depths=(2,), widths=(24,), stem_width=24, num_classes=None)
+    models = [ResNet(config, rngs=nnx.Rngs(seed)) for seed in (0, 1, 0)]
+    kernels = [
+        [np.asarray(block.conv1.kernel[...]).ravel() for block in model.stage1] for model in models
+    ]
+    (a, b), (c, _), (again, _) = kernels
+    np.testing.assert_array_equal(a, again)
+    for one, other in ((a, b), (a, c), (b, c)):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 5 / a.size**0.5
+    rngs = nnx.Rngs(0)
+    for _ in range(2):  # a stream goes on
+        Linear(3, 2, rngs=rngs)
+    assert int(rngs.params.count[...]) == 4
+
+
+def test_traced_creation_gives_the_same_weights_on_any_number_of_devices():
+    def make(rngs) -> ResidualBlock:
+        return ResidualBlock(8, 16, 2, rngs=rngs)
+
+    def arrays(made: nnx.Module | nnx.State) -> list[np.ndarray]:
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(made, nnx.Param))]
+
+    def same(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
+        return all(np.array_equal(*pair) for pair in zip(one, other, strict=True))
+
+    eager = arrays(make(nnx.Rngs(3)))
+    assert same(eager, arrays(nnx.jit(lambda: make(nnx.Rngs(3)))()))
+    assert not same(eager, arrays(nnx.jit(lambda: make(nnx.Rngs(4)))()))
+    mesh = jax.make_mesh((jax.device_count(),), ("d",), (jax.sharding.AxisType.Auto,))
+    spread = NamedSharding(mesh, PartitionSpec())
+    whole = jax.jit(lambda: nnx.state(make(nnx.Rngs(3)), nnx.Param), out_shardings=spread)()
+    assert same(eager, [np.asarray(leaf) for leaf in jax.tree.leaves(whole)])
+    assert {len(leaf.devices()) for leaf in jax.tree.leaves(whole)} == {jax.device_count()}
+    several = nnx.split_rngs(splits=2)(nnx.vmap(make))(nnx.Rngs(3))
+    first, second = np.asarray(several.conv1.kernel[...])
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 5 / first.size**0.5
+    outside = nnx.Rngs(0)
+    with pytest.raises(TraceContextError):  # its counter would be stepped once, while tracing
+        nnx.jit(lambda: make(outside))()
+
+
+def test_creation_compiles_nothing():
+    """The sizes are those of no other test."""
+
+    def compilations(widths: tuple[int, ...]) -> int:
+        before = COMPILED.copy()
+        create("resnet50", widths=widths, num_classes=41, rngs=nnx.Rngs(0))
+        return (COMPILED - before).total()
+
+    nnx.Rngs(0)
+    assert compilations((28, 60, 92, 124)) == 0
+    before = COMPILED.copy()
+    jax.block_until_ready(jax.numpy.ones((3, 41)))
+    assert (COMPILED - before).total() > 0
+
+
+def test_initialisers_of_jax_work_as_well():
+    conv = Conv(3, 4, 5, kernel_init=jax.nn.initializers.constant(2.5), rngs=nnx.Rngs(0))
+    assert bool((conv.kernel[...] == 2.5).all())
 
 
 def test_linear_bias_is_drawn_from_the_fan_in():

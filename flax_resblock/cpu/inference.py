@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_resblock.cpu import onednn, products, winograd
 from flax_resblock.cpu.rewrite import Fused, evaluate_fused, kernels
@@ -27,12 +28,11 @@ class _Plan(NamedTuple):
     form: Literal["onednn", "winograd", "xla"]
     convolution: onednn.Convolution
 
-    def prepared(self, kernel: jax.Array) -> Any:
-        """The kernel as :meth:`__call__` takes it."""
+    def prepared(self, kernel: Any) -> Any:
+        """The kernel, an array of jax or numpy, as :meth:`__call__` takes it."""
         if self.form == "winograd":
-            return jax.jit(winograd.transform_kernel)(kernel)
-        block = self.convolution.block
-        return jax.jit(onednn.reordered, static_argnums=1)(kernel, block) if block else kernel
+            return winograd.transform_kernel(kernel)
+        return onednn.reordered(kernel, self.convolution.block)
 
     def __call__(self, fused: Fused, kernel: Any) -> jax.Array:
         """The convolution with what follows it."""
@@ -123,5 +123,7 @@ class CpuNetwork:
     def _kernel(self, leaf: int, plan: _Plan) -> Any:
         """The prepared kernel, which batch sizes with the same plan share."""
         if (leaf, plan) not in self._prepared:
-            self._prepared[leaf, plan] = plan.prepared(self._arrays[leaf])
+            # by numpy: jax would compile a program for every shape
+            prepared = plan.prepared(np.asarray(self._arrays[leaf]))
+            self._prepared[leaf, plan] = jax.device_put(prepared, may_alias=True)
         return self._prepared[leaf, plan]

@@ -73,10 +73,15 @@ def fold_batch_norm(model: Model) -> Model:
             mean = mean - np.asarray(conv.bias[...], np.float64)
             conv.bias = None
         dtype = conv.kernel[...].dtype
-        conv.kernel.set_value(jnp.asarray((kernel * factor).astype(dtype)))
-        shift = ChannelBias(jnp.asarray((bias - mean * factor).astype(dtype)))
+        conv.kernel.set_value(_on_device(kernel * factor, dtype))
+        shift = ChannelBias(_on_device(bias - mean * factor, dtype))
         setattr(variable_at(folded, tuple(place)), str(name), shift)
     return folded
+
+
+def _on_device(value: np.ndarray, dtype: Any) -> jax.Array:
+    """``jnp.asarray`` would compile a copy for every shape."""
+    return jax.device_put(value.astype(dtype), may_alias=True)
 
 
 def _standardise(conv: Conv) -> None:
@@ -84,7 +89,7 @@ def _standardise(conv: Conv) -> None:
     kernel = np.asarray(conv.kernel[...], np.float64)
     axes = tuple(range(kernel.ndim - 1))
     standard = (kernel - kernel.mean(axes)) / np.sqrt(kernel.var(axes) + (conv.standardized or 0))
-    conv.kernel.set_value(jnp.asarray(standard.astype(conv.kernel[...].dtype)))
+    conv.kernel.set_value(_on_device(standard, conv.kernel[...].dtype))
     conv.standardized = None
 
 

@@ -6,7 +6,6 @@ from collections.abc import Hashable
 from typing import Any, TypedDict
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
@@ -14,7 +13,7 @@ from flax_resblock.config import Activation, BlockOptions, Lowering
 from flax_resblock.config.slots import padded
 from flax_resblock.nn.activations import ACTIVATIONS, relu_by_output
 from flax_resblock.nn.conv import ChannelConv, Conv, cpu_forms, on_accelerator
-from flax_resblock.nn.initializers import INITIALIZERS, Initializer, InitName
+from flax_resblock.nn.initializers import INITIALIZERS, Initializer, InitName, initial_value
 from flax_resblock.nn.norm import BatchNorm
 from flax_resblock.nn.other_norms import FrozenBatchNorm, GroupNorm
 from flax_resblock.nn.stochastic import Dropout
@@ -160,9 +159,9 @@ class Layers:
         return conv
 
     def _start_at_zero(self, variable: nnx.Variable[jax.Array] | None) -> None:
-        zero = self.options.get("zero_init_residual", False) and self.rngs is not None
-        if zero and variable is not None:
-            variable.set_value(jnp.zeros_like(variable[...]))
+        if self.options.get("zero_init_residual", False) and variable is not None:
+            old = variable[...]
+            variable.set_value(initial_value(0.0, self.rngs, old.shape, old.dtype))
 
     def dropout(self) -> nnx.Module | None:
         """The dropout of a block; None where it has none."""

@@ -88,8 +88,7 @@ class PReLU(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None,
     ) -> None:
-        start = jax.nn.initializers.constant(init)
-        self.weight = nnx.Param(initial_value(start, rngs, (num_parameters,), param_dtype))
+        self.weight = nnx.Param(initial_value(init, rngs, (num_parameters,), param_dtype))
 
     @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -241,20 +241,17 @@ class BatchNorm(nnx.Module):
         self.axis_name = axis_name
         self.dtype = dtype
         self.use_running_average = False
-        ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
         stat_dtype = jnp.promote_types(param_dtype, jnp.float32)
         shape = (num_features,)
 
         def variable(kind: Any, init: Any, dtype: Any, wanted: bool, shape: Any = shape) -> Any:
             return kind(initial_value(init, rngs, shape, dtype)) if wanted else None
 
-        self.scale = variable(nnx.Param, ones, param_dtype, affine)
-        self.bias = variable(nnx.Param, zeros, param_dtype, affine and use_bias)
-        self.mean = variable(nnx.BatchStat, zeros, stat_dtype, track_running_stats)
-        self.var = variable(nnx.BatchStat, ones, stat_dtype, track_running_stats)
-        self.num_batches_tracked = variable(
-            nnx.BatchStat, zeros, jnp.int32, track_running_stats, ()
-        )
+        self.scale = variable(nnx.Param, 1.0, param_dtype, affine)
+        self.bias = variable(nnx.Param, 0.0, param_dtype, affine and use_bias)
+        self.mean = variable(nnx.BatchStat, 0.0, stat_dtype, track_running_stats)
+        self.var = variable(nnx.BatchStat, 1.0, stat_dtype, track_running_stats)
+        self.num_batches_tracked = variable(nnx.BatchStat, 0, jnp.int32, track_running_stats, ())
 
     @in_slot
     def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:

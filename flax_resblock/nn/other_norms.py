@@ -26,9 +26,8 @@ class _Affine(nnx.Module):
     def __init__(
         self, shape: tuple[int, ...], scale: bool, bias: bool, dtype: Any, rngs: nnx.Rngs | None
     ) -> None:
-        ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
-        self.scale = nnx.Param(initial_value(ones, rngs, shape, dtype)) if scale else None
-        self.bias = nnx.Param(initial_value(zeros, rngs, shape, dtype)) if bias else None
+        self.scale = nnx.Param(initial_value(1.0, rngs, shape, dtype)) if scale else None
+        self.bias = nnx.Param(initial_value(0.0, rngs, shape, dtype)) if bias else None
 
     def _values(self) -> tuple[jax.Array | None, jax.Array | None]:
         scale = None if self.scale is None else self.scale[...]
@@ -144,16 +143,15 @@ class InstanceNorm(_Affine):
         self.eps = eps
         self.momentum = 0.0 if momentum is None else momentum
         self.use_running_average = False
-        ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
         dtype = jnp.promote_types(param_dtype, jnp.float32)
 
         def tracked(init: Any, shape: tuple[int, ...], dtype: Any) -> Any:
             value = initial_value(init, rngs, shape, dtype)
             return nnx.BatchStat(value) if track_running_stats else None
 
-        self.mean = tracked(zeros, (num_features,), dtype)
-        self.var = tracked(ones, (num_features,), dtype)
-        self.num_batches_tracked = tracked(zeros, (), jnp.int32)
+        self.mean = tracked(0.0, (num_features,), dtype)
+        self.var = tracked(1.0, (num_features,), dtype)
+        self.num_batches_tracked = tracked(0.0, (), jnp.int32)
 
     @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -200,12 +198,11 @@ class FrozenBatchNorm(nnx.Module):
     ) -> None:
         self.eps = eps
         self.dtype = dtype
-        ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
         shape = (num_features,)
-        self.scale = nnx.BatchStat(initial_value(ones, rngs, shape, param_dtype))
-        self.bias = nnx.BatchStat(initial_value(zeros, rngs, shape, param_dtype))
-        self.mean = nnx.BatchStat(initial_value(zeros, rngs, shape, param_dtype))
-        self.var = nnx.BatchStat(initial_value(ones, rngs, shape, param_dtype))
+        self.scale = nnx.BatchStat(initial_value(1.0, rngs, shape, param_dtype))
+        self.bias = nnx.BatchStat(initial_value(0.0, rngs, shape, param_dtype))
+        self.mean = nnx.BatchStat(initial_value(0.0, rngs, shape, param_dtype))
+        self.var = nnx.BatchStat(initial_value(1.0, rngs, shape, param_dtype))
 
     @in_slot
     def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:

@@ -242,10 +242,17 @@ def _tensor_at(keys: tuple[Any, ...]) -> tuple[str, Path] | None:
     return None
 
 
-def state_of(record: OptimizerState, params: Any) -> Any:
+def state_of(record: OptimizerState, params: Any, fresh: Any = None) -> Any:
     """The optax state for :func:`optimizer_of`, filled with what torch had, in torch's dtypes; what
     torch had not made yet is as torch would make it.
+
+    Args:
+      record: The torch optimizer.
+      params: What it trains.
+      fresh: What :func:`optimizer_of` starts with for these parameters, where it is known.
     """
+    if fresh is None:
+        fresh = optimizer_of(record).init(params)
     made = any(record.tensors.values())
     count = int(float(next(iter(record.steps.values()), int(made))))
 
@@ -257,7 +264,7 @@ def state_of(record: OptimizerState, params: Any) -> Any:
         value = record.tensors[name].get(path)
         return leaf if value is None else jnp.array(value)
 
-    return jax.tree_util.tree_map_with_path(filled, optimizer_of(record).init(params))
+    return jax.tree_util.tree_map_with_path(filled, fresh)
 
 
 def record_of(record: OptimizerState, state: Any) -> OptimizerState:

@@ -88,7 +88,7 @@ class Placement:
         """Copies host arrays, the same in every process, to new buffers on every device."""
         sharding = self.copied
         if sharding is None:
-            return jax.tree.map(lambda leaf: jax.numpy.array(leaf, copy=True), tree)
+            return jax.device_put(tree, may_alias=False)
         return jax.tree.map(lambda leaf: _copied(np.asarray(leaf), sharding), tree)
 
     def spread(self, array: np.ndarray, *, axis: int = 0) -> Any:

@@ -107,7 +107,7 @@ def fit(
     optimizer = optimizer_of(record)
     graphdef, state = split(model, optimizer, freeze=config.freeze, placement=placement)
     state = state._replace(
-        opt_state=placement.copies(state_of(record, state.params)),
+        opt_state=placement.copies(state_of(record, state.params, state.opt_state)),
         ema=_averages(config, run, state, placement),
     )
     train_step = make_train_step(

@@ -82,7 +82,9 @@ def split(
             f"on jax_enable_x64, or convert to float32 first."
         )
     params, stats = placement.copies((params, stats))
-    return graphdef, TrainState(params, stats, optimizer.init(params))
+    # in one program, instead of one for every shape
+    opt_state = jax.jit(optimizer.init, out_shardings=placement.copied)(params)
+    return graphdef, TrainState(params, stats, opt_state)
 
 
 def by_path(values: nnx.State) -> dict[tuple[Any, ...], np.ndarray]:
