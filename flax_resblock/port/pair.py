@@ -21,13 +21,8 @@ from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
 from flax_resblock.parity.taps import as_tensor
 from flax_resblock.port.network import PortedNetwork
 from flax_resblock.port.proof import FLOOR
-from flax_resblock.port.side_by_side import (
-    FlatModule,
-    FlatNetwork,
-    drop_nothing,
-    no_functional_dropout,
-    switch_off,
-)
+from flax_resblock.port.random_off import drop_nothing, no_functional_dropout, switch_off
+from flax_resblock.port.side_by_side import FlatModule, FlatNetwork
 
 NET = "net"
 """The network inside the modules that put its outputs in one array."""

@@ -10,7 +10,6 @@ import torch
 
 from flax_resblock.errors import InputError, raised, some
 from flax_resblock.parity.comparison import SPREAD
-from flax_resblock.parity.inputs import nudged
 from flax_resblock.parity.oracle import TORCH_FACTOR, TRAJECTORY_LIMIT, relative_l2, verdict_of
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace
@@ -126,20 +125,19 @@ class _Comparison(SideBySide):
             self.notes.append(
                 f"{mode} mode, {precision.name}: {some(list(uncertain))} differ by more than the "
                 f"usual limit, but by no more than {TORCH_FACTOR:g} times what PyTorch's own move "
-                f"by where the images change in their last bit ({max(uncertain.values()):.1e})"
+                f"by where images and outputs of layers change in their last bit "
+                f"({max(uncertain.values()):.1e})"
             )
 
     def _spread(
         self, images: np.ndarray, precision: Precision, truth: Trace, ours: Trace, options: Any
     ) -> dict[tuple[str, str], float]:
-        """PyTorch's own largest errors where the images move by a unit in the last place, as in
-        :mod:`flax_resblock.parity.comparison`, by quantity and tensor.
+        """PyTorch's own largest errors where its numbers move by a unit in the last place, by
+        quantity and tensor.
         """
-        rng = np.random.default_rng(1)
         largest: dict[tuple[str, str], float] = {}
-        for _ in range(SPREAD):
-            moved = nudged(images, precision.epsilon, rng)
-            again = self.torch(moved, precision, **options)
+        for seed in range(SPREAD):
+            again = self.torch_moved(images, precision, seed, **options)
             for quantity, rows in self._rows(truth, again, ours, options["train"]).items():
                 floor = _floor(quantity, rows)
                 for name, true, value, _ in rows:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -16,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.config import Path
-from flax_resblock.nn.stochastic import AlphaDropout, RReLU, StochasticDepth
 from flax_resblock.nn.variables import on_device, set_values
+from flax_resblock.parity.inputs import nudged
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace, as_tensor, trace_torch
 from flax_resblock.parity.trajectory import FIRST_STEP
@@ -25,11 +23,15 @@ from flax_resblock.port.graphs import leaves
 from flax_resblock.port.inputs import Shapes, in_one_array, random_inputs, unpacked, unpacked_last
 from flax_resblock.port.network import PortedNetwork
 from flax_resblock.port.program import Program
-from flax_resblock.port.random_layers import stochastic_depth
+from flax_resblock.port.random_off import drop_nothing, no_functional_dropout, switch_off
 
 SMALL = 64 * 64
 """Pixels of an image that is small enough for a larger batch. With few values a channel the
 gradient of batch norm is a small difference of large numbers."""
+
+MEDIUM = 96 * 96
+"""Pixels of an image that a network asks for which leaves a single one of a smaller one: the norms
+at its end have no more values a channel than there are images."""
 
 STEPS = 5
 """Of the training that is compared."""
@@ -39,7 +41,8 @@ def images_of(channels: int, size: tuple[int, int]) -> np.ndarray:
     """Random images ``(N, H, W, C)`` whose channels have different means, small ones: the gradient
     of a stem in front of batch norm is what is left of a sum to which they contribute nothing."""
     rng = np.random.default_rng(0)
-    batch = 6 if size[0] * size[1] <= SMALL else 3
+    pixels = size[0] * size[1]
+    batch = 6 if pixels <= SMALL else 12 if pixels <= MEDIUM else 3
     images = rng.standard_normal((batch, *size, channels))
     return images + np.linspace(-0.1, 0.2, channels)
 
@@ -159,6 +162,31 @@ class SideBySide:
         with no_functional_dropout(), torch.enable_grad():
             return trace_torch(flat, images, self.torch_slots, precision=precision, **options)
 
+    def torch_moved(
+        self, images: np.ndarray, precision: Precision, seed: int, **options: Any
+    ) -> Trace:
+        """What the module computes where the images and the output of every layer move by a unit in
+        the last place, as they may by rounding.
+        """
+        rng = np.random.default_rng(seed)
+
+        def move(_: Any, __: Any, output: Any) -> Any:
+            if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+                return None
+            signs = torch.from_numpy(rng.integers(-1, 2, tuple(output.shape)))
+            return output * (1 + precision.epsilon * signs.to(output.dtype))
+
+        hooks = [
+            part.register_forward_hook(move)
+            for part in self._cast(precision).modules()
+            if next(part.children(), None) is None
+        ]
+        try:
+            return self.torch(nudged(images, precision.epsilon, rng), precision, **options)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def flax(
         self,
         images: np.ndarray,
@@ -257,51 +285,3 @@ def _move_weights(module: torch.nn.Module) -> None:
         if isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor):
             mean.normal_(0, 0.3, generator=generator)
             var.uniform_(0.5, 2, generator=generator)
-
-
-def drop_nothing(model: nnx.Module) -> None:
-    """Sets the rates of random layers of the ported network to zero, and random slopes to their
-    mean."""
-    for _, part in nnx.iter_modules(model):
-        if isinstance(part, nnx.Dropout | AlphaDropout | StochasticDepth):
-            part.rate = 0.0
-        elif isinstance(part, RReLU):
-            part.lower = part.upper = (part.lower + part.upper) / 2
-
-
-def switch_off(module: torch.nn.Module) -> None:
-    """Sets the rates of random layers to zero, and random slopes to their mean."""
-    for part in module.modules():
-        if isinstance(part, torch.nn.RReLU):
-            part.lower = part.upper = (part.lower + part.upper) / 2
-        found = stochastic_depth(part)
-        if found is not None:
-            setattr(part, found.name, found.off)
-        kind = type(part).__name__
-        for name in ("p", "drop_prob", "rate"):
-            value = getattr(part, name, None)
-            random = "Drop" in kind or "StochasticDepth" in kind
-            if random and isinstance(value, float):
-                setattr(part, name, 0.0)
-
-
-@contextmanager
-def no_functional_dropout() -> Iterator[None]:
-    """Within it ``F.dropout`` and its kin return their input."""
-    functional = torch.nn.functional
-    names = (
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-    )
-    before = {name: getattr(functional, name) for name in names}
-    for name in names:
-        setattr(functional, name, lambda input, *_, **__: input)
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(functional, name, function)
