@@ -167,8 +167,9 @@ def test_names_and_shapes_are_timms(name):
     with torch.device("meta"):
         state = timm.create_model(name).state_dict()
     theirs = [(key, tuple(value.shape)) for key, value in state.items()]
-    naming = "timm_v2" if ARCHITECTURES[name].norm_first else "timm"
-    ours = StateMap(ARCHITECTURES[name], naming).entries
+    config = ARCHITECTURES[name]
+    first = "timm_v2_d" if config.stem in ("deep", "tiered") else "timm_v2"
+    ours = StateMap(config, first if config.norm_first else "timm").entries
     assert [(entry.torch_key, entry.torch_shape) for entry in ours] == theirs
 
 
