@@ -276,7 +276,7 @@ JAX_NAMINGS = (
             {}, {f"{norm}.{name}": LED_VECTOR for norm in _NORMS for name in ("scale", "bias")}
         ),
         note="big_vision's pooling sees no border of zeros, where that of Big Transfer's own "
-        "programs does (--stem-pool 3x3_zeros)",
+        "programs does (`stem_pool='3x3_zeros'`)",
     ),
 )
 """One row for each family and kind of block."""
