@@ -71,8 +71,9 @@ def resolve(path: Path, limits: Limits) -> tuple[str, Path]:
             raise CheckpointError(
                 f"{path} is the folder of a network that `flax-resblock port` wrote. In Python, "
                 f"import the class in it and call flax_resblock.load_ported({str(path)!r}, "
-                f"Net); `flax-resblock convert {path} back.pth` returns the state dict of PyTorch, "
-                f"and `predict` and `export` take the folder with --model {path}/FILE.py:Net."
+                f"Net); `flax-resblock convert {path} back.pth` returns the state dict of PyTorch; "
+                f"`flax-resblock predict {path} IMAGE --model {path}/FILE.py:Net` predicts, and "
+                f"`export` takes the same."
             )
         raise CheckpointError(
             f"{path} is a folder without a checkpoint: no Orbax metadata, no "

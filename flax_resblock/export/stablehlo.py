@@ -177,7 +177,7 @@ def export_model(
             raise InputError(
                 f"{type(model).__name__} cannot be exported for images {images.shape}: "
                 f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}. "
-                f"Try the size that it was ported with (--image-size)."
+                f"Try the size that it was ported with, with `image_size=(HEIGHT, WIDTH)`."
             ) from error
     program = exported.serialize()
     manifest = {
