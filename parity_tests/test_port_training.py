@@ -302,13 +302,13 @@ def test_bad_input_ends_with_one_true_paragraph(here, capsys):
         assert message in capsys.readouterr().err, line
         assert not Path("never").exists()
 
-    class Auxiliary(Plain):
+    class WithFeatures(Plain):
         def __call__(self, x: jax.Array) -> tuple[jax.Array, ...] | jax.Array:
             logits = super().__call__(x)
-            return logits if self.drop.deterministic else (logits, logits)
+            return logits if self.drop.deterministic else (logits, logits[:, :3])
 
-    with pytest.raises(InputError, match=r"Auxiliary returns tuple .* in training mode"):
-        fit(Auxiliary(rngs=nnx.Rngs(0)), runs.few_digits(), TrainConfig(), progress=False)
+    with pytest.raises(InputError, match=r"WithFeatures returns .* in training mode"):
+        fit(WithFeatures(rngs=nnx.Rngs(0)), runs.few_digits(), TrainConfig(), progress=False)
 
     done = "train --model plain.py:Plain --steps 1 --warmup-steps 0 --out plain"
     assert run_command(done.split()) == 0
@@ -316,7 +316,7 @@ def test_bad_input_ends_with_one_true_paragraph(here, capsys):
     assert run_command(again.split()) == 0
     for line, message in {
         "inspect plain": "is a checkpoint of Plain, which is no network of this library",
-        "train --resume plain --out never": "takes it with --model FILE.py:Plain",
+        "train --resume plain --out never": "`flax-resblock train --model FILE.py:Plain`",
         "convert plain plain.pth": "is a checkpoint of Plain",
     }.items():
         assert run_command(line.split()) == 2, line
