@@ -244,7 +244,10 @@ def test_what_a_package_cannot_build_is_not_written_for_it(name, naming, message
     [
         ({"model_type": "resnet", "hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"architecture": "resnetaa50", "num_classes": 3}, "average pooling carries its strides"),
-        ({"architecture": "resnetv2_50d_evos", "num_classes": 3}, "pre-activation network of a kind"),
+        (
+            {"architecture": "resnetv2_50d_evos", "num_classes": 3},
+            "pre-activation network of a kind",
+        ),
         (
             {"architecture": "resnet50", "num_classes": 3, "model_args": {"act_layer": "silu"}},
             "act_layer='silu'",
