@@ -24,6 +24,7 @@ class _Residual(nn.Module):
         *,
         shortcut: str = "projection",
         attention: str = "none",
+        attention_place: str = "branch",
         attention_ratio: float = 1 / 16,
         attention_multiple: int = 8,
         attention_bias: bool = True,
@@ -37,7 +38,7 @@ class _Residual(nn.Module):
     ) -> None:
         outputs, preact = planes * self.expansion, order == "pre_activation"
         self.preact, self.adds = preact, shortcut != "none"
-        self.shortcut_from = shortcut_from
+        self.shortcut_from, self.place = shortcut_from, attention_place
         squeeze = attention_ratio, attention_multiple, attention_bias
         self.se = channel_attention(attention, outputs, *squeeze)
         self.act = activation_layer(activation)
@@ -60,10 +61,15 @@ class _Residual(nn.Module):
             out = self._main(activated)
         else:
             out = self._main(x)
-        out = out if self.se is None else self.se(out)
+        out = self._weighed(out, "branch")
         if self.adds:
             out = out + (skipped if self.downsample is None else self.downsample(skipped))
-        return self.act(out) if self.is_last else out
+        out = self._weighed(out, "sum")
+        return self._weighed(self.act(out) if self.is_last else out, "output")
+
+    def _weighed(self, x: Tensor, place: str) -> Tensor:
+        """What attention makes of the values at a place; the values where it has another place."""
+        return x if self.se is None or self.place != place else self.se(x)
 
 
 class BasicBlock(_Residual):

@@ -67,9 +67,9 @@ class ResNet(nn.Module):
       stem_bias: Whether the stem's convolutions have a bias.
       stem_norm: Whether the stem ends with a norm and an activation in pre-activation order too.
       first_stride: Stride of the first stage.
-      shortcut, stride_on, groups, base_width, attention, attention_ratio, attention_multiple,
-        attention_bias, antialias, conv_bias, shortcut_bias, shortcut_from, shortcut_size,
-        last_activation, dropout: Of every block.
+      shortcut, stride_on, groups, base_width, attention, attention_place, attention_ratio,
+        attention_multiple, attention_bias, antialias, conv_bias, shortcut_bias, shortcut_from,
+        shortcut_size, last_activation, dropout: Of every block.
       order: ``"post_activation"`` or ``"pre_activation"`` (He et al. 2016b).
       final_norm: Whether a norm and an activation follow the last stage in pre-activation order.
       norm, norm_groups, standardized, standardized_eps: See :class:`Kind`.
@@ -98,6 +98,7 @@ class ResNet(nn.Module):
         shortcut: str = "projection",
         stride_on: str = "3x3",
         attention: str = "none",
+        attention_place: str = "branch",
         attention_ratio: float = 1 / 16,
         attention_multiple: int = 8,
         attention_bias: bool = True,
@@ -157,6 +158,7 @@ class ResNet(nn.Module):
                         base_width=base_width,
                         shortcut=shortcut,
                         attention=attention,
+                        attention_place=attention_place,
                         attention_ratio=attention_ratio,
                         attention_multiple=attention_multiple,
                         attention_bias=attention_bias,

@@ -41,6 +41,9 @@ class OptionFlags:
     give, or the block's input."""
     shortcut: Literal["zero_pad", "zero_pad_behind", "none"] | None = None
     """Where shortcuts without weights put new channels, or that no block adds its input."""
+    attention_place: Literal["branch", "sum", "output"] | None = None
+    """What squeeze-and-excitation and other attention weighs: the main path before the addition,
+    the sum, or the block's output after its activation."""
     last_activation: YesOrNo = None
     """Whether a block ends with its activation."""
     head_pool: Literal["mean", "max"] | None = None

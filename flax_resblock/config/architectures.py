@@ -269,6 +269,6 @@ _SAID = (
     "order",
 )
 _SAID += ("shortcut_from", "shortcut_size", "norm", "standardized", "last_activation", "final_norm")
-_SAID += ("head_pool", "dropout")
+_SAID += ("head_pool", "dropout", "attention_place")
 _SHORTER = {"order pre_activation": "pre-activation"}
 _SHORTER |= {"norm group": "group norm", "norm frozen": "frozen norms"}

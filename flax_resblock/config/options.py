@@ -17,6 +17,7 @@ ShortcutSize = Literal[1, 3]
 Order = Literal["post_activation", "pre_activation"]
 StridePlacement = Literal["3x3", "1x1"]
 Attention = Literal["none", "se", "eca"]
+AttentionPlace = Literal["branch", "sum", "output"]
 Antialias = Literal["none", "blur"]
 PaddingRule = Literal["symmetric", "same"]
 Lowering = Literal["auto", "xla"]  # of convolutions on a CPU; see flax_resblock.conv_lowering
@@ -49,6 +50,7 @@ class SharedOptions(TypedDict, total=False):
     groups: int
     shortcut: Shortcut
     attention: Attention
+    attention_place: AttentionPlace
     attention_ratio: float
     attention_multiple: int
     attention_bias: bool
@@ -90,9 +92,12 @@ class BlockOptions:
       shortcut_size: Of the kernel of a projection, in pixels.
       stride_on: Which convolution of a bottleneck carries the stride: ``"3x3"`` as torchvision,
         ``"1x1"`` as Caffe and He et al.
-      attention: Weighs the channels of the main path before the addition: ``"se"``
-        squeeze-and-excitation (arXiv:1709.01507), ``"eca"`` efficient channel attention
-        (arXiv:1910.03151).
+      attention: Weighs channels: ``"se"`` squeeze-and-excitation (arXiv:1709.01507), ``"eca"``
+        efficient channel attention (arXiv:1910.03151).
+      attention_place: Which channels: those of the main path before the addition (``"branch"``),
+        those of the sum before its activation (``"sum"``), or those of the block's output, behind
+        that activation (``"output"``, the SE-POST block of arXiv:1709.01507). Where no activation
+        follows the addition, the last two are one network, called ``"sum"``.
       attention_ratio: Inner channels of ``"se"`` per channel.
       attention_multiple: What they are a multiple of: rounded to the nearest multiple of 8, as timm
         does, or with 1 rounded down, as ``channels // 16`` does.
@@ -126,6 +131,7 @@ class BlockOptions:
     shortcut: Shortcut = "projection"
     stride_on: StridePlacement = "3x3"
     attention: Attention = "none"
+    attention_place: AttentionPlace = "branch"
     attention_ratio: float = 1 / 16
     attention_multiple: int = 8
     attention_bias: bool = True
@@ -169,6 +175,7 @@ class BlockOptions:
             "last_activation": self.norm_first,
             "norm_groups": self.norm != "group",
             "standardized_eps": not self.standardized,
+            "attention_place": self.attention == "none" or self.shortcut == "none",
             "attention_ratio": self.attention != "se",
             "attention_multiple": self.attention != "se",
             "attention_bias": self.attention != "se",
@@ -176,6 +183,8 @@ class BlockOptions:
         for name, is_unused in unused.items():
             if is_unused:
                 object.__setattr__(self, name, BlockOptions.__dataclass_fields__[name].default)
+        if self.attention_place == "output" and (self.norm_first or not self.last_activation):
+            object.__setattr__(self, "attention_place", "sum")
         if not isinstance(self.norm_groups, int) or self.norm_groups < 1:
             raise ValueError(f"norm_groups={self.norm_groups!r} must be a positive integer.")
         if not isinstance(self.attention_multiple, int) or self.attention_multiple < 1:

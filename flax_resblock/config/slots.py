@@ -42,7 +42,7 @@ class Branch(Enum):
     STEM = "stem"
     MAIN = "main path"
     ATTENTION = "attention"
-    """On the main path, after its last norm."""
+    """Weighs channels: of the main path after its last norm, or behind the addition."""
     SHORTCUT = "shortcut"
     HEAD = "head"
 
@@ -67,7 +67,7 @@ class Slot:
       standardized: Added to the variance by which a kernel is standardised; None: it is used as it
         is.
       takes: What a slot is given where the order of the slots does not say it: the option of a
-        shortcut or head.
+        shortcut, attention or head.
     """
 
     stage: str

@@ -26,7 +26,7 @@ class AssumptionRule:
     field: str
     choices: Mapping[Any, str]
     matters: Callable[[Config], bool]
-    stated: Callable[[Naming], bool]
+    stated: Callable[[Naming], bool] = lambda naming: False
 
     @property
     def flag(self) -> str:
@@ -49,7 +49,7 @@ class AssumptionRule:
             if value != self.chosen(config):
                 with suppress(ValueError):  # such a network does not exist
                     found[value] = replace(config, **{self.field: value})
-        return found
+        return {value: other for value, other in found.items() if other != config}
 
 
 GROUPS = (32, 16, 8, 4, 2, 1)
@@ -102,7 +102,6 @@ ASSUMPTION_RULES = (
             1: "the first convolution of the stem keeps the resolution",
         },
         _network(lambda config: True),
-        lambda naming: False,
     ),
     AssumptionRule(
         "stem_pool",
@@ -113,7 +112,6 @@ ASSUMPTION_RULES = (
             "none": "no pooling follows the stem",
         },
         _network(lambda config: True),
-        lambda naming: False,
     ),
     AssumptionRule(
         "first_stride",
@@ -132,7 +130,6 @@ ASSUMPTION_RULES = (
                 and not config.norm_first
             )
         ),
-        lambda naming: False,
     ),
     AssumptionRule(
         "activation",
@@ -143,7 +140,6 @@ ASSUMPTION_RULES = (
             "silu": "it is SiLU (swish)",
         },
         lambda config: True,
-        lambda naming: False,
     ),
     AssumptionRule(
         "order",
@@ -152,7 +148,6 @@ ASSUMPTION_RULES = (
             "pre_activation": "each norm and activation come before their convolution",
         },
         _network(hides_its_order),
-        lambda naming: False,
     ),
     AssumptionRule(
         "shortcut_from",
@@ -167,7 +162,6 @@ ASSUMPTION_RULES = (
         "last_activation",
         {True: "a block ends with its activation", False: "nothing follows the addition"},
         lambda config: not config.norm_first,
-        lambda naming: False,
     ),
     AssumptionRule(
         "shortcut",
@@ -178,13 +172,20 @@ ASSUMPTION_RULES = (
             "none": "no block adds its input",
         },
         lambda config: config.shortcut in ("zero_pad", "zero_pad_behind", "none"),
-        lambda naming: False,
+    ),
+    AssumptionRule(
+        "attention_place",
+        {
+            "branch": "attention weighs the channels of the main path, before the addition",
+            "sum": "it weighs the sum, before the activation",
+            "output": "it weighs the block's output, after the activation (SE-POST)",
+        },
+        lambda config: config.attention != "none" and config.shortcut != "none",
     ),
     AssumptionRule(
         "head_pool",
         {"mean": "the head takes the mean over all pixels", "max": "it takes the maximum"},
         _network(lambda config: config.num_classes is not None),
-        lambda naming: False,
     ),
     AssumptionRule(
         "norm_groups",
