@@ -34,6 +34,7 @@ class _Residual(nn.Module):
         shortcut_size: int = 1,
         order: str = "post_activation",
         last_activation: bool = True,
+        branch_activation: bool = False,
         dropout: float = 0.0,
     ) -> None:
         outputs, preact = planes * self.expansion, order == "pre_activation"
@@ -43,6 +44,7 @@ class _Residual(nn.Module):
         self.se = channel_attention(attention, outputs, *squeeze)
         self.act = activation_layer(activation)
         self.is_last = last_activation and not preact
+        self.ends_branch = branch_activation and not preact
         self.dropout = nn.Dropout(dropout)
         options: dict[str, Any] = {"size": shortcut_size, "normalised": not preact, "kind": kind}
         sizes = in_channels, outputs, stride
@@ -61,6 +63,7 @@ class _Residual(nn.Module):
             out = self._main(activated)
         else:
             out = self._main(x)
+        out = self.act(out) if self.ends_branch else out
         out = self._weighed(out, "branch")
         if self.adds:
             out = out + (skipped if self.downsample is None else self.downsample(skipped))

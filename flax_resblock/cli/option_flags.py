@@ -46,6 +46,8 @@ class OptionFlags:
     the sum, or the block's output after its activation."""
     last_activation: YesOrNo = None
     """Whether a block ends with its activation."""
+    branch_activation: YesOrNo = None
+    """Whether the main path of a block ends with an activation before the addition."""
     head_pool: Literal["mean", "max"] | None = None
     """How the head pools over all pixels."""
     norm: Literal["batch", "frozen"] | None = None

@@ -16,13 +16,7 @@ from flax_resblock.config.architectures import (
 from flax_resblock.config.block import BlockConfig
 from flax_resblock.config.network import (
     Config,
-    HeadPool,
-    NetworkOptions,
     ResNetConfig,
-    Stem,
-    StemPadding,
-    StemPool,
-    StemStride,
     walk,
 )
 from flax_resblock.config.options import (
@@ -32,13 +26,20 @@ from flax_resblock.config.options import (
     AttentionPlace,
     BlockKind,
     BlockOptions,
+    HeadPool,
     Lowering,
+    NetworkOptions,
     Order,
     PaddingRule,
     Shortcut,
     ShortcutSize,
     ShortcutSource,
+    Stem,
+    StemPadding,
+    StemPool,
+    StemStride,
     StridePlacement,
+    Transition,
     choices_of,
 )
 from flax_resblock.config.slots import Activation, Branch, Norm, Path, Slot, SlotKind
@@ -49,6 +50,6 @@ __all__ = [
     "BlockConfig", "BlockKind", "BlockOptions", "Branch", "Config", "HeadPool", "Lowering",
     "NetworkOptions", "Norm", "Order", "PaddingRule", "Path", "ResNetConfig", "Shortcut",
     "ShortcutSize", "ShortcutSource", "Slot", "SlotKind", "Stem", "StemPadding", "StemPool",
-    "StemStride", "StridePlacement", "architecture", "architectures", "as_in_pytorch",
+    "StemStride", "StridePlacement", "Transition", "architecture", "architectures", "as_in_pytorch",
     "choices_of", "from_json", "name_of", "to_json", "unknown_architecture", "walk",
 ]  # fmt: skip

@@ -172,7 +172,7 @@ class BlockConfig(BlockOptions):
             numbers: dict[str, Any] = {"stride": stride, "bias": self.conv_bias, **shared}
             if size > 1:
                 numbers |= {"dilation": self.dilation, "groups": self.groups}
-            if self.norm_first or i < last:
+            if self.norm_first or self.branch_activation or i < last:
                 numbers["activation"] = self.activation
             names = f"conv{i}", f"norm{i}"
             yield from normalised_conv(stage, block, names, size, (ends[0], ends[1]), **numbers)

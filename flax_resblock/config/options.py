@@ -20,8 +20,22 @@ Attention = Literal["none", "se", "eca"]
 AttentionPlace = Literal["branch", "sum", "output"]
 Antialias = Literal["none", "blur"]
 PaddingRule = Literal["symmetric", "same"]
+Stem = Literal["imagenet", "deep", "cifar"]
+StemStride = Literal[None, 1, 2]
+StemPool = Literal[None, "3x3", "3x3_zeros", "2x2", "none"]
+StemPadding = Literal[None, "symmetric", "same"]
+HeadPool = Literal["mean", "max"]
+Transition = Literal["strided", "pooled"]
 Lowering = Literal["auto", "xla"]  # of convolutions on a CPU; see flax_resblock.conv_lowering
 
+USUAL_STEMS: Mapping[Stem, tuple[int, str]] = MappingProxyType(
+    {"imagenet": (2, "3x3"), "deep": (2, "3x3"), "cifar": (1, "none")}
+)
+"""Stride of the first convolution, and the pooling after the last."""
+STEM_WINDOWS: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {"3x3": (3, 1), "3x3_zeros": (3, 0), "2x2": (2, 0)}
+)
+"""Size and padding of each pooling; zeros stand around the image in the second."""
 EXPANSION: Mapping[str, int] = MappingProxyType({"basic": 1, "bottleneck": 4})
 
 
@@ -67,7 +81,32 @@ class SharedOptions(TypedDict, total=False):
     standardized: bool
     standardized_eps: float
     last_activation: bool
+    branch_activation: bool
     dropout: float
+
+
+class NetworkOptions(SharedOptions, total=False):
+    """Every field of :class:`ResNetConfig` but ``in_channels`` and ``num_classes``, for functions
+    that pass them on as keyword arguments."""
+
+    block: BlockKind
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    stem: Stem
+    stem_width: int
+    stem_hidden: tuple[int, ...]
+    stem_stride: StemStride
+    stem_pool: StemPool
+    stem_padding: StemPadding
+    stem_bias: bool
+    stem_norm: bool
+    first_stride: int
+    stride_on: StridePlacement
+    base_width: int
+    dilated_stages: tuple[int, ...]
+    final_norm: bool
+    head_pool: HeadPool
+    transition: Transition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +161,8 @@ class BlockOptions:
         for each output channel (Qiao et al. 2019, arXiv:1903.10520); not those of attention.
       standardized_eps: Added to that variance.
       last_activation: Whether a block of ``"post_activation"`` ends with its activation.
+      branch_activation: Whether the main path of ``"post_activation"`` ends with an activation of
+        its own, before the addition.
       dropout: Probability of dropping a value in front of the second convolution of a block, in
         training (wide ResNets, Zagoruyko & Komodakis 2016, arXiv:1605.07146).
     """
@@ -148,6 +189,7 @@ class BlockOptions:
     standardized: bool = False
     standardized_eps: float = 1e-8
     last_activation: bool = True
+    branch_activation: bool = False
     dropout: float = 0.0
 
     @property
@@ -173,6 +215,7 @@ class BlockOptions:
         unused = {
             "shortcut_from": not self.norm_first or self.shortcut == "none",
             "last_activation": self.norm_first,
+            "branch_activation": self.norm_first,
             "norm_groups": self.norm != "group",
             "standardized_eps": not self.standardized,
             "attention_place": self.attention == "none" or self.shortcut == "none",

@@ -93,7 +93,7 @@ class _Block(nnx.Module):
             y = conv(y)
             if not config.norm_first:
                 y = norm(y, use_running_average=use_running_average)
-                y = act(y) if i < last else y
+                y = act(y) if i < last or config.branch_activation else y
             y = y if self.blur is None or i != last - 1 else self.blur(y)
         weighs = {} if self.attention is None else {config.attention_place: self.attention}
         y = weighs["branch"](y) if "branch" in weighs else y
