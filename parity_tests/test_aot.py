@@ -211,18 +211,23 @@ def test_a_training_step_has_exactly_the_expected_all_reduces(topology):
         )
 
 
-@pytest.mark.parametrize("attention", ["none", "se", "eca"])
-def test_the_gradients_of_every_option_are_summed_once_over_the_devices(attention):
+@pytest.mark.parametrize(
+    ("attention", "place"),
+    [("none", "branch"), ("se", "branch"), ("eca", "branch"), ("eca", "sum")],
+)
+def test_the_gradients_of_every_option_are_summed_once_over_the_devices(attention, place):
     """Compiled for four CPUs, with statistics of each device: exactly the expected values."""
     import jax
 
-    config = replace(PROJECTION, shortcut="pooled", attention=attention)
+    told = {"attention": attention, "attention_place": place}
+    config = replace(PROJECTION, shortcut="pooled", **told)
     options = {**SMALL, "what": "train-step", "batch_norm": "replica"}
     request = request_for(config, "tpu:v5e:2x2", **options)
     devices = jax.devices()[:4]
     program = hlo.read_hlo(lower(request, devices).compile().as_text())
     assert differences(request, program, len(devices)) == []
     other = replace(config, attention="none" if attention != "none" else "se")
+    other = replace(other if place == "branch" else config, attention_place="branch")
     wrong = differences(request_for(other, "tpu:v5e:2x2", **options), program, len(devices))
     assert "values are summed over the devices" in wrong[0]
 

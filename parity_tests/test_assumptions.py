@@ -180,6 +180,7 @@ def test_the_command_and_the_certificate_say_each_and_the_flags_are_taken(tmp_pa
     values = {"--activation": ["silu"], "--eps": ["0.1"], "--antialias": ["none"]}
     values |= {"--dilated-stages": ["2"], "--first-stride": ["1"]}
     values |= {"--stem-stride": ["2"], "--stem-pool": ["2x2"], "--shortcut": ["none"]}
+    values |= {"--branch-activation": ["True"]}
     values |= {"--last-activation": ["False"], "--head-pool": ["max"], "--padding": ["same"]}
     for flag in flags:
         assert run(["inspect", str(tmp_path / "net.pth"), flag, *values[flag]]) == 0, flag

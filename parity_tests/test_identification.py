@@ -177,7 +177,6 @@ def test_impossible_numbers_are_refused(name, number):
             r"does not fit resnet18.*\n.*missing +layer1.1.conv1.weight.* more\n(.*\n)+It does fit",
         ),
         ({"architecture": "resnet19"}, "architecture 'resnet19' is unknown; known: resnet18"),
-        ({"architecture": "resnet9"}, "resnet9 is no named .*max pooling between .*resblock port "),
         (
             {"naming": "kuangliu"},
             r"unexpected .*downsample.0.weight.*\n(.*\n)*It does fit .*naming='torchvision'",

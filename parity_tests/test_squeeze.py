@@ -4,6 +4,7 @@ bit for bit."""
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -12,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flax_resblock import InputError, from_torch, to_torch
+from flax_resblock import AssumptionWarning, BlockConfig, from_torch, to_torch
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.checkpoint.unwrap import record_of
+from flax_resblock.convert import NAMINGS
 from flax_resblock.convert.opening import interpret
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
@@ -53,14 +55,14 @@ class Block(nn.Module):
     """A basic block whose channels are weighed by a module of its own, usually before the
     addition."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, squeeze, after: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, squeeze, place: str) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.se = squeeze(outputs)
-        self.after = after
+        self.place = place
         if stride > 1 or inputs != outputs:
             conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
             self.downsample = nn.Sequential(conv, nn.BatchNorm2d(outputs))
@@ -68,7 +70,9 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         skip = self.downsample(x) if hasattr(self, "downsample") else x
-        return F.relu(self.se(y + skip) if self.after else self.se(y) + skip)
+        if self.place == "output":
+            return self.se(F.relu(y + skip))
+        return F.relu(self.se(y + skip) if self.place == "sum" else self.se(y) + skip)
 
 
 class PreActivationBlock(nn.Module):
@@ -112,8 +116,8 @@ class Network(nn.Module):
 
 
 NETWORKS = {
-    "senet": (Block, "fc", Matrices, False),
-    "conv_reduce": (Block, "fc", Pixels, False),
+    "senet": (Block, "fc", Matrices, "branch"),
+    "conv_reduce": (Block, "fc", Pixels, "branch"),
     "kuangliu": (PreActivationBlock, "linear"),
 }
 INNER = {
@@ -157,14 +161,39 @@ def test_a_repositorys_squeeze_is_read_with_no_flags_and_goes_back(name):
         assert {"train forward", "running statistics", "parameter gradient"} <= stated
 
 
-def test_a_squeeze_after_the_addition_is_another_network_and_a_module_says_so():
-    """The negative control: the same tensors, and another place."""
-    module, before = randomise(Network(Block, "fc", Matrices, True)), network("senet")
-    before.load_state_dict(module.state_dict())
-    with jax.enable_x64(True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = from_torch(before)
-        assert relative_l2(*outputs(before, model)) <= FLOAT64_LIMIT
-        assert relative_l2(*outputs(module, model)) > 100 * FLOAT64_LIMIT
-        with pytest.raises(InputError, match="computes something else"):
-            from_torch(module, image_size=(17, 14))
+@pytest.mark.parametrize("place", fast_only(["output"], ["sum", "output"]))
+def test_a_squeeze_after_the_addition_is_another_network_and_a_module_says_so(place):
+    """Its tensors are those of the usual place, which is announced; the module is found out."""
+    torch.manual_seed(0)
+    module = randomise(Network(Block, "fc", Matrices, place))
+    state = state_to_numpy(module.state_dict())
+    with jax.enable_x64(True):
+        with pytest.warns(AssumptionWarning, match="attention_place='sum'"):
+            assert from_torch(module.state_dict()).config.attention_place == "branch"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = from_torch(module)
+        assert model.config.attention_place == place
+        assert relative_l2(*outputs(module, model)) <= FLOAT64_LIMIT
+        assert_same_bits(to_torch(model, "senet"), state)
+        for other in ("branch", "sum", "output"):  # the others are the negative controls
+            told = from_torch(state, assumptions={"attention_place": other}, assume="known")
+            assert (told.config == model.config) == (other == place)
+            assert other == place or relative_l2(*outputs(module, told)) > 100 * FLOAT64_LIMIT
+        images = np.random.default_rng(2).normal(0.2, 1, (3, 17, 14, 3))
+        naming = NAMINGS["senet"]
+        pair = ReferencePair(model.config, state, {}, naming=naming, module=module)
+        found = compare_pair(pair, images, Plan(gradients=True, precisions=("float64",)))
+        assert found.passed, [row for row in found.measurements if not row.verdict.passed][:3]
+
+
+def test_a_place_of_attention_that_changes_nothing_is_the_usual_one():
+    sizes = {"in_channels": 4, "out_channels": 4}
+    assert BlockConfig(**sizes, attention_place="sum") == BlockConfig(**sizes)
+    for options in ({"last_activation": False}, {"order": "pre_activation"}):
+        behind = [
+            BlockConfig(**sizes, **options, attention="se", attention_place=place)
+            for place in ("sum", "output")
+        ]
+        assert behind[0] == behind[1]
+        assert behind[0] != replace(behind[0], attention_place="branch")

@@ -60,7 +60,8 @@ def test_biases_are_read_from_the_tensors_and_go_back_bit_for_bit(stem):
         }
         block = next(replace(one, stride=2) for _, i, one in config.blocks() if not i)
         assert from_torch(random_bits(block, np.float32), stride=2).config == block
-    assert not any(getattr(architecture(name), one) for name in architectures() for one in BIASES)
+    names = [name for name in architectures() if name != "resnet9"]
+    assert not any(getattr(architecture(name), one) for name in names for one in BIASES)
 
 
 def test_a_bias_in_some_convolutions_of_a_kind_is_refused_by_name():

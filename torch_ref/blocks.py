@@ -24,6 +24,7 @@ class _Residual(nn.Module):
         *,
         shortcut: str = "projection",
         attention: str = "none",
+        attention_place: str = "branch",
         attention_ratio: float = 1 / 16,
         attention_multiple: int = 8,
         attention_bias: bool = True,
@@ -33,15 +34,17 @@ class _Residual(nn.Module):
         shortcut_size: int = 1,
         order: str = "post_activation",
         last_activation: bool = True,
+        branch_activation: bool = False,
         dropout: float = 0.0,
     ) -> None:
         outputs, preact = planes * self.expansion, order == "pre_activation"
         self.preact, self.adds = preact, shortcut != "none"
-        self.shortcut_from = shortcut_from
+        self.shortcut_from, self.place = shortcut_from, attention_place
         squeeze = attention_ratio, attention_multiple, attention_bias
         self.se = channel_attention(attention, outputs, *squeeze)
         self.act = activation_layer(activation)
         self.is_last = last_activation and not preact
+        self.ends_branch = branch_activation and not preact
         self.dropout = nn.Dropout(dropout)
         options: dict[str, Any] = {"size": shortcut_size, "normalised": not preact, "kind": kind}
         sizes = in_channels, outputs, stride
@@ -60,10 +63,16 @@ class _Residual(nn.Module):
             out = self._main(activated)
         else:
             out = self._main(x)
-        out = out if self.se is None else self.se(out)
+        out = self.act(out) if self.ends_branch else out
+        out = self._weighed(out, "branch")
         if self.adds:
             out = out + (skipped if self.downsample is None else self.downsample(skipped))
-        return self.act(out) if self.is_last else out
+        out = self._weighed(out, "sum")
+        return self._weighed(self.act(out) if self.is_last else out, "output")
+
+    def _weighed(self, x: Tensor, place: str) -> Tensor:
+        """What attention makes of the values at a place; the values where it has another place."""
+        return x if self.se is None or self.place != place else self.se(x)
 
 
 class BasicBlock(_Residual):

@@ -67,13 +67,15 @@ class ResNet(nn.Module):
       stem_bias: Whether the stem's convolutions have a bias.
       stem_norm: Whether the stem ends with a norm and an activation in pre-activation order too.
       first_stride: Stride of the first stage.
-      shortcut, stride_on, groups, base_width, attention, attention_ratio, attention_multiple,
-        attention_bias, antialias, conv_bias, shortcut_bias, shortcut_from, shortcut_size,
-        last_activation, dropout: Of every block.
+      shortcut, stride_on, groups, base_width, attention, attention_place, attention_ratio,
+        attention_multiple, attention_bias, antialias, conv_bias, shortcut_bias, shortcut_from,
+        shortcut_size, last_activation, branch_activation, dropout: Of every block.
       order: ``"post_activation"`` or ``"pre_activation"`` (He et al. 2016b).
       final_norm: Whether a norm and an activation follow the last stage in pre-activation order.
       norm, norm_groups, standardized, standardized_eps: See :class:`Kind`.
       head_pool: ``"mean"`` or ``"max"``.
+      transition: ``"strided"``, or ``"pooled"``: a stage begins with a convolution, norm,
+        activation and max pooling instead of a block with a stride.
       activation: Of the stem and of every block.
       dilated_stages: Stages (from 1) whose stride is replaced by dilation.
       in_channels, num_classes: Channels of the images, size of the logits (None: no head).
@@ -98,6 +100,7 @@ class ResNet(nn.Module):
         shortcut: str = "projection",
         stride_on: str = "3x3",
         attention: str = "none",
+        attention_place: str = "branch",
         attention_ratio: float = 1 / 16,
         attention_multiple: int = 8,
         attention_bias: bool = True,
@@ -116,9 +119,11 @@ class ResNet(nn.Module):
         standardized: bool = False,
         standardized_eps: float = 1e-8,
         last_activation: bool = True,
+        branch_activation: bool = False,
         dropout: float = 0.0,
         final_norm: bool = True,
         head_pool: str = "mean",
+        transition: str = "strided",
         dilated_stages: Sequence[int] = (),
         in_channels: int = 3,
         num_classes: int | None = 1000,
@@ -140,11 +145,20 @@ class ResNet(nn.Module):
         options: dict[str, Any] = {"stride_on": stride_on} if block == "bottleneck" else {}
         make_block = BasicBlock if block == "basic" else Bottleneck
         channels, dilation = stem_width, 1
-        self.stages: list[nn.Sequential] = []
+        self.stages: list[nn.Module] = []
         for number, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
             stride, previous_dilation = (first_stride if number == 1 else 2), dilation
             if number in dilated_stages:
                 dilation, stride = dilation * stride, 1
+            if transition == "pooled":
+                outputs = width * make_block.expansion
+                conv = kind.make_conv(channels, outputs, 3, bias=conv_bias)
+                pool = _stem_pooling("2x2" if stride > 1 else "none", False, outputs, padding)
+                layers = conv, kind.make_norm(outputs), activation_layer(activation), pool
+                before = nn.Sequential(*layers)
+                self.add_module(f"transition{number}", before)
+                self.stages.append(before)
+                channels, stride = outputs, 1
             blocks = []
             for index in range(depth):
                 blocks.append(
@@ -157,6 +171,7 @@ class ResNet(nn.Module):
                         base_width=base_width,
                         shortcut=shortcut,
                         attention=attention,
+                        attention_place=attention_place,
                         attention_ratio=attention_ratio,
                         attention_multiple=attention_multiple,
                         attention_bias=attention_bias,
@@ -173,6 +188,7 @@ class ResNet(nn.Module):
                         standardized=standardized,
                         standardized_eps=standardized_eps,
                         last_activation=last_activation,
+                        branch_activation=branch_activation,
                         dropout=dropout,
                         **options,
                     )

@@ -47,13 +47,16 @@ def expected(config: Config, batch_norm: str, dtype: str = "float32") -> Expecte
     compiler decides.
 
     The bias of a shortcut's norm and that of the block's last norm have the same gradient, unless
-    attention weighs the main path in between. The compiler sums the gradient once for both."""
+    attention weighs the main path before the addition or the main path ends with an activation.
+    The compiler sums the gradient once for both."""
     slots = list(walk(config))
     norms = [slot for slot in slots if slot.kind is SlotKind.NORM]
-    weighed = {(s.stage, s.block) for s in slots if s.branch is Branch.ATTENTION}
+    weighs = [s for s in slots if s.branch is Branch.ATTENTION and s.kind is SlotKind.OUTPUT]
+    weighed = {(s.stage, s.block) for s in weighs if not s.takes}
     pooled = {(s.stage, s.block) for s in slots if s.kind is SlotKind.AVERAGE_POOL}
     skips = [slot for slot in norms if slot.branch is Branch.SHORTCUT]
     shared = sum(slot.shape[0] for slot in skips if (slot.stage, slot.block) not in weighed)
+    shared = 0 if config.branch_activation else shared
     loss = 1
     gradients = sum(slot.parameters for slot in slots) - shared + loss
     if batch_norm == "replica":

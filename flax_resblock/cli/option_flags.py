@@ -41,8 +41,13 @@ class OptionFlags:
     give, or the block's input."""
     shortcut: Literal["zero_pad", "zero_pad_behind", "none"] | None = None
     """Where shortcuts without weights put new channels, or that no block adds its input."""
+    attention_place: Literal["branch", "sum", "output"] | None = None
+    """What squeeze-and-excitation and other attention weighs: the main path before the addition,
+    the sum, or the block's output after its activation."""
     last_activation: YesOrNo = None
     """Whether a block ends with its activation."""
+    branch_activation: YesOrNo = None
+    """Whether the main path of a block ends with an activation before the addition."""
     head_pool: Literal["mean", "max"] | None = None
     """How the head pools over all pixels."""
     norm: Literal["batch", "frozen"] | None = None

@@ -81,6 +81,20 @@ _BARE: Mapping[str, Any] = MappingProxyType({"order": "pre_activation", "final_n
 _RESNET18 = ResNetConfig()
 _RESNET34 = ResNetConfig(depths=(3, 4, 6, 3))
 _RESNET50 = _bottleneck((3, 4, 6, 3))
+_RESNET9 = ResNetConfig(
+    depths=(1, 0, 1),
+    widths=(128, 256, 512),
+    stem="cifar",
+    stem_bias=True,
+    conv_bias=True,
+    transition="pooled",
+    first_stride=2,
+    branch_activation=True,
+    last_activation=False,
+    head_pool="max",
+    num_classes=10,
+)
+"""As its tutorials write it, with biases, after David Page's for DAWNBench."""
 _RESNET101, _RESNET152 = _bottleneck((3, 4, 23, 3)), _bottleneck((3, 8, 36, 3))
 _RESNET26 = _bottleneck((2, 2, 2, 2))
 _RESNEXT50 = _bottleneck((3, 4, 6, 3), groups=32, base_width=4)
@@ -171,30 +185,15 @@ ARCHITECTURES: Mapping[str, ResNetConfig] = MappingProxyType(
         "wrn_16_4": _wide(16, 4),
         "wrn_28_10": _wide(28, 10),
         "wrn_40_2": _wide(40, 2),
+        "resnet9": _RESNET9,
     }
 )
 """Torchvision's; CIFAR's of He et al. 2016, and ImageNet's with that stem; Caffe's; timm's; CIFAR's
-of He et al. 2016b and Zagoruyko & Komodakis 2016."""
-
-
-OTHER_NETWORKS: Mapping[str, str] = MappingProxyType(
-    {
-        "resnet9": "max pooling between its convolutions and residual parts in two of its stages "
-        "alone, each of which adds what comes behind an activation, and its authors differ in the "
-        "rest"
-    }
-)
-"""Networks that people call residual and that no configuration describes, and why."""
+of He et al. 2016b and Zagoruyko & Komodakis 2016, and the fast one of DAWNBench."""
 
 
 def unknown_architecture(name: str) -> str:
     """A sentence on a name that is none of :data:`ARCHITECTURES`, and what to do."""
-    if (why := OTHER_NETWORKS.get(name)) is not None:
-        return (
-            f"{name} is no named architecture: it has {why}. `flax-resblock port net.py:Net "
-            f"weights.pth out` (flax_resblock.port in Python) writes your own module as Flax "
-            f"source, with its weights."
-        )
     return f"architecture {name!r} is unknown; known: {', '.join(ARCHITECTURES)}."
 
 
@@ -269,6 +268,6 @@ _SAID = (
     "order",
 )
 _SAID += ("shortcut_from", "shortcut_size", "norm", "standardized", "last_activation", "final_norm")
-_SAID += ("head_pool", "dropout")
+_SAID += ("head_pool", "dropout", "attention_place", "branch_activation", "transition")
 _SHORTER = {"order pre_activation": "pre-activation"}
 _SHORTER |= {"norm group": "group norm", "norm frozen": "frozen norms"}

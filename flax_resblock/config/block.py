@@ -172,15 +172,17 @@ class BlockConfig(BlockOptions):
             numbers: dict[str, Any] = {"stride": stride, "bias": self.conv_bias, **shared}
             if size > 1:
                 numbers |= {"dilation": self.dilation, "groups": self.groups}
-            if self.norm_first or i < last:
+            if self.norm_first or self.branch_activation or i < last:
                 numbers["activation"] = self.activation
             names = f"conv{i}", f"norm{i}"
             yield from normalised_conv(stage, block, names, size, (ends[0], ends[1]), **numbers)
             if self.blurs and i == last - 1:
                 yield at("blur", SlotKind.BLUR, (3, 3), stride=self.stride, padding=1)
-        yield from self._attention_slots(at)
+        attention, weighs_branch = self._attention_slots(at), self.attention_place == "branch"
+        yield from attention if weighs_branch else ()
         if self.projects:
             yield from self._shortcut_slots(at, stage, block)
+        yield from () if weighs_branch else attention
         added = self.shortcut if self.changes_shape or self.shortcut == "none" else "input"
         yield at("", SlotKind.OUTPUT, activation=self.ending, takes=added)
 
@@ -208,4 +210,5 @@ class BlockConfig(BlockOptions):
             shape = (window, 1, 1)
             yield at("attention.conv", kind, shape, padding=window // 2, branch=branch)
         if self.attention != "none":
-            yield at("attention", SlotKind.OUTPUT, branch=branch)
+            takes = "" if self.attention_place == "branch" else self.attention_place
+            yield at("attention", SlotKind.OUTPUT, branch=branch, takes=takes)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any, Literal
 
 from flax_resblock.config.block import BlockConfig
 from flax_resblock.config.options import (
     EXPANSION,
+    STEM_WINDOWS,
+    USUAL_STEMS,
     BlockKind,
     BlockOptions,
-    SharedOptions,
-    StridePlacement,
+    HeadPool,
+    Stem,
+    StemPadding,
+    StemPool,
+    StemStride,
+    Transition,
 )
 from flax_resblock.config.slots import (
     Branch,
@@ -24,46 +29,11 @@ from flax_resblock.config.slots import (
     norm_slot,
     normalised_conv,
     padded,
+    pooled_conv,
 )
 
-Stem = Literal["imagenet", "deep", "cifar"]
-StemStride = Literal[None, 1, 2]
-StemPool = Literal[None, "3x3", "3x3_zeros", "2x2", "none"]
-StemPadding = Literal[None, "symmetric", "same"]
-HeadPool = Literal["mean", "max"]
-USUAL_STEMS: Mapping[Stem, tuple[int, str]] = MappingProxyType(
-    {"imagenet": (2, "3x3"), "deep": (2, "3x3"), "cifar": (1, "none")}
-)
-"""Stride of the first convolution, and the pooling after the last."""
-_WINDOWS: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {"3x3": (3, 1), "3x3_zeros": (3, 0), "2x2": (2, 0)}
-)
-"""Size and padding of each pooling; zeros stand around the image in the second."""
 MOST_BLOCKS = 10_000
 """Of a network; a configuration in a file may say any number."""
-
-
-class NetworkOptions(SharedOptions, total=False):
-    """Every field of :class:`ResNetConfig` but ``in_channels`` and ``num_classes``, for functions
-    that pass them on as keyword arguments."""
-
-    block: BlockKind
-    depths: tuple[int, ...]
-    widths: tuple[int, ...]
-    stem: Stem
-    stem_width: int
-    stem_hidden: tuple[int, ...]
-    stem_stride: StemStride
-    stem_pool: StemPool
-    stem_padding: StemPadding
-    stem_bias: bool
-    stem_norm: bool
-    first_stride: int
-    stride_on: StridePlacement
-    base_width: int
-    dilated_stages: tuple[int, ...]
-    final_norm: bool
-    head_pool: HeadPool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +43,7 @@ class ResNetConfig(BlockOptions):
 
     Attributes:
       block: Kind of every block.
-      depths: Blocks per stage.
+      depths: Blocks per stage; 0 where ``transition`` is ``"pooled"``, but not in every stage.
       widths: Planes per stage (a bottleneck's output has four times as many channels).
       stem: ``"imagenet"``: 7x7 convolution of stride 2 and 3x3 max pooling of stride 2; ``"deep"``:
         three 3x3 convolutions, the first of stride 2, and the same pooling; ``"cifar"``: 3x3
@@ -98,6 +68,9 @@ class ResNetConfig(BlockOptions):
       num_classes: Size of the logits; None: no head, the network returns pooled features.
       final_norm: Whether a norm and an activation follow the last stage in pre-activation order.
       head_pool: How the head pools over all pixels.
+      transition: How a stage begins: its first block changes the channels and has the stride; or,
+        with ``"pooled"``, a 3x3 convolution, norm and activation change the channels in front of
+        its blocks, and max pooling of 2x2 pixels has the stride (ResNet-9 of DAWNBench).
     Raises:
       ValueError: Numbers that make no network.
     """
@@ -119,6 +92,7 @@ class ResNetConfig(BlockOptions):
     num_classes: int | None = 1000
     final_norm: bool = True
     head_pool: HeadPool = "mean"
+    transition: Transition = "strided"
 
     def __post_init__(self) -> None:
         for field in ("depths", "widths", "stem_hidden", "dilated_stages"):
@@ -129,7 +103,10 @@ class ResNetConfig(BlockOptions):
                 f"least one."
             )
         classes = () if self.num_classes is None else (self.num_classes,)
-        sizes = (*self.depths, *self.widths, *self.stem_hidden, self.stem_width, self.in_channels)
+        if self.transition == "pooled":
+            self._check_pooled()
+        depths = self.depths if self.transition == "strided" else ()
+        sizes = (*depths, *self.widths, *self.stem_hidden, self.stem_width, self.in_channels)
         for field in (*sizes, *classes):
             if not isinstance(field, int) or field < 1:
                 raise ValueError(
@@ -149,9 +126,8 @@ class ResNetConfig(BlockOptions):
         if self.padding == "same" and self.stem_pooling == "3x3_zeros":
             raise ValueError("stem_pool='3x3_zeros' pads by itself; padding='same' has no place.")
         if self.norm == "group" and self.stem_width % self.norm_groups:
-            raise ValueError(
-                f"norm_groups={self.norm_groups} must divide stem_width={self.stem_width}."
-            )
+            words = f"norm_groups={self.norm_groups} must divide stem_width={self.stem_width}."
+            raise ValueError(words)
         if sum(self.depths) > MOST_BLOCKS:
             raise ValueError(f"depths={self.depths} are more than {MOST_BLOCKS:,} blocks.")
         if len(self.stem_hidden) != (2 if self.stem == "deep" else 0):
@@ -166,8 +142,22 @@ class ResNetConfig(BlockOptions):
                 f"dilated_stages={self.dilated_stages} must be among 2..{len(self.depths)}; "
                 f"stage 1 has no stride to replace."
             )
-        for _ in self.blocks():  # every block checks itself
-            pass
+        list(self.blocks())  # every block checks itself
+
+    def _check_pooled(self) -> None:
+        """Raises ValueError for what does not go with ``transition="pooled"``, and sets what no
+        block has to its default: none of them changes the shape."""
+        if not all(isinstance(one, int) and one >= 0 for one in self.depths) or not any(
+            self.depths
+        ):
+            raise ValueError(f"depths={self.depths} must name blocks, at least one altogether.")
+        if self.norm_first or self.antialias != "none" or self.dilated_stages:
+            words = "goes with order='post_activation', without antialias and dilated_stages."
+            raise ValueError(f"transition='pooled' {words}")
+        for field in ("stride_on", "shortcut_size", "shortcut_bias"):
+            object.__setattr__(self, field, ResNetConfig.__dataclass_fields__[field].default)
+        if self.shortcut != "none":
+            object.__setattr__(self, "shortcut", "projection")
 
     @property
     def feature_channels(self) -> int:
@@ -197,7 +187,7 @@ class ResNetConfig(BlockOptions):
     @property
     def stem_window(self) -> tuple[int, int | Literal["SAME"]]:
         """Size and padding of the window of that pooling, where there is one."""
-        size, sides = _WINDOWS[self.stem_pooling]
+        size, sides = STEM_WINDOWS[self.stem_pooling]
         return size, padded(size, 2, self.padding, sides)
 
     @property
@@ -230,6 +220,8 @@ class ResNetConfig(BlockOptions):
             if number in self.dilated_stages:
                 dilation, stride = dilation * stride, 1
             out_channels = width * EXPANSION[self.block]
+            if self.transition == "pooled":
+                channels, stride = out_channels, 1
             first = BlockConfig(
                 in_channels=channels,
                 out_channels=out_channels,
@@ -244,11 +236,27 @@ class ResNetConfig(BlockOptions):
             yield from ((stage, index, others if index else first) for index in range(depth))
             channels = out_channels
 
+    def transitions(self) -> dict[str, tuple[int, int, int]]:
+        """Input channels, output channels and stride of what comes before the blocks of each stage,
+        by its name."""
+        if self.transition == "strided":
+            return {}
+        outputs = [width * EXPANSION[self.block] for width in self.widths]
+        strides = self.first_stride, *[2] * (len(outputs) - 1)
+        found = zip(pairwise((self.stem_width, *outputs)), strides, strict=True)
+        return {f"transition{n}": (*ends, by) for n, (ends, by) in enumerate(found, start=1)}
+
     def slots(self) -> Iterator[Slot]:
         """Every slot in forward order."""
         yield from self._stem_slots()
-        for stage, index, block in self.blocks():
-            yield from block.slots(stage, index)
+        blocks, before = list(self.blocks()), self.transitions()
+        for stage in self.stage_names:
+            name = stage.replace("stage", "transition")
+            if name in before:
+                told = {"activation": self.activation, "bias": self.conv_bias}
+                yield from pooled_conv(name, *before[name], **told, **self.layer_numbers)
+            for _, index, block in (one for one in blocks if one[0] == stage):
+                yield from block.slots(stage, index)
         head: dict[str, Any] = {"branch": Branch.HEAD}
         if self.ends_with_norm:
             its = {"norm": self.norm, "norm_groups": self.norm_groups, **head}

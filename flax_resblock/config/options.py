@@ -17,10 +17,25 @@ ShortcutSize = Literal[1, 3]
 Order = Literal["post_activation", "pre_activation"]
 StridePlacement = Literal["3x3", "1x1"]
 Attention = Literal["none", "se", "eca"]
+AttentionPlace = Literal["branch", "sum", "output"]
 Antialias = Literal["none", "blur"]
 PaddingRule = Literal["symmetric", "same"]
+Stem = Literal["imagenet", "deep", "cifar"]
+StemStride = Literal[None, 1, 2]
+StemPool = Literal[None, "3x3", "3x3_zeros", "2x2", "none"]
+StemPadding = Literal[None, "symmetric", "same"]
+HeadPool = Literal["mean", "max"]
+Transition = Literal["strided", "pooled"]
 Lowering = Literal["auto", "xla"]  # of convolutions on a CPU; see flax_resblock.conv_lowering
 
+USUAL_STEMS: Mapping[Stem, tuple[int, str]] = MappingProxyType(
+    {"imagenet": (2, "3x3"), "deep": (2, "3x3"), "cifar": (1, "none")}
+)
+"""Stride of the first convolution, and the pooling after the last."""
+STEM_WINDOWS: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {"3x3": (3, 1), "3x3_zeros": (3, 0), "2x2": (2, 0)}
+)
+"""Size and padding of each pooling; zeros stand around the image in the second."""
 EXPANSION: Mapping[str, int] = MappingProxyType({"basic": 1, "bottleneck": 4})
 
 
@@ -49,6 +64,7 @@ class SharedOptions(TypedDict, total=False):
     groups: int
     shortcut: Shortcut
     attention: Attention
+    attention_place: AttentionPlace
     attention_ratio: float
     attention_multiple: int
     attention_bias: bool
@@ -65,7 +81,32 @@ class SharedOptions(TypedDict, total=False):
     standardized: bool
     standardized_eps: float
     last_activation: bool
+    branch_activation: bool
     dropout: float
+
+
+class NetworkOptions(SharedOptions, total=False):
+    """Every field of :class:`ResNetConfig` but ``in_channels`` and ``num_classes``, for functions
+    that pass them on as keyword arguments."""
+
+    block: BlockKind
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    stem: Stem
+    stem_width: int
+    stem_hidden: tuple[int, ...]
+    stem_stride: StemStride
+    stem_pool: StemPool
+    stem_padding: StemPadding
+    stem_bias: bool
+    stem_norm: bool
+    first_stride: int
+    stride_on: StridePlacement
+    base_width: int
+    dilated_stages: tuple[int, ...]
+    final_norm: bool
+    head_pool: HeadPool
+    transition: Transition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +131,12 @@ class BlockOptions:
       shortcut_size: Of the kernel of a projection, in pixels.
       stride_on: Which convolution of a bottleneck carries the stride: ``"3x3"`` as torchvision,
         ``"1x1"`` as Caffe and He et al.
-      attention: Weighs the channels of the main path before the addition: ``"se"``
-        squeeze-and-excitation (arXiv:1709.01507), ``"eca"`` efficient channel attention
-        (arXiv:1910.03151).
+      attention: Weighs channels: ``"se"`` squeeze-and-excitation (arXiv:1709.01507), ``"eca"``
+        efficient channel attention (arXiv:1910.03151).
+      attention_place: Which channels: those of the main path before the addition (``"branch"``),
+        those of the sum before its activation (``"sum"``), or those of the block's output, behind
+        that activation (``"output"``, the SE-POST block of arXiv:1709.01507). Where no activation
+        follows the addition, the last two are one network, called ``"sum"``.
       attention_ratio: Inner channels of ``"se"`` per channel.
       attention_multiple: What they are a multiple of: rounded to the nearest multiple of 8, as timm
         does, or with 1 rounded down, as ``channels // 16`` does.
@@ -117,6 +161,8 @@ class BlockOptions:
         for each output channel (Qiao et al. 2019, arXiv:1903.10520); not those of attention.
       standardized_eps: Added to that variance.
       last_activation: Whether a block of ``"post_activation"`` ends with its activation.
+      branch_activation: Whether the main path of ``"post_activation"`` ends with an activation of
+        its own, before the addition.
       dropout: Probability of dropping a value in front of the second convolution of a block, in
         training (wide ResNets, Zagoruyko & Komodakis 2016, arXiv:1605.07146).
     """
@@ -126,6 +172,7 @@ class BlockOptions:
     shortcut: Shortcut = "projection"
     stride_on: StridePlacement = "3x3"
     attention: Attention = "none"
+    attention_place: AttentionPlace = "branch"
     attention_ratio: float = 1 / 16
     attention_multiple: int = 8
     attention_bias: bool = True
@@ -142,6 +189,7 @@ class BlockOptions:
     standardized: bool = False
     standardized_eps: float = 1e-8
     last_activation: bool = True
+    branch_activation: bool = False
     dropout: float = 0.0
 
     @property
@@ -167,8 +215,10 @@ class BlockOptions:
         unused = {
             "shortcut_from": not self.norm_first or self.shortcut == "none",
             "last_activation": self.norm_first,
+            "branch_activation": self.norm_first,
             "norm_groups": self.norm != "group",
             "standardized_eps": not self.standardized,
+            "attention_place": self.attention == "none" or self.shortcut == "none",
             "attention_ratio": self.attention != "se",
             "attention_multiple": self.attention != "se",
             "attention_bias": self.attention != "se",
@@ -176,6 +226,8 @@ class BlockOptions:
         for name, is_unused in unused.items():
             if is_unused:
                 object.__setattr__(self, name, BlockOptions.__dataclass_fields__[name].default)
+        if self.attention_place == "output" and (self.norm_first or not self.last_activation):
+            object.__setattr__(self, "attention_place", "sum")
         if not isinstance(self.norm_groups, int) or self.norm_groups < 1:
             raise ValueError(f"norm_groups={self.norm_groups!r} must be a positive integer.")
         if not isinstance(self.attention_multiple, int) or self.attention_multiple < 1:

@@ -42,7 +42,7 @@ class Branch(Enum):
     STEM = "stem"
     MAIN = "main path"
     ATTENTION = "attention"
-    """On the main path, after its last norm."""
+    """Weighs channels: of the main path after its last norm, or behind the addition."""
     SHORTCUT = "shortcut"
     HEAD = "head"
 
@@ -67,7 +67,7 @@ class Slot:
       standardized: Added to the variance by which a kernel is standardised; None: it is used as it
         is.
       takes: What a slot is given where the order of the slots does not say it: the option of a
-        shortcut or head.
+        shortcut, attention or head.
     """
 
     stage: str
@@ -193,3 +193,21 @@ def normalised_conv(
         its_channels = channels[0] if norm_first else channels[1]
         both.append(norm_slot(stage, block, its, its_channels, **told))
     yield from reversed(both) if norm_first else both
+
+
+def pooled_conv(
+    stage: str, inputs: int, outputs: int, stride: int, *, padding_rule: str, **numbers: Any
+) -> Iterator[Slot]:
+    """A 3x3 convolution and its norm, and max pooling that has the stride where there is one.
+
+    Args:
+      stage: Where they are.
+      inputs, outputs: Channels.
+      stride: And size of the pooling's window, in pixels.
+      padding_rule, **numbers: See :func:`normalised_conv`.
+    """
+    ends = ("conv", "norm"), 3, (inputs, outputs)
+    yield from normalised_conv(stage, None, *ends, padding_rule=padding_rule, **numbers)
+    if stride > 1:
+        sides, window = padded(stride, stride, padding_rule, 0), (stride, stride)
+        yield Slot(stage, None, "pool", SlotKind.MAX_POOL, window, stride=stride, padding=sides)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from flax_resblock.config import ARCHITECTURES
-from flax_resblock.config.architectures import OTHER_NETWORKS
 from flax_resblock.convert.detection.assumption_rules import ASSUMPTION_RULES
 from flax_resblock.convert.detection.backbones import BACKBONES
 from flax_resblock.convert.namings import NAMINGS
@@ -83,10 +82,7 @@ FAMILIES = (
         _TIMM, _EQUAL,
     ),
     Family("timm ResNet with GroupNorm", "timm", "resnet50_gn", _TIMM, _EQUAL),
-    Family(
-        "timm ResNetV2", "timm_v2", "pre-activation, batch norms: 18, 34, 50, 101, 152", _TIMM,
-        _EQUAL,
-    ),
+    Family("timm ResNetV2", "timm_v2", "batch norms: 18, 34, 50, 101, 152", _TIMM, _EQUAL),
     Family(
         "timm ResNetV2 with a d or t stem", "timm_v2_d",
         "the same with three convolutions in the stem and shortcuts that pool: 18d, 34d, 50d, 50t, "
@@ -107,8 +103,7 @@ FAMILIES = (
     ),
     Family(
         "SENet of CIFAR", "kuangliu",
-        "squeeze-and-excitation in pre-activation blocks behind a stem with a norm (`fc1`, `fc2`)",
-        "none", _SPELLED,
+        "pre-activation, squeeze-and-excitation (`fc1`, `fc2`), norm in the stem", "none", _SPELLED,
     ),
     Family(
         "SE-ResNets", "senet", "moskomule's linear layers without biases (`se.fc.0`); the row "
@@ -118,6 +113,11 @@ FAMILIES = (
         "wide ResNets", "wide_resnet", "meliketoy's spelling: biases, dropout, shortcuts of the "
         "block's input", "none", _SPELLED,
     ),
+    Family(
+        "ResNet-9", "resnet9",
+        "PyTorch tutorials' spelling (`res1.0.0`, `classifier.3`), any widths; the row "
+        "resnet9_plain has no dropout (`classifier.2`)", "none", _SPELLED,
+    ),
     Family("wide ResNets", "xternalz", "xternalz's spelling", "none", _SPELLED),
     Family(
         "wide ResNets", "zagoruyko", "tensors of code without modules (`group0.block0.conv0`)",
@@ -125,8 +125,8 @@ FAMILIES = (
     ),
     Family(
         "Caffe and MSRA", "torchvision",
-        "resnet50_caffe and the others, with --stride-on 1x1 or an OpenMMLab configuration in "
-        "the file", "transformers 5.24.0",
+        "resnet50_caffe and the others, with --stride-on 1x1 or OpenMMLab's configuration",
+        "transformers 5.24.0",
         "the stride placement equals that of `downsample_in_bottleneck`, which is tested there; "
         "not tested with Caffe's own weights",
     ),
@@ -183,8 +183,8 @@ FAMILIES = (
 )  # fmt: skip
 
 NOT_CONVERTED = (
+    ("ResNet-9 with scaled logits or other windows of pooling", "no option; `port` takes them"),
     ("timm resnetv2 evos and frn", "norms that are activations, with a third tensor"),
-    *((name, f"{why}; `port` takes them") for name, why in OTHER_NETWORKS.items()),
     ("timm resnetaa", "average pooling drops the last row of odd sizes, but the shortcut does not"),
     (
         "timm resnetrs, senet154, ecaresnet*_pruned",

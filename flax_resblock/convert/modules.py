@@ -124,7 +124,8 @@ class ModuleFacts:
         home = state_map.naming.modules.get("stem.pool")
         config = state_map.config
         over = "Max" if isinstance(config, ResNetConfig) and config.head_pool == "max" else "Avg"
-        others = self._other_layers(places, [] if True in placed else pools, home, over)
+        pools, blocks = [] if True in placed else pools, state_map.naming.inside_blocks(config)
+        others = self._other_layers(places, blocks, pools, home, over)
         return [words for words in found if words] + absent + list(others)
 
     def trains_otherwise(self, state_map: StateMap) -> bool:
@@ -134,6 +135,7 @@ class ModuleFacts:
     def _other_layers(
         self,
         places: Mapping[str | None, Slot],
+        blocks: tuple[str, ...],
         unplaced: Sequence[Slot],
         home: str | None,
         over: str,
@@ -146,7 +148,6 @@ class ModuleFacts:
         activations: set[Activation | None] = {slot.activation for slot in places.values()}
         expected = [TORCH_ACTIVATIONS[one] for one in activations if one is not None]
         attention = tuple(f"{name}." for name, s in places.items() if s.branch is Branch.ATTENTION)
-        blocks = tuple(f"{name}." if name else "" for name, s in places.items() if s.is_block)
         for name, module in self.modules.items():
             layer, package = type(module).__name__, type(module).__module__
             if name in places:
@@ -214,11 +215,7 @@ class ModuleFacts:
         """Options that single layers say: groups, standardised kernels, frozen norms, dropout."""
         names = [state_map.naming.module_name(slot) for slot in walk(state_map.config)]
         layers = [self.modules[name] for name in names if name in self.modules]
-        blocks = tuple(
-            f"{state_map.naming.module_name(slot)}."
-            for slot in walk(state_map.config)
-            if slot.is_block
-        )
+        blocks = state_map.naming.inside_blocks(state_map.config)
         rates = {
             float(module.p)
             for name, module in self.modules.items()

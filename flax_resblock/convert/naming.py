@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from flax_resblock.config import Activation, Branch, Slot, SlotKind
+from flax_resblock.config import Activation, Branch, Config, Slot, SlotKind, walk
 from flax_resblock.convert.codecs import (
     AS_IS,
     MATRIX,
@@ -83,7 +83,7 @@ FLAX_TENSORS: Mapping[SlotKind, tuple[Tensor, ...]] = MappingProxyType(
 
 def is_outside(place: str) -> bool:
     """Whether a place of a network is outside its blocks."""
-    return place in ("norm", "head") or place.startswith("stem")
+    return place in ("norm", "head") or place.startswith(("stem", "transition"))
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,10 @@ class Naming:
         through (from ``first_stage``).
       modules: Module name of every place of the network. Places outside the stages are
         ``"stem.conv"``, ``"stem.norm"`` (``"stem.conv1"`` to ``"stem.norm3"`` of a deep stem) and
-        ``"norm"`` behind the last stage and ``"head"``; those of a block are ``"conv1"``,
-        ``"norm1"``, ``"conv2"`` and so on, ``"shortcut.conv"``, ``"shortcut.norm"``. You can leave
-        out those that you do not have.
+        ``"norm"`` behind the last stage and ``"head"``; ``"transition1.conv"`` and
+        ``"transition1.norm"`` are in front of the first stage where that begins with pooling; those
+        of a block are ``"conv1"``, ``"norm1"``, ``"conv2"`` and so on, ``"shortcut.conv"``,
+        ``"shortcut.norm"``. You can leave out those that you do not have.
       origin: Who writes such checkpoints.
       first_stage, first_block: Numbers of the first stage, and of the first block of each, in the
         template.
@@ -120,6 +121,8 @@ class Naming:
       counts: Whether norms have the counter ``num_batches_tracked``.
       root: Of a JAX program: the module around all others in its files.
       parts: The parts of a block in the order of their tensors.
+      branches: Whether the prefix of a block is that of its main path alone, so that no module
+        gives what the block does.
     Example:
       >>> mine = Naming(
       ...     name="mine",
@@ -156,6 +159,7 @@ class Naming:
     counts: bool = True
     root: str = ""
     matrices: tuple[str, ...] = ()
+    branches: bool = False
 
     def tensors_of(self, kind: SlotKind, role: str) -> tuple[Tensor, ...]:
         """The tensors of a layer at a place of a block."""
@@ -201,6 +205,11 @@ class Naming:
         number = int(stage.removeprefix("stage")) - 1 + self.first_stage
         return self.stage.format(stage=number, block=block + self.first_block)
 
+    def inside_blocks(self, config: Config) -> tuple[str, ...]:
+        """With what the names of modules inside the blocks of a network begin."""
+        places = [(slot.stage, slot.block) for slot in walk(config) if slot.is_block]
+        return tuple(f"{name}." if (name := self.block_prefix(*at)) else "" for at in places)
+
     def is_inside_block(self, key: str) -> bool:
         """Whether a tensor has the name of one in a block of a network."""
         if self.blocks:
@@ -221,7 +230,7 @@ class Naming:
         if prefix is None:
             return None
         if inside_stages and not slot.role:
-            return prefix
+            return None if self.branches else prefix
         place = slot.role if inside_stages else ".".join(filter(None, (slot.stage, slot.role)))
         module = self.modules.get(place)
         return None if module is None else self.joint.join(filter(None, (prefix, module)))

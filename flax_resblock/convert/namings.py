@@ -52,11 +52,24 @@ def _squeeze(*layers: str) -> dict[str, str]:
     return dict(zip(_SQUEEZE, layers, strict=True))
 
 
+def _transitions(name: str, behind: int = 0) -> dict[str, str]:
+    """The sequences that begin stages with pooling, numbered on from ``behind``."""
+    layers = {"conv": 0, "norm": 1, "pool": 3}
+    return {
+        f"transition{stage}.{layer}": f"{name}{stage + behind}.{index}"
+        for stage in range(1, _MOST_TRANSITIONS + 1)
+        for layer, index in layers.items()
+    }
+
+
+_MOST_TRANSITIONS = 6
 _SE_LAYER = _squeeze("se_layer.conv1.conv", "se_layer.conv2.conv")
 _TORCHVISION = (
     _STEM | _stem_sequence("conv1", "bn1") | _RESIDUAL | _DOWNSAMPLE | _POOLED | _ATTENTION
-    | {"norm": "bn"}
+    | {"norm": "bn"} | _transitions("transition")
 )  # fmt: skip
+_OWN = ("norm", *_transitions(""))
+"""Places that no network of torchvision or timm under these names has."""
 _SEQUENTIAL = {
     **{f"conv{i + 1}": f"block.{3 * i}" for i in range(3)},
     **{f"norm{i + 1}": f"block.{3 * i + 1}" for i in range(3)},
@@ -122,6 +135,19 @@ _FLAX_PLACES = (*_TORCHVISION, "head")
 _DEEP_STEM = _stem_sequence("stem", "stem.7")
 _OPENMMLAB = {place: f"backbone.{name}" for place, name in (_STEM | _DEEP_STEM).items()}
 
+
+def _resnet9(name: str, head: str, note: str = "") -> Naming:
+    """The ResNet-9 of tutorials: ``res1`` and on are the parts that are added, in every second
+    stage."""
+    modules = {"stem.conv": "conv1.0", "stem.norm": "conv1.1", **_transitions("conv", 1)}
+    modules |= {"conv1": "0.0", "norm1": "0.1", "conv2": "1.0", "norm2": "1.1", "head": head}
+    blocks = tuple((f"res{n // 2 + 1}",) if n % 2 == 0 else () for n in range(_MOST_TRANSITIONS))
+    told = {"branch_activation": True, "last_activation": False, "head_pool": "max"}
+    told |= {"first_stride": 2, "activation": "relu"}
+    fields = {"blocks": blocks, "told": told, "note": note, "branches": True}
+    return Naming(name, "res{stage}", modules, "the ResNet9 of PyTorch tutorials", **fields)
+
+
 _ROWS = (
     Naming(
         "torchvision", "layer{stage}.{block}", _TORCHVISION | {"head": "fc"},
@@ -171,7 +197,7 @@ _ROWS = (
     _timm_v2("timm_v2_d", _TIMM_V2_D, "timm's resnetv2 with a d or t stem", {"shortcut": "pooled"}),
     Naming(
         "timm", "layer{stage}.{block}",
-        {place: name for place, name in _TORCHVISION.items() if place != "norm"} | {"head": "fc"},
+        {place: name for place, name in _TORCHVISION.items() if place not in _OWN} | {"head": "fc"},
         "timm's folders (torchvision's names)", hub="timm",
     ),
     Naming(
@@ -198,6 +224,10 @@ _ROWS = (
         "children", "{stage}.{block}", _CHILDREN | _RESIDUAL | _DOWNSAMPLE,
         "nn.Sequential(*resnet.children()) without fc: lightly, BYOL", first_stage=4,
     ),
+    _resnet9(
+        "resnet9", "classifier.3", "the dropout in front of its head, if it has one, is left out"
+    ),
+    _resnet9("resnet9_plain", "classifier.2"),
     Naming(
         "flax", "stage{stage}.{block}", {place: place for place in _FLAX_PLACES},
         "this library's own names and layouts (NHWC, HWIO), and `linen.variables`",

@@ -93,13 +93,17 @@ class _Block(nnx.Module):
             y = conv(y)
             if not config.norm_first:
                 y = norm(y, use_running_average=use_running_average)
-                y = act(y) if i < last else y
+                y = act(y) if i < last or config.branch_activation else y
             y = y if self.blur is None or i != last - 1 else self.blur(y)
-        y = y if self.attention is None else self.attention(y)
-        skip = None
+        weighs = {} if self.attention is None else {config.attention_place: self.attention}
+        y = weighs["branch"](y) if "branch" in weighs else y
+        skip, lowering = None, self.conv1.conv_lowering
         if self.shortcut is not None:
             skip = self.shortcut(skipped, use_running_average=use_running_average)
-        return joined(y, skip, config.ending, self.conv1.conv_lowering)
+        if "sum" in weighs:
+            y, skip = weighs["sum"](joined(y, skip, None, lowering)), None
+        y = joined(y, skip, config.ending, lowering)
+        return weighs["output"](y) if "output" in weighs else y
 
 
 class ResidualBlock(_Block):

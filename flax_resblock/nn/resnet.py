@@ -23,6 +23,7 @@ from flax_resblock.nn.layers import ACTIVATIONS, NormLayer
 from flax_resblock.nn.linear import Linear
 from flax_resblock.nn.pooling import Blur, MaxPool
 from flax_resblock.nn.scopes import in_slot
+from flax_resblock.nn.transition import Transition
 
 
 class BlurredMaxPool(nnx.Module):
@@ -118,7 +119,8 @@ class DeepStemLayers(_Stem):
 class ResNet(nnx.Module):
     """Stem, stages of residual blocks, global pooling and a linear head.
 
-    The stages are attributes ``stage1``, ``stage2`` ..., each an ``nnx.List`` of blocks; ``norm``
+    The stages are attributes ``stage1``, ``stage2`` ..., each an ``nnx.List`` of blocks;
+    ``transition1`` ... come before them where ``config.transition`` is ``"pooled"``; ``norm``
     follows the last stage where ``config.ends_with_norm``, and ``head`` is None where
     ``config.num_classes`` is None.
 
@@ -143,6 +145,8 @@ class ResNet(nnx.Module):
         }
         for stage, _, block in config.blocks():
             stages[stage].append(build_block(block, rngs=rngs, **options))
+        for name, sizes in config.transitions().items():
+            setattr(self, name, Transition(config, *sizes, layers))
         for name, blocks in stages.items():
             setattr(self, name, nnx.List(blocks))
         self.norm = layers.norm(config.feature_channels) if config.ends_with_norm else None
@@ -191,8 +195,9 @@ class ResNet(nnx.Module):
         x = self.stem(images, use_running_average=use_running_average)
         found = {"stem": x}
         for name in self.config.stage_names:
-            for block in getattr(self, name):
-                x = block(x, use_running_average=use_running_average)
+            before = getattr(self, name.replace("stage", "transition"), None)
+            for part in (*(() if before is None else (before,)), *getattr(self, name)):
+                x = part(x, use_running_average=use_running_average)
             found[name] = x
         return found
 

@@ -26,6 +26,8 @@ _WITH: dict[OptionValue, dict[str, Any]] = {
     ("stem", "deep"): {"stem_hidden": (4, 6)},
     ("norm", "group"): {"norm_groups": 2},
     ("attention_bias", False): {"attention": "se"},
+    ("attention_place", "sum"): {"attention": "se"},
+    ("attention_place", "output"): {"attention": "se"},
 }
 """What a value of an option needs."""
 

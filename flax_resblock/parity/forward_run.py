@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import torch
 from flax import nnx
 
 from flax_resblock.checkpoint.unwrap import unwrap
-from flax_resblock.config import Config, ResNetConfig
+from flax_resblock.config import Branch, Config, walk
 from flax_resblock.convert.opening import OpenedCheckpoint
 from flax_resblock.cpu.switch import compiler_options
 from flax_resblock.nn.resnet import Model, ResNet
@@ -138,7 +139,4 @@ def by_use(config: Config, sizes: Sequence[Size]) -> list[Size]:
 
 def _total_stride(config: Config) -> int:
     """By how much the last feature map is smaller than the images."""
-    if not isinstance(config, ResNetConfig):
-        return config.stride
-    strides = [block.stride for _, _, block in config.blocks()]
-    return int(np.prod(strides)) * config.stem_reduction
+    return math.prod(one.stride for one in walk(config) if one.branch is not Branch.SHORTCUT)

@@ -99,7 +99,7 @@ def _stem_pools(module: Any, facts: ModuleFacts, opened: OpenedCheckpoint) -> Se
         return ()
     names = {slot.name: opened.state_map.naming.module_name(slot) for slot in walk(config)}
     last = [name for name in names if name.startswith(("stem.conv", "stem.norm"))][-1]
-    first = next(name for name in names if name.startswith("stage1.0."))
+    first = next(name for name in names if not name.startswith("stem."))
     ends = [facts.modules.get(names[name] or "") for name in (last, first)]
     heights = heights_between(module, *ends, channels=config.in_channels)
     if heights is None:

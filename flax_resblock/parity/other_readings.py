@@ -21,7 +21,8 @@ from flax_resblock.parity.oracle import relative_l2
 from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.reference import ReferencePair
 
-UNSEEN = {"order", "shortcut_from", "last_activation", "shortcut", "head_pool"}
+UNSEEN = {"order", "shortcut_from", "last_activation", "branch_activation", "shortcut", "head_pool"}
+UNSEEN |= {"attention_place"}
 """Options of functions that no layer shows."""
 _MOST = 3
 """Options that differ at a time from what was assumed."""

@@ -14,9 +14,9 @@ from typing import Any
 from flax_resblock.config import ARCHITECTURES, BlockConfig, Config, ResNetConfig
 from flax_resblock.convert.detection.assumption_rules import (
     ASSUMPTION_RULES,
-    FIXED,
     AssumptionRule,
 )
+from flax_resblock.convert.detection.fixed_assumptions import FIXED
 from flax_resblock.convert.naming import Naming
 from flax_resblock.errors import InputError
 

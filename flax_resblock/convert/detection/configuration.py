@@ -51,11 +51,12 @@ def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
     stages: list[range] = []
     for number in count(1):
         depth = next(block for block in count() if not reader.has_block(f"stage{number}", block))
-        if depth == 0:
+        if depth == 0 and not reader.has(f"transition{number}", [None], "conv"):
             break
         stages.append(range(depth))
-    if not stages:
+    if not any(stages):
         return None
+    pools_between = reader.has("transition1", [None], "conv")
     thirds = (reader.has(f"stage{n}", b, role) for n, b in _counted(stages) for role in _THIRD)
     kind = "bottleneck" if any(thirds) else "basic"
     last = 3 if kind == "bottleneck" else 2
@@ -68,7 +69,9 @@ def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
     if norm_first is None:
         norm_first = reader.has("norm", [None], "") and not reader.has("stem", [None], "norm")
     widths = [
-        reader.width(f"stage{n}", blocks, f"conv{last}", None if norm_first else f"norm{last}") or 0
+        reader.width(f"stage{n}", blocks, f"conv{last}", None if norm_first else f"norm{last}")
+        or reader.width(f"transition{n}", [None], "conv", "norm")
+        or 0
         for n, blocks in _counted(stages)
     ]
     stem_width = bare if norm_first else reader.width("stem", [None], *stem_place)
@@ -77,7 +80,7 @@ def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
     head = reader.shape(*place) or reader.shape(*place, "bias")
     if 0 in widths or not stem_width:
         return None
-    inputs = [stem_width, *widths]
+    inputs = widths if pools_between else [stem_width, *widths]
     blocks = [
         (f"stage{n}", i, widths[n - 1] if i else inputs[n - 1], widths[n - 1] // EXPANSION[kind])
         for n, stage in _counted(stages)
@@ -115,6 +118,9 @@ def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
         told["stem_norm"] = reader.has("stem", [None], stem_place[1])
         if told["norm"] == "group" and told["stem"] == "imagenet":  # as Big Transfer has it
             told |= {"standardized": True, "stem_pool": "3x3_zeros"}
+    if pools_between:  # as ResNet-9 has it
+        told |= {"transition": "pooled", "shortcut": "projection", "first_stride": 2}
+        told |= {"branch_activation": True, "last_activation": False, "head_pool": "max"}
     return _made(ResNetConfig, told)
 
 
