@@ -146,15 +146,15 @@ def drawn(number: int) -> Choices:
     if made["spelling"][0].startswith("_"):  # Keras's flat names
         made["stages"], made["stem"] = "conv{stage}_block{block}", ("conv1_conv", "conv1_bn")
     words = {
-        "--activation": made["activation"] != "relu",
+        "`activation=": made["activation"] != "relu",
         "every stage after the first halves": made["pool_between"],
-        "--stem-stride": made["stem_stride"] != usual[0],
-        "--stem-pool": made["stem_pool"] != usual[1],
+        "`stem_stride=": made["stem_stride"] != usual[0],
+        "`stem_pool=": made["stem_pool"] != usual[1],
         "pads with zeros, half of them": made["zeros"] == "behind",
         "the head takes the mean": made["maximum"],
-        "--eps": made["eps"] != 1e-5,
+        "`eps=": made["eps"] != 1e-5,
         "comes before its norm": made["preactivation"] or not made["last_activation"],
-        "after the addition": made["no_skip"],
+        "each block adds its input": made["no_skip"],
     }
     announced = tuple(word for word, is_so in words.items() if is_so)
     return Choices(**made, announced=announced, as_safetensors=bool(rng.random() < 0.25))
