@@ -56,10 +56,8 @@ BLOCKS = [name for name, config in BATTERY.items() if isinstance(config, BlockCo
 @pytest.mark.parametrize("name", fast_only(BLOCKS[::4], BATTERY))
 def test_every_option_equals_pytorch_in_both_modes_with_gradients(name):
     config = BATTERY[name]
-    # one in which no gate is 1 but for its last digits, which are all that 1 - gate has
-    seed = 1 if (config.attention, config.norm) == ("eca", "frozen") else 0
     comparison = compare_pair(
-        twins_of(config, seed), adversarial_images(config, batch=3), Plan(gradients=True)
+        twins_of(config), adversarial_images(config, batch=3), Plan(gradients=True)
     )
     assert comparison.passed, worst(comparison)
     groups = {(precision, quantity) for precision, quantity, _ in comparison.groups()}
