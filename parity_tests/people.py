@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from flax_resblock.checkpoint.unwrap import record_of
-from flax_resblock.cli.wording import in_flags
 from flax_resblock.convert.opening import ReadOptions, interpret
 from flax_resblock.errors import InputError
 from flax_resblock.parity.oracle import relative_l2
@@ -297,7 +296,7 @@ def outcome_of(network: Network, state: dict[str, Any] | None = None) -> tuple[O
     network.float()
     if ours.shape == truth.shape and relative_l2(ours, truth) <= 1e-10:
         return "right", opened.state_map.naming.name
-    notes = in_flags("\n".join(opened.all_notes))
+    notes = "\n".join(opened.all_notes)
     told = [word for word in network.choices.announced if word in notes]
     return ("announced", told[0]) if told else ("WRONG", notes)
 
