@@ -110,8 +110,16 @@ def _matches(
             matches.append(match)
         elif not len(match.misfit):
             raise unsuited  # the tensors fit, and what was said of them does not
-    # of two, the one that knows every name
-    return sorted(matches, key=lambda match: (len(match.misfit), len(match.misfit.unexpected)))
+
+    def order(match: Match) -> tuple[bool, int, int]:
+        """Of two, first the one that knows every name. One that knows none and says of the network
+        what nobody asked for comes last, few as its own tensors may be."""
+        misfit = match.misfit
+        wrong = len(misfit.unexpected) + len(misfit.wrong_shape) + len(misfit.wrong_dtype)
+        says_more = bool(match.state_map.naming.told) and wrong == len(found)
+        return says_more, len(misfit), len(misfit.unexpected)
+
+    return sorted(matches, key=order)
 
 
 def _same(a: StateMap, b: StateMap) -> bool:
