@@ -255,7 +255,7 @@ def test_what_is_no_set_of_variables_is_refused_with_a_reason(tmp_path):
 
 def test_every_naming_scheme_of_a_jax_program_reads_what_it_writes():
     for name, naming in NAMINGS.items():
-        if not naming.told:
+        if not naming.told or name.startswith("resnet9"):  # PyTorch's tutorials of ResNet-9
             continue
         options = {**TOLD, "block": "basic" if "basic" in name or name == "haiku" else "bottleneck"}
         if name.endswith("_d"):
