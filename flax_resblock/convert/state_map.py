@@ -65,6 +65,11 @@ class Misfit:
         """Number of differences; absent counters and what may be absent do not count."""
         return sum(map(len, (self.missing, self.unexpected, self.wrong_shape, self.wrong_dtype)))
 
+    @property
+    def not_fitting(self) -> int:
+        """Number of tensors in the state dict that the map has no place for."""
+        return len(self) - len(self.missing)
+
     def lines(self) -> list[str]:
         """One line per kind of difference, for an error message."""
         rows = (

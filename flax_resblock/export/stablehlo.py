@@ -75,7 +75,7 @@ def forward_of(model: nnx.Module) -> Callable[[Mapping[str, Any], Any], Any]:
         }
         values = [(path, one.replace(flat[path])) for path, one in nnx.to_flat_state(state)]
         module: Any = nnx.merge(graphdef, nnx.from_flat_state(values), rest)
-        if is_known(model):
+        if config_of(model) is not None:
             return module(images, use_running_average=True)
         module.eval()
         output, others = logits_of(module(images))
@@ -89,9 +89,10 @@ def forward_of(model: nnx.Module) -> Callable[[Mapping[str, Any], Any], Any]:
     return forward
 
 
-def is_known(model: nnx.Module) -> bool:
-    """Whether a model is a network or block of this library."""
-    return isinstance(getattr(model, "config", None), arch.Config)
+def config_of(model: nnx.Module) -> arch.Config | None:
+    """The configuration of a network or block of this library; None of any other module."""
+    config = getattr(model, "config", None)
+    return config if isinstance(config, arch.Config) else None
 
 
 def _input_spec(channels: int, image_size: int | None) -> jax.ShapeDtypeStruct:
@@ -153,7 +154,7 @@ def export_model(
         raise InputError(f"precision {precision!r} is unknown; choose from default, high, highest.")
     if image_size is not None and image_size < 1:
         raise InputError(f"image size {image_size} must be positive.")
-    config: Any = getattr(model, "config", None) if is_known(model) else None
+    config = config_of(model)
     zero_padded = config is not None and config.shortcut in ("zero_pad", "zero_pad_behind")
     if image_size is None and zero_padded:
         raise InputError(

@@ -115,8 +115,7 @@ def _matches(
         """Of two, first the one that knows every name. One that knows none and says of the network
         what nobody asked for comes last, few as its own tensors may be."""
         misfit = match.misfit
-        wrong = len(misfit.unexpected) + len(misfit.wrong_shape) + len(misfit.wrong_dtype)
-        says_more = bool(match.state_map.naming.told) and wrong == len(found)
+        says_more = bool(match.state_map.naming.told) and misfit.not_fitting == len(found)
         return says_more, len(misfit), len(misfit.unexpected)
 
     return sorted(matches, key=order)
@@ -228,9 +227,9 @@ def _no_fit(
             f"{sample}.{nearest}\n{advice}"
         )
     best, misfit = matches[0], matches[0].misfit
-    wrong = len(misfit.unexpected) + len(misfit.wrong_shape) + len(misfit.wrong_dtype)
+    fits = len(found) - misfit.not_fitting
     lines = [
-        f"{source} does not fit {best.title}; {len(found) - wrong} of its {len(found)} tensors do.",
+        f"{source} does not fit {best.title}; {fits} of its {len(found)} tensors do.",
         *misfit.lines(),
     ]
     better = [match for match in free if len(match.misfit) < len(best.misfit)]
