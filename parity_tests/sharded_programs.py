@@ -40,6 +40,20 @@ def _finished(folder: Path, run: runs.TorchRun, rates: list[float], task: str) -
     distributed.destroy_process_group()
 
 
+def _load(run: runs.TorchRun, state: dict[str, Any], options: parts.StateDictOptions) -> None:
+    """Puts a run where a checkpoint was written."""
+    parts.set_state_dict(
+        run.model,
+        run.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=options,
+    )
+    assert run.scheduler is not None
+    run.scheduler.load_state_dict(state["lr_scheduler"])
+    run.epoch = state["epoch"] + 1
+
+
 def _sharded(model: Any) -> Any:
     from torch.distributed.fsdp import fully_shard
 
@@ -77,13 +91,7 @@ def folders(
     distributed.barrier()
     state = content()
     checkpoint.load(state, checkpoint_id=folder / "back")
-    model, optimizer = state["model"], state["optimizer"]
-    parts.set_state_dict(
-        run.model, run.optimizer, model_state_dict=model, optim_state_dict=optimizer
-    )
-    assert run.scheduler is not None
-    run.scheduler.load_state_dict(state["lr_scheduler"])
-    run.epoch = state["epoch"] + 1
+    _load(run, state, parts.StateDictOptions())
     _finished(folder, run, gone_on(run, back), task)
 
 
@@ -106,14 +114,5 @@ def files(
         _finished(folder, run, gone_on(run, on), task)
         return
     came = torch.load(folder / "back.pth", weights_only=True)
-    model, optimizer = came["model"], came["optimizer"]
-    parts.set_state_dict(
-        run.model,
-        run.optimizer,
-        model_state_dict=model,
-        optim_state_dict=optimizer,
-        options=parts.StateDictOptions(full_state_dict=True),
-    )
-    run.scheduler.load_state_dict(came["lr_scheduler"])
-    run.epoch = came["epoch"] + 1
+    _load(run, came, parts.StateDictOptions(full_state_dict=True))
     _finished(folder, run, gone_on(run, back), task)
