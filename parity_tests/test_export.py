@@ -99,15 +99,25 @@ NETWORKS = {name: config for name, config in BATTERY.items() if isinstance(confi
     "name", [name for name, config in NETWORKS.items() if config.shortcut == "projection"]
 )
 def test_every_kind_of_network_survives_with_any_image_size(name, tmp_path):
-    """The forms of a CPU are chosen by sizes, so a program for any size has XLA's own."""
-    model = randomised(build(NETWORKS[name], rngs=nnx.Rngs(4)))
+    """The forms of a CPU are chosen by sizes, so a program for any size has XLA's own.
+
+    With attention, XLA's program for any size differs in the last digits of float32: without it,
+    the same network is exact.
+    """
+    config = NETWORKS[name]
+    model = randomised(build(config, rngs=nnx.Rngs(4)))
     export_model(model, tmp_path / "x", image_size=None, platforms=["cpu"])
     exported = open_exported(tmp_path / "x")
     for size in ((40, 33), (37, 64)):
         images = images_for(2, *size, 3)
         with conv_lowering("xla"):
             expected = outputs_of(model, images)
-        assert np.asarray(exported(images)).tobytes() == expected.tobytes()
+        found = np.asarray(exported(images))
+        if config.attention == "none":
+            assert found.tobytes() == expected.tobytes()
+        else:
+            bound = 5e-7 * np.abs(expected).max()
+            assert np.abs(found - expected).max() <= bound < np.abs(found[::-1] - expected).max()
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def export(
 
     OUT holds model.stablehlo, weights.safetensors and manifest.json; docs/export.md has ten lines
     that run it without this library. The batch size is free. Outputs on the CPU equal the
-    checkpoint's bit for bit.
+    checkpoint's bit for bit; with --any-image-size, attention may move their last digits.
 
     Args:
       reading: How to read the checkpoint, where its weights do not show it. Most checkpoints need
