@@ -7,7 +7,7 @@ forgotten; only what has numbers instead of choices is listed."""
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import MISSING, fields
 from functools import cache
 from types import MappingProxyType
@@ -39,23 +39,29 @@ def _slots(config: Config) -> tuple[Slot, ...]:
 
 def _made(kind: type[Config], options: Mapping[str, Any]) -> Config | None:
     """The configuration; None where the options make none."""
-    extra = [more for (name, value), more in _WITH.items() if options.get(name) == value]
+    return _tried(kind, frozenset(options.items()))
+
+
+@cache
+def _tried(kind: type[Config], options: Set[OptionValue]) -> Config | None:
+    extra = [more for pair, more in _WITH.items() if pair in options]
     try:
         return kind(**ChainMap(*extra, dict(options)))
     except ValueError:
         return None
 
 
-def used(config: Config) -> set[OptionValue]:
-    """The values of options that decide about one of the slots of a configuration: with another
-    value of the same option, the slots are others."""
+def used(config: Config, among: Set[OptionValue] | None = None) -> set[OptionValue]:
+    """The values of options, of all or of those ``among`` which it is asked, that decide about one
+    of the slots of a configuration: with another value of the same option, the slots are others."""
     kind, own = type(config), {one.name: getattr(config, one.name) for one in fields(config)}
     for name in ("stem_hidden", "norm_groups"):
         own.pop(name, None)
     return {
         (name, own[name])
         for name, values in choices_of(kind).items()
-        if any(
+        if (among is None or (name, own[name]) in among)
+        and any(
             other is not None and _slots(other) != _slots(config)
             for value in values
             for other in [_made(kind, {**own, name: value})]
@@ -72,12 +78,12 @@ def covering(kind: type[Config], numbers: Mapping[str, Any]) -> list[Config]:
     chosen: list[Config] = []
     while missing:
         options, config = dict(numbers), _made(kind, numbers)
-        best = missing & used(config) if config else set[OptionValue]()
+        best = used(config, missing) if config else set[OptionValue]()
         for pair in sorted(missing, key=str):
             for other in ({}, *values):
                 tried = {**options, **other, **dict([pair])}
                 made = _made(kind, tried)
-                found = missing & used(made) if made else set[OptionValue]()
+                found = used(made, missing) if made else set[OptionValue]()
                 if len(found) > len(best):
                     options, config, best = tried, made, found
                 if pair in found:
