@@ -11,6 +11,7 @@ from flax_resblock.config.architectures import (
     architectures,
     as_in_pytorch,
     name_of,
+    named_alike,
     unknown_architecture,
 )
 from flax_resblock.config.block import BlockConfig
@@ -51,5 +52,5 @@ __all__ = [
     "NetworkOptions", "Norm", "Order", "PaddingRule", "Path", "ResNetConfig", "Shortcut",
     "ShortcutSize", "ShortcutSource", "Slot", "SlotKind", "Stem", "StemPadding", "StemPool",
     "StemStride", "StridePlacement", "Transition", "architecture", "architectures", "as_in_pytorch",
-    "choices_of", "from_json", "name_of", "to_json", "unknown_architecture", "walk",
+    "choices_of", "from_json", "name_of", "named_alike", "to_json", "unknown_architecture", "walk",
 ]  # fmt: skip

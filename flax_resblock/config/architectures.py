@@ -214,6 +214,17 @@ def architecture(name: str, **changes: object) -> ResNetConfig:
     return replace(ARCHITECTURES[name], **changes)  # pyright: ignore[reportArgumentType]
 
 
+def named_alike(config: ResNetConfig) -> str | None:
+    """The architecture that a network is, but for its classes and input channels; None for none."""
+    size = config.depths, config.widths
+    same = {"num_classes": config.num_classes, "in_channels": config.in_channels}
+    for name, known in ARCHITECTURES.items():
+        # Sizes first: every configuration that is made checks all of its blocks.
+        if (known.depths, known.widths) == size and replace(known, **same) == config:
+            return name
+    return None
+
+
 def name_of(config: Config) -> str:
     """The architecture's name, whatever its classes and input channels, or a short description."""
     if isinstance(config, BlockConfig):
@@ -221,10 +232,8 @@ def name_of(config: Config) -> str:
             f"{config.kind} block {config.in_channels}->{config.out_channels}, stride "
             f"{config.stride}{_others(config)}"
         )
-    plain = as_in_pytorch(config)
-    for name, known in ARCHITECTURES.items():
-        if replace(known, num_classes=config.num_classes, in_channels=config.in_channels) == plain:
-            return f"{name}{_padding(config)}"
+    if (name := named_alike(as_in_pytorch(config))) is not None:
+        return f"{name}{_padding(config)}"
     attention = "" if config.attention == "none" else f", {config.attention} attention"
     return (
         f"custom {config.block} ResNet, depths {config.depths}, widths {config.widths}, "

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from flax_resblock.config import ARCHITECTURES, BlockConfig, Config, ResNetConfig
+from flax_resblock.config import BlockConfig, Config, ResNetConfig, named_alike
 from flax_resblock.convert.detection.assumption_rules import (
     ASSUMPTION_RULES,
     AssumptionRule,
@@ -145,10 +145,7 @@ def published(config: Config) -> str | None:
     writes differently."""
     if not isinstance(config, ResNetConfig) or config.stem == "cifar":
         return None
-    same = {"num_classes": config.num_classes, "in_channels": config.in_channels}
-    return next(
-        (name for name, one in ARCHITECTURES.items() if replace(one, **same) == config), None
-    )
+    return named_alike(config)
 
 
 def with_assumptions(config: Config, assumptions: Mapping[str, Any]) -> Config:
