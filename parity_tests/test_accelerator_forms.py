@@ -23,6 +23,7 @@ def _x64():
 def in_own_form(function):
     """The function, traced as for a GPU."""
 
+    @jax.jit
     def traced(*arguments):
         with traced_for("cuda"), conv_lowering("auto"):
             return function(*arguments)
@@ -31,6 +32,7 @@ def in_own_form(function):
 
 
 def in_plain_form(function):
+    @jax.jit
     def traced(*arguments):
         with conv_lowering("xla"):
             return function(*arguments)
@@ -63,12 +65,11 @@ def step_of(model, images):
     return step, (params, stats, images)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_a_training_step_is_the_same_in_float64(name):
+def test_a_training_step_is_the_same_in_float64():
     """Loss, every gradient and all statistics, of a network with norms, ReLUs and max pooling."""
     images = jnp.asarray(np.random.default_rng(3).normal(0.4, 1.3, (3, 37, 33, 3)))
     sizes = {"widths": (8, 12), "depths": (2, 1), "stem_width": 8, "num_classes": 5}
-    model = create(name, rngs=nnx.Rngs(1), param_dtype=jnp.float64, stem="imagenet", **sizes)
+    model = create("resnet50", rngs=nnx.Rngs(1), param_dtype=jnp.float64, stem="imagenet", **sizes)
     step, arguments = step_of(model, images)
     found, truth = in_own_form(step)(*arguments), in_plain_form(step)(*arguments)
     assert apart(found, truth) < 1e-11
