@@ -58,11 +58,14 @@ docs: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/flax-resblock demo
 
+# A file's tests run in one process, which makes its fixtures and compiles its programs once.
+BY_FILE := -n auto --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow and not stress"
+	$(BIN)/python -m pytest $(BY_FILE) -m "not slow and not stress"
 
 test-all: $(STAMP) compilers
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not stress"
+	$(BIN)/python -m pytest $(BY_FILE) -m "not stress"
 
 stress: $(STAMP)
 	$(BIN)/python -m pytest -m stress

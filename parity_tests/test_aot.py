@@ -99,12 +99,8 @@ def sentences(request: Request, outcome: Outcome) -> list[str]:
 
 
 def on_each_target(test):
-    """Runs a test once per target, each target in one worker, where its compilations are shared."""
-    marked = [
-        pytest.param(target, marks=[pytest.mark.xdist_group(target), pytest.mark.slow])
-        for target in TARGETS
-    ]
-    return pytest.mark.parametrize("target", marked)(test)
+    """Runs a slow test once per target; their compilations are shared."""
+    return pytest.mark.slow(pytest.mark.parametrize("target", TARGETS)(test))
 
 
 @on_each_target
@@ -170,7 +166,6 @@ TOPOLOGIES = {"one slice": ("tpu:v5e:2x2", 1), "two slices": ("tpu:v5e:2x2", 2)}
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("tpu:v5e")
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_a_training_step_has_exactly_the_expected_all_reduces(topology):
     target, slices = TOPOLOGIES[topology]
@@ -243,7 +238,6 @@ def test_images_have_the_usual_size_of_the_network(config, size):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("tpu:v5e")
 def test_inference_on_several_devices_communicates_nothing():
     skip_without("tpu:v5e")
     request, outcome = compiled("tpu:v5e")["basic block, forward"]
@@ -252,7 +246,6 @@ def test_inference_on_several_devices_communicates_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("tpu:v5e")
 def test_slow_arithmetic_costs_cycles():
     skip_without("tpu:v5e")
     fast, between, strict = (
@@ -263,7 +256,6 @@ def test_slow_arithmetic_costs_cycles():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("chip", ["v4", "v6e"])
 def test_what_does_not_fit_is_refused_with_the_memory_that_there_is(chip):
     skip_without("tpu")
@@ -276,7 +268,6 @@ def test_what_does_not_fit_is_refused_with_the_memory_that_there_is(chip):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("cuda:a100")
 def test_the_largest_batch_fits_and_the_next_does_not():
     skip_without("cuda")
     request = request_for(
@@ -313,7 +304,6 @@ def test_a_whole_network_is_float32_everywhere(target):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("cuda:a100")
 def test_the_command_reports_and_writes_json(tmp_path, capsys):
     skip_without("cuda")
     out = tmp_path / "aot.json"
@@ -439,7 +429,6 @@ def test_an_outcome_survives_the_way_from_the_child():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("memory")
 def test_an_interrupt_ends_the_compilation_and_its_process(tmp_path):
     skip_without("tpu")
     flags = "--target tpu:v5e:1x1 --what train-step --batch 8"

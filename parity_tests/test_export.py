@@ -450,7 +450,6 @@ def test_ten_lines_run_a_resnet18_in_a_fresh_environment(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("tpu:v6e")
 def test_an_exported_network_compiles_for_a_tpu_with_its_precision(exported, capsys):
     from parity_tests.test_aot import skip_without
 

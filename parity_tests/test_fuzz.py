@@ -32,7 +32,6 @@ def fuzz(folder, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("fuzz")
 def test_every_mutated_file_loads_exactly_or_is_refused(tmp_path):
     """A few seconds of `make fuzz`."""
     status, output = fuzz(tmp_path, "200", "--files", "400")
@@ -55,7 +54,6 @@ FOUND = {
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("fuzz")
 @pytest.mark.parametrize("found", [FOUND, {"hang": "HANG: status 1"}], ids=["faults", "hang"])
 def test_the_fuzzer_sees(found, tmp_path):
     """The negative control: code, a file, memory, a crash and a hang; and a harmless file."""

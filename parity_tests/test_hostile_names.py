@@ -120,7 +120,6 @@ def test_names_in_safetensors_and_their_messages_are_escaped(name, tmp_path):
         "needs Chromium: apt-get install chromium, or its path in the environment variable CHROMIUM"
     ),
 )
-@pytest.mark.xdist_group("browser")
 def test_no_script_in_a_name_runs_in_the_report(tmp_path, monkeypatch, capsys):
     """The report of a verification with hostile names of file, ignored tensors and entries."""
     pytest.importorskip("jinja2", reason="needs the extra 'report'")

@@ -30,7 +30,7 @@ from parity_tests.families import import_timm, randomise
 from parity_tests.support import REPOSITORY, assert_same_bits, installed_apart
 from torch_ref import ResNet
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("jax families")]
+pytestmark = pytest.mark.slow
 
 PACKAGES = (
     *("jax-resnet==0.0.4", "flaxmodels==0.1.3", "dm-haiku==0.0.17", "jmp", "tabulate", "h5py"),

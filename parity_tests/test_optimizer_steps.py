@@ -28,7 +28,7 @@ from parity_tests.optimizer_runs import (
     set_up,
     torch_steps,
 )
-from parity_tests.support import worst
+from parity_tests.support import fast_only, worst
 
 FAST = {
     *("sgd, two groups", "sgd, momentum in one group", "adamw, one cycle"),
@@ -37,16 +37,7 @@ FAST = {
 """Runs that are compared in every run of the tests; the others where there is time."""
 
 
-def grouped(runs):
-    """Parameters whose run with this name is computed by one worker."""
-    slow = {name: () if run in FAST else (pytest.mark.slow,) for name, run in runs.items()}
-    return [
-        pytest.param(name, marks=[pytest.mark.xdist_group(run), *slow[name]])
-        for name, run in runs.items()
-    ]
-
-
-each_run = pytest.mark.parametrize("name", grouped({name: name for name in RUNS}))
+each_run = pytest.mark.parametrize("name", fast_only(FAST, RUNS))
 
 
 @each_run
@@ -169,7 +160,7 @@ def largest_error(name, change, optimizer=None):
 
 
 @pytest.mark.parametrize(
-    "control", grouped({control: name for control, (name, _) in CONTROLS.items()})
+    "control", fast_only([c for c, (name, _) in CONTROLS.items() if name in FAST], CONTROLS)
 )
 def test_what_is_carried_over_wrongly_shows_a_thousandfold(control):
     assert largest_error(*CONTROLS[control]) >= 1000 * TRAJECTORY_LIMIT

@@ -12,16 +12,12 @@ pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 
 from flax_resblock.parity.page import render_page
 
-pytestmark = [
-    pytest.mark.skipif(
-        BINARY is None,
-        reason=(
-            "needs Chromium: apt-get install chromium, or its path in the environment variable "
-            "CHROMIUM"
-        ),
+pytestmark = pytest.mark.skipif(
+    BINARY is None,
+    reason=(
+        "needs Chromium: apt-get install chromium, or its path in the environment variable CHROMIUM"
     ),
-    pytest.mark.xdist_group("browser"),
-]
+)
 
 COLUMN = (
     "[...document.querySelectorAll('#measurements tbody tr')].filter((row) => "

@@ -35,7 +35,6 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 """A process in which PyTorch is not installed."""
 
 pytestmark = pytest.mark.slow
-in_one_process = pytest.mark.xdist_group("site")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +73,6 @@ def links(site: Path, page: str) -> set[str]:
     return {urljoin(page, link.partition("#")[0]) for link in reader.found if "://" not in link}
 
 
-@in_one_process
 def test_every_newcomer_reaches_their_page_from_the_start_page_in_two_clicks(site):
     once = links(site, "index.html")
     twice = once | {two for one in once if (site / one).is_file() for two in links(site, one)}
@@ -85,7 +83,6 @@ def test_every_newcomer_reaches_their_page_from_the_start_page_in_two_clicks(sit
     assert "measured/h200.html" not in once  # the control: what is no link is not found
 
 
-@in_one_process
 def test_the_notebooks_show_what_they_computed(site):
     """Their cells were executed, with plots, and what they are sure of came out true."""
     pages = {page.stem: page.read_text(encoding="utf-8") for page in site.glob("notebooks/*.html")}

@@ -127,12 +127,7 @@ def in_jax(
         yield snapshot(weights, record)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(kind, marks=pytest.mark.xdist_group(f"runs-{kind}")) for kind in OPTIMIZERS
-    ],
-)
+@pytest.fixture(scope="module", params=OPTIMIZERS)
 def stayed(request, tmp_path_factory) -> tuple[str, list[Snapshot], Path]:
     """The run that never leaves PyTorch, and the file that it saved on its way."""
     run = Torch(request.param)
