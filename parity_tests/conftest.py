@@ -7,7 +7,8 @@ truth is computed there).
 LLVM optimises the programs at level 2, which halves the time of the suite, as most of that is
 compilation. XLA's own passes, which decide what is computed and in which form, are the users'; a
 long sum is less exact than at their level, 3. ``XLA_FLAGS=--xla_backend_optimization_level=3``
-takes that one; the gate runs the fast tests with it on the newest Python.
+takes that one. `make test` takes level 0; the gate runs its tests at level 2 among all the others,
+and at level 3 on the newest Python.
 
 ``FLAX_RESBLOCK_STRICT_SKIPS=1``, which the gate sets, makes the run fail when a test is skipped for
 a reason that :data:`ALLOWED_SKIPS` does not list."""
