@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 from flax_resblock import ResNetConfig
 from flax_resblock.config import Config
@@ -164,6 +166,11 @@ def with_trained_norms(module: torch.nn.Module) -> torch.nn.Module:
             torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
             torch.nn.init.normal_(layer.bias, 0, 0.4)
     return module
+
+
+def output(model: nnx.Module, images: Any) -> np.ndarray:
+    """What a network gives, as one program: one that is compiled for each layer takes longer."""
+    return np.asarray(nnx.jit(lambda model, x: model(x))(model, jax.numpy.asarray(images)))
 
 
 def worst(ours: dict[str, Any], theirs: dict[str, Any]) -> float:

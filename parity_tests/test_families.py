@@ -23,7 +23,7 @@ from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.reference import ReferencePair
 from flax_resblock.parity.taps import as_tensor
 from parity_tests.families import FAMILIES, import_timm, import_transformers, randomise
-from parity_tests.support import assert_same_bits, fast_only, import_torchvision
+from parity_tests.support import assert_same_bits, fast_only, import_torchvision, output
 
 QUICK = ("huggingface bottleneck, stride on the 1x1", "timm resnet18d")
 
@@ -59,7 +59,7 @@ def output_of(module, images):
 def evaluated(path, images, **arguments):
     """What the Flax network of a checkpoint gives, in float64."""
     with jax.enable_x64(True):
-        return np.asarray(flax_resblock.load(path, **arguments)(jax.numpy.asarray(images)))
+        return output(flax_resblock.load(path, **arguments), images)
 
 
 def convert(source, out, *more):
@@ -152,7 +152,7 @@ def test_a_module_says_itself_what_no_tensor_tells(name):
     with jax.enable_x64(True):
         model = flax_resblock.from_torch(module)
         images = adversarial_images(model.config, batch=2)
-        ours = np.asarray(model(jax.numpy.asarray(images)))
+        ours = output(model, images)
         assert relative_l2(ours, output_of(module, images)) <= FLOAT64_LIMIT
 
 

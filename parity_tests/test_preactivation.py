@@ -35,7 +35,7 @@ from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.reference import ReferencePair
 from parity_tests.cifar_networks import NETWORKS, PreActivationNetwork, zagoruyko
 from parity_tests.families import randomise
-from parity_tests.support import assert_same_bits, fast_only, random_bits
+from parity_tests.support import assert_same_bits, fast_only, output, random_bits
 
 SMALL = {"depths": (1, 1), "widths": (8, 16), "stem_width": 8, "num_classes": 3, "stem": "cifar"}
 FLOAT64 = PRECISIONS["float64"]
@@ -49,10 +49,6 @@ def network(name: str, **changes) -> PreActivationNetwork:
 def output_of(module, images) -> np.ndarray:
     with torch.no_grad():
         return module.eval()(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
-
-
-def flax_output(model, images) -> np.ndarray:
-    return np.asarray(model(jax.numpy.asarray(images)))
 
 
 def quietly(read, *arguments, **options):
@@ -72,7 +68,7 @@ def test_a_repositorys_network_is_read_with_no_flags_equals_it_and_goes_back(nam
         assert config.order == "pre_activation"
         assert config.final_norm == bool(module.last)
         images = adversarial_images(config, batch=3)
-        assert relative_l2(flax_output(model, images), output_of(module, images)) <= FLOAT64_LIMIT
+        assert relative_l2(output(model, images), output_of(module, images)) <= FLOAT64_LIMIT
     opened = quietly(interpret, record_of(module.state_dict(), "it"))
     naming = opened.state_map.naming
     assert_same_bits(to_torch(model, naming), {key: state[key] for key in to_torch(model, naming)})
@@ -104,7 +100,7 @@ def test_a_module_tells_what_its_tensors_and_layers_do_not(name):
     assert model.config.shortcut_from == ("input" if CONTRARY[name] else "activated")
     assert model.config.dropout == NETWORKS[name].get("dropout", 0)
     images = np.random.default_rng(0).normal(0.2, 1, (2, 17, 16, 3))
-    assert relative_l2(flax_output(model, images), output_of(module, images)) < 1e-5
+    assert relative_l2(output(model, images), output_of(module, images)) < 1e-5
 
 
 @pytest.mark.slow
@@ -153,7 +149,7 @@ def test_networks_written_without_modules_are_read():
     with jax.enable_x64(True):
         model = from_torch(tensors, assume="known")
         images = adversarial_images(model.config, batch=2)
-        assert relative_l2(flax_output(model, images), output_of(module, images)) <= FLOAT64_LIMIT
+        assert relative_l2(output(model, images), output_of(module, images)) <= FLOAT64_LIMIT
     back = to_torch(model, "zagoruyko")
     assert {key: back[key].tobytes() for key in tensors} == {
         key: value.numpy().tobytes() for key, value in tensors.items()
@@ -210,11 +206,11 @@ def test_standardised_kernels_of_group_norms_are_assumed_where_big_transfer_has_
     assert (other.norm_groups, other.standardized, other.stem_pool) == (16, False, None)
     with jax.enable_x64(True):  # the negative controls: each of them alone
         images = adversarial_images(config, batch=2)
-        truth = flax_output(state.flax(FLOAT64), images)
+        truth = output(state.flax(FLOAT64), images)
         assert relative_l2(output_of(state.torch(FLOAT64), images), truth) <= FLOAT64_LIMIT
         for name, value in {**told, "standardized_eps": 1e-6}.items():
             wrong = replace(state, config=replace(config, **{name: value}))
-            found = relative_l2(flax_output(wrong.flax(FLOAT64), images), truth)
+            found = relative_l2(output(wrong.flax(FLOAT64), images), truth)
             assert found > 100 * FLOAT64_LIMIT, name
 
 

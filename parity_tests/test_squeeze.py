@@ -22,7 +22,7 @@ from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
 from flax_resblock.parity.reference import ReferencePair
 from parity_tests.families import randomise
-from parity_tests.support import assert_same_bits, fast_only
+from parity_tests.support import assert_same_bits, fast_only, output
 
 
 class Matrices(nn.Module):
@@ -136,7 +136,7 @@ def outputs(module: nn.Module, model) -> tuple[np.ndarray, np.ndarray]:
     images = np.random.default_rng(1).normal(0.2, 1, (3, 17, 14, 3))
     with torch.no_grad():
         theirs = module.eval()(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
-    return np.asarray(model(jax.numpy.asarray(images))), theirs
+    return output(model, images), theirs
 
 
 @pytest.mark.parametrize("name", fast_only(["kuangliu"], NETWORKS))
