@@ -71,33 +71,41 @@ def torch_state(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {key: value.detach().numpy().copy() for key, value in model.state_dict().items()}
 
 
-SHORT = dataclasses.replace(SETTINGS, batch_size=128)
+SHORT = dataclasses.replace(SETTINGS, batch_size=64)
 
 
 @pytest.fixture(scope="module")
-def torch_loop(data):
+def few(data):
+    """The images of five steps, and a rest that makes none."""
+    return first(data.train, 330)
+
+
+@pytest.fixture(scope="module")
+def torch_loop(few):
     """The reference loop's network after :data:`SHORT`, and what its steps report."""
-    steps = steps_per_epoch(data.train, SHORT.batch_size)
+    steps = steps_per_epoch(few, SHORT.batch_size)
     module = torch_reference(1)
     optimizer = reference.sgd(module, SHORT.learning_rate)
     scheduler = reference.warmup_cosine(
         optimizer, warmup_steps=round(0.5 * steps), total_steps=2 * steps
     )
-    epochs = itertools.chain(*(torch_epoch(data.train, SHORT, epoch) for epoch in range(2)))
+    epochs = itertools.chain(*(torch_epoch(few, SHORT, epoch) for epoch in range(2)))
     smoothing = SHORT.label_smoothing
     return module, reference.train(module, epochs, optimizer, scheduler, label_smoothing=smoothing)
 
 
-def fitted(data, test=None, **changes):
+def fitted(few, test=None, **changes):
     """State dict and history of the same run by ``fit``."""
     config = dataclasses.replace(SHORT, **changes)
     with jax.enable_x64(True):
         model = from_torch(torch_reference(1))
-        history = training.fit(model, data.train, config, test=test, progress=False)
+        history = training.fit(model, few, config, test=test, progress=False)
         return to_torch(model), history
 
 
-def test_fit_ends_where_the_torch_loop_ends_and_compiles_one_step(data, torch_loop, monkeypatch):
+def test_fit_ends_where_the_torch_loop_ends_and_compiles_one_step(
+    data, few, torch_loop, monkeypatch
+):
     compiled = []
 
     def spy(*arguments, **options):
@@ -105,7 +113,7 @@ def test_fit_ends_where_the_torch_loop_ends_and_compiles_one_step(data, torch_lo
         return compiled[-1]
 
     monkeypatch.setattr(flax_resblock.training.loop, "make_train_step", spy)
-    (module, theirs), (ours, history) = torch_loop, fitted(data, data.test)
+    (module, theirs), (ours, history) = torch_loop, fitted(few, first(data.test, 100))
     assert [step.compilations for step in compiled] == [1]
     assert worst(ours, torch_state(module)) <= TOLERANCE
     moved = relative_l2(ours["fc.weight"], torch_state(torch_reference(1))["fc.weight"])
@@ -118,7 +126,8 @@ def test_fit_ends_where_the_torch_loop_ends_and_compiles_one_step(data, torch_lo
             rtol=1e-10,
         )
     assert len(history.test_accuracy) == 2
-    images = as_torch(data.test.normalised(), data.test.labels)
+    test = first(data.test, 100)
+    images = as_torch(test.normalised(), test.labels)
     assert history.test_accuracy[-1] == reference.evaluate(module, *images).accuracy
 
 
@@ -131,9 +140,9 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", fast_only(CHANGES[1:2], CHANGES), ids=str)
-def test_another_run_ends_elsewhere(change, data, torch_loop):
+def test_another_run_ends_elsewhere(change, few, torch_loop):
     """The negative controls: decay of norms, a schedule off by one step, other momenta."""
-    assert worst(fitted(data, **change)[0], torch_state(torch_loop[0])) >= CONTROL
+    assert worst(fitted(few, **change)[0], torch_state(torch_loop[0])) >= CONTROL
 
 
 @pytest.mark.slow
