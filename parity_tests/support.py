@@ -168,9 +168,14 @@ def with_trained_norms(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
+@nnx.jit
+def _output(model: Any, images: jax.Array) -> jax.Array:
+    return model(images)
+
+
 def output(model: nnx.Module, images: Any) -> np.ndarray:
-    """What a network gives, as one program: one that is compiled for each layer takes longer."""
-    return np.asarray(nnx.jit(lambda model, x: model(x))(model, jax.numpy.asarray(images)))
+    """What a network gives, as one program, which equal networks share."""
+    return np.asarray(_output(model, jax.numpy.asarray(images)))
 
 
 def worst(ours: dict[str, Any], theirs: dict[str, Any]) -> float:

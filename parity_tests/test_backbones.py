@@ -14,7 +14,7 @@ from flax_resblock.convert import NAMINGS
 from flax_resblock.convert.detection.backbones import BACKBONES, find_backbone
 from flax_resblock.convert.opening import ReadOptions, open_checkpoint
 from flax_resblock.convert.state_map import describe
-from parity_tests.support import assert_same_bits, healthy, random_bits
+from parity_tests.support import assert_same_bits, healthy, output, random_bits
 
 BACKBONE = ResNetConfig(
     block="bottleneck", depths=(2, 1, 1, 1), widths=(4, 8, 12, 16), stem_width=8, num_classes=None
@@ -345,7 +345,7 @@ def test_a_fine_tuned_backbone_with_a_classifier_has_the_users_own_logits(tmp_pa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = flax_resblock.load(tmp_path / "net.pth")
-    ours = np.asarray(model(np.moveaxis(images.numpy(), 1, -1)))
+    ours = output(model, np.moveaxis(images.numpy(), 1, -1))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 

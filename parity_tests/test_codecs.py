@@ -25,7 +25,7 @@ def arrays_and_axes(draw):
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(arrays_and_axes())
 def test_permute_is_numpys_transpose_bit_for_bit(case):
     array, axes = case
@@ -36,12 +36,15 @@ def test_permute_is_numpys_transpose_bit_for_bit(case):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from([0, 1, 2, 5, 64, 65]), min_size=4, max_size=4), st.integers(0, 99))
+@given(
+    st.tuples(*[st.sampled_from([0, 1, 5, 64, 65])] * 2, *[st.sampled_from([0, 1, 2, 7])] * 2),
+    st.integers(0, 99),
+)
 def test_the_convolution_codec_inverts_itself(shape, seed):
     kernel = random_array(shape, np.float32, seed)
     flax = OIHW_HWIO.to_flax(kernel)
     assert flax.shape == (shape[2], shape[3], shape[1], shape[0]) == OIHW_HWIO.flax_shape(shape)
-    assert OIHW_HWIO.torch_shape(flax.shape) == tuple(shape)
+    assert OIHW_HWIO.torch_shape(flax.shape) == shape
     assert OIHW_HWIO.to_torch(flax).tobytes() == kernel.tobytes()
 
 

@@ -20,6 +20,7 @@ from flax_resblock.convert.opening import open_checkpoint
 from flax_resblock.parity.oracle import relative_l2
 from parity_tests.families import randomise
 from parity_tests.people import Choices, Network, drawn, outcome_of
+from parity_tests.support import output
 from torch_ref import ResNet
 
 PLAIN = Choices()
@@ -92,7 +93,7 @@ def test_a_module_and_its_weights_are_read_and_go_back(choices, tmp_path):
     opened = open_checkpoint(tmp_path / "net.pth")
     assert opened.state_map.naming.name == "learned"
     for model in (from_torch(network), load(tmp_path / "net.pth", assume="known")):
-        assert relative_l2(np.asarray(model(images)), truth) < 1e-5
+        assert relative_l2(output(model, images), truth) < 1e-5
         back = to_torch(model, opened.state_map.naming)
         own = state_to_numpy(network.saved())
         assert {key.removeprefix("my_network.") for key in back} == set(network.state_dict())
@@ -163,7 +164,7 @@ def test_the_order_of_a_safetensors_file_is_not_taken_for_that_of_the_layers(dou
     images = np.random.default_rng(0).normal(0.2, 1, (2, 9, 9, 3)).astype(np.float32)
     with torch.no_grad():
         truth = network(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
-    assert relative_l2(np.asarray(read(lambda i: f"blocks.{i}")(images)), truth) < 1e-5
+    assert relative_l2(output(read(lambda i: f"blocks.{i}"), images), truth) < 1e-5
     with pytest.raises(CheckpointError, match="sorted by name, and the names do not tell"):
         read(lambda i: f"blocks.{'kjihgfedcba'[i]}")
 
@@ -255,7 +256,7 @@ def test_a_norm_behind_a_stem_in_pre_activation_order_is_told_by_its_channels():
             truth = module.eval()(torch.from_numpy(np.moveaxis(images, -1, 1).copy()))
             found = model.config.stem_norm, model.config.final_norm
             assert found == (stem_norm, final_norm)
-            assert relative_l2(np.asarray(model(images)), truth.detach().numpy()) <= 1e-12
+            assert relative_l2(output(model, images), truth.detach().numpy()) <= 1e-12
     # alone before blocks of as many channels, it may be used in either place
     alone = {"widths": (12, 8), "stem_norm": True, "final_norm": False}
     unclear = ResNet(**sizes, **alone, order="pre_activation")

@@ -714,7 +714,7 @@ def test_a_wrong_argument_is_refused(message, call):
 
 
 CAREFUL, HURRIED = ({"xla_backend_optimization_level": level} for level in (2, 0))
-"""With the second XLA computes the values that are compared once more, and rounds otherwise."""
+"""With the second, XLA computes the values that are compared once more, and rounds otherwise."""
 
 
 def test_the_greatest_values_are_found_again_in_the_backward_pass():

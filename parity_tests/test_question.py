@@ -8,7 +8,7 @@ import torch
 import flax_resblock
 from flax_resblock import InputError
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
-from parity_tests.support import with_trained_norms
+from parity_tests.support import output, with_trained_norms
 from torch_ref import Block, as_asked
 
 CASES = [(8, 8, 1), (8, 8, 2), (4, 8, 1), (4, 8, 2)]
@@ -28,7 +28,7 @@ def difference(block, model, in_channels):
             block(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy(), 1, -1
         )
     with jax.enable_x64(True):
-        return relative_l2(np.asarray(model(jax.numpy.asarray(images))), truth)
+        return relative_l2(output(model, images), truth)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

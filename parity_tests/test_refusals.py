@@ -13,6 +13,7 @@ from torch import nn
 from flax_resblock import CheckpointError, checkpoint, from_torch
 from flax_resblock.cli import run
 from flax_resblock.parity.oracle import relative_l2
+from parity_tests.support import output
 from torch_ref import ResNet
 
 F = nn.functional
@@ -277,7 +278,7 @@ def outputs(module, model, size=(12, 14)):
     images = np.random.default_rng(0).normal(0.3, 1, (2, *size, 3)).astype(np.float32)
     with torch.no_grad():
         truth = module.eval()(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
-    return np.asarray(model(images)), truth
+    return output(model, images), truth
 
 
 def test_norms_belong_to_convolutions_in_the_order_of_their_definition():
@@ -320,7 +321,7 @@ def test_norms_defined_before_their_convolutions_are_read_where_channels_show_th
         return
     one, other = (from_torch(each, assume="known") for each in (moved, state))
     images = np.random.default_rng(0).normal(0, 1, (2, 9, 9, 3)).astype(np.float32)
-    assert np.array_equal(np.asarray(one(images)), np.asarray(other(images)))
+    assert np.array_equal(output(one, images), output(other, images))
 
 
 class Averaged(nn.Module):

@@ -12,7 +12,7 @@ from flax_resblock import architectures, create, from_torch, to_torch
 from flax_resblock.config import architecture
 from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
-from parity_tests.support import import_torchvision, with_trained_norms
+from parity_tests.support import import_torchvision, output, with_trained_norms
 from torch_ref import ResNet
 
 TORCHVISION = [
@@ -92,7 +92,7 @@ def test_logits_equal_torchvisions_in_float64(name, train):
         model = from_torch(module)
         assert model.config == architecture(name, num_classes=17)
         model.train() if train else model.eval()
-        ours = np.asarray(model(jax.numpy.asarray(images)))
+        ours = output(model, images)
     theirs = (
         module.train(train)(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).detach().numpy()
     )
@@ -117,6 +117,6 @@ def test_dilation_is_torchvisions_replace_stride_with_dilation():
         model = from_torch(
             module, architecture=architecture("resnet50", num_classes=5, dilated_stages=(3, 4))
         )
-        assert relative_l2(np.asarray(model(jax.numpy.asarray(images))), theirs) <= FLOAT64_LIMIT
+        assert relative_l2(output(model, images), theirs) <= FLOAT64_LIMIT
         plain = from_torch(module.state_dict())
-        assert relative_l2(np.asarray(plain(jax.numpy.asarray(images))), theirs) > 1e-3
+        assert relative_l2(output(plain, images), theirs) > 1e-3
