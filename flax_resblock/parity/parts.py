@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from flax_resblock.parity.compiling import options_for
+from flax_resblock.cpu.compiling import options_for
 from flax_resblock.parity.devices import JaxDevice
 from flax_resblock.parity.isolation import isolate_flax, isolate_torch
 from flax_resblock.parity.oracle import FLOAT64_LIMIT

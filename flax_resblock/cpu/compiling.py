@@ -1,4 +1,4 @@
-"""Options of XLA for programs that a proof compiles, runs a few times and throws away."""
+"""Options of XLA for programs that are compiled, run a few times and thrown away."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def quick_options() -> Mapping[str, Any]:
 
 
 def options_for(device: Any, *, light: bool = False) -> dict[str, Any]:
-    """Options of the compiler for a program of a comparison.
+    """Options of the compiler for a program of a comparison, or of a few predictions.
 
     Args:
       device: Of jax that it runs on; None: the default device.
