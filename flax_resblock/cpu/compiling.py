@@ -11,7 +11,12 @@ import jax
 from flax_resblock.cpu.switch import compiler_options, for_cpu
 
 _LEVEL = "xla_backend_optimization_level"
-_QUICKLY = {_LEVEL: 1, "xla_cpu_use_fusion_emitters": False}
+_QUICKLY = {
+    _LEVEL: 1,
+    "xla_cpu_use_fusion_emitters": False,
+    # one operation after another, or all weights would be widened before the first is used
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+}
 
 
 @cache

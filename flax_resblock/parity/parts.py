@@ -228,7 +228,7 @@ class Statistics(Part):
         with precision.on_jax(devices.jax):
             graphdef, statistics, rest = split_model(pair.flax(precision), True, nnx.BatchStat)
 
-            @partial(jax.jit, compiler_options=options_for(devices.jax))
+            @partial(jax.jit, compiler_options=options_for(devices.jax, light=True))
             def step(statistics: Any, rest: Any, batch: Any) -> Any:
                 module = nnx.merge(graphdef, statistics, rest, copy=True)
                 module(batch)  # pyright: ignore[reportCallIssue]
