@@ -11,7 +11,7 @@ import jax
 from flax_resblock.cpu.switch import compiler_options, for_cpu
 
 _LEVEL = "xla_backend_optimization_level"
-_QUICKLY = {
+_QUICKLY: dict[str, Any] = {
     _LEVEL: 1,
     "xla_cpu_use_fusion_emitters": False,
     # one operation after another, or all weights would be widened before the first is used
@@ -25,15 +25,16 @@ def quick_options() -> Mapping[str, Any]:
     XLA knows them. At level 0 a convolution in float64 runs ten times as long.
     """
 
-    def is_known(name: str) -> bool:
-        trial = jax.jit(lambda x: x + 1, compiler_options={name: _QUICKLY[name]})
+    def are_known(options: dict[str, Any]) -> bool:
         try:
-            trial.lower(0.0).compile()
+            jax.jit(lambda x: x + 1, compiler_options=options).lower(0.0).compile()
         except jax.errors.JaxRuntimeError:
             return False
         return True
 
-    return {name: value for name, value in _QUICKLY.items() if is_known(name)}
+    if are_known(_QUICKLY):
+        return _QUICKLY
+    return {name: value for name, value in _QUICKLY.items() if are_known({name: value})}
 
 
 def options_for(device: Any, *, light: bool = False) -> dict[str, Any]:
