@@ -51,6 +51,7 @@ build = lambda: torch_ref.ResNet(**dataclasses.asdict(architecture(network)))
 """
 _MODEL = "model = flax_resblock.load(network + '.pth')\n"
 _OWN_PREDICTION = "np.asarray(flax_resblock.compile_inference(model, images)(images))"
+_QUICK_PREDICTION = "np.asarray(flax_resblock.compile_inference(model, images, quick=True)(images))"
 _PLAIN_PREDICTION = """
 graphdef, state = nnx.split(model)
 with flax_resblock.conv_lowering("xla"):
@@ -131,8 +132,10 @@ _JAX_CREATES = Side(
     _JAX, "jax.block_until_ready(nnx.state(flax_resblock.create(network, rngs=nnx.Rngs(0))))"
 )
 PREDICTION = Side(_JAX + _MODEL, _OWN_PREDICTION), Side(_JAX + _MODEL, _PLAIN_PREDICTION)
+QUICK = Side(_JAX + _MODEL, _QUICK_PREDICTION), PREDICTION[1]
 STEP = Side(_JAX + _MODEL, _OWN_STEP), Side(_JAX + _MODEL, _PLAIN_STEP)
 _CONVERT = "convert", "resnet50.pth", "converted", "--force"
+_PREDICT = "predict", "resnet50.pth", "pictures/class0/0.png", "pictures/class1/1.png"
 _TRAIN = "train", "--data", "pictures", "--val-fraction", "0.2", "--epochs", "3"
 _XLA = "plain XLA"
 
@@ -148,6 +151,9 @@ def cases() -> list[Case]:
         found = ", programs cached" if cached else ""
         first, step = f"first prediction, resnet18{found}", f"first training step, resnet18{found}"
         rows.append(Case(first, PREDICTION[0], _XLA, PREDICTION[1], cached=cached))
+        rows.append(Case(f"the same, quick=True{found}", QUICK[0], _XLA, QUICK[1], cached=cached))
+        command = Side.command(*_PREDICT)
+        rows.append(Case(f"`predict`, two pictures{found}", command, "", None, cached=cached))
         rows.append(Case(step, STEP[0], _XLA, STEP[1], size=32, batch=32, cached=cached))
     without = Side.command(*_CONVERT, "--no-certificate")
     larger = Side.command(*_TRAIN, "--image-size", "224")
@@ -175,6 +181,7 @@ def quick_cases() -> list[Case]:
     small: dict[str, Any] = {"network": "resnet20", "size": 32, "batch": 2}
     return [
         Case("first prediction", PREDICTION[0], _XLA, PREDICTION[1], **small, bound=8),
+        Case("first prediction, quick=True", QUICK[0], _XLA, QUICK[1], **small, bound=6),
         Case("first training step", STEP[0], _XLA, STEP[1], **small, bound=8),
     ]
 

@@ -98,7 +98,7 @@ def test_verify_exits_with_1_and_names_the_slot_when_something_differs(
     assert "differ" in output
 
 
-def test_predict_classifies_image_files_and_archives(checkpoint_file, capsys):
+def test_predict_classifies_image_files_and_archives(checkpoint_file, capsys, monkeypatch):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     np.savez(
@@ -116,6 +116,11 @@ def test_predict_classifies_image_files_and_archives(checkpoint_file, capsys):
     module = network().double().eval()
     truth = module(torch.from_numpy(np.moveaxis(normalised, -1, 1).copy())).detach().numpy()
     np.testing.assert_allclose(np.load("l.npy"), truth, rtol=1e-4, atol=1e-5)
+    few = np.load("l.npy")
+    monkeypatch.setattr("flax_resblock.cli.predict.AT_ONCE", 2)  # three images are many now
+    assert run(["predict", checkpoint_file, "images.npz", "--logits", "l.npy", "--force"]) == 0
+    np.testing.assert_allclose(np.load("l.npy"), truth, rtol=1e-4, atol=1e-5)
+    assert not np.array_equal(np.load("l.npy"), few)  # another program computed them
     flags = "--class-names names.txt --logits one.npy --mean 0.4 0.5 0.6 --std 0.2 0.3 0.25"
     assert run(["predict", checkpoint_file, "a.png", *flags.split()]) == 0
     np.testing.assert_allclose(np.load("one.npy")[0], truth[0], rtol=1e-4, atol=1e-5)

@@ -100,6 +100,18 @@ def test_either_jaxlib_gets_the_models_logits(jaxlib_of, twins, images, truth):
     assert WINOGRAD_PAYS[True] != WINOGRAD_PAYS[False]
 
 
+def test_the_programs_that_compile_soonest_get_the_models_logits(twins, images, truth):
+    model = twins.flax(PRECISIONS["float32"])
+    made = compile_inference(model, images[:3], quick=True)
+    assert isinstance(made._network, _Plain)
+    with conv_lowering("xla"):
+        plain = np.asarray(model(jnp.asarray(images[:4]), use_running_average=True))
+    logits = np.asarray(made(images[:4]))  # three, and one
+    assert relative_l2(logits, truth[:4]) <= max(4 * relative_l2(plain, truth[:4]), 8 * 2**-23)
+    assert relative_l2(logits, truth[1:5]) > 1e-3  # the control: other images
+    assert np.array_equal(logits, np.asarray(made(images[:4])))
+
+
 def _square(channels):
     return Convolution((3, 3, channels, channels), (1, 1), (1, 1), (1, 1), 1)
 

@@ -9,7 +9,8 @@ import pytest
 from jax import lax
 
 from flax_resblock.cpu import onednn
-from flax_resblock.cpu.onednn import Convolution, not_kept, order_of, reordered
+from flax_resblock.cpu.onednn import Convolution, not_kept
+from flax_resblock.cpu.orders import BLOCKS, orders_of, reordered
 from flax_resblock.cpu.primitives import DIMENSIONS
 from flax_resblock.cpu.rewrite import evaluate_fused, kernels
 from flax_resblock.parity.oracle import relative_l2
@@ -26,6 +27,12 @@ CASES = (
     ((2, 11, 6, 16), Convolution((3, 2, 16, 24), (2, 1), (2, 0), (1, 2), 1)),
     ((2, 9, 9, 32), Convolution((3, 3, 4, 32), (1, 1), (2, 2), (2, 2), 8)),
 )
+
+
+@pytest.fixture(scope="module")
+def orders():
+    """Of all cases, tried together."""
+    return orders_of((of, shape) for shape, of in CASES)
 
 
 def _data(shape, of, seed=0):
@@ -51,13 +58,13 @@ def _plain(of, x, kernel):
 
 
 @pytest.mark.parametrize(("shape", "of"), CASES, ids=str)
-def test_it_computes_what_xla_computes(shape, of):
+def test_it_computes_what_xla_computes(shape, of, orders):
     x, kernel, bias, residual = _data(shape, of)
     with jax.enable_x64(True):
         wide = [jnp.asarray(value, jnp.float64) for value in (x, kernel, bias, residual)]
         truth = np.asarray(jnp.maximum(_plain(of, wide[0], wide[1]) + wide[2] + wide[3], 0))
     plain = jnp.maximum(_plain(of, x, kernel) + bias + residual, 0)
-    ordered = order_of(of, shape)
+    ordered = orders[of, shape]
     with not_kept():
         found = jax.jit(partial(ordered, relu=True))(
             x, reordered(kernel, ordered.block), bias, residual
@@ -70,9 +77,9 @@ def test_it_computes_what_xla_computes(shape, of):
 
 
 @pytest.mark.parametrize(("shape", "of"), [case for case in CASES if case[1].groups == 1], ids=str)
-def test_the_right_order_gives_the_same_bits_and_another_does_not(shape, of):
+def test_the_right_order_gives_the_same_bits_and_another_does_not(shape, of, orders):
     x, kernel, _, _ = _data(shape, of, seed=1)
-    ordered = order_of(of, shape)
+    ordered = orders[of, shape]
     with not_kept():
         expected = jax.jit(of)(x, kernel)
         found = jax.jit(ordered)(x, reordered(kernel, ordered.block))
@@ -166,13 +173,13 @@ def test_an_unknown_jaxlib_does_without_and_says_so_once(lost, monkeypatch):
 
 
 @pytest.mark.parametrize(("shape", "of"), [case for case in CASES if case[1].groups == 1], ids=str)
-def test_a_kernels_buffer_is_longer_than_what_is_read(shape, of):
+def test_a_kernels_buffer_is_longer_than_what_is_read(shape, of, orders):
     """It has room for whole blocks of both channel axes; nothing in it reaches the result."""
     x, kernel, _, _ = _data(shape, of, seed=1)
-    ordered = order_of(of, shape)
+    ordered = orders[of, shape]
     height, width, inner, outer = of.kernel
     assert ordered.block
-    for block in onednn.BLOCKS:
+    for block in BLOCKS:
         blocks = -(-inner // block) * -(-outer // block) * block**2
         assert reordered(kernel, ordered.block).size >= height * width * blocks
     with not_kept():

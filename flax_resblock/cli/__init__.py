@@ -5,6 +5,7 @@ Exit status: 0 fine, 1 a comparison failed, 2 bad input or usage, 130 interrupte
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -217,6 +218,9 @@ def _overview(arguments: list[str]) -> int:
 def main() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGINT, on_interrupt)
+    # importing the frameworks makes a million objects, through which the collector would search
+    # again and again while they are made, and once more at the end
+    gc.set_threshold(20_000, 20, 100)
     for stream in (sys.stdout, sys.stderr):
         # names from files may have characters that the terminal's encoding lacks
         if isinstance(stream, TextIOWrapper):
@@ -236,4 +240,5 @@ def main() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    gc.freeze()
     sys.exit(code)

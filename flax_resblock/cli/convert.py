@@ -14,7 +14,7 @@ from flax_resblock import checkpoint
 from flax_resblock.cli import common
 from flax_resblock.cli.common import arguments_of
 from flax_resblock.cli.convert_ported import from_ported
-from flax_resblock.cli.verify_flags import let_torch_sleep, torch_needed
+from flax_resblock.cli.verify_flags import be_frugal, torch_needed
 from flax_resblock.cli.wording import in_flags
 from flax_resblock.config import name_of
 from flax_resblock.convert import Naming, StateMap, naming_of
@@ -95,7 +95,7 @@ def convert(
         converted weights with strict=True. Networks that pad as JAX programs do are in no package
         of PyTorch's.
     """
-    let_torch_sleep()
+    be_frugal()
     format_name = checkpoint.output_format(out)
     checkpoint.refuse_existing(out, force, checkpoint.is_orbax)
     common.refuse_all_existing(force, torch_code)

@@ -30,7 +30,8 @@ from flax_resblock.images import default_preprocessing, normalised
 MANIFEST = "manifest.json"
 """Marks the folder of an exported network."""
 AT_ONCE = 32
-"""Images that are computed together."""
+"""Images that are computed together. For no more than these, the program that compiles soonest
+answers first; for more, the one that computes fastest."""
 
 Images = Annotated[
     tuple[Path, ...],
@@ -154,7 +155,8 @@ def _open(
         model = to_model(source)
         with jax.default_matmul_precision("highest"):
             if not exact:
-                return compile_inference(model, images[:AT_ONCE])(images)
+                quick = len(images) <= AT_ONCE
+                return compile_inference(model, images[:AT_ONCE], quick=quick)(images)
             graphdef, state = nnx.split(model)
             return jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, images)
 
@@ -172,6 +174,8 @@ def _open_own(
     from flax import nnx
 
     from flax_resblock.cli.train_own import opened_own, own_code
+    from flax_resblock.cpu.compiling import options_for
+    from flax_resblock.cpu.switch import compiler_options, conv_lowering
     from flax_resblock.nn.outputs import logits_of
     from flax_resblock.training.evaluation import classes_of
 
@@ -187,8 +191,10 @@ def _open_own(
         def run(state: nnx.State, x: jax.Array) -> Any:
             return logits_of(nnx.merge(graphdef, state)(x))[0]
 
-        with jax.default_matmul_precision("highest"):
-            return jax.jit(run)(state, images)
+        few = len(images) <= AT_ONCE
+        with jax.default_matmul_precision("highest"), conv_lowering("xla" if few else "auto"):
+            options = options_for(None) if few else compiler_options()
+            return jax.jit(run, compiler_options=options)(state, images)
 
     classes = classes_of(model, (*preprocessing.size, channels))
     name = spec.rpartition(":")[2]

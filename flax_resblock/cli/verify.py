@@ -84,7 +84,7 @@ def verify(
       certificate: Check instead whether the files of a certificate that convert wrote are
         unchanged. Runs no network.
     """
-    verify_flags.let_torch_sleep()
+    verify_flags.be_frugal()
     input.check()
     report.check()
     subjects = {"CKPT": checkpoint, "--torch": torch, "--certificate": certificate}

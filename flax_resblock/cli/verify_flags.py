@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,11 +22,22 @@ if TYPE_CHECKING:
     from flax_resblock.parity.comparison import Plan
 
 
-def let_torch_sleep() -> None:
-    """Lets the threads of PyTorch sleep while they wait for work, instead of turning in a loop: on
-    small images, and beside XLA's own threads, that loop takes longer than the work. Call it
-    before torch is imported; what you have set yourself stays."""
+_M_MMAP_THRESHOLD = -3
+_LARGE = 1 << 20
+"""Bytes of an array whose memory goes back to the system as soon as it is freed."""
+
+
+def be_frugal() -> None:
+    """Prepares a process in which both frameworks compute; call it before torch is imported.
+
+    PyTorch's threads sleep while they wait for work, instead of turning in a loop: on small images,
+    and beside XLA's own threads, that loop takes longer than the work. What you have set yourself
+    stays. Memory of large arrays is not kept when it is freed: glibc would keep up to 32 MB of each
+    for later, which one framework rarely reuses of the other.
+    """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 @contextmanager

@@ -146,6 +146,13 @@ class Codec:
         moved = permute(array, self.axes or range(array.ndim), place)
         return moved.reshape((1,) * self.flax_leading + moved.shape) if out is None else out
 
+    def seen_by_torch(self, array: np.ndarray) -> np.ndarray:
+        """:meth:`to_torch` as a view of the same memory where there is one."""
+        if self.columns is not None or self.inverse_axes is None:
+            return self.to_torch(array)
+        moved = array.reshape(array.shape[self.flax_leading :]).transpose(self.inverse_axes)
+        return moved.reshape(self._framed(moved.shape))
+
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         """Flax's layout to PyTorch's; the array itself where nothing moves."""
         if self.columns is not None:

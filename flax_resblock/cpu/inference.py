@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_resblock.cpu import onednn, products, winograd
+from flax_resblock.cpu import onednn, orders, products, winograd
 from flax_resblock.cpu.rewrite import Fused, evaluate_fused, kernels
 from flax_resblock.cpu.switch import compiler_options, conv_lowering
 
@@ -32,7 +32,7 @@ class _Plan(NamedTuple):
         """The kernel, an array of jax or numpy, as :meth:`__call__` takes it."""
         if self.form == "winograd":
             return winograd.transform_kernel(kernel)
-        return onednn.reordered(kernel, self.convolution.block)
+        return orders.reordered(kernel, self.convolution.block)
 
     def __call__(self, fused: Fused, kernel: Any) -> jax.Array:
         """The convolution with what follows it."""
@@ -80,14 +80,16 @@ class CpuNetwork:
     ) -> None:
         self._forward, self._arrays = forward, arrays
         self._by_onednn = onednn.available()
-        self._plans: dict[tuple[onednn.Convolution, tuple[int, ...]], _Plan] = {}
+        self._plans: dict[orders.Case, _Plan] = {}
         self._prepared: dict[tuple[int, _Plan], Any] = {}
 
     def compiled(self, images: jax.ShapeDtypeStruct) -> Callable[[jax.Array], jax.Array]:
         """The network for images of this shape."""
         with conv_lowering("xla"):
             network = jax.make_jaxpr(self._forward)(self._arrays, images)
-        plans = {leaf: self._plan(*convolution) for leaf, convolution in kernels(network).items()}
+        convolutions = kernels(network)
+        self._plan(convolutions.values())
+        plans = {leaf: self._plans[convolution] for leaf, convolution in convolutions.items()}
         inputs = [
             self._kernel(leaf, plans[leaf]) if leaf in plans else array
             for leaf, array in enumerate(self._arrays)
@@ -112,13 +114,12 @@ class CpuNetwork:
             compiled = jitted.lower(inputs, images).compile()
         return lambda images: compiled(inputs, images)
 
-    def _plan(self, of: onednn.Convolution, shape: tuple[int, ...]) -> _Plan:
-        if (of, shape) not in self._plans:
-            plan = _planned(of, shape, self._by_onednn)
-            if plan.form == "onednn":
-                plan = plan._replace(convolution=onednn.order_of(of, shape))
-            self._plans[of, shape] = plan
-        return self._plans[of, shape]
+    def _plan(self, cases: Iterable[orders.Case]) -> None:
+        """Decides how each of these is computed, for those that are not in ``_plans`` yet."""
+        new = [case for case in dict.fromkeys(cases) if case not in self._plans]
+        self._plans |= {case: _planned(*case, self._by_onednn) for case in new}
+        ordered = orders.orders_of(case for case in new if self._plans[case].form == "onednn")
+        self._plans |= {case: _Plan("onednn", one) for case, one in ordered.items()}
 
     def _kernel(self, leaf: int, plan: _Plan) -> Any:
         """The prepared kernel, which batch sizes with the same plan share."""

@@ -9,7 +9,8 @@ its compilation. The instruction has no derivative: only :func:`flax_resblock.co
 uses it.
 
 oneDNN reads a kernel that is said to be in its own order without knowing how long the buffer is.
-Every such buffer is therefore as long as the longest order of that kernel, see :func:`reordered`.
+Every such buffer is therefore as long as the longest order of that kernel, see
+:func:`flax_resblock.cpu.orders.reordered`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from threading import Lock
@@ -36,8 +37,6 @@ from flax_resblock.cpu.primitives import DIMENSIONS
 VERSIONS = frozenset({"0.10.2", "0.12.0.1"})
 """Versions of jaxlib whose instruction means what is written here."""
 TARGET = "__onednn$convolution"
-BLOCKS = (64, 32, 48, 16, 24, 8)
-"""Numbers of output channels that lie beside each other in oneDNN's own orders of a kernel."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ class Convolution:
       kernel: Shape ``(kh, kw, I / groups, O)``.
       strides, padding, dilation: In pixels, of rows and columns; padding is on each side.
       groups: Channel groups.
-      block: The kernel's order in memory: 0 is HWIO, else see :func:`reordered`.
+      block: The kernel's order in memory: 0 is HWIO, else see
+        :func:`flax_resblock.cpu.orders.reordered`.
     """
 
     kernel: tuple[int, ...]
@@ -81,7 +81,7 @@ class Convolution:
 
         Args:
           x: ``(N, H, W, I)`` float32.
-          kernel: As :func:`reordered` returns it for this ``block``.
+          kernel: As :func:`flax_resblock.cpu.orders.reordered` returns it for this ``block``.
           bias: ``(O,)``.
           residual: Of the output's shape. The sum is written over it if nothing else uses it;
             otherwise XLA copies it first.
@@ -152,62 +152,6 @@ def _texts(numbers: tuple[int, ...]) -> list[str]:
     return [str(number) for number in numbers]
 
 
-def reordered(kernel: Any, block: int, behind: float = 0.0) -> Any:
-    """A kernel in one of oneDNN's orders, flat, with room behind it.
-
-    The order is that of ``(O / block, kh, kw, I, block)``, where ``O`` is filled up with zeros.
-    oneDNN fills up both channel axes to multiples of at most 64 in all its orders for float32; with
-    the room behind it, the buffer is as long as the longest of them.
-
-    Args:
-      kernel: ``(kh, kw, I, O)`` of numpy or jax.
-      block: One of :data:`BLOCKS`; 0 returns the kernel as it is.
-      behind: The value of the room.
-    """
-    if not block:
-        return kernel
-    lib = np if isinstance(kernel, np.ndarray) else jnp
-    height, width, inner, outer = kernel.shape
-    kernel = lib.pad(kernel, ((0, 0), (0, 0), (0, 0), (0, -outer % block)))
-    flat = kernel.reshape(height, width, inner, -1, block).transpose(3, 0, 1, 2, 4).reshape(-1)
-    most = [max(size + -size % each for each in BLOCKS) for size in (inner, outer)]
-    room = height * width * most[0] * most[1] - flat.size
-    return lib.pad(flat, (0, room), constant_values=behind)
-
-
-def order_of(convolution: Convolution, shape: tuple[int, ...]) -> Convolution:
-    """The same convolution with the order in which oneDNN wants the kernel for this input, found by
-    trying. oneDNN reorders a kernel in HWIO at each call.
-
-    A kernel in the right order gives the same bits as one in HWIO, because oneDNN then computes the
-    same; any other order gives other numbers. The values are whole numbers, so that sums are exact,
-    and NaN behind them: an order that needs anything from there is not taken.
-
-    Args:
-      convolution: With ``block`` 0.
-      shape: Shape of the input, ``(N, H, W, I)``.
-    """
-    if convolution.groups > 1:
-        return convolution
-    size = int(np.prod(convolution.kernel))
-    kernel = (np.arange(size) % 251 - 125).astype(np.float32).reshape(convolution.kernel)
-
-    x = np.resize(np.arange(-6, 7, dtype=np.float32), shape)
-
-    def both(x: jax.Array, kernel: jax.Array, ordered: jax.Array, found: Convolution) -> Any:
-        return convolution(x, kernel), found(x, ordered)
-
-    with not_kept():
-        # nothing but the two instructions: any other operation takes longer to compile
-        tried = jax.jit(both, static_argnums=3)
-        for block in BLOCKS:
-            found = replace(convolution, block=block)
-            expected, given = tried(x, kernel, reordered(kernel, block, np.nan), found)
-            if np.array_equal(np.asarray(given), np.asarray(expected)):
-                return found
-    return convolution
-
-
 @cache
 def available() -> bool:
     """Whether this process may use the instruction: on 64-bit x86 under Linux, with a known jaxlib
@@ -242,10 +186,15 @@ def _refusal() -> str:
         for shape in ((2, 6, 5, 3), (3, 2, 3, 7), (7,), (2, 3, 3, 7))
     )
     convolution = Convolution(kernel.shape, (2, 1), (1, 0), (1, 2), 1)
+
+    @jax.jit
+    def plain(x: jax.Array, kernel: jax.Array, bias: jax.Array, residual: jax.Array) -> jax.Array:
+        return jnp.maximum(convolution.by_xla(x, kernel) + bias + residual, 0)
+
     with not_kept():
         found = jax.jit(convolution, static_argnames="relu")(x, kernel, bias, residual, relu=True)
-        expected = convolution.by_xla(jnp.asarray(x), jnp.asarray(kernel))
-    same = jnp.array_equal(found, jnp.maximum(expected + bias + residual, 0))
+        expected = plain(x, kernel, bias, residual)
+    same = np.array_equal(np.asarray(found), np.asarray(expected))
     return "" if same else f"jaxlib {version} computes an example incorrectly"
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_resblock.cpu.switch import compiler_options, for_cpu
+from flax_resblock.cpu.compiling import options_for
+from flax_resblock.cpu.switch import compiler_options, conv_lowering, for_cpu
 from flax_resblock.errors import InputError
 from flax_resblock.export.fold import fold_batch_norm
 from flax_resblock.nn.conv import Conv
@@ -23,8 +25,10 @@ _Compiled = Callable[[jax.Array], jax.Array]
 class _Plain:
     """A network as XLA compiles it, for any dtype and device."""
 
-    def __init__(self, forward: _Forward, arrays: list[jax.Array]) -> None:
-        self._forward, self._arrays = jax.jit(forward, compiler_options=compiler_options()), arrays
+    def __init__(
+        self, forward: _Forward, arrays: list[jax.Array], options: Mapping[str, Any]
+    ) -> None:
+        self._forward, self._arrays = jax.jit(forward, compiler_options=dict(options)), arrays
 
     def compiled(self, images: jax.ShapeDtypeStruct) -> _Compiled:
         """The network for images of this shape."""
@@ -40,11 +44,13 @@ class CompiledInference:
         are filled up or cut into these.
       config: The model's configuration.
       example: Shape and dtype of the images.
+      quick: Whether its programs are those that compile soonest.
     """
 
-    def __init__(self, model: Model, example: jax.ShapeDtypeStruct) -> None:
+    def __init__(self, model: Model, example: jax.ShapeDtypeStruct, *, quick: bool) -> None:
         self.config = model.config
         self.example = example
+        self.quick = quick
         largest = example.shape[0]
         powers = (1 << power for power in range(largest.bit_length()))
         self.batch_sizes = (*(size for size in powers if size < largest), largest)
@@ -55,16 +61,20 @@ class CompiledInference:
 
         def forward(arrays: list[jax.Array], images: jax.Array) -> jax.Array:
             network = nnx.merge(graphdef, jax.tree.unflatten(structure, arrays))
-            return network(images, use_running_average=True)
+            with conv_lowering("xla") if quick else nullcontext():
+                return network(images, use_running_average=True)
 
         single = all(value.dtype == jnp.float32 for value in (example, *arrays))
         convs = (node for _, node in nnx.iter_modules(folded) if isinstance(node, Conv))
-        if single and all(for_cpu(conv.conv_lowering) for conv in convs):
+        if quick:
+            with conv_lowering("xla"):
+                self._network = _Plain(forward, arrays, options_for(None, light=single))
+        elif single and all(for_cpu(conv.conv_lowering) for conv in convs):
             from flax_resblock.cpu.inference import CpuNetwork
 
             self._network = CpuNetwork(forward, arrays)
         else:
-            self._network = _Plain(forward, arrays)
+            self._network = _Plain(forward, arrays, compiler_options())
         self._compiled: dict[int, _Compiled] = {}
         self._for(largest)
 
@@ -106,7 +116,7 @@ class CompiledInference:
         return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
-def compile_inference(model: Model, example: Any) -> CompiledInference:
+def compile_inference(model: Model, example: Any, *, quick: bool = False) -> CompiledInference:
     """Compiles a model for inference alone.
 
     Norms are folded into the convolutions (see :func:`flax_resblock.export.fold.fold_batch_norm`;
@@ -120,6 +130,9 @@ def compile_inference(model: Model, example: Any) -> CompiledInference:
         effect.
       example: Images ``(N, H, W, C)`` or a ``jax.ShapeDtypeStruct``; ``N`` is the largest batch
         that is computed at once.
+      quick: On a CPU, answer as soon as possible, for a few dozen images: XLA's own convolutions,
+        compiled with little optimisation. A call then takes about twice as long, the logits differ
+        in the last bits, and unlike the faster programs these are stored in jax's cache.
     Raises:
       InputError: The example is not a batch of images for this model, or a norm cannot be folded.
     Example:
@@ -133,4 +146,4 @@ def compile_inference(model: Model, example: Any) -> CompiledInference:
             f"shape is {shape}."
         )
     dtype = jax.dtypes.canonicalize_dtype(example.dtype)
-    return CompiledInference(model, jax.ShapeDtypeStruct(shape, dtype))
+    return CompiledInference(model, jax.ShapeDtypeStruct(shape, dtype), quick=quick)

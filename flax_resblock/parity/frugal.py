@@ -1,26 +1,58 @@
-"""The reference models of a checkpoint, without a wide copy of every tensor on PyTorch's side."""
+"""The reference models of a checkpoint, which compute in float64 from one copy of its tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from flax_resblock.checkpoint.torch_file import from_numpy
+from flax_resblock.config import Path
+from flax_resblock.convert import StateMap
+from flax_resblock.convert.opened import OpenedCheckpoint
+from flax_resblock.nn.resnet import Model, build
+from flax_resblock.nn.variables import fill
 from flax_resblock.parity.pair import Precision
 from flax_resblock.parity.reference import ReferencePair, torch_dtype
 
 
+@dataclass(frozen=True)
 class FrugalPair(ReferencePair):
-    """A pair whose PyTorch side keeps its tensors in the memory of ``state``. Each layer widens its
-    own, which is exact, while it computes. For forward passes in evaluation mode.
+    """A pair whose two models hold the same memory: Flax's tensors, which PyTorch sees transposed.
+    They are widened, which is exact, while they are computed with. For forward passes in evaluation
+    mode.
+
+    Attributes:
+      values: The tensors by attribute path in Flax; ``state`` are views of them.
     """
+
+    values: Mapping[Path, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, source: OpenedCheckpoint) -> FrugalPair:
+        """The reference models of an opened checkpoint."""
+        # a copy of its own, so that the file's memory can be let go, and jax takes it as it is
+        values = source.state_map.to_flax(source.tensors, in_one_block=True)
+        state = {
+            entry.torch_key: entry.codec.seen_by_torch(values[entry.flax_path])
+            for entry in StateMap(source.config, "torchvision").entries
+            if entry.flax_path in values
+        }
+        return cls(source.config, state, source.norm_options, values=values)
 
     def torch(self, precision: Precision) -> torch.nn.Module:
         """The PyTorch module, which computes in ``precision.storage``."""
         state = {key: from_numpy(value) for key, value in self.state.items()}
         return computing_in(torch_dtype(precision), self.holding(state))
+
+    def flax(self, precision: Precision) -> Model:
+        """The nnx model; :func:`flax_resblock.parity.taps.trace_flax` widens its tensors."""
+        model = build(self.config, rngs=None, **self.norm_options, dtype=precision.compute)
+        fill(model, self.values)
+        return model
 
 
 def computing_in(dtype: torch.dtype, module: torch.nn.Module) -> torch.nn.Module:
@@ -30,7 +62,7 @@ def computing_in(dtype: torch.dtype, module: torch.nn.Module) -> torch.nn.Module
     def widen(layer: torch.nn.Module, _: Any) -> None:
         narrow[id(layer)] = [tensor.data for tensor in _own(layer)]
         for tensor in _own(layer):
-            tensor.data = tensor.data.to(dtype)
+            tensor.data = tensor.data.to(dtype, memory_format=torch.contiguous_format)
 
     def restore(layer: torch.nn.Module, *_: Any) -> None:
         for tensor, data in zip(_own(layer), narrow.pop(id(layer)), strict=True):

@@ -19,7 +19,7 @@ import torch
 from flax import nnx
 
 from flax_resblock.config import Path
-from flax_resblock.parity.compiling import options_for
+from flax_resblock.cpu.compiling import options_for
 from flax_resblock.parity.devices import JaxDevice
 from flax_resblock.parity.pair import Precision
 from flax_resblock.parity.taps import (

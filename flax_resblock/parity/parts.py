@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from flax_resblock.parity.compiling import options_for
+from flax_resblock.cpu.compiling import options_for
 from flax_resblock.parity.devices import JaxDevice
 from flax_resblock.parity.isolation import isolate_flax, isolate_torch
 from flax_resblock.parity.oracle import FLOAT64_LIMIT
@@ -228,7 +228,7 @@ class Statistics(Part):
         with precision.on_jax(devices.jax):
             graphdef, statistics, rest = split_model(pair.flax(precision), True, nnx.BatchStat)
 
-            @partial(jax.jit, compiler_options=options_for(devices.jax))
+            @partial(jax.jit, compiler_options=options_for(devices.jax, light=True))
             def step(statistics: Any, rest: Any, batch: Any) -> Any:
                 module = nnx.merge(graphdef, statistics, rest, copy=True)
                 module(batch)  # pyright: ignore[reportCallIssue]

@@ -19,7 +19,7 @@ import torch
 from flax import nnx
 
 from flax_resblock.config import Path
-from flax_resblock.parity.compiling import options_for
+from flax_resblock.cpu.compiling import options_for
 from flax_resblock.parity.devices import JaxDevice
 from flax_resblock.parity.pair import PRECISIONS, Precision
 
@@ -101,7 +101,7 @@ def trace_flax(
     """Runs an nnx model once, compiled; the model is left as it was.
 
     Args:
-      model: Called with one array; in the same precision.
+      model: Called with one array; in the same precision, or a narrower one.
       images: ``(N, H, W, C)``, cast to ``precision.storage``.
       slots: Attribute path of every slot by name.
       train: Training mode: batch statistics normalise and update the running ones.
@@ -109,13 +109,19 @@ def trace_flax(
       precision: To compute in.
       device: To compute on; None: jax's default.
     """
-    options = options_for(device, light=not train and cotangent is None)
+    options = options_for(device, light=cotangent is None)
     with precision.on_jax(device):
         graphdef, params, rest = split_model(model, train)
         by_path = {path: name for name, path in slots.items()}
 
+        def widened(value: Any) -> Any:
+            """The same number in the precision of the comparison."""
+            floating = jnp.issubdtype(value.dtype, jnp.floating)
+            return value.astype(precision.storage) if floating else value
+
         def run(params: Any, zeros: dict[str, Any], images: Any) -> tuple[Any, Any]:
-            module = nnx.merge(graphdef, params, rest, copy=True)
+            state = jax.tree.map(widened, (params, rest))
+            module = nnx.merge(graphdef, *state, copy=True)
             activations: dict[str, Any] = {}
 
             def on_output(path: Path, output: Any) -> Any:

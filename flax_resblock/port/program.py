@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 
 from flax_resblock.config import Path
+from flax_resblock.cpu.compiling import quick_options
 from flax_resblock.cpu.switch import conv_lowering
 from flax_resblock.nn.variables import flat_arrays, set_values, variable_at
-from flax_resblock.parity.compiling import quick_options
 from flax_resblock.parity.pair import Precision
 from flax_resblock.parity.taps import Trace, arrays_by_path, hooked, host_tree
 
