@@ -22,6 +22,7 @@ from flax_resblock.checkpoint.folders import (
     is_orbax,
     is_ported,
     metadata_in,
+    shards_of,
     texts_beside,
     trainer_files,
 )  # fmt: skip
@@ -106,7 +107,13 @@ def _with_run(record: Record, path: Path, limits: Limits) -> Record:
         return record
     from flax_resblock.checkpoint.torch_file import plain
 
-    return replace(record, extras=plain(extras))
+    record = replace(record, extras=plain(extras))
+    shards = shards_of(path)
+    if not shards or extras.get("optimizer"):
+        return record
+    from flax_resblock.checkpoint.zero_shards import with_optimizer
+
+    return with_optimizer(record, shards, limits)
 
 
 def recorded_digests(record: Record) -> dict[str, str]:

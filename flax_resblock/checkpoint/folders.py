@@ -89,6 +89,26 @@ def distributed_in(path: Path) -> Path | None:
     return folder if (folder / DISTRIBUTED_PLAN).is_file() else None
 
 
+ZERO_MODEL = "mp_rank_00_model_states.pt"
+"""The file of DeepSpeed that holds the weights."""
+ZERO_SHARD = re.compile(r"(?:bf16_)?zero_pp_rank_(\d{1,6})_mp_rank_00_optim_states\.pt")
+"""Files beside it, each with a part of the optimizer."""
+
+
+def shards_of(path: Path) -> list[Path]:
+    """DeepSpeed's parts of the optimizer beside a file of weights, in the order of the processes;
+    empty for any other file.
+    """
+    if path.name != ZERO_MODEL:
+        return []
+    found = {
+        int(match[1]): one
+        for one in path.parent.iterdir()
+        if (match := ZERO_SHARD.fullmatch(one.name))
+    }
+    return [found[number] for number in sorted(found)]
+
+
 PORTED = ("port.json", "weights.safetensors")
 """Files of a network that ``flax-resblock port`` wrote: the table of its tensors, and they."""
 

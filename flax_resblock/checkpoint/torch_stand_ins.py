@@ -91,6 +91,42 @@ class LogStandIn:
         """Drops the log, with its arrays and methods."""
 
 
+class ListStandIn(list[Any]):
+    """In place of fastai's ``L``, in which it keeps the options of its own optimizers."""
+
+    def __new__(cls) -> ListStandIn:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        items = state.get("items") if isinstance(state, dict) else None
+        if not isinstance(items, list) or len(state) > 1:
+            raise RefusedError(f"has a list of fastai's without its items. {HARM}")
+        self[:] = items
+
+
+class FieldsStandIn(dict[str, Any]):
+    """In place of objects that DeepSpeed stores, which are nothing but their fields."""
+
+    def __new__(cls) -> FieldsStandIn:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise RefusedError(f"has an object of DeepSpeed's without its fields. {HARM}")
+        self.update(state)
+
+
+FIELDS = frozenset(
+    f"deepspeed.{name}"
+    for name in (
+        "utils.tensor_fragment.fragment_address",
+        "runtime.fp16.loss_scaler.LossScaler",
+        "runtime.fp16.loss_scaler.DynamicLossScaler",
+    )
+)
+LIST = "fastcore.foundation.L"
+
+
 class DTypeStandIn:
     """In place of ``numpy.dtype``, which a pickle could change."""
 
@@ -139,4 +175,6 @@ def types(copies: Copies) -> dict[str, type]:
         "torch.nn.parameter.Parameter": ParameterStandIn,
         "torch.torch_version.TorchVersion": VersionStandIn,
         LOG: LogStandIn,
+        LIST: ListStandIn,
+        **dict.fromkeys(FIELDS, FieldsStandIn),
     }
