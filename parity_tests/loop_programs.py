@@ -75,7 +75,7 @@ def fastai(task: str, folder: Path, on: int, back: int, own: bool = False) -> Tr
             learner.opt = OptimWrapper(opt=torch.optim.AdamW(groups, lr=0.004))
         torch.save({"model": came["model"], "opt": came["optimizer"]}, folder / "file.pth")
         learner.load("file")
-        learner.fit(back)
+        learner.fit(back, wd=[0.03, 0.0] if own else None)
     else:
         learner.fit(runs.DONE)
         learner.save("saved")

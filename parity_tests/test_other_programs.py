@@ -10,6 +10,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from torch.distributed import checkpoint as distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from flax_resblock import CheckpointError, load_run, to_torch
@@ -222,6 +223,30 @@ def _shards(trained, folder, monkeypatch):
         }
         file = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         torch.save({"optimizer_state_dict": content}, file)
+
+
+def test_accelerates_folders_of_fsdp_are_the_run_of_a_plain_loop(trained, tmp_path):
+    _, plain = load_run(runs.plain_loop(trained, tmp_path))
+    model, optimizer = get_state_dict(*copy.deepcopy((trained.model, trained.optimizer)))
+    shards, whole = tmp_path / "shards", tmp_path / "whole"
+    for folder in (shards, whole):
+        folder.mkdir()
+        torch.save(trained.scheduler.state_dict(), folder / "scheduler.bin")
+        torch.save({}, folder / "random_states_0.pkl")
+    distributed.save({"model": model}, checkpoint_id=shards / "pytorch_model_fsdp_0")
+    distributed.save({"optimizer": optimizer}, checkpoint_id=shards / "optimizer_0")
+    torch.save(model, whole / "pytorch_model_fsdp.bin")
+    torch.save(optimizer, whole / "optimizer.bin")
+    for folder in (shards, whole):
+        found, run = load_run(folder)
+        assert same(to_torch(found), {k: v.numpy() for k, v in trained.model.state_dict().items()})
+        assert same(run.optimizer.tensors, plain.optimizer.tensors)
+        assert run.schedule == plain.schedule
+        names = {entry.name: entry.status for entry in run.found}
+        assert names == {"optimizer": "used", "scheduler": "used", "random_states_0.pkl": "ignored"}
+    (shards / "optimizer_0" / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no optimizer that could go on.*optimizer_0"):
+        load_run(shards)
 
 
 def test_the_shards_of_zero_are_the_optimizer_of_one_process(trained, tmp_path, monkeypatch):
