@@ -1,5 +1,6 @@
 """Files in the documented form of programs that the tests do not install are the same run."""
 
+import argparse
 import copy
 import json
 import math
@@ -14,6 +15,7 @@ from torch.distributed import checkpoint as distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from flax_resblock import CheckpointError, load_run, to_torch
+from flax_resblock.runs.entries import settings_in
 from flax_resblock.runs.mmengine_schedules import read_parts
 from flax_resblock.runs.scheduler_state import ScheduleState, read_schedule
 from flax_resblock.runs.scheduler_writing import write_schedule
@@ -135,7 +137,7 @@ def test_mmengines_schedules_multiply_and_end():
 def test_an_optimizer_that_only_its_program_puts_together_is_named(trained, tmp_path):
     zero = {**deepspeed(trained), "optimizer": None, "lr_scheduler": None}
     torch.save(zero, tmp_path / "zero.pt")
-    with pytest.raises(CheckpointError, match=r"alone puts together.* zero_to_fp32\.py \. merged"):
+    with pytest.raises(CheckpointError, match=r"shards of all .* zero_to_fp32\.py \. merged"):
         load_run(tmp_path / "zero.pt")
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
     one = copy.deepcopy((trained.model, trained.optimizer))
@@ -225,6 +227,29 @@ def _shards(trained, folder, monkeypatch):
         torch.save({"optimizer_state_dict": content}, file)
 
 
+def test_arguments_say_how_averages_are_made_and_gradients_clipped():
+    average = {"model_ema": True, "model_ema_decay": 0.99, "model_ema_steps": 1}
+    run = {"world_size": 2, "batch_size": 24, "epochs": 96, "lr_warmup_epochs": 3}
+    torchvision = {**average, **run, "clip_grad_norm": 0.7}
+
+    def found(epoch=3, name="args", **changes):
+        values = argparse.Namespace(**{**torchvision, **changes})
+        return settings_in({"epoch": epoch, name: values}, {})
+
+    assert found() == {
+        **{"epochs": 96, "batch_size": 24, "clip_norm": 0.7},
+        "ema": pytest.approx(1 - 0.01 * 2 * 24 / 96, rel=1e-15),
+    }
+    for other in (found(2), found(model_ema_steps=32), found(model_ema=False)):
+        assert "ema" not in other
+    entries = {}
+    by_value = argparse.Namespace(epochs=96, clip_grad=0.2, clip_mode="value")
+    assert settings_in({"args": by_value}, entries) == {"epochs": 96}
+    assert "clipping by value has no counterpart" in entries["args"].use
+    engine = {"train_batch_size": 48, "gradient_clipping": 1.0}
+    assert settings_in({"ds_config": engine}, {}) == {"batch_size": 48, "clip_norm": 1.0}
+
+
 def test_accelerates_folders_of_fsdp_are_the_run_of_a_plain_loop(trained, tmp_path):
     _, plain = load_run(runs.plain_loop(trained, tmp_path))
     model, optimizer = get_state_dict(*copy.deepcopy((trained.model, trained.optimizer)))
@@ -261,6 +286,9 @@ def test_the_shards_of_zero_are_the_optimizer_of_one_process(trained, tmp_path, 
     assert same(run.optimizer.tensors, expected.optimizer.tensors)
     assert run.optimizer.steps == expected.optimizer.steps
     assert run.schedule == expected.schedule
+    for name in ("run.pth", "run.pth.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+    assert load_run(tmp_path)[1].found == run.found
     whole = second.read_bytes()
     shard = torch.load(second, weights_only=False)
     shard["optimizer_state_dict"]["single_partition_of_fp32_groups"][0][3] += 1e-3

@@ -96,10 +96,10 @@ def read(
         )
     # no digest covers what lies beside the file
     record = replace(record, metadata={**texts_beside(file), **record.metadata})
-    return _with_run(record, Path(path), limits) if run else record
+    return _with_run(record, Path(path), file, limits) if run else record
 
 
-def _with_run(record: Record, path: Path, limits: Limits) -> Record:
+def _with_run(record: Record, path: Path, file: Path, limits: Limits) -> Record:
     extras = dict(record.extras)
     if path.is_dir() and record.format != "orbax":
         extras |= trainer_files(path, limits)
@@ -108,7 +108,7 @@ def _with_run(record: Record, path: Path, limits: Limits) -> Record:
     from flax_resblock.checkpoint.torch_file import plain
 
     record = replace(record, extras=plain(extras))
-    shards = shards_of(path)
+    shards = shards_of(file)
     if not shards or extras.get("optimizer"):
         return record
     from flax_resblock.checkpoint.zero_shards import with_optimizer

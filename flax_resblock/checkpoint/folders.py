@@ -125,7 +125,7 @@ def is_ported(path: Path) -> bool:
 
 def weights_in(folder: Path) -> Path | None:
     """The weights of a folder; None where there are none."""
-    names = (*WEIGHTS, FSDP_WHOLE)
+    names = (*WEIGHTS, FSDP_WHOLE, ZERO_MODEL)
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
@@ -221,7 +221,8 @@ def trainer_files(folder: Path, limits: Limits = LIMITS) -> dict[str, Any]:
         installed.
     """
     found: dict[str, Any] = {}
-    read = {_STATE, CONFIG_FILE, PREPROCESSOR_FILE, FSDP_WHOLE, *WEIGHTS}
+    read = {_STATE, CONFIG_FILE, PREPROCESSOR_FILE, FSDP_WHOLE, ZERO_MODEL, *WEIGHTS}
+    read |= {shard.name for shard in shards_of(folder / ZERO_MODEL)}
     if (folder / FSDP_OPTIMIZER / DISTRIBUTED_PLAN).is_file():
         from flax_resblock.checkpoint.distributed_folder import read_content
 

@@ -140,10 +140,10 @@ def elsewhere(extras: Mapping[str, Any]) -> str:
     """A sentence on an optimizer that a known program keeps in another way; may be empty."""
     if {"param_shapes", "ds_version"} <= extras.keys():
         return (
-            "DeepSpeed's ZeRO keeps the optimizer in shards, *_optim_states.pt, that DeepSpeed "
-            "alone puts together; so it does the trained weights in float32: run "
-            "`python zero_to_fp32.py . merged` in the folder above this one, and give "
-            "merged/pytorch_model.bin. "
+            "DeepSpeed's ZeRO keeps the optimizer in shards, *_optim_states.pt: give the file "
+            "with the shards of all processes beside it. Those of stage 3 are put together by "
+            "DeepSpeed alone, without the optimizer: run `python zero_to_fp32.py . merged` in the "
+            "folder above this one, and give merged/pytorch_model.bin. "
         )
     if any(
         str(key).startswith("param_groups.") for value in extras.values() for key in named(value)

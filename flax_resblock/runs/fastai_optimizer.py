@@ -17,10 +17,10 @@ _TENSORS = {"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"}
 _HYPERS = {"lr", "mom", "sqr_mom", "eps", "wd"}
 _FLAGS = {"do_wd", "force_train"}
 WHICH = (
-    "It is one of fastai's own, whose state does not say which. If it is fastai's Adam, the "
+    "is one of fastai's own, whose state does not say which. If it is fastai's Adam, the "
     "default, say `optimizer='adamw'`, or `optimizer='adam'` if it was made with "
     "decouple_wd=False. It goes back as torch's, for OptimWrapper. Others have no counterpart "
-    "here. "
+    "here."
 )
 
 
@@ -38,7 +38,7 @@ def as_torch(state: Mapping[str, Any], kind: str | None, source: str) -> dict[st
     hypers, states = list(state["hypers"]), list(state["state"])
     kept = {key for one in states for key in one} - _FLAGS
     if kind not in ("adam", "adamw"):
-        raise CheckpointError(f"{source} cannot go on. {WHICH}")
+        raise CheckpointError(f"{source}, {WHICH}")
     if kept != {*_TENSORS, "step"} or any(set(one) != _HYPERS for one in hypers):
         raise CheckpointError(
             f"{source} is not fastai's Adam: it keeps {', '.join(sorted(kept)) or 'nothing'} per "
