@@ -237,7 +237,9 @@ def test_arguments_say_how_averages_are_made_and_gradients_clipped():
         return settings_in({"epoch": epoch, name: values}, {})
 
     assert found() == {
-        **{"epochs": 96, "batch_size": 24, "clip_norm": 0.7},
+        "epochs": 96,
+        "batch_size": 24,
+        "clip_norm": 0.7,
         "ema": pytest.approx(1 - 0.01 * 2 * 24 / 96, rel=1e-15),
     }
     for other in (found(2), found(model_ema_steps=32), found(model_ema=False)):
@@ -248,6 +250,9 @@ def test_arguments_say_how_averages_are_made_and_gradients_clipped():
     assert "clipping by value has no counterpart" in entries["args"].use
     engine = {"train_batch_size": 48, "gradient_clipping": 1.0}
     assert settings_in({"ds_config": engine}, {}) == {"batch_size": 48, "clip_norm": 1.0}
+    silent = {"ds_config": {"train_batch_size": 48}}  # of which the version has its own default
+    assert "clip_norm" not in settings_in({**silent, "ds_version": "0.16.4"}, {})
+    assert settings_in({**silent, "ds_version": "0.19.8"}, {})["clip_norm"] == 1.0
 
 
 def test_accelerates_folders_of_fsdp_are_the_run_of_a_plain_loop(trained, tmp_path):

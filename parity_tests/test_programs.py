@@ -140,7 +140,8 @@ def test_a_run_of_the_program_goes_on_here_and_there_again(program, packages, tm
         assert (run.schedule.unit if run.schedule else None) == unit
         assert all(entry.use for entry in run.found)
         decay = run.settings.get("ema", 0.0)
-        config = runs.config(epochs=runs.DONE + ON, ema=decay)
+        more = {"ema": decay, "clip_norm": run.settings.get("clip_norm")}
+        config = runs.config(epochs=runs.DONE + ON, **more)
         data = runs.few_digits()
         history = training.fit(model, data, config, run=run, progress=False)
         assert len(history.steps) == ON * runs.STEPS
@@ -154,7 +155,7 @@ def test_a_run_of_the_program_goes_on_here_and_there_again(program, packages, tm
             pair = ({k: one[k].numpy() for k in floats} for one in (averages, theirs))
             assert worst(*pair) <= TRAJECTORY_LIMIT
         again, _ = load_run(tmp_path / saved, **said)
-        config = runs.config(epochs=runs.DONE + ON - BACK, ema=decay)
+        config = runs.config(epochs=runs.DONE + ON - BACK, **more)
         half = training.fit(again, data, config, run=run, progress=False)
         flax_resblock.save(again, tmp_path / "back.pth", run=half.run)
     # ZeRO is in float32: a loop that has the same went on in float64 and says how exact it is

@@ -82,6 +82,8 @@ def with_optimizer(record: Record, files: Sequence[Path], limits: Limits) -> Rec
             for key, value in found.items()
         }
     extras = {**record.extras, "optimizer": {"state": state, "param_groups": groups}}
+    clipping = {"gradient_clipping": states[0].get("clip_grad", 0.0)}
+    extras |= {"ds_config": {**clipping, **(record.extras.get("ds_config") or {})}}
     scaler = states[0].get("loss_scaler")
     extras |= {"loss_scaler": dict(scaler)} if isinstance(scaler, Mapping) else {}
     notes = (*record.notes, f"weights and optimizer are those of {len(files)} shards of ZeRO")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -173,6 +174,8 @@ def settings_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[s
     script's settings."""
     for name in _SETTINGS:
         values = named(extras.get(name))
+        if name == "ds_config" and "ds_version" in extras:
+            values = {"gradient_clipping": _clipping(str(extras["ds_version"])), **values}
         if str(values.get(OURS, "")).startswith("flax-resblock"):
             found[name] = RunEntry(name, "all settings of the run", "used")
             return {key: value for key, value in values.items() if key != OURS}
@@ -196,6 +199,14 @@ def settings_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[s
             found[name] = RunEntry(name, words, "used")
             return chosen
     return {}
+
+
+def _clipping(version: str) -> float:
+    """The norm to which DeepSpeed clips gradients where its configuration does not say; 0 for none.
+    It clips to 1 in 0.19.8, and did not in older versions.
+    """
+    numbers = re.findall(r"\d+", version)[:3]
+    return 1.0 if tuple(map(int, numbers)) >= (0, 19, 8) else 0.0
 
 
 def _decay(values: Mapping[str, Any], epoch: int) -> float | None:
