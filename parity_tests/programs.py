@@ -10,8 +10,10 @@ Run as ``python -m parity_tests.programs PROGRAM TASK FOLDER``, where the progra
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from torch.optim import lr_scheduler
 
-from parity_tests import runs, sharded_programs, trainer_programs
+from parity_tests import loop_programs, runs, sharded_programs, trainer_programs
 from parity_tests.support import import_torchvision
 
 ON, BACK = 4, 2
@@ -208,12 +210,20 @@ def _with_own_loop(
 
     def train(task: str, folder: Path) -> None:
         run, rates = program(task, folder, ON, BACK)
-        _written(folder / ("resumed.npz" if task == "resume" else "stayed.npz"), run, rates)
+        if int(os.environ.get("RANK", "0")) == 0:
+            _written(folder / ("resumed.npz" if task == "resume" else "stayed.npz"), run, rates)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
 
     return train
 
 
 PROGRAMS: dict[str, Callable[[str, Path], None]] = {
+    "torchvision": _with_own_loop(loop_programs.torchvision),
+    "fastai": _with_own_loop(loop_programs.fastai),
+    "fastai's Adam": _with_own_loop(partial(loop_programs.fastai, own=True)),
+    "deepspeed": _with_own_loop(loop_programs.deepspeed),
+    "zero": _with_own_loop(partial(loop_programs.deepspeed, stage=2)),
     "transformers": _with_own_loop(trainer_programs.hugging_face),
     "timm": _with_own_loop(trainer_programs.timm),
     "mmengine": _with_own_loop(trainer_programs.mmengine),

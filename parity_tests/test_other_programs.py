@@ -1,16 +1,21 @@
 """Files in the documented form of programs that the tests do not install are the same run."""
 
+import argparse
 import copy
 import json
 import math
+import sys
+import types
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed import checkpoint as distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-from flax_resblock import CheckpointError, load_run
+from flax_resblock import CheckpointError, load_run, to_torch
+from flax_resblock.runs.entries import settings_in
 from flax_resblock.runs.mmengine_schedules import read_parts
 from flax_resblock.runs.scheduler_state import ScheduleState, read_schedule
 from flax_resblock.runs.scheduler_writing import write_schedule
@@ -132,7 +137,7 @@ def test_mmengines_schedules_multiply_and_end():
 def test_an_optimizer_that_only_its_program_puts_together_is_named(trained, tmp_path):
     zero = {**deepspeed(trained), "optimizer": None, "lr_scheduler": None}
     torch.save(zero, tmp_path / "zero.pt")
-    with pytest.raises(CheckpointError, match=r"alone puts together.* zero_to_fp32\.py \. merged"):
+    with pytest.raises(CheckpointError, match=r"shards of all .* zero_to_fp32\.py \. merged"):
         load_run(tmp_path / "zero.pt")
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
     one = copy.deepcopy((trained.model, trained.optimizer))
@@ -140,10 +145,170 @@ def test_an_optimizer_that_only_its_program_puts_together_is_named(trained, tmp_
     torch.save({**fastai(trained), "optimizer": flattened}, tmp_path / "flat.pth")
     with pytest.raises(CheckpointError, match=r"is flattened .* Save it without that option"):
         load_run(tmp_path / "flat.pth")
-    own = {"state": [{"grad_avg": torch.ones(2)}], "hypers": [{"lr": 0.1, "mom": 0.9}]}
-    torch.save({**fastai(trained), "opt": own}, tmp_path / "own.pth")
-    with pytest.raises(CheckpointError, match=r"one of fastai's own, .*OptimWrapper"):
+
+
+def _as_fastai(optimizer, rate):
+    """The state that fastai's Adam has where torch's has that of ``optimizer``."""
+    kept = optimizer.state_dict()["state"].values()
+    states = [
+        {"grad_avg": one["exp_avg"], "sqr_avg": one["exp_avg_sq"], "step": int(one["step"])}
+        for one in kept
+    ]
+    hypers = {"wd": 0.01, "sqr_mom": 0.999, "lr": rate, "mom": 0.9, "eps": 1e-8}
+    return {"state": states, "hypers": [hypers]}
+
+
+def test_fastais_adam_is_torchs_and_a_computed_rate_had_a_schedule(trained, tmp_path):
+    state = _as_fastai(trained.optimizer, 0.004)
+    torch.save({**fastai(trained), "opt": state}, tmp_path / "own.pth")
+    with pytest.raises(CheckpointError, match=r"one of fastai's own, .*optimizer='adamw'"):
         load_run(tmp_path / "own.pth")
+    _, plain = load_run(runs.plain_loop(trained, tmp_path))
+    _, run = load_run(tmp_path / "own.pth", optimizer="adamw")
+    assert same(run.optimizer.tensors, plain.optimizer.tensors)
+    assert run.problem is None
+    one, (options,) = run.optimizer.groups[0].options, [g.options for g in plain.optimizer.groups]
+    assert {name: options[name] for name in one if name != "lr"} == {
+        name: value for name, value in one.items() if name != "lr"
+    }
+    of_lamb = copy.deepcopy(state)
+    of_lamb["hypers"][0]["beta"] = 0.0
+    torch.save({**fastai(trained), "opt": of_lamb}, tmp_path / "radam.pth")
+    with pytest.raises(CheckpointError, match=r"is not fastai's Adam: .*beta"):
+        load_run(tmp_path / "radam.pth", optimizer="adamw")
+    state["hypers"][0]["lr"] = np.float64(0.004)  # as fit_one_cycle leaves it
+    torch.save({**fastai(trained), "opt": state}, tmp_path / "cycle.pth")
+    assert "fit_one_cycle" in load_run(tmp_path / "cycle.pth", optimizer="adamw")[1].problem
+
+
+class _Fields:
+    """As DeepSpeed's classes, which are pickled by their name."""
+
+    def __init__(self, **fields):
+        vars(self).update(fields)
+
+
+def _shards(trained, folder, monkeypatch):
+    """The folder of ZeRO with two processes: the second has the end of the flat vector."""
+    module = types.ModuleType("deepspeed.utils.tensor_fragment")
+    kind = type("fragment_address", (_Fields,), {"__module__": module.__name__})
+    module.fragment_address = kind
+    for name in ("deepspeed", "deepspeed.utils", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    named = dict(trained.model.named_parameters())
+    kept = dict(zip(named, trained.optimizer.state_dict()["state"].values(), strict=True))
+    vectors = {
+        key: torch.cat([(kept[n][key] if key else p).detach().flatten() for n, p in named.items()])
+        for key in ("", "exp_avg", "exp_avg_sq")
+    }
+    (group,), cut = trained.optimizer.state_dict()["param_groups"], 100
+    model = {**deepspeed(trained), "dp_world_size": 2, "optimizer": None}
+    torch.save(
+        {**model, "lr_scheduler": trained.scheduler.state_dict()},
+        folder / "mp_rank_00_model_states.pt",
+    )
+    for rank, (first, last) in enumerate([(0, cut), (cut, len(vectors[""]))]):
+        places, start = {}, 0
+        for name, value in named.items():
+            begin, end = max(start, first), min(start + value.numel(), last)
+            if begin < end:
+                places[name] = kind(numel=end - begin, start=begin - first)
+            start += value.numel()
+        state = {key: value[first:last].clone() for key, value in vectors.items() if key}
+        content = {
+            "base_optimizer_state": {
+                "state": {0: {"step": torch.tensor(float(trained.step)), **state}},
+                "param_groups": [{**group, "params": [0]}],
+            },
+            "single_partition_of_fp32_groups": [vectors[""][first:last].clone()],
+            "param_slice_mappings": [places],
+        }
+        file = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": content}, file)
+
+
+def test_arguments_say_how_averages_are_made_and_gradients_clipped():
+    average = {"model_ema": True, "model_ema_decay": 0.99, "model_ema_steps": 1}
+    run = {"world_size": 2, "batch_size": 24, "epochs": 96, "lr_warmup_epochs": 3}
+    torchvision = {**average, **run, "clip_grad_norm": 0.7}
+
+    def found(epoch=3, name="args", **changes):
+        values = argparse.Namespace(**{**torchvision, **changes})
+        return settings_in({"epoch": epoch, name: values}, {})
+
+    assert found() == {
+        "epochs": 96,
+        "batch_size": 24,
+        "clip_norm": 0.7,
+        "ema": pytest.approx(1 - 0.01 * 2 * 24 / 96, rel=1e-15),
+    }
+    for other in (found(2), found(model_ema_steps=32), found(model_ema=False)):
+        assert "ema" not in other
+    entries = {}
+    by_value = argparse.Namespace(epochs=96, clip_grad=0.2, clip_mode="value")
+    assert settings_in({"args": by_value}, entries) == {"epochs": 96}
+    assert "clipping by value has no counterpart" in entries["args"].use
+    engine = {"train_batch_size": 48, "gradient_clipping": 1.0}
+    assert settings_in({"ds_config": engine}, {}) == {"batch_size": 48, "clip_norm": 1.0}
+    silent = {"ds_config": {"train_batch_size": 48}}  # of which the version has its own default
+    assert "clip_norm" not in settings_in({**silent, "ds_version": "0.16.4"}, {})
+    assert settings_in({**silent, "ds_version": "0.19.8"}, {})["clip_norm"] == 1.0
+
+
+def test_accelerates_folders_of_fsdp_are_the_run_of_a_plain_loop(trained, tmp_path):
+    _, plain = load_run(runs.plain_loop(trained, tmp_path))
+    model, optimizer = get_state_dict(*copy.deepcopy((trained.model, trained.optimizer)))
+    shards, whole = tmp_path / "shards", tmp_path / "whole"
+    for folder in (shards, whole):
+        folder.mkdir()
+        torch.save(trained.scheduler.state_dict(), folder / "scheduler.bin")
+        torch.save({}, folder / "random_states_0.pkl")
+    distributed.save({"model": model}, checkpoint_id=shards / "pytorch_model_fsdp_0")
+    distributed.save({"optimizer": optimizer}, checkpoint_id=shards / "optimizer_0")
+    torch.save(model, whole / "pytorch_model_fsdp.bin")
+    torch.save(optimizer, whole / "optimizer.bin")
+    for folder in (shards, whole):
+        found, run = load_run(folder)
+        assert same(to_torch(found), {k: v.numpy() for k, v in trained.model.state_dict().items()})
+        assert same(run.optimizer.tensors, plain.optimizer.tensors)
+        assert run.schedule == plain.schedule
+        names = {entry.name: entry.status for entry in run.found}
+        assert names == {"optimizer": "used", "scheduler": "used", "random_states_0.pkl": "ignored"}
+    (shards / "optimizer_0" / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no optimizer that could go on.*optimizer_0"):
+        load_run(shards)
+
+
+def test_the_shards_of_zero_are_the_optimizer_of_one_process(trained, tmp_path, monkeypatch):
+    _shards(trained, tmp_path, monkeypatch)
+    file, second = (
+        tmp_path / f"{name}.pt"
+        for name in ("mp_rank_00_model_states", "zero_pp_rank_1_mp_rank_00_optim_states")
+    )
+    plain, expected = load_run(runs.plain_loop(trained, tmp_path))
+    model, run = load_run(file)
+    assert same(to_torch(model), to_torch(plain))
+    assert same(run.optimizer.tensors, expected.optimizer.tensors)
+    assert run.optimizer.steps == expected.optimizer.steps
+    assert run.schedule == expected.schedule
+    for name in ("run.pth", "run.pth.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+    assert load_run(tmp_path)[1].found == run.found
+    whole = second.read_bytes()
+    shard = torch.load(second, weights_only=False)
+    shard["optimizer_state_dict"]["single_partition_of_fp32_groups"][0][3] += 1e-3
+    torch.save(shard, second)
+    with pytest.raises(CheckpointError, match=r"hold other weights of .* written at another step"):
+        load_run(file)
+    second.unlink()
+    with pytest.raises(CheckpointError, match=r"of the processes 0, where .* trained by 2"):
+        load_run(file)
+    second.write_bytes(whole)
+    places = torch.load(second, weights_only=False)
+    next(iter(places["optimizer_state_dict"]["param_slice_mappings"][0].values())).numel += 10**6
+    torch.save(places, second)
+    with pytest.raises(CheckpointError, match="reaches beyond its vector"):
+        load_run(file)
 
 
 def test_a_program_that_stores_no_names_and_an_unusual_order_is_refused_for_that(trained, tmp_path):

@@ -22,6 +22,7 @@ from flax_resblock.checkpoint.folders import (
     is_orbax,
     is_ported,
     metadata_in,
+    shards_of,
     texts_beside,
     trainer_files,
 )  # fmt: skip
@@ -95,10 +96,10 @@ def read(
         )
     # no digest covers what lies beside the file
     record = replace(record, metadata={**texts_beside(file), **record.metadata})
-    return _with_run(record, Path(path), limits) if run else record
+    return _with_run(record, Path(path), file, limits) if run else record
 
 
-def _with_run(record: Record, path: Path, limits: Limits) -> Record:
+def _with_run(record: Record, path: Path, file: Path, limits: Limits) -> Record:
     extras = dict(record.extras)
     if path.is_dir() and record.format != "orbax":
         extras |= trainer_files(path, limits)
@@ -106,7 +107,13 @@ def _with_run(record: Record, path: Path, limits: Limits) -> Record:
         return record
     from flax_resblock.checkpoint.torch_file import plain
 
-    return replace(record, extras=plain(extras))
+    record = replace(record, extras=plain(extras))
+    shards = shards_of(file)
+    if not shards or extras.get("optimizer"):
+        return record
+    from flax_resblock.checkpoint.zero_shards import with_optimizer
+
+    return with_optimizer(record, shards, limits)
 
 
 def recorded_digests(record: Record) -> dict[str, str]:

@@ -236,7 +236,17 @@ def _placed(content: dict[str, Any], path: tuple[Any, ...], value: Any, most: in
 
 
 def read_distributed(folder: Path, *, entry: str | None = None, limits: Limits) -> Record:
-    """Reads a folder.
+    """Reads a folder; errors as for :func:`read_content`."""
+    source = str(folder)
+    content = read_content(folder, limits)
+    state, extras, notes, names = unwrap(
+        content, is_tensor=lambda one: isinstance(one, np.ndarray), source=source, entry=entry
+    )
+    return Record(source, "distributed", state, {}, tuple(notes), extras, names)
+
+
+def read_content(folder: Path, limits: Limits) -> dict[str, Any]:
+    """What was saved in a folder.
 
     Raises:
       CheckpointError: Damaged, beyond the limits, code, or shards that are not there.
@@ -265,7 +275,4 @@ def read_distributed(folder: Path, *, entry: str | None = None, limits: Limits) 
             f"({first_line(error)}). Copy the folder again."
         ) from error
     check_content(content, limits, lambda one: getattr(one, "nbytes", None), source)
-    state, extras, notes, names = unwrap(
-        content, is_tensor=lambda one: isinstance(one, np.ndarray), source=source, entry=entry
-    )
-    return Record(source, "distributed", state, {}, tuple(notes), extras, names)
+    return content

@@ -78,6 +78,8 @@ def metadata_in(path: Path) -> dict[str, str]:
 
 DISTRIBUTED_SHARD, DISTRIBUTED_PLAN = ".distcp", ".metadata"
 """A shard of ``torch.distributed.checkpoint``, and the file that says what is in which."""
+FSDP_MODEL, FSDP_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
+"""Folders of ``torch.distributed.checkpoint`` in what Accelerate saves of a run with FSDP."""
 
 
 def distributed_in(path: Path) -> Path | None:
@@ -86,7 +88,30 @@ def distributed_in(path: Path) -> Path | None:
     """
     inside = path.suffix == DISTRIBUTED_SHARD or path.name == DISTRIBUTED_PLAN
     folder = path.parent if inside else path
-    return folder if (folder / DISTRIBUTED_PLAN).is_file() else None
+    places = (folder, folder / FSDP_MODEL)
+    return next((one for one in places if (one / DISTRIBUTED_PLAN).is_file()), None)
+
+
+FSDP_WHOLE = "pytorch_model_fsdp.bin"
+"""The weights where Accelerate saves a full state dict of FSDP."""
+ZERO_MODEL = "mp_rank_00_model_states.pt"
+"""The file of DeepSpeed that holds the weights."""
+ZERO_SHARD = re.compile(r"(?:bf16_)?zero_pp_rank_(\d{1,6})_mp_rank_00_optim_states\.pt")
+"""Files beside it, each with a part of the optimizer."""
+
+
+def shards_of(path: Path) -> list[Path]:
+    """DeepSpeed's parts of the optimizer beside a file of weights, in the order of the processes;
+    empty for any other file.
+    """
+    if path.name != ZERO_MODEL:
+        return []
+    found = {
+        int(match[1]): one
+        for one in path.parent.iterdir()
+        if (match := ZERO_SHARD.fullmatch(one.name))
+    }
+    return [found[number] for number in sorted(found)]
 
 
 PORTED = ("port.json", "weights.safetensors")
@@ -100,7 +125,8 @@ def is_ported(path: Path) -> bool:
 
 def weights_in(folder: Path) -> Path | None:
     """The weights of a folder; None where there are none."""
-    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    names = (*WEIGHTS, FSDP_WHOLE, ZERO_MODEL)
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -195,7 +221,12 @@ def trainer_files(folder: Path, limits: Limits = LIMITS) -> dict[str, Any]:
         installed.
     """
     found: dict[str, Any] = {}
-    read = {_STATE, CONFIG_FILE, PREPROCESSOR_FILE, *WEIGHTS}
+    read = {_STATE, CONFIG_FILE, PREPROCESSOR_FILE, FSDP_WHOLE, ZERO_MODEL, *WEIGHTS}
+    read |= {shard.name for shard in shards_of(folder / ZERO_MODEL)}
+    if (folder / FSDP_OPTIMIZER / DISTRIBUTED_PLAN).is_file():
+        from flax_resblock.checkpoint.distributed_folder import read_content
+
+        found |= read_content(folder / FSDP_OPTIMIZER, limits)
     for name, files in _PICKLED.items():
         file = next((file for file in files if (folder / file).is_file()), None)
         if file is not None:
@@ -213,7 +244,8 @@ def trainer_files(folder: Path, limits: Limits = LIMITS) -> dict[str, Any]:
                 f"{folder / _STATE} is damaged ({error}). Copy the folder again."
             ) from error
         found["trainer_state"] = state
-    others = sorted(file.name for file in folder.iterdir() if file.is_file())
+    taken = {FSDP_MODEL, *([FSDP_OPTIMIZER] if "optimizer" in found else [])}
+    others = sorted(file.name for file in folder.iterdir() if file.name not in taken)
     weights = ("model-", "pytorch_model-")  # shards
     plan = {DISTRIBUTED_PLAN} if distributed_in(folder) else set()
     rest = [name for name in others if name not in read | plan and not name.startswith(weights)]

@@ -253,6 +253,13 @@ def _scalar(_: Context, dtype: Any = None, data: Any = None) -> Any:
     return np.frombuffer(data, dtype.dtype)[0]
 
 
+def _stage(_: Context, number: Any = None) -> Any:
+    """A member of DeepSpeed's enumeration of its stages."""
+    if type(number) is not int:
+        raise _UnfitError
+    return number
+
+
 def _method(_: Context, owner: Any, name: Any) -> Any:
     """A method of MMEngine's log, which pickles the functions that it offers."""
     if not isinstance(owner, type) or not issubclass(owner, LogStandIn):
@@ -263,6 +270,7 @@ def _method(_: Context, owner: Any, name: Any) -> Any:
 MADE: Mapping[str, Callable[..., Any]] = {
     "builtins.getattr": _method,
     "__builtin__.getattr": _method,
+    "deepspeed.runtime.zero.config.ZeroStageEnum": _stage,
     "torch._utils._rebuild_tensor": _plain_tensor,
     "torch._utils._rebuild_tensor_v2": _flagged_tensor,
     "torch._utils._rebuild_parameter": _parameter,

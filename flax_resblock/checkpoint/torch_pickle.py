@@ -36,7 +36,9 @@ from flax_resblock.checkpoint.torch_calls import (
     needs,
 )
 from flax_resblock.checkpoint.torch_stand_ins import (
+    FIELDS,
     HARM,
+    LIST,
     LOG,
     Copies,
     DTypeStandIn,
@@ -171,7 +173,8 @@ _RULES = PickleRules(
     opcodes=PLAIN_OPCODES | {"NEWOBJ", "BINPERSID"},
     stateful=BY_TORCH
     | {"argparse.Namespace", "collections.OrderedDict", "numpy.dtype"}
-    | {"torch.nn.parameter.Parameter", LOG},
+    | {"torch.nn.parameter.Parameter", LOG, LIST}
+    | FIELDS,
     foreign_state=("torch._utils._rebuild_", "torch._tensor._rebuild_"),
     fillable=frozenset({"collections.OrderedDict", "collections.Counter"}),
     hashable=frozenset({"_codecs.encode", "torch.Size", "torch.torch_version.TorchVersion"}),

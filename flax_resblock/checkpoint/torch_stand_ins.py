@@ -91,6 +91,17 @@ class LogStandIn:
         """Drops the log, with its arrays and methods."""
 
 
+FIELDS = frozenset(
+    f"deepspeed.{name}"
+    for name in (
+        "utils.tensor_fragment.fragment_address",
+        "runtime.fp16.loss_scaler.LossScaler",
+        "runtime.fp16.loss_scaler.DynamicLossScaler",
+    )
+)
+LIST = "fastcore.foundation.L"
+
+
 class DTypeStandIn:
     """In place of ``numpy.dtype``, which a pickle could change."""
 
@@ -122,8 +133,8 @@ class Copies:
 def types(copies: Copies) -> dict[str, type]:
     """The types that a pickle may call, or whose ``__new__`` it may, by name.
 
-    Types are in reference cycles, and live until the next garbage collection. This one therefore
-    knows the counter alone, and nothing that keeps the file mapped.
+    Types are in reference cycles, and live until the next garbage collection. These therefore
+    know the counter alone, and nothing that keeps the file mapped.
     """
 
     class Namespace(argparse.Namespace):
@@ -133,10 +144,37 @@ def types(copies: Copies) -> dict[str, type]:
                 raise ValueError("it names an attribute by something else than text")
             vars(self).update(state)
 
+    class Items(list[Any]):
+        """In place of fastai's ``L``, in which it keeps the options of its own optimizers."""
+
+        def __new__(cls) -> Items:
+            return super().__new__(cls)
+
+        def __setstate__(self, state: Any) -> None:
+            items = state.get("items") if isinstance(state, dict) else None
+            if not isinstance(items, list) or len(state) > 1:
+                raise RefusedError(f"has a list of fastai's without its items. {HARM}")
+            copies.count(items)
+            self[:] = items
+
+    class Fields(dict[str, Any]):
+        """In place of objects that DeepSpeed stores, which are nothing but their fields."""
+
+        def __new__(cls) -> Fields:
+            return super().__new__(cls)
+
+        def __setstate__(self, state: Any) -> None:
+            if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+                raise RefusedError(f"has an object of DeepSpeed's without its fields. {HARM}")
+            copies.count(state)
+            self.update(state)
+
     return {
         "argparse.Namespace": Namespace,
         "collections.OrderedDict": StateDict,
         "torch.nn.parameter.Parameter": ParameterStandIn,
         "torch.torch_version.TorchVersion": VersionStandIn,
         LOG: LogStandIn,
+        LIST: Items,
+        **dict.fromkeys(FIELDS, Fields),
     }

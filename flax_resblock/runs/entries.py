@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -50,12 +51,14 @@ EPOCHS = ("epoch", "current_epoch", "start_epoch")
 AVERAGES = ("model_ema", "ema", "state_dict_ema", "ema_state_dict", "ema_model")
 SCALERS = (
     *("scaler", "grad_scaler", "amp_scaler", "amp", "native_amp_scaling_state", "MixedPrecision"),
+    "loss_scaler",
 )
-_SETTINGS = ("args", "hyper_parameters", "hparams", "config", "cfg", "trainer_state")
+_SETTINGS = ("args", "hyper_parameters", "hparams", "config", "cfg", "trainer_state", "ds_config")
 _NAMES = {
     "epochs": ("epochs", "max_epochs", "num_epochs", "num_train_epochs"),
     "batch_size": ("batch_size", "train_batch_size"),
     "label_smoothing": ("label_smoothing", "smoothing"),
+    "clip_norm": ("clip_grad_norm", "gradient_clipping", "clip_grad"),
 }
 """Settings by their usual names."""
 _RANDOM = "PyTorch's random state; JAX has its own"
@@ -69,8 +72,14 @@ _REASONS = {
         _RANDOM: "rng rng_state rng_states random_state torch_rng torch_rng_state cuda_rng_state",
         "of MMEngine: its log, configuration and random state": "meta message_hub",
         "of PyTorch's trainer": (
-            "loops callbacks pytorch-lightning_version hparams_name datamodule_hparams_name "
-            "training_args.bin"
+            "loops callbacks pytorch-lightning_version hparams_name datamodule_hparams_name"
+        ),
+        "an object of the program's, which is not opened; gradients are clipped as it says, to "
+        "max_grad_norm=1.0 unless it was changed: `clip_norm=1.0`": "training_args.bin",
+        "of DeepSpeed: parallelism and counts, which are not needed to go on": (
+            "buffer_names param_shapes frozen_param_shapes shared_params frozen_param_fragments "
+            "data_sampler random_ltd skipped_steps global_samples dp_world_size mp_world_size "
+            "checkpoint_parallel_dimensions ds_config ds_version sparse_tensor_module_names"
         ),
     }.items()
     for name in names.split()
@@ -132,10 +141,10 @@ def elsewhere(extras: Mapping[str, Any]) -> str:
     """A sentence on an optimizer that a known program keeps in another way; may be empty."""
     if {"param_shapes", "ds_version"} <= extras.keys():
         return (
-            "DeepSpeed's ZeRO keeps the optimizer in shards, *_optim_states.pt, that DeepSpeed "
-            "alone puts together; so it does the trained weights in float32: run "
-            "`python zero_to_fp32.py . merged` in the folder above this one, and give "
-            "merged/pytorch_model.bin. "
+            "DeepSpeed's ZeRO keeps the optimizer in shards, *_optim_states.pt: give the file "
+            "with the shards of all processes beside it. Those of stage 3 are put together by "
+            "DeepSpeed alone, without the optimizer: run `python zero_to_fp32.py . merged` in the "
+            "folder above this one, and give merged/pytorch_model.bin. "
         )
     if any(
         str(key).startswith("param_groups.") for value in extras.values() for key in named(value)
@@ -143,11 +152,6 @@ def elsewhere(extras: Mapping[str, Any]) -> str:
         return (
             "It is flattened (flatten_optimizer_state_dict=True of torch.distributed.checkpoint), "
             "which takes its param groups apart. Save it without that option. "
-        )
-    if any("hypers" in named(value) for value in extras.values()):
-        return (
-            "It is one of fastai's own, whose state does not say which. Train with "
-            "OptimWrapper(opt=torch.optim.AdamW), whose state is torch's. "
         )
     return ""
 
@@ -166,9 +170,12 @@ def named(values: Any) -> Mapping[str, Any]:
 
 
 def settings_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[str, Any]:
-    """Batch size, epochs and label smoothing, from whatever holds the script's settings."""
+    """Batch size, epochs, label smoothing and the clipping of gradients, from whatever holds the
+    script's settings."""
     for name in _SETTINGS:
         values = named(extras.get(name))
+        if name == "ds_config" and "ds_version" in extras:
+            values = {"gradient_clipping": _clipping(str(extras["ds_version"])), **values}
         if str(values.get(OURS, "")).startswith("flax-resblock"):
             found[name] = RunEntry(name, "all settings of the run", "used")
             return {key: value for key, value in values.items() if key != OURS}
@@ -176,17 +183,49 @@ def settings_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[s
         for ours, theirs in _NAMES.items():
             numbers = (values[key] for key in theirs if isinstance(values.get(key), int | float))
             value = next(numbers, None)
+            whole = ours in ("epochs", "batch_size")
             if value is not None and not isinstance(value, bool) and value >= 0:
-                chosen[ours] = value if ours == "label_smoothing" else int(value)
-        # timm's script, which has --sched, updates its average with each step
-        decay = values.get("model_ema_decay") if values.get("model_ema") else None
-        if isinstance(decay, float) and "sched" in values and not values.get("model_ema_warmup"):
-            chosen["ema"] = decay
+                chosen[ours] = int(value) if whole else value
+        if not chosen.get("clip_norm") or values.get("clip_mode", "norm") != "norm":
+            chosen.pop("clip_norm", None)
+        decay = _decay(values, _number(extras.get("epoch")) or 0)
+        chosen |= {} if decay is None else {"ema": decay}
         if chosen:
             words = ", ".join(f"{key} {value}" for key, value in chosen.items())
+            if values.get("clip_grad") and "clip_norm" not in chosen:
+                words += (
+                    f"; clipping by {values.get('clip_mode')} has no counterpart, and ends here"
+                )
             found[name] = RunEntry(name, words, "used")
             return chosen
     return {}
+
+
+def _clipping(version: str) -> float:
+    """The norm to which DeepSpeed clips gradients where its configuration does not say; 0 for none.
+    It clips to 1 in 0.19.8, and did not in older versions.
+    """
+    numbers = re.findall(r"\d+", version)[:3]
+    return 1.0 if tuple(map(int, numbers)) >= (0, 19, 8) else 0.0
+
+
+def _decay(values: Mapping[str, Any], epoch: int) -> float | None:
+    """The decay of averaged weights that are updated with each step; None if they are not.
+
+    Args:
+      values: The script's settings; only timm's script (which has ``sched``) and torchvision's say
+        how they average.
+      epoch: The last that was done; torchvision's average begins after its warm-up.
+    """
+    decay = values.get("model_ema_decay") if values.get("model_ema") else None
+    if not isinstance(decay, float):
+        return None
+    if "sched" in values:
+        return None if values.get("model_ema_warmup") else decay
+    if values.get("model_ema_steps") != 1 or epoch < values.get("lr_warmup_epochs", 0):
+        return None
+    images = values["world_size"] * values["batch_size"] / values["epochs"]
+    return 1.0 - min(1.0, (1.0 - decay) * images)
 
 
 def scalers_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[str, Any]:

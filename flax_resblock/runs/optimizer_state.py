@@ -12,6 +12,7 @@ import numpy as np
 from flax_resblock.config import Path
 from flax_resblock.convert.state_map import Entry, TensorMap
 from flax_resblock.errors import CheckpointError, some
+from flax_resblock.runs import fastai_optimizer
 from flax_resblock.runs.optimizer_kinds import OPTIMIZERS, OptimizerKind
 from flax_resblock.runs.optimizer_options import read_kind
 from flax_resblock.runs.param_groups import (
@@ -87,7 +88,7 @@ def find_optimizer(extras: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] |
     """Name and state dict of the optimizer among the entries of a training checkpoint."""
     for name in ENTRIES:
         value = only_item(extras.get(name))
-        if isinstance(value, Mapping) and "param_groups" in value:
+        if isinstance(value, Mapping) and value.keys() & {"param_groups", "hypers"}:
             return name, value
     return None
 
@@ -111,6 +112,8 @@ def read_optimizer(
       CheckpointError: No optimizer state, one without counterpart, or one that does not belong to
         this model; the message says which part.
     """
+    if "hypers" in state:
+        state = fastai_optimizer.as_torch(state, kind, source)
     groups, per_parameter = state.get("param_groups"), state.get("state")
     if (
         not isinstance(groups, Sequence)

@@ -183,6 +183,12 @@ def _without_scheduler(
             "have 'initial_lr', which only a scheduler sets."
         )
         return replace(run, problem=words)
+    if any(isinstance(group["lr"], np.floating) for group in groups):
+        words = (
+            f"{source} holds no learning-rate scheduler, but the run had one: its rate is a number "
+            "of numpy's, as a program computes it at each step (fastai's fit_one_cycle does)."
+        )
+        return replace(run, problem=words)
     return run
 
 
