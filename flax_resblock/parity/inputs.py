@@ -23,8 +23,8 @@ def adversarial_images(
 
     Args:
       config: Decides channels and default size (odd by even: 65x98 where a stem reduces the
-        image, 33x32 where it does not, 15x14 for a block). The last maps have more pixels than
-        a kernel: with fewer, XLA swaps the two and computes ten times as long.
+        image, 33x32 where it does not, 15x14 for a block). Where the last maps have fewer pixels
+        than a kernel, XLA's convolutions in float64 were measured to take ten times as long.
       batch, height, width: ``(N, H, W)``.
       seed: Of the generator.
     Returns:
