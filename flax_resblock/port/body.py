@@ -133,12 +133,11 @@ class BodyReader(Parts):
         for value, part in self.parameters.items():
             part.order = part.order or value.order
         write(self.body, self.values, outputs, in_training)
-        children = [identifier(name) for name, _ in children_of(self.live)]
+        names = [name for name, _ in children_of(self.live)]
+        names += [*self.live._parameters, *self.live._buffers]
+        place = {identifier(name): index for index, name in enumerate(names)}
         self.body.parts = dict(
-            sorted(
-                self.body.parts.items(),
-                key=lambda pair: children.index(pair[0]) if pair[0] in children else len(children),
-            )
+            sorted(self.body.parts.items(), key=lambda pair: place.get(pair[0], len(names)))
         )
         self.body.sequence = self._sequence()
         if self.path == "" and self.body.sequence is not None:

@@ -132,15 +132,19 @@ class Values:
         return self.new(SAME, (value,), shape, order, hint=value.hint)
 
     def _shaped(self, value: Value, sizes: Shape, shape: Shape, order: Order) -> Value:
-        """Our array reshaped to ``sizes``."""
+        """Our array reshaped to ``sizes``: what has been reshaped already begins again."""
+        value = source(value).reshaped or value
         if value.sizes == sizes:
             return self.relabelled(value, shape, order)
         index = _inserted(value.sizes, sizes)
         if index is not None:
-            return self.new(f"{{{ATOM}}}[{index}]", (value,), shape, order, hint=value.hint)
-        text, holes = self.sizes(sizes, value)
-        holes = (value, *holes)
-        return self.new(f"{{{ATOM}}}.reshape({text})", holes, shape, order, hint=value.hint)
+            made = self.new(f"{{{ATOM}}}[{index}]", (value,), shape, order, hint=value.hint)
+        else:
+            text, holes = self.sizes(sizes, value)
+            text = f"{{{ATOM}}}.reshape({text})"
+            made = self.new(text, (value, *holes), shape, order, hint=value.hint)
+        made.reshaped = value
+        return made
 
     def settled(self, value: Value) -> Value:
         """The value, broadcast to its shape where PyTorch only pretended to."""
@@ -162,6 +166,11 @@ class Values:
         if value.order == order and value.expanded is None:
             return value
         plan = axes.aligned(value.shape, value.order, order)
+        before = source(value).reshaped
+        if before is not None and value.order == plan.before:
+            sizes = _without_leading_ones(before.sizes)
+            if sizes == _without_leading_ones(plan.shape):
+                return self.relabelled(before, sizes, axes.torch_order(len(sizes)))
         if value.expanded is not None:
             value = self.relabelled_plain(value)
         value = self.bring(value, plan.before) if value.order != plan.before else value

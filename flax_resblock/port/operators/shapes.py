@@ -13,7 +13,7 @@ from flax_resblock.port.operator_names import name_of
 from flax_resblock.port.operators.rules import along, rule, several
 from flax_resblock.port.placing import Values
 from flax_resblock.port.tracing import FromBatch, shape_of, size_of
-from flax_resblock.port.values import Constant, Value
+from flax_resblock.port.values import ANY, Constant, Value
 
 
 @rule("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten")
@@ -32,12 +32,14 @@ def _same(b: Values, node: Any, x: Any, *_: Any, **__: Any) -> Any:
         return b.new(
             "jax.lax.stop_gradient({})", (found,), found.shape, found.order, hint=found.hint
         )
-    source = getattr(x, "meta", {}).get("val")
-    if isinstance(found, Value) and source is not None and source.dtype != node.meta["val"].dtype:
-        if not source.dtype.is_floating_point and node.meta["val"].dtype.is_floating_point:
+    source, made = getattr(x, "meta", {}).get("val"), node.meta["val"].dtype
+    if isinstance(found, Value) and source is not None and source.dtype != made:
+        if not source.dtype.is_floating_point and made.is_floating_point:
             text = f"{{3}}.astype({b.dtype})"
             return b.new(text, (found,), found.shape, found.order, hint=found.hint)
-        raise b.refusal(f"it casts to {node.meta['val'].dtype}, which fixes a precision")
+        if made == torch.bool:
+            return b.new("{1} != 0", (found,), found.shape, found.order, binding=ANY, hint="mask")
+        raise b.refusal(f"it casts {source.dtype} to {made}, which is not supported")
     return found
 
 
