@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ import flax_resblock
 from flax_resblock import InputError
 from flax_resblock import nn as nn_of_flax
 from flax_resblock.port import porting
+from flax_resblock.port.layer import Rate
 
 
 class Habits(nn.Module):
@@ -213,6 +215,39 @@ class Random(nn.Module):
     def forward(self, x):
         share = torch.empty(x.size(0), 1, 1, 1).uniform_() if self.training else 0.5
         return (share * self.left(x) + (1 - share) * self.right(x)).mean((2, 3))
+
+
+class CoordinateAttention(nn.Module):
+    """Pools rows and columns, and splits what it made of both at the height of the map."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.both = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.scale = nn.Parameter(torch.ones(4))
+        self.rows, self.columns = nn.AdaptiveAvgPool2d((None, 1)), nn.AdaptiveAvgPool2d((1, None))
+
+    def forward(self, x):
+        x = self.stem(x) * self.scale[:, None, None]
+        columns = self.columns(x).permute(0, 1, 3, 2)
+        both = self.both(torch.cat([self.rows(x), columns], 2)).sigmoid()
+        rows, columns = both.split([x.size(2), x.size(3)], 2)
+        return (x * rows * columns.permute(0, 1, 3, 2)).mean((2, 3))
+
+
+def test_a_split_at_the_height_of_a_map_is_right_for_any_size():
+    ported = flax_resblock.port(CoordinateAttention(), image_size=(9, 12))
+    assert not ported.notes
+    assert "[x.shape[1]], axis=1)" in ported.source
+    assert "self.stem(x) * self.scale[...]\n" in ported.source
+
+
+def test_rates_of_stochastic_depth_are_written_as_fractions():
+    rates = [0.1 * place / 17.0 for place in range(18)]
+    written = [repr(Rate(one)) for one in rates]
+    assert written[:4] == ["0.0", "1 / 170", "1 / 85", "3 / 170"]
+    assert max(map(len, written)) <= 8
+    np.testing.assert_allclose([eval(one) for one in written], rates, rtol=2.3e-16)
+    assert repr(Rate(0.12345678901234)) == "0.12345678901234"
 
 
 REFUSALS = {

@@ -50,8 +50,7 @@ def _nothing(b: Values, node: Any, *_: Any, **__: Any) -> None:
 
 @rule("permute")
 def _permute(b: Values, node: Any, x: Any, dims: Sequence[int]) -> Value:
-    value = b.value(x)
-    return b.transposed(value, [dim % len(value.shape) for dim in dims])
+    return b.transposed(b.value(x), [dim % len(dims) for dim in dims])
 
 
 @rule("transpose", "t")
@@ -104,10 +103,9 @@ def _repeat_interleave(b: Values, node: Any, x: Any, times: Any, dim: Any = None
 
 @rule("mT", "numpy_T")
 def _turned(b: Values, node: Any, x: Any) -> Value:
-    value = b.value(x)
-    dims = list(range(len(value.shape)))
-    dims = [*dims[:-2], dims[-1], dims[-2]] if name_of(node) == "mT" else dims[::-1]
-    return b.transposed(value, dims)
+    *outer, rows, columns = range(len(b.value(x).shape))
+    turned = [*outer, columns, rows] if name_of(node) == "mT" else [columns, rows, *outer[::-1]]
+    return b.transposed(b.value(x), turned)
 
 
 @rule("movedim", "moveaxis")
@@ -176,9 +174,10 @@ def _split(b: Values, node: Any, x: Any, size: Any, dim: int = 0) -> Value:
     axis = along(b, value, dim)
     if len(set(lengths)) == 1:
         return pieces(b, node, value, dim, f"jnp.split({{}}, {len(lengths)}, axis={axis})", ())
-    ends = tuple(sum(lengths[: place + 1]) for place in range(len(lengths) - 1))
-    holes = (Constant(list(ends), "ends"),)
-    return pieces(b, node, value, dim, f"jnp.split({{}}, {{}}, axis={axis})", holes)
+    side = b.side(lengths[0]) if len(lengths) == 2 and len(value.shape) == 4 and axis > 0 else None
+    text = f"jnp.split({{}}, {'[{}]' if side else '{}'}, axis={axis})"
+    ends = [sum(lengths[: place + 1]) for place in range(len(lengths) - 1)]
+    return pieces(b, node, value, dim, text, (side or Constant(ends, "ends"),))
 
 
 @rule("unbind")
