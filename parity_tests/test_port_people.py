@@ -161,14 +161,15 @@ def test_rounding_between_layers_counts_as_rounding(monkeypatch):
 
 
 class Customs(nn.Module):
-    """A module called like an attribute of a graph, CELU in place, and a mask as truth values."""
+    """A module called like an attribute of a graph, CELU in place, a mask as truth values, and a
+    map that stays in the module."""
 
     def __init__(self):
         super().__init__()
         self.meta = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.CELU(0.3, inplace=True))
 
     def forward(self, x):
-        x = self.meta(x)
+        self.kept = x = self.meta(x)
         mask = (x.detach() > 0.1).to(x.dtype)
         return sum([x.masked_fill(mask.bool(), 0.5), x]).mean((2, 3))
 
@@ -177,6 +178,7 @@ def test_celu_in_place_has_a_derivative_of_its_own(monkeypatch):
     ported = flax_resblock.port(Customs(), image_size=(8, 9))
     assert "partial(nn.celu, alpha=0.3, inplace=True)" in ported.source
     assert "meta.0.weight" in ported.to_torch(ported.create())
+    assert "float64 training gradients" in ported.figures
     genuine = porting.source_of
     monkeypatch.setattr(
         porting, "source_of", lambda *a, **k: genuine(*a, **k).replace(", inplace=True", "")
@@ -250,7 +252,20 @@ def test_rates_of_stochastic_depth_are_written_as_fractions():
     assert repr(Rate(0.12345678901234)) == "0.12345678901234"
 
 
+class Hooked(nn.Module):
+    """Has a layer with a hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3)
+        self.conv.register_forward_hook(lambda _, __, made: made + 1)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))
+
+
 REFUSALS = {
+    r"in module conv, called at .*test_port_people.py:\d+ .*has forward hooks": Hooked,
     "in module 1, LazyLinear is lazy": lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(2)),
     r"calls dropout as a function at .*test_port_people.py:\d+": Written,
     "its backward pass changes norm.running_mean": Recomputed,

@@ -14,6 +14,7 @@ from flax_resblock.port.attributes import Parts
 from flax_resblock.port.axes import Order, Shape
 from flax_resblock.port.graphs import (
     argument_names,
+    called_at,
     held,
     hint_of,
     layer_call,
@@ -67,7 +68,10 @@ class Reader:
         try:
             return self.traced.folded.applied(layer_of(module), path)
         except InputError as error:
-            raise InputError(f"{self.name} cannot be ported: in module {path}, {error}") from error
+            at = called_at(self.traced.graphs, path)
+            raise InputError(
+                f"{self.name} cannot be ported: in module {path}{at}, {error}"
+            ) from error
 
     def trace_of(self, path: str) -> Traced:
         """The trace that has a graph of the module."""

@@ -15,9 +15,12 @@ _COPIES = {
 }
 """Operators whose results are numbers that they were given."""
 
+_DEEPCOPY = {getattr(torch.ops.aten, name) for name in ("clone", "new_empty", "set_")}
+"""Operators that ``copy.deepcopy`` uses, for example for what a module keeps of an earlier call."""
+
 
 class Dtypes(TorchDispatchMode):
-    """Collects the floating dtypes of what is computed within it."""
+    """Collects the floating dtypes of what is computed within it; a copy computes nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +28,8 @@ class Dtypes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        self.dtypes |= {one.dtype for one in _floating(made)}
+        if func.overloadpacket not in _DEEPCOPY:
+            self.dtypes |= {one.dtype for one in _floating(made)}
         return made
 
 
