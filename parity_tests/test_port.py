@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import inspect
+import io
 import json
 import re
 import sys
+import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -732,7 +736,7 @@ def test_modules_may_be_called_like_keywords():
     assert list(back) == list(module.state_dict())
     assert all(np.array_equal(back[key], value) for key, value in module.state_dict().items())
     module.register_parameter("with", nn.Parameter(torch.ones(3)))
-    with pytest.raises(InputError, match="parameter 'with' has the name of a Python keyword"):
+    with pytest.raises(InputError, match="cannot have a parameter called 'with'"):
         flax_resblock.port(module)
 
 
@@ -830,6 +834,43 @@ def test_the_documentation_shows_what_is_written(name, monkeypatch):
     source = flax_resblock.port(build(), image_size=(64, 64), origin=title, expand=True).source
     shown = REPOSITORY / "docs" / "ported" / name
     assert source == shown.read_text(), f"write it anew with the code of this test: {shown}"
+
+
+def code_lines(text):
+    """Lines of Python that hold code: no comments, docstrings or blank lines."""
+    tree = ast.parse(text)
+    told = set()
+    for node in ast.walk(tree):
+        kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+        if isinstance(node, kinds) and ast.get_docstring(node):
+            told |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    rows = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in layout and token.string:
+            rows |= set(range(token.start[0], token.end[0] + 1))
+    return len(rows - told)
+
+
+def test_what_is_written_is_at_most_1_3_times_as_long_as_the_original():
+    """Both counted in lines of code: of the original, the classes of the network and what builds
+    it, with the imports of a file that is a network alone."""
+    models = import_torchvision().models
+    resnet, mobilenet = models.resnet, models.mobilenetv3
+    misc = import_torchvision().ops.misc
+    originals = {
+        "wide_resnet": [inspect.getmodule(WideResNet)],
+        "resnet18": [resnet.BasicBlock, resnet.ResNet, resnet.resnet18],
+        "mobilenet_v3_small": [
+            misc.ConvNormActivation, misc.Conv2dNormActivation, misc.SqueezeExcitation,
+            mobilenet.InvertedResidual, mobilenet.MobileNetV3, mobilenet.mobilenet_v3_small,
+        ],
+    }  # fmt: skip
+    for name, parts in originals.items():
+        theirs = sum(code_lines(inspect.getsource(part)) for part in parts)
+        ours = code_lines((REPOSITORY / "docs" / "ported" / f"{name}.py").read_text())
+        assert ours <= 1.3 * theirs, f"{name}: {ours} lines for {theirs}"
+    assert code_lines('"""Text."""\n\nx = [\n    1,  # one\n]\n# two\n') == 3
 
 
 def test_a_ported_network_learns_with_optax():

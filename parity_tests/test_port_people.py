@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,9 @@ from torch import nn
 
 import flax_resblock
 from flax_resblock import InputError
+from flax_resblock import nn as nn_of_flax
 from flax_resblock.port import porting
+from flax_resblock.port.layer import Rate
 
 
 class Habits(nn.Module):
@@ -94,6 +97,96 @@ def test_a_module_without_a_gradient_is_compared_in_evaluation_mode_alone():
     assert not [name for name in ported.figures if "training" in name]
 
 
+class WeightNormed(nn.Module):
+    """Both spellings of weight norm, with a norm for each output, for each input and for all."""
+
+    def __init__(self):
+        super().__init__()
+        new = nn.utils.parametrizations.weight_norm
+        self.stem = nn.utils.weight_norm(nn.Conv2d(3, 4, 3, stride=2))
+        self.body = nn.utils.weight_norm(nn.Conv2d(4, 4, 3, padding=1, bias=False), dim=None)
+        self.up = new(nn.ConvTranspose2d(4, 5, 2, stride=2))
+        self.fc = new(nn.Linear(5, 3))
+
+    def forward(self, x):
+        return self.fc(F.relu(self.up(F.relu(self.body(self.stem(x))))).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_weight_norm_is_ported_in_both_spellings_and_back(monkeypatch):
+    module = WeightNormed()
+    before = module(torch.randn(2, 3, 9, 8))  # leaves the graph of its weights in the module
+    ported = flax_resblock.port(module, image_size=(9, 8))
+    assert ported.source.count("nn.weight_norm(") == 4
+    state, back = module.state_dict(), ported.to_torch(ported.create())
+    assert back.keys() == state.keys()
+    assert "fc.parametrizations.weight.original0" in back
+    assert all(torch.equal(torch.as_tensor(back[key]), state[key]) for key in state)
+    before.sum().backward()  # the module is as it was
+    assert module.stem.weight_g.grad is not None
+    monkeypatch.setattr(nn_of_flax, "weight_norm", lambda v, g: v * g)
+    with pytest.raises(InputError, match="in evaluation mode the output differs by"):
+        flax_resblock.port(module, image_size=(9, 8))
+
+
+class Modulated(nn.Module):
+    """An instance norm of what a linear layer scales and shifts far from zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.InstanceNorm2d(8, affine=True)
+        self.film = nn.Linear(7, 16)
+        self.last = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x, facts):
+        scale, shift = self.film(facts)[..., None, None].chunk(2, 1)
+        x = 0.1 * scale * self.conv(x) + shift + 5
+        return self.last(F.relu(self.norm(x))).mean((2, 3))
+
+
+def test_rounding_between_layers_counts_as_rounding(monkeypatch):
+    """The sum in front of the norm rounds by far more than the layers around it."""
+    torch.manual_seed(1)
+    inputs = torch.randn(2, 3, 16, 16), torch.randn(2, 7)
+    ported = flax_resblock.port(Modulated(), example_inputs=inputs)
+    assert ported.figures["float64 training gradients"]["error"] > 1e-12
+    assert "4 times what PyTorch's own move by" in " ".join(ported.notes)
+    genuine = porting.source_of
+    wrong = "affine=True, eps=1.00001e-5"
+    monkeypatch.setattr(
+        porting, "source_of", lambda *a, **k: genuine(*a, **k).replace("affine=True", wrong)
+    )
+    with pytest.raises(InputError, match=r"differs? by"):
+        flax_resblock.port(Modulated(), example_inputs=inputs)
+
+
+class Customs(nn.Module):
+    """A module called like an attribute of a graph, CELU in place, a mask as truth values, and a
+    map that stays in the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.meta = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.CELU(0.3, inplace=True))
+
+    def forward(self, x):
+        self.kept = x = self.meta(x)
+        mask = (x.detach() > 0.1).to(x.dtype)
+        return sum([x.masked_fill(mask.bool(), 0.5), x]).mean((2, 3))
+
+
+def test_celu_in_place_has_a_derivative_of_its_own(monkeypatch):
+    ported = flax_resblock.port(Customs(), image_size=(8, 9))
+    assert "partial(nn.celu, alpha=0.3, inplace=True)" in ported.source
+    assert "meta.0.weight" in ported.to_torch(ported.create())
+    assert "float64 training gradients" in ported.figures
+    genuine = porting.source_of
+    monkeypatch.setattr(
+        porting, "source_of", lambda *a, **k: genuine(*a, **k).replace(", inplace=True", "")
+    )
+    with pytest.raises(InputError, match=r"gradients of meta\.0\.weight differ by"):
+        flax_resblock.port(Customs(), image_size=(8, 9))
+
+
 class Written(nn.Module):
     """Writes into a slice, and drops with a function."""
 
@@ -126,16 +219,65 @@ class Random(nn.Module):
         return (share * self.left(x) + (1 - share) * self.right(x)).mean((2, 3))
 
 
+class CoordinateAttention(nn.Module):
+    """Pools rows and columns, and splits what it made of both at the height of the map."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.both = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.scale = nn.Parameter(torch.ones(4))
+        self.rows, self.columns = nn.AdaptiveAvgPool2d((None, 1)), nn.AdaptiveAvgPool2d((1, None))
+
+    def forward(self, x):
+        x = self.stem(x) * self.scale[:, None, None]
+        columns = self.columns(x).permute(0, 1, 3, 2)
+        both = self.both(torch.cat([self.rows(x), columns], 2)).sigmoid()
+        rows, columns = both.split([x.size(2), x.size(3)], 2)
+        return (x * rows * columns.permute(0, 1, 3, 2)).mean((2, 3))
+
+
+def test_a_split_at_the_height_of_a_map_is_right_for_any_size():
+    ported = flax_resblock.port(CoordinateAttention(), image_size=(9, 12))
+    assert not ported.notes
+    assert "[x.shape[1]], axis=1)" in ported.source
+    assert "self.stem(x) * self.scale[...]\n" in ported.source
+
+
+def test_rates_of_stochastic_depth_are_written_as_fractions():
+    rates = [0.1 * place / 17.0 for place in range(18)]
+    written = [repr(Rate(one)) for one in rates]
+    assert written[:4] == ["0.0", "1 / 170", "1 / 85", "3 / 170"]
+    assert max(map(len, written)) <= 8
+    np.testing.assert_allclose([eval(one) for one in written], rates, rtol=2.3e-16)
+    assert repr(Rate(0.12345678901234)) == "0.12345678901234"
+
+
+class Hooked(nn.Module):
+    """Has a layer with a hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3)
+        self.conv.register_forward_hook(lambda _, __, made: made + 1)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))
+
+
 REFUSALS = {
+    r"in module conv, called at .*test_port_people.py:\d+ .*has forward hooks": Hooked,
     "in module 1, LazyLinear is lazy": lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(2)),
     r"calls dropout as a function at .*test_port_people.py:\d+": Written,
     "its backward pass changes norm.running_mean": Recomputed,
     "is TorchScript": lambda: torch.jit.script(nn.Conv2d(3, 2, 1)),
-    r"in module 0, Conv2d has weight_norm, .*remove_weight_norm\(": lambda: nn.Sequential(
-        nn.utils.weight_norm(nn.Conv2d(3, 2, 1))
+    r"in module 0, Conv2d has spectral_norm, .*remove_spectral_norm\(": lambda: nn.Sequential(
+        nn.utils.spectral_norm(nn.Conv2d(3, 2, 1))
     ),
-    "ParametrizedConv2d has a parametrization": lambda: nn.Sequential(
+    "ParametrizedConv2d has spectral_norm, which changes a buffer": lambda: nn.Sequential(
         nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 2, 1))
+    ),
+    "ParametrizedConv2d has a parametrization other than weight_norm": lambda: nn.Sequential(
+        nn.utils.parametrizations.orthogonal(nn.Conv2d(3, 2, 1))
     ),
     r"random numbers of its own at .*uniform_\(\)": Random,
 }

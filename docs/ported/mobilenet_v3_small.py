@@ -63,48 +63,23 @@ class SqueezeExcitation(nnx.Module):
         return hardsigmoid * x
 
 
-class InvertedResidual3(nnx.Module):
+class InvertedResidual(nnx.Module):
     """``InvertedResidual`` of ``torchvision.models.mobilenetv3``."""
 
-    def __init__(self, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, channels: int, block_1_channels: int, fc1_channels: int, *, rngs: nnx.Rngs
+    ) -> None:
         self.block = nn.Sequential(
-            Conv2dNormActivation(16, 16, 3, 1, stride=2, activation=nn.relu, groups=16, rngs=rngs),
-            SqueezeExcitation(16, 8, rngs=rngs),
-            Conv2dNormActivation2(16, 16, rngs=rngs),
+            Conv2dNormActivation(channels, block_1_channels, 1, 0, rngs=rngs),
+            Conv2dNormActivation(
+                block_1_channels, block_1_channels, 5, 2, groups=block_1_channels, rngs=rngs
+            ),
+            SqueezeExcitation(block_1_channels, fc1_channels, rngs=rngs),
+            Conv2dNormActivation2(block_1_channels, channels, rngs=rngs),
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, H, W, 16)`` to ``(N, H, W, 16)``."""
-        return self.block(x)
-
-
-class InvertedResidual4(nnx.Module):
-    """``InvertedResidual`` of ``torchvision.models.mobilenetv3``."""
-
-    def __init__(self, *, rngs: nnx.Rngs) -> None:
-        self.block = nn.Sequential(
-            Conv2dNormActivation(16, 72, 1, 0, activation=nn.relu, rngs=rngs),
-            Conv2dNormActivation(72, 72, 3, 1, stride=2, activation=nn.relu, groups=72, rngs=rngs),
-            Conv2dNormActivation2(72, 24, rngs=rngs),
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, H, W, 16)`` to ``(N, H, W, 24)``."""
-        return self.block(x)
-
-
-class InvertedResidual5(nnx.Module):
-    """``InvertedResidual`` of ``torchvision.models.mobilenetv3``."""
-
-    def __init__(self, *, rngs: nnx.Rngs) -> None:
-        self.block = nn.Sequential(
-            Conv2dNormActivation(24, 88, 1, 0, activation=nn.relu, rngs=rngs),
-            Conv2dNormActivation(88, 88, 3, 1, activation=nn.relu, groups=88, rngs=rngs),
-            Conv2dNormActivation2(88, 24, rngs=rngs),
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, H, W, 24)`` to ``(N, H, W, 24)``."""
+        """``(N, H, W, channels)`` to ``(N, H, W, channels)``."""
         return self.block(x) + x
 
 
@@ -137,27 +112,52 @@ class InvertedResidual2(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, H, W, in_channels)`` to ``(N, H, W, out_channels)``."""
+        """``(N, H, W, in_channels)`` to ``(N, H', W', out_channels)``."""
         return self.block(x)
 
 
-class InvertedResidual(nnx.Module):
+class InvertedResidual3(nnx.Module):
     """``InvertedResidual`` of ``torchvision.models.mobilenetv3``."""
 
-    def __init__(
-        self, channels: int, block_1_channels: int, fc1_channels: int, *, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
         self.block = nn.Sequential(
-            Conv2dNormActivation(channels, block_1_channels, 1, 0, rngs=rngs),
-            Conv2dNormActivation(
-                block_1_channels, block_1_channels, 5, 2, groups=block_1_channels, rngs=rngs
-            ),
-            SqueezeExcitation(block_1_channels, fc1_channels, rngs=rngs),
-            Conv2dNormActivation2(block_1_channels, channels, rngs=rngs),
+            Conv2dNormActivation(16, 16, 3, 1, stride=2, activation=nn.relu, groups=16, rngs=rngs),
+            SqueezeExcitation(16, 8, rngs=rngs),
+            Conv2dNormActivation2(16, 16, rngs=rngs),
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, H, W, channels)`` to ``(N, H, W, channels)``."""
+        """``(N, H, W, 16)`` to ``(N, H', W', 16)``."""
+        return self.block(x)
+
+
+class InvertedResidual4(nnx.Module):
+    """``InvertedResidual`` of ``torchvision.models.mobilenetv3``."""
+
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.block = nn.Sequential(
+            Conv2dNormActivation(16, 72, 1, 0, activation=nn.relu, rngs=rngs),
+            Conv2dNormActivation(72, 72, 3, 1, stride=2, activation=nn.relu, groups=72, rngs=rngs),
+            Conv2dNormActivation2(72, 24, rngs=rngs),
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(N, H, W, 16)`` to ``(N, H', W', 24)``."""
+        return self.block(x)
+
+
+class InvertedResidual5(nnx.Module):
+    """``InvertedResidual`` of ``torchvision.models.mobilenetv3``."""
+
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.block = nn.Sequential(
+            Conv2dNormActivation(24, 88, 1, 0, activation=nn.relu, rngs=rngs),
+            Conv2dNormActivation(88, 88, 3, 1, activation=nn.relu, groups=88, rngs=rngs),
+            Conv2dNormActivation2(88, 24, rngs=rngs),
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(N, H, W, 24)`` to ``(N, H, W, 24)``."""
         return self.block(x) + x
 
 

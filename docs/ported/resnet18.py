@@ -20,7 +20,7 @@ class BasicBlock(nnx.Module):
         self.bn2 = nn.BatchNorm(out_channels, rngs=rngs)
         self.downsample = (
             nn.Sequential(
-                nn.Conv(in_channels, out_channels, 1, stride=2, rngs=rngs),
+                nn.Conv(in_channels, out_channels, 1, stride=stride, rngs=rngs),
                 nn.BatchNorm(out_channels, rngs=rngs),
             )
             if stride != 1
@@ -28,7 +28,7 @@ class BasicBlock(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, H, W, in_channels)`` to ``(N, H, W, out_channels)``."""
+        """``(N, H, W, in_channels)`` to ``(N, H', W', out_channels)``."""
         bn2 = self.bn2(self.conv2(nn.relu(self.bn1(self.conv1(x)))))
         return nn.relu(bn2 + self.downsample(x))
 

@@ -8,26 +8,6 @@ from flax import nnx
 from flax_resblock import nn
 
 
-class WideBlock2(nnx.Module):
-    """``WideBlock`` of ``parity_tests.wide_resnet``."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, stride: int = 2, *, rngs: nnx.Rngs
-    ) -> None:
-        self.bn1 = nn.BatchNorm(in_channels, rngs=rngs)
-        self.conv1 = nn.Conv(in_channels, out_channels, 3, padding=1, stride=stride, rngs=rngs)
-        self.bn2 = nn.BatchNorm(out_channels, rngs=rngs)
-        self.conv2 = nn.Conv(out_channels, out_channels, 3, padding=1, rngs=rngs)
-        self.shortcut = nn.Conv(in_channels, out_channels, 1, stride=stride, rngs=rngs)
-        self.dropout = nn.Dropout(0.3, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, H, W, in_channels)`` to ``(N, H, W, out_channels)``."""
-        x = nn.relu(self.bn1(x))
-        conv2 = self.conv2(self.dropout(nn.relu(self.bn2(self.conv1(x)))))
-        return conv2 + self.shortcut(x)
-
-
 class WideBlock(nnx.Module):
     """``WideBlock`` of ``parity_tests.wide_resnet``."""
 
@@ -42,6 +22,26 @@ class WideBlock(nnx.Module):
         """``(N, H, W, channels)`` to ``(N, H, W, channels)``."""
         relu = nn.relu(self.bn2(self.conv1(nn.relu(self.bn1(x)))))
         return self.conv2(self.dropout(relu)) + x
+
+
+class WideBlock2(nnx.Module):
+    """``WideBlock`` of ``parity_tests.wide_resnet``."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int = 2, *, rngs: nnx.Rngs
+    ) -> None:
+        self.bn1 = nn.BatchNorm(in_channels, rngs=rngs)
+        self.conv1 = nn.Conv(in_channels, out_channels, 3, padding=1, stride=stride, rngs=rngs)
+        self.bn2 = nn.BatchNorm(out_channels, rngs=rngs)
+        self.conv2 = nn.Conv(out_channels, out_channels, 3, padding=1, rngs=rngs)
+        self.shortcut = nn.Conv(in_channels, out_channels, 1, stride=stride, rngs=rngs)
+        self.dropout = nn.Dropout(0.3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(N, H, W, in_channels)`` to ``(N, H', W', out_channels)``."""
+        x = nn.relu(self.bn1(x))
+        conv2 = self.conv2(self.dropout(nn.relu(self.bn2(self.conv1(x)))))
+        return conv2 + self.shortcut(x)
 
 
 class WideResNet(nnx.Module):

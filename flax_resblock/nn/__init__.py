@@ -63,6 +63,7 @@ if TYPE_CHECKING:
         instance_norm,
         layer_norm,
         local_response_norm,
+        weight_norm,
     )
     from flax_resblock.nn.other_norms import FrozenBatchNorm, GroupNorm, InstanceNorm, LayerNorm
     from flax_resblock.nn.pooling import avg_pool, lp_pool, max_pool
@@ -155,6 +156,7 @@ __all__ = [
     "threshold",
     "unfold",
     "vector_norm",
+    "weight_norm",
 ]
 
 _MODULES = {
@@ -216,6 +218,7 @@ _MODULES = {
         "instance_norm",
         "layer_norm",
         "local_response_norm",
+        "weight_norm",
     ),
     "other_norms": (
         "FrozenBatchNorm",

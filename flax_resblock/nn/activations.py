@@ -66,23 +66,30 @@ def prelu(x: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.where(x > 0, x, weight * x)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def celu(x: jax.Array, alpha: float = 1.0) -> jax.Array:
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def celu(x: jax.Array, alpha: float = 1.0, inplace: bool = False) -> jax.Array:
     """``x`` above zero, ``alpha * expm1(x / alpha)`` below.
 
     The derivative is PyTorch's, which divides by ``alpha`` rounded to float32, in float64 too.
+
+    Args:
+      x: Any shape.
+      alpha: As in the formula.
+      inplace: Take the derivative of PyTorch's function in place, which is computed from the result
+        and therefore rounds ``alpha`` once only. Nothing else depends on it.
     """
     return jax.nn.celu(x, alpha)
 
 
 @celu.defjvp
 def _celu_jvp(
-    alpha: float, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+    alpha: float, inplace: bool, primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     (x,), (dx,) = primals, tangents
     inverse = 1 / float(np.float32(alpha))
-    slope = alpha * inverse * jnp.exp(jnp.minimum(x, 0) * inverse)
-    return celu(x, alpha), jnp.where(x > 0, dx, dx * slope)
+    below = jnp.minimum(x, 0)
+    slope = alpha * inverse * jnp.exp(below / alpha if inplace else below * inverse)
+    return celu(x, alpha, inplace), jnp.where(x > 0, dx, dx * slope)
 
 
 def gelu(x: jax.Array, approximate: bool = False) -> jax.Array:

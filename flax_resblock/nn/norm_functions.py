@@ -125,6 +125,22 @@ def instance_norm(
     return affine(normalised(x, range(1, x.ndim - 1), eps), scale, bias)
 
 
+def weight_norm(direction: jax.Array, scale: jax.Array) -> jax.Array:
+    r"""A kernel with its norms apart, as in ``torch.nn.utils.weight_norm``.
+
+    .. math:: w = g \frac{v}{\lVert v \rVert}
+
+    Args:
+      direction: ``v``.
+      scale: ``g``, the norms: one for all of ``v``, or with as many axes as ``v`` and of size 1 in
+        those that a norm is over.
+    Reference: Salimans & Kingma 2016, arXiv:1602.07868.
+    """
+    sizes = scale.shape or (1,) * direction.ndim
+    axes = tuple(axis for axis, size in enumerate(sizes) if size == 1)
+    return direction * (scale / jnp.sqrt(jnp.sum(jnp.square(direction), axes, keepdims=True)))
+
+
 def local_response_norm(
     x: jax.Array, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
 ) -> jax.Array:

@@ -39,11 +39,23 @@ def runnable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     Where the module cannot be copied it is the module itself, restored afterwards."""
     with ExitStack() as stack:
         try:
-            copied = copy.deepcopy(module)
+            copied = copied_module(module)
         except Exception:  # whatever the module's attributes raise
             stack.enter_context(_restored(module))
             copied = module
         yield copied.to(device="cpu", dtype=torch.float32).eval()
+
+
+def copied_module(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the module; of a tensor that an earlier call left in an attribute it has the value,
+    without the graph that ``copy.deepcopy`` raises on."""
+    left = [
+        one
+        for part in module.modules()
+        for one in vars(part).values()
+        if isinstance(one, torch.Tensor) and not one.is_leaf
+    ]
+    return copy.deepcopy(module, {id(one): one.detach().clone() for one in left})
 
 
 def heights_between(

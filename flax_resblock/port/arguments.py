@@ -136,17 +136,22 @@ def find_arguments(made: EmittedClass) -> None:
             one.get(slot, absent if _lacks(made, slot, place) else defaults.get(slot))
             for place, one in enumerate(made.slots)
         ]
-        if len({repr(value) for value in row if value is not absent}) > 1:
+        if absent in row or len({repr(value) for value in row}) > 1:
             rows[slot] = row
     vectors: list[tuple[list[Any], list[Slot]]] = []
     for slot, row in sorted(rows.items(), key=lambda pair: absent in pair[1]):
+        differ = len({repr(value) for value in row if value is not absent}) > 1
         for known, slots in vectors:
-            if all(b is absent or repr(a) == repr(b) for a, b in zip(known, row, strict=True)):
+            alike = differ or any(one[-1] == slot[-1] for one in slots)
+            if alike and all(
+                b is absent or repr(a) == repr(b) for a, b in zip(known, row, strict=True)
+            ):
                 slots.append(slot)
                 break
         else:
-            common = next(value for value in row if value is not absent)
-            vectors.append(([common if value is absent else value for value in row], [slot]))
+            if differ:
+                common = next(value for value in row if value is not absent)
+                vectors.append(([common if value is absent else value for value in row], [slot]))
     taken: set[str] = {*parts_of(made.main), "self", "rngs"}
     widths = [_width_name(made, values, slots) for values, slots in vectors]
     widths = ["" if name in taken else name for name in widths]

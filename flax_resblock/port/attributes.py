@@ -66,17 +66,16 @@ class Parts(Values):
             or not len(self.graph.nodes)
         ):
             return None
-        names = [name for name, _ in children_of(self.live)]
-        moved = any("jnp." in line or ".reshape(" in line for line in self.body.lines)
-        if calls_in_a_row(self.graph) != names or moved:
-            return None
-        items = {}
+        items: dict[str, Part] = {}
+        called = []
         for name, child in children_of(self.live):
-            items[name] = (
-                self.body.parts.get(identifier(name))
-                or self._part(child, self.inside(name))
-                or PASSES
-            )
+            part = self.body.parts.get(identifier(name)) or self._part(child, self.inside(name))
+            items[name] = part or PASSES
+            if not (isinstance(part, LayerPart) and part.layer.call == "nn.identity"):
+                called.append(name)  # a trace does not show calls that do nothing
+        moved = any("jnp." in line or ".reshape(" in line for line in self.body.lines)
+        if calls_in_a_row(self.graph) != called or moved:
+            return None
         return ContainerPart("Sequential", items)
 
     def _part(self, module: torch.nn.Module, inside: str) -> Part | None:

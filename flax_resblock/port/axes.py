@@ -152,3 +152,22 @@ def aligned(shape: Shape, order: Order, wanted: Order) -> Reshape:
     while len(result) > 1 and result[0] == 1 and len(result) > len(shape) - shape.count(1):
         result.pop(0)
     return Reshape(before, tuple(result), wanted)
+
+
+def inserted(have: Shape, want: Shape) -> str | None:
+    """The index that does nothing but insert axes of size 1; None where more is needed."""
+    index: list[str] = []
+    place = 0
+    for size in want:
+        if place < len(have) and have[place] == size:
+            index.append(":")
+            place += 1
+        elif size == 1:
+            index.append("None")
+        else:
+            return None
+    if place != len(have) or "None" not in index:
+        return None
+    while index[-1] == ":":
+        index.pop()
+    return ", ".join(index)

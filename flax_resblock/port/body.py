@@ -14,6 +14,7 @@ from flax_resblock.port.attributes import Parts
 from flax_resblock.port.axes import Order, Shape
 from flax_resblock.port.graphs import (
     argument_names,
+    called_at,
     held,
     hint_of,
     layer_call,
@@ -67,7 +68,10 @@ class Reader:
         try:
             return self.traced.folded.applied(layer_of(module), path)
         except InputError as error:
-            raise InputError(f"{self.name} cannot be ported: in module {path}, {error}") from error
+            at = called_at(self.traced.graphs, path)
+            raise InputError(
+                f"{self.name} cannot be ported: in module {path}{at}, {error}"
+            ) from error
 
     def trace_of(self, path: str) -> Traced:
         """The trace that has a graph of the module."""
@@ -133,12 +137,11 @@ class BodyReader(Parts):
         for value, part in self.parameters.items():
             part.order = part.order or value.order
         write(self.body, self.values, outputs, in_training)
-        children = [identifier(name) for name, _ in children_of(self.live)]
+        names = [name for name, _ in children_of(self.live)]
+        names += [*self.live._parameters, *self.live._buffers]
+        place = {identifier(name): index for index, name in enumerate(names)}
         self.body.parts = dict(
-            sorted(
-                self.body.parts.items(),
-                key=lambda pair: children.index(pair[0]) if pair[0] in children else len(children),
-            )
+            sorted(self.body.parts.items(), key=lambda pair: place.get(pair[0], len(names)))
         )
         self.body.sequence = self._sequence()
         if self.path == "" and self.body.sequence is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,10 @@ def classes_of(reader: Reader, root: Body) -> list[EmittedClass]:
         groups: dict[Any, list[Body]] = {}
         for body in bodies:
             groups.setdefault(_skeleton(body), []).append(body)
-        for group, optional in _with_optional_children(reader, list(groups.values())):
+        joined = _with_optional_children(reader, list(groups.values()))
+        names = list(dict.fromkeys(group[0].cls.__name__ for group, _ in joined))
+        joined.sort(key=lambda one: (names.index(one[0][0].cls.__name__), -len(one[0])))
+        for group, optional in joined:
             made = EmittedClass(group[0].cls.__name__, group, optional=optional)
             for body in group:
                 body.group = made
@@ -143,16 +147,13 @@ def _shape_of_part(part: Part) -> Any:
 
 
 def _make_unique(found: Sequence[EmittedClass]) -> None:
-    """Numbers the classes of one name, the one that most modules are instances of first."""
-    by_name: dict[str, list[EmittedClass]] = {}
+    """Numbers the classes of one name, in the order in which they stand in the file."""
+    taken = {one.name for one in found}
+    counts: Counter[str] = Counter()
     for one in found:
-        by_name.setdefault(one.name, []).append(one)
-    taken = set(by_name)
-    for name, group in by_name.items():
-        for place, one in enumerate(sorted(group, key=lambda one: -len(one.bodies))):
-            number = place + 1
-            one.name = name if place == 0 else f"{name}{number}"
-            while place and one.name in taken:
-                number += 1
-                one.name = f"{name}{number}"
-            taken.add(one.name)
+        name = one.name
+        counts[name] += 1
+        while counts[name] > 1 and f"{name}{counts[name]}" in taken:
+            counts[name] += 1
+        one.name = name if counts[name] == 1 else f"{name}{counts[name]}"
+        taken.add(one.name)

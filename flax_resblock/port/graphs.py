@@ -10,6 +10,7 @@ import torch
 
 from flax_resblock.port.layers import Layer
 from flax_resblock.port.modules import identifier
+from flax_resblock.port.tracing import where
 from flax_resblock.port.values import Constant
 
 
@@ -37,6 +38,17 @@ def result_of(spec: Any) -> str:
         names = list(getattr(spec.context, "_fields", ())) or [str(i) for i in range(len(inner))]
     pairs = (f'"{name}": {value}' for name, value in zip(names, inner, strict=True))
     return "{{" + ", ".join(pairs) + "}}"
+
+
+def called_at(graphs: torch.nn.Module, path: str) -> str:
+    """``, called at FILE:LINE (CODE)`` of the user's line that calls a module; empty if none
+    does."""
+    try:
+        nodes = getattr(getattr(graphs.get_submodule(path), "graph", None), "nodes", ())
+    except AttributeError:  # it is never called
+        return ""
+    lines = [where(node) for node in nodes if node.op == "call_function"]
+    return next((f", called at {line}" for line in lines if line), "")
 
 
 def is_tensor(node: Any) -> bool:

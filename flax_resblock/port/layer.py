@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from flax_resblock import nn
 from flax_resblock.convert.codecs import Codec
@@ -53,7 +57,27 @@ def layer(call: str, *positional: Any, **rest: Any) -> Layer:
         for name, value in rest.items()
         if plain(value) != plain(known[name].default)
     }
+    if places.get("random"):
+        positional = tuple(Rate(one) if isinstance(one, float) else one for one in positional)
     return Layer(f"nn.{call}", tuple(map(plain, positional)), options, **places)
+
+
+class Rate(float):
+    """A probability, written as people write it: those of stochastic depth often have 17 digits.
+
+    It is a shorter number or a fraction if that is right to a unit in the last place.
+    """
+
+    def __repr__(self) -> str:
+        value = float(self)
+        share = Fraction(value).limit_denominator(1000)
+        for text, near in (
+            (f"{value:.10g}", float(f"{value:.10g}")),
+            (f"{share.numerator} / {share.denominator}", share.numerator / share.denominator),
+        ):
+            if math.isclose(near, value, rel_tol=np.finfo(float).eps):
+                return text if "." in text or "/" in text else f"{text}.0"
+        return repr(value)
 
 
 def plain(size: Any) -> Any:
@@ -64,8 +88,18 @@ def plain(size: Any) -> Any:
     return size
 
 
+def whole(number: Any) -> Any:
+    """``2.0`` as 2."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
 def present(
     module: torch.nn.Module, **places: tuple[str, Codec]
 ) -> Mapping[str, tuple[str, Codec]]:
     """The places of the tensors that the module has."""
     return {name: place for name, place in places.items() if getattr(module, name) is not None}
+
+
+def celu_options(alpha: float, inplace: bool) -> dict[str, Any]:
+    """The arguments of ``nn.celu``, whose ``inplace`` only matters to a rounded ``alpha``."""
+    return {"alpha": alpha, "inplace": inplace and alpha != float(np.float32(alpha))}

@@ -18,7 +18,7 @@ from flax_resblock.convert.codecs import (
     Codec,
 )
 from flax_resblock.port import window_rows as rows
-from flax_resblock.port.layer import Inputs, Layer, layer, present
+from flax_resblock.port.layer import Inputs, Layer, celu_options, layer, present
 
 _BIAS = ("bias", AS_IS)
 
@@ -230,7 +230,7 @@ ROWS: dict[str, Callable[[Any], Layer | None]] = {
     "torch.nn.LeakyReLU": _plainly("leaky_relu", slope="negative_slope"),
     "torch.nn.ELU": _plainly("elu", alpha="alpha"),
     "torch.nn.SELU": _plainly("selu"),
-    "torch.nn.CELU": _plainly("celu", alpha="alpha"),
+    "torch.nn.CELU": lambda m: layer("celu", **celu_options(m.alpha, m.inplace)),
     "torch.nn.GELU": lambda m: layer("gelu", approximate=m.approximate == "tanh"),
     "torch.nn.SiLU": _plainly("silu"),
     "torch.nn.Mish": _plainly("mish"),

@@ -55,8 +55,8 @@ def layer_of(module: torch.nn.Module) -> Layer | None:
     name = _name(module)
     if name in _REFUSED:
         raise InputError(
-            f"{module} cannot be ported: {_REFUSED[name]} are not supported. Images and sequences "
-            f"with one or two spatial axes are."
+            f"{module} cannot be ported: {_REFUSED[name]} are not supported. A port takes networks "
+            f"of convolutions over one or two spatial axes."
         )
     row = ROWS.get(name)
     if row is None:

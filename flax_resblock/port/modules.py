@@ -8,6 +8,15 @@ import torch
 from flax import nnx
 
 from flax_resblock.errors import InputError
+from flax_resblock.port.weight_norm import normed_weights
+
+_SPECTRAL = (
+    "spectral_norm, which changes a buffer with every batch in training mode: its estimate of the "
+    "largest singular value"
+)
+_PARAMETRIZATION = (
+    "a parametrization other than weight_norm, which recomputes its tensors on every call"
+)
 
 
 def refuse_unready(module: torch.nn.Module) -> None:
@@ -19,18 +28,15 @@ def refuse_unready(module: torch.nn.Module) -> None:
     for name, part in module.named_modules():
         kind, why = type(part).__name__, ""
         hooks = {type(hook).__name__ for hook in part._forward_pre_hooks.values()}
-        if "parametrizations" in part._modules:
+        if "parametrizations" in part._modules and not normed_weights(part):
+            kinds = {type(one).__name__ for one in part.get_submodule("parametrizations").modules()}
+            spectral = "_SpectralNorm" in kinds
             why = (
-                "has a parametrization (weight_norm, spectral_norm or one of your own), which "
-                "recomputes its tensors on every call. Remove it first: "
-                "torch.nn.utils.parametrize.remove_parametrizations(module, name)"
+                f"has {_SPECTRAL if spectral else _PARAMETRIZATION}. Remove it first: "
+                f"torch.nn.utils.parametrize.remove_parametrizations(module, name)"
             )
-        elif old := hooks & {"WeightNorm", "SpectralNorm"}:
-            norm = "weight_norm" if "WeightNorm" in old else "spectral_norm"
-            why = (
-                f"has {norm}, which recomputes its weight on every call. Remove it first: "
-                f"torch.nn.utils.remove_{norm}(module)"
-            )
+        elif "SpectralNorm" in hooks:
+            why = f"has {_SPECTRAL}. Remove it first: torch.nn.utils.remove_spectral_norm(module)"
         elif any(torch.nn.parameter.is_lazy(one) for one in part.parameters(recurse=False)):
             why = (
                 "is lazy: its first call makes its parameters. Call the network with a batch of "

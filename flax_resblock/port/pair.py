@@ -16,13 +16,14 @@ from flax_resblock.config import Path
 from flax_resblock.convert.state_map import Entry
 from flax_resblock.errors import InputError, some
 from flax_resblock.nn.variables import flat_arrays, variable_at
-from flax_resblock.parity.module_run import inner
+from flax_resblock.parity.module_run import copied_module, inner
 from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
 from flax_resblock.parity.taps import as_tensor
 from flax_resblock.port.network import PortedNetwork
 from flax_resblock.port.proof import FLOOR
 from flax_resblock.port.random_off import drop_nothing, no_functional_dropout, switch_off
 from flax_resblock.port.side_by_side import FlatModule, FlatNetwork
+from flax_resblock.port.weight_norm import without_hooks
 
 NET = "net"
 """The network inside the modules that put its outputs in one array."""
@@ -65,7 +66,8 @@ class PortedPair(Pair):
     ) -> None:
         self.title = f"{type(inner(module)).__name__} against its port"
         self.gradient_floor = FLOOR
-        net = copy.deepcopy(inner(module)).cpu().requires_grad_(True)
+        net = copied_module(inner(module)).cpu().requires_grad_(True)
+        without_hooks(net)
         switch_off(net)
         values = ported.table.to_flax(state_to_numpy(net.state_dict()))
         own = flat_arrays(model)

@@ -132,15 +132,19 @@ class Values:
         return self.new(SAME, (value,), shape, order, hint=value.hint)
 
     def _shaped(self, value: Value, sizes: Shape, shape: Shape, order: Order) -> Value:
-        """Our array reshaped to ``sizes``."""
+        """Our array reshaped to ``sizes``: what has been reshaped already begins again."""
+        value = source(value).reshaped or value
         if value.sizes == sizes:
             return self.relabelled(value, shape, order)
-        index = _inserted(value.sizes, sizes)
+        index = axes.inserted(value.sizes, sizes)
         if index is not None:
-            return self.new(f"{{{ATOM}}}[{index}]", (value,), shape, order, hint=value.hint)
-        text, holes = self.sizes(sizes, value)
-        holes = (value, *holes)
-        return self.new(f"{{{ATOM}}}.reshape({text})", holes, shape, order, hint=value.hint)
+            made = self.new(f"{{{ATOM}}}[{index}]", (value,), shape, order, hint=value.hint)
+        else:
+            text, holes = self.sizes(sizes, value)
+            text = f"{{{ATOM}}}.reshape({text})"
+            made = self.new(text, (value, *holes), shape, order, hint=value.hint)
+        made.reshaped = value
+        return made
 
     def settled(self, value: Value) -> Value:
         """The value, broadcast to its shape where PyTorch only pretended to."""
@@ -162,6 +166,11 @@ class Values:
         if value.order == order and value.expanded is None:
             return value
         plan = axes.aligned(value.shape, value.order, order)
+        before = source(value).reshaped
+        if before is not None and value.order == plan.before:
+            sizes = _without_leading_ones(before.sizes)
+            if sizes == _without_leading_ones(plan.shape):
+                return self.relabelled(before, sizes, axes.torch_order(len(sizes)))
         if value.expanded is not None:
             value = self.relabelled_plain(value)
         value = self.bring(value, plan.before) if value.order != plan.before else value
@@ -195,7 +204,8 @@ class Values:
             texts.append(f"{{{ATOM}}}.shape[0]" if front == 1 else f"*{{{ATOM}}}.shape[:{front}]")
             holes.append(like)
         back = _in_common(have[front:][::-1], sizes[front:][::-1])
-        if len(sizes) - front - back != 1:
+        between = sizes[front : len(sizes) - back]
+        if not between or sum(size != 1 for size in between) > 1:
             back = 0
         rest = sizes[front : len(sizes) - back]
         batched = [place for place, size in enumerate(rest) if size % BATCH == 0]
@@ -205,13 +215,14 @@ class Values:
             others = [place for place in range(len(rest)) if place not in map_at]
             pixels = math.prod(have[1:3]) if self.any_size and len(have) == 4 else 1
             flat = [place for place in others if rest[place] == pixels > 1]
-            free = next(iter((*batched, *flat, *others[-1:])), None)
+            long = [place for place in others if rest[place] != 1]
+            free = next(iter((*batched, *flat, *long[-1:])), None)
         for place, size in enumerate(rest):
             if place in map_at:
                 if place == map_at[0]:
                     texts.append("*{}")
                     holes.append(map_code)
-            elif place == free and (batched or size != 1):
+            elif place == free:
                 texts.append("-1")
             elif size % BATCH == 0:
                 factor = f"{size // BATCH} * " if size > BATCH else ""
@@ -229,13 +240,23 @@ class Values:
         """Code for the height and width of a value that has these, looked for in these values
         first; None if they are written as numbers.
         """
-        if not self.any_size or len(sizes) != 2 or max(sizes) == 1:
-            return None
-        for value in (*first, *self.env.values()):
-            found = isinstance(value, Value) and value.order == axes.channels_last(4)
-            if found and value.sizes[1:3] == tuple(sizes) and value.expanded is None:
+        for value in self._maps(*first) if max(sizes) > 1 else ():
+            if value.sizes[1:3] == tuple(sizes):
                 return Code(f"{{{ATOM}}}.shape[1:3]", (value,))
         return None
+
+    def side(self, size: int) -> Code | None:
+        """Code for this height or width of a value; None if it is written as a number."""
+        for value in self._maps() if size > 1 else ():
+            if size in value.sizes[1:3]:
+                return Code(f"{{{ATOM}}}.shape[{value.sizes.index(size, 1)}]", (value,))
+        return None
+
+    def _maps(self, *first: Value) -> list[Value]:
+        """The values that have a height and width, where these may be guessed."""
+        values = (*first, *self.env.values()) if self.any_size else ()
+        found = [one for one in values if isinstance(one, Value) and one.expanded is None]
+        return [one for one in found if one.order == axes.channels_last(4)]
 
     def _map_in(self, sizes: Shape) -> tuple[range, Code | None]:
         """Which two of these sizes are a height and width, and code for them."""
@@ -264,22 +285,3 @@ def _without_leading_ones(sizes: Shape) -> Shape:
     """The sizes that matter to broadcasting, which aligns arrays at their last axes."""
     first = next((place for place, size in enumerate(sizes) if size != 1), len(sizes))
     return sizes[first:]
-
-
-def _inserted(have: Shape, want: Shape) -> str | None:
-    """The index that does nothing but insert axes of size 1; None where more is needed."""
-    index: list[str] = []
-    place = 0
-    for size in want:
-        if place < len(have) and have[place] == size:
-            index.append(":")
-            place += 1
-        elif size == 1:
-            index.append("None")
-        else:
-            return None
-    if place != len(have) or "None" not in index:
-        return None
-    while index[-1] == ":":
-        index.pop()
-    return ", ".join(index)

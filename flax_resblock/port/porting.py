@@ -23,11 +23,12 @@ from flax_resblock.port.modules import refuse_unready
 from flax_resblock.port.network import PortedNetwork
 from flax_resblock.port.places import parameters_of, placed_tensors, slots_of, versions_of
 from flax_resblock.port.proof import Proof, prove
-from flax_resblock.port.renaming import old_key, without_keywords
+from flax_resblock.port.renaming import old_key, renamed
 from flax_resblock.port.source import in_docstring, source_of
 from flax_resblock.port.table import Parameter, Table
 from flax_resblock.port.tracing import Traced, trace
 from flax_resblock.port.values import BATCH
+from flax_resblock.port.weight_norm import without_hooks
 
 
 def port(
@@ -81,6 +82,7 @@ def port(
                 f"are compared on copies. Remove what cannot be copied, such as a lock or an open "
                 f"file, from its attributes."
             )
+        without_hooks(copied)
         shapes = shapes_of(copied, example_inputs)
         if shapes:
             random = runs_on(copied, shapes)
@@ -124,7 +126,7 @@ def _ported(
     """
     shapes = inputs or ((channels, *size),)
     images = [torch.randn(2, *shape) for shape in shapes]
-    named, old = without_keywords(module)
+    named, old = renamed(module)
     with asking_for_mode(named) as asking:
         traced = trace(named, images, fold_layout=fold_layout)
     training = None

@@ -125,7 +125,7 @@ class _Comparison(SideBySide):
             self.notes.append(
                 f"{mode} mode, {precision.name}: {some(list(uncertain))} differ by more than the "
                 f"usual limit, but by no more than {TORCH_FACTOR:g} times what PyTorch's own move "
-                f"by where images and outputs of layers change in their last bit "
+                f"by where the results of its operators change in their last bit "
                 f"({max(uncertain.values()):.1e})"
             )
 

@@ -1,4 +1,4 @@
-"""Modules that are called like a Python keyword, which the code of a trace cannot name."""
+"""Modules whose names or tensors the code of a trace cannot have: they get others there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from flax_resblock.errors import InputError
 from flax_resblock.port.modules import identifier
+from flax_resblock.port.weight_norm import without_parametrizations
 
 
 class _Aliases(dict[str, Any]):
@@ -29,31 +30,41 @@ class _Aliases(dict[str, Any]):
         return _Aliases, (dict(self), self.new_name)
 
 
-def without_keywords(module: torch.nn.Module) -> tuple[torch.nn.Module, dict[str, str]]:
-    """A module in which no child has the name of a Python keyword.
+def renamed(module: torch.nn.Module) -> tuple[torch.nn.Module, dict[str, str]]:
+    """A module in which no child has a name that a trace cannot have, such as a Python keyword, and
+    no weight is a parametrized one.
 
     Args:
       module: Left as it is; it is returned itself if there is nothing to rename.
     Returns:
       The module, or a copy that finds renamed children under their old names too; and the old name
-      of every module that has another one now.
+      of every module and every tensor that has another one now.
     Raises:
       InputError: A parameter or buffer has such a name.
     """
     for path, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if keyword.iskeyword(path.rpartition(".")[2]):
+        if _is_taken(path.rpartition(".")[2]):
             kind = "parameter" if isinstance(tensor, torch.nn.Parameter) else "buffer"
             raise InputError(
-                f"{type(module).__name__} cannot be ported: its {kind} {path!r} has the name of a "
-                f"Python keyword, which the code that torch.export writes cannot have. Rename it."
+                f"{type(module).__name__} cannot be ported: the code that "
+                f"torch.export writes cannot have a {kind} called {path!r}. Rename it."
             )
-    names = [path.rpartition(".")[2] for path, _ in module.named_modules(remove_duplicate=False)]
-    if not any(map(keyword.iskeyword, names)):
+    names = {path.rpartition(".")[2] for path, _ in module.named_modules(remove_duplicate=False)}
+    if not (any(map(_is_taken, names)) or "parametrizations" in names):
         return module, {}
     copied = copy.deepcopy(module)
-    old: dict[str, str] = {}
+    old = without_parametrizations(copied)
     _rename(copied, "", "", old, set())
     return copied, old
+
+
+def _is_taken(name: str) -> bool:
+    """Whether Python or a graph's own attributes have this name."""
+    return keyword.iskeyword(name) or name in _OF_GRAPHS
+
+
+_OF_GRAPHS = {"graph", "meta", *dir(torch.fx.GraphModule)} - {*dir(torch.nn.Module)}
+"""Attributes of the modules that a trace consists of."""
 
 
 def _rename(
@@ -62,7 +73,7 @@ def _rename(
     children = {**part._modules}
     if id(part) not in done:
         new_name = {}
-        for name in filter(keyword.iskeyword, children):
+        for name in filter(_is_taken, children):
             new = identifier(name)
             while new in children or hasattr(part, new):
                 new += "_"

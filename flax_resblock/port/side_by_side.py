@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import torch
 from flax import nnx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.config import Path
@@ -22,6 +21,7 @@ from flax_resblock.parity.trajectory import FIRST_STEP
 from flax_resblock.port.graphs import leaves
 from flax_resblock.port.inputs import Shapes, in_one_array, random_inputs, unpacked, unpacked_last
 from flax_resblock.port.network import PortedNetwork
+from flax_resblock.port.operator_results import Dtypes, Rounded
 from flax_resblock.port.program import Program
 from flax_resblock.port.random_off import drop_nothing, no_functional_dropout, switch_off
 
@@ -83,20 +83,6 @@ class FlatModule(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([one.reshape(len(one), -1) for one in self.parts(x)], dim=-1)
-
-
-class _Dtypes(TorchDispatchMode):
-    """Collects the floating dtypes of what is computed within it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        found = [one.dtype for one in leaves(made) if isinstance(one, torch.Tensor)]
-        self.dtypes |= {one for one in found if one.is_floating_point}
-        return made
 
 
 class SideBySide:
@@ -165,27 +151,12 @@ class SideBySide:
     def torch_moved(
         self, images: np.ndarray, precision: Precision, seed: int, **options: Any
     ) -> Trace:
-        """What the module computes where the images and the output of every layer move by a unit in
-        the last place, as they may by rounding.
+        """What the module computes where the images and what every operator computes move by a unit
+        in the last place, as they may by rounding.
         """
-        rng = np.random.default_rng(seed)
-
-        def move(_: Any, __: Any, output: Any) -> Any:
-            if not isinstance(output, torch.Tensor) or not output.is_floating_point():
-                return None
-            signs = torch.from_numpy(rng.integers(-1, 2, tuple(output.shape)))
-            return output * (1 + precision.epsilon * signs.to(output.dtype))
-
-        hooks = [
-            part.register_forward_hook(move)
-            for part in self._cast(precision).modules()
-            if next(part.children(), None) is None
-        ]
-        try:
-            return self.torch(nudged(images, precision.epsilon, rng), precision, **options)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        moved = nudged(images, precision.epsilon, np.random.default_rng(seed))
+        with Rounded(seed):
+            return self.torch(moved, precision, **options)
 
     def flax(
         self,
@@ -227,7 +198,7 @@ class SideBySide:
         precision = PRECISIONS["float64"]
         self._cast(precision)  # beforehand: it begins with a copy in float32
         try:
-            with _Dtypes() as made:
+            with Dtypes() as made:
                 found = self.torch(self.few, precision)
         except Exception:  # whatever the user's code raises
             return None

@@ -139,7 +139,7 @@ def _summary(made: EmittedClass, last: bool) -> str:
 def _type(values: Sequence[Any]) -> str:
     kinds = []
     for value in values:
-        kind = type(value).__name__
+        kind = "float" if isinstance(value, float) else type(value).__name__
         if isinstance(value, Written):
             kind = "Callable[[jax.Array], jax.Array]"
         if isinstance(value, tuple):
@@ -166,30 +166,45 @@ def _shapes(made: EmittedClass) -> str:
     count = len(made.main.input_shapes)
     if made.main.list_input:
         return "Takes a list of arrays."
-    inputs = [_shape(made, [body.input_shapes[i] for body in made.bodies], i) for i in range(count)]
+    seen: list[dict[tuple[int, ...], None]] = [{}, {}]
+    inputs = [
+        _shape(made, [body.input_shapes[i] for body in made.bodies], seen) for i in range(count)
+    ]
 
     def shown(*outputs: Sequence[tuple[Shape, Order]]) -> str:
         """The shapes of what each instance returns."""
         return ", ".join(
-            _shape(made, [tuple(shape[axis] for axis in order) for shape, order in one], place)
-            for place, one in enumerate(zip(*outputs, strict=True))
+            _shape(made, [tuple(shape[axis] for axis in order) for shape, order in one], seen)
+            for one in zip(*outputs, strict=True)
         )
 
     text = f"{', '.join(inputs)} to {shown(*(body.outputs for body in made.bodies))}"
     if made.main.training_result:
         text += f"; in training mode to {shown(made.main.training_outputs)}"
-    return f"{text}."
+    return f"{text[0].upper()}{text[1:]}."
 
 
-def _shape(made: EmittedClass, shapes: Sequence[tuple[int, ...]], place: int) -> str:
+def _shape(
+    made: EmittedClass,
+    shapes: Sequence[tuple[int, ...]],
+    seen: Sequence[dict[tuple[int, ...], None]],
+) -> str:
+    """``(N, H', W', out_channels)``: each height and width that differs has a mark more.
+
+    Args:
+      shapes: Of one array in each instance.
+      seen: The heights, and the widths, of the arrays before; changed.
+    """
     if len({len(shape) for shape in shapes}) > 1:
         return "an array"
     sizes = []
     for axis, values in enumerate(zip(*shapes, strict=True)):
         if values[0] % BATCH == 0:
             sizes.append("N" if values[0] == BATCH else f"{values[0] // BATCH} N")
-        elif len(shapes[0]) == 4 and axis in (1, 2):
-            sizes.append("HW"[axis - 1] if len(set(values)) > 1 or values[0] != 1 else "1")
+        elif len(shapes[0]) == 4 and axis in (1, 2) and {*values} != {1}:
+            known = seen[axis - 1]
+            known.setdefault(values)
+            sizes.append("HW"[axis - 1] + "'" * list(known).index(values))
         elif len(set(values)) == 1:
             sizes.append(str(values[0]))
         else:

@@ -62,6 +62,7 @@ class Value:
       assigned: Whether it will have a name.
       depth: Calls that are written inside one another to compute it.
       items: What it is made of, if it is several tensors.
+      reshaped: The value of which its array is a reshape; None if it is none.
     """
 
     code: Code
@@ -76,6 +77,7 @@ class Value:
     assigned: bool = False
     depth: int = 0
     items: list[Any] | None = None
+    reshaped: Value | None = None
 
     @property
     def sizes(self) -> Shape:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from flax_resblock.errors import InputError
-from flax_resblock.port.layer import Layer, layer, plain
+from flax_resblock.port.layer import Layer, layer, plain, whole
 
 
 def max_pool(m: Any) -> Layer:
@@ -66,7 +66,7 @@ def upsample(m: Any) -> Layer:
     return layer(
         "interpolate",
         size=m.size,
-        scale_factor=m.scale_factor,
+        scale_factor=whole(m.scale_factor),
         mode=m.mode,
         align_corners=m.align_corners,
         recompute_scale_factor=m.recompute_scale_factor or None,

@@ -10,7 +10,7 @@ from typing import Any
 from flax_resblock.convert.codecs import AS_IS
 from flax_resblock.port import axes
 from flax_resblock.port.axes import Shape
-from flax_resblock.port.layer import Inputs, Layer
+from flax_resblock.port.layer import Inputs, Layer, celu_options
 from flax_resblock.port.operator_names import name_of
 from flax_resblock.port.operators.rules import RULES, Rule, rule, word
 from flax_resblock.port.placing import Values
@@ -88,9 +88,14 @@ def _with_numbers(call: str, defaults: dict[str, Any]) -> Rule:
 RULES["leaky_relu"] = _with_numbers("leaky_relu", {"slope": 0.01})
 RULES["hardtanh"] = _with_numbers("hardtanh", {"min_value": -1.0, "max_value": 1.0})
 RULES["softplus"] = _with_numbers("softplus", {"beta": 1, "threshold": 20})
-RULES["celu"] = _with_numbers("celu", {"alpha": 1.0})
 RULES["hardshrink"] = _with_numbers("hardshrink", {"lambd": 0.5})
 RULES["softshrink"] = _with_numbers("softshrink", {"lambd": 0.5})
+
+
+@rule("celu")
+def _celu(b: Values, node: Any, x: Any, alpha: Any = 1.0) -> Value:
+    options = celu_options(alpha, "celu_" in str(node.target))
+    return _with_numbers("celu", {"alpha": 1.0, "inplace": False})(b, node, x, **options)
 
 
 @rule("elu")
@@ -161,6 +166,8 @@ def binary(b: Values, node: Any, sign: str, left: Any, right: Any, hint: str) ->
         return {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}[
             sign
         ](*numbers)
+    if sign == "+" and numbers == [0]:  # where Python's sum begins
+        return b.settled(b.value(right if left in numbers else left))
     least = SUM if sign in "+-" else PRODUCT
     after = least + 1 if sign in "-/" or isinstance(right, Value) else least
     operands, shape, order = together(b, (left, right))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flax_resblock.port import axes
+from flax_resblock.port.layer import whole
 from flax_resblock.port.operator_names import name_of
 from flax_resblock.port.operators.rules import RULES, Rule, plain_size, rule, several
 from flax_resblock.port.placing import Values
@@ -111,7 +112,7 @@ def _upsample(b: Values, node: Any, x: Any, size: Any, *rest: Any) -> Value:
         sizes = shape_of(node)[2:]
         text, holes = "size={}", [b.map_sizes(sizes) or Constant(sizes, "size")]
     else:
-        text, holes = "scale_factor={}", [Constant(plain_size(scales), "scale_factor")]
+        text, holes = "scale_factor={}", [Constant(whole(plain_size(scales)), "scale_factor")]
     text = f"nn.interpolate({{}}, {text}, mode={mode.replace('_', '-')!r}"
     text += ", align_corners=True" if align else ""
     text += ", antialias=True)" if name.endswith("_aa") else ")"

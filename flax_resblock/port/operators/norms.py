@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from flax_resblock.convert.codecs import AS_IS
+from flax_resblock.convert.codecs import (
+    AS_IS,
+    IOHW_HWIO,
+    IOW_WIO,
+    OIHW_HWIO,
+    OIW_WIO,
+    TRANSPOSED,
+)
 from flax_resblock.port import axes
 from flax_resblock.port.layers import Layer
 from flax_resblock.port.operator_names import name_of
@@ -92,3 +99,23 @@ def _other_norm(b: Any, node: Any, x: Any, *arguments: Any) -> Value:
     return b.new(
         f"{call}, eps={{}})", (value, Constant(eps, "eps")), value.shape, value.order, hint="norm"
     )
+
+
+_KERNELS = {
+    "conv1d": OIW_WIO,
+    "conv2d": OIHW_HWIO,
+    "conv_transpose1d": IOW_WIO,
+    "conv_transpose2d": IOHW_HWIO,
+    "linear": TRANSPOSED,
+}
+
+
+@rule("_weight_norm")
+def _weight_norm(b: Any, node: Any, direction: Any, scale: Any, dim: int = 0) -> Value:
+    """Computed in the memory layout in which the layer that uses it has its kernel."""
+    value, factor = b.value(direction), b.value(scale)
+    codecs = [_KERNELS[name_of(user)] for user in node.users if name_of(user) in _KERNELS]
+    order = codecs[0].axes if codecs else value.order
+    value = b.bring(value, order)
+    factor = b.bring(factor, order) if factor.shape else factor
+    return b.new("nn.weight_norm({}, {})", (value, factor), value.shape, order, hint="weight")

@@ -13,7 +13,7 @@ from flax_resblock.port.operator_names import name_of
 from flax_resblock.port.operators.rules import along, rule, several
 from flax_resblock.port.placing import Values
 from flax_resblock.port.tracing import FromBatch, shape_of, size_of
-from flax_resblock.port.values import Constant, Value
+from flax_resblock.port.values import ANY, Constant, Value
 
 
 @rule("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten")
@@ -32,12 +32,14 @@ def _same(b: Values, node: Any, x: Any, *_: Any, **__: Any) -> Any:
         return b.new(
             "jax.lax.stop_gradient({})", (found,), found.shape, found.order, hint=found.hint
         )
-    source = getattr(x, "meta", {}).get("val")
-    if isinstance(found, Value) and source is not None and source.dtype != node.meta["val"].dtype:
-        if not source.dtype.is_floating_point and node.meta["val"].dtype.is_floating_point:
+    source, made = getattr(x, "meta", {}).get("val"), node.meta["val"].dtype
+    if isinstance(found, Value) and source is not None and source.dtype != made:
+        if not source.dtype.is_floating_point and made.is_floating_point:
             text = f"{{3}}.astype({b.dtype})"
             return b.new(text, (found,), found.shape, found.order, hint=found.hint)
-        raise b.refusal(f"it casts to {node.meta['val'].dtype}, which fixes a precision")
+        if made == torch.bool:
+            return b.new("{1} != 0", (found,), found.shape, found.order, binding=ANY, hint="mask")
+        raise b.refusal(f"it casts {source.dtype} to {made}, which is not supported")
     return found
 
 
@@ -48,8 +50,7 @@ def _nothing(b: Values, node: Any, *_: Any, **__: Any) -> None:
 
 @rule("permute")
 def _permute(b: Values, node: Any, x: Any, dims: Sequence[int]) -> Value:
-    value = b.value(x)
-    return b.transposed(value, [dim % len(value.shape) for dim in dims])
+    return b.transposed(b.value(x), [dim % len(dims) for dim in dims])
 
 
 @rule("transpose", "t")
@@ -102,10 +103,9 @@ def _repeat_interleave(b: Values, node: Any, x: Any, times: Any, dim: Any = None
 
 @rule("mT", "numpy_T")
 def _turned(b: Values, node: Any, x: Any) -> Value:
-    value = b.value(x)
-    dims = list(range(len(value.shape)))
-    dims = [*dims[:-2], dims[-1], dims[-2]] if name_of(node) == "mT" else dims[::-1]
-    return b.transposed(value, dims)
+    *outer, rows, columns = range(len(b.value(x).shape))
+    turned = [*outer, columns, rows] if name_of(node) == "mT" else [columns, rows, *outer[::-1]]
+    return b.transposed(b.value(x), turned)
 
 
 @rule("movedim", "moveaxis")
@@ -174,9 +174,10 @@ def _split(b: Values, node: Any, x: Any, size: Any, dim: int = 0) -> Value:
     axis = along(b, value, dim)
     if len(set(lengths)) == 1:
         return pieces(b, node, value, dim, f"jnp.split({{}}, {len(lengths)}, axis={axis})", ())
-    ends = tuple(sum(lengths[: place + 1]) for place in range(len(lengths) - 1))
-    holes = (Constant(list(ends), "ends"),)
-    return pieces(b, node, value, dim, f"jnp.split({{}}, {{}}, axis={axis})", holes)
+    side = b.side(lengths[0]) if len(lengths) == 2 and len(value.shape) == 4 and axis > 0 else None
+    text = f"jnp.split({{}}, {'[{}]' if side else '{}'}, axis={axis})"
+    ends = [sum(lengths[: place + 1]) for place in range(len(lengths) - 1)]
+    return pieces(b, node, value, dim, text, (side or Constant(ends, "ends"),))
 
 
 @rule("unbind")
