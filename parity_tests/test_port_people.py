@@ -288,3 +288,26 @@ REFUSALS = {
 def test_what_cannot_be_traced_is_refused_by_name(message):
     with pytest.raises(InputError, match=message):
         flax_resblock.port(REFUSALS[message](), image_size=(8, 8))
+
+
+class NamedLikeOperators(nn.Module):
+    """Has layers and a parameter with the names of what a trace in training mode looks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.batch_norm = nn.Conv2d(3, 4, 3, bias=False)
+        self.add_num_batches_tracked = nn.BatchNorm2d(4)
+        self.dropout = nn.Conv2d(4, 4, 1)
+        self.channel_add_ = nn.Parameter(torch.full((4,), 0.3))
+
+    def forward(self, x):
+        x = self.dropout(self.add_num_batches_tracked(self.batch_norm(x)).relu())
+        x = F.dropout(x.mean((2, 3)), 0.4, self.training)
+        return x + self.channel_add_
+
+
+def test_names_of_operators_are_names_as_good_as_others():
+    ported = flax_resblock.port(NamedLikeOperators(), image_size=(8, 8))
+    assert ported.figures["float64 training gradients"]["tensors"] == 6
+    assert "nn.Dropout(0.4" in ported.source
+    assert "self.channel_add_" in ported.source

@@ -228,7 +228,7 @@ def _why_not(module: torch.nn.Module, error: Exception) -> str:
 
 def _as_in_evaluation(graph: Any) -> None:
     """Takes back what batch norm and dropout as functions do when ``module.training`` is set."""
-    for node in list(graph.nodes):
+    for node in [one for one in graph.nodes if one.op == "call_function"]:
         name = str(node.target)
         if "dropout" in name:
             node.args = (*node.args[:2], False)
