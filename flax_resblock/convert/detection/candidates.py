@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from flax_resblock.config import (
@@ -259,10 +260,9 @@ def _closest_family(found: TensorInfos) -> str:
             found
         ):
             continue
-        for config in ARCHITECTURES.values():
-            try:
-                state_map = StateMap(config, naming)
-            except InputError:
+        for published in ARCHITECTURES:
+            state_map = _published(published, naming.name)
+            if state_map is None:
                 continue
             fits = sum(
                 (info := found.get(entry.torch_key)) is not None and info.shape == entry.torch_shape
@@ -278,6 +278,15 @@ def _closest_family(found: TensorInfos) -> str:
         f" Closest family: {match.title}, which {fits} of {len(found)} tensors fit; these do "
         f"not: {some(others)}."
     )
+
+
+@cache  # a refusal asks for its words several times
+def _published(name: str, naming: str) -> StateMap | None:
+    """The named network in a known scheme; None if that has no names for it."""
+    try:
+        return StateMap(ARCHITECTURES[name], NAMINGS[naming])
+    except InputError:
+        return None
 
 
 def _is_outside(naming: Naming, key: str) -> bool:
