@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import copyreg
 import json
 import math
 import sys
@@ -15,6 +16,8 @@ from torch.distributed import checkpoint as distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from flax_resblock import CheckpointError, load_run, to_torch
+from flax_resblock.checkpoint.limits import LIMITS
+from flax_resblock.checkpoint.trainer_arguments import trainer_arguments
 from flax_resblock.runs.entries import settings_in
 from flax_resblock.runs.mmengine_schedules import read_parts
 from flax_resblock.runs.scheduler_state import ScheduleState, read_schedule
@@ -253,6 +256,44 @@ def test_arguments_say_how_averages_are_made_and_gradients_clipped():
     silent = {"ds_config": {"train_batch_size": 48}}  # of which the version has its own default
     assert "clip_norm" not in settings_in({**silent, "ds_version": "0.16.4"}, {})
     assert settings_in({**silent, "ds_version": "0.19.8"}, {})["clip_norm"] == 1.0
+
+
+class Arguments:
+    """In place of transformers' TrainingArguments, which are of a class of the program's too."""
+
+    def __reduce__(self):
+        return copyreg.__newobj__, (Arguments,), self.__dict__
+
+
+def test_a_trainers_arguments_say_how_gradients_are_clipped_and_accumulated(tmp_path):
+    """None of the file is executed: its class cannot even be found under its name."""
+    names = frozenset({"max_grad_norm", "label_smoothing_factor", "gradient_accumulation_steps"})
+
+    def found(change=lambda data: data, **values):
+        arguments = Arguments()
+        vars(arguments).update(seed=3, **values)
+        torch.save(arguments, tmp_path / "saved.bin")
+        data = (tmp_path / "saved.bin").read_bytes()
+        (tmp_path / "training_args.bin").write_bytes(change(data))
+        return trainer_arguments(tmp_path / "training_args.bin", names, LIMITS)
+
+    said = {"max_grad_norm": 0.7, "gradient_accumulation_steps": 4, "label_smoothing_factor": 0.0}
+    arguments = found(**said)
+    assert arguments == said
+    state = {"trainer_state": {"num_train_epochs": 9, "train_batch_size": 8}}
+    entries = {}
+    whole = settings_in({**state, "training_args.bin": arguments}, entries)
+    smooth = {"label_smoothing": 0.0}
+    assert whole == {"epochs": 9, "batch_size": 32, "clip_norm": 0.7, **smooth}
+    assert entries["training_args.bin"].status == "used"
+    assert "batch_size 32" in entries["training_args.bin"].use
+    unclipped = {**state, "training_args.bin": found(max_grad_norm=0.0)}
+    assert settings_in(unclipped, {}) == {"epochs": 9, "batch_size": 8}
+    assert found(max_grad_norm=None) == {}
+    again = "".join(("max_", "grad_norm"))  # which of two counts is not known
+    assert found(max_grad_norm=0.7, more={again: 0.1}) == {}
+    for damage in (lambda data: data[:200], lambda data: b"\x80\x02never opened"):
+        assert found(damage, max_grad_norm=0.7) is None
 
 
 def test_accelerates_folders_of_fsdp_are_the_run_of_a_plain_loop(trained, tmp_path):

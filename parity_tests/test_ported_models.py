@@ -266,8 +266,8 @@ def test_a_wrong_port_is_never_returned(monkeypatch):
 REFUSED = {
     "recurrent": (
         Recurrent,
-        r"^Recurrent cannot be ported: in module lstm, .*LSTM.*recurrent layers.* no network of this "
-        r"library either: Recurrent is no residual network",
+        r"^Recurrent cannot be ported: in module lstm, .*LSTM.*recurrent layers.* no network of "
+        r"this library either: Recurrent is no residual network",
     ),
     "no image": (lambda: nn.LSTM(3, 4), r"^LSTM raises on images of .* no network of this"),
 }

@@ -76,7 +76,7 @@ def hugging_face(task: str, folder: Path, on: int, back: int) -> tuple[runs.Torc
         lr_scheduler_type="cosine",
         warmup_steps=3,
         logging_steps=2,
-        max_grad_norm=0.0,
+        max_grad_norm=0.2,
         save_strategy="no",
         report_to="none",
         use_cpu=True,

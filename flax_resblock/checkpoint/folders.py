@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files
+from flax_resblock.checkpoint.trainer_arguments import TRAINER_ARGUMENTS, trainer_arguments
 from flax_resblock.errors import CheckpointError, reason, visible
 
 CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
@@ -204,6 +205,8 @@ _PICKLED = {
 }
 """Files of the Trainer and of Accelerate's ``save_state`` by the entry that they stand for."""
 _STATE = "trainer_state.json"
+_ASKED = frozenset({"max_grad_norm", "label_smoothing_factor", "gradient_accumulation_steps"})
+"""What the Trainer's arguments are asked for."""
 
 
 def trainer_files(folder: Path, limits: Limits = LIMITS) -> dict[str, Any]:
@@ -244,6 +247,9 @@ def trainer_files(folder: Path, limits: Limits = LIMITS) -> dict[str, Any]:
                 f"{folder / _STATE} is damaged ({error}). Copy the folder again."
             ) from error
         found["trainer_state"] = state
+    if (folder / TRAINER_ARGUMENTS).is_file():
+        found[TRAINER_ARGUMENTS] = trainer_arguments(folder / TRAINER_ARGUMENTS, _ASKED, limits)
+        read.add(TRAINER_ARGUMENTS)
     taken = {FSDP_MODEL, *([FSDP_OPTIMIZER] if "optimizer" in found else [])}
     others = sorted(file.name for file in folder.iterdir() if file.name not in taken)
     weights = ("model-", "pytorch_model-")  # shards

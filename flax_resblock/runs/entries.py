@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from flax_resblock.checkpoint.trainer_arguments import TRAINER_ARGUMENTS
+
 
 @dataclass(frozen=True)
 class RunEntry:
@@ -53,12 +55,15 @@ SCALERS = (
     *("scaler", "grad_scaler", "amp_scaler", "amp", "native_amp_scaling_state", "MixedPrecision"),
     "loss_scaler",
 )
-_SETTINGS = ("args", "hyper_parameters", "hparams", "config", "cfg", "trainer_state", "ds_config")
+_SETTINGS = (
+    *("args", "hyper_parameters", "hparams", "config", "cfg"),
+    *("trainer_state", TRAINER_ARGUMENTS, "ds_config"),
+)
 _NAMES = {
     "epochs": ("epochs", "max_epochs", "num_epochs", "num_train_epochs"),
     "batch_size": ("batch_size", "train_batch_size"),
-    "label_smoothing": ("label_smoothing", "smoothing"),
-    "clip_norm": ("clip_grad_norm", "gradient_clipping", "clip_grad"),
+    "label_smoothing": ("label_smoothing", "smoothing", "label_smoothing_factor"),
+    "clip_norm": ("clip_grad_norm", "gradient_clipping", "clip_grad", "max_grad_norm"),
 }
 """Settings by their usual names."""
 _RANDOM = "PyTorch's random state; JAX has its own"
@@ -74,8 +79,8 @@ _REASONS = {
         "of PyTorch's trainer": (
             "loops callbacks pytorch-lightning_version hparams_name datamodule_hparams_name"
         ),
-        "an object of the program's, which is not opened; gradients are clipped as it says, to "
-        "max_grad_norm=1.0 unless it was changed: `clip_norm=1.0`": "training_args.bin",
+        "no numbers were found in it; gradients are clipped as it says, to max_grad_norm=1.0 "
+        "unless it was changed: `clip_norm=1.0`": TRAINER_ARGUMENTS,
         "of DeepSpeed: parallelism and counts, which are not needed to go on": (
             "buffer_names param_shapes frozen_param_shapes shared_params frozen_param_fragments "
             "data_sampler random_ltd skipped_steps global_samples dp_world_size mp_world_size "
@@ -171,7 +176,8 @@ def named(values: Any) -> Mapping[str, Any]:
 
 def settings_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[str, Any]:
     """Batch size, epochs, label smoothing and the clipping of gradients, from whatever holds the
-    script's settings."""
+    script's settings; the first that says so counts."""
+    settings: dict[str, Any] = {}
     for name in _SETTINGS:
         values = named(extras.get(name))
         if name == "ds_config" and "ds_version" in extras:
@@ -190,6 +196,10 @@ def settings_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[s
             chosen.pop("clip_norm", None)
         decay = _decay(values, _number(extras.get("epoch")) or 0)
         chosen |= {} if decay is None else {"ema": decay}
+        accumulated = _number(values.get("gradient_accumulation_steps")) or 1
+        if name == TRAINER_ARGUMENTS and accumulated > 1 and "batch_size" in settings:
+            chosen["batch_size"] = settings.pop("batch_size") * accumulated
+        chosen = {key: value for key, value in chosen.items() if key not in settings}
         if chosen:
             words = ", ".join(f"{key} {value}" for key, value in chosen.items())
             if values.get("clip_grad") and "clip_norm" not in chosen:
@@ -197,8 +207,8 @@ def settings_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[s
                     f"; clipping by {values.get('clip_mode')} has no counterpart, and ends here"
                 )
             found[name] = RunEntry(name, words, "used")
-            return chosen
-    return {}
+            settings |= chosen
+    return settings
 
 
 def _clipping(version: str) -> float:
