@@ -8,6 +8,7 @@ import math
 import sys
 import types
 from collections import OrderedDict
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -256,6 +257,26 @@ def test_arguments_say_how_averages_are_made_and_gradients_clipped():
     silent = {"ds_config": {"train_batch_size": 48}}  # of which the version has its own default
     assert "clip_norm" not in settings_in({**silent, "ds_version": "0.16.4"}, {})
     assert settings_in({**silent, "ds_version": "0.19.8"}, {})["clip_norm"] == 1.0
+
+
+def test_mmengines_configuration_says_how_gradients_are_clipped():
+    """It is parsed, and not executed."""
+    text = "model = dict(type='A')\noptim_wrapper = dict(\n    clip_grad={},\n    type='W')\n{}"
+
+    def found(clip, more=""):
+        entries = {}
+        meta = {"cfg": text.format(clip, more), "epoch": 3, "iter": 9, "mmengine_version": "0.10"}
+        return settings_in({"meta": meta}, entries), entries
+
+    for clip in ("dict(max_norm=35, norm_type=2)", "{'max_norm': 35}"):
+        assert found(clip) == ({"clip_norm": 35}, {"meta": ANY})
+    for clip in ("dict(max_norm=35, norm_type=1)", "dict(type='value', clip_value=0.2)"):
+        settings, entries = found(clip)
+        assert settings == {}
+        assert "has no counterpart, and ends here" in entries["meta"].use
+    for clip in ("None", "dict(max_norm=35", "dict(max_norm=open('x'))"):
+        assert found(clip) == ({}, {})
+    assert found("dict(max_norm=35)", "optim_wrapper = dict(type='W')")[0] == {}
 
 
 class Arguments:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flax_resblock.checkpoint.trainer_arguments import TRAINER_ARGUMENTS
+from flax_resblock.runs.mmengine_configuration import gradient_settings
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ SCALERS = (
     "loss_scaler",
 )
 _SETTINGS = (
-    *("args", "hyper_parameters", "hparams", "config", "cfg"),
+    *("args", "hyper_parameters", "hparams", "config", "cfg", "meta"),
     *("trainer_state", TRAINER_ARGUMENTS, "ds_config"),
 )
 _NAMES = {
@@ -180,6 +181,8 @@ def settings_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[s
     settings: dict[str, Any] = {}
     for name in _SETTINGS:
         values = named(extras.get(name))
+        if name == "meta":
+            values = gradient_settings(values.get("cfg"))
         if name == "ds_config" and "ds_version" in extras:
             values = {"gradient_clipping": _clipping(str(extras["ds_version"])), **values}
         if str(values.get(OURS, "")).startswith("flax-resblock"):
@@ -200,14 +203,13 @@ def settings_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[s
         if name == TRAINER_ARGUMENTS and accumulated > 1 and "batch_size" in settings:
             chosen["batch_size"] = settings.pop("batch_size") * accumulated
         chosen = {key: value for key, value in chosen.items() if key not in settings}
-        if chosen:
-            words = ", ".join(f"{key} {value}" for key, value in chosen.items())
-            if values.get("clip_grad") and "clip_norm" not in chosen:
-                words += (
-                    f"; clipping by {values.get('clip_mode')} has no counterpart, and ends here"
-                )
-            found[name] = RunEntry(name, words, "used")
-            settings |= chosen
+        words = [f"{key} {value}" for key, value in chosen.items()]
+        if values.get("clip_grad") and values.get("clip_mode", "norm") != "norm":
+            how = values["clip_mode"]
+            words.append(f"clipping by {how} has no counterpart, and ends here")
+        if words:
+            found[name] = RunEntry(name, ", ".join(words), "used" if chosen else "ignored")
+        settings |= chosen
     return settings
 
 
