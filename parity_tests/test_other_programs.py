@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import types
+import warnings
 from collections import OrderedDict
 from unittest.mock import ANY
 
@@ -24,6 +25,7 @@ from flax_resblock.runs.mmengine_schedules import read_parts
 from flax_resblock.runs.scheduler_state import ScheduleState, read_schedule
 from flax_resblock.runs.scheduler_writing import write_schedule
 from flax_resblock.runs.ticks import BATCH
+from flax_resblock.training.checks import warn_of_other_settings
 from parity_tests import runs
 from parity_tests.support import same
 
@@ -380,3 +382,13 @@ def test_a_program_that_stores_no_names_and_an_unusual_order_is_refused_for_that
     torch.save({**yolo(trained), "optimizer": {**state, "state": turned}}, tmp_path / "turned.pt")
     with pytest.raises(CheckpointError, match="does not say in which order it has its parameters"):
         load_run(tmp_path / "turned.pt")
+
+
+def test_going_on_with_other_settings_than_the_run_had_is_said():
+    settings = {"clip_norm": 0.7, "label_smoothing": 0.0, "epochs": 9}
+    run = types.SimpleNamespace(settings=settings)
+    with pytest.warns(UserWarning, match=r"with clip_norm=0.7, and goes on with clip_norm=None"):
+        warn_of_other_settings(run, runs.config())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_other_settings(run, runs.config(clip_norm=0.7))

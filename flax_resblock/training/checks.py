@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from flax import nnx
@@ -97,4 +98,21 @@ def check_run(
         raise InputError(
             f"the {name} of this run ends at its step {last}, but {length} would take it to "
             f"{pace.position(end - 1)}. Take fewer epochs."
+        )
+
+
+def warn_of_other_settings(run: Run, config: TrainConfig) -> None:
+    """Warns where the steps of a run were made in another way than the configuration's will be."""
+    names = [
+        name
+        for name in ("label_smoothing", "clip_norm", "ema")
+        if name in run.settings and (run.settings[name] or None) != (getattr(config, name) or None)
+    ]
+    if names:
+        theirs = ", ".join(f"{name}={run.settings[name]!r}" for name in names)
+        ours = ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
+        warnings.warn(
+            f"the run was trained with {theirs}, and goes on with {ours} of this configuration. "
+            f"To go on as before, give it `{theirs}`.",
+            stacklevel=3,
         )

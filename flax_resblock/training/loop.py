@@ -20,7 +20,7 @@ from flax_resblock.nn.resnet import ResNet
 from flax_resblock.runs.optimizers import optimizer_of, parameter_path, record_of, state_of
 from flax_resblock.runs.run import Run
 from flax_resblock.runs.tensors import tensors_of
-from flax_resblock.training.checks import check_model, check_run
+from flax_resblock.training.checks import check_model, check_run, warn_of_other_settings
 from flax_resblock.training.config import TrainConfig
 from flax_resblock.training.data import Batch, DataSource, Stream, steps_per_epoch
 from flax_resblock.training.data.facts import image_facts
@@ -104,6 +104,7 @@ def fit(
     run = run or new_run(config, steps, tensors)
     pace, record, end = Pace.of(run, steps), run.optimizer, config.end(steps)
     check_run(run, model, tensors, pace, end, tested=test is not None)
+    warn_of_other_settings(run, config)
     optimizer = optimizer_of(record)
     graphdef, state = split(model, optimizer, freeze=config.freeze, placement=placement)
     state = state._replace(
