@@ -14,6 +14,7 @@ from flax_resblock import InputError
 from flax_resblock import nn as nn_of_flax
 from flax_resblock.port import porting
 from flax_resblock.port.layer import Rate
+from flax_resblock.port.operator_results import Rounded
 
 
 class Habits(nn.Module):
@@ -311,3 +312,45 @@ def test_names_of_operators_are_names_as_good_as_others():
     assert ported.figures["float64 training gradients"]["tensors"] == 6
     assert "nn.Dropout(0.4" in ported.source
     assert "self.channel_add_" in ported.source
+
+
+def test_sums_in_another_order_are_the_same_sums():
+    net = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 3, 2, 1),
+        nn.ConvTranspose2d(8, 4, 2, 2), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(),
+        nn.Linear(144, 5), nn.BatchNorm1d(5), nn.Sigmoid(),
+    ).double()  # fmt: skip
+    images = torch.randn(4, 3, 10, 10, dtype=torch.float64, requires_grad=True)
+
+    def found():
+        values = (images, *net.parameters())
+        output = net(images)
+        return [output.detach(), *torch.autograd.grad((output**2).sum(), values)]
+
+    true = found()
+    with Rounded(1):
+        moved = found()
+    for ours, theirs in zip(moved, true, strict=True):  # biases before a norm have no gradient
+        assert 0 < (ours - theirs).norm() < 1e-12 * max(theirs.norm(), 0.1)
+
+
+def test_the_rounding_of_a_long_sum_shows_where_it_is_taken_in_another_order():
+    """Where the terms move by a unit in the last place, most of it stays as it is."""
+    images = torch.randn(3, 1, 149, 150, dtype=torch.float64) + 0.3
+    norm = nn.BatchNorm2d(1).double()
+
+    def largest(compute):
+        return max((compute(seed) - true).norm() for seed in range(4))
+
+    def nudged(seed):
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(-1, 2, images.shape, generator=generator)
+        return norm(images * (1 + 2.3e-16 * signs.double()))
+
+    def reordered(seed):
+        with Rounded(seed):
+            return norm(images)
+
+    with torch.no_grad():
+        true = norm(images)
+        assert largest(reordered) > 3 * largest(nudged) > 0
