@@ -22,7 +22,7 @@ def adversarial_images(
     picture.
 
     Args:
-      config: Decides channels and default size (odd by even: 65x98 where a stem reduces the
+      config: Decides channels and default size (odd by even: 65x66 where a stem reduces the
         image, 33x32 where it does not, 15x14 for a block). Where the last maps have fewer pixels
         than a kernel, XLA's convolutions in float64 were measured to take ten times as long.
       batch, height, width: ``(N, H, W)``.
@@ -33,7 +33,7 @@ def adversarial_images(
     rng = np.random.default_rng(seed)
     size = (15, 14)
     if not isinstance(config, BlockConfig):
-        size = (65, 98) if config.stem_reduction > 1 else (33, 32)
+        size = (65, 66) if config.stem_reduction > 1 else (33, 32)
     height, width = height or size[0], width or size[1]
     channels = config.in_channels
     mean, scale = rng.uniform(-2, 2, channels), rng.uniform(0.3, 2, channels)
