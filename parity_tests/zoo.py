@@ -68,10 +68,10 @@ TITLE = """# Networks of torchvision and timm that port
 Each number is the largest relative error of any tensor in float64, against the package's own
 module on the same images: the output and every layer's output in evaluation mode and in training
 mode (with auxiliary heads), the running statistics after a batch, every gradient with that of the
-images, and weights and statistics after five steps of SGD with momentum. The limit is 1e-12, or four
-times as much as PyTorch's own rounding moves a tensor if that is more; of the five steps it is 1e-10.
-The state dict returns bit for bit, and `load_state_dict(strict=True)` takes it. A dash: the network has
-no such tensor, the steps were not run, or its lines were not formatted.
+images, and weights and statistics after five steps of SGD with momentum. The limit is 1e-12, or
+four times as much as PyTorch's own rounding moves a tensor if that is more; of the five steps it is
+1e-10. The state dict returns bit for bit, and `load_state_dict(strict=True)` takes it. A dash: the
+network has no such tensor, the steps were not run, or its lines were not formatted.
 
     python -m parity_tests.zoo torchvision mnasnet0_5            # prints the row
     python -m parity_tests.zoo all --jobs 8 --write              # brings this page up to date
