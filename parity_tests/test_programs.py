@@ -125,7 +125,6 @@ def _free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("programs")
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_of_the_program_goes_on_here_and_there_again(program, packages, tmp_path):
