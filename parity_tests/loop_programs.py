@@ -19,20 +19,6 @@ from parity_tests.support import import_torchvision
 Trained = tuple[runs.TorchRun, list[float]]
 
 
-class _Batches(torch.utils.data.IterableDataset):
-    """The batches that the JAX loop sees, epoch after epoch."""
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Any:
-        yield from runs._batches(runs.few_digits(), self.epoch)
-        self.epoch += 1
-
-    def __len__(self) -> int:
-        return runs.STEPS
-
-
 def fastai(task: str, folder: Path, on: int, back: int, own: bool = False) -> Trained:
     """fastai's Learner with torch's AdamW, or with its own Adam, which comes back as AdamW."""
     import_torchvision()
@@ -50,8 +36,10 @@ def fastai(task: str, folder: Path, on: int, back: int, own: bool = False) -> Tr
             rates.append(float(self.opt.hypers[0]["lr"]))
 
     came = torch.load(folder / "back.pth", weights_only=True) if task == "resume" else {}
-    data = _Batches(runs.DONE + on - back if task == "resume" else 0)
-    loaders = (torch.utils.data.DataLoader(one, batch_size=None) for one in (data, _Batches(0)))
+    data = runs.CountedBatches(runs.DONE + on - back if task == "resume" else 0)
+    loaders = (
+        torch.utils.data.DataLoader(one, batch_size=None) for one in (data, runs.CountedBatches(0))
+    )
     wrapped = partial(OptimWrapper, opt=torch.optim.AdamW)
     learner = Learner(
         DataLoaders(*loaders, device="cpu"),

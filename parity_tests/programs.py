@@ -102,17 +102,6 @@ def _lightning_module(run: runs.TorchRun, rates: list[float]) -> Any:
     return Module()
 
 
-class _Batches(torch.utils.data.IterableDataset):
-    """The batches that the JAX loop sees, epoch after epoch."""
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Any:
-        yield from runs._batches(runs.few_digits(), self.epoch)
-        self.epoch += 1
-
-
 def lightning(task: str, folder: Path) -> None:
     """Lightning's Trainer."""
     import_torchvision()  # which torchmetrics imports
@@ -137,7 +126,7 @@ def lightning(task: str, folder: Path) -> None:
             enable_model_summary=False,
             default_root_dir=folder,
         )
-        loader = torch.utils.data.DataLoader(_Batches(start), batch_size=None)
+        loader = torch.utils.data.DataLoader(runs.Batches(start), batch_size=None)
         trainer.fit(module, loader, ckpt_path=checkpoint)
         return trainer
 
@@ -172,7 +161,7 @@ def ignite(task: str, folder: Path) -> None:
         run.scheduler.step()
 
     def engine_of(epoch: int) -> Any:
-        data, made = _Batches(epoch), Engine(step)
+        data, made = runs.Batches(epoch), Engine(step)
         return data, made
 
     if task == "resume":

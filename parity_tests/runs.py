@@ -116,6 +116,25 @@ def _batches(data: Dataset, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Te
         )
 
 
+class Batches(torch.utils.data.IterableDataset):
+    """The batches that the JAX loop sees, epoch after epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        yield from _batches(few_digits(), self.epoch)
+        self.epoch += 1
+
+
+class CountedBatches(Batches):
+    """The same for programs that ask how many there are. Lightning does not read to the end then,
+    and the epoch would not advance."""
+
+    def __len__(self) -> int:
+        return STEPS
+
+
 def started(
     optimizer: Callable[[Any], Any],
     scheduler: Callable[[Any], Any] | None,

@@ -181,20 +181,14 @@ def mmengine(task: str, folder: Path, on: int, back: int) -> tuple[runs.TorchRun
         def before_train_epoch(self, runner: Any) -> None:
             rates.append(float(run.optimizer.param_groups[0]["lr"]))
 
-    class Batches(torch.utils.data.IterableDataset):
-        """The batches that the JAX loop sees."""
-
-        epoch = 0
+    class Batches(runs.CountedBatches):
+        """The batches under the names of the model's arguments."""
 
         def __iter__(self) -> Any:
-            for images, labels in runs._batches(runs.few_digits(), self.epoch):
+            for images, labels in super().__iter__():
                 yield {"inputs": images, "labels": labels}
-            self.epoch += 1
 
-        def __len__(self) -> int:
-            return runs.STEPS
-
-    data = Batches()
+    data = Batches(0)
     runner = Runner(
         model=Model(),
         work_dir=str(folder),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_resblock.checkpoint.limits import Limits
-from flax_resblock.checkpoint.zip_directory import ZIP_MAGIC, read_record, records
+from flax_resblock.checkpoint.zip_directory import read_record, records
 from flax_resblock.errors import CheckpointError
 
 TRAINER_ARGUMENTS = "training_args.bin"
@@ -32,9 +32,6 @@ def trainer_arguments(file: Path, names: frozenset[str], limits: Limits) -> dict
       named twice, is left out.
     """
     try:
-        with file.open("rb") as handle:
-            if handle.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
-                return None
         place = records(file, limits)["data.pkl"]
         limits.check(file, "max_header_bytes", place.size, "bytes of pickle")
         operations = list(pickletools.genops(read_record(file, place)))
