@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from flax_resblock.config import Config, ResNetConfig
 from flax_resblock.convert.hubs import Preprocessing
@@ -19,8 +18,9 @@ from flax_resblock.convert.image_facts import carried_images
 from flax_resblock.errors import AssumptionWarning, InputError, reason
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-FILTERS = {name: getattr(Image.Resampling, name.upper()) for name in INTERPOLATIONS}
-"""Pillow's filters by the names that timm and transformers use."""
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def preprocess(
@@ -157,6 +157,8 @@ def read_image(path: Path, preprocessing: Preprocessing, channels: int) -> np.nd
       InputError: The file cannot be read as an image, or the network's images have units of their
         own.
     """
+    from PIL import Image  # takes long to import
+
     if preprocessing.white is None:
         raise InputError(
             f"{path} is an image file, and the network was trained on floating arrays in units of "
@@ -171,10 +173,9 @@ def read_image(path: Path, preprocessing: Preprocessing, channels: int) -> np.nd
         ) from error
     height, width = preprocessing.size
     whole = int(height / preprocessing.crop_pct), int(width / preprocessing.crop_pct)
-    image = image.resize(
-        _resized(image, whole, preprocessing.keep_ratio),
-        FILTERS.get(preprocessing.interpolation, Image.Resampling.BICUBIC),
-    )
+    name = preprocessing.interpolation
+    pillows = getattr(Image.Resampling, (name if name in INTERPOLATIONS else "bicubic").upper())
+    image = image.resize(_resized(image, whole, preprocessing.keep_ratio), pillows)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     image = image.crop((left, top, left + width, top + height))  # black outside the image
     return np.asarray(image, np.float32).reshape(height, width, -1) / 255

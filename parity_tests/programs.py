@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.optim import lr_scheduler
 
-from parity_tests import loop_programs, runs, sharded_programs, trainer_programs
+from parity_tests import loop_programs, runs, trainer_programs
 from parity_tests.support import import_torchvision
 
 ON, BACK = 4, 2
@@ -184,11 +184,15 @@ def ignite(task: str, folder: Path) -> None:
 
 def distributed(task: str, folder: Path) -> None:
     """PyTorch's distributed checkpoint, in two processes that share the parameters."""
+    from parity_tests import sharded_programs
+
     sharded_programs.folders(task, folder, _gone_on, ON, BACK)
 
 
 def fsdp(task: str, folder: Path) -> None:
     """FSDP's full state dicts, in two processes that share the parameters."""
+    from parity_tests import sharded_programs
+
     sharded_programs.files(task, folder, _gone_on, ON, BACK)
 
 

@@ -8,9 +8,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from torch.distributed import checkpoint as distributed
-from torch.distributed.checkpoint import metadata
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from flax_resblock import CheckpointError, Limits, checkpoint
 from parity_tests.support import python
@@ -35,8 +32,17 @@ def saved(folder, **more):
     net(torch.randn(2, 1, 5, 6)).square().sum().backward()
     optimizer.step()
     state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), **more}
+    from torch.distributed import checkpoint as distributed  # slow to import
+
     distributed.save(state, checkpoint_id=folder)
     return folder
+
+
+def as_file(folder, path):
+    """What PyTorch makes of a folder."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    dcp_to_torch_save(folder, path)
 
 
 def plan_of(folder):
@@ -50,6 +56,8 @@ def rewritten(folder, change):
 
 def in_parts(folder):
     """Stores the convolution's kernel as two parts."""
+    from torch.distributed.checkpoint import metadata
+
     plan = plan_of(folder)
     name, (_, place) = (
         "model.0.weight",
@@ -72,7 +80,7 @@ def test_a_folder_is_what_torch_makes_of_it(tmp_path):
     more = {"lists": [1, {"a": torch.ones(3), "b": (2, torch.arange(4).bfloat16())}], "epoch": 4}
     folder = saved(tmp_path / "folder", **more)
     in_parts(folder)
-    dcp_to_torch_save(folder, tmp_path / "file.pth")
+    as_file(folder, tmp_path / "file.pth")
     expected = checkpoint.read(tmp_path / "file.pth", run=True)
     for path in (folder, folder / ".metadata", next(folder.glob("*.distcp"))):
         found = checkpoint.read(path, run=True)
@@ -100,7 +108,7 @@ def test_a_hostile_value_in_a_shard_is_refused_where_torch_runs_it(tmp_path):
     with pytest.raises(CheckpointError, match=r"at its entry args, needs os\.makedirs to be"):
         checkpoint.read(folder)
     assert not mark.exists()
-    dcp_to_torch_save(folder, tmp_path / "file.pth")
+    as_file(folder, tmp_path / "file.pth")
     assert mark.exists()
 
 

@@ -9,7 +9,6 @@ import torch
 from flax import nnx
 from flax.errors import TraceContextError
 from jax.sharding import NamedSharding, PartitionSpec
-from scipy import stats
 
 import torch_ref
 from flax_resblock import (
@@ -45,6 +44,8 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 def same_distribution(ours, theirs) -> bool:
+    from scipy import stats  # slow to import
+
     return stats.ks_2samp(np.asarray(ours).ravel(), np.asarray(theirs).ravel()).pvalue > SIGNIFICANT
 
 
@@ -98,6 +99,8 @@ def test_kernels_have_the_moments_and_bounds_of_their_distribution(name):
     drawn = {dtype: init(jax.random.key(5), shape, dtype) for dtype in ("float32", "bfloat16")}
     with jax.enable_x64(True):
         drawn["float64"] = init(jax.random.key(5), shape, "float64")
+    from scipy import stats
+
     truth = stats.uniform(-1, 2) if name == "torch_default" else stats.norm()
     for dtype, values in drawn.items():
         assert (values.dtype, values.shape) == (dtype, shape)

@@ -30,10 +30,7 @@ from parity_tests.optimizer_runs import (
 )
 from parity_tests.support import fast_only, worst
 
-FAST = {
-    *("sgd, two groups", "sgd, momentum in one group", "adamw, one cycle"),
-    "sgd, two rates down to one",
-}
+FAST = {"sgd, two groups", "adamw, one cycle", "sgd, two rates down to one"}
 """Runs that are compared in every run of the tests; the others where there is time."""
 
 
@@ -183,6 +180,7 @@ def kernels(tree):
     )
 
 
+@pytest.mark.slow
 def test_decay_after_the_momentum_shows_a_thousandfold():
     momentum, decay = optax.trace(0.9, nesterov=True), optax.add_decayed_weights(5e-4, mask=kernels)
     right, late = (
@@ -193,6 +191,7 @@ def test_decay_after_the_momentum_shows_a_thousandfold():
     assert late >= 1000 * TRAJECTORY_LIMIT
 
 
+@pytest.mark.slow
 def test_one_share_of_the_rate_is_right_where_the_schedule_has_no_floor():
     """What spoils the control is the floor, not the wrapper."""
     assert largest_error("sgd, two rates in steps", _one_share) <= TRAJECTORY_LIMIT

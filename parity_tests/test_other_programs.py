@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed import checkpoint as distributed
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from flax_resblock import CheckpointError, load_run, to_torch
 from flax_resblock.checkpoint.limits import LIMITS
@@ -145,6 +144,8 @@ def test_an_optimizer_that_only_its_program_puts_together_is_named(trained, tmp_
     torch.save(zero, tmp_path / "zero.pt")
     with pytest.raises(CheckpointError, match=r"shards of all .* zero_to_fp32\.py \. merged"):
         load_run(tmp_path / "zero.pt")
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
     one = copy.deepcopy((trained.model, trained.optimizer))
     _, flattened = get_state_dict(*one, options=flat)
@@ -321,6 +322,8 @@ def test_a_trainers_arguments_say_how_gradients_are_clipped_and_accumulated(tmp_
 
 def test_accelerates_folders_of_fsdp_are_the_run_of_a_plain_loop(trained, tmp_path):
     _, plain = load_run(runs.plain_loop(trained, tmp_path))
+    from torch.distributed.checkpoint.state_dict import get_state_dict  # slow to import
+
     model, optimizer = get_state_dict(*copy.deepcopy((trained.model, trained.optimizer)))
     shards, whole = tmp_path / "shards", tmp_path / "whole"
     for folder in (shards, whole):

@@ -28,13 +28,18 @@ from flax_resblock.port.source import source_of
 from flax_resblock.port.tracing import trace
 from flax_resblock.port.values import BATCH
 from parity_tests.port_networks import IMAGE, NETWORKS, Dense
+from parity_tests.support import fast_only
 
 LIMIT = 1e-12
 FLOOR = 1e-2
 """A gradient is compared relative to itself, or to this share of the largest one: that of a bias
 in front of a norm is zero but for rounding."""
 
-CASES = [pytest.param(*case, id=name) for name, case in NETWORKS.items()]
+SLOW = {
+    *("resnet9", "wide_resnet", "shake", "loops_over_shapes", "dense", "channel_norms"),
+    *("weight_standardised", "blur_pools", "parts_of_backbone", "windows", "transformers"),
+}
+"""Networks whose operators the others or test_operators.py have too, or which take longest."""
 
 
 @dataclass
@@ -189,8 +194,9 @@ def _float64() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("build", "shapes"), CASES)
-def test_a_ported_network_computes_and_learns_the_same(build: Any, shapes: Any) -> None:
+@pytest.mark.parametrize("name", fast_only(NETWORKS.keys() - SLOW, NETWORKS))
+def test_a_ported_network_computes_and_learns_the_same(name: str) -> None:
+    build, shapes = NETWORKS[name]
     case = ported(build, shapes)
     model = case.flax()
     errors = compare(case, model, shapes)
@@ -310,15 +316,6 @@ class BatchRoot(Small):
         return self.conv(x) * x.shape[0] ** 0.5
 
 
-class Recurrent(Small):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn = torch.nn.LSTM(4, 4, batch_first=True)
-
-    def forward(self, x):
-        return self.rnn(self.conv(x).flatten(2).transpose(1, 2))[0]
-
-
 class Volume(Small):
     def forward(self, x):
         return F.conv3d(self.conv(x)[:, None], self.conv.weight[:, None])
@@ -362,7 +359,6 @@ class ByShape(Small):
         (AlwaysDropped, ["dropout is on in evaluation mode", "training=self.training"]),
         (Cast, ["casts to torch.float32", ".float()"]),
         (BatchRoot, ["depends on the size of the batch", "x.shape[0] ** 0.5"]),
-        (Recurrent, ["in module rnn", "LSTM(4, 4", "recurrent layers"]),
         (Volume, ["aten.conv3d", "F.conv3d"]),
         (TiedLayouts, ["back.weight", "conv.weight", "one parameter of two modules"]),
         (CalledTwoWays, ["part is called more than once", "depends on the call"]),

@@ -28,7 +28,7 @@ from flax_resblock.training.pace import new_run
 from flax_resblock.training.randomness import drawn, random_state, step_key
 from flax_resblock.training.run_folder import RunFolder
 from parity_tests import runs
-from parity_tests.support import python, worst
+from parity_tests.support import fast_only, python, worst
 from parity_tests.test_without_torch import BLOCK_TORCH
 
 CODE = """
@@ -198,7 +198,7 @@ def _dropping(here: Path) -> nnx.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", ["ported", "plain"])
+@pytest.mark.parametrize("kind", fast_only(["ported"], ["ported", "plain"]))
 def test_a_run_with_dropout_resumes_bit_for_bit(kind, here):
     def fresh() -> nnx.Module:
         return _dropping(here) if kind == "ported" else Plain(rngs=nnx.Rngs(0))

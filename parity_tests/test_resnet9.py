@@ -134,6 +134,7 @@ def test_resnet9_is_a_named_network():
         assert from_torch(to_torch(model)).config == model.config  # under this library's names
 
 
+@pytest.mark.slow
 def test_other_networks_with_pooled_transitions_equal_pytorch():
     """Bottlenecks, attention and group norms, with pooling that pads as TensorFlow does."""
     config = ResNetConfig(

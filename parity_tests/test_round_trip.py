@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import warnings
 from dataclasses import asdict, replace
 
@@ -18,7 +19,6 @@ from flax_resblock import (
     CheckpointError,
     InputError,
     ResNetConfig,
-    architectures,
     checkpoint,
     from_torch,
     load,
@@ -27,7 +27,7 @@ from flax_resblock import (
 )
 from flax_resblock.checkpoint.safetensors_file import write_safetensors
 from flax_resblock.checkpoint.torch_file import state_to_numpy, with_tensors
-from flax_resblock.config import architecture, choices_of, walk
+from flax_resblock.config import ARCHITECTURES, architecture, choices_of, walk
 from flax_resblock.convert import NAMINGS, StateMap, describe, identify
 from flax_resblock.convert.detection.assumption_rules import ASSUMABLE_FIELDS
 from flax_resblock.convert.opening import interpret
@@ -73,15 +73,13 @@ def odd_values_are_meant():
 
 def few_architectures():
     """Small networks with every value of every option that a named architecture has."""
-    names = sorted(architectures(), key=lambda name: sum(map(np.prod, shapes_of(name))))
+    networks = sorted(
+        ARCHITECTURES.items(), key=lambda one: sum(math.prod(slot.shape) for slot in walk(one[1]))
+    )
     fields = choices_of(ResNetConfig)
     return fewest(
-        {name: {(field, getattr(architecture(name), field)) for field in fields} for name in names}
+        {name: {(field, getattr(config, field)) for field in fields} for name, config in networks}
     )
-
-
-def shapes_of(name):
-    return [entry.torch_shape for entry in StateMap(architecture(name), "torchvision").entries]
 
 
 @pytest.mark.parametrize(

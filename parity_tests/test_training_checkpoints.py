@@ -31,7 +31,7 @@ def goes_on(path, *, epochs=EPOCHS, change=lambda run: run, **arguments):
         return flax_resblock.to_torch(model), model, history.run
 
 
-@pytest.mark.parametrize("spelling", fast_only(["torchvision's reference", "Lightning"], SPELLINGS))
+@pytest.mark.parametrize("spelling", fast_only(["torchvision's reference"], SPELLINGS))
 def test_a_run_goes_on_in_jax_and_comes_back(spelling, tmp_path):
     run, path = runs.saved(spelling, tmp_path)
     there = runs.twin(run).epochs(2)

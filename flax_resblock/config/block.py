@@ -42,7 +42,7 @@ class BlockConfig(BlockOptions):
     dilation: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("in_channels", "out_channels", "stride", "dilation", "groups", "base_width"):
+        for name in ("in_channels", "out_channels", "stride", "dilation"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive integer.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -34,6 +35,12 @@ from flax_resblock.config.slots import (
 
 MOST_BLOCKS = 10_000
 """Of a network; a configuration in a file may say any number."""
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _block(**numbers: Any) -> BlockConfig:
+    """A block, made and checked once: networks have many that are equal."""
+    return BlockConfig(**numbers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,23 +223,16 @@ class ResNetConfig(BlockOptions):
         for number, (stage, depth, width) in enumerate(
             zip(self.stage_names, self.depths, self.widths, strict=True), start=1
         ):
-            stride, previous_dilation = (self.first_stride if number == 1 else 2), dilation
+            stride, before = (self.first_stride if number == 1 else 2), dilation
             if number in self.dilated_stages:
                 dilation, stride = dilation * stride, 1
             out_channels = width * EXPANSION[self.block]
             if self.transition == "pooled":
                 channels, stride = out_channels, 1
-            first = BlockConfig(
-                in_channels=channels,
-                out_channels=out_channels,
-                kind=self.block,
-                stride=stride,
-                dilation=previous_dilation,
-                **shared,
-            )
-            others = first
+            shared |= {"out_channels": out_channels, "kind": self.block}
+            first = others = _block(in_channels=channels, stride=stride, dilation=before, **shared)
             if depth > 1:
-                others = replace(first, in_channels=out_channels, stride=1, dilation=dilation)
+                others = _block(in_channels=out_channels, stride=1, dilation=dilation, **shared)
             yield from ((stage, index, others if index else first) for index in range(depth))
             channels = out_channels
 
@@ -264,8 +264,8 @@ class ResNetConfig(BlockOptions):
                 "norm", None, "", self.feature_channels, activation=self.activation, **its
             )
         if self.num_classes is not None:
-            shape = (self.feature_channels, self.num_classes)
-            yield Slot("head", None, "", SlotKind.LINEAR, shape, takes=self.head_pool, **head)
+            head |= {"shape": (self.feature_channels, self.num_classes), "takes": self.head_pool}
+            yield Slot("head", None, "", SlotKind.LINEAR, **head)
 
     def _stem_slots(self) -> Iterator[Slot]:
         where, deep = ("stem", None), self.stem == "deep"

@@ -228,11 +228,10 @@ class BlockOptions:
                 object.__setattr__(self, name, BlockOptions.__dataclass_fields__[name].default)
         if self.attention_place == "output" and (self.norm_first or not self.last_activation):
             object.__setattr__(self, "attention_place", "sum")
-        if not isinstance(self.norm_groups, int) or self.norm_groups < 1:
-            raise ValueError(f"norm_groups={self.norm_groups!r} must be a positive integer.")
-        if not isinstance(self.attention_multiple, int) or self.attention_multiple < 1:
-            words = f"attention_multiple={self.attention_multiple!r} must be a positive integer."
-            raise ValueError(words)
+        for name in ("groups", "base_width", "norm_groups", "attention_multiple"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a positive integer.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1.")
         if not self.standardized_eps >= 0:

@@ -87,11 +87,8 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
     backbone = find_backbone(beside, (*record.extras, *record.notes))
     if backbone is not None:
         notes.append(describe_left_out(backbone, tensors))
-        tensors = {
-            key.removeprefix(backbone.prefix): value
-            for key, value in tensors.items()
-            if backbone.holds(key)
-        }
+        held = [key for key in tensors if backbone.holds(key)]
+        tensors = {key.removeprefix(backbone.prefix): tensors[key] for key in held}
     if reading.naming is None and (scheme := written_naming(record)) is not None:
         reading = replace(reading, naming=_stored(scheme, tensors))
     hub = read_hub(record.metadata, record.source)
@@ -251,7 +248,6 @@ def _refusal(
     if is_told or any(one is not None for one in told) or reading.ignore or reading.allow_missing:
         first, *more = str(error).split("\n")
         return CheckpointError("\n".join([first, *unsupported(found), *more]))
-
     return explained(error, found, why, record.source)
 
 

@@ -72,12 +72,8 @@ class Misfit:
 
     def lines(self) -> list[str]:
         """One line per kind of difference, for an error message."""
-        rows = (
-            ("missing", self.missing),
-            ("unexpected", self.unexpected),
-            ("wrong shape", self.wrong_shape),
-            ("wrong dtype", self.wrong_dtype),
-        )
+        titles = ("missing", "unexpected", "wrong shape", "wrong dtype")
+        rows = [(title, getattr(self, title.replace(" ", "_"))) for title in titles]
         return [f"  {title:<12}{some(names)}" for title, names in rows if names]
 
 
@@ -229,7 +225,8 @@ class StateMap(TensorMap):
         expanded = [(slot, entry) for slot in slots for entry in self._expand(slot)]
         entries = [entry for _, entry in expanded]
         trained = [entry for slot, entry in expanded if slot.kind is not SlotKind.FROZEN_NORM]
-        super().__init__(entries, [one for one in trained if one.flax_path[-1] in _PARAMETERS])
+        parameters = ("kernel", "scale", "bias")
+        super().__init__(entries, [one for one in trained if one.flax_path[-1] in parameters])
         paths = {entry.flax_path for entry in self.entries}
         keys = {entry.torch_key for entry in self.entries}
         if not len(paths) == len(keys) == len(self.entries):
@@ -266,9 +263,6 @@ class StateMap(TensorMap):
         """Torch module name of every slot that has one; ``""`` is a bare block."""
         named = {slot.name: self.naming.module_name(slot) for slot in walk(self.config)}
         return {slot: module for slot, module in named.items() if module is not None}
-
-
-_PARAMETERS = ("kernel", "scale", "bias")
 
 
 def _owned(array: np.ndarray, codec: Codec, copy: bool) -> np.ndarray:

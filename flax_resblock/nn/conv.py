@@ -191,16 +191,11 @@ class Conv(nnx.Module):
         kernel_init: Initializer = torch_default,
         rngs: nnx.Rngs | None,
     ) -> None:
-        if conv_lowering not in get_args(Lowering):
-            raise ValueError(
-                f"conv_lowering {conv_lowering!r} is unknown; choose from "
-                f"{', '.join(get_args(Lowering))}."
-            )
-        if padding_mode not in get_args(PaddingMode):
-            raise ValueError(
-                f"padding_mode {padding_mode!r} is unknown; choose from "
-                f"{', '.join(get_args(PaddingMode))}."
-            )
+        named = {"conv_lowering": (conv_lowering, Lowering)}
+        for name, (value, kind) in {**named, "padding_mode": (padding_mode, PaddingMode)}.items():
+            if value not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise ValueError(f"{name} {value!r} is unknown; choose from {known}.")
         check_groups(in_channels, out_channels, groups)
         axes = len(self._axes.split(","))
         window = per_axis(kernel_size, axes, "kernel_size")
@@ -297,10 +292,6 @@ class ChannelConv(nnx.Module):
         kernel = self.kernel[...]
         dtype = self.dtype or jnp.result_type(x, kernel)
         rows = jnp.swapaxes(x.astype(dtype), 1, 2)
-        y = convolve(
-            rows,
-            jnp.asarray(kernel, dtype),
-            padding=kernel.shape[0] // 2,
-            precision=self.precision,
-        )
+        kernel, half = jnp.asarray(kernel, dtype), kernel.shape[0] // 2
+        y = convolve(rows, kernel, padding=half, precision=self.precision)
         return jnp.swapaxes(y, 1, 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any, Literal, NamedTuple
@@ -64,11 +64,6 @@ class _Windows(NamedTuple):
             for n, *rest in zip(x.shape[1:-1], reach, steps, asked, strict=True)
         ]
         return cls(size, steps, tuple(zip(asked, ends, strict=True)), holes)
-
-    def without(self, padding: Sequence[int]) -> _Windows:
-        """The same windows of an input that has so much padding on each side already."""
-        pads = zip(self.pads, padding, strict=True)
-        return self._replace(pads=tuple((low - one, high - one) for (low, high), one in pads))
 
     def reduce(self, x: jax.Array, start: float, combine: Callable[[Any, Any], Any]) -> jax.Array:
         """``combine`` over each window, beginning with ``start``."""
@@ -167,24 +162,21 @@ def max_pool(
       ceil_mode: Whether a window that reaches beyond the end counts, unless it begins there.
     """
     windows = _Windows.of(x, kernel_size, stride, padding, dilation, ceil_mode)
-    if (
-        windows.size == x.shape[1:-1]
-        and {1} == {*windows.dilation}
-        and not any(map(any, windows.pads))
-    ):
+    dense = set(windows.dilation) == {1}
+    if windows.size == x.shape[1:-1] and dense and not any(map(any, windows.pads)):
         flat = x.reshape(x.shape[0], -1, x.shape[-1])  # one window, too large to be unrolled
         kept = (x.shape[0], *(1 for _ in windows.size), x.shape[-1])
         return maximum_along(flat, 1, keepdims=True).reshape(kept)
     forms = cpu_forms()
     fixed = all(isinstance(size, int) for size in x.shape[1:-1])  # not symbolic, as in exports
-    plain = len(windows.size) == 2 and set(windows.dilation) == {1}
+    plain = len(windows.size) == 2 and dense
     if forms is not None and fixed and plain and equal(windows.size, windows.stride):
         pads = {*windows.pads[0], *windows.pads[1]}
         if len(pads) == 1:
             return forms.max_pool(x, windows.size[0], windows.stride[0], pads.pop())
     if on_accelerator() and fixed and plain and math.prod(windows.size) <= _MOST_TAPS:
         return _compared(x, windows, x.shape)
-    if set(windows.dilation) != {1}:
+    if not dense:
         return _first_greatest(x, windows)
     return windows.reduce(x, -jnp.inf, lax.max)
 
@@ -217,7 +209,8 @@ def avg_pool(
     ones, asked = jnp.ones((1, *x.shape[1:-1], 1), x.dtype), per_axis_of(padding, x)
     if count_include_pad:
         ones = pad(ones, ((0, 0), *((one, one) for one in asked), (0, 0)), value=1.0)
-        windows = windows.without(asked)
+        left = zip(windows.pads, asked, strict=True)
+        windows = windows._replace(pads=tuple((low - one, high - one) for (low, high), one in left))
     return sums / windows.reduce(ones, 0.0, lax.add)
 
 
@@ -298,12 +291,5 @@ class Blur(nnx.Module):
         channels = x.shape[-1]
         kernel = jnp.broadcast_to((row[:, None] * row)[:, :, None, None], (3, 3, 1, channels))
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
-        return convolve(
-            padded,
-            kernel,
-            stride=self.stride,
-            padding=0,
-            dilation=1,
-            groups=channels,
-            precision=lax.Precision.HIGHEST,
-        )
+        numbers = {"stride": self.stride, "groups": channels}
+        return convolve(padded, kernel, **numbers, precision=lax.Precision.HIGHEST)
