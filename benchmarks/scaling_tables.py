@@ -1,26 +1,21 @@
-"""The tables and the picture of docs/scaling.md, from the figures that scaling.py has gathered; and
-what the data sheets say."""
+"""The tables and the picture of docs/scaling.md, from the figures that scaling.py has gathered."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from chips import CHIPS, NETWORKS, PER_HOST, V5E, Figures, devices
+from layers import Layer, What, flops, layers
 from roofline import (
     OPTIMIZER,
     Device,
     Fusion,
-    Layer,
-    Network,
     Part,
-    What,
     balanced_batch,
     efficiency,
-    flops,
     group_of,
-    layers,
     moved,
     roofline,
     total,
@@ -30,8 +25,6 @@ from flax_resblock.aot.outcome import MemoryUse
 from flax_resblock.aot.sharding import expected
 from flax_resblock.config import architecture
 
-Figures = Mapping[str, Any]
-
 NAME, SIZE, PER_CHIP = "resnet50", 224, 128
 NETWORK = layers(architecture(NAME), SIZE)
 WHATS: tuple[What, ...] = ("forward", "train-step")
@@ -39,37 +32,6 @@ FUSIONS: tuple[Fusion, ...] = ("fused", "alone")
 WIDTH = {"float32": 4, "TF32": 4, "bfloat16": 2}
 BACKWARD = 2 / 3
 """Share of a train step during which there are gradients to send."""
-MXU_PASSES = 6
-"""Products of bfloat16 that make one of float32 on a TPU, at precision highest."""
-
-_V5E_PEAKS = {"float32": 197e12 / MXU_PASSES, "bfloat16": 197e12}
-_V5E_SOURCE = "Google Cloud, system architecture of TPU v5e"
-V5E = Device("TPU v5e", _V5E_PEAKS, 819e9, 16e9, _V5E_SOURCE)
-_H100_PEAKS = {"float32": 66.9e12, "TF32": 494.7e12, "bfloat16": 989.4e12}
-_H100_SOURCE = "NVIDIA, H100 data sheet and architecture paper, no sparsity"
-H100 = Device("H100 SXM", _H100_PEAKS, 3.35e12, 80e9, _H100_SOURCE)
-BOTH = ("float32", "bfloat16")
-PER_HOST = {"v5e": 8, "h100": 8}
-NETWORKS: tuple[tuple[str, tuple[str, ...], Network], ...] = (
-    ("v5e", BOTH, Network("ICI, 2 of a chip's 4 links", 256, 100e9, 1e-6, torus=True)),
-    ("h100", BOTH, Network("NVLink, 400 Gb/s InfiniBand per GPU", 8, 450e9, 2e-6, 8 * 50e9, 5e-6)),
-    ("h100", BOTH, Network("NVLink, 100 Gb/s Ethernet per host", 8, 450e9, 2e-6, 12.5e9, 20e-6)),
-    ("cpu", ("float32",), Network("100 Gb/s Ethernet", 1, 1, 0, 12.5e9, 20e-6)),
-)
-"""What joins which device, and the arithmetic of interest. Bandwidths are those of the data sheets,
-in one direction; latencies are assumed, to their order of magnitude."""
-CHIPS = (8, 64, 256)
-
-
-def devices(figures: Figures) -> dict[str, Device]:
-    """The three devices; the roofs of the CPU are the measured ones."""
-    machine, measured = figures["machine"], figures["measured"]
-    roofs = measured["products"], measured["copy"], machine["memory"]
-    return {
-        "v5e": V5E,
-        "h100": H100,
-        "cpu": Device("this CPU", *roofs, "measured here, two threads"),
-    }
 
 
 def _cases(figures: Figures) -> list[tuple[str, Device, str]]:
@@ -81,7 +43,7 @@ def _cases(figures: Figures) -> list[tuple[str, Device, str]]:
     ]
 
 
-def _roof(device: Device, arithmetic: str, what: What, fusion: Fusion = "fused") -> dict[str, Part]:
+def roof(device: Device, arithmetic: str, what: What, fusion: Fusion = "fused") -> dict[str, Part]:
     roofs = {"peak": device.peaks[arithmetic], "bandwidth": device.bandwidth}
     return roofline(NETWORK, what, PER_CHIP, width=WIDTH[arithmetic], fusion=fusion, **roofs)
 
@@ -105,7 +67,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     """Three digits, or all of those before the point."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
@@ -129,7 +91,7 @@ def work(figures: Figures) -> str:
         numbers = (f"{count:.2f}" for count in (millions, *counts))
         return [name, *numbers, *(f"{count:.1f}" for count in bytes_)]
 
-    groups: dict[str, list[Layer]] = {name: [] for name in _roof(V5E, "float32", "train-step")}
+    groups: dict[str, list[Layer]] = {name: [] for name in roof(V5E, "float32", "train-step")}
     for layer in NETWORK:
         groups[group_of(layer)].append(layer)
     rows = [row(name, inside) for name, inside in groups.items() if name != OPTIMIZER]
@@ -152,7 +114,7 @@ def check(figures: Figures) -> str:
             if said:
                 ratio = said["flops"] / exact
                 counts = [f"{said['flops'] / 1e12:.3f} ({ratio:.3f} x)", _giga(said["bytes"])]
-            roofs = (_roof(device, arithmetic, what, fusion) for fusion in FUSIONS)
+            roofs = (roof(device, arithmetic, what, fusion) for fusion in FUSIONS)
             moving = sum(program["traffic"].values())
             row = [f"{device.name}, {what}, {arithmetic}", f"{exact / 1e12:.3f}", *counts]
             row += [*(_giga(total(roof).bytes) for roof in roofs), _giga(moving)]
@@ -174,7 +136,7 @@ def roofs(figures: Figures) -> str:
     for _, device, arithmetic in _cases(figures):
         peak, bandwidth = device.peaks[arithmetic], device.bandwidth
         numbers = peak / 1e12, bandwidth / 1e9, peak / bandwidth, device.memory / 1e9
-        rows.append([f"{device.name}, {arithmetic}", *map(_short, numbers), device.source])
+        rows.append([f"{device.name}, {arithmetic}", *map(short, numbers), device.source])
     return _table(
         ["device", "TFLOP/s", "GB/s", "FLOP per byte where they meet", "memory, GB", "source"], rows
     )
@@ -185,11 +147,11 @@ def bounds(figures: Figures) -> str:
     rows = []
     for key, device, arithmetic in _cases(figures):
         for what in WHATS:
-            part = total(_roof(device, arithmetic, what))
-            alone = total(_roof(device, arithmetic, what, "alone"))
+            part = total(roof(device, arithmetic, what))
+            alone = total(roof(device, arithmetic, what, "alone"))
             compiled = _compiled_seconds(figures, key, device, arithmetic, what)
             times = (
-                "-" if one is None else f"{_short(1e3 * one)} ms, {_short(PER_CHIP / one)}/s"
+                "-" if one is None else f"{short(1e3 * one)} ms, {short(PER_CHIP / one)}/s"
                 for one in (part.seconds, compiled, alone.seconds)
             )
             options: dict[str, Any] = {"width": WIDTH[arithmetic], "bandwidth": device.bandwidth}
@@ -207,16 +169,16 @@ def bounds(figures: Figures) -> str:
 def groups(figures: Figures) -> str:
     """The least time of a train step by groups, each with the roof that it is under."""
     cases = _cases(figures)
-    found = [_roof(device, arithmetic, "train-step") for _, device, arithmetic in cases]
+    found = [roof(device, arithmetic, "train-step") for _, device, arithmetic in cases]
     rows = []
     for name in found[0]:
         cells = (
-            f"{_short(1e3 * parts[name].seconds)} "
+            f"{short(1e3 * parts[name].seconds)} "
             f"{'M' if parts[name].waiting > parts[name].seconds / 2 else 'C'}"
             for parts in found
         )
         rows.append([name, f"{found[0][name].intensity:.0f}", *cells])
-    whole = (_short(1e3 * total(parts).seconds) for parts in found)
+    whole = (short(1e3 * total(parts).seconds) for parts in found)
     rows.append(["all", f"{total(found[0]).intensity:.0f}", *whole])
     names = (f"{device.name}, {arithmetic}" for _, device, arithmetic in cases)
     return _table(["ms, train step", "FLOP per byte, float32", *names], rows)
@@ -233,7 +195,7 @@ def scaling(figures: Figures) -> str:
     for key, names, joined in NETWORKS:
         device = devices(figures)[key]
         for arithmetic in names:
-            step = total(_roof(device, arithmetic, "train-step")).seconds
+            step = total(roof(device, arithmetic, "train-step")).seconds
             for chips in CHIPS:
                 sent = joined.seconds(gradients, chips)
                 waited = reduces * joined.seconds(statistics / reduces, chips)
@@ -243,7 +205,7 @@ def scaling(figures: Figures) -> str:
                     efficiency(step, sent, waited, overlap=BACKWARD),
                 ]
                 row = [f"{device.name}, {arithmetic}, {joined.name}", str(chips)]
-                row += [_short(1e3 * step), f"{1e3 * sent:.2f}", f"{1e3 * waited:.2f}"]
+                row += [short(1e3 * step), f"{1e3 * sent:.2f}", f"{1e3 * waited:.2f}"]
                 rows.append([*row, *(f"{share:.1%}" for share in shares)])
     head = ["devices and network", "how many", "step, ms", "gradients, ms", "global statistics, ms"]
     return _table([*head, "replica, no overlap", "replica, overlap", "global, overlap"], rows)
@@ -270,7 +232,7 @@ def supply(figures: Figures) -> str:
     for key, count in PER_HOST.items():
         device = devices(figures)[key]
         for arithmetic in device.peaks:
-            images = count * PER_CHIP / total(_roof(device, arithmetic, "train-step")).seconds
+            images = count * PER_CHIP / total(roof(device, arithmetic, "train-step")).seconds
             row = [f"{count} x {device.name}, {arithmetic}", f"{images:,.0f}"]
             row += [_giga(images * 110e3), _giga(images * SIZE**2 * 3), f"{images / decode:,.0f}"]
             rows.append(row)
@@ -328,38 +290,3 @@ def fill(text: str, figures: Figures) -> str:
         text,
         flags=re.DOTALL,
     )
-
-
-def draw(figures: Figures, path: Path) -> None:
-    """One panel per device: the roofs, and where the groups of a train step lie below them."""
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    found = devices(figures)
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    for axes, device in zip(figure.subplots(1, len(found)), found.values(), strict=True):
-        for arithmetic, peak in device.peaks.items():
-            colour = f"C{list(WIDTH).index(arithmetic)}"
-            x = np.geomspace(1, 3000, 200)
-            label = f"{arithmetic}: {peak / 1e12:.3g} TFLOP/s"
-            axes.loglog(x, np.minimum(peak, x * device.bandwidth), colour, label=label)
-            for name, part in _roof(device, arithmetic, "train-step").items():
-                if part.flops:
-                    place = part.intensity, min(peak, part.intensity * device.bandwidth)
-                    axes.plot(*place, "o", color=colour)
-                    style = {"textcoords": "offset points", "fontsize": 7, "color": colour}
-                    axes.annotate(name.removeprefix("stage"), place, (3, -11), **style)
-            whole = total(_roof(device, arithmetic, "train-step"))
-            rate = whole.flops / whole.seconds
-            axes.plot(whole.intensity, rate, "*", color=colour, markersize=13)
-        if device.name == found["cpu"].name:
-            seconds = figures["measured"]["steps"]["train-step"]
-            batch = figures["measured"]["steps_batch"]
-            intensity = total(_roof(device, "float32", "train-step")).intensity
-            rate = flops(NETWORK, "train-step", batch) / seconds
-            axes.plot(intensity, rate, "xC0", label="float32, measured")
-        title = f"{device.name}, {_short(device.bandwidth / 1e9)} GB/s"
-        axes.set(title=title, xlabel="FLOP per byte", ylabel="FLOP/s")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(frameon=False, loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=110)

@@ -401,7 +401,8 @@ def test_a_module_that_computes_something_else_is_refused():
     for name, change in changes.items():
         module = ResNet(**settings)
         change(module)
-        for wrapped in (module, torch.nn.DataParallel(module)):
+        wrappers = [torch.nn.DataParallel(module)] if name == "stride" else []
+        for wrapped in (module, *wrappers):
             with pytest.raises(InputError, match=r"expected|differ in|does not track"):
                 open_module(wrapped, ReadOptions())
         assert from_torch(module.state_dict()).config == SMALL, name

@@ -1,7 +1,7 @@
 """flax-resblock bench --what accelerator: whatever becomes of a contestant, within the time."""
 
 import gzip
-import importlib.util
+import importlib
 import json
 import sys
 import time
@@ -75,17 +75,13 @@ def test_no_part_begins_without_time(monkeypatch):
 
 def test_flops_and_peaks_are_those_of_the_scaling_page():
     sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-    path = REPOSITORY / "benchmarks" / "roofline.py"
-    spec = importlib.util.spec_from_file_location("roofline_of_bench", path)
-    roofline = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = roofline
-    spec.loader.exec_module(roofline)
+    operations = importlib.import_module("layers")
     from flax_resblock.config import architecture
 
-    layers = roofline.layers(architecture("resnet50"), 224)
+    layers = operations.layers(architecture("resnet50"), 224)
     for what, ours in (("train-step", "train-step"), ("forward", "inference")):
         case = BenchCase(ours, "resnet50", 224, 2, 1000, "bfloat16")
-        assert flops(case) == roofline.flops(layers, what, 2)
+        assert flops(case) == operations.flops(layers, what, 2)
     assert peak_of("NVIDIA H200", "bfloat16") == 989e12
     assert peak_of("NVIDIA L40S", "bfloat16") is None
 

@@ -129,6 +129,7 @@ def test_what_computes_something_else_is_refused_and_nothing_written(arguments, 
     assert not list(folder.glob("*parity.json"))
 
 
+@pytest.mark.slow
 def test_a_pool_of_fixed_size_is_said(folder, capsys):
     """At 16x16 pixels it is the mean over all; at 19x17 one row of pixels is left out."""
     saved(pool="fixed")

@@ -88,9 +88,7 @@ def derivatives(f, x, kernel, dy):
     }
 
 
-@pytest.mark.parametrize(
-    "shape", fast_only([SHAPES[2], SHAPES[4], SHAPES[7]], [*SHAPES, *ORDINARY]), ids=str
-)
+@pytest.mark.parametrize("shape", fast_only([SHAPES[2], SHAPES[7]], [*SHAPES, *ORDINARY]), ids=str)
 def test_values_and_derivatives_are_those_of_xla(shape):
     with jax.enable_x64(True):
         x, kernel, dy = map(jnp.asarray, arrays(shape))
@@ -337,13 +335,19 @@ def test_blocks_of_the_architectures_equal_pytorch(block):
 def test_max_pooling_is_pytorchs_where_pixels_are_equal_too(height, width, window, stride, padding):
     rng = np.random.default_rng(0)
     pixels = rng.integers(-2, 3, (2, height, width, 5)).astype(np.float32)
-    y, back = jax.vjp(lambda x: max_pool(x, window, stride, padding), jnp.asarray(pixels))
-    dy = rng.integers(-8, 8, y.shape).astype(np.float32)
     there = torch.from_numpy(pixels).permute(0, 3, 1, 2).requires_grad_()
     pooled = torch.nn.functional.max_pool2d(there, window, stride, padding)
-    (gradient,) = torch.autograd.grad(pooled, there, torch.from_numpy(dy).permute(0, 3, 1, 2))
+    dy = torch.from_numpy(rng.integers(-8, 8, tuple(pooled.shape)).astype(np.float32))
+    (gradient,) = torch.autograd.grad(pooled, there, dy)
+
+    @jax.jit
+    def both(x, dy):
+        y, back = jax.vjp(lambda x: max_pool(x, window, stride, padding), x)
+        return y, *back(dy)
+
+    y, dx = both(pixels, dy.permute(0, 2, 3, 1).numpy())
     np.testing.assert_array_equal(y, pooled.detach().permute(0, 2, 3, 1).numpy())
-    np.testing.assert_array_equal(back(jnp.asarray(dy))[0], gradient.permute(0, 2, 3, 1).numpy())
+    np.testing.assert_array_equal(dx, gradient.permute(0, 2, 3, 1).numpy())
 
 
 def normalised(x, scale, bias):
@@ -360,14 +364,19 @@ def test_the_norms_gradient_is_the_derived_one():
             jnp.asarray(rng.normal(1.5, 2, shape)) for shape in ((3, 5, 4, 7), (7,), (7,))
         )
         dy = jnp.asarray(rng.normal(0, 1, x.shape))
-        results = []
-        for f in (
-            lambda *a: normalised_by_batch(*a, 1e-5),
-            normalised,
-            lambda *a: normalised_by_batch(*a, 1e-3),
-        ):
+
+        def gradients(f, x, scale, bias, dy):
             y, back, _ = jax.vjp(f, x, scale, bias, has_aux=True)
-            results.append([y, *back(dy)])
+            return [y, *back(dy)]
+
+        results = [
+            jax.jit(partial(gradients, f))(x, scale, bias, dy)
+            for f in (
+                lambda *a: normalised_by_batch(*a, 1e-5),
+                normalised,
+                lambda *a: normalised_by_batch(*a, 1e-3),
+            )
+        ]
         assert max(map(relative_l2, results[0], results[1])) <= LIMIT
         assert max(map(relative_l2, results[0], results[2])) >= 1e6 * LIMIT
 
@@ -550,7 +559,7 @@ def test_the_precision_of_the_moment_of_tracing_reaches_the_gradients():
     assert "DEFAULT, DEFAULT" not in text
 
 
-@pytest.mark.parametrize("mapped", [False, True], ids=["jit", "shard_map"])
+@pytest.mark.parametrize("mapped", fast_only([False], [False, True]), ids=["jit", "shard_map"])
 def test_a_batch_spread_over_devices_has_the_same_gradients(mapped):
     """Four devices, partitioned by the compiler and by hand: output and gradients to 1e-12."""
     shape = (8, 6, 7, 64, 66, 3, 1)

@@ -13,8 +13,8 @@ from flax_resblock.config import ResNetConfig, architecture
 from parity_tests.support import REPOSITORY
 
 sys.path.append(str(REPOSITORY / "benchmarks"))
-roofline, tables, scaling = (
-    importlib.import_module(name) for name in ("roofline", "scaling_tables", "scaling")
+operations, roofline, tables, scaling = (
+    importlib.import_module(name) for name in ("layers", "roofline", "scaling_tables", "scaling")
 )
 
 BASIC = ResNetConfig(depths=(2, 1), widths=(8, 16), stem="cifar", stem_width=8, num_classes=5)
@@ -67,12 +67,12 @@ def elementwise(network):
 @pytest.mark.parametrize("case", CASES)
 def test_forward_flops_are_the_compilers_up_to_the_elementwise_ones(case):
     config, size = CASES[case]
-    network = roofline.layers(config, size)
-    rest = counted(config, size, "forward", 3) - roofline.flops(
+    network = operations.layers(config, size)
+    rest = counted(config, size, "forward", 3) - operations.flops(
         network, "forward", 3, padding=False
     )
     assert rest == pytest.approx(3 * elementwise(network), rel=0.05)
-    wrong = counted(config, size, "forward", 3) - roofline.flops(
+    wrong = counted(config, size, "forward", 3) - operations.flops(
         network, "forward", 3, padding=True
     )
     assert abs(wrong - 3 * elementwise(network)) > elementwise(network)
@@ -105,19 +105,19 @@ def test_what_two_networks_differ_by_is_the_compilers_difference_exactly(what, o
     # The second batch takes away what does not depend on the batch: the optimizer's work on
     # parameters.
     growth = [counted(config, size, what, 6) - counted(config, size, what, 4) for config in configs]
-    networks = [roofline.layers(config, size) for config in configs]
-    analytic = [roofline.flops(network, what, 2, padding=False) for network in networks]
+    networks = [operations.layers(config, size) for config in configs]
+    analytic = [operations.flops(network, what, 2, padding=False) for network in networks]
     assert growth[0] - growth[1] == analytic[0] - analytic[1] != 0
     if what == "train-step":
         as_if_all_were_alike = [
-            3 * roofline.flops(network, "forward", 2, padding=False) for network in networks
+            3 * operations.flops(network, "forward", 2, padding=False) for network in networks
         ]
         differs = as_if_all_were_alike[0] - as_if_all_were_alike[1] != growth[0] - growth[1]
         assert differs == ("in_channels" in one)
 
 
 def test_resnet50_has_its_published_size():
-    network = roofline.layers(architecture("resnet50"), 224)
+    network = operations.layers(architecture("resnet50"), 224)
     assert sum(layer.parameters for layer in network) == 25_557_032
     # torchvision's documentation
     assert sum(layer.multiply_adds("forward", True) for layer in network) == pytest.approx(
@@ -127,7 +127,7 @@ def test_resnet50_has_its_published_size():
 
 def test_networks_that_are_not_counted_are_refused():
     with pytest.raises(ValueError, match="are not counted here"):
-        roofline.layers(architecture("seresnet18"), 64)
+        operations.layers(architecture("seresnet18"), 64)
 
 
 def test_bytes_of_a_program_are_those_that_the_compiler_says():
@@ -170,7 +170,7 @@ def test_a_copy_to_the_chip_reads_what_it_copies():
 
 @pytest.mark.parametrize("what", ["forward", "train-step"])
 def test_the_slower_roof_decides(what):
-    network = roofline.layers(BOTTLENECK, 61)
+    network = operations.layers(BOTTLENECK, 61)
     arithmetic = roofline.total(
         roofline.roofline(network, what, 8, width=4, fusion="fused", peak=1e9, bandwidth=1e18)
     )
@@ -188,7 +188,7 @@ def test_the_slower_roof_decides(what):
 
 
 def test_from_the_balanced_batch_on_arithmetic_takes_longer_than_memory():
-    network = roofline.layers(architecture("resnet50"), 64)
+    network = operations.layers(architecture("resnet50"), 64)
     roofs = {"peak": 300e9, "bandwidth": 10e9}
     batch = roofline.balanced_batch(network, "train-step", width=4, fusion="fused", **roofs)
 

@@ -30,39 +30,46 @@ def started(code: str, *arguments: str, **environment: str) -> subprocess.Comple
     return python("-c", code, *arguments, env={**inherited, "PYTHONPATH": path, **environment})
 
 
-def imported(*arguments: str) -> tuple[int, set[str]]:
-    """Exit status of the command line, and every module that it imported."""
-    code = """
-import json, sys
+def imported(*lines: tuple[str, ...], first: str = "sys") -> list[tuple[int, set[str]]]:
+    """Of each command line its exit status, and every module that it imported. All run in copies
+    of one process, which has imported ``first``."""
+    code = (
+        f"import {first}"
+        + """
+import json, os, sys
 from flax_resblock.cli import run
-try:
-    status = run(sys.argv[1:])
-except SystemExit as exit:
-    status = exit.code
-print(json.dumps([status, sorted(sys.modules)]), file=sys.stderr)
+for line in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        continue
+    try:
+        status = run(line)
+    except SystemExit as exit:
+        status = exit.code
+    print(json.dumps([status, sorted(sys.modules)]), file=sys.stderr, flush=True)
+    os._exit(0)
 """
-    status, modules = json.loads(started(code, *arguments).stderr.splitlines()[-1])
-    return status, set(modules)
+    )
+    rows = [one for one in started(code, json.dumps(lines)).stderr.splitlines() if one[:1] == "["]
+    assert len(rows) == len(lines)
+    return [(status, set(modules)) for status, modules in map(json.loads, rows)]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status"),
-    [((), 0), (("--help",), 0), (("--version",), 0), (("inspct",), 2), (("--bogus", "inspect"), 2)],
-    ids=str,
-)
-def test_the_overview_imports_nothing_heavy(arguments, status):
-    found, modules = imported(*arguments)
-    assert found == status
-    assert not HEAVY & modules
-    assert not {f"flax_resblock.cli.{name}" for name in COMMANDS} & modules
+def test_the_overview_imports_nothing_heavy():
+    lines = {(): 0, ("--help",): 0, ("--version",): 0, ("inspct",): 2, ("--bogus", "inspect"): 2}
+    for line, (status, modules) in zip(lines, imported(*lines), strict=True):
+        assert status == lines[line], line
+        assert not HEAVY & modules, line
+        assert not {f"flax_resblock.cli.{name}" for name in COMMANDS} & modules, line
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_of_a_command_imports_its_own_module_and_no_framework(name):
-    status, modules = imported(name, "--help")
-    assert status == 0
-    assert f"flax_resblock.cli.{name}" in modules
-    assert not {"jax", "flax", "torch", "tensorstore"} & modules
+def test_the_help_of_a_command_imports_its_own_module_and_no_framework():
+    found = imported(*((name, "--help") for name in COMMANDS), first="tyro")
+    for name, (status, modules) in zip(COMMANDS, found, strict=True):
+        assert status == 0, name
+        assert f"flax_resblock.cli.{name}" in modules
+        assert not {"jax", "flax", "torch", "tensorstore"} & modules, name
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +90,15 @@ NEEDLESS = {
 
 @pytest.mark.parametrize("file", NEEDLESS)
 def test_inspect_imports_only_what_the_format_needs(file, checkpoints):
-    status, modules = imported("inspect", str(checkpoints / file))
+    ((status, modules),) = imported(("inspect", str(checkpoints / file)))
     assert status == 0
     assert not NEEDLESS[file] & modules
 
 
 def test_predict_reads_an_archive_without_the_packages_of_training(checkpoints, tmp_path):
     np.savez(tmp_path / "a.npz", images=np.zeros((1, 32, 32, 3), np.uint8))
-    status, modules = imported(
-        "predict", str(checkpoints / "net.safetensors"), str(tmp_path / "a.npz")
-    )
+    line = ("predict", str(checkpoints / "net.safetensors"), str(tmp_path / "a.npz"))
+    ((status, modules),) = imported(line)
     assert status == 0
     training = {"grain", "sklearn", "tensorboardX", "matplotlib", "flax_resblock.training.loop"}
     assert not training & modules
