@@ -29,6 +29,7 @@ from flax_resblock.cli import run
 from flax_resblock.config import BlockConfig, ResNetConfig, SlotKind, architecture, walk
 from flax_resblock.errors import InputError, MissingDependencyError
 from flax_resblock.parity.battery import BATTERY
+from parity_tests.support import fast_only
 
 TARGETS = ("tpu:v5e", "cuda:a100")
 BLOCKS = {name: config for name, config in BATTERY.items() if isinstance(config, BlockConfig)}
@@ -206,11 +207,12 @@ def test_a_training_step_has_exactly_the_expected_all_reduces(topology):
         )
 
 
-@pytest.mark.parametrize(
-    ("attention", "place"),
-    [("none", "branch"), ("se", "branch"), ("eca", "branch"), ("eca", "sum")],
-)
-def test_the_gradients_of_every_option_are_summed_once_over_the_devices(attention, place):
+ATTENTIONS = ["none-branch", "se-branch", "eca-branch", "eca-sum"]
+
+
+@pytest.mark.parametrize("option", fast_only(ATTENTIONS[1::2], ATTENTIONS))
+def test_the_gradients_of_every_option_are_summed_once_over_the_devices(option):
+    attention, place = option.split("-")
     """Compiled for four CPUs, with statistics of each device: exactly the expected values."""
     import jax
 

@@ -8,6 +8,7 @@ import pytest
 from flax_resblock import BlockConfig, CheckpointError, InputError, ResNetConfig
 from flax_resblock.config import architecture
 from flax_resblock.convert import NAMINGS, StateMap, TensorInfo, identify
+from parity_tests.support import fast_only
 
 NETWORKS = {
     "basic": ResNetConfig(depths=(1, 2), widths=(6, 10), stem="cifar", stem_width=4, num_classes=3),
@@ -107,8 +108,13 @@ def weights(found):
     return keys if len(keys) < 100 else keys[::10]
 
 
-@pytest.mark.parametrize(("name", "naming"), READINGS)
-def test_whichever_tensor_is_missing_or_too_many_is_named_and_no_other(name, naming):
+OFTEN = [(name, "torchvision") for name in ("basic", "no shortcut", "se", "bottleneck block")]
+OFTEN += [("basic", "flax"), ("deep, without head", "senet")]
+
+
+@pytest.mark.parametrize("reading", fast_only(OFTEN, READINGS), ids="-".join)
+def test_whichever_tensor_is_missing_or_too_many_is_named_and_no_other(reading):
+    name, naming = reading
     config = NETWORKS[name]
     found = described(config, naming)
     assert identify(found, stride=getattr(config, "stride", None)).state_map.config == config

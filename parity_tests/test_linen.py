@@ -31,7 +31,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(params=fast_only(["basic", "every option of a block"], CONFIGS))
+@pytest.fixture(params=fast_only(["every option of a block"], CONFIGS))
 def config(request):
     return CONFIGS[request.param]
 

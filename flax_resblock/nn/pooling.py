@@ -291,5 +291,5 @@ class Blur(nnx.Module):
         channels = x.shape[-1]
         kernel = jnp.broadcast_to((row[:, None] * row)[:, :, None, None], (3, 3, 1, channels))
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
-        numbers = {"stride": self.stride, "groups": channels}
-        return convolve(padded, kernel, **numbers, precision=lax.Precision.HIGHEST)
+        stride, exact = self.stride, lax.Precision.HIGHEST
+        return convolve(padded, kernel, stride=stride, groups=channels, precision=exact)
