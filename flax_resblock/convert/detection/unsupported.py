@@ -93,38 +93,21 @@ def _partly_biased(layers: _Layers) -> list[str]:
     return biased if len(biased) < len(large) else []
 
 
-def _without_bias(layers: _Layers) -> list[str]:
-    return [
+def _with(axes: int, *names: str) -> Callable[[_Layers], list[str]]:
+    """Finds modules with tensors of just these names, whose weight has so many axes."""
+    return lambda layers: [
         name
-        for name, tensors in layers.modules.items()
-        if tensors.keys() == {"weight"} and len(tensors["weight"]) == 2
+        for name, own in layers.modules.items()
+        if own.keys() == set(names) and len(own["weight"]) == axes
     ]
 
 
 def _without_statistics(layers: _Layers) -> list[str]:
-    if layers.norms:
-        return []
-    return [
-        name
-        for name, tensors in layers.modules.items()
-        if tensors.keys() == {"weight", "bias"} and len(tensors["weight"]) == 1
-    ]
+    return [] if layers.norms else _with(1, "weight", "bias")(layers)
 
 
 def _without_affine(layers: _Layers) -> list[str]:
-    return [
-        name
-        for name, tensors in layers.modules.items()
-        if name in layers.norms and "weight" not in tensors
-    ]
-
-
-def _vectors(layers: _Layers) -> list[str]:
-    return [
-        name
-        for name, tensors in layers.modules.items()
-        if tensors.keys() == {"weight"} and len(tensors["weight"]) == 1
-    ]
+    return [name for name in layers.norms if "weight" not in layers.modules[name]]
 
 
 def _acting_norms(layers: _Layers) -> list[str]:
@@ -224,7 +207,7 @@ _SIGNS: tuple[tuple[Callable[[_Layers], list[str]], str], ...] = (
     ),
     (_without_affine, "batch norms without scale and bias (affine=False)"),
     (
-        _vectors,
+        _with(1, "weight"),
         "layers with a single vector, such as PReLU, whose slopes are learned; the activations of "
         "this library have no weights",
     ),
@@ -244,7 +227,7 @@ _SIGNS: tuple[tuple[Callable[[_Layers], list[str]], str], ...] = (
         "of the main paths have one or none, and so those of the shortcuts and of the stem",
     ),
     (
-        _without_bias,
+        _with(2, "weight"),
         "a fully connected layer without bias; the classification head of this library has one",
     ),
     (
