@@ -31,7 +31,6 @@ WIDTH, HEIGHT, FONT, LEFT = 470, 262, 13, 0.12
 
 GROUPS = 9
 """Stages that are named below a plot; where there are more, only the ends are."""
-
 WORDS = 12
 """Slots that are named one by one."""
 
