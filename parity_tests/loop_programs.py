@@ -19,13 +19,13 @@ from parity_tests.support import import_torchvision
 Trained = tuple[runs.TorchRun, list[float]]
 
 
-def fastai(task: str, folder: Path, on: int, back: int, own: bool = False) -> Trained:
-    """fastai's Learner with torch's AdamW, or with its own Adam, which comes back as AdamW."""
+def fastai(task: str, folder: Path, on: int, back: int, own: str = "") -> Trained:
+    """fastai's Learner with torch's AdamW, or with its own Adam or Lamb, by name."""
     import_torchvision()
     from fastai.callback.core import Callback
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner, Recorder
-    from fastai.optimizer import Adam, OptimWrapper
+    from fastai.optimizer import Adam, Lamb, OptimWrapper
 
     run, rates = runs.started(runs.adamw(runs.no_bias_decay), None), []
 
@@ -45,7 +45,7 @@ def fastai(task: str, folder: Path, on: int, back: int, own: bool = False) -> Tr
         DataLoaders(*loaders, device="cpu"),
         run.model,
         loss_func=torch.nn.functional.cross_entropy,
-        opt_func=Adam if own and task == "begin" else wrapped,
+        opt_func={"Adam": Adam, "Lamb": Lamb}.get(own, wrapped),
         lr=0.004,
         wd=0.03,
         wd_bn_bias=False,
@@ -55,15 +55,9 @@ def fastai(task: str, folder: Path, on: int, back: int, own: bool = False) -> Tr
     )
     learner.remove_cb(Recorder)  # which computes in float32
     if task == "resume":
-        if own:  # weights decay, and norms and biases do not
-            parts: dict[bool, list[Any]] = {True: [], False: []}
-            for parameter in run.model.parameters():
-                parts[parameter.ndim > 1].append(parameter)
-            groups = [{"params": members} for members in parts.values()]
-            learner.opt = OptimWrapper(opt=torch.optim.AdamW(groups, lr=0.004))
         torch.save({"model": came["model"], "opt": came["optimizer"]}, folder / "file.pth")
         learner.load("file")
-        learner.fit(back, wd=[0.03, 0.0] if own else None)
+        learner.fit(back)
     else:
         learner.fit(runs.DONE)
         learner.save("saved")

@@ -17,8 +17,9 @@ import torch
 from torch.distributed import checkpoint as distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-from flax_resblock import CheckpointError, load_run, to_torch
+from flax_resblock import AssumptionWarning, CheckpointError, load_run, save, to_torch
 from flax_resblock.checkpoint.limits import LIMITS
+from flax_resblock.checkpoint.torch_file import plain as plain_of
 from flax_resblock.checkpoint.trainer_arguments import trainer_arguments
 from flax_resblock.runs.entries import settings_in
 from flax_resblock.runs.mmengine_schedules import read_parts
@@ -167,21 +168,35 @@ def _as_fastai(optimizer, rate):
 def test_fastais_adam_is_torchs_and_a_computed_rate_had_a_schedule(trained, tmp_path):
     state = _as_fastai(trained.optimizer, 0.004)
     torch.save({**fastai(trained), "opt": state}, tmp_path / "own.pth")
-    with pytest.raises(CheckpointError, match=r"one of fastai's own, .*optimizer='adamw'"):
-        load_run(tmp_path / "own.pth")
     _, plain = load_run(runs.plain_loop(trained, tmp_path))
-    _, run = load_run(tmp_path / "own.pth", optimizer="adamw")
+    with pytest.warns(AssumptionWarning, match=r"its Adam with decoupled .*optimizer='lamb'"):
+        model, run = load_run(tmp_path / "own.pth")
+    for suffix in ("pth", "safetensors"):  # which do not have to be told again
+        save(
+            model,
+            tmp_path / f"as.{suffix}",
+            run=load_run(tmp_path / "own.pth", optimizer="lamb")[1],
+        )
+        again = load_run(tmp_path / f"as.{suffix}")[1]
+        assert (again.optimizer.kind, again.assumed) == ("timm-lamb", [])
+    back = torch.load(tmp_path / "as.pth", weights_only=True)["optimizer"]
+    assert same(plain_of({**back, "kind": 0}), plain_of({**state, "kind": 0}))
     assert same(run.optimizer.tensors, plain.optimizer.tensors)
     assert run.problem is None
     one, (options,) = run.optimizer.groups[0].options, [g.options for g in plain.optimizer.groups]
-    assert {name: options[name] for name in one if name != "lr"} == {
-        name: value for name, value in one.items() if name != "lr"
+    assert {name: options[name] for name in one if name not in ("lr", "fastai")} == {
+        name: value for name, value in one.items() if name not in ("lr", "fastai")
     }
     of_lamb = copy.deepcopy(state)
     of_lamb["hypers"][0]["beta"] = 0.0
     torch.save({**fastai(trained), "opt": of_lamb}, tmp_path / "radam.pth")
-    with pytest.raises(CheckpointError, match=r"is not fastai's Adam: .*beta"):
+    with pytest.raises(CheckpointError, match=r"of which Adam and Lamb have a .*beta"):
         load_run(tmp_path / "radam.pth", optimizer="adamw")
+    torch.save(
+        {**fastai(trained), "opt": {**state, "count": 3, "slow_weights": []}}, tmp_path / "l"
+    )
+    with pytest.raises(CheckpointError, match="inside an optimizer that keeps count, slow_weights"):
+        load_run(tmp_path / "l")
     state["hypers"][0]["lr"] = np.float64(0.004)  # as fit_one_cycle leaves it
     torch.save({**fastai(trained), "opt": state}, tmp_path / "cycle.pth")
     assert "fit_one_cycle" in load_run(tmp_path / "cycle.pth", optimizer="adamw")[1].problem

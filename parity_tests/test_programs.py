@@ -36,13 +36,14 @@ PROGRAMS: dict[str, tuple[str, Unit | None]] = {
     "torchvision": ("checkpoint.pth", EPOCH),
     "fastai": ("saved.pth", None),
     "fastai's Adam": ("saved.pth", None),
+    "fastai's Lamb": ("saved.pth", None),
     "deepspeed": (ENGINE, BATCH),
     "zero": (ENGINE, BATCH),
 }
 """What each saves, and how often it steps the scheduler; None for a constant rate."""
 SEVERAL = ("accelerate", "distributed", "fsdp", "deepspeed", "zero")
 """Those that run in two processes."""
-SAID: dict[str, dict[str, Any]] = {"fastai's Adam": {"optimizer": "adamw"}}
+SAID: dict[str, dict[str, Any]] = {"fastai's Lamb": {"optimizer": "lamb"}}
 """What a file does not tell."""
 PACKAGES = (
     *("accelerate==1.15.0", "psutil", "pytorch-lightning==2.6.6", "lightning-utilities"),
@@ -65,7 +66,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "training-runs.md"
 
 ROWS = (
     *("distributed", "fsdp", "accelerate", "transformers", "timm", "mmengine", "lightning"),
-    *("ignite", "torchvision", "fastai", "fastai's Adam", "deepspeed", "zero"),
+    *("ignite", "torchvision", "fastai", "fastai's Adam", "fastai's Lamb"),
+    *("deepspeed", "zero"),
 )
 """The programs in the order of the page."""
 

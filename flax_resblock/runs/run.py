@@ -69,6 +69,11 @@ class Run:
     average: AverageEntry = field(default_factory=AverageEntry)
     kept: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def assumed(self) -> list[str]:
+        """What the file does not show and was assumed, with what changes it."""
+        return [note for note in self.optimizer.notes if note.startswith("assumed")]
+
 
 def read_run(
     extras: Mapping[str, Any],
