@@ -180,10 +180,7 @@ def deepspeed(task: str, folder: Path, on: int, back: int, stage: int = 0) -> Tr
         run.epoch += epochs
 
     if task == "resume":
-        came = torch.load(folder / "back.pth", weights_only=True)
-        _refill(folder / "saved" / f"global_step{runs.DONE * runs.STEPS}", came, stage)
-        torch.distributed.barrier()
-        engine.load_checkpoint(str(folder / "saved"))
+        _, came = engine.load_checkpoint(str(folder / "back"), tag="it")
         run.epoch = came["epoch"] + 1
         train(back)
         return run, rates
@@ -193,52 +190,6 @@ def deepspeed(task: str, folder: Path, on: int, back: int, stage: int = 0) -> Tr
         _go_on_exactly(plain, folder, on)
     train(on)
     return run, rates[-on:]
-
-
-def _refill(folder: Path, came: dict[str, Any], stage: int) -> None:
-    """Puts what came back into the files of a checkpoint, each process into its own."""
-    rank = torch.distributed.get_rank()
-    if rank == 0:
-        file = folder / "mp_rank_00_model_states.pt"
-        content = torch.load(file, weights_only=False)
-        content["module"] = {
-            key: value.to(content["module"][key].dtype) for key, value in came["model"].items()
-        }
-        content |= {"lr_scheduler": came["lr_scheduler"], "global_steps": came["step"]}
-        content |= {} if stage else {"optimizer": came["optimizer"]}
-        torch.save(content, file)
-    if not stage:
-        return
-    file = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-    shard = torch.load(file, weights_only=False)
-    states, whole = shard["optimizer_state_dict"], came["optimizer"]
-    for number, places in enumerate(states["param_slice_mappings"]):
-        own = states["base_optimizer_state"]["state"][number]
-        group = whole["param_groups"][number]
-        numbers = dict(zip(group["param_names"], group["params"], strict=True))
-        states["base_optimizer_state"]["param_groups"][number]["lr"] = group["lr"]
-        # a shard has the part of a parameter that begins where those of earlier shards end
-        for name, place in places.items():
-            begins = sum(
-                one["optimizer_state_dict"]["param_slice_mappings"][number][name].numel
-                for one in _earlier(folder, rank)
-                if name in one["optimizer_state_dict"]["param_slice_mappings"][number]
-            )
-            region = slice(place.start, place.start + place.numel)
-            part = slice(begins, begins + place.numel)
-            flat = states["single_partition_of_fp32_groups"][number].detach()
-            flat[region] = came["model"][name].flatten()[part].float()
-            kept = whole["state"][numbers[name]]
-            own["step"] = kept["step"]
-            for key in ("exp_avg", "exp_avg_sq"):
-                own[key][region] = kept[key].flatten()[part].float()
-    torch.distributed.barrier()
-    torch.save(shard, file)
-
-
-def _earlier(folder: Path, rank: int) -> list[Any]:
-    files = [folder / f"zero_pp_rank_{n}_mp_rank_00_optim_states.pt" for n in range(rank)]
-    return [torch.load(file, weights_only=False) for file in files]
 
 
 def _go_on_exactly(plain: runs.TorchRun, folder: Path, on: int) -> None:

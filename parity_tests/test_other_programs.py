@@ -373,6 +373,16 @@ def test_the_shards_of_zero_are_the_optimizer_of_one_process(trained, tmp_path, 
     for name in ("run.pth", "run.pth.json"):
         (tmp_path / name).unlink(missing_ok=True)
     assert load_run(tmp_path)[1].found == run.found
+    (tmp_path / "back").mkdir()
+    save(model, tmp_path / "back" / file.name, run=run)
+    assert same(load_run(tmp_path / "back")[1].optimizer.tensors, run.optimizer.tensors)
+    for name in (second.name, second.name.replace("_1_", "_0_", 1)):
+        states = [
+            torch.load(folder / name, weights_only=False)["optimizer_state_dict"]
+            for folder in (tmp_path, tmp_path / "back")
+        ]
+        ours, theirs = (one["base_optimizer_state"]["state"] for one in states)
+        assert same(plain_of(ours), plain_of(theirs))
     whole = second.read_bytes()
     shard = torch.load(second, weights_only=False)
     shard["optimizer_state_dict"]["single_partition_of_fp32_groups"][0][3] += 1e-3

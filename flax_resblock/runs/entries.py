@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flax_resblock.checkpoint.trainer_arguments import TRAINER_ARGUMENTS
+from flax_resblock.checkpoint.zero_writing import LAYOUT
 from flax_resblock.runs.mmengine_configuration import gradient_settings
 
 
@@ -241,10 +242,15 @@ def _decay(values: Mapping[str, Any], epoch: int) -> float | None:
 
 
 def scalers_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[str, Any]:
-    """The states of gradient scalers, which are numbers and go back as they are."""
-    kept = {name: extras[name] for name in SCALERS if extras.get(name) and _plain(extras[name])}
+    """The states of gradient scalers and the layout of ZeRO's shards: numbers that go back as they
+    are."""
+    names = (*SCALERS, LAYOUT)
+    kept = {name: extras[name] for name in names if extras.get(name) and _plain(extras[name])}
     words = "loss scaling, for the way back; float32 and bfloat16 need none"
     found |= {name: RunEntry(name, words, "kept") for name in kept}
+    if LAYOUT in kept:
+        words = "how DeepSpeed's processes share the optimizer, for the way back"
+        found[LAYOUT] = RunEntry(LAYOUT, words, "kept")
     return kept
 
 

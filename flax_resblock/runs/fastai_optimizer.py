@@ -55,7 +55,7 @@ def as_torch(
     if wrappers or kept != {*_TENSORS, "step"} or set(own) != _HYPERS:
         wrapped = f", inside an optimizer that keeps {', '.join(sorted(wrappers))}"
         raise CheckpointError(
-            f"{source} is one of fastai's own optimizers, of which Adam and Lamb have a counterpart here. "
+            f"{source} is of fastai's own optimizers, of which Adam and Lamb have a counterpart. "
             f"It keeps {', '.join(sorted(kept)) or 'nothing'} per parameter, and its options "
             f"are {', '.join(sorted(own))}{wrapped if wrappers else ''}. {WEIGHTS_ONLY}"
         )
