@@ -65,7 +65,8 @@ NOT_COMPUTED = frozenset(
     {
         *("foreach", "fused", "capturable", "differentiable", "swap_params"),
         *("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "lr_scale"),
-        *("params", "param_names", "group_name", "param_group", "name", "max_lr_snapshot", "fastai"),
+        *("params", "param_names", "group_name", "param_group", "name"),
+        *("max_lr_snapshot", "fastai"),
     }
 )
 """Entries of a param group that the update does not depend on: torch's flags, what a scheduler
