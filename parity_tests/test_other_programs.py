@@ -146,6 +146,10 @@ def test_an_optimizer_that_only_its_program_puts_together_is_named(trained, tmp_
     torch.save(zero, tmp_path / "zero.pt")
     with pytest.raises(CheckpointError, match=r"shards of all .* zero_to_fp32\.py \. merged"):
         load_run(tmp_path / "zero.pt")
+    state = trained.optimizer.state_dict()
+    torch.save({**yolo(trained), "optimizer": [state, state]}, tmp_path / "two.pt")
+    with pytest.raises(CheckpointError, match=r"has 2 optimizers \(optimizer\[0\], optimizer\[1\]"):
+        load_run(tmp_path / "two.pt")
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
     one = copy.deepcopy((trained.model, trained.optimizer))
     _, flattened = get_state_dict(*one, options=flat)

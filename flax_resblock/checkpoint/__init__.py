@@ -129,7 +129,8 @@ def recorded_digests(record: Record) -> dict[str, str]:
 
 
 def _verify(record: Record, expected: Mapping[str, str]) -> None:
-    found = digests({key: record.tensors[key] for key in expected if key in record.tensors})
+    written = {record.names.get(name, name): value for name, value in record.tensors.items()}
+    found = digests({key: written[key] for key in expected if key in written})
     changed = [key for key, sha in expected.items() if found.get(key) != sha]
     if changed:
         verb = "differs" if len(changed) == 1 else "differ"

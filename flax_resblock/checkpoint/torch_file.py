@@ -195,7 +195,8 @@ def read_torch(path: Path, *, entry: str | None = None, limits: Limits = LIMITS)
         content, is_tensor=_is_tensor, source=str(path), entry=entry
     )
     tensors = state_to_numpy(state)
-    metadata = _recorded(path, tensors, extras, notes, entry)
+    written = {names[name]: value for name, value in tensors.items()}
+    metadata = _recorded(path, written, extras, notes, entry)
     return Record(str(path), "pytorch", tensors, metadata, tuple(notes), extras, names)
 
 

@@ -144,8 +144,20 @@ def with_counters(extras: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**counts, **extras} if "mmengine_version" in about else extras
 
 
+def optimizers_in(extras: Mapping[str, Any]) -> list[str]:
+    """The names of the optimizers' states, also of those in lists and mappings of several."""
+    found = []
+    for name, value in extras.items():
+        items = dict(enumerate(value)) if isinstance(value, list | tuple) else named(value)
+        inside = [f"{name}[{key!r}]" for key, one in items.items() if "param_groups" in named(one)]
+        found += [str(name)] if "param_groups" in items else inside
+    return found
+
+
 def elsewhere(extras: Mapping[str, Any]) -> str:
     """A sentence on an optimizer that a known program keeps in another way; may be empty."""
+    if len(several := optimizers_in(extras)) > 1:
+        return f"It has {len(several)} optimizers ({', '.join(several)}), and a run here has one. "
     if {"param_shapes", "ds_version"} <= extras.keys():
         return (
             "DeepSpeed's ZeRO keeps the optimizer in shards, *_optim_states.pt: give the file "
@@ -239,6 +251,13 @@ def _decay(values: Mapping[str, Any], epoch: int) -> float | None:
         return None
     images = values["world_size"] * values["batch_size"] / values["epochs"]
     return 1.0 - min(1.0, (1.0 - decay) * images)
+
+
+def how_averaged(extras: Mapping[str, Any]) -> str:
+    """Why the decay of averaged weights is not one number that the file says."""
+    if named(extras.get("args")).get("model_ema_warmup"):
+        return "their decay warms up by the step (model_ema_warmup), and here it is constant"
+    return "the file does not say how they are averaged"
 
 
 def scalers_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[str, Any]:

@@ -109,7 +109,10 @@ def read_run(
             f"{entries.elsewhere(extras)}{WEIGHTS_ONLY}"
         )
     name, state = entry
-    record = read_optimizer(state, state_map, kind=optimizer, source=f"{source}, entry '{name}'")
+    others = [one for one in entries.optimizers_in(extras) if one.partition("[")[0] != name]
+    beside = f" (there are others: {some(others)})" if others else ""
+    where = f"{source}, entry '{name}'{beside}"
+    record = read_optimizer(state, state_map, kind=optimizer, source=where)
     found = {name: RunEntry(name, record.notes[0], "used")}
     updates = next((int(float(step)) for step in record.steps.values()), None)
     counters = Counters(
@@ -218,8 +221,8 @@ def _with_average(
         words = f"averaged weights, decay {decay}"
         if not decay:
             words = (
-                "averaged weights, for the way back; the file does not say how they are averaged: "
-                "`ema=DECAY` goes on with them, without it they end with the first step"
+                f"averaged weights, for the way back; {entries.how_averaged(extras)}: `ema=DECAY` "
+                "goes on with them, without it they end with the first step"
             )
         found[name] = RunEntry(name, words, "used" if decay else "kept")
         return replace(run, ema=values, average=form)
@@ -244,6 +247,7 @@ def _with_schedule(
             raise CheckpointError(f"{where} is not the state of one learning-rate scheduler.")
         optimizer = with_initial_rates(run.optimizer, state)
         options = [group.options for group in optimizer.groups]
+        timm_schedules.refuse_plateau(state, where)
         if timm_schedules.is_timm(state):
             state = timm_schedules.located(state, counters, options, where)
         schedule, position = read_schedule(
