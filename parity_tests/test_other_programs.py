@@ -421,3 +421,19 @@ def test_going_on_with_other_settings_than_the_run_had_is_said():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_other_settings(run, runs.config(clip_norm=0.7))
+
+
+def test_an_optimizer_and_a_schedule_are_found_by_their_form_and_several_are_refused(
+    trained, tmp_path
+):
+    _, plain = load_run(runs.plain_loop(trained, tmp_path))
+    scheduler = trained.scheduler.state_dict()
+    content = {"net": trained.model.state_dict(), "opt_dict": trained.optimizer.state_dict()}
+    content |= {"lr_state": scheduler, "global_step": trained.step}
+    torch.save(content, tmp_path / "odd.pth")
+    _, run = load_run(tmp_path / "odd.pth")
+    assert same(run.optimizer.tensors, plain.optimizer.tensors)
+    assert run.schedule == plain.schedule
+    average = torch.optim.swa_utils.SWALR(copy.deepcopy(trained.optimizer), swa_lr=0.01)
+    torch.save({**content, "swa_scheduler": average.state_dict()}, tmp_path / "two.pth")
+    assert "(lr_state, swa_scheduler)" in load_run(tmp_path / "two.pth")[1].problem

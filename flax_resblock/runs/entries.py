@@ -144,6 +144,18 @@ def with_counters(extras: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**counts, **extras} if "mmengine_version" in about else extras
 
 
+def schedulers_in(extras: Mapping[str, Any]) -> list[str]:
+    """The names of the learning-rate schedulers' states: the usual ones, and others by form."""
+    usual = [name for name in SCHEDULERS if extras.get(name)]
+    others = (str(name) for name, value in extras.items() if _is_scheduler(named(value)))
+    return list(dict.fromkeys((*usual, *others)))
+
+
+def _is_scheduler(state: Mapping[str, Any]) -> bool:
+    own = {"base_lrs", "_schedulers", "base_values"}
+    return bool(own & state.keys()) or {"last_epoch", "_last_lr"} <= state.keys()
+
+
 def optimizers_in(extras: Mapping[str, Any]) -> list[str]:
     """The names of the optimizers' states, also of those in lists and mappings of several."""
     found = []

@@ -85,12 +85,12 @@ def only_item(value: Any) -> Any:
 
 
 def find_optimizer(extras: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
-    """Name and state dict of the optimizer among the entries of a training checkpoint."""
-    for name in ENTRIES:
-        value = only_item(extras.get(name))
-        if isinstance(value, Mapping) and value.keys() & {"param_groups", "hypers"}:
-            return name, value
-    return None
+    """Name and state dict of the optimizer in a checkpoint: by its usual names, or the only one."""
+    items = {str(name): only_item(value) for name, value in extras.items()}
+    forms = {"param_groups", "hypers"}
+    found = {n: v for n, v in items.items() if isinstance(v, Mapping) and v.keys() & forms}
+    names = [name for name in ENTRIES if name in found] or list(found)[: len(found) == 1]
+    return (names[0], found[names[0]]) if names else None
 
 
 def read_optimizer(

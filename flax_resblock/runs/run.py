@@ -123,16 +123,21 @@ def read_run(
     )
     settings = entries.settings_in(extras, found)
     run = Run(record, None, counters.done, counters.epochs, settings)
-    entry = next(
-        ((key, only_item(extras[key])) for key in entries.SCHEDULERS if extras.get(key)), None
-    )
+    schedulers = entries.schedulers_in(extras)
+    entry = (schedulers[0], only_item(extras[schedulers[0]])) if schedulers else None
     unit = None if schedule_unit is None else unit_of(schedule_unit)
     if unit is None and entries.SCHEDULE_UNIT in extras:
         unit = unit_of(extras[entries.SCHEDULE_UNIT])
         found[SCHEDULE_UNIT] = RunEntry(SCHEDULE_UNIT, str(unit), "used")
     if entry is not None and entry[0] == PARTS:
         entry = PARTS, {PARTS: extras[PARTS]}
-    if entry is not None:
+    if len(schedulers) > 1:
+        words = (
+            f"{source} has several learning-rate schedulers ({', '.join(schedulers)}), and does "
+        )
+        run = replace(run, problem=f"{words}not say how they share the rate.")
+        found |= {name: RunEntry(name, "one of several", "ignored") for name in schedulers}
+    elif entry is not None:
         total = entries.whole_number(extras, "trainer_state", "max_steps")
         known = total, entries.logged_rates(extras)
         run = _with_schedule(run, *entry, unit, counters, lr_lambda, known, source, found)
