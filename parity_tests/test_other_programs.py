@@ -428,7 +428,7 @@ def test_an_optimizer_and_a_schedule_are_found_by_their_form_and_several_are_ref
 ):
     _, plain = load_run(runs.plain_loop(trained, tmp_path))
     scheduler = trained.scheduler.state_dict()
-    content = {"net": trained.model.state_dict(), "opt_dict": trained.optimizer.state_dict()}
+    content = {"my_weights": trained.model.state_dict(), "opt_dict": trained.optimizer.state_dict()}
     content |= {"lr_state": scheduler, "global_step": trained.step}
     torch.save(content, tmp_path / "odd.pth")
     _, run = load_run(tmp_path / "odd.pth")
