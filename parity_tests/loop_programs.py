@@ -19,13 +19,13 @@ from parity_tests.support import import_torchvision
 Trained = tuple[runs.TorchRun, list[float]]
 
 
-def fastai(task: str, folder: Path, on: int, back: int, own: bool = False) -> Trained:
-    """fastai's Learner with torch's AdamW, or with its own Adam, which comes back as AdamW."""
+def fastai(task: str, folder: Path, on: int, back: int, own: str = "") -> Trained:
+    """fastai's Learner with torch's AdamW, or with its own Adam or Lamb, by name."""
     import_torchvision()
     from fastai.callback.core import Callback
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner, Recorder
-    from fastai.optimizer import Adam, OptimWrapper
+    from fastai.optimizer import Adam, Lamb, OptimWrapper
 
     run, rates = runs.started(runs.adamw(runs.no_bias_decay), None), []
 
@@ -45,7 +45,7 @@ def fastai(task: str, folder: Path, on: int, back: int, own: bool = False) -> Tr
         DataLoaders(*loaders, device="cpu"),
         run.model,
         loss_func=torch.nn.functional.cross_entropy,
-        opt_func=Adam if own and task == "begin" else wrapped,
+        opt_func={"Adam": Adam, "Lamb": Lamb}.get(own, wrapped),
         lr=0.004,
         wd=0.03,
         wd_bn_bias=False,
@@ -55,15 +55,9 @@ def fastai(task: str, folder: Path, on: int, back: int, own: bool = False) -> Tr
     )
     learner.remove_cb(Recorder)  # which computes in float32
     if task == "resume":
-        if own:  # weights decay, and norms and biases do not
-            parts: dict[bool, list[Any]] = {True: [], False: []}
-            for parameter in run.model.parameters():
-                parts[parameter.ndim > 1].append(parameter)
-            groups = [{"params": members} for members in parts.values()]
-            learner.opt = OptimWrapper(opt=torch.optim.AdamW(groups, lr=0.004))
         torch.save({"model": came["model"], "opt": came["optimizer"]}, folder / "file.pth")
         learner.load("file")
-        learner.fit(back, wd=[0.03, 0.0] if own else None)
+        learner.fit(back)
     else:
         learner.fit(runs.DONE)
         learner.save("saved")
@@ -186,10 +180,7 @@ def deepspeed(task: str, folder: Path, on: int, back: int, stage: int = 0) -> Tr
         run.epoch += epochs
 
     if task == "resume":
-        came = torch.load(folder / "back.pth", weights_only=True)
-        _refill(folder / "saved" / f"global_step{runs.DONE * runs.STEPS}", came, stage)
-        torch.distributed.barrier()
-        engine.load_checkpoint(str(folder / "saved"))
+        _, came = engine.load_checkpoint(str(folder / "back"), tag="it")
         run.epoch = came["epoch"] + 1
         train(back)
         return run, rates
@@ -199,52 +190,6 @@ def deepspeed(task: str, folder: Path, on: int, back: int, stage: int = 0) -> Tr
         _go_on_exactly(plain, folder, on)
     train(on)
     return run, rates[-on:]
-
-
-def _refill(folder: Path, came: dict[str, Any], stage: int) -> None:
-    """Puts what came back into the files of a checkpoint, each process into its own."""
-    rank = torch.distributed.get_rank()
-    if rank == 0:
-        file = folder / "mp_rank_00_model_states.pt"
-        content = torch.load(file, weights_only=False)
-        content["module"] = {
-            key: value.to(content["module"][key].dtype) for key, value in came["model"].items()
-        }
-        content |= {"lr_scheduler": came["lr_scheduler"], "global_steps": came["step"]}
-        content |= {} if stage else {"optimizer": came["optimizer"]}
-        torch.save(content, file)
-    if not stage:
-        return
-    file = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-    shard = torch.load(file, weights_only=False)
-    states, whole = shard["optimizer_state_dict"], came["optimizer"]
-    for number, places in enumerate(states["param_slice_mappings"]):
-        own = states["base_optimizer_state"]["state"][number]
-        group = whole["param_groups"][number]
-        numbers = dict(zip(group["param_names"], group["params"], strict=True))
-        states["base_optimizer_state"]["param_groups"][number]["lr"] = group["lr"]
-        # a shard has the part of a parameter that begins where those of earlier shards end
-        for name, place in places.items():
-            begins = sum(
-                one["optimizer_state_dict"]["param_slice_mappings"][number][name].numel
-                for one in _earlier(folder, rank)
-                if name in one["optimizer_state_dict"]["param_slice_mappings"][number]
-            )
-            region = slice(place.start, place.start + place.numel)
-            part = slice(begins, begins + place.numel)
-            flat = states["single_partition_of_fp32_groups"][number].detach()
-            flat[region] = came["model"][name].flatten()[part].float()
-            kept = whole["state"][numbers[name]]
-            own["step"] = kept["step"]
-            for key in ("exp_avg", "exp_avg_sq"):
-                own[key][region] = kept[key].flatten()[part].float()
-    torch.distributed.barrier()
-    torch.save(shard, file)
-
-
-def _earlier(folder: Path, rank: int) -> list[Any]:
-    files = [folder / f"zero_pp_rank_{n}_mp_rank_00_optim_states.pt" for n in range(rank)]
-    return [torch.load(file, weights_only=False) for file in files]
 
 
 def _go_on_exactly(plain: runs.TorchRun, folder: Path, on: int) -> None:

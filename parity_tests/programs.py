@@ -214,7 +214,8 @@ def _with_own_loop(
 PROGRAMS: dict[str, Callable[[str, Path], None]] = {
     "torchvision": _with_own_loop(loop_programs.torchvision),
     "fastai": _with_own_loop(loop_programs.fastai),
-    "fastai's Adam": _with_own_loop(partial(loop_programs.fastai, own=True)),
+    "fastai's Adam": _with_own_loop(partial(loop_programs.fastai, own="Adam")),
+    "fastai's Lamb": _with_own_loop(partial(loop_programs.fastai, own="Lamb")),
     "deepspeed": _with_own_loop(loop_programs.deepspeed),
     "zero": _with_own_loop(partial(loop_programs.deepspeed, stage=2)),
     "transformers": _with_own_loop(trainer_programs.hugging_face),

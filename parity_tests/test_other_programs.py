@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch.distributed import checkpoint as distributed
 
-from flax_resblock import CheckpointError, load_run, to_torch
+from flax_resblock import AssumptionWarning, CheckpointError, load_run, save, to_torch
 from flax_resblock.checkpoint.limits import LIMITS
+from flax_resblock.checkpoint.torch_file import plain as plain_of
 from flax_resblock.checkpoint.trainer_arguments import trainer_arguments
 from flax_resblock.runs.entries import settings_in
 from flax_resblock.runs.mmengine_schedules import read_parts
@@ -144,6 +145,10 @@ def test_an_optimizer_that_only_its_program_puts_together_is_named(trained, tmp_
     torch.save(zero, tmp_path / "zero.pt")
     with pytest.raises(CheckpointError, match=r"shards of all .* zero_to_fp32\.py \. merged"):
         load_run(tmp_path / "zero.pt")
+    state = trained.optimizer.state_dict()
+    torch.save({**yolo(trained), "optimizer": [state, state]}, tmp_path / "two.pt")
+    with pytest.raises(CheckpointError, match=r"has 2 optimizers \(optimizer\[0\], optimizer\[1\]"):
+        load_run(tmp_path / "two.pt")
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -168,21 +173,35 @@ def _as_fastai(optimizer, rate):
 def test_fastais_adam_is_torchs_and_a_computed_rate_had_a_schedule(trained, tmp_path):
     state = _as_fastai(trained.optimizer, 0.004)
     torch.save({**fastai(trained), "opt": state}, tmp_path / "own.pth")
-    with pytest.raises(CheckpointError, match=r"one of fastai's own, .*optimizer='adamw'"):
-        load_run(tmp_path / "own.pth")
     _, plain = load_run(runs.plain_loop(trained, tmp_path))
-    _, run = load_run(tmp_path / "own.pth", optimizer="adamw")
+    with pytest.warns(AssumptionWarning, match=r"its Adam with decoupled .*optimizer='lamb'"):
+        model, run = load_run(tmp_path / "own.pth")
+    for suffix in ("pth", "safetensors"):  # which do not have to be told again
+        save(
+            model,
+            tmp_path / f"as.{suffix}",
+            run=load_run(tmp_path / "own.pth", optimizer="lamb")[1],
+        )
+        again = load_run(tmp_path / f"as.{suffix}")[1]
+        assert (again.optimizer.kind, again.assumed) == ("timm-lamb", [])
+    back = torch.load(tmp_path / "as.pth", weights_only=True)["optimizer"]
+    assert same(plain_of({**back, "kind": 0}), plain_of({**state, "kind": 0}))
     assert same(run.optimizer.tensors, plain.optimizer.tensors)
     assert run.problem is None
     one, (options,) = run.optimizer.groups[0].options, [g.options for g in plain.optimizer.groups]
-    assert {name: options[name] for name in one if name != "lr"} == {
-        name: value for name, value in one.items() if name != "lr"
+    assert {name: options[name] for name in one if name not in ("lr", "fastai")} == {
+        name: value for name, value in one.items() if name not in ("lr", "fastai")
     }
     of_lamb = copy.deepcopy(state)
     of_lamb["hypers"][0]["beta"] = 0.0
     torch.save({**fastai(trained), "opt": of_lamb}, tmp_path / "radam.pth")
-    with pytest.raises(CheckpointError, match=r"is not fastai's Adam: .*beta"):
+    with pytest.raises(CheckpointError, match=r"of which Adam and Lamb have a .*beta"):
         load_run(tmp_path / "radam.pth", optimizer="adamw")
+    torch.save(
+        {**fastai(trained), "opt": {**state, "count": 3, "slow_weights": []}}, tmp_path / "l"
+    )
+    with pytest.raises(CheckpointError, match="inside an optimizer that keeps count, slow_weights"):
+        load_run(tmp_path / "l")
     state["hypers"][0]["lr"] = np.float64(0.004)  # as fit_one_cycle leaves it
     torch.save({**fastai(trained), "opt": state}, tmp_path / "cycle.pth")
     assert "fit_one_cycle" in load_run(tmp_path / "cycle.pth", optimizer="adamw")[1].problem
@@ -361,6 +380,16 @@ def test_the_shards_of_zero_are_the_optimizer_of_one_process(trained, tmp_path, 
     for name in ("run.pth", "run.pth.json"):
         (tmp_path / name).unlink(missing_ok=True)
     assert load_run(tmp_path)[1].found == run.found
+    (tmp_path / "back").mkdir()
+    save(model, tmp_path / "back" / file.name, run=run)
+    assert same(load_run(tmp_path / "back")[1].optimizer.tensors, run.optimizer.tensors)
+    for name in (second.name, second.name.replace("_1_", "_0_", 1)):
+        states = [
+            torch.load(folder / name, weights_only=False)["optimizer_state_dict"]
+            for folder in (tmp_path, tmp_path / "back")
+        ]
+        ours, theirs = (one["base_optimizer_state"]["state"] for one in states)
+        assert same(plain_of(ours), plain_of(theirs))
     whole = second.read_bytes()
     shard = torch.load(second, weights_only=False)
     shard["optimizer_state_dict"]["single_partition_of_fp32_groups"][0][3] += 1e-3
@@ -395,3 +424,19 @@ def test_going_on_with_other_settings_than_the_run_had_is_said():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_other_settings(run, runs.config(clip_norm=0.7))
+
+
+def test_an_optimizer_and_a_schedule_are_found_by_their_form_and_several_are_refused(
+    trained, tmp_path
+):
+    _, plain = load_run(runs.plain_loop(trained, tmp_path))
+    scheduler = trained.scheduler.state_dict()
+    content = {"my_weights": trained.model.state_dict(), "opt_dict": trained.optimizer.state_dict()}
+    content |= {"lr_state": scheduler, "global_step": trained.step}
+    torch.save(content, tmp_path / "odd.pth")
+    _, run = load_run(tmp_path / "odd.pth")
+    assert same(run.optimizer.tensors, plain.optimizer.tensors)
+    assert run.schedule == plain.schedule
+    average = torch.optim.swa_utils.SWALR(copy.deepcopy(trained.optimizer), swa_lr=0.01)
+    torch.save({**content, "swa_scheduler": average.state_dict()}, tmp_path / "two.pth")
+    assert "(lr_state, swa_scheduler)" in load_run(tmp_path / "two.pth")[1].problem

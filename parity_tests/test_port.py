@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flax import nnx
+from safetensors.torch import load_file
 from torch import nn
 
 import flax_resblock
@@ -129,6 +130,29 @@ def test_the_command_writes_code_weights_and_certificate(network, origin, tmp_pa
     code.write_text(code.read_text().replace("slope=0.2", "slope=0.1"))
     found = {one.output: one.status for one in recheck(tmp_path / "out" / "parity.json")}
     assert found == {"weights.safetensors": "unchanged", "gated.py": "changed"}
+
+
+def test_names_that_look_like_a_wrappers_are_the_networks_own(network, tmp_path):
+    """As Ultralytics' networks have them: every tensor is one of the attribute ``model``."""
+    more = """
+class Whole(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = Net()
+
+    def forward(self, x):
+        return self.model(x)
+"""
+    (tmp_path / "whole.py").write_text(CODE + more)
+    state = {f"model.{key}": value for key, value in network.state_dict().items()}
+    torch.save(state, tmp_path / "whole.pth")
+    assert run(["port", "whole.py:Whole", "whole.pth", "out"]) == 0
+    model = flax_resblock.load_ported("out", imported(tmp_path / "out" / "whole.py").Whole)
+    for name in ("back.pth", "back.safetensors"):
+        flax_resblock.save(model, name)
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    for found in (back, load_file(tmp_path / "back.safetensors")):
+        assert all(torch.equal(found[key], value) for key, value in state.items())
 
 
 def test_the_state_dict_returns_bit_for_bit(network, tmp_path):

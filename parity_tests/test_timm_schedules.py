@@ -1,17 +1,20 @@
 """timm's schedules go on at timm's own rates, from their states and from its script's arguments."""
 
+import argparse
 import importlib
 import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from flax_resblock import CheckpointError
+from flax_resblock import CheckpointError, load_run
 from flax_resblock.runs.scheduler_state import ScheduleState, read_schedule
 from flax_resblock.runs.scheduler_writing import write_schedule
 from flax_resblock.runs.ticks import BATCH, EPOCH, Counters
 from flax_resblock.runs.timm_schedules import fitting, located
 from flax_resblock.runs.timm_script import of_script
+from parity_tests import runs
 from parity_tests.families import import_timm
 from parity_tests.schedulers import LIMIT, two_rates
 
@@ -130,3 +133,40 @@ def test_what_has_no_counterpart_is_refused():
     for words, change in changes.items():
         with pytest.raises(CheckpointError, match=words):
             read_schedule({**good, **change}, moments[3])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_timms_own_files_of_what_cannot_go_on_say_so(tmp_path):
+    """timm's CheckpointSaver, schedulers and ModelEmaV3 write them."""
+    import_timm()
+    made, utils = (importlib.import_module(f"timm.{name}") for name in ("scheduler", "utils"))
+    common = {"epochs": 6, "warmup_epochs": 1, "warmup_lr": 1e-4, "model": "resnet8"}
+
+    def saved(**more):
+        run = runs.started(runs.adamw(runs.no_bias_decay), None)
+        arguments = SimpleNamespace(**common, **more)
+        scheduler, _ = made.create_scheduler(arguments, run.optimizer)
+        average = utils.ModelEmaV3(run.model, decay=0.9, use_warmup=True)
+        run.epochs(1, after_step=lambda: average.update(run.model, step=run.step))
+        scheduler.step(1, 0.5)
+        one = argparse.Namespace(**vars(arguments))
+        saver = utils.CheckpointSaver(
+            run.model, run.optimizer, one, average, checkpoint_dir=str(tmp_path)
+        )
+        saver.save_checkpoint(0, metric=0.5)
+        content = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
+        content |= {"lr_scheduler": scheduler.state_dict(), "epoch": 0, "step": run.step}
+        torch.save(content, tmp_path / "plain.pth")
+        return [load_run(tmp_path / name)[1] for name in ("last.pth.tar", "plain.pth")]
+
+    script, plain = saved(sched="plateau")
+    assert "timm does not store what it has counted" in script.problem
+    assert "neither its factor nor its patience" in plain.problem
+    for run in saved(sched="cosine", lr_noise=[0.1, 0.9]):
+        assert "adds noise to the learning rates" in run.problem
+    script, plain = saved(
+        sched="cosine", model_ema=True, model_ema_decay=0.9, model_ema_warmup=True
+    )
+    (kept,) = (entry for entry in script.found if entry.name == "state_dict_ema")
+    assert (script.problem, kept.status, "ema" in script.settings) == (None, "kept", False)
+    assert "their decay warms up by the step (model_ema_warmup)" in kept.use

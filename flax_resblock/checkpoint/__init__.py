@@ -19,6 +19,7 @@ from flax_resblock.checkpoint.folders import (
     PREPROCESSOR_FILE,
     RUN_FOLDER,
     WEIGHTS,
+    ZERO_MODEL,
     is_orbax,
     is_ported,
     metadata_in,
@@ -50,6 +51,7 @@ from flax_resblock.checkpoint.record import (
     refuse_foreign_sidecar,
     sidecar_of,
 )
+from flax_resblock.checkpoint.zero_writing import shard_names
 from flax_resblock.errors import CheckpointError, InputError, OutputError, first_line, some
 from flax_resblock.hub import fetch, is_name
 
@@ -106,13 +108,12 @@ def _with_run(record: Record, path: Path, file: Path, limits: Limits) -> Record:
     if not extras or (record.format == "safetensors" and not path.is_dir()):
         return record
     from flax_resblock.checkpoint.torch_file import plain
+    from flax_resblock.checkpoint.zero_shards import with_optimizer
 
     record = replace(record, extras=plain(extras))
     shards = shards_of(file)
     if not shards or extras.get("optimizer"):
         return record
-    from flax_resblock.checkpoint.zero_shards import with_optimizer
-
     return with_optimizer(record, shards, limits)
 
 
@@ -128,7 +129,8 @@ def recorded_digests(record: Record) -> dict[str, str]:
 
 
 def _verify(record: Record, expected: Mapping[str, str]) -> None:
-    found = digests({key: record.tensors[key] for key in expected if key in record.tensors})
+    written = {record.names.get(name, name): value for name, value in record.tensors.items()}
+    found = digests({key: written[key] for key in expected if key in written})
     changed = [key for key, sha in expected.items() if found.get(key) != sha]
     if changed:
         verb = "differs" if len(changed) == 1 else "differ"
@@ -179,6 +181,8 @@ def write(
     if format_name == "pytorch":
         refuse_foreign_sidecar(path)
         companions = (sidecar_of(path).name,)
+        if path.name == ZERO_MODEL:
+            companions += shard_names(extras)
     with replacing(path, force=force, companions=companions, replaceable=is_orbax) as temporary:
         metadata[METADATA_DIGEST] = metadata_digest(metadata)
         _writing(path, writer_of(format_name, files), temporary, tensors, metadata, **beside)

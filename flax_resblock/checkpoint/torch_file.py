@@ -22,11 +22,12 @@ import ml_dtypes
 import numpy as np
 
 from flax_resblock.checkpoint import record, torch_archive
-from flax_resblock.checkpoint.folders import shards
+from flax_resblock.checkpoint.folders import ZERO_MODEL, shards
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_content, check_files
 from flax_resblock.checkpoint.record import DIGESTS, METADATA_DIGEST, Record, Sidecar, digests
 from flax_resblock.checkpoint.torch_calls import needs
 from flax_resblock.checkpoint.unwrap import unwrap
+from flax_resblock.checkpoint.zero_writing import shard_names, taken_apart
 from flax_resblock.errors import CheckpointError, MissingDependencyError, first_line, some, visible
 
 if TYPE_CHECKING:
@@ -194,7 +195,8 @@ def read_torch(path: Path, *, entry: str | None = None, limits: Limits = LIMITS)
         content, is_tensor=_is_tensor, source=str(path), entry=entry
     )
     tensors = state_to_numpy(state)
-    metadata = _recorded(path, tensors, extras, notes, entry)
+    written = {names[name]: value for name, value in tensors.items()}
+    metadata = _recorded(path, written, extras, notes, entry)
     return Record(str(path), "pytorch", tensors, metadata, tuple(notes), extras, names)
 
 
@@ -266,13 +268,20 @@ def write_torch(
     accepts, and in a file beside it the metadata and the SHA-256 of everything.
 
     With ``extras``, the entries of a training checkpoint, the state dict is the entry ``"model"``
-    beside them. The entry :data:`VERSIONS` of the metadata becomes a part of it."""
+    beside them; in a file of DeepSpeed's, by its name, as DeepSpeed has them. The entry
+    :data:`VERSIONS` of the metadata becomes a part of it."""
     torch = import_torch()
     state: Any = OrderedDict((key, from_numpy(value)) for key, value in tensors.items())
     if VERSIONS in metadata:
         versions = json.loads(metadata[VERSIONS])
         state._metadata = OrderedDict((path, {"version": n}) for path, n in versions.items())
-    torch.save(state if extras is None else {"model": state, **with_tensors(extras)}, path)
+    name = "model"
+    if extras is not None and path.name == ZERO_MODEL:
+        name, beside = "module", shard_names(extras)
+        extras, parts = taken_apart(tensors, extras)
+        for shard, content in zip(beside, parts, strict=True):
+            torch.save(with_tensors(content), path.with_name(shard))
+    torch.save(state if extras is None else {name: state, **with_tensors(extras)}, path)
     recorded = json.loads(metadata[DIGESTS]) if DIGESTS in metadata else digests(tensors)
     beside = ({}, "") if extras is None else record.digests_of_extras(extras)
     kept = {name: text for name, text in metadata.items() if name not in (DIGESTS, METADATA_DIGEST)}

@@ -181,6 +181,7 @@ _RULES = PickleRules(
     refusal=f"torch.save does not write that unless it is told to. {REFUSED}",
     refusals={
         "torch.nn.modules.": f"It is a whole model, as torch.save(model) writes it, and not its "
-        f"weights alone. {REFUSED}"
+        f"weights alone. {REFUSED} To go on with its run, save the state of its optimizer beside "
+        f"that; docs/training-runs.md has the lines for Ultralytics."
     },
 )

@@ -86,7 +86,7 @@ def unwrap(
                     f"{source} has no entry {entry!r} with a state dict; it holds: {held}."
                 )
             chosen, entry = entry, None
-        elif found:
+        elif found or len(found := _all_tensors(content, is_tensor)) == 1:
             chosen = found[0]
         else:
             _refuse_optimizer(content, source)
@@ -148,6 +148,12 @@ def _to_numpy(value: Any, key: str) -> np.ndarray:
         return to_numpy(value, key)
     array = np.asarray(value)  # neither jax nor torch knows the other byte order
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _all_tensors(content: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> list[Any]:
+    """Entries under names of the program's own that are nothing but tensors by name."""
+    mappings = ((name, value) for name, value in content.items() if isinstance(value, Mapping))
+    return [name for name, value in mappings if value and all(map(is_tensor, value.values()))]
 
 
 def _holds_tensors(value: Any, is_tensor: Callable[[Any], bool]) -> bool:

@@ -17,6 +17,7 @@ from flax_resblock.checkpoint.folders import ZERO_MODEL, ZERO_SHARD
 from flax_resblock.checkpoint.limits import Limits, check_files
 from flax_resblock.checkpoint.record import Record
 from flax_resblock.checkpoint.torch_file import load_torch, plain
+from flax_resblock.checkpoint.zero_writing import ALIGNED, LAYOUT, PLACES, VECTORS
 from flax_resblock.errors import CheckpointError, first_line, some
 
 _AGAIN = "Copy the folder again, with the shards of all processes."
@@ -49,6 +50,12 @@ def with_optimizer(record: Record, files: Sequence[Path], limits: Limits) -> Rec
         states = [part["optimizer_state_dict"] for part in parts]
         merged = _merged(states)
         groups = _groups(states[0], record.extras["param_shapes"])
+        prefix = files[0].name.partition("zero_pp_rank")[0]
+        layout = {
+            **_layout(states, groups),
+            "prefix": prefix,
+            "version": record.extras["ds_version"],
+        }
     # a file may hold anything under these names, and anything may be raised
     except Exception as error:
         raise CheckpointError(
@@ -81,7 +88,8 @@ def with_optimizer(record: Record, files: Sequence[Path], limits: Limits) -> Rec
             key: value if np.ndim(value) == 0 else value.reshape(weight.shape)
             for key, value in found.items()
         }
-    extras = {**record.extras, "optimizer": {"state": state, "param_groups": groups}}
+    optimizer = {"state": state, "param_groups": groups}
+    extras = {**record.extras, "optimizer": optimizer, LAYOUT: layout}
     clipping = {"gradient_clipping": states[0].get("clip_grad", 0.0)}
     extras |= {"ds_config": {**clipping, **(record.extras.get("ds_config") or {})}}
     scaler = states[0].get("loss_scaler")
@@ -95,9 +103,7 @@ def _merged(states: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, list[Any]]] = {}
     for state in states:
         kept = state["base_optimizer_state"]["state"]
-        pairs = zip(
-            state["param_slice_mappings"], state["single_partition_of_fp32_groups"], strict=True
-        )
+        pairs = zip(state[PLACES], state[VECTORS], strict=True)
         for number, (places, weights) in enumerate(pairs):
             values = {"": weights, **kept[number]}
             for name, place in places.items():
@@ -129,3 +135,26 @@ def _groups(state: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]]) -> li
         members = list(range(first, first := first + len(names)))
         made.append({**group, "params": members, "param_names": list(names)})
     return made
+
+
+def _layout(states: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> Any:
+    """The parts of every process, by param group: number in the group, start and length, and the
+    lengths of the vectors, of which those of the optimizer have a padding."""
+    numbers = [{name: n for n, name in enumerate(group["param_names"])} for group in groups]
+    parts, lengths = [], []
+    for state in states:
+        parts.append(
+            [
+                [[of[name], int(p["start"]), int(p["numel"])] for name, p in places.items()]
+                for of, places in zip(numbers, state[PLACES], strict=True)
+            ]
+        )
+        kept = [state["base_optimizer_state"]["state"][n].values() for n in range(len(groups))]
+        lengths.append(
+            [
+                [len(weights), max((len(v) for v in values if np.ndim(v)), default=len(weights))]
+                for weights, values in zip(state[VECTORS], kept, strict=True)
+            ]
+        )
+    paddings = [state.get(ALIGNED) for state in states]
+    return {"parts": parts, "lengths": lengths, "paddings": paddings}

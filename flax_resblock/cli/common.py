@@ -242,6 +242,7 @@ def print_found(run: Run) -> None:
     for found in run.found:
         style = "" if found.status == "used" else "dim"
         say(f"  {found.status:7} {found.name}: {found.use}", style)
+    print_notes(run.assumed)
     if run.problem:
         print_note(f"no schedule: {run.problem}")
 

@@ -93,6 +93,7 @@ def _run(source: OpenedCheckpoint) -> dict[str, str]:
         at.append(describe_schedule(run.schedule))
     facts = {"run": f"{run.optimizer.notes[0]}; of the first: {first}"}
     facts["at"] = ", ".join(at) or "an unknown step"
+    facts |= {"assumed": in_flags("; ".join(run.assumed))} if run.assumed else {}
     problem = in_flags(f"no schedule: {run.problem}")
     return facts | ({"problem": problem} if run.problem else {})
 

@@ -233,6 +233,7 @@ def load_run(
         not fit the model.
     Warns:
       UserWarning: As for :func:`from_torch`.
+      AssumptionWarning: The same, and what the file does not show of the run.
     Example:
       >>> model, run = load_run("run.pth")
     """
@@ -241,9 +242,10 @@ def load_run(
     source = open_checkpoint(FilePath(path), reading, entry=entry, run=True)
     refuse_afresh(source)
     _warn_about(source)
-    return to_model(source, **options), run_of(
-        source, optimizer=optimizer, schedule_unit=schedule_unit, lr_lambda=lr_lambda
-    )
+    run = run_of(source, optimizer=optimizer, schedule_unit=schedule_unit, lr_lambda=lr_lambda)
+    for assumed in run.assumed if assume is None else ():
+        warnings.warn(f"{source.record.source}: {assumed}.", AssumptionWarning, stacklevel=2)
+    return to_model(source, **options), run
 
 
 def to_model(source: OpenedCheckpoint, **options: Unpack[LayerOptions]) -> Model:

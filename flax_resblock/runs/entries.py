@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flax_resblock.checkpoint.trainer_arguments import TRAINER_ARGUMENTS
+from flax_resblock.checkpoint.zero_writing import LAYOUT
 from flax_resblock.runs.mmengine_configuration import gradient_settings
 
 
@@ -143,8 +144,32 @@ def with_counters(extras: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**counts, **extras} if "mmengine_version" in about else extras
 
 
+def schedulers_in(extras: Mapping[str, Any]) -> list[str]:
+    """The names of the learning-rate schedulers' states: the usual ones, and others by form."""
+    usual = [name for name in SCHEDULERS if extras.get(name)]
+    others = (str(name) for name, value in extras.items() if _is_scheduler(named(value)))
+    return list(dict.fromkeys((*usual, *others)))
+
+
+def _is_scheduler(state: Mapping[str, Any]) -> bool:
+    own = {"base_lrs", "_schedulers", "base_values"}
+    return bool(own & state.keys()) or {"last_epoch", "_last_lr"} <= state.keys()
+
+
+def optimizers_in(extras: Mapping[str, Any]) -> list[str]:
+    """The names of the optimizers' states, also of those in lists and mappings of several."""
+    found = []
+    for name, value in extras.items():
+        items = dict(enumerate(value)) if isinstance(value, list | tuple) else named(value)
+        inside = [f"{name}[{key!r}]" for key, one in items.items() if "param_groups" in named(one)]
+        found += [str(name)] if "param_groups" in items else inside
+    return found
+
+
 def elsewhere(extras: Mapping[str, Any]) -> str:
     """A sentence on an optimizer that a known program keeps in another way; may be empty."""
+    if len(several := optimizers_in(extras)) > 1:
+        return f"It has {len(several)} optimizers ({', '.join(several)}), and a run here has one. "
     if {"param_shapes", "ds_version"} <= extras.keys():
         return (
             "DeepSpeed's ZeRO keeps the optimizer in shards, *_optim_states.pt: give the file "
@@ -240,11 +265,23 @@ def _decay(values: Mapping[str, Any], epoch: int) -> float | None:
     return 1.0 - min(1.0, (1.0 - decay) * images)
 
 
+def how_averaged(extras: Mapping[str, Any]) -> str:
+    """Why the decay of averaged weights is not one number that the file says."""
+    if named(extras.get("args")).get("model_ema_warmup"):
+        return "their decay warms up by the step (model_ema_warmup), and here it is constant"
+    return "the file does not say how they are averaged"
+
+
 def scalers_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[str, Any]:
-    """The states of gradient scalers, which are numbers and go back as they are."""
-    kept = {name: extras[name] for name in SCALERS if extras.get(name) and _plain(extras[name])}
+    """The states of gradient scalers and the layout of ZeRO's shards: numbers that go back as they
+    are."""
+    names = (*SCALERS, LAYOUT)
+    kept = {name: extras[name] for name in names if extras.get(name) and _plain(extras[name])}
     words = "loss scaling, for the way back; float32 and bfloat16 need none"
     found |= {name: RunEntry(name, words, "kept") for name in kept}
+    if LAYOUT in kept:
+        words = "how DeepSpeed's processes share the optimizer, for the way back"
+        found[LAYOUT] = RunEntry(LAYOUT, words, "kept")
     return kept
 
 

@@ -65,11 +65,12 @@ NOT_COMPUTED = frozenset(
     {
         *("foreach", "fused", "capturable", "differentiable", "swap_params"),
         *("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "lr_scale"),
-        *("params", "param_names", "group_name", "name", "max_lr_snapshot"),
+        *("params", "param_names", "group_name", "param_group", "name"),
+        *("max_lr_snapshot", "fastai"),
     }
 )
 """Entries of a param group that the update does not depend on: torch's flags, what a scheduler
-keeps there, and the parameters and their names.
+keeps there, the parameters and their names, and what goes back to fastai.
 """
 
 _FLAGS = {"foreach": None, "differentiable": False, "fused": None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -85,12 +85,12 @@ def only_item(value: Any) -> Any:
 
 
 def find_optimizer(extras: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
-    """Name and state dict of the optimizer among the entries of a training checkpoint."""
-    for name in ENTRIES:
-        value = only_item(extras.get(name))
-        if isinstance(value, Mapping) and value.keys() & {"param_groups", "hypers"}:
-            return name, value
-    return None
+    """Name and state dict of the optimizer in a checkpoint: by its usual names, or the only one."""
+    items = {str(name): only_item(value) for name, value in extras.items()}
+    forms = {"param_groups", "hypers"}
+    found = {n: v for n, v in items.items() if isinstance(v, Mapping) and v.keys() & forms}
+    names = [name for name in ENTRIES if name in found] or list(found)[: len(found) == 1]
+    return (names[0], found[names[0]]) if names else None
 
 
 def read_optimizer(
@@ -112,8 +112,10 @@ def read_optimizer(
       CheckpointError: No optimizer state, one without counterpart, or one that does not belong to
         this model; the message says which part.
     """
+    notes: list[str] = []
     if "hypers" in state:
-        state = fastai_optimizer.as_torch(state, kind, source)
+        state, kind, assumed = fastai_optimizer.as_torch(state, kind, source)
+        notes += [fastai_optimizer.ASSUMED] if assumed else []
     groups, per_parameter = state.get("param_groups"), state.get("state")
     if (
         not isinstance(groups, Sequence)
@@ -138,7 +140,7 @@ def read_optimizer(
     of_number = dict(zip(chain(*numbers), chain(*entries), strict=True))
     refuse_trained_elsewhere(per_parameter, of_number, source)
     tensors, steps = _tensors(per_parameter, of_number, kind, source)
-    notes = [f"{kind}, {len(groups)} param group{'s' if len(groups) > 1 else ''}: {how}"]
+    notes[:0] = [f"{kind}, {len(groups)} param group{'s' if len(groups) > 1 else ''}: {how}"]
     if lacking := _lacking(OPTIMIZERS[kind], groups, entries, tensors):
         name, absent, expected = lacking
         if len(absent) < expected or steps:
@@ -253,9 +255,9 @@ def fresh_optimizer(
 
 
 def write_optimizer(state: OptimizerState, state_map: TensorMap) -> dict[str, Any]:
-    """What ``torch.optim.Optimizer.load_state_dict`` takes, with numpy arrays for tensors; the
-    exact inverse of :func:`read_optimizer`. Raises CheckpointError if torch has no such optimizer.
-    """
+    """What ``load_state_dict`` of torch's optimizer (or fastai's) takes, with numpy arrays for
+    tensors; the exact inverse of :func:`read_optimizer`. Raises CheckpointError if torch has no
+    such optimizer."""
     kind = OPTIMIZERS[state.kind]
     if kind.package is None:
         raise CheckpointError(
@@ -287,4 +289,11 @@ def write_optimizer(state: OptimizerState, state_map: TensorMap) -> dict[str, An
         steps = [state.steps[path] for path in group.paths if path in state.steps]
         if kind.counts_in_group and steps:
             groups[-1]["step"] = steps[0]
-    return {"state": per_parameter, "param_groups": groups}
+    made = {"state": per_parameter, "param_groups": groups}
+    if all(fastai_optimizer.FORM in group for group in groups):
+        number_of = dict(
+            zip(chain(*(group.paths for group in state.groups)), count(), strict=False)
+        )
+        order = [number_of[path] for path in entries if path in number_of]
+        return fastai_optimizer.from_torch(made, order, state.kind)
+    return made

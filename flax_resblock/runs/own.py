@@ -21,7 +21,7 @@ from flax_resblock.convert.image_facts import carried_images, carry_images, read
 from flax_resblock.convert.metadata import NETWORK, PORT
 from flax_resblock.convert.own import OpenedTensors, carried, carry, open_own
 from flax_resblock.convert.state_map import TensorMap
-from flax_resblock.errors import InputError, some
+from flax_resblock.errors import AssumptionWarning, InputError, some
 from flax_resblock.nn.variables import flat_arrays, on_device, set_values
 from flax_resblock.runs.other_schedules import LRLambda
 from flax_resblock.runs.run import Run
@@ -140,6 +140,7 @@ def load_run_into(
         does not fit. The model stays as it was.
     Warns:
       UserWarning: What was unwrapped or filled; non-finite values, which are carried as they are.
+      AssumptionWarning: What the file does not show of the run.
     Example:
       >>> model = load_ported("out", Net)
       >>> run = load_run_into(model, "run.pth")
@@ -149,5 +150,7 @@ def load_run_into(
     run = run_of(opened, optimizer=optimizer, schedule_unit=schedule_unit, lr_lambda=lr_lambda)
     for said in (*opened.notes, *([some(opened.unhealthy)] if opened.unhealthy else [])):
         warnings.warn(f"{opened.record.source}: {said}.", stacklevel=2)
+    for assumed in run.assumed:
+        warnings.warn(f"{opened.record.source}: {assumed}.", AssumptionWarning, stacklevel=2)
     fill_own(model, opened)
     return run

@@ -69,6 +69,11 @@ class Run:
     average: AverageEntry = field(default_factory=AverageEntry)
     kept: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def assumed(self) -> list[str]:
+        """What the file does not show and was assumed, with what changes it."""
+        return [note for note in self.optimizer.notes if note.startswith("assumed")]
+
 
 def read_run(
     extras: Mapping[str, Any],
@@ -104,7 +109,10 @@ def read_run(
             f"{entries.elsewhere(extras)}{WEIGHTS_ONLY}"
         )
     name, state = entry
-    record = read_optimizer(state, state_map, kind=optimizer, source=f"{source}, entry '{name}'")
+    others = [one for one in entries.optimizers_in(extras) if one.partition("[")[0] != name]
+    beside = f" (there are others: {some(others)})" if others else ""
+    where = f"{source}, entry '{name}'{beside}"
+    record = read_optimizer(state, state_map, kind=optimizer, source=where)
     found = {name: RunEntry(name, record.notes[0], "used")}
     updates = next((int(float(step)) for step in record.steps.values()), None)
     counters = Counters(
@@ -115,16 +123,21 @@ def read_run(
     )
     settings = entries.settings_in(extras, found)
     run = Run(record, None, counters.done, counters.epochs, settings)
-    entry = next(
-        ((key, only_item(extras[key])) for key in entries.SCHEDULERS if extras.get(key)), None
-    )
+    schedulers = entries.schedulers_in(extras)
+    entry = (schedulers[0], only_item(extras[schedulers[0]])) if schedulers else None
     unit = None if schedule_unit is None else unit_of(schedule_unit)
     if unit is None and entries.SCHEDULE_UNIT in extras:
         unit = unit_of(extras[entries.SCHEDULE_UNIT])
         found[SCHEDULE_UNIT] = RunEntry(SCHEDULE_UNIT, str(unit), "used")
     if entry is not None and entry[0] == PARTS:
         entry = PARTS, {PARTS: extras[PARTS]}
-    if entry is not None:
+    if len(schedulers) > 1:
+        words = (
+            f"{source} has several learning-rate schedulers ({', '.join(schedulers)}), and does "
+        )
+        run = replace(run, problem=f"{words}not say how they share the rate.")
+        found |= {name: RunEntry(name, "one of several", "ignored") for name in schedulers}
+    elif entry is not None:
         total = entries.whole_number(extras, "trainer_state", "max_steps")
         known = total, entries.logged_rates(extras)
         run = _with_schedule(run, *entry, unit, counters, lr_lambda, known, source, found)
@@ -213,8 +226,8 @@ def _with_average(
         words = f"averaged weights, decay {decay}"
         if not decay:
             words = (
-                "averaged weights, for the way back; the file does not say how they are averaged: "
-                "`ema=DECAY` goes on with them, without it they end with the first step"
+                f"averaged weights, for the way back; {entries.how_averaged(extras)}: `ema=DECAY` "
+                "goes on with them, without it they end with the first step"
             )
         found[name] = RunEntry(name, words, "used" if decay else "kept")
         return replace(run, ema=values, average=form)
@@ -239,6 +252,7 @@ def _with_schedule(
             raise CheckpointError(f"{where} is not the state of one learning-rate scheduler.")
         optimizer = with_initial_rates(run.optimizer, state)
         options = [group.options for group in optimizer.groups]
+        timm_schedules.refuse_plateau(state, where)
         if timm_schedules.is_timm(state):
             state = timm_schedules.located(state, counters, options, where)
         schedule, position = read_schedule(

@@ -181,6 +181,15 @@ def refuse_noise(noise: Any, source: str) -> None:
         )
 
 
+def refuse_plateau(state: Mapping[str, Any], source: str) -> None:
+    """Raises CheckpointError for timm's PlateauLRScheduler."""
+    if state.keys() == {"best", "last_epoch"}:
+        raise CheckpointError(
+            f"{source} is timm's PlateauLRScheduler, of which a file holds the best value alone: "
+            "neither its factor nor its patience. timm itself begins anew with them."
+        )
+
+
 def fitting(
     schedule: TimmSchedule, groups: Sequence[Options], positions: Sequence[int]
 ) -> list[int]:

@@ -39,7 +39,8 @@ def of_script(
 
     name, where = str(arguments["sched"]), f"{source}: timm's schedule '{arguments['sched']}'"
     if name not in (*KINDS, "constant"):
-        raise CheckpointError(f"{where} has no counterpart here.")
+        why = {"plateau": "follows a metric, and timm does not store what it has counted"}
+        raise CheckpointError(f"{where} {why.get(name, 'has no counterpart here')}.")
     refuse_noise(arguments.get("lr_noise"), where)
     in_epochs, scale = not said("sched_on_updates", False), 1
     if not in_epochs:

@@ -262,7 +262,7 @@ def _timm_lamb(p: Parameter) -> Moved:
         step = step + decay * value
     if o["weight_decay"] or o["always_adapt"]:
         ratio = _ratio(value, step, lambda ours, theirs: ours / theirs)
-        step = step * (jnp.minimum(ratio, 1.0) if o["trust_clip"] else ratio)
+        step = step * (jnp.minimum(ratio, float(o["trust_clip"])) if o["trust_clip"] else ratio)
     return Moved(value - p.value - rate * step, {"exp_avg": mean, "exp_avg_sq": square})
 
 
