@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flax_resblock.errors import InputError, raised
-from flax_resblock.port.conditions import Calls, EndlessError, never_ends
+from flax_resblock.port.calls import Calls, EndlessError, never_ends
 from flax_resblock.port.inputs import Shapes, parsed_shapes
 
 Size = tuple[int, int]

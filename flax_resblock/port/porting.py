@@ -16,7 +16,7 @@ from flax_resblock.parity.module_run import global_state_kept, inner, runnable
 from flax_resblock.port import axes
 from flax_resblock.port.body import Reader
 from flax_resblock.port.classes import classes_of
-from flax_resblock.port.conditions import Conditions, refuse_unsteady
+from flax_resblock.port.conditions import Conditions
 from flax_resblock.port.examples import SIZES, Size, accepted, runs_on, shapes_of
 from flax_resblock.port.inputs import Shapes, grown, is_one_image
 from flax_resblock.port.known import known_network
@@ -29,6 +29,7 @@ from flax_resblock.port.renaming import old_key, renamed
 from flax_resblock.port.source import in_docstring, source_of
 from flax_resblock.port.table import Parameter, Table
 from flax_resblock.port.tracing import Traced, trace
+from flax_resblock.port.unsteady import refuse_unsteady
 from flax_resblock.port.values import BATCH
 from flax_resblock.port.weight_norm import without_hooks
 

@@ -186,10 +186,14 @@ class _Comparison(SideBySide):
 
     def _difference(self, mode: str, quantity: str, name: str, error: float, limit: float) -> str:
         verb = "differ" if quantity.endswith("s") else "differs"
+        unseen = (
+            ", unless that has a hook of gradients, or torch.no_grad() where tensor.detach() says "
+            "the same: a trace shows neither"
+        )
         return (
             f"{self.ported.origin} cannot be ported: in {mode} mode {_named(quantity, name)} "
             f"{verb} by {error:.1e} (relative), the limit is {limit:.1e}. Please report it with "
-            f"the module's code; nothing was written."
+            f"the module's code{unseen if 'gradient' in quantity else ''}; nothing was written."
         )
 
     def compare_in_float32(self, thoroughly: bool, bound: str) -> str:

@@ -18,7 +18,7 @@ from flax_resblock.parity.inputs import nudged
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace, as_tensor, trace_torch
 from flax_resblock.parity.trajectory import FIRST_STEP
-from flax_resblock.port.conditions import Calls
+from flax_resblock.port.calls import Calls
 from flax_resblock.port.graphs import leaves
 from flax_resblock.port.inputs import Shapes, in_one_array, random_inputs, unpacked, unpacked_last
 from flax_resblock.port.network import PortedNetwork
