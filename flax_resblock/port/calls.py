@@ -71,7 +71,7 @@ class Calls(TorchFunctionMode):
         if self._count > MOST_CALLS:
             raise EndlessError(_place())
         tensors = [one for one in leaves(made) if isinstance(one, torch.Tensor)]
-        if tensors:
+        if tensors and not isinstance(func, torch._ops.OpOverload):  # those are PyTorch's own
             several = [*args, *(kwargs or {}).values()]
             given = next((one.shape for one in several if isinstance(one, torch.Tensor)), ())
             numbers, shape = tuple(_numbers(several)), tuple(tensors[0].shape)

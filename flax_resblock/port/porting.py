@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from flax_resblock.checkpoint.torch_file import state_to_numpy
-from flax_resblock.errors import InputError, some
+from flax_resblock.errors import InputError, raised, some
 from flax_resblock.parity.module_run import global_state_kept, inner, runnable
 from flax_resblock.port import axes
 from flax_resblock.port.body import Reader
@@ -102,7 +102,16 @@ def port(
         if known is None:
             trains = random is not None
             more: dict[str, Any] = {"trains": trains, "inputs": shapes, "fold_layout": fold_layout}
-            return _ported(copied, state, parameters, channels, size, exact, name, **more)
+            try:
+                return _ported(copied, state, parameters, channels, size, exact, name, **more)
+            except InputError:
+                raise
+            except Exception as error:  # of code that was written wrongly, or of its writer
+                raise InputError(
+                    f"{name} cannot be ported: the port of it raises ({raised(error)}), which is a "
+                    f"fault of this library. Please report it with the module's code; nothing was "
+                    f"written."
+                ) from error
         table = Table.of(known.tensors, state, parameters, versions_of(copied))
         made = PortedNetwork(
             known.source, known.name, table, table.to_flax(state), {}, name, size, channels,
