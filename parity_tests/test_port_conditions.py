@@ -183,9 +183,9 @@ def test_code_that_remembers_or_never_ends_is_refused(kind, words):
             accepted(module, [(16, 16)])
 
 
-class Squeezing(Small):
+class Squeezing(AboveSize):
     def forward(self, x):
-        x = AboveSize.then(self, self.conv(x))
+        x = self.then(self.conv(x))
         return self.fc(nn.functional.adaptive_avg_pool2d(x, 1).squeeze())
 
 

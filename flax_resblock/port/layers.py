@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from flax_resblock.port.random_layers import stochastic_depth
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Layer", "direct_calls_seen", "layer_of", "stochastic_depth_seen"]
+__all__ = ["Layer", "layer_of", "stochastic_depth_seen"]
 
 _VOLUMES = "three spatial axes"
 _RECURRENT = "recurrent layers"
@@ -83,39 +82,6 @@ def stochastic_depth_seen(module: torch.nn.Module) -> Iterator[None]:
     parts: list[Any] = [part for part in module.modules() if _drops_images(part)]
     for part in parts:
         part.forward = forward
-    try:
-        yield
-    finally:
-        for part in parts:
-            del part.forward
-
-
-@contextmanager
-def direct_calls_seen(module: torch.nn.Module) -> Iterator[None]:
-    """Within it ``part.forward(x)`` is ``part(x)`` to a trace, which knows the calls of modules
-    alone: their code and their names would be lost.
-    """
-    import torch
-
-    running: set[int] = set()
-
-    def through_call(part: Any, original: Any) -> Any:
-        def forward(*arguments: Any, **named: Any) -> Any:
-            called = sys._getframe(1).f_code.co_filename == torch.nn.modules.module.__file__
-            if called or id(part) in running:
-                return original(*arguments, **named)
-            running.add(id(part))
-            try:
-                return part(*arguments, **named)
-            finally:
-                running.discard(id(part))
-
-        return forward
-
-    parts: list[Any] = [one for one in module.modules() if one is not module]
-    parts = [one for one in parts if "forward" not in vars(one)]
-    for part in parts:
-        part.forward = through_call(part, part.forward)
     try:
         yield
     finally:

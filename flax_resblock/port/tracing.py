@@ -19,7 +19,7 @@ import torch
 
 from flax_resblock.errors import InputError, visible
 from flax_resblock.port.folding import NOTHING, Folded, fold
-from flax_resblock.port.layers import direct_calls_seen, stochastic_depth_seen
+from flax_resblock.port.layers import stochastic_depth_seen
 from flax_resblock.port.values import BATCH
 
 _VIEWS = (
@@ -75,7 +75,6 @@ def trace(
         _quiet(),
         _no_idle_autocast(),
         stochastic_depth_seen(module),
-        direct_calls_seen(module),
         _custom_gradients() as custom,
     ):
         try:
@@ -195,14 +194,14 @@ def where(node: Any) -> str:
 
 
 def _is_own(line: str) -> bool:
-    return str(Path(torch.__file__).parent) not in line
+    return not any(str(Path(file).parent) in line for file in (torch.__file__, __file__))
 
 
 def _why_not(module: torch.nn.Module, error: Exception) -> str:
     """One paragraph on a module that cannot be traced."""
     name, mode = type(module).__name__, "in training mode " if module.training else ""
-    of_all, ours = traceback.extract_tb(error.__traceback__), Path(__file__).parent
-    frames = [one for one in of_all if _is_own(one.filename) and Path(one.filename).parent != ours]
+    of_all = traceback.extract_tb(error.__traceback__)
+    frames = [one for one in of_all if _is_own(one.filename)]
     place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     code = f" ({frames[-1].line})" if frames and frames[-1].line else ""
     kind, text = type(error).__name__, str(error)
