@@ -176,6 +176,8 @@ class BodyReader(Parts):
         numbered = bool(self.body.numbers) and len(flat) == 1
         self.body.is_tuple = isinstance(result, (tuple, list)) and self.path != "" and not numbered
         self.body.result = ", ".join("{}" for _ in flat)
+        if not all(isinstance(self.number(one), Value) for one in flat):
+            raise self.refusal("it returns a number beside its tensors; return tensors alone")
         outputs = [self.settled(self.value(one)) for one in flat]
         if self.path == "":
             self.body.result = result_of(self.traced.out_spec)

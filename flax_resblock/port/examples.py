@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from flax_resblock.errors import InputError, raised
+from flax_resblock.port.calls import Calls, EndlessError, never_ends
 from flax_resblock.port.inputs import Shapes, parsed_shapes
 
 Size = tuple[int, int]
@@ -59,12 +60,16 @@ def accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size,
     convolutions: list[Any] = [one for one in module.modules() if isinstance(one, kinds)]
     found = [one.in_channels for one in convolutions]
     first: Exception | None = None
+    tried = copy.deepcopy(module)  # a call may change it
     for channels in dict.fromkeys([*found[:1], 3, 1, *found]):
         runs: list[Size] = []
         for size in sizes:
             images = torch.randn(2, channels, *size)
             try:
-                module(images)
+                with Calls():
+                    tried(images)
+            except EndlessError as error:
+                raise InputError(never_ends(type(module).__name__, error)) from error
             except Exception as error:  # whatever the user's code raises
                 first = first or error
                 continue
@@ -93,7 +98,10 @@ def runs_on(module: torch.nn.Module, shapes: Shapes) -> bool | None:
     """
     inputs = [torch.randn(2, *shape) for shape in shapes]
     try:
-        module(*inputs)
+        with Calls():
+            copy.deepcopy(module)(*inputs)
+    except EndlessError as error:
+        raise InputError(never_ends(type(module).__name__, error)) from error
     except Exception as error:  # whatever the user's code raises
         shown = ", ".join(str(["N", *shape]).replace("'", "") for shape in shapes)
         raise InputError(

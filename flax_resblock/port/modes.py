@@ -13,7 +13,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
-from flax_resblock.errors import InputError
+from flax_resblock.errors import InputError, some
 from flax_resblock.port.folding import NOTHING
 from flax_resblock.port.graphs import held, is_tensor, leaves
 from flax_resblock.port.layers import layer_of
@@ -82,6 +82,7 @@ def trace_training(
     """
     module = evaluation.live
     module.train()
+    _refuse_frozen(module)
     for part in filter(_is_layer, module.modules()):
         part.training = False
     try:
@@ -97,6 +98,23 @@ def trace_training(
         if has_graph(evaluation, path) and has_graph(training, path):
             _compare(evaluation, training, path, through_dropout=more_dropout)
     return (training if more_dropout else evaluation), (training if grown else None)
+
+
+def _refuse_frozen(module: torch.nn.Module) -> None:
+    """Refuses a ``train`` that leaves norms or dropout in evaluation mode: that of nnx does not."""
+    frozen = [
+        name
+        for name, part in module.named_modules()
+        if _is_layer(part) and not part.training and not [*part.children()]
+        if hasattr(part, "running_mean") or "Drop" in type(part).__name__
+    ]
+    if frozen:
+        first = frozen[0]
+        raise InputError(
+            f"{type(module).__name__} cannot be ported: its train() leaves {some(frozen)} in "
+            f"evaluation mode, and train() of a port switches every layer. Port it without that "
+            f"method, and call model.{first}.eval() after each model.train() in JAX."
+        )
 
 
 def _refuse_random(training: Traced) -> None:

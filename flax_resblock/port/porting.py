@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,23 +11,25 @@ import numpy as np
 import torch
 
 from flax_resblock.checkpoint.torch_file import state_to_numpy
-from flax_resblock.errors import InputError, some
+from flax_resblock.errors import InputError, raised, some
 from flax_resblock.parity.module_run import global_state_kept, inner, runnable
 from flax_resblock.port import axes
 from flax_resblock.port.body import Reader
 from flax_resblock.port.classes import classes_of
+from flax_resblock.port.conditions import Conditions
 from flax_resblock.port.examples import SIZES, Size, accepted, runs_on, shapes_of
-from flax_resblock.port.inputs import Shapes, is_one_image
+from flax_resblock.port.inputs import Shapes, grown, is_one_image
 from flax_resblock.port.known import known_network
 from flax_resblock.port.modes import asking_for_mode, trace_training
 from flax_resblock.port.modules import refuse_unready
 from flax_resblock.port.network import PortedNetwork
 from flax_resblock.port.places import parameters_of, placed_tensors, slots_of, versions_of
-from flax_resblock.port.proof import Proof, prove
+from flax_resblock.port.proof import Proof, larger_by, prove
 from flax_resblock.port.renaming import old_key, renamed
 from flax_resblock.port.source import in_docstring, source_of
 from flax_resblock.port.table import Parameter, Table
 from flax_resblock.port.tracing import Traced, trace
+from flax_resblock.port.unsteady import refuse_unsteady
 from flax_resblock.port.values import BATCH
 from flax_resblock.port.weight_norm import without_hooks
 
@@ -91,6 +94,7 @@ def port(
         else:
             channels, size, random = accepted(copied, [image_size] if image_size else SIZES)
         images = [torch.randn(2, *shape) for shape in shapes or ((channels, *size),)]
+        refuse_unsteady(copied, images)
         parameters = parameters_of(copied, images)
         name = origin or type(inner(module)).__name__
         # the library's own networks have neither dropout nor stochastic depth
@@ -98,7 +102,16 @@ def port(
         if known is None:
             trains = random is not None
             more: dict[str, Any] = {"trains": trains, "inputs": shapes, "fold_layout": fold_layout}
-            return _ported(copied, state, parameters, channels, size, exact, name, **more)
+            try:
+                return _ported(copied, state, parameters, channels, size, exact, name, **more)
+            except InputError:
+                raise
+            except Exception as error:  # of code that was written wrongly, or of its writer
+                raise InputError(
+                    f"{name} cannot be ported: the port of it raises ({raised(error)}), which is a "
+                    f"fault of this library. Please report it with the module's code; nothing was "
+                    f"written."
+                ) from error
         table = Table.of(known.tensors, state, parameters, versions_of(copied))
         made = PortedNetwork(
             known.source, known.name, table, table.to_flax(state), {}, name, size, channels,
@@ -134,6 +147,12 @@ def _ported(
         traced, training = trace_training(traced, images)
     if training is not None:
         traced = replace(traced, folded=traced.folded.joined(training.folded))
+    compared = [grown(shapes, more) for more in larger_by(size)]
+    bound, by_batch = "", ""
+    for part in [module, *([copy.deepcopy(module).train()] if trains and asking else [])]:
+        conditions = Conditions(part, shapes)
+        by_batch = conditions.refuse_by_batch() or by_batch
+        bound = bound or conditions.bound_to_size(compared)
     title = f"{in_docstring(origin)} in Flax, with channels last. Written by flax-resblock port."
     written = []  # all before the first proof, which changes the module
     for any_size in (False, True):
@@ -148,13 +167,14 @@ def _ported(
         unused = table.unused_of(state)
         made = PortedNetwork(
             source_of(classes, title), classes[-1].name, table, table.to_flax(state), unused,
-            origin, size, channels, slots, inputs, notes=_notes(parameters, unused),
+            origin, size, channels, slots, inputs,
+            notes=(*_notes(parameters, unused), *([by_batch] if by_batch else [])),
         )  # fmt: skip
         written.append((made, classes))
     plain, guessed = (made for made, _ in written)
     fixed = plain
-    for made, classes in written[: 1 if plain.source == guessed.source else 2]:
-        options = {"exact": exact, "guessed": made is guessed}
+    for made, classes in written[: 1 if bound or plain.source == guessed.source else 2]:
+        options = {"exact": exact, "guessed": made is guessed, "bound": bound}
         proof = _proved(module, made, traced, options)
         made = replace(made, figures=proof.figures, notes=(*made.notes, *proof.notes))
         if not proof.fixed_size:
@@ -187,7 +207,7 @@ def _proved(
     module: torch.nn.Module,
     made: PortedNetwork,
     traced: Traced,
-    options: Mapping[str, bool],
+    options: Mapping[str, Any],
 ) -> Proof:
     """The proof; a gradient that is written by hand has to be the one of the forward pass."""
     if not traced.custom_gradients:

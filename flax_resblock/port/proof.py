@@ -46,6 +46,7 @@ def prove(
     *,
     exact: bool,
     guessed: bool = False,
+    bound: str = "",
 ) -> Proof:
     """Compares a module with what it was ported to, with weights near its own.
 
@@ -58,6 +59,7 @@ def prove(
       exact: Train both for some steps as well.
       guessed: Heights and widths in the source are guessed; see
         :class:`flax_resblock.port.placing.Values`.
+      bound: Why the network is right for one size only, if that is known.
     Raises:
       InputError: They differ.
     """
@@ -73,7 +75,7 @@ def prove(
         both.compare(both.images, precision, cotangent)
         if exact:
             both.compare_steps(precision, shape)
-    return Proof(both.figures, both.compare_in_float32(guessed), both.notes)
+    return Proof(both.figures, both.compare_in_float32(guessed, bound), both.notes)
 
 
 class _Comparison(SideBySide):
@@ -184,18 +186,23 @@ class _Comparison(SideBySide):
 
     def _difference(self, mode: str, quantity: str, name: str, error: float, limit: float) -> str:
         verb = "differ" if quantity.endswith("s") else "differs"
+        unseen = (
+            ", unless that has a hook of gradients, or torch.no_grad() where tensor.detach() says "
+            "the same: a trace shows neither"
+        )
         return (
             f"{self.ported.origin} cannot be ported: in {mode} mode {_named(quantity, name)} "
             f"{verb} by {error:.1e} (relative), the limit is {limit:.1e}. Please report it with "
-            f"the module's code; nothing was written."
+            f"the module's code{unseen if 'gradient' in quantity else ''}; nothing was written."
         )
 
-    def compare_in_float32(self, thoroughly: bool) -> str:
+    def compare_in_float32(self, thoroughly: bool, bound: str) -> str:
         """Compares in evaluation mode and float32, with images of another size if there is one
         that the module takes.
 
         Args:
           thoroughly: With all other sizes that it takes, instead of one.
+          bound: Why it is right for images of one size, if that is known; no other is tried.
         Returns:
           Why the network is right for images of one size only; empty if it is for others.
         """
@@ -203,10 +210,8 @@ class _Comparison(SideBySide):
         if shapes and grown(shapes, (1, 1)) == shapes:  # vectors, which have no size
             self.compare(self.few, PRECISIONS["float32"])
             return ""
-        why, agreed = "the module takes no other size that was tried", False
-        # nearly twice as large: a window that covers the map leaves most of such a map out
-        larger = max(min(height, width, 64) - 3, 1)
-        for more in ((larger, max(larger - 2, 1)), (33, 32), (32, 64)):
+        why, agreed = bound or "the module takes no other size that was tried", False
+        for more in () if bound else larger_by((height, width)):
             other = (height + more[0], width + more[1])
             others = self.inputs_of(grown(shapes, more), other)
             shown = f"inputs larger by {more}" if shapes else str(other)
@@ -251,6 +256,15 @@ class _Comparison(SideBySide):
         self.figures[f"{precision.name} {quantity} of SGD"] = {
             "error": errors[place], "place": place, "tensors": len(errors),
         }  # fmt: skip
+
+
+def larger_by(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """By how much the other sizes are larger that are tried, in their order.
+
+    The first is nearly twice as large: a window that covers the map leaves most of such a map
+    out."""
+    larger = max(min(*size, 64) - 3, 1)
+    return [(larger, max(larger - 2, 1)), (33, 32), (32, 64)]
 
 
 def _named(quantity: str, name: str) -> str:

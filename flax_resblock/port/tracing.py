@@ -81,7 +81,7 @@ def trace(
             program = torch.export.export(
                 module,
                 tuple(images),
-                dynamic_shapes=tuple({0: batch} for _ in images),
+                dynamic_shapes=({0: batch},) * len(images),
                 strict=False,
             )
         except Exception as error:
@@ -194,18 +194,14 @@ def where(node: Any) -> str:
 
 
 def _is_own(line: str) -> bool:
-    root = str(Path(torch.__file__).parent)
-    return root not in line
+    return not any(str(Path(file).parent) in line for file in (torch.__file__, __file__))
 
 
 def _why_not(module: torch.nn.Module, error: Exception) -> str:
     """One paragraph on a module that cannot be traced."""
     name, mode = type(module).__name__, "in training mode " if module.training else ""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if _is_own(frame.filename) and Path(__file__).parent != Path(frame.filename).parent
-    ]
+    of_all = traceback.extract_tb(error.__traceback__)
+    frames = [one for one in of_all if _is_own(one.filename)]
     place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     code = f" ({frames[-1].line})" if frames and frames[-1].line else ""
     kind, text = type(error).__name__, str(error)

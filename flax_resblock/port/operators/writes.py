@@ -10,6 +10,7 @@ from flax_resblock.port.operator_names import name_of
 from flax_resblock.port.operators.rules import rule
 from flax_resblock.port.operators.shapes import indexed, sliced
 from flax_resblock.port.placing import Values
+from flax_resblock.port.tracing import shape_of
 from flax_resblock.port.values import Constant, Value
 
 
@@ -31,6 +32,16 @@ def _fill(b: Values, node: Any, x: Any, amount: Any) -> Value:
     holes = (value, b.number(amount))
     holes = (value, holes[1] if isinstance(holes[1], Value) else Constant(holes[1], "amount"))
     return b.new("jnp.full_like({}, {})", holes, value.shape, value.order, hint="filled")
+
+
+@rule("empty", "new_empty")
+def _empty(b: Values, node: Any, *_: Any, **__: Any) -> Value:
+    if [name_of(user) for user in list(node.users)[:1]] != ["fill"]:
+        raise b.refusal("it uses memory that nothing was written to")
+    shape = shape_of(node)
+    order = axes.channels_last(len(shape))
+    text, holes = b.sizes(tuple(shape[axis] for axis in order), None)
+    return b.new(f"jnp.zeros(({text}), {b.dtype})", holes, shape, order, hint="zeros")
 
 
 @rule("slice_scatter")

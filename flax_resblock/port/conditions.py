@@ -1,0 +1,190 @@
+"""What the code of a module makes depend on the size of the batch or on that of the images: a trace
+shows one path through it, and a comparison at one other size no more than one.
+
+The module is run without computing anything, on tensors that have a shape alone, and its calls of
+PyTorch are listed: their names, their ranks, and the numbers among their arguments."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flax_resblock.errors import InputError
+from flax_resblock.port.calls import Call, Calls
+from flax_resblock.port.inputs import Shapes
+
+BATCHES = (1, 3, 4, 9, 32, 64, 128, 1000)
+
+SIZES = (
+    *((16, 20), (28, 28), (32, 32), (33, 47), (48, 40), (96, 128), (127, 66), (224, 224)),
+    *((256, 256), (299, 299), (384, 226), (512, 512), (1024, 1333)),
+)
+"""Of images; on both sides of every size that a condition is likely to name, with many remainders.
+"""
+
+FACTORS = (0.25, 0.4, 0.5, 0.77, 1.5, 2, 4.01, 16)
+"""Of the sizes of other inputs."""
+
+_RESHAPES = {"view", "reshape", "flatten", "unflatten", "expand", "view_as", "reshape_as"}
+"""Calls among whose numbers are the sizes of what they return."""
+
+
+class Conditions:
+    """Runs a module on shapes alone.
+
+    Args:
+      module: In the mode to run it in; left as it was.
+      shapes: Of its inputs without the batch.
+    """
+
+    def __init__(self, module: torch.nn.Module, shapes: Shapes) -> None:
+        self.module, self.shapes = module, shapes
+        self.mode = "training" if module.training else "evaluation"
+        self._bare = copy.deepcopy(module).to("meta")
+        self.fake = False
+        self.calls = self._run(2, shapes)
+        if self.calls is None:  # it holds or makes tensors with numbers
+            self.fake = True
+            self.calls = self._run(2, shapes)
+
+    def _run(self, batch: int, shapes: Shapes) -> list[Call] | None:
+        """The calls; None where the module raises."""
+        try:
+            if self.fake:
+                copied = copy.deepcopy(self.module)
+                with FakeTensorMode(allow_non_fake_inputs=True):
+                    inputs = [torch.empty(batch, *shape) for shape in shapes]
+                    with Calls() as calls:
+                        copied(*inputs)
+            else:
+                inputs = [torch.empty(batch, *shape, device="meta") for shape in shapes]
+                with Calls() as calls:
+                    self._bare(*inputs)
+        except Exception:  # whatever the user's code raises
+            return None
+        return calls.found
+
+    def refuse_by_batch(self) -> str:
+        """Refuses a module whose code does something else with batches of another size.
+
+        Returns:
+          What it does otherwise with one image alone, if that is no more than losing an axis.
+        """
+        third = self._run(3, self.shapes)
+        if self.calls is None or third is None:
+            return ""
+        note = ""
+        for batch in BATCHES:
+            calls = self._run(batch, self.shapes)
+            if calls is None:
+                continue
+            same = [one.step[:2] for one in calls] == [one.step[:2] for one in self.calls]
+            other = _otherwise(self.calls, calls)
+            if batch == 1 and other is not None and same:
+                note = (
+                    f"with one image your module drops an axis more ({other.name} at "
+                    f"{other.place}: {list(other.made)}); the port keeps the axis of the batch"
+                )
+                continue
+            for one, two, three in zip(calls, self.calls, third, strict=False):
+                if other is None and not _is_linear(batch, one, two, three):
+                    other = one
+            if other is not None:
+                shown = "1 image" if batch == 1 else f"{batch} images"
+                raise InputError(
+                    f"{type(self.module).__name__} cannot be ported: in {self.mode} mode its code "
+                    f"does something else with a batch of {shown} than with 2, at {other.place} "
+                    f"({other.name}). A port does the same for every batch: decide by attributes, "
+                    f"or by the sizes of the images."
+                )
+        return note
+
+    def bound_to_size(self, compared: Sequence[Shapes]) -> str:
+        """Why the code of the module is another one at other sizes of its inputs, but neither at
+        its own nor at those that are compared anyway; empty if it is not.
+
+        Args:
+          compared: Shapes at which its results are compared; the first that it takes counts.
+        """
+        runs = ((self._run(2, shapes), shapes) for shapes in compared)
+        other, at_other = next((pair for pair in runs if pair[0]), (None, ()))
+        if self.calls is None or other is None or _otherwise(self.calls, other):
+            return ""
+        for shapes in _other_shapes(self.shapes):
+            calls = self._run(2, shapes)
+            if calls is None:
+                continue
+            found = _otherwise(self.calls, calls) or _unexplained(
+                self.calls, other, calls, (self.shapes, at_other, shapes)
+            )
+            if found is not None:
+                shown = " and ".join("x".join(map(str, one[1:])) for one in shapes if one[1:])
+                at = f" at {found.place}" if found.place else ""
+                return f"at {shown} its code does something else{at} ({found.name})"
+        return ""
+
+
+def _otherwise(calls: Sequence[Call], others: Sequence[Call]) -> Call | None:
+    """The first of other calls that is another one."""
+    for one, other in zip(calls, others, strict=False):
+        if one.step != other.step:
+            return other
+    longer = max(calls, others, key=len)
+    return longer[min(len(calls), len(others))] if len(calls) != len(others) else None
+
+
+def _is_linear(batch: int, one: Call, two: Call, three: Call) -> bool:
+    """Whether the numbers of a call follow from the size of the batch as they do for 2 and 3."""
+    if not len(one.numbers) == len(two.numbers) == len(three.numbers):
+        return False
+    numbers = zip(one.numbers, two.numbers, three.numbers, strict=True)
+    return all(now == b or now == b + (batch - 2) * (c - b) for now, b, c in numbers)
+
+
+def _unexplained(
+    calls: Sequence[Call], compared: Sequence[Call], others: Sequence[Call], all_shapes: Any
+) -> Call | None:
+    """The first of other calls with a number that was, where results are compared, the same or the
+    size of something, and is neither here.
+
+    Args:
+      calls, compared, others: At the module's own size, at that which is compared, and here.
+      all_shapes: Of the inputs in each.
+    """
+    for place, several in enumerate(zip(calls, compared, others, strict=True)):
+        for a, b, c in zip(*(one.numbers for one in several), strict=False):
+            if c == a == b:
+                continue
+            of_all = zip((calls, compared, others), all_shapes, strict=True)
+            sizes = zip(*(_sizes(run, shapes, place) for run, shapes in of_all), strict=False)
+            agree = [z == c for x, y, z in sizes if (x, y) == (a, b)] + [c == a] * (a == b)
+            if agree and not any(agree):
+                return several[-1]
+    return None
+
+
+def _sizes(calls: Sequence[Call], shapes: Shapes, place: int) -> list[int]:
+    """The sizes of what is known where a call is made, and products of neighbouring ones."""
+    one = calls[place]
+    known = [(2, *shape) for shape in shapes] + [one.given, *(one.made,) * (one.name in _RESHAPES)]
+    known += [call.made for call in calls[max(place - 40, 0) : place]]
+    return [
+        math.prod(shape[start:end])
+        for shape in known
+        for start in range(len(shape))
+        for end in range(start + 1, len(shape) + 1)
+    ]
+
+
+def _other_shapes(shapes: Shapes) -> Iterator[Shapes]:
+    """Shapes of smaller and larger inputs."""
+    if all(len(one) == 3 for one in shapes):
+        yield from (tuple((one[0], *size) for one in shapes) for size in SIZES)
+    else:
+        for factor in FACTORS:
+            yield tuple((one[0], *(max(round(factor * n), 1) for n in one[1:])) for one in shapes)
