@@ -78,7 +78,7 @@ class CpuNetwork:
     """
 
     def __init__(
-        self, forward: Callable[[list[jax.Array], jax.Array], jax.Array], arrays: list[jax.Array]
+        self, forward: Callable[[list[jax.Array], jax.Array], jax.Array], arrays: list[Any]
     ) -> None:
         self._forward, self._arrays = forward, arrays
         self._shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in arrays]

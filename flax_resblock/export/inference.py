@@ -135,7 +135,7 @@ def compile_inference(model: Model, example: Any, *, quick: bool = False) -> Com
 
     Args:
       model: Used in evaluation mode, whatever its mode. It is copied: later changes to it have no
-        effect.
+        effect, and you may delete it.
       example: Images ``(N, H, W, C)`` or a ``jax.ShapeDtypeStruct``; ``N`` is the largest batch
         that is computed at once.
       quick: On a CPU, answer as soon as possible, for a few dozen images: XLA's own convolutions,
