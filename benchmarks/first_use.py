@@ -302,7 +302,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     def shown(row: Mapping[str, Any], name: str) -> str:
         if name not in row:
             return ""
-        return f"{row[name]:.0f} MB" if row["unit"] == "MB" else f"{row[name]:.2g} s"
+        if row["unit"] == "MB":
+            return f"{row[name]:.0f} MB"
+        return f"{row[name]:.2g} {'s' if row['unit'] == 's' else 'CPU s'}"
 
     lines = ["| what | before | now | yardstick | ratio |", "|---|---|---|---|---|"]
     for row in rows:
@@ -338,8 +340,9 @@ def main() -> None:
         seconds = "processor s" if given.processor else "s"
         rows = []
         for case in chosen:
-            rows += rows_of(case, Path(name), given.rounds, given.before, seconds)
-            print(table(rows).splitlines()[-1], flush=True)
+            new = rows_of(case, Path(name), given.rounds, given.before, seconds)
+            print(*table(new).splitlines()[2:], sep="\n", flush=True)
+            rows += new
     if given.json is not None:
         given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         document = DOCUMENT.read_text(encoding="utf-8")
