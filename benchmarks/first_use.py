@@ -80,7 +80,8 @@ images = images.to(memory_format=torch.channels_last)
 """
 _TORCH_FORWARD = "with torch.inference_mode(): module(images)"
 _COMMAND = """
-import subprocess
+import shutil, subprocess
+shutil.rmtree("run", ignore_errors=True)  # train replaces none
 command = [sys.executable, "-m", "flax_resblock", *{arguments!r}]
 """
 _WAITING = """
@@ -144,7 +145,7 @@ STEP = Side(_JAX + _MODEL, _OWN_STEP), Side(_JAX + _MODEL, _PLAIN_STEP)
 _CONVERT = "convert", "resnet50.pth", "converted", "--force"
 _INSPECT, _VERIFY = ("inspect", "resnet50.pth"), ("verify", "resnet18.pth")
 _PREDICT = "predict", "resnet50.pth", "pictures/class0/0.png", "pictures/class1/1.png"
-_TRAIN = "train", "--data", "pictures", "--val-fraction", "0.2", "--epochs", "1"
+_TRAIN = "train", "--data", "pictures", "--val-fraction", "0.2", "--epochs", "1", "--out", "run"
 _XLA = "plain XLA"
 
 
