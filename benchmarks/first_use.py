@@ -1,11 +1,12 @@
 """What a first use costs, in fresh processes: networks created, first prediction, first step, the
 commands. Each against PyTorch's or plain XLA's counterpart, in turn.
 
-    python benchmarks/first_use.py [--before WORKTREE] [--rounds 3] [--only WORD] [--quick]
-        [--json docs/first_use.json]
+    python benchmarks/first_use.py [--before WORKTREE] [--rounds 2] [--only WORD] [--quick]
+        [--processor] [--json docs/first_use.json]
 
-``--before`` measures another revision in the same run; ``--json`` keeps the figures and writes the
-table of docs/performance.md. Figures are medians."""
+``--before`` measures another revision in the same run, as far as it has what a row needs;
+``--json`` keeps the figures and writes the table of docs/performance.md. Figures are medians of
+elapsed seconds, or with ``--processor`` of processor seconds, which a busy machine changes less."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,19 @@ DOCUMENT = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- table first use -->", "<!-- end first use -->"
 
 _PROCESS = """
-import json, sys, time
+import json, os, sys, time
 import numpy as np
 network, size, batch = {network!r}, {size}, {batch}
 {prepare}
-start = time.perf_counter()
+usage = None
+start, before = time.perf_counter(), sum(os.times()[:4])
 time.sleep({delay})
 {work}
-seconds = time.perf_counter() - start
+seconds, busy = time.perf_counter() - start, sum(os.times()[:4]) - before
 # of this program alone: ru_maxrss begins with the peak of the process that started it
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(json.dumps({{"s": seconds, "MB": int(peak) / 1024}}))
+peak = int(peak) if usage is None else usage.ru_maxrss
+print(json.dumps({{"s": seconds, "processor s": busy, "MB": peak / 1024}}))
 """
 _JAX = """
 import jax, jax.numpy as jnp, flax_resblock
@@ -71,9 +74,14 @@ with flax_resblock.conv_lowering({lowering!r}):
     jax.block_until_ready(jax.jit(step, compiler_options=options)(params, rest, images))
 """
 _OWN_STEP, _PLAIN_STEP = _STEP.format(lowering="auto"), _STEP.format(lowering="xla")
+_CHANNELS_LAST = """
+module = build().eval().to(memory_format=torch.channels_last)
+images = images.to(memory_format=torch.channels_last)
+"""
 _TORCH_FORWARD = "with torch.inference_mode(): module(images)"
 _COMMAND = """
-import os, subprocess
+import shutil, subprocess
+shutil.rmtree("run", ignore_errors=True)  # train replaces none
 command = [sys.executable, "-m", "flax_resblock", *{arguments!r}]
 """
 _WAITING = """
@@ -112,7 +120,7 @@ class Case:
       other: That side; None where there is nothing to compare with.
       network, size, batch: A name of an architecture; pixels; images.
       cached: Whether the process finds the programs of an earlier one.
-      unit: ``"s"``, or ``"MB"`` for the peak of memory.
+      units: ``"s"``, ``"MB"`` for the peak of memory, or both: one row each.
       bound: The largest ratio that the quick form may show.
     """
 
@@ -124,7 +132,7 @@ class Case:
     size: int = 224
     batch: int = 1
     cached: bool = False
-    unit: str = "s"
+    units: tuple[str, ...] = ("s",)
     bound: float = float("inf")
 
 
@@ -135,23 +143,27 @@ PREDICTION = Side(_JAX + _MODEL, _OWN_PREDICTION), Side(_JAX + _MODEL, _PLAIN_PR
 QUICK = Side(_JAX + _MODEL, _QUICK_PREDICTION), PREDICTION[1]
 STEP = Side(_JAX + _MODEL, _OWN_STEP), Side(_JAX + _MODEL, _PLAIN_STEP)
 _CONVERT = "convert", "resnet50.pth", "converted", "--force"
+_INSPECT, _VERIFY = ("inspect", "resnet50.pth"), ("verify", "resnet18.pth")
 _PREDICT = "predict", "resnet50.pth", "pictures/class0/0.png", "pictures/class1/1.png"
-_TRAIN = "train", "--data", "pictures", "--val-fraction", "0.2", "--epochs", "3"
+_TRAIN = "train", "--data", "pictures", "--val-fraction", "0.2", "--epochs", "1", "--out", "run"
 _XLA = "plain XLA"
 
 
 def cases() -> list[Case]:
     """Every row of the table."""
-    torch_predicts = Side(_TORCH + "module = build().eval()", _TORCH_FORWARD)
+    torch_predicts = Side(_TORCH + _CHANNELS_LAST, _TORCH_FORWARD)
     rows = [
         Case(f"create {name}", _JAX_CREATES, "PyTorch", Side(_TORCH, "build()"), name)
         for name in ("resnet18_cifar", "resnet50")
     ]
+    pair: dict[str, Any] = {"network": "resnet50", "batch": 2}
     for cached in (False, True):
         found = ", programs cached" if cached else ""
-        first, step = f"first prediction, resnet18{found}", f"first training step, resnet18{found}"
-        rows.append(Case(first, PREDICTION[0], _XLA, PREDICTION[1], cached=cached))
-        rows.append(Case(f"the same, quick=True{found}", QUICK[0], _XLA, QUICK[1], cached=cached))
+        first = f"first prediction, resnet50, 2 images{found}"
+        step = f"first training step, resnet18{found}"
+        rows.append(Case(first, PREDICTION[0], _XLA, PREDICTION[1], cached=cached, **pair))
+        rows.append(Case(f"the same, quick=True{found}", QUICK[0], _XLA, QUICK[1], **pair))
+        rows[-1] = replace(rows[-1], cached=cached)
         command = Side.command(*_PREDICT)
         rows.append(Case(f"`predict`, two pictures{found}", command, "", None, cached=cached))
         rows.append(Case(step, STEP[0], _XLA, STEP[1], size=32, batch=32, cached=cached))
@@ -159,19 +171,23 @@ def cases() -> list[Case]:
     larger = Side.command(*_TRAIN, "--image-size", "224")
     reading = Side("", "import torch; torch.load('resnet50.pth', mmap=True)")
     convert, pictures = Side.command(*_CONVERT), Side.command(*_TRAIN)
+    inspect, verify = (Side.command(*words) for words in (_INSPECT, _VERIFY))
+    both, memory = ("s", "MB"), ("MB",)
     return [
         *rows,
-        Case("`convert resnet50.pth out`", convert, "without its certificate", without),
-        Case(
-            "`inspect resnet50.pth`", Side.command("inspect", "resnet50.pth"), "torch.load", reading
-        ),
-        Case("`verify resnet18.pth`", Side.command("verify", "resnet18.pth"), "", None),
+        Case("`convert resnet50.pth out`", convert, "no certificate", without, units=both),
+        Case("`inspect resnet50.pth`", inspect, "torch.load", reading),
+        Case("`verify resnet18.pth`", verify, "", None, units=both),
         Case("`train`, 45 pictures of 40x40", pictures, "the same at 224x224", larger),
-        Case(
-            "memory of inference, resnet18, batch 32",
-            *(PREDICTION[0], "PyTorch", torch_predicts),
-            batch=32,
-            unit="MB",
+        *(
+            Case(
+                f"memory of inference, {name}, batch 32",
+                *(PREDICTION[0], "PyTorch", torch_predicts),
+                network=name,
+                batch=32,
+                units=memory,
+            )
+            for name in ("resnet18", "resnet50")
         ),
     ]
 
@@ -205,15 +221,19 @@ def prepared(folder: Path, networks: Sequence[str]) -> None:
         Image.fromarray(pixels).save(place / f"{number}.png")
 
 
-def measured(case: Case, side: Side, root: Path, folder: Path, delay: float = 0.0) -> float:
-    """Seconds, or MB, of one process.
+def measured(
+    case: Case, side: Side, root: Path, folder: Path, delay: float = 0.0
+) -> dict[str, float]:
+    """Elapsed seconds (``"s"``), processor seconds and MB of one process.
 
     Args:
-      case: Gives network, images and unit.
+      case: Gives network and images.
       side: What it runs.
       root: The worktree whose library it imports.
       folder: From :func:`prepared`; holds the cache, too.
       delay: Seconds that it sleeps while it is timed, for a test.
+    Raises:
+      RuntimeError: The process failed.
     """
     with tempfile.TemporaryDirectory(dir=folder) as empty:
         kept = folder / f"cache{abs(hash(root))}"
@@ -229,29 +249,52 @@ def measured(case: Case, side: Side, root: Path, folder: Path, delay: float = 0.
         command = [sys.executable, "-P", "-c", code]
         run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if run.returncode:
-        raise SystemExit(f"{case.what} failed: {run.stderr.strip()[-2000:]}")
-    return float(json.loads(run.stdout.splitlines()[-1])[case.unit])
+        raise RuntimeError(f"{case.what} failed: {run.stderr.strip()[-2000:]}")
+    return json.loads(run.stdout.splitlines()[-1])
 
 
-def row_of(case: Case, folder: Path, rounds: int, before: Path | None = None) -> dict[str, Any]:
-    """Medians of both sides, and the median of the ratios within a round."""
+def rows_of(
+    case: Case, folder: Path, rounds: int, before: Path | None = None, seconds: str = "s"
+) -> list[dict[str, Any]]:
+    """Medians of both sides, and the median of the ratios within a round: a row for each unit.
+
+    Args:
+      case: What is measured.
+      folder: From :func:`prepared`.
+      rounds: How often.
+      before: A worktree of another revision; what this cannot run is left out.
+      seconds: ``"s"`` or ``"processor s"``.
+    """
     sides = {"now": (case.own, ROOT)}
     if before is not None:
         sides["before"] = (case.own, before.resolve())
     if case.other is not None:
         sides["other"] = (case.other, ROOT)
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for number in range(-1 if case.cached else 0, rounds):  # the first one fills the cache
-        for name, (side, root) in sides.items():
-            value = measured(case, side, root, folder)
+        for name, (side, root) in list(sides.items()):
+            try:
+                values = measured(case, side, root, folder)
+            except RuntimeError as error:
+                if name != "before":
+                    raise
+                print(f"not in {root}: {str(error).splitlines()[-1]}", file=sys.stderr)
+                del sides[name], found[name]
+                continue
             if number >= 0:
-                times[name].append(value)
-    row: dict[str, Any] = {"what": case.what, "unit": case.unit, "yardstick": case.yardstick}
-    row |= {name: statistics.median(values) for name, values in times.items()}
-    if case.other is not None:
-        pairs = zip(times["now"], times["other"], strict=True)
-        row["ratio"] = statistics.median(now / other for now, other in pairs)
-    return row
+                found[name].append(values)
+    rows = []
+    for place, unit in enumerate(case.units):
+        figure = seconds if unit == "s" else unit
+        times = {name: [one[figure] for one in values] for name, values in found.items()}
+        what = "the same, peak memory" if place else case.what
+        row: dict[str, Any] = {"what": what, "unit": figure, "yardstick": case.yardstick}
+        row |= {name: statistics.median(values) for name, values in times.items()}
+        if case.other is not None:
+            pairs = zip(times["now"], times["other"], strict=True)
+            row["ratio"] = statistics.median(now / other for now, other in pairs)
+        rows.append(row)
+    return rows
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -260,7 +303,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     def shown(row: Mapping[str, Any], name: str) -> str:
         if name not in row:
             return ""
-        return f"{row[name]:.0f} MB" if row["unit"] == "MB" else f"{row[name]:.3g} s"
+        if row["unit"] == "MB":
+            return f"{row[name]:.0f} MB"
+        return f"{row[name]:.2g} {'s' if row['unit'] == 's' else 'CPU s'}"
 
     lines = ["| what | before | now | yardstick | ratio |", "|---|---|---|---|---|"]
     for row in rows:
@@ -284,16 +329,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--before", type=Path, help="a worktree of another revision")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--quick", action="store_true", help="a small network and few rows")
+    parser.add_argument("--processor", action="store_true", help="processor seconds")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     chosen = [one for one in (quick_cases if given.quick else cases)() if given.only in one.what]
     with tempfile.TemporaryDirectory() as name:
         prepared(Path(name), ["resnet20"] if given.quick else ["resnet18", "resnet50"])
-        rows = [row_of(case, Path(name), given.rounds, given.before) for case in chosen]
-    print(table(rows))
+        seconds = "processor s" if given.processor else "s"
+        rows = []
+        for case in chosen:
+            new = rows_of(case, Path(name), given.rounds, given.before, seconds)
+            print(*table(new).splitlines()[2:], sep="\n", flush=True)
+            rows += new
     if given.json is not None:
         given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         document = DOCUMENT.read_text(encoding="utf-8")

@@ -22,16 +22,31 @@ def first_use():
 def test_a_first_use_takes_no_longer_than_a_few_times_plain_xla(tmp_path):
     benchmark = first_use()
     benchmark.prepared(tmp_path, ["resnet20"])
-    rows = [benchmark.row_of(case, tmp_path, 1) for case in benchmark.quick_cases()]
+    rows = [row for case in benchmark.quick_cases() for row in benchmark.rows_of(case, tmp_path, 1)]
     for case, row in zip(benchmark.quick_cases(), rows, strict=True):
         assert 0 < row["ratio"] < case.bound, row
     # a process that sleeps while it is timed is beyond the bound
     case, plain = benchmark.quick_cases()[0], rows[0]["other"]
     asleep = replace(case, own=case.other)
-    seconds = benchmark.measured(
+    found = benchmark.measured(
         asleep, asleep.own, benchmark.ROOT, tmp_path, delay=case.bound * plain
     )
-    assert seconds / plain > case.bound
+    assert found["s"] / plain > case.bound
+    assert found["processor s"] < found["s"]
+
+
+def test_a_row_that_another_revision_cannot_run_leaves_its_cell_empty(tmp_path):
+    benchmark = first_use()
+    own = benchmark.Side("", 'assert "elsewhere" not in os.environ["PYTHONPATH"]')
+    case = benchmark.Case("a", own, "", None, units=("s", "MB"))
+    elapsed, memory = benchmark.rows_of(case, tmp_path, 1, tmp_path / "elsewhere", "processor s")
+    assert "before" not in elapsed
+    assert (elapsed["unit"], memory["unit"]) == ("processor s", "MB")
+    assert 0 <= elapsed["now"] < 60
+    assert 5 < memory["now"] < 500
+    assert "before" in benchmark.rows_of(case, tmp_path, 1, tmp_path / "there")[0]
+    with pytest.raises(RuntimeError, match=r"(?s)a failed: .*AssertionError"):
+        benchmark.measured(case, own, tmp_path / "elsewhere", tmp_path)
 
 
 def test_the_table_goes_between_its_marks_and_shows_every_row():

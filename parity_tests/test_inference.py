@@ -48,6 +48,17 @@ def compiled(twins, images):
 
 
 @pytest.mark.slow
+def test_a_kernel_in_onednns_order_is_held_once_and_serves_other_batches(compiled, twins, images):
+    held = compiled._network._arrays
+    assert any(array is None for array in held) == onednn.available()
+    assert any(array is not None and array.ndim == 4 for array in held)  # Winograd's stay
+    fresh = compile_inference(twins.flax(PRECISIONS["float32"]), images[:2])
+    logits = np.asarray(compiled(images[:2]))
+    assert np.array_equal(logits, fresh(images[:2]))
+    assert not np.array_equal(logits, fresh(images[1:3]))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3, 8, 21])
 def test_any_number_of_images_gets_the_models_logits(count, compiled, images, truth, twins):
     logits = np.asarray(compiled(images[:count]))

@@ -10,7 +10,7 @@ from jax import lax
 
 from flax_resblock.cpu import onednn
 from flax_resblock.cpu.onednn import Convolution, not_kept
-from flax_resblock.cpu.orders import BLOCKS, orders_of, reordered
+from flax_resblock.cpu.orders import BLOCKS, in_plain_order, orders_of, reordered
 from flax_resblock.cpu.primitives import DIMENSIONS
 from flax_resblock.cpu.rewrite import evaluate_fused, kernels
 from flax_resblock.parity.oracle import relative_l2
@@ -189,6 +189,15 @@ def test_a_kernels_buffer_is_longer_than_what_is_read(shape, of, orders):
         )
         kernel[0, 0, 0, 0] = np.nan  # the control: NaN in the kernel is seen
         assert np.isnan(jax.jit(ordered)(x, reordered(kernel, ordered.block))).any()
+
+
+def test_the_plain_order_comes_back_bit_for_bit():
+    kernel = np.random.default_rng(3).standard_normal((3, 2, 13, 70)).astype(np.float32)
+    for block in BLOCKS:
+        flat = reordered(kernel, block, np.nan)
+        assert np.array_equal(in_plain_order(flat, kernel.shape, block), kernel), block
+        other = BLOCKS[BLOCKS.index(block) - 1]  # the control
+        assert not np.array_equal(in_plain_order(flat, kernel.shape, other), kernel)
 
 
 def _kept_from():

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from flax_resblock.parity.comparison import Plan
 
 
-_M_MMAP_THRESHOLD = -3
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 _LARGE = 1 << 20
 """Bytes of an array whose memory goes back to the system as soon as it is freed."""
 
@@ -33,11 +33,14 @@ def be_frugal() -> None:
     PyTorch's threads sleep while they wait for work, instead of turning in a loop: on small images,
     and beside XLA's own threads, that loop takes longer than the work. What you have set yourself
     stays. Memory of large arrays is not kept when it is freed: glibc would keep up to 32 MB of each
-    for later, which one framework rarely reuses of the other.
+    for later, which one framework rarely reuses of the other. All threads share one heap, because
+    each heap keeps leftovers.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        libc.mallopt(_M_ARENA_MAX, 1)
 
 
 @contextmanager

@@ -62,8 +62,12 @@ def permute(array: np.ndarray, axes: Sequence[int], out: np.ndarray | None = Non
       out: Where to put the result: C-contiguous, of its shape and dtype. None: in a new array that
         begins on a cache line.
     Returns:
-      The result.
+      The result. A view of memory that is in this order already is not copied into a new array.
     """
+    if out is None and not array.flags.c_contiguous:
+        seen = array.transpose(axes)
+        if seen.flags.c_contiguous:
+            return seen
     if out is None:
         (out,) = one_block([([array.shape[axis] for axis in axes], array.dtype)])
     if array.size:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_resblock.cpu import onednn, orders, products, winograd
+from flax_resblock.cpu.compiling import inference_options
 from flax_resblock.cpu.rewrite import Fused, evaluate_fused, kernels
-from flax_resblock.cpu.switch import compiler_options, conv_lowering
+from flax_resblock.cpu.switch import conv_lowering
 
 WINOGRAD_PAYS = {True: ((32, 512), (256, 256), (1024, 128)), False: ((512, 64), (0, 256))}
 """The least tiles and channels for Winograd, with oneDNN as the other choice (True) or without.
@@ -72,13 +73,15 @@ class CpuNetwork:
 
     Args:
       forward: ``(arrays, images) -> outputs`` in evaluation mode.
-      arrays: The parameters and running statistics, float32.
+      arrays: The parameters and running statistics, float32. The list loses those kernels that
+        are held in another order.
     """
 
     def __init__(
-        self, forward: Callable[[list[jax.Array], jax.Array], jax.Array], arrays: list[jax.Array]
+        self, forward: Callable[[list[jax.Array], jax.Array], jax.Array], arrays: list[Any]
     ) -> None:
         self._forward, self._arrays = forward, arrays
+        self._shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in arrays]
         self._by_onednn = onednn.available()
         self._plans: dict[orders.Case, _Plan] = {}
         self._prepared: dict[tuple[int, _Plan], Any] = {}
@@ -86,7 +89,7 @@ class CpuNetwork:
     def compiled(self, images: jax.ShapeDtypeStruct) -> Callable[[jax.Array], jax.Array]:
         """The network for images of this shape."""
         with conv_lowering("xla"):
-            network = jax.make_jaxpr(self._forward)(self._arrays, images)
+            network = jax.make_jaxpr(self._forward)(self._shapes, images)
         convolutions = kernels(network)
         self._plan(convolutions.values())
         plans = {leaf: self._plans[convolution] for leaf, convolution in convolutions.items()}
@@ -109,7 +112,7 @@ class CpuNetwork:
             ]
             return evaluate_fused(network, [*known, images], compute)[0]
 
-        jitted = jax.jit(run, compiler_options=compiler_options())
+        jitted = jax.jit(run, compiler_options=dict(inference_options()))
         with onednn.not_kept():
             compiled = jitted.lower(inputs, images).compile()
         return lambda images: compiled(inputs, images)
@@ -125,6 +128,19 @@ class CpuNetwork:
         """The prepared kernel, which batch sizes with the same plan share."""
         if (leaf, plan) not in self._prepared:
             # by numpy: jax would compile a program for every shape
-            prepared = plan.prepared(np.asarray(self._arrays[leaf]))
+            prepared = plan.prepared(self._plain(leaf))
             self._prepared[leaf, plan] = jax.device_put(prepared, may_alias=True)
+            if plan.form == "onednn" and plan.convolution.block:
+                self._arrays[leaf] = None  # the same numbers in another order
         return self._prepared[leaf, plan]
+
+    def _plain(self, leaf: int) -> np.ndarray:
+        """A kernel in HWIO."""
+        if (kept := self._arrays[leaf]) is not None:
+            return np.asarray(kept)
+        of, flat = next(
+            (plan.convolution, flat)
+            for (number, plan), flat in self._prepared.items()
+            if number == leaf and plan.convolution.block
+        )
+        return orders.in_plain_order(np.asarray(flat), of.kernel, of.block)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_resblock.cpu.compiling import give_memory_back
 from flax_resblock.cpu.onednn import Convolution, not_kept
 
 BLOCKS = (64, 32, 48, 16, 24, 8)
@@ -45,6 +46,16 @@ def reordered(kernel: Any, block: int, behind: float = 0.0) -> Any:
     return lib.pad(flat, (0, room), constant_values=behind)
 
 
+def in_plain_order(flat: np.ndarray, shape: tuple[int, ...], block: int) -> np.ndarray:
+    """The kernel of this shape that :func:`reordered` was given, bit for bit; ``block`` is not
+    0."""
+    height, width, inner, outer = shape
+    parts = -(-outer // block)
+    blocks = flat[: parts * height * width * inner * block]
+    blocks = blocks.reshape(parts, height, width, inner, block).transpose(1, 2, 3, 0, 4)
+    return blocks.reshape(height, width, inner, parts * block)[..., :outer]
+
+
 def orders_of(cases: Iterable[Case]) -> dict[Case, Convolution]:
     """The same convolutions with the orders in which oneDNN wants their kernels for these inputs,
     found by trying. oneDNN reorders a kernel in HWIO at each call.
@@ -76,7 +87,7 @@ def _bytes(case: Case) -> int:
 
 def _tried_together(cases: Sequence[Case]) -> dict[Case, Convolution]:
     """:func:`orders_of` by one program for each block, of those that no earlier block suits."""
-    images = [_whole_numbers(13, shape) for _, shape in cases]
+    images = [jax.device_put(_whole_numbers(13, shape), may_alias=True) for _, shape in cases]
     weights = [_whole_numbers(251, of.kernel) for of, _ in cases]
 
     def outputs(block: int, which: Iterable[int]) -> dict[int, np.ndarray]:
@@ -88,7 +99,10 @@ def _tried_together(cases: Sequence[Case]) -> dict[Case, Convolution]:
         inputs = {i: (images[i], reordered(weights[i], block, np.nan)) for i in convolutions}
         # nothing but the instructions: any other operation takes longer to compile
         with not_kept():
-            return {i: np.asarray(y) for i, y in jax.jit(run)(inputs).items()}
+            found = {i: np.asarray(y) for i, y in jax.jit(run)(inputs).items()}
+        del inputs
+        give_memory_back()
+        return found
 
     chosen = dict.fromkeys(range(len(cases)), 0)
     expected = outputs(0, chosen)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_resblock.cpu.compiling import options_for
+from flax_resblock.cpu.compiling import give_memory_back, options_for
 from flax_resblock.cpu.switch import compiler_options, conv_lowering, for_cpu
 from flax_resblock.errors import InputError
 from flax_resblock.export.fold import fold_batch_norm
 from flax_resblock.nn.conv import Conv
 from flax_resblock.nn.resnet import Model
+
+if TYPE_CHECKING:
+    from flax_resblock.cpu.inference import CpuNetwork
 
 _Forward = Callable[[list[jax.Array], jax.Array], jax.Array]
 _Compiled = Callable[[jax.Array], jax.Array]
@@ -34,6 +37,29 @@ class _Plain:
         """The network for images of this shape."""
         compiled = self._forward.lower(self._arrays, images).compile()
         return lambda images: compiled(self._arrays, images)
+
+
+def _network(model: Model, example: jax.ShapeDtypeStruct, quick: bool) -> _Plain | CpuNetwork:
+    folded = fold_batch_norm(model)
+    folded.eval()
+    graphdef, state = nnx.split(folded)
+    arrays, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, state))
+
+    def forward(arrays: list[jax.Array], images: jax.Array) -> jax.Array:
+        network = nnx.merge(graphdef, jax.tree.unflatten(structure, arrays))
+        with conv_lowering("xla") if quick else nullcontext():
+            return network(images, use_running_average=True)
+
+    single = all(value.dtype == jnp.float32 for value in (example, *arrays))
+    if quick:
+        with conv_lowering("xla"):
+            return _Plain(forward, arrays, options_for(None, light=single))
+    convs = (node for _, node in nnx.iter_modules(folded) if isinstance(node, Conv))
+    if single and all(for_cpu(conv.conv_lowering) for conv in convs):
+        from flax_resblock.cpu.inference import CpuNetwork
+
+        return CpuNetwork(forward, arrays)
+    return _Plain(forward, arrays, compiler_options())
 
 
 class CompiledInference:
@@ -54,27 +80,8 @@ class CompiledInference:
         largest = example.shape[0]
         powers = (1 << power for power in range(largest.bit_length()))
         self.batch_sizes = (*(size for size in powers if size < largest), largest)
-        folded = fold_batch_norm(model)
-        folded.eval()
-        graphdef, state = nnx.split(folded)
-        arrays, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, state))
-
-        def forward(arrays: list[jax.Array], images: jax.Array) -> jax.Array:
-            network = nnx.merge(graphdef, jax.tree.unflatten(structure, arrays))
-            with conv_lowering("xla") if quick else nullcontext():
-                return network(images, use_running_average=True)
-
-        single = all(value.dtype == jnp.float32 for value in (example, *arrays))
-        convs = (node for _, node in nnx.iter_modules(folded) if isinstance(node, Conv))
-        if quick:
-            with conv_lowering("xla"):
-                self._network = _Plain(forward, arrays, options_for(None, light=single))
-        elif single and all(for_cpu(conv.conv_lowering) for conv in convs):
-            from flax_resblock.cpu.inference import CpuNetwork
-
-            self._network = CpuNetwork(forward, arrays)
-        else:
-            self._network = _Plain(forward, arrays, compiler_options())
+        self._network = _network(model, example, quick)
+        give_memory_back()
         self._compiled: dict[int, _Compiled] = {}
         self._for(largest)
 
@@ -83,6 +90,7 @@ class CompiledInference:
             shape = (size, *self.example.shape[1:])
             images = jax.ShapeDtypeStruct(shape, self.example.dtype)
             self._compiled[size] = self._network.compiled(images)
+            give_memory_back()
         return self._compiled[size]
 
     def __call__(self, images: Any) -> jax.Array:
@@ -127,7 +135,7 @@ def compile_inference(model: Model, example: Any, *, quick: bool = False) -> Com
 
     Args:
       model: Used in evaluation mode, whatever its mode. It is copied: later changes to it have no
-        effect.
+        effect, and you may delete it.
       example: Images ``(N, H, W, C)`` or a ``jax.ShapeDtypeStruct``; ``N`` is the largest batch
         that is computed at once.
       quick: On a CPU, answer as soon as possible, for a few dozen images: XLA's own convolutions,

@@ -3,14 +3,13 @@ certificate."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -83,12 +82,6 @@ def _interrupts_later() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _give_memory_back() -> None:
-    """Returns what was freed to the system, where the allocator is one that keeps it."""
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def verify_written(source: OpenedCheckpoint) -> dict[str, Any]:
     """The quick verification: every slot in both frameworks, evaluation mode, float64.
 
@@ -104,6 +97,7 @@ def verify_written(source: OpenedCheckpoint) -> dict[str, Any]:
         with _interrupts_later():
             import jax
 
+            from flax_resblock.cpu.compiling import give_memory_back
             from flax_resblock.cpu.switch import conv_lowering
             from flax_resblock.parity.comparison import Plan, compare_pair
             from flax_resblock.parity.frugal import FrugalPair
@@ -121,7 +115,7 @@ def verify_written(source: OpenedCheckpoint) -> dict[str, Any]:
     plan = Plan(train=False, gradients=False, precisions=("float64",))
     pair = FrugalPair.of(source)
     del source
-    _give_memory_back()
+    give_memory_back()
     with conv_lowering(plan.conv_lowering):
         comparison = compare_pair(pair, images, plan)
     rows = comparison.measurements

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from flax_resblock.convert import StateMap
 from flax_resblock.convert.opened import OpenedCheckpoint
 from flax_resblock.nn.resnet import Model, build
 from flax_resblock.nn.variables import fill
-from flax_resblock.parity.pair import Precision
+from flax_resblock.parity.pair import Precision, Side
 from flax_resblock.parity.reference import ReferencePair, torch_dtype
 
 
@@ -23,13 +23,14 @@ from flax_resblock.parity.reference import ReferencePair, torch_dtype
 class FrugalPair(ReferencePair):
     """A pair whose two models hold the same memory: Flax's tensors, which PyTorch sees transposed.
     They are widened, which is exact, while they are computed with. For forward passes in evaluation
-    mode.
+    mode, which leave a model as it is: each is made once.
 
     Attributes:
       values: The tensors by attribute path in Flax; ``state`` are views of them.
     """
 
     values: Mapping[Path, np.ndarray] = field(default_factory=dict)
+    _made: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, source: OpenedCheckpoint) -> FrugalPair:
@@ -43,16 +44,29 @@ class FrugalPair(ReferencePair):
         }
         return cls(source.config, state, source.norm_options, values=values)
 
+    def _once(self, side: Side, precision: Precision, make: Callable[[], Any]) -> Any:
+        if (side, precision.name) not in self._made:
+            self._made[side, precision.name] = make()
+        return self._made[side, precision.name]
+
     def torch(self, precision: Precision) -> torch.nn.Module:
         """The PyTorch module, which computes in ``precision.storage``."""
-        state = {key: from_numpy(value) for key, value in self.state.items()}
-        return computing_in(torch_dtype(precision), self.holding(state))
+
+        def make() -> torch.nn.Module:
+            state = {key: from_numpy(value) for key, value in self.state.items()}
+            return computing_in(torch_dtype(precision), self.holding(state))
+
+        return self._once("torch", precision, make)
 
     def flax(self, precision: Precision) -> Model:
         """The nnx model; :func:`flax_resblock.parity.taps.trace_flax` widens its tensors."""
-        model = build(self.config, rngs=None, **self.norm_options, dtype=precision.compute)
-        fill(model, self.values)
-        return model
+
+        def make() -> Model:
+            model = build(self.config, rngs=None, **self.norm_options, dtype=precision.compute)
+            fill(model, self.values)
+            return model
+
+        return self._once("flax", precision, make)
 
 
 def computing_in(dtype: torch.dtype, module: torch.nn.Module) -> torch.nn.Module:

@@ -19,7 +19,7 @@ import torch
 from flax import nnx
 
 from flax_resblock.config import Path
-from flax_resblock.cpu.compiling import options_for
+from flax_resblock.cpu.compiling import give_memory_back, options_for
 from flax_resblock.parity.devices import JaxDevice
 from flax_resblock.parity.pair import PRECISIONS, Precision
 
@@ -137,7 +137,8 @@ def trace_flax(
 
         x = jnp.asarray(images, precision.storage)
         if cotangent is None:
-            compiled = jax.jit(run, compiler_options=options)
+            compiled = jax.jit(run, compiler_options=options).lower(params, {}, x).compile()
+            give_memory_back()
             output, (activations, statistics) = compiled(params, {}, x)
             return Trace(np.asarray(output), host_tree(activations), arrays_by_path(statistics))
         shapes = jax.eval_shape(run, params, {}, x)[1][0]
