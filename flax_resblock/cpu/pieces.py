@@ -60,13 +60,14 @@ class InPieces:
         self._jaxpr, self._consts = traced.jaxpr, traced.consts
         programs: dict[Any, Future[Any]] = {}
         self._steps: list[tuple[_Piece, Future[Any]]] = []
-        with _Threads() as threads:
-            for piece in _pieces_of(traced):
-                key = _key(piece.operations, piece.inputs, piece.outputs)
-                if key not in programs:
-                    lowered = jax.jit(_function(piece)).lower(*map(_shape_of, piece.inputs))
-                    programs[key] = threads.submit(_compiled, lowered, piece.operations)
-                self._steps.append((piece, programs[key]))
+        threads = ThreadPoolExecutor(2)
+        for piece in _pieces_of(traced):
+            key = _key(piece.operations, piece.inputs, piece.outputs)
+            if key not in programs:
+                lowered = jax.jit(_function(piece)).lower(*map(_shape_of, piece.inputs))
+                programs[key] = threads.submit(_compiled, lowered, piece.operations)
+            self._steps.append((piece, programs[key]))
+        threads.shutdown(wait=False)
 
     def __call__(self, *arguments: Any) -> Any:
         """What the function returns; the arguments have the shapes that it was compiled for."""
@@ -78,17 +79,6 @@ class InPieces:
             for one in piece.dead:
                 del values[one]
         return jax.tree.unflatten(self._tree, [_read(values, one) for one in self._jaxpr.outvars])
-
-
-class _Threads:
-    """Two threads that compile; what was submitted goes on after the block."""
-
-    def __enter__(self) -> ThreadPoolExecutor:
-        self._pool = ThreadPoolExecutor(2)
-        return self._pool
-
-    def __exit__(self, *_: Any) -> None:
-        self._pool.shutdown(wait=False)
 
 
 def _pieces_of(traced: ClosedJaxpr) -> list[_Piece]:
@@ -140,6 +130,8 @@ def _key(operations: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any
             inner = value.jaxpr
             bound = (*inner.constvars, *inner.invars)
             return _key(inner.eqns, bound, inner.outvars), tuple(map(id, value.consts))
+        if isinstance(value, float | np.generic):  # 0.0 equals -0.0
+            return np.asarray(value).tobytes(), type(value)
         try:
             hash(value)
         except TypeError:
