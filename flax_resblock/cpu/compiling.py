@@ -12,10 +12,10 @@ import jax
 
 from flax_resblock.cpu.switch import compiler_options, for_cpu
 
-_LEVEL = "xla_backend_optimization_level"
+LEVEL = "xla_backend_optimization_level"
 _IN_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 _QUICKLY: dict[str, Any] = {
-    _LEVEL: 1,
+    LEVEL: 1,
     "xla_cpu_use_fusion_emitters": False,
     **_IN_ORDER,  # or all weights would be widened before the first is used
 }
@@ -67,7 +67,7 @@ def options_for(device: Any, *, light: bool = False) -> dict[str, Any]:
     if for_cpu():
         return compiler_options()
     options = dict(quick_options())
-    return options | {name: 0 for name in options if light and name == _LEVEL}
+    return options | {name: 0 for name in options if light and name == LEVEL}
 
 
 def give_memory_back() -> None:

@@ -1,4 +1,4 @@
-"""The ported network compiled once, for everything that a proof asks of it."""
+"""The ported network compiled once, in pieces, for everything that a proof asks of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from flax_resblock.config import Path
-from flax_resblock.cpu.compiling import quick_options
+from flax_resblock.cpu.pieces import InPieces
 from flax_resblock.cpu.switch import conv_lowering
 from flax_resblock.nn.variables import flat_arrays, set_values, variable_at
 from flax_resblock.parity.pair import Precision
@@ -19,7 +19,7 @@ from flax_resblock.parity.taps import Trace, arrays_by_path, hooked, host_tree
 
 
 class Program:
-    """Runs a model on batches of one shape without compiling again, whatever its weights are.
+    """Runs a model on batches of a shape without compiling again, whatever its weights are.
 
     Args:
       model: Called with one array; in the same precision; not modified.
@@ -38,8 +38,7 @@ class Program:
             self._split = nnx.split(copied)
             self.params = arrays_by_path(nnx.state(copied, nnx.Param))
             self.statistics = arrays_by_path(nnx.state(copied, nnx.BatchStat))
-            run = self._gradients if train else self._outputs
-            self._run = jax.jit(run, compiler_options=dict(quick_options()))
+        self._runs: dict[tuple[int, ...], InPieces] = {}
         self._slots = {path: name for name, path in slots.items()}
         self._paths = tuple(self.params), tuple(self.statistics)
 
@@ -54,16 +53,12 @@ class Program:
             ``sum(output * weight) + pull / 2 * sum(output**2)``.
           pull: Of all outputs towards zero.
         """
-        storage = self.precision.storage
-        with self.precision.on_jax(None), conv_lowering("xla"):
-            arrays = (list(self.params.values()), list(self.statistics.values()))
-            x = jnp.asarray(images, storage)
+        run, arguments = self.compile(images, weight, pull)
+        with self.precision.on_jax(None):
             if not self.train:
-                output, (activations, _) = self._run(*arrays, x)
+                output, (activations, _) = run(*arguments)
                 return Trace(np.asarray(output), host_tree(activations), self.statistics)
-            assert weight is not None
-            numbers = jnp.asarray(weight, storage), jnp.asarray(pull, storage)
-            found, output, (activations, statistics) = self._run(*arrays, x, *numbers)
+            found, output, (activations, statistics) = run(*arguments)
             of_params, of_input = found
             return Trace(
                 np.asarray(output),
@@ -72,6 +67,28 @@ class Program:
                 dict(zip(self._paths[0], map(np.asarray, of_params), strict=True)),
                 input_gradient=np.asarray(of_input),
             )
+
+    def compile(
+        self, images: np.ndarray, weight: np.ndarray | None = None, pull: float = 0.0
+    ) -> tuple[InPieces, tuple[Any, ...]]:
+        """Begins to compile, in threads of its own, unless images of this shape were here before.
+
+        Args:
+          images, weight, pull: As for a call.
+        Returns:
+          The compiled function, and what it takes.
+        """
+        with self.precision.on_jax(None), conv_lowering("xla"):
+            numbers = (images, weight, pull) if self.train else (images,)
+            state = list(self.params.values()), list(self.statistics.values())
+            arguments = (
+                *jax.tree.map(jnp.asarray, state),
+                *(jnp.asarray(one, self.precision.storage) for one in numbers),
+            )
+            if images.shape not in self._runs:
+                run = self._gradients if self.train else self._outputs
+                self._runs[images.shape] = InPieces(run, *arguments)
+        return self._runs[images.shape], arguments
 
     def descend(
         self, batches: Sequence[np.ndarray], targets: np.ndarray, rate: float

@@ -101,6 +101,7 @@ class _Comparison(SideBySide):
         """
         train = cotangent is not None
         options: dict[str, Any] = {"train": train, "cotangent": cotangent}
+        self.begin_to_compile(images, precision, **options)
         wide = precision.name == "float64"
         truth = theirs if wide and theirs else self.torch(images, PRECISIONS["float64"], **options)
         theirs = truth if wide else theirs or self.torch(images, precision, **options)

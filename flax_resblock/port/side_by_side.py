@@ -170,6 +170,17 @@ class SideBySide:
         """What the ported network computes."""
         return self._program(precision, train)(images, cotangent)
 
+    def begin_to_compile(
+        self,
+        images: np.ndarray,
+        precision: Precision,
+        *,
+        train: bool = False,
+        cotangent: np.ndarray | None = None,
+    ) -> None:
+        """Lets :meth:`flax` compile while PyTorch computes."""
+        self._program(precision, train).compile(images, cotangent)
+
     def _program(self, precision: Precision, train: bool) -> Program:
         """The ported network, compiled once for each of these and the shapes."""
         key = precision.name, train, self.shapes

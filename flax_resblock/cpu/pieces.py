@@ -1,0 +1,214 @@
+"""Runs a traced function in pieces, of which equal ones are compiled once.
+
+XLA compiles a network as a whole, layer by layer, however often a layer recurs. A program that runs
+a few times takes longer to compile than to run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Literal
+
+from flax_resblock.cpu.compiling import LEVEL, quick_options
+
+_BOUNDARIES = ("conv_general_dilated", "dot_general")
+"""Each of these is a piece of its own, and so is what lies between two of them."""
+
+_DERIVATIVES = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd")
+"""Parameters of a function with a derivative of its own that do not change its value."""
+
+_LITTLE = 2**21
+"""Numbers that LLVM's loops compute in less time without its optimisations than these take."""
+
+_KERNELS = "ynn_fusion"
+"""In the text of a program whose convolution is one of the kernels that come with XLA."""
+
+
+class _Piece(NamedTuple):
+    """Some operations that follow each other.
+
+    Attributes:
+      operations: Of the traced function.
+      inputs, outputs: The variables that they take, and those of their results that are used later.
+      dead: Inputs that nothing uses later.
+    """
+
+    operations: list[Any]
+    inputs: list[Any]
+    outputs: list[Any]
+    dead: list[Any]
+
+
+class InPieces:
+    """A function for arguments of certain shapes. It is traced here and compiled in threads of its
+    own, so that the caller can do something else until it is run.
+
+    Args:
+      function: Of arrays, and trees of them, to a tree of arrays; traceable by ``jax.jit``.
+      arguments: Arrays or shapes, as those that it will be called with.
+    """
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        traced, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+        self._tree = jax.tree.structure(shapes)
+        self._jaxpr, self._consts = traced.jaxpr, traced.consts
+        programs: dict[Any, Future[Any]] = {}
+        self._steps: list[tuple[_Piece, Future[Any]]] = []
+        threads = ThreadPoolExecutor(2)
+        for piece in _pieces_of(traced):
+            key = _key(piece.operations, piece.inputs, piece.outputs)
+            if key not in programs:
+                lowered = jax.jit(_function(piece)).lower(*map(_shape_of, piece.inputs))
+                programs[key] = threads.submit(_compiled, lowered, piece.operations)
+            self._steps.append((piece, programs[key]))
+        threads.shutdown(wait=False)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What the function returns; the arguments have the shapes that it was compiled for."""
+        values = dict(zip(self._jaxpr.constvars, self._consts, strict=True))
+        values |= dict(zip(self._jaxpr.invars, jax.tree.leaves(arguments), strict=True))
+        for piece, program in self._steps:
+            results = program.result()(*(values[one] for one in piece.inputs))
+            values.update(zip(piece.outputs, results, strict=True))
+            for one in piece.dead:
+                del values[one]
+        return jax.tree.unflatten(self._tree, [_read(values, one) for one in self._jaxpr.outvars])
+
+
+def _pieces_of(traced: ClosedJaxpr) -> list[_Piece]:
+    groups: list[list[Any]] = [[]]
+    for one in traced.jaxpr.eqns:
+        if one.primitive.name in _BOUNDARIES:
+            groups += [*([each] for each in _padded_first(one)), []]
+        else:
+            groups[-1].append(one)
+    groups = [group for group in groups if group]
+    last: dict[Any, int] = {}  # the number of the last group that uses a variable
+    for number, group in enumerate(groups):
+        last |= {one: number for operation in group for one in _variables(operation.invars)}
+    last |= {one: len(groups) for one in _variables(traced.jaxpr.outvars)}
+    pieces = []
+    for number, group in enumerate(groups):
+        made = dict.fromkeys(one for operation in group for one in operation.outvars)
+        used = dict.fromkeys(one for each in group for one in _variables(each.invars))
+        inputs = [one for one in used if one not in made]
+        outputs = [one for one in made if last.get(one, -1) > number]
+        dead = [one for one in inputs if last[one] == number]
+        pieces.append(_Piece(group, inputs, outputs, dead))
+    return pieces
+
+
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+    return [one for one in atoms if not isinstance(one, Literal)]
+
+
+def _shape_of(variable: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype)
+
+
+def _read(values: dict[Any, Any], atom: Any) -> Any:
+    return atom.val if isinstance(atom, Literal) else values[atom]
+
+
+def _key(operations: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+    """Equal for operations that compute the same from inputs of the same shapes and dtypes."""
+    numbers: dict[Any, int] = {}
+
+    def atom(one: Any) -> Any:
+        if isinstance(one, Literal):
+            return np.asarray(one.val).tobytes(), str(one.aval)
+        return numbers.setdefault(one, len(numbers)), str(one.aval)
+
+    def parameter(value: Any) -> Any:
+        if isinstance(value, ClosedJaxpr):
+            inner = value.jaxpr
+            bound = (*inner.constvars, *inner.invars)
+            return _key(inner.eqns, bound, inner.outvars), tuple(map(id, value.consts))
+        if isinstance(value, float | np.generic):  # 0.0 equals -0.0
+            return np.asarray(value).tobytes(), type(value)
+        try:
+            hash(value)
+        except TypeError:
+            return id(value)
+        return value
+
+    rows = [tuple(map(atom, inputs))]
+    for one in operations:
+        named = [(name, parameter(of)) for name, of in one.params.items()]
+        kept = frozenset(row for row in named if row[0] not in _DERIVATIVES)
+        of_inputs, results = (tuple(map(atom, atoms)) for atoms in (one.invars, one.outvars))
+        rows.append((one.primitive.name, kept, of_inputs, results))
+    return (*rows, tuple(map(atom, outputs)))
+
+
+def _function(piece: _Piece) -> Callable[..., list[Any]]:
+    def run(*inputs: Any) -> list[Any]:
+        values = dict(zip(piece.inputs, inputs, strict=True))
+        for one in piece.operations:
+            operands = [_read(values, atom) for atom in one.invars]
+            results = one.primitive.bind(*operands, **one.primitive.get_bind_params(one.params))
+            results = results if one.primitive.multiple_results else [results]
+            values.update(zip(one.outvars, results, strict=True))
+        return [values[one] for one in piece.outputs]
+
+    return run
+
+
+def _padded_first(convolution: Any) -> list[Any]:
+    """An operation; a convolution for which XLA has no fast kernel as one that pads, and a plain
+    one. They need programs of their own: XLA takes the padding of one program back into its
+    convolution."""
+    numbers, pads = (convolution.params.get(name) for name in ("dimension_numbers", "padding"))
+    dilation = convolution.params.get("lhs_dilation")
+    if not dilation:
+        return [convolution]
+    x, kernel = convolution.invars
+    axes = numbers.lhs_spec[2:]
+    taps = [kernel.aval.shape[axis] for axis in numbers.rhs_spec[2:]]
+    small = any(x.aval.shape[axis] <= size for axis, size in zip(axes, taps, strict=True))
+    even = all(low == high for low, high in pads)
+    if set(dilation) == {1} and even and not (small and any(map(any, pads))):
+        return [convolution]
+    ends = [(0, 0, 0)] * len(x.aval.shape)
+    for axis, (low, high), step in zip(axes, pads, dilation, strict=True):
+        ends[axis] = low, high, step - 1
+    padded = jax.make_jaxpr(lambda x: lax.pad(x, np.zeros((), x.dtype), ends))(_shape_of(x))
+    (pad,) = padded.jaxpr.eqns
+    plain = {"lhs_dilation": (1,) * len(axes), "padding": ((0, 0),) * len(axes)}
+    return [
+        pad.replace(invars=[x, pad.invars[1]]),
+        convolution.replace(invars=[*pad.outvars, kernel], params={**convolution.params, **plain}),
+    ]
+
+
+def _compiled(lowered: Any, operations: Sequence[Any]) -> Any:
+    """The program; without LLVM's optimisations where LLVM's loops compute little."""
+    options = dict(quick_options())
+    if LEVEL not in options:
+        return lowered.compile(options)
+    simple = {**options, LEVEL: 0}
+    if sum(_size(one) for one in operations if one.primitive.name not in _BOUNDARIES) < _LITTLE:
+        program = lowered.compile(simple)
+        products = sum(map(_products, operations))
+        if products < _LITTLE or _KERNELS in program.as_text():
+            return program
+    return lowered.compile(options)
+
+
+def _size(operation: Any) -> int:
+    return sum(math.prod(one.aval.shape) for one in operation.outvars)
+
+
+def _products(operation: Any) -> int:
+    """How many multiplications a convolution is, each of which may be one of LLVM's loop."""
+    if operation.primitive.name != "conv_general_dilated":
+        return 0
+    kernel = operation.invars[1].aval.shape
+    outer = kernel[operation.params["dimension_numbers"].rhs_spec[0]]
+    return _size(operation) * math.prod(kernel) // outer
