@@ -13,8 +13,7 @@ from jax import lax
 from flax_resblock.config import Lowering
 from flax_resblock.nn.geometry import Padding, PaddingMode, Size, equal, pad, per_axis, sides
 from flax_resblock.nn.initializers import Initializer, initial_value, torch_default, uniform_bias
-from flax_resblock.nn.norm_functions import broadcast_over
-from flax_resblock.nn.norm_functions import normalised
+from flax_resblock.nn.norm_functions import broadcast_over, normalised
 from flax_resblock.nn.scopes import in_slot
 from flax_resblock.nn.variables import refuse_integers
 
