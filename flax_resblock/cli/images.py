@@ -73,7 +73,7 @@ def refuse_nonfinite(logits: np.ndarray, names: Sequence[str]) -> None:
     if len(wrong):
         raise InputError(
             f"the network's logits are not finite for {len(wrong)} of {len(logits)} images: "
-            f"{some([names[number] for number in wrong])}. No class follows from them. Look for "
+            f"{some([names[number] for number in wrong.tolist()])}. No class follows from them. Look for "
             "extreme values in the images and in the checkpoint. If both are as they should be, "
             "this version of jax computes the network wrongly: compare it with `flax-resblock "
             "verify`, and try another version."
