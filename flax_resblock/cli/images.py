@@ -71,10 +71,11 @@ def refuse_nonfinite(logits: np.ndarray, names: Sequence[str]) -> None:
     follows."""
     wrong = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(wrong):
+        whose = some([names[number] for number in wrong.tolist()])
         raise InputError(
             f"the network's logits are not finite for {len(wrong)} of {len(logits)} images: "
-            f"{some([names[number] for number in wrong.tolist()])}. No class follows from them. Look for "
-            "extreme values in the images and in the checkpoint. If both are as they should be, "
+            f"{whose}. No class follows from them. Look for extreme "
+            "values in the images and in the checkpoint. If both are as they should be, "
             "this version of jax computes the network wrongly: compare it with `flax-resblock "
             "verify`, and try another version."
         )
