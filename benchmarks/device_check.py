@@ -9,6 +9,9 @@ valuable first. After each part ``device_check.json`` and the page ``device_chec
 A second call runs only those parts that are not finished, unless the machine, the versions or the
 source have changed. ``--fault`` puts a fault into the Flax side and must make the check fail.
 
+Comparisons that fail are repeated at the end with other options of XLA, which tells whether the
+choice of a kernel explains them. This changes no verdict.
+
 Exit status: 0 if all parts passed, 1 if one failed, 2 for wrong usage, 3 if nothing failed and
 something was not finished."""
 
@@ -19,109 +22,24 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from device_launch import AUTOTUNED, FOLLOW_UPS, Launch, end, record
 from device_page import page
 from device_parts import FAULTS, PARTS, QUICK
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 NAME = "device_check"
 ENDED = ("passed", "failed")
 """Statuses of a part that need no second run."""
-FLAGS = {
-    "cpu": "--xla_backend_optimization_level=2",
-    "gpu": "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false",
-}
-"""XLA's flags for every part but the tests: half the time to compile on a CPU; on a GPU the same
-kernels in every run and, as for PyTorch, products by cuBLAS."""
 MARGIN = 5.0
 """Seconds kept for writing the results."""
-
-
-def record(status: str, seconds: float = 0.0, **facts: Any) -> dict[str, Any]:
-    """What the JSON file holds of one part."""
-    return {"status": status, "seconds": round(seconds, 1), "rows": []} | facts
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How parts are started.
-
-    Attributes:
-      kind: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
-      quick, fault: As on the command line.
-      jobs: How many run at a time.
-      folder: For results and logs of the parts.
-    """
-
-    kind: str
-    quick: bool
-    fault: str | None
-    jobs: int
-    folder: Path
-
-    def start(self, name: str) -> subprocess.Popen[bytes]:
-        """Starts one part."""
-        command = [sys.executable, str(Path(__file__).with_name("device_parts.py")), name]
-        command += [str(self.result(name)), "--device", self.kind]
-        command += ["--quick"] if self.quick else []
-        command += ["--fault", self.fault] if self.fault else []
-        self.result(name).unlink(missing_ok=True)
-        with self.log(name).open("wb") as log:
-            return subprocess.Popen(
-                command,
-                env=self._environment(),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def result(self, name: str) -> Path:
-        """Where a part writes its rows."""
-        return self.folder / f"{name}.json"
-
-    def log(self, name: str) -> Path:
-        """Where the output of a part goes."""
-        return self.folder / f"{name}.log"
-
-    def _environment(self) -> dict[str, str]:
-        """Both frameworks share the device, and all parts share the cores. The switch of cuBLAS
-        must be set before its first use."""
-        environment = dict(os.environ)
-        environment.pop("JAX_PLATFORMS", None)
-        folders = [str(REPOSITORY), os.environ.get("PYTHONPATH")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
-        environment["PYTHONUNBUFFERED"] = "1"
-        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-        environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        if self.jobs > 1:
-            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        if self.kind == "cpu":
-            environment["JAX_PLATFORMS"] = "cpu"
-        flags = (FLAGS.get(self.kind, ""), os.environ.get("XLA_FLAGS", ""))  # yours win
-        environment["XLA_FLAGS"] = " ".join(filter(None, flags))
-        return environment
-
-    def outcome(self, name: str, status: str | None, seconds: float, code: int) -> dict[str, Any]:
-        """The record of a part that has ended with an exit status ``code``, or, if ``status`` is
-        given, that was ended."""
-        found: dict[str, Any] = {"rows": [], "finished": False}
-        if self.result(name).exists():
-            found = json.loads(self.result(name).read_text())
-        if found.pop("finished"):
-            wrong = any(row["passed"] is False for row in found["rows"])
-            return record("failed" if wrong else "passed", seconds, **found)
-        output = self.log(name).read_text(errors="replace")
-        status = status or f"ended with exit status {code}"
-        return record(status, seconds, **found, error=output[-12000:])
 
 
 def say(name: str, found: Mapping[str, Any]) -> None:
@@ -132,13 +50,6 @@ def say(name: str, found: Mapping[str, Any]) -> None:
     lines += found.get("error", "").strip().splitlines()[-5:]
     for line in lines:
         print(f"          {line[:300]}", flush=True)
-
-
-def end(child: subprocess.Popen[bytes]) -> None:
-    """Ends a part and whatever it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
 
 
 class Check:
@@ -217,6 +128,32 @@ def run_all(
             end(child)
 
 
+def follow_up(
+    launch: Launch, check: Check, names: Sequence[str], deadline: float, limit: float | None
+) -> None:
+    """Repeats comparisons that failed under each of :data:`FOLLOW_UPS`, while there is time."""
+    for name in names:
+        part = check.parts[name]
+        wrong = [r for r in part["rows"] if r["passed"] is False and "worst" in r["detail"]]
+        subjects = dict.fromkeys(row["subject"].rpartition(", ")[0] for row in wrong)
+        known = part.setdefault("again", {}) if wrong else {}
+        for label, flags in FOLLOW_UPS.get(launch.kind, {}).items() if wrong else ():
+            if label in known or time.monotonic() > deadline:
+                continue
+            if launch.kind == "gpu":
+                log = check.out.resolve() / f"{name}, {label}.txt".replace(", ", "-").replace(
+                    " ", "_"
+                )
+                flags += f" {AUTOTUNED}={log}"
+            print(f"repeated  {name}, {label}", flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                other = replace(launch, flags=flags, subjects=tuple(subjects), folder=Path(folder))
+                again = Check(Path(folder), check.identity)
+                run_all(other, again, [name], deadline, limit)
+            known[label] = again.parts[name] | {"flags": flags}
+            check.put(name, part)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="Checks a GPU, a TPU or this CPU against PyTorch.",
@@ -260,6 +197,7 @@ def main() -> int:
             elif name not in check.parts and name not in missing:
                 missing.append(name)
         run_all(launch, check, missing, deadline, given.part_limit)
+        follow_up(launch, check, names, deadline, given.part_limit)
     print(f"{check.file('md')}, {check.file('json')}")
     if check.parts["machine"]["status"] != "passed":
         print(f"The device cannot be used.\n{check.parts['machine']['error']}", file=sys.stderr)

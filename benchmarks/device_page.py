@@ -55,6 +55,16 @@ def page(content: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
             [r["subject"], r["check"], r["figure"], VERDICTS[r["passed"]]] for r in part["rows"]
         ]
         lines += _table(["subject", "check", "figure", "verdict"], rows) if rows else []
+        wrong = {(r["subject"], r["check"]) for r in part["rows"] if r["passed"] is False}
+        rows = [
+            [label, r["subject"], r["check"], r["figure"], VERDICTS[r["passed"]]]
+            for label, again in part.get("again", {}).items()
+            for r in again["rows"]
+            if (r["subject"], r["check"]) in wrong
+        ]
+        if rows:
+            lines += ["What failed, repeated with other options of XLA:", ""]
+            lines += _table(["options", "subject", "check", "figure", "verdict"], rows)
         if part.get("error"):
             tail = part["error"].strip().splitlines()[-40:]
             lines += [f"{part['status']}. The end of its output:", "", "```", *tail, "```", ""]

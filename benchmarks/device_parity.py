@@ -61,11 +61,13 @@ class Setting:
       fault: None, or the fault that is put into the Flax side: ``"precision"`` lets the first
         convolution compute in bfloat16, ``"statistics"`` gives the first norm a momentum that is
         one percent too large.
+      subjects: The only cases to compare; empty for all.
     """
 
     kind: str
     quick: bool = False
     fault: str | None = None
+    subjects: tuple[str, ...] = ()
 
     @cached_property
     def places(self) -> Devices:
@@ -109,6 +111,8 @@ def _compared(
 ) -> Iterator[Row]:
     """One row per precision and quantity; one with the error where a comparison raises one, so that
     the other cases of a part are compared all the same."""
+    if setting.subjects and subject not in setting.subjects:
+        return
     if setting.fault:
         fields = (pair.config, pair.state, pair.norm_options, pair.naming, pair.module)
         pair = FaultyPair(*fields, fault=setting.fault)

@@ -115,9 +115,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--fault", choices=FAULTS)
+    parser.add_argument("--subjects", nargs="*", default=(), help="Compare these cases alone.")
     given = parser.parse_args()
     make_xla_deterministic()
-    run_part(given.name, Setting(given.device, given.quick, given.fault), given.result)
+    setting = Setting(given.device, given.quick, given.fault, tuple(given.subjects))
+    run_part(given.name, setting, given.result)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,13 @@ import pytest
 import torch
 from flax import nnx
 
-from flax_resblock import BatchNorm, conv_lowering, create
+from flax_resblock import BatchNorm, BlockConfig, conv_lowering, create
 from flax_resblock.cpu.switch import traced_for
 from flax_resblock.nn.activations import relu_by_output
+from flax_resblock.nn.attention import SqueezeExcitation
+from flax_resblock.nn.conv import Conv
+from flax_resblock.nn.layers import Layers
+from flax_resblock.nn.linear import Linear
 from flax_resblock.nn.pooling import max_pool
 
 
@@ -171,3 +175,33 @@ def test_own_forms_are_for_other_platforms_and_can_be_turned_off():
 
     assert "custom_vjp" in of("auto")
     assert "custom_vjp" not in of("xla")
+
+
+def test_gradients_of_biases_and_gates_are_summed_in_float32():
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.standard_normal((3, 17, 16, 8)), jnp.bfloat16) for _ in range(2))
+    rngs, options = nnx.Rngs(0), {"dtype": jnp.bfloat16, "param_dtype": jnp.float32}
+
+    def sums_in_bfloat16(function, *arguments):
+        traced = jax.make_jaxpr(lambda *given: jax.vjp(function, *given)[1](dy))(*arguments)
+        return str(traced).count("bf16[8] = reduce_sum") + str(traced).count(
+            "bf16[3,1,1,8] = reduce_sum"
+        )
+
+    def of(layer):
+        graphdef, state = nnx.split(layer)
+        return lambda state: nnx.merge(graphdef, state)(x), state
+
+    layers = Layers(rngs, options, BlockConfig(in_channels=8, out_channels=8))
+    gate = SqueezeExcitation(8, 4, layers, use_bias=True)
+    conv = Conv(8, 8, 3, padding=1, use_bias=True, rngs=rngs, **options)
+    for layer in (gate, conv, Linear(8, 8, rngs=rngs, **options)):
+        assert sums_in_bfloat16(*of(layer)) == 0
+    function, state = of(conv)
+    ours = jax.jit(lambda state: jax.vjp(function, state)[1](dy))(state)[0]["bias"][...]
+    plain = jax.jit(lambda bias: jax.vjp(lambda bias: x + bias, bias)[1](dy)[0])
+    bias = jnp.zeros(8, jnp.bfloat16)
+    assert sums_in_bfloat16(lambda bias: x + bias, bias)  # as jax derives it
+    truth = np.asarray(dy, np.float64).sum((0, 1, 2))
+    assert apart(ours, truth) < 2**-8
+    assert apart(plain(bias), truth) > 4 * 2**-8

@@ -197,6 +197,20 @@ def test_allow_nonfinite_carries_the_bits(folder, capsys):
     assert all(tensors[key].tobytes() == truth[key].tobytes() for key in truth)
 
 
+def test_no_class_is_told_from_logits_that_are_not_finite(folder, capsys):
+    _poison("fc.weight", 3e38)()
+    np.savez(
+        "two.npz", images=np.full((2, 32, 32, 3), 9, np.uint8), mean=[0.4] * 3, std=[0.001] * 3
+    )
+    command = ["predict", "bad.pth", "two.npz", "--logits", "l.npy"]
+    assert run(command) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "logits are not finite for 2 of 2 images: two.npz[0], two.npz[1]. No class" in error
+    assert not Path("l.npy").exists()
+    assert run([*command, "--allow-nonfinite"]) == 0
+    assert not np.isfinite(np.load("l.npy")).all()
+
+
 @pytest.mark.parametrize("out", ["out.safetensors", "out.pth", "out"])
 def test_an_existing_output_is_kept_unless_forced(out, checkpoint_file, capsys):
     Path(out).write_text("precious")

@@ -20,6 +20,10 @@ check, parts, parity = (
 )
 
 
+SUBJECT = "block 8 to 16, stride 2, 1x1 skip"
+"""The case of ``--quick``."""
+
+
 def _failed(fault, folder):
     """Quantities of the block that a fault makes fail."""
     result = folder / "block.json"
@@ -83,7 +87,7 @@ def test_a_part_that_crashes_or_hangs_does_not_end_the_others(tmp_path):
         "conversion": "import time; time.sleep(60)",
         "training-float32": _finished(True),
     }
-    launch = Scripted("cpu", False, None, 2, tmp_path, scripts)
+    launch = Scripted("cpu", False, None, 2, tmp_path, scripts=scripts)
     results = check.Check(tmp_path, {"device": "cpu", "quick": False, "fault": None})
     check.run_all(launch, results, list(scripts), time.monotonic() + 60, 2)
     states = {name: part["status"] for name, part in results.parts.items()}
@@ -98,6 +102,27 @@ def test_a_part_that_crashes_or_hangs_does_not_end_the_others(tmp_path):
     launch.scripts["block"] = _finished(False)
     check.run_all(launch, results, ["block"], time.monotonic() + 60, 2)
     assert results.exit_status(list(scripts)) == 1
+
+
+@pytest.mark.slow
+def test_what_failed_is_repeated_with_other_options_of_xla(tmp_path):
+    launch = check.Launch("cpu", True, "precision", 1, tmp_path)
+    results = check.Check(tmp_path, {"device": "cpu", "quick": True, "fault": "precision"})
+    failed, passed = (
+        parity.Row(f"{subject}, float32", "eval forward", "", ok, {"worst": {}})._asdict()
+        for subject, ok in ((SUBJECT, False), ("another", True))
+    )
+    results.put("block", check.record("failed", rows=[failed, passed]))
+    results.put("conversion", check.record("passed", rows=[passed]))
+    check.follow_up(launch, results, ["block", "conversion"], time.monotonic() + 100, None)
+    assert "again" not in results.parts["conversion"]
+    again = results.parts["block"]["again"]["not optimised"]
+    assert again["status"] == "failed"  # as the fault is in the network
+    assert "--xla_backend_optimization_level=0" in again["xla_flags"].split()
+    assert all(row["subject"].startswith(SUBJECT) for row in again["rows"])
+    assert "| not optimised | block 8 to 16" in (tmp_path / "device_check.md").read_text()
+    setting = parity.Setting("cpu", quick=True, subjects=("no such case",))
+    assert list(parity.block(setting)) == []
 
 
 def test_results_are_kept_for_the_same_machine_alone(tmp_path):

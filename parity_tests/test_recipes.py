@@ -377,19 +377,19 @@ def test_nothing_is_compiled_again_after_the_first_step_on_several_devices():
     )
     rng = np.random.default_rng(0)
     for number in range(3):
-        images = rng.normal(size=(2, 16, 8, 8, 1)).astype(np.float32)
-        labels = rng.integers(0, 10, (2, 16)).astype(np.int32)
+        images = rng.normal(size=(32, 8, 8, 1)).astype(np.float32)
+        labels = rng.integers(0, 10, 32).astype(np.int32)
         state, _ = step(
             state,
-            placement.spread(images, axis=1),
-            placement.spread(labels, axis=1),
+            placement.spread(images, pieces=2),
+            placement.spread(labels, pieces=2),
             Pace.of(run, 44).rates(number),
         )
     assert step.compilations == 1
     step(
         state,
-        placement.spread(images[:, :8], axis=1),
-        placement.spread(labels[:, :8], axis=1),
+        placement.spread(images[:16], pieces=2),
+        placement.spread(labels[:16], pieces=2),
         Pace.of(run, 44).rates(3),
     )
     assert step.compilations == 2

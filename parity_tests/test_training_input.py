@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
+import time
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -19,7 +22,9 @@ from flax_resblock.runs.scheduler_state import ScheduleState
 from flax_resblock.runs.schedules import OneCycleLR, Phase
 from flax_resblock.training.config import TrainConfig
 from flax_resblock.training.data import Dataset, batches, digits, epoch_order, steps_per_epoch
+from flax_resblock.training.devices import Placement
 from flax_resblock.training.pace import Pace, new_run
+from flax_resblock.training.step import TrainStep
 from parity_tests.test_training import CONFIG, SETTINGS
 from torch_ref import ResNet as TorchResNet
 
@@ -87,6 +92,37 @@ def test_every_epoch_and_seed_has_another_order():
         orders.values(), 2
     ):  # (seed, epoch + 1) and (seed + 1, epoch) among them
         assert np.mean(a == b) < 0.05
+
+
+def test_batches_are_on_their_device_before_the_step_that_takes_them(data, monkeypatch):
+    placed, taken, reported = [], [], []
+    spread, advance = Placement.spread, TrainStep.advance
+
+    def recorded(self, array, **more):
+        if array.ndim == 4:
+            placed.append(threading.current_thread())
+        if len(placed) == 6:
+            raise OSError("the sixth batch")
+        return spread(self, array, **more)
+
+    def waits(self, leaves, images, *rest, **more):
+        """Calls the step when the batch after its own has been placed; fails if it never is."""
+        end = time.monotonic() + 10
+        while len(placed) < len(taken) + 2:
+            assert time.monotonic() < end, "no batch is placed ahead"
+            time.sleep(0.001)
+        taken.append(images)
+        return advance(self, leaves, images, *rest, **more)
+
+    monkeypatch.setattr(Placement, "spread", recorded)
+    monkeypatch.setattr(TrainStep, "advance", waits)
+    device, model = jax.devices()[1], training.new_model(SETTINGS)
+    with jax.default_device(device), pytest.raises(OSError, match="the sixth batch"):
+        training.fit(model, data.train, SETTINGS, on_step=reported.append, progress=False)
+    assert [images.devices() for images in taken] == [{device}] * 5  # those before the sixth
+    assert [report.step for report in reported] == [0, 1, 2, 3]
+    assert threading.main_thread() not in placed
+    assert not [thread for thread in threading.enumerate() if "prefetch" in thread.name]
 
 
 def test_a_diverging_run_names_the_step_and_leaves_the_model_as_it_was(data):

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from flax_resblock import checkpoint
 from flax_resblock.cli.common import output, print_notes, print_table, print_title, say, status
+from flax_resblock.cli.images import refuse_nonfinite
 from flax_resblock.cli.train_data import OF_DATA, opened, refuse_unnamed_data
 from flax_resblock.cli.train_own import OwnCode, evaluated
 from flax_resblock.cli.train_start import Wanted, model_of
@@ -52,6 +53,7 @@ def classify(
     classes, placement = classes_of(model, test.shape), Placement(data_mesh(devices))
     with status.status(f"classifying {len(test):,} images"):
         found = evaluate_source(model, test, placement=placement, workers=config.workers)
+    refuse_nonfinite(found.logits, [f"{test.name}[{number}]" for number in range(len(test))])
     counts = confusion_matrix(test.labels, found.predictions, classes)
     names = test.class_names or ()
     names += tuple(str(number) for number in range(len(names), classes))

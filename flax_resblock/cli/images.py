@@ -10,7 +10,7 @@ import numpy as np
 
 from flax_resblock.convert.hubs import Preprocessing
 from flax_resblock.convert.opening import OpenedCheckpoint
-from flax_resblock.errors import InputError
+from flax_resblock.errors import InputError, some
 from flax_resblock.images import default_preprocessing, pixels_of, read_image
 
 
@@ -64,6 +64,21 @@ def _read_archive(path: Path, preprocessing: Preprocessing) -> ImageBatch:
         pixels = pixels_of(images, preprocessing, f"{path}: its array 'images'")
     names = [f"{path.name}[{number}]" for number in range(len(images))]
     return ImageBatch(pixels, names, arrays.get("labels"), mean, std)
+
+
+def refuse_nonfinite(logits: np.ndarray, names: Sequence[str]) -> None:
+    """Raises InputError if images, by their names, have logits ``(N, classes)`` from which no class
+    follows."""
+    wrong = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(wrong):
+        whose = some([names[number] for number in wrong.tolist()])
+        raise InputError(
+            f"the network's logits are not finite for {len(wrong)} of {len(logits)} images: "
+            f"{whose}. No class follows from them. Look for extreme "
+            "values in the images and in the checkpoint. If both are as they should be, "
+            "this version of jax computes the network wrongly: compare it with `flax-resblock "
+            "verify`, and try another version."
+        )
 
 
 def preprocessing_of(source: OpenedCheckpoint) -> Preprocessing:

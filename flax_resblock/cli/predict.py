@@ -20,6 +20,7 @@ from flax_resblock.cli.images import (
     load_images,
     normalisation_of,
     preprocessing_of,
+    refuse_nonfinite,
 )
 from flax_resblock.config import BlockConfig, ResNetConfig, name_of
 from flax_resblock.convert.hubs import Preprocessing
@@ -107,6 +108,8 @@ def predict(
     names = _class_names(class_names, network.labels, network.classes)
     with common.status.status("predicting"):
         values = np.asarray(network.forward(normalised(batch.pixels, shift, scale)), np.float32)
+    if not allow_nonfinite:
+        refuse_nonfinite(values, batch.names)
     common.print_title(
         network.name, f"{checkpoint}; {height}x{width} pixels; normalisation {origin}"
     )

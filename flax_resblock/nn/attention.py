@@ -10,6 +10,7 @@ from flax import nnx
 
 from flax_resblock.config import BlockConfig
 from flax_resblock.nn.layers import Layers
+from flax_resblock.nn.norm_functions import broadcast_over
 from flax_resblock.nn.scopes import in_slot
 
 
@@ -34,7 +35,7 @@ class SqueezeExcitation(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, channels)`` to the same shape."""
         means = jnp.mean(x, axis=(1, 2), keepdims=True)
-        return x * nnx.sigmoid(self.expand(nnx.relu(self.reduce(means))))
+        return x * broadcast_over(nnx.sigmoid(self.expand(nnx.relu(self.reduce(means)))), x.shape)
 
 
 class EfficientChannelAttention(nnx.Module):
@@ -52,7 +53,8 @@ class EfficientChannelAttention(nnx.Module):
     @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, C)`` to the same shape."""
-        return x * nnx.sigmoid(self.conv(jnp.mean(x, axis=(1, 2))[:, None]))[:, :, None, :]
+        gate = nnx.sigmoid(self.conv(jnp.mean(x, axis=(1, 2))[:, None]))[:, :, None, :]
+        return x * broadcast_over(gate, x.shape)
 
 
 def build_attention(

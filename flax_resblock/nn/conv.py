@@ -13,7 +13,7 @@ from jax import lax
 from flax_resblock.config import Lowering
 from flax_resblock.nn.geometry import Padding, PaddingMode, Size, equal, pad, per_axis, sides
 from flax_resblock.nn.initializers import Initializer, initial_value, torch_default, uniform_bias
-from flax_resblock.nn.norm_functions import normalised
+from flax_resblock.nn.norm_functions import broadcast_over, normalised
 from flax_resblock.nn.scopes import in_slot
 from flax_resblock.nn.variables import refuse_integers
 
@@ -117,7 +117,7 @@ def convolve(
             feature_group_count=groups,
             precision=precision,
         )
-    return y if bias is None else y + bias
+    return y if bias is None else y + broadcast_over(bias, y.shape)
 
 
 def check_groups(in_channels: int, out_channels: int, groups: int) -> None:

@@ -11,6 +11,7 @@ from jax import lax
 
 from flax_resblock.nn.activations import prelu
 from flax_resblock.nn.initializers import initial_value, torch_default, uniform_bias
+from flax_resblock.nn.norm_functions import broadcast_over
 from flax_resblock.nn.scopes import in_slot
 from flax_resblock.nn.variables import refuse_integers
 
@@ -64,7 +65,7 @@ class Linear(nnx.Module):
             (((x.ndim - 1,), (0,)), ((), ())),
             precision=self.precision,
         )
-        return y if bias is None else y + jnp.asarray(bias, dtype)
+        return y if bias is None else y + broadcast_over(jnp.asarray(bias, dtype), y.shape)
 
 
 class PReLU(nnx.Module):

@@ -23,6 +23,16 @@ def per_channel(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(lax.optimization_barrier(rows), shape)
 
 
+def broadcast_over(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Broadcasts factors or terms of an activation to its ``shape``; where they are narrower than
+    float32, so that their gradient, a sum over that shape, is added in float32 as PyTorch adds it.
+
+    XLA adds values in the dtype that they have: a sum of 270 in bfloat16 errs six times as much."""
+    if values.dtype.itemsize >= 4:
+        return values
+    return jnp.broadcast_to(values.astype(jnp.float32), shape).astype(values.dtype)
+
+
 def batch_norm(
     x: jax.Array,
     mean: jax.Array,

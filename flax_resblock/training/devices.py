@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -52,9 +52,11 @@ class Placement:
 
     Attributes:
       mesh: See :func:`data_mesh`; None uses jax's default device.
+      default: That device, as the thread has it that makes the placement; other threads use it too.
     """
 
     mesh: Mesh | None = None
+    default: Any = field(default_factory=lambda: jax.config.jax_default_device)  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def devices(self) -> int:
@@ -91,11 +93,20 @@ class Placement:
             return jax.device_put(tree, may_alias=False)
         return jax.tree.map(lambda leaf: _copied(np.asarray(leaf), sharding), tree)
 
-    def spread(self, array: np.ndarray, *, axis: int = 0) -> Any:
-        """Makes one array over all devices of each process's share; ``axis`` counts images."""
+    def spread(self, array: np.ndarray, *, pieces: int = 1) -> jax.Array:
+        """Puts this process's share of a batch on its devices, and makes one array of all shares.
+        Does not wait for the copy to arrive.
+
+        Args:
+          array: One row per image.
+          pieces: With more than one, the result gets a leading axis of so many pieces.
+        """
+        if pieces > 1:
+            array = array.reshape(pieces, -1, *array.shape[1:])
         if self.mesh is None:
-            return array
-        spec = PartitionSpec(*([None] * axis), AXIS)
+            with jax.default_device(self.default):
+                return jax.device_put(array)
+        spec = PartitionSpec(None, AXIS) if pieces > 1 else PartitionSpec(AXIS)
         return jax.make_array_from_process_local_data(NamedSharding(self.mesh, spec), array)
 
     def flag(self, value: bool) -> Any:

@@ -105,9 +105,12 @@ def evaluate_state(
     eval_step = make_eval_step(graphdef, placement.mesh)
     rows = -(-min(batch_size, len(source)) // placement.devices) * placement.devices
     pieces = []
-    with closing(evaluation_batches(source, rows, placement.shard, workers=workers)) as coming:
+    batches = evaluation_batches(
+        source, rows, placement.shard, workers=workers, place=placement.spread
+    )
+    with closing(batches) as coming:
         for number, batch in enumerate(coming):
-            logits = np.asarray(eval_step(params, stats, random, placement.spread(batch.images)))
+            logits = np.asarray(eval_step(params, stats, random, batch.images))
             pieces.append(logits[: len(source) - number * rows])  # without the last one's padding
     logits = np.concatenate(pieces)
     predictions = logits.argmax(axis=1)

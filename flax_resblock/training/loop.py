@@ -136,12 +136,22 @@ def fit(
         pieces=config.accumulate,
         workers=config.workers,
     )
+
+    def placed(batch: Batch) -> Batch:
+        return batch._replace(
+            **{
+                name: placement.spread(value, pieces=config.accumulate)
+                for name, value in batch._asdict().items()
+                if name != "indices" and value is not None
+            }
+        )
+
     leaves, history = Leaves(state), History()
     several = placement.shard[1] > 1
     images, epochs = (end - pace.start) * config.batch_size, -(-end // steps)
     with (
         TrainingProgress(images, epochs, shown=progress) as bar,
-        closing(stream.from_step(pace.start)) as coming,
+        closing(stream.from_step(pace.start, place=placed)) as coming,
     ):
 
         def reported(computed: _ComputedStep) -> bool:
@@ -163,7 +173,10 @@ def fit(
             flag = placement.flag(asked()) if several else None
             metrics = train_step.advance(
                 leaves,
-                *_on_devices(batch, config.accumulate, placement, rates),
+                batch.images,
+                batch.labels,
+                rates,
+                None if batch.labels_b is None else Mixed(batch.labels_b, batch.weight),
                 stop=flag,
                 number=None if random is None else np.uint32(number),
             )
@@ -222,20 +235,6 @@ class _ComputedStep(NamedTuple):
                 indices=self.indices,
             )
         return step
-
-
-def _on_devices(batch: Batch, pieces: int, placement: Placement, rates: Rates) -> tuple[Any, ...]:
-    """The arguments of a step after the state: images, labels, rates, mixing."""
-
-    def placed(array: np.ndarray) -> Any:
-        if pieces == 1:
-            return placement.spread(array)
-        return placement.spread(array.reshape(pieces, -1, *array.shape[1:]), axis=1)
-
-    mixed = None
-    if batch.labels_b is not None:
-        mixed = Mixed(placed(batch.labels_b), placed(np.asarray(batch.weight)))
-    return placed(batch.images), placed(batch.labels), rates, mixed
 
 
 def _averages(

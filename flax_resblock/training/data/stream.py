@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -96,11 +96,17 @@ class Stream:
         """Batches in one pass over the dataset."""
         return steps_per_epoch(self.dataset, self.batch_size)
 
-    def from_step(self, step: int) -> Generator[Batch, None, None]:
+    def from_step(
+        self, step: int, *, place: Callable[[Batch], Batch] = lambda batch: batch
+    ) -> Generator[Batch, None, None]:
         """The endless batches of ``step``, ``step + 1``, ..., counted from 0 over all epochs.
 
         Closing or dropping the generator ends its thread and its workers.
 
+        Args:
+          step: The first.
+          place: Called with each batch in the thread that prepares the batches ahead, so that what
+            it puts on a device is there before the step that takes it.
         Raises:
           InputError: A negative step; while iterating, an image that can no longer be decoded.
         """
@@ -113,7 +119,12 @@ class Stream:
         )
         values = math.prod(self._augmentation.shape_of(self.dataset))
         size = self.batch_size // self.shard[1] * values * self.dataset.fitted(slice(0)).itemsize
-        return prefetched(order.map_with_index(self._read)[step:], self._finish, self.workers, size)
+        return prefetched(
+            order.map_with_index(self._read)[step:],
+            lambda pixels: place(self._finish(pixels)),
+            self.workers,
+            size,
+        )
 
     @property
     def _augmentation(self) -> Augmentation:
@@ -162,7 +173,12 @@ class Stream:
 
 
 def evaluation_batches(
-    dataset: DataSource, batch_size: int, shard: tuple[int, int] = (0, 1), *, workers: int = 0
+    dataset: DataSource,
+    batch_size: int,
+    shard: tuple[int, int] = (0, 1),
+    *,
+    workers: int = 0,
+    place: Callable[[np.ndarray], Any] = lambda images: images,
 ) -> Generator[EvaluationBatch, None, None]:
     """Yields every image exactly once over all shards, in order. All shards get the same number of
     batches, each of ``batch_size / shards`` rows.
@@ -172,6 +188,7 @@ def evaluation_batches(
       batch_size: Rows over all shards.
       shard: See :class:`Stream`.
       workers: See :class:`Stream`.
+      place: Called with the images of each batch; see :meth:`Stream.from_step`.
     Raises:
       InputError: Values out of their range; while iterating, an image that can no longer be
         decoded.
@@ -191,7 +208,8 @@ def evaluation_batches(
         images = np.pad(images, [filling, (0, 0), (0, 0), (0, 0)])
         labels = np.pad(dataset.labels[indices].astype(np.int32), filling)
         valid = np.arange(len(rows)) < len(indices)
-        return EvaluationBatch(images, labels, np.pad(indices, filling, constant_values=-1), valid)
+        indices = np.pad(indices, filling, constant_values=-1)
+        return EvaluationBatch(place(images), labels, indices, valid)
 
     numbers = import_grain().MapDataset.range(-(-len(dataset) // batch_size))
     size = len(rows) * math.prod(dataset.shape) * dataset.fitted(slice(0)).itemsize
