@@ -291,6 +291,26 @@ def test_what_cannot_be_traced_is_refused_by_name(message):
         flax_resblock.port(REFUSALS[message](), image_size=(8, 8))
 
 
+class Directly(nn.Module):
+    """Calls ``forward`` of its parts, as a well-known ResNeXt does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.then = nn.Sequential(nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6))
+
+    def forward(self, x):
+        x = F.relu(self.bn.forward(self.conv.forward(x)), inplace=True)
+        return self.then.forward(x).mean((2, 3))
+
+
+def test_a_direct_call_of_forward_is_a_call():
+    ported = flax_resblock.port(Directly(), image_size=(8, 8))
+    assert "nn.relu(self.bn(self.conv(x)))" in ported.source
+    assert ported.figures["float64 training running statistics"]["tensors"] == 4
+
+
 class NamedLikeOperators(nn.Module):
     """Has layers and a parameter with the names of what a trace in training mode looks for."""
 

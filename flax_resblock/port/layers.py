@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from flax_resblock.errors import InputError
@@ -14,7 +17,7 @@ from flax_resblock.port.random_layers import stochastic_depth
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Layer", "layer_of", "stochastic_depth_seen"]
+__all__ = ["Layer", "direct_calls_seen", "layer_of", "stochastic_depth_seen"]
 
 _VOLUMES = "three spatial axes"
 _RECURRENT = "recurrent layers"
@@ -87,6 +90,50 @@ def stochastic_depth_seen(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for part in parts:
             del part.forward
+
+
+@contextmanager
+def direct_calls_seen(module: torch.nn.Module) -> Iterator[None]:
+    """Within it ``part.forward(x)`` is ``part(x)`` to a trace, which knows the calls of modules
+    alone: their code and their names would be lost.
+    """
+    import torch
+
+    running: set[int] = set()
+
+    def through_call(part: Any, original: Any) -> Any:
+        def forward(*arguments: Any, **named: Any) -> Any:
+            called = sys._getframe(1).f_code.co_filename == torch.nn.modules.module.__file__
+            if called or id(part) in running:
+                return original(*arguments, **named)
+            running.add(id(part))
+            try:
+                return part(*arguments, **named)
+            finally:
+                running.discard(id(part))
+
+        return forward
+
+    parts: list[Any] = [] if not _calls_forward(module) else list(module.modules())[1:]
+    parts = [one for one in parts if "forward" not in vars(one)]
+    for part in parts:
+        part.forward = through_call(part, part.forward)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.forward
+
+
+def _calls_forward(module: torch.nn.Module) -> bool:
+    """Whether the code of a module, or of one in it, has a direct call of ``forward``."""
+    for kind in {type(part) for part in module.modules()}:
+        with suppress(OSError, TypeError):
+            if not kind.__module__.startswith("torch.") and re.search(
+                r"(?<!\))\.forward\(", inspect.getsource(kind)
+            ):
+                return True
+    return False
 
 
 def _drops_images(part: torch.nn.Module) -> bool:

@@ -10,16 +10,13 @@ import torch
 
 from flax_resblock.errors import InputError, raised, some
 from flax_resblock.parity.comparison import SPREAD
-from flax_resblock.parity.oracle import TORCH_FACTOR, TRAJECTORY_LIMIT, relative_l2, verdict_of
+from flax_resblock.parity.oracle import TORCH_FACTOR, TRAJECTORY_LIMIT, verdict_of
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace
 from flax_resblock.port.inputs import grown
 from flax_resblock.port.network import PortedNetwork
-from flax_resblock.port.side_by_side import STEPS, SideBySide
-
-FLOOR = 1e-2
-"""Gradients are compared relative to themselves, or to this share of the largest of their kind:
-that of a bias in front of a norm is zero but for rounding."""
+from flax_resblock.port.side_by_side import FLOOR, SideBySide, relative_error
+from flax_resblock.port.steps import STEPS, errors_after_steps
 
 HOPELESS = {"float64": 1e-10, "float32": 1e-2}
 """Where PyTorch's own result is less certain than this, nothing is proved."""
@@ -113,7 +110,10 @@ class _Comparison(SideBySide):
             floor = _floor(quantity, rows)
             figure = {"error": 0.0, "place": "", "tensors": len(rows)}
             for name, true, torch_value, value in rows:
-                error, own = _error(value, true, floor), _error(torch_value, true, floor)
+                error, own = (
+                    relative_error(value, true, floor),
+                    relative_error(torch_value, true, floor),
+                )
                 limit = verdict_of(error, own, precision.epsilon).limit
                 if not error <= limit:
                     spread = spread or self._spread(images, precision, truth, ours, options)
@@ -145,7 +145,7 @@ class _Comparison(SideBySide):
                 floor = _floor(quantity, rows)
                 for name, true, value, _ in rows:
                     key = quantity, name
-                    largest[key] = max(largest.get(key, 0.0), _error(value, true, floor))
+                    largest[key] = max(largest.get(key, 0.0), relative_error(value, true, floor))
         return largest
 
     def _rows(self, truth: Trace, theirs: Trace, ours: Trace, train: bool) -> dict[str, list[Any]]:
@@ -242,14 +242,8 @@ class _Comparison(SideBySide):
 
     def compare_steps(self, precision: Precision, shape: tuple[int, ...]) -> None:
         """Compares weights and statistics after some steps of SGD with momentum."""
-        truth, arrays = self.train_both(precision, shape)
         limit = TRAJECTORY_LIMIT if precision.name == "float64" else 1e-2
-        largest = max(float(np.linalg.norm(value)) for value in truth.values())
-        errors = {
-            ".".join(map(str, path)): _error(arrays["net", *path], value, FLOOR * largest)
-            for path, value in truth.items()
-            if value.dtype.kind == "f"
-        }
+        errors = errors_after_steps(self, precision, shape, limit)
         place = max(errors, key=lambda name: errors[name])
         quantity = f"weights after {STEPS} steps"
         if not errors[place] <= limit:
@@ -277,12 +271,3 @@ def _floor(quantity: str, rows: list[Any]) -> float:
     if quantity != "gradients":
         return 0.0
     return FLOOR * max(float(np.linalg.norm(true)) for _, true, *_ in rows)
-
-
-def _error(value: Any, truth: Any, floor: float = 0.0) -> float:
-    """The relative error; infinite where a value is not finite, unless both are the same."""
-    if value is truth:
-        return 0.0
-    if not np.isfinite(value).all() and not np.array_equal(value, truth, equal_nan=True):
-        return float("inf")
-    return relative_l2(value, truth, floor)

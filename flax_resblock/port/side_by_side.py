@@ -15,9 +15,9 @@ from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.config import Path
 from flax_resblock.nn.variables import on_device, set_values
 from flax_resblock.parity.inputs import nudged
+from flax_resblock.parity.oracle import relative_l2
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace, as_tensor, trace_torch
-from flax_resblock.parity.trajectory import FIRST_STEP
 from flax_resblock.port.calls import Calls
 from flax_resblock.port.graphs import leaves
 from flax_resblock.port.inputs import Shapes, in_one_array, random_inputs, unpacked, unpacked_last
@@ -30,12 +30,13 @@ SMALL = 64 * 64
 """Pixels of an image that is small enough for a larger batch. With few values a channel the
 gradient of batch norm is a small difference of large numbers."""
 
+FLOOR = 1e-2
+"""Gradients are compared relative to themselves, or to this share of the largest of their kind:
+that of a bias in front of a norm is zero but for rounding."""
+
 MEDIUM = 96 * 96
 """Pixels of an image that a network asks for which leaves a single one of a smaller one: the norms
 at its end have no more values a channel than there are images."""
-
-STEPS = 5
-"""Of the training that is compared."""
 
 
 def images_of(channels: int, size: tuple[int, int]) -> np.ndarray:
@@ -216,40 +217,16 @@ class SideBySide:
             return None
         return found if made.dtypes == {torch.float64} else None
 
-    def train_both(
-        self, precision: Precision, shape: tuple[int, ...]
-    ) -> tuple[dict[Path, np.ndarray], dict[Any, np.ndarray]]:
-        """Trains towards random outputs of this shape for some steps of SGD with momentum.
+    def trainable(self, precision: Precision) -> FlatModule:
+        """A copy of the module, to train."""
+        return FlatModule(copy.deepcopy(self._cast(precision)), self.shapes).train()
 
-        Returns:
-          Every tensor afterwards: PyTorch's as Flax has them, and Flax's, whose paths begin with
-          ``"net"``.
-        """
-        rng = np.random.default_rng(2)
-        batches = [self.images + 0.1 * rng.standard_normal(self.images.shape) for _ in range(STEPS)]
-        targets = rng.standard_normal(shape)
-        module = FlatModule(copy.deepcopy(self._cast(precision)), self.shapes).train()
-        with no_functional_dropout(), torch.enable_grad():
-            optimizer = torch.optim.SGD(module.parameters(), momentum=0.9)
-            rate = 0.0
-            for batch in batches:
-                optimizer.zero_grad()
-                goal = torch.from_numpy(targets)
-                torch.mean((module(as_tensor(batch, precision)) - goal) ** 2).backward()
-                rate = rate or _moderate(module)
-                optimizer.param_groups[0]["lr"] = rate
-                optimizer.step()
-        state = {name.removeprefix("net."): value for name, value in module.state_dict().items()}
-        theirs = self.ported.table.to_flax(state_to_numpy(state))
-        return theirs, self._program(precision, True).descend(batches, targets, rate)
-
-
-def _moderate(module: torch.nn.Module) -> float:
-    """A learning rate at which a step moves no tensor by more than a small share of its norm: with
-    a higher one, training amplifies the last bit of a weight."""
-    pairs = [(one.grad, one) for one in module.parameters() if one.grad is not None]
-    moved = [float(grad.norm() / one.detach().norm()) for grad, one in pairs if one.any()]
-    return min(FIRST_STEP / max(moved, default=1.0), 1.0) if any(moved) else 1e-3
+    def descend(
+        self, images: list[np.ndarray], targets: np.ndarray, precision: Precision, rate: float
+    ) -> dict[Path, np.ndarray]:
+        """The tensors of the ported network after :meth:`Program.descend`."""
+        found = self._program(precision, True).descend(images, targets, rate)
+        return {path[1:]: value for path, value in found.items()}
 
 
 def _move_weights(module: torch.nn.Module) -> None:
@@ -268,3 +245,12 @@ def _move_weights(module: torch.nn.Module) -> None:
         if isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor):
             mean.normal_(0, 0.3, generator=generator)
             var.uniform_(0.5, 2, generator=generator)
+
+
+def relative_error(value: Any, truth: Any, floor: float = 0.0) -> float:
+    """The relative error; infinite where a value is not finite, unless both are the same."""
+    if value is truth:
+        return 0.0
+    if not np.isfinite(value).all() and not np.array_equal(value, truth, equal_nan=True):
+        return float("inf")
+    return relative_l2(value, truth, floor)

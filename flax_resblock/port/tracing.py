@@ -19,7 +19,7 @@ import torch
 
 from flax_resblock.errors import InputError, visible
 from flax_resblock.port.folding import NOTHING, Folded, fold
-from flax_resblock.port.layers import stochastic_depth_seen
+from flax_resblock.port.layers import direct_calls_seen, stochastic_depth_seen
 from flax_resblock.port.values import BATCH
 
 _VIEWS = (
@@ -75,6 +75,7 @@ def trace(
         _quiet(),
         _no_idle_autocast(),
         stochastic_depth_seen(module),
+        direct_calls_seen(module),
         _custom_gradients() as custom,
     ):
         try:
