@@ -15,6 +15,7 @@ from flax_resblock import nn as nn_of_flax
 from flax_resblock.port import porting
 from flax_resblock.port.layer import Rate
 from flax_resblock.port.operator_results import Rounded
+from flax_resblock.port.program import Program
 
 
 class Habits(nn.Module):
@@ -376,3 +377,37 @@ def test_the_rounding_of_a_long_sum_shows_where_it_is_taken_in_another_order():
     with torch.no_grad():
         true = norm(images)
         assert largest(reordered) > 3 * largest(nudged) > 0
+
+
+class Amplifies(nn.Module):
+    """At the usual rate, training moves its last bits to the front."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(torch.sin(6000 * self.conv(x)).mean((2, 3)))
+
+
+def test_training_that_amplifies_rounding_is_compared_at_a_lower_rate(monkeypatch):
+    torch.manual_seed(0)
+    net, rates = Amplifies(), []
+    genuine = Program.descend
+
+    def descend(self, images, targets, rate):
+        rates.append(rate)
+        return genuine(self, images, targets, rate)
+
+    monkeypatch.setattr(Program, "descend", descend)
+    figures = flax_resblock.port(net, image_size=(8, 8), exact=True).figures
+    assert figures["float64 weights after 5 steps of SGD"]["error"] < 1e-11
+    assert rates[-1] == pytest.approx(rates[0] / 10)
+
+    def wrong(self, images, targets, rate):
+        return genuine(self, images, targets, 1.00001 * rate)
+
+    monkeypatch.setattr(Program, "descend", wrong)
+    with pytest.raises(InputError, match=r"after 5 steps of .* differ by"):
+        flax_resblock.port(net, image_size=(8, 8), exact=True)
