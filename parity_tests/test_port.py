@@ -146,8 +146,8 @@ class Whole(nn.Module):
     (tmp_path / "whole.py").write_text(CODE + more)
     state = {f"model.{key}": value for key, value in network.state_dict().items()}
     torch.save(state, tmp_path / "whole.pth")
-    assert run(["port", "whole.py:Whole", "whole.pth", "out"]) == 0
-    model = flax_resblock.load_ported("out", imported(tmp_path / "out" / "whole.py").Whole)
+    assert run(["port", "whole.py:Whole", "whole.pth", "whole"]) == 0
+    model = flax_resblock.load_ported("whole", imported(tmp_path / "whole" / "whole.py").Whole)
     for name in ("back.pth", "back.safetensors"):
         flax_resblock.save(model, name)
     back = torch.load(tmp_path / "back.pth", weights_only=True)
