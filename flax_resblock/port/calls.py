@@ -48,12 +48,8 @@ class Call:
         return self.name, self.place, len(self.made)
 
 
-class Calls(TorchFunctionMode):
-    """Lists the calls of PyTorch within it.
-
-    Attributes:
-      found: The calls.
-      drawn: Where the state of Python's or NumPy's random numbers had changed first.
+class Bounded(TorchFunctionMode):
+    """Ends a forward pass within it that makes too many calls.
 
     Raises:
       EndlessError: There are too many.
@@ -61,15 +57,33 @@ class Calls(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[Call] = []
-        self.drawn = ""
-        self._count, self._random = 0, _random_state()
+        self._count = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
         self._count += 1
         if self._count > MOST_CALLS:
             raise EndlessError(_place())
+        return func(*args, **(kwargs or {}))
+
+
+class Calls(Bounded):
+    """Lists the calls of PyTorch within it.
+
+    Args:
+      draws: Also look whether random numbers are drawn that are not PyTorch's.
+    Attributes:
+      found: The calls.
+      drawn: Where the state of Python's or NumPy's random numbers had changed first.
+    """
+
+    def __init__(self, *, draws: bool = False) -> None:
+        super().__init__()
+        self.found: list[Call] = []
+        self.drawn = ""
+        self._random = _random_state() if draws else None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = super().__torch_function__(func, types, args, kwargs)
         tensors = [one for one in leaves(made) if isinstance(one, torch.Tensor)]
         if tensors and not isinstance(func, torch._ops.OpOverload):  # those are PyTorch's own
             several = [*args, *(kwargs or {}).values()]
@@ -77,7 +91,7 @@ class Calls(TorchFunctionMode):
             numbers, shape = tuple(_numbers(several)), tuple(tensors[0].shape)
             name = getattr(func, "__name__", str(func))
             self.found.append(Call(name, _place(), numbers, tuple(given), shape))
-            if not self.drawn and _random_state() != self._random:
+            if self._random and not self.drawn and _random_state() != self._random:
                 self.drawn = self.found[-1].place or "an unknown line"
         return made
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flax_resblock.errors import InputError, raised
-from flax_resblock.port.calls import Calls, EndlessError, never_ends
+from flax_resblock.port.calls import Bounded, EndlessError, never_ends
 from flax_resblock.port.inputs import Shapes, parsed_shapes
 
 Size = tuple[int, int]
@@ -66,7 +66,7 @@ def accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size,
         for size in sizes:
             images = torch.randn(2, channels, *size)
             try:
-                with Calls():
+                with Bounded():
                     tried(images)
             except EndlessError as error:
                 raise InputError(never_ends(type(module).__name__, error)) from error
@@ -98,7 +98,7 @@ def runs_on(module: torch.nn.Module, shapes: Shapes) -> bool | None:
     """
     inputs = [torch.randn(2, *shape) for shape in shapes]
     try:
-        with Calls():
+        with Bounded():
             copy.deepcopy(module)(*inputs)
     except EndlessError as error:
         raise InputError(never_ends(type(module).__name__, error)) from error
