@@ -56,7 +56,7 @@ REFUSED: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], str]] = {
     ),
     "LambdaLR after a warm-up": (
         sequence([5], LINEAR, lambda_lr),
-        "a LambdaLR inside a SequentialLR",
+        "a LambdaLR that is still to come inside a SequentialLR",
     ),
     "restarts by fractions of an epoch": (
         by_fractions,

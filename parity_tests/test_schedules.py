@@ -195,6 +195,30 @@ def test_a_function_of_the_program_gives_torchs_rates_as_a_factor_or_step_by_ste
         read_schedule(*moments[9], lr_lambda=functions[:1])
 
 
+def test_a_function_within_a_sequence_is_asked_for_while_it_lasts():
+    functions = [lambda step: (1 + step) / 10, lambda step: 1 / (1 + step % 3)]
+
+    def make(optimizer):
+        warm = torch_schedules.LambdaLR(optimizer, functions)
+        then = torch_schedules.CosineAnnealingLR(optimizer, STEPS)
+        return torch_schedules.SequentialLR(optimizer, [warm, then], [9])
+
+    moments = walked(make)
+    for start in (2, 5, 8, 9, 10, 23):
+        known = {"lr_lambda": functions} if start < 9 else {}
+        schedule, _ = read_schedule(*moments[start], **known)
+        for step in range(start, STEPS + 1):
+            now, later = moments[start].groups, moments[step].groups
+            assert deviation(schedule, now, later, step) <= LIMIT
+            written = [scheduled(group, schedule, step, n) for n, group in enumerate(now)]
+            state = write_schedule(ScheduleState(schedule, step), written)
+            assert differences(state, moments[step].state) == []
+    with pytest.raises(CheckpointError, match="keeps its function in the program"):
+        read_schedule(*moments[5])
+    with pytest.raises(CheckpointError, match="It is another function"):
+        read_schedule(*moments[5], lr_lambda=functions[::-1])
+
+
 WARM = {"num_warmup_steps": 7}
 LONG = {**WARM, "num_training_steps": STEPS - 3}
 KNOWN = partial(TransformersSchedule, warmup=7, total=STEPS - 3)

@@ -3,20 +3,20 @@ is :mod:`flax_resblock.runs.scheduler_writing`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from flax_resblock.errors import CheckpointError
 from flax_resblock.runs import mmengine_schedules, timm_schedules, transformers_schedules
+from flax_resblock.runs.function_schedules import ended, misfits, of_functions
 from flax_resblock.runs.optimizer_state import OptimizerState
 from flax_resblock.runs.other_schedules import (
     ChainedScheduler,
     CosineAnnealingWarmRestarts,
     CyclicLR,
-    LambdaLR,
     LRLambda,
-    MultiplicativeLR,
     chains,
 )
 from flax_resblock.runs.plateau import ReduceLROnPlateau
@@ -35,10 +35,6 @@ from flax_resblock.runs.transformers_schedules import (
     TransformersSchedule,
     recognised,
 )
-
-_MOST_CALLS = 1 << 24
-_NEAR = 1e-9
-"""Relative difference between the closed form's rate and torch's own that rounding explains."""
 
 
 @dataclass(frozen=True)
@@ -145,16 +141,8 @@ def _position(state: Mapping[str, Any], source: str) -> int:
     return positions.pop()
 
 
-def _misfits(schedule: Schedule, position: int, groups: Sequence[Options]) -> Iterator[int]:
-    """The param groups whose rate is not the schedule's."""
-    for number, group in enumerate(groups):
-        expected, found = schedule.rate(position, group, number), float(group["lr"])
-        if not abs(expected - found) <= _NEAR * max(abs(expected), base_rate(group)):
-            yield number
-
-
 def _check_rates(schedule: Schedule, position: int, groups: Sequence[Options], source: str) -> None:
-    for number in _misfits(schedule, position, groups):
+    for number in misfits(schedule, position, groups):
         group = groups[number]
         raise CheckpointError(
             f"{source} gives param group {number} the learning rate "
@@ -200,9 +188,9 @@ def _schedule(
         theirs = not any(one is None for one in state["lr_lambdas"])
         if schedule is None and lr_lambda is None and theirs and total:
             schedule = recognised(int(state["last_epoch"]), groups, total, logged)
-        schedule = schedule or _of_functions(state, groups, lr_lambda, source)
+        schedule = schedule or of_functions(state, groups, lr_lambda, source)
     elif "_schedulers" in state:
-        return _several(state, groups, source)
+        return _several(state, groups, lr_lambda, source)
     elif mmengine_schedules.PARTS in state:
         return mmengine_schedules.read_parts(state[mmengine_schedules.PARTS], groups, source)[0]
     elif timm_schedules.is_timm(state):
@@ -226,52 +214,27 @@ def _schedule(
     return schedule
 
 
-def _of_functions(
+def _several(
     state: Mapping[str, Any], groups: Sequence[Options], lr_lambda: LRLambda | None, source: str
 ) -> Schedule:
-    """A LambdaLR or MultiplicativeLR: whichever gives the rates that the optimizer has."""
-    if lr_lambda is None:
-        raise CheckpointError(
-            f"{source}: LambdaLR (or MultiplicativeLR) keeps its function in the program, not in "
-            "the file. Name it with `lr_lambda=FUNCTION`."
-        )
-    functions = tuple(lr_lambda) if isinstance(lr_lambda, Sequence) else (lr_lambda,) * len(groups)
-    if len(functions) != len(groups):
-        raise CheckpointError(
-            f"{source} has {len(groups)} param groups, and lr_lambda {len(functions)} functions. "
-            "Give one for all, or one for each."
-        )
-    states, position = tuple(state["lr_lambdas"]), int(state["last_epoch"])
-    if position > _MOST_CALLS:
-        raise CheckpointError(
-            f"{source} was stepped {position} times, more often than a function is called here."
-        )
-    both = LambdaLR(functions, states), MultiplicativeLR(functions, states)
-    fitting = [one for one in both if next(_misfits(one, position, groups), None) is None]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise CheckpointError(
-            f"{source}: at its step {position}, the function is that of a LambdaLR as well as of a "
-            "MultiplicativeLR. Save the run a few steps later."
-        )
-    words = [f"{one.rate(position, groups[0]):.9g} as {type(one).__name__}" for one in both]
-    raise CheckpointError(
-        f"{source}: at its step {position} the function gives param group 0 the learning rate "
-        f"{' and '.join(words)}, but the optimizer has {float(groups[0]['lr']):.9g}. It is "
-        "another function, or the rate was changed by other means."
-    )
-
-
-def _several(state: Mapping[str, Any], groups: Sequence[Options], source: str) -> Schedule:
     """A SequentialLR or a ChainedScheduler."""
     name = "SequentialLR" if "_milestones" in state else "ChainedScheduler"
-    members = []
-    for part in state["_schedulers"]:
-        if "_schedulers" in part or "lr_lambdas" in part:
+    now = bisect_right(state.get("_milestones", ()), state.get("last_epoch", 0))
+    members: list[Schedule] = []
+    for number, part in enumerate(state["_schedulers"]):
+        of_functions_here = "lr_lambdas" in part and name == "SequentialLR"
+        if of_functions_here and number == now:
+            members.append(of_functions(part, groups, lr_lambda, source))
+        elif of_functions_here and number < now:
+            members.append(ended(part))
+        elif "_schedulers" in part or "lr_lambdas" in part:
             inner = "sequence or chain" if "_schedulers" in part else "LambdaLR"
-            raise CheckpointError(f"{source}: a {inner} inside a {name} has no counterpart here.")
-        members.append(one_schedule(part, source))
+            later = " that is still to come" if of_functions_here else ""
+            raise CheckpointError(
+                f"{source}: a {inner}{later} inside a {name} has no counterpart here."
+            )
+        else:
+            members.append(one_schedule(part, source))
     bases = tuple(tuple(float(base) for base in part["base_lrs"]) for part in state["_schedulers"])
     own = tuple(base_rate(group) for group in groups)
     for number, member in enumerate(members):
