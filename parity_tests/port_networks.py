@@ -234,7 +234,9 @@ class ScaledBlock(nn.Module):
     def forward(self, x):
         y = self.norm(self.conv(x).permute(0, 2, 3, 1))
         y = F.gelu(self.wide(y))
-        energy = torch.norm(y, p=2, dim=(1, 2), keepdim=True)
+        energy = torch.norm(y, p=2, dim=(1, 2), keepdim=True) + torch.linalg.norm(
+            y, dim=-1, keepdim=True
+        )
         y = self.response * (y * energy / (energy.mean(-1, keepdim=True) + 1e-6)) + y
         return x + (self.gamma * self.narrow(y)).permute(0, 3, 1, 2)
 

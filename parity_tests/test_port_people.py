@@ -312,6 +312,33 @@ def test_a_direct_call_of_forward_is_a_call():
     assert ported.figures["float64 training running statistics"]["tensors"] == 4
 
 
+class Cut(nn.Module):
+    """Has a number, and no part."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.end = end
+
+    def forward(self, x):
+        return x[:, :, : -self.end].contiguous()
+
+
+class WithoutParts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.cuts = nn.Sequential(Cut(2), Cut(2), Cut(3), Cut(2))
+
+    def forward(self, x):
+        return self.cuts(self.conv(x))
+
+
+def test_a_module_without_parts_is_made_with_what_its_constructor_asks_for():
+    ported = flax_resblock.port(WithoutParts(), image_size=(16, 15))
+    assert "class Cut(nnx.Module)" in ported.source
+    assert ported.create().cuts[2].end == -3
+
+
 class NamedLikeOperators(nn.Module):
     """Has layers and a parameter with the names of what a trace in training mode looks for."""
 

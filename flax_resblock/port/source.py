@@ -72,11 +72,7 @@ def in_docstring(text: str) -> str:
 
 def _class(made: EmittedClass, *, last: bool, sizes: Sequence[tuple[int, ...]]) -> str:
     body = made.main
-    kept = (
-        []
-        if body.sequence is not None
-        else sorted({name for slot, name in made.names.items() if "\x01" in str(slot[0])})
-    )
+    kept = _kept(made)
     arguments = ", ".join(
         f"{name}: {_type(values)}"
         + (f" = {made.defaults[name]!r}" if name in made.defaults else "")
@@ -216,6 +212,13 @@ def _shape(
 # Constructors
 
 
+def _kept(made: EmittedClass) -> list[str]:
+    """The numbers that the forward pass asks for, and the constructor takes."""
+    if made.main.sequence is not None:
+        return []
+    return sorted({name for slot, name in made.names.items() if "\x01" in str(slot[0])})
+
+
 def _number(made: EmittedClass, slot: tuple[Any, ...]) -> str:
     return made.names.get(slot) or repr(made.literal(slot))
 
@@ -238,8 +241,8 @@ def _built(made: EmittedClass, part: Part, path: tuple[Any, ...]) -> str:
                 text = f"{name}={text}"
             texts.append(text)
         main = emitted.main
-        empty = main.sequence is None and not (main.parts or main.ties or texts)
-        return f"{emitted.name}({', '.join(texts if empty else [*texts, 'rngs=rngs'])})"
+        made_of = main.sequence, main.parts, main.ties, _kept(emitted)
+        return f"{emitted.name}({', '.join([*texts, 'rngs=rngs'] if any(made_of) else texts)})"
     items = _items(made, part, path)
     if part.kind == "Sequential":
         return f"nn.Sequential({', '.join(items)})"

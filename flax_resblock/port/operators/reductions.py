@@ -101,6 +101,16 @@ def _norm(
     return b.new(text, (value,), shape_of(node), order, hint="norm")
 
 
+@rule("linalg_norm")
+def _norm_of_either(
+    b: Values, node: Any, x: Any, power: Any = None, dims: Any = None, keep: bool = False, **_: Any
+) -> Value:
+    vectors = isinstance(dims, int) or (dims is not None and len(dims) == 1)
+    if power is not None and not vectors:
+        raise b.refusal("torch.linalg.norm with an order and without one axis is not supported")
+    return _norm(b, node, x, 2 if power is None else power, dims, keep)
+
+
 @rule("cosine_similarity")
 def _cosine(b: Values, node: Any, left: Any, right: Any, dim: int = 1, eps: float = 1e-8) -> Value:
     operands, shape, order = together(b, (b.value(left), b.value(right)))
