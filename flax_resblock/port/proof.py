@@ -61,14 +61,17 @@ def prove(
       InputError: They differ.
     """
     both = _Comparison(module, ported)
+    shape, wide = both.trained_shape(), PRECISIONS["float64"]
+    cotangent = np.random.default_rng(1).standard_normal(shape or ())
+    both.begin_to_compile(both.few, wide)
+    if shape is not None:  # while PyTorch computes everything else
+        both.begin_to_compile(both.images, wide, train=True, cotangent=cotangent)
     truth = both.in_float64()
-    precision = PRECISIONS["float32" if truth is None else "float64"]
+    precision = PRECISIONS["float32"] if truth is None else wide
     if truth is None:
         both.notes.append("your module does not compute in float64; it was compared in float32")
     both.compare(both.few, precision, theirs=truth)
-    shape = both.trained_shape()
     if shape is not None:
-        cotangent = np.random.default_rng(1).standard_normal(shape)
         both.compare(both.images, precision, cotangent)
         if exact:
             both.compare_steps(precision, shape)
