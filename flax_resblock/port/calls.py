@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from flax_resblock.port.graphs import leaves
 
-MOST_CALLS = 6_000
+MOST_CALLS = 30_000
 """Of PyTorch in one forward pass, after which it is taken to be one that never ends."""
 
 _OF_PACKAGES = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
@@ -51,17 +51,19 @@ class Call:
 class Bounded(TorchFunctionMode):
     """Ends a forward pass within it that makes too many calls.
 
+    Args:
+      most: Calls; more than one forward pass has where more than that is within it.
     Raises:
       EndlessError: There are too many.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MOST_CALLS) -> None:
         super().__init__()
-        self._count = 0
+        self._left = most
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._count += 1
-        if self._count > MOST_CALLS:
+        self._left -= 1
+        if self._left < 0:
             raise EndlessError(_place())
         return func(*args, **(kwargs or {}))
 

@@ -18,7 +18,7 @@ from flax_resblock.parity.inputs import nudged
 from flax_resblock.parity.oracle import relative_l2
 from flax_resblock.parity.pair import PRECISIONS, Precision
 from flax_resblock.parity.taps import Trace, as_tensor, trace_torch
-from flax_resblock.port.calls import Bounded
+from flax_resblock.port.calls import MOST_CALLS, Bounded
 from flax_resblock.port.graphs import leaves
 from flax_resblock.port.inputs import Shapes, in_one_array, random_inputs, unpacked, unpacked_last
 from flax_resblock.port.network import PortedNetwork
@@ -147,7 +147,7 @@ class SideBySide:
     def torch(self, images: np.ndarray, precision: Precision, **options: Any) -> Trace:
         """What the module computes."""
         flat = FlatModule(self._cast(precision), self.shapes)
-        with no_functional_dropout(), torch.enable_grad(), Bounded():
+        with no_functional_dropout(), torch.enable_grad(), Bounded(20 * MOST_CALLS):
             return trace_torch(flat, images, self.torch_slots, precision=precision, **options)
 
     def torch_moved(
