@@ -639,7 +639,8 @@ class Amplifying(nn.Module):
 def test_where_pytorch_itself_is_uncertain_its_uncertainty_is_the_limit(monkeypatch):
     found = flax_resblock.port(Amplifying())
     assert "differ by more than the usual limit" in str(found.notes)
-    assert found.figures["float64 evaluation output"]["error"] > 1e-12
+    errors = [of["error"] for name, of in found.figures.items() if name.startswith("float64")]
+    assert max(errors) > 1e-12
     monkeypatch.setattr(
         porting, "source_of", lambda *a, **k: source_of(*a, **k).replace("300000.0", "300000.01")
     )

