@@ -173,6 +173,16 @@ def test_torch_goes_on_from_the_state_that_is_written(make, kind):
                 assert abs(momentum_of(ours) - momentum_of(theirs)) <= LIMIT, (start, step)
 
 
+def assert_goes_on(schedule: Schedule, moments: list[Moment], start: int) -> None:
+    """Its rates and the states that are written are torch's at every later step."""
+    for step in range(start, STEPS + 1):
+        now, later = moments[start].groups, moments[step].groups
+        assert deviation(schedule, now, later, step) <= LIMIT
+        written = [scheduled(group, schedule, step, n) for n, group in enumerate(now)]
+        state = write_schedule(ScheduleState(schedule, step), written)
+        assert differences(state, moments[step].state) == []
+
+
 @pytest.mark.parametrize("multiplies", [False, True])
 def test_a_function_of_the_program_gives_torchs_rates_as_a_factor_or_step_by_step(multiplies):
     functions = [lambda step: 1 / (1 + step), lambda step: 1 - 0.01 * (step % 7)]
@@ -181,12 +191,7 @@ def test_a_function_of_the_program_gives_torchs_rates_as_a_factor_or_step_by_ste
     for start in range(2, STEPS, 7):
         schedule, position = read_schedule(*moments[start], lr_lambda=functions)
         assert (type(schedule).__name__, position) == (kind.__name__, start)
-        for step in range(start, STEPS + 1):
-            now, later = moments[start].groups, moments[step].groups
-            assert deviation(schedule, now, later, step) <= LIMIT
-            written = [scheduled(group, schedule, step, n) for n, group in enumerate(now)]
-            state = write_schedule(ScheduleState(schedule, step), written)
-            assert differences(state, moments[step].state) == []
+        assert_goes_on(schedule, moments, start)
     with pytest.raises(CheckpointError, match="It is another function"):
         read_schedule(*moments[9], lr_lambda=functions[::-1])
     with pytest.raises(CheckpointError, match="as well as of a MultiplicativeLR"):
@@ -207,12 +212,7 @@ def test_a_function_within_a_sequence_is_asked_for_while_it_lasts():
     for start in (2, 5, 8, 9, 10, 23):
         known = {"lr_lambda": functions} if start < 9 else {}
         schedule, _ = read_schedule(*moments[start], **known)
-        for step in range(start, STEPS + 1):
-            now, later = moments[start].groups, moments[step].groups
-            assert deviation(schedule, now, later, step) <= LIMIT
-            written = [scheduled(group, schedule, step, n) for n, group in enumerate(now)]
-            state = write_schedule(ScheduleState(schedule, step), written)
-            assert differences(state, moments[step].state) == []
+        assert_goes_on(schedule, moments, start)
     with pytest.raises(CheckpointError, match="keeps its function in the program"):
         read_schedule(*moments[5])
     with pytest.raises(CheckpointError, match="It is another function"):
