@@ -129,7 +129,7 @@ def recorded_digests(record: Record) -> dict[str, str]:
 
 
 def _verify(record: Record, expected: Mapping[str, str]) -> None:
-    written = {record.names.get(name, name): value for name, value in record.tensors.items()}
+    written = record.as_named
     found = digests({key: written[key] for key in expected if key in written})
     changed = [key for key, sha in expected.items() if found.get(key) != sha]
     if changed:

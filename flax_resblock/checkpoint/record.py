@@ -47,6 +47,11 @@ class Record:
     extras: Mapping[str, Any] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def as_named(self) -> dict[str, np.ndarray]:
+        """The tensors by their names in the file."""
+        return {self.names.get(name, name): value for name, value in self.tensors.items()}
+
 
 def digest(array: np.ndarray) -> str:
     """SHA-256 of dtype, shape and bits of an array, in hexadecimal."""

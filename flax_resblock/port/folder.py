@@ -171,8 +171,7 @@ def opened_folder(path: FilePath, limits: Limits = LIMITS) -> tuple[PortedWeight
     table = _table_in(path)
     record = read_safetensors(path / WEIGHTS, limits=limits)
     # names that look like a wrapper's are the network's own here
-    whole = {record.names.get(name, name): value for name, value in record.tensors.items()}
-    record = replace(record, format="orbax", tensors=whole, names={}, notes=())
+    record = replace(record, format="orbax", tensors=record.as_named, names={}, notes=())
     opened = open_own(record, table, str(table.about.get("network")))
     return _weights(table, opened), opened
 

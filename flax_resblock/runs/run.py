@@ -132,10 +132,8 @@ def read_run(
     if entry is not None and entry[0] == PARTS:
         entry = PARTS, {PARTS: extras[PARTS]}
     if len(schedulers) > 1:
-        words = (
-            f"{source} has several learning-rate schedulers ({', '.join(schedulers)}), and does "
-        )
-        run = replace(run, problem=f"{words}not say how they share the rate.")
+        words = f"{source} has several learning-rate schedulers ({', '.join(schedulers)})"
+        run = replace(run, problem=f"{words}, and does not say how they share the rate.")
         found |= {name: RunEntry(name, "one of several", "ignored") for name in schedulers}
     elif entry is not None:
         total = entries.whole_number(extras, "trainer_state", "max_steps")
