@@ -34,12 +34,7 @@ from flax_resblock.checkpoint.formats import (
     resolve,
     writer_of,
 )  # fmt: skip
-from flax_resblock.checkpoint.limits import (
-    LIMITS,
-    UNLIMITED,
-    Limits,
-    check_names,
-)  # fmt: skip
+from flax_resblock.checkpoint.limits import LIMITS, UNLIMITED, Limits, check_names
 from flax_resblock.checkpoint.record import (
     DIGESTS,
     METADATA_DIGEST,

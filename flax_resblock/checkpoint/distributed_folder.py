@@ -194,11 +194,7 @@ def _content(piece: _Piece, name: str, folder: Path, temporary: Path, limits: Li
 
 
 def _together(
-    name: str,
-    shape: tuple[int, ...],
-    dtype: str,
-    pieces: list[_Piece],
-    parts: list[np.ndarray],
+    name: str, shape: tuple[int, ...], dtype: str, pieces: list[_Piece], parts: list[np.ndarray]
 ) -> np.ndarray:
     """A tensor of its parts, which must cover it once."""
     sizes = sum(part.size for part in parts)

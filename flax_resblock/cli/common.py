@@ -179,10 +179,7 @@ class RunFlags:
             functions = [load_factory(spec, "lr_lambda") for spec in self.lr_lambda]
             functions = functions if len(functions) > 1 else functions[0]
         return run_of(
-            source,
-            optimizer=self.optimizer,
-            schedule_unit=self.schedule_unit,
-            lr_lambda=functions,
+            source, optimizer=self.optimizer, schedule_unit=self.schedule_unit, lr_lambda=functions
         )
 
 

@@ -95,10 +95,7 @@ def with_channels(dataset: DataSource, channels: int | None) -> DataSource:
 
 
 def filled_batches(
-    config: TrainConfig,
-    train: DataSource,
-    devices: int | None,
-    *said: Mapping[str, Any],
+    config: TrainConfig, train: DataSource, devices: int | None, *said: Mapping[str, Any]
 ) -> TrainConfig:
     """The configuration, with the largest batch that the images can fill if nobody chose its size.
 

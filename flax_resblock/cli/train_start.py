@@ -173,11 +173,7 @@ def resumed(wanted: Wanted, path: Path, schedule: str | None) -> Start:
 
 
 def goes_on(
-    run: Run | None,
-    wanted: Wanted,
-    schedule: str | None,
-    channels: int | None,
-    path: Path | None,
+    run: Run | None, wanted: Wanted, schedule: str | None, channels: int | None, path: Path | None
 ) -> tuple[TrainConfig, Run | None, Splits[DataSource]]:
     """Configuration, run and data of what continues a checkpoint: its run, or its weights alone.
 

@@ -8,13 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flax_resblock import checkpoint
-from flax_resblock.cli.common import (
-    ReadingFlags,
-    arguments_of,
-    print_notes,
-    print_title,
-    status,
-)
+from flax_resblock.cli.common import ReadingFlags, arguments_of, print_notes, print_title, status
 from flax_resblock.config import BlockConfig
 from flax_resblock.errors import InputError
 

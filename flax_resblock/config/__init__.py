@@ -15,11 +15,7 @@ from flax_resblock.config.architectures import (
     unknown_architecture,
 )
 from flax_resblock.config.block import BlockConfig
-from flax_resblock.config.network import (
-    Config,
-    ResNetConfig,
-    walk,
-)
+from flax_resblock.config.network import Config, ResNetConfig, walk
 from flax_resblock.config.options import (
     EXPANSION,
     Antialias,

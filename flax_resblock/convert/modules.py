@@ -9,15 +9,7 @@ from math import inf
 from typing import Any
 
 from flax_resblock.checkpoint.unwrap import PREFIXES, without_wrappers
-from flax_resblock.config import (
-    Activation,
-    Branch,
-    ResNetConfig,
-    Slot,
-    SlotKind,
-    choices_of,
-    walk,
-)
+from flax_resblock.config import Activation, Branch, ResNetConfig, Slot, SlotKind, choices_of, walk
 from flax_resblock.convert.detection.assumption_rules import ASSUMPTION_RULES
 from flax_resblock.convert.naming import TORCH_ACTIVATIONS
 from flax_resblock.convert.state_map import StateMap

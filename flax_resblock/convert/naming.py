@@ -9,14 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from flax_resblock.config import Activation, Branch, Config, Slot, SlotKind, walk
-from flax_resblock.convert.codecs import (
-    AS_IS,
-    MATRIX,
-    OIHW_HWIO,
-    OIW_WIO,
-    TRANSPOSED,
-    Codec,
-)
+from flax_resblock.convert.codecs import AS_IS, MATRIX, OIHW_HWIO, OIW_WIO, TRANSPOSED, Codec
 
 
 @dataclass(frozen=True)

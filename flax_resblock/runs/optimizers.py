@@ -21,12 +21,7 @@ from flax_resblock.config import Path
 from flax_resblock.runs.optimizer_kinds import OPTIMIZERS
 from flax_resblock.runs.optimizer_state import OptimizerState
 from flax_resblock.runs.rule_optimizer import by_rule
-from flax_resblock.runs.update_rules import (
-    bias_correction,
-    corrected,
-    log_of,
-    rule_of,
-)
+from flax_resblock.runs.update_rules import bias_correction, corrected, log_of, rule_of
 
 __all__ = [
     "adamw", "bias_correction", "moving", "optimizer_of", "parameter_path", "record_of",

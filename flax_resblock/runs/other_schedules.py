@@ -8,13 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flax_resblock.runs.schedules import (
-    CosineAnnealingLR,
-    Options,
-    Scaled,
-    Schedule,
-    base_rate,
-)
+from flax_resblock.runs.schedules import CosineAnnealingLR, Options, Scaled, Schedule, base_rate
 
 LRLambda = Callable[[int], float] | Sequence[Callable[[int], float]]
 """The function of a LambdaLR or MultiplicativeLR, or one per param group."""

@@ -160,11 +160,7 @@ def read_run(
 
 
 def _without_scheduler(
-    run: Run,
-    extras: Mapping[str, Any],
-    counters: Counters,
-    source: str,
-    found: dict[str, RunEntry],
+    run: Run, extras: Mapping[str, Any], counters: Counters, source: str, found: dict[str, RunEntry]
 ) -> Run:
     """The run of a file without a scheduler; timm's script stores what it makes its own of."""
     arguments = entries.named(extras.get("args"))

@@ -21,20 +21,10 @@ from flax_resblock.runs.other_schedules import (
 )
 from flax_resblock.runs.plateau import ReduceLROnPlateau
 from flax_resblock.runs.scheduler_kinds import one_schedule
-from flax_resblock.runs.schedules import (
-    OneCycleLR,
-    Options,
-    Schedule,
-    SequentialLR,
-    base_rate,
-)
+from flax_resblock.runs.schedules import OneCycleLR, Options, Schedule, SequentialLR, base_rate
 from flax_resblock.runs.ticks import BATCH, Unit
 from flax_resblock.runs.timm_schedules import TimmSchedule
-from flax_resblock.runs.transformers_schedules import (
-    Logged,
-    TransformersSchedule,
-    recognised,
-)
+from flax_resblock.runs.transformers_schedules import Logged, TransformersSchedule, recognised
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from flax_resblock.config import BlockConfig, Config, ResNetConfig, named_alike
-from flax_resblock.convert.detection.assumption_rules import (
-    ASSUMPTION_RULES,
-    AssumptionRule,
-)
+from flax_resblock.convert.detection.assumption_rules import ASSUMPTION_RULES, AssumptionRule
 from flax_resblock.convert.detection.fixed_assumptions import FIXED
 from flax_resblock.convert.naming import Naming
 from flax_resblock.errors import InputError

@@ -103,9 +103,7 @@ FIXED = (
         unless="nothing is added (none)",
     ),
     Fixed(
-        "nothing follows the head",
-        (),
-        network_where(lambda config: config.num_classes is not None),
+        "nothing follows the head", (), network_where(lambda config: config.num_classes is not None)
     ),
     Fixed("eps is 1e-5 and momentum 0.1 in every norm", ("eps",), lambda config: True),
     Fixed("training drops no values", ("dropout",), lambda config: config.norm_first),

@@ -81,7 +81,7 @@ def explained(
 
 _OTHER_PROGRAMS = {
     "gn_root": "big_vision's ResNet v1 with group norms (it has a gn_root), whose kernels are "
-    "divided by their standard deviation plus 1e-5, and no network here computes that",
+    "divided by their standard deviation plus 1e-5, and no network here computes that"
 }
 """What networks of JAX programs are that have no row in the naming schemes, by a module of each."""
 
