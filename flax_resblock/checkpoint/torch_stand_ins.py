@@ -100,6 +100,8 @@ FIELDS = frozenset(
     )
 )
 LIST = "fastcore.foundation.L"
+_NATIVE = ("<", "=", "|", b"<", b"=", b"|")
+"""Byte orders of this machine, which a pickle of Python 2 has as bytes."""
 
 
 class DTypeStandIn:
@@ -112,7 +114,7 @@ class DTypeStandIn:
 
     def __setstate__(self, state: Any) -> None:
         """Takes the byte order; another than this machine's is left to PyTorch."""
-        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", "=", "|"):
+        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in _NATIVE:
             self.dtype = None
 
 
