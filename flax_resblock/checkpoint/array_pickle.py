@@ -111,12 +111,8 @@ ARRAY_OPCODES = PLAIN_OPCODES | {
 class ArrayUnpickler(pickle.Unpickler):
     """Finds our own functions behind names, in a pickle whose instructions were checked.
 
-    Args:
-      data: One pickle.
-      context: What the calls share.
-      calls: The functions by the names that they stand behind.
-      refused: Ends the message about any other name.
-      encoding: Of the text of Python 2, as for :func:`pickle.loads`.
+    ``calls`` are the functions by the names that they stand behind, ``refused`` ends the message
+    about any other name, and ``encoding`` is that of Python 2's text, as for :func:`pickle.loads`.
     """
 
     def __init__(
@@ -140,11 +136,8 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def read_pickle(path: Path, limits: Limits) -> Record:
-    """Reads a pickle of parameters and state.
-
-    Raises:
-      CheckpointError: Code, damage, other values than dictionaries of arrays, or beyond the limits.
-    """
+    """Reads a pickle of parameters and state; raises CheckpointError for code, damage, other values
+    than dictionaries of arrays, or more than the limits allow."""
     source = str(path)
     rules = PickleRules(
         opcodes=ARRAY_OPCODES | {"BINBYTES8", "BYTEARRAY8"},

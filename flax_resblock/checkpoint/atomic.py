@@ -45,15 +45,9 @@ def no_folder(_: Path) -> bool:
 def refuse_existing(
     path: Path, force: bool, replaceable: Callable[[Path], bool] = no_folder
 ) -> None:
-    """Refuses a destination that must not be replaced, or whose folder does not exist.
-
-    Args:
-      path: The destination.
-      force: Whether the caller wants to replace what is there.
-      replaceable: Says whether a folder with something in it is one that may be replaced. By
-        default none may.
-    Raises:
-      InputError: ``path`` exists without ``force``, is another folder, or lies in none.
+    """Raises InputError for a destination that exists without ``force``, whose folder does not
+    exist, or that is a folder with something in it that ``replaceable`` does not know (by default
+    none is).
     """
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist. Create it first.")
@@ -75,15 +69,12 @@ def replacing(
     replaceable: Callable[[Path], bool] = no_folder,
 ) -> Iterator[Path]:
     """Yields a temporary path that takes the name ``path`` when the block ends well, and vanishes
-    when it does not.
+    when it does not. It becomes a file or a folder, as the block creates one or the other there.
 
     Args:
-      path: The destination. It becomes a file or a folder, as the block creates one or the other
-        at the temporary path.
-      force: Replace what is there.
       companions: Names of files that the block writes beside the temporary path; they take their
         places beside ``path`` just before it does.
-      replaceable: See :func:`refuse_existing`.
+      force, replaceable: See :func:`refuse_existing`.
     Raises:
       InputError: The destination may not be replaced.
       OutputError: Its folder cannot be written to, or the disk is full or fails; also where the
@@ -142,12 +133,8 @@ def remove(folder: Path) -> None:
 
 
 def _remove_tree(folder: Path, looks: int = 1) -> None:
-    """Removes a folder into which a background thread of an interrupted writer may still write.
-
-    Args:
-      folder: Removed as often as such a thread makes it again.
-      looks: How often, in a row, it must be absent.
-    """
+    """Removes a folder into which a background thread of an interrupted writer may still write,
+    until it was absent ``looks`` times in a row."""
     absent = 0
     for _ in range(_PATIENCE):
         shutil.rmtree(folder, ignore_errors=True)

@@ -96,13 +96,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Piece(NamedTuple):
-    """Where a part of an entry is.
-
-    Attributes:
-      offset: Of the part in its tensor; None for an entry that is no tensor.
-      file: Name of the shard.
-      start, length: Of the file of ``torch.save`` in the shard, in bytes.
-    """
+    """Where a part of an entry is: its offset in its tensor (None for an entry that is no tensor),
+    the name of the shard, and start and length in bytes of a file of ``torch.save`` in it."""
 
     offset: tuple[int, ...] | None
     file: str
@@ -246,8 +241,7 @@ def read_content(folder: Path, limits: Limits) -> dict[str, Any]:
 
     Raises:
       CheckpointError: Damaged, beyond the limits, code, or shards that are not there.
-      MissingDependencyError: It holds something that only PyTorch can make, and torch is not
-        installed.
+      MissingDependencyError: It holds something that only PyTorch, which is absent, can make.
     """
     source, place = str(folder), folder / DISTRIBUTED_PLAN
     content: dict[str, Any] = {}

@@ -66,11 +66,7 @@ def msgpack_in(path: Path) -> Path | None:
 
 def metadata_in(path: Path) -> dict[str, str]:
     """What this library wrote beside the tensors of an Orbax folder, or of the newest of a run;
-    empty for anything else. The tensors are not read.
-
-    Raises:
-      CheckpointError: It is damaged.
-    """
+    empty for anything else. The tensors are not read. Raises CheckpointError if it is damaged."""
     from flax_resblock.checkpoint.orbax_folder import METADATA_FILE, read_metadata
 
     folder = orbax_in(path)
@@ -131,11 +127,8 @@ def weights_in(folder: Path) -> Path | None:
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; for ``json.loads(object_pairs_hook=)``.
-
-    Raises:
-      ValueError: Two entries of one name: which counts would depend on the reader.
-    """
+    """A JSON object, for ``json.loads(object_pairs_hook=)``; raises ValueError for two entries of
+    one name, as which of them counts would depend on the reader."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -145,11 +138,8 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def shards(index: Path, limits: Limits) -> list[Path]:
-    """The files that an index of a sharded checkpoint names, in order.
-
-    Raises:
-      CheckpointError: No such index, one beyond the limits, or a shard that is not there.
-    """
+    """The files that an index of a sharded checkpoint names, in order; raises CheckpointError for
+    no such index, one beyond the limits, or a shard that is not there."""
     limits.check(index, "max_header_bytes", index.stat().st_size, "bytes of index")
     try:
         weight_map = json.loads(
@@ -177,11 +167,8 @@ def shards(index: Path, limits: Limits) -> list[Path]:
 
 
 def texts_beside(weights: Path) -> dict[str, str]:
-    """The JSON files beside weights with a well-known name, by name.
-
-    Raises:
-      CheckpointError: One that is no text.
-    """
+    """The JSON files beside weights with a well-known name, by name; raises CheckpointError for one
+    that is no text."""
     if weights.name not in WEIGHTS:
         return {}
     texts = {}
@@ -211,17 +198,11 @@ _ASKED = frozenset({"max_grad_norm", "label_smoothing_factor", "gradient_accumul
 
 def trainer_files(folder: Path, limits: Limits = LIMITS) -> dict[str, Any]:
     """The entries of a training checkpoint that lie in files of their own: optimizer, scheduler,
-    counters.
+    counters; arrays for tensors. Every other file, none of which is opened, comes with None.
 
-    Args:
-      folder: Where the weights are.
-      limits: What each file may declare.
-    Returns:
-      By entry name, arrays for tensors; every other file, none of which is opened, with None.
     Raises:
       CheckpointError: A damaged file, or one that would execute code.
-      MissingDependencyError: There is something in it that only PyTorch can read, and torch is not
-        installed.
+      MissingDependencyError: It holds something that only PyTorch, which is absent, can read.
     """
     found: dict[str, Any] = {}
     read = {_STATE, CONFIG_FILE, PREPROCESSOR_FILE, FSDP_WHOLE, ZERO_MODEL, *WEIGHTS}

@@ -34,11 +34,8 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
 
 
 def output_format(path: Path) -> str:
-    """The format that a file name asks for.
-
-    Raises:
-      InputError: A suffix that no format has, or a name on a hub.
-    """
+    """The format that a file name asks for; raises InputError for a suffix that no format has, or a
+    name on a hub."""
     if is_name(path):
         raise InputError(
             f"{path} names a repository, and an output is a file or a folder. In Python, "

@@ -41,12 +41,7 @@ class RefusedError(Exception):
 
 @contextmanager
 def one_error(source: str, kind: str) -> Iterator[None]:
-    """Turns whatever a pickle raises into a CheckpointError.
-
-    Args:
-      source: Of the pickle, for messages.
-      kind: What it should be.
-    """
+    """Turns whatever a pickle raises into a CheckpointError that says what kind it should be of."""
     try:
         yield
     except RefusedError as error:
@@ -89,13 +84,8 @@ class PickleRules:
 
 @dataclass
 class CheckedPickle:
-    """What :func:`check_pickle` found.
-
-    Attributes:
-      end: Offset of the first byte behind the pickle.
-      foreign: What the pickle does that is allowed, but is left to its own reader; None for
-        nothing.
-    """
+    """What :func:`check_pickle` found: the offset of the first byte behind the pickle, and what it
+    does that is allowed but left to its own reader (None for nothing)."""
 
     end: int
     foreign: str | None = None
@@ -107,10 +97,8 @@ class _Sketch(NamedTuple):
     Attributes:
       kind: ``"scalar"``, ``"tuple"``, ``"list"``, ``"dict"``, ``"global"``, ``"result"`` (of a
         call), ``"reference"`` (by a persistent id) or ``"mark"``.
-      depth: How deep it nests.
       weight: How many values hashing it visits; ``_UNHASHABLE`` for more than a key may have.
-      name: Full name of a global, or of what was called; the text of a short string, of which a
-        name may be made.
+      name: Of a global, or of what was called; the text of a short string, which may become one.
     """
 
     kind: str
@@ -237,14 +225,8 @@ class _Walk:
 def check_pickle(
     data: bytes, rules: PickleRules, limits: Limits, source: str, start: int = 0
 ) -> CheckedPickle:
-    """Walks the instructions of one pickle without following any.
+    """Walks the instructions of the pickle that begins at ``start`` without following any.
 
-    Args:
-      data: The pickle begins at ``start``; more may follow it.
-      rules: What it may consist of.
-      limits: Of nesting.
-      source: For messages.
-      start: Offset in ``data``.
     Raises:
       RefusedError: An instruction, call, state or key that no such pickle needs.
       CheckpointError: It nests deeper than the limit.

@@ -44,11 +44,7 @@ METADATA = "flax_resblock"
 
 
 def metadata_of(text: Any, source: str) -> dict[str, str]:
-    """The metadata that this library wrote into a file.
-
-    Raises:
-      CheckpointError: They are damaged.
-    """
+    """The metadata that this library wrote into a file; raises CheckpointError if they are damaged."""
     try:
         found = json.loads(text)
         if not all(isinstance(value, str) for value in found.values()):
@@ -64,14 +60,9 @@ def metadata_of(text: Any, source: str) -> dict[str, str]:
 def record_of_tree(
     content: Any, source: str, format_name: str, limits: Limits, metadata: Any = None
 ) -> Record:
-    """The record of a tree that a JAX program saved.
+    """The record of a tree that a JAX program saved: nested mappings, lists and tuples of arrays,
+    and other values beside them. ``metadata`` is the text for :func:`metadata_of`, if there is one.
 
-    Args:
-      content: Nested mappings, lists and tuples of arrays; other values are entries beside them.
-      metadata: The text for :func:`metadata_of`; None where there is none.
-      source: For messages.
-      format_name: Of the file.
-      limits: Of nesting, tensors and bytes.
     Raises:
       CheckpointError: No arrays, several sets of variables, or two arrays of one name.
     """
@@ -112,11 +103,8 @@ def is_variables(value: Any) -> bool:
 
 
 def tree_of(arrays: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
-    """The tree of names that are paths, ``"params/conv_init/kernel"``.
-
-    Raises:
-      CheckpointError: A name is twice there, or is inside an array.
-    """
+    """The tree of names that are paths, ``"params/conv_init/kernel"``; raises CheckpointError for a
+    name that is there twice, or inside an array."""
     tree: dict[str, Any] = {}
     for name, array in arrays.items():
         *parents, leaf = name.split("/")

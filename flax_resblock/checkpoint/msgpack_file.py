@@ -97,11 +97,8 @@ _PARTS = ("shape", "chunks")
 
 
 def read_msgpack(path: Path, limits: Limits) -> Record:
-    """Reads a file of ``flax.serialization.to_bytes``.
-
-    Raises:
-      CheckpointError: Not such a file, damaged, or beyond the limits.
-    """
+    """Reads a file of ``flax.serialization.to_bytes``; raises CheckpointError for any other file, a
+    damaged one, or one beyond the limits."""
     hooks = _Hooks(limits, str(path))
     most = min(limits.max_tensors * _VALUES_PER_TENSOR, _LONGEST)
     try:

@@ -23,11 +23,8 @@ from flax_resblock.errors import CheckpointError, InputError
 
 
 def read_weights(path: Path, limits: Limits) -> Record:
-    """Reads an archive of weights: ``"params/conv_init/kernel"``, ``"conv_root/kernel"``.
-
-    Raises:
-      CheckpointError: No such archive, damaged, or beyond the limits.
-    """
+    """Reads an archive of weights, ``"params/conv_init/kernel"`` or ``"conv_root/kernel"``; raises
+    CheckpointError for any other file, a damaged one, or one beyond the limits."""
     try:
         arrays = read_npz(path, limits.max_bytes, limits.max_tensors)
     except InputError as error:

@@ -41,11 +41,8 @@ class DamagedFolderError(CheckpointError):
 
 
 def check_folder(folder: Path, limits: Limits) -> None:
-    """Refuses a folder that has links leading out of it or anything but files and folders, or that
-    expands to more than the limits allow.
-
-    Raises:
-      CheckpointError: It is refused, or its metadata are damaged.
+    """Raises CheckpointError for a folder that has links leading out of it or anything but files
+    and folders, that expands to more than the limits allow, or whose metadata are damaged.
     """
     files = list(_files(folder, limits))
     check_files(files, limits, folder)

@@ -110,11 +110,8 @@ def _nest(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def read_orbax(path: Path, limits: Limits = LIMITS) -> Record:
-    """Reads an Orbax checkpoint; names are the paths of its tree joined by dots.
-
-    Raises:
-      CheckpointError: Not a checkpoint, a damaged one, or beyond the limits.
-    """
+    """Reads an Orbax checkpoint; names are the paths of its tree joined by dots. Raises
+    CheckpointError for any other folder, a damaged one, or one beyond the limits."""
     try:
         check_folder(path, limits)
     except DamagedFolderError as error:
@@ -167,11 +164,8 @@ def _lost(path: Path) -> str:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The metadata in a file beside an Orbax checkpoint; empty if there is none.
-
-    Raises:
-      CheckpointError: It is damaged.
-    """
+    """The metadata in a file beside an Orbax checkpoint; empty if there is none. Raises
+    CheckpointError if it is damaged."""
     if not file.is_file():
         return {}
     try:

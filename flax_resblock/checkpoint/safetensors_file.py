@@ -81,11 +81,8 @@ def _read_one(path: Path, limits: Limits) -> tuple[dict[str, np.ndarray], dict[s
 
 def read_safetensors(path: Path, *, entry: str | None = None, limits: Limits = LIMITS) -> Record:
     """Reads a ``.safetensors`` file, or all shards that a ``.safetensors.index.json`` names;
-    memory-mapped.
-
-    Raises:
-      CheckpointError: Damaged, beyond the limits, a shard missing, or a tensor in two shards.
-    """
+    memory-mapped. Raises CheckpointError for a damaged file, one beyond the limits, a missing
+    shard, or a tensor in two shards."""
     files = shards(path, limits) if path.suffix == ".json" else [path]
     check_files(files, limits, path)
     tensors: dict[str, np.ndarray] = {}

@@ -38,13 +38,8 @@ _COUNT = struct.Struct("<q")
 
 @dataclass(frozen=True)
 class TorchArchive:
-    """The content of a file that is in order.
-
-    Attributes:
-      content: Its value, with arrays for tensors; without meaning unless ``foreign`` is None.
-      foreign: What is in it that only PyTorch can make; None for nothing.
-      is_zip: Whether it is a zip archive.
-    """
+    """The content of a file that is in order, with arrays for tensors; it has no meaning where
+    ``foreign`` says what is in it that only PyTorch can make."""
 
     content: Any
     foreign: str | None
@@ -52,11 +47,8 @@ class TorchArchive:
 
 
 def read_archive(path: Path, limits: Limits) -> TorchArchive:
-    """The file's content.
-
-    Raises:
-      CheckpointError: Not such a file, damaged, beyond the limits, or one that would execute code.
-    """
+    """The file's content; raises CheckpointError for any other file, a damaged one, one beyond the
+    limits, or one that would execute code."""
     is_zip = _is_zip(path)
     found = (_read_zip if is_zip else _read_legacy)(path, limits)
     foreign = found.foreign

@@ -46,15 +46,8 @@ _MOST_AXES, _LONGEST_ITEM = 64, 16
 
 @dataclass
 class Context:
-    """What the calls of one pickle have in common.
-
-    Attributes:
-      limits: Of tensors, bytes and copies.
-      source: For messages.
-      elements: Finds the elements of a storage; None to make no tensors.
-      copies: What calls have copied.
-      tensors: How many have been made.
-    """
+    """What the calls of one pickle have in common. ``elements`` finds the elements of a storage;
+    None makes no tensors."""
 
     limits: Limits
     source: str

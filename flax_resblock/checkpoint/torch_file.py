@@ -38,13 +38,8 @@ _AS_BITS = {"bfloat16": ("int16", ml_dtypes.bfloat16)}
 
 
 def import_torch(what: str = "This") -> Any:
-    """The torch module.
-
-    Args:
-      what: That needs it, for the message.
-    Raises:
-      MissingDependencyError: It is not installed.
-    """
+    """The torch module; raises MissingDependencyError, which says ``what`` needs it, where it is
+    not installed."""
     try:
         import torch
     except ImportError as error:
@@ -58,10 +53,7 @@ def import_torch(what: str = "This") -> Any:
 
 def to_numpy(tensor: torch.Tensor | np.ndarray, name: str = "tensor") -> np.ndarray:
     """The tensor's bits as a numpy array, sharing memory on the CPU; what is one already stays.
-
-    Raises:
-      CheckpointError: A sparse, quantised or meta tensor, or a dtype without a numpy counterpart.
-    """
+    Raises CheckpointError for a sparse, quantised or meta tensor, or a dtype that numpy lacks."""
     if isinstance(tensor, np.ndarray):
         return tensor
     torch = import_torch()
@@ -140,9 +132,8 @@ def _harmless(torch: Any) -> list[Any]:
 
 
 def load_torch(path: Path, limits: Limits = LIMITS) -> Any:
-    """The content of a file of ``torch.save``, with a memory-mapped numpy array for each tensor.
-
-    Where it holds something that only PyTorch can make, PyTorch reads it, with tensors on the CPU.
+    """The content of a file of ``torch.save``, with a memory-mapped numpy array for each tensor;
+    where it holds something that only PyTorch can make, PyTorch reads it, with tensors on the CPU.
 
     Raises:
       CheckpointError: Not such a file, damaged, beyond the limits, or one that would execute code.

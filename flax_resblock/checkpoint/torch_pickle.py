@@ -56,8 +56,7 @@ class TorchPickle:
     Attributes:
       content: Its value, with an array for each tensor; :class:`OnlyTorch` and other stand-ins for
         what numpy and Python have no values for.
-      foreign: What makes ``content`` meaningless, so that PyTorch has to read the file; None for
-        nothing.
+      foreign: Why PyTorch has to read the file, and ``content`` is meaningless; None for nothing.
       storages: Every storage that it refers to, by key.
       end: Offset of the first byte behind the pickle.
     """
@@ -77,14 +76,10 @@ def read_torch_pickle(
     source: str = "the pickle",
     legacy: bool = False,
 ) -> TorchPickle:
-    """Reads one pickle.
+    """Reads the pickle that begins at ``start``.
 
     Args:
-      data: The pickle begins at ``start``; more may follow it.
-      limits: Of nesting, tensors and bytes.
       elements: Finds the elements of a storage; None to make no tensors.
-      start: Offset in ``data``.
-      source: For messages.
       legacy: Whether it is of the format before PyTorch 1.6, in which a storage may be a view of
         another.
     Raises:

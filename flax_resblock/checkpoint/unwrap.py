@@ -34,14 +34,8 @@ _STRAY = ("n_averaged",)
 
 
 class Unwrapped(NamedTuple):
-    """A state dict without what was around it.
-
-    Attributes:
-      state: Tensors by name.
-      extras: The entries beside it.
-      notes: What was done, one sentence each.
-      names: Of the same tensors in what was unwrapped.
-    """
+    """A state dict without what was around it: tensors by name, the entries beside it, a sentence
+    on each thing that was done, and the names of the same tensors in what was unwrapped."""
 
     state: dict[str, Any]
     extras: dict[str, Any]
@@ -57,16 +51,8 @@ def without_wrappers(name: str) -> str:
 def unwrap(
     content: Any, *, is_tensor: Callable[[Any], bool], source: str, entry: str | None = None
 ) -> Unwrapped:
-    """The state dict in ``content``, the entries beside it, and notes on what was done.
-
-    Args:
-      content: What the file held.
-      is_tensor: Tells tensors from other values.
-      source: For messages.
-      entry: Name of the entry that holds the state dict, None to find it.
-    Raises:
-      CheckpointError: No state dict, or no such entry.
-    """
+    """The state dict in ``content``: the entry of that name, or the one that is found. Raises
+    CheckpointError where there is none."""
     notes: list[str] = []
     extras: dict[str, Any] = {}
     if not isinstance(content, Mapping):
@@ -164,12 +150,8 @@ def _holds_tensors(value: Any, is_tensor: Callable[[Any], bool]) -> bool:
 
 
 def strip(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Removes prefixes that every key has, one after the other, and wrappers inside the names.
-
-    Args:
-      state: Tensors by name.
-      notes: Gets a sentence on each.
-    """
+    """Removes prefixes that every key has, one after the other, and wrappers inside the names;
+    ``notes`` gets a sentence on each."""
     for stray in _STRAY:
         if stray in state and len(state) > 1:
             state = {key: value for key, value in state.items() if key != stray}

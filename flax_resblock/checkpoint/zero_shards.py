@@ -24,17 +24,9 @@ _AGAIN = "Copy the folder again, with the shards of all processes."
 
 
 def with_optimizer(record: Record, files: Sequence[Path], limits: Limits) -> Record:
-    """A file of model states with the optimizer of all shards, and its weights in float32.
-
-    Args:
-      record: Of the file; its entry ``optimizer`` is empty.
-      files: Of the shards.
-      limits: Of all of them together.
-    Returns:
-      The optimizer has numbers for parameters, and their names beside them.
-    Raises:
-      CheckpointError: Shards that are damaged, missing, or of another model.
-    """
+    """A file of model states, whose entry ``optimizer`` is empty, with the optimizer of all shards,
+    and its weights in float32. The optimizer has numbers for parameters, and their names beside
+    them. Raises CheckpointError for shards that are damaged, missing, or of another model."""
     where = f"{files[0].parent}, its shards of the optimizer"
     count = record.extras.get("dp_world_size")
     numbers = [int(found[1]) for one in files if (found := ZERO_SHARD.fullmatch(one.name))]

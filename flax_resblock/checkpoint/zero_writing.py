@@ -28,13 +28,8 @@ def shard_names(extras: Mapping[str, Any] | None) -> tuple[str, ...]:
 def taken_apart(
     tensors: Mapping[str, np.ndarray], extras: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The inverse of :func:`flax_resblock.checkpoint.zero_shards.with_optimizer`.
-
-    Args:
-      tensors, extras: Weights, and entries of a training checkpoint.
-    Returns:
-      The entries of the model's file beside the weights, and the shards, none without ZeRO.
-    """
+    """The inverse of :func:`flax_resblock.checkpoint.zero_shards.with_optimizer`: the entries of
+    the model's file beside the weights, and the shards, none without ZeRO."""
     steps, layout = extras.get("step", 0), extras.get(LAYOUT)
     counts = {"global_steps": steps, "skipped_steps": 0, "mp_world_size": 1, "dp_world_size": 1}
     made = {"lr_scheduler": None, **extras, **counts}

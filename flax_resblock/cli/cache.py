@@ -32,17 +32,12 @@ _ABANDONED = 60.0
 
 def keep_compiled(environment: MutableMapping[str, str]) -> str | None:
     """Makes jax, which must not be imported yet, keep compiled programs in a folder, also in child
-    processes.
+    processes; returns a warning if it cannot be used, which they do not repeat.
 
     The folder is ``$FLAX_RESBLOCK_CACHE``, else ``$JAX_COMPILATION_CACHE_DIR`` with jax's own
-    settings, else ``$XDG_CACHE_HOME/flax-resblock/xla``, by default
-    ``~/.cache/flax-resblock/xla``. jax's keys hold its version, its flags and the processor's
-    features, so that machines can share the folder.
-
-    Args:
-      environment: The environment of the process; it is changed.
-    Returns:
-      A warning if the folder cannot be used; child processes do not repeat it.
+    settings, else ``$XDG_CACHE_HOME/flax-resblock/xla``, by default ``~/.cache/flax-resblock/xla``.
+    jax's keys hold its version, its flags and the processor's features, so that machines can share
+    the folder.
     """
     wanted = environment.get(VARIABLE)
     if wanted is None and environment.get(_FOLDER):

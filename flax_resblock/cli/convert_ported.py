@@ -19,15 +19,9 @@ def from_ported(
     other: str | None,
     force: bool,
 ) -> int:
-    """Writes the state dict of the user's own network, and its run.
-
-    Args:
-      path: The folder that ``port`` wrote, or a checkpoint or run of that network.
-      out: The output.
-      reading, training: How to read the checkpoint, and the run in it.
-      other: A naming scheme, or code to compare with, for which there is no place here.
-      force: Replace what is there.
-    """
+    """Writes the state dict of the user's own network, and its run, from the folder that ``port``
+    wrote, or from a checkpoint or run of that network. ``other`` is a naming scheme, or code to
+    compare with, for which there is no place here."""
     format_name = checkpoint.output_format(out)
     if other is not None or format_name == "orbax":
         raise InputError(

@@ -20,7 +20,6 @@ class ImageBatch:
 
     Attributes:
       pixels: ``(N, H, W, C)``, float32 from 0 to 1.
-      names: One per image.
       labels: True classes, if the file has them.
       mean, std: Of the channels, if the file has them.
     """
@@ -33,11 +32,8 @@ class ImageBatch:
 
 
 def load_images(paths: Sequence[Path], preprocessing: Preprocessing, channels: int) -> ImageBatch:
-    """Loads image files, or one ``.npz`` archive of images, which is not preprocessed.
-
-    Raises:
-      InputError: Both kinds together, or a file that cannot be read.
-    """
+    """Loads image files, or one ``.npz`` archive of images, which is not preprocessed; raises
+    InputError for both kinds together, or a file that cannot be read."""
     if any(path.suffix == ".npz" for path in paths):
         if len(paths) > 1:
             raise InputError("give one .npz archive, or image files, not both.")

@@ -34,13 +34,8 @@ _OF_ANY_NETWORK = ("entry", "limits")
 
 @dataclass(frozen=True)
 class OwnCode:
-    """The code of a network.
-
-    Attributes:
-      spec: ``FILE.py:NAME`` or ``package.module:NAME``.
-      factory: What it names.
-      file: The file, if it was named.
-      table: The table of the tensors, if ``port`` wrote the file: it lies beside it.
+    """The code of a network: its name, ``FILE.py:NAME`` or ``package.module:NAME``; the class or
+    function; the file, if it was named; and the table of the tensors, if ``port`` wrote that file.
     """
 
     spec: str
@@ -54,11 +49,8 @@ class OwnCode:
         return self.spec.rpartition(":")[2]
 
     def fresh(self, seed: int) -> nnx.Module:
-        """The network with the values that its own code draws.
-
-        Raises:
-          InputError: It raises, or is no nnx module.
-        """
+        """The network with the values that its own code draws; raises InputError if that raises, or
+        gives no nnx module."""
         from flax import nnx
 
         try:
@@ -79,11 +71,8 @@ class OwnCode:
 
 
 def own_code(spec: str, reading: common.ReadingFlags) -> OwnCode:
-    """Imports the code of a network, which runs it.
-
-    Raises:
-      InputError: No such code, or flags that describe a network besides.
-    """
+    """Imports the code of a network, which runs it; raises InputError where there is none, or for
+    flags that describe a network besides."""
     usual = common.ReadingFlags()
     for name in (one.name for one in fields(reading) if one.name not in _OF_ANY_NETWORK):
         if getattr(reading, name) != getattr(usual, name):
@@ -147,11 +136,7 @@ class Weights:
 def _read(
     code: OwnCode, path: Path, reading: common.ReadingFlags, allow_nonfinite: bool, *, run: bool
 ) -> Weights:
-    """Reads a checkpoint as the weights of a network.
-
-    Raises:
-      InputError: It is not one of this network.
-    """
+    """Reads a checkpoint as the weights of a network; raises InputError if it is not one of it."""
     from flax import nnx
 
     from flax_resblock.port.folder import opened_folder, opened_ported
@@ -197,11 +182,8 @@ def _model(code: OwnCode, weights: Weights, dtype: str, *, widen: bool) -> nnx.M
 def begun(
     code: OwnCode, wanted: Wanted, resume: Path | None, init: Path | None, schedule: str | None
 ) -> Start:
-    """Where a run of the user's own network begins.
-
-    Raises:
-      InputError: The checkpoint, the code and the flags do not fit each other.
-    """
+    """Where a run of the user's own network begins; raises InputError if the checkpoint, the code
+    and the flags do not fit each other."""
     wanted = replace(wanted, preset=replace(wanted.preset, model=None))
     source = init or resume
     if source is None:

@@ -39,16 +39,9 @@ OF_NEW_RUNS = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line asks for.
-
-    Attributes:
-      preset: The configuration that the settings change.
-      reading, training: How to read a checkpoint, and the run in it.
-      settings: The settings that were given, by field.
-      strict: Refuse damaged images.
-      allow_nonfinite: Accept a checkpoint that is not healthy.
-      devices: How many devices of this host share a batch; None is all of them.
-    """
+    """What the command line asks for: the preset and the settings that change it, how to read a
+    checkpoint and the run in it, whether damaged images are refused and an unhealthy checkpoint is
+    accepted, and how many devices of this host share a batch; None is all of them."""
 
     preset: TrainConfig
     reading: common.ReadingFlags
@@ -175,14 +168,9 @@ def resumed(wanted: Wanted, path: Path, schedule: str | None) -> Start:
 def goes_on(
     run: Run | None, wanted: Wanted, schedule: str | None, channels: int | None, path: Path | None
 ) -> tuple[TrainConfig, Run | None, Splits[DataSource]]:
-    """Configuration, run and data of what continues a checkpoint: its run, or its weights alone.
-
-    Args:
-      run: None for the weights alone.
-      wanted, schedule: What the command line asks for.
-      channels: Of the network; None if unknown.
-      path: The checkpoint; None for random weights.
-    """
+    """Configuration, run and data of what continues a checkpoint: its run, or (where that is None)
+    its weights alone. ``channels`` are the network's, if known; without ``path``, its weights are
+    random."""
     if path is not None:
         stored = {} if run is None else run.settings
         refuse_unnamed_data(path, wanted.preset, wanted.settings, stored)

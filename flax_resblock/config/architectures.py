@@ -203,12 +203,8 @@ def architectures() -> tuple[str, ...]:
 
 
 def architecture(name: str, **changes: object) -> ResNetConfig:
-    """The named architecture with fields of :class:`ResNetConfig` replaced.
-
-    Raises:
-      ValueError: An unknown name (the message lists the known ones), or values that make no
-        network.
-    """
+    """The named architecture with fields of :class:`ResNetConfig` replaced; raises ValueError for
+    an unknown name (the message lists the known ones), or values that make no network."""
     if name not in ARCHITECTURES:
         raise ValueError(unknown_architecture(name))
     return replace(ARCHITECTURES[name], **changes)  # pyright: ignore[reportArgumentType]

@@ -206,11 +206,8 @@ class BlockOptions:
         return numbers | {"padding_rule": self.padding}
 
     def check(self) -> None:
-        """Sets options without effect to their defaults, so that equal networks are equal.
-
-        Raises:
-          ValueError: Values that an option does not have.
-        """
+        """Sets options without effect to their defaults, so that equal networks are equal; raises
+        ValueError for values that an option does not have."""
         check_choices(self)
         unused = {
             "shortcut_from": not self.norm_first or self.shortcut == "none",

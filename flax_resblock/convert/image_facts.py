@@ -20,13 +20,8 @@ _LARGEST = 1 << 13
 
 @dataclass(frozen=True, repr=False)
 class ImageFacts:
-    """Images and classes of a network.
-
-    Attributes:
-      preprocessing: None where nothing is known.
-      labels: Class names in order, possibly fewer than the network has logits; empty where they
-        have no names.
-    """
+    """Images and classes of a network: class names are in order, and may be fewer than the
+    network's logits; where nothing is known, ``preprocessing`` is None and ``labels`` are empty."""
 
     preprocessing: Preprocessing | None = None
     labels: tuple[str, ...] = ()
@@ -55,14 +50,7 @@ def carried_images(model: Any) -> ImageFacts:
 
 
 def read_images(metadata: Mapping[str, str], source: str) -> ImageFacts:
-    """What this library stored beside tensors.
-
-    Args:
-      metadata: Of the checkpoint.
-      source: For messages.
-    Raises:
-      CheckpointError: It is damaged.
-    """
+    """What this library stored beside tensors; raises CheckpointError if it is damaged."""
     if IMAGES not in metadata:
         return ImageFacts()
     try:

@@ -24,10 +24,7 @@ wrote, as JSON, if there is one; and the name of its class."""
 
 def written_config(record: Record) -> arch.Config | None:
     """The configuration that this library stored in a checkpoint, which says more than names and
-    shapes can (strides, dilation); None if there is none.
-
-    Raises:
-      CheckpointError: A damaged one.
+    shapes can (strides, dilation); None if there is none. Raises CheckpointError for a damaged one.
     """
     text = record.metadata.get(CONFIG)
     if text is None:
@@ -48,11 +45,8 @@ def written_config(record: Record) -> arch.Config | None:
 
 
 def written_norm_options(record: Record) -> dict[str, float | None]:
-    """``eps`` and ``momentum`` where this library stored them in a checkpoint.
-
-    Raises:
-      CheckpointError: Values that are no numbers.
-    """
+    """``eps`` and ``momentum`` where this library stored them in a checkpoint; raises
+    CheckpointError for values that are no numbers."""
     try:
         return {
             name: None if record.metadata[name] == "None" else float(record.metadata[name])
@@ -67,11 +61,8 @@ def written_norm_options(record: Record) -> dict[str, float | None]:
 
 
 def written_naming(record: Record) -> Naming | None:
-    """The naming scheme that this library stored in a checkpoint because it is not one of its own.
-
-    Raises:
-      CheckpointError: A damaged one.
-    """
+    """The naming scheme that this library stored in a checkpoint because it is not one of its own;
+    raises CheckpointError for a damaged one."""
     text = record.metadata.get(SCHEME)
     if text is None or record.metadata.get(NAMING) in NAMINGS:
         return None
@@ -87,15 +78,9 @@ def metadata_of(
     norm_options: Mapping[str, float | None],
     source: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """What this library stores beside tensors: enough to rebuild the network without any flag.
-
-    Args:
-      config: The network or bare block.
-      naming: Naming scheme, or the name of one; one that is not this library's is stored itself.
-      norm_options: ``eps`` and ``momentum``.
-      source: Metadata of the checkpoint that it came from, whose ``config.json`` and images are
-        kept.
-    """
+    """What this library stores beside tensors: enough to rebuild the network without any flag. A
+    naming scheme that is not this library's is stored itself; of ``source``, the metadata of the
+    checkpoint that it came from, ``config.json`` and images are kept."""
     naming = naming_of(naming)
     return {
         "format": "flax" if naming.as_in_flax else "pt",

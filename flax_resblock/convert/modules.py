@@ -91,12 +91,9 @@ def _difference(slot: Slot, module: Any) -> str | None:
 
 @dataclass(frozen=True)
 class ModuleFacts:
-    """Attributes of a module tree that decide its function.
-
-    Attributes:
-      modules: Submodules by name, wrapper prefixes removed.
-      stride: The largest stride of any convolution: that of a bare block.
-      norm_options: ``eps`` and ``momentum`` that all norms share.
+    """Attributes of a module tree that decide its function: submodules by name, without wrappers;
+    the largest stride of any convolution, which is that of a bare block; and ``eps`` and
+    ``momentum`` that all norms share.
     """
 
     modules: dict[str, Any]
@@ -165,11 +162,7 @@ class ModuleFacts:
 
     def told(self, state_map: StateMap) -> dict[str, Any]:
         """Values of the options that cannot be inferred from the weights: those under which the
-        module has the fewest :meth:`differences`.
-
-        Args:
-          state_map: As read off the tensors alone.
-        """
+        module has the fewest :meth:`differences`. ``state_map`` is read off the tensors alone."""
         config, told = state_map.config, self._read_off(state_map)
         if told:
             state_map = StateMap(replace(config, **told), state_map.naming)
@@ -250,11 +243,8 @@ class ModuleFacts:
 
 
 def module_facts(module: Any) -> ModuleFacts:
-    """Reads the facts off an ``nn.Module``.
-
-    Raises:
-      InputError: Norms that differ among themselves in ``eps`` or ``momentum``.
-    """
+    """Reads the facts off an ``nn.Module``; raises InputError for norms that differ among
+    themselves in ``eps`` or ``momentum``."""
     # the module inside a wrapper comes after it, and takes its place
     modules = {without_wrappers(name): one for name, one in module.named_modules()}
 

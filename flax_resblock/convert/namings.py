@@ -240,12 +240,9 @@ NAMINGS: Mapping[str, Naming] = MappingProxyType({naming.name: naming for naming
 
 
 def naming_of(naming: str | Naming) -> Naming:
-    """The naming scheme that a name stands for; an object is returned as it is.
-
-    Raises:
-      InputError: A name that :data:`NAMINGS` does not have, or an object of your own that has the
-        name of one of them: files say by name how they are written.
-    """
+    """The naming scheme that a name stands for; an object is returned as it is. Raises InputError
+    for a name that :data:`NAMINGS` does not have, and for an object of your own that has the name
+    of one of them: files say by name how they are written."""
     if isinstance(naming, Naming):
         known = NAMINGS.get(naming.name, naming)
         if known.numbers_through and naming.modules.keys() == known.modules.keys():

@@ -59,8 +59,6 @@ class OpenedCheckpoint:
     """A checkpoint that fits.
 
     Attributes:
-      record: What the file held.
-      state_map: Its names and layouts.
       tensors: Its arrays by name, without ignored ones, absent counters filled with zero.
       notes: Everything that was unwrapped, dropped or filled.
       afresh: Keys that are absent and allowed to be.

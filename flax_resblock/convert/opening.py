@@ -68,12 +68,8 @@ def without(tensors: Mapping[str, np.ndarray], dropped: Sequence[str]) -> dict[s
 
 
 def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheckpoint:
-    """The checkpoint with the one reading that fits.
-
-    Raises:
-      CheckpointError: Nothing fits, or several readings do; the message shows the nearest and the
-        flags to use.
-    """
+    """The checkpoint with the one reading that fits; raises CheckpointError where nothing fits, or
+    several readings do. The message shows the nearest and the flags to use."""
     reading = reading or ReadOptions()
     refuse_own(record)
     dropped = ignored(record, reading.ignore)
@@ -162,14 +158,9 @@ def _identify(tensors: Mapping[str, np.ndarray], reading: ReadOptions, source: s
 def _with_head(
     tensors: Mapping[str, np.ndarray], reading: ReadOptions, source: str
 ) -> tuple[dict[str, np.ndarray], Match, str] | None:
-    """The network and its head, where the head has another name than its naming scheme gives it.
-
-    Returns:
-      The tensors under the names of the scheme, the reading, and a note; None where the rest is no
-      network.
-    Raises:
-      CheckpointError: The rest is a network, and the head does not fit it.
-    """
+    """The network under the names of its scheme, its reading, and a note, where its head has
+    another name than the scheme gives it; None where the rest is no network. Raises CheckpointError
+    where the rest is one, and the head does not fit it."""
     head = find_head(describe(tensors))
     if head is None:
         return None
@@ -235,15 +226,9 @@ def _refusal(
     why: str,
     is_told: bool,
 ) -> CheckpointError:
-    """The error with everything that is seen in a checkpoint that is no network.
-
-    Args:
-      record, reading: The checkpoint.
-      found: Shape and dtype of every tensor.
-      error: Of the detection.
-      why: A sentence on the names that were not learned; may be empty.
-      is_told: Whether it is known where in the file the network is.
-    """
+    """The error with everything that is seen in a checkpoint that is no network. ``why`` is a
+    sentence on the names that were not learned, ``is_told`` whether it is known where in the file
+    the network is."""
     told = (reading.architecture, reading.naming, reading.num_classes)
     if is_told or any(one is not None for one in told) or reading.ignore or reading.allow_missing:
         first, *more = str(error).split("\n")

@@ -247,13 +247,9 @@ def _clipping(version: str) -> float:
 
 
 def _decay(values: Mapping[str, Any], epoch: int) -> float | None:
-    """The decay of averaged weights that are updated with each step; None if they are not.
-
-    Args:
-      values: The script's settings; only timm's script (which has ``sched``) and torchvision's say
-        how they average.
-      epoch: The last that was done; torchvision's average begins after its warm-up.
-    """
+    """The decay of averaged weights that are updated with each step; None if they are not, or if
+    ``values``, the script's settings, are neither of timm's script (which has ``sched``) nor of
+    torchvision's, whose average begins after its warm-up, by the last ``epoch`` that was done."""
     decay = values.get("model_ema_decay") if values.get("model_ema") else None
     if not isinstance(decay, float):
         return None

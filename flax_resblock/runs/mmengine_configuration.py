@@ -11,13 +11,9 @@ _LONGEST = 1 << 20
 
 
 def gradient_settings(text: Any) -> dict[str, Any]:
-    """How gradients are clipped, under the names that timm's script uses.
-
-    Args:
-      text: The configuration as Python, which is parsed and not executed.
-    Returns:
-      ``clip_grad`` and ``clip_mode``; empty if they are not clipped, or if it is no such text.
-    """
+    """How gradients are clipped, ``clip_grad`` and ``clip_mode`` as timm's script has them, by a
+    configuration in Python, which is parsed and not executed; empty if they are not clipped, or if
+    it is no such text."""
     if not isinstance(text, str) or len(text) > _LONGEST:
         return {}
     try:

@@ -22,13 +22,9 @@ _COMMON = {*_OWN, "verbose", "_last_value"}
 
 @dataclass(frozen=True)
 class Part:
-    """One of them.
-
-    Attributes:
-      schedule: PyTorch's of the same name, which multiplies the rate.
-      begin, end: It changes the rate from the first of these steps to before the last.
-      entries: Of its state dict, that are its own.
-    """
+    """One of them: PyTorch's schedule of the same name, which multiplies the rate; the steps from
+    the first to before the last at which it does; and the entries of its state dict that are its
+    own."""
 
     schedule: Schedule
     begin: int
@@ -42,12 +38,7 @@ class Part:
 
 @dataclass(frozen=True)
 class MMEngineSchedule(Scaled):
-    """All of them together.
-
-    Attributes:
-      parts: One for each.
-      by_epoch: Whether they count epochs.
-    """
+    """All of them together; ``by_epoch`` says whether they count epochs."""
 
     parts: tuple[Part, ...]
     by_epoch: bool
@@ -64,11 +55,8 @@ class MMEngineSchedule(Scaled):
 
 
 def read_parts(states: Any, groups: Sequence[Options], source: str) -> tuple[MMEngineSchedule, int]:
-    """The schedule in the state dicts of MMEngine's schedulers, and its position.
-
-    Raises:
-      CheckpointError: One without counterpart, or states that do not belong together.
-    """
+    """The schedule in the state dicts of MMEngine's schedulers, and its position; raises
+    CheckpointError for one without counterpart, or states that do not belong together."""
     if not isinstance(states, list):
         raise CheckpointError(f"{source} are the schedulers of several optimizers.")
     parts = tuple(_part(state, source) for state in states)

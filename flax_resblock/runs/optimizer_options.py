@@ -13,16 +13,9 @@ from flax_resblock.runs.param_groups import WEIGHTS_ONLY
 def read_kind(
     groups: Sequence[Mapping[str, Any]], kept: set[str], kind: str | None, source: str
 ) -> str:
-    """A key of :data:`~flax_resblock.runs.optimizer_kinds.OPTIMIZERS`.
-
-    Args:
-      groups: Param groups of a state dict.
-      kept: Names of what it keeps per parameter.
-      kind: What the caller says; checked.
-      source: For messages.
-    Raises:
-      CheckpointError: None, several, or one with options that have no counterpart.
-    """
+    """The key of :data:`~flax_resblock.runs.optimizer_kinds.OPTIMIZERS` of param groups that keep
+    tensors of these names; ``kind``, what the caller says, is checked. Raises CheckpointError for
+    none, several, or one with options that have no counterpart."""
     kind = _kind(groups, kept, kind, source)
     _check_options(groups, kind, source)
     return kind

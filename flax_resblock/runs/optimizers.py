@@ -96,12 +96,9 @@ def parameter_path(keys: tuple[Any, ...]) -> Path:
 
 
 def moving(momenta: Sequence[float]) -> np.ndarray:
-    """Momenta (or Adam's first betas) of the param groups at one step, for :func:`optimizer_of`.
-
-    Returns:
-      ``(groups, 3)`` float64: the momentum, its complement and its logarithm, which would lose
-      digits if they were computed from a float32 momentum.
-    """
+    """Momenta (or Adam's first betas) of the param groups at one step, for :func:`optimizer_of`:
+    ``(groups, 3)`` float64, the momentum, its complement and its logarithm, which would lose digits
+    if they were computed from a float32 momentum."""
     return np.array([(value, 1 - value, log_of(value)) for value in map(float, momenta)])
 
 
@@ -239,13 +236,8 @@ def _tensor_at(keys: tuple[Any, ...]) -> tuple[str, Path] | None:
 
 def state_of(record: OptimizerState, params: Any, fresh: Any = None) -> Any:
     """The optax state for :func:`optimizer_of`, filled with what torch had, in torch's dtypes; what
-    torch had not made yet is as torch would make it.
-
-    Args:
-      record: The torch optimizer.
-      params: What it trains.
-      fresh: What :func:`optimizer_of` starts with for these parameters, where it is known.
-    """
+    torch had not made yet is as torch would make it. ``fresh`` is what :func:`optimizer_of` starts
+    with for these parameters, where it is known."""
     if fresh is None:
         fresh = optimizer_of(record).init(params)
     made = any(record.tensors.values())

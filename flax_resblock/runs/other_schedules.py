@@ -121,12 +121,8 @@ def chains(schedule: Schedule) -> bool:
 
 @dataclass(frozen=True)
 class LambdaLR(Schedule):
-    """The base rate times a function of the step, one per param group.
-
-    Attributes:
-      functions: Of the program's own.
-      states: What torch keeps of each: None of a function, the attributes of an object.
-    """
+    """The base rate times a function of the program's own, one per param group. ``states`` are what
+    torch keeps of each: None of a function, the attributes of an object."""
 
     functions: tuple[Callable[[int], float], ...]
     states: tuple[Mapping[str, Any] | None, ...] = ()

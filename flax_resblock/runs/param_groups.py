@@ -66,7 +66,6 @@ def names_of(
     Args:
       groups, numbers: Param groups of an optimizer's state dict, and their parameters' numbers.
       per_parameter: What the optimizer keeps of each, by number; its shapes tell parameters apart.
-      state_map, source: Of the model; and for messages.
     Raises:
       CheckpointError: They are not this model's, or more than one way to name them fits.
     """

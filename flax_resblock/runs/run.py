@@ -90,13 +90,8 @@ def read_run(
 
     Args:
       extras: The entries beside the weights, with numpy arrays for tensors.
-      state_map: Of the model.
-      optimizer: A key of :data:`~flax_resblock.runs.optimizer_kinds.OPTIMIZERS`, if the options do
-        not tell.
-      schedule_unit: See :func:`~flax_resblock.runs.ticks.unit_of`; None finds it from the counters.
-      lr_lambda: The function of a LambdaLR or MultiplicativeLR, or one per param group.
+      optimizer, schedule_unit, lr_lambda: See :func:`flax_resblock.load_run`.
       batches: Batches that the model's BatchNorms have seen, if they agree.
-      source: For messages.
     Raises:
       CheckpointError: No optimizer, one without counterpart, or one of another model.
     """

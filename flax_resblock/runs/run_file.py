@@ -58,19 +58,9 @@ def run_of(
     schedule_unit: str | int | None = None,
     lr_lambda: LRLambda | None = None,
 ) -> Run:
-    """The training run in an opened checkpoint: optimizer, schedule and counters.
-
-    Args:
-      opened: See :func:`flax_resblock.convert.opening.open_checkpoint` and
-        :func:`flax_resblock.convert.own.open_own`; a Hugging Face Trainer's
-        folder has to be opened with ``run=True``.
-      optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``, if the optimizer's options do not tell.
-      schedule_unit: What the scheduler counts: ``"batch"``, ``"epoch"``, or how often it is stepped
-        per optimizer step; None finds it from the counters.
-      lr_lambda: The function of a LambdaLR or MultiplicativeLR, or one per param group.
-    Raises:
-      CheckpointError: It holds none, or one that cannot go on; the message says why.
-    """
+    """The training run in a checkpoint that was opened with ``run=True``: optimizer, schedule and
+    counters; the others as for :func:`flax_resblock.load_run`. Raises CheckpointError where it
+    holds none, or one that cannot go on; the message says why."""
     record, state_map, source = opened.record, opened.state_map, opened.record.source
     try:
         if holds_run(record.metadata):

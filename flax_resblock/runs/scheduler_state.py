@@ -29,13 +29,7 @@ from flax_resblock.runs.transformers_schedules import Logged, TransformersSchedu
 
 @dataclass(frozen=True)
 class ScheduleState:
-    """A schedule and how far it is.
-
-    Attributes:
-      schedule: The learning rate by step.
-      position: How often the scheduler was stepped; torch's ``last_epoch``.
-      unit: How often it is stepped.
-    """
+    """A schedule, how often it was stepped (torch's ``last_epoch``), and how often it is stepped."""
 
     schedule: Schedule
     position: int
@@ -93,11 +87,9 @@ def read_schedule(
     """Reads the schedule in a scheduler's state dict, and its position.
 
     Args:
-      state: What ``scheduler.state_dict()`` gave.
       groups: The optimizer's param groups, whose rates must be the schedule's.
       lr_lambda: The function of a LambdaLR or MultiplicativeLR, or one per group.
       total, logged: Steps of the whole run, and rates by step, if a Trainer says them.
-      source: For messages.
     Raises:
       CheckpointError: A scheduler without counterpart, a damaged state, or rates that are not on
         the schedule.

@@ -149,12 +149,9 @@ class PolynomialLR(Scaled):
 
 @dataclass(frozen=True)
 class CosineAnnealingLR(Schedule):
-    r""":math:`\eta_{min} + \tfrac{1}{2} (\eta - \eta_{min}) (1 + \cos(\pi t / T))`; past :math:`T`
-    it climbs again.
+    r""":math:`\eta_{min} + \tfrac{1}{2} (\eta - \eta_{min}) (1 + \cos(\pi t / T))` with ``T_max``
+    :math:`T`; past it the rate climbs again. ``eta_min`` is a rate, the same for all groups.
 
-    Attributes:
-      T_max: :math:`T`.
-      eta_min: :math:`\eta_{min}`, a rate, the same for all groups.
     Reference: Loshchilov & Hutter 2017, arXiv:1608.03983.
     """
 
@@ -183,14 +180,9 @@ class Phase:
 
 @dataclass(frozen=True)
 class OneCycleLR(Schedule):
-    """Up to ``max_lr`` and down again; the momentum (or Adam's first beta) goes the other way.
+    """Up to ``max_lr`` and down again in ``total_steps``, by ``"cos"`` or ``"linear"`` phases; the
+    momentum goes the other way if ``cycle_momentum``, as Adam's ``betas[0]`` if ``use_beta1``.
 
-    Attributes:
-      total_steps: Steps of the run.
-      phases: One after the other.
-      anneal: ``"cos"`` or ``"linear"``.
-      cycle_momentum: Whether the momentum moves.
-      use_beta1: Whether it is called ``betas[0]``.
     Reference: Smith & Topin 2019, arXiv:1708.07120.
     """
 
@@ -234,10 +226,8 @@ class OneCycleLR(Schedule):
 class SequentialLR(Schedule):
     """One schedule after the other, each counting from its own start, at the milestones.
 
-    Attributes:
-      schedules, milestones: Of the sequence.
-      bases: The base rates of each schedule, one per param group, where they have their own: a
-        OneCycleLR that is made after another sets new ones. Empty where all have the group's.
+    ``bases`` are the base rates of each schedule, one per param group, where they have their own: a
+    OneCycleLR that is made after another sets new ones. Empty where all have the group's.
     """
 
     schedules: tuple[Schedule, ...]
@@ -279,13 +269,9 @@ class SequentialLR(Schedule):
 
 
 def warmup_cosine(warmup_steps: int, total_steps: int, warmup_factor: float = 0.1) -> Schedule:
-    """A linear warm-up from ``warmup_factor`` of the base rate, then half a cosine down to 0.
+    """A linear warm-up from ``warmup_factor`` of the base rate, in (0, 1], then half a cosine down
+    to 0; raises ValueError for numbers that make no schedule.
 
-    Args:
-      warmup_steps, total_steps: At least 0, and more than that.
-      warmup_factor: In (0, 1].
-    Raises:
-      ValueError: Numbers that make no schedule.
     Reference: Goyal et al. 2017, arXiv:1706.02677.
     """
     if not 0 <= warmup_steps < total_steps:

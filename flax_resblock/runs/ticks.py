@@ -35,11 +35,8 @@ FLAG = (
 
 
 def unit_of(word: str | int) -> Unit:
-    """The unit that a flag names: ``"batch"``, ``"epoch"``, or ticks per optimizer step.
-
-    Raises:
-      InputError: Anything else.
-    """
+    """The unit that a flag names: ``"batch"``, ``"epoch"``, or ticks per optimizer step; raises
+    InputError for anything else."""
     text = str(word)
     if text in ("batch", "epoch"):
         return Unit(per_epoch=text == "epoch")
@@ -117,13 +114,9 @@ def _most_skipped(updates: int) -> int:
 
 
 def _readings(position: int, count: int | None, skipped: int = 0) -> set[Unit]:
-    """Ticks per step that explain a position.
-
-    Args:
-      position: Of the scheduler.
-      count: Of steps; None or 0 explains nothing.
-      skipped: By how many the count may be behind the true number. It may also differ by one, where
-        a file was written between the optimizer's step and the scheduler's.
+    """Ticks per step that explain the position of a scheduler after ``count`` steps, of which None
+    or 0 explain nothing. ``skipped`` is by how many the count may be behind the true number; it may
+    also differ by one, where a file was written between the optimizer's step and the scheduler's.
     """
     if not count:
         return set()
@@ -154,15 +147,8 @@ def _per_step(position: int, counters: Counters) -> set[Unit]:
 
 
 def read_unit(position: int, counters: Counters, source: str) -> Unit:
-    """What a scheduler counts.
-
-    Args:
-      position: How often it was stepped.
-      counters: Of the same file.
-      source: For messages.
-    Raises:
-      CheckpointError: The counters leave none or several readings; the message shows them all.
-    """
+    """What a scheduler counts that was stepped ``position`` times; raises CheckpointError, which
+    shows all counters of its file, where they leave none or several readings."""
     found, epochs = _per_step(position, counters), counters.epochs
     done = counters.done or counters.batches
     if position or done:

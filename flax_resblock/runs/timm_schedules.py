@@ -134,11 +134,8 @@ def is_timm(state: Mapping[str, Any]) -> bool:
 
 
 def read_timm(state: Mapping[str, Any], groups: Sequence[Options], source: str) -> TimmSchedule:
-    """The schedule in a state dict of timm's.
-
-    Raises:
-      CheckpointError: One without counterpart, or one of another optimizer.
-    """
+    """The schedule in a state dict of timm's; raises CheckpointError for one without counterpart,
+    or one of another optimizer."""
     own = state.keys() - _COMMON.keys() - _REST
     listed = isinstance(state.get("decay_t"), list | tuple)
     kinds = [
@@ -207,11 +204,8 @@ def fitting(
 def located(
     state: Mapping[str, Any], counters: Counters, groups: Sequence[Options], source: str
 ) -> Mapping[str, Any]:
-    """The state with the position that the counters and the rates leave, as ``last_epoch``.
-
-    Raises:
-      CheckpointError: They leave none, or several.
-    """
+    """The state with the position that the counters and the rates leave, as ``last_epoch``; raises
+    CheckpointError where they leave none, or several."""
     if "last_epoch" in state:  # which this library writes
         return state
     schedule, done = read_timm(state, groups, source), counters.epochs

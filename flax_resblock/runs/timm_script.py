@@ -20,15 +20,11 @@ def of_script(
     groups: Sequence[Options],
     source: str,
 ) -> tuple[TimmSchedule, int, int]:
-    """The schedule of timm's training script.
+    """The schedule of timm's training script, its position, and the epochs of the whole run.
 
     Args:
       arguments: Of the script, as it stores them, with ``"sched"``.
-      counters: Of the file.
       done: Epochs done.
-      groups, source: Of the optimizer; and for messages.
-    Returns:
-      The schedule, its position, and the epochs of the whole run.
     Raises:
       CheckpointError: One without counterpart, counters that do not give the position, or rates
         that are not on the schedule.

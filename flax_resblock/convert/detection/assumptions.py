@@ -29,12 +29,7 @@ KNOWN = "known"
 
 @dataclass(frozen=True)
 class Assumption:
-    """A choice that nobody made.
-
-    Attributes:
-      rule: What was to be chosen.
-      config: With the choice.
-    """
+    """A choice that nobody made, and the configuration with it."""
 
     rule: AssumptionRule
     config: Config
@@ -106,14 +101,8 @@ class Assumptions:
 def assumptions_of(
     config: Config, naming: Naming, told: Mapping[str, Any], *, by_file: bool
 ) -> Assumptions:
-    """What had to be assumed about a network.
-
-    Args:
-      config: As it was read.
-      naming: Its naming scheme.
-      told: Options that someone gave, by name.
-      by_file: Whether a file beside the weights describes the network.
-    """
+    """What had to be assumed about a network that was read so. ``told`` are the options that
+    someone gave, ``by_file`` says whether a file beside the weights describes the network."""
     rules = [
         Assumption(rule, config)
         for rule in ASSUMPTION_RULES
@@ -146,11 +135,8 @@ def published(config: Config) -> str | None:
 
 
 def with_assumptions(config: Config, assumptions: Mapping[str, Any]) -> Config:
-    """The configuration with the assumptions that it has a field for.
-
-    Raises:
-      InputError: Values that make no network.
-    """
+    """The configuration with the assumptions that it has a field for; raises InputError for values
+    that make no network."""
     names = {field.name for field in fields(config)}
     if isinstance(config, BlockConfig) and config.kind == "basic":
         names.discard("stride_on")

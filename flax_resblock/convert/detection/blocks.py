@@ -18,13 +18,8 @@ SAY = "Say it with `naming=flax_resblock.Naming(...)`."
 
 @dataclass(frozen=True)
 class Layer:
-    """A module with tensors.
-
-    Attributes:
-      name: Of the module.
-      kind: ``"conv"``, ``"norm"`` or ``"linear"``.
-      shape: Of its weight.
-    """
+    """A module with tensors: its name, its kind (``"conv"``, ``"norm"`` or ``"linear"``) and the
+    shape of its weight."""
 
     name: str
     kind: str

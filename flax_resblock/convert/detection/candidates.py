@@ -39,11 +39,7 @@ class Match:
 
 
 class NoFitError(CheckpointError):
-    """No reading fits.
-
-    Attributes:
-      nearest: The one with the fewest differences; None where there is none at all.
-    """
+    """No reading fits; ``nearest`` is the one with the fewest differences, if there is any."""
 
     def __init__(self, message: str, nearest: Match | None) -> None:
         super().__init__(message)
@@ -153,14 +149,8 @@ def identify(
 
     Args:
       found: Shape and dtype of every tensor.
-      architecture: A name or configuration, None to find it.
-      naming: The naming scheme or the name of a known one, None to find it.
-      num_classes: Size of the logits, None to read it off.
-      stride: Of a bare block whose skip changes shape, which its weights do not tell.
-      allow_missing: Keys (globs) that may be absent.
-      assumptions: Fields of the configuration that the weights do not show; see
-        :mod:`flax_resblock.convert.detection.assumptions`.
-      source: What to call the state dict in messages.
+      architecture, naming, num_classes, stride, allow_missing, assumptions: See
+        :class:`~flax_resblock.convert.opened.ReadOptions`.
     Raises:
       CheckpointError: Nothing fits, or several readings fit; the message shows the nearest and the
         flag to use.

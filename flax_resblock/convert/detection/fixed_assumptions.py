@@ -11,12 +11,10 @@ from flax_resblock.convert.detection.assumption_rules import blocks_of, has_stri
 
 @dataclass(frozen=True)
 class Fixed:
-    """What is assumed of every network that is read from weights alone.
+    """What is assumed of every network that is read from weights alone and that ``matters`` picks.
 
     Attributes:
-      says: What is assumed.
       told_by: Arguments that say it; none where it is no option of this library.
-      matters: Whether a network has it.
       unless: What these arguments say, where that is only one of the other cases.
     """
 

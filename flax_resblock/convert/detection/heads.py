@@ -24,11 +24,8 @@ def linears(found: Mapping[str, TensorInfo]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Head:
-    """The classification head of a network, where the naming scheme does not expect it.
-
-    Attributes:
-      module: Its name, such as ``"classifier"`` beside ``backbone.*``, or ``"fc.1"``.
-      prefix: Of the network's other tensors; ``""``: they have none.
+    """The classification head of a network, where the naming scheme does not expect it: the name of
+    its module, such as ``"classifier"`` beside ``backbone.*``, and the prefix of the other tensors.
     """
 
     module: str
@@ -67,14 +64,7 @@ def _all_start(keys: Iterable[str], prefix: str) -> bool:
 def refuse_head_left_out(
     backbone: Backbone, found: Mapping[str, TensorInfo], config: Config, source: str
 ) -> None:
-    """Raises CheckpointError if a classification head is among the tensors beside a network.
-
-    Args:
-      backbone: Where the network is.
-      found: Shape and dtype of every tensor.
-      config: The network.
-      source: For messages.
-    """
+    """Raises CheckpointError if a classification head is among the tensors beside a network."""
     if not isinstance(config, ResNetConfig):
         return
     features = config.feature_channels

@@ -34,11 +34,8 @@ may hold anything."""
 
 @dataclass(frozen=True)
 class NotLearned:
-    """Why no naming scheme was learned.
-
-    Attributes:
-      why: A sentence; empty where the tensors are not those of a residual network at all.
-    """
+    """Why no naming scheme was learned; empty where the tensors are those of no residual network at
+    all."""
 
     why: str = ""
 
@@ -46,11 +43,7 @@ class NotLearned:
 def learn_naming(found: TensorInfos) -> Naming | NotLearned:
     """The naming scheme of a residual network whose names are its author's own; why there is none
     where the tensors are not those of one, or where order alone would have to decide and is not
-    known.
-
-    Args:
-      found: Shape and dtype of every tensor.
-    """
+    known."""
     layers = _layers(found) if len(found) <= _MOST_TENSORS else None
     if layers is None:
         return NotLearned()
@@ -219,13 +212,8 @@ def _outer_norms(
     norms: list[Layer], ends: Mapping[str, Layer | Block], early: set[str], seen: str
 ) -> dict[str, Layer]:
     """The norms outside the blocks by their places, each behind what gives as many channels.
-
-    Args:
-      norms: In order.
-      ends: What they may follow, by their place.
-      early: Those that are defined before the blocks.
-      seen: Begins the message.
-    """
+    ``ends`` are what they may follow, by their place, ``early`` those that are defined before the
+    blocks."""
     found: dict[str, Layer] = {}
     for one in norms:
         fitting = [place for place, end in ends.items() if one.shape == (end.out,)]

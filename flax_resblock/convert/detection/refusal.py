@@ -23,13 +23,8 @@ of the smallest network."""
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a checkpoint that is a network.
-
-    Attributes:
-      prefix: Of its tensors, with the dot behind it.
-      match: What it is.
-      beside: The other tensors.
-    """
+    """A part of a checkpoint that is a network: its prefix, with the dot behind it, what it is, and
+    the other tensors."""
 
     prefix: str
     match: Match
@@ -53,14 +48,8 @@ class Part:
 def explained(
     error: CheckpointError, found: Mapping[str, TensorInfo], why: str, source: str
 ) -> CheckpointError:
-    """The error of the detection, with what is seen in the tensors.
-
-    Args:
-      error: Of the detection.
-      found: Shape and dtype of every tensor.
-      why: A sentence on the names that were not learned; may be empty.
-      source: For messages.
-    """
+    """The error of the detection, with what is seen in the tensors. ``why`` is a sentence on the
+    names that were not learned; it may be empty."""
     first, *more = str(error).split("\n")
     if words := _other_program(found):
         return CheckpointError(f"{source} is {words}. It is not converted.")

@@ -21,8 +21,7 @@ class _Layers:
     """The modules with tensors, in order.
 
     Attributes:
-      tensors: Shape of every tensor, by name.
-      modules: Shapes by module and name within it.
+      tensors: Shape of every tensor, by name; ``modules``: by module and name within it.
       kernels: Shapes of the convolution kernels, by module.
       children: Names of the modules directly inside another, by its name.
       blocks: Names of the convolutions anywhere inside a module, where they are two to six.
@@ -248,11 +247,7 @@ _SIGNS: tuple[tuple[Callable[[_Layers], list[str]], str], ...] = (
 
 
 def unsupported(found: Mapping[str, Any]) -> list[str]:
-    """A sentence on everything that no network of this library has.
-
-    Args:
-      found: Shape and dtype of every tensor.
-    """
+    """A sentence on everything that no network of this library has."""
     if len(found) > _MOST_TENSORS or any(key.count(".") > _DEEPEST for key in found):
         return []
     layers = _Layers({key: info.shape for key, info in found.items()})

@@ -36,15 +36,8 @@ def _json(metadata: Mapping[str, str], name: str, source: str) -> dict[str, Any]
 
 def read_hub(metadata: Mapping[str, str], source: str) -> HubConfig | None:
     """What the ``config.json`` that came with a checkpoint says; None where there is none, or one
-    of another package.
-
-    Args:
-      metadata: Of the checkpoint, with the texts of the JSON files by name.
-      source: For messages.
-    Raises:
-      CheckpointError: A damaged file, or a network that computes something else than this
-        library's.
-    """
+    of another package. Raises CheckpointError for a damaged file, or a network that computes
+    something else than this library's."""
     content = _json(metadata, CONFIG_FILE, source)
     preprocessor = _json(metadata, PREPROCESSOR_FILE, source)
     hub = next((hub for hub in HUBS.values() if hub.recognises(content)), None)
@@ -69,15 +62,13 @@ def kept_files(metadata: Mapping[str, str]) -> dict[str, str]:
 def files_of(
     hub: str, config: Config, metadata: Mapping[str, str], facts: ImageFacts
 ) -> dict[str, str]:
-    """The JSON files of a folder that ``hub``'s package loads, by name.
+    """The JSON files of a folder that ``hub``'s package loads, by name; raises InputError for a
+    bare block, or a network that the package cannot build.
 
     Args:
       hub: A key of :data:`HUBS`.
-      config: The network.
       metadata: Of the checkpoint that it came from.
       facts: What is known of its images.
-    Raises:
-      InputError: A bare block, or a network that the package cannot build.
     """
     if not isinstance(config, ResNetConfig):
         raise InputError(

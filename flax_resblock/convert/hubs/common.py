@@ -38,14 +38,8 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class HubConfig:
-    """A ``config.json`` that was understood.
-
-    Attributes:
-      hub: A key of :data:`flax_resblock.convert.hubs.HUBS`.
-      told: Fields of the configuration that cannot be inferred from the weights.
-      labels: Class names in order; empty where there are none.
-      preprocessing: None where the folder does not say.
-    """
+    """A ``config.json`` of the package ``hub`` that was understood: ``told`` are fields of the
+    configuration that cannot be inferred from the weights, ``labels`` the class names in order."""
 
     hub: str
     told: Mapping[str, Any]
