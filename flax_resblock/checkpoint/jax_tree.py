@@ -44,7 +44,7 @@ METADATA = "flax_resblock"
 
 
 def metadata_of(text: Any, source: str) -> dict[str, str]:
-    """The metadata that this library wrote into a file; raises CheckpointError if they are damaged."""
+    """What this library wrote into a file as metadata; raises CheckpointError if it is damaged."""
     try:
         found = json.loads(text)
         if not all(isinstance(value, str) for value in found.values()):

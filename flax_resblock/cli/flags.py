@@ -99,7 +99,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Help:
-    """What a command says of itself: examples, paragraphs, and its flags in the order of the help."""
+    """What a command says of itself: examples, paragraphs, and its flags in order."""
 
     name: str
     examples: tuple[str, ...]

@@ -11,7 +11,7 @@ import numpy as np
 
 from flax_resblock.checkpoint.trainer_arguments import TRAINER_ARGUMENTS
 from flax_resblock.checkpoint.zero_writing import LAYOUT
-from flax_resblock.runs.mmengine_configuration import gradient_settings
+from flax_resblock.runs.mmengine_schedules import gradient_settings
 
 
 @dataclass(frozen=True)

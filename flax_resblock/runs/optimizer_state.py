@@ -13,8 +13,7 @@ from flax_resblock.config import Path
 from flax_resblock.convert.state_map import Entry, TensorMap
 from flax_resblock.errors import CheckpointError, some
 from flax_resblock.runs import fastai_optimizer
-from flax_resblock.runs.optimizer_kinds import OPTIMIZERS, OptimizerKind
-from flax_resblock.runs.optimizer_options import read_kind
+from flax_resblock.runs.optimizer_kinds import OPTIMIZERS, OptimizerKind, read_kind
 from flax_resblock.runs.param_groups import (
     WEIGHTS_ONLY,
     are_names,

@@ -30,7 +30,7 @@ from flax_resblock.runs.tensors import flax_tensors
 
 
 def state_dict_of(model: nnx.Module) -> dict[str, np.ndarray]:
-    """The state dict of the module that a model was ported from; raises InputError if it was not."""
+    """The state dict of the module that a model was ported from; InputError if it was not."""
     tensors = _ported(model)
     return tensors.to_torch(tensors.whole(flat_arrays(model)), copy=True)
 

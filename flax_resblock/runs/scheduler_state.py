@@ -10,7 +10,6 @@ from typing import Any
 
 from flax_resblock.errors import CheckpointError
 from flax_resblock.runs import mmengine_schedules, timm_schedules, transformers_schedules
-from flax_resblock.runs.function_schedules import ended, misfits, of_functions
 from flax_resblock.runs.optimizer_state import OptimizerState
 from flax_resblock.runs.other_schedules import (
     ChainedScheduler,
@@ -18,10 +17,20 @@ from flax_resblock.runs.other_schedules import (
     CyclicLR,
     LRLambda,
     chains,
+    ended,
+    misfits,
+    of_functions,
 )
 from flax_resblock.runs.plateau import ReduceLROnPlateau
 from flax_resblock.runs.scheduler_kinds import one_schedule
-from flax_resblock.runs.schedules import OneCycleLR, Options, Schedule, SequentialLR, base_rate
+from flax_resblock.runs.schedules import (
+    OneCycleLR,
+    Options,
+    Schedule,
+    SequentialLR,
+    base_rates,
+    refuse_other_bases,
+)
 from flax_resblock.runs.ticks import BATCH, Unit
 from flax_resblock.runs.timm_schedules import TimmSchedule
 from flax_resblock.runs.transformers_schedules import Logged, TransformersSchedule, recognised
@@ -29,7 +38,7 @@ from flax_resblock.runs.transformers_schedules import Logged, TransformersSchedu
 
 @dataclass(frozen=True)
 class ScheduleState:
-    """A schedule, how often it was stepped (torch's ``last_epoch``), and how often it is stepped."""
+    """A schedule, its steps so far (torch's ``last_epoch``), and how often it is stepped."""
 
     schedule: Schedule
     position: int
@@ -187,12 +196,7 @@ def _schedule(
                     f"optimizer has {rates}: they were changed by other means than the schedule."
                 )
             return schedule
-    bases = [float(base) for base in state["base_lrs"]]
-    if bases != [base_rate(group) for group in groups]:
-        raise CheckpointError(
-            f"{source} scales the learning rates {bases}, but the optimizer began with "
-            f"{[base_rate(group) for group in groups]}."
-        )
+    refuse_other_bases(state["base_lrs"], groups, source)
     return schedule
 
 
@@ -218,7 +222,7 @@ def _several(
         else:
             members.append(one_schedule(part, source))
     bases = tuple(tuple(float(base) for base in part["base_lrs"]) for part in state["_schedulers"])
-    own = tuple(base_rate(group) for group in groups)
+    own = tuple(base_rates(groups))
     for number, member in enumerate(members):
         words = type(member).__name__
         known = not isinstance(member, CyclicLR | ReduceLROnPlateau)

@@ -26,6 +26,7 @@ from flax_resblock.runs.schedules import (
     Schedule,
     SequentialLR,
     base_rate,
+    base_rates,
 )
 from flax_resblock.runs.timm_schedules import TimmSchedule
 from flax_resblock.runs.transformers_schedules import TransformersSchedule
@@ -85,7 +86,7 @@ def _state(
         return mmengine_schedules.written(schedule, position, groups, rates)
     if isinstance(schedule, TimmSchedule):
         return timm_schedules.written(schedule, position, groups)
-    bases, counted = [base_rate(group) for group in groups], True
+    bases, counted = base_rates(groups), True
     if isinstance(schedule, OneCycleLR):
         own: dict[str, Any] = {
             "total_steps": schedule.total_steps,

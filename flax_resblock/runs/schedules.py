@@ -15,9 +15,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from flax_resblock.errors import CheckpointError
 
 Options = Mapping[str, Any]
 """A param group without its parameters, as torch has it: ``lr``, ``initial_lr``, ``momentum``."""
@@ -26,6 +28,19 @@ Options = Mapping[str, Any]
 def base_rate(group: Options) -> float:
     """The rate that a schedule scales: ``initial_lr`` as torch stores it, or ``lr`` before that."""
     return float(group.get("initial_lr", group["lr"]))
+
+
+def base_rates(groups: Sequence[Options]) -> list[float]:
+    """:func:`base_rate` of every param group."""
+    return [base_rate(group) for group in groups]
+
+
+def refuse_other_bases(bases: Sequence[Any], groups: Sequence[Options], source: str) -> None:
+    """Raises CheckpointError if a scheduler scales other rates than the optimizer began with."""
+    scaled, began = [float(base) for base in bases], base_rates(groups)
+    if scaled != began:
+        words = f"scales the learning rates {scaled}, but the optimizer began with {began}"
+        raise CheckpointError(f"{source} {words}.")
 
 
 @dataclass(frozen=True)
@@ -257,15 +272,16 @@ class SequentialLR(Schedule):
         found = (self.schedules[i].momentum(at, group, number) for i, at in places)
         return next((momentum for momentum in found if momentum is not None), None)
 
+    def _behind_the_last(self, steps: int | None) -> int | None:
+        return None if steps is None else steps + max(self.milestones, default=0)
+
     @property
     def length(self) -> int | None:
-        last = self.schedules[-1].length
-        return None if last is None else last + max(self.milestones, default=0)
+        return self._behind_the_last(self.schedules[-1].length)
 
     @property
     def end(self) -> int | None:
-        last = self.schedules[-1].end
-        return None if last is None else last + max(self.milestones, default=0)
+        return self._behind_the_last(self.schedules[-1].end)
 
 
 def warmup_cosine(warmup_steps: int, total_steps: int, warmup_factor: float = 0.1) -> Schedule:
@@ -275,9 +291,8 @@ def warmup_cosine(warmup_steps: int, total_steps: int, warmup_factor: float = 0.
     Reference: Goyal et al. 2017, arXiv:1706.02677.
     """
     if not 0 <= warmup_steps < total_steps:
-        raise ValueError(
-            f"warmup_steps={warmup_steps} must be at least 0 and below total_steps={total_steps}."
-        )
+        words = f"must be at least 0 and below total_steps={total_steps}"
+        raise ValueError(f"warmup_steps={warmup_steps} {words}.")
     if not 0 < warmup_factor <= 1:
         raise ValueError(f"warmup_factor={warmup_factor} must be above 0 and at most 1.")
     cosine = CosineAnnealingLR(total_steps - warmup_steps, 0.0)
