@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _HIDDEN = ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
 """Unicode categories of what hides, reorders or breaks text."""
@@ -11,8 +13,7 @@ _LONG = 300
 
 class InputError(ValueError):
     """An input does not fit: a file, a name or a flag. The message says what does not fit, where,
-    what was expected and what was found, and what to do next.
-    """
+    what was expected and what was found, and what to do next."""
 
 
 class CheckpointError(InputError):
@@ -53,8 +54,7 @@ def visible(text: str, keep: str = "") -> str:
 
 def reason(error: BaseException) -> str:
     """An error in its own words; that of a system call without its number, ``[Errno 2]``, and
-    without the path, which the message around it names.
-    """
+    without the path, which the message around it names."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
@@ -64,6 +64,18 @@ def first_line(error: Exception) -> str:
     """The beginning of another library's error message, fit for a message of ours."""
     lines = str(error).strip().splitlines()
     return visible(lines[0])[:200].rstrip(".") if lines else type(error).__name__
+
+
+@contextmanager
+def damaged(words: str, advice: str, kind: type[InputError] = CheckpointError) -> Iterator[None]:
+    """Turns what a library raises at a damaged file into one error, ``WORDS (ITS OWN). ADVICE``; a
+    CheckpointError and a lack of memory stay what they are."""
+    try:
+        yield
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        raise kind(f"{words} ({first_line(error)}). {advice}") from error
 
 
 def raised(error: Exception) -> str:

@@ -24,7 +24,7 @@ from flax_resblock.checkpoint.inert_pickle import (
     one_error,
 )
 from flax_resblock.checkpoint.jax_tree import record_of_tree
-from flax_resblock.checkpoint.limits import Limits, check_content
+from flax_resblock.checkpoint.limits import Limits, array_bytes, check_content
 from flax_resblock.checkpoint.record import Record
 from flax_resblock.checkpoint.torch_calls import MADE, Context, UnfitError
 from flax_resblock.checkpoint.torch_stand_ins import Copies, DTypeStandIn
@@ -161,9 +161,7 @@ def _refused(name: str) -> str:
 
 
 def _size(value: Any) -> int | None:
-    if isinstance(value, PickledArray):
-        value = value.array
-    return int(value.nbytes) if isinstance(value, np.ndarray | np.generic) else None
+    return array_bytes(value.array if isinstance(value, PickledArray) else value)
 
 
 def _with_arrays(value: Any, source: str) -> Any:

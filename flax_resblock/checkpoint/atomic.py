@@ -47,8 +47,7 @@ def refuse_existing(
 ) -> None:
     """Raises InputError for a destination that exists without ``force``, whose folder does not
     exist, or that is a folder with something in it that ``replaceable`` does not know (by default
-    none is).
-    """
+    none is)."""
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist. Create it first.")
     if os.path.lexists(path) and not force:

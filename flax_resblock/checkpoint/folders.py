@@ -81,8 +81,7 @@ FSDP_MODEL, FSDP_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
 
 def distributed_in(path: Path) -> Path | None:
     """The folder of ``torch.distributed.checkpoint`` that a path is, or is a file of; None for
-    anything else.
-    """
+    anything else."""
     inside = path.suffix == DISTRIBUTED_SHARD or path.name == DISTRIBUTED_PLAN
     folder = path.parent if inside else path
     places = (folder, folder / FSDP_MODEL)
@@ -99,8 +98,7 @@ ZERO_SHARD = re.compile(r"(?:bf16_)?zero_pp_rank_(\d{1,6})_mp_rank_00_optim_stat
 
 def shards_of(path: Path) -> list[Path]:
     """DeepSpeed's parts of the optimizer beside a file of weights, in the order of the processes;
-    empty for any other file.
-    """
+    empty for any other file."""
     if path.name != ZERO_MODEL:
         return []
     found = {

@@ -12,7 +12,7 @@ import numpy as np
 from flax_resblock.checkpoint.jax_tree import METADATA, paths_of, record_of_tree, tree_of
 from flax_resblock.checkpoint.limits import Limits
 from flax_resblock.checkpoint.record import Record
-from flax_resblock.errors import CheckpointError, MissingDependencyError, first_line, visible
+from flax_resblock.errors import CheckpointError, MissingDependencyError, damaged, visible
 
 
 def _h5py() -> Any:
@@ -31,16 +31,10 @@ def read_h5(path: Path, limits: Limits) -> Record:
       MissingDependencyError: h5py is not installed.
     """
     h5py = _h5py()
-    try:
-        with h5py.File(path, "r") as file:
-            arrays = dict(_datasets(h5py, file, "", limits, str(path)))
-            about = file[METADATA].asstr()[()] if METADATA in file else None
-    except CheckpointError:
-        raise
-    except Exception as error:  # HDF5 reports damage as nearly anything
-        raise CheckpointError(
-            f"{path} is no HDF5 file, or a damaged one ({first_line(error)}). Copy it again."
-        ) from error
+    words = f"{path} is no HDF5 file, or a damaged one"
+    with damaged(words, "Copy it again."), h5py.File(path, "r") as file:
+        arrays = dict(_datasets(h5py, file, "", limits, str(path)))
+        about = file[METADATA].asstr()[()] if METADATA in file else None
     return record_of_tree(tree_of(arrays, str(path)), str(path), "h5", limits, about)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from flax_resblock.checkpoint.limits import Limits
-from flax_resblock.errors import CheckpointError, first_line
+from flax_resblock.errors import CheckpointError, damaged
 
 PLAIN_OPCODES = (
     {"PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2"}
@@ -42,18 +42,18 @@ class RefusedError(Exception):
 @contextmanager
 def one_error(source: str, kind: str) -> Iterator[None]:
     """Turns whatever a pickle raises into a CheckpointError that says what kind it should be of."""
+    words = f"{source} is no {kind}, or a damaged one: its pickle cannot be read"
+    with damaged(words, "Copy or download it again."), refused(source):
+        yield
+
+
+@contextmanager
+def refused(source: object) -> Iterator[None]:
+    """Turns a RefusedError into a CheckpointError that begins with its source."""
     try:
         yield
     except RefusedError as error:
         raise CheckpointError(f"{source} {error}") from error
-    except CheckpointError:
-        raise
-    # IndexError, struct.error, UnicodeDecodeError, KeyError ...: damage raises nearly anything.
-    except Exception as error:
-        raise CheckpointError(
-            f"{source} is no {kind}, or a damaged one: its pickle cannot be read "
-            f"({first_line(error)}). Copy or download it again."
-        ) from error
 
 
 @dataclass(frozen=True)

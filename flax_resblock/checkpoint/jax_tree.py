@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.checkpoint.limits import Limits, check_content
+from flax_resblock.checkpoint.limits import Limits, array_bytes, check_content
 from flax_resblock.checkpoint.record import Record
 from flax_resblock.errors import CheckpointError, some, visible
 
@@ -46,14 +46,19 @@ METADATA = "flax_resblock"
 def metadata_of(text: Any, source: str) -> dict[str, str]:
     """What this library wrote into a file as metadata; raises CheckpointError if it is damaged."""
     try:
-        found = json.loads(text)
-        if not all(isinstance(value, str) for value in found.values()):
-            raise ValueError("they are no strings")
+        return strings_of(text)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{source}: the entry {METADATA!r}, where this library keeps what it knows of a "
             f"network, is damaged ({str(error)[:120]}). Copy the file again."
         ) from error
+
+
+def strings_of(text: Any) -> dict[str, str]:
+    """A JSON object of strings; raises ValueError or another error of json for anything else."""
+    found = json.loads(text)
+    if not isinstance(found, dict) or not all(isinstance(one, str) for one in found.values()):
+        raise ValueError("it is no object of strings")
     return found
 
 
@@ -66,11 +71,7 @@ def record_of_tree(
     Raises:
       CheckpointError: No arrays, several sets of variables, or two arrays of one name.
     """
-
-    def size(value: Any) -> int | None:
-        return int(value.nbytes) if isinstance(value, np.ndarray | np.generic) else None
-
-    check_content(content, limits, size, source)
+    check_content(content, limits, array_bytes, source)
     told = {} if metadata is None else metadata_of(metadata, source)
     notes: list[str] = []
     place, variables, extras = _variables(content, source)
@@ -102,12 +103,12 @@ def is_variables(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get(PARAMS), Mapping)
 
 
-def tree_of(arrays: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
-    """The tree of names that are paths, ``"params/conv_init/kernel"``; raises CheckpointError for a
-    name that is there twice, or inside an array."""
+def tree_of(arrays: Mapping[str, Any], source: str, joint: str = "/") -> dict[str, Any]:
+    """The tree of names whose parts ``joint`` separates, ``"params/conv_init/kernel"``; raises
+    CheckpointError for a name that is there twice, or inside an array."""
     tree: dict[str, Any] = {}
     for name, array in arrays.items():
-        *parents, leaf = name.split("/")
+        *parents, leaf = name.split(joint)
         node: Any = tree
         for parent in parents:
             node = node.setdefault(parent, {}) if isinstance(node, dict) else node

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flax_resblock.errors import CheckpointError, InputError, visible
 
 
@@ -85,8 +87,7 @@ _LONGEST_NAME = 512
 
 def check_files(paths: Iterable[Path], limits: Limits, source: object) -> None:
     """Raises CheckpointError for pipes (which would be waited for), devices (which have no end),
-    what cannot be reached, and files that are too many or too large together.
-    """
+    what cannot be reached, and files that are too many or too large together."""
     total = count = 0
     for count, path in enumerate(paths, start=1):
         try:
@@ -102,8 +103,7 @@ def check_files(paths: Iterable[Path], limits: Limits, source: object) -> None:
 
 def check_names(names: Iterable[str], source: object) -> None:
     """Raises CheckpointError for names of tensors that would act on a terminal or a page, and for
-    names longer than 512 characters.
-    """
+    names longer than 512 characters."""
     for name in names:
         if len(name) > _LONGEST_NAME or visible(name) != name:
             raise CheckpointError(
@@ -114,8 +114,19 @@ def check_names(names: Iterable[str], source: object) -> None:
             )
 
 
-_VALUES_PER_TENSOR = 100
+VALUES_PER_TENSOR = 100
 """Values allowed for each tensor that is allowed; a list of losses has one per step."""
+
+
+def check_values(limits: Limits, source: object, values: int, tensors: int = 0) -> None:
+    """Raises CheckpointError for more tensors than allowed, or more values than those may have."""
+    what = f"tensors, or more than {VALUES_PER_TENSOR} values for each,"
+    limits.check(source, "max_tensors", max(tensors, values // VALUES_PER_TENSOR), what)
+
+
+def array_bytes(value: Any) -> int | None:
+    """The bytes of an array or number of numpy's; None for anything else."""
+    return int(value.nbytes) if isinstance(value, np.ndarray | np.generic) else None
 
 
 def _children(value: Any, source: str) -> Iterable[Any] | None:
@@ -155,5 +166,4 @@ def check_content(
                 break
         else:
             pending.pop()
-        what = f"tensors, or more than {_VALUES_PER_TENSOR} values for each,"
-        limits.check(source, "max_tensors", max(tensors, values // _VALUES_PER_TENSOR), what)
+        check_values(limits, source, values, tensors)

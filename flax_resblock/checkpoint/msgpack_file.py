@@ -12,10 +12,11 @@ import ml_dtypes
 import msgpack
 import numpy as np
 
+from flax_resblock.checkpoint.folders import without_duplicates
 from flax_resblock.checkpoint.jax_tree import METADATA, nested, record_of_tree
-from flax_resblock.checkpoint.limits import Limits
+from flax_resblock.checkpoint.limits import VALUES_PER_TENSOR, Limits, check_values
 from flax_resblock.checkpoint.record import Record
-from flax_resblock.errors import CheckpointError, first_line
+from flax_resblock.errors import damaged
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 """Flax's extension types."""
@@ -30,7 +31,7 @@ _DTYPES: Mapping[bytes, np.dtype] = {
     )
 } | {b"V2": np.dtype(ml_dtypes.bfloat16)}
 """By the names that Flax writes; ``V2`` is how old versions wrote bfloat16."""
-_VALUES_PER_TENSOR, _LONGEST = 100, (1 << 31) - 1
+_LONGEST = (1 << 31) - 1
 
 
 class _Hooks:
@@ -41,18 +42,14 @@ class _Hooks:
 
     def count(self, more: int) -> None:
         self.values += more
-        what = f"tensors, or more than {_VALUES_PER_TENSOR} values for each,"
-        self.limits.check(self.source, "max_tensors", self.values // _VALUES_PER_TENSOR, what)
+        check_values(self.limits, self.source, self.values)
 
     def pairs(self, pairs: list[tuple[Any, Any]]) -> Any:
         self.count(len(pairs))
-        found: dict[str, Any] = {}
-        for key, value in pairs:
+        for key, _ in pairs:
             if not isinstance(key, str):
                 raise ValueError(f"it has the key {str(key)[:60]!r}, which is no text")
-            if key in found:
-                raise ValueError(f"it has {key[:120]!r} twice")
-            found[key] = value
+        found = without_duplicates(pairs)
         return _whole(found) if _CHUNKED in found else found
 
     def items(self, items: list[Any]) -> list[Any]:
@@ -85,23 +82,21 @@ def _array(data: bytes) -> np.ndarray:
     return np.frombuffer(values, dtype).reshape(shape)
 
 
-def _whole(chunks: Mapping[str, Any]) -> np.ndarray:
+def _whole(chunked: Mapping[str, Any]) -> np.ndarray:
     """An array that Flax wrote in parts: ``shape`` and ``chunks`` are mappings by number."""
-    shape, parts = ([chunks[name][str(i)] for i in range(len(chunks[name]))] for name in _PARTS)
+    mappings = chunked["shape"], chunked["chunks"]
+    shape, parts = ([one[str(i)] for i in range(len(one))] for one in mappings)
     if not all(isinstance(part, np.ndarray) and part.ndim == 1 for part in parts):
         raise ValueError("the parts of an array in it are no arrays")
     return np.concatenate(parts).reshape([int(n) for n in shape])
-
-
-_PARTS = ("shape", "chunks")
 
 
 def read_msgpack(path: Path, limits: Limits) -> Record:
     """Reads a file of ``flax.serialization.to_bytes``; raises CheckpointError for any other file, a
     damaged one, or one beyond the limits."""
     hooks = _Hooks(limits, str(path))
-    most = min(limits.max_tensors * _VALUES_PER_TENSOR, _LONGEST)
-    try:
+    most = min(limits.max_tensors * VALUES_PER_TENSOR, _LONGEST)
+    with damaged(f"{path} is no file of flax.serialization, or a damaged one", "Copy it again."):
         content = msgpack.unpackb(
             path.read_bytes(),
             object_pairs_hook=hooks.pairs,
@@ -110,14 +105,6 @@ def read_msgpack(path: Path, limits: Limits) -> Record:
             max_array_len=most,
             max_map_len=most,
         )
-    except CheckpointError:
-        raise
-    # msgpack raises ValueErrors of its own and others; a damaged file may hold anything
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} is no file of flax.serialization, or a damaged one ({first_line(error)}). "
-            f"Copy it again."
-        ) from error
     about = content.pop(METADATA, None) if isinstance(content, dict) else None
     return record_of_tree(content, str(path), "msgpack", limits, about)
 

@@ -28,7 +28,7 @@ from flax_resblock.checkpoint.record import DIGESTS, METADATA_DIGEST, Record, Si
 from flax_resblock.checkpoint.torch_calls import needs
 from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.checkpoint.zero_writing import shard_names, taken_apart
-from flax_resblock.errors import CheckpointError, MissingDependencyError, first_line, some, visible
+from flax_resblock.errors import CheckpointError, MissingDependencyError, damaged, some, visible
 
 if TYPE_CHECKING:
     import torch
@@ -147,26 +147,22 @@ def load_torch(path: Path, limits: Limits = LIMITS) -> Any:
 def _load_by_torch(path: Path, archive: torch_archive.TorchArchive, limits: Limits) -> Any:
     """The same with ``torch.load``, once the file is known to call only what checkpoints need."""
     torch = import_torch(f"{path} holds {visible(archive.foreign or '')[:160]}, which")
-    try:
-        with torch.serialization.safe_globals(_harmless(torch)), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive.is_zip)
-    except UnpicklingError as error:
-        blocked = re.search(r"\bGLOBAL:? (\S+)", str(error))
-        if blocked:
-            raise CheckpointError(f"{path} {needs(blocked[1])}") from error
-        raise CheckpointError(
-            f"{path} is no PyTorch checkpoint, or a damaged one: its pickle cannot be read without "
-            "executing code, which loading never does. Copy or download it again."
-        ) from error
-    except MemoryError:
-        raise
-    # torch.load raises what its parsers raise: RuntimeError, EOFError, KeyError, struct.error ...
-    except Exception as error:
-        reason, what = first_line(error), "no PyTorch checkpoint, or a damaged one"
-        if archive.is_zip:
-            what = "a damaged or truncated PyTorch zip archive"
-        raise CheckpointError(f"{path} is {what} ({reason}). Copy or download it again.") from error
+    what = "no PyTorch checkpoint, or a damaged one"
+    what = "a damaged or truncated PyTorch zip archive" if archive.is_zip else what
+    allowed = torch.serialization.safe_globals(_harmless(torch))
+    with damaged(f"{path} is {what}", "Copy or download it again."), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with allowed:
+                content = torch.load(path, "cpu", weights_only=True, mmap=archive.is_zip)
+        except UnpicklingError as error:
+            blocked = re.search(r"\bGLOBAL:? (\S+)", str(error))
+            if blocked:
+                raise CheckpointError(f"{path} {needs(blocked[1])}") from error
+            raise CheckpointError(
+                f"{path} is no PyTorch checkpoint, or a damaged one: its pickle cannot be read "
+                "without executing code, which loading never does. Copy or download it again."
+            ) from error
 
     def size(value: Any) -> int | None:
         return value.numel() * value.element_size() if torch.is_tensor(value) else None

@@ -79,8 +79,7 @@ COMMANDS: Mapping[str, str] = {
     "doctor": "Shows versions, devices and caches, and which packages are missing for what.",
 }
 """Each command with a summary. It is the function of that name in the module of that name in this
-package.
-"""
+package."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -40,8 +40,7 @@ class ProgramFlags:
     """Dtype of the computation; parameters are float32."""
     precision: Precision = "highest"
     """Precision of convolutions and products: highest is float32; default is bfloat16 on TPU and
-    TF32 on CUDA.
-    """
+    TF32 on CUDA."""
     slot_precision: tuple[str, ...] = ()
     """Slots with another precision, such as head=default stem.conv=high."""
     batch_norm: BatchStatistics = "global"
@@ -56,8 +55,7 @@ class ResultFlags:
 
     compare: tuple[str, ...] = ()
     """Compile a second program with these changes, such as precision=default batch=512, and compare
-    the two.
-    """
+    the two."""
     largest_batch: bool = False
     """Find the largest batch that fits, by compiling several times."""
     slots: bool = False

@@ -20,12 +20,10 @@ class DeviceFlags:
     """Begin nothing after this time, and end what still runs."""
     parts: tuple[str, ...] = ()
     """What to measure, by name and in this order, such as train-bfloat16 flags-1; by default
-    everything, the most important first.
-    """
+    everything, the most important first."""
     jax_flags: tuple[str, ...] = ()
     """For the parts flags-1 and so on: names of sets of options of XLA, or options such as
-    '--xla_gpu_enable_pdl=true'; by default all sets that have a name.
-    """
+    '--xla_gpu_enable_pdl=true'; by default all sets that have a name."""
     profile: bool = False
     """Also add up the kernels of every contestant, for the JSON file."""
 

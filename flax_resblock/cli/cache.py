@@ -65,8 +65,7 @@ def keep_compiled(environment: MutableMapping[str, str]) -> str | None:
 
 def _make_own(folder: Path) -> None:
     """Creates the folder, so that only this user can write to it, as programs in it are run, and
-    removes what a killed process left half-written.
-    """
+    removes what a killed process left half-written."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
     if found.st_uid != os.getuid() or found.st_mode & 0o002:

@@ -90,8 +90,7 @@ def normalisation_of(
     std: Sequence[float] | None,
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Mean and standard deviation of the channels, and where they come from: as given by the user,
-    else those in ``file``, an archive of images, else those of the network.
-    """
+    else those in ``file``, an archive of images, else those of the network."""
     if (mean is None) != (std is None):
         raise InputError("give --mean and --std together.")
     if mean is not None and std is not None:

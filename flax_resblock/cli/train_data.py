@@ -31,8 +31,7 @@ OF_DATA = ("data", "image_size", "val_fraction")
 
 def refuse_unnamed_data(path: Path, preset: TrainConfig, *said: Mapping[str, Any]) -> None:
     """Raises InputError if neither the preset nor the settings that were ``said`` tell which images
-    a checkpoint is for: digits are the default of a new run alone.
-    """
+    a checkpoint is for: digits are the default of a new run alone."""
     if preset.data == TrainConfig.data and not any("data" in settings for settings in said):
         raise InputError(
             f"{path} does not say which images it is for. Name them with --data: an image folder, "

@@ -67,8 +67,7 @@ class Wanted:
 
 class Start(NamedTuple):
     """Model, run to continue, configuration and data of a run that begins, and the Python file of a
-    network of the user's own.
-    """
+    network of the user's own."""
 
     model: nnx.Module
     run: Run | None

@@ -41,8 +41,7 @@ if TYPE_CHECKING:
 
 def devices_of(flags: DeviceFlags, plan: Plan) -> tuple[Devices, list[Any]]:
     """The devices, and the precision that each side was measured to deliver on them; raises
-    InputError if a device does not exist or does not deliver the precision that it is asked for.
-    """
+    InputError if a device does not exist or does not deliver the precision that it is asked for."""
     from flax_resblock.parity import devices
     from flax_resblock.parity.parts import Devices
     from flax_resblock.parity.precision import measure_precision, require

@@ -35,8 +35,7 @@ def carry(model: Any, tensors: TensorMap) -> None:
 
 def carried(model: Any) -> TensorMap | None:
     """What :func:`carry` gave a model, or a model that was ported has from its class; None if there
-    is nothing.
-    """
+    is nothing."""
     own, ported = getattr(model, _CARRIED, None), getattr(model, PORTED_FROM, None)
     return own if own is not None or ported is None else ported.carried
 

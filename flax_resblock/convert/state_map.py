@@ -124,8 +124,7 @@ class TensorMap:
 
     def check(self, found: Mapping[str, TensorInfo], allow_missing: Sequence[str] = ()) -> Misfit:
         """Every way in which the state dict described by ``found`` differs from this map; keys
-        matching ``allow_missing`` (globs) may be absent.
-        """
+        matching ``allow_missing`` (globs) may be absent."""
         misfit = Misfit()
         for entry in self.entries:
             info = found.get(entry.torch_key)

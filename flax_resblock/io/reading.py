@@ -274,6 +274,5 @@ def to_model(source: OpenedCheckpoint, **options: Unpack[LayerOptions]) -> Model
 def arrays_of(source: OpenedCheckpoint) -> dict[Path, jax.Array | np.ndarray]:
     """The values of an opened checkpoint by attribute path, in Flax's layout on jax's default
     device. All are copied from its file into one block of memory, which lives as long as any of
-    them does.
-    """
+    them does."""
     return on_device(source.state_map.to_flax(source.tensors, in_one_block=True))

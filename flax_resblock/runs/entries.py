@@ -240,8 +240,7 @@ def settings_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[s
 
 def _clipping(version: str) -> float:
     """The norm to which DeepSpeed clips gradients where its configuration does not say; 0 for none.
-    It clips to 1 in 0.19.8, and did not in older versions.
-    """
+    It clips to 1 in 0.19.8, and did not in older versions."""
     numbers = re.findall(r"\d+", version)[:3]
     return 1.0 if tuple(map(int, numbers)) >= (0, 19, 8) else 0.0
 

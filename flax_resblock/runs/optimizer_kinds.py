@@ -73,8 +73,7 @@ NOT_COMPUTED = frozenset(
     }
 )
 """Entries of a param group that the update does not depend on: torch's flags, what a scheduler
-keeps there, the parameters and their names, and what goes back to fastai.
-"""
+keeps there, the parameters and their names, and what goes back to fastai."""
 
 _FLAGS = {"foreach": None, "differentiable": False, "fused": None}
 _CAPTURABLE = {"foreach": None, "differentiable": False, "capturable": False}

@@ -22,8 +22,7 @@ WEIGHTS_ONLY = "Go on with the weights alone (`flax_resblock.load`): they do not
 
 def kind_of(entry: Entry) -> str:
     """``"kernel"``, ``"scale"`` or ``"bias"``; a parameter of another name, such as an embedding of
-    positions, is a kernel if it has several axes, else a scale.
-    """
+    positions, is a kernel if it has several axes, else a scale."""
     name = str(entry.flax_path[-1])
     if name in ("kernel", "scale", "bias"):
         return name
@@ -131,8 +130,7 @@ def numbered(
     groups: Sequence[Mapping[str, Any]], per_parameter: Mapping[Any, Mapping[str, Any]]
 ) -> tuple[list[dict[str, Any]], dict[int, Mapping[str, Any]]]:
     """Param groups and state with a number for each parameter, where FSDP and PyTorch's distributed
-    checkpoints have its name.
-    """
+    checkpoints have its name."""
     keys = [key for group in groups for key in group["params"]]
     number_of: dict[Any, Any] = {key: key for key in keys}
     named = are_names(keys)

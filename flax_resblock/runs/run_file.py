@@ -162,8 +162,7 @@ def unpack_run(
     source: str = "the checkpoint",
 ) -> Run:
     """Restores the run from the arrays and metadata that :func:`pack_run` made; raises
-    CheckpointError if they are damaged or do not fit the model.
-    """
+    CheckpointError if they are damaged or do not fit the model."""
     try:
         content = json.loads(metadata[RUN])
         kind, counter = content["optimizer"], content["count"]
@@ -267,8 +266,7 @@ def write_with_run(
     """Writes weights and run to a checkpoint of any format, in the names and layouts of
     ``state_map``. Without a run, the weights are written alone; ``release`` empties ``tensors``
     once they are written. The rest, and the errors, are as for
-    :func:`flax_resblock.checkpoint.write`.
-    """
+    :func:`flax_resblock.checkpoint.write`."""
     extras = None
     if run is not None and checkpoint.output_format(path) == "pytorch":
         extras = run_entries(run, state_map)

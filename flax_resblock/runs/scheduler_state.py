@@ -73,8 +73,7 @@ def bases_of(state: Mapping[str, Any]) -> list[float] | None:
 
 def with_initial_rates(optimizer: OptimizerState, state: Mapping[str, Any]) -> OptimizerState:
     """The optimizer with ``initial_lr`` in its param groups; where they have lost it, it is that of
-    the scheduler.
-    """
+    the scheduler."""
     bases = bases_of(state)
     lost = not any("initial_lr" in group.options for group in optimizer.groups)
     if bases is None or not lost or len(bases) != len(optimizer.groups):

@@ -36,8 +36,7 @@ def scheduled(
     options: Options, schedule: Schedule, position: int, number: int = 0
 ) -> dict[str, Any]:
     """The options of the param group ``number`` as torch's scheduler leaves them at ``position``,
-    its ``last_epoch``: ``initial_lr``, ``lr``, and the momentum where the schedule moves it.
-    """
+    its ``last_epoch``: ``initial_lr``, ``lr``, and the momentum where the schedule moves it."""
     if isinstance(schedule, ReduceLROnPlateau):
         return dict(options)
     rate = schedule.rate(position, options, number)
@@ -52,8 +51,7 @@ def scheduled(
 
 def write_schedule(state: ScheduleState, groups: Sequence[Options]) -> dict[str, Any]:
     """What ``load_state_dict`` of a scheduler of the same kind takes (any but ``Fixed``), for the
-    optimizer's param groups at this position.
-    """
+    optimizer's param groups at this position."""
     return _state(state.schedule, state.position, groups, [float(group["lr"]) for group in groups])
 
 

@@ -82,16 +82,14 @@ class Counters:
     @property
     def done(self) -> int | None:
         """Optimizer steps done, as far as the counters say; a program that counts several batches
-        per step is put right by the optimizer's own count.
-        """
+        per step is put right by the optimizer's own count."""
         if self.steps is None or not self.updates or not _finer(self.steps, self.updates):
             return self.updates if self.steps is None else self.steps
         return self.updates
 
     def steps_at(self, position: int, unit: Unit) -> int | None:
         """Optimizer steps done, with those that loss scaling skipped, which the scheduler has
-        counted as well.
-        """
+        counted as well."""
         done, (whole, rest) = self.done, divmod(position, unit.ticks)
         if done is None:
             return None if rest else whole
