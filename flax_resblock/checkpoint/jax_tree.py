@@ -80,7 +80,7 @@ def record_of_tree(
     if extras:
         notes.append(f"left out beside the variables: {some(list(extras), 6)}")
     flat: dict[Path, np.ndarray] = {}
-    for collection in _collections(variables):
+    for collection in variables.values() if is_variables(variables) else [variables]:
         for path, array in _leaves(collection):
             if path in flat:
                 raise CheckpointError(
@@ -185,10 +185,6 @@ def _holds_variables(value: Any) -> bool:
     if is_variables(value):
         return True
     return isinstance(value, Mapping) and any(map(_holds_variables, value.values()))
-
-
-def _collections(variables: Mapping[str, Any]) -> list[Any]:
-    return list(variables.values()) if is_variables(variables) else [variables]
 
 
 def _leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, np.ndarray]]:

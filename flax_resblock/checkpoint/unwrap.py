@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,18 +165,20 @@ def strip(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:
 
 
 def _without_prefixes(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    while state:
-        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None)
-        if prefix is None:
-            break
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-        notes.append(f"removed the prefix '{prefix}'")
-    return state
+    prefixes = shared_prefixes(state)
+    notes.extend(f"removed the prefix '{prefix}'" for prefix in prefixes)
+    return {key.removeprefix("".join(prefixes)): value for key, value in state.items()}
 
 
-def wrapping(key: str) -> str:
-    """The prefixes of wrappers that a key begins with, ``"model.backbone."``."""
-    rest = key
-    while (prefix := next((p for p in PREFIXES if rest.startswith(p)), None)) is not None:
-        rest = rest.removeprefix(prefix)
-    return key.removesuffix(rest)
+def shared_prefixes(names: Iterable[str]) -> list[str]:
+    """The prefixes of wrappers that all names begin with, one after the other."""
+    found, rest = [], list(names)
+    while rest and (prefix := next((p for p in PREFIXES if all_start(rest, p)), "")):
+        found.append(prefix)
+        rest = [name.removeprefix(prefix) for name in rest]
+    return found
+
+
+def all_start(names: Iterable[str], prefix: str) -> bool:
+    """Whether all names begin with a prefix."""
+    return all(name.startswith(prefix) for name in names)

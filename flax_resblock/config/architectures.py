@@ -263,16 +263,13 @@ def as_in_pytorch(config: ResNetConfig) -> ResNetConfig:
     return replace(config, padding="symmetric", stem_padding=None)
 
 
-_SAID = (
-    "stem_stride",
-    "stem_pool",
-    "stem_bias",
-    "stem_norm",
-    "conv_bias",
-    "shortcut_bias",
-    "order",
-)
-_SAID += ("shortcut_from", "shortcut_size", "norm", "standardized", "last_activation", "final_norm")
-_SAID += ("head_pool", "dropout", "attention_place", "branch_activation", "transition")
-_SHORTER = {"order pre_activation": "pre-activation"}
-_SHORTER |= {"norm group": "group norm", "norm frozen": "frozen norms"}
+_SAID = {
+    *("stem_stride", "stem_pool", "stem_bias", "stem_norm", "conv_bias", "shortcut_bias", "order"),
+    *("shortcut_from", "shortcut_size", "norm", "standardized", "last_activation", "final_norm"),
+    *("head_pool", "dropout", "attention_place", "branch_activation", "transition"),
+}
+_SHORTER = {
+    "order pre_activation": "pre-activation",
+    "norm group": "group norm",
+    "norm frozen": "frozen norms",
+}

@@ -41,11 +41,6 @@ def _numbers(module: Any, *names: str) -> tuple[Any, ...]:
     return tuple(_square(getattr(module, name, None)) for name in names)
 
 
-def _keeps_its_input(module: Any) -> bool:
-    """Whether a pool looks at one pixel at a time."""
-    return _numbers(module, "kernel_size", "stride", "padding") == (1, 1, 0)
-
-
 def _call(options: Mapping[str, Any]) -> str:
     return f"({', '.join(f'{name}={value}' for name, value in options.items())})"
 
@@ -155,7 +150,8 @@ class ModuleFacts:
                     unplaced = []
                     continue
                 heads = over in layer and not inside and name != home
-                if not _keeps_its_input(module) and not heads:
+                window = _numbers(module, "kernel_size", "stride", "padding")
+                if window != (1, 1, 0) and not heads:  # it looks at more than a pixel
                     what = "maximum" if over == "Max" else "mean"
                     place = "no pooling" if inside else f"the {what} over the image"
                     yield f"{name} is {layer}, expected {place}"

@@ -39,7 +39,6 @@ from flax_resblock.convert.metadata import (
     written_naming,
     written_norm_options,
 )
-from flax_resblock.convert.naming import Naming
 from flax_resblock.convert.namings import NAMINGS
 from flax_resblock.convert.opened import OpenedCheckpoint, ReadOptions
 from flax_resblock.convert.own import refuse_own
@@ -86,7 +85,9 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
         held = [key for key in tensors if backbone.holds(key)]
         tensors = {key.removeprefix(backbone.prefix): tensors[key] for key in held}
     if reading.naming is None and (scheme := written_naming(record)) is not None:
-        reading = replace(reading, naming=_stored(scheme, tensors))
+        # an Orbax folder of such a network is written under Flax's own names
+        own = any(scheme.is_inside_block(key) or scheme.is_in_bare_block(key) for key in tensors)
+        reading = replace(reading, naming=scheme if own else "flax")
     hub = read_hub(record.metadata, record.source)
     by_entries, said = told_by_entries(record.extras)
     notes += said
@@ -188,13 +189,6 @@ def _with_head(
         return rest, _identify(rest, replace(reading, naming=naming.name), source), head.note(name)
     except CheckpointError as error:
         raise CheckpointError(f"{error}\n{head.module} was read as its head, {name}.") from error
-
-
-def _stored(scheme: Naming, tensors: Mapping[str, np.ndarray]) -> Naming | str:
-    """The scheme that the file's tensors came in, or Flax's own, under which an Orbax folder of
-    such a network is written."""
-    own = any(scheme.is_inside_block(key) or scheme.is_in_bare_block(key) for key in tensors)
-    return scheme if own else "flax"
 
 
 def _with_learned_names(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -48,7 +48,8 @@ class OptimizerKind:
     @property
     def known(self) -> set[str]:
         """Every option that it may have."""
-        return {*self.options, *self.later, *self.only, *self.flags, *NOT_COMPUTED}
+        step = ("step",) if self.counts_in_group else ()
+        return {*self.options, *self.later, *self.only, *self.flags, *NOT_COMPUTED, *step}
 
     def has(self, tensor: str, options: Mapping[str, Any]) -> bool:
         """Whether parameters of a group with these options have a tensor."""
@@ -209,7 +210,11 @@ def _kind(
                 f"{source}: optimizer {kind!r} is unknown; known: {', '.join(OPTIMIZERS)}."
             )
         return kind
-    found = [name for name, row in OPTIMIZERS.items() if row.package and _fits(row, options)]
+    found = [
+        name
+        for name, row in OPTIMIZERS.items()
+        if row.package and row.options.keys() <= options <= row.known
+    ]
     if len(found) > 1:  # RAdam and Adamax of an older torch
         found = [name for name in found if kept <= {"step", *OPTIMIZERS[name].tensors}] or found
     if found == ["adam", "adamw"]:
@@ -228,16 +233,10 @@ def _kind(
             f"{source} is of one of these: {', '.join(found)}, which have the same options. Say "
             "which with optimizer=... in Python."
         )
-    known = ", ".join(name for name, row in OPTIMIZERS.items() if row.package)
     raise CheckpointError(
-        f"{source} is no optimizer with a counterpart here ({known}): its options are "
+        f"{source} is no optimizer with a counterpart here ({', '.join(rows)}): its options are "
         f"{some(sorted(options - {'params'}))}. {WEIGHTS_ONLY}"
     )
-
-
-def _fits(row: OptimizerKind, options: Set[str]) -> bool:
-    step = {"step"} if row.counts_in_group else set()
-    return row.options.keys() <= options <= row.known | step
 
 
 def _check_options(groups: Sequence[Mapping[str, Any]], kind: str, source: str) -> None:
@@ -250,9 +249,8 @@ def _check_options(groups: Sequence[Mapping[str, Any]], kind: str, source: str) 
                     f"{where}: {name}={group[name]!r} has no counterpart here (only "
                     f"{name}={value!r}). {WEIGHTS_ONLY}"
                 )
-        step = {"step"} if row.counts_in_group else set()
         missing = [name for name in row.options if name not in group]
-        other = set(group) - row.known - step
+        other = set(group) - row.known
         if missing or other:
             extra = f"has options that {kind} does not know: {some(sorted(other))}"
             words = f"lacks {some(missing)}" if missing else extra

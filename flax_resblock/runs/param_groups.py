@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.checkpoint.unwrap import PREFIXES
+from flax_resblock.checkpoint.unwrap import shared_prefixes
 from flax_resblock.convert.state_map import Entry, TensorMap
 from flax_resblock.errors import CheckpointError, some
 
@@ -74,7 +74,8 @@ def names_of(
     if all("param_names" in group for group in groups):
         named = [tuple(map(str, group["param_names"])) for group in groups]
         if not known.issuperset(chain(*named)):
-            named = _without_prefixes(named)
+            wrapped = "".join(shared_prefixes(chain(*named)))
+            named = [tuple(name.removeprefix(wrapped) for name in names) for names in named]
         given = list(chain(*named))
         strangers = [name for name in given if name not in known]
         missing = sorted({entry.torch_key for entry in trained} - set(given))
@@ -147,15 +148,6 @@ def numbered(
 def are_names(keys: Sequence[Any]) -> bool:
     """Whether the parameters of an optimizer have names in place of numbers."""
     return bool(keys) and all(isinstance(key, str) and not key.isdecimal() for key in keys)
-
-
-def _without_prefixes(named: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Removes what wrappers put before every name, one after the other."""
-    while prefix := next(
-        (p for p in PREFIXES if all(name.startswith(p) for names in named for name in names)), None
-    ):
-        named = [tuple(name.removeprefix(prefix) for name in names) for names in named]
-    return named
 
 
 def refuse_trained_elsewhere(

@@ -11,14 +11,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from flax_resblock import checkpoint
 from flax_resblock._version import __version__
 from flax_resblock.checkpoint import Record
-from flax_resblock.convert.opened import JAX_FORMATS
+from flax_resblock.convert.opened import JAX_FORMATS, OpenedCheckpoint
+from flax_resblock.convert.own import OpenedTensors
 from flax_resblock.convert.run_names import AVERAGED, OPTIMIZER, RUN, holds_run
 from flax_resblock.convert.state_map import TensorMap
 from flax_resblock.errors import CheckpointError, InputError, visible
@@ -36,19 +37,7 @@ from flax_resblock.runs.scheduler_state import (
 from flax_resblock.runs.scheduler_writing import write_schedule
 from flax_resblock.runs.ticks import unit_of, word_of
 
-
-class Opened(Protocol):
-    """A checkpoint that has been opened, and the names of its tensors."""
-
-    @property
-    def record(self) -> Record:
-        """What the file held."""
-        ...
-
-    @property
-    def state_map(self) -> TensorMap:
-        """The names of its tensors."""
-        ...
+Opened = OpenedCheckpoint | OpenedTensors
 
 
 def run_of(

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from flax_resblock.checkpoint.unwrap import wrapping
+from flax_resblock.checkpoint.unwrap import shared_prefixes
 from flax_resblock.config import BlockConfig
 from flax_resblock.convert.namings import NAMINGS
 from flax_resblock.convert.state_map import StateMap, TensorInfo, matches_any
@@ -210,6 +210,10 @@ def refuse_untold_dilation(backbone: Backbone, known: bool, source: str) -> None
         )
 
 
+def _wrapping(key: str) -> str:
+    return "".join(shared_prefixes([key]))
+
+
 def refuse_ignored_blocks(
     ignored: Sequence[str],
     kept: Iterable[str],
@@ -226,10 +230,10 @@ def refuse_ignored_blocks(
     """
     namings = NAMINGS.values() if state_map is None else (state_map.naming,)
     block = state_map is not None and isinstance(state_map.config, BlockConfig)
-    prefixes = {wrapping(key) for key in kept} if backbone is None else {backbone.prefix}
+    prefixes = {_wrapping(key) for key in kept} if backbone is None else {backbone.prefix}
     inside = []
     for key in ignored:
-        prefix = wrapping(key) if backbone is None else backbone.prefix
+        prefix = _wrapping(key) if backbone is None else backbone.prefix
         if prefix not in prefixes or not key.startswith(prefix):
             continue
         names = (key, key.removeprefix(prefix))

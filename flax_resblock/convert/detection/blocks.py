@@ -84,14 +84,11 @@ def tree_of(layers: list[Layer], joints: str = ".") -> Node:
     for one in layers:
         node = root
         node.layers.append(one)
-        for name in (*_beginnings(one.name, joints), one.name):
+        ends = [place for place, letter in enumerate(one.name) if letter in joints]
+        for name in (one.name[:end] for end in (*ends, None)):
             node = node.children.setdefault(name, Node(name))
             node.layers.append(one)
     return root
-
-
-def _beginnings(name: str, joints: str) -> list[str]:
-    return [name[:place] for place, letter in enumerate(name) if letter in joints]
 
 
 def without_numbers(name: str) -> str:

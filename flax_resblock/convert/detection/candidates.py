@@ -246,9 +246,9 @@ def _closest_family(found: TensorInfos) -> str:
     """The named network and scheme that at least half of the tensors fit, and which do not."""
     best: tuple[int, Match] | None = None
     for naming in NAMINGS.values():
-        if 2 * sum(naming.is_inside_block(key) or _is_outside(naming, key) for key in found) < len(
-            found
-        ):
+        outside = {name for place, name in naming.modules.items() if is_outside(place)}
+        named = (naming.is_inside_block(k) or k.rpartition(".")[0] in outside for k in found)
+        if 2 * sum(named) < len(found):
             continue
         for published in ARCHITECTURES:
             state_map = _published(published, naming.name)
@@ -277,9 +277,3 @@ def _published(name: str, naming: str) -> StateMap | None:
         return StateMap(ARCHITECTURES[name], NAMINGS[naming])
     except InputError:
         return None
-
-
-def _is_outside(naming: Naming, key: str) -> bool:
-    """Whether a tensor has the name of one of the stem or the head."""
-    places = (name for place, name in naming.modules.items() if is_outside(place))
-    return key.rpartition(".")[0] in places

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flax_resblock.config import Config, ResNetConfig
+from flax_resblock.config import Config
 from flax_resblock.convert.detection.assumption_rules import blocks_of, has_strides, network_where
 
 
@@ -33,17 +33,19 @@ class Fixed:
         return f"{self.says} ({when})"
 
 
-def _strides(config: ResNetConfig) -> bool:
-    return len(config.depths) > 1 and config.transition == "strided"
-
-
 OWN_MODULE = "if not, convert your own module with from_torch"
 
 FIXED = (
     Fixed(
         "every stage after the first halves the resolution, with the stride of its first block",
         ("dilated_stages",),
-        network_where(lambda config: _strides(config) and not config.dilated_stages),
+        network_where(
+            lambda config: (
+                len(config.depths) > 1
+                and config.transition == "strided"
+                and not config.dilated_stages
+            )
+        ),
         unless="it is dilated instead",
     ),
     Fixed(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flax_resblock.checkpoint.unwrap import PREFIXES
+from flax_resblock.checkpoint.unwrap import shared_prefixes
 from flax_resblock.config import Config, ResNetConfig
 from flax_resblock.convert.detection.backbones import Backbone
 from flax_resblock.convert.state_map import TensorInfo, matches_any
@@ -51,14 +51,7 @@ def find_head(found: Mapping[str, TensorInfo]) -> Head | None:
         return None
     head = Head(modules[0], "")
     rest = [key for key in found if not head.holds(key)]
-    prefix = ""
-    while rest and (more := next((p for p in PREFIXES if _all_start(rest, prefix + p)), None)):
-        prefix += more
-    return Head(head.module, prefix) if rest else None
-
-
-def _all_start(keys: Iterable[str], prefix: str) -> bool:
-    return all(key.startswith(prefix) for key in keys)
+    return Head(head.module, "".join(shared_prefixes(rest))) if rest else None
 
 
 def refuse_head_left_out(

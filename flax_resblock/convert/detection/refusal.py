@@ -51,7 +51,8 @@ def explained(
     """The error of the detection, with what is seen in the tensors. ``why`` is a sentence on the
     names that were not learned; it may be empty."""
     first, *more = str(error).split("\n")
-    if words := _other_program(found):
+    modules = {key.rpartition(".")[0] for key in found}
+    if words := next((words for name, words in _OTHER_PROGRAMS.items() if name in modules), ""):
         return CheckpointError(f"{source} is {words}. It is not converted.")
     known, head = nearly(found), several_layers(found)
     nearest = error.nearest if isinstance(error, NoFitError) else None
@@ -73,11 +74,6 @@ _OTHER_PROGRAMS = {
     "divided by their standard deviation plus 1e-5, and no network here computes that"
 }
 """What networks of JAX programs are that have no row in the naming schemes, by a module of each."""
-
-
-def _other_program(found: Mapping[str, TensorInfo]) -> str:
-    modules = {key.rpartition(".")[0] for key in found}
-    return next((words for name, words in _OTHER_PROGRAMS.items() if name in modules), "")
 
 
 def _parts_of(found: Mapping[str, TensorInfo]) -> list[Part]:

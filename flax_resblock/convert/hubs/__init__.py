@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from flax_resblock.checkpoint.folders import CONFIG_FILE, PREPROCESSOR_FILE
 from flax_resblock.config import Config, ResNetConfig
-from flax_resblock.convert.hubs.common import Hub, HubConfig, Preprocessing
-from flax_resblock.convert.hubs.timm import TIMM
-from flax_resblock.convert.hubs.transformers import TRANSFORMERS
+from flax_resblock.convert.hubs import timm, transformers
+from flax_resblock.convert.hubs.common import HubConfig, Preprocessing
 from flax_resblock.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -20,7 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["HUBS", "HubConfig", "Preprocessing", "files_of", "kept_files", "read_hub"]
 
 
-HUBS: Mapping[str, Hub] = MappingProxyType({"transformers": TRANSFORMERS, "timm": TIMM})
+HUBS: Mapping[str, ModuleType] = MappingProxyType({"transformers": transformers, "timm": timm})
+"""One module for each package: ``recognises`` its ``config.json``, ``read`` says what the files of
+a folder say (CheckpointError for a network that computes something else than this library's), and
+``write`` gives the files of a folder that the package loads (InputError for a network that it
+cannot build). ``kept`` is the ``config.json`` that the network came with, if the package wrote it.
+"""
 
 
 def _json(metadata: Mapping[str, str], name: str, source: str) -> dict[str, Any]:
