@@ -210,11 +210,8 @@ def _kind(
                 f"{source}: optimizer {kind!r} is unknown; known: {', '.join(OPTIMIZERS)}."
             )
         return kind
-    found = [
-        name
-        for name, row in OPTIMIZERS.items()
-        if row.package and row.options.keys() <= options <= row.known
-    ]
+    rows = {name: row for name, row in OPTIMIZERS.items() if row.package}
+    found = [name for name, row in rows.items() if row.options.keys() <= options <= row.known]
     if len(found) > 1:  # RAdam and Adamax of an older torch
         found = [name for name in found if kept <= {"step", *OPTIMIZERS[name].tensors}] or found
     if found == ["adam", "adamw"]:
