@@ -264,7 +264,7 @@ def write_torch(
         state._metadata = OrderedDict((path, {"version": n}) for path, n in versions.items())
     name = "model"
     if extras is not None and path.name == ZERO_MODEL:
-        name, beside = "module", shard_names(extras)
+        name, beside = "module", shard_names(path, extras)
         extras, parts = taken_apart(tensors, extras)
         for shard, content in zip(beside, parts, strict=True):
             torch.save(with_tensors(content), path.with_name(shard))

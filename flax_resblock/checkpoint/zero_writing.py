@@ -6,9 +6,12 @@ They have no objects of DeepSpeed's own classes, which it does not need to go on
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from flax_resblock.checkpoint.folders import ZERO_MODEL
 
 LAYOUT = "zero_layout"
 """Entry of a run that says which part of each parameter the processes have, for the way back."""
@@ -16,13 +19,13 @@ VECTORS, PLACES = "single_partition_of_fp32_groups", "param_slice_mappings"
 ALIGNED = "param_alignment_paddings"
 
 
-def shard_names(extras: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The names of the files beside the model's for these entries of a run."""
-    layout = (extras or {}).get(LAYOUT) or {"parts": ()}
-    return tuple(
-        f"{layout['prefix']}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        for rank, _ in enumerate(layout["parts"])
-    )
+def shard_names(path: Path, extras: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The names of the files beside the model's for these entries of a run; none beside others."""
+    layout = (extras or {}).get(LAYOUT)
+    if path.name != ZERO_MODEL or layout is None:
+        return ()
+    ranks = range(len(layout["parts"]))
+    return tuple(f"{layout['prefix']}zero_pp_rank_{n}_mp_rank_00_optim_states.pt" for n in ranks)
 
 
 def taken_apart(

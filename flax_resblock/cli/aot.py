@@ -87,10 +87,6 @@ def aot(
     Args:
       target: tpu:v4, tpu:v5e, tpu:v5p, tpu:v6e or tpu:7x, with a topology as in tpu:v5e:4x4;
         cuda:a100, cuda:l4, cuda:h100 or cuda:h200, with a number as in cuda:h100:8.
-      reading: How to read the checkpoint, where its weights do not show it. Most checkpoints need
-        none of these.
-      program: The program to compile.
-      result: What to report.
     """
     common.refuse_all_existing(result.force, result.json, result.hlo)
     request, name = _request(subject, target, reading, program)

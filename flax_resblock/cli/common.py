@@ -84,8 +84,8 @@ Checkpoint = Annotated[
 
 @dataclass(frozen=True)
 class ReadingFlags(OptionFlags):
-    """How to read the checkpoint if its names and shapes allow several readings. Most checkpoints
-    need none of these."""
+    """How to read the checkpoint, where its weights do not show it. Most checkpoints need none of
+    these."""
 
     architecture: str | None = None
     """Architecture by name, such as resnet50."""
@@ -161,6 +161,17 @@ class RunFlags:
     """The function of a LambdaLR or MultiplicativeLR, which no checkpoint holds; one for all param
     groups, or one for each. This runs its code."""
 
+    @property
+    def carry(self) -> bool:
+        """Whether the run is carried."""
+        return self.with_optimizer and not self.weights_only
+
+    def carried(self, source: OpenedCheckpoint | OpenedTensors) -> tuple[Run | None, str | None]:
+        """The run to carry, and in words what stays behind unnoticed."""
+        if self.carry:
+            return self.of(source), None
+        return None, None if self.weights_only else optimizer_left_out(source)
+
     def of(self, source: Opened) -> Run:
         """The run in an opened checkpoint."""
         functions: Any = None
@@ -232,6 +243,15 @@ def print_found(run: Run) -> None:
     print_notes(run.assumed)
     if run.problem:
         print_note(f"no schedule: {run.problem}")
+
+
+def print_carried(run: Run | None, left: str | None) -> None:
+    """Prints what :meth:`RunFlags.carried` gave."""
+    if run is not None:
+        print_found(run)
+    elif left:
+        words = f"the weights alone; {left} stays behind"
+        print_note(f"{words} (--with-optimizer carries the run)")
 
 
 def refuse_all_existing(force: bool, *paths: Path | None) -> None:

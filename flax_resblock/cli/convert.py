@@ -79,8 +79,6 @@ def convert(
     the frameworks differ.
 
     Args:
-      reading: How to read the checkpoint, where its weights do not show it. Most checkpoints need
-        none of these.
       training: What to do with the training run in it.
       to_naming: Naming scheme of the output: torchvision, huggingface, timm and others listed in
         docs/families.md, or flax (.safetensors only). By default the names stay.
@@ -106,8 +104,8 @@ def convert(
     if to_naming is not None:
         naming_of(to_naming)  # refuses an unknown name before anything is read
     with common.status.status(f"reading {checkpoint_}"):
-        carry = training.with_optimizer and not training.weights_only
-        source, module = _opened(checkpoint_, out, reading, carry, torch, kwargs, image_size)
+        its = torch, kwargs, image_size
+        source, module = _opened(checkpoint_, out, reading, training.carry, *its)
         common.refuse_unhealthy(source, allow_nonfinite)
         target = StateMap(source.config, target_naming(source, format_name, to_naming))
         code = None if torch_code is None else _torch_code(target, source.norm_options)
@@ -120,8 +118,7 @@ def convert(
         origin = None if no_certificate else provenance(source)  # now, as OUT may replace it
         if origin is not None and module is not None:
             origin["module"] = module
-        run = training.of(source) if carry else None
-        left = None if carry or training.weights_only else common.optimizer_left_out(source)
+        run, left = training.carried(source)
     # lets go of the file's memory before the output is read back
     origin_format, scheme = source.record.format, source.state_map.naming
     notes, options = tuple(map(in_flags, source.all_notes)), source.norm_options
@@ -142,12 +139,7 @@ def convert(
             f"float32 {_figure(module['float32'])} (relative, images of "
             f"{'x'.join(map(str, module['image_size']))})"
         )
-    if run is not None:
-        common.print_found(run)
-    elif left:
-        common.print_note(
-            f"the weights alone; {left} stays behind (--with-optimizer carries the run)"
-        )
+    common.print_carried(run, left)
     if code is not None and torch_code is not None:
         common.write_text(torch_code, code, force)
     elif getattr(target.config, "padding", "") == "same" and not target.naming.as_in_flax:

@@ -131,8 +131,6 @@ def inspect(
       flax-resblock inspect resnet50.pth
 
     Args:
-      reading: How to read the checkpoint, where its weights do not show it. Most checkpoints need
-        none of these.
       json_file: Also write everything to this file.
       norms: List every batch norm, not only unusual ones.
       show_naming: Print the naming scheme alone, as TOML that --naming FILE.toml takes.

@@ -15,6 +15,7 @@ from flax_resblock.cli import common
 from flax_resblock.cli.train_start import Start, Wanted, enable_x64, goes_on
 from flax_resblock.config import BlockConfig
 from flax_resblock.config import Path as ModelPath
+from flax_resblock.convert.hubs import Preprocessing
 from flax_resblock.convert.image_facts import ImageFacts, read_images
 from flax_resblock.convert.metadata import PORT
 from flax_resblock.convert.opening import read_entry
@@ -173,10 +174,15 @@ def _model(code: OwnCode, weights: Weights, dtype: str, *, widen: bool) -> nnx.M
     wide = any(value.dtype.name == "float64" for value in values.values())
     enable_x64(wide or dtype == "float64")
     if dtype == "float64" and widen:
-        floating = {path: value for path, value in values.items() if value.dtype.kind == "f"}
-        values |= {path: value.astype(np.float64) for path, value in floating.items()}
+        values = _widened(values)
     nnx.eval_shape(lambda: code.fresh(0))  # for the message, if it raises
     return filled(code.factory, values, weights.table)
+
+
+def _widened(values: Mapping[ModelPath, np.ndarray]) -> dict[ModelPath, np.ndarray]:
+    """The values with floating ones as float64."""
+    floating = {path: value for path, value in values.items() if value.dtype.kind == "f"}
+    return {**values, **{path: value.astype(np.float64) for path, value in floating.items()}}
 
 
 def begun(
@@ -234,9 +240,7 @@ def _afresh(code: OwnCode, wanted: Wanted) -> Start:
     if config.dtype == "float64":
         from flax_resblock.nn.variables import fill, flat_arrays
 
-        arrays = flat_arrays(model)
-        floating = {path: value for path, value in arrays.items() if value.dtype.kind == "f"}
-        fill(model, {path: value.astype(np.float64) for path, value in floating.items()})
+        fill(model, _widened(flat_arrays(model)))
     return Start(model, None, config, splits, code.file)
 
 
@@ -245,6 +249,17 @@ def evaluated(code: OwnCode, wanted: Wanted, path: Path) -> tuple[nnx.Module, We
     opened = opened_own(code, path, wanted.reading, wanted.allow_nonfinite)
     common.print_title(code.name, str(path))
     return opened
+
+
+def own_network(
+    spec: str, path: Path, reading: common.ReadingFlags, allow_nonfinite: bool
+) -> tuple[Any, ImageFacts, Preprocessing]:
+    """A network of the user's own, what is known of its images, and how they are prepared."""
+    model, weights = opened_own(own_code(spec, reading), path, reading, allow_nonfinite)
+    facts = weights.images
+    if facts.preprocessing is None:
+        raise InputError(weights.no_images(spec, path))
+    return model, facts, facts.preprocessing
 
 
 def opened_own(
