@@ -207,8 +207,7 @@ class _Walk:
         if name.startswith("TUPLE"):
             items = below + above
             weight = min(_UNHASHABLE, 1 + sum(item.weight for item in items))
-            depth = 1 + max((item.depth for item in items), default=-1)
-            return _Sketch("tuple", self.nested(depth), weight)
+            return self.filled(_Sketch("tuple", weight=weight), items)
         container, *items = below + above
         if name.startswith("APPEND"):
             if container.kind != "list":

@@ -213,14 +213,12 @@ def _set(context: Context, items: Any = ()) -> Any:
         return OnlyTorch("a set")
     scalars = (str, int, float, bytes, type(None))
     for item in items:
-        if isinstance(item, tuple) and len(item) <= _LONGEST_ITEM:
-            plain = all(isinstance(part, scalars) for part in item)
-        else:
-            plain = isinstance(item, scalars)
-        if not plain and isinstance(item, tuple | list | dict | set):
+        parts = item if isinstance(item, tuple) and len(item) <= _LONGEST_ITEM else (item,)
+        if all(isinstance(part, scalars) for part in parts):
+            continue
+        if isinstance(item, tuple | list | dict | set):
             raise RefusedError(f"has a {type(item).__name__} in a set. {HARM}")
-        if not plain:
-            return OnlyTorch("a set of something else than text and numbers")
+        return OnlyTorch("a set of something else than text and numbers")
     return set(items)
 
 

@@ -141,20 +141,24 @@ def load_torch(path: Path, limits: Limits = LIMITS) -> Any:
     """
     check_files([path], limits, path)
     archive = torch_archive.read_archive(path, limits)
-    return archive.content if archive.foreign is None else _load_by_torch(path, archive, limits)
+    return (
+        archive.content
+        if archive.foreign is None
+        else _load_by_torch(path, archive.foreign, limits)
+    )
 
 
-def _load_by_torch(path: Path, archive: torch_archive.TorchArchive, limits: Limits) -> Any:
+def _load_by_torch(path: Path, foreign: str, limits: Limits) -> Any:
     """The same with ``torch.load``, once the file is known to call only what checkpoints need."""
-    torch = import_torch(f"{path} holds {visible(archive.foreign or '')[:160]}, which")
-    what = "no PyTorch checkpoint, or a damaged one"
-    what = "a damaged or truncated PyTorch zip archive" if archive.is_zip else what
+    torch = import_torch(f"{path} holds {visible(foreign)[:160]}, which")
+    zipped, what = torch_archive.is_zip(path), "no PyTorch checkpoint, or a damaged one"
+    what = "a damaged or truncated PyTorch zip archive" if zipped else what
     allowed = torch.serialization.safe_globals(_harmless(torch))
     with damaged(f"{path} is {what}", "Copy or download it again."), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with allowed:
-                content = torch.load(path, "cpu", weights_only=True, mmap=archive.is_zip)
+                content = torch.load(path, "cpu", weights_only=True, mmap=zipped)
         except UnpicklingError as error:
             blocked = re.search(r"\bGLOBAL:? (\S+)", str(error))
             if blocked:

@@ -118,19 +118,25 @@ def initialised(wanted: Wanted, path: Path) -> Start:
     classes = _num_classes(wanted.reading.num_classes, data)
     reading = replace(wanted.reading, num_classes=None)
     source = replace(wanted, reading=reading).read(path, afresh=True)
-    if not isinstance(source.config, ResNetConfig):
-        raise InputError(f"{path} is a bare block; training needs a network.")
-    if source.config.num_classes != classes:
-        was = source.config.num_classes
-        source = _with_new_head(source, source.config, classes, wanted.reading.allow_missing)
+    network = _network_of(source, path)
+    if network.num_classes != classes:
+        was = network.num_classes
+        source = _with_new_head(source, network, classes, wanted.reading.allow_missing)
+        network = _network_of(source, path)
         had = "no head" if was is None else f"{was} classes"
         common.print_note(f"{path} has {had}: the head is new, for {classes} classes")
     common.print_title(name_of(source.config), str(path))
     common.print_notes(source.all_notes)
-    config = with_settings(replace(wanted.preset, model=source.config), settings)
-    splits = Splits(*(with_channels(part, source.config.in_channels) for part in data))
+    config = with_settings(replace(wanted.preset, model=network), settings)
+    splits = Splits(*(with_channels(part, network.in_channels) for part in data))
     config = filled_batches(config, splits.train, wanted.devices, settings)
     return Start(model_of(source, config.dtype), None, config, splits)
+
+
+def _network_of(source: OpenedCheckpoint, path: Path) -> ResNetConfig:
+    if not isinstance(source.config, ResNetConfig):
+        raise InputError(f"{path} is a bare block; training needs a network.")
+    return source.config
 
 
 def _with_new_head(
@@ -151,15 +157,12 @@ def _with_new_head(
 def resumed(wanted: Wanted, path: Path, schedule: str | None) -> Start:
     """Continues the run in a checkpoint."""
     source = wanted.read(path, run=not wanted.training.weights_only)
-    if not isinstance(source.config, ResNetConfig):
-        raise InputError(f"{path} is a bare block; training needs a network.")
+    network = _network_of(source, path)
     run = None if wanted.training.weights_only else wanted.training.of(source)
     common.print_title(name_of(source.config), str(path))
     common.print_notes(source.all_notes)
-    preset = replace(wanted.preset, model=source.config)
-    config, run, splits = goes_on(
-        run, replace(wanted, preset=preset), schedule, source.config.in_channels, path
-    )
+    its = replace(wanted, preset=replace(wanted.preset, model=network))
+    config, run, splits = goes_on(run, its, schedule, network.in_channels, path)
     with common.status.status("building the network"):
         return Start(model_of(source, config.dtype), run, config, splits)
 

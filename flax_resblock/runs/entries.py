@@ -41,15 +41,8 @@ SCHEDULERS = (
     *("lr_scheduler_state_dict", "sched", "lr_sched", "param_schedulers"),
 )
 STEPS = (
-    "global_step",
-    "global_steps",
-    "step",
-    "steps",
-    "iteration",
-    "iter",
-    "num_updates",
-    "num_steps",
-    "updates",
+    *("global_step", "global_steps", "step", "steps", "iteration", "iter"),
+    *("num_updates", "num_steps", "updates"),
 )
 EPOCHS = ("epoch", "current_epoch", "start_epoch")
 AVERAGES = ("model_ema", "ema", "state_dict_ema", "ema_state_dict", "ema_model")

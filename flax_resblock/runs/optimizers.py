@@ -32,8 +32,8 @@ Transformation = optax.GradientTransformationExtraArgs
 
 
 def scale_by_adam(
-    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
-) -> optax.GradientTransformation:
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, number: int = 0
+) -> Transformation:
     r"""``optax.scale_by_adam`` with an accurate bias correction; its state is optax's own
     ``ScaleByAdamState``.
 
@@ -42,14 +42,9 @@ def scale_by_adam(
     Args:
       b1, b2: Decay of the first and second moment, PyTorch's ``betas``.
       eps: Added to the root.
+      number: Of the param group; the argument ``momenta`` of ``update`` replaces its ``b1``.
     Reference: Kingma & Ba 2015, arXiv:1412.6980.
     """
-
-    return _scale_by_adam(0, b1, b2, eps)
-
-
-def _scale_by_adam(number: int, b1: float, b2: float, eps: float) -> Transformation:
-    """:func:`scale_by_adam` of a param group, by number; ``momenta`` may replace its ``b1``."""
 
     def update(
         updates: Any, state: Any, params: Any = None, *, momenta: Any = None, **_: Any
@@ -168,7 +163,7 @@ def _chained(kind: str, number: int, options: Mapping[str, Any]) -> Transformati
     decay = optax.add_decayed_weights(amount) if amount else optax.identity()
     if OPTIMIZERS[kind].counts:
         first, second = map(float, options["betas"])
-        adam = _scale_by_adam(number, first, second, float(options["eps"]))
+        adam = scale_by_adam(first, second, float(options["eps"]), number=number)
         if kind == "adam":
             return optax.chain(decay, adam, rate)
         return optax.chain(adam, decay, _trust(kind, options), rate)

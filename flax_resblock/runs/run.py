@@ -178,19 +178,18 @@ def _without_scheduler(
             settings = {**run.settings, "epochs": total}
             optimizer = replace(run.optimizer, groups=made)
             return replace(run, optimizer=optimizer, schedule=state, settings=settings)
+    words = ""
     moved = any("initial_lr" in group for group in groups)
     if moved and not any(name in extras for name in entries.SCHEDULERS):
+        words = "its param groups have 'initial_lr', which only a scheduler sets."
+    elif any(isinstance(group["lr"], np.floating) for group in groups):
         words = (
-            f"{source} holds no learning-rate scheduler, but the run had one: its param groups "
-            "have 'initial_lr', which only a scheduler sets."
+            "its rate is a number of numpy's, as a program computes it at each step (fastai's "
+            "fit_one_cycle does)."
         )
-        return replace(run, problem=words)
-    if any(isinstance(group["lr"], np.floating) for group in groups):
-        words = (
-            f"{source} holds no learning-rate scheduler, but the run had one: its rate is a number "
-            "of numpy's, as a program computes it at each step (fastai's fit_one_cycle does)."
-        )
-        return replace(run, problem=words)
+    if words:
+        there = f"{source} holds no learning-rate scheduler, but the run had one"
+        return replace(run, problem=f"{there}: {words}")
     return run
 
 
