@@ -178,11 +178,8 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
 
 def _remove_stale(folder: Path, name: str = "") -> None:
     """Removes temporary folders whose process was killed: those for the destination ``name``, or
-    all.
-
-    Where the process was killed between moving an old folder aside and giving the new one its
-    name, the old one gets its name back.
-    """
+    all. Where it was killed between moving an old folder aside and giving the new one its name, the
+    old one gets its name back."""
     for left in folder.glob(f".{glob.escape(name) or '*'}.*{_SUFFIX}"):
         whose, process, *_ = left.name[1:].rsplit(".", 3)
         if (name and whose != name) or not process.isdigit() or _is_held(left, int(process)):
@@ -193,11 +190,9 @@ def _remove_stale(folder: Path, name: str = "") -> None:
 
 
 def _is_held(folder: Path, process: int) -> bool:
-    """Whether the process that made a temporary folder lives.
-
-    It holds the lock, on whichever machine it runs; its number says nothing, as numbers are given
-    again. Where there are no locks, the number is all there is.
-    """
+    """Whether the process that made a temporary folder lives. It holds the lock, on whichever
+    machine it runs; its number says nothing, as numbers are given again, but where there are no
+    locks."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -242,10 +237,8 @@ def _create(new: Path, path: Path) -> None:
 
 
 def _exchange(new: Path, path: Path) -> bool:
-    """Exchanges two names in one step, which os.replace cannot do with a folder that is not empty.
-
-    The old folder is then in the temporary one, and is removed with it. False where the system has
-    no such step.
+    """Exchanges two names in one step, which os.replace cannot do with a folder that is not empty;
+    the old folder is then removed with the temporary one. False where the system has no such step.
     """
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2

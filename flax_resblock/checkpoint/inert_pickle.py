@@ -92,14 +92,10 @@ class CheckedPickle:
 
 
 class _Sketch(NamedTuple):
-    """What is known of a value before it is made.
-
-    Attributes:
-      kind: ``"scalar"``, ``"tuple"``, ``"list"``, ``"dict"``, ``"global"``, ``"result"`` (of a
-        call), ``"reference"`` (by a persistent id) or ``"mark"``.
-      weight: How many values hashing it visits; ``_UNHASHABLE`` for more than a key may have.
-      name: Of a global, or of what was called; the text of a short string, which may become one.
-    """
+    """What is known of a value before it is made: its ``kind`` (a ``"result"`` is of a call, a
+    ``"reference"`` by a persistent id), how deep it nests, how many values hashing it visits
+    (``_UNHASHABLE`` for more than a key may have), and the name of a global, or of what was called;
+    or the text of a short string, of which a name may be made."""
 
     kind: str
     depth: int = 0

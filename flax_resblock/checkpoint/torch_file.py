@@ -140,12 +140,8 @@ def load_torch(path: Path, limits: Limits = LIMITS) -> Any:
       MissingDependencyError: It needs PyTorch, which is not installed.
     """
     check_files([path], limits, path)
-    archive = torch_archive.read_archive(path, limits)
-    return (
-        archive.content
-        if archive.foreign is None
-        else _load_by_torch(path, archive.foreign, limits)
-    )
+    found = torch_archive.read_archive(path, limits)
+    return found.content if found.foreign is None else _load_by_torch(path, found.foreign, limits)
 
 
 def _load_by_torch(path: Path, foreign: str, limits: Limits) -> Any:

@@ -51,15 +51,10 @@ from flax_resblock.errors import visible
 
 @dataclass
 class TorchPickle:
-    """What a pickle holds.
-
-    Attributes:
-      content: Its value, with an array for each tensor; :class:`OnlyTorch` and other stand-ins for
-        what numpy and Python have no values for.
-      foreign: Why PyTorch has to read the file, and ``content`` is meaningless; None for nothing.
-      storages: Every storage that it refers to, by key.
-      end: Offset of the first byte behind the pickle.
-    """
+    """What a pickle holds: its value, with an array for each tensor and stand-ins for what numpy
+    and Python have no values for; why that is meaningless, so that PyTorch has to read the file
+    (None for nothing); every storage that it refers to, by key; and the offset of the first byte
+    behind it."""
 
     content: Any = None
     foreign: str | None = None

@@ -43,11 +43,8 @@ def _broken(path: Path, why: str) -> CheckpointError:
 
 
 def _directory(handle: BinaryIO, path: Path, size: int) -> tuple[int, int, int]:
-    """Start, length and number of entries of the directory.
-
-    It must end where the records of its end begin, and those with the file: then no two readers
-    find different ones.
-    """
+    """Start, length and number of entries of the directory. It must end where the records of its
+    end begin, and those with the file: then no two readers find different ones."""
     misplaced = _broken(path, "its directory is not where it should be")
     tail_size = min(size, _END64.size + _END64_LOCATOR.size + _END.size)
     handle.seek(size - tail_size)

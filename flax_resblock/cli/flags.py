@@ -64,14 +64,9 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Flag:
-    """An option or a positional argument.
-
-    Attributes:
-      name: ``--num-classes``, or ``CKPT`` for a positional argument.
-      value: What follows it, such as ``INT`` or ``{on,off}``; empty for a switch.
-      default: What holds without it; empty if that is nothing, or said in the text.
-      group: The heading of its group; empty for the command's own.
-    """
+    """An option or a positional argument: its name (``--num-classes``, ``CKPT``), what follows it
+    (``INT``, ``{on,off}``; empty for a switch), its default (empty if that is nothing, or said in
+    the text), and the heading of its group (empty for the command's own)."""
 
     name: str
     value: str

@@ -16,13 +16,8 @@ from flax_resblock.images import default_preprocessing, pixels_of, read_image
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images of one size with names.
-
-    Attributes:
-      pixels: ``(N, H, W, C)``, float32 from 0 to 1.
-      labels: True classes, if the file has them.
-      mean, std: Of the channels, if the file has them.
-    """
+    """Images of one size with names: ``pixels`` ``(N, H, W, C)``, float32 from 0 to 1; the true
+    classes, and mean and standard deviation of the channels, if the file has them."""
 
     pixels: np.ndarray
     names: list[str]

@@ -16,14 +16,9 @@ from flax_resblock.runs.mmengine_schedules import gradient_settings
 
 @dataclass(frozen=True)
 class RunEntry:
-    """An entry of a training checkpoint.
-
-    Attributes:
-      name: Its name in the file.
-      use: What was made of it, or why it was left out.
-      status: ``"used"`` if the run needs it; ``"kept"`` if JAX does not, but it goes back to
-        PyTorch as it was; ``"ignored"`` if it ends here.
-    """
+    """An entry of a training checkpoint: its name, what was made of it or why it was left out, and
+    whether the run needs it (``"used"``), JAX does not, but it goes back to PyTorch as it was
+    (``"kept"``), or it ends here (``"ignored"``)."""
 
     name: str
     use: str

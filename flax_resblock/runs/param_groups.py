@@ -60,14 +60,9 @@ def names_of(
     state_map: TensorMap,
     source: str,
 ) -> tuple[list[tuple[str, ...]], str]:
-    """The names in the model of the parameters of every group, and how they were found.
-
-    Args:
-      groups, numbers: Param groups of an optimizer's state dict, and their parameters' numbers.
-      per_parameter: What the optimizer keeps of each, by number; its shapes tell parameters apart.
-    Raises:
-      CheckpointError: They are not this model's, or more than one way to name them fits.
-    """
+    """The names in the model of the parameters of every group, and how they were found. The shapes
+    of ``per_parameter``, what the optimizer keeps of each number, tell parameters apart. Raises
+    CheckpointError if they are not this model's, or if more than one way to name them fits."""
     entries = state_map.parameters
     known = {entry.torch_key for entry in entries}
     trained = [entry for entry in entries if entry.trained]

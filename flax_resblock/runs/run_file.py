@@ -218,11 +218,8 @@ def unpack_run(
 
 def run_entries(run: Run, state_map: TensorMap) -> dict[str, Any]:
     """The entries of a PyTorch training checkpoint beside ``"model"``, as torchvision's reference
-    scripts name them, with numpy arrays for tensors.
-
-    ``"epoch"`` is the number, from 0, of the last epoch that was completed, as there;
-    ``"epochs_done"`` and ``"step"`` count epochs and optimizer steps done.
-    """
+    scripts name them, with numpy arrays for tensors. ``"epoch"`` is the number, from 0, of the last
+    epoch that was completed, as there; ``"epochs_done"`` and ``"step"`` count those done."""
     entries: dict[str, Any] = {"optimizer": write_optimizer(run.optimizer, state_map)}
     if run.schedule is not None or not run.problem:  # else reading misses it again
         entries["lr_scheduler"] = _written_schedule(run)

@@ -68,14 +68,9 @@ _ORDER = (
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Everything that was assumed about a checkpoint.
-
-    Attributes:
-      choices: Those that are said whatever the network, as networks of both kinds are common.
-      others: The others, each as a note.
-      known: What it was read as: a published network, or that of a known JAX program; None where
-        it is one's own.
-    """
+    """Everything that was assumed about a checkpoint: choices that are said whatever the network,
+    as networks of both kinds are common; the others, each as a note; and the published network, or
+    that of a known JAX program, that it was read as (None where it is one's own)."""
 
     choices: tuple[Assumption, ...] = ()
     others: tuple[str, ...] = ()

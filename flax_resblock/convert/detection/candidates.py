@@ -145,12 +145,9 @@ def identify(
     assumptions: Mapping[str, Any] | None = None,
     source: str = "the state dict",
 ) -> Match:
-    """The one reading of a state dict that fits.
+    """The one reading of a state dict that fits; the arguments are those of
+    :class:`~flax_resblock.convert.opened.ReadOptions`.
 
-    Args:
-      found: Shape and dtype of every tensor.
-      architecture, naming, num_classes, stride, allow_missing, assumptions: See
-        :class:`~flax_resblock.convert.opened.ReadOptions`.
     Raises:
       CheckpointError: Nothing fits, or several readings fit; the message shows the nearest and the
         flag to use.

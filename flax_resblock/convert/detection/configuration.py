@@ -43,10 +43,7 @@ def _depths(naming: Naming, found: TensorInfos) -> list[int]:
 
 def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
     """The network that the names and shapes describe under ``naming``, None where they describe
-    none.
-
-    Tolerates single missing tensors, so that the error can name them.
-    """
+    none. Single missing tensors are tolerated, so that the error can name them."""
     reader = Reader(naming.laid_out(_depths(naming, found)), found)
     stages: list[range] = []
     for number in count(1):

@@ -66,14 +66,9 @@ def kept_files(metadata: Mapping[str, str]) -> dict[str, str]:
 def files_of(
     hub: str, config: Config, metadata: Mapping[str, str], facts: ImageFacts
 ) -> dict[str, str]:
-    """The JSON files of a folder that ``hub``'s package loads, by name; raises InputError for a
-    bare block, or a network that the package cannot build.
-
-    Args:
-      hub: A key of :data:`HUBS`.
-      metadata: Of the checkpoint that it came from.
-      facts: What is known of its images.
-    """
+    """The JSON files of a folder that the package ``hub`` loads, by name, for a network that came
+    from a checkpoint with this metadata; raises InputError for a bare block, or a network that the
+    package cannot build."""
     if not isinstance(config, ResNetConfig):
         raise InputError(
             f"a folder for {hub} holds a whole network, not a bare block. Write a .safetensors "
