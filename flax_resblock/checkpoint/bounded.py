@@ -20,8 +20,7 @@ _END = struct.Struct("<4s4H2LH")
 
 
 def check_file(path: Path, most: int = MOST_BYTES) -> None:
-    """Raises InputError unless a path is a regular file (a pipe would block, a device has no end)
-    of at most ``most`` bytes."""
+    """Raises InputError but for a regular file (no pipe or device) of at most ``most`` bytes."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise InputError(f"{path} is no regular file. Copy what it stands for into a file first.")

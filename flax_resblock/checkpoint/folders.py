@@ -44,8 +44,7 @@ RUN_FOLDER = "checkpoints"
 
 
 def orbax_in(path: Path) -> Path | None:
-    """The Orbax folder that a path is, or the newest of a run or of a folder of steps; None if
-    there is none."""
+    """The Orbax folder that a path is, or the newest of a run or of a folder of steps, if any."""
     steps = sorted(path.glob("*"), key=_step, reverse=True) if path.is_dir() else []
     folders = (path, *sorted((path / RUN_FOLDER).glob("*"), reverse=True), *steps)
     return next((folder for folder in folders if is_orbax(folder)), None)
@@ -58,8 +57,7 @@ def _step(path: Path) -> tuple[int, str]:
 
 
 def msgpack_in(path: Path) -> Path | None:
-    """The newest of the files ``checkpoint_100`` that ``flax.training.checkpoints`` wrote; None if
-    there is none."""
+    """The newest ``checkpoint_100`` that ``flax.training.checkpoints`` wrote, if there is one."""
     files = [one for one in path.glob("checkpoint_*") if one.is_file()]
     return max(files, key=_step, default=None)
 
@@ -80,8 +78,7 @@ FSDP_MODEL, FSDP_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
 
 
 def distributed_in(path: Path) -> Path | None:
-    """The folder of ``torch.distributed.checkpoint`` that a path is, or is a file of; None for
-    anything else."""
+    """The folder of ``torch.distributed.checkpoint`` that a path is, or is a file of, if any."""
     inside = path.suffix == DISTRIBUTED_SHARD or path.name == DISTRIBUTED_PLAN
     folder = path.parent if inside else path
     places = (folder, folder / FSDP_MODEL)
@@ -97,8 +94,7 @@ ZERO_SHARD = re.compile(r"(?:bf16_)?zero_pp_rank_(\d{1,6})_mp_rank_00_optim_stat
 
 
 def shards_of(path: Path) -> list[Path]:
-    """DeepSpeed's parts of the optimizer beside a file of weights, in the order of the processes;
-    empty for any other file."""
+    """DeepSpeed's parts of the optimizer beside a file of weights, in order; empty for others."""
     if path.name != ZERO_MODEL:
         return []
     found = {
@@ -165,8 +161,8 @@ def shards(index: Path, limits: Limits) -> list[Path]:
 
 
 def texts_beside(weights: Path) -> dict[str, str]:
-    """The JSON files beside weights with a well-known name, by name; raises CheckpointError for one
-    that is no text."""
+    """The JSON files beside weights of a known name; raises CheckpointError for one that is no
+    text."""
     if weights.name not in WEIGHTS:
         return {}
     texts = {}

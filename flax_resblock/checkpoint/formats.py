@@ -34,8 +34,7 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
 
 
 def output_format(path: Path) -> str:
-    """The format that a file name asks for; raises InputError for a suffix that no format has, or a
-    name on a hub."""
+    """The format that a file name asks for; raises InputError for other suffixes and hubs."""
     if is_name(path):
         raise InputError(
             f"{path} names a repository, and an output is a file or a folder. In Python, "

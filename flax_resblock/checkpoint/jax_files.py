@@ -110,8 +110,7 @@ def _whole(chunked: Mapping[str, Any]) -> np.ndarray:
 
 
 def read_msgpack(path: Path, limits: Limits) -> Record:
-    """Reads a file of ``flax.serialization.to_bytes``; raises CheckpointError for any other file, a
-    damaged one, or one beyond the limits."""
+    """Reads a file of ``flax.serialization.to_bytes``; raises CheckpointError for any other."""
     hooks = _Hooks(limits, str(path))
     most = min(limits.max_tensors * VALUES_PER_TENSOR, _LONGEST)
     with damaged(f"{path} is no file of flax.serialization, or a damaged one", "Copy it again."):

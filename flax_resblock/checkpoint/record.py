@@ -138,8 +138,7 @@ def write_sidecar(path: Path, sidecar: Sidecar) -> None:
 
 
 def read_sidecar(path: Path) -> Sidecar | None:
-    """The digests of the file at ``path``, None where there are none; raises CheckpointError if
-    they cannot be read, or are something else."""
+    """The digests of a file, None where there are none; raises CheckpointError for damaged ones."""
     place = sidecar_of(path)
     if not place.is_file():
         return None

@@ -46,8 +46,7 @@ _MOST_AXES, _LONGEST_ITEM = 64, 16
 
 @dataclass
 class Context:
-    """What the calls of one pickle have in common. ``elements`` finds the elements of a storage;
-    None makes no tensors."""
+    """What the calls of one pickle share; ``elements`` of a storage are None to make no tensors."""
 
     limits: Limits
     source: str

@@ -38,8 +38,7 @@ _AS_BITS = {"bfloat16": ("int16", ml_dtypes.bfloat16)}
 
 
 def import_torch(what: str = "This") -> Any:
-    """The torch module; raises MissingDependencyError, which says ``what`` needs it, where it is
-    not installed."""
+    """The torch module; raises MissingDependencyError where it is absent, as ``what`` needs it."""
     try:
         import torch
     except ImportError as error:

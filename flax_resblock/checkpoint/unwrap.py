@@ -51,8 +51,7 @@ def without_wrappers(name: str) -> str:
 def unwrap(
     content: Any, *, is_tensor: Callable[[Any], bool], source: str, entry: str | None = None
 ) -> Unwrapped:
-    """The state dict in ``content``: the entry of that name, or the one that is found. Raises
-    CheckpointError where there is none."""
+    """The state dict in ``content``, as ``entry`` or found; raises CheckpointError if none is."""
     notes: list[str] = []
     extras: dict[str, Any] = {}
     if not isinstance(content, Mapping):
@@ -150,8 +149,7 @@ def _holds_tensors(value: Any, is_tensor: Callable[[Any], bool]) -> bool:
 
 
 def strip(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Removes prefixes that every key has, one after the other, and wrappers inside the names;
-    ``notes`` gets a sentence on each."""
+    """Removes prefixes that all keys have, and wrappers inside the names; ``notes`` say which."""
     for stray in _STRAY:
         if stray in state and len(state) > 1:
             state = {key: value for key, value in state.items() if key != stray}

@@ -177,8 +177,7 @@ def _bench_device(
     json_file: Path | None,
     force: bool,
 ) -> int:
-    """Times JAX against PyTorch on an accelerator; raises InputError for options that do not fit,
-    before anything is measured."""
+    """Times JAX against PyTorch on an accelerator; InputError comes before anything is measured."""
     from flax_resblock.bench import device_report
     from flax_resblock.bench.device_run import run_parts
     from flax_resblock.bench.plan import JAX_FLAGS, parts_of

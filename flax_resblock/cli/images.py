@@ -58,8 +58,7 @@ def _read_archive(path: Path, preprocessing: Preprocessing) -> ImageBatch:
 
 
 def refuse_nonfinite(logits: np.ndarray, names: Sequence[str]) -> None:
-    """Raises InputError if images, by their names, have logits ``(N, classes)`` from which no class
-    follows."""
+    """Raises InputError for images with logits ``(N, classes)`` from which no class follows."""
     wrong = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(wrong):
         whose = some([names[number] for number in wrong.tolist()])

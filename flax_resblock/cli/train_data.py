@@ -139,8 +139,7 @@ def _count(number: int, one: str, many: str | None = None) -> str:
 def classes_note(
     had: tuple[int, int | None], now: tuple[int, int], asked: int | None, splits: Splits[DataSource]
 ) -> str | None:
-    """Where a new network's channels and classes come from, ``asked`` by ``--num-classes`` or not;
-    None where nothing was changed."""
+    """Where a new network's channels and classes come from; None where nothing was changed."""
     if had == now:
         return None
     name, there = splits.train.name, splits.train.num_classes

@@ -50,8 +50,7 @@ class OwnCode:
         return self.spec.rpartition(":")[2]
 
     def fresh(self, seed: int) -> nnx.Module:
-        """The network with the values that its own code draws; raises InputError if that raises, or
-        gives no nnx module."""
+        """The network with the values that its own code draws; else InputError."""
         from flax import nnx
 
         try:
@@ -72,8 +71,7 @@ class OwnCode:
 
 
 def own_code(spec: str, reading: common.ReadingFlags) -> OwnCode:
-    """Imports the code of a network, which runs it; raises InputError where there is none, or for
-    flags that describe a network besides."""
+    """Imports the code of a network, which runs it; InputError for flags that describe one too."""
     usual = common.ReadingFlags()
     for name in (one.name for one in fields(reading) if one.name not in _OF_ANY_NETWORK):
         if getattr(reading, name) != getattr(usual, name):
@@ -188,8 +186,7 @@ def _widened(values: Mapping[ModelPath, np.ndarray]) -> dict[ModelPath, np.ndarr
 def begun(
     code: OwnCode, wanted: Wanted, resume: Path | None, init: Path | None, schedule: str | None
 ) -> Start:
-    """Where a run of the user's own network begins; raises InputError if the checkpoint, the code
-    and the flags do not fit each other."""
+    """Where a run of one's own network begins; InputError if code, file and flags disagree."""
     wanted = replace(wanted, preset=replace(wanted.preset, model=None))
     source = init or resume
     if source is None:

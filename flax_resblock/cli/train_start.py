@@ -66,8 +66,7 @@ class Wanted:
 
 
 class Start(NamedTuple):
-    """Model, run to continue, configuration and data of a run that begins, and the Python file of a
-    network of the user's own."""
+    """Model, run, configuration and data of a run that begins, and one's own code, if any."""
 
     model: nnx.Module
     run: Run | None

@@ -193,8 +193,7 @@ class Verifier:
         print_notes(verification.notes)
 
     def write_all(self, reports: list[dict[str, Any]]) -> None:
-        """Writes several reports as one: the first that failed, or the first, which holds the
-        others."""
+        """Writes reports as one: the first that failed, or the first, with the others in it."""
         chosen = next((facts for facts in reports if not facts["passed"]), reports[0])
         others = [facts for facts in reports if facts is not chosen]
         self.write(chosen | ({"other_calls": others} if others else {}))

@@ -37,8 +37,7 @@ def wrapped(text: str, width: int) -> list[str]:
 
 
 def for_stream(text: str, stream: TextIO) -> str:
-    """The text, wrapped if the stream is a terminal. Files and pipes get whole lines, which are
-    searched and counted."""
+    """The text, wrapped for a terminal; files and pipes get whole lines, which are searched."""
     if not stream.isatty():
         return text
     return "\n".join(wrapped(text, shutil.get_terminal_size().columns))

@@ -41,8 +41,7 @@ EXPANSION: Mapping[str, int] = MappingProxyType({"basic": 1, "bottleneck": 4})
 
 @cache
 def choices_of(config: type) -> Mapping[str, tuple[Any, ...]]:
-    """The options of a configuration class and their values: its fields that are literals or yes
-    or no."""
+    """The options of a configuration class: its fields that are literals or booleans."""
     hints = get_type_hints(config).items()
     literals = {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
     return literals | {name: (False, True) for name, hint in hints if hint is bool}
@@ -58,8 +57,7 @@ def check_choices(config: Any) -> None:
 
 
 class SharedOptions(TypedDict, total=False):
-    """Fields of :class:`BlockOptions` that basic blocks have too, for functions that pass them on
-    as keyword arguments."""
+    """Fields of :class:`BlockOptions` that basic blocks have too, as keyword arguments."""
 
     groups: int
     shortcut: Shortcut
@@ -86,8 +84,8 @@ class SharedOptions(TypedDict, total=False):
 
 
 class NetworkOptions(SharedOptions, total=False):
-    """Every field of :class:`ResNetConfig` but ``in_channels`` and ``num_classes``, for functions
-    that pass them on as keyword arguments."""
+    """Fields of :class:`ResNetConfig` but ``in_channels`` and ``num_classes``, as keyword
+    arguments."""
 
     block: BlockKind
     depths: tuple[int, ...]
@@ -199,8 +197,7 @@ class BlockOptions:
 
     @property
     def layer_numbers(self) -> dict[str, Any]:
-        """What decides about every norm and kernel, in the words of
-        :func:`flax_resblock.config.slots.normalised_conv`."""
+        """What :func:`flax_resblock.config.slots.normalised_conv` takes for every layer."""
         eps = self.standardized_eps if self.standardized else None
         numbers = {"norm": self.norm, "norm_groups": self.norm_groups, "standardized": eps}
         return numbers | {"padding_rule": self.padding}

@@ -20,8 +20,7 @@ _MAIN = {f"{kind}{i + 1}": (kind, i) for kind in ("conv", "norm") for i in range
 def _renamed(
     names: Mapping[str, str], codecs: Mapping[str, Codec] = MappingProxyType({})
 ) -> Mapping[SlotKind, tuple[Tensor, ...]]:
-    """Flax's tensors with other names and layouts, by slot kind and Flax's name:
-    ``{"conv.kernel": "w"}``."""
+    """Flax's tensors with other names and layouts, by kind and name: ``{"conv.kernel": "w"}``."""
 
     def changed(kind: SlotKind, one: Tensor) -> Tensor:
         key = f"{kind.value}.{one.flax_name}"

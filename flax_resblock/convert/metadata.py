@@ -45,8 +45,7 @@ def written_config(record: Record) -> arch.Config | None:
 
 
 def written_norm_options(record: Record) -> dict[str, float | None]:
-    """``eps`` and ``momentum`` where this library stored them in a checkpoint; raises
-    CheckpointError for values that are no numbers."""
+    """``eps`` and ``momentum`` if this library stored them; raises CheckpointError for damage."""
     try:
         return {
             name: None if record.metadata[name] == "None" else float(record.metadata[name])
@@ -61,8 +60,7 @@ def written_norm_options(record: Record) -> dict[str, float | None]:
 
 
 def written_naming(record: Record) -> Naming | None:
-    """The naming scheme that this library stored in a checkpoint because it is not one of its own;
-    raises CheckpointError for a damaged one."""
+    """A scheme of the user's own, as stored in a checkpoint; raises CheckpointError for damage."""
     text = record.metadata.get(SCHEME)
     if text is None or record.metadata.get(NAMING) in NAMINGS:
         return None

@@ -239,8 +239,7 @@ class ModuleFacts:
 
 
 def module_facts(module: Any) -> ModuleFacts:
-    """Reads the facts off an ``nn.Module``; raises InputError for norms that differ among
-    themselves in ``eps`` or ``momentum``."""
+    """Reads facts off an ``nn.Module``; raises InputError where norms differ in eps or momentum."""
     # the module inside a wrapper comes after it, and takes its place
     modules = {without_wrappers(name): one for name, one in module.named_modules()}
 

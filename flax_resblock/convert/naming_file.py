@@ -34,8 +34,7 @@ def to_toml(naming: Naming) -> str:
 
 
 def from_toml(text: str, source: str) -> Naming:
-    """The naming scheme of a text that :func:`to_toml` wrote; raises InputError, which names
-    ``source``, for anything else."""
+    """The naming scheme of a text of :func:`to_toml`; raises InputError for any other text."""
     try:
         if len(text) > _LARGEST:
             raise ValueError(f"it has more than {_LARGEST:,} characters")

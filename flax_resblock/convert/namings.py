@@ -137,8 +137,7 @@ _OPENMMLAB = {place: f"backbone.{name}" for place, name in (_STEM | _DEEP_STEM).
 
 
 def _resnet9(name: str, head: str, note: str = "") -> Naming:
-    """The ResNet-9 of tutorials: ``res1`` and on are the parts that are added, in every second
-    stage."""
+    """The ResNet-9 of tutorials: ``res1`` and on are what is added, in every second stage."""
     modules = {"stem.conv": "conv1.0", "stem.norm": "conv1.1", **_transitions("conv", 1)}
     modules |= {"conv1": "0.0", "norm1": "0.1", "conv2": "1.0", "norm2": "1.1", "head": head}
     blocks = tuple((f"res{n // 2 + 1}",) if n % 2 == 0 else () for n in range(_MOST_TRANSITIONS))

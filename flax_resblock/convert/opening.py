@@ -51,8 +51,7 @@ HEADLESS = "no classification head: the network returns pooled features"
 
 
 def ignored(record: Record, patterns: Sequence[str]) -> list[str]:
-    """The tensors that one of the patterns names, as they are called in the file or without its
-    prefixes."""
+    """The tensors that a pattern names, as they are called in the file or without its prefixes."""
     return [
         key
         for key in record.tensors
@@ -194,8 +193,7 @@ def _with_head(
 def _with_learned_names(
     tensors: Mapping[str, np.ndarray], reading: ReadOptions, source: str
 ) -> tuple[tuple[dict[str, np.ndarray], Match, str] | None, str]:
-    """The network under names of its author's own, in the form of :func:`_with_head`; else why
-    there is none."""
+    """The network under its author's names, in the form of :func:`_with_head`; else why not."""
     if reading.naming is not None:
         return None, ""
     naming = learn_naming(describe(tensors))
@@ -270,8 +268,7 @@ def open_checkpoint(
 def read_entry(
     path: str | Path, entry: str | None = None, *, run: bool = False, limits: Limits = LIMITS
 ) -> Record:
-    """``checkpoint.read``, also for averaged weights in formats without entries, where they have
-    names of their own."""
+    """``checkpoint.read``, also for averaged weights in formats without entries."""
     flat = entry == EMA and Path(path).suffix in ("", ".safetensors")
     record = checkpoint.read(path, entry=None if flat else entry, run=run, limits=limits)
     return averaged(record) if flat else record

@@ -34,8 +34,7 @@ def carry(model: Any, tensors: TensorMap) -> None:
 
 
 def carried(model: Any) -> TensorMap | None:
-    """What :func:`carry` gave a model, or a model that was ported has from its class; None if there
-    is nothing."""
+    """What :func:`carry` gave a model, or a ported one has from its class; None for nothing."""
     own, ported = getattr(model, _CARRIED, None), getattr(model, PORTED_FROM, None)
     return own if own is not None or ported is None else ported.carried
 
@@ -72,8 +71,7 @@ class OpenedTensors:
 
 
 def open_own(record: Record, tensors: TensorMap, network: str) -> OpenedTensors:
-    """The checkpoint of a network whose tensors are called so; raises CheckpointError with the
-    differences where they are others."""
+    """The checkpoint of a network whose tensors are called so; else CheckpointError."""
     found = weights_among(record.tensors, record.metadata)
     there, ways = describe(found), (tensors, _as_unwrapped(tensors, network))
     if record.format == "orbax":

@@ -234,8 +234,7 @@ class StateMap(TensorMap):
         return entries
 
     def written(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """A state dict as a file in this naming scheme has it: without counters where the scheme
-        has none."""
+        """A state dict as this naming scheme's files have it: some have no counters."""
         counters = {e.torch_key for e in self.entries if e.role == "counter"}
         counters = set() if self.naming.counts else counters
         return {key: value for key, value in tensors.items() if key not in counters}

@@ -35,8 +35,7 @@ class AverageEntry:
 def read_average(
     state: Any, state_map: TensorMap, name: str, source: str
 ) -> tuple[dict[Path, np.ndarray], AverageEntry]:
-    """Averaged weights and statistics by Flax path, and how they were written; raises
-    CheckpointError if they are not those of this model."""
+    """Averages by Flax path, and their form; raises CheckpointError if they are another model's."""
     where = f"{source}, entry '{name}'"
     if not isinstance(state, Mapping):
         raise CheckpointError(

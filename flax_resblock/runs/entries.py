@@ -256,8 +256,7 @@ def how_averaged(extras: Mapping[str, Any]) -> str:
 
 
 def scalers_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[str, Any]:
-    """The states of gradient scalers and the layout of ZeRO's shards: numbers that go back as they
-    are."""
+    """States of gradient scalers and ZeRO's layout: numbers that go back as they are."""
     names = (*SCALERS, LAYOUT)
     kept = {name: extras[name] for name in names if extras.get(name) and _plain(extras[name])}
     words = "loss scaling, for the way back; float32 and bfloat16 need none"

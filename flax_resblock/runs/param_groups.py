@@ -125,8 +125,7 @@ def names_of(
 def numbered(
     groups: Sequence[Mapping[str, Any]], per_parameter: Mapping[Any, Mapping[str, Any]]
 ) -> tuple[list[dict[str, Any]], dict[int, Mapping[str, Any]]]:
-    """Param groups and state with a number for each parameter, where FSDP and PyTorch's distributed
-    checkpoints have its name."""
+    """Param groups and state with numbers, where FSDP and distributed checkpoints have names."""
     keys = [key for group in groups for key in group["params"]]
     number_of: dict[Any, Any] = {key: key for key in keys}
     named = are_names(keys)

@@ -72,8 +72,7 @@ def bases_of(state: Mapping[str, Any]) -> list[float] | None:
 
 
 def with_initial_rates(optimizer: OptimizerState, state: Mapping[str, Any]) -> OptimizerState:
-    """The optimizer with ``initial_lr`` in its param groups; where they have lost it, it is that of
-    the scheduler."""
+    """The optimizer with the scheduler's ``initial_lr`` where its param groups have lost it."""
     bases = bases_of(state)
     lost = not any("initial_lr" in group.options for group in optimizer.groups)
     if bases is None or not lost or len(bases) != len(optimizer.groups):

@@ -35,8 +35,7 @@ FLAG = (
 
 
 def unit_of(word: str | int) -> Unit:
-    """The unit that a flag names: ``"batch"``, ``"epoch"``, or ticks per optimizer step; raises
-    InputError for anything else."""
+    """The unit that ``"batch"``, ``"epoch"`` or a number of ticks names, or InputError."""
     text = str(word)
     if text in ("batch", "epoch"):
         return Unit(per_epoch=text == "epoch")
@@ -88,8 +87,7 @@ class Counters:
         return self.updates
 
     def steps_at(self, position: int, unit: Unit) -> int | None:
-        """Optimizer steps done, with those that loss scaling skipped, which the scheduler has
-        counted as well."""
+        """Optimizer steps done, with those skipped by loss scaling, which were ticked as well."""
         done, (whole, rest) = self.done, divmod(position, unit.ticks)
         if done is None:
             return None if rest else whole

@@ -141,8 +141,7 @@ def is_timm(state: Mapping[str, Any]) -> bool:
 
 
 def read_timm(state: Mapping[str, Any], groups: Sequence[Options], source: str) -> TimmSchedule:
-    """The schedule in a state dict of timm's; raises CheckpointError for one without counterpart,
-    or one of another optimizer."""
+    """The schedule in a state dict of timm's; raises CheckpointError for one unknown here."""
     own = state.keys() - _COMMON.keys() - _REST
     listed = isinstance(state.get("decay_t"), list | tuple)
     kinds = [
@@ -199,8 +198,7 @@ def fitting(
 def located(
     state: Mapping[str, Any], counters: Counters, groups: Sequence[Options], source: str
 ) -> Mapping[str, Any]:
-    """The state with the position that the counters and the rates leave, as ``last_epoch``; raises
-    CheckpointError where they leave none, or several."""
+    """The state with the one position that fits counters and rates; else CheckpointError."""
     if "last_epoch" in state:  # which this library writes
         return state
     schedule, done = read_timm(state, groups, source), counters.epochs

@@ -121,8 +121,7 @@ def _candidates(
 
 
 def _end_of_warmup(known: Logged) -> int:
-    """The number of steps of a warm-up whose rates were logged; 0 if none were, which is the same
-    from there on."""
+    """The steps of a warm-up whose rates were logged; 0 for none, which is the same from there."""
     rising = [(step, share) for step, share in known if 0 < share < 1]
     if not rising:
         return 0

@@ -130,8 +130,7 @@ def published(config: Config) -> str | None:
 
 
 def with_assumptions(config: Config, assumptions: Mapping[str, Any]) -> Config:
-    """The configuration with the assumptions that it has a field for; raises InputError for values
-    that make no network."""
+    """The configuration with these assumptions; raises InputError if that is no network."""
     names = {field.name for field in fields(config)}
     if isinstance(config, BlockConfig) and config.kind == "basic":
         names.discard("stride_on")

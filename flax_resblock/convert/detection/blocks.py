@@ -18,8 +18,7 @@ SAY = "Say it with `naming=flax_resblock.Naming(...)`."
 
 @dataclass(frozen=True)
 class Layer:
-    """A module with tensors: its name, its kind (``"conv"``, ``"norm"`` or ``"linear"``) and the
-    shape of its weight."""
+    """A module with tensors: name, kind (conv, norm or linear) and the shape of its weight."""
 
     name: str
     kind: str
@@ -174,8 +173,7 @@ def _rivals(block: str, readings: Iterable[Mapping[str, Layer]]) -> str:
 
 
 def why_no_block(layers: list[Layer]) -> str:
-    """A sentence on the modules that would be blocks if their layers ran in another order than
-    they are defined in; empty where there is none."""
+    """A sentence on modules that would be blocks if their layers ran in another order; or empty."""
     found = []
     for node in islice(_nodes(tree_of(layers)), _MOST_NODES):
         convs = [one for one in node.layers if one.kind == "conv"]

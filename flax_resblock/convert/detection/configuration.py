@@ -137,8 +137,7 @@ def _layers(reader: Reader, places: Blocks, norm_first: bool) -> dict[str, Any]:
 
 
 def _made(kind: type[_Config], found: Mapping[str, Any]) -> _Config | None:
-    """The configuration, with the first number of groups of its norms that is possible; None where
-    there is none."""
+    """The configuration with the first possible number of groups of its norms; None for none."""
     for norm_groups in GROUPS:
         try:
             return kind(**found, norm_groups=norm_groups)

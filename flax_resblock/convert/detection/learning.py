@@ -34,8 +34,7 @@ may hold anything."""
 
 @dataclass(frozen=True)
 class NotLearned:
-    """Why no naming scheme was learned; empty where the tensors are those of no residual network at
-    all."""
+    """Why no naming scheme was learned; empty where it is no residual network at all."""
 
     why: str = ""
 

@@ -23,8 +23,7 @@ of the smallest network."""
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a checkpoint that is a network: its prefix, with the dot behind it, what it is, and
-    the other tensors."""
+    """A part of a checkpoint that is a network: its prefix with the dot, and the other tensors."""
 
     prefix: str
     match: Match
