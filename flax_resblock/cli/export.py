@@ -93,12 +93,8 @@ def export(
                 f"are equal or free. Choose --image-size, or leave them free (--any-image-size)."
             )
     normalisation = {"mean": shift.tolist(), "std": scale.tolist()}
-    preprocessing = {"pixels": "RGB from 0 to 1", **normalisation}
-    facts: dict[str, Any] = {
-        "source": checkpoint.name,
-        "preprocessing": preprocessing,
-        IMAGES: asdict(images),
-    }
+    facts: dict[str, Any] = {"source": checkpoint.name, IMAGES: asdict(images)}
+    facts["preprocessing"] = {"pixels": "RGB from 0 to 1", **normalisation}
     with common.status.status(f"exporting {checkpoint}"):
         if fold_batch_norm:
             from flax_resblock.export.fold import fold_batch_norm as fold

@@ -56,6 +56,14 @@ def check_choices(config: Any) -> None:
             raise ValueError(f"{what} {value!r} is unknown; choose {', '.join(others)} or {last}.")
 
 
+def check_positive(config: Any, *names: str) -> None:
+    """Raises ValueError for a field that is no positive integer."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a positive integer.")
+
+
 class SharedOptions(TypedDict, total=False):
     """Fields of :class:`BlockOptions` that basic blocks have too, as keyword arguments."""
 
@@ -222,10 +230,7 @@ class BlockOptions:
                 object.__setattr__(self, name, BlockOptions.__dataclass_fields__[name].default)
         if self.attention_place == "output" and (self.norm_first or not self.last_activation):
             object.__setattr__(self, "attention_place", "sum")
-        for name in ("groups", "base_width", "norm_groups", "attention_multiple"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive integer.")
+        check_positive(self, "groups", "base_width", "norm_groups", "attention_multiple")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1.")
         if not self.standardized_eps >= 0:

@@ -113,7 +113,8 @@ def _learned(layers: list[Layer], is_sorted: bool) -> Naming:
         )
     prefixes, places = _aligned(blocks)
     places = _pooled(places, prefixes, order)
-    if is_sorted and not _tell_their_order(blocks, prefixes):
+    paths = (_main_path(block, kind) for block in blocks for kind in ("conv", "norm"))
+    if is_sorted and not all(map(_differ_in_numbers, (prefixes, *paths))):
         raise _UnclearError(
             f"The file is sorted by name, and the names do not tell in which order these run: "
             f"{some([one.prefix for one in blocks], 6)}, and the convolutions inside, such as "
@@ -182,13 +183,6 @@ def _layers(found: TensorInfos) -> list[Layer] | None:
 
 def _differ_in_numbers(names: Iterable[str]) -> bool:
     return len(set(map(without_numbers, names))) <= 1
-
-
-def _tell_their_order(blocks: list[Block], prefixes: list[str]) -> bool:
-    """Whether the numbers in the names of blocks, convolutions and norms give their order; in a
-    file that is sorted by name, nothing else does."""
-    paths = (_main_path(block, kind) for block in blocks for kind in ("conv", "norm"))
-    return _differ_in_numbers(prefixes) and all(map(_differ_in_numbers, paths))
 
 
 def _order_of(blocks: list[Block], seen: str) -> tuple[bool, str]:
