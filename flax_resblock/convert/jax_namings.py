@@ -12,9 +12,7 @@ from typing import Any
 
 from flax_resblock.config import SlotKind
 from flax_resblock.convert.codecs import LED_PIXEL, LED_VECTOR, Codec
-from flax_resblock.convert.naming import FLAX_TENSORS, Naming, Tensor
-
-_MAIN = {f"{kind}{i + 1}": (kind, i) for kind in ("conv", "norm") for i in range(3)}
+from flax_resblock.convert.naming import FLAX_TENSORS, Naming, Tensor, numbered
 
 
 def _renamed(
@@ -29,14 +27,6 @@ def _renamed(
     return MappingProxyType(
         {kind: tuple(changed(kind, t) for t in tensors) for kind, tensors in FLAX_TENSORS.items()}
     )
-
-
-def _numbered(conv: str, norm: str, convolutions: int = 3) -> dict[str, str]:
-    """The main path, from templates over the number of the convolution."""
-    templates = {"conv": conv, "norm": norm}
-    return {
-        place: templates[kind].format(i) for place, (kind, i) in _MAIN.items() if i < convolutions
-    }
 
 
 _TOLD: Mapping[str, Any] = MappingProxyType(
@@ -79,7 +69,7 @@ _EXAMPLE_TOLD = {"padding": "same", "stem_padding": "symmetric"}
 
 
 def _example(kind: str, block: str, convolutions: int) -> Naming:
-    main = _numbered("Conv_{}", "BatchNorm_{}", convolutions)
+    main = numbered("Conv_{}", "BatchNorm_{}", convolutions)
     modules = _EXAMPLE_STEM | main | _EXAMPLE_SKIP
     origin = f"flax/examples/imagenet, {kind} blocks"
     name, stage = f"flax_imagenet_{kind}", f"{block}_{{index}}"
@@ -87,7 +77,7 @@ def _example(kind: str, block: str, convolutions: int) -> Naming:
 
 
 def _jax_resnet(name: str, what: str, stem: dict[str, str], skip: dict[str, str]) -> Naming:
-    main = _numbered("ConvBlock_{}.Conv_0", "ConvBlock_{}.BatchNorm_0")
+    main = numbered("ConvBlock_{}.Conv_0", "ConvBlock_{}.BatchNorm_0")
     modules = stem | main | skip | {"head": "layers_{behind}"}
     return _flax(name, "layers_{index}", modules, f"jax-resnet, {what}", first_stage=2)
 
@@ -107,7 +97,7 @@ _RESNETD_STEM = {
 
 
 def _huggingface(kind: str, layer: str, convolutions: int, prefix: str) -> Naming:
-    main = _numbered(f"{layer}.convolution", f"{layer}.normalization", convolutions)
+    main = numbered(f"{layer}.convolution", f"{layer}.normalization", convolutions)
     ends = {
         "stem.conv": f"{prefix}embedder.embedder.convolution",
         "stem.norm": f"{prefix}embedder.embedder.normalization",
@@ -136,7 +126,7 @@ _FLAXMODELS_NOTE = (
 
 
 def _flaxmodels(kind: str, block: str, convolutions: int) -> Naming:
-    main = _numbered("Conv_{}", "BatchNorm_{}", convolutions)
+    main = numbered("Conv_{}", "BatchNorm_{}", convolutions)
     skip = {"shortcut.conv": f"Conv_{convolutions}", "shortcut.norm": f"BatchNorm_{convolutions}"}
     stem = {"stem.conv": "Conv_0", "stem.norm": "BatchNorm_0", "head": "Dense_0"}
     origin = f"flaxmodels' Linen variables, {kind} blocks"
@@ -160,7 +150,7 @@ def _haiku(
     return _flax(
         name,
         "block_group_{stage}.block_{block}",
-        modules | _numbered("conv_{}", "batchnorm_{}") | ends,
+        modules | numbered("conv_{}", "batchnorm_{}") | ends,
         f"haiku.nets.ResNet, resnet_v2={version}",
         {"padding": "same", **told},
         first_stage=0,
@@ -211,10 +201,7 @@ JAX_NAMINGS = (
         "flaxmodels",
         "layer{stage}.block{block}",
         {"stem.conv": "conv1", "stem.norm": "bn1", "head": "fc"}
-        | {
-            place: f"{'bn' if kind == 'norm' else kind}{i + 1}"
-            for place, (kind, i) in _MAIN.items()
-        }
+        | numbered("conv{}", "bn{}", first=1)
         | {"shortcut.conv": "downsample.conv", "shortcut.norm": "downsample.bn"},
         "flaxmodels' pretrained .h5",
         tensors=_renamed(
@@ -229,7 +216,7 @@ JAX_NAMINGS = (
         "bonsai",
         "layer{stage}.blocks.{block}",
         {"stem.conv": "stem.conv", "stem.norm": "stem.bn", "head": "fc"}
-        | _numbered("conv{}", "bn{}")
+        | numbered("conv{}", "bn{}")
         | {"shortcut.conv": "downsample.conv", "shortcut.norm": "downsample.bn"},
         "bonsai's ResNet (NNX)",
         first_stage=0,
@@ -267,8 +254,7 @@ JAX_NAMINGS = (
         "big_vision",
         "big_vision's bit_paper",
         {"stem.conv": "root_block.conv_root", "norm": "norm-pre-head", "head": "head"}
-        | {f"conv{i}": f"conv{i}" for i in (1, 2, 3)}
-        | {f"norm{i}": f"gn{i}" for i in (1, 2, 3)}
+        | numbered("conv{}", "gn{}", first=1)
         | {"shortcut.conv": "conv_proj"},
         None,
         tensors=_renamed(

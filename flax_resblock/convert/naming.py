@@ -74,6 +74,16 @@ FLAX_TENSORS: Mapping[SlotKind, tuple[Tensor, ...]] = MappingProxyType(
 )
 
 
+def numbered(conv: str, norm: str, convolutions: int = 3, first: int = 0) -> dict[str, str]:
+    """The main path of a block, from templates over the number of each convolution."""
+    templates = {"conv": conv, "norm": norm}
+    return {
+        f"{kind}{i + 1}": template.format(i + first)
+        for kind, template in templates.items()
+        for i in range(convolutions)
+    }
+
+
 def is_outside(place: str) -> bool:
     """Whether a place of a network is outside its blocks."""
     return place in ("norm", "head") or place.startswith(("stem", "transition"))
