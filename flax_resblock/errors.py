@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _HIDDEN = ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
@@ -66,8 +66,19 @@ def first_line(error: Exception) -> str:
     return visible(lines[0])[:200].rstrip(".") if lines else type(error).__name__
 
 
+def raised(error: Exception) -> str:
+    """The class of an error and the beginning of its message: ``ValueError: a is not b``."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
+
+
 @contextmanager
-def damaged(words: str, advice: str, kind: type[InputError] = CheckpointError) -> Iterator[None]:
+def damaged(
+    words: str,
+    advice: str = "",
+    kind: type[InputError] = CheckpointError,
+    says: Callable[[Exception], str] = first_line,
+) -> Iterator[None]:
     """Turns what a library raises at a damaged file into one error, ``WORDS (ITS OWN). ADVICE``; a
     CheckpointError and a lack of memory stay what they are."""
     try:
@@ -75,13 +86,7 @@ def damaged(words: str, advice: str, kind: type[InputError] = CheckpointError) -
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:
-        raise kind(f"{words} ({first_line(error)}). {advice}") from error
-
-
-def raised(error: Exception) -> str:
-    """The class of an error and the beginning of its message: ``ValueError: a is not b``."""
-    name, line = type(error).__name__, first_line(error)
-    return name if line == name else f"{name}: {line}"
+        raise kind(f"{words} ({says(error)}). {advice}".rstrip()) from error
 
 
 def some(names: list[str], limit: int = 3) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files
 from flax_resblock.checkpoint.trainer_arguments import TRAINER_ARGUMENTS, trainer_arguments
-from flax_resblock.errors import CheckpointError, reason, visible
+from flax_resblock.errors import CheckpointError, damaged, reason, visible
 
 CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
 WEIGHTS = (
@@ -214,13 +214,9 @@ def trainer_files(folder: Path, limits: Limits = LIMITS) -> dict[str, Any]:
             read.add(file)
     if (folder / _STATE).is_file():
         check_files([folder / _STATE], replace(limits, max_bytes=limits.header), folder / _STATE)
-        try:
+        with damaged(f"{folder / _STATE} is damaged", "Copy the folder again."):
             state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
             found |= {name: state[name] for name in ("epoch", "global_step") if name in state}
-        except (ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(
-                f"{folder / _STATE} is damaged ({error}). Copy the folder again."
-            ) from error
         found["trainer_state"] = state
     if (folder / TRAINER_ARGUMENTS).is_file():
         found[TRAINER_ARGUMENTS] = trainer_arguments(folder / TRAINER_ARGUMENTS, _ASKED, limits)

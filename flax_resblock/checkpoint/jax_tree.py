@@ -15,7 +15,7 @@ import numpy as np
 
 from flax_resblock.checkpoint.limits import Limits, array_bytes, check_content
 from flax_resblock.checkpoint.record import Record
-from flax_resblock.errors import CheckpointError, some, visible
+from flax_resblock.errors import CheckpointError, damaged, some, visible
 
 Path = tuple[str, ...]
 
@@ -45,13 +45,9 @@ METADATA = "flax_resblock"
 
 def metadata_of(text: Any, source: str) -> dict[str, str]:
     """What this library wrote into a file as metadata; raises CheckpointError if it is damaged."""
-    try:
+    place = f"the entry {METADATA!r}, where this library keeps what it knows of a network"
+    with damaged(f"{source}: {place}, is damaged", "Copy the file again."):
         return strings_of(text)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{source}: the entry {METADATA!r}, where this library keeps what it knows of a "
-            f"network, is damaged ({str(error)[:120]}). Copy the file again."
-        ) from error
 
 
 def strings_of(text: Any) -> dict[str, str]:

@@ -17,7 +17,7 @@ from flax_resblock.checkpoint.jax_tree import record_of_tree, strings_of, tree_o
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_content
 from flax_resblock.checkpoint.orbax_check import DamagedFolderError, check_folder, unreadable
 from flax_resblock.checkpoint.record import DIGESTS, Record
-from flax_resblock.errors import CheckpointError, first_line, some
+from flax_resblock.errors import CheckpointError, damaged, first_line, some
 
 _IN_FLIGHT = 16 << 20
 """Bytes that Orbax may hold in its own buffers at a time."""
@@ -157,12 +157,8 @@ def read_metadata(file: Path) -> dict[str, str]:
     CheckpointError if it is damaged."""
     if not file.is_file():
         return {}
-    try:
+    with damaged(f"{file} is damaged", "Copy the folder again, or remove that file."):
         return strings_of(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file} is damaged ({error}). Copy the folder again, or remove that file."
-        ) from error
 
 
 def _save_alone(path: Path, tree: dict[str, Any], alone: Mapping[str, Any]) -> None:

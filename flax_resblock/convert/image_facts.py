@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flax_resblock.convert.hubs.common import INTERPOLATIONS, Preprocessing
-from flax_resblock.errors import CheckpointError, visible
+from flax_resblock.errors import damaged, raised
 
 IMAGES = "images"
 """Metadata beside the tensors, as JSON."""
@@ -53,17 +53,13 @@ def read_images(metadata: Mapping[str, str], source: str) -> ImageFacts:
     """What this library stored beside tensors; raises CheckpointError if it is damaged."""
     if IMAGES not in metadata:
         return ImageFacts()
-    try:
+    words = f"{source}: what it says of its images is damaged"
+    with damaged(words, "Copy the file again.", says=raised):
         content = json.loads(metadata[IMAGES])
         labels, stored = content["labels"], content["preprocessing"]
         if not isinstance(labels, list) or not all(isinstance(one, str) for one in labels):
             raise ValueError("its class names are no texts")
         return ImageFacts(None if stored is None else _preprocessing(stored), tuple(labels))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{source}: what it says of its images is damaged "
-            f"({type(error).__name__}: {visible(str(error))[:160]}). Copy the file again."
-        ) from error
 
 
 def _preprocessing(stored: Mapping[str, Any]) -> Preprocessing:

@@ -13,7 +13,7 @@ from flax_resblock.convert.image_facts import IMAGES
 from flax_resblock.convert.naming import Naming
 from flax_resblock.convert.naming_file import from_toml, to_toml
 from flax_resblock.convert.namings import NAMINGS, naming_of
-from flax_resblock.errors import CheckpointError, InputError, visible
+from flax_resblock.errors import CheckpointError, InputError, damaged
 
 CONFIG, NAMING, SCHEME, EPS, MOMENTUM = "config", "naming", "naming_scheme", "eps", "momentum"
 """Metadata that this library writes beside tensors."""
@@ -29,7 +29,8 @@ def written_config(record: Record) -> arch.Config | None:
     text = record.metadata.get(CONFIG)
     if text is None:
         return None
-    try:
+    advice = "Say `architecture=NAME`, or copy the file again."
+    with damaged(f"{record.source}: its stored configuration is damaged", advice):
         config = arch.from_json(text)
         blocks = sum(getattr(config, "depths", ()))
         if blocks > len(record.tensors):
@@ -37,26 +38,17 @@ def written_config(record: Record) -> arch.Config | None:
                 f"it has {blocks:,} blocks, and the file {len(record.tensors):,} tensors"
             )
         return config
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{record.source}: its stored configuration is damaged "
-            f"({visible(str(error))[:160]}). Say `architecture=NAME`, or copy the file again."
-        ) from error
 
 
 def written_norm_options(record: Record) -> dict[str, float | None]:
     """``eps`` and ``momentum`` if this library stored them; raises CheckpointError for damage."""
-    try:
+    words = f"{record.source}: its stored eps or momentum is no number"
+    with damaged(words, "Copy the file again."):
         return {
             name: None if record.metadata[name] == "None" else float(record.metadata[name])
             for name in (EPS, MOMENTUM)
             if name in record.metadata
         }
-    except ValueError as error:
-        raise CheckpointError(
-            f"{record.source}: its stored eps or momentum is no number "
-            f"({visible(str(error))[:120]}). Copy the file again."
-        ) from error
 
 
 def written_naming(record: Record) -> Naming | None:

@@ -22,7 +22,7 @@ from flax_resblock.convert.opened import JAX_FORMATS, OpenedCheckpoint
 from flax_resblock.convert.own import OpenedTensors
 from flax_resblock.convert.run_names import AVERAGED, OPTIMIZER, RUN, holds_run
 from flax_resblock.convert.state_map import TensorMap
-from flax_resblock.errors import CheckpointError, InputError, visible
+from flax_resblock.errors import CheckpointError, InputError, damaged, raised, visible
 from flax_resblock.runs.averages import AverageEntry
 from flax_resblock.runs.entries import EPOCHS_DONE, OURS, SCHEDULE_UNIT, RunEntry
 from flax_resblock.runs.optimizer_state import read_optimizer, write_optimizer
@@ -152,7 +152,8 @@ def unpack_run(
 ) -> Run:
     """Restores the run from the arrays and metadata that :func:`pack_run` made; raises
     CheckpointError if they are damaged or do not fit the model."""
-    try:
+    words = f"{source}: its record of the training run is damaged"
+    with damaged(words, WEIGHTS_ONLY, says=raised):
         content = json.loads(metadata[RUN])
         kind, counter = content["optimizer"], content["count"]
         numbers: dict[str, int] = {}
@@ -181,13 +182,6 @@ def unpack_run(
         named = [bool(group["named"]) for group in content["groups"]]
         by_name, problem = bool(content.get("by_name")), content.get("problem")
         average, kept = AverageEntry(**content["average"]), dict(content["kept"])
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{source}: its record of the training run is damaged ({type(error).__name__}: "
-            f"{error}). {WEIGHTS_ONLY}"
-        ) from error
     written, where = {"state": state, "param_groups": groups}, f"{source}, its optimizer"
     record = read_optimizer(written, state_map, kind=kind, source=where)
     pairs = zip(record.groups, named, strict=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flax_resblock.errors import CheckpointError
+from flax_resblock.errors import CheckpointError, damaged, raised
 from flax_resblock.runs import mmengine_schedules, timm_schedules, transformers_schedules
 from flax_resblock.runs.optimizer_state import OptimizerState
 from flax_resblock.runs.other_schedules import (
@@ -101,18 +101,12 @@ def read_schedule(
       CheckpointError: A scheduler without counterpart, a damaged state, or rates that are not on
         the schedule.
     """
-    try:
+    words = f"{source} is no complete state of a learning-rate scheduler"
+    with damaged(words, says=raised):
         schedule = _schedule(state, groups, lr_lambda, total, logged, source)
         position = _position(state, source)
         _check_place(schedule, position, state, source)
         _check_rates(schedule, position, groups, source)
-    except CheckpointError:
-        raise
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        raise CheckpointError(
-            f"{source} is no complete state of a learning-rate scheduler "
-            f"({type(error).__name__}: {error})."
-        ) from error
     return schedule, position
 
 

@@ -11,7 +11,7 @@ from flax_resblock.checkpoint.folders import CONFIG_FILE, PREPROCESSOR_FILE
 from flax_resblock.config import Config, ResNetConfig
 from flax_resblock.convert.hubs import timm, transformers
 from flax_resblock.convert.hubs.common import HubConfig, Preprocessing
-from flax_resblock.errors import CheckpointError, InputError
+from flax_resblock.errors import CheckpointError, InputError, damaged
 
 if TYPE_CHECKING:
     from flax_resblock.convert.image_facts import ImageFacts
@@ -28,13 +28,9 @@ cannot build). ``kept`` is the ``config.json`` that the network came with, if th
 
 
 def _json(metadata: Mapping[str, str], name: str, source: str) -> dict[str, Any]:
-    try:
+    advice = "Copy the folder again, or remove that file."
+    with damaged(f"{source}: its {name} is no JSON", advice):
         content = json.loads(metadata.get(name, "{}"))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{source}: its {name} is no JSON ({error}). Copy the folder again, or remove that "
-            f"file."
-        ) from error
     return content if isinstance(content, dict) else {}
 
 
