@@ -79,11 +79,11 @@ def damaged(
     kind: type[InputError] = CheckpointError,
     says: Callable[[Exception], str] = first_line,
 ) -> Iterator[None]:
-    """Turns what a library raises at a damaged file into one error, ``WORDS (ITS OWN). ADVICE``; a
-    CheckpointError and a lack of memory stay what they are."""
+    """Turns whatever is raised at a damaged file into one error, ``WORDS (ITS OWN). ADVICE``; an
+    InputError and a lack of memory stay what they are."""
     try:
         yield
-    except (CheckpointError, MemoryError):
+    except (InputError, MemoryError):
         raise
     except Exception as error:
         raise kind(f"{words} ({says(error)}). {advice}".rstrip()) from error

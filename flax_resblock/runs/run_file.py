@@ -22,7 +22,7 @@ from flax_resblock.convert.opened import JAX_FORMATS, OpenedCheckpoint
 from flax_resblock.convert.own import OpenedTensors
 from flax_resblock.convert.run_names import AVERAGED, OPTIMIZER, RUN, holds_run
 from flax_resblock.convert.state_map import TensorMap
-from flax_resblock.errors import CheckpointError, InputError, damaged, raised, visible
+from flax_resblock.errors import InputError, damaged, raised
 from flax_resblock.runs.averages import AverageEntry
 from flax_resblock.runs.entries import EPOCHS_DONE, OURS, SCHEDULE_UNIT, RunEntry
 from flax_resblock.runs.optimizer_state import read_optimizer, write_optimizer
@@ -51,7 +51,9 @@ def run_of(
     counters; the others as for :func:`flax_resblock.load_run`. Raises CheckpointError where it
     holds none, or one that cannot go on; the message says why."""
     record, state_map, source = opened.record, opened.state_map, opened.record.source
-    try:
+    words = "what lies beside its weights is not what a training program writes under these names"
+    # a file may hold anything under them, and anything may be raised
+    with damaged(f"{source}: {words}", WEIGHTS_ONLY, says=raised):
         if holds_run(record.metadata):
             return unpack_run(
                 record.tensors, record.metadata, state_map, lr_lambda=lr_lambda, source=source
@@ -65,14 +67,6 @@ def run_of(
             batches=_batches(record),
             source=source,
         )
-    except InputError:
-        raise
-    # A file may hold anything under the names of a training program, and anything may be raised.
-    except Exception as error:
-        raise CheckpointError(
-            f"{source}: what lies beside its weights is not what a training program writes under "
-            f"these names ({type(error).__name__}: {visible(str(error))[:160]}). {WEIGHTS_ONLY}"
-        ) from error
 
 
 def _batches(record: Record) -> int | None:

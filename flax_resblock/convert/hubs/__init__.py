@@ -11,7 +11,7 @@ from flax_resblock.checkpoint.folders import CONFIG_FILE, PREPROCESSOR_FILE
 from flax_resblock.config import Config, ResNetConfig
 from flax_resblock.convert.hubs import timm, transformers
 from flax_resblock.convert.hubs.common import HubConfig, Preprocessing
-from flax_resblock.errors import CheckpointError, InputError, damaged
+from flax_resblock.errors import InputError, damaged, raised
 
 if TYPE_CHECKING:
     from flax_resblock.convert.image_facts import ImageFacts
@@ -43,15 +43,9 @@ def read_hub(metadata: Mapping[str, str], source: str) -> HubConfig | None:
     hub = next((hub for hub in HUBS.values() if hub.recognises(content)), None)
     if hub is None:
         return None
-    try:
-        return hub.read(content, preprocessor, f"{source}: its {CONFIG_FILE}")
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise CheckpointError(
-            f"{source}: its {CONFIG_FILE} is damaged ({type(error).__name__}: {error}). Copy "
-            f"the folder again."
-        ) from error
+    words = f"{source}: its {CONFIG_FILE}"
+    with damaged(f"{words} is damaged", "Copy the folder again.", says=raised):
+        return hub.read(content, preprocessor, words)
 
 
 def kept_files(metadata: Mapping[str, str]) -> dict[str, str]:
