@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -208,17 +208,17 @@ class OneCycleLR(Schedule):
     use_beta1: bool
 
     def _between(self, step: int, group: Options, what: str) -> float:
-        start = 0.0
-        for phase in self.phases:
-            if step <= phase.end_step or phase is self.phases[-1]:
-                names = (getattr(phase, f"{end}_{what}") for end in ("start", "end"))
-                first, last = (float(group[name]) for name in names)
-                share = (step - start) / (phase.end_step - start)
-                if self.anneal == "linear":
-                    return (last - first) * share + first
-                return last + (first - last) / 2 * (1 + math.cos(math.pi * share))
-            start = phase.end_step
-        raise ValueError("a one-cycle schedule has at least one phase")
+        ends = [phase.end_step for phase in self.phases]
+        if not ends:
+            raise ValueError("a one-cycle schedule has at least one phase")
+        index = min(bisect_left(ends, step), len(ends) - 1)
+        phase, start = self.phases[index], ends[index - 1] if index else 0.0
+        names = (getattr(phase, f"{end}_{what}") for end in ("start", "end"))
+        first, last = (float(group[name]) for name in names)
+        share = (step - start) / (phase.end_step - start)
+        if self.anneal == "linear":
+            return (last - first) * share + first
+        return last + (first - last) / 2 * (1 + math.cos(math.pi * share))
 
     def rate(self, step: int, group: Options, number: int = 0) -> float:
         return self._between(min(step, self.total_steps), group, "lr")
@@ -254,8 +254,7 @@ class SequentialLR(Schedule):
         return index, step - (self.milestones[index - 1] if index else 0)
 
     def rate(self, step: int, group: Options, number: int = 0) -> float:
-        index, since = self._now(step)
-        return self.rate_of(index, since, group, number)
+        return self.rate_of(*self._now(step), group, number)
 
     def rate_of(self, index: int, since: int, group: Options, number: int) -> float:
         """The rate of one schedule at its own step; the first begins with the group's rate."""
@@ -291,10 +290,9 @@ def warmup_cosine(warmup_steps: int, total_steps: int, warmup_factor: float = 0.
     Reference: Goyal et al. 2017, arXiv:1706.02677.
     """
     if not 0 <= warmup_steps < total_steps:
-        words = f"must be at least 0 and below total_steps={total_steps}"
-        raise ValueError(f"warmup_steps={warmup_steps} {words}.")
+        raise ValueError(f"{warmup_steps=} must be at least 0 and below {total_steps=}.")
     if not 0 < warmup_factor <= 1:
-        raise ValueError(f"warmup_factor={warmup_factor} must be above 0 and at most 1.")
+        raise ValueError(f"{warmup_factor=} must be above 0 and at most 1.")
     cosine = CosineAnnealingLR(total_steps - warmup_steps, 0.0)
     if not warmup_steps:
         return cosine
