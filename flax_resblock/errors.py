@@ -78,12 +78,14 @@ def damaged(
     advice: str = "",
     kind: type[InputError] = CheckpointError,
     says: Callable[[Exception], str] = first_line,
+    passing: type[Exception] = InputError,
 ) -> Iterator[None]:
-    """Turns whatever is raised at a damaged file into one error, ``WORDS (ITS OWN). ADVICE``; an
-    InputError and a lack of memory stay what they are."""
+    """Turns whatever is raised at a damaged file into one error, ``WORDS (ITS OWN). ADVICE``. Only
+    an InputError stays what it is, and one that is ``passing``: a MemoryError may also come of a
+    size that the file declares, so that it passes only where sizes were checked before."""
     try:
         yield
-    except (InputError, MemoryError):
+    except (InputError, passing):
         raise
     except Exception as error:
         raise kind(f"{words} ({says(error)}). {advice}".rstrip()) from error

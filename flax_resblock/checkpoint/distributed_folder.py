@@ -247,7 +247,7 @@ def read_content(folder: Path, limits: Limits) -> dict[str, Any]:
     source, place = str(folder), folder / DISTRIBUTED_PLAN
     content: dict[str, Any] = {}
     words = f"{place} is no plan of torch.distributed.checkpoint, or a damaged one"
-    with damaged(words, "Copy the folder again."), refused(place):
+    with damaged(words, "Copy the folder again.", passing=MemoryError), refused(place):
         check_files([place], limits, place)
         plan = _plan(place, limits)
         pieces = _pieces(plan, folder, limits)

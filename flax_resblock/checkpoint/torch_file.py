@@ -149,7 +149,8 @@ def _load_by_torch(path: Path, foreign: str, limits: Limits) -> Any:
     zipped, what = torch_archive.is_zip(path), "no PyTorch checkpoint, or a damaged one"
     what = "a damaged or truncated PyTorch zip archive" if zipped else what
     allowed = torch.serialization.safe_globals(_harmless(torch))
-    with damaged(f"{path} is {what}", "Copy or download it again."), warnings.catch_warnings():
+    damage = damaged(f"{path} is {what}", "Copy or download it again.", passing=MemoryError)
+    with damage, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with allowed:
