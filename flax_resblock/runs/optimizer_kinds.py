@@ -80,74 +80,66 @@ _FLAGS = {"foreach": None, "differentiable": False, "fused": None}
 _CAPTURABLE = {"foreach": None, "differentiable": False, "capturable": False}
 _MOMENTUM, _MOMENTS = ("momentum_buffer",), ("exp_avg", "exp_avg_sq")
 _BETAS = {"betas": (0.9, 0.999), "eps": 1e-8}
-_MAXIMIZE, _DECOUPLED = {"maximize": False}, {"decoupled_weight_decay": False}
+_DECOUPLED = {"decoupled_weight_decay": False}
 _BY_MOMENTUM = {"momentum_buffer": "momentum"}
 
 
+def _torch(
+    tensors: tuple[str, ...],
+    options: Mapping[str, Any],
+    flags: Mapping[str, Any] = MappingProxyType(_CAPTURABLE),
+    later: Mapping[str, Any] = MappingProxyType({}),
+    **others: Any,
+) -> OptimizerKind:
+    """One of torch.optim, which all have ``maximize`` by now."""
+    return OptimizerKind(tensors, options, {"maximize": False, **later}, flags=flags, **others)
+
+
 def _adam(decay: float, decoupled: bool) -> OptimizerKind:
-    return OptimizerKind(
+    return _torch(
         (*_MOMENTS, "max_exp_avg_sq"),
         {"lr": 1e-3, **_BETAS, "weight_decay": decay, "amsgrad": False},
-        later=_MAXIMIZE,
-        flags={**_FLAGS, "capturable": False, "decoupled_weight_decay": decoupled},
+        {**_FLAGS, "capturable": False, "decoupled_weight_decay": decoupled},
         needs={"max_exp_avg_sq": "amsgrad"},
     )
 
 
 OPTIMIZERS: Mapping[str, OptimizerKind] = MappingProxyType(
     {
-        "sgd": OptimizerKind(
+        "sgd": _torch(
             _MOMENTUM,
             {"lr": 1e-3, "momentum": 0, "nesterov": False, "weight_decay": 0, "dampening": 0},
-            later=_MAXIMIZE,
-            flags=_FLAGS,
+            _FLAGS,
             needs=_BY_MOMENTUM,
             counts=False,
         ),
         "adam": _adam(0, decoupled=False),
         "adamw": _adam(1e-2, decoupled=True),
-        "rmsprop": OptimizerKind(
+        "rmsprop": _torch(
             ("square_avg", "momentum_buffer", "grad_avg"),
             {"lr": 1e-2, "momentum": 0, "alpha": 0.99, "eps": 1e-8, "centered": False}
             | {"weight_decay": 0},
-            later=_MAXIMIZE,
-            flags=_CAPTURABLE,
             needs={"grad_avg": "centered", **_BY_MOMENTUM},
         ),
-        "adagrad": OptimizerKind(
+        "adagrad": _torch(
             ("sum",),
             {"lr": 1e-2, "lr_decay": 0, "eps": 1e-10, "weight_decay": 0}
             | {"initial_accumulator_value": 0},
-            later=_MAXIMIZE,
-            flags=_FLAGS,
+            _FLAGS,
             begins={"sum": "initial_accumulator_value"},
         ),
-        "adadelta": OptimizerKind(
-            ("square_avg", "acc_delta"),
-            {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0},
-            later=_MAXIMIZE,
-            flags=_CAPTURABLE,
+        "adadelta": _torch(
+            ("square_avg", "acc_delta"), {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0}
         ),
-        "adamax": OptimizerKind(
-            ("exp_avg", "exp_inf"),
-            {"lr": 2e-3, **_BETAS, "weight_decay": 0},
-            later=_MAXIMIZE,
-            flags=_CAPTURABLE,
-        ),
-        "nadam": OptimizerKind(
+        "adamax": _torch(("exp_avg", "exp_inf"), {"lr": 2e-3, **_BETAS, "weight_decay": 0}),
+        "nadam": _torch(
             ("mu_product", *_MOMENTS),
             {"lr": 2e-3, **_BETAS, "weight_decay": 0, "momentum_decay": 4e-3},
-            later={**_MAXIMIZE, **_DECOUPLED},
-            flags=_CAPTURABLE,
+            later=_DECOUPLED,
             scalars=("mu_product",),
             begins={"mu_product": 1.0},
         ),
-        "radam": OptimizerKind(
-            _MOMENTS,
-            {"lr": 1e-3, **_BETAS, "weight_decay": 0},
-            later={**_MAXIMIZE, **_DECOUPLED},
-            flags=_CAPTURABLE,
-        ),
+        "radam": _torch(_MOMENTS, {"lr": 1e-3, **_BETAS, "weight_decay": 0}, later=_DECOUPLED),
         "timm-lars": OptimizerKind(
             _MOMENTUM,
             {"lr": 1.0, "momentum": 0, "dampening": 0, "weight_decay": 0, "nesterov": False}
