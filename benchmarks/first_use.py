@@ -18,106 +18,32 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # where it is loaded by its path
+from first_use_sides import (
+    JAX_CREATES,
+    PREDICTION,
+    PROCESS,
+    QUICK,
+    STEP,
+    TORCH_CREATES,
+    TORCH_PREDICTS,
+    Side,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- table first use -->", "<!-- end first use -->"
 
-_PROCESS = """
-import json, os, sys, time
-import numpy as np
-network, size, batch = {network!r}, {size}, {batch}
-{prepare}
-usage = None
-start, before = time.perf_counter(), sum(os.times()[:4])
-time.sleep({delay})
-{work}
-seconds, busy = time.perf_counter() - start, sum(os.times()[:4]) - before
-# of this program alone: ru_maxrss begins with the peak of the process that started it
-peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
-peak = int(peak) if usage is None else usage.ru_maxrss
-print(json.dumps({{"s": seconds, "processor s": busy, "MB": peak / 1024}}))
-"""
-_JAX = """
-import jax, jax.numpy as jnp, flax_resblock
-from flax import nnx
-images = np.random.default_rng(0).standard_normal((batch, size, size, 3)).astype(np.float32)
-"""
-_TORCH = """
-import dataclasses, torch, torch_ref
-from flax_resblock.config import architecture
-images = torch.randn(batch, 3, size, size)
-build = lambda: torch_ref.ResNet(**dataclasses.asdict(architecture(network)))
-"""
-_MODEL = "model = flax_resblock.load(network + '.pth')\n"
-_OWN_PREDICTION = "np.asarray(flax_resblock.compile_inference(model, images)(images))"
-_QUICK_PREDICTION = "np.asarray(flax_resblock.compile_inference(model, images, quick=True)(images))"
-_PLAIN_PREDICTION = """
-graphdef, state = nnx.split(model)
-with flax_resblock.conv_lowering("xla"):
-    np.asarray(jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, images))
-"""
-_STEP = """
-model.train()
-graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-def loss(params, rest, x):
-    network = nnx.merge(graphdef, params, rest, copy=True)
-    return -jnp.mean(jax.nn.log_softmax(network(x))[:, 1]), nnx.state(network, nnx.Not(nnx.Param))
-def step(params, rest, x):
-    (value, rest), slope = jax.value_and_grad(loss, has_aux=True)(params, rest, x)
-    return value, jax.tree.map(lambda p, g: p - 1e-3 * g, params, slope), rest
-with flax_resblock.conv_lowering({lowering!r}):
-    options = dict(flax_resblock.compiler_options())
-    jax.block_until_ready(jax.jit(step, compiler_options=options)(params, rest, images))
-"""
-_OWN_STEP, _PLAIN_STEP = _STEP.format(lowering="auto"), _STEP.format(lowering="xla")
-_CHANNELS_LAST = """
-module = build().eval().to(memory_format=torch.channels_last)
-images = images.to(memory_format=torch.channels_last)
-"""
-_TORCH_FORWARD = "with torch.inference_mode(): module(images)"
-_COMMAND = """
-import shutil, subprocess
-shutil.rmtree("run", ignore_errors=True)  # train replaces none
-command = [sys.executable, "-m", "flax_resblock", *{arguments!r}]
-"""
-_WAITING = """
-process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-_, status, usage = os.wait4(process.pid, 0)
-assert status == 0, command
-"""
-
-
-@dataclass(frozen=True)
-class Side:
-    """One side of a comparison.
-
-    Attributes:
-      prepare: Code that runs before the clock.
-      work: Code that is timed.
-    """
-
-    prepare: str
-    work: str
-
-    @classmethod
-    def command(cls, *arguments: str) -> Side:
-        """The whole of a command of ``flax-resblock``."""
-        return cls(_COMMAND.format(arguments=arguments), _WAITING)
-
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table.
+    """One row of the table: this library's side, and what it is compared with, if anything.
 
     Attributes:
-      what: For the reader.
-      own: This library's side.
-      yardstick: What it is compared with.
-      other: That side; None where there is nothing to compare with.
       network, size, batch: A name of an architecture; pixels; images.
       cached: Whether the process finds the programs of an earlier one.
       units: ``"s"``, ``"MB"`` for the peak of memory, or both: one row each.
@@ -136,12 +62,6 @@ class Case:
     bound: float = float("inf")
 
 
-_JAX_CREATES = Side(
-    _JAX, "jax.block_until_ready(nnx.state(flax_resblock.create(network, rngs=nnx.Rngs(0))))"
-)
-PREDICTION = Side(_JAX + _MODEL, _OWN_PREDICTION), Side(_JAX + _MODEL, _PLAIN_PREDICTION)
-QUICK = Side(_JAX + _MODEL, _QUICK_PREDICTION), PREDICTION[1]
-STEP = Side(_JAX + _MODEL, _OWN_STEP), Side(_JAX + _MODEL, _PLAIN_STEP)
 _CONVERT = "convert", "resnet50.pth", "converted", "--force"
 _INSPECT, _VERIFY = ("inspect", "resnet50.pth"), ("verify", "resnet18.pth")
 _PREDICT = "predict", "resnet50.pth", "pictures/class0/0.png", "pictures/class1/1.png"
@@ -151,45 +71,39 @@ _XLA = "plain XLA"
 
 def cases() -> list[Case]:
     """Every row of the table."""
-    torch_predicts = Side(_TORCH + _CHANNELS_LAST, _TORCH_FORWARD)
     rows = [
-        Case(f"create {name}", _JAX_CREATES, "PyTorch", Side(_TORCH, "build()"), name)
+        Case(f"create {name}", JAX_CREATES, "PyTorch", TORCH_CREATES, name)
         for name in ("resnet18_cifar", "resnet50")
     ]
-    pair: dict[str, Any] = {"network": "resnet50", "batch": 2}
-    for cached in (False, True):
-        found = ", programs cached" if cached else ""
-        first = f"first prediction, resnet50, 2 images{found}"
-        step = f"first training step, resnet18{found}"
-        rows.append(Case(first, PREDICTION[0], _XLA, PREDICTION[1], cached=cached, **pair))
-        rows.append(Case(f"the same, quick=True{found}", QUICK[0], _XLA, QUICK[1], **pair))
-        rows[-1] = replace(rows[-1], cached=cached)
-        command = Side.command(*_PREDICT)
-        rows.append(Case(f"`predict`, two pictures{found}", command, "", None, cached=cached))
-        rows.append(Case(step, STEP[0], _XLA, STEP[1], size=32, batch=32, cached=cached))
+    two = {"network": "resnet50", "batch": 2}
+    predict, small = Side.command(*_PREDICT), {"size": 32, "batch": 32}
+    for cached, found in ((False, ""), (True, ", programs cached")):
+        firsts: list[tuple[str, tuple[Side, Side | None], str, dict[str, Any]]] = [
+            ("first prediction, resnet50, 2 images", PREDICTION, _XLA, two),
+            ("the same, quick=True", QUICK, _XLA, two),
+            ("`predict`, two pictures", (predict, None), "", {}),
+            ("first training step, resnet18", STEP, _XLA, small),
+        ]
+        rows += [
+            Case(f"{what}{found}", own, yardstick, other, cached=cached, **numbers)
+            for what, (own, other), yardstick, numbers in firsts
+        ]
     without = Side.command(*_CONVERT, "--no-certificate")
     larger = Side.command(*_TRAIN, "--image-size", "224")
     reading = Side("", "import torch; torch.load('resnet50.pth', mmap=True)")
     convert, pictures = Side.command(*_CONVERT), Side.command(*_TRAIN)
     inspect, verify = (Side.command(*words) for words in (_INSPECT, _VERIFY))
-    both, memory = ("s", "MB"), ("MB",)
-    return [
-        *rows,
+    both = ("s", "MB")
+    rows += [
         Case("`convert resnet50.pth out`", convert, "no certificate", without, units=both),
         Case("`inspect resnet50.pth`", inspect, "torch.load", reading),
         Case("`verify resnet18.pth`", verify, "", None, units=both),
         Case("`train`, 45 pictures of 40x40", pictures, "the same at 224x224", larger),
-        *(
-            Case(
-                f"memory of inference, {name}, batch 32",
-                *(PREDICTION[0], "PyTorch", torch_predicts),
-                network=name,
-                batch=32,
-                units=memory,
-            )
-            for name in ("resnet18", "resnet50")
-        ),
     ]
+    for name in ("resnet18", "resnet50"):
+        what, sides = f"memory of inference, {name}, batch 32", (PREDICTION[0], "PyTorch")
+        rows.append(Case(what, *sides, TORCH_PREDICTS, name, batch=32, units=("MB",)))
+    return rows
 
 
 def quick_cases() -> list[Case]:
@@ -224,16 +138,13 @@ def prepared(folder: Path, networks: Sequence[str]) -> None:
 def measured(
     case: Case, side: Side, root: Path, folder: Path, delay: float = 0.0
 ) -> dict[str, float]:
-    """Elapsed seconds (``"s"``), processor seconds and MB of one process.
+    """Elapsed seconds (``"s"``), processor seconds and MB of one process; raises RuntimeError if it
+    fails.
 
     Args:
-      case: Gives network and images.
-      side: What it runs.
       root: The worktree whose library it imports.
       folder: From :func:`prepared`; holds the cache, too.
       delay: Seconds that it sleeps while it is timed, for a test.
-    Raises:
-      RuntimeError: The process failed.
     """
     with tempfile.TemporaryDirectory(dir=folder) as empty:
         kept = folder / f"cache{abs(hash(root))}"
@@ -245,7 +156,7 @@ def measured(
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         }
         values = {"network": case.network, "size": case.size, "batch": case.batch, "delay": delay}
-        code = _PROCESS.format(prepare=side.prepare, work=side.work, **values)
+        code = PROCESS.format(prepare=side.prepare, work=side.work, **values)
         command = [sys.executable, "-P", "-c", code]
         run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if run.returncode:
@@ -258,12 +169,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """Medians of both sides, and the median of the ratios within a round: a row for each unit.
 
-    Args:
-      case: What is measured.
-      folder: From :func:`prepared`.
-      rounds: How often.
-      before: A worktree of another revision; what this cannot run is left out.
-      seconds: ``"s"`` or ``"processor s"``.
+    ``before`` is a worktree of another revision; what it cannot run is left out.
     """
     sides = {"now": (case.own, ROOT)}
     if before is not None:
@@ -318,8 +224,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def filled(document: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """The document with the table of these rows."""
-    start, rest = document.split(BEGIN)
-    _, end = rest.split(END)
+    start, _, rest = document.partition(BEGIN)
+    end = rest.partition(END)[2]
     return f"{start}{BEGIN}\n\n{table(rows)}\n\n{END}{end}"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 _HIDDEN = ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
 """Unicode categories of what hides, reorders or breaks text."""
@@ -11,8 +13,7 @@ _LONG = 300
 
 class InputError(ValueError):
     """An input does not fit: a file, a name or a flag. The message says what does not fit, where,
-    what was expected and what was found, and what to do next.
-    """
+    what was expected and what was found, and what to do next."""
 
 
 class CheckpointError(InputError):
@@ -53,8 +54,7 @@ def visible(text: str, keep: str = "") -> str:
 
 def reason(error: BaseException) -> str:
     """An error in its own words; that of a system call without its number, ``[Errno 2]``, and
-    without the path, which the message around it names.
-    """
+    without the path, which the message around it names."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
@@ -70,6 +70,25 @@ def raised(error: Exception) -> str:
     """The class of an error and the beginning of its message: ``ValueError: a is not b``."""
     name, line = type(error).__name__, first_line(error)
     return name if line == name else f"{name}: {line}"
+
+
+@contextmanager
+def damaged(
+    words: str,
+    advice: str = "",
+    kind: type[InputError] = CheckpointError,
+    says: Callable[[Exception], str] = first_line,
+    passing: type[Exception] = InputError,
+) -> Iterator[None]:
+    """Turns whatever is raised at a damaged file into one error, ``WORDS (ITS OWN). ADVICE``. Only
+    an InputError stays what it is, and one that is ``passing``: a MemoryError may also come of a
+    size that the file declares, so that it passes only where sizes were checked before."""
+    try:
+        yield
+    except (InputError, passing):
+        raise
+    except Exception as error:
+        raise kind(f"{words} ({says(error)}). {advice}".rstrip()) from error
 
 
 def some(names: list[str], limit: int = 3) -> str:

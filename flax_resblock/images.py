@@ -195,8 +195,7 @@ def _resized(image: Image.Image, whole: tuple[int, int], keep_ratio: bool) -> tu
 
 def default_preprocessing(config: Config) -> Preprocessing:
     """The usual preprocessing for a network: resize to ``size * 256 / 224`` and center crop for
-    ImageNet stems, plain resize for small ones; ImageNet's constants for RGB.
-    """
+    ImageNet stems, plain resize for small ones; ImageNet's constants for RGB."""
     channels = config.in_channels
     mean, std, origin = (0.0,) * channels, (1.0,) * channels, "none (pixels from 0 to 1)"
     if channels == 3:

@@ -58,7 +58,7 @@ def library() -> dict[Path, str]:
     """The modules below the command line; the tables of the documentation are for both readers."""
     package = REPOSITORY / "flax_resblock"
     paths = [path for path in package.rglob("*.py") if "cli" not in path.relative_to(package).parts]
-    kept = [path for path in paths if path.name not in ("families.py", "plan.py")]
+    kept = [path for path in paths if path.name != "plan.py"]
     return {path: path.read_text(encoding="utf-8") for path in kept}
 
 

@@ -19,7 +19,6 @@ from flax_resblock.checkpoint.folders import (
     PREPROCESSOR_FILE,
     RUN_FOLDER,
     WEIGHTS,
-    ZERO_MODEL,
     is_orbax,
     is_ported,
     metadata_in,
@@ -34,12 +33,7 @@ from flax_resblock.checkpoint.formats import (
     resolve,
     writer_of,
 )  # fmt: skip
-from flax_resblock.checkpoint.limits import (
-    LIMITS,
-    UNLIMITED,
-    Limits,
-    check_names,
-)  # fmt: skip
+from flax_resblock.checkpoint.limits import LIMITS, UNLIMITED, Limits, check_names
 from flax_resblock.checkpoint.record import (
     DIGESTS,
     METADATA_DIGEST,
@@ -180,9 +174,7 @@ def write(
     companions = ()
     if format_name == "pytorch":
         refuse_foreign_sidecar(path)
-        companions = (sidecar_of(path).name,)
-        if path.name == ZERO_MODEL:
-            companions += shard_names(extras)
+        companions = (sidecar_of(path).name, *shard_names(path, extras))
     with replacing(path, force=force, companions=companions, replaceable=is_orbax) as temporary:
         metadata[METADATA_DIGEST] = metadata_digest(metadata)
         _writing(path, writer_of(format_name, files), temporary, tensors, metadata, **beside)

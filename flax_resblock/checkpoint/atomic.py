@@ -45,16 +45,9 @@ def no_folder(_: Path) -> bool:
 def refuse_existing(
     path: Path, force: bool, replaceable: Callable[[Path], bool] = no_folder
 ) -> None:
-    """Refuses a destination that must not be replaced, or whose folder does not exist.
-
-    Args:
-      path: The destination.
-      force: Whether the caller wants to replace what is there.
-      replaceable: Says whether a folder with something in it is one that may be replaced. By
-        default none may.
-    Raises:
-      InputError: ``path`` exists without ``force``, is another folder, or lies in none.
-    """
+    """Raises InputError for a destination that exists without ``force``, whose folder does not
+    exist, or that is a folder with something in it that ``replaceable`` does not know (by default
+    none is)."""
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist. Create it first.")
     if os.path.lexists(path) and not force:
@@ -75,15 +68,12 @@ def replacing(
     replaceable: Callable[[Path], bool] = no_folder,
 ) -> Iterator[Path]:
     """Yields a temporary path that takes the name ``path`` when the block ends well, and vanishes
-    when it does not.
+    when it does not. It becomes a file or a folder, as the block creates one or the other there.
 
     Args:
-      path: The destination. It becomes a file or a folder, as the block creates one or the other
-        at the temporary path.
-      force: Replace what is there.
       companions: Names of files that the block writes beside the temporary path; they take their
         places beside ``path`` just before it does.
-      replaceable: See :func:`refuse_existing`.
+      force, replaceable: See :func:`refuse_existing`.
     Raises:
       InputError: The destination may not be replaced.
       OutputError: Its folder cannot be written to, or the disk is full or fails; also where the
@@ -142,12 +132,8 @@ def remove(folder: Path) -> None:
 
 
 def _remove_tree(folder: Path, looks: int = 1) -> None:
-    """Removes a folder into which a background thread of an interrupted writer may still write.
-
-    Args:
-      folder: Removed as often as such a thread makes it again.
-      looks: How often, in a row, it must be absent.
-    """
+    """Removes a folder into which a background thread of an interrupted writer may still write,
+    until it was absent ``looks`` times in a row."""
     absent = 0
     for _ in range(_PATIENCE):
         shutil.rmtree(folder, ignore_errors=True)
@@ -192,11 +178,8 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
 
 def _remove_stale(folder: Path, name: str = "") -> None:
     """Removes temporary folders whose process was killed: those for the destination ``name``, or
-    all.
-
-    Where the process was killed between moving an old folder aside and giving the new one its
-    name, the old one gets its name back.
-    """
+    all. Where it was killed between moving an old folder aside and giving the new one its name, the
+    old one gets its name back."""
     for left in folder.glob(f".{glob.escape(name) or '*'}.*{_SUFFIX}"):
         whose, process, *_ = left.name[1:].rsplit(".", 3)
         if (name and whose != name) or not process.isdigit() or _is_held(left, int(process)):
@@ -207,11 +190,9 @@ def _remove_stale(folder: Path, name: str = "") -> None:
 
 
 def _is_held(folder: Path, process: int) -> bool:
-    """Whether the process that made a temporary folder lives.
-
-    It holds the lock, on whichever machine it runs; its number says nothing, as numbers are given
-    again. Where there are no locks, the number is all there is.
-    """
+    """Whether the process that made a temporary folder lives. It holds the lock, on whichever
+    machine it runs; its number says nothing, as numbers are given again, but where there are no
+    locks."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -256,10 +237,8 @@ def _create(new: Path, path: Path) -> None:
 
 
 def _exchange(new: Path, path: Path) -> bool:
-    """Exchanges two names in one step, which os.replace cannot do with a folder that is not empty.
-
-    The old folder is then in the temporary one, and is removed with it. False where the system has
-    no such step.
+    """Exchanges two names in one step, which os.replace cannot do with a folder that is not empty;
+    the old folder is then removed with the temporary one. False where the system has no such step.
     """
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2

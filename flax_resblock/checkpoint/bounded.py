@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_resblock.errors import InputError, visible
+from flax_resblock.errors import InputError, damaged
 
 MOST_BYTES = 16 << 30
 """Largest size of a file, and of its content once it is expanded."""
@@ -20,9 +20,7 @@ _END = struct.Struct("<4s4H2LH")
 
 
 def check_file(path: Path, most: int = MOST_BYTES) -> None:
-    """Raises InputError unless a path is a regular file (a pipe would block, a device has no end)
-    of at most ``most`` bytes.
-    """
+    """Raises InputError but for a regular file (no pipe or device) of at most ``most`` bytes."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise InputError(f"{path} is no regular file. Copy what it stands for into a file first.")
@@ -36,9 +34,9 @@ def read_npz(
     path: Path, most: int = MOST_BYTES, most_arrays: int = MOST_ARRAYS
 ) -> dict[str, np.ndarray]:
     """Reads every array of an ``.npz`` archive without unpickling anything; raises InputError if it
-    is none, damaged, or larger than ``most`` bytes or ``most_arrays`` arrays.
-    """
-    try:
+    is none, damaged, or larger than ``most`` bytes or ``most_arrays`` arrays."""
+    words = f"{path} is not an .npz archive of plain arrays"
+    with damaged(words, "Write it with numpy.savez, without objects.", InputError):
         check_file(path, most)
         with path.open("rb") as handle:
             handle.seek(max(path.stat().st_size - _END.size, 0))
@@ -58,10 +56,5 @@ def read_npz(
             )
         with np.load(path, allow_pickle=False) as arrays:
             found = {key: arrays[key] for key in arrays.files}
-        # members that are no arrays come as bytes
-        return {key: value for key, value in found.items() if isinstance(value, np.ndarray)}
-    except Exception as error:  # of zipfile, zlib, numpy or the system
-        raise InputError(
-            f"{path} is not an .npz archive of plain arrays ({visible(str(error)[:300])}). "
-            f"Write it with numpy.savez, without objects."
-        ) from error
+    # members that are no arrays come as bytes
+    return {key: value for key, value in found.items() if isinstance(value, np.ndarray)}

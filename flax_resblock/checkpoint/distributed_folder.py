@@ -26,12 +26,13 @@ from flax_resblock.checkpoint.inert_pickle import (
     PickleRules,
     RefusedError,
     check_pickle,
+    refused,
 )
-from flax_resblock.checkpoint.limits import Limits, check_content, check_files
+from flax_resblock.checkpoint.limits import Limits, array_bytes, check_content, check_files
 from flax_resblock.checkpoint.record import Record, arrays_in
 from flax_resblock.checkpoint.torch_calls import needs
 from flax_resblock.checkpoint.unwrap import unwrap
-from flax_resblock.errors import CheckpointError, first_line, visible
+from flax_resblock.errors import CheckpointError, damaged, visible
 
 _METADATA = "torch.distributed.checkpoint.metadata."
 _INDEX, _TENSOR = f"{_METADATA}MetadataIndex", f"{_METADATA}TensorStorageMetadata"
@@ -96,13 +97,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Piece(NamedTuple):
-    """Where a part of an entry is.
-
-    Attributes:
-      offset: Of the part in its tensor; None for an entry that is no tensor.
-      file: Name of the shard.
-      start, length: Of the file of ``torch.save`` in the shard, in bytes.
-    """
+    """Where a part of an entry is: its offset in its tensor (None for an entry that is no tensor),
+    the name of the shard, and start and length in bytes of a file of ``torch.save`` in it."""
 
     offset: tuple[int, ...] | None
     file: str
@@ -194,11 +190,7 @@ def _content(piece: _Piece, name: str, folder: Path, temporary: Path, limits: Li
 
 
 def _together(
-    name: str,
-    shape: tuple[int, ...],
-    dtype: str,
-    pieces: list[_Piece],
-    parts: list[np.ndarray],
+    name: str, shape: tuple[int, ...], dtype: str, pieces: list[_Piece], parts: list[np.ndarray]
 ) -> np.ndarray:
     """A tensor of its parts, which must cover it once."""
     sizes = sum(part.size for part in parts)
@@ -250,12 +242,12 @@ def read_content(folder: Path, limits: Limits) -> dict[str, Any]:
 
     Raises:
       CheckpointError: Damaged, beyond the limits, code, or shards that are not there.
-      MissingDependencyError: It holds something that only PyTorch can make, and torch is not
-        installed.
+      MissingDependencyError: It holds something that only PyTorch, which is absent, can make.
     """
     source, place = str(folder), folder / DISTRIBUTED_PLAN
     content: dict[str, Any] = {}
-    try:
+    words = f"{place} is no plan of torch.distributed.checkpoint, or a damaged one"
+    with damaged(words, "Copy the folder again.", passing=MemoryError), refused(place):
         check_files([place], limits, place)
         plan = _plan(place, limits)
         pieces = _pieces(plan, folder, limits)
@@ -264,15 +256,5 @@ def read_content(folder: Path, limits: Limits) -> dict[str, Any]:
             path = tuple(paths.get(name, (name,)))
             limits.check(place, "max_nesting", len(path), "levels of nesting")
             _placed(content, path, value, len(pieces))
-    except RefusedError as error:
-        raise CheckpointError(f"{place} {error}") from error
-    except (CheckpointError, MemoryError):
-        raise
-    # a pickle may hold anything under these names, and anything may be raised
-    except Exception as error:
-        raise CheckpointError(
-            f"{place} is no plan of torch.distributed.checkpoint, or a damaged one "
-            f"({first_line(error)}). Copy the folder again."
-        ) from error
-    check_content(content, limits, lambda one: getattr(one, "nbytes", None), source)
+    check_content(content, limits, array_bytes, source)
     return content

@@ -9,12 +9,8 @@ from pathlib import Path
 
 
 def mode_of_new_files(probe: Path) -> int:
-    """The permissions that the umask leaves a new file, found by making one: asking for the umask
-    would change it for other threads.
-
-    Args:
-      probe: A path where nothing is; it is removed again.
-    """
+    """The permissions that the umask leaves a new file, found by making one at ``probe``, where
+    nothing is: asking for the umask would change it for other threads."""
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()
@@ -22,12 +18,8 @@ def mode_of_new_files(probe: Path) -> int:
 
 
 def sync(path: Path, mode: int) -> None:
-    """Flushes a file, or everything in a folder and the folders themselves.
-
-    Args:
-      path: The file or folder.
-      mode: Permissions of all files; some writers give theirs to the user alone.
-    """
+    """Flushes a file, or everything in a folder and the folders themselves; all files get the
+    permissions ``mode``, as some writers give theirs to the user alone."""
     if path.is_dir():
         for parent, _, names in os.walk(path):
             for name in names:

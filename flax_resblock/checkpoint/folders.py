@@ -14,7 +14,7 @@ from typing import Any
 
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files
 from flax_resblock.checkpoint.trainer_arguments import TRAINER_ARGUMENTS, trainer_arguments
-from flax_resblock.errors import CheckpointError, reason, visible
+from flax_resblock.errors import CheckpointError, damaged, reason, visible
 
 CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
 WEIGHTS = (
@@ -44,8 +44,7 @@ RUN_FOLDER = "checkpoints"
 
 
 def orbax_in(path: Path) -> Path | None:
-    """The Orbax folder that a path is, or the newest of a run or of a folder of steps; None if
-    there is none."""
+    """The Orbax folder that a path is, or the newest of a run or of a folder of steps, if any."""
     steps = sorted(path.glob("*"), key=_step, reverse=True) if path.is_dir() else []
     folders = (path, *sorted((path / RUN_FOLDER).glob("*"), reverse=True), *steps)
     return next((folder for folder in folders if is_orbax(folder)), None)
@@ -58,19 +57,14 @@ def _step(path: Path) -> tuple[int, str]:
 
 
 def msgpack_in(path: Path) -> Path | None:
-    """The newest of the files ``checkpoint_100`` that ``flax.training.checkpoints`` wrote; None if
-    there is none."""
+    """The newest ``checkpoint_100`` that ``flax.training.checkpoints`` wrote, if there is one."""
     files = [one for one in path.glob("checkpoint_*") if one.is_file()]
     return max(files, key=_step, default=None)
 
 
 def metadata_in(path: Path) -> dict[str, str]:
     """What this library wrote beside the tensors of an Orbax folder, or of the newest of a run;
-    empty for anything else. The tensors are not read.
-
-    Raises:
-      CheckpointError: It is damaged.
-    """
+    empty for anything else. The tensors are not read. Raises CheckpointError if it is damaged."""
     from flax_resblock.checkpoint.orbax_folder import METADATA_FILE, read_metadata
 
     folder = orbax_in(path)
@@ -84,9 +78,7 @@ FSDP_MODEL, FSDP_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
 
 
 def distributed_in(path: Path) -> Path | None:
-    """The folder of ``torch.distributed.checkpoint`` that a path is, or is a file of; None for
-    anything else.
-    """
+    """The folder of ``torch.distributed.checkpoint`` that a path is, or is a file of, if any."""
     inside = path.suffix == DISTRIBUTED_SHARD or path.name == DISTRIBUTED_PLAN
     folder = path.parent if inside else path
     places = (folder, folder / FSDP_MODEL)
@@ -102,9 +94,7 @@ ZERO_SHARD = re.compile(r"(?:bf16_)?zero_pp_rank_(\d{1,6})_mp_rank_00_optim_stat
 
 
 def shards_of(path: Path) -> list[Path]:
-    """DeepSpeed's parts of the optimizer beside a file of weights, in the order of the processes;
-    empty for any other file.
-    """
+    """DeepSpeed's parts of the optimizer beside a file of weights, in order; empty for others."""
     if path.name != ZERO_MODEL:
         return []
     found = {
@@ -131,11 +121,8 @@ def weights_in(folder: Path) -> Path | None:
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; for ``json.loads(object_pairs_hook=)``.
-
-    Raises:
-      ValueError: Two entries of one name: which counts would depend on the reader.
-    """
+    """A JSON object, for ``json.loads(object_pairs_hook=)``; raises ValueError for two entries of
+    one name, as which of them counts would depend on the reader."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -145,11 +132,8 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def shards(index: Path, limits: Limits) -> list[Path]:
-    """The files that an index of a sharded checkpoint names, in order.
-
-    Raises:
-      CheckpointError: No such index, one beyond the limits, or a shard that is not there.
-    """
+    """The files that an index of a sharded checkpoint names, in order; raises CheckpointError for
+    no such index, one beyond the limits, or a shard that is not there."""
     limits.check(index, "max_header_bytes", index.stat().st_size, "bytes of index")
     try:
         weight_map = json.loads(
@@ -177,11 +161,8 @@ def shards(index: Path, limits: Limits) -> list[Path]:
 
 
 def texts_beside(weights: Path) -> dict[str, str]:
-    """The JSON files beside weights with a well-known name, by name.
-
-    Raises:
-      CheckpointError: One that is no text.
-    """
+    """The JSON files beside weights of a known name; raises CheckpointError for one that is no
+    text."""
     if weights.name not in WEIGHTS:
         return {}
     texts = {}
@@ -211,17 +192,11 @@ _ASKED = frozenset({"max_grad_norm", "label_smoothing_factor", "gradient_accumul
 
 def trainer_files(folder: Path, limits: Limits = LIMITS) -> dict[str, Any]:
     """The entries of a training checkpoint that lie in files of their own: optimizer, scheduler,
-    counters.
+    counters; arrays for tensors. Every other file, none of which is opened, comes with None.
 
-    Args:
-      folder: Where the weights are.
-      limits: What each file may declare.
-    Returns:
-      By entry name, arrays for tensors; every other file, none of which is opened, with None.
     Raises:
       CheckpointError: A damaged file, or one that would execute code.
-      MissingDependencyError: There is something in it that only PyTorch can read, and torch is not
-        installed.
+      MissingDependencyError: It holds something that only PyTorch, which is absent, can read.
     """
     found: dict[str, Any] = {}
     read = {_STATE, CONFIG_FILE, PREPROCESSOR_FILE, FSDP_WHOLE, ZERO_MODEL, *WEIGHTS}
@@ -239,13 +214,9 @@ def trainer_files(folder: Path, limits: Limits = LIMITS) -> dict[str, Any]:
             read.add(file)
     if (folder / _STATE).is_file():
         check_files([folder / _STATE], replace(limits, max_bytes=limits.header), folder / _STATE)
-        try:
+        with damaged(f"{folder / _STATE} is damaged", "Copy the folder again."):
             state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
             found |= {name: state[name] for name in ("epoch", "global_step") if name in state}
-        except (ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(
-                f"{folder / _STATE} is damaged ({error}). Copy the folder again."
-            ) from error
         found["trainer_state"] = state
     if (folder / TRAINER_ARGUMENTS).is_file():
         found[TRAINER_ARGUMENTS] = trainer_arguments(folder / TRAINER_ARGUMENTS, _ASKED, limits)

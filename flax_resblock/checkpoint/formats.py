@@ -34,11 +34,7 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
 
 
 def output_format(path: Path) -> str:
-    """The format that a file name asks for.
-
-    Raises:
-      InputError: A suffix that no format has, or a name on a hub.
-    """
+    """The format that a file name asks for; raises InputError for other suffixes and hubs."""
     if is_name(path):
         raise InputError(
             f"{path} names a repository, and an output is a file or a folder. In Python, "
@@ -128,9 +124,9 @@ _CODE: Mapping[str, tuple[str, str, str]] = {
     "pytorch": ("torch_file", "read_torch", "write_torch"),
     "safetensors": ("safetensors_file", "read_safetensors", "write_safetensors"),
     "orbax": ("orbax_folder", "read_orbax", "write_orbax"),
-    "msgpack": ("msgpack_file", "read_msgpack", "write_msgpack"),
-    "npz": ("npz_file", "read_weights", "write_weights"),
-    "h5": ("h5_file", "read_h5", "write_h5"),
+    "msgpack": ("jax_files", "read_msgpack", "write_msgpack"),
+    "npz": ("jax_files", "read_weights", "write_weights"),
+    "h5": ("jax_files", "read_h5", "write_h5"),
     "pickle": ("array_pickle", "read_pickle", ""),
     "distributed": ("distributed_folder", "read_distributed", ""),
 }

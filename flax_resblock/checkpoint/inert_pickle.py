@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from flax_resblock.checkpoint.limits import Limits
-from flax_resblock.errors import CheckpointError, first_line
+from flax_resblock.errors import CheckpointError, damaged
 
 PLAIN_OPCODES = (
     {"PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2"}
@@ -41,24 +41,19 @@ class RefusedError(Exception):
 
 @contextmanager
 def one_error(source: str, kind: str) -> Iterator[None]:
-    """Turns whatever a pickle raises into a CheckpointError.
+    """Turns whatever a pickle raises into a CheckpointError that says what kind it should be of."""
+    words = f"{source} is no {kind}, or a damaged one: its pickle cannot be read"
+    with damaged(words, "Copy or download it again."), refused(source):
+        yield
 
-    Args:
-      source: Of the pickle, for messages.
-      kind: What it should be.
-    """
+
+@contextmanager
+def refused(source: object) -> Iterator[None]:
+    """Turns a RefusedError into a CheckpointError that begins with its source."""
     try:
         yield
     except RefusedError as error:
         raise CheckpointError(f"{source} {error}") from error
-    except CheckpointError:
-        raise
-    # IndexError, struct.error, UnicodeDecodeError, KeyError ...: damage raises nearly anything.
-    except Exception as error:
-        raise CheckpointError(
-            f"{source} is no {kind}, or a damaged one: its pickle cannot be read "
-            f"({first_line(error)}). Copy or download it again."
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -89,29 +84,18 @@ class PickleRules:
 
 @dataclass
 class CheckedPickle:
-    """What :func:`check_pickle` found.
-
-    Attributes:
-      end: Offset of the first byte behind the pickle.
-      foreign: What the pickle does that is allowed, but is left to its own reader; None for
-        nothing.
-    """
+    """What :func:`check_pickle` found: the offset of the first byte behind the pickle, and what it
+    does that is allowed but left to its own reader (None for nothing)."""
 
     end: int
     foreign: str | None = None
 
 
 class _Sketch(NamedTuple):
-    """What is known of a value before it is made.
-
-    Attributes:
-      kind: ``"scalar"``, ``"tuple"``, ``"list"``, ``"dict"``, ``"global"``, ``"result"`` (of a
-        call), ``"reference"`` (by a persistent id) or ``"mark"``.
-      depth: How deep it nests.
-      weight: How many values hashing it visits; ``_UNHASHABLE`` for more than a key may have.
-      name: Full name of a global, or of what was called; the text of a short string, of which a
-        name may be made.
-    """
+    """What is known of a value before it is made: its ``kind`` (a ``"result"`` is of a call, a
+    ``"reference"`` by a persistent id), how deep it nests, how many values hashing it visits
+    (``_UNHASHABLE`` for more than a key may have), and the name of a global, or of what was called;
+    or the text of a short string, of which a name may be made."""
 
     kind: str
     depth: int = 0
@@ -219,8 +203,7 @@ class _Walk:
         if name.startswith("TUPLE"):
             items = below + above
             weight = min(_UNHASHABLE, 1 + sum(item.weight for item in items))
-            depth = 1 + max((item.depth for item in items), default=-1)
-            return _Sketch("tuple", self.nested(depth), weight)
+            return self.filled(_Sketch("tuple", weight=weight), items)
         container, *items = below + above
         if name.startswith("APPEND"):
             if container.kind != "list":
@@ -237,14 +220,8 @@ class _Walk:
 def check_pickle(
     data: bytes, rules: PickleRules, limits: Limits, source: str, start: int = 0
 ) -> CheckedPickle:
-    """Walks the instructions of one pickle without following any.
+    """Walks the instructions of the pickle that begins at ``start`` without following any.
 
-    Args:
-      data: The pickle begins at ``start``; more may follow it.
-      rules: What it may consist of.
-      limits: Of nesting.
-      source: For messages.
-      start: Offset in ``data``.
     Raises:
       RefusedError: An instruction, call, state or key that no such pickle needs.
       CheckpointError: It nests deeper than the limit.

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.checkpoint.limits import Limits, check_content
+from flax_resblock.checkpoint.limits import Limits, array_bytes, check_content
 from flax_resblock.checkpoint.record import Record
-from flax_resblock.errors import CheckpointError, some, visible
+from flax_resblock.errors import CheckpointError, damaged, some, visible
 
 Path = tuple[str, ...]
 
@@ -44,42 +44,30 @@ METADATA = "flax_resblock"
 
 
 def metadata_of(text: Any, source: str) -> dict[str, str]:
-    """The metadata that this library wrote into a file.
+    """What this library wrote into a file as metadata; raises CheckpointError if it is damaged."""
+    place = f"the entry {METADATA!r}, where this library keeps what it knows of a network"
+    with damaged(f"{source}: {place}, is damaged", "Copy the file again."):
+        return strings_of(text)
 
-    Raises:
-      CheckpointError: They are damaged.
-    """
-    try:
-        found = json.loads(text)
-        if not all(isinstance(value, str) for value in found.values()):
-            raise ValueError("they are no strings")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{source}: the entry {METADATA!r}, where this library keeps what it knows of a "
-            f"network, is damaged ({str(error)[:120]}). Copy the file again."
-        ) from error
+
+def strings_of(text: Any) -> dict[str, str]:
+    """A JSON object of strings; raises ValueError or another error of json for anything else."""
+    found = json.loads(text)
+    if not isinstance(found, dict) or not all(isinstance(one, str) for one in found.values()):
+        raise ValueError("it is no object of strings")
     return found
 
 
 def record_of_tree(
     content: Any, source: str, format_name: str, limits: Limits, metadata: Any = None
 ) -> Record:
-    """The record of a tree that a JAX program saved.
+    """The record of a tree that a JAX program saved: nested mappings, lists and tuples of arrays,
+    and other values beside them. ``metadata`` is the text for :func:`metadata_of`, if there is one.
 
-    Args:
-      content: Nested mappings, lists and tuples of arrays; other values are entries beside them.
-      metadata: The text for :func:`metadata_of`; None where there is none.
-      source: For messages.
-      format_name: Of the file.
-      limits: Of nesting, tensors and bytes.
     Raises:
       CheckpointError: No arrays, several sets of variables, or two arrays of one name.
     """
-
-    def size(value: Any) -> int | None:
-        return int(value.nbytes) if isinstance(value, np.ndarray | np.generic) else None
-
-    check_content(content, limits, size, source)
+    check_content(content, limits, array_bytes, source)
     told = {} if metadata is None else metadata_of(metadata, source)
     notes: list[str] = []
     place, variables, extras = _variables(content, source)
@@ -88,7 +76,7 @@ def record_of_tree(
     if extras:
         notes.append(f"left out beside the variables: {some(list(extras), 6)}")
     flat: dict[Path, np.ndarray] = {}
-    for collection in _collections(variables):
+    for collection in variables.values() if is_variables(variables) else [variables]:
         for path, array in _leaves(collection):
             if path in flat:
                 raise CheckpointError(
@@ -111,15 +99,12 @@ def is_variables(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get(PARAMS), Mapping)
 
 
-def tree_of(arrays: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
-    """The tree of names that are paths, ``"params/conv_init/kernel"``.
-
-    Raises:
-      CheckpointError: A name is twice there, or is inside an array.
-    """
+def tree_of(arrays: Mapping[str, Any], source: str, joint: str = "/") -> dict[str, Any]:
+    """The tree of names whose parts ``joint`` separates, ``"params/conv_init/kernel"``; raises
+    CheckpointError for a name that is there twice, or inside an array."""
     tree: dict[str, Any] = {}
     for name, array in arrays.items():
-        *parents, leaf = name.split("/")
+        *parents, leaf = name.split(joint)
         node: Any = tree
         for parent in parents:
             node = node.setdefault(parent, {}) if isinstance(node, dict) else node
@@ -196,10 +181,6 @@ def _holds_variables(value: Any) -> bool:
     if is_variables(value):
         return True
     return isinstance(value, Mapping) and any(map(_holds_variables, value.values()))
-
-
-def _collections(variables: Mapping[str, Any]) -> list[Any]:
-    return list(variables.values()) if is_variables(variables) else [variables]
 
 
 def _leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, np.ndarray]]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flax_resblock.errors import CheckpointError, InputError, visible
 
 
@@ -50,15 +52,12 @@ class Limits:
         return min(self.max_header_bytes, max(1 << 20, self.max_bytes // 72))
 
     def check(self, source: object, name: str, found: int, what: str) -> None:
-        """Refuses a number above a limit.
+        """Raises CheckpointError for a number above a limit.
 
         Args:
           source: What declares the number, for the message.
           name: The limit, such as ``"max_bytes"``.
-          found: The number.
           what: What is counted, such as ``"bytes of tensors"``.
-        Raises:
-          CheckpointError: More than the limit.
         """
         limit = self.header if name == "max_header_bytes" else getattr(self, name)
         if found > limit:
@@ -87,13 +86,8 @@ _LONGEST_NAME = 512
 
 
 def check_files(paths: Iterable[Path], limits: Limits, source: object) -> None:
-    """Refuses pipes (which would be waited for), devices (which have no end), and files that are
-    too large together.
-
-    Raises:
-      CheckpointError: One of them is no regular file or cannot be reached, or there are too many
-        bytes or files.
-    """
+    """Raises CheckpointError for pipes (which would be waited for), devices (which have no end),
+    what cannot be reached, and files that are too many or too large together."""
     total = count = 0
     for count, path in enumerate(paths, start=1):
         try:
@@ -108,12 +102,8 @@ def check_files(paths: Iterable[Path], limits: Limits, source: object) -> None:
 
 
 def check_names(names: Iterable[str], source: object) -> None:
-    """Refuses names of tensors that would act on a terminal or a page, and names longer than 512
-    characters.
-
-    Raises:
-      CheckpointError: One of them, shown escaped.
-    """
+    """Raises CheckpointError for names of tensors that would act on a terminal or a page, and for
+    names longer than 512 characters."""
     for name in names:
         if len(name) > _LONGEST_NAME or visible(name) != name:
             raise CheckpointError(
@@ -124,8 +114,19 @@ def check_names(names: Iterable[str], source: object) -> None:
             )
 
 
-_VALUES_PER_TENSOR = 100
+VALUES_PER_TENSOR = 100
 """Values allowed for each tensor that is allowed; a list of losses has one per step."""
+
+
+def check_values(limits: Limits, source: object, values: int, tensors: int = 0) -> None:
+    """Raises CheckpointError for more tensors than allowed, or more values than those may have."""
+    what = f"tensors, or more than {VALUES_PER_TENSOR} values for each,"
+    limits.check(source, "max_tensors", max(tensors, values // VALUES_PER_TENSOR), what)
+
+
+def array_bytes(value: Any) -> int | None:
+    """The bytes of an array or number of numpy's; None for anything else."""
+    return int(value.nbytes) if isinstance(value, np.ndarray | np.generic) else None
 
 
 def _children(value: Any, source: str) -> Iterable[Any] | None:
@@ -144,16 +145,11 @@ def _children(value: Any, source: str) -> Iterable[Any] | None:
 def check_content(
     content: Any, limits: Limits, size: Callable[[Any], int | None], source: str
 ) -> None:
-    """Refuses content that is deeper, longer or larger than allowed, before anything recursive sees
-    it: containers that hold themselves or share children without end, and huge tensors.
+    """Raises CheckpointError for content that is deeper, longer or larger than allowed, before
+    anything recursive sees it: containers that hold themselves or share children without end, huge
+    tensors.
 
-    Args:
-      content: What a file held.
-      limits: What it may hold.
-      size: Gives the bytes of a tensor once it is dense, None for anything else.
-      source: For messages.
-    Raises:
-      CheckpointError: More than the limits allow.
+    ``size`` gives the bytes of a tensor once it is dense, None for anything else.
     """
     pending: list[Iterator[Any]] = [iter((content,))]
     values = tensors = total = 0
@@ -170,5 +166,4 @@ def check_content(
                 break
         else:
             pending.pop()
-        what = f"tensors, or more than {_VALUES_PER_TENSOR} values for each,"
-        limits.check(source, "max_tensors", max(tensors, values // _VALUES_PER_TENSOR), what)
+        check_values(limits, source, values, tensors)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from flax_resblock.checkpoint.limits import Limits, check_files
-from flax_resblock.errors import CheckpointError, first_line, visible
+from flax_resblock.errors import CheckpointError, damaged, visible
 
 _MANIFEST = "manifest.ocdbt"
 _ARRAY_FILES = (".zarray", "zarr.json")
@@ -41,12 +41,8 @@ class DamagedFolderError(CheckpointError):
 
 
 def check_folder(folder: Path, limits: Limits) -> None:
-    """Refuses a folder that has links leading out of it or anything but files and folders, or that
-    expands to more than the limits allow.
-
-    Raises:
-      CheckpointError: It is refused, or its metadata are damaged.
-    """
+    """Raises CheckpointError for a folder that has links leading out of it or anything but files
+    and folders, that expands to more than the limits allow, or whose metadata are damaged."""
     files = list(_files(folder, limits))
     check_files(files, limits, folder)
     described = sum(
@@ -55,16 +51,9 @@ def check_folder(folder: Path, limits: Limits) -> None:
     limits.check(folder, "max_header_bytes", described, "bytes of metadata")
     expanded = sum(map(_expanded, files))
     limits.check(folder, "max_bytes", expanded, "bytes once its compressed data are expanded")
-    try:
+    words = f"{folder} is not an Orbax checkpoint, or a damaged one"
+    with damaged(words, "Copy it again.", DamagedFolderError):
         arrays = [entry for found in _arrays(folder, files) for entry in found]
-    except CheckpointError:
-        raise
-    # TensorStore raises ValueError for damage of any kind; JSON and UTF-8 have their own
-    except Exception as error:
-        raise DamagedFolderError(
-            f"{folder} is not an Orbax checkpoint, or a damaged one ({first_line(error)}). "
-            f"Copy it again."
-        ) from error
     limits.check(folder, "max_tensors", len(arrays), "tensors")
     limits.check(folder, "max_bytes", sum(size for _, size in arrays), "bytes of tensors")
 
@@ -74,14 +63,10 @@ def unreadable(folder: Path, names: Iterable[str]) -> list[str]:
 
     The database has one checksum for a group of small tensors, which are lost together.
     """
-    import tensorstore
-
     lost = set(names)
     for file in sorted(folder.rglob(_MANIFEST)):
         try:
-            store = tensorstore.KvStore.open(
-                {"driver": "ocdbt", "base": f"file://{file.parent.resolve().as_posix()}/"}
-            ).result()
+            store = _database(file.parent)
             values = {
                 name: (store.read(f"{name}/zarr.json"), store.read(f"{name}/.zarray"))
                 for name in lost
@@ -97,6 +82,14 @@ def unreadable(folder: Path, names: Iterable[str]) -> list[str]:
         # the first is that of the whole, the others are parts that the writing processes left
         break
     return sorted(lost)
+
+
+def _database(folder: Path) -> Any:
+    """TensorStore's view of the database in a folder."""
+    import tensorstore
+
+    base = f"file://{folder.resolve().as_posix()}/"
+    return tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
 
 
 def _files(folder: Path, limits: Limits) -> Iterator[Path]:
@@ -146,12 +139,9 @@ def _frame(data: mmap.mmap, start: int) -> tuple[int, int]:
 
 
 def _arrays(folder: Path, files: list[Path]) -> Iterator[Iterator[tuple[str, int]]]:
-    import tensorstore
-
     for file in files:
         if file.name == _MANIFEST:
-            base = f"file://{file.parent.resolve().as_posix()}/"
-            store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+            store = _database(file.parent)
             keys = [key.decode("utf-8") for key in store.list().result()]
             wanted = [key for key in keys if key.rpartition("/")[2] in _ARRAY_FILES]
             reads = [(key, store.read(key)) for key in wanted]

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.checkpoint.jax_tree import record_of_tree
+from flax_resblock.checkpoint.jax_tree import record_of_tree, strings_of, tree_of
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_content
 from flax_resblock.checkpoint.orbax_check import DamagedFolderError, check_folder, unreadable
 from flax_resblock.checkpoint.record import DIGESTS, Record
-from flax_resblock.errors import CheckpointError, first_line, some
+from flax_resblock.errors import CheckpointError, damaged, first_line, some
 
 _IN_FLIGHT = 16 << 20
 """Bytes that Orbax may hold in its own buffers at a time."""
@@ -98,23 +98,9 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
     }
 
 
-def _nest(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, value in tensors.items():
-        *parents, leaf = name.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = np.asarray(value)
-    return tree
-
-
 def read_orbax(path: Path, limits: Limits = LIMITS) -> Record:
-    """Reads an Orbax checkpoint; names are the paths of its tree joined by dots.
-
-    Raises:
-      CheckpointError: Not a checkpoint, a damaged one, or beyond the limits.
-    """
+    """Reads an Orbax checkpoint; names are the paths of its tree joined by dots. Raises
+    CheckpointError for any other folder, a damaged one, or one beyond the limits."""
     try:
         check_folder(path, limits)
     except DamagedFolderError as error:
@@ -167,24 +153,12 @@ def _lost(path: Path) -> str:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The metadata in a file beside an Orbax checkpoint; empty if there is none.
-
-    Raises:
-      CheckpointError: It is damaged.
-    """
+    """The metadata in a file beside an Orbax checkpoint; empty if there is none. Raises
+    CheckpointError if it is damaged."""
     if not file.is_file():
         return {}
-    try:
-        metadata = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(metadata, dict) or not all(
-            isinstance(value, str) for value in metadata.values()
-        ):
-            raise ValueError("it is no object of strings")
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file} is damaged ({error}). Copy the folder again, or remove that file."
-        ) from error
-    return metadata
+    with damaged(f"{file} is damaged", "Copy the folder again, or remove that file."):
+        return strings_of(file.read_text(encoding="utf-8"))
 
 
 def _save_alone(path: Path, tree: dict[str, Any], alone: Mapping[str, Any]) -> None:
@@ -200,15 +174,17 @@ def _save_alone(path: Path, tree: dict[str, Any], alone: Mapping[str, Any]) -> N
 
 def write_orbax(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Writes an Orbax checkpoint with ``metadata`` in a JSON file beside it."""
+    arrays = {name: np.asarray(value) for name, value in tensors.items()}
+    tree = tree_of(arrays, str(path), ".")
 
     def save() -> None:
         v1 = _orbax()
         alone = _alone()
         if alone is not None:  # v1 cannot save without the other processes
-            _save_alone(path.resolve(), _nest(tensors), alone)
+            _save_alone(path.resolve(), tree, alone)
             return
         with _frugal(v1, max((value.nbytes for value in tensors.values()), default=0)):
-            v1.save(path.resolve(), _nest(tensors))
+            v1.save(path.resolve(), tree)
 
     # Orbax writes from threads of its own, which an interrupt of the main thread does not stop. In
     # a thread of ours the save ends before the interrupt is raised, so that whoever cleans up after

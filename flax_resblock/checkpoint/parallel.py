@@ -16,12 +16,7 @@ WORTH_A_THREAD = 1 << 16
 
 def on_every_core(work: Callable[[T], R], items: Sequence[T], size: Callable[[T], int]) -> list[R]:
     """``[work(item) for item in items]``; numpy, hashlib and jax release the interpreter while they
-    copy or read.
-
-    Args:
-      work: On one tensor.
-      items: In the order of the results.
-      size: Bytes of an item's tensor; the largest go first, so that no core waits for a straggler.
+    copy or read. The largest by ``size`` (bytes) go first, so that no core waits for a straggler.
     """
     results: dict[int, R] = {}
     order = sorted(range(len(items)), key=lambda i: -size(items[i]))

@@ -98,11 +98,9 @@ class Sidecar:
     Attributes:
       identity: PyTorch's own mark of that file. A file that another program wrote later under the
         same name has another mark; a damaged file keeps it.
-      tensors: SHA-256 of every tensor, by name.
       extras: SHA-256 of every tensor beside the state dict, by the path that leads to it.
       rest: SHA-256 of the other values beside the state dict: learning rates, counters.
       metadata: What the file itself has no place for: the configuration, eps and momentum.
-      metadata_sha256: Of the metadata.
     """
 
     identity: str
@@ -140,11 +138,7 @@ def write_sidecar(path: Path, sidecar: Sidecar) -> None:
 
 
 def read_sidecar(path: Path) -> Sidecar | None:
-    """The digests of the file at ``path``; None where there are none.
-
-    Raises:
-      CheckpointError: They cannot be read, or are something else.
-    """
+    """The digests of a file, None where there are none; raises CheckpointError for damaged ones."""
     place = sidecar_of(path)
     if not place.is_file():
         return None

@@ -17,7 +17,7 @@ from flax_resblock.checkpoint.folders import shards, without_duplicates
 from flax_resblock.checkpoint.limits import LIMITS, Limits, check_files
 from flax_resblock.checkpoint.record import Record
 from flax_resblock.checkpoint.unwrap import unwrap
-from flax_resblock.errors import CheckpointError, reason, visible
+from flax_resblock.errors import CheckpointError, damaged, visible
 
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -41,18 +41,12 @@ def _header(path: Path, limits: Limits) -> dict[str, Any]:
 
 
 def _read_one(path: Path, limits: Limits) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    try:
+    words = f"{path} is not a safetensors file, or a damaged one"
+    with damaged(words, "Copy or download it again."):
         header = _header(path, limits)
         # this validates the rest: offsets, overlaps, sizes, types
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{path} is not a safetensors file, or a damaged one "
-            f"({visible(reason(error)[:300])}). Copy or download it again."
-        ) from error
     limits.check(path, "max_tensors", len(header), "tensors")
     with path.open("rb") as handle:
         view = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
@@ -81,11 +75,8 @@ def _read_one(path: Path, limits: Limits) -> tuple[dict[str, np.ndarray], dict[s
 
 def read_safetensors(path: Path, *, entry: str | None = None, limits: Limits = LIMITS) -> Record:
     """Reads a ``.safetensors`` file, or all shards that a ``.safetensors.index.json`` names;
-    memory-mapped.
-
-    Raises:
-      CheckpointError: Damaged, beyond the limits, a shard missing, or a tensor in two shards.
-    """
+    memory-mapped. Raises CheckpointError for a damaged file, one beyond the limits, a missing
+    shard, or a tensor in two shards."""
     files = shards(path, limits) if path.suffix == ".json" else [path]
     check_files(files, limits, path)
     tensors: dict[str, np.ndarray] = {}

@@ -9,7 +9,7 @@ import functools
 import mmap
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +36,10 @@ _COUNT = struct.Struct("<q")
 """Before the elements of a storage of an old file: how many."""
 
 
-@dataclass(frozen=True)
-class TorchArchive:
-    """The content of a file that is in order.
-
-    Attributes:
-      content: Its value, with arrays for tensors; without meaning unless ``foreign`` is None.
-      foreign: What is in it that only PyTorch can make; None for nothing.
-      is_zip: Whether it is a zip archive.
-    """
-
-    content: Any
-    foreign: str | None
-    is_zip: bool
-
-
-def read_archive(path: Path, limits: Limits) -> TorchArchive:
-    """The file's content.
-
-    Raises:
-      CheckpointError: Not such a file, damaged, beyond the limits, or one that would execute code.
-    """
-    is_zip = _is_zip(path)
-    found = (_read_zip if is_zip else _read_legacy)(path, limits)
+def read_archive(path: Path, limits: Limits) -> TorchPickle:
+    """The file's content; raises CheckpointError for any other file, a damaged one, one beyond the
+    limits, or one that would execute code."""
+    found = (_read_zip if is_zip(path) else _read_legacy)(path, limits)
     foreign = found.foreign
 
     def size(value: Any) -> int | None:
@@ -68,15 +49,16 @@ def read_archive(path: Path, limits: Limits) -> TorchArchive:
 
     if found.foreign is None:
         check_content(found.content, limits, size, str(path))
-    return TorchArchive(found.content, foreign, is_zip)
+    return replace(found, foreign=foreign)
 
 
 def identity(path: Path) -> str:
     """PyTorch's own mark of an archive's content, damaged or not; empty for a file without one."""
-    return _text_of(path, records(path, UNLIMITED), (_SERIALIZATION_ID,)) if _is_zip(path) else ""
+    return _text_of(path, records(path, UNLIMITED), (_SERIALIZATION_ID,)) if is_zip(path) else ""
 
 
-def _is_zip(path: Path) -> bool:
+def is_zip(path: Path) -> bool:
+    """Whether a file is a zip archive, and not of the format before PyTorch 1.6."""
     with path.open("rb") as handle:
         return handle.read(2) == ZIP_MAGIC[:2]
 

@@ -46,15 +46,7 @@ _MOST_AXES, _LONGEST_ITEM = 64, 16
 
 @dataclass
 class Context:
-    """What the calls of one pickle have in common.
-
-    Attributes:
-      limits: Of tensors, bytes and copies.
-      source: For messages.
-      elements: Finds the elements of a storage; None to make no tensors.
-      copies: What calls have copied.
-      tensors: How many have been made.
-    """
+    """What the calls of one pickle share; ``elements`` of a storage are None to make no tensors."""
 
     limits: Limits
     source: str
@@ -71,12 +63,12 @@ class Context:
         """A shape that announces no more elements than the limit has bytes."""
         whole = isinstance(size, tuple) and len(size) <= _MOST_AXES and _are_sizes(size)
         if not whole or math.prod(size) > self.limits.max_bytes:
-            raise _UnfitError
+            raise UnfitError
         return size
 
 
-class _UnfitError(Exception):
-    """Arguments that no checkpoint needs."""
+class UnfitError(Exception):
+    """Arguments of a call that no checkpoint needs."""
 
 
 def _are_sizes(numbers: tuple[Any, ...]) -> bool:
@@ -99,7 +91,7 @@ class Callee:
             self.context.count_tensor()
         try:
             return OnlyTorch(self.name) if call is None else call(self.context, *arguments)
-        except (_UnfitError, TypeError) as error:  # TypeError: too few arguments, or too many
+        except (UnfitError, TypeError) as error:  # TypeError: too few arguments, or too many
             raise RefusedError(
                 f"calls {self.name} with arguments that no checkpoint needs, or a tensor larger "
                 f"than the limit. {HARM}"
@@ -121,9 +113,9 @@ def _plain_tensor(context: Context, storage: Any, offset: Any, size: Any, stride
     if isinstance(storage, OnlyTorch) or context.elements is None:
         return OnlyTorch("a view of a storage")
     if not isinstance(storage, Storage) or not isinstance(stride, tuple):
-        raise _UnfitError
+        raise UnfitError
     if len(stride) != len(size) or not _are_sizes((offset, *stride)):
-        raise _UnfitError
+        raise UnfitError
     if storage.dtype is None:
         return OnlyTorch("a quantised or untyped tensor")
     last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
@@ -145,7 +137,7 @@ def _plain_tensor(context: Context, storage: Any, offset: Any, size: Any, stride
         )
     # numpy knows fewer axes than PyTorch, and shorter ones where a tensor is empty
     except ValueError as error:
-        raise _UnfitError from error
+        raise UnfitError from error
 
 
 def _row_major(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
@@ -170,13 +162,13 @@ def _flagged_tensor(
     """``metadata`` says whether the bits stand for a conjugate or negative value."""
     made = _plain_tensor(context, storage, offset, size, stride)
     if not isinstance(requires_grad, bool):
-        raise _UnfitError
+        raise UnfitError
     return OnlyTorch("a tensor whose bits stand for something else") if metadata else made
 
 
 def _parameter(_: Context, data: Any, requires_grad: Any, hooks: Any, state: Any = None) -> Any:
     if not isinstance(data, np.ndarray | OnlyTorch) or not isinstance(requires_grad, bool):
-        raise _UnfitError
+        raise UnfitError
     return data
 
 
@@ -195,7 +187,7 @@ def _of_class(
 ) -> Any:
     """A tensor of a class of its own; what makes the tensor is called first."""
     if not isinstance(function, Callee) or not isinstance(arguments, tuple):
-        raise _UnfitError
+        raise UnfitError
     function(*arguments)
     return OnlyTorch("a tensor of a class of its own")
 
@@ -203,7 +195,7 @@ def _of_class(
 def _size(context: Context, size: Any = ()) -> Any:
     context.copies.count(size)
     if not isinstance(size, tuple | list) or not all(isinstance(n, int) for n in size):
-        raise _UnfitError
+        raise UnfitError
     return tuple(size)
 
 
@@ -220,28 +212,27 @@ def _set(context: Context, items: Any = ()) -> Any:
         return OnlyTorch("a set")
     scalars = (str, int, float, bytes, type(None))
     for item in items:
-        if isinstance(item, tuple) and len(item) <= _LONGEST_ITEM:
-            plain = all(isinstance(part, scalars) for part in item)
-        else:
-            plain = isinstance(item, scalars)
-        if not plain and isinstance(item, tuple | list | dict | set):
+        parts = item if isinstance(item, tuple) and len(item) <= _LONGEST_ITEM else (item,)
+        if all(isinstance(part, scalars) for part in parts):
+            continue
+        if isinstance(item, tuple | list | dict | set):
             raise RefusedError(f"has a {type(item).__name__} in a set. {HARM}")
-        if not plain:
-            return OnlyTorch("a set of something else than text and numbers")
+        return OnlyTorch("a set of something else than text and numbers")
     return set(items)
 
 
 def _encoded(context: Context, text: Any, codec: Any) -> Any:
     """How Python 3 writes bytes for Python 2; other codecs can double what they are given."""
     if not isinstance(text, str) or codec != "latin1":
-        raise _UnfitError
+        raise UnfitError
     context.copies.count(text, 1)
     return text.encode("latin1")
 
 
 def _dtype(_: Context, code: Any = None, *rest: Any) -> Any:
+    code = code.decode("latin1") if isinstance(code, bytes) else code  # of Python 2
     if code not in _SCALAR_DTYPES:
-        raise _UnfitError
+        raise UnfitError
     return DTypeStandIn(np.dtype(code))
 
 
@@ -249,14 +240,14 @@ def _scalar(_: Context, dtype: Any = None, data: Any = None) -> Any:
     if not isinstance(dtype, DTypeStandIn) or dtype.dtype is None or not isinstance(data, bytes):
         return OnlyTorch("a number of numpy's")
     if len(data) != dtype.dtype.itemsize:
-        raise _UnfitError
+        raise UnfitError
     return np.frombuffer(data, dtype.dtype)[0]
 
 
 def _stage(_: Context, number: Any = None) -> Any:
     """A member of DeepSpeed's enumeration of its stages."""
     if type(number) is not int:
-        raise _UnfitError
+        raise UnfitError
     return number
 
 

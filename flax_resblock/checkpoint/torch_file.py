@@ -28,7 +28,7 @@ from flax_resblock.checkpoint.record import DIGESTS, METADATA_DIGEST, Record, Si
 from flax_resblock.checkpoint.torch_calls import needs
 from flax_resblock.checkpoint.unwrap import unwrap
 from flax_resblock.checkpoint.zero_writing import shard_names, taken_apart
-from flax_resblock.errors import CheckpointError, MissingDependencyError, first_line, some, visible
+from flax_resblock.errors import CheckpointError, MissingDependencyError, damaged, some, visible
 
 if TYPE_CHECKING:
     import torch
@@ -38,13 +38,7 @@ _AS_BITS = {"bfloat16": ("int16", ml_dtypes.bfloat16)}
 
 
 def import_torch(what: str = "This") -> Any:
-    """The torch module.
-
-    Args:
-      what: That needs it, for the message.
-    Raises:
-      MissingDependencyError: It is not installed.
-    """
+    """The torch module; raises MissingDependencyError where it is absent, as ``what`` needs it."""
     try:
         import torch
     except ImportError as error:
@@ -58,10 +52,7 @@ def import_torch(what: str = "This") -> Any:
 
 def to_numpy(tensor: torch.Tensor | np.ndarray, name: str = "tensor") -> np.ndarray:
     """The tensor's bits as a numpy array, sharing memory on the CPU; what is one already stays.
-
-    Raises:
-      CheckpointError: A sparse, quantised or meta tensor, or a dtype without a numpy counterpart.
-    """
+    Raises CheckpointError for a sparse, quantised or meta tensor, or a dtype that numpy lacks."""
     if isinstance(tensor, np.ndarray):
         return tensor
     torch = import_torch()
@@ -140,42 +131,38 @@ def _harmless(torch: Any) -> list[Any]:
 
 
 def load_torch(path: Path, limits: Limits = LIMITS) -> Any:
-    """The content of a file of ``torch.save``, with a memory-mapped numpy array for each tensor.
-
-    Where it holds something that only PyTorch can make, PyTorch reads it, with tensors on the CPU.
+    """The content of a file of ``torch.save``, with a memory-mapped numpy array for each tensor;
+    where it holds something that only PyTorch can make, PyTorch reads it, with tensors on the CPU.
 
     Raises:
       CheckpointError: Not such a file, damaged, beyond the limits, or one that would execute code.
       MissingDependencyError: It needs PyTorch, which is not installed.
     """
     check_files([path], limits, path)
-    archive = torch_archive.read_archive(path, limits)
-    return archive.content if archive.foreign is None else _load_by_torch(path, archive, limits)
+    found = torch_archive.read_archive(path, limits)
+    return found.content if found.foreign is None else _load_by_torch(path, found.foreign, limits)
 
 
-def _load_by_torch(path: Path, archive: torch_archive.TorchArchive, limits: Limits) -> Any:
+def _load_by_torch(path: Path, foreign: str, limits: Limits) -> Any:
     """The same with ``torch.load``, once the file is known to call only what checkpoints need."""
-    torch = import_torch(f"{path} holds {visible(archive.foreign or '')[:160]}, which")
-    try:
-        with torch.serialization.safe_globals(_harmless(torch)), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive.is_zip)
-    except UnpicklingError as error:
-        blocked = re.search(r"\bGLOBAL:? (\S+)", str(error))
-        if blocked:
-            raise CheckpointError(f"{path} {needs(blocked[1])}") from error
-        raise CheckpointError(
-            f"{path} is no PyTorch checkpoint, or a damaged one: its pickle cannot be read without "
-            "executing code, which loading never does. Copy or download it again."
-        ) from error
-    except MemoryError:
-        raise
-    # torch.load raises what its parsers raise: RuntimeError, EOFError, KeyError, struct.error ...
-    except Exception as error:
-        reason, what = first_line(error), "no PyTorch checkpoint, or a damaged one"
-        if archive.is_zip:
-            what = "a damaged or truncated PyTorch zip archive"
-        raise CheckpointError(f"{path} is {what} ({reason}). Copy or download it again.") from error
+    torch = import_torch(f"{path} holds {visible(foreign)[:160]}, which")
+    zipped, what = torch_archive.is_zip(path), "no PyTorch checkpoint, or a damaged one"
+    what = "a damaged or truncated PyTorch zip archive" if zipped else what
+    allowed = torch.serialization.safe_globals(_harmless(torch))
+    damage = damaged(f"{path} is {what}", "Copy or download it again.", passing=MemoryError)
+    with damage, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with allowed:
+                content = torch.load(path, "cpu", weights_only=True, mmap=zipped)
+        except UnpicklingError as error:
+            blocked = re.search(r"\bGLOBAL:? (\S+)", str(error))
+            if blocked:
+                raise CheckpointError(f"{path} {needs(blocked[1])}") from error
+            raise CheckpointError(
+                f"{path} is no PyTorch checkpoint, or a damaged one: its pickle cannot be read "
+                "without executing code, which loading never does. Copy or download it again."
+            ) from error
 
     def size(value: Any) -> int | None:
         return value.numel() * value.element_size() if torch.is_tensor(value) else None
@@ -277,7 +264,7 @@ def write_torch(
         state._metadata = OrderedDict((path, {"version": n}) for path, n in versions.items())
     name = "model"
     if extras is not None and path.name == ZERO_MODEL:
-        name, beside = "module", shard_names(extras)
+        name, beside = "module", shard_names(path, extras)
         extras, parts = taken_apart(tensors, extras)
         for shard, content in zip(beside, parts, strict=True):
             torch.save(with_tensors(content), path.with_name(shard))

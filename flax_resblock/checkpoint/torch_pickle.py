@@ -51,16 +51,10 @@ from flax_resblock.errors import visible
 
 @dataclass
 class TorchPickle:
-    """What a pickle holds.
-
-    Attributes:
-      content: Its value, with an array for each tensor; :class:`OnlyTorch` and other stand-ins for
-        what numpy and Python have no values for.
-      foreign: What makes ``content`` meaningless, so that PyTorch has to read the file; None for
-        nothing.
-      storages: Every storage that it refers to, by key.
-      end: Offset of the first byte behind the pickle.
-    """
+    """What a pickle holds: its value, with an array for each tensor and stand-ins for what numpy
+    and Python have no values for; why that is meaningless, so that PyTorch has to read the file
+    (None for nothing); every storage that it refers to, by key; and the offset of the first byte
+    behind it."""
 
     content: Any = None
     foreign: str | None = None
@@ -77,14 +71,10 @@ def read_torch_pickle(
     source: str = "the pickle",
     legacy: bool = False,
 ) -> TorchPickle:
-    """Reads one pickle.
+    """Reads the pickle that begins at ``start``.
 
     Args:
-      data: The pickle begins at ``start``; more may follow it.
-      limits: Of nesting, tensors and bytes.
       elements: Finds the elements of a storage; None to make no tensors.
-      start: Offset in ``data``.
-      source: For messages.
       legacy: Whether it is of the format before PyTorch 1.6, in which a storage may be a view of
         another.
     Raises:

@@ -21,14 +21,8 @@ HARM = "It is damaged, or made to do harm."
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """The memory that tensors are views of.
-
-    Attributes:
-      key: By which the file knows it.
-      dtype: Of its elements; None where numpy has no such type.
-      count: Number of elements.
-      size: Number of bytes.
-    """
+    """The memory that tensors are views of: its key in the file, the dtype of its elements (None
+    where numpy has no such type), and their number in elements and in bytes."""
 
     key: str
     dtype: np.dtype | None
@@ -38,11 +32,7 @@ class Storage:
 
 @dataclass(slots=True, eq=False)
 class OnlyTorch:
-    """Stands for a value that only PyTorch can make.
-
-    Attributes:
-      what: Its description, for a message.
-    """
+    """Stands for a value that only PyTorch can make, which ``what`` describes."""
 
     what: str
 
@@ -100,6 +90,8 @@ FIELDS = frozenset(
     )
 )
 LIST = "fastcore.foundation.L"
+_NATIVE = ("<", "=", "|", b"<", b"=", b"|")
+"""Byte orders of this machine, which a pickle of Python 2 has as bytes."""
 
 
 class DTypeStandIn:
@@ -112,7 +104,7 @@ class DTypeStandIn:
 
     def __setstate__(self, state: Any) -> None:
         """Takes the byte order; another than this machine's is left to PyTorch."""
-        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", "=", "|"):
+        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in _NATIVE:
             self.dtype = None
 
 

@@ -21,16 +21,8 @@ _BETWEEN = frozenset({"BINPUT", "LONG_BINPUT", "MEMOIZE"})
 
 
 def trainer_arguments(file: Path, names: frozenset[str], limits: Limits) -> dict[str, float] | None:
-    """The numbers of these names that the arguments hold.
-
-    Args:
-      file: As ``torch.save`` writes it.
-      names: Of attributes.
-      limits: What the file may declare.
-    Returns:
-      None if the file is no pickle in a zip archive. An attribute that is no number, or that is
-      named twice, is left out.
-    """
+    """The numbers of these names that the arguments hold, but for an attribute that is no number or
+    that is named twice; None if the file is no pickle in a zip archive."""
     try:
         place = records(file, limits)["data.pkl"]
         limits.check(file, "max_header_bytes", place.size, "bytes of pickle")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,14 +34,8 @@ _STRAY = ("n_averaged",)
 
 
 class Unwrapped(NamedTuple):
-    """A state dict without what was around it.
-
-    Attributes:
-      state: Tensors by name.
-      extras: The entries beside it.
-      notes: What was done, one sentence each.
-      names: Of the same tensors in what was unwrapped.
-    """
+    """A state dict without what was around it: tensors by name, the entries beside it, a sentence
+    on each thing that was done, and the names of the same tensors in what was unwrapped."""
 
     state: dict[str, Any]
     extras: dict[str, Any]
@@ -57,16 +51,7 @@ def without_wrappers(name: str) -> str:
 def unwrap(
     content: Any, *, is_tensor: Callable[[Any], bool], source: str, entry: str | None = None
 ) -> Unwrapped:
-    """The state dict in ``content``, the entries beside it, and notes on what was done.
-
-    Args:
-      content: What the file held.
-      is_tensor: Tells tensors from other values.
-      source: For messages.
-      entry: Name of the entry that holds the state dict, None to find it.
-    Raises:
-      CheckpointError: No state dict, or no such entry.
-    """
+    """The state dict in ``content``, as ``entry`` or found; raises CheckpointError if none is."""
     notes: list[str] = []
     extras: dict[str, Any] = {}
     if not isinstance(content, Mapping):
@@ -164,12 +149,7 @@ def _holds_tensors(value: Any, is_tensor: Callable[[Any], bool]) -> bool:
 
 
 def strip(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Removes prefixes that every key has, one after the other, and wrappers inside the names.
-
-    Args:
-      state: Tensors by name.
-      notes: Gets a sentence on each.
-    """
+    """Removes prefixes that all keys have, and wrappers inside the names; ``notes`` say which."""
     for stray in _STRAY:
         if stray in state and len(state) > 1:
             state = {key: value for key, value in state.items() if key != stray}
@@ -183,18 +163,20 @@ def strip(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:
 
 
 def _without_prefixes(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    while state:
-        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None)
-        if prefix is None:
-            break
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-        notes.append(f"removed the prefix '{prefix}'")
-    return state
+    prefixes = shared_prefixes(state)
+    notes.extend(f"removed the prefix '{prefix}'" for prefix in prefixes)
+    return {key.removeprefix("".join(prefixes)): value for key, value in state.items()}
 
 
-def wrapping(key: str) -> str:
-    """The prefixes of wrappers that a key begins with, ``"model.backbone."``."""
-    rest = key
-    while (prefix := next((p for p in PREFIXES if rest.startswith(p)), None)) is not None:
-        rest = rest.removeprefix(prefix)
-    return key.removesuffix(rest)
+def shared_prefixes(names: Iterable[str]) -> list[str]:
+    """The prefixes of wrappers that all names begin with, one after the other."""
+    found, rest = [], list(names)
+    while rest and (prefix := next((p for p in PREFIXES if all_start(rest, p)), "")):
+        found.append(prefix)
+        rest = [name.removeprefix(prefix) for name in rest]
+    return found
+
+
+def all_start(names: Iterable[str], prefix: str) -> bool:
+    """Whether all names begin with a prefix."""
+    return all(name.startswith(prefix) for name in names)

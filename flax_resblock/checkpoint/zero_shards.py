@@ -18,23 +18,15 @@ from flax_resblock.checkpoint.limits import Limits, check_files
 from flax_resblock.checkpoint.record import Record
 from flax_resblock.checkpoint.torch_file import load_torch, plain
 from flax_resblock.checkpoint.zero_writing import ALIGNED, LAYOUT, PLACES, VECTORS
-from flax_resblock.errors import CheckpointError, first_line, some
+from flax_resblock.errors import CheckpointError, damaged, raised, some
 
 _AGAIN = "Copy the folder again, with the shards of all processes."
 
 
 def with_optimizer(record: Record, files: Sequence[Path], limits: Limits) -> Record:
-    """A file of model states with the optimizer of all shards, and its weights in float32.
-
-    Args:
-      record: Of the file; its entry ``optimizer`` is empty.
-      files: Of the shards.
-      limits: Of all of them together.
-    Returns:
-      The optimizer has numbers for parameters, and their names beside them.
-    Raises:
-      CheckpointError: Shards that are damaged, missing, or of another model.
-    """
+    """A file of model states, whose entry ``optimizer`` is empty, with the optimizer of all shards,
+    and its weights in float32. The optimizer has numbers for parameters, and their names beside
+    them. Raises CheckpointError for shards that are damaged, missing, or of another model."""
     where = f"{files[0].parent}, its shards of the optimizer"
     count = record.extras.get("dp_world_size")
     numbers = [int(found[1]) for one in files if (found := ZERO_SHARD.fullmatch(one.name))]
@@ -46,22 +38,14 @@ def with_optimizer(record: Record, files: Sequence[Path], limits: Limits) -> Rec
         )
     check_files(list(files), limits, files[0].parent)
     parts = [plain(load_torch(one, limits)) for one in files]
-    try:
+    words = f"{where} are not those that ZeRO writes in its stages 1 and 2, or are damaged"
+    with damaged(words, _AGAIN, says=raised):
         states = [part["optimizer_state_dict"] for part in parts]
         merged = _merged(states)
         groups = _groups(states[0], record.extras["param_shapes"])
         prefix = files[0].name.partition("zero_pp_rank")[0]
-        layout = {
-            **_layout(states, groups),
-            "prefix": prefix,
-            "version": record.extras["ds_version"],
-        }
-    # a file may hold anything under these names, and anything may be raised
-    except Exception as error:
-        raise CheckpointError(
-            f"{where} are not those that ZeRO writes in its stages 1 and 2, or are damaged "
-            f"({type(error).__name__}: {first_line(error)}). {_AGAIN}"
-        ) from error
+        names = {"prefix": prefix, "version": record.extras["ds_version"]}
+        layout = {**_layout(states, groups), **names}
     own = {record.names.get(name, name): name for name in record.tensors}
     tensors = {
         name: value.astype(np.float32) if value.dtype.itemsize == 2 else value

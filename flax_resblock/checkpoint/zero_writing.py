@@ -6,9 +6,12 @@ They have no objects of DeepSpeed's own classes, which it does not need to go on
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from flax_resblock.checkpoint.folders import ZERO_MODEL
 
 LAYOUT = "zero_layout"
 """Entry of a run that says which part of each parameter the processes have, for the way back."""
@@ -16,25 +19,20 @@ VECTORS, PLACES = "single_partition_of_fp32_groups", "param_slice_mappings"
 ALIGNED = "param_alignment_paddings"
 
 
-def shard_names(extras: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The names of the files beside the model's for these entries of a run."""
-    layout = (extras or {}).get(LAYOUT) or {"parts": ()}
-    return tuple(
-        f"{layout['prefix']}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        for rank, _ in enumerate(layout["parts"])
-    )
+def shard_names(path: Path, extras: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The names of the files beside the model's for these entries of a run; none beside others."""
+    layout = (extras or {}).get(LAYOUT)
+    if path.name != ZERO_MODEL or layout is None:
+        return ()
+    ranks = range(len(layout["parts"]))
+    return tuple(f"{layout['prefix']}zero_pp_rank_{n}_mp_rank_00_optim_states.pt" for n in ranks)
 
 
 def taken_apart(
     tensors: Mapping[str, np.ndarray], extras: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The inverse of :func:`flax_resblock.checkpoint.zero_shards.with_optimizer`.
-
-    Args:
-      tensors, extras: Weights, and entries of a training checkpoint.
-    Returns:
-      The entries of the model's file beside the weights, and the shards, none without ZeRO.
-    """
+    """The inverse of :func:`flax_resblock.checkpoint.zero_shards.with_optimizer`: the entries of
+    the model's file beside the weights, and the shards, none without ZeRO."""
     steps, layout = extras.get("step", 0), extras.get(LAYOUT)
     counts = {"global_steps": steps, "skipped_steps": 0, "mp_world_size": 1, "dp_world_size": 1}
     made = {"lr_scheduler": None, **extras, **counts}

@@ -43,11 +43,8 @@ def _broken(path: Path, why: str) -> CheckpointError:
 
 
 def _directory(handle: BinaryIO, path: Path, size: int) -> tuple[int, int, int]:
-    """Start, length and number of entries of the directory.
-
-    It must end where the records of its end begin, and those with the file: then no two readers
-    find different ones.
-    """
+    """Start, length and number of entries of the directory. It must end where the records of its
+    end begin, and those with the file: then no two readers find different ones."""
     misplaced = _broken(path, "its directory is not where it should be")
     tail_size = min(size, _END64.size + _END64_LOCATOR.size + _END.size)
     handle.seek(size - tail_size)
@@ -88,12 +85,10 @@ def _check_entries(handle: BinaryIO, path: Path, start: int, length: int) -> Non
 def records(path: Path, limits: Limits) -> dict[str, Place]:
     """The place of every record, by its name without the archive's own folder.
 
-    torch.save stores records uncompressed, one after the other, in one folder. Anything else is
-    refused: compressed records (which could be bombs, and cannot be mapped into memory), records
-    that overlap or lie outside the file, two of one name, names that lead elsewhere.
-
-    Raises:
-      CheckpointError: Not such an archive, or more records or bytes than ``limits`` allow.
+    torch.save stores records uncompressed, one after the other, in one folder. CheckpointError
+    refuses anything else: compressed records (which could be bombs, and cannot be mapped into
+    memory), records that overlap or lie outside the file, two of one name, names that lead
+    elsewhere, more records or bytes than ``limits`` allow.
     """
     with path.open("rb") as handle:
         start, length, count = _directory(handle, path, path.stat().st_size)
@@ -194,11 +189,7 @@ def _checked_place(
 
 
 def read_record(path: Path, place: Place) -> bytes:
-    """The bytes of a record.
-
-    Raises:
-      CheckpointError: Its checksum does not fit.
-    """
+    """The bytes of a record; raises CheckpointError if its checksum does not fit."""
     with path.open("rb") as handle:
         handle.seek(place.start)
         content = handle.read(place.size)

@@ -79,8 +79,7 @@ COMMANDS: Mapping[str, str] = {
     "doctor": "Shows versions, devices and caches, and which packages are missing for what.",
 }
 """Each command with a summary. It is the function of that name in the module of that name in this
-package.
-"""
+package."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -96,14 +95,10 @@ def run(arguments: Sequence[str]) -> int:
     except InputError as error:
         if show_traceback:
             raise
-        message = f"flax-resblock: {in_flags(visible(str(error), keep=LINE_BREAK))}"
-        print(for_stream(message, sys.stderr), file=sys.stderr)
-        return 2
+        return _refused(in_flags(visible(str(error), keep=LINE_BREAK)))
     except KeyboardInterrupt:
-        print(
-            "flax-resblock: interrupted; outputs that were not finished were removed.",
-            file=sys.stderr,
-        )
+        words = "interrupted; outputs that were not finished were removed."
+        print(f"flax-resblock: {words}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of the output has gone, as in `| head`
         _drop_output()
@@ -118,12 +113,13 @@ def run(arguments: Sequence[str]) -> int:
         what = "not enough memory"
         if isinstance(error, OSError):
             what = reason(error) + (f": {error.filename}" if error.filename else "")
-        message = (
-            f"flax-resblock: {visible(what)}. Nothing was left half-written. Check the disk "
-            f"and the memory, then run it again."
-        )
-        print(for_stream(message, sys.stderr), file=sys.stderr)
-        return 2
+        words = "Nothing was left half-written. Check the disk and the memory, then run it again."
+        return _refused(f"{visible(what)}. {words}")
+
+
+def _refused(words: str) -> int:
+    print(for_stream(f"flax-resblock: {words}", sys.stderr), file=sys.stderr)
+    return 2
 
 
 def _drop_output() -> None:
@@ -153,14 +149,9 @@ def _dispatch(arguments: list[str]) -> int:
 
 def tyro_settings() -> tuple[Any, ...]:
     """How tyro makes flags of a signature."""
-    from tyro import conf
+    from tyro.conf import DisallowNone, FlagCreatePairsOff, HelptextFromCommentsOff, OmitArgPrefixes
 
-    return (
-        conf.FlagCreatePairsOff,
-        conf.OmitArgPrefixes,
-        conf.HelptextFromCommentsOff,
-        conf.DisallowNone,
-    )
+    return FlagCreatePairsOff, OmitArgPrefixes, HelptextFromCommentsOff, DisallowNone
 
 
 def command_called(name: str) -> Callable[..., int]:

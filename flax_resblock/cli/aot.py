@@ -40,8 +40,7 @@ class ProgramFlags:
     """Dtype of the computation; parameters are float32."""
     precision: Precision = "highest"
     """Precision of convolutions and products: highest is float32; default is bfloat16 on TPU and
-    TF32 on CUDA.
-    """
+    TF32 on CUDA."""
     slot_precision: tuple[str, ...] = ()
     """Slots with another precision, such as head=default stem.conv=high."""
     batch_norm: BatchStatistics = "global"
@@ -56,8 +55,7 @@ class ResultFlags:
 
     compare: tuple[str, ...] = ()
     """Compile a second program with these changes, such as precision=default batch=512, and compare
-    the two.
-    """
+    the two."""
     largest_batch: bool = False
     """Find the largest batch that fits, by compiling several times."""
     slots: bool = False
@@ -89,10 +87,6 @@ def aot(
     Args:
       target: tpu:v4, tpu:v5e, tpu:v5p, tpu:v6e or tpu:7x, with a topology as in tpu:v5e:4x4;
         cuda:a100, cuda:l4, cuda:h100 or cuda:h200, with a number as in cuda:h100:8.
-      reading: How to read the checkpoint, where its weights do not show it. Most checkpoints need
-        none of these.
-      program: The program to compile.
-      result: What to report.
     """
     common.refuse_all_existing(result.force, result.json, result.hlo)
     request, name = _request(subject, target, reading, program)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from typing import Any
 
 from rich.table import Table
 
 from flax_resblock.aot.hlo import Program
-from flax_resblock.aot.memory import Suggestion, suggestions
+from flax_resblock.aot.memory import suggestions
 from flax_resblock.aot.outcome import Outcome, computed_in, findings
 from flax_resblock.aot.request import Request
 from flax_resblock.aot.sharding import differences, expected, is_step_on_several
@@ -120,7 +119,9 @@ def _print_products(request: Request, program: Program, every_slot: bool) -> Non
 
 def print_comparison(request: Request, other: Request, outcomes: list[Outcome]) -> None:
     """Prints how the costs of two programs differ."""
-    changed = ", ".join(f"{field} {old} -> {new}" for field, old, new in _fields(request, other))
+    left, right = asdict(request), asdict(other)
+    fields = [name for name in left if left[name] != right[name] and name not in ("hlo", "width")]
+    changed = ", ".join(f"{name} {left[name]} -> {right[name]}" for name in fields)
     output.print(f"[bold]{changed}[/]", soft_wrap=True)
     first, second = (outcome.program for outcome in outcomes)
     if first is None or second is None:
@@ -135,23 +136,13 @@ def print_comparison(request: Request, other: Request, outcomes: list[Outcome]) 
         say(f"  communicated x {sizes[1] / sizes[0]:.2f}")
 
 
-def _fields(request: Request, other: Request) -> list[tuple[str, Any, Any]]:
-    left, right = asdict(request), asdict(other)
-    fields = [name for name in left if left[name] != right[name] and name not in ("hlo", "width")]
-    return [(name, left[name], right[name]) for name in fields]
-
-
-def _flags(suggestion: Suggestion, request: Request) -> str:
-    """What to type."""
-    batch = f"--batch {suggestion.batch}"
-    same = suggestion.target == request.target
-    return batch if same else f"--target {suggestion.target} {batch}"
-
-
 def does_not_fit(request: Request, outcome: Outcome, name: str) -> str:
     """The error message for a program that needs more memory than the devices have."""
     more = "at least " if outcome.memory is None else ""
-    would = [_flags(suggestion, request) for suggestion in suggestions(request, outcome)]
+    would = [
+        ("" if one.target == request.target else f"--target {one.target} ") + f"--batch {one.batch}"
+        for one in suggestions(request, outcome)
+    ]
     advice = (
         f"By estimate these would: {'; or '.join(would)}"
         if would

@@ -32,17 +32,12 @@ _ABANDONED = 60.0
 
 def keep_compiled(environment: MutableMapping[str, str]) -> str | None:
     """Makes jax, which must not be imported yet, keep compiled programs in a folder, also in child
-    processes.
+    processes; returns a warning if it cannot be used, which they do not repeat.
 
     The folder is ``$FLAX_RESBLOCK_CACHE``, else ``$JAX_COMPILATION_CACHE_DIR`` with jax's own
-    settings, else ``$XDG_CACHE_HOME/flax-resblock/xla``, by default
-    ``~/.cache/flax-resblock/xla``. jax's keys hold its version, its flags and the processor's
-    features, so that machines can share the folder.
-
-    Args:
-      environment: The environment of the process; it is changed.
-    Returns:
-      A warning if the folder cannot be used; child processes do not repeat it.
+    settings, else ``$XDG_CACHE_HOME/flax-resblock/xla``, by default ``~/.cache/flax-resblock/xla``.
+    jax's keys hold its version, its flags and the processor's features, so that machines can share
+    the folder.
     """
     wanted = environment.get(VARIABLE)
     if wanted is None and environment.get(_FOLDER):
@@ -70,8 +65,7 @@ def keep_compiled(environment: MutableMapping[str, str]) -> str | None:
 
 def _make_own(folder: Path) -> None:
     """Creates the folder, so that only this user can write to it, as programs in it are run, and
-    removes what a killed process left half-written.
-    """
+    removes what a killed process left half-written."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
     if found.st_uid != os.getuid() or found.st_mode & 0o002:

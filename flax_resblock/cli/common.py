@@ -84,17 +84,15 @@ Checkpoint = Annotated[
 
 @dataclass(frozen=True)
 class ReadingFlags(OptionFlags):
-    """How to read the checkpoint if its names and shapes allow several readings. Most checkpoints
-    need none of these.
-    """
+    """How to read the checkpoint, where its weights do not show it. Most checkpoints need none of
+    these."""
 
     architecture: str | None = None
     """Architecture by name, such as resnet50."""
     naming: str | None = None
     """Naming scheme: torchvision, sequential, kuangliu, akamaster, huggingface, detectron2, flax
     ...; docs/families.md lists them. Or a FILE.toml with one of your own, see `inspect
-    --show-naming`.
-    """
+    --show-naming`."""
     num_classes: int | None = None
     """Number of classes."""
     stride: int | None = None
@@ -103,12 +101,10 @@ class ReadingFlags(OptionFlags):
     """Keys to drop, as shell-style patterns; none of them in a block of the network."""
     allow_missing: tuple[str, ...] = ()
     """Keys that may be absent and are initialised afresh in `train --init`, as shell-style
-    patterns.
-    """
+    patterns."""
     entry: str | None = None
     """Entry of a training checkpoint that holds the weights, such as model_ema for averaged
-    weights.
-    """
+    weights."""
     assume: Literal["known"] | None = None
     """known accepts everything that had to be assumed, and prints no list of it."""
     limits: Limits = LIMITS
@@ -116,8 +112,7 @@ class ReadingFlags(OptionFlags):
 
     def open(self, path: Path, *, run: bool = False, afresh: bool = False) -> OpenedCheckpoint:
         """Opens a checkpoint with the one reading that fits: ``run`` also reads what a training run
-        left in files beside it, ``afresh`` allows absent weights, as ``allow_missing`` says.
-        """
+        left in files beside it, ``afresh`` allows absent weights, as ``allow_missing`` says."""
         reading = self.options()
         source = open_checkpoint(path, reading, entry=self.entry, run=run)
         if not afresh:
@@ -153,22 +148,29 @@ class RunFlags:
 
     with_optimizer: bool = False
     """Carry the optimizer, the learning-rate schedule and the counters too, so that the run can
-    continue.
-    """
+    continue."""
     weights_only: bool = False
     """Carry only the weights and running statistics."""
     optimizer: Literal["sgd", "adam", "adamw", "lars", "lamb"] | None = None
     """The optimizer of a new run, or of a checkpoint that does not say (PyTorch before 2.6 writes
-    Adam and AdamW alike).
-    """
+    Adam and AdamW alike)."""
     schedule_unit: Annotated[str | None, tyro.conf.arg(metavar="batch|epoch|N")] = None
     """What the learning-rate scheduler counted, if the checkpoint does not say: batches, epochs, or
-    N per optimizer step.
-    """
+    N per optimizer step."""
     lr_lambda: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE.py:NAME")] = ()
     """The function of a LambdaLR or MultiplicativeLR, which no checkpoint holds; one for all param
-    groups, or one for each. This runs its code.
-    """
+    groups, or one for each. This runs its code."""
+
+    @property
+    def carry(self) -> bool:
+        """Whether the run is carried."""
+        return self.with_optimizer and not self.weights_only
+
+    def carried(self, source: OpenedCheckpoint | OpenedTensors) -> tuple[Run | None, str | None]:
+        """The run to carry, and in words what stays behind unnoticed."""
+        if self.carry:
+            return self.of(source), None
+        return None, None if self.weights_only else optimizer_left_out(source)
 
     def of(self, source: Opened) -> Run:
         """The run in an opened checkpoint."""
@@ -179,10 +181,7 @@ class RunFlags:
             functions = [load_factory(spec, "lr_lambda") for spec in self.lr_lambda]
             functions = functions if len(functions) > 1 else functions[0]
         return run_of(
-            source,
-            optimizer=self.optimizer,
-            schedule_unit=self.schedule_unit,
-            lr_lambda=functions,
+            source, optimizer=self.optimizer, schedule_unit=self.schedule_unit, lr_lambda=functions
         )
 
 
@@ -208,8 +207,7 @@ def is_architecture(path: Path) -> bool:
 def say(text: str, style: str = "") -> None:
     """Prints a line as it is, without markup; a terminal shows it in several, see
     :func:`flax_resblock.cli.wrapping.wrapped`. Arguments that a message of the library names
-    appear as flags.
-    """
+    appear as flags."""
     text = in_flags(text)
     for line in wrapped(text, output.width) if output.is_terminal else [text]:
         output.print(line, style=style, markup=False, soft_wrap=True)
@@ -245,6 +243,15 @@ def print_found(run: Run) -> None:
     print_notes(run.assumed)
     if run.problem:
         print_note(f"no schedule: {run.problem}")
+
+
+def print_carried(run: Run | None, left: str | None) -> None:
+    """Prints what :meth:`RunFlags.carried` gave."""
+    if run is not None:
+        print_found(run)
+    elif left:
+        words = f"the weights alone; {left} stays behind"
+        print_note(f"{words} (--with-optimizer carries the run)")
 
 
 def refuse_all_existing(force: bool, *paths: Path | None) -> None:

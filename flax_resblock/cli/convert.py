@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import tyro
 
@@ -17,7 +17,7 @@ from flax_resblock.cli.convert_ported import from_ported
 from flax_resblock.cli.verify_flags import be_frugal, torch_needed
 from flax_resblock.cli.wording import in_flags
 from flax_resblock.config import name_of
-from flax_resblock.convert import Naming, StateMap, naming_of
+from flax_resblock.convert import StateMap, naming_of
 from flax_resblock.convert.hubs import files_of
 from flax_resblock.convert.metadata import PORT, metadata_of
 from flax_resblock.convert.opened import OpenedCheckpoint, ReadOptions, target_naming
@@ -79,8 +79,6 @@ def convert(
     the frameworks differ.
 
     Args:
-      reading: How to read the checkpoint, where its weights do not show it. Most checkpoints need
-        none of these.
       training: What to do with the training run in it.
       to_naming: Naming scheme of the output: torchvision, huggingface, timm and others listed in
         docs/families.md, or flax (.safetensors only). By default the names stay.
@@ -106,8 +104,8 @@ def convert(
     if to_naming is not None:
         naming_of(to_naming)  # refuses an unknown name before anything is read
     with common.status.status(f"reading {checkpoint_}"):
-        carry = training.with_optimizer and not training.weights_only
-        source, module = _opened(checkpoint_, out, reading, carry, torch, kwargs, image_size)
+        its = torch, kwargs, image_size
+        source, module = _opened(checkpoint_, out, reading, training.carry, *its)
         common.refuse_unhealthy(source, allow_nonfinite)
         target = StateMap(source.config, target_naming(source, format_name, to_naming))
         code = None if torch_code is None else _torch_code(target, source.norm_options)
@@ -120,35 +118,28 @@ def convert(
         origin = None if no_certificate else provenance(source)  # now, as OUT may replace it
         if origin is not None and module is not None:
             origin["module"] = module
-        run = training.of(source) if carry else None
-        left = None if carry or training.weights_only else common.optimizer_left_out(source)
+        run, left = training.carried(source)
     # lets go of the file's memory before the output is read back
-    description, source = _describe(source), None
+    origin_format, scheme = source.record.format, source.state_map.naming
+    notes, options = tuple(map(in_flags, source.all_notes)), source.norm_options
+    about, source = source.record.metadata, None
     with common.status.status(f"writing {out}"):
-        naming = description.scheme if target.naming.name == "flax" else target.naming
+        naming = scheme if target.naming.name == "flax" else target.naming
         count, size = len(tensors), sum(value.nbytes for value in tensors.values())
-        options, about = description.norm_options, description.metadata
         metadata = metadata_of(target.config, naming, options, about)
         write_with_run(out, tensors, metadata, run, target, files=files, force=force, release=True)
     facts = f"{count} tensors, {common.megabytes(size)}, read back and equal bit for bit"
     common.print_title(name_of(target.config), facts)
-    common.say(
-        f"  from  {checkpoint_} ({description.format}, naming scheme '{description.naming}')"
-    )
+    common.say(f"  from  {checkpoint_} ({origin_format}, naming scheme '{scheme.name}')")
     common.say(f"  to    {out} ({format_name}, naming scheme '{target.naming.name}')")
-    common.print_notes(description.notes)
+    common.print_notes(notes)
     if module is not None:
         common.say(
             f"  equal {module['spec']} computes the same: float64 {_figure(module['float64'])}, "
             f"float32 {_figure(module['float32'])} (relative, images of "
             f"{'x'.join(map(str, module['image_size']))})"
         )
-    if run is not None:
-        common.print_found(run)
-    elif left:
-        common.print_note(
-            f"the weights alone; {left} stays behind (--with-optimizer carries the run)"
-        )
+    common.print_carried(run, left)
     if code is not None and torch_code is not None:
         common.write_text(torch_code, code, force)
     elif getattr(target.config, "padding", "") == "same" and not target.naming.as_in_flax:
@@ -156,7 +147,7 @@ def convert(
     if origin is None:
         return 0
     options = ReadOptions(architecture=target.config, naming=target.naming, limits=reading.limits)
-    return _certify(out, options, origin, description.notes)
+    return _certify(out, options, origin, notes)
 
 
 OTHER_PADDING = (
@@ -251,25 +242,3 @@ def _certify(
         file=sys.stderr,
     )
     return 1
-
-
-class _Description(NamedTuple):
-    """What is needed of a source after its tensors are converted."""
-
-    format: str
-    naming: str
-    scheme: Naming
-    notes: tuple[str, ...]
-    norm_options: Mapping[str, float | None]
-    metadata: Mapping[str, str]
-
-
-def _describe(source: OpenedCheckpoint) -> _Description:
-    return _Description(
-        source.record.format,
-        source.state_map.naming.name,
-        source.state_map.naming,
-        tuple(map(in_flags, source.all_notes)),
-        source.norm_options,
-        source.record.metadata,
-    )

@@ -19,15 +19,9 @@ def from_ported(
     other: str | None,
     force: bool,
 ) -> int:
-    """Writes the state dict of the user's own network, and its run.
-
-    Args:
-      path: The folder that ``port`` wrote, or a checkpoint or run of that network.
-      out: The output.
-      reading, training: How to read the checkpoint, and the run in it.
-      other: A naming scheme, or code to compare with, for which there is no place here.
-      force: Replace what is there.
-    """
+    """Writes the state dict of the user's own network, and its run, from the folder that ``port``
+    wrote, or from a checkpoint or run of that network. ``other`` is a naming scheme, or code to
+    compare with, for which there is no place here."""
     format_name = checkpoint.output_format(out)
     if other is not None or format_name == "orbax":
         raise InputError(
@@ -37,17 +31,15 @@ def from_ported(
     from flax_resblock.port.folder import opened_folder, opened_ported
     from flax_resblock.runs.own import write_own
 
-    carry, kind = training.with_optimizer and not training.weights_only, "a ported network"
+    kind = "a ported network"
     with common.status.status(f"reading {path}"):
         if checkpoint.is_ported(path):
             weights, opened = opened_folder(path, reading.limits)
         else:
             kind = "the run of a ported network"
-            weights, opened = opened_ported(
-                read_entry(path, reading.entry, run=carry, limits=reading.limits)
-            )
-        run = training.of(opened) if carry else None
-        left = None if carry or training.weights_only else common.optimizer_left_out(opened)
+            found = read_entry(path, reading.entry, run=training.carry, limits=reading.limits)
+            weights, opened = opened_ported(found)
+        run, left = training.carried(opened)
     name = str(weights.table.about.get("network"))
     with common.status.status(f"writing {out}"):
         images = read_images(opened.record.metadata, opened.record.source)
@@ -59,10 +51,5 @@ def from_ported(
     )
     common.say(f"  from  {path} ({kind})")
     common.say(f"  to    {out} ({format_name}, the names of your PyTorch module)")
-    if run is not None:
-        common.print_found(run)
-    elif left:
-        common.print_note(
-            f"the weights alone; {left} stays behind (--with-optimizer carries the run)"
-        )
+    common.print_carried(run, left)
     return 0

@@ -104,8 +104,8 @@ def demo(out: Path = Path("demo_out"), epochs: int = 3, seed: int = 0) -> int:
     torch_losses = _go_on_in_torch(module, config, splits, epochs, optimizer, scheduler)
     jax_losses, jax_after = _go_on_in_jax(converted, config, splits, out / "digits_trained")
     torch_after = _evaluate_torch(module, splits)
-    means = zip(_by_epoch(jax_losses, epochs), _by_epoch(torch_losses, epochs), strict=True)
-    for epoch, (ours, theirs) in enumerate(means, start=epochs + 1):
+    losses = np.reshape([jax_losses, torch_losses], (2, epochs, -1))
+    for epoch, (ours, theirs) in enumerate(losses.mean(-1).T, start=epochs + 1):
         output.print(f"  epoch {epoch}  mean loss in PyTorch {theirs:.6f}, in JAX {ours:.6f}")
     _plot_losses(torch_losses, jax_losses, out / "losses.png")
     output.print(
@@ -213,18 +213,11 @@ def _go_on_in_torch(
     module: Any, config: Any, splits: Splits, done: int, optimizer: Any, scheduler: Any
 ) -> list[float]:
     """Continues the run in PyTorch; returns the loss of every step."""
-    from torch_ref import training
+    from torch_ref.training import train
 
-    losses: list[float] = []
-    for epoch in range(done, config.epochs):
-        training.train(
-            module,
-            _for_torch(config, splits, epoch),
-            optimizer,
-            scheduler,
-            on_step=lambda step: losses.append(step.loss),
-        )
-    return losses
+    epochs = (_for_torch(config, splits, epoch) for epoch in range(done, config.epochs))
+    steps = (step for batches in epochs for step in train(module, batches, optimizer, scheduler))
+    return [step.loss for step in steps]
 
 
 def _go_on_in_jax(
@@ -254,10 +247,6 @@ def _distance(module: Any, trained: Path) -> float:
     theirs = {key: value.numpy().astype(np.float64) for key, value in module.state_dict().items()}
     norm = np.linalg.norm
     return max(float(norm(ours[key] - value) / norm(value)) for key, value in theirs.items())
-
-
-def _by_epoch(losses: list[float], epochs: int) -> list[float]:
-    return [float(np.mean(part)) for part in np.array_split(np.asarray(losses), epochs)]
 
 
 def _plot_losses(torch_losses: list[float], jax_losses: list[float], path: Path) -> None:

@@ -35,8 +35,7 @@ NEEDS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("aot --target cuda", ("jax_cuda12_plugin", "jax_cuda12_pjrt"), "cuda-aot"),
 )
 """What a command needs beside the core: the modules, and the extra that installs them. The others
-need the core alone.
-"""
+need the core alone."""
 
 
 def doctor(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from rich.table import Table
@@ -30,13 +30,8 @@ _SHOWN = 12
 """Up to so many classes the whole confusion matrix is shown, else the most frequent confusions."""
 
 
-class _Evaluated(NamedTuple):
-    """A network, its name, the configuration, and the images."""
-
-    model: nnx.Module
-    title: str
-    config: TrainConfig
-    test: DataSource
+_Evaluated: TypeAlias = "tuple[nnx.Module, str, TrainConfig, DataSource]"
+"""A network, its name, the configuration, and the images."""
 
 
 def classify(
@@ -91,7 +86,7 @@ def _known(path: Path, wanted: Wanted) -> _Evaluated:
             f"{path} takes {network.in_channels} channels and knows {classes} classes; {test.name} "
             f"has {channels} channels and {test.num_classes} classes. Choose its data with --data."
         )
-    return _Evaluated(model_of(source, config.dtype), name_of(network), config, test)
+    return model_of(source, config.dtype), name_of(network), config, test
 
 
 def _own(path: Path, wanted: Wanted, code: OwnCode) -> _Evaluated:
@@ -107,7 +102,7 @@ def _own(path: Path, wanted: Wanted, code: OwnCode) -> _Evaluated:
             f"{path} knows {classes} classes; {test.name} has {test.num_classes}. Choose its data "
             f"with --data."
         )
-    return _Evaluated(model, code.name, config, test)
+    return model, code.name, config, test
 
 
 def _settings(path: Path, source: Opened, preset: TrainConfig, wanted: Wanted) -> TrainConfig:

@@ -12,8 +12,7 @@ from flax_resblock.checkpoint.atomic import refuse_existing
 from flax_resblock.cli import common
 from flax_resblock.cli.images import normalisation_of, preprocessing_of
 from flax_resblock.config import name_of
-from flax_resblock.convert.hubs import Preprocessing
-from flax_resblock.convert.image_facts import IMAGES, ImageFacts
+from flax_resblock.convert.image_facts import IMAGES
 from flax_resblock.errors import InputError
 
 Output = Annotated[
@@ -50,8 +49,6 @@ def export(
     checkpoint's bit for bit; with --any-image-size, attention may move their last digits.
 
     Args:
-      reading: How to read the checkpoint, where its weights do not show it. Most checkpoints need
-        none of these.
       platforms: Platforms to export for, separated by commas.
       image_size: Side of the images. By default that of the checkpoint; where it does not say, 224
         for ImageNet stems and 32 for small ones.
@@ -75,7 +72,9 @@ def export(
     if model is not None and fold_batch_norm:
         raise InputError("--fold-batch-norm is for networks of this library; leave it out.")
     if model is not None:
-        network, images, wanted = _own(checkpoint, model, reading, allow_nonfinite)
+        from flax_resblock.cli.train_own import own_network
+
+        network, images, wanted = own_network(model, checkpoint, reading, allow_nonfinite)
         name, channels, notes = model.rpartition(":")[2], len(wanted.mean), ()
         usual = wanted.size[0]
     else:
@@ -94,12 +93,8 @@ def export(
                 f"are equal or free. Choose --image-size, or leave them free (--any-image-size)."
             )
     normalisation = {"mean": shift.tolist(), "std": scale.tolist()}
-    preprocessing = {"pixels": "RGB from 0 to 1", **normalisation}
-    facts: dict[str, Any] = {
-        "source": checkpoint.name,
-        "preprocessing": preprocessing,
-        IMAGES: asdict(images),
-    }
+    facts: dict[str, Any] = {"source": checkpoint.name, IMAGES: asdict(images)}
+    facts["preprocessing"] = {"pixels": "RGB from 0 to 1", **normalisation}
     with common.status.status(f"exporting {checkpoint}"):
         if fold_batch_norm:
             from flax_resblock.export.fold import fold_batch_norm as fold
@@ -133,16 +128,3 @@ def export(
         )
     common.print_notes(notes)
     return 0
-
-
-def _own(
-    path: Path, spec: str, reading: common.ReadingFlags, nonfinite: bool
-) -> tuple[Any, ImageFacts, Preprocessing]:
-    """A network of the user's own, what is known of its images, and how they are prepared."""
-    from flax_resblock.cli.train_own import opened_own, own_code
-
-    model, weights = opened_own(own_code(spec, reading), path, reading, nonfinite)
-    facts = weights.images
-    if facts.preprocessing is None:
-        raise InputError(weights.no_images(spec, path))
-    return model, facts, facts.preprocessing

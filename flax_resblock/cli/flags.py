@@ -64,17 +64,9 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Flag:
-    """An option or a positional argument.
-
-    Attributes:
-      name: ``--num-classes``, or ``CKPT`` for a positional argument.
-      value: What follows it, such as ``INT`` or ``{on,off}``; empty for a switch.
-      default: What holds without it; empty if that is nothing, or said in the text.
-      text: What it does, in one line.
-      group: The heading of its group; empty for the command's own.
-      aliases: Other spellings.
-      required: Whether it has to be given.
-    """
+    """An option or a positional argument: its name (``--num-classes``, ``CKPT``), what follows it
+    (``INT``, ``{on,off}``; empty for a switch), its default (empty if that is nothing, or said in
+    the text), and the heading of its group (empty for the command's own)."""
 
     name: str
     value: str
@@ -102,14 +94,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Help:
-    """What a command says of itself.
-
-    Attributes:
-      name: The command.
-      examples: Command lines.
-      text: Paragraphs.
-      flags: In the order of the help.
-    """
+    """What a command says of itself: examples, paragraphs, and its flags in order."""
 
     name: str
     examples: tuple[str, ...]

@@ -16,14 +16,8 @@ from flax_resblock.images import default_preprocessing, pixels_of, read_image
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images of one size with names.
-
-    Attributes:
-      pixels: ``(N, H, W, C)``, float32 from 0 to 1.
-      names: One per image.
-      labels: True classes, if the file has them.
-      mean, std: Of the channels, if the file has them.
-    """
+    """Images of one size with names: ``pixels`` ``(N, H, W, C)``, float32 from 0 to 1; the true
+    classes, and mean and standard deviation of the channels, if the file has them."""
 
     pixels: np.ndarray
     names: list[str]
@@ -33,11 +27,8 @@ class ImageBatch:
 
 
 def load_images(paths: Sequence[Path], preprocessing: Preprocessing, channels: int) -> ImageBatch:
-    """Loads image files, or one ``.npz`` archive of images, which is not preprocessed.
-
-    Raises:
-      InputError: Both kinds together, or a file that cannot be read.
-    """
+    """Loads image files, or one ``.npz`` archive of images, which is not preprocessed; raises
+    InputError for both kinds together, or a file that cannot be read."""
     if any(path.suffix == ".npz" for path in paths):
         if len(paths) > 1:
             raise InputError("give one .npz archive, or image files, not both.")
@@ -67,8 +58,7 @@ def _read_archive(path: Path, preprocessing: Preprocessing) -> ImageBatch:
 
 
 def refuse_nonfinite(logits: np.ndarray, names: Sequence[str]) -> None:
-    """Raises InputError if images, by their names, have logits ``(N, classes)`` from which no class
-    follows."""
+    """Raises InputError for images with logits ``(N, classes)`` from which no class follows."""
     wrong = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(wrong):
         whose = some([names[number] for number in wrong.tolist()])
@@ -94,8 +84,7 @@ def normalisation_of(
     std: Sequence[float] | None,
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Mean and standard deviation of the channels, and where they come from: as given by the user,
-    else those in ``file``, an archive of images, else those of the network.
-    """
+    else those in ``file``, an archive of images, else those of the network."""
     if (mean is None) != (std is None):
         raise InputError("give --mean and --std together.")
     if mean is not None and std is not None:

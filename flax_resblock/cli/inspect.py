@@ -33,10 +33,11 @@ def norm_health(source: OpenedCheckpoint) -> Iterator[dict[str, Any]]:
     for slot in walk(source.config):
         if slot.kind is not SlotKind.NORM:
             continue
-        scale, mean, var = (
-            np.asarray(source.tensors[keys[(*slot.path, name)]], np.float64)
+        values = {
+            name: np.asarray(source.tensors[keys[(*slot.path, name)]], np.float64)
             for name in ("scale", "mean", "var")
-        )
+        }
+        scale, mean, var = values.values()
         found = {"variance near eps": var < _NEAR_EPS * eps, "scale of 0": scale == 0}
         remarks = [
             f"{what} in {np.sum(channels)} of {len(var)} channels"
@@ -48,9 +49,7 @@ def norm_health(source: OpenedCheckpoint) -> Iterator[dict[str, Any]]:
         yield {
             "slot": slot.name,
             "channels": slot.shape[0],
-            "scale": (float(scale.min()), float(scale.max())),
-            "mean": (float(mean.min()), float(mean.max())),
-            "var": (float(var.min()), float(var.max())),
+            **{name: (float(one.min()), float(one.max())) for name, one in values.items()},
             "batches": int(source.tensors[keys[(*slot.path, "num_batches_tracked")]]),
             "remark": ", ".join(remarks),
         }
@@ -131,8 +130,6 @@ def inspect(
       flax-resblock inspect resnet50.pth
 
     Args:
-      reading: How to read the checkpoint, where its weights do not show it. Most checkpoints need
-        none of these.
       json_file: Also write everything to this file.
       norms: List every batch norm, not only unusual ones.
       show_naming: Print the naming scheme alone, as TOML that --naming FILE.toml takes.

@@ -25,11 +25,7 @@ def still_wanted() -> None:
 
 class Stop:
     """Remembers SIGINT and SIGTERM, so that a run can end between two steps; a second signal
-    interrupts at once. A context manager.
-
-    Args:
-      announce: Called at the first signal.
-    """
+    interrupts at once. A context manager; ``announce`` is called at the first signal."""
 
     def __init__(self, announce: Callable[[], object]) -> None:
         self.signal: int | None = None

@@ -34,8 +34,7 @@ class OptionFlags:
     """eps of every norm, 1e-5 by default."""
     order: Literal["post_activation", "pre_activation"] | None = None
     """Whether norms come before or after their convolutions. Can be inferred from the weights
-    unless no block changes the number of channels.
-    """
+    unless no block changes the number of channels."""
     shortcut_from: Literal["activated", "input"] | None = None
     """What a projection takes in pre-activation order: what its block's first norm and activation
     give, or the block's input."""
@@ -62,8 +61,7 @@ class OptionFlags:
     """Probability of dropping a value in front of a block's second convolution in training."""
     padding: Literal["symmetric", "same"] | None = None
     """Padding of convolutions and pooling with a stride: symmetric as in PyTorch, same as in
-    TensorFlow and Flax. Known JAX programs have theirs.
-    """
+    TensorFlow and Flax. Known JAX programs have theirs."""
     stem_padding: Literal["symmetric", "same"] | None = None
     """Padding of the stem's first convolution, if it is another than the rest of the network has.
     """

@@ -26,9 +26,7 @@ def port(
         tyro.conf.arg(metavar="CKPT", help="Its weights; leave it out for those it starts with."),
     ],
     out: Annotated[
-        Path | None,
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="OUT", help="The folder to write."),
+        Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help="The folder to write.")
     ] = None,
     kwargs: str | None = None,
     image_size: tuple[int, int] | None = None,

@@ -70,8 +70,6 @@ def predict(
     into it, or from a config.json (transformers, timm), also after a conversion.
 
     Args:
-      reading: How to read the checkpoint, where its weights do not show it. Most checkpoints need
-        none of these.
       top: Number of classes to show.
       class_names: Text file with one class name per line.
       model: FILE.py:NAME, the code of a network of your own, such as `port` writes; CKPT is its
@@ -176,17 +174,14 @@ def _open_own(
     import jax
     from flax import nnx
 
-    from flax_resblock.cli.train_own import opened_own, own_code
+    from flax_resblock.cli.train_own import own_network
     from flax_resblock.cpu.compiling import options_for
     from flax_resblock.cpu.switch import compiler_options, conv_lowering
     from flax_resblock.nn.outputs import logits_of
     from flax_resblock.training.evaluation import classes_of
 
-    model, weights = opened_own(own_code(spec, reading), path, reading, nonfinite)
-    facts = weights.images
-    if facts.preprocessing is None:
-        raise InputError(weights.no_images(spec, path))
-    preprocessing = _sized(facts.preprocessing, image_size)
+    model, facts, wanted = own_network(spec, path, reading, nonfinite)
+    preprocessing = _sized(wanted, image_size)
     channels = len(preprocessing.mean)
     graphdef, state = nnx.split(model)
 

@@ -14,9 +14,7 @@ _LIST = tuple[str, ...] | None
 
 
 def _flags_of(config: Any) -> type:
-    """The fields of a configuration as flags with its help texts; None means not given, and the
-    help shows the values of ``config``.
-    """
+    """A configuration's fields as flags, with its texts and values; None means not given."""
     flags: list[Any] = []
     kind: Any
     for name, kind in get_type_hints(type(config)).items():

@@ -30,14 +30,8 @@ OF_DATA = ("data", "image_size", "val_fraction")
 
 
 def refuse_unnamed_data(path: Path, preset: TrainConfig, *said: Mapping[str, Any]) -> None:
-    """Raises InputError if nothing says which images a checkpoint is for: digits are the default
-    of a new run alone.
-
-    Args:
-      path: The checkpoint.
-      preset: The chosen preset.
-      said: Settings that were given, and those of the run in the checkpoint.
-    """
+    """Raises InputError if neither the preset nor the settings that were ``said`` tell which images
+    a checkpoint is for: digits are the default of a new run alone."""
     if preset.data == TrainConfig.data and not any("data" in settings for settings in said):
         raise InputError(
             f"{path} does not say which images it is for. Name them with --data: an image folder, "
@@ -65,12 +59,7 @@ def at_own_size(
     config: TrainConfig, splits: Splits[DataSource], network: ResNetConfig
 ) -> tuple[TrainConfig, Splits[DataSource]]:
     """Keeps small pictures small for a network whose stem keeps every pixel: at 224 pixels it takes
-    thirty times as long for what is in a picture of 40.
-
-    Args:
-      config: Where it says no ``image_size``, one is filled in, which goes with the run.
-      splits: The data.
-      network: That is trained.
+    thirty times as long for what is in a picture of 40. The size becomes part of the configuration.
     """
     parts = [part for part in splits if isinstance(part, FolderDataset)]
     if not parts or config.image_size is not None or network.stem_reduction > 1:
@@ -95,19 +84,10 @@ def with_channels(dataset: DataSource, channels: int | None) -> DataSource:
 
 
 def filled_batches(
-    config: TrainConfig,
-    train: DataSource,
-    devices: int | None,
-    *said: Mapping[str, Any],
+    config: TrainConfig, train: DataSource, devices: int | None, *said: Mapping[str, Any]
 ) -> TrainConfig:
-    """The configuration, with the largest batch that the images can fill if nobody chose its size.
-
-    Args:
-      config: The configuration.
-      train: The training images.
-      devices: How many of this host share a batch; None is all of them.
-      said: Settings that were given, and those of the run that goes on.
-    """
+    """The configuration, with the largest batch that the images can fill if none of the settings
+    that were ``said`` has its size; ``devices`` of this host share it, None is all of them."""
     count = len(train)
     if config.batch_size <= count or any("batch_size" in settings for settings in said):
         return config
@@ -159,14 +139,7 @@ def _count(number: int, one: str, many: str | None = None) -> str:
 def classes_note(
     had: tuple[int, int | None], now: tuple[int, int], asked: int | None, splits: Splits[DataSource]
 ) -> str | None:
-    """Where a new network's channels and classes come from; None where nothing was changed.
-
-    Args:
-      had: Channels and classes of the configured network.
-      now: Those that it gets.
-      asked: ``--num-classes``.
-      splits: The data.
-    """
+    """Where a new network's channels and classes come from; None where nothing was changed."""
     if had == now:
         return None
     name, there = splits.train.name, splits.train.num_classes

@@ -15,6 +15,7 @@ from flax_resblock.cli import common
 from flax_resblock.cli.train_start import Start, Wanted, enable_x64, goes_on
 from flax_resblock.config import BlockConfig
 from flax_resblock.config import Path as ModelPath
+from flax_resblock.convert.hubs import Preprocessing
 from flax_resblock.convert.image_facts import ImageFacts, read_images
 from flax_resblock.convert.metadata import PORT
 from flax_resblock.convert.opening import read_entry
@@ -34,13 +35,8 @@ _OF_ANY_NETWORK = ("entry", "limits")
 
 @dataclass(frozen=True)
 class OwnCode:
-    """The code of a network.
-
-    Attributes:
-      spec: ``FILE.py:NAME`` or ``package.module:NAME``.
-      factory: What it names.
-      file: The file, if it was named.
-      table: The table of the tensors, if ``port`` wrote the file: it lies beside it.
+    """The code of a network: its name, ``FILE.py:NAME`` or ``package.module:NAME``; the class or
+    function; the file, if it was named; and the table of the tensors, if ``port`` wrote that file.
     """
 
     spec: str
@@ -54,11 +50,7 @@ class OwnCode:
         return self.spec.rpartition(":")[2]
 
     def fresh(self, seed: int) -> nnx.Module:
-        """The network with the values that its own code draws.
-
-        Raises:
-          InputError: It raises, or is no nnx module.
-        """
+        """The network with the values that its own code draws; else InputError."""
         from flax import nnx
 
         try:
@@ -79,11 +71,7 @@ class OwnCode:
 
 
 def own_code(spec: str, reading: common.ReadingFlags) -> OwnCode:
-    """Imports the code of a network, which runs it.
-
-    Raises:
-      InputError: No such code, or flags that describe a network besides.
-    """
+    """Imports the code of a network, which runs it; InputError for flags that describe one too."""
     usual = common.ReadingFlags()
     for name in (one.name for one in fields(reading) if one.name not in _OF_ANY_NETWORK):
         if getattr(reading, name) != getattr(usual, name):
@@ -147,11 +135,7 @@ class Weights:
 def _read(
     code: OwnCode, path: Path, reading: common.ReadingFlags, allow_nonfinite: bool, *, run: bool
 ) -> Weights:
-    """Reads a checkpoint as the weights of a network.
-
-    Raises:
-      InputError: It is not one of this network.
-    """
+    """Reads a checkpoint as the weights of a network; raises InputError if it is not one of it."""
     from flax import nnx
 
     from flax_resblock.port.folder import opened_folder, opened_ported
@@ -188,20 +172,21 @@ def _model(code: OwnCode, weights: Weights, dtype: str, *, widen: bool) -> nnx.M
     wide = any(value.dtype.name == "float64" for value in values.values())
     enable_x64(wide or dtype == "float64")
     if dtype == "float64" and widen:
-        floating = {path: value for path, value in values.items() if value.dtype.kind == "f"}
-        values |= {path: value.astype(np.float64) for path, value in floating.items()}
+        values = _widened(values)
     nnx.eval_shape(lambda: code.fresh(0))  # for the message, if it raises
     return filled(code.factory, values, weights.table)
+
+
+def _widened(values: Mapping[ModelPath, np.ndarray]) -> dict[ModelPath, np.ndarray]:
+    """The values with floating ones as float64."""
+    floating = {path: value for path, value in values.items() if value.dtype.kind == "f"}
+    return {**values, **{path: value.astype(np.float64) for path, value in floating.items()}}
 
 
 def begun(
     code: OwnCode, wanted: Wanted, resume: Path | None, init: Path | None, schedule: str | None
 ) -> Start:
-    """Where a run of the user's own network begins.
-
-    Raises:
-      InputError: The checkpoint, the code and the flags do not fit each other.
-    """
+    """Where a run of one's own network begins; InputError if code, file and flags disagree."""
     wanted = replace(wanted, preset=replace(wanted.preset, model=None))
     source = init or resume
     if source is None:
@@ -252,9 +237,7 @@ def _afresh(code: OwnCode, wanted: Wanted) -> Start:
     if config.dtype == "float64":
         from flax_resblock.nn.variables import fill, flat_arrays
 
-        arrays = flat_arrays(model)
-        floating = {path: value for path, value in arrays.items() if value.dtype.kind == "f"}
-        fill(model, {path: value.astype(np.float64) for path, value in floating.items()})
+        fill(model, _widened(flat_arrays(model)))
     return Start(model, None, config, splits, code.file)
 
 
@@ -263,6 +246,17 @@ def evaluated(code: OwnCode, wanted: Wanted, path: Path) -> tuple[nnx.Module, We
     opened = opened_own(code, path, wanted.reading, wanted.allow_nonfinite)
     common.print_title(code.name, str(path))
     return opened
+
+
+def own_network(
+    spec: str, path: Path, reading: common.ReadingFlags, allow_nonfinite: bool
+) -> tuple[Any, ImageFacts, Preprocessing]:
+    """A network of the user's own, what is known of its images, and how they are prepared."""
+    model, weights = opened_own(own_code(spec, reading), path, reading, allow_nonfinite)
+    facts = weights.images
+    if facts.preprocessing is None:
+        raise InputError(weights.no_images(spec, path))
+    return model, facts, facts.preprocessing
 
 
 def opened_own(

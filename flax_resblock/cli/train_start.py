@@ -39,16 +39,9 @@ OF_NEW_RUNS = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line asks for.
-
-    Attributes:
-      preset: The configuration that the settings change.
-      reading, training: How to read a checkpoint, and the run in it.
-      settings: The settings that were given, by field.
-      strict: Refuse damaged images.
-      allow_nonfinite: Accept a checkpoint that is not healthy.
-      devices: How many devices of this host share a batch; None is all of them.
-    """
+    """What the command line asks for: the preset and the settings that change it, how to read a
+    checkpoint and the run in it, whether damaged images are refused and an unhealthy checkpoint is
+    accepted, and how many devices of this host share a batch; None is all of them."""
 
     preset: TrainConfig
     reading: common.ReadingFlags
@@ -73,9 +66,7 @@ class Wanted:
 
 
 class Start(NamedTuple):
-    """Model, run to continue, configuration and data of a run that begins, and the Python file of a
-    network of the user's own.
-    """
+    """Model, run, configuration and data of a run that begins, and one's own code, if any."""
 
     model: nnx.Module
     run: Run | None
@@ -126,19 +117,25 @@ def initialised(wanted: Wanted, path: Path) -> Start:
     classes = _num_classes(wanted.reading.num_classes, data)
     reading = replace(wanted.reading, num_classes=None)
     source = replace(wanted, reading=reading).read(path, afresh=True)
-    if not isinstance(source.config, ResNetConfig):
-        raise InputError(f"{path} is a bare block; training needs a network.")
-    if source.config.num_classes != classes:
-        was = source.config.num_classes
-        source = _with_new_head(source, source.config, classes, wanted.reading.allow_missing)
+    network = _network_of(source, path)
+    if network.num_classes != classes:
+        was = network.num_classes
+        source = _with_new_head(source, network, classes, wanted.reading.allow_missing)
+        network = _network_of(source, path)
         had = "no head" if was is None else f"{was} classes"
         common.print_note(f"{path} has {had}: the head is new, for {classes} classes")
     common.print_title(name_of(source.config), str(path))
     common.print_notes(source.all_notes)
-    config = with_settings(replace(wanted.preset, model=source.config), settings)
-    splits = Splits(*(with_channels(part, source.config.in_channels) for part in data))
+    config = with_settings(replace(wanted.preset, model=network), settings)
+    splits = Splits(*(with_channels(part, network.in_channels) for part in data))
     config = filled_batches(config, splits.train, wanted.devices, settings)
     return Start(model_of(source, config.dtype), None, config, splits)
+
+
+def _network_of(source: OpenedCheckpoint, path: Path) -> ResNetConfig:
+    if not isinstance(source.config, ResNetConfig):
+        raise InputError(f"{path} is a bare block; training needs a network.")
+    return source.config
 
 
 def _with_new_head(
@@ -159,34 +156,22 @@ def _with_new_head(
 def resumed(wanted: Wanted, path: Path, schedule: str | None) -> Start:
     """Continues the run in a checkpoint."""
     source = wanted.read(path, run=not wanted.training.weights_only)
-    if not isinstance(source.config, ResNetConfig):
-        raise InputError(f"{path} is a bare block; training needs a network.")
+    network = _network_of(source, path)
     run = None if wanted.training.weights_only else wanted.training.of(source)
     common.print_title(name_of(source.config), str(path))
     common.print_notes(source.all_notes)
-    preset = replace(wanted.preset, model=source.config)
-    config, run, splits = goes_on(
-        run, replace(wanted, preset=preset), schedule, source.config.in_channels, path
-    )
+    its = replace(wanted, preset=replace(wanted.preset, model=network))
+    config, run, splits = goes_on(run, its, schedule, network.in_channels, path)
     with common.status.status("building the network"):
         return Start(model_of(source, config.dtype), run, config, splits)
 
 
 def goes_on(
-    run: Run | None,
-    wanted: Wanted,
-    schedule: str | None,
-    channels: int | None,
-    path: Path | None,
+    run: Run | None, wanted: Wanted, schedule: str | None, channels: int | None, path: Path | None
 ) -> tuple[TrainConfig, Run | None, Splits[DataSource]]:
-    """Configuration, run and data of what continues a checkpoint: its run, or its weights alone.
-
-    Args:
-      run: None for the weights alone.
-      wanted, schedule: What the command line asks for.
-      channels: Of the network; None if unknown.
-      path: The checkpoint; None for random weights.
-    """
+    """Configuration, run and data of what continues a checkpoint: its run, or (where that is None)
+    its weights alone. ``channels`` are the network's, if known; without ``path``, its weights are
+    random."""
     if path is not None:
         stored = {} if run is None else run.settings
         refuse_unnamed_data(path, wanted.preset, wanted.settings, stored)

@@ -66,12 +66,6 @@ def verify(
     PyTorch's own, or 8 ulp. Exit status 1 if something differs.
 
     Args:
-      reading: How to read the checkpoint, where its weights do not show it. Most checkpoints need
-        none of these.
-      input: The images.
-      what: What to compare.
-      devices: Where each side computes.
-      report: What to report.
       torch: Examine a PyTorch module of your own instead: FILE.py:NAME or package.module:NAME of a
         class or function that creates it. Importing it runs its code. A block with in_channels and
         out_channels is tried with several values and compared with the specification of a residual

@@ -111,26 +111,21 @@ class WhatFlags:
     """Optimizer of those steps: SGD with Nesterov momentum and weight decay, AdamW, or both."""
     learning_rate: float | None = None
     """Learning rate of those steps; by default one at which the first step changes no tensor by
-    more than half a percent.
-    """
+    more than half a percent."""
     all: bool = False
     """Compare everything: --gradients --isolated --steps 5 --precision all. Without CKPT, for a
-    set of networks with random weights.
-    """
+    set of networks with random weights."""
     precision: Literal["both", "float64", "float32", "bfloat16", "all"] = "both"
     """Precisions to compare; both is float64, which proves that the algorithms are the same, and
-    float32. The truth is always PyTorch's float64.
-    """
+    float32. The truth is always PyTorch's float64."""
     rtol: float | None = None
     """Compare with a relative tolerance of your own, as numpy.allclose does, instead of PyTorch's
-    own rounding.
-    """
+    own rounding."""
     atol: float | None = None
     """Absolute part of that tolerance."""
     conv_lowering: Literal["xla", "auto"] = "xla"
     """How Flax computes convolutions: as XLA does on every device, or on a CPU in the faster forms
-    that train and predict use there.
-    """
+    that train and predict use there."""
 
     def plan(self) -> Plan:
         """The plan of the comparison."""

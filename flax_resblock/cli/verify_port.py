@@ -8,13 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flax_resblock import checkpoint
-from flax_resblock.cli.common import (
-    ReadingFlags,
-    arguments_of,
-    print_notes,
-    print_title,
-    status,
-)
+from flax_resblock.cli.common import ReadingFlags, arguments_of, print_notes, print_title, status
 from flax_resblock.config import BlockConfig
 from flax_resblock.errors import InputError
 
@@ -36,16 +30,14 @@ def verify_port(
     reading: ReadingFlags | None = None,
     refusal: InputError | None = None,
 ) -> int:
-    """Verifies a PyTorch module against a port of it; returns the exit status.
+    """Verifies a PyTorch module, by the class or function ``spec`` with JSON ``kwargs``, against a
+    port of it; returns the exit status.
 
     Args:
-      verifier: What to compare, where, and what to report.
-      spec: Of the class or function that creates the module.
-      kwargs: Its arguments, as a JSON object.
-      weights: Checkpoint for both; None: those of the folder of ``flax``, or random ones.
+      weights: Checkpoint for both, read as ``reading`` says; None: those of the folder of ``flax``,
+        or random ones.
       flax: ``FILE.py:NAME`` in the folder of a port, whose code may have been edited; None: the
         module is ported now.
-      reading: The entry of the checkpoint, and its limits.
       refusal: Why the module is no network of this library, for the message that it cannot be
         ported either.
     """

@@ -41,8 +41,7 @@ if TYPE_CHECKING:
 
 def devices_of(flags: DeviceFlags, plan: Plan) -> tuple[Devices, list[Any]]:
     """The devices, and the precision that each side was measured to deliver on them; raises
-    InputError if a device does not exist or does not deliver the precision that it is asked for.
-    """
+    InputError if a device does not exist or does not deliver the precision that it is asked for."""
     from flax_resblock.parity import devices
     from flax_resblock.parity.parts import Devices
     from flax_resblock.parity.precision import measure_precision, require
@@ -194,8 +193,7 @@ class Verifier:
         print_notes(verification.notes)
 
     def write_all(self, reports: list[dict[str, Any]]) -> None:
-        """Writes several reports as one: the first that failed, or the first, which holds the
-        others."""
+        """Writes reports as one: the first that failed, or the first, with the others in it."""
         chosen = next((facts for facts in reports if not facts["passed"]), reports[0])
         others = [facts for facts in reports if facts is not chosen]
         self.write(chosen | ({"other_calls": others} if others else {}))

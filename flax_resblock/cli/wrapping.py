@@ -14,13 +14,9 @@ _DEEPEST = 24
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """The lines of a text, broken between words, without words cut in two.
-
-    Args:
-      text: One line or several. Continuations begin below what follows the line's label, as in
-        ``  note  ...``, or two columns inside the line.
-      width: Columns of the terminal.
-    """
+    """The lines of a text, broken between words, without words cut in two, for a terminal of
+    ``width`` columns. Continuations begin below what follows the line's label, as in ``  note
+    ...``, or two columns inside the line."""
     lines = []
     for line in text.split("\n"):
         label = _LABEL.match(line)
@@ -41,9 +37,7 @@ def wrapped(text: str, width: int) -> list[str]:
 
 
 def for_stream(text: str, stream: TextIO) -> str:
-    """The text, wrapped if the stream is a terminal. Files and pipes get whole lines, which are
-    searched and counted.
-    """
+    """The text, wrapped for a terminal; files and pipes get whole lines, which are searched."""
     if not stream.isatty():
         return text
     return "\n".join(wrapped(text, shutil.get_terminal_size().columns))

@@ -203,12 +203,8 @@ def architectures() -> tuple[str, ...]:
 
 
 def architecture(name: str, **changes: object) -> ResNetConfig:
-    """The named architecture with fields of :class:`ResNetConfig` replaced.
-
-    Raises:
-      ValueError: An unknown name (the message lists the known ones), or values that make no
-        network.
-    """
+    """The named architecture with fields of :class:`ResNetConfig` replaced; raises ValueError for
+    an unknown name (the message lists the known ones), or values that make no network."""
     if name not in ARCHITECTURES:
         raise ValueError(unknown_architecture(name))
     return replace(ARCHITECTURES[name], **changes)  # pyright: ignore[reportArgumentType]
@@ -267,16 +263,13 @@ def as_in_pytorch(config: ResNetConfig) -> ResNetConfig:
     return replace(config, padding="symmetric", stem_padding=None)
 
 
-_SAID = (
-    "stem_stride",
-    "stem_pool",
-    "stem_bias",
-    "stem_norm",
-    "conv_bias",
-    "shortcut_bias",
-    "order",
-)
-_SAID += ("shortcut_from", "shortcut_size", "norm", "standardized", "last_activation", "final_norm")
-_SAID += ("head_pool", "dropout", "attention_place", "branch_activation", "transition")
-_SHORTER = {"order pre_activation": "pre-activation"}
-_SHORTER |= {"norm group": "group norm", "norm frozen": "frozen norms"}
+_SAID = {
+    *("stem_stride", "stem_pool", "stem_bias", "stem_norm", "conv_bias", "shortcut_bias", "order"),
+    *("shortcut_from", "shortcut_size", "norm", "standardized", "last_activation", "final_norm"),
+    *("head_pool", "dropout", "attention_place", "branch_activation", "transition"),
+}
+_SHORTER = {
+    "order pre_activation": "pre-activation",
+    "norm group": "group norm",
+    "norm frozen": "frozen norms",
+}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from flax_resblock.config.options import EXPANSION, BlockKind, BlockOptions
+from flax_resblock.config.options import EXPANSION, BlockKind, BlockOptions, check_positive
 from flax_resblock.config.slots import Activation, Branch, Slot, SlotKind, normalised_conv
 
 
@@ -42,10 +42,7 @@ class BlockConfig(BlockOptions):
     dilation: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("in_channels", "out_channels", "stride", "dilation"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive integer.")
+        check_positive(self, "in_channels", "out_channels", "stride", "dilation")
         self.check()
         for wrong, words in self._faults():
             if wrong:

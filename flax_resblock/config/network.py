@@ -237,8 +237,7 @@ class ResNetConfig(BlockOptions):
             channels = out_channels
 
     def transitions(self) -> dict[str, tuple[int, int, int]]:
-        """Input channels, output channels and stride of what comes before the blocks of each stage,
-        by its name."""
+        """By name, the channels in and out and the stride of what begins each stage."""
         if self.transition == "strided":
             return {}
         outputs = [width * EXPANSION[self.block] for width in self.widths]

@@ -41,8 +41,7 @@ EXPANSION: Mapping[str, int] = MappingProxyType({"basic": 1, "bottleneck": 4})
 
 @cache
 def choices_of(config: type) -> Mapping[str, tuple[Any, ...]]:
-    """The options of a configuration class and their values: its fields that are literals or yes
-    or no."""
+    """The options of a configuration class: its fields that are literals or booleans."""
     hints = get_type_hints(config).items()
     literals = {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
     return literals | {name: (False, True) for name, hint in hints if hint is bool}
@@ -57,9 +56,16 @@ def check_choices(config: Any) -> None:
             raise ValueError(f"{what} {value!r} is unknown; choose {', '.join(others)} or {last}.")
 
 
+def check_positive(config: Any, *names: str) -> None:
+    """Raises ValueError for a field that is no positive integer."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a positive integer.")
+
+
 class SharedOptions(TypedDict, total=False):
-    """Fields of :class:`BlockOptions` that basic blocks have too, for functions that pass them on
-    as keyword arguments."""
+    """Fields of :class:`BlockOptions` that basic blocks have too, as keyword arguments."""
 
     groups: int
     shortcut: Shortcut
@@ -86,8 +92,8 @@ class SharedOptions(TypedDict, total=False):
 
 
 class NetworkOptions(SharedOptions, total=False):
-    """Every field of :class:`ResNetConfig` but ``in_channels`` and ``num_classes``, for functions
-    that pass them on as keyword arguments."""
+    """Fields of :class:`ResNetConfig` but ``in_channels`` and ``num_classes``, as keyword
+    arguments."""
 
     block: BlockKind
     depths: tuple[int, ...]
@@ -199,18 +205,14 @@ class BlockOptions:
 
     @property
     def layer_numbers(self) -> dict[str, Any]:
-        """What decides about every norm and kernel, in the words of
-        :func:`flax_resblock.config.slots.normalised_conv`."""
+        """What :func:`flax_resblock.config.slots.normalised_conv` takes for every layer."""
         eps = self.standardized_eps if self.standardized else None
         numbers = {"norm": self.norm, "norm_groups": self.norm_groups, "standardized": eps}
         return numbers | {"padding_rule": self.padding}
 
     def check(self) -> None:
-        """Sets options without effect to their defaults, so that equal networks are equal.
-
-        Raises:
-          ValueError: Values that an option does not have.
-        """
+        """Sets options without effect to their defaults, so that equal networks are equal; raises
+        ValueError for values that an option does not have."""
         check_choices(self)
         unused = {
             "shortcut_from": not self.norm_first or self.shortcut == "none",
@@ -228,10 +230,7 @@ class BlockOptions:
                 object.__setattr__(self, name, BlockOptions.__dataclass_fields__[name].default)
         if self.attention_place == "output" and (self.norm_first or not self.last_activation):
             object.__setattr__(self, "attention_place", "sum")
-        for name in ("groups", "base_width", "norm_groups", "attention_multiple"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive integer.")
+        check_positive(self, "groups", "base_width", "norm_groups", "attention_multiple")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1.")
         if not self.standardized_eps >= 0:

@@ -172,13 +172,9 @@ def normalised_conv(
     norm that follows it or, with ``norm_first``, precedes it.
 
     Args:
-      stage, block: Where they are.
       names: Roles of the two; the second may be None, of a convolution without norm.
-      size: In pixels.
       channels: Of input and output.
-      bias: Whether the convolution has one.
       padding_rule: See :class:`~flax_resblock.config.options.BlockOptions`.
-      norm, norm_groups: Kind of norm, and its groups.
       dilation, groups, activation, **numbers: See :class:`Slot`.
     """
     conv, its = names
@@ -198,14 +194,8 @@ def normalised_conv(
 def pooled_conv(
     stage: str, inputs: int, outputs: int, stride: int, *, padding_rule: str, **numbers: Any
 ) -> Iterator[Slot]:
-    """A 3x3 convolution and its norm, and max pooling that has the stride where there is one.
-
-    Args:
-      stage: Where they are.
-      inputs, outputs: Channels.
-      stride: And size of the pooling's window, in pixels.
-      padding_rule, **numbers: See :func:`normalised_conv`.
-    """
+    """A 3x3 convolution and its norm, and max pooling with a window of ``stride`` pixels that has
+    the stride where there is one; the others as for :func:`normalised_conv`."""
     ends = ("conv", "norm"), 3, (inputs, outputs)
     yield from normalised_conv(stage, None, *ends, padding_rule=padding_rule, **numbers)
     if stride > 1:

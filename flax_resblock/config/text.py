@@ -15,11 +15,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The configuration that :func:`to_json` wrote.
-
-    Raises:
-      ValueError: Anything else.
-    """
+    """The configuration that :func:`to_json` wrote; raises ValueError for anything else."""
     fields = json.loads(text)
     types = {"ResNetConfig": ResNetConfig, "BlockConfig": BlockConfig}
     if not isinstance(fields, dict) or fields.get("type") not in types:

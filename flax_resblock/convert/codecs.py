@@ -200,6 +200,5 @@ CHW_HWC = Codec("CHW <-> HWC", (1, 2, 0))
 
 
 def folded(columns: tuple[int, int, int]) -> Codec:
-    """Of the weight of a linear layer that takes a flattened map ``(C, H, W)`` with channels
-    last."""
+    """Of the weight of a linear layer over a flattened map ``(C, H, W)``, with channels last."""
     return Codec("transposed, a map's channels last", (1, 0), columns)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flax_resblock.convert.hubs.common import INTERPOLATIONS, Preprocessing
-from flax_resblock.errors import CheckpointError, visible
+from flax_resblock.errors import damaged, raised
 
 IMAGES = "images"
 """Metadata beside the tensors, as JSON."""
@@ -20,13 +20,8 @@ _LARGEST = 1 << 13
 
 @dataclass(frozen=True, repr=False)
 class ImageFacts:
-    """Images and classes of a network.
-
-    Attributes:
-      preprocessing: None where nothing is known.
-      labels: Class names in order, possibly fewer than the network has logits; empty where they
-        have no names.
-    """
+    """Images and classes of a network: class names are in order, and may be fewer than the
+    network's logits; where nothing is known, ``preprocessing`` is None and ``labels`` are empty."""
 
     preprocessing: Preprocessing | None = None
     labels: tuple[str, ...] = ()
@@ -55,27 +50,16 @@ def carried_images(model: Any) -> ImageFacts:
 
 
 def read_images(metadata: Mapping[str, str], source: str) -> ImageFacts:
-    """What this library stored beside tensors.
-
-    Args:
-      metadata: Of the checkpoint.
-      source: For messages.
-    Raises:
-      CheckpointError: It is damaged.
-    """
+    """What this library stored beside tensors; raises CheckpointError if it is damaged."""
     if IMAGES not in metadata:
         return ImageFacts()
-    try:
+    words = f"{source}: what it says of its images is damaged"
+    with damaged(words, "Copy the file again.", says=raised):
         content = json.loads(metadata[IMAGES])
         labels, stored = content["labels"], content["preprocessing"]
         if not isinstance(labels, list) or not all(isinstance(one, str) for one in labels):
             raise ValueError("its class names are no texts")
         return ImageFacts(None if stored is None else _preprocessing(stored), tuple(labels))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{source}: what it says of its images is damaged "
-            f"({type(error).__name__}: {visible(str(error))[:160]}). Copy the file again."
-        ) from error
 
 
 def _preprocessing(stored: Mapping[str, Any]) -> Preprocessing:

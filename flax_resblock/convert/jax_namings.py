@@ -12,16 +12,13 @@ from typing import Any
 
 from flax_resblock.config import SlotKind
 from flax_resblock.convert.codecs import LED_PIXEL, LED_VECTOR, Codec
-from flax_resblock.convert.naming import FLAX_TENSORS, Naming, Tensor
-
-_MAIN = {f"{kind}{i + 1}": (kind, i) for kind in ("conv", "norm") for i in range(3)}
+from flax_resblock.convert.naming import FLAX_TENSORS, Naming, Tensor, numbered
 
 
 def _renamed(
     names: Mapping[str, str], codecs: Mapping[str, Codec] = MappingProxyType({})
 ) -> Mapping[SlotKind, tuple[Tensor, ...]]:
-    """Flax's tensors with other names and layouts, by slot kind and Flax's name:
-    ``{"conv.kernel": "w"}``."""
+    """Flax's tensors with other names and layouts, by kind and name: ``{"conv.kernel": "w"}``."""
 
     def changed(kind: SlotKind, one: Tensor) -> Tensor:
         key = f"{kind.value}.{one.flax_name}"
@@ -32,24 +29,10 @@ def _renamed(
     )
 
 
-def _numbered(conv: str, norm: str, convolutions: int = 3) -> dict[str, str]:
-    """The main path, from templates over the number of the convolution."""
-    templates = {"conv": conv, "norm": norm}
-    return {
-        place: templates[kind].format(i) for place, (kind, i) in _MAIN.items() if i < convolutions
-    }
-
-
 _TOLD: Mapping[str, Any] = MappingProxyType(
-    {"padding": "symmetric", "stem_padding": None, "stride_on": "3x3", "activation": "relu"}
-    | {
-        "stem_stride": None,
-        "stem_pool": None,
-        "first_stride": 1,
-        "dilated_stages": (),
-        "eps": 1e-5,
-        "momentum": 0.1,
-    }
+    {"padding": "symmetric", "stem_padding": None, "stem_stride": None, "stem_pool": None}
+    | {"stride_on": "3x3", "first_stride": 1, "dilated_stages": (), "activation": "relu"}
+    | {"eps": 1e-5, "momentum": 0.1}
 )
 """What these programs have unless a row says otherwise. PyTorch's ``momentum`` is one minus that
 of Flax, and one minus Haiku's ``decay_rate``."""
@@ -80,7 +63,7 @@ _EXAMPLE_TOLD = {"padding": "same", "stem_padding": "symmetric"}
 
 
 def _example(kind: str, block: str, convolutions: int) -> Naming:
-    main = _numbered("Conv_{}", "BatchNorm_{}", convolutions)
+    main = numbered("Conv_{}", "BatchNorm_{}", convolutions)
     modules = _EXAMPLE_STEM | main | _EXAMPLE_SKIP
     origin = f"flax/examples/imagenet, {kind} blocks"
     name, stage = f"flax_imagenet_{kind}", f"{block}_{{index}}"
@@ -88,7 +71,7 @@ def _example(kind: str, block: str, convolutions: int) -> Naming:
 
 
 def _jax_resnet(name: str, what: str, stem: dict[str, str], skip: dict[str, str]) -> Naming:
-    main = _numbered("ConvBlock_{}.Conv_0", "ConvBlock_{}.BatchNorm_0")
+    main = numbered("ConvBlock_{}.Conv_0", "ConvBlock_{}.BatchNorm_0")
     modules = stem | main | skip | {"head": "layers_{behind}"}
     return _flax(name, "layers_{index}", modules, f"jax-resnet, {what}", first_stage=2)
 
@@ -108,7 +91,7 @@ _RESNETD_STEM = {
 
 
 def _huggingface(kind: str, layer: str, convolutions: int, prefix: str) -> Naming:
-    main = _numbered(f"{layer}.convolution", f"{layer}.normalization", convolutions)
+    main = numbered(f"{layer}.convolution", f"{layer}.normalization", convolutions)
     ends = {
         "stem.conv": f"{prefix}embedder.embedder.convolution",
         "stem.norm": f"{prefix}embedder.embedder.normalization",
@@ -137,7 +120,7 @@ _FLAXMODELS_NOTE = (
 
 
 def _flaxmodels(kind: str, block: str, convolutions: int) -> Naming:
-    main = _numbered("Conv_{}", "BatchNorm_{}", convolutions)
+    main = numbered("Conv_{}", "BatchNorm_{}", convolutions)
     skip = {"shortcut.conv": f"Conv_{convolutions}", "shortcut.norm": f"BatchNorm_{convolutions}"}
     stem = {"stem.conv": "Conv_0", "stem.norm": "BatchNorm_0", "head": "Dense_0"}
     origin = f"flaxmodels' Linen variables, {kind} blocks"
@@ -145,12 +128,10 @@ def _flaxmodels(kind: str, block: str, convolutions: int) -> Naming:
     return _flax(*names, _FLAXMODELS_TOLD, first_stage=0, note=_FLAXMODELS_NOTE)
 
 
+_KERNELS = "conv.kernel", "biased_conv.kernel", "linear.kernel"
+_BIASES = "biased_conv.bias", "linear.bias"
 _HAIKU_TENSORS = _renamed(
-    {
-        **dict.fromkeys(("conv.kernel", "biased_conv.kernel", "linear.kernel"), "w"),
-        **dict.fromkeys(("biased_conv.bias", "linear.bias"), "b"),
-        "norm.bias": "offset",
-    }
+    {**dict.fromkeys(_KERNELS, "w"), **dict.fromkeys(_BIASES, "b"), "norm.bias": "offset"}
 )
 
 
@@ -161,7 +142,7 @@ def _haiku(
     return _flax(
         name,
         "block_group_{stage}.block_{block}",
-        modules | _numbered("conv_{}", "batchnorm_{}") | ends,
+        modules | numbered("conv_{}", "batchnorm_{}") | ends,
         f"haiku.nets.ResNet, resnet_v2={version}",
         {"padding": "same", **told},
         first_stage=0,
@@ -176,6 +157,8 @@ _BIT_TOLD: Mapping[str, Any] = MappingProxyType(
 )
 _NORMS = "norm", "group_norm"
 """Kinds of slots; a norm is looked up as the first before it is known to be the second."""
+_GAMMA_BETA = ("scale", "gamma"), ("bias", "beta")
+_DOWNSAMPLE = {"shortcut.conv": "downsample.conv", "shortcut.norm": "downsample.bn", "head": "fc"}
 
 
 def _bit(
@@ -189,87 +172,58 @@ JAX_NAMINGS = (
     _example("basic", "ResNetBlock", 2),
     _example("bottleneck", "BottleneckResNetBlock", 3),
     _jax_resnet(
-        "jax_resnet",
-        "ResNet, ResNeXt and wide ResNet",
+        "jax_resnet", "ResNet, ResNeXt and wide ResNet",
         _in_conv_block("stem", "layers_0.ConvBlock_0"),
         _in_conv_block("shortcut", "ResNetSkipConnection_0.ConvBlock_0"),
     ),
     _jax_resnet(
-        "jax_resnet_d",
-        "ResNet-D",
-        _RESNETD_STEM,
+        "jax_resnet_d", "ResNet-D", _RESNETD_STEM,
         _in_conv_block("shortcut.projection", "ResNetDSkipConnection_0.ConvBlock_0"),
     ),
-    *(
-        _huggingface(kind, layer, convolutions, prefix)
-        for prefix in ("resnet.", "")
-        for kind, layer, convolutions in (
-            ("basic", "layer.layer_{}", 2),
-            ("bottleneck", "layer.{}", 3),
-        )
-    ),
+    _huggingface("basic", "layer.layer_{}", 2, "resnet."),
+    _huggingface("bottleneck", "layer.{}", 3, "resnet."),
+    _huggingface("basic", "layer.layer_{}", 2, ""),
+    _huggingface("bottleneck", "layer.{}", 3, ""),
     _flax(
-        "flaxmodels",
-        "layer{stage}.block{block}",
-        {"stem.conv": "conv1", "stem.norm": "bn1", "head": "fc"}
-        | {
-            place: f"{'bn' if kind == 'norm' else kind}{i + 1}"
-            for place, (kind, i) in _MAIN.items()
-        }
-        | {"shortcut.conv": "downsample.conv", "shortcut.norm": "downsample.bn"},
-        "flaxmodels' pretrained .h5",
-        tensors=_renamed(
-            dict.fromkeys(("conv.kernel", "biased_conv.kernel", "linear.kernel"), "weight")
-        ),
-        told=_FLAXMODELS_TOLD,
-        note=_FLAXMODELS_NOTE,
+        "flaxmodels", "layer{stage}.block{block}",
+        {"stem.conv": "conv1", "stem.norm": "bn1", **numbered("conv{}", "bn{}", first=1)}
+        | _DOWNSAMPLE,
+        "flaxmodels' pretrained .h5", _FLAXMODELS_TOLD, note=_FLAXMODELS_NOTE,
+        tensors=_renamed(dict.fromkeys(_KERNELS, "weight")),
     ),
     _flaxmodels("basic", "BasicBlock", 2),
     _flaxmodels("bottleneck", "Bottleneck", 3),
     _flax(
-        "bonsai",
-        "layer{stage}.blocks.{block}",
-        {"stem.conv": "stem.conv", "stem.norm": "stem.bn", "head": "fc"}
-        | _numbered("conv{}", "bn{}")
-        | {"shortcut.conv": "downsample.conv", "shortcut.norm": "downsample.bn"},
-        "bonsai's ResNet (NNX)",
-        first_stage=0,
-        told={"momentum": 0.01, "block": "bottleneck"},
+        "bonsai", "layer{stage}.blocks.{block}",
+        {"stem.conv": "stem.conv", "stem.norm": "stem.bn", **numbered("conv{}", "bn{}")}
+        | _DOWNSAMPLE,
+        "bonsai's ResNet (NNX)", {"momentum": 0.01, "block": "bottleneck"}, first_stage=0,
     ),
     _haiku(
-        "haiku",
-        "False",
+        "haiku", "False",
         {"stem.norm": "initial_batchnorm", "shortcut.norm": "shortcut_batchnorm"},
         {"order": "post_activation"},
     ),
     _haiku(
-        "haiku_v2",
-        "True",
-        {"norm": "final_batchnorm"},
+        "haiku_v2", "True", {"norm": "final_batchnorm"},
         {"order": "pre_activation", "shortcut_from": "activated"},
     ),
     _bit(
-        "bit",
-        "Big Transfer's published .npz",
+        "bit", "Big Transfer's published .npz",
         {"stem.conv": "root_block.standardized_conv2d", "norm": "group_norm"}
         | {f"conv{i}": f"{part}.standardized_conv2d" for i, part in enumerate("abc", start=1)}
         | {f"norm{i}": f"{part}.group_norm" for i, part in enumerate("abc", start=1)}
         | {"shortcut.conv": "a.proj.standardized_conv2d", "head": "head.conv2d"},
-        "3x3_zeros",
+        "3x3_zeros", root="resnet", note="",
         tensors=_renamed(
-            {f"{norm}.scale": "gamma" for norm in _NORMS}
-            | {f"{norm}.bias": "beta" for norm in _NORMS},
+            {f"{norm}.{ours}": its for norm in _NORMS for ours, its in _GAMMA_BETA},
             {"linear.kernel": LED_PIXEL},
         ),
-        root="resnet",
-        note="",
     ),
     _bit(
-        "big_vision",
-        "big_vision's bit_paper",
+        "big_vision", "big_vision's bit_paper",
         {"stem.conv": "root_block.conv_root", "norm": "norm-pre-head", "head": "head"}
-        | {f"conv{i}": f"conv{i}" for i in (1, 2, 3)}
-        | {f"norm{i}": f"gn{i}" for i in (1, 2, 3)}
+        | numbered("conv{}", "gn{}", first=1)
         | {"shortcut.conv": "conv_proj"},
         None,
         tensors=_renamed(
@@ -278,5 +232,5 @@ JAX_NAMINGS = (
         note="big_vision's pooling sees no border of zeros, where that of Big Transfer's own "
         "programs does (`stem_pool='3x3_zeros'`)",
     ),
-)
+)  # fmt: skip
 """One row for each family and kind of block."""

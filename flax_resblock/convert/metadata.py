@@ -13,7 +13,7 @@ from flax_resblock.convert.image_facts import IMAGES
 from flax_resblock.convert.naming import Naming
 from flax_resblock.convert.naming_file import from_toml, to_toml
 from flax_resblock.convert.namings import NAMINGS, naming_of
-from flax_resblock.errors import CheckpointError, InputError, visible
+from flax_resblock.errors import CheckpointError, InputError, damaged
 
 CONFIG, NAMING, SCHEME, EPS, MOMENTUM = "config", "naming", "naming_scheme", "eps", "momentum"
 """Metadata that this library writes beside tensors."""
@@ -24,15 +24,13 @@ wrote, as JSON, if there is one; and the name of its class."""
 
 def written_config(record: Record) -> arch.Config | None:
     """The configuration that this library stored in a checkpoint, which says more than names and
-    shapes can (strides, dilation); None if there is none.
-
-    Raises:
-      CheckpointError: A damaged one.
+    shapes can (strides, dilation); None if there is none. Raises CheckpointError for a damaged one.
     """
     text = record.metadata.get(CONFIG)
     if text is None:
         return None
-    try:
+    advice = "Say `architecture=NAME`, or copy the file again."
+    with damaged(f"{record.source}: its stored configuration is damaged", advice):
         config = arch.from_json(text)
         blocks = sum(getattr(config, "depths", ()))
         if blocks > len(record.tensors):
@@ -40,38 +38,21 @@ def written_config(record: Record) -> arch.Config | None:
                 f"it has {blocks:,} blocks, and the file {len(record.tensors):,} tensors"
             )
         return config
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{record.source}: its stored configuration is damaged "
-            f"({visible(str(error))[:160]}). Say `architecture=NAME`, or copy the file again."
-        ) from error
 
 
 def written_norm_options(record: Record) -> dict[str, float | None]:
-    """``eps`` and ``momentum`` where this library stored them in a checkpoint.
-
-    Raises:
-      CheckpointError: Values that are no numbers.
-    """
-    try:
+    """``eps`` and ``momentum`` if this library stored them; raises CheckpointError for damage."""
+    words = f"{record.source}: its stored eps or momentum is no number"
+    with damaged(words, "Copy the file again."):
         return {
             name: None if record.metadata[name] == "None" else float(record.metadata[name])
             for name in (EPS, MOMENTUM)
             if name in record.metadata
         }
-    except ValueError as error:
-        raise CheckpointError(
-            f"{record.source}: its stored eps or momentum is no number "
-            f"({visible(str(error))[:120]}). Copy the file again."
-        ) from error
 
 
 def written_naming(record: Record) -> Naming | None:
-    """The naming scheme that this library stored in a checkpoint because it is not one of its own.
-
-    Raises:
-      CheckpointError: A damaged one.
-    """
+    """A scheme of the user's own, as stored in a checkpoint; raises CheckpointError for damage."""
     text = record.metadata.get(SCHEME)
     if text is None or record.metadata.get(NAMING) in NAMINGS:
         return None
@@ -87,15 +68,9 @@ def metadata_of(
     norm_options: Mapping[str, float | None],
     source: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """What this library stores beside tensors: enough to rebuild the network without any flag.
-
-    Args:
-      config: The network or bare block.
-      naming: Naming scheme, or the name of one; one that is not this library's is stored itself.
-      norm_options: ``eps`` and ``momentum``.
-      source: Metadata of the checkpoint that it came from, whose ``config.json`` and images are
-        kept.
-    """
+    """What this library stores beside tensors: enough to rebuild the network without any flag. A
+    naming scheme that is not this library's is stored itself; of ``source``, the metadata of the
+    checkpoint that it came from, ``config.json`` and images are kept."""
     naming = naming_of(naming)
     return {
         "format": "flax" if naming.as_in_flax else "pt",

@@ -9,15 +9,7 @@ from math import inf
 from typing import Any
 
 from flax_resblock.checkpoint.unwrap import PREFIXES, without_wrappers
-from flax_resblock.config import (
-    Activation,
-    Branch,
-    ResNetConfig,
-    Slot,
-    SlotKind,
-    choices_of,
-    walk,
-)
+from flax_resblock.config import Activation, Branch, ResNetConfig, Slot, SlotKind, choices_of, walk
 from flax_resblock.convert.detection.assumption_rules import ASSUMPTION_RULES
 from flax_resblock.convert.naming import TORCH_ACTIVATIONS
 from flax_resblock.convert.state_map import StateMap
@@ -47,11 +39,6 @@ def _square(value: Any) -> int | tuple[int, ...] | str:
 
 def _numbers(module: Any, *names: str) -> tuple[Any, ...]:
     return tuple(_square(getattr(module, name, None)) for name in names)
-
-
-def _keeps_its_input(module: Any) -> bool:
-    """Whether a pool looks at one pixel at a time."""
-    return _numbers(module, "kernel_size", "stride", "padding") == (1, 1, 0)
 
 
 def _call(options: Mapping[str, Any]) -> str:
@@ -99,12 +86,9 @@ def _difference(slot: Slot, module: Any) -> str | None:
 
 @dataclass(frozen=True)
 class ModuleFacts:
-    """Attributes of a module tree that decide its function.
-
-    Attributes:
-      modules: Submodules by name, wrapper prefixes removed.
-      stride: The largest stride of any convolution: that of a bare block.
-      norm_options: ``eps`` and ``momentum`` that all norms share.
+    """Attributes of a module tree that decide its function: submodules by name, without wrappers;
+    the largest stride of any convolution, which is that of a bare block; and ``eps`` and
+    ``momentum`` that all norms share.
     """
 
     modules: dict[str, Any]
@@ -166,18 +150,15 @@ class ModuleFacts:
                     unplaced = []
                     continue
                 heads = over in layer and not inside and name != home
-                if not _keeps_its_input(module) and not heads:
+                window = _numbers(module, "kernel_size", "stride", "padding")
+                if window != (1, 1, 0) and not heads:  # it looks at more than a pixel
                     what = "maximum" if over == "Max" else "mean"
                     place = "no pooling" if inside else f"the {what} over the image"
                     yield f"{name} is {layer}, expected {place}"
 
     def told(self, state_map: StateMap) -> dict[str, Any]:
         """Values of the options that cannot be inferred from the weights: those under which the
-        module has the fewest :meth:`differences`.
-
-        Args:
-          state_map: As read off the tensors alone.
-        """
+        module has the fewest :meth:`differences`. ``state_map`` is read off the tensors alone."""
         config, told = state_map.config, self._read_off(state_map)
         if told:
             state_map = StateMap(replace(config, **told), state_map.naming)
@@ -258,11 +239,7 @@ class ModuleFacts:
 
 
 def module_facts(module: Any) -> ModuleFacts:
-    """Reads the facts off an ``nn.Module``.
-
-    Raises:
-      InputError: Norms that differ among themselves in ``eps`` or ``momentum``.
-    """
+    """Reads facts off an ``nn.Module``; raises InputError where norms differ in eps or momentum."""
     # the module inside a wrapper comes after it, and takes its place
     modules = {without_wrappers(name): one for name, one in module.named_modules()}
 

@@ -9,14 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from flax_resblock.config import Activation, Branch, Config, Slot, SlotKind, walk
-from flax_resblock.convert.codecs import (
-    AS_IS,
-    MATRIX,
-    OIHW_HWIO,
-    OIW_WIO,
-    TRANSPOSED,
-    Codec,
-)
+from flax_resblock.convert.codecs import AS_IS, MATRIX, OIHW_HWIO, OIW_WIO, TRANSPOSED, Codec
 
 
 @dataclass(frozen=True)
@@ -79,6 +72,16 @@ FLAX_TENSORS: Mapping[SlotKind, tuple[Tensor, ...]] = MappingProxyType(
         for kind, tensors in TORCH_TENSORS.items()
     }
 )
+
+
+def numbered(conv: str, norm: str, convolutions: int = 3, first: int = 0) -> dict[str, str]:
+    """The main path of a block, from templates over the number of each convolution."""
+    templates = {"conv": conv, "norm": norm}
+    return {
+        f"{kind}{i + 1}": template.format(i + first)
+        for kind, template in templates.items()
+        for i in range(convolutions)
+    }
 
 
 def is_outside(place: str) -> bool:

@@ -34,14 +34,7 @@ def to_toml(naming: Naming) -> str:
 
 
 def from_toml(text: str, source: str) -> Naming:
-    """The naming scheme of a text.
-
-    Args:
-      text: As :func:`to_toml` writes it.
-      source: What to call it in messages.
-    Raises:
-      InputError: It is no TOML, or no naming scheme.
-    """
+    """The naming scheme of a text of :func:`to_toml`; raises InputError for any other text."""
     try:
         if len(text) > _LARGEST:
             raise ValueError(f"it has more than {_LARGEST:,} characters")
@@ -83,11 +76,7 @@ def _check(name: Any, origin: Any, modules: Any, stage: Any, first: Any, blocks:
 
 
 def read_naming(path: Path) -> Naming:
-    """The naming scheme in a file.
-
-    Raises:
-      InputError: No such file, or no naming scheme.
-    """
+    """The naming scheme in a file; raises InputError where there is none."""
     try:
         return from_toml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:

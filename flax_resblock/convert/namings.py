@@ -10,10 +10,10 @@ from typing import Any
 from flax_resblock.config import Branch, SlotKind
 from flax_resblock.convert.codecs import OIHW_HWIO, PIXEL
 from flax_resblock.convert.jax_namings import JAX_NAMINGS
-from flax_resblock.convert.naming import FLAX_TENSORS, TORCH_TENSORS, Naming, Tensor
+from flax_resblock.convert.naming import FLAX_TENSORS, TORCH_TENSORS, Naming, Tensor, numbered
 from flax_resblock.errors import InputError
 
-_RESIDUAL = {f"conv{i}": f"conv{i}" for i in (1, 2, 3)} | {f"norm{i}": f"bn{i}" for i in (1, 2, 3)}
+_RESIDUAL = numbered("conv{}", "bn{}", first=1)
 _STEM = {
     "stem.conv": "conv1",
     "stem.norm": "bn1",
@@ -77,14 +77,13 @@ _SEQUENTIAL = {
     "shortcut.norm": "skip.1",
 }
 _WIDE = {"stem.conv": "conv1", "norm": "bn1", **_RESIDUAL}
-_ZAGORUYKO = {f"conv{i + 1}": f"conv{i}" for i in range(3)}
-_ZAGORUYKO |= {f"norm{i + 1}": f"bn{i}" for i in range(3)}
+_ZAGORUYKO = numbered("conv{}", "bn{}")
 _ZAGORUYKO |= {"stem.conv": "conv0", "shortcut.conv": "convdim", "norm": "bn", "head": "fc"}
 _KERNELS = {SlotKind.CONV: (Tensor("kernel", "", OIHW_HWIO),)}
 """Of code without modules: a kernel has the name of its layer."""
 _TIMM_V2 = {
     "stem.pool": "stem.pool",
-    **{f"{kind}{i}": f"{kind}{i}" for kind in ("conv", "norm") for i in (1, 2, 3)},
+    **numbered("conv{}", "norm{}", first=1),
     "norm": "norm",
     "head": "head.fc",
 }
@@ -99,8 +98,7 @@ _DETECTRON2 = {
     "stem.conv": "stem.conv1",
     "stem.norm": "stem.conv1.norm",
     "head": "linear",
-    **{f"conv{i}": f"conv{i}" for i in (1, 2, 3)},
-    **{f"norm{i}": f"conv{i}.norm" for i in (1, 2, 3)},
+    **numbered("conv{}", "conv{}.norm", first=1),
     "shortcut.conv": "shortcut",
     "shortcut.norm": "shortcut.norm",
 }
@@ -113,11 +111,7 @@ def _huggingface(prefix: str) -> dict[str, str]:
         "stem.norm": "embedder.embedder.normalization",
         "stem.pool": "embedder.pooler",
     }
-    main = {
-        f"{kind}{i + 1}": f"layer.{i}.{name}"
-        for i in range(3)
-        for kind, name in (("conv", "convolution"), ("norm", "normalization"))
-    }
+    main = numbered("layer.{}.convolution", "layer.{}.normalization")
     skip = {"shortcut.conv": "shortcut.convolution", "shortcut.norm": "shortcut.normalization"}
     return {place: prefix + name for place, name in stem.items()} | main | skip
 
@@ -137,8 +131,7 @@ _OPENMMLAB = {place: f"backbone.{name}" for place, name in (_STEM | _DEEP_STEM).
 
 
 def _resnet9(name: str, head: str, note: str = "") -> Naming:
-    """The ResNet-9 of tutorials: ``res1`` and on are the parts that are added, in every second
-    stage."""
+    """The ResNet-9 of tutorials: ``res1`` and on are what is added, in every second stage."""
     modules = {"stem.conv": "conv1.0", "stem.norm": "conv1.1", **_transitions("conv", 1)}
     modules |= {"conv1": "0.0", "norm1": "0.1", "conv2": "1.0", "norm2": "1.1", "head": head}
     blocks = tuple((f"res{n // 2 + 1}",) if n % 2 == 0 else () for n in range(_MOST_TRANSITIONS))
@@ -240,12 +233,9 @@ NAMINGS: Mapping[str, Naming] = MappingProxyType({naming.name: naming for naming
 
 
 def naming_of(naming: str | Naming) -> Naming:
-    """The naming scheme that a name stands for; an object is returned as it is.
-
-    Raises:
-      InputError: A name that :data:`NAMINGS` does not have, or an object of your own that has the
-        name of one of them: files say by name how they are written.
-    """
+    """The naming scheme that a name stands for; an object is returned as it is. Raises InputError
+    for a name that :data:`NAMINGS` does not have, and for an object of your own that has the name
+    of one of them: files say by name how they are written."""
     if isinstance(naming, Naming):
         known = NAMINGS.get(naming.name, naming)
         if known.numbers_through and naming.modules.keys() == known.modules.keys():

@@ -25,23 +25,9 @@ from flax_resblock.errors import InputError, visible
 @dataclass(frozen=True)
 class ReadOptions:
     """How to read a checkpoint where its names and shapes leave it open, or where a person knows
-    better.
-
-    Attributes:
-      architecture: Name or configuration; None finds it.
-      naming: Naming scheme, or the name of a known one; None finds it.
-      num_classes: Size of the logits; None reads it off.
-      stride: Of a bare block, which its weights do not tell.
-      ignore: Keys to drop, shell-style patterns, as they are in the file or as ``inspect`` shows
-        them; none of them in a block of the network.
-      allow_missing: Keys that may be absent and start afresh, shell-style patterns. Only training
-        starts anything afresh, see :func:`refuse_afresh`.
-      limits: What the file may declare before it is refused.
-      assumptions: Fields of :class:`~flax_resblock.ResNetConfig` that cannot be inferred from the
-        weights, ``{"stride_on": "1x1"}``, ``eps`` and ``momentum``; see
-        :mod:`flax_resblock.convert.detection.assumptions`.
-      assume: ``"known"`` accepts every assumption that is left, without a word.
-    """
+    better: the arguments of :func:`flax_resblock.from_torch`. Patterns are of keys as they are in
+    the file or as ``inspect`` shows them; only training starts anything afresh, see
+    :func:`refuse_afresh`."""
 
     architecture: str | arch.Config | None = None
     naming: str | Naming | None = None
@@ -56,18 +42,10 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A checkpoint that fits.
-
-    Attributes:
-      record: What the file held.
-      state_map: Its names and layouts.
-      tensors: Its arrays by name, without ignored ones, absent counters filled with zero.
-      notes: Everything that was unwrapped, dropped or filled.
-      afresh: Keys that are absent and allowed to be.
-      norm_options: ``eps`` and ``momentum`` where the checkpoint has them.
-      hub: What its ``config.json`` says; None where there is none.
-      assumed: What had to be assumed without evidence.
-    """
+    """A checkpoint that fits. ``tensors`` are its arrays by name, without ignored ones, absent
+    counters filled with zero; ``notes`` say everything that was unwrapped, dropped or filled;
+    ``afresh`` are keys that are absent and allowed to be; ``hub`` is what its ``config.json`` says;
+    and ``assumed`` what had to be assumed without evidence."""
 
     record: Record
     state_map: StateMap
@@ -155,16 +133,10 @@ def refuse_other_function(naming: Naming, config: arch.Config) -> None:
 
 
 def target_naming(source: OpenedCheckpoint, output_format: str, naming: str | None) -> Naming:
-    """The naming scheme of an output: what was asked for; else Flax's own for Orbax, and for the
-    others the scheme that the network came in.
-
-    An Orbax folder (a name without suffix) holds Flax's names; with the naming scheme of a hub, the
-    folder is one as that hub's package has them.
-
-    Raises:
-      InputError: PyTorch's file format with Flax's names, Orbax with others, or a network that came
-        in a naming scheme which is not one of this library's.
-    """
+    """The naming scheme of an output: what was asked for; else Flax's own for Orbax (a name without
+    suffix), unless it is a hub's, and for the others the scheme that the network came in. Raises
+    InputError for PyTorch's file format with Flax's names, Orbax with others, or a network that
+    came in a naming scheme which is not one of this library's."""
     if output_format == "orbax":
         scheme = naming_of(naming or "flax")
         if scheme.name != "flax" and not scheme.hub:

@@ -39,7 +39,6 @@ from flax_resblock.convert.metadata import (
     written_naming,
     written_norm_options,
 )
-from flax_resblock.convert.naming import Naming
 from flax_resblock.convert.namings import NAMINGS
 from flax_resblock.convert.opened import OpenedCheckpoint, ReadOptions
 from flax_resblock.convert.own import refuse_own
@@ -52,8 +51,7 @@ HEADLESS = "no classification head: the network returns pooled features"
 
 
 def ignored(record: Record, patterns: Sequence[str]) -> list[str]:
-    """The tensors that one of the patterns names, as they are called in the file or without its
-    prefixes."""
+    """The tensors that a pattern names, as they are called in the file or without its prefixes."""
     return [
         key
         for key in record.tensors
@@ -68,12 +66,8 @@ def without(tensors: Mapping[str, np.ndarray], dropped: Sequence[str]) -> dict[s
 
 
 def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheckpoint:
-    """The checkpoint with the one reading that fits.
-
-    Raises:
-      CheckpointError: Nothing fits, or several readings do; the message shows the nearest and the
-        flags to use.
-    """
+    """The checkpoint with the one reading that fits; raises CheckpointError where nothing fits, or
+    several readings do. The message shows the nearest and the flags to use."""
     reading = reading or ReadOptions()
     refuse_own(record)
     dropped = ignored(record, reading.ignore)
@@ -90,7 +84,9 @@ def interpret(record: Record, reading: ReadOptions | None = None) -> OpenedCheck
         held = [key for key in tensors if backbone.holds(key)]
         tensors = {key.removeprefix(backbone.prefix): tensors[key] for key in held}
     if reading.naming is None and (scheme := written_naming(record)) is not None:
-        reading = replace(reading, naming=_stored(scheme, tensors))
+        # an Orbax folder of such a network is written under Flax's own names
+        own = any(scheme.is_inside_block(key) or scheme.is_in_bare_block(key) for key in tensors)
+        reading = replace(reading, naming=scheme if own else "flax")
     hub = read_hub(record.metadata, record.source)
     by_entries, said = told_by_entries(record.extras)
     notes += said
@@ -162,14 +158,9 @@ def _identify(tensors: Mapping[str, np.ndarray], reading: ReadOptions, source: s
 def _with_head(
     tensors: Mapping[str, np.ndarray], reading: ReadOptions, source: str
 ) -> tuple[dict[str, np.ndarray], Match, str] | None:
-    """The network and its head, where the head has another name than its naming scheme gives it.
-
-    Returns:
-      The tensors under the names of the scheme, the reading, and a note; None where the rest is no
-      network.
-    Raises:
-      CheckpointError: The rest is a network, and the head does not fit it.
-    """
+    """The network under the names of its scheme, its reading, and a note, where its head has
+    another name than the scheme gives it; None where the rest is no network. Raises CheckpointError
+    where the rest is one, and the head does not fit it."""
     head = find_head(describe(tensors))
     if head is None:
         return None
@@ -199,18 +190,10 @@ def _with_head(
         raise CheckpointError(f"{error}\n{head.module} was read as its head, {name}.") from error
 
 
-def _stored(scheme: Naming, tensors: Mapping[str, np.ndarray]) -> Naming | str:
-    """The scheme that the file's tensors came in, or Flax's own, under which an Orbax folder of
-    such a network is written."""
-    own = any(scheme.is_inside_block(key) or scheme.is_in_bare_block(key) for key in tensors)
-    return scheme if own else "flax"
-
-
 def _with_learned_names(
     tensors: Mapping[str, np.ndarray], reading: ReadOptions, source: str
 ) -> tuple[tuple[dict[str, np.ndarray], Match, str] | None, str]:
-    """The network under names of its author's own, in the form of :func:`_with_head`; else why
-    there is none."""
+    """The network under its author's names, in the form of :func:`_with_head`; else why not."""
     if reading.naming is not None:
         return None, ""
     naming = learn_naming(describe(tensors))
@@ -235,15 +218,9 @@ def _refusal(
     why: str,
     is_told: bool,
 ) -> CheckpointError:
-    """The error with everything that is seen in a checkpoint that is no network.
-
-    Args:
-      record, reading: The checkpoint.
-      found: Shape and dtype of every tensor.
-      error: Of the detection.
-      why: A sentence on the names that were not learned; may be empty.
-      is_told: Whether it is known where in the file the network is.
-    """
+    """The error with everything that is seen in a checkpoint that is no network. ``why`` is a
+    sentence on the names that were not learned, ``is_told`` whether it is known where in the file
+    the network is."""
     told = (reading.architecture, reading.naming, reading.num_classes)
     if is_told or any(one is not None for one in told) or reading.ignore or reading.allow_missing:
         first, *more = str(error).split("\n")
@@ -291,8 +268,7 @@ def open_checkpoint(
 def read_entry(
     path: str | Path, entry: str | None = None, *, run: bool = False, limits: Limits = LIMITS
 ) -> Record:
-    """``checkpoint.read``, also for averaged weights in formats without entries, where they have
-    names of their own."""
+    """``checkpoint.read``, also for averaged weights in formats without entries."""
     flat = entry == EMA and Path(path).suffix in ("", ".safetensors")
     record = checkpoint.read(path, entry=None if flat else entry, run=run, limits=limits)
     return averaged(record) if flat else record

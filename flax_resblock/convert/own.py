@@ -28,33 +28,22 @@ PORTED_FROM = "__ported__"
 
 
 def carry(model: Any, tensors: TensorMap) -> None:
-    """Gives a model the names of its tensors in PyTorch, which its copies carry too.
-
-    Args:
-      model: An ``nnx.Module``.
-      tensors: Has to be hashable by what it says, as it becomes part of the model's structure.
-    """
+    """Gives a model the names of its tensors in PyTorch, which its copies carry too; they are
+    hashable by what they say, as they become part of the model's structure."""
     setattr(model, _CARRIED, tensors)
 
 
 def carried(model: Any) -> TensorMap | None:
-    """What :func:`carry` gave a model, or a model that was ported has from its class; None if there
-    is nothing.
-    """
+    """What :func:`carry` gave a model, or a ported one has from its class; None for nothing."""
     own, ported = getattr(model, _CARRIED, None), getattr(model, PORTED_FROM, None)
     return own if own is not None or ported is None else ported.carried
 
 
 @dataclass(frozen=True)
 class OpenedTensors:
-    """A checkpoint of a network that says itself how its tensors are called.
-
-    Attributes:
-      record: What the file held.
-      state_map: The names of its tensors in the file.
-      tensors: Its arrays by name, absent counters filled with zero.
-      notes: Everything that was unwrapped or filled.
-    """
+    """A checkpoint of a network that says itself how its tensors are called: the record, the names
+    in the file, the arrays by name, absent counters filled with zero, and what was unwrapped or
+    filled."""
 
     record: Record
     state_map: TensorMap
@@ -82,15 +71,7 @@ class OpenedTensors:
 
 
 def open_own(record: Record, tensors: TensorMap, network: str) -> OpenedTensors:
-    """The checkpoint of a network whose tensors are called so.
-
-    Args:
-      record: A file of PyTorch's, or one of this library's.
-      tensors: The names of the network.
-      network: Its name, for messages.
-    Raises:
-      CheckpointError: They are not the tensors of the network; the message lists the differences.
-    """
+    """The checkpoint of a network whose tensors are called so; else CheckpointError."""
     found = weights_among(record.tensors, record.metadata)
     there, ways = describe(found), (tensors, _as_unwrapped(tensors, network))
     if record.format == "orbax":

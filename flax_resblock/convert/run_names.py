@@ -36,12 +36,8 @@ def weights_among(tensors: Mapping[str, Value], metadata: Mapping[str, str]) -> 
 
 
 def averaged(record: Record) -> Record:
-    """A checkpoint that this library wrote, with its averaged weights in place of the trained
-    ones, and without the run.
-
-    Raises:
-      CheckpointError: It has no averaged weights.
-    """
+    """A checkpoint that this library wrote, with its averaged weights in place of the trained ones,
+    and without the run; raises CheckpointError if it has none."""
     tensors = {
         name.removeprefix(AVERAGED): value
         for name, value in record.tensors.items()

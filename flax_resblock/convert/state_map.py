@@ -101,15 +101,10 @@ def matches_any(key: str, globs: Sequence[str]) -> bool:
 
 
 class TensorMap:
-    """The tensors of a network in both frameworks; both directions are loops over the same list.
-
-    Whatever else is kept per parameter (gradients, momentum buffers, Adam's moments) goes through
-    the same list.
-
-    Args:
-      entries: Every tensor, in the order of the state dict.
-      parameters: Those that are parameters, in the order of ``module.parameters()``.
-    """
+    """The tensors of a network in both frameworks, in the order of the state dict, and those that
+    are parameters, in the order of ``module.parameters()``. Both directions are loops over the same
+    list, and so is whatever else is kept per parameter: gradients, momentum buffers, Adam's
+    moments."""
 
     def __init__(self, entries: Sequence[Entry], parameters: Sequence[Entry]) -> None:
         self.entries = tuple(entries)
@@ -129,8 +124,7 @@ class TensorMap:
 
     def check(self, found: Mapping[str, TensorInfo], allow_missing: Sequence[str] = ()) -> Misfit:
         """Every way in which the state dict described by ``found`` differs from this map; keys
-        matching ``allow_missing`` (globs) may be absent.
-        """
+        matching ``allow_missing`` (globs) may be absent."""
         misfit = Misfit()
         for entry in self.entries:
             info = found.get(entry.torch_key)
@@ -160,14 +154,9 @@ class TensorMap:
         self, state: Mapping[str, np.ndarray], *, in_one_block: bool = False
     ) -> dict[Path, np.ndarray]:
         """State dict to Flax arrays by path, without what the model leaves out; keys that are
-        absent are left out too (call :meth:`check` first).
-
-        Args:
-          state: Arrays by name.
-          in_one_block: Also copy arrays whose layout stays, so that nothing is shared with
-            ``state``, all into one block of memory; see
-            :func:`flax_resblock.convert.codecs.one_block`.
-        """
+        absent are left out too (call :meth:`check` first). With ``in_one_block``, arrays whose
+        layout stays are copied as well, so that nothing is shared with ``state``, all into one
+        block of memory; see :func:`flax_resblock.convert.codecs.one_block`."""
         entries = [one for one in self.entries if one.torch_key in state and not one.unused]
         arrays = [state[entry.torch_key] for entry in entries]
         places: Sequence[np.ndarray | None] = [None] * len(entries)
@@ -201,17 +190,10 @@ class TensorMap:
 
 
 class StateMap(TensorMap):
-    """The tensors of a network of this library under a naming scheme.
-
-    :attr:`modules` names the modules whose activations can be compared.
-
-    Args:
-      config: The network or bare block.
-      naming: The naming scheme, or the name of a known one.
-    Raises:
-      InputError: An unknown name, or a scheme without a name for a place that has parameters (a
-        projection in a scheme of option-A networks).
-    """
+    """The tensors of a network or block of this library under a naming scheme; :attr:`modules`
+    names the modules whose activations can be compared. Raises InputError for an unknown name, or a
+    scheme without a name for a place that has parameters (a projection in a scheme of option-A
+    networks)."""
 
     def __init__(self, config: Config, naming: str | Naming) -> None:
         self.config = config
@@ -252,8 +234,7 @@ class StateMap(TensorMap):
         return entries
 
     def written(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """A state dict as a file in this naming scheme has it: without counters where the scheme
-        has none."""
+        """A state dict as this naming scheme's files have it: some have no counters."""
         counters = {e.torch_key for e in self.entries if e.role == "counter"}
         counters = set() if self.naming.counts else counters
         return {key: value for key, value in tensors.items() if key not in counters}
@@ -273,15 +254,9 @@ def _owned(array: np.ndarray, codec: Codec, copy: bool) -> np.ndarray:
 def transcode(
     source: StateMap, target: StateMap, state: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """A state dict under ``source`` as a state dict under ``target``.
-
-    Where both lay out every tensor alike, the arrays are shared; else all are new, so that
-    ``state`` (a memory-mapped file) can be let go.
-
-    Args:
-      source, target: Maps of the same network.
-      state: Arrays by name under ``source``.
-    """
+    """A state dict under ``source`` as one under ``target``, two maps of the same network. Where
+    both lay out every tensor alike, the arrays are shared; else all are new, so that ``state`` (a
+    memory-mapped file) can be let go."""
     names = {entry.flax_path: entry for entry in source.entries}
     both = ((names[entry.flax_path], entry) for entry in target.entries)
     pairs = [(old, new) for old, new in both if old.torch_key in state]

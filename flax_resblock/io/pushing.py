@@ -29,13 +29,11 @@ _LOADERS = {
 
 
 def push(model: nnx.Module, name: str, naming: str | Naming | None = None) -> str:
-    """Writes a model into a folder, certifies it, and pushes it as one commit.
+    """Writes a model into a folder, certifies it, and pushes it as one commit to
+    ``hf-hub:USER/NAME``, or ``@BRANCH`` of it. Without ``naming`` the names are transformers' if it
+    can build the network, else timm's, else torchvision's, or those of the module that a ported
+    network came from.
 
-    Args:
-      model: A network of this library, or a ported one.
-      name: ``hf-hub:USER/NAME``, or with ``@BRANCH``.
-      naming: Naming scheme of the weights. None: transformers' if it can build the network, else
-        timm's, else torchvision's, or the names of the module that a ported network came from.
     Returns:
       The name with the revision of the commit, by which :func:`flax_resblock.load` reads it.
     Raises:

@@ -249,13 +249,8 @@ def load_run(
 
 
 def to_model(source: OpenedCheckpoint, **options: Unpack[LayerOptions]) -> Model:
-    """The nnx model of an opened checkpoint, in evaluation mode.
-
-    Args:
-      source: See :func:`flax_resblock.convert.opening.open_checkpoint`.
-      **options: See :class:`flax_resblock.nn.layers.LayerOptions`; ``eps`` and ``momentum`` default
-        to those that the checkpoint has.
-    """
+    """The nnx model of an opened checkpoint, in evaluation mode; ``eps`` and ``momentum`` default
+    to those that the checkpoint has."""
     options = cast(LayerOptions, {**source.norm_options, **options})
     values = arrays_of(source)
     model = build(source.config, rngs=None, **options)
@@ -279,6 +274,5 @@ def to_model(source: OpenedCheckpoint, **options: Unpack[LayerOptions]) -> Model
 def arrays_of(source: OpenedCheckpoint) -> dict[Path, jax.Array | np.ndarray]:
     """The values of an opened checkpoint by attribute path, in Flax's layout on jax's default
     device. All are copied from its file into one block of memory, which lives as long as any of
-    them does.
-    """
+    them does."""
     return on_device(source.state_map.to_flax(source.tensors, in_one_block=True))

@@ -18,13 +18,9 @@ from flax_resblock.runs.param_groups import WEIGHTS_ONLY
 
 @dataclass(frozen=True)
 class AverageEntry:
-    """How a program writes averaged weights.
-
-    Attributes:
-      name: Of the entry.
-      prefix: Before every name of a tensor, as AveragedModel's ``"module."``.
-      counters: What it counts beside them, such as ``n_averaged``.
-    """
+    """How a program writes averaged weights: the name of the entry, what stands before every name
+    of a tensor (as AveragedModel's ``"module."``), and what it counts beside them, as
+    ``n_averaged``."""
 
     name: str = EMA
     prefix: str = ""
@@ -39,11 +35,7 @@ class AverageEntry:
 def read_average(
     state: Any, state_map: TensorMap, name: str, source: str
 ) -> tuple[dict[Path, np.ndarray], AverageEntry]:
-    """Averaged weights and statistics by Flax path, and how they were written.
-
-    Raises:
-      CheckpointError: They are not those of this model.
-    """
+    """Averages by Flax path, and their form; raises CheckpointError if they are another model's."""
     where = f"{source}, entry '{name}'"
     if not isinstance(state, Mapping):
         raise CheckpointError(

@@ -11,19 +11,14 @@ import numpy as np
 
 from flax_resblock.checkpoint.trainer_arguments import TRAINER_ARGUMENTS
 from flax_resblock.checkpoint.zero_writing import LAYOUT
-from flax_resblock.runs.mmengine_configuration import gradient_settings
+from flax_resblock.runs.mmengine_schedules import gradient_settings
 
 
 @dataclass(frozen=True)
 class RunEntry:
-    """An entry of a training checkpoint.
-
-    Attributes:
-      name: Its name in the file.
-      use: What was made of it, or why it was left out.
-      status: ``"used"`` if the run needs it; ``"kept"`` if JAX does not, but it goes back to
-        PyTorch as it was; ``"ignored"`` if it ends here.
-    """
+    """An entry of a training checkpoint: its name, what was made of it or why it was left out, and
+    whether the run needs it (``"used"``), JAX does not, but it goes back to PyTorch as it was
+    (``"kept"``), or it ends here (``"ignored"``)."""
 
     name: str
     use: str
@@ -41,15 +36,8 @@ SCHEDULERS = (
     *("lr_scheduler_state_dict", "sched", "lr_sched", "param_schedulers"),
 )
 STEPS = (
-    "global_step",
-    "global_steps",
-    "step",
-    "steps",
-    "iteration",
-    "iter",
-    "num_updates",
-    "num_steps",
-    "updates",
+    *("global_step", "global_steps", "step", "steps", "iteration", "iter"),
+    *("num_updates", "num_steps", "updates"),
 )
 EPOCHS = ("epoch", "current_epoch", "start_epoch")
 AVERAGES = ("model_ema", "ema", "state_dict_ema", "ema_state_dict", "ema_model")
@@ -240,20 +228,15 @@ def settings_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[s
 
 def _clipping(version: str) -> float:
     """The norm to which DeepSpeed clips gradients where its configuration does not say; 0 for none.
-    It clips to 1 in 0.19.8, and did not in older versions.
-    """
+    It clips to 1 in 0.19.8, and did not in older versions."""
     numbers = re.findall(r"\d+", version)[:3]
     return 1.0 if tuple(map(int, numbers)) >= (0, 19, 8) else 0.0
 
 
 def _decay(values: Mapping[str, Any], epoch: int) -> float | None:
-    """The decay of averaged weights that are updated with each step; None if they are not.
-
-    Args:
-      values: The script's settings; only timm's script (which has ``sched``) and torchvision's say
-        how they average.
-      epoch: The last that was done; torchvision's average begins after its warm-up.
-    """
+    """The decay of averaged weights that are updated with each step; None if they are not, or if
+    ``values``, the script's settings, are neither of timm's script (which has ``sched``) nor of
+    torchvision's, whose average begins after its warm-up, by the last ``epoch`` that was done."""
     decay = values.get("model_ema_decay") if values.get("model_ema") else None
     if not isinstance(decay, float):
         return None
@@ -273,8 +256,7 @@ def how_averaged(extras: Mapping[str, Any]) -> str:
 
 
 def scalers_in(extras: Mapping[str, Any], found: dict[str, RunEntry]) -> dict[str, Any]:
-    """The states of gradient scalers and the layout of ZeRO's shards: numbers that go back as they
-    are."""
+    """States of gradient scalers and ZeRO's layout: numbers that go back as they are."""
     names = (*SCALERS, LAYOUT)
     kept = {name: extras[name] for name in names if extras.get(name) and _plain(extras[name])}
     words = "loss scaling, for the way back; float32 and bfloat16 need none"

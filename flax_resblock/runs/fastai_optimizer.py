@@ -37,18 +37,10 @@ _KINDS: Mapping[str, Mapping[str, Any]] = {
 def as_torch(
     state: Mapping[str, Any], kind: str | None, source: str
 ) -> tuple[dict[str, Any], str, bool]:
-    """The state dict of torch's Adam or AdamW, or timm's Lamb, that goes on as fastai's would.
-
-    Args:
-      state: ``{"state": [...], "hypers": [...]}``, the states of all groups one after the other.
-      kind: What the caller says it is.
-      source: For messages.
-    Returns:
-      The state dict, the optimizer's kind, and whether that was assumed.
-    Raises:
-      CheckpointError: Another optimizer; or several groups, of which the state does not say which
-        parameters they have.
-    """
+    """The state dict of torch's Adam or AdamW, or timm's Lamb, that goes on as fastai's would
+    (``{"state": [...], "hypers": [...]}``, the states of all groups one after the other); the
+    optimizer's kind; and whether that was assumed. Raises CheckpointError for another optimizer, or
+    several groups, of which the state does not say which parameters they have."""
     hypers, states = list(state["hypers"]), list(state["state"])
     kept = {key for one in states for key in one} - _FLAGS
     own, wrappers = dict(hypers[0]), set(map(str, state)) - {"hypers", "state", _KIND}

@@ -13,8 +13,7 @@ from flax_resblock.config import Path
 from flax_resblock.convert.state_map import Entry, TensorMap
 from flax_resblock.errors import CheckpointError, some
 from flax_resblock.runs import fastai_optimizer
-from flax_resblock.runs.optimizer_kinds import OPTIMIZERS, OptimizerKind
-from flax_resblock.runs.optimizer_options import read_kind
+from flax_resblock.runs.optimizer_kinds import OPTIMIZERS, OptimizerKind, read_kind
 from flax_resblock.runs.param_groups import (
     WEIGHTS_ONLY,
     are_names,
@@ -104,10 +103,8 @@ def read_optimizer(
 
     Args:
       state: ``{"state": {0: {...}}, "param_groups": [...]}`` with numpy arrays for tensors.
-      state_map: Of the model that it belongs to.
       kind: A key of :data:`~flax_resblock.runs.optimizer_kinds.OPTIMIZERS`, if the options do not
         tell.
-      source: What to call it in messages.
     Raises:
       CheckpointError: No optimizer state, one without counterpart, or one that does not belong to
         this model; the message says which part.
@@ -230,14 +227,13 @@ def _counted_by_parameter(
 def fresh_optimizer(
     kind: str, state_map: TensorMap, *, decay: Sequence[str] = ("kernel",), **options: Any
 ) -> OptimizerState:
-    """An optimizer before its first step, for a run that begins in JAX.
+    """An optimizer before its first step, for a run that begins in JAX, with ``options`` by torch's
+    names: ``lr``, ``momentum``, ``weight_decay`` and so on.
 
     Args:
       kind: A key of :data:`~flax_resblock.runs.optimizer_kinds.OPTIMIZERS`.
-      state_map: Of the model.
       decay: Which parameters decay, some of ``"kernel"``, ``"scale"``, ``"bias"`` (see
         :func:`~flax_resblock.runs.param_groups.kind_of`); those that do are the first param group.
-      **options: By torch's names: ``lr``, ``momentum``, ``weight_decay`` and so on.
     """
     row = OPTIMIZERS[kind]
     settings = {**row.options, **row.later, **row.only, **row.flags, **options}

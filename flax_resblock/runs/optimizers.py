@@ -21,12 +21,7 @@ from flax_resblock.config import Path
 from flax_resblock.runs.optimizer_kinds import OPTIMIZERS
 from flax_resblock.runs.optimizer_state import OptimizerState
 from flax_resblock.runs.rule_optimizer import by_rule
-from flax_resblock.runs.update_rules import (
-    bias_correction,
-    corrected,
-    log_of,
-    rule_of,
-)
+from flax_resblock.runs.update_rules import bias_correction, corrected, log_of, rule_of
 
 __all__ = [
     "adamw", "bias_correction", "moving", "optimizer_of", "parameter_path", "record_of",
@@ -37,8 +32,8 @@ Transformation = optax.GradientTransformationExtraArgs
 
 
 def scale_by_adam(
-    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
-) -> optax.GradientTransformation:
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, number: int = 0
+) -> Transformation:
     r"""``optax.scale_by_adam`` with an accurate bias correction; its state is optax's own
     ``ScaleByAdamState``.
 
@@ -47,14 +42,9 @@ def scale_by_adam(
     Args:
       b1, b2: Decay of the first and second moment, PyTorch's ``betas``.
       eps: Added to the root.
+      number: Of the param group; the argument ``momenta`` of ``update`` replaces its ``b1``.
     Reference: Kingma & Ba 2015, arXiv:1412.6980.
     """
-
-    return _scale_by_adam(0, b1, b2, eps)
-
-
-def _scale_by_adam(number: int, b1: float, b2: float, eps: float) -> Transformation:
-    """:func:`scale_by_adam` of a param group, by number; ``momenta`` may replace its ``b1``."""
 
     def update(
         updates: Any, state: Any, params: Any = None, *, momenta: Any = None, **_: Any
@@ -101,12 +91,9 @@ def parameter_path(keys: tuple[Any, ...]) -> Path:
 
 
 def moving(momenta: Sequence[float]) -> np.ndarray:
-    """Momenta (or Adam's first betas) of the param groups at one step, for :func:`optimizer_of`.
-
-    Returns:
-      ``(groups, 3)`` float64: the momentum, its complement and its logarithm, which would lose
-      digits if they were computed from a float32 momentum.
-    """
+    """Momenta (or Adam's first betas) of the param groups at one step, for :func:`optimizer_of`:
+    ``(groups, 3)`` float64, the momentum, its complement and its logarithm, which would lose digits
+    if they were computed from a float32 momentum."""
     return np.array([(value, 1 - value, log_of(value)) for value in map(float, momenta)])
 
 
@@ -176,7 +163,7 @@ def _chained(kind: str, number: int, options: Mapping[str, Any]) -> Transformati
     decay = optax.add_decayed_weights(amount) if amount else optax.identity()
     if OPTIMIZERS[kind].counts:
         first, second = map(float, options["betas"])
-        adam = _scale_by_adam(number, first, second, float(options["eps"]))
+        adam = scale_by_adam(first, second, float(options["eps"]), number=number)
         if kind == "adam":
             return optax.chain(decay, adam, rate)
         return optax.chain(adam, decay, _trust(kind, options), rate)
@@ -244,13 +231,8 @@ def _tensor_at(keys: tuple[Any, ...]) -> tuple[str, Path] | None:
 
 def state_of(record: OptimizerState, params: Any, fresh: Any = None) -> Any:
     """The optax state for :func:`optimizer_of`, filled with what torch had, in torch's dtypes; what
-    torch had not made yet is as torch would make it.
-
-    Args:
-      record: The torch optimizer.
-      params: What it trains.
-      fresh: What :func:`optimizer_of` starts with for these parameters, where it is known.
-    """
+    torch had not made yet is as torch would make it. ``fresh`` is what :func:`optimizer_of` starts
+    with for these parameters, where it is known."""
     if fresh is None:
         fresh = optimizer_of(record).init(params)
     made = any(record.tensors.values())

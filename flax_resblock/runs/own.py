@@ -30,11 +30,7 @@ from flax_resblock.runs.tensors import flax_tensors
 
 
 def state_dict_of(model: nnx.Module) -> dict[str, np.ndarray]:
-    """The state dict of the module that a model was ported from.
-
-    Raises:
-      InputError: The model was not ported.
-    """
+    """The state dict of the module that a model was ported from; InputError if it was not."""
     tensors = _ported(model)
     return tensors.to_torch(tensors.whole(flat_arrays(model)), copy=True)
 
@@ -53,10 +49,8 @@ def _ported(model: nnx.Module) -> Any:
 
 
 def save_own(model: nnx.Module, path: FilePath, run: Run | None, *, force: bool) -> None:
-    """Writes a model and its run: :func:`flax_resblock.save` for what is none of this library's.
-
-    Raises:
-      InputError: A format of PyTorch's, for a model without names of PyTorch's.
+    """Writes a model and its run, as :func:`flax_resblock.save` does, for what is none of this
+    library's; raises InputError for a format of PyTorch's and a model without names of PyTorch's.
     """
     in_flax = checkpoint.output_format(path) == "orbax"
     tensors = (carried(model) or flax_tensors(model)) if in_flax else _ported(model)
@@ -74,17 +68,9 @@ def write_own(
     *,
     force: bool,
 ) -> None:
-    """Writes values by attribute path and a run.
-
-    Args:
-      path: The suffix decides the format, and with it whether names are Flax's or PyTorch's.
-      values: Of the model.
-      tensors: Its names; what a ported network carries is stored beside them.
-      run: May be None.
-      network: The name of the class.
-      about: What is known of its images, as metadata.
-      force: Replace what is there.
-    """
+    """Writes values by attribute path and a run. The suffix of ``path`` decides the format, and
+    with it whether names are Flax's or PyTorch's; what a ported network carries in ``tensors`` is
+    stored beside them, and so is ``about``, what is known of its images."""
     names = tensors.in_flax() if checkpoint.output_format(path) == "orbax" else tensors
     metadata = {"written_by": f"flax-resblock {__version__}", NETWORK: network, **about}
     if hasattr(tensors, "content"):
@@ -96,11 +82,8 @@ def write_own(
 
 
 def open_for(model: nnx.Module, record: Record) -> OpenedTensors:
-    """The content of a file as the tensors of a model.
-
-    Raises:
-      InputError: They are not; or the file has PyTorch's names, and the model does not.
-    """
+    """The content of a file as the tensors of a model; raises InputError if they are not, or if the
+    file has PyTorch's names, and the model does not."""
     in_flax = record.format == "orbax"
     tensors: TensorMap = (carried(model) or flax_tensors(model)) if in_flax else _ported(model)
     return open_own(record, tensors, type(model).__name__)

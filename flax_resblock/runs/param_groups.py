@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.checkpoint.unwrap import PREFIXES
+from flax_resblock.checkpoint.unwrap import shared_prefixes
 from flax_resblock.convert.state_map import Entry, TensorMap
 from flax_resblock.errors import CheckpointError, some
 
@@ -22,8 +22,7 @@ WEIGHTS_ONLY = "Go on with the weights alone (`flax_resblock.load`): they do not
 
 def kind_of(entry: Entry) -> str:
     """``"kernel"``, ``"scale"`` or ``"bias"``; a parameter of another name, such as an embedding of
-    positions, is a kernel if it has several axes, else a scale.
-    """
+    positions, is a kernel if it has several axes, else a scale."""
     name = str(entry.flax_path[-1])
     if name in ("kernel", "scale", "bias"):
         return name
@@ -61,22 +60,17 @@ def names_of(
     state_map: TensorMap,
     source: str,
 ) -> tuple[list[tuple[str, ...]], str]:
-    """The names in the model of the parameters of every group, and how they were found.
-
-    Args:
-      groups, numbers: Param groups of an optimizer's state dict, and their parameters' numbers.
-      per_parameter: What the optimizer keeps of each, by number; its shapes tell parameters apart.
-      state_map, source: Of the model; and for messages.
-    Raises:
-      CheckpointError: They are not this model's, or more than one way to name them fits.
-    """
+    """The names in the model of the parameters of every group, and how they were found. The shapes
+    of ``per_parameter``, what the optimizer keeps of each number, tell parameters apart. Raises
+    CheckpointError if they are not this model's, or if more than one way to name them fits."""
     entries = state_map.parameters
     known = {entry.torch_key for entry in entries}
     trained = [entry for entry in entries if entry.trained]
     if all("param_names" in group for group in groups):
         named = [tuple(map(str, group["param_names"])) for group in groups]
         if not known.issuperset(chain(*named)):
-            named = _without_prefixes(named)
+            wrapped = "".join(shared_prefixes(chain(*named)))
+            named = [tuple(name.removeprefix(wrapped) for name in names) for names in named]
         given = list(chain(*named))
         strangers = [name for name in given if name not in known]
         missing = sorted({entry.torch_key for entry in trained} - set(given))
@@ -131,9 +125,7 @@ def names_of(
 def numbered(
     groups: Sequence[Mapping[str, Any]], per_parameter: Mapping[Any, Mapping[str, Any]]
 ) -> tuple[list[dict[str, Any]], dict[int, Mapping[str, Any]]]:
-    """Param groups and state with a number for each parameter, where FSDP and PyTorch's distributed
-    checkpoints have its name.
-    """
+    """Param groups and state with numbers, where FSDP and distributed checkpoints have names."""
     keys = [key for group in groups for key in group["params"]]
     number_of: dict[Any, Any] = {key: key for key in keys}
     named = are_names(keys)
@@ -150,15 +142,6 @@ def numbered(
 def are_names(keys: Sequence[Any]) -> bool:
     """Whether the parameters of an optimizer have names in place of numbers."""
     return bool(keys) and all(isinstance(key, str) and not key.isdecimal() for key in keys)
-
-
-def _without_prefixes(named: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Removes what wrappers put before every name, one after the other."""
-    while prefix := next(
-        (p for p in PREFIXES if all(name.startswith(p) for names in named for name in names)), None
-    ):
-        named = [tuple(name.removeprefix(prefix) for name in names) for names in named]
-    return named
 
 
 def refuse_trained_elsewhere(

@@ -28,13 +28,9 @@ def by_rule(
     options: Mapping[str, Any],
     momentum: tuple[float, float, float],
 ) -> optax.GradientTransformationExtraArgs:
-    """A rule as the update of the param group ``number``.
-
-    Args:
-      rule, kind, options: See :func:`~flax_resblock.runs.update_rules.rule_of`.
-      momentum: See :class:`~flax_resblock.runs.update_rules.Parameter`; the argument ``momenta`` of
-        ``update`` replaces it.
-    """
+    """A rule as the update of the param group ``number``; ``momentum`` as in
+    :class:`~flax_resblock.runs.update_rules.Parameter`, which the argument ``momenta`` of
+    ``update`` replaces."""
     names = [name for name in kind.tensors if kind.has(name, options)]
 
     def init(params: Any) -> RuleState:

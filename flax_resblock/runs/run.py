@@ -90,13 +90,8 @@ def read_run(
 
     Args:
       extras: The entries beside the weights, with numpy arrays for tensors.
-      state_map: Of the model.
-      optimizer: A key of :data:`~flax_resblock.runs.optimizer_kinds.OPTIMIZERS`, if the options do
-        not tell.
-      schedule_unit: See :func:`~flax_resblock.runs.ticks.unit_of`; None finds it from the counters.
-      lr_lambda: The function of a LambdaLR or MultiplicativeLR, or one per param group.
+      optimizer, schedule_unit, lr_lambda: See :func:`flax_resblock.load_run`.
       batches: Batches that the model's BatchNorms have seen, if they agree.
-      source: For messages.
     Raises:
       CheckpointError: No optimizer, one without counterpart, or one of another model.
     """
@@ -160,11 +155,7 @@ def read_run(
 
 
 def _without_scheduler(
-    run: Run,
-    extras: Mapping[str, Any],
-    counters: Counters,
-    source: str,
-    found: dict[str, RunEntry],
+    run: Run, extras: Mapping[str, Any], counters: Counters, source: str, found: dict[str, RunEntry]
 ) -> Run:
     """The run of a file without a scheduler; timm's script stores what it makes its own of."""
     arguments = entries.named(extras.get("args"))
@@ -187,19 +178,18 @@ def _without_scheduler(
             settings = {**run.settings, "epochs": total}
             optimizer = replace(run.optimizer, groups=made)
             return replace(run, optimizer=optimizer, schedule=state, settings=settings)
+    words = ""
     moved = any("initial_lr" in group for group in groups)
     if moved and not any(name in extras for name in entries.SCHEDULERS):
+        words = "its param groups have 'initial_lr', which only a scheduler sets."
+    elif any(isinstance(group["lr"], np.floating) for group in groups):
         words = (
-            f"{source} holds no learning-rate scheduler, but the run had one: its param groups "
-            "have 'initial_lr', which only a scheduler sets."
+            "its rate is a number of numpy's, as a program computes it at each step (fastai's "
+            "fit_one_cycle does)."
         )
-        return replace(run, problem=words)
-    if any(isinstance(group["lr"], np.floating) for group in groups):
-        words = (
-            f"{source} holds no learning-rate scheduler, but the run had one: its rate is a number "
-            "of numpy's, as a program computes it at each step (fastai's fit_one_cycle does)."
-        )
-        return replace(run, problem=words)
+    if words:
+        there = f"{source} holds no learning-rate scheduler, but the run had one"
+        return replace(run, problem=f"{there}: {words}")
     return run
 
 

@@ -11,17 +11,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from flax_resblock import checkpoint
 from flax_resblock._version import __version__
 from flax_resblock.checkpoint import Record
-from flax_resblock.convert.opened import JAX_FORMATS
+from flax_resblock.convert.opened import JAX_FORMATS, OpenedCheckpoint
+from flax_resblock.convert.own import OpenedTensors
 from flax_resblock.convert.run_names import AVERAGED, OPTIMIZER, RUN, holds_run
 from flax_resblock.convert.state_map import TensorMap
-from flax_resblock.errors import CheckpointError, InputError, visible
+from flax_resblock.errors import InputError, damaged, raised
 from flax_resblock.runs.averages import AverageEntry
 from flax_resblock.runs.entries import EPOCHS_DONE, OURS, SCHEDULE_UNIT, RunEntry
 from flax_resblock.runs.optimizer_state import read_optimizer, write_optimizer
@@ -36,19 +37,7 @@ from flax_resblock.runs.scheduler_state import (
 from flax_resblock.runs.scheduler_writing import write_schedule
 from flax_resblock.runs.ticks import unit_of, word_of
 
-
-class Opened(Protocol):
-    """A checkpoint that has been opened, and the names of its tensors."""
-
-    @property
-    def record(self) -> Record:
-        """What the file held."""
-        ...
-
-    @property
-    def state_map(self) -> TensorMap:
-        """The names of its tensors."""
-        ...
+Opened = OpenedCheckpoint | OpenedTensors
 
 
 def run_of(
@@ -58,21 +47,13 @@ def run_of(
     schedule_unit: str | int | None = None,
     lr_lambda: LRLambda | None = None,
 ) -> Run:
-    """The training run in an opened checkpoint: optimizer, schedule and counters.
-
-    Args:
-      opened: See :func:`flax_resblock.convert.opening.open_checkpoint` and
-        :func:`flax_resblock.convert.own.open_own`; a Hugging Face Trainer's
-        folder has to be opened with ``run=True``.
-      optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``, if the optimizer's options do not tell.
-      schedule_unit: What the scheduler counts: ``"batch"``, ``"epoch"``, or how often it is stepped
-        per optimizer step; None finds it from the counters.
-      lr_lambda: The function of a LambdaLR or MultiplicativeLR, or one per param group.
-    Raises:
-      CheckpointError: It holds none, or one that cannot go on; the message says why.
-    """
+    """The training run in a checkpoint that was opened with ``run=True``: optimizer, schedule and
+    counters; the others as for :func:`flax_resblock.load_run`. Raises CheckpointError where it
+    holds none, or one that cannot go on; the message says why."""
     record, state_map, source = opened.record, opened.state_map, opened.record.source
-    try:
+    words = "what lies beside its weights is not what a training program writes under these names"
+    # a file may hold anything under them, and anything may be raised
+    with damaged(f"{source}: {words}", WEIGHTS_ONLY, says=raised):
         if holds_run(record.metadata):
             return unpack_run(
                 record.tensors, record.metadata, state_map, lr_lambda=lr_lambda, source=source
@@ -86,14 +67,6 @@ def run_of(
             batches=_batches(record),
             source=source,
         )
-    except InputError:
-        raise
-    # A file may hold anything under the names of a training program, and anything may be raised.
-    except Exception as error:
-        raise CheckpointError(
-            f"{source}: what lies beside its weights is not what a training program writes under "
-            f"these names ({type(error).__name__}: {visible(str(error))[:160]}). {WEIGHTS_ONLY}"
-        ) from error
 
 
 def _batches(record: Record) -> int | None:
@@ -172,9 +145,9 @@ def unpack_run(
     source: str = "the checkpoint",
 ) -> Run:
     """Restores the run from the arrays and metadata that :func:`pack_run` made; raises
-    CheckpointError if they are damaged or do not fit the model.
-    """
-    try:
+    CheckpointError if they are damaged or do not fit the model."""
+    words = f"{source}: its record of the training run is damaged"
+    with damaged(words, WEIGHTS_ONLY, says=raised):
         content = json.loads(metadata[RUN])
         kind, counter = content["optimizer"], content["count"]
         numbers: dict[str, int] = {}
@@ -203,13 +176,6 @@ def unpack_run(
         named = [bool(group["named"]) for group in content["groups"]]
         by_name, problem = bool(content.get("by_name")), content.get("problem")
         average, kept = AverageEntry(**content["average"]), dict(content["kept"])
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{source}: its record of the training run is damaged ({type(error).__name__}: "
-            f"{error}). {WEIGHTS_ONLY}"
-        ) from error
     written, where = {"state": state, "param_groups": groups}, f"{source}, its optimizer"
     record = read_optimizer(written, state_map, kind=kind, source=where)
     pairs = zip(record.groups, named, strict=True)
@@ -240,11 +206,8 @@ def unpack_run(
 
 def run_entries(run: Run, state_map: TensorMap) -> dict[str, Any]:
     """The entries of a PyTorch training checkpoint beside ``"model"``, as torchvision's reference
-    scripts name them, with numpy arrays for tensors.
-
-    ``"epoch"`` is the number, from 0, of the last epoch that was completed, as there;
-    ``"epochs_done"`` and ``"step"`` count epochs and optimizer steps done.
-    """
+    scripts name them, with numpy arrays for tensors. ``"epoch"`` is the number, from 0, of the last
+    epoch that was completed, as there; ``"epochs_done"`` and ``"step"`` count those done."""
     entries: dict[str, Any] = {"optimizer": write_optimizer(run.optimizer, state_map)}
     if run.schedule is not None or not run.problem:  # else reading misses it again
         entries["lr_scheduler"] = _written_schedule(run)
@@ -277,8 +240,7 @@ def write_with_run(
     """Writes weights and run to a checkpoint of any format, in the names and layouts of
     ``state_map``. Without a run, the weights are written alone; ``release`` empties ``tensors``
     once they are written. The rest, and the errors, are as for
-    :func:`flax_resblock.checkpoint.write`.
-    """
+    :func:`flax_resblock.checkpoint.write`."""
     extras = None
     if run is not None and checkpoint.output_format(path) == "pytorch":
         extras = run_entries(run, state_map)

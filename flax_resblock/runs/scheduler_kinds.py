@@ -36,11 +36,7 @@ PLATEAU = tuple(one.name for one in fields(ReduceLROnPlateau))
 
 
 def one_schedule(state: Mapping[str, Any], source: str) -> Schedule:
-    """A schedule that has no others in it, by the entries that are its own.
-
-    Raises:
-      CheckpointError: There is none with these entries.
-    """
+    """A schedule without others in it, by its own entries; else CheckpointError."""
     own = state.keys() - _COMMON
     if "_schedule_phases" in own and own <= _ONE_CYCLE:
         phases = tuple(Phase(**phase) for phase in state["_schedule_phases"])

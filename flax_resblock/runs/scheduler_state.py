@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flax_resblock.errors import CheckpointError
+from flax_resblock.errors import CheckpointError, damaged, raised
 from flax_resblock.runs import mmengine_schedules, timm_schedules, transformers_schedules
-from flax_resblock.runs.function_schedules import ended, misfits, of_functions
 from flax_resblock.runs.optimizer_state import OptimizerState
 from flax_resblock.runs.other_schedules import (
     ChainedScheduler,
@@ -18,6 +17,9 @@ from flax_resblock.runs.other_schedules import (
     CyclicLR,
     LRLambda,
     chains,
+    ended,
+    misfits,
+    of_functions,
 )
 from flax_resblock.runs.plateau import ReduceLROnPlateau
 from flax_resblock.runs.scheduler_kinds import one_schedule
@@ -26,26 +28,17 @@ from flax_resblock.runs.schedules import (
     Options,
     Schedule,
     SequentialLR,
-    base_rate,
+    base_rates,
+    refuse_other_bases,
 )
 from flax_resblock.runs.ticks import BATCH, Unit
 from flax_resblock.runs.timm_schedules import TimmSchedule
-from flax_resblock.runs.transformers_schedules import (
-    Logged,
-    TransformersSchedule,
-    recognised,
-)
+from flax_resblock.runs.transformers_schedules import Logged, TransformersSchedule, recognised
 
 
 @dataclass(frozen=True)
 class ScheduleState:
-    """A schedule and how far it is.
-
-    Attributes:
-      schedule: The learning rate by step.
-      position: How often the scheduler was stepped; torch's ``last_epoch``.
-      unit: How often it is stepped.
-    """
+    """A schedule, its steps so far (torch's ``last_epoch``), and how often it is stepped."""
 
     schedule: Schedule
     position: int
@@ -79,9 +72,7 @@ def bases_of(state: Mapping[str, Any]) -> list[float] | None:
 
 
 def with_initial_rates(optimizer: OptimizerState, state: Mapping[str, Any]) -> OptimizerState:
-    """The optimizer with ``initial_lr`` in its param groups; where they have lost it, it is that of
-    the scheduler.
-    """
+    """The optimizer with the scheduler's ``initial_lr`` where its param groups have lost it."""
     bases = bases_of(state)
     lost = not any("initial_lr" in group.options for group in optimizer.groups)
     if bases is None or not lost or len(bases) != len(optimizer.groups):
@@ -103,27 +94,19 @@ def read_schedule(
     """Reads the schedule in a scheduler's state dict, and its position.
 
     Args:
-      state: What ``scheduler.state_dict()`` gave.
       groups: The optimizer's param groups, whose rates must be the schedule's.
       lr_lambda: The function of a LambdaLR or MultiplicativeLR, or one per group.
       total, logged: Steps of the whole run, and rates by step, if a Trainer says them.
-      source: For messages.
     Raises:
       CheckpointError: A scheduler without counterpart, a damaged state, or rates that are not on
         the schedule.
     """
-    try:
+    words = f"{source} is no complete state of a learning-rate scheduler"
+    with damaged(words, says=raised):
         schedule = _schedule(state, groups, lr_lambda, total, logged, source)
         position = _position(state, source)
         _check_place(schedule, position, state, source)
         _check_rates(schedule, position, groups, source)
-    except CheckpointError:
-        raise
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        raise CheckpointError(
-            f"{source} is no complete state of a learning-rate scheduler "
-            f"({type(error).__name__}: {error})."
-        ) from error
     return schedule, position
 
 
@@ -205,12 +188,7 @@ def _schedule(
                     f"optimizer has {rates}: they were changed by other means than the schedule."
                 )
             return schedule
-    bases = [float(base) for base in state["base_lrs"]]
-    if bases != [base_rate(group) for group in groups]:
-        raise CheckpointError(
-            f"{source} scales the learning rates {bases}, but the optimizer began with "
-            f"{[base_rate(group) for group in groups]}."
-        )
+    refuse_other_bases(state["base_lrs"], groups, source)
     return schedule
 
 
@@ -236,7 +214,7 @@ def _several(
         else:
             members.append(one_schedule(part, source))
     bases = tuple(tuple(float(base) for base in part["base_lrs"]) for part in state["_schedulers"])
-    own = tuple(base_rate(group) for group in groups)
+    own = tuple(base_rates(groups))
     for number, member in enumerate(members):
         words = type(member).__name__
         known = not isinstance(member, CyclicLR | ReduceLROnPlateau)

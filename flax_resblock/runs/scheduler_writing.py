@@ -26,6 +26,7 @@ from flax_resblock.runs.schedules import (
     Schedule,
     SequentialLR,
     base_rate,
+    base_rates,
 )
 from flax_resblock.runs.timm_schedules import TimmSchedule
 from flax_resblock.runs.transformers_schedules import TransformersSchedule
@@ -35,8 +36,7 @@ def scheduled(
     options: Options, schedule: Schedule, position: int, number: int = 0
 ) -> dict[str, Any]:
     """The options of the param group ``number`` as torch's scheduler leaves them at ``position``,
-    its ``last_epoch``: ``initial_lr``, ``lr``, and the momentum where the schedule moves it.
-    """
+    its ``last_epoch``: ``initial_lr``, ``lr``, and the momentum where the schedule moves it."""
     if isinstance(schedule, ReduceLROnPlateau):
         return dict(options)
     rate = schedule.rate(position, options, number)
@@ -51,8 +51,7 @@ def scheduled(
 
 def write_schedule(state: ScheduleState, groups: Sequence[Options]) -> dict[str, Any]:
     """What ``load_state_dict`` of a scheduler of the same kind takes (any but ``Fixed``), for the
-    optimizer's param groups at this position.
-    """
+    optimizer's param groups at this position."""
     return _state(state.schedule, state.position, groups, [float(group["lr"]) for group in groups])
 
 
@@ -85,7 +84,7 @@ def _state(
         return mmengine_schedules.written(schedule, position, groups, rates)
     if isinstance(schedule, TimmSchedule):
         return timm_schedules.written(schedule, position, groups)
-    bases, counted = [base_rate(group) for group in groups], True
+    bases, counted = base_rates(groups), True
     if isinstance(schedule, OneCycleLR):
         own: dict[str, Any] = {
             "total_steps": schedule.total_steps,

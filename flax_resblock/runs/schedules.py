@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_right
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from flax_resblock.errors import CheckpointError
 
 Options = Mapping[str, Any]
 """A param group without its parameters, as torch has it: ``lr``, ``initial_lr``, ``momentum``."""
@@ -26,6 +28,19 @@ Options = Mapping[str, Any]
 def base_rate(group: Options) -> float:
     """The rate that a schedule scales: ``initial_lr`` as torch stores it, or ``lr`` before that."""
     return float(group.get("initial_lr", group["lr"]))
+
+
+def base_rates(groups: Sequence[Options]) -> list[float]:
+    """:func:`base_rate` of every param group."""
+    return [base_rate(group) for group in groups]
+
+
+def refuse_other_bases(bases: Sequence[Any], groups: Sequence[Options], source: str) -> None:
+    """Raises CheckpointError if a scheduler scales other rates than the optimizer began with."""
+    scaled, began = [float(base) for base in bases], base_rates(groups)
+    if scaled != began:
+        words = f"scales the learning rates {scaled}, but the optimizer began with {began}"
+        raise CheckpointError(f"{source} {words}.")
 
 
 @dataclass(frozen=True)
@@ -149,12 +164,9 @@ class PolynomialLR(Scaled):
 
 @dataclass(frozen=True)
 class CosineAnnealingLR(Schedule):
-    r""":math:`\eta_{min} + \tfrac{1}{2} (\eta - \eta_{min}) (1 + \cos(\pi t / T))`; past :math:`T`
-    it climbs again.
+    r""":math:`\eta_{min} + \tfrac{1}{2} (\eta - \eta_{min}) (1 + \cos(\pi t / T))` with ``T_max``
+    :math:`T`; past it the rate climbs again. ``eta_min`` is a rate, the same for all groups.
 
-    Attributes:
-      T_max: :math:`T`.
-      eta_min: :math:`\eta_{min}`, a rate, the same for all groups.
     Reference: Loshchilov & Hutter 2017, arXiv:1608.03983.
     """
 
@@ -183,14 +195,9 @@ class Phase:
 
 @dataclass(frozen=True)
 class OneCycleLR(Schedule):
-    """Up to ``max_lr`` and down again; the momentum (or Adam's first beta) goes the other way.
+    """Up to ``max_lr`` and down again in ``total_steps``, by ``"cos"`` or ``"linear"`` phases; the
+    momentum goes the other way if ``cycle_momentum``, as Adam's ``betas[0]`` if ``use_beta1``.
 
-    Attributes:
-      total_steps: Steps of the run.
-      phases: One after the other.
-      anneal: ``"cos"`` or ``"linear"``.
-      cycle_momentum: Whether the momentum moves.
-      use_beta1: Whether it is called ``betas[0]``.
     Reference: Smith & Topin 2019, arXiv:1708.07120.
     """
 
@@ -201,17 +208,17 @@ class OneCycleLR(Schedule):
     use_beta1: bool
 
     def _between(self, step: int, group: Options, what: str) -> float:
-        start = 0.0
-        for phase in self.phases:
-            if step <= phase.end_step or phase is self.phases[-1]:
-                names = (getattr(phase, f"{end}_{what}") for end in ("start", "end"))
-                first, last = (float(group[name]) for name in names)
-                share = (step - start) / (phase.end_step - start)
-                if self.anneal == "linear":
-                    return (last - first) * share + first
-                return last + (first - last) / 2 * (1 + math.cos(math.pi * share))
-            start = phase.end_step
-        raise ValueError("a one-cycle schedule has at least one phase")
+        ends = [phase.end_step for phase in self.phases]
+        if not ends:
+            raise ValueError("a one-cycle schedule has at least one phase")
+        index = min(bisect_left(ends, step), len(ends) - 1)
+        phase, start = self.phases[index], ends[index - 1] if index else 0.0
+        names = (getattr(phase, f"{end}_{what}") for end in ("start", "end"))
+        first, last = (float(group[name]) for name in names)
+        share = (step - start) / (phase.end_step - start)
+        if self.anneal == "linear":
+            return (last - first) * share + first
+        return last + (first - last) / 2 * (1 + math.cos(math.pi * share))
 
     def rate(self, step: int, group: Options, number: int = 0) -> float:
         return self._between(min(step, self.total_steps), group, "lr")
@@ -234,10 +241,8 @@ class OneCycleLR(Schedule):
 class SequentialLR(Schedule):
     """One schedule after the other, each counting from its own start, at the milestones.
 
-    Attributes:
-      schedules, milestones: Of the sequence.
-      bases: The base rates of each schedule, one per param group, where they have their own: a
-        OneCycleLR that is made after another sets new ones. Empty where all have the group's.
+    ``bases`` are the base rates of each schedule, one per param group, where they have their own: a
+    OneCycleLR that is made after another sets new ones. Empty where all have the group's.
     """
 
     schedules: tuple[Schedule, ...]
@@ -249,8 +254,7 @@ class SequentialLR(Schedule):
         return index, step - (self.milestones[index - 1] if index else 0)
 
     def rate(self, step: int, group: Options, number: int = 0) -> float:
-        index, since = self._now(step)
-        return self.rate_of(index, since, group, number)
+        return self.rate_of(*self._now(step), group, number)
 
     def rate_of(self, index: int, since: int, group: Options, number: int) -> float:
         """The rate of one schedule at its own step; the first begins with the group's rate."""
@@ -267,33 +271,28 @@ class SequentialLR(Schedule):
         found = (self.schedules[i].momentum(at, group, number) for i, at in places)
         return next((momentum for momentum in found if momentum is not None), None)
 
+    def _behind_the_last(self, steps: int | None) -> int | None:
+        return None if steps is None else steps + max(self.milestones, default=0)
+
     @property
     def length(self) -> int | None:
-        last = self.schedules[-1].length
-        return None if last is None else last + max(self.milestones, default=0)
+        return self._behind_the_last(self.schedules[-1].length)
 
     @property
     def end(self) -> int | None:
-        last = self.schedules[-1].end
-        return None if last is None else last + max(self.milestones, default=0)
+        return self._behind_the_last(self.schedules[-1].end)
 
 
 def warmup_cosine(warmup_steps: int, total_steps: int, warmup_factor: float = 0.1) -> Schedule:
-    """A linear warm-up from ``warmup_factor`` of the base rate, then half a cosine down to 0.
+    """A linear warm-up from ``warmup_factor`` of the base rate, in (0, 1], then half a cosine down
+    to 0; raises ValueError for numbers that make no schedule.
 
-    Args:
-      warmup_steps, total_steps: At least 0, and more than that.
-      warmup_factor: In (0, 1].
-    Raises:
-      ValueError: Numbers that make no schedule.
     Reference: Goyal et al. 2017, arXiv:1706.02677.
     """
     if not 0 <= warmup_steps < total_steps:
-        raise ValueError(
-            f"warmup_steps={warmup_steps} must be at least 0 and below total_steps={total_steps}."
-        )
+        raise ValueError(f"{warmup_steps=} must be at least 0 and below {total_steps=}.")
     if not 0 < warmup_factor <= 1:
-        raise ValueError(f"warmup_factor={warmup_factor} must be above 0 and at most 1.")
+        raise ValueError(f"{warmup_factor=} must be above 0 and at most 1.")
     cosine = CosineAnnealingLR(total_steps - warmup_steps, 0.0)
     if not warmup_steps:
         return cosine

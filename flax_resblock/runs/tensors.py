@@ -22,12 +22,8 @@ def config_of(model: nnx.Module) -> Config | None:
 
 
 def tensors_of(model: nnx.Module) -> TensorMap:
-    """The tensors of a model and their names in PyTorch.
-
-    Returns:
-      What a ported network carries; else, for a network of this library, its map in torchvision's
-      names; else Flax's own names.
-    """
+    """The tensors of a model and their names in PyTorch: what a ported network carries; else, for a
+    network of this library, its map in torchvision's names; else Flax's own names."""
     own, config = carried(model), config_of(model)
     if own is not None:
         return own

@@ -35,11 +35,7 @@ FLAG = (
 
 
 def unit_of(word: str | int) -> Unit:
-    """The unit that a flag names: ``"batch"``, ``"epoch"``, or ticks per optimizer step.
-
-    Raises:
-      InputError: Anything else.
-    """
+    """The unit that ``"batch"``, ``"epoch"`` or a number of ticks names, or InputError."""
     text = str(word)
     if text in ("batch", "epoch"):
         return Unit(per_epoch=text == "epoch")
@@ -85,16 +81,13 @@ class Counters:
     @property
     def done(self) -> int | None:
         """Optimizer steps done, as far as the counters say; a program that counts several batches
-        per step is put right by the optimizer's own count.
-        """
+        per step is put right by the optimizer's own count."""
         if self.steps is None or not self.updates or not _finer(self.steps, self.updates):
             return self.updates if self.steps is None else self.steps
         return self.updates
 
     def steps_at(self, position: int, unit: Unit) -> int | None:
-        """Optimizer steps done, with those that loss scaling skipped, which the scheduler has
-        counted as well.
-        """
+        """Optimizer steps done, with those skipped by loss scaling, which were ticked as well."""
         done, (whole, rest) = self.done, divmod(position, unit.ticks)
         if done is None:
             return None if rest else whole
@@ -117,13 +110,9 @@ def _most_skipped(updates: int) -> int:
 
 
 def _readings(position: int, count: int | None, skipped: int = 0) -> set[Unit]:
-    """Ticks per step that explain a position.
-
-    Args:
-      position: Of the scheduler.
-      count: Of steps; None or 0 explains nothing.
-      skipped: By how many the count may be behind the true number. It may also differ by one, where
-        a file was written between the optimizer's step and the scheduler's.
+    """Ticks per step that explain the position of a scheduler after ``count`` steps, of which None
+    or 0 explain nothing. ``skipped`` is by how many the count may be behind the true number; it may
+    also differ by one, where a file was written between the optimizer's step and the scheduler's.
     """
     if not count:
         return set()
@@ -154,15 +143,8 @@ def _per_step(position: int, counters: Counters) -> set[Unit]:
 
 
 def read_unit(position: int, counters: Counters, source: str) -> Unit:
-    """What a scheduler counts.
-
-    Args:
-      position: How often it was stepped.
-      counters: Of the same file.
-      source: For messages.
-    Raises:
-      CheckpointError: The counters leave none or several readings; the message shows them all.
-    """
+    """What a scheduler counts that was stepped ``position`` times; raises CheckpointError, which
+    shows all counters of its file, where they leave none or several readings."""
     found, epochs = _per_step(position, counters), counters.epochs
     done = counters.done or counters.batches
     if position or done:

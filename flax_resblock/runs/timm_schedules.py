@@ -12,7 +12,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flax_resblock.errors import CheckpointError, some
-from flax_resblock.runs.schedules import Options, Schedule, base_rate
+from flax_resblock.runs.other_schedules import misfits
+from flax_resblock.runs.schedules import (
+    Options,
+    Schedule,
+    base_rate,
+    base_rates,
+    refuse_other_bases,
+)
 from flax_resblock.runs.ticks import BATCH, EPOCH, Counters, Unit
 
 _NEAR = 1e-9
@@ -134,11 +141,7 @@ def is_timm(state: Mapping[str, Any]) -> bool:
 
 
 def read_timm(state: Mapping[str, Any], groups: Sequence[Options], source: str) -> TimmSchedule:
-    """The schedule in a state dict of timm's.
-
-    Raises:
-      CheckpointError: One without counterpart, or one of another optimizer.
-    """
+    """The schedule in a state dict of timm's; raises CheckpointError for one unknown here."""
     own = state.keys() - _COMMON.keys() - _REST
     listed = isinstance(state.get("decay_t"), list | tuple)
     kinds = [
@@ -156,13 +159,8 @@ def read_timm(state: Mapping[str, Any], groups: Sequence[Options], source: str) 
     if listed:
         values["decay_t"] = tuple(values["decay_t"])
     schedule = TimmSchedule(kinds[0], **values)
-    bases = [base_rate(group) for group in groups]
-    if [float(base) for base in state["base_values"]] != bases:
-        raise CheckpointError(
-            f"{source} scales the learning rates {list(state['base_values'])}, but the optimizer "
-            f"began with {bases}."
-        )
-    steps = [schedule.warmup_step(base) for base in bases]
+    refuse_other_bases(state["base_values"], groups, source)
+    steps = [schedule.warmup_step(base) for base in base_rates(groups)]
     pairs = zip(steps, state["warmup_steps"], strict=True)
     if not all(math.isclose(ours, theirs, rel_tol=_NEAR) for ours, theirs in pairs):
         raise CheckpointError(
@@ -194,24 +192,13 @@ def fitting(
     schedule: TimmSchedule, groups: Sequence[Options], positions: Sequence[int]
 ) -> list[int]:
     """Which of the positions give the rates that the optimizer has."""
-    return [
-        position
-        for position in positions
-        if all(
-            abs(schedule.rate(position, group, n) - float(group["lr"])) <= _NEAR * base_rate(group)
-            for n, group in enumerate(groups)
-        )
-    ]
+    return [one for one in positions if next(misfits(schedule, one, groups), None) is None]
 
 
 def located(
     state: Mapping[str, Any], counters: Counters, groups: Sequence[Options], source: str
 ) -> Mapping[str, Any]:
-    """The state with the position that the counters and the rates leave, as ``last_epoch``.
-
-    Raises:
-      CheckpointError: They leave none, or several.
-    """
+    """The state with the one position that fits counters and rates; else CheckpointError."""
     if "last_epoch" in state:  # which this library writes
         return state
     schedule, done = read_timm(state, groups, source), counters.epochs
@@ -233,7 +220,7 @@ def located(
 
 def written(schedule: TimmSchedule, position: int, groups: Sequence[Options]) -> dict[str, Any]:
     """Its state dict, with the position, which timm takes along."""
-    bases = [base_rate(group) for group in groups]
+    bases = base_rates(groups)
     own = {name: value for name, value in asdict(schedule).items() if name in KINDS[schedule.kind]}
     if isinstance(schedule.decay_t, tuple) and "decay_t" in own:
         own["decay_t"] = list(schedule.decay_t)

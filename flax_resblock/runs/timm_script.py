@@ -20,19 +20,9 @@ def of_script(
     groups: Sequence[Options],
     source: str,
 ) -> tuple[TimmSchedule, int, int]:
-    """The schedule of timm's training script.
-
-    Args:
-      arguments: Of the script, as it stores them, with ``"sched"``.
-      counters: Of the file.
-      done: Epochs done.
-      groups, source: Of the optimizer; and for messages.
-    Returns:
-      The schedule, its position, and the epochs of the whole run.
-    Raises:
-      CheckpointError: One without counterpart, counters that do not give the position, or rates
-        that are not on the schedule.
-    """
+    """The schedule of timm's training script, by its stored ``arguments`` and the epochs ``done``;
+    its position; and the epochs of the whole run. Raises CheckpointError for one without
+    counterpart, counters that do not give the position, or rates that are not on the schedule."""
 
     def said(name: str, otherwise: Any) -> Any:
         return otherwise if arguments.get(name) is None else arguments[name]

@@ -66,8 +66,7 @@ def recognised(
     position: int, groups: Sequence[Options], total: int, logged: Logged = ()
 ) -> TransformersSchedule | None:
     """The one schedule of this length that gives the rates at a position after its warm-up, and
-    those that were logged before; None if none or several do.
-    """
+    those that were logged before; None if none or several do."""
     base, found = base_rate(groups[0]), []
     share = float(groups[0]["lr"]) / base
     known = [(step, rate / base) for step, rate in logged if step <= position]
@@ -122,9 +121,7 @@ def _candidates(
 
 
 def _end_of_warmup(known: Logged) -> int:
-    """The number of steps of a warm-up whose rates were logged; 0 if none were, which is the same
-    from there on.
-    """
+    """The steps of a warm-up whose rates were logged; 0 for none, which is the same from there."""
     rising = [(step, share) for step, share in known if 0 < share < 1]
     if not rising:
         return 0

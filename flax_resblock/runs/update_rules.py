@@ -19,14 +19,8 @@ Array = jax.Array
 
 
 def bias_correction(decay: float, count: Array, dtype: Any) -> Array:
-    """``1 - decay**count``, accurate to the last bits of ``dtype`` at any count: ``-expm1(count *
-    log(decay))``.
-
-    Args:
-      decay: Between 0 and 1.
-      count: Updates so far, this one included; integer scalar.
-      dtype: Floating dtype of the result.
-    """
+    """``1 - decay**count``, accurate to the last bits of ``dtype`` at any count, of updates with
+    this one included: ``-expm1(count * log(decay))``."""
     return corrected(log_of(decay), count, dtype)
 
 

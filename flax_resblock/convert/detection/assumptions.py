@@ -12,10 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from flax_resblock.config import BlockConfig, Config, ResNetConfig, named_alike
-from flax_resblock.convert.detection.assumption_rules import (
-    ASSUMPTION_RULES,
-    AssumptionRule,
-)
+from flax_resblock.convert.detection.assumption_rules import ASSUMPTION_RULES, AssumptionRule
 from flax_resblock.convert.detection.fixed_assumptions import FIXED
 from flax_resblock.convert.naming import Naming
 from flax_resblock.errors import InputError
@@ -32,12 +29,7 @@ KNOWN = "known"
 
 @dataclass(frozen=True)
 class Assumption:
-    """A choice that nobody made.
-
-    Attributes:
-      rule: What was to be chosen.
-      config: With the choice.
-    """
+    """A choice that nobody made, and the configuration with it."""
 
     rule: AssumptionRule
     config: Config
@@ -76,14 +68,9 @@ _ORDER = (
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Everything that was assumed about a checkpoint.
-
-    Attributes:
-      choices: Those that are said whatever the network, as networks of both kinds are common.
-      others: The others, each as a note.
-      known: What it was read as: a published network, or that of a known JAX program; None where
-        it is one's own.
-    """
+    """Everything that was assumed about a checkpoint: choices that are said whatever the network,
+    as networks of both kinds are common; the others, each as a note; and the published network, or
+    that of a known JAX program, that it was read as (None where it is one's own)."""
 
     choices: tuple[Assumption, ...] = ()
     others: tuple[str, ...] = ()
@@ -109,14 +96,8 @@ class Assumptions:
 def assumptions_of(
     config: Config, naming: Naming, told: Mapping[str, Any], *, by_file: bool
 ) -> Assumptions:
-    """What had to be assumed about a network.
-
-    Args:
-      config: As it was read.
-      naming: Its naming scheme.
-      told: Options that someone gave, by name.
-      by_file: Whether a file beside the weights describes the network.
-    """
+    """What had to be assumed about a network that was read so. ``told`` are the options that
+    someone gave, ``by_file`` says whether a file beside the weights describes the network."""
     rules = [
         Assumption(rule, config)
         for rule in ASSUMPTION_RULES
@@ -149,11 +130,7 @@ def published(config: Config) -> str | None:
 
 
 def with_assumptions(config: Config, assumptions: Mapping[str, Any]) -> Config:
-    """The configuration with the assumptions that it has a field for.
-
-    Raises:
-      InputError: Values that make no network.
-    """
+    """The configuration with these assumptions; raises InputError if that is no network."""
     names = {field.name for field in fields(config)}
     if isinstance(config, BlockConfig) and config.kind == "basic":
         names.discard("stride_on")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from flax_resblock.checkpoint.unwrap import wrapping
+from flax_resblock.checkpoint.unwrap import shared_prefixes
 from flax_resblock.config import BlockConfig
 from flax_resblock.convert.namings import NAMINGS
 from flax_resblock.convert.state_map import StateMap, TensorInfo, matches_any
@@ -131,11 +131,8 @@ is ever left out. A name alone never says that a layer is not the network's clas
 
 def find_backbone(found: Mapping[str, TensorInfo], file: Iterable[str] = ()) -> Backbone | None:
     """The first row that explains every tensor, with some in the network and some beside it.
-
-    Args:
-      found: Shape and dtype of every tensor.
-      file: Names of what the file holds beside the state dict, and notes on its unwrapping.
-    """
+    ``file`` are the names of what the file holds beside the state dict, and notes on its
+    unwrapping."""
     file = set(file)
     rows = (row for row in BACKBONES if _applies(row, list(found)) and not unexplained(row, found))
     return next((row for row in rows if _is_evident(row, found, file)), None)
@@ -213,6 +210,10 @@ def refuse_untold_dilation(backbone: Backbone, known: bool, source: str) -> None
         )
 
 
+def _wrapping(key: str) -> str:
+    return "".join(shared_prefixes([key]))
+
+
 def refuse_ignored_blocks(
     ignored: Sequence[str],
     kept: Iterable[str],
@@ -223,18 +224,16 @@ def refuse_ignored_blocks(
     """Raises InputError where tensors of a block were ignored: what is left is another network.
 
     Args:
-      ignored: Keys that the user asked to drop.
-      kept: The others, by the names that they have in the file.
+      kept: The other tensors, by the names that they have in the file.
       backbone: Where the network is; None where it has no prefix, or one that wrappers leave.
       state_map: Of the network; None where what is left is none.
-      source: For messages.
     """
     namings = NAMINGS.values() if state_map is None else (state_map.naming,)
     block = state_map is not None and isinstance(state_map.config, BlockConfig)
-    prefixes = {wrapping(key) for key in kept} if backbone is None else {backbone.prefix}
+    prefixes = {_wrapping(key) for key in kept} if backbone is None else {backbone.prefix}
     inside = []
     for key in ignored:
-        prefix = wrapping(key) if backbone is None else backbone.prefix
+        prefix = _wrapping(key) if backbone is None else backbone.prefix
         if prefix not in prefixes or not key.startswith(prefix):
             continue
         names = (key, key.removeprefix(prefix))

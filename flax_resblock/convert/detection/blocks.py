@@ -18,13 +18,7 @@ SAY = "Say it with `naming=flax_resblock.Naming(...)`."
 
 @dataclass(frozen=True)
 class Layer:
-    """A module with tensors.
-
-    Attributes:
-      name: Of the module.
-      kind: ``"conv"``, ``"norm"`` or ``"linear"``.
-      shape: Of its weight.
-    """
+    """A module with tensors: name, kind (conv, norm or linear) and the shape of its weight."""
 
     name: str
     kind: str
@@ -89,14 +83,11 @@ def tree_of(layers: list[Layer], joints: str = ".") -> Node:
     for one in layers:
         node = root
         node.layers.append(one)
-        for name in (*_beginnings(one.name, joints), one.name):
+        ends = [place for place, letter in enumerate(one.name) if letter in joints]
+        for name in (one.name[:end] for end in (*ends, None)):
             node = node.children.setdefault(name, Node(name))
             node.layers.append(one)
     return root
-
-
-def _beginnings(name: str, joints: str) -> list[str]:
-    return [name[:place] for place, letter in enumerate(name) if letter in joints]
 
 
 def without_numbers(name: str) -> str:
@@ -182,8 +173,7 @@ def _rivals(block: str, readings: Iterable[Mapping[str, Layer]]) -> str:
 
 
 def why_no_block(layers: list[Layer]) -> str:
-    """A sentence on the modules that would be blocks if their layers ran in another order than
-    they are defined in; empty where there is none."""
+    """A sentence on modules that would be blocks if their layers ran in another order; or empty."""
     found = []
     for node in islice(_nodes(tree_of(layers)), _MOST_NODES):
         convs = [one for one in node.layers if one.kind == "conv"]

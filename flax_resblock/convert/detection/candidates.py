@@ -39,11 +39,7 @@ class Match:
 
 
 class NoFitError(CheckpointError):
-    """No reading fits.
-
-    Attributes:
-      nearest: The one with the fewest differences; None where there is none at all.
-    """
+    """No reading fits; ``nearest`` is the one with the fewest differences, if there is any."""
 
     def __init__(self, message: str, nearest: Match | None) -> None:
         super().__init__(message)
@@ -149,18 +145,9 @@ def identify(
     assumptions: Mapping[str, Any] | None = None,
     source: str = "the state dict",
 ) -> Match:
-    """The one reading of a state dict that fits.
+    """The one reading of a state dict that fits; the arguments are those of
+    :class:`~flax_resblock.convert.opened.ReadOptions`.
 
-    Args:
-      found: Shape and dtype of every tensor.
-      architecture: A name or configuration, None to find it.
-      naming: The naming scheme or the name of a known one, None to find it.
-      num_classes: Size of the logits, None to read it off.
-      stride: Of a bare block whose skip changes shape, which its weights do not tell.
-      allow_missing: Keys (globs) that may be absent.
-      assumptions: Fields of the configuration that the weights do not show; see
-        :mod:`flax_resblock.convert.detection.assumptions`.
-      source: What to call the state dict in messages.
     Raises:
       CheckpointError: Nothing fits, or several readings fit; the message shows the nearest and the
         flag to use.
@@ -256,9 +243,9 @@ def _closest_family(found: TensorInfos) -> str:
     """The named network and scheme that at least half of the tensors fit, and which do not."""
     best: tuple[int, Match] | None = None
     for naming in NAMINGS.values():
-        if 2 * sum(naming.is_inside_block(key) or _is_outside(naming, key) for key in found) < len(
-            found
-        ):
+        outside = {name for place, name in naming.modules.items() if is_outside(place)}
+        named = (naming.is_inside_block(k) or k.rpartition(".")[0] in outside for k in found)
+        if 2 * sum(named) < len(found):
             continue
         for published in ARCHITECTURES:
             state_map = _published(published, naming.name)
@@ -287,9 +274,3 @@ def _published(name: str, naming: str) -> StateMap | None:
         return StateMap(ARCHITECTURES[name], NAMINGS[naming])
     except InputError:
         return None
-
-
-def _is_outside(naming: Naming, key: str) -> bool:
-    """Whether a tensor has the name of one of the stem or the head."""
-    places = (name for place, name in naming.modules.items() if is_outside(place))
-    return key.rpartition(".")[0] in places

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import count
 from typing import Any, TypeVar
 
@@ -43,10 +43,7 @@ def _depths(naming: Naming, found: TensorInfos) -> list[int]:
 
 def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
     """The network that the names and shapes describe under ``naming``, None where they describe
-    none.
-
-    Tolerates single missing tensors, so that the error can name them.
-    """
+    none. Single missing tensors are tolerated, so that the error can name them."""
     reader = Reader(naming.laid_out(_depths(naming, found)), found)
     stages: list[range] = []
     for number in count(1):
@@ -57,10 +54,10 @@ def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
     if not any(stages):
         return None
     pools_between = reader.has("transition1", [None], "conv")
-    thirds = (reader.has(f"stage{n}", b, role) for n, b in _counted(stages) for role in _THIRD)
+    thirds = (reader.has(f"stage{n}", b, role) for n, b in enumerate(stages, 1) for role in _THIRD)
     kind = "bottleneck" if any(thirds) else "basic"
     last = 3 if kind == "bottleneck" else 2
-    places = [(f"stage{n}", i) for n, stage in _counted(stages) for i in stage]
+    places = [(f"stage{n}", i) for n, stage in enumerate(stages, 1) for i in stage]
     deep = any(reader.has("stem", [None], f"conv{i}") for i in (1, 2, 3))
     stem = reader.shape("stem", None, "conv1" if deep else "conv", SlotKind.CONV)
     stem_place = ("conv3", "norm3") if deep else ("conv", "norm")
@@ -72,7 +69,7 @@ def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
         reader.width(f"stage{n}", blocks, f"conv{last}", None if norm_first else f"norm{last}")
         or reader.width(f"transition{n}", [None], "conv", "norm")
         or 0
-        for n, blocks in _counted(stages)
+        for n, blocks in enumerate(stages, 1)
     ]
     stem_width = bare if norm_first else reader.width("stem", [None], *stem_place)
     inner = tuple(reader.width("stem", [None], f"conv{i}", f"norm{i}") or 0 for i in (1, 2))
@@ -83,11 +80,11 @@ def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
     inputs = widths if pools_between else [stem_width, *widths]
     blocks = [
         (f"stage{n}", i, widths[n - 1] if i else inputs[n - 1], widths[n - 1] // EXPANSION[kind])
-        for n, stage in _counted(stages)
+        for n, stage in enumerate(stages, 1)
         for i in stage
     ]
     groups, base_width = reader.grouping(kind, blocks)
-    firsts = [f"stage{n}" for n, _ in _counted(stages)]
+    firsts = [f"stage{n}" for n, _ in enumerate(stages, 1)]
     pooled = any(reader.pools(stage, 0) for stage in firsts)
     home = "shortcut.projection" if pooled else "shortcut"
     projects = [reader.width(stage, [0], f"{home}.conv", f"{home}.norm") for stage in firsts]
@@ -124,10 +121,6 @@ def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
     return _made(ResNetConfig, told)
 
 
-def _counted(stages: list[range]) -> Iterator[tuple[int, range]]:
-    return enumerate(stages, start=1)
-
-
 def _layers(reader: Reader, places: Blocks, norm_first: bool) -> dict[str, Any]:
     """Options of every block that tensors tell: order, norms, biases and shortcuts."""
     kernels = (reader.shape(*place, "shortcut.conv", SlotKind.CONV) for place in places)
@@ -140,8 +133,7 @@ def _layers(reader: Reader, places: Blocks, norm_first: bool) -> dict[str, Any]:
 
 
 def _made(kind: type[_Config], found: Mapping[str, Any]) -> _Config | None:
-    """The configuration, with the first number of groups of its norms that is possible; None where
-    there is none."""
+    """The configuration with the first possible number of groups of its norms; None for none."""
     for norm_groups in GROUPS:
         try:
             return kind(**found, norm_groups=norm_groups)

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flax_resblock.config import Config, ResNetConfig
+from flax_resblock.config import Config
 from flax_resblock.convert.detection.assumption_rules import blocks_of, has_strides, network_where
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """What is assumed of every network that is read from weights alone.
+    """What is assumed of every network that is read from weights alone and that ``matters`` picks.
 
     Attributes:
-      says: What is assumed.
       told_by: Arguments that say it; none where it is no option of this library.
-      matters: Whether a network has it.
       unless: What these arguments say, where that is only one of the other cases.
     """
 
@@ -35,17 +33,19 @@ class Fixed:
         return f"{self.says} ({when})"
 
 
-def _strides(config: ResNetConfig) -> bool:
-    return len(config.depths) > 1 and config.transition == "strided"
-
-
 OWN_MODULE = "if not, convert your own module with from_torch"
 
 FIXED = (
     Fixed(
         "every stage after the first halves the resolution, with the stride of its first block",
         ("dilated_stages",),
-        network_where(lambda config: _strides(config) and not config.dilated_stages),
+        network_where(
+            lambda config: (
+                len(config.depths) > 1
+                and config.transition == "strided"
+                and not config.dilated_stages
+            )
+        ),
         unless="it is dilated instead",
     ),
     Fixed(
@@ -103,9 +103,7 @@ FIXED = (
         unless="nothing is added (none)",
     ),
     Fixed(
-        "nothing follows the head",
-        (),
-        network_where(lambda config: config.num_classes is not None),
+        "nothing follows the head", (), network_where(lambda config: config.num_classes is not None)
     ),
     Fixed("eps is 1e-5 and momentum 0.1 in every norm", ("eps",), lambda config: True),
     Fixed("training drops no values", ("dropout",), lambda config: config.norm_first),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flax_resblock.checkpoint.unwrap import PREFIXES
+from flax_resblock.checkpoint.unwrap import shared_prefixes
 from flax_resblock.config import Config, ResNetConfig
 from flax_resblock.convert.detection.backbones import Backbone
 from flax_resblock.convert.state_map import TensorInfo, matches_any
@@ -24,11 +24,8 @@ def linears(found: Mapping[str, TensorInfo]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Head:
-    """The classification head of a network, where the naming scheme does not expect it.
-
-    Attributes:
-      module: Its name, such as ``"classifier"`` beside ``backbone.*``, or ``"fc.1"``.
-      prefix: Of the network's other tensors; ``""``: they have none.
+    """The classification head of a network, where the naming scheme does not expect it: the name of
+    its module, such as ``"classifier"`` beside ``backbone.*``, and the prefix of the other tensors.
     """
 
     module: str
@@ -54,27 +51,13 @@ def find_head(found: Mapping[str, TensorInfo]) -> Head | None:
         return None
     head = Head(modules[0], "")
     rest = [key for key in found if not head.holds(key)]
-    prefix = ""
-    while rest and (more := next((p for p in PREFIXES if _all_start(rest, prefix + p)), None)):
-        prefix += more
-    return Head(head.module, prefix) if rest else None
-
-
-def _all_start(keys: Iterable[str], prefix: str) -> bool:
-    return all(key.startswith(prefix) for key in keys)
+    return Head(head.module, "".join(shared_prefixes(rest))) if rest else None
 
 
 def refuse_head_left_out(
     backbone: Backbone, found: Mapping[str, TensorInfo], config: Config, source: str
 ) -> None:
-    """Raises CheckpointError if a classification head is among the tensors beside a network.
-
-    Args:
-      backbone: Where the network is.
-      found: Shape and dtype of every tensor.
-      config: The network.
-      source: For messages.
-    """
+    """Raises CheckpointError if a classification head is among the tensors beside a network."""
     if not isinstance(config, ResNetConfig):
         return
     features = config.feature_channels

@@ -34,11 +34,7 @@ may hold anything."""
 
 @dataclass(frozen=True)
 class NotLearned:
-    """Why no naming scheme was learned.
-
-    Attributes:
-      why: A sentence; empty where the tensors are not those of a residual network at all.
-    """
+    """Why no naming scheme was learned; empty where it is no residual network at all."""
 
     why: str = ""
 
@@ -46,11 +42,7 @@ class NotLearned:
 def learn_naming(found: TensorInfos) -> Naming | NotLearned:
     """The naming scheme of a residual network whose names are its author's own; why there is none
     where the tensors are not those of one, or where order alone would have to decide and is not
-    known.
-
-    Args:
-      found: Shape and dtype of every tensor.
-    """
+    known."""
     layers = _layers(found) if len(found) <= _MOST_TENSORS else None
     if layers is None:
         return NotLearned()
@@ -121,7 +113,8 @@ def _learned(layers: list[Layer], is_sorted: bool) -> Naming:
         )
     prefixes, places = _aligned(blocks)
     places = _pooled(places, prefixes, order)
-    if is_sorted and not _tell_their_order(blocks, prefixes):
+    paths = (_main_path(block, kind) for block in blocks for kind in ("conv", "norm"))
+    if is_sorted and not all(map(_differ_in_numbers, (prefixes, *paths))):
         raise _UnclearError(
             f"The file is sorted by name, and the names do not tell in which order these run: "
             f"{some([one.prefix for one in blocks], 6)}, and the convolutions inside, such as "
@@ -192,13 +185,6 @@ def _differ_in_numbers(names: Iterable[str]) -> bool:
     return len(set(map(without_numbers, names))) <= 1
 
 
-def _tell_their_order(blocks: list[Block], prefixes: list[str]) -> bool:
-    """Whether the numbers in the names of blocks, convolutions and norms give their order; in a
-    file that is sorted by name, nothing else does."""
-    paths = (_main_path(block, kind) for block in blocks for kind in ("conv", "norm"))
-    return _differ_in_numbers(prefixes) and all(map(_differ_in_numbers, paths))
-
-
 def _order_of(blocks: list[Block], seen: str) -> tuple[bool, str]:
     """Whether norms come before their convolutions, as the channels of the norms tell; and where
     they do not, a sentence on blocks that look so."""
@@ -219,13 +205,8 @@ def _outer_norms(
     norms: list[Layer], ends: Mapping[str, Layer | Block], early: set[str], seen: str
 ) -> dict[str, Layer]:
     """The norms outside the blocks by their places, each behind what gives as many channels.
-
-    Args:
-      norms: In order.
-      ends: What they may follow, by their place.
-      early: Those that are defined before the blocks.
-      seen: Begins the message.
-    """
+    ``ends`` are what they may follow, by their place, ``early`` those that are defined before the
+    blocks."""
     found: dict[str, Layer] = {}
     for one in norms:
         fitting = [place for place, end in ends.items() if one.shape == (end.out,)]

@@ -52,7 +52,6 @@ class Reader:
         None where no tensor tells, because the main paths never change the number of channels.
 
         Args:
-          blocks: Stage and index of each, in order.
           last: Number of the last convolution of a block.
           stem: Channels that the first block takes; None: unknown.
         """
@@ -141,12 +140,7 @@ class Reader:
         self, blocks: Sequence[tuple[str, int | None]], out_channels: Mapping[str, int]
     ) -> dict[str, Any]:
         """Kind of attention; of squeeze-and-excitation the biases, and the ratio and multiple that
-        most inner widths have.
-
-        Args:
-          blocks: Stage and index of each.
-          out_channels: Of the blocks of a stage.
-        """
+        most inner widths have. ``out_channels`` are those of the blocks of each stage."""
         if any(self.has(stage, [block], "attention.conv") for stage, block in blocks):
             return {"attention": "eca"}
         if not any(self.has(stage, [block], role) for stage, block in blocks for role in _SQUEEZE):
@@ -178,12 +172,8 @@ class Reader:
         self, kind: str, blocks: Iterable[tuple[str, int | None, int | None, int]]
     ) -> tuple[int, int]:
         """``groups`` and ``base_width`` that most 3x3 kernels ``(3, 3, channels // groups, _)``
-        have; of two that disagree, the first is believed.
-
-        Args:
-          kind: Of every block.
-          blocks: Stage, index, input channels (None: unknown) and planes of each.
-        """
+        have; of two that disagree, the first is believed. A block is its stage, index, input
+        channels (None: unknown) and planes."""
         seen: list[tuple[int, int, int]] = []
         for stage, block, in_channels, planes in blocks:
             inputs = (

@@ -23,13 +23,7 @@ of the smallest network."""
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a checkpoint that is a network.
-
-    Attributes:
-      prefix: Of its tensors, with the dot behind it.
-      match: What it is.
-      beside: The other tensors.
-    """
+    """A part of a checkpoint that is a network: its prefix with the dot, and the other tensors."""
 
     prefix: str
     match: Match
@@ -53,16 +47,11 @@ class Part:
 def explained(
     error: CheckpointError, found: Mapping[str, TensorInfo], why: str, source: str
 ) -> CheckpointError:
-    """The error of the detection, with what is seen in the tensors.
-
-    Args:
-      error: Of the detection.
-      found: Shape and dtype of every tensor.
-      why: A sentence on the names that were not learned; may be empty.
-      source: For messages.
-    """
+    """The error of the detection, with what is seen in the tensors. ``why`` is a sentence on the
+    names that were not learned; it may be empty."""
     first, *more = str(error).split("\n")
-    if words := _other_program(found):
+    modules = {key.rpartition(".")[0] for key in found}
+    if words := next((words for name, words in _OTHER_PROGRAMS.items() if name in modules), ""):
         return CheckpointError(f"{source} is {words}. It is not converted.")
     known, head = nearly(found), several_layers(found)
     nearest = error.nearest if isinstance(error, NoFitError) else None
@@ -81,14 +70,9 @@ def explained(
 
 _OTHER_PROGRAMS = {
     "gn_root": "big_vision's ResNet v1 with group norms (it has a gn_root), whose kernels are "
-    "divided by their standard deviation plus 1e-5, and no network here computes that",
+    "divided by their standard deviation plus 1e-5, and no network here computes that"
 }
 """What networks of JAX programs are that have no row in the naming schemes, by a module of each."""
-
-
-def _other_program(found: Mapping[str, TensorInfo]) -> str:
-    modules = {key.rpartition(".")[0] for key in found}
-    return next((words for name, words in _OTHER_PROGRAMS.items() if name in modules), "")
 
 
 def _parts_of(found: Mapping[str, TensorInfo]) -> list[Part]:

@@ -21,8 +21,7 @@ class _Layers:
     """The modules with tensors, in order.
 
     Attributes:
-      tensors: Shape of every tensor, by name.
-      modules: Shapes by module and name within it.
+      tensors: Shape of every tensor, by name; ``modules``: by module and name within it.
       kernels: Shapes of the convolution kernels, by module.
       children: Names of the modules directly inside another, by its name.
       blocks: Names of the convolutions anywhere inside a module, where they are two to six.
@@ -65,7 +64,10 @@ def _squeezes(layers: _Layers) -> list[str]:
         for name, tensors in layers.modules.items()
         if not tensors.keys() - {"weight", "bias"}
     }
-    blocks = {name for name, convs in layers.blocks.items() if _has_kernel_of_3(layers, convs)}
+    sizes = {
+        name: {layers.kernels[one][2] for one in convs} for name, convs in layers.blocks.items()
+    }
+    blocks = {name for name, found in sizes.items() if 3 in found}
     found: list[str] = []
     for (first, a), (second, b) in pairwise(plain.items()):
         if not (_is_product(a) and _is_product(b)) or a[:2] != b[1::-1] or a[0] >= a[1]:
@@ -79,10 +81,6 @@ def _squeezes(layers: _Layers) -> list[str]:
 def _is_product(shape: Shape) -> bool:
     """Whether a layer is one product per pixel."""
     return len(shape) == 2 or (len(shape) == 4 and set(shape[2:]) == {1})
-
-
-def _has_kernel_of_3(layers: _Layers, convs: list[str]) -> bool:
-    return any(layers.kernels[name][2] == 3 for name in convs)
 
 
 def _partly_biased(layers: _Layers) -> list[str]:
@@ -102,14 +100,6 @@ def _with(axes: int, *names: str) -> Callable[[_Layers], list[str]]:
     ]
 
 
-def _without_statistics(layers: _Layers) -> list[str]:
-    return [] if layers.norms else _with(1, "weight", "bias")(layers)
-
-
-def _without_affine(layers: _Layers) -> list[str]:
-    return [name for name in layers.norms if "weight" not in layers.modules[name]]
-
-
 def _acting_norms(layers: _Layers) -> list[str]:
     return [
         name
@@ -120,10 +110,6 @@ def _acting_norms(layers: _Layers) -> list[str]:
 
 def _five_axes(layers: _Layers) -> list[str]:
     return [key for key, shape in layers.tensors.items() if len(shape) == 5]
-
-
-def _oblong(layers: _Layers) -> list[str]:
-    return [name for name, shape in layers.kernels.items() if shape[2] != shape[3]]
 
 
 def _reparametrised(layers: _Layers) -> list[str]:
@@ -193,7 +179,10 @@ _PORT = (
 """The next step, which needs no block of this library; it does not know volumes."""
 _SIGNS: tuple[tuple[Callable[[_Layers], list[str]], str], ...] = (
     (_five_axes, "kernels with five axes, of convolutions over volumes or video"),
-    (_oblong, "kernels that are not square"),
+    (
+        lambda layers: [name for name, shape in layers.kernels.items() if shape[2] != shape[3]],
+        "kernels that are not square",
+    ),
     (
         _reparametrised,
         "weight norm, spectral norm or pruning masks; remove them in PyTorch first "
@@ -201,11 +190,14 @@ _SIGNS: tuple[tuple[Callable[[_Layers], list[str]], str], ...] = (
         "torch.nn.utils.prune.remove)",
     ),
     (
-        _without_statistics,
+        lambda layers: [] if layers.norms else _with(1, "weight", "bias")(layers),
         "norms without running statistics, such as GroupNorm or LayerNorm; of these the networks "
         "of this library have group norms alone",
     ),
-    (_without_affine, "batch norms without scale and bias (affine=False)"),
+    (
+        lambda layers: [name for name in layers.norms if "weight" not in layers.modules[name]],
+        "batch norms without scale and bias (affine=False)",
+    ),
     (
         _with(1, "weight"),
         "layers with a single vector, such as PReLU, whose slopes are learned; the activations of "
@@ -248,11 +240,7 @@ _SIGNS: tuple[tuple[Callable[[_Layers], list[str]], str], ...] = (
 
 
 def unsupported(found: Mapping[str, Any]) -> list[str]:
-    """A sentence on everything that no network of this library has.
-
-    Args:
-      found: Shape and dtype of every tensor.
-    """
+    """A sentence on everything that no network of this library has."""
     if len(found) > _MOST_TENSORS or any(key.count(".") > _DEEPEST for key in found):
         return []
     layers = _Layers({key: info.shape for key, info in found.items()})

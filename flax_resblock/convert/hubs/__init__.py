@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from flax_resblock.checkpoint.folders import CONFIG_FILE, PREPROCESSOR_FILE
 from flax_resblock.config import Config, ResNetConfig
-from flax_resblock.convert.hubs.common import Hub, HubConfig, Preprocessing
-from flax_resblock.convert.hubs.timm import TIMM
-from flax_resblock.convert.hubs.transformers import TRANSFORMERS
-from flax_resblock.errors import CheckpointError, InputError
+from flax_resblock.convert.hubs import timm, transformers
+from flax_resblock.convert.hubs.common import HubConfig, Preprocessing
+from flax_resblock.errors import InputError, damaged, raised
 
 if TYPE_CHECKING:
     from flax_resblock.convert.image_facts import ImageFacts
@@ -20,45 +19,33 @@ if TYPE_CHECKING:
 __all__ = ["HUBS", "HubConfig", "Preprocessing", "files_of", "kept_files", "read_hub"]
 
 
-HUBS: Mapping[str, Hub] = MappingProxyType({"transformers": TRANSFORMERS, "timm": TIMM})
+HUBS: Mapping[str, ModuleType] = MappingProxyType({"transformers": transformers, "timm": timm})
+"""One module for each package: ``recognises`` its ``config.json``, ``read`` says what the files of
+a folder say (CheckpointError for a network that computes something else than this library's), and
+``write`` gives the files of a folder that the package loads (InputError for a network that it
+cannot build). ``kept`` is the ``config.json`` that the network came with, if the package wrote it.
+"""
 
 
 def _json(metadata: Mapping[str, str], name: str, source: str) -> dict[str, Any]:
-    try:
+    advice = "Copy the folder again, or remove that file."
+    with damaged(f"{source}: its {name} is no JSON", advice):
         content = json.loads(metadata.get(name, "{}"))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{source}: its {name} is no JSON ({error}). Copy the folder again, or remove that "
-            f"file."
-        ) from error
     return content if isinstance(content, dict) else {}
 
 
 def read_hub(metadata: Mapping[str, str], source: str) -> HubConfig | None:
     """What the ``config.json`` that came with a checkpoint says; None where there is none, or one
-    of another package.
-
-    Args:
-      metadata: Of the checkpoint, with the texts of the JSON files by name.
-      source: For messages.
-    Raises:
-      CheckpointError: A damaged file, or a network that computes something else than this
-        library's.
-    """
+    of another package. Raises CheckpointError for a damaged file, or a network that computes
+    something else than this library's."""
     content = _json(metadata, CONFIG_FILE, source)
     preprocessor = _json(metadata, PREPROCESSOR_FILE, source)
     hub = next((hub for hub in HUBS.values() if hub.recognises(content)), None)
     if hub is None:
         return None
-    try:
-        return hub.read(content, preprocessor, f"{source}: its {CONFIG_FILE}")
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise CheckpointError(
-            f"{source}: its {CONFIG_FILE} is damaged ({type(error).__name__}: {error}). Copy "
-            f"the folder again."
-        ) from error
+    words = f"{source}: its {CONFIG_FILE}"
+    with damaged(f"{words} is damaged", "Copy the folder again.", says=raised):
+        return hub.read(content, preprocessor, words)
 
 
 def kept_files(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -69,16 +56,9 @@ def kept_files(metadata: Mapping[str, str]) -> dict[str, str]:
 def files_of(
     hub: str, config: Config, metadata: Mapping[str, str], facts: ImageFacts
 ) -> dict[str, str]:
-    """The JSON files of a folder that ``hub``'s package loads, by name.
-
-    Args:
-      hub: A key of :data:`HUBS`.
-      config: The network.
-      metadata: Of the checkpoint that it came from.
-      facts: What is known of its images.
-    Raises:
-      InputError: A bare block, or a network that the package cannot build.
-    """
+    """The JSON files of a folder that the package ``hub`` loads, by name, for a network that came
+    from a checkpoint with this metadata; raises InputError for a bare block, or a network that the
+    package cannot build."""
     if not isinstance(config, ResNetConfig):
         raise InputError(
             f"a folder for {hub} holds a whole network, not a bare block. Write a .safetensors "

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from flax_resblock.config import ResNetConfig
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
@@ -38,14 +36,8 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class HubConfig:
-    """A ``config.json`` that was understood.
-
-    Attributes:
-      hub: A key of :data:`flax_resblock.convert.hubs.HUBS`.
-      told: Fields of the configuration that cannot be inferred from the weights.
-      labels: Class names in order; empty where there are none.
-      preprocessing: None where the folder does not say.
-    """
+    """A ``config.json`` of the package ``hub`` that was understood: ``told`` are fields of the
+    configuration that cannot be inferred from the weights, ``labels`` the class names in order."""
 
     hub: str
     told: Mapping[str, Any]
@@ -59,26 +51,3 @@ class HubConfig:
         return f"its config.json ({self.hub}) says {said}" + (
             f" and names {len(self.labels)} classes" if self.labels else ""
         )
-
-
-@dataclass(frozen=True)
-class Hub:
-    """One package's folders.
-
-    Attributes:
-      recognises: ``(config_json)``: whether the package wrote this ``config.json``.
-      read: ``(config_json, preprocessor_config_json, source)``: what the files say; the second is
-        empty if there is none, and ``source`` is for messages. Raises CheckpointError for a network
-        that computes something else than this library's.
-      write: ``(config, labels, kept, preprocessing)``: the JSON files of a folder that the package
-        loads, by name. ``labels`` are class names (none: numbered), ``kept`` is the ``config.json``
-        that the network came with if this package wrote it, and None for ``preprocessing`` writes
-        none. Raises InputError for a network that the package cannot build.
-    """
-
-    recognises: Callable[[Mapping[str, Any]], bool]
-    read: Callable[[Mapping[str, Any], Mapping[str, Any], str], HubConfig]
-    write: Callable[
-        [ResNetConfig, Sequence[str], Mapping[str, Any], Preprocessing | None],
-        dict[str, dict[str, Any]],
-    ]

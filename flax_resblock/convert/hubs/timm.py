@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from flax_resblock.config import ARCHITECTURES, ResNetConfig
-from flax_resblock.convert.hubs.common import Hub, HubConfig, Preprocessing
+from flax_resblock.convert.hubs.common import HubConfig, Preprocessing
 from flax_resblock.errors import CheckpointError, InputError
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -48,13 +48,13 @@ _DILATED = {32: (), 16: (4,), 8: (3, 4)}
 _ANTIALIAS = {None: "none", "blur": "blur", "blurpool": "blur"}
 
 
-def _recognises(content: Mapping[str, Any]) -> bool:
+def recognises(content: Mapping[str, Any]) -> bool:
     return isinstance(content.get("architecture"), str) and (
         "pretrained_cfg" in content or "num_classes" in content
     )
 
 
-def _read(content: Mapping[str, Any], preprocessor: Mapping[str, Any], source: str) -> HubConfig:
+def read(content: Mapping[str, Any], preprocessor: Mapping[str, Any], source: str) -> HubConfig:
     name, arguments = content["architecture"], content.get("model_args") or {}
     other = next(
         (words for start, words in _OTHER_FUNCTION.items() if name.startswith(start)), None
@@ -138,7 +138,7 @@ def _name_of(config: ResNetConfig) -> str | None:
     return next((name for name, known in ARCHITECTURES.items() if known == plain), None)
 
 
-def _write(
+def write(
     config: ResNetConfig,
     labels: Sequence[str],
     kept: Mapping[str, Any],
@@ -179,6 +179,3 @@ def _write(
     if len(labels) == classes and classes:
         content["label_names"] = list(labels)
     return {"config.json": content}
-
-
-TIMM = Hub(_recognises, _read, _write)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax_resblock.config import EXPANSION, ResNetConfig
-from flax_resblock.convert.hubs.common import Hub, HubConfig, Preprocessing
+from flax_resblock.convert.hubs.common import HubConfig, Preprocessing
 from flax_resblock.errors import CheckpointError, InputError
 
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -15,11 +15,11 @@ _WARPED_FROM = 384
 """ConvNextImageProcessor, which ResNet uses, resizes without a crop from this size on."""
 
 
-def _recognises(content: Mapping[str, Any]) -> bool:
+def recognises(content: Mapping[str, Any]) -> bool:
     return content.get("model_type") == "resnet"
 
 
-def _read(content: Mapping[str, Any], preprocessor: Mapping[str, Any], source: str) -> HubConfig:
+def read(content: Mapping[str, Any], preprocessor: Mapping[str, Any], source: str) -> HubConfig:
     activation = content.get("hidden_act", "relu")
     if activation != "relu":
         raise CheckpointError(
@@ -66,7 +66,7 @@ def _preprocessing(content: Mapping[str, Any]) -> Preprocessing | None:
     )
 
 
-def _write(
+def write(
     config: ResNetConfig,
     labels: Sequence[str],
     kept: Mapping[str, Any],
@@ -133,6 +133,3 @@ def _refuse_lost(config: ResNetConfig, content: Mapping[str, Any]) -> None:
             f"transformers' ResNet cannot be told {', '.join(lost)}. Write another naming "
             'scheme: `save(naming="torchvision")`.'
         )
-
-
-TRANSFORMERS = Hub(_recognises, _read, _write)
