@@ -118,8 +118,8 @@ def test_the_certificate_says_with_what_it_was_compared(folder, capsys):
     assert run(["verify", "--certificate", "out.safetensors.parity.json"]) == 0
 
 
-@pytest.mark.parametrize("arguments", [{"act": "leaky_relu"}, {"act": "gelu"}], ids=str)
-def test_what_computes_something_else_is_refused_and_nothing_written(arguments, folder, capsys):
+def test_what_computes_something_else_is_refused_and_nothing_written(folder, capsys):
+    arguments = {"act": "leaky_relu"}
     saved(**arguments)
     assert convert("--kwargs", json.dumps(arguments)) == 2
     assert (
@@ -155,8 +155,6 @@ def test_another_eps_in_the_module_shows_in_float64(folder, capsys):
 
 
 BAD = {
-    "no such file": (["--torch", "other.py:Net"], "the file other.py does not exist"),
-    "no such name": (["--torch", "net.py:Nothing"], "has no class or function 'Nothing'"),
     "code that raises": (["--torch", "net.py:fails"], "calling it raised OSError: no such dataset"),
     "other classes": (
         ["--torch", "net.py:Net", "--kwargs", '{"classes": 7}'],

@@ -24,6 +24,7 @@ from flax_resblock.parity.reference import ReferencePair
 from flax_resblock.parity.taps import as_tensor
 from parity_tests.families import FAMILIES, import_timm, import_transformers, randomise
 from parity_tests.support import assert_same_bits, fast_only, import_torchvision, output
+from parity_tests.test_round_trip import few_architectures
 
 QUICK = ("huggingface bottleneck, stride on the 1x1", "timm resnet18d")
 
@@ -67,7 +68,7 @@ def convert(source, out, *more):
     assert run(["convert", str(source), str(out), "--no-certificate", *more]) == 0
 
 
-@pytest.mark.parametrize("name", fast_only(QUICK[1:], FAMILIES))
+@pytest.mark.parametrize("name", fast_only(["huggingface basic"], FAMILIES))
 def test_a_family_converts_without_flags_computes_the_same_and_goes_back(name, tmp_path):
     family = FAMILIES[name]
     module = saved(name, tmp_path / "theirs")
@@ -156,9 +157,10 @@ def test_a_module_says_itself_what_no_tensor_tells(name):
         assert relative_l2(ours, output_of(module, images)) <= FLOAT64_LIMIT
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in ARCHITECTURES if "cifar" not in name and "caffe" not in name]
-)
+NAMES = [name for name in ARCHITECTURES if "cifar" not in name and "caffe" not in name]
+
+
+@pytest.mark.parametrize("name", fast_only(few_architectures(), NAMES))
 def test_names_and_shapes_are_timms(name):
     timm = import_timm()
     if not timm.is_model(name):

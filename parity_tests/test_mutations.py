@@ -73,19 +73,13 @@ QUANTITIES = {
 }
 
 
-@pytest.mark.parametrize("cause", fast_only(["stride"], QUANTITIES))
+@pytest.mark.slow
+@pytest.mark.parametrize("cause", QUANTITIES)
 def test_a_wrong_variant_fails_by_a_hundred_times_the_limit(cause):
     pair, images = injected(next(f for f in FAULTS if (f.cause, f.side) == (cause, "flax")))
     rows = [m for m in compare_pair(pair, images).measurements if m.quantity == QUANTITIES[cause]]
     for precision in ("float64", "float32"):
         assert max(m.verdict.excess for m in rows if m.precision == precision) >= 100
-
-
-def test_the_study_is_as_large_as_it_says():
-    assert len(FAULTS) >= 25
-    assert len({fault.name for fault in FAULTS}) >= 25
-    assert sum(fault.cause is not None for fault in FAULTS) >= 22
-    assert {fault.side for fault in FAULTS} == {"flax", "torch"}
 
 
 def test_the_table_of_the_docs_lists_exactly_these_faults():
@@ -239,7 +233,8 @@ def test_nnx_batch_norm_is_not_pytorchs():
     table = {"0.weight": "layers.0.kernel", "1.weight": "layers.1.scale", "1.bias": "layers.1.bias"}
     table |= {"1.running_mean": "layers.1.mean", "1.running_var": "layers.1.var"}
     images = np.random.default_rng(0).normal(0.7, 2, (3, 6, 5, 3))
-    found = compare(torch_module, flax_module, images, state_map=table, copy_weights=True)
+    options = {"state_map": table, "copy_weights": True, "precisions": ("float64",)}
+    found = compare(torch_module, flax_module, images, **options)
     assert not found.passed
     assert [(d.slot, d.cause, d.side) for d in found.diagnosis] == [
         ("layers.1/var", "biased-variance", "flax")

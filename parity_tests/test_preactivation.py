@@ -67,7 +67,7 @@ def test_a_repositorys_network_is_read_with_no_flags_equals_it_and_goes_back(nam
         config = model.config
         assert config.order == "pre_activation"
         assert config.final_norm == bool(module.last)
-        images = adversarial_images(config, batch=3)
+        images = adversarial_images(config, batch=3, height=17, width=14)
         assert relative_l2(output(model, images), output_of(module, images)) <= FLOAT64_LIMIT
     opened = quietly(interpret, record_of(module.state_dict(), "it"))
     naming = opened.state_map.naming
@@ -84,7 +84,7 @@ def test_a_repositorys_network_is_read_with_no_flags_equals_it_and_goes_back(nam
     assert {"eval forward", "train forward", "running statistics", "parameter gradient"} <= stated
     other = {"shortcut_from": "activated" if config.shortcut_from == "input" else "input"}
     wrong = replace(pair, config=replace(config, **other))  # the negative control
-    found = compare_pair(wrong, images, Plan(precisions=("float64",)))
+    found = compare_pair(wrong, images, Plan(train=False, precisions=("float64",)))
     worst = max(row.verdict.excess for row in found.measurements)
     assert worst > 100
 
@@ -205,7 +205,7 @@ def test_standardised_kernels_of_group_norms_are_assumed_where_big_transfer_has_
     other = from_torch(tensors, assumptions=told, assume="known").config
     assert (other.norm_groups, other.standardized, other.stem_pool) == (16, False, None)
     with jax.enable_x64(True):  # the negative controls: each of them alone
-        images = adversarial_images(config, batch=2)
+        images = adversarial_images(config, batch=2, height=9, width=8)
         truth = output(state.flax(FLOAT64), images)
         assert relative_l2(output_of(state.torch(FLOAT64), images), truth) <= FLOAT64_LIMIT
         for name, value in {**told, "standardized_eps": 1e-6}.items():
@@ -218,7 +218,7 @@ def test_folding_keeps_the_norms_that_follow_an_addition():
     config = ResNetConfig(**SMALL, order="pre_activation", standardized=True)
     for changes in ({}, {"norm": "frozen"}, {"norm": "group", "norm_groups": 4}):
         pair = ReferencePair.random(replace(config, **changes))
-        images = adversarial_images(pair.config, batch=2).astype(np.float32)
+        images = adversarial_images(pair.config, batch=2, height=9, width=8).astype(np.float32)
         model = pair.flax(PRECISIONS["float32"])
         folded = fold_batch_norm(model)
         left = {

@@ -157,10 +157,8 @@ def test_what_is_seen_is_named_and_nothing_else(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", ["squeeze of convolutions", "a 5x5 shortcut", "a head without bias"]
-)
-def test_the_command_that_a_refusal_advises_converts_the_network(case, tmp_path, monkeypatch):
+def test_the_command_that_a_refusal_advises_converts_the_network(tmp_path, monkeypatch):
+    case = "squeeze of convolutions"
     monkeypatch.chdir(tmp_path)
     code = f"""
 from parity_tests.test_refusals import SEEN
@@ -427,4 +425,4 @@ def test_many_tensors_are_refused_in_little_time():
         return time.process_time() - start
 
     seconds(10)
-    assert seconds(2000) < 40 * max(seconds(200), 0.05)
+    assert seconds(1000) < 40 * max(seconds(100), 0.05)

@@ -122,3 +122,37 @@ def test_the_same_messages_reach_both_readers(folder, capsys):
     assert "--activation leaky_relu|gelu|silu if not" in printed
     certificate = Path("new.safetensors.parity.json").read_text()
     assert "`activation" not in printed + certificate
+
+
+RIDDLES = (
+    r"\bno tensor tells\b",
+    r"\btook entry\b",
+    r"\bstarts? afresh\b",
+    r"\bwas taken for\b",
+    r"\bis no image\b",
+    r"\[Errno",
+)
+
+
+def test_messages_hold_no_riddle_and_no_number_of_an_operating_system():
+    """Where a handler may hold an OSError, its message has ``reason(error)``, never ``{error}``."""
+    for file in sorted((REPOSITORY / "flax_resblock").rglob("*.py")):
+        source = file.read_text(encoding="utf-8")
+        for text in texts(source):
+            assert not [one for one in RIDDLES if re.search(one, text)], (file, text)
+        for handler in ast.walk(ast.parse(source)):
+            if not isinstance(handler, ast.ExceptHandler) or handler.type is None:
+                continue
+            if "OSError" in ast.dump(handler.type):
+                plain = [
+                    node.lineno for node in ast.walk(handler) if says_error(node, handler.name)
+                ]
+                assert not plain, (file, plain)
+
+
+def says_error(node, name):
+    """Whether a node shows an error as Python does: ``f"{error}"`` or ``str(error)``."""
+    values = [node.value] if isinstance(node, ast.FormattedValue) else []
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "str":
+        values = node.args
+    return any(isinstance(value, ast.Name) and value.id == name for value in values)
