@@ -220,27 +220,6 @@ def test_a_correct_pair_raises_no_alarm(number):
     assert not failed, (config, failed[:3])
 
 
-def test_nnx_batch_norm_is_not_pytorchs():
-    """The difference that started norm.py, found by the verifier."""
-    torch_module = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3, padding=1, bias=False), torch.nn.BatchNorm2d(4)
-    )
-    rngs = nnx.Rngs(0)
-    flax_module = nnx.Sequential(
-        nnx.Conv(3, 4, (3, 3), padding=1, use_bias=False, rngs=rngs),
-        nnx.BatchNorm(4, momentum=0.9, rngs=rngs),
-    )
-    table = {"0.weight": "layers.0.kernel", "1.weight": "layers.1.scale", "1.bias": "layers.1.bias"}
-    table |= {"1.running_mean": "layers.1.mean", "1.running_var": "layers.1.var"}
-    images = np.random.default_rng(0).normal(0.7, 2, (3, 6, 5, 3))
-    options = {"state_map": table, "copy_weights": True, "precisions": ("float64",)}
-    found = compare(torch_module, flax_module, images, **options)
-    assert not found.passed
-    assert [(d.slot, d.cause, d.side) for d in found.diagnosis] == [
-        ("layers.1/var", "biased-variance", "flax")
-    ]
-
-
 class TorchNet(torch.nn.Module):
     """A network that this project has no name for."""
 

@@ -18,8 +18,6 @@ from flax_resblock import InputError, ResNetConfig, preprocess
 from flax_resblock.cli import run
 from flax_resblock.cli.train_data import filled_batches
 from flax_resblock.cli.wrapping import for_stream, wrapped
-from flax_resblock.convert import NAMINGS
-from flax_resblock.convert.detection.assumptions import assumptions_of
 from flax_resblock.convert.image_facts import carried_images, read_images
 from flax_resblock.training import TrainConfig
 from flax_resblock.training.curves import draw_curves
@@ -239,10 +237,3 @@ def test_lines_are_broken_between_words_and_continuations_indented():
     assert for_stream(text, stream) == text  # a file gets whole lines
     stream.isatty = lambda: True
     assert for_stream("flax-resblock: " + "word " * 60, stream).count("\n") >= 2
-
-
-def test_a_published_bottleneck_network_has_one_note():
-    config = flax_resblock.create("resnet50", rngs=None).config
-    (note,) = assumptions_of(config, NAMINGS["torchvision"], {}, by_file=False).notes
-    assert note.startswith("assumed: it computes what the published resnet50 does")
-    assert "3x3 convolution (torchvision) (`stride_on='1x1'` if not)" in note

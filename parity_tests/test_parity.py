@@ -3,13 +3,12 @@
 import pytest
 
 from flax_resblock import BlockConfig
-from flax_resblock.checkpoint.torch_file import with_tensors
 from flax_resblock.config import SlotKind, walk
 from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.parity.battery import BATTERY
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.inputs import adversarial_images
-from flax_resblock.parity.reference import ReferencePair, torch_reference
+from flax_resblock.parity.reference import ReferencePair
 from parity_tests.support import fast_only
 
 ODD_BLOCKS = {
@@ -111,9 +110,3 @@ def test_float32_errors_are_judged_against_float64_not_against_each_other():
     assert len({f"{m.verdict.reference_error:.6e}" for m in rows}) == len(
         {m.slot for m in rows if m.slot != "output"}
     )
-
-
-def test_torch_loads_what_the_twins_hold():
-    twins = twins_of(SQUARE)
-    module = torch_reference(SQUARE)
-    module.load_state_dict(with_tensors(twins.state), strict=True)

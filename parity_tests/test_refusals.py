@@ -13,7 +13,7 @@ from torch import nn
 from flax_resblock import CheckpointError, checkpoint, from_torch
 from flax_resblock.cli import run
 from flax_resblock.parity.oracle import relative_l2
-from parity_tests.support import output
+from parity_tests.support import output, torch_output
 from torch_ref import ResNet
 
 F = nn.functional
@@ -274,8 +274,7 @@ def lettered(inside):
 
 def outputs(module, model, size=(12, 14)):
     images = np.random.default_rng(0).normal(0.3, 1, (2, *size, 3)).astype(np.float32)
-    with torch.no_grad():
-        truth = module.eval()(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+    truth = torch_output(module, images)
     return output(model, images), truth
 
 

@@ -34,7 +34,7 @@ from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.parts import vanishing
 from flax_resblock.parity.reference import ReferencePair
 from flax_resblock.runs.param_groups import names_of
-from parity_tests.support import fast_only, output, random_bits
+from parity_tests.support import fast_only, output, random_bits, torch_output
 from torch_ref import ResNet
 
 F = torch.nn.functional
@@ -204,8 +204,7 @@ def test_a_live_module_tells_its_stem_and_weights_alone_are_told(case):
     assert from_torch(module.state_dict(), assumptions=told, assume="known").config == config
     assert from_torch(module.state_dict(), assume="known").config == ResNetConfig(**numbers)
     images = np.random.default_rng(0).normal(0.2, 1, (2, 35, 38, 3)).astype(np.float32)
-    with torch.no_grad():
-        truth = module(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+    truth = torch_output(module, images)
     assert relative_l2(output(model, images), truth) < 1e-5
 
 
