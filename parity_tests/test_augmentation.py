@@ -108,7 +108,7 @@ def test_normalised_images_differ_from_torchvisions_by_rounding_alone():
     )
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("channels", [1, 4])
 def test_channels_are_resized_each_for_itself(channels):
     pixels = np.random.default_rng(channels).integers(0, 256, (23, 31, channels), dtype=np.uint8)
     ours = resize(pixels, 9, 40)
