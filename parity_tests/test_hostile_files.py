@@ -22,7 +22,7 @@ from flax_resblock.checkpoint.torch_pickle import read_torch_pickle
 from flax_resblock.config import ResNetConfig
 from flax_resblock.training.data.idx import read_idx
 from parity_tests.fuzz import pickles, samples, targets
-from parity_tests.support import REPOSITORY, assert_same_bits, python
+from parity_tests.support import REPOSITORY, assert_same_bits, fast_only, python
 
 FRAME = b"\x80\x02}(X\x05\x00\x00\x00stateK\x01%su."
 """A pickle of a dictionary, with a place for more of it."""
@@ -231,11 +231,12 @@ def test_readers_that_could_find_another_directory_are_not_asked(change, healthy
     )
 
 
-def test_no_bit_of_the_directory_makes_readers_disagree(healthy, tmp_path):
+@pytest.mark.parametrize("bits", fast_only([(0, 5)], [(0, 5), (1, 2, 3, 4, 6, 7)]), ids=str)
+def test_no_bit_of_the_directory_makes_readers_disagree(bits, healthy, tmp_path):
     """Its last entry and its end, bit by bit: refused, or read as torch reads it."""
     outcomes = set()
     for place in range(healthy.rindex(b"PK\x01\x02"), len(healthy)):
-        for bit in range(8):
+        for bit in bits:
             data = bytearray(healthy)
             data[place] ^= 1 << bit
             (tmp_path / "net.pth").write_bytes(data)

@@ -211,7 +211,8 @@ def _random_case(number: int):
     return config, size, options, plan
 
 
-@pytest.mark.parametrize("number", fast_only([0], range(15)))
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(15))
 def test_a_correct_pair_raises_no_alarm(number):
     config, size, options, plan = _random_case(number)
     images = adversarial_images(config, batch=2 + number % 3, seed=number, **size)
