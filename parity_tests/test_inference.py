@@ -91,7 +91,7 @@ def test_only_powers_of_two_and_the_example_are_compiled(compiled, images):
     ).batch_sizes == (1, 2, 4, 6)
 
 
-@pytest.fixture(params=["oneDNN", "no oneDNN"])
+@pytest.fixture(params=fast_only(["oneDNN"], ["oneDNN", "no oneDNN"]))
 def jaxlib_of(request, monkeypatch):
     """With a jaxlib that has the instruction, and with one that nothing is known of."""
     onednn.available.cache_clear()

@@ -520,7 +520,8 @@ def test_the_precision_of_the_moment_of_tracing_reaches_the_gradients():
     assert "DEFAULT, DEFAULT" not in text
 
 
-@pytest.mark.parametrize("mapped", fast_only([False], [False, True]), ids=["jit", "shard_map"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mapped", [False, True], ids=["jit", "shard_map"])
 def test_a_batch_spread_over_devices_has_the_same_gradients(mapped):
     """Four devices, partitioned by the compiler and by hand: output and gradients to 1e-12."""
     shape = (8, 6, 7, 64, 66, 3, 1)
