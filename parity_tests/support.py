@@ -178,6 +178,12 @@ def output(model: nnx.Module, images: Any) -> np.ndarray:
     return np.asarray(_output(model, jax.numpy.asarray(images)))
 
 
+def torch_output(module: torch.nn.Module, images: np.ndarray) -> np.ndarray:
+    """What a PyTorch network gives in evaluation mode for images ``(N, H, W, C)``."""
+    with torch.no_grad():
+        return module.eval()(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+
+
 def worst(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     """The largest relative difference (L2) of a floating tensor; the keys must be the same."""
     assert ours.keys() == theirs.keys()

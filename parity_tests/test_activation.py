@@ -5,22 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax import nnx
 
-import flax_resblock
 from flax_resblock import BlockConfig, ResNetConfig, compile_inference, from_torch
-from flax_resblock.cli import run
-from flax_resblock.config import choices_of, from_json, name_of, to_json
+from flax_resblock.config import choices_of
 from flax_resblock.convert.opening import ReadOptions
 from flax_resblock.errors import InputError
 from flax_resblock.export.fold import fold_batch_norm, folding_error
 from flax_resblock.nn import layers
-from flax_resblock.nn.resnet import build
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.inputs import adversarial_images
 from flax_resblock.parity.live_module import open_module
@@ -31,29 +26,9 @@ from parity_tests.support import fast_only, output
 from torch_ref import BasicBlock, ResNet
 
 OTHERS = [name for name in choices_of(BlockConfig)["activation"] if name != "relu"]
-TORCH = {
-    "relu": torch.nn.ReLU(),
-    "leaky_relu": torch.nn.LeakyReLU(),
-    "gelu": torch.nn.GELU(),
-    "silu": torch.nn.SiLU(),
-}
 BLOCK = BlockConfig(in_channels=4, out_channels=8, stride=2)
 NETWORK = ResNetConfig(depths=(1, 1), widths=(8, 12), stem="cifar", stem_width=8, num_classes=5)
 SMALL = {"depths": (1, 1), "widths": (8, 12), "stem": "cifar", "stem_width": 8, "num_classes": 5}
-
-
-@pytest.mark.parametrize("name", TORCH)
-def test_values_and_derivatives_are_pytorchs_also_at_zero(name):
-    values = np.array([0.0, -0.0, -40, -6, -1, -1e-9, 1e-9, 0.5, 3, 40])
-    x = torch.tensor(values, requires_grad=True)
-    y = TORCH[name](x)
-    y.sum().backward()
-    assert x.grad is not None
-    with jax.enable_x64(True):
-        act = layers.ACTIVATIONS[name]
-        ours, slopes = act(jnp.asarray(values)), jax.vmap(jax.grad(act))(jnp.asarray(values))
-        np.testing.assert_allclose(ours, y.detach().numpy(), rtol=1e-12, atol=1e-15)
-        np.testing.assert_allclose(slopes, x.grad.numpy(), rtol=1e-12, atol=1e-15)
 
 
 NEARLY = {
@@ -102,30 +77,6 @@ def test_a_module_with_another_activation_in_one_place_is_refused(layer):
     module.layer2[0].act = layer
     with pytest.raises(InputError, match=r"layer2\.0\.act is .*, expected GELU\(approximate=none"):
         open_module(module, ReadOptions())
-
-
-@pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.slow
-def test_json_and_checkpoints_keep_the_activation(name, tmp_path):
-    config = replace(NETWORK, activation=name)
-    assert from_json(to_json(config)) == config
-    assert name in name_of(config)
-    model = build(config, rngs=nnx.Rngs(0))
-    for path in ("net.safetensors", "folder", "net.pth"):
-        flax_resblock.save(model, tmp_path / path)
-        assert flax_resblock.load(tmp_path / path).config == config
-    (tmp_path / "net.pth.sha256.json").unlink()  # a bare state dict has no metadata
-    assert flax_resblock.load(tmp_path / "net.pth").config != config
-    told = flax_resblock.load(tmp_path / "net.pth", assumptions={"activation": name})
-    assert told.config == config
-
-
-def test_the_flag_is_written_into_the_metadata(tmp_path, capsys):
-    torch.save(ResNet(**SMALL, activation="silu").state_dict(), tmp_path / "net.pth")
-    flags = [str(tmp_path / "net.pth"), str(tmp_path / "out.safetensors")]
-    assert run(["convert", *flags, "--activation", "silu"]) == 0
-    assert flax_resblock.load(tmp_path / "out.safetensors").config.activation == "silu"
-    capsys.readouterr()
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -17,7 +17,7 @@ from flax_resblock.cli import run
 from flax_resblock.cli.wording import in_flags
 from flax_resblock.parity.certificate import certificate_of
 from flax_resblock.parity.oracle import relative_l2
-from parity_tests.support import output
+from parity_tests.support import output, torch_output
 from torch_ref import ResNet
 
 SMALL = {"depths": (1, 1), "widths": (6, 10), "stem_width": 4, "num_classes": 3}
@@ -90,8 +90,7 @@ def warnings_of(action):
 
 def outputs(module, model):
     images = np.random.default_rng(0).normal(0.3, 1, (4, 12, 14, 3)).astype(np.float32)
-    with torch.no_grad():
-        truth = module(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+    truth = torch_output(module, images)
     return output(model, images), truth
 
 

@@ -1,12 +1,9 @@
 """Backbones are taken out of checkpoints of detectors, segmenters and self-supervised training."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
 
-import flax_resblock
 from flax_resblock import CheckpointError, ResNetConfig
 from flax_resblock.checkpoint.torch_file import from_numpy, with_tensors
 from flax_resblock.cli import run
@@ -14,7 +11,7 @@ from flax_resblock.convert import NAMINGS
 from flax_resblock.convert.detection.backbones import BACKBONES, find_backbone
 from flax_resblock.convert.opening import ReadOptions, open_checkpoint
 from flax_resblock.convert.state_map import describe
-from parity_tests.support import assert_same_bits, healthy, output, random_bits
+from parity_tests.support import assert_same_bits, healthy, random_bits
 
 BACKBONE = ResNetConfig(
     block="bottleneck", depths=(2, 1, 1, 1), widths=(4, 8, 12, 16), stem_width=8, num_classes=None
@@ -181,8 +178,8 @@ WRAPPED = {
 }
 
 
-def written(name, path, config=BACKBONE):
-    """The file of a project, and the network in it by its own names."""
+def written(name, path, config=BACKBONE, more=()):
+    """The file of a project, and the network in it by its own names; ``more`` are further names."""
     naming = NAMING_OF.get(name, "torchvision")
     if name == "detectron2 C4":
         config = ResNetConfig(
@@ -193,7 +190,8 @@ def written(name, path, config=BACKBONE):
         network = {key: value for key, value in network.items() if COUNTERS not in key}
     prefix = next(backbone.prefix for backbone in BACKBONES if backbone.name == name)
     state = {f"{prefix}{key}": from_numpy(value) for key, value in network.items()}
-    state |= {key: torch.full(SHAPES.get(key, (3,)), 0.25) for key in CASES[name](list(network))}
+    around = [*CASES[name](list(network)), *more]
+    state |= {key: torch.full(SHAPES.get(key, (3,)), 0.25) for key in around}
     torch.save(WRAPPED.get(name, lambda state: state)(state), path)
     return config, network
 
@@ -217,21 +215,7 @@ def test_the_network_is_taken_out_bit_for_bit_and_the_rest_is_named(name, tmp_pa
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_tensor_that_no_row_explains_is_not_left_out(name, tmp_path):
-    written(name, tmp_path / "file.pth")
-    content = torch.load(tmp_path / "file.pth", weights_only=True)
-    state = next(
-        (
-            content[entry]
-            for entry in ("model", "state_dict", "teacher", "online_network_state_dict")
-            if entry in content
-        ),
-        content,
-    )
-    wrapper = next(
-        (p for p in ("module.", "backbone.") if all(key.startswith(p) for key in state)), ""
-    )
-    state[f"{wrapper}surprise.weight"] = torch.ones(3)
-    torch.save(content, tmp_path / "file.pth")
+    written(name, tmp_path / "file.pth", more=["surprise.weight"])
     with pytest.raises(CheckpointError, match=r"surprise\.weight"):
         open_checkpoint(tmp_path / "file.pth")
 
@@ -292,10 +276,13 @@ def opened(state, path, **entries):
     return open_checkpoint(path)
 
 
-@pytest.mark.parametrize("prefix", ["backbone.", "encoder.", "model.backbone.", ""])
 @pytest.mark.parametrize(
-    "head",
-    ["classifier", "head", "fc.1", "classifier.1", "linear", "classification_head.3", "decoder"],
+    ("head", "prefix"),
+    [
+        *(("classifier", "backbone."), ("head", "encoder."), ("fc.1", "model.backbone.")),
+        *(("classifier.1", ""), ("linear", ""), ("linear", "encoder.")),
+        *(("classification_head.3", "model.backbone."), ("decoder", "backbone.")),
+    ],
 )
 def test_a_linear_beside_the_network_is_its_head(head, prefix, tmp_path):
     state = backbone(prefix) | {
@@ -315,38 +302,6 @@ def test_a_linear_beside_the_network_is_its_head(head, prefix, tmp_path):
         assert any(
             note.startswith(f"{head} is read as the classification head") for note in source.notes
         )
-
-
-@pytest.mark.slow
-def test_a_fine_tuned_backbone_with_a_classifier_has_the_users_own_logits(tmp_path):
-    from torch_ref import ResNet
-
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone = ResNet(
-                block="bottleneck",
-                depths=(1, 1, 1, 1),
-                widths=(4, 8, 12, 16),
-                stem_width=8,
-                num_classes=None,
-            )
-            self.classifier = torch.nn.Linear(64, 5)
-
-        def forward(self, x):
-            return self.classifier(self.backbone(x))
-
-    torch.manual_seed(0)
-    net = Net().eval()
-    torch.save(net.state_dict(), tmp_path / "net.pth")
-    images = torch.randn(2, 3, 65, 64)
-    with torch.no_grad():
-        theirs = net(images).numpy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = flax_resblock.load(tmp_path / "net.pth")
-    ours = output(model, np.moveaxis(images.numpy(), 1, -1))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_of_several_layers_is_refused(tmp_path):

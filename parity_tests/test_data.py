@@ -7,9 +7,7 @@ import gzip
 import pickle
 import re
 import struct
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flax_resblock.errors import InputError
-from flax_resblock.training.data import Dataset, FolderDataset, digits, open_data
+from flax_resblock.training.data import FolderDataset, digits, open_data
 from flax_resblock.training.data.cifar_pickle import read_cifar_pickle
 from flax_resblock.training.data.images import damage, decode
 from parity_tests.support import import_torchvision
@@ -429,97 +427,82 @@ def empty_class(root: Path) -> None:
     (root / "train/b").mkdir()
 
 
-class Refusal(NamedTuple):
-    build: Callable[[Path], object]
-    message: str
-    place: str = ""
-
-
 REFUSED = {
-    "nothing there": Refusal(
+    "nothing there": (
         lambda root: None,
-        r"missing does not exist\. Data are 'digits'; an IDX folder "
-        r".*cifar-10-batches-bin.*\.npz.*train/CLASS",
+        r"missing does not exist\. Data are 'digits'; an IDX folder .*cifar-10.*npz.*train/CLASS",
         "missing",
     ),
-    "an empty folder": Refusal(
+    "an empty folder": (
         lambda root: None,
         r"holds no data of a known kind; it has nothing\. Looked for 'digits'; an IDX folder",
     ),
-    "another folder": Refusal(
-        lambda root: (root / "a.txt").write_text(""), r"it has a\.txt\. Looked for"
-    ),
-    "a packed archive": Refusal(
+    "a packed archive": (
         lambda root: (root / "c.tar.gz").write_bytes(b"\x1f\x8b"),
         r"Unpack it first: tar xf c\.tar\.gz\.",
         "c.tar.gz",
     ),
-    "an IDX file missing": Refusal(
-        idx_with(t10k_labels=None), r"is an IDX folder without t10k-labels-idx1-ubyte"
+    "an IDX file missing": (
+        idx_with(t10k_labels=None),
+        r"is an IDX folder without t10k-labels-idx1-ubyte",
     ),
-    "an IDX file with another magic": Refusal(
+    "an IDX file with another magic": (
         idx_with(train_images=idx(IMAGES[0])),
         r"train-images-idx3-ubyte begins with 0x00000802; .* begins with 0x00000803",
     ),
-    "IDX labels in the place of images": Refusal(
-        idx_with(train_images=idx(np.zeros(9, np.uint8))), "begins with 0x00000801"
-    ),
-    "an IDX file cut off": Refusal(
+    "an IDX file cut off": (
         idx_with(train_images=idx(IMAGES)[:-1]),
         r"has 95 bytes; its header announces 96, an array \(5, 4, 4\)",
     ),
-    "an IDX file cut off in its header": Refusal(
-        idx_with(train_images=idx(IMAGES)[:9]), "has 9 bytes; its header alone takes 16"
+    "an IDX file cut off in its header": (
+        idx_with(train_images=idx(IMAGES)[:9]),
+        "has 9 bytes; its header alone takes 16",
     ),
-    "an IDX file with more than it says": Refusal(
-        idx_with(train_labels=idx(np.zeros(11, np.uint8)) + b"\0"),
-        "has 20 bytes; its header announces 19",
-    ),
-    "a huge IDX header": Refusal(
+    "a huge IDX header": (
         idx_with(train_images=struct.pack(">I3I", 0x803, *[2**32 - 1] * 3)),
         "has 16 bytes; its header announces",
     ),
-    "compression cut off": Refusal(
+    "compression cut off": (
         idx_with(train_images=gzip.compress(idx(IMAGES))[:-9]),
         r"cannot be read \(.*It may be cut off or damaged",
     ),
-    "IDX labels for other images": Refusal(
+    "IDX labels for other images": (
         idx_with(train_labels=idx(np.zeros(9, np.uint8))),
         r"has 11 images, but .*train-labels-idx1-ubyte has 9 labels",
     ),
-    "IDX images without pixels": Refusal(
+    "IDX images without pixels": (
         idx_with(train_images=idx(np.zeros((11, 0, 3), np.uint8))),
         r"has no pixels: its header says \(11, 0, 3\)",
     ),
-    "IDX test labels out of range": Refusal(
+    "IDX test labels out of range": (
         idx_with(t10k_labels=idx(np.uint8([1, 2, 3, 200]))),
         r"/test: labels reach from 1 to 200; with 4 classes, 0 to 3",
     ),
-    "IDX test images of another size": Refusal(
+    "IDX test images of another size": (
         idx_with(t10k_images=idx(np.zeros((4, 6, 7), np.uint8))),
         "5x7 pixels in 1 channel and .*/test of 6x7 pixels",
     ),
-    "a CIFAR file missing": Refusal(
+    "a CIFAR file missing": (
         cifar_with("cifar-10-batches-bin", "data_batch_3.bin", None),
         r"is cifar-10 without data_batch_3\.bin",
     ),
-    "a CIFAR file cut off": Refusal(
+    "a CIFAR file cut off": (
         cifar_with("cifar-10-batches-bin", "data_batch_1.bin", lambda d: d[:-5]),
         r"has 9,214 bytes; .* a multiple of 3,073",
     ),
-    "a CIFAR label out of range": Refusal(
+    "a CIFAR label out of range": (
         cifar_with("cifar-100-binary", "train.bin", lambda d: d[:1] + b"\xc8" + d[2:]),
         "image 0 of train.bin has label 200",
     ),
-    "CIFAR class names of another data set": Refusal(
+    "CIFAR class names of another data set": (
         cifar_with("cifar-10-batches-bin", "batches.meta.txt", lambda d: b"a b"),
         "does not name the 10 classes",
     ),
-    "a CIFAR pickle with other data": Refusal(
+    "a CIFAR pickle with other data": (
         cifar_with("cifar-10-batches-py", "test_batch", lambda d: python2_pickle({"labels": [1]})),
         r"test_batch: 'data' is NoneType; cifar-10 has an array \(N, 3072\)",
     ),
-    "a CIFAR pickle with too few labels": Refusal(
+    "a CIFAR pickle with too few labels": (
         cifar_with(
             "cifar-10-batches-py",
             "test_batch",
@@ -527,59 +510,59 @@ REFUSED = {
         ),
         r"test_batch: 'labels' is 1 entries; expected a list of 2 whole numbers",
     ),
-    "two CIFARs": Refusal(
+    "two CIFARs": (
         lambda root: (cifar(root, "cifar-10-batches-bin"), cifar(root, "cifar-100-python")),
         "cifar-10-batches-bin, cifar-100-python. Say which",
     ),
-    "no archive": Refusal(
+    "no archive": (
         lambda root: (root / "a.npz").write_bytes(b"PK"),
         r"a\.npz is not an \.npz archive of plain arrays",
         "a.npz",
     ),
-    "an archive with objects": Refusal(
+    "an archive with objects": (
         save(images=np.array([{}, 1]), labels=LABELS),
         r"is not an \.npz archive of plain arrays \(Object arrays cannot",
         "a.npz",
     ),
-    "an archive with other names": Refusal(
-        save(x=IMAGES), r"has the arrays x; expected one of these sets: x_train, y_train", "a.npz"
+    "an archive with other names": (
+        save(x=IMAGES),
+        r"has the arrays x; expected one of these sets: x_train, y_train",
+        "a.npz",
     ),
-    "an archive of other shapes": Refusal(
+    "an archive of other shapes": (
         save(images=IMAGES, labels=LABELS[:4]),
         r"images is uint8 \(5, 4, 4\) and labels is int64 \(4,\); expected",
         "a.npz",
     ),
-    "an archive of other types": Refusal(
-        save(images=IMAGES.astype(np.int16), labels=LABELS), r"images is int16", "a.npz"
-    ),
-    "an archive with negative labels": Refusal(
+    "an archive with negative labels": (
         save(images=IMAGES, labels=LABELS - 1),
         r"labels reaches from -1 to 3; labels count",
         "a.npz",
     ),
-    "an archive with one image": Refusal(
+    "an archive with one image": (
         save(images=IMAGES[:1], labels=LABELS[:1]),
         "has 1 image; at least one training and one test image",
         "a.npz",
     ),
-    "an archive with NaN": Refusal(
+    "an archive with NaN": (
         save(images=np.full((5, 4, 4), np.nan), labels=LABELS),
         "images holds NaN or infinities",
         "a.npz",
     ),
-    "an archive with a mean in words": Refusal(
+    "an archive with a mean in words": (
         save(images=IMAGES, labels=LABELS, mean=np.array("a"), std=np.array("b")),
         "must be numbers, one per channel",
         "a.npz",
     ),
-    "an image folder without test images": Refusal(
-        folder_with(train={"a": 1}), r"no test images below val/ or test/"
+    "an image folder without test images": (
+        folder_with(train={"a": 1}),
+        r"no test images below val/ or test/",
     ),
-    "a class that training lacks": Refusal(
+    "a class that training lacks": (
         folder_with(train={"a": 1, "b": 1}, test={"A": 1}),
         r"val has A, which .*train does not; it has a, b",
     ),
-    "an empty class": Refusal(
+    "an empty class": (
         empty_class,
         r"train has no image \(\.jpg, \.jpeg, \.png\) for b\. Add images, or remove the folder\.",
     ),
@@ -588,10 +571,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused(what, tmp_path):
-    case = REFUSED[what]
-    case.build(tmp_path)
-    with pytest.raises(InputError, match=case.message) as caught:
-        open_data(tmp_path / case.place)
+    build, message, *place = REFUSED[what]
+    build(tmp_path)
+    with pytest.raises(InputError, match=message) as caught:
+        open_data(tmp_path.joinpath(*place))
     assert "\n" not in str(caught.value)
 
 
@@ -624,19 +607,6 @@ def test_an_image_damaged_after_opening_is_refused_by_name(tmp_path):
         match=r"train/a/0\.PNG cannot be decoded \(.*Remove or replace it, and start again",
     ):
         train.normalised()
-
-
-def test_class_names_must_fit_the_classes():
-    with pytest.raises(InputError, match="tiny: 2 class names for 3 classes"):
-        Dataset(
-            name="tiny",
-            images=IMAGES[..., None],
-            labels=LABELS % 3,
-            num_classes=3,
-            mean=(0.0,),
-            std=(1.0,),
-            class_names=("a", "b"),
-        )
 
 
 def test_files_must_fit_their_labels():

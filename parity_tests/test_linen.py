@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import flax_resblock
 from flax_resblock import BlockConfig, ResNetConfig
 from flax_resblock.nn import linen
 from flax_resblock.parity.battery import BATTERY
@@ -105,12 +104,3 @@ def test_options_reach_the_layers():
     default = linen.ResNet(config).apply(variables, images())
     other = linen.ResNet(config, options={"eps": 0.5}).apply(variables, images())
     assert float(abs(default - other).max()) > 1e-3
-
-
-def test_a_checkpoint_reaches_linen(tmp_path):
-    config = CONFIGS["basic"]
-    flax_resblock.save(built(config), tmp_path / "net.safetensors")
-    model = flax_resblock.load(tmp_path / "net.safetensors")
-    np.testing.assert_array_equal(
-        linen.ResNet(config).apply(linen.variables(model), images()), model(images())
-    )

@@ -23,7 +23,7 @@ from flax_resblock.cpu.max_pool import max_pool
 from flax_resblock.cpu.primitives import Forms
 from flax_resblock.cpu.switch import conv_lowering, for_cpu
 from flax_resblock.nn.conv import convolve
-from flax_resblock.nn.norm import batch_moments, normalised_by_batch
+from flax_resblock.nn.norm import normalised_by_batch
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.devices import strict
 from flax_resblock.parity.inputs import adversarial_images
@@ -88,7 +88,7 @@ def derivatives(f, x, kernel, dy):
     }
 
 
-@pytest.mark.parametrize("shape", fast_only([SHAPES[2], SHAPES[7]], [*SHAPES, *ORDINARY]), ids=str)
+@pytest.mark.parametrize("shape", fast_only([SHAPES[7]], [*SHAPES, *ORDINARY]), ids=str)
 def test_values_and_derivatives_are_those_of_xla(shape):
     with jax.enable_x64(True):
         x, kernel, dy = map(jnp.asarray, arrays(shape))
@@ -116,15 +116,7 @@ def test_every_row_of_the_table_is_used(shape):
 
 @pytest.mark.parametrize(
     "shape",
-    fast_only(
-        [SHAPES[1], SHAPES[2], SHAPES[7], (8, 16, 16, 128, 128, 3, 1)],
-        [
-            *SHAPES,
-            (8, 32, 32, 64, 64, 3, 1),
-            (8, 16, 16, 128, 128, 3, 1),
-            (4, 8, 8, 256, 512, 3, 2),
-        ],
-    ),
+    fast_only([SHAPES[2], SHAPES[7], LARGE[1]], [*SHAPES, *LARGE]),
     ids=str,
 )
 def test_float32_is_as_accurate_as_pytorch(shape):
@@ -350,37 +342,6 @@ def test_max_pooling_is_pytorchs_where_pixels_are_equal_too(height, width, windo
     np.testing.assert_array_equal(dx, gradient.permute(0, 2, 3, 1).numpy())
 
 
-def normalised(x, scale, bias):
-    """What jax derives by itself."""
-    moments = batch_moments(x)
-    stopped = jax.lax.stop_gradient(moments)
-    return (x - moments.mean) * (jax.lax.rsqrt(moments.biased_var + 1e-5) * scale) + bias, stopped
-
-
-def test_the_norms_gradient_is_the_derived_one():
-    rng = np.random.default_rng(3)
-    with jax.enable_x64(True):
-        x, scale, bias = (
-            jnp.asarray(rng.normal(1.5, 2, shape)) for shape in ((3, 5, 4, 7), (7,), (7,))
-        )
-        dy = jnp.asarray(rng.normal(0, 1, x.shape))
-
-        def gradients(f, x, scale, bias, dy):
-            y, back, _ = jax.vjp(f, x, scale, bias, has_aux=True)
-            return [y, *back(dy)]
-
-        results = [
-            jax.jit(partial(gradients, f))(x, scale, bias, dy)
-            for f in (
-                lambda *a: normalised_by_batch(*a, 1e-5),
-                normalised,
-                lambda *a: normalised_by_batch(*a, 1e-3),
-            )
-        ]
-        assert max(map(relative_l2, results[0], results[1])) <= LIMIT
-        assert max(map(relative_l2, results[0], results[2])) >= 1e6 * LIMIT
-
-
 @pytest.mark.parametrize("ratio", fast_only([1000], [10, 1000]))
 def test_the_norm_stays_accurate_where_the_mean_is_large(ratio):
     """At mean / std = 1000: under 1e-5 for statistics and output; x's gradient as in PyTorch."""
@@ -559,7 +520,8 @@ def test_the_precision_of_the_moment_of_tracing_reaches_the_gradients():
     assert "DEFAULT, DEFAULT" not in text
 
 
-@pytest.mark.parametrize("mapped", fast_only([False], [False, True]), ids=["jit", "shard_map"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mapped", [False, True], ids=["jit", "shard_map"])
 def test_a_batch_spread_over_devices_has_the_same_gradients(mapped):
     """Four devices, partitioned by the compiler and by hand: output and gradients to 1e-12."""
     shape = (8, 6, 7, 64, 66, 3, 1)

@@ -73,19 +73,13 @@ QUANTITIES = {
 }
 
 
-@pytest.mark.parametrize("cause", fast_only(["stride"], QUANTITIES))
+@pytest.mark.slow
+@pytest.mark.parametrize("cause", QUANTITIES)
 def test_a_wrong_variant_fails_by_a_hundred_times_the_limit(cause):
     pair, images = injected(next(f for f in FAULTS if (f.cause, f.side) == (cause, "flax")))
     rows = [m for m in compare_pair(pair, images).measurements if m.quantity == QUANTITIES[cause]]
     for precision in ("float64", "float32"):
         assert max(m.verdict.excess for m in rows if m.precision == precision) >= 100
-
-
-def test_the_study_is_as_large_as_it_says():
-    assert len(FAULTS) >= 25
-    assert len({fault.name for fault in FAULTS}) >= 25
-    assert sum(fault.cause is not None for fault in FAULTS) >= 22
-    assert {fault.side for fault in FAULTS} == {"flax", "torch"}
 
 
 def test_the_table_of_the_docs_lists_exactly_these_faults():
@@ -217,33 +211,14 @@ def _random_case(number: int):
     return config, size, options, plan
 
 
-@pytest.mark.parametrize("number", fast_only([0], range(15)))
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(15))
 def test_a_correct_pair_raises_no_alarm(number):
     config, size, options, plan = _random_case(number)
     images = adversarial_images(config, batch=2 + number % 3, seed=number, **size)
     comparison = compare_pair(ReferencePair.random(config, number, **options), images, plan)
     failed = [m for m in comparison.measurements if not m.verdict.passed]
     assert not failed, (config, failed[:3])
-
-
-def test_nnx_batch_norm_is_not_pytorchs():
-    """The difference that started norm.py, found by the verifier."""
-    torch_module = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3, padding=1, bias=False), torch.nn.BatchNorm2d(4)
-    )
-    rngs = nnx.Rngs(0)
-    flax_module = nnx.Sequential(
-        nnx.Conv(3, 4, (3, 3), padding=1, use_bias=False, rngs=rngs),
-        nnx.BatchNorm(4, momentum=0.9, rngs=rngs),
-    )
-    table = {"0.weight": "layers.0.kernel", "1.weight": "layers.1.scale", "1.bias": "layers.1.bias"}
-    table |= {"1.running_mean": "layers.1.mean", "1.running_var": "layers.1.var"}
-    images = np.random.default_rng(0).normal(0.7, 2, (3, 6, 5, 3))
-    found = compare(torch_module, flax_module, images, state_map=table, copy_weights=True)
-    assert not found.passed
-    assert [(d.slot, d.cause, d.side) for d in found.diagnosis] == [
-        ("layers.1/var", "biased-variance", "flax")
-    ]
 
 
 class TorchNet(torch.nn.Module):

@@ -265,7 +265,7 @@ def test_50_steps_are_torchs_and_the_state_goes_there_and_back_bit_for_bit(name)
 @pytest.mark.parametrize("kind", ["radam", "nadam"])
 def test_float32_keeps_its_digits_at_every_count(kind):
     """Differences of nearly equal numbers would lose four of them in the first steps."""
-    rng, counts = np.random.default_rng(0), (1, 2, 5, 6, 7, 20, 300, 499, 501, 502, 5000, 10**6)
+    rng, counts = np.random.default_rng(0), (1, 5, 6, 300, 501, 10**6)
     values = {n: rng.uniform(0.5, 1.5, 5) for n in ("value", "gradient", "exp_avg", "exp_avg_sq")}
 
     def moved(count: int, dtype: Any) -> np.ndarray:

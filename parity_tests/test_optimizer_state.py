@@ -15,7 +15,6 @@ from flax_resblock import CheckpointError, from_torch
 from flax_resblock.checkpoint.torch_file import plain, with_tensors
 from flax_resblock.runs.optimizer_kinds import OPTIMIZERS as OPTIMIZERS_KNOWN
 from flax_resblock.runs.optimizer_state import (
-    find_optimizer,
     fresh_optimizer,
     read_optimizer,
     write_optimizer,
@@ -32,7 +31,6 @@ from parity_tests.optimizer_runs import (
     torch_steps,
 )
 from parity_tests.support import fast_only, same
-from torch_ref.training import sgd
 
 AMBIGUOUS = {
     *("sgd, two groups", "sgd, one cycle"),
@@ -102,20 +100,6 @@ def test_an_optimizer_made_here_is_one_that_torch_takes():
         optimizer.load_state_dict(with_tensors(write_optimizer(record, MAP)))
         torch_steps(module, optimizer, None, batches(1))
         assert read_optimizer(plain(optimizer.state_dict()), MAP).kind == kind
-
-
-def test_the_entry_of_a_training_checkpoint_is_found():
-    state = plain(sgd(module_of(), 0.1).state_dict())
-    for extras in (
-        {"optimizer": state},
-        {"optimizer_state_dict": state},
-        {"optimizer_states": [state], "epoch": 3},
-        {"args": {}, "optim": state},
-    ):
-        name, found = find_optimizer(extras) or ("", {})
-        assert name in extras
-        assert found is state
-    assert find_optimizer({"epoch": 3, "optimizer": "sgd"}) is None
 
 
 def _edited(change, name="sgd, two groups"):
@@ -213,10 +197,6 @@ BAD = {
         _edited(lambda _, state: state[3].pop("exp_avg"), "adam"),
         "lacks exp_avg of 1 of 20 parameters",
     ),
-    "second moment of one missing": (
-        _edited(lambda _, state: state[3].pop("exp_avg_sq"), "adam"),
-        "lacks exp_avg_sq of 1 of 20 parameters",
-    ),
     "a parameter that Adam never saw": (
         _edited(lambda _, state: state.pop(0), "adam"),
         r"lacks exp_avg of 1 of 20 parameters: conv1\.weight\.",
@@ -224,10 +204,6 @@ BAD = {
     "steps without moments": (
         _edited(_without("exp_avg", "exp_avg_sq"), "adam"),
         "lacks exp_avg of 20 of 20 parameters: .* and 17 more",
-    ),
-    "steps without second moments": (
-        _edited(_without("exp_avg_sq"), "adamw, named"),
-        "lacks exp_avg_sq of 20 of 20 parameters",
     ),
     "tensors of no parameter": (
         _edited(lambda _, state: state.update({77: {}})),

@@ -43,15 +43,14 @@ def test_the_look_at_what_is_left_sees_damage(tmp_path):
     assert kills.temporaries(tmp_path / "net.safetensors")
 
 
-@pytest.fixture
-def large(tmp_path):
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
     """A checkpoint of 2.5 MB in a file of its own."""
     torch.manual_seed(0)
-    torch.save(
-        ResNet(depths=(1, 1, 1), widths=(64, 96, 128), stem="cifar", num_classes=10).state_dict(),
-        tmp_path / "large.pth",
-    )
-    return tmp_path / "large.pth"
+    sizes = {"depths": (1, 1, 1), "widths": (64, 96, 128), "stem": "cifar", "num_classes": 10}
+    file = tmp_path_factory.mktemp("large") / "large.pth"
+    torch.save(ResNet(**sizes).state_dict(), file)
+    return file
 
 
 @pytest.mark.parametrize(
@@ -103,7 +102,7 @@ def test_reports_on_a_full_disk_are_whole_or_absent(name, large, tmp_path, capfd
         command = (
             ["inspect", str(large), "--json-file"]
             if name == "facts.json"
-            else ["verify", str(large), "--eval-only", "--json"]
+            else ["verify", str(large), "--eval-only", "--precision", "float64", "--json"]
         )
         assert run([*command, str(disk / name)]) == 2
         assert (
@@ -113,7 +112,7 @@ def test_reports_on_a_full_disk_are_whole_or_absent(name, large, tmp_path, capfd
         assert [path.name for path in disk.iterdir()] == ["filler"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES[1:])
 def test_a_read_only_folder_is_refused_in_one_line(name, large, tmp_path, capfd):
     with mounted(tmp_path / "disk", "size=9m") as disk:
         save(from_torch(healthy()), disk / name)

@@ -352,7 +352,7 @@ def test_infinite_errors_and_exact_tensors_are_drawn_and_said():
     )
 
 
-@pytest.mark.parametrize("error", [0.0, math.inf, math.nan])
+@pytest.mark.parametrize("error", [0.0, math.inf])
 def test_a_page_of_one_extreme_only(error):
     facts = report(["conv"], quantities=())
     facts["measurements"] = [

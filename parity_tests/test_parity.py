@@ -1,19 +1,14 @@
 """Every block and network: Flax equals PyTorch, and wrong variants fail by far."""
 
-import jax
-import numpy as np
 import pytest
-import torch
 
 from flax_resblock import BlockConfig
-from flax_resblock.checkpoint.torch_file import with_tensors
 from flax_resblock.config import SlotKind, walk
 from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.parity.battery import BATTERY
 from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.inputs import adversarial_images
-from flax_resblock.parity.pair import PRECISIONS
-from flax_resblock.parity.reference import ReferencePair, torch_reference
+from flax_resblock.parity.reference import ReferencePair
 from parity_tests.support import fast_only
 
 ODD_BLOCKS = {
@@ -42,7 +37,7 @@ def worst(comparison):
     return max(comparison.measurements, key=lambda m: m.verdict.excess)
 
 
-@pytest.mark.parametrize("name", fast_only([*ODD_BLOCKS][1:], ODD_BLOCKS))
+@pytest.mark.parametrize("name", fast_only([*ODD_BLOCKS][1:2], ODD_BLOCKS))
 def test_block_of_unusual_numbers_equals_pytorch_at_any_size(name):
     config, size = ODD_BLOCKS[name], SIZES[name]
     images = adversarial_images(config, batch=3, height=size[0], width=size[1], seed=sum(size))
@@ -83,9 +78,8 @@ def test_every_option_equals_pytorch_in_both_modes_with_gradients(name):
 def test_one_pixel_at_stride_2_still_projects():
     """The shortcut projects because of the numbers, not because shapes differ."""
     config = BlockConfig(in_channels=6, out_channels=6, stride=2)
-    comparison = compare_pair(
-        twins_of(config), adversarial_images(config, batch=5, height=1, width=1)
-    )
+    images = adversarial_images(config, batch=5, height=1, width=1)
+    comparison = compare_pair(twins_of(config), images, Plan(precisions=("float64",)))
     assert comparison.passed, worst(comparison)
     assert "shortcut.conv" in {m.slot for m in comparison.measurements}
 
@@ -93,7 +87,8 @@ def test_one_pixel_at_stride_2_still_projects():
 OPTIONS = [{"momentum": None}, {"momentum": 0.37}, {"eps": 1e-3}]
 
 
-@pytest.mark.parametrize("options", fast_only(OPTIONS[:1], OPTIONS), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_norm_options_mean_the_same_on_both_sides(options):
     config = BATTERY["basic block, stride 2"]
     comparison = compare_pair(twins_of(config, **options), adversarial_images(config, batch=3))
@@ -101,27 +96,6 @@ def test_norm_options_mean_the_same_on_both_sides(options):
 
 
 SQUARE = BlockConfig(in_channels=6, out_channels=6, stride=2)
-
-
-def test_statistics_of_a_second_batch_accumulate():
-    """Five batches in a row, float64: the running statistics follow PyTorch's."""
-    config, twins = SQUARE, twins_of(SQUARE)
-    module = twins.torch(PRECISIONS["float64"]).train()
-    with jax.enable_x64(True):
-        model = twins.flax(PRECISIONS["float64"])
-        model.train()
-        for seed in range(5):
-            images = adversarial_images(config, batch=2, height=5, width=6, seed=seed)
-            module(torch.from_numpy(np.moveaxis(images, -1, 1).copy()))
-            model(jax.numpy.asarray(images))
-        for entry in twins.state_map.entries:
-            if entry.flax_path[-1] in ("mean", "var", "num_batches_tracked"):
-                node = model
-                for part in entry.flax_path:
-                    node = getattr(node, part)
-                np.testing.assert_allclose(
-                    node[...], module.state_dict()[entry.torch_key].numpy(), rtol=1e-12
-                )
 
 
 def test_float32_errors_are_judged_against_float64_not_against_each_other():
@@ -136,9 +110,3 @@ def test_float32_errors_are_judged_against_float64_not_against_each_other():
     assert len({f"{m.verdict.reference_error:.6e}" for m in rows}) == len(
         {m.slot for m in rows if m.slot != "output"}
     )
-
-
-def test_torch_loads_what_the_twins_hold():
-    twins = twins_of(SQUARE)
-    module = torch_reference(SQUARE)
-    module.load_state_dict(with_tensors(twins.state), strict=True)

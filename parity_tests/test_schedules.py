@@ -9,9 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
-import optax
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -29,7 +27,6 @@ from torch.optim.lr_scheduler import (
 )
 
 from flax_resblock import CheckpointError
-from flax_resblock.runs import schedules
 from flax_resblock.runs.scheduler_state import ScheduleState, read_schedule
 from flax_resblock.runs.scheduler_writing import scheduled, write_schedule
 from flax_resblock.runs.schedules import Fixed, Options, Schedule, base_rate, warmup_cosine
@@ -451,22 +448,3 @@ def test_without_a_schedule_every_group_keeps_its_rate():
     expected = [0.1, 0.03, 0.1, 0.03]
     assert [Fixed().rate(step, group) for step in (0, 1000) for group in groups] == expected
     assert Fixed().momentum(3, groups[0]) is None
-
-
-def test_optax_has_other_ends_other_units_and_the_rounding_of_float32():
-    """Why the schedules are this library's own."""
-    cosine = walked(partial(CosineAnnealingLR, T_max=10))
-    theirs = [float(optax.cosine_decay_schedule(0.1, 10)(step)) for step in range(21)]
-    assert max(abs(theirs[step] - cosine[step].groups[0]["lr"]) for step in range(11)) <= 1e-7
-    assert theirs[10:] == [0.0] * 11  # where torch climbs again
-    ours = schedules.CosineAnnealingLR(10, 0.0).rate(20, {"lr": 0.1})
-    assert [cosine[20].groups[0]["lr"], ours] == pytest.approx([0.1, 0.1], rel=LIMIT)
-    # alpha is a share of the peak, eta_min a rate
-    assert float(optax.cosine_decay_schedule(0.1, 10, alpha=0.01)(10)) == pytest.approx(0.001)
-    floor = walked(partial(CosineAnnealingLR, T_max=10, eta_min=0.01), steps=10)[10].groups
-    assert [group["lr"] for group in floor] == pytest.approx([0.01, 0.01], rel=LIMIT)
-    truth = np.array([moment.groups[0]["lr"] for moment in cosine[:10]])
-    compiled = jax.jit(optax.cosine_decay_schedule(0.1, 10))
-    own = schedules.CosineAnnealingLR(10, 0.0)
-    assert max(abs(np.array([float(compiled(step)) for step in range(10)]) / truth - 1)) > 1e-9
-    assert max(abs([own.rate(step, {"lr": 0.1}) for step in range(10)] / truth - 1)) <= LIMIT

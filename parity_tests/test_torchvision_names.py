@@ -12,7 +12,7 @@ from flax_resblock import architectures, create, from_torch, to_torch
 from flax_resblock.config import architecture
 from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
-from parity_tests.support import import_torchvision, output, with_trained_norms
+from parity_tests.support import fast_only, import_torchvision, output, with_trained_norms
 from torch_ref import ResNet
 
 TORCHVISION = [
@@ -39,7 +39,10 @@ def test_all_ten_architectures_of_torchvision_are_there():
     assert theirs <= set(architectures())
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+FEW = ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"]
+
+
+@pytest.mark.parametrize("name", fast_only(FEW, TORCHVISION))
 def test_keys_shapes_and_dtypes_are_torchvisions(name):
     with torch.device("meta"):
         theirs = shapes(getattr(import_torchvision().models, name)().state_dict())

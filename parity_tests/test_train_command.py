@@ -228,10 +228,9 @@ def test_what_cannot_go_on_is_one_paragraph_with_status_2(case, folder, capsys):
         assert error.count("\n") == 1
     assert sorted(folder.rglob("*")) == before
     assert command(f"convert {path} out --with-optimizer --weights-only --no-certificate") == 0
-    arguments = (
-        f"train --data digits --resume {path} --weights-only --epochs 1 --batch-size {runs.BATCH}"
-    )
-    assert command(arguments) == 0
+    if case == "missing buffers":  # the advice is tried once
+        more = f"--weights-only --epochs 1 --batch-size {runs.BATCH}"
+        assert command(f"train --data digits --resume {path} {more}") == 0
 
 
 @pytest.mark.slow
@@ -282,19 +281,18 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("case", OTHER)
-def test_bad_arguments_are_one_paragraph_with_status_2(case, folder, capsys):
-    arguments, words = OTHER[case]
+def test_bad_arguments_are_one_paragraph_with_status_2(folder, capsys):
     _, path = runs.saved("a plain loop with GradScaler and EMA", folder)
     (folder / "full").mkdir()
     (folder / "full" / "file").touch()
     assert path.name == "run.pth"
-    size = "" if "--batch-size" in arguments else f"--batch-size {runs.BATCH}"
-    assert command(f"{arguments} {size}") == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1
-    assert sorted(path.name for path in folder.iterdir()) == ["full", "run.pth"]
+    for arguments, words in OTHER.values():
+        size = "" if "--batch-size" in arguments else f"--batch-size {runs.BATCH}"
+        assert command(f"{arguments} {size}") == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+        assert sorted(path.name for path in folder.iterdir()) == ["full", "run.pth"]
 
 
 @pytest.mark.slow

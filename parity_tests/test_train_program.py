@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import flax_resblock
@@ -13,7 +12,6 @@ from flax_resblock import checkpoint, load_run
 from parity_tests import runs
 from parity_tests.support import flip, json_lines, mounted, python
 from parity_tests.test_train_command import command, few  # noqa: F401 - a fixture
-from torch_ref import ResNet
 
 pytestmark = pytest.mark.usefixtures("few", "folder")
 SHORT = f"--epochs 2 --batch-size {runs.BATCH}"
@@ -156,29 +154,8 @@ def test_a_fresh_network_gets_the_classes_and_channels_of_its_data(capsys, tmp_p
     )
 
 
-@pytest.mark.slow
-def test_a_head_beside_its_backbone_starts_afresh_for_other_classes(capsys):
-    module = ResNet(depths=(1, 1), widths=(4, 6), stem="imagenet", stem_width=4, num_classes=None)
-    state = {f"backbone.{key}": value for key, value in module.state_dict().items()}
-    state |= {"classifier.weight": torch.ones(7, 6), "classifier.bias": torch.ones(7)}
-    torch.save(state, "seven.pth")
-    text = said(capsys, f"--data digits --init seven.pth --num-classes 10 {SHORT} --out tuned")
-    assert "seven.pth has 7 classes: the head is new, for 10 classes" in text
-    assert flax_resblock.load("tuned").config.num_classes == 10
-
-
 def test_one_source_of_weights_at_a_time(capsys):
     assert "each say where the weights come from" in said(capsys, "--resume a --init b", status=2)
-
-
-@pytest.mark.slow
-def test_a_batch_that_the_devices_cannot_share_is_refused(capsys):
-    assert (
-        "batch_size=25 cannot be shared equally by 4 devices. Take 24 or 28, or fewer devices"
-        in said(capsys, "--batch-size 25", status=2)
-    )
-    said(capsys, "--batch-size 25 --devices 1 --epochs 1 --out one")
-    assert "--devices 9 must be from 1 to 4" in said(capsys, "--devices 9", status=2)
 
 
 @pytest.mark.slow
@@ -224,22 +201,6 @@ def test_a_flipped_bit_in_the_newest_checkpoint_is_found_and_the_run_goes_on_fro
     checkpoint.remove(newest)
     assert "goes on at step 5" in said(capsys, "--out out --resume auto")
     assert newest.is_dir()
-
-
-@pytest.mark.slow
-def test_a_checkpoint_of_another_architecture_and_other_data_are_told_apart(capsys):
-    said(capsys, f"{SHORT} --out out")
-    rng = np.random.default_rng(0)
-    np.savez(
-        "own.npz", images=rng.integers(0, 256, (60, 8, 8, 3), np.uint8), labels=np.arange(60) % 4
-    )
-    text = said(capsys, "--resume out --data own.npz --epochs 9 --out other", status=2)
-    assert (
-        "the model takes 1 channels and knows 10 classes; own.npz/train has images of 3 "
-        "channels in 4 classes" in text
-    )
-    assert command("train --resume out --architecture resnet50 --out other") == 2
-    assert "does not fit resnet50" in capsys.readouterr().err
 
 
 @pytest.fixture

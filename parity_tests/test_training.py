@@ -14,16 +14,15 @@ import torch.nn.functional as F
 from flax import nnx
 
 import flax_resblock.training.loop
-from flax_resblock import ResNetConfig, from_torch, load, load_run, to_torch, training
+from flax_resblock import ResNetConfig, from_torch, load_run, to_torch, training
 from flax_resblock.convert import NAMINGS, StateMap
 from flax_resblock.parity.oracle import relative_l2
-from flax_resblock.runs.optimizer_state import fresh_optimizer, write_optimizer
+from flax_resblock.runs.optimizer_state import write_optimizer
 from flax_resblock.training.config import TrainConfig
 from flax_resblock.training.data import Augmentation, Dataset, batches, digits, steps_per_epoch
 from flax_resblock.training.loss import Mixed, cross_entropy
-from flax_resblock.training.run_folder import RunFolder
 from flax_resblock.training.step import make_train_step
-from parity_tests.support import fast_only, worst
+from parity_tests.support import worst
 from torch_ref import ResNet as TorchResNet
 from torch_ref import training as reference
 
@@ -139,7 +138,8 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("change", fast_only(CHANGES[1:2], CHANGES), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_another_run_ends_elsewhere(change, few, torch_loop):
     """The negative controls: decay of norms, a schedule off by one step, other momenta."""
     assert worst(fitted(few, **change)[0], torch_state(torch_loop[0])) >= CONTROL
@@ -197,9 +197,8 @@ def test_bfloat16_computes_with_float32_parameters_and_statistics(data):
     assert model(data.test.normalised(slice(2)), use_running_average=True).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_cross_entropy_matches_torch(smoothing):
-    rng = np.random.default_rng(0)
+def test_cross_entropy_matches_torch():
+    rng, smoothing = np.random.default_rng(0), 0.1
     logits, labels = rng.normal(3, 10, (17, 10)), rng.integers(0, 10, 17)
     expected = F.cross_entropy(
         torch.from_numpy(logits), torch.from_numpy(labels), label_smoothing=smoothing
@@ -211,55 +210,6 @@ def test_cross_entropy_matches_torch(smoothing):
         assert float(
             cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing + 0.01)
         ) != pytest.approx(expected, rel=1e-4)
-
-
-def test_the_same_tensors_decay_in_both_frameworks():
-    twin = torch_reference()
-    state_map = StateMap(CONFIG, NAMINGS["torchvision"])
-    decaying = {
-        path
-        for group in fresh_optimizer("sgd", state_map, weight_decay=5e-4).groups
-        if group.options["weight_decay"]
-        for path in group.paths
-    }
-    ours = {entry.torch_key for entry in state_map.entries if entry.flax_path in decaying}
-    decay, no_decay = reference.sgd(twin, 0.1).param_groups
-    names = {id(parameter): name for name, parameter in twin.named_parameters()}
-    assert {names[id(parameter)] for parameter in decay["params"]} == ours
-    assert len(decay["params"]) + len(no_decay["params"]) == len(names)
-    assert all(parameter.ndim == 1 for parameter in no_decay["params"])
-
-
-def test_a_torch_run_resumes_bit_for_bit_from_its_checkpoint(data, tmp_path):
-    def start():
-        model = torch_reference(3)
-        optimizer = reference.sgd(model, 0.1)
-        return model, optimizer, reference.warmup_cosine(optimizer, warmup_steps=2, total_steps=8)
-
-    few = first(data.train, 128)
-    whole, optimizer, scheduler = start()
-    for epoch in range(2):
-        reference.train(whole, torch_epoch(few, SETTINGS, epoch), optimizer, scheduler)
-
-    half, optimizer, scheduler = start()
-    reference.train(half, torch_epoch(few, SETTINGS, 0), optimizer, scheduler)
-    path = tmp_path / "run.pth"
-    reference.save_checkpoint(
-        path, half, optimizer, scheduler, epoch=0, step=4, args={"batch_size": 32}
-    )
-    checkpoint = torch.load(path, weights_only=True)
-    assert set(checkpoint) == {"model", "optimizer", "lr_scheduler", "epoch", "step", "args"}
-    resumed, optimizer, scheduler = start()
-    resumed.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scheduler.load_state_dict(checkpoint["lr_scheduler"])
-    second = torch_epoch(few, SETTINGS, checkpoint["epoch"] + 1)
-    steps = reference.train(resumed, second, optimizer, scheduler, first_step=checkpoint["step"])
-    assert [step.step for step in steps] == [4, 5, 6, 7]
-    assert all(
-        torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items()
-    )
-    assert load(path).config == CONFIG
 
 
 def test_evaluation_counts_every_image_exactly_once(data):
@@ -274,13 +224,11 @@ def test_evaluation_counts_every_image_exactly_once(data):
 
 
 def test_both_evaluations_agree_and_restore_the_mode(data):
-    twin = torch_reference().train()
-    theirs = reference.evaluate(
-        twin, *as_torch(data.test.normalised(), data.test.labels), batch_size=100
-    )
+    twin, test = torch_reference().train(), first(data.test, 100)
+    theirs = reference.evaluate(twin, *as_torch(test.normalised(), test.labels), batch_size=30)
     assert twin.training
     with jax.enable_x64(True):
-        ours = training.evaluate(from_torch(twin), data.test.normalised(), data.test.labels)
+        ours = training.evaluate(from_torch(twin), test.normalised(), test.labels)
     assert relative_l2(ours.logits, theirs.logits.numpy()) <= 1e-12
     assert ours.accuracy == theirs.accuracy
     assert np.array_equal(ours.predictions, theirs.predictions.numpy())
@@ -326,32 +274,3 @@ def test_augmented_and_mixed_runs_are_repeated_bit_for_bit(data):
         ends.append(to_torch(model))
     assert all(ends[0][key].tobytes() == value.tobytes() for key, value in ends[1].items())
     assert worst(ends[2], ends[0]) > 1e-3
-
-
-@pytest.mark.slow
-def test_a_run_that_stops_in_an_epoch_goes_on_bit_for_bit(data, tmp_path):
-    config = dataclasses.replace(SETTINGS, epochs=2, batch_size=256, dtype="float32")
-    models = {name: from_torch(torch_reference().float()) for name in ("whole", "stopped")}
-    whole = training.fit(models["whole"], data.train, config, progress=False)
-    losses: list[float] = []
-    with RunFolder(tmp_path / "run", config) as folder:
-        with pytest.raises(flax_resblock.training.Stopped, match="stopped after 4 steps"):
-            training.fit(
-                models["stopped"],
-                data.train,
-                config,
-                on_step=lambda step: losses.append(step.loss),
-                saver=folder,
-                stop=lambda: len(losses) == 3,  # known while the fourth is computed
-                progress=False,
-            )
-        folder.wait()
-    model, run = load_run(tmp_path / "run" / "checkpoints" / "step-00000004")
-    rest = training.fit(model, data.train, config, run=run, progress=False)
-    assert [*losses, *(step.loss for step in rest.steps)] == [step.loss for step in whole.steps]
-    ours, theirs = to_torch(model), to_torch(models["whole"])
-    assert all(ours[key].tobytes() == value.tobytes() for key, value in theirs.items())
-    assert rest.run is not None
-    assert whole.run is not None
-    for path, value in whole.run.optimizer.tensors["momentum_buffer"].items():
-        assert rest.run.optimizer.tensors["momentum_buffer"][path].tobytes() == value.tobytes()

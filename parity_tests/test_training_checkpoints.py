@@ -58,38 +58,15 @@ def _one_step_late(run):
     return replace(run, schedule=replace(run.schedule, position=run.schedule.position + 1))
 
 
-@pytest.mark.parametrize(
-    "spelling",
-    fast_only(["timm"], SPELLINGS),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("spelling", SPELLINGS)
 def test_momentum_and_schedule_matter(spelling, tmp_path):
+    """As test_optimizer_steps.py shows of single optimizers."""
     run, path = runs.saved(spelling, tmp_path)
     truth = run.epochs(1).state()
     for change in (_without_buffers, *([_one_step_late] if run.scheduler is not None else [])):
         ours, *_ = goes_on(path, epochs=DONE + 1, change=change)
         assert worst(ours, truth) >= 1000 * TRAJECTORY_LIMIT
-
-
-@pytest.mark.parametrize(
-    ("spelling", "suffix"), list(zip(SPELLINGS, [".pth", ".safetensors", ""] * 2, strict=True))
-)
-def test_every_format_holds_the_same_run(spelling, suffix, tmp_path):
-    _, path = runs.saved(spelling, tmp_path)
-    model, run = load_run(path)
-    flax_resblock.save(model, tmp_path / f"copy{suffix}", run=run)
-    again, copied = load_run(tmp_path / f"copy{suffix}")
-    assert worst(flax_resblock.to_torch(again), flax_resblock.to_torch(model)) == 0
-    assert copied.schedule == run.schedule
-    assert (copied.epochs, copied.settings) == (run.epochs, run.settings)
-    ours, theirs = copied.optimizer, run.optimizer
-    assert ours.kind == theirs.kind
-    assert [g.paths for g in ours.groups] == [g.paths for g in theirs.groups]
-    assert [dict(g.options) for g in ours.groups] == [dict(g.options) for g in theirs.groups]
-    for name, tensors in (*theirs.tensors.items(), ("steps", theirs.steps)):
-        there = ours.steps if name == "steps" else ours.tensors[name]
-        assert there.keys() == tensors.keys()
-        for key, value in tensors.items():
-            np.testing.assert_array_equal(there[key], value)
 
 
 EXPECTED = {
@@ -119,12 +96,15 @@ EXPECTED = {
         {"rng_state.pth", "training_args.bin"},
     ),
 }
+"""The entries that are used, kept and ignored."""
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_counters_are_read_and_every_entry_is_listed_as_used_kept_or_ignored(spelling, tmp_path):
+@pytest.mark.parametrize(
+    ("spelling", "suffix"), list(zip(SPELLINGS, [".pth", ".safetensors", ""] * 2, strict=True))
+)
+def test_every_entry_is_listed_and_every_format_holds_the_same_run(spelling, suffix, tmp_path):
     _, path = runs.saved(spelling, tmp_path)
-    _, run = load_run(path)
+    model, run = load_run(path)
     assert run.problem is None
     assert (run.steps if run.steps is not None else run.epochs * STEPS) == DONE * STEPS
     if spelling in EXPECTED:
@@ -133,6 +113,20 @@ def test_counters_are_read_and_every_entry_is_listed_as_used_kept_or_ignored(spe
             for status in ("used", "kept", "ignored")
         ]
         assert tuple(listed) == EXPECTED[spelling]
+    flax_resblock.save(model, tmp_path / f"copy{suffix}", run=run)
+    again, copied = load_run(tmp_path / f"copy{suffix}")
+    assert worst(flax_resblock.to_torch(again), flax_resblock.to_torch(model)) == 0
+    assert copied.schedule == run.schedule
+    assert (copied.epochs, copied.settings) == (run.epochs, run.settings)
+    ours, theirs = copied.optimizer, run.optimizer
+    assert ours.kind == theirs.kind
+    assert [g.paths for g in ours.groups] == [g.paths for g in theirs.groups]
+    assert [dict(g.options) for g in ours.groups] == [dict(g.options) for g in theirs.groups]
+    for name, tensors in (*theirs.tensors.items(), ("steps", theirs.steps)):
+        there = ours.steps if name == "steps" else ours.tensors[name]
+        assert there.keys() == tensors.keys()
+        for key, value in tensors.items():
+            np.testing.assert_array_equal(there[key], value)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -28,6 +28,10 @@ from flax_resblock.training.step import TrainStep
 from parity_tests.test_training import CONFIG, SETTINGS
 from torch_ref import ResNet as TorchResNet
 
+SMALLEST = dataclasses.replace(
+    SETTINGS, model=dataclasses.replace(CONFIG, depths=(1,), widths=(4,), stem_width=4)
+)
+
 
 @pytest.fixture(scope="module")
 def data():
@@ -116,9 +120,9 @@ def test_batches_are_on_their_device_before_the_step_that_takes_them(data, monke
 
     monkeypatch.setattr(Placement, "spread", recorded)
     monkeypatch.setattr(TrainStep, "advance", waits)
-    device, model = jax.devices()[1], training.new_model(SETTINGS)
+    device, model = jax.devices()[1], training.new_model(SMALLEST)
     with jax.default_device(device), pytest.raises(OSError, match="the sixth batch"):
-        training.fit(model, data.train, SETTINGS, on_step=reported.append, progress=False)
+        training.fit(model, data.train, SMALLEST, on_step=reported.append, progress=False)
     assert [images.devices() for images in taken] == [{device}] * 5  # those before the sixth
     assert [report.step for report in reported] == [0, 1, 2, 3]
     assert threading.main_thread() not in placed
@@ -126,7 +130,7 @@ def test_batches_are_on_their_device_before_the_step_that_takes_them(data, monke
 
 
 def test_a_diverging_run_names_the_step_and_leaves_the_model_as_it_was(data):
-    config = dataclasses.replace(SETTINGS, learning_rate=1e30)
+    config = dataclasses.replace(SMALLEST, learning_rate=1e30)
     model = training.new_model(config)
     before = {key: value.copy() for key, value in to_torch(model).items()}
     with pytest.raises(
@@ -248,6 +252,7 @@ def test_misfits_are_refused(data):
         ),
         ({"std": (0.0,)}, "std above 0"),
         ({"mean": (0.0, 0.0)}, "must give 1 numbers each"),
+        ({"class_names": ("a", "b")}, "2 class names for 10 classes"),
     ],
 )
 def test_dataset_errors_name_the_dataset(change, message):

@@ -24,7 +24,6 @@ NETWORK = ResNetConfig(
     depths=(1, 1), widths=(6, 10), stem="cifar", stem_width=6, shortcut="zero_pad", num_classes=5
 )
 BLOCK = BlockConfig(in_channels=5, out_channels=8, stride=2)
-SLOW = pytest.mark.slow
 
 
 def trained(config, steps, **plan):

@@ -112,11 +112,6 @@ except MissingDependencyError as error:
     assert "pip install 'flax-resblock[torch]'" in result.stdout
 
 
-def test_importing_and_every_public_name_need_no_torch():
-    code = "import sys, flax_resblock as f\n[getattr(f, name) for name in f.__all__]\n"
-    assert run(code + "print('torch' in sys.modules)").stdout.strip() == "False"
-
-
 @pytest.mark.slow
 def test_importing_takes_no_longer_than_jax_and_nnx(tmp_path):
     """Both in one process: two processes differ by more than what is to be measured.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,19 +32,19 @@ OTHER_PROGRAMS = (
 """What a text says of another program, or passes to one."""
 
 
-def texts(source: str) -> Iterator[str]:
+@functools.cache
+def texts(source: str) -> list[str]:
     """The strings of a module that are no docstrings, with ``{}`` for what is filled in."""
-    tree = ast.parse(source)
-    bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    inside = {
-        id(one) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for one in node.values
-    }
-    for node in ast.walk(tree):
+    nodes, found = list(ast.walk(ast.parse(source))), []
+    passed = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    passed |= {id(one) for node in nodes if isinstance(node, ast.JoinedStr) for one in node.values}
+    for node in nodes:
         if isinstance(node, ast.JoinedStr):
             parts = [one.value if isinstance(one, ast.Constant) else "{}" for one in node.values]
-            yield "".join(map(str, parts))
-        elif isinstance(node, ast.Constant) and id(node) not in bare | inside:
-            yield str(node.value)
+            found.append("".join(map(str, parts)))
+        elif isinstance(node, ast.Constant) and id(node) not in passed:
+            found.append(str(node.value))
+    return found
 
 
 def flags_outside_commands(text: str) -> list[str]:
@@ -67,7 +67,7 @@ def test_no_message_below_the_command_line_names_a_flag():
         for text in texts(source):
             assert not flags_outside_commands(text), f"{path}: {text}"
     assert flags_outside_commands("Pass --force. `flax-resblock port --exact`") == ["--force"]
-    assert list(texts('raise E(f"a {b} " "--c")')) == ["a {} --c"]
+    assert texts('raise E(f"a {b} " "--c")') == ["a {} --c"]
 
 
 def test_every_argument_that_a_message_names_has_a_flag():
@@ -122,3 +122,37 @@ def test_the_same_messages_reach_both_readers(folder, capsys):
     assert "--activation leaky_relu|gelu|silu if not" in printed
     certificate = Path("new.safetensors.parity.json").read_text()
     assert "`activation" not in printed + certificate
+
+
+RIDDLES = (
+    r"\bno tensor tells\b",
+    r"\btook entry\b",
+    r"\bstarts? afresh\b",
+    r"\bwas taken for\b",
+    r"\bis no image\b",
+    r"\[Errno",
+)
+
+
+def test_messages_hold_no_riddle_and_no_number_of_an_operating_system():
+    """Where a handler may hold an OSError, its message has ``reason(error)``, never ``{error}``."""
+    for file in sorted((REPOSITORY / "flax_resblock").rglob("*.py")):
+        source = file.read_text(encoding="utf-8")
+        for text in texts(source):
+            assert not [one for one in RIDDLES if re.search(one, text)], (file, text)
+        for handler in ast.walk(ast.parse(source if "OSError" in source else "")):
+            if not isinstance(handler, ast.ExceptHandler) or handler.type is None:
+                continue
+            if "OSError" in ast.dump(handler.type):
+                plain = [
+                    node.lineno for node in ast.walk(handler) if says_error(node, handler.name)
+                ]
+                assert not plain, (file, plain)
+
+
+def says_error(node, name):
+    """Whether a node shows an error as Python does: ``f"{error}"`` or ``str(error)``."""
+    values = [node.value] if isinstance(node, ast.FormattedValue) else []
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "str":
+        values = node.args
+    return any(isinstance(value, ast.Name) and value.id == name for value in values)

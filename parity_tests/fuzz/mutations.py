@@ -10,7 +10,6 @@ import json
 import random
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,6 @@ from parity_tests.fuzz.samples import Files, saved, training
 from parity_tests.support import SMALL
 
 NUMBERS = pickles.NUMBERS
-_BOMB = zlib.compress(bytes(1 << 20), 9)
 VALUES: tuple[Any, ...] = (
     *(None, True, -1, 0, 2**31, 2**64, 1e308, float("nan"), float("inf")),
     *("", "\x1b[31m", "\u202e", "../../x", "/etc/passwd", [], {}, [[]], "F32"),
