@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from flax_resblock._lazy import lazily
 from flax_resblock._version import __version__
 
 if TYPE_CHECKING:
@@ -44,36 +45,30 @@ __all__ = [
     "preprocess", "save", "to_torch",
 ]  # fmt: skip
 
-_MODULES = {
-    "checkpoint": ("Limits",),
-    "convert": ("NAMINGS", "Naming"),
-    "runs.optimizers": ("optimizer_of",),
-    "runs.own": ("load_run_into",),
-    "runs.run": ("Run",),
-    "config": ("BlockConfig", "ResNetConfig", "architectures"),
-    "nn.blocks": ("BottleneckBlock", "ResidualBlock"),
-    "errors": ("AssumptionWarning", "CheckpointError", "InputError", "PortedWarning"),
-    "images": ("preprocess",),
-    "export.inference": ("compile_inference",),
-    "cpu.switch": ("compiler_options", "conv_lowering"),
-    "nn.norm": ("BatchNorm",),
-    "nn.resnet": ("ResNet",),
-    "port.folder": ("load_ported", "ported_state_dict"),
-    "port.network": ("PortedNetwork",),
-    "io": ("create", "from_torch", "load", "load_run", "save", "to_torch"),
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
+_imported, __dir__ = lazily(
+    __name__,
+    {
+        "checkpoint": "Limits",
+        "convert": "NAMINGS Naming",
+        "runs.optimizers": "optimizer_of",
+        "runs.own": "load_run_into",
+        "runs.run": "Run",
+        "config": "BlockConfig ResNetConfig architectures",
+        "nn.blocks": "BottleneckBlock ResidualBlock",
+        "errors": "AssumptionWarning CheckpointError InputError PortedWarning",
+        "images": "preprocess",
+        "export.inference": "compile_inference",
+        "cpu.switch": "compiler_options conv_lowering",
+        "nn.norm": "BatchNorm",
+        "nn.resnet": "ResNet",
+        "port.folder": "load_ported ported_state_dict",
+        "port.network": "PortedNetwork",
+        "io": "create from_torch load load_run save to_torch",
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
     if name == "port":  # a package that can be called, so that it is not replaced by a function
         return importlib.import_module("flax_resblock.port")
-    if name not in _HOME:
-        raise AttributeError(f"module 'flax_resblock' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"flax_resblock.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return _imported(name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _HIDDEN = ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
 """Unicode categories of what hides, reorders or breaks text."""
@@ -36,6 +38,14 @@ class AssumptionWarning(UserWarning):
 class PortedWarning(UserWarning):
     """A module that no configuration describes was ported instead: written as Flax source and
     compared with it. The message says why, and how to get the source."""
+
+
+def optional(package: str, words: str) -> Any:
+    """An optional package, imported; raises MissingDependencyError with these words without it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingDependencyError(words) from error
 
 
 def visible(text: str, keep: str = "") -> str:

@@ -5,8 +5,7 @@ fails in its turn."""
 import sys
 import time
 
-from flax_resblock.bench.device_worker import Program, serve
-from flax_resblock.bench.worker import Task
+from flax_resblock.bench.worker import Program, Task, serve
 
 
 def program(task, alone):

@@ -398,13 +398,11 @@ def test_a_compiler_of_another_version_is_refused(monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_outcome_survives_the_way_from_the_child():
+def test_a_request_is_compiled_once():
     skip_without("cuda")
     request = request_for(PROJECTION, "cuda:a100", **SMALL)
-    assert Request.from_json(request.to_json()) == request
     (outcome,) = compile_ahead([request])
-    assert Outcome.from_plain(json.loads(json.dumps(outcome.to_plain()))) == outcome
-    assert compile_ahead([request])[0] is outcome  # compiled once
+    assert compile_ahead([request])[0] is outcome
 
 
 @pytest.mark.slow

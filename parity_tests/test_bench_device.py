@@ -14,10 +14,9 @@ from flax_resblock.bench import device_run, jax_device, torch_device
 from flax_resblock.bench.cases import BenchCase, Contestant
 from flax_resblock.bench.chips import flops, peak_of
 from flax_resblock.bench.device_report import content, sentences, table
-from flax_resblock.bench.device_worker import Alone
 from flax_resblock.bench.kernels import group_of, kernels_of_trace
 from flax_resblock.bench.plan import EAGER, JAX_FLAGS, OURS, Part, parts_of
-from flax_resblock.bench.worker import Task
+from flax_resblock.bench.worker import Alone, Task
 from parity_tests.support import REPOSITORY
 
 CASE = BenchCase("train-step", "resnet20", 16, 4, 10, "float32")

@@ -22,10 +22,11 @@ FORBIDDEN_JAX = ("jax.extend", "jax.interpreters", "jax.experimental", "jax._src
 PACKAGES: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "_version": (set(), set()),
+    "_lazy": (set(), set()),
     "hub": ({"errors"}, {"huggingface_hub", "rich", "filelock"}),
     "config": (set(), set()),
     "cpu": ({"config", "errors"}, JAX | {"jaxlib"}),
-    "nn": ({"config", "errors"}, JAX),
+    "nn": ({"_lazy", "config", "errors"}, JAX),
     "checkpoint": (
         {"_version", "errors", "hub"},
         ARRAYS
@@ -43,11 +44,14 @@ PACKAGES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "aot": ({"config", "cpu", "errors", "export", "nn"}, JAX),
     "training": (
-        {"checkpoint", "config", "convert", "cpu", "errors", "nn", "runs"},
+        {"_lazy", "checkpoint", "config", "convert", "cpu", "errors", "nn", "runs"},
         JAX | {"rich", "tensorboardX", "matplotlib", "PIL", "grain", "absl", "sklearn", "orbax"},
     ),
     "parity": (
-        {"_version", "checkpoint", "config", "convert", "cpu", "errors", "hub", "nn", "runs"},
+        {
+            *("_lazy", "_version", "checkpoint", "config", "convert", "cpu", "errors", "hub"),
+            *("nn", "runs"),
+        },
         JAX | PAGES | {"torch", "torch_ref"},
     ),
     "port": (
@@ -101,7 +105,7 @@ def imports(source: str) -> Iterator[str]:
             yield from (f"{'.' * node.level}{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            if called in ("import_module", "__import__"):
+            if called in ("import_module", "__import__", "optional"):
                 yield str(node.args[0].value)
 
 

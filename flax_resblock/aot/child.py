@@ -1,24 +1,26 @@
-"""The process that compiles: ``python -m flax_resblock.aot.child``. One request per line on stdin
-up to an empty line, one outcome per line on stdout.
+"""The process that compiles: ``python -m flax_resblock.aot.child DESCRIPTOR``. The file descriptor
+is that of a connection: it receives a list of requests and sends an answer to each.
 
-It ends when its stdin closes, even in the middle of a compilation, because its parent is gone then.
+It ends when the connection does, even in the middle of a compilation, because its parent is gone
+then.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from flax_resblock.aot.hlo import read_hlo
 from flax_resblock.aot.outcome import MemoryUse, Outcome, bytes_needed
 from flax_resblock.aot.request import Request
-from flax_resblock.aot.targets import GPUS, TPUS, Target
-from flax_resblock.errors import InputError
+from flax_resblock.aot.targets import CHIPS, GPUS, TPUS, Target
+from flax_resblock.errors import InputError, first_line
 
 
 def devices_of(target: Target, slices: int) -> list[Any]:
@@ -45,10 +47,9 @@ def devices_of(target: Target, slices: int) -> list[Any]:
         )
         return list(found.devices)
     except Exception as error:  # the compilers raise several classes, none of their own
-        reason = str(error).strip().splitlines()[0][:300]
         raise InputError(
-            f"the compiler for {target.platform} does not know {target}: {reason}. Usual "
-            f"topologies are 1x1, 2x2, 4x4 and 2x2x1, 2x2x2."
+            f"the compiler for {target.platform} does not know {target}: {first_line(error)}. "
+            f"Usual topologies are 1x1, 2x2, 4x4 and 2x2x1, 2x2x2."
         ) from error
 
 
@@ -68,49 +69,45 @@ def compile_one(request: Request) -> Outcome:
     try:
         compiled = lowered.compile()
     except Exception as error:  # jaxlib's own class is private
-        needed = bytes_needed(str(error))
-        if needed is None:
+        sizes = bytes_needed(str(error))
+        if sizes is None:
             raise
-        facts |= {"seconds": time.monotonic() - begun, "memory": None, "program": None}
-        return Outcome(**facts, capacity=needed[1], needed=needed[0])
-    facts["seconds"] = time.monotonic() - begun
-    memory = MemoryUse.of(compiled.memory_analysis())
-    text = compiled.as_text()
-    if request.hlo:
-        with open(request.hlo, "w", encoding="utf-8") as handle:
-            handle.write(text)
-    capacity = TPUS[target.chip].memory if target.platform == "tpu" else GPUS[target.chip].memory
-    facts |= {"memory": memory, "needed": memory.total, "program": read_hlo(text)}
-    return Outcome(**facts, capacity=capacity)
+        seconds = time.monotonic() - begun
+        (needed, capacity), memory, program = sizes, None, None
+    else:
+        seconds = time.monotonic() - begun
+        text = compiled.as_text()
+        if request.hlo:
+            Path(request.hlo).write_text(text, encoding="utf-8")
+        memory, program = MemoryUse.of(compiled.memory_analysis()), read_hlo(text)
+        needed, capacity = memory.total, CHIPS[target.platform][target.chip].memory
+    facts |= {"seconds": seconds, "capacity": capacity, "needed": needed}
+    return Outcome(**facts, memory=memory, program=program)
 
 
-def _answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            yield {"outcome": compile_one(Request.from_json(line)).to_plain()}
-        except InputError as error:
-            yield {"input_error": str(error)}
-        except Exception as error:  # of any class; the parent reports it
-            yield {"error": f"{type(error).__name__}: {error}"}
+def _answer(request: Request) -> Outcome | InputError | str:
+    """The outcome; or what was wrong with the request, or what the compiler said."""
+    try:
+        return compile_one(request)
+    except InputError as error:
+        return InputError(str(error))
+    except Exception as error:  # of any class; the parent reports it
+        return f"{type(error).__name__}: {error}"
 
 
 def main() -> None:
-    """Reads requests, compiles them and writes the outcomes."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # the compilers' own output goes to stderr
-    lines = []
-    for line in sys.stdin:
-        if not line.strip():
-            break
-        lines.append(line)
+    """Receives requests, compiles them and sends the outcomes."""
+    connection = Connection(int(sys.argv[1]))
 
-    def end_with_stdin() -> None:
-        sys.stdin.read()
+    def end_with_parent() -> None:
+        with suppress(EOFError, OSError):
+            connection.recv()
         os._exit(1)
 
-    threading.Thread(target=end_with_stdin, daemon=True).start()
-    for answer in _answers(iter(lines)):
-        print(json.dumps(answer), file=answers, flush=True)
+    requests = connection.recv()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    for request in requests:
+        connection.send(_answer(request))
     os._exit(0)  # without waiting for the compilers' threads
 
 

@@ -3,17 +3,17 @@ not affected."""
 
 from __future__ import annotations
 
-import json
 import os
-import queue
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from importlib.metadata import distributions, requires, version
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
 
@@ -96,7 +96,6 @@ def compile_ahead(requests: Sequence[Request], progress: Progress | None = None)
 
     Args:
       requests: All are checked before the first is compiled.
-      progress: See :data:`Progress`.
     Returns:
       One outcome per request, also for a program that needs more memory than there is.
     Raises:
@@ -119,70 +118,48 @@ def _run_child(requests: Sequence[Request], progress: Progress) -> None:
         environment.pop(flags, None)
     folders = [str(Path(__file__).parents[2]), str(COMPILERS), os.environ.get("PYTHONPATH")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
-    with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "flax_resblock.aot.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-        )
+    ours, theirs = Pipe()
+    with tempfile.TemporaryFile() as log, ours:
+        with theirs:
+            child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "flax_resblock.aot.child", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
         try:
-            assert child.stdin is not None
-            assert child.stdout is not None
-            lines = [request.to_json() for request in requests]
-            child.stdin.write(("\n".join(lines) + "\n\n").encode())
-            child.stdin.flush()
-            answers = _lines(child.stdout)
             begun = time.monotonic()
+            with suppress(BrokenPipeError):  # it has ended; what it said follows
+                ours.send(requests)
             for done, request in enumerate(requests):
-                line = _next(answers, done, begun, progress)
-                _done[request] = _outcome(request, line, child, log)
+                progress(done, time.monotonic() - begun)
+                while not ours.poll(1):
+                    progress(done, time.monotonic() - begun)
+                _done[request] = _outcome(request, ours, child, log)
         finally:
             child.kill()  # also after an interrupt, which a compilation does not react to
             child.wait()
 
 
-def _lines(stream: IO[bytes]) -> queue.Queue[bytes | None]:
-    """Lines as they come, then None."""
-    lines: queue.Queue[bytes | None] = queue.Queue()
-
-    def fill() -> None:
-        for line in stream:
-            lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=fill, daemon=True).start()
-    return lines
-
-
-def _next(
-    answers: queue.Queue[bytes | None], done: int, begun: float, progress: Progress
-) -> bytes | None:
-    while True:
-        progress(done, time.monotonic() - begun)
-        try:
-            return answers.get(timeout=1)
-        except queue.Empty:
-            continue
-
-
 def _outcome(
-    request: Request, line: bytes | None, child: subprocess.Popen[bytes], log: IO[bytes]
+    request: Request, answers: Connection, child: subprocess.Popen[bytes], log: IO[bytes]
 ) -> Outcome:
     title = f"{request.what} of batch {request.batch} for {request.target}"
-    if line is None:
+    try:
+        answer = answers.recv()
+    except (EOFError, ConnectionResetError):
         log.seek(0)
         last = log.read().decode(errors="replace").strip().splitlines()[-1:]
         raise InputError(
             f"the compiler ended with status {child.wait()} while it compiled the {title}. Its "
             f"last line was: {''.join(last)[:400] or 'none'}"
-        )
-    answer = json.loads(line)
-    if "input_error" in answer:
-        raise InputError(answer["input_error"])
-    if "error" in answer:
-        words = " ".join(answer["error"].split())[:600]
+        ) from None
+    if isinstance(answer, InputError):
+        raise answer
+    if isinstance(answer, str):
+        words = " ".join(answer.split())[:600]
         raise InputError(f"the compiler refused the {title}: {words}")
-    return Outcome.from_plain(answer["outcome"])
+    return answer

@@ -60,7 +60,6 @@ class Collective:
       kind: ``"all-reduce"`` ...
       shapes: Of the values that each device contributes or receives.
       bytes: Of these values, per device.
-      slot: Of the first value.
     """
 
     kind: str
@@ -71,13 +70,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Narrow:
-    """Values of one floating type narrower than float32 at one slot.
-
-    Attributes:
-      dtype: ``"bf16"`` ...
-      slot: As for :class:`Product`.
-      count: How many values.
-    """
+    """So many values of one floating type narrower than float32, ``"bf16"``, at one slot."""
 
     dtype: str
     slot: str
@@ -86,12 +79,10 @@ class Narrow:
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program.
+    """A compiled program: every convolution and product, every operation between devices, and the
+    values narrower than float32.
 
     Attributes:
-      products: Every convolution and matrix product.
-      collectives: Every operation between devices.
-      narrow: Values of a floating type narrower than float32.
       cycles: The compiler's own estimate, summed over the program; 0 if it makes none (CUDA). It
         compares two programs; it does not predict time.
     """
@@ -107,12 +98,10 @@ class Instruction:
     """One line of a program.
 
     Attributes:
-      name: Of its value.
       type: Of its value, with its memory layout: ``"f32[64]{0:T(128)S(1)}"``, or several in
         parentheses.
       opcode: ``"fusion"`` ...
       operands: Names of the values that it takes.
-      text: The whole line.
       entry: Whether it belongs to the computation that is run, and not to one that is called from
         there.
       types: Of the values of the same computation, by name.
@@ -209,13 +198,7 @@ def _collective(instruction: Instruction) -> Collective | None:
 
 
 def read_hlo(text: str) -> Program:
-    """Reads one compiled program.
-
-    Args:
-      text: Optimised HLO with metadata.
-    Raises:
-      ValueError: The text is not HLO.
-    """
+    """Reads one compiled program: optimised HLO with metadata; raises ValueError if it is none."""
     products, collectives, cycles = [], [], 0
     narrow: Counter[tuple[str, str]] = Counter()
     count = 0

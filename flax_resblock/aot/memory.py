@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from flax_resblock.aot.outcome import Outcome
 from flax_resblock.aot.request import Request
-from flax_resblock.aot.targets import GPUS, TPUS, Target
+from flax_resblock.aot.targets import CHIPS, TPUS, Target
 from flax_resblock.config import SlotKind, walk
 
 Compile = Callable[[Request], Outcome]
@@ -58,10 +58,6 @@ class Suggestion:
 def suggestions(request: Request, outcome: Outcome) -> list[Suggestion]:
     """Changes that should make a program fit: a smaller batch, more of the same chips, or as many
     chips with more memory. They are estimates; the next compilation decides.
-
-    Args:
-      request: What was compiled.
-      outcome: Its result.
     """
     here = request.parsed_target
     found = []
@@ -73,8 +69,8 @@ def suggestions(request: Request, outcome: Outcome) -> list[Suggestion]:
         if request.batch % devices == 0 and request.batch // devices <= limit:
             found.append(Suggestion(request.batch, str(Target(here.platform, here.chip, topology))))
             break
-    rows = TPUS if here.platform == "tpu" else GPUS
-    for chip, row in sorted(rows.items(), key=lambda item: item[1].memory):
+    chips = CHIPS[here.platform]
+    for chip, row in sorted(chips.items(), key=lambda item: item[1].memory):
         if row.memory > outcome.capacity and request.batch / outcome.devices <= _cautious(
             _images_per_device(request, outcome, row.memory)
         ):
@@ -111,7 +107,6 @@ class Largest:
 
     Attributes:
       batch: Fits; 0 where not even one image per device does.
-      outcome: Of that batch.
       too_large: The smallest batch that was tried and does not fit.
     """
 
@@ -122,12 +117,7 @@ class Largest:
 
 def largest_batch(request: Request, compile_one: Compile) -> Largest:
     """The largest batch that fits, by compiling: a few guesses in proportion, then bisection
-    between one that fits and one that does not.
-
-    Args:
-      request: Its batch is where the search begins.
-      compile_one: Compiles a request.
-    """
+    between one that fits and one that does not."""
     fits, best, too_large, batch, tries = 0, None, 0, request.batch, 0
     while True:
         outcome = compile_one(request.but(batch=batch))

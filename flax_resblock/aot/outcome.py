@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from flax_resblock.aot.hlo import Collective, Narrow, Product, Program
+from flax_resblock.aot.hlo import Product, Program
 from flax_resblock.aot.request import Request
 from flax_resblock.aot.targets import ARITHMETIC
 
@@ -70,10 +69,8 @@ class Outcome:
     """One program, compiled or refused for its size.
 
     Attributes:
-      devices: How many devices the target has.
       device_kind: As jax names it, ``"TPU v5 lite"``.
       capacity: Bytes on each device.
-      seconds: Time of the compilation.
       memory: None if the compiler refused.
       needed: Bytes on each device.
       program: None if the compiler refused.
@@ -91,30 +88,6 @@ class Outcome:
     def fits(self) -> bool:
         """Whether the program runs in the devices' memory."""
         return self.program is not None and self.needed <= self.capacity
-
-    def to_plain(self) -> dict[str, Any]:
-        """For JSON; :meth:`from_plain` reads it."""
-        return asdict(self)
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Outcome:
-        """What :meth:`to_plain` wrote."""
-        memory = None if plain["memory"] is None else MemoryUse(**plain["memory"])
-        program = None if plain["program"] is None else _program(plain["program"])
-        return cls(**{**plain, "memory": memory, "program": program})
-
-
-def _program(plain: Mapping[str, Any]) -> Program:
-    products = [
-        Product(**{**one, "precision": tuple(one["precision"]), "operands": tuple(one["operands"])})
-        for one in plain["products"]
-    ]
-    collectives = [
-        Collective(**{**one, "shapes": tuple(map(tuple, one["shapes"]))})
-        for one in plain["collectives"]
-    ]
-    narrow = tuple(Narrow(**one) for one in plain["narrow"])
-    return Program(tuple(products), tuple(collectives), narrow, plain["cycles"])
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,6 @@ def _step(
     loss)``.
 
     Args:
-      graphdef: Of the network.
-      optimizer: Of optax.
       spread: Applied to the parameters before they meet the images.
       mean: Applied to the loss.
     """
@@ -147,8 +145,7 @@ def _images(request: Request, mesh: Mesh, channels: int) -> jax.ShapeDtypeStruct
 
 
 def _lower_forward(request: Request, mesh: Mesh) -> Any:
-    model = _model(request)
-    graphdef, variables = nnx.split(model)
+    graphdef, variables = nnx.split(_model(request))
 
     def forward(variables: Any, images: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, variables)(images, use_running_average=True)
@@ -158,8 +155,7 @@ def _lower_forward(request: Request, mesh: Mesh) -> Any:
 
 
 def _lower_step(request: Request, mesh: Mesh) -> Any:
-    model = _model(request)
-    graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    graphdef, params, stats = nnx.split(_model(request), nnx.Param, nnx.BatchStat)
     optimizer = optax.sgd(_RATE, momentum=_MOMENTUM)
     opt_state = jax.eval_shape(optimizer.init, params)
     images = _images(request, mesh, request.config.in_channels)
@@ -187,8 +183,5 @@ def _lower_exported(request: Request, mesh: Mesh) -> Any:
     from flax_resblock.export.exported import open_exported
 
     exported = open_exported(request.subject)
-    weights = {
-        name: _spec(mesh, P(), shape, dtype)
-        for name, (shape, dtype) in exported.weight_specs.items()
-    }
-    return jax.jit(exported.program.call).lower(weights, _images(request, mesh, exported.channels))
+    weights, images = exported.weights, _images(request, mesh, exported.channels)
+    return jax.jit(exported.program.call).lower(_replicated(mesh, weights), images)

@@ -3,8 +3,7 @@ process."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -33,8 +32,6 @@ class Request:
       slices: TPU slices that train together.
       what: ``"forward"`` in evaluation mode, or ``"train-step"``: forward in training mode,
         backward, and an update of SGD with momentum.
-      batch: Images, over all devices.
-      height, width: Of the images.
       dtype: Of the computation; parameters are float32.
       precision: jax's ``default_matmul_precision``; ``"highest"`` is what
         :func:`flax_resblock.parity.devices.strict` sets.
@@ -56,10 +53,6 @@ class Request:
     slot_precision: tuple[tuple[str, str], ...] = ()
     batch_norm: BatchStatistics = "global"
     hlo: str | None = None
-
-    def __post_init__(self) -> None:
-        pairs = tuple((slot, precision) for slot, precision in self.slot_precision)
-        object.__setattr__(self, "slot_precision", pairs)
 
     @property
     def config(self) -> arch.Config:
@@ -118,15 +111,6 @@ class Request:
     def but(self, **changes: Any) -> Request:
         """The same with some fields changed."""
         return replace(self, **changes)
-
-    def to_json(self) -> str:
-        """One line."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, line: str) -> Request:
-        """What :meth:`to_json` wrote."""
-        return cls(**json.loads(line))
 
 
 def request_for(config: arch.Config, target: str, **options: Any) -> Request:

@@ -28,7 +28,6 @@ class Expected:
     Attributes:
       fewest, most: How many.
       elements: Values that each device contributes to them, all together.
-      reason: In words.
     """
 
     fewest: int

@@ -49,9 +49,6 @@ class Gpu:
     capabilities.
 
     Attributes:
-      name: Of the product.
-      capability: Compute capability.
-      multiprocessors: On the chip.
       fp32_lanes: float32 units per multiprocessor.
       threads: Resident per multiprocessor.
       shared_memory: Bytes per multiprocessor.
@@ -111,6 +108,8 @@ _H100 = Gpu("NVIDIA H100 SXM", *_H100_CORES, 228 * _KIB, 50 * _MIB, 80 * _GIB, 3
 _H200 = replace(_H100, name="NVIDIA H200 SXM", memory=141 * _GIB, bandwidth=4.8e12)
 
 GPUS: Mapping[str, Gpu] = MappingProxyType({"a100": _A100, "l4": _L4, "h100": _H100, "h200": _H200})
+CHIPS: Mapping[str, Mapping[str, Tpu | Gpu]] = MappingProxyType({"tpu": TPUS, "cuda": GPUS})
+"""By platform and name."""
 
 _OF_A_TPU = {"default": "bfloat16", "high": "three bfloat16 passes", "highest": "float32"}
 
@@ -152,15 +151,13 @@ def parse_target(name: str) -> Target:
     """
     platform, chip, topology, *more = [*name.lower().split(":"), "", ""]
     if platform == "tpu" and chip in TPUS and not any(more):
-        topology = topology or TPUS[chip].topology
-        dimensions = TPUS[chip].topology.count("x") + 1
-        well_formed = re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", topology)
-        if well_formed and topology.count("x") + 1 == dimensions:
+        usual = TPUS[chip].topology
+        topology, more_axes = topology or usual, usual.count("x")
+        if re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{more_axes}}}", topology):
             return Target("tpu", chip, topology)
-        example = TPUS[chip].topology
         raise InputError(
             f"target {name!r}: {topology!r} is no topology of a TPU {chip}, which has "
-            f"{dimensions} dimensions. Write tpu:{chip}:{example}."
+            f"{more_axes + 1} dimensions. Write tpu:{chip}:{usual}."
         )
     if platform == "cuda" and chip in GPUS and not any(more):
         topology = topology or "1"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Workload = Literal["train-step", "forward", "inference", "conversion"]
@@ -21,8 +21,6 @@ class BenchCase:
         block of 64 channels.
       image_size: Side of the square images (of the block: activations), in pixels; up to 64 the
         network has the stem for small images.
-      batch: Images.
-      classes: Of the network.
       precision: ``"float32"``: exact; ``"tf32"``: both sides may multiply in TF32; ``"bfloat16"``:
         weights in float32 and computation in bfloat16, as under PyTorch's autocast, in inference
         weights in bfloat16 too.
@@ -50,8 +48,6 @@ class Contestant:
     """One way to compute a case.
 
     Attributes:
-      name: In tables.
-      side: ``"torch"`` or ``"jax"``.
       how: The variant, as its worker understands it.
       flags: Of XLA.
       late: Whether it compiles when the others are ready, because it keeps the device busy.
@@ -64,25 +60,23 @@ class Contestant:
     late: bool = False
 
 
-_OURS = (Contestant("flax-resblock", "jax", "auto"), Contestant("plain XLA", "jax", "xla"))
-
-_EVERY = (
-    Contestant("PyTorch eager", "torch", "eager"),
-    Contestant("torch.compile", "torch", "compile"),
-    *_OURS,
-)
+EAGER = Contestant("PyTorch eager", "torch", "eager")
+COMPILED = Contestant("torch.compile", "torch", "compile")
+OURS = Contestant("flax-resblock", "jax", "auto")
+PLAIN = Contestant("plain XLA", "jax", "xla")
 
 CONTESTANTS: dict[Workload, tuple[Contestant, ...]] = {
-    "train-step": _EVERY,
-    "forward": _EVERY,
+    "train-step": (EAGER, COMPILED, OURS, PLAIN),
+    "forward": (EAGER, COMPILED, OURS, PLAIN),
     "inference": (
-        Contestant("PyTorch eager, fused", "torch", "eager"),
-        Contestant("torch.compile, frozen", "torch", "compile"),
-        *_OURS,
+        replace(EAGER, name="PyTorch eager, fused"),
+        replace(COMPILED, name="torch.compile, frozen"),
+        OURS,
+        PLAIN,
     ),
     "conversion": (
-        Contestant("torch.load, load_state_dict", "torch", "eager"),
-        Contestant("flax-resblock", "jax", "auto"),
+        replace(EAGER, name="torch.load, load_state_dict"),
+        OURS,
         Contestant("copy of the bytes", "jax", "copy"),
     ),
 }

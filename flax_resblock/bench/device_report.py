@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
 from flax_resblock.bench.device_run import PartResult
-from flax_resblock.bench.report import machine
-from flax_resblock.bench.run import quartiles
-
-MEBI = 1 << 20
+from flax_resblock.bench.report import MEBI, machine, new_table, spread
 
 
 def table(found: PartResult) -> Table:
     """One row per contestant: milliseconds and ratios as medians with quartiles, images per second,
     the share of the chip's peak, seconds until the first result, memory, and the difference of the
     losses or outputs."""
-    title = f"{found.part.name}: {found.part.case.title}"
-    shown = Table(title=title, title_justify="left")
-    shown.add_column("", no_wrap=True)
-    for column in ("ms", "images/s", "of peak", "ratio", "first s", "MiB", "differs by"):
-        shown.add_column(column, justify="right", no_wrap=True)
+    columns = ("ms", "images/s", "of peak", "ratio", "first s", "MiB", "differs by")
+    shown = new_table(f"{found.part.name}: {found.part.case.title}", columns)
     for result in found.results:
         if not result.rounds:
             shown.add_row(result.contestant, "failed")
             continue
-        low, middle, high = (1e3 * value for value in quartiles(result.rounds))
-        ratio, share = quartiles(result.ratios), found.share_of_peak(result)
+        share = found.share_of_peak(result)
         shown.add_row(
             result.contestant,
-            f"{middle:.4g} ({low:.4g}-{high:.4g})",
-            f"{1e3 * found.part.case.batch / middle:,.0f}",
+            spread(result.rounds, "{:.4g}", 1e3),
+            f"{found.part.case.batch / statistics.median(result.rounds):,.0f}",
             "" if share is None else f"{share:.1%}",
-            f"{ratio[1]:.3f} ({ratio[0]:.3f}-{ratio[2]:.3f})",
+            spread(result.ratios, "{:.3f}"),
             f"{result.first:.1f}",
             f"{result.memory / MEBI:,.0f}",
             f"{result.apart:.1g}",

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from flax_resblock.bench.chips import flops, peak_of
 from flax_resblock.bench.kernels import summary
 from flax_resblock.bench.plan import TOLERANCES, Part
 from flax_resblock.bench.process import Worker, environment_of_workers
-from flax_resblock.bench.run import quartiles, write_weights
+from flax_resblock.bench.run import Timed, take_turns, write_weights
 from flax_resblock.bench.worker import Task
 
 MODULES = {"jax": "flax_resblock.bench.jax_device", "torch": "flax_resblock.bench.torch_device"}
-TURN_SECONDS, FEWEST_REPEATS, MOST_REPEATS = 0.6, 3, 200
+TURN_SECONDS, MOST_REPEATS = 0.6, 200
 COMPILE_SECONDS = 150.0
 """Limit of a contestant's preparation; of one that compiles late, twice as much."""
 TURN_LIMIT = 60.0
@@ -33,33 +33,27 @@ LEAST_SECONDS = 15.0
 
 
 @dataclass
-class DeviceResult:
-    """The measurements of one contestant.
+class DeviceResult(Timed):
+    """The measurements of one contestant on an accelerator.
 
     Attributes:
-      contestant, flags: Its name, and its options of XLA.
-      rounds: Seconds of a repetition, in every round.
-      ratios: To the first contestant's in the same round.
-      first: Seconds until the first result: imports apart, compilation and all that belongs to it.
+      flags: Its options of XLA.
       values: The losses of the first steps, or the mean size of the outputs.
       apart: See :func:`difference`, to the first contestant's.
       memory: Most bytes of the device in use.
-      device: Its name.
       profile: See :func:`flax_resblock.bench.kernels.summary`; None if none was asked for.
-      failed: The reason if there are no numbers, or not all.
     """
 
-    contestant: str
     flags: str = ""
-    rounds: list[float] = field(default_factory=list)
-    ratios: list[float] = field(default_factory=list)
-    first: float = 0.0
     values: list[float] = field(default_factory=list)
     apart: float = 0.0
     memory: int = 0
     device: str = ""
     profile: dict[str, Any] | None = None
-    failed: str = ""
+
+    def took(self, answer: dict[str, Any]) -> None:
+        super().took(answer)
+        self.memory = answer["memory"]
 
 
 def difference(values: Sequence[float], base: Sequence[float]) -> float:
@@ -69,14 +63,7 @@ def difference(values: Sequence[float], base: Sequence[float]) -> float:
 
 @dataclass
 class PartResult:
-    """The measurements of a part.
-
-    Attributes:
-      part: What was measured.
-      results: One for each contestant.
-      flops: Of a repetition.
-      seconds: That all took.
-    """
+    """The measurements of a part: FLOPs of a repetition, and the seconds that all took."""
 
     part: Part
     results: list[DeviceResult]
@@ -100,12 +87,9 @@ class PartResult:
         """As JSON."""
         found = []
         for result in self.results:
-            row = asdict(result)
+            row = result.content()
             if result.rounds:
-                middle = statistics.median(result.rounds)
-                row["seconds_quartiles"] = quartiles(result.rounds)
-                row["ratio_quartiles"] = quartiles(result.ratios)
-                row["images_per_second"] = self.part.case.batch / middle
+                row["images_per_second"] = self.part.case.batch / row["seconds_quartiles"][1]
                 row["share_of_peak"] = self.share_of_peak(result)
             found.append(row)
         case = self.part.case
@@ -137,10 +121,8 @@ def run_parts(
     Args:
       parts: See :func:`flax_resblock.bench.plan.parts_of`.
       device: ``"gpu"`` or ``"cpu"``.
-      rounds: How many turns each contestant gets.
       seconds: After which nothing is begun, and what runs is ended.
       profile: Whether to look at the kernels of every contestant as well.
-      on_progress: Called with what is being done.
     """
     end = time.monotonic() + seconds
     jax.config.update("jax_platforms", "cpu")  # this process leaves the device to the others
@@ -171,7 +153,7 @@ class _Turns:
     ) -> None:
         self.part, self.end, self.stack = part, end, stack
         self.begun, self.on_progress = time.monotonic(), on_progress
-        self.results = {c.name: DeviceResult(c.name, c.flags) for c in part.contestants}
+        self.results = {c.name: DeviceResult(c.name, flags=c.flags) for c in part.contestants}
         self.workers: dict[str, Worker] = {}
         self.task = Task(part.case, "", 0, place / "weights.safetensors", device, str(place / "l"))
         write_weights(part.case, self.task.weights)
@@ -228,7 +210,15 @@ class _Turns:
                 self._start(contestant)
                 limit = min(2 * COMPILE_SECONDS, self.end - turns - time.monotonic())
                 self._await(contestant, limit)
-        self._take_turns(rounds)
+        take_turns(
+            self.workers,
+            lambda name, repetitions: self._asked(name, repetitions, TURN_LIMIT),
+            self.results,
+            rounds,
+            lambda text, number: self.on_progress(f"{self.part.name}: {text}"),
+            seconds=TURN_SECONDS,
+            most=MOST_REPEATS,
+        )
         if profile:
             self._profile()
         results = list(self.results.values())
@@ -237,25 +227,6 @@ class _Turns:
             result.apart = difference(result.values, known[0].values)
         seconds = time.monotonic() - self.begun
         return PartResult(self.part, results, flops(self.part.case), seconds)
-
-    def _take_turns(self, rounds: int) -> None:
-        repeats: dict[str, int] = {}
-        for name in list(self.workers):  # warms up
-            answer = self._asked(name, FEWEST_REPEATS, TURN_LIMIT)
-            if answer is not None:
-                fitting = round(TURN_SECONDS / answer["seconds"])
-                repeats[name] = max(FEWEST_REPEATS, min(MOST_REPEATS, fitting))
-        for number in range(rounds):
-            times = {}
-            for name in list(self.workers):
-                self.on_progress(f"{self.part.name}: round {number + 1} of {rounds}, {name}")
-                answer = self._asked(name, repeats[name], TURN_LIMIT)
-                if answer is not None:
-                    times[name], self.results[name].memory = answer["seconds"], answer["memory"]
-            base = next(iter(times.values()), 0.0)
-            for name, seconds in times.items():
-                self.results[name].rounds.append(seconds)
-                self.results[name].ratios.append(seconds / base)
 
     def _profile(self) -> None:
         for name in list(self.workers):

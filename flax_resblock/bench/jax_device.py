@@ -3,7 +3,6 @@ torch."""
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import flax_resblock
-from flax_resblock.bench.device_worker import Alone, Program, serve
-from flax_resblock.bench.jax_worker import sgd
+from flax_resblock.bench.jax_worker import mean_size, run, stepping
 from flax_resblock.bench.kernels import kernels_of_trace
-from flax_resblock.bench.worker import Task, batch_of, resident
-from flax_resblock.cpu.switch import conv_lowering
+from flax_resblock.bench.worker import Alone, Program, Task, batch_of, resident
 from flax_resblock.export.inference import compile_inference
-from flax_resblock.training.pace import Rates
-from flax_resblock.training.state import Leaves, split
-from flax_resblock.training.step import make_train_step
 
 
 def _memory() -> int:
@@ -47,45 +40,29 @@ def program(task: Task, alone: Alone) -> Program:
     model = flax_resblock.load(task.weights, dtype=dtype)
     images, labels = (jax.device_put(array) for array in batch_of(case))
     if case.what == "train-step":
-        optimizer = sgd()
-        graphdef, state = split(model, optimizer)
-        step, leaves = make_train_step(graphdef, optimizer), Leaves(state)
-        rates = Rates(np.zeros(1, np.float32))
-        last: list[Any] = [leaves.arrays]
+        step, leaves = stepping(model, images, labels)
+        last = [leaves.arrays]
 
-        def run() -> jax.Array:
-            loss = step.advance(leaves, images, labels, rates).loss
+        def repeat() -> jax.Array:
+            loss = step()
             last[0] = leaves.arrays
             return loss
 
     else:
         alone.begin()
         compiled = compile_inference(model, images)
-        last = [images]
+        last: list[Any] = [images]
 
-        def run() -> jax.Array:
+        def repeat() -> jax.Array:
             last[0] = compiled(images)
             return last[0]
 
     def wait() -> None:
         jax.block_until_ready(last[0])
 
-    return Program(
-        device=jax.devices()[0].device_kind,
-        run=run,
-        wait=wait,
-        value=lambda result: float(np.abs(np.asarray(result, np.float64)).mean()),
-        memory=_memory,
-        profile=_profile,
-    )
-
-
-def main() -> None:
-    """Serves one task."""
-    task = Task.of(sys.argv[1])
-    with conv_lowering("xla" if task.how == "xla" else "auto"):
-        serve(task, program)
+    kind = jax.devices()[0].device_kind
+    return Program(kind, repeat, wait, mean_size, _memory, _profile)
 
 
 if __name__ == "__main__":
-    main()
+    run(program)

@@ -13,7 +13,8 @@ import optax
 from flax import nnx
 
 import flax_resblock
-from flax_resblock.bench.worker import DECAY, LEARNING_RATE, MOMENTUM, Task, batch_of, serve
+from flax_resblock.bench import worker
+from flax_resblock.bench.worker import Alone, Program, Task, batch_of, serve
 from flax_resblock.cpu.switch import compiler_options, conv_lowering
 from flax_resblock.export.inference import compile_inference
 from flax_resblock.nn.resnet import ResNet
@@ -25,26 +26,37 @@ from flax_resblock.training.step import make_train_step
 def sgd() -> optax.GradientTransformationExtraArgs:
     """The same update as ``torch.optim.SGD`` with momentum and decay."""
     return optax.with_extra_args_support(
-        optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(LEARNING_RATE, momentum=MOMENTUM))
+        optax.chain(
+            optax.add_decayed_weights(worker.DECAY),
+            optax.sgd(worker.LEARNING_RATE, momentum=worker.MOMENTUM),
+        )
     )
 
 
+def stepping(
+    model: nnx.Module, images: jax.Array, labels: jax.Array
+) -> tuple[Callable[[], jax.Array], Leaves]:
+    """The step of ``flax-resblock train``, which returns the loss, and the state it changes."""
+    optimizer = sgd()
+    graphdef, state = split(model, optimizer)
+    step, leaves = make_train_step(graphdef, optimizer), Leaves(state)
+    rates = Rates(np.zeros(1, np.float32))
+    return lambda: step.advance(leaves, images, labels, rates).loss, leaves
+
+
 def train_step(task: Task) -> Callable[[], float]:
-    """The step of :mod:`train`, as ``flax-resblock train`` runs it; of a bare block, the same with
-    the mean square as loss."""
+    """The step of :func:`stepping`; of a bare block, the same with the mean square as loss."""
     model = flax_resblock.load(task.weights)
     images, labels = (jnp.asarray(array) for array in batch_of(task.case))
-    optimizer = sgd()
-    if isinstance(model, ResNet):
-        graphdef, state = split(model, optimizer)
-        step, leaves = make_train_step(graphdef, optimizer), Leaves(state)
-        rates = Rates(np.zeros(1, np.float32))
-        return lambda: float(step.advance(leaves, images, labels, rates).loss)
-    return _block_step(model, optimizer, images)
+    if not isinstance(model, ResNet):
+        return _block_step(model, images)
+    step, _ = stepping(model, images, labels)
+    return lambda: float(step())
 
 
-def _block_step(model: nnx.Module, optimizer: Any, images: jax.Array) -> Callable[[], float]:
+def _block_step(model: nnx.Module, images: jax.Array) -> Callable[[], float]:
     model.train()
+    optimizer = sgd()
     graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     leaves, structure = jax.tree.flatten((params, stats, optimizer.init(params)))
 
@@ -107,21 +119,26 @@ def _total(tensors: Any) -> float:
     return float(sum(np.asarray(leaf, np.float64).sum() for leaf in jax.tree.leaves(tensors)))
 
 
-def _mean_size(outputs: Any) -> float:
+def mean_size(outputs: Any) -> float:
+    """The mean absolute value."""
     return float(np.abs(np.asarray(outputs, np.float64)).mean())
 
 
-def main() -> None:
-    """Serves one task."""
+def program(task: Task, alone: Alone) -> Program:
+    """What the task names; every repetition ends when its result is there."""
+    make, value = {
+        "train-step": (train_step, float),
+        "conversion": (conversion, _total),
+    }.get(task.case.what, (forward, mean_size))
+    return Program("cpu", make(task), lambda: None, value)
+
+
+def run(program: Callable[[Task, Alone], Program]) -> None:
+    """Serves the task that the command line names."""
     task = Task.of(sys.argv[1])
     with conv_lowering("xla" if task.how == "xla" else "auto"):
-        if task.case.what == "train-step":
-            serve(task.threads, lambda: train_step(task), float)
-        elif task.case.what == "conversion":
-            serve(task.threads, lambda: conversion(task), _total)
-        else:
-            serve(task.threads, lambda: forward(task), _mean_size)
+        serve(task, program)
 
 
 if __name__ == "__main__":
-    main()
+    run(program)

@@ -68,8 +68,6 @@ def summary(kernels: Iterable[dict[str, Any]], repetitions: int, wall: float) ->
     """What is worth keeping of a profile, in milliseconds of one repetition.
 
     Args:
-      kernels: See :func:`kernels_of_trace`.
-      repetitions: That were profiled.
       wall: Seconds that as many took without the profiler.
     """
     listed, groups = [], defaultdict(float)

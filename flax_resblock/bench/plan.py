@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from flax_resblock.bench.cases import BenchCase, Contestant, Precision, Workload
+from flax_resblock.bench.cases import (
+    COMPILED,
+    EAGER,
+    OURS,
+    PLAIN,
+    BenchCase,
+    Contestant,
+    Precision,
+    Workload,
+)
 
 TOLERANCES: Mapping[Precision, float] = MappingProxyType(
     {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 2e-2}
@@ -29,23 +38,14 @@ JAX_FLAGS: Mapping[str, str] = MappingProxyType(
 )
 """Options of XLA's compiler for GPUs that may change the speed of a step."""
 
-EAGER = Contestant("PyTorch eager", "torch", "eager")
-COMPILED = Contestant("torch.compile", "torch", "compile")
 GRAPH = Contestant("PyTorch, CUDA graph", "torch", "graph")
 AUTOTUNED = Contestant("torch.compile, max-autotune", "torch", "max-autotune", late=True)
-OURS = Contestant("flax-resblock", "jax", "auto")
-PLAIN = Contestant("plain XLA", "jax", "xla")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A case and who computes it. The others are compared with the first.
-
-    Attributes:
-      name: For ``--parts``.
-      case: What to do.
-      contestants: At least one.
-    """
+    """A case and who computes it, by a name for ``--parts``. The other contestants are compared
+    with the first."""
 
     name: str
     case: BenchCase
@@ -53,11 +53,7 @@ class Part:
 
 
 def with_flags(name: str) -> Contestant:
-    """Our side with other options of XLA.
-
-    Args:
-      name: Key of :data:`JAX_FLAGS`, or the options themselves.
-    """
+    """Our side with other options of XLA: a key of :data:`JAX_FLAGS`, or the options themselves."""
     return Contestant(f"flax-resblock, {name}", "jax", "auto", flags=JAX_FLAGS.get(name, name))
 
 
@@ -67,10 +63,7 @@ def parts_of(
     """Everything that can be timed, the most important first.
 
     Args:
-      architecture: A name of :func:`flax_resblock.architectures`.
-      image_size: In pixels.
       batches: Images per batch: the largest in every part, the others in parts of their own.
-      jax_flags: See :func:`with_flags`.
     """
     classes = 1000 if image_size > 64 else 10
     large, *others = sorted(batches, reverse=True)

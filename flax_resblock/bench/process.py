@@ -20,7 +20,6 @@ def environment_of_workers(folder: Path, **more: str) -> dict[str, str]:
 
     Args:
       folder: For the compilers' caches; those that the user has named are taken instead.
-      **more: Further variables.
     """
     # the workers do not look for modules in the current folder, so they are told where this is
     folders = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
@@ -37,13 +36,7 @@ def environment_of_workers(folder: Path, **more: str) -> dict[str, str]:
 
 
 class Worker:
-    """A process of a contestant, with the processes that it starts.
-
-    Args:
-      module: What it runs, ``python -m module task``.
-      task: Its argument.
-      environment: Its environment variables.
-    """
+    """A process of a contestant, with the processes that it starts."""
 
     def __init__(self, module: str, task: str, environment: Mapping[str, str]) -> None:
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  # lives as long as the process
@@ -82,11 +75,7 @@ class Worker:
         return (fatal or named or lines or [""])[-1][:300]
 
     def ask(self, question: Any, limit: float | None = None) -> dict[str, Any]:
-        """The answer to a number of repetitions, or to another question.
-
-        Raises:
-          RuntimeError: See :meth:`answer`.
-        """
+        """The answer to a number of repetitions, or to another question; see :meth:`answer`."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # the process has ended; its last words follow
             self._process.stdin.write(f"{json.dumps(question)}\n")

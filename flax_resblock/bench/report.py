@@ -13,7 +13,8 @@ from rich.table import Table
 
 from flax_resblock.bench.cases import BenchCase
 from flax_resblock.bench.run import Result, quartiles
-from flax_resblock.errors import MissingDependencyError
+from flax_resblock.errors import optional
+from flax_resblock.training.curves import NEEDED
 
 MEBI = 1 << 20
 
@@ -46,21 +47,30 @@ def machine_line(found: dict[str, Any]) -> str:
 def table(case: BenchCase, results: Sequence[Result]) -> Table:
     """One row per contestant: medians with quartiles; seconds until the first result, and of a
     process that finds it compiled; memory."""
-    found = Table(title=case.title, title_justify="left")
-    found.add_column("", no_wrap=True)
-    for column in ("ms", "ratio", "first s", "cached s", "peak MiB"):
-        found.add_column(column, justify="right", no_wrap=True)
+    found = new_table(case.title, ("ms", "ratio", "first s", "cached s", "peak MiB"))
     for result in results:
         if result.failed:
             found.add_row(result.contestant, "failed")
             continue
-        low, middle, high = (1e3 * value for value in quartiles(result.rounds))
-        ratio = quartiles(result.ratios)
-        time = f"{middle:.4g} ({low:.4g}-{high:.4g})"
-        share = f"{ratio[1]:.2f} ({ratio[0]:.2f}-{ratio[2]:.2f})"
+        times = spread(result.rounds, "{:.4g}", 1e3), spread(result.ratios, "{:.2f}")
         starts = f"{result.first:.1f}", "" if result.cached is None else f"{result.cached:.1f}"
-        found.add_row(result.contestant, time, share, *starts, f"{result.peak / MEBI:.0f}")
+        found.add_row(result.contestant, *times, *starts, f"{result.peak / MEBI:.0f}")
     return found
+
+
+def new_table(title: str, columns: Sequence[str]) -> Table:
+    """A table of contestants, whose names are its first column."""
+    found = Table(title=title, title_justify="left")
+    found.add_column("", no_wrap=True)
+    for column in columns:
+        found.add_column(column, justify="right", no_wrap=True)
+    return found
+
+
+def spread(values: Sequence[float], form: str, unit: float = 1.0) -> str:
+    """``"0.83 (0.80-0.85)"``: median and quartiles."""
+    low, middle, high = (form.format(unit * value) for value in quartiles(values))
+    return f"{middle} ({low}-{high})"
 
 
 def disagreement(results: Sequence[Result]) -> float:
@@ -110,12 +120,7 @@ def picture(cases: Sequence[tuple[BenchCase, Sequence[Result]]], path: Path) -> 
     Raises:
       MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "pictures need matplotlib: pip install 'flax-resblock[train]'."
-        ) from error
+    figures = optional("matplotlib.figure", NEEDED)
     colours = {"PyTorch": "#ee8866", "torch.compile": "#ffcc88"}
     colours |= {"flax-resblock": "#4477aa", "plain": "#99bbdd"}
     groups = [
@@ -124,7 +129,7 @@ def picture(cases: Sequence[tuple[BenchCase, Sequence[Result]]], path: Path) -> 
         if case.what != "conversion" or len(cases) == 1
     ]
     rows = sum(len(good) + 1 for _, good in groups)
-    figure = Figure(figsize=(8, 0.14 * rows + 0.9), layout="constrained")
+    figure = figures.Figure(figsize=(8, 0.14 * rows + 0.9), layout="constrained")
     axes = figure.add_subplot()
     position, ticks, seen = 0, [], set()
     for title, good in groups:

@@ -17,7 +17,9 @@ from flax_resblock.bench.worker import Task, config_of
 from flax_resblock.errors import InputError
 from flax_resblock.nn.resnet import build
 
-ROUND_SECONDS, FEWEST_REPEATS, MOST_REPEATS = 1.2, 3, 60
+FEWEST_REPEATS = 3
+ROUND_SECONDS, MOST_REPEATS = 1.2, 60
+"""Of a turn: about how long it takes, and its most repetitions."""
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -29,33 +31,25 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 @dataclass
-class Result:
-    """The measurements of one contestant.
+class Timed:
+    """The times of one contestant.
 
     Attributes:
-      contestant: Its name.
-      rounds: Median seconds of every round.
+      rounds: Seconds of a repetition, the median of every round.
       ratios: Each round's seconds divided by the first contestant's in the same round.
       first: Seconds until the first result: compilation and all that belongs to it.
-      cached: The same in a process that finds its programs in the compilation cache; None without
-        a cache.
-      value: Loss, or mean size of the outputs, after the first repetition.
-      imported, peak: Bytes held once everything is imported, and at most; of a process that finds
-        its programs in the cache where there is one.
-      faults: Page faults of a repetition.
-      failed: The reason if there are no numbers.
+      failed: The reason if there are no numbers, or not all.
     """
 
     contestant: str
     rounds: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     first: float = 0.0
-    cached: float | None = None
-    value: float = 0.0
-    imported: int = 0
-    peak: int = 0
-    faults: int = 0
     failed: str = ""
+
+    def took(self, answer: dict[str, Any]) -> None:
+        """Takes what a worker answers to its turn."""
+        self.rounds.append(statistics.median(answer["seconds"]))
 
     def content(self) -> dict[str, Any]:
         """As JSON, with the medians."""
@@ -64,6 +58,63 @@ class Result:
             found["seconds_quartiles"] = quartiles(self.rounds)
             found["ratio_quartiles"] = quartiles(self.ratios)
         return found
+
+
+@dataclass
+class Result(Timed):
+    """The measurements of one contestant on a CPU.
+
+    Attributes:
+      cached: As ``first``, in a process that finds its programs in the compilation cache; None
+        without a cache.
+      value: Loss, or mean size of the outputs, after the first repetition.
+      imported, peak: Bytes held once everything is imported, and at most; of a process that finds
+        its programs in the cache where there is one.
+      faults: Page faults of a repetition.
+    """
+
+    cached: float | None = None
+    value: float = 0.0
+    imported: int = 0
+    peak: int = 0
+    faults: int = 0
+
+    def took(self, answer: dict[str, Any]) -> None:
+        super().took(answer)
+        self.peak, self.faults = answer["memory"], answer["faults"]
+
+
+Ask = Callable[[str, int], dict[str, Any] | None]
+"""Asks a worker for a number of repetitions; None where it fails, and is no longer there."""
+
+
+def take_turns(
+    workers: Mapping[str, Worker],
+    ask: Ask,
+    results: Mapping[str, Timed],
+    rounds: int,
+    on_progress: Callable[[str, int], None],
+    *,
+    seconds: float = ROUND_SECONDS,
+    most: int = MOST_REPEATS,
+) -> None:
+    """Gives every worker its turns of about so many seconds."""
+    repeats: dict[str, int] = {}
+    for name in list(workers):  # warms up
+        answer = ask(name, FEWEST_REPEATS)
+        if answer is not None:
+            fitting = round(seconds / min(answer["seconds"]))
+            repeats[name] = max(FEWEST_REPEATS, min(most, fitting))
+    for number in range(rounds):
+        took: list[Timed] = []
+        for name in list(workers):
+            on_progress(f"round {number + 1} of {rounds}: {name}", number)
+            answer = ask(name, repeats[name])
+            if answer is not None:
+                results[name].took(answer)
+                took.append(results[name])
+        for result in took:
+            result.ratios.append(result.rounds[-1] / took[0].rounds[-1])
 
 
 def measure(
@@ -80,12 +131,9 @@ def measure(
     contestant one turn of several repetitions.
 
     Args:
-      case: What to do.
-      rounds: How many turns each gets.
       threads: That a process may use; where the system can, it is kept on as many cores.
       allocator: What the environment tells the allocator of both frameworks, ``{"GLIBC_TUNABLES":
         ...}``; empty: its defaults.
-      on_progress: Called with a text and the number of turns done.
     Raises:
       InputError: Every contestant failed before its first result.
     """
@@ -114,7 +162,16 @@ def measure(
         if not workers:
             reasons = "; ".join(f"{name}: {result.failed}" for name, result in results.items())
             raise InputError(f"{case.title}: every contestant failed: {reasons}")
-        _take_turns(workers, results, rounds, on_progress)
+
+        def ask(name: str, repetitions: int) -> dict[str, Any] | None:
+            try:
+                return workers[name].ask(repetitions)
+            except RuntimeError as error:
+                results[name].failed = str(error)
+                del workers[name]
+                return None
+
+        take_turns(workers, ask, results, rounds, on_progress)
         return list(results.values())
 
 
@@ -141,32 +198,10 @@ def _started(
         return worker, worker.answer()
 
     worker, ready = start()
-    result.first, result.value = ready["first"], ready["value"]
+    result.first, (result.value, *_) = ready["first"], ready["values"]
     if contestant.side == "jax" and task.case.what != "conversion":
         worker.close()
         worker, ready = start()
         result.cached = ready["first"]
     result.imported = ready["imported"]
     return worker
-
-
-def _take_turns(
-    workers: dict[str, Worker],
-    results: dict[str, Result],
-    rounds: int,
-    on_progress: Callable[[str, int], None],
-) -> None:
-    repeats: dict[str, int] = {}
-    for name, worker in workers.items():  # warms up
-        worker.ask(2)
-        fastest = min(worker.ask(2)["seconds"])
-        repeats[name] = max(FEWEST_REPEATS, min(MOST_REPEATS, round(ROUND_SECONDS / fastest)))
-    for number in range(rounds):
-        for name, worker in workers.items():
-            on_progress(f"round {number + 1} of {rounds}: {name}", number)
-            answer, result = worker.ask(repeats[name]), results[name]
-            result.rounds.append(statistics.median(answer["seconds"]))
-            result.peak, result.faults = answer["peak"], answer["faults"]
-        base = next(iter(workers))
-        for name in workers:
-            results[name].ratios.append(results[name].rounds[-1] / results[base].rounds[-1])

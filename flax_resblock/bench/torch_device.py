@@ -7,25 +7,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from flax_resblock.bench import worker
-from flax_resblock.bench.device_worker import Alone, Program, serve
-from flax_resblock.bench.worker import Task, batch_of, config_of, resident
-from flax_resblock.parity.reference import torch_reference
+from flax_resblock.bench.torch_worker import mean_size, network_of, sgd, stepping, tensors_of
+from flax_resblock.bench.worker import Alone, Program, Task, resident, serve
 
 _WARM = 3
 """Repetitions before a CUDA graph is captured."""
 
 
-def _settings(task: Task) -> torch.device:
+def _settings(task: Task) -> str:
     """The fastest that each precision allows."""
     if task.device == "gpu" and not torch.cuda.is_available():
         raise RuntimeError("torch has no GPU here")
     tf32 = task.case.precision != "float32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = True
-    return torch.device("cuda" if task.device == "gpu" else "cpu")
+    return "cuda" if task.device == "gpu" else "cpu"
 
 
 def _compiled(network: torch.nn.Module, how: str, alone: Alone) -> Any:
@@ -74,26 +71,14 @@ def _captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 def _training(task: Task, module: Any, images: Any, labels: Any, alone: Alone) -> Callable[[], Any]:
     """A step as a training loop writes it."""
-    rate, momentum, decay = worker.LEARNING_RATE, worker.MOMENTUM, worker.DECAY
-    optimizer = torch.optim.SGD(
-        module.parameters(), rate, momentum, weight_decay=decay, fused=images.is_cuda
-    )
     network = module
     if task.how in ("compile", "max-autotune"):
         network = _compiled(module, task.how, alone)
     narrow = task.case.precision == "bfloat16"
     kept = task.how != "graph"  # of the weights in bfloat16, which a graph must make itself
-
-    def step() -> torch.Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        kind = images.device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=narrow, cache_enabled=kept):
-            loss = torch.nn.functional.cross_entropy(network(images), labels)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
+    kind = images.device.type
+    forward = torch.autocast(kind, torch.bfloat16, enabled=narrow, cache_enabled=kept)
+    return stepping(network, sgd(module, fused=images.is_cuda), images, labels, forward)
 
 
 def _inference(task: Task, module: Any, images: Any, alone: Alone) -> Callable[[], Any]:
@@ -117,13 +102,8 @@ def _inference(task: Task, module: Any, images: Any, alone: Alone) -> Callable[[
 def program(task: Task, alone: Alone) -> Program:
     """A training step or inference, in channels last."""
     device = _settings(task)
-    module: Any = torch_reference(config_of(task.case))
-    module.load_state_dict(load_file(task.weights))
-    module = module.to(device=device, memory_format=torch.channels_last)
-    arrays, numbers = batch_of(task.case)
-    images = torch.from_numpy(arrays.transpose(0, 3, 1, 2)).to(device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.from_numpy(numbers).long().to(device)
+    module = network_of(task, device)
+    images, labels = tensors_of(task, device)
     if task.case.what == "train-step":
         run = _training(task, module.train(), images, labels, alone)
     else:
@@ -131,12 +111,12 @@ def program(task: Task, alone: Alone) -> Program:
     if task.how == "graph":
         alone.begin()
         run = _captured(run)
-    cuda = device.type == "cuda"
+    cuda = device == "cuda"
     return Program(
         device=torch.cuda.get_device_name() if cuda else "cpu",
         run=run,
         wait=torch.cuda.synchronize if cuda else lambda: None,
-        value=lambda result: float(result.double().abs().mean()),
+        value=mean_size,
         memory=torch.cuda.max_memory_allocated if cuda else resident,
         profile=lambda repeat: _profile(repeat, cuda),
     )
@@ -157,12 +137,6 @@ def _profile(repeat: Callable[[], None], cuda: bool) -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
-    """Serves one task."""
-    task = Task.of(sys.argv[1])
-    torch.manual_seed(0)
-    serve(task, program)
-
-
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(0)
+    serve(Task.of(sys.argv[1]), program)

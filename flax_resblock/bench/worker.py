@@ -1,11 +1,13 @@
 """The part that the processes of both frameworks share: they prepare, report that they are ready,
 and then time as many repetitions as they are asked for.
 
-Lines of JSON in both directions: ``{"first": seconds, "imported": bytes}`` once ready; then, for
-each number that is read, ``{"seconds": [...], "value": v, "peak": bytes, "faults": n}``."""
+Lines of JSON in both directions. Once ready: ``{"first": seconds, "imported": bytes, "values":
+[...], "device": name}``. Then, for each number that is read, ``{"seconds": [...], "memory": bytes,
+"faults": n}``; for ``"profile"`` what :mod:`flax_resblock.bench.kernels` finds."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -14,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -23,6 +25,11 @@ from flax_resblock.config import BlockConfig, Config, architecture
 
 LEARNING_RATE, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
 """The hyperparameters of SGD on both sides."""
+REPETITIONS_COMPARED = 5
+"""The first so many losses of a training on an accelerator are compared: the later ones depend on
+the gradients and on the update."""
+PROFILED = 3
+"""Repetitions under the profiler."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +37,12 @@ class Task:
     """A worker's instructions.
 
     Attributes:
-      case: What to do.
       how: See :class:`flax_resblock.bench.cases.Contestant`.
-      threads: That it may use.
+      threads: That it may use, where the system can on as many cores; 0 for any number.
       weights: A ``.safetensors`` file with torchvision's names.
       device: ``"cpu"`` or ``"gpu"``.
-      lock: A file that is locked while somebody uses the device alone; None: nobody does.
+      lock: Of an accelerator: a file that is locked while somebody uses the device alone. There
+        repetitions are started without waiting for the one before.
     """
 
     case: BenchCase
@@ -85,31 +92,97 @@ def resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def serve(
-    threads: int, prepare: Callable[[], Callable[[], Any]], value: Callable[[Any], float]
-) -> None:
+@dataclass(frozen=True)
+class Program:
+    """What a worker times.
+
+    Attributes:
+      run: Starts a repetition; on an accelerator it does not wait for it.
+      wait: Waits until all that was started is done.
+      value: A number that shows what a repetition computed: the loss, or the size of the outputs.
+      memory: The most bytes that were in use.
+      profile: What kernels a function spends its time in, see :mod:`flax_resblock.bench.kernels`.
+    """
+
+    device: str
+    run: Callable[[], Any]
+    wait: Callable[[], None]
+    value: Callable[[Any], float]
+    memory: Callable[[], int] = resident
+    profile: Callable[[Callable[[], None]], list[dict[str, Any]]] = lambda repeat: []
+
+
+class Alone:
+    """Lets one process at a time use the device, while compilers compare their kernels there."""
+
+    def __init__(self, path: str | None) -> None:
+        self._path = path
+        self._file: IO[str] | None = None
+        self.waited = 0.0
+        """Seconds spent waiting."""
+
+    def begin(self) -> None:
+        """Waits until no other process is alone on the device."""
+        if self._path is not None and self._file is None:
+            start = time.perf_counter()
+            self._file = open(self._path, "w")  # noqa: SIM115  # open while it is locked
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            self.waited += time.perf_counter() - start
+
+    def end(self) -> None:
+        """Lets the next one."""
+        if self._file is not None:
+            self._file.close()
+        self._file = self._path = None
+
+
+def serve(task: Task, make: Callable[[Task, Alone], Program]) -> None:
     """Prepares, and then repeats until the input ends.
 
     Args:
-      threads: That the process may use; where the system can, it is kept on as many cores.
-      prepare: Gives what is timed; it returns once the result is there.
-      value: A number that shows what was computed: the loss, or the sum of the outputs.
+      make: Prepares the program. It may compile before it calls ``begin``, and must not use an
+        accelerator for long before.
     """
-    if hasattr(os, "sched_setaffinity"):  # before the frameworks start their threads
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    imported, start = resident(), time.perf_counter()
-    run = prepare()
-    result = run()
-    first = time.perf_counter() - start
-    answer = {"first": first, "imported": imported, "value": value(result)}
-    print(json.dumps(answer), flush=True)
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what compilers print goes to stderr
+
+    def answer(**content: Any) -> None:
+        print(json.dumps(content), file=answers, flush=True)
+
+    if task.threads and hasattr(os, "sched_setaffinity"):  # before frameworks start their threads
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.threads])
+    imported, alone, start = resident(), Alone(task.lock), time.perf_counter()
+    program = make(task, alone)
+
+    def timed(times: int) -> float:
+        """Seconds of one of several repetitions that are started together."""
+        start = time.perf_counter()
+        for _ in range(times):
+            program.run()
+        program.wait()
+        return (time.perf_counter() - start) / times
+
+    def repeated() -> None:
+        timed(PROFILED)
+
+    alone.begin()
+    result = program.run()
+    program.wait()
+    first, values = time.perf_counter() - start - alone.waited, [program.value(result)]
+    if task.lock is not None:
+        values += [program.value(program.run()) for _ in range(REPETITIONS_COMPARED - 1)]
+        program.wait()
+    alone.end()
+    answer(first=first, imported=imported, values=values, device=program.device)
     for line in sys.stdin:
-        run()  # after the turns of others the caches hold what is theirs
-        seconds, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(int(line)):
-            start = time.perf_counter()
-            result = run()
-            seconds.append(time.perf_counter() - start)
-        faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // len(seconds)
-        answer = {"seconds": seconds, "value": value(result), "peak": resident()}
-        print(json.dumps(answer | {"faults": faults}), flush=True)
+        question = json.loads(line)
+        timed(1)  # after the turns of others the caches hold what is theirs
+        if question == "profile":
+            wall = PROFILED * timed(PROFILED)
+            kernels = program.profile(repeated)
+            answer(kernels=kernels, repetitions=PROFILED, wall=wall)
+            continue
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        seconds = [timed(1) for _ in range(question)] if task.lock is None else [timed(question)]
+        faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // question
+        answer(seconds=seconds, memory=program.memory(), faults=faults)

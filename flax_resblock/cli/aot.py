@@ -222,5 +222,5 @@ def _write(result: ResultFlags, compiled: list[tuple[Request, Outcome]]) -> None
     facts = []
     for request, outcome in compiled:
         verdict = {"fits": outcome.fits, "problems": aot_report.problems(request, outcome)}
-        facts.append({"request": asdict(request), **outcome.to_plain(), **verdict})
+        facts.append({"request": asdict(request), **asdict(outcome), **verdict})
     common.write_json(result.json, {"schema": 1, "programs": facts}, result.force)

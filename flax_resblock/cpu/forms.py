@@ -92,8 +92,6 @@ def convolve(
 def compile_example(options: dict[str, str]) -> None:
     """Compiles a convolution of one pixel and its gradient, with everything that is not public.
 
-    Args:
-      options: For XLA's compiler.
     Raises:
       Exception: Of any class, where this JAX or XLA lacks something.
     """

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from functools import partial, reduce
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,12 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
     """``(N, H, W, C)`` to ``(N, H', W', C)``, equal to ``torch.nn.MaxPool2d``. If pixels are equal,
     the first one receives the gradient.
 
+    The inside and the borders are computed separately: with a border of infinities, XLA would
+    compare the position of every pixel of every slice with the image's edges.
+
     Args:
       x: Images or activations, floating.
       window, stride, padding: In pixels, square.
-    """
-    return _greatest(x, window, stride, padding)
-
-
-def _greatest(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
-    """Computes the inside and the borders separately: with a border of infinities, XLA would
-    compare the position of every pixel of every slice with the image's edges.
     """
     rows, columns = (_runs(size, window, stride, padding) for size in x.shape[1:3])
     parts = ([_part(x, row, column, stride) for column in columns] for row in rows)
@@ -63,10 +59,8 @@ def _part(x: jax.Array, row: _Run, column: _Run, stride: int) -> jax.Array:
     return lax.optimization_barrier(reduce(jnp.maximum, taps))
 
 
-def _forward(
-    x: jax.Array, window: int, stride: int, padding: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    y = _greatest(x, window, stride, padding)
+def _forward(x: jax.Array, window: int, stride: int, padding: int) -> tuple[Any, tuple[Any, Any]]:
+    y = max_pool(x, window, stride, padding)
     return y, (x, y)
 
 

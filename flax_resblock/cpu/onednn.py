@@ -85,7 +85,6 @@ class Convolution:
           bias: ``(O,)``.
           residual: Of the output's shape. The sum is written over it if nothing else uses it;
             otherwise XLA copies it first.
-          relu: Whether a ReLU comes last.
         Returns:
           ``(N, H', W', O)`` float32.
         """

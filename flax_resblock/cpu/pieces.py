@@ -34,7 +34,6 @@ class _Piece(NamedTuple):
     """Some operations that follow each other.
 
     Attributes:
-      operations: Of the traced function.
       inputs, outputs: The variables that they take, and those of their results that are used later.
       dead: Inputs that nothing uses later.
     """
@@ -116,6 +115,12 @@ def _read(values: dict[Any, Any], atom: Any) -> Any:
     return atom.val if isinstance(atom, Literal) else values[atom]
 
 
+def results_of(eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
+    """What an operation of a traced function gives for these operands."""
+    results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return results if eqn.primitive.multiple_results else [results]
+
+
 def _key(operations: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
     """Equal for operations that compute the same from inputs of the same shapes and dtypes."""
     numbers: dict[Any, int] = {}
@@ -151,9 +156,7 @@ def _function(piece: _Piece) -> Callable[..., list[Any]]:
     def run(*inputs: Any) -> list[Any]:
         values = dict(zip(piece.inputs, inputs, strict=True))
         for one in piece.operations:
-            operands = [_read(values, atom) for atom in one.invars]
-            results = one.primitive.bind(*operands, **one.primitive.get_bind_params(one.params))
-            results = results if one.primitive.multiple_results else [results]
+            results = results_of(one, [_read(values, atom) for atom in one.invars])
             values.update(zip(one.outvars, results, strict=True))
         return [values[one] for one in piece.outputs]
 

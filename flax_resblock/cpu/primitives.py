@@ -17,6 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from flax_resblock.cpu import products, winograd
+from flax_resblock.cpu.products import Geometry
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -31,23 +32,6 @@ class Forms(NamedTuple):
     convolution: Form = "xla"
     input_gradient: Form = "xla"
     kernel_gradient: Form = "xla"
-
-
-class Geometry(NamedTuple):
-    """What the arrays of the three maps do not determine.
-
-    Attributes:
-      image: Height and width of the convolution's input.
-      taps: Size of the kernel.
-      stride, padding: In pixels.
-      precision: Of the products.
-    """
-
-    image: tuple[int, int]
-    taps: int
-    stride: int
-    padding: int
-    precision: Any
 
 
 Map = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
@@ -83,12 +67,8 @@ CONVOLUTIONS: dict[Form, Map] = {
 INPUT_GRADIENTS: dict[Form, Map] = {
     "xla": _xla_input_gradient,
     "winograd": lambda dy, kernel, of: winograd.input_gradient(dy, kernel, of.precision),
-    "pointwise": lambda dy, kernel, of: products.pointwise_input_gradient(
-        dy, kernel, of.image, of.stride, of.precision
-    ),
-    "taps": lambda dy, kernel, of: products.input_gradient(
-        dy, kernel, of.image, of.stride, of.padding, of.precision
-    ),
+    "pointwise": products.pointwise_input_gradient,
+    "taps": products.input_gradient,
 }
 KERNEL_GRADIENTS: dict[Form, Map] = {
     "xla": _xla_kernel_gradient,
@@ -96,9 +76,7 @@ KERNEL_GRADIENTS: dict[Form, Map] = {
     "pointwise": lambda x, dy, of: products.pointwise_kernel_gradient(
         x, dy, of.stride, of.precision
     ),
-    "taps": lambda x, dy, of: products.kernel_gradient(
-        x, dy, of.taps, of.stride, of.padding, of.precision
-    ),
+    "taps": products.kernel_gradient,
 }
 
 

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from flax_resblock.cpu.materialised import materialised
+
+
+class Geometry(NamedTuple):
+    """What the input, kernel and output of a convolution do not determine, each in two of its maps.
+
+    Attributes:
+      image: Height and width of the convolution's input.
+      stride, padding: In pixels.
+    """
+
+    image: tuple[int, int]
+    taps: int
+    stride: int
+    padding: int
+    precision: Any
+
+
+def product(left: jax.Array, right: jax.Array, axes: tuple[int, int], precision: Any) -> jax.Array:
+    """The product of two matrices over one axis of each."""
+    contracted = ((axes[:1], axes[1:]), ((), ()))
+    return lax.dot_general(left, right, contracted, precision=precision)
 
 
 def _visited(x: jax.Array, stride: int) -> jax.Array:
@@ -28,27 +51,18 @@ def pointwise_kernel_gradient(
 ) -> jax.Array:
     """``(1, 1, C, O)`` from ``(N, H, W, C)`` and ``(N, H', W', O)``."""
     pixels = _visited(x, stride).reshape(-1, x.shape[-1])
-    return lax.dot_general(
-        pixels, dy.reshape(-1, dy.shape[-1]), (((0,), (0,)), ((), ())), precision=precision
-    )[None, None]
+    return product(pixels, dy.reshape(-1, dy.shape[-1]), (0, 0), precision)[None, None]
 
 
-def pointwise_input_gradient(
-    dy: jax.Array,
-    kernel: jax.Array,
-    size: tuple[int, int],
-    stride: int,
-    precision: lax.PrecisionLike,
-) -> jax.Array:
-    """``(N, H, W, C)``, ``size`` its sides, from ``(N, H', W', O)`` and ``(1, 1, C, O)``."""
-    pixels = lax.dot_general(
-        dy.reshape(-1, dy.shape[-1]), kernel[0, 0], (((1,), (1,)), ((), ())), precision=precision
-    ).reshape(*dy.shape[:3], -1)
-    if stride == 1:
+def pointwise_input_gradient(dy: jax.Array, kernel: jax.Array, of: Geometry) -> jax.Array:
+    """``(N, H, W, C)`` from ``(N, H', W', O)`` and ``(1, 1, C, O)``."""
+    pixels = product(dy.reshape(-1, dy.shape[-1]), kernel[0, 0], (1, 1), of.precision)
+    pixels = pixels.reshape(*dy.shape[:3], -1)
+    if of.stride == 1:
         return pixels
     ends = [
-        (0, whole - (stride * (seen - 1) + 1), stride - 1)
-        for whole, seen in zip(size, dy.shape[1:3], strict=True)
+        (0, whole - (of.stride * (seen - 1) + 1), of.stride - 1)
+        for whole, seen in zip(of.image, dy.shape[1:3], strict=True)
     ]
     return lax.pad(pixels, jnp.zeros((), pixels.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
 
@@ -91,45 +105,23 @@ def taps_added(
     return lax.pad(padded, jnp.zeros((), padded.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
 
 
-def kernel_gradient(
-    x: jax.Array, dy: jax.Array, taps: int, stride: int, padding: int, precision: lax.PrecisionLike
-) -> jax.Array:
+def kernel_gradient(x: jax.Array, dy: jax.Array, of: Geometry) -> jax.Array:
     """``(k, k, C, O)`` from ``(N, H, W, C)`` and ``(N, H', W', O)``, by one product per tap."""
     dy = materialised(dy)
-    seen = taps_of(x, taps, stride, padding, 0)
-    taken = ([pointwise_kernel_gradient(tap, dy, 1, precision) for tap in row] for row in seen)
+    seen = taps_of(x, of.taps, of.stride, of.padding, 0)
+    taken = ([pointwise_kernel_gradient(tap, dy, 1, of.precision) for tap in row] for row in seen)
     return jnp.concatenate([jnp.concatenate(row, axis=1) for row in taken])
 
 
-def input_gradient(
-    dy: jax.Array,
-    kernel: jax.Array,
-    size: tuple[int, int],
-    stride: int,
-    padding: int,
-    precision: lax.PrecisionLike,
-) -> jax.Array:
-    """Of a ``k`` by ``k`` kernel: one product gives every tap's share ``(N, H', W', k, k, C)``,
-    which are then added where they overlap.
-
-    Args:
-      dy: ``(N, H', W', O)``.
-      kernel: ``(k, k, C, O)``.
-      size: Height and width of the result ``(N, H, W, C)``.
-      stride, padding: Of the convolution.
-      precision: Of the product.
-    """
-    n, tall, wide, channels = dy.shape
-    taps, inner = kernel.shape[0], kernel.shape[2]
-    shares = lax.dot_general(
-        dy.reshape(-1, channels),
-        kernel.reshape(-1, channels),
-        (((1,), (1,)), ((), ())),
-        precision=precision,
-    )
-    shares = shares.reshape(n, tall, wide, taps, taps, inner)
+def input_gradient(dy: jax.Array, kernel: jax.Array, of: Geometry) -> jax.Array:
+    """``(N, H, W, C)`` from ``(N, H', W', O)`` and ``(k, k, C, O)``: one product gives every tap's
+    share ``(N, H', W', k, k, C)``, which are then added where they overlap."""
+    channels, taps = dy.shape[-1], of.taps
+    shares = product(
+        dy.reshape(-1, channels), kernel.reshape(-1, channels), (1, 1), of.precision
+    ).reshape(*dy.shape[:3], taps, taps, -1)
     parts = [[shares[:, :, :, i, j] for j in range(taps)] for i in range(taps)]
-    return materialised(taps_added(parts, size, stride, padding))
+    return materialised(taps_added(parts, of.image, of.stride, of.padding))
 
 
 def _overlapped(parts: list[jax.Array], stride: int, axis: int) -> jax.Array:

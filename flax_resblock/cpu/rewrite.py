@@ -14,6 +14,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from flax_resblock.cpu.max_pool import max_pool
 from flax_resblock.cpu.onednn import Convolution
+from flax_resblock.cpu.pieces import results_of
 from flax_resblock.cpu.primitives import DIMENSIONS
 
 
@@ -22,12 +23,9 @@ class Fused:
     """``relu(conv(x) + bias + residual)``; bias, residual and ReLU are optional.
 
     Attributes:
-      convolution: Its sizes.
       x: ``(N, H, W, I)``.
       kernel: An array, or what the caller passed in its place.
       bias: ``(1, 1, 1, O)``.
-      residual: Of the output's shape.
-      relu: Whether a ReLU comes last.
     """
 
     convolution: Convolution
@@ -95,10 +93,7 @@ def _evaluate(
         elif rule is not None and (result := rule(operands, eqn, compute)) is not None:
             results = [result]
         else:
-            results = eqn.primitive.bind(
-                *map(_value, operands), **eqn.primitive.get_bind_params(eqn.params)
-            )
-            results = results if eqn.primitive.multiple_results else [results]
+            results = results_of(eqn, list(map(_value, operands)))
         write(eqn.outvars, results)
     return [read(atom) for atom in jaxpr.outvars]
 

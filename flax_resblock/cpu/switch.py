@@ -6,11 +6,11 @@ import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import jax
 
@@ -40,7 +40,15 @@ _platform: ContextVar[str | None] = ContextVar("platform", default=None)
 
 
 @contextmanager
-def conv_lowering(lowering: Lowering) -> Iterator[None]:
+def _within(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def conv_lowering(lowering: Lowering) -> AbstractContextManager[None]:
     """Sets how convolutions are lowered in code that is traced in this context.
 
     The environment variable ``FLAX_RESBLOCK_CONV_LOWERING`` sets the same for a whole process. A
@@ -53,22 +61,13 @@ def conv_lowering(lowering: Lowering) -> Iterator[None]:
     Raises:
       ValueError: There is no such lowering.
     """
-    token = _lowering.set(known(lowering))
-    try:
-        yield
-    finally:
-        _lowering.reset(token)
+    return _within(_lowering, known(lowering))
 
 
-@contextmanager
-def traced_for(platform: str) -> Iterator[None]:
+def traced_for(platform: str) -> AbstractContextManager[None]:
     """Code that is traced in this context takes the forms of another platform than the one that
     this process computes on: ``"cuda"``, ``"tpu"``."""
-    token = _platform.set(platform)
-    try:
-        yield
-    finally:
-        _platform.reset(token)
+    return _within(_platform, platform)
 
 
 def _is_cpu() -> bool:
@@ -77,28 +76,21 @@ def _is_cpu() -> bool:
 
 def forms(lowering: Lowering = "auto") -> ModuleType | None:
     """:mod:`flax_resblock.cpu.forms` if code that is traced now is for a CPU and takes its own
-    forms there; None if it takes XLA's operations.
-
-    Args:
-      lowering: The layer's own choice.
-    """
+    forms there; None if it takes XLA's operations."""
     if lowering != "auto" or _lowering.get() != "auto" or not _is_cpu():
         return None
     return _working_forms()
 
 
 def on_accelerator(lowering: Lowering = "auto") -> bool:
-    """Whether code that is traced now is for another platform than a CPU, and not confined to what
-    XLA and jax derive by themselves.
-
-    Args:
-      lowering: The layer's own choice.
-    """
+    """Whether code that is traced now is for a GPU or TPU and may compute what jax derives, such as
+    the gradient of a norm, with fewer passes over memory. Arguments as for :func:`forms`."""
     return lowering == _lowering.get() == "auto" and not _is_cpu()
 
 
 def in_memory(x: jax.Array) -> jax.Array:
-    """``x``, kept in memory by a program for a CPU, whatever the lowering of convolutions."""
+    """``x``, which a program for a CPU computes once and keeps, whatever the lowering of
+    convolutions. XLA may compute a value again wherever it is used, and round it otherwise."""
     forms = _working_forms() if _is_cpu() else None
     return x if forms is None else forms.materialised(x)
 

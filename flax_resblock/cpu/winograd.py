@@ -13,13 +13,16 @@ D) G` and the input's :math:`B\,(D U^T) B^T`, tiles added where they overlap."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from flax_resblock.cpu.materialised import materialised
+from flax_resblock.cpu.products import product
 
 _Rows = Sequence[jax.Array]
 _Grid = list[list[jax.Array]]
@@ -52,6 +55,17 @@ def _g(w: _Rows) -> _Rows:
 def _g_transposed(u: _Rows) -> _Rows:
     half_sum = (u[1] + u[2]) * 0.5
     return u[0] + half_sum, (u[1] - u[2]) * 0.5, half_sum + u[3]
+
+
+def _both_ways(transform: Callable[[_Rows], _Rows], grid: Iterable[_Rows]) -> list[_Rows]:
+    """Transforms the columns of a grid, and then its rows."""
+    columns = [transform(column) for column in zip(*grid, strict=True)]
+    return [transform(row) for row in zip(*columns, strict=True)]
+
+
+def _paired(multiply: Callable[[Any, Any], jax.Array], left: _Grid, right: _Grid) -> _Grid:
+    """The products of the matrices at the same place of two grids."""
+    return [list(map(multiply, *rows)) for rows in zip(left, right, strict=True)]
 
 
 def _tiles(size: int) -> int:
@@ -96,7 +110,7 @@ def transform_kernel(kernel: jax.Array) -> _Grid:
     return [list(_g([row[j] for j in range(3)])) for row in _g([kernel[i] for i in range(3)])]
 
 
-def _interleave(phases: _Grid, shape: tuple[int, ...]) -> jax.Array:
+def _interleave(phases: Sequence[_Rows], shape: tuple[int, ...]) -> jax.Array:
     """Phases ``(N, tall, wide, C)`` of rows and columns as one image of ``shape``, cut to it."""
     n, tall, wide, channels = phases[0][0].shape
     whole = jnp.stack([jnp.stack(row, axis=3) for row in phases], axis=2).reshape(
@@ -115,42 +129,22 @@ def convolve_transformed(
 ) -> jax.Array:
     """:func:`convolve` with a kernel that :func:`transform_kernel` has transformed."""
     n, height, width, _ = x.shape
-    products = [
-        [jnp.dot(v, u, precision=precision) for v, u in zip(*pair, strict=True)]
-        for pair in zip(_input_tiles(x), transformed, strict=True)
-    ]
-    columns = [_a_transposed([products[i][j] for i in range(4)]) for j in range(4)]
+    products = _paired(partial(jnp.dot, precision=precision), _input_tiles(x), transformed)
     shape = (n, _tiles(height), _tiles(width), -1)
-    phases = [
-        [y.reshape(shape) for y in _a_transposed([columns[j][row] for j in range(4)])]
-        for row in range(2)
-    ]
+    phases = [[y.reshape(shape) for y in row] for row in _both_ways(_a_transposed, products)]
     return _interleave(phases, (n, height, width))
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
     """Gradient ``(3, 3, C, O)`` from input and output gradient, both ``(N, H, W, _)``."""
-    products = _products_in_parts(x, dy, precision)
-    columns = [_g_transposed([products[i][j] for i in range(4)]) for j in range(4)]
-    return materialised(
-        jnp.stack(
-            [jnp.stack(_g_transposed([columns[j][row] for j in range(4)])) for row in range(3)]
-        )
-    )
+    rows = _both_ways(_g_transposed, _products_in_parts(x, dy, precision))
+    return materialised(jnp.stack([jnp.stack(row) for row in rows]))
 
 
 def _products(x: jax.Array, dy: jax.Array, precision: lax.PrecisionLike) -> _Grid:
     """``V^T D``: sixteen matrices ``(C, O)``."""
     tiles, gradients = _input_tiles(x), _output_tiles(dy)
-    return [
-        [
-            lax.dot_general(
-                tiles[i][j], gradients[i][j], (((0,), (0,)), ((), ())), precision=precision
-            )
-            for j in range(4)
-        ]
-        for i in range(4)
-    ]
+    return _paired(lambda v, d: product(v, d, (0, 0), precision), tiles, gradients)
 
 
 def _products_in_parts(x: jax.Array, dy: jax.Array, precision: lax.PrecisionLike) -> _Grid:
@@ -178,20 +172,12 @@ def input_gradient(dy: jax.Array, kernel: jax.Array, precision: lax.PrecisionLik
     n, height, width, _ = dy.shape
     gradients, transformed = _output_tiles(dy), transform_kernel(kernel)
     shape = (n, _tiles(height), _tiles(width), kernel.shape[2])
-    products = [
-        [
-            lax.dot_general(
-                gradients[i][j], transformed[i][j], (((1,), (1,)), ((), ())), precision=precision
-            ).reshape(shape)
-            for j in range(4)
-        ]
-        for i in range(4)
-    ]
-    columns = [_b([products[i][j] for i in range(4)]) for j in range(4)]
-    rows = [_b([columns[j][i] for j in range(4)]) for i in range(4)]
-    down = [_overlap([rows[i][j] for i in range(4)], axis=1) for j in range(4)]
-    phases = [_overlap([down[j][row] for j in range(4)], axis=2) for row in range(2)]
-    return materialised(_interleave([list(row) for row in phases], (n, height, width)))
+    products = _paired(
+        lambda d, u: product(d, u, (1, 1), precision).reshape(shape), gradients, transformed
+    )
+    down = [_overlap(column, axis=1) for column in zip(*_both_ways(_b, products), strict=True)]
+    phases = [_overlap(row, axis=2) for row in zip(*down, strict=True)]
+    return materialised(_interleave(phases, (n, height, width)))
 
 
 def _overlap(parts: _Rows, axis: int) -> _Rows:

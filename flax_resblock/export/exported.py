@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from flax_resblock import config as arch
-from flax_resblock.errors import CheckpointError, InputError, MissingDependencyError, reason
+from flax_resblock.errors import CheckpointError, InputError, optional, reason
 
 PROGRAM, WEIGHTS, MANIFEST = "model.stablehlo", "weights.safetensors", "manifest.json"
 FORMAT = "flax-resblock export"
@@ -31,13 +31,11 @@ COMPATIBILITY = (
 
 
 def require_flatbuffers() -> None:
-    try:
-        import flatbuffers  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            "jax writes and reads exported programs with flatbuffers, which is not installed: "
-            "pip install flatbuffers."
-        ) from error
+    optional(
+        "flatbuffers",
+        "jax writes and reads exported programs with flatbuffers, which is not installed: pip "
+        "install flatbuffers.",
+    )
 
 
 def sha256_of(path: Path) -> str:
@@ -47,12 +45,7 @@ def sha256_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported model, opened.
-
-    Attributes:
-      folder: Where it is.
-      manifest: As written.
-    """
+    """An exported model, opened: its folder, and its manifest as written."""
 
     folder: Path
     manifest: Mapping[str, Any]
@@ -116,11 +109,6 @@ class Exported:
             raise CheckpointError(
                 f"{self.folder / WEIGHTS} cannot be read ({reason(error)}). Export again."
             ) from error
-
-    @property
-    def weight_specs(self) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """Shape and dtype by name."""
-        return {name: (value.shape, value.dtype) for name, value in self.weights.items()}
 
     def __call__(self, images: Any) -> jax.Array:
         """Outputs of a batch ``(N, H, W, C)``, float32, normalised as the manifest says.

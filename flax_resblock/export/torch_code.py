@@ -22,7 +22,6 @@ def torch_code(config: Config, norm_options: Mapping[str, float | None]) -> str:
     attribute names.
 
     Args:
-      config: A whole network.
       norm_options: ``eps`` and ``momentum`` of every norm.
     Raises:
       InputError: A bare block.

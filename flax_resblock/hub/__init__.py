@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 
+from flax_resblock.hub.hugging_face import fetch_from_hub, push_folder
 from flax_resblock.hub.names import HUB_PREFIX, TORCHVISION_PREFIX, Fetched
 
 __all__ = ["HUB_PREFIX", "Fetched", "fetch", "is_name", "push_folder"]
@@ -23,7 +23,6 @@ def fetch(name: str, weights: Sequence[str], texts: Sequence[str]) -> Fetched:
     """Fetches the files of a name into the cache of its package, unless they are there.
 
     Args:
-      name: See :func:`is_name`.
       weights: Names of files with weights, or of their index, in order of preference.
       texts: Names of files that describe them, and are fetched too where they exist.
     Raises:
@@ -34,13 +33,4 @@ def fetch(name: str, weights: Sequence[str], texts: Sequence[str]) -> Fetched:
         from flax_resblock.hub.torchvision import fetch_from_torchvision
 
         return fetch_from_torchvision(name)
-    from flax_resblock.hub.hugging_face import fetch_from_hub
-
     return fetch_from_hub(name, weights, texts)
-
-
-def push_folder(folder: Path, name: str, message: str) -> str:
-    """See :func:`flax_resblock.hub.hugging_face.push_folder`."""
-    from flax_resblock.hub import hugging_face
-
-    return hugging_face.push_folder(folder, name, message)

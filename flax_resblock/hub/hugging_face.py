@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flax_resblock.errors import InputError, MissingDependencyError, reason, some, visible
+from flax_resblock.errors import InputError, optional, reason, some, visible
 from flax_resblock.hub.names import HUB, HUB_PREFIX, Fetched, RepositoryName, parsed, say
 
-_CHUNK = 1 << 22
 _MAIN = "main"
 _INDEX = ".index.json"
 _LARGEST_INDEX = 64 << 20
@@ -136,20 +135,20 @@ def _verified(path: Path, name: str) -> Path:
       InputError: It is damaged; it is removed, so that the next call fetches it again.
     """
     blob = Path(os.path.realpath(path))
-    digests = {64: hashlib.sha256(), 40: hashlib.sha1(usedforsecurity=False)}
-    digest = digests.get(len(blob.name)) if re.fullmatch(r"[0-9a-f]+", blob.name) else None
-    if digest is None:  # a cache without links, whose names are no digests
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        empty = hashlib.sha256()
+    elif re.fullmatch(r"[0-9a-f]{40}", blob.name):  # as git names what it keeps
+        header = f"blob {blob.stat().st_size}\0".encode()
+        empty = hashlib.sha1(header, usedforsecurity=False)
+    else:  # a cache without links, whose names are no digests
         return path
-    if len(blob.name) == 40:  # as git names what it keeps
-        digest.update(f"blob {blob.stat().st_size}\0".encode())
     with blob.open("rb") as handle:
-        while chunk := handle.read(_CHUNK):
-            digest.update(chunk)
-    if digest.hexdigest() != blob.name:
+        digest = hashlib.file_digest(handle, lambda: empty).hexdigest()
+    if digest != blob.name:
         path.unlink(missing_ok=True)
         blob.unlink(missing_ok=True)
         raise InputError(
-            f"{name}: {path.name} is damaged: its digest is {digest.hexdigest()}, and the hub says "
+            f"{name}: {path.name} is damaged: its digest is {digest}, and the hub says "
             f"{blob.name}. It was removed from the cache. Run this again; if the digest differs "
             f"again, a proxy or a mirror changes the file."
         )
@@ -161,9 +160,7 @@ def push_folder(folder: Path, name: str, message: str) -> str:
     one commit.
 
     Args:
-      folder: Its files.
       name: ``hf-hub:USER/NAME``, or with ``@BRANCH``.
-      message: Of the commit.
     Returns:
       The name with the new revision.
     Raises:
@@ -185,14 +182,9 @@ def push_folder(folder: Path, name: str, message: str) -> str:
 
 
 def _huggingface_hub() -> Any:
-    try:
-        import huggingface_hub
-        import huggingface_hub.constants
-    except ImportError as error:
-        raise MissingDependencyError(
-            "names of Hugging Face's hub need huggingface_hub: pip install 'flax-resblock[hub]'."
-        ) from error
-    return huggingface_hub
+    words = "names of Hugging Face's hub need huggingface_hub: pip install 'flax-resblock[hub]'."
+    optional("huggingface_hub.constants", words)
+    return optional("huggingface_hub", words)
 
 
 @contextmanager

@@ -29,7 +29,6 @@ class Weights(NamedTuple):
     """A file, whose name ends with the beginning of its SHA-256, and how it was evaluated.
 
     Attributes:
-      file: On the server and in the cache.
       resize: Pixels of the shorter side, of which the central 224 are taken.
     """
 
@@ -100,7 +99,9 @@ def _download(name: str, url: str, path: Path) -> None:
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
             there = there if answer.status == HTTPStatus.PARTIAL_CONTENT else 0
             size = int(answer.headers.get("Content-Length") or 0)
-            with part.open("ab" if there else "wb") as handle, _progress(path.name) as progress:
+            columns = TextColumn(path.name), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+            progress = Progress(*columns, console=Console(stderr=True), transient=True)
+            with part.open("ab" if there else "wb") as handle, progress:
                 task = progress.add_task(path.name, total=there + size or None, completed=there)
                 while chunk := answer.read(_CHUNK):
                     handle.write(chunk)
@@ -129,23 +130,16 @@ def _download(name: str, url: str, path: Path) -> None:
 
 def _check(name: str, file: Path, path: Path) -> None:
     """Raises InputError for a file that is not as the digest in its name says, and removes it."""
-    digest = hashlib.sha256()
     with file.open("rb") as handle:
-        while chunk := handle.read(_CHUNK):
-            digest.update(chunk)
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
     prefix = path.stem.rpartition("-")[2]
-    if not digest.hexdigest().startswith(prefix):
+    if not digest.startswith(prefix):
         file.unlink()
         raise InputError(
-            f"{name}: {path.name} is damaged: its SHA-256 begins with "
-            f"{digest.hexdigest()[: len(prefix)]}, not with {prefix}. It was removed from the "
-            f"cache. Run this again; if the digest differs again, a proxy changes the file."
+            f"{name}: {path.name} is damaged: its SHA-256 begins with {digest[: len(prefix)]}, not "
+            f"with {prefix}. It was removed from the cache. Run this again; if the digest differs "
+            f"again, a proxy changes the file."
         )
-
-
-def _progress(name: str) -> Progress:
-    columns = TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def _images(weights: Weights) -> str:

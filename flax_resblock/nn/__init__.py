@@ -18,8 +18,9 @@ Names are imported on first use."""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from flax_resblock._lazy import lazily
 
 if TYPE_CHECKING:
     from flax_resblock.nn.activations import (
@@ -97,42 +98,32 @@ __all__ = [
     "weight_norm",
 ]  # fmt: skip
 
-_MODULES = {
-    "activations": (
-        "celu elu gelu glu hardshrink hardsigmoid hardswish hardtanh identity leaky_relu "
-        "log_sigmoid log_softmax mish normalize prelu relu relu6 selu sigmoid silu "
-        "softmax softplus softshrink softsign tanh tanhshrink threshold"
-    ),
-    "adaptive": "adaptive_avg_pool adaptive_max_pool",
-    "containers": "Sequential",
-    "conv": "Conv Conv1d convolve",
-    "geometry": "fold pad unfold",
-    "linear": "Linear PReLU",
-    "norm": "BatchNorm batch_norm_by_batch",
-    "norm_functions": (
-        "batch_norm group_norm instance_norm layer_norm local_response_norm weight_norm"
-    ),
-    "other_norms": "FrozenBatchNorm GroupNorm InstanceNorm LayerNorm",
-    "pooling": "avg_pool lp_pool max_pool",
-    "resize": "channel_shuffle interpolate pixel_shuffle pixel_unshuffle",
-    "sampling": "affine_grid grid_sample",
-    "selection": (
-        "amax amin clamp cosine_similarity maximum_along minimum_along "
-        "scaled_dot_product_attention vector_norm"
-    ),
-    "stochastic": "AlphaDropout Dropout RReLU StochasticDepth",
-    "transposed": "ConvTranspose ConvTranspose1d conv_transpose",
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'flax_resblock.nn' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"flax_resblock.nn.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "activations": (
+            "celu elu gelu glu hardshrink hardsigmoid hardswish hardtanh identity leaky_relu "
+            "log_sigmoid log_softmax mish normalize prelu relu relu6 selu sigmoid silu "
+            "softmax softplus softshrink softsign tanh tanhshrink threshold"
+        ),
+        "adaptive": "adaptive_avg_pool adaptive_max_pool",
+        "containers": "Sequential",
+        "conv": "Conv Conv1d convolve",
+        "geometry": "fold pad unfold",
+        "linear": "Linear PReLU",
+        "norm": "BatchNorm batch_norm_by_batch",
+        "norm_functions": (
+            "batch_norm group_norm instance_norm layer_norm local_response_norm weight_norm"
+        ),
+        "other_norms": "FrozenBatchNorm GroupNorm InstanceNorm LayerNorm",
+        "pooling": "avg_pool lp_pool max_pool",
+        "resize": "channel_shuffle interpolate pixel_shuffle pixel_unshuffle",
+        "sampling": "affine_grid grid_sample",
+        "selection": (
+            "amax amin clamp cosine_similarity maximum_along minimum_along "
+            "scaled_dot_product_attention vector_norm"
+        ),
+        "stochastic": "AlphaDropout Dropout RReLU StochasticDepth",
+        "transposed": "ConvTranspose ConvTranspose1d conv_transpose",
+    },
+)

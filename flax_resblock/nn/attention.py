@@ -22,8 +22,6 @@ class SqueezeExcitation(nnx.Module):
     Args:
       channels: Of input and output.
       squeezed: Between the two 1x1 convolutions.
-      layers: Builds them.
-      use_bias: Whether they have a bias.
     """
 
     def __init__(self, channels: int, squeezed: int, layers: Layers, *, use_bias: bool) -> None:
@@ -44,7 +42,6 @@ class EfficientChannelAttention(nnx.Module):
 
     Args:
       window: Channels that decide about one.
-      layers: Builds the convolution.
     """
 
     def __init__(self, window: int, layers: Layers) -> None:

@@ -13,12 +13,10 @@ from flax_resblock.config import BlockConfig, StridePlacement
 from flax_resblock.config.options import SharedOptions
 from flax_resblock.nn.attention import build_attention
 from flax_resblock.nn.conv import Conv
-from flax_resblock.nn.layers import ACTIVATIONS, LayerOptions, Layers, NormLayer, joined
+from flax_resblock.nn.layers import ACTIVATIONS, LayerOptions, Layers, NormLayer, divided, joined
 from flax_resblock.nn.pooling import Blur
 from flax_resblock.nn.scopes import in_slot
 from flax_resblock.nn.shortcuts import build_shortcut
-
-__all__ = ["BottleneckBlock", "LayerOptions", "Layers", "ResidualBlock", "build_block"]
 
 
 class ResidualOptions(LayerOptions, SharedOptions, total=False):
@@ -42,11 +40,8 @@ def _described(
     """The configuration of a block and the options of its layers, from its arguments."""
     if unknown := set(options) - set(known):
         raise TypeError(f"unknown option {', '.join(sorted(unknown))}; known: {', '.join(known)}.")
-    own = {
-        name: value for name, value in options.items() if name not in LayerOptions.__annotations__
-    }
-    rest = {name: value for name, value in options.items() if name not in own}
-    return BlockConfig(**fields, **own), rest  # pyright: ignore[reportReturnType]
+    rest, own = divided(options)
+    return BlockConfig(**fields, **own), rest
 
 
 class _Block(nnx.Module):
@@ -62,13 +57,10 @@ class _Block(nnx.Module):
         for i, (inputs, outputs, size, stride) in enumerate(config.convolutions, start=1):
             spread = {} if size == 1 else {"dilation": config.dilation, "groups": config.groups}
             numbers: dict[str, Any] = {"stride": stride, "use_bias": config.conv_bias, **spread}
-            conv = layers.conv(inputs, outputs, size, **numbers)
-            norm = layers.norm(
-                inputs if before else outputs, ends_residual=i == last and not before
-            )
-            ends = i == last and before
-            setattr(self, f"conv{i}", layers.ending_conv(conv) if ends else conv)
-            setattr(self, f"norm{i}", norm)
+            numbers["ends_residual"] = i == last and before
+            normed, ends = inputs if before else outputs, i == last and not before
+            setattr(self, f"conv{i}", layers.conv(inputs, outputs, size, **numbers))
+            setattr(self, f"norm{i}", layers.norm(normed, ends_residual=ends))
         self.dropout = layers.dropout()
         self.blur = Blur(config.stride) if config.blurs else None
         self.attention = build_attention(config, layers)

@@ -16,10 +16,8 @@ class Sequential(nnx.Module):
     """Calls its layers one after the other, as ``torch.nn.Sequential`` does.
 
     ``nnx.Sequential`` spreads a layer's tuple over the arguments of the next one; this one hands
-    on what a layer returns as it is.
-
-    Attributes:
-      layers: ``nnx.List``; the parameters of the first layer have the path ``("layers", 0, ...)``.
+    on what a layer returns as it is. The parameters of the first have the path
+    ``("layers", 0, ...)``.
 
     Args:
       *layers: Modules and functions of one argument.

@@ -11,43 +11,15 @@ from flax import nnx
 from jax import lax
 
 from flax_resblock.config import Lowering
+from flax_resblock.cpu.switch import forms as cpu_forms
+from flax_resblock.cpu.switch import in_memory, on_accelerator
 from flax_resblock.nn.geometry import Padding, PaddingMode, Size, equal, pad, per_axis, sides
-from flax_resblock.nn.initializers import Initializer, initial_value, torch_default, uniform_bias
+from flax_resblock.nn.initializers import Initializer, parameter, torch_default, uniform_bias
 from flax_resblock.nn.norm_functions import broadcast_over, normalised
 from flax_resblock.nn.scopes import in_slot
 from flax_resblock.nn.variables import refuse_integers
 
-
-def cpu_forms(lowering: Lowering = "auto") -> Any:
-    """:mod:`flax_resblock.cpu.forms` if code that is traced now takes a CPU's own forms, else None.
-
-    This, :func:`on_accelerator` and :func:`in_memory` are where the layers meet
-    :mod:`flax_resblock.cpu`.
-
-    Args:
-      lowering: The layer's own choice; see :func:`flax_resblock.conv_lowering`.
-    """
-    from flax_resblock.cpu import switch
-
-    return switch.forms(lowering)
-
-
-def on_accelerator(lowering: Lowering = "auto") -> bool:
-    """Whether code that is traced now is for a GPU or TPU and may compute what jax derives, such as
-    the gradient of a norm, with fewer passes over memory. Arguments as for :func:`cpu_forms`."""
-    from flax_resblock.cpu import switch
-
-    return switch.on_accelerator(lowering)
-
-
-def in_memory(x: jax.Array) -> Any:
-    """``x``, which a program for a CPU computes once and keeps.
-
-    XLA may compute a value again wherever it is used, and round it otherwise there."""
-    from flax_resblock.cpu import switch
-
-    return switch.in_memory(x)
-
+__all__ = ["Conv", "Conv1d", "convolve", "cpu_forms", "in_memory", "on_accelerator"]
 
 LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
 """The memory layouts of input, kernel and output, by the number of spatial axes."""
@@ -97,15 +69,8 @@ def convolve(
     y = None
     forms = cpu_forms(lowering)
     if forms is not None and axes == 2 and equal(strides, dilations, pads[0], pads[1], pads):
-        y = forms.convolve(
-            x,
-            kernel,
-            stride=strides[0],
-            padding=pads[0][0],
-            dilation=dilations[0],
-            groups=groups,
-            precision=precision,
-        )
+        square = {"stride": strides[0], "padding": pads[0][0], "dilation": dilations[0]}
+        y = forms.convolve(x, kernel, **square, groups=groups, precision=precision)
     if y is None:
         y = lax.conv_general_dilated(
             x,
@@ -139,6 +104,12 @@ def check_channels(layer: Any, x: jax.Array, axes: str) -> None:
             f"{type(layer).__name__} expects (N, {axes}, {layer.in_channels}) with "
             f"channels last; got shape {tuple(x.shape)}."
         )
+
+
+def in_one_dtype(layer: Any, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The input and the bias of a layer in the dtype that it computes in."""
+    x = x.astype(layer.dtype or jnp.result_type(x, layer.kernel[...]))
+    return x, None if layer.bias is None else jnp.asarray(layer.bias[...], x.dtype)
 
 
 class Conv(nnx.Module):
@@ -211,21 +182,16 @@ class Conv(nnx.Module):
         self.precision = precision
         self.conv_lowering: Lowering = conv_lowering
         shape = (*window, in_channels // groups, out_channels)
-        self.kernel = nnx.Param(initial_value(kernel_init, rngs, shape, param_dtype))
-        fan_in = math.prod(shape[:-1])
-        self.bias = (
-            nnx.Param(initial_value(uniform_bias(fan_in), rngs, (out_channels,), param_dtype))
-            if use_bias
-            else None
-        )
+        self.kernel = parameter(kernel_init, rngs, shape, param_dtype)
+        start = uniform_bias(math.prod(shape[:-1]))
+        self.bias = parameter(start, rngs, (out_channels,), param_dtype, use_bias)
 
     @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, in_channels)`` to ``(N, H', W', out_channels)``."""
         check_channels(self, x, self._axes)
-        kernel = self.kernel[...]
-        dtype = self.dtype or jnp.result_type(x, kernel)
-        x, padding = x.astype(dtype), self.padding
+        kernel, padding = self.kernel[...], self.padding
+        x, bias = in_one_dtype(self, x)
         if self.standardized is not None:
             kernel = normalised(kernel, range(kernel.ndim - 1), self.standardized)
         if self.padding_mode != "zeros":
@@ -234,8 +200,8 @@ class Conv(nnx.Module):
             x, padding = pad(x, ((0, 0), *around, (0, 0)), mode=self.padding_mode), 0
         return convolve(
             x,
-            jnp.asarray(kernel, dtype),
-            None if self.bias is None else jnp.asarray(self.bias[...], dtype),
+            jnp.asarray(kernel, x.dtype),
+            bias,
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,
@@ -284,7 +250,7 @@ class ChannelConv(nnx.Module):
     ) -> None:
         self.dtype = dtype
         self.precision = precision
-        self.kernel = nnx.Param(initial_value(kernel_init, rngs, (window, 1, 1), param_dtype))
+        self.kernel = parameter(kernel_init, rngs, (window, 1, 1), param_dtype)
 
     @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -105,11 +105,8 @@ INITIALIZERS = {"torch_default": torch_default, "kaiming_fan_out": kaiming_fan_o
 
 
 def uniform_bias(fan_in: int) -> Random:
-    """``U(-1/sqrt(fan_in), 1/sqrt(fan_in))`` for a bias, as ``nn.Linear`` draws it.
-
-    Args:
-      fan_in: Number of inputs of the layer that the bias belongs to.
-    """
+    """``U(-1/sqrt(fan_in), 1/sqrt(fan_in))`` for a bias, as ``nn.Linear`` draws it; ``fan_in`` is
+    the number of inputs of its layer."""
     return Random("uniform", lambda shape: fan_in**-0.5)
 
 
@@ -124,7 +121,6 @@ def initial_value(
     Args:
       init: How to draw it, from the ``params`` stream; a number is the value of every element.
       rngs: The random streams.
-      shape, dtype: Of the array.
     """
     if rngs is None:
         return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
@@ -133,6 +129,17 @@ def initial_value(
     if isinstance(init, Random):
         return init.seeded(_next_seed(rngs.params), shape, dtype)
     return init(rngs.params(), shape, dtype)
+
+
+def parameter(
+    init: Initializer | float,
+    rngs: nnx.Rngs | None,
+    shape: Sequence[int],
+    dtype: Any,
+    wanted: bool = True,
+) -> Any:
+    """A parameter with an :func:`initial_value`; None where it is not wanted."""
+    return nnx.Param(initial_value(init, rngs, shape, dtype)) if wanted else None
 
 
 def _next_seed(stream: nnx.RngStream) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any, TypedDict
 
 import jax
@@ -49,6 +49,14 @@ class LayerOptions(TypedDict, total=False):
     zero_init_residual: bool
 
 
+def divided(options: Mapping[str, Any]) -> tuple[LayerOptions, dict[str, Any]]:
+    """Those of the options that are :class:`LayerOptions`, and the others."""
+    of_layers: Any = {
+        name: value for name, value in options.items() if name in LayerOptions.__annotations__
+    }
+    return of_layers, {name: value for name, value in options.items() if name not in of_layers}
+
+
 def joined(
     main: jax.Array, skip: jax.Array | None, activation: Activation | None, lowering: Lowering
 ) -> jax.Array:
@@ -70,8 +78,6 @@ class Layers:
     """Builds the layers of one block or stem with the same options.
 
     Args:
-      rngs: As for the layers.
-      options: See :class:`LayerOptions`.
       config: Says what every norm and every kernel is.
     """
 
@@ -101,12 +107,14 @@ class Layers:
         use_bias: bool = False,
         standardized: bool = True,
         padding_rule: str | None = None,
+        ends_residual: bool = False,
     ) -> Conv:
         """A convolution padded so that stride 1 keeps the resolution; ``standardized``: where all
-        kernels of the network are. ``padding_rule``: None is that of the network."""
+        kernels of the network are. ``padding_rule``: None is that of the network.
+        ``ends_residual``: as for :meth:`norm`."""
         config = self.config
         rule = config.padding if padding_rule is None else padding_rule
-        return Conv(
+        conv = Conv(
             in_channels,
             out_channels,
             size,
@@ -122,6 +130,9 @@ class Layers:
             rngs=self.rngs,
             **self.shared,
         )
+        if ends_residual:
+            self._start_at_zero(conv.kernel)
+        return conv
 
     def channel_conv(self, window: int) -> ChannelConv:
         """A convolution along the channels."""
@@ -152,11 +163,6 @@ class Layers:
         if ends_residual:
             self._start_at_zero(norm.scale)
         return norm
-
-    def ending_conv(self, conv: Conv) -> Conv:
-        """The last convolution of a block that ends with it."""
-        self._start_at_zero(conv.kernel)
-        return conv
 
     def _start_at_zero(self, variable: nnx.Variable[jax.Array] | None) -> None:
         if self.options.get("zero_init_residual", False) and variable is not None:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 
 from flax_resblock.nn.activations import prelu
-from flax_resblock.nn.initializers import initial_value, torch_default, uniform_bias
+from flax_resblock.nn.initializers import parameter, torch_default, uniform_bias
 from flax_resblock.nn.norm_functions import broadcast_over
 from flax_resblock.nn.scopes import in_slot
 from flax_resblock.nn.variables import refuse_integers
@@ -43,14 +43,9 @@ class Linear(nnx.Module):
     ) -> None:
         self.dtype = dtype
         self.precision = precision
-        self.kernel = nnx.Param(
-            initial_value(torch_default, rngs, (in_features, out_features), param_dtype)
-        )
-        self.bias = (
-            nnx.Param(initial_value(uniform_bias(in_features), rngs, (out_features,), param_dtype))
-            if use_bias
-            else None
-        )
+        self.kernel = parameter(torch_default, rngs, (in_features, out_features), param_dtype)
+        start = uniform_bias(in_features)
+        self.bias = parameter(start, rngs, (out_features,), param_dtype, use_bias)
 
     @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -89,7 +84,7 @@ class PReLU(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None,
     ) -> None:
-        self.weight = nnx.Param(initial_value(init, rngs, (num_parameters,), param_dtype))
+        self.weight = parameter(init, rngs, (num_parameters,), param_dtype)
 
     @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:

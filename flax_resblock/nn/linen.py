@@ -14,26 +14,18 @@ key is a string: ``variables['params']['stage1']['0']['conv1']['kernel']``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import jax
 from flax import linen, nnx
+from flax.traverse_util import unflatten_dict
 
 from flax_resblock.config import Config
 from flax_resblock.nn.resnet import Model, build
 from flax_resblock.nn.variables import variable_at
 
 COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
-
-
-def _nested(flat: Mapping[tuple[Any, ...], Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(str(part), {})
-        node[str(path[-1])] = value
-    return tree
 
 
 def variables(model: Model) -> dict[str, Any]:
@@ -47,8 +39,8 @@ def variables(model: Model) -> dict[str, Any]:
     """
 
     def of(kind: type[nnx.Variable]) -> dict[str, Any]:
-        flat = dict(nnx.to_flat_state(nnx.state(model, kind)))
-        return _nested({path: variable[...] for path, variable in flat.items()})
+        flat = nnx.to_flat_state(nnx.state(model, kind))
+        return unflatten_dict({tuple(map(str, path)): one[...] for path, one in flat})
 
     return {name: of(kind) for name, kind in COLLECTIONS.items()}
 
@@ -93,15 +85,11 @@ class ResNet(linen.Module):
                     stats[name] = variable
                 for path in flat:
                     if str(path[0]) == name:
-                        variable_at(model, path).set_value(_leaf(variable.value, path[1:]))
+                        tree: Any = variable.value
+                        value = reduce(lambda tree, part: tree[str(part)], path[1:], tree)
+                        variable_at(model, path).set_value(value)
         logits = model(images, use_running_average=not train)
         if train and not self.is_initializing() and self.is_mutable_collection("batch_stats"):
             for name, tree in variables(model)["batch_stats"].items():
                 stats[name].value = tree
         return logits
-
-
-def _leaf(tree: Any, path: tuple[Any, ...]) -> Any:
-    for part in path:
-        tree = tree[str(part)]
-    return tree

@@ -10,13 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_resblock.nn.initializers import initial_value
-from flax_resblock.nn.norm_functions import (
-    batch_norm,
-    group_norm,
-    instance_norm,
-    layer_norm,
-)
+from flax_resblock.nn.initializers import initial_value, parameter
+from flax_resblock.nn.norm_functions import batch_norm, group_norm, instance_norm, layer_norm
 from flax_resblock.nn.scopes import in_slot
 
 
@@ -26,8 +21,8 @@ class _Affine(nnx.Module):
     def __init__(
         self, shape: tuple[int, ...], scale: bool, bias: bool, dtype: Any, rngs: nnx.Rngs | None
     ) -> None:
-        self.scale = nnx.Param(initial_value(1.0, rngs, shape, dtype)) if scale else None
-        self.bias = nnx.Param(initial_value(0.0, rngs, shape, dtype)) if bias else None
+        self.scale = parameter(1.0, rngs, shape, dtype, scale)
+        self.bias = parameter(0.0, rngs, shape, dtype, bias)
 
     def _values(self) -> tuple[jax.Array | None, jax.Array | None]:
         scale = None if self.scale is None else self.scale[...]
@@ -164,10 +159,7 @@ class InstanceNorm(_Affine):
             return batch_norm(x, mean, var, *self._values(), eps=self.eps)
         y = instance_norm(x, *self._values(), self.eps)
         axes = tuple(range(1, x.ndim - 1))
-        for running, new in (
-            (self.mean, jnp.mean(x, axes)),
-            (self.var, jnp.var(x, axes, ddof=1)),
-        ):
+        for running, new in ((self.mean, jnp.mean(x, axes)), (self.var, jnp.var(x, axes, ddof=1))):
             old, new = running[...], lax.stop_gradient(jnp.mean(new, 0))
             running.set_value(((1 - self.momentum) * old + self.momentum * new).astype(old.dtype))
         return y
@@ -198,11 +190,10 @@ class FrozenBatchNorm(nnx.Module):
     ) -> None:
         self.eps = eps
         self.dtype = dtype
-        shape = (num_features,)
-        self.scale = nnx.BatchStat(initial_value(1.0, rngs, shape, param_dtype))
-        self.bias = nnx.BatchStat(initial_value(0.0, rngs, shape, param_dtype))
-        self.mean = nnx.BatchStat(initial_value(0.0, rngs, shape, param_dtype))
-        self.var = nnx.BatchStat(initial_value(1.0, rngs, shape, param_dtype))
+        self.scale, self.bias, self.mean, self.var = (
+            nnx.BatchStat(initial_value(start, rngs, (num_features,), param_dtype))
+            for start in (1.0, 0.0, 0.0, 1.0)
+        )
 
     @in_slot
     def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:

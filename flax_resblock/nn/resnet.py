@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import EllipsisType
-from typing import Unpack, cast
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from flax_resblock.config import Activation, Config, NetworkOptions, ResNetConfig, architecture
-from flax_resblock.nn.blocks import (
-    BottleneckBlock,
-    LayerOptions,
-    Layers,
-    ResidualBlock,
-    build_block,
-)
+from flax_resblock.config.slots import padded
+from flax_resblock.nn.blocks import BottleneckBlock, ResidualBlock, build_block
 from flax_resblock.nn.conv import Conv
-from flax_resblock.nn.layers import ACTIVATIONS, NormLayer
+from flax_resblock.nn.layers import ACTIVATIONS, LayerOptions, Layers, divided
 from flax_resblock.nn.linear import Linear
 from flax_resblock.nn.pooling import Blur, MaxPool
 from flax_resblock.nn.scopes import in_slot
-from flax_resblock.nn.transition import Transition
 
 
 class BlurredMaxPool(nnx.Module):
@@ -39,81 +33,71 @@ class BlurredMaxPool(nnx.Module):
         return self.blur(self.pool(x))
 
 
-class _Stem(nnx.Module):
-    """What follows the last convolution of a stem.
+class StemLayers(nnx.Module):
+    """The first convolution, with norm and activation, and max pooling where there is any; in a
+    deep stem three 3x3 convolutions, ``conv1`` to ``conv3``, the first with the stride (ResNet-C,
+    He et al. 2019, arXiv:1812.01187). The last is without norm and activation where the stem is
+    bare.
 
     Pooling of ``"3x3_zeros"`` sees a border of zeros, where others see none."""
 
-    def _finish(self, config: ResNetConfig) -> None:
+    def __init__(self, config: ResNetConfig, layers: Layers) -> None:
+        widths = (*config.stem_hidden, config.stem_width)
+        self.names = ("1", "2", "3") if config.stem == "deep" else ("",)
         self.activation: Activation = config.activation
+        inputs, size = config.in_channels, 7 if config.stem == "imagenet" else 3
+        first = {"stride": config.stem_striding, "padding_rule": config.stem_padding_rule}
+        for name, width in zip(self.names, widths, strict=True):
+            conv = layers.conv(inputs, width, size, use_bias=config.stem_bias, **first)
+            bare = name == self.names[-1] and config.stem_is_bare
+            setattr(self, f"conv{name}", conv)
+            setattr(self, f"norm{name}", None if bare else layers.norm(width))
+            inputs, first = width, {}
         self.border = config.stem_pooling == "3x3_zeros"
         if config.stem_pooling == "none":
             self.pool = None
         elif config.antialias == "blur":
             self.pool = BlurredMaxPool()
         else:
-            size, sides = config.stem_window
-            self.pool = MaxPool(size, stride=2, padding=sides)
+            window, sides = config.stem_window
+            self.pool = MaxPool(window, stride=2, padding=sides)
 
-    def _normalised(self, x: jax.Array, norm: NormLayer | None, average: bool | None) -> jax.Array:
-        if norm is None:
-            return x
-        return ACTIVATIONS[self.activation](norm(x, use_running_average=average))
-
-    def _pooled(self, x: jax.Array) -> jax.Array:
+    @in_slot
+    def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
+        """``(N, H, W, in_channels)`` to ``(N, H', W', stem_width)``, of ImageNet's stems a quarter
+        of the size."""
+        x = images
+        for name in self.names:
+            x, norm = getattr(self, f"conv{name}")(x), getattr(self, f"norm{name}")
+            if norm is not None:
+                x = ACTIVATIONS[self.activation](norm(x, use_running_average=use_running_average))
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))) if self.border else x
         return x if self.pool is None else self.pool(x)
 
 
-class StemLayers(_Stem):
-    """First convolution, norm and activation, and the max pooling where there is one; without norm
-    and activation where the stem is bare."""
+class Transition(nnx.Module):
+    """A 3x3 convolution with norm and activation, and max pooling that has the stride.
 
-    def __init__(self, config: ResNetConfig, layers: Layers) -> None:
-        self.conv = layers.conv(
-            config.in_channels,
-            config.stem_width,
-            7 if config.stem == "imagenet" else 3,
-            stride=config.stem_striding,
-            use_bias=config.stem_bias,
-            padding_rule=config.stem_padding_rule,
-        )
-        self.norm = None if config.stem_is_bare else layers.norm(config.stem_width)
-        self._finish(config)
-
-    @in_slot
-    def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
-        """``(N, H, W, in_channels)`` to ``(N, H', W', stem_width)``."""
-        x = self._normalised(self.conv(images), self.norm, use_running_average)
-        return self._pooled(x)
-
-
-class DeepStemLayers(_Stem):
-    """Three 3x3 convolutions, the first with the stride, each with norm and activation, and the
-    max pooling (ResNet-C, He et al. 2019, arXiv:1812.01187); the last without norm and activation
-    where the stem is bare.
+    Args:
+      stride: Size and stride of the pooling window, in pixels; 1: no pooling.
     """
 
-    def __init__(self, config: ResNetConfig, layers: Layers) -> None:
-        (first, second), bias = config.stem_hidden, config.stem_bias
-        start = {"stride": config.stem_striding, "padding_rule": config.stem_padding_rule}
-        self.conv1 = layers.conv(config.in_channels, first, 3, use_bias=bias, **start)
-        self.norm1 = layers.norm(first)
-        self.conv2 = layers.conv(first, second, 3, use_bias=bias)
-        self.norm2 = layers.norm(second)
-        self.conv3 = layers.conv(second, config.stem_width, 3, use_bias=bias)
-        self.norm3 = None if config.stem_is_bare else layers.norm(config.stem_width)
-        self._finish(config)
+    def __init__(
+        self, config: ResNetConfig, inputs: int, outputs: int, stride: int, layers: Layers
+    ) -> None:
+        self.conv = layers.conv(inputs, outputs, 3, use_bias=config.conv_bias)
+        self.norm = layers.norm(outputs)
+        self.activation: Activation = config.activation
+        sides = padded(stride, stride, config.padding, 0)
+        self.pool = MaxPool(stride, stride, sides) if stride > 1 else None
 
     @in_slot
-    def __call__(self, images: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
-        """``(N, H, W, in_channels)`` to ``(N, H', W', stem_width)``, usually a quarter of the
-        size."""
-        x = images
-        convs, norms = (self.conv1, self.conv2, self.conv3), (self.norm1, self.norm2, self.norm3)
-        for conv, norm in zip(convs, norms, strict=True):
-            x = self._normalised(conv(x), norm, use_running_average)
-        return self._pooled(x)
+    def __call__(self, x: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
+        """``(N, H, W, inputs)`` to ``(N, H // stride, W // stride, outputs)``, rounded up where
+        the network pads as TensorFlow does."""
+        y = self.norm(self.conv(x), use_running_average=use_running_average)
+        y = ACTIVATIONS[self.activation](y)
+        return y if self.pool is None else self.pool(y)
 
 
 class ResNet(nnx.Module):
@@ -137,9 +121,7 @@ class ResNet(nnx.Module):
         self.config = config
         options.setdefault("init", "kaiming_fan_out")
         layers = Layers(rngs, options, config)
-        self.stem = (
-            DeepStemLayers(config, layers) if config.stem == "deep" else StemLayers(config, layers)
-        )
+        self.stem = StemLayers(config, layers)
         stages: dict[str, list[ResidualBlock | BottleneckBlock]] = {
             name: [] for name in config.stage_names
         }
@@ -214,18 +196,11 @@ class ResNet(nnx.Module):
         """
         self.config = replace(self.config, num_classes=num_classes)
         conv = next(module for _, module in nnx.iter_modules(self.stem) if isinstance(module, Conv))
-        self.head = (
-            None
-            if num_classes is None
-            else Linear(
-                self.config.feature_channels,
-                num_classes,
-                dtype=conv.dtype,
-                param_dtype=conv.kernel[...].dtype,
-                precision=conv.precision,
-                rngs=rngs,
-            )
-        )
+        self.head = None
+        if num_classes is not None:
+            as_conv = {"dtype": conv.dtype, "precision": conv.precision}
+            sizes, kept = (self.config.feature_channels, num_classes), conv.kernel[...].dtype
+            self.head = Linear(*sizes, **as_conv, param_dtype=kept, rngs=rngs)
 
 
 Model = ResNet | ResidualBlock | BottleneckBlock
@@ -271,11 +246,8 @@ def create(
         raise TypeError(
             f"create() got unknown option {', '.join(sorted(unknown))}; known: {', '.join(known)}."
         )
-    of_layers = {
-        key: value for key, value in options.items() if key in LayerOptions.__annotations__
-    }
-    of_network = {key: value for key, value in options.items() if key not in of_layers}
+    of_layers, of_network = divided(options)
     if num_classes is not ...:
         of_network["num_classes"] = num_classes
     config = architecture(name, in_channels=in_channels, **of_network)
-    return ResNet(config, rngs=rngs, **cast(LayerOptions, of_layers))
+    return ResNet(config, rngs=rngs, **of_layers)

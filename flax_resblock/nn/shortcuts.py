@@ -24,8 +24,6 @@ class ZeroPadShortcut(nnx.Module):
     """Option A of He et al. 2016: every ``stride``-th pixel, new channels filled with zeros.
 
     Args:
-      stride: In pixels.
-      extra_channels: How many channels to add.
       front: How many of them stand in front of the old ones.
     """
 

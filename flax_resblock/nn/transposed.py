@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from flax_resblock.nn.conv import LAYOUTS, check_channels, check_groups
+from flax_resblock.nn.conv import LAYOUTS, check_channels, check_groups, in_one_dtype
 from flax_resblock.nn.geometry import Size, per_axis
-from flax_resblock.nn.initializers import initial_value, uniform_bias
+from flax_resblock.nn.initializers import parameter, uniform_bias
 from flax_resblock.nn.scopes import in_slot
 
 
@@ -123,21 +123,18 @@ class ConvTranspose(nnx.Module):
         window = per_axis(kernel_size, len(self._axes.split(",")), "kernel_size")
         shape = (*window, in_channels, out_channels // groups)
         init = uniform_bias(math.prod(window) * out_channels // groups)
-        self.kernel = nnx.Param(initial_value(init, rngs, shape, param_dtype))
-        self.bias = (
-            nnx.Param(initial_value(init, rngs, (out_channels,), param_dtype)) if use_bias else None
-        )
+        self.kernel = parameter(init, rngs, shape, param_dtype)
+        self.bias = parameter(init, rngs, (out_channels,), param_dtype, use_bias)
 
     @in_slot
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, in_channels)`` to ``(N, H', W', out_channels)``."""
         check_channels(self, x, self._axes)
-        kernel = self.kernel[...]
-        dtype = self.dtype or jnp.result_type(x, kernel)
+        x, bias = in_one_dtype(self, x)
         return conv_transpose(
-            x.astype(dtype),
-            jnp.asarray(kernel, dtype),
-            None if self.bias is None else jnp.asarray(self.bias[...], dtype),
+            x,
+            jnp.asarray(self.kernel[...], x.dtype),
+            bias,
             stride=self.stride,
             padding=self.padding,
             output_padding=self.output_padding,

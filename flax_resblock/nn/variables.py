@@ -44,7 +44,6 @@ def fill(model: nnx.Module, values: Mapping[Path, np.ndarray]) -> None:
     """Gives every variable of a model its value, in the dtype of the value.
 
     Args:
-      model: Changed in place.
       values: By attribute path, one for every variable.
     """
     set_values(model, on_device(values))
@@ -80,9 +79,8 @@ def _as_jax_keeps_it(array: np.ndarray) -> np.ndarray | None:
 
 def flat_arrays(model: nnx.Module) -> dict[Path, np.ndarray]:
     """Every variable of a model by path, on the host, counters as int64."""
-    arrays = {}
-    state = nnx.state(model, KEPT)
-    for path, variable in dict(nnx.to_flat_state(state)).items():
-        array = np.asarray(variable[...])
-        arrays[path] = array.astype(np.int64) if path[-1] == "num_batches_tracked" else array
-    return arrays
+    flat: Any = nnx.to_flat_state(nnx.state(model, KEPT))
+    return {
+        path: np.asarray(variable[...], np.int64 if path[-1] == "num_batches_tracked" else None)
+        for path, variable in flat
+    }

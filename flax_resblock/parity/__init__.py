@@ -1,9 +1,11 @@
 """Runs a network in PyTorch and in Flax side by side, compares every tensor, and explains any
-difference in words."""
+difference in words. Names are imported on first use, because all of them need PyTorch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from flax_resblock._lazy import lazily
 
 if TYPE_CHECKING:
     from flax_resblock.parity.api import Verification, compare
@@ -13,19 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "Diagnosis", "Plan", "Verification", "compare"]
 
-_HOMES = {
-    "Comparison": "oracle",
-    "Diagnosis": "diagnose",
-    "Plan": "comparison",
-    "Verification": "api",
-    "compare": "api",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name on first use, because all of them need PyTorch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "api": "Verification compare",
+        "comparison": "Plan",
+        "diagnose": "Diagnosis",
+        "oracle": "Comparison",
+    },
+)

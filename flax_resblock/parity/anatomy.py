@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from flax_resblock.config import Branch
-from flax_resblock.errors import InputError
+from flax_resblock.errors import InputError, raised
 from flax_resblock.parity.causes import NAMES, Cause, Diagnosis, LayerRun, Side, evidence_for
 from flax_resblock.parity.causes.blocks import BlockEnd, explain_ending, explain_gradient
 from flax_resblock.parity.causes.connections import Connection, explain_connection
@@ -16,7 +16,7 @@ from flax_resblock.parity.causes.layers import explain_layer
 from flax_resblock.parity.causes.norms import explain_statistics
 from flax_resblock.parity.isolation import cotangent_of
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2
-from flax_resblock.parity.pair import PRECISIONS, Pair
+from flax_resblock.parity.pair import PRECISIONS, Pair, suspects
 from flax_resblock.parity.parts import Devices, Isolated, Tensors, Weights, reference_run
 from flax_resblock.parity.taps import Trace
 
@@ -42,8 +42,7 @@ class Anatomy:
         self.places = dict((spec or pair).torch_slots)
         self.raised: list[Diagnosis] = []
         self.sides: dict[Side, Tensors] = {}
-        sides: tuple[Side, ...] = ("flax",) if spec is None else ("flax", "torch")
-        for side in sides:
+        for side in suspects(spec):
             try:
                 tensors = next(part.run(side, pair, precision, images, devices))
                 if side == "torch" and list(self.places)[-1] not in pair.torch_slots:
@@ -53,8 +52,7 @@ class Anatomy:
             except InputError:
                 raise
             except Exception as error:  # a layer that cannot take its input
-                first = str(error).splitlines()[0] if str(error) else ""
-                words = f"{NAMES[side]} raises {type(error).__name__}: {first}"
+                words = f"{NAMES[side]} raises {raised(error)}"
                 evidence = "while it was fed what the reference feeds its layers"
                 self.raised.append(Diagnosis("output", "raises", side, words, evidence))
         tensors = next(Weights().run("torch", spec or pair, precision, images, devices))
@@ -106,19 +104,18 @@ class Anatomy:
             before, outputs = self._before(slot), self.reference.activations
             return explain_connection(Connection(truth, self.images, before, outputs), value)
         if quantity == "running statistics":
-            layer, prefix = self.layer(slot.partition("/")[0]), slot.partition("/")[0]
+            place = slot.partition("/")[0]
+            layer = self.layer(place)
             if layer is None:
                 return None
-            mean, var = (
-                self.sides[side].get(("isolated running statistics", f"{prefix}/{name}"))
-                for name in ("mean", "var")
-            )
             if slot.endswith("num_batches_tracked"):
                 return Cause("frozen-counter", f"counts {value} batches instead of {truth}", 0.0)
-            return None if mean is None or var is None else explain_statistics(layer, mean, var)
+            keys = [("isolated running statistics", f"{place}/{name}") for name in ("mean", "var")]
+            found = [self.sides[side][key] for key in keys if key in self.sides[side]]
+            return explain_statistics(layer, *found) if len(found) == 2 else None
         if "gradient" in quantity:
             if quantity != "input gradient":
-                return explain_gradient(value, truth, None, None, None)
+                return explain_gradient(value, truth)
             output = self.reference.activations.get(slot)
             cotangent = None if output is None else cotangent_of("own", slot, output.shape)
             end = self._block_end(slot) if self._is_block(slot) else None

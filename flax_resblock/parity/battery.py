@@ -37,13 +37,9 @@ def _slots(config: Config) -> tuple[Slot, ...]:
     return tuple(walk(config))
 
 
-def _made(kind: type[Config], options: Mapping[str, Any]) -> Config | None:
-    """The configuration; None where the options make none."""
-    return _tried(kind, frozenset(options.items()))
-
-
 @cache
-def _tried(kind: type[Config], options: Set[OptionValue]) -> Config | None:
+def _made(kind: type[Config], options: Set[OptionValue]) -> Config | None:
+    """The configuration; None where the options make none."""
     extra = [more for pair, more in _WITH.items() if pair in options]
     try:
         return kind(**ChainMap(*extra, dict(options)))
@@ -64,7 +60,7 @@ def used(config: Config, among: Set[OptionValue] | None = None) -> set[OptionVal
         and any(
             other is not None and _slots(other) != _slots(config)
             for value in values
-            for other in [_made(kind, {**own, name: value})]
+            for other in [_made(kind, frozenset({**own, name: value}.items()))]
         )
     }
 
@@ -77,12 +73,12 @@ def covering(kind: type[Config], numbers: Mapping[str, Any]) -> list[Config]:
     missing = {pair for value in values for pair in value.items()}
     chosen: list[Config] = []
     while missing:
-        options, config = dict(numbers), _made(kind, numbers)
+        options, config = dict(numbers), _made(kind, frozenset(numbers.items()))
         best = used(config, missing) if config else set[OptionValue]()
         for pair in sorted(missing, key=str):
             for other in ({}, *values):
                 tried = {**options, **other, **dict([pair])}
-                made = _made(kind, tried)
+                made = _made(kind, frozenset(tried.items()))
                 found = used(made, missing) if made else set[OptionValue]()
                 if len(found) > len(best):
                     options, config, best = tried, made, found

@@ -31,7 +31,6 @@ REFERENCE = "the reference network of this description; your own code was not se
 """What a checkpoint is compared with."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
-_CHUNK = 1 << 22
 _LONGEST = 255
 """Bytes of a name that file systems take."""
 
@@ -41,11 +40,8 @@ name."""
 
 
 def _sha256(file: Path) -> str:
-    sha = hashlib.sha256()
     with file.open("rb") as handle:
-        while chunk := handle.read(_CHUNK):
-            sha.update(chunk)
-    return sha.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _files(folder: Path) -> list[str]:
@@ -154,7 +150,6 @@ class RecheckedOutput:
     """One output, held against its certificate.
 
     Attributes:
-      output: Its name.
       status: Whether every byte is as it was.
       details: What changed: files, and tensors where they can still be read.
     """
@@ -165,11 +160,9 @@ class RecheckedOutput:
 
 
 def recheck(path: Path) -> list[RecheckedOutput]:
-    """Hashes every output of a certificate again. Imports neither torch nor jax, unless an output
-    has changed and is read with one (.pth, Orbax).
+    """Hashes every output of a certificate again, which is looked for beside it. Imports neither
+    torch nor jax, unless an output has changed and is read with one (.pth, Orbax).
 
-    Args:
-      path: A certificate; outputs are looked for beside it.
     Raises:
       InputError: It is no certificate, of another version, damaged, or an output cannot be read.
     """

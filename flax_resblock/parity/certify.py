@@ -144,7 +144,6 @@ def certify(
     """Opens an output again, verifies it and writes its certificate.
 
     Args:
-      out: What was written.
       reading: What it is; a ``.pth`` does not always tell.
       origin: :func:`provenance` of what it was made from, and under ``module`` the user's own
         network that it was compared with.

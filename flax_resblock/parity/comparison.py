@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from flax_resblock.parity.oracle import (
     sampled,
     verdict_of,
 )
-from flax_resblock.parity.pair import PRECISIONS, Pair, Precision
+from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, Side
 from flax_resblock.parity.parts import (
     Devices,
     Forward,
@@ -113,28 +114,24 @@ def compare_pair(
     """Verifies a pair: Flax against PyTorch on the same images, every slot.
 
     Args:
-      pair: The two modules.
       images: Input of the modules in Flax's memory layout, such as ``(N, H, W, C)``, float64.
-      plan: What to compare.
-      progress: Called with a short description before each step.
       seed: Seed of the output's cotangent and of further batches.
-      devices: The devices to compute on.
     Returns:
       Every measurement. The float64 truth is PyTorch's, on the CPU.
     """
-    plan, devices = plan or Plan(), devices or Devices()
-    referee = _Referee(plan.tolerance)
+    plan = plan or Plan()
+    referee = _Referee(pair, images, devices or Devices(), plan.tolerance, progress)
     measurements: list[Measurement] = []
     for part in plan.parts(pair, images, seed):
         names = ["float64"] if isinstance(part, Weights) else plan.precisions
         precisions = [PRECISIONS[name] for name in names]
-        found = referee.compare(part, pair, precisions, images, devices, progress)
+        found = referee.compare(part, precisions)
         for precision in precisions:
             rows = found[precision.name]
             failed = not all(row.verdict.passed for row in rows)
             if failed and precision.name != "float64" and plan.tolerance is None:
                 progress(f"{part.title}, {precision.name}: PyTorch's own spread")
-                rows = _with_spread(part, pair, precision, images, devices, rows)
+                rows = referee.with_spread(part, precision, rows)
             measurements += rows
     return Comparison(tuple(measurements), referee.histogram, plan.tolerance)
 
@@ -144,39 +141,33 @@ class _Referee:
     """Runs both sides of a part in step, compares their tensors, and keeps the histogram of the
     worst one. The tensors themselves are freed as soon as they are compared."""
 
+    pair: Pair
+    images: np.ndarray
+    devices: Devices
     tolerance: Tolerance | None
-    histogram: Histogram | None = field(default=None)
+    progress: Callable[[str], None]
+    histogram: Histogram | None = None
 
-    def compare(
-        self,
-        part: Part,
-        pair: Pair,
-        precisions: Sequence[Precision],
-        images: np.ndarray,
-        devices: Devices,
-        progress: Callable[[str], None],
-    ) -> dict[str, list[Measurement]]:
+    def run(self, side: Side, part: Part, precision: Precision) -> Iterator[Tensors]:
+        """One side of a part."""
+        return part.run(side, self.pair, precision, self.images, self.devices.of(precision))
+
+    def compare(self, part: Part, precisions: Sequence[Precision]) -> dict[str, list[Measurement]]:
         """Measurements of one part by precision."""
         rows: dict[str, list[Measurement]] = {precision.name: [] for precision in precisions}
-        truths = part.run("torch", pair, EXACT, images, devices.of(EXACT))
-        sides = {
-            p.name: (
-                part.run("torch", pair, p, images, devices.of(p)),
-                part.run("flax", pair, p, images, devices.of(p)),
-            )
-            for p in precisions
-        }
+        truths = self.run("torch", part, EXACT)
+        runs = {p.name: [self.run(side, part, p) for side in get_args(Side)] for p in precisions}
         count = part.steps if isinstance(part, Trajectory) else None
         for step in range(1, (count or 1) + 1):
             where = part.title if count is None else f"{part.title}, step {step} of {count}"
-            progress(f"{where}: PyTorch, float64")
+            self.progress(f"{where}: PyTorch, float64")
             truth = next(truths)
             for precision in precisions:
-                torch_side, flax_side = sides[precision.name]
-                progress(f"{where}: PyTorch and Flax, {precision.name}")
+                flax_side, torch_side = runs[precision.name]
+                self.progress(f"{where}: PyTorch and Flax, {precision.name}")
                 with precision.on_torch():
                     ours = truth if precision.name == "float64" else next(torch_side)
-                floors = _floors(pair, truth)
+                floors = _floors(self.pair, truth)
                 own = {
                     key: 0.0 if ours is truth else relative_l2(value, truth[key], floors[key])
                     for key, value in ours.items()
@@ -218,6 +209,41 @@ class _Referee:
                 self.histogram = histogram_of(row, value, ours[key], truth[key]) or self.histogram
             yield row
 
+    def with_spread(
+        self, part: Part, precision: Precision, rows: list[Measurement]
+    ) -> list[Measurement]:
+        """The measurements with PyTorch's own error taken as the largest of several roundings.
+
+        One run of PyTorch is one draw of its rounding error. It can be lucky: a gradient jumps when
+        an activation near zero rounds to the other side of a ReLU, in one framework and not in the
+        other. The inputs are therefore also moved by at most one unit in the last place,
+        :data:`SPREAD` times.
+        """
+        rng = np.random.default_rng(1)
+        largest = {(row.quantity, row.slot, row.step): row.verdict.reference_error for row in rows}
+        stepped = isinstance(part, Trajectory)
+        kept: list[Tensors] = []
+        for _ in range(SPREAD):
+            moved = replace(self, images=nudged(self.images, precision.epsilon, rng))
+            again = moved.run("torch", part, precision)
+            truths = kept or self.run("torch", part, EXACT)
+            if not stepped:  # the steps of a training run together may not fit in memory
+                truths = kept = list(truths)
+            for step, truth in enumerate(truths, start=1):
+                with precision.on_torch():
+                    ours = next(again)
+                floors = _floors(self.pair, truth)
+                for key, value in ours.items():
+                    place = (*key, step if stepped else None)
+                    error = relative_l2(value, truth[key], floors[key])
+                    largest[place] = max(largest[place], error)
+        found = []
+        for row in rows:
+            own = largest[row.quantity, row.slot, row.step]
+            verdict = verdict_of(row.verdict.error, own, precision.epsilon, limit64=part.limit64)
+            found.append(replace(row, verdict=verdict))
+        return found
+
 
 def _floors(pair: Pair, truth: Tensors) -> dict[Key, float]:
     """The norm below which each tensor counts as small; see ``Pair.gradient_floor`` and
@@ -226,42 +252,3 @@ def _floors(pair: Pair, truth: Tensors) -> dict[Key, float]:
     largest = max((float(np.linalg.norm(truth[key])) for key in of_parameters), default=0.0)
     floors = dict.fromkeys(of_parameters, pair.gradient_floor * largest)
     return {key: max(floors.get(key, 0.0), vanishing(key, truth)) for key in truth}
-
-
-def _with_spread(
-    part: Part,
-    pair: Pair,
-    precision: Precision,
-    images: np.ndarray,
-    devices: Devices,
-    rows: list[Measurement],
-) -> list[Measurement]:
-    """The measurements with PyTorch's own error taken as the largest of several roundings.
-
-    One run of PyTorch is one draw of its rounding error. It can be lucky: a gradient jumps when an
-    activation near zero rounds to the other side of a ReLU, in one framework and not in the other.
-    The inputs are therefore also moved by at most one unit in the last place, :data:`SPREAD` times.
-    """
-    rng = np.random.default_rng(1)
-    largest = {(row.quantity, row.slot, row.step): row.verdict.reference_error for row in rows}
-    stepped = isinstance(part, Trajectory)
-    kept: list[Tensors] = []
-    for _ in range(SPREAD):
-        moved = nudged(images, precision.epsilon, rng)
-        again = part.run("torch", pair, precision, moved, devices.of(precision))
-        truths = kept or part.run("torch", pair, EXACT, images, devices.of(EXACT))
-        if not stepped:  # the steps of a training run together may not fit in memory
-            truths = kept = list(truths)
-        for step, truth in enumerate(truths, start=1):
-            with precision.on_torch():
-                ours = next(again)
-            floors = _floors(pair, truth)
-            for key, value in ours.items():
-                place = (*key, step if stepped else None)
-                largest[place] = max(largest[place], relative_l2(value, truth[key], floors[key]))
-    found = []
-    for row in rows:
-        own = largest[row.quantity, row.slot, row.step]
-        verdict = verdict_of(row.verdict.error, own, precision.epsilon, limit64=part.limit64)
-        found.append(replace(row, verdict=verdict))
-    return found

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 from jax.extend.backend import backends
 
 from flax_resblock.cpu.switch import Lowering, conv_lowering
-from flax_resblock.errors import InputError, MissingDependencyError, some
+from flax_resblock.errors import InputError, first_line, optional, some
 
 if TYPE_CHECKING:
     import torch
@@ -67,9 +67,8 @@ def jax_device(kind: str | None) -> JaxDevice:
         install = " Kinds are cpu, gpu (cuda, rocm) and tpu."
         if extra:
             install = f" Install its support: pip install 'flax-resblock[{extra}]'."
-        reason = str(error).strip().splitlines()[0][:160].rstrip(".")
         raise InputError(
-            f"jax was asked for {asked}, which is not there ({reason}). Devices of jax: "
+            f"jax was asked for {asked}, which is not there ({first_line(error)}). Devices of jax: "
             f"{there}.{limited}{install}"
         ) from error
 
@@ -83,13 +82,8 @@ def torch_device(name: str | None) -> torch.device:
       InputError: No such device; the message lists those there are and what to install.
       MissingDependencyError: torch is not installed.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"torch was asked for the device {name or 'cpu'!r} and is not installed: pip "
-            f"install 'flax-resblock[torch]'."
-        ) from error
+    asked = f"torch was asked for the device {name or 'cpu'!r}"
+    torch = optional("torch", f"{asked} and is not installed: pip install 'flax-resblock[torch]'.")
     there = [torch.device("cpu")]
     kind = torch.accelerator.current_accelerator(check_available=True)
     if kind is not None:
@@ -113,9 +107,7 @@ def torch_device(name: str | None) -> torch.device:
                 f"A build of torch for {device.type} and its driver are needed; see "
                 f"https://pytorch.org/get-started."
             )
-        raise InputError(
-            f"torch was asked for the device {name!r}, which is not there. {here} {advice}"
-        )
+        raise InputError(f"{asked}, which is not there. {here} {advice}")
     return device
 
 
@@ -186,11 +178,12 @@ def strict(lowering: Lowering = "xla") -> Iterator[None]:
     precision of their own follow, and convolutions in XLA's own form, unless ``lowering`` selects
     another. torch: no TF32 and no bfloat16 in cuBLAS, cuDNN and oneDNN, no benchmarking,
     deterministic algorithms (an operation that has none warns)."""
-    with ExitStack() as stack:
-        stack.enter_context(torch_products("ieee"))
-        stack.enter_context(_torch_deterministic())
-        stack.enter_context(jax.default_matmul_precision("highest"))
-        stack.enter_context(conv_lowering(lowering))
+    with (
+        torch_products("ieee"),
+        _torch_deterministic(),
+        jax.default_matmul_precision("highest"),
+        conv_lowering(lowering),
+    ):
         yield
 
 

@@ -4,22 +4,21 @@ bisection finds the layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
-import torch
-from flax import nnx
 
-from flax_resblock.config import Path
 from flax_resblock.convert.state_map import Entry
 from flax_resblock.nn.variables import variable_at
 from flax_resblock.parity.anatomy import Anatomy, quantity_of
 from flax_resblock.parity.causes import NAMES, Diagnosis, evidence_for, explain_tensor
 from flax_resblock.parity.causes.layers import explain_layer
 from flax_resblock.parity.oracle import FLOAT64_LIMIT, relative_l2, verdict_of
-from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, Side, parse_path
+from flax_resblock.parity.pair import PRECISIONS, Pair, Precision, Side, parse_path, suspects
 from flax_resblock.parity.parts import Devices, Isolated, Tensors, Weights
 from flax_resblock.parity.taps import trace_flax, trace_torch
 
@@ -39,11 +38,8 @@ def diagnose(
       pair: The two modules. Where it has a :meth:`~flax_resblock.parity.pair.Pair.specification`,
         both sides are compared with that.
       images: The input, in Flax's layout, float64.
-      train: Also in training mode.
-      gradients: Also gradients.
       precisions: Where float64 shows nothing: precisions whose arithmetic is suspected to be
         narrower than it says.
-      devices: Where those are computed.
     """
     if not np.isfinite(images).all():
         bad = np.argwhere(~np.isfinite(images))
@@ -72,9 +68,8 @@ def diagnose(
 
 def _by_bisection(pair: Pair, images: np.ndarray) -> Iterator[Diagnosis]:
     """Finds the layer if only the output can be captured."""
-    sides: tuple[Side, ...] = ("flax", "torch") if pair.specification() is not None else ("flax",)
-    for side in sides:
-        slot = bisect(pair, images, side)
+    for side in suspects(pair.specification()):
+        slot = _bisected(pair, images, side)
         if slot is not None:
             words = (
                 f"{NAMES[side]} computes something else here or right before it; its layers could "
@@ -93,12 +88,11 @@ def _narrow_arithmetic(
     """Layers of a pair taken apart in evaluation mode whose error in one precision is larger than
     that precision explains, though float64 is right."""
     pair, images, part = anatomy.pair, anatomy.images, Isolated(False, anatomy.reference)
-    sides: dict[Side, Tensors] = {
-        "torch": next(part.run("torch", pair, precision, images, devices.of(precision))),
-        "flax": next(part.run("flax", pair, precision, images, devices.of(precision))),
-    }
+    here, sides = devices.of(precision), dict[Side, Tensors]()
+    for side in get_args(Side):
+        sides[side] = next(part.run(side, pair, precision, images, here))
     for key, right in anatomy.truth.items():
-        there: dict[Side, np.ndarray] = {
+        there: dict[Side, Any] = {
             side: tensors[key] for side, tensors in sides.items() if key in tensors
         }
         errors: dict[Side, float] = {side: relative_l2(v, right) for side, v in there.items()}
@@ -131,114 +125,60 @@ def _grouped(found: list[Diagnosis]) -> Iterator[Diagnosis]:
 
 def _tensors(pair: Pair, images: np.ndarray) -> Iterator[Diagnosis]:
     """Tensors that are not what the specification holds."""
-    spec, precision, part = pair.specification(), PRECISIONS["float64"], Weights()
-    expected = next(part.run("torch", spec or pair, precision, images, Devices()))
-    sides: dict[Side, Tensors] = {}
-    sides["flax"] = next(part.run("flax", pair, precision, images, Devices()))
-    if spec is not None:
-        sides["torch"] = next(part.run("torch", pair, precision, images, Devices()))
-    by_path: dict[Path, np.ndarray] = {
-        parse_path(slot.replace("/", ".")): np.asarray(value, np.float64)
-        for (_, slot), value in expected.items()
-    }
-    for side, tensors in sides.items():
+    spec, where = pair.specification(), (PRECISIONS["float64"], images, Devices())
+    expected = next(Weights().run("torch", spec or pair, *where))
+    paths = {slot: parse_path(slot.replace("/", ".")) for _, slot in expected}
+    by_path = {paths[slot]: np.asarray(value, np.float64) for (_, slot), value in expected.items()}
+    for side in suspects(spec):
+        tensors = next(Weights().run(side, pair, *where))
         for (_, slot), truth in expected.items():
             value = tensors.get(("tensors", slot))
             if value is None or np.array_equal(value, truth, equal_nan=True):
                 continue
-            path = parse_path(slot.replace("/", "."))
-            cause = explain_tensor(path, np.asarray(value, np.float64), by_path)
+            cause = explain_tensor(paths[slot], np.asarray(value, np.float64), by_path)
             words = f"{NAMES[side]} {cause.sentence if cause else 'holds other data'}"
             error = relative_l2(value, truth)
             evidence = evidence_for(cause, error, "the tensor that should be there")
             yield Diagnosis(slot, cause.name if cause else "unknown", side, words, evidence)
 
 
-def _slot_of(pair: Pair, entry: Entry) -> str:
-    return pair.name_of(entry).rpartition("/")[0]
+def _bisected(pair: Pair, images: np.ndarray, side: Side) -> str | None:
+    """The layer at which, or right before which, one side goes wrong in evaluation mode; None where
+    the outputs agree, or still differ when every layer is silent."""
+    spec = pair.specification() or pair
+    slots = list(dict.fromkeys(slot for slot, _ in _multiplying(pair)))
+
+    def agree(silent: int) -> bool:
+        """Whether the outputs are equal while the first so many layers are silent."""
+        truth = _output(spec, "torch", images, set(slots[:silent]))
+        found = _output(pair, side, images, set(slots[:silent]))
+        return relative_l2(found, truth) <= FLOAT64_LIMIT
+
+    if agree(0) or not agree(len(slots)):
+        return None
+    numbers = range(1, len(slots) + 1)  # the least for which they agree
+    return slots[bisect_left(numbers, True, key=agree)]
 
 
-class Silenced(Pair):
-    """A pair with some layers silenced on both sides.
+def _multiplying(pair: Pair) -> list[tuple[str, Entry]]:
+    """Kernels and scales, by the layer that they are in."""
+    entries = [e for e in pair.entries if e.flax_path[-1] in ("kernel", "scale")]
+    return [(pair.name_of(e).rpartition("/")[0], e) for e in entries]
 
-    Args:
-      pair: The pair.
-      slots: Names of the layers.
-    """
 
-    def __init__(self, pair: Pair, slots: set[str]) -> None:
-        self.pair, self.title, self.entries = pair, pair.title, pair.entries
-        self.gradient_floor = pair.gradient_floor
-        self.muted = [
-            e
-            for e in pair.entries
-            if e.flax_path[-1] in ("kernel", "scale") and _slot_of(pair, e) in slots
-        ]
-
-    @property
-    def flax_slots(self) -> Mapping[str, Path]:
-        """As they were."""
-        return self.pair.flax_slots
-
-    @property
-    def torch_slots(self) -> Mapping[str, str]:
-        """As they were."""
-        return self.pair.torch_slots
-
-    def name_of(self, entry: Entry) -> str:
-        """As it was."""
-        return self.pair.name_of(entry)
-
-    def torch(self, precision: Precision) -> torch.nn.Module:
-        """With the silenced layers' kernels and scales zero."""
-        module = self.pair.torch(precision)
+def _output(pair: Pair, side: Side, images: np.ndarray, silent: set[str]) -> np.ndarray:
+    """One side's output with the kernels and scales of the silent layers zero."""
+    precision = PRECISIONS["float64"]
+    muted = [entry for slot, entry in _multiplying(pair) if slot in silent]
+    if side == "torch":
+        module = pair.torch(precision)
         tensors = module.state_dict()  # shares memory with the module
-        for entry in self.muted:
+        for entry in muted:
             tensors[entry.torch_key].zero_()
-        return module
-
-    def flax(self, precision: Precision) -> nnx.Module:
-        """With the silenced layers' kernels and scales zero."""
-        model = self.pair.flax(precision)
-        for entry in self.muted:
+        return trace_torch(module, images, {}, precision=precision).output
+    with precision.of_jax():
+        model = pair.flax(precision)
+        for entry in muted:
             variable = variable_at(model, entry.flax_path)
             variable.set_value(jnp.zeros_like(variable[...]))
-        return model
-
-
-def bisect(pair: Pair, images: np.ndarray, side: Side) -> str | None:
-    """The layer at which, or right before which, one side goes wrong in evaluation mode.
-
-    Args:
-      pair: With a specification, or PyTorch's side taken as right.
-      images: The input, in Flax's layout.
-      side: Whose output is wrong.
-    Returns:
-      Name of the layer; None where the outputs agree, or still differ when every layer is silent.
-    """
-    spec = pair.specification() or pair
-    entries = [e for e in pair.entries if e.flax_path[-1] in ("kernel", "scale")]
-    slots = list(dict.fromkeys(_slot_of(pair, e) for e in entries))
-    if _agree(pair, spec, set(), images, side) or not _agree(pair, spec, set(slots), images, side):
-        return None
-    low, high = 0, len(slots)  # silencing the first `low` does not hide it, the first `high` does
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _agree(pair, spec, set(slots[:middle]), images, side):
-            high = middle
-        else:
-            low = middle
-    return slots[high - 1]
-
-
-def _agree(pair: Pair, spec: Pair, slots: set[str], images: np.ndarray, side: str) -> bool:
-    precision = PRECISIONS["float64"]
-    right, silenced = Silenced(spec, slots), Silenced(pair, slots)
-    truth = trace_torch(right.torch(precision), images, {}, precision=precision)
-    if side == "torch":
-        found = trace_torch(silenced.torch(precision), images, {}, precision=precision)
-    else:
-        with precision.of_jax():
-            model = silenced.flax(precision)
-        found = trace_flax(model, images, {}, precision=precision)
-    return relative_l2(found.output, truth.output) <= FLOAT64_LIMIT
+    return trace_flax(model, images, {}, precision=precision).output

@@ -88,10 +88,8 @@ def check_forward(
     copies of its tensors. Forward hooks are part of what a module computes, so they run too.
 
     Args:
-      module: The ``nn.Module``.
       source: What its state dict was read as.
       values_of: Reads another state dict of the module in the same way, to Flax arrays by path.
-      eps: Of the module's norms.
       sizes: Sizes of the images, in the order in which they are tried.
       wide: Compare in float64 too, with the limit 1e-12, and on images of an odd size.
       odd: Demand the same on images of an odd size, where pools and paddings of other kinds differ.
@@ -110,7 +108,7 @@ def check_forward(
         with place.tapped(copied):
             size = check.find_size()
             figures = check.compare(size, own=True)
-            if odd and check.runs(odd_size(size)):
+            if odd and not check.refusal(odd_size(size)):
                 check.compare(odd_size(size), own=True)
             elif wide:
                 figures = replace(figures, elsewhere=check.at_odd_size(size))
@@ -137,42 +135,38 @@ class _Check:
 
     def find_size(self) -> Size:
         """The first size at which the module runs."""
-        failed = {}
+        failed = []
         for size in by_use(self.config, self.sizes):
-            try:
-                self.torch_tensors(size, torch.float32)
+            problem = self.refusal(size)
+            if not problem:
                 return size
-            except Exception as error:
-                failed[size] = raised(error)
-        shown = "; ".join(f"{shown_size(size)} raises {reason}" for size, reason in failed.items())
+            failed.append(f"{shown_size(size)} raises {problem}")
         raise InputError(
             f"from_torch compares {self.name} with the Flax network by running it, but its forward "
-            f"pass cannot be run in float32 on the CPU: an input of {shown}. Fix forward, or pass "
-            "the submodule that is the residual network."
+            f"pass cannot be run in float32 on the CPU: an input of {'; '.join(failed)}. Fix "
+            "forward, or pass the submodule that is the residual network."
         )
 
-    def runs(self, size: Size) -> bool:
-        """Whether the module takes images of this size."""
+    def refusal(self, size: Size) -> str:
+        """What the module raises for images of this size; empty if it takes them."""
         try:
             self.torch_tensors(size, torch.float32)
-        except Exception:  # whatever its forward pass raises
-            return False
-        return True
+        except Exception as error:  # whatever its forward pass raises
+            return raised(error)
+        return ""
 
     def at_odd_size(self, size: Size) -> str:
         """A sentence on images of an odd size, if the module takes them and computes something else
         there, as one with a pool of fixed size does."""
         odd = odd_size(size)
-        if not self.runs(odd):
+        with suppress(InputError):
+            if not self.refusal(odd):
+                self.compare(odd, own=True)
             return ""
-        try:
-            self.compare(odd, own=True)
-        except InputError:
-            return (
-                f"made for images of {shown_size(size)}: on {shown_size(odd)} {self.name} computes "
-                "something else than the Flax network, as a network with a pool of fixed size does"
-            )
-        return ""
+        return (
+            f"made for images of {shown_size(size)}: on {shown_size(odd)} {self.name} computes "
+            "something else than the Flax network, as a network with a pool of fixed size does"
+        )
 
     def torch_tensors(self, size: Size, dtype: torch.dtype) -> list[torch.Tensor]:
         """Every tensor that a run leaves to be compared, in the order of preference."""
@@ -202,12 +196,8 @@ class _Check:
             return tuple(np.asarray(output) for output in outputs)
 
     def compare(self, size: Size, *, own: bool) -> ForwardFigures:
-        """Raises InputError where the two differ with the weights that the module has now.
-
-        Args:
-          size: Of the images.
-          own: Whether these are the module's own weights, not random ones.
-        """
+        """Raises InputError where the two differ with the weights that the module has now, which
+        are its ``own`` or random ones."""
         tensors = self.torch_tensors(size, torch.float32)
         values = self.values_of(self.module.state_dict())
         outputs = self.flax_outputs(size, values, np.float32)
@@ -245,11 +235,8 @@ class _Check:
     def _counterpart(
         self, tensors: list[torch.Tensor], outputs: tuple[np.ndarray, ...]
     ) -> tuple[np.ndarray, int, int]:
-        """The tensor that corresponds to an output of the Flax network.
-
-        Returns:
-          The tensor in Flax's layout, the index of the Flax output, and that of the tensor.
-        """
+        """The tensor that corresponds to an output of the Flax network, in Flax's layout; the index
+        of the output, and that of the tensor."""
         subject = f"from_torch compares {self.name} with the Flax network by running it, but it"
         for which, output in enumerate(outputs):
             arrays = [as_shape(tensor, output.shape) for tensor in tensors]

@@ -134,9 +134,5 @@ def by_use(config: Config, sizes: Sequence[Size]) -> list[Size]:
 
     A size that leaves a last feature map of a single pixel comes last, because global average and
     max pooling are the same there."""
-    return sorted(sizes, key=lambda size: min(size) <= _total_stride(config))
-
-
-def _total_stride(config: Config) -> int:
-    """By how much the last feature map is smaller than the images."""
-    return math.prod(one.stride for one in walk(config) if one.branch is not Branch.SHORTCUT)
+    reduction = math.prod(one.stride for one in walk(config) if one.branch is not Branch.SHORTCUT)
+    return sorted(sizes, key=lambda size: min(size) <= reduction)

@@ -26,7 +26,6 @@ def adversarial_images(
         image, 33x32 where it does not, 15x14 for a block). Where the last maps have fewer pixels
         than a kernel, XLA's convolutions in float64 were measured to take ten times as long.
       batch, height, width: ``(N, H, W)``.
-      seed: Of the generator.
     Returns:
       ``(N, H, W, C)``, float64.
     """
@@ -48,7 +47,6 @@ def randomised_norm_state(state: dict[str, np.ndarray], seed: int = 0) -> dict[s
 
     Args:
       state: By torchvision's names; not modified.
-      seed: Of the generator.
     """
     rng = np.random.default_rng(seed)
     result = dict(state)
@@ -74,8 +72,6 @@ def more_batches(images: np.ndarray, count: int, seed: int) -> tuple[np.ndarray,
 
     Args:
       images: ``(N, ...)``, the first batch.
-      count: How many batches.
-      seed: Of the generator.
     """
     rng = np.random.default_rng([seed, count])
     spread = float(np.std(images)) or 1.0
@@ -97,9 +93,6 @@ def nudged(images: np.ndarray, epsilon: float, rng: np.random.Generator) -> np.n
 def read_images(path: Path, config: Config) -> np.ndarray:
     """A batch of images from a ``.npy`` file; nothing in it is ever executed.
 
-    Args:
-      path: The file.
-      config: Says how many channels the images have.
     Returns:
       ``(N, H, W, C)``, float64.
     Raises:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -72,21 +73,19 @@ def isolate_flax(
             own: dict[str, Any] = {}
             incoming: dict[str, Any] = {}
 
-            def on_input(path: Path, value: Any) -> Any:
-                name = by_path.get(path)
-                if name not in fed:
-                    return value
-                incoming[name] = value
-                return into[name]
+            def exchanged(kept: dict[str, Any], given: dict[str, Any]) -> Callable[..., Any]:
+                """Keeps a slot's value and hands on the one that is given for it."""
 
-            def on_output(path: Path, value: Any) -> Any:
-                name = by_path.get(path)
-                if name is None:
-                    return value
-                own[name] = value
-                return out_of[name]
+                def exchange(path: Path, value: Any) -> Any:
+                    name = by_path.get(path)
+                    if name not in given:
+                        return value
+                    kept[name] = value
+                    return given[name]
 
-            with hooked(module, on_input, on_output):
+                return exchange
+
+            with hooked(module, exchanged(incoming, into), exchanged(own, out_of)):
                 incoming["output"] = module(images)  # pyright: ignore[reportCallIssue]
             return own, incoming, nnx.state(module, nnx.BatchStat)
 
@@ -97,10 +96,7 @@ def isolate_flax(
             return _isolation(host_tree(own), host_tree(incoming), arrays_by_path(statistics))
         shapes = jax.eval_shape(run, params, fed, handed_on, x)
         weights = [
-            {
-                name: jnp.asarray(cotangent_of(kind, name, leaf.shape), leaf.dtype)
-                for name, leaf in part.items()
-            }
+            {n: jnp.asarray(cotangent_of(kind, n, one.shape), one.dtype) for n, one in part.items()}
             for kind, part in zip(_KINDS, shapes, strict=False)
         ]
 
@@ -127,7 +123,7 @@ _QUANTITIES += ("parameter gradient", "input gradient", "connection gradient")
 
 
 def _isolation(*found: dict[Any, np.ndarray]) -> Isolation:
-    return {name: found[i] if i < len(found) else {} for i, name in enumerate(_QUANTITIES)}
+    return dict(zip(_QUANTITIES, (*found, {}, {}, {}), strict=False))
 
 
 def isolate_torch(
@@ -153,28 +149,22 @@ def isolate_torch(
         tensor = tensor if precision.compute is None else tensor.bfloat16()
         return tensor.requires_grad_(gradients)
 
-    def on_input(name: str) -> Callable[..., Any]:
-        def hook(_: Any, args: Any) -> Any:
-            incoming[name] = args[0].clone()
-            into[name] = leaf(reference.inputs[name])
-            return (into[name].clone(), *args[1:])  # a clone, as an in-place operation may follow
+    def on_input(name: str, _: Any, args: Any) -> Any:
+        incoming[name] = args[0].clone()
+        into[name] = leaf(reference.inputs[name])
+        return (into[name].clone(), *args[1:])  # a clone, as an in-place operation may follow
 
-        return hook
-
-    def on_output(name: str) -> Callable[..., Any]:
-        def hook(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
-            own[name] = output.clone()
-            out_of[name] = leaf(reference.activations[name])
-            return out_of[name].clone()
-
-        return hook
+    def on_output(name: str, _: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        own[name] = output.clone()
+        out_of[name] = leaf(reference.activations[name])
+        return out_of[name].clone()
 
     modules = dict(module.named_modules())
     for name, place in slots.items():
         if name in reference.activations:
-            modules[place].register_forward_hook(on_output(name))
+            modules[place].register_forward_hook(partial(on_output, name))
         if name in reference.inputs:
-            modules[place].register_forward_pre_hook(on_input(name))
+            modules[place].register_forward_pre_hook(partial(on_input, name))
     with torch.set_grad_enabled(gradients):
         with precision.of_torch(device):
             incoming["output"] = module(as_tensor(images, precision, device))

@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from flax_resblock.checkpoint import Record
 from flax_resblock.checkpoint.torch_file import with_tensors
 from flax_resblock.checkpoint.unwrap import record_of, unwrap
 from flax_resblock.config import Path as ModelPath
-from flax_resblock.config import ResNetConfig, walk
+from flax_resblock.convert.detection.assumption_rules import ASSUMPTION_RULES
 from flax_resblock.convert.detection.assumptions import KNOWN
 from flax_resblock.convert.metadata import EPS
-from flax_resblock.convert.modules import ModuleFacts, module_facts
+from flax_resblock.convert.modules import module_facts
 from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, ignored, interpret, without
+from flax_resblock.convert.state_map import StateMap
 from flax_resblock.errors import CheckpointError, InputError, some
 from flax_resblock.parity.certificate import Hashes, hashes
 from flax_resblock.parity.forward_check import SIZES, ForwardFigures, Size, check_forward
-from flax_resblock.parity.module_run import draws_numbers, heights_between
-from flax_resblock.parity.other_readings import UNSEEN, equal_reading
+from flax_resblock.parity.forward_run import by_use, tensors_in
+from flax_resblock.parity.module_run import draws_numbers, global_state_kept, inner, runnable
+from flax_resblock.parity.oracle import relative_l2
+from flax_resblock.parity.pair import PRECISIONS
+from flax_resblock.parity.reference import ReferencePair
 from flax_resblock.parity.user_code import load_factory
 from flax_resblock.parity.user_module import made_by
+
+_POOLED = frozenset({"stem_pool"})
+_UNSEEN = _POOLED | {"order", "shortcut_from", "last_activation", "branch_activation", "shortcut"}
+_UNSEEN |= {"head_pool", "attention_place"}
+"""Options of functions that no layer shows."""
+_MOST = 3
+"""Options that differ at a time from what was assumed."""
+_CLOSE = 1e-4
+"""Relative difference below which a reading is worth a proof."""
 
 
 def open_module(
@@ -38,7 +53,6 @@ def open_module(
 
     Args:
       module: The ``nn.Module``; it is left as it was.
-      reading: What the caller says.
       sizes, wide: See :func:`~flax_resblock.parity.forward_check.check_forward`.
     Raises:
       CheckpointError: Its tensors fit no network, or several.
@@ -69,13 +83,9 @@ def open_module(
     try:
         figures = check_forward(module, opened, values_of, eps=eps, sizes=sizes, wide=wide, odd=odd)
     except Exception:
-        for pool in _stem_pools(module, facts, opened) if "stem_pool" not in said else ():
-            with suppress(InputError):
-                told = {**said, "stem_pool": pool}
-                return open_module(module, replace(asked, assumptions=told), sizes=sizes, wide=wide)
-        told = None
-        if reading.architecture is None and not said.keys() & UNSEEN:
-            told = equal_reading(module, opened, {**facts.norm_options, EPS: eps}, sizes)
+        known = reading.architecture is not None or said.keys() & (_UNSEEN - _POOLED)
+        options = (_POOLED if known else _UNSEEN) - said.keys()
+        told = _equal_reading(module, opened, {**facts.norm_options, EPS: eps}, sizes, options)
         if told is not None:
             told = {**said, **told}
             return open_module(module, replace(asked, assumptions=told), sizes=sizes, wide=wide)
@@ -91,22 +101,59 @@ def open_module(
     return replace(opened, norm_options=facts.norm_options), figures
 
 
-def _stem_pools(module: Any, facts: ModuleFacts, opened: OpenedCheckpoint) -> Sequence[str]:
-    """Other poolings after the stem that the module may have, as its run shows; pooling that is
-    called as a function is no layer that could be read."""
-    config = opened.config
-    if not isinstance(config, ResNetConfig):
-        return ()
-    names = {slot.name: opened.state_map.naming.module_name(slot) for slot in walk(config)}
-    last = [name for name in names if name.startswith(("stem.conv", "stem.norm"))][-1]
-    first = next(name for name in names if not name.startswith("stem."))
-    ends = [facts.modules.get(names[name] or "") for name in (last, first)]
-    heights = heights_between(module, *ends, channels=config.in_channels)
-    if heights is None:
-        return ()
-    halves = heights[0] // 2 == heights[1]
-    seen = ("3x3", "2x2") if halves else ("none",) if heights[0] == heights[1] else ()
-    return [pool for pool in seen if pool != config.stem_pooling]
+def _equal_reading(
+    module: torch.nn.Module,
+    opened: OpenedCheckpoint,
+    norm_options: Mapping[str, Any],
+    sizes: Sequence[Size],
+    options: Set[str],
+) -> dict[str, Any] | None:
+    """The options with which the reference network computes what a module computes, with the
+    module's own weights; None where none of them do. The caller proves them.
+
+    Args:
+      opened: What its state dict was read as, which computes something else.
+      norm_options: ``eps`` and ``momentum`` of its norms.
+      sizes: Of the images, in the order in which they are tried.
+    """
+    generator, channels = torch.Generator().manual_seed(0), opened.config.in_channels
+    with global_state_kept(), runnable(inner(module)) as copied:
+        for size in by_use(opened.config, sizes):
+            images = torch.randn(2, channels, *size, generator=generator)
+            outputs: list[torch.Tensor] = []
+            with suppress(Exception):  # whatever its forward pass raises
+                outputs = tensors_in(copied(images))
+            if outputs:
+                break
+        else:
+            return None
+        for told in _others(opened, options):
+            with suppress(ValueError, InputError, KeyError, RuntimeError):
+                state_map = StateMap(replace(opened.config, **told), opened.state_map.naming)
+                if len(state_map.entries) != len(opened.state_map.entries):
+                    continue  # another number of tensors
+                again = replace(opened, state_map=state_map)
+                pair = replace(ReferencePair.of(again), norm_options=norm_options)
+                found = pair.torch(PRECISIONS["float32"]).eval()(images)
+                if any(
+                    one.shape == found.shape and relative_l2(found.numpy(), one.numpy()) < _CLOSE
+                    for one in outputs
+                ):
+                    return told
+    return None
+
+
+def _others(opened: OpenedCheckpoint, options: Set[str]) -> Iterator[dict[str, Any]]:
+    """Other values of the options, of one first and of several later."""
+    choices = {
+        rule.field: list(rule.others(opened.config))
+        for rule in ASSUMPTION_RULES
+        if rule.field in options and rule.matters(opened.config)
+    }
+    for number in range(1, _MOST + 1):
+        for fields in combinations([name for name in choices if choices[name]], number):
+            for values in product(*(choices[name] for name in fields)):
+                yield dict(zip(fields, values, strict=True))
 
 
 def _settled(reading: ReadOptions, opened: OpenedCheckpoint) -> ReadOptions:
@@ -121,7 +168,6 @@ class OwnNetwork:
 
     Attributes:
       spec: ``FILE.py:NAME`` or ``package.module:NAME``.
-      kwargs: Arguments of the class or function.
       sizes: Of the images that it is run on, in the order in which they are tried.
       ported_by: The command that ports it, for the message that it is no network of this library.
     """
@@ -136,7 +182,6 @@ class OwnNetwork:
 
         Args:
           record: What the file holds; its tensors are loaded into the module, strictly.
-          reading: What the caller says.
         Returns:
           The checkpoint, and what the certificate says about the module: ``spec``, ``sha256`` of
           its source, ``image_size``, ``float32`` and ``float64``.

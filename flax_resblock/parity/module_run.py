@@ -58,39 +58,6 @@ def copied_module(module: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(module, {id(one): one.detach().clone() for one in left})
 
 
-def heights_between(
-    module: torch.nn.Module, first: Any, second: Any, *, channels: int
-) -> tuple[int, int] | None:
-    """Height of what one layer of a module gives and of what another takes, in pixels.
-
-    Args:
-      module: Run on images of 64x64 and 32x32 pixels until it takes one; it is left as it was.
-      first, second: Modules in it.
-      channels: Of the images.
-    Returns:
-      None where the module takes neither size or does not run both layers.
-    """
-    names = {id(layer): name for name, layer in inner(module).named_modules()}
-    if not {id(first), id(second)} <= names.keys():
-        return None
-    heights: dict[str, int] = {}
-    with global_state_kept(), runnable(inner(module)) as copied:
-        start, end = (copied.get_submodule(names[id(layer)]) for layer in (first, second))
-        hooks = [
-            start.register_forward_hook(lambda _, __, y: heights.update(given=y.shape[2])),
-            end.register_forward_pre_hook(lambda _, x: heights.update(taken=x[0].shape[2])),
-        ]
-        try:
-            for size in (64, 32):
-                with suppress(Exception):  # whatever the module's code raises
-                    copied(torch.zeros(1, channels, size, size))
-                    return heights["given"], heights["taken"]
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return None
-
-
 def draws_numbers(module: torch.nn.Module, *, channels: int, size: tuple[int, int]) -> bool:
     """Whether a module's output in training mode depends on the random state, as with dropout.
 

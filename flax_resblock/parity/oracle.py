@@ -141,7 +141,6 @@ class Measurement:
       slot: Slot name, with the tensor's name behind a slash where the slot has several;
         ``"output"`` and ``"input"``.
       precision: ``"float64"``, ``"float32"``, ``"tf32"`` or ``"bfloat16"``.
-      verdict: Errors and limit.
       step: Training step (from 1) of a trajectory, else None.
     """
 
@@ -157,7 +156,6 @@ class Histogram:
     """The distribution of the errors of one tensor's elements.
 
     Attributes:
-      row: The tensor.
       edges: Logarithms to base 10 of ``|value - truth| / rms(truth)``, one more than the counts.
       flax, torch: Elements per bin.
       exact: Elements of the Flax tensor without any error.

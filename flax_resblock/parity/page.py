@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from flax_resblock.errors import MissingDependencyError, visible
+from flax_resblock.errors import optional, visible
 from flax_resblock.parity.plots import Curve, depth_plot, histogram_plot, trajectory_plot
 
 FAMILIES = {"Forward": "forward", "Gradients": "gradient", "Statistics": "running statistics"}
@@ -80,14 +80,11 @@ def render_page(facts: Mapping[str, Any]) -> str:
     Raises:
       MissingDependencyError: jinja2 or matplotlib is not installed.
     """
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"the HTML report needs {error.name}, which is not installed: pip install "
-            f"'flax-resblock[report]'."
-        ) from error
+    for name in ("matplotlib", "jinja2"):
+        how = "which is not installed: pip install 'flax-resblock[report]'."
+        optional(name, f"the HTML report needs {name}, {how}")
+    import jinja2
+
     loader, strict = jinja2.PackageLoader("flax_resblock.parity", ""), jinja2.StrictUndefined
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=strict

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import torch
 from flax import nnx
@@ -75,16 +74,13 @@ class Precision:
         return torch_products("tf32") if self.products == "tf32" else nullcontext()
 
 
-PRECISIONS: Mapping[str, Precision] = MappingProxyType(
-    {
-        "float64": Precision("float64", np.float64, None, float(np.finfo(np.float64).eps)),
-        "float32": Precision("float32", np.float32, None, float(np.finfo(np.float32).eps)),
-        "tf32": Precision("tf32", np.float32, None, 2.0**-10, "tf32"),
-        "bfloat16": Precision(
-            "bfloat16", np.float32, jnp.bfloat16, float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps)
-        ),
-    }
+_PRECISIONS = (
+    Precision("float64", np.float64, None, 2.0**-52),
+    Precision("float32", np.float32, None, 2.0**-23),
+    Precision("tf32", np.float32, None, 2.0**-10, "tf32"),
+    Precision("bfloat16", np.float32, jnp.bfloat16, 2.0**-7),
 )
+PRECISIONS: Mapping[str, Precision] = MappingProxyType({one.name: one for one in _PRECISIONS})
 
 
 def dotted(path: Path) -> str:
@@ -101,7 +97,6 @@ class Pair(ABC):
     """One model in both frameworks.
 
     Attributes:
-      title: A name for messages.
       entries: One row per tensor: its Flax path, its PyTorch key, the codec between the memory
         layouts.
       gradient_floor: Gradients of parameters are compared relative to themselves, or to this share
@@ -147,11 +142,14 @@ class Pair(ABC):
         ``precision.of_jax()``."""
 
 
+def suspects(specification: Pair | None) -> tuple[Side, ...]:
+    """The sides that may be wrong; without a specification, PyTorch's is taken to be right."""
+    return ("flax",) if specification is None else ("flax", "torch")
+
+
 Rows = Mapping[str, Any]
-_CODECS = {codec.name: codec for codec in (AS_IS, OIHW_HWIO, TRANSPOSED)} | {
-    "conv": OIHW_HWIO,
-    "linear": TRANSPOSED,
-}
+_CODECS = {codec.name: codec for codec in (AS_IS, OIHW_HWIO, TRANSPOSED)}
+_CODECS |= {"conv": OIHW_HWIO, "linear": TRANSPOSED}
 
 
 def entries_of(table: Rows) -> tuple[Entry, ...]:
@@ -193,7 +191,6 @@ class ModulePair(Pair):
 
     Args:
       torch_module, flax_module: Each is called with one array. Neither is modified.
-      table: See :func:`entries_of`.
       slots: Further layers to compare, slot name to ``(torch module name, Flax path)``; those that
         hold tensors are found by themselves.
       copy_weights: Give the Flax side PyTorch's tensors first; without it the two are compared as

@@ -62,14 +62,14 @@ class Part(ABC):
 
     Attributes:
       limit64: Largest relative difference that passes in float64.
+      title: The part's name in the progress line.
     """
 
     limit64: float = FLOAT64_LIMIT
 
     @property
     @abstractmethod
-    def title(self) -> str:
-        """The part's name in the progress line."""
+    def title(self) -> str: ...
 
     @abstractmethod
     def run(
@@ -89,10 +89,7 @@ def by_entries(
     """Parameters, gradients or statistics of one side by slot, in Flax's memory layout.
 
     Args:
-      pair: Its entries name the tensors.
-      quantity: The quantity in the keys of the result.
       values: By PyTorch's keys (``side="torch"``) or Flax's paths (``side="flax"``).
-      side: The framework that computed the values.
       statistics: Selects the running statistics; otherwise everything else is selected.
     """
     found: Tensors = {}
@@ -153,7 +150,6 @@ class Forward(Part):
     the batch; and the gradients if a cotangent is given.
 
     Attributes:
-      train: Training mode.
       cotangent: Cotangent of the output, in Flax's memory layout; None: no gradients.
     """
 
@@ -167,7 +163,6 @@ class Forward(Part):
 
     @property
     def title(self) -> str:
-        """The mode, and whether gradients are computed."""
         return f"{self.mode} mode" + ("" if self.cotangent is None else " and gradients")
 
     def run(
@@ -202,41 +197,33 @@ class Statistics(Part):
 
     @property
     def title(self) -> str:
-        """The number of batches."""
         return f"statistics after {len(self.batches)} batches"
 
     def run(
         self, side: Side, pair: Pair, precision: Precision, images: np.ndarray, devices: Devices
     ) -> Iterator[Tensors]:
-        run = self._torch if side == "torch" else self._flax
-        found = run(pair, precision, (images, *self.batches[1:]), devices)
+        batches, found = (images, *self.batches[1:]), dict[Any, np.ndarray]()
+        if side == "torch":
+            module = pair.torch(precision).to(devices.torch).train()
+            with torch.no_grad(), precision.of_torch(devices.torch):
+                for batch in batches:
+                    module(as_tensor(batch, precision, devices.torch))
+            found |= {key: value.cpu().numpy() for key, value in module.named_buffers()}
+        else:
+            with precision.on_jax(devices.jax):
+                graphdef, statistics, rest = split_model(pair.flax(precision), True, nnx.BatchStat)
+
+                @partial(jax.jit, compiler_options=options_for(devices.jax, light=True))
+                def step(statistics: Any, rest: Any, batch: Any) -> Any:
+                    module = nnx.merge(graphdef, statistics, rest, copy=True)
+                    module(batch)  # pyright: ignore[reportCallIssue]
+                    return nnx.state(module, nnx.BatchStat)
+
+                for batch in batches:
+                    statistics = step(statistics, rest, jnp.asarray(batch, precision.storage))
+                found |= arrays_by_path(statistics)
         quantity = f"running statistics after {len(self.batches)} batches"
         yield by_entries(pair, quantity, found, side=side, statistics=True)
-
-    def _torch(
-        self, pair: Pair, precision: Precision, batches: tuple[np.ndarray, ...], devices: Devices
-    ) -> dict[Any, np.ndarray]:
-        module = pair.torch(precision).to(devices.torch).train()
-        with torch.no_grad(), precision.of_torch(devices.torch):
-            for batch in batches:
-                module(as_tensor(batch, precision, devices.torch))
-        return {key: value.cpu().numpy() for key, value in module.named_buffers()}
-
-    def _flax(
-        self, pair: Pair, precision: Precision, batches: tuple[np.ndarray, ...], devices: Devices
-    ) -> dict[Any, np.ndarray]:
-        with precision.on_jax(devices.jax):
-            graphdef, statistics, rest = split_model(pair.flax(precision), True, nnx.BatchStat)
-
-            @partial(jax.jit, compiler_options=options_for(devices.jax, light=True))
-            def step(statistics: Any, rest: Any, batch: Any) -> Any:
-                module = nnx.merge(graphdef, statistics, rest, copy=True)
-                module(batch)  # pyright: ignore[reportCallIssue]
-                return nnx.state(module, nnx.BatchStat)
-
-            for batch in batches:
-                statistics = step(statistics, rest, jnp.asarray(batch, precision.storage))
-            return arrays_by_path(statistics)
 
 
 @dataclass(frozen=True)
@@ -245,7 +232,6 @@ class Isolated(Part):
     shows.
 
     Attributes:
-      train: Training mode.
       reference: PyTorch's float64 run with the inputs of every slot.
       gradients: Also each slot's gradients, for a random cotangent of its own.
     """
@@ -256,7 +242,6 @@ class Isolated(Part):
 
     @property
     def title(self) -> str:
-        """The mode."""
         return f"each slot by itself, {'train' if self.train else 'eval'} mode"
 
     def run(

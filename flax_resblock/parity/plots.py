@@ -53,7 +53,6 @@ class Curve:
 
     Attributes:
       flax, torch, limit: Relative error of Flax, PyTorch's own, and what Flax had to stay within.
-      passed: Whether Flax did.
     """
 
     flax: Sequence[float]

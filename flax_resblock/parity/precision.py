@@ -120,9 +120,7 @@ class MeasuredPrecision:
     """What an operation turned out to be.
 
     Attributes:
-      side: ``"flax"`` or ``"torch"``.
       device: ``"gpu:0 (NVIDIA H100)"``, ``"cuda:1"``.
-      dtype: Dtype of operands and result.
       operation: ``"convolution"`` or ``"matrix product"``.
       mantissa_bits: Explicit mantissa bits that survive, see :func:`mantissa_bits`.
       expected_bits: How many ``dtype`` has.
@@ -192,7 +190,6 @@ def measure_precision(
     :func:`strict`; or, of ``"tf32"``, under its own.
 
     Args:
-      side: Which framework.
       device: One of its devices. float64 is the truth and measured where the truth is computed, on
         the CPU.
       dtype: Of operands and results. ``"tf32"``: float32 operands that the device may round to

@@ -34,7 +34,6 @@ def torch_reference(
     """The reference module of ``torch_ref`` for a network or bare block, freshly initialised.
 
     Args:
-      config: What to build.
       norm_options: ``eps`` and ``momentum`` of every norm.
     """
     network = isinstance(config, ResNetConfig)
@@ -59,9 +58,6 @@ class ReferencePair(Pair):
     """A residual network or block of this library, in both frameworks.
 
     Attributes:
-      config: The network or bare block.
-      state: Its tensors by their PyTorch names.
-      norm_options: ``eps`` and ``momentum``.
       naming: Naming scheme of ``state``, or the name of a known one.
       module: The PyTorch side; None: the reference of ``torch_ref``, which has torchvision's names.
     """
@@ -84,8 +80,6 @@ class ReferencePair(Pair):
         """ReferencePair with PyTorch's default weights and batch norms that look trained.
 
         Args:
-          config: The network or bare block.
-          seed: Of the weights and of the norms.
           **norm_options: ``eps`` and ``momentum``.
         """
         with torch.random.fork_rng(devices=[]):
@@ -208,7 +202,6 @@ class Consequence:
 
     Attributes:
       argument: What selects it, ``"`stride_on='1x1'`"``.
-      meaning: The alternative in words.
       difference: Relative L2 difference of the output, evaluation mode, float64.
     """
 
@@ -226,12 +219,8 @@ class Consequence:
 
 
 def consequences(source: OpenedCheckpoint, images: np.ndarray) -> Iterator[Consequence]:
-    """Runs every alternative to an assumption of ``source`` in PyTorch, in float64.
-
-    Args:
-      source: The opened checkpoint.
-      images: ``(N, H, W, C)``.
-    """
+    """Runs every alternative to an assumption of ``source`` in PyTorch, in float64, on images
+    ``(N, H, W, C)``."""
     pair = ReferencePair.of(source)
     for assumption in source.assumed.choices:
         made = _output(pair, images)

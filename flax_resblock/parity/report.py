@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from rich.table import Table
 
 from flax_resblock.checkpoint.record import digest, digests
 from flax_resblock.config import name_of
 from flax_resblock.convert.opening import OpenedCheckpoint
+from flax_resblock.parity.certificate import REFERENCE, versions
 from flax_resblock.parity.devices import device_name
+from flax_resblock.parity.diagnose import Diagnosis
+from flax_resblock.parity.oracle import Comparison, Measurement
 from flax_resblock.parity.parts import Devices
 
 if TYPE_CHECKING:
     from flax_resblock.parity.user_module import ExaminedModule
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
-
-from rich.table import Table
-
-from flax_resblock.parity.certificate import REFERENCE, versions
-from flax_resblock.parity.diagnose import Diagnosis
-from flax_resblock.parity.oracle import Comparison, Measurement
 
 SCHEMA = 2
 """Version of the JSON; it changes when a field changes its meaning or goes away."""
@@ -138,7 +134,6 @@ def verdict_lines(comparison: Comparison, compared_with: str = "") -> list[str]:
     backward order.
 
     Args:
-      comparison: What was measured.
       compared_with: The PyTorch side, in words.
     """
     if comparison.passed:
@@ -159,10 +154,7 @@ def report_json(
 
     Args:
       comparison: The measurements; None if the module does not run at all.
-      provenance: What was compared, on which devices and when.
-      diagnosis: The mistakes that were found.
       precision_found: Rows of the precision guard (dataclasses).
-      notes: Further remarks.
     """
     ran = comparison is not None
     comparison = comparison or Comparison(())

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -103,10 +104,8 @@ def trace_flax(
     Args:
       model: Called with one array; in the same precision, or a narrower one.
       images: ``(N, H, W, C)``, cast to ``precision.storage``.
-      slots: Attribute path of every slot by name.
       train: Training mode: batch statistics normalise and update the running ones.
       cotangent: Shape of the output; gradients are those of ``sum(output * cotangent)``.
-      precision: To compute in.
       device: To compute on; None: jax's default.
     """
     options = options_for(device, light=cotangent is None)
@@ -181,7 +180,6 @@ def trace_torch(
       images: ``(N, H, W, C)``, cast to ``precision.storage``.
       slots: Module name of every slot by slot name; ``""`` is the module itself.
       train, cotangent, precision: As for :func:`trace_flax`; the cotangent is in Flax's layout.
-      device: To compute on.
       inputs: Also keep what every slot was fed.
     """
     # a run without gradients leaves parameters as they are, and those in place are not copied
@@ -193,36 +191,32 @@ def trace_torch(
     gradients: dict[str, np.ndarray] = {}
     fed: dict[str, np.ndarray] = {}
 
-    def tap(name: str) -> Callable[..., Any]:
-        def hook(_: Any, args: Any, output: Any) -> None:
-            if not isinstance(output, torch.Tensor):
-                return  # a layer that returns several things is no slot
-            if inputs and args and isinstance(args[0], torch.Tensor):
-                fed[name] = as_array(args[0], copied=True)
-            # a following in-place ReLU would overwrite the output
-            activations[name] = as_array(output, copied=True)
-            if output.requires_grad:
-                output.register_hook(
-                    lambda gradient: gradients.__setitem__(name, as_array(gradient, copied=True))
-                )
-
-        return hook
+    def tap(name: str, _: Any, args: Any, output: Any) -> None:
+        if not isinstance(output, torch.Tensor):
+            return  # a layer that returns several things is no slot
+        if inputs and args and isinstance(args[0], torch.Tensor):
+            fed[name] = as_array(args[0], copied=True)
+        # a following in-place ReLU would overwrite the output
+        activations[name] = as_array(output, copied=True)
+        if output.requires_grad:
+            output.register_hook(
+                lambda gradient: gradients.__setitem__(name, as_array(gradient, copied=True))
+            )
 
     modules = dict(module.named_modules())
     for name, place in slots.items():
-        modules[place].register_forward_hook(tap(name))
+        modules[place].register_forward_hook(partial(tap, name))
     with torch.set_grad_enabled(cotangent is not None):
         with precision.of_torch(device):
             output = module(x)
         if cotangent is not None:
             (output * as_tensor(cotangent, precision, device)).sum().backward()
+    parameters = () if cotangent is None else module.named_parameters()
     return Trace(
         as_array(output),
         activations,
         {name: value.detach().cpu().numpy() for name, value in module.named_buffers()},
-        {}
-        if cotangent is None
-        else {name: gradient_of(value).cpu().numpy() for name, value in module.named_parameters()},
+        {name: gradient_of(value).cpu().numpy() for name, value in parameters},
         {name: gradients[name] for name in activations if name in gradients},
         None if x.grad is None else as_array(x.grad),
         fed,
@@ -266,6 +260,4 @@ def host_tree(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def arrays_by_path(state: Any) -> dict[Any, np.ndarray]:
     """An nnx state as numpy arrays by attribute path."""
-    return {
-        path: np.asarray(variable[...]) for path, variable in dict(nnx.to_flat_state(state)).items()
-    }
+    return {path: np.asarray(variable[...]) for path, variable in nnx.to_flat_state(state)}

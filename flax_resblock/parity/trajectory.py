@@ -35,7 +35,6 @@ class Recipe:
         parameters.
       momentum: Nesterov's, of SGD.
       learning_rate: 0 before :func:`moderate` has chosen one.
-      eps: Of AdamW.
     """
 
     name: str
@@ -84,7 +83,6 @@ class Trajectory(Part):
     the mean squared distance to a random target.
 
     Attributes:
-      recipe: The optimizer.
       batches: One per step; the logits in evaluation mode are those of the first.
       target: Random, of the output's shape.
     """
@@ -96,7 +94,6 @@ class Trajectory(Part):
 
     @property
     def title(self) -> str:
-        """The optimizer and its learning rate."""
         one = self.recipe
         eps = f", eps {one.eps:g}" if one.eps != Recipe.eps else ""
         return f"training with {one.name}, learning rate {one.learning_rate:.2g}{eps}"
@@ -108,9 +105,8 @@ class Trajectory(Part):
 
     @property
     def _labels(self) -> np.ndarray | None:
-        return (
-            self.target.argmax(-1) if self.target.ndim == 2 and self.target.shape[-1] > 1 else None
-        )
+        classifies = self.target.ndim == 2 and self.target.shape[-1] > 1
+        return self.target.argmax(-1) if classifies else None
 
     def _name(
         self, pair: Pair, loss: Any, parameters: Any, buffers: Any, logits: np.ndarray, side: Side
@@ -141,10 +137,10 @@ class Trajectory(Part):
             optimizer.step()
             with torch.no_grad(), precision.of_torch(device):
                 logits = module.eval()(as_tensor(images, precision, device))
-            parameters = {
-                key: value.detach().cpu().numpy() for key, value in module.named_parameters()
-            }
-            buffers = {key: value.cpu().numpy() for key, value in module.named_buffers()}
+            parameters, buffers = (
+                {key: value.detach().cpu().numpy() for key, value in named}
+                for named in (module.named_parameters(), module.named_buffers())
+            )
             yield self._name(pair, loss.item(), parameters, buffers, as_array(logits), "torch")
 
     def torch_loss(
@@ -167,18 +163,15 @@ class Trajectory(Part):
             graphdef, parameters, rest = split_model(model, True)
             evaluating = split_model(model, False)[0]
             state = optimizer.init(parameters)
-            target, labels = jnp.asarray(self.target, precision.storage), self._labels
+            target = jnp.asarray(self.target, precision.storage)
+            labels = None if self._labels is None else jnp.asarray(self._labels)
 
         def loss(parameters: Any, rest: Any, batch: Any) -> Any:
             module = nnx.merge(graphdef, parameters, rest, copy=True)
             output = module(batch).astype(precision.storage)  # pyright: ignore[reportCallIssue]
-            if labels is None:
-                value = jnp.mean(jnp.square(output - target))
-            else:
-                value = optax.softmax_cross_entropy_with_integer_labels(
-                    output, jnp.asarray(labels)
-                ).mean()
-            return value, nnx.state(module, nnx.Not(nnx.Param))
+            entropy = optax.softmax_cross_entropy_with_integer_labels
+            each = jnp.square(output - target) if labels is None else entropy(output, labels)
+            return jnp.mean(each), nnx.state(module, nnx.Not(nnx.Param))
 
         @partial(jax.jit, compiler_options=compiler_options())
         def step(parameters: Any, rest: Any, state: Any, batch: Any) -> Any:

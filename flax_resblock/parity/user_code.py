@@ -27,7 +27,6 @@ def load_factory(spec: str, argument: str = "torch") -> Callable[..., Any]:
     """Imports what ``FILE.py:NAME`` or ``package.module:NAME`` names. This runs its code.
 
     Args:
-      spec: The name.
       argument: Which argument it is, for messages.
     Raises:
       InputError: No such file, module or name, or code that raises.

@@ -18,6 +18,7 @@ from flax_resblock.convert.detection.learning import NotLearned, learn_naming
 from flax_resblock.convert.detection.refusal import explained
 from flax_resblock.convert.modules import module_facts
 from flax_resblock.errors import CheckpointError, InputError
+from flax_resblock.errors import raised as of_error
 from flax_resblock.parity.api import Verification, verify_pair
 from flax_resblock.parity.comparison import Plan
 from flax_resblock.parity.diagnose import Diagnosis
@@ -25,6 +26,7 @@ from flax_resblock.parity.inputs import adversarial_images, randomised_norm_stat
 from flax_resblock.parity.pair import PRECISIONS
 from flax_resblock.parity.parts import Devices
 from flax_resblock.parity.reference import ReferencePair
+from flax_resblock.parity.taps import as_tensor
 
 BLOCK_CASES = (
     {"in_channels": 8, "out_channels": 8},
@@ -42,10 +44,7 @@ class ExaminedModule:
     Attributes:
       title: The call, ``Block(in_channels=8, out_channels=8)``.
       config: The network or block that the module should be.
-      naming: The naming scheme of its tensors.
-      state: Its tensors.
       stated: Mistakes that its attributes and shapes show, one sentence each.
-      raised: The error that ``forward`` raises; empty if it runs.
       verification: The comparison with the Flax reference model; None if the module does not run.
       images: What it was run on, ``(N, H, W, C)``.
     """
@@ -80,11 +79,8 @@ class ExaminedModule:
     def findings(self) -> list[str]:
         """The same in words; empty when nothing is wrong."""
         found = [d.sentence if d.slot == "module" else str(d) for d in self.diagnosis]
-        return found or (
-            []
-            if self.passed
-            else ["its output differs from the specification's; the table shows where it begins"]
-        )
+        unknown = "its output differs from the specification's; the table shows where it begins"
+        return found or ([] if self.passed else [unknown])
 
 
 class NoSpecificationError(CheckpointError):
@@ -149,7 +145,6 @@ def examine(
     describe.
 
     Args:
-      factory: Makes the module.
       arguments: Keyword arguments; ``in_channels``, ``out_channels`` and ``stride`` also say what a
         block is meant to be.
       plan, seed, devices, progress: Of the comparison.
@@ -223,9 +218,8 @@ def _specification(
             if isinstance(learned, NotLearned):
                 raise explained(error, found, learned.why, title) from error
             return identify(found, naming=learned, source=title, stride=stride).state_map, []
-    kind = (
-        "bottleneck" if any(f"{name}.weight" in found for name in ("conv3", "block.6")) else "basic"
-    )
+    three = any(f"{name}.weight" in found for name in ("conv3", "block.6"))
+    kind = "bottleneck" if three else "basic"
     names = ("in_channels", "out_channels", "stride")
     sizes = {name: arguments[name] for name in names if name in arguments}
     meant = BlockConfig(**sizes, kind=kind)
@@ -253,29 +247,23 @@ def _specification(
 
 def _channel_remark(entry: Any, shape: tuple[int, ...], meant: BlockConfig) -> str:
     second = entry.flax_path[0] == "conv2" and len(shape) == 4
-    if second and shape[1] == meant.in_channels != meant.out_channels:
-        return (
-            ": the second convolution takes in_channels, but it receives the first one's "
-            "out_channels"
-        )
-    return ""
+    known = second and shape[1] == meant.in_channels != meant.out_channels
+    words = ": the second convolution takes in_channels, but it receives the first one's"
+    return f"{words} out_channels" if known else ""
 
 
 def _stride_remark(difference: str) -> str:
-    return (
-        ": the first convolution ignores stride, so the two paths end at different resolutions"
-        if difference.startswith("conv1 has")
-        else ""
-    )
+    words = ": the first convolution ignores stride, so the two paths end at different resolutions"
+    return words if difference.startswith("conv1 has") else ""
 
 
 def _raises(module: torch.nn.Module, images: np.ndarray) -> str:
     """The error that ``forward`` raises; empty if it runs."""
     dtype = next(module.parameters()).dtype
-    x = torch.from_numpy(np.array(np.moveaxis(images, -1, 1), order="C")).to(dtype)
+    x = as_tensor(images, PRECISIONS["float64"]).to(dtype)
     try:
         with torch.no_grad():
             module.eval()(x)
     except Exception as error:
-        return f"forward raises {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return f"forward raises {of_error(error)}"
     return ""

@@ -6,8 +6,9 @@ jax.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from flax_resblock._lazy import lazily
 
 if TYPE_CHECKING:
     from flax_resblock.training.config import TrainConfig
@@ -33,21 +34,15 @@ __all__ = [
     "new_model",
 ]
 
-_MODULES = {
-    "config": ("TrainConfig",),
-    "devices": ("data_mesh",),
-    "errors": ("Stopped", "TrainingError"),
-    "evaluation": ("Evaluation", "evaluate"),
-    "loop": ("fit", "new_model"),
-    "presets": ("PRESETS",),
-    "reports": ("EvaluationReport", "History", "StepReport"),
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'flax_resblock.training' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"flax_resblock.training.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "config": "TrainConfig",
+        "devices": "data_mesh",
+        "errors": "Stopped TrainingError",
+        "evaluation": "Evaluation evaluate",
+        "loop": "fit new_model",
+        "presets": "PRESETS",
+        "reports": "EvaluationReport History StepReport",
+    },
+)

@@ -63,7 +63,6 @@ def check_run(
       run, pace: The run, and where it continues.
       model, tensors: The network; those of its tensors that training does not change may be absent
         from the optimizer.
-      tested: Whether there are test images.
     """
     still = {one.flax_path for one in tensors.parameters if not one.trained}
     theirs = {path for group in run.optimizer.groups for path in group.paths} - still

@@ -12,10 +12,11 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from flax_resblock.errors import InputError, reason
+from flax_resblock.errors import InputError, first_line, reason
 
 PEER_LOST = 3
 """Exit status of a process whose peer died."""
@@ -124,9 +125,8 @@ def connect(cluster: Cluster) -> bool:
     except Exception as error:  # jax, gRPC and the detection of clusters raise all kinds
         if kind == _MAYBE_ALONE and not jax.distributed.is_initialized():
             return False
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"the processes of this run ({kind}) did not find each other ({reason[:200]}). "
+            f"the processes of this run ({kind}) did not find each other ({first_line(error)}). "
             "Check that `coordinator=...` names process 0, that as many processes as "
             "`num_processes=...` says were started, each with its own `process_id=...`, and that "
             "the port is open."
@@ -157,10 +157,8 @@ _connections: list[socket.socket] = []
 def leave() -> None:
     """Tells the other processes that this one ends normally."""
     for connection in _connections:
-        try:
+        with suppress(OSError):
             connection.sendall(_DONE)
-        except OSError:
-            continue
 
 
 def _watch() -> None:

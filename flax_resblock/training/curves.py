@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from flax_resblock.errors import MissingDependencyError
+from flax_resblock.errors import optional
 from flax_resblock.training.reports import EvaluationReport
 
+NEEDED = "pictures need matplotlib: pip install 'flax-resblock[train]'."
 _SMOOTH = 50
 """The bold lines are averaged over this many steps at most."""
 _TRAINING = "tab:blue"
@@ -84,10 +85,5 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None
 
 
 def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "pictures need matplotlib: pip install 'flax-resblock[train]'."
-        ) from error
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = optional("matplotlib.figure", NEEDED)
+    return figure.Figure(figsize=(width, height), layout="constrained")

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from flax_resblock.cpu.switch import compiler_options
-from flax_resblock.errors import InputError
+from flax_resblock.errors import InputError, raised
 from flax_resblock.nn.outputs import logits_of
 from flax_resblock.nn.resnet import ResNet
 from flax_resblock.nn.variables import STATISTICS
@@ -148,18 +148,15 @@ def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
     if labels.max() >= logits.shape[1]:
         return float("inf")
     wide = logits.astype(np.float64)
-    wide -= wide.max(axis=1, keepdims=True)
-    log_sum = np.log(np.exp(wide).sum(axis=1))
-    return float(np.mean(log_sum - wide[np.arange(len(wide)), labels]))
+    chosen = wide[np.arange(len(wide)), labels]
+    return float(np.mean(np.logaddexp.reduce(wide, axis=1) - chosen))
 
 
 def classes_of(model: nnx.Module, shape: Sequence[int], *, training: bool = False) -> int:
     """The number of classes that a network knows.
 
     Args:
-      model: Any network.
       shape: Of the images, ``(H, W, C)``.
-      training: Whether it is asked in training mode.
     Raises:
       InputError: It does not take such images, or does not return logits ``(N, num_classes)``.
     """
@@ -177,9 +174,9 @@ def classes_of(model: nnx.Module, shape: Sequence[int], *, training: bool = Fals
     try:
         found = jax.eval_shape(logits, state, images)
     except Exception as error:  # whatever the user's code raises
-        said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
         raise InputError(
-            f"{name} does not take images of shape (N, {', '.join(map(str, size))}): {said}. "
+            f"{name} does not take images of shape (N, {', '.join(map(str, size))}): "
+            f"{raised(error)}. "
             f"Choose other data, or another size (`image_size=...`)."
         ) from error
     main, others = logits_of(found)

@@ -146,6 +146,15 @@ def fit(
             }
         )
 
+    def evaluated(test: DataSource, state: TrainState, done: int) -> EvaluationReport:
+        how = {"placement": placement, "random": random, "workers": config.workers}
+        found: list[float] = []
+        for values in ((state.params, state.stats), state.ema):
+            if values is not None:
+                evaluation = evaluate_state(graphdef, *values, test, **how)
+                found += [evaluation.accuracy, evaluation.loss]
+        return EvaluationReport(done, -(-done // steps), *found)
+
     leaves, history = Leaves(state), History()
     several = placement.shard[1] > 1
     images, epochs = (end - pace.start) * config.batch_size, -(-end // steps)
@@ -192,9 +201,7 @@ def fit(
             reported(computed)
             computed = evaluation = None
             if test is not None and tested:
-                evaluation = _evaluate(
-                    graphdef, leaves.state, random, test, config, placement, done, steps
-                )
+                evaluation = evaluated(test, leaves.state, done)
                 history.evaluations.append(evaluation)
                 if on_evaluation is not None:
                     on_evaluation(evaluation)
@@ -250,31 +257,6 @@ def _averages(
         )
 
     return placement.copies((kept(state.params), kept(state.stats)))
-
-
-def _evaluate(
-    graphdef: nnx.GraphDef[Any],
-    state: TrainState,
-    random: nnx.State | None,
-    test: DataSource,
-    config: TrainConfig,
-    placement: Placement,
-    done: int,
-    steps: int,
-) -> EvaluationReport:
-    found: list[float] = []
-    for values in ((state.params, state.stats), state.ema):
-        if values is not None:
-            evaluation = evaluate_state(
-                graphdef,
-                *values,
-                test,
-                placement=placement,
-                random=random,
-                workers=config.workers,
-            )
-            found += [evaluation.accuracy, evaluation.loss]
-    return EvaluationReport(done, -(-done // steps), *found)
 
 
 def _copies(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -60,27 +61,34 @@ def at(run: Run, position: int) -> Run:
     if run.schedule is None:
         return run
     schedule = run.schedule.schedule
-    groups = tuple(
-        replace(group, options=scheduled(group.options, schedule, position, number))
+    moved = _with_options(
+        run, lambda options, number: scheduled(options, schedule, position, number)
+    )
+    return replace(moved, schedule=replace(run.schedule, position=position))
+
+
+def _with_options(run: Run, change: Callable[[Mapping[str, Any], int], Mapping[str, Any]]) -> Run:
+    """The run with the options of its param groups as a function of these and of their number."""
+    groups = (
+        replace(group, options=change(group.options, number))
         for number, group in enumerate(run.optimizer.groups)
     )
-    optimizer, state = (
-        replace(run.optimizer, groups=groups),
-        replace(run.schedule, position=position),
-    )
-    return replace(run, optimizer=optimizer, schedule=state)
+    return replace(run, optimizer=replace(run.optimizer, groups=tuple(groups)))
 
 
 def rescaled(run: Run, learning_rate: float | None) -> Run:
     """The run with another base rate; its param groups keep their ratios."""
-    groups = run.optimizer.groups
-    bases = [float(group.options.get("initial_lr", group.options["lr"])) for group in groups]
-    factor = 1.0 if learning_rate is None or not bases[0] else learning_rate / bases[0]
-    made = tuple(
-        replace(group, options={**group.options, "lr": base * factor, "initial_lr": base * factor})
-        for group, base in zip(groups, bases, strict=True)
-    )
-    return replace(run, optimizer=replace(run.optimizer, groups=made))
+
+    def base_of(options: Mapping[str, Any]) -> float:
+        return float(options.get("initial_lr", options["lr"]))
+
+    first = base_of(run.optimizer.groups[0].options)
+    factor = 1.0 if learning_rate is None or not first else learning_rate / first
+
+    def scaled(options: Mapping[str, Any], _: int) -> Mapping[str, Any]:
+        return {**options, **dict.fromkeys(("lr", "initial_lr"), base_of(options) * factor)}
+
+    return _with_options(run, scaled)
 
 
 def metric_of(schedule: ReduceLROnPlateau, evaluation: EvaluationReport) -> float:
@@ -97,7 +105,6 @@ class Pace:
     """The rates of a run by step.
 
     Attributes:
-      run: The run to continue.
       steps: Steps per epoch.
       start: Step at which it continues, from 0 over the whole run.
     """
@@ -136,16 +143,13 @@ class Pace:
         if state is None or not isinstance(state.schedule, ReduceLROnPlateau):
             return self
         schedule, reduced = state.schedule.seen(metric_of(state.schedule, evaluation))
-        optimizer = self.run.optimizer
-        if reduced:
-            groups = tuple(
-                replace(group, options={**group.options, "lr": schedule.reduced(rate, number)})
-                for number, group in enumerate(optimizer.groups)
-                for rate in (float(group.options["lr"]),)
-            )
-            optimizer = replace(optimizer, groups=groups)
+
+        def slower(options: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+            return {**options, "lr": schedule.reduced(float(options["lr"]), number)}
+
+        run = _with_options(self.run, slower) if reduced else self.run
         seen = replace(state, schedule=schedule, position=state.position + 1)
-        return replace(self, run=replace(self.run, optimizer=optimizer, schedule=seen))
+        return replace(self, run=replace(run, schedule=seen))
 
     def rates(self, step: int) -> Rates:
         """The rates of the step numbered ``step``."""

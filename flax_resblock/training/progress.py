@@ -20,8 +20,6 @@ class TrainingProgress:
 
     Args:
       images: Number of images in all remaining steps.
-      epochs: Epochs of the whole run.
-      shown: False prints nothing.
     """
 
     def __init__(self, images: int, epochs: int, *, shown: bool) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from flax_resblock import checkpoint
-from flax_resblock.errors import InputError, MissingDependencyError
+from flax_resblock.errors import InputError, optional
 from flax_resblock.training.reports import EvaluationReport, StepReport
-
-if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
 
 STEPS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 _EVENTS = "tensorboard"
@@ -24,7 +22,6 @@ class Records:
     Entries of steps that will be taken again are removed.
 
     Args:
-      folder: An existing folder.
       first: Number of the first step that will come.
     Raises:
       InputError: The folder cannot be written to.
@@ -32,15 +29,11 @@ class Records:
     """
 
     def __init__(self, folder: Path, first: int) -> None:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise MissingDependencyError(
-                "the event files of a run need tensorboardX: pip install 'flax-resblock[train]'."
-            ) from error
+        words = "the event files of a run need tensorboardX: pip install 'flax-resblock[train]'."
+        events = optional("tensorboardX", words)
         self._steps = _reopened(folder / STEPS, lambda line: line["step"] < first)
         self._evaluations = _reopened(folder / EVALUATIONS, lambda line: line["step"] <= first)
-        self._events: SummaryWriter = SummaryWriter(str(folder / _EVENTS), purge_step=first or None)
+        self._events = events.SummaryWriter(str(folder / _EVENTS), purge_step=first or None)
 
     def step(self, step: StepReport) -> None:
         """Records a step."""
@@ -54,10 +47,8 @@ class Records:
     def close(self) -> None:
         """Closes the files."""
         for file in (self._steps, self._evaluations, self._events):
-            try:
+            with suppress(OSError):  # a full disk, which the failed write has already reported
                 file.close()
-            except OSError:  # a full disk, which the failed write has already reported
-                continue
 
     def _write(
         self, file: TextIO, entry: StepReport | EvaluationReport, tag: str, names: tuple[str, ...]

@@ -48,8 +48,6 @@ class RunFolder:
     """Saves a run. A context manager; nothing is created before the first step.
 
     Args:
-      folder: Where.
-      config: The run's configuration.
       every: Steps between two checkpoints; 0 saves only at the end.
       keep: How many of the newest checkpoints to keep; the best one stays beside them.
       code: The Python file of a network of your own, which is copied beside the checkpoints.

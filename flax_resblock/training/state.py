@@ -19,8 +19,6 @@ class TrainState(NamedTuple):
     """What a training step changes.
 
     Attributes:
-      params, stats: Parameters and running statistics.
-      opt_state: The optimizer's buffers.
       ema: Averages of ``(params, stats)``; None if none are kept.
     """
 
@@ -59,9 +57,7 @@ def split(
 
     Args:
       model: Is not changed.
-      optimizer: See :func:`flax_resblock.runs.optimizers.optimizer_of`.
       freeze: Parts in evaluation mode, by attribute: ``"stem"``, ``"stage1"`` ...
-      placement: The devices of the state.
     Raises:
       InputError: float64 values while jax's x64 mode is off; they would be narrowed silently.
     """
@@ -89,8 +85,7 @@ def split(
 
 def by_path(values: nnx.State) -> dict[tuple[Any, ...], np.ndarray]:
     """Arrays by attribute path; counters as int64, as in checkpoints."""
-    flat = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(values)}
     return {
-        path: array.astype(np.int64) if path[-1] == "num_batches_tracked" else array
-        for path, array in flat.items()
+        path: np.asarray(leaf[...], np.int64 if path[-1] == "num_batches_tracked" else None)
+        for path, leaf in nnx.to_flat_state(values)
     }

@@ -125,25 +125,24 @@ def make_train_step(
     new ``N`` does.
 
     Args:
-      graphdef: Structure of the model; see :func:`split`.
-      optimizer: See :func:`flax_resblock.runs.optimizers.optimizer_of`.
-      label_smoothing: See :func:`cross_entropy`.
-      aux_weight: Weight of the loss of every auxiliary head.
       freeze: What keeps its bits: paths of parameters, or of parts that they are in.
       accumulate: Number of pieces that a batch is computed in.
-      clip_norm: See :func:`clipped`.
       ema: Decay of the averages; used if the state has any.
       replicas: Every device normalises its own images, and the running statistics of the first are
         kept. Otherwise the statistics are those of the whole batch.
-      mesh: The devices; None uses jax's default device.
       random: The random streams of the model; if it has any, a step takes its ``number``.
-      seed: Seed of what they draw.
     """
     frozen = frozenset(freeze)
 
-    def keeps(keys: tuple[Any, ...]) -> bool:
-        path = parameter_path(keys)
-        return any(path[:length] in frozen for length in range(1, len(path) + 1))
+    def unless_frozen(new: Any, old: Any) -> Any:
+        """``new``; ``old`` of what is frozen."""
+
+        def chosen(keys: tuple[Any, ...], new: Any, old: Any) -> Any:
+            path = parameter_path(keys)
+            lengths = range(1, len(path) + 1)
+            return old if any(path[:length] in frozen for length in lengths) else new
+
+        return jax.tree_util.tree_map_with_path(chosen, new, old) if frozen else new
 
     def learn(
         params: nnx.State,
@@ -241,16 +240,13 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         learned = learn_all(state, images, labels, mixed, number)
         gradients = learned.gradients
-        if clip_norm is not None:
-            gradients = clipped(_without(gradients, keeps), clip_norm)
+        if clip_norm is not None:  # what is frozen does not count in the norm
+            zeros = jax.tree.map(jnp.zeros_like, gradients)
+            gradients = clipped(unless_frozen(gradients, zeros), clip_norm)
         updates, opt_state = optimizer.update(
             gradients, state.opt_state, state.params, **rates._asdict()
         )
-        params: Any = optax.apply_updates(state.params, updates)
-        if frozen:
-            params = jax.tree_util.tree_map_with_path(
-                lambda keys, new, old: old if keeps(keys) else new, params, state.params
-            )
+        params: Any = unless_frozen(optax.apply_updates(state.params, updates), state.params)
         averages = state.ema and jax.tree.map(
             lambda old, new: _averaged(old, new, ema), state.ema, (params, learned.stats)
         )
@@ -262,13 +258,6 @@ def make_train_step(
 
 def _of_first(value: Array) -> Array:
     return lax.psum(jnp.where(lax.axis_index(AXIS) == 0, value, jnp.zeros_like(value)), AXIS)
-
-
-def _without(gradients: Any, keeps: Callable[[tuple[Any, ...]], bool]) -> Any:
-    """Gradients with zeros for what is frozen, which does not count in the norm."""
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, value: jnp.zeros_like(value) if keeps(keys) else value, gradients
-    )
 
 
 def _averaged(old: Array, new: Array, decay: float) -> Array:

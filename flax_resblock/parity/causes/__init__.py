@@ -93,10 +93,8 @@ def explain(
     """The first candidate whose formula gives ``value``.
 
     Args:
-      value: What a side computed.
       candidates: Name, sentence and formula; a formula that does not apply returns None or raises
         ValueError, as numpy does for shapes that do not fit.
-      limit: Relative L2 difference that still counts as equal.
     """
     for name, sentence, formula in candidates:
         try:
@@ -106,6 +104,27 @@ def explain(
         if guess is not None and (error := relative_l2(value, guess)) <= limit:
             return Cause(name, sentence, error)
     return None
+
+
+def not_finite(truth: np.ndarray, value: np.ndarray, verb: str) -> Cause | None:
+    """That a side gives, or feeds, values that are not finite where they should be."""
+    if not np.isfinite(truth).all() or np.isfinite(value).all():
+        return None
+    count = np.count_nonzero(~np.isfinite(value))
+    return Cause("non-finite", f"{verb} {count} of {value.size} values that are not finite", 0.0)
+
+
+def dropped(truth: np.ndarray, value: np.ndarray, words: str) -> Iterator[Candidate]:
+    """That ``value`` is what dropout makes of ``truth``, of the same shape. ``words`` are about the
+    share of the values that it ``drops`` and its ``rate``."""
+    kept = value != 0
+    if not kept.any() or kept.all():
+        return
+    with np.errstate(all="ignore"):
+        rate = float(1 - np.vdot(truth[kept], truth[kept]) / np.vdot(value[kept], truth[kept]))
+    if 0 < rate < 1:
+        words = words.format(share=np.mean(~kept & (truth != 0)), rate=rate)
+        yield "dropout", words, lambda: truth * kept / (1 - rate)
 
 
 def rounded(values: np.ndarray, mantissa_bits: int) -> np.ndarray:
@@ -126,13 +145,8 @@ def effective_bits(value: np.ndarray, truth: np.ndarray) -> float:
 def explain_tensor(
     path: Path, value: np.ndarray, expected: Mapping[Path, np.ndarray]
 ) -> Cause | None:
-    """The mistake by which ``value`` stands at ``path``.
-
-    Args:
-      path: Of the tensor on the Flax side.
-      value: What is there, in Flax's layout.
-      expected: What should be, every tensor of the network.
-    """
+    """The mistake by which ``value`` stands at ``path`` of the Flax side, whose tensors should be
+    those ``expected``; in Flax's layout."""
     return explain(value, _tensor_candidates(path, value, expected), 1e-14) or _one_element(
         value, expected[path]
     )
@@ -211,16 +225,13 @@ def _one_element(value: np.ndarray, right: np.ndarray) -> Cause | None:
 
 @dataclass(frozen=True)
 class LayerRun:
-    """A layer as it is meant to be, and what it was fed.
+    """A layer as it is meant to be (``module``), what it was fed, and what it is meant to give.
 
     Attributes:
-      module: The PyTorch layer that says how it is meant.
       tensors: Its tensors by their Flax names (``kernel``, ``scale``, ``mean`` ...) in Flax's
         layout.
       others: Tensors of other layers by Flax name and slot: ``others["kernel"]["stage1.0.conv2"]``.
       x: Its input, NHWC.
-      truth: What it is meant to give.
-      train: Training mode.
     """
 
     module: torch.nn.Module

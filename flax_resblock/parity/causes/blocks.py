@@ -16,6 +16,8 @@ from flax_resblock.parity.causes.connections import (
     activation_between,
     activation_slope,
 )
+from flax_resblock.parity.pair import PRECISIONS
+from flax_resblock.parity.taps import as_array, as_tensor
 
 
 @dataclass(frozen=True)
@@ -102,56 +104,51 @@ def _ending_candidates(end: BlockEnd) -> Iterator[Candidate]:
 def explain_gradient(
     value: np.ndarray,
     truth: np.ndarray,
-    layer: LayerRun | None,
-    cotangent: np.ndarray | None,
-    end: BlockEnd | None,
+    layer: LayerRun | None = None,
+    cotangent: np.ndarray | None = None,
+    end: BlockEnd | None = None,
 ) -> Cause | None:
-    """The mistake by which a gradient is ``value``.
+    """The mistake by which a gradient is ``value`` instead of ``truth``.
 
     Args:
-      value, truth: The gradient that one side computed, and the right one.
       layer: The layer whose input gradient it is; None: it is another gradient.
       cotangent: The cotangent of that layer's output.
       end: The end of the residual block whose input gradient it is; None: it is not a block's.
     """
-    return explain(value, _gradient_candidates(value, truth, layer, cotangent, end))
 
+    def candidates() -> Iterator[Candidate]:
+        words = "lets no gradient through (stop_gradient, detach)"
+        yield "cut-gradient", words, lambda: np.zeros_like(truth)
+        norms = torch.nn.modules.batchnorm._BatchNorm
+        if cotangent is not None and layer and isinstance(layer.module, norms) and layer.train:
+            axes = tuple(range(layer.x.ndim - 1))
+            var = layer.x.var(axes) + float(layer.module.eps)
+            slope = layer.tensors.get("scale", np.ones(layer.x.shape[-1])) / np.sqrt(var)
+            words = (
+                "treats the batch statistics as constants: no gradient flows through the mean and "
+                "the variance"
+            )
+            yield "cut-statistics", words, lambda: cotangent * slope
+            centred = layer.x - layer.x.mean(axes)
+            words = "lets the gradient flow through the mean of the batch, not through its variance"
+            means = cotangent.mean(axes)
+            yield "cut-statistics", words, lambda: slope * (cotangent - means)
+            words = "lets the gradient flow through the variance of the batch, not through its mean"
+            through = centred * (cotangent * centred).mean(axes) / var
+            yield "cut-statistics", words, lambda: slope * (cotangent - through)
+        if cotangent is not None and end is not None and end.x.shape == end.main.shape:
+            slope = activation_slope(end.activation, end.main + end.added)
+            words = "cuts the gradient of the skip: it flows back through the convolutions only"
+            yield "cut-skip", words, lambda: truth - cotangent * slope
+            words = f"lets the gradient of the skip past the last {end.activation}"
+            yield "relu-gradient", words, lambda: truth + cotangent * (1 - slope)
+        with np.errstate(all="ignore"):
+            factor = float(np.vdot(value, truth) / np.vdot(truth, truth))
+        if np.isfinite(factor):
+            words = f"multiplies the gradient by {factor:.6g}"
+            yield "scaled-gradient", words, lambda: factor * truth
 
-def _gradient_candidates(
-    value: np.ndarray,
-    truth: np.ndarray,
-    layer: LayerRun | None,
-    cotangent: np.ndarray | None,
-    end: BlockEnd | None,
-) -> Iterator[Candidate]:
-    words = "lets no gradient through (stop_gradient, detach)"
-    yield "cut-gradient", words, lambda: np.zeros_like(truth)
-    norms = torch.nn.modules.batchnorm._BatchNorm
-    if cotangent is not None and layer and isinstance(layer.module, norms) and layer.train:
-        axes = tuple(range(layer.x.ndim - 1))
-        var = layer.x.var(axes) + float(layer.module.eps)
-        slope = layer.tensors.get("scale", np.ones(layer.x.shape[-1])) / np.sqrt(var)
-        words = (
-            "treats the batch statistics as constants: no gradient flows through the mean and the "
-            "variance"
-        )
-        yield "cut-statistics", words, lambda: cotangent * slope
-        centred = layer.x - layer.x.mean(axes)
-        words = "lets the gradient flow through the mean of the batch, not through its variance"
-        yield "cut-statistics", words, lambda: slope * (cotangent - cotangent.mean(axes))
-        words = "lets the gradient flow through the variance of the batch, not through its mean"
-        through = centred * (cotangent * centred).mean(axes) / var
-        yield "cut-statistics", words, lambda: slope * (cotangent - through)
-    if cotangent is not None and end is not None and end.x.shape == end.main.shape:
-        slope = activation_slope(end.activation, end.main + end.added)
-        words = "cuts the gradient of the skip: it flows back through the convolutions only"
-        yield "cut-skip", words, lambda: truth - cotangent * slope
-        words = f"lets the gradient of the skip past the last {end.activation}"
-        yield "relu-gradient", words, lambda: truth + cotangent * (1 - slope)
-    with np.errstate(all="ignore"):
-        factor = float(np.vdot(value, truth) / np.vdot(truth, truth))
-    if np.isfinite(factor):
-        yield "scaled-gradient", f"multiplies the gradient by {factor:.6g}", lambda: factor * truth
+    return explain(value, candidates())
 
 
 def _zero_padded(
@@ -161,8 +158,7 @@ def _zero_padded(
     stride = -(-x.shape[1] // shape[1])
     small = x[:, ::stride, ::stride]
     if mean:
-        tensor = torch.from_numpy(np.array(np.moveaxis(x, -1, 1), np.float64, order="C"))
-        small = np.moveaxis(F.avg_pool2d(tensor, stride, ceil_mode=True).numpy(), 1, -1)
+        small = as_array(F.avg_pool2d(as_tensor(x, PRECISIONS["float64"]), stride, ceil_mode=True))
     extra = shape[-1] - x.shape[-1]
     before = extra // 2 if front else 0
     return np.pad(small, ((0, 0), (0, 0), (0, 0), (before, extra - before)))

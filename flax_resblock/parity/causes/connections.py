@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from flax_resblock.parity.causes import Candidate, Cause, explain
+from flax_resblock.parity.causes import Candidate, Cause, dropped, explain, not_finite
 from flax_resblock.parity.oracle import relative_l2
 
 
@@ -21,7 +21,6 @@ class Connection:
 
     Attributes:
       truth: What is meant to arrive, NHWC.
-      images: The network's input.
       outputs: What every slot before this place gave, by slot name in forward order; the most
         recent ones matter most.
       all_outputs: What every slot gave; the branches of a block may run in any order.
@@ -89,14 +88,8 @@ _CONSTANTS = {
 
 def explain_connection(connection: Connection, value: np.ndarray) -> Cause | None:
     """The mistake by which ``value`` arrives."""
-    if np.isfinite(connection.truth).all() and not np.isfinite(value).all():
-        return Cause(
-            "non-finite",
-            f"feeds it {np.count_nonzero(~np.isfinite(value))} of {value.size} values that are "
-            f"not finite",
-            0.0,
-        )
-    return explain(value, _candidates(connection, value))
+    found = not_finite(connection.truth, value, "feeds it")
+    return found or explain(value, _candidates(connection, value))
 
 
 def _candidates(connection: Connection, value: np.ndarray) -> Iterator[Candidate]:
@@ -112,7 +105,9 @@ def _candidates(connection: Connection, value: np.ndarray) -> Iterator[Candidate
         words = "reads the NHWC image as NCHW (reshaped instead of transposed)"
         yield "memory-layout", words, lambda: truth.transpose(0, 3, 1, 2).reshape(truth.shape)
         words = "reads the NCHW image as NHWC (reshaped instead of transposed)"
-        yield "memory-layout", words, lambda: _reread(truth)
+        n, height, width, channels = truth.shape
+        shape = n, channels, height, width
+        yield "memory-layout", words, lambda: truth.reshape(shape).transpose(0, 2, 3, 1)
     outputs = list(connection.outputs.items())[::-1]
     before = [(name, array) for name, array in outputs if array.shape == truth.shape]
     for source, array in before:  # which layer's output, under which activation, is meant to arrive
@@ -137,21 +132,9 @@ def _candidates(connection: Connection, value: np.ndarray) -> Iterator[Candidate
             yield "overwritten-branch", f"feeds it the output of {source}", lambda a=array: a
             words = f"feeds it the ReLU of the output of {source}"
             yield "overwritten-branch", words, lambda a=array: np.maximum(a, 0)
-    kept = value != 0
-    if value.shape == truth.shape and kept.any() and not kept.all():
-        with np.errstate(all="ignore"):
-            rate = float(1 - np.vdot(truth[kept], truth[kept]) / np.vdot(value[kept], truth[kept]))
-        if 0 < rate < 1:
-            words = (
-                f"drops {np.mean(~kept & (truth != 0)):.0%} of the values before it (dropout at "
-                f"rate {rate:.3g})"
-            )
-            yield "dropout", words, lambda: truth * kept / (1 - rate)
-
-
-def _reread(truth: np.ndarray) -> np.ndarray:
-    n, height, width, channels = truth.shape
-    return np.ascontiguousarray(truth).reshape(n, channels, height, width).transpose(0, 2, 3, 1)
+    if value.shape == truth.shape:
+        words = "drops {share:.0%} of the values before it (dropout at rate {rate:.3g})"
+        yield from dropped(truth, value, words)
 
 
 def _normalisation(truth: np.ndarray, value: np.ndarray) -> Iterator[Candidate]:
@@ -186,24 +169,22 @@ _FLATTENED: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def _pooled(array: np.ndarray, way: tuple[str, str]) -> np.ndarray:
-    return _FLATTENED[way[1]](ACTIVATIONS[way[0]](array))
-
-
 def _pooling(connection: Connection, value: np.ndarray) -> Iterator[Candidate]:
     """What comes between the last image and a linear layer: an activation, and a way from the image
     to a vector."""
     truth = connection.truth
     if truth.ndim != 2:
         return
+
+    def pooled(array: np.ndarray, way: tuple[str, str]) -> np.ndarray:
+        return _FLATTENED[way[1]](ACTIVATIONS[way[0]](array))
+
     for source, array in list(connection.outputs.items())[::-1]:
         if array.ndim != 4 or len(array) != len(value):
             continue
         fitting = [how for how, f in _FLATTENED.items() if f(array).shape == truth.shape]
         ways = list(product(ACTIVATIONS, fitting))
-        meant = next(
-            (way for way in ways if relative_l2(_pooled(array, way), truth) <= 1e-12), None
-        )
+        meant = next((way for way in ways if relative_l2(pooled(array, way), truth) <= 1e-12), None)
         if meant is None:
             continue
         # one mistake before two
@@ -215,5 +196,5 @@ def _pooling(connection: Connection, value: np.ndarray) -> Iterator[Candidate]:
             if how == meant[1]:
                 name = "other-activation"
             words = f"feeds {source} with {a}, {how}, instead of with {meant[0]}, {meant[1]}"
-            yield name, words, lambda way=(a, how), array=array: _pooled(array, way)
+            yield name, words, lambda way=(a, how), array=array: pooled(array, way)
         return

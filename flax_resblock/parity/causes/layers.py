@@ -16,24 +16,25 @@ from flax_resblock.parity.causes import (
     Candidate,
     Cause,
     LayerRun,
+    dropped,
     effective_bits,
     explain,
+    not_finite,
     rounded,
 )
 from flax_resblock.parity.causes.norms import norm_candidates, sample_norm_candidates
 from flax_resblock.parity.oracle import relative_l2
+from flax_resblock.parity.pair import PRECISIONS
+from flax_resblock.parity.taps import as_array, as_tensor
+
+EXACT = PRECISIONS["float64"]
 
 
 def explain_layer(layer: LayerRun, value: np.ndarray, limit: float = MATCH) -> Cause | None:
     """The mistake by which the layer gives ``value``; ``limit`` as for
     :func:`flax_resblock.parity.causes.explain`."""
-    if np.isfinite(layer.truth).all() and not np.isfinite(value).all():
-        return Cause(
-            "non-finite",
-            f"gives {np.count_nonzero(~np.isfinite(value))} of {value.size} values that are "
-            f"not finite",
-            0.0,
-        )
+    if cause := not_finite(layer.truth, value, "gives"):
+        return cause
     families = (
         (torch.nn.Conv2d, _convolution),
         (torch.nn.modules.batchnorm._BatchNorm, norm_candidates),
@@ -52,16 +53,6 @@ def explain_layer(layer: LayerRun, value: np.ndarray, limit: float = MATCH) -> C
     return found or _reduced_precision(layer, value)
 
 
-def _nchw(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(
-        np.array(np.moveaxis(array, -1, 1) if array.ndim == 4 else array, np.float64, order="C")
-    )
-
-
-def _nhwc(tensor: torch.Tensor) -> np.ndarray:
-    return np.moveaxis(tensor.numpy(), 1, -1) if tensor.ndim == 4 else tensor.numpy()
-
-
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -76,11 +67,11 @@ def _conv(
     mode: str = "constant",
 ) -> np.ndarray:
     (top, bottom), (left, right) = pads
-    padded = F.pad(_nchw(x), (left, right, top, bottom), mode=mode)
+    padded = F.pad(as_tensor(x, EXACT), (left, right, top, bottom), mode=mode)
     weight = torch.from_numpy(np.array(kernel.transpose(3, 2, 0, 1), np.float64, order="C"))
     if bias is not None:
         bias = torch.from_numpy(np.asarray(bias, np.float64))
-    return _nhwc(F.conv2d(padded, weight, bias, stride, 0, dilation, groups))
+    return as_array(F.conv2d(padded, weight, bias, stride, 0, dilation, groups))
 
 
 def _same(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
@@ -168,10 +159,11 @@ def _pool(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
         int(v if isinstance(v := getattr(layer.module, name), int) else v[0])
         for name in ("kernel_size", "stride", "padding")
     )
-    x = _nchw(layer.x)
+    x = as_tensor(layer.x, EXACT)
 
     def pool(top: int, bottom: int, left: int, right: int, fill: float = -np.inf) -> np.ndarray:
-        return _nhwc(F.max_pool2d(F.pad(x, (left, right, top, bottom), value=fill), window, stride))
+        padded = F.pad(x, (left, right, top, bottom), value=fill)
+        return as_array(F.max_pool2d(padded, window, stride))
 
     same = [_same(n, window, stride, 1) for n in layer.x.shape[1:3]]
     words = (
@@ -183,17 +175,12 @@ def _pool(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
     yield "padding", words, lambda: pool(padding, padding, padding, padding, 0.0)
     yield "padding", "does not pad", lambda: pool(0, 0, 0, 0)
     words = "takes the mean instead of the maximum"
-    yield "other-pooling", words, lambda: _nhwc(F.avg_pool2d(x, window, stride, padding))
-    yield (
-        "other-pooling",
-        "takes the mean without counting the padding",
-        lambda: _nhwc(F.avg_pool2d(x, window, stride, padding, count_include_pad=False)),
-    )
-    yield (
-        "ceil-mode",
-        "rounds the output size up (ceil_mode)",
-        lambda: _nhwc(F.max_pool2d(x, window, stride, padding, ceil_mode=True)),
-    )
+    average = partial(F.avg_pool2d, x, window, stride, padding)
+    yield "other-pooling", words, lambda: as_array(average())
+    words = "takes the mean without counting the padding"
+    yield "other-pooling", words, lambda: as_array(average(count_include_pad=False))
+    longer = partial(F.max_pool2d, x, window, stride, padding, ceil_mode=True)
+    yield "ceil-mode", "rounds the output size up (ceil_mode)", lambda: as_array(longer())
     for other in (2, 3):
         for step in (1, 2, 3):
             words = (
@@ -201,7 +188,7 @@ def _pool(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
                 f"stride {stride}"
             )
             pooled = partial(F.max_pool2d, x, other, step, min(padding, other // 2))
-            yield "other-pooling", words, lambda pooled=pooled: _nhwc(pooled())
+            yield "other-pooling", words, lambda pooled=pooled: as_array(pooled())
 
 
 def _any_layer(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
@@ -215,14 +202,8 @@ def _any_layer(layer: LayerRun, value: np.ndarray) -> Iterator[Candidate]:
         factor = float(np.vdot(value, truth) / np.vdot(truth, truth))
     yield "bias", "adds a bias per channel that the layer does not have", lambda: truth + shift
     yield "scaled", f"gives {factor:.6g} times the value", lambda: factor * truth
-    kept = value != 0
-    if kept.any() and not kept.all():
-        rate = float(1 - np.vdot(truth[kept], truth[kept]) / np.vdot(value[kept], truth[kept]))
-        words = (
-            f"drops {np.mean(~kept):.0%} of the values and scales the others (dropout at rate "
-            f"{rate:.3g})"
-        )
-        yield "dropout", words, lambda: truth * kept / (1 - rate)
+    words = "drops {share:.0%} of the values and scales the others (dropout at rate {rate:.3g})"
+    yield from dropped(truth, value, words)
 
 
 _ALIKE = 0.9

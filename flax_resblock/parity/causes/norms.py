@@ -109,12 +109,7 @@ def sample_norm_candidates(layer: LayerRun, value: np.ndarray) -> Iterator[Candi
 
 def explain_statistics(layer: LayerRun, mean: np.ndarray, var: np.ndarray) -> Cause | None:
     """The mistake by which a norm's running statistics are ``mean`` and ``var`` after one batch in
-    training mode.
-
-    Args:
-      layer: The norm before that batch.
-      mean, var: After it.
-    """
+    training mode."""
     momentum = layer.module.momentum
     if momentum is None or "mean" not in layer.tensors:
         return None

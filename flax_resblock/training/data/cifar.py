@@ -24,7 +24,6 @@ class Edition:
 
     Attributes:
       folder: The folder in its archive.
-      train, test: File names.
       meta: File with the names of the classes.
       label: Position of a label in the head of a binary record, or its key in a pickle.
       head: Bytes before the pixels of a binary record; 0 for pickles.

@@ -57,9 +57,6 @@ def _value(value: Any) -> Any:
 def read_cifar_pickle(data: bytes, name: str) -> dict[bytes, Any]:
     """The dictionary in a pickle of Python 2 or 3, without executing anything in it.
 
-    Args:
-      data: The pickle.
-      name: The file, for messages.
     Returns:
       Keys as bytes; values that are dict, list, tuple, bytes, str, int, float, bool or None, or an
       array of uint8.

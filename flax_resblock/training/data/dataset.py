@@ -16,51 +16,36 @@ _CHUNK = 1024
 
 
 class DataSource(Protocol):
-    """Labelled images, in memory (:class:`Dataset`) or in files (:class:`FolderDataset`)."""
+    """Labelled images, in memory (:class:`Dataset`) or in files (:class:`FolderDataset`). Its
+    length is the number of images.
+
+    Attributes:
+      name: Its name in messages: ``"digits/train"``.
+      labels: ``(N,)``, integers in ``0..num_classes-1``.
+      num_classes: Number of classes; not every one need occur.
+      class_names: One per class; None if the data have no names.
+      mean, std: Per channel, in the units of the pixels.
+      notes: What was left out or assumed when the data were read, one sentence each.
+      shape: ``(H, W, C)`` of :meth:`fitted` images.
+    """
 
     @property
-    def name(self) -> str:
-        """Its name in messages: ``"digits/train"``."""
-        ...
-
+    def name(self) -> str: ...
     @property
-    def labels(self) -> np.ndarray:
-        """``(N,)``, integers in ``0..num_classes-1``."""
-        ...
-
+    def labels(self) -> np.ndarray: ...
     @property
-    def num_classes(self) -> int:
-        """Number of classes; not every one need occur."""
-        ...
-
+    def num_classes(self) -> int: ...
     @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """One per class; None if the data have no names."""
-        ...
-
+    def class_names(self) -> tuple[str, ...] | None: ...
     @property
-    def mean(self) -> tuple[float, ...]:
-        """Per channel, in the units of the pixels."""
-        ...
-
+    def mean(self) -> tuple[float, ...]: ...
     @property
-    def std(self) -> tuple[float, ...]:
-        """Per channel, in the units of the pixels."""
-        ...
-
+    def std(self) -> tuple[float, ...]: ...
     @property
-    def notes(self) -> tuple[str, ...]:
-        """What was left out or assumed when the data were read, one sentence each."""
-        ...
-
+    def notes(self) -> tuple[str, ...]: ...
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(H, W, C)`` of :meth:`fitted` images."""
-        ...
-
-    def __len__(self) -> int:
-        """Number of images."""
-        ...
+    def shape(self) -> tuple[int, int, int]: ...
+    def __len__(self) -> int: ...
 
     def raw(self, index: int) -> np.ndarray:
         """One image as stored, ``(h, w, C)``; sizes may differ."""
@@ -217,6 +202,14 @@ def has_own_tests(source: object, val_fraction: float) -> InputError:
     return InputError(
         f"val_fraction={val_fraction:g} sets test images aside, and {source} has test images of "
         f"its own. Leave out val_fraction."
+    )
+
+
+def set_aside(name: str, fraction: float, count: str) -> str:
+    """The note on test images that were chosen by :func:`held_out`."""
+    return (
+        f"{name} has no test images of its own: {fraction:.0%} of the images of each class, "
+        f"{count} in all, are set aside."
     )
 
 

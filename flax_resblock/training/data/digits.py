@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from flax_resblock.errors import MissingDependencyError
+from flax_resblock.errors import optional
 from flax_resblock.training.data.dataset import Dataset, Splits, held_out, splits_of
 
 
@@ -18,13 +16,8 @@ def digits() -> Splits[Dataset]:
       MissingDependencyError: Scikit-learn is not installed.
     Reference: Alpaydin & Kaynak 1998, https://archive.ics.uci.edu/dataset/80
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the digits come with scikit-learn: pip install 'flax-resblock[train]'."
-        ) from error
-    bunch: Any = load_digits()
+    words = "the digits come with scikit-learn: pip install 'flax-resblock[train]'."
+    bunch = optional("sklearn.datasets", words).load_digits()
     images = bunch.images.astype(np.uint8)[..., None]
     labels = bunch.target.astype(np.int32)
     in_test = held_out(labels)

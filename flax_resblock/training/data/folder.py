@@ -18,6 +18,7 @@ from flax_resblock.training.data.dataset import (
     has_own_tests,
     held_out,
     normalise,
+    set_aside,
 )
 from flax_resblock.training.data.images import damage, decode, fit, short_side
 
@@ -136,18 +137,19 @@ def image_folder(
     Every file is decoded once. Damaged ones are left out and counted in ``notes``.
 
     Args:
-      root: The folder.
-      strict: Refuse damaged images instead.
       size: See :class:`FolderDataset`.
       val_fraction: Part of the images that is set aside; None where test images are there.
-      on_progress: Called with the progress of the check.
     Raises:
       InputError: A missing folder, an empty class, a class without training images, or with
         ``strict`` a damaged image.
     """
     tests = next((name for name in ("val", "test") if class_folders(root / name)), None)
+
+    def part(name: str, classes: list[str]) -> FolderDataset:
+        return _part(root, name, classes, strict, size, on_progress)
+
     if tests is None:
-        return _split(root, strict, size, val_fraction, on_progress)
+        return _split(root, val_fraction, part)
     if val_fraction is not None:
         raise has_own_tests(root, val_fraction)
     classes = class_folders(root / "train")
@@ -157,41 +159,34 @@ def image_folder(
             f"{root / tests} has {some(unknown)}, which {root / 'train'} does not; it has "
             f"{some(classes)}. Name the folders alike."
         )
-    parts = [_part(root, name, classes, strict, size, on_progress) for name in ("train", tests)]
-    return Splits(*parts)
+    return Splits(part("train", classes), part(tests, classes))
 
 
 def _split(
-    root: Path,
-    strict: bool,
-    size: int,
-    val_fraction: float | None,
-    on_progress: Callable[[str], None] | None,
+    root: Path, val_fraction: float | None, part: Callable[[str, list[str]], FolderDataset]
 ) -> Splits[FolderDataset]:
     """Training images, some of which become test images."""
-    part = "train" if class_folders(root / "train") else ""
+    within = "train" if class_folders(root / "train") else ""
     if val_fraction is None:
         sorted_ = f"put test images into {root / 'val'}, sorted like those in {root / 'train'}"
-        if not part:
+        if not within:
             sorted_ = f"sort the class folders into {root / 'train'} and {root / 'val'}"
-        below = " below train/" if part else ""
+        below = " below train/" if within else ""
         raise InputError(
             f"{root} has class folders{below}, and no test images below val/ or test/. Set some of "
             f"each class aside with `val_fraction={HELD_OUT}`, or {sorted_}."
         )
-    whole = _part(root, part, class_folders(root / part), strict, size, on_progress)
+    whole = part(within, class_folders(root / within))
     in_test = held_out(whole.labels, val_fraction)
     lacking = set(whole.labels.tolist()) - set(whole.labels[~in_test].tolist())
     if lacking:
         names = [whole.class_names[label] for label in sorted(lacking)]
         raise InputError(
             f"val_fraction={val_fraction:g} leaves no training image of {some(names)} in "
-            f"{root / part}. Choose a smaller fraction, or add images."
+            f"{root / within}. Choose a smaller fraction, or add images."
         )
-    note = (
-        f"{whole.name} has no test images of its own: {val_fraction:.0%} of the images of each "
-        f"class, {int(in_test.sum()):,} of {len(whole):,} in all, are set aside."
-    )
+    count = f"{in_test.sum():,} of {len(whole):,}"
+    note = set_aside(whole.name, val_fraction, count)
     parts = [
         replace(
             whole,
@@ -222,8 +217,7 @@ def _part(
     folder, name = root / part, f"{root.name}/{part}".rstrip("/")
     found = [(file, label) for label, name in enumerate(classes) for file in _files(folder / name)]
     images = [(file, label) for file, label in found if file.lower().endswith(SUFFIXES)]
-    present = {label for _, label in images}
-    _refuse_empty(folder, classes, present, f"no image ({', '.join(SUFFIXES)})")
+    _refuse_empty(folder, classes, images, f"no image ({', '.join(SUFFIXES)})")
     notes = []
     if others := {file for file, _ in found} - {file for file, _ in images}:
         kinds = sorted({os.path.splitext(file)[1] or "no suffix" for file in others})
@@ -242,8 +236,7 @@ def _part(
             )
         notes.append(f"{name}: {count} and are left out: {listed}.")
         images = [(file, label) for file, label in images if file not in problems]
-        present = {label for _, label in images}
-        _refuse_empty(folder, classes, present, "no image that can be decoded")
+        _refuse_empty(folder, classes, images, "no image that can be decoded")
     labels = np.asarray([label for _, label in images], np.int32)
     files, names, notes = tuple(file for file, _ in images), tuple(classes), tuple(notes)
     return FolderDataset(
@@ -251,8 +244,11 @@ def _part(
     )
 
 
-def _refuse_empty(folder: Path, classes: list[str], present: set[int], lack: str) -> None:
+def _refuse_empty(
+    folder: Path, classes: list[str], images: list[tuple[str, int]], lack: str
+) -> None:
     """Raises InputError for an empty class folder; below ``val`` or ``test`` it may be missing."""
+    present = {label for _, label in images}
     absent = [name for label, name in enumerate(classes) if label not in present]
     empty = [name for name in absent if (folder / name).is_dir()]
     if empty:

@@ -16,6 +16,7 @@ from flax_resblock.training.data.dataset import (
     has_own_tests,
     held_out,
     pixel_moments,
+    set_aside,
     splits_of,
 )
 
@@ -63,10 +64,7 @@ def npz_archive(path: Path, val_fraction: float | None = None) -> Splits[Dataset
                 f"needed."
             )
         pairs = [(images[~in_test], labels[~in_test]), (images[in_test], labels[in_test])]
-        notes = (
-            f"{path.name} has no test images of its own: {val_fraction or HELD_OUT:.0%} of the "
-            f"images of each class, {int(in_test.sum()):,} in all, are set aside.",
-        )
+        notes = (set_aside(path.name, val_fraction or HELD_OUT, f"{in_test.sum():,}"),)
     mean, std = _moments(path, arrays, pairs[0][0])
     classes = int(pairs[0][1].max()) + 1
     train, test = splits_of(path.name, pairs, num_classes=classes, mean=mean, std=std)

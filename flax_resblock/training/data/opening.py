@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from flax_resblock.errors import InputError, reason
 from flax_resblock.training.data.cifar import EDITIONS, cifar_folder
@@ -49,7 +50,8 @@ def open_data(
     try:
         splits = digits() if spec == "digits" else _with_tests(Path(spec))
         if splits is None:
-            splits = _at(Path(spec), strict, image_size, val_fraction, on_progress)
+            how = {"strict": strict, "size": image_size or 224, "on_progress": on_progress}
+            splits = _at(Path(spec), val_fraction, how)
         elif val_fraction is not None:
             raise has_own_tests(spec, val_fraction)
     except OSError as error:
@@ -88,13 +90,8 @@ def _with_tests(path: Path) -> Splits[Dataset] | None:
     return cifar_folder(*places[0]) if places else None
 
 
-def _at(
-    path: Path,
-    strict: bool,
-    image_size: int | None,
-    val_fraction: float | None,
-    on_progress: Callable[[str], None] | None,
-) -> Splits[DataSource]:
+def _at(path: Path, val_fraction: float | None, how: dict[str, Any]) -> Splits[DataSource]:
+    """Data of the other kinds; ``how`` an image folder is read."""
     if not path.exists():
         raise InputError(f"{path} does not exist. Data are {_KNOWN}.")
     if path.is_file():
@@ -104,13 +101,7 @@ def _at(
         unpack = f" Unpack it first: tar xf {path.name}." if packed else ""
         raise InputError(f"{path} is a file of no known kind.{unpack} Data are {_KNOWN}.")
     if holds_classes(path):
-        return image_folder(
-            path,
-            strict=strict,
-            size=image_size or 224,
-            val_fraction=val_fraction,
-            on_progress=on_progress,
-        )
+        return image_folder(path, val_fraction=val_fraction, **how)
     entries = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
     shown = ", ".join(entries[:5]) + (", ..." if len(entries) > 5 else "")
     raise InputError(

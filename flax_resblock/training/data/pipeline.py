@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from flax_resblock.errors import InputError, MissingDependencyError
+from flax_resblock.errors import InputError, optional
 from flax_resblock.training.data.dataset import DataSource
 
 if TYPE_CHECKING:
@@ -50,16 +50,9 @@ def shuffled(size: int, seed: int) -> grain.MapDataset[int]:
     return import_grain().MapDataset.range(size).seed(seed).shuffle()
 
 
-def import_grain():
+def import_grain() -> Any:
     """Imports grain, or says how to install it."""
-    try:
-        import grain
-        import grain.experimental
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the input pipeline needs grain: pip install 'flax-resblock[train]'."
-        ) from error
-    return grain
+    return optional("grain", "the input pipeline needs grain: pip install 'flax-resblock[train]'.")
 
 
 def _epoch_of(dataset: grain.MapDataset, epoch: int) -> Iterator:

@@ -59,6 +59,8 @@ def prefetched(
         elements = elements.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
         )
+    import grain.experimental
+
     in_thread = grain.experimental.ThreadPrefetchIterDataset
     with _started_without_current_folder():  # multiprocessing's own tracker starts here
         ready = iter(in_thread(elements.map(finish), prefetch_buffer_size=_AHEAD))
@@ -84,15 +86,13 @@ def _started_without_current_folder() -> Iterator[None]:
     """Python processes that are started in this context do not search the current folder for
     modules while they start; multiprocessing then gives them this process's path.
     """
-    before = os.environ.get(_SAFE_PATH)
+    before = {name: value for name, value in os.environ.items() if name == _SAFE_PATH}
     os.environ[_SAFE_PATH] = "1"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_SAFE_PATH]
-        else:
-            os.environ[_SAFE_PATH] = before
+        del os.environ[_SAFE_PATH]
+        os.environ.update(before)
 
 
 def _close(reference: weakref.ref[Generator]) -> None:
