@@ -14,6 +14,7 @@ from flax_resblock.port.layer import Inputs, Layer, celu_options
 from flax_resblock.port.operator_names import name_of
 from flax_resblock.port.operators.rules import RULES, Rule, rule, word
 from flax_resblock.port.placing import Values
+from flax_resblock.port.sizes import follows
 from flax_resblock.port.values import ANY, ATOM, PRODUCT, SUM, Constant, Value
 
 
@@ -169,7 +170,7 @@ def binary(b: Values, node: Any, sign: str, left: Any, right: Any, hint: str) ->
     if sign == "+" and numbers == [0]:  # where Python's sum begins
         return b.settled(b.value(right if left in numbers else left))
     least = SUM if sign in "+-" else PRODUCT
-    after = least + 1 if sign in "-/" or isinstance(right, Value) else least
+    after = least + 1 if sign in "-/" or isinstance(right, Value) or follows(right) else least
     operands, shape, order = together(b, (left, right))
     text = f"{{{least}}} {sign} {{{after}}}"
     return b.new(text, operands, shape, order, binding=least, hint=hint)

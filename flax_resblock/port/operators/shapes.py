@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from flax_resblock.port.folding import MARK
 from flax_resblock.port.operator_names import name_of
 from flax_resblock.port.operators.rules import along, rule, several
 from flax_resblock.port.placing import Values
-from flax_resblock.port.tracing import FromBatch, shape_of, size_of
+from flax_resblock.port.sizes import added, follows, number_of, same_size, shape_of
 from flax_resblock.port.values import ANY, Constant, Value
 
 
@@ -69,13 +70,15 @@ def _filled(b: Values, node: Any, like: Any, *rest: Any, **_: Any) -> Value:
     if not node.meta["val"].dtype.is_floating_point:
         raise b.refusal(f"{name} of {node.meta['val'].dtype} is not supported")
     kind = name.removeprefix("new_").removesuffix("_like")
-    amount = f", {b.number(rest[-1])!r}" if kind == "full" else ""
+    amount = [Constant(rest[-1], "amount")] if kind == "full" else []
+    filled = ", {}" if amount else ""
     if name.endswith("_like"):
         value = b.settled(b.value(like))
-        return b.new(f"jnp.{name}({{}}{amount})", (value,), shape, value.order, hint=kind)
+        return b.new(f"jnp.{name}({{}}{filled})", (value, *amount), shape, value.order, hint=kind)
     order = axes.channels_last(len(shape))
     text, holes = b.sizes(tuple(shape[axis] for axis in order), None)
-    return b.new(f"jnp.{kind}(({text}){amount}, {b.dtype})", holes, shape, order, hint=kind)
+    text = f"jnp.{kind}(({text}){filled}, {b.dtype})"
+    return b.new(text, [*holes, *amount], shape, order, hint=kind)
 
 
 @rule("repeat", "tile")
@@ -86,7 +89,7 @@ def _repeat(b: Values, node: Any, x: Any, times: Sequence[Any]) -> Value:
         made = b.relabelled_plain(value)
         made.expanded = shape
         return made
-    ours = tuple(size_of(times[axis]) for axis in value.order)
+    ours = tuple(number_of(times[axis]) for axis in value.order)
     holes = (value, Constant(ours, "times"))
     return b.new("jnp.tile({}, {})", holes, shape, value.order, hint=value.hint)
 
@@ -159,7 +162,7 @@ def _stack(b: Values, node: Any, tensors: Sequence[Any], dim: int = 0) -> Value:
 def pieces(b: Values, node: Any, value: Value, dim: Any, text: str, holes: Sequence[Any]) -> Value:
     """Several tensors that one is split into."""
     whole = b.new(text, (value, *holes), (), (), hint="parts")
-    shapes = [tuple(size_of(size) for size in one.shape) for one in node.meta["val"]]
+    shapes = [tuple(number_of(size) for size in one.shape) for one in node.meta["val"]]
     whole.items = [
         b.new(f"{{3}}[{place}]", (whole,), shape, value.order, hint=f"part{place}")
         for place, shape in enumerate(shapes)
@@ -170,14 +173,13 @@ def pieces(b: Values, node: Any, value: Value, dim: Any, text: str, holes: Seque
 @rule("chunk", "split", "split_with_sizes")
 def _split(b: Values, node: Any, x: Any, size: Any, dim: int = 0) -> Value:
     value = b.settled(b.value(x))
-    lengths = [size_of(one.shape[dim]) for one in node.meta["val"]]
+    lengths = [number_of(one.shape[dim]) for one in node.meta["val"]]
     axis = along(b, value, dim)
     if len(set(lengths)) == 1:
         return pieces(b, node, value, dim, f"jnp.split({{}}, {len(lengths)}, axis={axis})", ())
-    side = b.side(lengths[0]) if len(lengths) == 2 and len(value.shape) == 4 and axis > 0 else None
-    text = f"jnp.split({{}}, {'[{}]' if side else '{}'}, axis={axis})"
-    ends = [sum(lengths[: place + 1]) for place in range(len(lengths) - 1)]
-    return pieces(b, node, value, dim, text, (side or Constant(ends, "ends"),))
+    text = f"jnp.split({{}}, {{}}, axis={axis})"
+    ends = list(accumulate(lengths[:-1], added))
+    return pieces(b, node, value, dim, text, (Constant(ends, "ends"),))
 
 
 @rule("unbind")
@@ -227,7 +229,8 @@ def sliced(
 ) -> tuple[str, list[Any]] | None:
     """The index of a slice along one axis, with its holes; None if it is the whole tensor."""
     start, end = b.number(start) or 0, b.number(end)
-    whole_end = end is None or end >= value.shape[dim % len(value.shape)]
+    size = value.shape[dim % len(value.shape)]
+    whole_end = end is None or (end >= size if not follows(end) else same_size(end, size))
     if start == 0 and whole_end and step == 1:
         return None
     holes: list[Any] = [Constant(start, "start")] if start else []
@@ -240,8 +243,10 @@ def sliced(
 @rule("narrow")
 def _narrow(b: Values, node: Any, x: Any, dim: int, start: Any, length: Any) -> Value:
     value = b.value(x)
-    first = int(b.number(start)) % value.shape[dim % len(value.shape)]
-    return _slice(b, node, x, dim, first, first + int(b.number(length)))
+    first = b.number(start)
+    if not follows(first) and first < 0:
+        first = added(value.shape[dim % len(value.shape)], first)
+    return _slice(b, node, x, dim, first, added(first, b.number(length)))
 
 
 @rule("index_select")
@@ -266,11 +271,15 @@ def _index(b: Values, node: Any, x: Any, indices: Sequence[Any]) -> Value:
 
 @rule("arange", "linspace")
 def _numbers(b: Values, node: Any, *arguments: Any, **_: Any) -> Value:
-    numbers = ", ".join(repr(b.number(one)) for one in arguments)
-    if any(isinstance(b.number(one), FromBatch) for one in arguments):
-        raise b.refusal("it computes with a number that depends on the size of the batch")
-    text = f"jnp.{name_of(node)}({numbers}, dtype={b.dtype})"
-    return b.new(text, (), shape_of(node), (0,), hint="numbers")
+    numbers = ", ".join("{}" for _ in arguments)
+    text = f"jnp.{name_of(node).replace('spaced', 'linspace')}({numbers}, dtype={b.dtype})"
+    holes = [Constant(one, "end") for one in arguments]
+    return b.new(text, holes, shape_of(node), (0,), hint="numbers")
+
+
+@rule("spaced")
+def _spaced(b: Values, node: Any, places: Any, start: Any, end: Any) -> Value:
+    return _numbers(b, node, start, end, shape_of(node)[0])
 
 
 @rule("meshgrid")
@@ -279,7 +288,7 @@ def _meshgrid(b: Values, node: Any, tensors: Sequence[Any], indexing: str = "ij"
     if indexing == "xy":
         places[:2] = places[:2][::-1]
     values = [b.settled(b.value(one)) for one in tensors]
-    shape = tuple(size_of(size) for size in node.meta["val"][0].shape)
+    shape = tuple(number_of(size) for size in node.meta["val"][0].shape)
     items = []
     for place, value in zip(places, values, strict=True):
         sizes = tuple(size if axis == place else 1 for axis, size in enumerate(shape))
