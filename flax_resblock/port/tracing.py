@@ -20,6 +20,7 @@ from torch.fx.experimental import symbolic_shapes
 
 from flax_resblock.errors import InputError, visible
 from flax_resblock.port.folding import NOTHING, Folded, fold
+from flax_resblock.port.frozen import detach, without_gradients_seen
 from flax_resblock.port.layers import direct_calls_seen, stochastic_depth_seen
 from flax_resblock.port.sizes import put_in_place, remember_sizes
 from flax_resblock.port.windows import Windows
@@ -87,6 +88,7 @@ def trace(
         direct_calls_seen(module),
         _custom_gradients() as custom,
         _unsolved() if any_size else nullcontext(),
+        without_gradients_seen(),
         Windows(),
     ):
         try:
@@ -98,6 +100,7 @@ def trace(
             )
         except Exception as error:
             raise InputError(_why_not(module, error)) from error
+        detach(program.graph)
         if training:
             _as_in_evaluation(program.graph)
         if _changes_a_part(program, type(module).__name__):

@@ -148,8 +148,8 @@ _SIGNS = {"add": "+", "sub": "-", "rsub": "-", "mul": "*", "div": "/"}
 def _arithmetic(
     b: Values, node: Any, left: Any, right: Any, *, alpha: Any = 1, rounding_mode: Any = None
 ) -> Any:
-    if rounding_mode is not None:
-        raise b.refusal(f"division with rounding_mode={rounding_mode!r} is not supported")
+    if rounding_mode == "floor":
+        return RULES["floor_divide"](b, node, left, right)
     name = name_of(node)
     left, right = b.number(left), b.number(right)
     if name == "rsub":
@@ -158,7 +158,10 @@ def _arithmetic(
     hint = {"+": "total", "-": "difference", "*": "product", "/": "quotient"}[sign]
     if alpha != 1:
         right = binary(b, node, "*", right, alpha, "product")
-    return binary(b, node, sign, left, right, hint)
+    made = binary(b, node, sign, left, right, hint)
+    if rounding_mode == "trunc":
+        made = b.new("jnp.trunc({})", (made,), made.shape, made.order, hint=hint)
+    return made
 
 
 def binary(b: Values, node: Any, sign: str, left: Any, right: Any, hint: str) -> Any:
@@ -249,6 +252,8 @@ def _of_two(call: str) -> Rule:
 
 
 RULES["maximum"], RULES["minimum"] = _of_two("jnp.maximum"), _of_two("jnp.minimum")
+RULES["floor_divide"] = _of_two("jnp.floor_divide")
+RULES["remainder"], RULES["fmod"] = _of_two("jnp.remainder"), _of_two("jnp.fmod")
 
 _COMPARISONS = {"gt": ">", "lt": "<", "ge": ">=", "le": "<=", "eq": "==", "ne": "!="}
 _BOTH = {"logical_and": "&", "logical_or": "|", "bitwise_and": "&", "bitwise_or": "|"}

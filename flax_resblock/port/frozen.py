@@ -1,0 +1,61 @@
+"""Parts that run without gradients, under ``torch.no_grad()``: a trace shows what they compute, and
+what leaves them is detached here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.fx.traceback import annotate, preserve_node_meta
+
+_MARK = "flax_resblock_without_gradients"
+
+
+@contextmanager
+def without_gradients_seen() -> Iterator[None]:
+    """Within it, a trace marks the nodes that are computed without gradients."""
+    kinds: Any = (torch.no_grad, torch.set_grad_enabled)
+    before = [(kind, kind.__enter__, kind.__exit__) for kind in kinds]
+    marks: list[Any] = []
+
+    def enter(self: Any) -> None:
+        marks.append(annotate({_MARK: not getattr(self, "mode", False)}))
+        marks[-1].__enter__()
+
+    def leave(self: Any, *error: Any) -> None:
+        marks.pop().__exit__(*error)
+
+    try:
+        with torch.no_grad(), preserve_node_meta():  # which a trace shows as it is
+            for kind in kinds:
+                kind.__enter__, kind.__exit__ = enter, leave
+            yield
+    finally:
+        for kind, *methods in before:
+            kind.__enter__, kind.__exit__ = methods
+
+
+def detach(graph: Any) -> None:
+    """Detaches what leaves the marked parts of a graph."""
+    inside = {
+        node
+        for node in graph.nodes
+        if node.op == "call_function" and (node.meta.get("custom") or {}).get(_MARK)
+    }
+    for node in [one for one in graph.nodes if one in inside]:
+        later = [user for user in node.users if user not in inside]
+        value = node.meta.get("val")
+        if not later or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        place = node.next
+        while place in inside:
+            place = place.next
+        with graph.inserting_before(place):
+            made = graph.call_function(torch.ops.aten.detach.default, (node,))
+        of_both = [[*one.meta.get("nn_module_stack", {}).items()] for one in (node, place)]
+        stack = [one for one, other in zip(*of_both, strict=False) if one == other]
+        made.meta = {**node.meta, "nn_module_stack": dict(stack or of_both[0][:1])}
+        for user in later:
+            user.replace_input_with(node, made)
